@@ -1,0 +1,24 @@
+# Each target is the very line CI runs (.ci/run). The first one makes .venv: PYTHON=python3.12 chooses its Python, pip's
+# own environment variables (PIP_EXTRA_INDEX_URL, PIP_CONSTRAINT, ...) apply, and a torch that PYTHON has is used.
+PYTHON ?= python3
+VENV_PYTHON = .venv/bin/python
+
+.PHONY: demo test lint types tinyworld reproduce bench
+
+demo: .venv/.test ; $(VENV_PYTHON) -m latentreward.tinyworld.demo
+test: .venv/.test ; $(VENV_PYTHON) -m pytest -m "not slow and not gpu"
+lint: .venv/.dev ; $(VENV_PYTHON) -m ruff check . && $(VENV_PYTHON) -m ruff format --check .
+types: .venv/.dev ; $(VENV_PYTHON) -m mypy
+tinyworld: .venv/.test ; $(VENV_PYTHON) -m latentreward.tinyworld.pretrain
+reproduce: .venv/.test ; $(VENV_PYTHON) -m latentreward.tinyworld.reproduce
+bench: .venv/.test ; $(VENV_PYTHON) -m benchmarks
+
+# .venv/.test and .venv/.dev mark an installed extra; they are older than setup.cfg when it has to be installed again.
+.venv/.%: setup.cfg pyproject.toml | .venv/bin/pip
+	$(VENV_PYTHON) -m pip install -e ".[$*]"
+	@touch $@
+
+.venv/bin/pip:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("latentreward needs Python 3.11 or newer, and $(PYTHON) is %d.%d; try: make PYTHON=python3.11" % sys.version_info[:2])'
+	$(PYTHON) -m venv .venv
+	@$(PYTHON) .ci/reuse_torch.py .venv

@@ -1,0 +1,70 @@
+"""At which noise levels a reward model is right."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from latentreward.metrics import ByNoiseLevel, PairwiseAccuracy
+
+
+class NoiseBandAccuracy(Callback):
+    """Log pair accuracy per band of the noise level, in training and validation.
+
+    Reads the ``ScoredPairs`` that the steps of a ``RewardModule`` return; logs ``train/accuracy_sigma_{low}_{high}``
+    and ``val/accuracy_sigma_{low}_{high}`` at the end of each epoch, bands without a pair left out.
+
+    Args:
+        edges: Ascending noise levels in [0, 1]; bands are [low, high), the last one closed.
+
+    Raises:
+        InputError: If ``edges`` are not ascending levels in [0, 1].
+
+    Example:
+        .. code-block:: yaml
+
+            trainer:
+              callbacks:
+                - class_path: NoiseBandAccuracy
+                  init_args: {edges: [0.0, 0.25, 0.5, 0.75, 1.0]}
+    """
+
+    def __init__(self, edges: Sequence[float] = (0.0, 0.3, 0.7, 1.0)) -> None:
+        self.metrics = {stage: ByNoiseLevel(PairwiseAccuracy(), edges) for stage in ("train", "val")}
+
+    def _update(self, stage: str, pl_module: LightningModule, scored: Any) -> None:
+        sigmas = (scored.chosen_sigmas + scored.rejected_sigmas) / 2
+        metric = self.metrics[stage].to(pl_module.device)
+        metric.update(sigmas, scored.chosen, scored.rejected, scored.label)
+
+    def _log(self, stage: str, pl_module: LightningModule) -> None:
+        for name, value in self.metrics[stage].compute().items():
+            if not value.isnan():
+                pl_module.log(f"{stage}/accuracy_{name}", value, sync_dist=True)
+        self.metrics[stage].reset()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Add the pairs of a training step."""
+        self._update("train", pl_module, outputs["scored"])
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log and forget the epoch."""
+        self._log("train", pl_module)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Add the pairs of a validation step, every evaluation level."""
+        self._update("val", pl_module, outputs)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log and forget the epoch."""
+        self._log("val", pl_module)

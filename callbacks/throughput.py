@@ -1,0 +1,66 @@
+"""How fast a run is, and what it waits for."""
+
+from time import perf_counter
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from latentreward.errors import InputError
+
+
+class Throughput(Callback):
+    """Log ``train/pairs_per_second`` over all ranks and ``train/data_wait``, the share of time spent waiting for data.
+
+    Time stands still in validation. A ``data_wait`` above a few per cent asks for more loader workers.
+
+    Args:
+        every_n_batches: Batches per measurement.
+
+    Raises:
+        InputError: If ``every_n_batches`` is below 1.
+
+    Example:
+        ``--trainer.callbacks+=Throughput --trainer.callbacks.every_n_batches=20``
+    """
+
+    def __init__(self, every_n_batches: int = 50) -> None:
+        if every_n_batches < 1:
+            raise InputError(f"every_n_batches={every_n_batches} must be at least 1")
+        self.every_n_batches = every_n_batches
+        self._restart()
+
+    def _restart(self) -> None:
+        self._waiting = self._working = 0.0
+        self._pairs = self._batches = 0
+        self._since = perf_counter()
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start afresh: the first batch of an epoch pays for starting workers."""
+        self._restart()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start afresh after validation inside an epoch."""
+        self._restart()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """The batch is here: what passed since the last one was waiting."""
+        now = perf_counter()
+        self._waiting, self._since = self._waiting + now - self._since, now
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log every so many batches."""
+        now = perf_counter()
+        self._working, self._since = self._working + now - self._since, now
+        self._pairs, self._batches = self._pairs + len(batch), self._batches + 1
+        if self._batches < self.every_n_batches:
+            return
+        elapsed = self._waiting + self._working
+        pl_module.log_dict(
+            {
+                "train/pairs_per_second": trainer.world_size * self._pairs / elapsed,
+                "train/data_wait": self._waiting / elapsed,
+            }
+        )
+        self._restart()

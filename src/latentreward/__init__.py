@@ -1,0 +1,10 @@
+"""Reward models that score noisy latents, and alignment methods that use them."""
+
+from pathlib import Path
+
+__version__ = "0.1.0"
+
+# In a source tree that was not installed (PYTHONPATH=src), callbacks/ and configs/ at its top are ours too.
+_root = Path(__file__).resolve().parents[2]
+if (_root / "setup.cfg").is_file() and (_root / "callbacks" / "__init__.py").is_file():
+    __path__.append(str(_root))

@@ -1,0 +1,133 @@
+"""What every backbone promises, and how its weights are tuned."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from latentreward.contracts import Conditioning, Features, FeatureSpec, LatentSpace, map_tensors
+from latentreward.errors import InputError
+from latentreward.noise import NoiseProcess
+
+if TYPE_CHECKING:
+    from latentreward.encoders.prompts import PromptEncoder
+    from latentreward.encoders.vae import LatentEncoder
+
+
+class DiffusionBackbone(nn.Module, ABC):
+    """The part of a diffusion network that a reward head reads, with the encoders and the noise it was trained with.
+
+    A subclass implements :meth:`read` and the properties below; nothing here assumes images: latents may have any
+    number of axes after the channels.
+
+    Args:
+        noise_process: Forward process of the network.
+        latent_space: Latents the network takes.
+        text_encoder: Prompt encoder; None if conditioning comes from elsewhere.
+        vae: Pixels → latents; None if latents come from elsewhere.
+    """
+
+    def __init__(
+        self,
+        noise_process: NoiseProcess,
+        latent_space: LatentSpace,
+        text_encoder: PromptEncoder | None = None,
+        vae: LatentEncoder | None = None,
+    ) -> None:
+        super().__init__()
+        self.noise_process = noise_process
+        self.latent_space = latent_space
+        self.text_encoder = text_encoder
+        self.vae = vae
+
+    @property
+    @abstractmethod
+    def feature_spec(self) -> FeatureSpec:
+        """Widths and grids of what :meth:`read` returns."""
+
+    @abstractmethod
+    def read(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Features:
+        """Features of ``latents`` ``(B, C, ...)`` at ``timesteps`` ``(B,)``, ``uncond`` left None."""
+
+    def forward(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        conditioning: Conditioning,
+        uncond: Conditioning | None = None,
+    ) -> Features:
+        """Read features, for the empty prompt too if ``uncond`` is given, in one pass of twice the batch.
+
+        Args:
+            latents: ``(B, C, ...)`` scaled noisy latents.
+            timesteps: ``(B,)`` of :attr:`noise_process`.
+            conditioning: Encoded prompts, B rows.
+            uncond: Encoded empty prompt, one row.
+
+        Raises:
+            InputError: If the latents have another number of channels than the network takes.
+        """
+        if latents.shape[1] != self.latent_space.channels:
+            raise InputError(
+                f"latents have {latents.shape[1]} channels, but this backbone takes latents of the space "
+                f"[{self.latent_space}]; encode the images with the VAE of its own pipeline"
+            )
+        timesteps = timesteps.to(latents.device)
+        if uncond is None:
+            return self.read(latents, timesteps, conditioning)
+        size = len(latents)
+        both = self.read(
+            torch.cat([latents, latents]),
+            torch.cat([timesteps, timesteps]),
+            Conditioning(
+                *(
+                    torch.cat([cond, empty.expand_as(cond)])
+                    for cond, empty in (
+                        (conditioning.prompt_embeds, uncond.prompt_embeds),
+                        (conditioning.pooled_prompt_embeds, uncond.pooled_prompt_embeds),
+                    )
+                )
+            ),
+        )
+        first, second = (map_tensors(both, lambda t, rows=rows: t[rows]) for rows in (slice(size), slice(size, None)))
+        return replace(first, uncond=second)
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """Conditioning of B prompts; each distinct prompt is encoded once."""
+        if self.text_encoder is None:
+            raise InputError("this backbone was built without a text encoder; load it from a full pipeline folder")
+        distinct = list(dict.fromkeys(prompts))
+        encoded = self.text_encoder(distinct)
+        if len(distinct) == len(prompts):
+            return encoded
+        row = {prompt: index for index, prompt in enumerate(distinct)}
+        return encoded.select([row[prompt] for prompt in prompts])
+
+    @abstractmethod
+    def blocks(self) -> Iterator[nn.Module]:
+        """The kept blocks of the network, in order: what is compiled, checkpointed or sharded one by one."""
+
+
+def check_taps(name: str, taps: Sequence[int], last: int, least: int = 0) -> tuple[int, ...]:
+    """Ascending block numbers 0..``last`` (0 is before the first block).
+
+    Raises:
+        InputError: If fewer than ``least`` taps are given, they do not ascend, or one lies past the blocks.
+    """
+    taps = tuple(taps)
+    if len(taps) < least:
+        raise InputError(f"{name}={list(taps)} is empty; name at least one block from 0 to {last}")
+    if list(taps) != sorted(set(taps)):
+        raise InputError(f"{name}={list(taps)} must ascend without repeats")
+    outside = [tap for tap in taps if not 0 <= tap <= last]
+    if outside:
+        raise InputError(
+            f"{name}={list(taps)} reaches block {outside[-1]}, but this network has blocks 1 to {last} (0 reads before "
+            "the first one)"
+        )
+    return taps

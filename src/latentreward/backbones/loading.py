@@ -1,0 +1,271 @@
+"""From a diffusers pipeline, in a folder or on the hub, to the parts of a backbone."""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from latentreward.backbones.tuning import LoRA, StorageDtype, Tuning, store_frozen, tune
+from latentreward.contracts import LatentSpace
+from latentreward.errors import InputError
+from latentreward.noise import NoiseProcess, process_from_scheduler
+
+if TYPE_CHECKING:
+    from diffusers import SD3Transformer2DModel, UNet2DConditionModel
+
+    from latentreward.backbones.base import DiffusionBackbone
+    from latentreward.encoders.clip import CLIPPromptEncoder, SDXLPromptEncoder
+    from latentreward.encoders.sd3 import SD3PromptEncoder
+    from latentreward.encoders.vae import LatentEncoder
+
+Backbone = TypeVar("Backbone", bound="DiffusionBackbone")
+
+
+def tiny_pipeline(name: str) -> str:
+    """Folder of a shipped tiny pipeline: ``sd_tiny`` or ``sd35_tiny``."""
+    return str(files("latentreward.tinyworld") / "pipelines" / name)
+
+
+class PipelineSource:
+    """A diffusers pipeline whose parts are loaded one by one, configs first.
+
+    Only safetensors are read, never pickles. ``from_pretrained`` of diffusers and transformers takes folders and hub
+    ids alike, so this class does too.
+
+    Args:
+        source: Folder or hub id.
+        revision: Branch, tag or commit of a hub id.
+        variant: File variant of the weights.
+
+    Raises:
+        InputError: If ``source`` looks like a folder but is none, or is no pipeline. A folder with a bare ``unet/`` or
+            ``transformer/`` and ``scheduler/`` counts as a pipeline without encoders.
+    """
+
+    def __init__(self, source: str, revision: str | None = None, variant: str | None = None) -> None:
+        self.source, self.revision, self.variant = str(source), revision, variant
+        folder = Path(self.source)
+        looks_local = folder.is_absolute() or self.source.startswith((".", "~")) or self.source.count("/") > 1
+        if not folder.exists() and looks_local:
+            raise InputError(f"source={self.source!r} does not exist; give a diffusers pipeline folder or a hub id")
+        if folder.is_dir() and not (folder / "model_index.json").is_file():
+            self.index = {part: ["diffusers", ""] for part in ("unet", "transformer") if (folder / part).is_dir()}
+            if not self.index:
+                raise InputError(
+                    f"source={self.source!r} is no diffusers pipeline: it has neither model_index.json nor unet/ nor "
+                    "transformer/; give the folder that holds them"
+                )
+            self.index["scheduler"] = ["diffusers", ""]
+        else:
+            self.index = self._json("model_index.json")
+
+    def _file(self, name: str) -> Path:
+        if Path(self.source).exists():
+            return Path(self.source) / name
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+        try:
+            return Path(hf_hub_download(self.source, name, revision=self.revision))
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            raise InputError(
+                f"source={self.source!r} is neither a folder here nor reachable on the hub "
+                f"({type(error).__name__}); check the name, the network and your access, or give a local folder"
+            ) from error
+
+    def _json(self, name: str) -> dict[str, Any]:
+        path = self._file(name)
+        if not path.is_file():
+            raise InputError(f"source={self.source!r} lacks {name}; download the whole pipeline again")
+        return json.loads(path.read_text())
+
+    def config(self, part: str) -> dict[str, Any]:
+        """Config of ``part``, such as ``unet`` or ``vae``.
+
+        Raises:
+            InputError: If the pipeline has no such part.
+        """
+        self._require(part)
+        return self._json(f"{part}/{'scheduler_config' if part == 'scheduler' else 'config'}.json")
+
+    def has(self, part: str) -> bool:
+        """Whether the pipeline holds ``part``."""
+        return bool((self.index.get(part) or [None])[0])
+
+    def _require(self, part: str) -> None:
+        if not self.has(part):
+            parts = sorted(name for name in self.index if self.has(name) and not name.startswith("_"))
+            raise InputError(
+                f"source={self.source!r} is a {self.index.get('_class_name', 'pipeline')} without a {part} "
+                f"(it has {', '.join(parts)}); choose a backbone that fits it"
+            )
+
+    def _load(self, family: type[Any], part: str, pretrained: bool = True) -> Any:
+        self._require(part)
+        place = {"subfolder": part, "revision": self.revision}
+        if pretrained:
+            return load_weights(family, self.source, variant=self.variant, **place)
+        if hasattr(family, "load_config"):
+            return family.from_config(family.load_config(self.source, **place))
+        return family(family.config_class.from_pretrained(self.source, **place))
+
+    def unet(self, pretrained: bool = True) -> UNet2DConditionModel:
+        """The U-Net, in float32."""
+        from diffusers import UNet2DConditionModel
+
+        return self._load(UNet2DConditionModel, "unet", pretrained)
+
+    def transformer(self, pretrained: bool = True) -> SD3Transformer2DModel:
+        """The SD3 transformer, in float32."""
+        from diffusers import SD3Transformer2DModel
+
+        return self._load(SD3Transformer2DModel, "transformer", pretrained)
+
+    def noise_process(self) -> NoiseProcess:
+        """The forward process of the pipeline's scheduler."""
+        return process_from_scheduler(self.config("scheduler"))
+
+    def latent_space(self) -> LatentSpace:
+        """Read from the VAE's config."""
+        from latentreward.encoders.vae import latent_space_of
+
+        return latent_space_of(self.config("vae"))
+
+    def latent_encoder(self, dtype: StorageDtype = "float32") -> LatentEncoder:
+        """The VAE in ``dtype``."""
+        from diffusers import AutoencoderKL
+
+        from latentreward.encoders.vae import LatentEncoder
+
+        return LatentEncoder(self._load(AutoencoderKL, "vae").to(getattr(torch, dtype)))
+
+    def tokenizer(self, part: str) -> Any:
+        """The tokenizer ``part``, such as ``tokenizer_2``."""
+        from transformers import CLIPTokenizer, T5TokenizerFast
+
+        self._require(part)
+        family = T5TokenizerFast if self.index[part][1].startswith("T5") else CLIPTokenizer
+        try:
+            return family.from_pretrained(self.source, subfolder=part, revision=self.revision)
+        except (OSError, ValueError) as error:
+            raise InputError(f"source={self.source!r}: cannot load {part}: {first_line(error)}") from error
+
+    def clip_prompts(self, pretrained: bool = True) -> CLIPPromptEncoder:
+        """The prompt encoder of SD1.5 and SD2.1."""
+        from transformers import CLIPTextModel
+
+        from latentreward.encoders.clip import CLIPPromptEncoder
+
+        return CLIPPromptEncoder(self._load(CLIPTextModel, "text_encoder", pretrained), self.tokenizer("tokenizer"))
+
+    def sdxl_prompts(self, pretrained: bool = True) -> SDXLPromptEncoder:
+        """The prompt encoder of SDXL."""
+        from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+        from latentreward.encoders.clip import SDXLPromptEncoder
+
+        return SDXLPromptEncoder(
+            self._load(CLIPTextModel, "text_encoder", pretrained),
+            self._load(CLIPTextModelWithProjection, "text_encoder_2", pretrained),
+            self.tokenizer("tokenizer"),
+            self.tokenizer("tokenizer_2"),
+        )
+
+    def sd3_prompts(self, token_dim: int, t5_length: int, load_t5: bool = True) -> SD3PromptEncoder:
+        """The prompt encoder of SD3 and SD3.5; T5 is left out if the pipeline has none or ``load_t5`` is false."""
+        from transformers import CLIPTextModelWithProjection, T5EncoderModel
+
+        from latentreward.encoders.sd3 import SD3PromptEncoder
+
+        with_t5 = load_t5 and self.has("text_encoder_3")
+        return SD3PromptEncoder(
+            self._load(CLIPTextModelWithProjection, "text_encoder"),
+            self._load(CLIPTextModelWithProjection, "text_encoder_2"),
+            self._load(T5EncoderModel, "text_encoder_3") if with_t5 else None,
+            self.tokenizer("tokenizer"),
+            self.tokenizer("tokenizer_2"),
+            self.tokenizer("tokenizer_3") if with_t5 else None,
+            token_dim=token_dim,
+            t5_length=t5_length,
+        )
+
+
+def load_weights(family: type[Any], source: str, **options: Any) -> Any:
+    """``family.from_pretrained`` in float32 from safetensors, in which every tensor must be there and fit.
+
+    Args:
+        family: diffusers or transformers model class.
+        source: Folder or hub id.
+        options: Further arguments of ``from_pretrained``.
+
+    Raises:
+        InputError: If the files cannot be read, or a tensor is missing, left over or of another shape.
+    """
+    where = f"{source}/{options['subfolder']}" if options.get("subfolder") else source
+    if options.get("variant") is None:
+        options.pop("variant", None)
+    try:
+        model, report = family.from_pretrained(
+            source, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **options
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"cannot load {where}: {first_line(error)}") from error
+    for kind in ("missing", "unexpected", "mismatched"):
+        names = sorted(str(name) for name in report[f"{kind}_keys"])
+        if names:
+            raise InputError(
+                f"cannot load {where}: {kind} tensor {names[0]} ({len(names)} in all); get the files again"
+            )
+    return model
+
+
+def first_line(error: Exception) -> str:
+    """First line of an error's message, or its type where it has none."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def finish(
+    backbone: Backbone,
+    network: nn.Module,
+    *,
+    unread: tuple[str, ...],
+    tuning: Tuning,
+    lora: LoRA | None,
+    text_encoder_tuning: Tuning,
+    gradient_checkpointing: bool,
+    attention_backend: str | None,
+    frozen_dtype: StorageDtype,
+    compile_blocks: bool,
+) -> Backbone:
+    """Apply the settings that every factory shares to a freshly built ``backbone`` around ``network``.
+
+    Raises:
+        InputError: If the attention backend is unknown or its library is missing.
+    """
+    lora = lora or LoRA()
+    tune(network, tuning, lora, unread)
+    if backbone.text_encoder is not None:
+        text_lora = LoRA(lora.rank, lora.alpha, lora.dropout, ("q_proj", "k_proj", "v_proj", "out_proj"))
+        tune(backbone.text_encoder, text_encoder_tuning, text_lora, backbone.text_encoder.unread)
+    if gradient_checkpointing:
+        network.enable_gradient_checkpointing()
+    if attention_backend is not None:
+        try:
+            network.set_attention_backend(attention_backend)
+        except (ValueError, RuntimeError, ImportError) as error:
+            raise InputError(f"attention_backend={attention_backend!r}: {first_line(error)}") from error
+    if frozen_dtype != "float32":
+        store_frozen(network, frozen_dtype)
+        if backbone.text_encoder is not None:
+            store_frozen(backbone.text_encoder, frozen_dtype)
+    if compile_blocks:
+        for block in backbone.blocks():
+            block.compile()
+    return backbone

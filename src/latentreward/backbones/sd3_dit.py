@@ -1,0 +1,279 @@
+"""The transformer of SD3 and SD3.5 as a backbone: its first blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from latentreward.backbones.base import DiffusionBackbone, check_taps
+from latentreward.backbones.loading import PipelineSource, finish, tiny_pipeline
+from latentreward.backbones.registry import register_backbone
+from latentreward.backbones.tuning import LoRA, StorageDtype, Tuning
+from latentreward.contracts import Conditioning, Features, FeatureSpec, LatentSpace, TapSpec
+from latentreward.errors import InputError
+from latentreward.noise import NoiseProcess
+
+if TYPE_CHECKING:
+    from diffusers import SD3Transformer2DModel
+
+    from latentreward.encoders.sd3 import SD3PromptEncoder
+    from latentreward.encoders.vae import LatentEncoder
+
+
+class SD3DiTBackbone(DiffusionBackbone):
+    """First ``num_layers`` blocks of an SD3 or SD3.5 transformer (DiNa-LRM, arXiv:2602.11146, section 3.2).
+
+    Tap k reads after block k; tap 0 reads the embedded tokens before the first block. The timestep embedding contains
+    the pooled text, as the network's does.
+
+    Args:
+        transformer: diffusers transformer; later blocks are dropped from it.
+        noise_process: See :class:`DiffusionBackbone`.
+        latent_space: See :class:`DiffusionBackbone`.
+        num_layers: Blocks to keep; None keeps those that a tap reads.
+        visual_taps: Blocks whose visual tokens are read, ascending.
+        text_taps: Blocks whose text tokens are read; may be empty.
+        pooled_text: ``clip`` is the pooled CLIP text; ``t5`` the mean of T5's tokens, padding included.
+        text_encoder: See :class:`DiffusionBackbone`.
+        vae: See :class:`DiffusionBackbone`.
+
+    Raises:
+        InputError: If a tap lies past ``num_layers``, or a text tap at the last block of the whole network, which has
+            no text output.
+
+    Note:
+        For an LRM on SD3 the source (arXiv:2502.01051, appendix) says only: features of block 18 of 24 and of all text
+        encoders, "the rest similar". Open there, decided here: the visual tokens are mean-pooled, block 18 stands as
+        mid, T comes from the pooled CLIP text (``pooled_text: t5`` as option), VFE encodes the empty prompt.
+    """
+
+    def __init__(
+        self,
+        transformer: SD3Transformer2DModel,
+        noise_process: NoiseProcess,
+        latent_space: LatentSpace,
+        num_layers: int | None = None,
+        visual_taps: Sequence[int] = (4, 8, 12),
+        text_taps: Sequence[int] = (4, 8, 12),
+        pooled_text: Literal["clip", "t5"] = "clip",
+        text_encoder: SD3PromptEncoder | None = None,
+        vae: LatentEncoder | None = None,
+    ) -> None:
+        super().__init__(noise_process, latent_space, text_encoder, vae)
+        depth = len(transformer.transformer_blocks)
+        num_layers = max([*visual_taps, *text_taps, 1]) if num_layers is None else num_layers
+        if not 1 <= num_layers <= depth:
+            raise InputError(f"num_layers={num_layers} must lie between 1 and the network's {depth} blocks")
+        self.visual_taps = check_taps("visual_taps", visual_taps, num_layers, least=1)
+        self.text_taps = check_taps("text_taps", text_taps, num_layers)
+        last = transformer.transformer_blocks[num_layers - 1]
+        if last.context_pre_only and num_layers in self.text_taps:
+            raise InputError(
+                f"text_taps={list(self.text_taps)} reads block {num_layers}, the last of the network, which has no text "
+                "output; read an earlier block"
+            )
+        if pooled_text == "t5" and (text_encoder is None or text_encoder.text_encoder_3 is None):
+            raise InputError("pooled_text='t5' needs the T5 text encoder; set load_t5: true or pooled_text: clip")
+        self.pooled_text = pooled_text
+        self.transformer = transformer
+        transformer.transformer_blocks = transformer.transformer_blocks[:num_layers]
+
+    def unread(self) -> tuple[str, ...]:
+        """Modules whose output no tap reads: they must neither train nor get adapters.
+
+        These are the output layers, and in the last kept block what only the text output needs, if it is not read.
+        """
+        block = f"transformer_blocks.{len(self.transformer.transformer_blocks) - 1}"
+        names = ["norm_out", "proj_out"]
+        if len(self.transformer.transformer_blocks) not in self.text_taps:
+            names += [f"{block}.{n}" for n in ("attn.add_q_proj", "attn.norm_added_q", "attn.to_add_out", "ff_context")]
+        present = {name for name, _ in self.transformer.named_modules()}
+        return tuple(name for name in names if name in present)
+
+    @property
+    def feature_spec(self) -> FeatureSpec:
+        """See :class:`DiffusionBackbone`; grids at the transformer's native latent size."""
+        config = self.transformer.config
+        width = config.num_attention_heads * config.attention_head_dim
+        side = config.sample_size // config.patch_size
+        length = 77 if self.text_encoder is None else self.text_encoder.num_tokens
+        return FeatureSpec(
+            visual=(TapSpec(width, (side, side)),) * len(self.visual_taps),
+            text=(TapSpec(width, (length,)),) * len(self.text_taps),
+            temb_dim=width,
+            pooled_text_dim=config.pooled_projection_dim if self.pooled_text == "clip" else config.joint_attention_dim,
+        )
+
+    def read(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Features:
+        """See :meth:`DiffusionBackbone.read`; latents ``(B, C, h, w)``, an odd rest of h or w is dropped."""
+        dit = self.transformer
+        dtype = dit.pos_embed.proj.weight.dtype
+        visual = dit.pos_embed(latents.to(dtype)).contiguous()
+        temb = dit.time_text_embed(timesteps, conditioning.pooled_prompt_embeds.to(dtype))
+        text = dit.context_embedder(conditioning.prompt_embeds.to(dtype))
+        read = [(visual, text)]
+        for block in dit.transformer_blocks:
+            if dit.gradient_checkpointing and torch.is_grad_enabled():
+                text, visual = checkpoint(block, visual, text, temb, use_reentrant=False)
+            else:
+                text, visual = block(hidden_states=visual, encoder_hidden_states=text, temb=temb)
+            read.append((visual, text))
+        patch = dit.config.patch_size
+        grid = tuple(size // patch for size in latents.shape[2:])
+        return Features(
+            visual=tuple(read[tap][0] for tap in self.visual_taps),
+            visual_grids=(grid,) * len(self.visual_taps),
+            text=tuple(read[tap][1] for tap in self.text_taps),
+            pooled_text=self._pooled(conditioning),
+            temb=temb,
+        )
+
+    def _pooled(self, conditioning: Conditioning) -> Tensor:
+        if self.pooled_text == "clip":
+            return conditioning.pooled_prompt_embeds
+        return conditioning.prompt_embeds[:, self.text_encoder.clip_length :].mean(dim=1)
+
+    def blocks(self) -> Iterator[nn.Module]:
+        """See :meth:`DiffusionBackbone.blocks`."""
+        yield from self.transformer.transformer_blocks
+
+
+def load_sd3_dit(
+    source: str,
+    family: str = "any",
+    revision: str | None = None,
+    variant: str | None = None,
+    pretrained: bool = True,
+    num_layers: int | None = None,
+    visual_taps: Sequence[int] = (4, 8, 12),
+    text_taps: Sequence[int] = (4, 8, 12),
+    pooled_text: Literal["clip", "t5"] = "clip",
+    load_t5: bool = True,
+    t5_length: int = 256,
+    tuning: Tuning = "lora",
+    lora: LoRA | None = None,
+    text_encoder_tuning: Tuning = "frozen",
+    gradient_checkpointing: bool = False,
+    attention_backend: str | None = None,
+    frozen_dtype: StorageDtype = "float32",
+    vae_dtype: StorageDtype = "float32",
+    compile_blocks: bool = False,
+) -> SD3DiTBackbone:
+    """Load a transformer backbone from a Stable Diffusion 3 or 3.5 pipeline.
+
+    Args:
+        source: Diffusers pipeline folder, or hub id.
+        family: Family the pipeline must belong to: ``SD3``, ``SD3.5`` or ``any``.
+        revision: Branch, tag or commit of a hub id.
+        variant: File variant of the weights, such as ``fp16``.
+        pretrained: False draws random weights for the transformer instead, as a control.
+        num_layers: Blocks to keep; None keeps those that a tap reads.
+        visual_taps: Blocks whose visual tokens are read; 0 is before the first.
+        text_taps: Blocks whose text tokens are read; may be empty.
+        pooled_text: Pooled text vector for heads: ``clip`` or ``t5``.
+        load_t5: False leaves T5 out: 9.5 GB less in bfloat16, at some loss for long prompts.
+        t5_length: T5 tokens per prompt (zeros without T5).
+        tuning: How the transformer trains: ``full``, ``lora`` or ``frozen``.
+        lora: Adapter settings for ``tuning: lora``; the default is DiNa-LRM's rank 64, alpha 128.
+        text_encoder_tuning: How the text encoders train.
+        gradient_checkpointing: Recompute block activations in the backward pass: less memory, about a third slower.
+        attention_backend: Name of a diffusers attention backend, such as ``flash``; None keeps PyTorch's own.
+        frozen_dtype: Storage of frozen weights; ``bfloat16`` goes with ``precision: bf16-mixed``.
+        vae_dtype: Precision of the VAE.
+        compile_blocks: Compile each block with ``torch.compile``.
+
+    Raises:
+        InputError: If the source is no such pipeline, its parts do not fit, or a tap lies past the blocks.
+    """
+    pipeline = PipelineSource(source, revision, variant)
+    config = pipeline.config("transformer")
+    found = "SD3.5" if config.get("qk_norm") else "SD3"
+    if family not in ("any", found):
+        raise InputError(
+            f"source={source!r} holds a {found} transformer, but this backbone is {family}; choose the backbone of "
+            "that family or another source"
+        )
+    text_encoder = pipeline.sd3_prompts(config["joint_attention_dim"], t5_length, load_t5)
+    if text_encoder.pooled_dim != config["pooled_projection_dim"]:
+        raise InputError(
+            f"source={source!r}: the text encoders' pooled vector is {text_encoder.pooled_dim} wide, but the "
+            f"transformer takes {config['pooled_projection_dim']}; network and text encoders must come from one pipeline"
+        )
+    backbone = SD3DiTBackbone(
+        pipeline.transformer(pretrained),
+        pipeline.noise_process(),
+        pipeline.latent_space(),
+        num_layers,
+        visual_taps,
+        text_taps,
+        pooled_text,
+        text_encoder,
+        pipeline.latent_encoder(vae_dtype),
+    )
+    return finish(
+        backbone,
+        backbone.transformer,
+        unread=backbone.unread(),
+        tuning=tuning,
+        lora=lora,
+        text_encoder_tuning=text_encoder_tuning,
+        gradient_checkpointing=gradient_checkpointing,
+        attention_backend=attention_backend,
+        frozen_dtype=frozen_dtype,
+        compile_blocks=compile_blocks,
+    )
+
+
+@register_backbone
+def sd3_medium(source: str, **options: Any) -> SD3DiTBackbone:
+    """Stable Diffusion 3 Medium (Stability AI Community License): 24 blocks, no normalised queries and keys.
+
+    Args:
+        source: Diffusers pipeline folder, or hub id.
+        options: See :func:`load_sd3_dit`.
+    """
+    return load_sd3_dit(source, "SD3", **options)
+
+
+@register_backbone
+def sd35_medium(source: str, **options: Any) -> SD3DiTBackbone:
+    """Stable Diffusion 3.5 Medium (Stability AI Community License): the backbone of DiNa-LRM, 12 of 24 blocks.
+
+    Args:
+        source: Diffusers pipeline folder, or hub id.
+        options: See :func:`load_sd3_dit`.
+    """
+    return load_sd3_dit(source, "SD3.5", **options)
+
+
+@register_backbone
+def sd35_tiny(
+    source: str | None = None,
+    num_layers: int | None = 3,
+    visual_taps: Sequence[int] = (1, 2, 3),
+    text_taps: Sequence[int] = (1, 2, 3),
+    t5_length: int = 0,
+    **options: Any,
+) -> SD3DiTBackbone:
+    """The SD3.5-like generator of the tiny world, shipped with the package: 4 blocks, no T5.
+
+    Args:
+        source: None takes the shipped pipeline.
+        num_layers: Blocks to keep; None keeps those that a tap reads.
+        visual_taps: Blocks whose visual tokens are read; 0 is before the first.
+        text_taps: Blocks whose text tokens are read; may be empty.
+        t5_length: Zero tokens in T5's place; the tiny generator was trained with none.
+        options: See :func:`load_sd3_dit`.
+    """
+    return load_sd3_dit(
+        source or tiny_pipeline("sd35_tiny"),
+        num_layers=num_layers,
+        visual_taps=visual_taps,
+        text_taps=text_taps,
+        t5_length=t5_length,
+        **options,
+    )

@@ -1,0 +1,270 @@
+"""The U-Net of SD1.5, SD2.1 and SDXL as a backbone: down and mid blocks only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from latentreward.backbones.base import DiffusionBackbone, check_taps
+from latentreward.backbones.loading import PipelineSource, finish, tiny_pipeline
+from latentreward.backbones.registry import register_backbone
+from latentreward.backbones.tuning import LoRA, StorageDtype, Tuning
+from latentreward.contracts import Conditioning, Features, FeatureSpec, LatentSpace, TapSpec
+from latentreward.errors import InputError
+from latentreward.noise import NoiseProcess
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+
+    from latentreward.encoders.prompts import PromptEncoder
+    from latentreward.encoders.vae import LatentEncoder
+
+
+class SDUNetBackbone(DiffusionBackbone):
+    """Down path and mid block of a Stable Diffusion U-Net; the up path is neither computed nor kept.
+
+    Visual tap 0 is the input convolution, tap i the i-th down block after its last layer and before its downsampler,
+    the last tap the mid block (LRM, arXiv:2502.01051, section 3.1). The U-Net does not change its text tokens, so the
+    only text tap is 0: the prompt embeddings themselves.
+
+    Args:
+        unet: diffusers U-Net; blocks that no tap reads are dropped from it.
+        noise_process: See :class:`DiffusionBackbone`.
+        latent_space: See :class:`DiffusionBackbone`.
+        visual_taps: Blocks to read, ascending; None reads every down block and the mid block.
+        text_taps: ``(0,)`` or empty.
+        text_encoder: See :class:`DiffusionBackbone`.
+        vae: See :class:`DiffusionBackbone`.
+
+    Raises:
+        InputError: If a tap lies past the blocks.
+    """
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        noise_process: NoiseProcess,
+        latent_space: LatentSpace,
+        visual_taps: Sequence[int] | None = None,
+        text_taps: Sequence[int] = (0,),
+        text_encoder: PromptEncoder | None = None,
+        vae: LatentEncoder | None = None,
+    ) -> None:
+        super().__init__(noise_process, latent_space, text_encoder, vae)
+        self._mid = len(unet.down_blocks) + 1
+        taps = range(1, self._mid + 1) if visual_taps is None else visual_taps
+        self.visual_taps = check_taps("visual_taps", taps, self._mid, least=1)
+        self.text_taps = check_taps("text_taps", text_taps, 0)
+        self.unet = cut_unet(unet, self.visual_taps[-1])
+
+    @property
+    def feature_spec(self) -> FeatureSpec:
+        """See :class:`DiffusionBackbone`; grids at the U-Net's native latent size."""
+        config = self.unet.config
+        size = config.sample_size if isinstance(config.sample_size, int) else config.sample_size[0]
+        levels = [config.block_out_channels[0], *config.block_out_channels, config.block_out_channels[-1]]
+        shrink = [0, *range(self._mid - 1), self._mid - 2]
+        return FeatureSpec(
+            visual=tuple(TapSpec(levels[tap], (size >> shrink[tap],) * 2) for tap in self.visual_taps),
+            text=tuple(TapSpec(config.cross_attention_dim, (self._text_length(),)) for _ in self.text_taps),
+            temb_dim=self.unet.time_embedding.linear_2.out_features,
+            pooled_text_dim=self._pooled_dim(),
+        )
+
+    def _text_length(self) -> int:
+        return 77 if self.text_encoder is None else self.text_encoder.num_tokens
+
+    def _pooled_dim(self) -> int:
+        return self.unet.config.cross_attention_dim if self.text_encoder is None else self.text_encoder.pooled_dim
+
+    def read(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Features:
+        """See :meth:`DiffusionBackbone.read`; latents ``(B, 4, h, w)``."""
+        unet = self.unet
+        sample = latents.to(unet.conv_in.weight.dtype)
+        tokens = conditioning.prompt_embeds.to(sample.dtype)
+        temb = unet.time_embedding(unet.get_time_embed(sample=sample, timestep=timesteps))
+        if unet.config.addition_embed_type == "text_time":
+            temb = temb + unet.get_aug_embed(
+                emb=temb,
+                encoder_hidden_states=tokens,
+                added_cond_kwargs={
+                    "text_embeds": conditioning.pooled_prompt_embeds.to(sample.dtype),
+                    "time_ids": self._time_ids(len(sample)).to(sample),
+                },
+            )
+        sample = unet.conv_in(sample)
+        read = {0: sample}
+        for number, block in enumerate(unet.down_blocks, start=1):
+            attends = {"encoder_hidden_states": tokens} if getattr(block, "has_cross_attention", False) else {}
+            sample, outputs = block(hidden_states=sample, temb=temb, **attends)
+            read[number] = outputs[len(block.resnets) - 1]
+        if unet.mid_block is not None:
+            read[self._mid] = unet.mid_block(sample, temb, encoder_hidden_states=tokens)
+        maps = [read[tap] for tap in self.visual_taps]
+        return Features(
+            visual=tuple(features.flatten(2).transpose(1, 2) for features in maps),
+            visual_grids=tuple(tuple(features.shape[2:]) for features in maps),
+            text=(tokens,) * len(self.text_taps),
+            pooled_text=conditioning.pooled_prompt_embeds,
+            temb=temb,
+        )
+
+    def _time_ids(self, batch: int) -> Tensor:
+        """SDXL's size conditioning ``(B, 6)``: native size, no crop, native size, as LRM-SDXL was trained."""
+        side = float(self.unet.config.sample_size * self.latent_space.downscale)
+        return torch.tensor([side, side, 0.0, 0.0, side, side]).expand(batch, 6)
+
+    def blocks(self) -> Iterator[nn.Module]:
+        """See :meth:`DiffusionBackbone.blocks`."""
+        yield from self.unet.down_blocks
+        if self.unet.mid_block is not None:
+            yield self.unet.mid_block
+
+
+def cut_unet(unet: UNet2DConditionModel, last_tap: int) -> UNet2DConditionModel:
+    """Drop, in place, what lies behind block ``last_tap``: the output path, and blocks that nobody reads.
+
+    Every parameter that stays contributes to a feature, so DDP finds none unused.
+    """
+    unet.up_blocks = nn.ModuleList()
+    unet.conv_norm_out, unet.conv_act, unet.conv_out = None, None, nn.Identity()
+    unet.num_upsamplers = 0
+    if last_tap <= len(unet.down_blocks):
+        unet.mid_block = None
+        unet.down_blocks = unet.down_blocks[:last_tap]
+        if last_tap:
+            unet.down_blocks[-1].downsamplers = None
+    return unet
+
+
+def load_sd_unet(
+    source: str,
+    family: str = "any",
+    revision: str | None = None,
+    variant: str | None = None,
+    pretrained: bool = True,
+    visual_taps: Sequence[int] | None = None,
+    text_taps: Sequence[int] = (0,),
+    tuning: Tuning = "full",
+    lora: LoRA | None = None,
+    text_encoder_tuning: Tuning = "full",
+    gradient_checkpointing: bool = False,
+    attention_backend: str | None = None,
+    frozen_dtype: StorageDtype = "float32",
+    vae_dtype: StorageDtype = "float32",
+    compile_blocks: bool = False,
+) -> SDUNetBackbone:
+    """Load a U-Net backbone from a Stable Diffusion pipeline.
+
+    Args:
+        source: Diffusers pipeline folder, or hub id.
+        family: Family the pipeline must belong to: ``SD1.5``, ``SD2.1``, ``SDXL`` or ``any``.
+        revision: Branch, tag or commit of a hub id.
+        variant: File variant of the weights, such as ``fp16``.
+        pretrained: False draws random weights for network and text encoder instead, as a control.
+        visual_taps: Blocks to read; None reads all down blocks and the mid block.
+        text_taps: ``[0]`` reads the prompt embeddings; ``[]`` reads none.
+        tuning: How the U-Net trains: ``full``, ``lora`` or ``frozen``.
+        lora: Adapter settings for ``tuning: lora``.
+        text_encoder_tuning: How the text encoder trains: ``full``, ``lora`` or ``frozen``.
+        gradient_checkpointing: Recompute block activations in the backward pass: less memory, about a third slower.
+        attention_backend: Name of a diffusers attention backend, such as ``flash``; None keeps PyTorch's own.
+        frozen_dtype: Storage of frozen weights; ``bfloat16`` goes with ``precision: bf16-mixed``.
+        vae_dtype: Precision of the VAE.
+        compile_blocks: Compile each block with ``torch.compile``.
+
+    Raises:
+        InputError: If the source is no such pipeline, its parts do not fit, or a tap lies past the blocks.
+    """
+    pipeline = PipelineSource(source, revision, variant)
+    config = pipeline.config("unet")
+    found = unet_family(config)
+    if family not in ("any", found):
+        raise InputError(
+            f"source={source!r} holds a {found} U-Net (cross_attention_dim {config.get('cross_attention_dim')}), but "
+            f"this backbone is {family}; choose the backbone of that family or another source"
+        )
+    text_encoder = pipeline.sdxl_prompts(pretrained) if found == "SDXL" else pipeline.clip_prompts(pretrained)
+    if text_encoder.token_dim != config["cross_attention_dim"]:
+        raise InputError(
+            f"source={source!r}: the text encoder is {text_encoder.token_dim} wide, but the U-Net takes "
+            f"{config['cross_attention_dim']}; network and text encoder must come from one pipeline"
+        )
+    backbone = SDUNetBackbone(
+        pipeline.unet(pretrained),
+        pipeline.noise_process(),
+        pipeline.latent_space(),
+        visual_taps,
+        text_taps,
+        text_encoder,
+        pipeline.latent_encoder(vae_dtype),
+    )
+    return finish(
+        backbone,
+        backbone.unet,
+        unread=(),
+        tuning=tuning,
+        lora=lora,
+        text_encoder_tuning=text_encoder_tuning,
+        gradient_checkpointing=gradient_checkpointing,
+        attention_backend=attention_backend,
+        frozen_dtype=frozen_dtype,
+        compile_blocks=compile_blocks,
+    )
+
+
+def unet_family(config: dict[str, Any]) -> str:
+    """``SDXL``, ``SD2.1`` or ``SD1.5``, from a U-Net's config."""
+    if config.get("addition_embed_type") == "text_time":
+        return "SDXL"
+    return "SD2.1" if config.get("cross_attention_dim") == 1024 else "SD1.5"
+
+
+@register_backbone
+def sd15(source: str, **options: Any) -> SDUNetBackbone:
+    """Stable Diffusion 1.5 (CreativeML OpenRAIL-M): the backbone of LRM-SD1.5.
+
+    Args:
+        source: Diffusers pipeline folder, or hub id.
+        options: See :func:`load_sd_unet`.
+    """
+    return load_sd_unet(source, "SD1.5", **options)
+
+
+@register_backbone
+def sd21(source: str, **options: Any) -> SDUNetBackbone:
+    """Stable Diffusion 2.1 (CreativeML OpenRAIL++-M) with its own OpenCLIP-H text tower; v- or ε-prediction.
+
+    Args:
+        source: Diffusers pipeline folder, or hub id.
+        options: See :func:`load_sd_unet`.
+
+    Note:
+        LPO's published SD2.1 runs use the SD1.5 reward, which shares the VAE; this is the reward of SD2.1 itself.
+    """
+    return load_sd_unet(source, "SD2.1", **options)
+
+
+@register_backbone
+def sdxl(source: str, **options: Any) -> SDUNetBackbone:
+    """Stable Diffusion XL base (CreativeML OpenRAIL++-M): the backbone of LRM-SDXL.
+
+    Args:
+        source: Diffusers pipeline folder, or hub id.
+        options: See :func:`load_sd_unet`.
+    """
+    return load_sd_unet(source, "SDXL", **options)
+
+
+@register_backbone
+def sd_tiny(source: str | None = None, **options: Any) -> SDUNetBackbone:
+    """The Stable Diffusion of the tiny world, shipped with the package.
+
+    Args:
+        source: None takes the shipped pipeline.
+        options: See :func:`load_sd_unet`.
+    """
+    return load_sd_unet(source or tiny_pipeline("sd_tiny"), **options)

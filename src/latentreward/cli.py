@@ -1,0 +1,88 @@
+"""The command line: finds the subcommand, runs it, and turns bad input into one line and an exit status.
+
+Only the standard library is imported here, so that ``--help``, ``--version`` and misspelt subcommands answer at once.
+"""
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from latentreward import __version__
+from latentreward.errors import InputError, did_you_mean
+
+COMMANDS = {
+    "fit": ("latentreward.lightning_cli:run", "train, from a checkpoint if --ckpt_path is given"),
+    "validate": ("latentreward.lightning_cli:run", "metrics on the validation split"),
+    "test": ("latentreward.lightning_cli:run", "metrics on the test split"),
+    "predict": ("latentreward.lightning_cli:run", "score pairs and write them to parquet"),
+}
+"""Subcommand -> (function that takes the subcommand and its arguments, one line of help)."""
+
+HELP = """\
+usage: latentreward COMMAND [--config FILE ...] [--SETTING=VALUE ...]
+
+{commands}
+
+examples:
+  latentreward fit --config configs/model/lrm_tiny.yaml --config configs/data/tinyworld.yaml \\
+      --config configs/trainer/cpu.yaml
+  latentreward fit --config runs/1/config.yaml --model.backbone sd15 --trainer.max_steps 1000 --print_config
+  latentreward predict --config runs/1/config.yaml --ckpt_path runs/1/last.ckpt
+
+Later files and settings win; trainer.callbacks add up (null or [] clears them). A file configs/... that is not here is
+taken from the installed package. Class paths may name your own modules in the current folder.
+
+options, anywhere on the line:
+  --help, --version       `COMMAND --help` lists all settings
+  --debug                 keep the traceback of an error (or set LATENTREWARD_DEBUG=1)
+  --restrict-imports[=MODULE,...]
+                          settings may name only latentreward, torch, lightning, torchmetrics and these modules
+"""
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run one subcommand.
+
+    Args:
+        args: Arguments without the program's name; the process's own by default.
+
+    Raises:
+        SystemExit: With status 2 after bad input, 143 after SIGTERM.
+    """
+    arguments = list(sys.argv[1:] if args is None else args)
+    debug = "--debug" in arguments or os.environ.get("LATENTREWARD_DEBUG", "0") not in ("", "0")
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        _dispatch(arguments)
+    except (InputError, OSError) as error:
+        if debug:
+            raise
+        _fail(error)
+
+
+def _dispatch(arguments: list[str]) -> None:
+    if arguments and arguments[0] in ("-h", "--help"):
+        width = max(map(len, COMMANDS))
+        lines = (f"  {name:{width}}  {summary}" for name, (_, summary) in COMMANDS.items())
+        print(HELP.format(commands="\n".join(lines)), end="")
+        return
+    if "--version" in arguments[:1]:
+        print(f"latentreward {__version__}")
+        return
+    if not arguments or arguments[0] not in COMMANDS:
+        problem = f"unknown command {arguments[0]!r}" if arguments else "no command"
+        raise InputError(f"{problem}{did_you_mean(arguments[0] if arguments else '', COMMANDS)}")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.append(here)  # last: a user's own classes are found and shadow nothing
+    module, function = COMMANDS[arguments[0]][0].split(":")
+    getattr(importlib.import_module(module), function)(arguments[0], arguments[1:])
+
+
+def _fail(error: Exception) -> NoReturn:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    print(f"latentreward: error: {' '.join(lines)}", file=sys.stderr)
+    raise SystemExit(2)

@@ -1,0 +1,270 @@
+"""Frozen records that cross rooms: pair, batch, conditioning, features, scores.
+
+Data flows one way: ``PreferencePair`` (readers) → ``PreferenceBatch`` (collate) → latents, noise and ``Conditioning``
+(encoders) → ``Features`` (backbone) → scores (head) → ``PairScores`` → loss.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+
+def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Apply ``function`` to every tensor of a record, through nested records and tuples; anything else stays."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, TensorRecord):
+        return replace(value, **{f.name: map_tensors(getattr(value, f.name), function) for f in fields(value)})
+    if isinstance(value, tuple):
+        return tuple(map_tensors(item, function) for item in value)
+    return value
+
+
+class TensorRecord:
+    """Mix-in for frozen dataclasses of tensors: Lightning moves a batch by calling ``to``."""
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Return a copy whose tensors went through ``Tensor.to`` with the same arguments."""
+        return map_tensors(self, lambda tensor: tensor.to(*args, **kwargs))
+
+    def pin_memory(self) -> Self:
+        """Return a copy in page-locked memory, for ``DataLoader(pin_memory=True)``."""
+        return map_tensors(self, lambda tensor: tensor.pin_memory())
+
+
+@dataclass(frozen=True)
+class ImageRef:
+    """One image of a data set, not yet decoded: its bytes, or the file they lie in.
+
+    Attributes:
+        image_key: Stable name of the *image* (uid, relative path or content hash), never of the pair: images recur.
+        data: Encoded bytes, when the reader already holds them.
+        path: File with the encoded bytes, otherwise.
+    """
+
+    image_key: str
+    data: bytes | None = None
+    path: Path | None = None
+
+
+@dataclass(frozen=True)
+class PreferencePair:
+    """One comparison of two images for a prompt, with the sides in the order of the source file.
+
+    Attributes:
+        pair_id: Stable name of the comparison, unique in its source; every random draw of the pair is seeded with it.
+        prompt: Raw text; truncation belongs to the tokenizer.
+        image_a: First image of the file.
+        image_b: Second image of the file.
+        label_a: Probability that ``image_a`` is preferred, in [0, 1] (½ is a tie); None is unlabelled.
+        weight: Weight in the loss before normalisation over the batch, e.g. 1 / rows of the same prompt.
+        group_id: Prompt group of the source, if it has one.
+        votes: Votes for (a, b), if published.
+        confidence: Annotators' confidence in [0, 1], if published.
+        model_a: Generator of ``image_a``.
+        model_b: Generator of ``image_b``.
+        source: Name of the data set.
+        split: Name of the split.
+    """
+
+    pair_id: str
+    prompt: str
+    image_a: ImageRef
+    image_b: ImageRef
+    label_a: float | None
+    weight: float = 1.0
+    group_id: str | None = None
+    votes: tuple[int, int] | None = None
+    confidence: float | None = None
+    model_a: str | None = None
+    model_b: str | None = None
+    source: str = ""
+    split: str = ""
+
+    def swapped(self) -> "PreferencePair":
+        """The same comparison with its two sides exchanged."""
+        return replace(
+            self,
+            image_a=self.image_b,
+            image_b=self.image_a,
+            label_a=None if self.label_a is None else 1.0 - self.label_a,
+            votes=None if self.votes is None else self.votes[::-1],
+            model_a=self.model_b,
+            model_b=self.model_a,
+        )
+
+
+@dataclass(frozen=True)
+class LatentSpace:
+    """What tells one VAE's latents from another's; equal spaces can share latents, rewards and policies.
+
+    Read from the VAE's config alone, so two spaces are compared before any weight is loaded.
+
+    Attributes:
+        channels: Latent channels.
+        downscale: Pixels per latent along each spatial axis.
+        scaling_factor: Factor on (posterior sample − shift).
+        shift_factor: Shift before scaling; 0 where the config has none.
+    """
+
+    channels: int
+    downscale: int
+    scaling_factor: float
+    shift_factor: float = 0.0
+
+    def __str__(self) -> str:
+        """One line for error messages."""
+        return (
+            f"{self.channels} channels, 1/{self.downscale} size, scale {self.scaling_factor:g}, "
+            f"shift {self.shift_factor:g}"
+        )
+
+
+@dataclass(frozen=True)
+class PreferenceBatch(TensorRecord):
+    """Pairs oriented to chosen and rejected; images as pixels or as latents.
+
+    A tie (label ½) has no better side; the image with the smaller key stands first, so that exchanging the sides of
+    the source changes nothing.
+
+    Attributes:
+        pair_ids: B names.
+        prompts: B raw prompts.
+        chosen: ``(B, 3, H, W)`` pixels in [-1, 1], or latents ``(B, C, ...)`` already scaled.
+        rejected: As ``chosen``.
+        chosen_keys: B image keys.
+        rejected_keys: B image keys.
+        label: ``(B,)`` probability that the chosen image wins, in [½, 1].
+        weight: ``(B,)`` weights, not yet normalised.
+        latent_space: None for pixels; the space of the latents otherwise.
+    """
+
+    pair_ids: tuple[str, ...]
+    prompts: tuple[str, ...]
+    chosen: Tensor
+    rejected: Tensor
+    chosen_keys: tuple[str, ...]
+    rejected_keys: tuple[str, ...]
+    label: Tensor
+    weight: Tensor
+    latent_space: LatentSpace | None = None
+
+    def __len__(self) -> int:
+        """Number of pairs."""
+        return len(self.pair_ids)
+
+
+@dataclass(frozen=True)
+class Conditioning(TensorRecord):
+    """Encoded prompts, as a diffusion network takes them.
+
+    Attributes:
+        prompt_embeds: ``(B, L, D)`` token embeddings.
+        pooled_prompt_embeds: ``(B, P)`` one vector per prompt: what the network takes beside the tokens (SDXL, SD3),
+            or the text encoder's EOS feature (SD1.5, SD2.1).
+    """
+
+    prompt_embeds: Tensor
+    pooled_prompt_embeds: Tensor
+
+    def select(self, index: Tensor | Sequence[int]) -> "Conditioning":
+        """Rows ``index``, repeats allowed: one encoded prompt serves several images."""
+        rows = torch.as_tensor(index, device=self.prompt_embeds.device)
+        return map_tensors(self, lambda tensor: tensor[rows])
+
+
+@dataclass(frozen=True)
+class TapSpec:
+    """Width and token grid of one tap.
+
+    Attributes:
+        width: Features per token.
+        grid: Tokens along each axis at the network's native size: (H, W) for images, (T, H, W) for video, (L,) for
+            text.
+    """
+
+    width: int
+    grid: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class FeatureSpec:
+    """What a backbone will give to a head: everything a head needs to size itself.
+
+    Attributes:
+        visual: One entry per visual tap.
+        text: One entry per text tap; may be empty.
+        temb_dim: Width of the timestep embedding.
+        pooled_text_dim: Width of the pooled text vector.
+    """
+
+    visual: tuple[TapSpec, ...]
+    text: tuple[TapSpec, ...]
+    temb_dim: int
+    pooled_text_dim: int
+
+
+@dataclass(frozen=True)
+class Features(TensorRecord):
+    """What a backbone read from noisy latents.
+
+    Attributes:
+        visual: One ``(B, N_i, D_i)`` per visual tap; N_i is the product of ``visual_grids[i]``, row-major.
+        visual_grids: Token grid of each visual tap for these latents.
+        text: One ``(B, L, D_i)`` per text tap.
+        pooled_text: ``(B, P)``.
+        temb: ``(B, E)`` timestep embedding as the network computed it.
+        uncond: The same for the empty prompt, if it was asked for.
+    """
+
+    visual: tuple[Tensor, ...]
+    visual_grids: tuple[tuple[int, ...], ...]
+    text: tuple[Tensor, ...]
+    pooled_text: Tensor
+    temb: Tensor
+    uncond: "Features | None" = None
+
+
+@dataclass(frozen=True)
+class CrossScores(TensorRecord):
+    """Scores of every image against every prompt of the batch, for losses with in-batch negatives.
+
+    Attributes:
+        chosen: ``(N, N)``; row i is prompt i, column j the chosen image of pair j.
+        rejected: ``(N, N)`` likewise.
+    """
+
+    chosen: Tensor
+    rejected: Tensor
+
+
+@dataclass(frozen=True)
+class PairScores(TensorRecord):
+    """What a preference loss sees.
+
+    Attributes:
+        chosen: ``(B,)``, or ``(B, out_dim)``: rewards of the chosen images.
+        rejected: Same shape.
+        label: ``(B,)`` probability that chosen wins, in [½, 1].
+        weight: ``(B,)`` weights, not yet normalised.
+        chosen_sigmas: ``(B,)`` noise level in [0, 1] at which the chosen image was scored.
+        rejected_sigmas: ``(B,)``; equals ``chosen_sigmas`` unless the two images of a pair have their own timesteps.
+        cross: Only for losses whose ``needs_cross_scores`` is true.
+    """
+
+    chosen: Tensor
+    rejected: Tensor
+    label: Tensor
+    weight: Tensor
+    chosen_sigmas: Tensor
+    rejected_sigmas: Tensor
+    cross: CrossScores | None = None
+
+    @property
+    def margin(self) -> Tensor:
+        """Chosen minus rejected in float32: ``(B,)`` or ``(B, out_dim)``."""
+        return self.chosen.float() - self.rejected.float()

@@ -1,0 +1,123 @@
+"""Readers in, loaders of preference batches out."""
+
+import logging
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
+
+from latentreward.data.collate import collate_pairs
+from latentreward.data.dataset import PairDataset
+from latentreward.data.images import MAX_PIXELS, PixelLoader, ResizePolicy
+from latentreward.data.readers import PairReader, count_text
+from latentreward.data.sampling import PairSampler, even_batch_size
+from latentreward.data.splits import SharedPrompts, select_rows
+from latentreward.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+
+class PreferenceDataModule(LightningDataModule):
+    """Pairs for training, validation, test and prediction, decoded to one size.
+
+    Unlabelled rows are left out, except in prediction. No prompt is in two splits: a row of ``train`` gives way to
+    ``val`` and ``test``, a row of ``val`` to ``test``, whichever of them is run. Rows and prompts are known when the
+    object is constructed; images are read by the loaders' workers.
+
+    Args:
+        size: Pixels of a side, or (height, width), as the network takes them.
+        train: Pairs to learn from.
+        val: Pairs to validate on.
+        test: Pairs to test on.
+        predict: Pairs to score, labelled or not; they may share prompts with the others.
+        resize: How images come to ``size``, see :class:`PixelLoader`.
+        batch_size: Pairs per batch and rank. A batch is smaller by its unreadable pairs, and over uneven shares of
+            ranks evaluation may use another size near it.
+        num_workers: Loader processes per rank; 0 decodes in the training process.
+        prefetch_factor: Batches that each worker holds ready.
+        pin_memory: Hand batches over in page-locked memory, where there is an accelerator.
+        shuffle: New order of ``train`` each epoch, the same for every world size.
+        seed: Seed of that order.
+        shared_prompts: ``"drop"`` leaves out rows that give way to another split; ``"raise"`` stops if there are any.
+        max_pixels: Images with more pixels are refused before they are decoded.
+
+    Raises:
+        InputError: If a setting is out of range or a split has no rows left.
+    """
+
+    def __init__(
+        self,
+        size: int | tuple[int, int],
+        *,
+        train: PairReader | None = None,
+        val: PairReader | None = None,
+        test: PairReader | None = None,
+        predict: PairReader | None = None,
+        resize: ResizePolicy = "stretch",
+        batch_size: int = 16,
+        num_workers: int = 4,
+        prefetch_factor: int = 2,
+        pin_memory: bool = True,
+        shuffle: bool = True,
+        seed: int = 0,
+        shared_prompts: SharedPrompts = "drop",
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
+        super().__init__()
+        height, width = (size, size) if isinstance(size, int) else size
+        limits = {"size": min(height, width), "batch_size": batch_size, "prefetch_factor": prefetch_factor}
+        for name, value in limits.items():
+            if value < 1:
+                raise InputError(f"data.{name} is {value}; it must be at least 1")
+        self.batch_size, self.num_workers, self.prefetch_factor = batch_size, num_workers, prefetch_factor
+        self.pin_memory, self.shuffle, self.seed = pin_memory, shuffle, seed
+        loader = PixelLoader(height, width, resize, max_pixels)
+        readers = {"train": train, "val": val, "test": test}
+        given = {name: reader for name, reader in readers.items() if reader is not None}
+        rows = select_rows(given, shared_prompts)
+        self.datasets = {name: PairDataset(reader, loader, rows[name]) for name, reader in given.items()}
+        if predict is not None:
+            self.datasets["predict"] = PairDataset(predict, loader, np.arange(len(predict)))
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Batches of ``train``; every rank gets equally many pairs."""
+        return self._loader("train", shuffle=self.shuffle)
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """Batches of ``val``, each pair once over all ranks; none without ``val``."""
+        return self._loader("val") if "val" in self.datasets else []
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Batches of ``test``, each pair once over all ranks."""
+        return self._loader("test")
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """Batches of ``predict``, each pair once over all ranks."""
+        return self._loader("predict")
+
+    def teardown(self, stage: str) -> None:
+        """Log one line per split with pairs whose images could not be read."""
+        for name, dataset in self.datasets.items():
+            if skipped := dataset.skipped():
+                logger.warning("data.%s: images not read on this rank: %s", name, count_text(skipped))
+
+    def _loader(self, name: str, shuffle: bool = False) -> DataLoader[Any]:
+        if name not in self.datasets:
+            raise InputError(f"data.{name} is not set; give it a reader, e.g. latentreward.data.PickAPicReader")
+        dataset, training = self.datasets[name], name == "train"
+        shares = (self.trainer.distributed_sampler_kwargs if self.trainer else None) or {"num_replicas": 1, "rank": 0}
+        ranks = shares["num_replicas"]
+        if len(dataset) < ranks:
+            raise InputError(f"data.{name} has {len(dataset)} rows for {ranks} ranks; use fewer devices or more rows")
+        return DataLoader(
+            dataset,
+            batch_size=self.batch_size if training else even_batch_size(len(dataset), ranks, self.batch_size),
+            sampler=PairSampler(len(dataset), **shares, shuffle=shuffle, seed=self.seed, drop_last=training),
+            num_workers=self.num_workers,
+            collate_fn=collate_pairs,
+            pin_memory=self.pin_memory and torch.accelerator.is_available(),
+            prefetch_factor=self.prefetch_factor if self.num_workers else None,
+            persistent_workers=self.num_workers > 0,
+        )

@@ -1,0 +1,240 @@
+"""HPDv3: pairs of image files, the preferred one first, with votes and confidence, in JSON."""
+
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from latentreward.contracts import ImageRef, PreferencePair
+from latentreward.data.images import NO_IMAGE, OUTSIDE, RootedImageRef
+from latentreward.data.readers import OnError, PairReader
+from latentreward.errors import InputError
+from latentreward.seeding import pair_generator
+
+INDEX = pa.schema(
+    {
+        "row": pa.int64(),
+        "labelled": pa.bool_(),
+        "prompt": pa.large_string(),
+        "path1": pa.large_string(),
+        "path2": pa.large_string(),
+        "model1": pa.string(),
+        "model2": pa.string(),
+        "votes1": pa.int64(),
+        "votes2": pa.int64(),
+        "confidence": pa.float64(),
+    }
+)
+NULL_TEXTS = ("", "null", "none", "nan")
+MAX_VOTES = 10**9
+ARRAY_REMEDY = "give the published file, one JSON list of objects"
+
+
+class HPDv3Reader(PairReader):
+    """Rows of one JSON file of HPDv3.
+
+    ``path1`` is the preferred image, as published; the votes do not override that, since the annotators behind them
+    were weighed by ability. A null or missing prompt is read as an empty one. Votes that are not two counts, and a
+    confidence that is no number, are read as not published. A row without a path, with a path out of ``root`` or
+    with an absent file is a row whose image cannot be read; the first two are found at once. A row that is no JSON
+    object, or whose prompt is no text, falls under ``on_error``. Duplicate rows are kept.
+
+    Constructing a reader parses the whole JSON file and keeps it in a compact form.
+
+    Args:
+        root: Folder with the JSON files and ``images/``; no image outside it is opened.
+        split: Name of the JSON file without its ending: ``all``, ``train``, ``test``.
+        min_confidence: Leave out rows whose confidence is lower, e.g. 0.95; rows without confidence stay.
+        label: ``"hard"`` gives 1 to the image of ``path1``; ``"votes"`` gives each image its share of the votes, and
+            is hard where there are no votes.
+        randomise_sides: Exchange the sides of every other row, by a draw from ``seed`` and the row's name; without it
+            the preferred image is always a, and a model that answers "the first" is always right.
+        seed: Seed of that draw.
+        on_error: See :class:`PairReader`.
+
+    Raises:
+        InputError: If the file is absent, is no JSON list, has no rows left, or breaks a rule above.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        split: str,
+        *,
+        min_confidence: float | None = None,
+        label: Literal["hard", "votes"] = "hard",
+        randomise_sides: bool = True,
+        seed: int = 0,
+        on_error: OnError = "raise",
+    ) -> None:
+        super().__init__(on_error)
+        self.root, self.split = Path(root), split
+        self.label, self.randomise_sides, self.seed = label, randomise_sides, seed
+        self._file = self.root / f"{split}.json"
+        self._table = self._build_index(_load(self._file), min_confidence)
+        if not len(self):
+            raise InputError(f"split: {self._file} has no rows left; check the file and min_confidence")
+        self.report(str(self._file))
+
+    def __len__(self) -> int:
+        return self._table.num_rows
+
+    def __getitem__(self, index: int) -> PreferencePair:
+        row = {name: self._table.column(name)[index].as_py() for name in INDEX.names}
+        votes = None if row["votes1"] is None else (row["votes1"], row["votes2"])
+        pair = PreferencePair(
+            pair_id=self._pair_id(row["row"]),
+            prompt=row["prompt"],
+            image_a=self._image(row["path1"]),
+            image_b=self._image(row["path2"]),
+            label_a=self._label(votes) if row["labelled"] else None,
+            votes=votes,
+            confidence=row["confidence"],
+            model_a=row["model1"],
+            model_b=row["model2"],
+            source="hpdv3",
+            split=self.split,
+        )
+        return pair.swapped() if self.randomise_sides and self._draw_side(pair.pair_id) else pair
+
+    def labelled(self) -> np.ndarray:
+        """``(len,)`` bool: all but placeholders of refused rows."""
+        return self._table.column("labelled").to_numpy()
+
+    def prompts(self) -> list[str]:
+        """Raw prompt of every row."""
+        return self._table.column("prompt").to_pylist()
+
+    def _build_index(self, rows: list[Any], min_confidence: float | None) -> pa.Table:
+        columns: dict[str, list[Any]] = {name: [] for name in INDEX.names}
+        for number, row in enumerate(rows):
+            entry = self._parse(number, row)
+            if entry is None:
+                continue
+            confidence = entry["confidence"]
+            if min_confidence is not None and confidence is not None and confidence < min_confidence:
+                self.skipped["confidence below the threshold"] += 1
+                continue
+            for name, values in columns.items():
+                values.append(entry[name])
+        return pa.table(columns, schema=INDEX).combine_chunks()
+
+    def _parse(self, number: int, row: Any) -> dict[str, Any] | None:
+        """One entry of the index; None leaves the row out."""
+        row, sound = self._check(number, row)
+        if not sound and self.on_error == "skip":
+            return None
+        votes1, votes2 = self._remark_unreadable("choice_dist", row, _parse_votes) or (None, None)
+        texts = {name: _text(row.get(name)) for name in ("path1", "path2", "model1", "model2")}
+        return {
+            "row": number,
+            "labelled": sound,
+            "prompt": _text(row.get("prompt")) or "",
+            **texts,
+            "votes1": votes1,
+            "votes2": votes2,
+            "confidence": self._remark_unreadable("confidence", row, _parse_number),
+        }
+
+    def _check(self, number: int, row: Any) -> tuple[dict[str, Any], bool]:
+        """The row with what breaks a rule taken out, and whether nothing was."""
+        if not isinstance(row, dict):
+            self.refuse(self._pair_id(number), f"the row is {_short(row)}, not an object", "row is no object")
+            return {}, False
+        prompt = row.get("prompt")
+        if prompt is None:
+            self.remarks["null prompt read as empty"] += 1
+        elif not isinstance(prompt, str):
+            self.refuse(self._pair_id(number), f"prompt is {_short(prompt)}, not text", "prompt is no text")
+            return {**row, "prompt": None}, False
+        for name in ("path1", "path2"):
+            path = row.get(name)
+            if self.on_error == "raise" and (not isinstance(path, str) or not path):
+                self.refuse(self._pair_id(number), f"{name} is {_short(path)}, not a path", NO_IMAGE)
+            elif self.on_error == "raise" and _escapes(path):
+                self.refuse(self._pair_id(number), f"{name} {_short(path)} leads out of {self.root}", OUTSIDE)
+        return row, True
+
+    def _remark_unreadable(self, name: str, row: dict[str, Any], parse: Callable[[Any], Any]) -> Any:
+        value = row.get(name)
+        if value is None or (isinstance(value, str) and value.strip().lower() in NULL_TEXTS):
+            return None
+        parsed = parse(value)
+        if parsed is None:
+            self.remarks[f"{name} not readable"] += 1
+        return parsed
+
+    def _image(self, path: str | None) -> ImageRef:
+        if not path:
+            return ImageRef("")
+        return RootedImageRef(str(PurePosixPath(path)), path=self.root / path, root=self.root)
+
+    def _pair_id(self, row: int) -> str:
+        return f"{self._file.name}:{row}"
+
+    def _label(self, votes: tuple[int, int] | None) -> float:
+        return votes[0] / sum(votes) if self.label == "votes" and votes and sum(votes) else 1.0
+
+    def _draw_side(self, pair_id: str) -> bool:
+        return bool(torch.randint(2, (), generator=pair_generator(self.seed, "side", 0, pair_id)))
+
+
+def _load(file: Path) -> list[Any]:
+    if not file.is_file():
+        raise InputError(f"split: no file {file}; set root to the unpacked data set, and split to a file in it")
+    try:
+        with file.open("rb") as stream:
+            rows = json.load(stream)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file}: not JSON ({error}); {ARRAY_REMEDY}") from error
+    if not isinstance(rows, list):
+        raise InputError(f"{file}: holds {_short(rows)}; {ARRAY_REMEDY}")
+    return rows
+
+
+def _parse_votes(value: Any) -> tuple[int, int] | None:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return None
+    if not isinstance(value, list) or len(value) != 2:
+        return None
+    counts = [_parse_number(item) for item in value]
+    if any(count is None or not 0 <= count <= MAX_VOTES or count % 1 for count in counts):
+        return None
+    return int(counts[0]), int(counts[1])
+
+
+def _parse_number(value: Any) -> float | None:
+    """A finite number, or a text that is one."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _text(value: Any) -> str | None:
+    """The text with lone surrogates, which no tokenizer takes, replaced; None for anything else."""
+    if not isinstance(value, str):
+        return None
+    return value if value.isascii() else value.encode("utf-8", "replace").decode()
+
+
+def _escapes(path: str) -> bool:
+    """Whether a path leads out of its folder by itself, links aside."""
+    return path.startswith("/") or (".." in path and Path(os.path.normpath(path)).parts[:1] == ("..",))
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,166 @@
+"""Encoded images to pixels: one decode policy, two resize policies, one error per thing that can be wrong."""
+
+import stat
+import struct
+import zlib
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from latentreward.contracts import ImageRef
+from latentreward.errors import InputError
+
+ResizePolicy = Literal["stretch", "center_crop"]
+MAX_PIXELS = 64 * 1024 * 1024
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+BROKEN_FILE = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error, zlib.error)
+"""What Pillow's decoders raise on damaged bytes."""
+BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+
+NO_IMAGE = "no image"
+EMPTY = "empty image"
+MISSING = "missing file"
+OUTSIDE = "path outside the root"
+UNKNOWN = "not an image"
+DAMAGED = "truncated or damaged image"
+TOO_LARGE = "too many pixels"
+IMAGE_PROBLEMS = (NO_IMAGE, EMPTY, MISSING, OUTSIDE, UNKNOWN, DAMAGED, TOO_LARGE)
+
+
+class ImageError(InputError):
+    """An image that cannot be used.
+
+    Args:
+        message: One line. Of a traceback, which is what a ``DataLoader`` worker makes of a message, the last line.
+        problem: One of ``IMAGE_PROBLEMS``.
+    """
+
+    def __init__(self, message: str, problem: str = DAMAGED) -> None:
+        super().__init__(message.rstrip().rsplit("\n", 1)[-1].removeprefix(f"{__name__}.{type(self).__name__}: "))
+        self.problem = problem
+
+
+@dataclass(frozen=True)
+class RootedImageRef(ImageRef):
+    """An image whose path comes from a data file and must stay inside a folder.
+
+    Attributes:
+        root: The folder; ``path`` is refused if it leads out of it, also through symbolic links.
+    """
+
+    root: Path = Path()
+
+
+@dataclass(frozen=True)
+class PixelLoader:
+    """Decode an image and bring it to the size that a network takes.
+
+    Attributes:
+        height: Pixels.
+        width: Pixels.
+        resize: ``"stretch"`` resizes both axes on their own, bilinear (what LRM was trained with); ``"center_crop"``
+            keeps the aspect ratio, cuts what hangs over at both ends and resizes with a Lanczos filter.
+        max_pixels: Images with more are refused from their header, before they are decoded.
+    """
+
+    height: int
+    width: int
+    resize: ResizePolicy = "stretch"
+    max_pixels: int = MAX_PIXELS
+
+    def __call__(self, image: ImageRef) -> Tensor:
+        """Pixels ``(3, height, width)``, float32 in [-1, 1].
+
+        Raises:
+            ImageError: If the image cannot be read.
+        """
+        decoded = decode_image(image, self.max_pixels)
+        if self.resize == "stretch":
+            resized = decoded.resize((self.width, self.height), Image.Resampling.BILINEAR)
+        else:
+            resized = ImageOps.fit(decoded, (self.width, self.height), Image.Resampling.LANCZOS)
+        levels = torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()
+        return (levels.float() / 255 - 0.5) / 0.5
+
+    def blank(self) -> Tensor:
+        """Mid-grey pixels ``(3, height, width)``, what stands in for an image under ``on_error: placeholder``."""
+        return torch.zeros(3, self.height, self.width)
+
+
+def decode_image(image: ImageRef, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode to 8-bit RGB.
+
+    Alpha is dropped, not composited; EXIF orientation is ignored; the first frame of an animation is taken; 16-bit
+    grey levels are divided by 257. These are the rules under which the published reward models saw their data.
+
+    Args:
+        image: Its bytes, or a file.
+        max_pixels: Limit on width × height, checked before decoding.
+
+    Raises:
+        ImageError: If there are no bytes, no such file, or the bytes are no whole image of a known format.
+    """
+    source = _open_source(image)
+    try:
+        with Image.open(source, formats=FORMATS) as opened:
+            width, height = opened.size
+            if width * height > max_pixels:
+                raise _error(image, TOO_LARGE, f"{width}×{height} exceeds max_pixels={max_pixels}")
+            return _to_rgb(opened)
+    except ImageError:
+        raise
+    except UnidentifiedImageError as error:
+        raise _error(image, UNKNOWN, f"none of {', '.join(FORMATS)}") from error
+    except BOMB as error:
+        raise _error(image, TOO_LARGE, f"exceeds max_pixels={max_pixels}") from error
+    except BROKEN_FILE as error:
+        raise _error(image, DAMAGED, str(error)) from error
+
+
+def resolve_inside(root: Path, path: Path) -> Path | None:
+    """The real path of ``path``, or None if it leads out of ``root``; symbolic links are followed."""
+    try:
+        resolved = path.resolve()
+        return resolved if resolved.is_relative_to(root.resolve()) else None
+    except (OSError, RuntimeError, ValueError):  # a loop of links, a name that is too long or holds a null byte
+        return None
+
+
+def _open_source(image: ImageRef) -> BytesIO | Path:
+    if image.data is not None:
+        if not image.data:
+            raise _error(image, EMPTY, "0 bytes")
+        return BytesIO(image.data)
+    path = image.path
+    if path is None:
+        raise _error(image, NO_IMAGE, "the row has none")
+    if isinstance(image, RootedImageRef):
+        path = resolve_inside(image.root, path)
+        if path is None:
+            raise _error(image, OUTSIDE, f"leads out of {image.root}")
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise _error(image, MISSING, f"{path}: {error.strerror}") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise _error(image, MISSING, f"{path} is not a file")
+    if status.st_size == 0:
+        raise _error(image, EMPTY, f"{path} has 0 bytes")
+    return path
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "I" or image.mode.startswith("I;16"):  # Pillow's own conversion clips 16 bits to white
+        levels = np.asarray(image).astype(np.int64).clip(0, 65535)
+        image = Image.fromarray(((levels + 128) // 257).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def _error(image: ImageRef, problem: str, detail: str) -> ImageError:
+    return ImageError(f"image {image.image_key!r}: {problem} ({' '.join(detail.split())})", problem)

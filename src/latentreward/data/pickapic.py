@@ -1,0 +1,238 @@
+"""Pick-a-Pic v1 and v2: pairs of JPEGs with the users' choices, in parquet."""
+
+import hashlib
+import logging
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from latentreward.contracts import ImageRef, PreferencePair
+from latentreward.data.parquet_store import (
+    ArrowColumns,
+    ParquetPart,
+    RowGroupColumns,
+    damage_named,
+    find_parts,
+    missing_parts,
+    open_part,
+)
+from latentreward.data.readers import OnError, PairReader
+from latentreward.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+IMAGES = ("jpg_0", "jpg_1")
+LABELS = ("label_0", "label_1")
+COLUMNS = {
+    "caption": pa.large_string(),
+    "has_label": pa.bool_(),
+    "label_0": pa.float64(),
+    "label_1": pa.float64(),
+    "image_0_uid": pa.string(),
+    "image_1_uid": pa.string(),
+    "num_example_per_prompt": pa.int64(),
+    "are_different": pa.bool_(),
+    "model_0": pa.string(),
+    "model_1": pa.string(),
+}
+LARGE_ROW_GROUP = 64 * 2**20
+TOLERANCE = 1e-6
+SCHEMA_HINT = "give the published parquet files, or write a PairReader for your own"
+
+
+class PickAPicReader(PairReader):
+    """Rows of one split of Pick-a-Pic; image 0 is a, image 1 is b.
+
+    The label is ``label_0`` (1, 0, or ½ for a tie; ties are kept). A row is unlabelled, and never trained on or
+    counted, if ``has_label`` is not true, a label is null, or the two labels do not add up to 1, as in (1, 1).
+    ``best_image_uid`` is not used: what it holds for ties and nulls is not documented. A labelled row with a label
+    outside [0, 1] or NaN falls under ``on_error``. A null caption is read as an empty one. Duplicate rows are kept.
+    The weight is 1 / ``num_example_per_prompt``, the number of rows with the same prompt, so that each prompt counts
+    once (1 where it is null or not positive). An image without uid is named by a hash of its bytes.
+
+    Constructing a reader reads all columns but the images.
+
+    Args:
+        source: Folder with ``{split}-*.parquet``, itself or in ``data/``; otherwise the id of a data set on the hub,
+            which is then downloaded.
+        split: E.g. ``train``, ``validation_unique``, ``test_unique``.
+        revision: Commit, tag or branch of the hub data set; pin it.
+        drop_identical: Leave out rows whose two images are the same (``are_different`` false, or equal uids); wanted
+            for training.
+        memory_map: Copy the images once into the cache of ``datasets`` (as large as the download), where a random
+            row costs only itself. Without it a random row costs the row group it lies in: fine for groups of few
+            rows, but the published files have hundreds of rows in one.
+        on_error: See :class:`PairReader`; under ``skip`` and ``placeholder`` a split with missing parts is read
+            without them.
+
+    Raises:
+        InputError: If the split cannot be found, lacks a part, a column or rows, or breaks a rule above.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        split: str,
+        *,
+        revision: str | None = None,
+        drop_identical: bool = False,
+        memory_map: bool = False,
+        on_error: OnError = "raise",
+    ) -> None:
+        super().__init__(on_error)
+        self.source, self.split = source, split
+        parts = find_parts(source, split, revision)
+        self._check_parts(parts)
+        self._index, sizes, largest = _read_index(parts)
+        self._names = [part.name for part in parts]
+        self._starts = np.cumsum([0, *sizes])[:-1]
+        labels, keep = self._judge_labels()
+        if drop_identical:
+            keep &= self._find_different(keep)
+        self._rows, self._labels = np.flatnonzero(keep), labels[keep]
+        self._remark("null caption read as empty", _is_null(self._index["caption"])[keep])
+        if not len(self):
+            raise InputError(f"split: {split!r} of {source} has no rows left; check the files and drop_identical")
+        self._images = ArrowColumns(parts, IMAGES, self._starts) if memory_map else RowGroupColumns(parts, IMAGES)
+        if not memory_map and largest > LARGE_ROW_GROUP:
+            logger.warning(
+                "%s %s: a random row costs its row group, %d MiB; set memory_map to true to copy the images once",
+                source,
+                split,
+                largest >> 20,
+            )
+        self.report(f"{source} {split}")
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> PreferencePair:
+        row, label = int(self._rows[index]), self._labels[index]
+        part, inner = self._locate(row)
+        jpg_0, jpg_1 = self._images.read(part, inner)
+        examples = self._value("num_example_per_prompt", row)
+        return PreferencePair(
+            pair_id=f"{self._names[part]}:{inner}",
+            prompt=self._value("caption", row) or "",
+            image_a=_image(self._value("image_0_uid", row), jpg_0),
+            image_b=_image(self._value("image_1_uid", row), jpg_1),
+            label_a=None if np.isnan(label) else float(label),
+            weight=1.0 / examples if examples is not None and examples > 0 else 1.0,
+            model_a=self._value("model_0", row),
+            model_b=self._value("model_1", row),
+            source="pickapic",
+            split=self.split,
+        )
+
+    def labelled(self) -> np.ndarray:
+        """``(len,)`` bool: whether a row has a label."""
+        return ~np.isnan(self._labels)
+
+    def prompts(self) -> list[str]:
+        """Raw prompt of every row."""
+        return [prompt or "" for prompt in self._index["caption"].take(pa.array(self._rows)).to_pylist()]
+
+    def _check_parts(self, parts: list[ParquetPart]) -> None:
+        if missing := missing_parts(parts):
+            names = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
+            problem = f"{self.split} lacks {len(missing)} of its parquet parts ({names}); download them"
+            self.refuse(self.source, problem, "parquet part missing", len(missing))
+
+    def _judge_labels(self) -> tuple[np.ndarray, np.ndarray]:
+        """Labels of image 0 with NaN for unlabelled, and which rows to keep."""
+        has_label = _flags(self._index["has_label"], null=False)
+        null = _is_null(self._index["label_0"]) | _is_null(self._index["label_1"])
+        label_0, label_1 = (self._index[name].fill_null(0.5).to_numpy() for name in LABELS)
+        refused = np.zeros_like(has_label)
+        for name, values in zip(LABELS, (label_0, label_1), strict=True):
+            bad = has_label & ~refused & ~((values >= 0) & (values <= 1))
+            if bad.any():
+                first = int(np.flatnonzero(bad)[0])
+                problem = f"{name} is {values[first]}, not in [0, 1]"
+                self.refuse(self._pair_id(first), problem, "label outside [0, 1] or NaN", int(bad.sum()))
+            refused |= bad
+        candidates = has_label & ~refused
+        unequal = np.abs(label_0 + label_1 - 1) > TOLERANCE
+        self._remark("unlabelled (has_label is not true)", ~has_label)
+        self._remark("unlabelled (null label)", candidates & null)
+        self._remark("unlabelled (labels do not add up to 1)", candidates & ~null & unequal)
+        labels = np.where(candidates & ~null & ~unequal, label_0, np.nan)
+        return labels, ~refused if self.on_error == "skip" else np.ones_like(refused)
+
+    def _find_different(self, keep: np.ndarray) -> np.ndarray:
+        """Which rows have two images; the others among ``keep`` are counted."""
+        same_uid = _flags(pc.equal(self._index["image_0_uid"], self._index["image_1_uid"]), null=False)
+        different = _flags(self._index["are_different"], null=True) & ~same_uid
+        if dropped := int((keep & ~different).sum()):
+            self.skipped["identical images"] += dropped
+        return different
+
+    def _remark(self, reason: str, rows: np.ndarray) -> None:
+        if rows.any():
+            self.remarks[reason] += int(rows.sum())
+
+    def _value(self, name: str, row: int) -> Any:
+        return self._index[name][row].as_py()
+
+    def _locate(self, row: int) -> tuple[int, int]:
+        """Number of the part that a row of the split lies in, and its number there."""
+        part = int(np.searchsorted(self._starts, row, side="right")) - 1
+        return part, row - int(self._starts[part])
+
+    def _pair_id(self, row: int) -> str:
+        part, inner = self._locate(row)
+        return f"{self._names[part]}:{inner}"
+
+
+def _read_index(parts: list[ParquetPart]) -> tuple[dict[str, pa.Array], list[int], int]:
+    """All columns but the images, rows per part, and the bytes of the largest row group's images."""
+    tables, sizes, largest = [], [], 0
+    for part in parts:
+        with open_part(part) as file:
+            _check_columns(part, file.schema_arrow)
+            with damage_named(part):
+                table = file.read(columns=list(COLUMNS)).select(list(COLUMNS))
+            tables.append(_cast(part, table))
+            sizes.append(table.num_rows)
+            for number in range(file.num_row_groups):
+                group = file.metadata.row_group(number)
+                columns = [group.column(n) for n in range(group.num_columns)]
+                images = [column for column in columns if column.path_in_schema in IMAGES]
+                largest = max(largest, sum(column.total_uncompressed_size for column in images))
+    table = pa.concat_tables(tables)
+    return {name: table.column(name).combine_chunks() for name in COLUMNS}, sizes, largest
+
+
+def _check_columns(part: ParquetPart, schema: pa.Schema) -> None:
+    missing = [name for name in (*COLUMNS, *IMAGES) if name not in schema.names]
+    if missing:
+        hint = "this is the copy without images, take the one with them" if set(missing) == set(IMAGES) else SCHEMA_HINT
+        raise InputError(f"{part.path}: no column {', '.join(missing)}; {hint}")
+    for name in IMAGES:
+        kind = schema.field(name).type
+        if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
+            raise InputError(f"{part.path}: column {name} is {kind}, not binary; {SCHEMA_HINT}")
+
+
+def _cast(part: ParquetPart, table: pa.Table) -> pa.Table:
+    for number, (name, kind) in enumerate(COLUMNS.items()):
+        try:
+            table = table.set_column(number, name, table.column(name).cast(kind))
+        except pa.ArrowException as error:
+            found = table.column(name).type
+            raise InputError(f"{part.path}: column {name} is {found}, not {kind}; {SCHEMA_HINT}") from error
+    return table
+
+
+def _image(uid: str | None, data: bytes | None) -> ImageRef:
+    return ImageRef(uid or hashlib.blake2b(data or b"", digest_size=16).hexdigest(), data)
+
+
+def _is_null(column: pa.Array) -> np.ndarray:
+    return column.is_null().to_numpy(zero_copy_only=False)
+
+
+def _flags(column: pa.Array, null: bool) -> np.ndarray:
+    return column.fill_null(null).to_numpy(zero_copy_only=False)

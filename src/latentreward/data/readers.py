@@ -1,0 +1,87 @@
+"""What every source of preference pairs offers: rows by number, and what was left out of them and why."""
+
+import logging
+from abc import ABC, abstractmethod
+from collections import Counter
+from typing import Literal
+
+import numpy as np
+
+from latentreward.contracts import PreferencePair
+from latentreward.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+OnError = Literal["raise", "skip", "placeholder"]
+ON_ERROR_REMEDY = "correct the row, or set the reader's on_error to skip or placeholder"
+
+
+class PairReader(ABC):
+    """Rows of one split of a preference data set; images are fetched only when a row is asked for.
+
+    Derive from it to read a data set of your own; a reader must pickle, since worker processes get a copy.
+
+    Args:
+        on_error: What happens to a row that breaks the rules of its format. ``"raise"`` stops. ``"skip"`` leaves the
+            row out and counts it; no other row takes its place. ``"placeholder"`` keeps the row, unlabelled, so that
+            row numbers and batch sizes stay; an image that cannot be read becomes mid-grey. Whether an image can be
+            read shows only when it is decoded, so its rows count in ``len`` and are left out by the data set.
+
+    Attributes:
+        skipped: Rows left out, by reason.
+        remarks: Rows kept with something set aside, such as their label, by reason.
+    """
+
+    def __init__(self, on_error: OnError = "raise") -> None:
+        self.on_error = on_error
+        self.skipped: Counter[str] = Counter()
+        self.remarks: Counter[str] = Counter()
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of rows."""
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> PreferencePair:
+        """Row ``index``, with sides in the order of the file or as randomised by the reader."""
+
+    def labelled(self) -> np.ndarray:
+        """``(len,)`` bool: whether a row has a label. Override it where that is known without fetching rows."""
+        return np.array([self[index].label_a is not None for index in range(len(self))], dtype=bool)
+
+    def prompts(self) -> list[str]:
+        """Raw prompt of every row. Override it where that is known without fetching rows."""
+        return [self[index].prompt for index in range(len(self))]
+
+    def refuse(self, pair_id: str, problem: str, reason: str, rows: int = 1) -> None:
+        """Apply ``on_error`` to rows that break a rule of the format.
+
+        Args:
+            pair_id: Name of the first such row.
+            problem: The field and its value in that row.
+            reason: Short words to count under; no values.
+            rows: How many rows have the problem.
+
+        Raises:
+            InputError: If ``on_error`` is ``"raise"``.
+        """
+        if self.on_error == "raise":
+            others = f" (and {rows - 1} more such rows)" if rows > 1 else ""
+            raise InputError(f"{pair_id}: {problem}{others}; {ON_ERROR_REMEDY}")
+        (self.skipped if self.on_error == "skip" else self.remarks)[reason] += rows
+
+    def report(self, name: str) -> None:
+        """Log one line about rows left out or kept with a remark, if there are any."""
+        if self.skipped or self.remarks:
+            logger.warning(
+                "%s: %d rows kept; left out: %s; kept with a remark: %s",
+                name,
+                len(self),
+                count_text(self.skipped),
+                count_text(self.remarks),
+            )
+
+
+def count_text(counts: Counter[str]) -> str:
+    """``"3 empty image, 1 missing file"``, most frequent first; ``"none"`` if there are none."""
+    return ", ".join(f"{number} {reason}" for reason, number in counts.most_common()) or "none"

@@ -1,0 +1,78 @@
+"""Prompts of SD1.5, SD2.1 and SDXL."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerBase
+
+from latentreward.contracts import Conditioning
+from latentreward.encoders.prompts import PromptEncoder, token_ids
+
+
+class CLIPPromptEncoder(PromptEncoder):
+    """One CLIP text tower (SD1.5, SD2.1): last hidden states after the final norm, and the row at the EOS token.
+
+    Args:
+        text_encoder: Text tower, without attention mask: padding takes part, as in training of the base models.
+        tokenizer: Its tokenizer; None if only token ids will come.
+    """
+
+    def __init__(self, text_encoder: CLIPTextModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        super().__init__()
+        self.text_encoder, self.tokenizer = text_encoder, tokenizer
+        self.num_tokens = text_encoder.config.max_position_embeddings
+        self.token_dim = self.pooled_dim = text_encoder.config.hidden_size
+
+    def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
+        """See :meth:`PromptEncoder.tokenize`."""
+        return (token_ids(self.tokenizer, prompts, self.num_tokens),)
+
+    def encode_ids(self, *input_ids: Tensor) -> Conditioning:
+        """See :meth:`PromptEncoder.encode_ids`."""
+        output = self.text_encoder(input_ids[0])
+        return Conditioning(output.last_hidden_state, output.pooler_output)
+
+
+class SDXLPromptEncoder(PromptEncoder):
+    """SDXL's two towers: second-to-last hidden states side by side, and the second tower's projected EOS feature.
+
+    Args:
+        text_encoder: CLIP-L; its last layer and final norm are never read, so they never train.
+        text_encoder_2: CLIP-G with projection.
+        tokenizer: Tokenizer of the first (pads with EOS).
+        tokenizer_2: Tokenizer of the second (pads with id 0).
+    """
+
+    def __init__(
+        self,
+        text_encoder: CLIPTextModel,
+        text_encoder_2: CLIPTextModelWithProjection,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        tokenizer_2: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        super().__init__()
+        self.text_encoder, self.tokenizer = text_encoder, tokenizer
+        self.text_encoder_2, self.tokenizer_2 = text_encoder_2, tokenizer_2
+        self.num_tokens = text_encoder.config.max_position_embeddings
+        last = text_encoder.config.num_hidden_layers - 1
+        self.unread = tuple(
+            f"text_encoder.{name}"
+            for name, _ in text_encoder.named_modules()
+            if name.endswith((f"encoder.layers.{last}", "final_layer_norm"))
+        )
+        self.token_dim = text_encoder.config.hidden_size + text_encoder_2.config.hidden_size
+        self.pooled_dim = text_encoder_2.config.projection_dim
+
+    def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
+        """See :meth:`PromptEncoder.tokenize`."""
+        return (
+            token_ids(self.tokenizer, prompts, self.num_tokens),
+            token_ids(self.tokenizer_2, prompts, self.num_tokens),
+        )
+
+    def encode_ids(self, *input_ids: Tensor) -> Conditioning:
+        """See :meth:`PromptEncoder.encode_ids`."""
+        first = self.text_encoder(input_ids[0], output_hidden_states=True).hidden_states[-2]
+        second = self.text_encoder_2(input_ids[1], output_hidden_states=True)
+        return Conditioning(torch.cat([first, second.hidden_states[-2]], dim=-1), second.text_embeds)

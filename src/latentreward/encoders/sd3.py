@@ -1,0 +1,72 @@
+"""Prompts of SD3 and SD3.5."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import CLIPTextModelWithProjection, PreTrainedTokenizerBase, T5EncoderModel
+
+from latentreward.contracts import Conditioning
+from latentreward.encoders.prompts import PromptEncoder, token_ids
+
+
+class SD3PromptEncoder(PromptEncoder):
+    """SD3's three towers: [CLIP-L ⊕ CLIP-G on features, zero-padded to T5's width] then T5, along the tokens.
+
+    The pooled vector is CLIP-L's and CLIP-G's projected EOS features side by side. No mask is used: padding takes part.
+
+    Args:
+        text_encoder: CLIP-L with projection.
+        text_encoder_2: CLIP-G with projection.
+        text_encoder_3: T5 encoder; None leaves it out.
+        tokenizer: Tokenizer of CLIP-L.
+        tokenizer_2: Tokenizer of CLIP-G.
+        tokenizer_3: Tokenizer of T5.
+        token_dim: Width the network takes (``joint_attention_dim``).
+        t5_length: T5 tokens per prompt; without T5 that many zero tokens, as SD3 saw when T5 was dropped in training.
+
+    Note:
+        DiNa-LRM trained with 128 T5 tokens; its published example scores with 256.
+    """
+
+    def __init__(
+        self,
+        text_encoder: CLIPTextModelWithProjection,
+        text_encoder_2: CLIPTextModelWithProjection,
+        text_encoder_3: T5EncoderModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        tokenizer_2: PreTrainedTokenizerBase | None = None,
+        tokenizer_3: PreTrainedTokenizerBase | None = None,
+        *,
+        token_dim: int,
+        t5_length: int = 256,
+    ) -> None:
+        super().__init__()
+        self.text_encoder, self.tokenizer = text_encoder, tokenizer
+        self.text_encoder_2, self.tokenizer_2 = text_encoder_2, tokenizer_2
+        self.text_encoder_3, self.tokenizer_3 = text_encoder_3, tokenizer_3
+        self.clip_length = text_encoder.config.max_position_embeddings
+        self.t5_length = t5_length
+        self.num_tokens = self.clip_length + t5_length
+        self.token_dim = token_dim
+        self.pooled_dim = text_encoder.config.projection_dim + text_encoder_2.config.projection_dim
+
+    def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
+        """See :meth:`PromptEncoder.tokenize`."""
+        ids = [token_ids(tokenizer, prompts, self.clip_length) for tokenizer in (self.tokenizer, self.tokenizer_2)]
+        if self.text_encoder_3 is not None:
+            ids.append(token_ids(self.tokenizer_3, prompts, self.t5_length))
+        return tuple(ids)
+
+    def encode_ids(self, *input_ids: Tensor) -> Conditioning:
+        """See :meth:`PromptEncoder.encode_ids`."""
+        clip_l = self.text_encoder(input_ids[0], output_hidden_states=True)
+        clip_g = self.text_encoder_2(input_ids[1], output_hidden_states=True)
+        clip = torch.cat([clip_l.hidden_states[-2], clip_g.hidden_states[-2]], dim=-1)
+        clip = F.pad(clip, (0, self.token_dim - clip.shape[-1]))
+        if self.text_encoder_3 is None:
+            t5 = clip.new_zeros(len(clip), self.t5_length, self.token_dim)
+        else:
+            t5 = self.text_encoder_3(input_ids[2]).last_hidden_state.to(clip.dtype)
+        return Conditioning(torch.cat([clip, t5], dim=1), torch.cat([clip_l.text_embeds, clip_g.text_embeds], dim=-1))

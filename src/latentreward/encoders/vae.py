@@ -1,0 +1,60 @@
+"""Pixels ↔ latents, and what tells one latent space from another."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+from latentreward.contracts import LatentSpace
+
+
+def latent_space_of(vae_config: Mapping[str, Any]) -> LatentSpace:
+    """The latent space that a diffusers VAE config describes; no weight is needed."""
+    return LatentSpace(
+        channels=vae_config["latent_channels"],
+        downscale=2 ** (len(vae_config["block_out_channels"]) - 1),
+        scaling_factor=vae_config["scaling_factor"],
+        shift_factor=vae_config.get("shift_factor") or 0.0,
+    )
+
+
+class LatentEncoder(nn.Module):
+    """A frozen VAE that speaks scaled latents: ``z = (posterior sample − shift) · scale``.
+
+    Args:
+        vae: diffusers VAE. It keeps its own dtype and runs outside autocast: SDXL's overflows in float16.
+    """
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.vae = vae.eval().requires_grad_(False)
+        self.space = latent_space_of(vae.config)
+
+    def latent_shape(self, pixels: Tensor) -> tuple[int, int, int]:
+        """Shape ``(C, h, w)`` of the latents of one image of ``pixels`` ``(B, 3, H, W)``."""
+        height, width = pixels.shape[-2:]
+        return self.space.channels, height // self.space.downscale, width // self.space.downscale
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Latents ``(B, C, h, w)`` float32 of ``pixels`` ``(B, 3, H, W)`` in [-1, 1].
+
+        Args:
+            pixels: Images.
+            noise: ``(B, C, h, w)`` standard normal numbers for the posterior sample; None takes the posterior mean.
+        """
+        with torch.autocast(pixels.device.type, enabled=False):
+            posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
+        sample = posterior.mean.float()
+        if noise is not None:
+            sample = sample + posterior.std.float() * noise.to(sample)
+        return (sample - self.space.shift_factor) * self.space.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixels ``(B, 3, H, W)`` float32, about [-1, 1], of scaled ``latents`` ``(B, C, h, w)``."""
+        latents = latents / self.space.scaling_factor + self.space.shift_factor
+        with torch.autocast(latents.device.type, enabled=False):
+            return self.vae.decode(latents.to(self.vae.dtype)).sample.float()

@@ -1,0 +1,33 @@
+"""Errors for what a user can put right: shown as one line, without a traceback."""
+
+import difflib
+from collections.abc import Iterable
+
+LONGEST_LIST = 30
+
+
+class InputError(ValueError):
+    """Bad input: a setting, a file or a column that the user can change.
+
+    Raise it with one line that names the field, the value and the remedy. The command line prints that line and exits
+    with status 2; any other exception counts as a bug and keeps its traceback.
+    """
+
+
+def did_you_mean(name: str, choices: Iterable[str]) -> str:
+    """Tail for an error message about an unknown name.
+
+    Args:
+        name: What the user wrote.
+        choices: Names that would have been accepted.
+
+    Returns:
+        ``"; did you mean 'x'?"`` for the closest choice, the list of choices if none is close, and an empty string
+        if there are no choices or too many to read.
+    """
+    known = sorted(set(choices))
+    by_lower_case = {choice.lower(): choice for choice in known}
+    close = difflib.get_close_matches(name.lower(), by_lower_case, n=1)
+    if close:
+        return f"; did you mean {by_lower_case[close[0]]!r}?"
+    return f"; choose from {', '.join(known)}" if 0 < len(known) <= LONGEST_LIST else ""

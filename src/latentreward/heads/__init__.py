@@ -1,0 +1,8 @@
+"""Room 5: features → a score."""
+
+from latentreward.heads.base import EmbeddingHead, RewardHead
+from latentreward.heads.clip_projection import CLIPProjectionHead
+from latentreward.heads.gated_qformer import GatedQFormerHead
+from latentreward.heads.logistic import LogisticSquash
+
+__all__ = ["CLIPProjectionHead", "EmbeddingHead", "GatedQFormerHead", "LogisticSquash", "RewardHead"]

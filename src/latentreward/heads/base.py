@@ -1,0 +1,52 @@
+"""What every reward head promises."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from latentreward.contracts import Features
+
+
+class RewardHead(nn.Module, ABC):
+    """Features → a score per image, higher is better.
+
+    A head is built from a :class:`~latentreward.contracts.FeatureSpec` first, then its own settings, so that YAML
+    states each width once.
+
+    Attributes:
+        needs_uncond: Whether the backbone must read the empty prompt too.
+    """
+
+    needs_uncond: bool = False
+
+    @abstractmethod
+    def forward(self, features: Features) -> Tensor:
+        """Scores ``(B,)``, or ``(B, out_dim)`` for a head with several outputs."""
+
+    def score_ensemble(self, levels: Sequence[Features]) -> Tensor:
+        """One score per image from features at several noise levels; the mean of the scores unless a head knows better.
+
+        Args:
+            levels: The same images at K noise levels.
+        """
+        return sum(self(features) for features in levels) / len(levels)
+
+
+class EmbeddingHead(RewardHead):
+    """A head whose score is an inner product of an image embedding and a text embedding.
+
+    It can compare any image of a batch with any prompt, which losses with in-batch negatives use.
+    """
+
+    @abstractmethod
+    def embed(self, features: Features) -> tuple[Tensor, Tensor]:
+        """Image and text embeddings ``(B, D)``, not normalised."""
+
+    @abstractmethod
+    def similarity(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
+        """Score of row i of one against row i of the other: ``(N, D)``, ``(N, D)`` → ``(N,)``."""
+
+    @abstractmethod
+    def similarity_matrix(self, text_embeds: Tensor, image_embeds: Tensor) -> Tensor:
+        """Score of every prompt against every image: ``(N, D)``, ``(M, D)`` → ``(N, M)``."""

@@ -1,0 +1,188 @@
+"""The subcommands that run a Lightning trainer: fit, validate, test and predict."""
+
+import importlib
+import importlib.util
+import logging
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from functools import wraps
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, get_loader, set_loader, set_parsing_settings
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from typing_extensions import override
+
+from latentreward.backbones.registry import backbone_names
+from latentreward.config_files import find_config, rewrite_arguments, rewrite_settings
+from latentreward.errors import InputError
+from latentreward.parser_errors import ROOMS, summarise, unknown_setting_hint
+
+MODE = "omegaconf+"
+TRUSTED = ("latentreward", "torch", "lightning", "torchmetrics")
+SIGTERM_STATUS = 143
+
+
+class ConfigFile(ActionConfigFile):
+    """``--config``: also finds the files installed with the package, and names the file in its errors."""
+
+    @override
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        path = find_config(values)
+        try:
+            super().__call__(parser, cfg, path, option_string)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
+
+
+class Parser(LightningArgumentParser):
+    """A parser whose errors are one line, and which knows a near miss when it sees one."""
+
+    @override
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        asked = getattr(ex, "subcommand_parser", self)
+        message += unknown_setting_hint(message, (action.dest for action in asked._actions))
+        if not self.exit_on_error:  # parser of a class's own settings: its caller adds where it was
+            super().error(message, ex)
+        raise InputError(summarise(message)) from ex
+
+
+class SaveConfig(SaveConfigCallback):
+    """Write ``config.yaml`` beside the logs; one that is there already stays, and the new one gets a number."""
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        folder = Path(trainer.log_dir or ".")  # asks all ranks, so it stands outside the condition
+        number = 0
+        while not self.already_saved and trainer.is_global_zero and (folder / self.config_filename).exists():
+            number += 1
+            self.config_filename = f"config_{number}.yaml"
+        super().setup(trainer, pl_module, stage)
+
+
+class TrainingCLI(LightningCLI):
+    """Lightning's command line for one subcommand.
+
+    Args:
+        command: Name of the subcommand; parsers of the others are not built.
+        arguments: What follows it.
+    """
+
+    def __init__(self, command: str, arguments: Sequence[str]) -> None:
+        self.command = command
+        super().__init__(
+            save_config_callback=SaveConfig,
+            seed_everything_default=0,
+            parser_kwargs={"parser_mode": MODE, "allow_abbrev": False, "prog": "latentreward"},
+            parser_class=Parser,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            args=[command, *arguments],
+        )
+
+    @override
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        return {self.command: LightningCLI.subcommands()[self.command]}
+
+    @override
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        parser = self.parser_class(**kwargs)
+        parser.add_argument("-c", "--config", action=ConfigFile, help="YAML file; may be given several times.")
+        return parser
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        try:
+            self.config = parser.parse_args(args)
+        except OmegaConfBaseException as error:
+            raise InputError(summarise(str(error))) from error
+        trainer = self.config[self.command].trainer
+        if isinstance(trainer.callbacks, list):
+            trainer.callbacks = unique(trainer.callbacks)
+
+    @override
+    def _parse_ckpt_path(self) -> None:
+        """Settings come from files and the command line, never from a checkpoint."""
+
+    @override
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except (ValueError, ImportError, OSError, MisconfigurationException) as error:
+            raise InputError(summarise(str(error))) from error
+
+
+def unique(items: list[Namespace]) -> list[Namespace]:
+    """Items in order, later copies of an equal one left out."""
+    return [item for number, item in enumerate(items) if item not in items[:number]]
+
+
+def install_loader(short_names: Mapping[str, str]) -> None:
+    """Make jsonargparse pass every YAML text it loads through :func:`rewrite_settings`."""
+    ArgumentParser(parser_mode=MODE).parse_string("{}")  # jsonargparse registers this mode's own loader on first use
+    load = getattr(get_loader(MODE), "__wrapped__", get_loader(MODE))
+
+    @wraps(load)
+    def load_rewritten(text: str) -> Any:
+        return rewrite_settings(load(text), short_names)
+
+    set_loader(MODE, load_rewritten, exceptions=(yaml.YAMLError,))
+
+
+def resolve_setting(key: str, *, _root_: DictConfig) -> Any:
+    """OmegaConf resolver ``${setting:fit.data.root}``, which :func:`rewrite_arguments` writes."""
+    value = OmegaConf.select(_root_, key, default=_root_)
+    if value is _root_:
+        raise InputError(f"${{{key.partition('.')[2]}}} is not set")
+    return value
+
+
+def restrict_imports(modules: Sequence[str]) -> None:
+    """Let settings name nothing but the modules we trust and ``modules``; holds for the rest of the process."""
+    try:
+        set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=[*TRUSTED, *modules])
+    except ValueError as error:
+        raise InputError(f"--restrict-imports={','.join(modules)}: {error}") from error
+
+
+def import_rooms() -> None:
+    """Import our classes, so that settings may name them by their bare names."""
+    for room in ROOMS.values():
+        if importlib.util.find_spec(room):  # TODO
+            importlib.import_module(room)
+    if "latentreward.callbacks" in sys.modules and Path("callbacks").resolve() in map(
+        Path, sys.modules["latentreward.callbacks"].__path__
+    ):
+        sys.modules.setdefault("callbacks", None)  # type: ignore[arg-type]  # in our own clone it would be a second copy
+
+
+def run(command: str, arguments: Sequence[str]) -> None:
+    """Run one trainer subcommand.
+
+    Raises:
+        InputError: If a setting, or what it leads to in a constructor, is wrong.
+        SystemExit: With status 143 if the trainer was stopped by SIGTERM (Lightning itself would exit with 0).
+    """
+    import_rooms()
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "Tip:" not in record.getMessage()
+    )
+    set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+    OmegaConf.register_resolver("setting", resolve_setting, replace=True)
+    restrictions = [argument for argument in arguments if re.fullmatch(r"--restrict-imports(=.*)?", argument)]
+    if restrictions:
+        restrict_imports([name for option in restrictions for name in option.partition("=")[2].split(",") if name])
+    install_loader(backbone_names())
+    settings = [argument for argument in arguments if argument not in restrictions]
+    try:
+        cli = TrainingCLI(command, rewrite_arguments(command, settings, backbone_names()))
+    except MisconfigurationException as error:
+        raise InputError(str(error)) from error
+    if cli.trainer.received_sigterm:
+        sys.exit(SIGTERM_STATUS)

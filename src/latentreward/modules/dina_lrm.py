@@ -1,0 +1,45 @@
+"""DiNa-LRM (arXiv:2602.11146): what it sets on the shared reward module."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from latentreward.backbones.base import DiffusionBackbone
+from latentreward.contracts import FeatureSpec
+from latentreward.heads import GatedQFormerHead, RewardHead
+from latentreward.losses import PreferenceLoss, ThurstoneLoss
+from latentreward.modules.reward import RewardModule
+from latentreward.noise import LevelSampler, UniformSigma
+
+
+class DiNaLRMModule(RewardModule):
+    """DiNa-LRM's training: a uniform noise level per pair, the same noise for both images, evaluation by ensemble too.
+
+    Args:
+        backbone: A DiT in the paper; any will do.
+        head: See :class:`RewardModule`.
+        loss: None takes the paper's ``ThurstoneLoss()``.
+        levels: None takes uniform target sigmas.
+        eval_sigmas: See :class:`RewardModule`.
+        ensemble_sigmas: See :class:`RewardModule`.
+        options: See :class:`RewardModule`.
+    """
+
+    def __init__(
+        self,
+        backbone: DiffusionBackbone,
+        head: Callable[[FeatureSpec], RewardHead] = GatedQFormerHead,
+        loss: PreferenceLoss | None = None,
+        levels: LevelSampler | None = None,
+        eval_sigmas: Sequence[float] = (0.2, 0.5, 0.8),
+        ensemble_sigmas: Sequence[float] = (0.2, 0.5, 0.7),
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            backbone,
+            head,
+            loss or ThurstoneLoss(),
+            levels or UniformSigma(),
+            eval_sigmas=eval_sigmas,
+            ensemble_sigmas=ensemble_sigmas,
+            **options,
+        )

@@ -1,0 +1,57 @@
+"""The random numbers of a batch of pairs, each from its pair's own generator."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Generator, Tensor
+
+from latentreward.contracts import PreferenceBatch
+from latentreward.noise import LevelSampler, NoiseProcess
+from latentreward.seeding import pair_generator
+
+
+class PairDraws:
+    """Draws for the pairs of a batch; they depend on seed, epoch, purpose, pair and, where said, image: on nothing else.
+
+    So results depend neither on the number of processes or workers nor on where a run was resumed.
+
+    Args:
+        batch: The pairs.
+        seed: Seed of the run.
+        epoch: Epoch number; validation uses 0.
+    """
+
+    def __init__(self, batch: PreferenceBatch, seed: int, epoch: int) -> None:
+        self.batch, self.seed, self.epoch = batch, seed, epoch
+
+    def _generators(self, purpose: str, keys: Sequence[str] | None) -> list[Generator]:
+        keys = [None] * len(self.batch) if keys is None else keys
+        return [
+            pair_generator(self.seed, purpose, self.epoch, pair_id, key)
+            for pair_id, key in zip(self.batch.pair_ids, keys, strict=True)
+        ]
+
+    def _sides(self, per_image: bool) -> list[Sequence[str] | None]:
+        return [self.batch.chosen_keys, self.batch.rejected_keys] if per_image else [None]
+
+    def normal(self, purpose: str, shape: Sequence[int], per_image: bool) -> Tensor:
+        """Standard normal numbers ``(2B, *shape)`` on the CPU, chosen images first.
+
+        Args:
+            purpose: What they are for.
+            shape: Of one image's numbers.
+            per_image: Whether the two images of a pair get their own numbers or share theirs.
+        """
+        sides = [
+            torch.stack([torch.randn(*shape, generator=generator) for generator in self._generators(purpose, keys)])
+            for keys in self._sides(per_image)
+        ]
+        return torch.cat([sides[0], sides[-1]])
+
+    def timesteps(self, sampler: LevelSampler, process: NoiseProcess, per_image: bool) -> Tensor:
+        """Timesteps ``(2B,)`` on the CPU, chosen images first; ``per_image`` as in :meth:`normal`."""
+        sides = [
+            torch.cat([sampler.draw(generator, process) for generator in self._generators("timestep", keys)])
+            for keys in self._sides(per_image)
+        ]
+        return torch.cat([sides[0], sides[-1]])

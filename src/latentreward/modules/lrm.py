@@ -1,0 +1,45 @@
+"""LRM (arXiv:2502.01051): what it sets on the shared reward module."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from latentreward.backbones.base import DiffusionBackbone
+from latentreward.contracts import FeatureSpec
+from latentreward.heads import CLIPProjectionHead, RewardHead
+from latentreward.losses import LRMLoss, PreferenceLoss
+from latentreward.modules.reward import RewardModule
+from latentreward.noise import LevelSampler, TimestepGrid
+
+
+class LRMModule(RewardModule):
+    """LRM's training: one timestep per pair from {1, 51, …, 951}, noise of its own for each image.
+
+    Args:
+        backbone: A U-Net in the paper; any will do.
+        head: See :class:`RewardModule`.
+        loss: None takes ``LRMLoss(mode="pair")``.
+        levels: None takes LRM's grid.
+        noise_per_image: See :class:`RewardModule`.
+        eval_timesteps: See :class:`RewardModule`.
+        options: See :class:`RewardModule`.
+    """
+
+    def __init__(
+        self,
+        backbone: DiffusionBackbone,
+        head: Callable[[FeatureSpec], RewardHead] = CLIPProjectionHead,
+        loss: PreferenceLoss | None = None,
+        levels: LevelSampler | None = None,
+        noise_per_image: bool = True,
+        eval_timesteps: Sequence[float] = (1, 251, 501, 801),
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            backbone,
+            head,
+            loss or LRMLoss(),
+            levels or TimestepGrid(),
+            noise_per_image=noise_per_image,
+            eval_timesteps=eval_timesteps,
+            **options,
+        )

@@ -1,0 +1,50 @@
+"""Learning-rate schedules, in optimiser steps."""
+
+import math
+from typing import Literal
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from latentreward.errors import InputError
+
+
+class WarmupSchedule(LambdaLR):
+    """Linear warm-up, then constant, or decay to 0 at ``total_steps``.
+
+    Args:
+        optimizer: What is scheduled.
+        warmup_steps: Optimiser steps until the full rate.
+        decay: ``none``, ``linear`` or ``cosine``.
+        total_steps: Optimiser steps of the run, needed for a decay: ``"${trainer.max_steps}"`` in YAML.
+
+    Raises:
+        InputError: If a decay has no positive ``total_steps`` beyond the warm-up.
+
+    Note:
+        LRM's released schedule counts a step per process and so is nearly constant after warm-up on 8 GPUs; this one
+        counts optimiser steps, whatever the number of processes or accumulated batches.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        warmup_steps: int = 0,
+        decay: Literal["none", "linear", "cosine"] = "none",
+        total_steps: int | None = None,
+    ) -> None:
+        if decay != "none" and (total_steps is None or total_steps <= warmup_steps):
+            raise InputError(
+                f"decay={decay!r} needs total_steps above warmup_steps={warmup_steps}, got {total_steps}; "
+                'give the run\'s length, e.g. total_steps: "${trainer.max_steps}"'
+            )
+        self.warmup_steps, self.decay, self.total_steps = warmup_steps, decay, total_steps
+        super().__init__(optimizer, self._factor)
+
+    def _factor(self, step: int) -> float:
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        if self.decay == "none":
+            return 1.0
+        left = max(0.0, 1.0 - (step - self.warmup_steps) / (self.total_steps - self.warmup_steps))
+        return left if self.decay == "linear" else 0.5 * (1.0 - math.cos(math.pi * left))

@@ -1,0 +1,52 @@
+"""Variance-preserving diffusion: SD1.5, SD2.1, SDXL."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentreward.errors import InputError
+from latentreward.noise.base import NoiseProcess, per_sample
+
+
+class DDPM(NoiseProcess):
+    r"""``x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε`` (arXiv:2006.11239, eq. 4), with ``sigma = √(1 − ᾱ_t)``.
+
+    Args:
+        alphas_cumprod: ``(T,)`` cumulative products ᾱ, t ascending.
+        prediction_type: What the network predicts: ``epsilon`` or ``v_prediction`` (arXiv:2202.00512).
+    """
+
+    def __init__(self, alphas_cumprod: Tensor, prediction_type: str = "epsilon") -> None:
+        if prediction_type not in ("epsilon", "v_prediction"):
+            raise InputError(f"prediction_type {prediction_type!r} is not known; use 'epsilon' or 'v_prediction'")
+        self.prediction_type = prediction_type
+        self.alphas_cumprod = alphas_cumprod.to(torch.float32)
+        self.timesteps = torch.arange(len(alphas_cumprod) - 1, -1, -1, dtype=torch.float32)
+        self.sigmas = (1.0 - self.alphas_cumprod).sqrt().flip(0)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "DDPM":
+        """Build from the config of a diffusers DDPM-family scheduler (DDIM, PNDM, Euler, ...)."""
+        from diffusers import DDPMScheduler
+
+        scheduler = DDPMScheduler.from_config({**config, "_class_name": "DDPMScheduler", "thresholding": False})
+        return cls(scheduler.alphas_cumprod, config.get("prediction_type", "epsilon"))
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """See :meth:`NoiseProcess.add_noise`; timesteps are whole numbers 0..T−1."""
+        alpha_bar = self.alphas_cumprod[len(self.timesteps) - 1 - self._index(timesteps)]
+        signal, spread = per_sample(alpha_bar.sqrt(), latents), per_sample((1.0 - alpha_bar).sqrt(), latents)
+        return signal.to(latents.dtype) * latents + spread.to(latents.dtype) * noise
+
+    def original(self, noisy_latents: Tensor, prediction: Tensor, timesteps: Tensor) -> Tensor:
+        """Clean latents that the network's ``prediction`` implies, shape of ``noisy_latents``."""
+        alpha_bar = self.alphas_cumprod[len(self.timesteps) - 1 - self._index(timesteps)]
+        signal, spread = (
+            per_sample(alpha_bar.sqrt(), noisy_latents),
+            per_sample((1.0 - alpha_bar).sqrt(), noisy_latents),
+        )
+        if self.prediction_type == "v_prediction":
+            return signal * noisy_latents - spread * prediction
+        return (noisy_latents - spread * prediction) / signal

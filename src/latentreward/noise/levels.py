@@ -1,0 +1,175 @@
+"""Where in the noise a training pair is compared.
+
+A sampler turns one uniform and one normal number into a timestep, so that a draw is a pure function of the pair's own
+generator, whatever the batch.
+"""
+
+import math
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Generator, Tensor
+
+from latentreward.errors import InputError
+from latentreward.noise.base import NoiseProcess
+
+
+class LevelSampler(ABC):
+    """Draws the timestep of one pair (or of one image, if the two of a pair are to differ)."""
+
+    @abstractmethod
+    def draw(self, generator: Generator, process: NoiseProcess) -> Tensor:
+        """One timestep of ``process``, ``(1,)`` float32, from ``generator`` alone."""
+
+
+class TargetSigma(LevelSampler):
+    """Base of samplers that draw a target sigma u in [0, 1]; the nearest level of the process is used.
+
+    Note:
+        u is a *noise level*, not a fraction of the schedule (released DiNa-LRM code; arXiv:2602.11146).
+    """
+
+    @abstractmethod
+    def transform(self, uniform: Tensor, normal: Tensor) -> Tensor:
+        """Target sigmas from numbers uniform in [0, 1) and standard normal, same shape."""
+
+    def draw(self, generator: Generator, process: NoiseProcess) -> Tensor:
+        """See :meth:`LevelSampler.draw`."""
+        uniform, normal = torch.rand(1, generator=generator), torch.randn(1, generator=generator)
+        return process.timesteps_at(self.transform(uniform, normal))
+
+
+class UniformSigma(TargetSigma):
+    """u uniform in [low, high]; the whole range is DiNa-LRM's choice.
+
+    Args:
+        low: Least target sigma.
+        high: Greatest target sigma.
+    """
+
+    def __init__(self, low: float = 0.0, high: float = 1.0) -> None:
+        if not 0.0 <= low <= high <= 1.0:
+            raise InputError(f"low={low:g} and high={high:g} must satisfy 0 <= low <= high <= 1")
+        self.low, self.high = low, high
+
+    def transform(self, uniform: Tensor, normal: Tensor) -> Tensor:
+        """See :meth:`TargetSigma.transform`."""
+        return self.low + (self.high - self.low) * uniform
+
+
+class ConstantSigma(TargetSigma):
+    """u is always ``sigma``; 0 is the papers' ablation "clean latents only".
+
+    Args:
+        sigma: Target sigma in [0, 1].
+    """
+
+    def __init__(self, sigma: float) -> None:
+        if not 0.0 <= sigma <= 1.0:
+            raise InputError(f"sigma={sigma:g} must lie in [0, 1]")
+        self.sigma = sigma
+
+    def transform(self, uniform: Tensor, normal: Tensor) -> Tensor:
+        """See :meth:`TargetSigma.transform`."""
+        return torch.full_like(uniform, self.sigma)
+
+
+class LogitNormalSigma(TargetSigma):
+    """u = sigmoid(mean + std·z) (SD3, arXiv:2403.03206, eq. 19).
+
+    Args:
+        mean: Location before the sigmoid.
+        std: Scale before the sigmoid, > 0.
+    """
+
+    def __init__(self, mean: float = 0.0, std: float = 1.0) -> None:
+        if not std > 0:
+            raise InputError(f"std={std:g} must be positive")
+        self.mean, self.std = mean, std
+
+    def transform(self, uniform: Tensor, normal: Tensor) -> Tensor:
+        """See :meth:`TargetSigma.transform`."""
+        return torch.sigmoid(self.mean + self.std * normal)
+
+
+class ModeSigma(TargetSigma):
+    """u = 1 − U − a·(cos²(πU/2) − 1 + U) (SD3, arXiv:2403.03206, eq. 20).
+
+    Args:
+        scale: a, in [−1, 2/(π − 2)], where the map stays monotone; 1.29 is SD3's value.
+    """
+
+    def __init__(self, scale: float = 1.29) -> None:
+        limit = 2 / (math.pi - 2)
+        if not -1.0 <= scale <= limit:
+            raise InputError(f"scale={scale:g} must lie in [-1, {limit:.4f}]")
+        self.scale = scale
+
+    def transform(self, uniform: Tensor, normal: Tensor) -> Tensor:
+        """See :meth:`TargetSigma.transform`."""
+        return 1 - uniform - self.scale * (torch.cos(math.pi * uniform / 2) ** 2 - 1 + uniform)
+
+
+class PowerSigma(TargetSigma):
+    """u = U^power: above 1 prefers low noise, below 1 high noise.
+
+    Args:
+        power: Exponent, > 0.
+    """
+
+    def __init__(self, power: float) -> None:
+        if not power > 0:
+            raise InputError(f"power={power:g} must be positive")
+        self.power = power
+
+    def transform(self, uniform: Tensor, normal: Tensor) -> Tensor:
+        """See :meth:`TargetSigma.transform`."""
+        return uniform**self.power
+
+
+class BetaSigma(TargetSigma):
+    """u from the Beta(a, b) distribution, by inverting its distribution function.
+
+    Args:
+        a: First shape, > 0.
+        b: Second shape, > 0.
+    """
+
+    def __init__(self, a: float, b: float) -> None:
+        if not (a > 0 and b > 0):
+            raise InputError(f"a={a:g} and b={b:g} must be positive")
+        self.a, self.b = a, b
+        grid = torch.linspace(0, 1, 20_001, dtype=torch.float64)
+        middle = (grid[1:] + grid[:-1]) / 2
+        density = middle ** (a - 1) * (1 - middle) ** (b - 1)
+        self._cdf = torch.cat([torch.zeros(1, dtype=torch.float64), density.cumsum(0) / density.sum()])
+        self._grid = grid
+
+    def transform(self, uniform: Tensor, normal: Tensor) -> Tensor:
+        """See :meth:`TargetSigma.transform`."""
+        right = torch.searchsorted(self._cdf, uniform.double()).clamp(1, len(self._grid) - 1)
+        low, high = self._cdf[right - 1], self._cdf[right]
+        part = ((uniform.double() - low) / (high - low).clamp_min(1e-300)).clamp(0, 1)
+        return (self._grid[right - 1] + part * (self._grid[right] - self._grid[right - 1])).float()
+
+
+class TimestepGrid(LevelSampler):
+    """One timestep of {start, start + step, …, stop}, each as likely; LRM's default is the 20 DDIM steps {1, …, 951}.
+
+    On a flow-matching process the nearest timestep of its table is used.
+
+    Args:
+        start: First timestep.
+        stop: Last timestep, included.
+        step: Distance.
+    """
+
+    def __init__(self, start: int = 1, stop: int = 951, step: int = 50) -> None:
+        if step < 1 or stop < start or start < 0:
+            raise InputError(f"start={start}, stop={stop}, step={step} must satisfy 0 <= start <= stop and step >= 1")
+        self.grid = torch.arange(start, stop + 1, step, dtype=torch.float32)
+
+    def draw(self, generator: Generator, process: NoiseProcess) -> Tensor:
+        """See :meth:`LevelSampler.draw`."""
+        index = torch.randint(len(self.grid), (1,), generator=generator)
+        return process.snap(self.grid[index])

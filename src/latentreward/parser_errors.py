@@ -1,0 +1,159 @@
+"""jsonargparse's and OmegaConf's messages, cut down to one line: the setting, what is wrong with it, the remedy.
+
+The originals are trees of alternatives over many lines. Wording that is not recognised here stays, on one line.
+"""
+
+import pkgutil
+import re
+import sys
+from collections.abc import Callable, Iterable
+from importlib import import_module
+from textwrap import dedent
+
+from latentreward.backbones.registry import backbone_names
+from latentreward.errors import did_you_mean
+
+WRAPPERS = (
+    r'Parser key "(?P<key>[^"]+)"[^:\n]*:(?P<inner>.*)',
+    r"Problem with given class_path '(?P<owner>[^']+)':(?P<inner>.*)",
+    r"- Expected a path but .*? either not accessible or invalid\n- (?P<inner>.*)",
+    r"Type .*? expects a function or a callable class: (?P<inner>.*)"
+    r"\. Got value: (?:Namespace\(class_path='(?P<owner>[^']+)')?.*",
+    r"(?P<inner>Not a valid subclass of .*?)\nSubclass types expect one of:.*",
+    r"Problems parsing config: (?P<inner>.*)",
+)
+UNION = re.compile(
+    r"Does not validate against any of the Union subtypes\nSubtypes: \[(?P<types>.*?)\]\nErrors:\n(?P<errors>.*)"
+    r"\nGiven value type: [^\n]*\nGiven value: (?P<value>.*)",
+    re.DOTALL,
+)
+UNKNOWN_SETTING = re.compile(
+    r"(?:Subcommand '\w+' does not accept option|Option) '(?P<key>.+?)'|unrecognized arguments: --(?P<option>[^=\s]+)"
+)
+ROOMS = {
+    "model": "latentreward.modules",
+    "data": "latentreward.data",
+    "head": "latentreward.heads",
+    "loss": "latentreward.losses",
+    "callbacks": "latentreward.callbacks",
+    "logger": "lightning.pytorch.loggers",
+}
+"""Last part of a setting's name -> module whose classes it takes."""
+
+
+def summarise(message: str) -> str:
+    """One line for a message of jsonargparse or OmegaConf."""
+    keys, owner, text = [], "", dedent(message).strip()
+    while wrapper := _unwrap(text):
+        parts = wrapper.groupdict()
+        keys += [parts["key"]] if "key" in parts else []
+        owner = parts.get("owner") or owner
+        text = dedent(_telling_alternative(wrapper) if "errors" in parts else parts["inner"]).strip()
+    text = " ".join(text.split())
+    for pattern, reword in REWORDINGS:
+        if match := re.match(pattern, text):
+            text = reword(match, owner, keys[-1] if keys else "")
+            break
+    return ": ".join(part for part in (".".join(keys), text) if part)
+
+
+def unknown_setting_hint(message: str, settings: Iterable[str]) -> str:
+    """Suggestion for a message about a setting that is none of ``settings``; empty for any other message."""
+    match = UNKNOWN_SETTING.match(message)
+    if match is None or "did you mean" in message:
+        return ""
+    name, settings = match["key"] or match["option"], set(settings)
+    group, groups = name.partition(".")[0], {setting.partition(".")[0] for setting in settings}
+    return did_you_mean(name, settings) if group in groups else did_you_mean(group, groups)
+
+
+def _unwrap(text: str) -> re.Match[str] | None:
+    matches = (re.fullmatch(pattern, text, re.DOTALL) for pattern in WRAPPERS)
+    return next((match for match in matches if match), None) or UNION.fullmatch(text)
+
+
+def _telling_alternative(union: re.Match[str]) -> str:
+    """The first alternative that is more than a mismatch of types; failing that, all types in one sentence."""
+    alternatives = re.split(r"^  - ", union["errors"], flags=re.MULTILINE)[1:]
+    mismatch = ("Expected a <", "Expected a typing", "Not a valid subclass")
+    telling = [alternative for alternative in alternatives if not alternative.startswith(mismatch)]
+    return telling[0] if telling else f"Expected a {union['types']}. Got value: {union['value']}"
+
+
+def _wrong_type(match: re.Match[str], owner: str, setting: str) -> str:
+    classes = re.findall(r"<class '(?:\w+\.)*(\w+)'>|\b(list|dict|Iterable)\[", match["types"])
+    literals = re.findall(r"'([\w-]+)'(?=[,\]])", match["types"])
+    names = ["null" if first == "NoneType" else first or second for first, second in classes]
+    wanted = list(dict.fromkeys(names + literals)) or [match["types"]]
+    hint = did_you_mean(match["value"], literals)
+    text = (
+        f"expected {' or '.join(wanted) if len(wanted) < 4 else 'one of ' + ', '.join(wanted)}, got {match['value']!r}"
+    )
+    return text + (hint if "did you mean" in hint else "")
+
+
+def _unknown_name(match: re.Match[str], owner: str, setting: str) -> str:
+    choices = backbone_names() if setting == "backbone" else _public_names(ROOMS.get(setting, ""))
+    return f"unknown name {match[1]!r}{did_you_mean(match[1], choices)}"
+
+
+def _public_names(module: str) -> list[str]:
+    """Names a module defines or re-exports from inside its package; none if it was not imported."""
+    names = vars(sys.modules[module]) if module in sys.modules else {}
+    return [name for name, value in names.items() if str(getattr(value, "__module__", "")).startswith(module)]
+
+
+def _submodules(package: str) -> list[str]:
+    return [module.name for module in pkgutil.iter_modules(import_module(package).__path__)]
+
+
+REWORDINGS: tuple[tuple[str, Callable[[re.Match[str], str, str], str]], ...] = (
+    (r"Expected an? (?P<types>.+)\. Got value: (?P<value>.*)", _wrong_type),
+    (r"Expected a dot import path string: (\S+)", _unknown_name),
+    (
+        r"Option '(.+?)' is not accepted(.*)",
+        lambda match, owner, setting: f"{owner} has no setting {match[1]!r}{match[2]}".strip(),
+    ),
+    (
+        r"Subcommand '(.+?)' does not accept option '(.+?)'(.*)",
+        lambda match, owner, setting: f"{match[1]} has no setting {match[2]!r}{match[3]}",
+    ),
+    (
+        r"module '(.+?)' has no attribute '(.+?)'",
+        lambda match, owner, setting: f"no {match[2]!r} in {match[1]}{did_you_mean(match[2], _public_names(match[1]))}",
+    ),
+    (
+        r"No module named 'latentreward\.(.+?)'",
+        lambda match, owner, setting: (
+            f"no module 'latentreward.{match[1]}'{did_you_mean(match[1], _submodules('latentreward'))}"
+        ),
+    ),
+    (
+        r"(No module named '.+?'.*)",
+        lambda match, owner, setting: f"{match[1]}; own modules are looked for in the current folder",
+    ),
+    (
+        r"import of callbacks halted",
+        lambda match, owner, setting: "no module 'callbacks'; say latentreward.callbacks",
+    ),
+    (
+        r"Importing '(.+?)' is not allowed",
+        lambda match, owner, setting: (
+            f"--restrict-imports does not allow {match[1]!r}; if you trust it, say "
+            f"--restrict-imports={match[1].partition('.')[0]}"
+        ),
+    ),
+    (
+        r"the following arguments are required: \w+\.(\S+)",
+        lambda match, owner, setting: f"{match[1]} is missing; give it in a --config file or as --{match[1]}",
+    ),
+    (
+        r"Interpolation key '(.+?)' not found(?: \(resolved to '\w+\.(.+?)'\))? full_key: \w+\.(\S+)",
+        lambda match, owner, setting: f"{match[3]}: ${{{match[2] or match[1]}}} is not set",
+    ),
+    (
+        r"InputError raised while resolving interpolation: (.*) full_key: \w+\.(\S+)",
+        lambda match, owner, setting: f"{match[2]}: {match[1]}",
+    ),
+)
+"""Start of an innermost message -> how we put it, given the class it is about and the setting's last name."""

@@ -1,0 +1,259 @@
+"""Load the two papers' published checkpoints, in the layout their authors chose."""
+
+import json
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from latentreward.backbones import SD3DiTBackbone, SDUNetBackbone
+from latentreward.backbones.loading import PipelineSource, first_line, load_weights
+from latentreward.backbones.sd_unet import unet_family
+from latentreward.contracts import LatentSpace
+from latentreward.errors import InputError
+from latentreward.heads import CLIPProjectionHead, GatedQFormerHead
+from latentreward.heads.clip_projection import MultiScale
+from latentreward.noise import DDPM
+from latentreward.scoring.reward_model import RewardModel
+
+PUBLISHED_RMS_EPS = 2.0**-7
+_STABLE_DIFFUSION_SCHEDULER = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+}
+_LATENT_SPACES = {
+    "SD1.5": LatentSpace(channels=4, downscale=8, scaling_factor=0.18215),
+    "SDXL": LatentSpace(channels=4, downscale=8, scaling_factor=0.13025),
+    "SD3": LatentSpace(channels=16, downscale=8, scaling_factor=1.5305, shift_factor=0.0609),
+}
+
+
+def load_lrm(
+    folder: str | Path,
+    base: str | None = None,
+    guidance: float = 7.5,
+    multi_scale: MultiScale = "plain",
+) -> RewardModel:
+    """Load an LRM checkpoint of the layout of ``casiatao/LRM`` (MIT), ready to score.
+
+    The layout holds ``unet/``, ``text_encoder/`` (SDXL: ``text_encoder_2/`` too) and ``state_dict.pt``; tokenizers,
+    VAE and scheduler come from the base pipeline.
+
+    Args:
+        folder: Folder of the checkpoint.
+        base: Diffusers pipeline folder or hub id of the base model; without it only token ids and latents can be
+            scored.
+        guidance: Visual feature enhancement g.
+        multi_scale: See :class:`CLIPProjectionHead`.
+
+    Raises:
+        InputError: If a file is missing, or a tensor is missing, left over or of another shape.
+    """
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    from latentreward.encoders.clip import CLIPPromptEncoder, SDXLPromptEncoder
+
+    folder = existing_folder(folder, "unet/config.json", "text_encoder/config.json", "state_dict.pt")
+    source = None if base is None else PipelineSource(base)
+
+    def tokenizer(name: str) -> Any:
+        return None if source is None else source.tokenizer(name)
+
+    unet = load_weights(UNet2DConditionModel, str(folder), subfolder="unet")
+    text_encoder = load_weights(CLIPTextModel, str(folder), subfolder="text_encoder")
+    family = unet_family(unet.config)
+    if family == "SDXL":
+        existing_folder(folder, "text_encoder_2/config.json")
+        second = load_weights(CLIPTextModelWithProjection, str(folder), subfolder="text_encoder_2")
+        prompts = SDXLPromptEncoder(text_encoder, second, tokenizer("tokenizer"), tokenizer("tokenizer_2"))
+    else:
+        prompts = CLIPPromptEncoder(text_encoder, tokenizer("tokenizer"))
+    backbone = SDUNetBackbone(
+        unet,
+        DDPM.from_config(_STABLE_DIFFUSION_SCHEDULER) if source is None else source.noise_process(),
+        _LATENT_SPACES["SDXL" if family == "SDXL" else "SD1.5"] if source is None else source.latent_space(),
+        text_encoder=prompts,
+        vae=None if source is None else source.latent_encoder(),
+    )
+    state = lrm_head_state(read_tensors(folder / "state_dict.pt"), folder / "state_dict.pt")
+    projects_text = "text_projection.weight" in state
+    head = CLIPProjectionHead(
+        backbone.feature_spec,
+        guidance=guidance,
+        multi_scale=multi_scale,
+        enhance_first=family != "SDXL",
+        embed_dim=len(state["visual_projection.weight"]) if projects_text else None,
+        project_text=projects_text,
+    )
+    load_exactly(head, state, folder / "state_dict.pt")
+    return RewardModel(backbone, head).eval().requires_grad_(False)
+
+
+def lrm_head_state(published: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
+    """Head state of a published ``state_dict.pt``; the log temperature is a number in some files, a tensor in others.
+
+    Raises:
+        InputError: If a part is missing or unknown.
+    """
+    unknown = sorted(set(published) - {"visual_projection", "text_projection", "logit_scale"})
+    missing = [name for name in ("visual_projection", "logit_scale") if name not in published]
+    if unknown or missing:
+        name, kind = (missing or unknown)[0], "missing" if missing else "unexpected"
+        raise InputError(f"cannot load {path}: {kind} entry {name}; is this an LRM state_dict.pt?")
+    state = {
+        f"{part}.{name}": tensor
+        for part in ("visual_projection", "text_projection")
+        for name, tensor in published.get(part, {}).items()
+    }
+    return {**state, "logit_scale": torch.as_tensor(published["logit_scale"], dtype=torch.float32).reshape(())}
+
+
+def load_dina_lrm(
+    folder: str | Path,
+    base: str | None = None,
+    rms_eps: float = PUBLISHED_RMS_EPS,
+    t5_length: int = 256,
+) -> RewardModel:
+    """Load a DiNa-LRM checkpoint of the layout of ``liuhuohuo/DiNa-LRM-SD35M-12layers`` (Apache-2.0), ready to score.
+
+    The layout holds ``config.json``, ``checkpoint/backbone_lora/`` (peft) and ``checkpoint/rm_head.pt``.
+
+    Args:
+        folder: Folder of the checkpoint.
+        base: Diffusers folder or hub id of the base model; None takes the one that ``config.json`` names. A folder
+            with nothing but ``transformer/`` and ``scheduler/`` will do for latents and embeddings.
+        rms_eps: Epsilon of the head's RMS norms; the default is what the published weights were made with.
+        t5_length: T5 tokens per prompt: 256 in the published example, 128 in training.
+
+    Raises:
+        InputError: If a file is missing, or a tensor is missing, left over or of another shape, or the config asks for
+            something this loader does not know.
+    """
+    folder = existing_folder(folder, "config.json", "checkpoint/rm_head.pt")
+    config = json.loads((folder / "config.json").read_text())["model"]
+    for key, expected in (("use_t_embed", True), ("use_lora", True)):
+        if config.get(key, expected) != expected:
+            raise InputError(f"{folder / 'config.json'}: model.{key}={config[key]} is not supported, only {expected}")
+    source = PipelineSource(base or config["backbone_model_id"])
+    transformer_config = source.config("transformer")
+    complete = source.has("text_encoder")
+    backbone = SD3DiTBackbone(
+        source.transformer(),
+        source.noise_process(),
+        source.latent_space() if source.has("vae") else _LATENT_SPACES["SD3"],
+        num_layers=config["num_transformer_layers"],
+        visual_taps=config["visual_head_idx"],
+        text_taps=config["text_head_idx"] if config.get("use_text_features", True) else (),
+        text_encoder=source.sd3_prompts(transformer_config["joint_attention_dim"], t5_length) if complete else None,
+        vae=source.latent_encoder() if source.has("vae") else None,
+    )
+    load_adapter(backbone.transformer, folder / "checkpoint" / "backbone_lora")
+    options = config["reward_head"]
+    head = GatedQFormerHead(
+        backbone.feature_spec,
+        width=options["width"] if options["width"] > 0 else None,
+        num_queries=options["num_queries"],
+        num_heads=options["num_attn_heads"],
+        out_dim=options["out_dim"],
+        use_proj_in=options["use_proj_in"],
+        rms_eps=rms_eps,
+        dropout=options.get("dropout", 0.0),
+        use_logistic=config.get("use_logistic", False),
+    )
+    load_exactly(
+        head,
+        read_tensors(folder / "checkpoint" / "rm_head.pt"),
+        folder / "checkpoint" / "rm_head.pt",
+        absent_by_design=("logistic.eta3", "logistic.eta4"),
+    )
+    return RewardModel(backbone, head).eval().requires_grad_(False)
+
+
+def load_adapter(network: nn.Module, folder: Path) -> None:
+    """Inject and fill a peft LoRA adapter whose keys are relative to ``network``.
+
+    Raises:
+        InputError: If a file is missing, or a tensor is missing, left over or of another shape.
+    """
+    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    existing_folder(folder, "adapter_config.json", "adapter_model.safetensors")
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    known = {name: value for name, value in settings.items() if name in LoraConfig.__dataclass_fields__}
+    inject_adapter_in_model(LoraConfig(**{**known, "auto_mapping": None}), network)
+    prefix, path = "base_model.model.", folder / "adapter_model.safetensors"
+    state = {name.removeprefix(prefix): tensor for name, tensor in load_file(path).items()}
+    expected = {
+        name.replace(".default.", "."): tensor.shape for name, tensor in network.named_parameters() if ".lora_" in name
+    }
+    compare_tensors(expected, {name: tensor.shape for name, tensor in state.items()}, path)
+    set_peft_model_state_dict(network, state)
+
+
+def load_exactly(
+    module: nn.Module, state: Mapping[str, Tensor], path: Path, absent_by_design: tuple[str, ...] = ()
+) -> None:
+    """Fill ``module`` from ``state``; both must hold the same tensors.
+
+    Args:
+        module: What is filled.
+        state: Name → tensor.
+        path: File they came from, for the message.
+        absent_by_design: Names of ``module`` that the layout never holds; they keep their initial values.
+
+    Raises:
+        InputError: Naming the first tensor that is missing, left over or of another shape.
+    """
+    expected = {
+        name: tensor.shape
+        for name, tensor in module.state_dict().items()
+        if name not in absent_by_design or name in state
+    }
+    compare_tensors(expected, {name: tensor.shape for name, tensor in state.items()}, path)
+    module.load_state_dict(state, strict=False)
+
+
+def compare_tensors(expected: Mapping[str, torch.Size], found: Mapping[str, torch.Size], path: Path) -> None:
+    """Raise InputError naming the first tensor in which a file differs from what is expected."""
+    for kind, names in (("missing", expected.keys() - found.keys()), ("unexpected", found.keys() - expected.keys())):
+        if names:
+            raise InputError(f"cannot load {path}: {kind} tensor {sorted(names)[0]} ({len(names)} in all)")
+    for name, shape in expected.items():
+        if found[name] != shape:
+            raise InputError(
+                f"cannot load {path}: tensor {name} has shape {tuple(found[name])}, expected {tuple(shape)}"
+            )
+
+
+def read_tensors(path: Path) -> dict[str, Any]:
+    """A state dict from a ``torch.save`` file, tensors and plain values only.
+
+    Raises:
+        InputError: If the file is no such file or holds anything else.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise InputError(f"cannot load {path}: {first_line(error)}") from error
+
+
+def existing_folder(folder: str | Path, *files: str) -> Path:
+    """``folder`` as a path, if it holds ``files``.
+
+    Raises:
+        InputError: Naming what is missing.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"checkpoint folder {str(folder)!r} does not exist")
+    for name in files:
+        if not (folder / name).is_file():
+            raise InputError(f"checkpoint folder {str(folder)!r} lacks {name}; download it again")
+    return folder

@@ -1,0 +1,134 @@
+"""The untrained networks of the two tiny pipelines, and the pipelines as diffusers saves them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from latentreward.tinyworld.tokenizer import MAX_TOKENS, build_tokenizer
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, StableDiffusion3Pipeline, StableDiffusionPipeline
+    from transformers import CLIPTextConfig, CLIPTokenizer
+
+WIDTH = 64
+"""Width of the text encoders."""
+
+
+def build_sd(vae: AutoencoderKL) -> StableDiffusionPipeline:
+    """A pipeline shaped like Stable Diffusion 1.5: four U-Net levels, cross-attention in three, one CLIP text encoder.
+
+    Args:
+        vae: Trained autoencoder with 8x8 latents of 4 channels.
+    """
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+    tokenizer = build_tokenizer()
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(32, 48, 64, 64),
+        layers_per_block=2,
+        cross_attention_dim=WIDTH,
+        attention_head_dim=4,  # the number of heads, despite its name
+        norm_num_groups=8,
+    )
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=CLIPTextModel(_text_config(tokenizer)).eval(),
+        tokenizer=tokenizer,
+        unet=unet.eval(),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def build_sd35(vae: AutoencoderKL, shift: float = 2.0) -> StableDiffusion3Pipeline:
+    """A pipeline shaped like Stable Diffusion 3.5 Medium: joint blocks, dual attention in the first two, no T5.
+
+    Args:
+        vae: Trained autoencoder with 8x8 latents of 4 channels.
+        shift: Shift of the noise levels that the scheduler samples with.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+    from transformers import CLIPTextModelWithProjection
+
+    tokenizer = build_tokenizer()
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=4,
+        attention_head_dim=32,
+        num_attention_heads=4,
+        joint_attention_dim=2 * WIDTH,
+        caption_projection_dim=128,
+        pooled_projection_dim=2 * WIDTH,
+        pos_embed_max_size=16,
+        dual_attention_layers=(0, 1),
+        qk_norm="rms_norm",
+    )
+    return StableDiffusion3Pipeline(
+        vae=vae,
+        transformer=transformer.eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
+        text_encoder=CLIPTextModelWithProjection(_text_config(tokenizer)).eval(),
+        tokenizer=tokenizer,
+        text_encoder_2=CLIPTextModelWithProjection(_text_config(tokenizer)).eval(),
+        tokenizer_2=build_tokenizer(),
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+
+
+def _text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
+    from transformers import CLIPTextConfig
+
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        projection_dim=WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=MAX_TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def save_pipeline(pipeline: StableDiffusionPipeline | StableDiffusion3Pipeline, folder: Path) -> None:
+    """Save a pipeline small: text encoders as they are (float32), autoencoder and denoiser as float16.
+
+    transformers loads a model in the type it was saved in and diffusers in float32, so a plain ``from_pretrained``
+    gives float32 throughout. The folder is written beside its place and then moved there.
+
+    Args:
+        pipeline: Float32 pipeline; it is float32 again afterwards, rounded to what was saved.
+        folder: Where to; replaced if it exists.
+    """
+    denoiser = pipeline.unet if hasattr(pipeline, "unet") else pipeline.transformer
+    fresh = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(fresh, ignore_errors=True)
+    for model in (pipeline.vae, denoiser):
+        model.to(torch.float16)
+    pipeline.save_pretrained(fresh)
+    for model in (pipeline.vae, denoiser):
+        model.to(torch.float32)
+    shutil.rmtree(folder, ignore_errors=True)
+    fresh.rename(folder)

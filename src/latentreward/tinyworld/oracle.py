@@ -1,0 +1,199 @@
+"""A judge that looks at pixels alone: what a tiny-world picture shows, and what it is worth for a caption.
+
+It measures generated pictures, where no scene is known, and drawn ones after a trip through the autoencoder. It reads a
+picture in five steps: a plane fitted to the colourless pixels (background and gradient), distance from that plane
+(foreground), connected components (large ones are shapes, small ones blobs), the direction of each shape's colour
+away from the background (colour and contrast), and overlap with templates (shape).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+
+from latentreward.tinyworld.scenes import (
+    BACKGROUNDS,
+    COLORS,
+    IMAGE_SIZE,
+    MAX_FADE,
+    MAX_GRADIENT,
+    SHAPES,
+    Blob,
+    Item,
+    Nuisances,
+    Scene,
+    alignment_checks,
+    parse_caption,
+    picture_utility,
+    shape_coverage,
+)
+
+MIN_SHAPE_AREA = 23
+"""Pixels from which a component is a shape; blobs cover at most 17."""
+MIN_BLOB_AREA = 4
+"""Pixels below which a component is noise."""
+FOREGROUND_DISTANCE = 0.09
+"""RGB distance from the background (channels in [0, 1]) from which a pixel can be foreground."""
+MIN_STRENGTH = 0.17
+"""Measured nuisance strengths below this count as none; drawn ones start at 0.35."""
+AREA_FACTORS = {shape: float(shape_coverage(shape, 16, 16, 10).sum()) / 100 for shape in SHAPES}
+"""Area of a shape of radius 1."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a picture is worth for a caption.
+
+    Attributes:
+        alignment: Share of the caption's attributes the picture gets right, in [0, 1].
+        all_right: Whether it gets all of them right.
+        quality: 1 minus nuisances, in [0, 1].
+        utility: ``4 * alignment + 2 * quality``.
+    """
+
+    alignment: float
+    all_right: bool
+    quality: float
+    utility: float
+
+
+def judge(picture: np.ndarray | Image.Image, caption: str) -> Verdict:
+    """Judge a picture ``(32, 32, 3)``, uint8 or PIL, for a caption of the tiny world.
+
+    Raises:
+        ValueError: If the picture has another size or type, or the world has no such caption.
+    """
+    scene = detect_scene(picture)
+    checks = alignment_checks(parse_caption(caption), scene.background, scene.items)
+    alignment = sum(checks.values()) / len(checks)
+    quality = scene.nuisances.quality
+    return Verdict(alignment, all(checks.values()), quality, picture_utility(alignment, quality))
+
+
+def utility_scores(captions: Sequence[str], pictures: Sequence[np.ndarray | Image.Image]) -> torch.Tensor:
+    """Utilities ``(N,)``, float32, of pictures for their captions; usable wherever a scorer of pictures is."""
+    return torch.tensor([judge(p, c).utility for c, p in zip(captions, pictures, strict=True)])
+
+
+def mean_verdict(captions: Sequence[str], pictures: Sequence[np.ndarray | Image.Image]) -> dict[str, float]:
+    """Means of ``alignment``, ``all_right``, ``quality`` and ``utility`` over pictures and their captions."""
+    verdicts = [judge(p, c) for c, p in zip(captions, pictures, strict=True)]
+    names = ("alignment", "all_right", "quality", "utility")
+    return {name: float(np.mean([getattr(verdict, name) for verdict in verdicts])) for name in names}
+
+
+def detect_scene(picture: np.ndarray | Image.Image) -> Scene:
+    """Read the scene off a picture ``(32, 32, 3)``, uint8 or PIL; the colours of blobs are nominal."""
+    pixels = np.asarray(picture.convert("RGB") if isinstance(picture, Image.Image) else picture)
+    if pixels.shape != (IMAGE_SIZE, IMAGE_SIZE, 3) or pixels.dtype != np.uint8:
+        raise ValueError(f"expected a ({IMAGE_SIZE}, {IMAGE_SIZE}, 3) uint8 picture, got {pixels.shape} {pixels.dtype}")
+    pixels = pixels / 255.0
+    plane, level, slope = _fit_background(pixels)
+    difference = pixels - plane[..., None]
+    items, blobs, contrasts = [], [], []
+    for mask in _components(_foreground(difference)):
+        area = mask.sum()
+        if area >= MIN_SHAPE_AREA:
+            item, contrast = _read_item(mask, difference, plane)
+            items.append(item)
+            contrasts.append(contrast)
+        elif area >= MIN_BLOB_AREA:
+            y, x = np.argwhere(mask).mean(axis=0) + 0.5
+            blobs.append(Blob("red", float(x), float(y), float(np.sqrt(area / np.pi))))
+    # Shapes that faded away altogether leave the worst contrast there is.
+    nuisances = Nuisances(
+        contrast=_denoise(float(np.mean(contrasts)) if contrasts else 1.0),
+        gradient=_denoise(slope * IMAGE_SIZE / MAX_GRADIENT),
+        blobs=tuple(blobs),
+    )
+    return Scene(
+        min(BACKGROUNDS, key=lambda name: abs(_expected_level(name, nuisances) - level)), tuple(items), nuisances
+    )
+
+
+def _denoise(strength: float) -> float:
+    return min(1.0, strength) if strength >= MIN_STRENGTH else 0.0
+
+
+def _expected_level(background: str, nuisances: Nuisances) -> float:
+    """Gray level in the middle of a background with a gradient."""
+    middle = {"black": 0.5, "gray": 0.0, "white": -0.5}[background]
+    return BACKGROUNDS[background] + MAX_GRADIENT * nuisances.gradient * middle
+
+
+def _fit_background(pixels: np.ndarray) -> tuple[np.ndarray, float, float]:
+    """Fit a plane of gray levels to the colourless pixels, then again without outliers.
+
+    Returns:
+        The plane ``(32, 32)``, its level in the middle, and its slope per pixel.
+    """
+    grid_y, grid_x = np.mgrid[:IMAGE_SIZE, :IMAGE_SIZE] + 0.5 - IMAGE_SIZE / 2
+    design = np.stack([np.ones_like(grid_x), grid_x, grid_y], axis=-1).reshape(-1, 3)
+    gray = pixels.mean(axis=-1).ravel()
+    chroma = np.ptp(pixels, axis=-1).ravel()
+    inside = chroma < max(0.08, float(np.quantile(chroma, 0.2)))
+    inside &= np.abs(gray - np.median(gray[inside])) < 0.3
+    for _ in range(2):
+        weights = np.linalg.lstsq(design[inside], gray[inside], rcond=None)[0]
+        residual = np.abs(design @ weights - gray)
+        inside = (chroma < 0.08) & (residual < max(0.05, 2 * float(np.median(residual[inside]))))
+        if inside.sum() < 60:
+            break
+    plane = (design @ weights).reshape(IMAGE_SIZE, IMAGE_SIZE)
+    return plane, float(weights[0]), float(np.hypot(weights[1], weights[2]))
+
+
+def _foreground(difference: np.ndarray) -> np.ndarray:
+    """Pixels far from the background, and at least 45 % as far as their farthest neighbour: fringes do not join shapes."""
+    distance = np.sqrt((difference**2).sum(axis=-1))
+    padded = np.pad(distance, 1)
+    around = np.max([padded[y : y + IMAGE_SIZE, x : x + IMAGE_SIZE] for y in range(3) for x in range(3)], axis=0)
+    return (distance > FOREGROUND_DISTANCE) & (distance > 0.45 * around)
+
+
+def _components(mask: np.ndarray) -> list[np.ndarray]:
+    """Masks of the 4-connected components."""
+    labels = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
+    while True:
+        padded = np.pad(labels, 1)
+        spread = np.max(
+            [padded[1:-1, 1:-1], padded[2:, 1:-1], padded[:-2, 1:-1], padded[1:-1, 2:], padded[1:-1, :-2]], axis=0
+        )
+        spread = np.where(mask, spread, 0)
+        if np.array_equal(spread, labels):
+            return [labels == label for label in np.unique(labels) if label]
+        labels = spread
+
+
+def _read_item(mask: np.ndarray, difference: np.ndarray, plane: np.ndarray) -> tuple[Item, float]:
+    """Read one shape off its mask ``(32, 32)``, and the share of contrast it lost (as a nuisance strength, unclipped)."""
+    padded = np.pad(mask, 1)
+    core = mask & padded[2:, 1:-1] & padded[:-2, 1:-1] & padded[1:-1, 2:] & padded[1:-1, :-2]
+    core = core if core.any() else mask
+    offset, level = difference[core].mean(axis=0), plane[core].mean()
+    fits = {}
+    for name, rgb in COLORS.items():
+        direction = np.asarray(rgb) - level
+        kept = float(offset @ direction / (direction @ direction))
+        fits[name] = (float(np.linalg.norm(offset - kept * direction)) if kept > 0 else np.inf, kept)
+    color = min(fits, key=lambda name: fits[name][0])
+    near = np.max([padded[y : y + IMAGE_SIZE, x : x + IMAGE_SIZE] for y in range(3) for x in range(3)], axis=0)
+    coverage = np.where(near, np.clip(difference @ offset / (offset @ offset), 0.0, 1.0), 0.0)
+    shape, x, y, radius = _fit_shape(coverage)
+    return Item(color, shape, x, y, radius), (1.0 - fits[color][1]) / MAX_FADE
+
+
+def _fit_shape(coverage: np.ndarray) -> tuple[str, float, float, float]:
+    """Best shape, centre and radius for pixel coverages ``(32, 32)`` in [0, 1]: templates of equal area and centroid."""
+    grid_y, grid_x = np.mgrid[:IMAGE_SIZE, :IMAGE_SIZE] + 0.5
+    area = coverage.sum()
+    x, y = float((coverage * grid_x).sum() / area), float((coverage * grid_y).sum() / area)
+    radii = {shape: float(np.sqrt(area / AREA_FACTORS[shape])) for shape in SHAPES}
+    templates = {shape: shape_coverage(shape, x, y, radii[shape]) for shape in SHAPES}
+    overlaps = {s: np.minimum(coverage, t).sum() / np.maximum(coverage, t).sum() for s, t in templates.items()}
+    shape = max(SHAPES, key=lambda name: overlaps[name])
+    return shape, x, y, radii[shape]

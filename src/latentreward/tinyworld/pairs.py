@@ -1,0 +1,153 @@
+"""Preference pairs of the tiny world: two pictures for one caption, their utilities, and a label."""
+
+from __future__ import annotations
+
+import io
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from latentreward.tinyworld.oracle import utility_scores
+from latentreward.tinyworld.sampling import PIPELINE_FOLDERS, load_pipeline, sample_pictures
+from latentreward.tinyworld.scenes import (
+    Caption,
+    caption_splits,
+    draw_caption,
+    draw_label,
+    draw_scene,
+    render,
+    scene_utility,
+)
+
+JPEG_QUALITY = 95
+GENERATED_GAP = 0.3
+"""Utility gap from which two generated pictures make a pair: smaller ones could be the judge's error."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An encoded picture.
+
+    Attributes:
+        uid: Name, a UUID; pictures that recur in several pairs keep it.
+        jpeg: JPEG bytes.
+        model: What made it.
+        utility: Noiseless utility for the caption it was made for.
+    """
+
+    uid: str
+    jpeg: bytes
+    model: str
+    utility: float
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two pictures for a caption; ``label`` is 1.0 if the first is preferred, 0.0 if the second, 0.5 for a tie."""
+
+    caption: str
+    first: Picture
+    second: Picture
+    label: float
+
+
+def draw_pairs(
+    split: str, number: int, rng: np.random.Generator, unique: bool = False, ties: bool = True
+) -> list[Pair]:
+    """Draw pairs of drawn pictures with noisy labels.
+
+    Args:
+        split: Captions to draw from: ``train``, ``validation`` or ``test``.
+        number: How many pairs.
+        rng: Source of randomness.
+        unique: Whether no two pairs share a caption.
+        ties: Whether to keep pairs that judges call a tie; if not, others are drawn in their place.
+
+    Raises:
+        ValueError: If ``unique`` asks for more pairs than the split has captions.
+    """
+    available = sum(map(len, caption_splits()[split].values()))
+    if unique and number > available:
+        raise ValueError(f"cannot draw {number} pairs with captions of their own: split {split!r} has {available}")
+    pairs: list[Pair] = []
+    seen: set[str] = set()
+    while len(pairs) < number:
+        caption = draw_caption(rng, split)
+        if unique and caption.text in seen:
+            continue
+        first, second = _draw_picture(caption, rng), _draw_picture(caption, rng)
+        label = draw_label(first.utility, second.utility, rng)
+        if label != 0.5 or ties:
+            pairs.append(Pair(caption.text, first, second, label))
+            seen.add(caption.text)
+    return pairs
+
+
+def _draw_picture(caption: Caption, rng: np.random.Generator) -> Picture:
+    scene = draw_scene(caption, rng)
+    return Picture(_draw_uid(rng), encode_jpeg(render(scene)), "drawn", scene_utility(caption, scene))
+
+
+def _draw_uid(rng: np.random.Generator) -> str:
+    return str(uuid.UUID(bytes=rng.bytes(16), version=4))
+
+
+def encode_jpeg(pixels: np.ndarray) -> bytes:
+    """Encode a picture ``(H, W, 3)``, uint8, with full colour resolution: at this size halved chroma mixes shapes."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+    return buffer.getvalue()
+
+
+def generate_pairs(
+    number: int,
+    seed: int,
+    folders: dict[str, Path] | None = None,
+    num_inference_steps: int = 20,
+    prompts_per_round: int = 32,
+) -> list[Pair]:
+    """Make pairs from pictures that the tiny pipelines sample for held-out captions, labelled without noise by the judge.
+
+    Each caption gets four pictures: two of each pipeline, at guidance 1.5 and 3. Any two whose utilities are more than
+    ``GENERATED_GAP`` apart make a pair, on sides drawn at random.
+
+    Args:
+        number: How many pairs; about four come from each caption.
+        seed: Fixes captions, noise and sides.
+        folders: Pipelines by name; the shipped ones if not given.
+        num_inference_steps: Steps of sampling.
+        prompts_per_round: Captions sampled together.
+    """
+    pipelines = {name: load_pipeline(folder) for name, folder in (folders or PIPELINE_FOLDERS).items()}
+    rng = np.random.default_rng([seed, 7])
+    pairs: list[Pair] = []
+    while len(pairs) < number:
+        captions = list({draw_caption(rng, "test").text: None for _ in range(prompts_per_round)})
+        made = [
+            _generated_pictures(name, pipeline, captions, scale, num_inference_steps, rng)
+            for name, pipeline in pipelines.items()
+            for scale in (1.5, 3.0)
+        ]
+        for caption, *pictures in zip(captions, *made, strict=True):
+            pairs += _label_pictures(caption, pictures, rng)
+    return pairs[:number]
+
+
+def _generated_pictures(
+    name: str, pipeline: object, captions: list[str], guidance_scale: float, steps: int, rng: np.random.Generator
+) -> list[Picture]:
+    pixels = sample_pictures(pipeline, captions, int(rng.integers(2**31)), steps, guidance_scale)
+    utilities = utility_scores(captions, list(pixels)).tolist()
+    return [Picture(_draw_uid(rng), encode_jpeg(p), name, u) for p, u in zip(pixels, utilities, strict=True)]
+
+
+def _label_pictures(caption: str, pictures: list[Picture], rng: np.random.Generator) -> Iterator[Pair]:
+    for one, other in combinations(pictures, 2):
+        if abs(one.utility - other.utility) > GENERATED_GAP:
+            first, second = (one, other) if rng.random() < 0.5 else (other, one)
+            yield Pair(caption, first, second, float(first.utility > second.utility))

@@ -1,0 +1,56 @@
+"""A CLIP tokenizer with one token for each word of the tiny world, and bytes for everything else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from latentreward.tinyworld.scenes import all_captions
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
+
+MAX_TOKENS = 16
+"""Tokens per caption, start, end and padding included."""
+
+
+def build_tokenizer() -> CLIPTokenizer:
+    """The tokenizer of all three text encoders; any string can be tokenised, captions take at most 14 tokens."""
+    from transformers import CLIPTokenizer
+
+    words = sorted({word for text in all_captions() for word in text.split()})
+    merges = _merges(words)
+    vocab = [*_byte_symbols(), *(f"{symbol}</w>" for symbol in _byte_symbols()), *(a + b for a, b in merges)]
+    vocab += ["<|startoftext|>", "<|endoftext|>"]
+    numbers = {token: number for number, token in enumerate(vocab)}
+    return CLIPTokenizer(vocab=numbers, merges=merges, model_max_length=MAX_TOKENS)
+
+
+def _merges(words: Sequence[str]) -> list[tuple[str, str]]:
+    """Byte-pair merges, in rank order, that make each word one token."""
+    merges: list[tuple[str, str]] = []
+    for word in words:
+        pieces = [*word[:-1], f"{word[-1]}</w>"]
+        for merge in merges:
+            pieces = _apply(merge, pieces)
+        while len(pieces) > 1:
+            merges.append((pieces[0], pieces[1]))
+            pieces = _apply(merges[-1], pieces)
+    return merges
+
+
+def _apply(merge: tuple[str, str], pieces: list[str]) -> list[str]:
+    joined: list[str] = []
+    for piece in pieces:
+        if joined and (joined[-1], piece) == merge:
+            joined[-1] += piece
+        else:
+            joined.append(piece)
+    return joined
+
+
+def _byte_symbols() -> list[str]:
+    """The 256 printable stand-ins of bytes that byte-level encoding uses: bytes that do not print move above 255."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    hidden = [byte for byte in range(256) if byte not in printable]
+    return [chr(byte) if byte in printable else chr(256 + hidden.index(byte)) for byte in range(256)]

@@ -1,0 +1,239 @@
+"""Tiny-world pairs as files in the layouts of public preference data sets.
+
+Every folder holds, beside the data set's own files, ``tinyworld.json`` (what was asked for) and ``oracle.parquet`` with
+columns ``pair_id`` (``<file name>:<row>``), ``utility_a`` and ``utility_b``: the noiseless utilities of the first and
+second picture, for measuring only. The same request gives the same bytes. Splits never share a caption.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from latentreward.tinyworld.pairs import Pair, draw_pairs, generate_pairs
+
+PICKAPIC_SPLITS = ("train", "validation", "test", "validation_unique", "test_unique")
+PICKAPIC_SCHEMA = pa.schema(
+    [
+        ("are_different", pa.bool_()),
+        ("best_image_uid", pa.string()),
+        ("caption", pa.string()),
+        ("created_at", pa.timestamp("ns")),
+        ("has_label", pa.bool_()),
+        ("image_0_uid", pa.string()),
+        ("image_0_url", pa.string()),
+        ("image_1_uid", pa.string()),
+        ("image_1_url", pa.string()),
+        ("jpg_0", pa.binary()),
+        ("jpg_1", pa.binary()),
+        ("label_0", pa.float64()),
+        ("label_1", pa.float64()),
+        ("model_0", pa.string()),
+        ("model_1", pa.string()),
+        ("ranking_id", pa.int64()),
+        ("user_id", pa.int64()),
+        ("num_example_per_prompt", pa.int64()),
+        ("__index_level_0__", pa.int64()),
+    ]
+)
+ROWS_PER_FILE = 2048
+FIRST_SECOND = 1_672_531_200
+"""2023-01-01 00:00 UTC: when the first pair claims to have been made; each later one a minute after."""
+
+OracleRows = list[tuple[str, float, float]]
+
+
+def write_pickapic(root: Path | str, pairs_per_split: Mapping[str, int], seed: int = 0) -> Path:
+    """Write drawn pairs with noisy labels, ties included, in the layout of Pick-a-Pic v1 (with images).
+
+    Args:
+        root: Folder to make. If it holds the same request already, nothing is done.
+        pairs_per_split: Pairs for ``train``, ``validation``, ``test``, ``validation_unique`` and ``test_unique``;
+            the last two have one pair per caption.
+        seed: Fixes everything.
+
+    Returns:
+        ``root``.
+
+    Raises:
+        ValueError: If a split is unknown, a ``_unique`` split has too few captions, or ``root`` holds something else.
+    """
+    _check_splits(pairs_per_split, PICKAPIC_SPLITS)
+
+    def fill(folder: Path) -> OracleRows:
+        oracle: OracleRows = []
+        for split, number in pairs_per_split.items():
+            rng = np.random.default_rng([seed, PICKAPIC_SPLITS.index(split)])
+            pairs = draw_pairs(split.removesuffix("_unique"), number, rng, unique=split.endswith("_unique"))
+            oracle += _write_pickapic_split(folder, split, pairs, rng)
+        return oracle
+
+    return _make_folder(root, {"layout": "pickapic_v1", "pairs_per_split": dict(pairs_per_split), "seed": seed}, fill)
+
+
+def write_generated(
+    root: Path | str,
+    pairs: int = 1000,
+    seed: int = 0,
+    folders: Mapping[str, Path] | None = None,
+    num_inference_steps: int = 20,
+) -> Path:
+    """Write pairs of *generated* pictures as the split ``test`` of Pick-a-Pic v1: for measuring, never for training.
+
+    Pictures come from the two tiny pipelines, for held-out captions; labels are the judge's, without noise, and the
+    two pictures of a pair are more than 0.3 in utility apart. A picture recurs in up to three pairs.
+
+    Args:
+        root: Folder to make. If it holds the same request already, nothing is done.
+        pairs: How many.
+        seed: Fixes everything, given the pipelines.
+        folders: Pipelines to sample by name; the shipped ones if not given. Names are part of the request, weights not.
+        num_inference_steps: Steps of sampling.
+
+    Returns:
+        ``root``.
+
+    Raises:
+        ValueError: If ``root`` holds something else.
+    """
+    spec = {"layout": "pickapic_v1", "pairs_per_split": {"test": pairs}, "seed": seed, "steps": num_inference_steps}
+    spec["generated_by"] = sorted(folders) if folders else "shipped pipelines"
+
+    def fill(folder: Path) -> OracleRows:
+        made = generate_pairs(pairs, seed, dict(folders) if folders else None, num_inference_steps)
+        return _write_pickapic_split(folder, "test", made, np.random.default_rng([seed, 8]))
+
+    return _make_folder(root, spec, fill)
+
+
+def write_hpdv3(root: Path | str, pairs_per_split: Mapping[str, int], seed: int = 0) -> Path:
+    """Write drawn pairs with noisy labels in the layout of HPDv3: the first picture is the preferred one.
+
+    The layout has no ties, so pairs that judges call a tie are drawn again. A tenth of the training rows has neither
+    votes nor confidence, as the real set's Midjourney rows; test rows never have these keys.
+
+    Args:
+        root: Folder to make. If it holds the same request already, nothing is done.
+        pairs_per_split: Pairs for ``train`` and ``test``.
+        seed: Fixes everything.
+
+    Returns:
+        ``root``.
+
+    Raises:
+        ValueError: If a split is unknown or ``root`` holds something else.
+    """
+    _check_splits(pairs_per_split, ("train", "test"))
+
+    def fill(folder: Path) -> OracleRows:
+        (folder / "images").mkdir()
+        oracle: OracleRows = []
+        for split, number in pairs_per_split.items():
+            rng = np.random.default_rng([seed, 16 + ("train", "test").index(split)])
+            rows = []
+            for row, pair in enumerate(draw_pairs(split, number, rng, ties=False)):
+                best, worst = (pair.first, pair.second) if pair.label == 1.0 else (pair.second, pair.first)
+                for picture in (best, worst):
+                    (folder / "images" / f"{picture.uid}.jpg").write_bytes(picture.jpeg)
+                votes = _draw_votes(best.utility - worst.utility, rng)
+                rows.append(_hpdv3_row(pair.caption, best.uid, worst.uid, votes if split == "train" else {}))
+                oracle.append((f"{split}.json:{row}", best.utility, worst.utility))
+            (folder / f"{split}.json").write_text(json.dumps(rows, indent=1))
+        return oracle
+
+    return _make_folder(root, {"layout": "hpdv3", "pairs_per_split": dict(pairs_per_split), "seed": seed}, fill)
+
+
+def _check_splits(pairs_per_split: Mapping[str, int], known: Sequence[str]) -> None:
+    if unknown := set(pairs_per_split) - set(known):
+        raise ValueError(f"unknown splits {sorted(unknown)}; this layout has {', '.join(known)}")
+
+
+def _make_folder(root: Path | str, spec: dict[str, Any], fill: Callable[[Path], OracleRows]) -> Path:
+    """Let ``fill`` write into a folder beside ``root``, add the two files of our own, and move it to ``root``."""
+    root = Path(root)
+    if _holds(root, spec):
+        return root
+    fresh = root.with_name(f"{root.name}.tmp-{os.getpid()}")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    try:
+        pair_ids, utilities_a, utilities_b = zip(*fill(fresh), strict=True)
+        oracle = {"pair_id": list(pair_ids), "utility_a": list(utilities_a), "utility_b": list(utilities_b)}
+        pq.write_table(pa.table(oracle), fresh / "oracle.parquet")
+        (fresh / "tinyworld.json").write_text(json.dumps(spec, indent=1, sort_keys=True))
+        try:
+            fresh.rename(root)
+        except OSError:  # another process was faster; what it wrote must be what we were asked for
+            if not _holds(root, spec):
+                raise
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    return root
+
+
+def _holds(root: Path, spec: dict[str, Any]) -> bool:
+    """Whether ``root`` is complete; False if absent or empty."""
+    if not root.exists() or not any(root.iterdir()):
+        return False
+    marker = root / "tinyworld.json"
+    found = json.loads(marker.read_text()) if marker.is_file() else None
+    if found != spec:
+        raise ValueError(f"{root} holds {found or 'other files'}, not {spec}: delete it or choose another folder")
+    return True
+
+
+def _write_pickapic_split(folder: Path, split: str, pairs: Sequence[Pair], rng: np.random.Generator) -> OracleRows:
+    (folder / "data").mkdir(exist_ok=True)
+    examples = Counter(pair.caption for pair in pairs)
+    rows = [_pickapic_row(number, pair, examples[pair.caption], rng) for number, pair in enumerate(pairs)]
+    starts = range(0, len(rows), ROWS_PER_FILE)
+    oracle: OracleRows = []
+    for file_number, start in enumerate(starts):
+        part = slice(start, start + ROWS_PER_FILE)
+        uids = "".join(row["image_0_uid"] for row in rows[part])
+        digest = hashlib.blake2b(uids.encode(), digest_size=8).hexdigest()
+        name = f"{split}-{file_number:05d}-of-{len(starts):05d}-{digest}.parquet"
+        table = pa.Table.from_pylist(rows[part], schema=PICKAPIC_SCHEMA)
+        pq.write_table(table, folder / "data" / name, row_group_size=256)
+        oracle += [(f"{name}:{i}", p.first.utility, p.second.utility) for i, p in enumerate(pairs[part])]
+    return oracle
+
+
+def _pickapic_row(number: int, pair: Pair, examples: int, rng: np.random.Generator) -> dict[str, Any]:
+    best = {1.0: pair.first.uid, 0.0: pair.second.uid}.get(pair.label, "tie")
+    row: dict[str, Any] = {"are_different": True, "best_image_uid": best, "caption": pair.caption, "has_label": True}
+    row["created_at"] = np.datetime64(FIRST_SECOND + 60 * number, "s").astype("datetime64[ns]")
+    for side, picture, label in ((0, pair.first, pair.label), (1, pair.second, 1.0 - pair.label)):
+        row[f"image_{side}_uid"] = picture.uid
+        row[f"image_{side}_url"] = f"https://tinyworld.invalid/{picture.uid}.jpg"
+        row[f"jpg_{side}"] = picture.jpeg
+        row[f"label_{side}"] = label
+        row[f"model_{side}"] = picture.model
+    row |= {"ranking_id": number, "user_id": int(rng.integers(1, 500)), "num_example_per_prompt": examples}
+    return row | {"__index_level_0__": number}
+
+
+def _draw_votes(gap: float, rng: np.random.Generator) -> dict[str, Any]:
+    """Votes and confidence of a pair whose preferred picture is ``gap`` better; few and close where it is worse."""
+    if rng.random() < 0.1:
+        return {"choice_dist": None, "confidence": None}
+    judges = int(rng.integers(9, 20))
+    wins = max(judges // 2 + 1, int(rng.binomial(judges, 1 / (1 + np.exp(-2 * gap)))))
+    return {"choice_dist": [wins, judges - wins], "confidence": round(1.0 - 0.5 ** (2 * wins - judges + 1), 6)}
+
+
+def _hpdv3_row(caption: str, best: str, worst: str, votes: dict[str, Any]) -> dict[str, Any]:
+    model = "midjourney" if votes.get("confidence", 0.0) is None else "drawn"
+    paths = {"path1": f"images/{best}.jpg", "path2": f"images/{worst}.jpg"}
+    return {"prompt": caption} | votes | paths | {"model1": model, "model2": model}

@@ -1,0 +1,15 @@
+"""Shared by all tests: one thread, so that parallel runs on few cores do not fight, and no downloads."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
