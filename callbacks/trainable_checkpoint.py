@@ -25,7 +25,7 @@ class TrainableCheckpoint(Callback):
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let Lightning load a state dict without the frozen weights; :meth:`on_load_checkpoint` looks after the rest."""
+        """Let Lightning load without the frozen weights; :meth:`on_load_checkpoint` looks after the rest."""
         pl_module.strict_loading = False
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -43,8 +43,8 @@ class TrainableCheckpoint(Callback):
         for kind, names in (("lacks", missing), ("has the unknown weight", found - known)):
             if names:
                 raise InputError(
-                    f"the checkpoint {kind} {sorted(names)[0]} ({len(names)} in all); backbone, tuning and head must be "
-                    "those it was trained with"
+                    f"the checkpoint {kind} {sorted(names)[0]} ({len(names)} in all); backbone, tuning and head must "
+                    "be those it was trained with"
                 )
 
 

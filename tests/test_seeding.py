@@ -34,11 +34,13 @@ def test_names_do_not_run_into_each_other() -> None:
 
 def test_draws_are_pinned() -> None:
     """Numbers of a run may change only knowingly: they decide whether a run can be repeated."""
-    assert pair_generator(0, "noise", 0, "a").initial_seed() == 7149013949803453230
+    assert pair_generator(0, "noise", 0, "a").initial_seed() == 2916922524763060755
     assert 0 <= pair_generator(-1, "ü", 10**9, "\n", "k").initial_seed() < 2**63
 
 
 def test_draws_look_uniform_over_pairs() -> None:
-    draws = torch.tensor([draw(0, "timestep", epoch, f"{i}")[0] for epoch, i in itertools.product(range(2), range(2000))])
+    draws = torch.tensor(
+        [draw(0, "timestep", epoch, f"{i}")[0] for epoch, i in itertools.product(range(2), range(2000))]
+    )
     assert abs(draws.mean() - 0.5) < 0.02
     assert abs(torch.corrcoef(draws.view(2, -1))[0, 1]) < 0.07

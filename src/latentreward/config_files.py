@@ -5,7 +5,7 @@ Plain functions on mappings and argument lists; nothing here imports torch or Li
 
 import re
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +64,8 @@ def _append_callbacks(trainer: Any) -> Any:
 def rewrite_arguments(command: str, arguments: Sequence[str], short_names: Mapping[str, str]) -> list[str]:
     """The same for options: ``--model.backbone sd15`` and ``--trainer.callbacks X``, with a blank or an ``=``.
 
-    Interpolations such as ``${data.root}`` become ``${setting:fit.data.root}``: jsonargparse keeps all settings under the
-    subcommand, and would take a plain name as relative to the class whose argument it is.
+    Interpolations such as ``${data.root}`` become ``${setting:fit.data.root}``: jsonargparse keeps all settings under
+    the subcommand, and would take a plain name as relative to the class whose argument it is.
 
     Raises:
         InputError: For ``--trainer FILE``, whose callbacks would replace the earlier ones.
@@ -99,7 +99,7 @@ def find_config(name: str) -> str:
     """
     if Path(name).is_file() or any(mark in name for mark in (":", "{", "\n")):
         return name
-    packaged = Path(str(files("latentreward.configs")))
+    packaged = Path(import_module("latentreward.configs").__path__[0])
     if name.startswith("configs/") and (path := packaged / name.removeprefix("configs/")).is_file():
         return str(path)
     ours = [f"configs/{path.relative_to(packaged).as_posix()}" for path in packaged.rglob("*.yaml")]

@@ -1,7 +1,6 @@
 """The subcommands that run a Lightning trainer: fit, validate, test and predict."""
 
 import importlib
-import importlib.util
 import logging
 import re
 import sys
@@ -14,12 +13,13 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, get_loader, set_loader, set_parsing_settings
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from typing_extensions import override
 
 from latentreward.backbones.registry import backbone_names
+from latentreward.callbacks import PairScoreWriter
 from latentreward.config_files import find_config, rewrite_arguments, rewrite_settings
 from latentreward.errors import InputError
 from latentreward.parser_errors import ROOMS, summarise, unknown_setting_hint
@@ -47,10 +47,17 @@ class Parser(LightningArgumentParser):
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         asked = getattr(ex, "subcommand_parser", self)
-        message += unknown_setting_hint(message, (action.dest for action in asked._actions))
+        names = (action.dest for action in asked._actions)
+        message += unknown_setting_hint(
+            message, [name for name in names if not re.search(r"(^|\.)(help|print_\w+)$", name)]
+        )
         if not self.exit_on_error:  # parser of a class's own settings: its caller adds where it was
             super().error(message, ex)
         raise InputError(summarise(message)) from ex
+
+    @override
+    def dump(self, namespace: Namespace, *args: Any, **kwargs: Any) -> str:
+        return super().dump(without_repeated_callbacks(namespace), *args, **kwargs)
 
 
 class SaveConfig(SaveConfigCallback):
@@ -92,9 +99,21 @@ class TrainingCLI(LightningCLI):
 
     @override
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        parser = self.parser_class(**kwargs)
+        usage = f"latentreward {self.command} [--config FILE ...] [--SETTING=VALUE ...]"
+        parser = self.parser_class(usage=usage, epilog="See latentreward --help for examples.", **kwargs)
         parser.add_argument("-c", "--config", action=ConfigFile, help="YAML file; may be given several times.")
         return parser
+
+    @override
+    def setup_parser(self, *args: Any) -> None:
+        super().setup_parser(*args)
+        if self.command == "predict":  # the writer holds the scores, so the trainer need not keep them in memory
+            self._subcommand_parsers["predict"].set_defaults(return_predictions=False)
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        if self.command == "predict":
+            parser.add_lightning_class_args(PairScoreWriter, "predictions")
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -102,9 +121,7 @@ class TrainingCLI(LightningCLI):
             self.config = parser.parse_args(args)
         except OmegaConfBaseException as error:
             raise InputError(summarise(str(error))) from error
-        trainer = self.config[self.command].trainer
-        if isinstance(trainer.callbacks, list):
-            trainer.callbacks = unique(trainer.callbacks)
+        self.config[self.command] = without_repeated_callbacks(self.config[self.command])
 
     @override
     def _parse_ckpt_path(self) -> None:
@@ -118,9 +135,15 @@ class TrainingCLI(LightningCLI):
             raise InputError(summarise(str(error))) from error
 
 
-def unique(items: list[Namespace]) -> list[Namespace]:
-    """Items in order, later copies of an equal one left out."""
-    return [item for number, item in enumerate(items) if item not in items[:number]]
+def without_repeated_callbacks(settings: Namespace) -> Namespace:
+    """A copy in which equal callbacks are one: a saved config stacked on the files it came from changes nothing."""
+    settings = settings.clone()
+    callbacks = settings.get("trainer.callbacks")
+    if isinstance(callbacks, list):
+        settings["trainer.callbacks"] = [
+            callback for number, callback in enumerate(callbacks) if callback not in callbacks[:number]
+        ]
+    return settings
 
 
 def install_loader(short_names: Mapping[str, str]) -> None:
@@ -153,12 +176,9 @@ def restrict_imports(modules: Sequence[str]) -> None:
 
 def import_rooms() -> None:
     """Import our classes, so that settings may name them by their bare names."""
-    for room in ROOMS.values():
-        if importlib.util.find_spec(room):  # TODO
-            importlib.import_module(room)
-    if "latentreward.callbacks" in sys.modules and Path("callbacks").resolve() in map(
-        Path, sys.modules["latentreward.callbacks"].__path__
-    ):
+    for room in set(ROOMS.values()):
+        importlib.import_module(room)
+    if Path("callbacks").resolve() in map(Path, sys.modules["latentreward.callbacks"].__path__):
         sys.modules.setdefault("callbacks", None)  # type: ignore[arg-type]  # in our own clone it would be a second copy
 
 
@@ -181,8 +201,8 @@ def run(command: str, arguments: Sequence[str]) -> None:
     install_loader(backbone_names())
     settings = [argument for argument in arguments if argument not in restrictions]
     try:
-        cli = TrainingCLI(command, rewrite_arguments(command, settings, backbone_names()))
+        TrainingCLI(command, rewrite_arguments(command, settings, backbone_names()))
     except MisconfigurationException as error:
         raise InputError(str(error)) from error
-    if cli.trainer.received_sigterm:
+    except SIGTERMException:
         sys.exit(SIGTERM_STATUS)

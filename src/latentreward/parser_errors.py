@@ -7,11 +7,26 @@ import pkgutil
 import re
 import sys
 from collections.abc import Callable, Iterable
-from importlib import import_module
 from textwrap import dedent
 
 from latentreward.backbones.registry import backbone_names
 from latentreward.errors import did_you_mean
+
+ROOMS = {
+    "model": "latentreward.modules",
+    "head": "latentreward.heads",
+    "loss": "latentreward.losses",
+    "levels": "latentreward.noise",
+    "data": "latentreward.data",
+    "train": "latentreward.data",
+    "val": "latentreward.data",
+    "test": "latentreward.data",
+    "predict": "latentreward.data",
+    "callbacks": "latentreward.callbacks",
+    "logger": "lightning.pytorch.loggers",
+    "optimizer": "torch.optim",
+}
+"""Last part of a setting's name -> module whose classes it takes."""
 
 WRAPPERS = (
     r'Parser key "(?P<key>[^"]+)"[^:\n]*:(?P<inner>.*)',
@@ -30,15 +45,6 @@ UNION = re.compile(
 UNKNOWN_SETTING = re.compile(
     r"(?:Subcommand '\w+' does not accept option|Option) '(?P<key>.+?)'|unrecognized arguments: --(?P<option>[^=\s]+)"
 )
-ROOMS = {
-    "model": "latentreward.modules",
-    "data": "latentreward.data",
-    "head": "latentreward.heads",
-    "loss": "latentreward.losses",
-    "callbacks": "latentreward.callbacks",
-    "logger": "lightning.pytorch.loggers",
-}
-"""Last part of a setting's name -> module whose classes it takes."""
 
 
 def summarise(message: str) -> str:
@@ -49,12 +55,12 @@ def summarise(message: str) -> str:
         keys += [parts["key"]] if "key" in parts else []
         owner = parts.get("owner") or owner
         text = dedent(_telling_alternative(wrapper) if "errors" in parts else parts["inner"]).strip()
-    text = " ".join(text.split())
+    text, setting = " ".join(text.split()), ".".join(keys)
     for pattern, reword in REWORDINGS:
         if match := re.match(pattern, text):
-            text = reword(match, owner, keys[-1] if keys else "")
+            text = reword(match, owner, setting.rpartition(".")[2])
             break
-    return ": ".join(part for part in (".".join(keys), text) if part)
+    return f"{setting}: {text}" if setting else text
 
 
 def unknown_setting_hint(message: str, settings: Iterable[str]) -> str:
@@ -85,31 +91,41 @@ def _wrong_type(match: re.Match[str], owner: str, setting: str) -> str:
     literals = re.findall(r"'([\w-]+)'(?=[,\]])", match["types"])
     names = ["null" if first == "NoneType" else first or second for first, second in classes]
     wanted = list(dict.fromkeys(names + literals)) or [match["types"]]
+    listed = " or ".join(wanted) if len(wanted) < 4 else f"one of {', '.join(wanted)}"
     hint = did_you_mean(match["value"], literals)
-    text = (
-        f"expected {' or '.join(wanted) if len(wanted) < 4 else 'one of ' + ', '.join(wanted)}, got {match['value']!r}"
-    )
-    return text + (hint if "did you mean" in hint else "")
+    return f"expected {listed}, got {match['value']!r}{hint if 'did you mean' in hint else ''}"
 
 
 def _unknown_name(match: re.Match[str], owner: str, setting: str) -> str:
-    choices = backbone_names() if setting == "backbone" else _public_names(ROOMS.get(setting, ""))
+    classes = [name for name in _public_names(ROOMS.get(setting, "")) if name[0].isupper()]
+    choices = backbone_names() if setting == "backbone" else classes
     return f"unknown name {match[1]!r}{did_you_mean(match[1], choices)}"
 
 
+def _not_in_module(match: re.Match[str], owner: str, setting: str) -> str:
+    return f"no {match[2]!r} in {match[1]}{did_you_mean(match[2], _public_names(match[1]))}"
+
+
 def _public_names(module: str) -> list[str]:
-    """Names a module defines or re-exports from inside its package; none if it was not imported."""
+    """Names that a module defines or re-exports from inside, and its submodules; none if it was not imported."""
     names = vars(sys.modules[module]) if module in sys.modules else {}
-    return [name for name, value in names.items() if str(getattr(value, "__module__", "")).startswith(module)]
-
-
-def _submodules(package: str) -> list[str]:
-    return [module.name for module in pkgutil.iter_modules(import_module(package).__path__)]
+    own = [name for name, value in names.items() if str(getattr(value, "__module__", "")).startswith(module)]
+    return own + [submodule.name for submodule in pkgutil.iter_modules(names.get("__path__", []))]
 
 
 REWORDINGS: tuple[tuple[str, Callable[[re.Match[str], str, str], str]], ...] = (
     (r"Expected an? (?P<types>.+)\. Got value: (?P<value>.*)", _wrong_type),
-    (r"Expected a dot import path string: (\S+)", _unknown_name),
+    (r"(?:Expected a dot import path string|Unexpected import path format): (\S+)", _unknown_name),
+    (r"module '(.+?)' has no attribute '(.+?)'", _not_in_module),
+    (r"No module named '(\S+)\.(\w+)'", _not_in_module),
+    (
+        r"No module named '(\w+)'",
+        lambda match, owner, setting: f"no module {match[1]!r}; own modules go in the current folder",
+    ),
+    (
+        r"import of callbacks halted",
+        lambda match, owner, setting: "no module 'callbacks'; say latentreward.callbacks",
+    ),
     (
         r"Option '(.+?)' is not accepted(.*)",
         lambda match, owner, setting: f"{owner} has no setting {match[1]!r}{match[2]}".strip(),
@@ -119,28 +135,13 @@ REWORDINGS: tuple[tuple[str, Callable[[re.Match[str], str, str], str]], ...] = (
         lambda match, owner, setting: f"{match[1]} has no setting {match[2]!r}{match[3]}",
     ),
     (
-        r"module '(.+?)' has no attribute '(.+?)'",
-        lambda match, owner, setting: f"no {match[2]!r} in {match[1]}{did_you_mean(match[2], _public_names(match[1]))}",
+        r"Import path (\S+) does not correspond to a subclass of (\w+)",
+        lambda match, owner, setting: f"{match[1]} is no {match[2]}",
     ),
     (
-        r"No module named 'latentreward\.(.+?)'",
+        r"Importing '((\w+).*?)' is not allowed",
         lambda match, owner, setting: (
-            f"no module 'latentreward.{match[1]}'{did_you_mean(match[1], _submodules('latentreward'))}"
-        ),
-    ),
-    (
-        r"(No module named '.+?'.*)",
-        lambda match, owner, setting: f"{match[1]}; own modules are looked for in the current folder",
-    ),
-    (
-        r"import of callbacks halted",
-        lambda match, owner, setting: "no module 'callbacks'; say latentreward.callbacks",
-    ),
-    (
-        r"Importing '(.+?)' is not allowed",
-        lambda match, owner, setting: (
-            f"--restrict-imports does not allow {match[1]!r}; if you trust it, say "
-            f"--restrict-imports={match[1].partition('.')[0]}"
+            f"--restrict-imports does not allow {match[1]!r}; if you trust it, say --restrict-imports={match[2]}"
         ),
     ),
     (

@@ -1,15 +1,12 @@
 """Two real processes: gathered losses and their averaged gradients equal one process with all rows."""
 
-import os
-import socket
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, distributed, multiprocessing, nn
+from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from latentreward.contracts import CrossScores, PairScores
@@ -22,6 +19,7 @@ from latentreward.losses import (
     gather_with_grad,
 )
 from tests.losses.pairs import random_scores
+from tests.losses.two_ranks import on_ranks
 
 ROWS = 6
 LOSSES: dict[str, PreferenceLoss] = {
@@ -70,31 +68,14 @@ def loss_and_gradients(name: str, rank: int | None, shares: tuple[int, int]) -> 
     return {"loss": loss.detach(), "image": model.image.weight.grad, "logit_scale": model.logit_scale.grad}
 
 
-def in_process(rank: int, port: int, folder: Path, work: Callable[[int], Any]) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
-    distributed.init_process_group("gloo", rank=rank, world_size=2)
-    try:
-        torch.save(work(rank), folder / f"{rank}.pt")
-    finally:
-        distributed.destroy_process_group()
-
-
-def on_two_ranks(work: Callable[[int], Any], folder: Path) -> list[Any]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    multiprocessing.start_processes(in_process, args=(port, folder, work), nprocs=2, start_method="fork")
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
-
-
-def all_losses(rank: int) -> dict[str, dict[str, Tensor]]:
+def all_losses(rank: int, _: str) -> dict[str, dict[str, Tensor]]:
     return {
         f"{name} {shares}": loss_and_gradients(name, rank, shares) for name in LOSSES for shares in ((3, 3), (2, 4))
     }
 
 
 def test_averaged_gradients_equal_one_process(tmp_path: Path) -> None:
-    ranks = on_two_ranks(all_losses, tmp_path)
+    ranks = on_ranks("tests.losses.test_gather:all_losses", "", tmp_path)
     for key in ranks[0]:
         alone = loss_and_gradients(key.split()[0], None, (0, 0))
         for rank in ranks:
@@ -104,7 +85,7 @@ def test_averaged_gradients_equal_one_process(tmp_path: Path) -> None:
             torch.testing.assert_close(mean, alone[parameter], rtol=1e-5, atol=1e-7, msg=f"{key} {parameter}")
 
 
-def gather_columns(rank: int) -> dict[str, Tensor]:
+def gather_columns(rank: int, _: str) -> dict[str, Tensor]:
     columns = random_scores(4, 3 + rank, out_dim=2)
     gathered = gather_pair_scores(columns)
     return {name: getattr(gathered, name) for name in ("chosen", "rejected", "label", "weight", "rejected_sigmas")}
@@ -112,7 +93,7 @@ def gather_columns(rank: int) -> dict[str, Tensor]:
 
 def test_uneven_ranks_with_several_outputs_keep_rank_order(tmp_path: Path) -> None:
     expected = [random_scores(4, 3 + rank, out_dim=2) for rank in range(2)]
-    for gathered in on_two_ranks(gather_columns, tmp_path):
+    for gathered in on_ranks("tests.losses.test_gather:gather_columns", "", tmp_path):
         for name, value in gathered.items():
             assert torch.equal(value, torch.cat([getattr(part, name) for part in expected]))
 

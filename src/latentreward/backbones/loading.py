@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -50,6 +51,7 @@ class PipelineSource:
 
     def __init__(self, source: str, revision: str | None = None, variant: str | None = None) -> None:
         self.source, self.revision, self.variant = str(source), revision, variant
+        self._offline: bool | None = None
         folder = Path(self.source)
         looks_local = folder.is_absolute() or self.source.startswith((".", "~")) or self.source.count("/") > 1
         if not folder.exists() and looks_local:
@@ -72,18 +74,24 @@ class PipelineSource:
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
         try:
-            return Path(hf_hub_download(self.source, name, revision=self.revision))
+            if self._offline is None:
+                self._offline = not hub_answers(self.source, name, self.revision)
+            return Path(hf_hub_download(self.source, name, revision=self.revision, local_files_only=self._offline))
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            reason = "the hub does not answer" if self._offline else type(error).__name__
             raise InputError(
-                f"source={self.source!r} is neither a folder here nor reachable on the hub "
-                f"({type(error).__name__}); check the name, the network and your access, or give a local folder"
+                f"source={self.source!r} is neither a folder here nor to be had from the hub ({reason}); check the "
+                "name, the network and your access, or give a local folder"
             ) from error
 
     def _json(self, name: str) -> dict[str, Any]:
         path = self._file(name)
         if not path.is_file():
             raise InputError(f"source={self.source!r} lacks {name}; download the whole pipeline again")
-        return json.loads(path.read_text())
+        try:
+            return json.loads(path.read_text())
+        except ValueError as error:
+            raise InputError(f"source={self.source!r}: {name} is damaged ({error}); download it again") from error
 
     def config(self, part: str) -> dict[str, Any]:
         """Config of ``part``, such as ``unet`` or ``vae``.
@@ -106,11 +114,11 @@ class PipelineSource:
                 f"(it has {', '.join(parts)}); choose a backbone that fits it"
             )
 
-    def _load(self, family: type[Any], part: str, pretrained: bool = True) -> Any:
+    def _load(self, family: type[Any], part: str, pretrained: bool = True, **options: Any) -> Any:
         self._require(part)
         place = {"subfolder": part, "revision": self.revision}
         if pretrained:
-            return load_weights(family, self.source, variant=self.variant, **place)
+            return load_weights(family, self.source, variant=self.variant, **place, **options)
         if hasattr(family, "load_config"):
             return family.from_config(family.load_config(self.source, **place))
         return family(family.config_class.from_pretrained(self.source, **place))
@@ -143,7 +151,7 @@ class PipelineSource:
 
         from latentreward.encoders.vae import LatentEncoder
 
-        return LatentEncoder(self._load(AutoencoderKL, "vae").to(getattr(torch, dtype)))
+        return LatentEncoder(self._load(AutoencoderKL, "vae", dtype=getattr(torch, dtype)))
 
     def tokenizer(self, part: str) -> Any:
         """The tokenizer ``part``, such as ``tokenizer_2``."""
@@ -196,8 +204,26 @@ class PipelineSource:
         )
 
 
+def hub_answers(repo_id: str, name: str, revision: str | None = None, timeout: float = 10.0) -> bool:
+    """Whether the hub can be asked for file ``name``; one try, where ``hf_hub_download`` would retry half a minute.
+
+    Raises:
+        HfHubHTTPError: If the hub answers that there is no such file, or no access to it.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        get_hf_file_metadata(hf_hub_url(repo_id, name, revision=revision), timeout=timeout)
+    except (HfHubHTTPError, HFValidationError):
+        raise
+    except Exception:  # whatever the HTTP client of the day raises without a network; the cache may still have it
+        return False
+    return True
+
+
 def load_weights(family: type[Any], source: str, **options: Any) -> Any:
-    """``family.from_pretrained`` in float32 from safetensors, in which every tensor must be there and fit.
+    """``family.from_pretrained`` from safetensors, float32 unless said, in which every tensor must be there and fit.
 
     Args:
         family: diffusers or transformers model class.
@@ -212,7 +238,7 @@ def load_weights(family: type[Any], source: str, **options: Any) -> Any:
         options.pop("variant", None)
     try:
         model, report = family.from_pretrained(
-            source, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **options
+            source, **{"dtype": torch.float32, **options}, use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"cannot load {where}: {first_line(error)}") from error
@@ -223,6 +249,15 @@ def load_weights(family: type[Any], source: str, **options: Any) -> Any:
                 f"cannot load {where}: {kind} tensor {names[0]} ({len(names)} in all); get the files again"
             )
     return model
+
+
+def check_channels(source: str, network: str, config: Mapping[str, Any], space: LatentSpace) -> None:
+    """Raise InputError if a network takes other latents than its pipeline's VAE makes."""
+    if config["in_channels"] != space.channels:
+        raise InputError(
+            f"source={source!r}: the {network} takes {config['in_channels']} channels, but the VAE makes latents of "
+            f"[{space}]; give a text-to-image pipeline whose parts belong together"
+        )
 
 
 def first_line(error: Exception) -> str:
@@ -251,9 +286,11 @@ def finish(
     """
     lora = lora or LoRA()
     tune(network, tuning, lora, unread)
+    network.train(tuning != "frozen")
     if backbone.text_encoder is not None:
         text_lora = LoRA(lora.rank, lora.alpha, lora.dropout, ("q_proj", "k_proj", "v_proj", "out_proj"))
         tune(backbone.text_encoder, text_encoder_tuning, text_lora, backbone.text_encoder.unread)
+        backbone.text_encoder.train(text_encoder_tuning != "frozen")
     if gradient_checkpointing:
         network.enable_gradient_checkpointing()
     if attention_backend is not None:

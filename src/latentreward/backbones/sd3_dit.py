@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from latentreward.backbones.base import DiffusionBackbone, check_taps
-from latentreward.backbones.loading import PipelineSource, finish, tiny_pipeline
+from latentreward.backbones.loading import PipelineSource, check_channels, finish, tiny_pipeline
 from latentreward.backbones.registry import register_backbone
 from latentreward.backbones.tuning import LoRA, StorageDtype, Tuning
 from latentreward.contracts import Conditioning, Features, FeatureSpec, LatentSpace, TapSpec
@@ -24,6 +24,11 @@ if TYPE_CHECKING:
     from latentreward.encoders.vae import LatentEncoder
 
 
+_TEXT_OUTPUT = ("attn.add_q_proj", "attn.norm_added_q", "attn.to_add_out", "ff_context")
+_VISUAL_OUTPUT = ("attn.to_q", "attn.norm_q", "attn.to_out", "attn2", "ff")
+"""Parts of a block that serve one of its two outputs alone; keys, values and norms serve both."""
+
+
 class SD3DiTBackbone(DiffusionBackbone):
     """First ``num_layers`` blocks of an SD3 or SD3.5 transformer (DiNa-LRM, arXiv:2602.11146, section 3.2).
 
@@ -34,7 +39,7 @@ class SD3DiTBackbone(DiffusionBackbone):
         transformer: diffusers transformer; later blocks are dropped from it.
         noise_process: See :class:`DiffusionBackbone`.
         latent_space: See :class:`DiffusionBackbone`.
-        num_layers: Blocks to keep; None keeps those that a tap reads.
+        num_layers: Blocks to keep; None keeps those that a tap reads. Kept blocks past the last tap are not run.
         visual_taps: Blocks whose visual tokens are read, ascending.
         text_taps: Blocks whose text tokens are read; may be empty.
         pooled_text: ``clip`` is the pooled CLIP text; ``t5`` the mean of T5's tokens, padding included.
@@ -73,8 +78,8 @@ class SD3DiTBackbone(DiffusionBackbone):
         last = transformer.transformer_blocks[num_layers - 1]
         if last.context_pre_only and num_layers in self.text_taps:
             raise InputError(
-                f"text_taps={list(self.text_taps)} reads block {num_layers}, the last of the network, which has no text "
-                "output; read an earlier block"
+                f"text_taps={list(self.text_taps)} reads block {num_layers}, the last of the network, which has no "
+                "text output; read an earlier block"
             )
         if pooled_text == "t5" and (text_encoder is None or text_encoder.text_encoder_3 is None):
             raise InputError("pooled_text='t5' needs the T5 text encoder; set load_t5: true or pooled_text: clip")
@@ -85,14 +90,23 @@ class SD3DiTBackbone(DiffusionBackbone):
     def unread(self) -> tuple[str, ...]:
         """Modules whose output no tap reads: they must neither train nor get adapters.
 
-        These are the output layers, and in the last kept block what only the text output needs, if it is not read.
+        These are the output layers, blocks past the last tap, and in the last block that is read what only its visual
+        or only its text output needs, if that one is not read.
         """
-        block = f"transformer_blocks.{len(self.transformer.transformer_blocks) - 1}"
-        names = ["norm_out", "proj_out"]
-        if len(self.transformer.transformer_blocks) not in self.text_taps:
-            names += [f"{block}.{n}" for n in ("attn.add_q_proj", "attn.norm_added_q", "attn.to_add_out", "ff_context")]
+        last, kept = self._last_tap, len(self.transformer.transformer_blocks)
+        names = ["norm_out", "proj_out", *(f"transformer_blocks.{index}" for index in range(last, kept))]
+        if last == 0:
+            names += [] if self.text_taps else ["context_embedder"]
+        elif last not in self.text_taps:
+            names += [f"transformer_blocks.{last - 1}.{name}" for name in _TEXT_OUTPUT]
+        elif last not in self.visual_taps:
+            names += [f"transformer_blocks.{last - 1}.{name}" for name in _VISUAL_OUTPUT]
         present = {name for name, _ in self.transformer.named_modules()}
         return tuple(name for name in names if name in present)
+
+    @property
+    def _last_tap(self) -> int:
+        return max(*self.visual_taps, *self.text_taps, 0)
 
     @property
     def feature_spec(self) -> FeatureSpec:
@@ -116,7 +130,7 @@ class SD3DiTBackbone(DiffusionBackbone):
         temb = dit.time_text_embed(timesteps, conditioning.pooled_prompt_embeds.to(dtype))
         text = dit.context_embedder(conditioning.prompt_embeds.to(dtype))
         read = [(visual, text)]
-        for block in dit.transformer_blocks:
+        for block in dit.transformer_blocks[: self._last_tap]:
             if dit.gradient_checkpointing and torch.is_grad_enabled():
                 text, visual = checkpoint(block, visual, text, temb, use_reentrant=False)
             else:
@@ -197,16 +211,19 @@ def load_sd3_dit(
             f"source={source!r} holds a {found} transformer, but this backbone is {family}; choose the backbone of "
             "that family or another source"
         )
+    latent_space = pipeline.latent_space()
+    check_channels(source, "transformer", config, latent_space)
     text_encoder = pipeline.sd3_prompts(config["joint_attention_dim"], t5_length, load_t5)
     if text_encoder.pooled_dim != config["pooled_projection_dim"]:
         raise InputError(
             f"source={source!r}: the text encoders' pooled vector is {text_encoder.pooled_dim} wide, but the "
-            f"transformer takes {config['pooled_projection_dim']}; network and text encoders must come from one pipeline"
+            f"transformer takes {config['pooled_projection_dim']}; network and text encoders must come from one "
+            "pipeline"
         )
     backbone = SD3DiTBackbone(
         pipeline.transformer(pretrained),
         pipeline.noise_process(),
-        pipeline.latent_space(),
+        latent_space,
         num_layers,
         visual_taps,
         text_taps,

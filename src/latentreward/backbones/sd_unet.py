@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from latentreward.backbones.base import DiffusionBackbone, check_taps
-from latentreward.backbones.loading import PipelineSource, finish, tiny_pipeline
+from latentreward.backbones.loading import PipelineSource, check_channels, finish, tiny_pipeline
 from latentreward.backbones.registry import register_backbone
 from latentreward.backbones.tuning import LoRA, StorageDtype, Tuning
 from latentreward.contracts import Conditioning, Features, FeatureSpec, LatentSpace, TapSpec
@@ -64,15 +64,21 @@ class SDUNetBackbone(DiffusionBackbone):
     def feature_spec(self) -> FeatureSpec:
         """See :class:`DiffusionBackbone`; grids at the U-Net's native latent size."""
         config = self.unet.config
-        size = config.sample_size if isinstance(config.sample_size, int) else config.sample_size[0]
+        size = self._native_size()
         levels = [config.block_out_channels[0], *config.block_out_channels, config.block_out_channels[-1]]
         shrink = [0, *range(self._mid - 1), self._mid - 2]
         return FeatureSpec(
-            visual=tuple(TapSpec(levels[tap], (size >> shrink[tap],) * 2) for tap in self.visual_taps),
+            visual=tuple(
+                TapSpec(levels[tap], tuple(-(-side >> shrink[tap]) for side in size)) for tap in self.visual_taps
+            ),
             text=tuple(TapSpec(config.cross_attention_dim, (self._text_length(),)) for _ in self.text_taps),
             temb_dim=self.unet.time_embedding.linear_2.out_features,
             pooled_text_dim=self._pooled_dim(),
         )
+
+    def _native_size(self) -> tuple[int, int]:
+        size = self.unet.config.sample_size
+        return (size, size) if isinstance(size, int) else tuple(size)
 
     def _text_length(self) -> int:
         return 77 if self.text_encoder is None else self.text_encoder.num_tokens
@@ -114,8 +120,8 @@ class SDUNetBackbone(DiffusionBackbone):
 
     def _time_ids(self, batch: int) -> Tensor:
         """SDXL's size conditioning ``(B, 6)``: native size, no crop, native size, as LRM-SDXL was trained."""
-        side = float(self.unet.config.sample_size * self.latent_space.downscale)
-        return torch.tensor([side, side, 0.0, 0.0, side, side]).expand(batch, 6)
+        height, width = (float(side * self.latent_space.downscale) for side in self._native_size())
+        return torch.tensor([height, width, 0.0, 0.0, height, width]).expand(batch, 6)
 
     def blocks(self) -> Iterator[nn.Module]:
         """See :meth:`DiffusionBackbone.blocks`."""
@@ -187,6 +193,8 @@ def load_sd_unet(
             f"source={source!r} holds a {found} U-Net (cross_attention_dim {config.get('cross_attention_dim')}), but "
             f"this backbone is {family}; choose the backbone of that family or another source"
         )
+    latent_space = pipeline.latent_space()
+    check_channels(source, "U-Net", config, latent_space)
     text_encoder = pipeline.sdxl_prompts(pretrained) if found == "SDXL" else pipeline.clip_prompts(pretrained)
     if text_encoder.token_dim != config["cross_attention_dim"]:
         raise InputError(
@@ -196,7 +204,7 @@ def load_sd_unet(
     backbone = SDUNetBackbone(
         pipeline.unet(pretrained),
         pipeline.noise_process(),
-        pipeline.latent_space(),
+        latent_space,
         visual_taps,
         text_taps,
         text_encoder,

@@ -1,7 +1,8 @@
 """Preference pairs: from files to batches of chosen and rejected pixels."""
 
+from typing import TYPE_CHECKING, Any
+
 from latentreward.data.collate import collate_pairs
-from latentreward.data.datamodules import PreferenceDataModule
 from latentreward.data.dataset import LoadedPair, PairDataset, SkippedPair
 from latentreward.data.hpdv3 import HPDv3Reader
 from latentreward.data.images import ImageError, PixelLoader, RootedImageRef, decode_image
@@ -9,6 +10,9 @@ from latentreward.data.pickapic import PickAPicReader
 from latentreward.data.readers import PairReader
 from latentreward.data.sampling import PairSampler
 from latentreward.data.splits import normalise_prompt, select_rows
+
+if TYPE_CHECKING:
+    from latentreward.data.datamodules import PreferenceDataModule
 
 __all__ = [
     "HPDv3Reader",
@@ -27,3 +31,12 @@ __all__ = [
     "normalise_prompt",
     "select_rows",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the data module on first use: readers alone do not need Lightning, which takes seconds to import."""
+    if name == "PreferenceDataModule":
+        from latentreward.data.datamodules import PreferenceDataModule
+
+        return PreferenceDataModule
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

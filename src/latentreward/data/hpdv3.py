@@ -155,9 +155,11 @@ class HPDv3Reader(PairReader):
             return {**row, "prompt": None}, False
         for name in ("path1", "path2"):
             path = row.get(name)
-            if self.on_error == "raise" and (not isinstance(path, str) or not path):
+            if self.on_error != "raise":
+                continue
+            if not isinstance(path, str) or not path:
                 self.refuse(self._pair_id(number), f"{name} is {_short(path)}, not a path", NO_IMAGE)
-            elif self.on_error == "raise" and _escapes(path):
+            elif _escapes(path):
                 self.refuse(self._pair_id(number), f"{name} {_short(path)} leads out of {self.root}", OUTSIDE)
         return row, True
 
@@ -206,10 +208,8 @@ def _parse_votes(value: Any) -> tuple[int, int] | None:
             return None
     if not isinstance(value, list) or len(value) != 2:
         return None
-    counts = [_parse_number(item) for item in value]
-    if any(count is None or not 0 <= count <= MAX_VOTES or count % 1 for count in counts):
-        return None
-    return int(counts[0]), int(counts[1])
+    counts = [int(n) for item in value if (n := _parse_number(item)) is not None and 0 <= n <= MAX_VOTES and n % 1 == 0]
+    return (counts[0], counts[1]) if len(counts) == 2 else None
 
 
 def _parse_number(value: Any) -> float | None:

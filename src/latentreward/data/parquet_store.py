@@ -61,7 +61,7 @@ def missing_parts(parts: Sequence[ParquetPart]) -> list[str]:
 
 
 def _download(source: str, split: str, revision: str | None) -> list[ParquetPart]:
-    from datasets import DownloadManager, load_dataset_builder  # noqa: PLC0415  # slow to import
+    from datasets import DownloadManager, load_dataset_builder  # slow to import
 
     try:
         builder = load_dataset_builder(source, revision=revision)
@@ -109,29 +109,30 @@ class RowGroupColumns:
 
     def __init__(self, parts: Sequence[ParquetPart], columns: Sequence[str]) -> None:
         self.parts, self.columns = list(parts), list(columns)
-        self.row_groups_read = 0
-        self._forget()
+        self._start()
 
     def read(self, part: int, row: int) -> tuple[Any, ...]:
         """Values of the columns in row ``row`` of part number ``part``."""
         if self._process != os.getpid():
-            self._forget()
+            self._start()
         file, ends = self._open(part)
-        group = int(np.searchsorted(ends, row, side="right"))
-        if self._group_name != (part, group):
-            self._group = None  # lets go of the old group before the new one is decoded
-            with damage_named(self.parts[part]):
-                self._group = file.read_row_group(group, columns=self.columns, use_threads=False)
-            self._group_name = (part, group)
-            self.row_groups_read += 1
-        inner = row - (int(ends[group - 1]) if group else 0)
-        return tuple(self._group.column(name)[inner].as_py() for name in self.columns)
+        number = int(np.searchsorted(ends, row, side="right"))
+        group = self._read_group(file, part, number)
+        inner = row - (int(ends[number - 1]) if number else 0)
+        return tuple(group.column(name)[inner].as_py() for name in self.columns)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"parts": self.parts, "columns": self.columns}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)
+        self.__dict__.update(state)
+        self._start()
+
+    def _start(self) -> None:
+        self.row_groups_read = 0
+        self._process = os.getpid()
+        self._files: OrderedDict[int, tuple[pq.ParquetFile, np.ndarray]] = OrderedDict()
+        self._group: tuple[int, int, pa.Table] | None = None
 
     def _open(self, part: int) -> tuple[pq.ParquetFile, np.ndarray]:
         if part not in self._files:
@@ -142,11 +143,14 @@ class RowGroupColumns:
                 self._files.popitem(last=False)[1][0].close()
         return self._files[part]
 
-    def _forget(self) -> None:
-        self._process = os.getpid()
-        self._files: OrderedDict[int, tuple[pq.ParquetFile, np.ndarray]] = OrderedDict()
-        self._group: pa.Table | None = None
-        self._group_name: tuple[int, int] | None = None
+    def _read_group(self, file: pq.ParquetFile, part: int, number: int) -> pa.Table:
+        if self._group is None or self._group[:2] != (part, number):
+            self._group = None  # lets go of the old group before the new one is decoded
+            with damage_named(self.parts[part]):
+                table = file.read_row_group(number, columns=self.columns, use_threads=False)
+            self._group = part, number, table
+            self.row_groups_read += 1
+        return self._group[2]
 
 
 class ArrowColumns:
@@ -159,7 +163,7 @@ class ArrowColumns:
     """
 
     def __init__(self, parts: Sequence[ParquetPart], columns: Sequence[str], starts: np.ndarray) -> None:
-        from datasets import load_dataset  # noqa: PLC0415  # slow to import
+        from datasets import load_dataset  # slow to import
 
         self.columns, self.starts = list(columns), starts
         files = [str(part.path) for part in parts]

@@ -36,7 +36,8 @@ class PairSampler(DistributedSampler[int]):
         seed: int = 0,
         drop_last: bool = False,
     ) -> None:
-        super().__init__(range(rows), num_replicas, rank, shuffle, seed, drop_last)
+        super().__init__(range(rows), num_replicas, rank, shuffle, seed, drop_last)  # type: ignore[arg-type]
+        self.rows = rows
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.order()[self.rank :: self.num_replicas])
@@ -46,15 +47,13 @@ class PairSampler(DistributedSampler[int]):
 
     def order(self) -> list[int]:
         """The epoch's order over all ranks."""
-        rows = len(self.dataset)
         if not self.shuffle:
             return list(range(self._used_rows()))
         generator = pair_generator(self.seed, "order", self.epoch, "")
-        return torch.randperm(rows, generator=generator).tolist()[: self._used_rows()]
+        return torch.randperm(self.rows, generator=generator).tolist()[: self._used_rows()]
 
     def _used_rows(self) -> int:
-        rows = len(self.dataset)
-        return rows - rows % self.num_replicas if self.drop_last else rows
+        return self.rows - self.rows % self.num_replicas if self.drop_last else self.rows
 
 
 def even_batch_size(rows: int, num_replicas: int, batch_size: int) -> int:

@@ -2,7 +2,6 @@
 
 import logging
 import unicodedata
-from collections.abc import Mapping
 from functools import cache
 from typing import Literal
 
@@ -21,7 +20,7 @@ def normalise_prompt(prompt: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", prompt).casefold().split())
 
 
-def select_rows(splits: Mapping[str, PairReader], shared_prompts: SharedPrompts = "drop") -> dict[str, np.ndarray]:
+def select_rows(splits: dict[str, PairReader], shared_prompts: SharedPrompts = "drop") -> dict[str, np.ndarray]:
     """Labelled rows of each split whose prompt is in no later split.
 
     Args:
@@ -35,7 +34,7 @@ def select_rows(splits: Mapping[str, PairReader], shared_prompts: SharedPrompts 
         InputError: If a prompt is shared and ``shared_prompts`` is ``"raise"``, or if a split has no rows left.
     """
     taken: set[str] = set()
-    selected = {}
+    selected: dict[str, np.ndarray] = {}
     normalise = cache(normalise_prompt)
     for name in reversed(splits):
         reader = splits[name]

@@ -84,9 +84,9 @@ class CLIPProjectionHead(EmbeddingHead):
 
     def visual_input(self, features: Features) -> Tensor:
         """Pooled, enhanced and joined taps, ``(B, width of visual_projection's input)``."""
-        pooled = [tokens.mean(dim=1) for tokens in features.visual]
+        pooled = [pool(tokens) for tokens in features.visual]
         if self.needs_uncond:
-            empty = [tokens.mean(dim=1) for tokens in features.uncond.visual]
+            empty = [pool(tokens) for tokens in features.uncond.visual]
             for index in range(len(pooled)):
                 is_mid = index == len(pooled) - 1
                 is_enhanced_level = self.multi_scale == "enhanced" and (index > 0 or self.enhance_first)
@@ -115,6 +115,11 @@ class CLIPProjectionHead(EmbeddingHead):
         return self.similarity(*self.embed(features))
 
 
+def pool(tokens: Tensor) -> Tensor:
+    """Mean over the tokens in float32: guidance multiplies what a half-precision mean would round off."""
+    return tokens.mean(dim=1, dtype=torch.float32)
+
+
 def unit(embeds: Tensor) -> Tensor:
     """Rows scaled to length 1, in float32."""
     return F.normalize(embeds.float(), dim=-1)
@@ -124,12 +129,16 @@ def clip_text_projection(source: str) -> Tensor:
     """Text projection weight ``(projection_dim, hidden_size)`` of a CLIP model.
 
     Raises:
-        InputError: If ``source`` is no folder or hub id of a CLIP model.
+        InputError: If ``source`` is no folder or hub id of a CLIP model with a text projection.
     """
     from transformers import CLIPTextModelWithProjection
 
     try:
-        model = CLIPTextModelWithProjection.from_pretrained(source, use_safetensors=True, dtype=torch.float32)
+        model, report = CLIPTextModelWithProjection.from_pretrained(
+            source, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+        )
     except (OSError, ValueError) as error:
         raise InputError(f"text_projection_source={source!r}: {str(error).strip().splitlines()[0]}") from error
+    if "text_projection.weight" in report["missing_keys"]:
+        raise InputError(f"text_projection_source={source!r} holds no text_projection.weight; give a whole CLIP model")
     return model.text_projection.weight.detach().clone()

@@ -218,7 +218,7 @@ class GatedQFormerHead(RewardHead):
         return squeeze_single(self.pool(*self.tokens(features)))
 
     def score_ensemble(self, levels: Sequence[Features]) -> Tensor:
-        """One score from the tokens of all levels, joined along the tokens; each level is modulated by its own timestep.
+        """One score from the tokens of all levels, joined along the tokens after each was modulated by its timestep.
 
         Args:
             levels: The same images at K noise levels.

@@ -11,7 +11,7 @@ from latentreward.seeding import pair_generator
 
 
 class PairDraws:
-    """Draws for the pairs of a batch; they depend on seed, epoch, purpose, pair and, where said, image: on nothing else.
+    """Draws for a batch of pairs; they depend on seed, epoch, purpose, pair and, where said, image: on nothing else.
 
     So results depend neither on the number of processes or workers nor on where a run was resumed.
 

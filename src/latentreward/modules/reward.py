@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.optim import AdamW
+from torchmetrics import Metric
 
 from latentreward.backbones.base import DiffusionBackbone
 from latentreward.contracts import (
@@ -75,17 +76,28 @@ class EncodedPairs(TensorRecord):
 
 
 class LevelMetrics(nn.Module):
-    """Accuracy, margin and calibration at one noise level."""
+    """Accuracy, margin and calibration at one noise level, and copies of the user's own metrics by their class names."""
 
-    def __init__(self) -> None:
+    def __init__(self, extra: Sequence[Metric]) -> None:
         super().__init__()
-        self.accuracy, self.margin, self.calibration = PairwiseAccuracy(), MeanMargin(), PairCalibration()
+        pairs = {"accuracy": PairwiseAccuracy(), "margin": MeanMargin()}
+        self.of_pairs = nn.ModuleDict(pairs | {type(metric).__name__: metric.clone() for metric in extra})
+        self.calibration = PairCalibration()
 
     def update(self, scores: PairScores, win_probability: Tensor) -> None:
-        """Add pairs."""
-        self.accuracy.update(scores.chosen, scores.rejected, scores.label)
-        self.margin.update(scores.chosen, scores.rejected, scores.label)
-        self.calibration.update(win_probability, scores.label)
+        """Add pairs; those of weight 0 (unlabelled, or placeholders) take no part."""
+        counts = scores.weight > 0
+        for metric in self.of_pairs.values():
+            metric.update(scores.chosen[counts], scores.rejected[counts], scores.label[counts])
+        self.calibration.update(win_probability[counts], scores.label[counts])
+
+    def values(self) -> dict[str, Tensor]:
+        """Value of each metric by name; all start afresh."""
+        metrics = {**self.of_pairs, "calibration": self.calibration}
+        values = {name: metric.compute() for name, metric in metrics.items()}
+        for metric in metrics.values():
+            metric.reset()
+        return values
 
 
 class RewardModule(LightningModule):
@@ -109,6 +121,8 @@ class RewardModule(LightningModule):
         eval_timesteps: Timesteps at which evaluation scores.
         eval_sigmas: Noise levels at which evaluation scores; the nearest of the noise process are used.
         ensemble_sigmas: Noise levels of one more evaluation, by the head's ensemble score; empty for none.
+        metrics: More torchmetrics metrics, whose ``update`` takes chosen rewards, rejected rewards and labels; each is
+            logged like the built-in ones, under its class name.
         seed: Seed of every draw; None takes the run's ``seed_everything``.
 
     Raises:
@@ -129,6 +143,7 @@ class RewardModule(LightningModule):
         eval_timesteps: Sequence[float] = (),
         eval_sigmas: Sequence[float] = (),
         ensemble_sigmas: Sequence[float] = (),
+        metrics: Sequence[Metric] = (),
         seed: int | None = None,
     ) -> None:
         super().__init__()
@@ -141,13 +156,16 @@ class RewardModule(LightningModule):
         if not (eval_timesteps or eval_sigmas):
             raise InputError("eval_timesteps and eval_sigmas are both empty; name at least one level to evaluate at")
         check_sigmas(ensemble_sigmas=ensemble_sigmas, eval_sigmas=eval_sigmas)
-        process.sigma(torch.tensor([float(t) for t in eval_timesteps]))
+        try:
+            process.sigma(torch.tensor([float(t) for t in eval_timesteps]))
+        except InputError as error:
+            raise InputError(f"eval_timesteps={list(eval_timesteps)}: {error}") from error
         self.eval_levels = {f"t{t:g}": process.snap(torch.tensor([float(t)])) for t in eval_timesteps}
         self.eval_levels |= {f"sigma{s:g}": process.timesteps_at(torch.tensor([float(s)])) for s in eval_sigmas}
         self.ensemble_timesteps = process.timesteps_at(torch.tensor([float(s) for s in ensemble_sigmas]))
         names = [*self.eval_levels, "all", *(["ensemble"] if ensemble_sigmas else [])]
         self._metric_keys = {name: name.replace(".", "_") for name in names}
-        self.metrics = nn.ModuleDict({key: LevelMetrics() for key in self._metric_keys.values()})
+        self.metrics = nn.ModuleDict({key: LevelMetrics(metrics) for key in self._metric_keys.values()})
 
     def encode(self, batch: PreferenceBatch, draws: PairDraws) -> EncodedPairs:
         """Encode images and prompts on the module's device.
@@ -174,16 +192,27 @@ class RewardModule(LightningModule):
         noise = draws.normal("noise", encoded.latents.shape[1:], self.noise_per_image).to(encoded.latents)
         return self.model.backbone.noise_process.add_noise(encoded.latents, noise, timesteps)
 
-    def score(self, batch: PreferenceBatch, encoded: EncodedPairs, timesteps: Tensor, draws: PairDraws) -> PairScores:
-        """Rewards of both images of each pair at ``timesteps`` ``(2B,)``, in one forward pass."""
+    def score(
+        self,
+        batch: PreferenceBatch,
+        encoded: EncodedPairs,
+        timesteps: Tensor,
+        draws: PairDraws,
+        with_cross: bool = False,
+    ) -> PairScores:
+        """Rewards of both images of each pair at ``timesteps`` ``(2B,)``, in one forward pass.
+
+        ``with_cross`` adds the scores across the batch. Under several processes that is a collective call, which only
+        training can make: batches of an evaluation need not be equally many on all ranks.
+        """
         noisy, head = self.add_noise(encoded, timesteps, draws), self.model.head
         cross = None
-        if self.loss.needs_cross_scores and not isinstance(head, EmbeddingHead):
+        if with_cross and not isinstance(head, EmbeddingHead):
             cross = self._every_prompt_with_every_image(noisy, timesteps, encoded)
             rewards = torch.cat([cross.chosen.diagonal(), cross.rejected.diagonal()])
         else:
             features = self.model.read(noisy, timesteps, encoded.conditioning, encoded.uncond)
-            if self.loss.needs_cross_scores:
+            if with_cross:
                 image_embeds, text_embeds = head.embed(features)
                 rewards = head.similarity(image_embeds, text_embeds)
                 cross = self._gathered_similarities(image_embeds, text_embeds)
@@ -217,7 +246,7 @@ class RewardModule(LightningModule):
         draws = PairDraws(batch, self.seed, self.current_epoch)
         encoded = self.encode(batch, draws)
         timesteps = draws.timesteps(self.levels, self.model.backbone.noise_process, self.timestep_per_image)
-        scores = self.score(batch, encoded, timesteps, draws)
+        scores = self.score(batch, encoded, timesteps, draws, with_cross=self.loss.needs_cross_scores)
         spans_ranks = scores.cross is None or isinstance(self.model.head, EmbeddingHead)
         loss = self.loss(gather_pair_scores(scores) if spans_ranks else scores)
         size = len(batch)
@@ -232,13 +261,13 @@ class RewardModule(LightningModule):
     def evaluation_step(self, batch: PreferenceBatch) -> ScoredPairs:
         """Scores at every evaluation level, with the draws of epoch 0."""
         draws = PairDraws(batch, self.seed, epoch=0)
-        encoded = self.encode(batch, draws)
+        return self._score_levels(batch, self.encode(batch, draws), draws)
+
+    def _score_levels(self, batch: PreferenceBatch, encoded: EncodedPairs, draws: PairDraws) -> ScoredPairs:
         levels = []
         for timestep in self.eval_levels.values():
             timesteps = timestep.repeat(2 * len(batch))
             levels.append(scored_pairs(batch, timesteps, self.score(batch, encoded, timesteps, draws)))
-        if len(self.ensemble_timesteps):
-            self._update("ensemble", self.score_ensemble(batch, encoded, draws))
         return join_scored(levels)
 
     def score_ensemble(self, batch: PreferenceBatch, encoded: EncodedPairs, draws: PairDraws) -> PairScores:
@@ -257,7 +286,11 @@ class RewardModule(LightningModule):
         self.metrics[self._metric_keys[name]].update(scores, self.loss.win_probability(scores))
 
     def _evaluate(self, batch: PreferenceBatch, stage: str) -> ScoredPairs:
-        scored = self.evaluation_step(batch)
+        draws = PairDraws(batch, self.seed, epoch=0)
+        encoded = self.encode(batch, draws)
+        scored = self._score_levels(batch, encoded, draws)
+        if len(self.ensemble_timesteps):
+            self._update("ensemble", self.score_ensemble(batch, encoded, draws))
         for index, name in enumerate(self.eval_levels):
             level = scored.pair_scores(slice(index * len(batch), (index + 1) * len(batch)))
             self._update(name, level)
@@ -269,10 +302,9 @@ class RewardModule(LightningModule):
     def _log_metrics(self, stage: str) -> None:
         for name, key in self._metric_keys.items():
             suffix = "" if name == "all" else f"_{name}"
-            for kind, metric in self.metrics[key].named_children():
-                value, shown = metric.compute(), kind == "accuracy" and name == "all"
+            for kind, value in self.metrics[key].values().items():
+                shown = kind == "accuracy" and name == "all"
                 self.log(f"{stage}/{kind}{suffix}", value, prog_bar=shown, sync_dist=True)
-                metric.reset()
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> ScoredPairs:
         """Score at every evaluation level."""

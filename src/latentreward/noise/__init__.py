@@ -1,5 +1,6 @@
 """Room 3: latents → noisy latents."""
 
+from latentreward.errors import InputError
 from latentreward.noise.base import NoiseProcess
 from latentreward.noise.ddpm import DDPM
 from latentreward.noise.flow import FlowMatching
@@ -33,6 +34,13 @@ __all__ = [
 
 
 def process_from_scheduler(config: dict) -> NoiseProcess:
-    """The noise process that a diffusers scheduler config describes: flow matching by its class name, else DDPM."""
-    family = FlowMatching if "FlowMatch" in config.get("_class_name", "") else DDPM
+    """The noise process that a saved diffusers scheduler config describes: flow matching by its class name, else DDPM.
+
+    Raises:
+        InputError: If the config names no class, as a live scheduler's ``config`` does not, or the class predicts what
+            no known process does.
+    """
+    if "_class_name" not in config:
+        raise InputError("the scheduler config has no _class_name; give the one saved in scheduler_config.json")
+    family = FlowMatching if "FlowMatch" in config["_class_name"] else DDPM
     return family.from_config(config)

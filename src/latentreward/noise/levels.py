@@ -140,9 +140,15 @@ class BetaSigma(TargetSigma):
             raise InputError(f"a={a:g} and b={b:g} must be positive")
         self.a, self.b = a, b
         grid = torch.linspace(0, 1, 20_001, dtype=torch.float64)
-        middle = (grid[1:] + grid[:-1]) / 2
-        density = middle ** (a - 1) * (1 - middle) ** (b - 1)
-        self._cdf = torch.cat([torch.zeros(1, dtype=torch.float64), density.cumsum(0) / density.sum()])
+        low, high = grid[:-1], grid[1:]
+        middle = (low + high) / 2
+        # the factor that may be infinite at its end of [0, 1] is integrated exactly, the other taken at the middle
+        mass = torch.where(
+            middle < 0.5,
+            (high**a - low**a) / a * (1 - middle) ** (b - 1),
+            ((1 - low) ** b - (1 - high) ** b) / b * middle ** (a - 1),
+        )
+        self._cdf = torch.cat([torch.zeros(1, dtype=torch.float64), mass.cumsum(0) / mass.sum()])
         self._grid = grid
 
     def transform(self, uniform: Tensor, normal: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from latentreward.backbones import SD3DiTBackbone, SDUNetBackbone
@@ -20,6 +21,7 @@ from latentreward.noise import DDPM
 from latentreward.scoring.reward_model import RewardModel
 
 PUBLISHED_RMS_EPS = 2.0**-7
+_HEAD_KEYS = ("width", "num_queries", "num_attn_heads", "out_dim", "use_proj_in")
 _STABLE_DIFFUSION_SCHEDULER = {
     "num_train_timesteps": 1000,
     "beta_start": 0.00085,
@@ -61,6 +63,8 @@ def load_lrm(
 
     folder = existing_folder(folder, "unet/config.json", "text_encoder/config.json", "state_dict.pt")
     source = None if base is None else PipelineSource(base)
+    if source is not None:
+        check_same_family(folder, source)
 
     def tokenizer(name: str) -> Any:
         return None if source is None else source.tokenizer(name)
@@ -93,6 +97,16 @@ def load_lrm(
     )
     load_exactly(head, state, folder / "state_dict.pt")
     return RewardModel(backbone, head).eval().requires_grad_(False)
+
+
+def check_same_family(folder: Path, base: PipelineSource) -> None:
+    """Raise InputError if tokenizers and VAE would come from another family than the checkpoint's U-Net."""
+    family, found = unet_family(read_config(folder / "unet" / "config.json")), unet_family(base.config("unet"))
+    if family != found:
+        raise InputError(
+            f"base={base.source!r} is a {found} pipeline, but the checkpoint {str(folder)!r} is an {family} one; give "
+            f"an {family} base"
+        )
 
 
 def lrm_head_state(published: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
@@ -136,7 +150,7 @@ def load_dina_lrm(
             something this loader does not know.
     """
     folder = existing_folder(folder, "config.json", "checkpoint/rm_head.pt")
-    config = json.loads((folder / "config.json").read_text())["model"]
+    config = model_section(folder / "config.json")
     for key, expected in (("use_t_embed", True), ("use_lora", True)):
         if config.get(key, expected) != expected:
             raise InputError(f"{folder / 'config.json'}: model.{key}={config[key]} is not supported, only {expected}")
@@ -175,6 +189,33 @@ def load_dina_lrm(
     return RewardModel(backbone, head).eval().requires_grad_(False)
 
 
+def model_section(path: Path) -> dict[str, Any]:
+    """Section ``model`` of a published ``config.json``, with every key that the loader reads.
+
+    Raises:
+        InputError: If one is missing.
+    """
+    config = read_config(path).get("model", {})
+    needed = ("backbone_model_id", "num_transformer_layers", "visual_head_idx", "text_head_idx", "reward_head")
+    lacks = [key for key in needed if key not in config]
+    lacks += [f"reward_head.{key}" for key in _HEAD_KEYS if key not in config.get("reward_head", _HEAD_KEYS)]
+    if lacks:
+        raise InputError(f"{path} lacks model.{lacks[0]}; is this a DiNa-LRM checkpoint? Download it again")
+    return config
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A JSON file.
+
+    Raises:
+        InputError: If it is none.
+    """
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error}); download it again") from error
+
+
 def load_adapter(network: nn.Module, folder: Path) -> None:
     """Inject and fill a peft LoRA adapter whose keys are relative to ``network``.
 
@@ -185,11 +226,14 @@ def load_adapter(network: nn.Module, folder: Path) -> None:
     from safetensors.torch import load_file
 
     existing_folder(folder, "adapter_config.json", "adapter_model.safetensors")
-    settings = json.loads((folder / "adapter_config.json").read_text())
+    settings = read_config(folder / "adapter_config.json")
     known = {name: value for name, value in settings.items() if name in LoraConfig.__dataclass_fields__}
     inject_adapter_in_model(LoraConfig(**{**known, "auto_mapping": None}), network)
     prefix, path = "base_model.model.", folder / "adapter_model.safetensors"
-    state = {name.removeprefix(prefix): tensor for name, tensor in load_file(path).items()}
+    try:
+        state = {name.removeprefix(prefix): tensor for name, tensor in load_file(path).items()}
+    except SafetensorError as error:
+        raise InputError(f"cannot load {path}: {first_line(error)}; download it again") from error
     expected = {
         name.replace(".default.", "."): tensor.shape for name, tensor in network.named_parameters() if ".lora_" in name
     }
@@ -252,7 +296,9 @@ def existing_folder(folder: str | Path, *files: str) -> Path:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise InputError(f"checkpoint folder {str(folder)!r} does not exist")
+        raise InputError(
+            f"checkpoint folder {str(folder)!r} does not exist; download the checkpoint and give its folder"
+        )
     for name in files:
         if not (folder / name).is_file():
             raise InputError(f"checkpoint folder {str(folder)!r} lacks {name}; download it again")

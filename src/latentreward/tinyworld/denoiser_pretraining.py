@@ -85,6 +85,7 @@ def stratified_uniform(number: int) -> Tensor:
 def train_denoiser(
     pipeline: StableDiffusionPipeline | StableDiffusion3Pipeline,
     data: CaptionedLatents,
+    *,
     seed: int,
     steps: int,
     batch_size: int,

@@ -15,22 +15,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-from latentreward.tinyworld.scenes import (
-    BACKGROUNDS,
-    COLORS,
+from latentreward.tinyworld.captions import SHAPES, parse_caption
+from latentreward.tinyworld.rendering import (
+    BACKGROUND_LEVELS,
+    COLOR_VALUES,
     IMAGE_SIZE,
     MAX_FADE,
     MAX_GRADIENT,
-    SHAPES,
-    Blob,
-    Item,
-    Nuisances,
-    Scene,
-    alignment_checks,
-    parse_caption,
-    picture_utility,
     shape_coverage,
 )
+from latentreward.tinyworld.scenes import Blob, Item, Nuisances, Scene, alignment_checks, picture_utility
 
 MIN_SHAPE_AREA = 23
 """Pixels from which a component is a shape; blobs cover at most 17."""
@@ -111,7 +105,7 @@ def detect_scene(picture: np.ndarray | Image.Image) -> Scene:
         blobs=tuple(blobs),
     )
     return Scene(
-        min(BACKGROUNDS, key=lambda name: abs(_expected_level(name, nuisances) - level)), tuple(items), nuisances
+        min(BACKGROUND_LEVELS, key=lambda name: abs(_expected_level(name, nuisances) - level)), tuple(items), nuisances
     )
 
 
@@ -122,7 +116,7 @@ def _denoise(strength: float) -> float:
 def _expected_level(background: str, nuisances: Nuisances) -> float:
     """Gray level in the middle of a background with a gradient."""
     middle = {"black": 0.5, "gray": 0.0, "white": -0.5}[background]
-    return BACKGROUNDS[background] + MAX_GRADIENT * nuisances.gradient * middle
+    return BACKGROUND_LEVELS[background] + MAX_GRADIENT * nuisances.gradient * middle
 
 
 def _fit_background(pixels: np.ndarray) -> tuple[np.ndarray, float, float]:
@@ -148,7 +142,7 @@ def _fit_background(pixels: np.ndarray) -> tuple[np.ndarray, float, float]:
 
 
 def _foreground(difference: np.ndarray) -> np.ndarray:
-    """Pixels far from the background, and at least 45 % as far as their farthest neighbour: fringes do not join shapes."""
+    """Pixels far from the background, and 45 % as far as any neighbour: so fringes do not join shapes."""
     distance = np.sqrt((difference**2).sum(axis=-1))
     padded = np.pad(distance, 1)
     around = np.max([padded[y : y + IMAGE_SIZE, x : x + IMAGE_SIZE] for y in range(3) for x in range(3)], axis=0)
@@ -170,13 +164,13 @@ def _components(mask: np.ndarray) -> list[np.ndarray]:
 
 
 def _read_item(mask: np.ndarray, difference: np.ndarray, plane: np.ndarray) -> tuple[Item, float]:
-    """Read one shape off its mask ``(32, 32)``, and the share of contrast it lost (as a nuisance strength, unclipped)."""
+    """Read one shape, and the contrast it lost (as a nuisance strength, unclipped), off its mask ``(32, 32)``."""
     padded = np.pad(mask, 1)
     core = mask & padded[2:, 1:-1] & padded[:-2, 1:-1] & padded[1:-1, 2:] & padded[1:-1, :-2]
     core = core if core.any() else mask
     offset, level = difference[core].mean(axis=0), plane[core].mean()
     fits = {}
-    for name, rgb in COLORS.items():
+    for name, rgb in COLOR_VALUES.items():
         direction = np.asarray(rgb) - level
         kept = float(offset @ direction / (direction @ direction))
         fits[name] = (float(np.linalg.norm(offset - kept * direction)) if kept > 0 else np.inf, kept)
@@ -188,7 +182,7 @@ def _read_item(mask: np.ndarray, difference: np.ndarray, plane: np.ndarray) -> t
 
 
 def _fit_shape(coverage: np.ndarray) -> tuple[str, float, float, float]:
-    """Best shape, centre and radius for pixel coverages ``(32, 32)`` in [0, 1]: templates of equal area and centroid."""
+    """Best shape, centre and radius for coverages ``(32, 32)`` in [0, 1]; templates have their area and centroid."""
     grid_y, grid_x = np.mgrid[:IMAGE_SIZE, :IMAGE_SIZE] + 0.5
     area = coverage.sum()
     x, y = float((coverage * grid_x).sum() / area), float((coverage * grid_y).sum() / area)

@@ -12,17 +12,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from latentreward.tinyworld.captions import Caption, caption_splits, draw_caption
+from latentreward.tinyworld.drawing import draw_scene
 from latentreward.tinyworld.oracle import utility_scores
+from latentreward.tinyworld.rendering import render
 from latentreward.tinyworld.sampling import PIPELINE_FOLDERS, load_pipeline, sample_pictures
-from latentreward.tinyworld.scenes import (
-    Caption,
-    caption_splits,
-    draw_caption,
-    draw_label,
-    draw_scene,
-    render,
-    scene_utility,
-)
+from latentreward.tinyworld.scenes import draw_label, scene_utility
 
 JPEG_QUALITY = 95
 GENERATED_GAP = 0.3
@@ -111,7 +106,7 @@ def generate_pairs(
     num_inference_steps: int = 20,
     prompts_per_round: int = 32,
 ) -> list[Pair]:
-    """Make pairs from pictures that the tiny pipelines sample for held-out captions, labelled without noise by the judge.
+    """Make pairs from pictures that the tiny pipelines sample for held-out captions, labelled by the judge.
 
     Each caption gets four pictures: two of each pipeline, at guidance 1.5 and 3. Any two whose utilities are more than
     ``GENERATED_GAP`` apart make a pair, on sides drawn at random.
@@ -141,7 +136,9 @@ def generate_pairs(
 def _generated_pictures(
     name: str, pipeline: object, captions: list[str], guidance_scale: float, steps: int, rng: np.random.Generator
 ) -> list[Picture]:
-    pixels = sample_pictures(pipeline, captions, int(rng.integers(2**31)), steps, guidance_scale)
+    pixels = sample_pictures(
+        pipeline, captions, int(rng.integers(2**31)), num_inference_steps=steps, guidance_scale=guidance_scale
+    )
     utilities = utility_scores(captions, list(pixels)).tolist()
     return [Picture(_draw_uid(rng), encode_jpeg(p), name, u) for p, u in zip(pixels, utilities, strict=True)]
 

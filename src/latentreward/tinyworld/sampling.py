@@ -27,11 +27,9 @@ def load_pipeline(folder: Path) -> StableDiffusionPipeline | StableDiffusion3Pip
     from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
 
     if (folder / "unet").is_dir():
-        pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+        pipeline = StableDiffusionPipeline.from_pretrained(folder)
     else:
-        pipeline = StableDiffusion3Pipeline.from_pretrained(
-            folder, text_encoder_3=None, tokenizer_3=None, torch_dtype=torch.float32
-        )
+        pipeline = StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -41,6 +39,7 @@ def sample_pictures(
     pipeline: StableDiffusionPipeline | StableDiffusion3Pipeline,
     prompts: Sequence[str],
     seed: int,
+    *,
     num_inference_steps: int = 20,
     guidance_scale: float = 3.0,
     batch_size: int = 64,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from latentreward.tinyworld.scenes import all_captions
+from latentreward.tinyworld.captions import all_captions
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer

@@ -8,16 +8,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from latentreward.tinyworld.captions import draw_caption
+from latentreward.tinyworld.drawing import draw_scene
 from latentreward.tinyworld.progress import Progress
-from latentreward.tinyworld.scenes import draw_caption, draw_scene, render
+from latentreward.tinyworld.rendering import render
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
 KL_WEIGHT = 1e-6
-"""Weight of a picture's KL term, summed over its latents, against errors averaged over its pixels; 1e-4 collapses the channels that carry colour."""
+"""Weight of a picture's KL term, summed over its latents; 1e-4 collapses the channels that carry colour."""
 LATENT_STD = 5.489
-"""Standard deviation the shipped latents are given per channel: 1 / 0.18215, so the scaling factor is Stable Diffusion's."""
+"""Standard deviation that latents are given per channel: 1 / 0.18215, so they scale like Stable Diffusion's."""
 
 
 def draw_training_pictures(number: int, rng: np.random.Generator, split: str = "train") -> tuple[Tensor, list[str]]:
@@ -65,19 +67,21 @@ def train_vae(seed: int, steps: int = 3000, decoder_steps: int = 3000, batch_siz
     Args:
         seed: Fixes pictures, initial weights and noise.
         steps: Updates of encoder and decoder.
-        decoder_steps: Further updates of the decoder alone, on slightly noisy latents: a sampler's latents are never exact.
+        decoder_steps: Further updates of the decoder alone, on slightly noisy latents, as samplers make them.
         batch_size: Pictures per update.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 0])
     pictures = draw_training_pictures(24_000, rng)[0]
     vae = build_vae().to(memory_format=torch.channels_last)
-    _fit(vae, list(vae.parameters()), pictures, rng, steps, batch_size, lr=3e-3, name="vae")
+    weights = list(vae.parameters())
+    _fit(vae, weights, pictures, rng, steps=steps, batch_size=batch_size, lr=3e-3, name="vae")
     standardize_latents(vae, normalize_pictures(pictures[:4096]))
     vae.encoder.requires_grad_(False)
     vae.quant_conv.requires_grad_(False)
-    decoder = [*vae.post_quant_conv.parameters(), *vae.decoder.parameters()]
-    _fit(vae, decoder, pictures, rng, decoder_steps, batch_size, lr=2e-3, name="decoder", noise=0.05 * LATENT_STD)
+    weights = [*vae.post_quant_conv.parameters(), *vae.decoder.parameters()]
+    noise = 0.05 * LATENT_STD
+    _fit(vae, weights, pictures, rng, steps=decoder_steps, batch_size=batch_size, lr=2e-3, name="decoder", noise=noise)
     return vae.requires_grad_(True).eval().to(memory_format=torch.contiguous_format)
 
 
@@ -86,6 +90,7 @@ def _fit(
     parameters: list[torch.nn.Parameter],
     pictures: Tensor,
     rng: np.random.Generator,
+    *,
     steps: int,
     batch_size: int,
     lr: float,

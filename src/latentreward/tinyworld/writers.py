@@ -1,8 +1,9 @@
 """Tiny-world pairs as files in the layouts of public preference data sets.
 
-Every folder holds, beside the data set's own files, ``tinyworld.json`` (what was asked for) and ``oracle.parquet`` with
-columns ``pair_id`` (``<file name>:<row>``), ``utility_a`` and ``utility_b``: the noiseless utilities of the first and
-second picture, for measuring only. The same request gives the same bytes. Splits never share a caption.
+Every folder holds, beside the data set's own files, ``tinyworld.json`` (what was asked for) and ``oracle.parquet``, for
+measuring only: columns ``pair_id`` (``<file name>:<row>``), ``key_a``, ``key_b`` (image keys), ``utility_a`` and
+``utility_b`` (noiseless utilities of the first and second picture). The same request gives the same bytes. Splits never
+share a caption.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ ROWS_PER_FILE = 2048
 FIRST_SECOND = 1_672_531_200
 """2023-01-01 00:00 UTC: when the first pair claims to have been made; each later one a minute after."""
 
-OracleRows = list[tuple[str, float, float]]
+OracleRows = list[tuple[str, str, str, float, float]]
+"""Pair, image keys of its two pictures, and their noiseless utilities."""
 
 
 def write_pickapic(root: Path | str, pairs_per_split: Mapping[str, int], seed: int = 0) -> Path:
@@ -147,7 +149,8 @@ def write_hpdv3(root: Path | str, pairs_per_split: Mapping[str, int], seed: int 
                     (folder / "images" / f"{picture.uid}.jpg").write_bytes(picture.jpeg)
                 votes = _draw_votes(best.utility - worst.utility, rng)
                 rows.append(_hpdv3_row(pair.caption, best.uid, worst.uid, votes if split == "train" else {}))
-                oracle.append((f"{split}.json:{row}", best.utility, worst.utility))
+                keys = (f"images/{best.uid}.jpg", f"images/{worst.uid}.jpg")
+                oracle.append((f"{split}.json:{row}", *keys, best.utility, worst.utility))
             (folder / f"{split}.json").write_text(json.dumps(rows, indent=1))
         return oracle
 
@@ -157,6 +160,8 @@ def write_hpdv3(root: Path | str, pairs_per_split: Mapping[str, int], seed: int 
 def _check_splits(pairs_per_split: Mapping[str, int], known: Sequence[str]) -> None:
     if unknown := set(pairs_per_split) - set(known):
         raise ValueError(f"unknown splits {sorted(unknown)}; this layout has {', '.join(known)}")
+    if not pairs_per_split or min(pairs_per_split.values()) < 1:
+        raise ValueError(f"expected at least one pair in each split, got {dict(pairs_per_split)}")
 
 
 def _make_folder(root: Path | str, spec: dict[str, Any], fill: Callable[[Path], OracleRows]) -> Path:
@@ -168,9 +173,9 @@ def _make_folder(root: Path | str, spec: dict[str, Any], fill: Callable[[Path], 
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
     try:
-        pair_ids, utilities_a, utilities_b = zip(*fill(fresh), strict=True)
-        oracle = {"pair_id": list(pair_ids), "utility_a": list(utilities_a), "utility_b": list(utilities_b)}
-        pq.write_table(pa.table(oracle), fresh / "oracle.parquet")
+        names = ("pair_id", "key_a", "key_b", "utility_a", "utility_b")
+        columns = zip(*fill(fresh), strict=True)
+        pq.write_table(pa.table(dict(zip(names, map(list, columns), strict=True))), fresh / "oracle.parquet")
         (fresh / "tinyworld.json").write_text(json.dumps(spec, indent=1, sort_keys=True))
         try:
             fresh.rename(root)
@@ -206,7 +211,10 @@ def _write_pickapic_split(folder: Path, split: str, pairs: Sequence[Pair], rng: 
         name = f"{split}-{file_number:05d}-of-{len(starts):05d}-{digest}.parquet"
         table = pa.Table.from_pylist(rows[part], schema=PICKAPIC_SCHEMA)
         pq.write_table(table, folder / "data" / name, row_group_size=256)
-        oracle += [(f"{name}:{i}", p.first.utility, p.second.utility) for i, p in enumerate(pairs[part])]
+        oracle += [
+            (f"{name}:{row}", pair.first.uid, pair.second.uid, pair.first.utility, pair.second.utility)
+            for row, pair in enumerate(pairs[part])
+        ]
     return oracle
 
 

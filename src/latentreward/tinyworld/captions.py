@@ -1,0 +1,113 @@
+"""What the tiny world can ask for: every caption, its parts, and the splits that keep captions apart."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
+
+import numpy as np
+
+COLORS = ("red", "yellow", "green", "cyan", "blue", "purple")
+BACKGROUNDS = ("black", "gray", "white")
+SHAPES = ("circle", "square", "triangle", "cross")
+SIZES = ("small", "large")
+POSITIONS = ("top", "bottom", "left", "right")
+RELATIONS = ("left of", "above")
+KIND_SHARES = {"size": 0.25, "position": 0.25, "relation": 0.35, "two": 0.15}
+
+
+@dataclass(frozen=True)
+class Caption:
+    """What a caption asks for.
+
+    Attributes:
+        kind: One of ``size``, ``position``, ``relation``, ``two``.
+        color: Colour of the (first) shape.
+        shape: Name of the (first) shape.
+        background: Name of the background.
+        detail: The size, position or relation; empty for ``two``.
+        other_color: Colour of the second shape of a ``relation``, else empty.
+        other_shape: Name of the second shape of a ``relation``, else empty.
+    """
+
+    kind: str
+    color: str
+    shape: str
+    background: str
+    detail: str = ""
+    other_color: str = ""
+    other_shape: str = ""
+
+    @property
+    def text(self) -> str:
+        """The caption as a sentence of at most 12 words."""
+        thing = f"{self.color} {self.shape}"
+        subject = {
+            "size": f"a {self.detail} {thing}",
+            "position": f"a {thing} at the {self.detail}",
+            "relation": f"a {thing} {self.detail} a {self.other_color} {self.other_shape}",
+            "two": f"two {thing}{'es' if self.shape == 'cross' else 's'}",
+        }[self.kind]
+        return f"{subject} on a {self.background} background"
+
+    @property
+    def count(self) -> int:
+        """Number of shapes asked for."""
+        return 2 if self.kind in ("relation", "two") else 1
+
+
+@lru_cache(maxsize=1)
+def all_captions() -> dict[str, Caption]:
+    """Every caption there is, by its text: 144 sizes, 288 positions, 2,880 relations, 72 twos."""
+    found = [Caption("size", c, s, b, d) for c, s, b, d in product(COLORS, SHAPES, BACKGROUNDS, SIZES)]
+    found += [Caption("position", c, s, b, d) for c, s, b, d in product(COLORS, SHAPES, BACKGROUNDS, POSITIONS)]
+    found += [
+        Caption("relation", c, s, b, d, c2, s2)
+        for c, s, b, d, c2, s2 in product(COLORS, SHAPES, BACKGROUNDS, RELATIONS, COLORS, SHAPES)
+        if c != c2
+    ]
+    found += [Caption("two", c, s, b) for c, s, b in product(COLORS, SHAPES, BACKGROUNDS)]
+    return {caption.text: caption for caption in found}
+
+
+def parse_caption(text: str) -> Caption:
+    """Read a caption's text.
+
+    Raises:
+        ValueError: If this world has no such caption.
+    """
+    if text not in all_captions():
+        raise ValueError(f"not a caption of the tiny world: {text!r}; see latentreward.tinyworld.scenes.all_captions()")
+    return all_captions()[text]
+
+
+@lru_cache(maxsize=1)
+def caption_splits() -> dict[str, dict[str, tuple[Caption, ...]]]:
+    """Captions by split, then by kind: 10 % of each kind for ``test``, 10 % for ``validation``, the rest for ``train``.
+
+    The partition is fixed, so no picture a generator or a reward was trained on shares its caption with a held-out one.
+    """
+    splits: dict[str, dict[str, tuple[Caption, ...]]] = {"train": {}, "validation": {}, "test": {}}
+    for kind in KIND_SHARES:
+        captions = [caption for caption in all_captions().values() if caption.kind == kind]
+        captions.sort(key=lambda caption: hashlib.blake2b(caption.text.encode(), key=b"caption split").digest())
+        tenth = round(len(captions) / 10)
+        splits["test"][kind] = tuple(captions[:tenth])
+        splits["validation"][kind] = tuple(captions[tenth : 2 * tenth])
+        splits["train"][kind] = tuple(captions[2 * tenth :])
+    return splits
+
+
+def draw_caption(rng: np.random.Generator, split: str) -> Caption:
+    """Draw a caption of a split, its kind by ``KIND_SHARES``."""
+    kind = str(rng.choice(list(KIND_SHARES), p=list(KIND_SHARES.values())))
+    captions = caption_splits()[split][kind]
+    return captions[int(rng.integers(len(captions)))]
+
+
+def held_out_captions(number: int, seed: int) -> list[str]:
+    """Draw texts of ``test`` captions, some of them more than once: the prompts that generators are measured on."""
+    rng = np.random.default_rng([seed, 4])
+    return [draw_caption(rng, "test").text for _ in range(number)]

@@ -1,0 +1,217 @@
+"""What trains: every parameter that does gets a gradient; dtypes; checkpointing; compiled blocks."""
+
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from latentreward.backbones import DiffusionBackbone, LoRA
+from latentreward.contracts import Conditioning, Features
+from latentreward.errors import InputError
+from latentreward.heads import CLIPProjectionHead, GatedQFormerHead
+from tests.backbones.networks import inputs_of, network_of, tiny_backbone
+
+PROMPTS = ["a cat", "two dogs"]
+
+
+def total(features: Features) -> Tensor:
+    """A number that every feature changes."""
+    tensors = (*features.visual, *features.text, features.pooled_text, features.temb)
+    return sum((tensor.float() ** 2).mean() for tensor in tensors)
+
+
+def score(backbone: DiffusionBackbone, head: nn.Module, prompts: list[str] = PROMPTS) -> Tensor:
+    latents, timesteps, _ = inputs_of(backbone, len(prompts))
+    uncond = backbone.encode_prompts([""]) if head.needs_uncond else None
+    return head(backbone(latents, timesteps, backbone.encode_prompts(prompts), uncond))
+
+
+def without_gradient(*modules: nn.Module) -> list[str]:
+    return [
+        name
+        for module in modules
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad and parameter.grad is None
+    ]
+
+
+UNET_CASES = [
+    (name, {"visual_taps": taps})
+    for name, taps in product(("sd15", "sdxl"), (None, (1,), (2,), (1, 3), (0, 4)))
+    if (name, taps) != ("sdxl", (1,))  # SDXL's first block has no attention: its own case below
+]
+DIT_CASES = [
+    (name, {"visual_taps": visual, "text_taps": text, "num_layers": layers})
+    for name, (visual, text, layers) in product(
+        ("sd3", "sd35"),
+        [
+            ((1, 3), (1, 3), None),
+            ((1, 3), (1,), None),  # text ends earlier
+            ((1,), (3,), None),  # visual ends earlier
+            ((1,), (2,), None),  # ... in a block with two attentions
+            ((2,), (), None),
+            ((4,), (), None),  # the last block of the whole network
+            ((1,), (1,), 3),  # blocks kept that nobody reads
+            ((0,), (0,), None),
+        ],
+    )
+]
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora", "frozen"])
+@pytest.mark.parametrize(("name", "taps"), UNET_CASES + DIT_CASES, ids=str)
+def test_no_trained_parameter_is_left_without_gradient(name: str, taps: dict[str, Any], tuning: str) -> None:
+    if tuning == "lora" and taps["visual_taps"] == (0,):
+        pytest.skip("no attention is read")
+    backbone = tiny_backbone(name, tuning=tuning, text_encoder_tuning=tuning, **taps)
+    head = GatedQFormerHead(backbone.feature_spec, num_heads=2)
+    score(backbone, head).sum().backward()
+    assert without_gradient(backbone, head) == []
+    trained = [n for n, parameter in network_of(backbone).named_parameters() if parameter.requires_grad]
+    assert bool(trained) == (tuning != "frozen")
+    assert all("lora_" in name for name in trained) == (tuning != "full") or not trained
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora", "frozen"])
+@pytest.mark.parametrize("project_text", [True, False])
+@pytest.mark.parametrize("name", ["sd15", "sd21", "sdxl", "sd3", "sd35"])
+def test_no_trained_parameter_is_left_without_gradient_by_lrm(name: str, project_text: bool, tuning: str) -> None:
+    backbone = tiny_backbone(name, tuning=tuning, text_encoder_tuning=tuning)
+    head = CLIPProjectionHead(backbone.feature_spec, project_text=project_text)
+    score(backbone, head).sum().backward()
+    assert without_gradient(backbone, head) == []
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd35"])
+def test_lora_starts_as_the_network_itself(name: str) -> None:
+    plain, adapted = tiny_backbone(name, tuning="frozen"), tiny_backbone(name, tuning="lora", lora=LoRA(rank=2))
+    latents, timesteps, conditioning = inputs_of(plain)
+    for a, b in zip(
+        plain(latents, timesteps, conditioning).visual, adapted(latents, timesteps, conditioning).visual, strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_lora_settings_take_effect() -> None:
+    lora = LoRA(rank=3, alpha=6.0, dropout=0.25, target_modules=("to_v",))
+    backbone = tiny_backbone("sd35", lora=lora)
+    layers = {name: m for name, m in network_of(backbone).named_modules() if hasattr(m, "lora_A") and "default" in m.lora_A}
+    assert {name.rsplit(".", 1)[1] for name in layers} == {"to_v"}
+    for layer in layers.values():
+        assert layer.lora_A["default"].out_features == 3
+        assert layer.scaling["default"] == 2.0
+        assert layer.lora_dropout["default"].p == 0.25
+
+
+def test_lora_that_matches_nothing_is_refused() -> None:
+    with pytest.raises(InputError, match=r"lora.target_modules=\['nonsense'\] matches no linear layer"):
+        tiny_backbone("sd35", lora=LoRA(target_modules=("nonsense",)))
+
+
+def gradients(backbone: DiffusionBackbone) -> dict[str, Tensor]:
+    torch.manual_seed(1)
+    latents, timesteps, conditioning = inputs_of(backbone)
+    total(backbone(latents, timesteps, conditioning)).backward()
+    return {n: p.grad for n, p in backbone.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "sd35"])
+def test_gradient_checkpointing_changes_no_gradient(name: str, tuning: str) -> None:
+    torch.manual_seed(0)
+    plain = gradients(tiny_backbone(name, tuning=tuning))
+    torch.manual_seed(0)
+    backbone = tiny_backbone(name, tuning=tuning, gradient_checkpointing=True)
+    runs = []
+    block = next(iter(backbone.blocks()))
+    inner = block.resnets[0] if hasattr(block, "resnets") else block.attn
+    inner.register_forward_hook(lambda *_: runs.append(1))
+    recomputed = gradients(backbone)
+    assert len(runs) == 2  # forward, and again in the backward pass
+    assert plain.keys() == recomputed.keys()
+    for key, gradient in plain.items():
+        torch.testing.assert_close(recomputed[key], gradient, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("tuning", ["full", "lora", "frozen"])
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd35"])
+def test_bfloat16_storage_keeps_what_trains_in_float32(name: str, tuning: str, autocast: bool) -> None:
+    backbone = tiny_backbone(name, tuning=tuning, text_encoder_tuning="frozen", frozen_dtype="bfloat16")
+    for parameter in [*network_of(backbone).parameters(), *backbone.text_encoder.parameters()]:
+        assert parameter.dtype == (torch.float32 if parameter.requires_grad else torch.bfloat16)
+    heads = [GatedQFormerHead(backbone.feature_spec, num_heads=2), CLIPProjectionHead(backbone.feature_spec)]
+    for head in heads:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            value = score(backbone, head)
+        assert value.isfinite().all()
+        value.float().sum().backward()
+        trained = [p for p in [*backbone.parameters(), *head.parameters()] if p.grad is not None]
+        assert trained
+        assert all(parameter.grad.dtype == torch.float32 for parameter in trained)
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "sd35"])
+def test_autocast_stays_near_float32(name: str) -> None:
+    backbone = tiny_backbone(name, tuning="frozen", text_encoder_tuning="frozen")
+    latents, timesteps, conditioning = inputs_of(backbone)
+    expected = backbone(latents, timesteps, conditioning)
+    with torch.autocast("cpu", torch.bfloat16):
+        features = backbone(latents, timesteps, conditioning)
+    for a, b in zip(features.visual, expected.visual, strict=True):
+        assert (a.float() - b).norm() < 0.03 * b.norm()
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd35"])
+def test_attention_backend(name: str) -> None:
+    plain, native = tiny_backbone(name), tiny_backbone(name, attention_backend="native")
+    latents, timesteps, conditioning = inputs_of(plain)
+    torch.testing.assert_close(
+        native(latents, timesteps, conditioning).visual[-1], plain(latents, timesteps, conditioning).visual[-1]
+    )
+    with pytest.raises(InputError, match="attention_backend='no_such_backend'"):
+        tiny_backbone(name, attention_backend="no_such_backend")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", ["sd15", "sd35"])
+def test_compiled_blocks_give_the_same_features(name: str, checkpointing: bool) -> None:
+    plain = tiny_backbone(name, tuning="frozen")
+    compiled = tiny_backbone(name, tuning="frozen", compile_blocks=True, gradient_checkpointing=checkpointing)
+    latents, timesteps, conditioning = inputs_of(plain)
+    for a, b in zip(
+        plain(latents, timesteps, conditioning).visual, compiled(latents, timesteps, conditioning).visual, strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_random_weights_as_a_control() -> None:
+    drawn, trained = tiny_backbone("sd15", pretrained=False), tiny_backbone("sd15")
+    same = {n: p for n, p in trained.unet.named_parameters()}
+    assert not torch.equal(drawn.unet.conv_in.weight, same["conv_in.weight"])
+    torch.testing.assert_close(next(drawn.vae.parameters()), next(trained.vae.parameters()), rtol=0, atol=0)
+    latents, timesteps, conditioning = inputs_of(drawn)
+    assert isinstance(conditioning, Conditioning)
+    assert drawn(latents, timesteps, conditioning).visual[-1].isfinite().all()
+
+
+def test_up_path_is_not_kept() -> None:
+    names = [name for name, _ in tiny_backbone("sd15").named_modules()]
+    assert not any("up_blocks." in name for name in names)
+    early = tiny_backbone("sd15", visual_taps=(2,)).unet
+    assert early.mid_block is None
+    assert len(early.down_blocks) == 2
+    assert early.down_blocks[-1].downsamplers is None
+
+
+def test_transformer_keeps_only_the_blocks_it_reads() -> None:
+    assert len(tiny_backbone("sd35").transformer.transformer_blocks) == 3
+    kept = tiny_backbone("sd35", visual_taps=(1,), text_taps=(), num_layers=2)
+    assert len(kept.transformer.transformer_blocks) == 2
+    runs = []
+    kept.transformer.transformer_blocks[1].register_forward_hook(lambda *_: runs.append(1))
+    kept(*inputs_of(kept))
+    assert runs == []

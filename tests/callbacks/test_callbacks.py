@@ -1,0 +1,209 @@
+"""Each callback does, on a real run, what its docstring says."""
+
+import math
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image
+from pyarrow import parquet
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from latentreward.callbacks import (
+    NaNGuard,
+    NoiseBandAccuracy,
+    PairScoreWriter,
+    ScoredPairGrid,
+    Throughput,
+    TrainableCheckpoint,
+    TrainableEMA,
+)
+from latentreward.errors import InputError
+
+
+def trained(module):
+    return {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+
+
+def test_nan_guard_names_step_and_pairs_and_saves_the_weights(module, batches, loader, make_trainer):
+    batches[3] = replace(batches[3], chosen=torch.full_like(batches[3].chosen, float("nan")))
+    seen = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            seen.append(trained(pl_module))
+
+    with pytest.raises(InputError, match=r"loss is nan at optimiser step 3 .*pair-3-0, pair-3-1, pair-3-2, pair-3-3"):
+        make_trainer(callbacks=[NaNGuard(), Watch()]).fit(module, loader(batches))
+    after = trained(module)
+    assert len(seen) == 3
+    assert all(torch.equal(after[name], seen[-1][name]) for name in after)
+
+
+def test_noise_bands_agree_with_a_count_by_hand(module, batches, loader, make_trainer):
+    hits = {"low": [], "high": []}
+
+    class Count(Callback):
+        def on_validation_batch_end(self, trainer, pl_module, outputs, *args):
+            decided = outputs.label != 0.5
+            right = (outputs.chosen > outputs.rejected)[decided]
+            for name, inside in (("low", outputs.chosen_sigmas < 0.5), ("high", outputs.chosen_sigmas >= 0.5)):
+                hits[name] += right[inside[decided]].tolist()
+
+    trainer = make_trainer(callbacks=[NoiseBandAccuracy(edges=(0.0, 0.5, 1.0)), Count()])
+    trainer.validate(module, loader(batches), verbose=False)
+    assert trainer.callback_metrics["val/accuracy_sigma_0_0.5"].item() == pytest.approx(np.mean(hits["low"]))
+    assert trainer.callback_metrics["val/accuracy_sigma_0.5_1"].item() == pytest.approx(np.mean(hits["high"]))
+    assert len(hits["low"]) == len(hits["high"]) == 18
+
+
+def test_noise_bands_are_logged_in_training_too(module, batches, loader, make_trainer):
+    trainer = make_trainer(callbacks=[NoiseBandAccuracy(edges=(0.0, 1.0))])
+    trainer.fit(module, loader(batches))
+    assert 0 <= trainer.callback_metrics["train/accuracy_sigma_0_1"].item() <= 1
+
+
+def test_checkpoint_holds_what_trains_and_resumes_exactly(module, batches, loader, make_trainer, tmp_path):
+    saver = ModelCheckpoint(dirpath=tmp_path, filename="small")
+    trainer = make_trainer(callbacks=[TrainableCheckpoint(), saver], enable_checkpointing=True)
+    trainer.fit(module, loader(batches))
+    names = torch.load(tmp_path / "small.ckpt", weights_only=True)["state_dict"].keys()
+    assert set(names) == set(trained(module))
+    before = trained(module)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(parameter.requires_grad * 1.0)
+    make_trainer(callbacks=[TrainableCheckpoint()]).validate(
+        module, loader(batches), ckpt_path=str(tmp_path / "small.ckpt"), weights_only=True, verbose=False
+    )
+    assert all(torch.equal(before[name], value) for name, value in trained(module).items())
+
+
+@pytest.mark.parametrize(("change", "message"), [("drop", "lacks model.head"), ("add", "unknown weight model.extra")])
+def test_checkpoint_of_another_model_is_refused(module, batches, loader, make_trainer, tmp_path, change, message):
+    saver = ModelCheckpoint(dirpath=tmp_path, filename="small")
+    make_trainer(callbacks=[TrainableCheckpoint(), saver], enable_checkpointing=True).fit(module, loader(batches))
+    checkpoint = torch.load(tmp_path / "small.ckpt", weights_only=True)
+    if change == "drop":
+        del checkpoint["state_dict"]["model.head.query_tokens"]
+    else:
+        checkpoint["state_dict"]["model.extra"] = torch.zeros(1)
+    torch.save(checkpoint, tmp_path / "other.ckpt")
+    with pytest.raises(InputError, match=message):
+        make_trainer(callbacks=[TrainableCheckpoint()]).validate(
+            module, loader(batches), ckpt_path=str(tmp_path / "other.ckpt"), weights_only=True, verbose=False
+        )
+
+
+def test_ema_is_the_average_by_formula_and_serves_validation_alone(module, batches, loader, make_trainer):
+    ema, history, validated = TrainableEMA(decay=0.5), [trained(module)], []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            history.append(trained(pl_module))
+
+        def on_validation_batch_start(self, trainer, pl_module, *args):
+            validated.append(trained(pl_module))
+
+    make_trainer(callbacks=[ema, Watch()]).fit(module, loader(batches), loader(batches[:1]))
+    expected = history[0]
+    for n, weights in enumerate(history[1:], start=1):
+        decay = min(0.5, (1 + n) / (10 + n))
+        expected = {name: decay * expected[name] + (1 - decay) * value for name, value in weights.items()}
+    for name, value in validated[-1].items():
+        torch.testing.assert_close(value, expected[name])
+    assert all(torch.equal(value, history[-1][name]) for name, value in trained(module).items())
+    assert ema.average.keys() == trained(module).keys()
+
+
+def test_ema_counts_optimiser_steps_not_batches(module, batches, loader, make_trainer):
+    ema = TrainableEMA()
+    make_trainer(callbacks=[ema], accumulate_grad_batches=3).fit(module, loader(batches))
+    assert ema.updates == 2
+
+
+def test_ema_of_a_resumed_run_equals_the_uninterrupted_one(module, batches, loader, make_trainer, tmp_path):
+    start = {name: value.clone() for name, value in module.state_dict().items()}
+    whole = TrainableEMA()
+    make_trainer(callbacks=[whole], max_epochs=2).fit(module, loader(batches))
+    module.load_state_dict(start)
+    saver = ModelCheckpoint(dirpath=tmp_path, save_last=True)
+    make_trainer(callbacks=[TrainableEMA(), saver], enable_checkpointing=True).fit(module, loader(batches))
+    resumed = TrainableEMA()
+    make_trainer(callbacks=[resumed], max_epochs=2).fit(
+        module, loader(batches), ckpt_path=str(tmp_path / "last.ckpt"), weights_only=True
+    )
+    assert resumed.updates == whole.updates == 12
+    assert all(torch.equal(resumed.average[name], whole.average[name]) for name in whole.average)
+
+
+def test_ema_leaves_no_average_behind_after_an_exception(module, batches, loader, make_trainer):
+    class Break(Callback):
+        def on_validation_batch_start(self, *args):
+            raise RuntimeError("power cut")
+
+    last = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            last[:] = [trained(pl_module)]
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        make_trainer(callbacks=[TrainableEMA(), Watch(), Break()]).fit(module, loader(batches), loader(batches))
+    assert all(torch.equal(value, last[0][name]) for name, value in trained(module).items())
+
+
+def test_throughput_is_logged_with_the_share_of_waiting(module, batches, loader, make_trainer):
+    trainer = make_trainer(callbacks=[Throughput(every_n_batches=2)])
+    trainer.fit(module, loader(batches))
+    assert trainer.callback_metrics["train/pairs_per_second"] > 0
+    assert 0 <= trainer.callback_metrics["train/data_wait"] <= 1
+
+
+def test_grid_goes_to_tensorboard_and_to_a_png(module, batches, loader, make_trainer, tmp_path):
+    logger = TensorBoardLogger(tmp_path, name="run", version="")
+    trainer = make_trainer(callbacks=[ScoredPairGrid(num_pairs=5, image_size=64, columns=2)], logger=logger)
+    trainer.validate(module, loader(batches), verbose=False)
+    with Image.open(tmp_path / "run" / "scored_pairs.png") as picture:
+        cell = 2 * 64 + 3 * 8 + 8
+        assert picture.width == 2 * cell
+        assert picture.height == 3 * (64 + 52 + 8 + 8)
+    logger.experiment.flush()
+    log = EventAccumulator(str(tmp_path / "run"))
+    log.Reload()
+    assert log.Tags()["images"] == ["val/pairs"]
+
+
+def test_predictions_are_complete_and_never_overwritten_by_accident(module, batches, loader, make_trainer, tmp_path):
+    make_trainer(callbacks=[PairScoreWriter(tmp_path / "out")]).predict(module, loader(batches), return_predictions=False)
+    table = parquet.read_table(tmp_path / "out" / "scores_rank0.parquet").to_pydict()
+    assert sorted(set(table["pair_id"])) == sorted(name for batch in batches for name in batch.pair_ids)
+    assert len(table["pair_id"]) == 2 * 24
+    assert sorted({round(sigma, 1) for sigma in table["sigma"]}) == [0.2, 0.8]
+    for chosen, rejected, margin in zip(table["chosen_score"], table["rejected_score"], table["margin"], strict=True):
+        assert margin == pytest.approx(chosen - rejected)
+    with pytest.raises(InputError, match="predictions.overwrite"):
+        make_trainer(callbacks=[PairScoreWriter(tmp_path / "out")]).predict(module, loader(batches))
+    make_trainer(callbacks=[PairScoreWriter(tmp_path / "out", overwrite=True)]).predict(module, loader(batches[:1]))
+    assert parquet.read_metadata(tmp_path / "out" / "scores_rank0.parquet").num_rows == 8
+
+
+@pytest.mark.parametrize(
+    ("build", "field"),
+    [
+        (lambda: NaNGuard(every_n_batches=0), "every_n_batches=0"),
+        (lambda: NoiseBandAccuracy(edges=(0.5, 0.2)), "edges"),
+        (lambda: Throughput(every_n_batches=0), "every_n_batches=0"),
+        (lambda: TrainableEMA(decay=1.0), "decay=1"),
+        (lambda: TrainableEMA(decay=math.nan), "decay=nan"),
+        (lambda: ScoredPairGrid(num_pairs=0), "num_pairs=0"),
+    ],
+)
+def test_bad_settings_are_refused_by_name(build, field):
+    with pytest.raises(InputError, match=re.escape(field)):
+        build()

@@ -1,0 +1,153 @@
+from typing import Any
+
+import pytest
+import torch
+from jsonargparse import ArgumentParser
+from lightning.pytorch import LightningModule, Trainer
+
+from latentreward.contracts import PreferenceBatch
+from latentreward.data import HPDv3Reader, PickAPicReader, PreferenceDataModule
+from latentreward.errors import InputError
+
+
+class Recorder(LightningModule):
+    """Remembers which pairs each stage saw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(3, 1)
+        self.seen: dict[str, list[tuple[str, ...]]] = {"train": [], "val": [], "test": []}
+
+    def score(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.layer(pixels.mean((2, 3))).squeeze(-1)
+
+    def training_step(self, batch: PreferenceBatch, _: int) -> torch.Tensor:
+        self.seen["train"].append(batch.pair_ids)
+        return -torch.nn.functional.logsigmoid(self.score(batch.chosen) - self.score(batch.rejected)).mean()
+
+    def validation_step(self, batch: PreferenceBatch, _: int) -> None:
+        self.seen["val"].append(batch.pair_ids)
+
+    def test_step(self, batch: PreferenceBatch, _: int) -> None:
+        self.seen["test"].append(batch.pair_ids)
+
+    def predict_step(self, batch: PreferenceBatch, _: int) -> tuple[str, ...]:
+        return batch.pair_ids
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def trainer(**options: Any) -> Trainer:
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return Trainer(accelerator="cpu", **quiet, **options)
+
+
+@pytest.fixture
+def readers(write_pickapic, pickapic_rows) -> dict[str, PickAPicReader]:
+    write_pickapic([pickapic_rows(n) for n in (3, 20, 21)], split="val")
+    write_pickapic([pickapic_rows(n) for n in (30, 31)], split="test")
+    train = [pickapic_rows(n, has_label=n != 5) for n in range(9)]
+    source = write_pickapic(train)
+    return {split: PickAPicReader(source, split, on_error="skip") for split in ("train", "val", "test")}
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_fit_sees_labelled_rows_in_a_new_order_each_epoch(readers, num_workers) -> None:
+    data = PreferenceDataModule(8, **readers, batch_size=3, num_workers=num_workers)
+    module = Recorder()
+    trainer(max_epochs=2, num_sanity_val_steps=0).fit(module, data)
+    first, second = ([pair for ids in module.seen["train"][i : i + 3] for pair in ids] for i in (0, 3))
+    assert sorted(int(pair.split(":")[1]) for pair in first) == [0, 1, 2, 4, 6, 7, 8]  # 3 is in val, 5 has no label
+    assert sorted(first) == sorted(second)
+    assert first != second
+    assert [len(ids) for ids in module.seen["val"]] == [3, 3]
+    again = Recorder()
+    trainer(max_epochs=2, num_sanity_val_steps=0).fit(again, PreferenceDataModule(8, **readers, batch_size=7))
+    assert [pair for ids in again.seen["train"] for pair in ids] == first + second
+
+
+def test_test_and_predict(readers, write_pickapic, pickapic_rows) -> None:
+    rows = [pickapic_rows(n, has_label=False, label_0=None, label_1=None) for n in range(5)]
+    unlabelled = PickAPicReader(write_pickapic(rows, split="new"), "new")
+    data = PreferenceDataModule(8, **readers, predict=unlabelled, batch_size=2, num_workers=0)
+    module = Recorder()
+    trainer().test(module, data, verbose=False)
+    assert [len(ids) for ids in module.seen["test"]] == [2]
+    predicted = [pair for ids in trainer().predict(module, data) for pair in ids]
+    assert [int(pair.split(":")[1]) for pair in predicted] == list(range(5))
+
+
+def test_batches_have_the_contracts_form(readers) -> None:
+    data = PreferenceDataModule((8, 12), **readers, batch_size=4, num_workers=0, resize="center_crop")
+    batch = next(iter(data.train_dataloader()))
+    assert batch.chosen.shape == batch.rejected.shape == (4, 3, 8, 12)
+    assert batch.chosen.abs().max() <= 1
+    assert batch.label.min() >= 0.5
+    torch.testing.assert_close(batch.weight, torch.ones(4))
+
+
+def test_bad_images_are_reported_once_at_the_end(readers, write_pickapic, pickapic_rows, caplog) -> None:
+    rows = [pickapic_rows(n, **({"jpg_0": b""} if n in (1, 2) else {})) for n in range(6)]
+    reader = PickAPicReader(write_pickapic(rows), "train", on_error="skip")
+    data = PreferenceDataModule(8, train=reader, batch_size=6, num_workers=1)
+    trainer(max_epochs=2).fit(Recorder(), data)
+    assert "data.train: images not read on this rank: 2 empty image" in caplog.text
+    assert data.datasets["train"].skipped_rows() == [1, 2]
+
+
+def test_distributed_shares(readers) -> None:
+    class Two:
+        distributed_sampler_kwargs = {"num_replicas": 2, "rank": 1}  # noqa: RUF012
+
+    data = PreferenceDataModule(8, **readers, batch_size=2, num_workers=0)
+    data.trainer = Two()
+    assert [len(batch) for batch in data.train_dataloader()] == [2, 1]  # 7 rows: 3 for each rank
+    assert [len(batch) for batch in data.val_dataloader()] == [1]  # 3 rows: 2 and 1
+    Two.distributed_sampler_kwargs = {"num_replicas": 8, "rank": 0}
+    with pytest.raises(InputError, match=r"data\.train has 7 rows for 8 ranks"):
+        data.train_dataloader()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"size": 0}, "data.size is 0"),
+        ({"size": (8, -1)}, "data.size is -1"),
+        ({"batch_size": 0}, "data.batch_size is 0"),
+        ({"prefetch_factor": 0}, "data.prefetch_factor is 0"),
+    ],
+)
+def test_settings_out_of_range(options, message) -> None:
+    with pytest.raises(InputError, match=message):
+        PreferenceDataModule(**{"size": 8, **options})
+
+
+def test_missing_split_is_named() -> None:
+    data = PreferenceDataModule(8)
+    assert data.val_dataloader() == []
+    for stage in ("train", "test", "predict"):
+        with pytest.raises(InputError, match=rf"data\.{stage} is not set; give it a reader"):
+            getattr(data, f"{stage}_dataloader")()
+
+
+def test_readers_come_from_yaml(write_hpdv3, hpdv3_rows) -> None:
+    root = write_hpdv3([hpdv3_rows(n) for n in range(4)])
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(PreferenceDataModule, "data")
+    text = f"""
+    data:
+      class_path: latentreward.data.PreferenceDataModule
+      init_args:
+        size: [16, 24]
+        num_workers: 0
+        train: {{class_path: latentreward.data.HPDv3Reader, init_args: {{root: {root}, split: train}}}}
+    """
+    data = parser.instantiate_classes(parser.parse_string(text)).data
+    assert isinstance(data.datasets["train"].reader, HPDv3Reader)
+    assert next(iter(data.train_dataloader())).chosen.shape == (4, 3, 16, 24)

@@ -1,0 +1,104 @@
+import pickle
+
+import pytest
+import torch
+
+from latentreward.data import (
+    ImageError,
+    LoadedPair,
+    PairDataset,
+    PickAPicReader,
+    PixelLoader,
+    SkippedPair,
+    collate_pairs,
+)
+
+LOADER = PixelLoader(16, 16)
+
+
+def corrupt(rows: list[dict], jpeg) -> list[dict]:
+    changes = [{"jpg_0": None}, {"jpg_1": b""}, {"jpg_0": b"garbage"}, {"jpg_1": jpeg(size=(300, 300))[:-200]}, {}]
+    return [{**row, **change} for row, change in zip(rows, changes, strict=True)]
+
+
+@pytest.fixture
+def source(write_pickapic, pickapic_rows, jpeg) -> str:
+    return write_pickapic(corrupt([pickapic_rows(n) for n in range(5)], jpeg))
+
+
+def test_raise_names_the_row_the_value_and_the_remedy(source) -> None:
+    dataset = PairDataset(PickAPicReader(source, "train"), LOADER)
+    with pytest.raises(ImageError, match=r"parquet:1: image 'image-1-1': empty image \(0 bytes\); replace .*on_error"):
+        dataset[1]
+    assert isinstance(dataset[4], LoadedPair)
+
+
+def test_skip_leaves_out_exactly_the_bad_rows_and_counts_them(source) -> None:
+    dataset = PairDataset(PickAPicReader(source, "train", on_error="skip"), LOADER)
+    for _ in range(2):  # a row is counted once, however often it is seen
+        items = [dataset[n] for n in range(5)]
+    assert [type(item) for item in items] == [SkippedPair] * 4 + [LoadedPair]
+    assert dataset.skipped_rows() == [0, 1, 2, 3]
+    assert dataset.skipped() == {
+        "no image": 1,
+        "empty image": 1,
+        "not an image": 1,
+        "truncated or damaged image": 1,
+    }
+    assert collate_pairs(items).pair_ids == (items[4].pair.pair_id,)
+
+
+def test_placeholder_keeps_the_place_without_a_say(source) -> None:
+    dataset = PairDataset(PickAPicReader(source, "train", on_error="placeholder"), LOADER)
+    batch = collate_pairs([dataset[n] for n in range(5)])
+    assert len(batch) == 5
+    assert batch.label.tolist() == [0.5] * 4 + [1.0]
+    assert batch.weight.tolist() == [0.0] * 4 + [1.0]
+    assert (batch.chosen[:4] == 0).all()
+    assert dataset.skipped().total() == 4
+
+
+def test_batch_of_bad_rows_only_is_an_error_that_names_them(source) -> None:
+    dataset = PairDataset(PickAPicReader(source, "train", on_error="skip"), LOADER)
+    with pytest.raises(ImageError, match=r"no pair of this batch can be read: .*parquet:0: .*parquet:2: .*on_error"):
+        collate_pairs([dataset[n] for n in range(4)])
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_workers_count_for_the_main_process(source, context) -> None:
+    dataset = PairDataset(PickAPicReader(source, "train", on_error="skip"), LOADER)
+    loader = torch.utils.data.DataLoader(
+        dataset, batch_size=5, num_workers=1, collate_fn=collate_pairs, multiprocessing_context=context
+    )
+    assert [len(batch) for batch in loader] == [1]
+    assert dataset.skipped_rows() == [0, 1, 2, 3]
+
+
+def test_error_of_a_worker_stays_one_line(source) -> None:
+    dataset = PairDataset(PickAPicReader(source, "train"), LOADER)
+    loader = torch.utils.data.DataLoader(dataset, batch_size=5, num_workers=1, collate_fn=collate_pairs)
+    with pytest.raises(ImageError) as error:
+        list(loader)
+    assert "\n" not in str(error.value)
+    assert "parquet:0: image 'image-0-0': no image" in str(error.value)
+
+
+def test_rows_choose_what_is_offered(source) -> None:
+    dataset = PairDataset(PickAPicReader(source, "train", on_error="skip"), LOADER, rows=[4, 2])
+    assert dataset[0].pair.pair_id.endswith(":4")
+    dataset[1]
+    assert dataset.skipped_rows() == [2]
+    assert pickle.loads(pickle.dumps(dataset)).skipped_rows() == [2]
+
+
+def test_sizes_modes_and_a_huge_header_within_one_pair(write_pickapic, pickapic_rows, jpeg) -> None:
+    rows = [
+        pickapic_rows(0, jpg_0=jpeg(size=(1, 1)), jpg_1=jpeg(size=(240, 10))),
+        pickapic_rows(1, jpg_0=jpeg((9, 9, 9, 0), mode="RGBA", fmt="PNG"), jpg_1=jpeg((9, 9, 9, 9), mode="CMYK")),
+        pickapic_rows(2, jpg_0=jpeg(mode="L"), jpg_1=jpeg(size=(50, 50), fmt="PNG")),
+    ]
+    reader = PickAPicReader(write_pickapic(rows), "train", on_error="skip")
+    dataset = PairDataset(reader, PixelLoader(16, 24, max_pixels=2400))
+    batch = collate_pairs([dataset[n] for n in range(3)])
+    assert batch.chosen.shape == (2, 3, 16, 24)
+    assert dataset.skipped() == {"too many pixels": 1}

@@ -1,0 +1,158 @@
+import pickle
+from pathlib import Path
+
+import pytest
+
+from latentreward.data import HPDv3Reader, PairDataset, PixelLoader
+from latentreward.errors import InputError
+
+
+def test_row_becomes_a_record(write_hpdv3, hpdv3_rows) -> None:
+    root = write_hpdv3([hpdv3_rows(0), hpdv3_rows(1, prompt="two\n\nparagraphs")])
+    pair = HPDv3Reader(root, "train", randomise_sides=False)[1]
+    assert (pair.pair_id, pair.prompt, pair.label_a) == ("train.json:1", "two\n\nparagraphs", 1.0)
+    assert (pair.image_a.image_key, pair.image_a.path) == ("images/1-good.jpg", Path(root, "images/1-good.jpg"))
+    assert (pair.votes, pair.confidence, pair.model_a, pair.model_b) == ((9, 3), 0.97, "flux", "sdxl")
+    assert (pair.source, pair.split, pair.weight) == ("hpdv3", "train", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "votes", "confidence", "remarks"),
+    [
+        ({"choice_dist": None, "confidence": None}, None, None, []),
+        ({"choice_dist": ..., "confidence": ..., "model1": ..., "model2": ...}, None, None, []),
+        ({"choice_dist": "[8, 1]", "confidence": "0.98"}, (8, 1), 0.98, []),
+        ({"choice_dist": "null", "confidence": "null"}, None, None, []),
+        ({"choice_dist": [3, 9]}, (3, 9), 0.97, []),
+        ({"choice_dist": [0, 0]}, (0, 0), 0.97, []),
+        ({"choice_dist": [5, 5.0]}, (5, 5), 0.97, []),
+        ({"choice_dist": [7]}, None, 0.97, ["choice_dist not readable"]),
+        ({"choice_dist": [-1, 2]}, None, 0.97, ["choice_dist not readable"]),
+        ({"choice_dist": [1e300, 2]}, None, 0.97, ["choice_dist not readable"]),
+        ({"choice_dist": "__import__('os')"}, None, 0.97, ["choice_dist not readable"]),
+        ({"choice_dist": {"a": 1}}, None, 0.97, ["choice_dist not readable"]),
+        ({"confidence": "high"}, (9, 3), None, ["confidence not readable"]),
+        ({"confidence": float("nan")}, (9, 3), None, ["confidence not readable"]),
+        ({"confidence": True}, (9, 3), None, ["confidence not readable"]),
+    ],
+)
+def test_votes_and_confidence(write_hpdv3, hpdv3_rows, changes, votes, confidence, remarks) -> None:
+    reader = HPDv3Reader(write_hpdv3([hpdv3_rows(0, **changes)]), "train", randomise_sides=False)
+    assert (reader[0].votes, reader[0].confidence, reader[0].label_a) == (votes, confidence, 1.0)
+    assert list(reader.remarks) == remarks
+
+
+@pytest.mark.parametrize(
+    ("votes", "label"), [([9, 3], 0.75), ([3, 9], 0.25), ([4, 4], 0.5), ([0, 0], 1.0), (None, 1.0), ([0, 7], 0.0)]
+)
+def test_labels_from_votes(write_hpdv3, hpdv3_rows, votes, label) -> None:
+    root = write_hpdv3([hpdv3_rows(0, choice_dist=votes)])
+    assert HPDv3Reader(root, "train", label="votes", randomise_sides=False)[0].label_a == label
+    assert HPDv3Reader(root, "train", randomise_sides=False)[0].label_a == 1.0
+
+
+def test_confidence_threshold_keeps_what_has_none(write_hpdv3, hpdv3_rows) -> None:
+    values = [0.95, 0.9499, None, ..., "null", "0.98", "0.2", 1, 0]
+    root = write_hpdv3([hpdv3_rows(n, confidence=value) for n, value in enumerate(values)])
+    reader = HPDv3Reader(root, "train", min_confidence=0.95)
+    assert [reader[i].pair_id.split(":")[1] for i in range(len(reader))] == ["0", "2", "3", "4", "5", "7"]
+    assert dict(reader.skipped) == {"confidence below the threshold": 3}
+
+
+def test_sides_are_randomised_by_name_and_seed(write_hpdv3, hpdv3_rows) -> None:
+    root = write_hpdv3([hpdv3_rows(n) for n in range(200)], images=False)
+    plain = HPDv3Reader(root, "train", randomise_sides=False)
+    reader = HPDv3Reader(root, "train")
+    sides = [reader[i].label_a for i in range(200)]
+    assert 70 < sum(sides) < 130
+    for i in range(200):
+        assert reader[i] in (plain[i], plain[i].swapped())
+    assert [pickle.loads(pickle.dumps(reader))[i].label_a for i in reversed(range(200))] == sides[::-1]
+    assert [HPDv3Reader(root, "train", seed=1)[i].label_a for i in range(200)] != sides
+
+
+@pytest.mark.parametrize("value", [None, ...])
+def test_prompt_that_is_absent_is_empty(write_hpdv3, hpdv3_rows, value) -> None:
+    reader = HPDv3Reader(write_hpdv3([hpdv3_rows(0, prompt=value), hpdv3_rows(1, prompt="")]), "train")
+    assert reader.prompts() == ["", ""]
+    assert reader[0].prompt == ""
+    assert dict(reader.remarks) == {"null prompt read as empty": 1}
+
+
+def test_broken_unicode_is_replaced(write_hpdv3, hpdv3_rows) -> None:
+    assert HPDv3Reader(write_hpdv3([hpdv3_rows(0, prompt="x\ud800 é🦊")]), "train").prompts() == ["x? é🦊"]
+
+
+@pytest.mark.parametrize("row", [None, 7, ["a"], {"prompt": 3, "path1": "a", "path2": "b"}])
+def test_rows_without_form_follow_on_error(write_hpdv3, hpdv3_rows, row) -> None:
+    root = write_hpdv3([hpdv3_rows(0), row, hpdv3_rows(2)])
+    with pytest.raises(InputError, match=r"train\.json:1: .*; correct the row, or set the reader's on_error"):
+        HPDv3Reader(root, "train")
+    reader = HPDv3Reader(root, "train", on_error="skip")
+    assert [reader[i].pair_id for i in range(len(reader))] == ["train.json:0", "train.json:2"]
+    assert reader.skipped.total() == 1
+    reader = HPDv3Reader(root, "train", on_error="placeholder")
+    assert reader.labelled().tolist() == [True, False, True]
+    assert reader[1].label_a is None
+
+
+@pytest.mark.parametrize(
+    ("path", "known_at_once"),
+    [
+        ("../outside.jpg", True),
+        ("/etc/hostname", True),
+        ("images/../../outside.jpg", True),
+        (None, True),
+        (..., True),
+        ("", True),
+        (["a.jpg"], True),
+        ("linked/outside.jpg", False),
+        ("images/absent.jpg", False),
+        ("images", False),
+    ],
+)
+def test_images_that_cannot_be_read(write_hpdv3, hpdv3_rows, jpeg, tmp_path, path, known_at_once) -> None:
+    rows = [hpdv3_rows(0), hpdv3_rows(1, path2=path), hpdv3_rows(2)]
+    root = write_hpdv3(rows)
+    (tmp_path / "outside.jpg").write_bytes(jpeg())
+    Path(root, "linked").symlink_to(tmp_path)
+    Path(root, "images/absent.jpg").unlink(missing_ok=True)
+    with pytest.raises(InputError, match=r"train\.json:1: .*on_error") as error:
+        reader = HPDv3Reader(root, "train")
+        assert not known_at_once
+        PairDataset(reader, PixelLoader(8, 8))[1]
+    assert "\n" not in str(error.value)
+    dataset = PairDataset(HPDv3Reader(root, "train", on_error="skip"), PixelLoader(8, 8))
+    items = [dataset[n] for n in range(3)]
+    assert dataset.skipped_rows() == [1]
+    assert items[1].pair_id == "train.json:1"
+
+
+def test_keys_do_not_depend_on_spelling(write_hpdv3, hpdv3_rows) -> None:
+    rows = [hpdv3_rows(0), hpdv3_rows(0, path1="./images/0-good.jpg", path2="images//0-bad.jpg")]
+    reader = HPDv3Reader(write_hpdv3(rows), "train", randomise_sides=False)
+    assert reader[0].image_a.image_key == reader[1].image_a.image_key
+    assert reader[0].image_b.image_key == reader[1].image_b.image_key
+
+
+def test_nothing_to_read_is_one_clear_line(write_hpdv3, hpdv3_rows, tmp_path) -> None:
+    root = write_hpdv3([hpdv3_rows(0)])
+    with pytest.raises(InputError, match=r"split: no file .*test\.json; set root"):
+        HPDv3Reader(root, "test")
+    for content, message in [
+        ("{}", "holds {}; give"),
+        ("[1,", "not JSON"),
+        ("[" * 200_000, "not JSON"),
+        ("[]", "no rows left"),
+    ]:
+        Path(root, "odd.json").write_text(content)
+        with pytest.raises(InputError, match=message) as error:
+            HPDv3Reader(root, "odd")
+        assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match="no rows left; check the file and min_confidence"):
+        HPDv3Reader(root, "train", min_confidence=0.99)
+
+
+def test_images_are_not_touched_by_constructing(write_hpdv3, hpdv3_rows) -> None:
+    reader = HPDv3Reader(write_hpdv3([hpdv3_rows(n) for n in range(5)], images=False), "train")
+    assert len(reader.prompts()) == reader.labelled().sum() == 5

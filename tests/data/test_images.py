@@ -1,0 +1,178 @@
+import io
+import os
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from latentreward.contracts import ImageRef
+from latentreward.data import ImageError, PixelLoader, RootedImageRef, decode_image
+
+
+def encode(array: np.ndarray, fmt: str = "PNG", mode: str | None = None, **options) -> ImageRef:
+    image = Image.fromarray(array)
+    stream = io.BytesIO()
+    (image.convert(mode) if mode else image).save(stream, fmt, **options)
+    return ImageRef("key", stream.getvalue())
+
+
+NOISE = np.random.default_rng(0).integers(0, 256, (48, 40, 3), dtype=np.uint8)
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A few bytes that claim to be a large PNG."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b""))]
+    data = [
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(data)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "LA", "P", "1"])
+def test_every_mode_becomes_rgb(mode: str) -> None:
+    image = decode_image(encode(NOISE, mode=mode))
+    assert (image.mode, image.size) == ("RGB", (40, 48))
+
+
+def test_cmyk_jpeg_becomes_rgb() -> None:
+    image = decode_image(encode(np.full((9, 9, 3), (250, 250, 250), np.uint8), "JPEG", "CMYK"))
+    assert image.mode == "RGB"
+    assert np.asarray(image).mean() > 240
+
+
+def test_alpha_is_dropped_not_composited() -> None:
+    pixels = np.full((4, 4, 4), (10, 200, 30, 0), np.uint8)
+    assert (np.asarray(decode_image(encode(pixels))) == (10, 200, 30)).all()
+
+
+def test_16_bit_grey_is_divided_by_257() -> None:
+    levels = np.array([[0, 257, 257 * 100, 65535]], np.uint16)
+    assert np.asarray(decode_image(encode(levels)))[0, :, 0].tolist() == [0, 1, 100, 255]
+
+
+def test_exif_orientation_is_ignored() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert decode_image(encode(NOISE, "JPEG", exif=exif)).size == (40, 48)
+
+
+@pytest.mark.parametrize(
+    ("data", "problem"),
+    [
+        (None, "no image"),
+        (b"", "empty image"),
+        (b"garbage, not an image", "not an image"),
+        (b"\xff\xd8\xff\xe0", "not an image"),
+        (encode(NOISE, "JPEG").data[:-60], "truncated or damaged image"),
+        (encode(NOISE, "PNG").data[:200], "truncated or damaged image"),
+        (encode(NOISE, "WEBP").data[:80], "truncated or damaged image"),
+        (png_header(60000, 60000), "too many pixels"),
+        (png_header(9000, 9000), "too many pixels"),
+        (png_header(1000, 1000), "truncated or damaged image"),
+    ],
+)
+def test_bad_bytes_have_a_reason(data: bytes | None, problem: str) -> None:
+    with pytest.raises(ImageError, match=problem) as error:
+        decode_image(ImageRef("uid-7", data))
+    assert error.value.problem == problem
+    assert "uid-7" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_limit_on_pixels_is_inclusive_and_read_from_the_header() -> None:
+    assert decode_image(encode(NOISE), max_pixels=48 * 40).size == (40, 48)
+    with pytest.raises(ImageError, match="40×48 exceeds max_pixels=1919"):
+        decode_image(encode(NOISE), max_pixels=1919)
+
+
+def test_damaged_bytes_raise_nothing_else() -> None:
+    generator = np.random.default_rng(1)
+    for fmt in ("JPEG", "PNG", "WEBP", "GIF", "BMP"):
+        whole = encode(NOISE, fmt).data
+        for _ in range(100):
+            data = np.frombuffer(whole, np.uint8).copy()
+            where = generator.integers(0, min(len(data), int(generator.choice([64, 100_000]))), 6)
+            data[where] = generator.integers(0, 256, 6)
+            try:
+                decode_image(ImageRef("key", data.tobytes()), max_pixels=10**6)
+            except ImageError as error:
+                assert "\n" not in str(error)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    (tmp_path / "root" / "images").mkdir(parents=True)
+    for place in ("root/images/in.png", "out.png"):
+        (tmp_path / place).write_bytes(encode(NOISE).data)
+    (tmp_path / "root" / "empty.png").touch()
+    (tmp_path / "root" / "link_out.png").symlink_to(tmp_path / "out.png")
+    (tmp_path / "root" / "link_in.png").symlink_to(tmp_path / "root" / "images" / "in.png")
+    (tmp_path / "root" / "folder_out").symlink_to(tmp_path)
+    (tmp_path / "root" / "loop").symlink_to(tmp_path / "root" / "loop")
+    return tmp_path / "root"
+
+
+@pytest.mark.parametrize("name", ["images/in.png", "images/../images/in.png", "link_in.png", "./images//in.png"])
+def test_paths_inside_the_root_are_read(root: Path, name: str) -> None:
+    assert decode_image(RootedImageRef(name, path=root / name, root=root)).size == (40, 48)
+
+
+def test_a_root_that_is_a_link_itself_is_fine(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "alias").symlink_to(root)
+    alias = tmp_path / "alias"
+    assert decode_image(RootedImageRef("k", path=alias / "images/in.png", root=alias)).size == (40, 48)
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("../out.png", "path outside the root"),
+        ("images/../../out.png", "path outside the root"),
+        ("link_out.png", "path outside the root"),
+        ("folder_out/out.png", "path outside the root"),
+        ("/etc/hostname", "path outside the root"),
+        ("loop/x.png", "path outside the root|missing file"),
+        ("images/in.png\0.jpg", "path outside the root|missing file"),
+        ("images/absent.png", "missing file"),
+        ("images", "missing file"),
+        ("x" * 5000, "path outside the root|missing file"),
+        ("empty.png", "empty image"),
+    ],
+)
+def test_other_paths_are_refused(root: Path, name: str, problem: str) -> None:
+    with pytest.raises(ImageError, match=problem):
+        decode_image(RootedImageRef(name[:40], path=root / name, root=root))
+
+
+def test_a_pipe_is_no_image(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ImageError, match="not a file"):
+        decode_image(ImageRef("pipe", path=tmp_path / "pipe"))
+
+
+@pytest.mark.parametrize("resize", ["stretch", "center_crop"])
+@pytest.mark.parametrize("shape", [(48, 40, 3), (1, 1, 3), (10, 240, 3), (250, 10, 3)])
+def test_pixels_have_the_size_asked_for(resize: str, shape: tuple[int, ...]) -> None:
+    pixels = PixelLoader(24, 32, resize)(encode(np.full(shape, (0, 128, 255), np.uint8)))
+    assert pixels.shape == (3, 24, 32)
+    assert pixels.dtype == torch.float32
+    expected = torch.tensor([-1.0, (128 / 255 - 0.5) / 0.5, 1.0]).view(3, 1, 1).expand(3, 24, 32)
+    torch.testing.assert_close(pixels, expected)
+
+
+def test_stretch_keeps_all_and_center_crop_keeps_the_middle() -> None:
+    bars = np.zeros((10, 30, 3), np.uint8)
+    bars[:, 10:20] = 255
+    assert PixelLoader(10, 10, "stretch")(encode(bars))[0, 0].min() < -0.9
+    assert PixelLoader(10, 10, "center_crop")(encode(bars)).min() == 1.0
+
+
+def test_own_size_is_not_resampled() -> None:
+    for resize in ("stretch", "center_crop"):
+        pixels = PixelLoader(48, 40, resize)(encode(NOISE))
+        torch.testing.assert_close(pixels, torch.from_numpy(NOISE).permute(2, 0, 1) / 127.5 - 1)

@@ -1,0 +1,69 @@
+import numpy as np
+import pytest
+
+from latentreward.contracts import ImageRef, PreferencePair
+from latentreward.data import PairReader, normalise_prompt, select_rows
+from latentreward.errors import InputError
+
+
+class Prompts(PairReader):
+    """A reader of one's own that overrides nothing it need not."""
+
+    def __init__(self, *prompts: str, unlabelled: tuple[int, ...] = ()) -> None:
+        super().__init__()
+        self.texts, self.unlabelled = prompts, unlabelled
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __getitem__(self, index: int) -> PreferencePair:
+        label = None if index in self.unlabelled else 1.0
+        return PreferencePair(f"{index}", self.texts[index], ImageRef("a"), ImageRef("b"), label)
+
+
+@pytest.mark.parametrize(
+    "other", ["a red  CAT", " A red cat\n", "a\tred\n\ncat", "ａ red cat", "a red\N{NO-BREAK SPACE}cat"]
+)
+def test_prompts_that_differ_in_form_only_are_equal(other: str) -> None:
+    assert normalise_prompt(other) == normalise_prompt("a red cat")
+
+
+def test_prompts_that_differ_stay_different() -> None:
+    assert normalise_prompt("a red cat.") != normalise_prompt("a red cat")
+    assert normalise_prompt("été") == normalise_prompt("e\u0301te\u0301") != normalise_prompt("ete")
+
+
+def test_earlier_splits_give_way(caplog) -> None:
+    splits = {
+        "train": Prompts("one", "Two ", "three", "FOUR", "five", "five"),
+        "val": Prompts("two", "four", "six"),
+        "test": Prompts("four", "four"),
+    }
+    rows = select_rows(splits)
+    assert {name: indices.tolist() for name, indices in rows.items()} == {
+        "train": [0, 2, 4, 5],
+        "val": [0, 2],
+        "test": [0, 1],
+    }
+    assert "data.train: 2 of 6 rows have a prompt of a later split; left out" in caplog.text
+    kept = {name: {normalise_prompt(splits[name].texts[i]) for i in rows[name]} for name in rows}
+    assert not (kept["train"] & kept["val"] or kept["train"] & kept["test"] or kept["val"] & kept["test"])
+
+
+def test_sharing_can_be_an_error() -> None:
+    with pytest.raises(InputError, match=r"data\.train: 1 of 2 rows .* first 1 'B'; set shared_prompts to drop"):
+        select_rows({"train": Prompts("a", "B"), "val": Prompts("b")}, "raise")
+    select_rows({"train": Prompts("a", "c"), "val": Prompts("b")}, "raise")
+
+
+def test_unlabelled_rows_are_left_out_but_their_prompts_count() -> None:
+    rows = select_rows({"train": Prompts("a", "b", "c", unlabelled=(1,)), "val": Prompts("c", "d", unlabelled=(0,))})
+    assert np.array_equal(rows["train"], [0])
+    assert np.array_equal(rows["val"], [1])
+
+
+def test_nothing_left_is_an_error() -> None:
+    with pytest.raises(
+        InputError, match=r"data\.train: none of 2 rows left: 1 are unlabelled, 1 have a prompt of a later"
+    ):
+        select_rows({"train": Prompts("a", "b", unlabelled=(1,)), "val": Prompts("a")})

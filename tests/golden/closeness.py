@@ -1,0 +1,23 @@
+"""How close is close enough."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOAT32 = {"rtol": 1e-5, "atol": 1e-6}
+BFLOAT16 = {"rtol": 2e-2, "atol": 2e-2}
+
+
+def default_tolerance(*tensors: Tensor) -> dict[str, float]:
+    """1e-5 relative + 1e-6 absolute; 2e-2 if anything is bfloat16."""
+    return BFLOAT16 if any(tensor.dtype == torch.bfloat16 for tensor in tensors) else FLOAT32
+
+
+def assert_close(actual: Tensor, golden: Tensor, name: str, **tolerance: Any) -> None:
+    """Compare in float64, dtypes aside; without a tolerance :func:`default_tolerance` holds."""
+    tolerance = tolerance or default_tolerance(actual, golden)
+    assert actual.shape == golden.shape, f"{name}: shape {tuple(actual.shape)}, golden {tuple(golden.shape)}"
+    torch.testing.assert_close(
+        actual.detach().double(), golden.double(), msg=lambda text: f"{name}: {text}", **tolerance
+    )

@@ -1,0 +1,125 @@
+"""Both forward processes against diffusers' own schedulers, and their refusals."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SchedulerMixin,
+)
+
+from latentreward.errors import InputError
+from latentreward.noise import DDPM, FlowMatching, NoiseProcess, process_from_scheduler
+
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+def saved(scheduler: SchedulerMixin) -> dict[str, Any]:
+    """The config as it stands in a pipeline's folder."""
+    return json.loads(scheduler.to_json_string())
+
+
+PROCESSES = [process_from_scheduler(saved(DDPMScheduler(**BETAS))), FlowMatching()]
+IDS = ["ddpm", "flow"]
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("scheduler_type", [DDPMScheduler, DDIMScheduler, EulerDiscreteScheduler])
+def test_ddpm_equals_diffusers(scheduler_type: type, prediction_type: str) -> None:
+    process = process_from_scheduler(saved(scheduler_type(**BETAS, prediction_type=prediction_type)))
+    assert isinstance(process, DDPM)
+    assert process.prediction_type == prediction_type
+    oracle = DDPMScheduler(**BETAS, prediction_type=prediction_type)
+    latents, noise = torch.randn(2, 5, 4, 3, 3)
+    timesteps = torch.tensor([0, 1, 500, 951, 999])
+    torch.testing.assert_close(
+        process.add_noise(latents, noise, timesteps), oracle.add_noise(latents, noise, timesteps), rtol=0, atol=0
+    )
+    torch.testing.assert_close(process.sigma(timesteps) ** 2, 1 - oracle.alphas_cumprod[timesteps])
+
+
+def test_flow_equals_diffusers() -> None:
+    oracle = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    process = process_from_scheduler(saved(oracle))
+    assert isinstance(process, FlowMatching)
+    torch.testing.assert_close(process.timesteps, oracle.timesteps, rtol=1e-6, atol=0)
+    torch.testing.assert_close(process.sigmas, oracle.sigmas, rtol=1e-6, atol=0)
+    latents, noise, timesteps = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2), oracle.timesteps[[0, 400, 999]]
+    torch.testing.assert_close(
+        process.add_noise(latents, noise, timesteps),
+        oracle.scale_noise(latents, timesteps, noise),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+    assert process.sigmas[-1].item() == pytest.approx(0.002994, abs=1e-6)  # never clean
+
+
+@pytest.mark.parametrize("process", PROCESSES, ids=IDS)
+def test_tables_descend_and_agree(process: NoiseProcess) -> None:
+    assert (process.timesteps.diff() < 0).all()
+    assert (process.sigmas.diff() < 0).all()
+    torch.testing.assert_close(process.sigma(process.timesteps), process.sigmas, rtol=0, atol=0)
+    torch.testing.assert_close(process.timesteps_at(process.sigmas), process.timesteps, rtol=0, atol=0)
+    torch.testing.assert_close(process.snap(process.timesteps), process.timesteps, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("process", PROCESSES, ids=IDS)
+def test_sigma_is_the_standard_deviation_of_the_noise(process: NoiseProcess) -> None:
+    timesteps = process.timesteps_at(torch.tensor([0.1, 0.5, 0.9]))
+    noise = torch.randn(3, 1, 10_000)
+    noisy = process.add_noise(torch.zeros(3, 1, 10_000), noise, timesteps)
+    torch.testing.assert_close(noisy.std(dim=2)[:, 0], process.sigma(timesteps), rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize("process", PROCESSES, ids=IDS)
+def test_nearest_level_of_any_target(process: NoiseProcess) -> None:
+    targets = torch.rand(200)
+    best = (process.sigmas[None] - targets[:, None]).abs().min(dim=1).values
+    torch.testing.assert_close((process.sigmas[process.nearest(targets)] - targets).abs(), best, rtol=0, atol=0)
+    assert process.nearest(torch.tensor([2.0, -1.0])).tolist() == [0, 999]
+
+
+@pytest.mark.parametrize("process", PROCESSES, ids=IDS)
+@pytest.mark.parametrize("shape", [(2, 7), (2, 4, 3, 5), (2, 4, 6, 3, 5)], ids=["vector", "image", "video"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_latents_of_any_rank_keep_shape_and_dtype(
+    process: NoiseProcess, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    latents, noise = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+    noisy = process.add_noise(latents, noise, torch.tensor([1.0, 801.0]))
+    assert noisy.shape == shape
+    assert noisy.dtype == dtype
+    alone = process.add_noise(latents[1:], noise[1:], torch.tensor([801.0]))
+    torch.testing.assert_close(noisy[1:], alone, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("process", PROCESSES, ids=IDS)
+@pytest.mark.parametrize("timestep", [-1.0, 1000.5, float("nan")])
+def test_timestep_out_of_range_is_refused(process: NoiseProcess, timestep: float) -> None:
+    with pytest.raises(InputError, match=r"timestep .* is out of range; use a value from 0 to (999|1000)"):
+        process.add_noise(torch.zeros(1, 4, 2, 2), torch.zeros(1, 4, 2, 2), torch.tensor([timestep]))
+
+
+def test_unknown_prediction_type_is_refused() -> None:
+    with pytest.raises(InputError, match="prediction_type 'sample' is not known; use 'epsilon' or 'v_prediction'"):
+        process_from_scheduler(saved(DDPMScheduler(**BETAS, prediction_type="sample")))
+
+
+def test_config_of_no_known_class_is_refused_rather_than_taken_for_ddpm() -> None:
+    with pytest.raises(InputError, match="_class_name"):
+        process_from_scheduler({"shift": 3.0})
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_original_inverts_a_perfect_prediction(prediction_type: str) -> None:
+    oracle = DDPMScheduler(**BETAS, prediction_type=prediction_type)
+    process = process_from_scheduler(saved(oracle))
+    latents, noise, timesteps = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2), torch.tensor([1, 401, 801])
+    prediction = noise if prediction_type == "epsilon" else oracle.get_velocity(latents, noise, timesteps)
+    noisy = process.add_noise(latents, noise, timesteps)
+    torch.testing.assert_close(process.original(noisy, prediction, timesteps), latents, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,412 @@
+"""The command line itself, with a user's own classes in the current folder as stand-ins for ours."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import yaml
+
+import latentreward
+from latentreward.cli import main
+from latentreward.errors import InputError, did_you_mean
+
+SOURCE = Path(latentreward.__file__).parents[1]
+PLUGIN = """
+    import signal, os
+    from collections.abc import Callable
+    from types import SimpleNamespace
+
+    import torch
+    from lightning.pytorch import Callback, LightningDataModule, LightningModule
+    from torch import nn
+    from torchmetrics import MeanMetric
+
+    from latentreward.backbones.registry import register_backbone
+    from latentreward.errors import InputError
+
+
+    class Backbone(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.width = width
+
+
+    def narrow(width: int = 3) -> Backbone:
+        if width > 12:
+            raise InputError(f"width: {width} is above 12; take fewer")
+        return Backbone(width)
+
+
+    @register_backbone
+    def stand_in(width: int = 5) -> Backbone:
+        return Backbone(width)
+
+
+    class Head(nn.Module):
+        def __init__(self, spec: int) -> None:
+            super().__init__()
+            self.project = nn.Linear(spec, 1)
+
+
+    class DeepHead(Head):
+        def __init__(self, spec: int, depth: int = 2) -> None:
+            super().__init__(spec)
+            self.depth = depth
+
+
+    class Module(LightningModule):
+        def __init__(
+            self,
+            backbone: Backbone,
+            head: Callable[[int], Head],
+            lr: float = 0.1,
+            root: str = "",
+            metric: MeanMetric | None = None,
+        ) -> None:
+            super().__init__()
+            self.width, self.head, self.lr, self.metric = backbone.width, head(1), lr, metric
+
+        def training_step(self, batch: torch.Tensor, index: int) -> torch.Tensor:
+            return self.head.project(batch).square().mean()
+
+        def validation_step(self, batch: torch.Tensor, index: int) -> None:
+            self.log("val/score", self.head.project(batch).mean())
+
+        def predict_step(self, batch: torch.Tensor, index: int) -> SimpleNamespace:
+            names, scores = [f"{index}"] * len(batch), self.head.project(batch).squeeze(1)
+            pairs = SimpleNamespace(pair_ids=names, chosen_keys=names, rejected_keys=names, label=scores)
+            pairs.timesteps = pairs.chosen_sigmas = pairs.chosen = pairs.rejected = scores
+            return pairs
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+
+    class Data(LightningDataModule):
+        def __init__(self, root: str = "here", fault: str = "") -> None:
+            super().__init__()
+            self.root, self.fault = root, fault
+
+        def setup(self, stage: str) -> None:
+            faults = {"input": InputError("data.root: no shards; run cache"), "file": FileNotFoundError("no train/")}
+            faults |= {"bug": ValueError("shapes differ")}
+            if self.fault:
+                raise faults[self.fault]
+
+        def train_dataloader(self) -> torch.utils.data.DataLoader:
+            return torch.utils.data.DataLoader(torch.randn(8, 1), batch_size=2)
+
+        val_dataloader = predict_dataloader = train_dataloader
+
+
+    class Note(Callback):
+        def __init__(self, text: str = "") -> None:
+            if not text:
+                raise InputError("text: '' is empty; write something")
+            self.text = text
+
+        def on_fit_start(self, trainer, module) -> None:
+            with open("notes.txt", "a") as notes:
+                print(self.text, module.width, module.root if hasattr(module, "root") else "", file=notes)
+
+
+    class Terminate(Callback):
+        def on_train_batch_end(self, *args) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+"""
+MODEL = """
+    model:
+      class_path: plugin.Module
+      init_args:
+        backbone: {class_path: plugin.narrow, init_args: {width: 4}}
+        head: {class_path: plugin.DeepHead}
+        metric: {class_path: torchmetrics.MeanMetric}
+        root: ${data.init_args.root}
+    data: {class_path: plugin.Data}
+    trainer:
+      accelerator: cpu
+      logger: false
+      enable_checkpointing: false
+      enable_progress_bar: false
+      enable_model_summary: false
+      callbacks:
+        - {class_path: plugin.Note, init_args: {text: model file}}
+"""
+TRAINER = """
+    trainer:
+      max_steps: 2
+      default_root_dir: run
+      callbacks:
+        - {class_path: plugin.Note, init_args: {text: trainer file}}
+"""
+CPUU = "--config configs/trainer/cpuu.yaml does not exist; did you mean 'configs/trainer/cpu.yaml'?"
+FIT = ["fit", "--config=model.yaml", "--config", "trainer.yaml"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("user")
+    for name, text in (("plugin.py", PLUGIN), ("model.yaml", MODEL), ("trainer.yaml", TRAINER)):
+        (folder / name).write_text(textwrap.dedent(text))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _in_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(logging, "raiseExceptions", False)  # Lightning's handler keeps the stderr of the first test
+    monkeypatch.delenv("LATENTREWARD_DEBUG", raising=False)
+
+
+def settings(capsys: pytest.CaptureFixture[str], *arguments: str, command: str = "fit") -> dict:
+    """What ``--print_config`` prints."""
+    with pytest.raises(SystemExit) as stop:
+        main([command, *FIT[1:], *arguments, "--print_config"])
+    printed = capsys.readouterr()
+    assert stop.value.code == 0, printed.err
+    return yaml.safe_load(printed.out)
+
+
+def notes(config: dict) -> list[str]:
+    return [callback["init_args"]["text"] for callback in config["trainer"]["callbacks"]]
+
+
+def error_line(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The last line on stderr; only Lightning's notes on seed and devices may stand before it."""
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    *notes, line = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2
+    assert all(note.startswith(("Seed", "GPU", "TPU")) for note in notes if note), notes
+    assert line.startswith("latentreward: error: ")
+    return line.removeprefix("latentreward: error: ")
+
+
+def shell(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "latentreward", *arguments],
+        env={**os.environ, "PYTHONPATH": str(SOURCE), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+# ---- answers without Lightning
+
+
+def test_help_and_version_import_nothing_slow(capsys: pytest.CaptureFixture[str]) -> None:
+    code = "import sys, latentreward.cli as c\nc.main(['--help']); c.main(['--version'])\n"
+    code += "assert not {'torch', 'lightning', 'jsonargparse'} & set(sys.modules)"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(SOURCE)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert all(command in result.stdout for command in ("fit", "validate", "test", "predict"))
+    assert result.stdout.count("\n  latentreward ") == 3
+    assert result.stdout.endswith(f"latentreward {latentreward.__version__}\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["fti"], "unknown command 'fti'; did you mean 'fit'?"),
+        ([], "no command; choose from fit, predict, test, validate"),
+    ],
+)
+def test_unknown_command(arguments: list[str], line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert error_line(capsys, *arguments) == line
+
+
+def test_did_you_mean() -> None:
+    assert did_you_mean("FilmHead", ["FiLMHead", "Other"]) == "; did you mean 'FiLMHead'?"
+    assert did_you_mean("zzz", ["b", "a"]) == "; choose from a, b"
+    assert did_you_mean("zzz", []) == did_you_mean("zzz", map(str, range(31))) == ""
+
+
+# ---- settings
+
+
+def test_callbacks_of_stacked_files_and_options_add_up(capsys: pytest.CaptureFixture[str]) -> None:
+    note = {"class_path": "plugin.Note", "init_args": {"text": "json"}}
+    options = ["--trainer.callbacks", "plugin.Note", "--trainer.callbacks.text=option"]
+    config = settings(capsys, *options, f"--trainer.callbacks={json.dumps(note)}", "--seed_everything=7")
+    assert notes(config) == ["model file", "trainer file", "option", "json"]
+    assert config["seed_everything"] == 7
+
+
+@pytest.mark.parametrize("cleared", ["null", "[]"])
+def test_callbacks_are_cleared_only_in_so_many_words(cleared: str, capsys: pytest.CaptureFixture[str]) -> None:
+    config = settings(capsys, "--trainer.callbacks", cleared, "--trainer.callbacks=Note", "--trainer.callbacks.text=x")
+    assert notes(config) == ["x"]
+
+
+def test_a_file_clears_callbacks_of_earlier_files(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "quiet.yaml").write_text("trainer: {callbacks: null}\n")
+    assert settings(capsys, "--config=quiet.yaml")["trainer"]["callbacks"] is None
+
+
+def test_both_spellings_of_callbacks_in_one_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "trainer:\n  callbacks: {class_path: plugin.Note, init_args: {text: a}}\n"
+    text += "  callbacks+:\n    - {class_path: plugin.Note, init_args: {text: b}}\n"
+    (folder / "both.yaml").write_text(text)
+    assert notes(settings(capsys, "--config=both.yaml"))[2:] == ["a", "b"]
+
+
+def test_interpolation_across_files_follows_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert settings(capsys, "--data.root=there")["model"]["init_args"]["root"] == "there"
+
+
+def test_interpolation_typed_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    options = [
+        "--data.root=there",
+        "--model.root=${data.init_args.root}/x",
+        "--trainer.default_root_dir=${data.init_args.root}",
+    ]
+    config = settings(capsys, *options)
+    assert config["model"]["init_args"]["root"] == "there/x"
+    assert config["trainer"]["default_root_dir"] == "there"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--model.backbone=stand_in"],
+        ["--model.backbone", "stand_in"],
+        ["--model.init_args.backbone", "stand_in"],
+        ["--model.backbone.class_path=stand_in"],
+        ["--config=short.yaml"],
+        ["--config=shorter.yaml"],
+        ["--config", "model: {init_args: {backbone: stand_in}}"],
+    ],
+)
+def test_backbone_by_short_name(options: list[str], folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings(capsys)  # imports plugin, which registers the name
+    (folder / "short.yaml").write_text("model: {init_args: {backbone: {class_path: stand_in}}}\n")
+    (folder / "shorter.yaml").write_text("model: {init_args: {backbone: stand_in}}\n")
+    backbone = settings(capsys, *options)["model"]["init_args"]["backbone"]
+    assert backbone["class_path"] == "plugin.stand_in"
+
+
+@pytest.mark.parametrize("name", ["cpu", "one_gpu", "ddp"])
+def test_packaged_trainers_are_found_from_any_folder(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    config = settings(capsys, f"--config=configs/trainer/{name}.yaml")
+    assert config["trainer"]["gradient_clip_val"] == 1.0
+    assert [callback["class_path"].rsplit(".")[-1] for callback in config["trainer"]["callbacks"]][:3] == [
+        "Note",
+        "Note",
+        "ModelCheckpoint",
+    ]
+
+
+# ---- runs
+
+
+def test_saved_config_reproduces_the_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(
+        [*FIT, "--trainer.callbacks=plugin.Note", "--trainer.callbacks.text=option", "--trainer.default_root_dir=first"]
+    )
+    saved = yaml.safe_load((folder / "first" / "config.yaml").read_text())
+    assert notes(saved) == ["model file", "trainer file", "option"]
+    assert saved["model"]["init_args"]["root"] == "here"
+    assert saved["seed_everything"] == 0
+    main(["fit", "--config=first/config.yaml"])
+    assert yaml.safe_load((folder / "first" / "config_1.yaml").read_text()) == saved
+    assert notes(settings(capsys, "--config=first/config.yaml")) == notes(saved)  # equal callbacks are one
+    lines = (folder / "notes.txt").read_text().splitlines()
+    assert lines[:3] == lines[3:6]
+
+
+@pytest.mark.parametrize("command", ["validate", "predict"])
+def test_other_subcommands_take_the_saved_config_of_fit(command: str, folder: Path) -> None:
+    main([*FIT, "--trainer.default_root_dir=second"])
+    main([command, "--config=second/config.yaml", f"--trainer.default_root_dir={command}"])
+    assert (folder / command / "predictions" / "scores_rank0.parquet").is_file() == (command == "predict")
+
+
+def test_sigterm_gives_status_143() -> None:
+    result = shell(*FIT, "--trainer.callbacks=plugin.Terminate", "--trainer.max_steps=50")
+    assert result.returncode == 128 + signal.SIGTERM, result.stderr
+    assert "Tip" not in result.stderr
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ("--modle.lr=1", "unrecognized arguments: --modle.lr=1; did you mean 'model'?"),
+        ("--trainer.max_epoch=2", "unrecognized arguments: --trainer.max_epoch=2; did you mean 'trainer.max_epochs'?"),
+        ("--model.lrr=1", "model: plugin.Module has no setting 'lrr'; did you mean 'lr'?"),
+        ("--model.lr=fast", "model.lr: expected float, got 'fast'"),
+        ("--model.head.depht=3", "model.head: plugin.DeepHead has no setting 'depht'; did you mean 'depth'?"),
+        ("--model.head.depth=x", "model.head.depth: expected int, got 'x'"),
+        ("--model.head=GatedQFormer", "model.head: unknown name 'GatedQFormer'; did you mean 'GatedQFormerHead'?"),
+        ("--model.head=plugin.DepHead", "model.head: no 'DepHead' in plugin; did you mean 'DeepHead'?"),
+        ("--model.loss=x", "model: plugin.Module has no setting 'loss'; choose from backbone, head, lr, metric, root"),
+        ("--model.backbone=sd1.5", "model.backbone: unknown name 'sd1.5'; did you mean 'sd15'?"),
+        ("--model.backbone=plugins.X", "model.backbone: no module 'plugins'; own modules go in the current folder"),
+        ("--model.backbone=plugin.Note", "model.backbone: plugin.Note is no Backbone"),
+        ("--model.backbone.width=99", "width: 99 is above 12; take fewer"),
+        ("--model=latentreward.module.X", "model: no 'module' in latentreward; did you mean 'modules'?"),
+        ("--trainer.callbacks=plugin.Note", "text: '' is empty; write something"),
+        ("--trainer.logger=CSVLoger", "trainer.logger: unknown name 'CSVLoger'; did you mean 'CSVLogger'?"),
+        ("--trainer.limit_train_batches=x", "trainer.limit_train_batches: expected int or float or null, got 'x'"),
+        ("--trainer=trainer.yaml", "--trainer trainer.yaml: set --trainer.NAME=VALUE, or give a file as --config"),
+        ("--trainer.accelerator=gpu --trainer.devices=9", None),
+        ("--config=nope.yaml", None),
+        ("--config=configs/trainer/cpuu.yaml", CPUU),
+        ("--config=unknown_key.yaml", "fit has no setting 'modle.lr'; did you mean 'model'?"),
+        ("--config=extra.yaml", "extra.yaml: model: plugin.Module has no setting 'lrr'; did you mean 'lr'?"),
+        ("--config=broken.yaml", None),
+        ("--config=text.yaml", "text.yaml: Unexpected config: just text"),
+        ("--model.root=${data.rot}", "model.init_args.root: ${data.rot} is not set"),
+        ("--config=rot.yaml", "model.init_args.root: ${data.rot} is not set"),
+        ("--ckpt_path=nope.ckpt", "Checkpoint file not found: nope.ckpt"),
+        ("--data.fault=input", "data.root: no shards; run cache"),
+        ("--data.fault=file", "no train/"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line(
+    options: str, line: str | None, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "unknown_key.yaml").write_text("modle: {lr: 1}\n")
+    (folder / "extra.yaml").write_text("model: {init_args: {lrr: 1}}\n")
+    (folder / "broken.yaml").write_text("model: {lr: 1\n  x: 2\n")
+    (folder / "text.yaml").write_text("just text\n")
+    (folder / "rot.yaml").write_text("model: {init_args: {root: '${data.rot}'}}\n")
+    got = error_line(capsys, *FIT, *options.split())
+    assert line is None or got == line
+
+
+def test_missing_model_says_how_to_give_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert error_line(capsys, "fit") == "model is missing; give it in a --config file or as --model"
+
+
+def test_bugs_and_debug_keep_the_traceback() -> None:
+    with pytest.raises(ValueError, match="shapes differ"):
+        main([*FIT, "--data.fault=bug"])
+    with pytest.raises(InputError):
+        main([*FIT, "--data.fault=input", "--debug"])
+
+
+def test_restricted_imports_name_the_import_and_the_remedy() -> None:
+    refused = shell(*FIT, "--restrict-imports")
+    line = "latentreward: error: model.yaml: model: --restrict-imports does not allow 'plugin.Module'; "
+    assert refused.stderr == f"{line}if you trust it, say --restrict-imports=plugin\n"
+    assert refused.returncode == 2
+    assert shell(*FIT, "--restrict-imports=plugin").returncode == 0
+    escape = shell(*FIT, "--restrict-imports=plugin", "--trainer.logger=os.system")
+    assert (escape.returncode, escape.stderr.count("\n")) == (2, 1)

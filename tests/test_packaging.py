@@ -1,0 +1,80 @@
+"""What was built runs from another directory: wheel and sdist, each in a virtual environment of its own."""
+
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from latentreward import __version__
+
+ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.slow
+INSIDE = """
+import latentreward, latentreward.callbacks, latentreward.configs
+from pathlib import Path
+for module in (latentreward, latentreward.callbacks, latentreward.configs):
+    assert all("site-packages" in path for path in module.__path__), module.__path__
+configs = Path(latentreward.configs.__path__[0])
+print(*sorted(path.relative_to(configs).as_posix() for path in configs.rglob("*.yaml")))
+"""
+
+
+def output(*command: str | Path, cwd: Path) -> str:
+    result = subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, f"{command}:\n{result.stdout}\n{result.stderr}"
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dist")
+    output(sys.executable, "-m", "build", "--outdir", folder, ROOT, cwd=folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["*.whl", "*.tar.gz"], ids=["wheel", "sdist"])
+def installed(request: pytest.FixtureRequest, dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Scripts of a fresh environment that holds the package alone and borrows what it depends on from ours."""
+    folder = tmp_path_factory.mktemp("installed")
+    venv.create(folder, with_pip=True)
+    scripts = folder / "bin"
+    (archive,) = dist.glob(request.param)
+    output(scripts / "python", "-m", "pip", "install", "--no-deps", archive, cwd=folder)
+    (packages,) = folder.glob("lib/python*/site-packages")
+    (packages / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return scripts
+
+
+def test_both_names_and_the_module_run(installed: Path, tmp_path: Path) -> None:
+    expected = f"latentreward {__version__}\n"
+    assert output(installed / "latentreward", "--version", cwd=tmp_path) == expected
+    assert output(installed / "lightning", "--version", cwd=tmp_path) == expected
+    assert output(installed / "python", "-m", "latentreward", "--version", cwd=tmp_path) == expected
+
+
+def test_callbacks_and_every_config_are_inside(installed: Path, tmp_path: Path) -> None:
+    configs = ROOT / "configs"
+    expected = sorted(path.relative_to(configs).as_posix() for path in configs.rglob("*.yaml"))
+    assert output(installed / "python", "-c", INSIDE, cwd=tmp_path).split() == expected
+
+
+def test_fit_from_packaged_configs(installed: Path, tmp_path: Path) -> None:
+    files = ("model/lrm_tiny", "data/tinyworld", "trainer/cpu")
+    options = [f"--config=configs/{file}.yaml" for file in files]
+    output(installed / "latentreward", "fit", *options, "--trainer.fast_dev_run=true", cwd=tmp_path)
+
+
+def test_archives_hold_what_they_should(dist: Path) -> None:
+    (wheel,), (sdist,) = dist.glob("*.whl"), dist.glob("*.tar.gz")
+    inside = {name.removeprefix("latentreward/") for name in zipfile.ZipFile(wheel).namelist()}
+    data = [path for path in (ROOT / "src" / "latentreward" / "tinyworld" / "pipelines").rglob("*") if path.is_file()]
+    assert {path.relative_to(ROOT / "src" / "latentreward").as_posix() for path in data} <= inside
+    assert {"py.typed", "cli.py", "callbacks/__init__.py"} <= inside
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"LICENSE", "Makefile", "setup.cfg", "configs/trainer/cpu.yaml", "tests/test_packaging.py"} <= names

@@ -1,0 +1,117 @@
+"""The shipped pipelines: plain loading, sampling, size; and that their pretraining runs."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
+
+from latentreward.tinyworld.captions import all_captions, held_out_captions
+from latentreward.tinyworld.oracle import mean_verdict
+from latentreward.tinyworld.pretrain import main
+from latentreward.tinyworld.sampling import PIPELINE_FOLDERS, load_pipeline, sample_pictures
+from latentreward.tinyworld.tokenizer import build_tokenizer
+from latentreward.tinyworld.vae_pretraining import (
+    LATENT_STD,
+    build_vae,
+    draw_training_pictures,
+    normalize_pictures,
+    standardize_latents,
+)
+
+PROMPT = "a red circle left of a blue square on a white background"
+
+
+def test_every_word_is_one_token() -> None:
+    tokenizer = build_tokenizer()
+    lengths = {text: len(tokenizer(text).input_ids) for text in all_captions()}
+    assert all(length == len(text.split()) + 2 for text, length in lengths.items())
+    assert max(lengths.values()) == 14
+
+
+def test_any_string_survives_the_tokenizer(tmp_path: Path) -> None:
+    tokenizer = build_tokenizer()
+    tokens = tokenizer("zebra 42 é!").input_ids
+    assert "zebra" in tokenizer.decode(tokens)
+    tokenizer.save_pretrained(tmp_path)
+    assert type(tokenizer).from_pretrained(tmp_path)("zebra 42 é!").input_ids == tokens
+
+
+def test_shipped_pipelines_are_small() -> None:
+    files = [path for folder in PIPELINE_FOLDERS.values() for path in folder.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 14e6
+
+
+def test_sd_loads_by_the_plain_call() -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(PIPELINE_FOLDERS["sd_tiny"])
+    assert {pipeline.unet.dtype, pipeline.vae.dtype, pipeline.text_encoder.dtype} == {torch.float32}
+    assert pipeline(PROMPT, num_inference_steps=2).images[0].size == (32, 32)
+
+
+def test_sd35_loads_by_the_plain_call() -> None:
+    folder = PIPELINE_FOLDERS["sd35_tiny"]
+    pipeline = StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)
+    assert {pipeline.transformer.dtype, pipeline.vae.dtype, pipeline.text_encoder_2.dtype} == {torch.float32}
+    assert pipeline(PROMPT, num_inference_steps=2, max_sequence_length=0).images[0].size == (32, 32)
+
+
+def test_both_pipelines_share_the_autoencoder() -> None:
+    one, other = (load_pipeline(folder).vae for folder in PIPELINE_FOLDERS.values())
+    assert one.config.scaling_factor == other.config.scaling_factor
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def test_latents_have_unit_variance_and_decode_back() -> None:
+    vae = load_pipeline(PIPELINE_FOLDERS["sd_tiny"]).vae
+    pictures = normalize_pictures(draw_training_pictures(64, np.random.default_rng(5), "test")[0])
+    with torch.no_grad():
+        latents = vae.encode(pictures).latent_dist.mean
+        error = (vae.decode(latents).sample - pictures).square().mean()
+    assert latents.shape == (64, 4, 8, 8)
+    assert (latents * vae.config.scaling_factor).std().item() == pytest.approx(1.0, abs=0.1)
+    assert error < 0.004
+
+
+def test_sampling_is_seeded() -> None:
+    pipeline = load_pipeline(PIPELINE_FOLDERS["sd35_tiny"])
+    one, again, other = (sample_pictures(pipeline, [PROMPT], seed, num_inference_steps=2) for seed in (0, 0, 1))
+    assert one.shape == (1, 32, 32, 3)
+    assert np.array_equal(one, again)
+    assert not np.array_equal(one, other)
+
+
+@pytest.mark.parametrize("name", PIPELINE_FOLDERS)
+def test_pipelines_draw_what_they_are_asked_for(name: str) -> None:
+    captions = held_out_captions(32, seed=1)
+    pictures = sample_pictures(load_pipeline(PIPELINE_FOLDERS[name]), captions, seed=1, num_inference_steps=10)
+    assert mean_verdict(captions, list(pictures))["alignment"] > 0.7
+
+
+def test_a_missing_pipeline_says_how_to_make_one(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"latentreward\.tinyworld\.pretrain"):
+        load_pipeline(tmp_path)
+
+
+def test_standardising_keeps_reconstructions() -> None:
+    torch.manual_seed(0)
+    vae = build_vae().eval()
+    pictures = normalize_pictures(draw_training_pictures(32, np.random.default_rng(5))[0])
+    with torch.no_grad():
+        before = vae.decode(vae.encode(pictures).latent_dist.mean).sample
+        standardize_latents(vae, pictures)
+        latents = vae.encode(pictures).latent_dist.mean
+        after = vae.decode(latents).sample
+    torch.testing.assert_close(after, before, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(latents.std(dim=(0, 2, 3)), torch.full((4,), LATENT_STD), atol=0.01, rtol=0.01)
+
+
+@pytest.mark.slow
+def test_pretraining_makes_pipelines(tmp_path: Path) -> None:
+    main(["--output", str(tmp_path), "--scale", "0.001"])
+    for name in PIPELINE_FOLDERS:
+        load_pipeline(tmp_path / name)
+        assert json.loads((tmp_path / name / "recipe.json").read_text())["recipe"]["seed"] == 0
+        assert (tmp_path / name / "README.md").is_file()
+    assert not (tmp_path / "pretraining").exists()
