@@ -44,11 +44,13 @@ class ImageRef:
         image_key: Stable name of the *image* (uid, relative path or content hash), never of the pair: images recur.
         data: Encoded bytes, when the reader already holds them.
         path: File with the encoded bytes, otherwise.
+        root: Folder that ``path`` must stay in, also through symbolic links, where the path comes from a data file.
     """
 
     image_key: str
     data: bytes | None = None
     path: Path | None = None
+    root: Path | None = None
 
 
 @dataclass(frozen=True)

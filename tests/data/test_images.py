@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from latentreward.contracts import ImageRef
-from latentreward.data import ImageError, PixelLoader, RootedImageRef, decode_image
+from latentreward.data import ImageError, PixelLoader, decode_image
 
 
 def encode(array: np.ndarray, fmt: str = "PNG", mode: str | None = None, **options) -> ImageRef:
@@ -119,13 +119,13 @@ def root(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("name", ["images/in.png", "images/../images/in.png", "link_in.png", "./images//in.png"])
 def test_paths_inside_the_root_are_read(root: Path, name: str) -> None:
-    assert decode_image(RootedImageRef(name, path=root / name, root=root)).size == (40, 48)
+    assert decode_image(ImageRef(name, path=root / name, root=root)).size == (40, 48)
 
 
 def test_a_root_that_is_a_link_itself_is_fine(root: Path, tmp_path: Path) -> None:
     (tmp_path / "alias").symlink_to(root)
     alias = tmp_path / "alias"
-    assert decode_image(RootedImageRef("k", path=alias / "images/in.png", root=alias)).size == (40, 48)
+    assert decode_image(ImageRef("k", path=alias / "images/in.png", root=alias)).size == (40, 48)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_a_root_that_is_a_link_itself_is_fine(root: Path, tmp_path: Path) -> Non
 )
 def test_other_paths_are_refused(root: Path, name: str, problem: str) -> None:
     with pytest.raises(ImageError, match=problem):
-        decode_image(RootedImageRef(name[:40], path=root / name, root=root))
+        decode_image(ImageRef(name[:40], path=root / name, root=root))
 
 
 def test_a_pipe_is_no_image(tmp_path: Path) -> None:

@@ -104,6 +104,12 @@ class SD3DiTBackbone(DiffusionBackbone):
         present = {name for name, _ in self.transformer.named_modules()}
         return tuple(name for name in names if name in present)
 
+    def drop_text_taps(self) -> None:
+        """See :meth:`DiffusionBackbone.drop_text_taps`."""
+        self.text_taps = ()
+        for name in self.unread():
+            self.transformer.get_submodule(name).requires_grad_(False)
+
     @property
     def _last_tap(self) -> int:
         return max(*self.visual_taps, *self.text_taps, 0)

@@ -76,6 +76,10 @@ class SDUNetBackbone(DiffusionBackbone):
             pooled_text_dim=self._pooled_dim(),
         )
 
+    def drop_text_taps(self) -> None:
+        """See :meth:`DiffusionBackbone.drop_text_taps`."""
+        self.text_taps = ()
+
     def _native_size(self) -> tuple[int, int]:
         size = self.unet.config.sample_size
         return (size, size) if isinstance(size, int) else tuple(size)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from latentreward.data.collate import collate_pairs
 from latentreward.data.dataset import LoadedPair, PairDataset, SkippedPair
 from latentreward.data.hpdv3 import HPDv3Reader
-from latentreward.data.images import ImageError, PixelLoader, RootedImageRef, decode_image
+from latentreward.data.images import ImageError, PixelLoader, decode_image
 from latentreward.data.pickapic import PickAPicReader
 from latentreward.data.readers import PairReader
 from latentreward.data.sampling import PairSampler
@@ -24,7 +24,6 @@ __all__ = [
     "PickAPicReader",
     "PixelLoader",
     "PreferenceDataModule",
-    "RootedImageRef",
     "SkippedPair",
     "collate_pairs",
     "decode_image",

@@ -12,7 +12,7 @@ import pyarrow as pa
 import torch
 
 from latentreward.contracts import ImageRef, PreferencePair
-from latentreward.data.images import NO_IMAGE, OUTSIDE, RootedImageRef
+from latentreward.data.images import NO_IMAGE, OUTSIDE
 from latentreward.data.readers import OnError, PairReader
 from latentreward.errors import InputError
 from latentreward.seeding import pair_generator
@@ -175,7 +175,7 @@ class HPDv3Reader(PairReader):
     def _image(self, path: str | None) -> ImageRef:
         if not path:
             return ImageRef("")
-        return RootedImageRef(str(PurePosixPath(path)), path=self.root / path, root=self.root)
+        return ImageRef(str(PurePosixPath(path)), path=self.root / path, root=self.root)
 
     def _pair_id(self, row: int) -> str:
         return f"{self._file.name}:{row}"

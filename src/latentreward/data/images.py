@@ -47,17 +47,6 @@ class ImageError(InputError):
 
 
 @dataclass(frozen=True)
-class RootedImageRef(ImageRef):
-    """An image whose path comes from a data file and must stay inside a folder.
-
-    Attributes:
-        root: The folder; ``path`` is refused if it leads out of it, also through symbolic links.
-    """
-
-    root: Path = Path()
-
-
-@dataclass(frozen=True)
 class PixelLoader:
     """Decode an image and bring it to the size that a network takes.
 
@@ -140,7 +129,7 @@ def _open_source(image: ImageRef) -> BytesIO | Path:
     path = image.path
     if path is None:
         raise _error(image, NO_IMAGE, "the row has none")
-    if isinstance(image, RootedImageRef):
+    if image.root is not None:
         path = resolve_inside(image.root, path)
         if path is None:
             raise _error(image, OUTSIDE, f"leads out of {image.root}")

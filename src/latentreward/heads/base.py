@@ -16,9 +16,11 @@ class RewardHead(nn.Module, ABC):
 
     Attributes:
         needs_uncond: Whether the backbone must read the empty prompt too.
+        reads_text: Whether it reads text taps; where not, what only they need in the backbone does not train.
     """
 
     needs_uncond: bool = False
+    reads_text: bool = True
 
     @abstractmethod
     def forward(self, features: Features) -> Tensor:

@@ -38,6 +38,8 @@ class CLIPProjectionHead(EmbeddingHead):
         logit_scale: Initial log temperature.
     """
 
+    reads_text = False
+
     def __init__(
         self,
         spec: FeatureSpec,

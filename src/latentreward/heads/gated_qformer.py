@@ -1,6 +1,7 @@
 """DiNa-LRM's head: FiLM by timestep, gated query attention, a scalar per query."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -126,8 +127,7 @@ class GatedQFormerHead(RewardHead):
     """DiNa-LRM's head (arXiv:2602.11146, section 3.3); parameter names are those of the published files.
 
     Each tap goes through a FiLM adapter of its own; taps of a stream are joined on features and mixed; a few learned
-    queries attend to them; each query gives a scalar, and the mean is the score. A score at several noise levels joins
-    the levels' tokens before the queries see them.
+    queries attend to them; each query gives a scalar, and the mean is the score.
 
     Args:
         spec: Widths of the backbone's features.
@@ -141,6 +141,7 @@ class GatedQFormerHead(RewardHead):
         dropout: Dropout on the mixed tokens.
         use_logistic: Squash the score into (−2, 2).
         grid: Visual grid on which taps of different grids are joined: ``smallest``, ``largest`` or its sides.
+        ensemble: A score at several noise levels from all levels' ``tokens`` at once, or the mean of their ``scores``.
 
     Raises:
         InputError: If ``num_heads`` does not divide the width.
@@ -158,6 +159,7 @@ class GatedQFormerHead(RewardHead):
         dropout: float = 0.0,
         use_logistic: bool = False,
         grid: str | Sequence[int] = "smallest",
+        ensemble: Literal["tokens", "scores"] = "tokens",
     ) -> None:
         super().__init__()
         width = width or max(tap.width for tap in spec.visual)
@@ -165,7 +167,7 @@ class GatedQFormerHead(RewardHead):
             raise InputError(f"num_heads={num_heads} must divide the head's width {width}")
         narrow = max(width // 4, 1)
         common_grid([tap.grid for tap in spec.visual], grid)
-        self.grid = grid
+        self.grid, self.ensemble = grid, ensemble
 
         def adapters(taps: Sequence) -> nn.ModuleList:
             return nn.ModuleList(FiLMAdapter(tap.width, width, narrow, spec.temb_dim, use_proj_in) for tap in taps)
@@ -223,6 +225,8 @@ class GatedQFormerHead(RewardHead):
         Args:
             levels: The same images at K noise levels.
         """
+        if self.ensemble == "scores":
+            return super().score_ensemble(levels)
         visual, text = zip(*(self.tokens(features) for features in levels), strict=True)
         return squeeze_single(self.pool(torch.cat(visual, dim=1), None if text[0] is None else torch.cat(text, dim=1)))
 

@@ -25,6 +25,7 @@ from latentreward.errors import InputError
 from latentreward.heads import EmbeddingHead, RewardHead
 from latentreward.losses import PreferenceLoss, gather_pair_scores, gather_with_grad
 from latentreward.metrics import MeanMargin, PairCalibration, PairwiseAccuracy
+from latentreward.metrics.pairwise import Equal
 from latentreward.modules.draws import PairDraws
 from latentreward.noise import LevelSampler
 from latentreward.scoring import RewardModel
@@ -78,9 +79,9 @@ class EncodedPairs(TensorRecord):
 class LevelMetrics(nn.Module):
     """Accuracy, margin and calibration at one noise level, and copies of the user's own metrics by their class names."""
 
-    def __init__(self, extra: Sequence[Metric]) -> None:
+    def __init__(self, equal_scores: Equal, extra: Sequence[Metric]) -> None:
         super().__init__()
-        pairs = {"accuracy": PairwiseAccuracy(), "margin": MeanMargin()}
+        pairs = {"accuracy": PairwiseAccuracy(equal_scores), "margin": MeanMargin()}
         self.of_pairs = nn.ModuleDict(pairs | {type(metric).__name__: metric.clone() for metric in extra})
         self.calibration = PairCalibration()
 
@@ -121,6 +122,7 @@ class RewardModule(LightningModule):
         eval_timesteps: Timesteps at which evaluation scores.
         eval_sigmas: Noise levels at which evaluation scores; the nearest of the noise process are used.
         ensemble_sigmas: Noise levels of one more evaluation, by the head's ensemble score; empty for none.
+        equal_scores: Whether a pair with equal scores counts as ``wrong`` or as ``half`` right.
         metrics: More torchmetrics metrics, whose ``update`` takes chosen rewards, rejected rewards and labels; each is
             logged like the built-in ones, under its class name.
         seed: Seed of every draw; None takes the run's ``seed_everything``.
@@ -143,11 +145,14 @@ class RewardModule(LightningModule):
         eval_timesteps: Sequence[float] = (),
         eval_sigmas: Sequence[float] = (),
         ensemble_sigmas: Sequence[float] = (),
+        equal_scores: Equal = "wrong",
         metrics: Sequence[Metric] = (),
         seed: int | None = None,
     ) -> None:
         super().__init__()
         self.model = RewardModel(backbone, head(backbone.feature_spec))
+        if not self.model.head.reads_text:
+            backbone.drop_text_taps()
         self.loss, self.levels = loss, levels
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.noise_per_image, self.timestep_per_image, self.posterior = noise_per_image, timestep_per_image, posterior
@@ -165,7 +170,7 @@ class RewardModule(LightningModule):
         self.ensemble_timesteps = process.timesteps_at(torch.tensor([float(s) for s in ensemble_sigmas]))
         names = [*self.eval_levels, "all", *(["ensemble"] if ensemble_sigmas else [])]
         self._metric_keys = {name: name.replace(".", "_") for name in names}
-        self.metrics = nn.ModuleDict({key: LevelMetrics(metrics) for key in self._metric_keys.values()})
+        self.metrics = nn.ModuleDict({key: LevelMetrics(equal_scores, metrics) for key in self._metric_keys.values()})
 
     def encode(self, batch: PreferenceBatch, draws: PairDraws) -> EncodedPairs:
         """Encode images and prompts on the module's device.
