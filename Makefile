@@ -9,9 +9,9 @@ demo: .venv/.test ; $(VENV_PYTHON) -m latentreward.tinyworld.demo
 test: .venv/.test ; $(VENV_PYTHON) -m pytest -m "not slow and not gpu"
 lint: .venv/.dev ; $(VENV_PYTHON) -m ruff check . && $(VENV_PYTHON) -m ruff format --check .
 types: .venv/.dev ; $(VENV_PYTHON) -m mypy
-tinyworld: .venv/.test ; $(VENV_PYTHON) -m latentreward.tinyworld.pretrain
-reproduce: .venv/.test ; $(VENV_PYTHON) -m latentreward.tinyworld.reproduce
-bench: .venv/.test ; $(VENV_PYTHON) -m benchmarks
+tinyworld: .venv/.test ; $(VENV_PYTHON) -m latentreward.tinyworld.pretrain --output runs/pipelines
+reproduce: .venv/.test ; $(VENV_PYTHON) benchmarks/tiny_rewards.py
+bench: .venv/.test ; $(VENV_PYTHON) benchmarks/tiny_pipelines.py
 
 # .venv/.test and .venv/.dev mark an installed extra; they are older than setup.cfg when it has to be installed again.
 .venv/.%: setup.cfg pyproject.toml | .venv/bin/pip

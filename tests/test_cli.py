@@ -88,8 +88,19 @@ PLUGIN = """
             return torch.optim.SGD(self.parameters(), lr=self.lr)
 
 
+    class Note(Callback):
+        def __init__(self, text: str = "") -> None:
+            if not text:
+                raise InputError("text: '' is empty; write something")
+            self.text = text
+
+        def on_fit_start(self, trainer, module) -> None:
+            with open("notes.txt", "a") as notes:
+                print(self.text, module.width, module.root if hasattr(module, "root") else "", file=notes)
+
+
     class Data(LightningDataModule):
-        def __init__(self, root: str = "here", fault: str = "") -> None:
+        def __init__(self, root: str = "here", fault: str = "", note: Note | None = None) -> None:
             super().__init__()
             self.root, self.fault = root, fault
 
@@ -103,17 +114,6 @@ PLUGIN = """
             return torch.utils.data.DataLoader(torch.randn(8, 1), batch_size=2)
 
         val_dataloader = predict_dataloader = train_dataloader
-
-
-    class Note(Callback):
-        def __init__(self, text: str = "") -> None:
-            if not text:
-                raise InputError("text: '' is empty; write something")
-            self.text = text
-
-        def on_fit_start(self, trainer, module) -> None:
-            with open("notes.txt", "a") as notes:
-                print(self.text, module.width, module.root if hasattr(module, "root") else "", file=notes)
 
 
     class Terminate(Callback):
@@ -362,6 +362,8 @@ def test_sigterm_gives_status_143() -> None:
         ("--model.backbone.width=99", "width: 99 is above 12; take fewer"),
         ("--model=latentreward.module.X", "model: no 'module' in latentreward; did you mean 'modules'?"),
         ("--trainer.callbacks=plugin.Note", "text: '' is empty; write something"),
+        ("--data.note=plugin.Note", "text: '' is empty; write something"),
+        ("--model.root=${oc.env:NONE}", "model.init_args.root: the environment variable NONE is not set"),
         ("--trainer.logger=CSVLoger", "trainer.logger: unknown name 'CSVLoger'; did you mean 'CSVLogger'?"),
         ("--trainer.limit_train_batches=x", "trainer.limit_train_batches: expected int or float or null, got 'x'"),
         ("--trainer=trainer.yaml", "--trainer trainer.yaml: set --trainer.NAME=VALUE, or give a file as --config"),

@@ -64,7 +64,7 @@ def test_callbacks_and_every_config_are_inside(installed: Path, tmp_path: Path) 
 
 
 def test_fit_from_packaged_configs(installed: Path, tmp_path: Path) -> None:
-    files = ("model/lrm_tiny", "data/tinyworld", "trainer/cpu")
+    files = ("model/lrm_tiny", "data/tinyworld_hpdv3", "trainer/cpu")
     options = [f"--config=configs/{file}.yaml" for file in files]
     output(installed / "latentreward", "fit", *options, "--trainer.fast_dev_run=true", cwd=tmp_path)
 

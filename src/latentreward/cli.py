@@ -27,7 +27,7 @@ usage: latentreward COMMAND [--config FILE ...] [--SETTING=VALUE ...]
 {commands}
 
 examples:
-  latentreward fit --config configs/model/lrm_tiny.yaml --config configs/data/tinyworld.yaml \\
+  latentreward fit --config configs/model/lrm_tiny.yaml --config configs/data/tinyworld_hpdv3.yaml \\
       --config configs/trainer/cpu.yaml
   latentreward fit --config runs/1/config.yaml --model.backbone sd15 --trainer.max_steps 1000 --print_config
   latentreward predict --config runs/1/config.yaml --ckpt_path runs/1/last.ckpt

@@ -11,7 +11,7 @@ from typing import Any
 
 from latentreward.errors import InputError, did_you_mean
 
-CLEARED = (None, False, [])
+CLEARED: tuple[Any, ...] = (None, [])
 """Values of ``trainer.callbacks`` that drop earlier callbacks instead of adding to them."""
 
 

@@ -4,6 +4,7 @@ import importlib
 import logging
 import re
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import wraps
 from pathlib import Path
@@ -182,6 +183,11 @@ def import_rooms() -> None:
         sys.modules.setdefault("callbacks", None)  # type: ignore[arg-type]  # in our own clone it would be a second copy
 
 
+def is_no_tip(record: logging.LogRecord) -> bool:
+    """Logging filter against advertisements for Lightning's services."""
+    return "Tip:" not in record.getMessage()
+
+
 def run(command: str, arguments: Sequence[str]) -> None:
     """Run one trainer subcommand.
 
@@ -190,9 +196,9 @@ def run(command: str, arguments: Sequence[str]) -> None:
         SystemExit: With status 143 if the trainer was stopped by SIGTERM (Lightning itself would exit with 0).
     """
     import_rooms()
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: "Tip:" not in record.getMessage()
-    )
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(is_no_tip)
+    # Lightning's own business with a newer torch.
+    warnings.filterwarnings("ignore", message=r".isinstance\(treespec, LeafSpec\). is deprecated")
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     OmegaConf.register_resolver("setting", resolve_setting, replace=True)
     restrictions = [argument for argument in arguments if re.fullmatch(r"--restrict-imports(=.*)?", argument)]

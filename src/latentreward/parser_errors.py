@@ -81,6 +81,7 @@ def _unwrap(text: str) -> re.Match[str] | None:
 def _telling_alternative(union: re.Match[str]) -> str:
     """The first alternative that is more than a mismatch of types; failing that, all types in one sentence."""
     alternatives = re.split(r"^  - ", union["errors"], flags=re.MULTILINE)[1:]
+    alternatives = [re.sub(r"^ {4}", "", alternative, flags=re.MULTILINE) for alternative in alternatives]
     mismatch = ("Expected a <", "Expected a typing", "Not a valid subclass")
     telling = [alternative for alternative in alternatives if not alternative.startswith(mismatch)]
     return telling[0] if telling else f"Expected a {union['types']}. Got value: {union['value']}"
@@ -151,6 +152,10 @@ REWORDINGS: tuple[tuple[str, Callable[[re.Match[str], str, str], str]], ...] = (
     (
         r"Interpolation key '(.+?)' not found(?: \(resolved to '\w+\.(.+?)'\))? full_key: \w+\.(\S+)",
         lambda match, owner, setting: f"{match[3]}: ${{{match[2] or match[1]}}} is not set",
+    ),
+    (
+        r"KeyError raised while resolving interpolation: .Environment variable '(\w+)'.* full_key: \w+\.(\S+)",
+        lambda match, owner, setting: f"{match[2]}: the environment variable {match[1]} is not set",
     ),
     (
         r"InputError raised while resolving interpolation: (.*) full_key: \w+\.(\S+)",

@@ -17,7 +17,7 @@ FACTORIES = {
     "sd35": "sd35_medium",
     "sd35_no_t5": "sd35_medium",
 }
-UNETS, DITS = ("sd15", "sd21", "sdxl"), ("sd3", "sd35")
+DITS = ("sd3", "sd35")
 T5_LENGTH = 6
 
 

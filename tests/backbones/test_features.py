@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from latentreward.backbones import DiffusionBackbone
 from latentreward.contracts import Conditioning, Features
 from latentreward.errors import InputError
-from tests.backbones.networks import DITS, UNETS, inputs_of, network_of, tiny_backbone
+from tests.backbones.networks import DITS, inputs_of, network_of, tiny_backbone
 from tests.tiny_pipelines import LATENTS, PIXELS, pipeline_folder
 
 
@@ -72,11 +72,11 @@ def check_against_spec(backbone: DiffusionBackbone, features: Features) -> None:
     assert spec.pooled_text_dim == features.pooled_text.shape[1]
 
 
-UNET_TAPS = [None, (0, 2, 4), (1,), (0,), (3,), (0, 1, 2, 3)]
+UNET_TAPS = [None, (0, 2), (1,), (0,), (3,)]
 
 
 @pytest.mark.parametrize("taps", UNET_TAPS, ids=str)
-@pytest.mark.parametrize("name", UNETS)
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
 def test_unet_features_equal_hooks(name: str, taps: tuple[int, ...] | None) -> None:
     backbone = tiny_backbone(name, visual_taps=taps)
     latents, timesteps, conditioning = inputs_of(backbone)
@@ -91,12 +91,10 @@ def test_unet_features_equal_hooks(name: str, taps: tuple[int, ...] | None) -> N
     check_against_spec(backbone, features)
 
 
-@pytest.mark.parametrize(
-    ("visual", "text"), [((1, 3), (1, 3)), ((0, 4), ()), ((1, 2), (0, 1)), ((1,), (3,)), ((0,), (0,))], ids=str
-)
+@pytest.mark.parametrize(("visual", "text"), [((1, 3), (1, 3)), ((0, 4), ()), ((1,), (0, 3)), ((0,), (0,))], ids=str)
 @pytest.mark.parametrize("name", DITS)
 def test_dit_features_equal_hooks(name: str, visual: tuple[int, ...], text: tuple[int, ...]) -> None:
-    backbone = tiny_backbone(name, visual_taps=visual, text_taps=text)
+    backbone = tiny_backbone(name, visual_taps=visual, text_taps=text, tuning="frozen")
     latents, timesteps, conditioning = inputs_of(backbone)
     expected = dit_oracle(name, latents, timesteps, conditioning)
     with torch.no_grad():
@@ -114,7 +112,8 @@ def test_dit_features_equal_hooks(name: str, visual: tuple[int, ...], text: tupl
 def test_other_aspect_ratios_report_their_grids(name: str) -> None:
     backbone = tiny_backbone(name)
     latents, timesteps, conditioning = inputs_of(backbone, shape=(LATENTS, LATENTS // 2))
-    for tokens, grid in zip(*(lambda f: (f.visual, f.visual_grids))(backbone(latents, timesteps, conditioning)), strict=True):
+    features = backbone(latents, timesteps, conditioning)
+    for tokens, grid in zip(features.visual, features.visual_grids, strict=True):
         assert tokens.shape[1] == prod(grid)
         assert grid[0] >= grid[1]
 
@@ -126,7 +125,7 @@ def test_grid_of_an_odd_native_size_rounds_up() -> None:
     check_against_spec(backbone, backbone(latents, timesteps, conditioning))
 
 
-@pytest.mark.parametrize("name", [*UNETS, *DITS])
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd35"])
 def test_uncond_rides_along_in_the_same_pass(name: str) -> None:
     backbone = tiny_backbone(name)
     latents, timesteps, conditioning = inputs_of(backbone)

@@ -1,6 +1,5 @@
 """What trains: every parameter that does gets a gradient; dtypes; checkpointing; compiled blocks."""
 
-from itertools import product
 from typing import Any
 
 import pytest
@@ -38,29 +37,31 @@ def without_gradient(*modules: nn.Module) -> list[str]:
 
 
 UNET_CASES = [
-    (name, {"visual_taps": taps})
-    for name, taps in product(("sd15", "sdxl"), (None, (1,), (2,), (1, 3), (0, 4)))
-    if (name, taps) != ("sdxl", (1,))  # SDXL's first block has no attention: its own case below
+    ("sd15", {"visual_taps": None}),
+    ("sd15", {"visual_taps": (1,)}),
+    ("sd15", {"visual_taps": (0, 3)}),
+    ("sd15", {"visual_taps": (4,)}),
+    ("sdxl", {"visual_taps": None}),
+    ("sdxl", {"visual_taps": (1, 2)}),
+    ("sdxl", {"visual_taps": (3,)}),
 ]
 DIT_CASES = [
     (name, {"visual_taps": visual, "text_taps": text, "num_layers": layers})
-    for name, (visual, text, layers) in product(
-        ("sd3", "sd35"),
-        [
-            ((1, 3), (1, 3), None),
-            ((1, 3), (1,), None),  # text ends earlier
-            ((1,), (3,), None),  # visual ends earlier
-            ((1,), (2,), None),  # ... in a block with two attentions
-            ((2,), (), None),
-            ((4,), (), None),  # the last block of the whole network
-            ((1,), (1,), 3),  # blocks kept that nobody reads
-            ((0,), (0,), None),
-        ],
-    )
+    for name, visual, text, layers in [
+        ("sd3", (1, 3), (1, 3), None),
+        ("sd3", (1,), (3,), None),
+        ("sd35", (1, 3), (1, 3), None),
+        ("sd35", (1, 3), (1,), None),  # text ends earlier
+        ("sd35", (1,), (3,), None),  # visual ends earlier
+        ("sd35", (1,), (2,), None),  # ... in a block with two attentions
+        ("sd35", (4,), (), None),  # the last block of the whole network
+        ("sd35", (1,), (1,), 3),  # blocks kept that nobody reads
+        ("sd35", (0,), (0,), None),
+    ]
 ]
 
 
-@pytest.mark.parametrize("tuning", ["full", "lora", "frozen"])
+@pytest.mark.parametrize("tuning", ["full", "lora"])
 @pytest.mark.parametrize(("name", "taps"), UNET_CASES + DIT_CASES, ids=str)
 def test_no_trained_parameter_is_left_without_gradient(name: str, taps: dict[str, Any], tuning: str) -> None:
     if tuning == "lora" and taps["visual_taps"] == (0,):
@@ -70,13 +71,19 @@ def test_no_trained_parameter_is_left_without_gradient(name: str, taps: dict[str
     score(backbone, head).sum().backward()
     assert without_gradient(backbone, head) == []
     trained = [n for n, parameter in network_of(backbone).named_parameters() if parameter.requires_grad]
-    assert bool(trained) == (tuning != "frozen")
-    assert all("lora_" in name for name in trained) == (tuning != "full") or not trained
+    assert trained
+    assert all("lora_" in name for name in trained) == (tuning == "lora")
 
 
-@pytest.mark.parametrize("tuning", ["full", "lora", "frozen"])
-@pytest.mark.parametrize("project_text", [True, False])
-@pytest.mark.parametrize("name", ["sd15", "sd21", "sdxl", "sd3", "sd35"])
+@pytest.mark.parametrize("name", ["sd15", "sd35"])
+def test_frozen_trains_nothing_and_keeps_no_graph(name: str) -> None:
+    backbone = tiny_backbone(name, tuning="frozen", text_encoder_tuning="frozen")
+    assert not any(parameter.requires_grad for parameter in backbone.parameters())
+    assert not total(backbone(*inputs_of(backbone))).requires_grad
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+@pytest.mark.parametrize(("name", "project_text"), [("sd15", True), ("sd21", True), ("sdxl", False), ("sd35", True)])
 def test_no_trained_parameter_is_left_without_gradient_by_lrm(name: str, project_text: bool, tuning: str) -> None:
     backbone = tiny_backbone(name, tuning=tuning, text_encoder_tuning=tuning)
     head = CLIPProjectionHead(backbone.feature_spec, project_text=project_text)
@@ -99,7 +106,7 @@ def test_lora_starts_as_the_network_itself(name: str) -> None:
 def test_lora_settings_take_effect() -> None:
     lora = LoRA(rank=3, alpha=6.0, dropout=0.25, target_modules=("to_v",))
     backbone = tiny_backbone("sd35", lora=lora)
-    layers = {name: m for name, m in network_of(backbone).named_modules() if hasattr(m, "lora_A") and "default" in m.lora_A}
+    layers = {name: module for name, module in network_of(backbone).named_modules() if hasattr(module, "lora_A")}
     assert {name.rsplit(".", 1)[1] for name in layers} == {"to_v"}
     for layer in layers.values():
         assert layer.lora_A["default"].out_features == 3
@@ -120,15 +127,15 @@ def gradients(backbone: DiffusionBackbone) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("tuning", ["full", "lora"])
-@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "sd35"])
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd35"])
 def test_gradient_checkpointing_changes_no_gradient(name: str, tuning: str) -> None:
     torch.manual_seed(0)
     plain = gradients(tiny_backbone(name, tuning=tuning))
     torch.manual_seed(0)
     backbone = tiny_backbone(name, tuning=tuning, gradient_checkpointing=True)
     runs = []
-    block = next(iter(backbone.blocks()))
-    inner = block.resnets[0] if hasattr(block, "resnets") else block.attn
+    block = list(backbone.blocks())[-1]
+    inner = block.resnets[-1] if hasattr(block, "resnets") else block.attn
     inner.register_forward_pre_hook(lambda *_: runs.append(1))
     recomputed = gradients(backbone)
     assert len(runs) == 2  # forward, and again in the backward pass
@@ -137,8 +144,7 @@ def test_gradient_checkpointing_changes_no_gradient(name: str, tuning: str) -> N
         torch.testing.assert_close(recomputed[key], gradient, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("autocast", [True, False])
-@pytest.mark.parametrize("tuning", ["full", "lora", "frozen"])
+@pytest.mark.parametrize(("tuning", "autocast"), [("full", True), ("lora", True), ("lora", False)])
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "sd35"])
 def test_bfloat16_storage_keeps_what_trains_in_float32(name: str, tuning: str, autocast: bool) -> None:
     backbone = tiny_backbone(name, tuning=tuning, text_encoder_tuning="frozen", frozen_dtype="bfloat16")
@@ -192,7 +198,7 @@ def test_compiled_blocks_give_the_same_features(name: str, checkpointing: bool) 
 
 def test_random_weights_as_a_control() -> None:
     drawn, trained = tiny_backbone("sd15", pretrained=False), tiny_backbone("sd15")
-    same = {n: p for n, p in trained.unet.named_parameters()}
+    same = dict(trained.unet.named_parameters())
     assert not torch.equal(drawn.unet.conv_in.weight, same["conv_in.weight"])
     torch.testing.assert_close(next(drawn.vae.parameters()), next(trained.vae.parameters()), rtol=0, atol=0)
     latents, timesteps, conditioning = inputs_of(drawn)

@@ -117,20 +117,26 @@ class Case:
 
     def file(self, name: str) -> Path:
         """A file beside the JSON, counted as read."""
-        path = (self.path.parent / name).resolve()
+        path = _inside(self.path.parent, name)
         assert path in self.files, f"{self.name}: {name} is missing or belongs to no case"
         FILES_READ.add(path)
         return path
 
     def folder(self, name: str) -> Path:
         """A folder beside the JSON that one of the library's loaders takes, its config and weights counted as read."""
-        folder = (self.path.parent / name).resolve()
+        folder = _inside(self.path.parent, name)
         FILES_READ.update(path for path in self.files if path.parent == folder and _is_model_file(path))
         return folder
 
 
+def _inside(folder: Path, name: str) -> Path:
+    return Path(os.path.normpath(folder / name))
+
+
 def _is_model_file(path: Path) -> bool:
-    return path.name.endswith((".safetensors", "config.json", ".safetensors.index.json"))
+    configs = r"(scheduler_|adapter_)?config\.json"
+    weights = r"(diffusion_pytorch_|adapter_)?model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
+    return re.fullmatch(f"{configs}|{weights}", path.name) is not None
 
 
 def is_no_case(path: Path) -> bool:
@@ -167,7 +173,7 @@ def _named_in(path: Path) -> set[Path]:
     named: set[Path] = set()
     for key, value in json.loads(path.read_text()).items():
         if isinstance(value, str) and key.endswith(("_file", "_dir")):
-            target = (path.parent / value).resolve()
+            target = _inside(path.parent, value)
             named |= {target} & set(all_files()) | _everything_in(target)
     return named
 
@@ -195,6 +201,11 @@ def _dina_cases() -> Iterator[Case]:
 def all_cases() -> tuple[Case, ...]:
     """Every case of the set, of covered groups and others."""
     return (*_lpo_cases(), *_dina_cases())
+
+
+def other_groups() -> list[str]:
+    """Groups that the set has files of and that no test covers yet."""
+    return sorted({group_of(path) for path in all_files()} - set(COVERED))
 
 
 def cases(group: str, stem: str = "") -> list[Case]:

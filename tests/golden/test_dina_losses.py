@@ -18,7 +18,9 @@ from latentreward.losses import (
     PreferenceLoss,
     ThurstoneLoss,
     comparison_std,
+    mixture_fidelity,
     thurstone_log_probability,
+    thurstone_nll,
 )
 from tests.golden.catalogue import Case, Tensors, cases
 from tests.golden.closeness import assert_close
@@ -92,22 +94,30 @@ def test_sigmas_are_levels_of_the_shifted_schedule(case: Case) -> None:
         assert_close(nearest, data["in.sigma"], "in.sigma")
 
 
+def z_of(scores: PairScores, loss: ThurstoneLoss) -> Tensor:
+    """Margins in units of the comparison's standard deviation, ``(n, out_dim)``."""
+    std = comparison_std(scores.chosen_sigmas, scores.rejected_sigmas, loss.k, loss.sigma_u)
+    return scores.margin.detach().double() / std[:, None]
+
+
 @every_case
 def test_exact_values(case: Case) -> None:
-    data, constants = case.tensors(), constants_of(case)
-    losses, scores = library_losses(constants), scores_of(data)
+    data, losses, scores = case.tensors(), library_losses(constants_of(case)), scores_of(case.tensors())
+    certain = torch.tensor(1.0)
     for name in data.below("exact64."):
         source, quantity = name.split(".")
-        loss = losses[f"nll_{source}"]
-        std = comparison_std(scores.chosen_sigmas, scores.rejected_sigmas, loss.k, loss.sigma_u)
-        margin = scores.margin.flatten()
-        value = {
-            "z": lambda m=margin, s=std: m.double() / s,
-            "log_p": lambda m=margin, s=std: thurstone_log_probability(m, s),
-            "fidelity": lambda key=source: losses[f"fid_{key}"].per_pair(scores),
-            "nll": lambda key=source: losses[f"nll_{key}"].per_pair(scores),
-        }[quantity]()
-        assert_close(value, data[f"exact64.{name}"], name, **EXACT)
+        golden = data[f"exact64.{name}"]
+        z = z_of(scores, losses[f"nll_{source}"]).reshape(golden.shape)
+        exact = {
+            "z": lambda z: z,
+            "log_p": lambda z: thurstone_log_probability(z, torch.ones(())),
+            "fidelity": lambda z: mixture_fidelity(z, certain),
+            "nll": lambda z: thurstone_nll(z, certain),
+        }
+        assert_close(exact[quantity](z), golden, name, **EXACT)
+        loss = losses.get({"fidelity": f"fid_{source}", "nll": f"nll_{source}"}.get(quantity))
+        if loss is not None:
+            assert_close(loss.per_pair(scores), golden.reshape(len(z), -1).mean(dim=1), f"{name} by pairs", **EXACT)
 
 
 @every_case
@@ -129,14 +139,14 @@ def compare_in_full(data: Tensors, kind: str, loss: PreferenceLoss) -> None:
     found = {
         "loss_mean": mean,
         "loss_per_pair": per_pair,
-        "grad_chosen_per_pair": alone.flatten(),
+        "grad_chosen_per_pair": alone,
         "grad_chosen_of_mean": scores.chosen.grad,
         "grad_reject_of_mean": scores.rejected.grad,
     }
     for quantity in data.below(f"{kind}."):
         golden = data[f"{kind}.{quantity}"]
         tolerance = {"rtol": 2e-2, "atol": 2e-2} if golden.dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-6}
-        assert_close(found[quantity], golden, f"{kind}.{quantity}", **tolerance)
+        assert_close(found[quantity].reshape(golden.shape), golden, f"{kind}.{quantity}", **tolerance)
 
 
 @every_case
@@ -147,8 +157,7 @@ def test_thurstone_where_the_released_form_is_exact(case: Case) -> None:
         if kind.startswith("bt") or f"{kind}.loss_per_pair" not in data:
             continue
         loss, golden = losses[kind], data[f"{kind}.loss_per_pair"]
-        std = comparison_std(scores.chosen_sigmas, scores.rejected_sigmas, loss.k, loss.sigma_u)
-        body = scores.margin.flatten() / std > Z_OF_TAIL
+        body = (z_of(scores, loss) > Z_OF_TAIL).all(dim=1)
         rounded = data["in.score_chosen"].dtype == torch.bfloat16 and kind.startswith("thurstone")
         atol = 2e-2 if rounded else 5e-4 if kind.startswith("nll") else 2e-5
         assert_close(loss.per_pair(scores)[body], golden[body], kind, rtol=2e-2 if rounded else 0, atol=atol)
@@ -163,10 +172,8 @@ def test_several_outputs_average_their_columns(case: Case) -> None:
     losses = library_losses(constants)
     for kind in kinds_in(data):
         loss = losses[kind]
-        if not kind.startswith("bt"):
-            std = comparison_std(scores.chosen_sigmas, scores.rejected_sigmas, loss.k, loss.sigma_u)
-            if (scores.margin / std[:, None]).min() <= Z_OF_TAIL:
-                continue  # a mean that contains the released form's tail
+        if isinstance(loss, ThurstoneLoss) and z_of(scores, loss).min() <= Z_OF_TAIL:
+            continue  # a mean that contains the released form's tail
         golden = data[f"{kind}.loss_mean"]
         assert_close(loss(scores), golden, kind, rtol=0, atol=5e-4 if kind.startswith("nll") else 2e-5)
 
@@ -180,17 +187,18 @@ def test_released_forms_are_understood(case: Case) -> None:
         margin = (data["in.score_chosen"] - data["in.score_reject"]).requires_grad_()
         if margin.dtype == torch.bfloat16 and kind.startswith(("nll", "fid")):
             margin = (data["in.score_chosen"].float() - data["in.score_reject"].float()).requires_grad_()
-        per_pair = oracle(margin)
+        per_pair = oracle(margin).mean(dim=1)
         alone = torch.autograd.grad(per_pair.sum(), margin, retain_graph=True)[0]
         of_mean = torch.autograd.grad(per_pair.mean(), margin)[0]
         found = {
             "loss_mean": per_pair.mean(),
-            "loss_per_pair": per_pair.flatten(),
-            "grad_chosen_per_pair": alone.flatten(),
+            "loss_per_pair": per_pair,
+            "grad_chosen_per_pair": alone,
             "grad_chosen_of_mean": of_mean,
             "grad_reject_of_mean": -of_mean,
         }
         rounded = data["in.score_chosen"].dtype == torch.bfloat16
         for quantity in data.below(f"{kind}."):
             tolerance = {"rtol": 2e-2, "atol": 2e-2} if rounded else {"rtol": 1e-5, "atol": 1e-6}
-            assert_close(found[quantity], data[f"{kind}.{quantity}"], f"{kind}.{quantity}", **tolerance)
+            golden = data[f"{kind}.{quantity}"]
+            assert_close(found[quantity].reshape(golden.shape), golden, f"{kind}.{quantity}", **tolerance)

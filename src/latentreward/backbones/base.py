@@ -108,7 +108,7 @@ class DiffusionBackbone(nn.Module, ABC):
         row = {prompt: index for index, prompt in enumerate(distinct)}
         return encoded.select([row[prompt] for prompt in prompts])
 
-    def drop_text_taps(self) -> None:  # noqa: B027 - a backbone without text taps has nothing to do
+    def drop_text_taps(self) -> None:
         """Read no text tokens from now on, for a head that takes none; what only they needed stops training.
 
         DDP would wait for the gradients of such parameters.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -151,7 +152,7 @@ class PipelineSource:
 
         from latentreward.encoders.vae import LatentEncoder
 
-        return LatentEncoder(self._load(AutoencoderKL, "vae", dtype=getattr(torch, dtype)))
+        return LatentEncoder(self._load(AutoencoderKL, "vae", torch_dtype=getattr(torch, dtype)))
 
     def tokenizer(self, part: str) -> Any:
         """The tokenizer ``part``, such as ``tokenizer_2``."""
@@ -160,9 +161,16 @@ class PipelineSource:
         self._require(part)
         family = T5TokenizerFast if self.index[part][1].startswith("T5") else CLIPTokenizer
         try:
-            return family.from_pretrained(self.source, subfolder=part, revision=self.revision)
+            tokenizer = family.from_pretrained(self.source, subfolder=part, revision=self.revision)
         except (OSError, ValueError) as error:
             raise InputError(f"source={self.source!r}: cannot load {part}: {first_line(error)}") from error
+        words, rows = len(tokenizer), self.config(part.replace("tokenizer", "text_encoder"))["vocab_size"]
+        if not rows // 2 <= words <= rows:  # transformers 5 makes an empty tokenizer where the files are missing
+            raise InputError(
+                f"source={self.source!r}: {part} has {words} tokens, but its text encoder has {rows}; download {part} "
+                "again"
+            )
+        return tokenizer
 
     def clip_prompts(self, pretrained: bool = True) -> CLIPPromptEncoder:
         """The prompt encoder of SD1.5 and SD2.1."""
@@ -236,19 +244,36 @@ def load_weights(family: type[Any], source: str, **options: Any) -> Any:
     where = f"{source}/{options['subfolder']}" if options.get("subfolder") else source
     if options.get("variant") is None:
         options.pop("variant", None)
+    if not hasattr(family, "load_config"):  # transformers, unlike diffusers, does not name what does not fit
+        options["ignore_mismatched_sizes"] = True
     try:
-        model, report = family.from_pretrained(
-            source, **{"dtype": torch.float32, **options}, use_safetensors=True, output_loading_info=True
-        )
+        with no_progress_bar():
+            model, report = family.from_pretrained(
+                source, **{"torch_dtype": torch.float32, **options}, use_safetensors=True, output_loading_info=True
+            )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"cannot load {where}: {first_line(error)}") from error
     for kind in ("missing", "unexpected", "mismatched"):
-        names = sorted(str(name) for name in report[f"{kind}_keys"])
+        names = sorted(str(name[0] if isinstance(name, tuple) else name) for name in report[f"{kind}_keys"])
         if names:
             raise InputError(
                 f"cannot load {where}: {kind} tensor {names[0]} ({len(names)} in all); get the files again"
             )
     return model
+
+
+@contextmanager
+def no_progress_bar() -> Iterator[None]:
+    """Without transformers' bar, which stands two lines long in every log for milliseconds of work."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def check_channels(source: str, network: str, config: Mapping[str, Any], space: LatentSpace) -> None:

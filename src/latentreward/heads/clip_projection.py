@@ -137,7 +137,7 @@ def clip_text_projection(source: str) -> Tensor:
 
     try:
         model, report = CLIPTextModelWithProjection.from_pretrained(
-            source, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+            source, use_safetensors=True, torch_dtype=torch.float32, output_loading_info=True
         )
     except (OSError, ValueError) as error:
         raise InputError(f"text_projection_source={source!r}: {str(error).strip().splitlines()[0]}") from error

@@ -70,6 +70,8 @@ class PreferenceLoss(nn.Module, ABC):
             ValueError: If the columns of ``scores`` do not have one row per pair.
         """
         _check_rows(scores)
+        if scores.chosen.device.type == "mps":  # has no float64
+            scores = scores.to("cpu")
         return weighted_mean(self.per_pair(scores), scores.weight).float()
 
 

@@ -29,6 +29,9 @@ class PairCalibration(Metric):
     """
 
     is_differentiable, higher_is_better, full_state_update = False, False, False
+    count: Tensor
+    confidence_sum: Tensor
+    outcome_sum: Tensor
 
     def __init__(self, bins: int = 10, **kwargs: Any) -> None:
         super().__init__(**kwargs)

@@ -15,6 +15,8 @@ class GroupPairAccuracy(Metric):
     """
 
     is_differentiable, higher_is_better, full_state_update = False, True, False
+    correct: Tensor
+    total: Tensor
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)

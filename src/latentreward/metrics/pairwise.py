@@ -40,6 +40,8 @@ class PairwiseAccuracy(Metric):
     """
 
     is_differentiable, higher_is_better, full_state_update = False, True, False
+    correct: Tensor
+    total: Tensor
 
     def __init__(self, equal: Equal = "wrong", **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -66,6 +68,8 @@ class MeanMargin(Metric):
     """Mean reward lead of the preferred image, in reward units; pairs labelled ½ are left out."""
 
     is_differentiable, higher_is_better, full_state_update = False, True, False
+    margin_sum: Tensor
+    total: Tensor
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)

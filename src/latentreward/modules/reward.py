@@ -235,7 +235,10 @@ class RewardModule(LightningModule):
         return CrossScores(matrix(text, chosen), matrix(text, rejected))
 
     def _every_prompt_with_every_image(self, noisy: Tensor, timesteps: Tensor, encoded: EncodedPairs) -> CrossScores:
-        """In-batch scores of a head that reads image and prompt together: B passes over this rank's 2B images."""
+        """In-batch scores of a head that reads image and prompt together: B passes over this rank's 2B images.
+
+        Negatives and the normalisation of weights stay within the rank.
+        """
         pairs = len(noisy) // 2
         rows = []
         for prompt in range(pairs):

@@ -1,12 +1,14 @@
 """Learning-rate schedules, in optimiser steps."""
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from latentreward.errors import InputError
+from latentreward.errors import InputError, did_you_mean
+
+Decay = Literal["none", "linear", "cosine"]
 
 
 class WarmupSchedule(LambdaLR):
@@ -19,7 +21,8 @@ class WarmupSchedule(LambdaLR):
         total_steps: Optimiser steps of the run, needed for a decay: ``"${trainer.max_steps}"`` in YAML.
 
     Raises:
-        InputError: If a decay has no positive ``total_steps`` beyond the warm-up.
+        InputError: If ``decay`` is unknown, ``warmup_steps`` negative, or a decay has no ``total_steps`` beyond the
+            warm-up.
 
     Note:
         LRM's released schedule counts a step per process and so is nearly constant after warm-up on 8 GPUs; this one
@@ -30,9 +33,13 @@ class WarmupSchedule(LambdaLR):
         self,
         optimizer: Optimizer,
         warmup_steps: int = 0,
-        decay: Literal["none", "linear", "cosine"] = "none",
+        decay: Decay = "none",
         total_steps: int | None = None,
     ) -> None:
+        if decay not in get_args(Decay):
+            raise InputError(f"decay={decay!r} is not known{did_you_mean(str(decay), get_args(Decay))}")
+        if warmup_steps < 0:
+            raise InputError(f"warmup_steps={warmup_steps} must be at least 0")
         if decay != "none" and (total_steps is None or total_steps <= warmup_steps):
             raise InputError(
                 f"decay={decay!r} needs total_steps above warmup_steps={warmup_steps}, got {total_steps}; "

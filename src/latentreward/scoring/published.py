@@ -1,7 +1,6 @@
 """Load the two papers' published checkpoints, in the layout their authors chose."""
 
 import json
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -120,11 +119,11 @@ def lrm_head_state(published: Mapping[str, Any], path: Path) -> dict[str, Tensor
     if unknown or missing:
         name, kind = (missing or unknown)[0], "missing" if missing else "unexpected"
         raise InputError(f"cannot load {path}: {kind} entry {name}; is this an LRM state_dict.pt?")
-    state = {
-        f"{part}.{name}": tensor
-        for part in ("visual_projection", "text_projection")
-        for name, tensor in published.get(part, {}).items()
-    }
+    parts = {part: published[part] for part in ("visual_projection", "text_projection") if part in published}
+    for part, entries in parts.items():
+        if not isinstance(entries, Mapping) or "weight" not in entries:
+            raise InputError(f"cannot load {path}: missing tensor {part}.weight; is this an LRM state_dict.pt?")
+    state = {f"{part}.{name}": tensor for part, entries in parts.items() for name, tensor in entries.items()}
     return {**state, "logit_scale": torch.as_tensor(published["logit_scale"], dtype=torch.float32).reshape(())}
 
 
@@ -283,9 +282,12 @@ def read_tensors(path: Path) -> dict[str, Any]:
         InputError: If the file is no such file or holds anything else.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise InputError(f"cannot load {path}: {first_line(error)}") from error
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # on garbage the unpickler raises nearly anything
+        raise InputError(f"cannot load {path}: {first_line(error)}; download it again") from error
+    if not isinstance(state, Mapping):
+        raise InputError(f"cannot load {path}: it holds a {type(state).__name__}, not named tensors; download it again")
+    return dict(state)
 
 
 def existing_folder(folder: str | Path, *files: str) -> Path:

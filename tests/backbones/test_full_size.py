@@ -1,0 +1,81 @@
+"""The real configurations on the meta device: parameter counts before and after cutting, and feature widths."""
+
+import pytest
+import torch
+from diffusers import SD3Transformer2DModel, UNet2DConditionModel
+from torch import nn
+
+from latentreward.backbones import SD3DiTBackbone, SDUNetBackbone
+from latentreward.contracts import LatentSpace
+from latentreward.heads import CLIPProjectionHead
+from latentreward.noise import FlowMatching, process_from_scheduler
+
+DDPM = process_from_scheduler({"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear"})
+SPACE_4, SPACE_16 = LatentSpace(4, 8, 0.18215), LatentSpace(16, 8, 1.5305, 0.0609)
+SD15 = {
+    "sample_size": 64,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+}
+SDXL = {
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "cross_attention_dim": 2048,
+    "attention_head_dim": (5, 10, 20),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+SD35_MEDIUM = {
+    "sample_size": 128,
+    "num_layers": 24,
+    "attention_head_dim": 64,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "caption_projection_dim": 1536,
+    "pooled_projection_dim": 2048,
+    "pos_embed_max_size": 384,
+    "dual_attention_layers": tuple(range(13)),
+    "qk_norm": "rms_norm",
+}
+
+
+def millions(network: nn.Module) -> float:
+    return round(sum(parameter.numel() for parameter in network.parameters()) / 1e6, 1)
+
+
+@pytest.mark.parametrize(
+    ("config", "before", "after", "joined", "grids"),
+    [
+        (SD15, 859.5, 348.7, 320 + 640 + 1280 + 1280 + 1280, [64, 32, 16, 8, 8]),
+        (SDXL, 2567.5, 1243.4, 320 + 640 + 1280 + 1280, [128, 64, 32, 32]),
+    ],
+    ids=["SD1.5", "SDXL"],
+)
+def test_unet(config: dict, before: float, after: float, joined: int, grids: list[int]) -> None:
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**config)
+        assert millions(unet) == before
+        backbone = SDUNetBackbone(unet, DDPM, SPACE_4)
+        assert millions(backbone) == after
+        spec = backbone.feature_spec
+        assert [tap.grid[0] for tap in spec.visual] == grids
+        assert spec.temb_dim == 1280
+        head = CLIPProjectionHead(spec, embed_dim=768)
+    assert head.visual_projection.in_features == joined
+
+
+def test_sd35_medium() -> None:
+    with torch.device("meta"):
+        transformer = SD3Transformer2DModel(**SD35_MEDIUM)
+        assert millions(transformer) == 2243.2
+        backbone = SD3DiTBackbone(transformer, FlowMatching(), SPACE_16, num_layers=12)
+    assert millions(backbone) == 1237.6
+    spec = backbone.feature_spec
+    assert {(tap.width, tap.grid) for tap in spec.visual} == {(1536, (64, 64))}
+    assert (spec.temb_dim, spec.pooled_text_dim) == (1536, 2048)

@@ -1,0 +1,240 @@
+"""Sources that cannot be used, each refused in one line that names field, value and remedy; old files that can."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from latentreward.backbones import create_backbone
+from latentreward.backbones.loading import PipelineSource, load_weights
+from latentreward.contracts import LatentSpace
+from latentreward.errors import InputError
+from tests.backbones.networks import FACTORIES, inputs_of, tiny_backbone
+from tests.tiny_pipelines import pipeline_folder
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Callable[[str], Path]:
+    """A pipeline that a test may damage."""
+    return lambda name: Path(shutil.copytree(pipeline_folder(name), tmp_path / name))
+
+
+def refused(name: str, source: Path | str, message: str) -> str:
+    with pytest.raises(InputError, match=message) as caught:
+        create_backbone(FACTORIES[name], source=str(source))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_parts_come_from_the_pipeline(name: str) -> None:
+    backbone = tiny_backbone(name)
+    shift = 0.0609 if name.startswith("sd3") else 0.0
+    scale = {"sd15": 0.18215, "sd21": 0.18215, "sdxl": 0.13025}.get(name, 1.5305)
+    assert backbone.latent_space == LatentSpace(4, 2, scale, shift) == backbone.vae.space
+    if name == "sd21":
+        assert backbone.noise_process.prediction_type == "v_prediction"
+        assert backbone.feature_spec.pooled_text_dim == 1024
+    assert all(parameter.dtype == torch.float32 for parameter in backbone.parameters())
+
+
+@pytest.mark.parametrize(
+    ("factory", "folder", "message"),
+    [
+        ("sd15", "sdxl", "holds a SDXL U-Net .* but this backbone is SD1.5; choose the backbone of that family"),
+        ("sd15", "sd21", "holds a SD2.1 U-Net"),
+        ("sd21", "sd15", "holds a SD1.5 U-Net"),
+        ("sdxl", "sd15", "holds a SD1.5 U-Net"),
+        ("sd15", "sd35", "is a StableDiffusion3Pipeline without a unet .*choose a backbone that fits"),
+        ("sd35", "sd15", "is a StableDiffusionPipeline without a transformer"),
+        ("sd35", "sd3", "holds a SD3 transformer, but this backbone is SD3.5"),
+        ("sd3", "sd35", "holds a SD3.5 transformer, but this backbone is SD3"),
+    ],
+)
+def test_pipeline_of_another_family(factory: str, folder: str, message: str) -> None:
+    refused(factory, pipeline_folder(folder), message)
+
+
+def test_path_that_is_no_pipeline(tmp_path: Path) -> None:
+    refused(
+        "sd15", tmp_path / "nowhere", "source='.*nowhere' does not exist; give a diffusers pipeline folder or a hub id"
+    )
+    refused("sd15", tmp_path, "is no diffusers pipeline: .* give the folder that holds them")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    refused("sd15", tmp_path / "model.safetensors", "lacks model_index.json")
+    refused("sd15", "not a/hub id", "is neither a folder here nor to be had from the hub")
+
+
+def test_hub_id_without_network_fails_fast() -> None:
+    """A port where nothing listens stands for the hub; huggingface_hub alone would retry for half a minute."""
+    code = "from latentreward.backbones import create_backbone; create_backbone('sd15', source='nobody/nothing')"
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=20, check=False
+    )
+    last = done.stderr.strip().splitlines()[-1]
+    assert "InputError: source='nobody/nothing' is neither a folder here nor to be had from the hub" in last
+    assert "Retrying" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "missing",
+    [
+        "unet/diffusion_pytorch_model.safetensors",
+        "unet/config.json",
+        "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+        "scheduler/scheduler_config.json",
+        "text_encoder/model.safetensors",
+        "text_encoder/config.json",
+        "tokenizer",
+    ],
+)
+def test_half_downloaded_folder(copied: Callable[[str], Path], missing: str) -> None:
+    folder = copied("sd15")
+    shutil.rmtree(folder / missing) if (folder / missing).is_dir() else (folder / missing).unlink()
+    assert str(folder) in refused("sd15", folder, missing.split("/", maxsplit=1)[0])
+
+
+@pytest.mark.parametrize("part", ["unet/diffusion_pytorch_model", "text_encoder/model", "vae/diffusion_pytorch_model"])
+def test_truncated_weights(copied: Callable[[str], Path], part: str) -> None:
+    path = copied("sd15") / f"{part}.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    refused("sd15", path.parents[1], f"cannot load .*{path.parent.name}")
+
+
+@pytest.mark.parametrize("name", ["model_index.json", "unet/config.json", "scheduler/scheduler_config.json"])
+def test_truncated_config(copied: Callable[[str], Path], name: str) -> None:
+    path = copied("sd15") / name
+    path.write_text(path.read_text()[:-10])
+    refused("sd15", path.parents[name.count("/")], f"{name} is damaged .*; download it again")
+
+
+@pytest.mark.parametrize(
+    ("part", "tensor"),
+    [
+        ("unet/diffusion_pytorch_model", "mid_block.resnets.0.conv1.weight"),
+        ("text_encoder/model", None),
+        ("vae/diffusion_pytorch_model", "encoder.conv_in.weight"),
+    ],
+)
+@pytest.mark.parametrize("damage", ["missing", "unexpected", "misshapen"])
+def test_tensors_that_do_not_fit_are_named(
+    copied: Callable[[str], Path], part: str, tensor: str | None, damage: str
+) -> None:
+    path = copied("sd15") / f"{part}.safetensors"
+    state = load_file(path)
+    tensor = tensor or next(name for name in state if name.endswith("final_layer_norm.weight"))
+    if damage == "missing":
+        del state[tensor]
+    elif damage == "unexpected":
+        tensor = "surplus.weight"
+        state[tensor] = torch.zeros(1)
+    else:
+        state[tensor] = torch.zeros(3)
+    save_file(state, path, metadata={"format": "pt"})
+    message = refused("sd15", path.parents[1], f"cannot load .*{path.parent.name}")
+    assert tensor.removeprefix("text_model.") in message
+
+
+def test_pickles_are_not_read(copied: Callable[[str], Path]) -> None:
+    folder = copied("sd15")
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(path), path.with_suffix(".bin"))
+    path.unlink()
+    refused("sd15", folder, "unet")
+
+
+def test_text_encoder_of_another_width(copied: Callable[[str], Path]) -> None:
+    folder = copied("sd15")
+    for part in ("text_encoder", "tokenizer"):
+        shutil.rmtree(folder / part)
+        shutil.copytree(Path(pipeline_folder("sd21")) / part, folder / part)
+    refused("sd15", folder, "the text encoder is 1024 wide, but the U-Net takes 16; .* from one pipeline")
+
+
+def test_sd3_text_encoder_of_another_width(copied: Callable[[str], Path]) -> None:
+    folder = copied("sd35")
+    edit_json(folder / "transformer" / "config.json", pooled_projection_dim=48)
+    refused("sd35", folder, "pooled vector is 32 wide, but the transformer takes 48")
+
+
+@pytest.mark.parametrize(("name", "part"), [("sd15", "unet"), ("sd35", "transformer")])
+def test_network_that_takes_other_latents_than_the_vae_makes(
+    copied: Callable[[str], Path], name: str, part: str
+) -> None:
+    folder = copied(name)
+    edit_json(folder / part / "config.json", in_channels=9)
+    refused(name, folder, "takes 9 channels, but the VAE makes latents of .*4 channels")
+
+
+def test_unknown_backbone() -> None:
+    with pytest.raises(InputError, match=re.escape("unknown backbone 'sd35_medum'; did you mean 'sd35_medium'?")):
+        create_backbone("sd35_medum", source="x")
+    with pytest.raises(InputError, match="unknown backbone 'zzz'; choose from sd15, "):
+        create_backbone("zzz")
+
+
+def test_old_clip_files_load(copied: Callable[[str], Path]) -> None:
+    """SD1.5's own text encoder was saved with a prefix and with position ids."""
+    folder = copied("sd15")
+    path = folder / "text_encoder" / "model.safetensors"
+    state = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in load_file(path).items()}
+    state["text_model.embeddings.position_ids"] = torch.arange(12)[None]
+    save_file(state, path, metadata={"format": "pt"})
+    old, new = create_backbone("sd15", source=str(folder)), tiny_backbone("sd15")
+    torch.testing.assert_close(
+        old.encode_prompts(["a cat"]).prompt_embeds, new.encode_prompts(["a cat"]).prompt_embeds, rtol=0, atol=0
+    )
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd35"])
+def test_half_precision_files_load_as_float32(copied: Callable[[str], Path], name: str) -> None:
+    folder = copied(name)
+    for path in folder.rglob("*.safetensors"):
+        save_file({key: value.half() for key, value in load_file(path).items()}, path, metadata={"format": "pt"})
+    options = {"visual_taps": (1,), "text_taps": (1,)} if name == "sd35" else {}
+    backbone = create_backbone(FACTORIES[name], source=str(folder), **options)
+    assert all(parameter.dtype == torch.float32 for parameter in backbone.parameters())
+    assert backbone(*inputs_of(backbone)).visual[-1].dtype == torch.float32
+
+
+def test_variant_selects_its_files(copied: Callable[[str], Path]) -> None:
+    folder = copied("sd15")
+    for path in folder.rglob("*.safetensors"):
+        path.rename(path.with_name(f"{path.stem}.fp16.safetensors"))
+    refused("sd15", folder, "cannot load")
+    backbone = create_backbone("sd15", source=str(folder), variant="fp16")
+    torch.testing.assert_close(backbone.unet.conv_in.weight, tiny_backbone("sd15").unet.conv_in.weight)
+
+
+def test_bare_network_folder_is_a_pipeline_without_encoders(copied: Callable[[str], Path]) -> None:
+    folder = copied("sd35")
+    for entry in folder.iterdir():
+        if entry.name not in ("transformer", "scheduler"):
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    source = PipelineSource(str(folder))
+    assert source.has("transformer")
+    assert not source.has("vae")
+    with pytest.raises(InputError, match="without a vae"):
+        source.latent_space()
+    assert len(source.transformer().transformer_blocks) == 4
+
+
+def test_load_weights_names_the_place(tmp_path: Path) -> None:
+    from diffusers import UNet2DConditionModel
+
+    with pytest.raises(InputError, match=re.escape(f"cannot load {tmp_path}/unet: ")):
+        load_weights(UNet2DConditionModel, str(tmp_path), subfolder="unet")

@@ -1,0 +1,103 @@
+"""DiNa-LRM's published layout: noising, features with and without LoRA, single and ensemble scores."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from latentreward.contracts import Conditioning, Features
+from latentreward.scoring import RewardModel, load_dina_lrm
+from tests.golden.catalogue import Case, Tensors, cases
+from tests.golden.closeness import assert_close
+
+FLOAT32_EPS = torch.finfo(torch.float32).eps  # the recorded head ran in float32
+TOKENS = {"rtol": 1e-5, "atol": 1e-4}
+SCORE = {"rtol": 1e-5, "atol": 3e-6}
+every_case = pytest.mark.parametrize("case", cases("dina/backbone"), ids=lambda case: case.name)
+
+
+def model_of(case: Case) -> RewardModel:
+    case.file("config.json")
+    for part in (case.options["base_dir"], "scheduler", "checkpoint/backbone_lora"):
+        case.folder(part)
+    case.file("checkpoint/rm_head.pt")
+    rms_eps = case.options.get("rms_eps") or FLOAT32_EPS
+    base = (case.path.parent / case.options["base_dir"]).parent
+    return load_dina_lrm(case.path.parent, base=str(base), rms_eps=rms_eps)
+
+
+def conditioning_of(data: Tensors) -> Conditioning:
+    return Conditioning(data["in.encoder_hidden_states"], data["in.pooled_projections"])
+
+
+@contextmanager
+def without_lora(model: nn.Module) -> Iterator[None]:
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    assert layers
+    for layer in layers:
+        layer.enable_adapters(False)
+    yield
+    for layer in layers:
+        layer.enable_adapters(True)
+
+
+def read_at(model: RewardModel, data: Tensors, u: float) -> Features:
+    """Features of the recorded latents, noised by the recorded noise to the level nearest to ``u``."""
+    timesteps = model.backbone.noise_process.timesteps_at(torch.full((len(data["in.latents"]),), u))
+    noisy = model.backbone.noise_process.add_noise(data["in.latents"], data["in.noise"], timesteps)
+    return model.read(noisy, timesteps, conditioning_of(data))
+
+
+def column(score: Tensor) -> Tensor:
+    return score.reshape(len(score), -1)
+
+
+@every_case
+def test_noising(case: Case) -> None:
+    data, process = case.tensors(), model_of(case).backbone.noise_process
+    timesteps = process.timesteps_at(data["in.u"])
+    assert_close(timesteps, data["out.timestep"], "timestep")
+    assert_close(process.sigma(timesteps), data["out.sigma"], "sigma")
+    noisy = process.add_noise(data["in.latents"], data["in.noise"], timesteps)
+    assert_close(noisy, data["out.noisy_latents"], "noisy_latents")
+
+
+@every_case
+@torch.no_grad()
+def test_features_and_score(case: Case) -> None:
+    data, model = case.tensors(), model_of(case)
+    with without_lora(model):
+        base = model.read(data["out.noisy_latents"], data["out.timestep"], conditioning_of(data))
+        score = model.head(base)
+    lora = model.read(data["out.noisy_latents"], data["out.timestep"], conditioning_of(data))
+    assert_close(column(score), data["default_adapter.score"], "default_adapter.score", **SCORE)
+    assert_close(column(model.head(lora)), data["lora.score"], "lora.score", **SCORE)
+    taps = {"visual": model.backbone.visual_taps, "text": model.backbone.text_taps}
+    for kind, features in (("base", base), ("lora", lora)):
+        found = {"temb": features.temb}
+        for stream, numbers in taps.items():
+            tokens = getattr(features, stream)
+            found |= {f"{stream}.layer{number}": value for number, value in zip(numbers, tokens, strict=True)}
+        for name in data.below(f"{kind}."):
+            if name != "score":
+                assert_close(found[name], data[f"{kind}.{name}"], f"{kind}.{name}", **TOKENS)
+
+
+@every_case
+@torch.no_grad()
+def test_scores_at_target_levels(case: Case) -> None:
+    data, model, scores = case.tensors(), model_of(case), {}
+    for name in data.below("single.u"):
+        scores[f"single.u{name}"] = model.head(read_at(model, data, float(name.removesuffix(".score"))))
+    for name in data.below("inferencer.reward_u"):
+        scores[f"inferencer.reward_u{name}"] = model.head(read_at(model, data, float(name)))
+    levels = [read_at(model, data, u) for u in case.options["ensemble_u"]]
+    scores["ens.score"] = model.head.score_ensemble(levels)
+    for name, score in scores.items():
+        assert_close(column(score), data[name], name, **SCORE)
+    process = model.backbone.noise_process
+    timesteps = process.timesteps_at(torch.tensor(case.options["ensemble_u"]))
+    assert_close(timesteps[:, None].expand_as(data["ens.timesteps"]), data["ens.timesteps"], "ens.timesteps")
