@@ -10,11 +10,12 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 import latentreward
 from latentreward.cli import main
-from latentreward.errors import InputError, did_you_mean
+from latentreward.errors import InputError, did_you_mean, one_line
 
 SOURCE = Path(latentreward.__file__).parents[1]
 PLUGIN = """
@@ -235,6 +236,22 @@ def test_did_you_mean() -> None:
     assert did_you_mean("zzz", []) == did_you_mean("zzz", map(str, range(31))) == ""
 
 
+class Unreadable(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> None:
+        raise InputError("data.root: shard 3 is cut off; write it again")
+
+
+def test_one_line_of_an_error_in_a_worker_process() -> None:
+    with pytest.raises(InputError) as caught:
+        next(iter(torch.utils.data.DataLoader(Unreadable(), num_workers=1)))
+    assert one_line(caught.value) == "data.root: shard 3 is cut off; write it again"
+    assert one_line(InputError("a\n  b")) == "a b"
+    assert one_line(FileNotFoundError()) == "FileNotFoundError"
+
+
 # ---- settings
 
 
@@ -365,7 +382,7 @@ def test_sigterm_gives_status_143() -> None:
         ("--data.note=plugin.Note", "text: '' is empty; write something"),
         ("--model.root=${oc.env:NONE}", "model.init_args.root: the environment variable NONE is not set"),
         ("--trainer.logger=CSVLoger", "trainer.logger: unknown name 'CSVLoger'; did you mean 'CSVLogger'?"),
-        ("--trainer.limit_train_batches=x", "trainer.limit_train_batches: expected int or float or null, got 'x'"),
+        ("--trainer.max_epochs=x", "trainer.max_epochs: expected int or null, got 'x'"),
         ("--trainer=trainer.yaml", "--trainer trainer.yaml: set --trainer.NAME=VALUE, or give a file as --config"),
         ("--trainer.accelerator=gpu --trainer.devices=9", None),
         ("--config=nope.yaml", None),
@@ -409,6 +426,15 @@ def test_restricted_imports_name_the_import_and_the_remedy() -> None:
     line = "latentreward: error: model.yaml: model: --restrict-imports does not allow 'plugin.Module'; "
     assert refused.stderr == f"{line}if you trust it, say --restrict-imports=plugin\n"
     assert refused.returncode == 2
-    assert shell(*FIT, "--restrict-imports=plugin").returncode == 0
+    assert shell("--restrict-imports=plugin", *FIT).returncode == 0
     escape = shell(*FIT, "--restrict-imports=plugin", "--trainer.logger=os.system")
     assert (escape.returncode, escape.stderr.count("\n")) == (2, 1)
+
+
+def test_callbacks_of_a_clone_have_one_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Path.cwd() / "model.yaml"
+    monkeypatch.chdir(SOURCE.parent)
+    arguments = ["fit", f"--config={model}", "--trainer.callbacks=callbacks.TrainableEMA"]
+    result = shell(*arguments, PYTHONPATH=f"{SOURCE}:{model.parent}")
+    line = "trainer.callbacks: no module 'callbacks'; say latentreward.callbacks"
+    assert result.stderr == f"latentreward: error: {line}\n"

@@ -8,10 +8,9 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from latentreward import __version__
-from latentreward.errors import InputError, did_you_mean
+from latentreward.errors import InputError, did_you_mean, one_line
 
 COMMANDS = {
     "fit": ("latentreward.lightning_cli:run", "train, from a checkpoint if --ckpt_path is given"),
@@ -30,7 +29,7 @@ examples:
   latentreward fit --config configs/model/lrm_tiny.yaml --config configs/data/tinyworld_hpdv3.yaml \\
       --config configs/trainer/cpu.yaml
   latentreward fit --config runs/1/config.yaml --model.backbone sd15 --trainer.max_steps 1000 --print_config
-  latentreward predict --config runs/1/config.yaml --ckpt_path runs/1/last.ckpt
+  latentreward predict --config runs/1/config.yaml --ckpt_path runs/1/last.ckpt --predictions.output_dir scores
 
 Later files and settings win; trainer.callbacks add up (null or [] clears them). A file configs/... that is not here is
 taken from the installed package. Class paths may name your own modules in the current folder.
@@ -55,12 +54,14 @@ def main(args: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in arguments or os.environ.get("LATENTREWARD_DEBUG", "0") not in ("", "0")
     arguments = [argument for argument in arguments if argument != "--debug"]
+    arguments.sort(key=lambda argument: argument.startswith("--restrict-imports"))  # behind the rest, whose order stays
     try:
         _dispatch(arguments)
     except (InputError, OSError) as error:
         if debug:
             raise
-        _fail(error)
+        print(f"latentreward: error: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)
 
 
 def _dispatch(arguments: list[str]) -> None:
@@ -80,9 +81,3 @@ def _dispatch(arguments: list[str]) -> None:
         sys.path.append(here)  # last: a user's own classes are found and shadow nothing
     module, function = COMMANDS[arguments[0]][0].split(":")
     getattr(importlib.import_module(module), function)(arguments[0], arguments[1:])
-
-
-def _fail(error: Exception) -> NoReturn:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    print(f"latentreward: error: {' '.join(lines)}", file=sys.stderr)
-    raise SystemExit(2)

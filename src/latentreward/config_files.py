@@ -14,7 +14,6 @@ from latentreward.errors import InputError, did_you_mean
 CLEARED: tuple[Any, ...] = (None, [])
 """Values of ``trainer.callbacks`` that drop earlier callbacks instead of adding to them."""
 
-
 ABSOLUTE = re.compile(r"\$\{([a-zA-Z][\w.\[\]]*)\}")
 """An interpolation that names a setting from the top: neither ``${.x}`` nor ``${oc.env:X}``."""
 

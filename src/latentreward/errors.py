@@ -1,6 +1,7 @@
 """Errors for what a user can put right: shown as one line, without a traceback."""
 
 import difflib
+import re
 from collections.abc import Iterable
 
 LONGEST_LIST = 30
@@ -31,3 +32,11 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
     if close:
         return f"; did you mean {by_lower_case[close[0]]!r}?"
     return f"; choose from {', '.join(known)}" if 0 < len(known) <= LONGEST_LIST else ""
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message without line breaks; from a loader's worker process, the message it had there."""
+    text = str(error)
+    if re.match(r"Caught \w+ in DataLoader worker", text):  # torch puts the worker's traceback before it
+        text = text.rstrip().splitlines()[-1].partition(": ")[2]
+    return " ".join(text.split()) or type(error).__name__

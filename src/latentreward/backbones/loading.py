@@ -255,6 +255,7 @@ def load_weights(family: type[Any], source: str, **options: Any) -> Any:
         raise InputError(f"cannot load {where}: {first_line(error)}") from error
     for kind in ("missing", "unexpected", "mismatched"):
         names = sorted(str(name[0] if isinstance(name, tuple) else name) for name in report[f"{kind}_keys"])
+        names = [name for name in names if not name.endswith(".position_ids")]  # a constant that old CLIP files hold
         if names:
             raise InputError(
                 f"cannot load {where}: {kind} tensor {names[0]} ({len(names)} in all); get the files again"
@@ -323,11 +324,11 @@ def finish(
             network.set_attention_backend(attention_backend)
         except (ValueError, RuntimeError, ImportError) as error:
             raise InputError(f"attention_backend={attention_backend!r}: {first_line(error)}") from error
-    if frozen_dtype != "float32":
+    if tuning != "full":  # else only modules that nobody reads are frozen, amid float32 ones
         store_frozen(network, frozen_dtype)
-        if backbone.text_encoder is not None:
-            store_frozen(backbone.text_encoder, frozen_dtype)
+    if text_encoder_tuning != "full" and backbone.text_encoder is not None:
+        store_frozen(backbone.text_encoder, frozen_dtype)
     if compile_blocks:
         for block in backbone.blocks():
-            block.compile()
+            block.compile(dynamic=False)  # Inductor (torch 2.13, CPU) fails on a U-Net of dynamic sizes
     return backbone

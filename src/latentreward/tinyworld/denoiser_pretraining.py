@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from copy import deepcopy
 from typing import TYPE_CHECKING
 
@@ -91,8 +90,6 @@ def train_denoiser(
     batch_size: int,
     lr: float,
     name: str,
-    checkpoint: Callable[[int], None] | None = None,
-    checkpoint_interval: int = 0,
 ) -> None:
     """Train a pipeline's denoiser and text encoders from scratch; it ends with their averaged weights.
 
@@ -106,9 +103,6 @@ def train_denoiser(
         batch_size: Pictures per update.
         lr: Peak learning rate.
         name: First word of the progress lines.
-        checkpoint: Called with the step number every ``checkpoint_interval`` steps while the pipeline holds the
-            averaged weights.
-        checkpoint_interval: Steps between such calls; 0 for none.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 2])
@@ -128,11 +122,6 @@ def train_denoiser(
         schedule.step()
         average_weights(averaged, trained, decay=min(0.999, (step + 1) / (step + 10)))
         progress.update(loss.item())
-        if checkpoint is not None and checkpoint_interval and step % checkpoint_interval == 0:
-            current = deepcopy(trained.state_dict())
-            trained.load_state_dict(averaged.state_dict())
-            checkpoint(step)
-            trained.load_state_dict(current)
     trained.load_state_dict(averaged.state_dict())
     trained.eval()
 

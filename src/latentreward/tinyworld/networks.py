@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -56,12 +57,11 @@ def build_sd(vae: AutoencoderKL) -> StableDiffusionPipeline:
     )
 
 
-def build_sd35(vae: AutoencoderKL, shift: float = 2.0) -> StableDiffusion3Pipeline:
+def build_sd35(vae: AutoencoderKL) -> StableDiffusion3Pipeline:
     """A pipeline shaped like Stable Diffusion 3.5 Medium: joint blocks, dual attention in the first two, no T5.
 
     Args:
         vae: Trained autoencoder with 8x8 latents of 4 channels.
-        shift: Shift of the noise levels that the scheduler samples with.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
     from transformers import CLIPTextModelWithProjection
@@ -85,7 +85,7 @@ def build_sd35(vae: AutoencoderKL, shift: float = 2.0) -> StableDiffusion3Pipeli
     return StableDiffusion3Pipeline(
         vae=vae,
         transformer=transformer.eval(),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         text_encoder=CLIPTextModelWithProjection(_text_config(tokenizer)).eval(),
         tokenizer=tokenizer,
         text_encoder_2=CLIPTextModelWithProjection(_text_config(tokenizer)).eval(),
@@ -116,7 +116,8 @@ def save_pipeline(pipeline: StableDiffusionPipeline | StableDiffusion3Pipeline, 
     """Save a pipeline small: text encoders as they are (float32), autoencoder and denoiser as float16.
 
     transformers loads a model in the type it was saved in and diffusers in float32, so a plain ``from_pretrained``
-    gives float32 throughout. The folder is written beside its place and then moved there.
+    gives float32 throughout. Paths that parts were loaded from are left out. The folder is written beside its place and
+    then moved there.
 
     Args:
         pipeline: Float32 pipeline; it is float32 again afterwards, rounded to what was saved.
@@ -128,7 +129,15 @@ def save_pipeline(pipeline: StableDiffusionPipeline | StableDiffusion3Pipeline, 
     for model in (pipeline.vae, denoiser):
         model.to(torch.float16)
     pipeline.save_pretrained(fresh)
+    _forget_origin(fresh)
     for model in (pipeline.vae, denoiser):
         model.to(torch.float32)
     shutil.rmtree(folder, ignore_errors=True)
     fresh.rename(folder)
+
+
+def _forget_origin(folder: Path) -> None:
+    for path in (folder / "model_index.json", *folder.glob("*/*config.json")):
+        config = json.loads(path.read_text())
+        if config.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

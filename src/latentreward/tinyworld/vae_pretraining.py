@@ -22,20 +22,24 @@ LATENT_STD = 5.489
 """Standard deviation that latents are given per channel: 1 / 0.18215, so they scale like Stable Diffusion's."""
 
 
-def draw_training_pictures(number: int, rng: np.random.Generator, split: str = "train") -> tuple[Tensor, list[str]]:
-    """Draw pictures that agree with their captions, 60 % of them clean.
+def draw_training_pictures(
+    number: int, rng: np.random.Generator, split: str = "train", clean_share: float = 0.6
+) -> tuple[Tensor, list[str]]:
+    """Draw pictures that agree with their captions.
 
     Args:
         number: How many.
         rng: Source of randomness.
         split: Captions to draw from.
+        clean_share: Probability that a picture has no nuisance.
 
     Returns:
         Pictures ``(number, 3, 32, 32)``, uint8, and their captions.
     """
     captions = [draw_caption(rng, split) for _ in range(number)]
-    pictures = [render(draw_scene(caption, rng, mutation_shares=(1.0,), clean_share=0.6)) for caption in captions]
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous(), [caption.text for caption in captions]
+    scenes = [draw_scene(caption, rng, mutation_shares=(1.0,), clean_share=clean_share) for caption in captions]
+    pictures = torch.from_numpy(np.stack([render(scene) for scene in scenes]))
+    return pictures.permute(0, 3, 1, 2).contiguous(), [caption.text for caption in captions]
 
 
 def normalize_pictures(pictures: Tensor) -> Tensor:
