@@ -1,8 +1,8 @@
 """How well the tiny reward models learn: several seeds, beside their targets, through the command line alone.
 
 Each model is trained by ``latentreward fit`` and scores held-out pairs by ``latentreward predict``: drawn pairs (DRAWN)
-and pairs made by the two tiny generators (GEN), which no model was trained on. Accuracy is against the noiseless utility
-on pairs whose utilities differ by more than 0.3.
+and pairs made by the two tiny generators (GEN), which no model was trained on. Accuracy is against the noiseless
+utility, on pairs whose utilities differ by more than 0.3.
 
     python benchmarks/tiny_rewards.py --seeds 3 --jobs 2
 """
@@ -77,7 +77,7 @@ def latentreward(log: Path, *arguments: str) -> None:
 
 
 def accuracy(scores: Path, oracle: Path, column: str, level: float) -> float:
-    """Share of pairs with a clear difference that are ranked as their true utilities, at the level nearest ``level``."""
+    """Share of clearly different pairs that are ranked as their true utilities, at the level nearest ``level``."""
     table = parquet.read_table(scores).to_pylist()
     rows = parquet.read_table(oracle).to_pylist()
     utilities = {row["pair_id"]: {row["key_a"]: row["utility_a"], row["key_b"]: row["utility_b"]} for row in rows}
@@ -136,7 +136,9 @@ def markdown(results: dict[str, list[list[float]]]) -> Iterable[str]:
         yield "|---" * (len(heads) + 1) + "|"
         for seed, values in enumerate(results[experiment.name]):
             yield f"| seed {seed} | " + " | ".join(f"{value:.3f}" for value in values) + " |"
-        cells = [f"{mean(v):.3f} ± {stdev(v) if len(v) > 1 else 0:.3f}" for v in zip(*results[experiment.name], strict=True)]
+        cells = [
+            f"{mean(v):.3f} ± {stdev(v) if len(v) > 1 else 0:.3f}" for v in zip(*results[experiment.name], strict=True)
+        ]
         yield "| mean ± sd | " + " | ".join(cells) + " |"
     yield "\n| target | at least | reached | |\n|---|---|---|---|"
     for title, name, column, control, target in TARGETS:

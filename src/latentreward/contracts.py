@@ -18,7 +18,8 @@ def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, TensorRecord):
-        return replace(value, **{f.name: map_tensors(getattr(value, f.name), function) for f in fields(value)})
+        names = [field.name for field in fields(value)]  # type: ignore[arg-type]
+        return type(value)(**{name: map_tensors(getattr(value, name), function) for name in names})
     if isinstance(value, tuple):
         return tuple(map_tensors(item, function) for item in value)
     return value

@@ -7,13 +7,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import TensorBoardLogger
-from PIL import Image
-from pyarrow import parquet
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
 from latentreward.callbacks import (
     NaNGuard,
     NoiseBandAccuracy,
@@ -23,6 +16,13 @@ from latentreward.callbacks import (
     TrainableCheckpoint,
     TrainableEMA,
 )
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image
+from pyarrow import parquet
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
 from latentreward.errors import InputError
 
 
@@ -180,14 +180,16 @@ def test_grid_goes_to_tensorboard_and_to_a_png(module, batches, loader, make_tra
 
 
 def test_predictions_are_complete_and_never_overwritten_by_accident(module, batches, loader, make_trainer, tmp_path):
-    make_trainer(callbacks=[PairScoreWriter(tmp_path / "out")]).predict(module, loader(batches), return_predictions=False)
+    make_trainer(callbacks=[PairScoreWriter(tmp_path / "out")]).predict(
+        module, loader(batches), return_predictions=False
+    )
     table = parquet.read_table(tmp_path / "out" / "scores_rank0.parquet").to_pydict()
     assert sorted(set(table["pair_id"])) == sorted(name for batch in batches for name in batch.pair_ids)
     assert len(table["pair_id"]) == 2 * 24
     assert sorted({round(sigma, 1) for sigma in table["sigma"]}) == [0.2, 0.8]
     for chosen, rejected, margin in zip(table["chosen_score"], table["rejected_score"], table["margin"], strict=True):
         assert margin == pytest.approx(chosen - rejected)
-    with pytest.raises(InputError, match="predictions.overwrite"):
+    with pytest.raises(InputError, match=r"predictions\.overwrite"):
         make_trainer(callbacks=[PairScoreWriter(tmp_path / "out")]).predict(module, loader(batches))
     make_trainer(callbacks=[PairScoreWriter(tmp_path / "out", overwrite=True)]).predict(module, loader(batches[:1]))
     assert parquet.read_metadata(tmp_path / "out" / "scores_rank0.parquet").num_rows == 8

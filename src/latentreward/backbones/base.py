@@ -81,21 +81,16 @@ class DiffusionBackbone(nn.Module, ABC):
         if uncond is None:
             return self.read(latents, timesteps, conditioning)
         size = len(latents)
+        empty = uncond.select([0] * size)
         both = self.read(
             torch.cat([latents, latents]),
             torch.cat([timesteps, timesteps]),
             Conditioning(
-                *(
-                    torch.cat([cond, empty.expand_as(cond)])
-                    for cond, empty in (
-                        (conditioning.prompt_embeds, uncond.prompt_embeds),
-                        (conditioning.pooled_prompt_embeds, uncond.pooled_prompt_embeds),
-                    )
-                )
+                torch.cat([conditioning.prompt_embeds, empty.prompt_embeds]),
+                torch.cat([conditioning.pooled_prompt_embeds, empty.pooled_prompt_embeds]),
             ),
         )
-        first, second = (map_tensors(both, lambda t, rows=rows: t[rows]) for rows in (slice(size), slice(size, None)))
-        return replace(first, uncond=second)
+        return replace(rows_of(both, slice(size)), uncond=rows_of(both, slice(size, None)))
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Conditioning of B prompts; each distinct prompt is encoded once."""
@@ -117,6 +112,11 @@ class DiffusionBackbone(nn.Module, ABC):
     @abstractmethod
     def blocks(self) -> Iterator[nn.Module]:
         """The kept blocks of the network, in order: what is compiled, checkpointed or sharded one by one."""
+
+
+def rows_of(features: Features, rows: slice) -> Features:
+    """Part of a batch of features."""
+    return map_tensors(features, lambda tensor: tensor[rows])
 
 
 def check_taps(name: str, taps: Sequence[int], last: int, least: int = 0) -> tuple[int, ...]:

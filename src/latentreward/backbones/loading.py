@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from latentreward.encoders.sd3 import SD3PromptEncoder
     from latentreward.encoders.vae import LatentEncoder
 
+TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj", "q", "k", "v", "o")
+"""Attention projections of CLIP and of T5."""
+
 Backbone = TypeVar("Backbone", bound="DiffusionBackbone")
 
 
@@ -105,7 +108,7 @@ class PipelineSource:
 
     def has(self, part: str) -> bool:
         """Whether the pipeline holds ``part``."""
-        return bool((self.index.get(part) or [None])[0])
+        return bool(self.index.get(part) and self.index[part][0])
 
     def _require(self, part: str) -> None:
         if not self.has(part):
@@ -308,13 +311,16 @@ def finish(
     """Apply the settings that every factory shares to a freshly built ``backbone`` around ``network``.
 
     Raises:
-        InputError: If the attention backend is unknown or its library is missing.
+        InputError: If the attention backend is unknown or its library is missing, or ``lora`` is set and nothing is
+            tuned by it.
     """
+    if lora is not None and "lora" not in (tuning, text_encoder_tuning):
+        raise InputError(f"lora is set, but tuning is {tuning!r}; set tuning: lora or leave lora out")
     lora = lora or LoRA()
     tune(network, tuning, lora, unread)
     network.train(tuning != "frozen")
     if backbone.text_encoder is not None:
-        text_lora = LoRA(lora.rank, lora.alpha, lora.dropout, ("q_proj", "k_proj", "v_proj", "out_proj"))
+        text_lora = LoRA(lora.rank, lora.alpha, lora.dropout, TEXT_ATTENTION)
         tune(backbone.text_encoder, text_encoder_tuning, text_lora, backbone.text_encoder.unread)
         backbone.text_encoder.train(text_encoder_tuning != "frozen")
     if gradient_checkpointing:

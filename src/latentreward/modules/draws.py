@@ -24,8 +24,9 @@ class PairDraws:
     def __init__(self, batch: PreferenceBatch, seed: int, epoch: int) -> None:
         self.batch, self.seed, self.epoch = batch, seed, epoch
 
-    def _generators(self, purpose: str, keys: Sequence[str] | None) -> list[Generator]:
-        keys = [None] * len(self.batch) if keys is None else keys
+    def _generators(self, purpose: str, keys: Sequence[str | None] | None) -> list[Generator]:
+        if keys is None:
+            keys = [None] * len(self.batch)
         return [
             pair_generator(self.seed, purpose, self.epoch, pair_id, key)
             for pair_id, key in zip(self.batch.pair_ids, keys, strict=True)

@@ -60,11 +60,8 @@ class ScoredPairs(NamedTuple):
 
     def pair_scores(self, rows: slice) -> PairScores:
         """Rows as a loss or metric takes them."""
-        return PairScores(
-            *(column[rows] for column in (self.chosen, self.rejected, self.label, self.weight)),
-            self.chosen_sigmas[rows],
-            self.rejected_sigmas[rows],
-        )
+        columns = (self.chosen, self.rejected, self.label, self.weight, self.chosen_sigmas, self.rejected_sigmas)
+        return PairScores(*(column[rows] for column in columns))
 
 
 @dataclass(frozen=True)
@@ -77,12 +74,16 @@ class EncodedPairs(TensorRecord):
 
 
 class LevelMetrics(nn.Module):
-    """Accuracy, margin and calibration at one noise level, and copies of the user's own metrics by their class names."""
+    """Accuracy, margin and calibration at one noise level, and copies of the user's metrics by their class names."""
 
     def __init__(self, equal_scores: Equal, extra: Sequence[Metric]) -> None:
         super().__init__()
-        pairs = {"accuracy": PairwiseAccuracy(equal_scores), "margin": MeanMargin()}
-        self.of_pairs = nn.ModuleDict(pairs | {type(metric).__name__: metric.clone() for metric in extra})
+        self.of_pairs = nn.ModuleDict({"accuracy": PairwiseAccuracy(equal_scores), "margin": MeanMargin()})
+        for metric in extra:
+            name = type(metric).__name__
+            if name in self.of_pairs:
+                raise InputError(f"metrics: {name} is given twice; derive a class of another name from it")
+            self.of_pairs[name] = metric.clone()
         self.calibration = PairCalibration()
 
     def update(self, scores: PairScores, win_probability: Tensor) -> None:
@@ -190,7 +191,7 @@ class RewardModule(LightningModule):
                 f"[{self.model.backbone.latent_space}]; encode the images with the backbone's own VAE"
             )
         conditioning, uncond = self.model.encode_prompts(batch.prompts)
-        return EncodedPairs(images, conditioning.select([*range(len(batch))] * 2), uncond)
+        return EncodedPairs(images.float(), conditioning.select([*range(len(batch))] * 2), uncond)
 
     def add_noise(self, encoded: EncodedPairs, timesteps: Tensor, draws: PairDraws) -> Tensor:
         """Noisy latents ``(2B, C, ...)`` at ``timesteps`` ``(2B,)``."""
@@ -257,13 +258,12 @@ class RewardModule(LightningModule):
         scores = self.score(batch, encoded, timesteps, draws, with_cross=self.loss.needs_cross_scores)
         spans_ranks = scores.cross is None or isinstance(self.model.head, EmbeddingHead)
         loss = self.loss(gather_pair_scores(scores) if spans_ranks else scores)
-        size = len(batch)
-        margin = scores.margin.detach()
-        decided = batch.label != 0.5
+        size, decided = len(batch), batch.label != 0.5
+        margin = scores.margin.detach().reshape(size, -1).mean(dim=1)
         self.log("train/loss", loss, prog_bar=True, batch_size=size)
-        if decided.any():
-            self.log("train/accuracy", (margin[decided] > 0).float().mean(), prog_bar=True, batch_size=size)
-            self.log("train/margin", margin[decided].mean(), batch_size=size)
+        # Divided by a count that stays on the device; NaN in a batch of ties.
+        self.log("train/accuracy", ((margin > 0) & decided).sum() / decided.sum(), prog_bar=True, batch_size=size)
+        self.log("train/margin", (margin * decided).sum() / decided.sum(), batch_size=size)
         return {"loss": loss, "scored": scored_pairs(batch, timesteps, scores)}
 
     def evaluation_step(self, batch: PreferenceBatch) -> ScoredPairs:
@@ -337,6 +337,11 @@ class RewardModule(LightningModule):
     def configure_optimizers(self) -> Any:
         """One optimiser over what trains; its schedule steps with it."""
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        if any(parameter.dtype != torch.float32 for parameter in trained):
+            raise InputError(
+                "what trains must be float32, small updates are lost otherwise; set trainer.precision to bf16-mixed "
+                "(with frozen_dtype: bfloat16 for the frozen weights) instead of bf16-true"
+            )
         optimizer = self.optimizer(
             [
                 {"params": [parameter for parameter in trained if parameter.ndim > 1]},

@@ -59,6 +59,7 @@ def load_lrm(
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
     from latentreward.encoders.clip import CLIPPromptEncoder, SDXLPromptEncoder
+    from latentreward.encoders.prompts import PromptEncoder
 
     folder = existing_folder(folder, "unet/config.json", "text_encoder/config.json", "state_dict.pt")
     source = None if base is None else PipelineSource(base)
@@ -71,6 +72,7 @@ def load_lrm(
     unet = load_weights(UNet2DConditionModel, str(folder), subfolder="unet")
     text_encoder = load_weights(CLIPTextModel, str(folder), subfolder="text_encoder")
     family = unet_family(unet.config)
+    prompts: PromptEncoder
     if family == "SDXL":
         existing_folder(folder, "text_encoder_2/config.json")
         second = load_weights(CLIPTextModelWithProjection, str(folder), subfolder="text_encoder_2")

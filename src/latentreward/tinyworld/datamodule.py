@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from torch.utils.data import DataLoader
 
-from latentreward.data import HPDv3Reader, PickAPicReader, PreferenceDataModule
+from latentreward.data import HPDv3Reader, PairReader, PickAPicReader, PreferenceDataModule
 from latentreward.tinyworld.writers import write_hpdv3, write_pickapic
 
 
@@ -36,6 +36,8 @@ class TinyWorldDataModule(PreferenceDataModule):
         data_seed: int = 0,
         **options: Any,
     ) -> None:
+        train: PairReader
+        val: PairReader
         if layout == "pickapic":
             folder = write_pickapic(Path(root), {"train": train_pairs, "validation": val_pairs}, data_seed)
             train, val = PickAPicReader(str(folder), "train"), PickAPicReader(str(folder), "validation")

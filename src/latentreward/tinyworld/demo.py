@@ -84,21 +84,16 @@ def train(output: Path, options: list[str]) -> None:
         folder = output / training.name
         folder.mkdir(parents=True, exist_ok=True)
         print("$", " ".join(training.command(output, options)).replace(sys.executable, "python"), flush=True)
-        log = (folder / "train.log").open("w")
-        running[training] = subprocess.Popen(
-            training.command(output, options), stdout=log, stderr=subprocess.STDOUT, env=environment
-        )
+        with (folder / "train.log").open("w") as log:
+            running[training] = subprocess.Popen(
+                training.command(output, options), stdout=log, stderr=subprocess.STDOUT, env=environment
+            )
     started = time.monotonic()
     while any(process.poll() is None for process in running.values()):
         time.sleep(5)
         parts = []
         for training, process in running.items():
-            values = scalars(output / training.name)
-            if process.returncode not in (None, 0):
-                continue
-            step, loss = values.get("train/loss", (0, float("nan")))
-            _, accuracy = values.get("train/accuracy", (0, float("nan")))
-            parts.append(f"{training.name} step {step}, loss {loss:.3f}, batch accuracy {accuracy:.2f}")
+            parts.append(f"{training.name} {progress(output / training.name, process.poll() is not None)}")
         print(f"  {time.monotonic() - started:4.0f} s  " + "  |  ".join(parts), flush=True)
         if any(process.returncode not in (None, 0) for process in running.values()):
             break
@@ -106,8 +101,19 @@ def train(output: Path, options: list[str]) -> None:
         if process.poll() not in (None, 0):
             for other in running.values():
                 other.terminate()
-            log = output / training.name / "train.log"
-            sys.exit(f"{training.name} failed; the end of {log}:\n{log.read_text()[-2000:]}")
+            path = output / training.name / "train.log"
+            sys.exit(f"{training.name} failed; the end of {path}:\n{path.read_text()[-2000:]}")
+
+
+def progress(folder: Path, ended: bool) -> str:
+    """Where a training stands, in a few words."""
+    values = scalars(folder)
+    if ended:
+        return "done"
+    if "train/loss" not in values:
+        return "starting"
+    (step, loss), (_, accuracy) = values["train/loss"], values["train/accuracy"]
+    return f"step {step + 1}, loss {loss:.3f}, batch accuracy {accuracy:.2f}"
 
 
 def report(output: Path) -> None:
