@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, get_loader, set_loader, set_parsing_settings
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from omegaconf import DictConfig, OmegaConf
@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from typing_extensions import override
 
 from latentreward.backbones.registry import backbone_names
-from latentreward.callbacks import PairScoreWriter
+from latentreward.callbacks import NaNGuard, PairScoreWriter
 from latentreward.config_files import find_config, rewrite_arguments, rewrite_settings
 from latentreward.errors import InputError
 from latentreward.parser_errors import ROOMS, summarise, unknown_setting_hint
@@ -112,9 +112,18 @@ class TrainingCLI(LightningCLI):
             self._subcommand_parsers["predict"].set_defaults(return_predictions=False)
 
     @override
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """As Lightning's, but data before model: a wrong path is known before any weights are loaded."""
+        parser.add_lightning_class_args(Trainer, "trainer")
+        parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True, required=False)
+        parser.add_lightning_class_args(LightningModule, "model", subclass_mode=True)
+
+    @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         if self.command == "predict":
             parser.add_lightning_class_args(PairScoreWriter, "predictions")
+        if self.command == "fit":
+            parser.add_lightning_class_args(NaNGuard, "nan_guard")
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -133,7 +142,14 @@ class TrainingCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except (ValueError, ImportError, OSError, MisconfigurationException) as error:
-            raise InputError(summarise(str(error))) from error
+            raise InputError(input_error_behind(error) or summarise(str(error))) from error
+
+
+def input_error_behind(error: BaseException | None) -> str | None:
+    """Message of our own error from which jsonargparse made ``error``, if it is one."""
+    while error is not None and not isinstance(error, InputError):
+        error = error.__cause__ or error.__context__
+    return None if error is None else str(error)
 
 
 def without_repeated_callbacks(settings: Namespace) -> Namespace:
@@ -178,7 +194,9 @@ def restrict_imports(modules: Sequence[str]) -> None:
 def import_rooms() -> None:
     """Import our classes, so that settings may name them by their bare names."""
     for room in set(ROOMS.values()):
-        importlib.import_module(room)
+        module = importlib.import_module(room)
+        for name in getattr(module, "__all__", ()):
+            getattr(module, name)  # some rooms load a class at its first use
     if Path("callbacks").resolve() in map(Path, sys.modules["latentreward.callbacks"].__path__):
         sys.modules.setdefault("callbacks", None)  # type: ignore[arg-type]  # in our own clone it would be a second copy
 

@@ -342,12 +342,14 @@ class RewardModule(LightningModule):
                 "what trains must be float32, small updates are lost otherwise; set trainer.precision to bf16-mixed "
                 "(with frozen_dtype: bfloat16 for the frozen weights) instead of bf16-true"
             )
-        optimizer = self.optimizer(
-            [
-                {"params": [parameter for parameter in trained if parameter.ndim > 1]},
-                {"params": [parameter for parameter in trained if parameter.ndim <= 1], "weight_decay": 0.0},
-            ]
-        )
+        groups = [
+            {"params": [parameter for parameter in trained if parameter.ndim > 1]},
+            {"params": [parameter for parameter in trained if parameter.ndim <= 1], "weight_decay": 0.0},
+        ]
+        try:
+            optimizer = self.optimizer(groups)
+        except ValueError as error:
+            raise InputError(f"model.optimizer: {error}") from error
         if self.lr_scheduler is None:
             return optimizer
         return {
