@@ -108,8 +108,9 @@ def run(experiment: Experiment, seed: int, output: Path) -> list[float]:
     )
     common = ("--config", f"{CONFIGS}/trainer/demo.yaml", f"--trainer.default_root_dir={folder}", *experiment.options)
     common = (*common, f"--seed_everything={seed}")
-    if not (folder / "reward.ckpt").is_file():
+    if not (folder / "trained").exists():
         latentreward(log, "fit", model, *drawn, *common, "--trainer.val_check_interval=null")
+        (folder / "trained").touch()
     generated = ("--config", str(output / "generated.yaml"))
     for name, pairs in (("DRAWN", drawn), ("GEN", generated)):
         latentreward(

@@ -393,7 +393,7 @@ def test_sigterm_gives_status_143() -> None:
         ("--config=text.yaml", "text.yaml: Unexpected config: just text"),
         ("--model.root=${data.rot}", "model.init_args.root: ${data.rot} is not set"),
         ("--config=rot.yaml", "model.init_args.root: ${data.rot} is not set"),
-        ("--ckpt_path=nope.ckpt", "Checkpoint file not found: nope.ckpt"),
+        ("--ckpt_path=nope.ckpt", "ckpt_path: nope.ckpt does not exist"),
         ("--data.fault=input", "data.root: no shards; run cache"),
         ("--data.fault=file", "no train/"),
     ],

@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import pickle
 import re
 import sys
 import warnings
@@ -10,6 +11,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, get_loader, set_loader, set_parsing_settings
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -120,10 +122,9 @@ class TrainingCLI(LightningCLI):
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(NaNGuard, "nan_guard")
         if self.command == "predict":
             parser.add_lightning_class_args(PairScoreWriter, "predictions")
-        if self.command == "fit":
-            parser.add_lightning_class_args(NaNGuard, "nan_guard")
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -139,10 +140,31 @@ class TrainingCLI(LightningCLI):
 
     @override
     def instantiate_classes(self) -> None:
+        check_checkpoint(self.config[self.command].get("ckpt_path"))
         try:
             super().instantiate_classes()
         except (ValueError, ImportError, OSError, MisconfigurationException) as error:
             raise InputError(input_error_behind(error) or summarise(str(error))) from error
+
+
+def check_checkpoint(path: str | None) -> None:
+    """Look at a checkpoint file before anything is loaded for it; names such as ``last`` are Lightning's to resolve.
+
+    Raises:
+        InputError: If it is no file of tensors and plain values: it could run code, or is damaged.
+    """
+    if path is None or path in ("last", "best", "hpc", "registry") or Path(path).is_dir() or "://" in path:
+        return
+    if not Path(path).is_file():
+        raise InputError(f"ckpt_path: {path} does not exist")
+    try:
+        torch.load(path, map_location="meta", weights_only=True, mmap=True)
+    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"ckpt_path: {path} is damaged, or holds more than tensors and plain values and could run code ({reason}); "
+            "give a checkpoint that this program wrote"
+        ) from error
 
 
 def input_error_behind(error: BaseException | None) -> str | None:

@@ -1,0 +1,176 @@
+"""The shipped configs train, evaluate and score through the command line, and say in one line what is wrong."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import torch
+from pyarrow import parquet
+
+from latentreward.cli import main
+from latentreward.tinyworld.writers import write_hpdv3, write_pickapic
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+TINY = sorted(path.stem for path in (CONFIGS / "model").glob("*_tiny.yaml"))
+FULL_SIZE = sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml") if path.stem not in TINY)
+PAIRS = {"train": 24, "held out": 12}
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("pairs")
+    write_pickapic(root / "pickapic", {"train": PAIRS["train"], "validation": PAIRS["held out"]})
+    write_hpdv3(root / "hpdv3", {"train": PAIRS["train"], "test": PAIRS["held out"]})
+    return {name: root / name for name in ("pickapic", "hpdv3")}
+
+
+def options(model: str, layout: str, pairs: dict[str, Path], folder: Path) -> list[str]:
+    return [
+        f"--config={CONFIGS}/model/{model}.yaml",
+        f"--config={CONFIGS}/data/tinyworld_{layout}.yaml",
+        f"--config={CONFIGS}/trainer/cpu.yaml",
+        f"--data.root={pairs[layout]}",
+        f"--data.train_pairs={PAIRS['train']}",
+        f"--data.val_pairs={PAIRS['held out']}",
+        "--data.batch_size=8",
+        "--trainer.max_steps=2",
+        "--trainer.enable_progress_bar=false",
+        "--trainer.enable_model_summary=false",
+        "--trainer.num_sanity_val_steps=0",
+        f"--trainer.logger.save_dir={folder}",
+        "--trainer.logger.name=run",
+        "--trainer.logger.version=",
+    ]
+
+
+@pytest.mark.parametrize("layout", ["pickapic", "hpdv3"])
+@pytest.mark.parametrize("model", TINY)
+def test_fit_validate_test_and_predict(model: str, layout: str, pairs: dict[str, Path], tmp_path: Path) -> None:
+    settings = options(model, layout, pairs, tmp_path)
+    main(["fit", *settings, "--trainer.limit_val_batches=1", "--trainer.callbacks=TrainableEMA"])
+    run = tmp_path / "run"
+    checkpoint = f"--ckpt_path={run / 'checkpoints' / 'last.ckpt'}"
+    for command in ("validate", "test"):
+        main([command, f"--config={run / 'config.yaml'}", checkpoint])
+    scores = f"--predictions.output_dir={tmp_path / 'scores'}"
+    main(["predict", f"--config={run / 'config.yaml'}", checkpoint, scores])
+    table = parquet.read_table(tmp_path / "scores" / "scores_rank0.parquet").to_pydict()
+    assert len(set(table["pair_id"])) == PAIRS["held out"]
+    assert len(table["pair_id"]) % PAIRS["held out"] == 0
+    assert all(torch.isfinite(torch.tensor(table["margin"])))
+
+
+def test_the_saved_config_trains_the_same_weights(pairs: dict[str, Path], tmp_path: Path) -> None:
+    main(["fit", *options("dina_lrm_tiny", "hpdv3", pairs, tmp_path / "first"), "--trainer.limit_val_batches=0"])
+    saved = tmp_path / "first" / "run" / "config.yaml"
+    main(["fit", f"--config={saved}", f"--trainer.logger.save_dir={tmp_path / 'second'}"])
+    first, second = (
+        torch.load(tmp_path / name / "run" / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        for name in ("first", "second")
+    )
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("model", FULL_SIZE)
+def test_full_size_configs_parse(
+    model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("PICKAPIC_ROOT", "HPDV3_ROOT"):
+        monkeypatch.setenv(name, "/data")
+    data = "hpdv3" if model.startswith("dina") else "pickapic_v1"
+    files = (f"model/{model}", f"data/{data}", "trainer/ddp")
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", *(f"--config={CONFIGS}/{name}.yaml" for name in files), "--print_config"])
+    assert stop.value.code in (0, None)
+    assert "class_path: latentreward.backbones." in capsys.readouterr().out
+
+
+def damaged_pickapic(root: Path, target: Path, change: str) -> Path:
+    """A copy of tiny pairs whose training file has one fault."""
+    (target / "data").mkdir(parents=True)
+    for path in (root / "data").iterdir():
+        table = parquet.read_table(path)
+        if path.name.startswith("train"):
+            rows = table.to_pylist()
+            if change == "column":
+                table = table.drop(["label_0"])
+            elif change == "empty":
+                table = table.slice(0, 0)
+            else:
+                value = {"label": {"label_0": 7.0, "label_1": -6.0}, "nan": {"label_0": float("nan")}}.get(change)
+                rows = [{**row, **(value or {"jpg_0": b"no picture"})} for row in rows]
+                table = pa.Table.from_pylist(rows, schema=table.schema)
+        parquet.write_table(table, target / "data" / path.name)
+    return target
+
+
+REAL_DATA = {
+    "class_path": "latentreward.data.PreferenceDataModule",
+    "init_args": {"size": 32, "batch_size": 8, "num_workers": 0},
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("column", ["label_0"]),
+        ("empty", ["no rows left"]),
+        ("label", ["label_0", "7"]),
+        ("nan", ["label_0", "nan"]),
+        ("image", ["train-00000"]),
+    ],
+)
+def test_damaged_data_is_one_line(
+    change: str, words: list[str], pairs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = damaged_pickapic(pairs["pickapic"], tmp_path / "damaged", change)
+    reader = {"class_path": "PickAPicReader", "init_args": {"source": str(root), "split": "train"}}
+    settings = {"data": {**REAL_DATA, "init_args": {**REAL_DATA["init_args"], "train": reader}}}
+    (tmp_path / "data.yaml").write_text(json.dumps(settings))
+    files = (CONFIGS / "model" / "lrm_tiny.yaml", tmp_path / "data.yaml", CONFIGS / "trainer" / "cpu.yaml")
+    check_one_line([*(f"--config={path}" for path in files), "--trainer.logger=false"], words, capsys)
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("--model.backbone=sd_tinny", ["sd_tinny", "did you mean 'sd_tiny'"]),
+        ("--model.head=GatedQFormerHed", ["GatedQFormerHed", "did you mean 'GatedQFormerHead'"]),
+        ("--model.loss=LRMLos", ["LRMLos", "did you mean 'LRMLoss'"]),
+        ("--model.backbone.source=/nowhere/at/all", ["/nowhere/at/all", "does not exist"]),
+        (f"--model.backbone.source={CONFIGS}", ["is no diffusers pipeline"]),
+        ("--model.backbone.visual_taps=[1,9]", ["visual_taps=[1, 9]", "block 9", "blocks 1 to 5"]),
+        ("--model.backbone.tuning=halff", ["tuning", "halff"]),
+        ("--model.backbone.lora.rank=4", ["lora", "tuning: lora"]),
+        ("--model.eval_timesteps=[1,2000]", ["eval_timesteps", "2000", "out of range"]),
+        ("--model.optimizer.lr=-1", ["learning rate", "-1"]),
+        ("--model.optimizer.lr=fast", ["lr", "fast"]),
+        ("--trainer.precision=bf16-true", ["float32", "bf16-mixed"]),
+        ("--model.optimizer.lr=1e30", ["loss is", "optimiser step", "train-00000"]),
+        ("--data.root=/dev/null/x", ["/dev/null/x"]),
+        ("--ckpt_path=/nowhere.ckpt", ["/nowhere.ckpt"]),
+    ],
+)
+def test_bad_settings_are_one_line(
+    setting: str, words: list[str], pairs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check_one_line([*options("lrm_tiny", "pickapic", pairs, tmp_path), setting], words, capsys)
+
+
+def test_a_pickled_checkpoint_is_refused(
+    pairs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save({"state_dict": {}, "callback": check_one_line}, tmp_path / "evil.ckpt")
+    settings = options("lrm_tiny", "pickapic", pairs, tmp_path)
+    check_one_line([*settings, f"--ckpt_path={tmp_path / 'evil.ckpt'}"], ["evil.ckpt"], capsys)
+
+
+def check_one_line(arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", *arguments])
+    assert stop.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("latentreward: error:")]
+    for word in words:
+        assert word in line, line
