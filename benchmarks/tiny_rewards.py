@@ -155,7 +155,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/tiny_rewards"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2, help="trainings side by side, one thread each")
-    parser.add_argument("--only", nargs="*", help="names of experiments, e.g. LRM DiNa-LRM")
+    parser.add_argument("--only", nargs="*", help="names of experiments, e.g. LRM DiNa-LRM; the default is all")
     arguments = parser.parse_args()
     output = arguments.output.resolve()
     output.mkdir(parents=True, exist_ok=True)

@@ -105,5 +105,5 @@ def scores_of(module: RewardModule, batch: PreferenceBatch, epoch: int = 0) -> A
 
     draws = PairDraws(batch, module.seed, epoch)
     timesteps = draws.timesteps(module.levels, module.model.backbone.noise_process, module.timestep_per_image)
-    encoded = module.encode(batch, draws)
-    return module.score(batch, encoded, timesteps, draws, with_cross=module.loss.needs_cross_scores)
+    encoded = module.encode(batch, draws, module.noise_per_image)
+    return module.score(batch, encoded, timesteps, with_cross=module.loss.needs_cross_scores)

@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -49,8 +49,7 @@ class PickAPicReader(PairReader):
     counted, if ``has_label`` is not true, a label is null, or the two labels do not add up to 1, as in (1, 1).
     ``best_image_uid`` is not used: what it holds for ties and nulls is not documented. A labelled row with a label
     outside [0, 1] or NaN falls under ``on_error``. A null caption is read as an empty one. Duplicate rows are kept.
-    The weight is 1 / ``num_example_per_prompt``, the number of rows with the same prompt, so that each prompt counts
-    once (1 where it is null or not positive). An image without uid is named by a hash of its bytes.
+    An image without uid is named by a hash of its bytes.
 
     Constructing a reader reads all columns but the images.
 
@@ -61,6 +60,8 @@ class PickAPicReader(PairReader):
         revision: Commit, tag or branch of the hub data set; pin it.
         drop_identical: Leave out rows whose two images are the same (``are_different`` false, or equal uids); wanted
             for training.
+        weight: ``per_prompt`` gives a row 1 / ``num_example_per_prompt``, the number of rows with its prompt, so that
+            each prompt counts once, as PickScore and LRM train (1 where it is null or not positive); ``equal`` gives 1.
         memory_map: Copy the images once into the cache of ``datasets`` (as large as the download), where a random
             row costs only itself. Without it a random row costs the row group it lies in: fine for groups of few
             rows, but the published files have hundreds of rows in one.
@@ -78,10 +79,12 @@ class PickAPicReader(PairReader):
         *,
         revision: str | None = None,
         drop_identical: bool = False,
+        weight: Literal["per_prompt", "equal"] = "per_prompt",
         memory_map: bool = False,
         on_error: OnError = "raise",
     ) -> None:
         super().__init__(on_error)
+        self.weight = weight
         self.source, self.split = source, split
         parts = find_parts(source, split, revision)
         self._check_parts(parts)
@@ -112,7 +115,7 @@ class PickAPicReader(PairReader):
         row, label = int(self._rows[index]), self._labels[index]
         part, inner = self._locate(row)
         jpg_0, jpg_1 = self._images.read(part, inner)
-        examples = self._value("num_example_per_prompt", row)
+        examples = self._value("num_example_per_prompt", row) if self.weight == "per_prompt" else None
         return PreferencePair(
             pair_id=f"{self._names[part]}:{inner}",
             prompt=self._value("caption", row) or "",

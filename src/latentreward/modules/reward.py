@@ -66,9 +66,10 @@ class ScoredPairs(NamedTuple):
 
 @dataclass(frozen=True)
 class EncodedPairs(TensorRecord):
-    """A batch after the encoders: clean latents ``(2B, C, ...)``, chosen first, and conditioning of 2B rows."""
+    """A batch after the encoders: latents and noise ``(2B, C, ...)``, chosen first, and 2B rows of conditioning."""
 
     latents: Tensor
+    noise: Tensor
     conditioning: Conditioning
     uncond: Conditioning | None
 
@@ -116,7 +117,8 @@ class RewardModule(LightningModule):
         optimizer: Gets the parameters that train; vectors and scalars (biases, norms, temperature) without weight
             decay.
         lr_scheduler: Counted in optimiser steps; None keeps the rate constant.
-        noise_per_image: Whether the two images of a pair get noise of their own (LRM) or the same (DiNa-LRM).
+        noise_per_image: Whether the two images of a training pair get noise of their own (LRM) or the same (DiNa-LRM).
+            In evaluation they share it, as the candidates that a reward compares in sampling share most of theirs.
         timestep_per_image: Whether they get timesteps of their own.
         posterior: Latents from a ``sample`` of the VAE's posterior, drawn for each image and epoch, or from its
             ``mode``.
@@ -173,8 +175,8 @@ class RewardModule(LightningModule):
         self._metric_keys = {name: name.replace(".", "_") for name in names}
         self.metrics = nn.ModuleDict({key: LevelMetrics(equal_scores, metrics) for key in self._metric_keys.values()})
 
-    def encode(self, batch: PreferenceBatch, draws: PairDraws) -> EncodedPairs:
-        """Encode images and prompts on the module's device.
+    def encode(self, batch: PreferenceBatch, draws: PairDraws, noise_per_image: bool = False) -> EncodedPairs:
+        """Encode images and prompts on the module's device, and draw the noise.
 
         Raises:
             InputError: If the batch holds latents of another space than the backbone's.
@@ -191,19 +193,18 @@ class RewardModule(LightningModule):
                 f"[{self.model.backbone.latent_space}]; encode the images with the backbone's own VAE"
             )
         conditioning, uncond = self.model.encode_prompts(batch.prompts)
-        return EncodedPairs(images.float(), conditioning.select([*range(len(batch))] * 2), uncond)
+        noise = draws.normal("noise", images.shape[1:], noise_per_image).to(images.device)
+        return EncodedPairs(images.float(), noise, conditioning.select([*range(len(batch))] * 2), uncond)
 
-    def add_noise(self, encoded: EncodedPairs, timesteps: Tensor, draws: PairDraws) -> Tensor:
+    def add_noise(self, encoded: EncodedPairs, timesteps: Tensor) -> Tensor:
         """Noisy latents ``(2B, C, ...)`` at ``timesteps`` ``(2B,)``."""
-        noise = draws.normal("noise", encoded.latents.shape[1:], self.noise_per_image).to(encoded.latents)
-        return self.model.backbone.noise_process.add_noise(encoded.latents, noise, timesteps)
+        return self.model.backbone.noise_process.add_noise(encoded.latents, encoded.noise, timesteps)
 
     def score(
         self,
         batch: PreferenceBatch,
         encoded: EncodedPairs,
         timesteps: Tensor,
-        draws: PairDraws,
         with_cross: bool = False,
     ) -> PairScores:
         """Rewards of both images of each pair at ``timesteps`` ``(2B,)``, in one forward pass.
@@ -211,7 +212,7 @@ class RewardModule(LightningModule):
         ``with_cross`` adds the scores across the batch. Under several processes that is a collective call, which only
         training can make: batches of an evaluation need not be equally many on all ranks.
         """
-        noisy, head = self.add_noise(encoded, timesteps, draws), self.model.head
+        noisy, head = self.add_noise(encoded, timesteps), self.model.head
         cross = None
         if with_cross and not isinstance(head, EmbeddingHead):
             cross = self._every_prompt_with_every_image(noisy, timesteps, encoded)
@@ -253,9 +254,9 @@ class RewardModule(LightningModule):
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> dict[str, Any]:
         """Loss of one batch at random noise levels; ``scored`` in the result is a :class:`ScoredPairs`."""
         draws = PairDraws(batch, self.seed, self.current_epoch)
-        encoded = self.encode(batch, draws)
+        encoded = self.encode(batch, draws, self.noise_per_image)
         timesteps = draws.timesteps(self.levels, self.model.backbone.noise_process, self.timestep_per_image)
-        scores = self.score(batch, encoded, timesteps, draws, with_cross=self.loss.needs_cross_scores)
+        scores = self.score(batch, encoded, timesteps, with_cross=self.loss.needs_cross_scores)
         spans_ranks = scores.cross is None or isinstance(self.model.head, EmbeddingHead)
         loss = self.loss(gather_pair_scores(scores) if spans_ranks else scores)
         size, decided = len(batch), batch.label != 0.5
@@ -269,21 +270,21 @@ class RewardModule(LightningModule):
     def evaluation_step(self, batch: PreferenceBatch) -> ScoredPairs:
         """Scores at every evaluation level, with the draws of epoch 0."""
         draws = PairDraws(batch, self.seed, epoch=0)
-        return self._score_levels(batch, self.encode(batch, draws), draws)
+        return self._score_levels(batch, self.encode(batch, draws))
 
-    def _score_levels(self, batch: PreferenceBatch, encoded: EncodedPairs, draws: PairDraws) -> ScoredPairs:
+    def _score_levels(self, batch: PreferenceBatch, encoded: EncodedPairs) -> ScoredPairs:
         levels = []
         for timestep in self.eval_levels.values():
             timesteps = timestep.repeat(2 * len(batch))
-            levels.append(scored_pairs(batch, timesteps, self.score(batch, encoded, timesteps, draws)))
+            levels.append(scored_pairs(batch, timesteps, self.score(batch, encoded, timesteps)))
         return join_scored(levels)
 
-    def score_ensemble(self, batch: PreferenceBatch, encoded: EncodedPairs, draws: PairDraws) -> PairScores:
+    def score_ensemble(self, batch: PreferenceBatch, encoded: EncodedPairs) -> PairScores:
         """Rewards of each pair by the head's ensemble over ``ensemble_sigmas``; the sigmas hold their mean."""
         levels = []
         for timestep in self.ensemble_timesteps:
             timesteps = timestep.repeat(2 * len(batch))
-            noisy = self.add_noise(encoded, timesteps, draws)
+            noisy = self.add_noise(encoded, timesteps)
             levels.append(self.model.read(noisy, timesteps, encoded.conditioning, encoded.uncond))
         chosen, rejected = self.model.head.score_ensemble(levels).float().chunk(2)
         sigma = self.model.backbone.noise_process.sigma(self.ensemble_timesteps).mean().to(chosen.device)
@@ -296,9 +297,9 @@ class RewardModule(LightningModule):
     def _evaluate(self, batch: PreferenceBatch, stage: str) -> ScoredPairs:
         draws = PairDraws(batch, self.seed, epoch=0)
         encoded = self.encode(batch, draws)
-        scored = self._score_levels(batch, encoded, draws)
+        scored = self._score_levels(batch, encoded)
         if len(self.ensemble_timesteps):
-            self._update("ensemble", self.score_ensemble(batch, encoded, draws))
+            self._update("ensemble", self.score_ensemble(batch, encoded))
         for index, name in enumerate(self.eval_levels):
             level = scored.pair_scores(slice(index * len(batch), (index + 1) * len(batch)))
             self._update(name, level)

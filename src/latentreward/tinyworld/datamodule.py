@@ -40,7 +40,8 @@ class TinyWorldDataModule(PreferenceDataModule):
         val: PairReader
         if layout == "pickapic":
             folder = write_pickapic(Path(root), {"train": train_pairs, "validation": val_pairs}, data_seed)
-            train, val = PickAPicReader(str(folder), "train"), PickAPicReader(str(folder), "validation")
+            # There are so few captions of one shape that, each counting once, they would hardly be learned from.
+            train, val = (PickAPicReader(str(folder), split, weight="equal") for split in ("train", "validation"))
         else:
             folder = write_hpdv3(Path(root), {"train": train_pairs, "test": val_pairs}, data_seed)
             train, val = HPDv3Reader(str(folder), "train"), HPDv3Reader(str(folder), "test")
