@@ -1,7 +1,7 @@
 """How well the shipped tiny pipelines draw what captions ask for, by the pixel oracle, as a Markdown table.
 
 Usage: ``python benchmarks/tiny_pipelines.py [--prompts 256] [--seed 0] [--steps 20] [--guidance 3]``. About a minute on
-one core. The rows "prototype" are what an earlier trial of the same recipe reached with these settings.
+one core.
 """
 
 import argparse
@@ -15,8 +15,6 @@ from latentreward.tinyworld.drawing import draw_scene
 from latentreward.tinyworld.oracle import mean_verdict
 from latentreward.tinyworld.rendering import render
 from latentreward.tinyworld.sampling import PIPELINE_FOLDERS, load_pipeline, sample_pictures
-
-PROTOTYPE = {"sd_tiny": (0.839, 0.344, 0.890), "sd35_tiny": (0.848, 0.422, 0.929)}
 
 
 def print_row(name: str, align: float, all_right: float, quality: float, seconds: str = "") -> None:
@@ -47,7 +45,6 @@ def main() -> None:
         seconds = time.process_time() - start
         figures = mean_verdict(captions, list(pictures))
         print_row(name, figures["alignment"], figures["all_right"], figures["quality"], f"{seconds:.0f}")
-        print_row(f"{name}, prototype", *PROTOTYPE[name])
 
 
 if __name__ == "__main__":

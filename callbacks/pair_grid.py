@@ -74,13 +74,13 @@ class ScoredPairGrid(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the picture."""
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asks all ranks, so it stands before the condition
         if not self._cells or trainer.sanity_checking:
             return
         picture = tile(self._cells, self.columns)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_image("val/pairs", np.asarray(picture), trainer.global_step, dataformats="HWC")
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         picture.save(folder / "scored_pairs.png")
 

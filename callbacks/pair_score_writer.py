@@ -14,8 +14,9 @@ class PairScoreWriter(BasePredictionWriter):
     """Write what ``predict`` scored, one parquet file per rank: ``scores_rank0.parquet``, ….
 
     Rows are pairs × noise levels with the columns ``pair_id``, ``chosen_key``, ``rejected_key``, ``label``,
-    ``timestep``, ``sigma``, ``chosen_score``, ``rejected_score``, ``margin``. A file grows batch by batch under a
-    ``.partial`` name and gets its own when the rank is done, so a file that is there is whole.
+    ``timestep``, ``sigma``, ``chosen_score``, ``rejected_score``, ``margin``; the label of an unlabelled pair is ½, as
+    that of a tie. A file grows batch by batch under a ``.partial`` name and gets its own when the rank is done, so a
+    file that is there is whole.
 
     Args:
         output_dir: Folder of the files; None takes ``predictions/`` in the run's log folder.

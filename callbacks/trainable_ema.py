@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
+from torch.nn import Parameter
 
 from latentreward.errors import InputError
 
@@ -46,21 +47,27 @@ class TrainableEMA(Callback):
         self._raw: dict[str, Tensor] = {}
 
     @staticmethod
-    def _trained(pl_module: LightningModule) -> dict[str, Tensor]:
+    def _trained(pl_module: LightningModule) -> dict[str, Parameter]:
         return {name: parameter for name, parameter in pl_module.named_parameters() if parameter.requires_grad}
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start from the initial weights, or go on from the checkpoint's average."""
-        weights = self._trained(pl_module)
+    def _check_names(self, weights: dict[str, Parameter]) -> None:
         if self.average and self.average.keys() != weights.keys():
             raise InputError(
                 f"the checkpoint's average lacks or adds {sorted(self.average.keys() ^ weights.keys())[0]}; tuning and "
                 "head must be those it was trained with"
             )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start from the initial weights, or go on from the checkpoint's average."""
+        weights = self._trained(pl_module)
+        self._check_names(weights)
         self.average = {
             name: self.average.get(name, weight.detach()).to(weight.device, torch.float32, copy=True)
             for name, weight in weights.items()
         }
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note where a resumed run stands, which is not known before: steps of before it are averaged already."""
         self._last_step = trainer.global_step
 
     @torch.no_grad()
@@ -79,6 +86,7 @@ class TrainableEMA(Callback):
         if not self.updates or self._raw:
             return
         weights = self._trained(pl_module)
+        self._check_names(weights)
         self._raw = {name: weight.detach().clone() for name, weight in weights.items()}
         for name, weight in weights.items():
             weight.copy_(self.average[name].to(weight.device))

@@ -130,7 +130,8 @@ def test_damaged_data_is_one_line(
     settings = {"data": {**REAL_DATA, "init_args": {**REAL_DATA["init_args"], "train": reader}}}
     (tmp_path / "data.yaml").write_text(json.dumps(settings))
     files = (CONFIGS / "model" / "lrm_tiny.yaml", tmp_path / "data.yaml", CONFIGS / "trainer" / "cpu.yaml")
-    check_one_line([*(f"--config={path}" for path in files), "--trainer.logger=false"], words, capsys)
+    output = ("--trainer.logger=false", f"--trainer.default_root_dir={tmp_path}")
+    check_one_line([*(f"--config={path}" for path in files), *output], words, capsys)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +148,7 @@ def test_damaged_data_is_one_line(
         ("--model.eval_timesteps=[1,2000]", ["eval_timesteps", "2000", "out of range"]),
         ("--model.optimizer.lr=-1", ["learning rate", "-1"]),
         ("--model.optimizer.lr=fast", ["lr", "fast"]),
-        ("--trainer.precision=bf16-true", ["float32", "bf16-mixed"]),
+        ("--trainer.precision=bf16-true", ["precision=bf16-true", "bf16-mixed"]),
         ("--model.optimizer.lr=1e30", ["loss is", "optimiser step", "train-00000"]),
         ("--data.root=/dev/null/x", ["/dev/null/x"]),
         ("--ckpt_path=/nowhere.ckpt", ["/nowhere.ckpt"]),

@@ -1,4 +1,4 @@
-"""Reward models that score noisy latents, and alignment methods that use them."""
+"""Reward models that score noisy latents."""
 
 from pathlib import Path
 

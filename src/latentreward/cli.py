@@ -70,7 +70,7 @@ def _dispatch(arguments: list[str]) -> None:
         lines = (f"  {name:{width}}  {summary}" for name, (_, summary) in COMMANDS.items())
         print(HELP.format(commands="\n".join(lines)), end="")
         return
-    if "--version" in arguments[:1]:
+    if "--version" in arguments:
         print(f"latentreward {__version__}")
         return
     if not arguments or arguments[0] not in COMMANDS:

@@ -1,4 +1,4 @@
-"""Frozen records that cross rooms: pair, batch, conditioning, features, scores.
+"""Frozen records that pass between the subpackages: pair, batch, conditioning, features, scores.
 
 Data flows one way: ``PreferencePair`` (readers) → ``PreferenceBatch`` (collate) → latents, noise and ``Conditioning``
 (encoders) → ``Features`` (backbone) → scores (head) → ``PairScores`` → loss.
@@ -56,7 +56,7 @@ class ImageRef:
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """One comparison of two images for a prompt, with the sides in the order of the source file.
+    """One comparison of two images for a prompt, with the sides in the order its reader gives them.
 
     Attributes:
         pair_id: Stable name of the comparison, unique in its source; every random draw of the pair is seeded with it.
@@ -103,7 +103,7 @@ class PreferencePair:
 
 @dataclass(frozen=True)
 class LatentSpace:
-    """What tells one VAE's latents from another's; equal spaces can share latents, rewards and policies.
+    """What tells one VAE's latents from another's; equal spaces can share latents and rewards.
 
     Read from the VAE's config alone, so two spaces are compared before any weight is loaded.
 

@@ -11,7 +11,8 @@ class InputError(ValueError):
     """Bad input: a setting, a file or a column that the user can change.
 
     Raise it with one line that names the field, the value and the remedy. The command line prints that line and exits
-    with status 2; any other exception counts as a bug and keeps its traceback.
+    with status 2, as it does for an OSError and for what constructors say against a setting; any other exception counts
+    as a bug and keeps its traceback.
     """
 
 

@@ -1,4 +1,4 @@
-"""Room 4: noisy latents → features.
+"""Noisy latents → features.
 
 Each factory is usable from YAML by its name alone: ``sd15``, ``sd21``, ``sdxl``, ``sd_tiny``, ``sd3_medium``,
 ``sd35_medium``, ``sd35_tiny``.

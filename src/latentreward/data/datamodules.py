@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
 from latentreward.data.collate import collate_pairs
@@ -86,8 +87,9 @@ class PreferenceDataModule(LightningDataModule):
         return self._loader("train", shuffle=self.shuffle)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """Batches of ``val``, each pair once over all ranks; none without ``val``."""
-        return self._loader("val") if "val" in self.datasets else []
+        """Batches of ``val``, each pair once over all ranks; in training, none without ``val``."""
+        validating = self.trainer is not None and self.trainer.state.fn == TrainerFn.VALIDATING
+        return self._loader("val") if validating or "val" in self.datasets else []
 
     def test_dataloader(self) -> DataLoader[Any]:
         """Batches of ``test``, each pair once over all ranks."""

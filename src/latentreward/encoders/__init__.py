@@ -1,4 +1,4 @@
-"""Room 2: pixels and words → latents and embeddings.
+"""Pixels and words → latents and embeddings.
 
 Import from the modules (``latentreward.encoders.vae`` …): they load diffusers and transformers, which takes seconds.
 """

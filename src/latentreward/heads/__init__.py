@@ -1,4 +1,4 @@
-"""Room 5: features → a score."""
+"""Features → a score."""
 
 from latentreward.heads.base import EmbeddingHead, RewardHead
 from latentreward.heads.clip_projection import CLIPProjectionHead

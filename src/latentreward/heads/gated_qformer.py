@@ -212,7 +212,8 @@ class GatedQFormerHead(RewardHead):
         queries = self.attn1(queries, visual, text)
         queries = self.attn2(queries, visual)
         queries = queries + self.ff(self.norm_ff(queries))
-        score = self.head(queries).mean(dim=1)
+        with torch.autocast(queries.device.type, enabled=False):  # bfloat16 scores would tie from about 1 / 100 apart
+            score = self.head(queries.to(self.head.weight.dtype)).mean(dim=1)
         return score if self.logistic is None else self.logistic(score)
 
     def forward(self, features: Features) -> Tensor:

@@ -175,6 +175,18 @@ class RewardModule(LightningModule):
         self._metric_keys = {name: name.replace(".", "_") for name in names}
         self.metrics = nn.ModuleDict({key: LevelMetrics(equal_scores, metrics) for key in self._metric_keys.values()})
 
+    def setup(self, stage: str) -> None:
+        """Refuse a precision under which small updates of the weights would be lost.
+
+        Raises:
+            InputError: If it is not 32-true, 16-mixed or bf16-mixed.
+        """
+        if self.trainer.precision not in ("32-true", "16-mixed", "bf16-mixed"):
+            raise InputError(
+                f"trainer.precision={self.trainer.precision}: what trains must be float32; use bf16-mixed (with "
+                "frozen_dtype: bfloat16 for the frozen weights), 16-mixed or 32-true"
+            )
+
     def encode(self, batch: PreferenceBatch, draws: PairDraws, noise_per_image: bool = False) -> EncodedPairs:
         """Encode images and prompts on the module's device, and draw the noise.
 
@@ -252,7 +264,10 @@ class RewardModule(LightningModule):
         return CrossScores(*torch.stack(rows).chunk(2, dim=1))
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> dict[str, Any]:
-        """Loss of one batch at random noise levels; ``scored`` in the result is a :class:`ScoredPairs`."""
+        """Loss of one batch at random noise levels; ``scored`` in the result is a :class:`ScoredPairs`.
+
+        Logged accuracy and margin are those of this rank's batch.
+        """
         draws = PairDraws(batch, self.seed, self.current_epoch)
         encoded = self.encode(batch, draws, self.noise_per_image)
         timesteps = draws.timesteps(self.levels, self.model.backbone.noise_process, self.timestep_per_image)
@@ -338,11 +353,6 @@ class RewardModule(LightningModule):
     def configure_optimizers(self) -> Any:
         """One optimiser over what trains; its schedule steps with it."""
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        if any(parameter.dtype != torch.float32 for parameter in trained):
-            raise InputError(
-                "what trains must be float32, small updates are lost otherwise; set trainer.precision to bf16-mixed "
-                "(with frozen_dtype: bfloat16 for the frozen weights) instead of bf16-true"
-            )
         groups = [
             {"params": [parameter for parameter in trained if parameter.ndim > 1]},
             {"params": [parameter for parameter in trained if parameter.ndim <= 1], "weight_decay": 0.0},

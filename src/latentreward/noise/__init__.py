@@ -1,4 +1,4 @@
-"""Room 3: latents → noisy latents."""
+"""Latents → noisy latents."""
 
 from latentreward.errors import InputError
 from latentreward.noise.base import NoiseProcess

@@ -39,14 +39,3 @@ class DDPM(NoiseProcess):
         alpha_bar = self.alphas_cumprod[len(self.timesteps) - 1 - self._index(timesteps)]
         signal, spread = per_sample(alpha_bar.sqrt(), latents), per_sample((1.0 - alpha_bar).sqrt(), latents)
         return signal.to(latents.dtype) * latents + spread.to(latents.dtype) * noise
-
-    def original(self, noisy_latents: Tensor, prediction: Tensor, timesteps: Tensor) -> Tensor:
-        """Clean latents that the network's ``prediction`` implies, shape of ``noisy_latents``."""
-        alpha_bar = self.alphas_cumprod[len(self.timesteps) - 1 - self._index(timesteps)]
-        signal, spread = (
-            per_sample(alpha_bar.sqrt(), noisy_latents),
-            per_sample((1.0 - alpha_bar).sqrt(), noisy_latents),
-        )
-        if self.prediction_type == "v_prediction":
-            return signal * noisy_latents - spread * prediction
-        return (noisy_latents - spread * prediction) / signal
