@@ -88,8 +88,11 @@ class PreferenceDataModule(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """Batches of ``val``, each pair once over all ranks; in training, none without ``val``."""
-        validating = self.trainer is not None and self.trainer.state.fn == TrainerFn.VALIDATING
-        return self._loader("val") if validating or "val" in self.datasets else []
+        if "val" in self.datasets:
+            return self._loader("val")
+        if self.trainer is not None and self.trainer.state.fn == TrainerFn.VALIDATING:
+            raise InputError("data.val is not set, so there is nothing to validate on; give it a reader")
+        return []
 
     def test_dataloader(self) -> DataLoader[Any]:
         """Batches of ``test``, each pair once over all ranks."""
