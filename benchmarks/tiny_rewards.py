@@ -113,11 +113,9 @@ def run(experiment: Experiment, seed: int, output: Path) -> list[float]:
         (folder / "trained").touch()
     generated = ("--config", str(output / "generated.yaml"))
     for name, pairs in (("DRAWN", drawn), ("GEN", generated)):
-        latentreward(
-            log,
-            *("predict", model, *pairs, *common, f"--ckpt_path={folder / 'reward.ckpt'}"),
-            *(f"--predictions.output_dir={folder / name}", "--predictions.overwrite=true"),
-        )
+        if not (folder / name / "scores_rank0.parquet").is_file():
+            checkpoint, scores = f"--ckpt_path={folder / 'reward.ckpt'}", f"--predictions.output_dir={folder / name}"
+            latentreward(log, "predict", model, *pairs, *common, checkpoint, scores)
     oracles = {"DRAWN": data / experiment.layout, "GEN": data / "generated"}
     values = [
         accuracy(folder / name / "scores_rank0.parquet", oracles[name] / "oracle.parquet", column, level)
