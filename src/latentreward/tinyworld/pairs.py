@@ -108,9 +108,9 @@ def generate_pairs(
 ) -> list[Pair]:
     """Make pairs from pictures that the tiny pipelines sample for held-out captions, labelled by the judge.
 
-    Each caption gets four pictures: two of each pipeline, at guidance 1.5 and 3. The shipped pipelines hardly ever paint
-    something else than they are asked for, so at guidance 1.5 half of the pictures are asked for with one word changed.
-    Any two whose utilities are more than ``GENERATED_GAP`` apart make a pair, on sides drawn at random.
+    Each caption gets four pictures: two of each pipeline, at guidance 1.5 and 3. The shipped pipelines hardly ever
+    paint something else than they are asked for, so at guidance 1.5 half of the pictures are asked for with one word
+    changed. Any two whose utilities are more than ``GENERATED_GAP`` apart make a pair, on sides drawn at random.
 
     Args:
         number: How many pairs; about four come from each caption.
