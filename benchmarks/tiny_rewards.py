@@ -46,7 +46,7 @@ EXPERIMENTS = (
         "DiNa-LRM, random backbone",
         "dina_lrm_tiny",
         "hpdv3",
-        ("--model.backbone.pretrained=false", "--model.backbone.tuning=full"),
+        ("--config={model: {init_args: {backbone: {init_args: {pretrained: false, tuning: full, lora: null}}}}}",),
         DINA,
     ),
     Experiment("DiNa head on U-Net", "dina_lrm_unet_tiny", "hpdv3", (), DINA),
