@@ -87,6 +87,16 @@ def test_full_size_configs_parse(
     assert "class_path: latentreward.backbones." in capsys.readouterr().out
 
 
+def test_null_of_a_nested_setting_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--model.backbone.lora=null", "--model.backbone.tuning=full", "--print_config"]
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", f"--config={CONFIGS}/model/dina_lrm_tiny.yaml", *options])
+    assert stop.value.code in (0, None)
+    printed = capsys.readouterr().out
+    assert "lora: null" in printed
+    assert "tuning: full" in printed
+
+
 def damaged_pickapic(root: Path, target: Path, change: str) -> Path:
     """A copy of tiny pairs whose training file has one fault."""
     (target / "data").mkdir(parents=True)

@@ -74,6 +74,9 @@ def rewrite_arguments(command: str, arguments: Sequence[str], short_names: Mappi
     while arguments:
         argument = ABSOLUTE.sub(rf"${{setting:{command}.\1}}", arguments.pop(0))
         option, equals, value = argument.partition("=")
+        if value == "null" and re.fullmatch(r"--(model|data)(\.(?!init_args)\w+){2,}", option):
+            rewritten.append(f"--config={_nested_null(option.removeprefix('--').split('.'))}")
+            continue
         if not re.fullmatch(r"--(trainer(\.callbacks)?|(.+\.)?backbone(\.class_path)?)", option):
             rewritten.append(argument)
             continue
@@ -85,6 +88,12 @@ def rewrite_arguments(command: str, arguments: Sequence[str], short_names: Mappi
             option += "+"
         rewritten.append(option + equals + short_names.get(value, value))
     return rewritten
+
+
+def _nested_null(names: Sequence[str]) -> str:
+    """YAML that sets an argument of a class inside a class to null; as an option, jsonargparse takes it for a name."""
+    first, *rest = names
+    return f"{{{first}: {{init_args: {_nested_null(rest)}}}}}" if rest else f"{{{first}: null}}"
 
 
 def find_config(name: str) -> str:
