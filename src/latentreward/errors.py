@@ -41,3 +41,9 @@ def one_line(error: BaseException) -> str:
     if re.match(r"Caught \w+ in DataLoader worker", text):  # torch puts the worker's traceback before it
         text = text.rstrip().splitlines()[-1].partition(": ")[2]
     return " ".join(text.split()) or type(error).__name__
+
+
+def first_line(error: BaseException) -> str:
+    """First line of an error's message, or its type where it has none."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

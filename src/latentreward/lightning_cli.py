@@ -24,7 +24,7 @@ from typing_extensions import override
 from latentreward.backbones.registry import backbone_names
 from latentreward.callbacks import NaNGuard, PairScoreWriter
 from latentreward.config_files import find_config, rewrite_arguments, rewrite_settings
-from latentreward.errors import InputError
+from latentreward.errors import InputError, first_line
 from latentreward.parser_errors import ROOMS, summarise, unknown_setting_hint
 
 MODE = "omegaconf+"
@@ -160,10 +160,9 @@ def check_checkpoint(path: str | None) -> None:
     try:
         torch.load(path, map_location="meta", weights_only=True, mmap=True)
     except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"ckpt_path: {path} is damaged, or holds more than tensors and plain values and could run code ({reason}); "
-            "give a checkpoint that this program wrote"
+            f"ckpt_path: {path} is damaged, or holds more than tensors and plain values and could run code "
+            f"({first_line(error)}); give a checkpoint that this program wrote"
         ) from error
 
 

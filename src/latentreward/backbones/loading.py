@@ -15,7 +15,7 @@ from torch import nn
 
 from latentreward.backbones.tuning import LoRA, StorageDtype, Tuning, store_frozen, tune
 from latentreward.contracts import LatentSpace
-from latentreward.errors import InputError
+from latentreward.errors import InputError, first_line
 from latentreward.noise import NoiseProcess, process_from_scheduler
 
 if TYPE_CHECKING:
@@ -287,12 +287,6 @@ def check_channels(source: str, network: str, config: Mapping[str, Any], space: 
             f"source={source!r}: the {network} takes {config['in_channels']} channels, but the VAE makes latents of "
             f"[{space}]; give a text-to-image pipeline whose parts belong together"
         )
-
-
-def first_line(error: Exception) -> str:
-    """First line of an error's message, or its type where it has none."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
 
 
 def finish(

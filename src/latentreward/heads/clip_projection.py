@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from latentreward.contracts import Features, FeatureSpec
-from latentreward.errors import InputError
+from latentreward.errors import InputError, first_line
 from latentreward.heads.base import EmbeddingHead
 
 MultiScale = Literal["plain", "single", "enhanced"]
@@ -140,7 +140,7 @@ def clip_text_projection(source: str) -> Tensor:
             source, use_safetensors=True, torch_dtype=torch.float32, output_loading_info=True
         )
     except (OSError, ValueError) as error:
-        raise InputError(f"text_projection_source={source!r}: {str(error).strip().splitlines()[0]}") from error
+        raise InputError(f"text_projection_source={source!r}: {first_line(error)}") from error
     if "text_projection.weight" in report["missing_keys"]:
         raise InputError(f"text_projection_source={source!r} holds no text_projection.weight; give a whole CLIP model")
     return model.text_projection.weight.detach().clone()

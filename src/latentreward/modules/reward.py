@@ -284,8 +284,11 @@ class RewardModule(LightningModule):
 
     def evaluation_step(self, batch: PreferenceBatch) -> ScoredPairs:
         """Scores at every evaluation level, with the draws of epoch 0."""
-        draws = PairDraws(batch, self.seed, epoch=0)
-        return self._score_levels(batch, self.encode(batch, draws))
+        return self._score_levels(batch, self._encode_as_ever(batch))
+
+    def _encode_as_ever(self, batch: PreferenceBatch) -> EncodedPairs:
+        """Encode with the draws of epoch 0, so that evaluation never changes."""
+        return self.encode(batch, PairDraws(batch, self.seed, epoch=0))
 
     def _score_levels(self, batch: PreferenceBatch, encoded: EncodedPairs) -> ScoredPairs:
         levels = []
@@ -310,8 +313,7 @@ class RewardModule(LightningModule):
         self.metrics[self._metric_keys[name]].update(scores, self.loss.win_probability(scores))
 
     def _evaluate(self, batch: PreferenceBatch, stage: str) -> ScoredPairs:
-        draws = PairDraws(batch, self.seed, epoch=0)
-        encoded = self.encode(batch, draws)
+        encoded = self._encode_as_ever(batch)
         scored = self._score_levels(batch, encoded)
         if len(self.ensemble_timesteps):
             self._update("ensemble", self.score_ensemble(batch, encoded))

@@ -10,10 +10,10 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from latentreward.backbones import SD3DiTBackbone, SDUNetBackbone
-from latentreward.backbones.loading import PipelineSource, first_line, load_weights
+from latentreward.backbones.loading import PipelineSource, load_weights
 from latentreward.backbones.sd_unet import unet_family
 from latentreward.contracts import LatentSpace
-from latentreward.errors import InputError
+from latentreward.errors import InputError, first_line
 from latentreward.heads import CLIPProjectionHead, GatedQFormerHead
 from latentreward.heads.clip_projection import MultiScale
 from latentreward.noise import DDPM
