@@ -4,10 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 from latentreward.data.collate import collate_pairs
 from latentreward.data.dataset import LoadedPair, PairDataset, SkippedPair
-from latentreward.data.hpdv3 import HPDv3Reader
 from latentreward.data.images import ImageError, PixelLoader, decode_image
-from latentreward.data.pickapic import PickAPicReader
-from latentreward.data.readers import PairReader
+from latentreward.data.readers import HPDv3Reader, PairReader, PickAPicReader
 from latentreward.data.sampling import PairSampler
 from latentreward.data.splits import normalise_prompt, select_rows
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from latentreward.contracts import ImageRef, PreferencePair
-from latentreward.data.parquet_store import (
+from latentreward.data.readers.parquet_store import (
     ArrowColumns,
     ParquetPart,
     RowGroupColumns,
@@ -18,7 +18,7 @@ from latentreward.data.parquet_store import (
     missing_parts,
     open_part,
 )
-from latentreward.data.readers import OnError, PairReader
+from latentreward.data.readers.base import OnError, PairReader
 from latentreward.errors import InputError
 
 logger = logging.getLogger(__name__)

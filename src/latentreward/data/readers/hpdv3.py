@@ -13,7 +13,7 @@ import torch
 
 from latentreward.contracts import ImageRef, PreferencePair
 from latentreward.data.images import NO_IMAGE, OUTSIDE
-from latentreward.data.readers import OnError, PairReader
+from latentreward.data.readers.base import OnError, PairReader
 from latentreward.errors import InputError
 from latentreward.seeding import pair_generator
 

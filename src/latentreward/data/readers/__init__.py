@@ -1,0 +1,7 @@
+"""Sources of preference pairs: one module per published format, all behind :class:`PairReader`."""
+
+from latentreward.data.readers.base import OnError, PairReader, count_text
+from latentreward.data.readers.hpdv3 import HPDv3Reader
+from latentreward.data.readers.pickapic import PickAPicReader
+
+__all__ = ["HPDv3Reader", "OnError", "PairReader", "PickAPicReader", "count_text"]
