@@ -60,11 +60,11 @@ def _append_callbacks(trainer: Any) -> Any:
     return {key: value for key, value in trainer.items() if key != "callbacks"} | {"callbacks+": callbacks}
 
 
-def rewrite_arguments(command: str, arguments: Sequence[str], short_names: Mapping[str, str]) -> list[str]:
+def rewrite_arguments(arguments: Sequence[str], short_names: Mapping[str, str], root: str = "") -> list[str]:
     """The same for options: ``--model.backbone sd15`` and ``--trainer.callbacks X``, with a blank or an ``=``.
 
-    Interpolations such as ``${data.root}`` become ``${setting:fit.data.root}``: jsonargparse keeps all settings under
-    the subcommand, and would take a plain name as relative to the class whose argument it is.
+    Interpolations such as ``${data.root}`` become ``${setting:fit.data.root}``: jsonargparse keeps a trainer's
+    settings under the subcommand (``root``), and would take a plain name as relative to the class whose argument it is.
 
     Raises:
         InputError: For ``--trainer FILE``, whose callbacks would replace the earlier ones.
@@ -72,7 +72,7 @@ def rewrite_arguments(command: str, arguments: Sequence[str], short_names: Mappi
     rewritten: list[str] = []
     arguments = list(arguments)
     while arguments:
-        argument = ABSOLUTE.sub(rf"${{setting:{command}.\1}}", arguments.pop(0))
+        argument = ABSOLUTE.sub(rf"${{setting:{root}\1}}", arguments.pop(0))
         option, equals, value = argument.partition("=")
         if value == "null" and re.fullmatch(r"--(model|data)(\.(?!init_args)\w+){2,}", option):
             rewritten.append(f"--config={_nested_null(option.removeprefix('--').split('.'))}")

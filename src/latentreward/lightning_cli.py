@@ -1,12 +1,13 @@
-"""The subcommands that run a Lightning trainer: fit, validate, test and predict."""
+"""Parsers of settings: for the subcommands that run a Lightning trainer, and for those that are one function."""
 
 import importlib
+import inspect
 import logging
 import pickle
 import re
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Any, NoReturn
@@ -30,6 +31,8 @@ from latentreward.parser_errors import ROOMS, summarise, unknown_setting_hint
 MODE = "omegaconf+"
 TRUSTED = ("latentreward", "torch", "lightning", "torchmetrics")
 SIGTERM_STATUS = 143
+TRAINER_COMMAND = r"^(fit|validate|test|predict)\."
+"""What Lightning's command line puts before the name of each setting."""
 
 
 class ConfigFile(ActionConfigFile):
@@ -200,7 +203,7 @@ def resolve_setting(key: str, *, _root_: DictConfig) -> Any:
     """OmegaConf resolver ``${setting:fit.data.root}``, which :func:`rewrite_arguments` writes."""
     value = OmegaConf.select(_root_, key, default=_root_)
     if value is _root_:
-        raise InputError(f"${{{key.partition('.')[2]}}} is not set")
+        raise InputError(f"${{{re.sub(TRAINER_COMMAND, '', key)}}} is not set")
     return value
 
 
@@ -227,13 +230,8 @@ def is_no_tip(record: logging.LogRecord) -> bool:
     return "Tip:" not in record.getMessage()
 
 
-def run(command: str, arguments: Sequence[str]) -> None:
-    """Run one trainer subcommand.
-
-    Raises:
-        InputError: If a setting, or what it leads to in a constructor, is wrong.
-        SystemExit: With status 143 if the trainer was stopped by SIGTERM (Lightning itself would exit with 0).
-    """
+def prepare(arguments: Sequence[str]) -> list[str]:
+    """What every parser of settings needs beforehand; returns the arguments without ``--restrict-imports``."""
     import_rooms()
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(is_no_tip)
     # Lightning's own business with a newer torch.
@@ -244,10 +242,49 @@ def run(command: str, arguments: Sequence[str]) -> None:
     if restrictions:
         restrict_imports([name for option in restrictions for name in option.partition("=")[2].split(",") if name])
     install_loader(backbone_names())
-    settings = [argument for argument in arguments if argument not in restrictions]
+    return [argument for argument in arguments if argument not in restrictions]
+
+
+def run(command: str, arguments: Sequence[str]) -> None:
+    """Run one trainer subcommand.
+
+    Raises:
+        InputError: If a setting, or what it leads to in a constructor, is wrong.
+        SystemExit: With status 143 if the trainer was stopped by SIGTERM (Lightning itself would exit with 0).
+    """
+    settings = prepare(arguments)
     try:
-        TrainingCLI(command, rewrite_arguments(command, settings, backbone_names()))
+        TrainingCLI(command, rewrite_arguments(settings, backbone_names(), root=f"{command}."))
     except MisconfigurationException as error:
         raise InputError(str(error)) from error
     except SIGTERMException:
         sys.exit(SIGTERM_STATUS)
+
+
+def run_function(command: str, function: Callable[..., None], arguments: Sequence[str]) -> None:
+    """Run a subcommand that is a plain function: its typed arguments are the settings, its docstring their help.
+
+    Settings come from ``--config`` files and from the command line, as for :func:`run`; a leading argument that is no
+    option is the value of the function's first argument. Classes among the settings are instantiated in the order of
+    the function's arguments.
+
+    Raises:
+        InputError: If a setting, or what it leads to in a constructor, is wrong.
+    """
+    first = next(iter(inspect.signature(function).parameters))
+    settings = prepare(arguments)
+    if settings and not settings[0].startswith("-"):
+        settings[0] = f"--{first}={settings[0]}"
+    usage = f"latentreward {command} [{first.upper()}] [--config FILE ...] [--SETTING=VALUE ...]"
+    parser = Parser(usage=usage, parser_mode=MODE, allow_abbrev=False, prog="latentreward", description=None)
+    parser.add_argument("-c", "--config", action=ConfigFile, help="YAML file; may be given several times.")
+    parser.add_function_arguments(function, as_positional=False, fail_untyped=True)
+    try:
+        config = parser.parse_args(rewrite_arguments(settings, backbone_names()))
+    except OmegaConfBaseException as error:
+        raise InputError(summarise(str(error))) from error
+    try:
+        values = parser.instantiate_classes(config)
+    except (ValueError, ImportError, OSError, MisconfigurationException) as error:
+        raise InputError(input_error_behind(error) or summarise(str(error))) from error
+    function(**{name: value for name, value in vars(values).items() if name != "config"})

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from latentreward.contracts import ImageRef, PreferencePair
+from latentreward.data.readers.base import OnError, PairReader
 from latentreward.data.readers.parquet_store import (
     ArrowColumns,
     ParquetPart,
@@ -18,7 +19,6 @@ from latentreward.data.readers.parquet_store import (
     missing_parts,
     open_part,
 )
-from latentreward.data.readers.base import OnError, PairReader
 from latentreward.errors import InputError
 
 logger = logging.getLogger(__name__)
