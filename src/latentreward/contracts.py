@@ -7,7 +7,7 @@ Data flows one way: ``PreferencePair`` (readers) → ``PreferenceBatch`` (collat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -41,17 +41,21 @@ class TensorRecord:
 class ImageRef:
     """One image of a data set, not yet decoded: its bytes, or the file they lie in.
 
+    A published cache holds latents instead: then ``data`` are the bytes of an ``np.save`` file, ``(C, h, w)``, scaled.
+
     Attributes:
         image_key: Stable name of the *image* (uid, relative path or content hash), never of the pair: images recur.
         data: Encoded bytes, when the reader already holds them.
         path: File with the encoded bytes, otherwise.
         root: Folder that ``path`` must stay in, also through symbolic links, where the path comes from a data file.
+        holds: What is encoded: an image, or latents.
     """
 
     image_key: str
     data: bytes | None = None
     path: Path | None = None
     root: Path | None = None
+    holds: Literal["image", "latents"] = "image"
 
 
 @dataclass(frozen=True)
@@ -144,6 +148,8 @@ class PreferenceBatch(TensorRecord):
         label: ``(B,)`` probability that the chosen image wins, in [½, 1].
         weight: ``(B,)`` weights, not yet normalised.
         latent_space: None for pixels; the space of the latents otherwise.
+        conditioning: Encoded prompts, B rows, where they come from a cache; None has the module encode ``prompts``.
+        uncond: The encoded empty prompt, one row, likewise.
     """
 
     pair_ids: tuple[str, ...]
@@ -155,6 +161,8 @@ class PreferenceBatch(TensorRecord):
     label: Tensor
     weight: Tensor
     latent_space: LatentSpace | None = None
+    conditioning: "Conditioning | None" = None
+    uncond: "Conditioning | None" = None
 
     def __len__(self) -> int:
         """Number of pairs."""

@@ -3,6 +3,8 @@
 import stat
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -95,13 +97,30 @@ def decode_image(image: ImageRef, max_pixels: int = MAX_PIXELS) -> Image.Image:
     Raises:
         ImageError: If there are no bytes, no such file, or the bytes are no whole image of a known format.
     """
+    with _opened(image, max_pixels) as opened:
+        return _to_rgb(opened)
+
+
+def image_size(image: ImageRef, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """(height, width) in pixels from the header alone; whether the rest can be decoded remains to be seen.
+
+    Raises:
+        ImageError: As :func:`decode_image`, for what the header shows.
+    """
+    with _opened(image, max_pixels) as opened:
+        return opened.height, opened.width
+
+
+@contextmanager
+def _opened(image: ImageRef, max_pixels: int) -> Iterator[Image.Image]:
+    """The image with its header read and its size checked; what Pillow raises inside becomes an ImageError."""
     source = _open_source(image)
     try:
         with Image.open(source, formats=FORMATS) as opened:
             width, height = opened.size
             if width * height > max_pixels:
                 raise _error(image, TOO_LARGE, f"{width}×{height} exceeds max_pixels={max_pixels}")
-            return _to_rgb(opened)
+            yield opened
     except ImageError:
         raise
     except UnidentifiedImageError as error:

@@ -204,7 +204,9 @@ class RewardModule(LightningModule):
                 f"the data holds latents of the space [{batch.latent_space}], but the backbone takes "
                 f"[{self.model.backbone.latent_space}]; encode the images with the backbone's own VAE"
             )
-        conditioning, uncond = self.model.encode_prompts(batch.prompts)
+        conditioning, uncond = batch.conditioning, batch.uncond
+        if conditioning is None:
+            conditioning, uncond = self.model.encode_prompts(batch.prompts)
         noise = draws.normal("noise", images.shape[1:], noise_per_image).to(images.device)
         return EncodedPairs(images.float(), noise, conditioning.select([*range(len(batch))] * 2), uncond)
 
