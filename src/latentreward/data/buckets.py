@@ -1,0 +1,117 @@
+"""Aspect buckets: the few image sizes that stand for all others, so that a batch has one shape."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from latentreward.errors import InputError
+
+MIN_PIXELS = 256 * 256
+ASPECT_TOLERANCE = 0.03
+PIXELS_AT_BASE = 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """One size, in pixels.
+
+    Attributes:
+        height: Pixels, positive.
+        width: Pixels, positive.
+    """
+
+    height: int
+    width: int
+
+    @property
+    def area(self) -> int:
+        """Pixels."""
+        return self.height * self.width
+
+    @property
+    def log_aspect(self) -> float:
+        """Natural logarithm of width / height."""
+        return math.log(self.width / self.height)
+
+    def __str__(self) -> str:
+        """Height × width, as in ``1248x832``."""
+        return f"{self.height}x{self.width}"
+
+
+def sort_buckets(sizes: Sequence[tuple[int, int]]) -> tuple[Bucket, ...]:
+    """Buckets by ascending area; of equal areas, the one given first stands first.
+
+    Args:
+        sizes: (height, width) of each bucket, in pixels.
+
+    Raises:
+        InputError: If there is none, one is not positive, or one occurs twice.
+    """
+    if not sizes:
+        raise InputError("buckets: none given; give at least one [height, width]")
+    for number, (height, width) in enumerate(sizes):
+        if height < 1 or width < 1:
+            raise InputError(f"buckets: [{height}, {width}] is no size; give positive pixels as [height, width]")
+        if (height, width) in [tuple(size) for size in sizes[:number]]:
+            raise InputError(f"buckets: [{height}, {width}] is given twice; leave one out")
+    return tuple(sorted((Bucket(height, width) for height, width in sizes), key=lambda bucket: bucket.area))
+
+
+PUBLISHED_BUCKETS = sort_buckets(
+    [
+        (256, 256),
+        (512, 512),
+        (1024, 1024),
+        (1248, 832),
+        (1344, 896),
+        (832, 1248),
+        (896, 1344),
+        (1024, 768),
+        (768, 1024),
+        (1472, 832),
+        (832, 1472),
+        (1152, 832),
+        (832, 1152),
+    ]
+)
+"""The buckets of the released diffusion-rm cache (DiNa-LRM, arXiv:2602.11146)."""
+
+
+def assign_bucket(
+    height: int,
+    width: int,
+    buckets: Sequence[Bucket] = PUBLISHED_BUCKETS,
+    tolerance: float = ASPECT_TOLERANCE,
+    min_pixels: int = MIN_PIXELS,
+) -> Bucket | None:
+    """The bucket that an image is resized to: of those with its aspect ratio, the one nearest in log area.
+
+    Args:
+        height: Pixels of the image.
+        width: Pixels of the image.
+        buckets: Candidates, ascending by area; of two equally near ones the first is taken.
+        tolerance: Largest difference of the log aspect ratios.
+        min_pixels: Smaller images have no bucket.
+
+    Returns:
+        None if no bucket has the aspect ratio, or the image is too small.
+    """
+    if min(height, width) < 1 or height * width < min_pixels:
+        return None
+    log_aspect, log_area = math.log(width / height), math.log(height * width)
+    fitting = [bucket for bucket in buckets if abs(log_aspect - bucket.log_aspect) <= tolerance]
+    return min(fitting, key=lambda bucket: abs(log_area - math.log(bucket.area)), default=None)
+
+
+def dynamic_batch_size(bucket: Bucket, base: int, pixels: int = PIXELS_AT_BASE) -> int:
+    """Pairs per batch that keep the pixels of a batch about equal over the buckets, as the released code counts them.
+
+    ``max(1, floor(pixels / area) · base)``: small buckets get a whole multiple of ``base``, buckets above ``pixels``
+    get 1, whatever ``base`` is.
+
+    Args:
+        bucket: Size of the batch's images.
+        base: Pairs per batch for images of ``pixels``.
+        pixels: Area for which ``base`` is meant.
+    """
+    return max(1, pixels // bucket.area * base)
