@@ -50,7 +50,7 @@ def rows(batch: PreferenceBatch, index: Sequence[int]) -> PreferenceBatch:
     columns = {
         name: value[list(index)] if isinstance(value, Tensor) else tuple(value[i] for i in index)
         for name, value in vars(batch).items()
-        if name != "latent_space"
+        if isinstance(value, Tensor | tuple)
     }
     return replace(batch, **columns)
 
