@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "losses": BASE,
     "metrics": BASE,
     "backbones": BASE | {"noise", "encoders"},
+    "cache": BASE | {"encoders", "data", "backbones"},
     "scoring": BASE | {"noise", "encoders", "backbones", "heads", "losses", "metrics"},
     "modules": BASE | {"noise", "encoders", "backbones", "heads", "losses", "metrics", "scoring", "data"},
     "callbacks": BASE | {"noise", "encoders", "backbones", "heads", "losses", "metrics", "scoring", "data", "modules"},
