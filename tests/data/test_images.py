@@ -11,6 +11,8 @@ from PIL import Image
 
 from latentreward.contracts import ImageRef
 from latentreward.data import ImageError, PixelLoader, decode_image
+from latentreward.data.images import image_size
+from latentreward.errors import InputError
 
 
 def encode(array: np.ndarray, fmt: str = "PNG", mode: str | None = None, **options) -> ImageRef:
@@ -176,3 +178,9 @@ def test_own_size_is_not_resampled() -> None:
     for resize in ("stretch", "center_crop"):
         pixels = PixelLoader(48, 40, resize)(encode(NOISE))
         torch.testing.assert_close(pixels, torch.from_numpy(NOISE).permute(2, 0, 1) / 127.5 - 1)
+
+
+@pytest.mark.parametrize("read", [decode_image, image_size])
+def test_latents_are_no_image(read) -> None:
+    with pytest.raises(InputError, match=r"image 'a' holds latents.*latentreward cache"):
+        read(ImageRef("a", b"\x93NUMPY", holds="latents"))

@@ -13,8 +13,14 @@ from torch.utils.data import Dataset
 from latentreward.contracts import PreferencePair
 from latentreward.data.images import IMAGE_PROBLEMS, ImageError, PixelLoader
 from latentreward.data.readers import PairReader
+from latentreward.errors import InputError
 
 logger = logging.getLogger(__name__)
+
+REMEDY = {
+    "latents": "import them with `latentreward cache` and train on the cache",
+    "nothing": "give a copy of the data set that has images",
+}
 
 
 @dataclass(frozen=True)
@@ -52,9 +58,16 @@ class PairDataset(Dataset[LoadedPair | SkippedPair]):
         reader: Where pairs come from; its ``on_error`` also rules over images that cannot be read.
         loader: Decodes and resizes one image.
         rows: Row numbers of the reader to offer; all by default.
+
+    Raises:
+        InputError: If the reader has no images.
     """
 
     def __init__(self, reader: PairReader, loader: PixelLoader, rows: Sequence[int] | np.ndarray | None = None) -> None:
+        if reader.holds != "images":
+            raise InputError(
+                f"{type(reader).__name__}: its rows hold {reader.holds}, no images; {REMEDY[reader.holds]}"
+            )
         self.reader, self.loader = reader, loader
         self.rows = np.arange(len(reader)) if rows is None else np.asarray(rows)
         # 0 or 1 + number of the problem, per row; in shared memory, since images are decoded in worker processes

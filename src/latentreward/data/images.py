@@ -96,6 +96,7 @@ def decode_image(image: ImageRef, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
     Raises:
         ImageError: If there are no bytes, no such file, or the bytes are no whole image of a known format.
+        InputError: If it holds latents.
     """
     with _opened(image, max_pixels) as opened:
         return _to_rgb(opened)
@@ -141,6 +142,8 @@ def resolve_inside(root: Path, path: Path) -> Path | None:
 
 
 def _open_source(image: ImageRef) -> BytesIO | Path:
+    if image.holds == "latents":
+        raise InputError(f"image {image.image_key!r} holds latents, no image; import them with `latentreward cache`")
     if image.data is not None:
         if not image.data:
             raise _error(image, EMPTY, "0 bytes")

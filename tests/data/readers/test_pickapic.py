@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from latentreward.data import PickAPicReader
+from latentreward.data import PairDataset, PickAPicReader, PixelLoader
 from latentreward.errors import InputError
 
 NAME = "train-00000-of-00001-0123456789abcdef.parquet"
@@ -230,3 +230,23 @@ def test_large_row_groups_are_pointed_out(write_pickapic, pickapic_rows, monkeyp
     monkeypatch.setattr("latentreward.data.readers.pickapic.LARGE_ROW_GROUP", 100)
     PickAPicReader(write_pickapic([pickapic_rows(0)]), "train")
     assert "set memory_map to true" in caplog.text
+
+
+def test_copy_without_images_is_read_on_demand(write_pickapic, pickapic_rows) -> None:
+    rows = [pickapic_rows(0), pickapic_rows(1, image_0_uid=None)]
+    source = write_pickapic(rows, drop=("jpg_0", "jpg_1"))
+    with pytest.raises(InputError, match=r"copy without images.*set images to none"):
+        PickAPicReader(source, "train")
+    reader = PickAPicReader(source, "train", images="none")
+    assert reader.prompts() == ["prompt 0", "prompt 1"]
+    assert reader.labels().tolist() == [0.0, 1.0]
+    assert (reader[0].image_a.image_key, reader[1].image_a.image_key) == ("image-0-0", "")
+    assert (reader[0].image_a.data, reader[0].image_a.path) == (None, None)
+    with pytest.raises(InputError, match="PickAPicReader: its rows hold nothing, no images; give a copy"):
+        PairDataset(reader, PixelLoader(8, 8))
+
+
+def test_images_can_be_left_aside(write_pickapic, pickapic_rows) -> None:
+    reader = PickAPicReader(write_pickapic([pickapic_rows(0)]), "train", images="none")
+    assert reader[0].image_a.data is None
+    assert pickle.loads(pickle.dumps(reader))[0] == reader[0]

@@ -1,18 +1,22 @@
 """What every source of preference pairs offers: rows by number, and what was left out of them and why."""
 
+import hashlib
 import logging
 from abc import ABC, abstractmethod
 from collections import Counter
 from typing import Literal
 
 import numpy as np
+import torch
 
 from latentreward.contracts import PreferencePair
 from latentreward.errors import InputError
+from latentreward.seeding import pair_generator
 
 logger = logging.getLogger(__name__)
 
 OnError = Literal["raise", "skip", "placeholder"]
+Contents = Literal["images", "latents", "nothing"]
 ON_ERROR_REMEDY = "correct the row, or set the reader's on_error to skip or placeholder"
 
 
@@ -28,9 +32,12 @@ class PairReader(ABC):
             read shows only when it is decoded, so its rows count in ``len`` and are left out by the data set.
 
     Attributes:
+        holds: What the references of the rows lead to; only images can be trained on directly.
         skipped: Rows left out, by reason.
         remarks: Rows kept with something set aside, such as their label, by reason.
     """
+
+    holds: Contents = "images"
 
     def __init__(self, on_error: OnError = "raise") -> None:
         self.on_error = on_error
@@ -45,13 +52,22 @@ class PairReader(ABC):
     def __getitem__(self, index: int) -> PreferencePair:
         """Row ``index``, with sides in the order of the file or as randomised by the reader."""
 
+    def labels(self) -> np.ndarray:
+        """``(len,)`` float: ``label_a`` of every row, NaN for none. Override it where no row need be fetched for it."""
+        labels = (self[index].label_a for index in range(len(self)))
+        return np.array([np.nan if label is None else label for label in labels], dtype=np.float64)
+
     def labelled(self) -> np.ndarray:
         """``(len,)`` bool: whether a row has a label. Override it where that is known without fetching rows."""
-        return np.array([self[index].label_a is not None for index in range(len(self))], dtype=bool)
+        return ~np.isnan(self.labels())
 
     def prompts(self) -> list[str]:
         """Raw prompt of every row. Override it where that is known without fetching rows."""
         return [self[index].prompt for index in range(len(self))]
+
+    def pair_ids(self) -> list[str]:
+        """``pair_id`` of every row. Override it where that is known without fetching rows."""
+        return [self[index].pair_id for index in range(len(self))]
 
     def refuse(self, pair_id: str, problem: str, reason: str, rows: int = 1) -> None:
         """Apply ``on_error`` to rows that break a rule of the format.
@@ -80,6 +96,19 @@ class PairReader(ABC):
                 count_text(self.skipped),
                 count_text(self.remarks),
             )
+
+
+def sides_exchanged(seed: int, pair_id: str) -> bool:
+    """Whether a reader whose files name the winner first exchanges the sides of a pair: for every other pair by chance.
+
+    Without that the preferred image is always a, and a model that answers "the first" is always right.
+    """
+    return bool(torch.randint(2, (), generator=pair_generator(seed, "side", 0, pair_id)))
+
+
+def content_key(data: bytes | None) -> str:
+    """Name of an image that its data set gives none: a hash of its bytes; empty where there are none to hash."""
+    return "" if data is None else hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 def count_text(counts: Counter[str]) -> str:

@@ -1,21 +1,17 @@
 """HPDv3: pairs of image files, the preferred one first, with votes and confidence, in JSON."""
 
 import json
-import math
-import os
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from latentreward.contracts import ImageRef, PreferencePair
-from latentreward.data.images import NO_IMAGE, OUTSIDE
-from latentreward.data.readers.base import OnError, PairReader
+from latentreward.data.readers.base import OnError, sides_exchanged
+from latentreward.data.readers.json_rows import JSONReader, load_rows, parse_number, parse_text
 from latentreward.errors import InputError
-from latentreward.seeding import pair_generator
 
 INDEX = pa.schema(
     {
@@ -33,10 +29,9 @@ INDEX = pa.schema(
 )
 NULL_TEXTS = ("", "null", "none", "nan")
 MAX_VOTES = 10**9
-ARRAY_REMEDY = "give the published file, one JSON list of objects"
 
 
-class HPDv3Reader(PairReader):
+class HPDv3Reader(JSONReader):
     """Rows of one JSON file of HPDv3.
 
     ``path1`` is the preferred image, as published; the votes do not override that, since the annotators behind them
@@ -77,7 +72,7 @@ class HPDv3Reader(PairReader):
         self.root, self.split = Path(root), split
         self.label, self.randomise_sides, self.seed = label, randomise_sides, seed
         self._file = self.root / f"{split}.json"
-        self._table = self._build_index(_load(self._file), min_confidence)
+        self._table = self._build_index(load_rows(self._file), min_confidence)
         if not len(self):
             raise InputError(f"split: {self._file} has no rows left; check the file and min_confidence")
         self.report(str(self._file))
@@ -101,7 +96,7 @@ class HPDv3Reader(PairReader):
             source="hpdv3",
             split=self.split,
         )
-        return pair.swapped() if self.randomise_sides and self._draw_side(pair.pair_id) else pair
+        return pair.swapped() if self.randomise_sides and sides_exchanged(self.seed, pair.pair_id) else pair
 
     def labelled(self) -> np.ndarray:
         """``(len,)`` bool: all but placeholders of refused rows."""
@@ -110,6 +105,10 @@ class HPDv3Reader(PairReader):
     def prompts(self) -> list[str]:
         """Raw prompt of every row."""
         return self._table.column("prompt").to_pylist()
+
+    def pair_ids(self) -> list[str]:
+        """File and row of every row."""
+        return [self._pair_id(row) for row in self._table.column("row").to_pylist()]
 
     def _build_index(self, rows: list[Any], min_confidence: float | None) -> pa.Table:
         columns: dict[str, list[Any]] = {name: [] for name in INDEX.names}
@@ -131,37 +130,23 @@ class HPDv3Reader(PairReader):
         if not sound and self.on_error == "skip":
             return None
         votes1, votes2 = self._remark_unreadable("choice_dist", row, _parse_votes) or (None, None)
-        texts = {name: _text(row.get(name)) for name in ("path1", "path2", "model1", "model2")}
+        texts = {name: parse_text(row.get(name)) for name in ("path1", "path2", "model1", "model2")}
         return {
             "row": number,
             "labelled": sound,
-            "prompt": _text(row.get("prompt")) or "",
+            "prompt": parse_text(row.get("prompt")) or "",
             **texts,
             "votes1": votes1,
             "votes2": votes2,
-            "confidence": self._remark_unreadable("confidence", row, _parse_number),
+            "confidence": self._remark_unreadable("confidence", row, parse_number),
         }
 
     def _check(self, number: int, row: Any) -> tuple[dict[str, Any], bool]:
         """The row with what breaks a rule taken out, and whether nothing was."""
-        if not isinstance(row, dict):
-            self.refuse(self._pair_id(number), f"the row is {_short(row)}, not an object", "row is no object")
-            return {}, False
-        prompt = row.get("prompt")
-        if prompt is None:
-            self.remarks["null prompt read as empty"] += 1
-        elif not isinstance(prompt, str):
-            self.refuse(self._pair_id(number), f"prompt is {_short(prompt)}, not text", "prompt is no text")
-            return {**row, "prompt": None}, False
-        for name in ("path1", "path2"):
-            path = row.get(name)
-            if self.on_error != "raise":
-                continue
-            if not isinstance(path, str) or not path:
-                self.refuse(self._pair_id(number), f"{name} is {_short(path)}, not a path", NO_IMAGE)
-            elif _escapes(path):
-                self.refuse(self._pair_id(number), f"{name} {_short(path)} leads out of {self.root}", OUTSIDE)
-        return row, True
+        row, sound = self.check_row(self._pair_id(number), row)
+        for name in ("path1", "path2") if sound else ():
+            self.check_path(self._pair_id(number), name, row.get(name), self.root)
+        return row, sound
 
     def _remark_unreadable(self, name: str, row: dict[str, Any], parse: Callable[[Any], Any]) -> Any:
         value = row.get(name)
@@ -183,22 +168,6 @@ class HPDv3Reader(PairReader):
     def _label(self, votes: tuple[int, int] | None) -> float:
         return votes[0] / sum(votes) if self.label == "votes" and votes and sum(votes) else 1.0
 
-    def _draw_side(self, pair_id: str) -> bool:
-        return bool(torch.randint(2, (), generator=pair_generator(self.seed, "side", 0, pair_id)))
-
-
-def _load(file: Path) -> list[Any]:
-    if not file.is_file():
-        raise InputError(f"split: no file {file}; set root to the unpacked data set, and split to a file in it")
-    try:
-        with file.open("rb") as stream:
-            rows = json.load(stream)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{file}: not JSON ({error}); {ARRAY_REMEDY}") from error
-    if not isinstance(rows, list):
-        raise InputError(f"{file}: holds {_short(rows)}; {ARRAY_REMEDY}")
-    return rows
-
 
 def _parse_votes(value: Any) -> tuple[int, int] | None:
     if isinstance(value, str):
@@ -208,33 +177,5 @@ def _parse_votes(value: Any) -> tuple[int, int] | None:
             return None
     if not isinstance(value, list) or len(value) != 2:
         return None
-    counts = [int(n) for item in value if (n := _parse_number(item)) is not None and 0 <= n <= MAX_VOTES and n % 1 == 0]
+    counts = [int(n) for item in value if (n := parse_number(item)) is not None and 0 <= n <= MAX_VOTES and n % 1 == 0]
     return (counts[0], counts[1]) if len(counts) == 2 else None
-
-
-def _parse_number(value: Any) -> float | None:
-    """A finite number, or a text that is one."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return None
-    try:
-        number = float(value)
-    except (ValueError, OverflowError):
-        return None
-    return number if math.isfinite(number) else None
-
-
-def _text(value: Any) -> str | None:
-    """The text with lone surrogates, which no tokenizer takes, replaced; None for anything else."""
-    if not isinstance(value, str):
-        return None
-    return value if value.isascii() else value.encode("utf-8", "replace").decode()
-
-
-def _escapes(path: str) -> bool:
-    """Whether a path leads out of its folder by itself, links aside."""
-    return path.startswith("/") or (".." in path and Path(os.path.normpath(path)).parts[:1] == ("..",))
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,7 +1,7 @@
 """Pick-a-Pic v1 and v2: pairs of JPEGs with the users' choices, in parquet."""
 
-import hashlib
 import logging
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from latentreward.contracts import ImageRef, PreferencePair
-from latentreward.data.readers.base import OnError, PairReader
+from latentreward.data.readers.base import OnError, PairReader, content_key
 from latentreward.data.readers.parquet_store import (
     ArrowColumns,
     ParquetPart,
@@ -39,6 +39,7 @@ COLUMNS = {
 }
 LARGE_ROW_GROUP = 64 * 2**20
 TOLERANCE = 1e-6
+WITHOUT_IMAGES = "this is the copy without images: take the one with them, or set images to none for prompts and labels"
 SCHEMA_HINT = "give the published parquet files, or write a PairReader for your own"
 
 
@@ -65,6 +66,8 @@ class PickAPicReader(PairReader):
         memory_map: Copy the images once into the cache of ``datasets`` (as large as the download), where a random
             row costs only itself. Without it a random row costs the row group it lies in: fine for groups of few
             rows, but the published files have hundreds of rows in one.
+        images: ``none`` leaves the images aside, also where the files have them: for score tables and ``latentreward
+            inspect``, and the only way to read the copy published without images. Training needs ``read``.
         on_error: See :class:`PairReader`; under ``skip`` and ``placeholder`` a split with missing parts is read
             without them.
 
@@ -81,14 +84,16 @@ class PickAPicReader(PairReader):
         drop_identical: bool = False,
         weight: Literal["per_prompt", "equal"] = "per_prompt",
         memory_map: bool = False,
+        images: Literal["read", "none"] = "read",
         on_error: OnError = "raise",
     ) -> None:
         super().__init__(on_error)
         self.weight = weight
         self.source, self.split = source, split
+        self.holds = "images" if images == "read" else "nothing"
         parts = find_parts(source, split, revision)
         self._check_parts(parts)
-        self._index, sizes, largest = _read_index(parts)
+        self._index, sizes, largest = _read_index(parts, IMAGES if images == "read" else ())
         self._names = [part.name for part in parts]
         self._starts = np.cumsum([0, *sizes])[:-1]
         labels, keep = self._judge_labels()
@@ -98,7 +103,9 @@ class PickAPicReader(PairReader):
         self._remark("null caption read as empty", _is_null(self._index["caption"])[keep])
         if not len(self):
             raise InputError(f"split: {split!r} of {source} has no rows left; check the files and drop_identical")
-        self._images = ArrowColumns(parts, IMAGES, self._starts) if memory_map else RowGroupColumns(parts, IMAGES)
+        self._images: ArrowColumns | RowGroupColumns | None = None
+        if images == "read":
+            self._images = ArrowColumns(parts, IMAGES, self._starts) if memory_map else RowGroupColumns(parts, IMAGES)
         if not memory_map and largest > LARGE_ROW_GROUP:
             logger.warning(
                 "%s %s: a random row costs its row group, %d MiB; set memory_map to true to copy the images once",
@@ -114,7 +121,7 @@ class PickAPicReader(PairReader):
     def __getitem__(self, index: int) -> PreferencePair:
         row, label = int(self._rows[index]), self._labels[index]
         part, inner = self._locate(row)
-        jpg_0, jpg_1 = self._images.read(part, inner)
+        jpg_0, jpg_1 = (None, None) if self._images is None else self._images.read(part, inner)
         examples = self._value("num_example_per_prompt", row) if self.weight == "per_prompt" else None
         return PreferencePair(
             pair_id=f"{self._names[part]}:{inner}",
@@ -129,13 +136,17 @@ class PickAPicReader(PairReader):
             split=self.split,
         )
 
-    def labelled(self) -> np.ndarray:
-        """``(len,)`` bool: whether a row has a label."""
-        return ~np.isnan(self._labels)
+    def labels(self) -> np.ndarray:
+        """``(len,)`` float: label of image 0, NaN for none."""
+        return self._labels.copy()
 
     def prompts(self) -> list[str]:
         """Raw prompt of every row."""
         return [prompt or "" for prompt in self._index["caption"].take(pa.array(self._rows)).to_pylist()]
+
+    def pair_ids(self) -> list[str]:
+        """File and row of every row."""
+        return [self._pair_id(int(row)) for row in self._rows]
 
     def _check_parts(self, parts: list[ParquetPart]) -> None:
         if missing := missing_parts(parts):
@@ -189,12 +200,12 @@ class PickAPicReader(PairReader):
         return f"{self._names[part]}:{inner}"
 
 
-def _read_index(parts: list[ParquetPart]) -> tuple[dict[str, pa.Array], list[int], int]:
+def _read_index(parts: list[ParquetPart], images: Sequence[str]) -> tuple[dict[str, pa.Array], list[int], int]:
     """All columns but the images, rows per part, and the bytes of the largest row group's images."""
     tables, sizes, largest = [], [], 0
     for part in parts:
         with open_part(part) as file:
-            _check_columns(part, file.schema_arrow)
+            _check_columns(part, file.schema_arrow, images)
             with damage_named(part):
                 table = file.read(columns=list(COLUMNS)).select(list(COLUMNS))
             tables.append(_cast(part, table))
@@ -202,18 +213,18 @@ def _read_index(parts: list[ParquetPart]) -> tuple[dict[str, pa.Array], list[int
             for number in range(file.num_row_groups):
                 group = file.metadata.row_group(number)
                 columns = [group.column(n) for n in range(group.num_columns)]
-                images = [column for column in columns if column.path_in_schema in IMAGES]
-                largest = max(largest, sum(column.total_uncompressed_size for column in images))
+                blobs = [c.total_uncompressed_size for c in columns if c.path_in_schema in images]
+                largest = max(largest, sum(blobs))
     table = pa.concat_tables(tables)
     return {name: table.column(name).combine_chunks() for name in COLUMNS}, sizes, largest
 
 
-def _check_columns(part: ParquetPart, schema: pa.Schema) -> None:
-    missing = [name for name in (*COLUMNS, *IMAGES) if name not in schema.names]
+def _check_columns(part: ParquetPart, schema: pa.Schema, images: Sequence[str]) -> None:
+    missing = [name for name in (*COLUMNS, *images) if name not in schema.names]
     if missing:
-        hint = "this is the copy without images, take the one with them" if set(missing) == set(IMAGES) else SCHEMA_HINT
+        hint = WITHOUT_IMAGES if set(missing) == set(IMAGES) else SCHEMA_HINT
         raise InputError(f"{part.path}: no column {', '.join(missing)}; {hint}")
-    for name in IMAGES:
+    for name in images:
         kind = schema.field(name).type
         if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
             raise InputError(f"{part.path}: column {name} is {kind}, not binary; {SCHEMA_HINT}")
@@ -230,7 +241,7 @@ def _cast(part: ParquetPart, table: pa.Table) -> pa.Table:
 
 
 def _image(uid: str | None, data: bytes | None) -> ImageRef:
-    return ImageRef(uid or hashlib.blake2b(data or b"", digest_size=16).hexdigest(), data)
+    return ImageRef(uid or content_key(data), data)
 
 
 def _is_null(column: pa.Array) -> np.ndarray:
