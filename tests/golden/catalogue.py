@@ -30,6 +30,7 @@ COVERED = (
     "lpo/01",
     "lpo/02",
     "lpo/03",
+    "lpo/08",
     "dina/head",
     "dina/backbone",
     "dina/loss",

@@ -1,0 +1,203 @@
+"""Scores of pairs from a file: the gap between the preferred image and the other, for a reader's rows."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
+
+from latentreward.data.readers import PairReader, count_text
+from latentreward.errors import InputError, first_line
+
+PAIR_ID = "pair_id"
+FLAG = "different_flag"
+GAP, SIDES = "_gap", ("_a", "_b")
+
+NOT_LISTED = "not in the score table"
+UNLABELLED = "unlabelled"
+CONTRADICTED = f"{FLAG} contradicts the label"
+
+
+@dataclass(frozen=True)
+class PairGaps:
+    """Score gaps of pairs: winner minus loser, and the absolute difference for ties.
+
+    Attributes:
+        decided: ``(N,)`` bool: one image won.
+        values: ``(N,)`` float64 by scorer, in that scorer's unit; NaN where a score is missing.
+        problems: ``(N,)`` bool by reason: pairs of which nothing can be said.
+    """
+
+    decided: np.ndarray
+    values: Mapping[str, np.ndarray]
+    problems: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        """Number of pairs."""
+        return len(self.decided)
+
+
+class ScoreTable:
+    """A CSV or parquet file with a row per pair, such as ``latentreward score-pairs`` writes.
+
+    For a scorer NAME it has a column ``NAME_gap`` (winner minus loser; for ties the absolute difference), or the two
+    columns ``NAME_a`` and ``NAME_b`` with the scores of a reader's image a and image b, from which gaps are made by
+    the reader's labels. ``different_flag``, if there, is 1 for a decided pair and 0 for a tie. An empty or NaN score
+    stays NaN. With a column ``pair_id`` rows are found by it; without one the table must have the reader's rows in
+    their order, as the published ``different_flag, aesthetic_gap, clipscore_gap, vqascore_gap`` file of LRM has those
+    of the training set of Pick-a-Pic v1.
+
+    Args:
+        path: File that ends in ``.csv`` or ``.parquet``.
+
+    Raises:
+        InputError: If the file is absent, no table, has no score columns, or names a pair twice.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._table = read_table(self.path)
+        names = self._table.column_names
+        gaps = [name.removesuffix(GAP) for name in names if name.endswith(GAP)]
+        first = [name.removesuffix("_a") for name in names if name.endswith("_a") and name != "label_a"]
+        sides = [name for name in first if all(self._holds_numbers(f"{name}{side}") for side in SIDES)]
+        self.scorers = tuple(dict.fromkeys([*gaps, *sides]))
+        if not self.scorers:
+            raise InputError(f"{self.path}: no column NAME_gap, nor NAME_a and NAME_b; it has {', '.join(names)}")
+        if PAIR_ID in names:
+            self._refuse_repeated_pairs()
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return self._table.num_rows
+
+    def gaps(self, reader: PairReader | None = None) -> PairGaps:
+        """Gaps for every row of ``reader``; without one, for the rows of the table itself.
+
+        A pair that the table lacks, an unlabelled one, and one whose ``different_flag`` contradicts its label (the
+        table may belong to other rows) are told by ``problems``.
+
+        Raises:
+            InputError: If the table has no ``pair_id`` and another number of rows than the reader, if no row of the
+                reader is in it, or if there is no reader and no ``different_flag`` or no gap to go by.
+        """
+        if reader is None:
+            return self._own_gaps()
+        rows, labels = self._rows_of(reader), reader.labels()
+        found = rows >= 0
+        decided, unlabelled = ~np.isnan(labels) & (labels != 0.5), np.isnan(labels)
+        problems = {NOT_LISTED: ~found, UNLABELLED: unlabelled}
+        if FLAG in self._table.column_names:
+            flag = _take(numbers(self._table, FLAG, self.path), rows)
+            problems[CONTRADICTED] = found & ~unlabelled & (flag != decided)
+        values = {name: self._gap(name, rows, labels) for name in self.scorers}
+        return PairGaps(decided, values, problems)
+
+    def _holds_numbers(self, name: str) -> bool:
+        kind = self._table.schema.field(name).type if name in self._table.column_names else pa.string()
+        return pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_null(kind)
+
+    def _own_gaps(self) -> PairGaps:
+        names = self._table.column_names
+        if FLAG not in names:
+            raise InputError(f"{self.path}: no column {FLAG}; give the reader whose labels belong to the table")
+        flag = numbers(self._table, FLAG, self.path)
+        rows = np.arange(len(self))
+        values = {name: self._gap(name, rows, None) for name in self.scorers if f"{name}{GAP}" in names}
+        return PairGaps(flag == 1, values, {UNLABELLED: ~np.isin(flag, (0, 1))})
+
+    def _gap(self, name: str, rows: np.ndarray, labels: np.ndarray | None) -> np.ndarray:
+        if f"{name}{GAP}" in self._table.column_names or labels is None:
+            return _take(numbers(self._table, f"{name}{GAP}", self.path), rows)
+        first, second = (_take(numbers(self._table, f"{name}{side}", self.path), rows) for side in SIDES)
+        return oriented_gap(first, second, labels)
+
+    def _rows_of(self, reader: PairReader) -> np.ndarray:
+        """``(len(reader),)`` row numbers of the table, -1 where a pair is not in it."""
+        if PAIR_ID not in self._table.column_names:
+            if len(reader) != len(self):
+                raise InputError(
+                    f"{self.path}: {len(self)} rows for {len(reader)} of the reader, which left out "
+                    f"{count_text(reader.skipped)}; a table without {PAIR_ID} must have the same rows: let the reader "
+                    "keep all of them (drop_identical: false, on_error: placeholder) or give the table of this split"
+                )
+            return np.arange(len(self))
+        wanted = reader.pair_ids()
+        rows = pc.index_in(pa.array(wanted, pa.string()), self._table.column(PAIR_ID).combine_chunks())
+        rows = rows.fill_null(-1).to_numpy().astype(np.int64)
+        if not (rows >= 0).any():
+            known = self._table.column(PAIR_ID)[0].as_py() if len(self) else None
+            raise InputError(
+                f"{self.path}: none of the reader's {len(wanted)} pairs is in it (the reader's first is {wanted[0]!r}, "
+                f"the table's {known!r}); give the table that was made from this data set and split"
+            )
+        return rows
+
+    def _refuse_repeated_pairs(self) -> None:
+        counts = pc.value_counts(self._table.column(PAIR_ID))
+        repeated = counts.filter(pc.greater(counts.field("counts"), 1))
+        if len(repeated):
+            raise InputError(
+                f"{self.path}: {PAIR_ID} {repeated[0]['values'].as_py()!r} stands in {repeated[0]['counts'].as_py()} "
+                f"rows ({len(repeated)} such pairs); leave one row per pair"
+            )
+
+
+def oriented_gap(first: np.ndarray, second: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Winner minus loser of scores a and b, all ``(N,)``; ``|a - b|`` for label ½ and NaN for label NaN."""
+    gap = np.where(labels > 0.5, first - second, second - first)
+    gap = np.where(labels == 0.5, np.abs(gap), gap)
+    return np.where(np.isnan(labels), np.nan, gap)
+
+
+def read_table(path: Path) -> pa.Table:
+    """A CSV or parquet file; ``pair_id`` comes as text.
+
+    Raises:
+        InputError: If there is no such file, its ending is another, it is damaged, or names a column twice.
+    """
+    if path.suffix not in (".csv", ".parquet"):
+        raise InputError(f"{path}: a table of scores ends in .csv or .parquet")
+    if not path.is_file():
+        raise InputError(f"no table of scores {path}; give the path of the file")
+    try:
+        if path.suffix == ".parquet":
+            table = pq.read_table(path)
+        else:
+            text = pa_csv.ConvertOptions(column_types={PAIR_ID: pa.string()})
+            lines = pa_csv.ParseOptions(newlines_in_values=True)
+            table = pa_csv.read_csv(path, parse_options=lines, convert_options=text)
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(
+            f"{path}: no whole {path.suffix[1:]} file ({first_line(error)}); get or make it anew"
+        ) from error
+    names = table.column_names
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise InputError(f"{path}: column {repeated[0]!r} is there twice; leave one")
+    if PAIR_ID in names:
+        table = table.set_column(names.index(PAIR_ID), PAIR_ID, table.column(PAIR_ID).cast(pa.string()))
+    return table
+
+
+def numbers(table: pa.Table, name: str, path: Path) -> np.ndarray:
+    """Column ``name`` as ``(rows,)`` float64, NaN for nulls.
+
+    Raises:
+        InputError: If there is no such column, or it holds something else than numbers.
+    """
+    if name not in table.column_names:
+        raise InputError(f"{path}: no column {name}; it has {', '.join(table.column_names)}")
+    column = table.column(name)
+    try:
+        return column.cast(pa.float64()).to_numpy().astype(np.float64)
+    except pa.ArrowException as error:
+        raise InputError(f"{path}: column {name} is {column.type}, no numbers ({first_line(error)})") from error
+
+
+def _take(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """``values[rows]``, NaN where a row is -1."""
+    return np.where(rows >= 0, values[rows], np.nan) if len(values) else np.full(len(rows), np.nan)
