@@ -37,6 +37,7 @@ COVERED = (
     "dina/noise",
     "dina/metric",
     "dina/prompt",
+    "dina/dataset",
 )
 DINA_CASES = {
     "head": ("*.json",),

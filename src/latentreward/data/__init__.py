@@ -5,27 +5,43 @@ from typing import TYPE_CHECKING, Any
 from latentreward.data.collate import collate_pairs
 from latentreward.data.dataset import LoadedPair, PairDataset, SkippedPair
 from latentreward.data.images import ImageError, PixelLoader, decode_image
-from latentreward.data.readers import HPDv3Reader, PairReader, PickAPicReader
-from latentreward.data.sampling import PairSampler
+from latentreward.data.mpcf import MPCF, FilteredReader, select_consistent
+from latentreward.data.readers import (
+    DiffusionRMReader,
+    HPDv3Reader,
+    PairReader,
+    PickAPicReader,
+    PickAPicTarReader,
+)
+from latentreward.data.sampling import PairBatchSampler, PairSampler
+from latentreward.data.score_table import PairGaps, ScoreTable
 from latentreward.data.splits import normalise_prompt, select_rows
 
 if TYPE_CHECKING:
     from latentreward.data.datamodules import PreferenceDataModule
 
 __all__ = [
+    "MPCF",
+    "DiffusionRMReader",
+    "FilteredReader",
     "HPDv3Reader",
     "ImageError",
     "LoadedPair",
+    "PairBatchSampler",
     "PairDataset",
+    "PairGaps",
     "PairReader",
     "PairSampler",
     "PickAPicReader",
+    "PickAPicTarReader",
     "PixelLoader",
     "PreferenceDataModule",
+    "ScoreTable",
     "SkippedPair",
     "collate_pairs",
     "decode_image",
     "normalise_prompt",
+    "select_consistent",
     "select_rows",
 ]
 

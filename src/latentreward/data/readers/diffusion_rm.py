@@ -1,0 +1,261 @@
+"""The released cache of DiNa-LRM ("diffusion-rm"): latents of pairs, the chosen one first, in parquet."""
+
+import ast
+import csv
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from latentreward.contracts import ImageRef, PreferencePair
+from latentreward.data.buckets import PUBLISHED_BUCKETS, Bucket, sort_buckets
+from latentreward.data.readers.base import Contents, OnError, PairReader, sides_exchanged
+from latentreward.data.readers.parquet_store import ParquetPart, RowGroupColumns, damage_named, open_part
+from latentreward.errors import InputError
+
+LATENTS = ("latent1", "latent2")
+SHAPES = ("latent1_shape", "latent2_shape")
+DETAILS = ("model1", "model2", "detailed_results")
+INDEX_COLUMNS = ("global_id", "parquet_path", "row_group", "row_index", "width", "height")
+DOWNSCALE = 8
+NOWHERE = -1
+
+
+class _Entry(NamedTuple):
+    """One row to offer: its name, and where it lies; ``part`` is ``NOWHERE`` for the placeholder of a refused one."""
+
+    pair_id: str
+    part: int
+    row: int
+
+
+class _Part(NamedTuple):
+    """What is known of a parquet file without its latents; ``starts`` are the first rows of its row groups."""
+
+    columns: tuple[str, ...]
+    starts: np.ndarray
+    prompts: list[str | None]
+    shapes: list[tuple[Any, Any]] | None
+
+
+class DiffusionRMReader(PairReader):
+    """Pairs of latents, (posterior sample − shift) · scale of the VAE of SD3, as ``np.save`` bytes.
+
+    The references hold latents, not images: training takes them through ``latentreward cache``. ``latent1`` is the
+    chosen one. A null prompt is read as an empty one. Votes and confidence are read where ``detailed_results`` has
+    them; 0 to 0 votes are what the published files write for none.
+
+    With an index, its rows are offered in its order, found by the file name of ``parquet_path``, the row group, and
+    the row inside that group; ``bucket_id`` is not used, since it depends on the writer's list of buckets. A row
+    falls under ``on_error`` if its size is no bucket, differs from the shape that the cache states, or if it points
+    to a file or row that is not there. Whether the bytes of latents are whole shows when they are decoded.
+
+    Args:
+        root: Folder with the parquet files and the index; or one parquet file, with ``index`` null.
+        index: Name of the index file in ``root``; null offers every row of every parquet file, of any size.
+        split: Name of the split.
+        buckets: (height, width) in pixels of the sizes that are accepted; the published 13 by default.
+        randomise_sides: Exchange the sides of every other row, by a draw from ``seed`` and the row's name.
+        seed: Seed of that draw.
+        on_error: See :class:`PairReader`.
+
+    Raises:
+        InputError: If there are no such files, a column is missing, no row is left, or one breaks a rule above.
+    """
+
+    holds: Contents = "latents"
+
+    def __init__(
+        self,
+        root: str,
+        index: str | None = "bucket_index.csv",
+        *,
+        split: str = "train",
+        buckets: list[tuple[int, int]] | None = None,
+        randomise_sides: bool = True,
+        seed: int = 0,
+        on_error: OnError = "raise",
+    ) -> None:
+        super().__init__(on_error)
+        self.split, self.randomise_sides, self.seed = split, randomise_sides, seed
+        files = _find_files(Path(root), index)
+        self._names = [file.name for file in files]
+        parts = [ParquetPart(file.name, file) for file in files]
+        tables = {part.name: _read_part(part) for part in parts}
+        self._buckets = set(PUBLISHED_BUCKETS if buckets is None else sort_buckets(buckets))
+        entries = list(_every_row(tables) if index is None else self._follow(Path(root) / index, tables))
+        if not entries:
+            raise InputError(f"root: {root} has no rows left; check the parquet files and the index")
+        self._ids = [entry.pair_id for entry in entries]
+        self._places = np.array([(entry.part, entry.row) for entry in entries], dtype=np.int64)
+        prompts = [tables[self._names[part]].prompts[row] if part != NOWHERE else "" for part, row in self._places]
+        if nulls := prompts.count(None):
+            self.remarks["null prompt read as empty"] += nulls
+        self._prompts = [prompt or "" for prompt in prompts]
+        stated = [name for name in DETAILS if all(name in table.columns for table in tables.values())]
+        self._columns = RowGroupColumns(parts, [*LATENTS, *stated])
+        self.report(f"{root} {index or ''}".rstrip())
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __getitem__(self, index: int) -> PreferencePair:
+        part, number = self._places[index].tolist()
+        row: dict[str, Any] = {}
+        if part != NOWHERE:
+            row = dict(zip(self._columns.columns, self._columns.read(part, number), strict=True))
+        votes, confidence = _parse_details(row.get("detailed_results"))
+        pair = PreferencePair(
+            pair_id=self._ids[index],
+            prompt=self._prompts[index],
+            image_a=self._latents(part, number, "latent1", row),
+            image_b=self._latents(part, number, "latent2", row),
+            label_a=1.0 if row else None,
+            votes=votes,
+            confidence=confidence,
+            model_a=row.get("model1"),
+            model_b=row.get("model2"),
+            source="diffusion_rm",
+            split=self.split,
+        )
+        return pair.swapped() if self.randomise_sides and sides_exchanged(self.seed, pair.pair_id) else pair
+
+    def labels(self) -> np.ndarray:
+        """``(len,)`` float: 1 where the chosen latents are a, 0 where they are b, NaN for placeholders."""
+        swapped = [self.randomise_sides and sides_exchanged(self.seed, pair_id) for pair_id in self._ids]
+        return np.where(self.labelled(), 1.0 - np.array(swapped, dtype=np.float64), np.nan)
+
+    def labelled(self) -> np.ndarray:
+        """``(len,)`` bool: all but placeholders of refused rows."""
+        return self._places[:, 0] != NOWHERE
+
+    def prompts(self) -> list[str]:
+        """Raw prompt of every row."""
+        return list(self._prompts)
+
+    def pair_ids(self) -> list[str]:
+        """Index and ``global_id``, or file and row, of every row."""
+        return list(self._ids)
+
+    def _latents(self, part: int, number: int, column: str, row: dict[str, Any]) -> ImageRef:
+        """Latents under a name of their own: the same image may be there twice, sampled anew or in another size."""
+        if not row:
+            return ImageRef("", holds="latents")
+        return ImageRef(f"{self._names[part]}:{number}:{column}", row[column], holds="latents")
+
+    def _follow(self, index: Path, tables: dict[str, _Part]) -> Iterator[_Entry]:
+        """Rows of the index that point to a row, and placeholders for others where they are wanted."""
+        seen: set[str] = set()
+        for line, row in _read_index(index):
+            name = row["global_id"]
+            pair_id = f"{index.name}:{name}" if name and name not in seen else f"{index.name}:line {line}"
+            seen.add(name)
+            place = self._locate(pair_id, row, tables)
+            if place is not None:
+                yield _Entry(pair_id, *place)
+            elif self.on_error == "placeholder":
+                yield _Entry(pair_id, NOWHERE, 0)
+
+    def _locate(self, pair_id: str, row: dict[str, str], tables: dict[str, _Part]) -> tuple[int, int] | None:
+        """Part and row there; None after a refusal."""
+        numbers = {name: _integer(row[name]) for name in INDEX_COLUMNS[2:]}
+        for name, number in numbers.items():
+            if number is None:
+                self.refuse(pair_id, f"{name} is {row[name]!r:.40}, no count", "index row not readable")
+                return None
+        group, inner, width, height = (int(number) for number in numbers.values() if number is not None)
+        file = _base_name(row["parquet_path"])
+        if file not in tables:
+            self.refuse(pair_id, f"parquet_path {file!r:.80} is not in the folder", "parquet part missing")
+            return None
+        table = tables[file]
+        if group + 1 >= len(table.starts) or inner >= table.starts[group + 1] - table.starts[group]:
+            self.refuse(pair_id, f"{file} has no row {inner} in row group {group}", "row beyond the parquet part")
+            return None
+        if Bucket(height, width) not in self._buckets:
+            self.refuse(pair_id, f"size {height}x{width} is no bucket", "size is no bucket")
+            return None
+        place = int(table.starts[group]) + inner
+        size = [height // DOWNSCALE, width // DOWNSCALE]
+        if table.shapes is not None and any(shape is None or shape[1:] != size for shape in table.shapes[place]):
+            stated = " and ".join(map(str, table.shapes[place]))
+            problem = f"size {height}x{width} against latents of {stated}"
+            self.refuse(pair_id, problem, "latents of another size than the index says")
+            return None
+        return self._names.index(file), place
+
+
+def _find_files(root: Path, index: str | None) -> list[Path]:
+    if root.is_file():
+        if index is None:
+            return [root]
+        raise InputError(f"index: {root} is one file, which has no index {index}; set index to null")
+    if index is not None and not (root / index).is_file():
+        raise InputError(f"index: no {root / index}; correct root, or set index to null to read every row")
+    if files := sorted(root.glob("*.parquet")):
+        return files
+    raise InputError(f"root: no *.parquet in {root}; set it to the folder of the cache")
+
+
+def _read_part(part: ParquetPart) -> _Part:
+    """Row groups, prompts and, where they are stated, shapes of a part."""
+    with open_part(part) as file:
+        names = tuple(file.schema_arrow.names)
+        if missing := [name for name in ("prompt", *LATENTS) if name not in names]:
+            raise InputError(f"{part.path}: no column {', '.join(missing)}; give the published cache")
+        sizes = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
+        stated = [name for name in SHAPES if name in names]
+        with damage_named(part):
+            table = file.read(columns=["prompt", *stated])
+    shapes = None
+    if len(stated) == len(SHAPES):
+        shapes = list(zip(*(table.column(name).to_pylist() for name in SHAPES), strict=True))
+    return _Part(names, np.cumsum([0, *sizes]), table.column("prompt").to_pylist(), shapes)
+
+
+def _every_row(tables: dict[str, _Part]) -> Iterator[_Entry]:
+    for number, (name, table) in enumerate(tables.items()):
+        for row in range(len(table.prompts)):
+            yield _Entry(f"{name}:{row}", number, row)
+
+
+def _read_index(index: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """Line number and columns of every row of the index; a short row has empty columns."""
+    with index.open(newline="", encoding="utf-8", errors="replace") as stream:
+        rows = csv.DictReader(stream, restval="")
+        if missing := [name for name in INDEX_COLUMNS if name not in (rows.fieldnames or ())]:
+            raise InputError(f"{index}: no column {', '.join(missing)}; give the published bucket_index.csv")
+        try:
+            for row in rows:
+                yield rows.line_num, row
+        except csv.Error as error:
+            raise InputError(f"{index}: line {rows.line_num} is no CSV ({error}); write the index again") from error
+
+
+def _base_name(path: str) -> str:
+    return PureWindowsPath(path).name if "\\" in path else PurePosixPath(path).name
+
+
+def _integer(text: str) -> int | None:
+    """A count of 0 or more, also as ``3.0``."""
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return int(number) if number >= 0 and number.is_integer() else None
+
+
+def _parse_details(text: str | None) -> tuple[tuple[int, int] | None, float | None]:
+    """Votes for (chosen, rejected) and confidence; None where they are not published."""
+    try:
+        details = ast.literal_eval(text or "{}")
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return None, None
+    if not isinstance(details, dict):
+        return None, None
+    counts = [details.get(name) for name in ("votes_chosen", "votes_rejected")]
+    if not all(isinstance(count, int) and count >= 0 for count in counts) or not any(counts):
+        return None, None
+    confidence = details.get("confidence")
+    return (int(counts[0]), int(counts[1])), float(confidence) if isinstance(confidence, int | float) else None

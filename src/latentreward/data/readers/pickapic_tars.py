@@ -1,0 +1,226 @@
+"""Pick-a-Pic v2 as webdataset tars: members ``KEY.jpg_0.jpg``, ``KEY.label_0.txt`` and so on, read at their offsets."""
+
+import math
+import os
+import tarfile
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+import numpy as np
+
+from latentreward.contracts import ImageRef, PreferencePair
+from latentreward.data.readers.base import OnError, PairReader, content_key
+from latentreward.errors import InputError
+
+IMAGES = ("jpg_0.jpg", "jpg_1.jpg")
+LABELS = ("label_0.txt", "label_1.txt")
+PROMPT = "original_prompt.txt"
+MEMBERS = (*IMAGES, *LABELS, PROMPT)
+ABSENT = (-1, 0)
+MAX_TEXT = 1 << 20
+TOLERANCE = 1e-6
+
+Extent = tuple[int, int]
+"""Offset and length in bytes."""
+
+
+@dataclass
+class _Sample:
+    """One sample while its tar is indexed: where its images lie, and its texts."""
+
+    key: str
+    images: dict[str, Extent] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
+
+
+class PickAPicTarReader(PairReader):
+    """Rows of Pick-a-Pic tars; image 0 is a, image 1 is b.
+
+    A sample is what consecutive members with one name before the first dot make; members of other names are left
+    aside. The label is ``label_0`` (1, 0, or ½ for a tie). A row is unlabelled if a label is absent or no number, or
+    if the two do not add up to 1; a label outside [0, 1] falls under ``on_error``. An absent prompt is read as an
+    empty one; an absent image is an image that cannot be read. Images are named by a hash of their bytes, since the
+    tars give no uid.
+
+    Constructing a reader goes once through the headers and texts of all tars, which takes minutes for the whole data
+    set; rows are then read at their offsets, in any order. Tars must be uncompressed.
+
+    Args:
+        root: Folder with ``*.tar``, itself or in a folder named after the split; or one tar.
+        split: Name of the split.
+        drop_identical: Leave out rows whose two images are the same bytes; wanted for training.
+        weight: ``per_prompt`` gives a row 1 / number of rows with its prompt among those read, so that each prompt
+            counts once, as PickScore and LRM train; ``equal`` gives 1.
+        on_error: See :class:`PairReader`. Of a tar that ends early, the samples that are whole are kept under
+            ``skip`` and ``placeholder``.
+
+    Raises:
+        InputError: If there are no tars, no samples in them, or one breaks a rule above.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        split: str = "train",
+        *,
+        drop_identical: bool = False,
+        weight: Literal["per_prompt", "equal"] = "per_prompt",
+        on_error: OnError = "raise",
+    ) -> None:
+        super().__init__(on_error)
+        self.root, self.split = Path(root), split
+        self._tars = _find_tars(self.root, split)
+        self._keys: list[tuple[int, str]] = []
+        self._prompts: list[str] = []
+        labels: list[float] = []
+        extents: list[tuple[Extent, Extent]] = []
+        for number, tar in enumerate(self._tars):
+            for sample in self._read_samples(tar):
+                label = self._judge(tar, sample)
+                images = tuple(sample.images.get(name, ABSENT) for name in IMAGES)
+                if label is None or (drop_identical and self._is_identical(tar, images)):
+                    continue
+                self._keys.append((number, sample.key))
+                self._prompts.append(sample.texts.get(PROMPT, ""))
+                labels.append(label)
+                extents.append(images)
+        if not self._keys:
+            raise InputError(f"root: no samples with {', '.join(MEMBERS)} in the tars of {root}; check the folder")
+        self._labels, self._extents = np.array(labels), np.array(extents, dtype=np.int64)
+        rows_of = Counter(self._prompts if weight == "per_prompt" else ())
+        self._weights = np.array([1 / max(1, rows_of[prompt]) for prompt in self._prompts])
+        self.report(f"{root} {split}")
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __getitem__(self, index: int) -> PreferencePair:
+        number, _ = self._keys[index]
+        with self._tars[number].open("rb", buffering=0) as tar:
+            image_0, image_1 = (_read(tar, extent) for extent in self._extents[index].tolist())
+        label = float(self._labels[index])
+        return PreferencePair(
+            pair_id=self._pair_id(index),
+            prompt=self._prompts[index],
+            image_a=ImageRef(content_key(image_0), image_0),
+            image_b=ImageRef(content_key(image_1), image_1),
+            label_a=None if math.isnan(label) else label,
+            weight=float(self._weights[index]),
+            source="pickapic",
+            split=self.split,
+        )
+
+    def labels(self) -> np.ndarray:
+        """``(len,)`` float: label of image 0, NaN for none."""
+        return self._labels.copy()
+
+    def prompts(self) -> list[str]:
+        """Raw prompt of every row."""
+        return list(self._prompts)
+
+    def pair_ids(self) -> list[str]:
+        """Tar and sample of every row."""
+        return [self._pair_id(index) for index in range(len(self))]
+
+    def _pair_id(self, index: int) -> str:
+        number, key = self._keys[index]
+        return f"{self._tars[number].name}:{key}"
+
+    def _read_samples(self, tar: Path) -> list[_Sample]:
+        """Samples of one tar; of one that ends early, the last sample only if it is whole."""
+        members, problem = _scan(tar)
+        with tar.open("rb", buffering=0) as file:
+            samples = _group(members, file)
+        if problem is not None:
+            if samples and len(samples[-1].images) + len(samples[-1].texts) < len(MEMBERS):
+                samples.pop()
+            self.refuse(str(tar), f"{problem}; download it again", "tar not readable to its end")
+        return samples
+
+    def _judge(self, tar: Path, sample: _Sample) -> float | None:
+        """Label of image 0, NaN for none; None leaves the row out."""
+        if PROMPT not in sample.texts:
+            self.remarks["no prompt, read as empty"] += 1
+        values = [_number(sample.texts.get(name)) for name in LABELS]
+        if None in values:
+            self.remarks["unlabelled (no label, or no number)"] += 1
+            return math.nan
+        label_0, label_1 = (float(value) for value in values if value is not None)
+        for name, value in zip(LABELS, (label_0, label_1), strict=True):
+            if not 0 <= value <= 1:
+                problem = f"{name} is {value}, not in [0, 1]"
+                self.refuse(f"{tar.name}:{sample.key}", problem, "label outside [0, 1] or NaN")
+                return None if self.on_error == "skip" else math.nan
+        if abs(label_0 + label_1 - 1) > TOLERANCE:
+            self.remarks["unlabelled (labels do not add up to 1)"] += 1
+            return math.nan
+        return label_0
+
+    def _is_identical(self, tar: Path, images: tuple[Extent, ...]) -> bool:
+        first, second = images
+        if first[1] != second[1] or ABSENT in images:
+            return False
+        with tar.open("rb", buffering=0) as file:
+            identical = _read(file, first) == _read(file, second)
+        self.skipped["identical images"] += identical
+        return identical
+
+
+def _find_tars(root: Path, split: str) -> list[Path]:
+    if root.is_file():
+        return [root]
+    for folder in (root / split, root):
+        if tars := sorted(folder.glob("*.tar")):
+            return tars
+    raise InputError(f"root: no *.tar in {root} or {root / split}; set it to the folder of the tars")
+
+
+def _scan(tar: Path) -> tuple[list[tuple[str, Extent]], str | None]:
+    """Names and places of the whole members of a tar, and what is wrong with it, if anything is."""
+    members, size = [], tar.stat().st_size
+    try:
+        with tarfile.open(tar, "r:") as archive:
+            for member in archive:
+                if member.isreg() and member.offset_data + member.size <= size:
+                    members.append((member.name, (member.offset_data, member.size)))
+            end = (
+                archive.offset
+            )  # tarfile stops at a damaged header as quietly as at the zeros that a whole tar ends with
+    except tarfile.TarError as error:
+        return members, f"{'the tar ends early' if members else 'no uncompressed tar'} ({error})"
+    with tar.open("rb", buffering=0) as file:
+        whole = _read(file, (end, tarfile.BLOCKSIZE)) == bytes(tarfile.BLOCKSIZE)
+    return members, None if whole else f"the tar ends early (at byte {end} of {size})"
+
+
+def _group(members: list[tuple[str, Extent]], file: BinaryIO) -> list[_Sample]:
+    """Consecutive members of one key as samples, with their texts read."""
+    samples: list[_Sample] = []
+    for path, extent in members:
+        folder, _, base = path.removeprefix("./").rpartition("/")
+        stem, _, name = base.partition(".")
+        key = f"{folder}/{stem}" if folder else stem
+        if name not in MEMBERS:
+            continue
+        if not samples or samples[-1].key != key:
+            samples.append(_Sample(key))
+        if name in IMAGES:
+            samples[-1].images[name] = extent
+        elif extent[1] <= MAX_TEXT:
+            samples[-1].texts[name] = (_read(file, extent) or b"").decode("utf-8", "replace")
+    return samples
+
+
+def _read(file: BinaryIO, extent: Extent | list[int]) -> bytes | None:
+    """Bytes of a member, fewer if the file has become shorter; None if it is absent."""
+    offset, size = extent
+    return None if offset < 0 else os.pread(file.fileno(), size, offset)
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return None
