@@ -158,13 +158,13 @@ def test_hub_id_reads_the_files_that_the_builder_lists(write_pickapic, pickapic_
     real = datasets.load_dataset_builder
     asked = []
 
-    def from_folder(name: str, revision: str | None) -> object:
-        asked.append((name, revision))
+    def from_folder(path: str, name: str | None, revision: str | None) -> object:
+        asked.append((path, name, revision))
         return real(source, cache_dir=str(tmp_path / "cache"))
 
     monkeypatch.setattr(datasets, "load_dataset_builder", from_folder)
     reader = PickAPicReader("some/hub-id", "train", revision="abc")
-    assert asked == [("some/hub-id", "abc")]
+    assert asked == [("some/hub-id", None, "abc")]
     assert [reader[i].pair_id for i in (0, 3)] == [
         f"train-0000{n}-of-00002-0123456789abcdef.parquet:{n}" for n in (0, 1)
     ]

@@ -51,13 +51,21 @@ def load_rows(file: Path) -> list[Any]:
     """
     if not file.is_file():
         raise InputError(f"split: no file {file}; set root to the unpacked data set, and split to a file in it")
+    return parse_rows(file.read_bytes(), str(file))
+
+
+def parse_rows(data: bytes, name: str) -> list[Any]:
+    """The list that JSON bytes hold; ``name`` is for the error message.
+
+    Raises:
+        InputError: If they hold something else.
+    """
     try:
-        with file.open("rb") as stream:
-            rows = json.load(stream)
+        rows = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{file}: not JSON ({error}); {ARRAY_REMEDY}") from error
+        raise InputError(f"{name}: not JSON ({error}); {ARRAY_REMEDY}") from error
     if not isinstance(rows, list):
-        raise InputError(f"{file}: holds {short(rows)}; {ARRAY_REMEDY}")
+        raise InputError(f"{name}: holds {short(rows)}; {ARRAY_REMEDY}")
     return rows
 
 

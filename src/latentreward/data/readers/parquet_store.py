@@ -13,7 +13,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from latentreward.contracts import ImageRef
 from latentreward.data.images import ImageError
+from latentreward.data.readers.base import PairReader, content_key
+from latentreward.data.readers.hub import is_hub_id
 from latentreward.errors import InputError
 
 MAX_OPEN_FILES = 32
@@ -27,30 +30,30 @@ class ParquetPart:
     path: Path
 
 
-def find_parts(source: str, split: str, revision: str | None = None) -> list[ParquetPart]:
+def find_parts(source: str, split: str, revision: str | None = None, config: str | None = None) -> list[ParquetPart]:
     """The files of a split, in the order of their names.
 
     Args:
-        source: Folder with ``{split}-*.parquet``, itself or in ``data/``; otherwise the id of a data set on the hub,
-            whose files of this split are downloaded as they are.
+        source: Folder with ``{split}-*.parquet``, itself or in ``data/`` (in a folder named ``config``, if that is
+            given); otherwise the id of a data set on the hub, whose files of this split are downloaded as they are.
         split: Name of the split.
         revision: Commit, tag or branch of the hub data set.
+        config: Name of the configuration, where the hub data set has several.
 
     Raises:
         InputError: If there is no such folder, data set or split.
     """
     folder = Path(source)
     if folder.is_dir():
-        for place in (folder / "data", folder):
+        places = (folder / (config or "data"), folder)
+        for place in places:
             paths = sorted(place.glob(f"{split}-*.parquet"))
             if paths:
                 return [ParquetPart(path.name, path) for path in paths]
-        raise InputError(
-            f"split: no {split}-*.parquet in {folder} or {folder / 'data'}; check the split and the folder"
-        )
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
+        raise InputError(f"split: no {split}-*.parquet in {places[1]} or {places[0]}; check the split and the folder")
+    if not is_hub_id(source):
         raise InputError(f"source: no folder {source!r}, and no hub id either; set it to the folder of the data set")
-    return _download(source, split, revision)
+    return _download(source, split, revision, config)
 
 
 def missing_parts(parts: Sequence[ParquetPart]) -> list[str]:
@@ -60,11 +63,11 @@ def missing_parts(parts: Sequence[ParquetPart]) -> list[str]:
     return sorted({f"{n:05d}-of-{total}" for total in totals for n in range(int(total))} - found)
 
 
-def _download(source: str, split: str, revision: str | None) -> list[ParquetPart]:
+def _download(source: str, split: str, revision: str | None, config: str | None) -> list[ParquetPart]:
     from datasets import DownloadManager, load_dataset_builder  # slow to import
 
     try:
-        builder = load_dataset_builder(source, revision=revision)
+        builder = load_dataset_builder(source, name=config, revision=revision)
         files = dict(builder.config.data_files or {})
         urls = sorted(files.get(split, []))
         paths = DownloadManager(dataset_name=source).download(urls)
@@ -84,6 +87,80 @@ def open_part(part: ParquetPart) -> pq.ParquetFile:
     """
     with damage_named(part):
         return pq.ParquetFile(part.path)
+
+
+def read_index(
+    parts: Sequence[ParquetPart], columns: dict[str, pa.DataType | None], hint: str
+) -> tuple[pa.Table, np.ndarray]:
+    """The small columns of all parts, whatever their order in the files.
+
+    Args:
+        parts: Files of a split.
+        columns: Columns to read with the types to cast them to; None keeps a type.
+        hint: What to do about a file that lacks a column or holds another type.
+
+    Returns:
+        The table, and ``(parts,)`` number of rows before each part.
+
+    Raises:
+        ImageError: If a part is no whole parquet file.
+        InputError: If a column is missing or of another type.
+    """
+    tables = []
+    for part in parts:
+        with open_part(part) as file:
+            if missing := [name for name in columns if name not in file.schema_arrow.names]:
+                raise InputError(f"{part.path}: no column {', '.join(missing)}; {hint}")
+            with damage_named(part):
+                table = file.read(columns=list(columns)).select(list(columns))
+        for number, (name, kind) in enumerate(columns.items()):
+            found = table.column(name)
+            try:
+                table = table.set_column(number, name, found if kind is None else found.cast(kind))
+            except pa.ArrowException as error:
+                raise InputError(f"{part.path}: column {name} is {found.type}, not {kind}; {hint}") from error
+        tables.append(table)
+    starts = np.cumsum([0, *(table.num_rows for table in tables)])[:-1]
+    return pa.concat_tables(tables).combine_chunks(), starts
+
+
+def refuse_missing(reader: PairReader, source: str, split: str, parts: Sequence[ParquetPart]) -> None:
+    """Apply the reader's ``on_error`` to parts that the names of the others say exist."""
+    if missing := missing_parts(parts):
+        names = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
+        problem = f"{split} lacks {len(missing)} of its parquet parts ({names}); download them"
+        reader.refuse(source, problem, "parquet part missing", len(missing))
+
+
+def check_image_columns(parts: Sequence[ParquetPart], columns: Sequence[str], hint: str) -> None:
+    """Stop if a part lacks a column of images, as bytes or as the structs that ``datasets`` writes.
+
+    Raises:
+        InputError: With ``hint`` at its end.
+    """
+    for part in parts:
+        with open_part(part) as file:
+            schema = file.schema_arrow
+        for name in columns:
+            kind = schema.field(name).type if name in schema.names else None
+            if kind is None:
+                raise InputError(f"{part.path}: no column {name}; {hint}")
+            if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+                kind = kind.field("bytes").type
+            if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
+                raise InputError(f"{part.path}: column {name} is {kind}, not images; {hint}")
+
+
+def embedded_image(value: Any) -> ImageRef:
+    """An image from a column of bytes or of structs with bytes, named by its content."""
+    data = value.get("bytes") if isinstance(value, dict) else value
+    return ImageRef(content_key(data), data)
+
+
+def locate(starts: np.ndarray, row: int) -> tuple[int, int]:
+    """Number of the part that a row of the split lies in, and its number there; ``starts`` as of :func:`read_index`."""
+    part = int(np.searchsorted(starts, row, side="right")) - 1
+    return part, row - int(starts[part])
 
 
 @contextmanager
@@ -111,15 +188,15 @@ class RowGroupColumns:
         self.parts, self.columns = list(parts), list(columns)
         self._start()
 
-    def read(self, part: int, row: int) -> tuple[Any, ...]:
-        """Values of the columns in row ``row`` of part number ``part``."""
+    def read(self, part: int, row: int, columns: Sequence[str] | None = None) -> tuple[Any, ...]:
+        """Values of the columns, or of some of them, in row ``row`` of part number ``part``."""
         if self._process != os.getpid():
             self._start()
         file, ends = self._open(part)
         number = int(np.searchsorted(ends, row, side="right"))
         group = self._read_group(file, part, number)
         inner = row - (int(ends[number - 1]) if number else 0)
-        return tuple(group.column(name)[inner].as_py() for name in self.columns)
+        return tuple(group.column(name)[inner].as_py() for name in columns or self.columns)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"parts": self.parts, "columns": self.columns}
@@ -170,7 +247,7 @@ class ArrowColumns:
         self._rows = load_dataset("parquet", data_files=files, split="train", columns=self.columns)
         self._rows = self._rows.with_format("arrow")
 
-    def read(self, part: int, row: int) -> tuple[Any, ...]:
-        """Values of the columns in row ``row`` of part number ``part``."""
+    def read(self, part: int, row: int, columns: Sequence[str] | None = None) -> tuple[Any, ...]:
+        """Values of the columns, or of some of them, in row ``row`` of part number ``part``."""
         table = self._rows[int(self.starts[part]) + row]
-        return tuple(table.column(name)[0].as_py() for name in self.columns)
+        return tuple(table.column(name)[0].as_py() for name in columns or self.columns)

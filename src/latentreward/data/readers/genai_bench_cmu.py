@@ -1,0 +1,158 @@
+"""GenAI-Bench of CMU: images of six models for each prompt, rated by people, in parquet."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from latentreward.contracts import ImageRef
+from latentreward.data.readers.base import OnError
+from latentreward.data.readers.groups import UNRANKED, GroupReader, ImageGroup
+from latentreward.data.readers.json_rows import parse_number, short
+from latentreward.data.readers.parquet_store import (
+    ArrowColumns,
+    ParquetPart,
+    RowGroupColumns,
+    check_image_columns,
+    embedded_image,
+    find_parts,
+    locate,
+    open_part,
+    read_index,
+    refuse_missing,
+)
+from latentreward.errors import InputError
+
+HINT = "give the published files, with a column of images for each rated model"
+RATED = "_HumanRating"
+OLDER_FILE = "GenAI-Bench.parquet"
+LOWEST, HIGHEST = 1, 5
+
+
+class GenAIBenchCMUReader(GroupReader):
+    """Pairs of CMU's GenAI-Bench: images of several models for a prompt, compared by the mean of their human ratings.
+
+    A row of n models, six as published, gives n (n − 1) / 2 pairs, in the order of the models' names, all with the
+    row's ``Index`` as ``group_id``; equal means are a tie (½), and kept. An image without ratings leaves its pairs
+    unlabelled, a rater's null is left out of the mean. A null prompt is read as an empty one, and a null image
+    cannot be read. A row with a rating outside 1 to 5 falls under ``on_error``. An image is named by a hash of its
+    bytes. The older revision, with a text column ``{model}_HumanRating`` for each model, is read as well.
+
+    Constructing a reader reads all columns but the images. A random row costs its row group, hundreds of MiB in the
+    published file; rows in order cost each group once.
+
+    Args:
+        source: Folder with ``{split}-*.parquet``, itself or in ``data/``, or with ``GenAI-Bench.parquet``; otherwise
+            the id of a data set on the hub.
+        split: ``train``, the only one published, although it is a benchmark.
+        revision: Commit, tag or branch of the hub data set; pin it.
+        memory_map: Copy the images once into the cache of ``datasets``, where a random row costs only itself.
+        randomise_sides: Exchange the sides of every other pair, by a draw from ``seed`` and the pair's name; without
+            it the same model is always a.
+        seed: Seed of that draw.
+        on_error: Under ``skip`` and ``placeholder`` a split with missing parts is read without them; see
+            :class:`PairReader`.
+
+    Raises:
+        InputError: If the split cannot be found, lacks a part, a column or rows, or breaks a rule above.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        split: str = "train",
+        *,
+        revision: str | None = None,
+        memory_map: bool = False,
+        randomise_sides: bool = True,
+        seed: int = 0,
+        on_error: OnError = "raise",
+    ) -> None:
+        super().__init__("genai_bench_cmu", split, randomise_sides=randomise_sides, seed=seed, on_error=on_error)
+        older = Path(source, OLDER_FILE)
+        parts = [ParquetPart(OLDER_FILE, older)] if older.is_file() else find_parts(source, split, revision)
+        refuse_missing(self, source, split, parts)
+        self.models, columns = _columns(parts[0])
+        check_image_columns(parts, self.models, HINT)
+        index, self._starts = read_index(parts, columns, HINT)
+        self._names, self._rows = [part.name for part in parts], list[int]()
+        self.fill(self._parse(index))
+        if not len(self):
+            raise InputError(f"split: {split!r} of {source} has no pairs left; check the files")
+        self._images = (
+            ArrowColumns(parts, self.models, self._starts) if memory_map else RowGroupColumns(parts, self.models)
+        )
+        self.report(f"{source} {split}")
+
+    def find_images(self, group: int, a: int, b: int) -> tuple[ImageRef, ImageRef]:
+        """Bytes out of the parquet file."""
+        place = locate(self._starts, self._rows[group])
+        image_a, image_b = self._images.read(*place, [self.models[a], self.models[b]])
+        return embedded_image(image_a), embedded_image(image_b)
+
+    def find_model(self, position: int) -> str | None:
+        """Models by name."""
+        return self.models[position]
+
+    def _parse(self, index: pa.Table) -> Iterator[ImageGroup]:
+        for number, row in enumerate(index.to_pylist()):
+            part, inner = locate(self._starts, number)
+            name = f"{self._names[part]}:{inner}"
+            row_id, prompt, ratings = _fields(row, self.models)
+            if prompt is None:
+                self.remarks["null prompt read as empty"] += 1
+            means = [_mean(rating) for rating in ratings]
+            if None in means:
+                first = means.index(None)
+                problem = f"ratings of {self.models[first]} are {short(ratings[first])}, not numbers from 1 to 5"
+                self.refuse(name, problem, "rating not readable")
+                if self.on_error == "skip":
+                    continue
+                means = [UNRANKED] * len(means)
+            if missing := int(np.isnan(means).sum()):
+                self.remarks["image without ratings"] += missing
+            self._rows.append(number)
+            ranks = [-mean for mean in means if mean is not None]
+            yield ImageGroup(name, prompt or "", [None] * len(ranks), ranks, row_id)
+
+
+def _columns(part: ParquetPart) -> tuple[list[str], dict[str, pa.DataType | None]]:
+    """Rated models by name, and the small columns of either revision: number, prompt, ratings."""
+    with open_part(part) as file:
+        schema = file.schema_arrow
+    if "HumanRatings" in schema.names and pa.types.is_struct(kind := schema.field("HumanRatings").type):
+        models = sorted(kind.field(number).name for number in range(kind.num_fields))
+        return models, {"Index": pa.string(), "Prompt": pa.large_string(), "HumanRatings": None}
+    models = sorted(name.removesuffix(RATED) for name in schema.names if name.endswith(RATED))
+    if not models:
+        raise InputError(f"{part.path}: no column HumanRatings; {HINT}")
+    return models, {"id": pa.string(), "prompt": pa.large_string(), **{model + RATED: None for model in models}}
+
+
+def _fields(row: dict[str, Any], models: list[str]) -> tuple[str | None, str | None, list[Any]]:
+    """Number, prompt and the models' ratings of a row of either revision."""
+    if "HumanRatings" not in row:
+        return row["id"], row["prompt"], [row[model + RATED] for model in models]
+    ratings = row["HumanRatings"] or {}
+    return row["Index"], row["Prompt"], [ratings.get(model) for model in models]
+
+
+def _mean(ratings: Any) -> float | None:
+    """Mean over the raters, NaN without any; None if the ratings are not readable."""
+    if isinstance(ratings, str):
+        try:
+            ratings = json.loads(ratings)
+        except (ValueError, RecursionError):
+            return None
+    if ratings is None:
+        return UNRANKED
+    if not isinstance(ratings, list):
+        return None
+    numbers = [parse_number(rating) for rating in ratings if rating is not None]
+    valid = [number for number in numbers if number is not None and LOWEST <= number <= HIGHEST]
+    if len(valid) < len(numbers):
+        return None
+    return sum(valid) / len(valid) if valid else UNRANKED

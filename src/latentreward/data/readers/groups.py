@@ -1,0 +1,225 @@
+"""Prompts with several ranked images: every pair of a prompt's images is a row."""
+
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from latentreward.contracts import ImageRef, PreferencePair
+from latentreward.data.readers.base import OnError, sides_exchanged
+from latentreward.data.readers.json_rows import JSONReader, parse_number, parse_text, short
+
+UNRANKED = float("nan")
+
+
+@dataclass(frozen=True)
+class ImageGroup:
+    """Images of one prompt, in the order of the file.
+
+    Attributes:
+        name: Stable name, from which the names of its pairs are made.
+        prompt: Raw text.
+        images: What the reader finds each image by; None where the file does not say.
+        ranks: One number per image, the lowest for the best; NaN leaves the image's pairs unlabelled.
+        group_id: The source's own name of the group, if it has one.
+    """
+
+    name: str
+    prompt: str
+    images: Sequence[str | None]
+    ranks: Sequence[float]
+    group_id: str | None = None
+
+
+class GroupIndex:
+    """All pairs i < j of all groups, group by group, in compact arrays.
+
+    Args:
+        groups: A group of n images gives n (n − 1) / 2 pairs.
+    """
+
+    def __init__(self, groups: Iterable[ImageGroup]) -> None:
+        names, prompts, ids, sizes = [], [], [], []
+        images: list[str | None] = []
+        ranks: list[float] = []
+        for group in groups:
+            names.append(group.name)
+            prompts.append(group.prompt)
+            ids.append(group.group_id)
+            images.extend(group.images)
+            ranks.extend(group.ranks)
+            sizes.append(len(group.images))
+        self.names, self.group_ids = pa.array(names, pa.large_string()), pa.array(ids, pa.large_string())
+        self.prompts, self.images = pa.array(prompts, pa.large_string()), pa.array(images, pa.large_string())
+        self.starts = np.cumsum([0, *sizes])
+        self.group, self.a, self.b = _all_pairs(np.array(sizes, dtype=np.int64))
+        self.labels = _compare(np.array(ranks, dtype=np.float64), self.starts[self.group], self.a, self.b)
+
+    def image(self, group: int, position: int) -> str | None:
+        """What image ``position`` of a group is found by."""
+        return self.images[int(self.starts[group]) + position].as_py()
+
+
+class GroupReader(JSONReader):
+    """Pairs of images of the same prompt, labelled by comparing their ranks; equal ranks are a tie (½), and kept.
+
+    Fill it with :meth:`fill`, then give :meth:`find_image`. A group that breaks a rule is refused, and counted, as a
+    whole; as a placeholder it keeps its pairs, unlabelled.
+
+    Args:
+        source: Name of the data set.
+        split: Name of the split.
+        randomise_sides: Exchange the sides of every other pair, by a draw from ``seed`` and the pair's name.
+        seed: Seed of that draw.
+        on_error: See :class:`PairReader`.
+
+    Attributes:
+        num_groups: Groups kept.
+        num_images: Images in them.
+    """
+
+    def __init__(self, source: str, split: str, *, randomise_sides: bool, seed: int, on_error: OnError) -> None:
+        super().__init__(on_error)
+        self.source, self.split = source, split
+        self.randomise_sides, self.seed = randomise_sides, seed
+
+    def fill(self, groups: Iterable[ImageGroup]) -> None:
+        """Take the groups in."""
+        self._index = GroupIndex(groups)
+        self.num_groups, self.num_images = len(self._index.names), len(self._index.images)
+
+    def __len__(self) -> int:
+        return len(self._index.labels)
+
+    def __getitem__(self, index: int) -> PreferencePair:
+        group, a, b = (int(column[index]) for column in (self._index.group, self._index.a, self._index.b))
+        label = float(self._index.labels[index])
+        image_a, image_b = self.find_images(group, a, b)
+        pair = PreferencePair(
+            pair_id=self.name_pair(self._index.names[group].as_py(), a, b),
+            prompt=self._index.prompts[group].as_py(),
+            image_a=image_a,
+            image_b=image_b,
+            label_a=None if np.isnan(label) else label,
+            group_id=self._index.group_ids[group].as_py(),
+            votes=self.count_votes(group, a, b),
+            model_a=self.find_model(a),
+            model_b=self.find_model(b),
+            source=self.source,
+            split=self.split,
+        )
+        return pair.swapped() if self.randomise_sides and sides_exchanged(self.seed, pair.pair_id) else pair
+
+    def labels(self) -> np.ndarray:
+        """``(len,)`` float: ``label_a`` of every row, NaN for none."""
+        labels = self._index.labels.copy()
+        if self.randomise_sides:
+            exchanged = np.array([sides_exchanged(self.seed, name) for name in self.pair_ids()], dtype=bool)
+            labels[exchanged] = 1 - labels[exchanged]
+        return labels
+
+    def labelled(self) -> np.ndarray:
+        """``(len,)`` bool: whether both images of a row have a rank."""
+        return ~np.isnan(self._index.labels)
+
+    def prompts(self) -> list[str]:
+        """Raw prompt of every row."""
+        prompts = self._index.prompts.to_pylist()
+        return [prompts[group] for group in self._index.group]
+
+    def pair_ids(self) -> list[str]:
+        """Group and positions of every row."""
+        names = self._index.names.to_pylist()
+        columns = (self._index.group.tolist(), self._index.a.tolist(), self._index.b.tolist())
+        return [self.name_pair(names[group], a, b) for group, a, b in zip(*columns, strict=True)]
+
+    @abstractmethod
+    def find_images(self, group: int, a: int, b: int) -> tuple[ImageRef, ImageRef]:
+        """Images at positions ``a`` and ``b`` of a group."""
+
+    def name_pair(self, name: str, a: int, b: int) -> str:
+        """``pair_id`` of the images at positions ``a`` and ``b`` of the group ``name``."""
+        return f"{name}:{a}-{b}"
+
+    def count_votes(self, group: int, a: int, b: int) -> tuple[int, int] | None:
+        """Votes for the images at positions ``a`` and ``b``, if published."""
+        return None
+
+    def find_model(self, position: int) -> str | None:
+        """Generator of the images at a position, if published."""
+        return None
+
+    def parse_ranked(self, name: str, row: Any, fields: tuple[str, str], folder: Path) -> ImageGroup | None:
+        """A group from a JSON object.
+
+        Args:
+            name: Its name.
+            row: What stands in the file.
+            fields: Names of the list of paths and of the list of ranks.
+            folder: Where the paths start from.
+
+        Returns:
+            None if it is left out.
+        """
+        row, sound = self.check_row(name, row)
+        paths = row.get(fields[0])
+        if not sound:
+            ranks = None
+        elif isinstance(paths, list):
+            ranks = self.check_ranks(name, fields[1], row.get(fields[1]), len(paths))
+        else:
+            ranks = None
+            self.refuse(name, f"{fields[0]} is {short(paths)}, not a list of paths", f"{fields[0]} not readable")
+        if ranks is None and self.on_error == "skip":
+            return None
+        images = self.check_paths(name, fields[0], paths if isinstance(paths, list) else [], folder)
+        return ImageGroup(name, parse_text(row.get("prompt")) or "", images, ranks or [UNRANKED] * len(images), name)
+
+    def check_paths(self, name: str, field: str, paths: list[Any], folder: Path) -> list[str | None]:
+        """The paths of a group's images; None stands for what is no text, if that does not stop."""
+        for path in paths:
+            self.check_path(name, field, path, folder)
+        return [parse_text(path) for path in paths]
+
+    def check_ranks(self, name: str, field: str, value: Any, count: int) -> list[float] | None:
+        """Ranks of ``count`` images: unranked if all are null, and None if they break the rule and are refused."""
+        if value is None or (value and value == [None] * count):
+            self.remarks[f"unlabelled (no {field})"] += 1
+            return [UNRANKED] * count
+        ranks = [parse_number(item) for item in value] if isinstance(value, list) else []
+        numbers = [rank for rank in ranks if rank is not None]
+        if isinstance(value, list) and len(numbers) == len(ranks) == count:
+            return numbers
+        problem = f"{field} is {short(value)}, not one number for each of {count} images"
+        self.refuse(name, problem, f"{field} not readable")
+        return None
+
+
+def file_image(folder: Path, path: str | None, prefix: str = "") -> ImageRef:
+    """A file of a folder, which it must not leave; ``prefix`` comes before its path in the key."""
+    if not path:
+        return ImageRef("")
+    return ImageRef(prefix + str(PurePosixPath(path)), path=folder / path, root=folder)
+
+
+def _all_pairs(sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Group number and the two positions of all pairs, each ``(pairs,)``, ordered by group, then by position."""
+    columns: list[tuple[np.ndarray, ...]] = [(np.empty(0, np.int64),) * 3]
+    for size in np.unique(sizes):
+        groups = np.flatnonzero(sizes == size)
+        a, b = np.triu_indices(int(size), 1)
+        columns.append((np.repeat(groups, len(a)), np.tile(a, len(groups)), np.tile(b, len(groups))))
+    group, a, b = (np.concatenate(column) for column in zip(*columns, strict=True))
+    order = np.argsort(group, kind="stable")
+    return group[order].astype(np.int32), a[order].astype(np.int32), b[order].astype(np.int32)
+
+
+def _compare(ranks: np.ndarray, starts: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Labels of the first image of each pair: 1, ½, 0, or NaN where a rank is."""
+    rank_a, rank_b = ranks[starts + a], ranks[starts + b]
+    labels = np.where(rank_a < rank_b, 1.0, np.where(rank_a > rank_b, 0.0, 0.5))
+    return np.where(np.isnan(rank_a) | np.isnan(rank_b), np.nan, labels)

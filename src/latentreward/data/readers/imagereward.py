@@ -1,0 +1,203 @@
+"""ImageReward: the ranked test set as published with its code, and ImageRewardDB, ranked images in zip files."""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from latentreward.contracts import ImageRef
+from latentreward.data.images import NO_IMAGE
+from latentreward.data.readers.archives import ImageArchives
+from latentreward.data.readers.base import OnError
+from latentreward.data.readers.groups import UNRANKED, GroupReader, ImageGroup, file_image
+from latentreward.data.readers.hub import fetch_files, is_hub_id
+from latentreward.data.readers.json_rows import load_rows, parse_rows, parse_text, short
+from latentreward.data.readers.parquet_store import ParquetPart, damage_named
+from latentreward.errors import InputError
+
+PARTS = {"train": 32, "validation": 2, "test": 2}
+"""Zip files of each published split."""
+COLUMNS = ("image_path", "prompt_id", "prompt", "rank")
+
+
+class ImageRewardReader(GroupReader):
+    """Pairs of ImageReward's test set, 4 to 9 ranked images for each prompt; equal ranks are a tie (½), and kept.
+
+    A row of the file gives all pairs of its images, with the row's ``id`` as ``group_id``. A null or missing ranking
+    leaves them unlabelled, a null or missing prompt is read as an empty one. A path that is none or leads out of
+    ``test_images/`` is found at once, an absent file when it is decoded. A row that is no object, a prompt that is no
+    text, generations that are no list and a ranking that is not one number for each of them fall under ``on_error``,
+    groups as a whole.
+
+    Args:
+        root: Folder with ``test.json`` and ``test_images/``, itself or in ``data/`` as in the repository; no image
+            outside ``test_images/`` is opened.
+        randomise_sides: Exchange the sides of every other pair, by a draw from ``seed`` and the pair's name.
+        seed: Seed of that draw.
+        on_error: See :class:`PairReader`.
+
+    Raises:
+        InputError: If the file is absent, is no JSON list, has no pairs left, or breaks a rule above.
+    """
+
+    def __init__(self, root: str, *, randomise_sides: bool = True, seed: int = 0, on_error: OnError = "raise") -> None:
+        super().__init__("imagereward", "test", randomise_sides=randomise_sides, seed=seed, on_error=on_error)
+        inner = Path(root, "data")
+        file = (inner if (inner / "test.json").is_file() else Path(root)) / "test.json"
+        self._folder = file.parent / "test_images"
+        self.fill(self._parse(load_rows(file)))
+        if not len(self):
+            raise InputError(f"root: {file} has no pairs left; give the published file")
+        self.report(str(file))
+
+    def find_images(self, group: int, a: int, b: int) -> tuple[ImageRef, ImageRef]:
+        """References to files."""
+        index = self._index
+        return file_image(self._folder, index.image(group, a)), file_image(self._folder, index.image(group, b))
+
+    def _parse(self, rows: list[Any]) -> Iterator[ImageGroup]:
+        for number, row in enumerate(rows):
+            group = self.parse_ranked(f"test.json:{number}", row, ("generations", "ranking"), self._folder)
+            if group is not None:
+                named = row.get("id") if isinstance(row, dict) else None
+                yield group if named is None else replace(group, group_id=str(named))
+
+
+class ImageRewardDBReader(GroupReader):
+    """Pairs of one split of ImageRewardDB: all pairs of a prompt's images, compared by ``rank``, ties (½) kept.
+
+    The rows come from ``metadata-{split}.parquet``, or, without it, from the JSON file in each part. The prompt's
+    ``prompt_id`` is the ``group_id``. Images are read from the zip files when they are asked for; a part may be
+    unpacked beside its zip file and is then read from there. A prompt without any rank is unlabelled; a null or
+    missing prompt is read as an empty one. A row without path, or one that its part does not hold, is an image that
+    cannot be read. A row that is no object or has no ``prompt_id``, a prompt that is no text and ranks of which some
+    are no numbers fall under ``on_error``, prompts as a whole.
+
+    Args:
+        source: Folder with ``images/{split}/{split}_{i}.zip``; otherwise the id of a data set on the hub with those
+            files.
+        split: ``train``, ``validation`` or ``test``.
+        parts: Numbers of the parts to read, e.g. ``[1, 2]`` of train's 1 to 32 for a smaller training set; by
+            default all, and one that the metadata or the published split have and the folder lacks falls under
+            ``on_error``.
+        revision: Commit, tag or branch of the hub data set; pin it.
+        randomise_sides: Exchange the sides of every other pair, by a draw from ``seed`` and the pair's name; the
+            images of a prompt may stand in the order of their ranks.
+        seed: Seed of that draw.
+        on_error: See :class:`PairReader`.
+
+    Raises:
+        InputError: If the split or a part cannot be found or opened, there are no pairs left, or a rule above is
+            broken.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        split: str,
+        *,
+        parts: Sequence[int] | None = None,
+        revision: str | None = None,
+        randomise_sides: bool = True,
+        seed: int = 0,
+        on_error: OnError = "raise",
+    ) -> None:
+        super().__init__("imagerewarddb", split, randomise_sides=randomise_sides, seed=seed, on_error=on_error)
+        self._archives = ImageArchives(_find_places(source, split, parts, revision))
+        metadata = Path(source, f"metadata-{split}.parquet")
+        rows = self._read_metadata(metadata, parts) if metadata.is_file() else self._read_json()
+        self.fill(self._parse(rows))
+        if not len(self):
+            raise InputError(f"split: {split!r} of {source} has no pairs left; check the files and parts")
+        self.report(f"{source} {split}")
+
+    def find_images(self, group: int, a: int, b: int) -> tuple[ImageRef, ImageRef]:
+        """Bytes out of the zip files, or references to unpacked files."""
+        return self._find(self._index.image(group, a)), self._find(self._index.image(group, b))
+
+    def _find(self, name: str | None) -> ImageRef:
+        """The image named ``{part}/{file}``."""
+        if name is None:
+            return ImageRef("")
+        part, _, file = name.partition("/")
+        return self._archives.image(part, file)
+
+    def _read_metadata(self, file: Path, parts: Sequence[int] | None) -> Iterator[tuple[str, str | None, Any]]:
+        """(name for messages, part, row) of every row of the parts to read."""
+        with damage_named(ParquetPart(file.name, file)):
+            table = pq.read_table(file)
+        if missing := [name for name in COLUMNS if name not in table.column_names]:
+            raise InputError(f"{file}: no column {', '.join(missing)}; remove it to read the JSON files of the parts")
+        rows = table.select(list(COLUMNS)).to_pylist()
+        named = [_part_of(row["image_path"], self.split) for row in rows]
+        absent = {part for part in named if part is not None and part not in self._archives.parts}
+        if absent and parts is None:
+            first = ", ".join(sorted(absent)[:3])
+            problem = f"{self.split} lacks {len(absent)} of its parts ({first}); download them, or set parts"
+            self.refuse(str(file), problem, "part missing", len(absent))
+        for number, (part, row) in enumerate(zip(named, rows, strict=True)):
+            if part not in absent:
+                yield f"{file.name}:{number}", part, row
+
+    def _read_json(self) -> Iterator[tuple[str, str | None, Any]]:
+        for part in self._archives.parts:
+            for number, row in enumerate(parse_rows(*self._archives.read_rows(part))):
+                yield f"{part}.json:{number}", part, row
+
+    def _parse(self, rows: Iterable[tuple[str, str | None, Any]]) -> Iterator[ImageGroup]:
+        groups: dict[str, list[tuple[dict[str, Any], str | None]]] = {}
+        refused: set[str] = set()
+        for name, part, content in rows:
+            row, sound = self.check_row(name, content)
+            prompt_id = row.get("prompt_id")
+            if sound and prompt_id is None:
+                self.refuse(name, "prompt_id is null or missing", "row without prompt_id")
+            if prompt_id is None:
+                continue
+            groups.setdefault(str(prompt_id), []).append((row, self._name_image(name, part, row.get("image_path"))))
+            if not sound:
+                refused.add(str(prompt_id))
+        for prompt_id, members in groups.items():
+            values = [row.get("rank") for row, _ in members]
+            ranks = None if prompt_id in refused else self.check_ranks(prompt_id, "rank", values, len(values))
+            if ranks is None and self.on_error == "skip":
+                continue
+            images, prompt = [image for _, image in members], parse_text(members[0][0].get("prompt")) or ""
+            yield ImageGroup(prompt_id, prompt, images, ranks or [UNRANKED] * len(images), prompt_id)
+
+    def _name_image(self, name: str, part: str | None, path: Any) -> str | None:
+        """``{part}/{file}``; the parts are flat, whatever folders the path names."""
+        if isinstance(path, str) and path and part is not None:
+            return f"{part}/{PurePosixPath(parse_text(path) or '').name}"
+        if self.on_error == "raise":
+            self.refuse(name, f"image_path is {short(path)}, no path to a part", NO_IMAGE)
+        return None
+
+
+def _part_of(path: Any, split: str) -> str | None:
+    """``train_7`` of ``images/train/train_7/x.webp``."""
+    part = PurePosixPath(path).parent.name if isinstance(path, str) else ""
+    return part if re.fullmatch(rf"{re.escape(split)}_\d+", part) else None
+
+
+def _find_places(source: str, split: str, parts: Sequence[int] | None, revision: str | None) -> list[Path]:
+    """Zip files of a split, or folders of their names that they were unpacked to, in the order of their numbers."""
+    folder = Path(source, "images", split)
+    if not Path(source).is_dir() and is_hub_id(source):
+        if split not in PARTS:
+            raise InputError(f"split: no {split!r} in {source}; choose from {', '.join(PARTS)}")
+        numbers = range(1, PARTS[split] + 1) if parts is None else parts
+        return fetch_files(source, [f"images/{split}/{split}_{number}.zip" for number in numbers], revision)
+    found: dict[int, Path] = {}
+    for path in sorted(folder.glob(f"{split}_*"), reverse=True):  # folders come last and win over their zip files
+        number = re.fullmatch(rf"{re.escape(split)}_(\d+)(\.zip)?", path.name)
+        if number and (path.is_dir() or number[2]):
+            found[int(number[1])] = path
+    if missing := [number for number in parts or () if number not in found]:
+        raise InputError(f"parts: no {split}_{missing[0]}.zip in {folder}; download it, or leave it out")
+    if not found:
+        raise InputError(f"split: no {split}_*.zip in {folder}; set source to the folder that holds images/{split}")
+    return [found[number] for number in sorted(parts or found)]
