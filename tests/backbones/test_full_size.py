@@ -9,40 +9,10 @@ from latentreward.backbones import SD3DiTBackbone, SDUNetBackbone
 from latentreward.contracts import LatentSpace
 from latentreward.heads import CLIPProjectionHead
 from latentreward.noise import FlowMatching, process_from_scheduler
+from tests.full_size import SD15, SD35_MEDIUM, SDXL
 
 DDPM = process_from_scheduler({"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear"})
 SPACE_4, SPACE_16 = LatentSpace(4, 8, 0.18215), LatentSpace(16, 8, 1.5305, 0.0609)
-SD15 = {
-    "sample_size": 64,
-    "block_out_channels": (320, 640, 1280, 1280),
-    "cross_attention_dim": 768,
-    "attention_head_dim": 8,
-}
-SDXL = {
-    "sample_size": 128,
-    "block_out_channels": (320, 640, 1280),
-    "cross_attention_dim": 2048,
-    "attention_head_dim": (5, 10, 20),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
-SD35_MEDIUM = {
-    "sample_size": 128,
-    "num_layers": 24,
-    "attention_head_dim": 64,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 4096,
-    "caption_projection_dim": 1536,
-    "pooled_projection_dim": 2048,
-    "pos_embed_max_size": 384,
-    "dual_attention_layers": tuple(range(13)),
-    "qk_norm": "rms_norm",
-}
 
 
 def millions(network: nn.Module) -> float:

@@ -43,6 +43,9 @@ class PipelineSource:
     Only safetensors are read, never pickles. ``from_pretrained`` of diffusers and transformers takes folders and hub
     ids alike, so this class does too.
 
+    Under ``torch.device("meta")`` no weights are read: parts have the shapes of their configs and nothing else, which
+    shows what a setting builds, and how large, before anything is downloaded.
+
     Args:
         source: Folder or hub id.
         revision: Branch, tag or commit of a hub id.
@@ -118,14 +121,16 @@ class PipelineSource:
                 f"(it has {', '.join(parts)}); choose a backbone that fits it"
             )
 
-    def _load(self, family: type[Any], part: str, pretrained: bool = True, **options: Any) -> Any:
+    def _load(self, family: type[Any], part: str, pretrained: bool = True, dtype: torch.dtype = torch.float32) -> Any:
         self._require(part)
         place = {"subfolder": part, "revision": self.revision}
-        if pretrained:
-            return load_weights(family, self.source, variant=self.variant, **place, **options)
+        if pretrained and torch.get_default_device().type != "meta":
+            return load_weights(family, self.source, variant=self.variant, torch_dtype=dtype, **place)
         if hasattr(family, "load_config"):
-            return family.from_config(family.load_config(self.source, **place))
-        return family(family.config_class.from_pretrained(self.source, **place))
+            network = family.from_config(family.load_config(self.source, **place))
+        else:
+            network = family(family.config_class.from_pretrained(self.source, **place))
+        return network if dtype == torch.float32 else network.to(dtype)
 
     def unet(self, pretrained: bool = True) -> UNet2DConditionModel:
         """The U-Net, in float32."""
@@ -155,7 +160,7 @@ class PipelineSource:
 
         from latentreward.encoders.vae import LatentEncoder
 
-        return LatentEncoder(self._load(AutoencoderKL, "vae", torch_dtype=getattr(torch, dtype)))
+        return LatentEncoder(self._load(AutoencoderKL, "vae", dtype=getattr(torch, dtype)))
 
     def tokenizer(self, part: str) -> Any:
         """The tokenizer ``part``, such as ``tokenizer_2``."""

@@ -133,9 +133,12 @@ def clip_text_projection(source: str) -> Tensor:
     Raises:
         InputError: If ``source`` is no folder or hub id of a CLIP model with a text projection.
     """
-    from transformers import CLIPTextModelWithProjection
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
     try:
+        if torch.get_default_device().type == "meta":  # shapes alone, as the backbones' loaders do
+            config = CLIPTextConfig.from_pretrained(source)
+            return torch.empty(config.projection_dim, config.hidden_size)
         model, report = CLIPTextModelWithProjection.from_pretrained(
             source, use_safetensors=True, torch_dtype=torch.float32, output_loading_info=True
         )

@@ -164,13 +164,14 @@ class RewardModule(LightningModule):
         if not (eval_timesteps or eval_sigmas):
             raise InputError("eval_timesteps and eval_sigmas are both empty; name at least one level to evaluate at")
         check_sigmas(ensemble_sigmas=ensemble_sigmas, eval_sigmas=eval_sigmas)
-        try:
-            process.sigma(torch.tensor([float(t) for t in eval_timesteps]))
-        except InputError as error:
-            raise InputError(f"eval_timesteps={list(eval_timesteps)}: {error}") from error
-        self.eval_levels = {f"t{t:g}": process.snap(torch.tensor([float(t)])) for t in eval_timesteps}
-        self.eval_levels |= {f"sigma{s:g}": process.timesteps_at(torch.tensor([float(s)])) for s in eval_sigmas}
-        self.ensemble_timesteps = process.timesteps_at(torch.tensor([float(s) for s in ensemble_sigmas]))
+        with torch.device("cpu"):  # the noise process looks levels up there, whatever the default device
+            try:
+                process.sigma(torch.tensor([float(t) for t in eval_timesteps]))
+            except InputError as error:
+                raise InputError(f"eval_timesteps={list(eval_timesteps)}: {error}") from error
+            self.eval_levels = {f"t{t:g}": process.snap(torch.tensor([float(t)])) for t in eval_timesteps}
+            self.eval_levels |= {f"sigma{s:g}": process.timesteps_at(torch.tensor([float(s)])) for s in eval_sigmas}
+            self.ensemble_timesteps = process.timesteps_at(torch.tensor([float(s) for s in ensemble_sigmas]))
         names = [*self.eval_levels, "all", *(["ensemble"] if ensemble_sigmas else [])]
         self._metric_keys = {name: name.replace(".", "_") for name in names}
         self.metrics = nn.ModuleDict({key: LevelMetrics(equal_scores, metrics) for key in self._metric_keys.values()})

@@ -1,5 +1,7 @@
 """Latents → noisy latents."""
 
+import torch
+
 from latentreward.errors import InputError
 from latentreward.noise.base import NoiseProcess
 from latentreward.noise.ddpm import DDPM
@@ -43,4 +45,5 @@ def process_from_scheduler(config: dict) -> NoiseProcess:
     if "_class_name" not in config:
         raise InputError("the scheduler config has no _class_name; give the one saved in scheduler_config.json")
     family = FlowMatching if "FlowMatch" in config["_class_name"] else DDPM
-    return family.from_config(config)
+    with torch.device("cpu"):  # whatever the default device: the tables are looked up on the CPU
+        return family.from_config(config)
