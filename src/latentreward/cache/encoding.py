@@ -1,0 +1,308 @@
+"""From planned images and prompts to rows of shards: the data set, the module, and the callback that writes."""
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from latentreward.cache.check import Shard, tensor_shapes
+from latentreward.cache.layout import (
+    IMAGES,
+    LATENTS,
+    POOLED_PROMPT_EMBEDS,
+    PROMPT_EMBEDS,
+    PROMPTS,
+    SOURCES,
+    CachePlan,
+    ShardManifest,
+    manifest_name,
+    read_plan,
+)
+from latentreward.cache.shards import ShardWriter, disk_problems_named, write_text
+from latentreward.cache.sources import Encoders
+from latentreward.contracts import ImageRef, PreferencePair, TensorRecord
+from latentreward.data.images import ImageError, PixelLoader
+from latentreward.data.latents import decode_latents
+from latentreward.data.readers import PairReader
+from latentreward.errors import InputError
+from latentreward.seeding import pair_generator
+
+
+@dataclass(frozen=True)
+class EncodeBatch(TensorRecord):
+    """Rows of one shard that are encoded together: images, latents or prompts.
+
+    Attributes:
+        shard: Which.
+        first: First row.
+        names: Image keys, or prompts.
+        pixels: ``(n, 3, H, W)`` in [-1, 1].
+        noise: ``(n, C, h, w)`` for the posterior sample; None for its mode.
+        latents: ``(n, C, h, w)`` that need no encoding.
+        unreadable: Row of the shard → why its image could not be read.
+    """
+
+    shard: Shard
+    first: int
+    names: tuple[str, ...]
+    pixels: Tensor | None = None
+    noise: Tensor | None = None
+    latents: Tensor | None = None
+    unreadable: Mapping[int, str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+class PlannedRows:
+    """Rows of every shard, in their order, from the tables of a plan.
+
+    Args:
+        folder: The cache.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        images, prompts = pq.read_table(folder / IMAGES), pq.read_table(folder / PROMPTS)
+        sources = pq.read_table(folder / SOURCES)
+        self.image_keys, self.prompts = images["image_key"], prompts["prompt"]
+        self.reader_rows = sources["reader_row"].to_numpy()
+        self.sides = sources["side"]
+        self._images = _by_shard(images["shard"].to_numpy(), images["row"].to_numpy())
+        self._prompts = _by_shard(*(prompts[name].fill_null(-1).to_numpy() for name in ("shard", "row")))
+
+    def rows(self, shard: Shard) -> np.ndarray:
+        """Rows of the table of images or prompts that make up ``shard``, in its order."""
+        return (self._images if shard.kind == "latents" else self._prompts)[shard.number]
+
+
+class EncodeBatches(Dataset[EncodeBatch]):
+    """The encode batches of some shards.
+
+    Args:
+        folder: The cache.
+        plan: Its plan.
+        shards: Which shards.
+        reader: Where images come from.
+        max_pixels: Larger images count as unreadable.
+    """
+
+    def __init__(
+        self, folder: Path, plan: CachePlan, shards: Sequence[Shard], reader: PairReader, max_pixels: int
+    ) -> None:
+        self.plan, self.reader, self.max_pixels = plan, reader, max_pixels
+        self.planned = PlannedRows(folder)
+        self.batches = [
+            (shard, first, min(first + self._batch_size(shard), shard.count))
+            for shard in shards
+            for first in range(0, shard.count, self._batch_size(shard))
+        ]
+        self._fetched: tuple[int, PreferencePair] | None = None
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> EncodeBatch:
+        """Fetch and decode batch ``index``.
+
+        Raises:
+            ImageError: If an image cannot be read and the reader's ``on_error`` is ``"raise"``.
+            InputError: If the reader's rows are not those of the plan any more.
+        """
+        shard, first, stop = self.batches[index]
+        rows = self.planned.rows(shard)[first:stop]
+        if shard.kind == "text":
+            return EncodeBatch(shard, first, tuple(self.planned.prompts.take(rows).to_pylist()))
+        shape = tensor_shapes(self.plan, shard)[LATENTS][1:]
+        images = [self._image(int(row)) for row in rows]
+        keys = tuple(image.image_key for image in images)
+        content, unreadable = [], {}
+        for number, image in enumerate(images):
+            try:
+                content.append(self._load(image, shard))
+            except ImageError as error:
+                if self.reader.on_error == "raise":
+                    remedy = "replace the file, or set the reader's on_error to skip, and run the same command"
+                    raise ImageError(f"{error}; {remedy}", error.problem) from error
+                content.append(None)
+                unreadable[first + number] = error.problem
+        if self.plan.spec.vae is None:
+            blank = torch.zeros(shape)
+            latents = torch.stack([blank if item is None else item for item in content])
+            return EncodeBatch(shard, first, keys, latents=latents, unreadable=unreadable)
+        blank = torch.zeros(3, shard.height or 0, shard.width or 0)
+        pixels = torch.stack([blank if item is None else item for item in content])
+        return EncodeBatch(shard, first, keys, pixels, self._noise(keys, shape), unreadable=unreadable)
+
+    def _batch_size(self, shard: Shard) -> int:
+        text = self.plan.spec.text
+        return text.batch_size if text is not None and shard.kind == "text" else self.plan.spec.batch_size
+
+    def _image(self, row: int) -> ImageRef:
+        number, side = int(self.planned.reader_rows[row]), self.planned.sides[row].as_py()
+        if self._fetched is None or self._fetched[0] != number:  # the two images of a pair mostly follow each other
+            self._fetched = number, self.reader[number]
+        pair = self._fetched[1]
+        image, key = pair.image_a if side == "a" else pair.image_b, self.planned.image_keys[row].as_py()
+        if image.image_key != key:
+            raise InputError(
+                f"reader: image {side} of row {number} ({pair.pair_id}) is {image.image_key!r}, but was {key!r} when "
+                "the cache was planned; give the same data, or choose another output"
+            )
+        return image
+
+    def _load(self, image: ImageRef, shard: Shard) -> Tensor:
+        spec = self.plan.spec
+        if spec.vae is None:
+            latents = torch.from_numpy(decode_latents(image))
+            return latents.float()
+        assert shard.height is not None and shard.width is not None and spec.resize is not None
+        return PixelLoader(shard.height, shard.width, spec.resize, self.max_pixels)(image)  # type: ignore[arg-type]
+
+    def _noise(self, keys: Sequence[str], shape: tuple[int, ...]) -> Tensor | None:
+        if self.plan.spec.posterior != "sample":
+            return None
+        seed = self.plan.spec.seed
+        return torch.stack([torch.randn(shape, generator=pair_generator(seed, "posterior", 0, "", k)) for k in keys])
+
+
+class ShardEncoder(LightningModule):
+    """Batches to rows of shards, on the trainer's device.
+
+    Args:
+        encoders: VAE and text encoders.
+        dtype: Stored type.
+    """
+
+    def __init__(self, encoders: Encoders, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.vae, self.text, self.storage = encoders.vae, encoders.text, dtype
+
+    def predict_step(self, batch: EncodeBatch, batch_idx: int) -> dict[str, Tensor]:
+        """Tensors of the shard, ``len(batch)`` rows each, in the stored type.
+
+        Raises:
+            InputError: If a number is not finite: the encoder, or the stored type, has overflowed.
+        """
+        rows = self._text_rows(batch) if batch.shard.kind == "text" else {LATENTS: self._latents(batch)}
+        rows = {name: tensor.to(self.storage) for name, tensor in rows.items()}
+        for tensor in rows.values():
+            finite = tensor.isfinite().flatten(1).all(dim=1)
+            if not finite.all():
+                name = batch.names[int((~finite).nonzero()[0])]
+                raise InputError(
+                    f"{batch.shard.kind} of {name!r:.80} are not finite in {self.storage}; set dtype, and the encoder's "
+                    "own, to bfloat16 or float32"
+                )
+        return rows
+
+    def _latents(self, batch: EncodeBatch) -> Tensor:
+        if batch.latents is not None:
+            return batch.latents
+        assert self.vae is not None and batch.pixels is not None
+        latents = self.vae.encode(batch.pixels, batch.noise)
+        for row in batch.unreadable or ():
+            latents[row - batch.first] = 0
+        return latents
+
+    def _text_rows(self, batch: EncodeBatch) -> dict[str, Tensor]:
+        assert self.text is not None
+        encoded = self.text(batch.names)
+        return {PROMPT_EMBEDS: encoded.prompt_embeds, POOLED_PROMPT_EMBEDS: encoded.pooled_prompt_embeds}
+
+
+class ShardsToDisk(Callback):
+    """Writes what :class:`ShardEncoder` makes; a shard's manifest is written when its last row is.
+
+    Args:
+        folder: The cache; its plan must be there when the trainer runs.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._writer: ShardWriter | None = None
+        self._unreadable: dict[int, str] = {}
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Read the plan."""
+        self.plan = read_plan(self.folder)
+
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: EncodeBatch, *_: Any
+    ) -> None:
+        """Write the rows of one batch."""
+        with disk_problems_named(self.folder):
+            if batch.first == 0:
+                self._begin(batch.shard)
+            assert self._writer is not None
+            self._writer.write(batch.first, outputs)
+            self._unreadable.update(batch.unreadable or {})
+            if batch.first + len(batch) == batch.shard.count:
+                self._finish(batch.shard)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Remove the shard that was being written."""
+        if self._writer is not None:
+            self._writer.abandon(exception)
+
+    def _begin(self, shard: Shard) -> None:
+        dtype = getattr(torch, self.plan.spec.dtype)
+        (self.folder / manifest_name(shard.name)).unlink(missing_ok=True)  # of a damaged shard
+        self._writer = ShardWriter(self.folder / shard.name, tensor_shapes(self.plan, shard), dtype)
+        self._unreadable = {}
+
+    def _finish(self, shard: Shard) -> None:
+        assert self._writer is not None
+        sha256 = self._writer.finish()
+        self._writer = None
+        manifest = ShardManifest(shard.count, sha256, self.plan.spec.hash, self.plan.hash, self._unreadable)
+        write_text(self.folder / manifest_name(shard.name), manifest.to_json())
+
+
+class EncodingRate(Callback):
+    """Counts images, and says on standard error how many there were per second and how many are left.
+
+    Args:
+        every_seconds: Time between two lines.
+    """
+
+    def __init__(self, every_seconds: float = 10.0) -> None:
+        self.every_seconds, self.total = every_seconds, 0
+        self.done, self.seconds = 0, 0.0
+        self._begun = self._said = 0.0
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self.total = trainer.datamodule.total  # type: ignore[attr-defined]
+        self._begun = self._said = time.monotonic()
+
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: EncodeBatch, *_: Any
+    ) -> None:
+        """Count; the first process speaks for all, which get equal shares."""
+        now = time.monotonic()
+        self.done, self.seconds = self.done + len(batch), now - self._begun
+        if trainer.is_global_zero and now - self._said >= self.every_seconds:
+            self._said = now
+            done = min(self.done * trainer.world_size, self.total)
+            rate = done / max(self.seconds, 1e-9)
+            left = (self.total - done) / max(rate, 1e-9)
+            print(
+                f"cache: about {done} of {self.total} images and prompts, {rate:.1f}/s, {left / 60:.0f} min left",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+def _by_shard(shard: np.ndarray, row: np.ndarray) -> dict[int, np.ndarray]:
+    order = np.lexsort((row, shard))
+    numbers, starts = np.unique(shard[order], return_index=True)
+    return dict(zip(numbers.tolist(), np.split(order, starts[1:]), strict=True))

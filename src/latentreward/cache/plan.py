@@ -1,0 +1,260 @@
+"""The plan of a cache: which image goes to which row of which shard, written before anything is encoded.
+
+It depends on the rows of the reader and on the spec alone, never on the number of processes. Tables are written as the
+rows come; memory holds a hash and a number for each image and prompt.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import asdict
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from latentreward.cache.layout import (
+    IMAGES,
+    PAIRS,
+    PLAN,
+    PROMPTS,
+    SCHEMAS,
+    SHARDS,
+    SOURCES,
+    CachePlan,
+    CacheSpec,
+    digest,
+    latents_name,
+    text_name,
+)
+from latentreward.cache.scan import ScannedRow
+from latentreward.cache.shards import file_hash, replacing, write_text
+from latentreward.cache.sizing import ImageSettings, Size
+from latentreward.contracts import PreferencePair
+from latentreward.data.readers import PairReader
+from latentreward.errors import InputError
+
+ROWS_PER_GROUP = 16_384
+SAMPLED_ROWS = 16
+
+
+class TableWriter:
+    """A parquet file whose rows come one by one.
+
+    Args:
+        stream: Where it is written.
+        schema: Columns.
+    """
+
+    def __init__(self, stream: Any, schema: pa.Schema) -> None:
+        self._writer = pq.ParquetWriter(stream, schema, compression="zstd")
+        self._schema, self._rows, self.count = schema, [], 0
+
+    def add(self, *values: Any) -> int:
+        """Add a row; returns its number."""
+        self._rows.append(values)
+        self.count += 1
+        if len(self._rows) == ROWS_PER_GROUP:
+            self._flush()
+        return self.count - 1
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._flush()
+        self._writer.close()
+
+    def _flush(self) -> None:
+        if self._rows:
+            columns = zip(*self._rows, strict=True)
+            arrays = [pa.array(column, field.type) for column, field in zip(columns, self._schema, strict=True)]
+            self._writer.write_table(pa.Table.from_arrays(arrays, schema=self._schema))
+            self._rows = []
+
+
+class ShardNumbers:
+    """Shards in the order in which their first rows come; a shard holds rows of one shape."""
+
+    def __init__(self) -> None:
+        self.shards: list[tuple[str, str, int | None, int | None]] = []
+        self.counts: list[int] = []
+        self._open: dict[Size | None, int] = {}
+        self._begun: Counter[Size | None] = Counter()
+
+    def place(self, size: Size | None, most: int) -> tuple[int, int]:
+        """Shard and row of the next image of ``size``, or of the next prompt (None), ``most`` of them in a shard."""
+        shard = self._open.get(size)
+        if shard is None or self.counts[shard] == most:
+            shard = self._open[size] = len(self.shards)
+            number = self._begun[size]
+            self._begun[size] += 1
+            name = text_name(number) if size is None else latents_name(*size, number)
+            self.shards.append((name, "text", None, None) if size is None else (name, "latents", *size))
+            self.counts.append(0)
+        self.counts[shard] += 1
+        return shard, self.counts[shard] - 1
+
+
+class Planner:
+    """Gives every image and prompt its place, in the order of the rows.
+
+    Args:
+        spec: Settings.
+        images: Sizes of images.
+        tables: Writer of each table.
+    """
+
+    def __init__(self, spec: CacheSpec, images: ImageSettings, tables: dict[str, TableWriter]) -> None:
+        self.spec, self.images, self.tables = spec, images, tables
+        self.dropped: Counter[str] = Counter()
+        self._shards = ShardNumbers()
+        self._known: dict[bytes, int] = {}
+        if spec.text is not None:
+            self._prompt("")
+
+    def add(self, row: ScannedRow) -> None:
+        """Plan one row."""
+        sizes = self._sizes(row)
+        if isinstance(sizes, str):
+            self.dropped[sizes] += 1
+            return
+        pair = row.pair
+        votes_a, votes_b = pair.votes or (None, None)
+        self.tables[PAIRS].add(
+            pair.pair_id,
+            self._prompt(pair.prompt),
+            self._image(pair.image_a.image_key, sizes[0], row.number, "a"),
+            self._image(pair.image_b.image_key, sizes[1], row.number, "b"),
+            pair.label_a,
+            pair.weight,
+            pair.group_id,
+            votes_a,
+            votes_b,
+            pair.confidence,
+            pair.model_a,
+            pair.model_b,
+            pair.source,
+            pair.split,
+        )
+
+    def finish(self) -> None:
+        """Write the table of shards."""
+        for shard, count in zip(self._shards.shards, self._shards.counts, strict=True):
+            self.tables[SHARDS].add(*shard, count)
+
+    def _sizes(self, row: ScannedRow) -> tuple[Size, Size] | str:
+        if row.problem is not None:
+            return row.problem
+        if self.spec.vae is None:
+            assert row.sizes is not None
+            return self.images.sizes_of_latents(*row.sizes)
+        return self.images.sizes_of_pair(*(row.sizes or (None, None)))
+
+    def _image(self, key: str, size: Size, reader_row: int, side: str) -> int:
+        name = _hash("image", key, *size)
+        if name not in self._known:
+            shard, row = self._shards.place(size, self.spec.images_per_shard)
+            self.tables[SOURCES].add(reader_row, side)
+            self._known[name] = self.tables[IMAGES].add(key, *size, shard, row, row // self.spec.batch_size)
+        return self._known[name]
+
+    def _prompt(self, prompt: str) -> int:
+        name = _hash("prompt", prompt)
+        if name not in self._known:
+            text = self.spec.text
+            shard, row = (None, None) if text is None else self._shards.place(None, text.prompts_per_shard)
+            self._known[name] = self.tables[PROMPTS].add(prompt, shard, row)
+        return self._known[name]
+
+
+def write_plan(
+    folder: Path,
+    spec: CacheSpec,
+    images: ImageSettings,
+    data: dict[str, Any],
+    rows: Iterable[ScannedRow],
+    progress: Callable[[int], None] = lambda done: None,
+) -> CachePlan:
+    """Plan all ``rows`` and write tables and ``plan.json``, the latter last.
+
+    Args:
+        folder: The cache.
+        spec: Settings.
+        images: Sizes of images, of which ``spec`` was made.
+        data: See :func:`describe_data`.
+        rows: Rows of the reader, in their order.
+        progress: Called with the number of rows done.
+
+    Raises:
+        InputError: If no pair is left.
+    """
+    with ExitStack() as stack:
+        streams = {name: stack.enter_context(replacing(folder / name)) for name in SCHEMAS}
+        tables = {name: TableWriter(stream, SCHEMAS[name]) for name, stream in streams.items()}
+        planner = Planner(spec, images, tables)
+        for done, row in enumerate(rows, start=1):
+            planner.add(row)
+            progress(done)
+        if not tables[PAIRS].count:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in planner.dropped.most_common())
+            raise InputError(f"reader: none of its rows can be cached ({reasons or 'it has none'}); check images")
+        planner.finish()
+        for table in tables.values():
+            table.close()
+    plan = CachePlan(
+        spec=spec,
+        data=data,
+        tables={name: file_hash(folder / name) for name in SCHEMAS},
+        pairs=tables[PAIRS].count,
+        images=tables[IMAGES].count,
+        prompts=tables[PROMPTS].count,
+        dropped=dict(planner.dropped.most_common()),
+    )
+    write_text(folder / PLAN, plan.to_json())
+    return plan
+
+
+def describe_data(reader: PairReader) -> dict[str, Any]:
+    """What tells one data set from another without reading all of it: kind, rows, and a few rows spread over it."""
+    step = max(1, len(reader) // SAMPLED_ROWS)
+    sample = [reader[index] for index in range(0, len(reader), step)]
+    return {
+        "reader": type(reader).__name__,
+        "rows": len(reader),
+        "source": sample[0].source if sample else "",
+        "split": sample[0].split if sample else "",
+        "sample": digest([_names(pair) for pair in sample]),
+    }
+
+
+def check_same(folder: Path, plan: CachePlan, spec: CacheSpec, data: dict[str, Any]) -> None:
+    """Refuse to go on with a cache that was begun with other settings or other data.
+
+    Raises:
+        InputError: Naming the first field that differs.
+    """
+    old = {"spec": asdict(plan.spec), "data": plan.data}
+    new = {"spec": asdict(spec), "data": data}
+    if difference := _first_difference(old, new):
+        name, before, now = difference
+        raise InputError(
+            f"{folder} was begun with {name}={before!r}, but now it is {now!r}; set it back, or choose another output"
+        )
+
+
+def _first_difference(old: Any, new: Any, name: str = "") -> tuple[str, Any, Any] | None:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*old, *(key for key in new if key not in old)]:
+            if found := _first_difference(old.get(key), new.get(key), f"{name}.{key}".lstrip(".")):
+                return found
+        return None
+    return (name, old, new) if digest(old) != digest(new) else None
+
+
+def _names(pair: PreferencePair) -> list[Any]:
+    return [pair.pair_id, pair.prompt, pair.image_a.image_key, pair.image_b.image_key, pair.label_a]
+
+
+def _hash(*parts: Any) -> bytes:
+    return blake2b("\0".join(map(str, parts)).encode("utf-8", "surrogatepass"), digest_size=16).digest()

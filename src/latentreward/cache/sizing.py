@@ -1,0 +1,134 @@
+"""Which size an image is cached at, and which pairs have none."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from latentreward.contracts import LatentSpace
+from latentreward.data.buckets import MIN_PIXELS, PUBLISHED_BUCKETS, Bucket, assign_bucket, sort_buckets
+from latentreward.data.images import MAX_PIXELS, ResizePolicy
+from latentreward.errors import InputError
+
+CROSS_BUCKET_ASPECT = 0.05
+"""Aspect ratios that differ by this share, or more, are too far apart to share a bucket."""
+
+TOO_SMALL = "image below min_pixels"
+NO_BUCKET = "image in no bucket"
+OTHER_ASPECT = "images of different aspect ratio"
+OTHER_BUCKET = "images in different buckets"
+OTHER_SHAPE = "latents of different shapes"
+
+
+class Size(NamedTuple):
+    """Height and width in pixels."""
+
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """How images come to the few sizes of a cache.
+
+    With ``size``, every image comes to that one size. Otherwise an image goes to the bucket with its aspect ratio
+    (within 3 %) that is nearest in area.
+
+    Args:
+        size: Pixels of a side, or (height, width), of every image; None for buckets.
+        buckets: (height, width) of each bucket; None takes the 13 of the released diffusion-rm cache.
+        resize: ``center_crop`` cuts what hangs over at both ends (3 % at most in a bucket) and resizes with a Lanczos
+            filter; ``stretch`` resizes both axes on their own, bilinear, as LRM was trained.
+        cross_bucket: A pair whose images fall into different buckets: ``shared`` caches both, if their aspect ratios
+            differ by less than 5 %, once more in the bucket of their mean size, and drops the pair otherwise; ``drop``
+            drops it.
+        min_pixels: Pairs with a smaller image are left out; None takes 65,536 with buckets and no limit with ``size``.
+        max_pixels: Images with more pixels count as unreadable; checked in their header.
+    """
+
+    size: int | tuple[int, int] | None = None
+    buckets: tuple[tuple[int, int], ...] | None = None
+    resize: ResizePolicy = "center_crop"
+    cross_bucket: Literal["shared", "drop"] = "shared"
+    min_pixels: int | None = None
+    max_pixels: int = MAX_PIXELS
+
+    def __post_init__(self) -> None:
+        if self.size is not None and self.buckets is not None:
+            raise InputError("images.size and images.buckets are both set; all images come to one size, or to buckets")
+        if self.size is not None and min(self.one_size()) < 1:
+            raise InputError(f"images.size is {self.size}; it must be at least 1")
+
+    def one_size(self) -> Size:
+        """(height, width) of every image, where ``size`` is set."""
+        assert self.size is not None
+        return Size(self.size, self.size) if isinstance(self.size, int) else Size(*self.size)
+
+    def bucket_sizes(self) -> tuple[Bucket, ...]:
+        """The buckets by ascending area, where ``size`` is not set."""
+        return PUBLISHED_BUCKETS if self.buckets is None else sort_buckets(self.buckets)
+
+    def smallest(self) -> int:
+        """``min_pixels`` with its default put in."""
+        if self.min_pixels is None:
+            return MIN_PIXELS if self.size is None else 0
+        return self.min_pixels
+
+    def needs_headers(self) -> bool:
+        """Whether the size of an image must be known to plan for it."""
+        return self.size is None or self.smallest() > 0
+
+    def check(self, space: LatentSpace) -> None:
+        """Refuse sizes that the VAE cannot make whole latents of.
+
+        Raises:
+            InputError: If a side is no multiple of the VAE's downscale.
+        """
+        sizes = self.bucket_sizes() if self.size is None else (Bucket(*self.one_size()),)
+        for bucket in sizes:
+            if bucket.height % space.downscale or bucket.width % space.downscale:
+                name = "buckets" if self.size is None else "size"
+                raise InputError(f"images.{name}: {bucket} is no multiple of the VAE's {space.downscale} pixels")
+
+    def sizes_of_pair(self, a: Size | None, b: Size | None) -> tuple[Size, Size] | str:
+        """The sizes at which the two images of a pair are cached, or why the pair is left out.
+
+        Args:
+            a: Size of the first image; None if ``needs_headers`` is false.
+            b: Size of the second.
+        """
+        if a is not None and b is not None and min(a.height * a.width, b.height * b.width) < self.smallest():
+            return TOO_SMALL
+        if self.size is not None:
+            return self.one_size(), self.one_size()
+        assert a is not None and b is not None
+        own = [self._bucket(*size) for size in (a, b)]
+        if own[0] is None or own[1] is None:
+            return NO_BUCKET
+        if own[0] == own[1]:
+            return own[0], own[1]
+        if self.cross_bucket == "drop":
+            return OTHER_BUCKET
+        aspects = sorted((a.width / a.height, b.width / b.height))
+        if aspects[1] / aspects[0] - 1 >= CROSS_BUCKET_ASPECT:
+            return OTHER_ASPECT
+        mean = self._bucket(round(math.sqrt(a.height * b.height)), round(math.sqrt(a.width * b.width)))
+        return (mean, mean) if mean is not None else OTHER_ASPECT
+
+    def sizes_of_latents(self, a: Size, b: Size) -> tuple[Size, Size] | str:
+        """The same for images that are latents already: nothing is resized, so each must have the size of a bucket.
+
+        Args:
+            a: Size in pixels of the first image.
+            b: Size of the second.
+        """
+        if a != b:
+            return OTHER_SHAPE
+        known = [self.one_size()] if self.size is not None else [Size(*size) for size in self._pairs()]
+        return (a, b) if a in known else NO_BUCKET
+
+    def _pairs(self) -> list[tuple[int, int]]:
+        return [(bucket.height, bucket.width) for bucket in self.bucket_sizes()]
+
+    def _bucket(self, height: int, width: int) -> Size | None:
+        bucket = assign_bucket(height, width, self.bucket_sizes(), min_pixels=self.smallest())
+        return None if bucket is None else Size(bucket.height, bucket.width)

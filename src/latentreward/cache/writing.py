@@ -1,0 +1,199 @@
+"""A run of the cache: plan on one process, encode on all, resume where the last run stopped."""
+
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from torch.utils.data import DataLoader
+
+from latentreward.cache.check import Shard, read_shards, shard_states, table_problems
+from latentreward.cache.encoding import EncodeBatches
+from latentreward.cache.layout import PLAN, CachePlan, CacheSpec, read_plan
+from latentreward.cache.plan import check_same, describe_data, write_plan
+from latentreward.cache.scan import RowScan, scan_rows
+from latentreward.cache.shards import disk_problems_named, locked, remove_temporary
+from latentreward.cache.sizing import ImageSettings
+from latentreward.data.readers import PairReader
+from latentreward.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+SIGTERM_STATUS = 143
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class EncodingDataModule(LightningDataModule):
+    """Encode batches of the shards that are not finished; a rank gets every world-size-th of these shards.
+
+    Args:
+        folder: The cache.
+        reader: Pairs.
+        images: Sizes of images.
+        spec: Settings, made from ``images`` and the encoders.
+        num_workers: Processes that fetch and decode images, per rank.
+    """
+
+    def __init__(
+        self, folder: Path, reader: PairReader, images: ImageSettings, spec: CacheSpec, num_workers: int
+    ) -> None:
+        super().__init__()
+        self.prepare_data_per_node = False
+        self.allow_zero_length_dataloader_with_multiple_devices = True
+        self.folder, self.reader, self.images = folder, reader, images
+        self.spec, self.num_workers = spec, num_workers
+        self.todo: list[Shard] | None = None
+        self._held = ExitStack()
+
+    @property
+    def total(self) -> int:
+        """Images and prompts that are still to be encoded, over all ranks."""
+        return sum(shard.count for shard in self.todo or ())
+
+    def prepare_data(self) -> None:
+        """On one process: lock the folder, plan or check the old plan, and see which shards are missing or damaged.
+
+        Raises:
+            InputError: If another run is writing, the folder cannot be written to, or it was begun otherwise.
+        """
+        if self.todo is not None:
+            return
+        self._held.enter_context(locked(self.folder))
+        with disk_problems_named(self.folder):
+            remove_temporary(self.folder)
+            data = describe_data(self.reader)
+            if (self.folder / PLAN).exists():
+                plan = read_plan(self.folder)
+                check_same(self.folder, plan, self.spec, data)
+                self._restore_tables(plan, data)
+            else:
+                self._refuse_other_files()
+                plan = self._plan(data)
+            self.todo = self._unfinished(plan)
+
+    def setup(self, stage: str) -> None:
+        """Tell all ranks what there is to do."""
+        assert self.trainer is not None
+        self.todo = self.trainer.strategy.broadcast(self.todo)
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """This rank's batches, shard by shard."""
+        assert self.trainer is not None and self.todo is not None
+        mine = self.todo[self.trainer.global_rank :: self.trainer.world_size]
+        plan = read_plan(self.folder)
+        return DataLoader(
+            EncodeBatches(self.folder, plan, mine, self.reader, self.images.max_pixels),
+            batch_size=None,
+            num_workers=self.num_workers,
+            pin_memory=torch.accelerator.is_available(),
+        )
+
+    def release(self) -> None:
+        """Let go of the lock."""
+        self._held.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_held": ExitStack()}  # the lock stays with the process that took it
+
+    def _plan(self, data: dict[str, Any]) -> CachePlan:
+        rows = scan_rows(RowScan(self.reader, self.images, self.spec.latent_space), self.num_workers)
+        return write_plan(self.folder, self.spec, self.images, data, rows, planning_progress(len(self.reader)))
+
+    def _restore_tables(self, plan: CachePlan, data: dict[str, Any]) -> None:
+        """Plan again if a table is missing or damaged; the result must be the same plan."""
+        if problems := table_problems(self.folder, plan):
+            logger.warning("%s: %s; planning again", self.folder, "; ".join(problems))
+            if self._plan(data).hash != plan.hash:
+                raise InputError(
+                    f"{self.folder}: {problems[0]}, and the reader's rows are not those of the plan any more; choose "
+                    "another output"
+                )
+
+    def _refuse_other_files(self) -> None:
+        strangers = sorted(path.name for path in self.folder.rglob("*.safetensors"))
+        if strangers:
+            raise InputError(
+                f"output={str(self.folder)!r} has no {PLAN} but holds {strangers[0]} ({len(strangers)} such files); "
+                "restore the plan, or choose an empty folder"
+            )
+
+    def _unfinished(self, plan: CachePlan) -> list[Shard]:
+        states = list(shard_states(self.folder, plan, read_shards(self.folder)))
+        todo = [state.shard for state in states if state.problem is not None]
+        if damaged := [str(state.problem) for state in states if state.problem and "damaged" in state.problem]:
+            logger.warning("%s: %s (%d such); encoding again", self.folder, damaged[0], len(damaged))
+        if len(todo) < len(states):
+            print(f"cache: {len(states) - len(todo)} of {len(states)} shards are there already", file=sys.stderr)
+        return todo
+
+
+class StopOnSigterm(Callback):
+    """SIGTERM ends the run at once: finished shards are kept, and the one being written is removed.
+
+    Lightning's own handler calls a collective, in which a single rank that was told to stop would wait for good.
+    """
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the place of Lightning's handler, which puts back what was there when the run ends."""
+
+        def stop(signum: int, frame: Any) -> None:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            environment = getattr(trainer.strategy, "cluster_environment", None)
+            if isinstance(environment, LightningEnvironment) and trainer.local_rank > 0:
+                os.kill(os.getppid(), signal.SIGTERM)
+                sys.exit(0)  # any other status has Lightning kill the parent, whose own status counts
+            sys.exit(SIGTERM_STATUS)
+
+        signal.signal(signal.SIGTERM, stop)
+
+
+@contextmanager
+def exit_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the block like an error, with status 143."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(SIGTERM_STATUS))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def run_predict(trainer: Trainer, module: LightningModule, data: EncodingDataModule) -> None:
+    """Encode what is missing; does nothing if that is nothing.
+
+    Where Lightning starts the other processes, planning comes first: bad input is known before there are any. Where
+    torchrun or SLURM started them all, they wait for the plan.
+    """
+    try:
+        environment = getattr(trainer.strategy, "cluster_environment", None)
+        if trainer.is_global_zero and not getattr(environment, "creates_processes_externally", False):
+            data.prepare_data()
+            if not data.todo:
+                return
+        trainer.predict(module, datamodule=data, return_predictions=False)
+    except BaseException:
+        if (launcher := trainer.strategy.launcher) is not None:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # they tell their parent
+            launcher.kill(signal.SIGTERM)
+        raise
+
+
+def planning_progress(rows: int) -> Callable[[int], None]:
+    """A function that says on standard error, now and then, how many of ``rows`` are planned."""
+    begun = said = time.monotonic()
+
+    def progress(done: int) -> None:
+        nonlocal said
+        now = time.monotonic()
+        if now - said >= SECONDS_BETWEEN_LINES:
+            said = now
+            print(f"cache: planned {done} of {rows} rows, {done / (now - begun):.0f}/s", file=sys.stderr, flush=True)
+
+    return progress

@@ -1,0 +1,200 @@
+"""``latentreward cache``: latents, and text embeddings if wanted, of any data set, once and for all."""
+
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import torch
+from lightning.pytorch import Trainer
+
+from latentreward.cache.check import check_cache, read_shards
+from latentreward.cache.encoding import EncodingRate, ShardEncoder, ShardsToDisk
+from latentreward.cache.layout import IMAGES, PAIRS, CacheDtype, CacheSpec, manifest_name, read_manifest, read_plan
+from latentreward.cache.sizing import ImageSettings
+from latentreward.cache.sources import Encoders, LatentSource
+from latentreward.cache.writing import EncodingDataModule, StopOnSigterm, exit_on_sigterm, run_predict
+from latentreward.data.readers import PairReader, count_text
+from latentreward.errors import InputError
+from latentreward.lightning_cli import run_function
+
+LINES = 20
+
+
+@dataclass(frozen=True)
+class TrainerSettings:
+    """Which processes encode, as for ``latentreward fit``.
+
+    Args:
+        accelerator: ``cpu``, ``gpu`` or ``auto``.
+        devices: Devices per node, or their numbers; ``auto`` takes all.
+        num_nodes: Nodes, started by torchrun or SLURM.
+        strategy: ``auto``, or ``ddp`` for several processes.
+    """
+
+    accelerator: str = "auto"
+    devices: int | str | list[int] = "auto"
+    num_nodes: int = 1
+    strategy: str = "auto"
+
+
+def run(command: str, arguments: Sequence[str]) -> None:
+    """Run the subcommand."""
+    run_function(command, cache, arguments)
+
+
+def cache(
+    output: str,
+    reader: PairReader | None = None,
+    encoder: LatentSource | None = None,
+    images: ImageSettings = ImageSettings(),  # noqa: B008
+    dtype: CacheDtype = "float16",
+    seed: int = 0,
+    images_per_shard: int = 1024,
+    num_workers: int = 4,
+    trainer: TrainerSettings = TrainerSettings(),  # noqa: B008
+    check: bool = False,
+) -> None:
+    """Write the latents of a data set's images, and optionally embeddings of its prompts, to a folder.
+
+    The same command resumes a run that was stopped in any way, and encodes damaged files again.
+
+    Args:
+        output: Folder of the cache.
+        reader: Pairs to cache; rows without a label are cached too.
+        encoder: What makes latents of them: ``PipelineEncoders`` or ``PublishedLatents``.
+        images: Sizes that images come to.
+        dtype: Stored type of latents and embeddings.
+        seed: Seed of the posterior samples, one per image.
+        images_per_shard: Most images of one file; a stopped run loses a file's worth per process at most.
+        num_workers: Processes per device that read and decode images; 0 decodes in the encoding process.
+        trainer: Which processes encode.
+        check: Only verify every file of ``output``, say what is missing or damaged, and exit with status 1 if
+            anything is.
+    """
+    folder = Path(output)
+    if check:
+        verify(folder)
+        return
+    if reader is None or encoder is None:
+        missing = "reader" if reader is None else "encoder"
+        raise InputError(f"{missing} is missing; give it in a --config file, or say --check to verify a cache")
+    check_settings(reader, encoder, images_per_shard, num_workers)
+    with exit_on_sigterm():
+        encoders = encoder.load()
+        images.check(encoders.space)
+        spec = make_spec(encoder, encoders, images, dtype, seed, images_per_shard)
+        data = EncodingDataModule(folder, reader, images, spec, num_workers)
+        rate = EncodingRate()
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        runner = Trainer(
+            accelerator=trainer.accelerator,
+            devices=trainer.devices,
+            num_nodes=trainer.num_nodes,
+            strategy=trainer.strategy,
+            precision="32-true",
+            callbacks=[StopOnSigterm(), ShardsToDisk(folder), rate],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+        )
+        try:
+            run_predict(runner, ShardEncoder(encoders, getattr(torch, dtype)), data)
+            if runner.is_global_zero:
+                report(folder, rate, runner.world_size)
+        finally:
+            data.release()
+
+
+def check_settings(reader: PairReader, encoder: LatentSource, images_per_shard: int, num_workers: int) -> None:
+    """Refuse settings that no cache can be written with.
+
+    Raises:
+        InputError: If a number is out of range, or the reader does not hold what the encoder takes.
+    """
+    if images_per_shard < 1:
+        raise InputError(f"images_per_shard is {images_per_shard}; it must be at least 1")
+    if num_workers < 0:
+        raise InputError(f"num_workers is {num_workers}; it must be 0 or more")
+    if reader.holds != encoder.holds:
+        kind = type(encoder).__name__
+        remedy = {"images": "PipelineEncoders", "latents": "PublishedLatents"}.get(reader.holds, "a reader with images")
+        raise InputError(f"encoder: {kind} takes {encoder.holds}, but the reader holds {reader.holds}; set {remedy}")
+
+
+def make_spec(
+    encoder: LatentSource, encoders: Encoders, images: ImageSettings, dtype: CacheDtype, seed: int, per_shard: int
+) -> CacheSpec:
+    """Everything that decides the bytes, apart from the data."""
+    buckets = None if images.size is not None else tuple((b.height, b.width) for b in images.bucket_sizes())
+    encodes = encoders.vae is not None
+    return CacheSpec(
+        origin=encoder.origin,
+        vae=encoders.vae_fingerprint,
+        vae_dtype=encoder.vae_dtype,
+        latent_space=encoders.space,
+        posterior=encoder.posterior,
+        seed=seed,
+        dtype=dtype,
+        size=None if images.size is None else tuple(images.one_size()),  # type: ignore[arg-type]
+        buckets=buckets,
+        resize=images.resize if encodes else None,
+        cross_bucket=images.cross_bucket,
+        min_pixels=images.smallest(),
+        batch_size=encoder.batch_size,
+        images_per_shard=per_shard,
+        text=encoders.text_spec,
+    )
+
+
+def verify(folder: Path) -> None:
+    """Check a cache and print what was found.
+
+    Raises:
+        SystemExit: With status 1 if anything is missing or damaged.
+    """
+    plan, problems, unreadable = check_cache(folder)
+    for problem in problems[:LINES]:
+        print(problem)
+    if len(problems) > LINES:
+        print(f"… and {len(problems) - LINES} more")
+    if unreadable:
+        print(f"images that could not be read when the cache was written: {count_text(unreadable)}")
+    if problems:
+        print(f"{folder}: {len(problems)} files missing or damaged; run the command that wrote it to put them right")
+        sys.exit(1)
+    print(f"{folder} is whole: {plan.pairs} pairs, {plan.images} images, {plan.prompts} prompts")
+
+
+def report(folder: Path, rate: EncodingRate, processes: int) -> None:
+    """Print what the cache holds, what was left out, and how fast it went."""
+    plan, shards = read_plan(folder), read_shards(folder)
+    size = sum((folder / shard.name).stat().st_size for shard in shards)
+    manifests = {shard.number: read_manifest(folder / manifest_name(shard.name)) for shard in shards}
+    unreadable = Counter(reason for manifest in manifests.values() for reason in manifest.unreadable.values())
+    lost = {(number, row) for number, manifest in manifests.items() for row in manifest.unreadable}
+    print(f"{folder}: {plan.pairs} pairs, {plan.images} images, {plan.prompts} prompts, {len(shards)} shards")
+    print(f"dropped pairs: {count_text(Counter(plan.dropped))}")
+    if lost:
+        print(f"images not read: {count_text(unreadable)}; {pairs_with(folder, lost)} pairs have such an image")
+    print(f"{size / 2**20:.1f} MiB", end="")
+    if rate.done:
+        done = min(rate.done * processes, rate.total)
+        print(f", {done / rate.seconds:.1f} images and prompts per second with {processes} processes", end="")
+    print()
+
+
+def pairs_with(folder: Path, lost: set[tuple[int, int]]) -> int:
+    """Number of pairs with an image among ``lost``, given as (shard, row)."""
+    images = pq.read_table(folder / IMAGES, columns=["shard", "row"])
+    places = zip(images["shard"].to_pylist(), images["row"].to_pylist(), strict=True)
+    bad = {number for number, place in enumerate(places) if place in lost}
+    pairs = pq.read_table(folder / PAIRS, columns=["image_a", "image_b"])
+    return sum(
+        a in bad or b in bad for a, b in zip(pairs["image_a"].to_pylist(), pairs["image_b"].to_pylist(), strict=True)
+    )
