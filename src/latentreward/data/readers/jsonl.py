@@ -1,0 +1,190 @@
+"""JSON lines: pairs of image files of your own, one object per line."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from latentreward.contracts import PreferencePair
+from latentreward.data.readers.base import OnError, sides_exchanged
+from latentreward.data.readers.folders import read_lines
+from latentreward.data.readers.groups import file_image
+from latentreward.data.readers.json_rows import JSONReader, parse_number, parse_text, short
+from latentreward.errors import InputError
+
+INDEX = pa.schema(
+    {
+        "pair_id": pa.large_string(),
+        "prompt": pa.large_string(),
+        "path_a": pa.large_string(),
+        "path_b": pa.large_string(),
+        "label": pa.float64(),
+        "winner_first": pa.bool_(),
+        "weight": pa.float64(),
+        "votes_a": pa.int64(),
+        "votes_b": pa.int64(),
+        "confidence": pa.float64(),
+    }
+)
+WINNER_FIRST, BY_LABEL = ("chosen", "rejected"), ("image_a", "image_b")
+WORDS = {"a": 1.0, "b": 0.0, "tie": 0.5}
+
+
+class JSONLPairReader(JSONReader):
+    """Pairs of a file of JSON lines.
+
+    A line has a ``prompt`` and either ``chosen`` and ``rejected``, or ``image_a``, ``image_b`` and ``label``::
+
+        {"prompt": "a cat", "chosen": "images/1.jpg", "rejected": "images/2.jpg"}
+        {"prompt": "a cat", "image_a": "images/1.jpg", "image_b": "images/2.jpg", "label": 0.5}
+
+    ``label`` is the probability that a is preferred (1, 0, ½ for a tie, or between), or ``"a"``, ``"b"``, ``"tie"``;
+    null or missing is unlabelled. Also read, where they are there: ``votes`` ([a, b] or [chosen, rejected]),
+    ``confidence`` in [0, 1], ``weight`` in the loss, and ``pair_id``; a line without one is named by its number.
+
+    Paths are relative to ``root``. A null or missing prompt is read as an empty one, votes and a confidence that are
+    none as not published. A line that is no object, a prompt that is no text, a label or weight out of range and a
+    ``pair_id`` that occurred before fall under ``on_error``. A path that is none or leads out of ``root`` is found at
+    once under ``raise``, else, like an absent file, when the image is decoded. Blank lines are left aside.
+
+    Args:
+        file: The file.
+        root: Folder that paths are relative to, and that no image lies out of; the file's by default.
+        split: Name of the split.
+        randomise_sides: Exchange the sides of every other line with ``chosen`` and ``rejected``, by a draw from
+            ``seed`` and the pair's name; without it the chosen image is always a.
+        seed: Seed of that draw.
+        on_error: See :class:`PairReader`.
+
+    Raises:
+        InputError: If the file is absent, no line is left, or one breaks a rule above.
+    """
+
+    def __init__(
+        self,
+        file: str,
+        root: str | None = None,
+        split: str = "train",
+        *,
+        randomise_sides: bool = True,
+        seed: int = 0,
+        on_error: OnError = "raise",
+    ) -> None:
+        super().__init__(on_error)
+        self.split, self.randomise_sides, self.seed = split, randomise_sides, seed
+        self._file = Path(file)
+        self._root = Path(root) if root else self._file.parent
+        seen: set[str] = set()
+        entries = (self._parse(line, text, seen) for line, text in read_lines(self._file))
+        columns = list(zip(*filter(None, entries), strict=True)) or [()] * len(INDEX)
+        self._table = pa.table(dict(zip(INDEX.names, columns, strict=True)), schema=INDEX)
+        if not len(self):
+            raise InputError(f"file: {file} has no lines left; give one JSON object per line")
+        self.report(str(file))
+
+    def __len__(self) -> int:
+        return self._table.num_rows
+
+    def __getitem__(self, index: int) -> PreferencePair:
+        row = {name: self._table.column(name)[index].as_py() for name in INDEX.names}
+        pair = PreferencePair(
+            pair_id=row["pair_id"],
+            prompt=row["prompt"],
+            image_a=file_image(self._root, row["path_a"]),
+            image_b=file_image(self._root, row["path_b"]),
+            label_a=row["label"],
+            weight=row["weight"],
+            votes=None if row["votes_a"] is None else (row["votes_a"], row["votes_b"]),
+            confidence=row["confidence"],
+            source=self._file.name,
+            split=self.split,
+        )
+        return pair.swapped() if self._is_swapped(row["winner_first"], row["pair_id"]) else pair
+
+    def labels(self) -> np.ndarray:
+        """``(len,)`` float: label of image a as ``reader[n]`` gives it, NaN for none."""
+        labels = np.array(self._table.column("label").to_pylist(), dtype=np.float64)
+        names, first = self.pair_ids(), self._table.column("winner_first").to_pylist()
+        swapped = np.array([self._is_swapped(*item) for item in zip(first, names, strict=True)])
+        return np.where(swapped, 1.0 - labels, labels)
+
+    def labelled(self) -> np.ndarray:
+        """``(len,)`` bool: whether a row has a label."""
+        return self._table.column("label").is_valid().to_numpy()
+
+    def prompts(self) -> list[str]:
+        """Raw prompt of every row."""
+        return self._table.column("prompt").to_pylist()
+
+    def pair_ids(self) -> list[str]:
+        """``pair_id`` of every row, or file and line."""
+        return self._table.column("pair_id").to_pylist()
+
+    def _is_swapped(self, winner_first: bool, pair_id: str) -> bool:
+        return winner_first and self.randomise_sides and sides_exchanged(self.seed, pair_id)
+
+    def _parse(self, line: int, text: str, seen: set[str]) -> tuple[Any, ...] | None:
+        """One entry of the index, in the order of its columns; None leaves the line out."""
+        name = f"{self._file.name}:{line}"
+        try:
+            content = json.loads(text)
+        except (ValueError, RecursionError):
+            content = text.strip()
+        row, sound = self.check_row(name, content)
+        pair_id = parse_text(row.get("pair_id")) or name
+        if sound and pair_id in seen:
+            self.refuse(name, f"pair_id {short(pair_id)} occurred before", "pair_id occurs twice")
+            pair_id, sound = name, False
+        fields = WINNER_FIRST if any(field in row for field in WINNER_FIRST) else BY_LABEL
+        for field in fields if sound else ():
+            self.check_path(name, field, row.get(field), self._root)
+        sound, label = self._parse_label(name, row, fields, sound)
+        sound, weight = self._parse_weight(name, row.get("weight"), sound)
+        if not sound and self.on_error == "skip":
+            return None
+        seen.add(pair_id)
+        votes = self._parse_votes(row.get("votes")) or (None, None)
+        paths = [parse_text(row.get(field)) for field in fields]
+        prompt, confidence = parse_text(row.get("prompt")) or "", self._parse_confidence(row.get("confidence"))
+        return pair_id, prompt, *paths, label if sound else None, fields == WINNER_FIRST, weight, *votes, confidence
+
+    def _parse_label(
+        self, name: str, row: dict[str, Any], fields: tuple[str, str], sound: bool
+    ) -> tuple[bool, float | None]:
+        """Whether the row is sound so far, and the label of its first image."""
+        if not sound or fields == WINNER_FIRST:
+            return sound, 1.0
+        value = row.get("label")
+        label = WORDS[value] if isinstance(value, str) and value in WORDS else parse_number(value)
+        if value is None:
+            self.remarks["unlabelled (no label)"] += 1
+        elif label is None or not 0 <= label <= 1:
+            problem = f"label is {short(value)}, neither in [0, 1] nor a, b or tie"
+            self.refuse(name, problem, "label not readable")
+            return False, None
+        return sound, label
+
+    def _parse_weight(self, name: str, value: Any, sound: bool) -> tuple[bool, float]:
+        """Whether the row is sound so far, and its weight, 1 where it has none."""
+        weight = 1.0 if value is None else parse_number(value)
+        if sound and (weight is None or weight < 0):
+            self.refuse(name, f"weight is {short(value)}, no number of 0 or more", "weight not readable")
+            return False, 1.0
+        return sound, weight if sound and weight is not None else 1.0
+
+    def _parse_votes(self, value: Any) -> tuple[int, int] | None:
+        counts = [parse_number(item) for item in value] if isinstance(value, list) else []
+        if len(counts) == 2 and all(count is not None and count >= 0 and count % 1 == 0 for count in counts):
+            return int(counts[0] or 0), int(counts[1] or 0)
+        if value is not None:
+            self.remarks["votes not readable"] += 1
+        return None
+
+    def _parse_confidence(self, value: Any) -> float | None:
+        number = parse_number(value)
+        if value is not None and (number is None or not 0 <= number <= 1):
+            self.remarks["confidence not readable"] += 1
+            return None
+        return number

@@ -1,0 +1,110 @@
+"""Plain folders: names in common, captions in three places."""
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+
+from latentreward.data import FolderPairReader, LoadedPair, PairDataset, PixelLoader, SkippedPair
+from latentreward.errors import InputError
+
+
+@pytest.fixture
+def write(tmp_path: Path, jpeg):
+    """Write files; bytes from the name for images, text for the rest."""
+
+    def write_files(*images: str, **texts: str) -> str:
+        for number, name in enumerate(images):
+            file = tmp_path / "pairs" / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(jpeg((20 * number % 256, 90, 40)))
+        for name, text in texts.items():
+            file = tmp_path / "pairs" / name.replace("__", "/")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text)
+        return str(tmp_path / "pairs")
+
+    return write_files
+
+
+PAIRS = ("chosen/2.jpg", "rejected/2.PNG", "chosen/cats/1.webp", "rejected/cats/1.jpg")
+
+
+def test_names_in_common_are_rows(write) -> None:
+    root = write(*PAIRS, **{"captions__2.txt": " two\nlines\n", "chosen__cats__1.txt": "a cat"})
+    reader = FolderPairReader(root, randomise_sides=False)
+    assert reader.pair_ids() == ["2", "cats/1"]
+    assert reader.prompts() == [" two\nlines", "a cat"]
+    pair = reader[1]
+    assert (pair.label_a, pair.prompt, pair.pair_id, pair.split) == (1.0, "a cat", "cats/1", "")
+    assert (pair.image_a.image_key, pair.image_b.image_key) == ("chosen/cats/1.webp", "rejected/cats/1.jpg")
+    assert isinstance(PairDataset(reader, PixelLoader(8, 8))[1], LoadedPair)
+    assert pickle.loads(pickle.dumps(reader))[0] == reader[0]
+
+
+def test_captions_file_comes_first(write) -> None:
+    lines = "\n".join(json.dumps({"name": name, "prompt": f"of {name}"}) for name in ("cats/1", "2", "unused"))
+    root = write(*PAIRS, **{"captions.jsonl": lines + "\n\n", "captions__2.txt": "not this one"})
+    assert FolderPairReader(root).prompts() == ["of 2", "of cats/1"]
+
+
+def test_sides_are_randomised_by_name(write) -> None:
+    names = [f"{side}/{n}.jpg" for n in range(20) for side in ("chosen", "rejected")]
+    root = write(*names, **{f"captions__{n}.txt": f"prompt {n}" for n in range(20)})
+    plain, mixed = FolderPairReader(root, randomise_sides=False), FolderPairReader(root)
+    assert 3 < mixed.labels().sum() < 17
+    for n in range(20):
+        assert mixed[n] == (plain[n] if mixed.labels()[n] else plain[n].swapped())
+
+
+@pytest.mark.parametrize(
+    ("extra", "name", "reason"),
+    [
+        (["chosen/3.jpg"], "3", "no image in rejected/"),
+        (["rejected/3.jpg"], "3", "no image in chosen/"),
+        (["chosen/3.jpg", "rejected/3.jpg", "rejected/3.png"], "3", "several images in rejected/"),
+        (["chosen/4.jpg", "rejected/4.jpg"], "4", "no caption"),
+    ],
+)
+def test_incomplete_names_follow_on_error(write, extra, name, reason) -> None:
+    captions = {"captions__2.txt": "two", "captions__3.txt": "three", "captions__cats__1.txt": "cat"}
+    root = write(*PAIRS, *extra, **captions)
+    with pytest.raises(InputError, match=f"^{name}: .*; correct the row"):
+        FolderPairReader(root)
+    reader = FolderPairReader(root, on_error="skip")
+    assert (reader.pair_ids(), dict(reader.skipped)) == (["2", "cats/1"], {reason: 1})
+    reader = FolderPairReader(root, on_error="placeholder")
+    assert reader.labelled().tolist() == [True, False, True]
+    assert (reader[1].label_a, dict(reader.remarks)) == (None, {reason: 1})
+
+
+@pytest.mark.parametrize("line", ["{", "[1]", '{"name": "2"}', '{"name": 2, "prompt": "x"}', '{"prompt": "x"}'])
+def test_odd_caption_lines(write, line) -> None:
+    root = write(*PAIRS[:2], **{"captions.jsonl": line + '\n{"name": "2", "prompt": "two"}'})
+    with pytest.raises(InputError, match=r"captions.jsonl:1: the line is no object"):
+        FolderPairReader(root)
+    reader = FolderPairReader(root, on_error="skip")
+    assert (reader.prompts(), dict(reader.skipped)) == (["two"], {"caption line not readable": 1})
+
+
+def test_splits_and_missing_folders(write, tmp_path) -> None:
+    root = write("train/chosen/1.jpg", "train/rejected/1.jpg", **{"train__captions__1.txt": "one", "val__x.txt": ""})
+    reader = FolderPairReader(root, "train")
+    assert (len(reader), reader[0].split) == (1, "train")
+    for split in (None, "val", "test"):
+        with pytest.raises(InputError, match=r"root: no folder .*chosen"):
+            FolderPairReader(root, split)
+    (tmp_path / "pairs/val/chosen").mkdir()
+    (tmp_path / "pairs/val/rejected").mkdir()
+    with pytest.raises(InputError, match="no pairs in"):
+        FolderPairReader(root, "val")
+
+
+def test_links_out_of_the_folder_are_not_followed(write, tmp_path, jpeg) -> None:
+    root = write(*PAIRS[:2], "rejected/3.jpg", **{"captions__2.txt": "two", "captions__3.txt": "three"})
+    (tmp_path / "secret.jpg").write_bytes(jpeg())
+    (tmp_path / "pairs/chosen/3.jpg").symlink_to(tmp_path / "secret.jpg")
+    dataset = PairDataset(FolderPairReader(root, on_error="skip"), PixelLoader(8, 8))
+    assert isinstance(dataset[1], SkippedPair)
+    assert dict(dataset.skipped()) == {"path outside the root": 1}

@@ -1,0 +1,149 @@
+"""JSON lines of one's own: two ways to say who won, odd lines, paths that stay inside the root."""
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from latentreward.data import JSONLPairReader, LoadedPair, PairDataset, PixelLoader
+from latentreward.errors import InputError
+
+PLAIN = {"prompt": "a cat", "image_a": "images/a.jpg", "image_b": "images/b.jpg", "label": 1}
+
+
+@pytest.fixture
+def write(tmp_path: Path, jpeg):
+    def write_lines(*lines: dict[str, Any] | str, folder: str = "pairs") -> str:
+        images = tmp_path / folder / "images"
+        images.mkdir(parents=True, exist_ok=True)
+        for number, name in enumerate("ab"):
+            (images / f"{name}.jpg").write_bytes(jpeg((90 * number, 10, 10)))
+        file = tmp_path / "pairs" / "own.jsonl"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
+        return str(file)
+
+    return write_lines
+
+
+def test_both_ways_to_say_who_won(write) -> None:
+    winner_first = {"prompt": " x\n🦊", "chosen": "images/a.jpg", "rejected": "images/b.jpg", "pair_id": "mine"}
+    extras = {"votes": [3, 1], "confidence": 0.9, "weight": 2}
+    reader = JSONLPairReader(write(winner_first, "", {**PLAIN, **extras}), randomise_sides=False)
+    assert reader.pair_ids() == ["mine", "own.jsonl:3"]
+    assert reader.prompts() == [" x\n🦊", "a cat"]
+    assert reader.labels().tolist() == [1.0, 1.0]
+    first, second = reader[0], reader[1]
+    assert (first.label_a, first.votes, first.confidence, first.weight) == (1.0, None, None, 1.0)
+    assert (second.votes, second.confidence, second.weight, second.split) == ((3, 1), 0.9, 2.0, "train")
+    assert (second.image_a.image_key, second.image_b.image_key) == ("images/a.jpg", "images/b.jpg")
+    assert isinstance(PairDataset(reader, PixelLoader(8, 8))[0], LoadedPair)
+    assert pickle.loads(pickle.dumps(reader))[1] == second
+
+
+def test_only_winners_first_change_sides(write) -> None:
+    winner_first = {"prompt": "x", "chosen": "images/a.jpg", "rejected": "images/b.jpg", "votes": [2, 1]}
+    reader = JSONLPairReader(write(*[winner_first] * 20, *[PLAIN] * 20))
+    labels = reader.labels()
+    assert [reader[n].label_a for n in range(40)] == labels.tolist()
+    assert 3 < labels[:20].sum() < 17
+    assert labels[20:].all()
+    assert {(reader[n].label_a, reader[n].votes, reader[n].image_a.image_key) for n in range(20)} == {
+        (1.0, (2, 1), "images/a.jpg"),
+        (0.0, (1, 2), "images/b.jpg"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("value", "label"), [(0, 0.0), (0.25, 0.25), ("0.5", 0.5), ("a", 1.0), ("b", 0.0), ("tie", 0.5), (None, None)]
+)
+def test_labels(write, value, label) -> None:
+    reader = JSONLPairReader(write({**PLAIN, "label": value}))
+    assert reader[0].label_a == label
+    assert reader.labelled().tolist() == [label is not None]
+    assert dict(reader.remarks) == ({"unlabelled (no label)": 1} if label is None else {})
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("{broken", "row is no object"),
+        ("[1, 2]", "row is no object"),
+        ("[" * 9999, "row is no object"),
+        ({**PLAIN, "prompt": 3}, "prompt is no text"),
+        ({**PLAIN, "label": 2}, "label not readable"),
+        ({**PLAIN, "label": "left"}, "label not readable"),
+        ({**PLAIN, "label": True}, "label not readable"),
+        ({**PLAIN, "weight": -1}, "weight not readable"),
+        ({**PLAIN, "weight": "heavy"}, "weight not readable"),
+        ({**PLAIN, "pair_id": "first"}, "pair_id occurs twice"),
+    ],
+)
+def test_odd_lines_follow_on_error(write, line, reason) -> None:
+    file = write({**PLAIN, "pair_id": "first"}, line, PLAIN)
+    with pytest.raises(InputError, match=r"^own.jsonl:2: .*; correct the row"):
+        JSONLPairReader(file)
+    reader = JSONLPairReader(file, on_error="skip")
+    assert (reader.pair_ids(), dict(reader.skipped)) == (["first", "own.jsonl:3"], {reason: 1})
+    reader = JSONLPairReader(file, on_error="placeholder")
+    assert reader.labelled().tolist() == [True, False, True]
+    assert (reader[1].label_a, reader[1].pair_id, dict(reader.remarks)) == (None, "own.jsonl:2", {reason: 1})
+
+
+@pytest.mark.parametrize(
+    ("changes", "remark"),
+    [
+        ({"prompt": None}, "null prompt read as empty"),
+        ({"votes": [1]}, "votes not readable"),
+        ({"votes": "x"}, "votes not readable"),
+        ({"votes": [1, -1]}, "votes not readable"),
+        ({"confidence": 2}, "confidence not readable"),
+        ({"confidence": "high"}, "confidence not readable"),
+    ],
+)
+def test_remarks(write, changes, remark) -> None:
+    reader = JSONLPairReader(write({**PLAIN, **changes}))
+    assert (dict(reader.remarks), reader[0].label_a, reader[0].weight) == ({remark: 1}, 1.0, 1.0)
+    assert reader[0].votes is reader[0].confidence is None
+
+
+@pytest.mark.parametrize(
+    ("path", "problem"),
+    [
+        ("../secret.jpg", "path outside the root"),
+        ("/etc/hostname", "path outside the root"),
+        ("images/link/secret.jpg", "path outside the root"),
+        ("images/absent.jpg", "missing file"),
+        (None, "no image"),
+        (7, "no image"),
+    ],
+)
+def test_paths_stay_inside_the_root(write, tmp_path, jpeg, path, problem) -> None:
+    file = write(PLAIN, {**PLAIN, "image_b": path})
+    (tmp_path / "secret.jpg").write_bytes(jpeg())
+    (tmp_path / "pairs/images/link").symlink_to(tmp_path)
+    dataset = PairDataset(JSONLPairReader(file, on_error="skip"), PixelLoader(8, 8))
+    assert [type(dataset[n]).__name__ for n in range(2)] == ["LoadedPair", "SkippedPair"]
+    assert dict(dataset.skipped()) == {problem: 1}
+    if problem == "no image" or path.startswith((".", "/")):
+        with pytest.raises(InputError, match=r"^own.jsonl:2: image_b"):
+            JSONLPairReader(file)
+
+
+def test_root_of_its_own_and_files_that_are_not_there(write, tmp_path) -> None:
+    file = write(PLAIN, folder="elsewhere")
+    reader = JSONLPairReader(file, root=str(tmp_path / "elsewhere"))
+    assert isinstance(PairDataset(reader, PixelLoader(8, 8))[0], LoadedPair)
+    with pytest.raises(InputError, match=r"absent.jsonl: No such file"):
+        JSONLPairReader(str(tmp_path / "absent.jsonl"))
+    with pytest.raises(InputError, match="Is a directory"):
+        JSONLPairReader(str(tmp_path))
+    with pytest.raises(InputError, match="has no lines left"):
+        JSONLPairReader(write("", " "))
+
+
+def test_byte_order_mark_and_surrogates(write) -> None:
+    file = write('\ufeff{"prompt": "\\ud800x", "image_a": "a", "image_b": "b", "label": 1}')
+    assert JSONLPairReader(file).prompts() == ["?x"]
