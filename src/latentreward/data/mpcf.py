@@ -58,9 +58,7 @@ class MPCF:
         if self.floors is not None and not self.floors:
             raise InputError("floors is empty, so nothing would be filtered; name a scorer, or leave it out")
         if self.ties == "limits" and (lacking := set(self.floors_in_use()) - set(self.limits_in_use())):
-            raise InputError(
-                f"tie_limits has no limit for {sorted(lacking)[0]!r}; add one, or set ties to drop or keep"
-            )
+            raise InputError(f"tie_limits lacks {sorted(lacking)[0]!r}; add its limit, or set ties to drop or keep")
 
     def floors_in_use(self) -> dict[str, float]:
         """Floor by scorer."""

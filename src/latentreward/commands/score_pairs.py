@@ -1,0 +1,119 @@
+"""``latentreward score-pairs``: a table of scores of both images of every pair, for filtering."""
+
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from latentreward.data.images import MAX_PIXELS
+from latentreward.data.readers import PairReader, count_text
+from latentreward.errors import InputError
+from latentreward.lightning_cli import run_function
+from latentreward.scorers import Scorer
+from latentreward.scorers.pair_scoring import PairScoring
+from latentreward.scorers.part_files import PartFiles
+
+INTERVAL = 10.0
+"""Seconds between lines of progress."""
+
+
+def run(command: str, arguments: Sequence[str]) -> None:
+    """Run the subcommand."""
+    run_function(command, score_pairs, arguments)
+
+
+def score_pairs(
+    output: Path,
+    reader: PairReader,
+    scorers: list[Scorer],
+    *,
+    flush_every: int = 512,
+    decode_threads: int = 4,
+    max_pixels: int = MAX_PIXELS,
+) -> None:
+    """Score both images of every pair and write a table that FilteredReader takes.
+
+    The table grows in ``OUTPUT.parts/``. A run that was killed goes on there when it is started again; with another
+    reader or other scorers it is refused. An image is scored once for each prompt. An image that cannot be read has
+    NaN scores and its reason in ``problem_a`` or ``problem_b``. Devices and batch sizes are settings of the scorers.
+
+    Args:
+        output: File to write, .parquet or .csv.
+        reader: Where pairs come from.
+        scorers: What scores them, e.g. latentreward.scorers.CLIPScorer.
+        flush_every: Pairs per part: what a kill can lose.
+        decode_threads: Threads that decode images ahead.
+        max_pixels: Images with more pixels are recorded as unreadable.
+
+    Raises:
+        InputError: If a setting is wrong, the output belongs to another run, or a scorer returns nonsense.
+    """
+    if flush_every < 1:
+        raise InputError(f"flush_every is {flush_every}; it must be at least 1")
+    scoring = PairScoring(reader, scorers, decode_threads, max_pixels)
+    with PartFiles(output, scoring.spec(), len(reader)) as files:
+        if files.finished():
+            print(f"{output} is complete already: {len(reader)} pairs")
+            return
+        seconds, pairs = _score_missing(scoring, files, flush_every)
+        summary = _summary(scoring, files)
+        files.finish()
+    print(f"{output}: {len(reader)} pairs, {pairs} of them scored now\n{summary}")
+    if pairs:
+        print(_cost(scoring, seconds, pairs))
+
+
+def _score_missing(scoring: PairScoring, files: PartFiles, flush_every: int) -> tuple[float, int]:
+    """Seconds and number of pairs scored."""
+    missing = files.missing(flush_every)
+    if not missing:
+        return 0.0, 0
+    scoring.prepare()
+    for rows, table in files.read():
+        scoring.recall(rows, table)
+    start = printed = time.monotonic()
+    done, total = 0, sum(map(len, missing))
+    for rows in missing:
+        files.write(rows, scoring.score(rows))
+        done += len(rows)
+        now = time.monotonic()
+        if now - printed >= INTERVAL or done == total:
+            printed = now
+            _print_progress(done, total, files.rows, now - start)
+    return time.monotonic() - start, done
+
+
+def _print_progress(done: int, total: int, rows: int, seconds: float) -> None:
+    speed = done / max(seconds, 1e-9)
+    left = round((total - done) / speed)
+    print(
+        f"score-pairs {rows - total + done}/{rows} pairs  {speed:.1f} pairs/s  {left // 60}:{left % 60:02d} left",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def _summary(scoring: PairScoring, files: PartFiles) -> str:
+    problems: Counter[str] = Counter()
+    without: Counter[str] = Counter()
+    for _, table in files.read():
+        for side in ("a", "b"):
+            problems.update(reason for reason in table.column(f"problem_{side}").to_pylist() if reason is not None)
+        for scorer in scoring.scorers:
+            missing = [_missing(table, f"{scorer.name}_{side}") for side in ("a", "b")]
+            without[scorer.name] += int((missing[0] | missing[1]).sum())
+    return f"unreadable images: {count_text(problems)}; pairs without a score: {count_text(+without)}"
+
+
+def _missing(table: pa.Table, name: str) -> np.ndarray:
+    return np.isnan(table.column(name).to_numpy())
+
+
+def _cost(scoring: PairScoring, seconds: float, pairs: int) -> str:
+    shares = [f"{name} {spent * 1000 / pairs:.2f} s" for name, spent in scoring.seconds.items()]
+    images = ", ".join(f"{number} by {name}" for name, number in scoring.images.items()) or "none"
+    return f"cost per 1000 pairs: {seconds * 1000 / pairs:.2f} s ({', '.join(shares)}); images scored: {images}"

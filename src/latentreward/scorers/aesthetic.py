@@ -1,0 +1,112 @@
+"""LAION's aesthetic predictor."""
+
+import hashlib
+import pickle
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from latentreward.errors import InputError, first_line
+from latentreward.scorers.clip import CLIPImageScorer, Dtype
+
+
+class AestheticScorer(CLIPImageScorer):
+    """How pleasing an image is, about 1 to 10: linear layers on the normalised image embedding of CLIP-L.
+
+    The published predictor's layers 768-1024-128-64-16-1 have no activation between them; any chain of linear layers
+    is taken as the file has it, so the older single layer works too.
+
+    Args:
+        weights: File of the predictor, e.g. ``sac+logos+ava1-l14-linearMSE.pth``, or safetensors.
+        source: Folder or hub id of the ``CLIPModel`` that it was trained on.
+        name: Name of its columns.
+        processor: Folder or hub id of the preprocessing; ``source`` by default.
+        revision: Branch, tag or commit of a hub id; pin it.
+        dtype: Type of CLIP's weights and pixels; the predictor computes in float32.
+        device: E.g. ``cuda:1``; ``auto`` takes the accelerator if there is one.
+        batch_size: Images per call of the network.
+
+    Raises:
+        InputError: If the file is absent, could run code, or holds no chain of linear layers with one output.
+    """
+
+    uses_prompt = False
+
+    def __init__(
+        self,
+        weights: str | Path,
+        source: str = "openai/clip-vit-large-patch14",
+        *,
+        name: str = "aesthetic",
+        processor: str | None = None,
+        revision: str | None = None,
+        dtype: Dtype = "float32",
+        device: str = "auto",
+        batch_size: int = 32,
+    ) -> None:
+        super().__init__(name, source, processor, revision, dtype, device, batch_size)
+        self.weights = Path(weights)
+        self.layers = linear_chain(self.weights, _load_tensors(self.weights)).to(self.device)
+
+    def identity(self) -> str:
+        """Class, model, type and a hash of the predictor's weights."""
+        digest = hashlib.blake2b(digest_size=8)
+        for parameter in self.layers.parameters():
+            digest.update(parameter.detach().cpu().numpy().tobytes())
+        return f"{super().identity()} weights {digest.hexdigest()}"
+
+    def prepare(self) -> None:
+        """Load CLIP and compare its width with the predictor's.
+
+        Raises:
+            InputError: If they differ.
+        """
+        expected, width = self.layers[0].in_features, self.towers().width
+        if expected != width:
+            raise InputError(
+                f"weights of {self.name}: {self.weights} takes {expected} numbers, but {self.source} gives {width}; "
+                f"give the CLIP model that the predictor was trained on"
+            )
+
+    def score(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> Tensor:
+        """See :meth:`ImageScorer.score`."""
+        return self.layers(self.towers().embed_images(images)).squeeze(-1)
+
+
+def linear_chain(path: Path, tensors: Mapping[str, Tensor]) -> nn.Sequential:
+    """The layers of a state dict, ``layers.0.weight``, ``layers.0.bias``, ``layers.2.weight``, …, in their order."""
+    found = {name: re.fullmatch(r"(?:layers\.(\d+)\.)?weight", name) for name in tensors}
+    order = sorted((int(match[1] or 0), name) for name, match in found.items() if match and tensors[name].ndim == 2)
+    layers: list[nn.Linear] = []
+    for _, name in order:
+        weight, bias = tensors[name].float(), tensors.get(name.removesuffix("weight") + "bias")
+        layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+        if bias is None or bias.shape != weight.shape[:1] or (layers and layers[-1].out_features != weight.shape[1]):
+            raise InputError(f"{path}: {name} of shape {tuple(weight.shape)} does not follow the layer before it")
+        layer.load_state_dict({"weight": weight, "bias": bias.float()}, assign=True)
+        layers.append(layer)
+    if not layers or layers[-1].out_features != 1 or len(tensors) != 2 * len(layers):
+        raise InputError(f"{path}: no chain of linear layers with one output; give LAION's aesthetic predictor")
+    return nn.Sequential(*layers).eval().requires_grad_(False)
+
+
+def _load_tensors(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise InputError(f"weights: no file {path}; give that of the aesthetic predictor")
+    try:
+        loaded = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except (RuntimeError, EOFError, ValueError, OSError, pickle.UnpicklingError, SafetensorError) as error:
+        raise InputError(
+            f"weights: {path} is damaged, or holds more than tensors and could run code ({first_line(error)}); get it "
+            "again"
+        ) from error
+    tensors = {str(name): value for name, value in loaded.items()} if isinstance(loaded, dict) else {}
+    if not tensors or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise InputError(f"weights: {path} holds no named tensors; give the state dict of the aesthetic predictor")
+    return tensors

@@ -1,0 +1,184 @@
+"""A table that grows in parts, each whole or absent, so that a run killed at any moment goes on where it was."""
+
+import fcntl
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
+
+from latentreward.errors import InputError, first_line
+
+SPEC = "spec.json"
+
+
+class PartFiles:
+    """Rows of ``output``, kept as parquet parts in ``OUTPUT.parts/`` until the last one is there.
+
+    Use it as a context manager: inside, no other process can work on the same output. ``OUTPUT.json`` says what a
+    finished table was made from.
+
+    Args:
+        output: File that ends in ``.parquet`` or ``.csv``.
+        spec: What the rows depend on, as JSON takes it; another spec is refused.
+        rows: Number of rows of the whole table.
+
+    Raises:
+        InputError: If ``output`` has another ending, is there but was not made from ``spec``, was begun with another
+            spec, or is being written by another process.
+    """
+
+    def __init__(self, output: Path, spec: Mapping[str, Any], rows: int) -> None:
+        if output.suffix not in (".parquet", ".csv"):
+            raise InputError(f"output is {output}; it must end in .parquet or .csv")
+        self.output, self.spec, self.rows = output, dict(spec), rows
+        self.folder = output.with_name(f"{output.name}.parts")
+        self._note = output.with_name(f"{output.name}.json")
+        self._lock: int | None = None
+
+    def __enter__(self) -> Self:
+        if self.finished():
+            return self
+        if self.output.exists() and not self.folder.exists():
+            raise InputError(f"output: {self.output} is there already; choose another file, or delete it")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._unlock()
+            raise InputError(f"output: another process is writing {self.output}; wait for it, or end it") from error
+        if (self.folder / SPEC).exists():
+            self._compare(self.folder / SPEC, f"delete {self.folder}")
+        else:
+            _write_json(self.folder / SPEC, self.spec)
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self._unlock()
+
+    def finished(self) -> bool:
+        """Whether the whole table is there.
+
+        Raises:
+            InputError: If it was made from another spec.
+        """
+        if not (self.output.exists() and self._note.exists()):
+            return False
+        self._compare(self._note, f"delete {self.output} and {self._note}")
+        shutil.rmtree(self.folder, ignore_errors=True)  # a kill in the last moment may have left it
+        return True
+
+    def parts(self) -> dict[range, Path]:
+        """Finished parts by their rows, ascending."""
+        names = {path: re.fullmatch(r"rows_(\d+)_(\d+)\.parquet", path.name) for path in self.folder.glob("rows_*")}
+        return {range(int(match[1]), int(match[2])): path for path, match in sorted(names.items()) if match}
+
+    def missing(self, length: int) -> list[range]:
+        """Rows that no part has, in runs of at most ``length``."""
+        open_rows = np.ones(self.rows, dtype=bool)
+        for rows in self.parts():
+            open_rows[rows.start : rows.stop] = False
+        edges = np.flatnonzero(np.diff(np.concatenate([[False], open_rows, [False]]).astype(np.int8)))
+        runs = [(int(start), int(stop)) for start, stop in edges.reshape(-1, 2)]
+        return [range(at, min(at + length, stop)) for start, stop in runs for at in range(start, stop, length)]
+
+    def write(self, rows: range, table: pa.Table) -> None:
+        """Add a part; once this returns it survives a kill and a loss of power."""
+        path = self.folder / f"rows_{rows.start:09d}_{rows.stop:09d}.parquet"
+        with self._replacing(path) as partial:
+            pq.write_table(table, partial)
+
+    def read(self) -> Iterator[tuple[range, pa.Table]]:
+        """Parts with their rows.
+
+        Raises:
+            InputError: If one is damaged.
+        """
+        for rows, path in self.parts().items():
+            try:
+                table = pq.read_table(path)
+            except (pa.ArrowException, OSError) as error:
+                raise InputError(
+                    f"{path}: damaged ({first_line(error)}); delete it, and its rows are made anew"
+                ) from error
+            if table.num_rows != len(rows):
+                raise InputError(f"{path}: {table.num_rows} rows; delete it, and its rows are made anew")
+            yield rows, table
+
+    def finish(self) -> None:
+        """Put the parts together as ``output`` and remove them."""
+        parts = self.read()
+        _, first = next(parts)
+        with self._replacing(self.output) as partial, _writer(self.output.suffix, partial, first.schema) as writer:
+            writer.write_table(first)
+            for _, table in parts:
+                writer.write_table(table)
+        _write_json(self._note, self.spec)
+        shutil.rmtree(self.folder)
+
+    @contextmanager
+    def _replacing(self, path: Path) -> Iterator[Path]:
+        """A file to write, which becomes ``path`` at the end; after an error there is nothing."""
+        partial = self.folder / f"{path.name}.tmp"
+        try:
+            yield partial
+            _rename(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def _compare(self, file: Path, remedy: str) -> None:
+        try:
+            found = json.loads(file.read_text())
+        except ValueError as error:
+            raise InputError(f"{file} is damaged ({first_line(error)}); {remedy}") from error
+        for key in self.spec:
+            if found.get(key) != self.spec[key]:
+                raise InputError(
+                    f"output: {self.output} was begun with {key} {_short(found.get(key))}, now it is "
+                    f"{_short(self.spec[key])}; choose another output, or {remedy}"
+                )
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def _writer(suffix: str, path: Path, schema: pa.Schema) -> Any:
+    return pq.ParquetWriter(path, schema) if suffix == ".parquet" else pa_csv.CSVWriter(path, schema)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    partial = path.with_name(f"{path.name}.tmp")
+    partial.write_text(json.dumps(content, indent=1))
+    _rename(partial, path)
+
+
+def _rename(partial: Path, path: Path) -> None:
+    """Give a file its name once its bytes are on the disk, and the name too."""
+    _sync(partial)
+    partial.replace(path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 160 else text[:157] + "..."

@@ -1,0 +1,113 @@
+"""Scores from elsewhere: a function of yours, or the column of a file."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+from torch import Tensor
+
+from latentreward.contracts import PreferencePair
+from latentreward.data.score_table import PAIR_ID, SIDES, numbers, read_table
+from latentreward.errors import InputError
+from latentreward.scorers.base import ImageScorer, TableScorer
+
+IMAGE_KEY, PROMPT = "image_key", "prompt"
+
+
+class CallableScorer(ImageScorer):
+    """Any function, or object of a class with ``__call__``, that takes B prompts and B RGB images.
+
+    Args:
+        function: Dotted path of the function, or ``class_path`` and ``init_args``; it returns a tensor ``(B,)``, higher
+            for better.
+        name: Name of its columns.
+        uses_prompt: Whether the prompt matters.
+        batch_size: Most images in a call.
+
+    Raises:
+        InputError: If it cannot be called.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[Sequence[str], Sequence[Image.Image]], Tensor],
+        name: str,
+        *,
+        uses_prompt: bool = True,
+        batch_size: int = 32,
+    ) -> None:
+        super().__init__(name, batch_size)
+        if not callable(function):
+            raise InputError(f"function of {name} is {function!r}; give something that can be called")
+        self.function, self.uses_prompt = function, uses_prompt
+
+    def identity(self) -> str:
+        """Dotted path of the function or class."""
+        named: Any = self.function if hasattr(self.function, "__qualname__") else type(self.function)
+        return f"{type(self).__name__} {named.__module__}.{named.__qualname__}"
+
+    def score(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> Tensor:
+        """See :meth:`ImageScorer.score`."""
+        return self.function(prompts, images)
+
+
+class TableColumn(TableScorer):
+    """A column that was computed elsewhere, e.g. a VQA score.
+
+    The file is CSV or parquet. Its rows are either pairs, with ``pair_id`` and the scores of a reader's two images in
+    ``COLUMN_a`` and ``COLUMN_b``; or images, with ``image_key``, ``COLUMN`` and, where the score depends on it,
+    ``prompt``.
+
+    Args:
+        path: The file.
+        column: Name of the column, without ``_a`` and ``_b``.
+        name: Name of the columns that are written; ``column`` by default.
+
+    Raises:
+        InputError: If the file is no such table.
+    """
+
+    def __init__(self, path: str | Path, column: str, *, name: str | None = None) -> None:
+        super().__init__(name or column)
+        self.path, self.column = Path(path), column
+        table = read_table(self.path)
+        self._by_pair = PAIR_ID in table.column_names
+        if not self._by_pair and IMAGE_KEY not in table.column_names:
+            raise InputError(f"{self.path}: no column {PAIR_ID} or {IMAGE_KEY}; it has {', '.join(table.column_names)}")
+        self._by_prompt = not self._by_pair and PROMPT in table.column_names
+        self._scores = self._read(table)
+
+    def identity(self) -> str:
+        """Class, file and column."""
+        return f"{type(self).__name__} {self.path} {self.column}"
+
+    def lookup(self, pairs: Sequence[PreferencePair]) -> np.ndarray:
+        """See :meth:`TableScorer.lookup`."""
+        missing = (np.nan, np.nan)
+        if self._by_pair:
+            rows = [self._scores.get(pair.pair_id, missing) for pair in pairs]
+        else:
+            sides = [
+                (self._key(pair.image_a.image_key, pair), self._key(pair.image_b.image_key, pair)) for pair in pairs
+            ]
+            rows = [tuple(self._scores.get(key, missing)[0] for key in keys) for keys in sides]
+        return np.array(rows, dtype=np.float64).reshape(len(pairs), 2)
+
+    def _key(self, image_key: str, pair: PreferencePair) -> Any:
+        return (image_key, pair.prompt) if self._by_prompt else image_key
+
+    def _read(self, table: pa.Table) -> dict[Any, tuple[float, ...]]:
+        columns = [f"{self.column}{side}" for side in SIDES] if self._by_pair else [self.column]
+        values = zip(*(numbers(table, name, self.path).tolist() for name in columns), strict=True)
+        names = (PAIR_ID,) if self._by_pair else (IMAGE_KEY, PROMPT) if self._by_prompt else (IMAGE_KEY,)
+        texts = [table.column(name).cast(pa.string()).to_pylist() for name in names]
+        keys = texts[0] if len(texts) == 1 else list(zip(*texts, strict=True))
+        scores = dict(zip(keys, values, strict=True))
+        if len(scores) != len(keys):
+            raise InputError(
+                f"{self.path}: {len(keys) - len(scores)} rows repeat a {' and '.join(names)}; leave one each"
+            )
+        return scores
