@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "scoring": BASE | {"noise", "encoders", "backbones", "heads", "losses", "metrics"},
     "modules": BASE | {"noise", "encoders", "backbones", "heads", "losses", "metrics", "scoring", "data"},
     "callbacks": BASE | {"noise", "encoders", "backbones", "heads", "losses", "metrics", "scoring", "data", "modules"},
+    "scorers": BASE | {"data"},
     "tinyworld": BASE | {"data"},
 }
 """Room -> what it may import of latentreward; the command line's modules may import anything."""

@@ -17,6 +17,7 @@ COMMANDS = {
     "validate": ("latentreward.lightning_cli:run", "metrics on the validation split"),
     "test": ("latentreward.lightning_cli:run", "metrics on the test split"),
     "predict": ("latentreward.lightning_cli:run", "score pairs and write them to parquet"),
+    "score-pairs": ("latentreward.commands.score_pairs:run", "scores of images in pixels, to filter pairs by"),
     "cache": ("latentreward.commands.cache:run", "encode a data set's images once, and its prompts if wanted"),
 }
 """Subcommand -> (function that takes the subcommand and its arguments, one line of help)."""

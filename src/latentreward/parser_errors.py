@@ -22,6 +22,8 @@ ROOMS = {
     "val": "latentreward.data",
     "test": "latentreward.data",
     "predict": "latentreward.data",
+    "reader": "latentreward.data",
+    "scorers": "latentreward.scorers",
     "callbacks": "latentreward.callbacks",
     "logger": "lightning.pytorch.loggers",
     "optimizer": "torch.optim",
