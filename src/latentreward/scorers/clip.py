@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -234,6 +235,10 @@ def _load(family: Any, source: str, revision: str | None) -> Any:
 
 def _load_clip(family: Any, source: str, revision: str | None, dtype: torch.dtype) -> Any:
     """The model without gradients, in which every tensor must be there and fit."""
+    from transformers.utils import logging
+
+    bar = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
         model, report = family.from_pretrained(
             source,
@@ -243,8 +248,11 @@ def _load_clip(family: Any, source: str, revision: str | None, dtype: torch.dtyp
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"cannot load {source!r}: {first_line(error)}") from error
+    finally:
+        if bar:
+            logging.enable_progress_bar()
     for kind in ("missing", "mismatched"):
         names = sorted(str(name[0] if isinstance(name, tuple) else name) for name in report[f"{kind}_keys"])
         names = [name for name in names if not name.endswith(".position_ids")]
