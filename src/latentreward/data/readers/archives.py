@@ -11,7 +11,7 @@ from latentreward.contracts import ImageRef
 from latentreward.data.images import ImageError
 from latentreward.errors import InputError
 
-CHUNK = 1 << 12
+BITE = 64
 DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError)
 """What ``zipfile`` raises on a member that is damaged, encrypted or compressed in a way it does not know."""
 
@@ -85,11 +85,19 @@ class ImageArchives:
         return self._files[part]
 
     def _read(self, part: str, name: str) -> bytes:
-        chunks: list[bytes] = []
+        try:
+            return self._open(part).read(name)
+        except DAMAGE:
+            return self._salvage(part, name)
+
+    def _salvage(self, part: str, name: str) -> bytes:
+        """What can be read of a damaged member; small bites, since the one with the damage is lost whole."""
+        bites: list[bytes] = []
         try:
             with self._open(part).open(name) as stream:
-                while chunk := stream.read(CHUNK):
-                    chunks.append(chunk)
+                stream.MIN_READ_SIZE = BITE  # 4096 otherwise, more than a small image
+                while bite := stream.read(BITE):
+                    bites.append(bite)
         except DAMAGE:
             pass
-        return b"".join(chunks)
+        return b"".join(bites)
