@@ -3,7 +3,7 @@
 import importlib
 import inspect
 import logging
-import pickle
+import os
 import re
 import sys
 import warnings
@@ -12,10 +12,11 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, get_loader, set_loader, set_parsing_settings
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from omegaconf import DictConfig, OmegaConf
@@ -23,9 +24,11 @@ from omegaconf.errors import OmegaConfBaseException
 from typing_extensions import override
 
 from latentreward.backbones.registry import backbone_names
-from latentreward.callbacks import NaNGuard, PairScoreWriter
+from latentreward.callbacks import ExactResume, GracefulStop, NaNGuard, PairScoreWriter
+from latentreward.callbacks.graceful_stop import fallback_folder
+from latentreward.checkpoint_files import DurableCheckpointIO, checkpoint_problem, newest_intact
 from latentreward.config_files import find_config, rewrite_arguments, rewrite_settings
-from latentreward.errors import InputError, first_line
+from latentreward.errors import InputError
 from latentreward.parser_errors import ROOMS, summarise, unknown_setting_hint
 
 MODE = "omegaconf+"
@@ -126,6 +129,9 @@ class TrainingCLI(LightningCLI):
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(NaNGuard, "nan_guard")
+        if self.command == "fit":
+            parser.add_lightning_class_args(ExactResume, "exact_resume")
+            parser.add_lightning_class_args(GracefulStop, "graceful_stop")
         if self.command == "predict":
             parser.add_lightning_class_args(PairScoreWriter, "predictions")
 
@@ -148,6 +154,25 @@ class TrainingCLI(LightningCLI):
             super().instantiate_classes()
         except (ValueError, ImportError, OSError, MisconfigurationException) as error:
             raise InputError(input_error_behind(error) or summarise(str(error))) from error
+        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            self.trainer.strategy.checkpoint_io = DurableCheckpointIO()
+
+    def before_fit(self) -> None:
+        """Find the checkpoint that ``last`` stands for; a job that SLURM started again goes on from it unasked."""
+        settings = self.config_init[self.command]
+        if settings["ckpt_path"] is None and int(os.environ.get("SLURM_RESTART_COUNT") or 0):
+            settings["ckpt_path"] = "last"
+        if settings["ckpt_path"] == "last" and (path := last_checkpoint(self.trainer)):
+            settings["ckpt_path"] = str(path)
+
+
+def last_checkpoint(trainer: Trainer) -> Path | None:
+    """The newest checkpoint called ``last`` where this run keeps its own, or what :func:`newest_intact` puts for it."""
+    candidates = [fallback_folder(trainer) / "last.ckpt"]
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint):
+            candidates += map(Path, callback._find_last_checkpoints(trainer))
+    return newest_intact(candidates)
 
 
 def check_checkpoint(path: str | None) -> None:
@@ -160,13 +185,11 @@ def check_checkpoint(path: str | None) -> None:
         return
     if not Path(path).is_file():
         raise InputError(f"ckpt_path: {path} does not exist")
-    try:
-        torch.load(path, map_location="meta", weights_only=True, mmap=True)
-    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+    if problem := checkpoint_problem(Path(path)):
         raise InputError(
             f"ckpt_path: {path} is damaged, or holds more than tensors and plain values and could run code "
-            f"({first_line(error)}); give a checkpoint that this program wrote"
-        ) from error
+            f"({problem}); give a checkpoint that this program wrote"
+        )
 
 
 def input_error_behind(error: BaseException | None) -> str | None:

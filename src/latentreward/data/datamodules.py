@@ -1,6 +1,7 @@
 """Readers in, loaders of preference batches out."""
 
 import logging
+import os
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,9 @@ from torch.utils.data import DataLoader
 from latentreward.data.collate import collate_pairs
 from latentreward.data.dataset import PairDataset
 from latentreward.data.images import MAX_PIXELS, PixelLoader, ResizePolicy
+from latentreward.data.loading import ResumableLoader, ignore_signals
 from latentreward.data.readers import PairReader, count_text
-from latentreward.data.sampling import PairSampler, even_batch_size
+from latentreward.data.sampling import PairBatchSampler, PairSampler, even_batch_size
 from latentreward.data.splits import SharedPrompts, select_rows
 from latentreward.errors import InputError
 
@@ -25,7 +27,7 @@ class PreferenceDataModule(LightningDataModule):
 
     Unlabelled rows are left out, except in prediction. No prompt is in two splits: a row of ``train`` gives way to
     ``val`` and ``test``, a row of ``val`` to ``test``, whichever of them is run. Rows and prompts are known when the
-    object is constructed; images are read by the loaders' workers.
+    object is constructed; images are read by the loaders' workers. Checkpoints hold the place in the training epoch.
 
     Args:
         size: Pixels of a side, or (height, width), as the network takes them.
@@ -40,7 +42,7 @@ class PreferenceDataModule(LightningDataModule):
         prefetch_factor: Batches that each worker holds ready.
         pin_memory: Hand batches over in page-locked memory, where there is an accelerator.
         shuffle: New order of ``train`` each epoch, the same for every world size.
-        seed: Seed of that order.
+        seed: Seed of that order; None takes the run's ``seed_everything``.
         shared_prompts: ``"drop"`` leaves out rows that give way to another split; ``"raise"`` stops if there are any.
         max_pixels: Images with more pixels are refused before they are decoded.
 
@@ -62,7 +64,7 @@ class PreferenceDataModule(LightningDataModule):
         prefetch_factor: int = 2,
         pin_memory: bool = True,
         shuffle: bool = True,
-        seed: int = 0,
+        seed: int | None = None,
         shared_prompts: SharedPrompts = "drop",
         max_pixels: int = MAX_PIXELS,
     ) -> None:
@@ -73,7 +75,8 @@ class PreferenceDataModule(LightningDataModule):
             if value < 1:
                 raise InputError(f"data.{name} is {value}; it must be at least 1")
         self.batch_size, self.num_workers, self.prefetch_factor = batch_size, num_workers, prefetch_factor
-        self.pin_memory, self.shuffle, self.seed = pin_memory, shuffle, seed
+        self.pin_memory, self.shuffle = pin_memory, shuffle
+        self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
         loader = PixelLoader(height, width, resize, max_pixels)
         readers = {"train": train, "val": val, "test": test}
         given = {name: reader for name, reader in readers.items() if reader is not None}
@@ -84,7 +87,18 @@ class PreferenceDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Batches of ``train``; every rank gets equally many pairs."""
-        return self._loader("train", shuffle=self.shuffle)
+        if getattr(self.trainer, "overfit_batches", 0):  # Lightning wants the same few pairs in a fixed order
+            return self._loader("train")
+        dataset, shares = self._dataset("train"), self._shares()
+        sampler = PairBatchSampler(len(dataset), self.batch_size, **shares, shuffle=self.shuffle, seed=self.seed)
+        return ResumableLoader(
+            dataset,
+            sampler,
+            collate_fn=collate_pairs,
+            num_workers=self.num_workers,
+            prefetch_factor=self.prefetch_factor,
+            pin_memory=self._pins(),
+        )
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """Batches of ``val``, each pair once over all ranks; in training, none without ``val``."""
@@ -108,21 +122,32 @@ class PreferenceDataModule(LightningDataModule):
             if skipped := dataset.skipped():
                 logger.warning("data.%s: images not read on this rank: %s", name, count_text(skipped))
 
-    def _loader(self, name: str, shuffle: bool = False) -> DataLoader[Any]:
+    def _shares(self) -> dict[str, int]:
+        return (self.trainer.distributed_sampler_kwargs if self.trainer else None) or {"num_replicas": 1, "rank": 0}
+
+    def _dataset(self, name: str) -> PairDataset:
+        """The split's pairs, at least one for each rank."""
         if name not in self.datasets:
             raise InputError(f"data.{name} is not set; give it a reader, e.g. latentreward.data.PickAPicReader")
-        dataset, training = self.datasets[name], name == "train"
-        shares = (self.trainer.distributed_sampler_kwargs if self.trainer else None) or {"num_replicas": 1, "rank": 0}
-        ranks = shares["num_replicas"]
+        dataset, ranks = self.datasets[name], self._shares()["num_replicas"]
         if len(dataset) < ranks:
             raise InputError(f"data.{name} has {len(dataset)} rows for {ranks} ranks; use fewer devices or more rows")
+        return dataset
+
+    def _pins(self) -> bool:
+        return self.pin_memory and torch.accelerator.is_available()
+
+    def _loader(self, name: str) -> DataLoader[Any]:
+        """Each pair once over all ranks, in the order of the rows."""
+        dataset, shares = self._dataset(name), self._shares()
         return DataLoader(
             dataset,
-            batch_size=self.batch_size if training else even_batch_size(len(dataset), ranks, self.batch_size),
-            sampler=PairSampler(len(dataset), **shares, shuffle=shuffle, seed=self.seed, drop_last=training),
+            batch_size=even_batch_size(len(dataset), shares["num_replicas"], self.batch_size),
+            sampler=PairSampler(len(dataset), **shares),
             num_workers=self.num_workers,
             collate_fn=collate_pairs,
-            pin_memory=self.pin_memory and torch.accelerator.is_available(),
+            pin_memory=self._pins(),
             prefetch_factor=self.prefetch_factor if self.num_workers else None,
             persistent_workers=self.num_workers > 0,
+            worker_init_fn=ignore_signals,
         )

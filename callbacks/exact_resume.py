@@ -1,0 +1,98 @@
+"""A resumed run takes the steps that the uninterrupted one would have taken."""
+
+import os
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+
+from latentreward.data.loading import ResumableLoader
+from latentreward.seeding import pair_generator
+
+
+class ExactResume(Callback):
+    """What Lightning's checkpoints lack for a resume, in the middle of an epoch, to end with equal weights.
+
+    - Before each batch, the global generators of PyTorch, NumPy and Python (dropout, for example) are seeded from
+      seed, epoch, optimiser step, batch and rank. So their state need not be saved, which would take every rank's.
+    - A checkpoint in the midst of gradient accumulation, which holds no gradients, counts only the batches up to the
+      last optimiser step; the resumed run takes the later ones again.
+    - A checkpoint from before a validation that is due has the resumed run validate; Lightning would leave it out.
+    - After a resume with another batch or world size, Lightning's batch counter is set to what the rest of the epoch
+      then is.
+
+    It needs a :class:`~latentreward.data.loading.ResumableLoader` for training; the command line adds one to every
+    fit.
+
+    Args:
+        seed: Seed of the global generators; None takes the run's ``seed_everything``.
+    """
+
+    def __init__(self, seed: int | None = None) -> None:
+        self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count the batches used of this epoch as batches of the present size."""
+        loader, progress = trainer.train_dataloader, batch_progress(trainer)
+        if not (trainer.fit_loop.restarting and isinstance(loader, ResumableLoader)):
+            return
+        used = len(loader) - (0 if progress.is_last_batch else loader.places.remaining())
+        shift = used - progress.current.processed
+        for counts in (progress.current, progress.total):
+            for name in ("ready", "started", "processed", "completed"):
+                setattr(counts, name, getattr(counts, name) + shift)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Seed the global generators."""
+        purpose = f"step {trainer.global_step} batch {batch_idx} rank {trainer.global_rank}"
+        seed = pair_generator(self.seed, purpose, trainer.current_epoch, "").initial_seed()
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002 - whoever draws from the global generator shall get equal draws
+        random.seed(seed)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Turn the saved counters back to the last optimiser step, or on to the validation that is due."""
+        loop, saved = trainer.fit_loop, checkpoint["loops"]["fit_loop"]
+        if trainer.state.fn != TrainerFn.FITTING or not pl_module.automatic_optimization:
+            return
+        batches = batch_progress(trainer).current
+        if batches.processed < batches.ready or loop._should_accumulate():
+            undo_accumulation(trainer, saved)
+        elif batches.completed < batches.processed and loop.epoch_loop._should_check_val_fx(loop._data_fetcher):
+            expect_validation(saved)
+
+
+def batch_progress(trainer: Trainer) -> Any:
+    """Lightning's counts of the training batches; its annotations lack half of them."""
+    return trainer.fit_loop.epoch_loop.batch_progress
+
+
+def undo_accumulation(trainer: Trainer, saved: dict[str, Any]) -> None:
+    """Make ``saved`` the state that the fit loop had when the last optimiser step's batch was done."""
+    loader, progress = trainer.train_dataloader, saved["epoch_loop.batch_progress"]
+    if not isinstance(loader, ResumableLoader):
+        return
+    batches = progress["current"]
+    since_step = batches["ready"] - batches["processed"] + batches["processed"] % trainer.accumulate_grad_batches
+    undo = min(since_step, loader.delivered())
+    saved["state_dict"]["combined_loader"] = [loader.state_dict(undo)]
+    for counts in (progress["current"], progress["total"]):
+        set_counts(counts, done=counts["ready"] - undo)
+
+
+def expect_validation(saved: dict[str, Any]) -> None:
+    """Make ``saved`` the state of a fit loop that is through with the batch and has begun to validate."""
+    batches, validation = saved["epoch_loop.batch_progress"], saved["epoch_loop.val_loop.batch_progress"]
+    for counts in (batches["current"], batches["total"]):
+        set_counts(counts, done=counts["processed"])
+    set_counts(validation["total"], done=validation["total"]["processed"], begun=1)
+    set_counts(validation["current"], done=0, begun=1)
+    validation["is_last_batch"] = False
+
+
+def set_counts(counts: dict[str, int], done: int, begun: int = 0) -> None:
+    """Have saved counters say that ``done`` batches are through and ``begun`` more have started."""
+    counts.update(ready=done + begun, started=done + begun, processed=done, completed=done)

@@ -1,0 +1,186 @@
+"""Asked to end, save first."""
+
+import atexit
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import time
+from enum import IntEnum
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from latentreward.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+LAUNCHER_WAIT_S = 30.0
+
+
+class Wish(IntEnum):
+    """What a signal asked for; of several, the largest counts."""
+
+    NONE = 0
+    INTERRUPT = 1
+    TERMINATE = 2
+    REQUEUE = 3
+
+
+class GracefulStop(Callback):
+    """Turn a signal to any process into one checkpoint, and an end on all of them.
+
+    - SIGTERM: save, exit with status 143. A second one changes nothing.
+    - The requeue signal of a SLURM job (SIGUSR1): save, ``scontrol requeue``, exit with status 143.
+    - SIGINT (Ctrl-C): save, then what Lightning does, which is to exit with status 1; a second one ends at once.
+
+    All processes agree at the end of a batch; in the midst of gradient accumulation they go on to the optimiser step,
+    at the end of an epoch to the first step of the next. A running validation is finished first, and the run stops at
+    its end: half a validation could not be resumed. The checkpoint is the ``last.ckpt`` of the run's
+    ``ModelCheckpoint``, or ``checkpoints/last.ckpt`` under ``default_root_dir`` if there is none; ``--ckpt_path last``
+    finds it. The command line adds one to every fit.
+
+    Args:
+        every_n_batches: Look for signals at every n-th batch; each look is a small exchange between the processes.
+
+    Raises:
+        InputError: If ``every_n_batches`` is below 1.
+
+    Note:
+        Lightning's own handlers broadcast from inside the handler, which hangs if not all processes got the signal at
+        the same place; they exit with 0; and a SLURM job saves to a file that ``last`` does not find. They are
+        replaced.
+
+    Example:
+        ``--graceful_stop.every_n_batches=10`` on the command line; ``Trainer(callbacks=[GracefulStop()])`` in Python.
+    """
+
+    def __init__(self, every_n_batches: int = 1) -> None:
+        if every_n_batches < 1:
+            raise InputError(f"every_n_batches={every_n_batches} must be at least 1")
+        self.every_n_batches = every_n_batches
+        self._wish = self._agreed = Wish.NONE
+        self._wishes: dict[int, Wish] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Come after callbacks that change what a checkpoint holds, such as an average of the weights."""
+        trainer.callbacks = sorted(trainer.callbacks, key=lambda it: (isinstance(it, Checkpoint), it is self))
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Replace Lightning's handlers, which it has just set; its teardown restores those of before."""
+        self.on_train_start(trainer, pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The same, where there was no sanity check."""
+        self._wishes = {signal.SIGTERM: Wish.TERMINATE, signal.SIGINT: Wish.INTERRUPT}
+        environment = trainer._accelerator_connector.cluster_environment
+        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue and environment.requeue_signal:
+            self._wishes[environment.requeue_signal] = Wish.REQUEUE
+        try:
+            for number in self._wishes:
+                signal.signal(number, self._note)
+        except ValueError:  # not the main thread, which alone may set handlers
+            logger.warning("fit runs outside the main thread: SIGTERM will end it without a checkpoint")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop here if that was agreed, and the batch ended with an optimiser step."""
+        if (batch_idx + 1) % self.every_n_batches == 0:
+            self._agree(trainer)
+        self._stop_if_resumable(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The same at the end of a validation in mid-epoch."""
+        if not trainer.sanity_checking:
+            self._agree(trainer)
+            self._stop_if_resumable(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The same where an epoch is so short that none of its batches would do."""
+        if trainer.num_training_batches <= max(trainer.accumulate_grad_batches, self.every_n_batches):
+            self._agree(trainer)
+            if self._agreed:
+                self._stop(trainer)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        wish = self._wishes[number]
+        if wish == Wish.INTERRUPT and self._wish == Wish.INTERRUPT:
+            raise KeyboardInterrupt
+        self._wish = max(self._wish, wish)
+
+    def _agree(self, trainer: Trainer) -> None:
+        wish = torch.tensor(int(self._wish), device=trainer.strategy.root_device)
+        self._agreed = Wish(int(trainer.strategy.reduce(wish, reduce_op="max")))
+
+    def _stop_if_resumable(self, trainer: Trainer) -> None:
+        loop = trainer.fit_loop
+        if self._agreed and not loop._should_accumulate() and not loop.epoch_loop.batch_progress.is_last_batch:
+            self._stop(trainer)
+
+    def _stop(self, trainer: Trainer) -> None:
+        path = checkpoint_path(trainer)
+        trainer.save_checkpoint(path)
+        if trainer.is_global_zero:
+            where = f"optimiser step {trainer.global_step}, saved to {path}"
+            logger.warning("stopped by a signal (%s) at %s; go on with --ckpt_path", self._agreed.name.lower(), where)
+            if self._agreed == Wish.REQUEUE:
+                requeue()
+        if self._agreed == Wish.INTERRUPT:
+            raise KeyboardInterrupt
+        if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher) and trainer.local_rank:
+            atexit.register(outlive, os.getppid())
+        raise SIGTERMException
+
+
+def checkpoint_path(trainer: Trainer) -> Path:
+    """Where the checkpoint goes: a file that ``--ckpt_path last`` finds, that no earlier run left, on all ranks equal.
+
+    The run's ``ModelCheckpoint`` hears of it, so that it writes its next ``last.ckpt`` over this one.
+    """
+    keepers = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+    if not keepers:
+        return fallback_folder(trainer) / "last.ckpt"
+    keeper = next((keeper for keeper in keepers if keeper.save_last), keepers[0])
+    if not keeper.last_model_path:
+        stem, version = ModelCheckpoint.CHECKPOINT_NAME_LAST, 0
+        path = f"{keeper.dirpath}/{stem}{keeper.FILE_EXTENSION}"
+        while keeper.file_exists(path, trainer):
+            version += 1
+            path = f"{keeper.dirpath}/{stem}-v{version}{keeper.FILE_EXTENSION}"
+        keeper.last_model_path = path
+    return Path(keeper.last_model_path)
+
+
+def fallback_folder(trainer: Trainer) -> Path:
+    """Folder of the checkpoint in a run without any ``ModelCheckpoint``."""
+    return Path(trainer.default_root_dir) / "checkpoints"
+
+
+def requeue() -> None:
+    """Have SLURM start this job again."""
+    job = os.environ.get("SLURM_JOB_ID", "")
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    program = shutil.which("scontrol")
+    if program is None:
+        logger.warning("scontrol is not in PATH: job %s was not requeued", job)
+        return
+    done = subprocess.run([program, "requeue", job], capture_output=True, text=True, check=False)
+    if done.returncode:
+        logger.warning("scontrol requeue %s failed with status %d: %s", job, done.returncode, done.stderr.strip())
+
+
+def outlive(parent: int) -> None:
+    """Wait for the process that launched this one to exit: it is killed if it sees its child exit before."""
+    deadline = time.monotonic() + LAUNCHER_WAIT_S
+    while os.getppid() == parent and time.monotonic() < deadline:
+        time.sleep(0.05)

@@ -1,0 +1,89 @@
+"""Checkpoint files that survive a loss of power, and the choice of the one to go on from."""
+
+import logging
+import os
+import pickle
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from typing_extensions import override
+
+from latentreward.errors import InputError, first_line
+
+logger = logging.getLogger(__name__)
+
+SHARD_FILES = (".metadata", "meta.pt")
+"""What a checkpoint folder of shards holds beside the shards; both are written last."""
+
+
+class DurableCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its place, has the disk confirm it, and only then gives it its name.
+
+    A kill or a loss of power at any moment leaves the old file or the new one, whole. The command line uses it; in
+    Python, ``Trainer(plugins=[DurableCheckpointIO()])``.
+
+    Note:
+        Lightning's own writes to the system's temporary folder, moves the file from there, byte by byte if that is
+        another file system, and never waits for the disk.
+    """
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Write ``checkpoint`` to ``path``; an address with a scheme, such as ``s3://``, is Lightning's to write."""
+        if "://" in str(path) or storage_options is not None:
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".{target.name}.partial")
+        with partial.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(target)
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def checkpoint_problem(path: Path) -> str | None:
+    """What is wrong with a checkpoint, in one line, or None; tensors are not read."""
+    if path.is_dir():
+        missing = [name for name in SHARD_FILES if not (path / name).is_file()]
+        return f"{missing[0]} is missing" if missing else None
+    try:
+        torch.load(path, map_location="meta", weights_only=True, mmap=True)
+    except (RuntimeError, EOFError, ValueError, OSError, pickle.UnpicklingError) as error:
+        return first_line(error)
+    return None
+
+
+def newest_intact(candidates: Iterable[Path]) -> Path | None:
+    """The newest of ``candidates``; if it is damaged, the newest intact checkpoint of their folders, with a warning.
+
+    Raises:
+        InputError: If there are candidates, and neither they nor any checkpoint beside them is intact.
+    """
+    found = newest_first(path for path in candidates if path.exists())
+    if not found:
+        return None
+    problem = checkpoint_problem(found[0])
+    if problem is None:
+        return found[0]
+    for path in newest_first({path for folder in {path.parent for path in found} for path in folder.glob("*.ckpt")}):
+        if path != found[0] and checkpoint_problem(path) is None:
+            logger.warning("ckpt_path: %s is damaged (%s); going on from the previous one, %s", found[0], problem, path)
+            return path
+    raise InputError(
+        f"ckpt_path: {found[0]} is damaged ({problem}), and no checkpoint beside it is intact; remove it to start anew"
+    )
+
+
+def newest_first(paths: Iterable[Path]) -> list[Path]:
+    """Sorted by the time of their last change."""
+    return sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True)

@@ -1,0 +1,177 @@
+"""A short training run of the command line as processes of its own, for tests that break it off."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+CONFIGS = HERE.parents[1] / "configs"
+PAIRS, BATCH = 44, 4
+LIMIT_S = 180.0
+Batch = tuple[int, int, int]
+"""Rank, epoch and number of a batch."""
+
+
+@dataclass
+class TrainingRun:
+    """One training run: LoRA with dropout, EMA, a schedule, accumulation, validation in mid-epoch, loader workers.
+
+    Attributes:
+        folder: Of the run.
+        data: Folder of the pairs, shared between runs.
+        processes: Ranks.
+        options: More settings of the command line.
+    """
+
+    folder: Path
+    data: Path
+    processes: int = 1
+    options: Sequence[str] = ()
+    process: subprocess.Popen[bytes] | None = field(default=None, init=False)
+
+    def command(self) -> list[str]:
+        """The command line."""
+        settings = {
+            "data.root": self.data,
+            "data.train_pairs": PAIRS,
+            "data.val_pairs": 8,
+            "data.batch_size": BATCH // self.processes,
+            "data.num_workers": 1,
+            "model.backbone.lora.dropout": 0.1,
+            "model.lr_scheduler": "WarmupSchedule",
+            "model.lr_scheduler.decay": "cosine",
+            "model.lr_scheduler.total_steps": 14,
+            "trainer.max_steps": -1,
+            "trainer.max_epochs": 2,
+            "trainer.accumulate_grad_batches": 2,
+            "trainer.val_check_interval": 3,
+            "trainer.devices": self.processes,
+            "trainer.enable_progress_bar": "false",
+            "trainer.enable_model_summary": "false",
+            "trainer.num_sanity_val_steps": 0,
+            "trainer.logger.save_dir": self.folder,
+            "trainer.default_root_dir": self.folder,
+            "exact_resume.seed": 7,
+        }
+        return [
+            sys.executable,
+            "-m",
+            "latentreward",
+            "fit",
+            *(
+                f"--config={CONFIGS}/{name}.yaml"
+                for name in ("model/dina_lrm_tiny", "data/tinyworld_hpdv3", "trainer/cpu")
+            ),
+            *(f"--{name}={value}" for name, value in settings.items()),
+            *(["--trainer.strategy=ddp"] if self.processes > 1 else []),
+            "--trainer.callbacks=[]",
+            "--trainer.callbacks+=ModelCheckpoint",
+            "--trainer.callbacks.every_n_train_steps=1",
+            "--trainer.callbacks.save_last=true",
+            f"--trainer.callbacks.dirpath={self.folder}/checkpoints",
+            "--trainer.callbacks+=TrainableEMA",
+            "--trainer.callbacks+=pair_log.PairLog",
+            f"--trainer.callbacks.folder={self.folder}",
+            *self.options,
+            "--ckpt_path=last",
+        ]
+
+    def start(self, **environment: str) -> None:
+        """Start it, or go on with it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "output.txt").open("ab") as output:
+            self.process = subprocess.Popen(
+                self.command(),
+                cwd=HERE,
+                env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def wait(self, limit_s: float = LIMIT_S) -> int:
+        """Exit status; whatever hangs is killed, and an error."""
+        assert self.process is not None
+        try:
+            return self.process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"hangs: {self.output()[-2000:]}") from None
+        finally:
+            self.kill_all()
+
+    def kill_all(self) -> None:
+        """SIGKILL to every process of the run."""
+        assert self.process is not None
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            return
+        self.process.wait()
+
+    def finish(self) -> None:
+        """Run to the end."""
+        self.start()
+        status = self.wait()
+        assert status == 0, self.output()[-2000:]
+
+    def output(self) -> str:
+        """What the processes have printed."""
+        return (self.folder / "output.txt").read_text()
+
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        """Whole lines of a log file."""
+        path = self.folder / name
+        text = path.read_text() if path.exists() else ""
+        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+    def begun(self, rank: int = 0) -> int:
+        """Batches that a rank has begun, repeated ones included."""
+        return len(self.lines(f"rank{rank}.jsonl"))
+
+    def wait_for_batches(self, count: int, rank: int = 0) -> int:
+        """Wait until a rank has begun ``count`` batches in all, or the run has ended; returns the rank's process id."""
+        assert self.process is not None
+        deadline = time.monotonic() + LIMIT_S
+        while self.begun(rank) < count and self.process.poll() is None:
+            assert time.monotonic() < deadline, f"no progress: {self.output()[-2000:]}"
+            time.sleep(0.02)
+        return self.lines(f"rank{rank}.jsonl")[-1]["pid"] if self.begun(rank) else self.process.pid
+
+    def trained_pairs(self) -> dict[Batch, list[str]]:
+        """Pairs of each batch; a batch that was taken again after a resume must have had the same."""
+        pairs: dict[Batch, list[str]] = {}
+        for rank in range(self.processes):
+            for line in self.lines(f"rank{rank}.jsonl"):
+                key = (rank, line["epoch"], line["batch"])
+                assert pairs.setdefault(key, line["pairs"]) == line["pairs"], key
+        return pairs
+
+    def checkpoint(self) -> dict[str, Any]:
+        """The last checkpoint."""
+        return torch.load(self.folder / "checkpoints" / "last.ckpt", weights_only=True)
+
+    def weights(self) -> str:
+        """SHA-256 of the final weights, their average, the optimiser's and the schedule's state."""
+        checkpoint = self.checkpoint()
+        digest = hashlib.sha256()
+        average = checkpoint["callbacks"]["TrainableEMA"]["average"]
+        moments = {
+            f"{number}.{name}": value
+            for number, state in checkpoint["optimizer_states"][0]["state"].items()
+            for name, value in state.items()
+        }
+        for part in (checkpoint["state_dict"], average, moments):
+            for name in sorted(part):
+                digest.update(name.encode() + part[name].contiguous().numpy().tobytes())
+        digest.update(json.dumps([checkpoint["lr_schedulers"], checkpoint["global_step"]], default=str).encode())
+        return digest.hexdigest()
