@@ -5,7 +5,7 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from latentreward.contracts import ImageRef
 from latentreward.data.images import ImageError
@@ -94,7 +94,7 @@ class ImageArchives:
         """What can be read of a damaged member; small bites, since the one with the damage is lost whole."""
         bites: list[bytes] = []
         try:
-            with self._open(part).open(name) as stream:
+            with cast(zipfile.ZipExtFile, self._open(part).open(name)) as stream:
                 stream.MIN_READ_SIZE = BITE  # 4096 otherwise, more than a small image
                 while bite := stream.read(BITE):
                     bites.append(bite)
