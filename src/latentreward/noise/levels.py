@@ -139,7 +139,7 @@ class BetaSigma(TargetSigma):
         if not (a > 0 and b > 0):
             raise InputError(f"a={a:g} and b={b:g} must be positive")
         self.a, self.b = a, b
-        grid = torch.linspace(0, 1, 20_001, dtype=torch.float64)
+        grid = torch.linspace(0, 1, 20_001, dtype=torch.float64, device="cpu")  # as the draws
         low, high = grid[:-1], grid[1:]
         middle = (low + high) / 2
         # the factor that may be infinite at its end of [0, 1] is integrated exactly, the other taken at the middle
@@ -148,7 +148,7 @@ class BetaSigma(TargetSigma):
             (high**a - low**a) / a * (1 - middle) ** (b - 1),
             ((1 - low) ** b - (1 - high) ** b) / b * middle ** (a - 1),
         )
-        self._cdf = torch.cat([torch.zeros(1, dtype=torch.float64), mass.cumsum(0) / mass.sum()])
+        self._cdf = torch.cat([mass.new_zeros(1), mass.cumsum(0) / mass.sum()])
         self._grid = grid
 
     def transform(self, uniform: Tensor, normal: Tensor) -> Tensor:
@@ -173,7 +173,7 @@ class TimestepGrid(LevelSampler):
     def __init__(self, start: int = 1, stop: int = 951, step: int = 50) -> None:
         if step < 1 or stop < start or start < 0:
             raise InputError(f"start={start}, stop={stop}, step={step} must satisfy 0 <= start <= stop and step >= 1")
-        self.grid = torch.arange(start, stop + 1, step, dtype=torch.float32)
+        self.grid = torch.arange(start, stop + 1, step, dtype=torch.float32, device="cpu")  # as the draws
 
     def draw(self, generator: Generator, process: NoiseProcess) -> Tensor:
         """See :meth:`LevelSampler.draw`."""

@@ -1,0 +1,226 @@
+"""Every recipe, and every ablation, through the command line's parser and at full size on the meta device."""
+
+import json
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from jsonargparse import Namespace
+from torch import nn
+
+from latentreward.backbones import backbone_names
+from latentreward.config_files import rewrite_arguments
+from latentreward.data import PreferenceDataModule
+from latentreward.heads import CLIPProjectionHead
+from latentreward.lightning_cli import TrainingCLI, prepare
+from latentreward.losses import BradleyTerryLoss
+from latentreward.modules import RewardModule
+from latentreward.seeding import pair_generator
+from tests.full_size import write_pipelines
+
+ROOT = Path(__file__).resolve().parents[1]
+SAMPLES = ROOT / "tests" / "formats" / "data"
+FOLDER = ROOT / "configs" / "recipes"
+RECIPES, ABLATIONS = sorted(FOLDER.glob("*.yaml")), sorted((FOLDER / "ablations").glob("*.yaml"))
+NO_COPY = ("--data.train", ".memory_map=false")
+
+
+class ParsedCLI(TrainingCLI):
+    """The command line up to where it would make the trainer."""
+
+    def instantiate_classes(self) -> None:
+        """Nothing yet; see :meth:`build`."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Nothing."""
+
+    def build(self, part: str) -> Any:
+        """The ``model``, the ``data``, or the settings of the ``trainer`` with its callbacks, as ``fit`` makes them."""
+        settings = Namespace(subcommand="fit", fit=Namespace({part: self.config["fit"][part]}))
+        return self.parser.instantiate(settings)["fit"][part]
+
+
+def parse(*files: str, options: tuple[str, ...] = ()) -> ParsedCLI:
+    arguments = prepare([*(f"--config={ROOT / file}" for file in files), *options])
+    return ParsedCLI("fit", rewrite_arguments(arguments, backbone_names(), root="fit."))
+
+
+def stack_of(recipe: Path) -> list[str]:
+    """The files of the first command in the head comment."""
+    head = re.sub(r"\\\n#", "", recipe.read_text())
+    command = re.search(r"^# +latentreward fit(.*)$", head, flags=re.MULTILINE)
+    assert command, f"the head comment of {recipe.name} gives no command"
+    return re.findall(r"--config (\S+)", command[1])
+
+
+def recipe(name: str) -> list[str]:
+    (path,) = FOLDER.rglob(f"{name}.yaml")
+    return stack_of(path)
+
+
+@cache
+def on_meta(*files: str) -> RewardModule:
+    with torch.device("meta"):
+        return parse(*files).build("model")
+
+
+def trained(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+
+
+def millions(network: nn.Module) -> float:
+    return round(sum(parameter.numel() for parameter in network.parameters()) / 1e6, 1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _paths(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    folders = write_pipelines(tmp_path_factory.mktemp("full_size"))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, folder in folders.items():
+            patch.setenv(f"{name.upper()}_PATH", folder)
+        for name in ("pickapic_v1", "hpdv2", "hpdv3"):
+            patch.setenv(f"{name.removesuffix('_v1').upper()}_ROOT", str(SAMPLES / name))
+        patch.setenv("MPCF_SCORES", str(SAMPLES / "lrm_mpcf" / "pseudo_preference.csv"))
+        yield
+
+
+@pytest.mark.parametrize(
+    "path",
+    [*RECIPES, *(pytest.param(path, marks=pytest.mark.slow) for path in ABLATIONS)],
+    ids=lambda path: path.stem,
+)
+def test_builds_at_full_size_as_its_head_comment_says(path: Path) -> None:
+    files = stack_of(path)
+    assert ROOT / files[-1] == path
+    module = on_meta(*files)
+    assert {parameter.device.type for parameter in module.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("name", ["lrm_sd15", "lrm_sdxl", "lrm_sd3", "dina_lrm_sd35"])
+def test_recipe_has_the_model_of_its_model_file(name: str) -> None:
+    files = [f"configs/{room}/{name}.yaml" for room in ("recipes", "model")]
+    spelt_out, left_out = (parse(file).config["fit"]["model"] for file in files)
+    assert spelt_out.init_args.pop("levels") is not None
+    assert left_out.init_args.pop("levels") is None
+    assert spelt_out == left_out
+    ours, theirs = (on_meta(file).levels for file in files)
+    assert type(ours) is type(theirs)
+    assert str(vars(ours)) == str(vars(theirs))
+
+
+def test_sd15_trains_down_path_mid_block_and_text_encoder() -> None:
+    module = on_meta(*recipe("lrm_sd15"))
+    backbone, head = module.model.backbone, module.model.head
+    assert millions(backbone.unet) == 348.7
+    assert trained(backbone.unet) == sum(parameter.numel() for parameter in backbone.unet.parameters())
+    assert round(trained(backbone.text_encoder) / 1e6, 1) == 123.1
+    assert (head.visual_projection.in_features, head.visual_projection.out_features) == (4800, 768)
+    assert head.text_projection.weight.shape == (768, 768)
+    assert trained(backbone.vae) == 0
+
+
+def test_sdxl_has_no_text_projection() -> None:
+    module = on_meta(*recipe("lrm_sdxl"))
+    assert millions(module.model.backbone.unet) == 1243.4
+    assert isinstance(module.model.head.text_projection, nn.Identity)
+    assert module.model.head.visual_projection.weight.shape == (1280, 3520)
+
+
+def test_sd3_reads_block_18() -> None:
+    backbone = on_meta(*recipe("lrm_sd3")).model.backbone
+    assert len(backbone.transformer.transformer_blocks) == 18
+    assert trained(backbone.text_encoder) == 0
+
+
+def test_dina_trains_adapters_and_head() -> None:
+    module = on_meta(*recipe("dina_lrm_sd35"))
+    transformer = module.model.backbone.transformer
+    assert trained(transformer) == 28_311_552
+    assert round((sum(p.numel() for p in transformer.parameters()) - trained(transformer)) / 1e6, 1) == 1237.6
+    assert trained(module.model.head) == 139_296_003
+    assert trained(module) == 28_311_552 + 139_296_003
+    assert {p.dtype for p in module.parameters() if p.requires_grad} == {torch.float32}
+
+
+def test_released_constants_replace_the_papers() -> None:
+    paper, code = parse(*recipe("dina_lrm_sd35")), parse(*recipe("dina_lrm_sd35_code"))
+    sigmas = [cli.config["fit"]["model"].init_args.loss.init_args.sigma_u for cli in (paper, code)]
+    assert sigmas[0] ** 2 == pytest.approx(0.01)
+    assert sigmas[1] ** 2 == pytest.approx(0.05)
+    kinds = [{type(callback).__name__ for callback in cli.build("trainer").callbacks} for cli in (paper, code)]
+    assert kinds[0] - kinds[1] == {"TrainableEMA"}
+    assert kinds[1] < kinds[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "pairs_per_step"),
+    [("lrm_sd15", 128), ("lrm_sdxl", 32), ("lrm_sd3", 32), ("lrm_hpdv2", 128), ("dina_lrm_sd35", 32)],
+)
+def test_pairs_per_step_are_the_published_ones(name: str, pairs_per_step: int) -> None:
+    settings = parse(*recipe(name)).config["fit"]
+    trainer = settings.trainer
+    accumulated = trainer.get("accumulate_grad_batches") or 1
+    assert settings.data.init_args.batch_size * trainer.devices * accumulated == pairs_per_step
+
+
+def test_loss_class_and_frozen_backbone_are_exchanged() -> None:
+    module = on_meta(*recipe("dina_bradley_terry_margin"), "configs/recipes/ablations/dina_frozen_backbone.yaml")
+    assert isinstance(module.loss, BradleyTerryLoss)
+    assert module.loss.margin == 1.0
+    assert trained(module) == trained(module.model.head)
+
+
+def test_without_enhancement_the_empty_prompt_is_not_read() -> None:
+    assert on_meta(*recipe("lrm_sd15")).model.head.needs_uncond
+    head = on_meta(*recipe("lrm_without_vfe")).model.head
+    assert isinstance(head, CLIPProjectionHead)
+    assert not head.needs_uncond
+
+
+@pytest.mark.parametrize(
+    ("name", "low", "high"),
+    [
+        ("lrm_sd15", 1, 951),
+        ("lrm_timesteps_from_751", 751, 951),
+        ("lrm_timestep_1", 1, 1),
+        ("dina_clean", 2.99, 3.0),
+        ("dina_levels_constant", 399, 401),
+    ],
+)
+def test_levels_stay_in_their_range(name: str, low: float, high: float) -> None:
+    module = on_meta(*recipe(name))
+    process = module.model.backbone.noise_process
+    drawn = [module.levels.draw(pair_generator(0, "timestep", 0, str(pair)), process).item() for pair in range(50)]
+    assert low <= min(drawn) <= max(drawn) <= high
+    assert len(set(drawn)) > 1 or high - low < 3
+
+
+def rows(name: str, *options: str) -> int:
+    """Training pairs that a recipe finds in the sample files, whose splits share prompts."""
+    cli = parse(*recipe(name), options=("--data.val=null", "--data.test=null", "--data.num_workers=0", *options))
+    data = cli.build("data")
+    assert isinstance(data, PreferenceDataModule)
+    return len(data.datasets["train"])
+
+
+def test_filter_strategies_keep_the_sample_rows_they_should() -> None:
+    expected = json.loads((SAMPLES / "EXPECTED.json").read_text())["lrm_mpcf"]
+    names = {1: "lrm_mpcf_strategy_1", 2: "lrm_sd15", 3: "lrm_mpcf_strategy_3"}
+    for strategy, name in names.items():
+        assert rows(name, f"{NO_COPY[0]}.reader{NO_COPY[1]}") == len(expected[f"strategy_{strategy}_kept_rows"])
+    assert rows("lrm_without_mpcf", "".join(NO_COPY)) == 8
+
+
+@pytest.mark.parametrize("name", ["lrm_hpdv2", "dina_lrm_sd35"])
+def test_recipe_reads_the_sample_files(name: str) -> None:
+    options = () if name == "lrm_hpdv2" else ("--data.predict=null",)
+    assert rows(name, *options) > 0
+
+
+def test_table_of_recipes_names_every_file() -> None:
+    page = (ROOT / "docs" / "recipes.md").read_text()
+    assert {path.stem for path in [*RECIPES, *ABLATIONS]} <= set(re.findall(r"`(\w+)`", page))
