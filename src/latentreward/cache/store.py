@@ -195,12 +195,6 @@ def batch_buffer(num_bytes: int) -> Tensor:
     return torch.empty(0, dtype=torch.uint8).set_(storage)
 
 
-def cut(buffer: Tensor, start: int, shape: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, int]:
-    """A tensor of ``shape`` inside ``buffer`` from byte ``start`` on, and where the next one may begin."""
-    end = start + dtype.itemsize * torch.Size(shape).numel()
-    return buffer[start:end].view(dtype).view(*shape), aligned(end)
-
-
 def aligned(num_bytes: int) -> int:
     """``num_bytes`` rounded up, so that what follows begins where any dtype may."""
     return -(-num_bytes // ALIGNMENT) * ALIGNMENT

@@ -48,8 +48,12 @@ def collate_pairs(items: Sequence[LoadedPair | SkippedPair]) -> PreferenceBatch:
 def orient(item: LoadedPair) -> LoadedPair:
     """The pair with the better image as a, or the one with the smaller key if none is better."""
     pair = item.pair
-    if pair.label_a is None or pair.label_a == 0.5:
-        turn = pair.image_b.image_key < pair.image_a.image_key
-    else:
-        turn = pair.label_a < 0.5
+    turn = is_turned(pair.label_a, pair.image_a.image_key, pair.image_b.image_key)
     return LoadedPair(pair.swapped(), item.pixels_b, item.pixels_a) if turn else item
+
+
+def is_turned(label_a: float | None, key_a: str, key_b: str) -> bool:
+    """Whether image b of a pair becomes the chosen one: it is better, or neither is and its key is the smaller."""
+    if label_a is None or label_a == 0.5:
+        return key_b < key_a
+    return label_a < 0.5

@@ -1,5 +1,7 @@
 """A loader of training batches that can stop after any batch and go on from there, on other machines if need be."""
 
+import atexit
+import multiprocessing
 import signal
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
@@ -138,3 +140,14 @@ def ignore_signals(worker_id: int) -> None:
     """
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def end_workers() -> None:
+    """Kill the daemon processes that are left when the interpreter exits, loaders' workers among them.
+
+    ``multiprocessing`` itself would send them a SIGTERM, which workers ignore, and then wait for them forever.
+    """
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()

@@ -47,6 +47,15 @@ class RewardModel(nn.Module):
         encoded = self.backbone.encode_prompts([*prompts, ""])
         return encoded.select(range(len(prompts))), encoded.select([len(prompts)])
 
+    def take_prompts(
+        self, conditioning: Conditioning, uncond: Conditioning | None
+    ) -> tuple[Conditioning, Conditioning | None]:
+        """Prompts that were encoded before, in the network's precision; the empty one only if the head asks for it."""
+        dtype = next(next(self.backbone.blocks()).parameters()).dtype
+        if not self.head.needs_uncond:
+            return conditioning.to(dtype), None
+        return conditioning.to(dtype), (self.backbone.encode_prompts([""]) if uncond is None else uncond).to(dtype)
+
     def read(
         self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, uncond: Conditioning | None = None
     ) -> Features:

@@ -1,0 +1,72 @@
+"""Whether caches fit one another, and the model that is to learn from them."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from latentreward.cache.layout import CacheSpec
+from latentreward.encoders.fingerprint import text_fingerprint, vae_fingerprint
+from latentreward.errors import InputError
+
+if TYPE_CHECKING:
+    from latentreward.backbones.base import DiffusionBackbone
+
+
+def check_caches(specs: Mapping[Path, CacheSpec], with_text: bool) -> CacheSpec:
+    """The settings of the first cache, after a look at the others.
+
+    Args:
+        specs: Settings by folder, at least one.
+        with_text: Whether prompt embeddings are read too.
+
+    Raises:
+        InputError: If two caches hold latents of different VAEs, or embeddings of different text encoders.
+    """
+    (first, spec), *others = specs.items()
+    for folder, other in others:
+        if (other.latent_space, other.vae) != (spec.latent_space, spec.vae):
+            raise InputError(f"caches {first} and {folder} hold latents of different VAEs; write one of them again")
+        if with_text and other.text.fingerprint != spec.text.fingerprint:
+            raise InputError(
+                f"caches {first} and {folder} hold embeddings of different text encoders; write one of them again, or "
+                "set data.cached_text: false"
+            )
+    return spec
+
+
+def check_backbone(spec: CacheSpec, backbone: "DiffusionBackbone", with_text: bool) -> None:
+    """Compare a cache with a backbone.
+
+    A backbone without a VAE is compared by its latent space alone, and so are latents whose VAE is not known.
+
+    Args:
+        spec: Settings of the cache.
+        backbone: Of the model.
+        with_text: Whether prompt embeddings are read too.
+
+    Raises:
+        InputError: If the model would have made other latents or other embeddings, or trains its text encoder.
+    """
+    if spec.latent_space != backbone.latent_space:
+        raise InputError(
+            f"the cache holds latents of the space [{spec.latent_space}], but the backbone takes "
+            f"[{backbone.latent_space}]; write the cache with the backbone's own VAE"
+        )
+    if backbone.vae is not None and spec.vae is not None:
+        fingerprint = vae_fingerprint(backbone.vae.vae)
+        if fingerprint != spec.vae:
+            raise InputError(
+                f"the cache was written with VAE {spec.vae}, but the model's VAE is {fingerprint} (another one, or its "
+                "weights in another precision); write the cache with this model's VAE"
+            )
+    if with_text and spec.text is not None and backbone.text_encoder is not None:
+        if any(parameter.requires_grad for parameter in backbone.text_encoder.parameters()):
+            raise InputError(
+                "prompt embeddings are cached, but the model trains its text encoder; set data.cached_text: false"
+            )
+        fingerprint = text_fingerprint(backbone.text_encoder)
+        if fingerprint != spec.text.fingerprint:
+            raise InputError(
+                f"the cache holds embeddings of text encoder {spec.text.fingerprint}, but the model's is "
+                f"{fingerprint}; set data.cached_text: false, or write the cache with this model's text encoder"
+            )

@@ -1,0 +1,207 @@
+"""Caches in, loaders of batches of latents out."""
+
+import logging
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
+from torch.utils.data import DataLoader
+
+from latentreward.cache.agreement import check_backbone, check_caches
+from latentreward.cache.dataset import CachedPairDataset, as_is
+from latentreward.cache.index import CachedPairs, CacheIndex, OnMissing
+from latentreward.cache.sampling import BucketBatchSampler, EvaluationBatches, Sizing, SmallBuckets
+from latentreward.data.loading import ResumableLoader, ignore_signals
+from latentreward.data.splits import SharedPrompts, select_rows
+from latentreward.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CachedSplit:
+    """Pairs of a cache.
+
+    Attributes:
+        cache: Folder that ``latentreward cache`` wrote.
+        split: Take pairs of this split only, by the ``split`` that their reader gave them; None takes all.
+    """
+
+    cache: str
+    split: str | None = None
+
+
+class CachedPreferenceDataModule(LightningDataModule):
+    """Cached pairs for training, validation, test and prediction: batches of latents, each of one image size.
+
+    As in :class:`~latentreward.data.PreferenceDataModule`, unlabelled pairs are left out except in prediction, no
+    prompt is in two splits, and checkpoints hold the place in the training epoch. Pairs with an image that could not
+    be read when the cache was written are left out and counted. Whether the cache fits the model is checked before
+    training.
+
+    Args:
+        train: Pairs to learn from.
+        val: Pairs to validate on.
+        test: Pairs to test on.
+        predict: Pairs to score, labelled or not; they may share prompts with the others.
+        batch_size: Pairs per batch and rank.
+        tokens_per_batch: Instead: latent positions (height × width) of the chosen images of a batch and rank, so that
+            small images come in larger batches; at least one pair.
+        small_buckets: What happens to the last training pairs of an image size, fewer than a batch on every rank:
+            ``short`` makes a smaller batch, ``fill`` repeats pairs, ``drop`` leaves them out of the epoch; see
+            :class:`~latentreward.cache.sampling.BucketBatchSampler`. Evaluation takes every pair once, in any case.
+        cached_text: Take prompt embeddings from the cache, if it holds them; else the model encodes prompts.
+        on_missing: ``raise`` stops if a shard of a cache is not written yet; ``skip`` leaves out pairs that need it.
+        num_workers: Loader processes per rank; 0 reads in the training process.
+        prefetch_factor: Batches that each worker holds ready.
+        pin_memory: Hand batches over in page-locked memory, where there is an accelerator.
+        shuffle: New order of ``train`` each epoch.
+        seed: Seed of that order; None takes the run's ``seed_everything``.
+        shared_prompts: ``drop`` leaves out pairs that give way to another split; ``raise`` stops if there are any.
+
+    Raises:
+        InputError: If a setting is out of range, a cache is damaged or unfinished, or a split has no pairs left.
+    """
+
+    def __init__(
+        self,
+        *,
+        train: CachedSplit | None = None,
+        val: CachedSplit | None = None,
+        test: CachedSplit | None = None,
+        predict: CachedSplit | None = None,
+        batch_size: int = 16,
+        tokens_per_batch: int | None = None,
+        small_buckets: SmallBuckets = "short",
+        cached_text: bool = True,
+        on_missing: OnMissing = "raise",
+        num_workers: int = 1,
+        prefetch_factor: int = 4,
+        pin_memory: bool = True,
+        shuffle: bool = True,
+        seed: int | None = None,
+        shared_prompts: SharedPrompts = "drop",
+    ) -> None:
+        super().__init__()
+        limits = {"batch_size": batch_size, "tokens_per_batch": tokens_per_batch, "prefetch_factor": prefetch_factor}
+        for name, value in limits.items():
+            if value is not None and value < 1:
+                raise InputError(f"data.{name} is {value}; it must be at least 1")
+        self.batch_size, self.tokens_per_batch, self.small_buckets = batch_size, tokens_per_batch, small_buckets
+        self.num_workers, self.prefetch_factor, self.pin_memory = num_workers, prefetch_factor, pin_memory
+        self.shuffle = shuffle
+        self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
+        splits = {"train": train, "val": val, "test": test, "predict": predict}
+        given = {name: split for name, split in splits.items() if split is not None}
+        if not given:
+            raise InputError("data.train, val, test and predict are all unset; give at least one a cache")
+        folders = {split.cache: Path(split.cache) for split in given.values()}
+        indices = {cache: CacheIndex(folder, on_missing) for cache, folder in folders.items()}
+        self.cached_text = cached_text and all(index.spec.text is not None for index in indices.values())
+        self.spec = check_caches({index.folder: index.spec for index in indices.values()}, self.cached_text)
+        pairs = {name: CachedPairs(indices[split.cache], split.split) for name, split in given.items()}
+        for name, reader in pairs.items():
+            reader.report(f"data.{name}")
+        kept = select_rows({name: reader for name, reader in pairs.items() if name != "predict"}, shared_prompts)
+        self.datasets = {
+            name: CachedPairDataset(
+                reader.index, reader.rows[kept[name]] if name in kept else reader.rows, self.cached_text
+            )
+            for name, reader in pairs.items()
+        }
+
+    def setup(self, stage: str) -> None:
+        """Compare the caches with the model that is to be trained on them, or scored.
+
+        Raises:
+            InputError: If they do not fit.
+        """
+        model = getattr(self.trainer.lightning_module, "model", None) if self.trainer else None
+        if hasattr(model, "backbone"):
+            check_backbone(self.spec, model.backbone, self.cached_text)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Batches of ``train``; in a step, every rank gets equally many pairs of one size."""
+        if getattr(self.trainer, "overfit_batches", 0):
+            return self._loader("train")  # Lightning wants the same few pairs in a fixed order
+        dataset = self._dataset("train")
+        sampler = BucketBatchSampler(self._latent_sizes(dataset), self._sizing(), self._rank())
+        if self._rank() == 0:
+            logger.info("data.train: %s", sampler.describe())
+        return ResumableLoader(
+            dataset,
+            sampler,
+            collate_fn=as_is,
+            num_workers=self.num_workers,
+            prefetch_factor=self.prefetch_factor,
+            pin_memory=self._pins(),
+        )
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """Batches of ``val``, each pair once over all ranks; in training, none without ``val``."""
+        if "val" in self.datasets:
+            return self._loader("val")
+        if self.trainer is not None and self.trainer.state.fn == TrainerFn.VALIDATING:
+            raise InputError("data.val is not set, so there is nothing to validate on; give it a cache")
+        return []
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Batches of ``test``, each pair once over all ranks."""
+        return self._loader("test")
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """Batches of ``predict``, each pair once over all ranks."""
+        # Lightning looks for row numbers, which only its own batch samplers tell; what we write names pairs.
+        warnings.filterwarnings("ignore", message="Couldn't infer the batch indices")
+        return self._loader("predict")
+
+    def _shares(self) -> dict[str, int]:
+        return (self.trainer.distributed_sampler_kwargs if self.trainer else None) or {"num_replicas": 1, "rank": 0}
+
+    def _rank(self) -> int:
+        return self._shares()["rank"]
+
+    def _sizing(self) -> Sizing:
+        return Sizing(
+            self.batch_size,
+            self.tokens_per_batch,
+            self.small_buckets,
+            self._shares()["num_replicas"],
+            self.seed,
+            self.shuffle,
+        )
+
+    def _dataset(self, name: str) -> CachedPairDataset:
+        """The split's pairs, at least one for each rank."""
+        if name not in self.datasets:
+            raise InputError(f"data.{name} is not set; give it a cache, e.g. {{cache: runs/cache, split: {name}}}")
+        dataset, ranks = self.datasets[name], self._shares()["num_replicas"]
+        if len(dataset) < ranks:
+            raise InputError(f"data.{name} has {len(dataset)} pairs for {ranks} ranks; use fewer devices or more pairs")
+        return dataset
+
+    def _latent_sizes(self, dataset: CachedPairDataset) -> Any:
+        return dataset.sizes() // self.spec.latent_space.downscale
+
+    def _pins(self) -> bool:
+        return self.pin_memory and torch.accelerator.is_available()
+
+    def _loader(self, name: str) -> DataLoader[Any]:
+        """Each pair once over all ranks, as the rows stand, as far as one size per batch allows."""
+        dataset = self._dataset(name)
+        return DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=EvaluationBatches(self._latent_sizes(dataset), self._sizing(), self._rank()),
+            num_workers=self.num_workers,
+            collate_fn=as_is,
+            pin_memory=self._pins(),
+            prefetch_factor=self.prefetch_factor if self.num_workers else None,
+            persistent_workers=self.num_workers > 0,
+            worker_init_fn=ignore_signals,
+        )

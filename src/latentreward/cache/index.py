@@ -1,0 +1,261 @@
+"""The tables of a cache in memory: which pairs there are, and where their latents and embeddings lie."""
+
+import logging
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from pyarrow import parquet
+
+from latentreward.cache.layout import (
+    IMAGES,
+    LATENTS,
+    PAIRS,
+    POOLED_PROMPT_EMBEDS,
+    PROMPT_EMBEDS,
+    PROMPTS,
+    SHARDS,
+    CacheSpec,
+    manifest_name,
+    read_manifest,
+    read_plan,
+)
+from latentreward.cache.store import REMEDY, ShardStore
+from latentreward.contracts import ImageRef, PreferencePair
+from latentreward.data.readers import PairReader
+from latentreward.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+OnMissing = Literal["raise", "skip"]
+MISSING_SHARD = "shard not written yet"
+UNREADABLE = "unreadable image"
+TWO_SIZES = "images of two sizes"
+
+
+class TextColumn:
+    """Strings by number, decoded when asked for: workers share the bytes, where lists of strings would be copied."""
+
+    def __init__(self, column: pa.ChunkedArray) -> None:
+        array = column.cast(pa.large_string()).combine_chunks()
+        _, offsets, data = array.buffers()
+        self._offsets = np.frombuffer(offsets, np.int64, len(array) + 1, 8 * array.offset)
+        self._data = np.frombuffer(data or b"", np.uint8)
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def __getitem__(self, number: int) -> str:
+        return self._data[self._offsets[number] : self._offsets[number + 1]].tobytes().decode()
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where rows lie: (shard, row) each, -1 where they lie nowhere."""
+
+    shard: np.ndarray
+    row: np.ndarray
+
+    def of(self, numbers: np.ndarray) -> list[tuple[int, int]]:
+        """(shard, row) of each of ``numbers``."""
+        return list(zip(self.shard[numbers].tolist(), self.row[numbers].tolist(), strict=True))
+
+
+class CacheIndex:
+    """A cache folder, opened once and shared by all that read from it.
+
+    Args:
+        folder: The cache.
+        on_missing: ``"raise"`` stops if a shard was not written; ``"skip"`` leaves the pairs out that need it.
+
+    Attributes:
+        plan: What was planned.
+        store: Files of the shards that are there.
+        pair_id: P names.
+        prompt: ``(P,)`` row of ``prompts``.
+        image_a: ``(P,)`` row of the images' columns.
+        image_b: ``(P,)``.
+        label: ``(P,)`` probability that image a wins; NaN is unlabelled.
+        weight: ``(P,)``.
+        split: ``(P,)`` names.
+        image_key: I names.
+        image_size: ``(I, 2)`` height and width in pixels.
+        images: Where latents lie; ``shard`` counts the files of ``store``.
+        prompts: T texts.
+        texts: Where embeddings lie.
+
+    Raises:
+        InputError: If the folder is no whole cache of a known version.
+    """
+
+    def __init__(self, folder: Path, on_missing: OnMissing = "raise") -> None:
+        self.folder = folder
+        self.plan = read_plan(folder)
+        pairs = self._table(PAIRS, ["pair_id", "prompt", "image_a", "image_b", "label_a", "weight", "split"])
+        images = self._table(IMAGES, ["image_key", "height", "width", "shard", "row"])
+        prompts = self._table(PROMPTS, ["prompt", "shard", "row"])
+        shards = self._table(SHARDS, ["name", "kind", "height", "width", "count"])
+        self.pair_id, self.image_key = TextColumn(pairs["pair_id"]), TextColumn(images["image_key"])
+        self.prompts = TextColumn(prompts["prompt"])
+        self.prompt, self.image_a, self.image_b = (_numbers(pairs[name]) for name in ("prompt", "image_a", "image_b"))
+        self.label, self.weight = _floats(pairs["label_a"]), _floats(pairs["weight"])
+        self.split = pairs["split"].combine_chunks().dictionary_encode()
+        self.image_size = np.stack([_numbers(images["height"]), _numbers(images["width"])], axis=1).astype(np.int32)
+        file_of_shard, self._unreadable = self._open_shards(shards.to_pylist(), on_missing)
+        self.images = _places(images, file_of_shard)
+        self.texts = _places(prompts, file_of_shard)
+
+    @property
+    def spec(self) -> CacheSpec:
+        """Settings of the cache."""
+        return self.plan.spec
+
+    def __len__(self) -> int:
+        return len(self.pair_id)
+
+    def _table(self, name: str, columns: list[str]) -> pa.Table:
+        path = self.folder / name
+        try:
+            return parquet.read_table(path, columns=columns)
+        except FileNotFoundError as error:
+            raise InputError(f"{path} is missing; {REMEDY}") from error
+        except (pa.ArrowException, OSError) as error:
+            raise InputError(f"{path} is damaged ({' '.join(str(error).split())}); {REMEDY}") from error
+
+    def _open_shards(self, shards: list[dict[str, Any]], on_missing: OnMissing) -> tuple[np.ndarray, np.ndarray]:
+        """The store; the number of each shard's file in it, or -1; and (file, row) of images that were unreadable."""
+        present = [self._is_written(shard["name"]) for shard in shards]
+        missing = [shard["name"] for shard, there in zip(shards, present, strict=True) if not there]
+        if missing:
+            summary = f"cache {self.folder}: {len(missing)} of {len(shards)} shards are not written, first {missing[0]}"
+            if on_missing == "raise" or not any(present):
+                raise InputError(f"{summary}; run `latentreward cache` to the end, or set data.on_missing: skip")
+            logger.warning("%s; pairs that need them are left out", summary)
+        written = [shard for shard, there in zip(shards, present, strict=True) if there]
+        self.store = ShardStore([self.folder / shard["name"] for shard in written])
+        unreadable = []
+        for number, shard in enumerate(written):
+            manifest = read_manifest(self.folder / manifest_name(shard["name"]))
+            if (manifest.count, manifest.plan_hash) != (shard["count"], self.plan.hash):
+                raise InputError(f"shard {shard['name']} of {self.folder} is of another plan; {REMEDY}")
+            self._check_header(number, shard)
+            unreadable += [(number, row) for row in manifest.unreadable]
+        file_of_shard = np.where(present, np.cumsum(present) - 1, -1)
+        return file_of_shard, np.array(unreadable, dtype=np.int64).reshape(-1, 2)
+
+    def _is_written(self, name: str) -> bool:
+        return (self.folder / manifest_name(name)).is_file() and (self.folder / name).is_file()
+
+    def _check_header(self, number: int, shard: dict[str, Any]) -> None:
+        blocks, space = self.store.blocks[number], self.spec.latent_space
+        if shard["kind"] == "text":
+            names = {PROMPT_EMBEDS, POOLED_PROMPT_EMBEDS}
+            fits = names <= blocks.keys() and all(blocks[name].rows == shard["count"] for name in names)
+        else:
+            shape = (space.channels, shard["height"] // space.downscale, shard["width"] // space.downscale)
+            block = blocks.get(LATENTS)
+            fits = block is not None and (block.rows, block.shape) == (shard["count"], shape)
+        if not fits:
+            raise InputError(f"shard {self.store.paths[number]} does not hold what {SHARDS} says; {REMEDY}")
+
+    @cached_property
+    def unusable(self) -> dict[str, np.ndarray]:
+        """``(P,)`` bool by reason: pairs of which something is not there. No pair has two reasons."""
+        height = len(self.image_size)
+        unreadable = np.zeros(height, dtype=bool)
+        if len(self._unreadable):
+            stride = 1 + max(self.images.row.max(), self._unreadable[:, 1].max())
+            bad = self._unreadable[:, 0] * stride + self._unreadable[:, 1]
+            unreadable = np.isin(self.images.shard.astype(np.int64) * stride + self.images.row, bad)
+        sides = (self.image_a, self.image_b)
+        missing = (self.images.shard[sides[0]] < 0) | (self.images.shard[sides[1]] < 0)
+        if self.spec.text is not None:
+            missing |= self.texts.shard[self.prompt] < 0
+        broken = (unreadable[sides[0]] | unreadable[sides[1]]) & ~missing
+        uneven = (self.image_size[sides[0]] != self.image_size[sides[1]]).any(axis=1)
+        return {MISSING_SHARD: missing, UNREADABLE: broken, TWO_SIZES: uneven & ~missing & ~broken}
+
+    def splits(self) -> list[str]:
+        """Names of the splits, in the order of the pairs."""
+        return self.split.dictionary.to_pylist()
+
+
+class CachedPairs(PairReader):
+    """The usable pairs of a cache, or of one split of it; their latents are read by the batch.
+
+    Args:
+        index: The cache.
+        split: Value of the pairs' ``split`` column; None takes all pairs.
+
+    Attributes:
+        rows: ``(N,)`` row of each pair in the index, ascending.
+
+    Raises:
+        InputError: If there is no such split.
+    """
+
+    holds = "nothing"
+
+    def __init__(self, index: CacheIndex, split: str | None = None) -> None:
+        super().__init__(on_error="skip")
+        self.index = index
+        chosen = np.ones(len(index), dtype=bool)
+        if split is not None:
+            if split not in index.splits():
+                raise InputError(
+                    f"cache {index.folder} has no split {split!r}; it has {', '.join(map(repr, index.splits()))}"
+                )
+            chosen = index.split.indices.to_numpy() == index.splits().index(split)
+        lost = {reason: int((mask & chosen).sum()) for reason, mask in index.unusable.items()}
+        self.skipped.update({reason: count for reason, count in lost.items() if count})
+        for mask in index.unusable.values():
+            chosen &= ~mask
+        self.rows = np.flatnonzero(chosen)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> PreferencePair:
+        """Pair ``number``; its references hold nothing but keys."""
+        index, row = self.index, int(self.rows[number])
+        label = None if np.isnan(index.label[row]) else float(index.label[row])
+        return PreferencePair(
+            pair_id=index.pair_id[row],
+            prompt=index.prompts[int(index.prompt[row])],
+            image_a=ImageRef(index.image_key[int(index.image_a[row])]),
+            image_b=ImageRef(index.image_key[int(index.image_b[row])]),
+            label_a=label,
+            weight=float(index.weight[row]),
+        )
+
+    def labels(self) -> np.ndarray:
+        """See :meth:`PairReader.labels`."""
+        return self.index.label[self.rows]
+
+    def prompts(self) -> list[str]:
+        """See :meth:`PairReader.prompts`."""
+        distinct = [self.index.prompts[number] for number in range(len(self.index.prompts))]
+        return [distinct[number] for number in self.index.prompt[self.rows].tolist()]
+
+    def pair_ids(self) -> list[str]:
+        """See :meth:`PairReader.pair_ids`."""
+        return [self.index.pair_id[row] for row in self.rows.tolist()]
+
+
+def _numbers(column: pa.ChunkedArray) -> np.ndarray:
+    return column.to_numpy()
+
+
+def _floats(column: pa.ChunkedArray) -> np.ndarray:
+    """Float64, NaN where the column is null."""
+    return column.to_numpy().astype(np.float64)
+
+
+def _places(table: pa.Table, file_of_shard: np.ndarray) -> Places:
+    """Shard numbers become numbers of files; nulls and shards that are not there become -1."""
+    shard, row = (table[name].fill_null(-1).to_numpy().astype(np.int32) for name in ("shard", "row"))
+    known = np.append(file_of_shard, -1).astype(np.int32)
+    return Places(known[shard], row)
