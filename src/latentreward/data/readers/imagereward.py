@@ -81,8 +81,7 @@ class ImageRewardDBReader(GroupReader):
             files.
         split: ``train``, ``validation`` or ``test``.
         parts: Numbers of the parts to read, e.g. ``[1, 2]`` of train's 1 to 32 for a smaller training set; by
-            default all, and one that the metadata or the published split have and the folder lacks falls under
-            ``on_error``.
+            default all, and one that the metadata name and the folder lacks falls under ``on_error``.
         revision: Commit, tag or branch of the hub data set; pin it.
         randomise_sides: Exchange the sides of every other pair, by a draw from ``seed`` and the pair's name; the
             images of a prompt may stand in the order of their ranks.
