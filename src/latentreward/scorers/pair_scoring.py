@@ -2,9 +2,10 @@
 
 import hashlib
 import time
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -21,7 +22,17 @@ from latentreward.scorers.base import ImageScorer, Scorer, TableScorer
 
 Item = tuple[str, str]
 """Key of an image, and a prompt."""
+Place = tuple[int, int]
+"""Number of a pair, and 0 for its image a, 1 for b."""
 READING = "reading and decoding"
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """An image, and why copies of it before this one could not be read; no image if none could."""
+
+    image: Image.Image | None
+    problems: dict[Place, str]
 
 
 class PairScoring:
@@ -60,9 +71,10 @@ class PairScoring:
         self.image_scorers = [scorer for scorer in scorers if isinstance(scorer, ImageScorer)]
         self.decode_threads, self.max_pixels = decode_threads, max_pixels
         self._group = max((scorer.batch_size for scorer in self.image_scorers), default=1)
+        self._prompt_matters = any(scorer.uses_prompt for scorer in self.image_scorers)
         self._prompts = reader.prompts()
         self._known: dict[str, dict[bytes, float]] = {scorer.name: {} for scorer in self.image_scorers}
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         self.images: Counter[str] = Counter()
 
     def spec(self) -> dict[str, Any]:
@@ -112,35 +124,41 @@ class PairScoring:
             "different_flag": pa.array((labels != 0.5).astype(np.int8), mask=np.isnan(labels)),
         }
         for scorer in self.scorers:
-            first, second = self._scores(scorer, pairs).T
+            first, second = self._scores(scorer, pairs, problems).T
             gap = oriented_gap(first, second, labels)
             columns |= {f"{scorer.name}_a": first, f"{scorer.name}_b": second, f"{scorer.name}_gap": gap}
-        for side in ("a", "b"):
-            texts = [problems.get(_item(pair, side)) for pair in pairs]
-            columns[f"problem_{side}"] = pa.array(texts, pa.string())
+        for side, name in enumerate(("problem_a", "problem_b")):
+            texts = [problems.get((number, side)) for number in range(len(pairs))]
+            columns[name] = pa.array(texts, pa.string())
         return pa.table(columns)
 
-    def _scores(self, scorer: Scorer, pairs: Sequence[PreferencePair]) -> np.ndarray:
+    def _scores(self, scorer: Scorer, pairs: Sequence[PreferencePair], problems: Mapping[Place, str]) -> np.ndarray:
         """``(N, 2)`` float64."""
         if isinstance(scorer, TableScorer):
             return scorer.lookup(pairs)
         known = self._known[scorer.name]
-        items = [_item(pair, side) for pair in pairs for side in ("a", "b")]
-        scores = [known.get(_name(scorer, item), np.nan) for item in items]
-        return np.array(scores, dtype=np.float64).reshape(len(pairs), 2)
+        scores = np.full((len(pairs), 2), np.nan)
+        for place, image, prompt in _sides(pairs):
+            if place not in problems:
+                scores[place] = known[_name(scorer, (image.image_key, prompt))]
+        return scores
 
-    def _score_missing(self, pairs: Sequence[PreferencePair]) -> dict[Item, str]:
-        """Score what is not known yet; returns why images could not be read."""
-        wanted: dict[Item, ImageRef] = {}
-        for pair in pairs:
-            for side, image in (("a", pair.image_a), ("b", pair.image_b)):
-                item = _item(pair, side)
-                if not all(_name(scorer, item) in self._known[scorer.name] for scorer in self.image_scorers):
-                    wanted.setdefault(item, image)
-        problems: dict[Item, str] = {}
+    def _score_missing(self, pairs: Sequence[PreferencePair]) -> dict[Place, str]:
+        """Score what is not known yet; returns why images could not be read.
+
+        Where copies of an image recur, the first that can be read counts for itself and all later ones, so that the
+        result does not depend on how rows are grouped.
+        """
+        wanted: dict[Item, list[tuple[Place, ImageRef]]] = {}
+        for place, image, prompt in _sides(pairs):
+            item = image.image_key, prompt if self._prompt_matters else ""
+            if not all(_name(scorer, item) in self._known[scorer.name] for scorer in self.image_scorers):
+                wanted.setdefault(item, []).append((place, image))
+        problems: dict[Place, str] = {}
         for group in self._decoded(wanted):
-            readable = {item: image for item, image in group if not isinstance(image, ImageError)}
-            problems |= {item: image.problem for item, image in group if isinstance(image, ImageError)}
+            readable = {item: decoded.image for item, decoded in group if decoded.image is not None}
+            for _, decoded in group:
+                problems |= decoded.problems
             for scorer in self.image_scorers:
                 self._score_group(scorer, readable)
         return problems
@@ -154,38 +172,45 @@ class PairScoring:
         self.images[scorer.name] += len(missing)
         known.update(zip(missing, scores.tolist(), strict=True))
 
-    def _decoded(self, wanted: Mapping[Item, ImageRef]) -> Iterator[list[tuple[Item, Image.Image | ImageError]]]:
+    def _decoded(self, wanted: Mapping[Item, list[tuple[Place, ImageRef]]]) -> Iterator[list[tuple[Item, Decoded]]]:
         """Groups of decoded images; the next group is decoded while one is scored."""
         todo = iter(wanted.items())
         with ThreadPoolExecutor(self.decode_threads) as pool:
-            ahead: deque[tuple[Item, Future[Image.Image | ImageError]]] = deque()
+            ahead: deque[tuple[Item, Future[Decoded]]] = deque()
 
-            def submit(entries: Iterable[tuple[Item, ImageRef]]) -> None:
-                ahead.extend((item, pool.submit(self._decode, image)) for item, image in entries)
+            def submit(number: int) -> None:
+                ahead.extend((item, pool.submit(self._decode, copies)) for item, copies in islice(todo, number))
 
-            submit(islice(todo, 2 * self._group))
+            submit(2 * self._group)
             while ahead:
                 start = time.perf_counter()
                 group = [(item, future.result()) for item, future in islice(ahead, self._group)]
                 self.seconds[READING] += time.perf_counter() - start
                 for _ in group:
                     ahead.popleft()
-                submit(islice(todo, len(group)))
+                submit(len(group))
                 yield group
 
-    def _decode(self, image: ImageRef) -> Image.Image | ImageError:
-        try:
-            return decode_image(image, self.max_pixels)
-        except ImageError as error:
-            return error
+    def _decode(self, copies: Sequence[tuple[Place, ImageRef]]) -> Decoded:
+        """The first copy of an image that can be read."""
+        problems: dict[Place, str] = {}
+        for place, image in copies:
+            try:
+                return Decoded(decode_image(image, self.max_pixels), problems)
+            except ImageError as error:
+                problems[place] = error.problem
+        return Decoded(None, problems)
 
 
-def _item(pair: PreferencePair, side: str) -> Item:
-    return (pair.image_a if side == "a" else pair.image_b).image_key, pair.prompt
+def _sides(pairs: Sequence[PreferencePair]) -> Iterator[tuple[Place, ImageRef, str]]:
+    """Place, image and prompt of both sides of all pairs."""
+    for number, pair in enumerate(pairs):
+        for side, image in enumerate((pair.image_a, pair.image_b)):
+            yield (number, side), image, pair.prompt
 
 
-def _name(scorer: Scorer, item: Item) -> bytes:
+def _name(scorer: ImageScorer, item: Item) -> bytes:
     """Short name of what a scorer looks at."""
     image_key, prompt = item
-    text = f"{image_key}\0{prompt}" if getattr(scorer, "uses_prompt", True) else image_key
+    text = f"{image_key}\0{prompt}" if scorer.uses_prompt else image_key
     return hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).digest()

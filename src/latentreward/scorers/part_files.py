@@ -53,14 +53,10 @@ class PartFiles:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            self._begin()
+        except BaseException:
             self._unlock()
-            raise InputError(f"output: another process is writing {self.output}; wait for it, or end it") from error
-        if (self.folder / SPEC).exists():
-            self._compare(self.folder / SPEC, f"delete {self.folder}")
-        else:
-            _write_json(self.folder / SPEC, self.spec)
+            raise
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
@@ -135,6 +131,16 @@ class PartFiles:
             _rename(partial, path)
         finally:
             partial.unlink(missing_ok=True)
+
+    def _begin(self) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(f"output: another process is writing {self.output}; wait for it, or end it") from error
+        if (self.folder / SPEC).exists():
+            self._compare(self.folder / SPEC, f"delete {self.folder}")
+        else:
+            _write_json(self.folder / SPEC, self.spec)
 
     def _compare(self, file: Path, remedy: str) -> None:
         try:

@@ -33,7 +33,7 @@ class CallableScorer(ImageScorer):
 
     def __init__(
         self,
-        function: Callable[[Sequence[str], Sequence[Image.Image]], Tensor],
+        function: Callable[..., Any],
         name: str,
         *,
         uses_prompt: bool = True,

@@ -1,0 +1,283 @@
+"""score-pairs from YAML to a table that FilteredReader takes, also after SIGKILL."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from PIL import Image
+
+from latentreward.cli import main
+from latentreward.data import FilteredReader, PairDataset, PickAPicReader, PixelLoader, ScoreTable
+from latentreward.scorers import CLIPScorer
+from tests.data.conftest import SCHEMA, pickapic_row
+from tests.scorers.tiny_clip import write_aesthetic, write_clip
+
+PAIRS = 24
+MY_SCORER = """
+import os, time
+import numpy as np, torch
+
+def brightness(prompts, images):
+    with open("calls.txt", "a") as file:
+        file.writelines(f"{prompt}\\n" for prompt in prompts)
+    time.sleep(float(os.environ.get("SECONDS_PER_CALL", "0")))
+    return torch.tensor([float(np.asarray(image).mean()) for image in images])
+"""
+
+
+def noise(seed: int) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (30, 20 + seed % 9, 3), dtype=np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "JPEG")
+    return stream.getvalue()
+
+
+def rows() -> list[dict[str, Any]]:
+    """Pairs in which images recur: the one of pair 3 n is also in pair 3 n + 1, for the same prompt."""
+    made = []
+    for number in range(PAIRS):
+        row = pickapic_row(number, jpg_0=noise(2 * number), jpg_1=noise(2 * number + 1))
+        if number % 3 == 1:
+            row |= {
+                "caption": f"prompt {number - 1}",
+                "image_0_uid": f"image-{number - 1}-0",
+                "jpg_0": noise(2 * number - 2),
+            }
+        made.append(row)
+    made[5] |= {"label_0": 0.5, "label_1": 0.5}
+    made[6] |= {"label_0": None, "label_1": None}
+    made[8]["jpg_1"] = b"no image"
+    made[9]["jpg_0"] = noise(18)[:-200]  # its copy in pair 10 is whole
+    return made
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set, models, and ``score.yaml`` that names them."""
+    root = tmp_path_factory.mktemp("score_pairs")
+    (root / "data").mkdir()
+    table = pa.Table.from_pylist(rows(), schema=SCHEMA)
+    pq.write_table(table, root / "data" / "train-00000-of-00001-0123456789abcdef.parquet", row_group_size=5)
+    clip = write_clip(root / "clip")
+    weights = write_aesthetic(root / "linearMSE.pth")
+    (root / "vqa.csv").write_text("image_key,vqascore\nimage-2-0,0.25\nimage-2-1,0.5\n")
+    reader = {"class_path": "PickAPicReader", "init_args": {"source": str(root), "split": "train"}}
+    device = {"device": "cpu"}
+    scorers = [
+        {"class_path": "CLIPScorer", "init_args": {"source": clip, "batch_size": 4, **device}},
+        {"class_path": "AestheticScorer", "init_args": {"weights": weights, "source": clip, **device}},
+        {"class_path": "latentreward.scorers.PickScorer", "init_args": {"source": clip, "processor": clip, **device}},
+        {"class_path": "TableColumn", "init_args": {"path": str(root / "vqa.csv"), "column": "vqascore"}},
+        {
+            "class_path": "CallableScorer",
+            "init_args": {"function": "my_scorer.brightness", "name": "bright", "batch_size": 8},
+        },
+    ]
+    (root / "score.yaml").write_text(yaml.safe_dump({"reader": reader, "scorers": scorers}))
+    (root / "my_scorer.py").write_text(MY_SCORER)
+    return root
+
+
+@pytest.fixture
+def here(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder with the user's module in it, as the current one."""
+    (tmp_path / "my_scorer.py").write_text(MY_SCORER)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "my_scorer", raising=False)
+    return tmp_path
+
+
+def score(folder: Path, output: str, *options: str) -> None:
+    main(["score-pairs", output, f"--config={folder}/score.yaml", *options])
+
+
+def refusal(capsys: pytest.CaptureFixture[str], folder: Path, output: str, *options: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        score(folder, output, *options)
+    assert stop.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("latentreward: error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_table_of_scores(folder: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    score(folder, "scores.parquet", "--flush_every=7")
+    printed = capsys.readouterr()
+    table = pq.read_table("scores.parquet")
+    reader = PickAPicReader(str(folder), "train")
+    assert table.column("pair_id").to_pylist() == reader.pair_ids()
+    assert table.column("different_flag").to_pylist() == [{5: 0, 6: None}.get(row, 1) for row in range(PAIRS)]
+
+    columns = {name: table.column(name).to_numpy(zero_copy_only=False) for name in table.column_names}
+    for side, bad in (("a", 9), ("b", 8)):
+        assert np.flatnonzero(np.isnan(columns[f"clipscore_{side}"])).tolist() == [bad]
+        problems = table.column(f"problem_{side}").to_pylist()
+        assert problems[bad] == {"a": "truncated or damaged image", "b": "not an image"}[side]
+        assert sum(problem is not None for problem in problems) == 1
+    labels = reader.labels()
+    for name in ("clipscore", "aesthetic", "pickscore", "bright"):
+        first, second, gap = (columns[f"{name}{ending}"] for ending in ("_a", "_b", "_gap"))
+        winner = np.where(labels == 1, first - second, second - first)
+        winner[5] = abs(winner[5])
+        winner[6] = np.nan
+        np.testing.assert_array_equal(gap, winner)
+    assert columns["vqascore_a"][2] == 0.25
+    assert np.isnan(columns["vqascore_gap"]).sum() == PAIRS - 1
+
+    pair = reader[3]
+    images = [Image.open(io.BytesIO(image.data)).convert("RGB") for image in (pair.image_a, pair.image_b)]
+    expected = CLIPScorer(f"{folder}/clip", device="cpu")([pair.prompt] * 2, images).tolist()
+    assert [columns["clipscore_a"][3], columns["clipscore_b"][3]] == pytest.approx(expected, abs=1e-5)
+
+    assert "1 not an image" in printed.out
+    assert "1 truncated or damaged image" in printed.out
+    assert f"{PAIRS - 1} vqascore" in printed.out
+    assert "cost per 1000 pairs: " in printed.out
+    assert all(f"{name} " in printed.out.splitlines()[-1] for name in ("clipscore", "aesthetic", "pickscore", "bright"))
+    assert f"score-pairs {PAIRS}/{PAIRS} pairs" in printed.err
+    assert printed.err.count("score-pairs") == 1
+
+
+def test_each_image_is_scored_once_for_a_prompt(folder: Path, here: Path) -> None:
+    score(folder, "scores.parquet", "--flush_every=4")
+    calls = Path("calls.txt").read_text().split("\n")[:-1]
+    distinct = {(row[f"image_{side}_uid"], row["caption"]) for row in rows() for side in (0, 1)}
+    assert len(distinct) == 2 * PAIRS - PAIRS // 3
+    assert len(calls) == len(distinct) - 1  # one cannot be read; of another there is a whole copy
+
+
+def test_csv_holds_the_same(folder: Path, here: Path) -> None:
+    score(folder, "scores.parquet")
+    score(folder, "scores.csv", "--flush_every=5")
+    text = pa_csv.read_csv("scores.csv")
+    for name, column in pq.read_table("scores.parquet").to_pydict().items():
+        if name.endswith(("_a", "_b", "_gap")) and not name.startswith(("image", "problem")):
+            np.testing.assert_allclose(
+                np.array(column, dtype=float), text.column(name).cast(pa.float64()).to_numpy(), rtol=1e-4, atol=1e-4
+            )
+    reader = PickAPicReader(str(folder), "train")
+    gaps = [ScoreTable(f"scores.{kind}").gaps(reader).values["bright"] for kind in ("csv", "parquet")]
+    np.testing.assert_allclose(*gaps, rtol=1e-4, atol=1e-4)
+
+
+def test_filtering_by_the_output(folder: Path, here: Path) -> None:
+    score(folder, "scores.parquet")
+    reader = PickAPicReader(str(folder), "train", on_error="skip")
+    gap = ScoreTable("scores.parquet").gaps(reader).values
+    expected = (gap["aesthetic"] > -0.5) & (gap["clipscore"] > 0)
+    expected[5] = gap["aesthetic"][5] < 0.2 and gap["clipscore"][5] < 0.03
+    assert 0 < expected.sum() < PAIRS
+    filtered = FilteredReader(reader, "scores.parquet", floors={"aesthetic": -0.5, "clipscore": 0.0})
+    assert filtered.rows.tolist() == np.flatnonzero(expected).tolist()
+    assert {"unlabelled": 1, "aesthetic missing or NaN": 2}.items() <= filtered.skipped.items()
+    dataset = PairDataset(filtered, PixelLoader(8, 8))
+    assert [dataset[n].pair.pair_id for n in range(len(dataset))] == filtered.pair_ids()
+
+
+def test_a_complete_table_is_left_alone(folder: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    score(folder, "scores.parquet")
+    before = Path("scores.parquet").stat().st_mtime_ns
+    score(folder, "scores.parquet")
+    assert Path("scores.parquet").stat().st_mtime_ns == before
+    assert f"scores.parquet is complete already: {PAIRS} pairs" in capsys.readouterr().out
+
+
+def test_another_reader_or_scorer_is_refused(folder: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    score(folder, "scores.parquet")
+    line = refusal(capsys, folder, "scores.parquet", "--reader.init_args.drop_identical=true", "--scorers=[]")
+    assert "scorers are none" in line
+    line = refusal(capsys, folder, "scores.parquet", "--max_pixels=1000000")
+    assert "was begun with max_pixels 67108864, now it is 1000000" in line
+    only = '[{"class_path":"CallableScorer","init_args":{"function":"my_scorer.brightness","name":"bright"}}]'
+    assert "was begun with scorers" in refusal(capsys, folder, "scores.parquet", f"--scorers={only}")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("torch.full((len(images),), torch.nan)", "scorer 'mine' returned nan for the prompt"),
+        ("torch.zeros(len(images), 1)", "scorer 'mine' returned shape (8, 1) for 8 images; it must be (8,)"),
+        ("None", "scorer 'mine' returned NoneType; it must return a tensor"),
+    ],
+)
+def test_nonsense_of_a_scorer_is_one_line(
+    folder: Path, here: Path, capsys: pytest.CaptureFixture[str], source: str, message: str
+) -> None:
+    name = f"nonsense_{abs(hash(source))}"
+    (here / f"{name}.py").write_text(f"import torch\n\n\ndef mine(prompts, images):\n    return {source}\n")
+    scorer = (
+        f'[{{"class_path":"CallableScorer","init_args":{{"function":"{name}.mine","name":"mine","batch_size":8}}}}]'
+    )
+    assert message in refusal(capsys, folder, "scores.parquet", f"--scorers={scorer}")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--flush_every=0"], "flush_every is 0"),
+        (["--decode_threads=0"], "decode_threads is 0"),
+        (["--scorers=[{class_path: ClipScorer}]"], "did you mean 'CLIPScorer'"),
+        (["--reader=PickAPicReeder"], "did you mean 'PickAPicReader'"),
+    ],
+)
+def test_settings_that_are_refused(
+    folder: Path, here: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    assert message in refusal(capsys, folder, "scores.parquet", *options)
+    assert "end in .parquet or .csv" in refusal(capsys, folder, "scores.txt")
+
+
+@pytest.mark.slow
+def test_restricted_imports_reach_the_callable(folder: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [sys.executable, "-m", "latentreward", "score-pairs", "scores.parquet", f"--config={folder}/score.yaml"]
+    run = subprocess.run(
+        [*command, "--restrict-imports"],
+        cwd=here,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 2
+    assert "--restrict-imports does not allow 'my_scorer.brightness'" in run.stderr
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_where_it_was(folder: Path, here: Path) -> None:
+    """SIGKILL of a real process between two parts; what it had flushed is not scored again, and nothing is lost."""
+    score(folder, "expected.parquet", "--flush_every=4")
+    everything = len(Path("calls.txt").read_text().splitlines())
+    Path("calls.txt").unlink()
+
+    command = [sys.executable, "-m", "latentreward", "score-pairs", "scores.parquet", f"--config={folder}/score.yaml"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "SECONDS_PER_CALL": "0.5"}
+    process = subprocess.Popen([*command, "--flush_every=4"], cwd=here, env=environment, stderr=subprocess.DEVNULL)
+    parts = Path("scores.parquet.parts")
+    deadline = time.monotonic() + 120
+    while len(list(parts.glob("rows_*.parquet"))) < 2 and time.monotonic() < deadline:
+        assert process.poll() is None, "ended before it could be killed"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not Path("scores.parquet").exists()
+    kept = 4 * len(list(parts.glob("rows_*.parquet")))
+    assert 8 <= kept < PAIRS
+    before = len(Path("calls.txt").read_text().splitlines())
+
+    score(folder, "scores.parquet", "--flush_every=4")
+    again = before + everything - len(Path("calls.txt").read_text().splitlines())
+    assert Path("scores.parquet").read_bytes() == Path("expected.parquet").read_bytes()
+    assert not parts.exists()
+    assert again >= -8  # at most the images of one flush were scored twice

@@ -1,0 +1,102 @@
+"""Scores from a function, and from the column of a file; what every scorer must return."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from latentreward.contracts import ImageRef, PreferencePair
+from latentreward.errors import InputError
+from latentreward.scorers import CallableScorer, TableColumn
+
+
+def brightness(prompts: Sequence[str], images: Sequence[Image.Image]) -> torch.Tensor:
+    return torch.tensor([float(np.asarray(image).mean()) for image in images])
+
+
+class Constant:
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def __call__(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> torch.Tensor:
+        return torch.full((len(images),), self.value, dtype=torch.float64)
+
+
+def pair(number: int, prompt: str = "p") -> PreferencePair:
+    return PreferencePair(f"pair-{number}", prompt, ImageRef(f"{number}-a"), ImageRef(f"{number}-b"), 1.0)
+
+
+def test_a_function_in_batches(pictures) -> None:
+    sizes = []
+
+    def counted(prompts: Sequence[str], images: Sequence[Image.Image]) -> torch.Tensor:
+        sizes.append((len(prompts), len(images)))
+        return brightness(prompts, images)
+
+    scores = CallableScorer(counted, "bright", batch_size=4)(["p"] * 6, pictures)
+    torch.testing.assert_close(scores, brightness([], pictures))
+    assert sizes == [(4, 4), (2, 2)]
+    assert CallableScorer(counted, "bright")([], []).shape == (0,)
+
+
+def test_identities() -> None:
+    assert CallableScorer(brightness, "bright").identity().endswith("test_plugins.brightness")
+    assert CallableScorer(Constant(1.0), "one").identity().endswith("test_plugins.Constant")
+    assert CallableScorer(Constant(1.0), "one")(["p"], [Image.new("RGB", (1, 1))]).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (lambda n: torch.zeros(n, 1), r"returned shape \(2, 1\) for 2 images; it must be \(2,\)"),
+        (lambda n: torch.zeros(1), r"returned shape \(1,\) for 2 images"),
+        (lambda n: torch.tensor([0.0, torch.nan]), "returned nan for the prompt 'second' and an image of 40×33"),
+        (lambda n: torch.tensor([torch.inf, 0.0]), "returned inf for the prompt 'first'"),
+        (lambda n: [0.0] * n, "returned list; it must return a tensor"),
+    ],
+)
+def test_nonsense_is_one_line(pictures, returned, message: str) -> None:
+    scorer = CallableScorer(lambda prompts, images: returned(len(images)), "mine")
+    with pytest.raises(InputError, match=f"scorer 'mine' {message}") as error:
+        scorer(["first", "second"], pictures[:2])
+    assert "\n" not in str(error.value)
+
+
+def test_a_column_by_pair(tmp_path: Path) -> None:
+    (tmp_path / "vqa.csv").write_text("pair_id,vqa_a,vqa_b\npair-1,0.25,0.5\npair-0,,0.75\n")
+    scorer = TableColumn(tmp_path / "vqa.csv", "vqa", name="vqascore")
+    assert scorer.name == "vqascore"
+    scores = scorer.lookup([pair(0), pair(1), pair(2)])
+    np.testing.assert_array_equal(scores, [[np.nan, 0.75], [0.25, 0.5], [np.nan, np.nan]])
+    assert scorer.lookup([]).shape == (0, 2)
+
+
+def test_a_column_by_image(tmp_path: Path) -> None:
+    keys = ["0-a", "0-b", "1-a"]
+    pq.write_table(pa.table({"image_key": keys, "vqa": [1.0, 2.0, 3.0]}), tmp_path / "images.parquet")
+    scores = TableColumn(tmp_path / "images.parquet", "vqa").lookup([pair(0), pair(1, "other")])
+    np.testing.assert_array_equal(scores, [[1.0, 2.0], [3.0, np.nan]])
+    table = pa.table({"image_key": [*keys, "0-a"], "prompt": ["p", "p", "p", "q"], "vqa": [1.0, 2.0, 3.0, 4.0]})
+    pq.write_table(table, tmp_path / "prompts.parquet")
+    scores = TableColumn(tmp_path / "prompts.parquet", "vqa").lookup([pair(0), pair(0, "q"), pair(1)])
+    np.testing.assert_array_equal(scores, [[1.0, 2.0], [4.0, np.nan], [3.0, np.nan]])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("vqa_a,vqa_b\n1,2\n", "no column pair_id or image_key; it has vqa_a, vqa_b"),
+        ("pair_id,vqa_a\nx,1\n", "no column vqa_b; it has pair_id, vqa_a"),
+        ("image_key,vqa\nx,1\nx,2\n", "1 rows repeat a image_key"),
+        ("image_key,vqa\nx,word\n", "column vqa is string, no numbers"),
+    ],
+)
+def test_files_that_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "vqa.csv").write_text(text)
+    with pytest.raises(InputError, match=message):
+        TableColumn(tmp_path / "vqa.csv", "vqa")
