@@ -23,6 +23,7 @@ ROOMS = {
     "test": "latentreward.data",
     "predict": "latentreward.data",
     "reader": "latentreward.data",
+    "encoder": "latentreward.cache.sources",
     "scorers": "latentreward.scorers",
     "callbacks": "latentreward.callbacks",
     "logger": "lightning.pytorch.loggers",

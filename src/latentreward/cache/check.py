@@ -13,7 +13,10 @@ import pyarrow.parquet as pq
 
 from latentreward.cache.layout import (
     IMAGES,
+    LATENTS,
     PAIRS,
+    POOLED_PROMPT_EMBEDS,
+    PROMPT_EMBEDS,
     PROMPTS,
     SHARDS,
     SOURCES,
@@ -142,14 +145,12 @@ def tensor_shapes(plan: CachePlan, shard: Shard) -> dict[str, tuple[int, ...]]:
     """Name and shape of each tensor of a shard."""
     if shard.height is not None and shard.width is not None:
         space = plan.spec.latent_space
-        return {
-            "latents": (shard.count, space.channels, shard.height // space.downscale, shard.width // space.downscale)
-        }
+        return {LATENTS: (shard.count, space.channels, shard.height // space.downscale, shard.width // space.downscale)}
     text = plan.spec.text
     assert text is not None
     return {
-        "prompt_embeds": (shard.count, text.num_tokens, text.token_dim),
-        "pooled_prompt_embeds": (shard.count, text.pooled_dim),
+        PROMPT_EMBEDS: (shard.count, text.num_tokens, text.token_dim),
+        POOLED_PROMPT_EMBEDS: (shard.count, text.pooled_dim),
     }
 
 
@@ -164,7 +165,7 @@ def _read_header(path: Path) -> dict[str, Any]:
 
 def _disagreements(folder: Path, plan: CachePlan) -> Iterator[str]:
     shards = pq.read_table(folder / SHARDS)
-    wanted = {number: count for number, count in enumerate(shards["count"].to_pylist())}
+    wanted = dict(enumerate(shards["count"].to_pylist()))
     placed: Counter[int] = Counter()
     for name, column in ((IMAGES, "shard"), (PROMPTS, "shard")):
         for entry in pc.value_counts(pq.read_table(folder / name, columns=[column])[column]).to_pylist():

@@ -199,8 +199,8 @@ class ShardEncoder(LightningModule):
             if not finite.all():
                 name = batch.names[int((~finite).nonzero()[0])]
                 raise InputError(
-                    f"{batch.shard.kind} of {name!r:.80} are not finite in {self.storage}; set dtype, and the encoder's "
-                    "own, to bfloat16 or float32"
+                    f"{batch.shard.kind} of {name!r:.80} are not finite in {self.storage}; set dtype and the encoder's "
+                    "own to bfloat16 or float32"
                 )
         return rows
 

@@ -50,7 +50,8 @@ class TableWriter:
 
     def __init__(self, stream: Any, schema: pa.Schema) -> None:
         self._writer = pq.ParquetWriter(stream, schema, compression="zstd")
-        self._schema, self._rows, self.count = schema, [], 0
+        self._schema, self.count = schema, 0
+        self._rows: list[tuple[Any, ...]] = []
 
     def add(self, *values: Any) -> int:
         """Add a row; returns its number."""
@@ -61,9 +62,12 @@ class TableWriter:
         return self.count - 1
 
     def close(self) -> None:
-        """Write what is left."""
-        self._flush()
-        self._writer.close()
+        """Write what is left; call it while the stream is open, also after an error."""
+        try:
+            self._flush()
+            self._writer.close()
+        finally:
+            self._writer.is_open = False  # else it tries again when it is deleted, and complains
 
     def _flush(self) -> None:
         if self._rows:
@@ -192,6 +196,8 @@ def write_plan(
     with ExitStack() as stack:
         streams = {name: stack.enter_context(replacing(folder / name)) for name in SCHEMAS}
         tables = {name: TableWriter(stream, SCHEMAS[name]) for name, stream in streams.items()}
+        for table in tables.values():
+            stack.callback(table.close)
         planner = Planner(spec, images, tables)
         for done, row in enumerate(rows, start=1):
             planner.add(row)
@@ -200,8 +206,6 @@ def write_plan(
             reasons = ", ".join(f"{count} {reason}" for reason, count in planner.dropped.most_common())
             raise InputError(f"reader: none of its rows can be cached ({reasons or 'it has none'}); check images")
         planner.finish()
-        for table in tables.values():
-            table.close()
     plan = CachePlan(
         spec=spec,
         data=data,

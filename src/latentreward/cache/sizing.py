@@ -104,15 +104,14 @@ class ImageSettings:
         own = [self._bucket(*size) for size in (a, b)]
         if own[0] is None or own[1] is None:
             return NO_BUCKET
-        if own[0] == own[1]:
-            return own[0], own[1]
+        return (own[0], own[1]) if own[0] == own[1] else self._shared_bucket(a, b)
+
+    def _shared_bucket(self, a: Size, b: Size) -> tuple[Size, Size] | str:
         if self.cross_bucket == "drop":
             return OTHER_BUCKET
         aspects = sorted((a.width / a.height, b.width / b.height))
-        if aspects[1] / aspects[0] - 1 >= CROSS_BUCKET_ASPECT:
-            return OTHER_ASPECT
         mean = self._bucket(round(math.sqrt(a.height * b.height)), round(math.sqrt(a.width * b.width)))
-        return (mean, mean) if mean is not None else OTHER_ASPECT
+        return OTHER_ASPECT if mean is None or aspects[1] / aspects[0] - 1 >= CROSS_BUCKET_ASPECT else (mean, mean)
 
     def sizes_of_latents(self, a: Size, b: Size) -> tuple[Size, Size] | str:
         """The same for images that are latents already: nothing is resized, so each must have the size of a bucket.
@@ -123,11 +122,9 @@ class ImageSettings:
         """
         if a != b:
             return OTHER_SHAPE
-        known = [self.one_size()] if self.size is not None else [Size(*size) for size in self._pairs()]
-        return (a, b) if a in known else NO_BUCKET
-
-    def _pairs(self) -> list[tuple[int, int]]:
-        return [(bucket.height, bucket.width) for bucket in self.bucket_sizes()]
+        if self.size is not None:
+            return (a, b) if a == self.one_size() else NO_BUCKET
+        return (a, b) if a in [(bucket.height, bucket.width) for bucket in self.bucket_sizes()] else NO_BUCKET
 
     def _bucket(self, height: int, width: int) -> Size | None:
         bucket = assign_bucket(height, width, self.bucket_sizes(), min_pixels=self.smallest())

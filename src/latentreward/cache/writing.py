@@ -146,6 +146,8 @@ class StopOnSigterm(Callback):
 
         def stop(signum: int, frame: Any) -> None:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            if trainer.is_global_zero:
+                print("cache: stopped by SIGTERM; resume with the same command", file=sys.stderr)
             environment = getattr(trainer.strategy, "cluster_environment", None)
             if isinstance(environment, LightningEnvironment) and trainer.local_rank > 0:
                 os.kill(os.getppid(), signal.SIGTERM)

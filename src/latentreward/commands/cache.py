@@ -42,8 +42,8 @@ class TrainerSettings:
 
 
 def run(command: str, arguments: Sequence[str]) -> None:
-    """Run the subcommand."""
-    run_function(command, cache, arguments)
+    """Run the subcommand; a bare ``--check`` is enough."""
+    run_function(command, cache, ["--check=true" if argument == "--check" else argument for argument in arguments])
 
 
 def cache(
@@ -55,7 +55,7 @@ def cache(
     seed: int = 0,
     images_per_shard: int = 1024,
     num_workers: int = 4,
-    trainer: TrainerSettings = TrainerSettings(),  # noqa: B008
+    trainer: TrainerSettings = TrainerSettings(),
     check: bool = False,
 ) -> None:
     """Write the latents of a data set's images, and optionally embeddings of its prompts, to a folder.

@@ -1,0 +1,291 @@
+"""What ``latentreward cache`` writes, from data set to files."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from latentreward.backbones.loading import PipelineSource, tiny_pipeline
+from latentreward.cache.layout import (
+    IMAGES,
+    PAIRS,
+    PROMPTS,
+    SCHEMAS,
+    SHARDS,
+    manifest_name,
+    read_manifest,
+    read_plan,
+)
+from latentreward.cli import main
+from latentreward.contracts import ImageRef
+from latentreward.data import HPDv3Reader, PixelLoader
+from latentreward.seeding import pair_generator
+from tests.cache.writing import (
+    LARGE,
+    SETTINGS,
+    SQUARE,
+    TALL,
+    contents,
+    row,
+    run_cache,
+    write_data,
+    write_image,
+    write_rows,
+)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A data set and its cache, with text."""
+    folder = tmp_path_factory.mktemp("written")
+    data = write_data(folder / "data")
+    run_cache(folder / "cache", data, "--encoder.text=true", "--encoder.prompts_per_shard=4", "--dtype=float32")
+    return data, folder / "cache"
+
+
+def table(folder: Path, name: str) -> list[dict[str, Any]]:
+    return pq.read_table(folder / name).to_pylist()
+
+
+def latents(folder: Path, image: dict[str, Any]) -> torch.Tensor:
+    """Cached latents of one row of the images' table."""
+    shard = table(folder, SHARDS)[image["shard"]]
+    return load_file(folder / shard["name"])["latents"][image["row"]]
+
+
+def test_every_pair_and_every_image_is_there_once(written: tuple[Path, Path]) -> None:
+    data, cache = written
+    reader, images, pairs = HPDv3Reader(str(data), "train"), table(cache, IMAGES), table(cache, PAIRS)
+    prompts = table(cache, PROMPTS)
+    assert [pair["pair_id"] for pair in pairs] == [reader[index].pair_id for index in range(len(reader))]
+    for number, pair in enumerate(pairs):
+        record = reader[number]
+        assert images[pair["image_a"]]["image_key"] == record.image_a.image_key
+        assert images[pair["image_b"]]["image_key"] == record.image_b.image_key
+        assert prompts[pair["prompt"]]["prompt"] == record.prompt
+        assert (pair["label_a"], (pair["votes_a"], pair["votes_b"])) == (record.label_a, record.votes)
+    keys = [(image["image_key"], image["height"], image["width"]) for image in images]
+    assert len(keys) == len(set(keys)) == 20
+    places = [(image["shard"], image["row"]) for image in images]
+    assert len(set(places)) == len(places)
+    assert [name.to_string() for name in SCHEMAS.values()] == [
+        pq.read_schema(cache / name).to_string() for name in SCHEMAS
+    ]
+
+
+def test_a_shard_has_one_shape_and_batches_stay_inside(written: tuple[Path, Path]) -> None:
+    cache = written[1]
+    plan, images = read_plan(cache), table(cache, IMAGES)
+    for number, shard in enumerate(table(cache, SHARDS)):
+        manifest = read_manifest(cache / manifest_name(shard["name"]))
+        assert (manifest.count, manifest.plan_hash, manifest.unreadable) == (shard["count"], plan.hash, {})
+        if shard["kind"] == "text":
+            continue
+        held = [image for image in images if image["shard"] == number]
+        assert {(image["height"], image["width"]) for image in held} == {(shard["height"], shard["width"])}
+        assert sorted(image["row"] for image in held) == list(range(shard["count"]))
+        assert all(image["batch"] == image["row"] // plan.spec.batch_size for image in held)
+        tensors = load_file(cache / shard["name"])
+        assert tensors.keys() == {"latents"}
+        assert tensors["latents"].shape == (shard["count"], 4, shard["height"] // 4, shard["width"] // 4)
+
+
+def test_latents_are_the_encoder_s_own(written: tuple[Path, Path]) -> None:
+    data, cache = written
+    encoder = PipelineSource(tiny_pipeline("sd_tiny")).latent_encoder()
+    for image in table(cache, IMAGES)[:6]:
+        key, size = image["image_key"], (image["height"], image["width"])
+        reference = ImageRef(key, path=data / "images" / Path(key).name)
+        pixels = PixelLoader(*size, "center_crop")(reference).unsqueeze(0)
+        noise = torch.randn(4, size[0] // 4, size[1] // 4, generator=pair_generator(0, "posterior", 0, "", key))
+        expected = encoder.encode(pixels, noise.unsqueeze(0))[0]
+        torch.testing.assert_close(latents(cache, image), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_embeddings_are_the_text_encoder_s_own(written: tuple[Path, Path]) -> None:
+    cache = written[1]
+    encoder = PipelineSource(tiny_pipeline("sd_tiny")).clip_prompts()
+    prompts, shards = table(cache, PROMPTS), table(cache, SHARDS)
+    assert prompts[0]["prompt"] == ""
+    assert len({prompt["prompt"] for prompt in prompts}) == len(prompts) == 7
+    for prompt in prompts:
+        tensors = load_file(cache / shards[prompt["shard"]]["name"])
+        expected = encoder([prompt["prompt"]])
+        for name in ("prompt_embeds", "pooled_prompt_embeds"):
+            torch.testing.assert_close(tensors[name][prompt["row"]], getattr(expected, name)[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_stored_type_mode_and_one_size(written: tuple[Path, Path], tmp_path: Path, dtype: str) -> None:
+    data = written[0]
+    settings = ["--images.buckets=null", "--images.size=32", "--images.min_pixels=null", "--images.resize=stretch"]
+    run_cache(tmp_path / "cache", data, f"--dtype={dtype}", "--encoder.posterior=mode", *settings)
+    images, encoder = table(tmp_path / "cache", IMAGES), PipelineSource(tiny_pipeline("sd_tiny")).latent_encoder()
+    assert {(image["height"], image["width"]) for image in images} == {(32, 32)}
+    assert all(prompt["shard"] is None for prompt in table(tmp_path / "cache", PROMPTS))
+    image = images[5]
+    pixels = PixelLoader(32, 32, "stretch")(ImageRef("", path=data / "images" / Path(image["image_key"]).name))
+    found = latents(tmp_path / "cache", image)
+    assert found.dtype == getattr(torch, dtype)
+    torch.testing.assert_close(found.float(), encoder.encode(pixels[None])[0], atol=0.02, rtol=0.02)
+
+
+def test_a_pair_across_buckets_has_entries_of_its_own(tmp_path: Path) -> None:
+    for number, size in enumerate((SQUARE, SQUARE, LARGE, TALL)):
+        write_image(tmp_path / f"images/{number}.jpg", number, size)
+    small, small_2, large, tall = (f"images/{number}.jpg" for number in range(4))
+    rows = [row("a", small, small_2), row("b", small, large), row("c", small, tall)]
+    run_cache(tmp_path / "cache", write_rows(tmp_path, rows))
+    images, pairs = table(tmp_path / "cache", IMAGES), table(tmp_path / "cache", PAIRS)
+    sizes = [(image["image_key"], image["height"]) for image in images]
+    assert len(pairs) == 2
+    assert sorted(sizes) == [(small, 32), (small_2, 32), (large, 32)]  # 45 × 45 on average, in log area nearer to 32
+    assert read_plan(tmp_path / "cache").dropped == {"images of different aspect ratio": 1}
+    run_cache(tmp_path / "other", tmp_path, "--images.cross_bucket=drop")
+    assert read_plan(tmp_path / "other").dropped == {"images in different buckets": 2}
+
+
+@pytest.mark.parametrize("settings", [("--images.buckets=null", "--images.size=32"), ()], ids=["size", "buckets"])
+@pytest.mark.parametrize("on_error", ["raise", "skip", "placeholder"])
+def test_images_that_cannot_be_read(
+    tmp_path: Path, on_error: str, settings: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_data(tmp_path / "data", sizes=[SQUARE])
+    whole = (data / "images/3b.jpg").read_bytes()
+    (data / "images/3b.jpg").write_bytes(whole[:-40])  # its header is whole
+    options = (f"--reader.on_error={on_error}", "--images.min_pixels=null" if settings else "--images.min_pixels=0")
+    if on_error == "raise":
+        with pytest.raises(SystemExit):
+            run_cache(tmp_path / "cache", data, *options, *settings)
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert "image 'images/3b.jpg': truncated or damaged image" in error
+        assert error.endswith("replace the file, or set the reader's on_error to skip, and run the same command")
+        assert not list((tmp_path / "cache").rglob("*.tmp"))
+        return
+    run_cache(tmp_path / "cache", data, *options, *settings)
+    assert "images not read: 1 truncated or damaged image; 1 pairs have such an image" in capsys.readouterr().out
+    [image] = [image for image in table(tmp_path / "cache", IMAGES) if image["image_key"] == "images/3b.jpg"]
+    shard = table(tmp_path / "cache", SHARDS)[image["shard"]]["name"]
+    manifest = read_manifest(tmp_path / "cache" / manifest_name(shard))
+    assert manifest.unreadable == {image["row"]: "truncated or damaged image"}
+    assert latents(tmp_path / "cache", image).abs().max() == 0
+    (data / "images/3b.jpg").write_bytes(whole)
+    run_cache(tmp_path / "whole", data, *options, *settings)
+    for other in table(tmp_path / "cache", IMAGES):  # its neighbours do not notice
+        if other["image_key"] != "images/3b.jpg":
+            assert torch.equal(latents(tmp_path / "cache", other), latents(tmp_path / "whole", other))
+
+
+def test_an_image_without_header_is_dropped_in_planning(tmp_path: Path) -> None:
+    data = write_data(tmp_path / "data", sizes=[SQUARE])
+    (data / "images/3b.jpg").write_bytes(b"not an image")
+    run_cache(tmp_path / "cache", data, "--reader.on_error=skip")
+    assert read_plan(tmp_path / "cache").dropped == {"not an image": 1}
+    with pytest.raises(SystemExit):
+        run_cache(tmp_path / "other", data)
+
+
+def test_workers_and_repeats_write_the_same_bytes(written: tuple[Path, Path], tmp_path: Path) -> None:
+    data, cache = written
+    settings = ("--encoder.text=true", "--encoder.prompts_per_shard=4", "--dtype=float32")
+    run_cache(tmp_path / "cache", data, *settings, "--num_workers=2")
+    assert contents(tmp_path / "cache") == contents(cache)
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_another_vae_is_refused_unless_only_its_decoder_differs(
+    written: tuple[Path, Path], tmp_path: Path, part: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(tiny_pipeline("sd_tiny"), tmp_path / "pipeline"))
+    [weights] = (folder / "vae").glob("*.safetensors")
+    tensors = load_file(weights)
+    tensors[f"{part}.conv_in.bias"][0] += 0.01
+    save_file(tensors, weights)
+    cache = Path(shutil.copytree(written[1], tmp_path / "cache"))
+    settings = ("--encoder.text=true", "--encoder.prompts_per_shard=4", "--dtype=float32", f"--encoder.source={folder}")
+    if part == "decoder":
+        run_cache(cache, written[0], *settings)
+        assert contents(cache) == contents(written[1])
+        return
+    with pytest.raises(SystemExit):
+        run_cache(cache, written[0], *settings)
+    assert "was begun with spec.vae=" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("setting", "field"),
+    [
+        ("--encoder.source=sd35_tiny", "spec.text.fingerprint="),  # its VAE is the same
+        ("--images.resize=stretch", "spec.resize='center_crop'"),
+        ("--images.buckets=[[32,32]]", "spec.buckets="),
+        ("--seed=1", "spec.seed=0, but now it is 1"),
+        ("--dtype=float16", "spec.dtype='float32', but now it is 'float16'"),
+        ("--encoder.batch_size=2", "spec.batch_size=4, but now it is 2"),
+        ("--encoder.text=false", "spec.text="),
+        ("--reader.min_confidence=0.5", "data.sample"),
+    ],
+)
+def test_other_settings_are_refused(
+    written: tuple[Path, Path], tmp_path: Path, setting: str, field: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, cache = written
+    if "confidence" in setting:
+        data = write_data(tmp_path / "data", sizes=[TALL, TALL, SQUARE])
+        rows = json.loads((data / "train.json").read_text())
+        write_rows(data, [{**one, "prompt": f"other {one['prompt']}"} for one in rows])
+    before = contents(cache)
+    settings = ("--encoder.text=true", "--encoder.prompts_per_shard=4", "--dtype=float32", setting)
+    with pytest.raises(SystemExit):
+        run_cache(cache, data, *settings)
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"{cache} was begun with {field}" in error
+    assert error.endswith("set it back, or choose another output")
+    assert contents(cache) == before
+
+
+def test_a_row_that_changed_since_planning_is_found(
+    written: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = Path(shutil.copytree(written[0], tmp_path / "data"))
+    rows = json.loads((data / "train.json").read_text())
+    rows = [row(f"{index}", f"images/{index % 12}a.jpg", f"images/{index % 12}b.jpg") for index in range(100)]
+    rows = [{**one, "prompt": one["prompt"]} for one in rows]
+    write_rows(data, rows)
+    run_cache(tmp_path / "cache", data)
+    rows[1]["path1"] = "images/5a.jpg"  # not among the rows that are compared at the start
+    write_rows(data, rows)
+    for path in (tmp_path / "cache/latents").iterdir():
+        path.unlink()
+    with pytest.raises(SystemExit):
+        run_cache(tmp_path / "cache", data)
+    assert "but was 'images/1a.jpg' when the cache was planned" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "reader is missing"),
+        ([*SETTINGS, "--reader.root={data}", "--images_per_shard=0"], "images_per_shard is 0"),
+        ([*SETTINGS, "--reader.root={data}", "--encoder.source=/nowhere"], "'/nowhere' does not exist"),
+        (
+            [*SETTINGS, "--reader.root={data}", "--encoder=PublishedLatents"],
+            "takes latents, but the reader holds images",
+        ),
+        ([*SETTINGS, "--reader.root={data}", "--images.min_pixels=100000"], "none of its rows can be cached"),
+        (["--check"], "is no cache"),
+    ],
+)
+def test_bad_input_is_one_line(
+    written: tuple[Path, Path], tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as status:
+        main(["cache", str(tmp_path / "cache"), *(argument.format(data=written[0]) for argument in arguments)])
+    assert status.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("latentreward: error: ")
+    assert message in error
