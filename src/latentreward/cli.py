@@ -17,6 +17,7 @@ COMMANDS = {
     "validate": ("latentreward.lightning_cli:run", "metrics on the validation split"),
     "test": ("latentreward.lightning_cli:run", "metrics on the test split"),
     "predict": ("latentreward.lightning_cli:run", "score pairs and write them to parquet"),
+    "inspect": ("latentreward.commands.inspect:run", "what is in a data set: labels, sizes, bad rows, leakage"),
     "score-pairs": ("latentreward.commands.score_pairs:run", "scores of images in pixels, to filter pairs by"),
     "cache": ("latentreward.commands.cache:run", "encode a data set's images once, and its prompts if wanted"),
 }

@@ -1,0 +1,153 @@
+"""``latentreward inspect``: what is in a data set, before anything is trained on it."""
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import combinations
+from pathlib import Path
+
+from latentreward.data.buckets import MIN_PIXELS, PUBLISHED_BUCKETS, sort_buckets
+from latentreward.data.inspection import ImageCensus, SplitContents, find_leakage, inspect_reader
+from latentreward.data.inspection_report import Report
+from latentreward.data.readers import PairReader
+from latentreward.data.recognition import choose_splits, recognise
+from latentreward.data.score_inspection import inspect_scores
+from latentreward.data.score_table import ScoreTable
+from latentreward.errors import InputError
+from latentreward.lightning_cli import run_function
+
+INTERVAL = 10.0
+"""Seconds between lines of progress."""
+INTERRUPTED_STATUS = 130
+
+
+def run(command: str, arguments: Sequence[str]) -> None:
+    """Run the subcommand; a bare ``--decode`` is enough."""
+    run_function(command, inspect, ["--decode=true" if argument == "--decode" else argument for argument in arguments])
+
+
+def inspect(
+    data: str | None = None,
+    reader: PairReader | list[PairReader] | None = None,
+    *,
+    splits: str | None = None,
+    limit: int | None = None,
+    decode: bool = False,
+    hash_images: bool = True,
+    buckets: list[tuple[int, int]] | None = None,
+    scores: Path | None = None,
+    output: Path | None = None,
+) -> None:
+    """Print rows, labels, prompts, image sizes, rows left out and why, and what splits share.
+
+    A folder or file of a known format is recognised, with all its splits; rows that break a rule of the format are
+    left out and counted. Ctrl-C prints what was counted so far.
+
+    Args:
+        data: Folder of a data set, or one of its files.
+        reader: Readers to inspect in place of what DATA would be recognised as, with any settings.
+        splits: Splits of DATA to read, e.g. ``train,test``; all by default.
+        limit: Look at the images of the first so many rows of each split only; 0 for none.
+        decode: Decode every image, which also finds truncated ones; otherwise only headers are read.
+        hash_images: Compare the images of the splits also by their bytes, which are all read for it.
+        buckets: (height, width) of each aspect bucket; those of the released diffusion-rm cache by default.
+        scores: Score table, .csv or .parquet: how often each scorer puts the chosen image below the rejected one, and
+            what each strategy of multi-preference consistent filtering keeps.
+        output: JSON file for the same counts.
+    """
+    sources = list(_find_sources(data, reader, splits))
+    score_table = None if scores is None else ScoreTable(scores)
+    sizes = PUBLISHED_BUCKETS if buckets is None else sort_buckets(buckets)
+    report = Report(data or ", ".join(name for name, _ in sources), decoded=decode)
+    contents: dict[str, SplitContents] = {}
+    try:
+        for name, build in sources:
+            found = _build(name, build, report, only=len(sources) == 1)
+            if found is None:
+                continue
+            census = ImageCensus(sizes, decode, hash_images, MIN_PIXELS if buckets is None else 0)
+            counts, contents[name] = inspect_reader(name, found, census, limit, partial(Progress(), name))
+            report.splits.append(counts)
+            if not counts.complete:
+                raise KeyboardInterrupt
+            if score_table is not None:
+                _add_scores(name, found, score_table, report)
+    except KeyboardInterrupt:
+        report.complete = False
+    if not report.splits and report.unread:
+        raise InputError(next(iter(report.unread.values())))
+    report.leakage = [find_leakage(*pair, (contents[pair[0]], contents[pair[1]])) for pair in combinations(contents, 2)]
+    print(report.to_text())
+    if output is not None:
+        output.write_text(json.dumps(report.to_json(), indent=1, ensure_ascii=False) + "\n")
+    if not report.complete:
+        sys.exit(INTERRUPTED_STATUS)
+
+
+class Progress:
+    """A line on the error stream every ``INTERVAL`` seconds."""
+
+    def __init__(self) -> None:
+        self.start = self.printed = time.monotonic()
+
+    def __call__(self, name: str, done: int, total: int) -> None:
+        """Say how far it is, if it is time to."""
+        now = time.monotonic()
+        if now - self.printed < INTERVAL:
+            return
+        self.printed = now
+        speed = done / (now - self.start)
+        left = round((total - done) / speed)
+        line = f"inspect {name} {done}/{total} rows  {speed:.1f} rows/s  {left // 60}:{left % 60:02d} left"
+        print(line, file=sys.stderr, flush=True)
+
+
+def _find_sources(
+    data: str | None, reader: PairReader | list[PairReader] | None, splits: str | None
+) -> Iterator[tuple[str, Callable[[], PairReader]]]:
+    """Names, and what gives the reader of each."""
+    if (data is None) == (reader is None):
+        raise InputError("data: give either a folder or file, or --reader CLASS with its settings")
+    if data is not None:
+        found = recognise(data)
+        names = [name.strip() for name in splits.split(",")] if splits else list(found)
+        for name, build in choose_splits(found, names).items():
+            yield name, partial(build, on_error="skip")
+        return
+    if splits is not None:
+        raise InputError("splits: only for a folder that is recognised; give each reader its split")
+    taken: set[str] = set()
+    for number, one in enumerate(reader if isinstance(reader, list) else [reader]):
+        name = getattr(one, "split", "") or f"reader {number}"
+        name = f"{name} {number}" if name in taken else name
+        taken.add(name)
+        yield name, partial(_given, one)
+
+
+def _given(reader: PairReader) -> PairReader:
+    return reader
+
+
+def _build(name: str, build: Callable[[], PairReader], report: Report, only: bool) -> PairReader | None:
+    logger = logging.getLogger("latentreward.data.readers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # what they say of their rows is in the report
+    try:
+        return build()
+    except InputError as error:
+        if only:
+            raise
+        report.unread[name] = str(error)
+        return None
+    finally:
+        logger.setLevel(level)
+
+
+def _add_scores(name: str, reader: PairReader, scores: ScoreTable, report: Report) -> None:
+    try:
+        report.scores[name] = inspect_scores(scores.gaps(reader))
+    except InputError as error:
+        report.scores_note[name] = str(error)

@@ -1,0 +1,171 @@
+"""``latentreward inspect`` as a user runs it: on the samples, on tiny-world data, interrupted, and given nonsense."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+import latentreward
+from latentreward.cli import main
+from latentreward.tinyworld.writers import write_hpdv3, write_pickapic
+
+SAMPLES = Path(__file__).parents[1] / "formats" / "data"
+SOURCE = Path(latentreward.__file__).parents[1]
+EXPECTED = json.loads((SAMPLES / "EXPECTED.json").read_text())
+
+
+def inspect(tmp_path: Path, *arguments: str) -> dict:
+    main(["inspect", *arguments, f"--output={tmp_path / 'report.json'}"])
+    return json.loads((tmp_path / "report.json").read_text())
+
+
+def rows_of(report: dict) -> dict[str, int]:
+    return {split["name"]: split["rows"] + sum(split["skipped"].values()) for split in report["splits"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        (
+            "pickapic_v1",
+            {"train": "train_rows", "validation_unique": "validation_unique_rows", "test_unique": "test_unique_rows"},
+        ),
+        ("hpdv3", {"train": "train_rows", "test": "test_rows", "all": "all_rows"}),
+        ("hpdv2", {"train": "train_rows", "test": "test_pairs"}),
+        ("imagereward", {"test": "all_pairs"}),
+        ("genai_bench", {"test": "test_rows"}),
+        ("genai_bench_cmu", {"train": "pairs"}),
+        ("diffusion_rm", {"train": "index_rows"}),
+    ],
+)
+def test_samples(tmp_path, capsys, name, keys) -> None:
+    report = inspect(tmp_path, str(SAMPLES / name), "--decode")
+    found = rows_of(report)
+    assert {split: found[split] for split in keys} == {split: EXPECTED[name][key] for split, key in keys.items()}
+    text = capsys.readouterr().out
+    assert text.startswith(f"{SAMPLES / name} (")
+    assert "Rows with unreadable images (all were decoded): none" in text
+    if name == "pickapic_v1":
+        assert report["splits"][0]["labels"] == {"a wins": 3, "b wins": 3, "ties": 2, "unlabelled": 0}
+        assert "train and validation_unique: prompts" in text
+    if name == "genai_bench_cmu":
+        assert report["splits"][0]["labels"]["ties"] == EXPECTED[name]["ties"]
+
+
+def test_score_table(tmp_path, capsys) -> None:
+    table = SAMPLES / "lrm_mpcf" / "pseudo_preference.csv"
+    data = str(SAMPLES / "pickapic_v1")
+    report = inspect(tmp_path, data, "--splits=train", f"--scores={table}")
+    kept = {item["strategy"]: item["decided"] + item["ties"] for item in report["scores"]["train"]["strategies"][::2]}
+    assert kept == {n: len(EXPECTED["lrm_mpcf"][f"strategy_{n}_kept_rows"]) for n in (1, 2, 3)}
+    assert report["scores"]["train"]["scorers"]["aesthetic"]["share_below"] == 0.5
+    text = capsys.readouterr().out
+    assert "chosen scores below rejected" in text
+    assert "strategy 2, > as in the code" in text
+    report = inspect(tmp_path, data, f"--scores={table}")
+    assert list(report["scores"]) == ["train"]
+    assert "8 rows for 5 of the reader" in report["scores_note"]["validation_unique"]
+
+
+def test_tiny_world(tmp_path, capsys) -> None:
+    pickapic = write_pickapic(tmp_path / "pickapic", {"train": 30, "validation_unique": 8, "test_unique": 8})
+    report = inspect(tmp_path, str(pickapic), "--buckets=[[32,32]]")
+    assert rows_of(report) == {"train": 30, "validation_unique": 8, "test_unique": 8}
+    assert all(set(split["images"]["buckets"]) == {"32x32"} for split in report["splits"])
+    assert all(leak["shared"]["image contents"] == 0 for leak in report["leakage"])
+    hpdv3 = write_hpdv3(tmp_path / "hpdv3", {"train": 20, "test": 8})
+    shutil.copy(hpdv3 / "train.json", hpdv3 / "copy.json")
+    report = inspect(tmp_path, str(hpdv3), "--splits=train,copy")
+    (leak,) = report["leakage"]
+    assert (leak["first"], leak["second"]) == ("train", "copy")
+    assert leak["first_rows"] == leak["second_rows"] == dict.fromkeys(leak["first_rows"], 20)
+    assert "train and copy: image contents" in capsys.readouterr().out
+
+
+def test_readers_with_settings(tmp_path) -> None:
+    config = {
+        "reader": [
+            {"class_path": "PickAPicReader", "init_args": {"source": str(SAMPLES / "pickapic_v1"), "split": split}}
+            for split in ("train", "test_unique")
+        ]
+    }
+    (tmp_path / "inspect.yaml").write_text(json.dumps(config))
+    assert rows_of(inspect(tmp_path, f"--config={tmp_path / 'inspect.yaml'}")) == {"train": 8, "test_unique": 6}
+    root = f"--reader.root={SAMPLES / 'hpdv3'}"
+    report = inspect(tmp_path, "--reader=HPDv3Reader", root, "--reader.split=all", "--reader.min_confidence=0.95")
+    assert report["splits"][0]["rows"] == EXPECTED["hpdv3"]["kept_at_confidence_0_95_null_kept"]
+    assert sum(report["splits"][0]["skipped"].values()) == 5
+
+
+def test_a_damaged_split_leaves_the_others(tmp_path, capsys) -> None:
+    root = tmp_path / "hpdv3"
+    shutil.copytree(SAMPLES / "hpdv3", root)
+    (root / "train.json").write_text((root / "train.json").read_text()[:-1])
+    report = inspect(tmp_path, str(root))
+    assert "train" in report["unread"]
+    assert "split train was not read: " in capsys.readouterr().out
+    assert set(rows_of(report)) == {"test", "all"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "data: give either a folder or file, or --reader CLASS"),
+        (["/nowhere"], "data: no folder or file '/nowhere'"),
+        ([str(SAMPLES / "prompts")], "is none of Pick-a-Pic"),
+        ([str(SAMPLES / "hpdv3"), "--splits=trian"], "splits: there is no split 'trian'; did you mean 'train'?"),
+        ([str(SAMPLES / "hpdv3"), "--limit=-1"], "limit is -1"),
+        ([str(SAMPLES / "hpdv3"), "--scores=absent.csv"], "no table of scores absent.csv"),
+        ([str(SAMPLES / "hpdv3"), "--buckets=[[0,3]]"], "[0, 3] is no size"),
+        (
+            ["--reader=PickAPicReader", "--reader.source=/nowhere", "--reader.split=train"],
+            "source: no folder '/nowhere'",
+        ),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message, capsys) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["inspect", *arguments])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("latentreward: error: ")
+    assert message in line
+
+
+def test_ctrl_c_prints_what_was_counted(tmp_path) -> None:
+    (tmp_path / "slow.py").write_text(
+        textwrap.dedent("""
+        import time
+
+        from latentreward.data import PickAPicReader
+
+
+        class SlowReader(PickAPicReader):
+            def __getitem__(self, index):
+                if index == 3:
+                    print("ready", flush=True)
+                    time.sleep(60)
+                return super().__getitem__(index)
+        """)
+    )
+    source = [f"--reader.source={SAMPLES / 'pickapic_v1'}", "--reader.split=train"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "latentreward", "inspect", "--reader=slow.SlowReader", *source],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(SOURCE)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert not errors
+    assert "Interrupted: the counts above are those of the rows looked at so far." in output
+    assert any(line.split()[-2:] == ["at", "3"] for line in output.splitlines())

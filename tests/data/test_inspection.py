@@ -1,0 +1,203 @@
+"""What is counted over a data set: labels, images, leakage, score tables."""
+
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from latentreward.contracts import ImageRef, PreferencePair
+from latentreward.data import PairReader
+from latentreward.data.buckets import sort_buckets
+from latentreward.data.inspection import (
+    ImageCensus,
+    SplitContents,
+    count_labels,
+    find_leakage,
+    inspect_reader,
+    quantiles,
+)
+from latentreward.data.inspection_report import Report, table
+from latentreward.data.score_inspection import inspect_scores
+from latentreward.data.score_table import PairGaps
+from latentreward.errors import InputError
+
+
+class Pairs(PairReader):
+    """Rows of (prompt, bytes of a, bytes of b, label); images are named by their number in the list of all."""
+
+    def __init__(self, *rows: tuple[str, bytes, bytes, float | None], stop_at: int | None = None) -> None:
+        super().__init__("skip")
+        self.rows, self.stop_at = rows, stop_at
+        self.skipped["a reason"] = 2
+        self.names = sorted({data for row in rows for data in row[1:3]})
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> PreferencePair:
+        if index == self.stop_at:
+            raise KeyboardInterrupt
+        prompt, *images, label = self.rows[index]
+        a, b = (ImageRef(str(self.names.index(data)), data) for data in images)
+        return PreferencePair(str(index), prompt, a, b, label)
+
+    def labels(self) -> np.ndarray:
+        return np.array([math.nan if row[3] is None else row[3] for row in self.rows])
+
+    def prompts(self) -> list[str]:
+        return [row[0] for row in self.rows]
+
+
+def test_rows_labels_prompts_and_images(jpeg) -> None:
+    big, wide, small = jpeg(size=(512, 512)), jpeg(size=(832, 1248)), jpeg(size=(20, 20))
+    odd = jpeg(size=(700, 600))
+    reader = Pairs(
+        ("a", big, wide, 1.0),
+        ("a", big, small, 0.0),
+        ("A cat", big, odd, 0.5),
+        ("", big, b"garbage", None),
+        ("b", b"", b"garbage", 0.3),
+        ("b", big, big, 0.8),
+    )
+    counts, contents = inspect_reader("train", reader, ImageCensus())
+    assert (counts.rows, counts.reader, counts.complete) == (6, "Pairs", True)
+    assert counts.labels == {"a wins": 2, "b wins": 2, "ties": 1, "unlabelled": 1}
+    assert counts.distinct_prompts == 4
+    assert counts.prompt_lengths == {"min": 0, "25%": 1, "median": 1, "75%": 1, "95%": 5, "max": 5}
+    images = counts.images
+    assert images is not None
+    assert (images.rows, images.distinct, images.mixed_rows) == (6, 6, 3)
+    assert images.sizes == {(512, 512): 1, (1248, 832): 1, (20, 20): 1, (600, 700): 1}
+    assert images.buckets == {
+        "512x512": 1,
+        "1248x832": 1,
+        "below 65536 pixels": 1,
+        "no bucket of this aspect ratio": 1,
+    }
+    assert images.unreadable_rows == {"not an image": 1, "empty image": 1}
+    assert counts.skipped == {"a reason": 2}
+    assert contents.prompts == ["a", "a", "a cat", "", "b", "b"]
+    assert contents.hashes[0, 0] == contents.hashes[1, 0] != 0
+    assert contents.hashes[4].tolist() == [0, 0]
+
+
+def test_only_decoding_finds_a_truncated_image(jpeg) -> None:
+    reader = Pairs(("a", jpeg(size=(64, 64)), jpeg(size=(64, 64))[:-40], 1.0))
+    for decode in (False, True):
+        counts, _ = inspect_reader("train", reader, ImageCensus(decode=decode))
+        assert counts.images.unreadable_rows == ({"truncated or damaged image": 1} if decode else {})
+
+
+def test_own_buckets_and_a_limit(jpeg) -> None:
+    reader = Pairs(("a", jpeg(size=(20, 20)), jpeg(size=(24, 16)), 1.0), ("b", b"", b"", 1.0))
+    census = ImageCensus(sort_buckets([(32, 32)]), hash_bytes=False, min_pixels=0)
+    counts, contents = inspect_reader("train", reader, census, limit=1)
+    assert counts.images.buckets == {"32x32": 1, "no bucket of this aspect ratio": 1}
+    assert (counts.images.rows, counts.rows, counts.complete) == (1, 2, True)
+    assert not contents.hashes.any()
+    assert inspect_reader("train", reader, ImageCensus(), limit=0)[0].images is None
+    with pytest.raises(InputError, match="limit is -1"):
+        inspect_reader("train", reader, ImageCensus(), limit=-1)
+
+
+def test_an_interrupt_keeps_what_was_counted(jpeg) -> None:
+    done = []
+    reader = Pairs(*[("a", jpeg(), jpeg(), 1.0)] * 5, stop_at=3)
+    counts, _ = inspect_reader("train", reader, ImageCensus(), progress=lambda *numbers: done.append(numbers))
+    assert (counts.complete, counts.images.rows, counts.rows) == (False, 3, 5)
+    assert done == [(1, 5), (2, 5), (3, 5)]
+
+
+def test_a_reader_without_images_is_not_asked_for_them() -> None:
+    reader = Pairs(("a", b"", b"", 1.0), stop_at=0)
+    reader.holds = "nothing"
+    counts, contents = inspect_reader("train", reader, ImageCensus())
+    assert counts.images is None
+    assert contents.hashes.shape == (0, 2)
+
+
+def test_counts_by_hand() -> None:
+    labels = np.array([1.0, 0.7, 0.5, 0.2, math.nan])
+    assert count_labels(labels) == {"a wins": 2, "b wins": 1, "ties": 1, "unlabelled": 1}
+    assert quantiles(range(1, 101)) == {"min": 1, "25%": 25, "median": 50, "75%": 75, "95%": 95, "max": 100}
+    assert quantiles([]) == {}
+
+
+def test_leakage_by_prompt_name_and_content() -> None:
+    train = SplitContents(
+        ["a cat", "a cat", "b"], [("x", "y"), ("", "z"), ("z", "x")], np.array([[1, 2], [0, 3], [3, 1]])
+    )
+    test = SplitContents(["a cat", "c"], [("q", ""), ("z", "w")], np.array([[0, 7], [3, 3]]))
+    leak = find_leakage("train", "test", (train, test))
+    assert leak.shared == {"prompts": 1, "image names": 1, "image contents": 1}
+    assert leak.first_rows == {"prompts": 2, "image names": 2, "image contents": 2}
+    assert leak.second_rows == {"prompts": 1, "image names": 1, "image contents": 1}
+
+
+def gaps(decided: list[bool], **values: list[float]) -> PairGaps:
+    arrays = {name: np.array(numbers) for name, numbers in values.items()}
+    return PairGaps(np.array(decided), arrays, {"unlabelled": np.array([False] * (len(decided) - 1) + [True])})
+
+
+def test_scores_against_labels_and_strategies() -> None:
+    nan = math.nan
+    aesthetic = [0.1, -0.3, 0.0, nan, 0.1, 9.0]
+    found = inspect_scores(
+        gaps(
+            [True, True, True, True, False, False],
+            aesthetic=aesthetic,
+            clipscore=[0.1] * 4 + [0.01] * 2,
+            vqascore=[0.1] * 4 + [0.01] * 2,
+        )
+    )
+    counts = found.scorers["aesthetic"]
+    assert (counts.pairs, counts.below, counts.equal, counts.missing) == (3, 1, 1, 1)
+    assert counts.share_below == pytest.approx(1 / 3)
+    assert found.problems == {"unlabelled": 1}
+    kept = {(item.strategy, item.comparison): (item.decided, item.ties) for item in found.strategies}
+    assert kept == {
+        (1, "code"): (1, 1),
+        (1, "paper"): (2, 1),
+        (2, "code"): (3, 1),
+        (2, "paper"): (3, 1),
+        (3, "code"): (3, 1),
+        (3, "paper"): (3, 1),
+    }
+    assert all(item.decided + item.ties + item.dropped.total() == 6 for item in found.strategies)
+
+
+def test_a_table_without_the_scorers_of_the_strategies_says_so() -> None:
+    found = inspect_scores(gaps([False, False], pickscore=[0.1, 0.2]))
+    assert found.scorers["pickscore"].share_below is None
+    assert not found.strategies
+    assert "no 'aesthetic'" in found.note
+    text = Report("data", scores={"train": found}).to_text()
+    assert "Filter strategies were not tried: the score table has no 'aesthetic'" in text
+
+
+def test_tables_are_aligned() -> None:
+    assert table("Title", ["x", "long"], {"a": ["1", "2"], "bb": ["333", "4"]}).splitlines() == [
+        "Title",
+        "      x  long",
+        "-------------",
+        "a     1     2",
+        "bb  333     4",
+    ]
+    assert table("Title", ["x"], {}) == ""
+
+
+def test_reasons_of_all_splits_share_a_table(jpeg) -> None:
+    report = Report("data")
+    for name, reason, number in (("train", "few", 1), ("test", "many", 7)):
+        reader = Pairs(("a", jpeg(), jpeg(), 1.0))
+        reader.skipped = Counter({reason: number})
+        report.splits.append(inspect_reader(name, reader, ImageCensus())[0])
+    lines = report.to_text().splitlines()
+    assert lines[lines.index("Rows left out") + 1 :][:4] == [
+        "      train  test",
+        "-----------------",
+        "many      0     7",
+        "few       1     0",
+    ]
+    assert report.to_json()["splits"][0]["images"]["sizes"] == {"12x20": 1}
