@@ -204,6 +204,15 @@ def test_another_reader_or_scorer_is_refused(folder: Path, here: Path, capsys: p
     assert "was begun with scorers" in refusal(capsys, folder, "scores.parquet", f"--scorers={only}")
 
 
+def test_shipped_config(folder: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLIP_L_PATH", f"{folder}/clip")
+    monkeypatch.setenv("AESTHETIC_WEIGHTS", f"{folder}/linearMSE.pth")
+    monkeypatch.setenv("VQA_SCORES", f"{folder}/vqa.csv")
+    reader = ["--reader=PickAPicReader", f"--reader.source={folder}", "--reader.split=train"]
+    main(["score-pairs", "scores.parquet", "--config=configs/scorers/mpcf.yaml", *reader])
+    assert ScoreTable("scores.parquet").scorers == ("aesthetic", "clipscore", "vqascore")
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from omegaconf import OmegaConf
 
 from latentreward.data import (
     MPCF,
@@ -59,6 +60,17 @@ def test_sample_rows_of_pickapic(strategy: int, kept: list[int]) -> None:
     assert [pair.prompt for pair in reader] == reader.prompts() == [everything.prompts()[row] for row in kept]
     assert [pair.label_a for pair in reader] == reader.labels().tolist()
     assert len(reader) + reader.skipped.total() == len(everything)
+
+
+def test_shipped_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PICKAPIC_ROOT", str(COMMITTED / "pickapic_v1"))
+    monkeypatch.setenv("MPCF_SCORES", str(COMMITTED / "lrm_mpcf" / "pseudo_preference.csv"))
+    settings = OmegaConf.load(Path(__file__).parents[2] / "configs" / "data" / "pickapic_v1_mpcf.yaml")
+    train = OmegaConf.to_container(settings, resolve=True)["data"]["init_args"]["train"]["init_args"]
+    reader = PickAPicReader(**{**train.pop("reader")["init_args"], "memory_map": False})
+    filtered = FilteredReader(reader, **train)
+    assert filtered.rows.tolist() == [0, 1, 2, 5]
+    assert (filtered.rule, filtered.on_error) == (MPCF(), "skip")
 
 
 @pytest.mark.parametrize(
@@ -111,7 +123,7 @@ def test_each_dropped_row_counts_once_under_its_first_reason() -> None:
         "clipscore gap too low": 1,
         "vqascore gap too low": 1,
         "aesthetic missing or NaN": 1,
-        "tie with too large a aesthetic gap": 1,
+        "aesthetic gap of a tie too large": 1,
     }
 
 

@@ -108,7 +108,7 @@ def select_consistent(gaps: PairGaps, rule: MPCF) -> tuple[np.ndarray, Counter[s
         above = gaps.values[name] >= floor if rule.comparison == "paper" else gaps.values[name] > floor
         drop(gaps.decided & ~above, f"{name} gap too low")
     for name, limit in limits.items():
-        drop(~gaps.decided & ~(gaps.values[name] < limit), f"tie with too large a {name} gap")
+        drop(~gaps.decided & ~(gaps.values[name] < limit), f"{name} gap of a tie too large")
     if rule.ties == "drop":
         drop(~gaps.decided, "tie")
     return keep, dropped

@@ -108,6 +108,6 @@ class TableColumn(TableScorer):
         scores = dict(zip(keys, values, strict=True))
         if len(scores) != len(keys):
             raise InputError(
-                f"{self.path}: {len(keys) - len(scores)} rows repeat a {' and '.join(names)}; leave one each"
+                f"{self.path}: {len(keys) - len(scores)} rows repeat an earlier {' and '.join(names)}; leave one each"
             )
         return scores
