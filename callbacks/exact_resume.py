@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.trainer.states import TrainerFn
 
 from latentreward.data.loading import ResumableLoader
@@ -21,6 +22,7 @@ class ExactResume(Callback):
     - A checkpoint in the midst of gradient accumulation, which holds no gradients, counts only the batches up to the
       last optimiser step; the resumed run takes the later ones again.
     - A checkpoint from before a validation that is due has the resumed run validate; Lightning would leave it out.
+    - One from the end of an epoch has a run with ``max_steps`` begin the next; Lightning would leave out an epoch.
     - After a resume with another batch or world size, Lightning's batch counter is set to what the rest of the epoch
       then is.
 
@@ -36,6 +38,8 @@ class ExactResume(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count the batches used of this epoch as batches of the present size."""
+        if trainer.fit_loop.restarted_on_epoch_end:
+            close_epoch(trainer.fit_loop)
         loader, progress = trainer.train_dataloader, batch_progress(trainer)
         if not (trainer.fit_loop.restarting and isinstance(loader, ResumableLoader)):
             return
@@ -68,6 +72,17 @@ class ExactResume(Callback):
 def batch_progress(trainer: Trainer) -> Any:
     """Lightning's counts of the training batches; its annotations lack half of them."""
     return trainer.fit_loop.epoch_loop.batch_progress
+
+
+def close_epoch(loop: Any) -> None:
+    """Let a run of so many steps begin the next epoch, after a checkpoint from the end of one.
+
+    Lightning does so in a run of so many epochs; here it would count the finished epoch twice.
+    """
+    loop.epoch_progress.increment_completed()
+    _Loop.restarting.fset(loop, False)  # type: ignore[attr-defined]  # the fit loop's own setter refuses
+    loop.reset_restart_stage()
+    loop.epoch_loop.reset_restart_stage()
 
 
 def undo_accumulation(trainer: Trainer, saved: dict[str, Any]) -> None:

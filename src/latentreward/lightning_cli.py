@@ -27,6 +27,7 @@ from latentreward.backbones.registry import backbone_names
 from latentreward.callbacks import ExactResume, GracefulStop, NaNGuard, PairScoreWriter
 from latentreward.callbacks.graceful_stop import fallback_folder
 from latentreward.checkpoint_files import DurableCheckpointIO, checkpoint_problem, newest_intact
+from latentreward.checkpoint_shards import read_sharded
 from latentreward.config_files import find_config, rewrite_arguments, rewrite_settings
 from latentreward.errors import InputError
 from latentreward.parser_errors import ROOMS, summarise, unknown_setting_hint
@@ -128,10 +129,10 @@ class TrainingCLI(LightningCLI):
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        # They act in training alone, but config.yaml of a run names them, and its checkpoints are evaluated with that.
         parser.add_lightning_class_args(NaNGuard, "nan_guard")
-        if self.command == "fit":
-            parser.add_lightning_class_args(ExactResume, "exact_resume")
-            parser.add_lightning_class_args(GracefulStop, "graceful_stop")
+        parser.add_lightning_class_args(ExactResume, "exact_resume")
+        parser.add_lightning_class_args(GracefulStop, "graceful_stop")
         if self.command == "predict":
             parser.add_lightning_class_args(PairScoreWriter, "predictions")
 
@@ -179,9 +180,12 @@ def check_checkpoint(path: str | None) -> None:
     """Look at a checkpoint file before anything is loaded for it; names such as ``last`` are Lightning's to resolve.
 
     Raises:
-        InputError: If it is no file of tensors and plain values: it could run code, or is damaged.
+        InputError: If it holds more than tensors and plain values, which could run code, or is damaged.
     """
-    if path is None or path in ("last", "best", "hpc", "registry") or Path(path).is_dir() or "://" in path:
+    if path is None or path in ("last", "best", "hpc", "registry") or "://" in path:
+        return
+    if Path(path).is_dir():
+        read_sharded(Path(path), with_tensors=False)
         return
     if not Path(path).is_file():
         raise InputError(f"ckpt_path: {path} does not exist")
@@ -240,6 +244,7 @@ def restrict_imports(modules: Sequence[str]) -> None:
 
 def import_rooms() -> None:
     """Import our classes, so that settings may name them by their bare names."""
+    importlib.import_module("latentreward.strategies")  # registers its short names
     for room in set(ROOMS.values()):
         module = importlib.import_module(room)
         for name in getattr(module, "__all__", ()):

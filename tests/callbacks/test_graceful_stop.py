@@ -1,0 +1,169 @@
+"""A signal ends a run with a checkpoint from which it goes on as if nothing had been."""
+
+import os
+import signal
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from latentreward.callbacks import GracefulStop
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from latentreward.errors import InputError
+from latentreward.lightning_cli import last_checkpoint
+from tests.callbacks.small_run import assert_same_state, fit, make_trainer
+
+
+class Send(Callback):
+    """Send signals to this process when a hook is called for the n-th time."""
+
+    def __init__(self, hook: str, call: int, *numbers: signal.Signals) -> None:
+        self.call, self.numbers = call, numbers
+        setattr(self, hook, self.send)
+
+    def send(self, *args: Any) -> None:
+        self.call -= 1
+        for number in self.numbers if self.call == 0 else ():
+            os.kill(os.getpid(), number)
+
+
+@pytest.fixture(autouse=True)
+def _handlers_come_back() -> Iterator[None]:
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
+@pytest.fixture
+def last_of() -> Callable[[Path], ModelCheckpoint]:
+    return lambda folder: ModelCheckpoint(folder / "kept", save_last=True)
+
+
+PLACES: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "first batch": ("on_train_batch_start", 1, {}),
+    "mid-accumulation": ("on_train_batch_start", 4, {"accumulate_grad_batches": 3}),
+    "validation": ("on_validation_batch_start", 4, {"val_check_interval": 2}),
+    "validation in mid-accumulation": (
+        "on_validation_batch_start",
+        2,
+        {"val_check_interval": 3, "accumulate_grad_batches": 2},
+    ),
+    "before a validation": ("on_train_batch_start", 2, {"val_check_interval": 2}),
+    "last batch of an epoch": ("on_train_batch_start", 7, {}),
+    "validation between epochs": ("on_validation_batch_start", 3, {}),
+    "saving": ("on_save_checkpoint", 2, {}),
+    "one step an epoch": ("on_train_batch_start", 2, {"limit_train_batches": 3, "accumulate_grad_batches": 3}),
+    "sanity check": ("on_validation_batch_start", 1, {"num_sanity_val_steps": 2}),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_sigterm_saves_and_the_resumed_run_ends_with_the_same_weights(place: str, tmp_path: Path, last_of) -> None:
+    hook, call, options = PLACES[place]
+    whole = make_trainer(tmp_path / "whole", [last_of(tmp_path / "whole")], **options)
+    module = fit(whole)
+    stopped = make_trainer(
+        tmp_path, [last_of(tmp_path), Send(hook, call, signal.SIGTERM, signal.SIGTERM, signal.SIGTERM)], **options
+    )
+    with pytest.raises(SIGTERMException):
+        fit(stopped)
+    first = stopped.lightning_module
+    resumed = make_trainer(tmp_path, [last_of(tmp_path)], **options)
+    checkpoint = last_checkpoint(resumed)
+    assert checkpoint == tmp_path / "kept" / "last.ckpt"
+    second = fit(resumed, checkpoint)
+    assert_same_state(whole, resumed)
+    assert first.seen + second.seen == module.seen
+    assert len(first.seen) < len(module.seen)
+    begun = first.validated[2:] if options.get("num_sanity_val_steps") else first.validated
+    assert begun + second.validated == module.validated[2 if options.get("num_sanity_val_steps") else 0 :]
+
+
+def test_a_finished_run_is_not_stopped(tmp_path: Path, last_of) -> None:
+    fit(make_trainer(tmp_path, [last_of(tmp_path), Send("on_train_batch_start", 14, signal.SIGTERM)]))
+
+
+def test_it_looks_at_every_nth_batch(tmp_path: Path) -> None:
+    send = Send("on_train_batch_start", 1, signal.SIGTERM)
+    trainer = make_trainer(tmp_path, [send], GracefulStop(every_n_batches=3), enable_checkpointing=False)
+    with pytest.raises(SIGTERMException):
+        fit(trainer)
+    assert trainer.global_step == 3
+    with pytest.raises(InputError, match="every_n_batches=0 must be at least 1"):
+        GracefulStop(0)
+
+
+@pytest.mark.parametrize("keeper", ["none", "best", "link", "weights", "default"])
+def test_the_place_is_one_that_last_finds(keeper: str, tmp_path: Path) -> None:
+    folder = tmp_path / ("kept" if keeper in ("best", "link", "weights") else "checkpoints")
+    options = {"best": {"monitor": "val/loss"}, "link": {"save_last": "link"}, "weights": {"save_weights_only": True}}
+
+    def trainer(*others: Callback) -> Trainer:
+        keepers = [ModelCheckpoint(folder, **options[keeper])] if keeper in options else []
+        checkpointing = {"enable_checkpointing": keeper != "none"}
+        return make_trainer(tmp_path, [*keepers, *others], **checkpointing)
+
+    with pytest.raises(SIGTERMException):
+        fit(trainer(Send("on_train_batch_start", 9, signal.SIGTERM)))
+    resumed = trainer()
+    assert last_checkpoint(resumed) == folder / "last.ckpt"
+    assert not (folder / "last.ckpt").is_symlink()
+    again = fit(resumed, folder / "last.ckpt")
+    assert len(again.seen) == 5
+    with pytest.raises(SIGTERMException):  # a run that does not go on from it must not write over it
+        fit(trainer(Send("on_train_batch_start", 2, signal.SIGTERM)))
+    names = sorted(path.name for path in folder.glob("last*.ckpt"))
+    assert names == (["last.ckpt"] if keeper == "none" else ["last-v1.ckpt", "last.ckpt"])
+
+
+def test_ctrl_c_saves_once_and_a_second_one_ends_at_once(tmp_path: Path, last_of) -> None:
+    whole = make_trainer(tmp_path / "whole", [last_of(tmp_path / "whole")])
+    fit(whole)
+    with pytest.raises(SystemExit) as stop:
+        fit(make_trainer(tmp_path, [last_of(tmp_path), Send("on_train_batch_start", 3, signal.SIGINT)]))
+    assert stop.value.code == 1
+    resumed = make_trainer(tmp_path, [last_of(tmp_path)])
+    assert len(fit(resumed, last_checkpoint(resumed)).seen) == 11
+    assert_same_state(whole, resumed)
+    with pytest.raises(SystemExit):
+        fit(make_trainer(tmp_path / "b", [Send("on_train_batch_start", 1, signal.SIGINT, signal.SIGINT)]))
+    assert not list((tmp_path / "b").glob("**/*.ckpt"))
+
+
+class Environment(Callback):
+    """Notes what Lightning believes to run on."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.name = type(trainer._accelerator_connector.cluster_environment).__name__
+
+
+@pytest.mark.parametrize(
+    ("variables", "job"),
+    [({}, "4711"), ({"SLURM_ARRAY_JOB_ID": "4700", "SLURM_ARRAY_TASK_ID": "11"}, "4700_11")],
+)
+def test_slurm_requeue(variables, job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last_of) -> None:
+    program = tmp_path / "bin" / "scontrol"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    slurm = {"JOB_ID": "4711", "JOB_NAME": "train", "NTASKS": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}
+    for name, value in {**{f"SLURM_{name}": value for name, value in slurm.items()}, **variables}.items():
+        monkeypatch.setenv(name, value)
+    where = Environment()
+    with pytest.raises(SIGTERMException):
+        fit(make_trainer(tmp_path, [last_of(tmp_path), where, Send("on_train_batch_start", 3, signal.SIGUSR1)]))
+    assert where.name == "SLURMEnvironment"
+    assert (tmp_path / "asked").read_text() == f"requeue {job}\n"
+    assert not list(tmp_path.glob("**/hpc_ckpt*"))
+    resumed = make_trainer(tmp_path, [last_of(tmp_path)])
+    assert len(fit(resumed, last_checkpoint(resumed)).seen) == 11
+    (tmp_path / "asked").unlink()
+    with pytest.raises(SIGTERMException):
+        fit(make_trainer(tmp_path / "b", [Send("on_train_batch_start", 3, signal.SIGTERM)]))
+    assert not (tmp_path / "asked").exists()
