@@ -148,6 +148,7 @@ def end_workers() -> None:
 
     ``multiprocessing`` itself would send them a SIGTERM, which workers ignore, and then wait for them forever.
     """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes a killed worker for a failure
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()
