@@ -1,0 +1,68 @@
+"""The YAML files for pairs of one's own and for tars: each reads a small data set of its layout."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+from jsonargparse import Namespace
+from lightning.pytorch import LightningDataModule
+
+from latentreward.data import PreferenceDataModule
+from latentreward.lightning_cli import MODE, Parser, prepare
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "data"
+
+
+def load(name: str) -> PreferenceDataModule:
+    prepare([])
+    parser = Parser(parser_mode=MODE)
+    parser.add_subclass_arguments(LightningDataModule, "data")
+    settings = parser.parse_string((CONFIGS / f"{name}.yaml").read_text())
+    settings.data.init_args.update(Namespace(size=16, batch_size=2, num_workers=0))
+    return parser.instantiate(settings).data
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("PAIRS_ROOT", "PICKAPIC_TARS"):
+        monkeypatch.setenv(name, str(tmp_path))
+    return tmp_path
+
+
+def test_folders(root, jpeg) -> None:
+    for split in ("train", "val"):
+        for name in "ab":
+            for number, side in enumerate(("chosen", "rejected")):
+                file = root / split / side / f"{name}.jpg"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(jpeg((90 * number, 20, 20)))
+            (root / split / "chosen" / f"{name}.txt").write_text(f"{split} {name}")
+    data = load("folders")
+    (batch,) = data.train_dataloader()
+    assert sorted(batch.prompts) == ["train a", "train b"]
+    assert len(next(iter(data.predict_dataloader()))) == 2
+
+
+def test_json_lines(root, jpeg) -> None:
+    for name in "ab":
+        (root / f"{name}.jpg").write_bytes(jpeg((ord(name), 20, 20)))
+    for split in ("train", "val"):
+        rows = [{"prompt": f"{split} {n}", "chosen": "a.jpg", "rejected": "b.jpg"} for n in range(2)]
+        (root / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (batch,) = load("jsonl").train_dataloader()
+    assert set(batch.chosen_keys) == {"a.jpg"}
+
+
+def test_tars(root, jpeg) -> None:
+    with tarfile.open(root / "00000.tar", "w") as archive:
+        for number in range(2):
+            members = {"jpg_0.jpg": jpeg((9, 9, 9)), "jpg_1.jpg": jpeg(), "label_0.txt": b"1.0", "label_1.txt": b"0.0"}
+            members["original_prompt.txt"] = f"prompt {number}".encode()
+            for suffix, content in members.items():
+                info = tarfile.TarInfo(f"{number}.{suffix}")
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+    (batch,) = load("pickapic_v2_tars").train_dataloader()
+    assert sorted(batch.prompts) == ["prompt 0", "prompt 1"]
