@@ -74,9 +74,9 @@ def test_index_rows_point_into_row_groups(write_cache) -> None:
         index_row(12, row=1, parquet_path="C:\\x\\part_rank00.parquet"),
     ]
     reader = DiffusionRMReader(write_cache(parts, index), randomise_sides=False)
-    assert reader.prompts() == ["prompt 2", "prompt 3", "prompt 1"]
-    assert reader.pair_ids() == ["bucket_index.csv:10", "bucket_index.csv:11", "bucket_index.csv:12"]
-    pair = reader[0]
+    assert reader.prompts() == ["prompt 1", "prompt 2", "prompt 3"]  # as they lie in the files
+    assert reader.pair_ids() == ["bucket_index.csv:12", "bucket_index.csv:10", "bucket_index.csv:11"]
+    pair = reader[1]
     assert (pair.label_a, pair.votes, pair.confidence) == (1.0, (8, 2), 0.98)
     assert (pair.model_a, pair.model_b, pair.source, pair.image_a.holds) == ("flux", "sd3", "diffusion_rm", "latents")
     np.testing.assert_array_equal(decode_latents(pair.image_a), latents(4))
@@ -84,6 +84,15 @@ def test_index_rows_point_into_row_groups(write_cache) -> None:
     keys = {image.image_key for n in range(3) for image in (reader[n].image_a, reader[n].image_b)}
     assert len(keys) == 6
     assert pickle.loads(pickle.dumps(reader))[1] == reader[1]
+
+
+def test_reading_in_order_decodes_each_row_group_once(write_cache) -> None:
+    rows = [cache_row(n) for n in range(8)]
+    index = [index_row(n, group=n % 4, row=n // 4) for n in range(8)]
+    reader = DiffusionRMReader(write_cache([rows], index))
+    assert reader.prompts() == [f"prompt {n}" for n in range(8)]
+    assert all(reader[n].label_a is not None for n in range(8))
+    assert reader._columns.row_groups_read == 4
 
 
 def test_sides_are_randomised_by_name(write_cache) -> None:
@@ -114,8 +123,9 @@ def test_odd_index_rows_follow_on_error(write_cache, reason) -> None:
     assert reader.prompts() == ["prompt 0", "prompt 2"]
     assert dict(reader.skipped) == {reason: 1}
     reader = DiffusionRMReader(root, on_error="placeholder")
-    assert reader.labelled().tolist() == [True, False, True]
-    assert (reader[1].label_a, reader[1].prompt, dict(reader.remarks)) == (None, "", {reason: 1})
+    assert reader.labelled().tolist() == [True, True, False]
+    assert (reader[2].pair_id, reader[2].label_a, reader[2].prompt) == ("bucket_index.csv:1", None, "")
+    assert dict(reader.remarks) == {reason: 1}
 
 
 @pytest.mark.parametrize("value", ["", "-1", "0.5", "1e400", "nan"])
@@ -128,7 +138,7 @@ def test_further_rows_beyond_a_group_and_repeated_ids(write_cache) -> None:
     rows = [cache_row(n) for n in range(3)]
     index = [index_row(5, group=1), index_row(5), index_row(5, group=1, row=1), index_row(5, group=2)]
     reader = DiffusionRMReader(write_cache([rows], index), on_error="skip")
-    assert reader.pair_ids() == ["bucket_index.csv:5", "bucket_index.csv:line 3"]
+    assert sorted(reader.pair_ids()) == ["bucket_index.csv:5", "bucket_index.csv:line 3"]
     assert reader.skipped == {"row beyond the parquet part": 2}
 
 

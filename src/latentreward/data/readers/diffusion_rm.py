@@ -46,8 +46,9 @@ class DiffusionRMReader(PairReader):
     chosen one. A null prompt is read as an empty one. Votes and confidence are read where ``detailed_results`` has
     them; 0 to 0 votes are what the published files write for none.
 
-    With an index, its rows are offered in its order, found by the file name of ``parquet_path``, the row group, and
-    the row inside that group; ``bucket_id`` is not used, since it depends on the writer's list of buckets. A row
+    With an index, its rows are found by the file name of ``parquet_path``, the row group, and the row inside that
+    group; ``bucket_id`` is not used, since it depends on the writer's list of buckets. They are offered in the order in
+    which they lie in the files, placeholders last: in the order of the index each row could cost its row group. A row
     falls under ``on_error`` if its size is no bucket, differs from the shape that the cache states, or if it points
     to a file or row that is not there. Whether the bytes of latents are whole shows when they are decoded.
 
@@ -85,6 +86,7 @@ class DiffusionRMReader(PairReader):
         tables = {part.name: _read_part(part) for part in parts}
         self._buckets = set(PUBLISHED_BUCKETS if buckets is None else sort_buckets(buckets))
         entries = list(_every_row(tables) if index is None else self._follow(Path(root) / index, tables))
+        entries.sort(key=lambda entry: (entry.part == NOWHERE, entry.part, entry.row))
         if not entries:
             raise InputError(f"root: {root} has no rows left; check the parquet files and the index")
         self._ids = [entry.pair_id for entry in entries]
