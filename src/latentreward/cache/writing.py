@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from torch.utils.data import DataLoader
 
 from latentreward.cache.check import Shard, read_shards, shard_states, table_problems
@@ -181,10 +182,18 @@ def run_predict(trainer: Trainer, module: LightningModule, data: EncodingDataMod
                 return
         trainer.predict(module, datamodule=data, return_predictions=False)
     except BaseException:
-        if (launcher := trainer.strategy.launcher) is not None:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # they tell their parent
-            launcher.kill(signal.SIGTERM)
+        end_children(trainer, data.folder)
         raise
+
+
+def end_children(trainer: Trainer, folder: Path) -> None:
+    """End the processes that this one started, and remove what they were writing."""
+    launcher = trainer.strategy.launcher
+    if isinstance(launcher, _SubprocessScriptLauncher) and launcher.procs:
+        launcher.kill(signal.SIGKILL)  # SIGTERM would come back, see StopOnSigterm
+        for child in launcher.procs:
+            child.wait()
+        remove_temporary(folder)
 
 
 def planning_progress(rows: int) -> Callable[[int], None]:

@@ -1,0 +1,171 @@
+"""Damage, full disks, second runs and signals: one line each, nothing lost, and the same bytes in the end."""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from latentreward.cache.layout import IMAGES, PLAN
+from latentreward.cli import main
+from tests.cache.writing import contents, run_cache, start_cache, write_data
+
+SETTINGS = ("--encoder.text=true", "--encoder.prompts_per_shard=4")
+SLOWLY = (
+    "import torch, time; rows = torch.Tensor.isfinite; torch.Tensor.isfinite = lambda t: time.sleep(0.3) or rows(t)"
+)
+"""Each encode batch takes at least 0.3 s, so that there is time to interrupt."""
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A data set and its cache, never interrupted."""
+    folder = tmp_path_factory.mktemp("written")
+    data = write_data(folder / "data", pairs=24)
+    run_cache(folder / "cache", data, *SETTINGS)
+    return data, folder / "cache"
+
+
+@pytest.fixture
+def copied(written: tuple[Path, Path], tmp_path: Path) -> Path:
+    """A copy of the cache, to damage."""
+    return Path(shutil.copytree(written[1], tmp_path / "cache"))
+
+
+def flip(path: Path) -> None:
+    """Turn one bit in the middle."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def first_shard(cache: Path) -> Path:
+    return min((cache / "latents").glob("*.safetensors"))
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
+    "bit flipped": (lambda cache: flip(first_shard(cache)), "is damaged: its hash"),
+    "truncated": (lambda cache: os.truncate(first_shard(cache), 100), "is damaged: its hash"),
+    "missing": (lambda cache: first_shard(cache).unlink(), "is missing"),
+    "no manifest": (lambda cache: Path(f"{first_shard(cache)}.json").unlink(), "it was not finished"),
+    "manifest torn": (lambda cache: os.truncate(f"{first_shard(cache)}.json", 20), "json is damaged"),
+    "manifest of another": (
+        lambda cache: shutil.copy(f"{max((cache / 'text').glob('*.safetensors'))}.json", f"{first_shard(cache)}.json"),
+        "belongs to another plan",
+    ),
+    "text missing": (lambda cache: shutil.rmtree(cache / "text"), "text/00000.safetensors is missing"),
+    "no shards": (lambda cache: shutil.rmtree(cache / "latents"), "is missing"),
+    "table flipped": (lambda cache: flip(cache / IMAGES), "images.parquet is damaged"),
+    "table missing": (lambda cache: (cache / IMAGES).unlink(), "images.parquet is missing"),
+    "interrupted rename": (
+        lambda cache: first_shard(cache).rename(f"{first_shard(cache)}.0123abcd.tmp"),
+        "is missing",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_is_named_and_put_right(
+    written: tuple[Path, Path], copied: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage, message = DAMAGE[kind]
+    damage(copied)
+    with pytest.raises(SystemExit) as status:
+        main(["cache", str(copied), "--check"])
+    assert status.value.code == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert message in lines[0]
+    assert lines[-1].endswith("run the command that wrote it to put them right")
+    run_cache(copied, written[0], *SETTINGS)
+    assert contents(copied) == contents(written[1])
+    capsys.readouterr()
+    main(["cache", str(copied), "--check"])
+    assert capsys.readouterr().out == f"{copied} is whole: 24 pairs, 44 images, 13 prompts\n"
+
+
+def test_a_damaged_or_lost_plan_stops_everything(
+    written: tuple[Path, Path], copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (copied / PLAN).read_text()
+    for content, message in ((text[:50], "is damaged"), (text.replace('"seed": 0', '"seed": 1'), "was changed")):
+        (copied / PLAN).write_text(content)
+        with pytest.raises(SystemExit):
+            run_cache(copied, written[0], *SETTINGS)
+        assert message in capsys.readouterr().err.strip().splitlines()[-1]
+    (copied / PLAN).unlink()
+    with pytest.raises(SystemExit):
+        run_cache(copied, written[0], *SETTINGS)
+    assert "has no plan.json but holds" in capsys.readouterr().err
+
+
+def test_a_finished_cache_is_left_alone(written: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    cache = written[1]
+    before = {path: path.stat().st_mtime_ns for path in cache.rglob("*.*")}
+    run_cache(cache, written[0], *SETTINGS)
+    assert {path: path.stat().st_mtime_ns for path in cache.rglob("*.*")} == before
+    assert "shards are there already" in capsys.readouterr().err
+
+
+def test_a_full_disk_loses_nothing(written: tuple[Path, Path], tmp_path: Path) -> None:
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))"  # the largest shards are larger
+    run = start_cache(tmp_path / "cache", written[0], *SETTINGS, setup=limit)
+    _, error = run.communicate(timeout=120)
+    assert run.returncode == 2
+    [line] = [line for line in error.splitlines() if "error" in line]
+    assert line.startswith(f"latentreward: error: no space left for {tmp_path / 'cache'} (File too large)")
+    assert line.endswith("finished shards are kept: free some space and resume with the same command")
+    assert not list(tmp_path.rglob("*.tmp"))
+    run_cache(tmp_path / "cache", written[0], *SETTINGS)
+    assert contents(tmp_path / "cache") == contents(written[1])
+
+
+def wait_for_shards(cache: Path, run: subprocess.Popen[str]) -> None:
+    """Until one shard is finished and the next one begun."""
+    end = time.monotonic() + 120
+    while not (list(cache.rglob("*.safetensors.json")) and list(cache.rglob("*.safetensors.*.tmp"))):
+        assert run.poll() is None, run.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_sigterm_and_a_second_run(
+    written: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = tmp_path / "cache"
+    run = start_cache(cache, written[0], *SETTINGS, "--encoder.batch_size=4", setup=SLOWLY)
+    wait_for_shards(cache, run)
+    with pytest.raises(SystemExit):
+        run_cache(cache, written[0], *SETTINGS)
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"latentreward: error: output='{cache}' is being written by another run")
+    run.send_signal(signal.SIGTERM)
+    _, error = run.communicate(timeout=60)
+    assert run.returncode == 143
+    assert error.strip().splitlines()[-1] == "cache: stopped by SIGTERM; resume with the same command"
+    assert not list(cache.rglob("*.tmp"))
+    done = contents(cache)
+    assert any(name.endswith(".safetensors") for name in done)
+    assert done.items() < contents(written[1]).items()
+    run_cache(cache, written[0], *SETTINGS)
+    assert contents(cache) == contents(written[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_sigterm_to_one_of_two_processes(written: tuple[Path, Path], tmp_path: Path, rank: int) -> None:
+    cache, two = tmp_path / "cache", ("--trainer.devices=2", "--trainer.strategy=ddp")
+    run = start_cache(cache, written[0], *SETTINGS, *two)
+    wait_for_shards(cache, run)
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    os.kill(int(children[0]) if rank else run.pid, signal.SIGTERM)
+    run.communicate(timeout=60)
+    assert run.returncode == 143
+    assert not list(cache.rglob("*.tmp"))
+    again = start_cache(cache, written[0], *SETTINGS, *two)
+    output = again.communicate(timeout=120)
+    assert again.returncode == 0, output
+    assert contents(cache) == contents(written[1])
