@@ -3,15 +3,18 @@
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
 
-from latentreward.errors import InputError
+from latentreward.checkpoint_shards import check_weights, frozen_names
 
 
 class TrainableCheckpoint(Callback):
     """Leave frozen weights out of every checkpoint, and check on loading that nothing that trains is missing.
 
     Frozen weights come from the backbone's ``source`` again, so a DiNa-LRM on SD3.5-Medium takes some hundred MB
-    instead of 20 GB. Works beside any ``ModelCheckpoint``; optimiser, loops and callbacks are kept as they are.
+    instead of 20 GB; a reward module notes which base they belong to and refuses another. Works beside any
+    ``ModelCheckpoint``, on one device and many, in one file or in shards; while a run is set up, the module's
+    ``state_dict()`` is that of the weights that train, so frozen ones are not even gathered.
 
     Raises:
         InputError: On loading, naming the first weight that trains here but is not in the checkpoint, or the reverse.
@@ -24,33 +27,28 @@ class TrainableCheckpoint(Callback):
                 - class_path: TrainableCheckpoint
     """
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let Lightning load without the frozen weights; :meth:`on_load_checkpoint` looks after the rest."""
-        pl_module.strict_loading = False
+    def __init__(self) -> None:
+        self._hook: Any = None
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Drop frozen weights; buffers of modules that train stay."""
-        frozen = frozen_names(pl_module)
-        checkpoint["state_dict"] = {
-            name: value for name, value in checkpoint["state_dict"].items() if name not in frozen
-        }
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let Lightning save and load without the frozen weights."""
+        pl_module.strict_loading = False
+        if self._hook is None:
+            self._hook = pl_module.register_state_dict_post_hook(drop_frozen)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the module its whole ``state_dict`` back."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Compare names before anything is loaded."""
-        found = set(checkpoint["state_dict"])
-        known = set(pl_module.state_dict())
-        missing = known - frozen_names(pl_module) - found
-        for kind, names in (("lacks", missing), ("has the unknown weight", found - known)):
-            if names:
-                raise InputError(
-                    f"the checkpoint {kind} {sorted(names)[0]} ({len(names)} in all); backbone, tuning and head must "
-                    "be those it was trained with"
-                )
+        """Compare names before anything is loaded; a strategy that shards has loaded, and compared, already."""
+        if "state_dict" in checkpoint:
+            check_weights(pl_module, checkpoint["state_dict"])
 
 
-def frozen_names(pl_module: LightningModule) -> set[str]:
-    """Names of state-dict entries that never change: frozen parameters, and buffers of wholly frozen modules."""
-    trains = {name for name, parameter in pl_module.named_parameters() if parameter.requires_grad}
-    homes = {name.rpartition(".")[0] for name in trains}
-    frozen = {name for name, parameter in pl_module.named_parameters() if not parameter.requires_grad}
-    return frozen | {name for name, _ in pl_module.named_buffers() if name.rpartition(".")[0] not in homes}
+def drop_frozen(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    """State-dict hook that drops what never changes; buffers of modules that train stay."""
+    for name in frozen_names(module):
+        state_dict.pop(prefix + name, None)

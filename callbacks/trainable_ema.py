@@ -4,9 +4,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
+from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, distributed
 from torch.nn import Parameter
 
+from latentreward.checkpoint_shards import placed_like, whole_tensor
 from latentreward.errors import InputError
 
 
@@ -16,13 +19,18 @@ class TrainableEMA(Callback):
     ``average ← decay · average + (1 − decay) · weights`` after each optimiser step, with decay limited to
     (1 + n) / (10 + n) at the n-th step, so that the initial weights fade at once. Training goes on with the raw
     weights; they are back before a checkpoint is written. The average is part of the checkpoint (under this callback's
-    state), so a resumed run equals the uninterrupted one.
+    state), so a resumed run equals the uninterrupted one; ``latentreward consolidate --average=true`` writes a
+    checkpoint whose weights it is.
+
+    Where weights are sharded (FSDP2), so is the average. It is saved whole, from rank 0, in single-file and sharded
+    checkpoints alike, and so loads on any number of devices.
 
     Args:
         decay: In [0, 1); DiNa-LRM's config has 0.995 (arXiv:2602.11146; its released code never applied it).
 
     Raises:
-        InputError: If ``decay`` is out of range, or a checkpoint's average belongs to other weights.
+        InputError: If ``decay`` is out of range, a checkpoint's average belongs to other weights, or the strategy is
+            FSDP1, whose flat shards it cannot average.
 
     Note:
         Lightning's ``WeightAveraging`` copies the whole module, frozen network included, and a run shorter than its
@@ -57,17 +65,24 @@ class TrainableEMA(Callback):
                 "head must be those it was trained with"
             )
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start from the initial weights, or go on from the checkpoint's average."""
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what would lose the average."""
+        if isinstance(trainer.strategy, FSDPStrategy):
+            raise InputError("TrainableEMA does not work with the strategy fsdp; use fsdp2 or ddp")
+        if any(getattr(callback, "save_weights_only", False) for callback in trainer.checkpoint_callbacks):
+            rank_zero_warn("TrainableEMA: checkpoints with save_weights_only hold the raw weights and no average")
+
+    def _place(self, pl_module: LightningModule) -> dict[str, Parameter]:
+        """Put the average where the weights are, starting it from them if there is none; returns the weights."""
         weights = self._trained(pl_module)
         self._check_names(weights)
-        self.average = {
-            name: self.average.get(name, weight.detach()).to(weight.device, torch.float32, copy=True)
-            for name, weight in weights.items()
-        }
+        for name, weight in weights.items():
+            self.average[name] = placed_like(self.average.get(name, weight.detach()), weight)
+        return weights
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note where a resumed run stands, which is not known before: steps of before it are averaged already."""
+        """Start from the initial weights or go on from the checkpoint's average; steps of before it are in it."""
+        self._place(pl_module)
         self._last_step = trainer.global_step
 
     @torch.no_grad()
@@ -85,11 +100,10 @@ class TrainableEMA(Callback):
     def _swap_in(self, pl_module: LightningModule) -> None:
         if not self.updates or self._raw:
             return
-        weights = self._trained(pl_module)
-        self._check_names(weights)
+        weights = self._place(pl_module)
         self._raw = {name: weight.detach().clone() for name, weight in weights.items()}
         for name, weight in weights.items():
-            weight.copy_(self.average[name].to(weight.device))
+            weight.copy_(self.average[name])
 
     @torch.no_grad()
     def _swap_out(self, pl_module: LightningModule) -> None:
@@ -127,8 +141,13 @@ class TrainableEMA(Callback):
         self._swap_out(pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        """The average and its count; plain tensors, so that loading needs no pickle."""
-        return {"average": self.average, "updates": self.updates}
+        """The average, whole, on rank 0, which saves it, and its count; a collective call where it is sharded."""
+        average = {}
+        for name, value in self.average.items():
+            whole = whole_tensor(value)
+            if not distributed.is_initialized() or distributed.get_rank() == 0:
+                average[name] = whole
+        return {"average": average, "updates": self.updates}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what :meth:`state_dict` gave."""

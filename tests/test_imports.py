@@ -23,7 +23,22 @@ MAY_IMPORT = {
     "cache": BASE | {"encoders", "data", "backbones"},
     "scoring": BASE | {"noise", "encoders", "backbones", "heads", "losses", "metrics"},
     "modules": BASE | {"noise", "encoders", "backbones", "heads", "losses", "metrics", "scoring", "data"},
-    "callbacks": BASE | {"noise", "encoders", "backbones", "heads", "losses", "metrics", "scoring", "data", "modules"},
+    "checkpoint_shards": BASE,
+    "checkpoint_files": BASE | {"checkpoint_shards"},
+    "strategies": BASE | {"checkpoint_shards"},
+    "callbacks": BASE
+    | {
+        "noise",
+        "encoders",
+        "backbones",
+        "heads",
+        "losses",
+        "metrics",
+        "scoring",
+        "data",
+        "modules",
+        "checkpoint_shards",
+    },
     "scorers": BASE | {"data"},
     "tinyworld": BASE | {"data"},
 }

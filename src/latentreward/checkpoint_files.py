@@ -2,7 +2,6 @@
 
 import logging
 import os
-import pickle
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,12 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from typing_extensions import override
 
+from latentreward.checkpoint_shards import INDEX, REST, UNREADABLE, read_sharded
 from latentreward.errors import InputError, first_line
 
 logger = logging.getLogger(__name__)
 
-SHARD_FILES = (".metadata", "meta.pt")
+SHARD_FILES = (INDEX, REST)
 """What a checkpoint folder of shards holds beside the shards; both are written last."""
 
 
@@ -23,7 +23,8 @@ class DurableCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint beside its place, has the disk confirm it, and only then gives it its name.
 
     A kill or a loss of power at any moment leaves the old file or the new one, whole. The command line uses it; in
-    Python, ``Trainer(plugins=[DurableCheckpointIO()])``.
+    Python, ``Trainer(plugins=[DurableCheckpointIO()])``. Reads sharded checkpoints too, so that they load where weights
+    are not sharded.
 
     Note:
         Lightning's own writes to the system's temporary folder, moves the file from there, byte by byte if that is
@@ -50,6 +51,11 @@ class DurableCheckpointIO(TorchCheckpointIO):
         finally:
             os.close(folder)
 
+    @override
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """See Lightning's ``CheckpointIO``; a folder is read whole."""
+        return read_sharded(Path(path)) if Path(path).is_dir() else super().load_checkpoint(path, *args, **kwargs)
+
 
 def checkpoint_problem(path: Path) -> str | None:
     """What is wrong with a checkpoint, in one line, or None; tensors are not read."""
@@ -58,7 +64,7 @@ def checkpoint_problem(path: Path) -> str | None:
         return f"{missing[0]} is missing" if missing else None
     try:
         torch.load(path, map_location="meta", weights_only=True, mmap=True)
-    except (RuntimeError, EOFError, ValueError, OSError, pickle.UnpicklingError) as error:
+    except (*UNREADABLE, OSError) as error:
         return first_line(error)
     return None
 

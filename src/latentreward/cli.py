@@ -20,6 +20,7 @@ COMMANDS = {
     "inspect": ("latentreward.commands.inspect:run", "what is in a data set: labels, sizes, bad rows, leakage"),
     "score-pairs": ("latentreward.commands.score_pairs:run", "scores of images in pixels, to filter pairs by"),
     "cache": ("latentreward.commands.cache:run", "encode a data set's images once, and its prompts if wanted"),
+    "consolidate": ("latentreward.commands.consolidate:run", "one file from a sharded checkpoint, or of averages"),
 }
 """Subcommand -> (function that takes the subcommand and its arguments, one line of help)."""
 

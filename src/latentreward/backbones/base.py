@@ -30,7 +30,12 @@ class DiffusionBackbone(nn.Module, ABC):
         latent_space: Latents the network takes.
         text_encoder: Prompt encoder; None if conditioning comes from elsewhere.
         vae: Pixels → latents; None if latents come from elsewhere.
+
+    Attributes:
+        source: Folder or hub id of the weights, with the revision, as the user gave it; for messages.
     """
+
+    source: str = ""
 
     def __init__(
         self,

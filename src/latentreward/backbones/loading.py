@@ -74,6 +74,10 @@ class PipelineSource:
         else:
             self.index = self._json("model_index.json")
 
+    def __str__(self) -> str:
+        """Source and revision."""
+        return self.source if self.revision is None else f"{self.source}@{self.revision}"
+
     def _file(self, name: str) -> Path:
         if Path(self.source).exists():
             return Path(self.source) / name

@@ -237,6 +237,7 @@ def load_sd3_dit(
         text_encoder,
         pipeline.latent_encoder(vae_dtype),
     )
+    backbone.source = str(pipeline)
     return finish(
         backbone,
         backbone.transformer,

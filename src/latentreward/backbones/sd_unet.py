@@ -214,6 +214,7 @@ def load_sd_unet(
         text_encoder,
         pipeline.latent_encoder(vae_dtype),
     )
+    backbone.source = str(pipeline)
     return finish(
         backbone,
         backbone.unet,

@@ -78,7 +78,7 @@ class CLIPProjectionHead(EmbeddingHead):
                     "project_text: true"
                 )
             self.text_projection.weight.data.copy_(text_weight)
-        self.logit_scale = nn.Parameter(torch.tensor(float(logit_scale)))
+        self.logit_scale = nn.Parameter(torch.tensor([float(logit_scale)]))  # one element: FSDP2 takes no scalars
 
     def enhance(self, cond: Tensor, uncond: Tensor) -> Tensor:
         """``uncond + g · (cond − uncond)``."""

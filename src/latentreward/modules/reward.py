@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torchmetrics import Metric
@@ -26,7 +27,9 @@ from latentreward.heads import EmbeddingHead, RewardHead
 from latentreward.losses import PreferenceLoss, gather_pair_scores, gather_with_grad
 from latentreward.metrics import MeanMargin, PairCalibration, PairwiseAccuracy
 from latentreward.metrics.pairwise import Equal
+from latentreward.modules.base_weights import BaseSample
 from latentreward.modules.draws import PairDraws
+from latentreward.modules.sharding import shard
 from latentreward.noise import LevelSampler
 from latentreward.scoring import RewardModel
 
@@ -156,6 +159,7 @@ class RewardModule(LightningModule):
         self.model = RewardModel(backbone, head(backbone.feature_spec))
         if not self.model.head.reads_text:
             backbone.drop_text_taps()
+        self._base: BaseSample | None = None
         self.loss, self.levels = loss, levels
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.noise_per_image, self.timestep_per_image, self.posterior = noise_per_image, timestep_per_image, posterior
@@ -188,6 +192,23 @@ class RewardModule(LightningModule):
                 "frozen_dtype: bfloat16 for the frozen weights), 16-mixed or 32-true"
             )
 
+        if self._base is None:  # while weights are whole
+            self._base = BaseSample.of(self, self.model.backbone.source)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note which base the weights belong to that the checkpoint leaves out."""
+        checkpoint["base"] = self._base.record(checkpoint["state_dict"])
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint that belongs to another base."""
+        if self._base is not None and "base" in checkpoint:
+            self._base.check(checkpoint["base"])
+
+    def configure_model(self) -> None:
+        """Under Lightning's ``ModelParallelStrategy``, share the weights out over the ranks; see :mod:`.sharding`."""
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            shard(self, self.device_mesh["data_parallel"])
+
     def encode(self, batch: PreferenceBatch, draws: PairDraws, noise_per_image: bool = False) -> EncodedPairs:
         """Encode images and prompts on the module's device, and draw the noise.
 
@@ -205,9 +226,10 @@ class RewardModule(LightningModule):
                 f"the data holds latents of the space [{batch.latent_space}], but the backbone takes "
                 f"[{self.model.backbone.latent_space}]; encode the images with the backbone's own VAE"
             )
-        conditioning, uncond = batch.conditioning, batch.uncond
-        if conditioning is None:
+        if batch.conditioning is None:
             conditioning, uncond = self.model.encode_prompts(batch.prompts)
+        else:
+            conditioning, uncond = self.model.take_prompts(batch.conditioning, batch.uncond)
         noise = draws.normal("noise", images.shape[1:], noise_per_image).to(images.device)
         return EncodedPairs(images.float(), noise, conditioning.select([*range(len(batch))] * 2), uncond)
 
@@ -269,16 +291,18 @@ class RewardModule(LightningModule):
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> dict[str, Any]:
         """Loss of one batch at random noise levels; ``scored`` in the result is a :class:`ScoredPairs`.
 
-        Logged accuracy and margin are those of this rank's batch.
+        Logged loss, accuracy and margin are those of the batch of all ranks, which the loss gathers anyway; only with
+        in-batch scores of a head that reads image and prompt together are they this rank's.
         """
         draws = PairDraws(batch, self.seed, self.current_epoch)
         encoded = self.encode(batch, draws, self.noise_per_image)
         timesteps = draws.timesteps(self.levels, self.model.backbone.noise_process, self.timestep_per_image)
         scores = self.score(batch, encoded, timesteps, with_cross=self.loss.needs_cross_scores)
         spans_ranks = scores.cross is None or isinstance(self.model.head, EmbeddingHead)
-        loss = self.loss(gather_pair_scores(scores) if spans_ranks else scores)
-        size, decided = len(batch), batch.label != 0.5
-        margin = scores.margin.detach().reshape(size, -1).mean(dim=1)
+        of_all = gather_pair_scores(scores) if spans_ranks else scores
+        loss = self.loss(of_all)
+        size, decided = len(of_all.label), of_all.label != 0.5
+        margin = of_all.margin.detach().reshape(size, -1).mean(dim=1)
         self.log("train/loss", loss, prog_bar=True, batch_size=size)
         # Divided by a count that stays on the device; NaN in a batch of ties.
         self.log("train/accuracy", ((margin > 0) & decided).sum() / decided.sum(), prog_bar=True, batch_size=size)

@@ -126,7 +126,7 @@ def lrm_head_state(published: Mapping[str, Any], path: Path) -> dict[str, Tensor
         if not isinstance(entries, Mapping) or "weight" not in entries:
             raise InputError(f"cannot load {path}: missing tensor {part}.weight; is this an LRM state_dict.pt?")
     state = {f"{part}.{name}": tensor for part, entries in parts.items() for name, tensor in entries.items()}
-    return {**state, "logit_scale": torch.as_tensor(published["logit_scale"], dtype=torch.float32).reshape(())}
+    return {**state, "logit_scale": torch.as_tensor(published["logit_scale"], dtype=torch.float32).reshape(1)}
 
 
 def load_dina_lrm(

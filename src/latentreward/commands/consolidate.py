@@ -1,0 +1,79 @@
+"""``latentreward consolidate``: one file from a sharded checkpoint, or from any with its average as the weights."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from latentreward.checkpoint_files import DurableCheckpointIO
+from latentreward.checkpoint_shards import UNREADABLE, damaged, read_sharded
+from latentreward.errors import InputError
+from latentreward.lightning_cli import run_function
+
+
+def consolidate(checkpoint: Path, output: Path, average: bool = False, overwrite: bool = False) -> None:
+    """Write a checkpoint as one file, which trains on and evaluates on any number of devices.
+
+    Needs host memory for the whole checkpoint. Nothing is put in the file's place before it is complete.
+
+    Args:
+        checkpoint: Folder of a sharded checkpoint, or a file.
+        output: File to write.
+        average: Whether the average of ``TrainableEMA`` becomes the weights; the file is then for evaluation, without
+            optimiser and callbacks.
+        overwrite: Whether ``output`` may exist.
+
+    Raises:
+        InputError: If the checkpoint is incomplete or damaged, holds no average that is asked for, or ``output``
+            exists.
+    """
+    if output.exists() and not overwrite:
+        raise InputError(f"output: {output} exists; set overwrite: true or choose another name")
+    content = read_checkpoint(checkpoint)
+    content = averaged(content, checkpoint) if average else content
+    DurableCheckpointIO().save_checkpoint(content, output)
+    print(f"{output}: {len(content['state_dict'])} tensors, {output.stat().st_size / 1e6:.1f} MB")
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint, sharded or in one file, as a dictionary on the CPU.
+
+    Raises:
+        InputError: If there is none, or it is damaged or could run code.
+    """
+    if path.is_dir():
+        return read_sharded(path)
+    if not path.is_file():
+        raise InputError(f"checkpoint: {path} does not exist")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except UNREADABLE as error:
+        raise InputError(damaged(path, error)) from error
+
+
+def averaged(content: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The part of a checkpoint that evaluation needs, with the average in place of the weights it belongs to.
+
+    Raises:
+        InputError: If it holds no average.
+    """
+    states = [state for name, state in content.get("callbacks", {}).items() if name.startswith("TrainableEMA")]
+    if not states or not states[0]["updates"]:
+        raise InputError(f"average: {path} holds none; train with the callback TrainableEMA or set average: false")
+    weights = content["state_dict"]
+    merged = {**weights, **{name: value.to(weights[name].dtype) for name, value in states[0]["average"].items()}}
+    dropped = ("callbacks", "optimizer_states", "lr_schedulers")
+    return {**{name: value for name, value in content.items() if name not in dropped}, "state_dict": merged}
+
+
+def run(command: str, arguments: Sequence[str]) -> None:
+    """Run ``latentreward consolidate CHECKPOINT OUTPUT``.
+
+    Raises:
+        InputError: If an argument is wrong.
+    """
+    arguments = list(arguments)
+    if len(arguments) > 1 and not arguments[0].startswith("-") and not arguments[1].startswith("-"):
+        arguments[1] = f"--output={arguments[1]}"
+    run_function(command, consolidate, arguments)

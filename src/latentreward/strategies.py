@@ -1,0 +1,103 @@
+"""Lightning strategies: FSDP2 over all processes, with checkpoints that load anywhere."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from latentreward.checkpoint_shards import (
+    check_weights,
+    damaged,
+    is_sharded,
+    named,
+    numbered,
+    read_sharded,
+    shard_index,
+)
+from latentreward.errors import InputError
+
+
+class FSDP2Strategy(ModelParallelStrategy):
+    """Weights, gradients and optimiser state shared out over all processes (PyTorch's ``fully_shard``), GPUs or CPUs.
+
+    Lightning's ``ModelParallelStrategy`` with three differences: the data-parallel axis spans every process without
+    being told; a single-file checkpoint is the same as that of DDP or of one device, and loads under either; a
+    checkpoint that lacks a weight is refused by the weight's name.
+
+    Args:
+        save_distributed_checkpoint: Whether a checkpoint is a folder to which each process writes its share (fast,
+            little memory; ``latentreward consolidate`` makes one file of it) or one file, put together on rank 0.
+        process_group_backend: None takes ``nccl`` on GPUs and ``gloo`` on CPUs.
+
+    Note:
+        Lightning 2.6 numbers the parameters of a single file's optimiser in the module's order, PyTorch in that of the
+        optimiser's groups; between FSDP2 and anything else the moments would go to other weights without a word.
+
+    Example:
+        ``--trainer.strategy=fsdp2`` or ``--trainer.strategy=fsdp2_sharded``.
+    """
+
+    def __init__(self, save_distributed_checkpoint: bool = False, process_group_backend: str | None = None) -> None:
+        super().__init__(
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=save_distributed_checkpoint,
+            process_group_backend=process_group_backend,
+        )
+
+    @override
+    def setup_environment(self) -> None:
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        if self._save_distributed_checkpoint:
+            return super().optimizer_state(optimizer)
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_optimizer_state_dict(self.model, getattr(optimizer, "optimizer", optimizer), options=options)
+        return numbered(state) if self.is_global_zero else {}
+
+    @override
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        path = Path(self.broadcast(checkpoint_path))
+        if is_sharded(path):
+            names = [name.split(".", 1) for name in shard_index(path).state_dict_metadata]
+            self._check({name[1] for name in names if name[0] == "state_dict"})
+            read_sharded(path, with_tensors=False)  # Lightning's own reader would run what a pickle there says
+            return super().load_checkpoint(path, weights_only)
+        try:
+            checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
+        except RuntimeError as error:
+            raise InputError(damaged(path, error)) from error
+        self._check(checkpoint["state_dict"].keys())
+        options = StateDictOptions(
+            full_state_dict=True, broadcast_from_rank0=True, strict=self.lightning_module.strict_loading
+        )
+        set_model_state_dict(self.model, checkpoint.pop("state_dict"), options=options)
+        for optimizer, state in zip(self.optimizers, checkpoint.get("optimizer_states", ()), strict=False):
+            set_optimizer_state_dict(self.model, optimizer, named(state, optimizer, self.model), options=options)
+        return checkpoint
+
+    def _check(self, found: set[str]) -> None:
+        check_weights(self.model, found)
+        frozen = {name for name, _ in self.model.named_parameters()} - found
+        if frozen and self.lightning_module.strict_loading:
+            raise InputError(
+                f"the checkpoint holds only weights that train, not {sorted(frozen)[0]}; add TrainableCheckpoint to "
+                "trainer.callbacks"
+            )
+
+
+StrategyRegistry.register("fsdp2", FSDP2Strategy, description="FSDP2; a checkpoint is one file")
+StrategyRegistry.register(
+    "fsdp2_sharded", FSDP2Strategy, description="FSDP2; a checkpoint is a folder", save_distributed_checkpoint=True
+)
