@@ -84,6 +84,7 @@ def _paths(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
             patch.setenv(f"{name.upper()}_PATH", folder)
         for name in ("pickapic_v1", "hpdv2", "hpdv3"):
             patch.setenv(f"{name.removesuffix('_v1').upper()}_ROOT", str(SAMPLES / name))
+        patch.setenv("HPDV3_CACHE", "cache")
         patch.setenv("MPCF_SCORES", str(SAMPLES / "lrm_mpcf" / "pseudo_preference.csv"))
         yield
 
@@ -98,6 +99,8 @@ def test_builds_at_full_size_as_its_head_comment_says(path: Path) -> None:
     assert ROOT / files[-1] == path
     module = on_meta(*files)
     assert {parameter.device.type for parameter in module.parameters()} == {"meta"}
+    logger = parse(*files).config["fit"]["trainer"].logger.init_args  # a folder of its own, or `last` finds another run
+    assert (logger.save_dir, logger.name, logger.version) == ("runs", path.stem, "")
 
 
 @pytest.mark.parametrize("name", ["lrm_sd15", "lrm_sdxl", "lrm_sd3", "dina_lrm_sd35"])
@@ -219,6 +222,13 @@ def test_filter_strategies_keep_the_sample_rows_they_should() -> None:
 def test_recipe_reads_the_sample_files(name: str) -> None:
     options = () if name == "lrm_hpdv2" else ("--data.predict=null",)
     assert rows(name, *options) > 0
+
+
+def test_cached_data_replaces_the_images() -> None:
+    settings = parse(*recipe("dina_lrm_sd35_cached")).config["fit"]["data"]
+    assert settings.class_path.endswith("CachedPreferenceDataModule")
+    assert settings.init_args.train.cache == "cache/train"
+    assert settings.init_args.batch_size == 4
 
 
 def test_table_of_recipes_names_every_file() -> None:
