@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
 from latentreward.cache.agreement import check_backbone, check_caches
+from latentreward.cache.buffers import BufferPool, layout_bytes
 from latentreward.cache.dataset import CachedPairDataset, as_is
 from latentreward.cache.index import CachedPairs, CacheIndex, OnMissing
 from latentreward.cache.sampling import BucketBatchSampler, EvaluationBatches, Sizing, SmallBuckets
@@ -21,6 +23,9 @@ from latentreward.data.splits import SharedPrompts, select_rows
 from latentreward.errors import InputError
 
 logger = logging.getLogger(__name__)
+
+HELD_BATCHES = 3
+"""That a trainer looks at: the one it works on, the next one, and one on its way."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +135,7 @@ class CachedPreferenceDataModule(LightningDataModule):
         if getattr(self.trainer, "overfit_batches", 0):
             return self._loader("train")  # Lightning wants the same few pairs in a fixed order
         dataset = self._dataset("train")
+        dataset.pool = self._pool(dataset)
         sampler = BucketBatchSampler(self._latent_sizes(dataset), self._sizing(), self._rank())
         if self._rank() == 0:
             logger.info("data.train: %s", sampler.describe())
@@ -188,12 +194,23 @@ class CachedPreferenceDataModule(LightningDataModule):
     def _latent_sizes(self, dataset: CachedPairDataset) -> Any:
         return dataset.sizes() // self.spec.latent_space.downscale
 
+    def _pool(self, dataset: CachedPairDataset) -> BufferPool:
+        """Room for the batches that workers hold ready, and for the few that the trainer looks at."""
+        sizes, sizing = self._latent_sizes(dataset), self._sizing()
+        shapes, first = np.unique(sizes, axis=0, return_index=True)
+        images = dataset.index.image_a[dataset.rows[first]]
+        pairs = [sizing.pairs_per_rank(tokens) for tokens in shapes.prod(axis=1).tolist()]
+        layouts = [dataset.layout(count, image) for count, image in zip(pairs, images, strict=True)]
+        ready = self.prefetch_factor if self.num_workers else 0
+        return BufferPool(ready + HELD_BATCHES, max(map(layout_bytes, layouts)), max(1, self.num_workers))
+
     def _pins(self) -> bool:
         return self.pin_memory and torch.accelerator.is_available()
 
     def _loader(self, name: str) -> DataLoader[Any]:
         """Each pair once over all ranks, as the rows stand, as far as one size per batch allows."""
         dataset = self._dataset(name)
+        dataset.pool = self._pool(dataset)
         return DataLoader(
             dataset,
             batch_size=None,

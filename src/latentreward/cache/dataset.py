@@ -2,15 +2,17 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
+from latentreward.cache.buffers import BufferPool, Layout, carve, layout_bytes, own_buffer, pool_of
 from latentreward.cache.index import CacheIndex
 from latentreward.cache.layout import LATENTS, POOLED_PROMPT_EMBEDS, PROMPT_EMBEDS
-from latentreward.cache.store import aligned, batch_buffer
 from latentreward.contracts import Conditioning, PreferenceBatch
 from latentreward.data.collate import is_turned
 
@@ -19,18 +21,21 @@ class CachedPairDataset(Dataset[PreferenceBatch]):
     """Map-style data set whose batches are read from the shards straight into one buffer.
 
     A ``DataLoader`` gets whole batches from ``__getitems__``, so give it :func:`as_is` as ``collate_fn``. Latents and
-    embeddings keep the dtype they are stored in. In a loader's worker the buffer lies in shared memory, so nothing is
-    copied on the way to the trainer.
+    embeddings keep the dtype they are stored in.
 
     Args:
         index: The cache.
         rows: Rows of the index to offer.
         with_text: Whether batches bring prompt embeddings, where the cache holds them.
+
+    Attributes:
+        pool: Memory that batches are read into; None gives each batch its own.
     """
 
     def __init__(self, index: CacheIndex, rows: Sequence[int] | np.ndarray, with_text: bool = True) -> None:
         self.index, self.rows = index, np.asarray(rows, dtype=np.int64)
         self.with_text = with_text and index.spec.text is not None
+        self.pool: BufferPool | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -59,60 +64,87 @@ class CachedPairDataset(Dataset[PreferenceBatch]):
                 images[:, pair] = images[::-1, pair]
                 keys[0][pair], keys[1][pair] = key_b, key_a
                 labels[pair] = None if label is None else 1.0 - label
-        latents, conditioning, uncond, label, weight = self._read(images.ravel(), index.prompt[rows])
-        label[:] = torch.tensor([0.5 if known is None else known for known in labels])
-        weight[:] = torch.from_numpy(np.where(np.isnan(index.label[rows]), 0.0, index.weight[rows]))
-        chosen, rejected = latents.chunk(2)
-        return PreferenceBatch(
-            pair_ids=tuple(index.pair_id[row] for row in rows.tolist()),
-            prompts=tuple(index.prompts[prompt] for prompt in index.prompt[rows].tolist()),
-            chosen=chosen,
-            rejected=rejected,
-            chosen_keys=tuple(keys[0]),
-            rejected_keys=tuple(keys[1]),
-            label=label,
-            weight=weight,
-            latent_space=index.spec.latent_space,
-            conditioning=conditioning,
-            uncond=uncond,
-        )
+        fields = {
+            "pair_ids": tuple(index.pair_id[row] for row in rows.tolist()),
+            "prompts": tuple(index.prompts[prompt] for prompt in index.prompt[rows].tolist()),
+            "chosen_keys": tuple(keys[0]),
+            "rejected_keys": tuple(keys[1]),
+            "latent_space": index.spec.latent_space,
+        }
+        layout = self.layout(len(rows), images[0, 0])
+        slot = self.pool.take(layout_bytes(layout)) if self.pool else None
+        buffer = self._buffer(slot, layout)
+        try:
+            tensors = carve(buffer, layout)
+            self._read(images.ravel(), index.prompt[rows], tensors)
+        except BaseException:
+            if self.pool and slot is not None and get_worker_info():
+                self.pool.free(slot)
+            raise
+        tensors[-2][:] = torch.tensor([0.5 if label is None else label for label in labels])
+        tensors[-1][:] = torch.from_numpy(np.where(np.isnan(index.label[rows]), 0.0, index.weight[rows]))
+        if self.pool and slot is not None and get_worker_info():
+            return SlotBatch(**assemble(tensors, fields), parcel=(self.pool.number, slot, layout, fields))
+        return PreferenceBatch(**assemble(tensors, fields))
 
-    def _read(
-        self, images: np.ndarray, prompts: np.ndarray
-    ) -> tuple[Tensor, Conditioning | None, Conditioning | None, Tensor, Tensor]:
-        """Latents of ``images``, embeddings of ``prompts`` and of the empty prompt, room for labels and for weights."""
-        store, pairs = self.index.store, len(prompts)
-        places = [self.index.images.of(images)]
-        names = [LATENTS]
+    def layout(self, pairs: int, image: int) -> Layout:
+        """Tensors of a batch of ``pairs`` pairs of images as large as ``image``."""
+        store = self.index.store
+        block = store.blocks[self.index.images.shard[image]][LATENTS]
+        layout = [((2 * pairs, *block.shape), block.dtype)]
         if self.with_text:
-            texts = self.index.texts.of(np.append(prompts, self.index.plan.empty_prompt))
-            places, names = [*places, texts, texts], [*names, PROMPT_EMBEDS, POOLED_PROMPT_EMBEDS]
-        blocks = [store.blocks[where[0][0]][name] for where, name in zip(places, names, strict=True)]
-        layout = [((len(where), *block.shape), block.dtype) for where, block in zip(places, blocks, strict=True)]
-        *tensors, label, weight = carve([*layout, *[((pairs,), torch.float32)] * 2])
-        for name, where, tensor in zip(names, places, tensors, strict=True):
-            store.read(name, where, tensor)
-        if not self.with_text:
-            return tensors[0], None, None, label, weight
-        latents, embeds, pooled = tensors
-        return (
-            latents,
-            Conditioning(embeds[:pairs], pooled[:pairs]),
-            Conditioning(embeds[pairs:], pooled[pairs:]),
-            label,
-            weight,
-        )
+            blocks = store.blocks[self.index.texts.shard[self.index.plan.empty_prompt]]
+            layout += [
+                ((pairs + 1, *blocks[name].shape), blocks[name].dtype) for name in (PROMPT_EMBEDS, POOLED_PROMPT_EMBEDS)
+            ]
+        return [*layout, ((pairs,), torch.float32), ((pairs,), torch.float32)]
+
+    def _buffer(self, slot: int | None, layout: Layout) -> Tensor:
+        if self.pool is None or slot is None:
+            return own_buffer(layout_bytes(layout))
+        if get_worker_info():
+            return self.pool.bytes_of(slot, layout_bytes(layout))
+        return self.pool.leased(slot, layout_bytes(layout))
+
+    def _read(self, images: np.ndarray, prompts: np.ndarray, tensors: Sequence[Tensor]) -> None:
+        """Latents of ``images``, and embeddings of ``prompts`` and of the empty prompt."""
+        store = self.index.store
+        store.read(LATENTS, self.index.images.of(images), tensors[0])
+        if self.with_text:
+            places = self.index.texts.of(np.append(prompts, self.index.plan.empty_prompt))
+            for name, tensor in zip((PROMPT_EMBEDS, POOLED_PROMPT_EMBEDS), tensors[1:3], strict=True):
+                store.read(name, places, tensor)
 
 
-def carve(layout: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> list[Tensor]:
-    """Uninitialised tensors of these shapes and dtypes, side by side in one buffer."""
-    sizes = [dtype.itemsize * torch.Size(shape).numel() for shape, dtype in layout]
-    starts = np.cumsum([0, *map(aligned, sizes)]).tolist()
-    buffer = batch_buffer(starts[-1])
-    return [
-        buffer[start : start + size].view(dtype).view(shape)
-        for start, size, (shape, dtype) in zip(starts, sizes, layout, strict=False)
-    ]
+def assemble(tensors: Sequence[Tensor], fields: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a :class:`PreferenceBatch` from its tensors and the rest."""
+    latents, *text, label, weight = tensors
+    chosen, rejected = latents.chunk(2)
+    fields = {**fields, "chosen": chosen, "rejected": rejected, "label": label, "weight": weight}
+    if text:
+        fields["conditioning"] = Conditioning(*(tensor[:-1] for tensor in text))
+        fields["uncond"] = Conditioning(*(tensor[-1:] for tensor in text))
+    return fields
+
+
+@dataclass(frozen=True)
+class SlotBatch(PreferenceBatch):
+    """A batch in a slot of a pool, in the worker that filled it; arrives in the trainer as a :class:`PreferenceBatch`.
+
+    Attributes:
+        parcel: Number of the pool, slot, layout of the tensors, fields without a tensor.
+    """
+
+    parcel: tuple[int, int, Layout, dict[str, Any]] = (0, 0, (), {})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return unpack, self.parcel
+
+
+def unpack(pool: int, slot: int, layout: Layout, fields: dict[str, Any]) -> PreferenceBatch:
+    """The batch in a slot; the slot is free when its tensors are gone."""
+    buffer = pool_of(pool).leased(slot, layout_bytes(layout))
+    return PreferenceBatch(**assemble(carve(buffer, layout), fields))
 
 
 def as_is(batch: PreferenceBatch) -> PreferenceBatch:

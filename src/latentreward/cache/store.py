@@ -13,13 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import get_worker_info
 
 from latentreward.errors import InputError
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 MAX_HEADER = 1 << 20
-ALIGNMENT = 64
 MOST_BUFFERS = 512
 """Of one ``preadv``; Linux takes 1024."""
 REMEDY = "run `latentreward cache --check` on the cache"
@@ -34,17 +32,14 @@ class TensorBlock:
         rows: N.
         shape: Of one row.
         offset: Bytes from the start of the file to row 0.
+        row_bytes: Bytes of one row.
     """
 
     dtype: torch.dtype
     rows: int
     shape: tuple[int, ...]
     offset: int
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one row."""
-        return self.dtype.itemsize * torch.Size(self.shape).numel()
+    row_bytes: int
 
 
 def read_header(path: Path) -> dict[str, TensorBlock]:
@@ -78,10 +73,11 @@ def _block(entry: dict[str, Any], start: int) -> TensorBlock:
     rows, *shape = entry["shape"]
     if entry["dtype"] not in DTYPES:
         raise ValueError(f"dtype {entry['dtype']} is none of {', '.join(DTYPES)}")
-    block = TensorBlock(DTYPES[entry["dtype"]], rows, tuple(shape), start + begin)
-    if rows * block.row_bytes != end - begin:
+    dtype = DTYPES[entry["dtype"]]
+    row_bytes = dtype.itemsize * torch.Size(shape).numel()
+    if rows * row_bytes != end - begin:
         raise ValueError("its offsets do not fit its shapes")
-    return block
+    return TensorBlock(dtype, rows, tuple(shape), start + begin, row_bytes)
 
 
 class ShardStore:
@@ -182,19 +178,3 @@ def _read_into(fileno: int, views: Sequence[memoryview], offset: int) -> bool:
             "shared memory for the loader's workers is full; give the container more (docker --shm-size), or set "
             "data.num_workers: 0"
         ) from error
-
-
-def batch_buffer(num_bytes: int) -> Tensor:
-    """Uninitialised bytes ``(num_bytes,)`` uint8; in a loader's worker in shared memory, where the trainer reads them.
-
-    So a batch crosses processes without a copy, however many tensors are cut from the buffer.
-    """
-    if get_worker_info() is None or num_bytes == 0:
-        return torch.empty(num_bytes, dtype=torch.uint8)
-    storage = torch.UntypedStorage._new_shared(num_bytes)
-    return torch.empty(0, dtype=torch.uint8).set_(storage)
-
-
-def aligned(num_bytes: int) -> int:
-    """``num_bytes`` rounded up, so that what follows begins where any dtype may."""
-    return -(-num_bytes // ALIGNMENT) * ALIGNMENT

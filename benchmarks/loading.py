@@ -1,0 +1,340 @@
+"""How fast batches of cached latents come, side by side with other stores of the same pairs, as Markdown tables.
+
+Usage: ``python benchmarks/loading.py [compare] [scale] [wait] [--repeats 5] [--folder DIR]``; all three by default,
+some five minutes and 4 GB below the folder. ``compare``: pairs per second of this project's cache, of ``datasets``
+(Arrow, binary columns), and of a reader in the manner of the released diffusion-rm code (parquet, zstd, a file reopened
+for each row), at 64 and 512 KiB per latent, files in the page cache. ``scale``: 1 000 to 100 000 pairs of 4 KiB
+latents. ``wait``: the share of a tiny model's training steps that waits for data.
+"""
+
+import argparse
+import hashlib
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from datasets import disable_progress_bars
+from pyarrow import parquet
+from safetensors.torch import save_file
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from latentreward.cache.datamodule import CachedPreferenceDataModule, CachedSplit
+from latentreward.cache.layout import (
+    IMAGES,
+    PAIRS,
+    PLAN,
+    PROMPTS,
+    SCHEMAS,
+    SHARDS,
+    CachePlan,
+    CacheSpec,
+    ShardManifest,
+    latents_name,
+    manifest_name,
+)
+from latentreward.contracts import LatentSpace
+
+SHAPES = {4: (16, 8, 16), 64: (16, 32, 64), 512: (16, 128, 128)}
+"""float16 latents by KiB."""
+PAIRS_OF = {64: 4000, 512: 500}
+BATCH = 16
+PER_SHARD = 256
+ROW_GROUP = 100
+SPACE = LatentSpace(channels=16, downscale=8, scaling_factor=1.5305, shift_factor=0.0609)
+
+
+def latents_of(start: int, count: int, shape: Sequence[int]) -> np.ndarray:
+    """float16 latents of images ``start`` … of normal numbers, each image its own cut of one long draw."""
+    size = int(np.prod(shape))
+    pool = np.random.default_rng(0).standard_normal(size + 65_537, dtype=np.float32).astype(np.float16)
+    return np.stack([pool[n * 7919 % 65_537 :][:size].reshape(shape) for n in range(start, start + count)])
+
+
+def write_cache(folder: Path, pairs: int, shape: Sequence[int]) -> Path:
+    """This project's layout: image 2n and 2n + 1 are those of pair n."""
+    size, images = (shape[1] * 8, shape[2] * 8), 2 * pairs
+    starts = range(0, images, PER_SHARD)
+    counts = [min(PER_SHARD, images - start) for start in starts]
+    names = [latents_name(*size, number) for number in range(len(starts))]
+    spec = CacheSpec("vae", None, None, SPACE, None, 0, "float16", size, None, None, "drop", 0, 8, PER_SHARD)
+    number = np.arange(images)
+    nothing = {name: [None] * pairs for name in SCHEMAS[PAIRS].names}
+    tables = {
+        PAIRS: {
+            **nothing,
+            "pair_id": [f"pair{n:08d}" for n in range(pairs)],
+            "prompt": np.zeros(pairs, np.int32),
+            "image_a": number[::2],
+            "image_b": number[1::2],
+            "label_a": np.ones(pairs),
+            "weight": np.ones(pairs),
+            "split": ["train"] * pairs,
+        },
+        IMAGES: {
+            "image_key": [f"image{n:08d}" for n in range(images)],
+            "height": np.full(images, size[0]),
+            "width": np.full(images, size[1]),
+            "shard": number // PER_SHARD,
+            "row": number % PER_SHARD,
+            "batch": number // 8,
+        },
+        PROMPTS: {"prompt": ["a red cube"], "shard": [None], "row": [None]},
+        SHARDS: {
+            "name": names,
+            "kind": ["latents"] * len(names),
+            "height": [size[0]] * len(names),
+            "width": [size[1]] * len(names),
+            "count": counts,
+        },
+    }
+    (folder / "latents").mkdir(parents=True)
+    hashes = {}
+    for name, columns in tables.items():
+        arrays = [pa.array(columns[field.name], from_pandas=True).cast(field.type) for field in SCHEMAS[name]]
+        parquet.write_table(pa.Table.from_arrays(arrays, schema=SCHEMAS[name]), folder / name)
+        hashes[name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    plan = CachePlan(spec, {"reader": "benchmark", "rows": pairs}, hashes, pairs, images, 1)
+    (folder / PLAN).write_text(plan.to_json())
+    for name, start, count in zip(names, starts, counts, strict=True):
+        save_file({"latents": torch.from_numpy(latents_of(start, count, shape))}, folder / name)
+        (folder / manifest_name(name)).write_text(ShardManifest(count, "", spec.hash, plan.hash).to_json())
+    return folder
+
+
+def cache_loader(folder: Path, workers: int) -> DataLoader[Any]:
+    """The training loader."""
+    data = CachedPreferenceDataModule(train=CachedSplit(str(folder)), batch_size=BATCH, num_workers=workers)
+    return data.train_dataloader()
+
+
+def write_arrow(folder: Path, pairs: int, shape: Sequence[int]) -> Path:
+    """``datasets``' own files: one row per pair, latents as bytes."""
+    from datasets import Dataset as ArrowDataset
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for start in range(0, pairs, 128):
+            count = min(128, pairs - start)
+            latents = latents_of(2 * start, 2 * count, shape)
+            for n in range(count):
+                chosen, rejected = latents[2 * n].tobytes(), latents[2 * n + 1].tobytes()
+                names = {"pair_id": f"pair{start + n:08d}", "prompt": "a red cube", "label": 1.0}
+                yield {**names, "chosen": chosen, "rejected": rejected}
+
+    ArrowDataset.from_generator(rows, cache_dir=str(folder) + "_cache").save_to_disk(str(folder))
+    shutil.rmtree(str(folder) + "_cache")
+    return folder
+
+
+class ArrowPairs(Dataset[Any]):
+    """A batch of rows, each latent a view of its bytes, stacked."""
+
+    def __init__(self, folder: Path, shape: Sequence[int]) -> None:
+        from datasets import load_from_disk
+
+        self.rows, self.shape = load_from_disk(str(folder)), shape
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, Any]:
+        rows = self.rows[list(indices)]
+        columns: dict[str, Any] = {"pair_id": rows["pair_id"], "prompt": rows["prompt"]}
+        columns["label"] = torch.tensor(rows["label"])
+        for side in ("chosen", "rejected"):
+            latents = [np.frombuffer(value, np.float16).reshape(self.shape) for value in rows[side]]
+            columns[side] = torch.from_numpy(np.stack(latents))
+        return columns
+
+
+def write_diffusion_rm(folder: Path, pairs: int, shape: Sequence[int]) -> Path:
+    """The released cache: one parquet file per rank, ``np.save`` bytes in float32, row groups of 100, zstd."""
+    folder.mkdir()
+    schema = pa.schema({"prompt": pa.string(), "latent1": pa.binary(), "latent2": pa.binary()})
+    with parquet.ParquetWriter(folder / "part_rank00.parquet", schema, compression="zstd") as writer:
+        for start in range(0, pairs, ROW_GROUP):
+            count = min(ROW_GROUP, pairs - start)
+            latents = [saved(latent.astype(np.float32)) for latent in latents_of(2 * start, 2 * count, shape)]
+            columns = {"prompt": ["a red cube"] * count, "latent1": latents[::2], "latent2": latents[1::2]}
+            writer.write_table(pa.table(columns, schema=schema), row_group_size=ROW_GROUP)
+    return folder
+
+
+def saved(array: np.ndarray) -> bytes:
+    """As ``np.save`` writes it."""
+    file = BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+class ReopenedParquet(Dataset[Any]):
+    """A row at a time, its file opened and its row group read anew, as the released reader does."""
+
+    def __init__(self, folder: Path, pairs: int) -> None:
+        self.path, self.pairs = folder / "part_rank00.parquet", pairs
+
+    def __len__(self) -> int:
+        return self.pairs
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        group, row = divmod(index, ROW_GROUP)
+        rows = parquet.ParquetFile(self.path).read_row_group(group).slice(row, 1).to_pylist()[0]
+        sides = {"chosen": "latent1", "rejected": "latent2"}
+        latents = {side: torch.from_numpy(np.load(BytesIO(rows[name]))) for side, name in sides.items()}
+        return {"prompt": rows["prompt"], **latents}
+
+
+def pairs_per_second(loader: DataLoader[Any], most: float = 20.0) -> float:
+    """Over an epoch, or ``most`` seconds of it, from the first batch on; every page of the latents is looked at."""
+    pairs, started = 0, 0.0
+    for batch in loader:
+        sides = (batch["chosen"], batch["rejected"]) if isinstance(batch, dict) else (batch.chosen, batch.rejected)
+        for side in sides:
+            side.view(torch.int16).view(-1)[::2048].sum()
+        if not started:
+            started = time.perf_counter()
+            continue
+        pairs += len(sides[0])
+        if time.perf_counter() - started > most:
+            break
+    return pairs / (time.perf_counter() - started)
+
+
+def compare(folder: Path, kib: int, repeats: int) -> None:
+    """Print pairs per second of each store, medians over repeats in turn, and the ratio to Arrow."""
+    shape, pairs = SHAPES[kib], PAIRS_OF[kib]
+    cache = write_cache(folder / f"cache{kib}", pairs, shape)
+    arrow = ArrowPairs(write_arrow(folder / f"arrow{kib}", pairs, shape), shape)
+    published = ReopenedParquet(write_diffusion_rm(folder / f"published{kib}", pairs, shape), pairs)
+
+    def plain(dataset: Dataset[Any], workers: int, collate: Callable[[Any], Any]) -> DataLoader[Any]:
+        options = {"prefetch_factor": 4, "persistent_workers": True} if workers else {}
+        return DataLoader(dataset, BATCH, shuffle=True, num_workers=workers, collate_fn=collate, **options)
+
+    for workers in (0, 1):
+        loaders = {
+            "this cache": cache_loader(cache, workers),
+            "Arrow": plain(arrow, workers, lambda batch: batch),
+            "diffusion-rm": plain(published, workers, default_collate),
+        }
+        rates: dict[str, list[float]] = {name: [] for name in loaders}
+        for repeat in range(repeats + 1):
+            for name, loader in loaders.items():
+                if name == "diffusion-rm" and repeat > 1:
+                    continue
+                rate = pairs_per_second(loader, 5.0 if name == "diffusion-rm" else 20.0)
+                if repeat or name == "diffusion-rm":  # the first round fills the page cache
+                    rates[name].append(rate)
+        ratios = [ours / theirs for ours, theirs in zip(rates["this cache"], rates["Arrow"], strict=True)]
+        ours, theirs, slow = (statistics.median(rates[name]) for name in loaders)
+        spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
+        print(
+            f"| {kib} KiB | {workers} | {ours:,.0f} | {theirs:,.0f} | {slow:,.1f} | {statistics.median(ratios):.2f} "
+            f"({spread}) | {ours / slow:,.0f} |",
+            flush=True,
+        )
+        del loaders
+
+
+def resident(pid: int | str = "self") -> float:
+    """MiB that belong to a process alone."""
+    fields = dict(line.split(":") for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
+    return sum(int(fields[name].split()[0]) for name in ("Private_Clean", "Private_Dirty")) / 1024
+
+
+def scale(folder: Path) -> None:
+    """Print the time of an epoch and the memory of trainer and worker, by number of pairs."""
+    print("\n| pairs | open s | epoch s | µs per pair | trainer MiB | worker MiB |\n|---|---|---|---|---|---|")
+    for pairs in (1_000, 3_000, 10_000, 30_000, 100_000):
+        cache = write_cache(folder / f"scale{pairs}", pairs, SHAPES[4])
+        started = time.perf_counter()
+        loader = cache_loader(cache, workers=1)
+        opened = time.perf_counter() - started
+        pairs_per_second(loader)
+        rate = statistics.median(pairs_per_second(loader) for _ in range(3))
+        worker = loader._iterator._workers[0].pid  # type: ignore[union-attr]
+        print(
+            f"| {pairs:,} | {opened:.2f} | {pairs / rate:.2f} | {1e6 / rate:.1f} | {resident():.0f} "
+            f"| {resident(worker):.0f} |",
+            flush=True,
+        )
+        del loader
+        shutil.rmtree(cache)
+
+
+def wait(folder: Path) -> None:
+    """Print the share of time that training the tiny DiNa-LRM waits for data, from a cache of the tiny world."""
+    from latentreward.callbacks import Throughput
+    from lightning.pytorch import Trainer, seed_everything
+
+    from latentreward.backbones import sd35_tiny
+    from latentreward.backbones.tuning import LoRA
+    from latentreward.heads import GatedQFormerHead
+    from latentreward.losses import ThurstoneLoss
+    from latentreward.modules import DiNaLRMModule
+
+    seed_everything(0, verbose=False)
+    shape = (SHAPES[4][0], 8, 8)
+    print("\n| workers | batch | pairs/s | share of time waiting |\n|---|---|---|---|")
+    for workers in (0, 1):
+        backbone = sd35_tiny(tuning="lora", lora=LoRA(16, 32))
+        shape = (backbone.latent_space.channels, 8, 8)
+        cache = write_cache(folder / f"wait{workers}", 4_000, shape)
+        module = DiNaLRMModule(backbone, GatedQFormerHead, ThurstoneLoss(), eval_sigmas=[0.5])
+        data = CachedPreferenceDataModule(train=CachedSplit(str(cache)), batch_size=32, num_workers=workers)
+        data.setup = lambda stage: None  # type: ignore[method-assign]
+        trainer = Trainer(
+            accelerator="cpu",
+            max_steps=120,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[Throughput(every_n_batches=100)],
+        )
+        trainer.fit(module, data)
+        figures = trainer.callback_metrics
+        print(
+            f"| {workers} | 32 | {figures['train/pairs_per_second']:,.0f} | {figures['train/data_wait']:.2%} |",
+            flush=True,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", default=["compare", "scale", "wait"], metavar="PART")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--folder", type=Path, help="for the files; a temporary one by default")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    disable_progress_bars()
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        folder = Path(name)
+        if "compare" in options.parts:
+            columns = (
+                "latent",
+                "workers",
+                "this cache, pairs/s",
+                "Arrow",
+                "diffusion-rm",
+                "ratio to Arrow",
+                "to the last",
+            )
+            print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
+            for kib in PAIRS_OF:
+                compare(folder, kib, options.repeats)
+        if "scale" in options.parts:
+            scale(folder)
+        if "wait" in options.parts:
+            wait(folder)
+
+
+if __name__ == "__main__":
+    main()
