@@ -72,6 +72,26 @@ def test_fit_sees_labelled_rows_in_a_new_order_each_epoch(readers, num_workers) 
     assert [pair for ids in again.seen["train"] for pair in ids] == first + second
 
 
+def test_the_order_follows_the_seed_of_the_run_unless_it_has_its_own(readers, monkeypatch) -> None:
+    def order(**options: Any) -> list[list[int]]:
+        return list(PreferenceDataModule(8, **readers, batch_size=2, **options).train_dataloader().places)
+
+    monkeypatch.setenv("PL_GLOBAL_SEED", "4")
+    followed = order()
+    monkeypatch.setenv("PL_GLOBAL_SEED", "5")
+    assert order() != followed
+    assert order(seed=4) == followed
+    monkeypatch.delenv("PL_GLOBAL_SEED")
+    assert order() == order(seed=0)
+
+
+def test_overfitting_takes_the_same_first_pairs_in_each_epoch(readers) -> None:
+    module = Recorder()
+    data = PreferenceDataModule(8, **readers, batch_size=2, num_workers=0)
+    trainer(max_epochs=2, overfit_batches=1, num_sanity_val_steps=0).fit(module, data)
+    assert module.seen["train"] == [module.seen["train"][0]] * 2
+
+
 def test_test_and_predict(readers, write_pickapic, pickapic_rows) -> None:
     rows = [pickapic_rows(n, has_label=False, label_0=None, label_1=None) for n in range(5)]
     unlabelled = PickAPicReader(write_pickapic(rows, split="new"), "new")

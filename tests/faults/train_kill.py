@@ -39,7 +39,7 @@ def kill_once(run: TrainingRun, rng: random.Random) -> str:
     rank = 0 if victim == "all" else int(victim)
     pid = run.wait_for_batches(run.begun(rank) + rng.randint(1, 4), rank)
     time.sleep(rng.uniform(0, PER_BATCH_S))
-    if run.process.poll() is not None:
+    if run.process.poll() is not None:  # the end came first
         assert run.process.returncode == 0, run.output()[-2000:]
         return ""
     if victim == "all":

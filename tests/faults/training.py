@@ -7,9 +7,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from socket import socket
 from typing import Any
 
 import torch
@@ -31,12 +32,16 @@ class TrainingRun:
         data: Folder of the pairs, shared between runs.
         processes: Ranks.
         options: More settings of the command line.
+        save_every: Optimiser steps between checkpoints.
+        resume: Whether ``--ckpt_path last`` is given.
     """
 
     folder: Path
     data: Path
     processes: int = 1
     options: Sequence[str] = ()
+    save_every: int = 1
+    resume: bool = True
     process: subprocess.Popen[bytes] | None = field(default=None, init=False)
 
     def command(self) -> list[str]:
@@ -76,21 +81,32 @@ class TrainingRun:
             *(["--trainer.strategy=ddp"] if self.processes > 1 else []),
             "--trainer.callbacks=[]",
             "--trainer.callbacks+=ModelCheckpoint",
-            "--trainer.callbacks.every_n_train_steps=1",
+            f"--trainer.callbacks.every_n_train_steps={self.save_every}",
             "--trainer.callbacks.save_last=true",
             f"--trainer.callbacks.dirpath={self.folder}/checkpoints",
             "--trainer.callbacks+=TrainableEMA",
             "--trainer.callbacks+=pair_log.PairLog",
             f"--trainer.callbacks.folder={self.folder}",
             *self.options,
-            "--ckpt_path=last",
+            *(["--ckpt_path=last"] if self.resume else []),
         ]
 
     def start(self, **environment: str) -> None:
         """Start it, or go on with it."""
+        self.process = self._start(environment)
+
+    def start_each_rank(self) -> list[subprocess.Popen[bytes]]:
+        """Start it as a cluster's launcher does, rank by rank; returns their processes."""
+        with socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(self.processes)}
+        return [self._start({**shared, "NODE_RANK": "0", "LOCAL_RANK": str(rank)}) for rank in range(self.processes)]
+
+    def _start(self, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "output.txt").open("ab") as output:
-            self.process = subprocess.Popen(
+            return subprocess.Popen(
                 self.command(),
                 cwd=HERE,
                 env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
@@ -118,9 +134,9 @@ class TrainingRun:
             return
         self.process.wait()
 
-    def finish(self) -> None:
+    def finish(self, **environment: str) -> None:
         """Run to the end."""
-        self.start()
+        self.start(**environment)
         status = self.wait()
         assert status == 0, self.output()[-2000:]
 
@@ -140,12 +156,11 @@ class TrainingRun:
 
     def wait_for_batches(self, count: int, rank: int = 0) -> int:
         """Wait until a rank has begun ``count`` batches in all, or the run has ended; returns the rank's process id."""
-        assert self.process is not None
         deadline = time.monotonic() + LIMIT_S
-        while self.begun(rank) < count and self.process.poll() is None:
+        while self.begun(rank) < count and (self.process is None or self.process.poll() is None):
             assert time.monotonic() < deadline, f"no progress: {self.output()[-2000:]}"
             time.sleep(0.02)
-        return self.lines(f"rank{rank}.jsonl")[-1]["pid"] if self.begun(rank) else self.process.pid
+        return self.lines(f"rank{rank}.jsonl")[-1]["pid"]
 
     def trained_pairs(self) -> dict[Batch, list[str]]:
         """Pairs of each batch; a batch that was taken again after a resume must have had the same."""
@@ -155,6 +170,14 @@ class TrainingRun:
                 key = (rank, line["epoch"], line["batch"])
                 assert pairs.setdefault(key, line["pairs"]) == line["pairs"], key
         return pairs
+
+    def pairs_by_step(self) -> dict[tuple[int, int], list[str]]:
+        """Pairs of each epoch and optimiser step, over ranks and accumulated batches, sorted."""
+        pairs: dict[tuple[int, int], list[str]] = {}
+        for name in sorted(path.name for path in self.folder.glob("rank*.jsonl")):
+            for line in self.lines(name):
+                pairs.setdefault((line["epoch"], line["step"]), []).extend(line["pairs"])
+        return {step: sorted(names) for step, names in pairs.items()}
 
     def checkpoint(self) -> dict[str, Any]:
         """The last checkpoint."""

@@ -1,0 +1,127 @@
+"""Kill ``latentreward cache`` with SIGKILL at random moments, again and again, and compare what it leaves in the end.
+
+    python -m tests.faults.cache_kill --kills 20 --processes 1
+    python -m tests.faults.cache_kill --kills 20 --processes 2
+
+The cache must equal, file by file, that of a run which was never interrupted. Of two processes, the first, the second
+or both are killed; the next run starts at once, while a survivor may still be writing.
+"""
+
+import argparse
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+from latentreward.cache.check import check_cache
+from tests.cache.writing import contents, start_cache, write_data
+
+SETTINGS = ("--encoder.text=true", "--encoder.prompts_per_shard=4", "--encoder.batch_size=2", "--num_workers=1")
+PATIENCE = 300.0
+"""Seconds after which a run that shows no progress counts as hanging."""
+
+
+def finished(cache: Path) -> int:
+    """Number of finished shards."""
+    return len(list(cache.rglob("*.safetensors.json")))
+
+
+def begun(cache: Path) -> int:
+    """When a run last took the lock."""
+    lock = cache / "lock"
+    return lock.stat().st_mtime_ns if lock.exists() else 0
+
+
+def children(process: int) -> list[int]:
+    """Processes that ``process`` started: ranks and their workers."""
+    try:
+        return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def ranks(run: subprocess.Popen[str]) -> list[int]:
+    """Process ids of the ranks, the first of them ``run`` itself; workers are left out."""
+    others = []
+    for child in children(run.pid):
+        with contextlib.suppress(OSError):  # a worker has the environment of its parent, whose rank is 0
+            others += [child] if b"LOCAL_RANK=1" in Path(f"/proc/{child}/environ").read_bytes() else []
+    return [run.pid, *others]
+
+
+def interrupt(run: subprocess.Popen[str], cache: Path, draw: random.Random) -> str:
+    """Let ``run`` finish a few more shards, kill some of its ranks, and wait for the first; returns what was done."""
+    before, since = finished(cache), begun(cache)
+    more, delay = draw.randint(0, 4), draw.uniform(0, 0.2)
+    end = time.monotonic() + PATIENCE
+    while run.poll() is None and (begun(cache) == since or finished(cache) < before + more):
+        assert time.monotonic() < end, "the run hangs"
+        time.sleep(0.002)
+    time.sleep(delay)
+    if run.poll() is not None:
+        return f"ended by itself with status {run.returncode}"
+    victims = ranks(run)
+    chosen = draw.sample(victims, draw.randint(1, len(victims)))
+    for victim in chosen:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(victim, signal.SIGKILL)
+    run.wait(PATIENCE)  # not for its output, which a survivor holds open
+    names = " and ".join("first" if victim == run.pid else "second" for victim in sorted(chosen, key=victims.index))
+    return f"{names} process killed with {finished(cache)} shards done"
+
+
+def run_kills(folder: Path, kills: int, processes: int, seed: int, pairs: int) -> None:
+    """Write one cache in peace and others under ``kills`` kills, and compare.
+
+    Raises:
+        AssertionError: If a file differs, or a run fails for another reason than a kill.
+    """
+    draw = random.Random(seed)
+    data = write_data(folder / "data", pairs)
+    settings = [*SETTINGS, *(["--trainer.devices=2", "--trainer.strategy=ddp"] if processes == 2 else [])]
+    expected = finish(folder / "whole", data, list(SETTINGS))
+    done = number = 0
+    while done < kills:
+        number += 1
+        cache = folder / f"cache{number}"
+        while done < kills:
+            what = interrupt(start_cache(cache, data, *settings), cache, draw)
+            print(f"{processes} processes, kill {done + 1}: {what}", flush=True)
+            if "killed" not in what:
+                assert what.endswith("status 0"), what
+                break
+            done += 1
+        found = finish(cache, data, settings)
+        different = [name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)]
+        assert not different, f"{cache}: {sorted(different)}"
+        plan, problems, _ = check_cache(cache)
+        assert (plan.pairs, problems) == (pairs, [])
+    print(f"{processes} processes: {done} kills, {number} caches, all {len(expected)} files equal, {pairs} pairs each")
+
+
+def finish(cache: Path, data: Path, settings: list[str]) -> dict[str, str]:
+    """Run until the cache is finished; returns the hash of every file."""
+    run = start_cache(cache, data, *settings)
+    _, error = run.communicate(timeout=PATIENCE)
+    assert run.returncode == 0, error
+    return contents(cache)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--processes", type=int, choices=(1, 2), default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--pairs", type=int, default=400)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="cache_kill_") as folder:
+        run_kills(Path(folder), options.kills, options.processes, options.seed, options.pairs)
+
+
+if __name__ == "__main__":
+    main()
