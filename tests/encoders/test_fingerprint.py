@@ -1,0 +1,59 @@
+"""Which encoders count as the same."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+
+from latentreward.backbones.loading import PipelineSource
+from latentreward.encoders.fingerprint import text_fingerprint, vae_fingerprint
+from latentreward.encoders.vae import LatentEncoder
+from tests.tiny_pipelines import clip_tokenizer, pipeline_folder
+
+
+@pytest.fixture
+def encoder() -> LatentEncoder:
+    return PipelineSource(pipeline_folder("sd15")).latent_encoder()
+
+
+def test_vae_fingerprint_is_of_the_encoder_half(encoder: LatentEncoder) -> None:
+    vae = encoder.vae
+    before = vae_fingerprint(vae)
+    assert before == vae_fingerprint(deepcopy(vae))
+    vae.decoder.conv_in.weight.data.add_(1.0)
+    vae.post_quant_conv.weight.data.add_(1.0)
+    assert vae_fingerprint(vae) == before
+    for part in (vae.encoder.conv_in.bias, vae.quant_conv.bias):
+        part.data[0] += 1e-3
+        assert vae_fingerprint(vae) != before
+        part.data[0] -= 1e-3
+
+
+def test_vae_fingerprint_tells_scale_and_precision(encoder: LatentEncoder) -> None:
+    before = vae_fingerprint(encoder.vae)
+    assert vae_fingerprint(deepcopy(encoder.vae).to(torch.bfloat16)) != before
+    encoder.vae.register_to_config(scaling_factor=0.5)
+    assert vae_fingerprint(encoder.vae) != before
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd35"])
+def test_text_fingerprint_is_the_same_in_either_precision(name: str) -> None:
+    pipeline = PipelineSource(pipeline_folder(name))
+    make = {"sd15": pipeline.clip_prompts, "sdxl": pipeline.sdxl_prompts, "sd35": lambda: pipeline.sd3_prompts(48, 8)}
+    encoder = make[name]()
+    before = text_fingerprint(encoder)
+    assert text_fingerprint(make[name]()) == before
+    assert text_fingerprint(deepcopy(encoder).to(torch.bfloat16)) == before
+    next(iter(encoder.text_encoder.parameters())).data.add_(1.0)
+    assert text_fingerprint(encoder) != before
+
+
+def test_text_fingerprint_tells_the_tokenizer_and_the_length() -> None:
+    pipeline = PipelineSource(pipeline_folder("sd15"))
+    encoder = pipeline.clip_prompts()
+    before = text_fingerprint(encoder)
+    encoder.tokenizer = clip_tokenizer()
+    encoder.tokenizer.add_tokens(["dog"])
+    assert text_fingerprint(encoder) != before
+    sd3 = PipelineSource(pipeline_folder("sd35"))
+    assert text_fingerprint(sd3.sd3_prompts(48, 8)) != text_fingerprint(sd3.sd3_prompts(48, 16))
