@@ -13,6 +13,7 @@ from jsonargparse import Namespace
 from torch import nn
 
 from latentreward.backbones import backbone_names
+from latentreward.cli import main
 from latentreward.config_files import rewrite_arguments
 from latentreward.data import PreferenceDataModule
 from latentreward.heads import CLIPProjectionHead
@@ -21,6 +22,7 @@ from latentreward.losses import BradleyTerryLoss
 from latentreward.modules import RewardModule
 from latentreward.seeding import pair_generator
 from tests.full_size import write_pipelines
+from tests.tiny_pipelines import pipeline_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLES = ROOT / "tests" / "formats" / "data"
@@ -229,6 +231,35 @@ def test_cached_data_replaces_the_images() -> None:
     assert settings.class_path.endswith("CachedPreferenceDataModule")
     assert settings.init_args.train.cache == "cache/train"
     assert settings.init_args.batch_size == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "pipeline", "options"),
+    [
+        ("lrm_hpdv2", "sd15", ["--model.head.text_projection_source=null"]),
+        (
+            "dina_lrm_sd35",
+            "sd35",
+            [
+                "--model.backbone.num_layers=4",
+                "--model.backbone.visual_taps=[1, 3]",
+                "--model.backbone.text_taps=[1, 3]",
+                "--model.head.num_heads=2",
+            ],
+        ),
+    ],
+)
+def test_recipe_trains_where_only_its_size_is_another(
+    name: str, pipeline: str, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(f"{pipeline.upper()}_PATH", pipeline_folder(pipeline))
+    monkeypatch.chdir(tmp_path)
+    small = ["--data.size=16", "--data.batch_size=2", "--data.num_workers=0", "--data.shared_prompts=drop"]
+    cpu = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.strategy=auto", "--trainer.precision=32-true"]
+    short = ["--trainer.max_steps=2", "--trainer.val_check_interval=1", "--trainer.enable_progress_bar=false"]
+    files = [f"--config={ROOT / file}" for file in recipe(name)]
+    main(["fit", *files, *small, *cpu, *short, *options])
+    assert list((tmp_path / "runs" / name / "checkpoints").glob("*.ckpt"))
 
 
 def test_table_of_recipes_names_every_file() -> None:
