@@ -86,7 +86,7 @@ def _paths(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
             patch.setenv(f"{name.upper()}_PATH", folder)
         for name in ("pickapic_v1", "hpdv2", "hpdv3"):
             patch.setenv(f"{name.removesuffix('_v1').upper()}_ROOT", str(SAMPLES / name))
-        patch.setenv("HPDV3_CACHE", "cache")
+        patch.setenv("CACHE_ROOT", "cache")
         patch.setenv("MPCF_SCORES", str(SAMPLES / "lrm_mpcf" / "pseudo_preference.csv"))
         yield
 
