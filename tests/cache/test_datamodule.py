@@ -1,0 +1,268 @@
+"""Training from a cache: the same as from images, checked before it starts, dealt out to ranks by our samplers."""
+
+import multiprocessing
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
+
+from latentreward.backbones import sd35_tiny, sd_tiny
+from latentreward.cache.datamodule import CachedPreferenceDataModule, CachedSplit
+from latentreward.cache.layout import PLAN, read_plan
+from latentreward.cli import main
+from latentreward.contracts import PreferenceBatch
+from latentreward.data import HPDv3Reader, PreferenceDataModule
+from latentreward.errors import InputError
+from latentreward.heads import CLIPProjectionHead, GatedQFormerHead
+from latentreward.losses import LRMLoss, ThurstoneLoss
+from latentreward.modules import DiNaLRMModule, LRMModule
+from latentreward.tinyworld.writers import write_hpdv3
+from tests.cache.written_caches import spec, write_cache
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+
+
+class Losses(Callback):
+    """Every training loss, and the pairs that gave it."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+        self.pairs: list[tuple[str, ...]] = []
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: PreferenceBatch, _: int) -> None:
+        self.values.append(float(outputs["loss"]))
+        self.pairs.append(batch.pair_ids)
+
+
+def cache_world(output: Path, data: Path, *settings: str) -> Path:
+    """Cache the tiny world's pairs at ``data`` as the shipped YAML says, with the mode of the posterior."""
+    common = [f"--config={CONFIGS}/cache/tinyworld.yaml", f"--reader.root={data}", "--encoder.posterior=mode"]
+    main(["cache", str(output), *common, *settings])
+    return output
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pairs of the tiny world, and their caches."""
+    folder = tmp_path_factory.mktemp("world")
+    write_hpdv3(folder / "hpdv3", {"train": 20, "test": 12})
+    cache_world(folder / "train", folder / "hpdv3")
+    cache_world(folder / "test", folder / "hpdv3", "--reader.split=test")
+    cache_world(folder / "half", folder / "hpdv3", "--dtype=float16")
+    cache_world(folder / "sd", folder / "hpdv3", "--encoder.source=sd_tiny", "--encoder.t5_length=256")
+    return folder
+
+
+def dina() -> DiNaLRMModule:
+    return DiNaLRMModule(sd35_tiny(), GatedQFormerHead, ThurstoneLoss(), eval_sigmas=[0.5], posterior="mode", seed=0)
+
+
+def lrm() -> LRMModule:
+    return LRMModule(sd_tiny(), CLIPProjectionHead, LRMLoss(), eval_timesteps=[1], posterior="mode", seed=0)
+
+
+def fit(module: Any, data: LightningDataModule, **options: Any) -> Losses:
+    losses = Losses()
+    settings = {"max_epochs": 2, "num_sanity_val_steps": 0, **QUIET, **options}
+    Trainer(accelerator="cpu", callbacks=[losses], **settings).fit(module, data)
+    return losses
+
+
+def pixels(world: Path) -> PreferenceDataModule:
+    train = HPDv3Reader(str(world / "hpdv3"), "train")
+    return PreferenceDataModule(32, train=train, batch_size=8, num_workers=0, seed=0)
+
+
+def cached(folder: Path, **options: Any) -> CachedPreferenceDataModule:
+    settings = {"batch_size": 8, "num_workers": 0, "seed": 0, **options}
+    return CachedPreferenceDataModule(train=CachedSplit(str(folder)), **settings)
+
+
+@pytest.mark.parametrize(
+    ("folder", "options", "tolerance"),
+    [("train", {}, 1e-5), ("train", {"cached_text": False, "num_workers": 1}, 1e-5), ("half", {}, 2e-3)],
+    ids=["with text", "latents only, one worker", "float16"],
+)
+def test_training_from_the_cache_gives_the_losses_of_training_from_images(
+    world: Path, folder: str, options: dict[str, Any], tolerance: float
+) -> None:
+    seed_everything(0, verbose=False)
+    wanted = fit(dina(), pixels(world))
+    seed_everything(0, verbose=False)
+    got = fit(dina(), cached(world / folder, **options))
+    assert got.pairs == wanted.pairs
+    assert len(got.values) == 6
+    torch.testing.assert_close(torch.tensor(got.values), torch.tensor(wanted.values), rtol=tolerance, atol=tolerance)
+
+
+def test_a_head_that_asks_for_the_empty_prompt_takes_it_from_the_cache(world: Path) -> None:
+    module = LRMModule(
+        sd_tiny(text_encoder_tuning="frozen"), CLIPProjectionHead, LRMLoss(), eval_timesteps=[1], posterior="mode"
+    )
+    assert module.model.head.needs_uncond
+    wanted = fit(module, pixels(world), max_epochs=1, limit_train_batches=1)
+    module = LRMModule(
+        sd_tiny(text_encoder_tuning="frozen"), CLIPProjectionHead, LRMLoss(), eval_timesteps=[1], posterior="mode"
+    )
+    module.model.backbone.text_encoder.forward = None  # would fail if it were asked
+    got = fit(module, cached(world / "sd"), max_epochs=1, limit_train_batches=1)
+    assert got.pairs == wanted.pairs
+    assert len(got.values) == 1
+
+
+def test_the_command_line_trains_evaluates_and_predicts_from_the_cache(world: Path, tmp_path: Path) -> None:
+    settings = [
+        f"--config={CONFIGS}/model/dina_lrm_tiny.yaml",
+        f"--config={CONFIGS}/data/tinyworld_cached.yaml",
+        f"--config={CONFIGS}/trainer/cpu.yaml",
+        f"--data.train.cache={world / 'train'}",
+        f"--data.val={{cache: {world / 'test'}}}",
+        f"--data.predict={{cache: {world / 'test'}, split: test}}",
+        "--data.batch_size=8",
+        "--trainer.max_steps=3",
+        "--trainer.enable_progress_bar=false",
+        f"--trainer.logger.save_dir={tmp_path}",
+        "--trainer.logger.name=run",
+        "--trainer.logger.version=",
+    ]
+    main(["fit", *settings])
+    checkpoint = f"--ckpt_path={tmp_path / 'run' / 'checkpoints' / 'last.ckpt'}"
+    main(["validate", f"--config={tmp_path / 'run' / 'config.yaml'}", checkpoint])
+    scores = f"--predictions.output_dir={tmp_path / 'scores'}"
+    main(["predict", f"--config={tmp_path / 'run' / 'config.yaml'}", checkpoint, scores])
+    from pyarrow import parquet
+
+    assert len(set(parquet.read_table(tmp_path / "scores")["pair_id"].to_pylist())) == 12
+
+
+def test_a_cache_of_another_latent_space_is_refused_before_training(tmp_path: Path) -> None:
+    folder = write_cache(tmp_path / "cache", [{"image_a": 0, "image_b": 1}], [(16, 16)] * 2)
+    with pytest.raises(InputError, match="the cache holds latents of the space") as error:
+        fit(dina(), cached(folder))
+    assert "\n" not in str(error.value)
+
+
+def test_cached_prompts_are_refused_if_the_text_encoder_trains(world: Path) -> None:
+    with pytest.raises(InputError, match="prompt embeddings are cached, but the model trains its text encoder"):
+        fit(lrm(), cached(world / "sd"))
+
+
+def test_another_vae_and_another_text_encoder_of_the_same_shape_are_refused(world: Path) -> None:
+    module = dina()
+    with torch.no_grad():
+        next(module.model.backbone.vae.vae.encoder.parameters()).mul_(1.5)
+    with pytest.raises(InputError, match="the cache was written with VAE"):
+        fit(module, cached(world / "train"))
+    module = dina()
+    with torch.no_grad():
+        next(module.model.backbone.text_encoder.parameters()).mul_(1.5)
+    with pytest.raises(InputError, match="the cache holds embeddings of text encoder"):
+        fit(module, cached(world / "train"))
+    fit(module, cached(world / "train", cached_text=False), max_steps=1)
+
+
+def test_splits_of_one_cache_share_no_prompt_and_only_prediction_sees_unlabelled_pairs(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pairs = [
+        {"image_a": 0, "image_b": 1, "prompt": 1, "split": "train"},
+        {"image_a": 2, "image_b": 3, "prompt": 2, "split": "train"},
+        {"image_a": 2, "image_b": 1, "prompt": 2, "split": "train", "label_a": None},
+        {"image_a": 4, "image_b": 5, "prompt": 1, "split": "val"},
+        {"image_a": 4, "image_b": 0, "prompt": 1, "split": "val", "label_a": None},
+        {"image_a": 4, "image_b": 6, "prompt": 1, "split": "val"},
+    ]
+    folder = write_cache(tmp_path / "cache", pairs, [(16, 16)] * 7, unreadable=[6])
+    parts = {name: CachedSplit(str(folder), split) for name, split in (("train", "train"), ("val", "val"))}
+    data = CachedPreferenceDataModule(**parts, predict=CachedSplit(str(folder)), batch_size=2, num_workers=0)
+    seen = {
+        name: [pair for batch in loader for pair in batch.pair_ids]
+        for name, loader in {
+            "train": data.train_dataloader(),
+            "val": data.val_dataloader(),
+            "predict": data.predict_dataloader(),
+        }.items()
+    }
+    assert seen == {"train": ["pair01"], "val": ["pair03"], "predict": [f"pair{n:02d}" for n in range(5)]}
+    assert "data.train: 1 of 3 rows have a prompt of a later split" in caplog.text
+    assert "data.val: 2 rows kept; left out: 1 unreadable image" in caplog.text
+
+
+def test_settings_and_caches_are_looked_at_in_the_constructor(tmp_path: Path) -> None:
+    one = write_cache(tmp_path / "one", [{"image_a": 0, "image_b": 1}], [(16, 16)] * 2)
+    other = write_cache(tmp_path / "other", [{"image_a": 0, "image_b": 1}], [(16, 16)] * 2, spec=spec(vae="vae-2"))
+    with pytest.raises(InputError, match="hold latents of different VAEs"):
+        CachedPreferenceDataModule(train=CachedSplit(str(one)), val=CachedSplit(str(other)))
+    with pytest.raises(InputError, match=r"data.batch_size is 0"):
+        cached(one, batch_size=0)
+    with pytest.raises(InputError, match="has no split 'test'; it has 'train'"):
+        CachedPreferenceDataModule(train=CachedSplit(str(one), "test"))
+    with pytest.raises(InputError, match="all unset"):
+        CachedPreferenceDataModule()
+    with pytest.raises(InputError, match=f"is no cache: it has no {PLAN}"):
+        cached(tmp_path)
+    assert read_plan(one).spec.vae == "vae-1"
+
+
+def test_a_finished_program_ends_though_workers_still_wait(tmp_path: Path) -> None:
+    folder = write_cache(tmp_path / "cache", [{"image_a": 0, "image_b": 1}] * 8, [(16, 16)] * 2)
+    script = (
+        "from latentreward.cache.datamodule import *\n"
+        f"data = CachedPreferenceDataModule(train=CachedSplit({str(folder)!r}), batch_size=2, num_workers=1)\n"
+        "loader = data.train_dataloader()\n"
+        "print(len([batch for batch in loader]))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "4\n", "")
+
+
+class PairsToFiles(Callback):
+    """Writes which pairs each rank saw."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def _write(self, stage: str, trainer: Trainer, batch: PreferenceBatch) -> None:
+        with (self.folder / f"{stage}{trainer.global_rank}").open("a") as file:
+            file.write(" ".join(batch.pair_ids) + "\n")
+
+    def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._write("train", trainer, batch)
+
+    def on_validation_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._write("val", trainer, batch)
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_pairs_whatever_lightning_would_do(world: Path, tmp_path: Path) -> None:
+    data = CachedPreferenceDataModule(
+        train=CachedSplit(str(world / "train")), val=CachedSplit(str(world / "test")), batch_size=4, num_workers=1
+    )
+    options = {"max_epochs": 1, "num_sanity_val_steps": 0, **QUIET}
+    runner = Trainer(accelerator="cpu", devices=2, strategy="ddp_fork", callbacks=[PairsToFiles(tmp_path)], **options)
+    runner.fit(dina(), data)
+    lines = {path.name: [line.split() for line in path.read_text().splitlines()] for path in tmp_path.glob("[tv]*")}
+    assert [len(batch) for batch in lines["train0"]] == [len(batch) for batch in lines["train1"]]
+    for stage, dataset in (("train", data.datasets["train"]), ("val", data.datasets["val"])):
+        seen = [pair for rank in "01" for batch in lines[f"{stage}{rank}"] for pair in batch]
+        assert len(seen) == len(set(seen)) == len(dataset)
+
+
+@pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="slots are shared with forked workers")
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_batches_that_are_kept_are_never_overwritten(workers: int, tmp_path: Path) -> None:
+    pairs = [{"image_a": n, "image_b": (n + 1) % 12} for n in range(12)]
+    folder = write_cache(tmp_path / "cache", pairs, [(16, 16)] * 12)
+    data = cached(folder, batch_size=2, num_workers=workers, prefetch_factor=1, shuffle=False)
+    loader = data.train_dataloader()
+    kept = [batch for _ in range(4) for batch in loader]
+    fresh = list(cached(folder, batch_size=2, shuffle=False).train_dataloader()) * 4
+    for batch, wanted in zip(kept, fresh, strict=True):
+        assert batch.pair_ids == wanted.pair_ids
+        assert torch.equal(batch.chosen, wanted.chosen)
+        assert torch.equal(batch.conditioning.prompt_embeds, wanted.conditioning.prompt_embeds)
