@@ -35,3 +35,34 @@ def fetch_files(source: str, names: Sequence[str], revision: str | None = None, 
         reason = str(error).split("\n")[0]
         raise InputError(f"no folder {source!r}, and the hub does not give {names[0]} of it: {reason}") from error
     return [Path(str(path)) for path in paths]
+
+
+def fetch_split(
+    source: str, split: str, ending: str, revision: str | None = None, config: str | None = None
+) -> list[tuple[str, Path]]:
+    """Published name and place here of all files of a split, by name; a download cache renames files.
+
+    Args:
+        source: Id of the data set.
+        split: Name of the split.
+        ending: What the files' names must end with, e.g. ``".parquet"``.
+        revision: Commit, tag or branch.
+        config: Name of the configuration, where the data set has several.
+
+    Raises:
+        InputError: If there is no such data set or split, or the hub cannot be reached.
+    """
+    from datasets import DownloadManager, load_dataset_builder  # slow to import
+
+    try:
+        builder = load_dataset_builder(source, name=config, revision=revision)
+        files = dict(builder.config.data_files or {})
+        urls = sorted(files.get(split, []))
+        paths = DownloadManager(dataset_name=source).download(urls)
+    except (OSError, ValueError) as error:
+        reason = str(error).split("\n")[0]
+        raise InputError(f"source: no folder {source!r}, and the hub does not give it: {reason}") from error
+    if not urls or not all(url.endswith(ending) for url in urls):
+        kind, splits = ending.removeprefix("."), ", ".join(map(str, files))
+        raise InputError(f"split: no {kind} files of {split!r} in {source!r}; it has {splits}")
+    return [(url.rsplit("/", 1)[-1], Path(path)) for url, path in zip(urls, paths, strict=True)]

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from latentreward.contracts import ImageRef
 from latentreward.data.images import ImageError
 from latentreward.data.readers.base import PairReader, content_key
-from latentreward.data.readers.hub import is_hub_id
+from latentreward.data.readers.hub import fetch_split, is_hub_id
 from latentreward.errors import InputError
 
 MAX_OPEN_FILES = 32
@@ -53,7 +53,8 @@ def find_parts(source: str, split: str, revision: str | None = None, config: str
         raise InputError(f"split: no {split}-*.parquet in {places[1]} or {places[0]}; check the split and the folder")
     if not is_hub_id(source):
         raise InputError(f"source: no folder {source!r}, and no hub id either; set it to the folder of the data set")
-    return _download(source, split, revision, config)
+    files = fetch_split(source, split, ".parquet", revision, config)
+    return [ParquetPart(name, path) for name, path in files]
 
 
 def missing_parts(parts: Sequence[ParquetPart]) -> list[str]:
@@ -61,22 +62,6 @@ def missing_parts(parts: Sequence[ParquetPart]) -> list[str]:
     found = {match[0] for part in parts for match in re.finditer(r"\d{5}-of-\d{5}", part.name)}
     totals = {name[-5:] for name in found}
     return sorted({f"{n:05d}-of-{total}" for total in totals for n in range(int(total))} - found)
-
-
-def _download(source: str, split: str, revision: str | None, config: str | None) -> list[ParquetPart]:
-    from datasets import DownloadManager, load_dataset_builder  # slow to import
-
-    try:
-        builder = load_dataset_builder(source, name=config, revision=revision)
-        files = dict(builder.config.data_files or {})
-        urls = sorted(files.get(split, []))
-        paths = DownloadManager(dataset_name=source).download(urls)
-    except (OSError, ValueError) as error:
-        reason = str(error).split("\n")[0]
-        raise InputError(f"source: no folder {source!r}, and the hub does not give it: {reason}") from error
-    if not urls or not all(url.endswith(".parquet") for url in urls):
-        raise InputError(f"split: no parquet files of {split!r} in {source!r}; it has {', '.join(map(str, files))}")
-    return [ParquetPart(url.rsplit("/", 1)[-1], Path(path)) for url, path in zip(urls, paths, strict=True)]
 
 
 def open_part(part: ParquetPart) -> pq.ParquetFile:

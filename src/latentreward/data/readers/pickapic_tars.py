@@ -12,6 +12,7 @@ import numpy as np
 
 from latentreward.contracts import ImageRef, PreferencePair
 from latentreward.data.readers.base import OnError, PairReader, content_key
+from latentreward.data.readers.hub import fetch_split, is_hub_id
 from latentreward.errors import InputError
 
 IMAGES = ("jpg_0.jpg", "jpg_1.jpg")
@@ -48,8 +49,10 @@ class PickAPicTarReader(PairReader):
     set; rows are then read at their offsets, in any order. Tars must be uncompressed.
 
     Args:
-        root: Folder with ``*.tar``, itself or in a folder named after the split; or one tar.
+        root: Folder with ``*.tar``, itself or in a folder named after the split; or one tar; otherwise the id of a data
+            set on the hub, whose tars of this split are then downloaded.
         split: Name of the split.
+        revision: Commit, tag or branch of the hub data set; pin it.
         drop_identical: Leave out rows whose two images are the same bytes; wanted for training.
         weight: ``per_prompt`` gives a row 1 / number of rows with its prompt among those read, so that each prompt
             counts once, as PickScore and LRM train; ``equal`` gives 1.
@@ -65,13 +68,15 @@ class PickAPicTarReader(PairReader):
         root: str,
         split: str = "train",
         *,
+        revision: str | None = None,
         drop_identical: bool = False,
         weight: Literal["per_prompt", "equal"] = "per_prompt",
         on_error: OnError = "raise",
     ) -> None:
         super().__init__(on_error)
         self.root, self.split = Path(root), split
-        self._tars = _find_tars(self.root, split)
+        found = _find_tars(self.root, split, revision)
+        self._names, self._tars = [name for name, _ in found], [path for _, path in found]
         self._keys: list[tuple[int, str]] = []
         self._prompts: list[str] = []
         labels: list[float] = []
@@ -126,7 +131,7 @@ class PickAPicTarReader(PairReader):
 
     def _pair_id(self, index: int) -> str:
         number, key = self._keys[index]
-        return f"{self._tars[number].name}:{key}"
+        return f"{self._names[number]}:{key}"
 
     def _read_samples(self, tar: Path) -> list[_Sample]:
         """Samples of one tar; of one that ends early, the last sample only if it is whole."""
@@ -168,12 +173,15 @@ class PickAPicTarReader(PairReader):
         return identical
 
 
-def _find_tars(root: Path, split: str) -> list[Path]:
+def _find_tars(root: Path, split: str, revision: str | None) -> list[tuple[str, Path]]:
+    """Published names and places of the tars."""
     if root.is_file():
-        return [root]
+        return [(root.name, root)]
+    if not root.is_dir() and is_hub_id(str(root)):
+        return fetch_split(str(root), split, ".tar", revision)
     for folder in (root / split, root):
         if tars := sorted(folder.glob("*.tar")):
-            return tars
+            return [(tar.name, tar) for tar in tars]
     raise InputError(f"root: no *.tar in {root} or {root / split}; set it to the folder of the tars")
 
 
