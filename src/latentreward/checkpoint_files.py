@@ -1,7 +1,6 @@
 """Checkpoint files that survive a loss of power, and the choice of the one to go on from."""
 
 import logging
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from typing_extensions import override
 
-from latentreward.checkpoint_shards import INDEX, REST, UNREADABLE, read_sharded
+from latentreward.checkpoint_shards import INDEX, REST, UNREADABLE, put_in_place, read_sharded
 from latentreward.errors import InputError, first_line
 
 logger = logging.getLogger(__name__)
@@ -42,14 +41,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
         partial = target.with_name(f".{target.name}.partial")
         with partial.open("wb") as file:
             torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(target)
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        put_in_place(partial, target)
 
     @override
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:

@@ -4,7 +4,9 @@ Either holds the same: a sharded one read whole is the dictionary that the singl
 from a checkpoint: tensors and plain values are all that is read.
 """
 
+import os
 import pickle
+import shutil
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -116,6 +118,31 @@ def read_sharded(path: Path, with_tensors: bool = True) -> dict[str, Any]:
     return {**rest, "state_dict": nested.get("state_dict", {}), "optimizer_states": states}
 
 
+def put_in_place(partial: Path, target: Path) -> None:
+    """Give a complete checkpoint, file or folder, its name once the disk has it; an older one gives way."""
+    for path in (partial / REST, partial) if partial.is_dir() else (partial,):
+        sync(path)
+    old = target.with_name(f".{target.name}.old")
+    if old.exists():
+        shutil.rmtree(old)
+    if target.is_dir():
+        target.rename(old)
+    elif partial.is_dir():
+        target.unlink(missing_ok=True)
+    partial.replace(target)
+    sync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until the disk has a file, or the names in a folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def damaged(path: Path, error: BaseException) -> str:
     """One line about a checkpoint that cannot be read."""
     return (
@@ -186,8 +213,8 @@ def check_weights(module: nn.Module, found: Iterable[str]) -> None:
 
 def whole_tensor(tensor: Tensor) -> Tensor:
     """A detached copy on the CPU of a tensor that may be sharded over ranks: then a collective call."""
-    full = tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
-    return full.to("cpu", copy=True)
+    tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.detach().to("cpu", copy=True)
 
 
 def placed_like(whole: Tensor, like: Tensor) -> Tensor:

@@ -1,9 +1,11 @@
 """Lightning strategies: FSDP2 over all processes, with checkpoints that load anywhere."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -20,6 +22,7 @@ from latentreward.checkpoint_shards import (
     is_sharded,
     named,
     numbered,
+    put_in_place,
     read_sharded,
     shard_index,
 )
@@ -31,7 +34,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     Lightning's ``ModelParallelStrategy`` with three differences: the data-parallel axis spans every process without
     being told; a single-file checkpoint is the same as that of DDP or of one device, and loads under either; a
-    checkpoint that lacks a weight is refused by the weight's name.
+    checkpoint that lacks a weight is refused by the weight's name. A folder of shards gets its name when it is whole.
 
     Args:
         save_distributed_checkpoint: Whether a checkpoint is a folder to which each process writes its share (fast,
@@ -59,12 +62,36 @@ class FSDP2Strategy(ModelParallelStrategy):
         super().setup_environment()
 
     @override
+    def setup(self, trainer: Trainer) -> None:
+        if trainer.precision not in ("32-true", "bf16-mixed"):
+            raise InputError(f"trainer.precision={trainer.precision}: FSDP2 takes bf16-mixed or 32-true")
+        super().setup(trainer)
+
+    @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         if self._save_distributed_checkpoint:
             return super().optimizer_state(optimizer)
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         state = get_optimizer_state_dict(self.model, getattr(optimizer, "optimizer", optimizer), options=options)
         return numbered(state) if self.is_global_zero else {}
+
+    @override
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
+    ) -> None:
+        if not self._save_distributed_checkpoint:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            return
+        target = Path(self.broadcast(filepath))  # Lightning would write over the shards of an older one, file by file
+        partial = target.with_name(f".{target.name}.partial")
+        if self.is_global_zero:
+            shutil.rmtree(partial, ignore_errors=True)
+        self.barrier()
+        super().save_checkpoint(checkpoint, partial, storage_options)
+        self.barrier()
+        if self.is_global_zero:
+            put_in_place(partial, target)
+        self.barrier()
 
     @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:

@@ -93,6 +93,18 @@ def test_no_trained_parameter_is_left_without_gradient_by_lrm(name: str, project
     assert without_gradient(backbone, head) == []
 
 
+@pytest.mark.parametrize(("name", "taps"), [("sdxl", (1,)), ("sdxl", (0,)), ("sd15", (0,)), ("sd35", (0,))])
+def test_no_trained_parameter_is_left_without_gradient_by_lrm_on_early_taps(name: str, taps: tuple[int, ...]) -> None:
+    options = {"text_taps": ()} if name == "sd35" else {"text_encoder_tuning": "full"}
+    backbone = tiny_backbone(name, tuning="full", visual_taps=taps, **options)
+    head = CLIPProjectionHead(backbone.feature_spec, project_text=name != "sdxl")
+    backbone.drop_text_taps()
+    backbone.drop_time_embedding()
+    score(backbone, head).sum().backward()
+    assert without_gradient(backbone, head) == []
+    assert any(parameter.requires_grad for parameter in network_of(backbone).parameters())
+
+
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "sd35"])
 def test_lora_starts_as_the_network_itself(name: str) -> None:
     plain, adapted = tiny_backbone(name, tuning="frozen"), tiny_backbone(name, tuning="lora", lora=LoRA(rank=2))

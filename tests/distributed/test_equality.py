@@ -21,7 +21,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def test_two_processes_equal_one(name: str, setting: str, ranks: list[dict[str, Any]], tmp_path: Path) -> None:
     start = {n: p.detach().clone() for n, p in MODELS[name]().named_parameters()}
     one = train_case(name, setting, tmp_path)
-    assert max((value - start[key]).abs().max() for key, value in one["weights"].items()) > 1e-4
+    assert max((value - start[key]).abs().max() for key, value in one["weights"].items()) > 5e-5
     for strategy in ("ddp", "fsdp2"):
         for two in (rank[f"{strategy} {name} {setting}"] for rank in ranks):
             assert two["weights"].keys() == one["weights"].keys()

@@ -114,6 +114,9 @@ class DiffusionBackbone(nn.Module, ABC):
         DDP would wait for the gradients of such parameters.
         """
 
+    def drop_time_embedding(self) -> None:
+        """Stop training what only the timestep embedding among the features needs, for a head that takes none."""
+
     @abstractmethod
     def blocks(self) -> Iterator[nn.Module]:
         """The kept blocks of the network, in order: what is compiled, checkpointed or sharded one by one."""

@@ -110,6 +110,11 @@ class SD3DiTBackbone(DiffusionBackbone):
         for name in self.unread():
             self.transformer.get_submodule(name).requires_grad_(False)
 
+    def drop_time_embedding(self) -> None:
+        """See :meth:`DiffusionBackbone.drop_time_embedding`; any block that runs needs it."""
+        if self._last_tap == 0:
+            self.transformer.time_text_embed.requires_grad_(False)
+
     @property
     def _last_tap(self) -> int:
         return max(*self.visual_taps, *self.text_taps, 0)

@@ -79,6 +79,17 @@ class SDUNetBackbone(DiffusionBackbone):
     def drop_text_taps(self) -> None:
         """See :meth:`DiffusionBackbone.drop_text_taps`."""
         self.text_taps = ()
+        attends = any(getattr(block, "has_cross_attention", False) for block in self.blocks())
+        if self.text_encoder is not None and not attends:
+            for name in self.text_encoder.tokens_only:
+                self.text_encoder.get_submodule(name).requires_grad_(False)
+
+    def drop_time_embedding(self) -> None:
+        """See :meth:`DiffusionBackbone.drop_time_embedding`; any block that is kept needs it."""
+        if not any(True for _ in self.blocks()):
+            self.unet.time_embedding.requires_grad_(False)
+            if self.unet.config.addition_embed_type == "text_time":
+                self.unet.add_embedding.requires_grad_(False)
 
     def _native_size(self) -> tuple[int, int]:
         size = self.unet.config.sample_size

@@ -44,6 +44,8 @@ class SDXLPromptEncoder(PromptEncoder):
         tokenizer_2: Tokenizer of the second (pads with id 0).
     """
 
+    tokens_only = ("text_encoder",)
+
     def __init__(
         self,
         text_encoder: CLIPTextModel,

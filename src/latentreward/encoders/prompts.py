@@ -21,12 +21,14 @@ class PromptEncoder(nn.Module, ABC):
         token_dim: Width of a token embedding.
         pooled_dim: Width of the pooled vector.
         unread: Names of submodules whose output nobody uses; training them would leave DDP waiting for gradients.
+        tokens_only: Names of submodules that only the token embeddings need, not the pooled vector.
     """
 
     num_tokens: int
     token_dim: int
     pooled_dim: int
     unread: tuple[str, ...] = ()
+    tokens_only: tuple[str, ...] = ()
 
     @abstractmethod
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:

@@ -17,10 +17,12 @@ class RewardHead(nn.Module, ABC):
     Attributes:
         needs_uncond: Whether the backbone must read the empty prompt too.
         reads_text: Whether it reads text taps; where not, what only they need in the backbone does not train.
+        reads_temb: Whether it reads the timestep embedding; likewise.
     """
 
     needs_uncond: bool = False
     reads_text: bool = True
+    reads_temb: bool = True
 
     @abstractmethod
     def forward(self, features: Features) -> Tensor:

@@ -39,6 +39,7 @@ class CLIPProjectionHead(EmbeddingHead):
     """
 
     reads_text = False
+    reads_temb = False
 
     def __init__(
         self,

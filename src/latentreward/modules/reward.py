@@ -159,6 +159,8 @@ class RewardModule(LightningModule):
         self.model = RewardModel(backbone, head(backbone.feature_spec))
         if not self.model.head.reads_text:
             backbone.drop_text_taps()
+        if not self.model.head.reads_temb:
+            backbone.drop_time_embedding()
         self._base: BaseSample | None = None
         self.loss, self.levels = loss, levels
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
@@ -207,7 +209,7 @@ class RewardModule(LightningModule):
     def configure_model(self) -> None:
         """Under Lightning's ``ModelParallelStrategy``, share the weights out over the ranks; see :mod:`.sharding`."""
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
-            shard(self, self.device_mesh["data_parallel"])
+            shard(self, self.trainer.strategy.device_mesh["data_parallel"])
 
     def encode(self, batch: PreferenceBatch, draws: PairDraws, noise_per_image: bool = False) -> EncodedPairs:
         """Encode images and prompts on the module's device, and draw the noise.
