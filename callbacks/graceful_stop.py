@@ -73,7 +73,8 @@ class GracefulStop(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Come after callbacks that change what a checkpoint holds, such as an average of the weights."""
-        trainer.callbacks = sorted(trainer.callbacks, key=lambda it: (isinstance(it, Checkpoint), it is self))
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        trainer.callbacks = sorted(callbacks, key=lambda it: (isinstance(it, Checkpoint), it is self))  # type: ignore[attr-defined]
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Replace Lightning's handlers, which it has just set; its teardown restores those of before."""
