@@ -55,7 +55,7 @@ class TrainingRun:
             "model.backbone.lora.dropout": 0.1,
             "model.lr_scheduler": "WarmupSchedule",
             "model.lr_scheduler.decay": "cosine",
-            "model.lr_scheduler.total_steps": 14,
+            "model.lr_scheduler.total_steps": 1000,
             "trainer.max_steps": -1,
             "trainer.max_epochs": 2,
             "trainer.accumulate_grad_batches": 2,
