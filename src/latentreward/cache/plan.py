@@ -36,7 +36,7 @@ from latentreward.contracts import PreferencePair
 from latentreward.data.readers import PairReader
 from latentreward.errors import InputError
 
-ROWS_PER_GROUP = 16_384
+ROWS_PER_GROUP = 4096
 SAMPLED_ROWS = 16
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 
 from latentreward.cache.check import check_cache, read_shards
 from latentreward.cache.encoding import EncodingRate, ShardEncoder, ShardsToDisk
@@ -89,26 +89,31 @@ def cache(
         spec = make_spec(encoder, encoders, images, dtype, seed, images_per_shard)
         data = EncodingDataModule(folder, reader, images, spec, num_workers)
         rate = EncodingRate()
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        runner = Trainer(
-            accelerator=trainer.accelerator,
-            devices=trainer.devices,
-            num_nodes=trainer.num_nodes,
-            strategy=trainer.strategy,
-            precision="32-true",
-            callbacks=[StopOnSigterm(), ShardsToDisk(folder), rate],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-        )
+        runner = make_trainer(trainer, [StopOnSigterm(), ShardsToDisk(folder), rate])
         try:
             run_predict(runner, ShardEncoder(encoders, getattr(torch, dtype)), data)
             if runner.is_global_zero:
                 report(folder, rate, runner.world_size)
         finally:
             data.release()
+
+
+def make_trainer(settings: TrainerSettings, callbacks: list[Callback]) -> Trainer:
+    """A trainer that only runs batches; precision is the encoders' own business."""
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    return Trainer(
+        accelerator=settings.accelerator,
+        devices=settings.devices,
+        num_nodes=settings.num_nodes,
+        strategy=settings.strategy,
+        precision="32-true",
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
 
 
 def check_settings(reader: PairReader, encoder: LatentSource, images_per_shard: int, num_workers: int) -> None:

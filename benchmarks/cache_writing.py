@@ -1,0 +1,213 @@
+"""What caching costs over the bare VAE, and how it grows with the number of pairs.
+
+    python benchmarks/cache_writing.py encode           JPEGs to latents, against the same VAE on pixels in memory
+    python benchmarks/cache_writing.py scale            1k, 10k and 100k pairs of ready 4 KiB latents: seconds, memory
+
+``encode`` takes a VAE of channels (64, 128, 256) on images of 128 × 128; goal: at most 1.15 times the bare encode.
+Times are of the loop over batches, to the last manifest, without imports and loading. ``scale`` runs each size in a
+process of its own.
+"""
+
+import argparse
+import io
+import logging
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback
+from PIL import Image
+
+from latentreward.backbones.loading import tiny_pipeline
+from latentreward.cache.encoding import ShardEncoder, ShardsToDisk
+from latentreward.cache.sizing import ImageSettings
+from latentreward.cache.sources import PipelineEncoders, PublishedLatents
+from latentreward.cache.writing import EncodingDataModule, run_predict
+from latentreward.commands.cache import TrainerSettings, make_spec, make_trainer
+from latentreward.contracts import ImageRef, LatentSpace, PreferencePair
+from latentreward.data import PairReader
+
+SIDE = 128
+BATCH = 8
+SPACE = LatentSpace(channels=8, downscale=8, scaling_factor=1.0)
+LATENTS = (8, 16, 16)
+"""2,048 numbers: 4 KiB in 16 bits."""
+
+
+class DrawnPairs(PairReader):
+    """Pairs of JPEGs in memory, of soft colours and a little noise."""
+
+    def __init__(self, pairs: int) -> None:
+        super().__init__()
+        self.images = [draw_jpeg(number) for number in range(2 * pairs)]
+
+    def __len__(self) -> int:
+        return len(self.images) // 2
+
+    def __getitem__(self, index: int) -> PreferencePair:
+        sides = (ImageRef(f"image{2 * index + side}", self.images[2 * index + side]) for side in (0, 1))
+        return PreferencePair(f"pair{index}", f"prompt {index}", *sides, label_a=1.0)
+
+
+class ReadyLatents(PairReader):
+    """Pairs of latents that cost next to nothing to make."""
+
+    holds = "latents"
+
+    def __init__(self, pairs: int) -> None:
+        super().__init__()
+        self.pairs = pairs
+        self.values = np.random.default_rng(0).normal(size=2 * np.prod(LATENTS)).astype(np.float16)
+
+    def __len__(self) -> int:
+        return self.pairs
+
+    def __getitem__(self, index: int) -> PreferencePair:
+        sides = (self._latents(2 * index + side) for side in (0, 1))
+        return PreferencePair(f"pair{index}", f"prompt {index}", *sides, label_a=1.0)
+
+    def _latents(self, number: int) -> ImageRef:
+        start = number % np.prod(LATENTS)
+        stream = io.BytesIO()
+        np.save(stream, self.values[start : start + np.prod(LATENTS)].reshape(LATENTS))
+        return ImageRef(f"image{number}", stream.getvalue(), holds="latents")
+
+
+def draw_jpeg(number: int) -> bytes:
+    """A JPEG of ``SIDE`` × ``SIDE`` pixels, some 10 kB."""
+    draw = np.random.default_rng(number)
+    colours = Image.fromarray(draw.integers(0, 255, (8, 8, 3), dtype=np.uint8)).resize((SIDE, SIDE))
+    noisy = np.asarray(colours).astype(int) + draw.integers(-12, 12, (SIDE, SIDE, 3))
+    stream = io.BytesIO()
+    Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(stream, "JPEG", quality=92)
+    return stream.getvalue()
+
+
+def write_pipeline(folder: Path) -> Path:
+    """A pipeline folder with the mid-size VAE; of the network, nothing but its config is needed."""
+    from diffusers import AutoencoderKL
+
+    shutil.copytree(tiny_pipeline("sd_tiny"), folder)
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(64, 128, 256),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=2,
+        latent_channels=4,
+        sample_size=SIDE,
+    )
+    for path in (folder / "vae").iterdir():
+        path.unlink()
+    vae.save_pretrained(folder / "vae")
+    return folder
+
+
+class Stopwatch(Callback):
+    """Wall and processor seconds of the loop over batches."""
+
+    def on_predict_start(self, *_: object) -> None:
+        """Start."""
+        self.begun = now()
+
+    def on_predict_end(self, *_: object) -> None:
+        """Stop."""
+        self.seconds = now() - self.begun
+
+
+def now() -> np.ndarray:
+    """Seconds on the wall, and of this process's processor time."""
+    return np.array([time.perf_counter(), time.process_time()])
+
+
+def seconds_of_caching(output: Path, reader: PairReader, encoder: PipelineEncoders, workers: int) -> np.ndarray:
+    """Seconds from the fetching of the first batch to the last manifest."""
+    encoders, images = encoder.load(), ImageSettings(size=SIDE, resize="stretch")
+    spec = make_spec(encoder, encoders, images, "float16", seed=0, per_shard=1024)
+    data, watch = EncodingDataModule(output, reader, images, spec, workers), Stopwatch()
+    trainer = make_trainer(TrainerSettings("cpu", 1), [ShardsToDisk(output), watch])
+    run_predict(trainer, ShardEncoder(encoders, torch.float16), data)
+    data.release()
+    return watch.seconds
+
+
+def run_encode(pairs: int, workers: int, repeats: int) -> None:
+    """Print the bare encode and caching in turn, and the ratio of their medians."""
+    reader = DrawnPairs(pairs)
+    with tempfile.TemporaryDirectory() as folder:
+        encoder = PipelineEncoders(str(write_pipeline(Path(folder) / "pipeline")), batch_size=BATCH)
+        vae = encoder.load().vae
+        assert vae is not None
+        pixels = torch.rand(BATCH, 3, SIDE, SIDE) * 2 - 1
+        noise = torch.randn(BATCH, *vae.latent_shape(pixels))
+        vae.encode(pixels, noise)
+        bare, cached = [], []
+        for repeat in range(repeats):
+            begun = now()
+            for _ in range(2 * pairs // BATCH):
+                vae.encode(pixels, noise)
+            bare.append(now() - begun)
+            cached.append(seconds_of_caching(Path(folder) / f"cache{repeat}", reader, encoder, workers))
+            both = zip(bare[-1], cached[-1], ("wall", "processor"), strict=True)
+            print("; ".join(f"{name}: bare {one:.2f} s, cached {two:.2f} s" for one, two, name in both), flush=True)
+        wall, processor = np.median(cached, axis=0) / np.median(bare, axis=0)
+        print(
+            f"{2 * pairs} images, {workers} workers: {wall:.3f} of the bare encode, {processor:.3f} in processor time"
+        )
+
+
+def run_scale(sizes: list[int]) -> None:
+    """Print a row for each number of pairs, measured in a process of its own."""
+    print("| pairs | seconds | seconds per 1k pairs | memory beyond the imports, MiB | MiB written |")
+    print("|---|---|---|---|---|")
+    for pairs in sizes:
+        subprocess.run([sys.executable, __file__, "one", f"--pairs={pairs}"], check=True)
+
+
+def run_one(pairs: int) -> None:
+    """Plan and write ready latents; print one row."""
+    encoder, images = PublishedLatents(SPACE, batch_size=64), ImageSettings(size=SIDE)
+    reader, encoders = ReadyLatents(pairs), encoder.load()
+    spec = make_spec(encoder, encoders, images, "float16", seed=0, per_shard=1024)
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "cache"
+        data = EncodingDataModule(output, reader, images, spec, num_workers=0)
+        trainer = make_trainer(TrainerSettings("cpu", 1), [ShardsToDisk(output)])
+        before, begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+        run_predict(trainer, ShardEncoder(encoders, torch.float16), data)
+        seconds = time.perf_counter() - begun
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        written = sum(path.stat().st_size for path in output.rglob("*.safetensors")) / 2**20
+        data.release()
+    print(f"| {pairs} | {seconds:.1f} | {1000 * seconds / pairs:.2f} | {peak / 1024:.0f} | {written:.0f} |", flush=True)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("encode", "scale", "one"), help="'one' is a row of 'scale'")
+    parser.add_argument("--pairs", type=int, default=64)
+    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1_000, 10_000, 100_000])
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*LeafSpec")
+    if options.what == "encode":
+        run_encode(options.pairs, options.workers, options.repeats)
+    elif options.what == "scale":
+        run_scale(options.sizes)
+    else:
+        run_one(options.pairs)
+
+
+if __name__ == "__main__":
+    main()
