@@ -33,6 +33,7 @@ from tests.cache.writing import (
     contents,
     row,
     run_cache,
+    start_cache,
     write_data,
     write_image,
     write_rows,
@@ -190,11 +191,25 @@ def test_an_image_without_header_is_dropped_in_planning(tmp_path: Path) -> None:
         run_cache(tmp_path / "other", data)
 
 
-def test_workers_and_repeats_write_the_same_bytes(written: tuple[Path, Path], tmp_path: Path) -> None:
+def test_workers_and_threads_do_not_change_a_byte(written: tuple[Path, Path], tmp_path: Path) -> None:
     data, cache = written
     settings = ("--encoder.text=true", "--encoder.prompts_per_shard=4", "--dtype=float32")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
     run_cache(tmp_path / "cache", data, *settings, "--num_workers=2")
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(threads)
     assert contents(tmp_path / "cache") == contents(cache)
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_same_bytes(written: tuple[Path, Path], tmp_path: Path) -> None:
+    settings = ("--encoder.text=true", "--encoder.prompts_per_shard=4", "--dtype=float32")
+    two = ("--trainer.devices=2", "--trainer.strategy=ddp")
+    run = start_cache(tmp_path / "cache", written[0], *settings, *two, threads=2)
+    output = run.communicate(timeout=300)
+    assert run.returncode == 0, output
+    assert contents(tmp_path / "cache") == contents(written[1])
 
 
 @pytest.mark.parametrize("part", ["encoder", "decoder"])

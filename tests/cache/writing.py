@@ -67,17 +67,16 @@ def run_cache(output: Path, root: Path, *settings: str) -> None:
     main(["cache", str(output), *SETTINGS, f"--reader.root={root}", *settings])
 
 
-def start_cache(output: Path, root: Path, *settings: str, setup: str = "", **options: object) -> subprocess.Popen[str]:
+def start_cache(output: Path, root: Path, *settings: str, setup: str = "", threads: int = 1) -> subprocess.Popen[str]:
     """``latentreward cache`` as a process of its own; ``setup`` are Python lines that it runs first."""
     code = f"{setup}\nfrom latentreward.cli import main\nmain()"
     command = [sys.executable, "-c", code] if setup else [sys.executable, "-m", "latentreward"]
     return subprocess.Popen(
         [*command, "cache", str(output), *SETTINGS, f"--reader.root={root}", *settings],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        **options,  # type: ignore[arg-type]
     )
 
 

@@ -255,7 +255,6 @@ class ShardsToDisk(Callback):
 
     def _begin(self, shard: Shard) -> None:
         dtype = getattr(torch, self.plan.spec.dtype)
-        (self.folder / manifest_name(shard.name)).unlink(missing_ok=True)  # of a damaged shard
         self._writer = ShardWriter(self.folder / shard.name, tensor_shapes(self.plan, shard), dtype)
         self._unreadable = {}
 
@@ -265,6 +264,19 @@ class ShardsToDisk(Callback):
         self._writer = None
         manifest = ShardManifest(shard.count, sha256, self.plan.spec.hash, self.plan.hash, self._unreadable)
         write_text(self.folder / manifest_name(shard.name), manifest.to_json())
+
+
+class OneThread(Callback):
+    """One thread per process: on a CPU the number of threads changes the last bits, and with them the files."""
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the place of Lightning's own choice, which depends on the number of processes."""
+        self._threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the number back."""
+        torch.set_num_threads(self._threads)
 
 
 class EncodingRate(Callback):

@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from latentreward.cache.check import Shard, read_shards, shard_states, table_problems
 from latentreward.cache.encoding import EncodeBatches
-from latentreward.cache.layout import PLAN, CachePlan, CacheSpec, read_plan
+from latentreward.cache.layout import PLAN, CachePlan, CacheSpec, manifest_name, read_plan
 from latentreward.cache.plan import check_same, describe_data, write_plan
 from latentreward.cache.scan import RowScan, scan_rows
 from latentreward.cache.shards import disk_problems_named, locked, remove_temporary
@@ -131,6 +131,8 @@ class EncodingDataModule(LightningDataModule):
         todo = [state.shard for state in states if state.problem is not None]
         if damaged := [str(state.problem) for state in states if state.problem and "damaged" in state.problem]:
             logger.warning("%s: %s (%d such); encoding again", self.folder, damaged[0], len(damaged))
+        for shard in todo:  # from here on, a manifest says that its shard is finished
+            (self.folder / manifest_name(shard.name)).unlink(missing_ok=True)
         if len(todo) < len(states):
             print(f"cache: {len(states) - len(todo)} of {len(states)} shards are there already", file=sys.stderr)
         return todo
@@ -172,7 +174,7 @@ def run_predict(trainer: Trainer, module: LightningModule, data: EncodingDataMod
     """Encode what is missing; does nothing if that is nothing.
 
     Where Lightning starts the other processes, planning comes first: bad input is known before there are any. Where
-    torchrun or SLURM started them all, they wait for the plan.
+    torchrun or SLURM started them all, they wait for the plan. The first process returns when all have finished.
     """
     try:
         environment = getattr(trainer.strategy, "cluster_environment", None)
@@ -181,9 +183,18 @@ def run_predict(trainer: Trainer, module: LightningModule, data: EncodingDataMod
             if not data.todo:
                 return
         trainer.predict(module, datamodule=data, return_predictions=False)
+        if trainer.is_global_zero:
+            wait_for_shards(data.folder, data.todo or [])
     except BaseException:
         end_children(trainer, data.folder)
         raise
+
+
+def wait_for_shards(folder: Path, shards: Sequence[Shard]) -> None:
+    """Until the other ranks have finished theirs: a collective call would have a time limit, and ignore signals."""
+    for shard in shards:
+        while not (folder / manifest_name(shard.name)).exists():
+            time.sleep(0.2)
 
 
 def end_children(trainer: Trainer, folder: Path) -> None:

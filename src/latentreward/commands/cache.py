@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from latentreward.cache.check import check_cache, read_shards
-from latentreward.cache.encoding import EncodingRate, ShardEncoder, ShardsToDisk
+from latentreward.cache.encoding import EncodingRate, OneThread, ShardEncoder, ShardsToDisk
 from latentreward.cache.layout import IMAGES, PAIRS, CacheDtype, CacheSpec, manifest_name, read_manifest, read_plan
 from latentreward.cache.sizing import ImageSettings
 from latentreward.cache.sources import Encoders, LatentSource
@@ -30,7 +30,7 @@ class TrainerSettings:
 
     Args:
         accelerator: ``cpu``, ``gpu`` or ``auto``.
-        devices: Devices per node, or their numbers; ``auto`` takes all.
+        devices: Devices per node, or their numbers; ``auto`` takes all. On CPUs, processes of one thread each.
         num_nodes: Nodes, started by torchrun or SLURM.
         strategy: ``auto``, or ``ddp`` for several processes.
     """
@@ -89,7 +89,7 @@ def cache(
         spec = make_spec(encoder, encoders, images, dtype, seed, images_per_shard)
         data = EncodingDataModule(folder, reader, images, spec, num_workers)
         rate = EncodingRate()
-        runner = make_trainer(trainer, [StopOnSigterm(), ShardsToDisk(folder), rate])
+        runner = make_trainer(trainer, [StopOnSigterm(), OneThread(), ShardsToDisk(folder), rate])
         try:
             run_predict(runner, ShardEncoder(encoders, getattr(torch, dtype)), data)
             if runner.is_global_zero:
