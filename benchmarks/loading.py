@@ -58,13 +58,13 @@ def latents_of(start: int, count: int, shape: Sequence[int]) -> np.ndarray:
     return np.stack([pool[n * 7919 % 65_537 :][:size].reshape(shape) for n in range(start, start + count)])
 
 
-def write_cache(folder: Path, pairs: int, shape: Sequence[int]) -> Path:
+def write_cache(folder: Path, pairs: int, shape: Sequence[int], space: LatentSpace = SPACE) -> Path:
     """This project's layout: image 2n and 2n + 1 are those of pair n."""
-    size, images = (shape[1] * 8, shape[2] * 8), 2 * pairs
+    size, images = (shape[1] * space.downscale, shape[2] * space.downscale), 2 * pairs
     starts = range(0, images, PER_SHARD)
     counts = [min(PER_SHARD, images - start) for start in starts]
     names = [latents_name(*size, number) for number in range(len(starts))]
-    spec = CacheSpec("vae", None, None, SPACE, None, 0, "float16", size, None, None, "drop", 0, 8, PER_SHARD)
+    spec = CacheSpec("vae", None, None, space, None, 0, "float16", size, None, None, "drop", 0, 8, PER_SHARD)
     number = np.arange(images)
     nothing = {name: [None] * pairs for name in SCHEMAS[PAIRS].names}
     tables = {
@@ -244,9 +244,9 @@ def compare(folder: Path, kib: int, repeats: int) -> None:
 
 
 def resident(pid: int | str = "self") -> float:
-    """MiB that belong to a process alone."""
+    """MiB of a process; what it shares with its fork counts half in each."""
     fields = dict(line.split(":") for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
-    return sum(int(fields[name].split()[0]) for name in ("Private_Clean", "Private_Dirty")) / 1024
+    return int(fields["Pss"].split()[0]) / 1024
 
 
 def scale(folder: Path) -> None:
@@ -281,15 +281,13 @@ def wait(folder: Path) -> None:
     from latentreward.modules import DiNaLRMModule
 
     seed_everything(0, verbose=False)
-    shape = (SHAPES[4][0], 8, 8)
     print("\n| workers | batch | pairs/s | share of time waiting |\n|---|---|---|---|")
     for workers in (0, 1):
         backbone = sd35_tiny(tuning="lora", lora=LoRA(16, 32))
-        shape = (backbone.latent_space.channels, 8, 8)
-        cache = write_cache(folder / f"wait{workers}", 4_000, shape)
+        space = backbone.latent_space
+        cache = write_cache(folder / f"wait{workers}", 4_000, (space.channels, 8, 8), space)
         module = DiNaLRMModule(backbone, GatedQFormerHead, ThurstoneLoss(), eval_sigmas=[0.5])
         data = CachedPreferenceDataModule(train=CachedSplit(str(cache)), batch_size=32, num_workers=workers)
-        data.setup = lambda stage: None  # type: ignore[method-assign]
         trainer = Trainer(
             accelerator="cpu",
             max_steps=120,

@@ -1,6 +1,5 @@
 """Cached pairs, a whole batch at a time."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,16 +56,17 @@ class CachedPairDataset(Dataset[PreferenceBatch]):
         index = self.index
         rows = self.rows[np.asarray(numbers)]
         images = np.stack([index.image_a[rows], index.image_b[rows]])
-        keys = [[index.image_key[image] for image in side] for side in images.tolist()]
-        labels = [None if math.isnan(label) else label for label in index.label[rows].tolist()]
-        for pair, (label, key_a, key_b) in enumerate(zip(labels, *keys, strict=True)):
-            if is_turned(label, key_a, key_b):
+        keys = [index.image_key.take(side) for side in images]
+        labels = index.label[rows]
+        known = ~np.isnan(labels)
+        for pair, (label, key_a, key_b) in enumerate(zip(labels.tolist(), *keys, strict=True)):
+            if is_turned(label if known[pair] else None, key_a, key_b):
                 images[:, pair] = images[::-1, pair]
                 keys[0][pair], keys[1][pair] = key_b, key_a
-                labels[pair] = None if label is None else 1.0 - label
+                labels[pair] = 1.0 - label
         fields = {
-            "pair_ids": tuple(index.pair_id[row] for row in rows.tolist()),
-            "prompts": tuple(index.prompts[prompt] for prompt in index.prompt[rows].tolist()),
+            "pair_ids": tuple(index.pair_id.take(rows)),
+            "prompts": tuple(index.prompts.take(index.prompt[rows])),
             "chosen_keys": tuple(keys[0]),
             "rejected_keys": tuple(keys[1]),
             "latent_space": index.spec.latent_space,
@@ -81,8 +81,8 @@ class CachedPairDataset(Dataset[PreferenceBatch]):
             if self.pool and slot is not None and get_worker_info():
                 self.pool.free(slot)
             raise
-        tensors[-2][:] = torch.tensor([0.5 if label is None else label for label in labels])
-        tensors[-1][:] = torch.from_numpy(np.where(np.isnan(index.label[rows]), 0.0, index.weight[rows]))
+        tensors[-2].numpy()[:] = np.where(known, labels, 0.5)
+        tensors[-1].numpy()[:] = np.where(known, index.weight[rows], 0.0)
         if self.pool and slot is not None and get_worker_info():
             return SlotBatch(**assemble(tensors, fields), parcel=(self.pool.number, slot, layout, fields))
         return PreferenceBatch(**assemble(tensors, fields))

@@ -43,13 +43,18 @@ class TextColumn:
         array = column.cast(pa.large_string()).combine_chunks()
         _, offsets, data = array.buffers()
         self._offsets = np.frombuffer(offsets, np.int64, len(array) + 1, 8 * array.offset)
-        self._data = np.frombuffer(data or b"", np.uint8)
+        self._data = b"" if data is None else data.to_pybytes()
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
 
     def __getitem__(self, number: int) -> str:
-        return self._data[self._offsets[number] : self._offsets[number + 1]].tobytes().decode()
+        return self.take(np.array([number]))[0]
+
+    def take(self, numbers: np.ndarray) -> list[str]:
+        """The strings ``numbers``."""
+        starts, ends = self._offsets[numbers].tolist(), self._offsets[numbers + 1].tolist()
+        return [self._data[start:end].decode() for start, end in zip(starts, ends, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -237,12 +242,12 @@ class CachedPairs(PairReader):
 
     def prompts(self) -> list[str]:
         """See :meth:`PairReader.prompts`."""
-        distinct = [self.index.prompts[number] for number in range(len(self.index.prompts))]
+        distinct = self.index.prompts.take(np.arange(len(self.index.prompts)))
         return [distinct[number] for number in self.index.prompt[self.rows].tolist()]
 
     def pair_ids(self) -> list[str]:
         """See :meth:`PairReader.pair_ids`."""
-        return [self.index.pair_id[row] for row in self.rows.tolist()]
+        return self.index.pair_id.take(self.rows)
 
 
 def _numbers(column: pa.ChunkedArray) -> np.ndarray:
