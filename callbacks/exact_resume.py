@@ -23,6 +23,8 @@ class ExactResume(Callback):
       last optimiser step; the resumed run takes the later ones again.
     - A checkpoint from before a validation that is due has the resumed run validate; Lightning would leave it out.
     - One from the end of an epoch has a run with ``max_steps`` begin the next; Lightning would leave out an epoch.
+    - One from the last batch of an epoch has the next epoch counted; Lightning would not, and the resumed run's own
+      checkpoints would lead astray.
     - After a resume with another batch or world size, Lightning's batch counter is set to what the rest of the epoch
       then is.
 
@@ -40,6 +42,8 @@ class ExactResume(Callback):
         """Count the batches used of this epoch as batches of the present size."""
         if trainer.fit_loop.restarted_on_epoch_end:
             close_epoch(trainer.fit_loop)
+        elif trainer.fit_loop.restarted_mid_epoch and last_batch_was_saved(trainer.fit_loop):
+            trainer.fit_loop.reset_restart_stage()  # Lightning has closed the epoch; now it may count the next one
         loader, progress = trainer.train_dataloader, batch_progress(trainer)
         if not (trainer.fit_loop.restarting and isinstance(loader, ResumableLoader)):
             return
@@ -83,6 +87,11 @@ def close_epoch(loop: Any) -> None:
     _Loop.restarting.fset(loop, False)  # type: ignore[attr-defined]  # the fit loop's own setter refuses
     loop.reset_restart_stage()
     loop.epoch_loop.reset_restart_stage()
+
+
+def last_batch_was_saved(loop: Any) -> bool:
+    """Whether the checkpoint was written as the last batch of its epoch ended."""
+    return loop.epoch_loop.restarted_on_train_batch_end and loop.epoch_loop.batch_progress.is_last_batch
 
 
 def undo_accumulation(trainer: Trainer, saved: dict[str, Any]) -> None:
