@@ -22,6 +22,7 @@ from latentreward.losses import LRMLoss, ThurstoneLoss
 from latentreward.modules import DiNaLRMModule, LRMModule
 from latentreward.tinyworld.writers import write_hpdv3
 from tests.cache.written_caches import spec, write_cache
+from tests.distributed.ranks import on_ranks
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
@@ -238,15 +239,25 @@ class PairsToFiles(Callback):
         self._write("val", trainer, batch)
 
 
+def fit_on_two_ranks(folder: Path) -> int:
+    """One rank; returns its number of pairs."""
+    data, options = train_and_validate(folder / "world"), {"max_epochs": 1, "num_sanity_val_steps": 0, **QUIET}
+    runner = Trainer(accelerator="cpu", devices=2, strategy="ddp", callbacks=[PairsToFiles(folder)], **options)
+    runner.fit(dina(), data)
+    return len(data.datasets["train"])
+
+
+def train_and_validate(world: Path) -> CachedPreferenceDataModule:
+    train, val = CachedSplit(str(world / "train")), CachedSplit(str(world / "test"))
+    return CachedPreferenceDataModule(train=train, val=val, batch_size=4, num_workers=1)
+
+
 @pytest.mark.slow
 def test_two_processes_share_the_pairs_whatever_lightning_would_do(world: Path, tmp_path: Path) -> None:
-    data = CachedPreferenceDataModule(
-        train=CachedSplit(str(world / "train")), val=CachedSplit(str(world / "test")), batch_size=4, num_workers=1
-    )
-    options = {"max_epochs": 1, "num_sanity_val_steps": 0, **QUIET}
-    runner = Trainer(accelerator="cpu", devices=2, strategy="ddp_fork", callbacks=[PairsToFiles(tmp_path)], **options)
-    runner.fit(dina(), data)
-    lines = {path.name: [line.split() for line in path.read_text().splitlines()] for path in tmp_path.glob("[tv]*")}
+    (tmp_path / "world").symlink_to(world)
+    on_ranks("tests.cache.test_datamodule:fit_on_two_ranks", tmp_path)
+    data = train_and_validate(world)
+    lines = {path.name: [line.split() for line in path.read_text().splitlines()] for path in tmp_path.glob("[tv]*[01]")}
     assert [len(batch) for batch in lines["train0"]] == [len(batch) for batch in lines["train1"]]
     for stage, dataset in (("train", data.datasets["train"]), ("val", data.datasets["val"])):
         seen = [pair for rank in "01" for batch in lines[f"{stage}{rank}"] for pair in batch]
