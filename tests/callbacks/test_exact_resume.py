@@ -72,10 +72,10 @@ def test_every_checkpoint_leads_to_the_same_end(name: str, tmp_path: Path) -> No
 @pytest.mark.parametrize("name", SETTINGS)
 def test_checkpoints_of_a_resumed_run_lead_there_too(name: str, tmp_path: Path) -> None:
     whole, module, saver = run_saving_always(tmp_path / "whole", **SETTINGS[name])
-    for path, *_ in saver.paths[2::3]:
+    for path, _, _ in saver.paths[2::3]:
         second = SaveAlways(tmp_path / path.stem)
         fit(make_trainer(tmp_path, [second], enable_checkpointing=False, **SETTINGS[name]), path)
-        for later, *_ in second.paths[:4]:
+        for later in [saved for saved, _, _ in second.paths[:4]]:
             resumed = make_trainer(tmp_path, **SETTINGS[name])
             again = fit(resumed, later)
             assert_same_state(whole, resumed)
