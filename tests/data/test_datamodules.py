@@ -130,7 +130,7 @@ def test_distributed_shares(readers) -> None:
     assert [len(batch) for batch in data.train_dataloader()] == [2, 1]  # 7 rows: 3 for each rank
     assert [len(batch) for batch in data.val_dataloader()] == [1]  # 3 rows: 2 and 1
     Two.distributed_sampler_kwargs = {"num_replicas": 8, "rank": 0}
-    with pytest.raises(InputError, match=r"data\.train has 7 rows for 8 ranks"):
+    with pytest.raises(InputError, match=r"data\.train has 7 pairs for 8 ranks"):
         data.train_dataloader()
 
 

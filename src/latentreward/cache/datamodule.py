@@ -1,16 +1,12 @@
 """Caches in, loaders of batches of latents out."""
 
 import logging
-import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from lightning.pytorch import LightningDataModule
-from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
 from latentreward.cache.agreement import check_backbone, check_caches
@@ -18,7 +14,8 @@ from latentreward.cache.buffers import BufferPool, layout_bytes
 from latentreward.cache.dataset import CachedPairDataset, as_is
 from latentreward.cache.index import CachedPairs, CacheIndex, OnMissing
 from latentreward.cache.sampling import BucketBatchSampler, EvaluationBatches, Sizing, SmallBuckets
-from latentreward.data.loading import ResumableLoader, ignore_signals
+from latentreward.data.datamodules import PairLoaders, check_at_least_one
+from latentreward.data.loading import ResumableLoader
 from latentreward.data.splits import SharedPrompts, select_rows
 from latentreward.errors import InputError
 
@@ -41,7 +38,7 @@ class CachedSplit:
     split: str | None = None
 
 
-class CachedPreferenceDataModule(LightningDataModule):
+class CachedPreferenceDataModule(PairLoaders):
     """Cached pairs for training, validation, test and prediction: batches of latents, each of one image size.
 
     As in :class:`~latentreward.data.PreferenceDataModule`, unlabelled pairs are left out except in prediction, no
@@ -73,6 +70,8 @@ class CachedPreferenceDataModule(LightningDataModule):
         InputError: If a setting is out of range, a cache is damaged or unfinished, or a split has no pairs left.
     """
 
+    remedy = "give it a cache, e.g. {cache: runs/cache, split: train}"
+
     def __init__(
         self,
         *,
@@ -92,15 +91,10 @@ class CachedPreferenceDataModule(LightningDataModule):
         seed: int | None = None,
         shared_prompts: SharedPrompts = "drop",
     ) -> None:
-        super().__init__()
-        limits = {"batch_size": batch_size, "tokens_per_batch": tokens_per_batch, "prefetch_factor": prefetch_factor}
-        for name, value in limits.items():
-            if value is not None and value < 1:
-                raise InputError(f"data.{name} is {value}; it must be at least 1")
+        super().__init__(num_workers, prefetch_factor, pin_memory, seed)
+        check_at_least_one(batch_size=batch_size, tokens_per_batch=tokens_per_batch, prefetch_factor=prefetch_factor)
         self.batch_size, self.tokens_per_batch, self.small_buckets = batch_size, tokens_per_batch, small_buckets
-        self.num_workers, self.prefetch_factor, self.pin_memory = num_workers, prefetch_factor, pin_memory
         self.shuffle = shuffle
-        self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
         splits = {"train": train, "val": val, "test": test, "predict": predict}
         given = {name: split for name, split in splits.items() if split is not None}
         if not given:
@@ -132,42 +126,20 @@ class CachedPreferenceDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Batches of ``train``; in a step, every rank gets equally many pairs of one size."""
-        if getattr(self.trainer, "overfit_batches", 0):
-            return self._loader("train")  # Lightning wants the same few pairs in a fixed order
+        if self._overfits():
+            return self._evaluation_loader("train")
         dataset = self._dataset("train")
         dataset.pool = self._pool(dataset)
         sampler = BucketBatchSampler(self._latent_sizes(dataset), self._sizing(), self._rank())
         if self._rank() == 0:
             logger.info("data.train: %s", sampler.describe())
-        return ResumableLoader(
-            dataset,
-            sampler,
-            collate_fn=as_is,
-            num_workers=self.num_workers,
-            prefetch_factor=self.prefetch_factor,
-            pin_memory=self._pins(),
-        )
-
-    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """Batches of ``val``, each pair once over all ranks; in training, none without ``val``."""
-        if "val" in self.datasets:
-            return self._loader("val")
-        if self.trainer is not None and self.trainer.state.fn == TrainerFn.VALIDATING:
-            raise InputError("data.val is not set, so there is nothing to validate on; give it a cache")
-        return []
-
-    def test_dataloader(self) -> DataLoader[Any]:
-        """Batches of ``test``, each pair once over all ranks."""
-        return self._loader("test")
+        return ResumableLoader(dataset, sampler, collate_fn=as_is, **self._worker_settings())
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Batches of ``predict``, each pair once over all ranks."""
         # Lightning looks for row numbers, which only its own batch samplers tell; what we write names pairs.
         warnings.filterwarnings("ignore", message="Couldn't infer the batch indices")
-        return self._loader("predict")
-
-    def _shares(self) -> dict[str, int]:
-        return (self.trainer.distributed_sampler_kwargs if self.trainer else None) or {"num_replicas": 1, "rank": 0}
+        return super().predict_dataloader()
 
     def _rank(self) -> int:
         return self._shares()["rank"]
@@ -182,15 +154,6 @@ class CachedPreferenceDataModule(LightningDataModule):
             self.shuffle,
         )
 
-    def _dataset(self, name: str) -> CachedPairDataset:
-        """The split's pairs, at least one for each rank."""
-        if name not in self.datasets:
-            raise InputError(f"data.{name} is not set; give it a cache, e.g. {{cache: runs/cache, split: {name}}}")
-        dataset, ranks = self.datasets[name], self._shares()["num_replicas"]
-        if len(dataset) < ranks:
-            raise InputError(f"data.{name} has {len(dataset)} pairs for {ranks} ranks; use fewer devices or more pairs")
-        return dataset
-
     def _latent_sizes(self, dataset: CachedPairDataset) -> Any:
         return dataset.sizes() // self.spec.latent_space.downscale
 
@@ -204,21 +167,8 @@ class CachedPreferenceDataModule(LightningDataModule):
         ready = self.prefetch_factor if self.num_workers else 0
         return BufferPool(ready + HELD_BATCHES, max(map(layout_bytes, layouts)), max(1, self.num_workers))
 
-    def _pins(self) -> bool:
-        return self.pin_memory and torch.accelerator.is_available()
-
-    def _loader(self, name: str) -> DataLoader[Any]:
-        """Each pair once over all ranks, as the rows stand, as far as one size per batch allows."""
-        dataset = self._dataset(name)
+    def _deal(self, dataset: CachedPairDataset) -> dict[str, Any]:
+        """As the rows stand, as far as one size per batch allows."""
         dataset.pool = self._pool(dataset)
-        return DataLoader(
-            dataset,
-            batch_size=None,
-            sampler=EvaluationBatches(self._latent_sizes(dataset), self._sizing(), self._rank()),
-            num_workers=self.num_workers,
-            collate_fn=as_is,
-            pin_memory=self._pins(),
-            prefetch_factor=self.prefetch_factor if self.num_workers else None,
-            persistent_workers=self.num_workers > 0,
-            worker_init_fn=ignore_signals,
-        )
+        sampler = EvaluationBatches(self._latent_sizes(dataset), self._sizing(), self._rank())
+        return {"batch_size": None, "sampler": sampler, "collate_fn": as_is}

@@ -22,7 +22,94 @@ from latentreward.errors import InputError
 logger = logging.getLogger(__name__)
 
 
-class PreferenceDataModule(LightningDataModule):
+class PairLoaders(LightningDataModule):
+    """Loaders of up to four splits of pairs, whatever their batches hold.
+
+    A subclass fills :attr:`datasets`, makes the loader for training, and says how evaluation deals out its pairs.
+
+    Args:
+        num_workers: Loader processes per rank; 0 loads in the training process.
+        prefetch_factor: Batches that each worker holds ready.
+        pin_memory: Hand batches over in page-locked memory, where there is an accelerator.
+        seed: Seed of the order of training pairs; None takes the run's ``seed_everything``.
+
+    Attributes:
+        datasets: Pairs of the splits that are given: ``train``, ``val``, ``test``, ``predict``.
+        remedy: What to give a split that is not set.
+    """
+
+    datasets: dict[str, Any]
+    remedy: str
+
+    def __init__(self, num_workers: int, prefetch_factor: int, pin_memory: bool, seed: int | None) -> None:
+        super().__init__()
+        self.num_workers, self.prefetch_factor, self.pin_memory = num_workers, prefetch_factor, pin_memory
+        self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """Batches of ``val``, each pair once over all ranks; in training, none without ``val``."""
+        if "val" in self.datasets or (self.trainer is not None and self.trainer.state.fn == TrainerFn.VALIDATING):
+            return self._evaluation_loader("val")
+        return []
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Batches of ``test``, each pair once over all ranks."""
+        return self._evaluation_loader("test")
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """Batches of ``predict``, each pair once over all ranks."""
+        return self._evaluation_loader("predict")
+
+    def _overfits(self) -> bool:
+        """Whether Lightning wants the same few pairs in a fixed order."""
+        return bool(getattr(self.trainer, "overfit_batches", 0))
+
+    def _shares(self) -> dict[str, int]:
+        return (self.trainer.distributed_sampler_kwargs if self.trainer else None) or {"num_replicas": 1, "rank": 0}
+
+    def _dataset(self, name: str) -> Any:
+        """The split's pairs, at least one for each rank."""
+        if name not in self.datasets:
+            raise InputError(f"data.{name} is not set; {self.remedy}")
+        dataset, ranks = self.datasets[name], self._shares()["num_replicas"]
+        if len(dataset) < ranks:
+            raise InputError(f"data.{name} has {len(dataset)} pairs for {ranks} ranks; use fewer devices or more pairs")
+        return dataset
+
+    def _worker_settings(self) -> dict[str, Any]:
+        """What training and evaluation loaders have in common."""
+        return {
+            "num_workers": self.num_workers,
+            "prefetch_factor": self.prefetch_factor,
+            "pin_memory": self.pin_memory and torch.accelerator.is_available(),
+        }
+
+    def _deal(self, dataset: Any) -> dict[str, Any]:
+        """Arguments of the ``DataLoader`` that say which pairs of an evaluation make a batch on this rank, and how."""
+        raise NotImplementedError
+
+    def _evaluation_loader(self, name: str) -> DataLoader[Any]:
+        dataset = self._dataset(name)
+        settings = self._worker_settings()
+        if not self.num_workers:
+            settings["prefetch_factor"] = None
+        return DataLoader(
+            dataset,
+            **self._deal(dataset),
+            **settings,
+            persistent_workers=self.num_workers > 0,
+            worker_init_fn=ignore_signals,
+        )
+
+
+def check_at_least_one(**settings: int | None) -> None:
+    """Raise InputError for a setting of the data that is given and below 1."""
+    for name, value in settings.items():
+        if value is not None and value < 1:
+            raise InputError(f"data.{name} is {value}; it must be at least 1")
+
+
+class PreferenceDataModule(PairLoaders):
     """Pairs for training, validation, test and prediction, decoded to one size.
 
     Unlabelled rows are left out, except in prediction. No prompt is in two splits: a row of ``train`` gives way to
@@ -50,6 +137,8 @@ class PreferenceDataModule(LightningDataModule):
         InputError: If a setting is out of range or a split has no rows left.
     """
 
+    remedy = "give it a reader, e.g. latentreward.data.PickAPicReader"
+
     def __init__(
         self,
         size: int | tuple[int, int],
@@ -68,15 +157,10 @@ class PreferenceDataModule(LightningDataModule):
         shared_prompts: SharedPrompts = "drop",
         max_pixels: int = MAX_PIXELS,
     ) -> None:
-        super().__init__()
+        super().__init__(num_workers, prefetch_factor, pin_memory, seed)
         height, width = (size, size) if isinstance(size, int) else size
-        limits = {"size": min(height, width), "batch_size": batch_size, "prefetch_factor": prefetch_factor}
-        for name, value in limits.items():
-            if value < 1:
-                raise InputError(f"data.{name} is {value}; it must be at least 1")
-        self.batch_size, self.num_workers, self.prefetch_factor = batch_size, num_workers, prefetch_factor
-        self.pin_memory, self.shuffle = pin_memory, shuffle
-        self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
+        check_at_least_one(size=min(height, width), batch_size=batch_size, prefetch_factor=prefetch_factor)
+        self.batch_size, self.shuffle = batch_size, shuffle
         loader = PixelLoader(height, width, resize, max_pixels)
         readers = {"train": train, "val": val, "test": test}
         given = {name: reader for name, reader in readers.items() if reader is not None}
@@ -87,34 +171,13 @@ class PreferenceDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Batches of ``train``; every rank gets equally many pairs."""
-        if getattr(self.trainer, "overfit_batches", 0):  # Lightning wants the same few pairs in a fixed order
-            return self._loader("train")
-        dataset, shares = self._dataset("train"), self._shares()
-        sampler = PairBatchSampler(len(dataset), self.batch_size, **shares, shuffle=self.shuffle, seed=self.seed)
-        return ResumableLoader(
-            dataset,
-            sampler,
-            collate_fn=collate_pairs,
-            num_workers=self.num_workers,
-            prefetch_factor=self.prefetch_factor,
-            pin_memory=self._pins(),
+        if self._overfits():
+            return self._evaluation_loader("train")
+        dataset = self._dataset("train")
+        sampler = PairBatchSampler(
+            len(dataset), self.batch_size, **self._shares(), shuffle=self.shuffle, seed=self.seed
         )
-
-    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """Batches of ``val``, each pair once over all ranks; in training, none without ``val``."""
-        if "val" in self.datasets:
-            return self._loader("val")
-        if self.trainer is not None and self.trainer.state.fn == TrainerFn.VALIDATING:
-            raise InputError("data.val is not set, so there is nothing to validate on; give it a reader")
-        return []
-
-    def test_dataloader(self) -> DataLoader[Any]:
-        """Batches of ``test``, each pair once over all ranks."""
-        return self._loader("test")
-
-    def predict_dataloader(self) -> DataLoader[Any]:
-        """Batches of ``predict``, each pair once over all ranks."""
-        return self._loader("predict")
+        return ResumableLoader(dataset, sampler, collate_fn=collate_pairs, **self._worker_settings())
 
     def teardown(self, stage: str) -> None:
         """Log one line per split with pairs whose images could not be read."""
@@ -122,32 +185,10 @@ class PreferenceDataModule(LightningDataModule):
             if skipped := dataset.skipped():
                 logger.warning("data.%s: images not read on this rank: %s", name, count_text(skipped))
 
-    def _shares(self) -> dict[str, int]:
-        return (self.trainer.distributed_sampler_kwargs if self.trainer else None) or {"num_replicas": 1, "rank": 0}
-
-    def _dataset(self, name: str) -> PairDataset:
-        """The split's pairs, at least one for each rank."""
-        if name not in self.datasets:
-            raise InputError(f"data.{name} is not set; give it a reader, e.g. latentreward.data.PickAPicReader")
-        dataset, ranks = self.datasets[name], self._shares()["num_replicas"]
-        if len(dataset) < ranks:
-            raise InputError(f"data.{name} has {len(dataset)} rows for {ranks} ranks; use fewer devices or more rows")
-        return dataset
-
-    def _pins(self) -> bool:
-        return self.pin_memory and torch.accelerator.is_available()
-
-    def _loader(self, name: str) -> DataLoader[Any]:
-        """Each pair once over all ranks, in the order of the rows."""
-        dataset, shares = self._dataset(name), self._shares()
-        return DataLoader(
-            dataset,
-            batch_size=even_batch_size(len(dataset), shares["num_replicas"], self.batch_size),
-            sampler=PairSampler(len(dataset), **shares),
-            num_workers=self.num_workers,
-            collate_fn=collate_pairs,
-            pin_memory=self._pins(),
-            prefetch_factor=self.prefetch_factor if self.num_workers else None,
-            persistent_workers=self.num_workers > 0,
-            worker_init_fn=ignore_signals,
-        )
+    def _deal(self, dataset: PairDataset) -> dict[str, Any]:
+        shares = self._shares()
+        return {
+            "batch_size": even_batch_size(len(dataset), shares["num_replicas"], self.batch_size),
+            "sampler": PairSampler(len(dataset), **shares),
+            "collate_fn": collate_pairs,
+        }

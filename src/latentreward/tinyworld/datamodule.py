@@ -49,4 +49,4 @@ class TinyWorldDataModule(PreferenceDataModule):
 
     def test_dataloader(self) -> DataLoader[Any]:
         """The held-out pairs again: nothing of the tiny world was chosen on them."""
-        return self._loader("val")
+        return self._evaluation_loader("val")
