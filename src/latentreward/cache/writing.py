@@ -95,6 +95,8 @@ class EncodingDataModule(LightningDataModule):
             batch_size=None,
             num_workers=self.num_workers,
             pin_memory=torch.accelerator.is_available(),
+            # The process group has threads, beside which a fork may hang (seen with Python 3.11).
+            multiprocessing_context="forkserver" if self.num_workers and self.trainer.world_size > 1 else None,
         )
 
     def release(self) -> None:
