@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -153,8 +154,7 @@ class StopOnSigterm(Callback):
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             if trainer.is_global_zero:
                 print("cache: stopped by SIGTERM; resume with the same command", file=sys.stderr)
-            environment = getattr(trainer.strategy, "cluster_environment", None)
-            if isinstance(environment, LightningEnvironment) and trainer.local_rank > 0:
+            if is_child(trainer):
                 os.kill(os.getppid(), signal.SIGTERM)
                 sys.exit(0)  # any other status has Lightning kill the parent, whose own status counts
             sys.exit(SIGTERM_STATUS)
@@ -172,6 +172,24 @@ def exit_on_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def is_child(trainer: Trainer) -> bool:
+    """Whether Lightning started this process, from the first one."""
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    return isinstance(environment, LightningEnvironment) and trainer.local_rank > 0
+
+
+def end_with_parent() -> None:
+    """End this process when its parent does; else it would wait half an hour for a group that never comes to be."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def run_predict(trainer: Trainer, module: LightningModule, data: EncodingDataModule) -> None:
     """Encode what is missing; does nothing if that is nothing.
 
@@ -184,6 +202,8 @@ def run_predict(trainer: Trainer, module: LightningModule, data: EncodingDataMod
             data.prepare_data()
             if not data.todo:
                 return
+        if is_child(trainer):
+            end_with_parent()
         trainer.predict(module, datamodule=data, return_predictions=False)
         if trainer.is_global_zero:
             wait_for_shards(data.folder, data.todo or [])
