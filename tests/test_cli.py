@@ -316,7 +316,7 @@ def test_backbone_by_short_name(options: list[str], folder: Path, capsys: pytest
     assert backbone["class_path"] == "plugin.stand_in"
 
 
-@pytest.mark.parametrize("name", ["cpu", "one_gpu", "eight_gpus", "ddp", "fsdp2", "fsdp1", "slurm"])
+@pytest.mark.parametrize("name", ["cpu", "one_gpu", "eight_gpus", "fsdp2", "fsdp1", "slurm"])
 def test_packaged_trainers_are_found_from_any_folder(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     config = settings(capsys, f"--config=configs/trainer/{name}.yaml")
     assert config["trainer"]["gradient_clip_val"] == 1.0

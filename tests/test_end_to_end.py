@@ -80,7 +80,7 @@ def test_full_size_configs_parse(
     for name in ("PICKAPIC_ROOT", "HPDV3_ROOT"):
         monkeypatch.setenv(name, "/data")
     data = "hpdv3" if model.startswith("dina") else "pickapic_v1"
-    files = (f"model/{model}", f"data/{data}", "trainer/ddp")
+    files = (f"model/{model}", f"data/{data}", "trainer/eight_gpus")
     with pytest.raises(SystemExit) as stop:
         main(["fit", *(f"--config={CONFIGS}/{name}.yaml" for name in files), "--print_config"])
     assert stop.value.code in (0, None)
