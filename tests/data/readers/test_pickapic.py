@@ -127,7 +127,7 @@ def test_wrong_column_types_are_named(write_pickapic, pickapic_rows) -> None:
         PickAPicReader(str(path.parent), "train")
     images = table.set_column(table.column_names.index("jpg_0"), "jpg_0", pa.array([7]))
     pq.write_table(images, path)
-    with pytest.raises(InputError, match="column jpg_0 is int64, not binary"):
+    with pytest.raises(InputError, match="column jpg_0 is int64, not images"):
         PickAPicReader(str(path.parent), "train")
 
 

@@ -117,23 +117,37 @@ def refuse_missing(reader: PairReader, source: str, split: str, parts: Sequence[
         reader.refuse(source, problem, "parquet part missing", len(missing))
 
 
-def check_image_columns(parts: Sequence[ParquetPart], columns: Sequence[str], hint: str) -> None:
+def check_image_columns(parts: Sequence[ParquetPart], columns: Sequence[str], hint: str, absent: str = "") -> None:
     """Stop if a part lacks a column of images, as bytes or as the structs that ``datasets`` writes.
 
     Raises:
-        InputError: With ``hint`` at its end.
+        InputError: With ``hint`` at its end, or with ``absent`` where all columns are missing.
     """
     for part in parts:
         with open_part(part) as file:
             schema = file.schema_arrow
+        if missing := [name for name in columns if name not in schema.names]:
+            remedy = absent if absent and len(missing) == len(columns) else hint
+            raise InputError(f"{part.path}: no column {', '.join(missing)}; {remedy}")
         for name in columns:
-            kind = schema.field(name).type if name in schema.names else None
-            if kind is None:
-                raise InputError(f"{part.path}: no column {name}; {hint}")
+            kind = schema.field(name).type
             if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
                 kind = kind.field("bytes").type
             if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
                 raise InputError(f"{part.path}: column {name} is {kind}, not images; {hint}")
+
+
+def largest_row_group(parts: Sequence[ParquetPart], columns: Sequence[str]) -> int:
+    """Bytes, once decompressed, of ``columns`` in the largest row group of all parts."""
+    largest = 0
+    for part in parts:
+        with open_part(part) as file:
+            for number in range(file.num_row_groups):
+                group = file.metadata.row_group(number)
+                chunks = [group.column(n) for n in range(group.num_columns)]
+                sizes = [c.total_uncompressed_size for c in chunks if c.path_in_schema.split(".")[0] in columns]
+                largest = max(largest, sum(sizes))
+    return largest
 
 
 def embedded_image(value: Any) -> ImageRef:

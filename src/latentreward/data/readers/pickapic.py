@@ -1,7 +1,7 @@
 """Pick-a-Pic v1 and v2: pairs of JPEGs with the users' choices, in parquet."""
 
 import logging
-from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -9,15 +9,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from latentreward.contracts import ImageRef, PreferencePair
-from latentreward.data.readers.base import OnError, PairReader, content_key
+from latentreward.data.readers.base import OnError, PairReader
 from latentreward.data.readers.parquet_store import (
     ArrowColumns,
-    ParquetPart,
     RowGroupColumns,
-    damage_named,
+    check_image_columns,
+    embedded_image,
     find_parts,
-    missing_parts,
-    open_part,
+    largest_row_group,
+    locate,
+    read_index,
+    refuse_missing,
 )
 from latentreward.errors import InputError
 
@@ -92,10 +94,12 @@ class PickAPicReader(PairReader):
         self.source, self.split = source, split
         self.holds = "images" if images == "read" else "nothing"
         parts = find_parts(source, split, revision)
-        self._check_parts(parts)
-        self._index, sizes, largest = _read_index(parts, IMAGES if images == "read" else ())
+        refuse_missing(self, source, split, parts)
+        table, self._starts = read_index(parts, COLUMNS, SCHEMA_HINT)
+        self._index = {name: table.column(name).combine_chunks() for name in COLUMNS}
         self._names = [part.name for part in parts]
-        self._starts = np.cumsum([0, *sizes])[:-1]
+        if images == "read":
+            check_image_columns(parts, IMAGES, SCHEMA_HINT, WITHOUT_IMAGES)
         labels, keep = self._judge_labels()
         if drop_identical:
             keep &= self._find_different(keep)
@@ -106,7 +110,8 @@ class PickAPicReader(PairReader):
         self._images: ArrowColumns | RowGroupColumns | None = None
         if images == "read":
             self._images = ArrowColumns(parts, IMAGES, self._starts) if memory_map else RowGroupColumns(parts, IMAGES)
-        if not memory_map and largest > LARGE_ROW_GROUP:
+        largest = 0 if images == "none" or memory_map else largest_row_group(parts, IMAGES)
+        if largest > LARGE_ROW_GROUP:
             logger.warning(
                 "%s %s: a random row costs its row group, %d MiB; set memory_map to true to copy the images once",
                 source,
@@ -120,7 +125,7 @@ class PickAPicReader(PairReader):
 
     def __getitem__(self, index: int) -> PreferencePair:
         row, label = int(self._rows[index]), self._labels[index]
-        part, inner = self._locate(row)
+        part, inner = locate(self._starts, row)
         jpg_0, jpg_1 = (None, None) if self._images is None else self._images.read(part, inner)
         examples = self._value("num_example_per_prompt", row) if self.weight == "per_prompt" else None
         return PreferencePair(
@@ -147,12 +152,6 @@ class PickAPicReader(PairReader):
     def pair_ids(self) -> list[str]:
         """File and row of every row."""
         return [self._pair_id(int(row)) for row in self._rows]
-
-    def _check_parts(self, parts: list[ParquetPart]) -> None:
-        if missing := missing_parts(parts):
-            names = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
-            problem = f"{self.split} lacks {len(missing)} of its parquet parts ({names}); download them"
-            self.refuse(self.source, problem, "parquet part missing", len(missing))
 
     def _judge_labels(self) -> tuple[np.ndarray, np.ndarray]:
         """Labels of image 0 with NaN for unlabelled, and which rows to keep."""
@@ -190,58 +189,14 @@ class PickAPicReader(PairReader):
     def _value(self, name: str, row: int) -> Any:
         return self._index[name][row].as_py()
 
-    def _locate(self, row: int) -> tuple[int, int]:
-        """Number of the part that a row of the split lies in, and its number there."""
-        part = int(np.searchsorted(self._starts, row, side="right")) - 1
-        return part, row - int(self._starts[part])
-
     def _pair_id(self, row: int) -> str:
-        part, inner = self._locate(row)
+        part, inner = locate(self._starts, row)
         return f"{self._names[part]}:{inner}"
 
 
-def _read_index(parts: list[ParquetPart], images: Sequence[str]) -> tuple[dict[str, pa.Array], list[int], int]:
-    """All columns but the images, rows per part, and the bytes of the largest row group's images."""
-    tables, sizes, largest = [], [], 0
-    for part in parts:
-        with open_part(part) as file:
-            _check_columns(part, file.schema_arrow, images)
-            with damage_named(part):
-                table = file.read(columns=list(COLUMNS)).select(list(COLUMNS))
-            tables.append(_cast(part, table))
-            sizes.append(table.num_rows)
-            for number in range(file.num_row_groups):
-                group = file.metadata.row_group(number)
-                columns = [group.column(n) for n in range(group.num_columns)]
-                blobs = [c.total_uncompressed_size for c in columns if c.path_in_schema in images]
-                largest = max(largest, sum(blobs))
-    table = pa.concat_tables(tables)
-    return {name: table.column(name).combine_chunks() for name in COLUMNS}, sizes, largest
-
-
-def _check_columns(part: ParquetPart, schema: pa.Schema, images: Sequence[str]) -> None:
-    missing = [name for name in (*COLUMNS, *images) if name not in schema.names]
-    if missing:
-        hint = WITHOUT_IMAGES if set(missing) == set(IMAGES) else SCHEMA_HINT
-        raise InputError(f"{part.path}: no column {', '.join(missing)}; {hint}")
-    for name in images:
-        kind = schema.field(name).type
-        if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
-            raise InputError(f"{part.path}: column {name} is {kind}, not binary; {SCHEMA_HINT}")
-
-
-def _cast(part: ParquetPart, table: pa.Table) -> pa.Table:
-    for number, (name, kind) in enumerate(COLUMNS.items()):
-        try:
-            table = table.set_column(number, name, table.column(name).cast(kind))
-        except pa.ArrowException as error:
-            found = table.column(name).type
-            raise InputError(f"{part.path}: column {name} is {found}, not {kind}; {SCHEMA_HINT}") from error
-    return table
-
-
-def _image(uid: str | None, data: bytes | None) -> ImageRef:
-    return ImageRef(uid or content_key(data), data)
+def _image(uid: str | None, value: Any) -> ImageRef:
+    image = embedded_image(value)
+    return replace(image, image_key=uid) if uid else image
 
 
 def _is_null(column: pa.Array) -> np.ndarray:
