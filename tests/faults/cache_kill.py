@@ -63,7 +63,8 @@ def interrupt(run: subprocess.Popen[str], cache: Path, draw: random.Random) -> s
         time.sleep(0.002)
     time.sleep(delay)
     if run.poll() is not None:
-        return f"ended by itself with status {run.returncode}"
+        output = "" if run.returncode == 0 else run.communicate(timeout=PATIENCE)
+        return f"{output} ended by itself with status {run.returncode}"
     victims = ranks(run)
     chosen = draw.sample(victims, draw.randint(1, len(victims)))
     for victim in chosen:

@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 SIGTERM_STATUS = 143
 SECONDS_BETWEEN_LINES = 10.0
+PARENT = "LATENTREWARD_CACHE_PARENT"
+"""Environment variable that tells a process who started it, even if that one has ended meanwhile."""
 
 
 class EncodingDataModule(LightningDataModule):
@@ -180,10 +182,9 @@ def is_child(trainer: Trainer) -> bool:
 
 def end_with_parent() -> None:
     """End this process when its parent does; else it would wait half an hour for a group that never comes to be."""
-    parent = os.getppid()
 
     def watch() -> None:
-        while os.getppid() == parent:
+        while str(os.getppid()) == os.environ[PARENT]:
             time.sleep(1)
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -204,6 +205,8 @@ def run_predict(trainer: Trainer, module: LightningModule, data: EncodingDataMod
                 return
         if is_child(trainer):
             end_with_parent()
+        else:
+            os.environ[PARENT] = str(os.getpid())
         trainer.predict(module, datamodule=data, return_predictions=False)
         if trainer.is_global_zero:
             wait_for_shards(data.folder, data.todo or [])
