@@ -158,7 +158,7 @@ def test_sigterm_and_a_second_run(
 @pytest.mark.parametrize("rank", [0, 1])
 def test_sigterm_to_one_of_two_processes(written: tuple[Path, Path], tmp_path: Path, rank: int) -> None:
     cache, two = tmp_path / "cache", ("--trainer.devices=2", "--trainer.strategy=ddp")
-    run = start_cache(cache, written[0], *SETTINGS, *two)
+    run = start_cache(cache, written[0], *SETTINGS, *two, setup=SLOWLY)
     wait_for_shards(cache, run)
     children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
     os.kill(int(children[0]) if rank else run.pid, signal.SIGTERM)

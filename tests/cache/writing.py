@@ -68,12 +68,16 @@ def run_cache(output: Path, root: Path, *settings: str) -> None:
 
 
 def start_cache(output: Path, root: Path, *settings: str, setup: str = "", threads: int = 1) -> subprocess.Popen[str]:
-    """``latentreward cache`` as a process of its own; ``setup`` are Python lines that it runs first."""
-    code = f"{setup}\nfrom latentreward.cli import main\nmain()"
-    command = [sys.executable, "-c", code] if setup else [sys.executable, "-m", "latentreward"]
+    """``latentreward cache`` as a process of its own; ``setup`` are Python lines that it and its ranks run first."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    if setup:
+        folder = output.parent / "setup"
+        folder.mkdir(exist_ok=True)
+        (folder / "sitecustomize.py").write_text(setup)
+        environment["PYTHONPATH"] = str(folder)
     return subprocess.Popen(
-        [*command, "cache", str(output), *SETTINGS, f"--reader.root={root}", *settings],
-        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        [sys.executable, "-m", "latentreward", "cache", str(output), *SETTINGS, f"--reader.root={root}", *settings],
+        env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
