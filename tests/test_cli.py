@@ -414,6 +414,17 @@ def test_missing_model_says_how_to_give_one(capsys: pytest.CaptureFixture[str]) 
     assert error_line(capsys, "fit") == "model is missing; give it in a --config file or as --model"
 
 
+def test_of_several_missing_settings_the_first_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    line = "checkpoint is missing; give it in a --config file or as --checkpoint"
+    assert error_line(capsys, "consolidate") == line
+
+
+def test_what_is_no_checkpoint_is_not_consolidated(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "junk.ckpt").write_text("j\n")
+    assert "junk.ckpt" in error_line(capsys, "consolidate", "junk.ckpt", "one.ckpt")
+    assert not (folder / "one.ckpt").exists()
+
+
 def test_bugs_and_debug_keep_the_traceback() -> None:
     with pytest.raises(ValueError, match="shapes differ"):
         main([*FIT, "--data.fault=bug"])

@@ -7,6 +7,7 @@ from a checkpoint: tensors and plain values are all that is read.
 import os
 import pickle
 import shutil
+import struct
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -25,7 +26,7 @@ from latentreward.errors import InputError, first_line
 
 INDEX, REST = ".metadata", "meta.pt"
 """Files of a sharded checkpoint: where each tensor lies, and what is not sharded."""
-UNREADABLE = (RuntimeError, EOFError, ValueError, LookupError, AttributeError, pickle.UnpicklingError)
+UNREADABLE = (RuntimeError, EOFError, ValueError, LookupError, AttributeError, pickle.UnpicklingError, struct.error)
 """What PyTorch's readers raise over bytes that are no checkpoint."""
 _INDEX_CLASSES = ("torch.distributed.checkpoint.", "pathlib.", "collections.")
 _INDEX_NAMES = {("torch", "Size"), ("torch.serialization", "_get_layout")}

@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -289,21 +290,23 @@ def run(command: str, arguments: Sequence[str]) -> None:
         sys.exit(SIGTERM_STATUS)
 
 
-def run_function(command: str, function: Callable[..., None], arguments: Sequence[str]) -> None:
+def run_function(command: str, function: Callable[..., None], arguments: Sequence[str], bare: int = 1) -> None:
     """Run a subcommand that is a plain function: its typed arguments are the settings, its docstring their help.
 
-    Settings come from ``--config`` files and from the command line, as for :func:`run`; a leading argument that is no
-    option is the value of the function's first argument. Classes among the settings are instantiated in the order of
-    the function's arguments.
+    Settings come from ``--config`` files and from the command line, as for :func:`run`; up to ``bare`` leading
+    arguments that are no options are the values of the function's first arguments. Classes among the settings are
+    instantiated in the order of the function's arguments.
 
     Raises:
         InputError: If a setting, or what it leads to in a constructor, is wrong.
     """
-    first = next(iter(inspect.signature(function).parameters))
+    names = list(inspect.signature(function).parameters)[:bare]
     settings = prepare(arguments)
-    if settings and not settings[0].startswith("-"):
-        settings[0] = f"--{first}={settings[0]}"
-    usage = f"latentreward {command} [{first.upper()}] [--config FILE ...] [--SETTING=VALUE ...]"
+    leading = takewhile(lambda pair: not pair[1].startswith("-"), zip(names, settings, strict=False))
+    named = [f"--{name}={value}" for name, value in leading]
+    settings[: len(named)] = named
+    shown = " ".join(f"[{name.upper()}]" for name in names)
+    usage = f"latentreward {command} {shown} [--config FILE ...] [--SETTING=VALUE ...]"
     parser = Parser(usage=usage, parser_mode=MODE, allow_abbrev=False, prog="latentreward", description=None)
     parser.add_argument("-c", "--config", action=ConfigFile, help="YAML file; may be given several times.")
     parser.add_function_arguments(function, as_positional=False, fail_untyped=True)

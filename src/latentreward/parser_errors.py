@@ -149,7 +149,7 @@ REWORDINGS: tuple[tuple[str, Callable[[re.Match[str], str, str], str]], ...] = (
         ),
     ),
     (
-        r"the following arguments are required: (?:\w+\.)?(\S+)",
+        r"the following arguments are required: (?:\w+\.)?([^\s,]+)",
         lambda match, owner, setting: f"{match[1]} is missing; give it in a --config file or as --{match[1]}",
     ),
     (

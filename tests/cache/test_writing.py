@@ -229,19 +229,19 @@ def test_another_vae_is_refused_unless_only_its_decoder_differs(
         return
     with pytest.raises(SystemExit):
         run_cache(cache, written[0], *settings)
-    assert "was begun with spec.vae=" in capsys.readouterr().err
+    assert "was begun with encoder.vae=" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("setting", "field"),
     [
-        ("--encoder.source=sd35_tiny", "spec.text.fingerprint="),  # its VAE is the same
-        ("--images.resize=stretch", "spec.resize='center_crop'"),
-        ("--images.buckets=[[32,32]]", "spec.buckets="),
-        ("--seed=1", "spec.seed=0, but now it is 1"),
-        ("--dtype=float16", "spec.dtype='float32', but now it is 'float16'"),
-        ("--encoder.batch_size=2", "spec.batch_size=4, but now it is 2"),
-        ("--encoder.text=false", "spec.text="),
+        ("--encoder.source=sd35_tiny", "encoder.text.fingerprint="),  # its VAE is the same
+        ("--images.resize=stretch", "images.resize='center_crop'"),
+        ("--images.buckets=[[32,32]]", "images.buckets="),
+        ("--seed=1", "seed=0, but now it is 1"),
+        ("--dtype=float16", "dtype='float32', but now it is 'float16'"),
+        ("--encoder.batch_size=2", "encoder.batch_size=4, but now it is 2"),
+        ("--encoder.text=false", "encoder.text="),
         ("--reader.min_confidence=0.5", "data.sample"),
     ],
 )

@@ -81,6 +81,9 @@ def test_what_is_not_known(tmp_path) -> None:
     (tmp_path / "rows.json").write_text("[1, 2]")
     with pytest.raises(InputError, match=r"is none of Pick-a-Pic .*--reader CLASS"):
         recognise(str(tmp_path))
+    (tmp_path / "plan.json").write_text("{}")
+    with pytest.raises(InputError, match=r"is a cache of latents; verify it with `latentreward cache .* --check`"):
+        recognise(str(tmp_path))
     (tmp_path / "test-00000-of-00001.parquet").write_bytes(b"PAR1 no more")
     with pytest.raises(InputError, match=r"test-00000-of-00001.parquet: not a whole parquet file"):
         recognise(str(tmp_path))

@@ -67,6 +67,7 @@ def check_backbone(spec: CacheSpec, backbone: "DiffusionBackbone", with_text: bo
         fingerprint = text_fingerprint(backbone.text_encoder)
         if fingerprint != spec.text.fingerprint:
             raise InputError(
-                f"the cache holds embeddings of text encoder {spec.text.fingerprint}, but the model's is "
-                f"{fingerprint}; set data.cached_text: false, or write the cache with this model's text encoder"
+                f"the cache holds embeddings of text encoder {spec.text.fingerprint} with {spec.text.num_tokens} "
+                f"tokens, but the model's is {fingerprint} with {backbone.text_encoder.num_tokens}; set "
+                "data.cached_text: false, or write the cache with this model's text encoder"
             )

@@ -38,6 +38,11 @@ from latentreward.errors import InputError
 
 ROWS_PER_GROUP = 4096
 SAMPLED_ROWS = 16
+GROUPS = {
+    **dict.fromkeys(("size", "buckets", "resize", "cross_bucket", "min_pixels"), "images"),
+    **dict.fromkeys(("origin", "vae", "vae_dtype", "latent_space", "posterior", "batch_size", "text"), "encoder"),
+}
+"""Field of a spec -> group of the command's settings that decides it."""
 
 
 class TableWriter:
@@ -243,7 +248,8 @@ def check_same(folder: Path, plan: CachePlan, spec: CacheSpec, data: dict[str, A
     if difference := _first_difference(old, new):
         name, before, now = difference
         raise InputError(
-            f"{folder} was begun with {name}={before!r}, but now it is {now!r}; set it back, or choose another output"
+            f"{folder} was begun with {_setting(name)}={before!r}, but now it is {now!r}; set it back, or choose "
+            "another output"
         )
 
 
@@ -254,6 +260,15 @@ def _first_difference(old: Any, new: Any, name: str = "") -> tuple[str, Any, Any
                 return found
         return None
     return (name, old, new) if digest(old) != digest(new) else None
+
+
+def _setting(name: str) -> str:
+    """What the user calls a field: ``spec.size`` is the setting ``images.size``."""
+    kind, _, field = name.partition(".")
+    if kind != "spec":
+        return name
+    group = GROUPS.get(field.partition(".")[0])
+    return f"{group}.{field}" if group else field
 
 
 def _names(pair: PreferencePair) -> list[Any]:

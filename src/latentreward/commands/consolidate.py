@@ -73,7 +73,4 @@ def run(command: str, arguments: Sequence[str]) -> None:
     Raises:
         InputError: If an argument is wrong.
     """
-    arguments = list(arguments)
-    if len(arguments) > 1 and not arguments[0].startswith("-") and not arguments[1].startswith("-"):
-        arguments[1] = f"--output={arguments[1]}"
-    run_function(command, consolidate, arguments)
+    run_function(command, consolidate, arguments, bare=2)

@@ -26,6 +26,8 @@ from latentreward.errors import InputError, did_you_mean
 Splits = dict[str, Callable[..., PairReader]]
 """Split -> what constructs its reader; takes the reader's further options."""
 
+CACHE_PLAN = "plan.json"
+"""What `latentreward cache` writes, and no data set that is known here."""
 PARQUET_FOLDERS = ("data", "image_generation", ".")
 PART = re.compile(r"(.+?)-\d{5}-of-\d{5}.*\.parquet")
 HEAD = 1 << 16
@@ -50,6 +52,11 @@ def recognise(data: str) -> Splits:
     for find in FORMATS:
         if splits := find(path):
             return {name: splits[name] for name in sorted(splits, key=_split_order)}
+    if (path / CACHE_PLAN).is_file():
+        raise InputError(
+            f"data: {data} is a cache of latents; verify it with `latentreward cache {data} --check`, and inspect the "
+            "data set it was written from"
+        )
     raise InputError(f"data: {data} is none of {EXPECTED}; check the folder, or name your class with --reader CLASS")
 
 
