@@ -11,5 +11,7 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _same_numbers() -> None:
+    """One seed, and one thread, which changes the last bits too: Lightning sets their number for several processes."""
+    torch.set_num_threads(1)
     torch.manual_seed(0)
