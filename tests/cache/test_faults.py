@@ -102,6 +102,16 @@ def test_a_damaged_or_lost_plan_stops_everything(
     assert "has no plan.json but holds" in capsys.readouterr().err
 
 
+def test_a_folder_of_other_files_is_left_alone(
+    written: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "notes.tmp").write_text("mine")
+    with pytest.raises(SystemExit):
+        run_cache(tmp_path, written[0], *SETTINGS)
+    assert "has no plan.json but holds notes.tmp (1 such files); choose an empty folder" in capsys.readouterr().err
+    assert (tmp_path / "notes.tmp").read_text() == "mine"
+
+
 def test_a_finished_cache_is_left_alone(written: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     cache = written[1]
     before = {path: path.stat().st_mtime_ns for path in cache.rglob("*.*")}

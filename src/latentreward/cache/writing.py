@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from latentreward.cache.check import Shard, read_shards, shard_states, table_problems
 from latentreward.cache.encoding import EncodeBatches
-from latentreward.cache.layout import PLAN, CachePlan, CacheSpec, manifest_name, read_plan
+from latentreward.cache.layout import LOCK, PLAN, SCHEMAS, CachePlan, CacheSpec, manifest_name, read_plan
 from latentreward.cache.plan import check_same, describe_data, write_plan
 from latentreward.cache.scan import RowScan, scan_rows
 from latentreward.cache.shards import disk_problems_named, locked, remove_temporary
@@ -72,14 +72,16 @@ class EncodingDataModule(LightningDataModule):
             return
         self._held.enter_context(locked(self.folder))
         with disk_problems_named(self.folder):
+            begun = (self.folder / PLAN).exists()
+            if not begun:
+                self._refuse_other_files()
             remove_temporary(self.folder)
             data = describe_data(self.reader)
-            if (self.folder / PLAN).exists():
+            if begun:
                 plan = read_plan(self.folder)
                 check_same(self.folder, plan, self.spec, data)
                 self._restore_tables(plan, data)
             else:
-                self._refuse_other_files()
                 plan = self._plan(data)
             self.todo = self._unfinished(plan)
 
@@ -124,11 +126,13 @@ class EncodingDataModule(LightningDataModule):
                 )
 
     def _refuse_other_files(self) -> None:
-        strangers = sorted(path.name for path in self.folder.rglob("*.safetensors"))
+        """Whatever lies in a folder without a plan is not ours, but for what a killed run left of its planning."""
+        ours = (LOCK, PLAN, *SCHEMAS)
+        strangers = sorted(path.name for path in self.folder.iterdir() if not path.name.startswith(ours))
         if strangers:
             raise InputError(
                 f"output={str(self.folder)!r} has no {PLAN} but holds {strangers[0]} ({len(strangers)} such files); "
-                "restore the plan, or choose an empty folder"
+                "choose an empty folder, or restore the plan"
             )
 
     def _unfinished(self, plan: CachePlan) -> list[Shard]:

@@ -91,7 +91,7 @@ def test_odd_caption_lines(write, line) -> None:
 def test_splits_and_missing_folders(write, tmp_path) -> None:
     root = write("train/chosen/1.jpg", "train/rejected/1.jpg", **{"train__captions__1.txt": "one", "val__x.txt": ""})
     reader = FolderPairReader(root, "train")
-    assert (len(reader), reader[0].split) == (1, "train")
+    assert (len(reader), reader[0].split, reader.pair_ids()) == (1, "train", ["train/1"])
     for split in (None, "val", "test"):
         with pytest.raises(InputError, match=r"root: no folder .*chosen"):
             FolderPairReader(root, split)

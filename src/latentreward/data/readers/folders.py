@@ -75,7 +75,7 @@ class FolderPairReader(JSONReader):
     def __getitem__(self, index: int) -> PreferencePair:
         name, prompt, chosen, rejected, sound = self._rows[index]
         pair = PreferencePair(
-            pair_id=name,
+            pair_id=self._pair_id(name),
             prompt=prompt,
             image_a=self._image(chosen),
             image_b=self._image(rejected),
@@ -94,11 +94,14 @@ class FolderPairReader(JSONReader):
         return [row[1] for row in self._rows]
 
     def pair_ids(self) -> list[str]:
-        """Name of every row."""
-        return [row[0] for row in self._rows]
+        """Split and name of every row."""
+        return [self._pair_id(row[0]) for row in self._rows]
+
+    def _pair_id(self, name: str) -> str:
+        return f"{self.split}/{name}" if self.split else name
 
     def _is_swapped(self, name: str) -> bool:
-        return self.randomise_sides and sides_exchanged(self.seed, name)
+        return self.randomise_sides and sides_exchanged(self.seed, self._pair_id(name))
 
     def _image(self, path: str) -> ImageRef:
         return file_image(self._folder, path)
