@@ -6,6 +6,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.utilities import rank_zero_info
 
 from latentreward.errors import InputError
 
@@ -81,12 +82,14 @@ class PairScoreWriter(BasePredictionWriter):
         self._writer.write_table(table)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Close the file and give it its name."""
+        """Close the file, give it its name, and say where it is."""
         if self._writer is not None:
             self._writer.close()
             self._writer = None
             path = self._path(trainer)
             path.with_suffix(".partial").replace(path)
+            others = ", and beside it those of the other ranks" if trainer.world_size > 1 else ""
+            rank_zero_info(f"scores: {path}{others}")
 
 
 def mean_output(rewards: Any) -> Any:
