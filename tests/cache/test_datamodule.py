@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from latentreward.callbacks import ExactResume
 from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from latentreward.backbones import sd35_tiny, sd_tiny
 from latentreward.cache.datamodule import CachedPreferenceDataModule, CachedSplit
@@ -220,6 +222,25 @@ def test_a_finished_program_ends_though_workers_still_wait(tmp_path: Path) -> No
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "4\n", "")
+
+
+@pytest.mark.slow
+def test_a_resumed_run_has_the_bits_of_the_uninterrupted_one(world: Path, tmp_path: Path) -> None:
+    def fit(keeper: ModelCheckpoint | None, checkpoint: Path | None = None) -> Trainer:
+        callbacks = [ExactResume(seed=1), *([keeper] if keeper else [])]
+        options = {"max_epochs": 2, **QUIET, "enable_checkpointing": keeper is not None}
+        trainer = Trainer(accelerator="cpu", devices=1, callbacks=callbacks, **options)
+        split = CachedSplit(str(world / "train"))
+        data = CachedPreferenceDataModule(train=split, batch_size=3, num_workers=1, seed=2)
+        trainer.fit(dina(), data, ckpt_path=checkpoint, weights_only=True)
+        return trainer
+
+    whole = fit(ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1))
+    for step in (2, whole.global_step // 2, whole.global_step // 2 + 1, whole.global_step - 1):
+        resumed = fit(None, tmp_path / f"step={step}.ckpt")
+        assert resumed.global_step == whole.global_step
+        for name, value in resumed.lightning_module.state_dict().items():
+            assert torch.equal(value, whole.lightning_module.state_dict()[name]), (step, name)
 
 
 class PairsToFiles(Callback):
