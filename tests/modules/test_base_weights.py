@@ -78,7 +78,7 @@ def test_a_scalar_that_fsdp2_cannot_share_out_is_named() -> None:
     module = lrm("sd15")
     module.model.head.extra = nn.Parameter(torch.tensor(1.0))
     with pytest.raises(InputError, match=r"parameter model\.head\.extra is a scalar"):
-        shard(module, mesh=None)
+        shard(module, module.model.backbone, mesh=None)
 
 
 @pytest.mark.parametrize("name", ["sd15", "sd21", "sdxl", "sd3", "sd35"])

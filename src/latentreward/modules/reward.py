@@ -209,7 +209,7 @@ class RewardModule(LightningModule):
     def configure_model(self) -> None:
         """Under Lightning's ``ModelParallelStrategy``, share the weights out over the ranks; see :mod:`.sharding`."""
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
-            shard(self, self.trainer.strategy.device_mesh["data_parallel"])
+            shard(self, self.model.backbone, self.trainer.strategy.device_mesh["data_parallel"])
 
     def encode(self, batch: PreferenceBatch, draws: PairDraws, noise_per_image: bool = False) -> EncodedPairs:
         """Encode images and prompts on the module's device, and draw the noise.

@@ -7,28 +7,26 @@ among those that train only.
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
+from latentreward.backbones.base import DiffusionBackbone
 from latentreward.errors import InputError
-
-if TYPE_CHECKING:
-    from latentreward.modules.reward import RewardModule
 
 STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 """What Lightning calls where PyTorch would call ``forward``."""
 
 
-def shard(module: "RewardModule", mesh: DeviceMesh) -> None:
+def shard(module: nn.Module, backbone: DiffusionBackbone, mesh: DeviceMesh) -> None:
     """Apply ``fully_shard`` to a reward module, in place; a second call changes nothing.
 
     The module was built whole, so each process needs host memory for all of it once.
 
     Args:
         module: On any device; all ranks must hold the same weights.
+        backbone: The part of it whose blocks are groups of their own.
         mesh: One axis, over which weights are shared out.
 
     Raises:
@@ -39,7 +37,6 @@ def shard(module: "RewardModule", mesh: DeviceMesh) -> None:
     for name, parameter in module.named_parameters():
         if parameter.ndim == 0:
             raise InputError(f"parameter {name} is a scalar, which FSDP2 cannot share out; give it the shape (1,)")
-    backbone = module.model.backbone
     for block in backbone.blocks():
         fully_shard(block, mesh=mesh)
     if backbone.text_encoder is not None:
