@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,7 @@ class EncodingDataModule(LightningDataModule):
             pin_memory=torch.accelerator.is_available(),
             # The process group has threads, beside which a fork may hang (seen with Python 3.11).
             multiprocessing_context="forkserver" if self.num_workers and self.trainer.world_size > 1 else None,
+            worker_init_fn=partial(end_with, os.getpid()),
         )
 
     def release(self) -> None:
@@ -166,6 +168,17 @@ class StopOnSigterm(Callback):
             sys.exit(SIGTERM_STATUS)
 
         signal.signal(signal.SIGTERM, stop)
+
+
+def end_with(process: int, worker_id: int) -> None:
+    """In a worker: end when the process it works for is gone, which is not the parent if there is a fork server."""
+
+    def watch() -> None:
+        while Path(f"/proc/{process}").exists() or not Path("/proc/self").exists():
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextmanager
