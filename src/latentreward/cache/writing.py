@@ -1,6 +1,7 @@
 """A run of the cache: plan on one process, encode on all, resume where the last run stopped."""
 
 import logging
+import multiprocessing
 import os
 import signal
 import sys
@@ -8,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,7 @@ class EncodingDataModule(LightningDataModule):
             pin_memory=torch.accelerator.is_available(),
             # The process group has threads, beside which a fork may hang (seen with Python 3.11).
             multiprocessing_context="forkserver" if self.num_workers and self.trainer.world_size > 1 else None,
-            worker_init_fn=partial(end_with, os.getpid()),
+            worker_init_fn=end_worker_with_rank,
         )
 
     def release(self) -> None:
@@ -170,17 +170,6 @@ class StopOnSigterm(Callback):
         signal.signal(signal.SIGTERM, stop)
 
 
-def end_with(process: int, worker_id: int) -> None:
-    """In a worker: end when the process it works for is gone, which is not the parent if there is a fork server."""
-
-    def watch() -> None:
-        while Path(f"/proc/{process}").exists() or not Path("/proc/self").exists():
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 @contextmanager
 def exit_on_sigterm() -> Iterator[None]:
     """Let SIGTERM end the block like an error, with status 143."""
@@ -197,15 +186,31 @@ def is_child(trainer: Trainer) -> bool:
     return isinstance(environment, LightningEnvironment) and trainer.local_rank > 0
 
 
-def end_with_parent() -> None:
-    """End this process when its parent does; else it would wait half an hour for a group that never comes to be."""
+def end_after(wait: Callable[[], Any]) -> None:
+    """End this process at once when ``wait`` returns."""
 
     def watch() -> None:
-        while str(os.getppid()) == os.environ[PARENT]:
-            time.sleep(1)
+        wait()
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def end_with_parent() -> None:
+    """End this rank when its parent does; else it would wait half an hour for a group that never comes to be."""
+
+    def wait() -> None:
+        while str(os.getppid()) == os.environ[PARENT]:
+            time.sleep(1)
+
+    end_after(wait)
+
+
+def end_worker_with_rank(worker_id: int) -> None:
+    """End this worker when the rank it reads for does: of a fork server's workers, that is not the parent."""
+    rank = multiprocessing.parent_process()
+    assert rank is not None
+    end_after(rank.join)
 
 
 def run_predict(trainer: Trainer, module: LightningModule, data: EncodingDataModule) -> None:
