@@ -42,7 +42,7 @@ from latentreward.modules import LPOModule, ReFLModule
 from latentreward.policies import POLICY, Policy
 from latentreward.rewards import Reward
 from latentreward.rewards.latent import LatentScorer
-from latentreward.rewards.sharing import REWARD
+from latentreward.rewards.shared_base import REWARD
 from latentreward.rollout import QuantileThreshold, Sampling
 
 TERA = 1e12

@@ -27,7 +27,7 @@ from latentreward.policies import DiTPolicy, Policy, PolicySource
 from latentreward.policies.loading import add_lora
 from latentreward.rewards import RewardSource
 from latentreward.rewards.latent import LatentScorer
-from latentreward.rewards.sharing import share_adapter
+from latentreward.rewards.shared_base import share_adapter
 from latentreward.scoring import RewardModel
 from tests import full_size
 
@@ -166,7 +166,7 @@ class RandomLatentReward(RewardSource):
                 add_lora(outline, LoRA(16, 32), "default", 0)
             weights = {name: torch.zeros(weight.shape) for name, weight in outline.named_parameters()}
             switch = partial(policy.adapters.use, share_adapter(policy, outline, weights))
-            backbone = backbone.around(policy.network, policy.text_encoder)
+            backbone = backbone.with_network(policy.network, policy.text_encoder)
         head: Any = CLIPProjectionHead(backbone.feature_spec, self.guidance)
         if isinstance(policy, DiTPolicy):
             head = GatedQFormerHead(backbone.feature_spec)

@@ -25,7 +25,7 @@ from tiny_alignment import train_reward
 from torch import Tensor
 
 from latentreward.contracts import NoisyStates, PromptBatch
-from latentreward.inference import Candidates, StepSearch, best_of_n, policy_of, search_latents
+from latentreward.generation import Candidates, StepSearch, best_of_n, policy_of, search_latents
 from latentreward.metrics.bootstrap import bootstrap_interval
 from latentreward.policies import Policy, PolicySource
 from latentreward.rewards import LatentReward, PixelReward, Reward

@@ -10,6 +10,7 @@ from latentreward.callbacks.pair_grid import ScoredPairGrid
 from latentreward.callbacks.pair_score_writer import PairScoreWriter
 from latentreward.callbacks.policy_lora import PolicyLoRA
 from latentreward.callbacks.reference_drift import ReferenceDrift
+from latentreward.callbacks.resumed_settings import ResumedSettings
 from latentreward.callbacks.sample_grid import SampleGrid
 from latentreward.callbacks.throughput import Throughput
 from latentreward.callbacks.timestep_bands import TimestepBands
@@ -26,6 +27,7 @@ __all__ = [
     "PairScoreWriter",
     "PolicyLoRA",
     "ReferenceDrift",
+    "ResumedSettings",
     "SampleGrid",
     "ScoredPairGrid",
     "Throughput",

@@ -40,14 +40,20 @@ class ExactResume(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count the batches used of this epoch as batches of the present size."""
+        # Lightning calls this hook from _FitLoop.on_run_start: loaders have their state, and reset() has told from the
+        # saved counters at which place the checkpoint was written, but advance() has not yet acted on it.
         load_dropped_state(trainer.fit_loop)
         if trainer.fit_loop.restarted_on_epoch_end:
             close_epoch(trainer.fit_loop)
         elif trainer.fit_loop.restarted_mid_epoch and last_batch_was_saved(trainer.fit_loop):
-            trainer.fit_loop.reset_restart_stage()  # Lightning has closed the epoch; now it may count the next one
+            # reset() has counted the epoch as completed, yet advance() counts no new one while the stage says that
+            # the run restarted in mid-epoch.
+            trainer.fit_loop.reset_restart_stage()
         loader, progress = trainer.train_dataloader, batch_progress(trainer)
         if not (trainer.fit_loop.restarting and isinstance(loader, ResumableLoader)):
             return
+        # The counters are batches of the size and number of processes at the time of saving, and the epoch ends when
+        # they reach the present len(loader): count what is used as batches of the present size.
         used = len(loader) - (0 if progress.is_last_batch else loader.places.remaining())
         shift = used - progress.current.processed
         for counts in (progress.current, progress.total):
@@ -67,6 +73,8 @@ class ExactResume(Callback):
         loop, saved = trainer.fit_loop, checkpoint["loops"]["fit_loop"]
         if trainer.state.fn != TrainerFn.FITTING or not pl_module.automatic_optimization:
             return
+        # Of a batch, `ready` is counted before it begins, `processed` after its optimiser step, and `completed` after
+        # the callbacks' on_train_batch_end: the differences tell from where this checkpoint is written.
         batches = batch_progress(trainer).current
         if batches.processed < batches.ready or loop._should_accumulate():
             undo_accumulation(trainer, saved)
@@ -80,7 +88,11 @@ def batch_progress(trainer: Trainer) -> Any:
 
 
 def load_dropped_state(loop: Any) -> None:
-    """Load the loader's state that Lightning has read but, since its epoch was finished, not loaded."""
+    """Load the loader's state that Lightning has read but, since its epoch was finished, not loaded.
+
+    ``_FitLoop.setup_data`` skips it unless ``restarting``, which its setter turns off when an epoch's counters are
+    even. What a loader tells after an epoch is where the next begins, such as rows of a rollout that are not used yet.
+    """
     if loop._combined_loader_states_to_load:
         loop._combined_loader._load_state_dicts(loop._combined_loader_states_to_load)
         loop._combined_loader_states_to_load = []
@@ -89,7 +101,8 @@ def load_dropped_state(loop: Any) -> None:
 def close_epoch(loop: Any) -> None:
     """Let a run of so many steps begin the next epoch, after a checkpoint from the end of one.
 
-    Lightning does so in a run of so many epochs; here it would count the finished epoch twice.
+    Lightning does so in a run of N epochs. With ``max_steps`` the setter of ``restarting`` keeps it on
+    (``_iteration_based_training``), and advance() would find the finished epoch's counters and count it twice.
     """
     loop.epoch_progress.increment_completed()
     _Loop.restarting.fset(loop, False)  # type: ignore[attr-defined]  # the fit loop's own setter refuses
@@ -98,7 +111,7 @@ def close_epoch(loop: Any) -> None:
 
 
 def last_batch_was_saved(loop: Any) -> bool:
-    """Whether the checkpoint was written as the last batch of its epoch ended."""
+    """Whether the checkpoint was written as the last batch of its epoch ended, before the epoch's own end."""
     return loop.epoch_loop.restarted_on_train_batch_end and loop.epoch_loop.batch_progress.is_last_batch
 
 
@@ -108,6 +121,7 @@ def undo_accumulation(trainer: Trainer, saved: dict[str, Any]) -> None:
     if not isinstance(loader, ResumableLoader):
         return
     batches = progress["current"]
+    # Batches that have begun but not ended, and those since the last optimiser step: their gradients are not saved.
     since_step = batches["ready"] - batches["processed"] + batches["processed"] % trainer.accumulate_grad_batches
     undo = min(since_step, loader.delivered())
     saved["state_dict"]["combined_loader"] = [loader.state_dict(undo)]
@@ -117,6 +131,8 @@ def undo_accumulation(trainer: Trainer, saved: dict[str, Any]) -> None:
 
 def expect_validation(saved: dict[str, Any]) -> None:
     """Make ``saved`` the state of a fit loop that is through with the batch and has begun to validate."""
+    # With the batch completed and the validation ready but not processed, _TrainingEpochLoop takes the validation for
+    # interrupted at its first batch, and runs it from there before it trains on.
     batches, validation = saved["epoch_loop.batch_progress"], saved["epoch_loop.val_loop.batch_progress"]
     for counts in (batches["current"], batches["total"]):
         set_counts(counts, done=counts["processed"])

@@ -3,6 +3,7 @@
 import atexit
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,9 +19,12 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from latentreward.errors import InputError
+from latentreward.data.loading import WORKER_REMEDY, WorkerLoader
+from latentreward.errors import InputError, first_line
+from latentreward.interrupts import INTERRUPTED
 
 logger = logging.getLogger(__name__)
 
@@ -28,20 +32,32 @@ LAUNCHER_WAIT_S = 30.0
 
 
 class Wish(IntEnum):
-    """What a signal asked for; of several, the largest counts."""
+    """What a signal, or a loader's worker that was killed, asked for; of several, the largest counts."""
 
     NONE = 0
     INTERRUPT = 1
-    TERMINATE = 2
-    REQUEUE = 3
+    HANGUP = 2
+    TERMINATE = 3
+    REQUEUE = 4
+    WORKER_DIED = 5
+
+
+STATUSES = {Wish.INTERRUPT: INTERRUPTED, Wish.HANGUP: 129, Wish.TERMINATE: 143, Wish.REQUEUE: 143, Wish.WORKER_DIED: 2}
+"""Exit status of a run that ended as it was asked to."""
+SILENT_RANK = re.compile(r"timed out|connection (closed|reset) by peer", re.IGNORECASE)
+"""What PyTorch's messages say when another process of the group is gone or does not answer."""
 
 
 class GracefulStop(Callback):
     """Turn a signal to any process into one checkpoint, and an end on all of them.
 
     - SIGTERM: save, exit with status 143. A second one changes nothing.
+    - SIGHUP (the terminal was closed): save, exit with status 129; left alone where it was ignored before, as by nohup.
     - The requeue signal of a SLURM job (SIGUSR1): save, ``scontrol requeue``, exit with status 143.
-    - SIGINT (Ctrl-C): save, then what Lightning does, which is to exit with status 1; a second one ends at once.
+    - SIGINT (Ctrl-C): save, exit with status 130; a second one ends at once, without a checkpoint.
+    - A killed worker process of a loader: save, exit with status 2. Until then the training process loads its batches.
+
+    ``fit`` raises ``SIGTERMException``, a ``SystemExit`` with that status.
 
     All processes agree at the end of a batch; in the midst of gradient accumulation they go on to the optimiser step,
     at the end of an epoch to the first step of the next. A running validation is finished first, and the run stops at
@@ -54,6 +70,7 @@ class GracefulStop(Callback):
 
     Raises:
         InputError: If ``every_n_batches`` is below 1.
+        TimeoutError: In ``fit``, if another rank is gone or does not answer; ranks that this one started are ended.
 
     Note:
         Lightning's own handlers broadcast from inside the handler, which hangs if not all processes got the signal at
@@ -70,6 +87,7 @@ class GracefulStop(Callback):
         self.every_n_batches = every_n_batches
         self._wish = self._agreed = Wish.NONE
         self._wishes: dict[int, Wish] = {}
+        self._loaders: list[WorkerLoader] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Come after callbacks that change what a checkpoint holds, such as an average of the weights."""
@@ -83,6 +101,8 @@ class GracefulStop(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The same, where there was no sanity check."""
         self._wishes = {signal.SIGTERM: Wish.TERMINATE, signal.SIGINT: Wish.INTERRUPT}
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            self._wishes[signal.SIGHUP] = Wish.HANGUP
         environment = trainer._accelerator_connector.cluster_environment
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue and environment.requeue_signal:
             self._wishes[environment.requeue_signal] = Wish.REQUEUE
@@ -91,6 +111,10 @@ class GracefulStop(Callback):
                 signal.signal(number, self._note)
         except ValueError:  # not the main thread, which alone may set handlers
             logger.warning("fit runs outside the main thread: SIGTERM will end it without a checkpoint")
+        loaders = CombinedLoader([trainer.train_dataloader, trainer.val_dataloaders]).flattened
+        self._loaders = [loader for loader in loaders if isinstance(loader, WorkerLoader)]
+        for loader in self._loaders:
+            loader.goes_on = True
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -113,13 +137,29 @@ class GracefulStop(Callback):
             if self._agreed:
                 self._stop(trainer)
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Say in one line that another rank is gone or silent, and end those that this one started."""
+        if isinstance(exception, RuntimeError) and trainer.world_size > 1 and SILENT_RANK.search(str(exception)):
+            launcher = trainer.strategy.launcher
+            if isinstance(launcher, _SubprocessScriptLauncher):
+                launcher.kill(signal.SIGKILL)
+            limit = getattr(trainer.strategy, "_timeout", None)
+            raise TimeoutError(
+                f"another rank is gone, or has not answered rank {trainer.global_rank} for {limit} (--rank_timeout_s): "
+                f"{first_line(exception)}; go on with --ckpt_path last"
+            ) from exception
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         wish = self._wishes[number]
+        if wish == Wish.HANGUP:
+            silence_lost_terminal()
         if wish == Wish.INTERRUPT and self._wish == Wish.INTERRUPT:
             raise KeyboardInterrupt
         self._wish = max(self._wish, wish)
 
     def _agree(self, trainer: Trainer) -> None:
+        if any(loader.worker_died for loader in self._loaders):
+            self._wish = Wish.WORKER_DIED
         wish = torch.tensor(int(self._wish), device=trainer.strategy.root_device)
         self._agreed = Wish(int(trainer.strategy.reduce(wish, reduce_op="max")))
 
@@ -133,14 +173,15 @@ class GracefulStop(Callback):
         trainer.save_checkpoint(path)
         if trainer.is_global_zero:
             where = f"optimiser step {trainer.global_step}, saved to {path}"
-            logger.warning("stopped by a signal (%s) at %s; go on with --ckpt_path", self._agreed.name.lower(), where)
+            why = f"by a signal ({self._agreed.name.lower()})"
+            if self._agreed == Wish.WORKER_DIED:
+                why = f"as a data loader's worker process was killed ({WORKER_REMEDY})"
+            logger.warning("stopped %s at %s; go on with --ckpt_path", why, where)
             if self._agreed == Wish.REQUEUE:
                 requeue()
-        if self._agreed == Wish.INTERRUPT:
-            raise KeyboardInterrupt
         if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher) and trainer.local_rank:
             atexit.register(outlive, os.getppid())
-        raise SIGTERMException
+        raise SIGTERMException(STATUSES[self._agreed])
 
 
 def checkpoint_path(trainer: Trainer) -> Path:
@@ -179,6 +220,17 @@ def requeue() -> None:
     done = subprocess.run([program, "requeue", job], capture_output=True, text=True, check=False)
     if done.returncode:
         logger.warning("scontrol requeue %s failed with status %d: %s", job, done.returncode, done.stderr.strip())
+
+
+def silence_lost_terminal() -> None:
+    """Send what would be printed on a closed terminal nowhere: a progress bar there would end the run by an OSError."""
+    for number in (1, 2):
+        try:
+            os.write(number, b"")
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, number)
+            os.close(nowhere)
 
 
 def outlive(parent: int) -> None:

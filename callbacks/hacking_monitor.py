@@ -4,11 +4,10 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from latentreward.callbacks.graceful_stop import GracefulStop, checkpoint_path
-from latentreward.callbacks.pair_grid import to_image
 from latentreward.callbacks.prompt_monitor import SEED, PromptMonitor, log_now
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from latentreward.errors import InputError
 from latentreward.modules.alignment import AlignmentModule, RewardedModule
-from latentreward.rollout import Sampling
+from latentreward.reports.drawing import to_image
 from latentreward.rollout.finished import score_finished
 from latentreward.scorers import ImageScorer
 
@@ -35,14 +34,12 @@ class HackingMonitor(PromptMonitor):
     Args:
         prompts: Fixed prompts, or a file of them.
         held_out: Scorer of pictures that was trained on other pairs than the reward.
-        num_prompts: The first so many are taken, at least 2; 32 or more tell a change from noise.
-        every_n_steps: Optimiser steps between looks.
+        num_prompts: Prompts to take from the start of the list, at least 2; 32 or more tell a change from noise.
         tolerance: In standard errors. Many looks at a policy that stays as it is find one below −2 sooner or later.
         action: ``stop`` saves a checkpoint, which ``--ckpt_path last`` finds, and ends the run; ``warn`` goes on.
-        images_per_prompt: Pictures per prompt; scores are averaged over them.
         reward_sigmas: Noise levels at which a reward on latents scores finished ones.
-        batch_size: Pictures sampled and scored at once.
-        sampling: Sampler settings; the module's by default.
+        options: See :class:`~latentreward.callbacks.prompt_monitor.PromptMonitor`; scores are averaged over the
+            pictures of a prompt.
 
     Raises:
         InputError: If a setting is out of range.
@@ -63,15 +60,12 @@ class HackingMonitor(PromptMonitor):
         prompts: Sequence[str] | str,
         held_out: ImageScorer,
         num_prompts: int = 32,
-        every_n_steps: int = 500,
         tolerance: float = 3.0,
         action: Literal["stop", "warn"] = "stop",
-        images_per_prompt: int = 1,
         reward_sigmas: Sequence[float] = (0.4,),
-        batch_size: int = 8,
-        sampling: Sampling | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(prompts, num_prompts, every_n_steps, images_per_prompt, batch_size, sampling)
+        super().__init__(prompts, num_prompts, **options)
         if len(self.prompts) < 2:
             raise InputError("HackingMonitor needs at least 2 prompts; one has no standard error")
         if not tolerance > 0:

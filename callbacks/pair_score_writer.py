@@ -1,6 +1,7 @@
 """Predictions as parquet."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
 
 from latentreward.errors import InputError
+from latentreward.storage.durable import replacing, write_errors_named
 
 
 class PairScoreWriter(BasePredictionWriter):
@@ -16,7 +18,7 @@ class PairScoreWriter(BasePredictionWriter):
 
     Rows are pairs × noise levels with the columns ``pair_id``, ``chosen_key``, ``rejected_key``, ``label``,
     ``timestep``, ``sigma``, ``chosen_score``, ``rejected_score``, ``margin``; the label of an unlabelled pair is ½, as
-    that of a tie. A file grows batch by batch under a ``.partial`` name and gets its own when the rank is done, so a
+    that of a tie. A file grows batch by batch under a hidden name and gets its own when the rank is done, so a
     file that is there is whole.
 
     Args:
@@ -33,18 +35,17 @@ class PairScoreWriter(BasePredictionWriter):
     def __init__(self, output_dir: Path | None = None, overwrite: bool = False) -> None:
         super().__init__(write_interval="batch")
         self.output_dir, self.overwrite = output_dir, overwrite
+        self._path: Path
         self._writer: Any = None
-
-    def _path(self, trainer: Trainer) -> Path:
-        folder = Path(trainer.log_dir or trainer.default_root_dir) / "predictions"
-        return Path(self.output_dir or folder) / f"scores_rank{trainer.global_rank}.parquet"
+        self._open = ExitStack()
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look for earlier results before anything is scored."""
-        path = self._path(trainer)
-        if path.exists() and not self.overwrite:
+        folder = Path(trainer.log_dir or trainer.default_root_dir) / "predictions"  # asks all ranks
+        self._path = Path(self.output_dir or folder) / f"scores_rank{trainer.global_rank}.parquet"
+        if self._path.exists() and not self.overwrite:
             raise InputError(
-                f"{path} is there already; set predictions.overwrite: true or another predictions.output_dir"
+                f"{self._path} is there already; set predictions.overwrite: true or another predictions.output_dir"
             )
 
     def write_on_batch_end(
@@ -75,21 +76,24 @@ class PairScoreWriter(BasePredictionWriter):
                 "margin": [first - second for first, second in zip(chosen, rejected, strict=True)],
             }
         )
-        if self._writer is None:
-            partial = self._path(trainer).with_suffix(".partial")
-            partial.parent.mkdir(parents=True, exist_ok=True)
-            self._writer = parquet.ParquetWriter(partial, table.schema)
-        self._writer.write_table(table)
+        with write_errors_named(self._path):
+            if self._writer is None:
+                partial = self._open.enter_context(replacing(self._path))
+                self._writer = self._open.enter_context(parquet.ParquetWriter(partial, table.schema))
+            self._writer.write_table(table)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the file, give it its name, and say where it is."""
         if self._writer is not None:
-            self._writer.close()
+            self._open.close()
             self._writer = None
-            path = self._path(trainer)
-            path.with_suffix(".partial").replace(path)
             others = ", and beside it those of the other ranks" if trainer.world_size > 1 else ""
-            rank_zero_info(f"scores: {path}{others}")
+            rank_zero_info(f"scores: {self._path}{others}")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Remove the unfinished file."""
+        with suppress(Exception):
+            self._open.__exit__(type(exception), exception, exception.__traceback__)
 
 
 def mean_output(rewards: Any) -> Any:

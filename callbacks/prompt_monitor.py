@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from latentreward.contracts import PromptBatch
-from latentreward.data.prompt_files import read_prompts
+from latentreward.data.alignment.prompt_files import read_prompts
 from latentreward.errors import InputError
 from latentreward.modules.alignment import AlignmentModule
 from latentreward.rollout import Sampling, sample_latents
@@ -30,10 +30,10 @@ class PromptMonitor(Callback, ABC):
 
     Args:
         prompts: Fixed prompts, or a file of them (formats of ``PromptDataModule``).
-        num_prompts: The first so many are taken.
-        every_n_steps: Optimiser steps between looks.
-        images_per_prompt: Pictures per prompt, of different noise.
-        batch_size: Pictures sampled, and decoded, at once on a rank.
+        num_prompts: Prompts to take from the start of the list.
+        every_n_steps: Optimiser steps between two measurements.
+        images_per_prompt: Pictures per prompt, each of its own noise.
+        batch_size: Pictures sampled, and decoded or scored, at once on a rank.
         sampling: Sampler settings; those of the module's rollouts by default.
 
     Raises:
@@ -44,7 +44,7 @@ class PromptMonitor(Callback, ABC):
         self,
         prompts: Sequence[str] | str,
         num_prompts: int,
-        every_n_steps: int,
+        every_n_steps: int = 500,
         images_per_prompt: int = 1,
         batch_size: int = 8,
         sampling: Sampling | None = None,

@@ -1,6 +1,7 @@
 """How far alignment has taken a policy from where it began."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from latentreward.callbacks.prompt_monitor import SEED, PromptMonitor, log_now
@@ -10,7 +11,6 @@ from torch import Tensor
 from latentreward.contracts import PromptBatch
 from latentreward.errors import InputError
 from latentreward.modules.alignment import AlignmentModule
-from latentreward.rollout import Sampling
 from latentreward.seeding import pair_generator
 
 
@@ -23,11 +23,11 @@ class ReferenceDrift(PromptMonitor):
 
     Args:
         prompts: See :class:`~latentreward.callbacks.prompt_monitor.PromptMonitor`.
-        num_prompts: The first so many are taken.
-        every_n_steps: Optimiser steps between looks.
+        num_prompts: Prompts to take from the start of the list.
+        every_n_steps: Optimiser steps between two measurements.
         sigmas: Noise levels in (0, 1]; the nearest of the policy's noise process are taken.
-        batch_size: States predicted at once.
-        sampling: Settings of the sampler that makes the reference's samples; the module's by default.
+        options: See :class:`~latentreward.callbacks.prompt_monitor.PromptMonitor`; ``sampling`` makes the reference's
+            samples.
 
     Raises:
         InputError: If a setting is out of range.
@@ -47,10 +47,9 @@ class ReferenceDrift(PromptMonitor):
         num_prompts: int = 8,
         every_n_steps: int = 100,
         sigmas: Sequence[float] = (0.2, 0.5, 0.8),
-        batch_size: int = 8,
-        sampling: Sampling | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(prompts, num_prompts, every_n_steps, 1, batch_size, sampling)
+        super().__init__(prompts, num_prompts, every_n_steps, images_per_prompt=1, **options)
         if not sigmas or not all(0.0 < sigma <= 1.0 for sigma in sigmas):
             raise InputError(f"sigmas={tuple(sigmas)} of ReferenceDrift must be at least one level in (0, 1]")
         self.sigmas = tuple(sigmas)

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from latentreward.callbacks.pair_grid import PLAIN, draw_pair, tile, to_image
 from latentreward.callbacks.prompt_monitor import PromptMonitor
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from latentreward.errors import InputError
 from latentreward.modules.alignment import AlignmentModule
-from latentreward.rollout import Sampling
+from latentreward.reports.drawing import PLAIN, draw_pair, tile, to_image
+from latentreward.storage.durable import replacing
 
 
 class SampleGrid(PromptMonitor):
@@ -24,12 +25,10 @@ class SampleGrid(PromptMonitor):
 
     Args:
         prompts: See :class:`~latentreward.callbacks.prompt_monitor.PromptMonitor`.
-        num_prompts: The first so many are taken.
-        every_n_steps: Optimiser steps between pictures.
+        num_prompts: Prompts to take from the start of the list.
         image_size: Pixels of a side at which a picture is shown.
         columns: Prompts side by side.
-        batch_size: Pictures sampled at once.
-        sampling: Sampler settings; the module's by default.
+        options: See :class:`~latentreward.callbacks.prompt_monitor.PromptMonitor`.
 
     Raises:
         InputError: If a setting is out of range.
@@ -47,13 +46,11 @@ class SampleGrid(PromptMonitor):
         self,
         prompts: Sequence[str] | str,
         num_prompts: int = 9,
-        every_n_steps: int = 500,
         image_size: int = 128,
         columns: int = 3,
-        batch_size: int = 8,
-        sampling: Sampling | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(prompts, num_prompts, every_n_steps, 1, batch_size, sampling)
+        super().__init__(prompts, num_prompts, images_per_prompt=1, **options)
         if min(image_size, columns) < 1:
             raise InputError(f"image_size={image_size}, columns={columns} of SampleGrid must be at least 1")
         self.image_size, self.columns = image_size, columns
@@ -75,8 +72,8 @@ class SampleGrid(PromptMonitor):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_image("samples", np.asarray(picture), trainer.global_step, dataformats="HWC")
-        folder.mkdir(parents=True, exist_ok=True)
-        picture.save(folder / f"step_{trainer.global_step:06d}.png")
+        with replacing(folder / f"step_{trainer.global_step:06d}.png") as partial:
+            picture.save(partial, "png")
 
     def _draw(self, trainer: Trainer, pl_module: AlignmentModule, reference: bool) -> list[Image.Image]:
         made = [to_bytes(pixels, self.image_size) for _, _, pixels in self.pictures(trainer, pl_module, reference)]

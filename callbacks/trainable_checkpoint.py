@@ -5,7 +5,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
-from latentreward.checkpoint_shards import check_weights, frozen_names
+from latentreward.checkpoints.shards import check_weights, frozen_names
 
 
 class TrainableCheckpoint(Callback):
@@ -45,7 +45,7 @@ class TrainableCheckpoint(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Compare names before anything is loaded; a strategy that shards has loaded, and compared, already."""
         if "state_dict" in checkpoint:
-            check_weights(pl_module, checkpoint["state_dict"])
+            check_weights(pl_module, {name: value.shape for name, value in checkpoint["state_dict"].items()})
 
 
 def drop_frozen(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:

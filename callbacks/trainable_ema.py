@@ -9,15 +9,14 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, distributed
 from torch.nn import Parameter
 
-from latentreward.checkpoint_shards import placed_like, whole_tensor
+from latentreward.checkpoints.shards import placed_like, whole_tensor
 from latentreward.errors import InputError
 
 
 class TrainableEMA(Callback):
     """Exponential moving average of the trainable parameters, in float32; validation and test see the average.
 
-    ``average ← decay · average + (1 − decay) · weights`` after each optimiser step, with decay limited to
-    (1 + n) / (10 + n) at the n-th step, so that the initial weights fade at once. Training goes on with the raw
+    ``average ← decay · average + (1 − decay) · weights`` after each optimiser step. Training goes on with the raw
     weights; they are back before a checkpoint is written. The average is part of the checkpoint (under this callback's
     state), so a resumed run equals the uninterrupted one; ``latentreward consolidate --average=true`` writes a
     checkpoint whose weights it is.
@@ -27,6 +26,8 @@ class TrainableEMA(Callback):
 
     Args:
         decay: In [0, 1); DiNa-LRM's config has 0.995 (arXiv:2602.11146; its released code never applied it).
+        warm_up: Whether decay is limited to (1 + n) / (10 + n) at the n-th step, so that the initial weights fade at
+            once; false takes ``decay`` throughout, as DiNa-LRM's released code would.
 
     Raises:
         InputError: If ``decay`` is out of range, a checkpoint's average belongs to other weights, or the strategy is
@@ -45,10 +46,10 @@ class TrainableEMA(Callback):
                   init_args: {decay: 0.995}
     """
 
-    def __init__(self, decay: float = 0.995) -> None:
+    def __init__(self, decay: float = 0.995, warm_up: bool = True) -> None:
         if not 0.0 <= decay < 1.0:
             raise InputError(f"decay={decay:g} must lie in [0, 1)")
-        self.decay = decay
+        self.decay, self.warm_up = decay, warm_up
         self.average: dict[str, Tensor] = {}
         self.updates = 0
         self._last_step = 0
@@ -92,7 +93,7 @@ class TrainableEMA(Callback):
             return
         self._last_step = trainer.global_step
         self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warm_up else self.decay
         for name, weight in self._trained(pl_module).items():
             self.average[name].lerp_(weight.float(), 1 - decay)
 

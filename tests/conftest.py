@@ -1,7 +1,9 @@
 """Shared by all tests: one thread, so that parallel runs on few cores do not fight, and no downloads."""
 
+import gc
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -13,6 +15,13 @@ if TYPE_CHECKING:
     from tests.browser import Pages
 
 torch.set_num_threads(1)
+gc.disable()  # until all is imported: looking through what stays takes a quarter of the collection's time
+
+
+def pytest_collection_finish() -> None:
+    """Collect garbage from now on, among what comes from now on."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -35,6 +44,14 @@ def _same_numbers() -> None:
     """One seed, and one thread, which changes the last bits too: Lightning sets their number for several processes."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def bases_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder of the tiny pipelines is the current one: a model folder names a local base without its place."""
+    from tests.tiny_pipelines import pipeline_folder
+
+    monkeypatch.chdir(Path(pipeline_folder("sd15")).parent)
 
 
 @pytest.fixture

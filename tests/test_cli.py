@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,9 @@ import yaml
 import latentreward
 from latentreward.cli import COMMANDS, main
 from latentreward.errors import InputError, did_you_mean, one_line
+from latentreward.storage.locks import locked
+from tests.limits import largest_file
+from tests.processes import finish
 
 SOURCE = Path(latentreward.__file__).parents[1]
 PLUGIN = """
@@ -117,9 +121,26 @@ PLUGIN = """
         val_dataloader = predict_dataloader = train_dataloader
 
 
-    class Terminate(Callback):
-        def on_train_batch_end(self, *args) -> None:
-            os.kill(os.getpid(), signal.SIGTERM)
+    class Send(Callback):
+        def __init__(self, name: str, times: int = 1) -> None:
+            self.name, self.times = name, times
+
+        def on_train_batch_start(self, *args) -> None:
+            for _ in range(self.times):
+                os.kill(os.getpid(), signal.Signals[self.name])
+
+
+    class Freeze(Callback):
+        def on_train_batch_start(self, trainer, *args) -> None:
+            if trainer.global_rank == 1 and trainer.global_step == 1:
+                print(f"frozen: {os.getpid()}", flush=True)
+                os.kill(os.getpid(), signal.SIGSTOP)
+
+
+    class Large(Module):
+        def __init__(self, backbone: Backbone, head: Callable[[int], Head]) -> None:
+            super().__init__(backbone, head)
+            self.register_buffer("zeros", torch.zeros(100_000))
 """
 MODEL = """
     model:
@@ -146,6 +167,7 @@ TRAINER = """
       callbacks:
         - {class_path: plugin.Note, init_args: {text: trainer file}}
 """
+NOTE = "model.backbone: Import path plugin.Note does not correspond to a subclass of Backbone"
 CPUU = "--config configs/trainer/cpuu.yaml does not exist; did you mean 'configs/trainer/cpu.yaml'?"
 FIT = ["fit", "--config=model.yaml", "--config", "trainer.yaml"]
 
@@ -188,16 +210,6 @@ def error_line(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     assert all(note.startswith(("Seed", "GPU", "TPU")) for note in notes if note), notes
     assert line.startswith("latentreward: error: ")
     return line.removeprefix("latentreward: error: ")
-
-
-def shell(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "latentreward", *arguments],
-        env={**os.environ, "PYTHONPATH": str(SOURCE), **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 # ---- answers without Lightning
@@ -345,6 +357,40 @@ def test_saved_config_reproduces_the_run(folder: Path, capsys: pytest.CaptureFix
     assert lines[:3] == lines[3:6]
 
 
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    large = [*FIT[1:], "--model=plugin.Large", "--trainer.default_root_dir=full", "--trainer.enable_checkpointing=true"]
+    large += [
+        "--trainer.callbacks+={class_path: ModelCheckpoint, init_args: {save_last: true, every_n_train_steps: 1}}"
+    ]
+    main(["fit", *large])
+    checkpoints = {path: path.read_bytes() for path in (folder / "full").rglob("*.ckpt")}
+    assert len(checkpoints) == 2
+    with largest_file(100_000), pytest.raises(SystemExit, match="2"):
+        main(["fit", *large, "--trainer.max_steps=4", "--ckpt_path=last"])
+    errors = capsys.readouterr().err
+    assert "Traceback" not in errors
+    line = errors.splitlines()[-1]
+    assert re.match(
+        r"latentreward: error: no space left for full/checkpoints/\S+\.ckpt \(File too large\); the check", line
+    )
+    assert line.endswith("written before are kept: free some space and go on with --ckpt_path last")
+    assert {path: path.read_bytes() for path in checkpoints} == checkpoints
+    assert not list((folder / "full").rglob("*.partial"))
+
+
+def test_one_fit_in_a_folder_at_a_time(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with locked(folder / "taken", "output_dir"):
+        before = sorted((folder / "taken").iterdir())
+        line = error_line(capsys, *FIT, "--trainer.default_root_dir=taken")
+        assert sorted((folder / "taken").iterdir()) == before
+        main([*FIT, "--trainer.default_root_dir=free"])
+    assert line.startswith("trainer.default_root_dir: taken is being written by another run (process ")
+    main([*FIT, "--trainer.default_root_dir=taken"])
+    assert (folder / "taken" / "config.yaml").is_file()
+
+
 @pytest.mark.parametrize("command", ["validate", "predict"])
 def test_other_subcommands_take_the_saved_config_of_fit(command: str, folder: Path) -> None:
     main([*FIT, "--trainer.default_root_dir=second"])
@@ -352,10 +398,48 @@ def test_other_subcommands_take_the_saved_config_of_fit(command: str, folder: Pa
     assert (folder / command / "predictions" / "scores_rank0.parquet").is_file() == (command == "predict")
 
 
-def test_sigterm_gives_status_143() -> None:
-    result = shell(*FIT, "--trainer.callbacks=plugin.Terminate", "--trainer.max_steps=50")
-    assert result.returncode == 128 + signal.SIGTERM, result.stderr
-    assert "Tip" not in result.stderr
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
+def test_a_signal_stops_fit_with_its_status(name: str) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([*FIT, "--trainer.callbacks=plugin.Send", f"--trainer.callbacks.name={name}", "--trainer.max_steps=50"])
+    assert stop.value.code == 128 + signal.Signals[name]
+    assert list(Path().rglob("last.ckpt"))
+
+
+def test_a_second_ctrl_c_is_one_line() -> None:
+    options = ["--trainer.callbacks.name=SIGINT", "--trainer.callbacks.times=2", "--trainer.max_steps=50"]
+    result = finish([*FIT, "--trainer.callbacks=plugin.Send", *options])
+    assert result.returncode == 130, result.stderr
+    assert "latentreward: stopped by Ctrl-C\n" in result.stderr
+    assert not any(word in result.stderr for word in ("Traceback", "Tip", "graceful"))
+
+
+@pytest.mark.slow
+def test_a_rank_that_does_not_answer_ends_the_run_after_its_time_limit() -> None:
+    two = ["--trainer.devices=2", "--trainer.strategy=ddp", "--rank_timeout_s=30", "--trainer.max_steps=50"]
+    program = [sys.executable, "-m", "latentreward", *FIT, *two, "--trainer.callbacks=plugin.Freeze"]
+    environment = {**os.environ, "PYTHONPATH": str(SOURCE)}
+    result = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("latentreward: error: ")]
+    assert "another rank is gone, or has not answered rank 0 for 0:00:30 (--rank_timeout_s)" in line
+    assert "Traceback" not in result.stderr
+    assert result.returncode == 2
+    (frozen,) = re.findall(r"frozen: (\d+)", result.stdout)
+    state = Path(f"/proc/{frozen}/stat")
+    assert not state.exists() or state.read_text().split()[2] == "Z"
+
+
+def test_ctrl_c_while_modules_are_imported(tmp_path: Path) -> None:
+    """Compiled modules, for which this one stands, make an ImportError of what is raised while they are loaded."""
+    (tmp_path / "pyarrow.py").write_text(
+        "import signal\n"
+        "try:\n    signal.raise_signal(signal.SIGINT)\n"
+        "except BaseException:\n    raise ImportError('pyarrow failed to import')\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{SOURCE}"}
+    program = [sys.executable, "-m", "latentreward", "cache", "out"]
+    result = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (130, "latentreward: stopped by Ctrl-C\n")
 
 
 # ---- bad input
@@ -366,18 +450,18 @@ def test_sigterm_gives_status_143() -> None:
     [
         ("--modle.lr=1", "unrecognized arguments: --modle.lr=1; did you mean 'model'?"),
         ("--trainer.max_epoch=2", "unrecognized arguments: --trainer.max_epoch=2; did you mean 'trainer.max_epochs'?"),
-        ("--model.lrr=1", "model: plugin.Module has no setting 'lrr'; did you mean 'lr'?"),
+        ("--model.lrr=1", "model: Option 'lrr' is not accepted; did you mean 'lr'?"),
         ("--model.lr=fast", "model.lr: expected float, got 'fast'"),
-        ("--model.head.depht=3", "model.head: plugin.DeepHead has no setting 'depht'; did you mean 'depth'?"),
+        ("--model.head.depht=3", "model.head: Option 'depht' is not accepted; did you mean 'depth'?"),
         ("--model.head.depth=x", "model.head.depth: expected int, got 'x'"),
         ("--model.head=GatedQFormer", "model.head: unknown name 'GatedQFormer'; did you mean 'GatedQFormerHead'?"),
-        ("--model.head=plugin.DepHead", "model.head: no 'DepHead' in plugin; did you mean 'DeepHead'?"),
-        ("--model.loss=x", "model: plugin.Module has no setting 'loss'; choose from backbone, head, lr, metric, root"),
+        ("--model.head=plugin.DepHead", "model.head: module 'plugin' has no attribute 'DepHead'"),
+        ("--model.loss=x", "model: Option 'loss' is not accepted; choose from backbone, head, lr, metric, root"),
         ("--model.backbone=sd1.5", "model.backbone: unknown name 'sd1.5'; did you mean 'sd15'?"),
-        ("--model.backbone=plugins.X", "model.backbone: no module 'plugins'; own modules go in the current folder"),
-        ("--model.backbone=plugin.Note", "model.backbone: plugin.Note is no Backbone"),
+        ("--model.backbone=plugins.X", "model.backbone: No module named 'plugins'"),
+        ("--model.backbone=plugin.Note", NOTE),
         ("--model.backbone.width=99", "width: 99 is above 12; take fewer"),
-        ("--model=latentreward.module.X", "model: no 'module' in latentreward; did you mean 'modules'?"),
+        ("--model=latentreward.module.X", "model: module 'latentreward' has no attribute 'module'"),
         ("--trainer.callbacks=plugin.Note", "text: '' is empty; write something"),
         ("--data.note=plugin.Note", "text: '' is empty; write something"),
         ("--model.root=${oc.env:NONE}", "model.init_args.root: the environment variable NONE is not set"),
@@ -387,8 +471,8 @@ def test_sigterm_gives_status_143() -> None:
         ("--trainer.accelerator=gpu --trainer.devices=9", None),
         ("--config=nope.yaml", None),
         ("--config=configs/trainer/cpuu.yaml", CPUU),
-        ("--config=unknown_key.yaml", "fit has no setting 'modle.lr'; did you mean 'model'?"),
-        ("--config=extra.yaml", "extra.yaml: model: plugin.Module has no setting 'lrr'; did you mean 'lr'?"),
+        ("--config=unknown_key.yaml", "Subcommand 'fit' does not accept option 'modle.lr'; did you mean 'model'?"),
+        ("--config=extra.yaml", "extra.yaml: model: Option 'lrr' is not accepted; did you mean 'lr'?"),
         ("--config=broken.yaml", None),
         ("--config=text.yaml", "text.yaml: Unexpected config: just text"),
         ("--model.root=${data.rot}", "model.init_args.root: ${data.rot} is not set"),
@@ -433,12 +517,12 @@ def test_bugs_and_debug_keep_the_traceback() -> None:
 
 
 def test_restricted_imports_name_the_import_and_the_remedy() -> None:
-    refused = shell(*FIT, "--restrict-imports")
+    refused = finish([*FIT, "--restrict-imports"])
     line = "latentreward: error: model.yaml: model: --restrict-imports does not allow 'plugin.Module'; "
     assert refused.stderr == f"{line}if you trust it, say --restrict-imports=plugin\n"
     assert refused.returncode == 2
-    assert shell("--restrict-imports=plugin", *FIT).returncode == 0
-    escape = shell(*FIT, "--restrict-imports=plugin", "--trainer.logger=os.system")
+    assert finish(["--restrict-imports=plugin", *FIT]).returncode == 0
+    escape = finish([*FIT, "--restrict-imports=plugin", "--trainer.logger=os.system"])
     assert (escape.returncode, escape.stderr.count("\n")) == (2, 1)
 
 
@@ -446,6 +530,7 @@ def test_callbacks_of_a_clone_have_one_name(monkeypatch: pytest.MonkeyPatch) -> 
     model = Path.cwd() / "model.yaml"
     monkeypatch.chdir(SOURCE.parent)
     arguments = ["fit", f"--config={model}", "--trainer.callbacks=callbacks.TrainableEMA"]
-    result = shell(*arguments, PYTHONPATH=f"{SOURCE}:{model.parent}")
+    monkeypatch.syspath_prepend(model.parent)
+    result = finish(arguments)
     line = "trainer.callbacks: no module 'callbacks'; say latentreward.callbacks"
     assert result.stderr == f"latentreward: error: {line}\n"

@@ -44,8 +44,14 @@ def options(model: str, layout: str, pairs: dict[str, Path], folder: Path) -> li
     ]
 
 
-@pytest.mark.parametrize("layout", ["pickapic", "hpdv3"])
-@pytest.mark.parametrize("model", TINY)
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [
+        pytest.param(model, layout, marks=[] if place == 0 or place % 2 == number else pytest.mark.slow)
+        for place, model in enumerate(TINY)
+        for number, layout in enumerate(("pickapic", "hpdv3"))
+    ],
+)
 def test_fit_validate_test_and_predict(model: str, layout: str, pairs: dict[str, Path], tmp_path: Path) -> None:
     settings = options(model, layout, pairs, tmp_path)
     main(["fit", *settings, "--trainer.limit_val_batches=1", "--trainer.callbacks=TrainableEMA"])
@@ -156,11 +162,11 @@ def test_damaged_data_is_one_line(
         ("--model.backbone.tuning=halff", ["tuning", "halff"]),
         ("--model.backbone.lora.rank=4", ["lora", "tuning: lora"]),
         ("--model.eval_timesteps=[1,2000]", ["eval_timesteps", "2000", "out of range"]),
-        ("--model.optimizer.lr=-1", ["learning rate", "-1"]),
+        ("--model.optimizer.lr=-1", ["model.optimizer.lr: -1.0", "[0, 1000]"]),
         ("--model.optimizer.lr=fast", ["lr", "fast"]),
         ("--trainer.precision=bf16-true", ["precision=bf16-true", "bf16-mixed"]),
-        ("--model.optimizer.lr=1e30", ["loss is", "optimiser step", "train-00000"]),
-        ("--data.root=/dev/null/x", ["/dev/null/x"]),
+        ("--model.optimizer.lr=1000", ["loss is", "optimiser step", "train-00000"]),
+        ("--data.root=/dev/null/x", ["/dev/null"]),
         ("--ckpt_path=/nowhere.ckpt", ["/nowhere.ckpt"]),
     ],
 )

@@ -2,10 +2,7 @@
 
 import copy
 import importlib.util
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -16,6 +13,7 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 from latentreward.contracts import Conditioning, LatentSpace
 from latentreward.heads import CLIPProjectionHead, GatedQFormerHead
 from latentreward.scoring import RewardModel
+from tests.processes import Forked, finish
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "extending.md"
 
@@ -30,15 +28,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def fit(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "latentreward", "fit", "--config=toy_video.yaml", *options],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def fit(folder: Path, *options: str) -> Forked:
+    return finish(["fit", "--config=toy_video.yaml", *options], cwd=folder)
 
 
 def test_video_example_trains_from_yaml_alone(folder: Path) -> None:

@@ -1,18 +1,24 @@
 """Imports point one way, and every package folder ships."""
 
 import ast
+from collections.abc import Iterator
 from configparser import ConfigParser
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "latentreward"
-BASE = {"", "contracts", "errors", "seeding"}
+BASE = {"", "contracts", "errors", "interrupts", "seeding", "storage", "devices"}
 MAY_IMPORT = {
     "contracts": set(),
     "errors": set(),
+    "interrupts": set(),
     "seeding": set(),
+    "devices": {"errors"},
+    "storage": {"contracts", "errors", "interrupts"},
+    "programs": {"errors"},
     "noise": BASE,
     "encoders": BASE,
     "data": BASE,
@@ -21,16 +27,17 @@ MAY_IMPORT = {
     "metrics": BASE,
     "backbones": BASE | {"noise", "encoders"},
     "cache": BASE | {"encoders", "data", "backbones", "policies"},
+    "settings": BASE | {"programs", "backbones"},
     "scoring": BASE
-    | {"noise", "encoders", "backbones", "heads", "losses", "metrics", "data", "checkpoint_shards"}
-    | {"config_files", "parser_errors"},
-    "policies": BASE | {"noise", "encoders", "backbones", "scoring", "checkpoint_shards"},
-    "export": BASE | {"backbones", "policies", "checkpoint_shards"},
+    | {"noise", "encoders", "backbones", "heads", "losses", "metrics", "data", "checkpoints"}
+    | {"settings", "programs", "reports"},
+    "policies": BASE | {"noise", "encoders", "backbones", "scoring", "checkpoints"},
+    "export": BASE | {"backbones", "policies", "checkpoints"},
     "rewards": BASE
-    | {"noise", "encoders", "backbones", "heads", "losses", "metrics", "scoring", "policies", "checkpoint_shards"}
+    | {"noise", "encoders", "backbones", "heads", "losses", "metrics", "scoring", "policies", "checkpoints"}
     | {"scorers"},
-    "rollout": BASE | {"noise", "policies", "rewards"},
-    "inference": BASE | {"noise", "encoders", "policies", "rewards", "rollout"},
+    "rollout": BASE | {"noise", "losses", "policies", "rewards"},
+    "generation": BASE | {"noise", "encoders", "policies", "rewards", "rollout", "reports"},
     "modules": BASE
     | {
         "noise",
@@ -44,11 +51,10 @@ MAY_IMPORT = {
         "policies",
         "rewards",
         "rollout",
+        "checkpoints",
         "scorers",
     },
-    "checkpoint_shards": BASE,
-    "checkpoint_files": BASE | {"checkpoint_shards"},
-    "strategies": BASE | {"checkpoint_shards"},
+    "checkpoints": BASE,
     "callbacks": BASE
     | {
         "noise",
@@ -64,12 +70,14 @@ MAY_IMPORT = {
         "rewards",
         "rollout",
         "modules",
-        "checkpoint_shards",
+        "checkpoints",
         "scorers",
+        "reports",
     },
-    "scorers": BASE | {"data", "scoring", "checkpoint_shards"},
-    "pages": BASE,
-    "evaluation": BASE | {"data", "metrics", "noise", "scoring", "scorers", "policies", "rollout", "pages"},
+    "scorers": BASE | {"programs", "data", "backbones", "scoring", "checkpoints"},
+    "reports": BASE | {"metrics"},
+    "evaluation": BASE
+    | {"data", "metrics", "noise", "scoring", "scorers", "policies", "rollout", "reports", "generation"},
     "serving": BASE | {"data", "noise", "scoring"},
     "tinyworld": BASE | {"data", "scorers", "metrics"},
 }
@@ -97,6 +105,45 @@ def test_imports_point_one_way(room: str) -> None:
     for path in [*folder.rglob("*.py"), *SOURCE.glob(f"{room}.py")]:
         extra = imported_rooms(path) - MAY_IMPORT[room] - {room}
         assert not extra, f"{path.relative_to(ROOT)} must not import {sorted(extra)}"
+
+
+def module_name(path: Path) -> str:
+    """Dotted name of a file; callbacks/ is installed as ``latentreward.callbacks``."""
+    top = SOURCE.parent if path.is_relative_to(SOURCE) else ROOT
+    parts = path.relative_to(top).with_suffix("").parts
+    parts = parts if parts[0] == "latentreward" else ("latentreward", *parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {module_name(path): path for folder in (SOURCE, ROOT / "callbacks") for path in folder.rglob("*.py")}
+
+
+def statements(node: ast.AST) -> Iterator[ast.AST]:
+    """Everything below a node, functions included, but for what is imported for types alone."""
+    for child in ast.iter_child_nodes(node):
+        for_types = isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING")
+        yield from () if for_types else (child, *statements(child))
+
+
+def imported_files(path: Path) -> set[str]:
+    """Modules of ours that a file names in its imports.
+
+    ``from latentreward.heads import RewardHead`` names the ``__init__`` of ``heads``, ``latentreward.heads.base`` that
+    file alone. Python also runs the ``__init__`` of every package above a file, which would make a package a circle.
+    """
+    names = set()
+    for node in statements(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            below = [f"{node.module}.{alias.name}" for alias in node.names]
+            names |= {name if name in FILES else str(node.module) for name in below}
+    return names & FILES.keys()
+
+
+def test_no_file_imports_itself_in_a_circle() -> None:
+    """Imports inside functions count: they would only hide a circle."""
+    list(TopologicalSorter({name: imported_files(path) for name, path in FILES.items()}).static_order())
 
 
 def test_every_package_folder_is_listed_in_setup_cfg() -> None:

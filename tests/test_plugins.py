@@ -1,9 +1,8 @@
 """A user's own backbone, head, loss, metric and callback, from a file of theirs, named in YAML alone."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
+
+from tests.processes import finish
 
 MY_PARTS = '''
 import torch
@@ -103,14 +102,7 @@ trainer:
 def test_parts_of_a_file_outside_the_package_run_through_yaml_alone(tmp_path: Path) -> None:
     (tmp_path / "my_parts.py").write_text(MY_PARTS)
     (tmp_path / "mine.yaml").write_text(MY_YAML)
-    run = subprocess.run(
-        [sys.executable, "-m", "latentreward", "fit", "--config=mine.yaml"],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    run = finish(["fit", "--config=mine.yaml"], cwd=tmp_path)
     assert run.returncode == 0, run.stderr[-3000:]
     logged = (tmp_path / "metrics.txt").read_text().split()
     assert {"train/loss", "val/accuracy_sigma0.3", "val/LargestMargin_sigma0.3", "val/LargestMargin"} <= set(logged)

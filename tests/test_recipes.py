@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,14 @@ from torch import nn
 
 from latentreward.backbones import backbone_names
 from latentreward.cli import main
-from latentreward.config_files import rewrite_arguments
+from latentreward.commands.fit import TrainingCLI
 from latentreward.data import PreferenceDataModule
 from latentreward.heads import CLIPProjectionHead
-from latentreward.lightning_cli import TrainingCLI, prepare
 from latentreward.losses import BradleyTerryLoss
 from latentreward.modules import RewardModule
 from latentreward.seeding import pair_generator
+from latentreward.settings.functions import prepare
+from latentreward.settings.rewriting import rewrite_arguments
 from tests.full_size import write_pipelines
 from tests.tiny_pipelines import pipeline_folder
 
@@ -48,7 +50,7 @@ class ParsedCLI(TrainingCLI):
 
 def parse(*files: str, options: tuple[str, ...] = ()) -> ParsedCLI:
     arguments = prepare([*(f"--config={ROOT / file}" for file in files), *options])
-    return ParsedCLI("fit", rewrite_arguments(arguments, backbone_names(), root="fit."))
+    return ParsedCLI("fit", rewrite_arguments(arguments, backbone_names(), root="fit."), Path(), ExitStack())
 
 
 def stack_of(recipe: Path) -> list[str]:

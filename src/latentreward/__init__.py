@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import latentreward.moved  # noqa: F401  so that earlier import paths resolve
+
 __version__ = "0.1.0"
 
 # In a source tree that was not installed (PYTHONPATH=src), callbacks/ and configs/ at its top are ours too.

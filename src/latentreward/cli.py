@@ -5,18 +5,19 @@ Only the standard library is imported here, so that ``--help``, ``--version`` an
 
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from latentreward import __version__
 from latentreward.errors import InputError, did_you_mean, one_line
+from latentreward.interrupts import INTERRUPTED, exit_while_importing, interrupt_behind, tell_interrupt
 
 COMMANDS = {
-    "fit": ("latentreward.lightning_cli:run", "train, from a checkpoint if --ckpt_path is given"),
-    "validate": ("latentreward.lightning_cli:run", "metrics on the validation split"),
-    "test": ("latentreward.lightning_cli:run", "metrics on the test split"),
-    "predict": ("latentreward.lightning_cli:run", "score pairs and write them to parquet"),
+    "fit": ("latentreward.commands.fit:run", "train, from a checkpoint if --ckpt_path is given"),
+    "validate": ("latentreward.commands.fit:run", "metrics on the validation split"),
+    "test": ("latentreward.commands.fit:run", "metrics on the test split"),
+    "predict": ("latentreward.commands.fit:run", "score pairs and write them to parquet"),
     "inspect": ("latentreward.commands.inspect:run", "what is in a data set: labels, sizes, bad rows, leakage"),
     "score-pairs": ("latentreward.commands.score_pairs:run", "scores of images in pixels, to filter pairs by"),
     "cache": ("latentreward.commands.cache:run", "encode a data set's images once, and its prompts if wanted"),
@@ -50,7 +51,10 @@ options, anywhere on the line:
   --help, --version       `COMMAND --help` lists all settings
   --debug                 keep the traceback of an error (or set LATENTREWARD_DEBUG=1)
   --restrict-imports[=MODULE,...]
-                          settings may name only latentreward, torch, lightning, torchmetrics and these modules
+                          settings may name only classes of latentreward, torch, lightning, torchmetrics, and what is
+                          in these modules; no program runs
+  --allow-programs=PATH,...
+                          programs that may run all the same; a shell or an interpreter may run anything
 """
 
 
@@ -61,12 +65,14 @@ def main(args: Sequence[str] | None = None) -> None:
         args: Arguments without the program's name; the process's own by default.
 
     Raises:
-        SystemExit: With status 2 after bad input, 143 after SIGTERM.
+        SystemExit: With status 2 after bad input, 130 after Ctrl-C, 143 after SIGTERM.
     """
     arguments = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in arguments or os.environ.get("LATENTREWARD_DEBUG", "0") not in ("", "0")
     arguments = [argument for argument in arguments if argument != "--debug"]
-    arguments.sort(key=lambda argument: argument.startswith("--restrict-imports"))  # behind the rest, whose order stays
+    arguments.sort(
+        key=lambda argument: argument.startswith(("--restrict-imports", "--allow-programs"))
+    )  # behind the rest, whose order stays
     try:
         _dispatch(arguments)
     except (InputError, OSError) as error:
@@ -74,6 +80,14 @@ def main(args: Sequence[str] | None = None) -> None:
             raise
         print(f"latentreward: error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
+    except (KeyboardInterrupt, SystemExit) as error:
+        stop = interrupt_behind(error)
+        if stop is None or debug:
+            raise
+        if args is None:  # the process ends: another Ctrl-C must not raise while threads are waited for
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        tell_interrupt(str(stop))
+        sys.exit(INTERRUPTED)
 
 
 def _dispatch(arguments: list[str]) -> None:
@@ -88,8 +102,7 @@ def _dispatch(arguments: list[str]) -> None:
     if not arguments or arguments[0] not in COMMANDS:
         problem = f"unknown command {arguments[0]!r}" if arguments else "no command"
         raise InputError(f"{problem}{did_you_mean(arguments[0] if arguments else '', COMMANDS)}")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.append(here)  # last: a user's own classes are found and shadow nothing
     module, function = COMMANDS[arguments[0]][0].split(":")
-    getattr(importlib.import_module(module), function)(arguments[0], arguments[1:])
+    with exit_while_importing():
+        run = getattr(importlib.import_module(module), function)
+    run(arguments[0], arguments[1:])

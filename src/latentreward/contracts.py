@@ -322,58 +322,55 @@ class NoisyStates(TensorRecord):
 
 
 @dataclass(frozen=True)
-class StepPairs(TensorRecord):
-    """Pairs of candidates for the next state, drawn from one state (LPO, SPO).
+class SampledStates(TensorRecord):
+    """States that a policy's sampler passed through.
 
     Attributes:
         keys: N names, unique in a run: a prompt's key and the number of the step. They give rollouts of several
             processes one order.
         prompts: N raw prompts.
-        latents: ``(N, C, ...)`` the state x_t from which both were drawn.
-        timesteps: ``(N,)`` its timestep, float32.
+        latents: ``(N, C, ...)`` the states x_t.
+        timesteps: ``(N,)`` their timesteps, float32.
+    """
+
+    keys: tuple[str, ...]
+    prompts: tuple[str, ...]
+    latents: Tensor
+    timesteps: Tensor
+
+    def __len__(self) -> int:
+        """Number of states."""
+        return len(self.prompts)
+
+
+@dataclass(frozen=True)
+class StepPairs(SampledStates):
+    """Pairs of candidates for the next state of each state (LPO, SPO).
+
+    Attributes:
         chosen: ``(N, C, ...)`` the better next state.
         rejected: ``(N, C, ...)`` the worse one.
         gap: ``(N,)`` tanh(Δ/2) of their scores.
     """
 
-    keys: tuple[str, ...]
-    prompts: tuple[str, ...]
-    latents: Tensor
-    timesteps: Tensor
     chosen: Tensor
     rejected: Tensor
     gap: Tensor
 
-    def __len__(self) -> int:
-        """Number of pairs."""
-        return len(self.prompts)
-
 
 @dataclass(frozen=True)
-class StepSamples(TensorRecord):
+class StepSamples(SampledStates):
     """Sampled steps with their advantages (GRPO); K of them start from one state, which a policy evaluates once.
 
     Attributes:
-        keys: N names, unique in a run: a prompt's key, and the number of the step.
-        prompts: N raw prompts.
-        latents: ``(N, C, ...)`` the state before the step.
-        timesteps: ``(N,)`` its timestep, float32.
         next_latents: ``(N, K, C, ...)`` the states after it.
         log_prob: ``(N, K)`` log-probabilities of the steps under the policy that drew them.
         advantage: ``(N, K)``.
     """
 
-    keys: tuple[str, ...]
-    prompts: tuple[str, ...]
-    latents: Tensor
-    timesteps: Tensor
     next_latents: Tensor
     log_prob: Tensor
     advantage: Tensor
-
-    def __len__(self) -> int:
-        """Number of states."""
-        return len(self.prompts)
 
 
 StepRecord = TypeVar("StepRecord", StepPairs, StepSamples)

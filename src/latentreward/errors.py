@@ -2,7 +2,8 @@
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 LONGEST_LIST = 30
 
@@ -14,6 +15,15 @@ class InputError(ValueError):
     with status 2, as it does for an OSError and for what constructors say against a setting; any other exception counts
     as a bug and keeps its traceback.
     """
+
+
+@contextmanager
+def errors_at(place: str) -> Iterator[None]:
+    """Say ``place`` before what is wrong."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{place}{error}") from error
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
@@ -46,4 +56,7 @@ def one_line(error: BaseException) -> str:
 def first_line(error: BaseException) -> str:
     """First line of an error's message, or its type where it has none."""
     text = str(error).strip()
+    if "weights_only" in text:  # torch refuses what could run code, and advises how to run it all the same
+        name = re.search(r"GLOBAL (\S+)", text)
+        return f"it names {name[1]}" if name else "it holds more than tensors and plain values"
     return text.splitlines()[0] if text else type(error).__name__

@@ -1,6 +1,7 @@
 """Batches of a cache: the right rows, turned by the one rule, without what cannot be used."""
 
 import multiprocessing
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +9,16 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from latentreward.cache.dataset import CachedPairDataset, as_is
+from latentreward.cache.dataset import CachedPairDataset
 from latentreward.cache.index import CachedPairs, CacheIndex
 from latentreward.cache.layout import IMAGES, LATENTS_FOLDER, PAIRS, manifest_name
 from latentreward.contracts import ImageRef, PreferenceBatch, PreferencePair
 from latentreward.data.collate import collate_pairs
 from latentreward.data.dataset import LoadedPair
+from latentreward.data.loading import as_is
 from latentreward.errors import InputError
 from tests.cache.written_caches import SPACE, latents_of, spec, text_of, write_cache
+from tests.processes import FORKS
 
 LABELS = [1.0, 0.0, 0.5, None, 0.3]
 PAIRS_OF_FIVE = [
@@ -77,11 +80,10 @@ def test_without_text_the_batch_brings_prompts_alone(tmp_path: Path) -> None:
     assert dataset(folder)[0].conditioning is not None
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_workers_give_the_same_batches(method: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("context", [multiprocessing.get_context("fork"), FORKS], ids=["fork", "forkserver"])
+def test_workers_give_the_same_batches(context: BaseContext, tmp_path: Path) -> None:
     folder = write_cache(tmp_path / "cache", PAIRS_OF_FIVE, [(16, 16)] * 6)
     data = dataset(folder)
-    context = multiprocessing.get_context(method)
     loader = DataLoader(data, 2, num_workers=1, collate_fn=as_is, multiprocessing_context=context)
     for batch, wanted in zip(loader, (data[[0, 1]], data[[2, 3]], data[[4]]), strict=True):
         assert type(batch) is PreferenceBatch

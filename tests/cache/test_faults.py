@@ -12,7 +12,8 @@ import pytest
 
 from latentreward.cache.layout import IMAGES, PLAN
 from latentreward.cli import main
-from tests.cache.writing import contents, run_cache, start_cache, write_data
+from tests.cache.writing import contents, fork_cache, run_cache, start_cache, write_data
+from tests.processes import Forked
 
 SETTINGS = ("--encoder.text=true", "--encoder.prompts_per_shard=4")
 SLOWLY = (
@@ -122,21 +123,21 @@ def test_a_finished_cache_is_left_alone(written: tuple[Path, Path], capsys: pyte
 
 def test_a_full_disk_loses_nothing(written: tuple[Path, Path], tmp_path: Path) -> None:
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))"  # the largest shards are larger
-    run = start_cache(tmp_path / "cache", written[0], *SETTINGS, setup=limit)
+    run = fork_cache(tmp_path / "cache", written[0], *SETTINGS, setup=limit)
     _, error = run.communicate(timeout=120)
     assert run.returncode == 2
     [line] = [line for line in error.splitlines() if "error" in line]
     assert line.startswith(f"latentreward: error: no space left for {tmp_path / 'cache'} (File too large)")
     assert line.endswith("finished shards are kept: free some space and resume with the same command")
-    assert not list(tmp_path.rglob("*.tmp"))
+    assert not list(tmp_path.rglob("*.partial"))
     run_cache(tmp_path / "cache", written[0], *SETTINGS)
     assert contents(tmp_path / "cache") == contents(written[1])
 
 
-def wait_for_shards(cache: Path, run: subprocess.Popen[str]) -> None:
+def wait_for_shards(cache: Path, run: "Forked | subprocess.Popen[str]") -> None:
     """Until one shard is finished and the next one begun."""
     end = time.monotonic() + 120
-    while not (list(cache.rglob("*.safetensors.json")) and list(cache.rglob("*.safetensors.*.tmp"))):
+    while not (list(cache.rglob("*.safetensors.json")) and list(cache.rglob(".*.safetensors.*.partial"))):
         assert run.poll() is None, run.communicate()
         assert time.monotonic() < end
         time.sleep(0.02)
@@ -146,17 +147,19 @@ def test_sigterm_and_a_second_run(
     written: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cache = tmp_path / "cache"
-    run = start_cache(cache, written[0], *SETTINGS, "--encoder.batch_size=4", setup=SLOWLY)
+    run = fork_cache(cache, written[0], *SETTINGS, "--encoder.batch_size=4", setup=SLOWLY)
     wait_for_shards(cache, run)
     with pytest.raises(SystemExit):
         run_cache(cache, written[0], *SETTINGS)
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith(f"latentreward: error: output='{cache}' is being written by another run")
+    assert error.startswith(
+        f"latentreward: error: output: {cache} is being written by another run (process {run.pid} on "
+    )
     run.send_signal(signal.SIGTERM)
     _, error = run.communicate(timeout=60)
     assert run.returncode == 143
     assert error.strip().splitlines()[-1] == "cache: stopped by SIGTERM; resume with the same command"
-    assert not list(cache.rglob("*.tmp"))
+    assert not list(cache.rglob("*.partial"))
     done = contents(cache)
     assert any(name.endswith(".safetensors") for name in done)
     assert done.items() < contents(written[1]).items()
@@ -174,7 +177,7 @@ def test_sigterm_to_one_of_two_processes(written: tuple[Path, Path], tmp_path: P
     os.kill(int(children[0]) if rank else run.pid, signal.SIGTERM)
     run.communicate(timeout=60)
     assert run.returncode == 143
-    assert not list(cache.rglob("*.tmp"))
+    assert not list(cache.rglob("*.partial"))
     again = start_cache(cache, written[0], *SETTINGS, *two)
     output = again.communicate(timeout=120)
     assert again.returncode == 0, output

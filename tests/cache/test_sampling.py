@@ -1,6 +1,7 @@
 """Which pairs meet in a step: one size, equal shares, none lost, and exact from any place on."""
 
 from collections import Counter
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,15 @@ def test_drop_leaves_out_the_rest_of_each_size_and_other_pairs_every_epoch() -> 
     assert set().union(*seen) == set(range(41 + 17))
     with pytest.raises(InputError, match=r"3 pairs in 1 sizes.*small_buckets=drop"):
         ranks([(8, 8)] * 3, 1, small_buckets="drop")
+
+
+def test_sizes_are_interleaved_in_the_order_of_the_pairs() -> None:
+    alternating = [(8, 8), (16, 16)] * 6
+    in_order = ranks(alternating, 1, batch_size=2, shuffle=False)
+    assert in_order == [[[0, 2], [1, 3], [4, 6], [5, 7], [8, 10], [9, 11]]]
+    shuffled = [batch[0] % 2 for batch in ranks(alternating * 20, 1, batch_size=2)[0]]
+    changes = sum(one != other for one, other in pairwise(shuffled))
+    assert changes > 40  # of 119; sizes one after the other would change once
 
 
 def test_fewer_pairs_than_one_batch() -> None:

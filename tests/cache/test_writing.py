@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from latentreward.backbones.loading import PipelineSource, tiny_pipeline
+from latentreward.cache.encoding import ShardEncoder
 from latentreward.cache.layout import (
     IMAGES,
     PAIRS,
     PROMPTS,
     SCHEMAS,
     SHARDS,
+    TEMPORARY,
     manifest_name,
     read_manifest,
     read_plan,
@@ -166,7 +169,7 @@ def test_images_that_cannot_be_read(
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert "image 'images/3b.jpg': truncated or damaged image" in error
         assert error.endswith("replace the file, or set the reader's on_error to skip, and run the same command")
-        assert not list((tmp_path / "cache").rglob("*.tmp"))
+        assert not list((tmp_path / "cache").rglob("*.partial"))
         return
     run_cache(tmp_path / "cache", data, *options, *settings)
     assert "images not read: 1 truncated or damaged image; 1 pairs have such an image" in capsys.readouterr().out
@@ -199,6 +202,32 @@ def test_workers_and_threads_do_not_change_a_byte(written: tuple[Path, Path], tm
     run_cache(tmp_path / "cache", data, *settings, "--num_workers=2")
     assert torch.get_num_threads() == 2
     torch.set_num_threads(threads)
+    assert contents(tmp_path / "cache") == contents(cache)
+
+
+def test_ctrl_c_keeps_finished_shards(
+    written: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, cache = written
+    settings = ("--encoder.text=true", "--encoder.prompts_per_shard=4", "--dtype=float32")
+    own, calls = ShardEncoder.predict_step, []
+
+    def interrupted(*arguments: Any) -> dict[str, torch.Tensor]:
+        calls.append(arguments)
+        if len(calls) == 4:
+            signal.raise_signal(signal.SIGINT)
+        return own(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardEncoder, "predict_step", interrupted)
+        with pytest.raises(SystemExit) as stop:
+            run_cache(tmp_path / "cache", data, *settings)
+    assert stop.value.code == 130
+    kept = f"finished shards are kept in {tmp_path / 'cache'}: the same command goes on there"
+    assert f"latentreward: stopped by Ctrl-C; {kept}\n" in capsys.readouterr().err
+    assert list((tmp_path / "cache").rglob("*.json"))
+    assert not list((tmp_path / "cache").rglob(f"*{TEMPORARY}"))
+    run_cache(tmp_path / "cache", data, *settings)
     assert contents(tmp_path / "cache") == contents(cache)
 
 

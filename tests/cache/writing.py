@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from latentreward.cli import main
+from tests.processes import Forked
 
 SQUARE, TALL, WIDE, LARGE = (32, 32), (48, 32), (32, 48), (64, 64)
 BUCKETS = (SQUARE, TALL, WIDE, LARGE)
@@ -82,6 +83,16 @@ def start_cache(output: Path, root: Path, *settings: str, setup: str = "", threa
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def fork_cache(output: Path, root: Path, *settings: str, setup: str) -> Forked:
+    """``latentreward cache`` on one rank, as a process of its own that runs the Python lines ``setup`` first."""
+    return Forked(_cache_after, [setup, ["cache", str(output), *SETTINGS, f"--reader.root={root}", *settings]])
+
+
+def _cache_after(setup: str, arguments: Sequence[str]) -> None:
+    exec(setup, {})
+    main(arguments)
 
 
 def contents(folder: Path) -> dict[str, str]:

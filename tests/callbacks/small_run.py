@@ -8,10 +8,9 @@ import torch
 from latentreward.callbacks import ExactResume, GracefulStop, TrainableEMA
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from latentreward.data import PairBatchSampler
-from latentreward.data.loading import ResumableLoader
+from latentreward.data.loading import ResumableLoader, WorkerLoader
 
 ROWS = 26
 
@@ -65,7 +64,7 @@ def make_trainer(
 
 def fit(trainer: Trainer, checkpoint: Path | None = None, batch_size: int = 4, workers: int = 0) -> SmallModule:
     module = SmallModule()
-    validation = DataLoader(range(6), batch_size=2)
+    validation = WorkerLoader(range(6), batch_size=2, num_workers=workers, persistent_workers=workers > 0)  # type: ignore[arg-type]
     trainer.fit(module, train_loader(batch_size, workers), validation, ckpt_path=checkpoint)
     return module
 

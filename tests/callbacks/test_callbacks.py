@@ -100,8 +100,9 @@ def test_checkpoint_of_another_model_is_refused(module, batches, loader, make_tr
         )
 
 
-def test_ema_is_the_average_by_formula_and_serves_validation_alone(module, batches, loader, make_trainer):
-    ema, history, validated = TrainableEMA(decay=0.5), [trained(module)], []
+@pytest.mark.parametrize("warm_up", [True, False])
+def test_ema_is_the_average_by_formula_and_serves_validation_alone(warm_up, module, batches, loader, make_trainer):
+    ema, history, validated = TrainableEMA(0.5, warm_up), [trained(module)], []
 
     class Watch(Callback):
         def on_train_batch_end(self, trainer, pl_module, *args):
@@ -113,7 +114,7 @@ def test_ema_is_the_average_by_formula_and_serves_validation_alone(module, batch
     make_trainer(callbacks=[ema, Watch()]).fit(module, loader(batches), loader(batches[:1]))
     expected = history[0]
     for n, weights in enumerate(history[1:], start=1):
-        decay = min(0.5, (1 + n) / (10 + n))
+        decay = min(0.5, (1 + n) / (10 + n)) if warm_up else 0.5
         expected = {name: decay * expected[name] + (1 - decay) * value for name, value in weights.items()}
     for name, value in validated[-1].items():
         torch.testing.assert_close(value, expected[name])

@@ -1,20 +1,24 @@
 """A signal ends a run with a checkpoint from which it goes on as if nothing had been."""
 
 import os
+import pty
 import signal
 import stat
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from latentreward.callbacks import GracefulStop
+from latentreward.callbacks.graceful_stop import silence_lost_terminal
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch.utils.data import DataLoader
 
+from latentreward.commands.fit import last_checkpoint
 from latentreward.errors import InputError
-from latentreward.lightning_cli import last_checkpoint
 from tests.callbacks.small_run import assert_same_state, fit, make_trainer
 
 
@@ -33,7 +37,7 @@ class Send(Callback):
 
 @pytest.fixture(autouse=True)
 def _handlers_come_back() -> Iterator[None]:
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
     before = [signal.getsignal(number) for number in numbers]
     yield
     assert [signal.getsignal(number) for number in numbers] == before
@@ -121,18 +125,93 @@ def test_the_place_is_one_that_last_finds(keeper: str, tmp_path: Path) -> None:
     assert names == (["last.ckpt"] if keeper == "none" else ["last-v1.ckpt", "last.ckpt"])
 
 
-def test_ctrl_c_saves_once_and_a_second_one_ends_at_once(tmp_path: Path, last_of) -> None:
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGHUP, 129), (signal.SIGTERM, 143)])
+def test_a_signal_saves_once_and_gives_the_status(number: signal.Signals, status: int, tmp_path: Path, last_of) -> None:
     whole = make_trainer(tmp_path / "whole", [last_of(tmp_path / "whole")])
     fit(whole)
-    with pytest.raises(SystemExit) as stop:
-        fit(make_trainer(tmp_path, [last_of(tmp_path), Send("on_train_batch_start", 3, signal.SIGINT)]))
-    assert stop.value.code == 1
+    with pytest.raises(SIGTERMException) as stop:
+        fit(make_trainer(tmp_path, [last_of(tmp_path), Send("on_train_batch_start", 3, number)]))
+    assert stop.value.code == status
     resumed = make_trainer(tmp_path, [last_of(tmp_path)])
     assert len(fit(resumed, last_checkpoint(resumed)).seen) == 11
     assert_same_state(whole, resumed)
-    with pytest.raises(SystemExit):
-        fit(make_trainer(tmp_path / "b", [Send("on_train_batch_start", 1, signal.SIGINT, signal.SIGINT)]))
-    assert not list((tmp_path / "b").glob("**/*.ckpt"))
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as stop:
+        fit(make_trainer(tmp_path, [Send("on_train_batch_start", 1, signal.SIGINT, signal.SIGINT)]))
+    assert isinstance(stop.value.__context__, KeyboardInterrupt)
+    assert not list(tmp_path.glob("**/*.ckpt"))
+
+
+def test_a_hangup_that_is_ignored_stays_ignored(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert len(fit(make_trainer(tmp_path, [Send("on_train_batch_start", 3, signal.SIGHUP)])).seen) == 14
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_closed_terminal_does_not_end_the_run_by_what_is_printed(tmp_path: Path) -> None:
+    """A progress bar, say, before the checkpoint is written."""
+    process, terminal = pty.fork()
+    if process == 0:
+        status = 1
+        try:
+            signal.signal(signal.SIGHUP, lambda *_: silence_lost_terminal())
+            (tmp_path / "ready").touch()
+            signal.pause()
+            os.write(1, b"10 %")
+            os.write(2, b"20 %")
+            status = 0
+        finally:
+            os._exit(status)
+    while not (tmp_path / "ready").exists():
+        time.sleep(0.01)
+    time.sleep(0.1)
+    os.close(terminal)
+    assert os.waitpid(process, 0)[1] == 0
+
+
+class KillWorker(Callback):
+    """Kill a worker of a loader when a hook is called for the n-th time."""
+
+    def __init__(self, hook: str, call: int) -> None:
+        self.call = call
+        setattr(self, hook, self.kill)
+
+    def kill(self, trainer: Trainer, *args: Any) -> None:
+        self.call -= 1
+        if self.call == 0:
+            loader = trainer.val_dataloaders if trainer.validating else trainer.train_dataloader
+            os.kill(loader._iterator._workers[0].pid, signal.SIGKILL)
+            time.sleep(0.3)  # its end is signalled here, in the middle of a step
+
+
+@pytest.mark.parametrize(
+    ("hook", "call", "options"),
+    [
+        ("on_train_batch_start", 2, {"accumulate_grad_batches": 3}),
+        ("on_validation_batch_start", 2, {"val_check_interval": 3}),
+    ],
+)
+def test_a_killed_worker_ends_the_run_with_a_checkpoint(
+    hook: str, call: int, options: dict[str, Any], tmp_path: Path, last_of, caplog: pytest.LogCaptureFixture
+) -> None:
+    list(DataLoader([0], num_workers=1))  # type: ignore[arg-type]  # torch's own handler of dead workers stays behind
+    whole = make_trainer(tmp_path / "whole", [last_of(tmp_path / "whole")], **options)
+    module = fit(whole)
+    stopped = make_trainer(tmp_path, [last_of(tmp_path), KillWorker(hook, call)], **options)
+    with pytest.raises(SIGTERMException) as stop:
+        fit(stopped, workers=2)
+    assert stop.value.code == 2
+    (line,) = [record.getMessage() for record in caplog.records if "stopped as" in record.getMessage()]
+    assert "worker process was killed (perhaps memory ran out: set num_workers lower, or give the job more" in line
+    assert f"saved to {tmp_path / 'kept' / 'last.ckpt'}; go on with --ckpt_path" in line
+    resumed = make_trainer(tmp_path, [last_of(tmp_path)], **options)
+    second = fit(resumed, last_checkpoint(resumed))
+    assert_same_state(whole, resumed)
+    assert stopped.lightning_module.seen + second.seen == module.seen
 
 
 class Environment(Callback):

@@ -27,7 +27,7 @@ from torch.optim import AdamW
 
 from latentreward.backbones import LoRA, sd_tiny
 from latentreward.contracts import PromptBatch
-from latentreward.data.prompts import PromptLoaders
+from latentreward.data.alignment.prompts import PromptLoaders
 from latentreward.errors import InputError
 from latentreward.heads import CLIPProjectionHead
 from latentreward.losses import ClippedPolicyLoss
@@ -290,7 +290,9 @@ def test_an_exception_leaves_modes_and_adapters_as_they_were(make_trainer):
     module.train()
     modes = [part.training for part in module.modules()]
     with pytest.raises(RuntimeError, match="no scores today"):
-        trainer = make_trainer(callbacks=[HackingMonitor(PROMPTS, held_out(fail), 3, 1)], max_epochs=-1, max_steps=2)
+        trainer = make_trainer(
+            callbacks=[HackingMonitor(PROMPTS, held_out(fail), 3, every_n_steps=1)], max_epochs=-1, max_steps=2
+        )
         trainer.fit(module, datamodule=prompts())
     assert [part.training for part in module.modules()] == modes
     latents, timesteps = torch.randn(1, *module.policy.latent_shape()), torch.tensor([500.0])

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ import yaml
 from latentreward.cli import main
 from latentreward.evaluation.benchmark.results import BenchmarkReport
 from tests.formats.conftest import COMMITTED
+from tests.processes import start
 from tests.rewards.stored import write_run
 from tests.scorers.tiny_clip import write_aesthetic, write_clip
 
@@ -344,9 +344,7 @@ def test_a_killed_run_goes_on_and_reports_the_same(here: Path) -> None:
     Path("calls.txt").unlink()
     Path("out").rename("whole")
 
-    command = [sys.executable, "-m", "latentreward", "benchmark", "out", "--config=settings.yaml"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "SECONDS_PER_CALL": "0.5"}
-    process = subprocess.Popen(command, cwd=here, env=environment, stderr=subprocess.DEVNULL)
+    process = start(["benchmark", "out", "--config=settings.yaml"], environment={"SECONDS_PER_CALL": "0.5"})
     parts = Path("out/scores/hpdv2_test/luminance.parquet.parts")
     deadline = time.monotonic() + 120
     while len(list(parts.glob("rows_*.parquet"))) < 2 and time.monotonic() < deadline:

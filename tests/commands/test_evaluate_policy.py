@@ -4,12 +4,12 @@ import csv
 import importlib
 import inspect
 import json
-import os
+import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,15 @@ from PIL import Image
 
 from latentreward.backbones import LoRA
 from latentreward.cli import main
-from latentreward.commands.trained_policy import TrainedPolicy
 from latentreward.export import TrainedLoRA
+from latentreward.generation.trained_policy import TrainedPolicy
 from latentreward.policies import PolicySource
-from latentreward.policies.checkpoint import SOURCE, source_record
+from latentreward.policies.checkpoint import SOURCE
 from latentreward.policies.policy import POLICY
 from tests.evaluation.policy import toy_scorers
 from tests.policies.alignment import perturbed
+from tests.processes import start
+from tests.tiny_pipelines import pipeline_folder
 
 FORMATS = Path(__file__).resolve().parents[1] / "formats" / "data"
 HOSTILE = 'a «"/\\: <script>alert(1)</script> | `x` ü'
@@ -124,7 +126,7 @@ def test_a_checkpoint_tells_the_shape_of_its_adapter_and_a_start_that_failed_lea
         source = PolicySource(base, lora=LoRA(rank=rank))
         weights = perturbed(source.load()).named_parameters()
         adapter = {f"policy.{key}": weight for key, weight in weights if f".{POLICY}." in key}
-        torch.save({"state_dict": adapter, SOURCE: source_record(source)}, tmp_path / f"{name}.ckpt")
+        torch.save({"state_dict": adapter, SOURCE: asdict(source)}, tmp_path / f"{name}.ckpt")
     assert "does not fit" in refused(SD_TINY, f"--policy.checkpoint={tmp_path / 'other.ckpt'}")
     report = evaluate(SD_TINY, f"--policy.checkpoint={tmp_path / 'run.ckpt'}")
     assert len(report["scores"]) == 1
@@ -183,19 +185,34 @@ def test_nothing_is_done_twice(evaluate: Run, tmp_path: Path, monkeypatch: pytes
     }
 
 
+def test_ctrl_c_keeps_pictures_and_scores(
+    evaluate: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = evaluate(SD_TINY, folder="whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(toy_scorers, "redness", lambda *_: signal.raise_signal(signal.SIGINT))
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            evaluate(SD_TINY)
+    assert stop.value.code == 130
+    kept = f"what is done is kept in {tmp_path / 'out'}: the same command goes on there"
+    assert f"latentreward: stopped by Ctrl-C; {kept}\n" in capsys.readouterr().err
+    monkeypatch.setattr(TrainedPolicy, "load", lambda *_: pytest.fail("loaded"))
+    assert evaluate(SD_TINY)["scores"] == whole["scores"]
+
+
 @pytest.mark.slow
 def test_a_run_that_was_killed_goes_on(evaluate: Run, prompts: Path, tmp_path: Path) -> None:
     prompts.write_text("\n".join(f"a red circle number {number}" for number in range(12)))
     options = [SD_TINY, RED, f"--prompts={prompts}", *FAST, "--sampling.num_inference_steps=10", "--batch_size=1"]
-    command = [sys.executable, "-m", "latentreward", "evaluate-policy", str(tmp_path / "killed"), *options]
     root = Path(__file__).resolve().parents[2]
-    process = subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    process = start(["evaluate-policy", str(tmp_path / "killed"), *options], cwd=root)
     folder = tmp_path / "killed" / "pictures" / "policy"
     deadline = time.monotonic() + 120
     while len(pictures(folder)) < 4 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
+    process.kill()
+    process.wait()
     there = {path.name: path.stat().st_mtime_ns for path in folder.glob("0*.png")}
     assert 4 <= len(there) < 12
     noted = {row.split(",")[0] for row in (folder / "images.csv").read_text().splitlines()[1:]}
@@ -286,6 +303,26 @@ def test_published_numbers_stand_in_lpos_preset_alone(
     assert "Published numbers of this protocol" in page
 
 
+@pytest.mark.parametrize(("name", "label", "guidance"), [("sd15", "SD1.5", 7.5), ("sdxl", "SDXL", 5.0)])
+def test_lpos_published_policy_is_a_unet_in_the_folder_of_its_base(
+    name: str, label: str, guidance: float, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, folder = Path(pipeline_folder(name)), tmp_path / "pipeline"
+    shutil.copytree(base, folder, ignore=shutil.ignore_patterns("unet"))
+    shutil.copytree(base / "unet", folder / f"lpo_{name}_merge" / "unet")
+    (folder / f"lpo_{name}_merge" / "unet").rename(folder / "unet")
+    paths = {"PICKAPIC_VALIDATION": prompts, f"LPO_{name.upper()}_PATH": folder, f"{name.upper()}_PATH": base}
+    for variable, value in paths.items():
+        monkeypatch.setenv(variable, str(value))
+    monkeypatch.setenv("AESTHETIC_WEIGHTS", "unused")
+    presets = [f"--config=configs/evaluate/lpo_{preset}.yaml" for preset in (name, f"{name}_published")]
+    native = ["--sampling.height=null", "--sampling.width=null", "--sampling.num_inference_steps=2", "--device=cpu"]
+    main(["evaluate-policy", str(tmp_path / "out"), *presets, *native, f"--scorers=[{toy()}]"])
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["settings"]["guidance_scale"] == {f"LPO, {label}": 5.0, label: guidance}
+    assert {score["policy"] for score in report["scores"]} == {f"LPO, {label}", label}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -304,7 +341,7 @@ def test_published_numbers_stand_in_lpos_preset_alone(
         ([SD_TINY, "--images_per_prompt=0"], "images_per_prompt=0"),
         ([SD_TINY, "--num_prompts=0"], "num_prompts=0"),
         ([SD_TINY, "--images_scored=second"], "images_scored"),
-        ([SD_TINY, "--device=tpu9"], "device='tpu9'"),
+        ([SD_TINY, "--device=tpu9"], "device is 'tpu9'"),
         ([SD_TINY, "--prompts=nothing*.txt"], "no file is like nothing*.txt"),
         ([SD_TINY, "--prompts=null"], "set prompts"),
         ([SD_TINY, f"--scorers=[{GENEVAL}]"], "evaluation_metadata.jsonl"),
@@ -340,7 +377,9 @@ def test_a_scorer_of_several_columns_gives_several_scores(evaluate: Run, tmp_pat
 PRESETS = Path(__file__).resolve().parents[2] / "configs" / "evaluate"
 
 
-@pytest.mark.parametrize("preset", sorted(path.name for path in PRESETS.glob("*.yaml")))
+@pytest.mark.parametrize(
+    "preset", sorted(path.name for path in PRESETS.glob("*.yaml") if "_published" not in path.name)
+)
 def test_every_preset_runs(preset: str, evaluate: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, source in (("prompts/evaluation_metadata.jsonl", "geneval_metadata.jsonl"),):
         (tmp_path / name).parent.mkdir(parents=True)

@@ -1,5 +1,6 @@
 """``latentreward export`` from checkpoint to what other programs load."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from safetensors.torch import load_file
 
 from latentreward.cli import main
 from latentreward.policies import load_policy
-from latentreward.policies.checkpoint import SOURCE, source_record
+from latentreward.policies.checkpoint import SOURCE
 from tests.policies.alignment import perturbed, prediction, tiny_source
 
 
@@ -18,7 +19,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     policy = perturbed(source.load())
     trained = {f"policy.{name}": p.detach() for name, p in policy.named_parameters() if p.requires_grad}
     path = tmp_path_factory.mktemp("run") / "last.ckpt"
-    torch.save({"state_dict": trained, SOURCE: source_record(source)}, path)
+    torch.save({"state_dict": trained, SOURCE: asdict(source)}, path)
     return path
 
 

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import signal
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +15,16 @@ from PIL import Image
 
 from latentreward.cli import main
 from latentreward.commands import generate as command
-from latentreward.commands.image_folder import file_name
 from latentreward.export import TrainedLoRA
+from latentreward.generation.image_folder import file_name
+from latentreward.interrupts import interrupts_held
 from latentreward.policies import POLICY, PolicySource
-from latentreward.policies.checkpoint import SOURCE, source_record
+from latentreward.policies.checkpoint import SOURCE
 from tests.policies.alignment import perturbed
 
 PROMPTS = ["a large red circle on a white background", "two blue crosss on a gray background", 'a «"/\\: ü, \t|?*']
 FAST = ["--policy.source=sd_tiny", "--sampling.num_inference_steps=3", "--guidance_scale=1", "--device=cpu"]
-REWARD = "--reward=tests.inference.toy_rewards.MeanLatentSource"
+REWARD = "--reward=tests.generation.toy_rewards.MeanLatentSource"
 
 
 @pytest.fixture
@@ -73,6 +76,32 @@ def test_a_run_that_was_stopped_goes_on(
     assert len(asked) == 1
 
 
+def test_ctrl_c_keeps_the_batches_that_are_done(
+    generate: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generate("--batch_size=1", folder="whole")
+    calls, add = [], command.ImageFolder.add
+
+    def interrupted(*arguments: Any) -> None:
+        calls.append(arguments)
+        if len(calls) == 2:  # in the midst of a write, which is done whole
+            signal.raise_signal(signal.SIGINT)
+        add(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(command.ImageFolder, "add", interrupts_held()(interrupted))
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            generate("--batch_size=1")
+    assert stop.value.code == 130
+    kept = f"2 pictures are kept in {tmp_path / 'out'}"
+    assert capsys.readouterr().err == f"latentreward: stopped by Ctrl-C; {kept}: the same command goes on there\n"
+    generate("--batch_size=1")
+    assert "2 of 3 pictures are there already" in capsys.readouterr().out
+    whole, resumed = pictures(tmp_path / "whole"), pictures(tmp_path / "out")
+    assert all(np.array_equal(whole[name], resumed[name]) for name in whole)
+
+
 def test_neither_batch_nor_later_prompts_change_a_picture(generate: Callable[..., Any], tmp_path: Path) -> None:
     generate("--batch_size=1", folder="one")
     (tmp_path / "prompts.txt").write_text("\n".join([*PROMPTS, "a small red cross on a black background"]))
@@ -97,7 +126,7 @@ def test_a_checkpoint_and_its_exported_lora_make_the_same_pictures(
     source = PolicySource("sd_tiny")
     policy = perturbed(source.load())
     adapter = {f"policy.{name}": weight for name, weight in policy.named_parameters() if f".{POLICY}." in name}
-    torch.save({"state_dict": adapter, SOURCE: source_record(source)}, tmp_path / "run.ckpt")
+    torch.save({"state_dict": adapter, SOURCE: asdict(source)}, tmp_path / "run.ckpt")
     TrainedLoRA.of_policy(policy).write_diffusers(tmp_path / "exported")
     generate(folder="base")
     generate(f"--lora={tmp_path / 'exported'}", folder="lora")
@@ -118,7 +147,7 @@ def test_a_checkpoint_and_its_exported_lora_make_the_same_pictures(
         (["--policy=null"], "policy.source"),
         (["--lora=nothing.safetensors"], "nothing.safetensors does not exist"),
         (["--checkpoint=nothing.ckpt"], "nothing.ckpt"),
-        (["--device=tpu9"], "device='tpu9'"),
+        (["--device=tpu9"], "device is 'tpu9'"),
     ],
 )
 def test_bad_settings_are_one_line(

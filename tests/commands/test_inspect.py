@@ -1,22 +1,19 @@
 """``latentreward inspect`` as a user runs it: on the samples, on tiny-world data, interrupted, and given nonsense."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
 
-import latentreward
 from latentreward.cli import main
 from latentreward.tinyworld.writers import write_hpdv3, write_pickapic
+from tests.processes import start
 
 SAMPLES = Path(__file__).parents[1] / "formats" / "data"
-SOURCE = Path(latentreward.__file__).parents[1]
 EXPECTED = json.loads((SAMPLES / "EXPECTED.json").read_text())
 
 
@@ -154,16 +151,10 @@ def test_ctrl_c_prints_what_was_counted(tmp_path) -> None:
         """)
     )
     source = [f"--reader.source={SAMPLES / 'pickapic_v1'}", "--reader.split=train"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "latentreward", "inspect", "--reader=slow.SlowReader", *source],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(SOURCE)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - pytest-xdist ignores it
-    )
-    assert process.stdout.readline() == "ready\n"
+    process = start(["inspect", "--reader=slow.SlowReader", *source], cwd=tmp_path)
+    while process.stdout != "ready\n":
+        assert process.poll() is None, process.stderr
+        time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 130

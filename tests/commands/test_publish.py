@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,14 @@ from PIL import Image
 
 from latentreward.cli import main
 from latentreward.scoring import RewardModel, ScoringNoise
+from latentreward.scoring.layouts import saving
+from latentreward.storage import durable
 from tests.rewards.stored import write_run
 from tests.scoring.stub_hub import StubHub, running_hub, set_hub
 from tests.scoring.test_published import write_lrm
 from tests.tiny_pipelines import pipeline_folder
+
+pytestmark = pytest.mark.usefixtures("bases_here")
 
 PROMPTS = ("a cat", "two dogs", "")
 
@@ -155,6 +160,27 @@ def test_to_the_hub(run: Path, hub: StubHub, tmp_path: Path, monkeypatch: pytest
     assert hub.tokens >= {"Bearer hf_secret"}
 
 
+@pytest.mark.parametrize(("module", "step"), [(saving, "write_weights"), (durable, "_swapped")])
+def test_ctrl_c_leaves_a_whole_folder_or_none(
+    run: Path, tmp_path: Path, module: Any, step: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Before the weights are written, or once all is there and only its name is missing."""
+    own = getattr(module, step)
+
+    def interrupted(*arguments: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return own(*arguments)
+
+    monkeypatch.setattr(module, step, interrupted)
+    with pytest.raises(SystemExit) as stop:
+        publish(run, tmp_path / "model")
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "latentreward: stopped by Ctrl-C\n"
+    assert [path.name for path in tmp_path.iterdir()] == ([] if module is saving else ["model"])
+    if module is not saving:
+        RewardModel.from_pretrained(tmp_path / "model")
+
+
 def test_without_a_hub_the_folder_stays(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
@@ -174,8 +200,7 @@ def test_a_file_that_is_no_checkpoint(run: Path, tmp_path: Path, capsys: Any) ->
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--batch_size=0"], "batch_size is 0"),
-        (["--licence=nonsense"], "licence is 'nonsense'"),
+        (["--batch_size=0"], "batch_size: 0 is outside"),
         (["--reference.images=none"], "none"),
         (["--reference.images={few}"], "has 3 images with prompts; a calibration needs at least 20"),
         (["--reference.images={few}", "--reference.limit=5"], "reference.limit is 5"),

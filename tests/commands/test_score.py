@@ -21,13 +21,15 @@ from PIL import Image
 
 from latentreward.backbones import DiffusionBackbone
 from latentreward.cli import main
-from latentreward.commands.scored_table import read_scores
 from latentreward.contracts import Conditioning
-from latentreward.scorers import part_files
 from latentreward.scoring import RewardModel, ScoringNoise
 from latentreward.scoring.calibration import Calibration
+from latentreward.scoring.scored_table import read_scores
+from latentreward.storage import part_tables
 from tests.data.test_images import png_header
+from tests.processes import finish, start
 from tests.rewards.stored import write_run
+from tests.tiny_pipelines import pipeline_folder
 
 
 def jpeg(seed: int, width: int = 24, height: int = 16) -> bytes:
@@ -138,7 +140,7 @@ def test_a_calibrated_model(here: Path, dina: str, capsys: pytest.CaptureFixture
     model = RewardModel.from_pretrained(dina)
     reference = torch.randn(100, generator=torch.Generator().manual_seed(0))
     model.calibration = Calibration.fit(reference, "a reference set", model.noise)
-    model.save_pretrained("model")
+    model.save_pretrained("model", base=pipeline_folder("sd35"))
     table = score("pics", "s.csv", "model")
     scores = torch.tensor(table["score"].to_pylist())
     torch.testing.assert_close(torch.tensor(table["z_score"].to_pylist()), model.calibration.z_score(scores))
@@ -258,27 +260,15 @@ def test_order_and_copies_do_not_matter(here: Path, lrm: str) -> None:
     np.testing.assert_allclose(two["score"].to_pylist(), expected, rtol=0, atol=2e-5)
 
 
-def start(here: Path, *arguments: str) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "latentreward", "score", *arguments]
-    return subprocess.Popen(command, cwd=here, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
-
 @pytest.mark.slow
 def test_after_sigkill_it_goes_on_to_the_same_bits(here: Path, dina: str) -> None:
     write_unreadable(write_pictures(here / "pics", 240))
     options = [f"--model={dina}", "--device=cpu", "--batch_size=4", "--flush_every=8", "--noise.seeds=[0,1,2]"]
-    done = subprocess.run(
-        [sys.executable, "-m", "latentreward", "score", "pics", "whole.csv", *options],
-        cwd=here,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=True,
-        capture_output=True,
-    )
-    assert b"240 of 249" in done.stdout
+    done = finish(["score", "pics", "whole.csv", *options])
+    assert "240 of 249" in done.stdout, done.stderr
     kills = 0
     for wanted in (2, 7):
-        process = start(here, "pics", "killed.csv", *options)
+        process = start(["score", "pics", "killed.csv", *options])
         while len(list(here.glob("killed.csv.parts/rows_*.parquet"))) < wanted and process.poll() is None:
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
@@ -287,9 +277,8 @@ def test_after_sigkill_it_goes_on_to_the_same_bits(here: Path, dina: str) -> Non
     left = len(list(here.glob("killed.csv.parts/rows_*.parquet")))
     assert 7 <= left < 32
     assert not (here / "killed.csv").exists()
-    process = start(here, "pics", "killed.csv", *options)
-    output = process.communicate()[0]
-    assert process.returncode == 0, output
+    process = start(["score", "pics", "killed.csv", *options])
+    assert process.wait(120) == 0, process.stderr
     assert (here / "killed.csv").read_bytes() == (here / "whole.csv").read_bytes()
     assert not (here / "killed.csv.parts").exists()
 
@@ -309,10 +298,10 @@ def test_a_full_disk_keeps_what_was_scored(
         write(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(part_files.pq, "write_table", write_until_full)
+        patch.setattr(part_tables.pq, "write_table", write_until_full)
         line = refusal(capsys, "pics", "s.parquet", lrm, *options)
     assert "No space left on device" in line
-    assert "what was scored is kept in s.parquet.parts: put that right and run the same command again" in line
+    assert "what was scored is kept in s.parquet.parts: free some space and run the same command again" in line
     capsys.readouterr()
     assert score("pics", "s.parquet", lrm, *options).equals(expected)
     printed = capsys.readouterr().out
@@ -340,9 +329,40 @@ def test_stopped_half_way_it_goes_on(
     assert ended.value.code == (130 if isinstance(stop, KeyboardInterrupt) else 2)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
-    assert "what was scored is kept in s.csv.parts" in lines[0]
+    assert "kept in s.csv.parts" in lines[0]
     assert score("pics", "s.csv", lrm, "--batch_size=1")["score"].null_count == 0
     assert "4 images scored in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("call", [1, 3])
+def test_ctrl_c_keeps_what_was_scored_of_a_part(
+    here: Path, dina: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], call: int
+) -> None:
+    """The images' sizes alternate, so those of a pass do not follow each other in the list."""
+    write_pictures(here / "pics", 12)
+    (here / "pics" / "000.jpg").write_bytes(b"no image")
+    expected = score("pics", "expected.parquet", dina, "--batch_size=2")
+    own, calls = RewardModel.score_levels, []
+
+    def interrupted(*arguments: Any, **settings: Any) -> torch.Tensor:
+        calls.append(arguments)
+        if len(calls) == call:
+            signal.raise_signal(signal.SIGINT)
+        return own(*arguments, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RewardModel, "score_levels", interrupted)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            score("pics", "s.parquet", dina, "--batch_size=2")
+    assert ended.value.code == 130
+    printed = capsys.readouterr().err
+    kept = sum(pq.read_table(file).num_rows for file in Path("s.parquet.parts").glob("rows_*"))
+    line = f"{kept} of 12 rows are kept in s.parquet.parts: the same command goes on there\n"
+    assert printed == f"latentreward: stopped by Ctrl-C; {line}"
+    assert kept == 1 if call == 1 else 4 < kept < 12
+    assert score("pics", "s.parquet", dina, "--batch_size=2").equals(expected)
+    assert f"{12 - kept} images scored in" in capsys.readouterr().out
 
 
 def test_another_run_s_output_is_refused(here: Path, lrm: str, dina: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -400,7 +420,7 @@ def test_a_complete_table_is_not_made_again(
         (["nowhere", "s.csv"], "'nowhere' is no folder, no file, and no pattern"),
         (["pics", "s.txt"], "output is s.txt; it must end in .parquet, .csv or .jsonl"),
         (["pics", "s.csv", "--gallery=page.pdf"], "gallery is page.pdf; give a file that ends in .html"),
-        (["pics", "s.csv", "--batch_size=0"], "batch_size is 0; it must be at least 1"),
+        (["pics", "s.csv", "--batch_size=0"], "batch_size: 0 is outside"),
         (["pics", "s.csv", "--gallery_images=0"], "gallery_images is 0"),
         (["pics", "s.csv", "--noise.sigmas=[1.5]"], "noise.sigmas holds 1.5"),
         (["pics", "s.csv", "--noise.sigmas=[0.5]", "--noise.timesteps=[1]"], "give levels as one of the two"),
@@ -467,7 +487,7 @@ def test_an_image_without_a_finite_score_does_not_cost_the_others_theirs(
 
 def test_start_up_loads_neither_lightning_nor_networks() -> None:
     """They take seconds; networks' libraries load with the model."""
-    code = "import sys, latentreward.commands.score, latentreward.scoring.stored\n"
+    code = "import sys, latentreward.commands.score, latentreward.scoring.layouts.find\n"
     code += "print({'lightning', 'torchmetrics', 'diffusers', 'transformers', 'matplotlib'} & set(sys.modules))"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed == "set()\n"

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from latentreward.contracts import PromptBatch, RolloutStatistics, StepPairs, take_rows
-from latentreward.data.prompts import PromptLoaders
+from latentreward.data.alignment.prompts import PromptLoaders
 from latentreward.seeding import pair_generator
 
 PROMPTS = tuple(f"prompt {number}" for number in range(7))

@@ -2,13 +2,7 @@
 
 import pytest
 
-from latentreward.data.buckets import (
-    PUBLISHED_BUCKETS,
-    Bucket,
-    assign_bucket,
-    dynamic_batch_size,
-    sort_buckets,
-)
+from latentreward.data.buckets import PUBLISHED_BUCKETS, Bucket, assign_bucket, sort_buckets
 from latentreward.errors import InputError
 
 
@@ -62,11 +56,3 @@ def test_custom_buckets_tolerance_and_smallest_size() -> None:
 def test_bad_bucket_lists_are_refused(sizes: list[tuple[int, int]], message: str) -> None:
     with pytest.raises(InputError, match=message):
         sort_buckets(sizes)
-
-
-@pytest.mark.parametrize(
-    ("bucket", "base", "expected"),
-    [(Bucket(256, 256), 4, 64), (Bucket(512, 512), 3, 12), (Bucket(1024, 768), 4, 4), (Bucket(1344, 896), 4, 1)],
-)
-def test_dynamic_batch_size(bucket: Bucket, base: int, expected: int) -> None:
-    assert dynamic_batch_size(bucket, base) == expected

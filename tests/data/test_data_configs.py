@@ -9,8 +9,9 @@ import pytest
 from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule
 
+from latentreward.commands.fit import Parser
 from latentreward.data import PreferenceDataModule
-from latentreward.lightning_cli import MODE, Parser, prepare
+from latentreward.settings.functions import MODE, prepare
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "data"
 

@@ -12,6 +12,7 @@ from latentreward.data import (
     SkippedPair,
     collate_pairs,
 )
+from tests.processes import FORKS
 
 LOADER = PixelLoader(16, 16)
 
@@ -64,7 +65,7 @@ def test_batch_of_bad_rows_only_is_an_error_that_names_them(source) -> None:
         collate_pairs([dataset[n] for n in range(4)])
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
+@pytest.mark.parametrize("context", ["fork", FORKS], ids=["fork", "forkserver"])
 def test_workers_count_for_the_main_process(source, context) -> None:
     dataset = PairDataset(PickAPicReader(source, "train", on_error="skip"), LOADER)
     loader = torch.utils.data.DataLoader(

@@ -7,8 +7,8 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from latentreward.data.experience import ExperienceSampler, as_plain, from_plain
-from latentreward.data.prompts import PromptOrder
+from latentreward.data.alignment.experience import ExperienceSampler, as_plain, from_plain
+from latentreward.data.alignment.prompts import PromptOrder
 from latentreward.errors import InputError
 from tests.data.rolling import PROMPTS, STEPS, RollingModule, SaveAlways, fit, make_trainer
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latentreward.commands.image_folder import ImageFolder
 from latentreward.data.image_lists import ImageList, read_images
 from latentreward.data.images import ImageError, decode_image
 from latentreward.errors import InputError
+from latentreward.generation.image_folder import ImageFolder
 
 
 def picture(path: Path, prompt: str | None = None) -> Path:

@@ -90,13 +90,23 @@ def test_lightning_leaves_shares_and_state_alone() -> None:
     assert trainer.fit_loop.state_dict()["state_dict"]["combined_loader"] == [train.state_dict()]
 
 
+def test_a_killed_worker_is_one_line() -> None:
+    train = loader(workers=2, rows=200, batch_size=2)
+    iterator = iter(train)
+    batches(iterator, 3)
+    assert train._iterator is not None
+    os.kill(train._iterator._workers[0].pid, signal.SIGKILL)
+    with pytest.raises(ChildProcessError, match=r"worker process was killed \(perhaps memory ran out: set num_workers"):
+        batches(iterator)
+
+
 def test_workers_outlive_signals_meant_for_the_run() -> None:
     train = loader(workers=2, rows=200, batch_size=2)
     iterator = iter(train)
     seen = Counter(chain(*batches(iterator, 3)))
     assert train._iterator is not None
     for worker in train._iterator._workers:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
             os.kill(worker.pid, number)
     seen.update(chain(*batches(iterator)))
     assert seen == Counter(range(200))

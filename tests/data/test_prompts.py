@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from latentreward.data import PromptDataModule
-from latentreward.data.prompt_files import read_prompt_set
-from latentreward.data.prompts import PromptLoaders, PromptOrder, PromptSampler
+from latentreward.data.alignment.prompt_files import read_prompt_set
+from latentreward.data.alignment.prompts import PromptLoaders, PromptOrder, PromptSampler
 from latentreward.errors import InputError
 
 WANTED = ("a red cat", "ein Fuß, lang", "two dogs")

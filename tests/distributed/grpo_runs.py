@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.optim import SGD
 
 from latentreward.backbones import LoRA
-from latentreward.checkpoint_shards import whole_tensor
-from latentreward.data.prompts import PromptLoaders
+from latentreward.checkpoints.fsdp2 import FSDP2Strategy
+from latentreward.checkpoints.shards import whole_tensor
+from latentreward.data.alignment.prompts import PromptLoaders
 from latentreward.losses import ClippedPolicyLoss
 from latentreward.modules import StepwiseGRPOModule, TrajectoryGRPOModule
 from latentreward.policies import PolicySource
 from latentreward.rollout import Branching, Sampling
 from latentreward.scorers import CallableScorer
-from latentreward.strategies import FSDP2Strategy
 from tests.modules.simple_reward import FirstChannelReward
 
 PROMPTS = ["a red circle on a black background", "two blue squares on a white background", "a large green cross"]

@@ -8,15 +8,15 @@ from lightning.pytorch import LightningDataModule, Trainer
 from torch.optim import SGD
 
 from latentreward.backbones import LoRA
-from latentreward.checkpoint_shards import whole_tensor
+from latentreward.checkpoints.fsdp2 import FSDP2Strategy
+from latentreward.checkpoints.shards import whole_tensor
+from latentreward.data.alignment.prompts import PromptLoaders
 from latentreward.data.collate import collate_pairs
 from latentreward.data.loading import ResumableLoader
-from latentreward.data.prompts import PromptLoaders
 from latentreward.data.sampling import PairBatchSampler
 from latentreward.modules import DiffusionDPOModule, ReFLModule
 from latentreward.policies import PolicySource
 from latentreward.rollout import Sampling
-from latentreward.strategies import FSDP2Strategy
 from tests.modules.batches import loaded_pairs
 from tests.modules.toy_rewards import BrightnessSource
 

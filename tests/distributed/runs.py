@@ -12,12 +12,12 @@ from torch import Tensor, distributed
 from torch.optim import SGD, AdamW
 from torch.utils.data import DataLoader, Sampler
 
-from latentreward.checkpoint_files import DurableCheckpointIO
-from latentreward.checkpoint_shards import whole_tensor
+from latentreward.checkpoints.files import DurableCheckpointIO
+from latentreward.checkpoints.fsdp2 import FSDP2Strategy
+from latentreward.checkpoints.shards import whole_tensor
 from latentreward.data.collate import collate_pairs
 from latentreward.losses import LRMLoss
 from latentreward.modules import RewardModule
-from latentreward.strategies import FSDP2Strategy
 from tests.modules.batches import dina, dina_head, loaded_pairs, lrm
 from tests.tiny_pipelines import pipeline_folder
 

@@ -14,13 +14,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
-from latentreward.checkpoint_shards import whole_tensor
+from latentreward.checkpoints.fsdp2 import FSDP2Strategy
+from latentreward.checkpoints.shards import whole_tensor
 from latentreward.contracts import NoisyStates
 from latentreward.modules.alignment import RewardedModule
 from latentreward.policies import Policy, load_policy, surrogate
 from latentreward.rewards import RewardSource
 from latentreward.rewards.latent import LatentScorer
-from latentreward.strategies import FSDP2Strategy
 from tests.distributed.ranks import on_ranks
 from tests.distributed.runs import EveryNth, make_trainer, sgd
 from tests.modules.batches import lrm
@@ -72,7 +72,7 @@ class SharedReward(OwnReward):
 
     def load(self, policy: Policy) -> LatentScorer:
         model = super().load(policy).model
-        model.backbone = model.backbone.around(policy.network, policy.text_encoder)
+        model.backbone = model.backbone.with_network(policy.network, policy.text_encoder)
         return LatentScorer(model, policy.noise_process, batch_size=1, policy=policy, switch=policy.reference)
 
 

@@ -5,12 +5,24 @@ from typing import Any
 
 import pytest
 import torch
+from latentreward.callbacks import NaNGuard
+from torch.distributed.tensor import DTensor
 
-from latentreward.checkpoint_shards import is_sharded, read_sharded
+from latentreward.checkpoints.fsdp2 import FSDP2Strategy
+from latentreward.checkpoints.shards import is_sharded, read_sharded
 from latentreward.commands.consolidate import consolidate
-from latentreward.strategies import FSDP2Strategy
+from latentreward.errors import InputError
 from tests.distributed.ranks import on_ranks
-from tests.distributed.runs import STRATEGIES, saved_run, small_model, validated, write_pipelines
+from tests.distributed.runs import (
+    STRATEGIES,
+    fit,
+    make_trainer,
+    saved_run,
+    small_model,
+    validated,
+    world,
+    write_pipelines,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -116,3 +128,29 @@ def test_the_average_serves_validation_and_the_choice_of_the_best_wherever_it_is
     assert abs(validated(tmp_path, last, average=False) - in_training) > 1e-4
     best = max(validated(tmp_path, folder / "sharded" / f"epoch={epoch}.ckpt") for epoch in range(2))
     assert results["sharded"]["best"] == pytest.approx(best, abs=1e-6)
+
+
+def refused_to_save(folder: Path) -> dict[str, str]:
+    """On ranks: what each says when a weight of the last one alone is not finite."""
+    write_pipelines()
+    said = {}
+    for kind, strategy in STRATEGIES.items():
+        guard, module = NaNGuard(), small_model()
+        trainer = make_trainer(folder / kind, strategy(), callbacks=[guard])
+        fit(module, trainer)
+        if world()[0] == 1:
+            weight = next(p for p in module.parameters() if p.requires_grad).data
+            (weight.to_local() if isinstance(weight, DTensor) else weight).view(-1)[0] = float("nan")
+        guard.setup(trainer, module, "fit")
+        with pytest.raises(InputError) as refused:
+            trainer.save_checkpoint(folder / f"{kind}.ckpt")
+        said[kind] = str(refused.value)
+    return said
+
+
+def test_all_ranks_refuse_to_save_what_is_not_finite_on_one(tmp_path: Path) -> None:
+    first, second = on_ranks("tests.distributed.test_checkpoints:refused_to_save", tmp_path)
+    for kind in STRATEGIES:
+        assert first[kind].startswith("a weight on another process is not finite at optimiser step 2")
+        assert second[kind].startswith("model.")
+        assert not (tmp_path / f"{kind}.ckpt").exists()

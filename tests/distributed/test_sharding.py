@@ -9,9 +9,9 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from latentreward.checkpoint_shards import is_sharded, read_sharded
+from latentreward.checkpoints.fsdp2 import FSDP2Strategy
+from latentreward.checkpoints.shards import is_sharded, read_sharded
 from latentreward.cli import main
-from latentreward.strategies import FSDP2Strategy
 from latentreward.tinyworld.writers import write_hpdv3
 from tests.distributed.ranks import on_ranks
 from tests.distributed.runs import fit, loader, make_trainer, outcome, sgd, write_pipelines

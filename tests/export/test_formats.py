@@ -12,6 +12,7 @@ from torch import Tensor
 
 from latentreward.backbones.loading import PipelineSource
 from latentreward.backbones.tuning import LoRA
+from latentreward.errors import InputError
 from latentreward.export import TrainedLoRA, write_kohya, write_merged
 from latentreward.export.kohya import FILE
 from latentreward.policies import Policy
@@ -121,3 +122,11 @@ def images(pipeline: DiffusionPipeline) -> Tensor:
     pipeline.set_progress_bar_config(disable=True)
     size = {"height": 16, "width": 16, "num_inference_steps": 2, "output_type": "pt"}
     return pipeline("a cat", generator=torch.Generator().manual_seed(0), **size).images
+
+
+def test_an_adapter_that_is_not_finite_is_not_exported() -> None:
+    policy = tiny_source("sd15").load()
+    weight = next(p for name, p in policy.named_parameters() if "lora_A" in name)
+    weight.data.view(-1)[3] = float("inf")
+    with pytest.raises(InputError, match=r"the adapter: .*lora_A.* is not finite"):
+        TrainedLoRA.of_policy(policy)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from latentreward.data import DiffusionRMReader
-from latentreward.data.buckets import PUBLISHED_BUCKETS, Bucket, assign_bucket, dynamic_batch_size, sort_buckets
+from latentreward.data.buckets import PUBLISHED_BUCKETS, Bucket, assign_bucket, sort_buckets
 from latentreward.data.latents import decode_latents
 from latentreward.errors import InputError
 from tests.golden.catalogue import Case, cases
@@ -31,10 +31,9 @@ def test_buckets(case: Case) -> None:
         assert assign_bucket(image.height, image.width) == (None if size is None else Bucket(*size)), name
 
 
-@dataset
-def test_dynamic_batch_size(case: Case) -> None:
-    for name, size in case.options["dynamic_bsz_base4"].items():
-        assert dynamic_batch_size(bucket_of(name), 4) == size, name
+def dynamic_batch_size(bucket: Bucket, base: int) -> int:
+    """Pairs per batch of the reference, which keep the pixels of a batch about equal: 1 above 1024 × 1024."""
+    return max(1, 1024 * 1024 // bucket.area * base)
 
 
 def sizes_of(reader: DiffusionRMReader) -> dict[str, tuple[int, ...]]:

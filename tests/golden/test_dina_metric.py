@@ -55,7 +55,7 @@ def test_group_accuracy(case: Case) -> None:
         metric = GroupPairAccuracy()
         metric.update(scores, ranks)
         together.update(scores, ranks)
-        assert (int(metric.correct), int(metric.total)) == (counts["correct"], counts["total"])
+        assert (int(metric.mean_value), int(metric.weight)) == (counts["correct"], counts["total"])
     correct, total = (sum(group[key] for group in case.options["groups"]) for key in ("correct", "total"))
     assert together.compute().item() == pytest.approx(correct / total)
 

@@ -76,8 +76,7 @@ def test_sampling_pass(case: Case) -> None:
         branching,
         sampling,
         options["guidance_scale"],
-        seed=0,
-        draws=RecordedDraws(data, start),
+        RecordedDraws(data, start),
     )
     for place, step in enumerate(islice(rollout, stop - start)):
         selected = selection.select(step, sampler)

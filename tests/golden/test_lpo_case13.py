@@ -58,8 +58,7 @@ def test_sampling_pass(case: Case) -> None:
         branching,
         sampling,
         options["guidance_scale"],
-        seed=0,
-        draws=RecordedDraws(data, start),
+        RecordedDraws(data, start),
     )
     for place, step in enumerate(rollout):
         assert_close(step.scores, data["scores"][place], f"scores {place}", **TOLERANCE)

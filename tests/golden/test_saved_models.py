@@ -1,13 +1,15 @@
 """A published checkpoint, saved as a model folder and loaded again, gives the recorded scores bit for bit as before."""
 
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
-from transformers import CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from latentreward.scoring import RewardModel, load_dina_lrm, load_lrm
 from tests.golden.catalogue import Case, cases
@@ -18,11 +20,17 @@ from tests.tiny_pipelines import pipeline_folder, vae
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 
 
-def small_tokenizer(folder: Path, length: int) -> None:
-    """A tokenizer of fewer tokens than the recorded text encoders have."""
+def small_tokenizer(folder: Path, text_encoder: dict[str, Any]) -> None:
+    """A tokenizer of at most as many tokens as the recorded text encoder has."""
     words = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS), *(f"word{n}" for n in range(60))]
-    vocab = {word: number for number, word in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}
+    words = [*words[: text_encoder["vocab_size"] - 2], "<|startoftext|>", "<|endoftext|>"]
+    vocab = {word: number for number, word in enumerate(words)}
+    length = text_encoder["max_position_embeddings"]
     CLIPTokenizer(vocab=vocab, merges=[], model_max_length=length).save_pretrained(folder)
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text())
 
 
 def base_of_lrm(checkpoint: Path, family: str, folder: Path) -> Path:
@@ -43,9 +51,9 @@ def base_of_lrm(checkpoint: Path, family: str, folder: Path) -> Path:
         if (checkpoint / part).is_dir():
             (folder / part).mkdir()
             shutil.copyfile(checkpoint / part / "config.json", folder / part / "config.json")
-    small_tokenizer(folder / "tokenizer", 77)
+    small_tokenizer(folder / "tokenizer", config_of(folder / "text_encoder"))
     if family == "sdxl":
-        small_tokenizer(folder / "tokenizer_2", 77)
+        small_tokenizer(folder / "tokenizer_2", config_of(folder / "text_encoder_2"))
     return folder
 
 
@@ -53,14 +61,18 @@ def base_of_dina(bare: Path, folder: Path) -> Path:
     """The recorded transformer and scheduler, with text encoders and a VAE that fit."""
     shutil.copytree(pipeline_folder("sd35_no_t5"), folder, ignore=shutil.ignore_patterns("transformer", "vae"))
     shutil.copytree(bare / "transformer", folder / "transformer")
+    pooled = config_of(bare / "transformer")["pooled_projection_dim"]
+    for part, width in {"text_encoder": pooled // 2, "text_encoder_2": pooled - pooled // 2}.items():
+        text = CLIPTextConfig.from_pretrained(folder / part, projection_dim=width)
+        CLIPTextModelWithProjection(text).save_pretrained(folder / part)
     shutil.copytree(bare / "scheduler", folder / "scheduler", dirs_exist_ok=True)
     vae(1.5305, channels=16, shift_factor=0.0609).save_pretrained(folder / "vae")
     return folder
 
 
-def saved_and_loaded(model: RewardModel, folder: Path) -> RewardModel:
+def saved_and_loaded(model: RewardModel, folder: Path, base: Path) -> RewardModel:
     model.save_pretrained(folder)
-    return RewardModel.from_pretrained(folder)
+    return RewardModel.from_pretrained(folder, base=str(base))
 
 
 @torch.no_grad()
@@ -78,8 +90,14 @@ def test_lrm(case: Case, tmp_path: Path) -> None:
     checkpoint, xl = case.folder("checkpoint"), case.group.endswith("02")
     base = base_of_lrm(checkpoint, "sdxl" if xl else "sd15", tmp_path / "base")
     model = load_lrm(checkpoint, base=str(base))
-    ids = [torch.randint(3, 190, (2, 77), generator=torch.Generator().manual_seed(1)) for _ in range(1 + xl)]
-    again = saved_and_loaded(model, tmp_path / "saved")
+    texts = [config_of(checkpoint / part) for part in ("text_encoder", "text_encoder_2")[: 1 + xl]]
+    ids = [
+        torch.randint(
+            text["vocab_size"], (2, text["max_position_embeddings"]), generator=torch.Generator().manual_seed(1)
+        )
+        for text in texts
+    ]
+    again = saved_and_loaded(model, tmp_path / "saved", base)
     assert torch.equal(lrm_scores(again, ids), lrm_scores(model, ids))
     assert torch.equal(lrm_scores(again, ids), lrm_scores(load_lrm(checkpoint), ids))
 
@@ -91,7 +109,7 @@ def test_dina_lrm(case: Case, tmp_path: Path) -> None:
     base, data = base_of_dina(bare, tmp_path / "base"), case.tensors()
     rms_eps = case.options.get("rms_eps") or FLOAT32_EPS
     model = load_dina_lrm(case.path.parent, base=str(base), rms_eps=rms_eps)
-    again = saved_and_loaded(model, tmp_path / "saved")
+    again = saved_and_loaded(model, tmp_path / "saved", base)
     for name in data.below("single.u"):
         level = float(name.removesuffix(".score"))
         score = score_at(again, data, level)

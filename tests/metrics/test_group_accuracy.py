@@ -25,7 +25,7 @@ def test_equals_double_loop() -> None:
     metric = GroupPairAccuracy()
     metric.update(scores, ranks, groups)
     correct, total = count(scores.tolist(), ranks.tolist(), groups.tolist())
-    assert (int(metric.correct), int(metric.total)) == (correct, total)
+    assert (int(metric.mean_value), int(metric.weight)) == (correct, total)
     assert metric.compute().item() == pytest.approx(correct / total)
 
 

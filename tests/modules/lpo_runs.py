@@ -12,15 +12,15 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, distributed
 
 from latentreward.backbones import LoRA
-from latentreward.checkpoint_files import DurableCheckpointIO
-from latentreward.checkpoint_shards import whole_tensor
+from latentreward.checkpoints.files import DurableCheckpointIO
+from latentreward.checkpoints.fsdp2 import FSDP2Strategy
+from latentreward.checkpoints.shards import whole_tensor
 from latentreward.contracts import LatentSpace, NoisyStates, StepPairs
-from latentreward.data.prompts import PromptLoaders
+from latentreward.data.alignment.prompts import PromptLoaders
 from latentreward.modules import LPOModule
 from latentreward.policies import Policy, PolicySource
 from latentreward.rewards import Reward, RewardSource
 from latentreward.rollout import Branching, FixedThreshold, Sampling, StepSampler
-from latentreward.strategies import FSDP2Strategy
 
 PROMPTS = tuple(f"a {color} {shape}" for color in ("red", "blue", "green") for shape in ("circle", "square", "cross"))
 

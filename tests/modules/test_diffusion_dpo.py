@@ -15,7 +15,7 @@ from latentreward.data.collate import collate_pairs
 from latentreward.data.dataset import LoadedPair
 from latentreward.errors import InputError
 from latentreward.modules.diffusion_dpo import DiffusionDPOModule
-from latentreward.modules.draws import PairDraws
+from latentreward.modules.pair_noise import PairDraws
 from latentreward.noise import ConstantSigma
 from tests.modules.batches import latent_batch, loaded_pairs, pixel_batch, rows
 from tests.oracles import alignment_losses as oracle
@@ -168,7 +168,7 @@ def test_cached_latents_and_prompts() -> None:
 
 def test_latents_of_another_space_are_refused() -> None:
     batch = latent_batch((4, 8, 8), LatentSpace(4, 8, 0.13025))
-    with pytest.raises(InputError, match=r"latents of the space \[.*0.13025.*\], but the policy makes"):
+    with pytest.raises(InputError, match=r"latents of the space \[.*0.13025.*\], but the policy takes"):
         dpo().training_step(batch, 0)
 
 

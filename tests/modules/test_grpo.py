@@ -9,7 +9,7 @@ from torch.optim import SGD, AdamW
 
 from latentreward.backbones import LoRA
 from latentreward.contracts import PromptBatch, StepSamples
-from latentreward.data.prompts import PromptLoaders
+from latentreward.data.alignment.prompts import PromptLoaders
 from latentreward.errors import InputError
 from latentreward.losses import ClippedPolicyLoss
 from latentreward.modules import StepwiseGRPOModule, TrajectoryGRPOModule
@@ -183,7 +183,7 @@ def test_the_reward_rises(make, name: str, tmp_path) -> None:
     before = mean_reward(module, 4)
     trainer = Trainer(
         accelerator="cpu",
-        max_steps=16,
+        max_steps=8,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -193,6 +193,6 @@ def test_the_reward_rises(make, name: str, tmp_path) -> None:
     rows = 8 if make is stepwise else 24
     data = PromptLoaders(PROMPTS, batch_size=rows, prompts_per_rollout=6, batches_per_epoch=24, seed=2)
     trainer.fit(module, datamodule=data)
-    assert trainer.global_step == 16
+    assert trainer.global_step == 8
     assert mean_reward(module, 4) > before + 0.1, before
     assert trainer.callback_metrics["train/ratio"].item() == pytest.approx(1, abs=0.05)

@@ -1,6 +1,7 @@
 """ReFL: the gradient against full differentiation and finite differences, what holds a graph, the terms, training."""
 
 import gc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,14 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from latentreward.contracts import LatentSpace, PromptBatch
+from latentreward.data.alignment.prompts import PromptLoaders
 from latentreward.data.collate import collate_pairs
-from latentreward.data.prompts import PromptLoaders
 from latentreward.errors import InputError
 from latentreward.losses import RewardLoss
 from latentreward.modules.refl import ReFLModule
 from latentreward.rewards import LatentReward, RewardSource
 from latentreward.rollout import Sampling
-from latentreward.rollout.draws import RolloutDraws
+from latentreward.rollout.rollout_noise import RolloutDraws
 from tests.modules.batches import loaded_pairs
 from tests.modules.toy_rewards import BrightnessSource
 from tests.policies.alignment import tiny_source
@@ -59,12 +60,12 @@ def in_full(module: ReFLModule, stop: int, from_step: int) -> Tensor:
     policy, sampler, draws = module.policy, module.sampler, RolloutDraws(module.seed, PROMPTS.keys)
     shape = policy.latent_shape()
     conditioning, uncond = policy.encode_prompts(PROMPTS.prompts), module.encode_uncond()
-    latents, drifts = draws.initial(shape) * sampler.initial_scale, []
+    latents, drifts = draws.initial(shape), []
     for index in range(stop + 1):
         latents = latents.detach() if index <= from_step else latents
         timesteps = sampler.timesteps[index].repeat(len(PROMPTS))
         output = policy.predict_guided(latents, timesteps, conditioning, uncond, module.guidance_scale)
-        with torch.no_grad(), policy.reference():
+        with policy.reference():  # differentiated too: it reads latents that depend on the policy
             reference = policy.predict_guided(latents, timesteps, conditioning, uncond, module.guidance_scale)
         if index >= from_step:
             drifts.append((output - reference).square().mean())
@@ -109,19 +110,31 @@ def test_gradient_equals_that_of_one_graph(name: str, options: dict[str, Any]) -
     torch.testing.assert_close(gradient(module, loss), gradient(module, expected), rtol=1e-4, atol=1e-7)
 
 
-def test_gradient_is_the_slope_of_the_loss() -> None:
-    module = refl(gradient_steps=4, stop_range=(1, 1), kl_weight=0.5)  # back to the initial noise: nothing is cut off
-    slope = gradient(module, module.training_step(PROMPTS, 0))
-    direction = slope / slope.norm()
-    step, values = 3e-3, []
-    for sign in (1, -1):
-        offset = 0
-        for parameter in adapter(module):
-            part = direction[offset : offset + parameter.numel()].view_as(parameter)
-            parameter.data.add_(part, alpha=step if sign == 1 else -2 * step)
-            offset += parameter.numel()
-        values.append(module.training_step(PROMPTS, 0).item())
-    assert (values[0] - values[1]) / (2 * step) == pytest.approx(slope.norm().item(), rel=5e-3)
+@pytest.mark.parametrize("gradient_steps", [1, 2, 3])
+def test_gradient_is_the_slope_of_the_loss(gradient_steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Central differences in float64; the first step with a graph is the very first one, so that nothing is cut off."""
+    monkeypatch.setattr(Tensor, "float", Tensor.double)  # what the module casts to float32 stays float64
+    left = 5 - gradient_steps
+    options = {"stop_range": (left, left), "gradient_steps": gradient_steps, "guidance_scale": 2.0}
+    module = refl(kl_weight=30.0, **options)
+    module.policy.network.double()
+    module.zero_grad()
+    module.training_step(PROMPTS, 0).backward()
+    parameters = adapter(module)
+    slopes, differences = [], []
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        direction = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in parameters]
+        slopes.append(sum((p.grad * d).sum() for p, d in zip(parameters, direction, strict=True)).item())
+        values = []
+        for step in (1e-5, -2e-5):
+            for parameter, part in zip(parameters, direction, strict=True):
+                parameter.data.add_(part, alpha=step)
+            values.append(module.training_step(PROMPTS, 0).item())
+        for parameter, part in zip(parameters, direction, strict=True):
+            parameter.data.add_(part, alpha=1e-5)
+        differences.append((values[0] - values[1]) / 2e-5)
+    assert slopes == pytest.approx(differences, rel=1e-6)
 
 
 @pytest.mark.parametrize("name", ["sd15", "sd35"])
@@ -227,6 +240,8 @@ def test_pretraining_term_is_the_denoising_error_of_the_chosen_images() -> None:
     torch.testing.assert_close(module.training_step(batch, 0), reward + 2 * error)
     assert error.requires_grad
     assert 0.1 < error.item() < 10
+    torch.testing.assert_close(module.pretraining_term(replace(images, rejected=images.rejected * 0)), error)
+    assert module.pretraining_term(replace(images, chosen=images.chosen * 0)).item() != pytest.approx(error.item())
     with pytest.raises(InputError, match="pretraining_weight=2 needs images beside the prompts"):
         module.training_step(PROMPTS, 0)
 

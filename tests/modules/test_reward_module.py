@@ -23,7 +23,7 @@ from latentreward.losses import (
     ThurstoneLoss,
 )
 from latentreward.modules import RewardModule, ScoredPairs, WarmupSchedule
-from latentreward.modules.draws import PairDraws
+from latentreward.modules.pair_noise import PairDraws
 from latentreward.noise import ConstantSigma, UniformSigma
 from tests.modules.batches import (
     MODULES,
@@ -129,6 +129,14 @@ def test_noise_is_shared_or_own_as_the_method_says(kind: str) -> None:
     timesteps = module.model.backbone.noise_process.timesteps_at(torch.tensor([0.9])).repeat(12)
     chosen, rejected = module.add_noise(encoded, timesteps).chunk(2)
     assert torch.equal(chosen, rejected) == (kind == "dina")
+
+
+@pytest.mark.parametrize("posterior", ["sample", "mode"])
+def test_each_image_has_a_posterior_sample_of_its_own(posterior: str) -> None:
+    batch = pixel_batch()
+    batch, module = replace(batch, rejected=batch.chosen), lrm(posterior=posterior)  # equal pixels, two images
+    chosen, rejected = module.encode(batch, PairDraws(batch, module.seed, 0)).latents.chunk(2)
+    assert torch.equal(chosen, rejected) == (posterior == "mode")
 
 
 def test_timesteps_are_shared_unless_asked() -> None:
@@ -410,7 +418,9 @@ def test_accumulated_batches_are_their_mean() -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
-def test_vectors_and_scalars_do_not_decay() -> None:
+def test_vectors_and_scalars_do_not_decay_unless_asked() -> None:
+    (everything,) = lrm("sd15", decay_vectors=True).configure_optimizers().param_groups
+    assert any(p.ndim < 2 for p in everything["params"])
     module = lrm("sd15", optimizer=lambda groups: AdamW(groups, weight_decay=0.3))
     decayed, plain = module.configure_optimizers().param_groups
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.3, 0.0)

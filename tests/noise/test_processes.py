@@ -59,6 +59,14 @@ def test_flow_equals_diffusers() -> None:
     assert process.sigmas[-1].item() == pytest.approx(0.002994, abs=1e-6)  # never clean
 
 
+@pytest.mark.parametrize("config", [{}, {"shift": 5.0}, {"num_train_timesteps": 500}], ids=str)
+def test_what_a_flow_config_leaves_out_is_as_in_diffusers(config: dict[str, Any]) -> None:
+    oracle = FlowMatchEulerDiscreteScheduler(**config)
+    process = process_from_scheduler({"_class_name": "FlowMatchEulerDiscreteScheduler", **config})
+    torch.testing.assert_close(process.sigmas, oracle.sigmas, rtol=1e-6, atol=0)
+    torch.testing.assert_close(process.timesteps, oracle.timesteps, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("process", PROCESSES, ids=IDS)
 def test_tables_descend_and_agree(process: NoiseProcess) -> None:
     assert (process.timesteps.diff() < 0).all()

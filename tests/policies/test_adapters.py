@@ -7,7 +7,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from latentreward.policies import Policy
 from tests.policies.alignment import prediction
-from tests.policies.test_two_stage import REWARD, two_adapters
+from tests.policies.test_surrogate_gradient import REWARD, two_adapters
 
 
 @pytest.fixture(params=["sd15", "sd35_no_t5"])

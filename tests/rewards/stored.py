@@ -8,11 +8,11 @@ import yaml
 from torch import Tensor
 
 from latentreward.backbones.tuning import LoRA
-from latentreward.checkpoint_shards import frozen_names
+from latentreward.checkpoints.base_weights import BaseSample
+from latentreward.checkpoints.shards import frozen_names
 from latentreward.contracts import NoisyStates
 from latentreward.modules import RewardModule
 from latentreward.policies import Policy, PolicySource
-from latentreward.scoring.base_weights import BaseSample
 from tests.backbones.networks import FACTORIES, T5_LENGTH
 from tests.modules.batches import MODULES
 from tests.tiny_pipelines import LATENTS, pipeline_folder

@@ -9,7 +9,7 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from latentreward.checkpoint_shards import frozen_names
+from latentreward.checkpoints.shards import frozen_names
 from latentreward.contracts import LatentSpace, NoisyStates
 from latentreward.errors import InputError
 from latentreward.policies import PolicySource

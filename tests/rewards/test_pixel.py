@@ -61,10 +61,10 @@ def test_an_image_scorer_sees_the_decoded_prediction_and_its_prompt(policy: Poli
 
 
 def test_pixels_become_the_bytes_of_an_image() -> None:
-    pixels = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0]).view(1, 1, 1, 5).repeat(1, 3, 1, 1)
+    pixels = torch.tensor([-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0]).view(1, 1, 1, 7).repeat(1, 3, 1, 1)
     pixels[:, 2] = -1
     (image,) = to_images(pixels)
-    assert [image.getpixel((x, 0)) for x in range(5)] == [(v, v, 0) for v in (0, 0, 128, 255, 255)]
+    assert [image.getpixel((x, 0)) for x in range(7)] == [(v, v, 0) for v in (0, 0, 64, 128, 191, 255, 255)]
 
 
 def test_the_step_aware_scorer_is_told_each_states_timestep(policy: Policy, network: StepAwareCLIP) -> None:

@@ -65,7 +65,7 @@ def test_choices_do_not_look_at_scores() -> None:
             return -super().score(states, encoded)
 
     one, two = (
-        roll_out(policy, sampler, reward, PROMPTS, Branching(3), STEPS, 1.0, 0)[1]
+        roll_out(policy, sampler, reward, PROMPTS, Branching(3), STEPS, 1.0, seed=0)[1]
         for reward in (Brightness(), Opposite())
     )
     assert torch.equal(one, two)
@@ -147,7 +147,9 @@ def test_draws_of_different_kinds_are_independent() -> None:
 
 def test_the_callers_grad_mode_holds_between_steps() -> None:
     policy, sampler = parts("sd_tiny")
-    for step in candidate_steps(policy, sampler, Brightness(), PROMPTS, Branching(2), STEPS, 1.0, seed=0):
+    for step in candidate_steps(
+        policy, sampler, Brightness(), PROMPTS, Branching(2), STEPS, 1.0, RolloutDraws(0, PROMPTS.keys)
+    ):
         assert torch.is_grad_enabled()
         assert not step.scores.requires_grad
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from latentreward.contracts import NoisyStates, PromptBatch
 from latentreward.policies import Policy, PolicySource
 from latentreward.rewards import Reward
-from latentreward.rollout import CandidateStep, candidate_steps
+from latentreward.rollout import CandidateStep, RolloutDraws, candidate_steps
 
 PROMPTS = PromptBatch(
     ("a red circle on a black background", "a blue cross on a white background", "a red circle on a black background"),
@@ -61,9 +61,11 @@ class NetworkRows:
         del self.policy.predict
 
 
-def roll_out(*args: Any, **options: Any) -> tuple[list[CandidateStep], Tensor]:
+def roll_out(
+    policy: Any, sampler: Any, reward: Any, prompts: PromptBatch, *settings: Any, seed: int
+) -> tuple[list[CandidateStep], Tensor]:
     """All steps of :func:`candidate_steps`, and the finished latents."""
-    steps, rollout = [], candidate_steps(*args, **options)
+    steps, rollout = [], candidate_steps(policy, sampler, reward, prompts, *settings, RolloutDraws(seed, prompts.keys))
     while True:
         try:
             steps.append(next(rollout))

@@ -9,7 +9,7 @@ import pytest
 from latentreward.scorers import RewardModelScorer
 from latentreward.scorers.fingerprints import BLOCK, WHOLE, fingerprint, scorer_fingerprints
 from latentreward.scorers.tools import CommandScorer, GenEvalScorer, ScoreFile
-from latentreward.scoring import hub
+from latentreward.storage import hub
 
 
 def fill(folder: Path, *names: str) -> Path:
@@ -114,7 +114,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None], None]:
     def answer(commit: str | None) -> None:
         hub.commit_on_hub.cache_clear()
         info = None if commit is None else type("Info", (), {"sha": commit})
-        monkeypatch.setattr(hub, "_model_info", lambda *_: info)
+        monkeypatch.setattr(hub, "model_info", lambda *_: info)
 
     return answer
 

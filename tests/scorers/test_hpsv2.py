@@ -93,26 +93,3 @@ def test_wrong_weights_are_one_line(tmp_path: Path, weights: Path, tokenizer: st
         with pytest.raises(InputError, match=message) as caught:
             HPSv2Scorer(str(tmp_path / name), tokenizer=tokenizer, device="cpu").prepare()
         assert "\n" not in str(caught.value)
-
-
-def test_without_open_clip_its_extra_is_named(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "open_clip", None)
-    with pytest.raises(InputError, match=r"pip install 'latentreward\[hpsv2\]' or leave it at transformers"):
-        HPSv2Scorer(str(weights), implementation="open_clip")
-
-
-def test_both_implementations_agree(weights: Path, tokenizer: str, pictures: list[Image.Image]) -> None:
-    open_clip = pytest.importorskip("open_clip")
-    config = {
-        "embed_dim": 16,
-        "vision_cfg": {"image_size": SIDE, "layers": 2, "width": 32, "head_width": 2, "patch_size": 14},
-        "text_cfg": {"context_length": 77, "vocab_size": 516, "width": 32, "heads": HEADS, "layers": 2},
-    }
-    open_clip.factory._MODEL_CONFIGS["ViT-H-14"] = config
-    prompts = ["a cat"] * len(pictures)
-    ours = HPSv2Scorer(str(weights), tokenizer=tokenizer, device="cpu")
-    theirs = HPSv2Scorer(str(weights), implementation="open_clip", device="cpu")
-    theirs._towers._tokenizer = lambda texts: torch.tensor(
-        [(ours._towers._tokenizer(text).input_ids + [0] * 77)[:77] for text in texts]
-    )
-    torch.testing.assert_close(ours(prompts, pictures), theirs(prompts, pictures), rtol=0, atol=2e-6)

@@ -12,6 +12,7 @@ from latentreward.data.readers import HPDv3Reader
 from latentreward.errors import InputError
 from latentreward.scorers import ImageScorer
 from latentreward.scorers.pair_scoring import PairScoring
+from latentreward.scorers.tools import GenEvalScorer
 from tests.formats.conftest import COMMITTED
 
 
@@ -53,7 +54,7 @@ def reader() -> HPDv3Reader:
 def test_each_column_has_its_scores_and_gaps() -> None:
     scoring = PairScoring(reader(), [Channels("channels", batch_size=3)])
     pairs = scoring.read(range(len(reader())))
-    table = scoring.score(pairs)
+    ((_, table),) = scoring.tables([range(len(reader()))])
     for place, name in enumerate(("red", "green", "blue")):
         pixels = np.asarray(Image.open(pairs[0].image_a.path).convert("RGB"))
         assert table.column(f"{name}_a")[0].as_py() == pytest.approx(pixels.mean(axis=(0, 1))[place], abs=1e-3)
@@ -67,11 +68,17 @@ def test_recalled_columns_are_not_scored_again() -> None:
     rows = range(len(reader()))
     first, second = Channels("channels"), Channels("channels")
     scoring, later = PairScoring(reader(), [first]), PairScoring(reader(), [second])
-    table = scoring.score(scoring.read(rows))
+    ((_, table),) = scoring.tables([rows])
     later.recall(rows, table)
-    assert later.score(later.read(rows)).equals(table)
+    ((_, again),) = later.tables([rows])
+    assert again.equals(table)
     assert first.calls > 0
     assert second.calls == 0
+
+
+def test_scorers_of_whole_sets_are_refused() -> None:
+    with pytest.raises(InputError, match="GenEvalScorer scores whole sets of pictures, not pairs; use it with"):
+        PairScoring(reader(), [GenEvalScorer(results="results.jsonl")])
 
 
 @pytest.mark.parametrize(
@@ -80,4 +87,4 @@ def test_recalled_columns_are_not_scored_again() -> None:
 def test_nonsense_in_a_column_is_refused(scorer: type[ImageScorer], message: str) -> None:
     scoring = PairScoring(reader(), [scorer("wrong")])
     with pytest.raises(InputError, match=message):
-        scoring.score(scoring.read(range(1)))
+        list(scoring.tables([range(1)]))

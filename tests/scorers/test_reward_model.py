@@ -26,8 +26,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_scores_as_the_model_does(folder: Path) -> None:
     scorer = RewardModelScorer(str(folder), base=pipeline_folder("sd15"), device="cpu", batch_size=2)
     assert isinstance(scorer, ImageScorer)
-    with pytest.raises(InputError, match="not loaded; call prepare"):
-        _ = scorer.model
     scorer.prepare()
     model, images = load_lrm(folder, pipeline_folder("sd15")), pictures(3)
     torch.testing.assert_close(scorer(PROMPTS, images), model.score(PROMPTS, images))

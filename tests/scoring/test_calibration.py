@@ -8,7 +8,7 @@ import torch
 
 from latentreward.errors import InputError
 from latentreward.scoring.calibration import FEWEST, GRID, Calibration
-from latentreward.scoring.noise import ScoringNoise
+from latentreward.scoring.scoring_noise import ScoringNoise
 
 NOISE = ScoringNoise(sigmas=(0.4,))
 
@@ -80,7 +80,7 @@ def test_scores_that_calibrate_nothing(scores: torch.Tensor, message: str) -> No
 def test_json_keeps_every_bit() -> None:
     noise = ScoringNoise(timesteps=(1, 251), seeds=(0, 3), noise_key="image")
     calibration = Calibration.fit(normal_scores(100) / 3, "ünïcode", noise, seed=7)
-    again = Calibration.from_json(calibration.to_json())
+    again = Calibration.of_record(json.loads(json.dumps(calibration.record())))
     assert again == calibration
     assert again.noise == noise
 
@@ -102,17 +102,17 @@ def test_json_keeps_every_bit() -> None:
     ],
 )
 def test_damaged_records(change) -> None:
-    record = json.loads(Calibration.fit(normal_scores(100), "reference", NOISE).to_json())
+    record = json.loads(json.dumps(Calibration.fit(normal_scores(100), "reference", NOISE).record()))
     change(record)
     with pytest.raises(InputError) as caught:
         Calibration.of_record(record)
     assert "\n" not in str(caught.value)
 
 
-def test_no_json() -> None:
-    for text in ("", "{", "[]", "null"):
+def test_a_record_that_is_none() -> None:
+    for record in (None, [], "text", 7):
         with pytest.raises(InputError):
-            Calibration.from_json(text)
+            Calibration.of_record(record)
 
 
 def test_scores_at_other_levels_are_refused_and_other_draws_are_not() -> None:

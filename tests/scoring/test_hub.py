@@ -11,13 +11,15 @@ import torch
 
 from latentreward.errors import InputError
 from latentreward.scoring import RewardModel
-from latentreward.scoring.hub import TIMEOUT
-from latentreward.scoring.model_card import Card
+from latentreward.scoring.layouts.card import Card
+from latentreward.storage.hub import TIMEOUT
 from tests.rewards.stored import write_run
 from tests.scoring.stub_hub import StubHub, running_hub, set_hub
 from tests.scoring.test_pretrained import scores
 from tests.scoring.test_published import write_lrm
 from tests.tiny_pipelines import pipeline_folder
+
+pytestmark = pytest.mark.usefixtures("bases_here")
 
 LORA = {"rank": 2, "alpha": 3.0}
 

@@ -6,12 +6,11 @@ import pytest
 import torch
 import yaml
 
-from latentreward.errors import InputError
 from latentreward.scoring import Calibration, Card, ScoringNoise
-from latentreward.scoring.folder_config import FolderConfig
 from latentreward.scoring.image_sizes import OneSize
-from latentreward.scoring.model_card import model_card
-from latentreward.scoring.recipe import ModelRecipe, Part
+from latentreward.scoring.layouts.card import model_card
+from latentreward.scoring.layouts.config import FolderConfig
+from latentreward.scoring.layouts.recipe import ModelRecipe, Part
 
 NOISE = ScoringNoise(sigmas=(0.3, 0.6), seeds=(0, 1))
 
@@ -60,9 +59,15 @@ def test_any_licence_is_one_value(licence: str) -> None:
 
 
 @pytest.mark.parametrize(("licence", "meant"), [("nonsense", ""), ("MIT", "mit"), ("apache2.0", "apache-2.0")])
-def test_a_word_that_is_no_licence_of_the_hub(licence: str, meant: str) -> None:
-    with pytest.raises(InputError, match=f"licence is '{licence}', which the hub does not know; .*{meant}"):
-        Card(licence=licence)
+def test_a_licence_that_is_not_known_here_is_warned_of_and_kept(
+    licence: str, meant: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = front(Card(licence=licence))
+    assert found["license"] == licence and "license_name" not in found
+    (record,) = caplog.records
+    said = record.getMessage()
+    assert said.startswith(f"licence is '{licence}', which is not among the hub's identifiers") and "\n" not in said
+    assert meant in said and len(said) < 300
 
 
 def test_what_a_score_means() -> None:

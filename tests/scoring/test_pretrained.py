@@ -24,15 +24,18 @@ from latentreward.backbones import SD3DiTBackbone, register_backbone, sd35_mediu
 from latentreward.errors import InputError
 from latentreward.heads import GatedQFormerHead
 from latentreward.rewards import LatentReward
-from latentreward.scoring import RewardModel, ScoringNoise, saving
+from latentreward.scoring import RewardModel, ScoringNoise
 from latentreward.scoring.calibration import Calibration
 from latentreward.scoring.image_sizes import NearestBucket, OneSize
-from latentreward.scoring.model_card import Card
-from latentreward.scoring.recipe import ModelRecipe, Part
-from latentreward.scoring.stored import find_reward
+from latentreward.scoring.layouts import saving
+from latentreward.scoring.layouts.card import Card
+from latentreward.scoring.layouts.find import find_reward
+from latentreward.scoring.layouts.recipe import ModelRecipe, Part
 from tests.rewards.stored import scores_by, states_of, tiny_policy, write_run
 from tests.scoring.test_published import write_dina, write_lrm
 from tests.tiny_pipelines import LATENTS, pipeline_folder
+
+pytestmark = pytest.mark.usefixtures("bases_here")
 
 PROMPTS = ["a cat", "a dog", "a cat", ""]
 LORA = {"rank": 2, "alpha": 3.0}
@@ -202,7 +205,7 @@ def changed_base(name: str, part: str, folder: Path, factor: float = 1.1) -> str
 def test_another_base_is_refused(method: str, name: str, part: str, options: dict, tmp_path: Path) -> None:
     saved = saved_run(tmp_path, method, name, **options)
     base = changed_base(name, part, tmp_path / "base")
-    with pytest.raises(InputError, match=rf"belongs to the base {pipeline_folder(name)}, whose .* differs") as caught:
+    with pytest.raises(InputError, match=rf"belongs to the base {name}, whose .* differs") as caught:
         RewardModel.from_pretrained(saved, base=base)
     assert part in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -219,7 +222,7 @@ def test_a_copy_of_the_base_will_do_and_weights_of_our_own_are_not_read_from_it(
     config = json.loads((saved / "config.json").read_text())
     config["backbone"]["init_args"]["source"] = "/moved/away"
     (saved / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match=r"config\.json: source='/moved/away' does not exist"):
+    with pytest.raises(InputError, match=r"config\.json: backbone: source='/moved/away' does not exist"):
         RewardModel.from_pretrained(saved)
     assert torch.equal(scores(RewardModel.from_pretrained(saved, base=str(copy))), before)
 
@@ -256,14 +259,14 @@ def policy_network(name: str) -> str:
 
 def test_a_saved_adapter_on_another_base_has_a_network_of_its_own(tmp_path: Path) -> None:
     saved = saved_run(tmp_path, lora=LORA)
-    network = find_reward(str(saved)).outline.transformer
+    network = find_reward(str(saved)).on_meta_device.transformer
     weights = dict(tiny_policy("sd35").network.named_parameters())
     wanted = [name.replace(".base_layer.", ".") for name, _ in network.named_parameters() if ".lora_" not in name]
     plain = {name.replace(".base_layer.", "."): weight for name, weight in weights.items()}
     ours = {name: plain[name].detach() for name in wanted}
-    assert find_reward(str(saved)).goes_with("transformer", ours, "anything")
+    assert find_reward(str(saved)).same_base("transformer", ours, "anything")
     ours[wanted[3]] = ours[wanted[3]] * 1.1
-    assert not find_reward(str(saved)).goes_with("transformer", ours, "anything")
+    assert not find_reward(str(saved)).same_base("transformer", ours, "anything")
 
 
 @pytest.mark.parametrize("kind", ["LRM, all trained", "LRM, text encoder frozen"])
@@ -285,7 +288,7 @@ def test_a_run_on_another_copy_of_its_base(tmp_path: Path) -> None:
     model = RewardModel.from_pretrained(tmp_path / "run", base=str(copy))
     assert torch.equal(scores(model), expected)
     model.save_pretrained(tmp_path / "saved")
-    assert json.loads((tmp_path / "saved/config.json").read_text())["base"] == str(copy)
+    assert json.loads((tmp_path / "saved/config.json").read_text())["base"] == "copy"
     base = changed_base("sd35", "transformer", tmp_path / "base")
     with pytest.raises(InputError, match="the checkpoint belongs to the base"):
         RewardModel.from_pretrained(tmp_path / "run", base=base)
@@ -401,7 +404,7 @@ def test_saving_into_the_current_folder(tmp_path: Path, monkeypatch: pytest.Monk
     for folder in (".", "", "../here"):
         model.save_pretrained(folder)
         assert names(Path.cwd()) == names(saved)
-        assert torch.equal(scores(RewardModel.from_pretrained(".")), scores(model))
+        assert torch.equal(scores(RewardModel.from_pretrained(".", base=pipeline_folder("sd35"))), scores(model))
     assert "here" in Path("README.md").read_text()
     assert not list(tmp_path.glob(".here.*"))
     Path("notes.txt").write_text("mine")
@@ -440,3 +443,12 @@ def save_and_die(model: RewardModel, target: Path, files: int) -> None:
     saving.save_file = write
     model.save_pretrained(target)
     os._exit(1)
+
+
+def test_weights_that_are_not_finite_are_not_published(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", "dina", "sd35", lora=LORA)
+    model = RewardModel.from_pretrained(tmp_path / "run")
+    next(model.head.parameters()).data.view(-1)[0] = float("nan")
+    with pytest.raises(InputError, match=r"the reward model: head\..* is not finite"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()

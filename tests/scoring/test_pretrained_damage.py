@@ -16,6 +16,8 @@ from latentreward.scoring import RewardModel
 from tests.rewards.stored import write_run
 from tests.scoring.test_published import write_dina, write_lrm
 
+pytestmark = pytest.mark.usefixtures("bases_here")
+
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 LORA = {"rank": 2, "alpha": 3.0}
 TO_Q = "base_model.model.transformer_blocks.0.attn.to_q.lora_A.weight"
@@ -214,7 +216,8 @@ def test_a_foreign_head_needs_trust(tmp_path: Path) -> None:
     write_run(tmp_path / "run", "lrm", "sd15")
     config = tmp_path / "run" / "config.yaml"
     config.write_text(config.read_text().replace("CLIPProjectionHead", f"{ForeignHead.__module__}.ForeignHead"))
-    model = RewardModel.from_pretrained(tmp_path / "run")
+    refused(tmp_path / "run", r"head: class '.*ForeignHead' is not registered .* trust_remote_code=True")
+    model = RewardModel.from_pretrained(tmp_path / "run", trust_remote_code=True)
     model.save_pretrained(tmp_path / "saved")
     refused(tmp_path / "saved", r"head: class '.*ForeignHead' is not registered .* trust_remote_code=True")
     again = RewardModel.from_pretrained(tmp_path / "saved", trust_remote_code=True)

@@ -11,8 +11,8 @@ from torch import Tensor
 from latentreward.errors import InputError
 from latentreward.noise import DDPM, FlowMatching
 from latentreward.scoring import RewardModel, ScoringNoise
-from latentreward.scoring.draws import draw_noise, timesteps_of
 from latentreward.scoring.images import content_key
+from latentreward.scoring.scoring_noise import draw_noise, timesteps_of
 from latentreward.seeding import scoring_generator
 from tests.scoring.models import picture, pictures, scoring_model
 from tests.tiny_pipelines import LATENTS

@@ -20,6 +20,8 @@ from tests.scoring.stub_hub import StubHub, running_hub
 from tests.scoring.test_pretrained import scores
 from tests.tiny_pipelines import pipeline_folder
 
+pytestmark = pytest.mark.usefixtures("bases_here")
+
 RUNS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "adapter": ("dina", "sd35", {"lora": {"rank": 2, "alpha": 3.0}, "tuning": "lora"}),
     "whole": ("lrm", "sd15", {}),
@@ -125,20 +127,59 @@ def test_nothing_is_resolved(text: str, hub: StubHub, monkeypatch: pytest.Monkey
     assert "hunter2" not in str(caught.value)
 
 
-def test_trust_and_the_users_own_files_allow_all(hub: StubHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", ["here", "hub"])
+def test_trust_allows_all_and_nothing_else_does(
+    place: str, hub: StubHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("BASE", pipeline_folder("sd35"))
     write_run(tmp_path / "run", "dina", "sd35")
     edit(tmp_path / "run", lambda model: model["backbone"]["init_args"].update(source="${oc.env:BASE}"))
+    write_run(tmp_path / "mine", "lrm", "sd15")
     head = {"class_path": "tests.scoring.test_pretrained_damage.ForeignHead"}
-    mine = tmp_path / "mine"
-    write_run(mine, "lrm", "sd15")
-    edit(mine, lambda model: model.update(head=head))
-    for folder in (tmp_path / "run", mine):
-        RewardModel.from_pretrained(folder)
-        name = upload(hub, folder, f"owner/{folder.name}")
-        RewardModel.from_pretrained(name, trust_remote_code=True)
-        RewardModel.from_pretrained(name, config=folder / "config.yaml")
-        refused(name, "trust_remote_code=True")
+    edit(tmp_path / "mine", lambda model: model.update(head=head))
+    for folder in (tmp_path / "run", tmp_path / "mine"):
+        source = str(folder) if place == "here" else upload(hub, folder, f"owner/{folder.name}")
+        refused(source, "trust_remote_code=True")
+        refused(source, "trust_remote_code=True", config=str(folder / "config.yaml"))
+        RewardModel.from_pretrained(source, trust_remote_code=True)
+
+
+def test_variables_that_no_model_reads_need_no_trust(tmp_path: Path) -> None:
+    write_run(tmp_path, "dina", "sd35")
+    path = tmp_path / "config.yaml"
+    settings = yaml.safe_load(path.read_text())
+    settings |= {"trainer": {"logger": {"class_path": "x.Y", "init_args": {"key": "${oc.env:UNSET_KEY}"}}}}
+    settings["model"]["init_args"] |= {"metrics": "${oc.env:UNSET_KEY}"}
+    path.write_text(yaml.safe_dump(settings))
+    for trusted in (False, True):
+        RewardModel.from_pretrained(tmp_path, trust_remote_code=trusted)
+
+
+def test_a_setting_that_leads_to_a_variable_is_not_resolved(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SECRET", "hunter2")
+    write_run(tmp_path, "dina", "sd35")
+    edit(tmp_path, lambda model: model["backbone"]["init_args"].update(source="a/${name}"))
+    path = tmp_path / "config.yaml"
+    path.write_text(path.read_text() + "name: ${oc.env:SECRET}\n")
+    refused(tmp_path, r"'a/\$\{oc.env:SECRET\}' would be resolved.*trust_remote_code=True")
+
+
+def test_what_was_downloaded_imports_nothing_of_its_own(
+    hub: StubHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    write_run(tmp_path / "run", "lrm", "sd15")
+    (tmp_path / "run" / "beside").mkdir()
+    code = "from tests.scoring.test_pretrained_damage import ForeignHead\nprint('ran')\n"
+    for name in ("beside.py", "beside/inner.py"):
+        (tmp_path / "run" / name).write_text(code)
+    RewardModel.from_pretrained(upload(hub, tmp_path / "run"))
+    (here,) = (tmp_path / "cache").rglob("reward.ckpt")
+    monkeypatch.syspath_prepend(str(here.parent))
+    for path in ("beside.ForeignHead", "beside.inner.ForeignHead"):
+        edit(tmp_path / "run", lambda model, path=path: model.update(head={"class_path": path}))
+        name = upload(hub, tmp_path / "run", f"owner/{path.partition('.Foreign')[0]}")
+        refused(name, "beside a model that came from others", trust_remote_code=True)
+    assert "beside" not in sys.modules
 
 
 def test_settings_of_training_are_left_out_of_a_run(hub: StubHub, tmp_path: Path) -> None:

@@ -4,9 +4,11 @@ import asyncio
 import base64
 import io
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import aiohttp
@@ -20,8 +22,8 @@ from torch import Tensor
 from latentreward.contracts import Conditioning
 from latentreward.scoring import RewardModel
 from latentreward.scoring.calibration import Calibration
-from latentreward.scoring.noise import ScoringNoise
-from latentreward.serving import server
+from latentreward.scoring.scoring_noise import ScoringNoise
+from latentreward.serving import app, server
 from latentreward.serving.protocol import Accepted, parse_request
 from latentreward.serving.service import ScoringService
 from tests.serving.latent_requests import HEADERS, tensors_of
@@ -30,7 +32,7 @@ from tests.serving.servers import raw, serving, tiny_reward
 
 @pytest.fixture(scope="module")
 def running() -> Iterator[tuple[str, ScoringService]]:
-    with serving(tiny_reward(), batch_size=4, max_wait=0.02) as started:
+    with serving(tiny_reward(), batch_size=4, max_wait_ms=20) as started:
         yield started
 
 
@@ -214,11 +216,12 @@ GOOD_IMAGE = base64.b64encode(picture("red")).decode()
     ("content", "status", "message"),
     [
         ([], 400, "give a JSON object"),
-        ({"images": [GOOD_IMAGE]}, 400, "give a JSON object"),
+        ({"images": [GOOD_IMAGE]}, 400, "give either prompt or prompts"),
         ({"prompt": "a", "images": [GOOD_IMAGE], "more": 1}, 400, "give a JSON object"),
         ({"prompt": "a", "prompts": ["a"], "images": [GOOD_IMAGE]}, 400, "either prompt or prompts"),
-        ({"prompt": 1, "images": [GOOD_IMAGE]}, 400, "prompt must be a text"),
-        ({"prompt": "a", "images": GOOD_IMAGE}, 400, "images must be a list of texts"),
+        ({"prompt": "a"}, 400, "give either image or images"),
+        ({"prompt": 1, "images": [GOOD_IMAGE]}, 400, "prompt: Input should be a valid string; give a JSON object"),
+        ({"prompt": "a", "images": GOOD_IMAGE}, 400, "images: Input should be a valid array"),
         ({"prompt": "a", "images": []}, 422, "no image"),
         ({"prompts": ["a", "b"], "images": [GOOD_IMAGE]}, 422, "2 prompts for 1 images"),
         ({"prompt": "a" * 10_001, "images": [GOOD_IMAGE]}, 422, "10001 characters"),
@@ -261,7 +264,9 @@ def test_health_model_and_metrics(address: str) -> None:
     assert httpx.get(f"{address}/healthz").json() == {"live": True, "ready": True}
     model = httpx.get(f"{address}/v1/model").json()
     assert model["model"] == tiny_reward().identity and model["latent_space"]["channels"] == 4
-    text = httpx.get(f"{address}/metrics").text
+    reply = httpx.get(f"{address}/metrics")
+    text = reply.text
+    assert reply.headers["content-type"].startswith("text/plain; version=")
     assert 'latentreward_requests_total{path="/healthz",status="200"}' in text
     assert 'latentreward_request_seconds_count{path="/v1/model"}' in text
     assert "latentreward_queue_rows 0" in text and "latentreward_batch_rows_sum" in text
@@ -279,7 +284,7 @@ def test_a_token_is_asked_for_everywhere_but_at_healthz() -> None:
 
 
 def test_long_bodies_are_refused_declared_or_not() -> None:
-    with serving(tiny_reward(), max_body=20_000) as (address, service):
+    with serving(tiny_reward(), max_body_mb=20_000 / 2**20) as (address, service):
         declared = ask(address, bytes(20_001))
         assert declared.status_code == 413 and "limit of 20000 bytes" in declared.json()["error"]
 
@@ -299,6 +304,15 @@ def test_all_bodies_together_are_limited(monkeypatch: pytest.MonkeyPatch) -> Non
             reply = ask(address, body)
         assert reply.status_code == 503 and reply.headers["retry-after"]
         assert ask(address, body).status_code == 200 and service.memory.held == 0
+
+
+def test_what_never_fits_is_not_asked_to_come_back() -> None:
+    with serving(tiny_reward(), max_body_mb=0.05) as (address, service):
+        files = [("image", (str(number), picture("red", (500, 500)))) for number in range(4)]
+        reply = httpx.post(f"{address}/v1/score_images", data={"prompt": "a"}, files=files, timeout=20)
+        assert reply.status_code == 413 and "retry-after" not in reply.headers
+        assert "this server has 838848 for requests; send fewer or smaller images" in reply.json()["error"]
+        assert service.memory.held == 0
 
 
 def test_what_bodies_become_is_limited_too() -> None:
@@ -355,6 +369,56 @@ def test_broken_http_is_answered_with_a_400(address: str, sent: bytes) -> None:
     assert httpx.get(f"{address}/healthz").status_code == 200
 
 
+def test_a_request_of_two_lengths_is_refused_and_what_it_hides_is_not_answered(address: str) -> None:
+    for path in (b"/healthz", b"/v1/score"):
+        for lengths in (
+            b"content-length: 4\r\nTransfer-Encoding: chunked",
+            b"transfer-encoding: chunked\r\ncontent-length: 0",
+        ):
+            sent = b"POST " + path + b" HTTP/1.1\r\nhost: x\r\n" + lengths + b"\r\n\r\n0\r\n\r\n"
+            answers = raw(address, sent + b"GET /v1/model HTTP/1.1\r\nhost: x\r\n\r\n")
+            assert answers.count(b"HTTP/1.1") == 1 and b" 400 " in answers.splitlines()[0]
+            assert b"either Transfer-Encoding or Content-Length" in answers
+
+
+@contextmanager
+def connections(address: str, count: int, sent: bytes) -> Iterator[list[socket.socket]]:
+    """Hold connections open on which only ``sent`` came."""
+    host, port = address.removeprefix("http://").split(":")
+    with ExitStack() as stack:
+        opened = [stack.enter_context(socket.create_connection((host, int(port)), timeout=10)) for _ in range(count)]
+        for connection in opened:
+            with suppress(OSError):  # the server may have closed it already
+                connection.sendall(sent)
+        yield opened
+
+
+def is_closed(connection: socket.socket) -> bool:
+    """Whether the other side ended a connection on which it sent nothing."""
+    connection.setblocking(False)
+    try:
+        return connection.recv(1) == b""
+    except BlockingIOError:
+        return False
+    except ConnectionResetError:
+        return True
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /healthz HTTP/1.1\r\n", HEAD + b"content-length: 100\r\n\r\nabc"])
+def test_connections_that_idle_do_not_stop_healthz(monkeypatch: pytest.MonkeyPatch, sent: bytes) -> None:
+    monkeypatch.setattr(server, "CONNECTIONS", 64)
+    monkeypatch.setattr(app, "REQUESTS", 32)
+    with serving(tiny_reward(), timeout=5.0) as (address, _):
+        with connections(address, 100, sent) as opened:
+            for _ in range(3):
+                assert httpx.get(f"{address}/healthz", timeout=3).json()["ready"]
+            status = httpx.get(f"{address}/v1/model", timeout=3).status_code
+            assert status == (503 if sent.startswith(b"POST") else 200)
+            assert sent.startswith(b"POST") or 36 < sum(map(is_closed, opened)) < 50
+        while httpx.get(f"{address}/v1/model").status_code == 503:
+            time.sleep(0.02)
+
+
 def test_long_headers_are_refused(address: str) -> None:
     assert httpx.get(f"{address}/healthz", headers={"x": "y" * 20_000}).status_code == 431
     assert b" 400 " in raw(address, HEAD + b"x: ", *[b"y" * 5_000] * 4, pause=0.1).splitlines()[0]
@@ -388,6 +452,47 @@ def test_a_full_queue_a_timeout_and_a_client_that_leaves(gated: Any) -> None:
         assert gate.rows == 1  # what nobody waits for any more is not scored
         assert httpx.get(f"{address}/healthz").json()["ready"] and ask(address, body).status_code == 200
         assert 'path="/v1/score",status="499"} 1' in httpx.get(f"{address}/metrics").text
+
+
+class Observed:
+    """A reward model's ``score_latents`` that sees the upper left of latents alone, takes its time, and is counted."""
+
+    def __init__(self, reward: RewardModel, seconds: float) -> None:
+        self.passes: list[Tensor] = []
+        self._score, self._reward, self._seconds = type(reward).score_latents, reward, seconds
+
+    def __call__(self, prompts: Any, latents: Tensor, draws: Tensor, **options: Any) -> Tensor:
+        self.passes.append(latents)
+        time.sleep(self._seconds * len(latents))
+        return self._score(self._reward, prompts, latents[..., :8, :8], draws=draws[..., :8, :8], **options)
+
+
+def test_one_row_starts_within_two_passes_of_three_requests_of_64_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(tiny_reward("sd15", "lrm"), max_pass_s=0.25) as (address, service):
+        observed = Observed(service.reward, 0.1)
+        monkeypatch.setattr(service.reward, "score_latents", observed, raising=False)
+        tokens = service.accepted.tokens
+        long = save(tensors_of(service.accepted, rows=64, side=128, tokens=tokens))
+        short = save(tensors_of(service.accepted, seed=1, side=128, tokens=tokens))
+
+        async def ask_all() -> int:
+            async with httpx.AsyncClient(timeout=60, headers=HEADERS) as client:
+                asked = [asyncio.create_task(client.post(f"{address}/v1/score", content=long)) for _ in range(3)]
+                while service.batcher.waiting + 4 * len(observed.passes) < 3 * 64:
+                    await asyncio.sleep(0.01)
+                before = len(observed.passes)
+                assert (await client.post(f"{address}/v1/score", content=short)).status_code == 200
+                for task in asked:
+                    task.cancel()
+                return before
+
+        before = asyncio.run(ask_all())
+        wanted = parse_request(short, service.accepted)[0].latents
+        after = [any(torch.equal(row, wanted) for row in rows) for rows in observed.passes[before:]]
+        assert True in after[:2] and max(map(len, observed.passes)) <= 2
+        while service.batcher.busy_seconds or service.batcher.waiting:
+            time.sleep(0.01)
+        assert len(observed.passes) < before + 6  # those of the clients that left are not scored
 
 
 def test_what_the_model_cannot_do_is_a_500_in_one_line(

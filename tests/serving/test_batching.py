@@ -1,4 +1,4 @@
-"""Micro-batches: who shares one, who waits how long, what a full queue and a bad row do."""
+"""Passes of the model: who shares one, whose turn it is, who waits how long, what a full queue and a bad row do."""
 
 import asyncio
 import threading
@@ -19,18 +19,24 @@ class Number:
     value: float
     group: str = "a"
 
+    @property
+    def shape(self) -> str:
+        return self.group
+
 
 class Model:
     """Doubles numbers; remembers its batches; waits for ``free`` if that is cleared; fails on negative ones."""
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: float = 0.0) -> None:
         self.batches: list[list[Number]] = []
+        self.seconds = seconds
         self.free = threading.Event()
         self.free.set()
 
     def __call__(self, rows: Sequence[Number]) -> list[float]:
         self.batches.append(list(rows))
         self.free.wait(10)
+        time.sleep(self.seconds * len(rows))
         if any(row.value < 0 for row in rows):
             raise InputError("negative")
         return [2 * row.value for row in rows]
@@ -43,7 +49,7 @@ def run(
     model = model or Model()
 
     async def body() -> None:
-        batcher = MicroBatcher(model, **{"batch_size": 4, "max_wait": 0.05, "queue": 10, **options})
+        batcher = MicroBatcher(model, **{"batch_size": 4, "max_wait": 0.05, "queue": 10, "max_pass": 60, **options})
         batcher.start()
         try:
             await scenario(batcher, model)
@@ -89,6 +95,7 @@ def test_what_arrives_while_the_model_is_busy_becomes_one_batch() -> None:
 
 def test_a_lone_row_waits_for_company_only_so_long() -> None:
     async def scenario(batcher: MicroBatcher[Number], model: Model) -> None:
+        await batcher.score([Number(0)])
         start = time.monotonic()
         assert await batcher.score([Number(3)]) == [6]
         assert 0.2 <= time.monotonic() - start < 2
@@ -98,22 +105,69 @@ def test_a_lone_row_waits_for_company_only_so_long() -> None:
 
 def test_a_full_batch_does_not_wait() -> None:
     async def scenario(batcher: MicroBatcher[Number], model: Model) -> None:
+        await asyncio.wait_for(batcher.score([Number(0)]), 5)  # now the shape is measured
         await asyncio.wait_for(batcher.score([Number(i) for i in range(4)]), 5)
 
-    run(scenario, max_wait=60)
+    assert list(map(len, run(scenario, max_wait=60).batches)) == [1, 4]
 
 
-def test_groups_take_turns() -> None:
+@pytest.mark.parametrize(("max_pass", "sizes"), [(0.25, [1, 2, 2, 2]), (60, [1, 4, 2]), (0.001, [1] * 7)])
+def test_a_pass_holds_what_its_time_limit_allows(max_pass: float, sizes: list[int]) -> None:
+    async def scenario(batcher: MicroBatcher[Number], model: Model) -> None:
+        assert await batcher.score([Number(i) for i in range(7)]) == [2 * i for i in range(7)]
+
+    assert list(map(len, run(scenario, Model(seconds=0.1), max_pass=max_pass).batches)) == sizes
+
+
+@pytest.mark.parametrize("groups", ["aaab", "aaaa", "abcd"])
+@pytest.mark.parametrize("client", ["first", "second"])
+@pytest.mark.parametrize("served", [1, 40])
+def test_a_short_request_starts_within_two_passes_of_three_long_ones(groups: str, client: str, served: int) -> None:
+    async def scenario(batcher: MicroBatcher[Number], model: Model) -> None:
+        long = [asyncio.create_task(batcher.score([Number(1, group)] * 64, "first")) for group in groups[:3]]
+        while len(model.batches) < served:
+            await asyncio.sleep(0.001)
+        model.free.clear()
+        done = len(model.batches)
+        while len(model.batches) == done:  # one more begins
+            await asyncio.sleep(0.001)
+        short = asyncio.create_task(batcher.score([Number(7, groups[3])], client))
+        await asyncio.sleep(0.001)
+        model.free.set()
+        assert await short == [14]
+        started = [Number(7, groups[3]) in batch for batch in model.batches[done:]].index(True) + 1
+        assert started <= 2
+        assert (await asyncio.gather(*long)) == [[2] * 64] * 3
+
+    run(scenario, Model(seconds=0.002), queue=200, max_pass=0.004)
+
+
+def test_a_stream_of_short_requests_does_not_starve_a_long_one() -> None:
+    async def scenario(batcher: MicroBatcher[Number], model: Model) -> None:
+        async def keep_asking(group: str) -> None:
+            while not long.done():
+                await batcher.score([Number(0, group)], group)
+
+        long = asyncio.create_task(batcher.score([Number(1, "long")] * 8, "long"))
+        await asyncio.gather(long, *(keep_asking(group) for group in "abcd"))
+
+    rows = [row.group for batch in run(scenario, batch_size=1, queue=20).batches for row in batch]
+    last = max(number for number, group in enumerate(rows) if group == "long")
+    assert last < 8 * 5 + 10  # as if five clients were served at once, and some
+
+
+def test_a_client_of_many_requests_leaves_others_their_turn() -> None:
     async def scenario(batcher: MicroBatcher[Number], model: Model) -> None:
         first = await busy(batcher, model)
-        rare = asyncio.create_task(batcher.score([Number(0, "rare")]))
-        await asyncio.sleep(0.06)  # its turn has come, though the other group is full
-        many = asyncio.create_task(batcher.score([Number(i) for i in range(8)]))
+        many = [asyncio.create_task(batcher.score([Number(i, str(i))], "greedy")) for i in range(50)]
+        await asyncio.sleep(0.06)
+        other = asyncio.create_task(batcher.score([Number(0, "other")], "other"))
         await asyncio.sleep(0.01)
         model.free.set()
-        await asyncio.gather(first, rare, many)
+        await asyncio.gather(first, other, *many)
 
-    assert run(scenario).batches[1] == [Number(0, "rare")]
+    groups = [batch[0].group for batch in run(scenario, queue=100).batches]
+    assert groups.index("other") <= 3
 
 
 def test_a_full_queue_refuses_with_a_time_to_come_back() -> None:
@@ -159,6 +213,24 @@ def test_a_bad_row_spoils_no_other() -> None:
     run(scenario)
 
 
+def test_rows_of_a_failed_batch_that_nobody_waits_for_are_not_tried_again() -> None:
+    async def scenario(batcher: MicroBatcher[Number], model: Model) -> None:
+        await batcher.score([Number(1)])
+        model.free.clear()
+        gone = asyncio.create_task(batcher.score([Number(2), Number(3)]))
+        good = asyncio.create_task(batcher.score([Number(4), Number(-1)]))
+        while not batcher.busy_seconds:
+            await asyncio.sleep(0.001)
+        gone.cancel()
+        await asyncio.sleep(0.01)
+        model.free.set()
+        with pytest.raises(InputError, match="negative"):
+            await good
+
+    batches = run(scenario).batches
+    assert len(batches[1]) == 4 and batches[2:] == [[Number(4)], [Number(-1)]]
+
+
 class OneScoreTooFew(Model):
     """Forgets the last row, unless all numbers are 7."""
 
@@ -184,6 +256,7 @@ def test_an_observer_that_raises_fails_its_batch_but_not_the_worker() -> None:
             raise KeyError(size)
 
     async def scenario(batcher: MicroBatcher[Number], model: Model) -> None:
+        await batcher.score([Number(0)])
         with pytest.raises(KeyError):
             await asyncio.wait_for(batcher.score([Number(1), Number(2)]), 5)
         assert batcher.running and await asyncio.wait_for(batcher.score([Number(3)]), 5) == [6]
@@ -202,5 +275,5 @@ def test_a_batcher_that_is_not_started_or_dead_is_not_running() -> None:
             await asyncio.wait_for(batcher.score([Number(1)]), 0.5)
         assert not batcher.running
 
-    assert not MicroBatcher(Model(), batch_size=1, max_wait=0, queue=1).running
+    assert not MicroBatcher(Model(), batch_size=1, max_wait=0, queue=1, max_pass=1).running
     run(scenario, Exits())

@@ -68,8 +68,8 @@ def test_a_single_image() -> None:
     found = images_of_json(json.dumps({"prompt": "a", "image": IMAGE}).encode(), 1)
     assert found.prompts == ["a"] and found.images == [bytes(range(256))]
     for content, message in (
-        ({"prompt": "a", "image": [IMAGE]}, "image must be a text"),
-        ({"prompt": "a", "image": IMAGE, "images": [IMAGE]}, "give a JSON object"),
+        ({"prompt": "a", "image": [IMAGE]}, "image: Input should be a valid string"),
+        ({"prompt": "a", "image": IMAGE, "images": [IMAGE]}, "give either image or images"),
     ):
         with pytest.raises(RequestError, match=message):
             images_of_json(json.dumps(content).encode(), 1)

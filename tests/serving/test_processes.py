@@ -1,5 +1,6 @@
 """``latentreward serve`` as a process: load, hostile bodies, and how it ends."""
 
+import re
 import signal
 import sys
 import threading
@@ -82,4 +83,4 @@ def _tensors(seed: int, rows: int = 1) -> dict[str, Tensor]:
 
 def _in_queue(address: str) -> int:
     text = httpx.get(f"{address}/metrics").text
-    return int(text.partition("\nlatentreward_queue_rows ")[2])
+    return int(float(re.search(r"^latentreward_queue_rows (\S+)", text, re.MULTILINE)[1]))

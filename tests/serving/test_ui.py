@@ -10,7 +10,7 @@ from PIL import Image
 from latentreward.cli import main
 from latentreward.commands import ui as command
 from latentreward.errors import InputError
-from latentreward.scoring.noise import ScoringNoise
+from latentreward.scoring.scoring_noise import ScoringNoise
 from latentreward.serving.ui import LEVELS, score_sheet
 from tests.rewards.stored import write_run
 from tests.serving.processes import server_process

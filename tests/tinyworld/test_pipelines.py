@@ -10,16 +10,16 @@ from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
 
 from latentreward.tinyworld.captions import all_captions, held_out_captions
 from latentreward.tinyworld.oracle import mean_verdict
-from latentreward.tinyworld.pretrain import main
-from latentreward.tinyworld.sampling import PIPELINE_FOLDERS, load_pipeline, sample_pictures
-from latentreward.tinyworld.tokenizer import build_tokenizer
-from latentreward.tinyworld.vae_pretraining import (
+from latentreward.tinyworld.pretraining.pipelines import main
+from latentreward.tinyworld.pretraining.vae import (
     LATENT_STD,
     build_vae,
     draw_training_pictures,
     normalize_pictures,
     standardize_latents,
 )
+from latentreward.tinyworld.sampling import PIPELINE_FOLDERS, load_pipeline, sample_pictures
+from latentreward.tinyworld.tokenizer import build_tokenizer
 
 PROMPT = "a red circle left of a blue square on a white background"
 

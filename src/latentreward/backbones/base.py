@@ -131,7 +131,7 @@ class DiffusionBackbone(nn.Module, ABC):
     def drop_time_embedding(self) -> None:
         """Stop training what only the timestep embedding among the features needs, for a head that takes none."""
 
-    def around(self, network: nn.Module, text_encoder: PromptEncoder | None) -> DiffusionBackbone | None:
+    def with_network(self, network: nn.Module, text_encoder: PromptEncoder | None) -> DiffusionBackbone | None:
         """The same taps on ``network``, of which no block is dropped, without a VAE; None if this class cannot.
 
         Args:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -17,6 +17,7 @@ from latentreward.backbones.tuning import LoRA, StorageDtype, Tuning, store_froz
 from latentreward.contracts import LatentSpace
 from latentreward.errors import InputError, first_line
 from latentreward.noise import NoiseProcess, process_from_scheduler
+from latentreward.storage.hub import hub_answers
 
 if TYPE_CHECKING:
     from diffusers import SD3Transformer2DModel, UNet2DConditionModel
@@ -227,30 +228,15 @@ class PipelineSource:
         )
 
 
-def hub_answers(repo_id: str, name: str, revision: str | None = None, timeout: float = 10.0) -> bool:
-    """Whether the hub can be asked for file ``name``; one try, where ``hf_hub_download`` would retry half a minute.
-
-    Raises:
-        HfHubHTTPError: If the hub answers that there is no such file, or no access to it.
-    """
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        get_hf_file_metadata(hf_hub_url(repo_id, name, revision=revision), timeout=timeout)
-    except (HfHubHTTPError, HFValidationError):
-        raise
-    except Exception:  # whatever the HTTP client of the day raises without a network; the cache may still have it
-        return False
-    return True
-
-
-def load_weights(family: type[Any], source: str, **options: Any) -> Any:
+def load_weights(
+    family: type[Any], source: str, refused: Sequence[str] = ("missing", "unexpected", "mismatched"), **options: Any
+) -> Any:
     """``family.from_pretrained`` from safetensors, float32 unless said, in which every tensor must be there and fit.
 
     Args:
         family: diffusers or transformers model class.
         source: Folder or hub id.
+        refused: Kinds of tensors that may not be.
         options: Further arguments of ``from_pretrained``.
 
     Raises:
@@ -260,7 +246,7 @@ def load_weights(family: type[Any], source: str, **options: Any) -> Any:
     if options.get("variant") is None:
         options.pop("variant", None)
     if not hasattr(family, "load_config"):  # transformers, unlike diffusers, does not name what does not fit
-        place = {name: options[name] for name in ("subfolder", "revision") if name in options}
+        place = {name: options[name] for name in ("subfolder", "revision", "local_files_only") if name in options}
         options |= {"ignore_mismatched_sizes": True, "config": encoder_config(family, source, **place)}
     try:
         with no_progress_bar():
@@ -269,7 +255,7 @@ def load_weights(family: type[Any], source: str, **options: Any) -> Any:
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"cannot load {where}: {first_line(error)}") from error
-    for kind in ("missing", "unexpected", "mismatched"):
+    for kind in refused:
         names = sorted(str(name[0] if isinstance(name, tuple) else name) for name in report[f"{kind}_keys"])
         names = [name for name in names if not name.endswith(".position_ids")]  # a constant that old CLIP files hold
         if names:
@@ -285,7 +271,7 @@ def encoder_config(family: type[Any], source: str, **place: Any) -> Any:
     Args:
         family: transformers model class.
         source: Folder or hub id.
-        place: ``subfolder`` and ``revision``.
+        place: ``subfolder``, ``revision`` and ``local_files_only``.
 
     Raises:
         InputError: If the config cannot be read, or names another attention than PyTorch's own.
@@ -330,21 +316,27 @@ def check_channels(source: str, network: str, config: Mapping[str, Any], space: 
 def finish(
     backbone: Backbone,
     network: nn.Module,
-    *,
-    unread: tuple[str, ...],
-    tuning: Tuning,
-    lora: LoRA | None,
-    text_encoder_tuning: Tuning,
-    gradient_checkpointing: bool,
-    attention_backend: str | None,
-    frozen_dtype: StorageDtype,
-    compile_blocks: bool,
+    unread: tuple[str, ...] = (),
+    tuning: Tuning = "lora",
+    lora: LoRA | None = None,
+    text_encoder_tuning: Tuning = "frozen",
+    frozen_dtype: StorageDtype = "float32",
+    **execution: Any,
 ) -> Backbone:
-    """Apply the settings that every factory shares to a freshly built ``backbone`` around ``network``.
+    """Apply the settings that every factory shares to a freshly built backbone.
+
+    Args:
+        backbone: Backbone to return.
+        network: Its diffusers network.
+        unread: Names of the network's modules whose output nobody reads.
+        tuning: How the network trains: ``full``, ``lora`` or ``frozen``.
+        lora: Adapter settings for ``tuning: lora``; the default is DiNa-LRM's rank 64, alpha 128.
+        text_encoder_tuning: How the text encoders train: ``full``, ``lora`` or ``frozen``.
+        frozen_dtype: Storage of frozen weights; ``bfloat16`` goes with ``precision: bf16-mixed``.
+        execution: See :func:`set_execution`.
 
     Raises:
-        InputError: If the attention backend is unknown or its library is missing, or ``lora`` is set and nothing is
-            tuned by it.
+        InputError: If ``lora`` is set and nothing is tuned by it, or an execution setting does not fit.
     """
     if lora is not None and "lora" not in (tuning, text_encoder_tuning):
         raise InputError(f"lora is set, but tuning is {tuning!r}; set tuning: lora or leave lora out")
@@ -355,6 +347,33 @@ def finish(
         text_lora = LoRA(lora.rank, lora.alpha, lora.dropout, TEXT_ATTENTION)
         tune(backbone.text_encoder, text_encoder_tuning, text_lora, backbone.text_encoder.unread)
         backbone.text_encoder.train(text_encoder_tuning != "frozen")
+    if tuning != "full":  # else only modules that nobody reads are frozen, amid float32 ones
+        store_frozen(network, frozen_dtype)
+    if text_encoder_tuning != "full" and backbone.text_encoder is not None:
+        store_frozen(backbone.text_encoder, frozen_dtype)
+    set_execution(backbone.blocks(), network, **execution)
+    return backbone
+
+
+def set_execution(
+    blocks: Iterable[nn.Module],
+    network: nn.Module,
+    gradient_checkpointing: bool = False,
+    attention_backend: str | None = None,
+    compile_blocks: bool = False,
+) -> None:
+    """Set how a network computes.
+
+    Args:
+        blocks: What is compiled, block by block.
+        network: The diffusers network that they are in.
+        gradient_checkpointing: Recompute block activations in the backward pass: less memory, about a third slower.
+        attention_backend: Name of a diffusers attention backend, such as ``flash``; None keeps PyTorch's own.
+        compile_blocks: Compile each block with ``torch.compile``.
+
+    Raises:
+        InputError: If the attention backend is unknown or its library is missing.
+    """
     if gradient_checkpointing:
         network.enable_gradient_checkpointing()
     if attention_backend is not None:
@@ -362,11 +381,6 @@ def finish(
             network.set_attention_backend(attention_backend)
         except (ValueError, RuntimeError, ImportError) as error:
             raise InputError(f"attention_backend={attention_backend!r}: {first_line(error)}") from error
-    if tuning != "full":  # else only modules that nobody reads are frozen, amid float32 ones
-        store_frozen(network, frozen_dtype)
-    if text_encoder_tuning != "full" and backbone.text_encoder is not None:
-        store_frozen(backbone.text_encoder, frozen_dtype)
     if compile_blocks:
-        for block in backbone.blocks():
+        for block in blocks:
             block.compile(dynamic=False)  # Inductor (torch 2.13, CPU) fails on a U-Net of dynamic sizes
-    return backbone

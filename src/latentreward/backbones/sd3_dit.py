@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from latentreward.backbones.base import DiffusionBackbone, check_taps
 from latentreward.backbones.loading import PipelineSource, check_channels, finish, tiny_pipeline
 from latentreward.backbones.registry import register_backbone
-from latentreward.backbones.tuning import LoRA, StorageDtype, Tuning
+from latentreward.backbones.tuning import StorageDtype
 from latentreward.contracts import Conditioning, Features, FeatureSpec, LatentSpace, TapSpec
 from latentreward.errors import InputError
 from latentreward.noise import NoiseProcess
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from latentreward.encoders.prompts import PromptEncoder
     from latentreward.encoders.sd3 import SD3PromptEncoder
-    from latentreward.encoders.vae import LatentEncoder
 
 
 _TEXT_OUTPUT = ("attn.add_q_proj", "attn.norm_added_q", "attn.to_add_out", "ff_context")
@@ -44,9 +43,8 @@ class SD3DiTBackbone(DiffusionBackbone):
         visual_taps: Blocks whose visual tokens are read, ascending.
         text_taps: Blocks whose text tokens are read; may be empty.
         pooled_text: ``clip`` is the pooled CLIP text; ``t5`` the mean of T5's tokens, padding included.
-        text_encoder: See :class:`DiffusionBackbone`.
-        vae: See :class:`DiffusionBackbone`.
         cut: False leaves ``transformer`` whole, for one that others use too; later blocks are not run either way.
+        encoders: ``text_encoder`` and ``vae``, see :class:`DiffusionBackbone`.
 
     Raises:
         InputError: If a tap lies past ``num_layers``, or a text tap at the last block of the whole network, which has
@@ -70,11 +68,10 @@ class SD3DiTBackbone(DiffusionBackbone):
         visual_taps: Sequence[int] = (4, 8, 12),
         text_taps: Sequence[int] = (4, 8, 12),
         pooled_text: Literal["clip", "t5"] = "clip",
-        text_encoder: SD3PromptEncoder | None = None,
-        vae: LatentEncoder | None = None,
         cut: bool = True,
+        **encoders: Any,
     ) -> None:
-        super().__init__(noise_process, latent_space, text_encoder, vae)
+        super().__init__(noise_process, latent_space, **encoders)
         depth = len(transformer.transformer_blocks)
         num_layers = max([*visual_taps, *text_taps, 1]) if num_layers is None else num_layers
         if not 1 <= num_layers <= depth:
@@ -87,19 +84,19 @@ class SD3DiTBackbone(DiffusionBackbone):
                 f"text_taps={list(self.text_taps)} reads block {num_layers}, the last of the network, which has no "
                 "text output; read an earlier block"
             )
-        if pooled_text == "t5" and (text_encoder is None or text_encoder.text_encoder_3 is None):
+        if pooled_text == "t5" and (self.text_encoder is None or self.text_encoder.text_encoder_3 is None):
             raise InputError("pooled_text='t5' needs the T5 text encoder; set load_t5: true or pooled_text: clip")
         self.pooled_text = pooled_text
         self.transformer = transformer
         if cut:
             transformer.transformer_blocks = transformer.transformer_blocks[:num_layers]
 
-    def around(self, network: nn.Module, text_encoder: PromptEncoder | None) -> SD3DiTBackbone | None:
-        """See :meth:`DiffusionBackbone.around`."""
+    def with_network(self, network: nn.Module, text_encoder: PromptEncoder | None) -> SD3DiTBackbone | None:
+        """See :meth:`DiffusionBackbone.with_network`."""
         if type(network) is not type(self.transformer):
             return None
         process, taps = (self.noise_process, self.latent_space), (None, self.visual_taps, self.text_taps)
-        return SD3DiTBackbone(network, *process, *taps, self.pooled_text, text_encoder, cut=False)
+        return SD3DiTBackbone(network, *process, *taps, self.pooled_text, cut=False, text_encoder=text_encoder)
 
     def unread(self) -> tuple[str, ...]:
         """Modules whose output no tap reads: they must neither train nor get adapters.
@@ -172,20 +169,18 @@ class SD3DiTBackbone(DiffusionBackbone):
             else:
                 text, visual = block(hidden_states=visual, encoder_hidden_states=text, temb=temb)
             read.append((visual, text))
+        pooled = conditioning.pooled_prompt_embeds
+        if self.pooled_text == "t5":
+            pooled = conditioning.prompt_embeds[:, self.text_encoder.clip_length :].mean(dim=1)
         patch = dit.config.patch_size
         grid = tuple(size // patch for size in latents.shape[2:])
         return Features(
             visual=tuple(read[tap][0] for tap in self.visual_taps),
             visual_grids=(grid,) * len(self.visual_taps),
             text=tuple(read[tap][1] for tap in self.text_taps),
-            pooled_text=self._pooled(conditioning),
+            pooled_text=pooled,
             temb=temb,
         )
-
-    def _pooled(self, conditioning: Conditioning) -> Tensor:
-        if self.pooled_text == "clip":
-            return conditioning.pooled_prompt_embeds
-        return conditioning.prompt_embeds[:, self.text_encoder.clip_length :].mean(dim=1)
 
     def blocks(self) -> Iterator[nn.Module]:
         """See :meth:`DiffusionBackbone.blocks`."""
@@ -197,21 +192,9 @@ def load_sd3_dit(
     family: str = "any",
     revision: str | None = None,
     variant: str | None = None,
-    pretrained: bool = True,
-    num_layers: int | None = None,
-    visual_taps: Sequence[int] = (4, 8, 12),
-    text_taps: Sequence[int] = (4, 8, 12),
-    pooled_text: Literal["clip", "t5"] = "clip",
     load_t5: bool = True,
     t5_length: int = 256,
-    tuning: Tuning = "lora",
-    lora: LoRA | None = None,
-    text_encoder_tuning: Tuning = "frozen",
-    gradient_checkpointing: bool = False,
-    attention_backend: str | None = None,
-    frozen_dtype: StorageDtype = "float32",
-    vae_dtype: StorageDtype = "float32",
-    compile_blocks: bool = False,
+    **options: Any,
 ) -> SD3DiTBackbone:
     """Load a transformer backbone from a Stable Diffusion 3 or 3.5 pipeline.
 
@@ -220,21 +203,9 @@ def load_sd3_dit(
         family: Family the pipeline must belong to: ``SD3``, ``SD3.5`` or ``any``.
         revision: Branch, tag or commit of a hub id.
         variant: File variant of the weights, such as ``fp16``.
-        pretrained: False draws random weights for the transformer instead, as a control.
-        num_layers: Blocks to keep; None keeps those that a tap reads.
-        visual_taps: Blocks whose visual tokens are read; 0 is before the first.
-        text_taps: Blocks whose text tokens are read; may be empty.
-        pooled_text: Pooled text vector for heads: ``clip`` or ``t5``.
         load_t5: False leaves T5 out: 9.5 GB less in bfloat16, at some loss for long prompts.
         t5_length: T5 tokens per prompt (zeros without T5).
-        tuning: How the transformer trains: ``full``, ``lora`` or ``frozen``.
-        lora: Adapter settings for ``tuning: lora``; the default is DiNa-LRM's rank 64, alpha 128.
-        text_encoder_tuning: How the text encoders train.
-        gradient_checkpointing: Recompute block activations in the backward pass: less memory, about a third slower.
-        attention_backend: Name of a diffusers attention backend, such as ``flash``; None keeps PyTorch's own.
-        frozen_dtype: Storage of frozen weights; ``bfloat16`` goes with ``precision: bf16-mixed``.
-        vae_dtype: Precision of the VAE.
-        compile_blocks: Compile each block with ``torch.compile``.
+        options: See :func:`cut_sd3_dit`.
 
     Raises:
         InputError: If the source is no such pipeline, its parts do not fit, or a tap lies past the blocks.
@@ -247,8 +218,7 @@ def load_sd3_dit(
             f"source={source!r} holds a {found} transformer, but this backbone is {family}; choose the backbone of "
             "that family or another source"
         )
-    latent_space = pipeline.latent_space()
-    check_channels(source, "transformer", config, latent_space)
+    check_channels(source, "transformer", config, pipeline.latent_space())
     text_encoder = pipeline.sd3_prompts(config["joint_attention_dim"], t5_length, load_t5)
     if text_encoder.pooled_dim != config["pooled_projection_dim"]:
         raise InputError(
@@ -256,30 +226,49 @@ def load_sd3_dit(
             f"transformer takes {config['pooled_projection_dim']}; network and text encoders must come from one "
             "pipeline"
         )
+    return cut_sd3_dit(pipeline, text_encoder, **options)
+
+
+def cut_sd3_dit(
+    pipeline: PipelineSource,
+    text_encoder: SD3PromptEncoder,
+    pretrained: bool = True,
+    num_layers: int | None = None,
+    visual_taps: Sequence[int] = (4, 8, 12),
+    text_taps: Sequence[int] = (4, 8, 12),
+    pooled_text: Literal["clip", "t5"] = "clip",
+    vae_dtype: StorageDtype = "float32",
+    **options: Any,
+) -> SD3DiTBackbone:
+    """Load a pipeline's transformer and VAE, and keep the transformer's first blocks.
+
+    Args:
+        pipeline: Stable Diffusion 3 or 3.5.
+        text_encoder: Prompt encoder of the pipeline.
+        pretrained: False draws random weights for the transformer instead, as a control.
+        num_layers: Blocks to keep; None keeps those that a tap reads.
+        visual_taps: Blocks whose visual tokens are read; 0 is before the first.
+        text_taps: Blocks whose text tokens are read; may be empty.
+        pooled_text: Pooled text vector for heads: ``clip`` or ``t5``.
+        vae_dtype: Precision of the VAE.
+        options: See :func:`~latentreward.backbones.loading.finish`.
+
+    Raises:
+        InputError: If a tap lies past the blocks.
+    """
     backbone = SD3DiTBackbone(
         pipeline.transformer(pretrained),
         pipeline.noise_process(),
-        latent_space,
+        pipeline.latent_space(),
         num_layers,
         visual_taps,
         text_taps,
         pooled_text,
-        text_encoder,
-        pipeline.latent_encoder(vae_dtype),
+        text_encoder=text_encoder,
+        vae=pipeline.latent_encoder(vae_dtype),
     )
     backbone.source = str(pipeline)
-    return finish(
-        backbone,
-        backbone.transformer,
-        unread=backbone.unread(),
-        tuning=tuning,
-        lora=lora,
-        text_encoder_tuning=text_encoder_tuning,
-        gradient_checkpointing=gradient_checkpointing,
-        attention_backend=attention_backend,
-        frozen_dtype=frozen_dtype,
-        compile_blocks=compile_blocks,
-    )
+    return finish(backbone, backbone.transformer, backbone.unread(), **options)
 
 
 @register_backbone

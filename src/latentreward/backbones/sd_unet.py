@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from latentreward.backbones.base import DiffusionBackbone, check_taps
 from latentreward.backbones.loading import PipelineSource, check_channels, finish, tiny_pipeline
 from latentreward.backbones.registry import register_backbone
-from latentreward.backbones.tuning import LoRA, StorageDtype, Tuning
+from latentreward.backbones.tuning import StorageDtype, Tuning
 from latentreward.contracts import Conditioning, Features, FeatureSpec, LatentSpace, TapSpec
 from latentreward.errors import InputError
 from latentreward.noise import NoiseProcess
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
 
     from latentreward.encoders.prompts import PromptEncoder
-    from latentreward.encoders.vae import LatentEncoder
 
 
 class SDUNetBackbone(DiffusionBackbone):
@@ -36,9 +35,8 @@ class SDUNetBackbone(DiffusionBackbone):
         latent_space: See :class:`DiffusionBackbone`.
         visual_taps: Blocks to read, ascending; None reads every down block and the mid block.
         text_taps: ``(0,)`` or empty.
-        text_encoder: See :class:`DiffusionBackbone`.
-        vae: See :class:`DiffusionBackbone`.
         cut: False leaves ``unet`` whole, for one that others use too; what no tap reads is not computed either way.
+        encoders: ``text_encoder`` and ``vae``, see :class:`DiffusionBackbone`.
 
     Raises:
         InputError: If a tap lies past the blocks.
@@ -53,38 +51,38 @@ class SDUNetBackbone(DiffusionBackbone):
         latent_space: LatentSpace,
         visual_taps: Sequence[int] | None = None,
         text_taps: Sequence[int] = (0,),
-        text_encoder: PromptEncoder | None = None,
-        vae: LatentEncoder | None = None,
         cut: bool = True,
+        **encoders: Any,
     ) -> None:
-        super().__init__(noise_process, latent_space, text_encoder, vae)
+        super().__init__(noise_process, latent_space, **encoders)
         self._mid = len(unet.down_blocks) + 1
         taps = range(1, self._mid + 1) if visual_taps is None else visual_taps
         self.visual_taps = check_taps("visual_taps", taps, self._mid, least=1)
         self.text_taps = check_taps("text_taps", text_taps, 0)
         self.unet = cut_unet(unet, self.visual_taps[-1]) if cut else unet
 
-    def around(self, network: nn.Module, text_encoder: PromptEncoder | None) -> SDUNetBackbone | None:
-        """See :meth:`DiffusionBackbone.around`."""
+    def with_network(self, network: nn.Module, text_encoder: PromptEncoder | None) -> SDUNetBackbone | None:
+        """See :meth:`DiffusionBackbone.with_network`."""
         if type(network) is not type(self.unet):
             return None
         process, taps = (self.noise_process, self.latent_space), (self.visual_taps, self.text_taps)
-        return SDUNetBackbone(network, *process, *taps, text_encoder, cut=False)
+        return SDUNetBackbone(network, *process, *taps, cut=False, text_encoder=text_encoder)
 
     @property
     def feature_spec(self) -> FeatureSpec:
         """See :class:`DiffusionBackbone`; grids at the U-Net's native latent size."""
-        config = self.unet.config
-        size = self._native_size()
+        config, encoder = self.unet.config, self.text_encoder
+        width, size = config.cross_attention_dim, self._native_size()
+        length, pooled = (77, width) if encoder is None else (encoder.num_tokens, encoder.pooled_dim)
         levels = [config.block_out_channels[0], *config.block_out_channels, config.block_out_channels[-1]]
         shrink = [0, *range(self._mid - 1), self._mid - 2]
         return FeatureSpec(
             visual=tuple(
                 TapSpec(levels[tap], tuple(-(-side >> shrink[tap]) for side in size)) for tap in self.visual_taps
             ),
-            text=tuple(TapSpec(config.cross_attention_dim, (self._text_length(),)) for _ in self.text_taps),
+            text=tuple(TapSpec(width, (length,)) for _ in self.text_taps),
             temb_dim=self.unet.time_embedding.linear_2.out_features,
-            pooled_text_dim=self._pooled_dim(),
+            pooled_text_dim=pooled,
         )
 
     @property
@@ -111,12 +109,6 @@ class SDUNetBackbone(DiffusionBackbone):
     def _native_size(self) -> tuple[int, int]:
         size = self.unet.config.sample_size
         return (size, size) if isinstance(size, int) else tuple(size)
-
-    def _text_length(self) -> int:
-        return 77 if self.text_encoder is None else self.text_encoder.num_tokens
-
-    def _pooled_dim(self) -> int:
-        return self.unet.config.cross_attention_dim if self.text_encoder is None else self.text_encoder.pooled_dim
 
     def read(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Features:
         """See :meth:`DiffusionBackbone.read`; latents ``(B, 4, h, w)``."""
@@ -184,16 +176,7 @@ def load_sd_unet(
     revision: str | None = None,
     variant: str | None = None,
     pretrained: bool = True,
-    visual_taps: Sequence[int] | None = None,
-    text_taps: Sequence[int] = (0,),
-    tuning: Tuning = "full",
-    lora: LoRA | None = None,
-    text_encoder_tuning: Tuning = "full",
-    gradient_checkpointing: bool = False,
-    attention_backend: str | None = None,
-    frozen_dtype: StorageDtype = "float32",
-    vae_dtype: StorageDtype = "float32",
-    compile_blocks: bool = False,
+    **options: Any,
 ) -> SDUNetBackbone:
     """Load a U-Net backbone from a Stable Diffusion pipeline.
 
@@ -203,16 +186,7 @@ def load_sd_unet(
         revision: Branch, tag or commit of a hub id.
         variant: File variant of the weights, such as ``fp16``.
         pretrained: False draws random weights for network and text encoder instead, as a control.
-        visual_taps: Blocks to read; None reads all down blocks and the mid block.
-        text_taps: ``[0]`` reads the prompt embeddings; ``[]`` reads none.
-        tuning: How the U-Net trains: ``full``, ``lora`` or ``frozen``.
-        lora: Adapter settings for ``tuning: lora``.
-        text_encoder_tuning: How the text encoder trains: ``full``, ``lora`` or ``frozen``.
-        gradient_checkpointing: Recompute block activations in the backward pass: less memory, about a third slower.
-        attention_backend: Name of a diffusers attention backend, such as ``flash``; None keeps PyTorch's own.
-        frozen_dtype: Storage of frozen weights; ``bfloat16`` goes with ``precision: bf16-mixed``.
-        vae_dtype: Precision of the VAE.
-        compile_blocks: Compile each block with ``torch.compile``.
+        options: See :func:`cut_sd_unet`.
 
     Raises:
         InputError: If the source is no such pipeline, its parts do not fit, or a tap lies past the blocks.
@@ -225,36 +199,54 @@ def load_sd_unet(
             f"source={source!r} holds a {found} U-Net (cross_attention_dim {config.get('cross_attention_dim')}), but "
             f"this backbone is {family}; choose the backbone of that family or another source"
         )
-    latent_space = pipeline.latent_space()
-    check_channels(source, "U-Net", config, latent_space)
+    check_channels(source, "U-Net", config, pipeline.latent_space())
     text_encoder = pipeline.sdxl_prompts(pretrained) if found == "SDXL" else pipeline.clip_prompts(pretrained)
     if text_encoder.token_dim != config["cross_attention_dim"]:
         raise InputError(
             f"source={source!r}: the text encoder is {text_encoder.token_dim} wide, but the U-Net takes "
             f"{config['cross_attention_dim']}; network and text encoder must come from one pipeline"
         )
+    return cut_sd_unet(pipeline, pipeline.unet(pretrained), text_encoder, **options)
+
+
+def cut_sd_unet(
+    pipeline: PipelineSource,
+    unet: UNet2DConditionModel,
+    text_encoder: PromptEncoder,
+    visual_taps: Sequence[int] | None = None,
+    text_taps: Sequence[int] = (0,),
+    vae_dtype: StorageDtype = "float32",
+    tuning: Tuning = "full",
+    text_encoder_tuning: Tuning = "full",
+    **options: Any,
+) -> SDUNetBackbone:
+    """Load a pipeline's VAE, and keep the U-Net's down and mid blocks.
+
+    Args:
+        pipeline: Stable Diffusion 1.5, 2.1 or XL.
+        unet: U-Net of the pipeline.
+        text_encoder: Prompt encoder of the pipeline.
+        visual_taps: Blocks to read; None reads all down blocks and the mid block.
+        text_taps: ``[0]`` reads the prompt embeddings; ``[]`` reads none.
+        vae_dtype: Precision of the VAE.
+        tuning: How the U-Net trains: ``full``, ``lora`` or ``frozen``.
+        text_encoder_tuning: How the text encoder trains: ``full``, ``lora`` or ``frozen``.
+        options: See :func:`~latentreward.backbones.loading.finish`.
+
+    Raises:
+        InputError: If a tap lies past the blocks.
+    """
     backbone = SDUNetBackbone(
-        pipeline.unet(pretrained),
+        unet,
         pipeline.noise_process(),
-        latent_space,
+        pipeline.latent_space(),
         visual_taps,
         text_taps,
-        text_encoder,
-        pipeline.latent_encoder(vae_dtype),
+        text_encoder=text_encoder,
+        vae=pipeline.latent_encoder(vae_dtype),
     )
     backbone.source = str(pipeline)
-    return finish(
-        backbone,
-        backbone.unet,
-        unread=(),
-        tuning=tuning,
-        lora=lora,
-        text_encoder_tuning=text_encoder_tuning,
-        gradient_checkpointing=gradient_checkpointing,
-        attention_backend=attention_backend,
-        frozen_dtype=frozen_dtype,
-        compile_blocks=compile_blocks,
-    )
+    return finish(backbone, backbone.unet, (), tuning=tuning, text_encoder_tuning=text_encoder_tuning, **options)
 
 
 def unet_family(config: dict[str, Any]) -> str:

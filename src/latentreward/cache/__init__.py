@@ -2,6 +2,8 @@
 
 from typing import Any
 
+# Why our own format: mosaicml-streaming pins transformers below 5, litdata and webdataset read in sequence, and exact
+# resume, buckets and filters by pair need rows by number.
 __all__ = ["CachedPreferenceDataModule", "CachedSplit"]
 
 

@@ -1,33 +1,19 @@
 """Whether a cache is whole: hashes and counts of every file."""
 
-import json
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from latentreward.cache.layout import (
-    IMAGES,
-    LATENTS,
-    PAIRS,
-    POOLED_PROMPT_EMBEDS,
-    PROMPT_EMBEDS,
-    PROMPTS,
-    SHARDS,
-    SOURCES,
-    CachePlan,
-    ShardManifest,
-    manifest_name,
-    read_manifest,
-    read_plan,
-)
-from latentreward.cache.shards import file_hash
+from latentreward.cache import layout
+from latentreward.cache.layout import CachePlan, ShardManifest, manifest_name, read_manifest, read_plan
+from latentreward.cache.shard_writer import file_hash
 from latentreward.errors import InputError
+from latentreward.storage.safetensors_header import read_header
 
 THREADS = 4
 """Hashing waits for the disk and lets other threads run."""
@@ -71,7 +57,7 @@ class ShardState:
 
 def read_shards(folder: Path) -> list[Shard]:
     """The table of shards."""
-    rows = pq.read_table(folder / SHARDS).to_pylist()
+    rows = pq.read_table(folder / layout.SHARDS).to_pylist()
     return [Shard(number, **row) for number, row in enumerate(rows)]
 
 
@@ -109,7 +95,7 @@ def check_cache(folder: Path) -> tuple[CachePlan, list[str], Counter[str]]:
     if not problems:
         problems += list(_disagreements(folder, plan))
     unreadable: Counter[str] = Counter()
-    if (folder / SHARDS).is_file() and not any(problem.startswith(SHARDS) for problem in problems):
+    if (folder / layout.SHARDS).is_file() and not any(problem.startswith(layout.SHARDS) for problem in problems):
         for state in shard_states(folder, plan, read_shards(folder)):
             problems += [] if state.problem is None else [state.problem]
             unreadable.update([] if state.manifest is None else state.manifest.unreadable.values())
@@ -134,7 +120,10 @@ def _state(folder: Path, plan: CachePlan, shard: Shard) -> ShardState:
 
 
 def _shape_problem(folder: Path, plan: CachePlan, shard: Shard) -> str | None:
-    header = _read_header(folder / shard.name)
+    try:
+        header, _, _ = read_header(folder / shard.name)
+    except ValueError:
+        return f"{shard.name} is no safetensors file"
     for name, shape in tensor_shapes(plan, shard).items():
         if tuple(header.get(name, {}).get("shape", ())) != shape:
             return f"{shard.name} holds no {name} of shape {shape}"
@@ -145,34 +134,27 @@ def tensor_shapes(plan: CachePlan, shard: Shard) -> dict[str, tuple[int, ...]]:
     """Name and shape of each tensor of a shard."""
     if shard.height is not None and shard.width is not None:
         space = plan.spec.latent_space
-        return {LATENTS: (shard.count, space.channels, shard.height // space.downscale, shard.width // space.downscale)}
+        size = (shard.height // space.downscale, shard.width // space.downscale)
+        return {layout.LATENTS: (shard.count, space.channels, *size)}
     text = plan.spec.text
     assert text is not None
     return {
-        PROMPT_EMBEDS: (shard.count, text.num_tokens, text.token_dim),
-        POOLED_PROMPT_EMBEDS: (shard.count, text.pooled_dim),
+        layout.PROMPT_EMBEDS: (shard.count, text.num_tokens, text.token_dim),
+        layout.POOLED_PROMPT_EMBEDS: (shard.count, text.pooled_dim),
     }
 
 
-def _read_header(path: Path) -> dict[str, Any]:
-    try:
-        with path.open("rb") as stream:
-            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        return header if isinstance(header, dict) else {}
-    except ValueError:
-        return {}
-
-
 def _disagreements(folder: Path, plan: CachePlan) -> Iterator[str]:
-    shards = pq.read_table(folder / SHARDS)
-    wanted = dict(enumerate(shards["count"].to_pylist()))
+    wanted = {shard.number: shard.count for shard in read_shards(folder)}
     placed: Counter[int] = Counter()
-    for name, column in ((IMAGES, "shard"), (PROMPTS, "shard")):
-        for entry in pc.value_counts(pq.read_table(folder / name, columns=[column])[column]).to_pylist():
+    for name in (layout.IMAGES, layout.PROMPTS):
+        for entry in pc.value_counts(pq.read_table(folder / name, columns=["shard"])["shard"]).to_pylist():
             if entry["values"] is not None:
                 placed[entry["values"]] += entry["counts"]
     if wanted != dict(placed):
-        yield f"{SHARDS} does not hold as many rows as {IMAGES} and {PROMPTS} place in it"
-    rows = {name: pq.ParquetFile(folder / name).metadata.num_rows for name in (PAIRS, IMAGES, PROMPTS, SOURCES)}
-    if rows != {PAIRS: plan.pairs, IMAGES: plan.images, PROMPTS: plan.prompts, SOURCES: plan.images}:
+        yield f"{layout.SHARDS} does not hold as many rows as {layout.IMAGES} and {layout.PROMPTS} place in it"
+    planned = {layout.PAIRS: plan.pairs, layout.IMAGES: plan.images}
+    planned |= {layout.PROMPTS: plan.prompts, layout.SOURCES: plan.images}
+    rows = {name: pq.ParquetFile(folder / name).metadata.num_rows for name in planned}
+    if rows != planned:
         yield f"the tables do not hold as many rows as plan.json says: {rows}"

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader
 
-from latentreward.cache.agreement import check_backbone, check_caches
 from latentreward.cache.buffers import BufferPool, layout_bytes
-from latentreward.cache.dataset import CachedPairDataset, as_is
+from latentreward.cache.compatibility import check_backbone, check_caches
+from latentreward.cache.dataset import CachedPairDataset
 from latentreward.cache.index import CachedPairs, CacheIndex, OnMissing
 from latentreward.cache.sampling import BucketBatchSampler, EvaluationBatches, Sizing, SmallBuckets
 from latentreward.data.datamodules import PairLoaders, check_at_least_one
-from latentreward.data.loading import ResumableLoader
+from latentreward.data.loading import ResumableLoader, as_is
 from latentreward.data.splits import SharedPrompts, select_rows
 from latentreward.errors import InputError
 
@@ -51,9 +51,8 @@ class CachedPreferenceDataModule(PairLoaders):
         val: Pairs to validate on.
         test: Pairs to test on.
         predict: Pairs to score, labelled or not; they may share prompts with the others.
-        batch_size: Pairs per batch and rank.
-        tokens_per_batch: Instead: latent positions (height × width) of the chosen images of a batch and rank, so that
-            small images come in larger batches; at least one pair.
+        tokens_per_batch: Instead of ``batch_size``: latent positions (height × width) of the chosen images of a batch
+            and rank, so that small images come in larger batches; at least one pair.
         small_buckets: What happens to the last training pairs of an image size, fewer than a batch on every rank:
             ``short`` makes a smaller batch, ``fill`` repeats pairs, ``drop`` leaves them out of the epoch; see
             :class:`~latentreward.cache.sampling.BucketBatchSampler`. Evaluation takes every pair once, in any case.
@@ -61,10 +60,8 @@ class CachedPreferenceDataModule(PairLoaders):
         on_missing: ``raise`` stops if a shard of a cache is not written yet; ``skip`` leaves out pairs that need it.
         num_workers: Loader processes per rank; 0 reads in the training process.
         prefetch_factor: Batches that each worker holds ready.
-        pin_memory: Hand batches over in page-locked memory, where there is an accelerator.
-        shuffle: New order of ``train`` each epoch.
-        seed: Seed of that order; None takes the run's ``seed_everything``.
         shared_prompts: ``drop`` leaves out pairs that give way to another split; ``raise`` stops if there are any.
+        loading: See :class:`~latentreward.data.datamodules.PairLoaders`.
 
     Raises:
         InputError: If a setting is out of range, a cache is damaged or unfinished, or a split has no pairs left.
@@ -79,22 +76,18 @@ class CachedPreferenceDataModule(PairLoaders):
         val: CachedSplit | None = None,
         test: CachedSplit | None = None,
         predict: CachedSplit | None = None,
-        batch_size: int = 16,
         tokens_per_batch: int | None = None,
         small_buckets: SmallBuckets = "short",
         cached_text: bool = True,
         on_missing: OnMissing = "raise",
         num_workers: int = 1,
         prefetch_factor: int = 4,
-        pin_memory: bool = True,
-        shuffle: bool = True,
-        seed: int | None = None,
         shared_prompts: SharedPrompts = "drop",
+        **loading: Any,
     ) -> None:
-        super().__init__(num_workers, prefetch_factor, pin_memory, seed)
-        check_at_least_one(batch_size=batch_size, tokens_per_batch=tokens_per_batch, prefetch_factor=prefetch_factor)
-        self.batch_size, self.tokens_per_batch, self.small_buckets = batch_size, tokens_per_batch, small_buckets
-        self.shuffle = shuffle
+        super().__init__(num_workers=num_workers, prefetch_factor=prefetch_factor, **loading)
+        check_at_least_one(tokens_per_batch=tokens_per_batch)
+        self.tokens_per_batch, self.small_buckets = tokens_per_batch, small_buckets
         splits = {"train": train, "val": val, "test": test, "predict": predict}
         given = {name: split for name, split in splits.items() if split is not None}
         if not given:

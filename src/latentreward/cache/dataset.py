@@ -19,8 +19,9 @@ from latentreward.data.collate import is_turned
 class CachedPairDataset(Dataset[PreferenceBatch]):
     """Map-style data set whose batches are read from the shards straight into one buffer.
 
-    A ``DataLoader`` gets whole batches from ``__getitems__``, so give it :func:`as_is` as ``collate_fn``. Latents and
-    embeddings keep the dtype they are stored in.
+    A ``DataLoader`` gets whole batches from ``__getitems__``, so give it
+    :func:`~latentreward.data.loading.as_is` as ``collate_fn``. Latents and embeddings keep the dtype they are stored
+    in.
 
     Args:
         index: The cache.
@@ -145,8 +146,3 @@ def unpack(pool: int, slot: int, layout: Layout, fields: dict[str, Any]) -> Pref
     """The batch in a slot; the slot is free when its tensors are gone."""
     buffer = pool_of(pool).leased(slot, layout_bytes(layout))
     return PreferenceBatch(**assemble(carve(buffer, layout), fields))
-
-
-def as_is(batch: PreferenceBatch) -> PreferenceBatch:
-    """``collate_fn`` for whole batches."""
-    return batch

@@ -1,6 +1,5 @@
 """From planned images and prompts to rows of shards: the data set, the module, and the callback that writes."""
 
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,20 +13,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from latentreward.cache import layout
 from latentreward.cache.check import Shard, tensor_shapes
-from latentreward.cache.layout import (
-    IMAGES,
-    LATENTS,
-    POOLED_PROMPT_EMBEDS,
-    PROMPT_EMBEDS,
-    PROMPTS,
-    SOURCES,
-    CachePlan,
-    ShardManifest,
-    manifest_name,
-    read_plan,
-)
-from latentreward.cache.shards import ShardWriter, disk_problems_named, write_text
+from latentreward.cache.layout import CachePlan, ShardManifest, manifest_name, read_plan
+from latentreward.cache.shard_writer import KEPT, ShardWriter
 from latentreward.cache.sources import Encoders
 from latentreward.contracts import ImageRef, PreferencePair, TensorRecord
 from latentreward.data.images import ImageError, PixelLoader
@@ -35,6 +24,8 @@ from latentreward.data.latents import decode_latents
 from latentreward.data.readers import PairReader
 from latentreward.errors import InputError
 from latentreward.seeding import pair_generator
+from latentreward.storage.durable import write_errors_named, write_file
+from latentreward.storage.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -71,8 +62,8 @@ class PlannedRows:
     """
 
     def __init__(self, folder: Path) -> None:
-        images, prompts = pq.read_table(folder / IMAGES), pq.read_table(folder / PROMPTS)
-        sources = pq.read_table(folder / SOURCES)
+        images, prompts = pq.read_table(folder / layout.IMAGES), pq.read_table(folder / layout.PROMPTS)
+        sources = pq.read_table(folder / layout.SOURCES)
         self.image_keys, self.prompts = images["image_key"], prompts["prompt"]
         self.reader_rows = sources["reader_row"].to_numpy()
         self.sides = sources["side"]
@@ -121,7 +112,7 @@ class EncodeBatches(Dataset[EncodeBatch]):
         rows = self.planned.rows(shard)[first:stop]
         if shard.kind == "text":
             return EncodeBatch(shard, first, tuple(self.planned.prompts.take(rows).to_pylist()))
-        shape = tensor_shapes(self.plan, shard)[LATENTS][1:]
+        shape = tensor_shapes(self.plan, shard)[layout.LATENTS][1:]
         images = [self._image(int(row)) for row in rows]
         keys = tuple(image.image_key for image in images)
         content, unreadable = [], {}
@@ -134,13 +125,12 @@ class EncodeBatches(Dataset[EncodeBatch]):
                     raise ImageError(f"{error}; {remedy}", error.problem) from error
                 content.append(None)
                 unreadable[first + number] = error.problem
-        if self.plan.spec.vae is None:
-            blank = torch.zeros(shape)
-            latents = torch.stack([blank if item is None else item for item in content])
-            return EncodeBatch(shard, first, keys, latents=latents, unreadable=unreadable)
-        blank = torch.zeros(3, shard.height or 0, shard.width or 0)
-        pixels = torch.stack([blank if item is None else item for item in content])
-        return EncodeBatch(shard, first, keys, pixels, self._noise(keys, shape), unreadable=unreadable)
+        ready = self.plan.spec.vae is None
+        blank = torch.zeros(shape if ready else (3, shard.height or 0, shard.width or 0))
+        loaded = torch.stack([blank if item is None else item for item in content])
+        if ready:
+            return EncodeBatch(shard, first, keys, latents=loaded, unreadable=unreadable)
+        return EncodeBatch(shard, first, keys, loaded, self._noise(keys, shape), unreadable=unreadable)
 
     def _batch_size(self, shard: Shard) -> int:
         text = self.plan.spec.text
@@ -162,8 +152,7 @@ class EncodeBatches(Dataset[EncodeBatch]):
     def _load(self, image: ImageRef, shard: Shard) -> Tensor:
         spec = self.plan.spec
         if spec.vae is None:
-            latents = torch.from_numpy(decode_latents(image))
-            return latents.float()
+            return torch.from_numpy(decode_latents(image)).float()
         assert shard.height is not None and shard.width is not None and spec.resize is not None
         return PixelLoader(shard.height, shard.width, spec.resize, self.max_pixels)(image)  # type: ignore[arg-type]
 
@@ -192,7 +181,7 @@ class ShardEncoder(LightningModule):
         Raises:
             InputError: If a number is not finite: the encoder, or the stored type, has overflowed.
         """
-        rows = self._text_rows(batch) if batch.shard.kind == "text" else {LATENTS: self._latents(batch)}
+        rows = self._text_rows(batch) if batch.shard.kind == "text" else {layout.LATENTS: self._latents(batch)}
         rows = {name: tensor.to(self.storage) for name, tensor in rows.items()}
         for tensor in rows.values():
             finite = tensor.isfinite().flatten(1).all(dim=1)
@@ -216,7 +205,7 @@ class ShardEncoder(LightningModule):
     def _text_rows(self, batch: EncodeBatch) -> dict[str, Tensor]:
         assert self.text is not None
         encoded = self.text(batch.names)
-        return {PROMPT_EMBEDS: encoded.prompt_embeds, POOLED_PROMPT_EMBEDS: encoded.pooled_prompt_embeds}
+        return {layout.PROMPT_EMBEDS: encoded.prompt_embeds, layout.POOLED_PROMPT_EMBEDS: encoded.pooled_prompt_embeds}
 
 
 class ShardsToDisk(Callback):
@@ -239,7 +228,7 @@ class ShardsToDisk(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: EncodeBatch, *_: Any
     ) -> None:
         """Write the rows of one batch."""
-        with disk_problems_named(self.folder):
+        with write_errors_named(self.folder, KEPT):
             if batch.first == 0:
                 self._begin(batch.shard)
             assert self._writer is not None
@@ -263,7 +252,7 @@ class ShardsToDisk(Callback):
         sha256 = self._writer.finish()
         self._writer = None
         manifest = ShardManifest(shard.count, sha256, self.plan.spec.hash, self.plan.hash, self._unreadable)
-        write_text(self.folder / manifest_name(shard.name), manifest.to_json())
+        write_file(self.folder / manifest_name(shard.name), manifest.to_json(), KEPT)
 
 
 class OneThread(Callback):
@@ -280,38 +269,28 @@ class OneThread(Callback):
 
 
 class EncodingRate(Callback):
-    """Counts images, and says on standard error how many there were per second and how many are left.
+    """Counts images and prompts, and shows how many there were per second and how many are left."""
 
-    Args:
-        every_seconds: Time between two lines.
-    """
-
-    def __init__(self, every_seconds: float = 10.0) -> None:
-        self.every_seconds, self.total = every_seconds, 0
-        self.done, self.seconds = 0, 0.0
-        self._begun = self._said = 0.0
+    def __init__(self) -> None:
+        self.total, self.done, self.seconds = 0, 0, 0.0
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
         self.total = trainer.datamodule.total  # type: ignore[attr-defined]
-        self._begun = self._said = time.monotonic()
+        self._begun = time.monotonic()
+        self._progress = Progress("cache: about", self.total if trainer.is_global_zero else 0, "images and prompts")
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: EncodeBatch, *_: Any
     ) -> None:
         """Count; the first process speaks for all, which get equal shares."""
-        now = time.monotonic()
-        self.done, self.seconds = self.done + len(batch), now - self._begun
-        if trainer.is_global_zero and now - self._said >= self.every_seconds:
-            self._said = now
-            done = min(self.done * trainer.world_size, self.total)
-            rate = done / max(self.seconds, 1e-9)
-            left = (self.total - done) / max(rate, 1e-9)
-            print(
-                f"cache: about {done} of {self.total} images and prompts, {rate:.1f}/s, {left / 60:.0f} min left",
-                file=sys.stderr,
-                flush=True,
-            )
+        before = self.done * trainer.world_size
+        self.done, self.seconds = self.done + len(batch), time.monotonic() - self._begun
+        self._progress.add(max(0, min(self.done * trainer.world_size, self.total) - before))
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the bar as it is."""
+        self._progress.close()
 
 
 def _by_shard(shard: np.ndarray, row: np.ndarray) -> dict[int, np.ndarray]:

@@ -10,20 +10,9 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
 
-from latentreward.cache.layout import (
-    IMAGES,
-    LATENTS,
-    PAIRS,
-    POOLED_PROMPT_EMBEDS,
-    PROMPT_EMBEDS,
-    PROMPTS,
-    SHARDS,
-    CacheSpec,
-    manifest_name,
-    read_manifest,
-    read_plan,
-)
-from latentreward.cache.store import REMEDY, ShardStore
+from latentreward.cache import layout
+from latentreward.cache.layout import CacheSpec, manifest_name, read_manifest, read_plan
+from latentreward.cache.shard_reader import REMEDY, ShardStore
 from latentreward.contracts import ImageRef, PreferencePair
 from latentreward.data.readers import PairReader
 from latentreward.errors import InputError
@@ -99,16 +88,16 @@ class CacheIndex:
     def __init__(self, folder: Path, on_missing: OnMissing = "raise") -> None:
         self.folder = folder
         self.plan = read_plan(folder)
-        pairs = self._table(PAIRS, ["pair_id", "prompt", "image_a", "image_b", "label_a", "weight", "split"])
-        images = self._table(IMAGES, ["image_key", "height", "width", "shard", "row"])
-        prompts = self._table(PROMPTS, ["prompt", "shard", "row"])
-        shards = self._table(SHARDS, ["name", "kind", "height", "width", "count"])
+        pairs = self._table(layout.PAIRS, ["pair_id", "prompt", "image_a", "image_b", "label_a", "weight", "split"])
+        images = self._table(layout.IMAGES, ["image_key", "height", "width", "shard", "row"])
+        prompts = self._table(layout.PROMPTS, ["prompt", "shard", "row"])
+        shards = self._table(layout.SHARDS, ["name", "kind", "height", "width", "count"])
         self.pair_id, self.image_key = TextColumn(pairs["pair_id"]), TextColumn(images["image_key"])
         self.prompts = TextColumn(prompts["prompt"])
-        self.prompt, self.image_a, self.image_b = (_numbers(pairs[name]) for name in ("prompt", "image_a", "image_b"))
+        self.prompt, self.image_a, self.image_b = (pairs[name].to_numpy() for name in ("prompt", "image_a", "image_b"))
         self.label, self.weight = _floats(pairs["label_a"]), _floats(pairs["weight"])
         self.split = pairs["split"].combine_chunks().dictionary_encode()
-        self.image_size = np.stack([_numbers(images["height"]), _numbers(images["width"])], axis=1).astype(np.int32)
+        self.image_size = np.stack([images[name].to_numpy() for name in ("height", "width")], axis=1).astype(np.int32)
         file_of_shard, self._unreadable = self._open_shards(shards.to_pylist(), on_missing)
         self.images = _places(images, file_of_shard)
         self.texts = _places(prompts, file_of_shard)
@@ -157,14 +146,14 @@ class CacheIndex:
     def _check_header(self, number: int, shard: dict[str, Any]) -> None:
         blocks, space = self.store.blocks[number], self.spec.latent_space
         if shard["kind"] == "text":
-            names = {PROMPT_EMBEDS, POOLED_PROMPT_EMBEDS}
+            names = {layout.PROMPT_EMBEDS, layout.POOLED_PROMPT_EMBEDS}
             fits = names <= blocks.keys() and all(blocks[name].rows == shard["count"] for name in names)
         else:
             shape = (space.channels, shard["height"] // space.downscale, shard["width"] // space.downscale)
-            block = blocks.get(LATENTS)
+            block = blocks.get(layout.LATENTS)
             fits = block is not None and (block.rows, block.shape) == (shard["count"], shape)
         if not fits:
-            raise InputError(f"shard {self.store.paths[number]} does not hold what {SHARDS} says; {REMEDY}")
+            raise InputError(f"shard {self.store.paths[number]} does not hold what {layout.SHARDS} says; {REMEDY}")
 
     @cached_property
     def unusable(self) -> dict[str, np.ndarray]:
@@ -248,10 +237,6 @@ class CachedPairs(PairReader):
     def pair_ids(self) -> list[str]:
         """See :meth:`PairReader.pair_ids`."""
         return self.index.pair_id.take(self.rows)
-
-
-def _numbers(column: pa.ChunkedArray) -> np.ndarray:
-    return column.to_numpy()
 
 
 def _floats(column: pa.ChunkedArray) -> np.ndarray:

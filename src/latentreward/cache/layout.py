@@ -17,7 +17,6 @@ finished. Files hold no time stamps; their bytes depend on the data and the sett
 
 import json
 from dataclasses import asdict, dataclass, field, fields
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -25,10 +24,11 @@ import pyarrow as pa
 
 from latentreward.contracts import LatentSpace
 from latentreward.errors import InputError
+from latentreward.storage import digests
 
 VERSION = 1
 
-PLAN, LOCK = "plan.json", "lock"
+PLAN = "plan.json"
 PAIRS, IMAGES, PROMPTS = "pairs.parquet", "images.parquet", "prompts.parquet"
 SHARDS, SOURCES = "shards.parquet", "sources.parquet"
 LATENTS_FOLDER, TEXT_FOLDER = "latents", "text"
@@ -107,7 +107,7 @@ def canonical_json(value: Any) -> str:
 
 def digest(value: Any) -> str:
     """Hash (32 hexadecimal digits) of what can be put as JSON."""
-    return blake2b(canonical_json(value).encode(), digest_size=16).hexdigest()
+    return digests.digest([canonical_json(value)])
 
 
 @dataclass(frozen=True)

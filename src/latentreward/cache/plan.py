@@ -15,26 +15,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from latentreward.cache.layout import (
-    IMAGES,
-    PAIRS,
-    PLAN,
-    PROMPTS,
-    SCHEMAS,
-    SHARDS,
-    SOURCES,
-    CachePlan,
-    CacheSpec,
-    digest,
-    latents_name,
-    text_name,
-)
+from latentreward.cache import layout
+from latentreward.cache.layout import CachePlan, CacheSpec, digest
 from latentreward.cache.scan import ScannedRow
-from latentreward.cache.shards import file_hash, replacing, write_text
+from latentreward.cache.shard_writer import KEPT, file_hash
 from latentreward.cache.sizing import ImageSettings, Size
 from latentreward.contracts import PreferencePair
 from latentreward.data.readers import PairReader
 from latentreward.errors import InputError
+from latentreward.storage.durable import replacing, write_file
 
 ROWS_PER_GROUP = 4096
 SAMPLED_ROWS = 16
@@ -98,7 +87,7 @@ class ShardNumbers:
             shard = self._open[size] = len(self.shards)
             number = self._begun[size]
             self._begun[size] += 1
-            name = text_name(number) if size is None else latents_name(*size, number)
+            name = layout.text_name(number) if size is None else layout.latents_name(*size, number)
             self.shards.append((name, "text", None, None) if size is None else (name, "latents", *size))
             self.counts.append(0)
         self.counts[shard] += 1
@@ -130,7 +119,7 @@ class Planner:
             return
         pair = row.pair
         votes_a, votes_b = pair.votes or (None, None)
-        self.tables[PAIRS].add(
+        self.tables[layout.PAIRS].add(
             pair.pair_id,
             self._prompt(pair.prompt),
             self._image(pair.image_a.image_key, sizes[0], row.number, "a"),
@@ -150,7 +139,7 @@ class Planner:
     def finish(self) -> None:
         """Write the table of shards."""
         for shard, count in zip(self._shards.shards, self._shards.counts, strict=True):
-            self.tables[SHARDS].add(*shard, count)
+            self.tables[layout.SHARDS].add(*shard, count)
 
     def _sizes(self, row: ScannedRow) -> tuple[Size, Size] | str:
         if row.problem is not None:
@@ -164,8 +153,8 @@ class Planner:
         name = _hash("image", key, *size)
         if name not in self._known:
             shard, row = self._shards.place(size, self.spec.images_per_shard)
-            self.tables[SOURCES].add(reader_row, side)
-            self._known[name] = self.tables[IMAGES].add(key, *size, shard, row, row // self.spec.batch_size)
+            self.tables[layout.SOURCES].add(reader_row, side)
+            self._known[name] = self.tables[layout.IMAGES].add(key, *size, shard, row, row // self.spec.batch_size)
         return self._known[name]
 
     def _prompt(self, prompt: str) -> int:
@@ -173,7 +162,7 @@ class Planner:
         if name not in self._known:
             text = self.spec.text
             shard, row = (None, None) if text is None else self._shards.place(None, text.prompts_per_shard)
-            self._known[name] = self.tables[PROMPTS].add(prompt, shard, row)
+            self._known[name] = self.tables[layout.PROMPTS].add(prompt, shard, row)
         return self._known[name]
 
 
@@ -183,7 +172,7 @@ def write_plan(
     images: ImageSettings,
     data: dict[str, Any],
     rows: Iterable[ScannedRow],
-    progress: Callable[[int], None] = lambda done: None,
+    progress: Callable[[int], None] = lambda number: None,
 ) -> CachePlan:
     """Plan all ``rows`` and write tables and ``plan.json``, the latter last.
 
@@ -193,34 +182,35 @@ def write_plan(
         images: Sizes of images, of which ``spec`` was made.
         data: See :func:`describe_data`.
         rows: Rows of the reader, in their order.
-        progress: Called with the number of rows done.
+        progress: Called with 1 after each row.
 
     Raises:
         InputError: If no pair is left.
     """
     with ExitStack() as stack:
-        streams = {name: stack.enter_context(replacing(folder / name)) for name in SCHEMAS}
-        tables = {name: TableWriter(stream, SCHEMAS[name]) for name, stream in streams.items()}
-        for table in tables.values():
-            stack.callback(table.close)
+        tables = {}
+        for name, schema in layout.SCHEMAS.items():
+            partial = stack.enter_context(replacing(folder / name, KEPT))
+            tables[name] = TableWriter(stack.enter_context(partial.open("xb")), schema)
+            stack.callback(tables[name].close)
         planner = Planner(spec, images, tables)
-        for done, row in enumerate(rows, start=1):
+        for row in rows:
             planner.add(row)
-            progress(done)
-        if not tables[PAIRS].count:
+            progress(1)
+        if not tables[layout.PAIRS].count:
             reasons = ", ".join(f"{count} {reason}" for reason, count in planner.dropped.most_common())
             raise InputError(f"reader: none of its rows can be cached ({reasons or 'it has none'}); check images")
         planner.finish()
     plan = CachePlan(
         spec=spec,
         data=data,
-        tables={name: file_hash(folder / name) for name in SCHEMAS},
-        pairs=tables[PAIRS].count,
-        images=tables[IMAGES].count,
-        prompts=tables[PROMPTS].count,
+        tables={name: file_hash(folder / name) for name in layout.SCHEMAS},
+        pairs=tables[layout.PAIRS].count,
+        images=tables[layout.IMAGES].count,
+        prompts=tables[layout.PROMPTS].count,
         dropped=dict(planner.dropped.most_common()),
     )
-    write_text(folder / PLAN, plan.to_json())
+    write_file(folder / layout.PLAN, plan.to_json(), KEPT)
     return plan
 
 

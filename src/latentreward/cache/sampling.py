@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -72,19 +71,12 @@ class BucketBatchSampler:
         self.sizing, self.rank = sizing, rank
         self.epoch = self.skip = 0
         self.spans: list[dict[str, Any]] = []
-        self._plan = lru_cache(maxsize=1)(self._plan_rest)
+        self._planned: tuple[int, list[dict[str, Any]], list[np.ndarray]] | None = None
         if not len(self):
             raise InputError(
                 f"data.train: {len(self.bucket)} pairs in {len(shapes)} sizes, each with fewer than one batch on "
                 f"{sizing.world_size} ranks, and small_buckets=drop; set it to short or fill, or lower batch_size"
             )
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_plan"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._plan = lru_cache(maxsize=1)(self._plan_rest)
 
     def set_epoch(self, epoch: int) -> None:
         """Turn to an epoch; another one starts from its first batch."""
@@ -151,15 +143,14 @@ class BucketBatchSampler:
 
     def _groups(self) -> list[np.ndarray]:
         """Pairs of each step under the present sizing: of the whole epoch, or of what earlier sizings left."""
-        return self._plan(self.epoch, tuple(tuple(span.items()) for span in self.spans))
-
-    def _plan_rest(self, epoch: int, spans: tuple[tuple[tuple[str, Any], ...], ...]) -> list[np.ndarray]:
-        left = np.ones(len(self.bucket), dtype=bool)
-        for span in map(dict, spans):
-            taken = span.pop("batches")
-            for group in self._plan_epoch(epoch, Sizing(**span), left)[:taken]:
-                left[group] = False
-        return self._plan_epoch(epoch, self.sizing, left)
+        if self._planned is None or self._planned[:2] != (self.epoch, self.spans):
+            left = np.ones(len(self.bucket), dtype=bool)
+            for span in map(dict, self.spans):
+                taken = span.pop("batches")
+                for group in self._plan_epoch(self.epoch, Sizing(**span), left)[:taken]:
+                    left[group] = False
+            self._planned = self.epoch, list(self.spans), self._plan_epoch(self.epoch, self.sizing, left)
+        return self._planned[2]
 
     def _plan_epoch(self, epoch: int, sizing: Sizing, left: np.ndarray) -> list[np.ndarray]:
         """Steps over the pairs that are ``left``; one begins where its first pair stands in the epoch's order."""

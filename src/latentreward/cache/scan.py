@@ -2,15 +2,15 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from latentreward.cache.sizing import ImageSettings, Size
 from latentreward.contracts import ImageRef, LatentSpace, PreferencePair
 from latentreward.data.images import DAMAGED, ImageError, image_size
 from latentreward.data.latents import decode_latents
+from latentreward.data.loading import WorkerLoader
 from latentreward.data.readers import PairReader
 
 ROWS_AT_ONCE = 64
@@ -80,7 +80,7 @@ class RowScan(Dataset[ScannedRow]):
 
 def scan_rows(scan: RowScan, num_workers: int) -> Iterator[ScannedRow]:
     """All rows in their order, read by worker processes."""
-    loader: DataLoader[Any] = DataLoader(
+    loader = WorkerLoader(
         scan,
         batch_size=ROWS_AT_ONCE,
         num_workers=num_workers,

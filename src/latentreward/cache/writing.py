@@ -20,18 +20,21 @@ from torch.utils.data import DataLoader
 
 from latentreward.cache.check import Shard, read_shards, shard_states, table_problems
 from latentreward.cache.encoding import EncodeBatches
-from latentreward.cache.layout import LOCK, PLAN, SCHEMAS, CachePlan, CacheSpec, manifest_name, read_plan
+from latentreward.cache.layout import PLAN, SCHEMAS, CachePlan, CacheSpec, manifest_name, read_plan
 from latentreward.cache.plan import check_same, describe_data, write_plan
 from latentreward.cache.scan import RowScan, scan_rows
-from latentreward.cache.shards import disk_problems_named, locked, remove_temporary
+from latentreward.cache.shard_writer import KEPT, remove_temporary
 from latentreward.cache.sizing import ImageSettings
+from latentreward.data.loading import WorkerLoader
 from latentreward.data.readers import PairReader
 from latentreward.errors import InputError
+from latentreward.storage.durable import contents, write_errors_named
+from latentreward.storage.locks import locked
+from latentreward.storage.progress import Progress
 
 logger = logging.getLogger(__name__)
 
 SIGTERM_STATUS = 143
-SECONDS_BETWEEN_LINES = 10.0
 PARENT = "LATENTREWARD_CACHE_PARENT"
 """Environment variable that tells a process who started it, even if that one has ended meanwhile."""
 
@@ -71,8 +74,8 @@ class EncodingDataModule(LightningDataModule):
         """
         if self.todo is not None:
             return
-        self._held.enter_context(locked(self.folder))
-        with disk_problems_named(self.folder):
+        self._held.enter_context(locked(self.folder, "output"))
+        with write_errors_named(self.folder, KEPT):
             begun = (self.folder / PLAN).exists()
             if not begun:
                 self._refuse_other_files()
@@ -96,7 +99,7 @@ class EncodingDataModule(LightningDataModule):
         assert self.trainer is not None and self.todo is not None
         mine = self.todo[self.trainer.global_rank :: self.trainer.world_size]
         plan = read_plan(self.folder)
-        return DataLoader(
+        return WorkerLoader(
             EncodeBatches(self.folder, plan, mine, self.reader, self.images.max_pixels),
             batch_size=None,
             num_workers=self.num_workers,
@@ -115,7 +118,8 @@ class EncodingDataModule(LightningDataModule):
 
     def _plan(self, data: dict[str, Any]) -> CachePlan:
         rows = scan_rows(RowScan(self.reader, self.images, self.spec.latent_space), self.num_workers)
-        return write_plan(self.folder, self.spec, self.images, data, rows, planning_progress(len(self.reader)))
+        with Progress("cache: plan", len(self.reader), "rows") as progress:
+            return write_plan(self.folder, self.spec, self.images, data, rows, progress.add)
 
     def _restore_tables(self, plan: CachePlan, data: dict[str, Any]) -> None:
         """Plan again if a table is missing or damaged; the result must be the same plan."""
@@ -129,8 +133,8 @@ class EncodingDataModule(LightningDataModule):
 
     def _refuse_other_files(self) -> None:
         """Whatever lies in a folder without a plan is not ours, but for what a killed run left of its planning."""
-        ours = (LOCK, PLAN, *SCHEMAS)
-        strangers = sorted(path.name for path in self.folder.iterdir() if not path.name.startswith(ours))
+        ours = ("lock", PLAN, *SCHEMAS)  # "lock" is an earlier version's
+        strangers = [name for name in contents(self.folder) if not name.startswith(ours)]
         if strangers:
             raise InputError(
                 f"output={str(self.folder)!r} has no {PLAN} but holds {strangers[0]} ({len(strangers)} such files); "
@@ -226,6 +230,7 @@ def run_predict(trainer: Trainer, module: LightningModule, data: EncodingDataMod
             if not data.todo:
                 return
         if is_child(trainer):
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent, which a terminal asks as well, ends this process
             end_with_parent()
         else:
             os.environ[PARENT] = str(os.getpid())
@@ -252,17 +257,3 @@ def end_children(trainer: Trainer, folder: Path) -> None:
         for child in launcher.procs:
             child.wait()
         remove_temporary(folder)
-
-
-def planning_progress(rows: int) -> Callable[[int], None]:
-    """A function that says on standard error, now and then, how many of ``rows`` are planned."""
-    begun = said = time.monotonic()
-
-    def progress(done: int) -> None:
-        nonlocal said
-        now = time.monotonic()
-        if now - said >= SECONDS_BETWEEN_LINES:
-            said = now
-            print(f"cache: planned {done} of {rows} rows, {done / (now - begun):.0f}/s", file=sys.stderr, flush=True)
-
-    return progress

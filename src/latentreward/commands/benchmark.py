@@ -1,8 +1,6 @@
 """``latentreward benchmark``: reward models by published protocols, and a report on them."""
 
 import json
-import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,19 +8,19 @@ from typing import Any
 from latentreward.errors import InputError
 from latentreward.evaluation.benchmark.base import Benchmark
 from latentreward.evaluation.benchmark.evaluate import evaluate, merged
+from latentreward.evaluation.benchmark.format_detection import recognise_benchmark
+from latentreward.evaluation.benchmark.four_benchmarks import with_averages
 from latentreward.evaluation.benchmark.noise_columns import NoiseColumns
-from latentreward.evaluation.benchmark.page import telling_pictures
-from latentreward.evaluation.benchmark.plan import Extent, ScoringPlan
-from latentreward.evaluation.benchmark.recognition import recognise_benchmark
+from latentreward.evaluation.benchmark.page import disagreement_pictures
+from latentreward.evaluation.benchmark.plan import ScoringPlan
 from latentreward.evaluation.benchmark.report import HTML, JSON, MARKDOWN, versions, write_report
 from latentreward.evaluation.benchmark.results import BenchmarkReport
-from latentreward.evaluation.benchmark.tables import count_list, percent, percent_interval
-from latentreward.lightning_cli import run_function
+from latentreward.evaluation.benchmark.tables import count_list
+from latentreward.reports.tables import percent, percent_interval
 from latentreward.scorers import RewardModelScorer, Scorer
 from latentreward.scorers.reward_model import reward_names
+from latentreward.settings.functions import run_function
 
-INTERVAL = 10.0
-"""Seconds between lines of progress."""
 LEVELS = (0.1, 0.2, 0.4, 0.6, 0.8)
 
 
@@ -48,6 +46,7 @@ def benchmark(
     telling_pairs: int = 12,
     flush_every: int = 256,
     decode_threads: int = 4,
+    trust_remote_code: bool = False,
 ) -> None:
     """Score pairs of images that people judged, and report how often each model prefers what they preferred.
 
@@ -67,8 +66,10 @@ def benchmark(
             stand beside it.
         limit: Only the first so many pairs of each split, for a first look; the report says so.
         telling_pairs: How many pairs of each split to show on which models disagree most.
-        flush_every: Pairs per part of a table: what a kill can lose.
+        flush_every: Pairs per part of a table: what a kill can lose; Ctrl-C loses none that is scored.
         decode_threads: Threads that decode images ahead.
+        trust_remote_code: Whether the settings of ``model`` may name classes that are not registered, which are
+            imported; each of ``scorers`` has a setting of that name.
 
     Raises:
         InputError: If a setting is wrong, data cannot be read, or scores in OUTPUT_DIR belong to something else.
@@ -79,14 +80,17 @@ def benchmark(
     if telling_pairs < 0:
         raise InputError(f"telling_pairs={telling_pairs} must be at least 0")
     sets = _with_more("benchmarks", "data", benchmarks, [] if data is None else [recognise_benchmark(data)])
-    given = _with_more("scorers", "model", scorers, _named_rewards(model))
+    given = _with_more("scorers", "model", scorers, _named_rewards(model, trust_remote_code))
     models = [NoiseColumns(one, levels, draws) if isinstance(one, RewardModelScorer) else one for one in given]
-    plan = ScoringPlan(output_dir / "scores", sets, models, Extent(limit, flush_every, decode_threads))
-    plan.complete(Progress)
+    plan = ScoringPlan(
+        output_dir / "scores", sets, models, limit, flush_every=flush_every, decode_threads=decode_threads
+    )
+    plan.complete()
     scores = plan.scores()
-    report = merged([_introduction(limit, levels, draws, sets), *(evaluate(one, telling_pairs) for one in scores)])
+    introduction = _introduction(limit, levels, draws, sets)
+    report = with_averages(merged([introduction, *(evaluate(one, telling_pairs) for one in scores)]))
     readers = {one.name(split): reader for one in scores for split, reader in one.benchmark.readers().items()}
-    write_report(output_dir, report, telling_pictures(report, readers))
+    write_report(output_dir, report, disagreement_pictures(report, readers))
     print(_summary(report))
     print(_costs(plan.seconds()))
     print(f"{output_dir / HTML}, {MARKDOWN} and {JSON} show everything")
@@ -109,9 +113,10 @@ def _models_together(arguments: Sequence[str]) -> list[str]:
     return [*rest, f"--model={json.dumps(paths)}"]
 
 
-def _named_rewards(model: list[str] | str | None) -> list[RewardModelScorer]:
+def _named_rewards(model: list[str] | str | None, trusted: bool) -> list[RewardModelScorer]:
     paths = [model] if isinstance(model, str) else list(dict.fromkeys(model or []))
-    return [RewardModelScorer(path, name) for path, name in zip(paths, reward_names(paths), strict=True)]
+    names = zip(paths, reward_names(paths), strict=True)
+    return [RewardModelScorer(path, name, trust_remote_code=trusted) for path, name in names]
 
 
 def _with_more(name: str, single: str, several: list[Any] | None, more: Sequence[Any]) -> list[Any]:
@@ -122,29 +127,6 @@ def _with_more(name: str, single: str, several: list[Any] | None, more: Sequence
     if repeated := [item for item in names if names.count(item) > 1]:
         raise InputError(f"{name}: two are named {repeated[0]!r}; give each a name of its own")
     return found
-
-
-class Progress:
-    """A line on the error stream every ``INTERVAL`` seconds and at the end.
-
-    Args:
-        name: What is being scored.
-    """
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.start = self.printed = time.monotonic()
-
-    def __call__(self, done: int, total: int) -> None:
-        """Say how far it is, if it is time to."""
-        now = time.monotonic()
-        if now - self.printed < INTERVAL and done < total:
-            return
-        self.printed = now
-        speed = done / max(now - self.start, 1e-9)
-        left = round((total - done) / speed)
-        line = f"{self.name} {done}/{total} pairs  {speed:.1f} pairs/s  {left // 60}:{left % 60:02d} left"
-        print(line, file=sys.stderr, flush=True)
 
 
 def _introduction(limit: int | None, levels: Sequence[float], draws: int, sets: list[Benchmark]) -> BenchmarkReport:

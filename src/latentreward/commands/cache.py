@@ -19,7 +19,8 @@ from latentreward.cache.sources import Encoders, LatentSource
 from latentreward.cache.writing import EncodingDataModule, StopOnSigterm, exit_on_sigterm, run_predict
 from latentreward.data.readers import PairReader, count_text
 from latentreward.errors import InputError
-from latentreward.lightning_cli import run_function
+from latentreward.interrupts import interrupts_told
+from latentreward.settings.functions import run_function
 
 LINES = 20
 
@@ -42,8 +43,8 @@ class TrainerSettings:
 
 
 def run(command: str, arguments: Sequence[str]) -> None:
-    """Run the subcommand; a bare ``--check`` is enough."""
-    run_function(command, cache, ["--check=true" if argument == "--check" else argument for argument in arguments])
+    """Run the subcommand."""
+    run_function(command, cache, arguments)
 
 
 def cache(
@@ -83,7 +84,8 @@ def cache(
         missing = "reader" if reader is None else "encoder"
         raise InputError(f"{missing} is missing; give it in a --config file, or say --check to verify a cache")
     check_settings(reader, encoder, images_per_shard, num_workers)
-    with exit_on_sigterm():
+    kept = f"finished shards are kept in {folder}: the same command goes on there"
+    with exit_on_sigterm(), interrupts_told(lambda: kept):
         encoders = encoder.load()
         images.check(encoders.space)
         spec = make_spec(encoder, encoders, images, dtype, seed, images_per_shard)

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from latentreward.checkpoint_files import DurableCheckpointIO
-from latentreward.checkpoint_shards import read_checkpoint
+from latentreward.checkpoints.files import DurableCheckpointIO
+from latentreward.checkpoints.shards import read_checkpoint, require_finite
 from latentreward.errors import InputError
-from latentreward.lightning_cli import run_function
+from latentreward.settings.functions import run_plain_function
 
 
 def consolidate(checkpoint: Path, output: Path, average: bool = False, overwrite: bool = False) -> None:
@@ -30,6 +30,7 @@ def consolidate(checkpoint: Path, output: Path, average: bool = False, overwrite
         raise InputError(f"output: {output} exists; set overwrite: true or choose another name")
     content = read_checkpoint(checkpoint)
     content = averaged(content, checkpoint) if average else content
+    require_finite(content.get("state_dict", {}), f"checkpoint: {checkpoint}")
     DurableCheckpointIO().save_checkpoint(content, output)
     print(f"{output}: {len(content['state_dict'])} tensors, {output.stat().st_size / 1e6:.1f} MB")
 
@@ -55,4 +56,4 @@ def run(command: str, arguments: Sequence[str]) -> None:
     Raises:
         InputError: If an argument is wrong.
     """
-    run_function(command, consolidate, arguments, bare=2)
+    run_plain_function(command, consolidate, arguments, bare=2)

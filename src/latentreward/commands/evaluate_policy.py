@@ -7,29 +7,36 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from latentreward.commands.judged_policy import (
+from latentreward.data.alignment.prompt_files import PromptRow, read_prompt_set
+from latentreward.devices import find_device
+from latentreward.errors import InputError
+from latentreward.evaluation.benchmark.report import HTML, versions
+from latentreward.evaluation.policy.imported import FoundPicture, pictures_per_prompt, prompts_of
+from latentreward.evaluation.policy.published_numbers import Protocol, published_scores
+from latentreward.evaluation.policy.report import write_report
+from latentreward.evaluation.policy.results import PolicyReport, ScoredPictures
+from latentreward.evaluation.policy.samples import (
     JudgedPolicy,
     SamplingPlan,
     complete_or_refuse,
     make_source,
     planned,
 )
-from latentreward.commands.picture_writing import DETERMINISTIC
-from latentreward.commands.trained_policy import find_device, plain
-from latentreward.data.prompt_files import PromptRow, read_prompt_set
-from latentreward.errors import InputError
-from latentreward.evaluation.benchmark.report import HTML, replace_text, versions
-from latentreward.evaluation.policy.imported import FoundPicture, pictures_per_prompt, prompts_of
-from latentreward.evaluation.policy.published_numbers import Protocol, published_scores
-from latentreward.evaluation.policy.report import write_report
-from latentreward.evaluation.policy.results import PolicyReport, ScoredPictures
 from latentreward.evaluation.policy.scoring import PictureScoring, score_names
 from latentreward.evaluation.policy.statistics import compare, in_common, policy_scores
-from latentreward.evaluation.policy.tables import as_text, score_table
-from latentreward.lightning_cli import run_function
+from latentreward.evaluation.policy.tables import score_table
+from latentreward.generation.picture_writing import DETERMINISTIC
+from latentreward.generation.trained_policy import plain
+from latentreward.interrupts import interrupts_told
+from latentreward.reports.tables import as_text
 from latentreward.rollout import Sampling
 from latentreward.scorers import ImageScorer, Scorer
+from latentreward.scorers.fingerprints import public_identity
 from latentreward.scorers.tools import JudgedPicture, ToolScorer
+from latentreward.scoring.network import name_of
+from latentreward.settings.functions import run_function
+from latentreward.storage.durable import contents, write_file
+from latentreward.storage.locks import locked
 from latentreward.tinyworld.captions import held_out_captions
 
 MARKER = "evaluate.json"
@@ -58,6 +65,7 @@ def evaluate_policy(
     prompts: str | None = None,
     *,
     num_prompts: int | None = None,
+    max_prompt_chars: int = 10_000,
     images_per_prompt: int | None = None,
     images_scored: Literal["all", "first"] = "all",
     sampling: Sampling = DETERMINISTIC,
@@ -86,6 +94,7 @@ def evaluate_policy(
             with a column ``prompt`` or ``caption``; ``tinyworld`` for the tiny world's held-out captions. By default
             those of the table of ``images``.
         num_prompts: The first so many are taken; all by default.
+        max_prompt_chars: Characters that a prompt may have; text encoders read some hundred.
         images_per_prompt: Pictures of each prompt; by default as many as a folder of images has, or 1.
         images_scored: ``all``, or the ``first`` of each prompt, the others not even being made. LPO's released script
             makes four, and by a slip of ``zip`` scores the first alone, so its published means are over 500 pictures.
@@ -110,12 +119,12 @@ def evaluate_policy(
     )
     names, policies = score_names(scorers), _named(policy, against)
     found = {name: judged.found() for name, judged in policies.items()}
-    rows = _prompt_rows(prompts, policies, found)[:num_prompts]
+    rows = _prompt_rows(prompts, max_prompt_chars, policies, found)[:num_prompts]
     count = images_per_prompt or _found_per_prompt(found, rows)
     wanted = [(place, image) for place in range(len(rows)) for image in range(1 if images_scored == "first" else count)]
     plan = SamplingPlan(sampling, guidance_scale, seed, shared_noise, batch_size, find_device(device))
     settings = {
-        "prompts": prompts,
+        "prompts": None if prompts is None else name_of(prompts),
         "num_prompts": len(rows),
         "images_per_prompt": count,
         "images_scored": images_scored,
@@ -125,39 +134,41 @@ def evaluate_policy(
         "seed": seed,
         "parts": parts,
     }
-    _claim(output_dir, settings)
-    ready = ReadyScorers(scorers)
-    ready.check_tools(planned(rows, wanted))
-    sources = {
-        name: make_source(policies[name], found[name], plan, rows, wanted, output_dir / "pictures" / slot)
-        for name, slot in zip(policies, SLOTS, strict=False)
-    }
-    notes = (*complete_or_refuse(sources, wanted, missing), *_notes(rows, images_scored, count, policies, sampling))
-    for note in notes:
-        print(f"note: {note}", file=sys.stderr, flush=True)
-    if any(source.missing for source in sources.values()):
-        ready.prepare_image_scorers()
-    for source in sources.values():
-        source.make()
-    scored = in_common(
-        [
-            _scored(name, list(sources[name].pictures().values()), ready, output_dir / "scores" / slot)
+    with locked(output_dir, "output_dir"):
+        _claim(output_dir, settings)
+        ready = ReadyScorers(scorers)
+        ready.check_tools(planned(rows, wanted))
+        sources = {
+            name: make_source(policies[name], found[name], plan, rows, wanted, output_dir / "pictures" / slot)
             for name, slot in zip(policies, SLOTS, strict=False)
-        ]
-    )
-    headlines = {name: getattr(scorer, "headline", "mean") for scorer in scorers for name in scorer.columns}
-    report = PolicyReport(
-        {name: judged.describe() for name, judged in policies.items()},
-        {scorer.name: scorer.identity() for scorer in scorers},
-        tuple(score for one in scored for score in policy_scores(one, headlines, parts)),
-        tuple(compare(*scored)) if len(scored) > 1 else (),
-        tuple(one for one in (published_scores(published) if published else ()) if one.score in names),
-        {**settings, "versions": versions()},
-        notes,
-    )
-    write_report(output_dir, report, scored, cards)
-    print(as_text(score_table(report)))
-    print(f"{output_dir / HTML}: {len(scored[0].pictures)} pictures of each policy")
+        }
+        notes = (*complete_or_refuse(sources, wanted, missing), *_notes(rows, images_scored, count, policies, sampling))
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr, flush=True)
+        if any(source.missing for source in sources.values()):
+            ready.prepare_image_scorers()
+        with interrupts_told(lambda: f"what is done is kept in {output_dir}: the same command goes on there"):
+            for source in sources.values():
+                source.make()
+            scored = in_common(
+                [
+                    _scored(name, list(sources[name].pictures().values()), ready, output_dir / "scores" / slot)
+                    for name, slot in zip(policies, SLOTS, strict=False)
+                ]
+            )
+        headlines = {name: getattr(scorer, "headline", "mean") for scorer in scorers for name in scorer.columns}
+        report = PolicyReport(
+            {name: judged.describe() for name, judged in policies.items()},
+            {scorer.name: public_identity(scorer) for scorer in scorers},
+            tuple(score for one in scored for score in policy_scores(one, headlines, parts)),
+            tuple(compare(*scored)) if len(scored) > 1 else (),
+            tuple(one for one in (published_scores(published) if published else ()) if one.score in names),
+            {**settings, "versions": versions()},
+            notes,
+        )
+        write_report(output_dir, report, scored, cards)
+        print(as_text(score_table(report)))
+        print(f"{output_dir / HTML}: {len(scored[0].pictures)} pictures of each policy")
 
 
 class ReadyScorers:
@@ -209,12 +220,15 @@ def _named(policy: JudgedPolicy, against: JudgedPolicy | None) -> dict[str, Judg
 
 
 def _prompt_rows(
-    prompts: str | None, policies: Mapping[str, JudgedPolicy], found: Mapping[str, list[FoundPicture] | None]
+    prompts: str | None,
+    max_prompt_chars: int,
+    policies: Mapping[str, JudgedPolicy],
+    found: Mapping[str, list[FoundPicture] | None],
 ) -> list[PromptRow]:
     if prompts == TINY_WORLD:
         return [PromptRow(text) for text in held_out_captions(TINY_PROMPTS, TINY_SEED)]
     if prompts is not None:
-        return read_prompt_set(prompts)
+        return read_prompt_set(prompts, max_prompt_chars=max_prompt_chars)
     for name, pictures in found.items():
         folder = policies[name].images
         if pictures is not None and folder is not None:
@@ -230,10 +244,9 @@ def _found_per_prompt(found: Mapping[str, list[FoundPicture] | None], rows: Sequ
 def _claim(output_dir: Path, settings: Mapping[str, Any]) -> None:
     """Take an empty folder, or one that an evaluation was written to before."""
     ours = (output_dir / MARKER).is_file()
-    if not ours and output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+    if not ours and output_dir.exists() and (not output_dir.is_dir() or contents(output_dir)):
         raise InputError(f"output_dir: {output_dir} holds other files; choose an empty folder")
-    output_dir.mkdir(parents=True, exist_ok=True)
-    replace_text(output_dir / MARKER, json.dumps(settings, indent=1) + "\n")
+    write_file(output_dir / MARKER, json.dumps(settings, indent=1) + "\n")
 
 
 def _notes(

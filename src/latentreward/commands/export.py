@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 
 from latentreward.errors import InputError
-from latentreward.lightning_cli import run_function
+from latentreward.settings.functions import run_plain_function
 
 Format = Literal["diffusers", "kohya", "merged"]
 
@@ -55,4 +55,4 @@ def run(command: str, arguments: Sequence[str]) -> None:
     Raises:
         InputError: If an argument is wrong.
     """
-    run_function(command, export, arguments, bare=2)
+    run_plain_function(command, export, arguments, bare=2)

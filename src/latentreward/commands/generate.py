@@ -8,17 +8,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from latentreward.commands.image_folder import ImageFolder
-from latentreward.commands.picture_writing import DETERMINISTIC, decode_latents, write_pictures
-from latentreward.commands.trained_policy import TrainedPolicy, find_device, plain
 from latentreward.contracts import PromptBatch
-from latentreward.data.prompt_files import read_prompts
+from latentreward.data.alignment.prompt_files import read_prompts
+from latentreward.devices import find_device
 from latentreward.errors import InputError
-from latentreward.inference import Candidates, best_of_n, search_latents
-from latentreward.lightning_cli import run_function
+from latentreward.generation import Candidates, best_of_n, search_latents
+from latentreward.generation.image_folder import ImageFolder
+from latentreward.generation.picture_writing import DETERMINISTIC, decode_latents, write_pictures
+from latentreward.generation.trained_policy import TrainedPolicy, plain
+from latentreward.interrupts import interrupts_told
 from latentreward.policies import Policy, PolicySource
 from latentreward.rewards import Reward, RewardSource
 from latentreward.rollout import Sampling, sample_latents
+from latentreward.settings.functions import run_function
+from latentreward.storage.locks import locked
 
 
 def run(command: str, arguments: Sequence[str]) -> None:
@@ -45,6 +48,7 @@ def generate(
     score_sigmas: Sequence[float] = (0.2,),
     seed: int = 0,
     batch_size: int = 8,
+    max_prompt_chars: int = 10_000,
     table: Literal["csv", "jsonl"] = "csv",
     device: str = "auto",
 ) -> None:
@@ -69,6 +73,7 @@ def generate(
             ensemble. Rewards that look at pixels need none.
         seed: Fixes everything.
         batch_size: Pictures sampled at once.
+        max_prompt_chars: Characters that a prompt may have; text encoders read some hundred.
         table: Format of the table.
         device: ``cpu``, ``cuda``, ...; ``auto`` takes a GPU if there is one.
 
@@ -87,7 +92,7 @@ def generate(
             "seed": seed,
         }
     )
-    texts = read_prompts(prompts, "prompts")
+    texts = read_prompts(prompts, "prompts", max_prompt_chars)
     _require_sane(
         {"images_per_prompt": images_per_prompt, "best_of": best_of, "batch_size": batch_size}, guidance_scale
     )
@@ -98,24 +103,28 @@ def generate(
         reward.require_latents_of(source)
     if step_search is not None:
         step_search.branching().steps(sampling.sampler(source.pipeline().config("scheduler")))
-    folder = ImageFolder(output_dir, settings, table)
-    wanted = [(place, image) for place in range(len(texts)) for image in range(images_per_prompt)]
-    missing = [(place, image) for place, image in wanted if not folder.has(place, image, texts[place])]
-    print(f"{len(wanted) - len(missing)} of {len(wanted)} pictures are there already", flush=True)
-    if missing:
-        where = find_device(device)
-        generator = trained.load(where)
-        scorer = None if reward is None else reward.load(generator).eval().to(where)
-        if scorer is not None:
-            _try(scorer, generator, best_of, score_sigmas)
-        how: dict[str, Any] = {"sampling": sampling, "guidance_scale": guidance_scale, "seed": seed}
-        sample: Callable[[PromptBatch], Tensor] = partial(sample_latents, generator, **how)
-        if step_search is not None and scorer is not None:
-            sample = partial(_search, generator, scorer, candidates=step_search, **how)
-        draw = partial(_draw, sample, scorer, best_of, seed, score_sigmas)
-        write_pictures(folder, texts, missing, draw, partial(decode_latents, generator), seed, batch_size)
-    folder.write_grid(wanted)
-    print(folder.summary(wanted))
+    with locked(output_dir, "output_dir"):
+        folder = ImageFolder(output_dir, settings, table)
+        wanted = [(place, image) for place in range(len(texts)) for image in range(images_per_prompt)]
+        missing = [(place, image) for place, image in wanted if not folder.has(place, image, texts[place])]
+        print(f"{len(wanted) - len(missing)} of {len(wanted)} pictures are there already", flush=True)
+        if missing:
+            where = find_device(device)
+            generator = trained.load(where)
+            scorer = None if reward is None else reward.load(generator).eval().to(where)
+            if scorer is not None:
+                _try(scorer, generator, best_of, score_sigmas)
+            how: dict[str, Any] = {"sampling": sampling, "guidance_scale": guidance_scale, "seed": seed}
+            sample: Callable[[PromptBatch], Tensor] = partial(sample_latents, generator, **how)
+            if step_search is not None and scorer is not None:
+                sample = partial(_search, generator, scorer, candidates=step_search, **how)
+            draw = partial(_draw, sample, scorer, best_of, seed, score_sigmas)
+            with interrupts_told(
+                lambda: f"{len(folder.rows)} pictures are kept in {output_dir}: the same command goes on there"
+            ):
+                write_pictures(folder, texts, missing, draw, partial(decode_latents, generator), seed, batch_size)
+        folder.write_grid(wanted)
+        print(folder.summary(wanted))
 
 
 def _draw(

@@ -3,30 +3,28 @@
 import json
 import logging
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import combinations
 from pathlib import Path
 
 from latentreward.data.buckets import MIN_PIXELS, PUBLISHED_BUCKETS, sort_buckets
-from latentreward.data.inspection import ImageCensus, SplitContents, find_leakage, inspect_reader
-from latentreward.data.inspection_report import Report
+from latentreward.data.format_detection import choose_splits, recognise
+from latentreward.data.inspection.counts import ImageCensus, SplitContents, find_leakage, inspect_reader
+from latentreward.data.inspection.report import Report
+from latentreward.data.inspection.score_tables import inspect_scores
 from latentreward.data.readers import PairReader
-from latentreward.data.recognition import choose_splits, recognise
-from latentreward.data.score_inspection import inspect_scores
 from latentreward.data.score_table import ScoreTable
 from latentreward.errors import InputError
-from latentreward.lightning_cli import run_function
+from latentreward.settings.functions import run_function
+from latentreward.storage.durable import write_file
 
-INTERVAL = 10.0
-"""Seconds between lines of progress."""
 INTERRUPTED_STATUS = 130
 
 
 def run(command: str, arguments: Sequence[str]) -> None:
-    """Run the subcommand; a bare ``--decode`` is enough."""
-    run_function(command, inspect, ["--decode=true" if argument == "--decode" else argument for argument in arguments])
+    """Run the subcommand."""
+    run_function(command, inspect, arguments)
 
 
 def inspect(
@@ -69,7 +67,7 @@ def inspect(
             if found is None:
                 continue
             census = ImageCensus(sizes, decode, hash_images, MIN_PIXELS if buckets is None else 0)
-            counts, contents[name] = inspect_reader(name, found, census, limit, partial(Progress(), name))
+            counts, contents[name] = inspect_reader(name, found, census, limit)
             report.splits.append(counts)
             if not counts.complete:
                 raise KeyboardInterrupt
@@ -82,27 +80,9 @@ def inspect(
     report.leakage = [find_leakage(*pair, (contents[pair[0]], contents[pair[1]])) for pair in combinations(contents, 2)]
     print(report.to_text())
     if output is not None:
-        output.write_text(json.dumps(report.to_json(), indent=1, ensure_ascii=False) + "\n")
+        write_file(output, json.dumps(report.to_json(), indent=1, ensure_ascii=False) + "\n")
     if not report.complete:
         sys.exit(INTERRUPTED_STATUS)
-
-
-class Progress:
-    """A line on the error stream every ``INTERVAL`` seconds."""
-
-    def __init__(self) -> None:
-        self.start = self.printed = time.monotonic()
-
-    def __call__(self, name: str, done: int, total: int) -> None:
-        """Say how far it is, if it is time to."""
-        now = time.monotonic()
-        if now - self.printed < INTERVAL:
-            return
-        self.printed = now
-        speed = done / (now - self.start)
-        left = round((total - done) / speed)
-        line = f"inspect {name} {done}/{total} rows  {speed:.1f} rows/s  {left // 60}:{left % 60:02d} left"
-        print(line, file=sys.stderr, flush=True)
 
 
 def _find_sources(

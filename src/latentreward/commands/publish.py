@@ -9,20 +9,21 @@ from typing import Any
 
 import torch
 
-from latentreward.commands.listed_scoring import ListedScoring
 from latentreward.commands.score import NoiseSettings
-from latentreward.commands.score_inputs import require_some
 from latentreward.data.image_lists import ImageList, read_images
+from latentreward.devices import find_device
 from latentreward.errors import InputError
-from latentreward.function_cli import run_plain_function
-from latentreward.scorers.clip import device_of
+from latentreward.interrupts import interrupts_told
 from latentreward.scoring import Calibration, Card, RewardModel, ScoringNoise
 from latentreward.scoring.calibration import FEWEST
 from latentreward.scoring.files import read_config
-from latentreward.scoring.folder_config import FolderConfig
 from latentreward.scoring.hub import upload
-from latentreward.scoring.pretrained import CONFIG
-from latentreward.scoring.saving import check_target, config_of, save_pretrained
+from latentreward.scoring.image_lists import ListedScoring
+from latentreward.scoring.layouts.config import FolderConfig
+from latentreward.scoring.layouts.model_folder import CONFIG
+from latentreward.scoring.layouts.saving import check_target, config_of, save_pretrained
+from latentreward.scoring.score_inputs import require_some
+from latentreward.settings.functions import run_plain_function
 
 DECODE_THREADS = 4
 FEW = 200
@@ -116,10 +117,11 @@ def publish(
         metrics: JSON file with numbers for the model card, e.g. of latentreward benchmark.
         name: Title of the model card; by default the hub id, or the folder's name.
         base: Pipeline of the frozen weights, if not the one that the model names.
-        base_name: Name of the base for others, e.g. owner/name@revision, where base is a local copy.
+        base_name: Name of the base for others, e.g. owner/name@revision, where the model was trained on a local copy;
+            by default the name of the copy's folder, which must then be given as base to load the model.
         run_config: Settings of the model's run, if not beside its checkpoint.
         revision: Branch, tag or commit, where model is a hub id.
-        trust_remote_code: Whether the model's config may name classes that are not registered, which are imported.
+        trust_remote_code: Whether the model's settings may name classes that are not registered, which are imported.
         push_to_hub: Hub id owner/name to upload to; the token is that of this machine's login, or HF_TOKEN.
         branch: Branch there; by default the main one.
         private: Whether a repository that is made for it is private; by default what the owner has set.
@@ -137,7 +139,7 @@ def publish(
     listed = None if reference is None else reference.listed()
     loading: dict[str, Any] = {"base": base, "config": run_config, "revision": revision}
     loaded = RewardModel.from_pretrained(
-        model, device=device_of(device), trust_remote_code=trust_remote_code, **loading
+        model, device=find_device(device), trust_remote_code=trust_remote_code, **loading
     )
     config_of(loaded, base_name)  # what cannot be saved is not scored first
     if noise is not None:
@@ -151,11 +153,13 @@ def publish(
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     print(f"{output}: {size / 1e6:.1f} MB; {calibration_text(loaded.calibration)}")
     if push_to_hub is not None:
+        again = f"latentreward publish {output} {output} --push_to_hub {push_to_hub}"
+        written = f"the folder {output} is written: later run {again}"
         try:
-            print(f"uploaded: {upload(output, push_to_hub, private=private, revision=branch)}")
+            with interrupts_told(lambda: written):
+                print(f"uploaded: {upload(output, push_to_hub, private=private, revision=branch)}")
         except InputError as error:
-            again = f"latentreward publish {output} {output} --push_to_hub {push_to_hub}"
-            raise InputError(f"push_to_hub: {error}; the folder {output} is written: later run {again}") from error
+            raise InputError(f"push_to_hub: {error}; {written}") from error
 
 
 def replaced_text(output: Path) -> str:

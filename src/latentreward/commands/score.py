@@ -1,7 +1,6 @@
 """``latentreward score``: scores of a folder or list of images, as a table and as a page."""
 
 import dataclasses
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,23 +11,20 @@ from typing import Literal
 
 import torch
 
-from latentreward.commands.gallery import Gallery
-from latentreward.commands.listed_scoring import ListedScoring
-from latentreward.commands.progress import Progress
-from latentreward.commands.score_inputs import images_identity, require_some
-from latentreward.commands.scored_table import read_scores, summarise
 from latentreward.data.image_lists import ImageList, read_images
 from latentreward.data.images import MAX_PIXELS
+from latentreward.devices import find_device
 from latentreward.errors import InputError, first_line
-from latentreward.function_cli import run_plain_function
-from latentreward.scorers.clip import device_of
 from latentreward.scorers.fingerprints import fingerprint
-from latentreward.scorers.part_files import PartFiles
 from latentreward.scoring import RewardModel, ScoringNoise
-from latentreward.scoring.noise import NoiseKey
-
-INTERRUPTED = 130
-"""Exit status after Ctrl-C."""
+from latentreward.scoring.gallery import Gallery
+from latentreward.scoring.image_lists import ListedScoring
+from latentreward.scoring.score_inputs import images_identity, require_some
+from latentreward.scoring.scored_table import read_scores, summarise
+from latentreward.scoring.scoring_noise import NoiseKey
+from latentreward.settings.functions import run_plain_function
+from latentreward.storage.part_tables import PartFiles
+from latentreward.storage.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -114,10 +110,10 @@ def score(
         base: Pipeline of the frozen weights, if not the one that the model names.
         run_config: Settings of the model's run, if not beside its checkpoint.
         revision: Branch, tag or commit of a hub id.
-        trust_remote_code: Whether the model's config may name classes that are not registered, which are imported.
+        trust_remote_code: Whether the model's settings may name classes that are not registered, which are imported.
         batch_size: Images per pass of the model.
         decode_threads: Threads that decode images ahead.
-        flush_every: Images per part: what a kill can lose.
+        flush_every: Images per part: what a kill can lose; Ctrl-C loses none that is scored.
         max_pixels: Images with more pixels are recorded as unreadable.
         dtype: Precision of the model's backbone.
         device: E.g. cuda:1; auto takes the accelerator if there is one.
@@ -133,7 +129,7 @@ def score(
         max_pixels=max_pixels,
     )
     page = None if gallery is None else Gallery(gallery, gallery_images, decode_threads, max_pixels)
-    target = device_of(device)
+    target = find_device(device)
     listed = read_images(images, prompt, image_column, prompt_column, allow_outside)
     loading = {"base": base, "config": run_config, "revision": revision, "trust_remote_code": trust_remote_code}
     spec = {
@@ -206,50 +202,33 @@ def _make_table(
         if kept := files.rows - sum(map(len, parts)):
             print(f"{kept} of {files.rows} images were scored before and are kept", flush=True)
         _note_uncalibrated(model, own)
-        with _stoppable(files, scoring.batch_size):
+        with _memory_told(files, scoring.batch_size):
             said.append(_score_missing(scoring, files, parts))
-    with _kept(files):
-        files.finish()
+    files.finish()
     return said
 
 
 def _score_missing(scoring: ListedScoring, files: PartFiles, parts: Sequence[range]) -> str:
     """Score the parts; says how long it took."""
     start, total = time.monotonic(), sum(map(len, parts))
-    with Progress(files.rows - total, files.rows) as progress:
+    with Progress("score", files.rows, "images", files.rows - total) as progress:
         scoring.progress = progress.add
         for rows, table in scoring.tables(parts):
-            with _kept(files):
-                files.write(rows, table)
+            files.write(rows, table)
     seconds = time.monotonic() - start
     speed = f"{total / seconds:.1f} images/s, {scoring.seconds:.1f} s in the model"
     return f"{total} images scored in {seconds:.1f} s ({speed})"
 
 
 @contextmanager
-def _stoppable(files: PartFiles, batch_size: int) -> Iterator[None]:
-    """Say how to go on after Ctrl-C, and after memory ran out."""
-    kept = f"what was scored is kept in {files.folder}"
+def _memory_told(files: PartFiles, batch_size: int) -> Iterator[None]:
+    """Say how to go on after memory ran out."""
     try:
         yield
-    except KeyboardInterrupt:
-        print(f"stopped; {kept}: the same command goes on there", file=sys.stderr)
-        sys.exit(INTERRUPTED)
     except torch.OutOfMemoryError as error:
         raise InputError(
-            f"batch_size={batch_size} takes more memory than there is ({first_line(error)}); {kept}: set a smaller one"
-        ) from error
-
-
-@contextmanager
-def _kept(files: PartFiles) -> Iterator[None]:
-    """Turn a full disk and the like into a line that says how to go on."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(
-            f"output: {files.output} cannot be written ({first_line(error)}); what was scored is kept in "
-            f"{files.folder}: put that right and run the same command again"
+            f"batch_size={batch_size} takes more memory than there is ({first_line(error)}); what was scored is kept "
+            f"in {files.folder}: set a smaller one"
         ) from error
 
 

@@ -1,6 +1,5 @@
 """``latentreward score-pairs``: a table of scores of both images of every pair, for filtering."""
 
-import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -12,13 +11,11 @@ import pyarrow as pa
 from latentreward.data.images import MAX_PIXELS
 from latentreward.data.readers import PairReader, count_text
 from latentreward.errors import InputError
-from latentreward.lightning_cli import run_function
 from latentreward.scorers import Scorer
 from latentreward.scorers.pair_scoring import PairScoring
-from latentreward.scorers.part_files import PartFiles
-
-INTERVAL = 10.0
-"""Seconds between lines of progress."""
+from latentreward.settings.functions import run_function
+from latentreward.storage.part_tables import PartFiles
+from latentreward.storage.progress import Progress
 
 
 def run(command: str, arguments: Sequence[str]) -> None:
@@ -45,7 +42,7 @@ def score_pairs(
         output: File to write, .parquet or .csv.
         reader: Where pairs come from.
         scorers: What scores them, e.g. latentreward.scorers.CLIPScorer.
-        flush_every: Pairs per part: what a kill can lose.
+        flush_every: Pairs per part: what a kill can lose; Ctrl-C loses none that is scored.
         decode_threads: Threads that decode images ahead.
         max_pixels: Images with more pixels are recorded as unreadable.
 
@@ -75,26 +72,12 @@ def _score_missing(scoring: PairScoring, files: PartFiles, flush_every: int) -> 
     scoring.prepare()
     for rows, table in files.read():
         scoring.recall(rows, table)
-    start = printed = time.monotonic()
-    done, total = 0, sum(map(len, missing))
-    for rows in missing:
-        files.write(rows, scoring.score(scoring.read(rows)))
-        done += len(rows)
-        now = time.monotonic()
-        if now - printed >= INTERVAL or done == total:
-            printed = now
-            _print_progress(done, total, files.rows, now - start)
-    return time.monotonic() - start, done
-
-
-def _print_progress(done: int, total: int, rows: int, seconds: float) -> None:
-    speed = done / max(seconds, 1e-9)
-    left = round((total - done) / speed)
-    print(
-        f"score-pairs {rows - total + done}/{rows} pairs  {speed:.1f} pairs/s  {left // 60}:{left % 60:02d} left",
-        file=sys.stderr,
-        flush=True,
-    )
+    start, total = time.monotonic(), sum(map(len, missing))
+    with Progress("score-pairs", files.rows, "pairs", files.rows - total) as progress:
+        for rows, table in scoring.tables(missing):
+            files.write(rows, table)
+            progress.add(len(rows))
+    return time.monotonic() - start, total
 
 
 def _summary(scoring: PairScoring, files: PartFiles) -> str:

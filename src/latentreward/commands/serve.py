@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Literal
 
 from latentreward.errors import InputError
-from latentreward.function_cli import run_plain_function
+from latentreward.settings.functions import run_plain_function
 
 TOKEN_VARIABLE = "LATENTREWARD_TOKEN"
-MIB = 2**20
 
 
 def run(command: str, arguments: Sequence[str]) -> None:
@@ -34,6 +33,7 @@ def serve(
     trust_remote_code: bool = False,
     batch_size: int = 8,
     max_wait_ms: float = 10.0,
+    max_pass_s: float = 2.0,
     queue: int = 256,
     timeout: float = 60.0,
     max_body_mb: float = 64.0,
@@ -55,9 +55,11 @@ def serve(
         base: Pipeline of the frozen weights, if not the one that the model names.
         run_config: Settings of the model's run, if not beside its checkpoint.
         revision: Branch, tag or commit of a hub id.
-        trust_remote_code: Whether the model's config may name classes that are not registered, which are imported.
-        batch_size: Rows (latents or images) per pass.
+        trust_remote_code: Whether the model's settings may name classes that are not registered, which are imported.
+        batch_size: Rows (latents or images) per pass, at most.
         max_wait_ms: Milliseconds that a row waits for others to share its pass.
+        max_pass_s: Seconds that a pass may take, by what its rows took before; a row that takes longer has one alone.
+            What waits for the model waits for the running pass at least.
         queue: Rows that may wait; further requests are answered 503 with Retry-After.
         timeout: Seconds after which a request is answered 504.
         max_body_mb: Largest body, in MiB.
@@ -73,7 +75,7 @@ def serve(
     _require_extra()
     import torch
 
-    from latentreward.scorers.clip import device_of
+    from latentreward.devices import find_device
     from latentreward.scoring import RewardModel
     from latentreward.serving.addresses import bind
     from latentreward.serving.server import serve as serve_until_stopped
@@ -81,14 +83,15 @@ def serve(
 
     settings = ServiceSettings(
         batch_size=batch_size,
-        max_wait=max_wait_ms / 1000,
+        max_wait_ms=max_wait_ms,
+        max_pass_s=max_pass_s,
         queue=queue,
         timeout=timeout,
-        max_body=int(max_body_mb * MIB),
+        max_body_mb=max_body_mb,
         max_latent_pixels=max_latent_pixels,
         token=_token(token_file),
     )
-    target = device_of(device)
+    target = find_device(device)
     with bind(host, port) as bound:
         if settings.token is None and not ip_address(bound.getsockname()[0].partition("%")[0]).is_loopback:
             print(
@@ -110,7 +113,8 @@ def serve(
 
 
 def _require_extra() -> None:
-    missing = [name for name in ("fastapi", "uvicorn", "python_multipart") if find_spec(name) is None]
+    modules = ("fastapi", "prometheus_client", "python_multipart", "uvicorn")
+    missing = [name for name in modules if find_spec(name) is None]
     if missing:
         raise InputError(f"serve needs {missing[0]}, which is not installed; pip install 'latentreward[serve]'")
 

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from typing import Literal
 
 from latentreward.errors import InputError
-from latentreward.function_cli import run_plain_function
+from latentreward.settings.functions import run_plain_function
 
 
 def run(command: str, arguments: Sequence[str]) -> None:
@@ -36,7 +36,7 @@ def ui(
         base: Pipeline of the frozen weights, if not the one that the model names.
         run_config: Settings of the model's run, if not beside its checkpoint.
         revision: Branch, tag or commit of a hub id.
-        trust_remote_code: Whether the model's config may name classes that are not registered, which are imported.
+        trust_remote_code: Whether the model's settings may name classes that are not registered, which are imported.
         dtype: Precision of the model's backbone.
         device: E.g. cuda:1; auto takes the accelerator if there is one.
 
@@ -48,12 +48,12 @@ def ui(
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
     import torch
 
-    from latentreward.scorers.clip import device_of
+    from latentreward.devices import find_device
     from latentreward.scoring import RewardModel
     from latentreward.serving.addresses import bind
     from latentreward.serving.ui import launch
 
-    target = device_of(device)
+    target = find_device(device)
     with bind("127.0.0.1", port) as bound:  # gradio binds by itself, after the model is loaded
         free_port = bound.getsockname()[1]
     loading = {"revision": revision, "base": base, "config": run_config, "trust_remote_code": trust_remote_code}

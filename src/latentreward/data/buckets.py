@@ -8,7 +8,6 @@ from latentreward.errors import InputError
 
 MIN_PIXELS = 256 * 256
 ASPECT_TOLERANCE = 0.03
-PIXELS_AT_BASE = 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -101,17 +100,3 @@ def assign_bucket(
     log_aspect, log_area = math.log(width / height), math.log(height * width)
     fitting = [bucket for bucket in buckets if abs(log_aspect - bucket.log_aspect) <= tolerance]
     return min(fitting, key=lambda bucket: abs(log_area - math.log(bucket.area)), default=None)
-
-
-def dynamic_batch_size(bucket: Bucket, base: int, pixels: int = PIXELS_AT_BASE) -> int:
-    """Pairs per batch that keep the pixels of a batch about equal over the buckets, as the released code counts them.
-
-    ``max(1, floor(pixels / area) · base)``: small buckets get a whole multiple of ``base``, buckets above ``pixels``
-    get 1, whatever ``base`` is.
-
-    Args:
-        bucket: Size of the batch's images.
-        base: Pairs per batch for images of ``pixels``.
-        pixels: Area for which ``base`` is meant.
-    """
-    return max(1, pixels // bucket.area * base)

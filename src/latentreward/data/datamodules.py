@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from latentreward.data.collate import collate_pairs
 from latentreward.data.dataset import PairDataset
 from latentreward.data.images import MAX_PIXELS, PixelLoader, ResizePolicy
-from latentreward.data.loading import ResumableLoader, ignore_signals
+from latentreward.data.loading import ResumableLoader, WorkerLoader, ignore_signals
 from latentreward.data.readers import PairReader, count_text
 from latentreward.data.sampling import PairBatchSampler, PairSampler, even_batch_size
 from latentreward.data.splits import SharedPrompts, select_rows
@@ -28,10 +28,13 @@ class PairLoaders(LightningDataModule):
     A subclass fills :attr:`datasets`, makes the loader for training, and says how evaluation deals out its pairs.
 
     Args:
+        batch_size: Pairs per batch and rank. A batch is smaller by its unreadable pairs, and over uneven shares of
+            ranks evaluation may use another size near it.
         num_workers: Loader processes per rank; 0 loads in the training process.
         prefetch_factor: Batches that each worker holds ready.
         pin_memory: Hand batches over in page-locked memory, where there is an accelerator.
-        seed: Seed of the order of training pairs; None takes the run's ``seed_everything``.
+        shuffle: New order of ``train`` each epoch, the same for every world size.
+        seed: Seed of that order; None takes the run's ``seed_everything``.
 
     Attributes:
         datasets: Pairs of the splits that are given: ``train``, ``val``, ``test``, ``predict``.
@@ -41,8 +44,19 @@ class PairLoaders(LightningDataModule):
     datasets: dict[str, Any]
     remedy: str
 
-    def __init__(self, num_workers: int, prefetch_factor: int, pin_memory: bool, seed: int | None) -> None:
+    def __init__(
+        self,
+        *,
+        batch_size: int = 16,
+        num_workers: int = 4,
+        prefetch_factor: int = 2,
+        pin_memory: bool = True,
+        shuffle: bool = True,
+        seed: int | None = None,
+    ) -> None:
         super().__init__()
+        check_at_least_one(batch_size=batch_size, prefetch_factor=prefetch_factor)
+        self.batch_size, self.shuffle = batch_size, shuffle
         self.num_workers, self.prefetch_factor, self.pin_memory = num_workers, prefetch_factor, pin_memory
         self.seed = run_seed(seed)
 
@@ -80,7 +94,7 @@ class PairLoaders(LightningDataModule):
         """What training and evaluation loaders have in common."""
         return {
             "num_workers": self.num_workers,
-            "prefetch_factor": self.prefetch_factor,
+            "prefetch_factor": self.prefetch_factor if self.num_workers else None,
             "pin_memory": self.pin_memory and torch.accelerator.is_available(),
         }
 
@@ -90,13 +104,10 @@ class PairLoaders(LightningDataModule):
 
     def _evaluation_loader(self, name: str) -> DataLoader[Any]:
         dataset = self._dataset(name)
-        settings = self._worker_settings()
-        if not self.num_workers:
-            settings["prefetch_factor"] = None
-        return DataLoader(
+        return WorkerLoader(
             dataset,
             **self._deal(dataset),
-            **settings,
+            **self._worker_settings(),
             persistent_workers=self.num_workers > 0,
             worker_init_fn=ignore_signals,
         )
@@ -123,15 +134,9 @@ class PreferenceDataModule(PairLoaders):
         test: Pairs to test on.
         predict: Pairs to score, labelled or not; they may share prompts with the others.
         resize: How images come to ``size``, see :class:`PixelLoader`.
-        batch_size: Pairs per batch and rank. A batch is smaller by its unreadable pairs, and over uneven shares of
-            ranks evaluation may use another size near it.
-        num_workers: Loader processes per rank; 0 decodes in the training process.
-        prefetch_factor: Batches that each worker holds ready.
-        pin_memory: Hand batches over in page-locked memory, where there is an accelerator.
-        shuffle: New order of ``train`` each epoch, the same for every world size.
-        seed: Seed of that order; None takes the run's ``seed_everything``.
         shared_prompts: ``"drop"`` leaves out rows that give way to another split; ``"raise"`` stops if there are any.
         max_pixels: Images with more pixels are refused before they are decoded.
+        loading: See :class:`PairLoaders`.
 
     Raises:
         InputError: If a setting is out of range or a split has no rows left.
@@ -148,19 +153,13 @@ class PreferenceDataModule(PairLoaders):
         test: PairReader | None = None,
         predict: PairReader | None = None,
         resize: ResizePolicy = "stretch",
-        batch_size: int = 16,
-        num_workers: int = 4,
-        prefetch_factor: int = 2,
-        pin_memory: bool = True,
-        shuffle: bool = True,
-        seed: int | None = None,
         shared_prompts: SharedPrompts = "drop",
         max_pixels: int = MAX_PIXELS,
+        **loading: Any,
     ) -> None:
-        super().__init__(num_workers, prefetch_factor, pin_memory, seed)
+        super().__init__(**loading)
         height, width = (size, size) if isinstance(size, int) else size
-        check_at_least_one(size=min(height, width), batch_size=batch_size, prefetch_factor=prefetch_factor)
-        self.batch_size, self.shuffle = batch_size, shuffle
+        check_at_least_one(size=min(height, width))
         loader = PixelLoader(height, width, resize, max_pixels)
         readers = {"train": train, "val": val, "test": test}
         given = {name: reader for name, reader in readers.items() if reader is not None}

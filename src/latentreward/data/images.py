@@ -124,12 +124,12 @@ def convert_image(image: Image.Image, name: str, max_pixels: int = MAX_PIXELS) -
     """
     ref = ImageRef(name)
     if not image.width * image.height:
-        raise _error(ref, EMPTY, f"{image.width}×{image.height} pixels")
+        raise image_error(ref, EMPTY, f"{image.width}×{image.height} pixels")
     _check_pixels(ref, image, max_pixels)
     try:
         return _to_rgb(image)
     except BROKEN_FILE as error:
-        raise _error(ref, DAMAGED, str(error)) from error
+        raise image_error(ref, DAMAGED, str(error)) from error
 
 
 def image_size(image: ImageRef, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
@@ -165,17 +165,17 @@ def _opened(image: ImageRef, max_pixels: int) -> Iterator[Image.Image]:
     except ImageError:
         raise
     except UnidentifiedImageError as error:
-        raise _error(image, UNKNOWN, f"not one of {', '.join(FORMATS)}") from error
+        raise image_error(image, UNKNOWN, f"not one of {', '.join(FORMATS)}") from error
     except BOMB as error:
-        raise _error(image, TOO_LARGE, f"exceeds max_pixels={max_pixels}") from error
+        raise image_error(image, TOO_LARGE, f"exceeds max_pixels={max_pixels}") from error
     except BROKEN_FILE as error:
-        raise _error(image, DAMAGED, str(error)) from error
+        raise image_error(image, DAMAGED, str(error)) from error
 
 
 def _check_pixels(image: ImageRef, opened: Image.Image, max_pixels: int) -> None:
     width, height = opened.size
     if width * height > max_pixels:
-        raise _error(image, TOO_LARGE, f"{width}×{height} exceeds max_pixels={max_pixels}")
+        raise image_error(image, TOO_LARGE, f"{width}×{height} exceeds max_pixels={max_pixels}")
 
 
 def resolve_inside(root: Path, path: Path) -> Path | None:
@@ -192,25 +192,25 @@ def _open_source(image: ImageRef) -> BytesIO | Path:
         raise InputError(f"image {image.image_key!r} holds latents, no image; import them with `latentreward cache`")
     if image.data is not None:
         if not image.data:
-            raise _error(image, EMPTY, "0 bytes")
+            raise image_error(image, EMPTY, "0 bytes")
         return BytesIO(image.data)
     path = image.path
     if path is None:
-        raise _error(image, NO_IMAGE, "the row has none")
+        raise image_error(image, NO_IMAGE, "the row has none")
     if image.root is not None:
         path = resolve_inside(image.root, path)
         if path is None:
-            raise _error(image, OUTSIDE, f"leads out of {image.root}")
+            raise image_error(image, OUTSIDE, f"leads out of {image.root}")
     try:
         status = path.stat()
     except OSError as error:
-        raise _error(image, MISSING, f"{path}: {error.strerror}") from error
+        raise image_error(image, MISSING, f"{path}: {error.strerror}") from error
     except ValueError as error:  # a null byte
-        raise _error(image, MISSING, f"{str(path)!r}: {error}") from error
+        raise image_error(image, MISSING, f"{str(path)!r}: {error}") from error
     if not stat.S_ISREG(status.st_mode):
-        raise _error(image, MISSING, f"{path} is not a file")
+        raise image_error(image, MISSING, f"{path} is not a file")
     if status.st_size == 0:
-        raise _error(image, EMPTY, f"{path} has 0 bytes")
+        raise image_error(image, EMPTY, f"{path} has 0 bytes")
     return path
 
 
@@ -220,5 +220,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _error(image: ImageRef, problem: str, detail: str) -> ImageError:
-    return ImageError(f"image {image.image_key!r}: {problem} ({' '.join(detail.split())})", problem)
+def image_error(image: ImageRef, problem: str, detail: str) -> ImageError:
+    """One line about an image, or latents, that cannot be used; ``problem`` is one of ``IMAGE_PROBLEMS``."""
+    what = "latents" if image.holds == "latents" else "image"
+    return ImageError(f"{what} {image.image_key!r}: {problem} ({' '.join(detail.split())})", problem)

@@ -5,7 +5,7 @@ from io import BytesIO
 import numpy as np
 
 from latentreward.contracts import ImageRef
-from latentreward.data.images import DAMAGED, EMPTY, NO_IMAGE, ImageError
+from latentreward.data.images import DAMAGED, EMPTY, NO_IMAGE, image_error
 
 DTYPES = ("float16", "float32")
 
@@ -23,20 +23,16 @@ def decode_latents(image: ImageRef) -> np.ndarray:
         ImageError: If the bytes are no such array, or it has values that are not finite.
     """
     if image.data is None:
-        raise _error(image, NO_IMAGE, "the row has none")
+        raise image_error(image, NO_IMAGE, "the row has none")
     if not image.data:
-        raise _error(image, EMPTY, "0 bytes")
+        raise image_error(image, EMPTY, "0 bytes")
     try:
         array = np.load(BytesIO(image.data), allow_pickle=False)
     except (ValueError, OSError, EOFError, TypeError, SyntaxError) as error:  # what numpy raises on damaged bytes
-        raise _error(image, DAMAGED, f"no whole np.save array: {error}") from error
+        raise image_error(image, DAMAGED, f"no whole np.save array: {error}") from error
     if not isinstance(array, np.ndarray) or array.ndim != 3 or str(array.dtype) not in DTYPES:
         found = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
-        raise _error(image, DAMAGED, f"{found} is no (C, h, w) of {' or '.join(DTYPES)}")
+        raise image_error(image, DAMAGED, f"{found} is no (C, h, w) of {' or '.join(DTYPES)}")
     if not np.isfinite(array).all():
-        raise _error(image, DAMAGED, "values that are not finite")
+        raise image_error(image, DAMAGED, "values that are not finite")
     return array
-
-
-def _error(image: ImageRef, problem: str, detail: str) -> ImageError:
-    return ImageError(f"latents {image.image_key!r}: {problem} ({' '.join(detail.split())})", problem)

@@ -1,12 +1,21 @@
 """A loader of training batches that can stop after any batch and go on from there, on other machines if need be."""
 
+# Why our own loader: torchdata's StatefulDataLoader keeps one state per rank, and a resumed run may have other ranks.
 import atexit
 import multiprocessing
+import re
 import signal
+import threading
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any, Protocol
 
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data._utils import signal_handling
+
+DEAD_WORKER = re.compile(r"RuntimeError: (DataLoader worker \(pid|Pin memory)|(Connection\w+|EOF)Error: (?!Caught)")
+"""Start of errors about a worker process that was killed; torch's about one that raised begin with "Caught"."""
+WORKER_REMEDY = "perhaps memory ran out: set num_workers lower, or give the job more memory"
 
 
 class ResumableBatchSampler(Protocol):
@@ -48,6 +57,60 @@ class ResumableBatchSampler(Protocol):
         """Go to that place: of that epoch, the next iteration yields what is left."""
 
 
+class CountedBatches:
+    """Count the batches of an epoch that holds a fixed number of them, for a :class:`ResumableBatchSampler`.
+
+    Args:
+        batch_size: Rows per batch and rank.
+        batches_per_epoch: Batches per rank in an epoch.
+        max_prompts: Prompts to use in all; None for no end.
+        finish: Called as the last batch that these prompts give is dealt out; the run is to stop after it.
+        num_replicas: World size.
+        rank: Number of this rank.
+
+    Attributes:
+        global_batch: Rows of a batch on all ranks.
+        epoch: Number of the epoch.
+        batches: Batches per rank that were taken of it before the current iteration.
+        taken: Batches that the current iteration has yielded.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        batches_per_epoch: int,
+        *,
+        max_prompts: int | None = None,
+        finish: Callable[[], None] = lambda: None,
+        num_replicas: int = 1,
+        rank: int = 0,
+    ) -> None:
+        self.batches_per_epoch, self.global_batch = batches_per_epoch, batch_size * num_replicas
+        self.max_prompts, self.finish = max_prompts, finish
+        self.num_replicas, self.rank = num_replicas, rank
+        self.epoch = self.batches = self.taken = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begin ``epoch``; the same one again changes nothing."""
+        if epoch != self.epoch:
+            self.epoch, self.batches, self.taken = epoch, 0, 0
+
+    def __len__(self) -> int:
+        return self.batches_per_epoch
+
+    def remaining(self) -> int:
+        """Batches per rank that are left of the epoch."""
+        return max(self.batches_per_epoch - self.batches, 0)
+
+    def state_dict(self, batches: int) -> dict[str, Any]:
+        """Epoch, and batches taken of it after ``batches`` more."""
+        return {"epoch": self.epoch, "batches": self.batches + batches}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the epoch and the batches taken of it."""
+        self.epoch, self.batches, self.taken = state_dict["epoch"], state_dict["batches"], 0
+
+
 class EpochOfBatches(DistributedSampler[int]):
     """Stands in the loader's ``sampler`` and passes the epoch on to its batch sampler.
 
@@ -67,7 +130,43 @@ class EpochOfBatches(DistributedSampler[int]):
         self.batch_sampler.set_epoch(epoch)
 
 
-class ResumableLoader(DataLoader[Any]):
+class WorkerLoader(DataLoader[Any]):
+    """A ``DataLoader`` that ends in one line when one of its worker processes was killed, or goes on without them.
+
+    Attributes:
+        goes_on: Whether this process then loads the batches itself, for a run that saves and stops soon.
+        worker_died: Whether a worker was killed.
+
+    Raises:
+        ChildProcessError: While iterating, if a worker was killed and ``goes_on`` is false.
+    """
+
+    goes_on: bool = False
+    worker_died: bool = False
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        before, taken = signal.getsignal(signal.SIGCHLD), 0
+        try:
+            batches = super().__iter__()
+            if self.num_workers and threading.current_thread() is threading.main_thread():
+                # torch's handler raises anywhere, even halfway through an optimiser step; the next batch tells as well.
+                # Another loader of this process may have set it before.
+                torchs = getattr(before, "__module__", "") == signal_handling.__name__
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL if torchs else before)
+            for batch in batches:
+                taken += 1
+                yield batch
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            if not self.num_workers or not DEAD_WORKER.match(f"{type(error).__name__}: {error}"):
+                raise
+            self.worker_died, self._iterator = True, None
+            if not self.goes_on:
+                raise ChildProcessError(f"a data loader's worker process was killed ({WORKER_REMEDY})") from error
+            rest = islice(iter(self.batch_sampler), taken, None)  # type: ignore[arg-type]
+            yield from DataLoader(self.dataset, batch_sampler=rest, collate_fn=self.collate_fn)  # type: ignore[arg-type]
+
+
+class ResumableLoader(WorkerLoader):
     """A ``DataLoader`` whose place in the epoch is part of Lightning's checkpoints.
 
     Lightning saves :meth:`state_dict` with its loops and loads it before the first batch. Batches count once they are
@@ -79,8 +178,7 @@ class ResumableLoader(DataLoader[Any]):
         batch_sampler: Decides this rank's batches and holds the state.
         collate_fn: Makes a batch of what the data set returned.
         num_workers: Loader processes; 0 loads in the training process.
-        prefetch_factor: Batches that each worker holds ready.
-        pin_memory: Hand batches over in page-locked memory.
+        settings: Further settings of ``DataLoader``.
     """
 
     def __init__(
@@ -90,18 +188,16 @@ class ResumableLoader(DataLoader[Any]):
         *,
         collate_fn: Callable[[Any], Any],
         num_workers: int = 0,
-        prefetch_factor: int = 2,
-        pin_memory: bool = False,
+        **settings: Any,
     ) -> None:
         super().__init__(
             dataset,
             batch_sampler=batch_sampler,  # type: ignore[arg-type]
             collate_fn=collate_fn,
             num_workers=num_workers,
-            prefetch_factor=prefetch_factor if num_workers else None,
-            pin_memory=pin_memory,
             persistent_workers=num_workers > 0,
             worker_init_fn=ignore_signals,
+            **settings,
         )
         # torch puts an unused SequentialSampler here and then locks the attribute.
         object.__setattr__(self, "sampler", EpochOfBatches(batch_sampler))
@@ -132,13 +228,18 @@ class ResumableLoader(DataLoader[Any]):
         self._delivered, self._delivered_epoch = 0, self.places.epoch
 
 
+def as_is(batch: Any) -> Any:
+    """``collate_fn`` for a data set that gives whole batches."""
+    return batch
+
+
 def ignore_signals(worker_id: int) -> None:
     """In a loader's worker process: leave signals that ask for an end to the training process.
 
     Batch systems and terminals send them to every process of a job; a worker that obeyed would take the batches along
     that the training process still needs. Workers end when told to, or when their parent is gone.
     """
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
 
 

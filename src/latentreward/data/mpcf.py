@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from latentreward.contracts import PreferencePair
-from latentreward.data.readers import OnError, PairReader
+from latentreward.data.readers import OnError, PairReader, count_text
 from latentreward.data.score_table import PairGaps, ScoreTable
 from latentreward.errors import InputError, did_you_mean
 
@@ -123,36 +123,21 @@ class FilteredReader(PairReader):
     Args:
         reader: Where pairs come from. If the table has no ``pair_id``, it must keep every row of its files.
         scores: Table of scores, see :class:`ScoreTable`.
-        strategy: See :class:`MPCF`, as for the next four.
-        comparison: ``code`` or ``paper``.
-        ties: ``limits``, ``drop`` or ``keep``.
-        floors: Floor by scorer, in place of the strategy's.
-        tie_limits: Limit by scorer for ties.
         on_error: What happens to images that cannot be read, see :class:`PairReader`; as ``reader`` has it by default.
+        rule: See :class:`MPCF`.
 
     Raises:
         InputError: If the table does not fit the reader or the settings, or no row is left.
     """
 
-    def __init__(
-        self,
-        reader: PairReader,
-        scores: str | Path,
-        *,
-        strategy: Strategy = 2,
-        comparison: Comparison = "code",
-        ties: Ties = "limits",
-        floors: dict[str, float] | None = None,
-        tie_limits: dict[str, float] | None = None,
-        on_error: OnError | None = None,
-    ) -> None:
+    def __init__(self, reader: PairReader, scores: str | Path, *, on_error: OnError | None = None, **rule: Any) -> None:
         super().__init__(on_error or reader.on_error)
         self.reader, self.holds = reader, reader.holds
-        self.rule = MPCF(strategy, comparison, ties, floors, tie_limits)
+        self.rule = MPCF(**rule)
         keep, self.skipped = select_consistent(ScoreTable(scores).gaps(reader), self.rule)
         self.rows = np.flatnonzero(keep)
         if not len(self.rows):
-            reasons = ", ".join(f"{number} {reason}" for reason, number in self.skipped.most_common())
+            reasons = count_text(self.skipped)
             raise InputError(f"{scores}: none of {len(reader)} rows left ({reasons}); check the table and the floors")
         self.report(f"filtered by {scores}")
 

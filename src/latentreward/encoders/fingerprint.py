@@ -5,11 +5,13 @@ A cache names the encoders that made it; training compares them with the reward 
 
 import json
 from collections.abc import Iterable
-from hashlib import blake2b
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from latentreward.storage.digests import digest
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -70,12 +72,9 @@ def _fingerprint(modules: Iterable[nn.Module], config: dict[str, Any], dtype: to
     """Hash over the tensors without their names and order, which change with the version of a library."""
     tensors = [tensor for module in modules for tensor in module.state_dict().values() if tensor.is_floating_point()]
     hashes = sorted(_tensor_hash(tensor, dtype) for tensor in tensors)
-    text = json.dumps([config, hashes], sort_keys=True)
-    return blake2b(text.encode(), digest_size=16).hexdigest()
+    return digest([json.dumps([config, hashes], sort_keys=True)])
 
 
 def _tensor_hash(tensor: Tensor, dtype: torch.dtype) -> str:
-    state = blake2b(str(tuple(tensor.shape)).encode(), digest_size=16)
-    for part in tensor.detach().reshape(-1).split(CHUNK):
-        state.update(part.to("cpu", dtype).contiguous().view(torch.uint8).numpy())
-    return state.hexdigest()
+    parts = (part.to("cpu", dtype).contiguous() for part in tensor.detach().reshape(-1).split(CHUNK))
+    return digest(chain([str(tuple(tensor.shape))], (part.view(torch.uint8).numpy() for part in parts)))

@@ -7,14 +7,15 @@ Sources: U-Nets as in diffusers' ``convert_state_dict_to_kohya`` and ComfyUI's `
 (``lora_unet_``); SD3 under the prefix that ComfyUI's ``comfy/lora.py`` takes from OneTrainer (``lora_transformer_``).
 """
 
+# Why our own conversion: diffusers' ``convert_state_dict_to_kohya`` has no names for SD3.
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from latentreward.checkpoint_shards import put_in_place
 from latentreward.export.lora import TrainedLoRA
+from latentreward.storage.durable import replacing
 
 FILE = "kohya_lora.safetensors"
 SIDES = {".lora_A.weight": ".lora_down.weight", ".lora_B.weight": ".lora_up.weight"}
@@ -39,8 +40,6 @@ def write_kohya(lora: TrainedLoRA, folder: Path) -> Path:
         "ss_network_dim": str(lora.settings.rank),
         "ss_network_alpha": str(lora.settings.alpha),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{FILE}.partial"
-    save_file(kohya_weights(lora), partial, metadata)
-    put_in_place(partial, folder / FILE)
+    with replacing(folder / FILE) as partial:
+        save_file(kohya_weights(lora), partial, metadata)
     return folder / FILE

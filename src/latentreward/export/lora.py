@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from latentreward.backbones.tuning import LoRA
-from latentreward.checkpoint_shards import put_in_place, whole_tensor
+from latentreward.checkpoints.shards import require_finite, whole_tensor
 from latentreward.policies import POLICY, DiTPolicy, Policy
 from latentreward.policies.checkpoint import ADAPTER, SavedAdapter
+from latentreward.storage.durable import replacing
 
 FILE = "pytorch_lora_weights.safetensors"
 """Name that diffusers looks for in a folder."""
@@ -31,6 +32,9 @@ class TrainedLoRA:
     weights: dict[str, Tensor]
     settings: LoRA
     loader: str
+
+    def __post_init__(self) -> None:
+        require_finite(self.weights, "the adapter")
 
     @classmethod
     def of_policy(cls, policy: Policy, dtype: torch.dtype = torch.float32) -> TrainedLoRA:
@@ -75,9 +79,8 @@ class TrainedLoRA:
             "target_modules": list(self.settings.target_modules),
         }
         layers = {f"{self.part}_lora_layers": self.weights, f"{self.part}_lora_adapter_metadata": metadata}
-        partial = f".{FILE}.partial"
-        getattr(loaders, self.loader).save_lora_weights(folder, weight_name=partial, **layers)
-        put_in_place(folder / partial, folder / FILE)
+        with replacing(folder / FILE) as partial:
+            getattr(loaders, self.loader).save_lora_weights(partial.parent, weight_name=partial.name, **layers)
         return folder / FILE
 
 

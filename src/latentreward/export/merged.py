@@ -1,6 +1,5 @@
 """A diffusers pipeline whose network has the trained adapter added to its weights."""
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,51 +7,9 @@ from pathlib import Path
 import torch
 
 from latentreward.backbones.loading import PipelineSource, no_progress_bar
-from latentreward.checkpoint_shards import put_in_place
 from latentreward.errors import InputError, first_line
 from latentreward.export.lora import TrainedLoRA
-
-
-def write_merged(lora: TrainedLoRA, base: PipelineSource, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """Write the pipeline ``base`` with W + alpha / rank · B A for its network's weights W; the sum is in float32.
-
-    Needs host memory for the whole pipeline in float32. ``folder`` gets its name when it is whole.
-
-    Args:
-        lora: In float32.
-        base: The pipeline it was trained on.
-        folder: Replaced if it is there.
-        dtype: Of all weights that are written.
-
-    Raises:
-        InputError: If diffusers cannot load ``base`` as a whole.
-    """
-    with quiet():
-        return _write_merged(lora, base, folder, dtype)
-
-
-def _write_merged(lora: TrainedLoRA, base: PipelineSource, folder: Path, dtype: torch.dtype) -> Path:
-    from diffusers import DiffusionPipeline
-
-    absent = {part: None for part, entry in base.index.items() if isinstance(entry, list) and not base.has(part)}
-    try:
-        pipeline = DiffusionPipeline.from_pretrained(
-            base.source, revision=base.revision, variant=base.variant, use_safetensors=True, **absent
-        )
-    except (OSError, ValueError) as error:
-        raise InputError(f"source={base.source!r} cannot be loaded as a whole: {first_line(error)}") from error
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    lora.write_diffusers(partial)
-    pipeline.load_lora_weights(partial)
-    pipeline.fuse_lora(components=[lora.part])
-    pipeline.unload_lora_weights()
-    shutil.rmtree(partial)
-    if dtype != torch.float32:
-        pipeline.to(dtype=dtype)
-    pipeline.save_pretrained(partial)
-    put_in_place(partial, folder)
-    return folder
+from latentreward.storage.durable import discard, replacing
 
 
 @contextmanager
@@ -69,3 +26,39 @@ def quiet() -> Iterator[None]:
     finally:
         logging.set_verbosity(before)
         logging.enable_progress_bar()
+
+
+@quiet()
+def write_merged(lora: TrainedLoRA, base: PipelineSource, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """Write the pipeline ``base`` with W + alpha / rank · B A for its network's weights W; the sum is in float32.
+
+    Needs host memory for the whole pipeline in float32. ``folder`` gets its name when it is whole.
+
+    Args:
+        lora: In float32.
+        base: The pipeline it was trained on.
+        folder: Replaced if it is there.
+        dtype: Of all weights that are written.
+
+    Raises:
+        InputError: If diffusers cannot load ``base`` as a whole.
+    """
+    from diffusers import DiffusionPipeline
+
+    absent = {part: None for part, entry in base.index.items() if isinstance(entry, list) and not base.has(part)}
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(
+            base.source, revision=base.revision, variant=base.variant, use_safetensors=True, **absent
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(f"source={base.source!r} cannot be loaded as a whole: {first_line(error)}") from error
+    with replacing(folder) as partial:
+        lora.write_diffusers(partial)
+        pipeline.load_lora_weights(partial)
+        pipeline.fuse_lora(components=[lora.part])
+        pipeline.unload_lora_weights()
+        discard(partial)
+        if dtype != torch.float32:
+            pipeline.to(dtype=dtype)
+        pipeline.save_pretrained(partial)
+    return folder

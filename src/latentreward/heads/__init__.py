@@ -2,7 +2,6 @@
 
 from latentreward.heads.base import EmbeddingHead, RewardHead
 from latentreward.heads.clip_projection import CLIPProjectionHead
-from latentreward.heads.gated_qformer import GatedQFormerHead
-from latentreward.heads.logistic import LogisticSquash
+from latentreward.heads.gated_qformer import GatedQFormerHead, LogisticSquash
 
 __all__ = ["CLIPProjectionHead", "EmbeddingHead", "GatedQFormerHead", "LogisticSquash", "RewardHead"]

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from latentreward.contracts import Features, FeatureSpec
 from latentreward.errors import InputError, first_line
 from latentreward.heads.base import EmbeddingHead
+from latentreward.storage.hub import read_locally
 
 MultiScale = Literal["plain", "single", "enhanced"]
 
@@ -137,11 +138,13 @@ def clip_text_projection(source: str) -> Tensor:
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
     try:
+        local = read_locally(source)
         if torch.get_default_device().type == "meta":  # shapes alone, as the backbones' loaders do
-            config = CLIPTextConfig.from_pretrained(source)
+            config = CLIPTextConfig.from_pretrained(source, local_files_only=local)
             return torch.empty(config.projection_dim, config.hidden_size)
         model, report = CLIPTextModelWithProjection.from_pretrained(
             source,
+            local_files_only=local,
             use_safetensors=True,
             torch_dtype=torch.float32,
             output_loading_info=True,

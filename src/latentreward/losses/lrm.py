@@ -56,15 +56,13 @@ def lrm_batch_loss(cross: CrossScores, label: Tensor) -> Tensor:
         ``(N,)``, float64.
     """
     label, chosen, rejected = label.double(), cross.chosen.double(), cross.rejected.double()
-    image_to_text = -(label * _own(chosen.log_softmax(dim=0)) + (1 - label) * _own(rejected.log_softmax(dim=0)))
+    image_to_text = -(
+        label * chosen.log_softmax(dim=0).diagonal() + (1 - label) * rejected.log_softmax(dim=0).diagonal()
+    )
     over_images = torch.cat([chosen, rejected], dim=1).log_softmax(dim=1)
     of_chosen, of_rejected = over_images.chunk(2, dim=1)
-    text_to_image = -(label * _own(of_chosen) + (1 - label) * _own(of_rejected)) + _tie_offset(label)
+    text_to_image = -(label * of_chosen.diagonal() + (1 - label) * of_rejected.diagonal()) + _tie_offset(label)
     return 0.5 * (image_to_text + text_to_image)
-
-
-def _own(log_probability: Tensor) -> Tensor:
-    return log_probability.diagonal()
 
 
 class LRMLoss(PreferenceLoss):

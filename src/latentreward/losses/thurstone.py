@@ -168,11 +168,7 @@ class ThurstoneLoss(PreferenceLoss):
     """
 
     def __init__(
-        self,
-        objective: Objective = "fidelity",
-        form: FidelityForm = "mixture",
-        k: float = 2.0,
-        sigma_u: float = 0.1,
+        self, objective: Objective = "fidelity", form: FidelityForm = "mixture", k: float = 2.0, sigma_u: float = 0.1
     ) -> None:
         super().__init__()
         for name, value, choices in (("objective", objective, Objective), ("form", form, FidelityForm)):

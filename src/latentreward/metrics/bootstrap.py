@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+# Why our own resampling: scipy.stats.bootstrap draws rows, and the rows of one prompt depend on each other.
 RESAMPLES = 10_000
 ENDS = (0.025, 0.975)
 BLOCK = 1 << 23
@@ -12,7 +13,10 @@ BLOCK = 1 << 23
 
 
 class Interval(NamedTuple):
-    """A value with the lower and upper end of its interval."""
+    """A number with the ends of its 95 % bootstrap interval.
+
+    All are NaN where no row counts; the ends alone where there is one group, which cannot tell a spread.
+    """
 
     value: float
     low: float
@@ -130,13 +134,11 @@ def _draw(sums: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndar
     return times.astype(np.float64) @ sums
 
 
-def clustered_mean(
-    values: np.ndarray, groups: Sequence[str] | np.ndarray, resamples: int = RESAMPLES, seed: int = 0
-) -> Interval:
+def clustered_mean(values: np.ndarray, groups: Sequence[str] | np.ndarray) -> Interval:
     """Mean of ``(N,)`` values, with an interval by resampling their N groups; NaN values are left out."""
     known = ~np.isnan(values)
     sums = group_sums(group_codes(groups)[known], values[known], np.ones(known.sum()))
-    return clustered_interval(sums, resamples=resamples, seed=seed)
+    return clustered_interval(sums)
 
 
 def bootstrap_interval(differences: Sequence[np.ndarray], seed: int = 0) -> Interval:

@@ -1,27 +1,18 @@
 """Accuracy over rankings: all pairs of images that share a prompt."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torchmetrics import Metric
+from torchmetrics import MeanMetric
 
 
-class GroupPairAccuracy(Metric):
+class GroupPairAccuracy(MeanMetric):
     """Share of image pairs within a prompt group that scores order as human ranks do.
 
     A pair whose scores or whose ranks are equal counts as wrong, as in DiNa-LRM's released evaluation
-    (arXiv:2602.11146).
+    (arXiv:2602.11146). NaN if no group has two images.
     """
 
-    is_differentiable, higher_is_better, full_state_update = False, True, False
-    correct: Tensor
-    total: Tensor
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.add_state("correct", torch.tensor(0), dist_reduce_fx="sum")
-        self.add_state("total", torch.tensor(0), dist_reduce_fx="sum")
+    is_differentiable, higher_is_better = False, True  # type: ignore[assignment]  # None of all means
 
     def update(self, scores: Tensor, ranks: Tensor, groups: Tensor | None = None) -> None:
         """Count the pairs of complete groups.
@@ -36,9 +27,4 @@ class GroupPairAccuracy(Metric):
         together = groups[first] == groups[second]
         by_score = torch.sign(scores[first] - scores[second])
         by_rank = torch.sign(ranks[second] - ranks[first])
-        self.correct += (together & (by_score * by_rank > 0)).sum()
-        self.total += together.sum()
-
-    def compute(self) -> Tensor:
-        """Accuracy in [0, 1]; NaN if no group had two images."""
-        return self.correct / self.total
+        super().update((by_score * by_rank > 0)[together].float())

@@ -10,7 +10,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from latentreward.errors import InputError, did_you_mean
-from latentreward.metrics.bootstrap import RESAMPLES, Interval, clustered_interval, group_codes, group_sums
+from latentreward.metrics.bootstrap import Interval, clustered_interval, group_codes, group_sums
 
 Kind = Literal["spearman", "pearson"]
 
@@ -35,8 +35,6 @@ def clustered_correlation(
     y: np.ndarray,
     groups: Sequence[str] | np.ndarray,
     kind: Kind = "spearman",
-    resamples: int = RESAMPLES,
-    seed: int = 0,
 ) -> Interval:
     """Correlation of two scores with a 95 % interval by resampling groups.
 
@@ -46,8 +44,6 @@ def clustered_correlation(
         groups: N names of the groups that are resampled.
         kind: ``spearman`` takes ranks, ties sharing their mean rank; they stay as they are among all rows when groups
             are resampled, which differs from ranking anew by O(1/N).
-        resamples: Number of resamples.
-        seed: Seed of the draw.
     """
     known = ~(np.isnan(x) | np.isnan(y))
     x, y = x[known].astype(np.float64), y[known].astype(np.float64)
@@ -55,7 +51,7 @@ def clustered_correlation(
         x, y = average_ranks(x), average_ranks(y)
     x, y = _standardise(x), _standardise(y)
     sums = group_sums(group_codes(groups)[known], np.ones(len(x)), x, y, x * x, y * y, x * y)
-    return clustered_interval(sums, correlation, resamples, seed)
+    return clustered_interval(sums, correlation)
 
 
 def _standardise(values: np.ndarray) -> np.ndarray:

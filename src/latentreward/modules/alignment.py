@@ -2,26 +2,28 @@
 
 import time
 from abc import abstractmethod
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict
 from typing import Any, Generic, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
 from torch.optim import AdamW
 
+from latentreward.checkpoints.base_weights import BaseSample
 from latentreward.contracts import Conditioning, NoisyStates, PromptBatch, RolloutStatistics, StepPairs, StepSamples
 from latentreward.errors import InputError
 from latentreward.modules.optimizers import single_optimizer
 from latentreward.modules.precision import require_float32_training
 from latentreward.modules.sharding import shard_policy, shard_reward
 from latentreward.policies import PolicySource
-from latentreward.policies.checkpoint import SOURCE, source_record
+from latentreward.policies.checkpoint import SOURCE
 from latentreward.rewards import RewardSource
-from latentreward.rollout import gap_quantiles
-from latentreward.scoring.base_weights import BaseSample
+from latentreward.rollout import CandidateStep, RolloutDraws, Transition, candidate_steps, gap_quantiles
 from latentreward.seeding import run_seed
 
 Experience = TypeVar("Experience", StepPairs, StepSamples)
@@ -34,7 +36,7 @@ class AlignmentModule(LightningModule):
 
     Args:
         policy: The generator.
-        optimizer: Gets the adapter's parameters.
+        optimizer: Gets the adapter's parameters; vectors among them, which LoRA has none of, without weight decay.
         lr_scheduler: Counted in optimiser steps; None keeps the rate constant.
         guidance_scale: Classifier-free guidance in sampling and in training; 1 switches it off.
         seed: Seed of every draw; None takes the run's ``seed_everything``.
@@ -77,7 +79,7 @@ class AlignmentModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note where the policy came from, so that the checkpoint alone makes it again."""
-        checkpoint[SOURCE] = source_record(self.policy_source)
+        checkpoint[SOURCE] = asdict(self.policy_source)
         checkpoint["base"] = self._base.record(())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -171,6 +173,18 @@ class RolloutModule(RewardedModule, Generic[Experience]):
         must call networks equally often.
         """
 
+    def candidate_steps(self, prompts: PromptBatch) -> Iterator[CandidateStep]:
+        """Roll out and score candidates, for derived classes that set ``sampler``, ``sampling`` and ``candidates``."""
+        draws = RolloutDraws(self.seed, prompts.keys)
+        settings = (self.candidates, self.sampling, self.guidance_scale)
+        yield from candidate_steps(self.policy, self.sampler, self.reward, prompts, *settings, draws)
+
+    def transition(self, batch: Experience) -> Transition:
+        """Distribution of the next states of a batch's states, under the network as it is switched now."""
+        conditioning, uncond = self.conditioning(batch.prompts)
+        output = self.policy.predict_guided(batch.latents, batch.timesteps, conditioning, uncond, self.guidance_scale)
+        return self.sampler.transition(batch.latents, output, batch.timesteps)
+
     def describe_rollouts(self) -> str:
         """What the last rollout looked like, in one line: part of the message of a run that keeps nothing."""
         statistics = self.rollout_statistics
@@ -180,15 +194,9 @@ class RolloutModule(RewardedModule, Generic[Experience]):
 
     def roll_out(self, prompts: PromptBatch) -> Experience | None:
         """:meth:`make_experience` as it is promised; its time is measured."""
-        training = [module for module in self.modules() if module.training]
         wall, process = time.perf_counter(), time.process_time()
-        self.eval()
-        try:
-            with torch.no_grad(), self.compute_precision():
-                found = self.make_experience(prompts)
-        finally:
-            for module in training:
-                module.training = True
+        with evaluating(self), torch.no_grad(), self.compute_precision():
+            found = self.make_experience(prompts)
         seconds = time.perf_counter() - wall
         self._rollout_seconds += seconds
         self._times = {"seconds": seconds, "process_seconds": time.process_time() - process}
@@ -229,3 +237,15 @@ class RolloutModule(RewardedModule, Generic[Experience]):
             means = {"score": statistics.scores, "gap": statistics.gap, "kept_share": statistics.kept}
             values |= {name: value.float().mean().item() for name, value in means.items()}
         self.log_dict({f"rollout/{name}": value for name, value in values.items()}, batch_size=len(batch))
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """A module in evaluation mode; afterwards every part of it is in its own mode again."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True

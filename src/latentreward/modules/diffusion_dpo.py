@@ -18,8 +18,8 @@ from latentreward.losses import (
 )
 from latentreward.metrics import MeanMargin, PairwiseAccuracy
 from latentreward.modules.alignment import AlignmentModule
-from latentreward.modules.draws import PairDraws
 from latentreward.modules.images import Posterior, latents_of
+from latentreward.modules.pair_noise import PairDraws
 from latentreward.noise import LevelSampler, TimestepGrid
 from latentreward.policies import PolicySource
 

@@ -22,8 +22,6 @@ from latentreward.rollout import (
     CandidateStep,
     Sampling,
     Trajectories,
-    Transition,
-    candidate_steps,
     group_advantages,
     sample_trajectories,
     score_finished,
@@ -65,12 +63,6 @@ class GRPOModule(RolloutModule[StepSamples]):
         sampler.require_noise()
         super().__init__(policy, reward, **options)
         self.sampling, self.sampler, self.loss = sampling, sampler, loss or ClippedPolicyLoss()
-
-    def transition(self, batch: StepSamples) -> Transition:
-        """Distribution of the next states of N states, under the network as it is switched now."""
-        conditioning, uncond = self.conditioning(batch.prompts)
-        output = self.policy.predict_guided(batch.latents, batch.timesteps, conditioning, uncond, self.guidance_scale)
-        return self.sampler.transition(batch.latents, output, batch.timesteps)
 
     def training_step(self, batch: StepSamples, batch_idx: int) -> Tensor:
         """Loss of one batch of states with K steps each."""
@@ -123,16 +115,7 @@ class StepwiseGRPOModule(GRPOModule):
     def make_experience(self, prompts: PromptBatch) -> StepSamples | None:
         """See :meth:`RolloutModule.make_experience`."""
         samples, timesteps, scores = [], [], []
-        for step in candidate_steps(
-            self.policy,
-            self.sampler,
-            self.reward,
-            prompts,
-            self.candidates,
-            self.sampling,
-            self.guidance_scale,
-            self.seed,
-        ):
+        for step in self.candidate_steps(prompts):
             timesteps.append(step.timestep)
             scores.append(step.scores.float().cpu())
             samples.append(candidate_samples(step, prompts))

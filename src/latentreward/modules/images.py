@@ -1,4 +1,4 @@
-"""Images of a batch to the policy's latents, whether they come as pixels or from a cache."""
+"""Images of a batch to latents, whether they come as pixels or from a cache."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -6,9 +6,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from latentreward.backbones.base import DiffusionBackbone
 from latentreward.contracts import PreferenceBatch
 from latentreward.errors import InputError
-from latentreward.modules.draws import PairDraws
+from latentreward.modules.pair_noise import PairDraws
 from latentreward.policies import Policy
 
 Posterior = Literal["sample", "mode"]
@@ -16,7 +17,7 @@ Side = Literal["chosen", "rejected"]
 
 
 def latents_of(
-    policy: Policy,
+    network: Policy | DiffusionBackbone,
     batch: PreferenceBatch,
     draws: PairDraws,
     posterior: Posterior,
@@ -25,28 +26,29 @@ def latents_of(
     """Latents of ``sides`` of a batch, one side after the other: ``(len(sides) · B, C, ...)`` float32.
 
     Args:
-        policy: Whose VAE encodes pixels.
+        network: Takes the latents; its VAE encodes pixels.
         batch: B pairs.
         draws: Their random numbers.
         posterior: A ``sample`` of the VAE's posterior, or its ``mode``.
         sides: Which images.
 
     Raises:
-        InputError: If the batch holds latents of another space than the policy's, or pixels and the policy has no VAE.
+        InputError: If the batch holds latents of another space than the network's, or pixels and there is no VAE.
     """
     images = torch.cat([getattr(batch, side) for side in sides])
+    kind = "policy" if isinstance(network, Policy) else "backbone"
     if batch.latent_space is not None:
-        if batch.latent_space != policy.latent_space:
+        if batch.latent_space != network.latent_space:
             raise InputError(
-                f"the data holds latents of the space [{batch.latent_space}], but the policy makes "
-                f"[{policy.latent_space}]; encode the images with the policy's own VAE"
+                f"the data holds latents of the space [{batch.latent_space}], but the {kind} takes "
+                f"[{network.latent_space}]; encode the images with the {kind}'s own VAE"
             )
         return images.float()
-    if policy.vae is None:
-        raise InputError("the data holds pixels, but this policy has no VAE; load a full pipeline folder")
+    if network.vae is None:
+        raise InputError(f"the data holds pixels, but this {kind} has no VAE; load a full pipeline folder")
     noise = None
     if posterior == "sample":
-        both = draws.normal("posterior", policy.vae.latent_shape(images), per_image=True)
+        both = draws.normal("posterior", network.vae.latent_shape(images), per_image=True)
         chosen, rejected = both.chunk(2)
         noise = torch.cat([{"chosen": chosen, "rejected": rejected}[side] for side in sides]).to(images.device)
-    return policy.vae.encode(images, noise)
+    return network.vae.encode(images, noise)

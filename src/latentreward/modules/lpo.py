@@ -16,7 +16,6 @@ from latentreward.rollout import (
     Sampling,
     SigmaThreshold,
     Transition,
-    candidate_steps,
     step_pairs,
 )
 
@@ -80,16 +79,7 @@ class LPOModule(RolloutModule[StepPairs]):
     def make_experience(self, prompts: PromptBatch) -> StepPairs | None:
         """Pairs of the prompts' rollouts, step by step."""
         found, seen = [], []
-        for step in candidate_steps(
-            self.policy,
-            self.sampler,
-            self.reward,
-            prompts,
-            self.candidates,
-            self.sampling,
-            self.guidance_scale,
-            self.seed,
-        ):
+        for step in self.candidate_steps(prompts):
             selected = self.selection.select(step, self.sampler)
             found.append(step_pairs(step, selected, prompts))
             seen.append((step.scores.cpu(), selected.gap.cpu(), selected.kept.cpu()))
@@ -104,17 +94,9 @@ class LPOModule(RolloutModule[StepPairs]):
 
     def transitions(self, batch: StepPairs) -> tuple[Transition, Transition]:
         """Distributions of the next states under the policy, with a gradient, and under the reference."""
-        conditioning, uncond = self.conditioning(batch.prompts)
-
-        def distribution() -> Transition:
-            output = self.policy.predict_guided(
-                batch.latents, batch.timesteps, conditioning, uncond, self.guidance_scale
-            )
-            return self.sampler.transition(batch.latents, output, batch.timesteps)
-
         with torch.no_grad(), self.policy.reference():
-            reference = distribution()
-        return distribution(), reference
+            reference = self.transition(batch)
+        return self.transition(batch), reference
 
     def compare(self, batch: StepPairs) -> tuple[StepDPOResult, StepRatios]:
         """Loss of a batch of pairs, and how far the policy has moved on each."""

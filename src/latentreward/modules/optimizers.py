@@ -10,17 +10,29 @@ from latentreward.errors import InputError
 
 
 def single_optimizer(
-    parameters: Iterable[nn.Parameter], optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable | None
+    parameters: Iterable[nn.Parameter],
+    optimizer: OptimizerCallable,
+    lr_scheduler: LRSchedulerCallable | None,
+    decay_vectors: bool = False,
 ) -> Any:
-    """What ``configure_optimizers`` returns; vectors and scalars (biases, norms) get no weight decay.
+    """Build what ``configure_optimizers`` returns.
+
+    Args:
+        parameters: Those that require a gradient are taken.
+        optimizer: Makes the optimiser of parameter groups.
+        lr_scheduler: Makes the schedule, stepped with the optimiser; None for a constant rate.
+        decay_vectors: Whether vectors and scalars (biases, norms) get the optimiser's weight decay too.
 
     Raises:
         InputError: If the optimiser refuses its settings.
     """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     groups: list[dict[str, Any]] = [
-        {"params": [parameter for parameter in trained if parameter.ndim > 1]},
-        {"params": [parameter for parameter in trained if parameter.ndim <= 1], "weight_decay": 0.0},
+        {"params": [parameter for parameter in trained if parameter.ndim > 1 or decay_vectors]},
+        {
+            "params": [parameter for parameter in trained if not (parameter.ndim > 1 or decay_vectors)],
+            "weight_decay": 0.0,
+        },
     ]
     try:
         built = optimizer([group for group in groups if group["params"]])

@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from torchmetrics import Metric
 
+from latentreward.checkpoints.base_weights import BaseSample
 from latentreward.contracts import Conditioning, PairScores, PreferenceBatch, TensorRecord
 from latentreward.errors import InputError
 from latentreward.losses import PreferenceLoss, gather_pair_scores
 from latentreward.metrics import MeanMargin, PairCalibration, PairwiseAccuracy
 from latentreward.metrics.pairwise import Equal
-from latentreward.modules.draws import PairDraws
 from latentreward.modules.optimizers import single_optimizer
+from latentreward.modules.pair_noise import PairDraws
 from latentreward.modules.precision import require_float32_training
 from latentreward.noise import LevelSampler, NoiseProcess
-from latentreward.scoring.base_weights import BaseSample
 from latentreward.seeding import run_seed
 
 
@@ -109,10 +109,10 @@ class PairModule(LightningModule):
         base: Where frozen weights come from.
         loss: Preference loss.
         levels: Where in the noise a training pair is compared.
-        optimizer: Gets the parameters that train; vectors and scalars (biases, norms, temperature) without weight
-            decay.
+        optimizer: Gets the parameters that train.
         lr_scheduler: Counted in optimiser steps; None keeps the rate constant.
-        noise_per_image: Whether the two images of a training pair get noise of their own.
+        noise_per_image: Whether the two images of a training pair get noise of their own (LRM) or the same (DiNa-LRM).
+            In evaluation they share it, as the candidates that a reward compares in sampling share most of theirs.
         timestep_per_image: Whether they get timesteps of their own.
         posterior: Latents from a ``sample`` of the VAE's posterior, drawn for each image and epoch, or from its
             ``mode``.
@@ -122,6 +122,8 @@ class PairModule(LightningModule):
         metrics: More torchmetrics metrics, whose ``update`` takes chosen rewards, rejected rewards and labels; each is
             logged like the built-in ones, under its class name.
         seed: Seed of every draw; None takes the run's ``seed_everything``.
+        decay_vectors: Whether vectors and scalars (biases, norms, temperature) get weight decay too, as in the released
+            code of LRM and DiNa-LRM.
 
     Raises:
         InputError: If no evaluation level is given or one is out of range.
@@ -143,12 +145,13 @@ class PairModule(LightningModule):
         equal_scores: Equal = "wrong",
         metrics: Sequence[Metric] = (),
         seed: int | None = None,
+        decay_vectors: bool = False,
     ) -> None:
         super().__init__()
         self._base: BaseSample | None = None
         self._base_source = base
         self.loss, self.levels = loss, levels
-        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self.optimizer, self.lr_scheduler, self.decay_vectors = optimizer, lr_scheduler, decay_vectors
         self.noise_per_image, self.timestep_per_image, self.posterior = noise_per_image, timestep_per_image, posterior
         self.seed = run_seed(seed)
         self.noise_process = process
@@ -182,11 +185,7 @@ class PairModule(LightningModule):
 
     @abstractmethod
     def score(
-        self,
-        batch: PreferenceBatch,
-        encoded: EncodedPairs,
-        timesteps: Tensor,
-        with_cross: bool = False,
+        self, batch: PreferenceBatch, encoded: EncodedPairs, timesteps: Tensor, with_cross: bool = False
     ) -> PairScores:
         """Rewards of both images of each pair at ``timesteps`` ``(2B,)``.
 
@@ -304,7 +303,7 @@ class PairModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """One optimiser over what trains; its schedule steps with it."""
-        return single_optimizer(self.parameters(), self.optimizer, self.lr_scheduler)
+        return single_optimizer(self.parameters(), self.optimizer, self.lr_scheduler, self.decay_vectors)
 
 
 def check_sigmas(**fields: Sequence[float]) -> None:

@@ -1,7 +1,6 @@
 """Reward feedback learning (ReFL, arXiv:2304.05977): the gradient of a reward, through the last steps of sampling."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,16 +9,16 @@ from torch import Tensor
 from latentreward.contracts import PreferenceBatch, PromptBatch
 from latentreward.errors import InputError
 from latentreward.losses import RewardLoss, denoising_error, prediction_drift
-from latentreward.modules.alignment import RewardedModule
-from latentreward.modules.draws import PairDraws
+from latentreward.modules.alignment import RewardedModule, evaluating
 from latentreward.modules.images import latents_of
+from latentreward.modules.pair_noise import PairDraws
 from latentreward.noise import TimestepGrid
 from latentreward.policies import PolicySource
-from latentreward.policies.two_stage import surrogate
+from latentreward.policies.surrogate_gradient import gradient_carrier, surrogate
 from latentreward.rewards import RewardSource
 from latentreward.rollout import Sampling
-from latentreward.rollout.draws import RolloutDraws
 from latentreward.rollout.prompted import PromptedPolicy
+from latentreward.rollout.rollout_noise import RolloutDraws
 from latentreward.seeding import pair_generator
 
 
@@ -63,7 +62,8 @@ class ReFLModule(RewardedModule):
         reward_sigmas: Noise levels at which a latent reward scores; without effect on rewards of pixels.
         loss: What becomes of the reward.
         kl_weight: Weight of the mean squared difference of the predictions of policy and reference, in the steps with a
-            graph; costs a pass of the reference for each.
+            graph. Each costs a pass of the reference, and each after the first also a backward pass with respect to its
+            input, whose activations are freed before the next step.
         pretraining_weight: Weight of the denoising error on images, which the batches must then hold: see
             :class:`~latentreward.data.PromptsAndImages`. The chosen images of its pairs are taken.
         options: See :class:`AlignmentModule`. ReFL's released code samples without guidance.
@@ -132,7 +132,7 @@ class ReFLModule(RewardedModule):
         """Sample up to step ``stop``, the last ``gradient_steps`` steps with a graph."""
         network = PromptedPolicy.of(self.policy, prompts, self.guidance_scale)
         draws, shape = RolloutDraws(self.seed, prompts.keys), self.policy.latent_shape(*self._size())
-        latents = draws.initial(shape).to(self.device) * self.sampler.initial_scale
+        latents = draws.initial(shape).to(self.device)
         first = max(0, stop + 1 - self.gradient_steps)
         with torch.no_grad(), evaluating(self.policy.network):
             for index in range(first):
@@ -140,18 +140,31 @@ class ReFLModule(RewardedModule):
         drifts = []
         for index in range(first, stop + 1):
             timestep = self._timestep(index)
-            reference = None
-            if self.kl_weight:
-                with torch.no_grad(), self.policy.reference():
-                    reference = network(latents, timestep)
             output = network(latents, timestep)
-            if reference is not None:
-                drifts.append(prediction_drift(output, reference))
+            if self.kl_weight:
+                drifts.append(self._drift(network, latents, timestep, output))
             if index < stop:
                 latents = self._step(latents, output, index, draws)
         timesteps = torch.full((len(prompts),), timestep)
         clean = self.sampler.clean(latents, output, timesteps)
         return LateSample(clean, torch.stack(drifts).mean(dim=0) if drifts else None, stop)
+
+    def _drift(self, network: PromptedPolicy, latents: Tensor, timestep: float, output: Tensor) -> Tensor:
+        """Mean squared difference ``(B,)`` of the policy's ``output`` from the reference's, with its whole gradient.
+
+        From the second step with a graph on, ``latents`` depend on the policy, and so does what the reference makes of
+        them. The reference is differentiated here and now with respect to its input: its activations are freed before
+        the next step, and gradient checkpointing recomputes its blocks while no adapter is at work.
+        """
+        if not latents.requires_grad:
+            with torch.no_grad(), self.policy.reference():
+                reference = network(latents, timestep)
+            return prediction_drift(output, reference)
+        leaf = latents.detach().requires_grad_()
+        with self.policy.reference():
+            reference = network(leaf, timestep)
+            (slope,) = torch.autograd.grad(prediction_drift(output.detach(), reference).sum(), leaf)
+        return prediction_drift(output, reference.detach()) + gradient_carrier(latents, slope)
 
     def _size(self) -> tuple[int | None, int | None]:
         return self.sampling.height, self.sampling.width
@@ -218,15 +231,3 @@ class ReFLModule(RewardedModule):
             loss = loss + self.pretraining_weight * error
         self.log("train/loss", loss, batch_size=size)
         return loss
-
-
-@contextmanager
-def evaluating(module: torch.nn.Module) -> Iterator[None]:
-    """A module in evaluation mode; afterwards every part of it is in its own mode again."""
-    training = [part for part in module.modules() if part.training]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True

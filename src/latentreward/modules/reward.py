@@ -1,13 +1,11 @@
 """Training of a latent reward model on preference pairs: wiring; no formula."""
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any
 
 import torch
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
-from torch.optim import AdamW
 from torchmetrics import Metric
 
 from latentreward.backbones.base import DiffusionBackbone
@@ -16,7 +14,8 @@ from latentreward.errors import InputError
 from latentreward.heads import EmbeddingHead, RewardHead
 from latentreward.losses import PreferenceLoss, gather_with_grad
 from latentreward.metrics.pairwise import Equal
-from latentreward.modules.draws import PairDraws
+from latentreward.modules.images import latents_of
+from latentreward.modules.pair_noise import PairDraws
 from latentreward.modules.pairs import EncodedPairs, PairModule, check_sigmas
 from latentreward.modules.sharding import shard
 from latentreward.noise import LevelSampler
@@ -31,21 +30,10 @@ class RewardModule(PairModule):
         head: Makes the head from the backbone's feature spec.
         loss: Preference loss.
         levels: Where in the noise a training pair is compared.
-        optimizer: Gets the parameters that train; vectors and scalars (biases, norms, temperature) without weight
-            decay.
-        lr_scheduler: Counted in optimiser steps; None keeps the rate constant.
-        noise_per_image: Whether the two images of a training pair get noise of their own (LRM) or the same (DiNa-LRM).
-            In evaluation they share it, as the candidates that a reward compares in sampling share most of theirs.
-        timestep_per_image: Whether they get timesteps of their own.
-        posterior: Latents from a ``sample`` of the VAE's posterior, drawn for each image and epoch, or from its
-            ``mode``.
-        eval_timesteps: Timesteps at which evaluation scores.
-        eval_sigmas: Noise levels at which evaluation scores; the nearest of the noise process are used.
         ensemble_sigmas: Noise levels of one more evaluation, by the head's ensemble score; empty for none.
-        equal_scores: Whether a pair with equal scores counts as ``wrong`` or as ``half`` right.
-        metrics: More torchmetrics metrics, whose ``update`` takes chosen rewards, rejected rewards and labels; each is
-            logged like the built-in ones, under its class name.
-        seed: Seed of every draw; None takes the run's ``seed_everything``.
+        equal_scores: See :class:`~latentreward.modules.pairs.PairModule`.
+        metrics: See :class:`~latentreward.modules.pairs.PairModule`.
+        options: See :class:`~latentreward.modules.pairs.PairModule`.
 
     Raises:
         InputError: If no evaluation level is given or one is out of range.
@@ -57,33 +45,19 @@ class RewardModule(PairModule):
         head: Callable[[FeatureSpec], RewardHead],
         loss: PreferenceLoss,
         levels: LevelSampler,
-        optimizer: OptimizerCallable = AdamW,
-        lr_scheduler: LRSchedulerCallable | None = None,
-        noise_per_image: bool = False,
-        timestep_per_image: bool = False,
-        posterior: Literal["sample", "mode"] = "sample",
-        eval_timesteps: Sequence[float] = (),
-        eval_sigmas: Sequence[float] = (),
         ensemble_sigmas: Sequence[float] = (),
         equal_scores: Equal = "wrong",
         metrics: Sequence[Metric] = (),
-        seed: int | None = None,
+        **options: Any,
     ) -> None:
         super().__init__(
             backbone.noise_process,
             backbone.source,
             loss,
             levels,
-            optimizer,
-            lr_scheduler,
-            noise_per_image,
-            timestep_per_image,
-            posterior,
-            eval_timesteps,
-            eval_sigmas,
-            equal_scores,
-            metrics,
-            seed,
+            equal_scores=equal_scores,
+            metrics=metrics,
+            **options,
         )
         self.model = RewardModel(backbone, head(backbone.feature_spec))
         if not self.model.head.reads_text:
@@ -103,30 +77,16 @@ class RewardModule(PairModule):
 
     def encode(self, batch: PreferenceBatch, draws: PairDraws, noise_per_image: bool = False) -> EncodedPairs:
         """See :meth:`PairModule.encode`."""
-        images = torch.cat([batch.chosen, batch.rejected])
-        if batch.latent_space is None:
-            noise = None
-            if self.posterior == "sample":
-                noise = draws.normal("posterior", self.model.latent_shape(images), per_image=True).to(images.device)
-            images = self.model.encode_images(images, noise)
-        elif batch.latent_space != self.model.backbone.latent_space:
-            raise InputError(
-                f"the data holds latents of the space [{batch.latent_space}], but the backbone takes "
-                f"[{self.model.backbone.latent_space}]; encode the images with the backbone's own VAE"
-            )
+        latents = latents_of(self.model.backbone, batch, draws, self.posterior)
         if batch.conditioning is None:
             conditioning, uncond = self.model.encode_prompts(batch.prompts)
         else:
             conditioning, uncond = self.model.take_prompts(batch.conditioning, batch.uncond)
-        noise = draws.normal("noise", images.shape[1:], noise_per_image).to(images.device)
-        return EncodedPairs(images.float(), noise, conditioning.select([*range(len(batch))] * 2), uncond)
+        noise = draws.normal("noise", latents.shape[1:], noise_per_image).to(latents.device)
+        return EncodedPairs(latents.float(), noise, conditioning.select([*range(len(batch))] * 2), uncond)
 
     def score(
-        self,
-        batch: PreferenceBatch,
-        encoded: EncodedPairs,
-        timesteps: Tensor,
-        with_cross: bool = False,
+        self, batch: PreferenceBatch, encoded: EncodedPairs, timesteps: Tensor, with_cross: bool = False
     ) -> PairScores:
         """See :meth:`PairModule.score`; one forward pass."""
         noisy, head = self.add_noise(encoded, timesteps), self.model.head

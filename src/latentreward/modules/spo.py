@@ -5,7 +5,7 @@ from typing import Any
 from latentreward.modules.lpo import LPOModule
 from latentreward.policies import PolicySource
 from latentreward.rewards import RewardSource
-from latentreward.rollout import Branching, FixedThreshold, PairSelection, Sampling
+from latentreward.rollout import Branching, FixedThreshold, PairSelection
 
 
 class SPOModule(LPOModule):
@@ -20,7 +20,6 @@ class SPOModule(LPOModule):
         policy: See :class:`LPOModule`.
         reward: See :class:`LPOModule`.
         selection: None takes SPO's threshold.
-        sampling: See :class:`LPOModule`.
         candidates: None takes SPO's window and timestep of scoring.
         beta: β of the loss.
         options: See :class:`LPOModule`.
@@ -34,11 +33,10 @@ class SPOModule(LPOModule):
         policy: PolicySource,
         reward: RewardSource,
         selection: PairSelection | None = None,
-        sampling: Sampling | None = None,
         candidates: Branching | None = None,
         beta: float = 10.0,
         **options: Any,
     ) -> None:
         selection = selection or FixedThreshold(0.3)
         candidates = candidates or Branching(high=751.0, score_at="candidate")
-        super().__init__(policy, reward, selection, sampling, candidates, beta, **options)
+        super().__init__(policy, reward, selection, candidates=candidates, beta=beta, **options)

@@ -9,8 +9,8 @@ from torch import Tensor
 from latentreward.contracts import CrossScores, PairScores, PreferenceBatch
 from latentreward.errors import InputError
 from latentreward.losses import LRMLoss, PreferenceLoss, gather_with_grad
-from latentreward.modules.draws import PairDraws
 from latentreward.modules.images import latents_of
+from latentreward.modules.pair_noise import PairDraws
 from latentreward.modules.pairs import EncodedPairs, PairModule
 from latentreward.noise import LevelSampler, TimestepGrid
 from latentreward.policies import PolicySource
@@ -102,11 +102,7 @@ class StepAwarePixelModule(PairModule):
         return torch.cat([self.generator.vae.decode(part) for part in clean.split(self.decode_batch_size)])
 
     def score(
-        self,
-        batch: PreferenceBatch,
-        encoded: EncodedPairs,
-        timesteps: Tensor,
-        with_cross: bool = False,
+        self, batch: PreferenceBatch, encoded: EncodedPairs, timesteps: Tensor, with_cross: bool = False
     ) -> PairScores:
         """See :meth:`PairModule.score`."""
         pixels = self.predict_pixels(encoded, timesteps)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from latentreward.errors import InputError
 from latentreward.noise.base import NoiseProcess, per_sample
+from latentreward.noise.predictions import predicted_clean
 
 
 class DDPM(NoiseProcess):
@@ -48,10 +49,7 @@ class DDPM(NoiseProcess):
 
     def clean(self, noisy: Tensor, output: Tensor, timesteps: Tensor) -> Tensor:
         """(x_t − √(1 − ᾱ) ε) / √ᾱ, or √ᾱ x_t − √(1 − ᾱ) v; see :meth:`NoiseProcess.clean`."""
-        signal, spread = self._factors(noisy, timesteps)
-        if self.prediction_type == "epsilon":
-            return (noisy - spread * output) / signal
-        return signal * noisy - spread * output
+        return predicted_clean(self.prediction_type, noisy, output, *self._factors(noisy, timesteps))
 
     def _factors(self, latents: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """√ᾱ and √(1 − ᾱ) at ``timesteps``, to multiply ``latents`` with."""

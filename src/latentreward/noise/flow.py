@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from latentreward.noise.base import NoiseProcess, per_sample
+from latentreward.noise.predictions import predicted_clean
 
 
 class FlowMatching(NoiseProcess):
@@ -41,4 +42,5 @@ class FlowMatching(NoiseProcess):
 
     def clean(self, noisy: Tensor, output: Tensor, timesteps: Tensor) -> Tensor:
         """x_σ − σ v; see :meth:`NoiseProcess.clean`."""
-        return noisy - per_sample(self.sigma(timesteps), noisy).to(noisy.dtype) * output
+        sigma = per_sample(self.sigma(timesteps), noisy).to(noisy.dtype)
+        return predicted_clean("flow", noisy, output, 1.0 - sigma, sigma)

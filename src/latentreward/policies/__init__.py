@@ -4,6 +4,6 @@ from latentreward.policies.adapters import AdapterSwitch
 from latentreward.policies.checkpoint import load_policy
 from latentreward.policies.loading import PolicySource
 from latentreward.policies.policy import POLICY, DiTPolicy, Policy, UNetPolicy
-from latentreward.policies.two_stage import surrogate
+from latentreward.policies.surrogate_gradient import surrogate
 
 __all__ = ["POLICY", "AdapterSwitch", "DiTPolicy", "Policy", "PolicySource", "UNetPolicy", "load_policy", "surrogate"]

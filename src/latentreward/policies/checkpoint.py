@@ -1,7 +1,7 @@
 """A trained policy from a checkpoint of a run."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,23 +9,18 @@ import torch
 from torch import Tensor
 
 from latentreward.backbones.tuning import LoRA
-from latentreward.checkpoint_shards import read_checkpoint
+from latentreward.checkpoints.base_weights import BaseSample
+from latentreward.checkpoints.shards import read_checkpoint
 from latentreward.errors import InputError
 from latentreward.policies.loading import PolicySource
 from latentreward.policies.policy import POLICY, Policy
-from latentreward.scoring.base_weights import BaseSample
 
 SOURCE = "policy_source"
-"""Key of a checkpoint under which :func:`source_record` lies."""
+"""Key of a checkpoint under which the fields of a :class:`PolicySource` lie, in plain values."""
 ADAPTER = f".{POLICY}."
 """What names of the adapter's weights hold."""
 PREFIX = "policy."
 """What names of the policy's weights begin with in a checkpoint."""
-
-
-def source_record(source: PolicySource) -> dict[str, Any]:
-    """``source`` in plain values, for a checkpoint."""
-    return asdict(source)
 
 
 @dataclass(frozen=True)

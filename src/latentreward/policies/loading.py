@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from latentreward.backbones.loading import PipelineSource, check_channels, tiny_pipeline
+from latentreward.backbones.loading import PipelineSource, check_channels, set_execution, tiny_pipeline
 from latentreward.backbones.tuning import LoRA, StorageDtype, store_frozen
 from latentreward.contracts import LatentSpace
 from latentreward.errors import InputError, first_line
@@ -102,16 +102,8 @@ class PolicySource:
             zero_uncond=bool(pipeline.index.get("force_zeros_for_empty_prompt", sdxl)),  # diffusers' defaults
         ).train()
         policy.source = str(pipeline)
-        if self.gradient_checkpointing:
-            network.enable_gradient_checkpointing()
-        if self.attention_backend is not None:
-            try:
-                network.set_attention_backend(self.attention_backend)
-            except (ValueError, RuntimeError, ImportError) as error:
-                raise InputError(f"attention_backend={self.attention_backend!r}: {first_line(error)}") from error
-        if self.compile_blocks:
-            for block in policy.blocks():
-                block.compile(dynamic=False)
+        execution = self.gradient_checkpointing, self.attention_backend, self.compile_blocks
+        set_execution(policy.blocks(), network, *execution)
         return policy
 
     def _config(self, pipeline: PipelineSource, part: str, family: str, space: LatentSpace) -> dict[str, Any]:

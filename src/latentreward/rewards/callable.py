@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -15,6 +14,7 @@ from latentreward.contracts import NoisyStates
 from latentreward.errors import InputError
 from latentreward.rewards.base import Reward, RewardSource
 from latentreward.seeding import pair_generator
+from latentreward.storage.digests import digest
 
 if TYPE_CHECKING:
     from latentreward.policies import Policy
@@ -98,7 +98,7 @@ class RandomReward(RewardSource):
     def _number(self, latents: Tensor, timesteps: Tensor, prompts: Sequence[str]) -> Tensor:
         numbers = []
         for state, timestep, prompt in zip(latents.detach().float().cpu(), timesteps.tolist(), prompts, strict=True):
-            content = blake2b(state.contiguous().numpy().tobytes()).hexdigest()
+            content = digest([state.contiguous().numpy()], 64)
             generator = pair_generator(self.seed, "random reward", 0, json.dumps([prompt, timestep]), content)
             numbers.append(torch.randn((), generator=generator))
         return self.scale * torch.stack(numbers).to(latents.device)

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from latentreward.contracts import Conditioning, LatentSpace, NoisyStates, TensorRecord
 from latentreward.errors import InputError
 from latentreward.noise import NoiseProcess
+from latentreward.policies.surrogate_gradient import gradient_carrier
 from latentreward.rewards.base import Reward, RewardSource
 from latentreward.rewards.conversion import convert_states
-from latentreward.rewards.sharing import share_adapter, shares_network, shares_text
-from latentreward.scoring import RewardModel
-from latentreward.scoring.stored import StoredReward, find_reward
+from latentreward.rewards.shared_base import share_adapter, shares_network, shares_text
+from latentreward.scoring.layouts.find import StoredReward, find_reward
+from latentreward.scoring.network import RewardNetwork
 
 if TYPE_CHECKING:
     from latentreward.policies import Policy
@@ -58,7 +59,7 @@ class LatentScorer(Reward):
 
     def __init__(
         self,
-        model: RewardModel,
+        model: RewardNetwork,
         noise_process: NoiseProcess,
         batch_size: int | None = None,
         policy: Policy | None = None,
@@ -72,7 +73,7 @@ class LatentScorer(Reward):
         self.noise_process, self.batch_size, self._switch = noise_process, batch_size, switch
 
     @property
-    def model(self) -> RewardModel:
+    def model(self) -> RewardNetwork:
         """The reward model, its shared parts included."""
         return self._model[0]
 
@@ -145,8 +146,7 @@ class LatentScorer(Reward):
         joined = torch.cat(scores)
         if not wanted or joined.ndim > 1:  # the latter is refused by our caller
             return joined
-        change = (latents - latents.detach()).float()  # zero, but with the graph
-        return joined + (change * torch.cat(slopes).float()).flatten(1).sum(dim=1)
+        return joined + gradient_carrier(latents, torch.cat(slopes))
 
 
 class LatentReward(RewardSource):
@@ -162,6 +162,8 @@ class LatentReward(RewardSource):
             ``never`` gives it its own.
         average: Whether the moving average of ``TrainableEMA`` stands for the weights, if the checkpoint has one.
         batch_size: States per pass, which bounds memory; None takes all at once.
+        revision: Branch, tag or commit of a hub id.
+        trust_remote_code: Whether the model's settings may name classes that are not registered, which are imported.
 
     Example:
         .. code-block:: yaml
@@ -179,18 +181,20 @@ class LatentReward(RewardSource):
         share: Share = "auto",
         average: bool = True,
         batch_size: int | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
         if batch_size is not None and batch_size < 1:
             raise InputError(f"reward.batch_size={batch_size} must be at least 1")
         self.path, self.share, self.batch_size = path, share, batch_size
-        self._options = (config, base, average)
+        self._find = partial(find_reward, path, config, base, average, revision=revision, trusted=trust_remote_code)
         self._stored: StoredReward | None = None
 
     @property
     def stored(self) -> StoredReward:
         """What lies at ``path``; looked up at the first use."""
         if self._stored is None:
-            self._stored = find_reward(self.path, *self._options)
+            self._stored = self._find()
         return self._stored
 
     def latent_space(self) -> LatentSpace:
@@ -211,7 +215,7 @@ class LatentReward(RewardSource):
             if text:
                 model.backbone.text_encoder = policy.text_encoder
             return LatentScorer(model, policy.noise_process, self.batch_size, policy)
-        outline = stored.outline
+        outline = stored.on_meta_device
         adapter = share_adapter(policy, outline.get_submodule(outline.network_name), stored.adapter())
         encoder, head = policy.text_encoder, None
         if text:
@@ -219,5 +223,5 @@ class LatentReward(RewardSource):
         else:  # its text encoder comes with a network of its own, which is let go
             whole = stored.load()
             encoder, head = whole.backbone.text_encoder, whole.head
-        model = RewardModel(outline.around(policy.network, encoder), head)
+        model = RewardNetwork(outline.with_network(policy.network, encoder), head)
         return LatentScorer(model, policy.noise_process, self.batch_size, policy, partial(policy.adapters.use, adapter))

@@ -4,7 +4,6 @@ from latentreward.rollout.advantages import group_advantages, tracked_advantages
 from latentreward.rollout.base import StepSampler
 from latentreward.rollout.candidates import Branching, CandidateStep, candidate_steps
 from latentreward.rollout.ddim import DDIMSampler
-from latentreward.rollout.draws import RolloutDraws
 from latentreward.rollout.finished import score_finished
 from latentreward.rollout.flow_sde import FlowSDESampler
 from latentreward.rollout.pair_selection import (
@@ -21,6 +20,7 @@ from latentreward.rollout.pair_selection import (
     step_pairs,
 )
 from latentreward.rollout.prompted import PromptedPolicy
+from latentreward.rollout.rollout_noise import RolloutDraws
 from latentreward.rollout.settings import Sampling
 from latentreward.rollout.trajectories import Trajectories, sample_latents, sample_trajectories
 from latentreward.rollout.transition import Transition

@@ -1,6 +1,8 @@
 """What rollouts ask of a sampler, whatever the noise process."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +13,28 @@ from latentreward.rollout.transition import Transition
 
 TIMESTEP_TOLERANCE = 1e-2
 """A timestep that lies this near to a sampler's is taken for it: rounding, never a neighbour."""
+
+
+def make_scheduler(family: Any, config: Mapping[str, Any], num_inference_steps: int) -> Any:
+    """A diffusers scheduler, on the CPU, whose timesteps are set.
+
+    Args:
+        family: Class of the scheduler.
+        config: The pipeline's saved scheduler config, of this class or a related one.
+        num_inference_steps: Number of steps.
+
+    Raises:
+        InputError: If it cannot make so many steps.
+    """
+    with torch.device("cpu"):
+        scheduler = family.from_config({**config, "_class_name": family.__name__})
+        levels = len(scheduler.timesteps)
+        if not 1 <= num_inference_steps <= levels:
+            raise InputError(
+                f"num_inference_steps={num_inference_steps} must lie in 1..{levels}, the scheduler's levels"
+            )
+        scheduler.set_timesteps(num_inference_steps)
+    return scheduler
 
 
 class StepSampler(ABC):
@@ -52,11 +76,6 @@ class StepSampler(ABC):
     def next_timestep(self, index: int) -> float:
         """Timestep at which the states after step ``index`` lie; 0 after the last."""
         return float(self.timesteps[index + 1]) if index + 1 < len(self.timesteps) else 0.0
-
-    @property
-    def initial_scale(self) -> float:
-        """Factor on standard normal noise that makes an initial state."""
-        return 1.0
 
     def require_noise(self) -> None:
         """Refuse a sampler all of whose steps are deterministic.

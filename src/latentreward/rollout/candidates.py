@@ -14,8 +14,8 @@ from latentreward.errors import InputError
 from latentreward.policies import Policy
 from latentreward.rewards.base import Reward
 from latentreward.rollout.base import StepSampler
-from latentreward.rollout.draws import RolloutDraws
 from latentreward.rollout.prompted import PromptedPolicy
+from latentreward.rollout.rollout_noise import RolloutDraws
 from latentreward.rollout.settings import Sampling
 
 
@@ -90,9 +90,7 @@ def candidate_steps(
     branching: Branching,
     sampling: Sampling,
     guidance_scale: float,
-    seed: int,
-    *,
-    draws: RolloutDraws | None = None,
+    draws: RolloutDraws,
 ) -> Generator[CandidateStep, None, Tensor]:
     """Sample from noise to the finished latents, with K scored candidates at each step of the window.
 
@@ -108,8 +106,7 @@ def candidate_steps(
         branching: Window, K, and how to go on.
         sampling: Size of the samples.
         guidance_scale: 1 for no guidance.
-        seed: Seed of every draw.
-        draws: Draws to use instead of those of ``seed``.
+        draws: Initial latents, noise of the steps and choices among candidates.
 
     Yields:
         The steps of the window, in order.
@@ -121,11 +118,10 @@ def candidate_steps(
         InputError: If no step of the window has noise, or the reward returns what is no score.
     """
     window = branching.steps(sampler)
-    draws = draws or RolloutDraws(seed, prompts.keys)
     with torch.no_grad():
         network, encoded = PromptedPolicy.of(policy, prompts, guidance_scale), reward.encode_prompts(prompts.prompts)
     shape, rows = policy.latent_shape(sampling.height, sampling.width), torch.arange(len(prompts))
-    latents = draws.initial(shape).to(network.device) * sampler.initial_scale
+    latents = draws.initial(shape).to(network.device)
     output: Tensor | None = None
     for index, timestep in enumerate(sampler.timesteps.tolist()):
         with torch.no_grad():  # left before each yield: the caller's grad mode is the caller's

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from latentreward.errors import InputError
-from latentreward.rollout.base import StepSampler
+from latentreward.noise.predictions import ancestral_variance, predicted_clean, predicted_noise
+from latentreward.rollout.base import StepSampler, make_scheduler
 from latentreward.rollout.transition import Transition
 
 
@@ -42,7 +43,7 @@ class DDIMSampler(StepSampler):
                 "the scheduler config has rescale_betas_zero_snr=true with prediction_type='epsilon', which predicts "
                 "nothing at pure noise; use a v_prediction pipeline, or timestep_spacing 'leading'"
             )
-        variance = eta**2 * (1 - alpha_next) / (1 - alpha) * (1 - alpha / alpha_next)
+        variance = ancestral_variance((alpha, 1 - alpha), (alpha_next, 1 - alpha_next), eta)
         room = 1 - alpha_next - variance
         if not (room >= -1e-6).all():
             raise InputError(f"sampling.eta={eta:g} is more noise than a step of DDIM has room for; use at most 1")
@@ -55,34 +56,23 @@ class DDIMSampler(StepSampler):
     def transition(self, latents: Tensor, model_output: Tensor, timesteps: Tensor) -> Transition:
         """See :meth:`StepSampler.transition`."""
         signal, spread, signal_next, towards_noise, std = self._columns(self._table, timesteps, latents)
-        clean, noise = self._predictions(latents.float(), model_output.float(), signal, spread)
+        seen = latents.float(), model_output.float(), signal, spread
+        clean, noise = predicted_clean(self.prediction_type, *seen), predicted_noise(self.prediction_type, *seen)
         return Transition(signal_next * clean + towards_noise * noise, std.flatten(), std.flatten())
 
     def clean(self, latents: Tensor, model_output: Tensor, timesteps: Tensor) -> Tensor:
         """See :meth:`StepSampler.clean`."""
         signal, spread, _, _, _ = self._columns(self._table, timesteps, latents)
-        return self._predictions(latents.float(), model_output.float(), signal, spread)[0]
-
-    def _predictions(self, latents: Tensor, output: Tensor, signal: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
-        """Clean latents and noise that the network sees in ``latents`` = signal·x_0 + spread·ε."""
-        if self.prediction_type == "epsilon":
-            return (latents - spread * output) / signal, output
-        return signal * latents - spread * output, signal * output + spread * latents
+        return predicted_clean(self.prediction_type, latents.float(), model_output.float(), signal, spread)
 
 
 def _schedule(config: Mapping[str, Any], num_inference_steps: int) -> tuple[Tensor, Tensor, Tensor]:
     """Timesteps of diffusers' scheduler, and ᾱ there and after each step, all ``(T,)``, ᾱ in float64."""
     from diffusers import DDIMScheduler
 
-    with torch.device("cpu"):
-        scheduler = DDIMScheduler.from_config({**config, "_class_name": "DDIMScheduler", "clip_sample": False})
-        levels = len(scheduler.alphas_cumprod)
-        if not 1 <= num_inference_steps <= levels:
-            raise InputError(
-                f"num_inference_steps={num_inference_steps} must lie in 1..{levels}, the scheduler's levels"
-            )
-        scheduler.set_timesteps(num_inference_steps)
+    scheduler = make_scheduler(DDIMScheduler, {**config, "clip_sample": False}, num_inference_steps)
     timesteps, table = scheduler.timesteps, scheduler.alphas_cumprod.double()
+    levels = len(table)
     if timesteps[0] >= levels:
         raise InputError(
             f"num_inference_steps={num_inference_steps} with the scheduler's steps_offset reaches timestep "

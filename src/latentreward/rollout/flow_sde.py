@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from latentreward.errors import InputError
-from latentreward.rollout.base import StepSampler
+from latentreward.noise.predictions import predicted_clean
+from latentreward.rollout.base import StepSampler, make_scheduler
 from latentreward.rollout.transition import Transition
 
 
 class FlowSDESampler(StepSampler):
-    r"""A step of the stochastic differential equation that has the marginals of a rectified flow (arXiv:2505.05470).
+    r"""A step of Flow-GRPO's stochastic differential equation for a rectified flow (arXiv:2505.05470).
 
     With σ and σ' the noise levels before and after, d = σ' − σ < 0, v the predicted velocity and noise level a,
 
@@ -20,7 +21,10 @@ class FlowSDESampler(StepSampler):
         w = a\sqrt{\sigma / (1 - \sigma)}, \qquad x' \sim \mathcal N\Bigl(
         x\bigl(1 + \tfrac{w^2}{2\sigma} d\bigr) + v\bigl(1 + \tfrac{w^2 (1 - \sigma)}{2\sigma}\bigr) d,\; w^2 |d|\Bigr).
 
-    Where σ = 1 the denominator takes the next level (as Flow-GRPO's code does). Timesteps and levels are those of
+    Where σ = 1 the denominator takes the next level (as Flow-GRPO's code does). The equation has the flow's marginals;
+    its published steps have them for small d only. With a perfect prediction of a single picture, a = 0.7 and shift 3,
+    10 to 40 steps leave a standard deviation 3 to 6 % above σ' in the first two steps (σ near 1), up to 4 % in the
+    middle, and 20 % and more in the last steps before a picture. Timesteps and levels are those of
     diffusers' ``FlowMatchEulerDiscreteScheduler`` with the pipeline's config; noise level 0 is its Euler step.
 
     Args:
@@ -52,7 +56,7 @@ class FlowSDESampler(StepSampler):
     def clean(self, latents: Tensor, model_output: Tensor, timesteps: Tensor) -> Tensor:
         """See :meth:`StepSampler.clean`."""
         sigma = self._columns(self._table, timesteps, latents)[0]
-        return latents.float() - sigma * model_output.float()
+        return predicted_clean("flow", latents.float(), model_output.float(), 1.0 - sigma, sigma)
 
 
 def _schedule(config: Mapping[str, Any], num_inference_steps: int) -> tuple[Tensor, Tensor]:
@@ -65,14 +69,5 @@ def _schedule(config: Mapping[str, Any], num_inference_steps: int) -> tuple[Tens
                 f"the scheduler config has {name}=true, which no SD3 policy was trained with; set it to false there, "
                 "and shift to the one to sample with"
             )
-    with torch.device("cpu"):
-        scheduler = FlowMatchEulerDiscreteScheduler.from_config(
-            {**config, "_class_name": "FlowMatchEulerDiscreteScheduler"}
-        )
-        levels = scheduler.config.num_train_timesteps
-        if not 1 <= num_inference_steps <= levels:
-            raise InputError(
-                f"num_inference_steps={num_inference_steps} must lie in 1..{levels}, the scheduler's levels"
-            )
-        scheduler.set_timesteps(num_inference_steps)
+    scheduler = make_scheduler(FlowMatchEulerDiscreteScheduler, config, num_inference_steps)
     return scheduler.timesteps.to(torch.float32), scheduler.sigmas.to(torch.float32)

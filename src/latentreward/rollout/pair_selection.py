@@ -9,6 +9,7 @@ from torch import Tensor
 
 from latentreward.contracts import PromptBatch, StepPairs
 from latentreward.errors import InputError
+from latentreward.losses.gather import gather_with_grad
 from latentreward.rollout.base import StepSampler
 from latentreward.rollout.candidates import CandidateStep
 
@@ -151,7 +152,7 @@ class QuantileThreshold(PairSelection):
 
     def keep(self, gap: Tensor, index: int, sampler: StepSampler) -> Tensor:
         """See :meth:`PairSelection.keep`."""
-        return (gap >= _of_all_ranks(gap).quantile(self._quantile)) & (gap > 0)
+        return (gap >= gather_with_grad(gap).quantile(self._quantile)) & (gap > 0)
 
 
 def step_pairs(step: CandidateStep, selected: SelectedPairs, prompts: PromptBatch) -> StepPairs:
@@ -190,12 +191,3 @@ def _share(name: str, value: float) -> float:
     if not 0.0 <= value <= 1.0:
         raise InputError(f"{name}={value:g} must lie in [0, 1], as gaps tanh(Δ/2) and shares of them do")
     return value
-
-
-def _of_all_ranks(values: Tensor) -> Tensor:
-    """``(n,)`` of each rank, joined."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return values
-    parts = [torch.empty_like(values) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(parts, values.contiguous())
-    return torch.cat(parts)

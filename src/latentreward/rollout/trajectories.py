@@ -11,10 +11,9 @@ from torch import Tensor
 from latentreward.contracts import PromptBatch
 from latentreward.policies import Policy
 from latentreward.rollout.base import StepSampler
-from latentreward.rollout.draws import RolloutDraws
 from latentreward.rollout.prompted import PromptedPolicy
+from latentreward.rollout.rollout_noise import RolloutDraws
 from latentreward.rollout.settings import Sampling
-from latentreward.rollout.transition import Transition
 
 
 @dataclass(frozen=True)
@@ -65,15 +64,7 @@ def sample_trajectories(
         InputError: If no step has noise.
     """
     sampler.require_noise()
-    stochastic = sampler.noise_std > 0
-    walk = _Walk(policy, sampler, prompts, sampling, guidance_scale, draws or RolloutDraws(seed, prompts.keys))
-    states, log_probs = [walk.start()], []
-    for index in range(len(sampler)):
-        transition, following = walk.step(states[-1], index)
-        states.append(following)
-        log_prob = transition.log_prob(following)
-        log_probs.append(log_prob if stochastic[index] else torch.zeros_like(log_prob))
-    return Trajectories(torch.stack(states), sampler.timesteps, torch.stack(log_probs), stochastic)
+    return _sample(policy, sampler, prompts, sampling, guidance_scale, draws or RolloutDraws(seed, prompts.keys))
 
 
 @torch.no_grad()
@@ -100,33 +91,28 @@ def sample_latents(
     """
     sampler = sampling.sampler(policy.scheduler_config)
     with policy.reference() if reference else nullcontext():
-        walk = _Walk(policy, sampler, prompts, sampling, guidance_scale, draws or RolloutDraws(seed, prompts.keys))
-        latents = walk.start()
-        for index in range(len(sampler)):
-            latents = walk.step(latents, index)[1]
-    return latents
+        draws = draws or RolloutDraws(seed, prompts.keys)
+        return _sample(policy, sampler, prompts, sampling, guidance_scale, draws).finished.clone()
 
 
-class _Walk:
-    def __init__(
-        self,
-        policy: Policy,
-        sampler: StepSampler,
-        prompts: PromptBatch,
-        sampling: Sampling,
-        guidance_scale: float,
-        draws: RolloutDraws,
-    ) -> None:
-        self._network, self._sampler, self._draws = PromptedPolicy.of(policy, prompts, guidance_scale), sampler, draws
-        self._shape = policy.latent_shape(sampling.height, sampling.width)
-
-    def start(self) -> Tensor:
-        return self._draws.initial(self._shape).to(self._network.device) * self._sampler.initial_scale
-
-    def step(self, latents: Tensor, index: int) -> tuple[Transition, Tensor]:
-        timestep = self._sampler.timesteps[index].item()
-        output = self._network(latents, timestep)
-        transition = self._sampler.transition(latents, output, torch.full((len(latents),), timestep))
-        if not self._sampler.noise_std[index]:
-            return transition, transition.mean
-        return transition, transition.sample(self._draws.noise(index, 1, self._shape)[0])
+def _sample(
+    policy: Policy,
+    sampler: StepSampler,
+    prompts: PromptBatch,
+    sampling: Sampling,
+    guidance_scale: float,
+    draws: RolloutDraws,
+) -> Trajectories:
+    network = PromptedPolicy.of(policy, prompts, guidance_scale)
+    shape = policy.latent_shape(sampling.height, sampling.width)
+    states, log_probs, stochastic = [draws.initial(shape).to(network.device)], [], sampler.noise_std > 0
+    for index, timestep in enumerate(sampler.timesteps.tolist()):
+        output = network(states[-1], timestep)
+        transition = sampler.transition(states[-1], output, torch.full((len(output),), timestep))
+        if stochastic[index]:
+            states.append(transition.sample(draws.noise(index, 1, shape)[0]))
+            log_probs.append(transition.log_prob(states[-1]))
+        else:
+            states.append(transition.mean)
+            log_probs.append(torch.zeros_like(transition.std))
+    return Trajectories(torch.stack(states), sampler.timesteps, torch.stack(log_probs), stochastic)

@@ -1,16 +1,17 @@
 """LAION's aesthetic predictor."""
 
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from torch import Tensor, nn
 
 from latentreward.errors import InputError
-from latentreward.scorers.clip import CLIPImageScorer, Dtype
+from latentreward.scorers.clip import CLIPImageScorer
 from latentreward.scorers.weight_files import read_state_dict
+from latentreward.storage.digests import digest
 
 
 class AestheticScorer(CLIPImageScorer):
@@ -23,11 +24,8 @@ class AestheticScorer(CLIPImageScorer):
         weights: File of the predictor, e.g. ``sac+logos+ava1-l14-linearMSE.pth``, or safetensors.
         source: Folder or hub id of the ``CLIPModel`` that it was trained on.
         name: Name of its columns.
-        processor: Folder or hub id of the preprocessing; ``source`` by default.
-        revision: Branch, tag or commit of a hub id; pin it.
-        dtype: Type of CLIP's weights and pixels; the predictor computes in float32.
-        device: E.g. ``cuda:1``; ``auto`` takes the accelerator if there is one.
-        batch_size: Images per call of the network.
+        options: See :class:`~latentreward.scorers.clip.CLIPImageScorer`; ``dtype`` is CLIP's, the predictor computes in
+            float32.
 
     Raises:
         InputError: If the file is absent, could run code, or holds no chain of linear layers with one output.
@@ -41,13 +39,9 @@ class AestheticScorer(CLIPImageScorer):
         source: str = "openai/clip-vit-large-patch14",
         *,
         name: str = "aesthetic",
-        processor: str | None = None,
-        revision: str | None = None,
-        dtype: Dtype = "float32",
-        device: str = "auto",
-        batch_size: int = 32,
+        **options: Any,
     ) -> None:
-        super().__init__(name, source, processor, revision, dtype, device, batch_size)
+        super().__init__(name, source, **options)
         self.weights = Path(weights)
         self.layers = linear_chain(self.weights, read_state_dict(self.weights, "the aesthetic predictor")).to(
             self.device
@@ -55,10 +49,8 @@ class AestheticScorer(CLIPImageScorer):
 
     def identity(self) -> str:
         """Class, model, type and a hash of the predictor's weights."""
-        digest = hashlib.blake2b(digest_size=8)
-        for parameter in self.layers.parameters():
-            digest.update(parameter.detach().cpu().numpy().tobytes())
-        return f"{super().identity()} weights {digest.hexdigest()}"
+        weights = digest((parameter.detach().cpu().numpy().tobytes() for parameter in self.layers.parameters()), 8)
+        return f"{super().identity()} weights {weights}"
 
     def prepare(self) -> None:
         """Load CLIP and compare its width with the predictor's.

@@ -1,6 +1,6 @@
 """Scores of CLIP models: cosine, CLIP score and PickScore."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -8,12 +8,14 @@ from typing import Any, Literal
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from latentreward.backbones.loading import load_weights
+from latentreward.devices import find_device
 from latentreward.errors import InputError, first_line
 from latentreward.scorers.base import ImageScorer
+from latentreward.storage.hub import read_locally
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 Scale = Literal["cosine", "clip_score"]
@@ -37,34 +39,13 @@ class CLIPTowers:
     """Both towers of a CLIP model with what stands before them, on plain transformers, without torchvision.
 
     Args:
-        source: Folder or hub id of a ``CLIPModel``; only safetensors are read.
-        processor: Folder or hub id of its tokenizer and image preprocessing.
-        revision: Branch, tag or commit of hub ids.
-        dtype: Type of weights and pixels.
-        device: Where to compute.
-
-    Raises:
-        InputError: If a part cannot be loaded, or lacks a tensor.
-
-    Note:
-        Images go through transformers' PIL preprocessing, as the published models were used: shortest edge bicubic
-        with antialiasing in 8 bits, centre crop, mean and standard deviation of ``preprocessor_config.json``.
+        model: A ``CLIPModel`` without gradients.
+        tokenizer: Its tokenizer.
+        pixels: What the vision tower takes, ``(B, 3, H, W)`` float32, of B images.
     """
 
-    def __init__(self, source: str, processor: str, revision: str | None, dtype: Dtype, device: torch.device) -> None:
-        from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
-
-        self.device, self.dtype = device, getattr(torch, dtype)
-        self.model = load_clip(CLIPModel, source, revision, self.dtype).to(device)
-        same = revision if processor == source else None
-        self.tokenizer = load_part(CLIPTokenizer, processor, same)
-        self.preprocess = load_part(CLIPImageProcessorPil, processor, same)
-        words, rows = len(self.tokenizer), self.model.config.text_config.vocab_size
-        if not rows // 2 <= words <= rows:  # transformers 5 makes an empty tokenizer where the files are missing
-            raise InputError(
-                f"source={processor!r}: the tokenizer has {words} tokens, the model {rows}; get its files again, or "
-                "set processor to where the model's tokenizer lies"
-            )
+    def __init__(self, model: Any, tokenizer: Any, pixels: Callable[[Sequence[Image.Image]], Tensor]) -> None:
+        self.model, self.tokenizer, self.pixels = model, tokenizer, pixels
 
     @property
     def logit_scale(self) -> float:
@@ -76,13 +57,9 @@ class CLIPTowers:
         """Features per embedding."""
         return self.model.config.projection_dim
 
-    def pixels(self, images: Sequence[Image.Image]) -> Tensor:
-        """What the vision tower takes: ``(B, 3, H, W)`` float32."""
-        return self.preprocess([image.convert("RGB") for image in images], return_tensors="pt")["pixel_values"]
-
     def embed_images(self, images: Sequence[Image.Image]) -> Tensor:
         """``(B, width)`` float32 of norm 1."""
-        pixels = self.pixels(images).to(self.device, self.dtype)
+        pixels = self.pixels(images).to(self.model.device, self.model.dtype)
         pooled = self.model.vision_model(pixel_values=pixels).pooler_output
         return normalize(self.model.visual_projection(pooled).float(), dim=-1)
 
@@ -91,7 +68,7 @@ class CLIPTowers:
         distinct = list(dict.fromkeys(prompts))
         length = self.model.config.text_config.max_position_embeddings
         tokens = self.tokenizer(distinct, padding=True, truncation=True, max_length=length, return_tensors="pt")
-        pooled = self.model.text_model(**tokens.to(self.device)).pooler_output
+        pooled = self.model.text_model(**tokens.to(self.model.device)).pooler_output
         embeds = normalize(self.model.text_projection(pooled).float(), dim=-1)
         return embeds[[distinct.index(prompt) for prompt in prompts]]
 
@@ -106,7 +83,8 @@ class CLIPImageScorer(ImageScorer):
     Args:
         name: See :class:`~latentreward.scorers.base.Scorer`.
         source: Folder or hub id of a ``CLIPModel``, or ``held_out_tiny``, the tiny world's.
-        processor: Folder or hub id of its tokenizer and preprocessing; :func:`default_processor` by default.
+        processor: Folder or hub id of tokenizer and preprocessing; for PickScore those of OpenCLIP's ViT-H, otherwise
+            ``source``.
         revision: Branch, tag or commit of a hub id; pin it.
         dtype: Type of weights and pixels.
         device: E.g. ``cuda:1``; ``auto`` takes the accelerator if there is one.
@@ -120,15 +98,15 @@ class CLIPImageScorer(ImageScorer):
         self,
         name: str,
         source: str,
-        processor: str | None,
-        revision: str | None,
-        dtype: Dtype,
-        device: str,
-        batch_size: int,
+        processor: str | None = None,
+        revision: str | None = None,
+        dtype: Dtype = "float32",
+        device: str = "auto",
+        batch_size: int = 32,
     ) -> None:
         super().__init__(name, batch_size)
         self.source, self.processor = source, processor or default_processor(source)
-        self.revision, self.dtype, self.device = revision, dtype, device_of(device)
+        self.revision, self.dtype, self.device = revision, dtype, find_device(device)
         for place, file in ((self.source, "config.json"), (self.processor, "preprocessor_config.json")):
             _check_source(name, model_source(place), file)
 
@@ -144,7 +122,7 @@ class CLIPImageScorer(ImageScorer):
     def towers(self) -> CLIPTowers:
         """The model; scorers of the same model share it."""
         source, processor = model_source(self.source), model_source(self.processor)
-        return _shared_towers(source, processor, self.revision, self.dtype, self.device)
+        return load_towers(source, processor, self.revision, self.dtype, self.device)
 
 
 class CLIPScorer(CLIPImageScorer):
@@ -154,11 +132,7 @@ class CLIPScorer(CLIPImageScorer):
         source: As for all CLIP scorers: folder or hub id of a ``CLIPModel``, or ``held_out_tiny``, the tiny world's.
         name: Name of its columns.
         scale: ``cosine``, in which MPCF's limits are stated, or ``clip_score``, 100 · max(cosine, 0).
-        processor: Folder or hub id of tokenizer and preprocessing; ``source`` by default.
-        revision: Branch, tag or commit of a hub id; pin it.
-        dtype: Type of weights and pixels.
-        device: E.g. ``cuda:1``; ``auto`` takes the accelerator if there is one.
-        batch_size: Images per call of the network.
+        options: See :class:`CLIPImageScorer`.
     """
 
     def __init__(
@@ -167,13 +141,9 @@ class CLIPScorer(CLIPImageScorer):
         *,
         name: str = "clipscore",
         scale: Scale = "cosine",
-        processor: str | None = None,
-        revision: str | None = None,
-        dtype: Dtype = "float32",
-        device: str = "auto",
-        batch_size: int = 32,
+        **options: Any,
     ) -> None:
-        super().__init__(name, source, processor, revision, dtype, device, batch_size)
+        super().__init__(name, source, **options)
         self.scale = scale
 
     def identity(self) -> str:
@@ -192,26 +162,11 @@ class PickScorer(CLIPImageScorer):
     Args:
         source: Folder or hub id of the model, or ``held_out_tiny``, the tiny world's.
         name: Name of its columns.
-        processor: Folder or hub id of tokenizer and preprocessing; for the published model those of OpenCLIP's ViT-H,
-            otherwise ``source``.
-        revision: Branch, tag or commit of a hub id; pin it.
-        dtype: Type of weights and pixels.
-        device: E.g. ``cuda:1``; ``auto`` takes the accelerator if there is one.
-        batch_size: Images per call of the network.
+        options: See :class:`CLIPImageScorer`.
     """
 
-    def __init__(
-        self,
-        source: str = PICKSCORE,
-        *,
-        name: str = "pickscore",
-        processor: str | None = None,
-        revision: str | None = None,
-        dtype: Dtype = "float32",
-        device: str = "auto",
-        batch_size: int = 32,
-    ) -> None:
-        super().__init__(name, source, processor, revision, dtype, device, batch_size)
+    def __init__(self, source: str = PICKSCORE, *, name: str = "pickscore", **options: Any) -> None:
+        super().__init__(name, source, **options)
 
     def score(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> Tensor:
         """See :meth:`ImageScorer.score`."""
@@ -220,23 +175,21 @@ class PickScorer(CLIPImageScorer):
 
 
 @cache
-def _shared_towers(source: str, processor: str, revision: str | None, dtype: Dtype, device: torch.device) -> CLIPTowers:
-    return CLIPTowers(source, processor, revision, dtype, device)
+def load_towers(source: str, processor: str, revision: str | None, dtype: Dtype, device: torch.device) -> CLIPTowers:
+    """A CLIP model, loaded once for all scorers.
 
-
-def device_of(name: str) -> torch.device:
-    """The device of that name; ``auto`` is the accelerator, or the CPU if there is none.
+    Images go through transformers' PIL preprocessing, as the published models were used: shortest edge bicubic with
+    antialiasing in 8 bits, centre crop, mean and standard deviation of ``preprocessor_config.json``.
 
     Raises:
-        InputError: If there is no such device.
+        InputError: If a part cannot be loaded, or lacks a tensor.
     """
-    if name == "auto":
-        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return found or torch.device("cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"device is {name!r}: {first_line(error)}; set it to auto or cpu") from error
+    model, tokenizer, preprocess = load_clip(source, processor, revision, getattr(torch, dtype))
+
+    def pixels(images: Sequence[Image.Image]) -> Tensor:
+        return preprocess([image.convert("RGB") for image in images], return_tensors="pt")["pixel_values"]
+
+    return CLIPTowers(model.to(device), tokenizer, pixels)
 
 
 def _check_source(name: str, source: str, file: str) -> None:
@@ -256,38 +209,33 @@ def load_part(family: Any, source: str, revision: str | None) -> Any:
         InputError: If it cannot be loaded.
     """
     try:
-        return family.from_pretrained(source, revision=revision)
+        return family.from_pretrained(source, revision=revision, local_files_only=read_locally(source, revision))
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"cannot load {family.__name__} of {source!r}: {first_line(error)}") from error
 
 
-def load_clip(family: Any, source: str, revision: str | None, dtype: torch.dtype) -> Any:
-    """The model without gradients.
+def load_clip(source: str, processor: str, revision: str | None, dtype: torch.dtype) -> tuple[Any, Any, Any]:
+    """A ``CLIPModel`` without gradients, its tokenizer and its image preprocessing.
+
+    Args:
+        source: Folder or hub id of the model; only safetensors are read.
+        processor: Folder or hub id of the others.
+        revision: Branch, tag or commit of hub ids.
+        dtype: Type of the weights.
 
     Raises:
-        InputError: If it cannot be loaded, or a tensor is missing or does not fit.
+        InputError: If a part cannot be loaded, or a tensor is missing or does not fit.
     """
-    from transformers.utils import logging
+    from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-    bar = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        model, report = family.from_pretrained(
-            source,
-            revision=revision,
-            dtype=dtype,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
+    options = {"revision": revision, "local_files_only": read_locally(source, revision)}
+    model = load_weights(CLIPModel, source, refused=("missing", "mismatched"), torch_dtype=dtype, **options)
+    same = revision if processor == source else None
+    tokenizer, preprocess = (load_part(family, processor, same) for family in (CLIPTokenizer, CLIPImageProcessorPil))
+    words, rows = len(tokenizer), model.config.text_config.vocab_size
+    if not rows // 2 <= words <= rows:  # transformers 5 makes an empty tokenizer where the files are missing
+        raise InputError(
+            f"source={processor!r}: the tokenizer has {words} tokens, the model {rows}; get its files again, or "
+            "set processor to where the model's tokenizer lies"
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"cannot load {source!r}: {first_line(error)}") from error
-    finally:
-        if bar:
-            logging.enable_progress_bar()
-    for kind in ("missing", "mismatched"):
-        names = sorted(str(name[0] if isinstance(name, tuple) else name) for name in report[f"{kind}_keys"])
-        names = [name for name in names if not name.endswith(".position_ids")]
-        if names:
-            raise InputError(f"cannot load {source!r}: {kind} tensor {names[0]} ({len(names)} in all); get it again")
-    return model.eval().requires_grad_(False)
+    return model.eval().requires_grad_(False), tokenizer, preprocess

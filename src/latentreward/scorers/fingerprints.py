@@ -13,14 +13,16 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from latentreward.checkpoint_shards import is_sharded
+from latentreward.checkpoints.shards import is_sharded
 from latentreward.scorers.base import Scorer
 from latentreward.scorers.clip import model_source
-from latentreward.scoring.hub import commit_on_hub
-from latentreward.scoring.stored import published_layout
+from latentreward.scoring.layouts.find import published_layout
+from latentreward.scoring.network import name_of
+from latentreward.storage.hub import commit_on_hub
 
 PLACES = (
     *("path", "weights", "source", "processor", "tokenizer"),
@@ -48,14 +50,28 @@ def scorer_fingerprints(scorer: Scorer, policy: str = "") -> dict[str, str]:
         return scorer_fingerprints(inner, policy)
     revision = getattr(scorer, "revision", None)
     named = {name: value for name in PLACES if isinstance(value := getattr(scorer, name, None), (str, Path))}
+    of_revision = named.get("source", named.get("path"))
     found = {
         name: fingerprint(
-            model_source(str(value).replace(POLICY, policy)), revision if str(value) == named.get("source") else None
+            model_source(str(value).replace(POLICY, policy)),
+            revision if value == of_revision else None,
         )
         for name, value in named.items()
     }
     words = [Path(getattr(scorer, "folder", None) or "", word) for word in getattr(scorer, "command", ())]
     return found | {f"command {n}": fingerprint(word) for n, word in enumerate(words) if _is_file(word)}
+
+
+def public_identity(scorer: Scorer) -> str:
+    """Identity of a scorer for reports: files and folders of this machine by their names alone."""
+    inner: Any = scorer
+    while isinstance(getattr(inner, "scorer", None), Scorer):
+        inner = inner.scorer
+    places = {*(getattr(inner, name, None) for name in (*PLACES, "folder")), *getattr(inner, "command", ())}
+    text = scorer.identity()
+    for place in sorted((str(place) for place in places if place), key=len, reverse=True):
+        text = text.replace(place, name_of(place)) if os.sep in place else text
+    return text
 
 
 def fingerprint(place: str | Path, revision: str | None = None) -> str:

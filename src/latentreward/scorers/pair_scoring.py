@@ -1,12 +1,11 @@
 """Rows of a reader through a list of scorers: each image decoded and scored once for a prompt."""
 
-import hashlib
 import time
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -14,11 +13,13 @@ import pyarrow as pa
 from PIL import Image
 
 from latentreward.contracts import ImageRef, PreferencePair
+from latentreward.data.ahead import map_ahead
 from latentreward.data.images import MAX_PIXELS, ImageError, decode_image
 from latentreward.data.readers import PairReader
 from latentreward.data.score_table import oriented_gap
 from latentreward.errors import InputError
 from latentreward.scorers.base import ImageScorer, Scorer, TableScorer
+from latentreward.storage.digests import digest
 
 Item = tuple[str, str]
 """Key of an image, and a prompt."""
@@ -52,7 +53,7 @@ class PairScoring:
         images: Images scored, by scorer.
 
     Raises:
-        InputError: If there is no scorer, two have one name, or the reader has no images.
+        InputError: If there is no scorer, two have one name, one does not score pairs, or the reader has no images.
     """
 
     def __init__(
@@ -63,6 +64,9 @@ class PairScoring:
             raise InputError(
                 f"scorers are {', '.join(names) or 'none'}; give at least one, each with a name of its own"
             )
+        if others := [scorer for scorer in scorers if not isinstance(scorer, ImageScorer | TableScorer)]:
+            kind = type(others[0]).__name__
+            raise InputError(f"scorers: {kind} scores whole sets of pictures, not pairs; use it with evaluate-policy")
         if decode_threads < 1:
             raise InputError(f"decode_threads is {decode_threads}; it must be at least 1")
         if reader.holds != "images":
@@ -79,12 +83,10 @@ class PairScoring:
 
     def spec(self) -> dict[str, Any]:
         """What the scores depend on, as JSON takes it."""
-        digest = hashlib.blake2b(self.reader.labels().tobytes(), digest_size=16)
-        for texts in (self.reader.pair_ids(), self._prompts):
-            for text in texts:
-                digest.update(text.encode("utf-8", "replace") + b"\0")
+        texts = (f"{text}\0" for text in chain(self.reader.pair_ids(), self._prompts))
+        rows = digest(chain([self.reader.labels().tobytes()], texts))
         return {
-            "reader": f"{type(self.reader).__name__} with {len(self.reader)} rows, {digest.hexdigest()}",
+            "reader": f"{type(self.reader).__name__} with {len(self.reader)} rows, {rows}",
             "scorers": {scorer.name: scorer.identity() for scorer in self.scorers},
             "max_pixels": self.max_pixels,
         }
@@ -111,15 +113,35 @@ class PairScoring:
         self.seconds[READING] += time.perf_counter() - start
         return pairs
 
-    def score(self, pairs: Sequence[PreferencePair]) -> pa.Table:
-        """The table of some rows of the reader, as :meth:`read` gives them.
+    def tables(self, parts: Sequence[range]) -> Iterator[tuple[range, pa.Table]]:
+        """Yield rows of the reader with their table; at Ctrl-C, those of the part that are scored already.
 
         Columns are ``pair_id``, ``image_a``, ``image_b``, ``label_a``, ``different_flag``, for each scorer ``NAME_a``,
         ``NAME_b`` and ``NAME_gap`` (winner minus loser, the absolute difference for ties, NaN without label), and
         ``problem_a``, ``problem_b``: why an image could not be read, in which case its scores are NaN. A scorer of
         several columns has each of them under its own name.
         """
-        problems = self._score_missing(pairs)
+        for rows in parts:
+            pairs = self.read(rows)
+            problems: dict[Place, str] = {}
+            try:
+                self._score_missing(pairs, problems)
+            except KeyboardInterrupt:
+                done = pairs[: self._first_unfinished(pairs, problems)]
+                if done:
+                    yield range(rows.start, rows.start + len(done)), self._table(done, problems)
+                raise
+            yield rows, self._table(pairs, problems)
+
+    def _first_unfinished(self, pairs: Sequence[PreferencePair], problems: Mapping[Place, str]) -> int:
+        """Index of the first pair with an image that is neither scored nor known to be unreadable."""
+        for place, image, prompt in _sides(pairs):
+            names = {scorer.name: _name(scorer, (image.image_key, prompt)) for scorer in self.image_scorers}
+            if place not in problems and not all(name in self._known[scorer] for scorer, name in names.items()):
+                return place[0]
+        return len(pairs)
+
+    def _table(self, pairs: Sequence[PreferencePair], problems: Mapping[Place, str]) -> pa.Table:
         labels = np.array([np.nan if pair.label_a is None else pair.label_a for pair in pairs])
         columns: dict[str, Any] = {
             "pair_id": pa.array([pair.pair_id for pair in pairs], pa.string()),
@@ -148,8 +170,8 @@ class PairScoring:
                 scores[place] = known[_name(scorer, (image.image_key, prompt))]
         return scores
 
-    def _score_missing(self, pairs: Sequence[PreferencePair]) -> dict[Place, str]:
-        """Score what is not known yet; returns why images could not be read.
+    def _score_missing(self, pairs: Sequence[PreferencePair], problems: dict[Place, str]) -> None:
+        """Score what is not known yet; why images could not be read is added to ``problems``.
 
         Where copies of an image recur, the first that can be read counts for itself and all later ones, so that the
         result does not depend on how rows are grouped.
@@ -159,14 +181,12 @@ class PairScoring:
             item = image.image_key, prompt if self._prompt_matters else ""
             if not all(_name(scorer, item) in self._known[scorer.name] for scorer in self.image_scorers):
                 wanted.setdefault(item, []).append((place, image))
-        problems: dict[Place, str] = {}
         for group in self._decoded(wanted):
             readable = {item: decoded.image for item, decoded in group if decoded.image is not None}
             for _, decoded in group:
-                problems |= decoded.problems
+                problems.update(decoded.problems)
             for scorer in self.image_scorers:
                 self._score_group(scorer, readable)
-        return problems
 
     def _score_group(self, scorer: ImageScorer, readable: Mapping[Item, Image.Image]) -> None:
         known = self._known[scorer.name]
@@ -179,21 +199,16 @@ class PairScoring:
 
     def _decoded(self, wanted: Mapping[Item, list[tuple[Place, ImageRef]]]) -> Iterator[list[tuple[Item, Decoded]]]:
         """Groups of decoded images; the next group is decoded while one is scored."""
-        todo = iter(wanted.items())
-        with ThreadPoolExecutor(self.decode_threads) as pool:
-            ahead: deque[tuple[Item, Future[Decoded]]] = deque()
-
-            def submit(number: int) -> None:
-                ahead.extend((item, pool.submit(self._decode, copies)) for item, copies in islice(todo, number))
-
-            submit(2 * self._group)
-            while ahead:
+        decoded = map_ahead(
+            lambda entry: (entry[0], self._decode(entry[1])), wanted.items(), 2 * self._group, self.decode_threads
+        )
+        with closing(decoded):
+            while True:
                 start = time.perf_counter()
-                group = [(item, future.result()) for item, future in islice(ahead, self._group)]
+                group = list(islice(decoded, self._group))
                 self.seconds[READING] += time.perf_counter() - start
-                for _ in group:
-                    ahead.popleft()
-                submit(len(group))
+                if not group:
+                    return
                 yield group
 
     def _decode(self, copies: Sequence[tuple[Place, ImageRef]]) -> Decoded:
@@ -218,4 +233,4 @@ def _name(scorer: ImageScorer, item: Item) -> bytes:
     """Short name of what a scorer looks at."""
     image_key, prompt = item
     text = f"{image_key}\0{prompt}" if scorer.uses_prompt else image_key
-    return hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).digest()
+    return bytes.fromhex(digest([text]))  # half the memory of the digits

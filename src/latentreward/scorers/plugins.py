@@ -32,12 +32,7 @@ class CallableScorer(ImageScorer):
     """
 
     def __init__(
-        self,
-        function: Callable[..., Any],
-        name: str,
-        *,
-        uses_prompt: bool = True,
-        batch_size: int = 32,
+        self, function: Callable[..., Any], name: str, *, uses_prompt: bool = True, batch_size: int = 32
     ) -> None:
         super().__init__(name, batch_size)
         if not callable(function):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -11,9 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from latentreward.errors import InputError
+from latentreward.devices import find_device
 from latentreward.scorers.base import ImageScorer
-from latentreward.scorers.clip import device_of
 
 if TYPE_CHECKING:
     from latentreward.scoring import RewardModel, ScoringNoise
@@ -66,6 +66,8 @@ class RewardModelScorer(ImageScorer):
         device: E.g. ``cuda:1``; ``auto`` takes the accelerator if there is one.
         dtype: Precision of the backbone; VAE, head and score are float32.
         batch_size: Images per pass.
+        revision: Branch, tag or commit of a hub id.
+        trust_remote_code: Whether the model's settings may name classes that are not registered, which are imported.
     """
 
     def __init__(
@@ -79,51 +81,49 @@ class RewardModelScorer(ImageScorer):
         device: str = "auto",
         dtype: Literal["float32", "bfloat16"] = "float32",
         batch_size: int = 8,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
         super().__init__(reward_name(path) if name is None else name, batch_size)
         self.path, self.noise, self.base, self.config = path, noise, base, config
-        self.device, self.dtype = device_of(device), dtype
-        self._model: RewardModel | None = None
+        self.revision, self.trust_remote_code = revision, trust_remote_code
+        self.device, self.dtype = find_device(device), dtype
 
     def identity(self) -> str:
         """Class, path, base, noise and precision."""
         base = "" if self.base is None else f" base {self.base}"
-        return f"{type(self).__name__} {self.path}{base} noise {self.noise or 'of the model'} {self.dtype}"
+        revision = "" if self.revision is None else f"@{self.revision}"
+        return f"{type(self).__name__} {self.path}{revision}{base} noise {self.noise or 'of the model'} {self.dtype}"
 
     def prepare(self) -> None:
-        """Load the model.
+        """Load the model."""
+        self.model  # noqa: B018
+
+    @cached_property
+    def model(self) -> RewardModel:
+        """The model, loaded at the first use.
 
         Raises:
             InputError: If a file is missing or damaged, or does not fit.
         """
         from latentreward.scoring import RewardModel
 
-        dtype = getattr(torch, self.dtype)
-        self._model = RewardModel.from_pretrained(
-            self.path, base=self.base, config=self.config, device=self.device, dtype=dtype
+        return RewardModel.from_pretrained(
+            self.path,
+            revision=self.revision,
+            base=self.base,
+            config=self.config,
+            device=self.device,
+            dtype=getattr(torch, self.dtype),
+            trust_remote_code=self.trust_remote_code,
         )
-
-    @property
-    def model(self) -> RewardModel:
-        """The model.
-
-        Raises:
-            InputError: If it was not loaded.
-        """
-        if self._model is None:
-            raise InputError(f"the model of scorer {self.name!r} is not loaded; call prepare() first")
-        return self._model
 
     def score(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> Tensor:
         """See :meth:`ImageScorer.score`."""
-        if self._model is None:
-            self.prepare()
         return self.model.score(prompts, images, noise=self.noise, batch_size=self.batch_size)
 
     def score_levels(
         self, prompts: Sequence[str], images: Sequence[Image.Image], levels: Sequence[ScoringNoise]
     ) -> Tensor:
         """Scores ``(B, K)`` under each of K settings of noise; images are encoded once."""
-        if self._model is None:
-            self.prepare()
         return self.model.score_levels(prompts, images, levels, batch_size=self.batch_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,16 +11,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from latentreward.errors import InputError, first_line
+from latentreward.errors import InputError
 from latentreward.scorers.clip import (
     PICKSCORE,
     CLIPImageScorer,
-    Dtype,
     default_processor,
     load_clip,
-    load_part,
     model_source,
 )
+from latentreward.scorers.weight_files import read_state_dict
 
 if TYPE_CHECKING:
     from latentreward.scorers.step_aware_clip import StepAwareCLIP
@@ -35,32 +35,17 @@ class StepAwareScorer(CLIPImageScorer):
         weights: What training changed: checkpoint of ``StepAwarePixelModule``, or the file that SPO released. Not
             needed if ``source`` is a folder with ``step_aware.safetensors``.
         name: Name of its columns.
-        processor: Folder or hub id of tokenizer and preprocessing; for PickScore that of OpenCLIP's ViT-H, otherwise
-            ``source``.
-        revision: Branch, tag or commit of a hub id; pin it.
-        dtype: Type of weights and pixels.
-        device: E.g. ``cuda:1``; ``auto`` takes the accelerator if there is one. A ``PixelReward`` computes where the
-            policy is.
-        batch_size: Images per call of the network.
+        options: See :class:`~latentreward.scorers.clip.CLIPImageScorer`. A ``PixelReward`` computes where the policy
+            is, whatever ``device`` says.
     """
 
     def __init__(
-        self,
-        source: str = PICKSCORE,
-        *,
-        weights: str | None = None,
-        name: str = "step_aware",
-        processor: str | None = None,
-        revision: str | None = None,
-        dtype: Dtype = "float32",
-        device: str = "auto",
-        batch_size: int = 32,
+        self, source: str = PICKSCORE, *, weights: str | None = None, name: str = "step_aware", **options: Any
     ) -> None:
-        super().__init__(name, source, processor, revision, dtype, device, batch_size)
+        super().__init__(name, source, **options)
         self.weights = weights
         if weights is not None and not Path(weights).is_file():
             raise InputError(f"weights of {name}: no file {weights}")
-        self._network: StepAwareCLIP | None = None
 
     def identity(self) -> str:
         """Class, model, type and weights."""
@@ -82,15 +67,15 @@ class StepAwareScorer(CLIPImageScorer):
 
     def prepare(self) -> None:
         """Load the network."""
-        self._network = self.load().to(self.device)
+        self._network  # noqa: B018
+
+    @cached_property
+    def _network(self) -> StepAwareCLIP:
+        return self.load().to(self.device)
 
     def score(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> Tensor:
         """See :meth:`ImageScorer.score`; images count as finished."""
-        if self._network is None:
-            self.prepare()
-            return self.score(prompts, images)
-        network = self._network
-        finished = torch.zeros(1, device=self.device)
+        network, finished = self._network, torch.zeros(1, device=self.device)
         embeds = torch.cat([network.embed_images(to_pixels(image).to(self.device), finished) for image in images])
         return network.similarity(embeds, network.embed_tokens(network.tokenize(prompts)))
 
@@ -119,20 +104,11 @@ def load_step_aware(
     Raises:
         InputError: If a part cannot be loaded, or weights are of another network.
     """
-    from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
-
     from latentreward.scorers.step_aware_clip import STEP_FILE, StepAwareCLIP
 
-    processor = model_source(processor or default_processor(source))
-    folder = model_source(source)
-    same = revision if processor == folder else None
-    preprocess = load_part(CLIPImageProcessorPil, processor, same)
-    network = StepAwareCLIP(
-        load_clip(CLIPModel, folder, revision, torch.float32),
-        load_part(CLIPTokenizer, processor, same),
-        preprocess.image_mean,
-        preprocess.image_std,
-    )
+    folder, processor = model_source(source), model_source(processor or default_processor(source))
+    clip, tokenizer, preprocess = load_clip(folder, processor, revision, torch.float32)
+    network = StepAwareCLIP(clip, tokenizer, preprocess.image_mean, preprocess.image_std)
     beside = Path(folder) / STEP_FILE
     file = beside if weights is None else Path(weights)
     if weights is None and not beside.is_file():
@@ -147,19 +123,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         InputError: If the file cannot be read, or holds more than tensors.
     """
-    from safetensors.torch import load_file
-
     from latentreward.scorers.step_aware_clip import rename_published
 
-    try:
-        loaded: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged file brings about
-        raise InputError(f"weights: cannot read {path} ({first_line(error)}); get it again") from error
-    if isinstance(loaded, Mapping) and "state_dict" in loaded:
-        prefix = "network."
-        tensors = {name: value for name, value in loaded["state_dict"].items() if name.startswith(prefix)}
-        return {name.removeprefix(prefix): value for name, value in tensors.items()}
-    return dict(loaded) if path.suffix == ".safetensors" else rename_published(loaded)
+    tensors, prefix = read_state_dict(path, "a step-aware model"), "network."
+    own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    return own or (tensors if path.suffix == ".safetensors" else rename_published(tensors))
 
 
 def put_weights(network: StepAwareCLIP, tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -6,13 +6,13 @@ timestep as in DiT (adaLN, arXiv:2212.09748); at the start nothing is changed, s
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from diffusers.models.embeddings import get_timestep_embedding
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, normalize
@@ -147,10 +147,7 @@ def modulated_layer(layer: nn.Module, hidden: Tensor, modulation: Tensor) -> Ten
 
 def embed_timesteps(timesteps: Tensor) -> Tensor:
     """Cosines, then sines, of ``timesteps`` ``(B,)`` at frequencies 1 to 1/10000: ``(B, 256)`` float32."""
-    half = FREQUENCIES // 2
-    frequencies = torch.exp(-math.log(10_000.0) * torch.arange(half, device=timesteps.device) / half)
-    angles = timesteps.float()[:, None] * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+    return get_timestep_embedding(timesteps, FREQUENCIES, flip_sin_to_cos=True, downscale_freq_shift=0)
 
 
 def prepare_pixels(images: Tensor, size: int, mean: Tensor, std: Tensor) -> Tensor:

@@ -1,10 +1,8 @@
 """Files of a scorer's weights that come as they were published."""
 
-import pickle
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -25,7 +23,7 @@ def read_state_dict(path: Path, model: str) -> dict[str, Tensor]:
         raise InputError(f"weights: no file {path}; give that of {model}")
     try:
         loaded = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except (RuntimeError, EOFError, ValueError, OSError, pickle.UnpicklingError, SafetensorError) as error:
+    except Exception as error:  # whatever a damaged file brings about
         raise InputError(
             f"weights: {path} is damaged, or holds more than tensors and could run code ({first_line(error)}); get it "
             "again"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from latentreward.errors import InputError
-from latentreward.scoring.noise import ScoringNoise
+from latentreward.scoring.scoring_noise import ScoringNoise
 
 GRID = 1001
 """Quantiles that are kept."""
@@ -162,20 +161,3 @@ class Calibration:
         except (TypeError, ValueError) as error:
             raise InputError(f"calibration: {error}") from error
         return cls(**numbers, **counts, quantiles=quantiles, reference=str(record["reference"]), noise=noise)
-
-    def to_json(self) -> str:
-        """One line of JSON; the numbers are exact."""
-        return json.dumps(self.record())
-
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        """The calibration behind :meth:`to_json`.
-
-        Raises:
-            InputError: If the text is no such JSON.
-        """
-        try:
-            record = json.loads(text)
-        except ValueError as error:
-            raise InputError(f"calibration is no JSON ({error})") from error
-        return cls.of_record(record)

@@ -44,25 +44,22 @@ def load_exactly(
     Raises:
         InputError: Naming the first tensor that is missing, left over or of another shape.
     """
-    expected = {
-        name: tensor.shape
-        for name, tensor in module.state_dict().items()
-        if name not in absent_by_design or name in state
-    }
-    compare_tensors(expected, {name: tensor.shape for name, tensor in state.items()}, path)
+    own = module.state_dict().items()
+    compare_tensors(
+        {name: tensor for name, tensor in own if name not in absent_by_design or name in state}, state, path
+    )
     module.load_state_dict(state, strict=False)
 
 
-def compare_tensors(expected: Mapping[str, torch.Size], found: Mapping[str, torch.Size], path: Path) -> None:
-    """Raise InputError naming the first tensor in which a file differs from what is expected."""
+def compare_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], path: Path) -> None:
+    """Raise InputError naming the first tensor whose name or shape in a file is not as expected."""
     for kind, names in (("missing", expected.keys() - found.keys()), ("unexpected", found.keys() - expected.keys())):
         if names:
             raise InputError(f"cannot load {path}: {kind} tensor {sorted(names)[0]} ({len(names)} in all)")
-    for name, shape in expected.items():
-        if found[name] != shape:
-            raise InputError(
-                f"cannot load {path}: tensor {name} has shape {tuple(found[name])}, expected {tuple(shape)}"
-            )
+    for name, tensor in expected.items():
+        shape, wanted = tuple(found[name].shape), tuple(tensor.shape)
+        if shape != wanted:
+            raise InputError(f"cannot load {path}: tensor {name} has shape {shape}, expected {wanted}")
 
 
 def read_tensors(path: Path) -> dict[str, Any]:
@@ -92,17 +89,11 @@ def existing_folder(folder: str | Path, *files: str) -> Path:
     for name in files:
         if not (folder / name).is_file():
             raise InputError(f"model folder {str(folder)!r} lacks {name}; download it again")
-        refuse_pointer(folder / name)
+        with (folder / name).open("rb") as file:
+            if file.read(len(POINTER)) == POINTER:
+                place = f"{folder / name} is a git-lfs pointer, not the file"
+                raise InputError(f"{place}; run `git lfs pull` there, or download it again")
     return folder
-
-
-def refuse_pointer(path: Path) -> None:
-    """Raise InputError if git-lfs left a pointer in place of the file."""
-    with path.open("rb") as file:
-        if file.read(len(POINTER)) == POINTER:
-            raise InputError(
-                f"{path} is a git-lfs pointer, not the file; run `git lfs pull` there, or download it again"
-            )
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import cache
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
 
 from latentreward.errors import InputError, first_line
+from latentreward.storage.hub import TIMEOUT, model_info
 
-if TYPE_CHECKING:
-    from huggingface_hub import ModelInfo
-
-TIMEOUT = 10.0
-"""Seconds to wait for the hub."""
 MARKS = ("head.safetensors", "state_dict.pt", "checkpoint/rm_head.pt")
 """One file of each layout."""
 
@@ -38,9 +32,9 @@ def downloaded(name: str, revision: str | None = None) -> Path:
     at = "" if revision is None else f" at revision {revision!r}"
     online = False
     try:
-        files = files_on_hub(repository, revision)
-        if online := files is not None:
-            check_folder(name, folder, files)
+        info = model_info(repository, revision)
+        if online := info is not None:
+            check_folder(name, folder, [file.rfilename for file in info.siblings or ()])
         root = snapshot_download(
             repository,
             revision=revision,
@@ -58,55 +52,6 @@ def downloaded(name: str, revision: str | None = None) -> Path:
 
 
 SILENT = "the hub does not answer, and the local cache does not have it"
-
-
-def files_on_hub(repository: str, revision: str | None = None) -> list[str] | None:
-    """Names of the files of a model repository; None if the hub does not answer, after one try.
-
-    Raises:
-        HfHubHTTPError: If the hub answers that there is no such repository or revision, or no access to it.
-        HFValidationError: If ``repository`` is no valid name.
-    """
-    info = _model_info(repository, revision)
-    return None if info is None else [file.rfilename for file in info.siblings or ()]
-
-
-def _model_info(repository: str, revision: str | None) -> ModelInfo | None:
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        return HfApi().model_info(repository, revision=revision, timeout=TIMEOUT)
-    except (HfHubHTTPError, HFValidationError):
-        raise
-    except Exception:  # whatever the HTTP client of the day raises without a network
-        return None
-
-
-@cache
-def commit_on_hub(name: str, revision: str | None = None) -> str | None:
-    """Commit of a hub id, or of a folder in it, the same throughout a process.
-
-    As for loading, the hub is asked first, and the local cache if it is silent.
-
-    Args:
-        name: Hub id.
-        revision: Branch, tag or commit.
-
-    Returns:
-        None if neither tells.
-    """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    repository = "/".join(name.split("/")[:2])
-    try:
-        info = _model_info(repository, revision)
-        if info is not None:
-            return info.sha
-        return Path(snapshot_download(repository, revision=revision, local_files_only=True)).name
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError):
-        return None
 
 
 def check_folder(name: str, folder: str, files: Iterable[str]) -> None:
@@ -137,17 +82,17 @@ def upload(
     private: bool | None = None,
     token: str | None = None,
     revision: str | None = None,
-    message: str = "Upload reward model",
+    commit_message: str = "Upload reward model",
 ) -> str:
     """Put a model folder on the hub as a commit of a repository, which is made if it is not there; returns its address.
 
     Args:
-        folder: As :func:`~latentreward.scoring.pretrained.save_pretrained` writes it.
+        folder: As :func:`~latentreward.scoring.layouts.saving.save_pretrained` writes it.
         repository: ``owner/name``.
         private: Whether a new repository is private; None takes the owner's default.
         token: Access token; None takes that of ``huggingface-cli login`` or ``HF_TOKEN``.
         revision: Branch, which is made if it is not there; None is the main one.
-        message: Of the commit.
+        commit_message: Of the commit.
 
     Raises:
         InputError: If the hub does not answer or refuses.
@@ -160,7 +105,9 @@ def upload(
         api.create_repo(repository, private=private, exist_ok=True)
         if revision is not None:
             api.create_branch(repository, branch=revision, exist_ok=True)
-        commit = api.upload_folder(repo_id=repository, folder_path=folder, revision=revision, commit_message=message)
+        commit = api.upload_folder(
+            repo_id=repository, folder_path=folder, revision=revision, commit_message=commit_message
+        )
     except HFValidationError as error:
         raise InputError(f"{repository!r} is no hub id ({first_line(error)}); give owner/name") from error
     except (HfHubHTTPError, LocalTokenNotFoundError) as error:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,9 +11,11 @@ from PIL import Image
 from torch import Tensor
 
 from latentreward.contracts import ImageRef
+from latentreward.data.ahead import map_ahead
 from latentreward.data.images import convert_image, decode_image
 from latentreward.errors import InputError
 from latentreward.scoring.image_sizes import ImageSizes
+from latentreward.storage.digests import digest
 
 ImageInput = Image.Image | str | Path | bytes | ImageRef
 """An image in memory, a file, encoded bytes, or a reader's reference."""
@@ -71,28 +70,14 @@ def pixel_batches(images: Images, sizes: ImageSizes | None, batch_size: int, ste
     if sizes is None:
         raise InputError("this model does not tell its image size; set its image_sizes, e.g. OneSize(512, 512)")
     waiting: dict[torch.Size, list[tuple[int, Tensor]]] = {}
-    for row, pixels in enumerate(loaded_ahead(images, sizes, batch_size)):
+    loaded = map_ahead(lambda item: load_pixels(item[1], item[0], sizes), enumerate(images), batch_size)
+    for row, pixels in enumerate(loaded):
         batch = waiting.setdefault(pixels.shape, [])
         batch.append((row, pixels))
         if len(batch) == batch_size:
             yield from _joined(waiting.pop(pixels.shape), step)
     for batch in waiting.values():
         yield from _joined(batch, step)
-
-
-def loaded_ahead(images: Sequence[ImageInput], sizes: ImageSizes, count: int) -> Iterator[Tensor]:
-    """Pixels of each image in order, loaded by a thread up to ``count`` images ahead of the one that is asked for."""
-    with ThreadPoolExecutor(1, "decode") as thread:
-        pending: deque[Future[Tensor]] = deque()
-        try:
-            for row, image in enumerate(images):
-                pending.append(thread.submit(load_pixels, image, row, sizes))
-                if len(pending) > count:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            thread.shutdown(cancel_futures=True)
 
 
 def _joined(batch: list[tuple[int, Tensor]], step: int) -> Iterator[PixelBatch]:
@@ -148,4 +133,4 @@ def content_key(values: Tensor) -> str:
     """Name of what a tensor holds: equal values of equal shape and type have the same."""
     name = f"{values.dtype} {tuple(values.shape)} ".encode()
     content = values.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
-    return blake2b(name + content, digest_size=16).hexdigest()
+    return digest([name, content])

@@ -1,60 +1,40 @@
-"""A backbone and a head: noisy latents and a prompt in, a score out."""
+"""A trained reward model: loads from files, scores images and latents, and is saved for others."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence, Sized
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from tempfile import TemporaryDirectory
+from typing import Any, Self
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
-from latentreward.backbones.base import DiffusionBackbone
-from latentreward.contracts import Conditioning, Features
-from latentreward.errors import InputError, first_line
-from latentreward.heads import RewardHead
-from latentreward.noise import FlowMatching
-from latentreward.scoring.image_sizes import ImageSizes, own_sizes
+from latentreward.contracts import Conditioning
+from latentreward.devices import find_device
+from latentreward.errors import InputError
+from latentreward.heads.clip_projection import MultiScale
+from latentreward.scoring.batched_scoring import check_batch_size, prompt_of_each, score_given_latents, score_images
+from latentreward.scoring.hub import upload
 from latentreward.scoring.images import Images
-from latentreward.scoring.noise import ScoringNoise
-from latentreward.scoring.passes import check_batch_size, prompt_of_each, score_given_latents, score_images
-from latentreward.scoring.precision import halve_products
-
-if TYPE_CHECKING:
-    from latentreward.encoders.vae import LatentEncoder
-    from latentreward.scoring.calibration import Calibration
-    from latentreward.scoring.model_card import Card
-    from latentreward.scoring.recipe import ModelRecipe
+from latentreward.scoring.layouts.card import Card
+from latentreward.scoring.layouts.published import PUBLISHED_RMS_EPS, PublishedDiNaLRM, PublishedLRM
+from latentreward.scoring.network import RewardNetwork
+from latentreward.scoring.scoring_noise import ScoringNoise
 
 
-class RewardModel(nn.Module):
-    """Scores latents at any noise level.
+class RewardModel(RewardNetwork):
+    """Scores images and latents, at the noise levels of its own or at given ones; see :class:`RewardNetwork`."""
 
-    Args:
-        backbone: Reads features.
-        head: Scores them.
-
-    Attributes:
-        noise: Levels and draws of a score where none are given: timestep 1 for DDPM (LRM on clean images), noise level
-            0.4 for flow matching (DiNa-LRM's published example).
-        image_sizes: To which size images are brought; None where the network does not tell its own.
-        source: Where it came from, as the user gave it.
-        dtype: Precision of the backbone's matrix products; see :meth:`set_precision`.
-        calibration: Where a raw score stands in a reference set; None if it was not calibrated.
-        recipe: How it is built again from files; None for one put together in Python.
-    """
-
-    def __init__(self, backbone: DiffusionBackbone, head: RewardHead) -> None:
-        super().__init__()
-        self.backbone, self.head = backbone, head
-        flow = isinstance(backbone.noise_process, FlowMatching)
-        self.noise = ScoringNoise(sigmas=(0.4,)) if flow else ScoringNoise(timesteps=(1.0,))
-        self.image_sizes: ImageSizes | None = own_sizes(backbone)
-        self.source = ""
-        self.dtype = torch.float32
-        self.calibration: Calibration | None = None
-        self.recipe: ModelRecipe | None = None
+    @classmethod
+    def of(cls, network: RewardNetwork) -> Self:
+        """The reward model of a loaded network: the same parts and settings."""
+        model = cls(network.backbone, network.head)
+        for name in ("noise", "image_sizes", "source", "dtype", "calibration", "recipe"):
+            setattr(model, name, getattr(network, name))
+        return model.train(network.training)
 
     @classmethod
     def from_pretrained(
@@ -67,7 +47,7 @@ class RewardModel(nn.Module):
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         trust_remote_code: bool = False,
-    ) -> RewardModel:
+    ) -> Self:
         """Load a reward model, frozen and ready to score.
 
         Args:
@@ -79,103 +59,59 @@ class RewardModel(nn.Module):
             config: Settings of a run, if not beside its checkpoint.
             device: Where it goes.
             dtype: Precision of the backbone; head and score are always float32.
-            trust_remote_code: Whether ``config.json`` may name classes that are not registered; they are imported from
-                what is installed here, never from the model's folder.
+            trust_remote_code: Whether the model's settings may name classes that are not registered, which are then
+                imported; see :mod:`~latentreward.scoring.layouts.trust`.
 
         Raises:
             InputError: If a file is missing or damaged, or does not fit, the hub does not have it, or there is no such
                 device.
         """
-        from latentreward.scoring.stored import find_reward
+        from latentreward.scoring.layouts.find import find_reward
 
-        check_device(device)
+        target = find_device(device)
         stored = find_reward(str(source), config, base, revision=revision, trusted=trust_remote_code)
-        model = stored.load().to(device).set_precision(dtype)
+        model = cls.of(stored.load()).to(target).set_precision(dtype)
         model.source = str(source) if revision is None else f"{source}@{revision}"
         return model
 
     def save_pretrained(self, folder: str | Path, card: Card | None = None, *, base: str | None = None) -> None:
-        """Write the model's own weights, settings and model card; see :mod:`~latentreward.scoring.pretrained`.
+        """Write the model's own weights, settings and model card.
 
-        ``folder`` gets its name when it is whole, and loads to the same scores, bit for bit.
+        ``folder`` gets its name when it is whole, and loads to the same scores, bit for bit. The files are described
+        in :mod:`~latentreward.scoring.layouts.model_folder`.
 
         Args:
             folder: Made; an empty folder, or an older model folder, gives way.
             card: What the model card says beside what the model itself tells.
             base: Name of the base for others, e.g. a hub id (``owner/name@revision``), where this model was loaded on
-                a local copy.
+                a local copy; by default the name of the copy's folder, which must then be given to load the model.
 
         Raises:
             InputError: If the model was put together in Python and has no recipe, cannot score images for want of a
-                VAE or text encoder, or ``folder`` holds anything else.
+                VAE or text encoder, holds weights that are not finite, or ``folder`` holds anything else.
         """
-        from latentreward.scoring.saving import Card, save_pretrained
+        from latentreward.scoring.layouts.saving import save_pretrained
 
         save_pretrained(self, Path(folder), card or Card(), base)
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        card: Card | None = None,
-        *,
-        base: str | None = None,
-        private: bool | None = None,
-        token: str | None = None,
-        revision: str | None = None,
-        commit_message: str = "Upload reward model",
-    ) -> str:
+    def push_to_hub(self, repo_id: str, card: Card | None = None, *, base: str | None = None, **options: Any) -> str:
         """Put what :meth:`save_pretrained` writes on the hub, as one commit; returns its address.
 
         Args:
             repo_id: ``owner/name``; made if it is not there.
             card: See :meth:`save_pretrained`.
             base: See :meth:`save_pretrained`.
-            private: Whether a new repository is private; None takes the owner's default.
-            token: Access token; None takes that of this machine's login or of ``HF_TOKEN``.
-            revision: Branch, made if it is not there; None is the main one.
-            commit_message: Of the commit.
+            options: ``private``, ``token``, ``revision`` and ``commit_message``: see
+                :func:`~latentreward.scoring.hub.upload`.
 
         Raises:
             InputError: As :meth:`save_pretrained`, or if the hub does not answer or refuses.
         """
-        from latentreward.scoring.saving import Card, push_to_hub
-
-        return push_to_hub(self, repo_id, card or Card(), base, private, token, revision, commit_message)
-
-    @property
-    def device(self) -> torch.device:
-        """Where it computes."""
-        return next(self.parameters()).device
-
-    def set_precision(self, dtype: torch.dtype) -> RewardModel:
-        """Choose the precision of the backbone, once, on its device; VAE, head and scores are float32 either way.
-
-        Args:
-            dtype: float32, or bfloat16: see :mod:`~latentreward.scoring.precision`.
-
-        Raises:
-            InputError: If it is another one.
-        """
-        if dtype not in (torch.float32, torch.bfloat16):
-            raise InputError(f"dtype is {dtype}; a reward model scores in torch.float32 or torch.bfloat16")
-        nn.Module.float(self)  # frozen weights may be stored in bfloat16
-        if dtype == torch.bfloat16:
-            for name, part in self.backbone.named_children():
-                if name != "vae":
-                    halve_products(part)
-        self.dtype = dtype
-        return self
-
-    @property
-    def identity(self) -> str:
-        """What tells its scores from another's, in one line: source, base, noise, sizes and precision.
-
-        Of files and folders here, the names without their places.
-        """
-        base = name_of(self.backbone.source or "a network given")
-        parts = [name_of(self.source or type(self.head).__name__), f"on {base}"]
-        parts += [f"at {self.noise}", f"images {self.image_sizes}", str(self.dtype).removeprefix("torch.")]
-        return ", ".join(parts)
+        card = card or Card()
+        with TemporaryDirectory() as place:
+            folder = Path(place) / repo_id.rpartition("/")[2]
+            self.save_pretrained(folder, replace(card, name=card.name or repo_id), base=base)
+            return upload(folder, repo_id, **options)
 
     def score(
         self,
@@ -271,59 +207,53 @@ class RewardModel(nn.Module):
         size = batch_size or max(len(latents), 1)
         return score_given_latents(self, texts, latents, noise or self.noise, draws, conditioning, size)
 
-    def encode_images(self, pixels: Tensor, noise: Tensor | None = None, *, differentiable: bool = False) -> Tensor:
-        """Scaled latents ``(B, C, ...)`` of ``pixels`` ``(B, 3, H, W)`` in [-1, 1]; see ``LatentEncoder.encode``."""
-        return self._vae().encode(pixels, noise, differentiable=differentiable)
 
-    def latent_shape(self, pixels: Tensor) -> tuple[int, ...]:
-        """Shape of the latents of one image of ``pixels``, without the batch axis."""
-        return self._vae().latent_shape(pixels)
+def load_lrm(
+    folder: str | Path,
+    base: str | None = None,
+    guidance: float = 7.5,
+    multi_scale: MultiScale = "plain",
+) -> RewardModel:
+    """Load an LRM checkpoint of the layout of ``casiatao/LRM`` (MIT), ready to score.
 
-    def _vae(self) -> LatentEncoder:
-        if self.backbone.vae is None:
-            raise InputError("pixels were given, but this backbone has no VAE; give latents or load a full pipeline")
-        return self.backbone.vae
+    The layout holds ``unet/``, ``text_encoder/`` (SDXL: ``text_encoder_2/`` too) and ``state_dict.pt``; tokenizers,
+    VAE and scheduler come from the base pipeline.
 
-    def encode_prompts(self, prompts: Sequence[str]) -> tuple[Conditioning, Conditioning | None]:
-        """Conditioning of the prompts, and of the empty prompt (one row) if the head asks for it."""
-        if not self.head.needs_uncond:
-            return self.backbone.encode_prompts(prompts), None
-        encoded = self.backbone.encode_prompts([*prompts, ""])
-        return encoded.select(range(len(prompts))), encoded.select([len(prompts)])
+    Args:
+        folder: Folder of the checkpoint.
+        base: Diffusers pipeline folder or hub id of the base model; without it only token ids and latents can be
+            scored.
+        guidance: Visual feature enhancement g.
+        multi_scale: See :class:`CLIPProjectionHead`.
 
-    def take_prompts(
-        self, conditioning: Conditioning, uncond: Conditioning | None
-    ) -> tuple[Conditioning, Conditioning | None]:
-        """Prompts that were encoded before, in the network's precision; the empty one only if the head asks for it."""
-        dtype = next(next(self.backbone.blocks()).parameters()).dtype
-        if not self.head.needs_uncond:
-            return conditioning.to(dtype), None
-        return conditioning.to(dtype), (self.backbone.encode_prompts([""]) if uncond is None else uncond).to(dtype)
-
-    def read(
-        self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, uncond: Conditioning | None = None
-    ) -> Features:
-        """Features of ``noisy_latents`` ``(B, C, ...)`` at ``timesteps`` ``(B,)``."""
-        return self.backbone(noisy_latents, timesteps, conditioning, uncond)
-
-    def forward(
-        self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, uncond: Conditioning | None = None
-    ) -> Tensor:
-        """Scores ``(B,)`` or ``(B, out_dim)`` of latents that already are at ``timesteps``."""
-        return self.head(self.read(noisy_latents, timesteps, conditioning, uncond))
+    Raises:
+        InputError: If a file is missing, or a tensor is missing, left over or of another shape.
+    """
+    return RewardModel.of(PublishedLRM(folder, base).network(guidance, multi_scale))
 
 
-def name_of(source: str) -> str:
-    """The last part of a path here; a hub id as it is."""
-    return Path(source).absolute().name if Path(source).exists() else source
+def load_dina_lrm(
+    folder: str | Path,
+    base: str | None = None,
+    rms_eps: float = PUBLISHED_RMS_EPS,
+    t5_length: int = 256,
+) -> RewardModel:
+    """Load a DiNa-LRM checkpoint of the layout of ``liuhuohuo/DiNa-LRM-SD35M-12layers`` (Apache-2.0), ready to score.
 
+    The layout holds ``config.json``, ``checkpoint/backbone_lora/`` (peft) and ``checkpoint/rm_head.pt``.
 
-def check_device(device: str | torch.device) -> None:
-    """Raise InputError if this machine has no such device."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"device is {str(device)!r}: {first_line(error)}; give one that is here, e.g. cpu") from error
+    Args:
+        folder: Folder of the checkpoint.
+        base: Diffusers folder or hub id of the base model; None takes the one that ``config.json`` names. A folder
+            with nothing but ``transformer/`` and ``scheduler/`` will do for latents and embeddings.
+        rms_eps: Epsilon of the head's RMS norms; the default is what the published weights were made with.
+        t5_length: T5 tokens per prompt: 256 in the published example, 128 in training.
+
+    Raises:
+        InputError: If a file is missing, or a tensor is missing, left over or of another shape, or the config asks for
+            something this loader does not know.
+    """
+    return RewardModel.of(PublishedDiNaLRM(folder, base).network(rms_eps, t5_length))
 
 
 def normalise_score(raw: Tensor) -> Tensor:

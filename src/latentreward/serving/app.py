@@ -10,22 +10,25 @@ from typing import Any
 
 import torch
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.responses import JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from latentreward.serving import protocol
+from latentreward.serving.batch_scorer import standing
 from latentreward.serving.errors import RequestError
 from latentreward.serving.image_requests import EncodedImages, images_of_form, images_of_json, parsing_bytes
-from latentreward.serving.rows import standing
 from latentreward.serving.service import ScoringService
 
 DECODERS = 4
 """Requests whose images are decoded at once."""
 HEADER_BYTES = 16 * 1024
 """Longest headers of a request, all together."""
+REQUESTS = 256
+"""Requests under way at once; further ones are refused."""
 OPEN_PATH = "/healthz"
-"""Needs no token."""
+"""Needs no token, and is answered whatever else is under way."""
 
 
 def create_app(service: ScoringService) -> FastAPI:
@@ -51,7 +54,7 @@ def create_app(service: ScoringService) -> FastAPI:
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _unforeseen_error)
     paths = {route.path for route in app.routes if hasattr(route, "path")}
-    app.add_middleware(Gate, service=service, paths=paths)
+    app.add_middleware(AuthMiddleware, service=service, paths=paths)
     return app
 
 
@@ -71,7 +74,7 @@ class Endpoints:
         protocol.check_version(request.headers.get(protocol.VERSION_HEADER))
         _check_type(request, "application/octet-stream")
         async with self.service.bodies.read(request) as body:
-            with self.service.memory.hold(protocol.parsing_bytes(body)):
+            with self.service.memory.hold(protocol.parsing_bytes(body), len(body)):
                 rows = await asyncio.to_thread(protocol.parse_request, body, self.service.accepted)
                 scores = await self.service.score(request, rows)
         return JSONResponse({"protocol_version": protocol.VERSION, "raw_scores": scores})
@@ -80,9 +83,9 @@ class Endpoints:
         """Scores of images for prompts; see :mod:`latentreward.serving.image_requests`."""
         kind = _check_type(request, "application/json", "multipart/form-data")
         async with self.service.bodies.read(request) as body:
-            with self.service.memory.hold(parsing_bytes(body, kind)):
+            with self.service.memory.hold(parsing_bytes(body, kind), len(body)):
                 images = await self._parse_images(request, body, kind)
-            scores = await self._score_images(request, images)
+            scores = await self._score_images(request, images, len(body))
         return JSONResponse(self._reply(scores))
 
     async def _parse_images(self, request: Request, body: bytearray, kind: str) -> EncodedImages:
@@ -91,8 +94,8 @@ class Endpoints:
             return await asyncio.to_thread(images_of_json, body, limit)
         return await images_of_form(request, body, limit)
 
-    async def _score_images(self, request: Request, images: EncodedImages) -> list[float]:
-        with self.service.memory.hold(await asyncio.to_thread(images.memory_bytes)):
+    async def _score_images(self, request: Request, images: EncodedImages, beside: int) -> list[float]:
+        with self.service.memory.hold(await asyncio.to_thread(images.memory_bytes), beside):
             async with self._decoders:
                 rows = await asyncio.to_thread(images.decode)
             return await self.service.score(request, rows)
@@ -112,14 +115,13 @@ class Endpoints:
         ready = self.service.ready
         return JSONResponse({"live": True, "ready": ready}, 200 if ready else 503)
 
-    async def metrics(self, request: Request) -> PlainTextResponse:
+    async def metrics(self, request: Request) -> Response:
         """Metrics in Prometheus' text format."""
-        text = self.service.metrics.text(self.service.batcher.waiting)
-        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
+        return Response(self.service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
 
-class Gate:
-    """Lets in requests of short headers that have the token, and counts all.
+class AuthMiddleware:
+    """Lets in requests of plain framing and short headers that have the token, up to :data:`REQUESTS`, and counts all.
 
     Args:
         app: What lies behind it.
@@ -129,6 +131,7 @@ class Gate:
 
     def __init__(self, app: ASGIApp, service: ScoringService, paths: set[str]) -> None:
         self.app, self.service, self.paths = app, service, paths
+        self._under_way = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI's specification."""
@@ -141,21 +144,26 @@ class Gate:
             status = message.get("status", status)
             await send(message)
 
+        answer = self._refusal(scope) or self.app
+        self._under_way += 1
         try:
-            await (self._refusal(scope) or self.app)(scope, receive, send_counted)
+            await answer(scope, receive, send_counted)
         finally:
+            self._under_way -= 1
             path = scope["path"] if scope["path"] in self.paths else "other"
             self.service.metrics.count_request(path, status, time.monotonic() - start)
 
     def _refusal(self, scope: Scope) -> JSONResponse | None:
-        headers = scope["headers"]
+        headers, is_open = scope["headers"], scope["path"] == OPEN_PATH
+        if {b"transfer-encoding", b"content-length"} <= {name for name, _ in headers}:
+            error = "give either Transfer-Encoding or Content-Length; a request with both may hide another"
+            return JSONResponse({"error": error}, 400, {"Connection": "close"})
         if sum(len(name) + len(value) for name, value in headers) > HEADER_BYTES:
             return JSONResponse({"error": f"the headers are longer than {HEADER_BYTES} bytes"}, 431)
-        token = self.service.settings.token
-        if token is None or scope["path"] == OPEN_PATH:
-            return None
-        given = dict(headers).get(b"authorization", b"")
-        if hmac.compare_digest(given, f"Bearer {token}".encode()):
+        if self._under_way >= REQUESTS and not is_open:
+            return JSONResponse({"error": f"{REQUESTS} requests are under way; try later"}, 503, {"Retry-After": "1"})
+        token, given = self.service.settings.token, dict(headers).get(b"authorization", b"")
+        if is_open or token is None or hmac.compare_digest(given, f"Bearer {token}".encode()):
             return None
         error = "give this server's token in the header Authorization: Bearer TOKEN"
         return JSONResponse({"error": error}, 401, {"WWW-Authenticate": "Bearer"})

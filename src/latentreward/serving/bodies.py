@@ -20,20 +20,23 @@ class MemoryBudget:
     def __init__(self, total: int) -> None:
         self.total, self.held = total, 0
 
-    def take(self, size: int) -> None:
-        """Hold ``size`` more bytes.
+    def take(self, size: int, beside: int = 0) -> None:
+        """Hold ``size`` more bytes for a request that holds ``beside`` bytes already.
 
         Raises:
-            RequestError: If there are not so many left (503).
+            RequestError: If there are not so many left (503), or the request alone needs more than there are (413).
         """
+        if beside + size > self.total:
+            needed = f"the request needs {beside + size} bytes of memory, and this server has {self.total} for requests"
+            raise RequestError(f"{needed}; send fewer or smaller images or latents", 413)
         if self.held + size > self.total:
             raise RequestError("requests of this size fill the server's memory just now; try later", 503, 1)
         self.held += size
 
     @contextmanager
-    def hold(self, size: int) -> Iterator[None]:
-        """Hold ``size`` bytes while the context lasts; raises as :meth:`take`."""
-        self.take(size)
+    def hold(self, size: int, beside: int = 0) -> Iterator[None]:
+        """Hold ``size`` more bytes while the context lasts; see :meth:`take`."""
+        self.take(size, beside)
         try:
             yield
         finally:

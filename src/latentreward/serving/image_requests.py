@@ -1,19 +1,18 @@
 """Requests with images and prompts, as JSON or as a form."""
 
 import base64
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from fastapi import Request
+from pydantic import BaseModel, ValidationError
 from starlette.datastructures import UploadFile
 from starlette.types import Message
 
 from latentreward.contracts import ImageRef
 from latentreward.data.images import ImageError, decode_image, decoding_bytes
+from latentreward.serving.batch_scorer import ImageRow
 from latentreward.serving.errors import RequestError
-from latentreward.serving.rows import ImageRow
 
 MAX_PIXELS = 16 * 1024 * 1024
 """Images with more are refused from their header."""
@@ -79,6 +78,15 @@ class EncodedImages:
         return [ImageRef(str(number), data=data) for number, data in enumerate(self.images)]
 
 
+class ImagesAsJSON(BaseModel, extra="forbid", strict=True):
+    """JSON of a request: a prompt for all images, or one for each; a single image, or several, in base64."""
+
+    prompt: str | None = None
+    prompts: list[str] | None = None
+    image: str | None = None
+    images: list[str] | None = None
+
+
 def images_of_json(body: bytes | bytearray, max_images: int) -> EncodedImages:
     """Images in ``{"prompt": text, "images": [base64, ...]}``, or with ``prompts``, a text for each.
 
@@ -89,23 +97,18 @@ def images_of_json(body: bytes | bytearray, max_images: int) -> EncodedImages:
     """
     _check_structure(body, max_images)
     try:
-        content = json.loads(body.decode())
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"the body is no JSON ({type(error).__name__})") from error
-    if isinstance(content, dict) and "image" in content and "images" not in content:
-        content["images"] = _texts("image", [content.pop("image")])
-    if not isinstance(content, dict) or not {"images"} < set(content) <= {"images", "prompt", "prompts"}:
-        raise RequestError('give a JSON object {"prompt": TEXT or "prompts": [TEXT, ...], "images": [BASE64, ...]}')
-    images = _texts("images", content["images"])
+        content = ImagesAsJSON.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        where = ".".join(map(str, first["loc"]))[:40] or "the body"
+        form = '{"prompt": TEXT or "prompts": [TEXT, ...], "images": [BASE64, ...]}'
+        raise RequestError(f"{where}: {first['msg']}; give a JSON object {form}") from error
+    images = _one_or_several("image", content.image, content.images)
+    prompts = _one_or_several("prompt", content.prompt, content.prompts)
     if len(images) > max_images:
         raise RequestError(f"{len(images)} images are over this server's limit of {max_images}", 413)
-    if ("prompt" in content) == ("prompts" in content):
-        raise RequestError("give either prompt or prompts")
-    prompts = (
-        _texts("prompts", content["prompts"])
-        if "prompts" in content
-        else _texts("prompt", [content["prompt"]]) * len(images)
-    )
+    if content.prompts is None:
+        prompts = prompts * len(images)
     return EncodedImages(prompts, [_from_base64(number, text) for number, text in enumerate(images)])
 
 
@@ -168,10 +171,10 @@ def _check_structure(body: bytes | bytearray, max_images: int) -> None:
         raise RequestError("a text is too long for a prompt, and no base64", 413)
 
 
-def _texts(name: str, value: Any) -> list[str]:
-    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
-        raise RequestError(f"{name} must be {'a list of texts' if name.endswith('s') else 'a text'}")
-    return value
+def _one_or_several(name: str, single: str | None, several: list[str] | None) -> list[str]:
+    if (single is None) == (several is None):
+        raise RequestError(f"give either {name} or {name}s")
+    return several if single is None else [single]  # type: ignore[return-value]
 
 
 def _from_base64(number: int, text: str) -> bytes:

@@ -17,14 +17,14 @@ and the reply is ``{"protocol_version": "1", "raw_scores": [...]}``. The client 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from hashlib import blake2b
 
 import torch
 from torch import Tensor
 
+from latentreward.serving.batch_scorer import LatentRow
 from latentreward.serving.errors import RequestError
-from latentreward.serving.rows import LatentRow
 from latentreward.serving.tensor_bytes import Entry, Expected, read_header, read_tensor
+from latentreward.storage.digests import digest
 
 VERSION = "1"
 VERSION_HEADER = "x-drm-protocol-version"
@@ -145,7 +145,4 @@ def _floats(name: str, entry: Entry, data: memoryview) -> Tensor:
 
 def _digest(prompt_embeds: Tensor, pooled_prompt_embeds: Tensor) -> str:
     """Stands for the text of a prompt of which only embeddings are known."""
-    digest = blake2b(digest_size=16)
-    for tensor in (prompt_embeds, pooled_prompt_embeds):
-        digest.update(tensor.contiguous().numpy())
-    return digest.hexdigest()
+    return digest(tensor.contiguous().numpy() for tensor in (prompt_embeds, pooled_prompt_embeds))

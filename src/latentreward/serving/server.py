@@ -18,17 +18,31 @@ from latentreward.serving.service import ScoringService
 HEADER_SECONDS = 10.0
 """How long a client may take over the head of a request, and a connection may lie idle."""
 CONNECTIONS = 512
+"""Connections open at once, twice as many as requests; beyond them, that which is idle longest is closed."""
 
 
-class HastyProtocol(H11Protocol):
-    """Closes connections on which no request begins in time; uvicorn itself would wait for ever for a header."""
+class IdleTimeoutProtocol(H11Protocol):
+    """Closes connections on which no request begins in time; uvicorn itself would wait for ever for a header.
+
+    Uvicorn's ``limit_concurrency`` counts idle connections too, and then refuses all requests, /healthz included: here
+    a connection too many takes the place of an idle one instead.
+    """
 
     _deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
-        """Start the clock."""
+        """Start the clock, and make room."""
         super().connection_made(transport)
         self._restart()
+        still_open = [connection for connection in self.connections if not connection.transport.is_closing()]
+        if len(still_open) > CONNECTIONS:
+            idle = [connection for connection in still_open if connection.idle and connection is not self]
+            min(idle, key=lambda connection: connection._deadline.when(), default=self).transport.close()
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request is being answered."""
+        return self.cycle is None or self.cycle.response_complete
 
     def on_response_complete(self) -> None:
         """Start the clock again for the next request."""
@@ -41,7 +55,7 @@ class HastyProtocol(H11Protocol):
         self._deadline = self.loop.call_later(HEADER_SECONDS, self._close_if_idle)
 
     def _close_if_idle(self) -> None:
-        if self.cycle is None or self.cycle.response_complete:
+        if self.idle:
             self.transport.close()
 
 
@@ -49,7 +63,7 @@ def configuration(service: ScoringService) -> uvicorn.Config:
     """Settings of uvicorn for a service."""
     return uvicorn.Config(
         create_app(service),
-        http=HastyProtocol,
+        http=IdleTimeoutProtocol,
         ws="none",
         lifespan="on",
         access_log=False,
@@ -57,7 +71,6 @@ def configuration(service: ScoringService) -> uvicorn.Config:
         server_header=False,
         log_level=logging.ERROR,
         h11_max_incomplete_event_size=HEADER_BYTES,
-        limit_concurrency=CONNECTIONS,
         timeout_keep_alive=int(HEADER_SECONDS),
         timeout_graceful_shutdown=int(service.settings.timeout) + 1,
     )

@@ -9,20 +9,22 @@ from typing import Any
 
 import torch
 from fastapi import Request
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from latentreward.errors import InputError, one_line
 from latentreward.scoring import RewardModel
+from latentreward.serving.batch_scorer import AnyRow, LatentRow, RowScorer, standing
 from latentreward.serving.batching import MicroBatcher
 from latentreward.serving.bodies import BodyReader, MemoryBudget
 from latentreward.serving.errors import RequestError
-from latentreward.serving.metrics import ServerMetrics
 from latentreward.serving.protocol import Accepted
-from latentreward.serving.rows import AnyRow, LatentRow, RowScorer, standing
 
 BODIES_AT_ONCE = 16
 """Bodies of the greatest length that fit into memory together."""
 CLIENT_GONE = 499
 """Status, in the metrics alone, of a request whose client left."""
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 @dataclass(frozen=True)
@@ -30,32 +32,60 @@ class ServiceSettings:
     """Limits of a server.
 
     Attributes:
-        batch_size: Rows (images or latents) per pass of the model.
-        max_wait: Seconds that a row waits for others to share its pass.
+        batch_size: Rows (images or latents) per pass of the model, at most.
+        max_wait_ms: Milliseconds that a row waits for others to share its pass.
+        max_pass_s: Seconds that a pass may take; see :class:`~latentreward.serving.batching.MicroBatcher`.
         queue: Rows that may wait; further requests are answered 503.
         timeout: Seconds after which a request is answered 504; a body that takes as long to arrive, 408.
-        max_body: Bytes of a body.
+        max_body_mb: Largest body, in MiB.
         max_latent_pixels: Largest h · w of latents.
         token: What ``Authorization: Bearer`` must give; None lets anybody in.
 
     Raises:
-        InputError: If a limit is not positive.
+        InputError: If a limit is not positive and finite.
     """
 
     batch_size: int = 8
-    max_wait: float = 0.01
+    max_wait_ms: float = 10.0
+    max_pass_s: float = 2.0
     queue: int = 256
     timeout: float = 60.0
-    max_body: int = 64 * 2**20
+    max_body_mb: float = 64.0
     max_latent_pixels: int = 128 * 128
     token: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "queue", "timeout", "max_body", "max_latent_pixels"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"{name}={getattr(self, name):g} must be greater than 0")
-        if not self.max_wait >= 0:
-            raise InputError(f"max_wait={self.max_wait:g} must not be negative")
+        for name in ("batch_size", "max_pass_s", "queue", "timeout", "max_body_mb", "max_latent_pixels"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"{name}={getattr(self, name):g} must be a finite number greater than 0")
+        if not 0 <= self.max_wait_ms < math.inf:
+            raise InputError(f"max_wait_ms={self.max_wait_ms:g} must be a finite number from 0 on")
+
+    @property
+    def max_body(self) -> int:
+        """Bytes of the largest body."""
+        return int(self.max_body_mb * 2**20)
+
+
+class ServerMetrics:
+    """What a server tells of its requests and passes; each has a registry of its own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        about = {"namespace": "latentreward", "registry": self.registry}
+        self._requests = Counter("requests", "Requests answered.", ["path", "status"], **about)
+        self._seconds = Histogram("request_seconds", "Seconds to an answer.", ["path"], buckets=SECONDS, **about)
+        self.batch_rows = Histogram("batch_rows", "Rows of a pass of the model.", buckets=ROWS, **about)
+        self.queue_rows = Gauge("queue_rows", "Rows that wait.", **about)
+
+    def count_request(self, path: str, status: int, seconds: float) -> None:
+        """Count an answered request."""
+        self._requests.labels(path, status).inc()
+        self._seconds.labels(path).observe(seconds)
+
+    def text(self) -> bytes:
+        """Write all of them in Prometheus' text format."""
+        return generate_latest(self.registry)
 
 
 class ScoringService:
@@ -80,10 +110,12 @@ class ScoringService:
         self.batcher: MicroBatcher[AnyRow] = MicroBatcher(
             scorer,
             settings.batch_size,
-            settings.max_wait,
+            settings.max_wait_ms / 1000,
             settings.queue,
+            settings.max_pass_s,
             self.metrics.batch_rows.observe,
         )
+        self.metrics.queue_rows.set_function(lambda: self.batcher.waiting)
 
     @property
     def ready(self) -> bool:
@@ -97,15 +129,16 @@ class ScoringService:
             RequestError: If the queue is full (503), it takes too long (504), the client left (499), the model does
                 not take the rows (422), or it failed (500).
         """
-        scoring = asyncio.ensure_future(self.batcher.score(rows))
+        client = request.client and request.client.host
+        scoring = asyncio.ensure_future(self.batcher.score(rows, client))
         gone = asyncio.ensure_future(_disconnected(request))
         try:
             await asyncio.wait({scoring, gone}, timeout=self.settings.timeout, return_when=asyncio.FIRST_COMPLETED)
             if scoring.done():
-                return _finite(_result(scoring))
+                return _result(scoring)
             if gone.done():
                 raise RequestError("the client left", CLIENT_GONE)
-            raise RequestError(f"no score within {self.settings.timeout:g} seconds; try later", 504)
+            raise RequestError(f"no score within {self.settings.timeout:g} seconds; send fewer rows, or try later", 504)
         finally:
             scoring.cancel()
             gone.cancel()
@@ -166,7 +199,7 @@ async def _disconnected(request: Request) -> None:
 
 def _result(scoring: asyncio.Future[list[float]]) -> list[float]:
     try:
-        return scoring.result()
+        scores = scoring.result()
     except RequestError:
         raise
     except InputError as error:
@@ -174,9 +207,6 @@ def _result(scoring: asyncio.Future[list[float]]) -> list[float]:
     except Exception as error:
         print(f"latentreward serve: {type(error).__name__}: {one_line(error)}", file=sys.stderr, flush=True)
         raise RequestError(f"the model failed ({type(error).__name__})", 500) from error
-
-
-def _finite(scores: list[float]) -> list[float]:
     if not all(map(math.isfinite, scores)):
         raise RequestError("the model gave a score that is not finite", 500)
     return scores

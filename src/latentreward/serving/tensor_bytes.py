@@ -1,4 +1,8 @@
-"""Safetensors bytes from strangers: everything is checked in the header before a tensor is made."""
+"""Safetensors bytes from strangers: everything is checked in the header before a tensor is made.
+
+By hand, since ``safetensors.deserialize`` copies all tensors before their names and shapes can be compared with the
+protocol, takes 770 MiB for a body of 33 MiB that lists 600 000 empty tensors, and takes keys that stand twice.
+"""
 
 import json
 import math

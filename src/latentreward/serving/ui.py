@@ -11,8 +11,8 @@ import torch
 
 from latentreward.errors import InputError
 from latentreward.scoring import RewardModel
-from latentreward.scoring.noise import ScoringNoise
-from latentreward.serving.rows import standing
+from latentreward.scoring.scoring_noise import ScoringNoise
+from latentreward.serving.batch_scorer import standing
 
 if TYPE_CHECKING:
     import gradio
@@ -42,13 +42,10 @@ def score_sheet(reward: RewardModel, prompt: str, images: Sequence[str | Path]) 
     names, own = [Path(image).name for image in images], scores[:, 0]
     blank: list[float | None] = [None] * len(names)
     columns = (own.tolist(), *(standing(reward, own) or (blank, blank)))
-    rows = [[name, *map(_rounded, cells)] for name, *cells in zip(names, *columns, strict=True)]
+    rounded = [[None if value is None else round(value, 4) for value in column] for column in columns]
+    rows = [list(cells) for cells in zip(names, *rounded, strict=True)]
     order = own.argsort(descending=True, stable=True).tolist()
     return [rows[place] for place in order], _plot(names, scores[:, 1:].tolist(), reward.noise)
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 4)
 
 
 def _plot(names: Sequence[str], scores: Sequence[Sequence[float]], noise: ScoringNoise) -> Figure:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from latentreward.storage.durable import replacing
 from latentreward.tinyworld.tokenizer import MAX_TOKENS, build_tokenizer
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def build_sd(vae: AutoencoderKL) -> StableDiffusionPipeline:
     )
     return StableDiffusionPipeline(
         vae=vae,
-        text_encoder=CLIPTextModel(_text_config(tokenizer)).eval(),
+        text_encoder=CLIPTextModel(text_config(tokenizer)).eval(),
         tokenizer=tokenizer,
         unet=unet.eval(),
         scheduler=scheduler,
@@ -86,22 +86,23 @@ def build_sd35(vae: AutoencoderKL) -> StableDiffusion3Pipeline:
         vae=vae,
         transformer=transformer.eval(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        text_encoder=CLIPTextModelWithProjection(_text_config(tokenizer)).eval(),
+        text_encoder=CLIPTextModelWithProjection(text_config(tokenizer)).eval(),
         tokenizer=tokenizer,
-        text_encoder_2=CLIPTextModelWithProjection(_text_config(tokenizer)).eval(),
+        text_encoder_2=CLIPTextModelWithProjection(text_config(tokenizer)).eval(),
         tokenizer_2=build_tokenizer(),
         text_encoder_3=None,
         tokenizer_3=None,
     )
 
 
-def _text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
+def text_config(tokenizer: CLIPTokenizer, intermediate_size: int = 2 * WIDTH) -> CLIPTextConfig:
+    """Two layers of text encoder for the tiny world's words."""
     from transformers import CLIPTextConfig
 
     return CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=WIDTH,
-        intermediate_size=2 * WIDTH,
+        intermediate_size=intermediate_size,
         projection_dim=WIDTH,
         num_hidden_layers=2,
         num_attention_heads=4,
@@ -124,16 +125,13 @@ def save_pipeline(pipeline: StableDiffusionPipeline | StableDiffusion3Pipeline, 
         folder: Where to; replaced if it exists.
     """
     denoiser = pipeline.unet if hasattr(pipeline, "unet") else pipeline.transformer
-    fresh = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(fresh, ignore_errors=True)
     for model in (pipeline.vae, denoiser):
         model.to(torch.float16)
-    pipeline.save_pretrained(fresh)
-    _forget_origin(fresh)
+    with replacing(folder) as fresh:
+        pipeline.save_pretrained(fresh)
+        _forget_origin(fresh)
     for model in (pipeline.vae, denoiser):
         model.to(torch.float32)
-    shutil.rmtree(folder, ignore_errors=True)
-    fresh.rename(folder)
 
 
 def _forget_origin(folder: Path) -> None:

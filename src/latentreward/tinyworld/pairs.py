@@ -128,7 +128,12 @@ def generate_pairs(
         for name, pipeline in pipelines.items():
             slips = [_near_miss(caption, rng) if rng.random() < 0.5 else caption for caption in captions]
             for asked, scale in ((slips, 1.5), (captions, 3.0)):
-                made.append(_generated_pictures(name, pipeline, captions, asked, scale, num_inference_steps, rng))
+                noise, steps = int(rng.integers(2**31)), num_inference_steps
+                pixels = sample_pictures(pipeline, asked, noise, num_inference_steps=steps, guidance_scale=scale)
+                worth = zip(pixels, utility_scores(captions, list(pixels)).tolist(), strict=True)
+                made.append(
+                    [Picture(_draw_uid(rng), encode_jpeg(picture), name, utility) for picture, utility in worth]
+                )
         for caption, *pictures in zip(captions, *made, strict=True):
             pairs += _label_pictures(caption, pictures, rng)
     return pairs[:number]
@@ -139,22 +144,6 @@ def _near_miss(text: str, rng: np.random.Generator) -> str:
     parts = asdict(parse_caption(text))
     others = [c for c in all_captions().values() if sum(parts[k] != v for k, v in asdict(c).items()) == 1]
     return others[int(rng.integers(len(others)))].text
-
-
-def _generated_pictures(
-    name: str,
-    pipeline: object,
-    captions: list[str],
-    asked: list[str],
-    guidance_scale: float,
-    steps: int,
-    rng: np.random.Generator,
-) -> list[Picture]:
-    pixels = sample_pictures(
-        pipeline, asked, int(rng.integers(2**31)), num_inference_steps=steps, guidance_scale=guidance_scale
-    )
-    utilities = utility_scores(captions, list(pixels)).tolist()
-    return [Picture(_draw_uid(rng), encode_jpeg(p), name, u) for p, u in zip(pixels, utilities, strict=True)]
 
 
 def _label_pictures(caption: str, pictures: list[Picture], rng: np.random.Generator) -> Iterator[Pair]:

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from latentreward.data.prompts import PromptLoaders
+from latentreward.data.alignment.prompts import PromptLoaders
 from latentreward.errors import InputError
 from latentreward.tinyworld.captions import caption_splits, draw_caption
 
@@ -15,7 +15,7 @@ class TinyWorldPromptDataModule(PromptLoaders):
     Args:
         captions: How many, no two alike.
         data_seed: Seed of the drawing.
-        options: See :class:`~latentreward.data.prompts.PromptLoaders`.
+        options: See :class:`~latentreward.data.alignment.prompts.PromptLoaders`.
 
     Raises:
         InputError: If there are not so many captions.

@@ -46,7 +46,7 @@ class Nuisances:
     @property
     def quality(self) -> float:
         """Quality in [0, 1]."""
-        return picture_quality(self.contrast, self.gradient, len(self.blobs))
+        return 1.0 - min(1.0, 0.8 * self.contrast + 0.8 * self.gradient + 0.14 * len(self.blobs))
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,6 @@ class Scene:
     background: str
     items: tuple[Item, ...]
     nuisances: Nuisances = field(default_factory=Nuisances)
-
-
-def picture_quality(contrast: float, gradient: float, blobs: int) -> float:
-    """Quality in [0, 1] of a picture with nuisance strengths in [0, 1] and a number of blobs."""
-    return 1.0 - min(1.0, 0.8 * contrast + 0.8 * gradient + 0.14 * blobs)
 
 
 def picture_utility(alignment: float, quality: float) -> float:

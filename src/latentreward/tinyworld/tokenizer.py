@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from latentreward.tinyworld.captions import all_captions
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import CLIPTokenizer
 
 MAX_TOKENS = 16
@@ -24,6 +25,11 @@ def build_tokenizer() -> CLIPTokenizer:
     vocab += ["<|startoftext|>", "<|endoftext|>"]
     numbers = {token: number for number, token in enumerate(vocab)}
     return CLIPTokenizer(vocab=numbers, merges=merges, model_max_length=MAX_TOKENS)
+
+
+def tokenize(captions: Sequence[str]) -> Tensor:
+    """Token numbers ``(N, 16)``."""
+    return build_tokenizer()(list(captions), padding="max_length", return_tensors="pt").input_ids
 
 
 def _merges(words: Sequence[str]) -> list[tuple[str, str]]:

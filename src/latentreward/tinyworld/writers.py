@@ -8,10 +8,7 @@ share a caption.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +18,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from latentreward.storage.digests import digest
+from latentreward.storage.durable import replacing
 from latentreward.tinyworld.pairs import Pair, draw_pairs, generate_pairs
 
 PICKAPIC_SPLITS = ("train", "validation", "test", "validation_unique", "test_unique")
@@ -129,11 +128,7 @@ def write_hpdv3(root: Path | str, pairs_per_split: Mapping[str, int], seed: int 
         pairs_per_split: Pairs for ``train`` and ``test``.
         seed: Fixes everything.
 
-    Returns:
-        ``root``.
-
-    Raises:
-        ValueError: If a split is unknown or ``root`` holds something else.
+    Returns and raises as :func:`write_pickapic`.
     """
     _check_splits(pairs_per_split, ("train", "test"))
 
@@ -169,21 +164,13 @@ def _make_folder(root: Path | str, spec: dict[str, Any], fill: Callable[[Path], 
     root = Path(root)
     if _holds(root, spec):
         return root
-    fresh = root.with_name(f"{root.name}.tmp-{os.getpid()}")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    try:
+    with replacing(root, over=False) as fresh:
+        fresh.mkdir()
         names = ("pair_id", "key_a", "key_b", "utility_a", "utility_b")
         columns = zip(*fill(fresh), strict=True)
         pq.write_table(pa.table(dict(zip(names, map(list, columns), strict=True))), fresh / "oracle.parquet")
         (fresh / "tinyworld.json").write_text(json.dumps(spec, indent=1, sort_keys=True))
-        try:
-            fresh.rename(root)
-        except OSError:  # another process was faster; what it wrote must be what we were asked for
-            if not _holds(root, spec):
-                raise
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+    _holds(root, spec)  # where another process was faster, what it wrote must be what was asked for
     return root
 
 
@@ -206,9 +193,8 @@ def _write_pickapic_split(folder: Path, split: str, pairs: Sequence[Pair], rng: 
     oracle: OracleRows = []
     for file_number, start in enumerate(starts):
         part = slice(start, start + ROWS_PER_FILE)
-        uids = "".join(row["image_0_uid"] for row in rows[part])
-        digest = hashlib.blake2b(uids.encode(), digest_size=8).hexdigest()
-        name = f"{split}-{file_number:05d}-of-{len(starts):05d}-{digest}.parquet"
+        uids = digest((row["image_0_uid"] for row in rows[part]), 8)
+        name = f"{split}-{file_number:05d}-of-{len(starts):05d}-{uids}.parquet"
         table = pa.Table.from_pylist(rows[part], schema=PICKAPIC_SCHEMA)
         pq.write_table(table, folder / "data" / name, row_group_size=256)
         oracle += [

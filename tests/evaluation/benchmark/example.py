@@ -8,21 +8,21 @@ from latentreward.evaluation.benchmark.results import (
     CalibrationResult,
     CorrelationResult,
     DifferenceResult,
-    Estimate,
+    Disagreement,
     LevelResult,
     ProtocolResult,
     PublishedNumber,
     SubgroupResult,
-    TellingPair,
 )
+from latentreward.metrics.bootstrap import Interval
 
 HOSTILE = "<script>document.title='hacked'</script> | **bold** $x_1$ {{ 7*7 }} [a](javascript:alert(1)) \u202e\ud800 `"
 PROTOCOL, SPLIT, DATA = "hpdv3", "test", "hpdv3 test"
 MODELS = ("dina", "pickscore", "clipscore")
 
 
-def estimate(value: float, width: float = 0.05) -> Estimate:
-    return Estimate(value, value - width, value + width)
+def estimate(value: float, width: float = 0.05) -> Interval:
+    return Interval(value, value - width, value + width)
 
 
 def report(hostile: str = HOSTILE) -> BenchmarkReport:
@@ -71,7 +71,7 @@ def report(hostile: str = HOSTILE) -> BenchmarkReport:
             }
         },
         telling=(
-            TellingPair(
+            Disagreement(
                 DATA,
                 3,
                 f"pair {hostile}",

@@ -158,6 +158,12 @@ def test_four_answers_are_told_apart_by_gap_and_mean() -> None:
     assert judgement.details["votes"] == {vote: int((votes == vote).sum()) for vote in VOTES}
 
 
+def test_a_threshold_itself_belongs_to_the_lesser_answer() -> None:
+    gap, mean = np.array([2.0, 2.1, -2.0, -2.1, 0.0, 0.0]), np.array([1.0, 9.0, 0.9, -9.0, 1.0, 1.1])
+    named = [VOTES[number] for number in answers(gap, mean, tau=2.0, mu=1.0)]
+    assert named == ["bothbad_vote", "leftvote", "bothbad_vote", "rightvote", "bothbad_vote", "tievote"]
+
+
 def test_four_answers_of_scores_that_tell_nothing_are_those_of_chance() -> None:
     votes = np.random.default_rng(0).choice(VOTES, 3000)
     pairs = replace(drawn(3000, 5), columns={"vote": tuple(votes)})

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from latentreward.evaluation.benchmark.disagreements import most_disputed
 from latentreward.evaluation.benchmark.report import write_report
 from latentreward.evaluation.benchmark.results import BenchmarkReport, CalibrationResult, ProtocolResult, ScoredPairs
 from latentreward.evaluation.benchmark.tables import calibration_table, protocol_table, scorer_table
-from latentreward.evaluation.benchmark.telling import telling_pairs
 from tests.evaluation.benchmark.example import HOSTILE, MODELS, PROTOCOL, estimate, report
 
 if TYPE_CHECKING:
@@ -103,14 +103,14 @@ def test_pairs_on_which_models_differ_most_come_first() -> None:
     labels = [1.0, 0.0, 1.0, 1.0, 0.5, 1.0]
     one = scored("one", [2.0, -1.0, 1.0, 3.0, -0.5, np.nan], labels, "abccde")
     other = scored("other", [20.0, 10.0, -20.0, -10.0, 5.0, 9.0], labels, "abccde")
-    pairs = telling_pairs("data", [one, other], 10)
+    pairs = most_disputed("data", [one, other], 10)
     assert [pair.row for pair in pairs] == [3, 1, 4]  # row 2 is of the prompt of row 3
     assert all(pair.gaps["one"] * pair.gaps["other"] < 0 for pair in pairs)
-    assert telling_pairs("data", [one, other], 2) == pairs[:2]
+    assert most_disputed("data", [one, other], 2) == pairs[:2]
 
 
 def test_pairs_of_one_model_are_its_surest_mistakes() -> None:
-    pairs = telling_pairs("data", [scored("one", [-1.0, 3.0, -2.0, 9.0, 4.0], [1.0, 0.0, 1.0, 1.0, 0.0], "abcdb")], 9)
+    pairs = most_disputed("data", [scored("one", [-1.0, 3.0, -2.0, 9.0, 4.0], [1.0, 0.0, 1.0, 1.0, 0.0], "abcdb")], 9)
     assert [pair.row for pair in pairs] == [4, 2, 0]
 
 

@@ -14,8 +14,8 @@ from latentreward.errors import InputError
 from latentreward.evaluation.benchmark import sets
 from latentreward.evaluation.benchmark.base import Benchmark
 from latentreward.evaluation.benchmark.columns import band, subgroup_columns
+from latentreward.evaluation.benchmark.format_detection import recognise_benchmark
 from latentreward.evaluation.benchmark.protocols import PROTOCOLS, protocol_result
-from latentreward.evaluation.benchmark.recognition import recognise_benchmark
 from latentreward.scorers import CallableScorer
 from latentreward.scorers.pair_scoring import PairScoring
 from tests.formats.conftest import COMMITTED, encode
@@ -133,7 +133,7 @@ def test_wrong_settings_are_named() -> None:
 def test_scores_of_other_pairs_are_refused(own_pairs) -> None:
     benchmark = sets.PairsBenchmark(JSONLPairReader(str(own_pairs), on_error="skip"))
     scoring = PairScoring(benchmark.readers()["train"], [CallableScorer(luminance, "x", uses_prompt=False)])
-    table = scoring.score(scoring.read(range(3)))
+    ((_, table),) = scoring.tables([range(3)])
     assert len(benchmark.scored("train", table.slice(0, 2), "x").pair_ids) == 2
     with pytest.raises(InputError, match="scores of pairs train belong to other pairs; score the split again"):
         benchmark.scored("train", table.slice(1, 2), "x")

@@ -8,17 +8,20 @@ import pytest
 import torch
 
 from latentreward.errors import InputError
-from latentreward.evaluation.benchmark.agreement import agreement_result, correlation_results
 from latentreward.evaluation.benchmark.calibration import calibration_result, cross_fitted_probability
+from latentreward.evaluation.benchmark.four_benchmarks import FOUR_BENCHMARKS, with_averages
+from latentreward.evaluation.benchmark.model_agreement import agreement_result, correlation_results
 from latentreward.evaluation.benchmark.protocols import PROTOCOLS, judge, protocol_result
 from latentreward.evaluation.benchmark.published_numbers import PUBLISHED, published_for
+from latentreward.evaluation.benchmark.results import BenchmarkReport, ProtocolResult
+from latentreward.evaluation.benchmark.sections import sections
 from latentreward.evaluation.benchmark.subgroups import (
     level_results,
     paired_difference,
     subgroup_results,
-    with_scores,
 )
 from latentreward.metrics import PairCalibration, ScoreCorrelation
+from latentreward.metrics.bootstrap import Interval
 from tests.evaluation.benchmark.scored import NAN, drawn, scored
 
 
@@ -78,10 +81,10 @@ def test_scores_of_other_pairs_are_refused(function) -> None:
 def test_levels_are_the_protocol_at_each() -> None:
     pairs = drawn(300)
     noise = np.random.default_rng(0).normal(size=(2, 300))
-    levels = [
-        (sigma, 1000 * sigma, with_scores(pairs, *(pairs.first, pairs.second) + 4 * sigma * noise))
-        for sigma in (0, 0.5, 1)
-    ]
+    levels = []
+    for sigma in (0, 0.5, 1):
+        first, second = (pairs.first, pairs.second) + 4 * sigma * noise
+        levels.append((sigma, 1000 * sigma, replace(pairs, first=first, second=second)))
     found = level_results("hpdv3", levels)
     assert [(item.sigma, item.timestep) for item in found] == [(0, 0), (0.5, 500), (1, 1000)]
     assert found[0].estimate == protocol_result("hpdv3", pairs, judge("hpdv3", pairs)).estimate
@@ -177,6 +180,29 @@ def test_published_numbers_belong_to_protocols_and_name_their_source() -> None:
     assert len({(number.protocol, number.model, number.source) for number in PUBLISHED}) == len(PUBLISHED)
     hpdv3 = {number.model: number.value for number in published_for(("hpdv3",))}
     assert (hpdv3["DiNa-LRM"], hpdv3["LRM-SDXL"], hpdv3["HPSv2"]) == (0.7504, 0.538, 0.653)
+
+
+def test_mean_of_four_benchmarks_is_unweighted_and_of_all_four_alone() -> None:
+    published = {"imagereward": 0.6034, "hpdv2": 0.8213, "hpdv3": 0.7504, "genai_bench_tiger": 0.6843}  # DiNa-LRM's
+    dina = []
+    for n, (name, value) in enumerate(published.items(), start=1):
+        interval, data = Interval(value, value - 0.01 * n, value + 0.02), f"{name} test"
+        dina.append(ProtocolResult(FOUR_BENCHMARKS[data], "dina", interval, n, n, 0, {}, benchmark=data))
+    elsewhere = [
+        replace(dina[0], benchmark="imagerewarddb test"),
+        replace(dina[3], benchmark="genai_bench_tiger test_v1"),
+    ]
+    three = [replace(one, scorer="three") for one in dina[:3]]
+    report = BenchmarkReport({"dina": "", "three": ""}, (*dina, *three, *elsewhere))
+    found = with_averages(report)
+    (average,) = found.averages
+    assert average.scorer == "dina"
+    spread = 0.01 * 30**0.5 / 4
+    assert average.estimate == pytest.approx((0.71485, 0.71485 - spread, 0.71485 + 0.01))
+    assert [number.value for number in found.published] == [0.7149, 0.7068, 0.6493, 0.7027]
+    assert any(section.title == "Mean of four benchmarks" for section in sections(found))
+    without = replace(report, protocols=report.protocols[4:])
+    assert with_averages(without) == without
 
 
 def test_one_long_prompt_costs_no_more_than_itself() -> None:

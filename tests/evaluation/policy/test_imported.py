@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from latentreward.data.prompt_files import PromptRow
+from latentreward.data.alignment.prompt_files import PromptRow
 from latentreward.errors import InputError
 from latentreward.evaluation.policy.imported import (
     ImportedPictures,

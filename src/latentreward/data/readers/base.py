@@ -1,6 +1,5 @@
 """What every source of preference pairs offers: rows by number, and what was left out of them and why."""
 
-import hashlib
 import logging
 import unicodedata
 from abc import ABC, abstractmethod
@@ -14,11 +13,14 @@ import torch
 from latentreward.contracts import PreferencePair
 from latentreward.errors import InputError
 from latentreward.seeding import pair_generator
+from latentreward.storage.digests import digest
 
 logger = logging.getLogger(__name__)
 
 OnError = Literal["raise", "skip", "placeholder"]
 Contents = Literal["images", "latents", "nothing"]
+MAX_PROMPT_CHARS, MAX_VOTES = 10_000, 10**9
+"""Characters of a prompt, and votes for an image, beyond which a row is odd."""
 ON_ERROR_REMEDY = "correct the row, or set the reader's on_error to skip or placeholder"
 
 
@@ -32,6 +34,11 @@ class PairReader(ABC):
             row out and counts it; no other row takes its place. ``"placeholder"`` keeps the row, unlabelled, so that
             row numbers and batch sizes stay; an image that cannot be read becomes mid-grey. Whether an image can be
             read shows only when it is decoded, so its rows count in ``len`` and are left out by the data set.
+        max_prompt_chars: Characters of a prompt; a row with more breaks the rules. Text encoders read some hundred, and
+            a prompt of megabytes costs minutes and gigabytes.
+
+    Raises:
+        InputError: If ``max_prompt_chars`` is below 1.
 
     Attributes:
         holds: What the references of the rows lead to; only images can be trained on directly.
@@ -41,8 +48,10 @@ class PairReader(ABC):
 
     holds: Contents = "images"
 
-    def __init__(self, on_error: OnError = "raise") -> None:
-        self.on_error = on_error
+    def __init__(self, on_error: OnError = "raise", max_prompt_chars: int = MAX_PROMPT_CHARS) -> None:
+        if max_prompt_chars < 1:
+            raise InputError(f"max_prompt_chars is {max_prompt_chars}; it must be at least 1")
+        self.on_error, self.max_prompt_chars = on_error, max_prompt_chars
         self.skipped: Counter[str] = Counter()
         self.remarks: Counter[str] = Counter()
 
@@ -100,6 +109,11 @@ class PairReader(ABC):
             raise InputError(f"{pair_id}: {problem}{others}; {ON_ERROR_REMEDY}")
         (self.skipped if self.on_error == "skip" else self.remarks)[reason] += rows
 
+    def refuse_long_prompt(self, pair_id: str, length: int, rows: int = 1) -> None:
+        """Apply ``on_error`` to rows whose prompt is too long, the first with ``length`` characters."""
+        problem = f"prompt has {length} characters, more than max_prompt_chars={self.max_prompt_chars}"
+        self.refuse(pair_id, problem, "prompt too long", rows)
+
     def report(self, name: str) -> None:
         """Log one line about rows left out or kept with a remark, if there are any."""
         if self.skipped or self.remarks:
@@ -112,12 +126,30 @@ class PairReader(ABC):
             )
 
 
-def sides_exchanged(seed: int, pair_id: str) -> bool:
-    """Whether a reader whose files name the winner first exchanges the sides of a pair: for every other pair by chance.
+class SideExchangingReader(PairReader):
+    """Rows whose order in the file may tell the winner, so their sides are exchanged by chance.
 
-    Without that the preferred image is always a, and a model that answers "the first" is always right.
+    Args:
+        randomise_sides: Exchange the sides of every other row, by a draw from ``seed`` and the row's name; without it
+            an image that the file names first is always a, and if that is the preferred one, a model that answers "the
+            first" is always right.
+        seed: Seed of that draw.
+        options: ``on_error`` and ``max_prompt_chars``, see :class:`PairReader`.
     """
-    return bool(torch.randint(2, (), generator=pair_generator(seed, "side", 0, pair_id)))
+
+    def __init__(self, *, randomise_sides: bool = True, seed: int = 0, **options: Any) -> None:
+        super().__init__(**options)
+        self.randomise_sides, self.seed = randomise_sides, seed
+
+    def is_exchanged(self, pair_id: str) -> bool:
+        """Whether the sides of a row are exchanged."""
+        if not self.randomise_sides:
+            return False
+        return bool(torch.randint(2, (), generator=pair_generator(self.seed, "side", 0, pair_id)))
+
+    def exchanged(self) -> list[bool]:
+        """The same of every row."""
+        return [self.is_exchanged(name) for name in self.pair_ids()] if self.randomise_sides else [False] * len(self)
 
 
 def exchange_sides(facts: dict[str, list[Any]], exchanged: Sequence[bool]) -> dict[str, list[Any]]:
@@ -137,7 +169,7 @@ def normalise_prompt(prompt: str) -> str:
 
 def content_key(data: bytes | None) -> str:
     """Name of an image that its data set gives none: a hash of its bytes; empty where there are none to hash."""
-    return "" if data is None else hashlib.blake2b(data, digest_size=16).hexdigest()
+    return "" if data is None else digest([data])
 
 
 def count_text(counts: Counter[str]) -> str:

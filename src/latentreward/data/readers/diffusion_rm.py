@@ -10,7 +10,7 @@ import numpy as np
 
 from latentreward.contracts import ImageRef, PreferencePair
 from latentreward.data.buckets import PUBLISHED_BUCKETS, Bucket, sort_buckets
-from latentreward.data.readers.base import Contents, OnError, PairReader, sides_exchanged
+from latentreward.data.readers.base import MAX_VOTES, Contents, SideExchangingReader
 from latentreward.data.readers.parquet_store import ParquetPart, RowGroupColumns, damage_named, open_part
 from latentreward.errors import InputError
 
@@ -39,7 +39,7 @@ class _Part(NamedTuple):
     shapes: list[tuple[Any, Any]] | None
 
 
-class DiffusionRMReader(PairReader):
+class DiffusionRMReader(SideExchangingReader):
     """Pairs of latents, (posterior sample − shift) · scale of the VAE of SD3, as ``np.save`` bytes.
 
     The references hold latents, not images: training takes them through ``latentreward cache``. ``latent1`` is the
@@ -57,9 +57,7 @@ class DiffusionRMReader(PairReader):
         index: Name of the index file in ``root``; null offers every row of every parquet file, of any size.
         split: Name of the split.
         buckets: (height, width) in pixels of the sizes that are accepted; the published 13 by default.
-        randomise_sides: Exchange the sides of every other row, by a draw from ``seed`` and the row's name.
-        seed: Seed of that draw.
-        on_error: See :class:`PairReader`.
+        options: See :class:`~latentreward.data.readers.base.SideExchangingReader`.
 
     Raises:
         InputError: If there are no such files, a column is missing, no row is left, or one breaks a rule above.
@@ -74,18 +72,17 @@ class DiffusionRMReader(PairReader):
         *,
         split: str = "train",
         buckets: list[tuple[int, int]] | None = None,
-        randomise_sides: bool = True,
-        seed: int = 0,
-        on_error: OnError = "raise",
+        **options: Any,
     ) -> None:
-        super().__init__(on_error)
-        self.split, self.randomise_sides, self.seed = split, randomise_sides, seed
+        super().__init__(**options)
+        self.split = split
         files = _find_files(Path(root), index)
         self._names = [file.name for file in files]
         parts = [ParquetPart(file.name, file) for file in files]
         tables = {part.name: _read_part(part) for part in parts}
         self._buckets = set(PUBLISHED_BUCKETS if buckets is None else sort_buckets(buckets))
-        entries = list(_every_row(tables) if index is None else self._follow(Path(root) / index, tables))
+        rows = _every_row(tables) if index is None else self._follow(Path(root) / index, tables)
+        entries = [entry for row in rows if (entry := self._without_long_prompt(row, tables)) is not None]
         entries.sort(key=lambda entry: (entry.part == NOWHERE, entry.part, entry.row))
         if not entries:
             raise InputError(f"root: {root} has no rows left; check the parquet files and the index")
@@ -121,12 +118,11 @@ class DiffusionRMReader(PairReader):
             source="diffusion_rm",
             split=self.split,
         )
-        return pair.swapped() if self.randomise_sides and sides_exchanged(self.seed, pair.pair_id) else pair
+        return pair.swapped() if self.is_exchanged(pair.pair_id) else pair
 
     def labels(self) -> np.ndarray:
         """``(len,)`` float: 1 where the chosen latents are a, 0 where they are b, NaN for placeholders."""
-        swapped = [self.randomise_sides and sides_exchanged(self.seed, pair_id) for pair_id in self._ids]
-        return np.where(self.labelled(), 1.0 - np.array(swapped, dtype=np.float64), np.nan)
+        return np.where(self.labelled(), 1.0 - np.array(self.exchanged(), dtype=np.float64), np.nan)
 
     def labelled(self) -> np.ndarray:
         """``(len,)`` bool: all but placeholders of refused rows."""
@@ -158,6 +154,14 @@ class DiffusionRMReader(PairReader):
                 yield _Entry(pair_id, *place)
             elif self.on_error == "placeholder":
                 yield _Entry(pair_id, NOWHERE, 0)
+
+    def _without_long_prompt(self, entry: _Entry, tables: dict[str, _Part]) -> _Entry | None:
+        """The entry; for one whose prompt is too long a placeholder, or None if it is left out."""
+        prompt = None if entry.part == NOWHERE else tables[self._names[entry.part]].prompts[entry.row]
+        if len(prompt or "") <= self.max_prompt_chars:
+            return entry
+        self.refuse_long_prompt(entry.pair_id, len(prompt or ""))
+        return None if self.on_error == "skip" else _Entry(entry.pair_id, NOWHERE, 0)
 
     def _locate(self, pair_id: str, row: dict[str, str], tables: dict[str, _Part]) -> tuple[int, int] | None:
         """Part and row there; None after a refusal."""
@@ -257,7 +261,7 @@ def _parse_details(text: str | None) -> tuple[tuple[int, int] | None, float | No
     if not isinstance(details, dict):
         return None, None
     counts = [details.get(name) for name in ("votes_chosen", "votes_rejected")]
-    if not all(isinstance(count, int) and count >= 0 for count in counts) or not any(counts):
+    if not all(isinstance(count, int) and 0 <= count <= MAX_VOTES for count in counts) or not any(counts):
         return None, None
     confidence = details.get("confidence")
     return (int(counts[0]), int(counts[1])), float(confidence) if isinstance(confidence, int | float) else None

@@ -1,15 +1,14 @@
 """Plain folders: ``chosen/`` and ``rejected/`` with images of equal names, and a caption for each name."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from latentreward.contracts import ImageRef, PreferencePair
-from latentreward.data.readers.base import OnError, sides_exchanged
+from latentreward.contracts import PreferencePair
 from latentreward.data.readers.groups import file_image
-from latentreward.data.readers.json_rows import JSONReader, parse_text
+from latentreward.data.readers.json_rows import JSONReader, parse_json, parse_text
 from latentreward.errors import InputError
 
 SIDES = ("chosen", "rejected")
@@ -29,32 +28,22 @@ class FolderPairReader(JSONReader):
     3. ``chosen/cats/1.txt``.
 
     A text file is taken whole, but for one line break at its end. A name with one image, several images on one side,
-    or no caption falls under ``on_error``, as does a line of ``captions.jsonl`` that is no such object.
+    no caption or one that is too long falls under ``on_error``, as does a line of ``captions.jsonl``
+    that is no such object.
 
     Args:
         root: Folder with ``chosen/`` and ``rejected/``, or with a folder per split that has them; no image outside it
             is opened.
         split: Name of the split's folder; null if ``root`` has the pairs itself.
-        randomise_sides: Exchange the sides of every other row, by a draw from ``seed`` and the row's name; without it
-            the chosen image is always a, and a model that answers "the first" is always right.
-        seed: Seed of that draw.
-        on_error: See :class:`PairReader`.
+        options: See :class:`~latentreward.data.readers.base.SideExchangingReader`.
 
     Raises:
         InputError: If a folder is missing, no row is left, or one breaks a rule above.
     """
 
-    def __init__(
-        self,
-        root: str,
-        split: str | None = None,
-        *,
-        randomise_sides: bool = True,
-        seed: int = 0,
-        on_error: OnError = "raise",
-    ) -> None:
-        super().__init__(on_error)
-        self.split, self.randomise_sides, self.seed = split or "", randomise_sides, seed
+    def __init__(self, root: str, split: str | None = None, **options: Any) -> None:
+        super().__init__(**options)
+        self.split = split or ""
         self._folder = Path(root, split) if split else Path(root)
         for side in SIDES:
             if not (self._folder / side).is_dir():
@@ -77,17 +66,18 @@ class FolderPairReader(JSONReader):
         pair = PreferencePair(
             pair_id=self._pair_id(name),
             prompt=prompt,
-            image_a=self._image(chosen),
-            image_b=self._image(rejected),
+            image_a=file_image(self._folder, chosen),
+            image_b=file_image(self._folder, rejected),
             label_a=1.0 if sound else None,
             source="folder",
             split=self.split,
         )
-        return pair.swapped() if self._is_swapped(name) else pair
+        return pair.swapped() if self.is_exchanged(pair.pair_id) else pair
 
     def labels(self) -> np.ndarray:
         """``(len,)`` float: 1 where the chosen image is a, 0 where it is b, NaN for placeholders."""
-        return np.array([(0.0 if self._is_swapped(row[0]) else 1.0) if row[4] else np.nan for row in self._rows])
+        sound = [row[4] for row in self._rows]
+        return np.where(sound, 1.0 - np.array(self.exchanged(), dtype=np.float64), np.nan)
 
     def prompts(self) -> list[str]:
         """Caption of every row."""
@@ -100,19 +90,10 @@ class FolderPairReader(JSONReader):
     def _pair_id(self, name: str) -> str:
         return f"{self.split}/{name}" if self.split else name
 
-    def _is_swapped(self, name: str) -> bool:
-        return self.randomise_sides and sides_exchanged(self.seed, self._pair_id(name))
-
-    def _image(self, path: str) -> ImageRef:
-        return file_image(self._folder, path)
-
     def _read_captions_file(self) -> dict[str, str]:
         captions: dict[str, str] = {}
         for line, text in read_lines(self._folder / CAPTIONS_FILE):
-            try:
-                row = json.loads(text)
-            except (ValueError, RecursionError):
-                row = None
+            row = parse_json(text, None)
             name, prompt = (row.get("name"), parse_text(row.get("prompt"))) if isinstance(row, dict) else (None, None)
             if isinstance(name, str) and prompt is not None:
                 captions[name] = prompt
@@ -139,6 +120,9 @@ class FolderPairReader(JSONReader):
             self.refuse(
                 name, f"no caption in {CAPTIONS_FILE}, {CAPTIONS}/{name}.txt or chosen/{name}.txt", "no caption"
             )
+        if sound and prompt is not None and len(prompt) > self.max_prompt_chars:
+            self.refuse_long_prompt(name, len(prompt))
+            sound, prompt = False, None
         if not sound and self.on_error == "skip":
             return None
         return name, prompt or "", paths[0], paths[1], sound

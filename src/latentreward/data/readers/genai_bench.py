@@ -6,15 +6,13 @@ import numpy as np
 import pyarrow as pa
 
 from latentreward.contracts import PreferencePair
-from latentreward.data.readers.base import OnError, PairReader
 from latentreward.data.readers.parquet_store import (
+    ParquetPairReader,
     RowGroupColumns,
     check_image_columns,
     embedded_image,
-    find_parts,
+    empty_long_prompts,
     locate,
-    read_index,
-    refuse_missing,
 )
 from latentreward.errors import InputError
 
@@ -24,7 +22,7 @@ IMAGES = ("left_image", "right_image")
 HINT = "give the published files of image_generation, or write a PairReader for your own"
 
 
-class GenAIBenchReader(PairReader):
+class GenAIBenchReader(ParquetPairReader):
     """Votes of TIGER-Lab's GenAI-Bench on pairs of generated images; the left image is a, the right one is b.
 
     A row of another or no vote is unlabelled, a null prompt is read as an empty one, and a null image cannot be read.
@@ -39,8 +37,8 @@ class GenAIBenchReader(PairReader):
         revision: Commit, tag or branch of the hub data set; pin it.
         both_bad: What ``bothbad_vote`` becomes: no image is preferred, so it is a ``tie`` (½) like ``tievote``, or
             it is left ``unlabelled``. :meth:`vote_types` tells the two kinds of tie apart.
-        on_error: Under ``skip`` and ``placeholder`` a split with missing parts is read without them; see
-            :class:`PairReader`.
+        options: ``on_error`` and ``max_prompt_chars``, see :class:`PairReader`; under ``skip`` and ``placeholder`` a
+            split with missing parts is read without them.
 
     Raises:
         InputError: If the split cannot be found, or lacks a part, a column or rows.
@@ -53,18 +51,18 @@ class GenAIBenchReader(PairReader):
         *,
         revision: str | None = None,
         both_bad: Literal["tie", "unlabelled"] = "tie",
-        on_error: OnError = "raise",
+        **options: Any,
     ) -> None:
-        super().__init__(on_error)
-        self.split = split
-        parts = find_parts(source, split, revision, "image_generation")
-        refuse_missing(self, source, split, parts)
-        self._index, self._starts = read_index(parts, COLUMNS, HINT)
-        check_image_columns(parts, IMAGES, HINT)
-        self._names = [part.name for part in parts]
-        self._images = RowGroupColumns(parts, IMAGES)
+        super().__init__(**options)
+        table = self.open_split(source, split, revision, COLUMNS, HINT, "image_generation")
+        check_image_columns(self._parts, IMAGES, HINT)
+        prompts, long = empty_long_prompts(self, table.column("prompt"), self._pair_id)
+        self._rows = np.flatnonzero(~long) if self.on_error == "skip" else np.arange(len(long))
+        self._index = table.set_column(0, "prompt", prompts).take(self._rows)
+        self._images = RowGroupColumns(self._parts, IMAGES)
         labels = {kind: label for kind, label in VOTES.items() if both_bad == "tie" or kind != "bothbad_vote"}
         self._labels = np.array([labels.get(vote, np.nan) for vote in self.vote_types()], dtype=np.float64)
+        self._labels[long[self._rows]] = np.nan
         if not len(self):
             raise InputError(f"split: {split!r} of {source} has no rows; check the files")
         if unlabelled := int(np.isnan(self._labels).sum()):
@@ -73,15 +71,11 @@ class GenAIBenchReader(PairReader):
             self.remarks["null prompt read as empty"] += nulls
         self.report(f"{source} {split}")
 
-    def __len__(self) -> int:
-        return len(self._labels)
-
     def __getitem__(self, index: int) -> PreferencePair:
         row, label = {name: self._index.column(name)[index].as_py() for name in COLUMNS}, float(self._labels[index])
-        part, inner = locate(self._starts, index)
-        left, right = self._images.read(part, inner)
+        left, right = self._images.read(*locate(self._starts, int(self._rows[index])))
         return PreferencePair(
-            pair_id=f"{self._names[part]}:{inner}",
+            pair_id=self._pair_id(int(self._rows[index])),
             prompt=row["prompt"] or "",
             image_a=embedded_image(left),
             image_b=embedded_image(right),
@@ -101,15 +95,6 @@ class GenAIBenchReader(PairReader):
         """``vote_type`` of every row as published: what a protocol needs that tells good ties from bad ones."""
         return self._index.column("vote_type").to_pylist()
 
-    def labels(self) -> np.ndarray:
-        """``(len,)`` float: label of the left image, NaN for none."""
-        return self._labels.copy()
-
     def prompts(self) -> list[str]:
         """Raw prompt of every row."""
         return [prompt or "" for prompt in self._index.column("prompt").to_pylist()]
-
-    def pair_ids(self) -> list[str]:
-        """File and row of every row."""
-        places = (locate(self._starts, index) for index in range(len(self)))
-        return [f"{self._names[part]}:{inner}" for part, inner in places]

@@ -1,6 +1,5 @@
 """GenAI-Bench of CMU: images of six models for each prompt, rated by people, in parquet."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,9 +8,8 @@ import numpy as np
 import pyarrow as pa
 
 from latentreward.contracts import ImageRef
-from latentreward.data.readers.base import OnError
 from latentreward.data.readers.groups import UNRANKED, GroupReader, ImageGroup
-from latentreward.data.readers.json_rows import parse_number, short
+from latentreward.data.readers.json_rows import parse_json, parse_number, short
 from latentreward.data.readers.parquet_store import (
     ArrowColumns,
     ParquetPart,
@@ -51,11 +49,8 @@ class GenAIBenchCMUReader(GroupReader):
         split: ``train``, the only one published, although it is a benchmark.
         revision: Commit, tag or branch of the hub data set; pin it.
         memory_map: Copy the images once into the cache of ``datasets``, where a random row costs only itself.
-        randomise_sides: Exchange the sides of every other pair, by a draw from ``seed`` and the pair's name; without
-            it the same model is always a.
-        seed: Seed of that draw.
-        on_error: Under ``skip`` and ``placeholder`` a split with missing parts is read without them; see
-            :class:`PairReader`.
+        options: See :class:`~latentreward.data.readers.base.SideExchangingReader`; under ``skip`` and ``placeholder`` a
+            split with missing parts is read without them.
 
     Raises:
         InputError: If the split cannot be found, lacks a part, a column or rows, or breaks a rule above.
@@ -68,11 +63,9 @@ class GenAIBenchCMUReader(GroupReader):
         *,
         revision: str | None = None,
         memory_map: bool = False,
-        randomise_sides: bool = True,
-        seed: int = 0,
-        on_error: OnError = "raise",
+        **options: Any,
     ) -> None:
-        super().__init__("genai_bench_cmu", split, randomise_sides=randomise_sides, seed=seed, on_error=on_error)
+        super().__init__("genai_bench_cmu", split, **options)
         older = Path(source, OLDER_FILE)
         parts = [ParquetPart(OLDER_FILE, older)] if older.is_file() else find_parts(source, split, revision)
         refuse_missing(self, source, split, parts)
@@ -88,11 +81,10 @@ class GenAIBenchCMUReader(GroupReader):
         )
         self.report(f"{source} {split}")
 
-    def find_images(self, group: int, a: int, b: int) -> tuple[ImageRef, ImageRef]:
+    def find_image(self, group: int, position: int) -> ImageRef:
         """Bytes out of the parquet file."""
-        place = locate(self._starts, self._rows[group])
-        image_a, image_b = self._images.read(*place, [self.models[a], self.models[b]])
-        return embedded_image(image_a), embedded_image(image_b)
+        (image,) = self._images.read(*locate(self._starts, self._rows[group]), [self.models[position]])
+        return embedded_image(image)
 
     def facts(self) -> dict[str, list[Any]]:
         """Models, and the ``tags`` of the row: skills that its prompt asks for."""
@@ -110,6 +102,11 @@ class GenAIBenchCMUReader(GroupReader):
             if prompt is None:
                 self.remarks["null prompt read as empty"] += 1
             means = [_mean(rating) for rating in ratings]
+            if len(prompt or "") > self.max_prompt_chars:
+                self.refuse_long_prompt(name, len(prompt))
+                if self.on_error == "skip":
+                    continue
+                prompt, means = None, [UNRANKED] * len(means)
             if None in means:
                 first = means.index(None)
                 problem = f"ratings of {self.models[first]} are {short(ratings[first])}, not numbers from 1 to 5"
@@ -152,10 +149,7 @@ def _parse_tags(row: dict[str, Any]) -> list[str]:
 def _texts(value: Any) -> list[str]:
     """A list of texts, or a text that is one in JSON or separated by commas."""
     if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            value = [part.strip(" '\"[]") for part in value.split(",")]
+        value = parse_json(value, [part.strip(" '\"[]") for part in value.split(",")])
     return [item for item in value if isinstance(item, str) and item] if isinstance(value, list) else []
 
 
@@ -170,10 +164,7 @@ def _fields(row: dict[str, Any], models: list[str]) -> tuple[str | None, str | N
 def _mean(ratings: Any) -> float | None:
     """Mean over the raters, NaN without any; None if the ratings are not readable."""
     if isinstance(ratings, str):
-        try:
-            ratings = json.loads(ratings)
-        except (ValueError, RecursionError):
-            return None
+        ratings = parse_json(ratings, ratings)
     if ratings is None:
         return UNRANKED
     if not isinstance(ratings, list):

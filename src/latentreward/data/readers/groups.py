@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from latentreward.contracts import ImageRef, PreferencePair
-from latentreward.data.readers.base import OnError, exchange_sides, sides_exchanged
+from latentreward.data.readers.base import exchange_sides
 from latentreward.data.readers.json_rows import JSONReader, parse_number, parse_text, short
 
 UNRANKED = float("nan")
@@ -59,6 +59,10 @@ class GroupIndex:
         self.group, self.a, self.b = _all_pairs(np.array(sizes, dtype=np.int64))
         self.labels = _compare(np.array(ranks, dtype=np.float64), self.starts[self.group], self.a, self.b)
 
+    def places(self) -> list[tuple[int, int, int]]:
+        """Group and two positions of every pair."""
+        return list(zip(self.group.tolist(), self.a.tolist(), self.b.tolist(), strict=True))
+
     def image(self, group: int, position: int) -> str | None:
         """What image ``position`` of a group is found by."""
         return self.images[int(self.starts[group]) + position].as_py()
@@ -73,19 +77,16 @@ class GroupReader(JSONReader):
     Args:
         source: Name of the data set.
         split: Name of the split.
-        randomise_sides: Exchange the sides of every other pair, by a draw from ``seed`` and the pair's name.
-        seed: Seed of that draw.
-        on_error: See :class:`PairReader`.
+        options: See :class:`~latentreward.data.readers.base.SideExchangingReader`.
 
     Attributes:
         num_groups: Groups kept.
         num_images: Images in them.
     """
 
-    def __init__(self, source: str, split: str, *, randomise_sides: bool, seed: int, on_error: OnError) -> None:
-        super().__init__(on_error)
+    def __init__(self, source: str, split: str, **options: Any) -> None:
+        super().__init__(**options)
         self.source, self.split = source, split
-        self.randomise_sides, self.seed = randomise_sides, seed
 
     def fill(self, groups: Iterable[ImageGroup]) -> None:
         """Take the groups in."""
@@ -98,12 +99,11 @@ class GroupReader(JSONReader):
     def __getitem__(self, index: int) -> PreferencePair:
         group, a, b = (int(column[index]) for column in (self._index.group, self._index.a, self._index.b))
         label = float(self._index.labels[index])
-        image_a, image_b = self.find_images(group, a, b)
         pair = PreferencePair(
             pair_id=self.name_pair(self._index.names[group].as_py(), a, b),
             prompt=self._index.prompts[group].as_py(),
-            image_a=image_a,
-            image_b=image_b,
+            image_a=self.find_image(group, a),
+            image_b=self.find_image(group, b),
             label_a=None if np.isnan(label) else label,
             group_id=self._index.group_ids[group].as_py(),
             votes=self.count_votes(group, a, b),
@@ -112,15 +112,11 @@ class GroupReader(JSONReader):
             source=self.source,
             split=self.split,
         )
-        return pair.swapped() if self.randomise_sides and sides_exchanged(self.seed, pair.pair_id) else pair
+        return pair.swapped() if self.is_exchanged(pair.pair_id) else pair
 
     def labels(self) -> np.ndarray:
         """``(len,)`` float: ``label_a`` of every row, NaN for none."""
-        labels = self._index.labels.copy()
-        if self.randomise_sides:
-            exchanged = np.array(self._exchanged(), dtype=bool)
-            labels[exchanged] = 1 - labels[exchanged]
-        return labels
+        return np.where(self.exchanged(), 1 - self._index.labels, self._index.labels)
 
     def labelled(self) -> np.ndarray:
         """``(len,)`` bool: whether both images of a row have a rank."""
@@ -134,8 +130,7 @@ class GroupReader(JSONReader):
     def pair_ids(self) -> list[str]:
         """Group and positions of every row."""
         names = self._index.names.to_pylist()
-        columns = (self._index.group.tolist(), self._index.a.tolist(), self._index.b.tolist())
-        return [self.name_pair(names[group], a, b) for group, a, b in zip(*columns, strict=True)]
+        return [self.name_pair(names[group], a, b) for group, a, b in self._index.places()]
 
     def groups(self) -> list[str]:
         """Name of the row's group in its file."""
@@ -144,9 +139,7 @@ class GroupReader(JSONReader):
 
     def facts(self) -> dict[str, list[Any]]:
         """Models and votes, where published."""
-        places = list(
-            zip(*(column.tolist() for column in (self._index.group, self._index.a, self._index.b)), strict=True)
-        )
+        places = self._index.places()
         votes = [self.count_votes(*place) or (None, None) for place in places]
         facts: dict[str, list[Any]] = {
             "model_a": [self.find_model(a) for _, a, _ in places],
@@ -154,14 +147,11 @@ class GroupReader(JSONReader):
             "votes_a": [first for first, _ in votes],
             "votes_b": [second for _, second in votes],
         }
-        return exchange_sides(facts, self._exchanged()) if self.randomise_sides else facts
-
-    def _exchanged(self) -> list[bool]:
-        return [sides_exchanged(self.seed, name) for name in self.pair_ids()]
+        return exchange_sides(facts, self.exchanged())
 
     @abstractmethod
-    def find_images(self, group: int, a: int, b: int) -> tuple[ImageRef, ImageRef]:
-        """Images at positions ``a`` and ``b`` of a group."""
+    def find_image(self, group: int, position: int) -> ImageRef:
+        """The image at a position of a group."""
 
     def name_pair(self, name: str, a: int, b: int) -> str:
         """``pair_id`` of the images at positions ``a`` and ``b`` of the group ``name``."""

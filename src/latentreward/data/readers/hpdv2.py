@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from latentreward.contracts import ImageRef
-from latentreward.data.readers.base import OnError
 from latentreward.data.readers.groups import UNRANKED, GroupReader, ImageGroup, file_image
 from latentreward.data.readers.hub import fetch_files, is_hub_id
 from latentreward.data.readers.json_rows import load_rows, parse_number, parse_text, short
@@ -38,7 +37,7 @@ class HPDv2Reader(GroupReader):
         split: ``train`` or ``test``.
         images: Folder of the images, if it is another, e.g. for a split of your own cut out of ``train.json``.
         revision: Commit, tag or branch of the hub data set; pin it.
-        on_error: See :class:`PairReader`.
+        options: ``on_error`` and ``max_prompt_chars``, see :class:`PairReader`.
 
     Raises:
         InputError: If the file is absent, is no JSON list, has no pairs left, or breaks a rule above.
@@ -51,9 +50,9 @@ class HPDv2Reader(GroupReader):
         *,
         images: str | None = None,
         revision: str | None = None,
-        on_error: OnError = "raise",
+        **options: Any,
     ) -> None:
-        super().__init__("hpdv2", split, randomise_sides=False, seed=0, on_error=on_error)
+        super().__init__("hpdv2", split, randomise_sides=False, seed=0, **options)
         file, folder = _locate(root, split, revision)
         self._folder = Path(images) if images else folder
         self._name, self._prefix = f"{split}.json", f"{Path(images).name if images else split}/"
@@ -65,10 +64,9 @@ class HPDv2Reader(GroupReader):
             raise InputError(f"split: {file} has no pairs left; give the published file")
         self.report(str(file))
 
-    def find_images(self, group: int, a: int, b: int) -> tuple[ImageRef, ImageRef]:
-        """References to files."""
-        paths = (self._index.image(group, a), self._index.image(group, b))
-        return file_image(self._folder, paths[0], self._prefix), file_image(self._folder, paths[1], self._prefix)
+    def find_image(self, group: int, position: int) -> ImageRef:
+        """A reference to a file."""
+        return file_image(self._folder, self._index.image(group, position), self._prefix)
 
     def name_pair(self, name: str, a: int, b: int) -> str:
         """File and row, with the positions of the images in a group."""

@@ -1,16 +1,16 @@
 """HPDv3: pairs of image files, the preferred one first, with votes and confidence, in JSON."""
 
-import json
 from collections.abc import Callable
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 
-from latentreward.contracts import ImageRef, PreferencePair
-from latentreward.data.readers.base import OnError, exchange_sides, sides_exchanged
-from latentreward.data.readers.json_rows import JSONReader, load_rows, parse_number, parse_text
+from latentreward.contracts import PreferencePair
+from latentreward.data.readers.base import exchange_sides
+from latentreward.data.readers.groups import file_image
+from latentreward.data.readers.json_rows import JSONReader, load_rows, parse_json, parse_number, parse_text, parse_votes
 from latentreward.errors import InputError
 
 INDEX = pa.schema(
@@ -28,7 +28,6 @@ INDEX = pa.schema(
     }
 )
 NULL_TEXTS = ("", "null", "none", "nan")
-MAX_VOTES = 10**9
 
 
 class HPDv3Reader(JSONReader):
@@ -38,7 +37,8 @@ class HPDv3Reader(JSONReader):
     were weighed by ability. A null or missing prompt is read as an empty one. Votes that are not two counts, and a
     confidence that is no number, are read as not published. A row without a path, with a path out of ``root`` or
     with an absent file is a row whose image cannot be read; the first two are found at once. A row that is no JSON
-    object, or whose prompt is no text, falls under ``on_error``. Duplicate rows are kept.
+    object, whose prompt is no text or too long, or with more than a billion votes, falls under ``on_error``. Duplicate
+    rows are kept.
 
     Constructing a reader parses the whole JSON file and keeps it in a compact form.
 
@@ -48,10 +48,7 @@ class HPDv3Reader(JSONReader):
         min_confidence: Leave out rows whose confidence is lower, e.g. 0.95; rows without confidence stay.
         label: ``"hard"`` gives 1 to the image of ``path1``; ``"votes"`` gives each image its share of the votes, and
             is hard where there are no votes.
-        randomise_sides: Exchange the sides of every other row, by a draw from ``seed`` and the row's name; without it
-            the preferred image is always a, and a model that answers "the first" is always right.
-        seed: Seed of that draw.
-        on_error: See :class:`PairReader`.
+        options: See :class:`~latentreward.data.readers.base.SideExchangingReader`.
 
     Raises:
         InputError: If the file is absent, is no JSON list, has no rows left, or breaks a rule above.
@@ -64,13 +61,10 @@ class HPDv3Reader(JSONReader):
         *,
         min_confidence: float | None = None,
         label: Literal["hard", "votes"] = "hard",
-        randomise_sides: bool = True,
-        seed: int = 0,
-        on_error: OnError = "raise",
+        **options: Any,
     ) -> None:
-        super().__init__(on_error)
-        self.root, self.split = Path(root), split
-        self.label, self.randomise_sides, self.seed = label, randomise_sides, seed
+        super().__init__(**options)
+        self.root, self.split, self.label = Path(root), split, label
         self._file = self.root / f"{split}.json"
         self._table = self._build_index(load_rows(self._file), min_confidence)
         if not len(self):
@@ -86,8 +80,8 @@ class HPDv3Reader(JSONReader):
         pair = PreferencePair(
             pair_id=self._pair_id(row["row"]),
             prompt=row["prompt"],
-            image_a=self._image(row["path1"]),
-            image_b=self._image(row["path2"]),
+            image_a=file_image(self.root, row["path1"]),
+            image_b=file_image(self.root, row["path2"]),
             label_a=self._label(votes) if row["labelled"] else None,
             votes=votes,
             confidence=row["confidence"],
@@ -96,7 +90,7 @@ class HPDv3Reader(JSONReader):
             source="hpdv3",
             split=self.split,
         )
-        return pair.swapped() if self.randomise_sides and sides_exchanged(self.seed, pair.pair_id) else pair
+        return pair.swapped() if self.is_exchanged(pair.pair_id) else pair
 
     def labelled(self) -> np.ndarray:
         """``(len,)`` bool: all but placeholders of refused rows."""
@@ -114,9 +108,7 @@ class HPDv3Reader(JSONReader):
         """Models, votes and confidence."""
         names = {"model_a": "model1", "model_b": "model2", "votes_a": "votes1", "votes_b": "votes2"}
         facts = {name: self._table.column(column).to_pylist() for name, column in names.items()}
-        if self.randomise_sides:
-            facts = exchange_sides(facts, [sides_exchanged(self.seed, name) for name in self.pair_ids()])
-        return {**facts, "confidence": self._table.column("confidence").to_pylist()}
+        return {**exchange_sides(facts, self.exchanged()), "confidence": self._table.column("confidence").to_pylist()}
 
     def _build_index(self, rows: list[Any], min_confidence: float | None) -> pa.Table:
         columns: dict[str, list[Any]] = {name: [] for name in INDEX.names}
@@ -154,6 +146,8 @@ class HPDv3Reader(JSONReader):
         row, sound = self.check_row(self._pair_id(number), row)
         for name in ("path1", "path2") if sound else ():
             self.check_path(self._pair_id(number), name, row.get(name), self.root)
+        if sound and not self.check_votes(self._pair_id(number), "choice_dist", _parse_votes(row.get("choice_dist"))):
+            return {**row, "choice_dist": None}, False
         return row, sound
 
     def _remark_unreadable(self, name: str, row: dict[str, Any], parse: Callable[[Any], Any]) -> Any:
@@ -165,11 +159,6 @@ class HPDv3Reader(JSONReader):
             self.remarks[f"{name} not readable"] += 1
         return parsed
 
-    def _image(self, path: str | None) -> ImageRef:
-        if not path:
-            return ImageRef("")
-        return ImageRef(str(PurePosixPath(path)), path=self.root / path, root=self.root)
-
     def _pair_id(self, row: int) -> str:
         return f"{self._file.name}:{row}"
 
@@ -178,12 +167,4 @@ class HPDv3Reader(JSONReader):
 
 
 def _parse_votes(value: Any) -> tuple[int, int] | None:
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            return None
-    if not isinstance(value, list) or len(value) != 2:
-        return None
-    counts = [int(n) for item in value if (n := parse_number(item)) is not None and 0 <= n <= MAX_VOTES and n % 1 == 0]
-    return (counts[0], counts[1]) if len(counts) == 2 else None
+    return parse_votes(parse_json(value, None) if isinstance(value, str) else value)

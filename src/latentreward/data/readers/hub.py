@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from latentreward.errors import InputError
+from latentreward.errors import InputError, first_line
 
 LOCATION = "hf://datasets/{}@{}"
 
@@ -32,8 +32,8 @@ def fetch_files(source: str, names: Sequence[str], revision: str | None = None, 
     try:
         paths = (manager.download_and_extract if extract else manager.download)(list(names))
     except (OSError, ValueError) as error:
-        reason = str(error).split("\n")[0]
-        raise InputError(f"no folder {source!r}, and the hub does not give {names[0]} of it: {reason}") from error
+        problem = f"no folder {source!r}, and the hub does not give {names[0]} of it"
+        raise InputError(f"{problem}: {first_line(error)}") from error
     return [Path(str(path)) for path in paths]
 
 
@@ -60,8 +60,8 @@ def fetch_split(
         urls = sorted(files.get(split, []))
         paths = DownloadManager(dataset_name=source).download(urls)
     except (OSError, ValueError) as error:
-        reason = str(error).split("\n")[0]
-        raise InputError(f"source: no folder {source!r}, and the hub does not give it: {reason}") from error
+        problem = f"source: no folder {source!r}, and the hub does not give it"
+        raise InputError(f"{problem}: {first_line(error)}") from error
     if not urls or not all(url.endswith(ending) for url in urls):
         kind, splits = ending.removeprefix("."), ", ".join(map(str, files))
         raise InputError(f"split: no {kind} files of {split!r} in {source!r}; it has {splits}")

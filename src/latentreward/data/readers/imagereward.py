@@ -11,7 +11,6 @@ import pyarrow.parquet as pq
 from latentreward.contracts import ImageRef
 from latentreward.data.images import NO_IMAGE
 from latentreward.data.readers.archives import ImageArchives
-from latentreward.data.readers.base import OnError
 from latentreward.data.readers.groups import UNRANKED, GroupReader, ImageGroup, file_image
 from latentreward.data.readers.hub import fetch_files, is_hub_id
 from latentreward.data.readers.json_rows import load_rows, parse_rows, parse_text, short
@@ -35,16 +34,14 @@ class ImageRewardReader(GroupReader):
     Args:
         root: Folder with ``test.json`` and ``test_images/``, itself or in ``data/`` as in the repository; no image
             outside ``test_images/`` is opened.
-        randomise_sides: Exchange the sides of every other pair, by a draw from ``seed`` and the pair's name.
-        seed: Seed of that draw.
-        on_error: See :class:`PairReader`.
+        options: See :class:`~latentreward.data.readers.base.SideExchangingReader`.
 
     Raises:
         InputError: If the file is absent, is no JSON list, has no pairs left, or breaks a rule above.
     """
 
-    def __init__(self, root: str, *, randomise_sides: bool = True, seed: int = 0, on_error: OnError = "raise") -> None:
-        super().__init__("imagereward", "test", randomise_sides=randomise_sides, seed=seed, on_error=on_error)
+    def __init__(self, root: str, **options: Any) -> None:
+        super().__init__("imagereward", "test", **options)
         inner = Path(root, "data")
         file = (inner if (inner / "test.json").is_file() else Path(root)) / "test.json"
         self._folder = file.parent / "test_images"
@@ -53,10 +50,9 @@ class ImageRewardReader(GroupReader):
             raise InputError(f"root: {file} has no pairs left; give the published file")
         self.report(str(file))
 
-    def find_images(self, group: int, a: int, b: int) -> tuple[ImageRef, ImageRef]:
-        """References to files."""
-        index = self._index
-        return file_image(self._folder, index.image(group, a)), file_image(self._folder, index.image(group, b))
+    def find_image(self, group: int, position: int) -> ImageRef:
+        """A reference to a file."""
+        return file_image(self._folder, self._index.image(group, position))
 
     def _parse(self, rows: list[Any]) -> Iterator[ImageGroup]:
         for number, row in enumerate(rows):
@@ -83,10 +79,7 @@ class ImageRewardDBReader(GroupReader):
         parts: Numbers of the parts to read, e.g. ``[1, 2]`` of train's 1 to 32 for a smaller training set; by
             default all, and one that the metadata name and the folder lacks falls under ``on_error``.
         revision: Commit, tag or branch of the hub data set; pin it.
-        randomise_sides: Exchange the sides of every other pair, by a draw from ``seed`` and the pair's name; the
-            images of a prompt may stand in the order of their ranks.
-        seed: Seed of that draw.
-        on_error: See :class:`PairReader`.
+        options: See :class:`~latentreward.data.readers.base.SideExchangingReader`.
 
     Raises:
         InputError: If the split or a part cannot be found or opened, there are no pairs left, or a rule above is
@@ -100,11 +93,9 @@ class ImageRewardDBReader(GroupReader):
         *,
         parts: Sequence[int] | None = None,
         revision: str | None = None,
-        randomise_sides: bool = True,
-        seed: int = 0,
-        on_error: OnError = "raise",
+        **options: Any,
     ) -> None:
-        super().__init__("imagerewarddb", split, randomise_sides=randomise_sides, seed=seed, on_error=on_error)
+        super().__init__("imagerewarddb", split, **options)
         self._archives = ImageArchives(_find_places(source, split, parts, revision))
         metadata = Path(source, f"metadata-{split}.parquet")
         rows = self._read_metadata(metadata, parts) if metadata.is_file() else self._read_json()
@@ -113,12 +104,9 @@ class ImageRewardDBReader(GroupReader):
             raise InputError(f"split: {split!r} of {source} has no pairs left; check the files and parts")
         self.report(f"{source} {split}")
 
-    def find_images(self, group: int, a: int, b: int) -> tuple[ImageRef, ImageRef]:
-        """Bytes out of the zip files, or references to unpacked files."""
-        return self._find(self._index.image(group, a)), self._find(self._index.image(group, b))
-
-    def _find(self, name: str | None) -> ImageRef:
-        """The image named ``{part}/{file}``."""
+    def find_image(self, group: int, position: int) -> ImageRef:
+        """Bytes out of a zip file, or a reference to an unpacked file."""
+        name = self._index.image(group, position)
         if name is None:
             return ImageRef("")
         part, _, file = name.partition("/")

@@ -7,20 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from latentreward.data.images import NO_IMAGE, OUTSIDE
-from latentreward.data.readers.base import PairReader
+from latentreward.data.readers.base import MAX_VOTES, SideExchangingReader
 from latentreward.errors import InputError
 
 ARRAY_REMEDY = "give the published file, one JSON list of objects"
 
 
-class JSONReader(PairReader):
+class JSONReader(SideExchangingReader):
     """A reader of JSON objects: what is refused in them, whatever the format."""
 
     def check_row(self, pair_id: str, row: Any) -> tuple[dict[str, Any], bool]:
         """The row, without what breaks a rule, and whether nothing did.
 
-        A row that is no object, or whose ``prompt`` is no text, falls under ``on_error``; a null or missing prompt
-        is remarked.
+        A row that is no object, or whose ``prompt`` is no text or too long, falls under ``on_error``; a null or missing
+        prompt is remarked.
         """
         if not isinstance(row, dict):
             self.refuse(pair_id, f"the row is {short(row)}, not an object", "row is no object")
@@ -31,7 +31,17 @@ class JSONReader(PairReader):
         elif not isinstance(prompt, str):
             self.refuse(pair_id, f"prompt is {short(prompt)}, not text", "prompt is no text")
             return {**row, "prompt": None}, False
+        elif len(prompt) > self.max_prompt_chars:
+            self.refuse_long_prompt(pair_id, len(prompt))
+            return {**row, "prompt": None}, False
         return row, True
+
+    def check_votes(self, pair_id: str, field: str, votes: tuple[int, int] | None) -> bool:
+        """Whether there are no more than ``MAX_VOTES`` for an image; more fall under ``on_error``."""
+        if votes is None or max(votes) <= MAX_VOTES:
+            return True
+        self.refuse(pair_id, f"{field} is {short(list(votes))}, more than {MAX_VOTES} for an image", "too many votes")
+        return False
 
     def check_path(self, pair_id: str, field: str, path: Any, folder: Path) -> None:
         """Stop at a path that is none, or leads out of ``folder``; without ``on_error="raise"`` decoding counts it."""
@@ -69,6 +79,14 @@ def parse_rows(data: bytes, name: str) -> list[Any]:
     return rows
 
 
+def parse_json(text: str, otherwise: Any) -> Any:
+    """The value that a text holds as JSON, or ``otherwise`` if it holds none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return otherwise
+
+
 def parse_number(value: Any) -> float | None:
     """A finite number, or a text that is one; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
@@ -78,6 +96,14 @@ def parse_number(value: Any) -> float | None:
     except (ValueError, OverflowError):
         return None
     return number if math.isfinite(number) else None
+
+
+def parse_votes(value: Any) -> tuple[int, int] | None:
+    """Two counts, also as texts; None for anything else."""
+    counts = [parse_number(item) for item in value] if isinstance(value, list) else []
+    if len(counts) != 2 or not all(count is not None and count >= 0 and count % 1 == 0 for count in counts):
+        return None
+    return int(counts[0] or 0), int(counts[1] or 0)
 
 
 def parse_text(value: Any) -> str | None:

@@ -1,6 +1,5 @@
 """JSON lines: pairs of image files of your own, one object per line."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +7,10 @@ import numpy as np
 import pyarrow as pa
 
 from latentreward.contracts import PreferencePair
-from latentreward.data.readers.base import OnError, exchange_sides, sides_exchanged
+from latentreward.data.readers.base import exchange_sides
 from latentreward.data.readers.folders import read_lines
 from latentreward.data.readers.groups import file_image
-from latentreward.data.readers.json_rows import JSONReader, parse_number, parse_text, short
+from latentreward.data.readers.json_rows import JSONReader, parse_json, parse_number, parse_text, parse_votes, short
 from latentreward.errors import InputError
 
 INDEX = pa.schema(
@@ -45,36 +44,25 @@ class JSONLPairReader(JSONReader):
     ``confidence`` in [0, 1], ``weight`` in the loss, and ``pair_id``; a line without one is named by its number.
 
     Paths are relative to ``root``. A null or missing prompt is read as an empty one, votes and a confidence that are
-    none as not published. A line that is no object, a prompt that is no text, a label or weight out of range and a
-    ``pair_id`` that occurred before fall under ``on_error``. A path that is none or leads out of ``root`` is found at
-    once under ``raise``, else, like an absent file, when the image is decoded. Blank lines are left aside.
+    none as not published. A line that is no object, a prompt that is no text or too long, a label or weight out of
+    range, more than a billion votes and a ``pair_id`` that occurred before fall under ``on_error``. A path that is none
+    or leads out of ``root`` is found at once under ``raise``, else, like an absent file, when the image is decoded.
+    Blank lines are left aside.
 
     Args:
         file: The file.
         root: Folder that paths are relative to, and that no image lies out of; the file's by default.
         split: Name of the split.
-        randomise_sides: Exchange the sides of every other line with ``chosen`` and ``rejected``, by a draw from
-            ``seed`` and the pair's name; without it the chosen image is always a.
-        seed: Seed of that draw.
-        on_error: See :class:`PairReader`.
+        options: See :class:`~latentreward.data.readers.base.SideExchangingReader`; only lines with ``chosen`` and
+            ``rejected`` are exchanged.
 
     Raises:
         InputError: If the file is absent, no line is left, or one breaks a rule above.
     """
 
-    def __init__(
-        self,
-        file: str,
-        root: str | None = None,
-        split: str = "train",
-        *,
-        randomise_sides: bool = True,
-        seed: int = 0,
-        on_error: OnError = "raise",
-    ) -> None:
-        super().__init__(on_error)
-        self.split, self.randomise_sides, self.seed = split, randomise_sides, seed
-        self._file = Path(file)
+    def __init__(self, file: str, root: str | None = None, split: str = "train", **options: Any) -> None:
+        super().__init__(**options)
+        self.split, self._file = split, Path(file)
         self._root = Path(root) if root else self._file.parent
         seen: set[str] = set()
         entries = (self._parse(line, text, seen) for line, text in read_lines(self._file))
@@ -101,14 +89,12 @@ class JSONLPairReader(JSONReader):
             source=self._file.name,
             split=self.split,
         )
-        return pair.swapped() if self._is_swapped(row["winner_first"], row["pair_id"]) else pair
+        return pair.swapped() if row["winner_first"] and self.is_exchanged(row["pair_id"]) else pair
 
     def labels(self) -> np.ndarray:
         """``(len,)`` float: label of image a as ``reader[n]`` gives it, NaN for none."""
         labels = np.array(self._table.column("label").to_pylist(), dtype=np.float64)
-        names, first = self.pair_ids(), self._table.column("winner_first").to_pylist()
-        swapped = np.array([self._is_swapped(*item) for item in zip(first, names, strict=True)])
-        return np.where(swapped, 1.0 - labels, labels)
+        return np.where(self.exchanged(), 1.0 - labels, labels)
 
     def labelled(self) -> np.ndarray:
         """``(len,)`` bool: whether a row has a label."""
@@ -124,22 +110,18 @@ class JSONLPairReader(JSONReader):
 
     def facts(self) -> dict[str, list[Any]]:
         """Votes and confidence."""
-        facts = {name: self._table.column(name).to_pylist() for name in ("votes_a", "votes_b", "winner_first")}
-        first, names = facts.pop("winner_first"), self.pair_ids()
-        facts = exchange_sides(facts, [self._is_swapped(*item) for item in zip(first, names, strict=True)])
-        return {**facts, "confidence": self._table.column("confidence").to_pylist()}
+        facts = {name: self._table.column(name).to_pylist() for name in ("votes_a", "votes_b")}
+        return {**exchange_sides(facts, self.exchanged()), "confidence": self._table.column("confidence").to_pylist()}
 
-    def _is_swapped(self, winner_first: bool, pair_id: str) -> bool:
-        return winner_first and self.randomise_sides and sides_exchanged(self.seed, pair_id)
+    def exchanged(self) -> list[bool]:
+        """Of every row whether its sides are exchanged: none whose line names no winner."""
+        first = self._table.column("winner_first").to_pylist()
+        return [winner and other for winner, other in zip(first, super().exchanged(), strict=True)]
 
     def _parse(self, line: int, text: str, seen: set[str]) -> tuple[Any, ...] | None:
         """One entry of the index, in the order of its columns; None leaves the line out."""
         name = f"{self._file.name}:{line}"
-        try:
-            content = json.loads(text)
-        except (ValueError, RecursionError):
-            content = text.strip()
-        row, sound = self.check_row(name, content)
+        row, sound = self.check_row(name, parse_json(text, text.strip()))
         pair_id = parse_text(row.get("pair_id")) or name
         if sound and pair_id in seen:
             self.refuse(name, f"pair_id {short(pair_id)} occurred before", "pair_id occurs twice")
@@ -149,13 +131,17 @@ class JSONLPairReader(JSONReader):
             self.check_path(name, field, row.get(field), self._root)
         sound, label = self._parse_label(name, row, fields, sound)
         sound, weight = self._parse_weight(name, row.get("weight"), sound)
+        votes = parse_votes(row.get("votes"))
+        if sound and votes is None and row.get("votes") is not None:
+            self.remarks["votes not readable"] += 1
+        sound = sound and self.check_votes(name, "votes", votes)
         if not sound and self.on_error == "skip":
             return None
         seen.add(pair_id)
-        votes = self._parse_votes(row.get("votes")) or (None, None)
+        counts = votes if sound and votes is not None else (None, None)
         paths = [parse_text(row.get(field)) for field in fields]
         prompt, confidence = parse_text(row.get("prompt")) or "", self._parse_confidence(row.get("confidence"))
-        return pair_id, prompt, *paths, label if sound else None, fields == WINNER_FIRST, weight, *votes, confidence
+        return pair_id, prompt, *paths, label if sound else None, fields == WINNER_FIRST, weight, *counts, confidence
 
     def _parse_label(
         self, name: str, row: dict[str, Any], fields: tuple[str, str], sound: bool
@@ -180,14 +166,6 @@ class JSONLPairReader(JSONReader):
             self.refuse(name, f"weight is {short(value)}, no number of 0 or more", "weight not readable")
             return False, 1.0
         return sound, weight if sound and weight is not None else 1.0
-
-    def _parse_votes(self, value: Any) -> tuple[int, int] | None:
-        counts = [parse_number(item) for item in value] if isinstance(value, list) else []
-        if len(counts) == 2 and all(count is not None and count >= 0 and count % 1 == 0 for count in counts):
-            return int(counts[0] or 0), int(counts[1] or 0)
-        if value is not None:
-            self.remarks["votes not readable"] += 1
-        return None
 
     def _parse_confidence(self, value: Any) -> float | None:
         number = parse_number(value)

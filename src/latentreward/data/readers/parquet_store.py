@@ -3,7 +3,7 @@
 import os
 import re
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from latentreward.contracts import ImageRef
 from latentreward.data.images import ImageError
 from latentreward.data.readers.base import PairReader, content_key
 from latentreward.data.readers.hub import fetch_split, is_hub_id
-from latentreward.errors import InputError
+from latentreward.errors import InputError, first_line
 
 MAX_OPEN_FILES = 32
 
@@ -168,8 +169,60 @@ def damage_named(part: ParquetPart) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError) as error:
-        reason = str(error).split("\n")[0]
-        raise ImageError(f"{part.path}: not a whole parquet file ({reason}); download it again") from error
+        raise ImageError(f"{part.path}: not a whole parquet file ({first_line(error)}); download it again") from error
+
+
+def empty_long_prompts(
+    reader: PairReader, prompts: pa.ChunkedArray, name_of: Callable[[int], str]
+) -> tuple[pa.Array, np.ndarray]:
+    """Apply the reader's ``on_error`` to prompts that are too long; all prompts, those empty, and which they are."""
+    texts = prompts.combine_chunks()
+    lengths = pc.utf8_length(texts).fill_null(0).to_numpy(zero_copy_only=False)
+    long = lengths > reader.max_prompt_chars
+    if long.any():
+        first = int(np.flatnonzero(long)[0])
+        reader.refuse_long_prompt(name_of(first), int(lengths[first]), int(long.sum()))
+    return pc.if_else(pa.array(long), pa.scalar("", texts.type), texts), long
+
+
+class ParquetPairReader(PairReader):
+    """Pairs in the parquet files of a split, named by file and row.
+
+    A subclass calls :meth:`open_split` and says which rows of it are offered, and their labels.
+    """
+
+    _rows: np.ndarray
+    _labels: np.ndarray
+
+    def open_split(
+        self,
+        source: str,
+        split: str,
+        revision: str | None,
+        columns: dict[str, Any],
+        hint: str,
+        config: str | None = None,
+    ) -> pa.Table:
+        """Small columns of all parts of a split, see :func:`find_parts` and :func:`read_index`."""
+        self.split, self._parts = split, find_parts(source, split, revision, config)
+        refuse_missing(self, source, split, self._parts)
+        table, self._starts = read_index(self._parts, columns, hint)
+        return table
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def labels(self) -> np.ndarray:
+        """``(len,)`` float: label of the first image, NaN for none."""
+        return self._labels.copy()
+
+    def pair_ids(self) -> list[str]:
+        """File and row of every row."""
+        return [self._pair_id(int(row)) for row in self._rows]
+
+    def _pair_id(self, row: int) -> str:
+        part, inner = locate(self._starts, row)
+        return f"{self._parts[part].name}:{inner}"
 
 
 class RowGroupColumns:

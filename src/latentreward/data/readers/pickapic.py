@@ -9,17 +9,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from latentreward.contracts import ImageRef, PreferencePair
-from latentreward.data.readers.base import OnError, PairReader
 from latentreward.data.readers.parquet_store import (
     ArrowColumns,
+    ParquetPairReader,
     RowGroupColumns,
     check_image_columns,
     embedded_image,
-    find_parts,
+    empty_long_prompts,
     largest_row_group,
     locate,
-    read_index,
-    refuse_missing,
 )
 from latentreward.errors import InputError
 
@@ -45,14 +43,14 @@ WITHOUT_IMAGES = "this is the copy without images: take the one with them, or se
 SCHEMA_HINT = "give the published parquet files, or write a PairReader for your own"
 
 
-class PickAPicReader(PairReader):
+class PickAPicReader(ParquetPairReader):
     """Rows of one split of Pick-a-Pic; image 0 is a, image 1 is b.
 
     The label is ``label_0`` (1, 0, or ½ for a tie; ties are kept). A row is unlabelled, and never trained on or
     counted, if ``has_label`` is not true, a label is null, or the two labels do not add up to 1, as in (1, 1).
     ``best_image_uid`` is not used: what it holds for ties and nulls is not documented. A labelled row with a label
-    outside [0, 1] or NaN falls under ``on_error``. A null caption is read as an empty one. Duplicate rows are kept.
-    An image without uid is named by a hash of its bytes.
+    outside [0, 1] or NaN, and one whose caption is too long, falls under ``on_error``. A null caption
+    is read as an empty one. Duplicate rows are kept. An image without uid is named by a hash of its bytes.
 
     Constructing a reader reads all columns but the images.
 
@@ -70,8 +68,8 @@ class PickAPicReader(PairReader):
             rows, but the published files have hundreds of rows in one.
         images: ``none`` leaves the images aside, also where the files have them: for score tables and ``latentreward
             inspect``, and the only way to read the copy published without images. Training needs ``read``.
-        on_error: See :class:`PairReader`; under ``skip`` and ``placeholder`` a split with missing parts is read
-            without them.
+        options: ``on_error`` and ``max_prompt_chars``, see :class:`PairReader`; under ``skip`` and ``placeholder`` a
+            split with missing parts is read without them.
 
     Raises:
         InputError: If the split cannot be found, lacks a part, a column or rows, or breaks a rule above.
@@ -87,20 +85,18 @@ class PickAPicReader(PairReader):
         weight: Literal["per_prompt", "equal"] = "per_prompt",
         memory_map: bool = False,
         images: Literal["read", "none"] = "read",
-        on_error: OnError = "raise",
+        **options: Any,
     ) -> None:
-        super().__init__(on_error)
+        super().__init__(**options)
         self.weight = weight
-        self.source, self.split = source, split
+        self.source = source
         self.holds = "images" if images == "read" else "nothing"
-        parts = find_parts(source, split, revision)
-        refuse_missing(self, source, split, parts)
-        table, self._starts = read_index(parts, COLUMNS, SCHEMA_HINT)
+        table, parts = self.open_split(source, split, revision, COLUMNS, SCHEMA_HINT), self._parts
         self._index = {name: table.column(name).combine_chunks() for name in COLUMNS}
-        self._names = [part.name for part in parts]
         if images == "read":
             check_image_columns(parts, IMAGES, SCHEMA_HINT, WITHOUT_IMAGES)
-        labels, keep = self._judge_labels()
+        self._index["caption"], long = empty_long_prompts(self, table.column("caption"), self._pair_id)
+        labels, keep = self._judge_labels(long)
         if drop_identical:
             keep &= self._find_different(keep)
         self._rows, self._labels = np.flatnonzero(keep), labels[keep]
@@ -120,16 +116,12 @@ class PickAPicReader(PairReader):
             )
         self.report(f"{source} {split}")
 
-    def __len__(self) -> int:
-        return len(self._rows)
-
     def __getitem__(self, index: int) -> PreferencePair:
         row, label = int(self._rows[index]), self._labels[index]
-        part, inner = locate(self._starts, row)
-        jpg_0, jpg_1 = (None, None) if self._images is None else self._images.read(part, inner)
+        jpg_0, jpg_1 = (None, None) if self._images is None else self._images.read(*locate(self._starts, row))
         examples = self._value("num_example_per_prompt", row) if self.weight == "per_prompt" else None
         return PreferencePair(
-            pair_id=f"{self._names[part]}:{inner}",
+            pair_id=self._pair_id(row),
             prompt=self._value("caption", row) or "",
             image_a=_image(self._value("image_0_uid", row), jpg_0),
             image_b=_image(self._value("image_1_uid", row), jpg_1),
@@ -141,17 +133,9 @@ class PickAPicReader(PairReader):
             split=self.split,
         )
 
-    def labels(self) -> np.ndarray:
-        """``(len,)`` float: label of image 0, NaN for none."""
-        return self._labels.copy()
-
     def prompts(self) -> list[str]:
         """Raw prompt of every row."""
         return [prompt or "" for prompt in self._index["caption"].take(pa.array(self._rows)).to_pylist()]
-
-    def pair_ids(self) -> list[str]:
-        """File and row of every row."""
-        return [self._pair_id(int(row)) for row in self._rows]
 
     def facts(self) -> dict[str, list[Any]]:
         """Models, and ``label_0`` as published, also where the row is unlabelled."""
@@ -159,12 +143,11 @@ class PickAPicReader(PairReader):
         rows = pa.array(self._rows)
         return {name: self._index[column].take(rows).to_pylist() for name, column in names.items()}
 
-    def _judge_labels(self) -> tuple[np.ndarray, np.ndarray]:
-        """Labels of image 0 with NaN for unlabelled, and which rows to keep."""
+    def _judge_labels(self, refused: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Labels of image 0 with NaN for unlabelled, and which rows to keep; some are refused already."""
         has_label = _flags(self._index["has_label"], null=False)
         null = _is_null(self._index["label_0"]) | _is_null(self._index["label_1"])
         label_0, label_1 = (self._index[name].fill_null(0.5).to_numpy() for name in LABELS)
-        refused = np.zeros_like(has_label)
         for name, values in zip(LABELS, (label_0, label_1), strict=True):
             bad = has_label & ~refused & ~((values >= 0) & (values <= 1))
             if bad.any():
@@ -194,10 +177,6 @@ class PickAPicReader(PairReader):
 
     def _value(self, name: str, row: int) -> Any:
         return self._index[name][row].as_py()
-
-    def _pair_id(self, row: int) -> str:
-        part, inner = locate(self._starts, row)
-        return f"{self._names[part]}:{inner}"
 
 
 def _image(uid: str | None, value: Any) -> ImageRef:

@@ -6,12 +6,12 @@ import tarfile
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
 from latentreward.contracts import ImageRef, PreferencePair
-from latentreward.data.readers.base import OnError, PairReader, content_key
+from latentreward.data.readers.base import PairReader, content_key
 from latentreward.data.readers.hub import fetch_split, is_hub_id
 from latentreward.errors import InputError
 
@@ -56,8 +56,8 @@ class PickAPicTarReader(PairReader):
         drop_identical: Leave out rows whose two images are the same bytes; wanted for training.
         weight: ``per_prompt`` gives a row 1 / number of rows with its prompt among those read, so that each prompt
             counts once, as PickScore and LRM train; ``equal`` gives 1.
-        on_error: See :class:`PairReader`. Of a tar that ends early, the samples that are whole are kept under
-            ``skip`` and ``placeholder``.
+        options: ``on_error`` and ``max_prompt_chars``, see :class:`PairReader`. Of a tar that ends early, the samples
+            that are whole are kept under ``skip`` and ``placeholder``.
 
     Raises:
         InputError: If there are no tars, no samples in them, or one breaks a rule above.
@@ -71,9 +71,9 @@ class PickAPicTarReader(PairReader):
         revision: str | None = None,
         drop_identical: bool = False,
         weight: Literal["per_prompt", "equal"] = "per_prompt",
-        on_error: OnError = "raise",
+        **options: Any,
     ) -> None:
-        super().__init__(on_error)
+        super().__init__(**options)
         self.root, self.split = Path(root), split
         found = _find_tars(self.root, split, revision)
         self._names, self._tars = [name for name, _ in found], [path for _, path in found]
@@ -88,7 +88,8 @@ class PickAPicTarReader(PairReader):
                 if label is None or (drop_identical and self._is_identical(tar, images)):
                     continue
                 self._keys.append((number, sample.key))
-                self._prompts.append(sample.texts.get(PROMPT, ""))
+                prompt = sample.texts.get(PROMPT, "")
+                self._prompts.append(prompt if len(prompt) <= self.max_prompt_chars else "")
                 labels.append(label)
                 extents.append(images)
         if not self._keys:
@@ -148,6 +149,9 @@ class PickAPicTarReader(PairReader):
         """Label of image 0, NaN for none; None leaves the row out."""
         if PROMPT not in sample.texts:
             self.remarks["no prompt, read as empty"] += 1
+        elif len(sample.texts[PROMPT]) > self.max_prompt_chars:
+            self.refuse_long_prompt(f"{tar.name}:{sample.key}", len(sample.texts[PROMPT]))
+            return None if self.on_error == "skip" else math.nan
         values = [_number(sample.texts.get(name)) for name in LABELS]
         if None in values:
             self.remarks["unlabelled (no label, or no number)"] += 1

@@ -86,9 +86,7 @@ class Benchmark(ABC):
                 self._opened[split] = self.open(split)
         return {split: self._opened[split] for split in self.splits}
 
-    def scored(
-        self, split: str, table: pa.Table, column: str, *, scorer: str | None = None, temperature: float | None = None
-    ) -> ScoredPairs:
+    def scored(self, split: str, table: pa.Table, column: str, *, scorer: str | None = None) -> ScoredPairs:
         """A split's pairs with the scores of one column, for any protocol.
 
         Args:
@@ -98,7 +96,6 @@ class Benchmark(ABC):
                 ``problem_b``.
             column: Name of the scores without ``_a`` and ``_b``.
             scorer: Name in results; ``column`` by default.
-            temperature: Of the scorer's win probabilities; by default as the benchmark has it.
 
         Raises:
             InputError: If the table's rows are others than the reader's.
@@ -122,7 +119,7 @@ class Benchmark(ABC):
             columns={**columns, "problem": tuple(a or b for a, b in problems)},
             first_images=tuple(table.column("image_a").to_pylist()),
             second_images=tuple(table.column("image_b").to_pylist()),
-            temperature=self.temperature(name) if temperature is None else temperature,
+            temperature=self.temperature(name),
         )
 
     def pairs(self, split: str) -> ScoredPairs:

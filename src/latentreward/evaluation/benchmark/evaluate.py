@@ -8,11 +8,12 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from latentreward.evaluation.benchmark.agreement import agreement_result, correlation_results
 from latentreward.evaluation.benchmark.base import Benchmark, Evaluation
 from latentreward.evaluation.benchmark.calibration import calibration_result
+from latentreward.evaluation.benchmark.disagreements import most_disputed
+from latentreward.evaluation.benchmark.model_agreement import agreement_result, correlation_results
 from latentreward.evaluation.benchmark.noise_columns import NoiseColumns
-from latentreward.evaluation.benchmark.protocols import Judgement, protocol_result, protocol_value
+from latentreward.evaluation.benchmark.protocols import protocol_result, protocol_value
 from latentreward.evaluation.benchmark.published_numbers import published_for
 from latentreward.evaluation.benchmark.results import (
     BenchmarkReport,
@@ -21,9 +22,9 @@ from latentreward.evaluation.benchmark.results import (
     ScoredPairs,
 )
 from latentreward.evaluation.benchmark.scoring import data_counts, table_timesteps
-from latentreward.evaluation.benchmark.subgroups import level_results, paired_difference, subgroup_results
-from latentreward.evaluation.benchmark.telling import telling_pairs
+from latentreward.evaluation.benchmark.subgroups import Judged, level_results, paired_difference, subgroup_results
 from latentreward.scorers import Scorer
+from latentreward.scorers.fingerprints import public_identity
 
 LOOKED_INTO = (
     "imagereward/micro",
@@ -37,7 +38,6 @@ LOOKED_INTO = (
 """Of a data set's protocols the one that differences, sub-groups, noise levels and calibration are shown by."""
 Tables = Mapping[tuple[str, str], pa.Table]
 """(split, scorer) → scores."""
-Judged = tuple[ScoredPairs, Judgement]
 Result = TypeVar("Result", bound=Any)
 
 
@@ -70,15 +70,15 @@ class BenchmarkScores:
         return f"{self.benchmark.name} {split}"
 
 
-def evaluate(scores: BenchmarkScores, telling: int) -> BenchmarkReport:
+def evaluate(scores: BenchmarkScores, shown: int) -> BenchmarkReport:
     """The report on one benchmark.
 
     Args:
         scores: All scores.
-        telling: How many telling pairs of each split to show.
+        shown: How many disagreements of each split to show.
     """
     report = BenchmarkReport(
-        scorers={scorer.name: scorer.identity() for scorer in scores.scorers},
+        scorers={scorer.name: public_identity(scorer) for scorer in scores.scorers},
         protocols=tuple(
             _protocol(scores, evaluation, scorer)
             for evaluation in scores.benchmark.evaluations
@@ -92,7 +92,7 @@ def evaluate(scores: BenchmarkScores, telling: int) -> BenchmarkReport:
     )
     for evaluation in scores.benchmark.evaluations:
         if evaluation.protocol in LOOKED_INTO:
-            report = merged([report, _look_into(scores, evaluation, telling)])
+            report = merged([report, _look_into(scores, evaluation, shown)])
     return report
 
 
@@ -119,7 +119,7 @@ def _protocol(scores: BenchmarkScores, evaluation: Evaluation, scorer: Scorer) -
     return replace(result, details={**result.details, "draws": draws})
 
 
-def _look_into(scores: BenchmarkScores, evaluation: Evaluation, telling: int) -> BenchmarkReport:
+def _look_into(scores: BenchmarkScores, evaluation: Evaluation, shown: int) -> BenchmarkReport:
     protocol, name = evaluation.protocol, scores.name(evaluation.split)
     judged = [scores.judge(evaluation, scorer) for scorer in scores.scorers]
     pairs = [one for one, _ in judged]
@@ -133,7 +133,7 @@ def _look_into(scores: BenchmarkScores, evaluation: Evaluation, telling: int) ->
         calibration=_of(name, (calibration_result(protocol, one) for one in pairs)),
         agreement=tuple(agreement),
         correlations=tuple(one for result in agreement for one in correlation_results(result, identities)),
-        telling=tuple(telling_pairs(name, pairs, telling)),
+        telling=tuple(most_disputed(name, pairs, shown)),
     )
 
 

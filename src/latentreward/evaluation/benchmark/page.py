@@ -10,7 +10,6 @@ from PIL import Image
 from latentreward.contracts import ImageRef
 from latentreward.data.images import ImageError, decode_image
 from latentreward.data.readers import PairReader
-from latentreward.evaluation.benchmark.markdown import preferred
 from latentreward.evaluation.benchmark.plots import (
     Drawn,
     accuracy_figure,
@@ -18,10 +17,10 @@ from latentreward.evaluation.benchmark.plots import (
     calibration_figures,
     level_figures,
 )
-from latentreward.evaluation.benchmark.results import BenchmarkReport, TellingPair
-from latentreward.evaluation.benchmark.sections import INTRODUCTION, sections, telling_section
-from latentreward.evaluation.benchmark.tables import grouped
-from latentreward.pages import figure_uri, picture_uri, write_page
+from latentreward.evaluation.benchmark.results import BenchmarkReport, Disagreement
+from latentreward.evaluation.benchmark.sections import INTRODUCTION, disagreement_section, preferred, sections
+from latentreward.reports import figure_uri, picture_uri, write_page
+from latentreward.reports.tables import grouped
 
 LONGEST_PROMPT = 400
 """Characters of a prompt that are shown."""
@@ -29,8 +28,8 @@ Pictures = Mapping[tuple[str, int], tuple[Image.Image | None, Image.Image | None
 """(data set, row) → its two images, None where one cannot be read."""
 
 
-def telling_pictures(report: BenchmarkReport, readers: Mapping[str, PairReader]) -> Pictures:
-    """Images of the telling pairs.
+def disagreement_pictures(report: BenchmarkReport, readers: Mapping[str, PairReader]) -> Pictures:
+    """Images of the pairs of ``report.telling``.
 
     Args:
         report: The report.
@@ -46,13 +45,13 @@ def write_benchmark_page(path: Path, report: BenchmarkReport, pictures: Pictures
     Args:
         path: HTML file.
         report: What it shows.
-        pictures: Images of the telling pairs.
+        pictures: Images of the pairs of ``report.telling``.
     """
     parts = list(sections(report))
     figures: dict[str, list[dict[str, str]]] = {part.key: [] for part in parts}
     for key, (figure, alt) in _figures(report):
         figures[key].append({"uri": figure_uri(figure), "alt": alt})
-    title, text, by_data = telling_section(report)
+    title, text, by_data = disagreement_section(report)
     telling = [(name, [_card(pair, pictures) for pair in pairs]) for name, pairs in by_data.items()]
     write_page(
         path,
@@ -79,7 +78,7 @@ def _figures(report: BenchmarkReport) -> Iterator[tuple[str, Drawn]]:
         yield from ((key, drawn) for drawn in draw(report))
 
 
-def _card(pair: TellingPair, pictures: Pictures) -> dict[str, Any]:
+def _card(pair: Disagreement, pictures: Pictures) -> dict[str, Any]:
     left, right = pictures.get((pair.benchmark, pair.row), (None, None))
     sides = (("Left", left, 0.5), ("Right", right, -0.5))
     label = 0.5 if pair.label is None else pair.label

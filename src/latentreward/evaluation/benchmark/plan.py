@@ -1,31 +1,16 @@
 """Everything that a run has to score: all splits of all data sets through all models."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
 
 from latentreward.evaluation.benchmark.base import Benchmark
 from latentreward.evaluation.benchmark.evaluate import BenchmarkScores
-from latentreward.evaluation.benchmark.scoring import Progress, SplitScores, folder_name, require_images
+from latentreward.evaluation.benchmark.scoring import SplitScores, folder_name, require_images
 from latentreward.scorers import ImageScorer, Scorer
-
-
-@dataclass(frozen=True)
-class Extent:
-    """How much is scored, and how.
-
-    Attributes:
-        limit: Only the first so many pairs of each split.
-        flush_every: Pairs per part of a table.
-        decode_threads: Threads that decode images ahead.
-    """
-
-    limit: int | None
-    flush_every: int
-    decode_threads: int
+from latentreward.storage.progress import Progress
 
 
 class ScoringPlan:
@@ -35,37 +20,40 @@ class ScoringPlan:
         folder: Where tables of scores lie.
         benchmarks: Data sets of different names.
         scorers: Models of different names.
-        extent: How much is scored.
+        limit: Only the first so many pairs of each split.
+        options: Further settings of :class:`~latentreward.evaluation.benchmark.scoring.SplitScores`.
 
     Raises:
         InputError: If a split or its images cannot be read, or a table belongs to something else.
     """
 
     def __init__(
-        self, folder: Path, benchmarks: Sequence[Benchmark], scorers: Sequence[Scorer], extent: Extent
+        self,
+        folder: Path,
+        benchmarks: Sequence[Benchmark],
+        scorers: Sequence[Scorer],
+        limit: int | None = None,
+        **options: int,
     ) -> None:
         self.benchmarks, self.scorers = benchmarks, scorers
         self._tables: dict[tuple[str, str, str], SplitScores] = {}
         for one in benchmarks:
             for split, reader in one.readers().items():
                 name = f"{one.name} {split}"
-                require_images(name, reader, min(len(reader), extent.limit or len(reader)))
+                require_images(name, reader, min(len(reader), limit or len(reader)))
                 for scorer in scorers:
-                    table = SplitScores(folder / folder_name(name), reader, scorer, **vars(extent))
+                    table = SplitScores(folder / folder_name(name), reader, scorer, limit, **options)
                     self._tables[one.name, split, scorer.name] = table
 
-    def complete(self, progress: Callable[[str], Progress]) -> None:
-        """Score what no table holds yet, after all the models that it takes were loaded.
-
-        Args:
-            progress: Told what is being scored; gives what is told how far that is.
-        """
+    def complete(self) -> None:
+        """Score what no table holds yet, after all the models that it takes were loaded."""
         wanted = {one.scorer.name: one.scorer for one in self._tables.values() if one.missing}
         for scorer in wanted.values():
             if isinstance(scorer, ImageScorer):
                 scorer.prepare()
         for place, one in self._tables.items():
-            one.complete(progress(" ".join(place)))
+            with Progress(" ".join(place), one.missing, "pairs") as progress:
+                one.complete(progress.add)
 
     def scores(self) -> list[BenchmarkScores]:
         """All scores by data set, after :meth:`complete`."""

@@ -6,7 +6,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from latentreward.evaluation.benchmark.results import BenchmarkReport, ProtocolResult, PublishedNumber
-from latentreward.evaluation.benchmark.tables import grouped, percent
+from latentreward.reports.tables import grouped, percent
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's, which colour-blind people tell apart; yellow left out, which white swallows."""
@@ -45,7 +45,8 @@ def accuracy_figure(results: Sequence[ProtocolResult], published: Sequence[Publi
 def level_figures(report: BenchmarkReport) -> Iterator[Drawn]:
     """Accuracy over noise levels, one figure per protocol."""
     for (benchmark, protocol), results in grouped(report.levels, "benchmark", "protocol").items():
-        figure, axes = _axes(6.4, 3.6)
+        labels = {"xlabel": "noise level (0 clean, 1 noise)", "ylabel": "accuracy in %"}
+        figure, axes = _axes(6.4, 3.6, f"{benchmark}: {protocol}", **labels, xlim=(0, 1))
         for number, ((scorer,), unsorted) in enumerate(grouped(results, "scorer").items()):
             levels = sorted(unsorted, key=lambda level: level.sigma)
             sigmas = [level.sigma for level in levels]
@@ -54,39 +55,22 @@ def level_figures(report: BenchmarkReport) -> Iterator[Drawn]:
             values = [100 * level.estimate.value for level in levels]
             axes.plot(sigmas, values, marker=_marker(number), color=_colour(number), label=_label(scorer))
         axes.axhline(50, color=THEIRS, linewidth=0.8, linestyle=":")
-        axes.set(
-            xlabel="noise level (0 clean, 1 noise)",
-            ylabel="accuracy in %",
-            title=_label(f"{benchmark}: {protocol}", 60),
-            xlim=(0, 1),
-        )
         axes.legend(frameon=False)
-        yield (
-            figure,
-            f"Accuracy on {benchmark} over the noise level, with 95 % bands; the table below has all numbers.",
-        )
+        yield figure, f"Accuracy on {benchmark} over the noise level, with 95 % bands; the table below has all numbers."
 
 
 def calibration_figures(report: BenchmarkReport) -> Iterator[Drawn]:
     """Reliability curves, one figure per protocol."""
     for (benchmark, protocol), results in grouped(report.calibration, "benchmark", "protocol").items():
-        figure, axes = _axes(4.6, 4.2)
+        labels = {"xlabel": "how sure the model is, in %", "ylabel": "how often it is right, in %"}
+        figure, axes = _axes(4.6, 4.2, f"{benchmark}: {protocol}", **labels, xlim=(49, 101), ylim=(-2, 102))
         axes.plot([50, 100], [50, 100], color=THEIRS, linewidth=0.8, linestyle=":")
         for number, result in enumerate(results):
             places = [(100 * confidence, 100 * outcome) for _, confidence, outcome in result.curve]
             label = f"{_label(result.scorer)}: {percent(result.error.value)} %"
             axes.plot(*zip(*places, strict=True), marker=_marker(number), color=_colour(number), label=label)
-        axes.set(
-            xlabel="how sure the model is, in %",
-            ylabel="how often it is right, in %",
-            title=_label(f"{benchmark}: {protocol}", 60),
-        )
-        axes.set(xlim=(49, 101), ylim=(-2, 102))
         axes.legend(frameon=False, title="calibration error", loc="lower right")
-        yield (
-            figure,
-            f"Reliability curves on {benchmark}; on the dotted diagonal a model is right as often as it says.",
-        )
+        yield figure, f"Reliability curves on {benchmark}; on the dotted diagonal a model is right as often as it says."
 
 
 def agreement_figures(report: BenchmarkReport) -> Iterator[Drawn]:
@@ -94,7 +78,7 @@ def agreement_figures(report: BenchmarkReport) -> Iterator[Drawn]:
     for (name,), results in grouped(report.agreement, "benchmark").items():
         scorers = list(dict.fromkeys([one for result in results for one in (result.first, result.second)]))
         shares = {frozenset((result.first, result.second)): 100 * result.pair.value for result in results}
-        figure, axes = _axes(1.8 + 0.8 * len(scorers), 1.2 + 0.6 * len(scorers))
+        figure, axes = _axes(1.8 + 0.8 * len(scorers), 1.2 + 0.6 * len(scorers), name)
         matrix = [[shares.get(frozenset((a, b)), 100.0 if a == b else float("nan")) for a in scorers] for b in scorers]
         axes.imshow(matrix, vmin=50, vmax=100, cmap="Blues")
         for row, values in enumerate(matrix):
@@ -103,14 +87,14 @@ def agreement_figures(report: BenchmarkReport) -> Iterator[Drawn]:
                 axes.text(column, row, percent(value / 100), ha="center", va="center", color=colour)
         axes.set_xticks(range(len(scorers)), list(map(_label, scorers)), rotation=30, ha="right")
         axes.set_yticks(range(len(scorers)), list(map(_label, scorers)))
-        axes.set_title(_label(name, 60))
         yield figure, f"Share of pairs of {name} on which two models prefer the same image; the table has all numbers."
 
 
-def _axes(width: float, height: float) -> tuple[Figure, Any]:
+def _axes(width: float, height: float, title: str = "", **properties: Any) -> tuple[Figure, Any]:
     figure = Figure(figsize=(width, height), facecolor="white")
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
+    axes.set(title=_label(title, 60), **properties)
     return figure, axes
 
 

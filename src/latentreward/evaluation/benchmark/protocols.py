@@ -1,17 +1,5 @@
 """How pairs of scores become a published number: one protocol per key, each with its own idea of ties.
 
-Interface::
-
-    PROTOCOLS["imagereward/micro"]                         # Protocol: key, summary, macro, fitting_split
-    judgement = judge(key, pairs, fitting=None)            # credit of every pair; fitting: scores of the other split
-    protocol_result(key, pairs, judgement) -> ProtocolResult
-    subgroup_results(key, pairs, judgement) -> list[SubgroupResult]         (subgroups.py)
-    paired_difference(key, first, second) -> DifferenceResult               (subgroups.py; (pairs, judgement) each)
-    level_results(key, [(sigma, timestep, pairs), …]) -> list[LevelResult]  (subgroups.py)
-    calibration_result(key, pairs) -> CalibrationResult                     (calibration.py)
-    agreement_result(benchmark, pairs, other_pairs) -> AgreementResult      (agreement.py)
-    correlation_results(agreement, identities) -> list[CorrelationResult]   (agreement.py)
-
 A protocol gives every pair a credit in [0, 1], or leaves it out; the number is the mean credit over pairs (micro), or
 the mean over prompt groups of the mean over a group's pairs (macro). Intervals resample prompt groups; thresholds that
 a protocol fits stay as fitted. Unreadable images and missing labels leave a pair out and are counted by reason. No
@@ -28,7 +16,7 @@ import numpy as np
 from latentreward.errors import InputError, did_you_mean
 from latentreward.evaluation.benchmark.four_way import VOTES, four_way_credit
 from latentreward.evaluation.benchmark.pickscore import pickscore_credit
-from latentreward.evaluation.benchmark.results import Estimate, ProtocolResult, ScoredPairs
+from latentreward.evaluation.benchmark.results import ProtocolResult, ScoredPairs
 from latentreward.metrics.bootstrap import clustered_interval, group_sums, ratio
 
 NO_SCORE, NO_LABEL, TIE, NO_VOTE = "no score", "no label", "tie", "no vote"
@@ -96,7 +84,7 @@ def protocol_result(key: str, pairs: ScoredPairs, judgement: Judgement) -> Proto
     return ProtocolResult(
         protocol=key,
         scorer=pairs.scorer,
-        estimate=Estimate(*clustered_interval(sums)),
+        estimate=clustered_interval(sums),
         pairs=int(counted.sum()),
         groups=len(sums),
         equal_scores=int((pairs.first == pairs.second)[counted].sum()),

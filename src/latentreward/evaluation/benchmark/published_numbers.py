@@ -9,7 +9,10 @@ from collections.abc import Iterator, Mapping
 from latentreward.evaluation.benchmark.results import PublishedNumber
 
 HPSV2 = "HPSv2's README (arXiv:2306.09341), measured by its authors"
-MPS = "MPS (arXiv:2405.14705), measured by its authors"
+MPS = "MPS's README (github.com/Kwai-Kolors/MPS, arXiv:2405.14705), measured by its authors"
+UNIFIED_REWARD = (
+    "UnifiedReward's card (huggingface.co/CodeGoat24/UnifiedReward-7b-v1.5, arXiv:2503.05236), measured by its authors"
+)
 HPSV3 = "HPSv3's README (arXiv:2508.03789), measured by its authors"
 PICKSCORE = "PickScore (arXiv:2305.01569), measured by its authors"
 DINA = "DiNa-LRM (arXiv:2602.11146), measured by its authors; evaluation code not released"
@@ -35,8 +38,24 @@ PERCENT: dict[tuple[str, str], Mapping[str, float]] = {
         "HPSv2.1": 84.1,
         "single human": 78.1,
     },
-    ("imagereward/micro", MPS): {"MPS": 67.5},
-    ("hpdv2/macro", MPS): {"Aesthetic": 72.6, "ImageReward": 70.6, "HPS": 73.1, "MPS": 83.5},
+    ("imagereward/micro", MPS): {
+        "CLIP": 54.3,
+        "Aesthetic": 57.4,
+        "ImageReward": 65.1,
+        "HPS": 61.2,
+        "PickScore": 62.9,
+        "HPSv2": 65.7,
+        "MPS": 67.5,
+    },
+    ("hpdv2/macro", MPS): {
+        "CLIP": 71.2,
+        "Aesthetic": 72.6,
+        "ImageReward": 70.6,
+        "HPS": 73.1,
+        "PickScore": 79.8,
+        "HPSv2": 83.3,
+        "MPS": 83.5,
+    },
     ("imagereward/micro", HPSV3): {"PickScore": 61.6, "HPSv3": 66.8},
     ("hpdv2/micro", HPSV3): {"HPSv3": 85.4},
     ("hpdv3", HPSV3): {
@@ -69,6 +88,14 @@ PERCENT: dict[tuple[str, str], Mapping[str, float]] = {
         "DiNa-LRM (ensemble)": 68.98,
         "LRM-SDXL": 61.58,
         "HPSv3": 70.95,
+    },
+    ("genai_bench_tiger/no_tie", UNIFIED_REWARD): {
+        "PickScore": 67.2,
+        "HPSv2": 68.4,
+        "ImageReward": 65.0,
+        "VisionReward": 66.4,
+        "UnifiedReward": 70.9,
+        "UnifiedReward 1.5": 72.4,
     },
     ("genai_bench_tiger/4way", "chance: four equally likely answers"): {"random": 25.0},
 }

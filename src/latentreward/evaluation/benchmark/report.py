@@ -1,23 +1,19 @@
 """The report in three files: for programs, for a README, and to look at."""
 
-import json
-import math
-import os
 import platform
-from collections.abc import Mapping
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-from latentreward.evaluation.benchmark.markdown import markdown
 from latentreward.evaluation.benchmark.page import Pictures, write_benchmark_page
-from latentreward.evaluation.benchmark.results import BenchmarkReport
+from latentreward.evaluation.benchmark.results import BenchmarkReport, Disagreement
+from latentreward.evaluation.benchmark.sections import INTRODUCTION, disagreement_section, preferred, sections
+from latentreward.reports.json import json_report
+from latentreward.reports.markdown import markdown_report
+from latentreward.reports.tables import Section, Table
+from latentreward.storage.durable import write_file
 
 JSON, MARKDOWN, HTML = "report.json", "report.md", "report.html"
 COMPUTED_WITH = ("latentreward", "torch", "diffusers", "transformers", "numpy", "pillow")
-DIGITS = 10
-"""Significant digits of numbers in ``report.json``."""
 
 
 def write_report(folder: Path, report: BenchmarkReport, pictures: Pictures) -> None:
@@ -30,31 +26,32 @@ def write_report(folder: Path, report: BenchmarkReport, pictures: Pictures) -> N
         report: What to write.
         pictures: Images of the telling pairs.
     """
-    text = json.dumps(plain_values(asdict(report)), indent=1, ensure_ascii=True, allow_nan=False)
-    replace_text(folder / JSON, text + "\n")
-    replace_text(folder / MARKDOWN, markdown(report))
+    write_file(folder / JSON, json_report(report))
+    write_file(folder / MARKDOWN, markdown(report))
     write_benchmark_page(folder / HTML, report, pictures)
+
+
+def markdown(report: BenchmarkReport) -> str:
+    """Write all sections, and the pairs of ``report.telling`` without their images; no text becomes markup."""
+    title, text, by_data = disagreement_section(report)
+    tables = tuple(_disagreement_table(name, pairs, list(report.scorers)) for name, pairs in by_data.items())
+    telling = [Section("telling", title, text, tables)] if tables else []
+    return markdown_report("Benchmark of reward models", report.notes, INTRODUCTION, [*sections(report), *telling])
+
+
+def _disagreement_table(name: str, pairs: list[Disagreement], scorers: list[str]) -> Table:
+    rows = [
+        (
+            pair.pair_id,
+            pair.prompt if len(pair.prompt) <= 120 else f"{pair.prompt[:119]}…",
+            preferred(pair.label),
+            *(f"{pair.gaps[scorer]:+.2f}" if scorer in pair.gaps else "" for scorer in scorers),
+        )
+        for pair in pairs
+    ]
+    return Table(("pair", "prompt", "people", *(f"gap of {name}" for name in scorers)), tuple(rows), caption=name)
 
 
 def versions() -> dict[str, str]:
     """Of Python and of the packages that numbers depend on."""
     return {"python": platform.python_version(), **{name: version(name) for name in COMPUTED_WITH}}
-
-
-def plain_values(value: Any) -> Any:
-    """In what JSON knows; NaN and infinity become null, other numbers are rounded to ``DIGITS`` digits."""
-    if isinstance(value, Mapping):
-        return {str(key): plain_values(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain_values(item) for item in value]
-    if isinstance(value, bool) or value is None or isinstance(value, (str, int)):
-        return value
-    number = float(value)
-    return float(f"{number:.{DIGITS}g}") if math.isfinite(number) else None
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file that appears whole or stays as it was."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8", errors="replace")
-    temporary.replace(path)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from latentreward.metrics.bootstrap import group_codes
+from latentreward.metrics.bootstrap import Interval, group_codes
 
 
 @dataclass(frozen=True)
@@ -51,18 +51,6 @@ class ScoredPairs:
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A number with the ends of its 95 % bootstrap interval.
-
-    All are NaN where no pair counts; the ends alone where there is one prompt group, which cannot tell a spread.
-    """
-
-    value: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
 class ProtocolResult:
     """One scorer by one protocol.
 
@@ -81,7 +69,7 @@ class ProtocolResult:
 
     protocol: str
     scorer: str
-    estimate: Estimate
+    estimate: Interval
     pairs: int
     groups: int
     equal_scores: int
@@ -89,6 +77,14 @@ class ProtocolResult:
     details: dict[str, Any] = field(default_factory=dict)
     split: str = ""
     benchmark: str = ""
+
+
+@dataclass(frozen=True)
+class AverageResult:
+    """One scorer's mean of the four benchmarks of :mod:`~latentreward.evaluation.benchmark.four_benchmarks`."""
+
+    scorer: str
+    estimate: Interval
 
 
 @dataclass(frozen=True)
@@ -111,7 +107,7 @@ class SubgroupResult:
     column: str
     value: str
     pairs: int
-    estimate: Estimate
+    estimate: Interval
     split: str = ""
     benchmark: str = ""
 
@@ -134,7 +130,7 @@ class DifferenceResult:
     first: str
     second: str
     pairs: int
-    estimate: Estimate
+    estimate: Interval
     split: str = ""
     benchmark: str = ""
 
@@ -147,7 +143,7 @@ class LevelResult:
     scorer: str
     sigma: float
     timestep: float
-    estimate: Estimate
+    estimate: Interval
     benchmark: str = ""
 
 
@@ -167,7 +163,7 @@ class CalibrationResult:
     protocol: str
     scorer: str
     temperature: float
-    error: Estimate
+    error: Interval
     curve: tuple[tuple[int, float, float], ...]
     benchmark: str = ""
 
@@ -190,9 +186,9 @@ class AgreementResult:
     first: str
     second: str
     pairs: int
-    pair: Estimate
-    spearman: Estimate
-    pearson: Estimate
+    pair: Interval
+    spearman: Interval
+    pearson: Interval
 
 
 @dataclass(frozen=True)
@@ -211,7 +207,7 @@ class CorrelationResult:
     name: str
     scorer: str
     reference: str
-    estimate: Estimate
+    estimate: Interval
 
 
 @dataclass(frozen=True)
@@ -232,8 +228,8 @@ class PublishedNumber:
 
 
 @dataclass(frozen=True)
-class TellingPair:
-    """A pair that is worth a look: the scorers differ most on it, or the only one is most surely wrong.
+class Disagreement:
+    """A pair on which scorers differ most, or on which the only one is most surely wrong.
 
     Attributes:
         benchmark: Data set and split.
@@ -261,6 +257,7 @@ class BenchmarkReport:
     scorers: dict[str, str]
     """Name → identity, in one line."""
     protocols: tuple[ProtocolResult, ...] = ()
+    averages: tuple[AverageResult, ...] = ()
     differences: tuple[DifferenceResult, ...] = ()
     subgroups: tuple[SubgroupResult, ...] = ()
     levels: tuple[LevelResult, ...] = ()
@@ -270,7 +267,8 @@ class BenchmarkReport:
     published: tuple[PublishedNumber, ...] = ()
     data: dict[str, Any] = field(default_factory=dict)
     """Data set → rows, pairs, images, missing and unreadable images by reason."""
-    telling: tuple[TellingPair, ...] = ()
+    telling: tuple[Disagreement, ...] = ()
+    """Pairs on which scorers disagree most."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Of the run, with versions of what computed it."""
     notes: tuple[str, ...] = ()

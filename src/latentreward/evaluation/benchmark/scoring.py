@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from latentreward.contracts import PreferencePair
 from latentreward.data.images import ImageError, decode_image
 from latentreward.data.readers import PairReader, count_text
 from latentreward.errors import InputError
@@ -20,12 +19,11 @@ from latentreward.evaluation.benchmark.noise_columns import NoiseColumns
 from latentreward.scorers import Scorer
 from latentreward.scorers.fingerprints import scorer_fingerprints
 from latentreward.scorers.pair_scoring import PairScoring
-from latentreward.scorers.part_files import PartFiles
+from latentreward.storage.part_tables import PartFiles
 
 TRIED_PAIRS = 8
 """Pairs whose images are looked at before any model is loaded."""
 TIMESTEPS = b"timesteps"
-Progress = Callable[[int, int], None]
 
 
 @dataclass
@@ -71,21 +69,21 @@ class SplitScores:
         with self._files as files:
             self.missing = sum(map(len, self._missing(files)))
 
-    def complete(self, progress: Progress) -> None:
+    def complete(self, progress: Callable[[int], None]) -> None:
         """Score what is missing; the scorer is prepared already.
 
         Args:
-            progress: Told how many of the missing pairs are scored, and how many there are.
+            progress: Called with the number of pairs that were scored.
         """
         with self._files as files:
             if files.finished():
                 return
             for rows, table in files.read():
                 self._scoring.recall(rows, table)
-            for rows in self._missing(files):
-                files.write(rows, self._table(self._scoring.read(rows)))
+            for rows, table in self._scoring.tables(self._missing(files)):
+                files.write(rows, self._with_timesteps(table))
                 self.pairs_scored += len(rows)
-                progress(self.pairs_scored, self.missing)
+                progress(len(rows))
             if not files.missing(self.flush_every):
                 files.finish()
         self.seconds.update(self._scoring.seconds)
@@ -102,8 +100,7 @@ class SplitScores:
         runs = files.missing(self.flush_every)
         return [range(rows.start, min(rows.stop, self.rows)) for rows in runs if rows.start < self.rows]
 
-    def _table(self, pairs: Sequence[PreferencePair]) -> pa.Table:
-        table = self._scoring.score(pairs)
+    def _with_timesteps(self, table: pa.Table) -> pa.Table:
         if isinstance(self.scorer, NoiseColumns):
             table = table.replace_schema_metadata({TIMESTEPS: json.dumps(self.scorer.timesteps())})
         return table

@@ -1,18 +1,17 @@
 """The report in words: what each part shows and how it was computed, with its tables."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
+from latentreward.evaluation.benchmark.four_benchmarks import KEY
 from latentreward.evaluation.benchmark.protocols import PROTOCOLS
-from latentreward.evaluation.benchmark.results import BenchmarkReport, TellingPair
+from latentreward.evaluation.benchmark.results import BenchmarkReport, Disagreement
 from latentreward.evaluation.benchmark.tables import (
-    Table,
     agreement_table,
+    average_table,
     calibration_table,
     correlation_table,
     data_table,
     difference_table,
-    grouped,
     level_table,
     overview_table,
     protocol_table,
@@ -20,6 +19,7 @@ from latentreward.evaluation.benchmark.tables import (
     scorer_table,
     subgroup_tables,
 )
+from latentreward.reports.tables import Section, Table, grouped
 
 INTRODUCTION = (
     "Each model scores two images of a prompt; it is right where it gives the higher score to the image that people "
@@ -33,6 +33,11 @@ DATA = (
     "out are those that break a rule of their file format."
 )
 SCORERS = "Models, with what fixes their numbers."
+FOUR = (
+    "Mean of four accuracies that weigh the same, however many pairs each data set has: ImageReward "
+    "(imagereward/micro), HPDv2 (hpdv2/micro), HPDv3 (hpdv3) and TIGER-Lab's GenAI-Bench (genai_bench_tiger/no_tie), "
+    "test splits. Intervals take the four for independent."
+)
 PUBLISHED = (
     " Numbers in italics are not of this run: others published them, see their source. Image sizes and precision may "
     "differ, and the same model measured by two code bases is usually a point apart."
@@ -75,27 +80,14 @@ MISTAKES = (
 SETTINGS = "What was asked for, and what computed it. Random draws are seeded: the same settings give the same report."
 
 
-@dataclass(frozen=True)
-class Section:
-    """A part of the report.
-
-    Attributes:
-        key: Name for links and for its figures.
-        title: Heading.
-        text: What it shows, and how it was computed.
-        tables: Its tables.
-    """
-
-    key: str
-    title: str
-    text: str
-    tables: tuple[Table, ...]
-
-
 def sections(report: BenchmarkReport) -> Iterator[Section]:
     """All parts that hold something, in their order."""
     if len(report.protocols) > 1:
         yield Section("overview", "Overview", OVERVIEW, (overview_table(report),))
+    if report.averages:
+        theirs = [number for number in report.published if number.protocol == KEY]
+        tables = average_table(report), published_table(theirs)
+        yield Section("average", "Mean of four benchmarks", FOUR + PUBLISHED, tables)
     yield from _accuracy(report)
     if report.differences:
         yield Section("differences", "Differences between models", DIFFERENCES, (difference_table(report),))
@@ -115,12 +107,22 @@ def sections(report: BenchmarkReport) -> Iterator[Section]:
     yield Section("settings", "Settings and versions", SETTINGS, (Table(("setting", "value"), settings),))
 
 
-def telling_section(report: BenchmarkReport) -> tuple[str, str, dict[str, list[TellingPair]]]:
+def disagreement_section(report: BenchmarkReport) -> tuple[str, str, dict[str, list[Disagreement]]]:
     """Title, text, and the pairs by data set."""
     by_data = {name: pairs for (name,), pairs in grouped(report.telling, "benchmark").items()}
     if len(report.scorers) > 1:
         return "Where the models disagree most", TELLING, by_data
     return "Surest mistakes", MISTAKES, by_data
+
+
+def preferred(label: float | None) -> str:
+    """Which image people preferred, in words."""
+    if label is None:
+        return "no label"
+    if label == 0.5:
+        return "tie"
+    side = "left" if label > 0.5 else "right"
+    return side if label in (0, 1) else f"{side} ({max(label, 1 - label):.0%})"
 
 
 def _accuracy(report: BenchmarkReport) -> Iterator[Section]:

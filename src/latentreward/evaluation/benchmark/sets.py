@@ -1,27 +1,44 @@
 """Benchmarks by name: which reader opens the folder, which splits are scored, which protocols follow."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from latentreward.data import (
-    GenAIBenchCMUReader,
-    GenAIBenchReader,
-    HPDv2Reader,
-    HPDv3Reader,
-    ImageRewardDBReader,
-    ImageRewardReader,
-    PairReader,
-    PickAPicReader,
-)
-from latentreward.data.readers import OnError
+from latentreward.data import readers
+from latentreward.data.readers import OnError, PairReader
 from latentreward.errors import InputError
 from latentreward.evaluation.benchmark.base import Benchmark, Evaluation
 from latentreward.evaluation.benchmark.columns import Texts
 
 
-class ImageRewardBenchmark(Benchmark):
+class _PublishedBenchmark(Benchmark):
+    """A published data set, of which protocols count one split.
+
+    Attributes:
+        keys: Protocols.
+        reader: What opens a split.
+        settings: Further settings of the reader.
+        split: The split that counts.
+    """
+
+    keys: tuple[str, ...]
+    reader: Callable[..., PairReader]
+    settings: Mapping[str, Any] = {}
+    split = "test"
+
+    @property
+    def evaluations(self) -> tuple[Evaluation, ...]:
+        """See :class:`Benchmark`."""
+        return tuple(Evaluation(key, self.split) for key in self.keys)
+
+    def open(self, split: str) -> PairReader:
+        """See :meth:`Benchmark.open`."""
+        return self.reader(self.root, split, on_error=self.on_error, **self.settings)
+
+
+class ImageRewardBenchmark(_PublishedBenchmark):
     """ImageReward's test set, 466 items of 4 to 9 ranked images: ``imagereward/micro`` and ``imagereward/macro``.
 
     Args:
@@ -30,18 +47,14 @@ class ImageRewardBenchmark(Benchmark):
     """
 
     name = "imagereward"
-
-    @property
-    def evaluations(self) -> tuple[Evaluation, ...]:
-        """Over all pairs, and over prompts."""
-        return Evaluation("imagereward/micro", "test"), Evaluation("imagereward/macro", "test")
+    keys = "imagereward/micro", "imagereward/macro"
 
     def open(self, split: str) -> PairReader:
         """See :class:`~latentreward.data.ImageRewardReader`."""
-        return ImageRewardReader(self.root, on_error=self.on_error)
+        return readers.ImageRewardReader(self.root, on_error=self.on_error)
 
 
-class ImageRewardDBBenchmark(Benchmark):
+class ImageRewardDBBenchmark(_PublishedBenchmark):
     """A split of ImageRewardDB by ImageReward's protocols.
 
     Args:
@@ -51,25 +64,16 @@ class ImageRewardDBBenchmark(Benchmark):
         on_error: See :class:`Benchmark`.
     """
 
-    name = "imagerewarddb"
+    name, keys, reader = "imagerewarddb", ImageRewardBenchmark.keys, readers.ImageRewardDBReader
 
     def __init__(
         self, root: str, split: str = "test", *, parts: Sequence[int] | None = None, on_error: OnError = "skip"
     ) -> None:
         super().__init__(root, on_error=on_error)
-        self.split, self.parts = split, parts
-
-    @property
-    def evaluations(self) -> tuple[Evaluation, ...]:
-        """Over all pairs, and over prompts."""
-        return Evaluation("imagereward/micro", self.split), Evaluation("imagereward/macro", self.split)
-
-    def open(self, split: str) -> PairReader:
-        """See :class:`~latentreward.data.ImageRewardDBReader`."""
-        return ImageRewardDBReader(self.root, split, parts=self.parts, on_error=self.on_error)
+        self.split, self.settings = split, {"parts": parts}
 
 
-class HPDv2Benchmark(Benchmark):
+class HPDv2Benchmark(_PublishedBenchmark):
     """HPDv2's test set, 400 groups of 9 or 10 ranked images: ``hpdv2/macro`` and ``hpdv2/micro``.
 
     Prompts that stand in one of the lists ``benchmark/{anime,concept-art,…}.json`` have its name as ``style``.
@@ -79,16 +83,7 @@ class HPDv2Benchmark(Benchmark):
         on_error: See :class:`Benchmark`.
     """
 
-    name = "hpdv2"
-
-    @property
-    def evaluations(self) -> tuple[Evaluation, ...]:
-        """Over prompts, and over all pairs."""
-        return Evaluation("hpdv2/macro", "test"), Evaluation("hpdv2/micro", "test")
-
-    def open(self, split: str) -> PairReader:
-        """See :class:`~latentreward.data.HPDv2Reader`."""
-        return HPDv2Reader(self.root, split, on_error=self.on_error)
+    name, keys, reader = "hpdv2", ("hpdv2/macro", "hpdv2/micro"), readers.HPDv2Reader
 
     def columns(self, reader: PairReader) -> dict[str, Texts]:
         """With the style of the prompts that have one."""
@@ -108,7 +103,7 @@ class HPDv2Benchmark(Benchmark):
         return styles
 
 
-class HPDv3Benchmark(Benchmark):
+class HPDv3Benchmark(_PublishedBenchmark):
     """HPDv3's test set: ``hpdv3``.
 
     Args:
@@ -118,25 +113,16 @@ class HPDv3Benchmark(Benchmark):
         on_error: See :class:`Benchmark`.
     """
 
-    name = "hpdv3"
+    name, keys, reader = "hpdv3", ("hpdv3",), readers.HPDv3Reader
 
     def __init__(
         self, root: str, split: str = "test", *, min_confidence: float | None = None, on_error: OnError = "skip"
     ) -> None:
         super().__init__(root, on_error=on_error)
-        self.split, self.min_confidence = split, min_confidence
-
-    @property
-    def evaluations(self) -> tuple[Evaluation, ...]:
-        """Over all pairs."""
-        return (Evaluation("hpdv3", self.split),)
-
-    def open(self, split: str) -> PairReader:
-        """See :class:`~latentreward.data.HPDv3Reader`."""
-        return HPDv3Reader(self.root, split, min_confidence=self.min_confidence, on_error=self.on_error)
+        self.split, self.settings = split, {"min_confidence": min_confidence}
 
 
-class PickAPicBenchmark(Benchmark):
+class PickAPicBenchmark(_PublishedBenchmark):
     """Pick-a-Pic v1 or v2: ``pickapic/pickscore``, ``pickapic/lrm``, ``pickapic/strict``.
 
     Args:
@@ -150,7 +136,7 @@ class PickAPicBenchmark(Benchmark):
         on_error: See :class:`Benchmark`.
     """
 
-    name = "pickapic"
+    name, keys, reader = "pickapic", ("pickapic/lrm", "pickapic/strict"), readers.PickAPicReader
 
     def __init__(
         self,
@@ -171,21 +157,16 @@ class PickAPicBenchmark(Benchmark):
     @property
     def evaluations(self) -> tuple[Evaluation, ...]:
         """With and without ties."""
-        plain = Evaluation("pickapic/lrm", self.split), Evaluation("pickapic/strict", self.split)
         if self.fitting_split is None:
-            return plain
-        return Evaluation("pickapic/pickscore", self.split, self.fitting_split), *plain
-
-    def open(self, split: str) -> PairReader:
-        """See :class:`~latentreward.data.PickAPicReader`."""
-        return PickAPicReader(self.root, split, on_error=self.on_error)
+            return super().evaluations
+        return Evaluation("pickapic/pickscore", self.split, self.fitting_split), *super().evaluations
 
     def temperature(self, scorer: str) -> float | None:
         """As set for the scorer, else for others, otherwise 1."""
         return self.temperatures.get(scorer, self.temperatures.get("others", 1.0))
 
 
-class GenAIBenchTigerBenchmark(Benchmark):
+class GenAIBenchTigerBenchmark(_PublishedBenchmark):
     """GenAI-Bench of TIGER-Lab: ``genai_bench_tiger/no_tie`` and ``genai_bench_tiger/4way`` on each split.
 
     Args:
@@ -195,7 +176,8 @@ class GenAIBenchTigerBenchmark(Benchmark):
         on_error: See :class:`Benchmark`.
     """
 
-    name = "genai_bench_tiger"
+    name, reader = "genai_bench_tiger", readers.GenAIBenchReader
+    keys = "genai_bench_tiger/no_tie", "genai_bench_tiger/4way"
 
     def __init__(self, root: str, splits: Sequence[str] = ("test", "test_v1"), *, on_error: OnError = "skip") -> None:
         super().__init__(root, on_error=on_error)
@@ -206,15 +188,10 @@ class GenAIBenchTigerBenchmark(Benchmark):
     @property
     def evaluations(self) -> tuple[Evaluation, ...]:
         """Two and four answers on every split."""
-        keys = ("genai_bench_tiger/no_tie", "genai_bench_tiger/4way")
-        return tuple(Evaluation(key, split) for split in self._names for key in keys)
-
-    def open(self, split: str) -> PairReader:
-        """See :class:`~latentreward.data.GenAIBenchReader`."""
-        return GenAIBenchReader(self.root, split, on_error=self.on_error)
+        return tuple(Evaluation(key, split) for split in self._names for key in self.keys)
 
 
-class GenAIBenchCMUBenchmark(Benchmark):
+class GenAIBenchCMUBenchmark(_PublishedBenchmark):
     """GenAI-Bench of CMU, 1,600 prompts of six rated images: ``genai_bench_cmu``.
 
     Args:
@@ -222,16 +199,8 @@ class GenAIBenchCMUBenchmark(Benchmark):
         on_error: See :class:`Benchmark`.
     """
 
-    name = "genai_bench_cmu"
-
-    @property
-    def evaluations(self) -> tuple[Evaluation, ...]:
-        """On the only split, which is called train."""
-        return (Evaluation("genai_bench_cmu", "train"),)
-
-    def open(self, split: str) -> PairReader:
-        """See :class:`~latentreward.data.GenAIBenchCMUReader`."""
-        return GenAIBenchCMUReader(self.root, split, on_error=self.on_error)
+    name, keys, reader = "genai_bench_cmu", ("genai_bench_cmu",), readers.GenAIBenchCMUReader
+    split = "train"  # the only one there is
 
 
 class PairsBenchmark(Benchmark):

@@ -1,7 +1,6 @@
 """A protocol's number over parts of its pairs, at each noise level, and of one scorer against another."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -10,7 +9,6 @@ from latentreward.evaluation.benchmark.columns import SUBGROUP_COLUMNS
 from latentreward.evaluation.benchmark.protocols import Judgement, credit_sums, judge
 from latentreward.evaluation.benchmark.results import (
     DifferenceResult,
-    Estimate,
     LevelResult,
     ScoredPairs,
     SubgroupResult,
@@ -57,7 +55,7 @@ def _subgroup(
 ) -> SubgroupResult:
     credit = np.full(len(judgement.credit), np.nan)
     credit[rows] = judgement.credit[rows]
-    estimate = Estimate(*clustered_interval(credit_sums(key, pairs, credit)))
+    estimate = clustered_interval(credit_sums(key, pairs, credit))
     number = int((~np.isnan(credit)).sum())
     return SubgroupResult(key, pairs.scorer, column, value, number, estimate, pairs.split)
 
@@ -79,7 +77,7 @@ def paired_difference(key: str, first: Judged, second: Judged) -> DifferenceResu
     both = ~np.isnan(judgement.credit) & ~np.isnan(other.credit)
     credits = (np.where(both, item.credit, np.nan) for item in (judgement, other))
     sums = np.concatenate([credit_sums(key, pairs, credit) for credit in credits], axis=1)
-    estimate = Estimate(*clustered_interval(sums, ratio_difference))
+    estimate = clustered_interval(sums, ratio_difference)
     return DifferenceResult(key, pairs.scorer, others.scorer, int(both.sum()), estimate, pairs.split)
 
 
@@ -96,11 +94,6 @@ def level_results(
     results = []
     for number, (sigma, timestep, pairs) in enumerate(levels):
         judgement = judge(key, pairs, None if fitting is None else fitting[number])
-        estimate = Estimate(*clustered_interval(credit_sums(key, pairs, judgement.credit)))
+        estimate = clustered_interval(credit_sums(key, pairs, judgement.credit))
         results.append(LevelResult(key, pairs.scorer, sigma, timestep, estimate))
     return results
-
-
-def with_scores(pairs: ScoredPairs, first: np.ndarray, second: np.ndarray) -> ScoredPairs:
-    """The same pairs with scores of another column, e.g. of another noise level."""
-    return replace(pairs, first=first, second=second)

@@ -1,59 +1,31 @@
 """A report's tables as text, which Markdown, HTML and the terminal show alike."""
 
 import math
-import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 from latentreward.evaluation.benchmark.results import (
-    AgreementResult,
     BenchmarkReport,
-    Estimate,
     ProtocolResult,
     PublishedNumber,
     SubgroupResult,
 )
+from latentreward.metrics.bootstrap import Interval
+from latentreward.reports.tables import (
+    NOTHING,
+    Table,
+    grouped,
+    percent,
+    percent_interval,
+    percent_with_interval,
+    without_unset,
+)
 
-NOTHING = "–"
 LARGEST = 25
 """Rows of a table of sub-groups."""
-Result = TypeVar("Result", bound=Any)
 
 
-@dataclass(frozen=True)
-class Table:
-    """Cells of text.
-
-    Attributes:
-        header: Names of the columns.
-        rows: As many cells each.
-        caption: What the rows have in common.
-        theirs: Whether others measured what it shows.
-    """
-
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    caption: str = ""
-    theirs: bool = False
-
-
-def percent(value: float) -> str:
-    """``0.756`` as ``75.6``."""
-    return NOTHING if math.isnan(value) else f"{100 * value:.1f}"
-
-
-def percent_with_interval(estimate: Estimate) -> str:
-    """``75.6 [70.2, 80.1]``."""
-    return f"{percent(estimate.value)} {percent_interval(estimate)}"
-
-
-def percent_interval(estimate: Estimate) -> str:
-    """``[70.2, 80.1]``."""
-    return f"[{percent(estimate.low)}, {percent(estimate.high)}]"
-
-
-def number_with_interval(estimate: Estimate) -> str:
+def number_with_interval(estimate: Interval) -> str:
     """``0.56 [0.41, 0.68]``, for correlations."""
     return f"{_number(estimate.value)} [{_number(estimate.low)}, {_number(estimate.high)}]"
 
@@ -87,11 +59,6 @@ def scorer_table(report: BenchmarkReport) -> Table:
     return Table(("model", "what it is"), rows)
 
 
-def without_unset(identity: str) -> str:
-    """A scorer's identity without settings that are None, such as ``revision None``."""
-    return re.sub(r" \w+ None\b", "", identity)
-
-
 def overview_table(report: BenchmarkReport) -> Table:
     """A row per protocol, a column per model."""
     rows = []
@@ -99,6 +66,12 @@ def overview_table(report: BenchmarkReport) -> Table:
         found = {result.scorer: percent_with_interval(result.estimate) for result in results}
         rows.append((benchmark, protocol, *(found.get(scorer, NOTHING) for scorer in report.scorers)))
     return Table(("data", "protocol", *report.scorers), tuple(rows))
+
+
+def average_table(report: BenchmarkReport) -> Table:
+    """Means of four benchmarks."""
+    rows = tuple((one.scorer, percent(one.estimate.value), percent_interval(one.estimate)) for one in report.averages)
+    return Table(("model", "mean accuracy %", "95 % interval"), rows, caption="Measured in this run")
 
 
 def protocol_table(results: Sequence[ProtocolResult]) -> Table:
@@ -182,7 +155,12 @@ def calibration_table(report: BenchmarkReport) -> Table:
 
 def agreement_table(report: BenchmarkReport) -> Table:
     """Every two models."""
-    rows = [(one.benchmark, one.first, one.second, str(one.pairs), *_agreement_cells(one)) for one in report.agreement]
+    rows = []
+    for one in report.agreement:
+        correlations = number_with_interval(one.spearman), number_with_interval(one.pearson)
+        rows.append(
+            (one.benchmark, one.first, one.second, str(one.pairs), percent_with_interval(one.pair), *correlations)
+        )
     header = ("data", "model", "model", "pairs", "same choice %", "Spearman", "Pearson")
     return Table(header, tuple(rows))
 
@@ -194,18 +172,6 @@ def correlation_table(report: BenchmarkReport) -> Table:
         for one in report.correlations
     ]
     return Table(("data", "model", "name", "against", "value"), tuple(rows))
-
-
-def grouped(results: Iterable[Result], *names: str) -> dict[tuple[Any, ...], list[Result]]:
-    """Results by values of their attributes, in their order."""
-    groups: dict[tuple[Any, ...], list[Result]] = {}
-    for result in results:
-        groups.setdefault(tuple(getattr(result, name) for name in names), []).append(result)
-    return groups
-
-
-def _agreement_cells(one: AgreementResult) -> tuple[str, str, str]:
-    return percent_with_interval(one.pair), number_with_interval(one.spearman), number_with_interval(one.pearson)
 
 
 def _subgroup_row(value: str, results: Sequence[SubgroupResult], scorers: Sequence[str]) -> tuple[str, ...]:

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from latentreward.contracts import ImageRef
+from latentreward.data.alignment.prompt_files import PromptRow
 from latentreward.data.images import ImageError, decode_image, resolve_inside
-from latentreward.data.prompt_files import PromptRow
 from latentreward.errors import InputError, first_line
 from latentreward.scorers.tools import JudgedPicture
 

@@ -8,10 +8,10 @@ import numpy as np
 
 from latentreward.contracts import ImageRef
 from latentreward.data.images import decode_image
-from latentreward.evaluation.benchmark.tables import Table
 from latentreward.evaluation.policy.results import PolicyReport, ScoredPictures
 from latentreward.evaluation.policy.tables import number, signed
-from latentreward.pages import picture_uri, write_page
+from latentreward.reports import picture_uri, write_page
+from latentreward.reports.tables import Section
 from latentreward.scorers.tools import JudgedPicture
 
 SIDE = 256
@@ -22,7 +22,7 @@ def write_policy_page(
     path: Path,
     report: PolicyReport,
     introduction: str,
-    sections: Sequence[tuple[str, list[Table]]],
+    sections: Sequence[Section],
     scored: Sequence[ScoredPictures],
     cards: int,
 ) -> None:
@@ -32,7 +32,7 @@ def write_policy_page(
         path: Where to.
         report: Whose names, notes and numbers it shows.
         introduction: How they came about.
-        sections: Titles with their tables.
+        sections: With tables.
         scored: One policy, or two with the same places and numbers.
         cards: Most pictures of a policy. They are spread evenly over the differences of the first score (of one policy,
             over its scores), so that nothing is picked by hand.

@@ -2,17 +2,16 @@
 
 import csv
 import io
-import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
-from latentreward.evaluation.benchmark.markdown import markdown_table, plain
-from latentreward.evaluation.benchmark.report import plain_values, replace_text
-from latentreward.evaluation.benchmark.tables import Table, without_unset
 from latentreward.evaluation.policy.page import write_policy_page
 from latentreward.evaluation.policy.results import PolicyReport, ScoredPictures
-from latentreward.evaluation.policy.tables import group_tables, published_table, score_table
+from latentreward.evaluation.policy.tables import group_tables, published_tables, score_table
+from latentreward.reports.json import json_report
+from latentreward.reports.markdown import markdown_report
+from latentreward.reports.tables import Section, Table, without_unset
+from latentreward.storage.durable import write_file
 
 JSON, MARKDOWN, HTML, SCORES = "report.json", "report.md", "report.html", "scores.csv"
 INTRODUCTION = (
@@ -31,38 +30,30 @@ def write_report(folder: Path, report: PolicyReport, scored: Sequence[ScoredPict
         scored: Pictures of the policies, paired.
         cards: Most pictures on the page.
     """
-    text = json.dumps(plain_values(asdict(report)), indent=1, ensure_ascii=True, allow_nan=False)
-    replace_text(folder / JSON, text + "\n")
-    replace_text(folder / MARKDOWN, markdown(report))
-    replace_text(folder / SCORES, _scores(scored))
+    write_file(folder / JSON, json_report(report))
+    write_file(folder / MARKDOWN, markdown(report))
+    write_file(folder / SCORES, _scores(scored))
     write_policy_page(folder / HTML, report, INTRODUCTION, sections(report), scored, cards)
 
 
-def title(report: PolicyReport) -> str:
-    """Which policies."""
-    return " against ".join(report.policies)
-
-
-def sections(report: PolicyReport) -> list[tuple[str, list[Table]]]:
-    """Titles with their tables."""
-    found = [("Scores", [score_table(report)]), ("By group of prompts", list(group_tables(report)))]
-    if report.published:
-        found.append(("Published numbers of this protocol", [published_table(report)]))
+def sections(report: PolicyReport) -> list[Section]:
+    """List all parts that hold something, in their order."""
     what = [
         *(("policy", *item) for item in report.policies.items()),
         *(("score", name, without_unset(identity)) for name, identity in report.scorers.items()),
     ]
-    found.append(("What was compared", [Table(("kind", "name", "what it is"), tuple(what))]))
-    return [(name, tables) for name, tables in found if tables]
+    found = [
+        Section("scores", "Scores", "", (score_table(report),)),
+        Section("groups", "By group of prompts", "", tuple(group_tables(report))),
+        Section("published", "Published numbers of this protocol", "", tuple(published_tables(report))),
+        Section("compared", "What was compared", "", (Table(("kind", "name", "what it is"), tuple(what)),)),
+    ]
+    return [section for section in found if section.tables]
 
 
 def markdown(report: PolicyReport) -> str:
-    """All tables."""
-    notes = [f"> {plain(note)}" for note in report.notes]
-    parts = [f"# {plain(title(report))}", *notes, INTRODUCTION]
-    for name, tables in sections(report):
-        parts += [f"## {name}", *map(markdown_table, tables)]
-    return "\n\n".join(parts) + "\n"
+    """Write all tables."""
+    return markdown_report(" against ".join(report.policies), report.notes, INTRODUCTION, sections(report))
 
 
 def _scores(scored: Sequence[ScoredPictures]) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from latentreward.evaluation.benchmark.results import Estimate
+from latentreward.metrics.bootstrap import Interval
 from latentreward.scorers.tools import JudgedPicture
 
 
@@ -37,7 +37,7 @@ class GroupMean:
 
     group: str
     prompts: int
-    estimate: Estimate
+    estimate: Interval
     parts_sd: float
 
 
@@ -59,14 +59,14 @@ class PolicyScore:
     policy: str
     score: str
     headline: str
-    mean: Estimate
-    mean_of_groups: Estimate | None
+    mean: Interval
+    mean_of_groups: Interval | None
     groups: tuple[GroupMean, ...]
     pictures: int
     prompts: int
 
     @property
-    def estimate(self) -> Estimate:
+    def estimate(self) -> Interval:
         """The number of the score's own protocol."""
         return self.mean_of_groups if self.headline == "mean_of_groups" and self.mean_of_groups else self.mean
 
@@ -88,8 +88,8 @@ class Comparison:
 
     score: str
     group: str
-    win_rate: Estimate
-    difference: Estimate
+    win_rate: Interval
+    difference: Interval
     wins: int
     ties: int
     losses: int

@@ -2,8 +2,7 @@
 
 import json
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +11,57 @@ from latentreward.contracts import ImageRef
 from latentreward.data.images import decode_image
 from latentreward.errors import InputError, did_you_mean
 from latentreward.evaluation.policy.results import ScoredPictures
-from latentreward.evaluation.policy.score_store import ScoreStore, picture_key
+from latentreward.interrupts import interrupts_held
 from latentreward.scorers import ImageScorer, Scorer
 from latentreward.scorers.fingerprints import scorer_fingerprints
 from latentreward.scorers.tools import JudgedPicture, ToolScorer
+from latentreward.storage.digests import digest
+from latentreward.storage.durable import write_file
+from latentreward.storage.progress import Progress
 
 CHUNK = 64
 """Pictures in memory at a time, and what a kill can lose of their scores."""
-INTERVAL = 10.0
-"""Seconds between lines of progress."""
+
+
+Scores = tuple[float, ...]
+
+
+class ScoreStore:
+    """Scores of one scorer for one policy, by the content of pictures and by their prompts.
+
+    A score counts only for the same bytes, prompt and scorer; whatever else the file holds is forgotten, as is a
+    damaged file.
+
+    Args:
+        path: JSON lines, the first of which says which scorer it was.
+        identity: Of the scorer and its files.
+    """
+
+    def __init__(self, path: Path, identity: str) -> None:
+        self.path, self.identity = path, identity
+        self._known: dict[str, Scores] = {}
+        try:
+            head, *lines = path.read_text(encoding="utf-8").splitlines()
+            if json.loads(head) == {"scorer": identity}:
+                self._known = {row["picture"]: tuple(row["scores"]) for row in map(json.loads, lines)}
+        except (OSError, ValueError, KeyError, TypeError):
+            self._known = {}
+
+    def get(self, key: str) -> Scores | None:
+        """Scores of a picture, None if they are not known."""
+        return self._known.get(key)
+
+    @interrupts_held()
+    def add(self, scores: Mapping[str, Scores]) -> None:
+        """Remember scores; the file is whole at any moment."""
+        self._known |= scores
+        rows = [{"scorer": self.identity}, *({"picture": key, "scores": row} for key, row in self._known.items())]
+        write_file(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def picture_key(picture: JudgedPicture) -> str:
+    """Name of a picture's bytes and prompt, and of its place in the set, which whole-set scorers go by."""
+    return digest([picture.path.read_bytes(), json.dumps([picture.prompt, picture.place, picture.image])])
 
 
 def score_names(scorers: Sequence[Scorer]) -> list[str]:
@@ -54,10 +95,9 @@ class PictureScoring:
     def __init__(self, policy: str, pictures: Sequence[JudgedPicture], scorers: Sequence[Scorer], folder: Path) -> None:
         self.policy, self.pictures, self.scorers, self.folder = policy, tuple(pictures), list(scorers), folder
         self._keys = [picture_key(picture) for picture in pictures]
-        self._stores = {scorer.name: ScoreStore(self._path(scorer), told_apart(scorer, policy)) for scorer in scorers}
-
-    def _path(self, scorer: Scorer) -> Path:
-        return self.folder / f"{scorer.name}.jsonl"
+        self._stores = {
+            scorer.name: ScoreStore(folder / f"{scorer.name}.jsonl", told_apart(scorer, policy)) for scorer in scorers
+        }
 
     def missing(self, scorer: Scorer) -> list[int]:
         """Rows of pictures that it has not scored yet."""
@@ -71,20 +111,16 @@ class PictureScoring:
             InputError: If a scorer fails, or returns what is no finite number.
         """
         images = [scorer for scorer in self.scorers if isinstance(scorer, ImageScorer)]
-        for number, rows in enumerate(_chunks(self._missing_of_any(images))):
-            self._score_images(images, rows)
-            if number == 0:
-                said = time.monotonic()
-            elif time.monotonic() - said > INTERVAL:
-                said = time.monotonic()
-                print(f"{self.policy}: picture {rows[-1] + 1} of {len(self.pictures)}", file=sys.stderr, flush=True)
+        missing, total = sorted({row for scorer in images for row in self.missing(scorer)}), len(self.pictures)
+        with Progress(f"scores of {self.policy}", total, "pictures", total - len(missing)) as progress:
+            for start in range(0, len(missing), CHUNK):
+                rows = missing[start : start + CHUNK]
+                self._score_images(images, rows)
+                progress.add(len(rows))
         for scorer in self.scorers:
             if isinstance(scorer, ToolScorer) and self.missing(scorer):
                 self._score_set(scorer)
         return ScoredPictures(self.policy, self.pictures, self._all())
-
-    def _missing_of_any(self, scorers: Sequence[Scorer]) -> list[int]:
-        return sorted({row for scorer in scorers for row in self.missing(scorer)})
 
     def _score_images(self, scorers: Sequence[ImageScorer], rows: Sequence[int]) -> None:
         pixels = {row: decode_image(ImageRef(self.pictures[row].file, path=self.pictures[row].path)) for row in rows}
@@ -116,8 +152,3 @@ def told_apart(scorer: Scorer, policy: str) -> str:
     """Identity of a scorer with what its files hold, so that one trained or measured again is scored anew."""
     files = scorer_fingerprints(scorer, policy)
     return f"{scorer.identity()}, files {json.dumps(files)}" if files else scorer.identity()
-
-
-def _chunks(rows: Sequence[int]) -> Iterator[Sequence[int]]:
-    for start in range(0, len(rows), CHUNK):
-        yield rows[start : start + CHUNK]

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from latentreward.evaluation.benchmark.results import Estimate
 from latentreward.evaluation.policy.results import Comparison, GroupMean, PolicyScore, ScoredPictures
 from latentreward.metrics.bootstrap import Interval, clustered_interval, clustered_mean, group_sums
 
@@ -17,12 +16,27 @@ def policy_scores(scored: ScoredPictures, headlines: Mapping[str, str], parts: i
         headlines: Name of a score → ``mean`` or ``mean_of_groups``.
         parts: Successive parts of each group, whose means' spread is told: HPSv2 reports ten parts of 80 prompts.
     """
-    clusters, groups = prompt_numbers(scored), np.array([picture.group for picture in scored.pictures])
+    prompts, groups = prompt_numbers(scored), np.array([picture.group for picture in scored.pictures])
     places = np.array([picture.place for picture in scored.pictures])
-    return [
-        _policy_score(scored.policy, name, headlines[name], values, clusters, places, groups, parts)
-        for name, values in scored.scores.items()
-    ]
+    chosen = {kind: groups == kind for kind in dict.fromkeys(groups.tolist())}
+    several, found = len(chosen) > 1, []
+    for name, values in scored.scores.items():
+        by_group = [
+            _group_mean(kind, values[rows], prompts[rows], places[rows], parts) for kind, rows in chosen.items()
+        ]
+        found.append(
+            PolicyScore(
+                scored.policy,
+                name,
+                headlines[name],
+                clustered_mean(values, prompts),
+                mean_of_groups(values, prompts, groups) if several else None,
+                tuple(by_group) if several or parts > 1 else (),
+                len(values),
+                len(set(places.tolist())),
+            )
+        )
+    return found
 
 
 def prompt_numbers(scored: ScoredPictures) -> np.ndarray:
@@ -31,39 +45,11 @@ def prompt_numbers(scored: ScoredPictures) -> np.ndarray:
     return np.array([numbers.setdefault(picture.prompt, len(numbers)) for picture in scored.pictures])
 
 
-def _policy_score(
-    policy: str,
-    name: str,
-    headline: str,
-    values: np.ndarray,
-    prompts: np.ndarray,
-    places: np.ndarray,
-    groups: np.ndarray,
-    parts: int,
-) -> PolicyScore:
-    kinds = list(dict.fromkeys(groups.tolist()))
-    chosen = {kind: groups == kind for kind in kinds}
-    by_group = tuple(
-        _group_mean(kind, values[rows], prompts[rows], places[rows], parts) for kind, rows in chosen.items()
-    )
-    several = len(kinds) > 1
-    return PolicyScore(
-        policy,
-        name,
-        headline,
-        _estimate(clustered_mean(values, prompts)),
-        _estimate(mean_of_groups(values, prompts, groups)) if several else None,
-        by_group if several or parts > 1 else (),
-        len(values),
-        len(set(places.tolist())),
-    )
-
-
 def _group_mean(group: str, values: np.ndarray, prompts: np.ndarray, places: np.ndarray, parts: int) -> GroupMean:
     order = np.unique(places)
     means = [values[np.isin(places, part)].mean() for part in np.array_split(order, min(parts, len(order)))]
     spread = float(np.std(means)) if parts > 1 else np.nan
-    return GroupMean(group, len(order), _estimate(clustered_mean(values, prompts)), spread)
+    return GroupMean(group, len(order), clustered_mean(values, prompts), spread)
 
 
 def mean_of_groups(values: np.ndarray, prompts: np.ndarray, groups: np.ndarray) -> Interval:
@@ -103,8 +89,8 @@ def _comparison(score: str, group: str, gaps: np.ndarray, prompts: np.ndarray) -
     return Comparison(
         score,
         group,
-        _estimate(clustered_mean(wins + 0.5 * ties, prompts)),
-        _estimate(clustered_mean(gaps, prompts)),
+        clustered_mean(wins + 0.5 * ties, prompts),
+        clustered_mean(gaps, prompts),
         int(wins.sum()),
         int(ties.sum()),
         int((gaps < 0).sum()),
@@ -124,7 +110,3 @@ def _only(scored: ScoredPictures, names: set[tuple[int, int]]) -> ScoredPictures
     rows = [places[name] for name in sorted(names)]
     scores = {name: values[rows] for name, values in scored.scores.items()}
     return ScoredPictures(scored.policy, tuple(scored.pictures[row] for row in rows), scores)
-
-
-def _estimate(interval: Interval) -> Estimate:
-    return Estimate(*interval)

@@ -3,9 +3,9 @@
 import math
 from collections.abc import Iterator
 
-from latentreward.evaluation.benchmark.results import Estimate
-from latentreward.evaluation.benchmark.tables import NOTHING, Table, percent, percent_interval
 from latentreward.evaluation.policy.results import Comparison, PolicyReport, PolicyScore
+from latentreward.metrics.bootstrap import Interval
+from latentreward.reports.tables import NOTHING, Table, percent, percent_interval
 
 
 def number(value: float) -> str:
@@ -21,7 +21,7 @@ def signed(value: float) -> str:
     return f"+{number(value)}" if value > 0 else number(value)
 
 
-def with_interval(estimate: Estimate) -> str:
+def with_interval(estimate: Interval) -> str:
     """``21.69 [21.55, 21.83]``."""
     return f"{number(estimate.value)} [{number(estimate.low)}, {number(estimate.high)}]"
 
@@ -78,8 +78,10 @@ def _group_cells(own: dict[str, PolicyScore], names: list[str], place: int) -> I
         yield with_interval(group.estimate) + spread
 
 
-def published_table(report: PolicyReport) -> Table:
-    """What the protocol's authors report, beside our numbers of the same scores."""
+def published_tables(report: PolicyReport) -> Iterator[Table]:
+    """What the protocol's authors report, if anything, beside our numbers of the same scores."""
+    if not report.published:
+        return
     scores = list(dict.fromkeys(one.score for one in report.published))
     theirs = {(one.model, one.score): number(one.value) for one in report.published}
     ours = {(one.policy, one.score): number(one.estimate.value) for one in report.scores}
@@ -88,13 +90,4 @@ def published_table(report: PolicyReport) -> Table:
         (model, *(theirs.get((model, score), NOTHING) for score in scores), f"published: {report.published[0].source}")
         for model in models
     ]
-    return Table(("policy", *scores, "source"), tuple(rows))
-
-
-def as_text(table: Table) -> str:
-    """Columns of one width each, for the terminal."""
-    lines = (table.header, *table.rows)
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-    )
+    yield Table(("policy", *scores, "source"), tuple(rows))

@@ -46,7 +46,6 @@ class ToolScorer(Scorer):
     def prepare(self) -> None:
         """Find out whether it can run; called before anything is sampled."""
 
-    @abstractmethod
     def check(self, pictures: Sequence[JudgedPicture]) -> None:
         """Refuse prompts that it cannot judge; called before anything is sampled, when no picture need exist yet."""
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from latentreward.errors import InputError
+from latentreward.programs import check_program
 from latentreward.scorers.tools.base import JudgedPicture, ToolScorer
 from latentreward.scorers.tools.running import DAY, interpreter, package_versions, run_tool
 from latentreward.scorers.tools.score_file import look_up, write_pictures_table
@@ -37,6 +38,7 @@ class CommandScorer(ToolScorer):
             raise InputError(f"command of {name} must hold {{scores}}, the file that it writes; add it")
         if not timeout_s > 0:
             raise InputError(f"timeout_s={timeout_s:g} of {name} must be above 0")
+        check_program(command[0])
         self.command, self.folder, self.timeout_s = list(command), folder, timeout_s
 
     def identity(self) -> str:
@@ -48,24 +50,15 @@ class CommandScorer(ToolScorer):
         if shutil.which(self.command[0]) is None:
             raise InputError(f"command of {self.name}: {self.command[0]} is no program; give its whole path")
 
-    def check(self, pictures: Sequence[JudgedPicture]) -> None:
-        """Nothing about prompts stands in its way."""
-
     def score_pictures(self, pictures: Sequence[JudgedPicture], policy: str, work: Path) -> np.ndarray:
         """See :meth:`ToolScorer.score_pictures`."""
         table, scores = work / "pictures.jsonl", work / "scores.jsonl"
         write_pictures_table(table, pictures)
         scores.unlink(missing_ok=True)
-        places = {"{pictures}": str(table.resolve()), "{scores}": str(scores.resolve())}
-        command = [_filled(part, places) for part in self.command]
+        read, written = str(table.resolve()), str(scores.resolve())
+        command = [part.replace("{pictures}", read).replace("{scores}", written) for part in self.command]
         run_tool(self.name, command, self.folder or work, work / "log.txt", self.timeout_s)
         return look_up(self.name, scores, "score", pictures)
-
-
-def _filled(part: str, places: dict[str, str]) -> str:
-    for name, value in places.items():
-        part = part.replace(name, value)
-    return part
 
 
 class _PackageScorer(CommandScorer):

@@ -10,6 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from latentreward.errors import InputError
+from latentreward.programs import check_program
 
 FOREIGN = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
 """Variables of our environment that would lead a program out of its own."""
@@ -31,8 +32,9 @@ def run_tool(name: str, command: Sequence[str], folder: Path, log: Path, timeout
         timeout_s: Seconds after which it is killed, and whatever it started.
 
     Raises:
-        InputError: If it cannot be started, fails or takes too long.
+        InputError: If it may not run, cannot be started, fails or takes too long.
     """
+    check_program(command[0])
     environment = {key: value for key, value in os.environ.items() if key not in FOREIGN}
     with log.open("wb") as output:
         try:
@@ -82,6 +84,7 @@ def interpreter(name: str, python: Path | None, setting: str = "python") -> str:
             f"{setting} of {name} {given}; give the Python of an environment of its own that has {name}, or results "
             "from there"
         )
+    check_program(found)
     return str(found)
 
 
@@ -102,11 +105,11 @@ def package_versions(name: str, python: str, packages: Sequence[str]) -> str:
 
 def commit_of(repository: Path) -> str:
     """Commit of a git work tree, ``unknown`` where there is none."""
-    if shutil.which("git") is None:
+    command = ["git", "-C", str(repository), "rev-parse", "HEAD"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    except OSError:  # not installed, or not allowed
         return "unknown"
-    found = subprocess.run(
-        ["git", "-C", str(repository), "rev-parse", "HEAD"], capture_output=True, text=True, check=False, timeout=60
-    )
     return found.stdout.strip() if not found.returncode else "unknown"
 
 

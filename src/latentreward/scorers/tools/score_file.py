@@ -41,9 +41,6 @@ class ScoreFile(ToolScorer):
         """Class, file and column."""
         return f"{type(self).__name__} {self.path} {self.column}"
 
-    def check(self, pictures: Sequence[JudgedPicture]) -> None:
-        """Nothing about prompts stands in its way."""
-
     def score_pictures(self, pictures: Sequence[JudgedPicture], policy: str, work: Path) -> np.ndarray:
         """See :meth:`ToolScorer.score_pictures`."""
         return look_up(self.name, Path(self.path.replace("{policy}", policy)), self.column, pictures)

@@ -1,0 +1,199 @@
+"""What a resumed run takes from its checkpoint, and what from its settings."""
+
+import logging
+import warnings
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from typing import Any, Literal
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from latentreward.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+SAME_SCHEDULE = "give the model.lr_scheduler that it was trained with, or --resume_override=[schedule]"
+SCHEDULE_PROGRESS = ("base_lrs", "last_epoch", "verbose")
+"""What a schedule's state holds beside its settings, under public names."""
+
+
+class ResumedSettings(Callback):
+    """Say in one line each which settings of a resumed run differ from what its checkpoint restores.
+
+    Optimiser settings, schedule and batch size of the checkpoint are in force, whatever is given, unless ``override``
+    names them. Checkpoints written with this callback hold the batch size of the data module; after others, the given
+    one is in force. The command line adds one to every fit.
+
+    Args:
+        override: What to take from the settings: ``lr``, the learning rate; ``schedule``, placed at the restored
+            step; ``batch_size``, with which the epoch goes on at the same number of pairs seen.
+
+    Attributes:
+        in_force: Values of the checkpoint that replaced given ones, by setting, such as ``model.optimizer.lr``.
+
+    Raises:
+        InputError: If a schedule of another class is given than the checkpoint has the state of, or the optimiser had
+            other parameters.
+
+    Example:
+        ``--resume_override=[lr,schedule]`` on the command line; ``Trainer(callbacks=[ResumedSettings(["lr"])])``.
+    """
+
+    def __init__(self, override: Sequence[Literal["lr", "schedule", "batch_size"]] = ()) -> None:
+        self.override = frozenset(override)
+        self.in_force: dict[str, Any] = {}
+        self._groups: list[list[dict[str, Any]]] = []
+        self._schedules: list[dict[str, Any]] = []
+        self._saved_schedules: list[dict[str, Any]] | None = None
+        self._saved_sizes: list[list[int]] = []
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Note the batch size, which no state of Lightning's tells."""
+        if (size := batch_size(trainer)) is not None:
+            checkpoint["batch_size"] = size
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Set the batch size before loaders are made, and keep the schedules' state from Lightning.
+
+        Lightning would load it into a schedule of any class: :meth:`on_train_start` compares first.
+        """
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        self._saved_schedules, checkpoint["lr_schedulers"] = checkpoint.get("lr_schedulers", []), []
+        states = checkpoint.get("optimizer_states", [])
+        self._saved_sizes = [[len(group["params"]) for group in state["param_groups"]] for state in states]
+        given = batch_size(trainer)
+        saved = checkpoint.get("batch_size", given)
+        if given != saved:
+            self._settle(trainer, "data.batch_size", given, saved, "batch_size")
+            if "batch_size" not in self.override:
+                trainer.datamodule.batch_size = saved  # type: ignore[attr-defined]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note what the settings made: Lightning restores optimisers after this hook, under every strategy."""
+        self._groups = [[dict(group) for group in optimizer.param_groups] for optimizer in trainer.optimizers]
+        self._schedules = [deepcopy(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs]
+        sizes = [[len(group["params"]) for group in groups] for groups in self._groups]
+        if self._saved_sizes and self._saved_sizes != sizes:
+            raise InputError("the checkpoint's optimiser has other parameters; tuning and head must be as in training")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compare, now that all is restored, and put the overrides in place."""
+        if self._saved_schedules is None:
+            return
+        self._compare_optimizers(trainer)
+        if "schedule" not in self.override:
+            self._restore_schedules(trainer, self._saved_schedules)
+        if self.override & {"lr", "schedule"}:
+            self._replay(trainer, self._saved_schedules)
+        self._saved_schedules, self._saved_sizes = None, []
+
+    def _settle(self, trainer: Trainer, name: str, given: Any, saved: Any, override: str | None = None) -> None:
+        """Say which of two values of a setting is in force."""
+        if override in self.override:
+            line = (
+                f"{name} is {given} from here on, {saved} in the checkpoint: steps differ from the uninterrupted run's"
+            )
+        else:
+            self.in_force.setdefault(name, saved)
+            remedy = f"; --resume_override=[{override}] takes it" if override else ""
+            line = f"{name} stays {saved} as in the checkpoint, not {given} as given{remedy}"
+        if trainer.is_global_zero:
+            logger.warning("resume: %s", line)
+
+    def _compare_optimizers(self, trainer: Trainer) -> None:
+        """Settle what differs between the groups that the settings made and those restored, each setting once."""
+        seen: set[str] = set()
+        for optimizer, groups in zip(trainer.optimizers, self._groups, strict=True):
+            for restored, given in zip(optimizer.param_groups, groups, strict=True):
+                pairs = {name: (given[name], restored[name]) for name in given.keys() & restored.keys()}
+                pairs["lr"] = base_rate(given), base_rate(restored)
+                for name in sorted(pairs.keys() - {"params", "initial_lr"} - seen):
+                    ours, theirs = map(plain, pairs[name])
+                    if ours != theirs:
+                        seen.add(name)
+                        self._settle(trainer, f"model.optimizer.{name}", ours, theirs, "lr" if name == "lr" else None)
+
+    def _restore_schedules(self, trainer: Trainer, saved: Sequence[Mapping[str, Any]]) -> None:
+        """Do what Lightning was kept from, if the schedules are of one kind.
+
+        Raises:
+            InputError: If they are not, or only the learning rate is to change under a schedule that differs.
+        """
+        theirs, ours = [list(map(schedule_settings, states)) for states in (saved, self._schedules)]
+        if [settings.keys() for settings in theirs] != [settings.keys() for settings in ours]:
+            raise InputError(f"the checkpoint holds the state of another learning rate schedule; {SAME_SCHEDULE}")
+        for config, state, before, given in zip(trainer.lr_scheduler_configs, saved, theirs, ours, strict=True):
+            for name in before:
+                if before[name] != given[name]:
+                    if "lr" in self.override:
+                        raise InputError(
+                            f"resume_override=[lr]: model.lr_scheduler.{name} is {given[name]}, but {before[name]} in "
+                            f"the checkpoint; {SAME_SCHEDULE}"
+                        )
+                    self._settle(trainer, f"model.lr_scheduler.{name}", given[name], before[name], "schedule")
+            config.scheduler.load_state_dict(state)
+
+    def _replay(self, trainer: Trainer, saved: Sequence[Mapping[str, Any]]) -> None:
+        """Take the given schedules from their first step to the restored one, from the rates that are to be in force.
+
+        Stepping is right for every class; many compute a rate from the one before.
+        """
+        for optimizer, groups in zip(trainer.optimizers, self._groups, strict=True):
+            for group, given in zip(optimizer.param_groups, groups, strict=True):
+                base = base_rate(given if "lr" in self.override else group)
+                factor = plain(given["lr"]) / plain(base_rate(given)) if plain(base_rate(given)) else 1.0
+                group["lr"] = base * factor  # as the schedule's constructor left it
+                group.pop("initial_lr", None)
+                if "initial_lr" in given:
+                    group["initial_lr"] = base
+        for number, (config, fresh) in enumerate(zip(trainer.lr_scheduler_configs, self._schedules, strict=True)):
+            config.scheduler.load_state_dict(deepcopy(fresh))
+            set_base_rates(config.scheduler)
+            taken = trainer.global_step if config.interval == "step" else trainer.current_epoch
+            steps = saved[number]["last_epoch"] if number < len(saved) else taken // config.frequency
+            if isinstance(config.scheduler, ReduceLROnPlateau):  # follows a metric: it begins anew
+                continue
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch expects steps of the optimiser in between
+                for _ in range(steps):
+                    config.scheduler.step()
+        if trainer.is_global_zero and "schedule" in self.override:
+            logger.warning("resume: model.lr_scheduler is the given one, placed at step %d", trainer.global_step)
+
+
+def batch_size(trainer: Trainer) -> int | None:
+    """Batch size of the run's data module, if it has one."""
+    return getattr(getattr(trainer, "datamodule", None), "batch_size", None)
+
+
+def base_rate(group: Mapping[str, Any]) -> Any:
+    """Learning rate of an optimiser's group before any schedule."""
+    return group.get("initial_lr", group["lr"])
+
+
+def plain(value: Any) -> Any:
+    """A setting of an optimiser without tensors."""
+    if isinstance(value, Tensor):
+        return value.tolist()
+    return [plain(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+def schedule_settings(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings in a schedule's state by name, those of schedules inside it as ``schedulers.0.NAME``."""
+    settings = {name: value for name, value in state.items() if not name.startswith("_")}
+    for number, inner in enumerate(state.get("_schedulers", ())):
+        settings |= {f"schedulers.{number}.{name}": value for name, value in schedule_settings(inner).items()}
+    if "_milestones" in state:
+        settings["milestones"] = state["_milestones"]
+    return {name: value for name, value in settings.items() if name not in SCHEDULE_PROGRESS}
+
+
+def set_base_rates(scheduler: LRScheduler) -> None:
+    """Have a schedule, and those inside it, start from its optimiser's groups."""
+    scheduler.base_lrs = [base_rate(group) for group in scheduler.optimizer.param_groups]
+    for inner in getattr(scheduler, "_schedulers", ()):
+        set_base_rates(inner)

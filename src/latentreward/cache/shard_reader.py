@@ -1,0 +1,172 @@
+"""Rows of safetensors shards, read from the file straight into the batch they belong to."""
+
+import errno
+import os
+import resource
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentreward.errors import InputError
+from latentreward.storage import safetensors_header
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+MOST_BUFFERS = 512
+"""Of one ``preadv``; Linux takes 1024."""
+REMEDY = "run `latentreward cache --check` on the cache"
+
+
+@dataclass(frozen=True)
+class TensorBlock:
+    """One tensor of a safetensors file: N rows of one shape, one after the other.
+
+    Attributes:
+        dtype: Of its elements.
+        rows: N.
+        shape: Of one row.
+        offset: Bytes from the start of the file to row 0.
+        row_bytes: Bytes of one row.
+    """
+
+    dtype: torch.dtype
+    rows: int
+    shape: tuple[int, ...]
+    offset: int
+    row_bytes: int
+
+
+def read_header(path: Path) -> dict[str, TensorBlock]:
+    """Tensors of a safetensors file by name, from its header alone.
+
+    Raises:
+        InputError: If the file is missing, is no safetensors file, or is shorter or longer than its header says.
+    """
+    try:
+        entries, start, size = safetensors_header.read_header(path)
+        blocks = {name: _block(entry, start) for name, entry in entries.items()}
+        end = max((start + entry["data_offsets"][1] for entry in entries.values()), default=0)
+    except FileNotFoundError as error:
+        raise InputError(f"shard {path} is missing; {REMEDY}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"shard {path} is no safetensors file ({error}); {REMEDY}") from error
+    if end != size:
+        raise InputError(f"shard {path} has {size} bytes, but its header says {end}; {REMEDY}")
+    return blocks
+
+
+def _block(entry: dict[str, Any], start: int) -> TensorBlock:
+    begin, end = entry["data_offsets"]
+    rows, *shape = entry["shape"]
+    if entry["dtype"] not in DTYPES:
+        raise ValueError(f"dtype {entry['dtype']} is none of {', '.join(DTYPES)}")
+    dtype = DTYPES[entry["dtype"]]
+    row_bytes = dtype.itemsize * torch.Size(shape).numel()
+    if rows * row_bytes != end - begin:
+        raise ValueError("its offsets do not fit its shapes")
+    return TensorBlock(dtype, rows, tuple(shape), start + begin, row_bytes)
+
+
+class ShardStore:
+    """Many safetensors files, open as they are needed.
+
+    Headers are read once, at construction. Files are opened at their first read, by each process for itself, and the
+    one unused for longest is closed when there are too many. A store pickles and survives ``fork``: reads say where
+    they begin, so processes share no position.
+
+    Args:
+        paths: Files; a read names them by their number in this list.
+
+    Raises:
+        InputError: If a file is missing or damaged.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = [Path(path) for path in paths]
+        self.blocks = [read_header(path) for path in self.paths]
+        self._most_open = max(8, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
+        self._files: OrderedDict[int, FileIO] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": OrderedDict()}
+
+    def __del__(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close this process's files; the next read opens what it needs."""
+        for file in getattr(self, "_files", {}).values():
+            file.close()
+        self._files = OrderedDict()
+
+    def read(self, name: str, places: Sequence[tuple[int, int]], out: Tensor) -> None:
+        """Read rows of the tensor ``name``.
+
+        Args:
+            name: Tensor in every file that is asked.
+            places: (file, row) for each row of ``out``.
+            out: ``(len(places), *shape)``, contiguous, on the CPU, of the tensor's dtype.
+
+        Raises:
+            InputError: If a file ends early, or shared memory is full.
+        """
+        if not places:
+            return
+        target = memoryview(out.view(torch.uint8).numpy()).cast("B")
+        size = len(target) // len(places)
+        for file, row, positions in _runs(places):
+            block = self.blocks[file][name]
+            views = [target[position * size : (position + 1) * size] for position in positions]
+            if block.row_bytes != size or not _read_into(self._fileno(file), views, block.offset + row * size):
+                raise InputError(f"shard {self.paths[file]} ends before row {row + len(views) - 1}; {REMEDY}")
+
+    def _fileno(self, number: int) -> int:
+        file = self._files.get(number)
+        if file is None:
+            while len(self._files) >= self._most_open:
+                self._files.popitem(last=False)[1].close()
+            file = self._files[number] = FileIO(self.paths[number])
+        self._files.move_to_end(number)
+        return file.fileno()
+
+
+def _runs(places: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, list[int]]]:
+    """(file, first row, positions) of rows that lie one after the other, files and rows ascending."""
+    order = sorted(range(len(places)), key=places.__getitem__)
+    first, run = places[order[0]], [order[0]]
+    for position in order[1:]:
+        file, row = places[position]
+        if file == first[0] and row == first[1] + len(run) and len(run) < MOST_BUFFERS:
+            run.append(position)
+            continue
+        yield *first, run
+        first, run = (file, row), [position]
+    yield *first, run
+
+
+def _read_into(fileno: int, views: Sequence[memoryview], offset: int) -> bool:
+    """Fill ``views`` from ``offset`` on; False if the file ends before that."""
+    try:
+        if os.preadv(fileno, views, offset) == sum(map(len, views)):
+            return True
+        for view in views:  # a call may stop short of what was asked for
+            done = 0
+            while done < len(view):
+                step = os.preadv(fileno, [view[done:]], offset + done)
+                if step == 0:
+                    return False
+                done += step
+            offset += len(view)
+        return True
+    except OSError as error:
+        if error.errno != errno.EFAULT:
+            raise
+        raise InputError(
+            "shared memory for the loader's workers is full; give the container more (docker --shm-size), or set "
+            "data.num_workers: 0"
+        ) from error

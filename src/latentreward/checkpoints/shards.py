@@ -1,0 +1,269 @@
+"""Checkpoints on disk: one file, or a folder to which each process wrote its share (PyTorch's distributed checkpoint).
+
+Either holds the same: a sharded one read whole is the dictionary that the single file holds. Nothing here runs code
+from a checkpoint: tensors and plain values are all that is read.
+"""
+
+# Why our own reader: torch.distributed.checkpoint unpickles its metadata, which can run code.
+import pickle
+import struct
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import checkpoint as distributed_checkpoint
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from latentreward.errors import InputError, first_line
+
+INDEX, REST = ".metadata", "meta.pt"
+"""Files of a sharded checkpoint: where each tensor lies, and what is not sharded."""
+UNREADABLE = (
+    RuntimeError,
+    EOFError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    AssertionError,
+    OverflowError,
+    MemoryError,
+    pickle.UnpicklingError,
+    struct.error,
+)
+"""What PyTorch's readers raise over bytes that are not a checkpoint."""
+_INDEX_CLASSES = ("torch.distributed.checkpoint.", "pathlib.", "collections.")
+_INDEX_NAMES = {("torch", "Size"), ("torch.serialization", "_get_layout")}
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    """Reads the index of shards, which PyTorch pickles, without letting it name anything that could run code."""
+
+    @override
+    def find_class(self, module: str, name: str) -> Any:
+        if f"{module}.".startswith(_INDEX_CLASSES) or module.partition(".")[0] == "torch":  # else it is not imported
+            found = super().find_class(module, name)
+            is_class = isinstance(found, type) and f"{module}.".startswith(_INDEX_CLASSES)
+            if is_class or isinstance(found, torch.dtype) or (module, name) in _INDEX_NAMES:
+                return found
+        raise pickle.UnpicklingError(f"{INDEX} names {module}.{name}")
+
+
+class _ShardReader(FileSystemReader):
+    """Reads shards by an index that :class:`_IndexUnpickler` accepts."""
+
+    @override
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with (Path(self.path) / INDEX).open("rb") as file:
+            return _IndexUnpickler(file).load()
+
+
+class _PlainValues(DefaultLoadPlanner):
+    """Loads values that are no tensors only if they are plain."""
+
+    @override
+    def load_bytes(self, read_item: Any, value: Any) -> None:
+        self.state_dict[read_item.dest_index.fqn] = torch.load(value, weights_only=True)
+
+
+def is_sharded(path: Path) -> bool:
+    """Whether ``path`` is the folder of a sharded checkpoint."""
+    return (path / INDEX).is_file() and (path / REST).is_file()
+
+
+def shard_index(path: Path) -> Metadata:
+    """What the shards in ``path`` hold, by name.
+
+    Raises:
+        InputError: If ``path`` is no such folder, or its index is damaged or could run code.
+    """
+    if not is_sharded(path):
+        raise InputError(f"checkpoint {path} is a folder without {INDEX} and {REST}: no complete sharded checkpoint")
+    try:
+        return _ShardReader(path).read_metadata()
+    except UNREADABLE as error:
+        raise InputError(damaged(path, first_line(error))) from error
+
+
+def read_sharded(path: Path, with_tensors: bool = True) -> dict[str, Any]:
+    """A sharded checkpoint as the dictionary that a single file would hold; needs memory for all of it.
+
+    Args:
+        path: Folder.
+        with_tensors: False reads the plain values alone, to see that they are plain.
+
+    Raises:
+        InputError: If it is incomplete, damaged, or holds more than tensors and plain values.
+    """
+    index = shard_index(path)
+    flat: dict[str, Any] = {}
+    for name, entry in index.state_dict_metadata.items():
+        if not isinstance(entry, TensorStorageMetadata):
+            flat[name] = None
+        elif with_tensors:
+            flat[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
+    try:
+        if flat:
+            planner = _PlainValues(flatten_state_dict=False, flatten_sharded_tensors=False)
+            with warnings.catch_warnings():  # torch remarks that there is one process
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+                distributed_checkpoint.load(flat, storage_reader=_ShardReader(path), planner=planner, no_dist=True)
+        rest = torch.load(path / REST, map_location="cpu" if with_tensors else "meta", weights_only=True, mmap=True)
+    except (*UNREADABLE, OSError, distributed_checkpoint.CheckpointException) as error:
+        raise InputError(damaged(path, first_line(error))) from error
+    nested: dict[str, Any] = {}
+    for name, value in flat.items():
+        *parents, last = index.planner_data[name]
+        place = nested
+        for key in parents:
+            place = place.setdefault(key, {})
+        place[last] = value
+    optimizers = sorted(key for key in nested if key.startswith("optimizer_"))
+    states = [numbered(listed(nested[key])) for key in optimizers] if with_tensors else []
+    return {**rest, "state_dict": nested.get("state_dict", {}), "optimizer_states": states}
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint, sharded or in one file, as a dictionary on the CPU.
+
+    Raises:
+        InputError: If there is none, or it is damaged or could run code.
+    """
+    if path.is_dir():
+        return read_sharded(path)
+    if not path.is_file():
+        raise InputError(f"checkpoint: {path} does not exist")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except UNREADABLE as error:
+        raise InputError(damaged(path, first_line(error))) from error
+
+
+def damaged(path: str | Path, problem: str) -> str:
+    """One line about a checkpoint that cannot be read."""
+    return (
+        f"checkpoint {path} is damaged, or holds more than tensors and plain values and could run code "
+        f"({problem}); give a checkpoint that this program wrote"
+    )
+
+
+def listed(state: Mapping[str, Any]) -> dict[str, Any]:
+    """An optimiser's state whose groups were taken apart by number for the shards, with its list of groups again."""
+    groups = state["param_groups"]
+    if isinstance(groups, Mapping):
+        groups = [groups[number] for number in sorted(groups)]
+    return {"state": state.get("state", {}), "param_groups": groups}
+
+
+def numbered(state: Mapping[str, Any]) -> dict[str, Any]:
+    """An optimiser's state by numbers, as PyTorch's optimisers keep it, from one by parameters' names."""
+    names = [name for group in state["param_groups"] for name in group["params"]]
+    number = {name: index for index, name in enumerate(names)}
+    groups = [{**group, "params": [number[name] for name in group["params"]]} for group in state["param_groups"]]
+    return {"state": {number[name]: entry for name, entry in state["state"].items()}, "param_groups": groups}
+
+
+def named(state: Mapping[str, Any], optimizer: Optimizer, module: nn.Module) -> dict[str, Any]:
+    """The reverse of :func:`numbered`, for the parameters that ``optimizer`` trains in ``module``.
+
+    Raises:
+        InputError: If the state belongs to another number of parameters.
+    """
+    name_of = {parameter: name for name, parameter in module.named_parameters()}
+    names = [[name_of[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
+    if [len(group["params"]) for group in state["param_groups"]] != [len(group) for group in names]:
+        raise InputError("the checkpoint's optimiser has other parameters; tuning and head must be as in training")
+    by_number = {
+        number: name
+        for group, own in zip(state["param_groups"], names, strict=True)
+        for number, name in zip(group["params"], own, strict=True)
+    }
+    groups = [{**group, "params": own} for group, own in zip(state["param_groups"], names, strict=True)]
+    return {"state": {by_number[number]: entry for number, entry in state["state"].items()}, "param_groups": groups}
+
+
+def frozen_names(module: nn.Module) -> set[str]:
+    """Names of state-dict entries that never change: frozen parameters, and buffers of wholly frozen modules.
+
+    Buffers of a module whose attribute ``changes_buffers`` is true do change.
+    """
+    trains = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    homes = {name.rpartition(".")[0] for name in trains}
+    homes |= {name for name, part in module.named_modules() if getattr(part, "changes_buffers", False)}
+    every = module.named_parameters(remove_duplicate=False)  # tied weights have several names in a state dict
+    frozen = {name for name, parameter in every if not parameter.requires_grad}
+    return frozen | {name for name, _ in module.named_buffers() if name.rpartition(".")[0] not in homes}
+
+
+def check_weights(module: nn.Module, found: Mapping[str, Any], strict: bool = False) -> None:
+    """Compare the names and shapes of a checkpoint's weights with a module's.
+
+    Args:
+        module: Module that is to load them.
+        found: Shape of each weight in the checkpoint, by name.
+        strict: Whether frozen weights, too, must be there.
+
+    Raises:
+        InputError: Naming the first weight that is missing, the first that is unknown, and the first of another shape.
+    """
+    own = dict((*module.named_parameters(remove_duplicate=False), *module.named_buffers()))
+    trains = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    missing = (trains | module.state_dict().keys() if strict else trains) - found.keys()
+    unknown = found.keys() - own.keys() - module.state_dict().keys()
+    reshaped = sorted(name for name in found.keys() & own.keys() if tuple(found[name]) != tuple(own[name].shape))
+    problems = [
+        f"{kind} {sorted(names)[0]} ({len(names)} in all)"
+        for kind, names in (("it lacks", missing), ("it has the unknown weight", unknown))
+        if names
+    ]
+    if reshaped:
+        name, theirs, ours = reshaped[0], tuple(found[reshaped[0]]), tuple(own[reshaped[0]].shape)
+        problems.append(f"{name} has shape {theirs}, not {ours} ({len(reshaped)} in all)")
+    if problems:
+        only_frozen = not (unknown or reshaped or missing & trains)
+        remedy = "add TrainableCheckpoint to trainer.callbacks if it holds only weights that train"
+        same = "backbone, tuning and head must be those it was trained with"
+        raise InputError(f"the checkpoint does not fit: {', '.join(problems)}; {remedy if only_frozen else same}")
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """Name of the first tensor that holds a NaN or an infinity, or None; of a sharded tensor, this rank's share.
+
+    Both extremes are finite if and only if all values are. They take one pass over the tensor; ``isfinite`` makes
+    copies (30 times as slow on a CPU), and the sum of finite 16-bit values may overflow.
+    """
+    for name, tensor in tensors.items():
+        values = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+        if not values.is_floating_point() or values.is_meta or not values.numel():
+            continue
+        values = values.float() if values.itemsize == 1 else values  # 8-bit values have no extremes in PyTorch
+        if not torch.stack(torch.aminmax(values)).isfinite().all():
+            return name
+    return None
+
+
+def require_finite(tensors: Mapping[str, Tensor], owner: str) -> None:
+    """Raise InputError if ``owner``, for example a checkpoint's path, holds a tensor that is not finite."""
+    if name := not_finite(tensors):
+        raise InputError(f"{owner}: {name} is not finite; take a checkpoint from before its training went wrong")
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """A detached copy on the CPU of a tensor that may be sharded over ranks: then a collective call."""
+    tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.detach().to("cpu", copy=True)
+
+
+def placed_like(whole: Tensor, like: Tensor) -> Tensor:
+    """A float32 copy of ``whole``, which every rank has, on the device of ``like`` and cut into shards as it is."""
+    whole = whole.to(like.device, torch.float32, copy=True)
+    if not isinstance(like, DTensor) or isinstance(whole, DTensor):
+        return whole
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)

@@ -1,0 +1,146 @@
+"""Files of prompts: one per line, or a column; and sets of them, with groups, for evaluation."""
+
+import csv
+import glob
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from latentreward.data.readers.base import MAX_PROMPT_CHARS
+from latentreward.data.readers.json_rows import short
+from latentreward.errors import InputError, first_line
+
+COLUMNS = ("prompt", "caption", "Prompt")
+"""Names of the column, in the order of preference: ours, Pick-a-Pic's and LPO's, PartiPrompts'."""
+GROUPS = ("tag", "Category")
+"""Columns that tell kinds of prompts apart: GenEval's, PartiPrompts'."""
+FORMATS = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet")
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """One prompt of a set.
+
+    Attributes:
+        prompt: Raw text.
+        group: Kind of prompt, by which results are told apart; empty where there is none.
+        fields: The whole row of the file, as GenEval's own program wants it back.
+    """
+
+    prompt: str
+    group: str = ""
+    fields: Row = field(default_factory=dict)
+
+
+def read_prompts(path: str, setting: str = "data.prompts", max_prompt_chars: int = MAX_PROMPT_CHARS) -> tuple[str, ...]:
+    """Distinct prompts of a file, in its order; blank ones are left aside.
+
+    Args:
+        path: Text with a prompt per line; JSON lines, a JSON list, CSV, TSV or parquet with a column ``prompt`` or
+            ``caption``.
+        setting: Name of the setting, for messages.
+        max_prompt_chars: Characters that a prompt may have.
+
+    Raises:
+        InputError: If there is no such file, it is of no such format or not UTF-8, a prompt is too long, none is left.
+    """
+    return tuple(dict.fromkeys(row.prompt for row in read_prompt_rows(path, setting, max_prompt_chars)))
+
+
+def read_prompt_rows(path: str, setting: str = "prompts", max_prompt_chars: int = MAX_PROMPT_CHARS) -> list[PromptRow]:
+    """All prompts of a file, repeated ones too, with their groups; blank ones are left aside.
+
+    Args:
+        path: As for :func:`read_prompts`. A column ``tag`` (GenEval) or ``Category`` (PartiPrompts) is the group.
+        setting: Name of the setting, for messages.
+        max_prompt_chars: Characters that a prompt may have.
+
+    Raises:
+        InputError: As :func:`read_prompts`.
+    """
+    file, name = Path(path), f"{setting}: {path}"
+    if file.suffix.lower() not in FORMATS:
+        raise InputError(f"{name} is none of {', '.join(FORMATS)}; give a text file with one prompt per line")
+    if not file.is_file():
+        raise InputError(f"{name} does not exist; give a text file with one prompt per line")
+    try:
+        rows = [row for row in _rows(_read(file)) if row.prompt.strip()]
+    except UnicodeDecodeError as error:
+        raise InputError(f"{name} is not UTF-8 (byte {error.start}: {error.reason}); convert it") from error
+    except (ValueError, KeyError, TypeError, csv.Error, RecursionError, pa.ArrowException) as error:
+        raise InputError(
+            f"{name} has no texts in a column 'prompt' or 'caption' ({first_line(error)}); name the column so"
+        ) from error
+    if not rows:
+        raise InputError(f"{name} holds no prompt; write one per line")
+    if long := next((row.prompt for row in rows if len(row.prompt) > max_prompt_chars), None):
+        problem = f"a prompt of {len(long)} characters, more than max_prompt_chars={max_prompt_chars}: {short(long)}"
+        raise InputError(f"{name} holds {problem}; shorten it, or set a higher limit")
+    return rows
+
+
+def read_prompt_set(path: str, setting: str = "prompts", max_prompt_chars: int = MAX_PROMPT_CHARS) -> list[PromptRow]:
+    """Prompts of one file, or of all files that a pattern matches; then each file without groups of its own is a group.
+
+    T2I-CompBench++ is ``examples/dataset/*_val.txt`` with groups ``color``, ``shape``, ...; the benchmark of HPSv2 is
+    ``benchmark/[!d]*.json`` with groups ``anime``, ``concept-art``, ``paintings`` and ``photo``.
+
+    Args:
+        path: File, or a pattern with ``*``, ``?`` or ``[]``; files are taken by name.
+        setting: Name of the setting, for messages.
+        max_prompt_chars: Characters that a prompt may have.
+
+    Raises:
+        InputError: As :func:`read_prompts`; and if the pattern matches nothing.
+    """
+    if Path(path).exists() or not glob.has_magic(path):
+        return read_prompt_rows(path, setting, max_prompt_chars)
+    files = sorted(glob.glob(path))  # noqa: PTH207, an absolute pattern is none for Path.glob
+    if not files:
+        raise InputError(f"{setting}: no file is like {path}; give a file of prompts, or a pattern that matches some")
+    return [
+        PromptRow(row.prompt, row.group or Path(file).stem.removesuffix("_val"), row.fields)
+        for file in files
+        for row in read_prompt_rows(file, setting, max_prompt_chars)
+    ]
+
+
+def _read(file: Path) -> Iterable[str | Row]:
+    suffix = file.suffix.lower()
+    if suffix == ".parquet":
+        return _parquet(file)
+    text = file.read_bytes().decode("utf-8-sig")
+    if suffix == ".txt":
+        return [line.strip() for line in text.split("\n")]
+    if suffix == ".csv":
+        return csv.DictReader(text.splitlines(keepends=True))
+    if suffix == ".tsv":  # PartiPrompts: quotation marks are part of the text
+        return csv.DictReader(text.splitlines(keepends=True), delimiter="\t", quoting=csv.QUOTE_NONE)
+    if suffix == ".json":
+        return json.loads(text)
+    return (json.loads(line) for line in text.split("\n") if line.strip())
+
+
+def _parquet(file: Path) -> Iterator[Row]:
+    names = pq.read_schema(file).names  # Pick-a-Pic's other columns are pictures
+    kept = [name for name in (*COLUMNS, *GROUPS) if name in names]
+    yield from pq.read_table(file, columns=kept).to_pylist() if kept else [{}]
+
+
+def _rows(rows: Iterable[str | Row]) -> Iterator[PromptRow]:
+    for number, row in enumerate(rows, start=1):
+        named: Row = {COLUMNS[0]: row} if isinstance(row, str) else row
+        column = next((name for name in COLUMNS if name in named), COLUMNS[0])
+        text = named[column]
+        if not isinstance(text, str):
+            raise ValueError(f"row {number} holds {type(text).__name__}")
+        text.encode()  # a lone surrogate, which no tokenizer takes, is a UnicodeEncodeError: a ValueError
+        group = next((str(named[name]) for name in GROUPS if named.get(name)), "")
+        yield PromptRow(text, group, {} if isinstance(row, str) else named)

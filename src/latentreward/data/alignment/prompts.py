@@ -1,0 +1,200 @@
+"""Prompts in; batches of prompts, or of what a policy made of them, out."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import Dataset
+
+from latentreward.contracts import PromptBatch
+from latentreward.data.alignment.experience import ExperienceSampler
+from latentreward.data.alignment.prompt_files import read_prompts
+from latentreward.data.datamodules import check_at_least_one
+from latentreward.data.loading import CountedBatches, ResumableLoader, as_is
+from latentreward.data.readers.base import MAX_PROMPT_CHARS
+from latentreward.errors import InputError
+from latentreward.seeding import pair_generator, run_seed
+
+
+class PromptOrder(Dataset[PromptBatch]):
+    """An endless series of prompts: pass after pass over all of them, each in an order of its own.
+
+    Args:
+        prompts: Distinct prompts.
+        seed: Seed of the orders.
+    """
+
+    def __init__(self, prompts: Sequence[str], seed: int) -> None:
+        self.prompts, self.seed = prompts, seed
+        self._orders: dict[int, list[int]] = {}
+
+    def __getitems__(self, places: Sequence[int]) -> PromptBatch:
+        """The prompts at some places of the series."""
+        rows = [(place // len(self.prompts), self._row(place)) for place in places]
+        return PromptBatch(
+            tuple(self.prompts[row] for _, row in rows), tuple(f"{number}/{row}" for number, row in rows)
+        )
+
+    def _row(self, place: int) -> int:
+        number, place = divmod(place, len(self.prompts))
+        if number not in self._orders:
+            order = torch.randperm(len(self.prompts), generator=pair_generator(self.seed, "prompts", number, ""))
+            last = {key: value for key, value in self._orders.items() if key == number - 1}
+            self._orders = {**last, number: order.tolist()}
+        return self._orders[number][place]
+
+
+class PromptSampler(CountedBatches):
+    """A rank's places in the series of prompts, batch by batch: of each step's, every world-size-th.
+
+    A :class:`~latentreward.data.loading.ResumableBatchSampler`, whose state is the number of prompts used.
+
+    Args:
+        settings: See :class:`~latentreward.data.loading.CountedBatches`.
+    """
+
+    def __init__(self, *settings: Any, **named: Any) -> None:
+        super().__init__(*settings, **named)
+        self.used = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Turn to an epoch; another one goes on with the prompts that follow."""
+        if epoch != self.epoch:
+            self.used += self.taken * self.global_batch
+        super().set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        self.taken = 0
+        for number in range(self.remaining()):
+            start, self.taken = self.used + number * self.global_batch, number + 1
+            if self.max_prompts is not None and start + self.global_batch >= self.max_prompts:
+                self.finish()
+            yield list(range(start + self.rank, start + self.global_batch, self.num_replicas))
+
+    def state_dict(self, batches: int) -> dict[str, Any]:
+        """Place in the epoch and prompts used, after ``batches`` batches of an iteration begun now."""
+        return {**super().state_dict(batches), "used": self.used + batches * self.global_batch}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go to that place, whatever the batch and world size it was left with."""
+        super().load_state_dict(state_dict)
+        self.used = state_dict["used"]
+
+
+class PromptLoaders(LightningDataModule):
+    """Training batches for alignment, from prompts.
+
+    A module that makes its own experience (LPO, SPO, GRPO; :class:`~latentreward.data.alignment.experience.Learner`) is
+    asked for rollouts whenever fewer rows are left than an optimiser step takes, and gets batches of their rows. Any
+    other module (ReFL) gets batches of prompts.
+
+    An epoch is a number of batches. Prompts go round in passes, independent of it; every pass has its own order, the
+    same for every world size. Checkpoints hold the place in it, and the rows of rollouts that are not used yet.
+
+    Args:
+        prompts: Distinct prompts to learn from.
+        batch_size: Rows per batch and rank.
+        batches_per_epoch: Batches per rank in an epoch: when checkpoints by epoch and validation come.
+        prompts_per_rollout: Prompts per rollout and rank.
+        passes: End the run once the prompts were used so often and the rows left do for no further step, as papers
+            count; None leaves the end to the trainer.
+        max_empty_rollouts: Rollouts in succession that may keep nothing before the run stops.
+        seed: Seed of orders; None takes the run's ``seed_everything``.
+
+    Raises:
+        InputError: If a number is below 1.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[str],
+        *,
+        batch_size: int = 8,
+        batches_per_epoch: int = 100,
+        prompts_per_rollout: int = 8,
+        passes: int | None = None,
+        max_empty_rollouts: int = 4,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        check_at_least_one(
+            batch_size=batch_size,
+            batches_per_epoch=batches_per_epoch,
+            prompts_per_rollout=prompts_per_rollout,
+            passes=passes,
+            max_empty_rollouts=max_empty_rollouts,
+        )
+        self.prompts = tuple(prompts)
+        self.batch_size, self.batches_per_epoch = batch_size, batches_per_epoch
+        self.prompts_per_rollout, self.passes = prompts_per_rollout, passes
+        self.max_empty_rollouts = max_empty_rollouts
+        self.seed = run_seed(seed)
+
+    def _shares(self) -> dict[str, int]:
+        return (self.trainer.distributed_sampler_kwargs if self.trainer else None) or {"num_replicas": 1, "rank": 0}
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Batches of experience or of prompts; every rank gets equally many rows.
+
+        Raises:
+            InputError: If there are fewer prompts than ranks, or the trainer overfits to some batches.
+        """
+        shares, order = self._shares(), PromptOrder(self.prompts, self.seed)
+        if len(self.prompts) < shares["num_replicas"]:
+            raise InputError(
+                f"data.prompts has {len(self.prompts)} prompts for {shares['num_replicas']} ranks; use fewer devices "
+                "or more prompts"
+            )
+        if getattr(self.trainer, "overfit_batches", 0):
+            raise InputError(
+                "trainer.overfit_batches: rollouts give new batches; give data.prompts a short file instead"
+            )
+        learner = self.trainer.lightning_module if self.trainer else None
+        settings: dict[str, Any] = {
+            "batch_size": self.batch_size,
+            "batches_per_epoch": self.batches_per_epoch,
+            "max_prompts": None if self.passes is None else self.passes * len(self.prompts),
+            "finish": self._stop,
+            **shares,
+        }
+        if not hasattr(learner, "roll_out"):
+            prompts = PromptSampler(**settings)
+            return ResumableLoader(order, prompts, collate_fn=as_is)
+        experience = ExperienceSampler(
+            order,
+            learner,
+            prompts_per_rollout=self.prompts_per_rollout,
+            max_empty_rollouts=self.max_empty_rollouts,
+            accumulated=self._accumulated,
+            seed=self.seed,
+            **settings,
+        )
+        return ResumableLoader(experience.rows, experience, collate_fn=as_is)
+
+    def _accumulated(self) -> int:
+        """Batches per optimiser step, which a scheduler may change between epochs."""
+        return self.trainer.accumulate_grad_batches if self.trainer else 1
+
+    def _stop(self) -> None:
+        """End the run after the present batch."""
+        if self.trainer:
+            self.trainer.should_stop = True
+
+
+class PromptDataModule(PromptLoaders):
+    """Prompts from a file, for alignment; each distinct prompt counts once.
+
+    It is text with one prompt per line, or JSON lines, a JSON list, CSV or parquet with a column ``prompt``.
+
+    Args:
+        prompts: File of prompts to learn from.
+        max_prompt_chars: Characters that a prompt may have; text encoders read some hundred.
+        options: See :class:`PromptLoaders`.
+
+    Raises:
+        InputError: If the file cannot be read or holds no prompt, or a setting is out of range.
+    """
+
+    def __init__(self, prompts: str, max_prompt_chars: int = MAX_PROMPT_CHARS, **options: Any) -> None:
+        super().__init__(read_prompts(prompts, max_prompt_chars=max_prompt_chars), **options)

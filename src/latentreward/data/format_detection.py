@@ -1,0 +1,165 @@
+"""Which reader fits a folder or file, told from names, columns and keys."""
+
+import re
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+
+from latentreward.data import readers
+from latentreward.data.readers import PairReader
+from latentreward.data.readers.folders import CAPTIONS_FILE
+from latentreward.data.readers.parquet_store import ParquetPart, open_part
+from latentreward.errors import InputError, did_you_mean
+
+Splits = dict[str, Callable[..., PairReader]]
+"""Split -> what constructs its reader; takes the reader's further options."""
+
+CACHE_PLAN = "plan.json"
+"""What `latentreward cache` writes, and no data set that is known here."""
+PARQUET_FOLDERS = ("data", "image_generation", ".")
+PART = re.compile(r"(.+?)-\d{5}-of-\d{5}.*\.parquet")
+HEAD = 1 << 16
+EXPECTED = (
+    "Pick-a-Pic parquet or tars, HPDv2, HPDv3, ImageReward, ImageRewardDB, GenAI-Bench, a diffusion-rm cache, "
+    "chosen/ and rejected/, or JSON lines"
+)
+
+
+def recognise(data: str) -> Splits:
+    """Readers of what lies in a folder or file, by split, in the order train, val…, test…, others.
+
+    Args:
+        data: Folder of a data set, or one of its files.
+
+    Raises:
+        InputError: If there is nothing, or nothing known.
+    """
+    path = Path(data)
+    if not path.exists():
+        raise InputError(f"data: no folder or file {data!r}; name a data set of the hub as --reader CLASS with its id")
+    for find in FORMATS:
+        if splits := find(path):
+            return {name: splits[name] for name in sorted(splits, key=_split_order)}
+    if (path / CACHE_PLAN).is_file():
+        raise InputError(
+            f"data: {data} is a cache of latents; verify it with `latentreward cache {data} --check`, and inspect the "
+            "data set it was written from"
+        )
+    raise InputError(f"data: {data} is none of {EXPECTED}; check the folder, or name your class with --reader CLASS")
+
+
+def choose_splits(splits: Splits, names: Iterable[str]) -> Splits:
+    """The named splits in the order of the names.
+
+    Raises:
+        InputError: If there is none of a name.
+    """
+    for name in names:
+        if name not in splits:
+            raise InputError(f"splits: there is no split {name!r}{did_you_mean(name, splits)}")
+    return {name: splits[name] for name in names}
+
+
+def _split_order(name: str) -> tuple[int, str]:
+    order = ("train", "val", "test")
+    return next((n for n, start in enumerate(order) if name.startswith(start)), len(order)), name
+
+
+def _diffusion_rm(path: Path) -> Splits:
+    if path.is_file() and path.suffix == ".parquet" and "latent1" in _columns(path):
+        return {path.stem: partial(readers.DiffusionRMReader, str(path), None, split=path.stem)}
+    parts = sorted(path.glob("part_rank*.parquet"))
+    indices = sorted(path.glob("bucket_index*.csv"))
+    if not parts and not indices:
+        return {}
+    index = indices[0].name if indices else None
+    return {"train": partial(readers.DiffusionRMReader, str(path), index)}
+
+
+def _parquet(path: Path) -> Splits:
+    for folder in PARQUET_FOLDERS:
+        files = sorted((path / folder).glob("*.parquet"))
+        found = {match[1]: file for file in files if (match := PART.fullmatch(file.name))}
+        by_split = {split: _parquet_reader(file) for split, file in found.items()}
+        splits: Splits = {name: partial(reader, str(path), name) for name, reader in by_split.items() if reader}
+        if splits:
+            return splits
+    older = path / "GenAI-Bench.parquet"
+    return {"train": partial(readers.GenAIBenchCMUReader, str(path))} if older.is_file() else {}
+
+
+def _parquet_reader(file: Path) -> Callable[..., PairReader] | None:
+    names = _columns(file)
+    if {"caption", "label_0", "label_1"} <= names:
+        return partial(readers.PickAPicReader, images="read" if {"jpg_0", "jpg_1"} <= names else "none")
+    if {"left_image", "right_image"} <= names:
+        return readers.GenAIBenchReader
+    rated = any(name == "HumanRatings" or name.endswith("_HumanRating") for name in names)
+    return readers.GenAIBenchCMUReader if rated else None
+
+
+def _imagereward_db(path: Path) -> Splits:
+    splits = {file.stem.removeprefix("metadata-") for file in path.glob("metadata-*.parquet")}
+    splits |= {file.parent.name for file in path.glob("images/*/*.zip")}
+    return {split: partial(readers.ImageRewardDBReader, str(path), split) for split in splits}
+
+
+def _json(path: Path) -> Splits:
+    files = [path] if path.is_file() and path.suffix == ".json" else sorted(path.glob("*.json"))
+    inner = path / "data" / "test.json"
+    if _is_imagereward(inner):
+        return {"test": partial(readers.ImageRewardReader, str(path))}
+    splits: Splits = {}
+    for file in files:
+        keys, root = _keys(file), str(file.parent)
+        if {"path1", "path2"} <= keys:
+            splits[file.stem] = partial(readers.HPDv3Reader, root, file.stem)
+        elif {"file_path", "human_preference"} <= keys or {"image_path", "rank"} <= keys:
+            splits[file.stem] = partial(readers.HPDv2Reader, root, file.stem)
+        elif file.name == "test.json" and _is_imagereward(file):
+            splits["test"] = partial(readers.ImageRewardReader, root)
+    return splits
+
+
+def _is_imagereward(file: Path) -> bool:
+    return {"generations", "ranking"} <= _keys(file)
+
+
+def _keys(file: Path) -> set[str]:
+    """What looks like keys of JSON objects in the first bytes of a file."""
+    if not file.is_file():
+        return set()
+    with file.open("rb") as stream:
+        head = stream.read(HEAD).decode("utf-8", "replace")
+    return set(re.findall(r'"(\w+)"\s*:', head))
+
+
+def _tars(path: Path) -> Splits:
+    if path.is_file():
+        return {"train": partial(readers.PickAPicTarReader, str(path))} if path.suffix == ".tar" else {}
+    if any(path.glob("*.tar")):
+        return {"train": partial(readers.PickAPicTarReader, str(path))}
+    splits = {tar.parent.name for tar in path.glob("*/*.tar")}
+    return {split: partial(readers.PickAPicTarReader, str(path), split) for split in splits}
+
+
+def _folders(path: Path) -> Splits:
+    if (path / "chosen").is_dir() and (path / "rejected").is_dir():
+        return {"all": partial(readers.FolderPairReader, str(path))}
+    splits = {folder.parent.name for folder in path.glob("*/chosen") if (folder.parent / "rejected").is_dir()}
+    return {split: partial(readers.FolderPairReader, str(path), split) for split in splits}
+
+
+def _jsonl(path: Path) -> Splits:
+    files = [path] if path.is_file() and path.suffix == ".jsonl" else sorted(path.glob("*.jsonl"))
+    named = {file: _keys(file) for file in files if file.name != CAPTIONS_FILE}
+    pairs = [file for file, keys in named.items() if {"chosen", "rejected"} <= keys or {"image_a", "image_b"} <= keys]
+    return {file.stem: partial(readers.JSONLPairReader, str(file), split=file.stem) for file in pairs}
+
+
+def _columns(file: Path) -> set[str]:
+    with open_part(ParquetPart(file.name, file)) as opened:
+        return set(opened.schema_arrow.names)
+
+
+FORMATS = (_diffusion_rm, _parquet, _imagereward_db, _json, _tars, _folders, _jsonl)

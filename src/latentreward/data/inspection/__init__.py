@@ -1,0 +1,1 @@
+"""Counts over data sets and score tables, as text and as JSON."""

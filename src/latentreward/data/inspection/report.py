@@ -1,0 +1,166 @@
+"""An inspection as text and as JSON."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+from latentreward.data.inspection.counts import ImageCounts, Leakage, SplitCounts
+from latentreward.data.inspection.score_tables import ScoreCounts
+
+MOST_SIZES = 8
+Cells = Mapping[str, Sequence[str]]
+
+
+@dataclass
+class Report:
+    """Everything found in a data set.
+
+    Attributes:
+        data: What was inspected.
+        splits: Counts by split.
+        unread: Splits that no reader could be made for, with the error.
+        leakage: What each two splits share.
+        scores: Counts by split over the score table.
+        scores_note: Why a split has no such counts.
+        decoded: Whether images were decoded, not just their headers read.
+        complete: Whether the inspection went to its end.
+    """
+
+    data: str
+    splits: list[SplitCounts] = field(default_factory=list)
+    unread: dict[str, str] = field(default_factory=dict)
+    leakage: list[Leakage] = field(default_factory=list)
+    scores: dict[str, ScoreCounts] = field(default_factory=dict)
+    scores_note: dict[str, str] = field(default_factory=dict)
+    decoded: bool = False
+    complete: bool = True
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; sizes as ``HEIGHTxWIDTH``."""
+        return _plain(self)
+
+    def to_text(self) -> str:
+        """Tables, one column per split."""
+        sections = [
+            f"{self.data} ({', '.join(dict.fromkeys(split.reader for split in self.splits))})",
+            *(f"split {name} was not read: {problem}" for name, problem in self.unread.items()),
+            self._table("", _overview(self.splits)),
+            self._table("Sizes (height x width, most frequent)", self._by(_most_frequent_sizes)),
+            self._table("Images by aspect bucket (height x width)", self._by(lambda split: _images(split).buckets)),
+            self._table("Rows left out", self._by(lambda split: split.skipped)) or "Rows left out: none",
+            self._table("Rows kept with a remark", self._by(lambda split: split.remarks)),
+            self._unreadable(),
+            _leakage_table(self.leakage),
+            *(_score_tables(name, counts) for name, counts in self.scores.items()),
+            *(f"split {name} has no scores: {note}" for name, note in self.scores_note.items()),
+        ]
+        if not self.complete:
+            sections.append("Interrupted: the counts above are those of the rows looked at so far.")
+        return "\n\n".join(section for section in sections if section)
+
+    def _table(self, title: str, rows: Cells) -> str:
+        return table(title, [split.name for split in self.splits], rows)
+
+    def _by(self, counts_of: Callable[[SplitCounts], Mapping[str, int]]) -> Cells:
+        """A row for each reason that any split has, most frequent first."""
+        found = [counts_of(split) for split in self.splits]
+        reasons = dict.fromkeys(reason for counts in found for reason in counts)
+        ordered = sorted(reasons, key=lambda reason: -sum(counts.get(reason, 0) for counts in found))
+        return {reason: [str(counts.get(reason, 0)) for counts in found] for reason in ordered}
+
+    def _unreadable(self) -> str:
+        if all(split.images is None for split in self.splits):
+            return ""
+        how = "all were decoded" if self.decoded else "by their headers; --decode also finds truncated ones"
+        title = f"Rows with unreadable images ({how})"
+        return self._table(title, self._by(lambda split: _images(split).unreadable_rows)) or f"{title}: none"
+
+
+def _plain(value: Any) -> Any:
+    """Records and mappings as dicts with text keys, sequences as lists."""
+    if is_dataclass(value):
+        return {item.name: _plain(getattr(value, item.name)) for item in fields(value)}
+    if isinstance(value, Mapping):
+        return {key if isinstance(key, str) else "x".join(map(str, key)): _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def table(title: str, columns: Sequence[str], rows: Cells) -> str:
+    """Right-aligned columns under a title; empty without rows."""
+    if not rows:
+        return ""
+    first = max(map(len, rows))
+    widths = [max(len(column), *(len(cells[n]) for cells in rows.values())) for n, column in enumerate(columns)]
+
+    def line(name: str, cells: Iterable[str]) -> str:
+        return "  ".join([f"{name:{first}}", *(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))])
+
+    head = line("", columns)
+    lines = [head.rstrip(), "-" * len(head), *(line(name, cells).rstrip() for name, cells in rows.items())]
+    return "\n".join([title, *lines] if title else lines)
+
+
+def _overview(splits: Sequence[SplitCounts]) -> Cells:
+    rows: dict[str, list[str]] = {"rows": [str(split.rows) for split in splits]}
+    for label in splits[0].labels if splits else ():
+        rows[f"  {label}"] = [_with_share(split.labels[label], split.rows) for split in splits]
+    rows["distinct prompts"] = [str(split.distinct_prompts) for split in splits]
+    for name in next((split.prompt_lengths for split in splits if split.prompt_lengths), ()):
+        rows[f"  characters, {name}"] = [str(split.prompt_lengths.get(name, "-")) for split in splits]
+    rows["rows whose images were looked at"] = [_of_images(split, lambda images: images.rows) for split in splits]
+    rows["distinct images"] = [_of_images(split, lambda images: images.distinct) for split in splits]
+    rows["rows with images of two buckets"] = [_of_images(split, lambda images: images.mixed_rows) for split in splits]
+    return rows
+
+
+def _of_images(split: SplitCounts, count: Callable[[ImageCounts], int]) -> str:
+    return "-" if split.images is None else str(count(split.images))
+
+
+def _with_share(number: int, total: int) -> str:
+    return f"{number} ({100 * number / total:.1f} %)" if total else str(number)
+
+
+def _images(split: SplitCounts) -> ImageCounts:
+    return split.images or ImageCounts()
+
+
+def _most_frequent_sizes(split: SplitCounts) -> dict[str, int]:
+    sizes = _images(split).sizes
+    frequent = {f"{height}x{width}": count for (height, width), count in sizes.most_common(MOST_SIZES)}
+    rest = sizes.total() - sum(frequent.values())
+    return frequent | ({f"{len(sizes) - MOST_SIZES} other sizes": rest} if rest else {})
+
+
+def _leakage_table(leaks: Sequence[Leakage]) -> str:
+    rows = {}
+    for leak in leaks:
+        for what, number in leak.shared.items():
+            cells = [str(number), str(leak.first_rows[what]), str(leak.second_rows[what])]
+            rows[f"{leak.first} and {leak.second}: {what}"] = cells
+    return table("Shared between splits", ["shared", "rows of the first", "rows of the second"], rows)
+
+
+def _score_tables(name: str, counts: ScoreCounts) -> str:
+    scorers = {
+        scorer: [str(found.pairs), _with_share(found.below, found.pairs), str(found.equal), str(found.missing)]
+        for scorer, found in counts.scorers.items()
+    }
+    columns = ["decided pairs", "chosen scores below rejected", "equal", "no score"]
+    strategies = {
+        f"strategy {kept.strategy}, {'>' if kept.comparison == 'code' else '≥'} as in the {kept.comparison}": [
+            _with_share(kept.decided + kept.ties, counts.rows),
+            str(kept.decided),
+            str(kept.ties),
+        ]
+        for kept in counts.strategies
+    }
+    parts = [
+        table(f"Scores of {name}", columns, scorers),
+        table(
+            f"Rows of {name} that table says nothing of", ["rows"], {k: [str(n)] for k, n in counts.problems.items()}
+        ),
+        table(f"Kept of {name} by multi-preference consistent filtering", ["rows", "decided", "ties"], strategies),
+        f"Filter strategies were not tried: {counts.note}" if counts.note else "",
+    ]
+    return "\n\n".join(part for part in parts if part)

@@ -1,0 +1,56 @@
+"""Pairs of images on which scorers disagree most."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from latentreward.evaluation.benchmark.results import Disagreement, ScoredPairs
+
+
+def most_disputed(benchmark: str, scored: Sequence[ScoredPairs], count: int) -> list[Disagreement]:
+    """Pairs on which two scorers are most surely of opposite opinion; of one scorer alone, its surest mistakes.
+
+    Gaps are measured in units of a scorer's root mean square gap. With the gaps g of all scorers a pair tells
+    min(max g, −min g), which is positive where two disagree; one scorer is wrong by its gap towards the image that
+    people did not prefer. Of the pairs of a prompt group one is taken.
+
+    Args:
+        benchmark: Name of the data set.
+        scored: The same pairs through each scorer.
+        count: At most so many pairs.
+    """
+    gaps = np.stack([_unit_gaps(pairs) for pairs in scored])
+    first = scored[0]
+    if len(scored) == 1:
+        tells = -gaps[0] * np.sign(first.labels - 0.5)
+    else:
+        known = np.nan_to_num(gaps, nan=0.0)
+        tells = np.minimum(known.max(axis=0), -known.min(axis=0))
+    tells = np.nan_to_num(tells, nan=0.0)
+    rows: dict[str, int] = {}
+    for row in np.argsort(-tells, kind="stable").tolist():
+        if len(rows) == count or tells[row] <= 0:
+            break
+        rows.setdefault(first.groups[row], row)
+    return [_disagreement(benchmark, scored, gaps, row) for row in rows.values()]
+
+
+def _unit_gaps(pairs: ScoredPairs) -> np.ndarray:
+    gaps = pairs.first - pairs.second
+    typical = np.sqrt(np.mean(np.square(gaps[np.isfinite(gaps)]))) if np.isfinite(gaps).any() else 0.0
+    return gaps / typical if typical > 0 else gaps
+
+
+def _disagreement(benchmark: str, scored: Sequence[ScoredPairs], gaps: np.ndarray, row: int) -> Disagreement:
+    first = scored[0]
+    label = float(first.labels[row])
+    finite = [(number, pairs) for number, pairs in enumerate(scored) if np.isfinite(gaps[number, row])]
+    return Disagreement(
+        benchmark=benchmark,
+        row=row,
+        pair_id=first.pair_ids[row],
+        prompt=first.prompts[row],
+        label=None if np.isnan(label) else label,
+        scores={pairs.scorer: (float(pairs.first[row]), float(pairs.second[row])) for _, pairs in finite},
+        gaps={pairs.scorer: float(gaps[number, row]) for number, pairs in finite},
+    )

@@ -1,0 +1,276 @@
+"""A policy that is judged: sampled from, or by pictures that it made before."""
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from latentreward.contracts import PromptBatch
+from latentreward.data.alignment.prompt_files import PromptRow
+from latentreward.data.readers import count_text
+from latentreward.errors import InputError
+from latentreward.evaluation.policy.imported import FoundPicture, find_pictures, import_pictures
+from latentreward.generation.image_folder import ImageFolder
+from latentreward.generation.picture_writing import Name, decode_latents, write_pictures
+from latentreward.generation.trained_policy import TrainedPolicy, plain
+from latentreward.policies import PolicySource
+from latentreward.policies.checkpoint import read_adapter
+from latentreward.rollout import Sampling, sample_latents
+from latentreward.scorers.tools import JudgedPicture
+from latentreward.scoring.network import name_of
+
+NAME = re.compile(r"[\w .,+=-]{1,60}")
+PER_PROMPT, SHARED = "{}/{}", "{1}"
+"""Names, from place and number, under which the noise of a picture is drawn."""
+
+
+@dataclass
+class JudgedPolicy:
+    """A generator, or a folder of pictures.
+
+    Attributes:
+        name: What reports call it; ``policy``, or ``baseline`` for what it is compared with, by default.
+        pipeline: Diffusers pipeline folder, hub id, or ``sd_tiny`` or ``sd35_tiny``; or all settings of a
+            ``PolicySource``. What the checkpoint notes by default.
+        checkpoint: Checkpoint of an alignment run, whose adapter is put to work.
+        lora: LoRA file or folder to put to work, as ``latentreward export`` writes it.
+        guidance_scale: Classifier-free guidance of this policy; that of the run by default.
+        images: Folder of pictures made before or elsewhere, instead of a generator: with ``images.csv`` (columns
+            ``file`` and ``prompt``) as ``latentreward generate`` writes it, or laid out for GenEval, T2I-CompBench++ or
+            HPSv2.
+        table: Table of ``images``, if it has another name or lies elsewhere: CSV, JSON lines or parquet.
+    """
+
+    name: str | None = None
+    pipeline: PolicySource | str | None = None
+    checkpoint: Path | None = None
+    lora: Path | None = None
+    guidance_scale: float | None = None
+    images: Path | None = None
+    table: Path | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what says too much or too little."""
+        if self.name is not None and not NAME.fullmatch(self.name):
+            raise InputError(f"name of a policy is {self.name!r}; use up to 60 letters, digits, spaces and . , + = - _")
+        if self.guidance_scale is not None and not self.guidance_scale >= 1.0:
+            raise InputError(f"guidance_scale={self.guidance_scale:g} must be at least 1, which is no guidance")
+        made = any(value is not None for value in (self.pipeline, self.checkpoint, self.lora))
+        if self.images is not None and made:
+            raise InputError("images and a generator both say what is judged; give one of them")
+        if self.images is None and self.table is not None:
+            raise InputError("table tells of images; set images to the folder of the pictures")
+        if self.images is None and self.pipeline is None and self.checkpoint is None:
+            raise InputError("there is nothing to judge; set pipeline, checkpoint or images of the policy")
+
+    @cached_property
+    def trained(self) -> TrainedPolicy:
+        """The generator, not yet loaded."""
+        source = self.pipeline
+        if isinstance(source, str):
+            source = PolicySource(source)
+            if self.checkpoint is not None:  # which knows the shape of its adapter
+                source = replace(source, lora=read_adapter(self.checkpoint).source.lora)
+        return TrainedPolicy(source, self.checkpoint, self.lora)
+
+    def found(self) -> list[FoundPicture] | None:
+        """Pictures of the folder, None for a generator."""
+        return None if self.images is None else find_pictures(self.images, self.table)
+
+    def start(self, sampling: Sampling) -> str:
+        """What noise a generator starts from and how it goes on, from its configs; empty for a folder of pictures."""
+        if self.images is not None:
+            return ""
+        pipeline = self.trained.source().pipeline()
+        space, config = pipeline.latent_space(), pipeline.config("unet" if pipeline.has("unet") else "transformer")
+        size = config.get("sample_size")
+        native = size if isinstance(size, list) else (size, size)
+        asked = (sampling.height, sampling.width)
+        sides = [own if side is None else side // space.downscale for side, own in zip(asked, native, strict=True)]
+        return f"{sides[0]} × {sides[1]} latents of {space}, {type(pipeline.noise_process()).__name__}"
+
+    def describe(self) -> str:
+        """In one line; files and folders by their names alone."""
+        if self.images is not None:
+            return f"pictures of {name_of(str(self.images))}"
+        parts = [name_of(str(self.trained.source().source))]
+        parts += [f"checkpoint {name_of(str(self.checkpoint))}"] if self.checkpoint else []
+        parts += [f"LoRA {name_of(str(self.lora))}"] if self.lora else []
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class SamplingPlan:
+    """How generators are sampled from.
+
+    Attributes:
+        sampling: Steps, noise and size.
+        guidance_scale: Of policies that have none of their own.
+        seed: Fixes all noise.
+        shared_noise: Whether the n-th pictures of all prompts start from the same noise.
+        batch_size: Pictures sampled at once.
+        device: Where.
+    """
+
+    sampling: Sampling
+    guidance_scale: float
+    seed: int
+    shared_noise: bool
+    batch_size: int
+    device: torch.device
+
+    def guidance_of(self, policy: JudgedPolicy) -> float:
+        """Guidance scale of a policy."""
+        return self.guidance_scale if policy.guidance_scale is None else policy.guidance_scale
+
+
+class SampledPictures:
+    """Pictures of a generator in a folder, where those of an earlier run are kept.
+
+    Args:
+        policy: The generator.
+        plan: How it is sampled from.
+        rows: The set of prompts.
+        wanted: Places and numbers of pictures.
+        folder: Where they go.
+
+    Raises:
+        InputError: If the folder holds pictures made otherwise.
+    """
+
+    def __init__(
+        self, policy: JudgedPolicy, plan: SamplingPlan, rows: Sequence[PromptRow], wanted: Sequence[Name], folder: Path
+    ) -> None:
+        self._trained, self._plan, self._rows, self._wanted = policy.trained, plan, rows, wanted
+        self._guidance = plan.guidance_of(policy)
+        settings: dict[str, Any] = {"sampling": plan.sampling, "guidance_scale": self._guidance, "seed": plan.seed}
+        settings |= {"shared_noise": plan.shared_noise}
+        self._folder = ImageFolder(folder, self._trained.identity() | plain(settings), "csv")
+        self.missing = [name for name in wanted if not self._folder.has(*name, rows[name[0]].prompt)]
+
+    def make(self) -> None:
+        """Sample what is missing."""
+        if not self.missing:
+            return
+        plan = self._plan
+        generator = self._trained.load(plan.device)
+        how: dict[str, Any] = {"guidance_scale": self._guidance, "seed": plan.seed}
+
+        def draw(prompts: PromptBatch) -> tuple[torch.Tensor, None]:
+            return sample_latents(generator, prompts, plan.sampling, **how), None
+
+        write_pictures(
+            self._folder,
+            [row.prompt for row in self._rows],
+            self.missing,
+            draw,
+            partial(decode_latents, generator),
+            plan.seed,
+            plan.batch_size,
+            (SHARED if plan.shared_noise else PER_PROMPT).format,
+        )
+
+    def pictures(self) -> dict[Name, JudgedPicture]:
+        """All of them, by place and number."""
+        files = {name: str(self._folder.rows[name]["file"]) for name in self._wanted}
+        return {
+            (place, image): _judged(place, image, file, self._folder.folder / file, self._rows[place])
+            for (place, image), file in files.items()
+        }
+
+
+class FolderPictures:
+    """Pictures that were made before or elsewhere.
+
+    Args:
+        policy: With its folder.
+        found: What the folder holds.
+        rows: The set of prompts.
+        wanted: Places and numbers of pictures.
+    """
+
+    def __init__(
+        self, policy: JudgedPolicy, found: Sequence[FoundPicture], rows: Sequence[PromptRow], wanted: Sequence[Name]
+    ) -> None:
+        assert policy.images is not None
+        self.missing: list[Name] = []
+        self.folder, self.imported = policy.images, import_pictures(policy.images, found, rows, wanted)
+
+    def make(self) -> None:
+        """They are there."""
+
+    def pictures(self) -> dict[Name, JudgedPicture]:
+        """Those that are wanted and can be read, by place and number."""
+        return self.imported.pictures
+
+
+Source = SampledPictures | FolderPictures
+
+
+def make_source(
+    policy: JudgedPolicy,
+    found: Sequence[FoundPicture] | None,
+    plan: SamplingPlan,
+    rows: Sequence[PromptRow],
+    wanted: Sequence[Name],
+    folder: Path,
+) -> Source:
+    """Where a policy's pictures come from; those of a generator go to ``folder``."""
+    if found is None:
+        return SampledPictures(policy, plan, rows, wanted, folder)
+    return FolderPictures(policy, found, rows, wanted)
+
+
+def complete_or_refuse(
+    sources: Mapping[str, Source], wanted: Sequence[Name], missing: Literal["refuse", "leave_out"]
+) -> list[str]:
+    """What is not as it should be with pictures from folders, a line for each.
+
+    Raises:
+        InputError: If pictures are missing, and that is to be refused, or no prompt would be left.
+    """
+    notes, left = [], set(wanted)
+    for name, source in sources.items():
+        if isinstance(source, FolderPictures):
+            notes += _folder_notes(name, source, len(wanted))
+            lacking = [place for place in wanted if place not in source.imported.pictures]
+            if lacking and missing == "refuse":
+                place, image = lacking[0]
+                raise InputError(
+                    f"images: {source.folder} lacks {len(lacking)} of {len(wanted)} pictures, first number {image} of "
+                    f"prompt {place}{_because(source)}; complete it, or set images_per_prompt or missing=leave_out"
+                )
+            left -= set(lacking)
+    if not left:
+        raise InputError("no picture is left of which all policies have one; compare folders for the same prompts")
+    return notes
+
+
+def _because(source: FolderPictures) -> str:
+    counts = Counter(source.imported.problems)
+    return f" ({count_text(counts)})" if counts else ""
+
+
+def _folder_notes(name: str, source: FolderPictures, wanted: int) -> list[str]:
+    imported, notes = source.imported, []
+    if lacking := wanted - len(imported.pictures):
+        notes.append(
+            f"{name} lacks {lacking} of {wanted} pictures{_because(source)}; they are left out for all policies."
+        )
+    if imported.left_aside:
+        notes.append(f"{name} has {imported.left_aside} pictures besides, of other prompts or numbers.")
+    return notes
+
+
+def planned(rows: Sequence[PromptRow], wanted: Sequence[Name]) -> list[JudgedPicture]:
+    """Pictures as they will be, with no files yet, for scorers to look at their prompts."""
+    return [_judged(place, image, "", Path(), rows[place]) for place, image in wanted]
+
+
+def _judged(place: int, image: int, file: str, path: Path, row: PromptRow) -> JudgedPicture:
+    return JudgedPicture(place, image, file, path, row.prompt, row.group, dict(row.fields))

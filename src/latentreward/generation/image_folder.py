@@ -1,0 +1,150 @@
+"""A folder of generated pictures with a table of what they are."""
+
+import csv
+import io
+import json
+import math
+import re
+import unicodedata
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+
+from latentreward.errors import InputError
+from latentreward.interrupts import interrupts_held
+from latentreward.reports.drawing import PLAIN, draw_pair, tile, to_image
+from latentreward.storage.durable import contents, write_file
+
+SETTINGS = "generate.json"
+COLUMNS = ("file", "prompt", "place", "image", "seed", "score", "mean_score")
+GRID_CELLS = 48
+GRID_SIDE = 256
+"""Longest side of a picture in the grid, in pixels."""
+
+Row = dict[str, Any]
+
+
+def file_name(place: int, image: int, prompt: str) -> str:
+    """A name that every file system takes: place, picture, and what of the prompt is plain letters and digits."""
+    ascii_only = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode().lower()
+    words = re.sub(r"[^a-z0-9]+", "-", ascii_only).strip("-")[:60].rstrip("-")
+    return "_".join([f"{place:05d}", str(image), *([words] if words else [])]) + ".png"
+
+
+class ImageFolder:
+    """Pictures with a table of what they are; every file is written whole or not at all.
+
+    Args:
+        folder: Made if it is not there.
+        settings: What the pictures depend on besides prompts, in plain values.
+        table: Format of the table.
+
+    Raises:
+        InputError: If the folder holds other files, or pictures of other settings.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any], table: Literal["csv", "jsonl"]) -> None:
+        self.folder, self.table = folder, folder / f"images.{table}"
+        self.rows: dict[tuple[int, int], Row] = {}
+        if (folder / SETTINGS).is_file():
+            try:
+                found = json.loads((folder / SETTINGS).read_text())
+                self.rows = {(int(row["place"]), int(row["image"])): row for row in self._read_rows()}
+            except (ValueError, KeyError) as error:
+                raise InputError(f"output_dir: {folder} holds a damaged {SETTINGS} or table; choose another") from error
+            changed = [name for name in {**found, **settings} if found.get(name) != settings.get(name)]
+            if changed and self.rows:
+                raise InputError(
+                    f"output_dir: {folder} holds pictures made with another {', '.join(changed)}; choose another folder"
+                )
+        elif folder.exists() and (not folder.is_dir() or contents(folder)):
+            raise InputError(f"output_dir: {folder} holds other files; choose an empty folder")
+        self._write(SETTINGS, json.dumps(settings, indent=1, ensure_ascii=False).encode())
+
+    def has(self, place: int, image: int, prompt: str) -> bool:
+        """Whether the picture is there, of that prompt.
+
+        Raises:
+            InputError: If it is of another prompt.
+        """
+        row = self.rows.get((place, image))
+        if row is None or not (self.folder / row["file"]).is_file():
+            return False
+        if row["prompt"] != prompt:
+            raise InputError(
+                f"output_dir: {self.folder / row['file']} shows {row['prompt']!r}, not {prompt!r}, which is there now; "
+                "choose another folder"
+            )
+        return True
+
+    @interrupts_held()
+    def add(
+        self,
+        names: Sequence[tuple[int, int]],
+        prompts: Sequence[str],
+        pixels: torch.Tensor,
+        scores: torch.Tensor | None,
+        seed: int,
+    ) -> None:
+        """Write pictures and the table.
+
+        Args:
+            names: B places of prompts and numbers of pictures.
+            prompts: B prompts.
+            pixels: ``(B, 3, H, W)`` in [-1, 1].
+            scores: ``(N, B)`` of the samples of which these are the best.
+            seed: Seed of the run.
+        """
+        for column, ((place, image), prompt) in enumerate(zip(names, prompts, strict=True)):
+            name = file_name(place, image, prompt)
+            content = io.BytesIO()
+            to_image(pixels[column], max(pixels.shape[-2:])).save(content, "png")
+            self._write(name, content.getvalue())
+            row: Row = {"file": name, "prompt": prompt, "place": place, "image": image, "seed": seed}
+            if scores is not None:
+                row |= {"score": scores[:, column].max().item(), "mean_score": scores[:, column].mean().item()}
+            self.rows[place, image] = row
+        self._write(self.table.name, "".join(self._lines()).encode())
+
+    def write_grid(self, names: Sequence[tuple[int, int]]) -> None:
+        """Write ``grid.png`` of the first pictures."""
+        cells = []
+        for row in [self.rows[name] for name in names[:GRID_CELLS]]:
+            picture = Image.open(self.folder / row["file"])
+            picture.thumbnail((GRID_SIDE, GRID_SIDE))
+            score = row.get("score")
+            cells.append(
+                draw_pair([picture], [f"{float(score):.3f}" if score not in (None, "") else ""], row["prompt"], PLAIN)
+            )
+        content = io.BytesIO()
+        tile(cells, math.ceil(math.sqrt(len(cells)))).save(content, "png")
+        self._write("grid.png", content.getvalue())
+
+    def summary(self, names: Sequence[tuple[int, int]]) -> str:
+        """One line on what is there."""
+        scores = [float(self.rows[name]["score"]) for name in names if self.rows[name].get("score") not in (None, "")]
+        mean = f"; mean score {sum(scores) / len(scores):.4f}" if scores else ""
+        return f"{self.folder}: {len(names)} pictures{mean}"
+
+    def _read_rows(self) -> Iterator[Row]:
+        if not self.table.is_file():
+            return
+        with self.table.open(encoding="utf-8", newline="") as file:
+            yield from csv.DictReader(file) if self.table.suffix == ".csv" else map(json.loads, file)
+
+    def _lines(self) -> Iterator[str]:
+        rows = [self.rows[name] for name in sorted(self.rows)]
+        if self.table.suffix == ".jsonl":
+            yield from (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            return
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+        yield text.getvalue()
+
+    def _write(self, name: str, content: bytes) -> None:
+        write_file(self.folder / name, content, "pictures written before are kept: free some space and run it again")

@@ -1,0 +1,154 @@
+"""Step-wise search inside a diffusers pipeline: several next states at each step, of which the best goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from latentreward.contracts import Conditioning, NoisyStates
+from latentreward.errors import InputError
+from latentreward.generation.ancestral import Levels, levels_of
+from latentreward.generation.search import Candidates
+from latentreward.policies import DiTPolicy, Policy
+from latentreward.rewards import Reward
+from latentreward.seeding import pair_generator
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+class StepSearch:
+    """Keeps the best of K candidates at each step within a window of timesteps; a ``callback_on_step_end``.
+
+    The pipeline's scheduler takes deterministic steps. Within the window the callback goes back to the prediction
+    behind a step and draws K candidates from the stochastic step with the same marginals
+    (:meth:`~latentreward.generation.ancestral.Levels.ancestral`), scores them, and hands the best one to the pipeline.
+    It thus samples what the pipeline samples, with noise only where a reward chooses among its outcomes. ::
+
+        policy = policy_of(pipeline)
+        reward = LatentReward("reward.ckpt").load(policy)
+        search = StepSearch(policy, reward, prompts, num_candidates=8)
+        images = pipeline(prompts, **search.pipeline_arguments()).images
+
+    Args:
+        policy: The pipeline as :func:`~latentreward.generation.policy_of` sees it.
+        reward: Scores candidates.
+        prompts: One prompt per image.
+        eta: Share of each step's freedom that is drawn anew: 1 is the posterior of the forward process.
+        seed: Fixes all draws; those for an image depend on its place and prompt alone.
+        options: See :class:`~latentreward.generation.search.Candidates`.
+
+    Attributes:
+        scores: One ``(K, B)`` tensor per searched step of the last run, on the CPU.
+
+    Note:
+        A step to a clean state, the last one, has no candidates. The first one is searched only if its initial
+        state is known, so pass :meth:`pipeline_arguments`. A reward that asks for clean latents costs one more (guided)
+        evaluation of the network per candidate. Leave the pipeline's own ``eta`` at 0.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        reward: Reward,
+        prompts: Sequence[str],
+        eta: float = 1.0,
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
+        if not 0 < eta <= 1:
+            raise InputError(f"eta={eta:g} must lie in (0, 1]; at 0 all candidates are the same")
+        self.policy, self.reward, self.prompts = policy, reward, tuple(prompts)
+        self.candidates, self.eta, self.seed = Candidates(**options), eta, seed
+        self.scores: list[Tensor] = []
+        with torch.no_grad():
+            self._encoded = reward.encode_prompts(self.prompts)
+        self._initial: Tensor | None = None
+        self._latents: Tensor | None = None
+
+    @property
+    def tensor_inputs(self) -> list[str]:
+        """What the pipeline must hand to the callback (``callback_on_step_end_tensor_inputs``)."""
+        if not self.reward.needs_clean:
+            return ["latents"]
+        if isinstance(self.policy, DiTPolicy):
+            return ["latents", "prompt_embeds", "pooled_prompt_embeds"]
+        pooled = self.policy.network.config.addition_embed_type == "text_time"
+        return ["latents", "prompt_embeds", *(["add_text_embeds"] if pooled else [])]
+
+    def pipeline_arguments(self, height: int | None = None, width: int | None = None) -> dict[str, Any]:
+        """Arguments of the pipeline's call besides the prompts: this callback, and initial latents that it knows.
+
+        Args:
+            height: Pixels; None takes the network's native size.
+            width: Likewise.
+        """
+        shape = self.policy.latent_shape(height, width)
+        self._initial = torch.stack(
+            [self._noise("initial", place, (1, *shape))[0] for place in range(len(self.prompts))]
+        )
+        return {
+            "latents": self._initial.clone(),
+            "height": shape[1] * self.policy.latent_space.downscale,
+            "width": shape[2] * self.policy.latent_space.downscale,
+            "callback_on_step_end": self,
+            "callback_on_step_end_tensor_inputs": self.tensor_inputs,
+        }
+
+    @torch.no_grad()
+    def __call__(
+        self, pipeline: DiffusionPipeline, step_index: int, timestep: Tensor, callback_kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Replace ``callback_kwargs["latents"]``, the states after a step, by the best candidates."""
+        latents = callback_kwargs["latents"]
+        if len(latents) != len(self.prompts):
+            raise InputError(
+                f"the pipeline makes {len(latents)} images, but the search got {len(self.prompts)} prompts"
+            )
+        if step_index == 0:
+            self.scores = []
+            scale = float(getattr(pipeline.scheduler, "init_noise_sigma", 1.0))
+            self._latents = None if self._initial is None else self._initial.to(latents.device) * scale
+            self._initial = None
+        levels = levels_of(pipeline.scheduler, float(timestep))
+        inside = self.candidates.low <= levels.timestep <= self.candidates.high and levels.next_noise > 0
+        if inside and self._latents is not None:
+            latents = self._search(pipeline, levels, latents, callback_kwargs)
+        self._latents = latents
+        return {"latents": latents}
+
+    def _search(self, pipeline: DiffusionPipeline, levels: Levels, latents: Tensor, inputs: dict[str, Any]) -> Tensor:
+        assert self._latents is not None
+        step = levels.ancestral(self._latents, latents, self.eta)
+        count, shape = self.candidates.num_candidates, latents.shape[1:]
+        drawn = [self._noise(f"{levels.timestep:g}", place, (count, *shape)) for place in range(len(latents))]
+        candidates = step.sample(torch.stack(drawn, dim=1).to(latents.device)).to(latents.dtype)
+        states = (candidates.float() * levels.next_scale).flatten(0, 1)
+        clean = self._clean(pipeline, levels, states, inputs) if self.reward.needs_clean else None
+        timestep = levels.timestep if self.candidates.score_at == "step" else levels.next_timestep
+        rows = torch.arange(len(latents), device=latents.device).repeat(count)
+        timesteps = torch.full((len(states),), timestep, device=latents.device)
+        scores = self.reward(NoisyStates(states, timesteps, rows, clean), self._encoded).view(count, -1)
+        self.scores.append(scores.cpu())
+        return candidates[scores.argmax(dim=0), torch.arange(len(latents), device=latents.device)]
+
+    def _clean(self, pipeline: DiffusionPipeline, levels: Levels, states: Tensor, inputs: dict[str, Any]) -> Tensor:
+        tokens = inputs["prompt_embeds"]
+        pooled = inputs.get("add_text_embeds", inputs.get("pooled_prompt_embeds", tokens[:, 0]))
+        guided = pipeline.do_classifier_free_guidance
+        rows = torch.arange(len(tokens), device=tokens.device).view(1 + guided, 1, -1)  # the empty prompts come first
+        prompts = Conditioning(tokens, pooled).select(rows.expand(-1, self.candidates.num_candidates, -1).flatten())
+        timesteps = torch.full((len(prompts.prompt_embeds),), levels.next_timestep, device=states.device)
+        output = self.policy.predict(torch.cat([states] * (1 + guided)), timesteps, prompts)
+        if guided:
+            without, with_prompt = output.chunk(2)
+            output = without + pipeline.guidance_scale * (with_prompt - without)
+        kind = pipeline.scheduler.config.get("prediction_type", "flow")
+        return levels.clean(states, output, kind)
+
+    def _noise(self, purpose: str, place: int, shape: Sequence[int]) -> Tensor:
+        name = f"{place}/{self.prompts[place]}"
+        return torch.randn(tuple(shape), generator=pair_generator(self.seed, f"step_search/{purpose}", 0, name))

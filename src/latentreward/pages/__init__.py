@@ -1,6 +1,0 @@
-"""Pages to look at: one HTML file each, with everything in it and nothing fetched."""
-
-from latentreward.pages.page import render_page, write_page
-from latentreward.pages.pictures import figure_uri, picture_uri
-
-__all__ = ["figure_uri", "picture_uri", "render_page", "write_page"]

@@ -1,0 +1,49 @@
+"""Pairs of pictures with captions, drawn into one picture."""
+
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+RIGHT, WRONG, PLAIN = "#2e9e5b", "#d1495b", "#9aa0a6"
+"""Colours of frames."""
+MARGIN = 8
+"""Pixels between images."""
+
+
+def to_image(pixels: Tensor, size: int) -> Image.Image:
+    """``(3, H, W)`` in [-1, 1] as a picture whose longer side is ``size``."""
+    array = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
+    image = Image.fromarray(array)
+    scale = size / max(image.size)
+    return image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
+
+
+def draw_pair(images: Sequence[Image.Image], captions: Sequence[str], prompt: str, colour: str) -> Image.Image:
+    """One cell: the prompt, images side by side with a caption below each, and a frame of ``colour``."""
+    font = ImageFont.load_default(11)
+    width = sum(image.width for image in images) + (len(images) + 1) * MARGIN
+    height = max(image.height for image in images) + 52 + MARGIN
+    cell = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(cell)
+    text = " ".join(prompt.split())
+    while draw.textlength(text, font) > width - 2 * MARGIN:
+        text = text.rstrip("…")[:-1] + "…"
+    draw.text((MARGIN, 6), text, fill="black", font=font)
+    left = MARGIN
+    for image, caption in zip(images, captions, strict=True):
+        cell.paste(image, (left, 26))
+        draw.text((left, height - 24), caption, fill="black", font=font)
+        left += image.width + MARGIN
+    draw.rectangle((1, 1, width - 2, height - 2), outline=colour, width=3)
+    return cell
+
+
+def tile(cells: list[Image.Image], columns: int) -> Image.Image:
+    """Cells row by row on white."""
+    width, height = (max(getattr(cell, side) for cell in cells) + MARGIN for side in ("width", "height"))
+    columns = min(columns, len(cells))
+    picture = Image.new("RGB", (width * columns, height * -(-len(cells) // columns)), "white")
+    for index, cell in enumerate(cells):
+        picture.paste(cell, (width * (index % columns), height * (index // columns)))
+    return picture

@@ -1,0 +1,226 @@
+"""Scoring, batch by batch: prompts and latents in, scores under one or several settings of noise out."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence, Sized
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from latentreward.backbones.base import rows_of
+from latentreward.contracts import Conditioning
+from latentreward.errors import InputError
+from latentreward.scoring.images import Images, check_sides, content_key, even_parts, pixel_batches
+from latentreward.scoring.network import RewardNetwork
+from latentreward.scoring.scoring_noise import ScoringNoise, draw_noise, timesteps_of
+
+ROWS = 4
+"""Rows of a CPU's even passes; numbers of features are multiples of 8, vectors at most 32 wide."""
+PROMPTS_KEPT = 32
+"""Encoded prompts that are kept for batches to come; one of SD3's takes 5 MB."""
+
+
+@dataclass(frozen=True)
+class EncodedBatch:
+    """Images and prompts as a reward model's network takes them.
+
+    Attributes:
+        latents: ``(B, C, ...)`` clean and scaled.
+        prompts: B prompts, by which noise is drawn.
+        conditioning: B rows.
+        uncond: The empty prompt, one row, if the head asks for it.
+        image_keys: Names of the images' contents, where noise is drawn by them.
+        draws: ``(B, C, ...)`` noise for all levels, instead of drawn noise.
+    """
+
+    latents: Tensor
+    prompts: Sequence[str]
+    conditioning: Conditioning
+    uncond: Conditioning | None
+    image_keys: Sequence[str] | None = None
+    draws: Tensor | None = None
+
+
+class PromptMemory:
+    """Encodes prompts one at a time, so that none depends on its company, and keeps the last ones.
+
+    Args:
+        model: Whose text encoder it is.
+        capacity: Prompts kept.
+    """
+
+    def __init__(self, model: RewardNetwork, capacity: int) -> None:
+        self._model, self._capacity = model, capacity
+        self._kept: OrderedDict[str, Conditioning] = OrderedDict()
+        self._uncond: Conditioning | None = None
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """One row per prompt."""
+        rows = {prompt: self._encoded(prompt) for prompt in dict.fromkeys(prompts)}
+        return Conditioning(
+            torch.cat([rows[prompt].prompt_embeds for prompt in prompts]),
+            torch.cat([rows[prompt].pooled_prompt_embeds for prompt in prompts]),
+        )
+
+    @property
+    def uncond(self) -> Conditioning | None:
+        """The empty prompt, one row, if the head asks for it."""
+        if self._uncond is None and self._model.head.needs_uncond:
+            self._uncond = self._model.backbone.encode_prompts([""])
+        return self._uncond
+
+    def _encoded(self, prompt: str) -> Conditioning:
+        if prompt in self._kept:
+            self._kept.move_to_end(prompt)
+            return self._kept[prompt]
+        encoded = self._kept[prompt] = self._model.backbone.encode_prompts([prompt])
+        if len(self._kept) > self._capacity:
+            self._kept.popitem(last=False)
+        return encoded
+
+
+def score_images(
+    model: RewardNetwork, prompts: Sequence[str], images: Images, levels: Sequence[ScoringNoise], batch_size: int
+) -> Tensor:
+    """Scores ``(N, K)``, or ``(N, K, out_dim)``, at least float32 on the CPU; see :meth:`RewardModel.score_levels`."""
+    for noise in levels:  # a level that is out of range shows before anything is decoded
+        timesteps_of(noise, model.backbone.noise_process)
+    memory = PromptMemory(model, max(batch_size, PROMPTS_KEPT))
+    by_content = any(noise.noise_key == "image" for noise in levels)
+    rows: list[int] = []
+    scores: list[Tensor] = []
+    for batch in pixel_batches(images, model.image_sizes, batch_size, even_step(model)):
+        check_sides(batch.pixels, model.backbone.side_multiple)
+        of_batch = [prompts[row] for row in batch.rows]
+        wanted = torch.is_grad_enabled() and batch.pixels.requires_grad
+        with torch.set_grad_enabled(wanted):
+            encoded = EncodedBatch(
+                model.encode_images(batch.pixels.to(model.device), differentiable=wanted),
+                of_batch,
+                memory.encode(of_batch),
+                memory.uncond,
+                [content_key(pixels) for pixels in batch.pixels] if by_content else None,
+            )
+            scored = torch.stack([score_encoded(model, encoded, noise) for noise in levels], dim=1).cpu()
+        check_finite(scored, of_batch, batch.rows)
+        rows += batch.rows
+        scores.append(scored)
+    if not scores:
+        return torch.zeros(0, len(levels))
+    place = torch.tensor(rows).argsort()
+    return torch.cat(scores)[place]
+
+
+def score_given_latents(
+    model: RewardNetwork,
+    prompts: Sequence[str],
+    latents: Tensor,
+    noise: ScoringNoise,
+    draws: Tensor | None,
+    conditioning: tuple[Conditioning, Conditioning | None] | None,
+    batch_size: int,
+) -> Tensor:
+    """Scores ``(N,)`` or ``(N, out_dim)``, at least float32; see :meth:`RewardModel.score_latents`."""
+    memory, scores = PromptMemory(model, max(batch_size, PROMPTS_KEPT)), []
+    with torch.set_grad_enabled(torch.is_grad_enabled() and latents.requires_grad):
+        for part in even_parts(len(latents), batch_size, even_step(model)):
+            rows = range(part.start, part.stop)
+            of_batch = prompts[part]
+            if conditioning is None:
+                encoded, uncond = memory.encode(of_batch), memory.uncond
+            else:
+                encoded = conditioning[0].select(rows).to(model.device)
+                uncond = memory.uncond if conditioning[1] is None else conditioning[1].to(model.device)
+            of_rows = None if draws is None else draws[part]
+            moved = latents[part].to(model.device, torch.promote_types(latents.dtype, torch.float32))
+            scored = score_encoded(model, EncodedBatch(moved, of_batch, encoded, uncond, draws=of_rows), noise)
+            check_finite(scored, of_batch, rows)
+            scores.append(scored)
+    return torch.cat(scores) if scores else latents.new_zeros(0)
+
+
+def score_encoded(model: RewardNetwork, batch: EncodedBatch, noise: ScoringNoise) -> Tensor:
+    """Scores ``(B,)``, or ``(B, out_dim)``, at least float32: the mean over the seeds.
+
+    Raises:
+        InputError: If a level lies outside the model's noise process.
+    """
+    process = model.backbone.noise_process
+    timesteps = timesteps_of(noise, process)
+    if batch.draws is not None:
+        return _score_draw(model, batch, timesteps, [batch.draws] * len(timesteps))
+    keys = None
+    if noise.noise_key == "image":
+        keys = batch.image_keys or [content_key(latents) for latents in batch.latents]
+    scores = []
+    for seed in noise.seeds:
+        draws = [
+            draw_noise(batch.prompts, keys, seed, sigma, batch.latents.shape[1:])
+            for sigma in process.sigma(timesteps).tolist()
+        ]
+        scores.append(_score_draw(model, batch, timesteps, draws))
+    return torch.stack(scores).mean(dim=0)
+
+
+def _score_draw(model: RewardNetwork, batch: EncodedBatch, timesteps: Tensor, draws: Sequence[Tensor]) -> Tensor:
+    """One score from one draw per level; features reach the head in float32."""
+    process, levels = model.backbone.noise_process, []
+    for timestep, draw in zip(timesteps.to(batch.latents.device), draws, strict=True):
+        repeated = timestep.repeat(len(batch.latents))
+        noisy = process.add_noise(batch.latents, draw.to(batch.latents), repeated)
+        features = model.read(noisy, repeated, batch.conditioning, batch.uncond)
+        levels.append(features.to(torch.promote_types(batch.latents.dtype, torch.float32)))
+    rows = even_parts(len(batch.latents), 1 if even_step(model) > 1 else len(batch.latents), 1)
+    parts = [[rows_of(features, part) for features in levels] for part in rows]
+    scores = torch.cat([model.head.score_ensemble(part) if len(part) > 1 else model.head(part[0]) for part in parts])
+    return scores.to(torch.promote_types(scores.dtype, torch.float32))
+
+
+def even_step(model: RewardNetwork) -> int:
+    """Rows of which a pass holds a multiple, or one; see :func:`~latentreward.scoring.images.even_parts`.
+
+    A head's arrays, such as one number per token, may have a rest even so; on a CPU it takes one row at a time.
+    """
+    return ROWS if model.device.type == "cpu" else 1
+
+
+def prompt_of_each(prompts: str | Sequence[str], count: int) -> Sequence[str]:
+    """One prompt for each of ``count`` images.
+
+    Raises:
+        InputError: If there are neither as many prompts, nor a single text.
+    """
+    if isinstance(prompts, str):
+        prompts = [prompts] * count
+    if not isinstance(prompts, Sized):
+        raise InputError(f"prompts is a {type(prompts).__name__}; give a text for each image, or a single text for all")
+    if len(prompts) != count:
+        raise InputError(
+            f"prompts: {len(prompts)} for {count} images; give one for each image, or a single text for all"
+        )
+    wrong = [prompt for prompt in prompts if not isinstance(prompt, str)]
+    if wrong:
+        raise InputError(f"prompts hold a {type(wrong[0]).__name__}; give texts, the empty one where there is none")
+    for number, prompt in enumerate(prompts):
+        if not prompt.isascii() and any("\ud800" <= letter <= "\udfff" for letter in prompt):
+            raise InputError(f"prompt number {number} {prompt[:60]!a} holds half a character; decode its file as UTF-8")
+    return list(prompts)
+
+
+def check_finite(scores: Tensor, prompts: Sequence[str], rows: Sequence[int]) -> None:
+    """Raise InputError naming the first image with a score that is no number."""
+    finite = scores.detach().isfinite().flatten(1).all(dim=1) if scores.ndim > 1 else scores.detach().isfinite()
+    if not finite.all():
+        first = int((~finite).nonzero()[0])
+        raise InputError(
+            f"the score of image number {rows[first]} for the prompt {prompts[first][:60]!r} is not finite; look for "
+            "NaN in the image or latents, try dtype float32, or get the model's weights again"
+        )
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Raise InputError for less than 1."""
+    if batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}; it must be at least 1")

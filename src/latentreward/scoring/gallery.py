@@ -1,0 +1,117 @@
+"""The page of ``latentreward score``: pictures sorted by score."""
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote_from_bytes
+
+import numpy as np
+import pyarrow as pa
+
+from latentreward.data.image_lists import ImageList, ImageRow
+from latentreward.data.images import ImageError, decode_image
+from latentreward.errors import InputError
+from latentreward.reports import picture_uri, write_page
+from latentreward.scoring.network import name_of
+
+SIDE, QUALITY = 224, 75
+"""Of a thumbnail: 500 of photographs make 4 to 8 MB, of the finest noise 17 MB."""
+LISTED = 1000
+"""Most images without a score that are named."""
+LEVEL = "score_"
+"""Start of the names of columns with scores at one noise level."""
+
+
+class Gallery:
+    """One HTML file that shows a scored list; thumbnails lie in it, and link to the images.
+
+    Args:
+        path: The file.
+        limit: Most images shown; of more, the best and the worst.
+        threads: Threads that read images.
+        max_pixels: Images with more are not read.
+
+    Raises:
+        InputError: If the file has another ending, or is a folder.
+    """
+
+    def __init__(self, path: Path, limit: int, threads: int, max_pixels: int) -> None:
+        if path.suffix.lower() not in (".html", ".htm") or path.is_dir():
+            raise InputError(f"gallery is {path}; give a file that ends in .html")
+        self.path, self.limit, self.threads, self.max_pixels = path, limit, threads, max_pixels
+
+    def write(self, listed: ImageList, table: pa.Table, model: str) -> int:
+        """Write the page; returns how many images it shows.
+
+        Args:
+            listed: N images.
+            table: N rows, as :class:`~latentreward.scoring.image_lists.ListedScoring` makes them.
+            model: What scored them, as the user named it.
+        """
+        scores = table["score"].to_numpy()
+        order = np.argsort(-scores, kind="stable")[: int(np.isfinite(scores).sum())]
+        shown, best = self._chosen(order)
+        columns = {name: table[name].to_pylist() for name in table.column_names}
+        with ThreadPoolExecutor(self.threads) as pool:
+            pictures = pool.map(self._picture, [listed.rows[row] for row in shown])
+            cards = [
+                self._card(listed.rows[row], {name: values[row] for name, values in columns.items()}, rank, picture)
+                for rank, row, picture in zip(self._ranks(len(order), best, len(shown)), shown, pictures, strict=True)
+            ]
+        without = [row for row, problem in enumerate(columns["problem"]) if problem is not None]
+        write_page(
+            self.path,
+            "gallery",
+            title=f"Scores of {name_of(str(listed.source))}",
+            model=name_of(model),
+            total=len(listed.rows),
+            scored=len(order),
+            mean=f"{np.nanmean(scores):.4f}" if len(order) else "",
+            best=best,
+            cards=cards,
+            calibrated=table["z_score"].null_count < len(table),
+            without=[(listed.rows[row].name, columns["problem"][row]) for row in without[:LISTED]],
+            more_without=max(len(without) - LISTED, 0),
+        )
+        return len(shown)
+
+    def _chosen(self, order: np.ndarray) -> tuple[list[int], int]:
+        """Rows to show, best first, and how many of them are the best; the others are the worst."""
+        if len(order) <= self.limit:
+            return order.tolist(), len(order)
+        best = (self.limit + 1) // 2
+        return [*order[:best].tolist(), *order[len(order) - (self.limit - best) :].tolist()], best
+
+    @staticmethod
+    def _ranks(scored: int, best: int, shown: int) -> Iterator[int]:
+        """Places of the images shown among all, from 1 on."""
+        yield from range(1, best + 1)
+        yield from range(scored - (shown - best) + 1, scored + 1)
+
+    def _card(self, row: ImageRow, values: dict[str, Any], rank: int, picture: str | None) -> dict[str, Any]:
+        levels = {name.removeprefix(LEVEL): value for name, value in values.items() if name.startswith(LEVEL)}
+        return {
+            "rank": rank,
+            "name": row.name,
+            "prompt": row.prompt,
+            "href": self._link(row),
+            "picture": picture,
+            "score": values["score"],
+            "z_score": values["z_score"],
+            "quantile": values["quantile"],
+            "levels": [(name.replace("_", " "), value) for name, value in levels.items() if value is not None],
+            "size": f"{values['width']} × {values['height']}",
+        }
+
+    def _link(self, row: ImageRow) -> str:
+        """Address of the image, relative to the page."""
+        return quote_from_bytes(os.fsencode(os.path.relpath(row.path, self.path.parent)))
+
+    def _picture(self, row: ImageRow) -> str | None:
+        """A thumbnail; None if the image can be read no more."""
+        try:
+            return picture_uri(decode_image(row.ref(), self.max_pixels), SIDE, QUALITY)
+        except ImageError:
+            return None

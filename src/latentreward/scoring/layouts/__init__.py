@@ -1,0 +1,1 @@
+"""A reward model on disk: how each layout is recognised, read and written."""

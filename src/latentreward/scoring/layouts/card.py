@@ -1,0 +1,180 @@
+"""``README.md`` of a model folder: what a reader of the hub wants to know before trusting a score."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from latentreward import __version__
+from latentreward.errors import did_you_mean
+from latentreward.reports.markdown import markdown_table, plain
+from latentreward.reports.tables import Table
+from latentreward.scoring.layouts.config import FolderConfig
+from latentreward.scoring.licences import AS_OF, LICENCES
+
+logger = logging.getLogger(__name__)
+
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+LICENCE_ID = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9.+-]*")
+"""What is meant as an identifier."""
+TAGS = ("reward-model", "latent-reward", "text-to-image", "human-preference")
+MOST_METRICS = 60
+LEVELS = {"sigmas": "noise levels", "timesteps": "timesteps"}
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a model card says that the model itself cannot tell.
+
+    Attributes:
+        name: Hub id or title; empty takes the folder's name.
+        licence: Of the weights: an identifier of the hub such as ``apache-2.0``, ``openrail++`` or ``other``, or a text
+            of several words. A word that is not among the identifiers known here is warned of: it may be newer.
+        description: Markdown.
+        datasets: Training data: hub ids, or names.
+        training: More rows of the table of training, e.g. pairs, learning rate, hardware.
+        metrics: Numbers, perhaps in nested mappings.
+    """
+
+    name: str = ""
+    licence: str = ""
+    description: str = ""
+    datasets: tuple[str, ...] = ()
+    training: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if LICENCE_ID.fullmatch(self.licence) and self.licence not in LICENCES:
+            logger.warning(
+                "licence is %r, which is not among the hub's identifiers of %s; the hub may refuse it%s",
+                self.licence,
+                AS_OF,
+                did_you_mean(self.licence, LICENCES),
+            )
+
+
+def model_card(config: FolderConfig, card: Card, name: str) -> str:
+    """The text of ``README.md``.
+
+    Args:
+        config: Of the model folder.
+        card: The rest.
+        name: Title where ``card`` has none.
+    """
+    title = card.name or name
+    sections = [
+        f"# {plain(title)}",
+        card.description.strip(),
+        f"A latent reward model: it scores how well people would like an image for a prompt, from noisy latents in "
+        f"{plain(config.recipe.backbone.name)}'s own latent space. Higher is better. Written by "
+        f"latentreward {__version__}.",
+        usage(title if HUB_ID.fullmatch(title) else f"path/to/{Path(title).name}", config),
+        section("Scores", score_rows(config)),
+        section("Training", training_rows(config, card)),
+        metrics_section(card),
+        "## Licence\n\n" + licence_text(config, card),
+    ]
+    return f"---\n{front_matter(config, card)}\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n"
+
+
+def front_matter(config: FolderConfig, card: Card) -> str:
+    """The hub's metadata, YAML."""
+    identified = LICENCE_ID.fullmatch(card.licence)
+    name = re.sub(r"[^a-z0-9.+-]+", "-", card.licence.lower()).strip("-") or "other"
+    return ModelCardData(
+        license=card.licence if identified else "other",
+        license_name=name if card.licence and not identified else None,
+        library_name="latentreward",
+        tags=list(TAGS),
+        base_model=base_on_hub(config),
+        datasets=[name for name in card.datasets if HUB_ID.fullmatch(name)] or None,
+    ).to_yaml()
+
+
+def base_on_hub(config: FolderConfig) -> str | None:
+    """Hub id of the base, if it is one."""
+    source = config.recipe.backbone.init_args.get("source")
+    is_id = isinstance(source, str) and HUB_ID.fullmatch(source) and not Path(source).exists()
+    return str(source) if is_id else None
+
+
+def usage(source: str, config: FolderConfig) -> str:
+    """Section that shows how to score an image."""
+    calibrated = "\nreward.calibration.quantile(scores)  # share of the reference set that scores lower\n"
+    return (
+        "## Use\n\n```python\nfrom latentreward.scoring import RewardModel\n\n"
+        f"reward = RewardModel.from_pretrained({source!r})\n"
+        'scores = reward.score(["a red fox in the snow"], ["fox.png"])\n'
+        f"{calibrated.lstrip() if config.calibration else ''}```"
+    )
+
+
+def score_rows(config: FolderConfig) -> Iterator[tuple[str, Any]]:
+    """Rows on what a score means."""
+    noise = config.noise
+    levels = "sigmas" if noise.sigmas else "timesteps"
+    yield LEVELS[levels], ", ".join(f"{level:g}" for level in getattr(noise, levels))
+    yield "seeds", ", ".join(map(str, noise.seeds))
+    yield "noise shared by", "images of one prompt" if noise.noise_key == "prompt" else "nothing: each image its own"
+    if config.image_sizes is not None:
+        yield "image sizes (height x width)", str(config.image_sizes)
+    calibration = config.calibration
+    if calibration is None:
+        yield "calibration", "none: raw scores compare images under this model alone"
+        return
+    yield "calibrated on", f"{calibration.reference}: {calibration.number} images, seed {calibration.seed}"
+    yield "raw mean ± standard deviation there", f"{calibration.mean:.4g} ± {calibration.std:.4g}"
+    last = len(calibration.quantiles) - 1
+    shown = (calibration.quantiles[round(share * last)] for share in (0.05, 0.5, 0.95))
+    yield "raw 5 %, 50 %, 95 % quantiles there", ", ".join(f"{value:.4g}" for value in shown)
+
+
+def training_rows(config: FolderConfig, card: Card) -> Iterator[tuple[str, Any]]:
+    """Rows on where the weights come from."""
+    recipe = config.recipe
+    yield "base", config.trained_on or f"that of {recipe.backbone.name}, shipped with latentreward"
+    yield "data", ", ".join(card.datasets) or "not stated"
+    yield "backbone", recipe.backbone.name
+    yield "head", recipe.head.name
+    yield "trained as a whole", ", ".join(recipe.own) or "nothing of the base"
+    yield "trained by LoRA", ", ".join(config.adapters) or "nothing"
+    yield from {**recipe.training, **card.training}.items()
+
+
+def metrics_section(card: Card) -> str:
+    """Section of numbers, if there are any."""
+    rows = list(flat(card.metrics))
+    if not rows:
+        return ""
+    left = f"\n\n{len(rows) - MOST_METRICS} more are not shown." if len(rows) > MOST_METRICS else ""
+    return section("Metrics", rows[:MOST_METRICS]) + left
+
+
+def section(title: str, rows: Iterable[tuple[str, Any]]) -> str:
+    """Write a table of two columns under its title; a later row of the same name counts, and None is left out."""
+    shown = tuple((name, str(value)) for name, value in dict(rows).items() if value is not None)
+    return f"## {title}\n\n{markdown_table(Table(('', ''), shown))}"
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Numbers and texts of nested mappings, by dotted names; lists are left out."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{name}.")
+        elif isinstance(value, float):
+            yield f"{prefix}{name}", f"{value:.4g}"
+        elif isinstance(value, int | str):
+            yield f"{prefix}{name}", value
+
+
+def licence_text(config: FolderConfig, card: Card) -> str:
+    """Section on terms."""
+    own = f"Weights in this folder: {plain(card.licence)}." if card.licence else "The author stated no licence."
+    base = base_on_hub(config) or config.recipe.backbone.name
+    return f"{own} The weights work only with their base, {plain(base)}, whose own terms hold as well."

@@ -1,0 +1,213 @@
+"""This program's own layout of a reward model: what is the model's own, apart from its base.
+
+=====================================  ================================================================================
+``config.json``                        classes and settings of backbone and head, base, noise, image sizes, calibration
+``head.safetensors``                   the head
+``adapter/``                           LoRA of the network, in PEFT's own files
+``adapter_text_encoder[_2|_3]/``       LoRA of a text encoder, likewise
+``backbone.safetensors``               parts of the backbone that were trained as a whole
+``base.safetensors``                   a few values of each weight that comes from the base, to know it again
+``README.md``                          model card
+=====================================  ================================================================================
+
+Nothing in a folder is ever run: safetensors and JSON are read, and :mod:`.trust` says which classes ``config.json`` may
+name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from latentreward.backbones import DiffusionBackbone
+from latentreward.checkpoints.base_weights import same_values, sample
+from latentreward.errors import InputError, errors_at
+from latentreward.heads import RewardHead
+from latentreward.scoring.files import compare_tensors, existing_folder, load_exactly, read_config, read_safetensors
+from latentreward.scoring.layouts.adapters import fill_adapter, inject_adapter, lora_layers, names_in_file, read_adapter
+from latentreward.scoring.layouts.base import SharingReward
+from latentreward.scoring.layouts.config import FORMAT, FolderConfig
+from latentreward.scoring.layouts.recipe import ONLY_IN_TRAINING, build_backbone, build_head, is_ours
+from latentreward.scoring.layouts.trust import check_class
+from latentreward.scoring.network import RewardNetwork
+
+CONFIG, HEAD, BACKBONE, BASE = "config.json", "head.safetensors", "backbone.safetensors", "base.safetensors"
+
+
+def is_model_folder(place: Path) -> bool:
+    """Whether ``place`` is a folder of this layout, perhaps incomplete."""
+    if (place / HEAD).is_file():
+        return True
+    if not (place / CONFIG).is_file() or any(place.glob("*.ckpt")):
+        return False
+    try:
+        return read_config(place / CONFIG).get("format") == FORMAT
+    except InputError:
+        return True  # and loading it says what is wrong
+
+
+class PretrainedReward(SharingReward):
+    """A folder that :func:`~latentreward.scoring.layouts.saving.save_pretrained` wrote.
+
+    Args:
+        folder: Folder.
+        base: Pipeline to take in place of the one that ``config.json`` names; its weights must be the same.
+        trusted: Whether ``config.json`` may name any class; see :mod:`.trust`.
+
+    Raises:
+        InputError: If a file is missing or damaged, was written by a newer version, or names other classes.
+    """
+
+    def __init__(self, folder: Path, base: str | None = None, trusted: bool = False) -> None:
+        self.folder = existing_folder(folder, CONFIG, HEAD, BASE)
+        path = folder / CONFIG
+        try:
+            self.config = FolderConfig.of_record(read_config(path), base)
+            check_class("backbone", self.config.recipe.backbone.name, trusted)
+            check_class("head", self.config.recipe.head.name, trusted)
+        except InputError as error:
+            raise InputError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
+        adapters = {adapter_folder(name) for name in self.config.adapters}
+        for name in sorted(adapters):
+            existing_folder(folder / name, "adapter_config.json", "adapter_model.safetensors")
+        if self.config.recipe.own:
+            existing_folder(folder, BACKBONE)
+        wanted = adapters | ({BACKBONE} if self.config.recipe.own else set())
+        extra = {path.name for pattern in ("adapter*", BACKBONE) for path in folder.glob(pattern)} - wanted
+        if extra:
+            raise InputError(f"{path} does not name {min(extra)}, which lies beside it; download the folder again")
+
+    def _backbone(self) -> DiffusionBackbone:
+        """See :meth:`SharingReward._backbone`; it has the base's weights, and trains what was trained."""
+        recipe = self.config.recipe
+        self._check_base_is_here()
+        with errors_at(f"{self.folder / CONFIG}: "):
+            for name in ONLY_IN_TRAINING:
+                if is_ours(recipe.backbone) and name in recipe.backbone.init_args:
+                    raise InputError(f"backbone.init_args.{name} is for training alone; remove it")
+            # Where network and text encoders are the model's own, those of the base are not even read.
+            own = is_ours(recipe.backbone) and {"text_encoder"} < {*recipe.own}
+            backbone = build_backbone(recipe.backbone, self.folder, **({"pretrained": False} if own else {}))
+        backbone.requires_grad_(False)
+        for name in self.config.adapters:
+            network = self._part(backbone, name)
+            if not lora_layers(network):
+                inject_adapter(network, self.folder / adapter_folder(name))
+            for adapter in names_in_file(network).values():
+                network.get_parameter(adapter).requires_grad_(True)
+        for name in recipe.own:
+            self._part(backbone, name).requires_grad_(True)
+        if adapters_of(backbone) != self.config.adapters:
+            raise InputError(
+                f"{self.folder / CONFIG}: the backbone has adapters in {list(adapters_of(backbone))}, but the folder "
+                f"holds {list(self.config.adapters)}"
+            )
+        return backbone
+
+    def _check_base_is_here(self) -> None:
+        """Raise InputError if the base was a folder where the model was published, of which the name alone is known."""
+        source = self.config.recipe.source
+        if is_ours(self.config.recipe.backbone) and source and "/" not in source and not Path(source).exists():
+            raise InputError(
+                f"{self.folder / CONFIG}: the base {source!r} is the name of a folder of whoever published the model; "
+                "give your copy of it as base"
+            )
+
+    def _part(self, backbone: DiffusionBackbone, name: str) -> nn.Module:
+        try:
+            return backbone.get_submodule(name)
+        except AttributeError as error:
+            raise InputError(f"{self.folder / CONFIG}: the backbone has no part {name!r}") from error
+
+    def _head(self, backbone: DiffusionBackbone) -> RewardHead:
+        """The trained head for a backbone that still has all its taps."""
+        with errors_at(f"{self.folder / CONFIG}: "):
+            head = build_head(self.config.recipe.head, backbone.feature_spec, self.folder)
+        load_exactly(head, read_safetensors(self.folder / HEAD), self.folder / HEAD)
+        return head
+
+    def load(self) -> RewardNetwork:
+        """See :meth:`StoredReward.load`."""
+        with torch.random.fork_rng(devices=[]):  # initial values that are overwritten
+            backbone = self._backbone()
+            model = RewardNetwork(backbone, self._head(backbone))
+        self._check_base(backbone)
+        for name in self.config.adapters:
+            fill_adapter(self.folder / adapter_folder(name), backbone.get_submodule(name))
+        if self.config.recipe.own:
+            path = self.folder / BACKBONE
+            state, expected = read_safetensors(path), dict(own_weights(backbone, self.config.recipe.own))
+            compare_tensors(expected, state, path)
+            with torch.no_grad():
+                for name, weight in expected.items():
+                    weight.copy_(state[name])
+        if not model.head.reads_text:
+            backbone.drop_text_taps()
+        model.recipe, model.calibration = self.config.recipe, self.config.calibration
+        model.noise = self.config.noise
+        if self.config.image_sizes is not None:
+            model.image_sizes = self.config.image_sizes
+        return model.requires_grad_(False).eval()
+
+    def _check_base(self, backbone: DiffusionBackbone) -> None:
+        """Compare the weights that come from the base with the stored values."""
+        recorded, path = read_safetensors(self.folder / BASE), self.folder / BASE
+        ours = dict(base_weights(backbone, self.config.recipe.own))
+        for kind, names in (("lacks", recorded.keys() - ours), ("has another weight,", ours.keys() - recorded.keys())):
+            if names:
+                raise InputError(
+                    f"{path}: the base {backbone.source or self.config.recipe.source!r} {kind} {min(names)} "
+                    f"({len(names)} in all); give the base that the model was trained on as base"
+                )
+        for name, values in recorded.items():
+            if values.shape != (4,) or not same_values(sample(ours[name]), values):
+                raise InputError(
+                    f"{path}: the model belongs to the base {self.config.trained_on or 'of its backbone'}, whose "
+                    f"{name} differs from that of {backbone.source or 'this one'}; give that base as base"
+                )
+
+    def head(self) -> RewardHead:
+        """See :meth:`StoredReward.head`."""
+        return self._head(self.on_meta_device).requires_grad_(False).eval()
+
+    def adapter(self) -> dict[str, Tensor]:
+        """See :meth:`StoredReward.adapter`."""
+        name = self.on_meta_device.network_name
+        if name not in self.config.adapters:
+            return {}
+        return read_adapter(self.folder / adapter_folder(name), self.on_meta_device.get_submodule(name))
+
+    def same_base(self, part: str, weights: Mapping[str, Tensor], source: str) -> bool:
+        """See :meth:`StoredReward.same_base`; a few values of each weight are compared."""
+        recorded, prefix = read_safetensors(self.folder / BASE), f"{part}."
+        theirs = {name.removeprefix(prefix): value for name, value in recorded.items() if name.startswith(prefix)}
+        return all(name in theirs and same_values(sample(weight), theirs[name]) for name, weight in weights.items())
+
+
+def adapter_folder(part: str) -> str:
+    """Folder of the adapter of a part, by its name in the backbone: the network, or ``text_encoder.text_encoder_2``."""
+    return f"adapter_{part.rpartition('.')[2]}" if "." in part else "adapter"
+
+
+def adapters_of(backbone: DiffusionBackbone) -> tuple[str, ...]:
+    """Parts that have an adapter, by their names in the backbone: the network, and text encoders one by one."""
+    parts = [backbone.network_name]
+    if backbone.text_encoder is not None:
+        parts += [f"text_encoder.{name}" for name, _ in backbone.text_encoder.named_children()]
+    return tuple(part for part in parts if lora_layers(backbone.get_submodule(part)))
+
+
+def own_weights(backbone: DiffusionBackbone, own: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and persistent buffers of the parts that belong to the model as a whole, by name in the backbone."""
+    for part in own:
+        yield from ((f"{part}.{name}", tensor) for name, tensor in backbone.get_submodule(part).state_dict().items())
+
+
+def base_weights(backbone: DiffusionBackbone, own: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
+    """Parameters that come from the base, by the names that they have without adapters."""
+    for name, weight in backbone.named_parameters():
+        if ".lora_" not in name and not name.startswith(tuple(f"{part}." for part in own)):
+            yield name.replace(".base_layer.", "."), weight

@@ -1,0 +1,262 @@
+"""Load the two papers' published checkpoints, in the layout their authors chose."""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentreward.backbones import SD3DiTBackbone, SDUNetBackbone
+from latentreward.backbones.loading import PipelineSource, load_weights
+from latentreward.backbones.sd_unet import unet_family
+from latentreward.contracts import FeatureSpec, LatentSpace
+from latentreward.errors import InputError
+from latentreward.heads import CLIPProjectionHead, GatedQFormerHead, RewardHead
+from latentreward.heads.clip_projection import MultiScale
+from latentreward.noise import DDPM
+from latentreward.scoring.files import existing_folder, load_exactly, read_config, read_tensors
+from latentreward.scoring.layouts.adapters import fill_adapter, inject_adapter, read_adapter
+from latentreward.scoring.layouts.base import SharingReward, StoredReward
+from latentreward.scoring.layouts.recipe import ModelRecipe, Part, head_part
+from latentreward.scoring.network import RewardNetwork
+
+PUBLISHED_RMS_EPS = 2.0**-7
+DINA_ADAPTER = "checkpoint/backbone_lora"
+_HEAD_KEYS = ("width", "num_queries", "num_attn_heads", "out_dim", "use_proj_in")
+_STABLE_DIFFUSION_SCHEDULER = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+}
+_FACTORIES = {"SD1.5": "sd15", "SD2.1": "sd21", "SDXL": "sdxl"}
+_LATENT_SPACES = {
+    "SD1.5": LatentSpace(channels=4, downscale=8, scaling_factor=0.18215),
+    "SDXL": LatentSpace(channels=4, downscale=8, scaling_factor=0.13025),
+    "SD3": LatentSpace(channels=16, downscale=8, scaling_factor=1.5305, shift_factor=0.0609),
+}
+
+
+class PublishedLayout(StoredReward):
+    """One of the papers' layouts, whose settings the loader may override.
+
+    Args:
+        folder: Folder of the checkpoint.
+        base: Diffusers pipeline folder or hub id of the base model.
+    """
+
+    def __init__(self, folder: str | Path, base: str | None = None) -> None:
+        self.folder, self.base = Path(folder), base
+
+    @abstractmethod
+    def network(self) -> RewardNetwork:
+        """The network with the checkpoint's weights, ready to score."""
+
+    def load(self) -> RewardNetwork:
+        """See :meth:`StoredReward.load`."""
+        with torch.random.fork_rng(devices=[]):  # initial values that are overwritten
+            return self.network()
+
+
+class PublishedLRM(PublishedLayout):
+    """The layout of ``casiatao/LRM``; without a ``base`` it has no tokenizers and no VAE."""
+
+    def latent_space(self) -> LatentSpace:
+        """See :meth:`StoredReward.latent_space`.
+
+        Raises:
+            InputError: If a config is missing, or ``base`` belongs to another family.
+        """
+        existing_folder(self.folder, "unet/config.json")
+        if self.base is not None:
+            return self._pipeline().latent_space()
+        family = unet_family(read_config(self.folder / "unet" / "config.json"))
+        return _LATENT_SPACES["SDXL" if family == "SDXL" else "SD1.5"]
+
+    def _pipeline(self) -> PipelineSource:
+        """The base, whose tokenizers and VAE must be those of the checkpoint's U-Net."""
+        pipeline = PipelineSource(self.base)
+        family = unet_family(read_config(self.folder / "unet" / "config.json"))
+        found = unet_family(pipeline.config("unet"))
+        if family != found:
+            raise InputError(
+                f"base={pipeline.source!r} is a {found} pipeline, but the checkpoint {str(self.folder)!r} is an "
+                f"{family} one; give an {family} base"
+            )
+        return pipeline
+
+    def network(self, guidance: float = 7.5, multi_scale: MultiScale = "plain") -> RewardNetwork:
+        """The network; see :func:`~latentreward.scoring.load_lrm`."""
+        from diffusers import UNet2DConditionModel
+        from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+        from latentreward.encoders.clip import CLIPPromptEncoder, SDXLPromptEncoder
+        from latentreward.encoders.prompts import PromptEncoder
+
+        folder = existing_folder(self.folder, "unet/config.json", "text_encoder/config.json", "state_dict.pt")
+        source = None if self.base is None else self._pipeline()
+
+        def tokenizer(name: str) -> Any:
+            return None if source is None else source.tokenizer(name)
+
+        unet = load_weights(UNet2DConditionModel, str(folder), subfolder="unet")
+        text_encoder = load_weights(CLIPTextModel, str(folder), subfolder="text_encoder")
+        family = unet_family(unet.config)
+        prompts: PromptEncoder
+        if family == "SDXL":
+            existing_folder(folder, "text_encoder_2/config.json")
+            second = load_weights(CLIPTextModelWithProjection, str(folder), subfolder="text_encoder_2")
+            prompts = SDXLPromptEncoder(text_encoder, second, tokenizer("tokenizer"), tokenizer("tokenizer_2"))
+        else:
+            prompts = CLIPPromptEncoder(text_encoder, tokenizer("tokenizer"))
+        backbone = SDUNetBackbone(
+            unet,
+            DDPM.from_config(_STABLE_DIFFUSION_SCHEDULER) if source is None else source.noise_process(),
+            self.latent_space(),
+            text_encoder=prompts,
+            vae=None if source is None else source.latent_encoder(),
+        )
+        state = lrm_head_state(read_tensors(folder / "state_dict.pt"), folder / "state_dict.pt")
+        projects_text = "text_projection.weight" in state
+        settings = {
+            "guidance": guidance,
+            "multi_scale": multi_scale,
+            "enhance_first": family != "SDXL",
+            "embed_dim": len(state["visual_projection.weight"]) if projects_text else None,
+            "project_text": projects_text,
+        }
+        head = CLIPProjectionHead(backbone.feature_spec, **settings)  # type: ignore[arg-type]
+        load_exactly(head, state, folder / "state_dict.pt")
+        model = RewardNetwork(backbone, head).eval().requires_grad_(False)
+        factory = Part(_FACTORIES[family], {"source": self.base, "tuning": "full", "text_encoder_tuning": "full"})
+        model.recipe = ModelRecipe(factory, head_part(head, settings), ("unet", "text_encoder"))
+        return model
+
+
+def lrm_head_state(published: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
+    """Head state of a published ``state_dict.pt``; the log temperature is a number in some files, a tensor in others.
+
+    Raises:
+        InputError: If a part is missing or unknown.
+    """
+    unknown = sorted(set(published) - {"visual_projection", "text_projection", "logit_scale"})
+    missing = [name for name in ("visual_projection", "logit_scale") if name not in published]
+    if unknown or missing:
+        name, kind = (missing or unknown)[0], "missing" if missing else "unexpected"
+        raise InputError(f"cannot load {path}: {kind} entry {name}; is this an LRM state_dict.pt?")
+    parts = {part: published[part] for part in ("visual_projection", "text_projection") if part in published}
+    for part, entries in parts.items():
+        if not isinstance(entries, Mapping) or "weight" not in entries:
+            raise InputError(f"cannot load {path}: missing tensor {part}.weight; is this an LRM state_dict.pt?")
+    state = {f"{part}.{name}": tensor for part, entries in parts.items() for name, tensor in entries.items()}
+    return {**state, "logit_scale": torch.as_tensor(published["logit_scale"], dtype=torch.float32).reshape(1)}
+
+
+class PublishedDiNaLRM(PublishedLayout, SharingReward):
+    """The layout of ``liuhuohuo/DiNa-LRM-SD35M-12layers``; without a ``base``, on the one that its config names."""
+
+    @cached_property
+    def _config(self) -> dict[str, Any]:
+        return model_section(self.folder / "config.json")
+
+    @cached_property
+    def _pipeline(self) -> PipelineSource:
+        return PipelineSource(self.base or self._config["backbone_model_id"])
+
+    def latent_space(self) -> LatentSpace:
+        """See :meth:`StoredReward.latent_space`."""
+        existing_folder(self.folder, "config.json")
+        return self._pipeline.latent_space() if self._pipeline.has("vae") else _LATENT_SPACES["SD3"]
+
+    def network(self, rms_eps: float = PUBLISHED_RMS_EPS, t5_length: int = 256) -> RewardNetwork:
+        """The network; see :func:`~latentreward.scoring.load_dina_lrm`."""
+        existing_folder(self.folder, "config.json", "checkpoint/rm_head.pt")
+        backbone = self._backbone(t5_length)
+        fill_adapter(self.folder / DINA_ADAPTER, backbone.transformer)
+        model = RewardNetwork(backbone, self._head(backbone.feature_spec, rms_eps)).eval().requires_grad_(False)
+        normalised = bool(self._pipeline.config("transformer").get("qk_norm"))
+        settings = {"source": self._pipeline.source, "t5_length": t5_length, "tuning": "frozen", **self._taps()}
+        model.recipe = ModelRecipe(
+            Part("sd35_medium" if normalised else "sd3_medium", settings),
+            Part(GatedQFormerHead.__name__, self._head_settings(rms_eps)),
+        )
+        return model
+
+    def head(self) -> RewardHead:
+        """See :meth:`StoredReward.head`."""
+        return self._head(self.on_meta_device.feature_spec).requires_grad_(False).eval()
+
+    def adapter(self) -> dict[str, Tensor]:
+        """See :meth:`StoredReward.adapter`."""
+        return read_adapter(self.folder / DINA_ADAPTER, self.on_meta_device.transformer)
+
+    def same_base(self, part: str, weights: Mapping[str, Tensor], source: str) -> bool:
+        """See :meth:`StoredReward.same_base`; the layout notes nothing of its base but where it came from."""
+        return self.on_meta_device.source == source
+
+    def _taps(self) -> dict[str, Any]:
+        """Blocks that are kept and read."""
+        config = self._config
+        return {
+            "num_layers": config["num_transformer_layers"],
+            "visual_taps": list(config["visual_head_idx"]),
+            "text_taps": list(config["text_head_idx"]) if config.get("use_text_features", True) else [],
+        }
+
+    def _head_settings(self, rms_eps: float) -> dict[str, Any]:
+        options = self._config["reward_head"]
+        return {
+            "width": options["width"] if options["width"] > 0 else None,
+            "num_queries": options["num_queries"],
+            "num_heads": options["num_attn_heads"],
+            "out_dim": options["out_dim"],
+            "use_proj_in": options["use_proj_in"],
+            "rms_eps": rms_eps,
+            "dropout": options.get("dropout", 0.0),
+            "use_logistic": self._config.get("use_logistic", False),
+        }
+
+    def _backbone(self, t5_length: int = 256) -> SD3DiTBackbone:
+        """See :meth:`SharingReward._backbone`; nothing of it trains."""
+        source = self._pipeline
+        complete = source.has("text_encoder")
+        token_dim = source.config("transformer")["joint_attention_dim"]
+        backbone = SD3DiTBackbone(
+            source.transformer(),
+            source.noise_process(),
+            self.latent_space(),
+            **self._taps(),
+            text_encoder=source.sd3_prompts(token_dim, t5_length) if complete else None,
+            vae=source.latent_encoder() if source.has("vae") else None,
+        )
+        backbone.source = str(source)
+        inject_adapter(backbone.transformer, self.folder / DINA_ADAPTER)
+        return backbone.requires_grad_(False)
+
+    def _head(self, spec: FeatureSpec, rms_eps: float = PUBLISHED_RMS_EPS) -> GatedQFormerHead:
+        """The trained head."""
+        head = GatedQFormerHead(spec, **self._head_settings(rms_eps))
+        path = self.folder / "checkpoint" / "rm_head.pt"
+        load_exactly(head, read_tensors(path), path, absent_by_design=("logistic.eta3", "logistic.eta4"))
+        return head
+
+
+def model_section(path: Path) -> dict[str, Any]:
+    """Section ``model`` of a published ``config.json``, with every key that the loader reads.
+
+    Raises:
+        InputError: If one is missing, or asks for what the loader does not know.
+    """
+    config = read_config(path).get("model", {})
+    for key, expected in (("use_t_embed", True), ("use_lora", True)):
+        if config.get(key, expected) != expected:
+            raise InputError(f"{path}: model.{key}={config[key]} is not supported, only {expected}")
+    needed = ("backbone_model_id", "num_transformer_layers", "visual_head_idx", "text_head_idx", "reward_head")
+    lacks = [key for key in needed if key not in config]
+    lacks += [f"reward_head.{key}" for key in _HEAD_KEYS if key not in config.get("reward_head", _HEAD_KEYS)]
+    if lacks:
+        raise InputError(f"{path} lacks model.{lacks[0]}; is this a DiNa-LRM checkpoint? Download it again")
+    return config

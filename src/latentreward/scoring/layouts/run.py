@@ -1,0 +1,247 @@
+"""Checkpoints of this program's own training as reward models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from latentreward.backbones import DiffusionBackbone, backbone_names
+from latentreward.checkpoints.base_weights import BaseSample, same_values, sample
+from latentreward.checkpoints.shards import check_weights, read_checkpoint
+from latentreward.errors import InputError, errors_at, first_line
+from latentreward.heads import RewardHead
+from latentreward.scoring.layouts.base import SharingReward
+from latentreward.scoring.layouts.recipe import (
+    ONLY_IN_TRAINING,
+    ModelRecipe,
+    Part,
+    backbone_part,
+    build_backbone,
+    build_head,
+    head_part,
+    is_ours,
+    own_parts,
+)
+from latentreward.scoring.layouts.trust import check_class, check_masked, masked, registered_name
+from latentreward.scoring.network import RewardNetwork
+from latentreward.settings.rewriting import rewrite_settings
+
+PARTS = ("backbone", "head")
+"""Classes that a run's settings name for a reward model."""
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a checkpoint of a reward holds.
+
+    Attributes:
+        weights: Of the model, named as in its training module.
+        base: Record of the frozen weights that it leaves out, if there is one.
+        steps: Optimiser steps behind it.
+    """
+
+    weights: dict[str, Tensor]
+    base: dict[str, Any] | None
+    steps: int | None
+
+
+class TrainedReward(SharingReward):
+    """A checkpoint of a reward module, with the settings it was trained with.
+
+    Backbone and head alone are built from the settings; weights that the checkpoint leaves out come from the
+    backbone's ``source``.
+
+    Args:
+        checkpoint: File, or folder of shards.
+        config: Settings of the run; None looks for ``config.yaml`` beside the checkpoint and one folder up.
+        average: Whether the moving average of ``TrainableEMA`` stands for the weights, if the checkpoint has one.
+        base: Pipeline to take in place of the one that the settings name.
+        trusted: Whether the settings may name any class, and what OmegaConf resolves here; see :mod:`.trust`.
+
+    Raises:
+        InputError: If there are no settings, or they are not those of a reward, or need trust.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Path,
+        config: Path | None = None,
+        average: bool = True,
+        base: str | None = None,
+        trusted: bool = False,
+    ) -> None:
+        self.checkpoint, self.average = checkpoint, average
+        self.config = settings_beside(checkpoint) if config is None else config
+        self._settings = model_settings(self.config, trusted)
+        if base is not None:
+            self._settings["backbone"]["init_args"] |= {"source": base, "revision": None}
+        self._parts: dict[str, Part] = {}
+        for kind in PARTS:
+            name = registered_name(kind, str(self._settings[kind].get("class_path")))
+            with errors_at(f"{self.config}: model."):
+                check_class(kind, name, trusted)
+            self._parts[kind] = Part(name, self._settings[kind]["init_args"])
+
+    def _backbone(self) -> DiffusionBackbone:
+        """See :meth:`SharingReward._backbone`; the settings alone tell what trained, and in which latent space."""
+        part = self._parts["backbone"]
+        if is_ours(part):  # attention and compilation are this machine's
+            settings = {n: v for n, v in part.init_args.items() if n == "lora" or n not in ONLY_IN_TRAINING}
+            part = Part(part.name, settings)
+        with errors_at(f"{self.config}: model."):
+            return build_backbone(part)
+
+    @cached_property
+    def _content(self) -> Content:
+        """What the checkpoint holds."""
+        content = read_checkpoint(self.checkpoint)
+        state = dict(content.get("state_dict", {})) if isinstance(content, Mapping) else {}
+        if not any(name.startswith("model.head.") for name in state):
+            raise InputError(
+                f"checkpoint {self.checkpoint} holds no weights of a reward (model.head.…); give one that training of "
+                "a reward wrote"
+            )
+        if self.average:
+            for callback in content.get("callbacks", {}).values():
+                if isinstance(callback, Mapping) and callback.get("updates") and "average" in callback:
+                    state |= callback["average"]
+        weights = {name: tensor for name, tensor in state.items() if name.startswith("model.")}
+        return Content(weights, content.get("base"), content.get("global_step"))
+
+    def _fitting(self, backbone: DiffusionBackbone) -> tuple[RewardNetwork, nn.ModuleDict]:
+        """The model with initial weights, which the checkpoint fits; and under the names that it has there."""
+        state = self._content.weights
+        with errors_at(f"{self.config}: model."):
+            head = build_head(self._parts["head"], backbone.feature_spec)
+        model = RewardNetwork(backbone, head)
+        if not head.reads_text:
+            backbone.drop_text_taps()
+        if not head.reads_temb:
+            backbone.drop_time_embedding()
+        as_trained = nn.ModuleDict({"model": model})
+        with errors_at(f"{self.checkpoint} with {self.config}: "):
+            check_weights(as_trained, {name: tensor.shape for name, tensor in state.items()})
+        return model, as_trained
+
+    def load(self) -> RewardNetwork:
+        """See :meth:`StoredReward.load`."""
+        state, base = self._content.weights, self._content.base
+        with torch.random.fork_rng(devices=[]):  # initial values that are overwritten
+            model, as_trained = self._fitting(self._backbone())
+        model.recipe = self._recipe(model)
+        if base is not None:
+            with errors_at(f"{self.checkpoint} with {self.config}: "):
+                BaseSample.of(as_trained, model.backbone.source).check(base)
+        as_trained.load_state_dict(state, strict=False)
+        return model.requires_grad_(False).eval()
+
+    def _recipe(self, model: RewardNetwork) -> ModelRecipe:
+        """How to build the model again; it must not be frozen yet."""
+        backbone, head = self._settings["backbone"], self._settings["head"]
+        own = own_parts(model.backbone)
+        if backbone["init_args"].get("pretrained") is False:  # a random network, which no base has
+            own = (model.backbone.network_name, "text_encoder")
+        return ModelRecipe(
+            backbone_part(backbone["class_path"], backbone["init_args"], own),
+            head_part(model.head, head["init_args"]),
+            own,
+            {**self._settings["training"], "steps": self._content.steps},
+        )
+
+    def head(self) -> RewardHead:
+        """See :meth:`StoredReward.head`."""
+        head, prefix = self._fitting(self.on_meta_device)[0].head, "model.head."
+        state = {name.removeprefix(prefix): t for name, t in self._content.weights.items() if name.startswith(prefix)}
+        head.load_state_dict(state, strict=False)  # names and shapes were compared
+        return head.requires_grad_(False).eval()
+
+    def adapter(self) -> dict[str, Tensor]:
+        """See :meth:`StoredReward.adapter`."""
+        prefix = f"model.backbone.{self.on_meta_device.network_name}."
+        return {
+            name.removeprefix(prefix): tensor
+            for name, tensor in self._content.weights.items()
+            if name.startswith(prefix) and ".lora_" in name
+        }
+
+    def same_base(self, part: str, weights: Mapping[str, Tensor], source: str) -> bool:
+        """See :meth:`StoredReward.same_base`; a few values of each weight are compared."""
+        state, base = self._content.weights, self._content.base
+        values = dict(zip(base["names"], base["values"], strict=True)) if base is not None else {}
+        values |= {name: sample(tensor) for name, tensor in state.items() if tensor.is_floating_point()}
+        prefix = f"model.backbone.{part}."
+        theirs = {
+            name.removeprefix(prefix).replace(".base_layer.", "."): value
+            for name, value in values.items()
+            if name.startswith(prefix) and ".lora_" not in name
+        }
+        return all(name in theirs and same_values(sample(weight), theirs[name]) for name, weight in weights.items())
+
+
+def settings_beside(checkpoint: Path) -> Path:
+    """Settings of the run that wrote ``checkpoint``, beside it or one folder up.
+
+    Of several, each from a run into the same folder, the last one written before the checkpoint.
+
+    Raises:
+        InputError: If there are none.
+    """
+    for folder in (checkpoint.parent, checkpoint.parent.parent):
+        if found := sorted(folder.glob("config*.yaml"), key=lambda path: path.stat().st_mtime):
+            earlier = [path for path in found if path.stat().st_mtime <= checkpoint.stat().st_mtime]
+            return (earlier or found[:1])[-1]
+    raise InputError(
+        f"no config.yaml lies beside {checkpoint} or in the folder above it; give the one of the reward's run as config"
+    )
+
+
+def model_settings(path: Path, trusted: bool = False) -> dict[str, Any]:
+    """Settings of ``backbone`` and ``head`` from the settings of a run, or a file such as ``configs/model/*.yaml``.
+
+    ``training`` tells the classes of module and data.
+
+    Raises:
+        InputError: If the file is damaged or its model is no reward, or ``trusted`` is false and it calls resolvers.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        run = rewrite_settings(OmegaConf.to_container(OmegaConf.load(path)), backbone_names())
+        model = OmegaConf.create(run if trusted else masked(run)).get("model")
+        name = str(model.get("class_path") or "") if OmegaConf.is_dict(model) else ""
+        arguments = (model.get("init_args") or {}) if name else {}
+        parts = {part: class_and_arguments(arguments[part]) for part in PARTS if arguments.get(part)}
+        check_masked(parts)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    except (yaml.YAMLError, OmegaConfBaseException, AttributeError, TypeError, ValueError, OSError) as error:
+        raise InputError(f"{path} cannot be read ({first_line(error)}); give the config.yaml of a run") from error
+    if "policy" in arguments:
+        raise InputError(
+            f"{path} is of {name.rpartition('.')[2]}, which aligns a policy; give a checkpoint that training of a "
+            "reward wrote"
+        )
+    for part in PARTS:
+        if part not in parts:
+            raise InputError(f"{path} names no model.init_args.{part}; give the config.yaml of a reward's run")
+    data = run.get("data")
+    training = {"module": name, "data_module": data.get("class_path") if isinstance(data, Mapping) else None}
+    return {"training": training, **parts}
+
+
+def class_and_arguments(settings: Any) -> dict[str, Any]:
+    """Class path and resolved settings of a class that a config names, perhaps by its path alone."""
+    from omegaconf import OmegaConf
+
+    if isinstance(settings, str):
+        return {"class_path": settings, "init_args": {}}
+    resolved: Any = OmegaConf.to_container(settings, resolve=True)
+    return {**resolved, "init_args": dict(resolved.get("init_args") or {})}

@@ -1,0 +1,137 @@
+"""A backbone and a head as one network: noisy latents and a prompt in, a score out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+import torch
+from torch import Tensor, nn
+
+from latentreward.backbones.base import DiffusionBackbone
+from latentreward.contracts import Conditioning, Features
+from latentreward.errors import InputError
+from latentreward.heads import RewardHead
+from latentreward.noise import FlowMatching
+from latentreward.scoring.calibration import Calibration
+from latentreward.scoring.image_sizes import ImageSizes, own_sizes
+from latentreward.scoring.layouts.recipe import ModelRecipe
+from latentreward.scoring.precision import halve_products
+from latentreward.scoring.scoring_noise import ScoringNoise
+
+if TYPE_CHECKING:
+    from latentreward.encoders.vae import LatentEncoder
+
+
+class RewardNetwork(nn.Module):
+    """Scores latents at any noise level.
+
+    Args:
+        backbone: Reads features.
+        head: Scores them.
+
+    Attributes:
+        noise: Levels and draws of a score where none are given: timestep 1 for DDPM (LRM on clean images), noise level
+            0.4 for flow matching (DiNa-LRM's published example).
+        image_sizes: To which size images are brought; None where the network does not tell its own.
+        source: Where it came from, as the user gave it.
+        dtype: Precision of the backbone's matrix products; see :meth:`set_precision`.
+        calibration: Where a raw score stands in a reference set; None if it was not calibrated.
+        recipe: How it is built again from files; None for one put together in Python.
+    """
+
+    def __init__(self, backbone: DiffusionBackbone, head: RewardHead) -> None:
+        super().__init__()
+        self.backbone, self.head = backbone, head
+        flow = isinstance(backbone.noise_process, FlowMatching)
+        self.noise = ScoringNoise(sigmas=(0.4,)) if flow else ScoringNoise(timesteps=(1.0,))
+        self.image_sizes: ImageSizes | None = own_sizes(backbone)
+        self.source = ""
+        self.dtype = torch.float32
+        self.calibration: Calibration | None = None
+        self.recipe: ModelRecipe | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return next(self.parameters()).device
+
+    def set_precision(self, dtype: torch.dtype) -> Self:
+        """Choose the precision of the backbone, once, on its device; VAE, head and scores are float32 either way.
+
+        Args:
+            dtype: float32, or bfloat16: see :mod:`~latentreward.scoring.precision`.
+
+        Raises:
+            InputError: If it is another one.
+        """
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise InputError(f"dtype is {dtype}; a reward model scores in torch.float32 or torch.bfloat16")
+        nn.Module.float(self)  # frozen weights may be stored in bfloat16
+        if dtype == torch.bfloat16:
+            for name, part in self.backbone.named_children():
+                if name != "vae":
+                    halve_products(part)
+        self.dtype = dtype
+        return self
+
+    @property
+    def identity(self) -> str:
+        """What tells its scores from another's, in one line: source, base, noise, sizes and precision.
+
+        Of files and folders here, the names without their places.
+        """
+        base = name_of(self.backbone.source or "a network given")
+        parts = [name_of(self.source or type(self.head).__name__), f"on {base}"]
+        parts += [f"at {self.noise}", f"images {self.image_sizes}", str(self.dtype).removeprefix("torch.")]
+        return ", ".join(parts)
+
+    def encode_images(self, pixels: Tensor, noise: Tensor | None = None, *, differentiable: bool = False) -> Tensor:
+        """Scaled latents ``(B, C, ...)`` of ``pixels`` ``(B, 3, H, W)`` in [-1, 1]; see ``LatentEncoder.encode``."""
+        return self._vae().encode(pixels, noise, differentiable=differentiable)
+
+    def latent_shape(self, pixels: Tensor) -> tuple[int, ...]:
+        """Shape of the latents of one image of ``pixels``, without the batch axis."""
+        return self._vae().latent_shape(pixels)
+
+    def _vae(self) -> LatentEncoder:
+        if self.backbone.vae is None:
+            raise InputError("pixels were given, but this backbone has no VAE; give latents or load a full pipeline")
+        return self.backbone.vae
+
+    def encode_prompts(self, prompts: Sequence[str]) -> tuple[Conditioning, Conditioning | None]:
+        """Conditioning of the prompts, and of the empty prompt (one row) if the head asks for it."""
+        if not self.head.needs_uncond:
+            return self.backbone.encode_prompts(prompts), None
+        encoded = self.backbone.encode_prompts([*prompts, ""])
+        return encoded.select(range(len(prompts))), encoded.select([len(prompts)])
+
+    def take_prompts(
+        self, conditioning: Conditioning, uncond: Conditioning | None
+    ) -> tuple[Conditioning, Conditioning | None]:
+        """Prompts that were encoded before, in the network's precision; the empty one only if the head asks for it."""
+        dtype = next(next(self.backbone.blocks()).parameters()).dtype
+        if not self.head.needs_uncond:
+            return conditioning.to(dtype), None
+        return conditioning.to(dtype), (self.backbone.encode_prompts([""]) if uncond is None else uncond).to(dtype)
+
+    def read(
+        self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, uncond: Conditioning | None = None
+    ) -> Features:
+        """Features of ``noisy_latents`` ``(B, C, ...)`` at ``timesteps`` ``(B,)``."""
+        return self.backbone(noisy_latents, timesteps, conditioning, uncond)
+
+    def forward(
+        self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, uncond: Conditioning | None = None
+    ) -> Tensor:
+        """Scores ``(B,)`` or ``(B, out_dim)`` of latents that already are at ``timesteps``."""
+        return self.head(self.read(noisy_latents, timesteps, conditioning, uncond))
+
+
+def name_of(source: str) -> str:
+    """The last part of a path of this machine; a hub id as it is."""
+    path = Path(source)
+    # os.path.exists, unlike pathlib's, answers for a name that is too long for a file.
+    return path.absolute().name if path.is_absolute() or os.path.exists(source) else source  # noqa: PTH110

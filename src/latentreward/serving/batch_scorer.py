@@ -1,0 +1,127 @@
+"""What is scored in one batch, and the scoring of it."""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from latentreward.contracts import Conditioning
+from latentreward.errors import InputError
+from latentreward.scoring import RewardModel
+from latentreward.scoring.scoring_noise import ScoringNoise, draw_noise, timesteps_of
+
+
+@dataclass(frozen=True, eq=False)
+class LatentRow:
+    """Clean latents with an encoded prompt, float32.
+
+    Attributes:
+        latents: ``(C, h, w)`` scaled.
+        prompt_embeds: ``(L, D)``.
+        pooled_prompt_embeds: ``(P,)``.
+        u: Noise level in [0, 1].
+        seed: Seed of the noise.
+        prompt_key: Stands for the prompt's text where the noise is drawn.
+    """
+
+    latents: Tensor
+    prompt_embeds: Tensor
+    pooled_prompt_embeds: Tensor
+    u: float
+    seed: int
+    prompt_key: str
+
+    @property
+    def shape(self) -> Hashable:
+        """Rows of one size and one number of tokens take the same time."""
+        return self.latents.shape, len(self.prompt_embeds)
+
+    @property
+    def group(self) -> Hashable:
+        """Rows of one shape and one noise level can be scored together."""
+        return self.shape, self.u
+
+
+@dataclass(frozen=True, eq=False)
+class ImageRow:
+    """An image with its prompt.
+
+    Attributes:
+        prompt: Text.
+        image: 8-bit RGB.
+    """
+
+    prompt: str
+    image: Image.Image
+
+    @property
+    def shape(self) -> Hashable:
+        """Images of any size take the same time: they are brought to the model's size."""
+        return "images"
+
+    @property
+    def group(self) -> Hashable:
+        """Images of any size can be scored together."""
+        return self.shape
+
+
+AnyRow = LatentRow | ImageRow
+
+
+class RowScorer:
+    """Scores batches of rows of one group with a reward model.
+
+    Args:
+        reward: The model, in evaluation mode.
+        batch_size: Rows per pass.
+    """
+
+    def __init__(self, reward: RewardModel, batch_size: int) -> None:
+        self.reward, self.batch_size = reward, batch_size
+        self._uncond = reward.backbone.encode_prompts([""]) if reward.head.needs_uncond else None
+
+    def __call__(self, rows: Sequence[AnyRow]) -> list[float]:
+        """Raw scores; no row's depends on the others.
+
+        Raises:
+            InputError: If a score is not finite, or a head gives several.
+        """
+        with torch.inference_mode():
+            scores = self._score(rows).float().cpu()
+        if scores.ndim != 1:
+            raise InputError(f"the model gives {scores.shape[1]} scores for each image; serve a model that gives one")
+        return scores.tolist()
+
+    def _score(self, rows: Sequence[AnyRow]) -> Tensor:
+        images = [row for row in rows if isinstance(row, ImageRow)]
+        if images:
+            prompts = [row.prompt for row in images]
+            return self.reward.score(prompts, [row.image for row in images], batch_size=self.batch_size)
+        return self._score_latents([row for row in rows if isinstance(row, LatentRow)])
+
+    def _score_latents(self, rows: Sequence[LatentRow]) -> Tensor:
+        """Rows of one level; each has a draw of its own, by its seed."""
+        noise, process = ScoringNoise(sigmas=(rows[0].u,)), self.reward.backbone.noise_process
+        sigma = process.sigma(timesteps_of(noise, process)).item()
+        draws = [draw_noise([row.prompt_key], None, row.seed, sigma, row.latents.shape) for row in rows]
+        conditioning = Conditioning(
+            torch.stack([row.prompt_embeds for row in rows]), torch.stack([row.pooled_prompt_embeds for row in rows])
+        )
+        return self.reward.score_latents(
+            [row.prompt_key for row in rows],
+            torch.stack([row.latents for row in rows]),
+            noise=noise,
+            draws=torch.cat(draws),
+            conditioning=(conditioning, self._uncond),
+            batch_size=self.batch_size,
+        )
+
+
+def standing(reward: RewardModel, scores: Tensor) -> tuple[list[float], list[float]] | None:
+    """Z-scores and quantiles of raw ``scores`` ``(N,)``; None if the model is not calibrated at its own noise."""
+    calibration = reward.calibration
+    if calibration is None or calibration.noise != reward.noise:
+        return None
+    return calibration.z_score(scores).tolist(), calibration.quantile(scores).tolist()

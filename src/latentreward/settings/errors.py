@@ -1,0 +1,167 @@
+"""jsonargparse's and OmegaConf's messages, cut down to one line: the setting, what is wrong with it, the remedy.
+
+The originals are trees of alternatives over many lines. Wording that is not recognised here stays, on one line.
+"""
+
+import pkgutil
+import re
+import sys
+from collections.abc import Callable, Iterable
+from textwrap import dedent
+
+from latentreward.backbones.registry import backbone_names
+from latentreward.errors import did_you_mean
+
+ROOMS = {
+    "model": "latentreward.modules",
+    "head": "latentreward.heads",
+    "loss": "latentreward.losses",
+    "reward": "latentreward.rewards",
+    "rewards": "latentreward.rewards",
+    "levels": "latentreward.noise",
+    "data": "latentreward.data",
+    "images": "latentreward.data",
+    "train": "latentreward.data",
+    "val": "latentreward.data",
+    "test": "latentreward.data",
+    "predict": "latentreward.data",
+    "reader": "latentreward.data",
+    "encoder": "latentreward.cache.sources",
+    "scorer": "latentreward.scorers",
+    "scorers": "latentreward.scorers",
+    "held_out": "latentreward.scorers",
+    "benchmarks": "latentreward.evaluation.benchmark",
+    "selection": "latentreward.rollout",
+    "callbacks": "latentreward.callbacks",
+    "logger": "lightning.pytorch.loggers",
+    "optimizer": "torch.optim",
+}
+"""Last part of a setting's name -> module whose classes it takes."""
+
+WRAPPERS = (
+    r'Parser key "(?P<key>[^"]+)"[^:\n]*:(?P<inner>.*)',
+    r"Problem with given class_path '[^']+':(?P<inner>.*)",
+    r"- Expected a path but .*? either not accessible or invalid\n- (?P<inner>.*)",
+    r"Type .*? expects a function or a callable class: (?P<inner>.*)"
+    r"\. Got value: .*",
+    r"(?P<inner>Not a valid subclass of .*?)\nSubclass types expect one of:.*",
+    r"Problems parsing config: (?P<inner>.*)",
+)
+UNION = re.compile(
+    r"Does not validate against any of the Union subtypes\nSubtypes: \[(?P<types>.*?)\]\nErrors:\n(?P<errors>.*)"
+    r"\nGiven value type: [^\n]*\nGiven value: ?(?P<value>.*)",
+    re.DOTALL,
+)
+UNKNOWN_SETTING = re.compile(
+    r"(?:Subcommand '\w+' does not accept option|Option) '(?P<key>.+?)'|unrecognized arguments: --(?P<option>[^=\s]+)"
+)
+
+LONGEST_VALUE = 200
+"""Characters of a wrong value that a message repeats."""
+
+
+def summarise(message: str) -> str:
+    """One line for a message of jsonargparse or OmegaConf."""
+    keys, text = [], dedent(message).strip()
+    while wrapper := _unwrap(text):
+        parts = wrapper.groupdict()
+        keys += [parts["key"]] if "key" in parts else []
+        text = dedent(_telling_alternative(wrapper) if "errors" in parts else parts["inner"]).strip()
+    text, setting = " ".join(text.split()), ".".join(keys)
+    for pattern, reword in REWORDINGS:
+        if match := re.match(pattern, text):
+            text = reword(match, setting)
+            break
+    return f"{setting}: {text}" if setting else text
+
+
+def unknown_setting_hint(message: str, settings: Iterable[str]) -> str:
+    """Suggestion for a message about a setting that is none of ``settings``; empty for any other message."""
+    match = UNKNOWN_SETTING.match(message)
+    if match is None or "did you mean" in message:
+        return ""
+    name, settings = match["key"] or match["option"], set(settings)
+    group, groups = name.partition(".")[0], {setting.partition(".")[0] for setting in settings}
+    return did_you_mean(name, settings) if group in groups else did_you_mean(group, groups)
+
+
+def _unwrap(text: str) -> re.Match[str] | None:
+    matches = (re.fullmatch(pattern, text, re.DOTALL) for pattern in WRAPPERS)
+    return next((match for match in matches if match), None) or UNION.fullmatch(text)
+
+
+def _telling_alternative(union: re.Match[str]) -> str:
+    """The first alternative that is more than a mismatch of types; failing that, all types in one sentence."""
+    alternatives = re.split(r"^  - ", union["errors"], flags=re.MULTILINE)[1:]
+    alternatives = [re.sub(r"^ {4}", "", alternative, flags=re.MULTILINE) for alternative in alternatives]
+    mismatch = ("Expected a <", "Expected a typing", "Not a valid subclass")
+    telling = [alternative for alternative in alternatives if not alternative.startswith(mismatch)]
+    return telling[0] if telling else f"Expected a {union['types']}. Got value: {union['value']}"
+
+
+def _wrong_type(match: re.Match[str], setting: str) -> str:
+    classes = re.findall(r"<class '(?:\w+\.)*(\w+)'>|\b(list|dict|Iterable)\[", match["types"])
+    literals = re.findall(r"'([\w-]+)'(?=[,\]])", match["types"])
+    names = ["null" if first == "NoneType" else first or second for first, second in classes]
+    wanted = list(dict.fromkeys(names + literals)) or [match["types"]]
+    listed = " or ".join(wanted) if len(wanted) < 4 else f"one of {', '.join(wanted)}"
+    if match["value"] == "None":
+        return f"expected {listed}, got null; give a value, or leave the setting out for its default"
+    hint = did_you_mean(match["value"], literals)
+    shown = match["value"] if len(match["value"]) <= LONGEST_VALUE else f"{match['value'][:LONGEST_VALUE]}…"
+    return f"expected {listed}, got {shown!r}{hint if 'did you mean' in hint else ''}"
+
+
+def _unknown_name(match: re.Match[str], setting: str) -> str:
+    last = setting.rpartition(".")[2]
+    classes = [name for name in _public_names(ROOMS.get(last, "")) if name[0].isupper()]
+    choices = backbone_names() if last == "backbone" else classes
+    return f"unknown name {match[1]!r}{did_you_mean(match[1], choices)}"
+
+
+def _public_names(module: str) -> list[str]:
+    """Names that a module defines or re-exports from inside, and its submodules; none if it was not imported."""
+    names = vars(sys.modules[module]) if module in sys.modules else {}
+    own = [name for name, value in names.items() if str(getattr(value, "__module__", "")).startswith(module)]
+    return own + [submodule.name for submodule in pkgutil.iter_modules(names.get("__path__", []))]
+
+
+REWORDINGS: tuple[tuple[str, Callable[[re.Match[str], str], str]], ...] = (
+    (r"Expected an? (?P<types>.+)\. Got value: (?P<value>.*)", _wrong_type),
+    (r"(?:Expected a dot import path string|Unexpected import path format): (\S+)", _unknown_name),
+    (
+        r"import of callbacks halted",
+        lambda match, setting: "no module 'callbacks'; say latentreward.callbacks",
+    ),
+    (
+        r"Importing '((\w+).*?)' is not allowed",
+        lambda match, setting: (
+            f"--restrict-imports does not allow {match[1]!r}; if you trust it, say --restrict-imports={match[2]}"
+        ),
+    ),
+    (
+        r"the following arguments are required: (?:\w+\.)?([^\s,]+)",
+        lambda match, setting: (
+            f"{match[1]} is missing; give it in a --config file or as --{setting}{setting and '.'}{match[1]}"
+        ),
+    ),
+    (
+        r"Interpolation key '(.+?)' not found(?: \(resolved to '\w+\.(.+?)'\))? full_key: \w+\.(\S+)",
+        lambda match, setting: f"{match[3]}: ${{{match[2] or match[1]}}} is not set",
+    ),
+    (
+        r"KeyError raised while resolving interpolation: .Environment variable '(\w+)'.* full_key: "
+        r"(?:(?:fit|validate|test|predict)\.)?(\S+)",
+        lambda match, setting: f"{match[2]}: the environment variable {match[1]} is not set",
+    ),
+    (
+        r"(?:Recursive interpolation detected|extraneous input '}' expecting .*) full_key: "
+        r"(?:(?:fit|validate|test|predict)\.)?(\S+)",
+        lambda match, setting: f"{match[1]}: the interpolation refers to itself; write a value",
+    ),
+    (
+        r"InputError raised while resolving interpolation: (.*) full_key: \w+\.(\S+)",
+        lambda match, setting: f"{match[2]}: {match[1]}",
+    ),
+)
+"""Start of an innermost message -> how we put it, given the setting."""

@@ -1,0 +1,91 @@
+"""Ranges of numbers that types do not express, above all for settings of Lightning's Trainer and torch's optimizers."""
+
+import math
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from inspect import signature
+from typing import Any
+
+from jsonargparse import Namespace
+
+from latentreward.errors import InputError
+
+NAMES = {
+    "[1, 1e6]": "accumulate_grad_batches num_nodes prefetch_factor batch_size decode_batch_size",
+    "[1, 1e9]": "check_val_every_n_epoch train_pairs val_pairs",
+    "[0, 1e9]": "gradient_clip_val log_every_n_steps min_epochs every_n_epochs",
+    "(0, 1e12]": "limit_train_batches limit_test_batches limit_predict_batches val_check_interval",
+    "[0, 1e12]": "limit_val_batches overfit_batches min_steps every_n_train_steps",
+    "[-1, 1e9]": "num_sanity_val_steps max_epochs",
+    "[-1, 1e12]": "max_steps",
+    "[-1, 1e6]": "save_top_k",
+    "[0, 1000]": "lr weight_decay candidates.low candidates.high",
+    "[0, 1)": "momentum betas dropout",
+    "[0, 1]": "eps",
+    "[0, 9223372036854775807]": "seed data_seed",
+    "[0, 4294967295]": "seed_everything",
+    "[0, 1024]": "num_workers processes",
+    "[1, 1e12]": "batches_per_epoch",
+    "[1, 1024]": "decode_threads",
+    "(0, 1e6]": "lora.alpha",
+    "[1, 65536]": "lora.rank",
+    "[0, 4096]": "t5_length",
+    "(0, 1e9]": "timeout",
+    "[0, 65535]": "port",
+}
+"""Interval -> last parts of the names of settings, or their last two; a list's numbers must each lie in it."""
+RANGES = {name: interval for interval, names in NAMES.items() for name in names.split()}
+LARGEST = 10**15
+"""Largest whole number of a setting without a range of its own; torch and Python's iterators fail beyond 2⁶³."""
+
+
+MISSING = object()
+
+
+def check_ranges(settings: Any, place: str = "") -> None:
+    """Refuse numbers that are not finite, or outside the range of their setting.
+
+    Raises:
+        InputError: If there is one.
+    """
+    for name, value in numbers(settings, place):
+        if not math.isfinite(value):
+            raise InputError(f"{name}: {value} is not finite; give a finite number")
+        *_, owner, last = re.sub(r"\[\d+\]", "", f".{name}").split(".")
+        interval = RANGES.get(f"{owner}.{last}") or RANGES.get(last) or f"[-{LARGEST}, {LARGEST}]"
+        low, high = map(float, interval[1:-1].split(","))
+        if not low <= value <= high or (value == low and interval[0] == "(") or (value == high and interval[-1] == ")"):
+            raise InputError(f"{name}: {value} is outside {interval}; give a number inside")
+
+
+def numbers(settings: Any, place: str) -> Iterator[tuple[str, float]]:
+    """Walk through settings; yield the name of each number, as it is written on the command line, and its value."""
+    if isinstance(settings, bool | str):
+        return
+    if isinstance(settings, int | float):
+        yield place, settings
+    elif isinstance(settings, list | tuple):
+        for index, item in enumerate(settings):
+            yield from numbers(item, f"{place}[{index}]")
+    elif isinstance(settings, Mapping | Namespace):
+        settings = settings if isinstance(settings, Mapping) else vars(settings)
+        defaults = defaults_of(settings.get("class_path"))
+        for name, value in settings.items():
+            if name != "init_args":
+                yield from numbers(value, f"{place}.{name}".strip("."))
+                continue
+            given = vars(value) if isinstance(value, Namespace) else value or {}
+            # What a class of the user's own sets itself is right, whatever its name.
+            changed = {key: item for key, item in given.items() if repr(item) != repr(defaults.get(key, MISSING))}
+            yield from numbers(changed, place)
+
+
+def defaults_of(class_path: Any) -> dict[str, Any]:
+    """Look up the defaults of a class or function that parsing has imported; empty for anything else."""
+    module, _, name = str(class_path).rpartition(".")
+    found = getattr(sys.modules.get(module), name, None)
+    try:
+        return {name: parameter.default for name, parameter in signature(found).parameters.items()}
+    except (TypeError, ValueError):  # nothing that is called, or of compiled code
+        return {}

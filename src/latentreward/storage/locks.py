@@ -1,0 +1,101 @@
+"""One writer at a time in a folder."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import socket
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from filelock import FileLock, Timeout
+
+from latentreward.errors import InputError
+from latentreward.storage.durable import LOCK, contents, write_errors_named
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def locked(folder: Path, setting: str) -> Iterator[None]:
+    """Keep other processes out of ``folder``, which is made if need be; those that only read take no lock.
+
+    The operating system frees the lock when the process ends, however that happens; a killed one leaves the file.
+    Where the file system has no locks, a warning says so and the block runs without one.
+
+    Args:
+        folder: Folder to write to.
+        setting: Name of the setting that chose the folder, for the error.
+
+    Raises:
+        InputError: If another process holds the lock, or the folder cannot be written to.
+    """
+    lock = FileLock(folder / LOCK, blocking=False, thread_local=False, fallback_to_soft=False)
+    try:
+        with write_errors_named(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+            (folder / LOCK).write_text(f"process {os.getpid()} on {socket.gethostname()}")
+    except Timeout as error:
+        raise InputError(
+            f"{setting}: {folder} is being written by another run ({_holder(folder)}); wait for it, end it, or choose "
+            f"another {setting}"
+        ) from error
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        logger.warning("%s: its file system has no locks (%s); run one process at a time there", folder, error.strerror)
+        yield
+        return
+    try:
+        yield
+    finally:
+        (folder / LOCK).unlink(missing_ok=True)  # while it is held: filelock takes no lock on a file without a name
+        lock.release()
+
+
+def _holder(folder: Path) -> str:
+    """What the process that holds the lock wrote into its file."""
+    try:
+        return (folder / LOCK).read_text(errors="replace") or "which has just begun"
+    except OSError:
+        return "unknown"
+
+
+def lock_run(trainer: Trainer, held: ExitStack) -> None:
+    """Set up a trainer's processes, then lock its run folder on global rank 0 until ``held`` closes.
+
+    It takes the place of ``trainer.strategy.setup_environment``: no hook comes earlier in which the ranks can talk to
+    each other, and the next thing that Lightning does is to have loggers write into the folder.
+
+    Raises:
+        InputError: On global rank 0, if another process holds the lock; the other ranks exit with status 2.
+    """
+    strategy = trainer.strategy
+    type(strategy).setup_environment(strategy)
+    folder = trainer.log_dir  # asks all ranks
+    if folder is None or trainer.fast_dev_run:  # type: ignore[attr-defined]  # which writes nothing
+        return
+    refusal: str | None = None
+    if trainer.is_global_zero:
+        try:
+            held.enter_context(locked(Path(folder), "trainer.default_root_dir"))
+        except InputError as error:
+            refusal = str(error)
+        else:
+            if not contents(Path(folder)):  # CSVLogger would mind the lock's file
+                warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")
+    refusal = strategy.broadcast(refusal)
+    if refusal is not None:
+        if trainer.is_global_zero:
+            raise InputError(refusal)
+        sys.exit(2)

@@ -1,0 +1,1 @@
+"""Training of the tiny world's pipelines and pixel scorers from nothing."""

@@ -1,0 +1,166 @@
+"""Pretraining of the two tiny denoisers, each together with its text encoders."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from latentreward.storage.progress import Progress
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
+
+CAPTION_DROPOUT = 0.1
+"""Share of captions replaced by the empty one, so that classifier-free guidance has an unconditional prediction."""
+MIN_SNR_GAMMA = 5.0
+"""Signal-to-noise ratio above which a noise level's weight stops growing."""
+TRAINING_SHIFT = 2.0
+"""Shift of the uniform noise levels that the rectified-flow network is trained on."""
+
+
+class CaptionedLatents:
+    """Latents with their captions' tokens, drawn in random batches.
+
+    Args:
+        latents: Scaled latents ``(N, 4, 8, 8)``.
+        tokens: Token numbers ``(N, 16)``.
+        empty: Tokens of the empty caption ``(16,)``.
+    """
+
+    def __init__(self, latents: Tensor, tokens: Tensor, empty: Tensor) -> None:
+        self.latents, self.tokens, self.empty = latents, tokens, empty
+
+    def draw(self, batch_size: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """Draw latents ``(B, 4, 8, 8)`` and tokens ``(B, 16)``, some of them of the empty caption."""
+        rows = rng.integers(len(self.latents), size=batch_size)
+        dropped = torch.from_numpy(rng.random(batch_size) < CAPTION_DROPOUT)
+        return self.latents[rows], torch.where(dropped[:, None], self.empty, self.tokens[rows])
+
+
+def sd_loss(pipeline: StableDiffusionPipeline, latents: Tensor, tokens: Tensor) -> Tensor:
+    """Squared error of the predicted noise, min-SNR weighted (arXiv:2303.09556).
+
+    Args:
+        pipeline: Pipeline with a noise-predicting U-Net.
+        latents: ``(B, 4, 8, 8)``.
+        tokens: ``(B, 16)``.
+    """
+    timesteps = (stratified_uniform(len(latents)) * pipeline.scheduler.config.num_train_timesteps).long()
+    noise = torch.randn_like(latents)
+    noisy_latents = pipeline.scheduler.add_noise(latents, noise, timesteps)
+    prompt_embeds = pipeline.text_encoder(tokens)[0]
+    noise_pred = pipeline.unet(noisy_latents, timesteps, prompt_embeds).sample
+    alphas_cumprod = pipeline.scheduler.alphas_cumprod[timesteps]
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    return ((noise_pred - noise).square().mean(dim=(1, 2, 3)) * (MIN_SNR_GAMMA / snr).clamp(max=1)).mean()
+
+
+def sd35_loss(pipeline: StableDiffusion3Pipeline, latents: Tensor, tokens: Tensor) -> Tensor:
+    """Mean squared error of the predicted velocity; ``latents`` ``(B, 4, 8, 8)``, ``tokens`` ``(B, 16)``."""
+    sigmas = stratified_uniform(len(latents))
+    sigmas = TRAINING_SHIFT * sigmas / (1 + (TRAINING_SHIFT - 1) * sigmas)
+    noise = torch.randn_like(latents)
+    weight = sigmas[:, None, None, None]
+    # The pipeline reads both text encoders before their last layer and pools their projections.
+    texts = [e(tokens, output_hidden_states=True) for e in (pipeline.text_encoder, pipeline.text_encoder_2)]
+    velocity = pipeline.transformer(
+        hidden_states=(1 - weight) * latents + weight * noise,
+        timestep=1000 * sigmas,
+        encoder_hidden_states=torch.cat([text.hidden_states[-2] for text in texts], dim=-1),
+        pooled_projections=torch.cat([text.text_embeds for text in texts], dim=-1),
+    ).sample
+    return (velocity - (noise - latents)).square().mean()
+
+
+def stratified_uniform(number: int) -> Tensor:
+    """``number`` draws in [0, 1), one from each of as many equal bins, in order; less noisy than independent draws."""
+    return (torch.arange(number) + torch.rand(number)) / number
+
+
+def train_denoiser(
+    pipeline: StableDiffusionPipeline | StableDiffusion3Pipeline,
+    data: CaptionedLatents,
+    *,
+    seed: int,
+    steps: int,
+    batch_size: int,
+    lr: float,
+    name: str,
+) -> None:
+    """Train a pipeline's denoiser and text encoders from scratch; it ends with their averaged weights.
+
+    AdamW, 200 steps of warm-up, linear decay to zero, gradients clipped at norm 1, weights averaged with decay .999.
+
+    Args:
+        pipeline: Pipeline to train in place.
+        data: Latents and captions.
+        seed: Fixes batches and noise; initial weights are the caller's.
+        steps: Updates.
+        batch_size: Pictures per update.
+        lr: Peak learning rate.
+        name: First word of the progress lines.
+    """
+    torch.manual_seed(seed)
+    rng = np.random.default_rng([seed, 2])
+    trained = trained_modules(pipeline).train()
+    loss_function = sd_loss if hasattr(pipeline, "unet") else sd35_loss
+    losses = (loss_function(pipeline, *data.draw(batch_size, rng)) for _ in range(steps))
+    adamw = {"weight_decay": 0.01, "fused": True}
+    train_averaged(trained, losses, steps=steps, lr=lr, name=name, warmup=200, decay=0.999, **adamw)
+    trained.eval()
+
+
+def train_averaged(
+    model: nn.Module,
+    losses: Iterator[Tensor],
+    *,
+    steps: int,
+    lr: float,
+    name: str,
+    warmup: int,
+    decay: float,
+    **adamw: Any,
+) -> None:
+    """Train with AdamW, warm-up and linear decay to zero; the model ends with its averaged weights.
+
+    Args:
+        model: Model to train in place: what requires gradients of it.
+        losses: Loss of each step.
+        steps: Updates.
+        lr: Peak learning rate.
+        name: First word of the progress lines.
+        warmup: Steps of warm-up.
+        decay: Of the averaged weights.
+        adamw: Further settings of the optimiser.
+    """
+    averaged = deepcopy(model).requires_grad_(False)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), **adamw)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / warmup, 1 - step / steps))
+    progress = Progress(name, steps, "steps")
+    for step, loss in zip(range(1, steps + 1), losses, strict=False):
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        average_weights(averaged, model, decay=min(decay, (step + 1) / (step + 10)))
+        progress.add(loss=loss.item())
+    model.load_state_dict(averaged.state_dict())
+
+
+def trained_modules(pipeline: StableDiffusionPipeline | StableDiffusion3Pipeline) -> nn.ModuleList:
+    """The denoiser and the text encoders of a pipeline: all but the autoencoder."""
+    names = ("unet", "transformer", "text_encoder", "text_encoder_2")
+    return nn.ModuleList(getattr(pipeline, name) for name in names if getattr(pipeline, name, None) is not None)
+
+
+@torch.no_grad()
+def average_weights(averaged: nn.Module, current: nn.Module, decay: float) -> None:
+    """Move ``averaged`` towards ``current`` by ``1 - decay``."""
+    torch._foreach_lerp_(list(averaged.parameters()), [p.detach() for p in current.parameters()], 1 - decay)

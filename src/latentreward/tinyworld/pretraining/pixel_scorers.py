@@ -1,0 +1,313 @@
+"""Train the two small pixel scorers of the tiny world: ``python -m latentreward.tinyworld.pixel_scorers_pretraining``.
+
+``spm_tiny`` is SPO's step-aware preference model: it scores what the shipped Stable Diffusion predicts at a timestep.
+``held_out_tiny`` is a plain CLIP scorer of finished pictures, trained on other pairs: a second opinion, for noticing
+when a policy exploits its reward. Both learn captions from drawn pictures first, as CLIP does, then preferences from
+noisy labels. The oracle only measures them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
+
+from latentreward.scorers.step_aware_clip import STEP_FILE, StepAwareCLIP
+from latentreward.storage.progress import Progress
+from latentreward.tinyworld.networks import text_config
+from latentreward.tinyworld.pairs import Pair, draw_pairs, generate_pairs
+from latentreward.tinyworld.pretraining.denoiser import train_averaged
+from latentreward.tinyworld.pretraining.vae import draw_training_pictures, normalize_pictures
+from latentreward.tinyworld.sampling import PIPELINE_FOLDERS, load_pipeline
+from latentreward.tinyworld.tokenizer import build_tokenizer, tokenize
+
+CLEAR_GAP = 0.3
+"""Utility gap from which accuracy against the oracle is measured."""
+EVALUATION_TIMESTEPS = (1, 251, 501, 801)
+EVALUATION_SEED = 1000
+README = """# {name}
+
+{what}, trained on drawn 32x32 pictures of coloured shapes by
+`python -m latentreward.tinyworld.pixel_scorers_pretraining`, on pairs that no other reward learns from (`recipe.json`
+has the numbers). For experiments on a CPU: it knows no other pictures or words.
+
+```yaml
+{how}
+```
+
+It orders pairs as the oracle does, where their utilities are more than {gap} apart:
+{figures}.
+"""
+DESCRIPTIONS = {
+    "spm_tiny": {
+        "what": "SPO's step-aware preference model in small",
+        "how": "reward: {class_path: PixelReward, init_args: {scorer: {class_path: StepAwareScorer, "
+        "init_args: {source: spm_tiny}}}}",
+    },
+    "held_out_tiny": {
+        "what": "A small CLIP scorer of finished pictures",
+        "how": "held_out: {class_path: PickScorer, init_args: {source: held_out_tiny}}",
+    },
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the shipped scorers were made.
+
+    Attributes:
+        seed: Fixes pictures, pairs, initial weights, batches and noise.
+        pictures: Captioned pictures to learn words from.
+        caption_steps: Updates on them.
+        caption_batch: Pictures per update.
+        pairs: Preference pairs, ties included.
+        pair_steps: Updates on them.
+        pair_batch: Pairs per update.
+        lr: Peak learning rate.
+        predicted_share: Share of pairs that the step-aware scorer sees as predictions from a noisy state.
+        guidance_scales: Guidance of these predictions, each for as many pairs.
+    """
+
+    seed: int = 0
+    pictures: int = 24_000
+    caption_steps: int = 500
+    caption_batch: int = 128
+    pairs: int = 12_000
+    pair_steps: int = 800
+    pair_batch: int = 64
+    lr: float = 1e-3
+    predicted_share: float = 0.75
+    guidance_scales: tuple[float, ...] = (1.0, 3.0)
+
+    def scaled(self, factor: float) -> Recipe:
+        """The same recipe with ``factor`` times the steps, pictures and pairs: for a quick trial."""
+        names = [name for name in asdict(self) if name.endswith(("pictures", "steps", "pairs"))]
+        return replace(self, **{name: max(2, round(factor * getattr(self, name))) for name in names})
+
+
+RECIPES = {"spm_tiny": Recipe(seed=100), "held_out_tiny": Recipe(seed=200, predicted_share=0.0)}
+
+
+@dataclass(frozen=True)
+class PairTable:
+    """Pairs as tensors.
+
+    Attributes:
+        pictures: ``(N, 2, 3, 32, 32)`` uint8.
+        tokens: ``(N, 16)``.
+        label: ``(N,)`` probability that the first is preferred.
+        gap: ``(N,)`` noiseless utility of the first minus that of the second; for measuring only.
+    """
+
+    pictures: Tensor
+    tokens: Tensor
+    label: Tensor
+    gap: Tensor
+
+    @classmethod
+    def of(cls, pairs: Sequence[Pair]) -> PairTable:
+        """Decode and tokenise."""
+        pictures = [[_decode(pair.first.jpeg), _decode(pair.second.jpeg)] for pair in pairs]
+        return cls(
+            torch.from_numpy(np.array(pictures)).permute(0, 1, 4, 2, 3).contiguous(),
+            tokenize([pair.caption for pair in pairs]),
+            torch.tensor([pair.label for pair in pairs]),
+            torch.tensor([pair.first.utility - pair.second.utility for pair in pairs]),
+        )
+
+
+def _decode(jpeg: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB"))
+
+
+def build_scorer() -> StepAwareCLIP:
+    """The untrained network: about a million parameters, patches of 8 × 8 pixels."""
+    from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig
+
+    tokenizer = build_tokenizer()
+    vision = CLIPVisionConfig(
+        image_size=32,
+        patch_size=8,
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        projection_dim=64,
+    )
+    text = text_config(tokenizer, intermediate_size=256)
+    config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=64)
+    return StepAwareCLIP(CLIPModel(config), tokenizer, mean=(0.5,) * 3, std=(0.5,) * 3)
+
+
+def caption_losses(scorer: StepAwareCLIP, recipe: Recipe) -> Iterator[Tensor]:
+    """CLIP's loss (arXiv:2103.00020) on drawn pictures, without end."""
+    rng = np.random.default_rng([recipe.seed, 0])
+    pictures, captions = draw_training_pictures(recipe.pictures, rng, clean_share=0.6)
+    tokens, number = tokenize(captions), recipe.caption_batch
+    while True:
+        rows = rng.integers(len(pictures), size=number)
+        images = scorer.embed_images(normalize_pictures(pictures[rows]), torch.zeros(number))
+        texts = scorer.embed_tokens(tokens[rows])
+        logits = scorer.clip.logit_scale.exp() * texts @ images.T
+        same = (tokens[rows][:, None] == tokens[rows]).all(dim=-1).float()
+        target = same / same.sum(dim=1, keepdim=True)
+        yield (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2
+
+
+def pair_losses(scorer: StepAwareCLIP, recipe: Recipe, pairs: PairTable) -> Iterator[Tensor]:
+    """Cross-entropy of the two pictures of a pair, without end."""
+    rng = np.random.default_rng([recipe.seed, 1])
+    predicted, timesteps = None, torch.zeros(len(pairs.label))
+    if recipe.predicted_share:
+        predicted, timesteps = predict_pictures(pairs, recipe)
+    while True:
+        rows = rng.integers(len(pairs.label), size=recipe.pair_batch)
+        pixels = normalize_pictures(pairs.pictures[rows])
+        noisy = torch.from_numpy(rng.random(len(rows)) < recipe.predicted_share)
+        if predicted is not None:
+            pixels = torch.where(noisy[:, None, None, None, None], predicted[rows], pixels)
+        margin = score_margin(scorer, pixels, torch.where(noisy, timesteps[rows], 0.0), pairs.tokens[rows])
+        yield binary_cross_entropy_with_logits(margin, pairs.label[rows])
+
+
+def score_margin(scorer: StepAwareCLIP, pixels: Tensor, timesteps: Tensor, tokens: Tensor) -> Tensor:
+    """Score of the first minus that of the second of pictures ``(B, 2, 3, 32, 32)``: ``(B,)``."""
+    images = scorer.embed_images(pixels.flatten(0, 1), timesteps.repeat_interleave(2))
+    texts = scorer.embed_tokens(tokens).repeat_interleave(2, dim=0)
+    first, second = scorer.similarity(images, texts).view(-1, 2).T
+    return first - second
+
+
+@torch.no_grad()
+def predict_pictures(
+    pairs: PairTable, recipe: Recipe, timesteps: Tensor | None = None, batch_size: int = 128
+) -> tuple[Tensor, Tensor]:
+    """What ``sd_tiny`` predicts of noised pictures, both of a pair with the same noise (as SPO trains its scorer).
+
+    Args:
+        pairs: Whose pictures are noised.
+        recipe: Seed and guidance.
+        timesteps: ``(N,)``; None draws each of 0 to 999 as likely.
+        batch_size: Pairs per pass.
+
+    Returns:
+        Decoded predictions ``(N, 2, 3, 32, 32)`` and timesteps ``(N,)``.
+    """
+    pipeline = load_pipeline(PIPELINE_FOLDERS["sd_tiny"])
+    generator = torch.Generator().manual_seed(recipe.seed)
+    if timesteps is None:
+        timesteps = torch.randint(0, 1000, (len(pairs.label),), generator=generator)
+    empty = pipeline.text_encoder(tokenize([""]))[0]
+    progress, parts = Progress("predictions", -(-len(timesteps) // batch_size), "batches"), []
+    for place, rows in enumerate(torch.arange(len(timesteps)).split(batch_size)):
+        pixels = normalize_pictures(pairs.pictures[rows].flatten(0, 1))
+        latents = pipeline.vae.encode(pixels).latent_dist.mean * pipeline.vae.config.scaling_factor
+        at = timesteps[rows].repeat_interleave(2)
+        noise = torch.randn(len(rows), *latents.shape[1:], generator=generator).repeat_interleave(2, dim=0)
+        noisy = pipeline.scheduler.add_noise(latents, noise, at)
+        prompts = pipeline.text_encoder(pairs.tokens[rows])[0].repeat_interleave(2, dim=0)
+        noise_pred = pipeline.unet(noisy, at, prompts).sample
+        guidance = recipe.guidance_scales[place % len(recipe.guidance_scales)]
+        if guidance != 1.0:
+            without = pipeline.unet(noisy, at, empty.expand_as(prompts)).sample
+            noise_pred = without + guidance * (noise_pred - without)
+        alpha_bar = pipeline.scheduler.alphas_cumprod[at][:, None, None, None]
+        clean = (noisy - (1 - alpha_bar).sqrt() * noise_pred) / alpha_bar.sqrt()
+        decoded = pipeline.vae.decode(clean / pipeline.vae.config.scaling_factor).sample
+        parts.append(decoded.unflatten(0, (-1, 2)))
+        progress.add()
+    return torch.cat(parts), timesteps
+
+
+def fit(scorer: StepAwareCLIP, losses: Iterator[Tensor], steps: int, lr: float, name: str) -> None:
+    """AdamW with warm-up and linear decay; the scorer ends with averaged weights."""
+    warmup = max(1, min(100, steps // 10))
+    train_averaged(scorer, losses, steps=steps, lr=lr, name=name, warmup=warmup, decay=0.99, weight_decay=0.05)
+
+
+@torch.no_grad()
+def accuracy(scorer: StepAwareCLIP, pairs: PairTable, pixels: Tensor, timesteps: Tensor) -> float:
+    """Share of pairs that the oracle tells apart clearly and the scorer orders as it does."""
+    margins = [
+        score_margin(scorer, *part)
+        for part in zip(pixels.split(256), timesteps.float().split(256), pairs.tokens.split(256), strict=True)
+    ]
+    clear = pairs.gap.abs() > CLEAR_GAP
+    return float((torch.cat(margins).sign() == pairs.gap.sign())[clear].float().mean())
+
+
+def measure(scorer: StepAwareCLIP, recipe: Recipe, drawn: PairTable, generated: PairTable) -> dict[str, float]:
+    """Accuracy on held-out drawn pairs, finished and by timestep, and on generated ones."""
+    zeros = torch.zeros(len(drawn.label))
+    figures = {"drawn": accuracy(scorer, drawn, normalize_pictures(drawn.pictures), zeros)}
+    made = normalize_pictures(generated.pictures)
+    figures["generated"] = accuracy(scorer, generated, made, torch.zeros(len(generated.label)))
+    for timestep in EVALUATION_TIMESTEPS if recipe.predicted_share else ():
+        pixels, timesteps = predict_pictures(drawn, recipe, torch.full_like(zeros, timestep).long())
+        figures[f"t{timestep}"] = accuracy(scorer, drawn, pixels, timesteps)
+    return figures
+
+
+def train_scorer(name: str, recipe: Recipe) -> StepAwareCLIP:
+    """Train one of :data:`RECIPES`."""
+    torch.manual_seed(recipe.seed)
+    scorer = build_scorer()
+    if not recipe.predicted_share:  # no timestep but 0, which changes nothing
+        scorer.requires_grad_(False).clip.requires_grad_(True)
+    fit(scorer, caption_losses(scorer, recipe), recipe.caption_steps, recipe.lr, f"{name} captions")
+    pairs = PairTable.of(draw_pairs("train", recipe.pairs, np.random.default_rng([recipe.seed, 2])))
+    fit(scorer, pair_losses(scorer, recipe, pairs), recipe.pair_steps, recipe.lr, f"{name} pairs")
+    return scorer.eval()
+
+
+def save_scorer(scorer: StepAwareCLIP, folder: Path, recipe: Recipe, figures: dict[str, float]) -> None:
+    """Save in float16, with recipe and figures; a scorer without timesteps becomes a plain CLIP folder."""
+    shutil.rmtree(folder, ignore_errors=True)
+    scorer.half().save(folder)
+    for path in folder.iterdir():  # weights are written for the owner alone
+        path.chmod(0o644)
+    scorer.float()
+    if not recipe.predicted_share:
+        (folder / STEP_FILE).unlink()
+    content = {"recipe": asdict(recipe), "figures": figures}
+    (folder / "recipe.json").write_text(json.dumps(content, indent=1) + "\n")
+    shown = ", ".join(f"{name} {value:.3f}" for name, value in figures.items() if name != "cpu_seconds")
+    text = README.format(name=folder.name, gap=CLEAR_GAP, figures=shown, **DESCRIPTIONS[folder.name])
+    (folder / "README.md").write_text(text)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Entry point; ``args`` as on the command line."""
+    command = "python -m latentreward.tinyworld.pixel_scorers_pretraining"
+    parser = argparse.ArgumentParser(prog=command, description=__doc__)
+    parser.add_argument("--output", type=Path, required=True, help="folder for spm_tiny/ and held_out_tiny/")
+    parser.add_argument("--scale", type=float, default=1.0, help="times the steps, pictures and pairs (quick trials)")
+    parser.add_argument("--only", choices=RECIPES, help="train this one alone")
+    options = parser.parse_args(args)
+    torch.set_num_threads(1)
+    for name in [options.only] if options.only else RECIPES:
+        recipe = RECIPES[name].scaled(options.scale)
+        start = time.process_time()
+        scorer = train_scorer(name, recipe)
+        seconds = time.process_time() - start
+        rng = np.random.default_rng([EVALUATION_SEED, 0])
+        drawn = PairTable.of(draw_pairs("validation", max(16, round(1500 * options.scale)), rng))
+        generated = PairTable.of(generate_pairs(max(16, round(600 * options.scale)), EVALUATION_SEED))
+        figures = {**measure(scorer, recipe, drawn, generated), "cpu_seconds": round(seconds)}
+        save_scorer(scorer, options.output / name, recipe, figures)
+        print(f"{name}: {json.dumps(figures)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""Pretraining of the autoencoder that both tiny pipelines share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latentreward.storage.progress import Progress
+from latentreward.tinyworld.captions import draw_caption
+from latentreward.tinyworld.drawing import draw_scene
+from latentreward.tinyworld.rendering import render
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+KL_WEIGHT = 1e-6
+"""Weight of a picture's KL term, summed over its latents; 1e-4 collapses the channels that carry colour."""
+LATENT_STD = 5.489
+"""Standard deviation that latents are given per channel: 1 / 0.18215, so they scale like Stable Diffusion's."""
+
+
+def draw_training_pictures(
+    number: int, rng: np.random.Generator, split: str = "train", clean_share: float = 0.6
+) -> tuple[Tensor, list[str]]:
+    """Draw pictures that agree with their captions.
+
+    Args:
+        number: How many.
+        rng: Source of randomness.
+        split: Captions to draw from.
+        clean_share: Probability that a picture has no nuisance.
+
+    Returns:
+        Pictures ``(number, 3, 32, 32)``, uint8, and their captions.
+    """
+    captions = [draw_caption(rng, split) for _ in range(number)]
+    scenes = [draw_scene(caption, rng, mutation_shares=(1.0,), clean_share=clean_share) for caption in captions]
+    pictures = torch.from_numpy(np.stack([render(scene) for scene in scenes]))
+    return pictures.permute(0, 3, 1, 2).contiguous(), [caption.text for caption in captions]
+
+
+def normalize_pictures(pictures: Tensor) -> Tensor:
+    """Bytes to network input: uint8 0..255 to float32 -1..1."""
+    return pictures.float() / 127.5 - 1.0
+
+
+def build_vae() -> AutoencoderKL:
+    """The untrained autoencoder: 32x32 pictures to 8x8 latents of 4 channels, 0.4 M parameters."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16, 32, 48),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=32,
+        mid_block_add_attention=False,
+        scaling_factor=1.0 / LATENT_STD,
+        shift_factor=0.0,
+    )
+
+
+def train_vae(seed: int, steps: int = 3000, decoder_steps: int = 3000, batch_size: int = 32) -> AutoencoderKL:
+    """Train encoder and decoder, then the decoder alone; standardise the latents.
+
+    Args:
+        seed: Fixes pictures, initial weights and noise.
+        steps: Updates of encoder and decoder.
+        decoder_steps: Further updates of the decoder alone, on slightly noisy latents, as samplers make them.
+        batch_size: Pictures per update.
+    """
+    torch.manual_seed(seed)
+    rng = np.random.default_rng([seed, 0])
+    pictures = draw_training_pictures(24_000, rng)[0]
+    vae = build_vae().to(memory_format=torch.channels_last)
+    batches = _draw_batches(pictures, rng, batch_size)
+    _fit(vae, list(vae.parameters()), batches, steps=steps, lr=3e-3, name="vae")
+    standardize_latents(vae, normalize_pictures(pictures[:4096]))
+    vae.encoder.requires_grad_(False)
+    vae.quant_conv.requires_grad_(False)
+    weights = [*vae.post_quant_conv.parameters(), *vae.decoder.parameters()]
+    noise = 0.05 * LATENT_STD
+    _fit(vae, weights, batches, steps=decoder_steps, lr=2e-3, name="decoder", noise=noise)
+    return vae.requires_grad_(True).eval().to(memory_format=torch.contiguous_format)
+
+
+def _draw_batches(pictures: Tensor, rng: np.random.Generator, batch_size: int) -> Iterator[Tensor]:
+    """Draw batches of normalised pictures without end."""
+    while True:
+        batch = normalize_pictures(pictures[rng.integers(len(pictures), size=batch_size)])
+        yield batch.contiguous(memory_format=torch.channels_last)
+
+
+def _fit(
+    vae: AutoencoderKL,
+    parameters: list[torch.nn.Parameter],
+    batches: Iterator[Tensor],
+    *,
+    steps: int,
+    lr: float,
+    name: str,
+    noise: float = 0.0,
+) -> None:
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05)
+    progress = Progress(name, steps, "steps")
+    for batch in islice(batches, steps):
+        posterior = vae.encode(batch).latent_dist
+        latents = posterior.sample()
+        decoded = vae.decode(latents + noise * torch.randn_like(latents)).sample
+        error = decoded - batch
+        loss = error.abs().mean() + 2 * error.square().mean() + KL_WEIGHT * posterior.kl().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        progress.add(loss=loss.item(), mse=error.square().mean().item())
+
+
+@torch.no_grad()
+def standardize_latents(vae: AutoencoderKL, pictures: Tensor) -> None:
+    """Fold a shift and a scale per channel into the 1x1 convolutions around the latents; reconstructions stay the same.
+
+    Args:
+        vae: Autoencoder with ``quant_conv`` and ``post_quant_conv``, changed in place.
+        pictures: Normalised pictures ``(B, 3, 32, 32)`` to measure on; their mean latents end up with mean 0 and
+            standard deviation ``LATENT_STD`` per channel.
+    """
+    latents = torch.cat([vae.encode(part).latent_dist.mean for part in pictures.split(256)])
+    mean = latents.mean(dim=(0, 2, 3))
+    scale = LATENT_STD / latents.std(dim=(0, 2, 3))
+    channels = len(mean)
+    weight, bias = vae.quant_conv.weight, vae.quant_conv.bias
+    weight[:channels] *= scale[:, None, None, None]
+    bias[:channels] = (bias[:channels] - mean) * scale
+    bias[channels:] += 2 * scale.log()
+    # W (z / s + m) + b = (W / s) z + (W m + b)
+    weight, bias = vae.post_quant_conv.weight, vae.post_quant_conv.bias
+    bias += weight[:, :, 0, 0] @ mean
+    weight /= scale[None, :, None, None]
+
+
+@torch.no_grad()
+def encode_pictures(vae: AutoencoderKL, pictures: Tensor, batch_size: int = 256) -> Tensor:
+    """Mean latents of pictures as the networks see them.
+
+    Args:
+        vae: Trained autoencoder.
+        pictures: ``(N, 3, 32, 32)``, uint8.
+        batch_size: Pictures per pass.
+
+    Returns:
+        Scaled latents ``(N, 4, 8, 8)``, float32, about unit variance.
+    """
+    parts = [vae.encode(normalize_pictures(part)).latent_dist.mean for part in pictures.split(batch_size)]
+    return torch.cat(parts) * vae.config.scaling_factor

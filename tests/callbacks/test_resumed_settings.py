@@ -1,0 +1,175 @@
+"""A resumed run says what the checkpoint overrides, and takes from its settings what it is told to."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from latentreward.cli import main
+from tests.small_user import ROWS, SEEN, SmallUserModule, refusal, run
+
+COSINE = ("--model.lr_scheduler=CosineAnnealingLR", "--model.lr_scheduler.eta_min=0.001")
+
+
+def start(folder: Path, *settings: str, steps: int = 4) -> tuple[Path, list[list[int]]]:
+    """Checkpoint and batches of the first ``steps`` steps of a run that was stopped after one more."""
+    saving = "--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint"
+    each_step = ("--trainer.callbacks.every_n_train_steps=1", "--trainer.callbacks.save_top_k=-1")
+    run("fit", folder, f"--trainer.max_steps={steps + 1}", *settings, saving, *each_step)
+    return folder / "run" / "checkpoints" / f"epoch=0-step={steps}.ckpt", SEEN[:steps]
+
+
+def resume(folder: Path, checkpoint: Path, *settings: str, steps: int = 10) -> SmallUserModule:
+    return run("fit", folder, f"--trainer.max_steps={steps}", f"--ckpt_path={checkpoint}", *settings)
+
+
+def rate(module: SmallUserModule) -> float:
+    return module.trainer.optimizers[0].param_groups[0]["lr"]
+
+
+def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [line.removeprefix("resume: ") for line in caplog.messages if line.startswith("resume: ")]
+
+
+def saved(folder: Path, number: int = 1) -> dict:
+    return yaml.safe_load((folder / "run" / f"config_{number}.yaml").read_text())
+
+
+@pytest.mark.parametrize("schedule", [(), (*COSINE, "--model.lr_scheduler.T_max=20")], ids=["constant", "cosine"])
+def test_a_plain_resume_says_nothing_and_is_the_rest_of_the_run(
+    schedule: tuple[str, ...], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = ("--model.optimizer=AdamW", "--model.optimizer.lr=0.1", *schedule)
+    whole = run("fit", tmp_path / "whole", "--trainer.max_steps=10", *settings)
+    resumed = resume(tmp_path, start(tmp_path, *settings)[0], *settings)
+    for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert rate(whole) == rate(resumed)
+    assert lines(caplog) == []
+
+
+def test_the_checkpoints_settings_win_and_the_saved_config_states_them(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = ("--model.optimizer=AdamW", "--model.optimizer.lr=0.1", "--model.optimizer.betas=[0.8,0.99]", *COSINE)
+    checkpoint, _ = start(tmp_path, *first, "--model.lr_scheduler.T_max=20")
+    whole = run("fit", tmp_path / "whole", "--trainer.max_steps=10", *first, "--model.lr_scheduler.T_max=20")
+    given = ("--model.optimizer=AdamW", "--model.optimizer.lr=0.01", "--model.optimizer.weight_decay=0.5", *COSINE)
+    resumed = resume(tmp_path, checkpoint, *given, "--model.lr_scheduler.T_max=50", "--data.batch_size=4")
+    for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert lines(caplog) == [
+        "data.batch_size stays 2 as in the checkpoint, not 4 as given; --resume_override=[batch_size] takes it",
+        "model.optimizer.betas stays [0.8, 0.99] as in the checkpoint, not [0.9, 0.999] as given",
+        "model.optimizer.lr stays 0.1 as in the checkpoint, not 0.01 as given; --resume_override=[lr] takes it",
+        "model.optimizer.weight_decay stays 0.01 as in the checkpoint, not 0.5 as given",
+        "model.lr_scheduler.T_max stays 20 as in the checkpoint, not 50 as given; --resume_override=[schedule] takes it",  # noqa: E501
+    ]
+    config = saved(tmp_path)
+    optimizer = config["model"]["init_args"]["optimizer"]["init_args"]
+    assert optimizer["lr"] == 0.1
+    assert optimizer["betas"] == [0.8, 0.99]
+    assert optimizer["weight_decay"] == 0.01
+    assert config["model"]["init_args"]["lr_scheduler"]["init_args"]["T_max"] == 20
+    assert config["data"]["init_args"]["batch_size"] == 2
+    caplog.clear()
+    main(["fit", f"--config={tmp_path}/run/config_1.yaml", f"--ckpt_path={checkpoint}"])
+    assert lines(caplog) == []
+
+
+def test_settings_that_were_left_to_their_defaults_are_stated_too(tmp_path: Path) -> None:
+    checkpoint, _ = start(tmp_path, "--model.optimizer=AdamW", "--model.optimizer.lr=0.1")
+    resume(tmp_path, checkpoint)
+    assert saved(tmp_path)["model"]["init_args"]["optimizer"]["init_args"]["lr"] == 0.1
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        (),
+        (*COSINE, "--model.lr_scheduler.T_max=20"),
+        ("--model.lr_scheduler=LinearLR", "--model.lr_scheduler.start_factor=0.25"),
+        ("--model.lr_scheduler=ExponentialLR", "--model.lr_scheduler.gamma=0.5"),
+    ],
+    ids=["constant", "cosine", "warm-up", "exponential"],
+)
+def test_a_given_learning_rate_goes_through_the_schedule(
+    schedule: tuple[str, ...], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoint, _ = start(tmp_path, "--model.optimizer=AdamW", "--model.optimizer.lr=0.1", *schedule)
+    settings = ("--model.optimizer=AdamW", "--model.optimizer.lr=0.01", *schedule)
+    resumed = resume(tmp_path, checkpoint, *settings, "--resume_override=[lr]")
+    whole = run("fit", tmp_path / "whole", "--trainer.max_steps=10", *settings)
+    assert rate(resumed) == pytest.approx(rate(whole), rel=1e-12)
+    (line,) = lines(caplog)
+    assert line.startswith("model.optimizer.lr is 0.01 from here on, 0.1 in the checkpoint")
+    config = saved(tmp_path)
+    assert config["model"]["init_args"]["optimizer"]["init_args"]["lr"] == 0.01
+    assert config["resume_override"] == ["lr"]
+
+
+def test_a_given_schedule_is_placed_at_the_restored_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    optimizer = ("--model.optimizer=AdamW", "--model.optimizer.lr=0.1")
+    checkpoint, _ = start(tmp_path, *optimizer, *COSINE, "--model.lr_scheduler.T_max=20")
+    linear = ("--model.lr_scheduler=LinearLR", "--model.lr_scheduler.total_iters=100")
+    said = refusal(capsys, "fit", tmp_path, "--trainer.max_steps=10", f"--ckpt_path={checkpoint}", *optimizer, *linear)
+    assert said.startswith("the checkpoint holds the state of another learning rate schedule; ")
+    assert said.endswith("--resume_override=[schedule]")
+    other = ("--model.optimizer=AdamW", "--model.optimizer.lr=0.5")  # the checkpoint's rate goes into the new schedule
+    resumed = resume(tmp_path, checkpoint, *other, *linear, "--resume_override=[schedule]")
+    whole = run("fit", tmp_path / "whole", "--trainer.max_steps=10", *optimizer, *linear)
+    assert rate(resumed) == pytest.approx(rate(whole), rel=1e-12)
+    both = resume(tmp_path, checkpoint, *other, *linear, "--resume_override=[lr,schedule]")
+    assert rate(both) == pytest.approx(5 * rate(whole), rel=1e-12)
+    constant = resume(tmp_path, checkpoint, *other, "--resume_override=[schedule]")
+    assert rate(constant) == 0.1
+
+
+def test_a_schedule_begins_where_the_checkpoint_had_none(tmp_path: Path) -> None:
+    optimizer = ("--model.optimizer=AdamW", "--model.optimizer.lr=0.1")
+    linear = ("--model.lr_scheduler=LinearLR", "--model.lr_scheduler.total_iters=100")
+    resumed = resume(tmp_path, start(tmp_path, *optimizer)[0], *optimizer, *linear, "--resume_override=[schedule]")
+    whole = run("fit", tmp_path / "whole", "--trainer.max_steps=10", *optimizer, *linear)
+    assert rate(resumed) == pytest.approx(rate(whole), rel=1e-12)
+
+
+def test_a_rate_alone_does_not_change_under_another_schedule(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint, _ = start(tmp_path, *COSINE, "--model.lr_scheduler.T_max=20")
+    options = (f"--ckpt_path={checkpoint}", *COSINE, "--model.lr_scheduler.T_max=9", "--resume_override=[lr]")
+    said = refusal(capsys, "fit", tmp_path, *options)
+    assert said.startswith("resume_override=[lr]: model.lr_scheduler.T_max is 9, but 20 in the checkpoint; ")
+
+
+def test_another_batch_size_sees_each_pair_of_the_epoch_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    checkpoint, before = start(tmp_path, "--data.batch_size=2", steps=5)
+    resume(tmp_path, checkpoint, "--data.batch_size=4", "--resume_override=[batch_size]", steps=9)
+    assert [len(batch) for batch in SEEN] == [4, 4, 4, 2]
+    assert sorted(row for batch in before + SEEN for row in batch) == list(range(ROWS))
+    assert lines(caplog)[0].startswith("data.batch_size is 4 from here on, 2 in the checkpoint")
+    assert saved(tmp_path)["data"]["init_args"]["batch_size"] == 4
+
+
+def test_an_optimiser_of_other_parameters_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint, _ = start(tmp_path)
+    content = torch.load(checkpoint, weights_only=True)
+    content["optimizer_states"][0]["param_groups"].pop()
+    torch.save(content, checkpoint)
+    said = refusal(capsys, "fit", tmp_path, f"--ckpt_path={checkpoint}")
+    assert said.startswith("the checkpoint's optimiser has other parameters")
+
+
+def test_a_checkpoint_from_before_takes_the_given_batch_size(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    checkpoint, before = start(tmp_path)
+    content = torch.load(checkpoint, weights_only=True)
+    del content["batch_size"]
+    torch.save(content, checkpoint)
+    resume(tmp_path, checkpoint, "--data.batch_size=4", steps=8)
+    assert sorted(row for batch in before + SEEN for row in batch) == list(range(ROWS))
+    assert lines(caplog) == []
+
+
+def test_only_known_names_are_overridden(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert refusal(capsys, "fit", tmp_path, "--resume_override=[rate]").startswith("resume_override")

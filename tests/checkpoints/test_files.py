@@ -1,0 +1,89 @@
+"""A checkpoint is whole or it is not there, and a damaged one is passed over aloud."""
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pytest
+import torch
+
+from latentreward.checkpoints.files import DurableCheckpointIO, checkpoint_problem, newest_intact
+from latentreward.errors import InputError
+from tests.processes import Forked
+
+
+def write(path: Path, age: float = 0.0, number: int = 0) -> Path:
+    DurableCheckpointIO().save_checkpoint({"number": number, "weights": torch.arange(1000.0)}, path)
+    os.utime(path, times=(time.time() - age,) * 2)
+    return path
+
+
+def damage(path: Path, how: str) -> None:
+    data, modified = path.read_bytes(), path.stat().st_mtime
+    changed = {"torn": data[: len(data) // 2], "empty": b"", "garbage": b"no checkpoint"}[how]
+    path.write_bytes(changed)
+    os.utime(path, times=(modified, modified))
+
+
+def save_half_and_die(path: Path) -> None:
+    """What a process of its own does."""
+    whole = torch.save
+
+    def half(checkpoint: dict[str, Any], file: BinaryIO) -> None:
+        whole(checkpoint, file)
+        file.flush()
+        os.ftruncate(file.fileno(), 500)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.save = half
+    DurableCheckpointIO().save_checkpoint({"number": 2}, path)
+
+
+def test_a_save_replaces_the_file_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
+    path = write(tmp_path / "deep" / "last.ckpt", number=1)
+    write(path, number=2)
+    assert torch.load(path, weights_only=True)["number"] == 2
+    assert [entry.name for entry in path.parent.iterdir()] == ["last.ckpt"]
+
+
+def test_a_kill_while_writing_leaves_the_old_checkpoint(tmp_path: Path) -> None:
+    path = write(tmp_path / "last.ckpt", number=1)
+    assert Forked(save_half_and_die, [path]).wait(60) == -signal.SIGKILL
+    assert torch.load(path, weights_only=True)["number"] == 1
+    assert newest_intact([path]) == path
+    write(path, number=3)
+    assert torch.load(path, weights_only=True)["number"] == 3
+
+
+@pytest.mark.parametrize("how", ["torn", "empty", "garbage"])
+def test_a_damaged_newest_checkpoint_gives_way_to_the_previous_one(how: str, tmp_path: Path, caplog) -> None:
+    write(tmp_path / "step=10.ckpt", age=60)
+    previous = write(tmp_path / "step=20.ckpt", age=30)
+    last = write(tmp_path / "last.ckpt", age=10)
+    assert newest_intact([last, tmp_path / "absent.ckpt"]) == last
+    damage(last, how)
+    assert checkpoint_problem(last)
+    assert newest_intact([last]) == previous
+    (line,) = caplog.messages
+    assert line.startswith(f"ckpt_path: {last} is damaged")
+    assert line.endswith(f"going on from the previous one, {previous}")
+    assert "\n" not in line
+    for path in tmp_path.glob("step*"):
+        path.unlink()
+    with pytest.raises(InputError, match="no checkpoint beside it is intact; remove it to start anew"):
+        newest_intact([last])
+
+
+def test_nothing_there_is_no_error(tmp_path: Path) -> None:
+    assert newest_intact([tmp_path / "last.ckpt"]) is None
+
+
+def test_a_folder_of_shards_needs_its_index(tmp_path: Path) -> None:
+    folder = tmp_path / "last.ckpt"
+    folder.mkdir()
+    assert checkpoint_problem(folder) == ".metadata is missing"
+    for name in (".metadata", "meta.pt"):
+        (folder / name).touch()
+    assert checkpoint_problem(folder) is None

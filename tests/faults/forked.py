@@ -1,0 +1,108 @@
+"""Command lines run one after the other in children of one process that has imported everything: ``python -m …``.
+
+Its argument is the limit in seconds. It reads a JSON list of ``[[arguments, folder], …]`` from stdin and writes one
+JSON line per outcome.
+"""
+
+import gc
+import importlib
+import json
+import os
+import signal
+import sys
+import sysconfig
+import tempfile
+import time
+import traceback
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from latentreward.cli import COMMANDS, main
+from latentreward.settings.functions import import_rooms
+
+
+@dataclass
+class Outcome:
+    """What became of one command line: exit status (None: it was stopped at the limit), stderr, seconds."""
+
+    status: int | None
+    stderr: str
+    seconds: float
+
+    @property
+    def line(self) -> str:
+        """The program's own line of error, empty if there is none."""
+        lines = [line for line in self.stderr.splitlines() if line.startswith("latentreward: error: ")]
+        return lines[-1].removeprefix("latentreward: error: ") if lines else ""
+
+
+def run_forked(arguments: Sequence[str], folder: Path, limit_s: float = 30.0) -> Outcome:
+    """Run one command line in a child whose current folder is ``folder``; kill it and its children at the limit."""
+    begin = time.monotonic()
+    with tempfile.TemporaryFile() as errors, tempfile.TemporaryFile("w+") as modules:
+        child = os.fork()
+        if not child:
+            _become(arguments, folder, errors.fileno(), modules.fileno())
+        status = None
+        while time.monotonic() - begin < limit_s:
+            pid, status_bits = os.waitpid(child, os.WNOHANG)
+            if pid:
+                status = os.waitstatus_to_exitcode(status_bits)
+                break
+            time.sleep(0.01)
+        else:
+            os.killpg(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        seconds = time.monotonic() - begin
+        errors.seek(0)
+        modules.seek(0)
+        _import_installed(modules.read().split())
+        return Outcome(status, errors.read().decode(errors="replace"), seconds)
+
+
+def _import_installed(names: Sequence[str]) -> None:
+    """Import what a child imported from packages that are installed, so that the next one finds it."""
+    for name in names:
+        with suppress(Exception):  # some import only beside others
+            importlib.import_module(name)
+
+
+def _become(arguments: Sequence[str], folder: Path, errors: int, modules: int) -> None:
+    """Run the command line in this process, and end it."""
+    os.setpgid(0, 0)
+    os.chdir(folder)
+    os.dup2(os.open(os.devnull, os.O_RDWR), 0)
+    os.dup2(os.open(os.devnull, os.O_RDWR), 1)
+    os.dup2(errors, 2)
+    sys.stderr = os.fdopen(2, "w", buffering=1)
+    status, known = 0, set(sys.modules)
+    try:
+        main(arguments)
+    except SystemExit as stop:
+        status = stop.code if isinstance(stop.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    sys.stderr.flush()
+    installed = sysconfig.get_paths()["purelib"]
+    found = [
+        name for name, module in [*sys.modules.items()] if str(getattr(module, "__file__", "")).startswith(installed)
+    ]
+    os.write(modules, "\n".join(set(found) - known).encode())
+    os._exit(status)
+
+
+def import_everything() -> None:
+    """Import what the subcommands need, so that children find it."""
+    import_rooms()
+    for place, _ in COMMANDS.values():
+        importlib.import_module(place.partition(":")[0])
+
+
+if __name__ == "__main__":
+    import_everything()
+    gc.freeze()  # pages that children do not write to stay shared
+    for arguments, folder in json.load(sys.stdin):
+        print(json.dumps(asdict(run_forked(arguments, Path(folder), *map(float, sys.argv[1:])))), flush=True)

@@ -1,0 +1,238 @@
+"""No code runs from a checkpoint, wherever it lies and by whatever name Lightning finds it."""
+
+import ast
+import os
+import pickle
+import runpy
+import subprocess
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed import checkpoint as distributed_checkpoint
+
+from latentreward.checkpoints import files
+from latentreward.checkpoints.shards import INDEX, REST
+from latentreward.commands.fit import guard_loading
+from tests.small_user import refusal, run
+
+COMMANDS = ("fit", "validate", "test", "predict")
+
+
+class Call:
+    """Pickles as a call."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.call
+
+
+def load_unsafely(path: str) -> Any:
+    return torch.load(path, weights_only=False)
+
+
+PAYLOADS: dict[str, Callable[[Path], Any]] = {
+    "a shell": lambda canary: Call(os.system, f"touch {canary}"),
+    "a process": lambda canary: Call(subprocess.call, ["touch", str(canary)]),
+    "exec": lambda canary: Call(exec, f"open({str(canary)!r}, 'w')"),
+    "eval": lambda canary: Call(eval, f"open({str(canary)!r}, 'w')"),
+    "open": lambda canary: Call(open, str(canary), "w"),
+    "a method": lambda canary: Call(Path.touch, canary),
+    "a script": lambda canary: Call(runpy.run_path, str(canary.with_name("script.py"))),
+    "torch.load": lambda canary: Call(load_unsafely, str(canary.with_name("hidden.ckpt"))),
+}
+WRITERS: dict[str, Callable[[Any, Path], Any]] = {
+    "zip": torch.save,
+    "legacy": partial(torch.save, _use_new_zipfile_serialization=False),
+    "pickle": lambda content, path: path.write_bytes(pickle.dumps(content)),
+}
+
+
+@pytest.fixture
+def canary(tmp_path: Path) -> Path:
+    """File that only a payload makes."""
+    path = tmp_path / "canary"
+    (tmp_path / "script.py").write_text(f"open({str(path)!r}, 'w')")
+    torch.save(Call(Path.touch, path), tmp_path / "hidden.ckpt")
+    return path
+
+
+@contextmanager
+def serving(handler: Callable[..., BaseHTTPRequestHandler]) -> Iterator[str]:
+    """Address of a server on this machine."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+class Files(SimpleHTTPRequestHandler):
+    def log_message(self, *args: Any) -> None:
+        """Say nothing."""
+
+
+PLACES = ("{folder}", "file://{folder}", "{address}", "simplecache::{address}")
+KINDS = [(payload, writer) for payload in PAYLOADS for writer in WRITERS]
+CASES = [(*kind, COMMANDS[n % 4], PLACES[(n + n // 4) % 4]) for n, kind in enumerate(KINDS)]
+
+
+@pytest.mark.parametrize("payload", PAYLOADS)
+def test_the_payloads_do_run_where_nothing_holds_them(payload: str, canary: Path, tmp_path: Path) -> None:
+    torch.save({"state_dict": PAYLOADS[payload](canary)}, tmp_path / "evil.ckpt")
+    load_unsafely(str(tmp_path / "evil.ckpt"))
+    assert canary.exists()
+
+
+@pytest.mark.parametrize(("payload", "writer", "command", "place"), CASES)
+def test_no_payload_runs_from_a_file_or_an_address(
+    payload: str, writer: str, command: str, place: str, canary: Path, tmp_path: Path, capsys: Any
+) -> None:
+    WRITERS[writer]({"state_dict": {}, "evil": PAYLOADS[payload](canary)}, tmp_path / "evil.ckpt")
+    with serving(partial(Files, directory=str(tmp_path))) as address:
+        setting = f"--ckpt_path={place.format(folder=tmp_path, address=address)}/evil.ckpt"
+        said = refusal(capsys, command, tmp_path, setting)
+    assert said.startswith("ckpt_path: checkpoint ")
+    assert "/evil.ckpt is damaged" in said
+    assert "could run code" in said
+    assert "weights_only" not in said
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("part", [INDEX, REST, "a value"])
+def test_no_payload_runs_from_shards(
+    part: str, canary: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, evil = tmp_path / "shards.ckpt", Call(Path.touch, canary)
+    values = {"evil": evil} if part == "a value" else {}
+    distributed_checkpoint.save({"state_dict": {"net": torch.ones(2)}, **values}, checkpoint_id=folder, no_dist=True)
+    torch.save({"evil": evil} if part == REST else {}, folder / REST)
+    if part == INDEX:
+        (folder / INDEX).write_bytes(pickle.dumps(evil))
+    for place in (folder, f"file://{folder}"):
+        assert "could run code" in refusal(capsys, "fit", tmp_path, f"--ckpt_path={place}")
+    assert not canary.exists()
+
+
+def test_no_payload_runs_from_a_checkpoint_that_lightning_chooses(
+    canary: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    for path in (tmp_path / "hpc_ckpt_1.ckpt", tmp_path / "run" / "checkpoints" / "last.ckpt"):
+        torch.save({"state_dict": Call(Path.touch, canary)}, path)
+    for name in ("hpc", "last"):
+        for command in COMMANDS:
+            said = refusal(capsys, command, tmp_path, f"--ckpt_path={name}")
+            assert "it names getattr" in said
+            assert "weights_only" not in said
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    monkeypatch.setenv("SLURM_JOB_NAME", "job")
+    assert "hpc_ckpt_1.ckpt" in refusal(capsys, "fit", tmp_path)
+    assert not canary.exists()
+
+
+def test_a_setting_cannot_ask_for_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"state_dict": {}}, tmp_path / "good.ckpt")
+    said = refusal(capsys, "fit", tmp_path, f"--ckpt_path={tmp_path}/good.ckpt", "--weights_only=false")
+    assert said == "weights_only: false would let a checkpoint run code; leave it out"
+
+
+def test_strategies_that_unpickle_by_themselves_never_see_an_unchecked_file(canary: Path, tmp_path: Path) -> None:
+    """Lightning's FSDP1 reads a single file with an unpickler of its own."""
+    module = run("fit", tmp_path, "--trainer.max_steps=1")
+    loaded: list[Any] = []
+    strategy = module.trainer.strategy
+    del strategy.load_checkpoint
+    strategy.load_checkpoint = lambda path, weights_only: loaded.append(weights_only)
+    guard_loading(module.trainer, module)
+    torch.save({"evil": Call(Path.touch, canary)}, tmp_path / "evil.ckpt")
+    with pytest.raises(ValueError, match="could run code"):
+        strategy.load_checkpoint(tmp_path / "evil.ckpt")
+    strategy.load_checkpoint(tmp_path / "run" / "checkpoints" / "epoch=0-step=1.ckpt", weights_only=None)
+    assert loaded == [True]
+    assert not canary.exists()
+
+
+def test_a_checkpoint_at_an_address_is_resumed_from_and_evaluated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (fetched := tmp_path / "fetched").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(fetched))
+    first = run("fit", tmp_path, "--trainer.max_steps=2")
+    with serving(partial(Files, directory=str(tmp_path / "run" / "checkpoints"))) as address:
+        setting = f"--ckpt_path={address}/epoch=0-step=2.ckpt"
+        module = run("validate", tmp_path, setting)
+        assert torch.equal(module.net[0].weight, first.net[0].weight)
+        assert run("fit", tmp_path, setting, "--trainer.max_steps=3").global_step == 3
+    assert not list(fetched.glob("latentreward-*"))
+    assert f"ckpt_path: {address}" in (tmp_path / "run" / "config_1.yaml").read_text()
+
+
+class Silent(BaseHTTPRequestHandler):
+    """Answers, and then says no more."""
+
+    stop = threading.Event()
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", "1000000")
+        self.end_headers()
+        self.wfile.write(b"PK")
+        self.stop.wait(30)
+
+    def log_message(self, *args: Any) -> None:
+        """Say nothing."""
+
+
+def test_what_cannot_be_fetched_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "SILENCE_S", 0.5)
+    with serving(partial(Files, directory=str(tmp_path))) as address, serving(Silent) as silent:
+        for place, words in (
+            (f"{address}/none.ckpt", "FileNotFoundError"),
+            (f"{silent}/silent.ckpt", "Timeout"),
+            ("http://127.0.0.1:1/refused.ckpt", "Cannot connect"),
+            ("nosuch://place/x.ckpt", "Protocol not known"),
+            ("memory://none.ckpt", "FileNotFoundError"),
+        ):
+            said = refusal(capsys, "validate", tmp_path, f"--ckpt_path={place}")
+            assert said.startswith(f"ckpt_path: {place} cannot be fetched")
+            assert words in said
+        Silent.stop.set()
+
+
+def test_every_torch_load_of_ours_takes_tensors_and_plain_values_alone() -> None:
+    root = Path(__file__).resolve().parents[2]
+    calls = [
+        (path.name, node)
+        for path in [*(root / "src").rglob("*.py"), *(root / "callbacks").glob("*.py")]
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load"
+    ]
+    assert len(calls) > 5
+    for name, call in calls:
+        values = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+        assert values.get("weights_only") == "True", name
+
+
+@pytest.mark.parametrize("name", ["absent.ckpt", "evil.ckpt"])
+def test_a_password_in_an_address_is_not_repeated(name: str, canary: Path, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "evil.ckpt").write_bytes(pickle.dumps(PAYLOADS[next(iter(PAYLOADS))](canary)))
+    with serving(partial(Files, directory=str(tmp_path))) as address:
+        setting = f"--ckpt_path={address.replace('://', '://user:s3cr3t@')}/{name}"
+        said = refusal(capsys, "validate", tmp_path, setting)
+    assert f"{address}/{name}" in said
+    assert "s3cr3t" not in said

@@ -1,0 +1,168 @@
+"""Nulls, numbers out of range and YAML that would be misread, through the command line."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from latentreward.cli import main
+
+STACK = ("lrm_tiny", "model"), ("tinyworld_pickapic", "data"), ("cpu", "trainer")
+FIT = ["fit", *(f"--config=configs/{folder}/{name}.yaml" for name, folder in STACK)]
+
+
+@pytest.fixture(autouse=True)
+def _in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("LATENTREWARD_DEBUG", raising=False)
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2, line
+    return line.removeprefix("latentreward: error: ")
+
+
+def refusal_of(text: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """The line for a fit of the tiny LRM with one more YAML file."""
+    Path("more.yaml").write_text(text)
+    return refusal(capsys, *FIT, "--config=more.yaml").removeprefix("more.yaml: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "field"),
+    [
+        ("trainer: {accelerator: null}", "trainer.accelerator"),
+        ("model: {init_args: {noise_per_image: null}}", "model.noise_per_image"),
+        ("model: {init_args: {loss: {init_args: {batch_coeff: null}}}}", "model.loss.batch_coeff"),
+        ("model: {init_args: {head: {init_args: {guidance: null}}}}", "model.head.guidance"),
+        ("model: {init_args: {optimizer: {init_args: {lr: null}}}}", "model.optimizer.lr"),
+        ("model: {init_args: {eval_timesteps: [1, null]}}", "model.eval_timesteps"),
+        ("model: {init_args: {backbone: {init_args: {lora: {rank: null}}}}}", "model.backbone.lora.rank"),
+        ("trainer: {callbacks: [{class_path: ModelCheckpoint, init_args: {save_top_k: null}}]}", "trainer.callbacks"),
+        ("data: {init_args: {batch_size: null}}", "data.batch_size"),
+        ("trainer: null", "trainer"),
+        ("model: {class_path: null}", "model.class_path"),
+        ("model: {init_args: {loss: {init_args: null}}}", "model.init_args.loss.init_args"),
+    ],
+)
+def test_null_is_refused_where_the_type_does_not_allow_it(text: str, field: str, capsys) -> None:
+    line = refusal_of(text, capsys)
+    assert line.startswith(field)
+    assert "got null" in line
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--model.head.init_args.text_projection_source",
+        "--model.head.text_projection_source",
+        "--model.init_args.head.init_args.text_projection_source",
+        "--model.backbone.lora",
+        "--model.loss",
+        "--trainer.default_root_dir",
+        "--trainer.logger",
+    ],
+)
+@pytest.mark.parametrize("equals", [True, False])
+def test_null_on_the_command_line_is_none(option: str, equals: bool, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([*FIT, *([f"{option}=null"] if equals else [option, "null"]), "--print_config"])
+    assert stop.value.code == 0
+    value = yaml.safe_load(capsys.readouterr().out)
+    for name in option.removeprefix("--").replace("init_args.", "").split("."):
+        value = value.get("init_args", value)[name]
+    assert value is None
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("trainer:\n  max_steps: 3\n  max_steps: 4\n", "line 3: 'max_steps' is given twice, first in line 2"),
+        ("trainer: {callbacks: !!set {a, b}}", "line 1: the tag 'tag:yaml.org,2002:set' is not accepted"),
+        ("a: &a [*a]", "line 1: an alias stands inside what it repeats"),
+        ("[" * 200 + "]" * 200, "more than 100 lists and mappings inside each other"),
+        ("{[1]: 2}", "line 1: a list or mapping is no key"),
+        ("trainer: []", "trainer: expected a mapping of settings, got []"),
+        ("nan_guard: 5", "nan_guard: expected a mapping of settings, got 5"),
+        ("trainer: {callbacks: [{}]}", "trainer.callbacks: {} in a list names nothing"),
+        ("trainer: {max_steps: '${trainer.max_steps}'}", "trainer.max_steps: the interpolation refers to itself"),
+        ("trainer: {default_root_dir: '${oc.env:NO_SUCH}'}", "trainer.default_root_dir: the environment variable NO_S"),
+    ],
+)
+def test_yaml_that_would_be_misread(text: str, line: str, capsys) -> None:
+    assert refusal_of(text, capsys).startswith(line)
+
+
+def test_aliases_that_multiply_are_refused_before_they_are_built(capsys) -> None:
+    nine = [f"a{level}: &a{level} [{','.join([f'*a{level - 1}'] * 9)}]" for level in range(1, 12)]
+    assert "once aliases are replaced" in refusal_of("\n".join(["a0: &a0 [x, x, x]", *nine]), capsys)
+
+
+@pytest.mark.parametrize(
+    ("text", "field"),
+    [
+        ("model: {init_args: {optimizer: {init_args: {lr: .inf}}}}", "model.optimizer.lr: inf"),
+        ("model: {init_args: {optimizer: {init_args: {lr: 1.0e18}}}}", "model.optimizer.lr: 1e+18"),
+        ("model: {init_args: {optimizer: {init_args: {lr: -1.0}}}}", "model.optimizer.lr: -1.0"),
+        ("model: {init_args: {optimizer: {init_args: {weight_decay: .inf}}}}", "model.optimizer.weight_decay: inf"),
+        ("model: {init_args: {eval_timesteps: [1, .nan]}}", "model.eval_timesteps[1]: nan"),
+        ("model: {init_args: {backbone: {init_args: {lora: {alpha: -1}}}}}", "model.backbone.lora.alpha: -1.0"),
+        ("model: {init_args: {backbone: {init_args: {lora: {dropout: 1.0}}}}}", "model.backbone.lora.dropout: 1.0"),
+        ("trainer: {accumulate_grad_batches: -3}", "trainer.accumulate_grad_batches: -3"),
+        ("trainer: {accumulate_grad_batches: 0}", "trainer.accumulate_grad_batches: 0"),
+        ("trainer: {limit_train_batches: 0}", "trainer.limit_train_batches: 0"),
+        ("trainer: {val_check_interval: 0}", "trainer.val_check_interval: 0"),
+        ("seed_everything: -1", "seed_everything: -1"),
+        ("data: {init_args: {num_workers: -1}}", "data.num_workers: -1"),
+        ("data: {init_args: {num_workers: 1000000000000000000}}", "data.num_workers: 1000000000000000000"),
+    ],
+)
+def test_numbers_outside_their_range(text: str, field: str, capsys) -> None:
+    line = refusal_of(text, capsys)
+    assert line.startswith(field)
+    assert "is not finite" in line or "is outside" in line
+
+
+def test_a_file_that_is_no_text_is_refused_by_name(capsys) -> None:
+    Path("binary.yaml").write_bytes(b"model: \x00\xff")
+    assert refusal(capsys, "score", "--config=binary.yaml").startswith("binary.yaml: 'utf-8' codec can't decode")
+
+
+def test_a_long_value_is_not_repeated_whole(capsys) -> None:
+    Path("long.yaml").write_text(f"model: [{'x, ' * 10_000}x]")
+    line = refusal(capsys, "score", "pictures", "scores.csv", "--config=long.yaml")
+    assert line.startswith("long.yaml: model: expected str, got ")
+    assert len(line) < 400
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "predict"])
+def test_missing_data_are_named_before_anything_is_loaded(command: str, capsys) -> None:
+    line = refusal(capsys, command, FIT[1], FIT[3], "--model.backbone.source=/nowhere")
+    assert line.startswith("data is missing; give it in a --config file, such as configs/data/")
+
+
+def test_the_remedy_names_the_whole_setting(capsys) -> None:
+    line = refusal(capsys, "fit", "--config=configs/model/lrm_tiny.yaml", "--trainer.logger=CSVLogger")
+    assert line.endswith("give it in a --config file or as --trainer.logger.save_dir")
+
+
+@pytest.mark.parametrize("flag", [["--check"], ["--check", "true"], ["--check=true"]])
+def test_flags_take_a_value_or_none(flag: list[str], capsys) -> None:
+    assert "out is no cache" in refusal(capsys, "cache", "out", *flag)
+
+
+def test_a_variable_with_a_stand_in_is_named_when_that_fails(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.delenv("CLIP_L_PATH", raising=False)
+    monkeypatch.setenv("HF_HUB_CACHE", "empty")
+    text = "model: {init_args: {head: {init_args: {text_projection_source: '${oc.env:CLIP_L_PATH,some/clip}'}}}}"
+    line = refusal_of(text, capsys)
+    assert line.startswith("text_projection_source='some/clip'")
+    assert line.endswith("or set the environment variable CLIP_L_PATH")
+
+
+def test_callbacks_that_lightning_cannot_tell_apart(capsys) -> None:
+    text = "trainer: {callbacks: [{class_path: ModelCheckpoint, init_args: {save_last: false}}]}"
+    assert "every_n_train_steps or every_n_epochs differ" in refusal_of(text, capsys)

@@ -1,0 +1,38 @@
+"""A variable whose name says that it is a secret is used, and written nowhere."""
+
+from pathlib import Path
+
+import pytest
+
+from latentreward.cli import main
+from latentreward.scoring import RewardModel
+from tests.settings.test_refusals import FIT, refusal
+
+LOGGER = """
+trainer:
+  logger:
+    class_path: lightning.pytorch.loggers.CSVLogger
+    init_args: {save_dir: run, name: "name-${oc.env:MY_TOKEN}", prefix: "${oc.env:PLAIN}"}
+"""
+
+
+def test_a_secret_is_used_and_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MY_TOKEN", "s3cr3t")
+    monkeypatch.setenv("PLAIN", "plain")
+    Path("logger.yaml").write_text(LOGGER)
+    small = ["--data.train_pairs=8", "--data.val_pairs=4", "--trainer.max_steps=1", "--trainer.limit_val_batches=1"]
+    main([*FIT, *small, "--config=logger.yaml", "--trainer.fast_dev_run=false"])
+    (folder,) = Path("run").iterdir()
+    assert folder.name == "name-s3cr3t"
+    # Checkpoints hold the path of their folder, which this setting named.
+    texts = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".ckpt"}
+    assert not [path for path, text in texts.items() if b"s3cr3t" in text]
+    (config,) = [path for path in texts if path.name == "config.yaml"]
+    assert "name-${oc.env:MY_TOKEN}" in config.read_text()
+    assert "prefix: plain" in config.read_text()
+    monkeypatch.delenv("MY_TOKEN")
+    line = refusal(capsys, "fit", f"--config={config}")
+    assert "logger.name: the environment variable MY_TOKEN is not set" in line
+    main(["validate", f"--config={config}", "--trainer.logger=false", "--trainer.limit_val_batches=1"])
+    assert isinstance(RewardModel.from_pretrained(folder), RewardModel)
