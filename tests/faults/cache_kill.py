@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 from latentreward.cache.check import check_cache
+from latentreward.storage.durable import LOCK
 from tests.cache.writing import contents, start_cache, write_data
 
 SETTINGS = ("--encoder.text=true", "--encoder.prompts_per_shard=4", "--encoder.batch_size=2", "--num_workers=1")
@@ -32,7 +33,7 @@ def finished(cache: Path) -> int:
 
 def begun(cache: Path) -> int:
     """When a run last took the lock."""
-    lock = cache / "lock"
+    lock = cache / LOCK
     return lock.stat().st_mtime_ns if lock.exists() else 0
 
 
@@ -88,6 +89,7 @@ def run_kills(folder: Path, kills: int, processes: int, seed: int, pairs: int) -
     done = number = 0
     while done < kills:
         number += 1
+        assert number <= 5 * kills + 5, f"{done} kills in {number} caches: runs end before they can be killed"
         cache = folder / f"cache{number}"
         while done < kills:
             what = interrupt(start_cache(cache, data, *settings), cache, draw)

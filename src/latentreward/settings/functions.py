@@ -27,7 +27,7 @@ from latentreward.errors import InputError
 from latentreward.programs import allow_only, find_modules_here
 from latentreward.settings.errors import ROOMS, summarise, unknown_setting_hint
 from latentreward.settings.ranges import check_ranges
-from latentreward.settings.rewriting import find_config, rewrite_arguments, rewrite_settings
+from latentreward.settings.rewriting import find_config, rewrite_arguments, rewrite_settings, show_secrets
 from latentreward.settings.yaml_text import check_yaml
 
 MODE = "omegaconf+"
@@ -84,7 +84,7 @@ class SettingsParser(ArgumentParser):
     def dump(self, namespace: Namespace, *more: Any, **options: Any) -> str:
         text = super().dump(namespace, *more, **options)
         # With link targets it is jsonargparse's own copy, which OmegaConf reads: there the variable must not resolve.
-        return text.replace("${secret:", "${oc.env:") if options.get("skip_link_targets", True) else text
+        return show_secrets(text) if options.get("skip_link_targets", True) else text
 
     @override
     def instantiate(self, namespace: Namespace, *more: Any, **options: Any) -> Any:
@@ -115,7 +115,7 @@ def with_secrets(value: Any, place: str = "") -> Any:
     if not isinstance(value, str) or "${secret:" not in value:
         return value
     try:
-        return OmegaConf.create([value.replace("${secret:", "${oc.env:")])[0]
+        return OmegaConf.create([show_secrets(value)])[0]
     except OmegaConfBaseException as error:
         name = re.sub(TRAINER_COMMAND, "", place.removeprefix(".")).replace(".init_args", "")
         raise InputError(f"{name}: {summarise(str(error)).partition(': ')[2]}") from error

@@ -21,9 +21,18 @@ CLEARED: tuple[Any, ...] = (None, [])
 ABSOLUTE = re.compile(r"\$\{([a-zA-Z][\w.\[\]]*)\}")
 """An interpolation that names a setting from the top: neither ``${.x}`` nor ``${oc.env:X}``."""
 
-
 SECRET = re.compile(r"\$\{oc\.env:(\w*(?:TOKEN|KEY|SECRET|PASSWORD)\w*(?:,[^${}]*)?)\}")
 """A variable of the environment whose value must not be written into a config.yaml."""
+
+
+def hide_secrets(text: str) -> str:
+    """Rename interpolations of secret variables, so that OmegaConf leaves them as they are."""
+    return SECRET.sub(r"${secret:\1}", text)
+
+
+def show_secrets(text: str) -> str:
+    """Undo :func:`hide_secrets`: ``${oc.env:NAME}``, as the user's file has it."""
+    return text.replace("${secret:", "${oc.env:")
 
 
 def rewrite_settings(settings: Any, short_names: Mapping[str, str]) -> Any:
@@ -54,7 +63,7 @@ def _expand_short_names(node: Any, short_names: Mapping[str, str], place: str = 
             raise InputError(f"{place[:-1]}: {{}} in a list names nothing; give a class_path or a value")
         return [_expand_short_names(item, short_names, f"{place[:-1]}[{index}].") for index, item in enumerate(node)]
     if isinstance(node, str):
-        return SECRET.sub(r"${secret:\1}", node)
+        return hide_secrets(node)
     if not isinstance(node, dict):
         return node
     if not isinstance(name := node.get("class_path", "x"), str) or not name:
@@ -98,7 +107,7 @@ def rewrite_arguments(arguments: Sequence[str], short_names: Mapping[str, str], 
     rewritten: list[str] = []
     arguments = list(arguments)
     while arguments:
-        argument = ABSOLUTE.sub(rf"${{setting:{root}\1}}", SECRET.sub(r"${secret:\1}", arguments.pop(0)))
+        argument = ABSOLUTE.sub(rf"${{setting:{root}\1}}", hide_secrets(arguments.pop(0)))
         option, equals, value = argument.partition("=")
         if not re.fullmatch(r"--(trainer(\.callbacks)?|(.+\.)?backbone(\.class_path)?)", option):
             rewritten.append(argument)

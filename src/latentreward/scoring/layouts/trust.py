@@ -22,7 +22,7 @@ import latentreward.heads
 from latentreward.backbones import backbone_names
 from latentreward.errors import InputError, did_you_mean
 from latentreward.heads import RewardHead
-from latentreward.settings.rewriting import ABSOLUTE
+from latentreward.settings.rewriting import ABSOLUTE, show_secrets
 
 REMEDY = (
     "if you trust its author, give --trust_remote_code=true (in a YAML trust_remote_code: true beside its path, "
@@ -85,7 +85,7 @@ def check_masked(settings: Any) -> None:
         for value in settings.values() if isinstance(settings, Mapping) else settings:
             check_masked(value)
     elif isinstance(settings, str) and MASK in settings:
-        shown = settings.replace(MASK, "${").replace("${secret:", "${oc.env:")  # as the file has it
+        shown = show_secrets(settings.replace(MASK, "${"))
         raise InputError(f"{shown!r} would be resolved on this machine; {REMEDY}")
 
 
