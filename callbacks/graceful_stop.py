@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 LAUNCHER_WAIT_S = 30.0
 
 
-class Wish(IntEnum):
+class StopRequest(IntEnum):
     """What a signal, or a loader's worker that was killed, asked for; of several, the largest counts."""
 
     NONE = 0
@@ -42,7 +42,13 @@ class Wish(IntEnum):
     WORKER_DIED = 5
 
 
-STATUSES = {Wish.INTERRUPT: INTERRUPTED, Wish.HANGUP: 129, Wish.TERMINATE: 143, Wish.REQUEUE: 143, Wish.WORKER_DIED: 2}
+STATUSES = {
+    StopRequest.INTERRUPT: INTERRUPTED,
+    StopRequest.HANGUP: 129,
+    StopRequest.TERMINATE: 143,
+    StopRequest.REQUEUE: 143,
+    StopRequest.WORKER_DIED: 2,
+}
 """Exit status of a run that ended as it was asked to."""
 SILENT_RANK = re.compile(r"timed out|connection (closed|reset) by peer", re.IGNORECASE)
 """What PyTorch's messages say when another process of the group is gone or does not answer."""
@@ -85,8 +91,8 @@ class GracefulStop(Callback):
         if every_n_batches < 1:
             raise InputError(f"every_n_batches={every_n_batches} must be at least 1")
         self.every_n_batches = every_n_batches
-        self._wish = self._agreed = Wish.NONE
-        self._wishes: dict[int, Wish] = {}
+        self._request = self._agreed = StopRequest.NONE
+        self._requests: dict[int, StopRequest] = {}
         self._loaders: list[WorkerLoader] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -100,14 +106,14 @@ class GracefulStop(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The same, where there was no sanity check."""
-        self._wishes = {signal.SIGTERM: Wish.TERMINATE, signal.SIGINT: Wish.INTERRUPT}
+        self._requests = {signal.SIGTERM: StopRequest.TERMINATE, signal.SIGINT: StopRequest.INTERRUPT}
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-            self._wishes[signal.SIGHUP] = Wish.HANGUP
+            self._requests[signal.SIGHUP] = StopRequest.HANGUP
         environment = trainer._accelerator_connector.cluster_environment
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue and environment.requeue_signal:
-            self._wishes[environment.requeue_signal] = Wish.REQUEUE
+            self._requests[environment.requeue_signal] = StopRequest.REQUEUE
         try:
-            for number in self._wishes:
+            for number in self._requests:
                 signal.signal(number, self._note)
         except ValueError:  # not the main thread, which alone may set handlers
             logger.warning("fit runs outside the main thread: SIGTERM will end it without a checkpoint")
@@ -150,18 +156,18 @@ class GracefulStop(Callback):
             ) from exception
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        wish = self._wishes[number]
-        if wish == Wish.HANGUP:
+        request = self._requests[number]
+        if request == StopRequest.HANGUP:
             silence_lost_terminal()
-        if wish == Wish.INTERRUPT and self._wish == Wish.INTERRUPT:
+        if request == StopRequest.INTERRUPT and self._request == StopRequest.INTERRUPT:
             raise KeyboardInterrupt
-        self._wish = max(self._wish, wish)
+        self._request = max(self._request, request)
 
     def _agree(self, trainer: Trainer) -> None:
         if any(loader.worker_died for loader in self._loaders):
-            self._wish = Wish.WORKER_DIED
-        wish = torch.tensor(int(self._wish), device=trainer.strategy.root_device)
-        self._agreed = Wish(int(trainer.strategy.reduce(wish, reduce_op="max")))
+            self._request = StopRequest.WORKER_DIED
+        request = torch.tensor(int(self._request), device=trainer.strategy.root_device)
+        self._agreed = StopRequest(int(trainer.strategy.reduce(request, reduce_op="max")))
 
     def _stop_if_resumable(self, trainer: Trainer) -> None:
         loop = trainer.fit_loop
@@ -174,10 +180,10 @@ class GracefulStop(Callback):
         if trainer.is_global_zero:
             where = f"optimiser step {trainer.global_step}, saved to {path}"
             why = f"by a signal ({self._agreed.name.lower()})"
-            if self._agreed == Wish.WORKER_DIED:
+            if self._agreed == StopRequest.WORKER_DIED:
                 why = f"as a data loader's worker process was killed ({WORKER_REMEDY})"
             logger.warning("stopped %s at %s; go on with --ckpt_path", why, where)
-            if self._agreed == Wish.REQUEUE:
+            if self._agreed == StopRequest.REQUEUE:
                 requeue()
         if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher) and trainer.local_rank:
             atexit.register(outlive, os.getppid())

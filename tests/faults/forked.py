@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from latentreward.cli import COMMANDS, main
-from latentreward.settings.functions import import_rooms
+from latentreward.settings.functions import import_class_modules
 
 
 @dataclass
@@ -96,7 +96,7 @@ def _become(arguments: Sequence[str], folder: Path, errors: int, modules: int) -
 
 def import_everything() -> None:
     """Import what the subcommands need, so that children find it."""
-    import_rooms()
+    import_class_modules()
     for place, _ in COMMANDS.values():
         importlib.import_module(place.partition(":")[0])
 

@@ -12,7 +12,7 @@ from textwrap import dedent
 from latentreward.backbones.registry import backbone_names
 from latentreward.errors import did_you_mean
 
-ROOMS = {
+CLASS_MODULES = {
     "model": "latentreward.modules",
     "head": "latentreward.heads",
     "loss": "latentreward.losses",
@@ -114,7 +114,7 @@ def _wrong_type(match: re.Match[str], setting: str) -> str:
 
 def _unknown_name(match: re.Match[str], setting: str) -> str:
     last = setting.rpartition(".")[2]
-    classes = [name for name in _public_names(ROOMS.get(last, "")) if name[0].isupper()]
+    classes = [name for name in _public_names(CLASS_MODULES.get(last, "")) if name[0].isupper()]
     choices = backbone_names() if last == "backbone" else classes
     return f"unknown name {match[1]!r}{did_you_mean(match[1], choices)}"
 

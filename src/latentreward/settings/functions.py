@@ -25,7 +25,7 @@ from typing_extensions import override
 from latentreward.backbones.registry import backbone_names
 from latentreward.errors import InputError
 from latentreward.programs import allow_only, find_modules_here
-from latentreward.settings.errors import ROOMS, summarise, unknown_setting_hint
+from latentreward.settings.errors import CLASS_MODULES, summarise, unknown_setting_hint
 from latentreward.settings.ranges import check_ranges
 from latentreward.settings.rewriting import find_config, rewrite_arguments, rewrite_settings, show_secrets
 from latentreward.settings.yaml_text import check_yaml
@@ -278,13 +278,13 @@ def run_plain_function(command: str, function: Callable[..., None], arguments: S
     function(**parse_function(command, function, prepare_parsing(arguments), bare))
 
 
-def import_rooms() -> None:
+def import_class_modules() -> None:
     """Import our classes, so that settings may name them by their bare names."""
     importlib.import_module("latentreward.checkpoints.fsdp2")  # registers its short names
-    for room in set(ROOMS.values()):
-        module = importlib.import_module(room)
+    for path in set(CLASS_MODULES.values()):
+        module = importlib.import_module(path)
         for name in getattr(module, "__all__", ()):
-            getattr(module, name)  # some rooms load a class at its first use
+            getattr(module, name)  # some packages load a class at its first use
     if Path("callbacks").resolve() in map(Path, sys.modules["latentreward.callbacks"].__path__):
         sys.modules.setdefault("callbacks", None)  # type: ignore[arg-type]  # in our own clone it would be a second copy
 
@@ -296,7 +296,7 @@ def is_no_noise(record: logging.LogRecord) -> bool:
 
 def prepare(arguments: Sequence[str]) -> list[str]:
     """What every parser of settings needs beforehand; returns the arguments without those that restrict it."""
-    import_rooms()
+    import_class_modules()
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(is_no_noise)
     # Lightning's own business with a newer torch.
     warnings.filterwarnings("ignore", message=r".isinstance\(treespec, LeafSpec\). is deprecated")
