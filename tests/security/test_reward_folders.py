@@ -192,6 +192,9 @@ def replaced(name: str, other: str) -> Change:
     return lambda folder, canary: shutil.copyfile(folder / other, folder / name)
 
 
+BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 60)) + "model: *a59\n"
+"""YAML of 60 lines that stands for 2**60 values."""
+
 RUNS: dict[str, Change] = {
     **{f"{kind} {target}": other_part(kind, target) for kind in ("head", "backbone") for target in TARGETS},
     "head by its path": of_yaml(lambda s, c: s["model"]["init_args"].update(head="evil_module.Head")),
@@ -207,6 +210,7 @@ RUNS: dict[str, Change] = {
     "yaml tag": text("config.yaml", "model: !!python/object/apply:os.system ['touch CANARY']\n"),
     "yaml tag of a name": text("config.yaml", "model: !!python/name:evil_module.Head\n"),
     "yaml tag of a module": text("config.yaml", "model: !!python/module:evil_module\n"),
+    "yaml aliases that grow": text("config.yaml", BOMB),
     "a pickle": pickled("reward.ckpt"),
     "a legacy pickle": pickled("reward.ckpt", how="legacy"),
     "a plain pickle": pickled("reward.ckpt", how="pickle"),

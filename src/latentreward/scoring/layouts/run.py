@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,6 +33,7 @@ from latentreward.scoring.layouts.recipe import (
 from latentreward.scoring.layouts.trust import check_class, check_masked, masked, registered_name
 from latentreward.scoring.network import RewardNetwork
 from latentreward.settings.rewriting import rewrite_settings
+from latentreward.settings.yaml_text import check_yaml
 
 PARTS = ("backbone", "head")
 """Classes that a run's settings name for a reward model."""
@@ -214,7 +216,8 @@ def model_settings(path: Path, trusted: bool = False) -> dict[str, Any]:
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        run = rewrite_settings(OmegaConf.to_container(OmegaConf.load(path)), backbone_names())
+        check_yaml(text := path.read_text(encoding="utf-8"))
+        run = rewrite_settings(OmegaConf.to_container(OmegaConf.load(io.StringIO(text))), backbone_names())
         model = OmegaConf.create(run if trusted else masked(run)).get("model")
         name = str(model.get("class_path") or "") if OmegaConf.is_dict(model) else ""
         arguments = (model.get("init_args") or {}) if name else {}
