@@ -314,7 +314,7 @@ def test_a_row_that_changed_since_planning_is_found(
     ("arguments", "message"),
     [
         ([], "reader is missing"),
-        ([*SETTINGS, "--reader.root={data}", "--images_per_shard=0"], "images_per_shard is 0"),
+        ([*SETTINGS, "--reader.root={data}", "--images_per_shard=0"], "images_per_shard: 0 is outside"),
         ([*SETTINGS, "--reader.root={data}", "--encoder.source=/nowhere"], "'/nowhere' does not exist"),
         (
             [*SETTINGS, "--reader.root={data}", "--encoder=PublishedLatents"],

@@ -140,7 +140,7 @@ def test_a_checkpoint_and_its_exported_lora_make_the_same_pictures(
     ("options", "message"),
     [
         (["--best_of=2"], "set reward"),
-        (["--best_of=0"], "best_of=0"),
+        (["--best_of=0"], "best_of: 0 is outside"),
         (["--step_search.num_candidates=1", REWARD], "num_candidates=1"),
         (["--step_search.num_candidates=2", REWARD], "eta"),
         (["--guidance_scale=0.5"], "guidance_scale=0.5"),

@@ -421,7 +421,7 @@ def test_a_complete_table_is_not_made_again(
         (["pics", "s.txt"], "output is s.txt; it must end in .parquet, .csv or .jsonl"),
         (["pics", "s.csv", "--gallery=page.pdf"], "gallery is page.pdf; give a file that ends in .html"),
         (["pics", "s.csv", "--batch_size=0"], "batch_size: 0 is outside"),
-        (["pics", "s.csv", "--gallery_images=0"], "gallery_images is 0"),
+        (["pics", "s.csv", "--gallery_images=0"], "gallery_images: 0 is outside"),
         (["pics", "s.csv", "--noise.sigmas=[1.5]"], "noise.sigmas holds 1.5"),
         (["pics", "s.csv", "--noise.sigmas=[0.5]", "--noise.timesteps=[1]"], "give levels as one of the two"),
         (["pics", "s.csv", "--noise.timesteps=[5000]"], "5000"),

@@ -267,7 +267,7 @@ def test_nonsense_of_a_scorer_is_one_line(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--flush_every=0"], "flush_every is 0"),
+        (["--flush_every=0"], "flush_every: 0 is outside"),
         (["--decode_threads=0"], "decode_threads: 0 is outside"),
         (["--scorers=[{class_path: ClipScorer}]"], "did you mean 'CLIPScorer'"),
         (["--reader=PickAPicReeder"], "did you mean 'PickAPicReader'"),

@@ -30,7 +30,7 @@ def run(command: str, arguments: Sequence[str]) -> None:
     Raises:
         InputError: If an argument is wrong.
     """
-    run_function(command, benchmark, _models_together(arguments))
+    run_function(benchmark, command, _models_together(arguments))
 
 
 def benchmark(
@@ -74,11 +74,8 @@ def benchmark(
     Raises:
         InputError: If a setting is wrong, data cannot be read, or scores in OUTPUT_DIR belong to something else.
     """
-    for name, value in {"limit": limit, "flush_every": flush_every}.items():
-        if value is not None and value < 1:
-            raise InputError(f"{name}={value} must be at least 1")
-    if telling_pairs < 0:
-        raise InputError(f"telling_pairs={telling_pairs} must be at least 0")
+    if limit is not None and limit < 1:
+        raise InputError(f"limit={limit} must be at least 1")
     sets = _with_more("benchmarks", "data", benchmarks, [] if data is None else [recognise_benchmark(data)])
     given = _with_more("scorers", "model", scorers, _named_rewards(model, trust_remote_code))
     models = [NoiseColumns(one, levels, draws) if isinstance(one, RewardModelScorer) else one for one in given]

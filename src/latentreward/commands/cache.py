@@ -3,8 +3,8 @@
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -40,11 +40,6 @@ class TrainerSettings:
     devices: int | str | list[int] = "auto"
     num_nodes: int = 1
     strategy: str = "auto"
-
-
-def run(command: str, arguments: Sequence[str]) -> None:
-    """Run the subcommand."""
-    run_function(command, cache, arguments)
 
 
 def cache(
@@ -83,7 +78,7 @@ def cache(
     if reader is None or encoder is None:
         missing = "reader" if reader is None else "encoder"
         raise InputError(f"{missing} is missing; give it in a --config file, or say --check to verify a cache")
-    check_settings(reader, encoder, images_per_shard, num_workers)
+    check_settings(reader, encoder)
     kept = f"finished shards are kept in {folder}: the same command goes on there"
     with exit_on_sigterm(), interrupts_told(lambda: kept):
         encoders = encoder.load()
@@ -118,16 +113,12 @@ def make_trainer(settings: TrainerSettings, callbacks: list[Callback]) -> Traine
     )
 
 
-def check_settings(reader: PairReader, encoder: LatentSource, images_per_shard: int, num_workers: int) -> None:
+def check_settings(reader: PairReader, encoder: LatentSource) -> None:
     """Refuse settings that no cache can be written with.
 
     Raises:
-        InputError: If a number is out of range, or the reader does not hold what the encoder takes.
+        InputError: If the reader does not hold what the encoder takes.
     """
-    if images_per_shard < 1:
-        raise InputError(f"images_per_shard is {images_per_shard}; it must be at least 1")
-    if num_workers < 0:
-        raise InputError(f"num_workers is {num_workers}; it must be 0 or more")
     if reader.holds != encoder.holds:
         kind = type(encoder).__name__
         remedy = {"images": "PipelineEncoders", "latents": "PublishedLatents"}.get(reader.holds, "a reader with images")
@@ -205,3 +196,6 @@ def pairs_with(folder: Path, lost: set[tuple[int, int]]) -> int:
     return sum(
         a in bad or b in bad for a, b in zip(pairs["image_a"].to_pylist(), pairs["image_b"].to_pylist(), strict=True)
     )
+
+
+run = partial(run_function, cache)

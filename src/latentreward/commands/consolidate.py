@@ -1,6 +1,6 @@
 """``latentreward consolidate``: one file from a sharded checkpoint, or from any with its average as the weights."""
 
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +50,4 @@ def averaged(content: dict[str, Any], path: Path) -> dict[str, Any]:
     return {**{name: value for name, value in content.items() if name not in dropped}, "state_dict": merged}
 
 
-def run(command: str, arguments: Sequence[str]) -> None:
-    """Run ``latentreward consolidate CHECKPOINT OUTPUT``.
-
-    Raises:
-        InputError: If an argument is wrong.
-    """
-    run_plain_function(command, consolidate, arguments, bare=2)
+run = partial(run_plain_function, consolidate, bare=2)

@@ -4,6 +4,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,15 +47,6 @@ TINY_WORLD, TINY_PROMPTS, TINY_SEED = "tinyworld", 192, 11
 """Name of the tiny world's held-out captions as prompts, how many, and which."""
 CLIP_WORDS = 75
 """Tokens of a prompt that CLIP sees; a word is at least one."""
-
-
-def run(command: str, arguments: Sequence[str]) -> None:
-    """Run ``latentreward evaluate-policy OUTPUT_DIR ...``.
-
-    Raises:
-        InputError: If an argument is wrong.
-    """
-    run_function(command, evaluate_policy, arguments)
 
 
 def evaluate_policy(
@@ -114,9 +106,6 @@ def evaluate_policy(
     Raises:
         InputError: If a setting or a file is wrong.
     """
-    _require_positive(
-        num_prompts=num_prompts, images_per_prompt=images_per_prompt, batch_size=batch_size, parts=parts, cards=cards
-    )
     names, policies = score_names(scorers), _named(policy, against)
     found = {name: judged.found() for name, judged in policies.items()}
     rows = _prompt_rows(prompts, max_prompt_chars, policies, found)[:num_prompts]
@@ -205,12 +194,6 @@ def _scored(name: str, pictures: Sequence[JudgedPicture], ready: ReadyScorers, f
     return scoring.score()
 
 
-def _require_positive(**numbers: int | None) -> None:
-    for name, value in numbers.items():
-        if value is not None and value < 1:
-            raise InputError(f"{name}={value} must be at least 1")
-
-
 def _named(policy: JudgedPolicy, against: JudgedPolicy | None) -> dict[str, JudgedPolicy]:
     judged = [policy] if against is None else [policy, against]
     policies = {one.name or name: one for one, name in zip(judged, NAMES, strict=False)}
@@ -280,3 +263,6 @@ def _noise_notes(policies: Mapping[str, JudgedPolicy], sampling: Sampling) -> li
     return [
         f"The policies differ in latents or noise process ({told}), so what pairs their pictures is the prompt alone."
     ]
+
+
+run = partial(run_function, evaluate_policy)

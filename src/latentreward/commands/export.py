@@ -1,6 +1,6 @@
 """``latentreward export``: the LoRA that a run has trained, for diffusers, for ComfyUI, or merged into its pipeline."""
 
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -49,10 +49,4 @@ def export(
     print(f"{written}: {size / 1e6:.1f} MB")
 
 
-def run(command: str, arguments: Sequence[str]) -> None:
-    """Run ``latentreward export CHECKPOINT OUTPUT --format FORMAT``.
-
-    Raises:
-        InputError: If an argument is wrong.
-    """
-    run_plain_function(command, export, arguments, bare=2)
+run = partial(run_plain_function, export, bare=2)

@@ -24,15 +24,6 @@ from latentreward.settings.functions import run_function
 from latentreward.storage.locks import locked
 
 
-def run(command: str, arguments: Sequence[str]) -> None:
-    """Run ``latentreward generate PROMPTS OUTPUT_DIR ...``.
-
-    Raises:
-        InputError: If an argument is wrong.
-    """
-    run_function(command, generate, arguments, bare=2)
-
-
 def generate(
     prompts: str,
     output_dir: Path,
@@ -93,9 +84,8 @@ def generate(
         }
     )
     texts = read_prompts(prompts, "prompts", max_prompt_chars)
-    _require_sane(
-        {"images_per_prompt": images_per_prompt, "best_of": best_of, "batch_size": batch_size}, guidance_scale
-    )
+    if not guidance_scale >= 1.0:
+        raise InputError(f"guidance_scale={guidance_scale:g} must be at least 1, which is no guidance")
     if reward is None and (best_of > 1 or step_search is not None):
         raise InputError("best_of and step_search choose by a reward; set reward")
     source = trained.source()
@@ -154,9 +144,4 @@ def _try(reward: Reward, policy: Policy, best_of: int, sigmas: Sequence[float]) 
     best_of_n(lambda prompts: next(drawn), reward, PromptBatch(("",), ("",)), best_of, sigmas=sigmas)
 
 
-def _require_sane(counts: dict[str, int], guidance_scale: float) -> None:
-    for name, value in counts.items():
-        if value < 1:
-            raise InputError(f"{name}={value} must be at least 1")
-    if not guidance_scale >= 1.0:
-        raise InputError(f"guidance_scale={guidance_scale:g} must be at least 1, which is no guidance")
+run = partial(run_function, generate, bare=2)

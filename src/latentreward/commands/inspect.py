@@ -3,7 +3,7 @@
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -20,11 +20,6 @@ from latentreward.settings.functions import run_function
 from latentreward.storage.durable import write_file
 
 INTERRUPTED_STATUS = 130
-
-
-def run(command: str, arguments: Sequence[str]) -> None:
-    """Run the subcommand."""
-    run_function(command, inspect, arguments)
 
 
 def inspect(
@@ -131,3 +126,6 @@ def _add_scores(name: str, reader: PairReader, scores: ScoreTable, report: Repor
         report.scores[name] = inspect_scores(scores.gaps(reader))
     except InputError as error:
         report.scores_note[name] = str(error)
+
+
+run = partial(run_function, inspect)

@@ -2,8 +2,9 @@
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +75,6 @@ class Reference:
         return ImageList(found.source, tuple(rows))
 
 
-def run(command: str, arguments: Sequence[str]) -> None:
-    """Run ``latentreward publish MODEL OUTPUT ...``."""
-    run_plain_function(command, publish, arguments, bare=2)
-
-
 def publish(
     model: str,
     output: Path,
@@ -131,8 +127,6 @@ def publish(
     Raises:
         InputError: If a setting is wrong, the model cannot be saved, or the reference cannot be scored.
     """
-    if batch_size < 1:
-        raise InputError(f"batch_size is {batch_size}; it must be at least 1")
     check_target(output)
     title = name or push_to_hub or ""
     card = Card(title, licence, text_of(description), tuple(datasets or ()), metrics=read_metrics(metrics))
@@ -240,3 +234,6 @@ def read_metrics(path: Path | None) -> Mapping[str, Any]:
     if not isinstance(values, dict):
         raise InputError(f"metrics: {path} holds a {type(values).__name__}; give a JSON object of names and numbers")
     return values
+
+
+run = partial(run_plain_function, publish, bare=2)

@@ -59,11 +59,6 @@ class NoiseSettings:
         return dataclasses.replace(own, **given)
 
 
-def run(command: str, arguments: Sequence[str]) -> None:
-    """Run ``latentreward score IMAGES OUTPUT ...``."""
-    run_plain_function(command, score, arguments, bare=2)
-
-
 def score(
     images: str,
     output: Path,
@@ -121,13 +116,6 @@ def score(
     Raises:
         InputError: If a setting is wrong, the output belongs to another run, or no image can be scored.
     """
-    _require_positive(
-        batch_size=batch_size,
-        decode_threads=decode_threads,
-        flush_every=flush_every,
-        gallery_images=gallery_images,
-        max_pixels=max_pixels,
-    )
     page = None if gallery is None else Gallery(gallery, gallery_images, decode_threads, max_pixels)
     target = find_device(device)
     listed = read_images(images, prompt, image_column, prompt_column, allow_outside)
@@ -162,12 +150,6 @@ def score(
         print("; ".join(said))
     if table["problem"].null_count == 0:
         raise InputError(f"images: none of {len(listed.rows)} can be scored; {output} says why")
-
-
-def _require_positive(**settings: int) -> None:
-    for name, value in settings.items():
-        if value < 1:
-            raise InputError(f"{name} is {value}; it must be at least 1")
 
 
 def _levels(noise: ScoringNoise, each: bool) -> dict[str, ScoringNoise]:
@@ -236,3 +218,6 @@ def _note_uncalibrated(model: RewardModel, noise: ScoringNoise) -> None:
     calibration = model.calibration
     if calibration is not None and not calibration.fits(noise):
         print(f"z_score and quantile are empty: the model is calibrated at {calibration.noise}, not at {noise}")
+
+
+run = partial(run_plain_function, score, bare=2)

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,17 +10,11 @@ import pyarrow as pa
 
 from latentreward.data.images import MAX_PIXELS
 from latentreward.data.readers import PairReader, count_text
-from latentreward.errors import InputError
 from latentreward.scorers import Scorer
 from latentreward.scorers.pair_scoring import PairScoring
 from latentreward.settings.functions import run_function
 from latentreward.storage.part_tables import PartFiles
 from latentreward.storage.progress import Progress
-
-
-def run(command: str, arguments: Sequence[str]) -> None:
-    """Run the subcommand."""
-    run_function(command, score_pairs, arguments)
 
 
 def score_pairs(
@@ -49,8 +43,6 @@ def score_pairs(
     Raises:
         InputError: If a setting is wrong, the output belongs to another run, or a scorer returns nonsense.
     """
-    if flush_every < 1:
-        raise InputError(f"flush_every is {flush_every}; it must be at least 1")
     scoring = PairScoring(reader, scorers, decode_threads, max_pixels)
     with PartFiles(output, scoring.spec(), len(reader)) as files:
         if files.finished():
@@ -100,3 +92,6 @@ def _cost(scoring: PairScoring, seconds: float, pairs: int) -> str:
     shares = [f"{name} {spent * 1000 / pairs:.2f} s" for name, spent in scoring.seconds.items()]
     images = ", ".join(f"{number} by {name}" for name, number in scoring.images.items()) or "none"
     return f"cost per 1000 pairs: {seconds * 1000 / pairs:.2f} s ({', '.join(shares)}); images scored: {images}"
+
+
+run = partial(run_function, score_pairs)

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from functools import partial
 from importlib.util import find_spec
 from ipaddress import ip_address
 from pathlib import Path
@@ -12,15 +12,6 @@ from latentreward.errors import InputError
 from latentreward.settings.functions import run_plain_function
 
 TOKEN_VARIABLE = "LATENTREWARD_TOKEN"
-
-
-def run(command: str, arguments: Sequence[str]) -> None:
-    """Run ``latentreward serve MODEL ...``.
-
-    Raises:
-        InputError: If an argument is wrong, or the extra is not installed.
-    """
-    run_plain_function(command, serve, arguments)
 
 
 def serve(
@@ -130,3 +121,6 @@ def _token(file: Path | None) -> str | None:
     if token is not None and not (token and token.isascii() and token.isprintable()):
         raise InputError(f"{source} must hold a token of printable ASCII characters")
     return token
+
+
+run = partial(run_plain_function, serve)

@@ -1,21 +1,12 @@
 """``latentreward ui``: a page in the browser to try a reward model by hand."""
 
 import os
-from collections.abc import Sequence
+from functools import partial
 from importlib.util import find_spec
 from typing import Literal
 
 from latentreward.errors import InputError
 from latentreward.settings.functions import run_plain_function
-
-
-def run(command: str, arguments: Sequence[str]) -> None:
-    """Run ``latentreward ui MODEL ...``.
-
-    Raises:
-        InputError: If an argument is wrong, or the extra is not installed.
-    """
-    run_plain_function(command, ui, arguments)
 
 
 def ui(
@@ -58,3 +49,6 @@ def ui(
         free_port = bound.getsockname()[1]
     loading = {"revision": revision, "base": base, "config": run_config, "trust_remote_code": trust_remote_code}
     launch(RewardModel.from_pretrained(model, device=target, dtype=getattr(torch, dtype), **loading), free_port)
+
+
+run = partial(run_plain_function, ui)

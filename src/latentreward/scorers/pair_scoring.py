@@ -67,8 +67,6 @@ class PairScoring:
         if others := [scorer for scorer in scorers if not isinstance(scorer, ImageScorer | TableScorer)]:
             kind = type(others[0]).__name__
             raise InputError(f"scorers: {kind} scores whole sets of pictures, not pairs; use it with evaluate-policy")
-        if decode_threads < 1:
-            raise InputError(f"decode_threads is {decode_threads}; it must be at least 1")
         if reader.holds != "images":
             raise InputError(f"reader: {type(reader).__name__} holds {reader.holds}; scorers need images")
         self.reader, self.scorers = reader, list(scorers)

@@ -3,7 +3,6 @@
 The originals are trees of alternatives over many lines. Wording that is not recognised here stays, on one line.
 """
 
-import pkgutil
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -56,6 +55,8 @@ UNKNOWN_SETTING = re.compile(
     r"(?:Subcommand '\w+' does not accept option|Option) '(?P<key>.+?)'|unrecognized arguments: --(?P<option>[^=\s]+)"
 )
 
+INTERPOLATED = r" full_key: (?:(?:fit|validate|test|predict)\.)?(\S+).*"
+"""What OmegaConf writes behind a message: the setting, under the subcommand of a trainer."""
 LONGEST_VALUE = 200
 """Characters of a wrong value that a message repeats."""
 
@@ -67,10 +68,11 @@ def summarise(message: str) -> str:
         parts = wrapper.groupdict()
         keys += [parts["key"]] if "key" in parts else []
         text = dedent(_telling_alternative(wrapper) if "errors" in parts else parts["inner"]).strip()
-    text, setting = " ".join(text.split()), ".".join(keys)
-    for pattern, reword in REWORDINGS:
+    text, *key = re.split(INTERPOLATED, " ".join(text.split()), maxsplit=1)
+    setting = ".".join([*keys, *key[:1]])
+    for pattern, reword in REWORDINGS.items():
         if match := re.match(pattern, text):
-            text = reword(match, setting)
+            text = match.expand(reword) if isinstance(reword, str) else reword(match, setting)
             break
     return f"{setting}: {text}" if setting else text
 
@@ -114,54 +116,32 @@ def _wrong_type(match: re.Match[str], setting: str) -> str:
 
 def _unknown_name(match: re.Match[str], setting: str) -> str:
     last = setting.rpartition(".")[2]
-    classes = [name for name in _public_names(CLASS_MODULES.get(last, "")) if name[0].isupper()]
-    choices = backbone_names() if last == "backbone" else classes
+    path = CLASS_MODULES.get(last, "")
+    found = vars(sys.modules[path]) if path in sys.modules else {}
+    ours = (name for name, value in found.items() if str(getattr(value, "__module__", "")).startswith(path))
+    choices = backbone_names() if last == "backbone" else [name for name in ours if name[0].isupper()]
     return f"unknown name {match[1]!r}{did_you_mean(match[1], choices)}"
 
 
-def _public_names(module: str) -> list[str]:
-    """Names that a module defines or re-exports from inside, and its submodules; none if it was not imported."""
-    names = vars(sys.modules[module]) if module in sys.modules else {}
-    own = [name for name, value in names.items() if str(getattr(value, "__module__", "")).startswith(module)]
-    return own + [submodule.name for submodule in pkgutil.iter_modules(names.get("__path__", []))]
+def _missing(match: re.Match[str], setting: str) -> str:
+    return f"{match[1]} is missing; give it in a --config file or as --{setting}{setting and '.'}{match[1]}"
 
 
-REWORDINGS: tuple[tuple[str, Callable[[re.Match[str], str], str]], ...] = (
-    (r"Expected an? (?P<types>.+)\. Got value: (?P<value>.*)", _wrong_type),
-    (r"(?:Expected a dot import path string|Unexpected import path format): (\S+)", _unknown_name),
-    (
-        r"import of callbacks halted",
-        lambda match, setting: "no module 'callbacks'; say latentreward.callbacks",
+REWORDINGS: dict[str, str | Callable[[re.Match[str], str], str]] = {
+    r"Expected an? (?P<types>.+)\. Got value: (?P<value>.*)": _wrong_type,
+    r"(?:Expected a dot import path string|Unexpected import path format): (\S+)": _unknown_name,
+    r"the following arguments are required: (?:\w+\.)?([^\s,]+)": _missing,
+    "import of callbacks halted": "no module 'callbacks'; say latentreward.callbacks",
+    r"Importing ('(\w+).*?') is not allowed": (
+        r"--restrict-imports does not allow \1; if you trust it, say --restrict-imports=\2"
     ),
-    (
-        r"Importing '((\w+).*?)' is not allowed",
-        lambda match, setting: (
-            f"--restrict-imports does not allow {match[1]!r}; if you trust it, say --restrict-imports={match[2]}"
-        ),
+    r"Interpolation key '(?:.+' not found \(resolved to '\w+\.)?(.+?)'": r"${\1} is not set",
+    r"KeyError raised while resolving interpolation: .Environment variable '(\w+)'": (
+        r"the environment variable \1 is not set"
     ),
-    (
-        r"the following arguments are required: (?:\w+\.)?([^\s,]+)",
-        lambda match, setting: (
-            f"{match[1]} is missing; give it in a --config file or as --{setting}{setting and '.'}{match[1]}"
-        ),
+    r"Recursive interpolation detected|extraneous input '}' expecting": (
+        "the interpolation refers to itself; write a value"
     ),
-    (
-        r"Interpolation key '(.+?)' not found(?: \(resolved to '\w+\.(.+?)'\))? full_key: \w+\.(\S+)",
-        lambda match, setting: f"{match[3]}: ${{{match[2] or match[1]}}} is not set",
-    ),
-    (
-        r"KeyError raised while resolving interpolation: .Environment variable '(\w+)'.* full_key: "
-        r"(?:(?:fit|validate|test|predict)\.)?(\S+)",
-        lambda match, setting: f"{match[2]}: the environment variable {match[1]} is not set",
-    ),
-    (
-        r"(?:Recursive interpolation detected|extraneous input '}' expecting .*) full_key: "
-        r"(?:(?:fit|validate|test|predict)\.)?(\S+)",
-        lambda match, setting: f"{match[1]}: the interpolation refers to itself; write a value",
-    ),
-    (
-        r"InputError raised while resolving interpolation: (.*) full_key: \w+\.(\S+)",
-        lambda match, setting: f"{match[2]}: {match[1]}",
-    ),
-)
+    r"InputError raised while resolving interpolation: (.*)": r"\1",
+}
 """Start of an innermost message -> how we put it, given the setting."""

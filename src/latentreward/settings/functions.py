@@ -26,7 +26,7 @@ from latentreward.backbones.registry import backbone_names
 from latentreward.errors import InputError
 from latentreward.programs import allow_only, find_modules_here
 from latentreward.settings.errors import CLASS_MODULES, summarise, unknown_setting_hint
-from latentreward.settings.ranges import check_ranges
+from latentreward.settings.ranges import check_ranges, leaves
 from latentreward.settings.rewriting import find_config, rewrite_arguments, rewrite_settings, show_secrets
 from latentreward.settings.yaml_text import check_yaml
 
@@ -179,7 +179,7 @@ def restrict_imports(modules: Sequence[str], programs: Sequence[str]) -> None:
     allow_only(programs)
 
 
-def check_functions(settings: Any, place: str = "") -> None:
+def check_functions(settings: Any) -> None:
     """Under ``--restrict-imports``, refuse functions that it does not name and that are no registered backbones.
 
     The type of a setting says what a class is, but not what a function does: one that unpickles a file or imports a
@@ -190,20 +190,13 @@ def check_functions(settings: Any, place: str = "") -> None:
     """
     if not RESTRICTED:
         return
-    if isinstance(settings, Namespace | Mapping):
-        values = vars(settings) if isinstance(settings, Namespace) else settings
-        path = values.get("class_path")
-        if isinstance(path, str) and path.startswith(tuple(f"{module}." for module in TRUSTED)):  # others are refused
-            check_functions(locate(path), place)
-        for name, value in values.items():
-            check_functions(value, place if name == "init_args" else f"{place}.{name}".strip("."))
-    elif isinstance(settings, list | tuple):
-        for index, value in enumerate(settings):
-            check_functions(value, f"{place}[{index}]")
-    elif inspect.isroutine(settings):
-        path = f"{settings.__module__}.{settings.__qualname__}"
-        if path not in backbone_names().values() and not f"{path}.".startswith(tuple(f"{m}." for m in RESTRICTED[-1])):
-            place = re.sub(TRAINER_COMMAND, "", place)
+    allowed = tuple(f"{module}." for module in RESTRICTED[-1])
+    for name, value in leaves(settings):
+        place = re.sub(TRAINER_COMMAND, "", name).removesuffix("class_path").removesuffix(".")
+        trusted = str(value).startswith(tuple(f"{module}." for module in TRUSTED))  # others are refused
+        found = locate(value) if name.endswith("class_path") and trusted else value
+        path = f"{found.__module__}.{found.__qualname__}" if inspect.isroutine(found) else ""
+        if path and path not in backbone_names().values() and not f"{path}.".startswith(allowed):
             raise InputError(
                 f"{place}: --restrict-imports does not allow the function {path!r}; if you trust it, say "
                 f"--restrict-imports={path}"
@@ -231,7 +224,7 @@ def prepare_parsing(arguments: Sequence[str]) -> list[str]:
 
 
 def parse_function(
-    command: str, function: Callable[..., None], settings: Sequence[str], bare: int = 1
+    function: Callable[..., None], command: str, settings: Sequence[str], bare: int = 1
 ) -> dict[str, Any]:
     """Values of a function's typed arguments, from ``--config`` files and from the command line.
 
@@ -269,13 +262,13 @@ def parse_function(
     return {name: value for name, value in vars(values).items() if name != "config"}
 
 
-def run_plain_function(command: str, function: Callable[..., None], arguments: Sequence[str], bare: int = 1) -> None:
+def run_plain_function(function: Callable[..., None], command: str, arguments: Sequence[str], bare: int = 1) -> None:
     """Run a subcommand none of whose settings is a class to be named, see :func:`parse_function`.
 
     Raises:
         InputError: If a setting is wrong.
     """
-    function(**parse_function(command, function, prepare_parsing(arguments), bare))
+    function(**parse_function(function, command, prepare_parsing(arguments), bare))
 
 
 def import_class_modules() -> None:
@@ -308,7 +301,7 @@ def prepare(arguments: Sequence[str]) -> list[str]:
     return settings
 
 
-def run_function(command: str, function: Callable[..., None], arguments: Sequence[str], bare: int = 1) -> None:
+def run_function(function: Callable[..., None], command: str, arguments: Sequence[str], bare: int = 1) -> None:
     """Run a subcommand that is a plain function: its typed arguments are the settings, its docstring their help.
 
     Its settings may name our classes by their bare names; see :func:`parse_function`.
@@ -320,7 +313,7 @@ def run_function(command: str, function: Callable[..., None], arguments: Sequenc
 
     settings = prepare(arguments)
     try:
-        values = parse_function(command, function, settings, bare)
+        values = parse_function(function, command, settings, bare)
     except MisconfigurationException as error:
         raise InputError(input_error_behind(error) or summarise(str(error))) from error
     with naming_variables():

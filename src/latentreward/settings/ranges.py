@@ -16,7 +16,7 @@ NAMES = {
     "[1, 1e9]": "check_val_every_n_epoch train_pairs val_pairs",
     "[0, 1e9]": "gradient_clip_val log_every_n_steps min_epochs every_n_epochs",
     "(0, 1e12]": "limit_train_batches limit_test_batches limit_predict_batches val_check_interval",
-    "[0, 1e12]": "limit_val_batches overfit_batches min_steps every_n_train_steps",
+    "[0, 1e12]": "telling_pairs limit_val_batches overfit_batches min_steps every_n_train_steps",
     "[-1, 1e9]": "num_sanity_val_steps max_epochs",
     "[-1, 1e12]": "max_steps",
     "[-1, 1e6]": "save_top_k",
@@ -26,7 +26,8 @@ NAMES = {
     "[0, 9223372036854775807]": "seed data_seed",
     "[0, 4294967295]": "seed_everything",
     "[0, 1024]": "num_workers processes",
-    "[1, 1e12]": "batches_per_epoch",
+    "[1, 1e12]": "batches_per_epoch flush_every images_per_shard gallery_images max_pixels images_per_prompt best_of "
+    "cards .num_prompts .parts",
     "[1, 1024]": "decode_threads",
     "(0, 1e6]": "lora.alpha",
     "[1, 65536]": "lora.rank",
@@ -34,7 +35,8 @@ NAMES = {
     "(0, 1e9]": "timeout",
     "[0, 65535]": "port",
 }
-"""Interval -> last parts of the names of settings, or their last two; a list's numbers must each lie in it."""
+"""Interval -> last parts of the names of settings, or their last two (``.parts``: of a command itself); a list's
+numbers must each lie in it."""
 RANGES = {name: interval for interval, names in NAMES.items() for name in names.split()}
 LARGEST = 10**15
 """Largest whole number of a setting without a range of its own; torch and Python's iterators fail beyond 2⁶³."""
@@ -49,7 +51,9 @@ def check_ranges(settings: Any, place: str = "") -> None:
     Raises:
         InputError: If there is one.
     """
-    for name, value in numbers(settings, place):
+    for name, value in leaves(settings, place):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
         if not math.isfinite(value):
             raise InputError(f"{name}: {value} is not finite; give a finite number")
         *_, owner, last = re.sub(r"\[\d+\]", "", f".{name}").split(".")
@@ -59,26 +63,24 @@ def check_ranges(settings: Any, place: str = "") -> None:
             raise InputError(f"{name}: {value} is outside {interval}; give a number inside")
 
 
-def numbers(settings: Any, place: str) -> Iterator[tuple[str, float]]:
-    """Walk through settings; yield the name of each number, as it is written on the command line, and its value."""
-    if isinstance(settings, bool | str):
-        return
-    if isinstance(settings, int | float):
-        yield place, settings
-    elif isinstance(settings, list | tuple):
+def leaves(settings: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+    """Walk through settings; yield each value that holds no others, under its name as on the command line."""
+    if isinstance(settings, list | tuple):
         for index, item in enumerate(settings):
-            yield from numbers(item, f"{place}[{index}]")
+            yield from leaves(item, f"{place}[{index}]")
     elif isinstance(settings, Mapping | Namespace):
         settings = settings if isinstance(settings, Mapping) else vars(settings)
         defaults = defaults_of(settings.get("class_path"))
         for name, value in settings.items():
-            if name != "init_args":
-                yield from numbers(value, f"{place}.{name}".strip("."))
+            if name != "init_args" or not isinstance(value, Mapping | Namespace):
+                yield from leaves(value, f"{place}.{name}".strip("."))
                 continue
-            given = vars(value) if isinstance(value, Namespace) else value or {}
+            given = vars(value) if isinstance(value, Namespace) else value
             # What a class of the user's own sets itself is right, whatever its name.
             changed = {key: item for key, item in given.items() if repr(item) != repr(defaults.get(key, MISSING))}
-            yield from numbers(changed, place)
+            yield from leaves(changed, place)
+    else:
+        yield place, settings
 
 
 def defaults_of(class_path: Any) -> dict[str, Any]:
