@@ -89,7 +89,8 @@ def benchmark(
     readers = {one.name(split): reader for one in scores for split, reader in one.benchmark.readers().items()}
     write_report(output_dir, report, disagreement_pictures(report, readers))
     print(_summary(report))
-    print(_costs(plan.seconds()))
+    costs = ", ".join(f"{name} {spent:.1f} s" for name, spent in plan.seconds().items())
+    print(f"time: {costs or 'all was scored before'}")
     print(f"{output_dir / HTML}, {MARKDOWN} and {JSON} show everything")
 
 
@@ -162,7 +163,3 @@ def _left_out(report: BenchmarkReport) -> list[str]:
         for name, counts in report.data.items()
         if (pairs := counts["pairs_without_an_image"])
     ]
-
-
-def _costs(seconds: dict[str, float]) -> str:
-    return "time: " + (", ".join(f"{name} {spent:.1f} s" for name, spent in seconds.items()) or "all was scored before")

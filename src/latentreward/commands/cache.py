@@ -99,10 +99,7 @@ def make_trainer(settings: TrainerSettings, callbacks: list[Callback]) -> Traine
     """A trainer that only runs batches; precision is the encoders' own business."""
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     return Trainer(
-        accelerator=settings.accelerator,
-        devices=settings.devices,
-        num_nodes=settings.num_nodes,
-        strategy=settings.strategy,
+        **vars(settings),
         precision="32-true",
         callbacks=callbacks,
         logger=False,

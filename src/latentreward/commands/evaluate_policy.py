@@ -3,8 +3,8 @@
 import json
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,7 +33,7 @@ from latentreward.reports.tables import as_text
 from latentreward.rollout import Sampling
 from latentreward.scorers import ImageScorer, Scorer
 from latentreward.scorers.fingerprints import public_identity
-from latentreward.scorers.tools import JudgedPicture, ToolScorer
+from latentreward.scorers.tools import ToolScorer
 from latentreward.scoring.network import name_of
 from latentreward.settings.functions import run_function
 from latentreward.storage.durable import contents, write_file
@@ -109,8 +109,17 @@ def evaluate_policy(
     names, policies = score_names(scorers), _named(policy, against)
     found = {name: judged.found() for name, judged in policies.items()}
     rows = _prompt_rows(prompts, max_prompt_chars, policies, found)[:num_prompts]
-    count = images_per_prompt or _found_per_prompt(found, rows)
+    counts = (pictures_per_prompt(pictures, rows) for pictures in found.values() if pictures is not None)
+    count = images_per_prompt or max(counts, default=1)
     wanted = [(place, image) for place in range(len(rows)) for image in range(1 if images_scored == "first" else count)]
+
+    @cache
+    def prepare() -> None:
+        """Load the scorers of images, once."""
+        for scorer in scorers:
+            if isinstance(scorer, ImageScorer):
+                scorer.prepare()
+
     plan = SamplingPlan(sampling, guidance_scale, seed, shared_noise, batch_size, find_device(device))
     settings = {
         "prompts": None if prompts is None else name_of(prompts),
@@ -125,8 +134,10 @@ def evaluate_policy(
     }
     with locked(output_dir, "output_dir"):
         _claim(output_dir, settings)
-        ready = ReadyScorers(scorers)
-        ready.check_tools(planned(rows, wanted))
+        for scorer in scorers:
+            if isinstance(scorer, ToolScorer):
+                scorer.check(planned(rows, wanted))
+                scorer.prepare()
         sources = {
             name: make_source(policies[name], found[name], plan, rows, wanted, output_dir / "pictures" / slot)
             for name, slot in zip(policies, SLOTS, strict=False)
@@ -135,14 +146,15 @@ def evaluate_policy(
         for note in notes:
             print(f"note: {note}", file=sys.stderr, flush=True)
         if any(source.missing for source in sources.values()):
-            ready.prepare_image_scorers()
+            prepare()
         with interrupts_told(lambda: f"what is done is kept in {output_dir}: the same command goes on there"):
             for source in sources.values():
                 source.make()
+            folder = output_dir / "scores"
             scored = in_common(
                 [
-                    _scored(name, list(sources[name].pictures().values()), ready, output_dir / "scores" / slot)
-                    for name, slot in zip(policies, SLOTS, strict=False)
+                    _scored(PictureScoring(name, list(source.pictures().values()), scorers, folder / slot), prepare)
+                    for (name, source), slot in zip(sources.items(), SLOTS, strict=False)
                 ]
             )
         headlines = {name: getattr(scorer, "headline", "mean") for scorer in scorers for name in scorer.columns}
@@ -160,37 +172,9 @@ def evaluate_policy(
         print(f"{output_dir / HTML}: {len(scored[0].pictures)} pictures of each policy")
 
 
-class ReadyScorers:
-    """Scorers, each made ready once.
-
-    Args:
-        scorers: All of them.
-    """
-
-    def __init__(self, scorers: Sequence[Scorer]) -> None:
-        self.all = scorers
-        self._ready = False
-
-    def check_tools(self, pictures: Sequence[JudgedPicture]) -> None:
-        """Have other programs' scorers look at the prompts and for their programs."""
-        for scorer in self.all:
-            if isinstance(scorer, ToolScorer):
-                scorer.check(pictures)
-                scorer.prepare()
-
-    def prepare_image_scorers(self) -> None:
-        """Load what has not been loaded yet."""
-        if not self._ready:
-            for scorer in self.all:
-                if isinstance(scorer, ImageScorer):
-                    scorer.prepare()
-        self._ready = True
-
-
-def _scored(name: str, pictures: Sequence[JudgedPicture], ready: ReadyScorers, folder: Path) -> ScoredPictures:
-    scoring = PictureScoring(name, pictures, ready.all, folder)
-    if any(scoring.missing(scorer) for scorer in ready.all if isinstance(scorer, ImageScorer)):
-        ready.prepare_image_scorers()
+def _scored(scoring: PictureScoring, prepare: Callable[[], None]) -> ScoredPictures:
+    if any(scoring.missing(scorer) for scorer in scoring.scorers if isinstance(scorer, ImageScorer)):
+        prepare()
     return scoring.score()
 
 
@@ -217,11 +201,6 @@ def _prompt_rows(
         if pictures is not None and folder is not None:
             return prompts_of(pictures, folder)
     raise InputError("there are no prompts; set prompts to a file of them")
-
-
-def _found_per_prompt(found: Mapping[str, list[FoundPicture] | None], rows: Sequence[PromptRow]) -> int:
-    counts = [pictures_per_prompt(pictures, rows) for pictures in found.values() if pictures is not None]
-    return max(counts, default=1)
 
 
 def _claim(output_dir: Path, settings: Mapping[str, Any]) -> None:

@@ -107,7 +107,7 @@ def generate(
             how: dict[str, Any] = {"sampling": sampling, "guidance_scale": guidance_scale, "seed": seed}
             sample: Callable[[PromptBatch], Tensor] = partial(sample_latents, generator, **how)
             if step_search is not None and scorer is not None:
-                sample = partial(_search, generator, scorer, candidates=step_search, **how)
+                sample = partial(search_latents, generator, scorer, candidates=step_search, **how)
             draw = partial(_draw, sample, scorer, best_of, seed, score_sigmas)
             with interrupts_told(
                 lambda: f"{len(folder.rows)} pictures are kept in {output_dir}: the same command goes on there"
@@ -130,10 +130,6 @@ def _draw(
         return sample(prompts), None
     best = best_of_n(sample, reward, prompts, best_of, seed=seed, sigmas=sigmas)
     return best.latents, best.scores
-
-
-def _search(policy: Policy, reward: Reward, prompts: PromptBatch, **how: Any) -> Tensor:
-    return search_latents(policy, reward, prompts, **how)
 
 
 def _try(reward: Reward, policy: Policy, best_of: int, sigmas: Sequence[float]) -> None:

@@ -2,8 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -183,9 +182,16 @@ def _make_table(
         print(f"model loaded in {time.monotonic() - start:.1f} s; scoring at {own}", flush=True)
         if kept := files.rows - sum(map(len, parts)):
             print(f"{kept} of {files.rows} images were scored before and are kept", flush=True)
-        _note_uncalibrated(model, own)
-        with _memory_told(files, scoring.batch_size):
+        if model.calibration is not None and not model.calibration.fits(own):
+            at = model.calibration.noise
+            print(f"z_score and quantile are empty: the model is calibrated at {at}, not at {own}")
+        try:
             said.append(_score_missing(scoring, files, parts))
+        except torch.OutOfMemoryError as error:
+            raise InputError(
+                f"batch_size={scoring.batch_size} takes more memory than there is ({first_line(error)}); what was "
+                f"scored is kept in {files.folder}: set a smaller one"
+            ) from error
     files.finish()
     return said
 
@@ -200,24 +206,6 @@ def _score_missing(scoring: ListedScoring, files: PartFiles, parts: Sequence[ran
     seconds = time.monotonic() - start
     speed = f"{total / seconds:.1f} images/s, {scoring.seconds:.1f} s in the model"
     return f"{total} images scored in {seconds:.1f} s ({speed})"
-
-
-@contextmanager
-def _memory_told(files: PartFiles, batch_size: int) -> Iterator[None]:
-    """Say how to go on after memory ran out."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise InputError(
-            f"batch_size={batch_size} takes more memory than there is ({first_line(error)}); what was scored is kept "
-            f"in {files.folder}: set a smaller one"
-        ) from error
-
-
-def _note_uncalibrated(model: RewardModel, noise: ScoringNoise) -> None:
-    calibration = model.calibration
-    if calibration is not None and not calibration.fits(noise):
-        print(f"z_score and quantile are empty: the model is calibrated at {calibration.noise}, not at {noise}")
 
 
 run = partial(run_plain_function, score, bare=2)

@@ -63,7 +63,9 @@ def serve(
     Raises:
         InputError: If a setting is wrong, the port is taken, or the model cannot be loaded.
     """
-    _require_extra()
+    modules = ("fastapi", "prometheus_client", "python_multipart", "uvicorn")
+    if missing := [name for name in modules if find_spec(name) is None]:
+        raise InputError(f"serve needs {missing[0]}, which is not installed; pip install 'latentreward[serve]'")
     import torch
 
     from latentreward.devices import find_device
@@ -101,13 +103,6 @@ def serve(
         )
         serve_until_stopped(ScoringService(reward, settings), bound)
     print("stopped", flush=True)
-
-
-def _require_extra() -> None:
-    modules = ("fastapi", "prometheus_client", "python_multipart", "uvicorn")
-    missing = [name for name in modules if find_spec(name) is None]
-    if missing:
-        raise InputError(f"serve needs {missing[0]}, which is not installed; pip install 'latentreward[serve]'")
 
 
 def _token(file: Path | None) -> str | None:

@@ -47,10 +47,12 @@ class TrainedPolicy:
 
     def identity(self) -> dict[str, Any]:
         """What its pictures depend on, in plain values; files by name, size and time."""
+        if self.lora is not None:
+            check_lora(self.lora)
         return {
             "policy": plain(self.source()),
             "checkpoint": _files("checkpoint", self.checkpoint),
-            "lora": _lora_files(self.lora),
+            "lora": _files("lora", self.lora),
         }
 
     def load(self, device: torch.device) -> Policy:
@@ -66,12 +68,6 @@ class TrainedPolicy:
             if self.lora is not None:
                 load_lora(policy, self.lora)
         return policy.eval().requires_grad_(False).to(device)
-
-
-def _lora_files(path: Path | None) -> list[Any] | None:
-    if path is not None:
-        check_lora(path)
-    return _files("lora", path)
 
 
 def _files(setting: str, path: Path | None) -> list[Any] | None:

@@ -3,7 +3,7 @@
 PyYAML keeps the last of two equal keys without a word, and builds what aliases repeat at its full size.
 """
 
-from collections.abc import Iterator
+from itertools import chain
 
 import yaml
 
@@ -47,18 +47,12 @@ def _size(node: yaml.Node, sizes: dict[int, int]) -> int:
     sizes[id(node)] = 0
     if isinstance(node, yaml.MappingNode):
         _check_keys(node)
-    sizes[id(node)] = 1 + sum(_size(child, sizes) for child in _children(node))
+    nested = [] if isinstance(node, yaml.ScalarNode) else node.value
+    children = chain(*nested) if isinstance(node, yaml.MappingNode) else nested
+    sizes[id(node)] = 1 + sum(_size(child, sizes) for child in children)
     if sizes[id(node)] > LARGEST:
         raise yaml.YAMLError(f"line {_line(node)}: more than {LARGEST} values once aliases are replaced; write fewer")
     return sizes[id(node)]
-
-
-def _children(node: yaml.Node) -> Iterator[yaml.Node]:
-    if isinstance(node, yaml.MappingNode):
-        for pair in node.value:
-            yield from pair
-    elif isinstance(node, yaml.SequenceNode):
-        yield from node.value
 
 
 def _check_keys(node: yaml.MappingNode) -> None:

@@ -4,7 +4,7 @@ Measured again elsewhere, the same model differs by about a point: image sizes, 
 are treated in other ways. Where a paper does not state its protocol, the source says so.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from latentreward.evaluation.benchmark.results import PublishedNumber
 
@@ -102,13 +102,11 @@ PERCENT: dict[tuple[str, str], Mapping[str, float]] = {
 """(protocol, source) → model → per cent."""
 
 
-def _numbers() -> Iterator[PublishedNumber]:
-    for (protocol, source), models in PERCENT.items():
-        for model, value in models.items():
-            yield PublishedNumber(protocol, model, round(value / 100, 6), source)
-
-
-PUBLISHED = tuple(_numbers())
+PUBLISHED = tuple(
+    PublishedNumber(protocol, model, round(value / 100, 6), source)
+    for (protocol, source), models in PERCENT.items()
+    for model, value in models.items()
+)
 
 
 def published_for(protocols: tuple[str, ...]) -> tuple[PublishedNumber, ...]:

@@ -3,8 +3,9 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -113,20 +114,16 @@ def table_timesteps(table: pa.Table) -> list[float]:
 
 def data_counts(table: pa.Table, reader: PairReader) -> dict[str, Any]:
     """How much there is in a split, and what could not be read."""
-    problems: dict[str, str] = {}
-    keys: set[str] = set()
-    for side in ("a", "b"):
-        names, reasons = _texts(table, f"image_{side}"), _texts(table, f"problem_{side}")
-        keys.update(names)
-        problems |= {name: reason for name, reason in zip(names, reasons, strict=True) if reason is not None}
-    unread = [_texts(table, f"problem_{side}") for side in ("a", "b")]
+    images, unread = ([table.column(f"{kind}_{side}").to_pylist() for side in "ab"] for kind in ("image", "problem"))
+    reasons = zip(chain(*images), chain(*unread), strict=True)
+    problems = {image: reason for image, reason in reasons if reason is not None}
     return {
         "pairs": table.num_rows,
         "pairs_in_file": len(reader),
         "prompts": len(set(reader.prompts()[: table.num_rows])),
-        "images": len(keys),
+        "images": len(set(chain(*images))),
         "unreadable_images": dict(sorted(Counter(problems.values()).items())),
-        "pairs_without_an_image": sum(any(reasons) for reasons in zip(*unread, strict=True)),
+        "pairs_without_an_image": sum(any(pair) for pair in zip(*unread, strict=True)),
         "rows_left_out_by_the_reader": dict(sorted(reader.skipped.items())),
         "remarks_of_the_reader": dict(sorted(reader.remarks.items())),
     }
@@ -141,31 +138,20 @@ def require_images(name: str, reader: PairReader, rows: int) -> None:
     if not rows:
         raise InputError(f"{name}: there are no pairs; {count_text(reader.skipped)} were left out by the reader")
     problems = []
-    for problem in _problems(reader, np.linspace(0, rows - 1, min(rows, TRIED_PAIRS)).astype(int).tolist()):
-        if problem is None:
-            return
-        problems.append(problem)
+    for row in np.linspace(0, rows - 1, min(rows, TRIED_PAIRS)).astype(int).tolist():
+        pair = reader[row]
+        for image in (pair.image_a, pair.image_b):
+            try:
+                decode_image(image)
+                return
+            except ImageError as error:
+                problems.append(f"{pair.pair_id}: {error.problem}")
     raise InputError(
         f"{name}: none of {len(problems)} images that were tried can be read ({problems[0]}); check where the images "
         "of this data set lie"
     )
 
 
-def _problems(reader: PairReader, rows: Sequence[int]) -> Iterator[str | None]:
-    for row in rows:
-        pair = reader[row]
-        for image in (pair.image_a, pair.image_b):
-            try:
-                decode_image(image)
-                yield None
-            except ImageError as error:
-                yield f"{pair.pair_id}: {error.problem}"
-
-
 def folder_name(split: str) -> str:
     """A file name that is safe for any name of a split."""
     return re.sub(r"[^\w.-]+", "_", split).strip(".") or "_"
-
-
-def _texts(table: pa.Table, name: str) -> tuple[Any, ...]:
-    return tuple(table.column(name).to_pylist())

@@ -39,9 +39,17 @@ class ToolScorer(Scorer):
 
     Attributes:
         headline: What of the scores is reported first: the mean over prompts, or the mean of the groups' means.
+        results: What is read instead of a run, if anything.
+        versions: Of what runs, as far as they are known.
     """
 
     headline: Literal["mean", "mean_of_groups"] = "mean"
+    results: str | None = None
+    versions: str = ""
+
+    def identity(self) -> str:
+        """Class, and results or versions."""
+        return " ".join(filter(None, (type(self).__name__, self.results, self.versions)))
 
     def prepare(self) -> None:
         """Find out whether it can run; called before anything is sampled."""

@@ -69,13 +69,10 @@ class _PackageScorer(CommandScorer):
 
     def __init__(self, python: Path | None, name: str, timeout_s: float) -> None:
         self.python = interpreter(name, python)
-        self.versions = ""
         command = [self.python, str(DRIVERS / self.driver), "{pictures}", "{scores}"]
         super().__init__(command, name, timeout_s=timeout_s)
 
-    def identity(self) -> str:
-        """Class, and versions as far as they are known."""
-        return " ".join(filter(None, (type(self).__name__, self.versions)))
+    identity = ToolScorer.identity
 
     def prepare(self) -> None:
         """Ask the environment for its versions."""

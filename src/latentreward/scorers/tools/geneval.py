@@ -53,16 +53,12 @@ class GenEvalScorer(ToolScorer):
     ) -> None:
         super().__init__(name)
         self.results, self.model_path, self.model_config, self.timeout_s = results, model_path, model_config, timeout_s
-        self.repository, self.versions = repository, ""
+        self.repository = repository
         if results is None:
             self.python = interpreter(name, python)
             self.script = _existing(name, "repository", repository) / "evaluation" / "evaluate_images.py"
             _existing(name, "repository", self.script)
             _existing(name, "model_path", model_path)
-
-    def identity(self) -> str:
-        """Class, and results or versions as far as they are known."""
-        return " ".join(filter(None, (type(self).__name__, self.results, self.versions)))
 
     def prepare(self) -> None:
         """Ask the environment for its versions."""

@@ -81,20 +81,16 @@ class T2ICompBenchScorer(ToolScorer):
         timeout_s: float = DAY,
     ) -> None:
         super().__init__(name)
-        self.repository, self.results, self.timeout_s, self.commit = repository, results, timeout_s, ""
+        self.repository, self.results, self.timeout_s = repository, results, timeout_s
         if results is None:
             self.python = interpreter(name, python)
             if repository is None or not (repository / BLIP[0] / BLIP[1]).is_file():
                 raise InputError(f"repository of {name}: {repository} holds no {BLIP[0]}; give a clone, or results")
 
-    def identity(self) -> str:
-        """Class, and results or commit."""
-        return " ".join(filter(None, (type(self).__name__, self.results, self.commit)))
-
     def prepare(self) -> None:
         """Note the commit."""
         if self.repository is not None:
-            self.commit = f"commit {commit_of(self.repository)}"
+            self.versions = f"commit {commit_of(self.repository)}"
 
     def check(self, pictures: Sequence[JudgedPicture]) -> None:
         """Refuse prompts of no category, and those that make no file name."""
