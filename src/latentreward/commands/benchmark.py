@@ -16,7 +16,7 @@ from latentreward.evaluation.benchmark.plan import ScoringPlan
 from latentreward.evaluation.benchmark.report import HTML, JSON, MARKDOWN, versions, write_report
 from latentreward.evaluation.benchmark.results import BenchmarkReport
 from latentreward.evaluation.benchmark.tables import count_list
-from latentreward.reports.tables import percent, percent_interval
+from latentreward.reports.tables import Table, as_text, percent, percent_interval
 from latentreward.scorers import RewardModelScorer, Scorer
 from latentreward.scorers.reward_model import reward_names
 from latentreward.settings.functions import run_function
@@ -96,19 +96,14 @@ def benchmark(
 
 def _models_together(arguments: Sequence[str]) -> list[str]:
     """Several ``--model PATH`` as one list, of which the parser would keep the last alone."""
-    rest: list[str] = []
-    paths: list[str] = []
-    for argument in arguments:
-        if rest and rest[-1] == "--model":
-            rest.pop()
-            paths.append(argument)
-        elif argument.startswith("--model="):
-            paths.append(argument.removeprefix("--model="))
+    rest, paths, left = list[str](), list[str](), iter(arguments)
+    for argument in left:
+        option, equals, value = argument.partition("=")
+        if option == "--model":
+            paths.append(value if equals else next(left, ""))
         else:
             rest.append(argument)
-    if len(paths) < 2:
-        return list(arguments)
-    return [*rest, f"--model={json.dumps(paths)}"]
+    return [*rest, f"--model={json.dumps(paths)}"] if len(paths) > 1 else list(arguments)
 
 
 def _named_rewards(model: list[str] | str | None, trusted: bool) -> list[RewardModelScorer]:
@@ -151,9 +146,8 @@ def _summary(report: BenchmarkReport) -> str:
         )
         for result in report.protocols
     ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([*(f"note: {note}" for note in report.notes), *_left_out(report), *lines])
+    table = Table(rows[0], tuple(rows[1:]))
+    return "\n".join([*(f"note: {note}" for note in report.notes), *_left_out(report), as_text(table)])
 
 
 def _left_out(report: BenchmarkReport) -> list[str]:

@@ -67,7 +67,10 @@ def inspect(
             if not counts.complete:
                 raise KeyboardInterrupt
             if score_table is not None:
-                _add_scores(name, found, score_table, report)
+                try:
+                    report.scores[name] = inspect_scores(score_table.gaps(found))
+                except InputError as error:
+                    report.scores_note[name] = str(error)
     except KeyboardInterrupt:
         report.complete = False
     if not report.splits and report.unread:
@@ -119,13 +122,6 @@ def _build(name: str, build: Callable[[], PairReader], report: Report, only: boo
         return None
     finally:
         logger.setLevel(level)
-
-
-def _add_scores(name: str, reader: PairReader, scores: ScoreTable, report: Report) -> None:
-    try:
-        report.scores[name] = inspect_scores(scores.gaps(reader))
-    except InputError as error:
-        report.scores_note[name] = str(error)
 
 
 run = partial(run_function, inspect)

@@ -15,7 +15,7 @@ from latentreward.data.image_lists import ImageList, read_images
 from latentreward.devices import find_device
 from latentreward.errors import InputError
 from latentreward.interrupts import interrupts_told
-from latentreward.scoring import Calibration, Card, RewardModel, ScoringNoise
+from latentreward.scoring import Calibration, Card, RewardModel
 from latentreward.scoring.calibration import FEWEST
 from latentreward.scoring.files import read_config
 from latentreward.scoring.hub import upload
@@ -137,7 +137,9 @@ def publish(
     )
     config_of(loaded, base_name)  # what cannot be saved is not scored first
     if noise is not None:
-        set_noise(loaded, noise.over(loaded.noise))
+        loaded.noise = noise.over(loaded.noise)
+        if loaded.calibration is not None and not loaded.calibration.fits(loaded.noise):
+            loaded.calibration = None
     if reference is not None and listed is not None:
         loaded.calibration = calibrate(loaded, reference, listed, batch_size)
     replaced = replaced_text(output)
@@ -166,13 +168,6 @@ def replaced_text(output: Path) -> str:
     except InputError:
         return f"{output}: replaced the model that was there, which could not be read"
     return f"{output}: replaced the model that was there ({calibration_text(calibration)})"
-
-
-def set_noise(model: RewardModel, noise: ScoringNoise) -> None:
-    """Have the model score at ``noise``; a calibration at other levels is dropped."""
-    model.noise = noise
-    if model.calibration is not None and not model.calibration.fits(noise):
-        model.calibration = None
 
 
 def calibrate(model: RewardModel, reference: Reference, listed: ImageList, batch_size: int) -> Calibration:

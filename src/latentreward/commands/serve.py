@@ -6,9 +6,10 @@ from functools import partial
 from importlib.util import find_spec
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from latentreward.errors import InputError
+from latentreward.serving.settings import ServiceSettings
 from latentreward.settings.functions import run_plain_function
 
 TOKEN_VARIABLE = "LATENTREWARD_TOKEN"
@@ -22,16 +23,10 @@ def serve(
     run_config: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
-    batch_size: int = 8,
-    max_wait_ms: float = 10.0,
-    max_pass_s: float = 2.0,
-    queue: int = 256,
-    timeout: float = 60.0,
-    max_body_mb: float = 64.0,
-    max_latent_pixels: int = 128 * 128,
     token_file: Path | None = None,
     dtype: Literal["float32", "bfloat16"] = "float32",
     device: str = "auto",
+    **limits: Any,
 ) -> None:
     """Answer requests for scores until SIGTERM or Ctrl-C, which let what is under way finish.
 
@@ -47,18 +42,11 @@ def serve(
         run_config: Settings of the model's run, if not beside its checkpoint.
         revision: Branch, tag or commit of a hub id.
         trust_remote_code: Whether the model's settings may name classes that are not registered, which are imported.
-        batch_size: Rows (latents or images) per pass, at most.
-        max_wait_ms: Milliseconds that a row waits for others to share its pass.
-        max_pass_s: Seconds that a pass may take, by what its rows took before; a row that takes longer has one alone.
-            What waits for the model waits for the running pass at least.
-        queue: Rows that may wait; further requests are answered 503 with Retry-After.
-        timeout: Seconds after which a request is answered 504.
-        max_body_mb: Largest body, in MiB.
-        max_latent_pixels: Largest height times width of latents.
         token_file: File with a token that clients must send as Authorization: Bearer. Otherwise the environment
             variable LATENTREWARD_TOKEN gives it; without either, anybody who reaches the port may ask.
         dtype: Precision of the model's backbone.
         device: E.g. cuda:1; auto takes the accelerator if there is one.
+        limits: See :class:`~latentreward.serving.settings.ServiceSettings`.
 
     Raises:
         InputError: If a setting is wrong, the port is taken, or the model cannot be loaded.
@@ -72,18 +60,9 @@ def serve(
     from latentreward.scoring import RewardModel
     from latentreward.serving.addresses import bind
     from latentreward.serving.server import serve as serve_until_stopped
-    from latentreward.serving.service import ScoringService, ServiceSettings
+    from latentreward.serving.service import ScoringService
 
-    settings = ServiceSettings(
-        batch_size=batch_size,
-        max_wait_ms=max_wait_ms,
-        max_pass_s=max_pass_s,
-        queue=queue,
-        timeout=timeout,
-        max_body_mb=max_body_mb,
-        max_latent_pixels=max_latent_pixels,
-        token=_token(token_file),
-    )
+    settings = ServiceSettings(token=_token(token_file), **limits)
     target = find_device(device)
     with bind(host, port) as bound:
         if settings.token is None and not ip_address(bound.getsockname()[0].partition("%")[0]).is_loopback:

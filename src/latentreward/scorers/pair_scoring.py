@@ -4,7 +4,6 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any
 
@@ -25,15 +24,9 @@ Item = tuple[str, str]
 """Key of an image, and a prompt."""
 Place = tuple[int, int]
 """Number of a pair, and 0 for its image a, 1 for b."""
+Decoded = tuple[Image.Image | None, dict[Place, str]]
+"""An image, and why copies of it before this one could not be read; no image if none could."""
 READING = "reading and decoding"
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """An image, and why copies of it before this one could not be read; no image if none could."""
-
-    image: Image.Image | None
-    problems: dict[Place, str]
 
 
 class PairScoring:
@@ -180,9 +173,9 @@ class PairScoring:
             if not all(_name(scorer, item) in self._known[scorer.name] for scorer in self.image_scorers):
                 wanted.setdefault(item, []).append((place, image))
         for group in self._decoded(wanted):
-            readable = {item: decoded.image for item, decoded in group if decoded.image is not None}
-            for _, decoded in group:
-                problems.update(decoded.problems)
+            readable = {item: image for item, (image, _) in group if image is not None}
+            for _, (_, unread) in group:
+                problems.update(unread)
             for scorer in self.image_scorers:
                 self._score_group(scorer, readable)
 
@@ -214,10 +207,10 @@ class PairScoring:
         problems: dict[Place, str] = {}
         for place, image in copies:
             try:
-                return Decoded(decode_image(image, self.max_pixels), problems)
+                return decode_image(image, self.max_pixels), problems
             except ImageError as error:
                 problems[place] = error.problem
-        return Decoded(None, problems)
+        return None, problems
 
 
 def _sides(pairs: Sequence[PreferencePair]) -> Iterator[tuple[Place, ImageRef, str]]:

@@ -123,7 +123,7 @@ def parse_request(body: bytes | bytearray, accepted: Accepted) -> list[LatentRow
         raise RequestError(f"u holds {outside[0]:g}; noise levels lie in [0, 1]", 422)
     seeds = read_tensor(entries["seeds"], data).tolist() if "seeds" in entries else [DEFAULT_SEED] * len(latents)
     parts = zip(latents, prompts, pooled, u.tolist(), seeds, strict=True)
-    return [LatentRow(*part, prompt_key=_digest(part[1], part[2])) for part in parts]
+    return [LatentRow(*part, prompt_key=digest(text.contiguous().numpy() for text in part[1:3])) for part in parts]
 
 
 def parsing_bytes(body: bytes | bytearray) -> int:
@@ -141,8 +141,3 @@ def _floats(name: str, entry: Entry, data: memoryview) -> Tensor:
     if not tensor.isfinite().all():
         raise RequestError(f"{name} holds NaN or infinity", 422)
     return tensor
-
-
-def _digest(prompt_embeds: Tensor, pooled_prompt_embeds: Tensor) -> str:
-    """Stands for the text of a prompt of which only embeddings are known."""
-    return digest(tensor.contiguous().numpy() for tensor in (prompt_embeds, pooled_prompt_embeds))

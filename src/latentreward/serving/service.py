@@ -4,7 +4,6 @@ import asyncio
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from latentreward.serving.batching import MicroBatcher
 from latentreward.serving.bodies import BodyReader, MemoryBudget
 from latentreward.serving.errors import RequestError
 from latentreward.serving.protocol import Accepted
+from latentreward.serving.settings import ServiceSettings
 
 BODIES_AT_ONCE = 16
 """Bodies of the greatest length that fit into memory together."""
@@ -25,46 +25,6 @@ CLIENT_GONE = 499
 """Status, in the metrics alone, of a request whose client left."""
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-
-
-@dataclass(frozen=True)
-class ServiceSettings:
-    """Limits of a server.
-
-    Attributes:
-        batch_size: Rows (images or latents) per pass of the model, at most.
-        max_wait_ms: Milliseconds that a row waits for others to share its pass.
-        max_pass_s: Seconds that a pass may take; see :class:`~latentreward.serving.batching.MicroBatcher`.
-        queue: Rows that may wait; further requests are answered 503.
-        timeout: Seconds after which a request is answered 504; a body that takes as long to arrive, 408.
-        max_body_mb: Largest body, in MiB.
-        max_latent_pixels: Largest h · w of latents.
-        token: What ``Authorization: Bearer`` must give; None lets anybody in.
-
-    Raises:
-        InputError: If a limit is not positive and finite.
-    """
-
-    batch_size: int = 8
-    max_wait_ms: float = 10.0
-    max_pass_s: float = 2.0
-    queue: int = 256
-    timeout: float = 60.0
-    max_body_mb: float = 64.0
-    max_latent_pixels: int = 128 * 128
-    token: str | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "max_pass_s", "queue", "timeout", "max_body_mb", "max_latent_pixels"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise InputError(f"{name}={getattr(self, name):g} must be a finite number greater than 0")
-        if not 0 <= self.max_wait_ms < math.inf:
-            raise InputError(f"max_wait_ms={self.max_wait_ms:g} must be a finite number from 0 on")
-
-    @property
-    def max_body(self) -> int:
-        """Bytes of the largest body."""
-        return int(self.max_body_mb * 2**20)
 
 
 class ServerMetrics:

@@ -51,9 +51,9 @@ def level_figures(report: BenchmarkReport) -> Iterator[Drawn]:
             levels = sorted(unsorted, key=lambda level: level.sigma)
             sigmas = [level.sigma for level in levels]
             lows, highs = ([100 * getattr(level.estimate, end) for level in levels] for end in ("low", "high"))
-            axes.fill_between(sigmas, lows, highs, color=_colour(number), alpha=0.15, linewidth=0)
+            axes.fill_between(sigmas, lows, highs, color=_style(number)["color"], alpha=0.15, linewidth=0)
             values = [100 * level.estimate.value for level in levels]
-            axes.plot(sigmas, values, marker=_marker(number), color=_colour(number), label=_label(scorer))
+            axes.plot(sigmas, values, label=_label(scorer), **_style(number))
         axes.axhline(50, color=THEIRS, linewidth=0.8, linestyle=":")
         axes.legend(frameon=False)
         yield figure, f"Accuracy on {benchmark} over the noise level, with 95 % bands; the table below has all numbers."
@@ -68,7 +68,7 @@ def calibration_figures(report: BenchmarkReport) -> Iterator[Drawn]:
         for number, result in enumerate(results):
             places = [(100 * confidence, 100 * outcome) for _, confidence, outcome in result.curve]
             label = f"{_label(result.scorer)}: {percent(result.error.value)} %"
-            axes.plot(*zip(*places, strict=True), marker=_marker(number), color=_colour(number), label=label)
+            axes.plot(*zip(*places, strict=True), label=label, **_style(number))
         axes.legend(frameon=False, title="calibration error", loc="lower right")
         yield figure, f"Reliability curves on {benchmark}; on the dotted diagonal a model is right as often as it says."
 
@@ -104,9 +104,5 @@ def _label(text: str, length: int = 40) -> str:
     return short.replace("$", r"\$")
 
 
-def _colour(number: int) -> str:
-    return COLOURS[number % len(COLOURS)]
-
-
-def _marker(number: int) -> str:
-    return MARKERS[number % len(MARKERS)]
+def _style(number: int) -> dict[str, str]:
+    return {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}

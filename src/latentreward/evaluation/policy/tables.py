@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from latentreward.evaluation.policy.results import Comparison, PolicyReport, PolicyScore
 from latentreward.metrics.bootstrap import Interval
-from latentreward.reports.tables import NOTHING, Table, percent, percent_interval
+from latentreward.reports.tables import NOTHING, Table, percent_with_interval
 
 
 def number(value: float) -> str:
@@ -46,7 +46,7 @@ def _compared(result: Comparison | None) -> tuple[str, ...]:
     difference = result.difference
     return (
         f"{signed(difference.value)} [{signed(difference.low)}, {signed(difference.high)}]",
-        f"{percent(result.win_rate.value)} {percent_interval(result.win_rate)}",
+        percent_with_interval(result.win_rate),
         f"{result.wins} / {result.ties} / {result.losses}",
     )
 
