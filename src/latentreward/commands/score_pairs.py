@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 
 from latentreward.data.images import MAX_PIXELS
 from latentreward.data.readers import PairReader, count_text
@@ -79,13 +78,9 @@ def _summary(scoring: PairScoring, files: PartFiles) -> str:
         for side in ("a", "b"):
             problems.update(reason for reason in table.column(f"problem_{side}").to_pylist() if reason is not None)
         for scorer in scoring.scorers:
-            missing = [_missing(table, f"{scorer.name}_{side}") for side in ("a", "b")]
+            missing = [np.isnan(table.column(f"{scorer.name}_{side}").to_numpy()) for side in ("a", "b")]
             without[scorer.name] += int((missing[0] | missing[1]).sum())
     return f"unreadable images: {count_text(problems)}; pairs without a score: {count_text(+without)}"
-
-
-def _missing(table: pa.Table, name: str) -> np.ndarray:
-    return np.isnan(table.column(name).to_numpy())
 
 
 def _cost(scoring: PairScoring, seconds: float, pairs: int) -> str:

@@ -4,6 +4,7 @@ import asyncio
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -105,15 +106,10 @@ class ScoringService:
 
     def describe(self) -> dict[str, Any]:
         """What clients may want to know of the model, and this server's limits, for JSON."""
-        space, accepted = self.reward.backbone.latent_space, self.accepted
+        accepted = self.accepted
         return {
             "model": self.reward.identity,
-            "latent_space": {
-                "channels": space.channels,
-                "downscale": space.downscale,
-                "scaling_factor": space.scaling_factor,
-                "shift_factor": space.shift_factor,
-            },
+            "latent_space": asdict(self.reward.backbone.latent_space),
             "prompt_embeds_width": accepted.text_width,
             "pooled_prompt_embeds_width": accepted.pooled_width,
             "noise": str(self.reward.noise),

@@ -11,31 +11,23 @@ from textwrap import dedent
 from latentreward.backbones.registry import backbone_names
 from latentreward.errors import did_you_mean
 
-CLASS_MODULES = {
-    "model": "latentreward.modules",
-    "head": "latentreward.heads",
-    "loss": "latentreward.losses",
-    "reward": "latentreward.rewards",
-    "rewards": "latentreward.rewards",
-    "levels": "latentreward.noise",
-    "data": "latentreward.data",
-    "images": "latentreward.data",
-    "train": "latentreward.data",
-    "val": "latentreward.data",
-    "test": "latentreward.data",
-    "predict": "latentreward.data",
-    "reader": "latentreward.data",
-    "encoder": "latentreward.cache.sources",
-    "scorer": "latentreward.scorers",
-    "scorers": "latentreward.scorers",
-    "held_out": "latentreward.scorers",
-    "benchmarks": "latentreward.evaluation.benchmark",
-    "selection": "latentreward.rollout",
-    "callbacks": "latentreward.callbacks",
-    "logger": "lightning.pytorch.loggers",
-    "optimizer": "torch.optim",
+TAKEN_FROM = {
+    "latentreward.modules": "model",
+    "latentreward.heads": "head",
+    "latentreward.losses": "loss",
+    "latentreward.rewards": "reward rewards",
+    "latentreward.noise": "levels",
+    "latentreward.data": "data images train val test predict reader",
+    "latentreward.cache.sources": "encoder",
+    "latentreward.scorers": "scorer scorers held_out",
+    "latentreward.evaluation.benchmark": "benchmarks",
+    "latentreward.rollout": "selection",
+    "latentreward.callbacks": "callbacks",
+    "lightning.pytorch.loggers": "logger",
+    "torch.optim": "optimizer",
 }
-"""Last part of a setting's name -> module whose classes it takes."""
+"""Module -> last parts of the names of settings that take its classes."""
+CLASS_MODULES = {name: module for module, names in TAKEN_FROM.items() for name in names.split()}
 
 WRAPPERS = (
     r'Parser key "(?P<key>[^"]+)"[^:\n]*:(?P<inner>.*)',

@@ -81,10 +81,8 @@ class Benchmark(ABC):
         Raises:
             InputError: If a split cannot be found or has no rows.
         """
-        for split in self.splits:
-            if split not in self._opened:
-                self._opened[split] = self.open(split)
-        return {split: self._opened[split] for split in self.splits}
+        self._opened = self._opened or {split: self.open(split) for split in self.splits}
+        return self._opened
 
     def scored(self, split: str, table: pa.Table, column: str, *, scorer: str | None = None) -> ScoredPairs:
         """A split's pairs with the scores of one column, for any protocol.

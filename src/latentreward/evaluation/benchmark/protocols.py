@@ -42,14 +42,12 @@ class Protocol:
     """A rule of evaluation.
 
     Attributes:
-        key: Its name in formats and reports.
         summary: In one line: which pairs, ties of people, equal scores; whose code it follows.
         judge: ``(pairs, fitting)`` to a judgement.
         macro: Whether prompt groups, not pairs, weigh the same.
         fitting_split: Split whose scores it fits a threshold on, if it does.
     """
 
-    key: str
     summary: str
     judge: Callable[[ScoredPairs, ScoredPairs | None], Judgement]
     macro: bool = False
@@ -180,57 +178,46 @@ def _agreement(pairs: ScoredPairs) -> np.ndarray:
 
 WRONG = "equal scores are wrong"
 PROTOCOLS = {
-    protocol.key: protocol
-    for protocol in (
-        Protocol(
-            "imagereward/micro",
-            f"share of all pairs of different rank; {WRONG} (ImageReward's test.py, MPS, HPSv3)",
-            judge_strict,
-        ),
-        Protocol(
-            "imagereward/macro",
-            f"mean over prompts of the share of pairs of different rank; {WRONG} (HPSv2's evaluate)",
-            judge_strict,
-            macro=True,
-        ),
-        Protocol(
-            "hpdv2/macro",
-            "mean over prompts of 1 - inversions / pairs; ties of people agree, equal scores agree by half (HPSv2's "
-            "evaluate, whose argsort orders them by chance)",
-            judge_inversions,
-            macro=True,
-        ),
-        Protocol("hpdv2/micro", f"share of all pairs of different rank; {WRONG}", judge_strict),
-        Protocol("hpdv3", f"share of all rows; {WRONG} (HPSv3's evaluate.py)", judge_strict),
-        Protocol(
-            "pickapic/pickscore",
-            "mean credit of left, right or tie, a tie where |p0 - p1| is within a threshold fitted on "
-            "validation_unique; ½ if one of both is a tie; equal scores are a tie (PickScore's evaluation)",
-            judge_pickscore,
-            fitting_split="validation_unique",
-        ),
-        Protocol(
-            "pickapic/lrm",
-            "mean label of the image that scores higher, ½ for a tie of people; equal scores get nothing (LRM's "
-            "evaluation)",
-            judge_soft,
-        ),
-        Protocol("pickapic/strict", f"share of pairs without ties; {WRONG} (SPO)", judge_strict),
-        Protocol("genai_bench_tiger/no_tie", f"share of left and right votes; {WRONG} (UnifiedReward)", judge_strict),
-        Protocol(
-            "genai_bench_tiger/4way",
-            "share of votes left, right, both good, both bad told from gap and mean of two scores, with cross-fitted "
-            "thresholds; the leaderboard publishes no rule for scores, so this one is ours",
-            judge_four_way,
-        ),
-        Protocol(
-            "genai_bench_cmu",
-            f"share of a prompt's pairs whose mean ratings differ, all prompts together; {WRONG}",
-            judge_strict,
-        ),
-        Protocol(
-            "pairs/strict", f"share of pairs without ties whose likelier image scores higher; {WRONG}", judge_strict
-        ),
-        Protocol("pairs/soft", "mean label of the image that scores higher; equal scores get nothing", judge_soft),
-    )
+    "imagereward/micro": Protocol(
+        f"share of all pairs of different rank; {WRONG} (ImageReward's test.py, MPS, HPSv3)",
+        judge_strict,
+    ),
+    "imagereward/macro": Protocol(
+        f"mean over prompts of the share of pairs of different rank; {WRONG} (HPSv2's evaluate)",
+        judge_strict,
+        macro=True,
+    ),
+    "hpdv2/macro": Protocol(
+        "mean over prompts of 1 - inversions / pairs; ties of people agree, equal scores agree by half (HPSv2's "
+        "evaluate, whose argsort orders them by chance)",
+        judge_inversions,
+        macro=True,
+    ),
+    "hpdv2/micro": Protocol(f"share of all pairs of different rank; {WRONG}", judge_strict),
+    "hpdv3": Protocol(f"share of all rows; {WRONG} (HPSv3's evaluate.py)", judge_strict),
+    "pickapic/pickscore": Protocol(
+        "mean credit of left, right or tie, a tie where |p0 - p1| is within a threshold fitted on "
+        "validation_unique; ½ if one of both is a tie; equal scores are a tie (PickScore's evaluation)",
+        judge_pickscore,
+        fitting_split="validation_unique",
+    ),
+    "pickapic/lrm": Protocol(
+        "mean label of the image that scores higher, ½ for a tie of people; equal scores get nothing (LRM's "
+        "evaluation)",
+        judge_soft,
+    ),
+    "pickapic/strict": Protocol(f"share of pairs without ties; {WRONG} (SPO)", judge_strict),
+    "genai_bench_tiger/no_tie": Protocol(f"share of left and right votes; {WRONG} (UnifiedReward)", judge_strict),
+    "genai_bench_tiger/4way": Protocol(
+        "share of votes left, right, both good, both bad told from gap and mean of two scores, with cross-fitted "
+        "thresholds; the leaderboard publishes no rule for scores, so this one is ours",
+        judge_four_way,
+    ),
+    "genai_bench_cmu": Protocol(
+        f"share of a prompt's pairs whose mean ratings differ, all prompts together; {WRONG}",
+        judge_strict,
+    ),
+    "pairs/strict": Protocol(f"share of pairs without ties whose likelier image scores higher; {WRONG}", judge_strict),
+    "pairs/soft": Protocol("mean label of the image that scores higher; equal scores get nothing", judge_soft),
 }
+"""Name in formats and reports -> rule."""
