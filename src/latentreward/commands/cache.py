@@ -78,7 +78,10 @@ def cache(
     if reader is None or encoder is None:
         missing = "reader" if reader is None else "encoder"
         raise InputError(f"{missing} is missing; give it in a --config file, or say --check to verify a cache")
-    check_settings(reader, encoder)
+    if reader.holds != encoder.holds:
+        kind = type(encoder).__name__
+        remedy = {"images": "PipelineEncoders", "latents": "PublishedLatents"}.get(reader.holds, "a reader with images")
+        raise InputError(f"encoder: {kind} takes {encoder.holds}, but the reader holds {reader.holds}; set {remedy}")
     kept = f"finished shards are kept in {folder}: the same command goes on there"
     with exit_on_sigterm(), interrupts_told(lambda: kept):
         encoders = encoder.load()
@@ -108,18 +111,6 @@ def make_trainer(settings: TrainerSettings, callbacks: list[Callback]) -> Traine
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
-
-
-def check_settings(reader: PairReader, encoder: LatentSource) -> None:
-    """Refuse settings that no cache can be written with.
-
-    Raises:
-        InputError: If the reader does not hold what the encoder takes.
-    """
-    if reader.holds != encoder.holds:
-        kind = type(encoder).__name__
-        remedy = {"images": "PipelineEncoders", "latents": "PublishedLatents"}.get(reader.holds, "a reader with images")
-        raise InputError(f"encoder: {kind} takes {encoder.holds}, but the reader holds {reader.holds}; set {remedy}")
 
 
 def make_spec(

@@ -4,10 +4,10 @@ import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from latentreward.data.images import MAX_PIXELS
 from latentreward.data.readers import PairReader, count_text
 from latentreward.scorers import Scorer
 from latentreward.scorers.pair_scoring import PairScoring
@@ -22,8 +22,7 @@ def score_pairs(
     scorers: list[Scorer],
     *,
     flush_every: int = 512,
-    decode_threads: int = 4,
-    max_pixels: int = MAX_PIXELS,
+    **options: Any,
 ) -> None:
     """Score both images of every pair and write a table that FilteredReader takes.
 
@@ -36,13 +35,12 @@ def score_pairs(
         reader: Where pairs come from.
         scorers: What scores them, e.g. latentreward.scorers.CLIPScorer.
         flush_every: Pairs per part: what a kill can lose; Ctrl-C loses none that is scored.
-        decode_threads: Threads that decode images ahead.
-        max_pixels: Images with more pixels are recorded as unreadable.
+        options: See :class:`~latentreward.scorers.pair_scoring.PairScoring`.
 
     Raises:
         InputError: If a setting is wrong, the output belongs to another run, or a scorer returns nonsense.
     """
-    scoring = PairScoring(reader, scorers, decode_threads, max_pixels)
+    scoring = PairScoring(reader, scorers, **options)
     with PartFiles(output, scoring.spec(), len(reader)) as files:
         if files.finished():
             print(f"{output} is complete already: {len(reader)} pairs")

@@ -39,7 +39,7 @@ class PairScoring:
         reader: Where pairs come from.
         scorers: Scorers with different names.
         decode_threads: Threads that decode images ahead.
-        max_pixels: Images with more are recorded as unreadable.
+        max_pixels: Images with more pixels are recorded as unreadable.
 
     Attributes:
         seconds: Time spent, by scorer and for ``READING``.

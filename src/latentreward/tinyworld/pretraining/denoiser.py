@@ -149,7 +149,8 @@ def train_averaged(
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
-        average_weights(averaged, model, decay=min(decay, (step + 1) / (step + 10)))
+        current = [parameter.detach() for parameter in model.parameters()]
+        torch._foreach_lerp_(list(averaged.parameters()), current, 1 - min(decay, (step + 1) / (step + 10)))
         progress.add(loss=loss.item())
     model.load_state_dict(averaged.state_dict())
 
@@ -158,9 +159,3 @@ def trained_modules(pipeline: StableDiffusionPipeline | StableDiffusion3Pipeline
     """The denoiser and the text encoders of a pipeline: all but the autoencoder."""
     names = ("unet", "transformer", "text_encoder", "text_encoder_2")
     return nn.ModuleList(getattr(pipeline, name) for name in names if getattr(pipeline, name, None) is not None)
-
-
-@torch.no_grad()
-def average_weights(averaged: nn.Module, current: nn.Module, decay: float) -> None:
-    """Move ``averaged`` towards ``current`` by ``1 - decay``."""
-    torch._foreach_lerp_(list(averaged.parameters()), [p.detach() for p in current.parameters()], 1 - decay)
