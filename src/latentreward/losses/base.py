@@ -32,7 +32,16 @@ def weighted_mean(values: Tensor, weight: Tensor) -> Tensor:
     return (weight * values).sum() / weight.sum().clamp_min(torch.finfo(values.dtype).tiny)
 
 
-class PreferenceLoss(nn.Module, ABC):
+class SetLoss(nn.Module):
+    """A loss that shows its settings."""
+
+    def extra_repr(self) -> str:
+        """Numbers and choices, for ``print(model)``."""
+        settings = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        return ", ".join(f"{name}={value}" for name, value in settings.items() if not isinstance(value, bool))
+
+
+class PreferenceLoss(SetLoss, ABC):
     """A loss over preference pairs.
 
     ``forward`` treats its input as the whole batch: under several processes pass it through

@@ -60,7 +60,3 @@ class BradleyTerryLoss(PreferenceLoss):
     def win_probability(self, scores: PairScores) -> Tensor:
         """``sigmoid(d)``; the margin belongs to training, not to the model of the choice."""
         return torch.sigmoid(scores.margin)
-
-    def extra_repr(self) -> str:
-        """The constant, for ``print(model)``."""
-        return f"margin={self.margin}"

@@ -12,9 +12,10 @@ import math
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from latentreward.errors import InputError
+from latentreward.losses.base import SetLoss
 
 
 def gaussian_step_kl(mean: Tensor, ref_mean: Tensor, spread: Tensor) -> Tensor:
@@ -50,7 +51,7 @@ class ClippedPolicyResult(NamedTuple):
     ratio: Tensor
 
 
-class ClippedPolicyLoss(nn.Module):
+class ClippedPolicyLoss(SetLoss):
     """GRPO's clipped objective.
 
     Rows are computed in float64: the ratio is that of two densities which differ by some 1e-4. The results are float32,
@@ -109,7 +110,3 @@ class ClippedPolicyLoss(nn.Module):
         loss = policy + self.kl_weight * divergence if self.needs_reference else policy
         parts = (policy, divergence, (ratio != bounded).double().mean(), ratio.mean())
         return ClippedPolicyResult(loss.float(), *(part.detach().float() for part in parts))
-
-    def extra_repr(self) -> str:
-        """The constants, for ``print(model)``."""
-        return f"clip_range={self.clip_range}, kl_weight={self.kl_weight}, max_advantage={self.max_advantage}"

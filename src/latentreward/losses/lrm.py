@@ -124,7 +124,3 @@ class LRMLoss(PreferenceLoss):
     def win_probability(self, scores: PairScores) -> Tensor:
         """``sigmoid(d)``: the softmax over the two images of a prompt."""
         return torch.sigmoid(scores.margin)
-
-    def extra_repr(self) -> str:
-        """The constants, for ``print(model)``."""
-        return f"mode={self.mode}, batch_coeff={self.batch_coeff}, aux_loss_coeff={self.aux_loss_coeff}"

@@ -9,10 +9,11 @@ pre-training term is :func:`~latentreward.losses.denoising_error`, the last one 
 
 import math
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import relu
 
 from latentreward.errors import InputError
+from latentreward.losses.base import SetLoss
 from latentreward.losses.diffusion_dpo import denoising_error
 
 
@@ -25,7 +26,7 @@ def prediction_drift(prediction: Tensor, reference: Tensor) -> Tensor:
     return denoising_error(prediction, reference)
 
 
-class RewardLoss(nn.Module):
+class RewardLoss(SetLoss):
     r"""Reward to loss, λ·φ(r).
 
     Args:
@@ -53,7 +54,3 @@ class RewardLoss(nn.Module):
         rewards = rewards.float()
         loss = -rewards if self.ceiling is None else relu(self.ceiling - rewards)
         return self.scale * loss.mean()
-
-    def extra_repr(self) -> str:
-        """The constants, for ``print(model)``."""
-        return f"scale={self.scale}, ceiling={self.ceiling}"

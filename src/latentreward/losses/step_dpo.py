@@ -11,10 +11,11 @@ import math
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from latentreward.errors import InputError
+from latentreward.losses.base import SetLoss
 
 
 def clamped_log_ratio(log_prob: Tensor, reference: Tensor, clip_range: float) -> Tensor:
@@ -47,7 +48,7 @@ class StepDPOResult(NamedTuple):
     clamped: Tensor
 
 
-class StepDPO(nn.Module):
+class StepDPO(SetLoss):
     """Step-level DPO with clamped ratios.
 
     Pairs are computed in float64: a log-ratio of some 1e-4 is the difference of two numbers around 1, and β
@@ -93,7 +94,3 @@ class StepDPO(nn.Module):
             )
             parts = (win > lose, win.exp() - lose.exp(), clamped)
         return StepDPOResult(loss.float(), *(part.double().mean().float() for part in parts))
-
-    def extra_repr(self) -> str:
-        """The constants, for ``print(model)``."""
-        return f"beta={self.beta}, clip_range={self.clip_range}"

@@ -196,10 +196,6 @@ class ThurstoneLoss(PreferenceLoss):
         """``Φ(z)``, which falls towards ½ as the noise rises."""
         return torch.special.ndtr(self._z(scores)).float()
 
-    def extra_repr(self) -> str:
-        """The constants, for ``print(model)``."""
-        return f"objective={self.objective}, form={self.form}, k={self.k}, sigma_u={self.sigma_u}"
-
 
 class ConstantVarianceThurstoneLoss(ThurstoneLoss):
     r"""Thurstone's loss that ignores the noise level: :math:`\sigma_u^2(t)` is one constant (an ablation of the paper).

@@ -8,69 +8,43 @@ from dataclasses import asdict
 from typing import Any, Generic, TypeVar
 
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
-from torch.optim import AdamW
 
-from latentreward.checkpoints.base_weights import BaseSample
 from latentreward.contracts import Conditioning, NoisyStates, PromptBatch, RolloutStatistics, StepPairs, StepSamples
 from latentreward.errors import InputError
-from latentreward.modules.optimizers import single_optimizer
-from latentreward.modules.precision import require_float32_training
+from latentreward.modules.based import BasedModule
 from latentreward.modules.sharding import shard_policy, shard_reward
 from latentreward.policies import PolicySource
 from latentreward.policies.checkpoint import SOURCE
 from latentreward.rewards import RewardSource
 from latentreward.rollout import CandidateStep, RolloutDraws, Transition, candidate_steps, gap_quantiles
-from latentreward.seeding import run_seed
 
 Experience = TypeVar("Experience", StepPairs, StepSamples)
 ENCODED_AT_ONCE = 16
 """Prompts per call of a text encoder."""
 
 
-class AlignmentModule(LightningModule):
+class AlignmentModule(BasedModule):
     """A policy whose adapter trains.
 
     Args:
         policy: The generator.
-        optimizer: Gets the adapter's parameters; vectors among them, which LoRA has none of, without weight decay.
-        lr_scheduler: Counted in optimiser steps; None keeps the rate constant.
         guidance_scale: Classifier-free guidance in sampling and in training; 1 switches it off.
-        seed: Seed of every draw; None takes the run's ``seed_everything``.
+        options: See :class:`~latentreward.modules.based.BasedModule`.
 
     Attributes:
         policy: The loaded :class:`~latentreward.policies.Policy`.
     """
 
-    def __init__(
-        self,
-        policy: PolicySource,
-        optimizer: OptimizerCallable = AdamW,
-        lr_scheduler: LRSchedulerCallable | None = None,
-        guidance_scale: float = 5.0,
-        seed: int | None = None,
-    ) -> None:
-        super().__init__()
+    frozen_dtype = "policy.frozen_dtype"
+
+    def __init__(self, policy: PolicySource, guidance_scale: float = 5.0, **options: Any) -> None:
+        super().__init__(**options)
         if not guidance_scale >= 1.0:
             raise InputError(f"guidance_scale={guidance_scale:g} must be at least 1, which is no guidance")
-        self.seed = run_seed(seed)
         self.policy_source, self.policy = policy, policy.load(self.seed)
-        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
-        self.guidance_scale = guidance_scale
-        self._base: BaseSample | None = None
-
-    def setup(self, stage: str) -> None:
-        """Refuse a precision under which small updates of the weights would be lost.
-
-        Raises:
-            InputError: If it is not 32-true, 16-mixed or bf16-mixed.
-        """
-        require_float32_training(self.trainer.precision, "policy.frozen_dtype")
-        if self._base is None:  # while weights are whole
-            self._base = BaseSample.of(self.policy, self.policy.source)
+        self.guidance_scale, self.based_on = guidance_scale, (self.policy, self.policy.source)
 
     def configure_model(self) -> None:
         """Under Lightning's ``ModelParallelStrategy``, share the weights out over the ranks; see :mod:`.sharding`."""
@@ -82,18 +56,9 @@ class AlignmentModule(LightningModule):
         checkpoint[SOURCE] = asdict(self.policy_source)
         checkpoint["base"] = self._base.record(())
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint that belongs to another base."""
-        if self._base is not None and "base" in checkpoint:
-            self._base.check(checkpoint["base"])
-
     def encode_uncond(self) -> Conditioning | None:
         """The empty prompt, one row, if guidance asks for it."""
         return None if self.guidance_scale == 1.0 else self.policy.encode_uncond()
-
-    def configure_optimizers(self) -> Any:
-        """One optimiser over the adapter."""
-        return single_optimizer(self.parameters(), self.optimizer, self.lr_scheduler)
 
 
 class RewardedModule(AlignmentModule):

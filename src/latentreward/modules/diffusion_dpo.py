@@ -20,6 +20,7 @@ from latentreward.metrics import MeanMargin, PairwiseAccuracy
 from latentreward.modules.alignment import AlignmentModule
 from latentreward.modules.images import Posterior, latents_of
 from latentreward.modules.pair_noise import PairDraws
+from latentreward.modules.pairs import snap_timesteps
 from latentreward.noise import LevelSampler, TimestepGrid
 from latentreward.policies import PolicySource
 
@@ -79,14 +80,7 @@ class DiffusionDPOModule(AlignmentModule):
         self.beta, self.posterior = beta, posterior
         self.levels = levels or TimestepGrid(0, 999, 1)
         self.loss = BradleyTerryLoss()
-        process = self.policy.noise_process
-        with torch.device("cpu"):  # the noise process looks levels up there, whatever the default device
-            timesteps = torch.tensor([float(timestep) for timestep in eval_timesteps])
-            try:
-                process.sigma(timesteps)
-            except InputError as error:
-                raise InputError(f"eval_timesteps={list(eval_timesteps)}: {error}") from error
-            self.eval_timesteps = process.snap(timesteps)
+        self.eval_timesteps = snap_timesteps(self.policy.noise_process, eval_timesteps)
         self.val_accuracy, self.val_margin = PairwiseAccuracy("half"), MeanMargin()
 
     def encode(self, batch: PreferenceBatch, draws: PairDraws) -> tuple[Tensor, Conditioning]:

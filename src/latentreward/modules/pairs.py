@@ -6,23 +6,17 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
-from torch.optim import AdamW
 from torchmetrics import Metric
 
-from latentreward.checkpoints.base_weights import BaseSample
 from latentreward.contracts import Conditioning, PairScores, PreferenceBatch, TensorRecord
-from latentreward.errors import InputError
+from latentreward.errors import InputError, errors_at
 from latentreward.losses import PreferenceLoss, gather_pair_scores
 from latentreward.metrics import MeanMargin, PairCalibration, PairwiseAccuracy
 from latentreward.metrics.pairwise import Equal
-from latentreward.modules.optimizers import single_optimizer
+from latentreward.modules.based import BasedModule
 from latentreward.modules.pair_noise import PairDraws
-from latentreward.modules.precision import require_float32_training
 from latentreward.noise import LevelSampler, NoiseProcess
-from latentreward.seeding import run_seed
 
 
 class ScoredPairs(NamedTuple):
@@ -97,7 +91,7 @@ class LevelMetrics(nn.Module):
         return values
 
 
-class PairModule(LightningModule):
+class PairModule(BasedModule):
     """A scorer of images at a noise level, trained with a preference loss.
 
     A training pair gets one random noise level; validation, test and prediction score each pair at every level of
@@ -109,8 +103,6 @@ class PairModule(LightningModule):
         base: Where frozen weights come from.
         loss: Preference loss.
         levels: Where in the noise a training pair is compared.
-        optimizer: Gets the parameters that train.
-        lr_scheduler: Counted in optimiser steps; None keeps the rate constant.
         noise_per_image: Whether the two images of a training pair get noise of their own (LRM) or the same (DiNa-LRM).
             In evaluation they share it, as the candidates that a reward compares in sampling share most of theirs.
         timestep_per_image: Whether they get timesteps of their own.
@@ -121,9 +113,9 @@ class PairModule(LightningModule):
         equal_scores: Whether a pair with equal scores counts as ``wrong`` or as ``half`` right.
         metrics: More torchmetrics metrics, whose ``update`` takes chosen rewards, rejected rewards and labels; each is
             logged like the built-in ones, under its class name.
-        seed: Seed of every draw; None takes the run's ``seed_everything``.
         decay_vectors: Whether vectors and scalars (biases, norms, temperature) get weight decay too, as in the released
             code of LRM and DiNa-LRM.
+        options: See :class:`~latentreward.modules.based.BasedModule`.
 
     Raises:
         InputError: If no evaluation level is given or one is out of range.
@@ -135,8 +127,6 @@ class PairModule(LightningModule):
         base: str,
         loss: PreferenceLoss,
         levels: LevelSampler,
-        optimizer: OptimizerCallable = AdamW,
-        lr_scheduler: LRSchedulerCallable | None = None,
         noise_per_image: bool = False,
         timestep_per_image: bool = False,
         posterior: Literal["sample", "mode"] = "sample",
@@ -144,36 +134,31 @@ class PairModule(LightningModule):
         eval_sigmas: Sequence[float] = (),
         equal_scores: Equal = "wrong",
         metrics: Sequence[Metric] = (),
-        seed: int | None = None,
         decay_vectors: bool = False,
+        **options: Any,
     ) -> None:
-        super().__init__()
-        self._base: BaseSample | None = None
-        self._base_source = base
-        self.loss, self.levels = loss, levels
-        self.optimizer, self.lr_scheduler, self.decay_vectors = optimizer, lr_scheduler, decay_vectors
+        super().__init__(**options)
+        self.based_on = (self, base)
+        self.loss, self.levels, self.decay_vectors = loss, levels, decay_vectors
         self.noise_per_image, self.timestep_per_image, self.posterior = noise_per_image, timestep_per_image, posterior
-        self.seed = run_seed(seed)
         self.noise_process = process
         if not (eval_timesteps or eval_sigmas):
             raise InputError("eval_timesteps and eval_sigmas are both empty; name at least one level to evaluate at")
         check_sigmas(eval_sigmas=eval_sigmas)
-        with torch.device("cpu"):  # the noise process looks levels up there, whatever the default device
-            try:
-                process.sigma(torch.tensor([float(t) for t in eval_timesteps]))
-            except InputError as error:
-                raise InputError(f"eval_timesteps={list(eval_timesteps)}: {error}") from error
-            self.eval_levels = {f"t{t:g}": process.snap(torch.tensor([float(t)])) for t in eval_timesteps}
+        snapped = snap_timesteps(process, eval_timesteps)[:, None]
+        self.eval_levels = {f"t{t:g}": level for t, level in zip(eval_timesteps, snapped, strict=True)}
+        with torch.device("cpu"):
             self.eval_levels |= {f"sigma{s:g}": process.timesteps_at(torch.tensor([float(s)])) for s in eval_sigmas}
         self._metric_keys: dict[str, str] = {}
         self.metrics = nn.ModuleDict()
+        self._metric_settings = equal_scores, metrics
         for name in (*self.eval_levels, "all"):
-            self._add_metrics(name, equal_scores, metrics)
+            self._add_metrics(name)
 
-    def _add_metrics(self, name: str, equal_scores: Equal, extra: Sequence[Metric]) -> None:
+    def _add_metrics(self, name: str) -> None:
         """Metrics of one more evaluation, logged with its name."""
         self._metric_keys[name] = name.replace(".", "_")
-        self.metrics[self._metric_keys[name]] = LevelMetrics(equal_scores, extra)
+        self.metrics[self._metric_keys[name]] = LevelMetrics(*self._metric_settings)
 
     @abstractmethod
     def encode(self, batch: PreferenceBatch, draws: PairDraws, noise_per_image: bool = False) -> EncodedPairs:
@@ -198,24 +183,9 @@ class PairModule(LightningModule):
         """Whether scores across the batch are those of the batch of all ranks."""
         return True
 
-    def setup(self, stage: str) -> None:
-        """Refuse a precision under which small updates of the weights would be lost.
-
-        Raises:
-            InputError: If it is not 32-true, 16-mixed or bf16-mixed.
-        """
-        require_float32_training(self.trainer.precision, "frozen_dtype")
-        if self._base is None:  # while weights are whole
-            self._base = BaseSample.of(self, self._base_source)
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note which base the weights belong to that the checkpoint leaves out."""
         checkpoint["base"] = self._base.record(checkpoint["state_dict"])
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint that belongs to another base."""
-        if self._base is not None and "base" in checkpoint:
-            self._base.check(checkpoint["base"])
 
     def add_noise(self, encoded: EncodedPairs, timesteps: Tensor) -> Tensor:
         """Noisy latents ``(2B, C, ...)`` at ``timesteps`` ``(2B,)``."""
@@ -301,10 +271,6 @@ class PairModule(LightningModule):
         """As in validation, under ``test/``."""
         self._log_metrics("test")
 
-    def configure_optimizers(self) -> Any:
-        """One optimiser over what trains; its schedule steps with it."""
-        return single_optimizer(self.parameters(), self.optimizer, self.lr_scheduler, self.decay_vectors)
-
 
 def check_sigmas(**fields: Sequence[float]) -> None:
     """Raise InputError for a noise level outside [0, 1]."""
@@ -312,6 +278,14 @@ def check_sigmas(**fields: Sequence[float]) -> None:
         outside = [value for value in values if not 0 <= value <= 1]
         if outside:
             raise InputError(f"{name}={list(values)}: noise level {outside[0]:g} is out of range; use 0 to 1")
+
+
+def snap_timesteps(process: NoiseProcess, eval_timesteps: Sequence[float]) -> Tensor:
+    """Timesteps of ``process`` nearest to those of evaluation; raises InputError for one outside it."""
+    with torch.device("cpu"), errors_at(f"eval_timesteps={list(eval_timesteps)}: "):  # levels are looked up there
+        timesteps = torch.tensor([float(timestep) for timestep in eval_timesteps])
+        process.sigma(timesteps)
+        return process.snap(timesteps)
 
 
 def scored_pairs(batch: PreferenceBatch, timesteps: Tensor, scores: PairScores) -> ScoredPairs:

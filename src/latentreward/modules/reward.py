@@ -6,14 +6,12 @@ from typing import Any
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
-from torchmetrics import Metric
 
 from latentreward.backbones.base import DiffusionBackbone
 from latentreward.contracts import CrossScores, FeatureSpec, PairScores, PreferenceBatch
 from latentreward.errors import InputError
 from latentreward.heads import EmbeddingHead, RewardHead
 from latentreward.losses import PreferenceLoss, gather_with_grad
-from latentreward.metrics.pairwise import Equal
 from latentreward.modules.images import latents_of
 from latentreward.modules.pair_noise import PairDraws
 from latentreward.modules.pairs import EncodedPairs, PairModule, check_sigmas
@@ -31,8 +29,6 @@ class RewardModule(PairModule):
         loss: Preference loss.
         levels: Where in the noise a training pair is compared.
         ensemble_sigmas: Noise levels of one more evaluation, by the head's ensemble score; empty for none.
-        equal_scores: See :class:`~latentreward.modules.pairs.PairModule`.
-        metrics: See :class:`~latentreward.modules.pairs.PairModule`.
         options: See :class:`~latentreward.modules.pairs.PairModule`.
 
     Raises:
@@ -46,19 +42,9 @@ class RewardModule(PairModule):
         loss: PreferenceLoss,
         levels: LevelSampler,
         ensemble_sigmas: Sequence[float] = (),
-        equal_scores: Equal = "wrong",
-        metrics: Sequence[Metric] = (),
         **options: Any,
     ) -> None:
-        super().__init__(
-            backbone.noise_process,
-            backbone.source,
-            loss,
-            levels,
-            equal_scores=equal_scores,
-            metrics=metrics,
-            **options,
-        )
+        super().__init__(backbone.noise_process, backbone.source, loss, levels, **options)
         self.model = RewardModel(backbone, head(backbone.feature_spec))
         if not self.model.head.reads_text:
             backbone.drop_text_taps()
@@ -68,7 +54,7 @@ class RewardModule(PairModule):
         with torch.device("cpu"):
             self.ensemble_timesteps = self.noise_process.timesteps_at(torch.tensor([float(s) for s in ensemble_sigmas]))
         if ensemble_sigmas:
-            self._add_metrics("ensemble", equal_scores, metrics)
+            self._add_metrics("ensemble")
 
     def configure_model(self) -> None:
         """Under Lightning's ``ModelParallelStrategy``, share the weights out over the ranks; see :mod:`.sharding`."""
