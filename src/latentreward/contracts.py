@@ -374,6 +374,7 @@ class StepSamples(SampledStates):
 
 
 StepRecord = TypeVar("StepRecord", StepPairs, StepSamples)
+Rows = TypeVar("Rows", StepPairs, StepSamples, Conditioning)
 
 
 def take_rows(record: StepRecord, index: Sequence[int]) -> StepRecord:
@@ -388,8 +389,8 @@ def take_rows(record: StepRecord, index: Sequence[int]) -> StepRecord:
     )
 
 
-def join_rows(records: Sequence[StepRecord]) -> StepRecord:
-    """Several records of steps, at least one, as one."""
+def join_rows(records: Sequence[Rows]) -> Rows:
+    """Several records, at least one, as one."""
     names = [field.name for field in fields(records[0])]
     columns = {name: [getattr(record, name) for record in records] for name in names}
     return type(records[0])(

@@ -26,6 +26,13 @@ def errors_at(place: str) -> Iterator[None]:
         raise InputError(f"{place}{error}") from error
 
 
+def check_at_least_one(place: str = "", /, **settings: int | None) -> None:
+    """Raise InputError, with ``place`` before the name, for a setting that is given and below 1."""
+    for name, value in settings.items():
+        if value is not None and value < 1:
+            raise InputError(f"{place}{name} is {value}; it must be at least 1")
+
+
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """Tail for an error message about an unknown name.
 

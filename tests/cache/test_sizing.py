@@ -9,9 +9,9 @@ from latentreward.cache.sizing import (
     OTHER_SHAPE,
     TOO_SMALL,
     ImageSettings,
-    Size,
 )
 from latentreward.contracts import LatentSpace
+from latentreward.data.buckets import Bucket
 from latentreward.errors import InputError
 
 
@@ -28,11 +28,11 @@ from latentreward.errors import InputError
     ],
 )
 def test_sizes_of_a_pair_in_the_published_buckets(a, b, expected) -> None:
-    found = ImageSettings().sizes_of_pair(Size(*a), Size(*b))
-    assert ImageSettings().sizes_of_pair(Size(*b), Size(*a)) == found
+    found = ImageSettings().sizes_of_pair(Bucket(*a), Bucket(*b))
+    assert ImageSettings().sizes_of_pair(Bucket(*b), Bucket(*a)) == found
     if expected == OTHER_BUCKET:  # aspect ratios 1.333 and 1.385 differ by 3.8 %
         assert found in [((1024, 768),) * 2, ((1152, 832),) * 2]
-        assert ImageSettings(cross_bucket="drop").sizes_of_pair(Size(*a), Size(*b)) == OTHER_BUCKET
+        assert ImageSettings(cross_bucket="drop").sizes_of_pair(Bucket(*a), Bucket(*b)) == OTHER_BUCKET
     else:
         assert found == (expected if isinstance(expected, str) else (expected, expected))
 
@@ -43,14 +43,14 @@ def test_one_size_takes_every_image_without_its_header() -> None:
     assert settings.sizes_of_pair(None, None) == ((256, 512), (256, 512))
     smallest = ImageSettings(size=64, min_pixels=1000)
     assert smallest.needs_headers()
-    assert smallest.sizes_of_pair(Size(10, 10), Size(64, 64)) == TOO_SMALL
+    assert smallest.sizes_of_pair(Bucket(10, 10), Bucket(64, 64)) == TOO_SMALL
 
 
 def test_latents_keep_their_size() -> None:
     settings = ImageSettings()
-    assert settings.sizes_of_latents(Size(832, 1248), Size(832, 1248)) == ((832, 1248), (832, 1248))
-    assert settings.sizes_of_latents(Size(832, 1248), Size(1248, 832)) == OTHER_SHAPE
-    assert settings.sizes_of_latents(Size(840, 1248), Size(840, 1248)) == NO_BUCKET
+    assert settings.sizes_of_latents(Bucket(832, 1248), Bucket(832, 1248)) == ((832, 1248), (832, 1248))
+    assert settings.sizes_of_latents(Bucket(832, 1248), Bucket(1248, 832)) == OTHER_SHAPE
+    assert settings.sizes_of_latents(Bucket(840, 1248), Bucket(840, 1248)) == NO_BUCKET
 
 
 @pytest.mark.parametrize(

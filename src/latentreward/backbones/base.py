@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from latentreward.contracts import Conditioning, Features, FeatureSpec, LatentSpace, map_tensors
+from latentreward.contracts import Conditioning, Features, FeatureSpec, LatentSpace, join_rows, map_tensors
 from latentreward.errors import InputError
 from latentreward.noise import NoiseProcess
 
@@ -100,15 +100,8 @@ class DiffusionBackbone(nn.Module, ABC):
         if uncond is None:
             return self.read(latents, timesteps, conditioning)
         size = len(latents)
-        empty = uncond.select([0] * size)
-        both = self.read(
-            torch.cat([latents, latents]),
-            torch.cat([timesteps, timesteps]),
-            Conditioning(
-                torch.cat([conditioning.prompt_embeds, empty.prompt_embeds]),
-                torch.cat([conditioning.pooled_prompt_embeds, empty.pooled_prompt_embeds]),
-            ),
-        )
+        prompts = join_rows([conditioning, uncond.select([0] * size)])
+        both = self.read(torch.cat([latents, latents]), torch.cat([timesteps, timesteps]), prompts)
         return replace(rows_of(both, slice(size)), uncond=rows_of(both, slice(size, None)))
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:

@@ -14,10 +14,10 @@ from latentreward.cache.compatibility import check_backbone, check_caches
 from latentreward.cache.dataset import CachedPairDataset
 from latentreward.cache.index import CachedPairs, CacheIndex, OnMissing
 from latentreward.cache.sampling import BucketBatchSampler, EvaluationBatches, Sizing, SmallBuckets
-from latentreward.data.datamodules import PairLoaders, check_at_least_one
+from latentreward.data.datamodules import PairLoaders
 from latentreward.data.loading import ResumableLoader, as_is
 from latentreward.data.splits import SharedPrompts, select_rows
-from latentreward.errors import InputError
+from latentreward.errors import InputError, check_at_least_one
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ class CachedPreferenceDataModule(PairLoaders):
         **loading: Any,
     ) -> None:
         super().__init__(num_workers=num_workers, prefetch_factor=prefetch_factor, **loading)
-        check_at_least_one(tokens_per_batch=tokens_per_batch)
+        check_at_least_one("data.", tokens_per_batch=tokens_per_batch)
         self.tokens_per_batch, self.small_buckets = tokens_per_batch, small_buckets
         splits = {"train": train, "val": val, "test": test, "predict": predict}
         given = {name: split for name, split in splits.items() if split is not None}

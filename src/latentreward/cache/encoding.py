@@ -181,8 +181,7 @@ class ShardEncoder(LightningModule):
         Raises:
             InputError: If a number is not finite: the encoder, or the stored type, has overflowed.
         """
-        rows = self._text_rows(batch) if batch.shard.kind == "text" else {layout.LATENTS: self._latents(batch)}
-        rows = {name: tensor.to(self.storage) for name, tensor in rows.items()}
+        rows = {name: tensor.to(self.storage) for name, tensor in self._encoded(batch).items()}
         for tensor in rows.values():
             finite = tensor.isfinite().flatten(1).all(dim=1)
             if not finite.all():
@@ -193,19 +192,18 @@ class ShardEncoder(LightningModule):
                 )
         return rows
 
-    def _latents(self, batch: EncodeBatch) -> Tensor:
+    def _encoded(self, batch: EncodeBatch) -> dict[str, Tensor]:
+        if batch.shard.kind == "text":
+            assert self.text is not None
+            text = self.text(batch.names)
+            return {layout.PROMPT_EMBEDS: text.prompt_embeds, layout.POOLED_PROMPT_EMBEDS: text.pooled_prompt_embeds}
         if batch.latents is not None:
-            return batch.latents
+            return {layout.LATENTS: batch.latents}
         assert self.vae is not None and batch.pixels is not None
         latents = self.vae.encode(batch.pixels, batch.noise)
         for row in batch.unreadable or ():
             latents[row - batch.first] = 0
-        return latents
-
-    def _text_rows(self, batch: EncodeBatch) -> dict[str, Tensor]:
-        assert self.text is not None
-        encoded = self.text(batch.names)
-        return {layout.PROMPT_EMBEDS: encoded.prompt_embeds, layout.POOLED_PROMPT_EMBEDS: encoded.pooled_prompt_embeds}
+        return {layout.LATENTS: latents}
 
 
 class ShardsToDisk(Callback):
@@ -230,29 +228,21 @@ class ShardsToDisk(Callback):
         """Write the rows of one batch."""
         with write_errors_named(self.folder, KEPT):
             if batch.first == 0:
-                self._begin(batch.shard)
+                shapes, dtype = tensor_shapes(self.plan, batch.shard), getattr(torch, self.plan.spec.dtype)
+                self._writer, self._unreadable = ShardWriter(self.folder / batch.shard.name, shapes, dtype), {}
             assert self._writer is not None
             self._writer.write(batch.first, outputs)
             self._unreadable.update(batch.unreadable or {})
             if batch.first + len(batch) == batch.shard.count:
-                self._finish(batch.shard)
+                sha256, count, plan = self._writer.finish(), batch.shard.count, self.plan
+                self._writer = None
+                manifest = ShardManifest(count, sha256, plan.spec.hash, plan.hash, self._unreadable)
+                write_file(self.folder / manifest_name(batch.shard.name), manifest.to_json(), KEPT)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Remove the shard that was being written."""
         if self._writer is not None:
             self._writer.abandon(exception)
-
-    def _begin(self, shard: Shard) -> None:
-        dtype = getattr(torch, self.plan.spec.dtype)
-        self._writer = ShardWriter(self.folder / shard.name, tensor_shapes(self.plan, shard), dtype)
-        self._unreadable = {}
-
-    def _finish(self, shard: Shard) -> None:
-        assert self._writer is not None
-        sha256 = self._writer.finish()
-        self._writer = None
-        manifest = ShardManifest(shard.count, sha256, self.plan.spec.hash, self.plan.hash, self._unreadable)
-        write_file(self.folder / manifest_name(shard.name), manifest.to_json(), KEPT)
 
 
 class OneThread(Callback):

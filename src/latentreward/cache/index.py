@@ -11,6 +11,7 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from latentreward.cache import layout
+from latentreward.cache.check import Shard, tensor_shapes
 from latentreward.cache.layout import CacheSpec, manifest_name, read_manifest, read_plan
 from latentreward.cache.shard_reader import REMEDY, ShardStore
 from latentreward.contracts import ImageRef, PreferencePair
@@ -121,8 +122,9 @@ class CacheIndex:
 
     def _open_shards(self, shards: list[dict[str, Any]], on_missing: OnMissing) -> tuple[np.ndarray, np.ndarray]:
         """The store; the number of each shard's file in it, or -1; and (file, row) of images that were unreadable."""
-        present = [self._is_written(shard["name"]) for shard in shards]
-        missing = [shard["name"] for shard, there in zip(shards, present, strict=True) if not there]
+        names = [shard["name"] for shard in shards]
+        present = [all((self.folder / file).is_file() for file in (name, manifest_name(name))) for name in names]
+        missing = [name for name, there in zip(names, present, strict=True) if not there]
         if missing:
             summary = f"cache {self.folder}: {len(missing)} of {len(shards)} shards are not written, first {missing[0]}"
             if on_missing == "raise" or not any(present):
@@ -135,25 +137,12 @@ class CacheIndex:
             manifest = read_manifest(self.folder / manifest_name(shard["name"]))
             if (manifest.count, manifest.plan_hash) != (shard["count"], self.plan.hash):
                 raise InputError(f"shard {shard['name']} of {self.folder} is of another plan; {REMEDY}")
-            self._check_header(number, shard)
+            held = {name: (block.rows, *block.shape) for name, block in self.store.blocks[number].items()}
+            if not tensor_shapes(self.plan, Shard(number, **shard)).items() <= held.items():
+                raise InputError(f"shard {self.store.paths[number]} does not hold what {layout.SHARDS} says; {REMEDY}")
             unreadable += [(number, row) for row in manifest.unreadable]
         file_of_shard = np.where(present, np.cumsum(present) - 1, -1)
         return file_of_shard, np.array(unreadable, dtype=np.int64).reshape(-1, 2)
-
-    def _is_written(self, name: str) -> bool:
-        return (self.folder / manifest_name(name)).is_file() and (self.folder / name).is_file()
-
-    def _check_header(self, number: int, shard: dict[str, Any]) -> None:
-        blocks, space = self.store.blocks[number], self.spec.latent_space
-        if shard["kind"] == "text":
-            names = {layout.PROMPT_EMBEDS, layout.POOLED_PROMPT_EMBEDS}
-            fits = names <= blocks.keys() and all(blocks[name].rows == shard["count"] for name in names)
-        else:
-            shape = (space.channels, shard["height"] // space.downscale, shard["width"] // space.downscale)
-            block = blocks.get(layout.LATENTS)
-            fits = block is not None and (block.rows, block.shape) == (shard["count"], shape)
-        if not fits:
-            raise InputError(f"shard {self.store.paths[number]} does not hold what {layout.SHARDS} says; {REMEDY}")
 
     @cached_property
     def unusable(self) -> dict[str, np.ndarray]:

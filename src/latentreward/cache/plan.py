@@ -19,8 +19,8 @@ from latentreward.cache import layout
 from latentreward.cache.layout import CachePlan, CacheSpec, digest
 from latentreward.cache.scan import ScannedRow
 from latentreward.cache.shard_writer import KEPT, file_hash
-from latentreward.cache.sizing import ImageSettings, Size
-from latentreward.contracts import PreferencePair
+from latentreward.cache.sizing import ImageSettings
+from latentreward.data.buckets import Bucket
 from latentreward.data.readers import PairReader
 from latentreward.errors import InputError
 from latentreward.storage.durable import replacing, write_file
@@ -77,10 +77,10 @@ class ShardNumbers:
     def __init__(self) -> None:
         self.shards: list[tuple[str, str, int | None, int | None]] = []
         self.counts: list[int] = []
-        self._open: dict[Size | None, int] = {}
-        self._begun: Counter[Size | None] = Counter()
+        self._open: dict[Bucket | None, int] = {}
+        self._begun: Counter[Bucket | None] = Counter()
 
-    def place(self, size: Size | None, most: int) -> tuple[int, int]:
+    def place(self, size: Bucket | None, most: int) -> tuple[int, int]:
         """Shard and row of the next image of ``size``, or of the next prompt (None), ``most`` of them in a shard."""
         shard = self._open.get(size)
         if shard is None or self.counts[shard] == most:
@@ -118,7 +118,7 @@ class Planner:
             self.dropped[sizes] += 1
             return
         pair = row.pair
-        votes_a, votes_b = pair.votes or (None, None)
+        known = (getattr(pair, name) for name in ("confidence", "model_a", "model_b", "source", "split"))
         self.tables[layout.PAIRS].add(
             pair.pair_id,
             self._prompt(pair.prompt),
@@ -127,13 +127,8 @@ class Planner:
             pair.label_a,
             pair.weight,
             pair.group_id,
-            votes_a,
-            votes_b,
-            pair.confidence,
-            pair.model_a,
-            pair.model_b,
-            pair.source,
-            pair.split,
+            *(pair.votes or (None, None)),
+            *known,
         )
 
     def finish(self) -> None:
@@ -141,7 +136,7 @@ class Planner:
         for shard, count in zip(self._shards.shards, self._shards.counts, strict=True):
             self.tables[layout.SHARDS].add(*shard, count)
 
-    def _sizes(self, row: ScannedRow) -> tuple[Size, Size] | str:
+    def _sizes(self, row: ScannedRow) -> tuple[Bucket, Bucket] | str:
         if row.problem is not None:
             return row.problem
         if self.spec.vae is None:
@@ -149,7 +144,7 @@ class Planner:
             return self.images.sizes_of_latents(*row.sizes)
         return self.images.sizes_of_pair(*(row.sizes or (None, None)))
 
-    def _image(self, key: str, size: Size, reader_row: int, side: str) -> int:
+    def _image(self, key: str, size: Bucket, reader_row: int, side: str) -> int:
         name = _hash("image", key, *size)
         if name not in self._known:
             shard, row = self._shards.place(size, self.spec.images_per_shard)
@@ -223,7 +218,7 @@ def describe_data(reader: PairReader) -> dict[str, Any]:
         "rows": len(reader),
         "source": sample[0].source if sample else "",
         "split": sample[0].split if sample else "",
-        "sample": digest([_names(pair) for pair in sample]),
+        "sample": digest([[p.pair_id, p.prompt, p.image_a.image_key, p.image_b.image_key, p.label_a] for p in sample]),
     }
 
 
@@ -259,10 +254,6 @@ def _setting(name: str) -> str:
         return name
     group = GROUPS.get(field.partition(".")[0])
     return f"{group}.{field}" if group else field
-
-
-def _names(pair: PreferencePair) -> list[Any]:
-    return [pair.pair_id, pair.prompt, pair.image_a.image_key, pair.image_b.image_key, pair.label_a]
 
 
 def _hash(*parts: Any) -> bytes:

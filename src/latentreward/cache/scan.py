@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch.utils.data import Dataset
 
-from latentreward.cache.sizing import ImageSettings, Size
+from latentreward.cache.sizing import ImageSettings
 from latentreward.contracts import ImageRef, LatentSpace, PreferencePair
+from latentreward.data.buckets import Bucket
 from latentreward.data.images import DAMAGED, ImageError, image_size
 from latentreward.data.latents import decode_latents
 from latentreward.data.loading import WorkerLoader
@@ -30,7 +31,7 @@ class ScannedRow:
 
     number: int
     pair: PreferencePair
-    sizes: tuple[Size, Size] | None = None
+    sizes: tuple[Bucket, Bucket] | None = None
     problem: str | None = None
 
 
@@ -64,18 +65,18 @@ class RowScan(Dataset[ScannedRow]):
             if not self.images.needs_headers():
                 return ScannedRow(index, bare)
             limit = self.images.max_pixels
-            return ScannedRow(index, bare, (Size(*image_size(a, limit)), Size(*image_size(b, limit))))
+            return ScannedRow(index, bare, (Bucket(*image_size(a, limit)), Bucket(*image_size(b, limit))))
         except ImageError as error:
             if self.reader.on_error == "raise":
                 raise ImageError(f"{pair.pair_id}: {error}; {REMEDY}", error.problem) from error
             return ScannedRow(index, bare, problem=error.problem)
 
-    def _latents_size(self, image: ImageRef) -> Size:
+    def _latents_size(self, image: ImageRef) -> Bucket:
         channels, height, width = decode_latents(image).shape
         if channels != self.space.channels:
             problem = f"{channels} channels, but the latent space has [{self.space}]"
             raise ImageError(f"latents {image.image_key!r}: {problem}; correct encoder.latent_space", DAMAGED)
-        return Size(height * self.space.downscale, width * self.space.downscale)
+        return Bucket(height * self.space.downscale, width * self.space.downscale)
 
 
 def scan_rows(scan: RowScan, num_workers: int) -> Iterator[ScannedRow]:

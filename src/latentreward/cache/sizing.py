@@ -2,12 +2,12 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from latentreward.contracts import LatentSpace
 from latentreward.data.buckets import MIN_PIXELS, PUBLISHED_BUCKETS, Bucket, assign_bucket, sort_buckets
 from latentreward.data.images import MAX_PIXELS, ResizePolicy
-from latentreward.errors import InputError
+from latentreward.errors import InputError, check_at_least_one
 
 CROSS_BUCKET_ASPECT = 0.05
 """Aspect ratios that differ by this share, or more, are too far apart to share a bucket."""
@@ -17,13 +17,6 @@ NO_BUCKET = "image in no bucket"
 OTHER_ASPECT = "images of different aspect ratio"
 OTHER_BUCKET = "images in different buckets"
 OTHER_SHAPE = "latents of different shapes"
-
-
-class Size(NamedTuple):
-    """Height and width in pixels."""
-
-    height: int
-    width: int
 
 
 @dataclass(frozen=True)
@@ -55,13 +48,13 @@ class ImageSettings:
     def __post_init__(self) -> None:
         if self.size is not None and self.buckets is not None:
             raise InputError("images.size and images.buckets are both set; all images come to one size, or to buckets")
-        if self.size is not None and min(self.one_size()) < 1:
-            raise InputError(f"images.size is {self.size}; it must be at least 1")
+        if self.size is not None:
+            check_at_least_one("images.", size=min(self.one_size()))
 
-    def one_size(self) -> Size:
+    def one_size(self) -> Bucket:
         """(height, width) of every image, where ``size`` is set."""
         assert self.size is not None
-        return Size(self.size, self.size) if isinstance(self.size, int) else Size(*self.size)
+        return Bucket(self.size, self.size) if isinstance(self.size, int) else Bucket(*self.size)
 
     def bucket_sizes(self) -> tuple[Bucket, ...]:
         """The buckets by ascending area, where ``size`` is not set."""
@@ -83,49 +76,48 @@ class ImageSettings:
         Raises:
             InputError: If a side is no multiple of the VAE's downscale.
         """
-        sizes = self.bucket_sizes() if self.size is None else (Bucket(*self.one_size()),)
+        sizes = self.bucket_sizes() if self.size is None else (self.one_size(),)
         for bucket in sizes:
             if bucket.height % space.downscale or bucket.width % space.downscale:
                 name = "buckets" if self.size is None else "size"
                 raise InputError(f"images.{name}: {bucket} is no multiple of the VAE's {space.downscale} pixels")
 
-    def sizes_of_pair(self, a: Size | None, b: Size | None) -> tuple[Size, Size] | str:
+    def sizes_of_pair(self, a: Bucket | None, b: Bucket | None) -> tuple[Bucket, Bucket] | str:
         """The sizes at which the two images of a pair are cached, or why the pair is left out.
 
         Args:
-            a: Size of the first image; None if ``needs_headers`` is false.
-            b: Size of the second.
+            a: Bucket of the first image; None if ``needs_headers`` is false.
+            b: Bucket of the second.
         """
-        if a is not None and b is not None and min(a.height * a.width, b.height * b.width) < self.smallest():
+        if a is not None and b is not None and min(a.area, b.area) < self.smallest():
             return TOO_SMALL
         if self.size is not None:
             return self.one_size(), self.one_size()
         assert a is not None and b is not None
-        own = [self._bucket(*size) for size in (a, b)]
+        own = self._bucket(*a), self._bucket(*b)
         if own[0] is None or own[1] is None:
             return NO_BUCKET
         return (own[0], own[1]) if own[0] == own[1] else self._shared_bucket(a, b)
 
-    def _shared_bucket(self, a: Size, b: Size) -> tuple[Size, Size] | str:
+    def _shared_bucket(self, a: Bucket, b: Bucket) -> tuple[Bucket, Bucket] | str:
         if self.cross_bucket == "drop":
             return OTHER_BUCKET
         aspects = sorted((a.width / a.height, b.width / b.height))
         mean = self._bucket(round(math.sqrt(a.height * b.height)), round(math.sqrt(a.width * b.width)))
         return OTHER_ASPECT if mean is None or aspects[1] / aspects[0] - 1 >= CROSS_BUCKET_ASPECT else (mean, mean)
 
-    def sizes_of_latents(self, a: Size, b: Size) -> tuple[Size, Size] | str:
+    def sizes_of_latents(self, a: Bucket, b: Bucket) -> tuple[Bucket, Bucket] | str:
         """The same for images that are latents already: nothing is resized, so each must have the size of a bucket.
 
         Args:
-            a: Size in pixels of the first image.
-            b: Size of the second.
+            a: Bucket in pixels of the first image.
+            b: Bucket of the second.
         """
         if a != b:
             return OTHER_SHAPE
         if self.size is not None:
             return (a, b) if a == self.one_size() else NO_BUCKET
-        return (a, b) if a in [(bucket.height, bucket.width) for bucket in self.bucket_sizes()] else NO_BUCKET
+        return (a, b) if a in self.bucket_sizes() else NO_BUCKET
 
-    def _bucket(self, height: int, width: int) -> Size | None:
-        bucket = assign_bucket(height, width, self.bucket_sizes(), min_pixels=self.smallest())
-        return None if bucket is None else Size(bucket.height, bucket.width)
+    def _bucket(self, height: int, width: int) -> Bucket | None:
+        return assign_bucket(height, width, self.bucket_sizes(), min_pixels=self.smallest())

@@ -11,7 +11,7 @@ import torch
 from latentreward.cache.layout import CacheDtype, TextSpec
 from latentreward.contracts import LatentSpace
 from latentreward.data.readers.base import Contents
-from latentreward.errors import InputError
+from latentreward.errors import check_at_least_one
 
 if TYPE_CHECKING:
     from latentreward.backbones.loading import PipelineSource
@@ -100,10 +100,8 @@ class PipelineEncoders(LatentSource):
         load_t5: bool = True,
         t5_length: int = 256,
     ) -> None:
-        limits = {"batch_size": batch_size, "text_batch_size": text_batch_size, "prompts_per_shard": prompts_per_shard}
-        for name, value in limits.items():
-            if value < 1:
-                raise InputError(f"encoder.{name} is {value}; it must be at least 1")
+        sizes = {"batch_size": batch_size, "text_batch_size": text_batch_size, "prompts_per_shard": prompts_per_shard}
+        check_at_least_one("encoder.", **sizes)
         self.source, self.revision, self.variant = source, revision, variant
         self.vae_dtype, self.posterior, self.batch_size = vae_dtype, posterior, batch_size
         self.text, self.text_dtype = text, text_dtype
@@ -158,8 +156,7 @@ class PublishedLatents(LatentSource):
     def __init__(
         self, latent_space: LatentSpace = RELEASED_SPACE, origin: str = "diffusion-rm", batch_size: int = 32
     ) -> None:
-        if batch_size < 1:
-            raise InputError(f"encoder.batch_size is {batch_size}; it must be at least 1")
+        check_at_least_one("encoder.", batch_size=batch_size)
         self.latent_space, self.origin, self.batch_size = latent_space, origin, batch_size
 
     def load(self) -> Encoders:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from latentreward.errors import InputError
 
@@ -10,8 +10,7 @@ MIN_PIXELS = 256 * 256
 ASPECT_TOLERANCE = 0.03
 
 
-@dataclass(frozen=True)
-class Bucket:
+class Bucket(NamedTuple):
     """One size, in pixels.
 
     Attributes:
@@ -51,7 +50,7 @@ def sort_buckets(sizes: Sequence[tuple[int, int]]) -> tuple[Bucket, ...]:
     for number, (height, width) in enumerate(sizes):
         if height < 1 or width < 1:
             raise InputError(f"buckets: [{height}, {width}] is no size; give positive pixels as [height, width]")
-        if (height, width) in [tuple(size) for size in sizes[:number]]:
+        if (height, width) in [(*size,) for size in sizes[:number]]:
             raise InputError(f"buckets: [{height}, {width}] is given twice; leave one out")
     return tuple(sorted((Bucket(height, width) for height, width in sizes), key=lambda bucket: bucket.area))
 

@@ -16,7 +16,7 @@ from latentreward.data.loading import ResumableLoader, WorkerLoader, ignore_sign
 from latentreward.data.readers import PairReader, count_text
 from latentreward.data.sampling import PairBatchSampler, PairSampler, even_batch_size
 from latentreward.data.splits import SharedPrompts, select_rows
-from latentreward.errors import InputError
+from latentreward.errors import InputError, check_at_least_one
 from latentreward.seeding import run_seed
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class PairLoaders(LightningDataModule):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        check_at_least_one(batch_size=batch_size, prefetch_factor=prefetch_factor)
+        check_at_least_one("data.", batch_size=batch_size, prefetch_factor=prefetch_factor)
         self.batch_size, self.shuffle = batch_size, shuffle
         self.num_workers, self.prefetch_factor, self.pin_memory = num_workers, prefetch_factor, pin_memory
         self.seed = run_seed(seed)
@@ -113,13 +113,6 @@ class PairLoaders(LightningDataModule):
         )
 
 
-def check_at_least_one(**settings: int | None) -> None:
-    """Raise InputError for a setting of the data that is given and below 1."""
-    for name, value in settings.items():
-        if value is not None and value < 1:
-            raise InputError(f"data.{name} is {value}; it must be at least 1")
-
-
 class PreferenceDataModule(PairLoaders):
     """Pairs for training, validation, test and prediction, decoded to one size.
 
@@ -159,7 +152,7 @@ class PreferenceDataModule(PairLoaders):
     ) -> None:
         super().__init__(**loading)
         height, width = (size, size) if isinstance(size, int) else size
-        check_at_least_one(size=min(height, width))
+        check_at_least_one("data.", size=min(height, width))
         loader = PixelLoader(height, width, resize, max_pixels)
         readers = {"train": train, "val": val, "test": test}
         given = {name: reader for name, reader in readers.items() if reader is not None}

@@ -290,18 +290,9 @@ def snap_timesteps(process: NoiseProcess, eval_timesteps: Sequence[float]) -> Te
 
 def scored_pairs(batch: PreferenceBatch, timesteps: Tensor, scores: PairScores) -> ScoredPairs:
     """Result of one level, for callbacks; ``timesteps`` ``(2B,)``."""
-    return ScoredPairs(
-        batch.pair_ids,
-        batch.chosen_keys,
-        batch.rejected_keys,
-        timesteps[: len(batch)],
-        scores.chosen.detach(),
-        scores.rejected.detach(),
-        scores.label,
-        scores.weight,
-        scores.chosen_sigmas,
-        scores.rejected_sigmas,
-    )
+    names = batch.pair_ids, batch.chosen_keys, batch.rejected_keys
+    pairs = scores.label, scores.weight, scores.chosen_sigmas, scores.rejected_sigmas
+    return ScoredPairs(*names, timesteps[: len(batch)], scores.chosen.detach(), scores.rejected.detach(), *pairs)
 
 
 def join_scored(levels: Sequence[ScoredPairs]) -> ScoredPairs:

@@ -131,7 +131,8 @@ class ReFLModule(RewardedModule):
     def sample(self, prompts: PromptBatch, stop: int) -> LateSample:
         """Sample up to step ``stop``, the last ``gradient_steps`` steps with a graph."""
         network = PromptedPolicy.of(self.policy, prompts, self.guidance_scale)
-        draws, shape = RolloutDraws(self.seed, prompts.keys), self.policy.latent_shape(*self._size())
+        draws = RolloutDraws(self.seed, prompts.keys)
+        shape = self.policy.latent_shape(self.sampling.height, self.sampling.width)
         latents = draws.initial(shape).to(self.device)
         first = max(0, stop + 1 - self.gradient_steps)
         with torch.no_grad(), evaluating(self.policy.network):
@@ -165,9 +166,6 @@ class ReFLModule(RewardedModule):
             reference = network(leaf, timestep)
             (slope,) = torch.autograd.grad(prediction_drift(output.detach(), reference).sum(), leaf)
         return prediction_drift(output, reference.detach()) + gradient_carrier(latents, slope)
-
-    def _size(self) -> tuple[int | None, int | None]:
-        return self.sampling.height, self.sampling.width
 
     def _timestep(self, index: int) -> float:
         return self.sampler.timesteps[index].item()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor, nn
 
-from latentreward.contracts import Conditioning, LatentSpace
+from latentreward.contracts import Conditioning, LatentSpace, join_rows
 from latentreward.errors import InputError
 from latentreward.noise import NoiseProcess
 from latentreward.policies.adapters import AdapterSwitch
@@ -103,11 +103,7 @@ class Policy(nn.Module, ABC):
             raise InputError(
                 f"guidance_scale={guidance_scale:g} needs the encoded empty prompt; give it, or set it to 1"
             )
-        empty = uncond.select([0] * len(latents))
-        both = Conditioning(
-            torch.cat([empty.prompt_embeds, conditioning.prompt_embeds]),
-            torch.cat([empty.pooled_prompt_embeds, conditioning.pooled_prompt_embeds]),
-        )
+        both = join_rows([uncond.select([0] * len(latents)), conditioning])
         output = self.predict(torch.cat([latents, latents]), torch.cat([timesteps, timesteps]), both)
         without, with_prompt = output.chunk(2)
         return without + guidance_scale * (with_prompt - without)

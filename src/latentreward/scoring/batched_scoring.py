@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from latentreward.backbones.base import rows_of
-from latentreward.contracts import Conditioning
+from latentreward.contracts import Conditioning, join_rows
 from latentreward.errors import InputError
 from latentreward.scoring.images import Images, check_sides, content_key, even_parts, pixel_batches
 from latentreward.scoring.network import RewardNetwork
@@ -59,10 +59,7 @@ class PromptMemory:
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """One row per prompt."""
         rows = {prompt: self._encoded(prompt) for prompt in dict.fromkeys(prompts)}
-        return Conditioning(
-            torch.cat([rows[prompt].prompt_embeds for prompt in prompts]),
-            torch.cat([rows[prompt].pooled_prompt_embeds for prompt in prompts]),
-        )
+        return join_rows([rows[prompt] for prompt in prompts])
 
     @property
     def uncond(self) -> Conditioning | None:
@@ -218,9 +215,3 @@ def check_finite(scores: Tensor, prompts: Sequence[str], rows: Sequence[int]) ->
             f"the score of image number {rows[first]} for the prompt {prompts[first][:60]!r} is not finite; look for "
             "NaN in the image or latents, try dtype float32, or get the model's weights again"
         )
-
-
-def check_batch_size(batch_size: int) -> None:
-    """Raise InputError for less than 1."""
-    if batch_size < 1:
-        raise InputError(f"batch_size is {batch_size}; it must be at least 1")

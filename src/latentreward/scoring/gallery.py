@@ -1,7 +1,6 @@
 """The page of ``latentreward score``: pictures sorted by score."""
 
 import os
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -53,12 +52,13 @@ class Gallery:
         scores = table["score"].to_numpy()
         order = np.argsort(-scores, kind="stable")[: int(np.isfinite(scores).sum())]
         shown, best = self._chosen(order)
+        ranks = [*range(1, best + 1), *range(len(order) - (len(shown) - best) + 1, len(order) + 1)]
         columns = {name: table[name].to_pylist() for name in table.column_names}
         with ThreadPoolExecutor(self.threads) as pool:
             pictures = pool.map(self._picture, [listed.rows[row] for row in shown])
             cards = [
                 self._card(listed.rows[row], {name: values[row] for name, values in columns.items()}, rank, picture)
-                for rank, row, picture in zip(self._ranks(len(order), best, len(shown)), shown, pictures, strict=True)
+                for rank, row, picture in zip(ranks, shown, pictures, strict=True)
             ]
         without = [row for row, problem in enumerate(columns["problem"]) if problem is not None]
         write_page(
@@ -84,19 +84,13 @@ class Gallery:
         best = (self.limit + 1) // 2
         return [*order[:best].tolist(), *order[len(order) - (self.limit - best) :].tolist()], best
 
-    @staticmethod
-    def _ranks(scored: int, best: int, shown: int) -> Iterator[int]:
-        """Places of the images shown among all, from 1 on."""
-        yield from range(1, best + 1)
-        yield from range(scored - (shown - best) + 1, scored + 1)
-
     def _card(self, row: ImageRow, values: dict[str, Any], rank: int, picture: str | None) -> dict[str, Any]:
         levels = {name.removeprefix(LEVEL): value for name, value in values.items() if name.startswith(LEVEL)}
         return {
             "rank": rank,
             "name": row.name,
             "prompt": row.prompt,
-            "href": self._link(row),
+            "href": quote_from_bytes(os.fsencode(os.path.relpath(row.path, self.path.parent))),
             "picture": picture,
             "score": values["score"],
             "z_score": values["z_score"],
@@ -104,10 +98,6 @@ class Gallery:
             "levels": [(name.replace("_", " "), value) for name, value in levels.items() if value is not None],
             "size": f"{values['width']} × {values['height']}",
         }
-
-    def _link(self, row: ImageRow) -> str:
-        """Address of the image, relative to the page."""
-        return quote_from_bytes(os.fsencode(os.path.relpath(row.path, self.path.parent)))
 
     def _picture(self, row: ImageRow) -> str | None:
         """A thumbnail; None if the image can be read no more."""

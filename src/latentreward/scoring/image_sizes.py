@@ -54,7 +54,7 @@ class NearestBucket(ImageSizes):
         buckets: (height, width) of each, in pixels.
     """
 
-    buckets: Sequence[tuple[int, int]] = tuple((bucket.height, bucket.width) for bucket in PUBLISHED_BUCKETS)
+    buckets: Sequence[tuple[int, int]] = tuple((*bucket,) for bucket in PUBLISHED_BUCKETS)
 
     def __str__(self) -> str:
         """The buckets."""
@@ -79,8 +79,5 @@ def own_sizes(backbone: DiffusionBackbone) -> ImageSizes | None:
     if not backbone.takes_aspects:
         return OneSize(*backbone.native_size)
     scale, multiple = max(backbone.native_size) / PUBLISHED_SIDE, backbone.side_multiple
-    sizes = [
-        tuple(max(round(side * scale / multiple), 1) * multiple for side in (bucket.height, bucket.width))
-        for bucket in PUBLISHED_BUCKETS
-    ]
+    sizes = [tuple(max(round(side * scale / multiple), 1) * multiple for side in size) for size in PUBLISHED_BUCKETS]
     return NearestBucket(tuple(dict.fromkeys(sizes)))  # type: ignore[arg-type]

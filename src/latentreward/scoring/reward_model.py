@@ -14,9 +14,9 @@ from torch import Tensor
 
 from latentreward.contracts import Conditioning
 from latentreward.devices import find_device
-from latentreward.errors import InputError
+from latentreward.errors import InputError, check_at_least_one
 from latentreward.heads.clip_projection import MultiScale
-from latentreward.scoring.batched_scoring import check_batch_size, prompt_of_each, score_given_latents, score_images
+from latentreward.scoring.batched_scoring import prompt_of_each, score_given_latents, score_images
 from latentreward.scoring.hub import upload
 from latentreward.scoring.images import Images
 from latentreward.scoring.layouts.card import Card
@@ -164,7 +164,7 @@ class RewardModel(RewardNetwork):
             raise InputError(f"images is a {type(images).__name__}; give a list of images")
         if not levels:
             raise InputError("levels is empty; give at least one ScoringNoise")
-        check_batch_size(batch_size)
+        check_at_least_one(batch_size=batch_size)
         return score_images(self, prompt_of_each(prompts, len(images)), images, levels, batch_size)
 
     def score_latents(
@@ -193,7 +193,7 @@ class RewardModel(RewardNetwork):
         Raises:
             InputError: If numbers or shapes differ, a level lies outside the noise process, or a score is not finite.
         """
-        check_batch_size(1 if batch_size is None else batch_size)
+        check_at_least_one(batch_size=batch_size)
         if latents.ndim < 3 or not latents.is_floating_point():
             shape = tuple(latents.shape)
             raise InputError(f"latents are a {latents.dtype} tensor of shape {shape}; give floating point (N, C, ...)")

@@ -117,17 +117,11 @@ class ExperienceSampler(CountedBatches):
             if number == 0 or place % step == 0:
                 self._provide(min(step - place % step, len(self) - place) * self.global_batch)
             start, self.cursor, self.taken = self.cursor, self.cursor + self.global_batch, number + 1
-            if ((place + 1) % step == 0 or place + 1 == len(self)) and self._spent(step * self.global_batch):
+            ends = (place + 1) % step == 0 or place + 1 == len(self)
+            spent = self.max_prompts is not None and self.prompts_used >= self.max_prompts
+            if ends and spent and len(self.rows) - self.cursor < step * self.global_batch:
                 self.finish()
             yield list(range(start + self.rank, self.cursor, self.num_replicas))
-
-    def _spent(self, rows: int) -> bool:
-        """Whether so many rows would take more prompts than there shall be."""
-        return (
-            self.max_prompts is not None
-            and self.prompts_used >= self.max_prompts
-            and len(self.rows) - self.cursor < rows
-        )
 
     def _provide(self, rows: int) -> None:
         """Have so many rows in store."""

@@ -10,10 +10,9 @@ from torch.utils.data import Dataset
 from latentreward.contracts import PromptBatch
 from latentreward.data.alignment.experience import ExperienceSampler
 from latentreward.data.alignment.prompt_files import read_prompts
-from latentreward.data.datamodules import check_at_least_one
 from latentreward.data.loading import CountedBatches, ResumableLoader, as_is
 from latentreward.data.readers.base import MAX_PROMPT_CHARS
-from latentreward.errors import InputError
+from latentreward.errors import InputError, check_at_least_one
 from latentreward.seeding import pair_generator, run_seed
 
 
@@ -119,6 +118,7 @@ class PromptLoaders(LightningDataModule):
     ) -> None:
         super().__init__()
         check_at_least_one(
+            "data.",
             batch_size=batch_size,
             batches_per_epoch=batches_per_epoch,
             prompts_per_rollout=prompts_per_rollout,
@@ -166,15 +166,11 @@ class PromptLoaders(LightningDataModule):
             learner,
             prompts_per_rollout=self.prompts_per_rollout,
             max_empty_rollouts=self.max_empty_rollouts,
-            accumulated=self._accumulated,
+            accumulated=lambda: self.trainer.accumulate_grad_batches if self.trainer else 1,  # may change by epoch
             seed=self.seed,
             **settings,
         )
         return ResumableLoader(experience.rows, experience, collate_fn=as_is)
-
-    def _accumulated(self) -> int:
-        """Batches per optimiser step, which a scheduler may change between epochs."""
-        return self.trainer.accumulate_grad_batches if self.trainer else 1
 
     def _stop(self) -> None:
         """End the run after the present batch."""

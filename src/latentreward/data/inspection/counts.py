@@ -147,7 +147,11 @@ class ImageCensus:
     def _look_at(self, image: ImageRef) -> Seen:
         if image.image_key in self._seen and image.image_key:
             return self._seen[image.image_key]
-        seen = self._examine(image)
+        seen: Seen
+        try:
+            seen = self._size(image), hash_image(image) if self.hash_bytes else 0
+        except ImageError as error:
+            seen = error.problem, 0
         if image.image_key:
             self._seen[image.image_key] = seen
             self.counts.distinct += 1
@@ -155,13 +159,6 @@ class ImageCensus:
             self.counts.sizes[seen[0]] += 1
             self.counts.buckets[self._bucket(seen[0])] += 1
         return seen
-
-    def _examine(self, image: ImageRef) -> Seen:
-        try:
-            size = self._size(image)
-            return size, hash_image(image) if self.hash_bytes else 0
-        except ImageError as error:
-            return error.problem, 0
 
     def _size(self, image: ImageRef) -> tuple[int, int]:
         if image.holds == "latents":

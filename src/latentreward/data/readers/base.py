@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from latentreward.contracts import PreferencePair
-from latentreward.errors import InputError
+from latentreward.errors import InputError, check_at_least_one
 from latentreward.seeding import pair_generator
 from latentreward.storage.digests import digest
 
@@ -49,8 +49,7 @@ class PairReader(ABC):
     holds: Contents = "images"
 
     def __init__(self, on_error: OnError = "raise", max_prompt_chars: int = MAX_PROMPT_CHARS) -> None:
-        if max_prompt_chars < 1:
-            raise InputError(f"max_prompt_chars is {max_prompt_chars}; it must be at least 1")
+        check_at_least_one(max_prompt_chars=max_prompt_chars)
         self.on_error, self.max_prompt_chars = on_error, max_prompt_chars
         self.skipped: Counter[str] = Counter()
         self.remarks: Counter[str] = Counter()

@@ -171,7 +171,8 @@ class DiffusionRMReader(SideExchangingReader):
                 self.refuse(pair_id, f"{name} is {row[name]!r:.40}, no count", "index row not readable")
                 return None
         group, inner, width, height = (int(number) for number in numbers.values() if number is not None)
-        file = _base_name(row["parquet_path"])
+        path = row["parquet_path"]
+        file = PureWindowsPath(path).name if "\\" in path else PurePosixPath(path).name
         if file not in tables:
             self.refuse(pair_id, f"parquet_path {file!r:.80} is not in the folder", "parquet part missing")
             return None
@@ -237,10 +238,6 @@ def _read_index(index: Path) -> Iterator[tuple[int, dict[str, str]]]:
                 yield rows.line_num, row
         except csv.Error as error:
             raise InputError(f"{index}: line {rows.line_num} is no CSV ({error}); write the index again") from error
-
-
-def _base_name(path: str) -> str:
-    return PureWindowsPath(path).name if "\\" in path else PurePosixPath(path).name
 
 
 def _integer(text: str) -> int | None:
