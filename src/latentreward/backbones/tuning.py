@@ -1,13 +1,16 @@
 """Which weights of a backbone train: all, none, or low-rank adapters."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import nn
 
 from latentreward.errors import InputError
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+"""Attention projections of diffusers' networks."""
 
 
 @dataclass
@@ -24,18 +27,7 @@ class LoRA:
     rank: int = 64
     alpha: float = 128.0
     dropout: float = 0.0
-    target_modules: Sequence[str] = field(
-        default_factory=lambda: (
-            "to_q",
-            "to_k",
-            "to_v",
-            "to_out.0",
-            "add_q_proj",
-            "add_k_proj",
-            "add_v_proj",
-            "to_add_out",
-        )
-    )
+    target_modules: Sequence[str] = ATTENTION
 
 
 Tuning = Literal["full", "lora", "frozen"]

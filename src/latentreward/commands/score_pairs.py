@@ -50,7 +50,9 @@ def score_pairs(
         files.finish()
     print(f"{output}: {len(reader)} pairs, {pairs} of them scored now\n{summary}")
     if pairs:
-        print(_cost(scoring, seconds, pairs))
+        shares = ", ".join(f"{name} {spent * 1000 / pairs:.2f} s" for name, spent in scoring.seconds.items())
+        images = ", ".join(f"{number} by {name}" for name, number in scoring.images.items()) or "none"
+        print(f"cost per 1000 pairs: {seconds * 1000 / pairs:.2f} s ({shares}); images scored: {images}")
 
 
 def _score_missing(scoring: PairScoring, files: PartFiles, flush_every: int) -> tuple[float, int]:
@@ -79,12 +81,6 @@ def _summary(scoring: PairScoring, files: PartFiles) -> str:
             missing = [np.isnan(table.column(f"{scorer.name}_{side}").to_numpy()) for side in ("a", "b")]
             without[scorer.name] += int((missing[0] | missing[1]).sum())
     return f"unreadable images: {count_text(problems)}; pairs without a score: {count_text(+without)}"
-
-
-def _cost(scoring: PairScoring, seconds: float, pairs: int) -> str:
-    shares = [f"{name} {spent * 1000 / pairs:.2f} s" for name, spent in scoring.seconds.items()]
-    images = ", ".join(f"{number} by {name}" for name, number in scoring.images.items()) or "none"
-    return f"cost per 1000 pairs: {seconds * 1000 / pairs:.2f} s ({', '.join(shares)}); images scored: {images}"
 
 
 run = partial(run_function, score_pairs)

@@ -37,7 +37,12 @@ def select_rows(splits: dict[str, PairReader], shared_prompts: SharedPrompts = "
         labelled = reader.labelled()
         shared = np.array([prompt in taken for prompt in prompts], dtype=bool)
         if shared.any():
-            _handle_shared(name, reader, shared, shared_prompts)
+            summary = f"data.{name}: {int(shared.sum())} of {len(reader)} rows have a prompt of a later split"
+            if shared_prompts == "raise":
+                example = reader[int(np.flatnonzero(shared)[0])]
+                prompt = f"{example.pair_id} {example.prompt[:60]!r}"
+                raise InputError(f"{summary}, first {prompt}; set shared_prompts to drop")
+            logger.warning("%s; left out", summary)
         selected[name] = np.flatnonzero(labelled & ~shared)
         if not len(selected[name]):
             raise InputError(
@@ -46,12 +51,3 @@ def select_rows(splits: dict[str, PairReader], shared_prompts: SharedPrompts = "
             )
         taken.update(prompts)
     return selected
-
-
-def _handle_shared(name: str, reader: PairReader, shared: np.ndarray, policy: SharedPrompts) -> None:
-    summary = f"data.{name}: {int(shared.sum())} of {len(reader)} rows have a prompt of a later split"
-    if policy == "raise":
-        first = int(np.flatnonzero(shared)[0])
-        example = reader[first]
-        raise InputError(f"{summary}, first {example.pair_id} {example.prompt[:60]!r}; set shared_prompts to drop")
-    logger.warning("%s; left out", summary)

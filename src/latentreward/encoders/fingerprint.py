@@ -9,7 +9,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from latentreward.storage.digests import digest
 
@@ -71,10 +71,8 @@ def text_fingerprint(encoder: "PromptEncoder") -> str:
 def _fingerprint(modules: Iterable[nn.Module], config: dict[str, Any], dtype: torch.dtype) -> str:
     """Hash over the tensors without their names and order, which change with the version of a library."""
     tensors = [tensor for module in modules for tensor in module.state_dict().values() if tensor.is_floating_point()]
-    hashes = sorted(_tensor_hash(tensor, dtype) for tensor in tensors)
-    return digest([json.dumps([config, hashes], sort_keys=True)])
-
-
-def _tensor_hash(tensor: Tensor, dtype: torch.dtype) -> str:
-    parts = (part.to("cpu", dtype).contiguous() for part in tensor.detach().reshape(-1).split(CHUNK))
-    return digest(chain([str(tuple(tensor.shape))], (part.view(torch.uint8).numpy() for part in parts)))
+    hashes = []
+    for tensor in tensors:
+        parts = (part.to("cpu", dtype).contiguous() for part in tensor.detach().reshape(-1).split(CHUNK))
+        hashes.append(digest(chain([str(tuple(tensor.shape))], (part.view(torch.uint8).numpy() for part in parts))))
+    return digest([json.dumps([config, sorted(hashes)], sort_keys=True)])

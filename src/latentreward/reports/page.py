@@ -40,7 +40,8 @@ def render_page(template: str, *, local_images: bool = False, **values: Any) -> 
         values: What the template shows.
     """
     name = f"{template}.html.j2"
-    scripts = " ".join(f"'sha256-{_digest(script)}'" for script in _scripts(name)) or "'none'"
+    digests = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in _scripts(name))
+    scripts = " ".join(f"'sha256-{digest}'" for digest in digests) or "'none'"
     policy = POLICY.format(images=" 'self' file:" if local_images else "", scripts=scripts)
     return _environment.get_template(name).render(**values, policy=Markup(policy))
 
@@ -51,10 +52,6 @@ def _scripts(name: str) -> list[str]:
     source, _, _ = _environment.loader.get_source(_environment, name)
     others = find_referenced_templates(_environment.parse(source))
     return [*SCRIPT.findall(source), *(script for other in others if other for script in _scripts(other))]
-
-
-def _digest(script: str) -> str:
-    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
 def write_page(path: Path, template: str, *, local_images: bool = False, **values: Any) -> None:

@@ -137,17 +137,13 @@ def candidate_steps(
             scores = _score(reward, encoded, candidates, clean, told)
             log_prob = transition.log_prob(candidates)
         yield CandidateStep(index, timestep, latents, candidates, scores, log_prob)
-        choice = _choose(branching, scores, draws, index)
+        if branching.continue_from == "random":
+            choice = draws.choice(index, branching.num_candidates)
+        else:
+            choice = (scores.argmax(dim=0) if branching.continue_from == "best" else scores.argmin(dim=0)).cpu()
         latents = candidates[choice, rows]
         output = None if outputs is None else outputs[choice, rows]
     return latents
-
-
-def _choose(branching: Branching, scores: Tensor, draws: RolloutDraws, index: int) -> Tensor:
-    """The candidate of each prompt that the rollout goes on with: ``(B,)`` on the CPU."""
-    if branching.continue_from == "random":
-        return draws.choice(index, branching.num_candidates)
-    return (scores.argmax(dim=0) if branching.continue_from == "best" else scores.argmin(dim=0)).cpu()
 
 
 def _finished(

@@ -36,7 +36,13 @@ class DDIMSampler(StepSampler):
 
     def __init__(self, scheduler_config: Mapping[str, Any], num_inference_steps: int, eta: float = 1.0) -> None:
         self.prediction_type = scheduler_config.get("prediction_type", "epsilon")
-        _refuse_unsuitable(scheduler_config, self.prediction_type)
+        for name in ("clip_sample", "thresholding"):
+            if scheduler_config.get(name):
+                raise InputError(
+                    f"the scheduler config has {name}=true, which is for pixels and spoils latents; set it to false"
+                )
+        if self.prediction_type not in ("epsilon", "v_prediction"):
+            raise InputError(f"prediction_type {self.prediction_type!r} is not known; use 'epsilon' or 'v_prediction'")
         timesteps, alpha, alpha_next = _schedule(scheduler_config, num_inference_steps)
         if self.prediction_type == "epsilon" and not (alpha > 0).all():
             raise InputError(
@@ -81,13 +87,3 @@ def _schedule(config: Mapping[str, Any], num_inference_steps: int) -> tuple[Tens
     following = timesteps - levels // num_inference_steps  # as DDIMScheduler.step, whatever the spacing
     after = torch.where(following >= 0, table[following.clamp(min=0)], scheduler.final_alpha_cumprod.double())
     return timesteps, table[timesteps], after
-
-
-def _refuse_unsuitable(config: Mapping[str, Any], prediction_type: str) -> None:
-    for name in ("clip_sample", "thresholding"):
-        if config.get(name):
-            raise InputError(
-                f"the scheduler config has {name}=true, which is for pixels and spoils latents; set it to false"
-            )
-    if prediction_type not in ("epsilon", "v_prediction"):
-        raise InputError(f"prediction_type {prediction_type!r} is not known; use 'epsilon' or 'v_prediction'")

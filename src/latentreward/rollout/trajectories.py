@@ -48,6 +48,7 @@ def sample_trajectories(
     seed: int,
     *,
     draws: RolloutDraws | None = None,
+    needs_noise: bool = True,
 ) -> Trajectories:
     """Sample from noise to the finished latents, keeping every state.
 
@@ -59,12 +60,26 @@ def sample_trajectories(
         guidance_scale: 1 for no guidance.
         seed: Seed of every draw.
         draws: Draws to use instead of those of ``seed``.
+        needs_noise: Whether there must be a log-probability to learn from.
 
     Raises:
-        InputError: If no step has noise.
+        InputError: If no step has noise, but must have.
     """
-    sampler.require_noise()
-    return _sample(policy, sampler, prompts, sampling, guidance_scale, draws or RolloutDraws(seed, prompts.keys))
+    if needs_noise:
+        sampler.require_noise()
+    network, draws = PromptedPolicy.of(policy, prompts, guidance_scale), draws or RolloutDraws(seed, prompts.keys)
+    shape = policy.latent_shape(sampling.height, sampling.width)
+    states, log_probs, stochastic = [draws.initial(shape).to(network.device)], [], sampler.noise_std > 0
+    for index, timestep in enumerate(sampler.timesteps.tolist()):
+        output = network(states[-1], timestep)
+        transition = sampler.transition(states[-1], output, torch.full((len(output),), timestep))
+        if stochastic[index]:
+            states.append(transition.sample(draws.noise(index, 1, shape)[0]))
+            log_probs.append(transition.log_prob(states[-1]))
+        else:
+            states.append(transition.mean)
+            log_probs.append(torch.zeros_like(transition.std))
+    return Trajectories(torch.stack(states), sampler.timesteps, torch.stack(log_probs), stochastic)
 
 
 @torch.no_grad()
@@ -91,28 +106,5 @@ def sample_latents(
     """
     sampler = sampling.sampler(policy.scheduler_config)
     with policy.reference() if reference else nullcontext():
-        draws = draws or RolloutDraws(seed, prompts.keys)
-        return _sample(policy, sampler, prompts, sampling, guidance_scale, draws).finished.clone()
-
-
-def _sample(
-    policy: Policy,
-    sampler: StepSampler,
-    prompts: PromptBatch,
-    sampling: Sampling,
-    guidance_scale: float,
-    draws: RolloutDraws,
-) -> Trajectories:
-    network = PromptedPolicy.of(policy, prompts, guidance_scale)
-    shape = policy.latent_shape(sampling.height, sampling.width)
-    states, log_probs, stochastic = [draws.initial(shape).to(network.device)], [], sampler.noise_std > 0
-    for index, timestep in enumerate(sampler.timesteps.tolist()):
-        output = network(states[-1], timestep)
-        transition = sampler.transition(states[-1], output, torch.full((len(output),), timestep))
-        if stochastic[index]:
-            states.append(transition.sample(draws.noise(index, 1, shape)[0]))
-            log_probs.append(transition.log_prob(states[-1]))
-        else:
-            states.append(transition.mean)
-            log_probs.append(torch.zeros_like(transition.std))
-    return Trajectories(torch.stack(states), sampler.timesteps, torch.stack(log_probs), stochastic)
+        sampled = (policy, sampler, prompts, sampling, guidance_scale, seed)
+        return sample_trajectories(*sampled, draws=draws, needs_noise=False).finished.clone()

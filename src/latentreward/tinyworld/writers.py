@@ -143,8 +143,11 @@ def write_hpdv3(root: Path | str, pairs_per_split: Mapping[str, int], seed: int 
                 for picture in (best, worst):
                     (folder / "images" / f"{picture.uid}.jpg").write_bytes(picture.jpeg)
                 votes = _draw_votes(best.utility - worst.utility, rng)
-                rows.append(_hpdv3_row(pair.caption, best.uid, worst.uid, votes if split == "train" else {}))
+                votes = votes if split == "train" else {}
+                model = "midjourney" if votes.get("confidence", 0.0) is None else "drawn"
                 keys = (f"images/{best.uid}.jpg", f"images/{worst.uid}.jpg")
+                paths = {"path1": keys[0], "path2": keys[1]}
+                rows.append({"prompt": pair.caption} | votes | paths | {"model1": model, "model2": model})
                 oracle.append((f"{split}.json:{row}", *keys, best.utility, worst.utility))
             (folder / f"{split}.json").write_text(json.dumps(rows, indent=1))
         return oracle
@@ -225,9 +228,3 @@ def _draw_votes(gap: float, rng: np.random.Generator) -> dict[str, Any]:
     judges = int(rng.integers(9, 20))
     wins = max(judges // 2 + 1, int(rng.binomial(judges, 1 / (1 + np.exp(-2 * gap)))))
     return {"choice_dist": [wins, judges - wins], "confidence": round(1.0 - 0.5 ** (2 * wins - judges + 1), 6)}
-
-
-def _hpdv3_row(caption: str, best: str, worst: str, votes: dict[str, Any]) -> dict[str, Any]:
-    model = "midjourney" if votes.get("confidence", 0.0) is None else "drawn"
-    paths = {"path1": f"images/{best}.jpg", "path2": f"images/{worst}.jpg"}
-    return {"prompt": caption} | votes | paths | {"model1": model, "model2": model}

@@ -81,7 +81,12 @@ class DiffusionRMReader(SideExchangingReader):
         parts = [ParquetPart(file.name, file) for file in files]
         tables = {part.name: _read_part(part) for part in parts}
         self._buckets = set(PUBLISHED_BUCKETS if buckets is None else sort_buckets(buckets))
-        rows = _every_row(tables) if index is None else self._follow(Path(root) / index, tables)
+        every_row = (
+            _Entry(f"{name}:{row}", number, row)
+            for number, (name, table) in enumerate(tables.items())
+            for row in range(len(table.prompts))
+        )
+        rows = every_row if index is None else self._follow(Path(root) / index, tables)
         entries = [entry for row in rows if (entry := self._without_long_prompt(row, tables)) is not None]
         entries.sort(key=lambda entry: (entry.part == NOWHERE, entry.part, entry.row))
         if not entries:
@@ -219,12 +224,6 @@ def _read_part(part: ParquetPart) -> _Part:
     if len(stated) == len(SHAPES):
         shapes = list(zip(*(table.column(name).to_pylist() for name in SHAPES), strict=True))
     return _Part(names, np.cumsum([0, *sizes]), table.column("prompt").to_pylist(), shapes)
-
-
-def _every_row(tables: dict[str, _Part]) -> Iterator[_Entry]:
-    for number, (name, table) in enumerate(tables.items()):
-        for row in range(len(table.prompts)):
-            yield _Entry(f"{name}:{row}", number, row)
 
 
 def _read_index(index: Path) -> Iterator[tuple[int, dict[str, str]]]:

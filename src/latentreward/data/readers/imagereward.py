@@ -98,7 +98,12 @@ class ImageRewardDBReader(GroupReader):
         super().__init__("imagerewarddb", split, **options)
         self._archives = ImageArchives(_find_places(source, split, parts, revision))
         metadata = Path(source, f"metadata-{split}.parquet")
-        rows = self._read_metadata(metadata, parts) if metadata.is_file() else self._read_json()
+        rows_of_parts = (
+            (f"{part}.json:{number}", part, row)
+            for part in self._archives.parts
+            for number, row in enumerate(parse_rows(*self._archives.read_rows(part)))
+        )
+        rows = self._read_metadata(metadata, parts) if metadata.is_file() else rows_of_parts
         self.fill(self._parse(rows))
         if not len(self):
             raise InputError(f"split: {split!r} of {source} has no pairs left; check the files and parts")
@@ -128,11 +133,6 @@ class ImageRewardDBReader(GroupReader):
         for number, (part, row) in enumerate(zip(named, rows, strict=True)):
             if part not in absent:
                 yield f"{file.name}:{number}", part, row
-
-    def _read_json(self) -> Iterator[tuple[str, str | None, Any]]:
-        for part in self._archives.parts:
-            for number, row in enumerate(parse_rows(*self._archives.read_rows(part))):
-                yield f"{part}.json:{number}", part, row
 
     def _parse(self, rows: Iterable[tuple[str, str | None, Any]]) -> Iterator[ImageGroup]:
         groups: dict[str, list[tuple[dict[str, Any], str | None]]] = {}

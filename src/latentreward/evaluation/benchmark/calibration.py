@@ -32,7 +32,7 @@ def calibration_result(key: str, pairs: ScoredPairs) -> CalibrationResult:
     index, confidence, outcome = bin_by_confidence(probability, torch.from_numpy(label), BINS)
     columns = [np.where(index.numpy() == b, (outcome - confidence).double().numpy(), 0) for b in range(BINS)]
     sums = group_sums(groups, np.ones(len(gap)), *columns)
-    error = clustered_interval(sums, _error, centred=True)
+    error = clustered_interval(sums, lambda sums: np.abs(sums[..., 1:]).sum(-1) / sums[..., 0], centred=True)
     curve = zip(*(values.tolist() for values in metric.curve()), strict=True)
     return CalibrationResult(
         protocol=key,
@@ -51,7 +51,3 @@ def cross_fitted_probability(gap: np.ndarray, label: np.ndarray, groups: np.ndar
         temperature = fit_temperature(gap[~rows], label[~rows])
         probability[rows] = 0.5 + 0.5 * np.tanh(gap[rows] / (2 * temperature))
     return probability
-
-
-def _error(sums: np.ndarray) -> np.ndarray:
-    return np.abs(sums[..., 1:]).sum(-1) / sums[..., 0]

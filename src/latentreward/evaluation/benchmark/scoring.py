@@ -45,7 +45,6 @@ class SplitScores:
 
     Attributes:
         seconds: Time that scoring took in this process.
-        pairs_scored: Pairs scored in this process.
 
     Raises:
         InputError: If the table belongs to other pairs or another scorer, or is being written by another process.
@@ -58,7 +57,6 @@ class SplitScores:
     flush_every: int = 256
     decode_threads: int = 4
     seconds: Counter[str] = field(default_factory=Counter)
-    pairs_scored: int = 0
 
     def __post_init__(self) -> None:
         self._scoring = PairScoring(self.reader, [self.scorer], self.decode_threads)
@@ -83,7 +81,6 @@ class SplitScores:
                 self._scoring.recall(rows, table)
             for rows, table in self._scoring.tables(self._missing(files)):
                 files.write(rows, self._with_timesteps(table))
-                self.pairs_scored += len(rows)
                 progress(len(rows))
             if not files.missing(self.flush_every):
                 files.finish()
