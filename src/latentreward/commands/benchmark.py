@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from latentreward.errors import InputError
+from latentreward.errors import InputError, check_at_least_one
 from latentreward.evaluation.benchmark.base import Benchmark
 from latentreward.evaluation.benchmark.evaluate import evaluate, merged
 from latentreward.evaluation.benchmark.format_detection import recognise_benchmark
@@ -74,8 +74,7 @@ def benchmark(
     Raises:
         InputError: If a setting is wrong, data cannot be read, or scores in OUTPUT_DIR belong to something else.
     """
-    if limit is not None and limit < 1:
-        raise InputError(f"limit={limit} must be at least 1")
+    check_at_least_one(limit=limit)
     sets = _with_more("benchmarks", "data", benchmarks, [] if data is None else [recognise_benchmark(data)])
     given = _with_more("scorers", "model", scorers, _named_rewards(model, trust_remote_code))
     models = [NoiseColumns(one, levels, draws) if isinstance(one, RewardModelScorer) else one for one in given]

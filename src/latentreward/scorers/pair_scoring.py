@@ -16,7 +16,7 @@ from latentreward.data.ahead import map_ahead
 from latentreward.data.images import MAX_PIXELS, ImageError, decode_image
 from latentreward.data.readers import PairReader
 from latentreward.data.score_table import oriented_gap
-from latentreward.errors import InputError
+from latentreward.errors import InputError, check_at_least_one
 from latentreward.scorers.base import ImageScorer, Scorer, TableScorer
 from latentreward.storage.digests import digest
 
@@ -60,6 +60,7 @@ class PairScoring:
         if others := [scorer for scorer in scorers if not isinstance(scorer, ImageScorer | TableScorer)]:
             kind = type(others[0]).__name__
             raise InputError(f"scorers: {kind} scores whole sets of pictures, not pairs; use it with evaluate-policy")
+        check_at_least_one(decode_threads=decode_threads)
         if reader.holds != "images":
             raise InputError(f"reader: {type(reader).__name__} holds {reader.holds}; scorers need images")
         self.reader, self.scorers = reader, list(scorers)

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from latentreward.errors import InputError
+from latentreward.errors import InputError, check_at_least_one
 from latentreward.scorers import ImageScorer, RewardModelScorer
 from latentreward.scoring import ScoringNoise
 
@@ -26,8 +26,7 @@ class NoiseColumns(ImageScorer):
 
     def __init__(self, scorer: RewardModelScorer, levels: Sequence[float], draws: int) -> None:
         super().__init__(scorer.name, scorer.batch_size)
-        if draws < 1:
-            raise InputError(f"draws={draws} must be at least 1")
+        check_at_least_one(draws=draws)
         if len(set(levels)) < len(levels):
             raise InputError(f"levels={list(levels)} holds a level twice; leave one")
         self.scorer, self.levels, self.draws = scorer, tuple(levels), draws
