@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from latentreward.backbones.base import DiffusionBackbone, check_taps
@@ -117,12 +116,14 @@ class SDUNetBackbone(DiffusionBackbone):
         tokens = conditioning.prompt_embeds.to(sample.dtype)
         temb = unet.time_embedding(unet.get_time_embed(sample=sample, timestep=timesteps))
         if unet.config.addition_embed_type == "text_time":
+            height, width = (float(side) for side in self.native_size)
+            sizes = [height, width, 0.0, 0.0, height, width]  # native, no crop, native, as LRM-SDXL was trained
             temb = temb + unet.get_aug_embed(
                 emb=temb,
                 encoder_hidden_states=tokens,
                 added_cond_kwargs={
                     "text_embeds": conditioning.pooled_prompt_embeds.to(sample.dtype),
-                    "time_ids": self._time_ids(len(sample)).to(sample),
+                    "time_ids": sample.new_tensor(sizes).expand(len(sample), 6),
                 },
             )
         sample = unet.conv_in(sample)
@@ -141,11 +142,6 @@ class SDUNetBackbone(DiffusionBackbone):
             pooled_text=conditioning.pooled_prompt_embeds,
             temb=temb,
         )
-
-    def _time_ids(self, batch: int) -> Tensor:
-        """SDXL's size conditioning ``(B, 6)``: native size, no crop, native size, as LRM-SDXL was trained."""
-        height, width = (float(side) for side in self.native_size)
-        return torch.tensor([height, width, 0.0, 0.0, height, width]).expand(batch, 6)
 
     def blocks(self) -> Iterator[nn.Module]:
         """See :meth:`DiffusionBackbone.blocks`."""

@@ -137,7 +137,8 @@ def tensor_shapes(plan: CachePlan, shard: Shard) -> dict[str, tuple[int, ...]]:
         size = (shard.height // space.downscale, shard.width // space.downscale)
         return {layout.LATENTS: (shard.count, space.channels, *size)}
     text = plan.spec.text
-    assert text is not None
+    if text is None:
+        raise InputError(f"text shard {shard.number} belongs to a cache without text; write the cache anew")
     return {
         layout.PROMPT_EMBEDS: (shard.count, text.num_tokens, text.token_dim),
         layout.POOLED_PROMPT_EMBEDS: (shard.count, text.pooled_dim),

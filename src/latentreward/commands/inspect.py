@@ -102,7 +102,11 @@ def _find_sources(
         name = getattr(one, "split", "") or f"reader {number}"
         name = f"{name} {number}" if name in taken else name
         taken.add(name)
-        yield name, lambda reader=one: reader
+        yield name, partial(_given, one)
+
+
+def _given(reader: PairReader) -> PairReader:
+    return reader
 
 
 def _build(name: str, build: Callable[[], PairReader], report: Report, only: bool) -> PairReader | None:

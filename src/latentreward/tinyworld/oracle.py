@@ -104,19 +104,15 @@ def detect_scene(picture: np.ndarray | Image.Image) -> Scene:
         gradient=_denoise(slope * IMAGE_SIZE / MAX_GRADIENT),
         blobs=tuple(blobs),
     )
-    return Scene(
-        min(BACKGROUND_LEVELS, key=lambda name: abs(_expected_level(name, nuisances) - level)), tuple(items), nuisances
-    )
+    tilt = {"black": 0.5, "gray": 0.0, "white": -0.5}  # a gradient moves the gray level in the middle
+    levels = {
+        name: BACKGROUND_LEVELS[name] + MAX_GRADIENT * nuisances.gradient * middle for name, middle in tilt.items()
+    }
+    return Scene(min(BACKGROUND_LEVELS, key=lambda name: abs(levels[name] - level)), tuple(items), nuisances)
 
 
 def _denoise(strength: float) -> float:
     return min(1.0, strength) if strength >= MIN_STRENGTH else 0.0
-
-
-def _expected_level(background: str, nuisances: Nuisances) -> float:
-    """Gray level in the middle of a background with a gradient."""
-    middle = {"black": 0.5, "gray": 0.0, "white": -0.5}[background]
-    return BACKGROUND_LEVELS[background] + MAX_GRADIENT * nuisances.gradient * middle
 
 
 def _fit_background(pixels: np.ndarray) -> tuple[np.ndarray, float, float]:

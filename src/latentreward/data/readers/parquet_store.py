@@ -218,8 +218,11 @@ class ParquetPairReader(PairReader):
 
     def pair_ids(self) -> list[str]:
         """File and row of every row."""
-        places = (locate(self._starts, int(row)) for row in self._rows)
-        return [f"{self._parts[part].name}:{inner}" for part, inner in places]
+        return [self._pair_id(int(row)) for row in self._rows]
+
+    def _pair_id(self, row: int) -> str:
+        part, inner = locate(self._starts, row)
+        return f"{self._parts[part].name}:{inner}"
 
 
 class RowGroupColumns:

@@ -184,7 +184,9 @@ def _details(details: dict[str, Any]) -> str:
     parts = []
     for name, value in details.items():
         if name == "draws":
-            parts.append(_draws(value))
+            drawn = f"{value['number']} draws of noise"
+            spread = f"{percent(value['mean'])} ± {percent(value['sd'])}"
+            parts.append(f"{drawn}: {spread}" if value["sd"] else f"the same under {drawn}")
         elif name == "temperature":
             parts.append(f"temperature {_temperature(value)}")
         elif isinstance(value, (str, int)):
@@ -192,12 +194,6 @@ def _details(details: dict[str, Any]) -> str:
         elif isinstance(value, float):
             parts.append(f"{name.replace('_', ' ')} {value:.4g}")
     return "; ".join(parts) or NOTHING
-
-
-def _draws(draws: dict[str, Any]) -> str:
-    if not draws["sd"]:
-        return f"the same under {draws['number']} draws of noise"
-    return f"{draws['number']} draws of noise: {percent(draws['mean'])} ± {percent(draws['sd'])}"
 
 
 def _temperature(value: float) -> str:
