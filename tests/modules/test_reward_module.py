@@ -363,7 +363,7 @@ def final_loss(module: RewardModule) -> float:
 def test_training_lowers_the_loss(make: Any, precision: str) -> None:
     if precision == "32-true" and "bfloat16" in repr(make.__code__.co_consts):
         pytest.skip("bfloat16 storage goes with bf16-mixed")
-    module = make(optimizer=lambda groups: AdamW(groups, lr=5e-3), levels=ConstantSigma(0.3))
+    module = make(optimizer=lambda groups: AdamW(groups, lr=2e-3), levels=ConstantSigma(0.3))
     before = final_loss(module)
     run = trainer(max_epochs=30, precision=precision, gradient_clip_val=1.0)
     run.fit(module, bright_and_dark())

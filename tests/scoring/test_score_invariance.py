@@ -13,7 +13,9 @@ from latentreward.scoring import RewardModel, ScoringNoise
 from tests.scoring.models import PROMPTS, pictures, scoring_model
 from tests.tiny_pipelines import LATENTS
 
-CLOSE = {"rtol": 0.0, "atol": 2e-5}
+# Scores are sums of some thousand float32 products, whose order differs with the batch and the processor: an AMD EPYC
+# showed 2.2e-5 at a score of 1.19.
+CLOSE = {"rtol": 2e-5, "atol": 2e-5}
 COUNT = 24
 
 

@@ -229,8 +229,7 @@ def parse_function(
     """Values of a function's typed arguments, from ``--config`` files and from the command line.
 
     Up to ``bare`` leading arguments that are no options are the values of the function's first arguments. A bare name
-    of a flag sets it. Classes
-    among the settings are instantiated in the order of the function's arguments.
+    of a flag sets it. Classes among the settings are instantiated in the order of the function's arguments.
 
     Raises:
         InputError: If a setting, or what it leads to in a constructor, is wrong.
