@@ -253,7 +253,8 @@ def end_children(trainer: Trainer, folder: Path) -> None:
     """End the processes that this one started, and remove what they were writing."""
     launcher = trainer.strategy.launcher
     if isinstance(launcher, _SubprocessScriptLauncher) and launcher.procs:
-        launcher.kill(signal.SIGKILL)  # SIGTERM would come back, see StopOnSigterm
-        for child in launcher.procs:
+        children, launcher.procs[:] = [*launcher.procs], []  # Lightning's observer would kill this one too
+        for child in children:
+            child.kill()  # SIGTERM would come back, see StopOnSigterm
             child.wait()
         remove_temporary(folder)
