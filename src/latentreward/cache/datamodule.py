@@ -15,7 +15,7 @@ from latentreward.cache.dataset import CachedPairDataset
 from latentreward.cache.index import CachedPairs, CacheIndex, OnMissing
 from latentreward.cache.sampling import BucketBatchSampler, EvaluationBatches, Sizing, SmallBuckets
 from latentreward.data.datamodules import PairLoaders
-from latentreward.data.loading import ResumableLoader, as_is
+from latentreward.data.loading import ResumableLoader, as_is, shares_of
 from latentreward.data.splits import SharedPrompts, select_rows
 from latentreward.errors import InputError, check_at_least_one
 
@@ -136,14 +136,14 @@ class CachedPreferenceDataModule(PairLoaders):
         return super().predict_dataloader()
 
     def _rank(self) -> int:
-        return self._shares()["rank"]
+        return shares_of(self.trainer)["rank"]
 
     def _sizing(self) -> Sizing:
         return Sizing(
             self.batch_size,
             self.tokens_per_batch,
             self.small_buckets,
-            self._shares()["num_replicas"],
+            shares_of(self.trainer)["num_replicas"],
             self.seed,
             self.shuffle,
         )

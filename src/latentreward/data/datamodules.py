@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from latentreward.data.collate import collate_pairs
 from latentreward.data.dataset import PairDataset
 from latentreward.data.images import MAX_PIXELS, PixelLoader, ResizePolicy
-from latentreward.data.loading import ResumableLoader, WorkerLoader, ignore_signals
+from latentreward.data.loading import ResumableLoader, WorkerLoader, ignore_signals, shares_of
 from latentreward.data.readers import PairReader, count_text
 from latentreward.data.sampling import PairBatchSampler, PairSampler, even_batch_size
 from latentreward.data.splits import SharedPrompts, select_rows
@@ -78,14 +78,11 @@ class PairLoaders(LightningDataModule):
         """Whether Lightning wants the same few pairs in a fixed order."""
         return bool(getattr(self.trainer, "overfit_batches", 0))
 
-    def _shares(self) -> dict[str, int]:
-        return (self.trainer.distributed_sampler_kwargs if self.trainer else None) or {"num_replicas": 1, "rank": 0}
-
     def _dataset(self, name: str) -> Any:
         """The split's pairs, at least one for each rank."""
         if name not in self.datasets:
             raise InputError(f"data.{name} is not set; {self.remedy}")
-        dataset, ranks = self.datasets[name], self._shares()["num_replicas"]
+        dataset, ranks = self.datasets[name], shares_of(self.trainer)["num_replicas"]
         if len(dataset) < ranks:
             raise InputError(f"data.{name} has {len(dataset)} pairs for {ranks} ranks; use fewer devices or more pairs")
         return dataset
@@ -167,7 +164,7 @@ class PreferenceDataModule(PairLoaders):
             return self._evaluation_loader("train")
         dataset = self._dataset("train")
         sampler = PairBatchSampler(
-            len(dataset), self.batch_size, **self._shares(), shuffle=self.shuffle, seed=self.seed
+            len(dataset), self.batch_size, **shares_of(self.trainer), shuffle=self.shuffle, seed=self.seed
         )
         return ResumableLoader(dataset, sampler, collate_fn=collate_pairs, **self._worker_settings())
 
@@ -178,7 +175,7 @@ class PreferenceDataModule(PairLoaders):
                 logger.warning("data.%s: images not read on this rank: %s", name, count_text(skipped))
 
     def _deal(self, dataset: PairDataset) -> dict[str, Any]:
-        shares = self._shares()
+        shares = shares_of(self.trainer)
         return {
             "batch_size": even_batch_size(len(dataset), shares["num_replicas"], self.batch_size),
             "sampler": PairSampler(len(dataset), **shares),

@@ -228,6 +228,11 @@ class ResumableLoader(WorkerLoader):
         self._delivered, self._delivered_epoch = 0, self.places.epoch
 
 
+def shares_of(trainer: Any) -> dict[str, int]:
+    """Look up ``num_replicas`` and ``rank`` of this process in Lightning's trainer; without one, it is alone."""
+    return (trainer.distributed_sampler_kwargs if trainer else None) or {"num_replicas": 1, "rank": 0}
+
+
 def as_is(batch: Any) -> Any:
     """``collate_fn`` for a data set that gives whole batches."""
     return batch

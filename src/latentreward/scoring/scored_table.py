@@ -1,6 +1,7 @@
 """The table that ``latentreward score`` wrote."""
 
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -28,7 +29,8 @@ def read_scores(path: Path) -> pa.Table:
         InputError: If it is damaged, or no such table.
     """
     try:
-        table = {".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": pq.read_table}[path.suffix](path)
+        read_jsonl = partial(pa_json.read_json, read_options=pa_json.ReadOptions(block_size=BLOCK))
+        table = {".csv": _read_csv, ".jsonl": read_jsonl, ".parquet": pq.read_table}[path.suffix](path)
         kinds = {**dict.fromkeys(TEXTS, pa.string()), **dict.fromkeys(SIDES, pa.int32())}
         return table.cast(pa.schema([(name, kinds.get(name, pa.float32())) for name in table.column_names]))
     except (pa.ArrowException, OSError) as error:
@@ -41,10 +43,6 @@ def _read_csv(path: Path) -> pa.Table:
     )
     read = pa_csv.ReadOptions(block_size=BLOCK)
     return pa_csv.read_csv(path, read, pa_csv.ParseOptions(newlines_in_values=True), texts)
-
-
-def _read_jsonl(path: Path) -> pa.Table:
-    return pa_json.read_json(path, pa_json.ReadOptions(block_size=BLOCK))
 
 
 def summarise(listed: ImageList, table: pa.Table) -> str:

@@ -287,7 +287,7 @@ def is_no_noise(record: logging.LogRecord) -> bool:
 
 
 def prepare(arguments: Sequence[str]) -> list[str]:
-    """What every parser of settings needs beforehand; returns the arguments without those that restrict it."""
+    """Prepare parsing of settings that name classes, see :func:`prepare_parsing`: import ours, quieten libraries."""
     import_class_modules()
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(is_no_noise)
     # Lightning's own business with a newer torch.

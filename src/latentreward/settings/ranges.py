@@ -40,9 +40,8 @@ numbers must each lie in it."""
 RANGES = {name: interval for interval, names in NAMES.items() for name in names.split()}
 LARGEST = 10**15
 """Largest whole number of a setting without a range of its own; torch and Python's iterators fail beyond 2⁶³."""
-
-
 MISSING = object()
+"""Default of what has none."""
 
 
 def check_ranges(settings: Any, place: str = "") -> None:

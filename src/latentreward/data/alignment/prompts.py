@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 from latentreward.contracts import PromptBatch
 from latentreward.data.alignment.experience import ExperienceSampler
 from latentreward.data.alignment.prompt_files import read_prompts
-from latentreward.data.loading import CountedBatches, ResumableLoader, as_is
+from latentreward.data.loading import CountedBatches, ResumableLoader, as_is, shares_of
 from latentreward.data.readers.base import MAX_PROMPT_CHARS
 from latentreward.errors import InputError, check_at_least_one
 from latentreward.seeding import pair_generator, run_seed
@@ -131,16 +131,13 @@ class PromptLoaders(LightningDataModule):
         self.max_empty_rollouts = max_empty_rollouts
         self.seed = run_seed(seed)
 
-    def _shares(self) -> dict[str, int]:
-        return (self.trainer.distributed_sampler_kwargs if self.trainer else None) or {"num_replicas": 1, "rank": 0}
-
     def train_dataloader(self) -> ResumableLoader:
         """Batches of experience or of prompts; every rank gets equally many rows.
 
         Raises:
             InputError: If there are fewer prompts than ranks, or the trainer overfits to some batches.
         """
-        shares, order = self._shares(), PromptOrder(self.prompts, self.seed)
+        shares, order = shares_of(self.trainer), PromptOrder(self.prompts, self.seed)
         if len(self.prompts) < shares["num_replicas"]:
             raise InputError(
                 f"data.prompts has {len(self.prompts)} prompts for {shares['num_replicas']} ranks; use fewer devices "

@@ -42,17 +42,15 @@ def _pick_a_pic(root: str, split: str, splits: Splits) -> Benchmark:
     return sets.PickAPicBenchmark(root, split, fitting_split=fitting)
 
 
-def _tiger(root: str, split: str, splits: Splits) -> Benchmark:
-    return sets.GenAIBenchTigerBenchmark(root, [name for name in ("test", "test_v1") if name in splits])
-
-
 PUBLISHED: dict[Any, Callable[[str, str, Splits], Benchmark]] = {
     readers.ImageRewardReader: lambda root, split, splits: sets.ImageRewardBenchmark(root),
     readers.ImageRewardDBReader: lambda root, split, splits: sets.ImageRewardDBBenchmark(root, split),
     readers.HPDv2Reader: lambda root, split, splits: sets.HPDv2Benchmark(root),
     readers.HPDv3Reader: lambda root, split, splits: sets.HPDv3Benchmark(root, split),
     readers.PickAPicReader: _pick_a_pic,
-    readers.GenAIBenchReader: _tiger,
+    readers.GenAIBenchReader: lambda root, split, splits: sets.GenAIBenchTigerBenchmark(
+        root, [name for name in ("test", "test_v1") if name in splits]
+    ),
     readers.GenAIBenchCMUReader: lambda root, split, splits: sets.GenAIBenchCMUBenchmark(root),
 }
 """Reader of a folder -> its benchmark; takes the folder, the split, and all splits that are there."""

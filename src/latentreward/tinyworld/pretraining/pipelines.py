@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from latentreward.tinyworld.captions import held_out_captions
 from latentreward.tinyworld.networks import build_sd, build_sd35, save_pipeline
 from latentreward.tinyworld.oracle import mean_verdict
 from latentreward.tinyworld.pretraining.denoiser import CaptionedLatents, train_denoiser
+from latentreward.tinyworld.pretraining.recipes import TrainingRecipe
 from latentreward.tinyworld.pretraining.vae import draw_training_pictures, encode_pictures, train_vae
 from latentreward.tinyworld.sampling import load_pipeline, sample_pictures
 from latentreward.tinyworld.tokenizer import tokenize
@@ -55,7 +56,7 @@ DESCRIPTIONS = {
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(TrainingRecipe):
     """How the shipped pipelines were made.
 
     Attributes:
@@ -85,11 +86,6 @@ class Recipe:
     finishing_lr: float = 4e-4
     batch_size: int = 64
     prompts: int = 256
-
-    def scaled(self, factor: float) -> Recipe:
-        """The same recipe with ``factor`` times the steps, pictures and prompts: for a quick trial."""
-        names = [name for name in asdict(self) if name.endswith(("pictures", "steps", "prompts"))]
-        return replace(self, **{name: max(2, round(factor * getattr(self, name))) for name in names})
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -14,7 +14,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,7 @@ from latentreward.storage.progress import Progress
 from latentreward.tinyworld.networks import text_config
 from latentreward.tinyworld.pairs import Pair, draw_pairs, generate_pairs
 from latentreward.tinyworld.pretraining.denoiser import train_averaged
+from latentreward.tinyworld.pretraining.recipes import TrainingRecipe
 from latentreward.tinyworld.pretraining.vae import draw_training_pictures, normalize_pictures
 from latentreward.tinyworld.sampling import PIPELINE_FOLDERS, load_pipeline
 from latentreward.tinyworld.tokenizer import build_tokenizer, tokenize
@@ -63,7 +64,7 @@ DESCRIPTIONS = {
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(TrainingRecipe):
     """How the shipped scorers were made.
 
     Attributes:
@@ -89,11 +90,6 @@ class Recipe:
     lr: float = 1e-3
     predicted_share: float = 0.75
     guidance_scales: tuple[float, ...] = (1.0, 3.0)
-
-    def scaled(self, factor: float) -> Recipe:
-        """The same recipe with ``factor`` times the steps, pictures and pairs: for a quick trial."""
-        names = [name for name in asdict(self) if name.endswith(("pictures", "steps", "pairs"))]
-        return replace(self, **{name: max(2, round(factor * getattr(self, name))) for name in names})
 
 
 RECIPES = {"spm_tiny": Recipe(seed=100), "held_out_tiny": Recipe(seed=200, predicted_share=0.0)}
