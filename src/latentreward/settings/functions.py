@@ -8,7 +8,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import wraps
 from itertools import takewhile, zip_longest
@@ -73,16 +73,24 @@ class SettingsParser(ArgumentParser):
         check_functions(namespace)
         token = VALIDATING.set(True)
         try:
-            super().validate(namespace, *more, **options)
+            self._validate_command(namespace, *more, **options)
             set_parsing_settings(unset_sentinel=True)  # else None is "not given" to jsonargparse, and passes every type
-            super().validate(namespace, *more, **{**options, "skip_required": True})
+            self._validate_command(namespace, *more, **{**options, "skip_required": True})
         finally:
             set_parsing_settings(unset_sentinel=False)
             VALIDATING.reset(token)
 
+    def _validate_command(self, namespace: Namespace, *more: Any, **options: Any) -> None:
+        """Validate a subcommand's settings once; jsonargparse would do so as a whole, and then one by one."""
+        command = namespace.get("subcommand")
+        with suppress(Exception):  # what is wrong is found again, and said of the subcommand
+            self._subcommands_action._name_parser_map[command].validate(namespace[command], *more, **options)
+            return
+        super().validate(namespace, *more, **options)
+
     @override
     def dump(self, namespace: Namespace, *more: Any, **options: Any) -> str:
-        text = super().dump(namespace, *more, **options)
+        text = super().dump(namespace, *more, **{**options, "skip_validation": True})  # parsing has checked it
         # With link targets it is jsonargparse's own copy, which OmegaConf reads: there the variable must not resolve.
         return show_secrets(text) if options.get("skip_link_targets", True) else text
 
