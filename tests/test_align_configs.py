@@ -11,6 +11,7 @@ from latentreward.cli import main
 from latentreward.modules import DiffusionDPOModule, ReFLModule
 from latentreward.noise import FlowMatching
 from tests.full_size import write_pipelines
+from tests.marks import slow_after
 from tests.test_recipes import parse
 
 FOLDER = Path(__file__).parents[1] / "configs" / "align"
@@ -34,7 +35,7 @@ def test_parses(name: str) -> None:
     parse(f"configs/align/{name}")
 
 
-@pytest.mark.parametrize("name", ["diffusion_dpo_sd15", "diffusion_dpo_sd35"])
+@pytest.mark.parametrize("name", slow_after(1, ["diffusion_dpo_sd15", "diffusion_dpo_sd35"]))
 def test_builds_at_full_size(name: str) -> None:
     with torch.device("meta"):
         module = parse(f"configs/align/{name}.yaml").build("model")

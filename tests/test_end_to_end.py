@@ -10,6 +10,7 @@ from pyarrow import parquet
 
 from latentreward.cli import main
 from latentreward.tinyworld.writers import write_hpdv3, write_pickapic
+from tests.marks import slow_after
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 TINY = sorted(path.stem for path in (CONFIGS / "model").glob("*_tiny.yaml"))
@@ -44,14 +45,11 @@ def options(model: str, layout: str, pairs: dict[str, Path], folder: Path) -> li
     ]
 
 
-@pytest.mark.parametrize(
-    ("model", "layout"),
-    [
-        pytest.param(model, layout, marks=[] if place == 0 or place % 2 == number else pytest.mark.slow)
-        for place, model in enumerate(TINY)
-        for number, layout in enumerate(("pickapic", "hpdv3"))
-    ],
-)
+FIRST = [("dina_lrm_tiny", "pickapic"), ("lrm_tiny", "hpdv3")]
+OTHERS = [(model, layout) for model in TINY for layout in ("pickapic", "hpdv3") if (model, layout) not in FIRST]
+
+
+@pytest.mark.parametrize(("model", "layout"), slow_after(len(FIRST), FIRST + OTHERS))
 def test_fit_validate_test_and_predict(model: str, layout: str, pairs: dict[str, Path], tmp_path: Path) -> None:
     settings = options(model, layout, pairs, tmp_path)
     main(["fit", *settings, "--trainer.limit_val_batches=1", "--trainer.callbacks=TrainableEMA"])

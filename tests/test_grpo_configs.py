@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from latentreward.cli import main
 from latentreward.modules import StepwiseGRPOModule, TrajectoryGRPOModule
 from tests.full_size import write_pipelines
+from tests.marks import slow_after
 from tests.test_recipes import parse
 
 FOLDER = Path(__file__).parents[1] / "configs" / "align"
@@ -35,7 +36,7 @@ def test_parses_and_keeps_its_runs_apart(name: str) -> None:
     assert parse(f"configs/align/{name}.yaml").config["fit"]["trainer"].default_root_dir == f"runs/{name}"
 
 
-@pytest.mark.parametrize("name", ["grpo_stepwise_sd15", "grpo_stepwise_sd35", "grpo_trajectory_sd35"])
+@pytest.mark.parametrize("name", slow_after(1, ["grpo_stepwise_sd15", "grpo_stepwise_sd35", "grpo_trajectory_sd35"]))
 def test_builds_at_full_size(name: str) -> None:
     with torch.device("meta"):
         module = parse(f"configs/align/{name}.yaml", options=(TOY,)).build("model")
@@ -47,7 +48,9 @@ def test_builds_at_full_size(name: str) -> None:
     assert len(module.sampler) == (20 if name.endswith("sd15") else 10)
 
 
-@pytest.mark.parametrize("name", ["grpo_stepwise_tiny", "grpo_stepwise_sd35_tiny", "grpo_trajectory_tiny"])
+@pytest.mark.parametrize(
+    "name", slow_after(1, ["grpo_trajectory_tiny", "grpo_stepwise_tiny", "grpo_stepwise_sd35_tiny"])
+)
 def test_tiny_ones_train_under_guard(name: str, tmp_path: Path) -> None:
     small = ("--data.batch_size=4", "--data.prompts_per_rollout=2", "--model.sampling.num_inference_steps=3")
     quick = ("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.max_steps=2")

@@ -13,6 +13,7 @@ from latentreward.modules import LPOModule
 from latentreward.rollout import SigmaThreshold
 from latentreward.tinyworld import TinyWorldPromptDataModule
 from tests.full_size import write_pipelines
+from tests.marks import slow_after
 from tests.test_recipes import ParsedCLI, parse
 
 FOLDER = Path(__file__).parents[1] / "configs" / "align"
@@ -45,7 +46,7 @@ def test_parses_and_keeps_its_runs_apart(name: str) -> None:
     assert settings.default_root_dir == f"runs/{name}"
 
 
-@pytest.mark.parametrize("name", ["lpo_sd15", "lpo_sd3", pytest.param("lpo_sdxl", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", slow_after(1, ["lpo_sd15", "lpo_sd3", "lpo_sdxl"]))
 def test_builds_at_full_size(name: str) -> None:
     with torch.device("meta"):
         module = parsed(name, TOY).build("model")
@@ -69,7 +70,7 @@ def test_files_of_prompts_load() -> None:
     assert len(captions.prompts) == 1024
 
 
-@pytest.mark.parametrize("name", ["lpo_tiny", "spo_tiny", "lpo_sd35_tiny"])
+@pytest.mark.parametrize("name", slow_after(1, ["lpo_tiny", "spo_tiny", "lpo_sd35_tiny"]))
 def test_tiny_ones_train(name: str, tmp_path: Path) -> None:
     """With a reward that is a formula: what configs/model/lrm_tiny.yaml trains takes a minute."""
     small = ("--data.batch_size=4", "--data.prompts_per_rollout=4", "--data.batches_per_epoch=2")

@@ -25,6 +25,7 @@ from latentreward.seeding import pair_generator
 from latentreward.settings.functions import prepare
 from latentreward.settings.rewriting import rewrite_arguments
 from tests.full_size import write_pipelines
+from tests.marks import slow_after
 from tests.tiny_pipelines import pipeline_folder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -102,7 +103,7 @@ def _paths(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.mark.parametrize(
     "path",
-    [*RECIPES, *(pytest.param(path, marks=pytest.mark.slow) for path in ABLATIONS)],
+    slow_after(2, [*RECIPES, *ABLATIONS]),
     ids=lambda path: path.stem,
 )
 def test_builds_at_full_size_as_its_head_comment_says(path: Path) -> None:
@@ -197,13 +198,16 @@ def test_without_enhancement_the_empty_prompt_is_not_read() -> None:
 
 @pytest.mark.parametrize(
     ("name", "low", "high"),
-    [
-        ("lrm_sd15", 1, 951),
-        ("lrm_timesteps_from_751", 751, 951),
-        ("lrm_timestep_1", 1, 1),
-        ("dina_clean", 2.99, 3.0),
-        ("dina_levels_constant", 399, 401),
-    ],
+    slow_after(
+        2,
+        [
+            ("lrm_sd15", 1, 951),
+            ("dina_levels_constant", 399, 401),
+            ("lrm_timesteps_from_751", 751, 951),
+            ("lrm_timestep_1", 1, 1),
+            ("dina_clean", 2.99, 3.0),
+        ],
+    ),
 )
 def test_levels_stay_in_their_range(name: str, low: float, high: float) -> None:
     module = on_meta(*recipe(name))

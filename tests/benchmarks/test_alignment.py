@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.marks import slow_after
+
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
@@ -27,6 +29,7 @@ def cells(text: str, first: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
+@pytest.mark.slow
 def test_passes_compare_equal_losses(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
     benchmark.measure_passes("toy", batch=2, repeats=1)
     row = cells(capsys.readouterr().out, "1 |")
@@ -53,6 +56,7 @@ def test_flops_of_scoring_a_step_of_sd15(benchmark: Any) -> None:
     assert pixels / work["lrm"] == pytest.approx(5.4, abs=0.1)
 
 
+@pytest.mark.slow
 def test_scoring_is_timed_at_toy_size(
     benchmark: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -62,6 +66,7 @@ def test_scoring_is_timed_at_toy_size(
     assert "| reused x̂_0, with CLIP-H |" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_share_of_rollouts(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
     benchmark.measure_rollout("toy", batch=2, steps=3, repeats=1)
     assert 0 < int(cells(capsys.readouterr().out, "full LRM")[3].rstrip("%")) < 100
@@ -80,7 +85,7 @@ def test_flops_of_dina(benchmark: Any) -> None:
     assert work.head < 0.03 * work.backbone
 
 
-@pytest.mark.parametrize(("size", "refl"), [("toy", False), ("toy_sd35", True)])
+@pytest.mark.parametrize(("size", "refl"), slow_after(0, [("toy", False), ("toy_sd35", True)]))
 def test_steps_at_full_size_would_run(benchmark: Any, size: str, refl: bool) -> None:
     work = benchmark.full_size_step(benchmark.FullSize("toy", size, 1, refl), torch.device("cpu"))
     assert benchmark.flops(work) > 0

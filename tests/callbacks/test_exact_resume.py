@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from tests.callbacks.small_run import SmallModule, assert_same_state, fit, make_trainer
+from tests.marks import slow_after
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -53,7 +54,7 @@ def run_saving_always(folder: Path, **options: Any) -> tuple[Trainer, SmallModul
     return trainer, fit(trainer), saver
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", slow_after(2, SETTINGS))
 def test_every_checkpoint_leads_to_the_same_end(name: str, tmp_path: Path) -> None:
     whole, module, saver = run_saving_always(tmp_path, **SETTINGS[name])
     assert len(saver.paths) > 6
@@ -69,7 +70,7 @@ def test_every_checkpoint_leads_to_the_same_end(name: str, tmp_path: Path) -> No
         assert len(module.validated) - len(again.validated) <= validated, path
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", slow_after(1, SETTINGS))
 def test_checkpoints_of_a_resumed_run_lead_there_too(name: str, tmp_path: Path) -> None:
     whole, module, saver = run_saving_always(tmp_path / "whole", **SETTINGS[name])
     for path, _, _ in saver.paths[2::3]:

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from latentreward.commands.fit import last_checkpoint
 from latentreward.errors import InputError
 from tests.callbacks.small_run import assert_same_state, fit, make_trainer
+from tests.marks import slow_after
 
 
 class Send(Callback):
@@ -190,10 +191,13 @@ class KillWorker(Callback):
 
 @pytest.mark.parametrize(
     ("hook", "call", "options"),
-    [
-        ("on_train_batch_start", 2, {"accumulate_grad_batches": 3}),
-        ("on_validation_batch_start", 2, {"val_check_interval": 3}),
-    ],
+    slow_after(
+        1,
+        [
+            ("on_train_batch_start", 2, {"accumulate_grad_batches": 3}),
+            ("on_validation_batch_start", 2, {"val_check_interval": 3}),
+        ],
+    ),
 )
 def test_a_killed_worker_ends_the_run_with_a_checkpoint(
     hook: str, call: int, options: dict[str, Any], tmp_path: Path, last_of, caplog: pytest.LogCaptureFixture

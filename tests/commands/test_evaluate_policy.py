@@ -27,6 +27,7 @@ from latentreward.policies import PolicySource
 from latentreward.policies.checkpoint import SOURCE
 from latentreward.policies.policy import POLICY
 from tests.evaluation.policy import toy_scorers
+from tests.marks import slow_after
 from tests.policies.alignment import perturbed
 from tests.processes import start
 from tests.tiny_pipelines import pipeline_folder
@@ -378,7 +379,10 @@ PRESETS = Path(__file__).resolve().parents[2] / "configs" / "evaluate"
 
 
 @pytest.mark.parametrize(
-    "preset", sorted(path.name for path in PRESETS.glob("*.yaml") if "_published" not in path.name)
+    "preset",
+    slow_after(
+        1, sorted((path.name for path in PRESETS.glob("*.yaml") if "_published" not in path.name), reverse=True)
+    ),
 )
 def test_every_preset_runs(preset: str, evaluate: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, source in (("prompts/evaluation_metadata.jsonl", "geneval_metadata.jsonl"),):

@@ -16,6 +16,7 @@ from latentreward.errors import InputError
 from latentreward.export import TrainedLoRA, write_kohya, write_merged
 from latentreward.export.kohya import FILE
 from latentreward.policies import Policy
+from tests.marks import slow_after
 from tests.policies.alignment import perturbed, prediction, tiny_source
 from tests.tiny_pipelines import pipeline_folder
 
@@ -105,7 +106,7 @@ def test_merged_pipeline_needs_no_lora(trained: tuple[Policy, str], tmp_path: Pa
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
 
 
-@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd35_no_t5"])
+@pytest.mark.parametrize("name", slow_after(1, ["sd15", "sdxl", "sd35_no_t5"]))
 def test_images_of_the_pipeline_change_with_the_lora_and_equal_the_merged_ones(name: str, tmp_path: Path) -> None:
     policy = perturbed(tiny_source(name).load().eval())
     lora = TrainedLoRA.of_policy(policy)

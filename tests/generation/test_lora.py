@@ -94,6 +94,7 @@ def test_what_is_no_lora_is_told_before_a_policy_is_loaded(tmp_path: Path) -> No
         check_lora(tmp_path)
 
 
+@pytest.mark.slow
 def test_nothing_is_said_while_one_is_loaded(tmp_path: Path) -> None:
     TrainedLoRA.of_policy(trained("sd_tiny")).write_diffusers(tmp_path)
     code = (

@@ -36,6 +36,7 @@ def utility(policy: Policy, latents: Tensor) -> float:
     return float(utility_scores(CAPTIONS, list(pictures.numpy())).mean())
 
 
+@pytest.mark.slow
 def test_best_of_four_has_a_higher_utility(policy: Policy, reward: Reward) -> None:
     sample = partial(sample_latents, policy, sampling=Sampling(STEPS, eta=0.0), guidance_scale=1.0, seed=0)
     best = best_of_n(sample, reward, PROMPTS, 4)

@@ -15,6 +15,7 @@ from latentreward.losses import ClippedPolicyLoss
 from latentreward.modules import StepwiseGRPOModule, TrajectoryGRPOModule
 from latentreward.policies import PolicySource
 from latentreward.rollout import Branching, Sampling, sample_latents
+from tests.marks import slow_after
 from tests.modules.simple_reward import FirstChannelReward
 
 PROMPTS = ["a red circle on a black background", "two blue squares on a white background", "a large green cross"]
@@ -171,7 +172,7 @@ def mean_reward(module, steps: int) -> float:
 
 
 @pytest.mark.parametrize("name", ["sd_tiny", "sd35_tiny"])
-@pytest.mark.parametrize("make", [stepwise, trajectory])
+@pytest.mark.parametrize("make", slow_after(1, [stepwise, trajectory]))
 def test_the_reward_rises(make, name: str, tmp_path) -> None:
     module = make(
         name,

@@ -19,6 +19,7 @@ from latentreward.modules.refl import ReFLModule
 from latentreward.rewards import LatentReward, RewardSource
 from latentreward.rollout import Sampling
 from latentreward.rollout.rollout_noise import RolloutDraws
+from tests.marks import slow_after
 from tests.modules.batches import loaded_pairs
 from tests.modules.toy_rewards import BrightnessSource
 from tests.policies.alignment import tiny_source
@@ -185,7 +186,8 @@ SMALL = {"tuning": "lora", "lora": {"rank": 2, "alpha": 4.0}, "text_encoder_tuni
 
 
 @pytest.mark.parametrize(
-    ("method", "name", "sigmas"), [("lrm", "sd15", (0.3,)), ("dina", "sd35", (0.4,)), ("dina", "sd35", (0.2, 0.5, 0.7))]
+    ("method", "name", "sigmas"),
+    slow_after(2, [("lrm", "sd15", (0.3,)), ("dina", "sd35", (0.2, 0.5, 0.7)), ("dina", "sd35", (0.4,))]),
 )
 def test_a_reward_on_the_policys_own_network_under_checkpointing(
     method: str, name: str, sigmas: tuple[float, ...], tmp_path: Path

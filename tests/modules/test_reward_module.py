@@ -1,5 +1,6 @@
 """The shared reward module: one score per pair whatever the company and the side, any head with any loss, training."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from math import isfinite
 from typing import Any
@@ -25,6 +26,7 @@ from latentreward.losses import (
 from latentreward.modules import RewardModule, ScoredPairs, WarmupSchedule
 from latentreward.modules.pair_noise import PairDraws
 from latentreward.noise import ConstantSigma, UniformSigma
+from tests.marks import slow_after
 from tests.modules.batches import (
     MODULES,
     dina,
@@ -349,21 +351,30 @@ def final_loss(module: RewardModule) -> float:
         return module.loss(scores_of(module, batch)).item()
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+TRAINED: dict[str, Callable[..., RewardModule]] = {
+    "lrm": lambda **o: lrm("sd15", **o),
+    "lrm lora": lambda **o: lrm(
+        "sdxl", loss=LRMLoss("both"), backbone={"tuning": "lora", "frozen_dtype": "bfloat16"}, **o
+    ),
+    "dina lora": lambda **o: dina("sd35", backbone={"frozen_dtype": "bfloat16"}, **o),
+    "dina head alone": lambda **o: dina("sd15", backbone={"tuning": "frozen", "gradient_checkpointing": True}, **o),
+}
+
+
 @pytest.mark.parametrize(
-    "make",
-    [
-        lambda **o: lrm("sd15", **o),
-        lambda **o: lrm("sdxl", loss=LRMLoss("both"), backbone={"tuning": "lora", "frozen_dtype": "bfloat16"}, **o),
-        lambda **o: dina("sd35", backbone={"frozen_dtype": "bfloat16"}, **o),
-        lambda **o: dina("sd15", backbone={"tuning": "frozen", "gradient_checkpointing": True}, **o),
-    ],
-    ids=["lrm", "lrm lora", "dina lora", "dina head alone"],
+    ("name", "precision"),
+    slow_after(
+        2,
+        [
+            ("lrm", "32-true"),
+            ("dina lora", "bf16-mixed"),
+            ("dina head alone", "32-true"),
+            *((name, "bf16-mixed") for name in ("lrm", "lrm lora", "dina head alone")),  # frozen_dtype goes with that
+        ],
+    ),
 )
-def test_training_lowers_the_loss(make: Any, precision: str) -> None:
-    if precision == "32-true" and "bfloat16" in repr(make.__code__.co_consts):
-        pytest.skip("bfloat16 storage goes with bf16-mixed")
-    module = make(optimizer=lambda groups: AdamW(groups, lr=2e-3), levels=ConstantSigma(0.3))
+def test_training_lowers_the_loss(name: str, precision: str) -> None:
+    module = TRAINED[name](optimizer=lambda groups: AdamW(groups, lr=2e-3), levels=ConstantSigma(0.3))
     before = final_loss(module)
     run = trainer(max_epochs=30, precision=precision, gradient_clip_val=1.0)
     run.fit(module, bright_and_dark())

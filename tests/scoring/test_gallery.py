@@ -144,6 +144,7 @@ def test_of_many_the_best_and_the_worst_are_shown(tmp_path: Path) -> None:
     assert "Shown are the 4 best and the 3 worst; the table has all." in html
 
 
+@pytest.mark.slow
 def test_five_hundred_photographs_stay_below_20_mb(tmp_path: Path) -> None:
     """Thumbnails of fine grain, which compresses badly, and prompts of 1 000 characters."""
     generator = np.random.default_rng(0)

@@ -31,6 +31,7 @@ from latentreward.scoring.layouts import saving
 from latentreward.scoring.layouts.card import Card
 from latentreward.scoring.layouts.find import find_reward
 from latentreward.scoring.layouts.recipe import ModelRecipe, Part
+from tests.marks import slow_after
 from tests.rewards.stored import scores_by, states_of, tiny_policy, write_run
 from tests.scoring.test_published import write_dina, write_lrm
 from tests.tiny_pipelines import LATENTS, pipeline_folder
@@ -71,7 +72,7 @@ def saved_run(folder: Path, method: str = "dina", name: str = "sd35", **options:
     return folder / "saved"
 
 
-@pytest.mark.parametrize("kind", RUNS)
+@pytest.mark.parametrize("kind", slow_after(3, RUNS))
 def test_a_run_is_saved_bit_for_bit(kind: str, tmp_path: Path) -> None:
     method, name, options = RUNS[kind]
     module = write_run(tmp_path / "run", method, name, **options)

@@ -149,6 +149,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_no_setting_runs_a_program(folder: Path) -> None:
     cases = malicious(folder)
     for name, (_, settings) in cases.items():

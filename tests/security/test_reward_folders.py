@@ -424,6 +424,7 @@ def test_every_command_refuses_and_names_the_option(
     assert "evil_module" not in sys.modules
 
 
+@pytest.mark.slow
 def test_what_libraries_look_for_is_not_found_beside_a_model(good: Path, tmp_path: Path) -> None:
     """They try to import dozens of packages that are not installed, and the user may stand in the model's folder."""
     folder = shutil.copytree(good / "run", tmp_path / "run")

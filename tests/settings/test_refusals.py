@@ -9,6 +9,7 @@ from latentreward.cli import main
 
 STACK = ("lrm_tiny", "model"), ("tinyworld_pickapic", "data"), ("cpu", "trainer")
 FIT = ["fit", *(f"--config=configs/{folder}/{name}.yaml" for name, folder in STACK)]
+FEW_PAIRS = "data: {init_args: {train_pairs: 8, val_pairs: 4}}\n"
 
 
 @pytest.fixture(autouse=True)
@@ -158,11 +159,11 @@ def test_a_variable_with_a_stand_in_is_named_when_that_fails(monkeypatch: pytest
     monkeypatch.delenv("CLIP_L_PATH", raising=False)
     monkeypatch.setenv("HF_HUB_CACHE", "empty")
     text = "model: {init_args: {head: {init_args: {text_projection_source: '${oc.env:CLIP_L_PATH,some/clip}'}}}}"
-    line = refusal_of(text, capsys)
+    line = refusal_of(FEW_PAIRS + text, capsys)
     assert line.startswith("text_projection_source='some/clip'")
     assert line.endswith("or set the environment variable CLIP_L_PATH")
 
 
 def test_callbacks_that_lightning_cannot_tell_apart(capsys) -> None:
     text = "trainer: {callbacks: [{class_path: ModelCheckpoint, init_args: {save_last: false}}]}"
-    assert "every_n_train_steps or every_n_epochs differ" in refusal_of(text, capsys)
+    assert "every_n_train_steps or every_n_epochs differ" in refusal_of(FEW_PAIRS + text, capsys)

@@ -75,6 +75,7 @@ def test_the_held_out_scorer_orders_pairs_as_stated() -> None:
     assert "/" not in scorer.identity()  # no path of this machine
 
 
+@pytest.mark.slow
 def test_the_step_aware_scorer_orders_pairs_as_stated() -> None:
     network, figures, pairs = StepAwareScorer("spm_tiny", device="cpu").load(), stated("spm_tiny")["figures"], table()
     zeros = torch.zeros(len(pairs.label))
