@@ -21,6 +21,37 @@ for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
         signal.signal(number, handler)
 gc.disable()  # until all is imported: looking through what stays takes a quarter of the collection's time
 
+LONGEST = [
+    "faults/test_training_faults",
+    "distributed/test_sharding",
+    "docs/test_tutorial",
+    "test_packaging",
+    "backbones/test_tuning",
+    "faults/test_cache_kill",
+    "distributed/test_lpo",
+    "cache/test_faults",
+    "tinyworld/test_pixel_scorers",
+    "test_end_to_end",
+    "distributed/test_checkpoints",
+    "test_recipes",
+    "distributed/test_equality",
+    "serving/test_processes",
+    "tinyworld/test_pipelines",
+    "distributed/test_alignment",
+    "scoring/test_pretrained",
+    "modules/test_reward_module",
+    "commands/test_evaluate_policy",
+    "test_cli",
+    "modules/test_grpo",
+]
+"""Files of tests that take longest; begun last, one of them would keep one process busy and leave the others idle."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files that take longest first."""
+    places = {f"tests/{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.nodeid.partition("::")[0], len(places)))
+
 
 def pytest_collection_finish() -> None:
     """Collect garbage from now on, among what comes from now on."""
@@ -35,6 +66,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     The golden ones are counted together. (Its ``--dist=loadgroup`` does not see groups under pytest 9.2.)
     """
     from xdist.scheduler import LoadScopeScheduling
+
+    config.option.loadscopereorder = False  # else files with many tests come first, however short these are
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
