@@ -4,6 +4,8 @@ They are forked from one process that has imported torch, Lightning and our room
 interpreter would spend about five seconds on imports.
 """
 
+import atexit
+import contextlib
 import importlib
 import multiprocessing
 import os
@@ -11,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,6 +50,8 @@ class Forked:
         cwd: Its working folder.
         environment: Its variables beyond those here.
         threads: Threads of torch.
+        session: Whether it leads a session and a group of its own, so that ``os.killpg`` reaches what it starts.
+        output: File that is given, at its end, all that it prints, instead of files of its own.
     """
 
     def __init__(
@@ -56,15 +61,28 @@ class Forked:
         cwd: Path | None = None,
         environment: Mapping[str, str] | None = None,
         threads: int = 1,
+        session: bool = False,
+        output: Path | None = None,
     ) -> None:
-        self._printed = tempfile.TemporaryDirectory(prefix="forked_")
-        self._outputs = [Path(self._printed.name) / name for name in ("stdout", "stderr")]
+        if output is None:
+            self._printed = tempfile.TemporaryDirectory(prefix="forked_")
+            self._outputs = [Path(self._printed.name) / name for name in ("stdout", "stderr")]
+        else:
+            self._outputs = [output, output]
         for path in self._outputs:
             path.touch()
         variables = {**os.environ, "OMP_NUM_THREADS": str(threads), **(environment or {})}
-        settings = (self._outputs, str(cwd or Path.cwd()), variables, threads)
+        settings = (self._outputs, str(cwd or Path.cwd()), variables, threads, session)
         self._process = FORKS.Process(target=_run, args=(settings, function, arguments))
         self._process.start()
+        while session and not self._leads():  # a group that is not there yet cannot be sent a signal
+            time.sleep(0.001)
+
+    def _leads(self) -> bool:
+        """Whether it leads its session by now, or has ended."""
+        with contextlib.suppress(ProcessLookupError):
+            return os.getsid(self.pid) == self.pid or self.returncode is not None
+        return True
 
     @property
     def pid(self) -> int:
@@ -163,16 +181,22 @@ def on_ranks(
 
 def _run(settings: tuple[Any, ...], function: Callable[..., None], arguments: Sequence[Any]) -> None:
     """What a forked process does."""
-    outputs, cwd, variables, threads = settings
+    outputs, cwd, variables, threads, session = settings
+    if session:
+        os.setsid()
     for stream, path in zip((1, 2), outputs, strict=True):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), stream)
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(variables)
     sys.path.insert(0, cwd)
+    multiprocessing.set_start_method(None, force=True)  # a loader's workers start as in a fresh interpreter
     signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest-xdist ignores it
     torch.set_num_threads(threads)
-    function(*arguments)
+    try:
+        function(*arguments)
+    finally:
+        atexit._run_exitfuncs()  # as an interpreter does, and multiprocessing does not: ours end a loader's workers
 
 
 def _latentreward(arguments: Sequence[str]) -> None:

@@ -2,14 +2,13 @@
 
 import os
 import signal
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.faults import train_kill
-from tests.faults.training import LIMIT_S, TrainingRun
+from tests.faults.train_kill import kill_and_compare
+from tests.faults.training import TrainingRun
 
 pytestmark = pytest.mark.slow
 TERMINATED = 143
@@ -46,23 +45,16 @@ def assert_same_end(run: TrainingRun, whole: TrainingRun) -> None:
 
 
 @pytest.mark.parametrize(("processes", "seed"), [(1, 1), (2, 1)])
-def test_kills(processes: int, seed: int, tmp_path: Path) -> None:
-    arguments = ["--kills=2", f"--processes={processes}", f"--seed={seed}", f"--folder={tmp_path}"]
-    assert train_kill.main(arguments) == 0
+def test_kills(processes: int, seed: int, make: Make, whole) -> None:
+    assert kill_and_compare(make("broken", processes=processes), whole(processes), kills=2, seed=seed)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_sigterm_to_one_rank_of_two_saves_once_and_ends_both(rank: int, make: Make, whole) -> None:
     run = make("run", processes=2, save_every=1000)
-    members = run.start_each_rank()
+    run.start()
     os.kill(run.wait_for_batches(8, rank), signal.SIGTERM)
-    try:
-        assert [member.wait(LIMIT_S) for member in members] == [TERMINATED] * 2
-    except subprocess.TimeoutExpired:
-        pytest.fail(f"hangs: {run.output()[-2000:]}")
-    finally:
-        for member in members:
-            member.kill()
+    assert run.wait() == [TERMINATED] * 2
     assert 8 <= run.begun() <= 10  # the optimiser step in which the signal came is finished, no other begun
     assert run.output().count("stopped by a signal (terminate)") == 1
     assert [path.name for path in (run.folder / "checkpoints").iterdir()] == ["last.ckpt"]
@@ -74,11 +66,10 @@ def test_sigterm_to_one_rank_of_two_saves_once_and_ends_both(rank: int, make: Ma
 def test_sigterm_to_every_process_of_a_run_lightning_launched(make: Make, whole) -> None:
     """As a batch system does, loader workers included."""
     run = make("run", processes=2, save_every=1000)
-    run.start()
+    run.launch()
     run.wait_for_batches(5)
-    assert run.process is not None
-    os.killpg(run.process.pid, signal.SIGTERM)
-    assert run.wait() == TERMINATED
+    os.killpg(run.ranks[0].pid, signal.SIGTERM)
+    assert run.wait() == [TERMINATED]
     run.finish()
     assert_same_end(run, whole(2))
 
@@ -93,7 +84,7 @@ def test_slurm_requeues_and_the_job_goes_on_unasked(make: Make, whole, tmp_path:
     run = make("run", save_every=1000, resume=False)
     run.start(**environment, PATH=f"{program.parent}:{os.environ['PATH']}")
     os.kill(run.wait_for_batches(7), signal.SIGUSR1)
-    assert run.wait() == TERMINATED
+    assert run.wait() == [TERMINATED]
     assert (tmp_path / "asked").read_text() == "requeue 4711\n"
     run.finish(**environment, SLURM_RESTART_COUNT="1")
     assert_same_end(run, whole(1))
@@ -110,7 +101,7 @@ def test_another_world_size_takes_the_same_pairs_in_each_step(before: int, after
     first = sized(before)
     first.start()
     os.kill(first.wait_for_batches(9), signal.SIGTERM)
-    assert first.wait() == TERMINATED
+    assert first.wait() == [TERMINATED] * before
     sized(after).finish()
     assert first.pairs_by_step() == whole(2).pairs_by_step()
     assert first.checkpoint()["global_step"] == whole(2).checkpoint()["global_step"]

@@ -1,5 +1,6 @@
 """A short training run of the command line as processes of its own, for tests that break it off."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -7,13 +8,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from socket import socket
 from typing import Any
 
 import torch
+
+from tests.processes import Forked, start
 
 HERE = Path(__file__).resolve().parent
 CONFIGS = HERE.parents[1] / "configs"
@@ -42,10 +45,10 @@ class TrainingRun:
     options: Sequence[str] = ()
     save_every: int = 1
     resume: bool = True
-    process: subprocess.Popen[bytes] | None = field(default=None, init=False)
+    ranks: Sequence[Forked | subprocess.Popen[bytes]] = field(default=(), init=False)
 
-    def command(self) -> list[str]:
-        """The command line."""
+    def arguments(self) -> list[str]:
+        """The command line, after the name of the program."""
         settings = {
             "data.root": self.data,
             "data.train_pairs": PAIRS,
@@ -69,9 +72,6 @@ class TrainingRun:
             "exact_resume.seed": 7,
         }
         return [
-            sys.executable,
-            "-m",
-            "latentreward",
             "fit",
             *(
                 f"--config={CONFIGS}/{name}.yaml"
@@ -92,34 +92,41 @@ class TrainingRun:
         ]
 
     def start(self, **environment: str) -> None:
-        """Start it, or go on with it."""
-        self.process = self._start(environment)
-
-    def start_each_rank(self) -> list[subprocess.Popen[bytes]]:
-        """Start it as a cluster's launcher does, rank by rank; returns their processes."""
+        """Start it, or go on with it, rank by rank, as a cluster's launcher does."""
         with socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(self.processes)}
-        return [self._start({**shared, "NODE_RANK": "0", "LOCAL_RANK": str(rank)}) for rank in range(self.processes)]
-
-    def _start(self, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
         self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "output.txt").open("ab") as output:
-            return subprocess.Popen(
-                self.command(),
+        self.ranks = []
+        for rank in range(self.processes):
+            of_rank = {**shared, "NODE_RANK": "0", "LOCAL_RANK": str(rank)} if self.processes > 1 else {}
+            options = {"environment": {**of_rank, **environment}, "output": self._output}
+            self.ranks.append(start(self.arguments(), cwd=HERE, session=True, **options))
+
+    def launch(self) -> None:
+        """Start it as a user does, in a fresh interpreter; there Lightning starts the other ranks."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self._output.open("ab") as output:
+            run = subprocess.Popen(
+                [sys.executable, "-m", "latentreward", *self.arguments()],
                 cwd=HERE,
-                env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+        self.ranks = [run]
 
-    def wait(self, limit_s: float = LIMIT_S) -> int:
-        """Exit status; whatever hangs is killed, and an error."""
-        assert self.process is not None
+    def has_ended(self) -> bool:
+        """Whether one of the processes that were started here runs no more."""
+        return any(rank.poll() is not None for rank in self.ranks)
+
+    def wait(self, limit_s: float = LIMIT_S) -> list[int]:
+        """Exit statuses of the processes that were started here; whatever hangs is killed, and an error."""
+        end = time.monotonic() + limit_s
         try:
-            return self.process.wait(limit_s)
+            return [rank.wait(max(0.0, end - time.monotonic())) for rank in self.ranks]
         except subprocess.TimeoutExpired:
             raise AssertionError(f"hangs: {self.output()[-2000:]}") from None
         finally:
@@ -127,22 +134,24 @@ class TrainingRun:
 
     def kill_all(self) -> None:
         """SIGKILL to every process of the run."""
-        assert self.process is not None
-        try:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            return
-        self.process.wait()
+        for rank in self.ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(rank.pid, signal.SIGKILL)
+        for rank in self.ranks:
+            rank.wait()
 
     def finish(self, **environment: str) -> None:
         """Run to the end."""
         self.start(**environment)
-        status = self.wait()
-        assert status == 0, self.output()[-2000:]
+        assert not any(self.wait()), self.output()[-2000:]
 
     def output(self) -> str:
         """What the processes have printed."""
-        return (self.folder / "output.txt").read_text()
+        return self._output.read_text()
+
+    @property
+    def _output(self) -> Path:
+        return self.folder / "output.txt"
 
     def lines(self, name: str) -> list[dict[str, Any]]:
         """Whole lines of a log file."""
@@ -157,7 +166,7 @@ class TrainingRun:
     def wait_for_batches(self, count: int, rank: int = 0) -> int:
         """Wait until a rank has begun ``count`` batches in all, or the run has ended; returns the rank's process id."""
         deadline = time.monotonic() + LIMIT_S
-        while self.begun(rank) < count and (self.process is None or self.process.poll() is None):
+        while self.begun(rank) < count and not self.has_ended():
             assert time.monotonic() < deadline, f"no progress: {self.output()[-2000:]}"
             time.sleep(0.02)
         return self.lines(f"rank{rank}.jsonl")[-1]["pid"]
