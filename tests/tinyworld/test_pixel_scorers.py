@@ -103,7 +103,7 @@ def test_the_step_aware_scorer_is_a_reward_of_the_tiny_policy() -> None:
 @pytest.mark.slow
 def test_training_runs_and_repeats_itself(tmp_path: Path) -> None:
     for name in ("one", "two"):
-        main(["--output", str(tmp_path / name), "--scale", "0.01"])
+        main(["--output", str(tmp_path / name), "--scale", "0.005"])
     for name in RECIPES:
         one, two = (tmp_path / folder / name for folder in ("one", "two"))
         assert {path.name for path in one.iterdir()} == {path.name for path in (SCORERS / name).iterdir()}

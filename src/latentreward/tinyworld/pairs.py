@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import uuid
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import combinations
+from operator import ne
 from pathlib import Path
 
 import numpy as np
@@ -141,8 +142,8 @@ def generate_pairs(
 
 def _near_miss(text: str, rng: np.random.Generator) -> str:
     """A caption that differs from ``text`` in one word."""
-    parts = asdict(parse_caption(text))
-    others = [c for c in all_captions().values() if sum(parts[k] != v for k, v in asdict(c).items()) == 1]
+    parts = vars(parse_caption(text)).values()
+    others = [c for c in all_captions().values() if sum(map(ne, parts, vars(c).values())) == 1]
     return others[int(rng.integers(len(others)))].text
 
 

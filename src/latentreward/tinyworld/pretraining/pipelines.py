@@ -61,7 +61,8 @@ class Recipe(TrainingRecipe):
 
     Attributes:
         seed: Fixes pictures, initial weights, batches and noise.
-        pictures: Training pictures, 60 % of them clean.
+        vae_pictures: Training pictures of the autoencoder, 60 % of them clean.
+        pictures: Training pictures of the denoisers, as clean.
         vae_steps: Updates of the autoencoder.
         decoder_steps: Further updates of its decoder alone.
         sd_tiny_steps: Updates of the U-Net and its text encoder.
@@ -75,6 +76,7 @@ class Recipe(TrainingRecipe):
     """
 
     seed: int = 0
+    vae_pictures: int = 24_000
     pictures: int = 48_000
     vae_steps: int = 3000
     decoder_steps: int = 2000
@@ -115,7 +117,7 @@ def main(args: Sequence[str] | None = None) -> None:
 def prepare_latents(recipe: Recipe, folder: Path) -> None:
     """Train the autoencoder and encode the denoisers' training pictures; both are saved in ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
-    vae = train_vae(recipe.seed, recipe.vae_steps, recipe.decoder_steps)
+    vae = train_vae(recipe.seed, recipe.vae_steps, recipe.decoder_steps, number=recipe.vae_pictures)
     vae.save_pretrained(folder / "vae")
     for phase, number, clean_share, stream in (
         ("main", recipe.pictures, 0.6, 1),

@@ -292,14 +292,16 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", choices=RECIPES, help="train this one alone")
     options = parser.parse_args(args)
     torch.set_num_threads(1)
+    rng = np.random.default_rng([EVALUATION_SEED, 0])
+    drawn = PairTable.of(draw_pairs("validation", max(16, round(1500 * options.scale)), rng))
+    number = max(16, round(600 * options.scale))
+    prompts = min(32, number // 2)  # about four pairs come from each, more than a quick trial takes
+    generated = PairTable.of(generate_pairs(number, EVALUATION_SEED, prompts_per_round=prompts))
     for name in [options.only] if options.only else RECIPES:
         recipe = RECIPES[name].scaled(options.scale)
         start = time.process_time()
         scorer = train_scorer(name, recipe)
         seconds = time.process_time() - start
-        rng = np.random.default_rng([EVALUATION_SEED, 0])
-        drawn = PairTable.of(draw_pairs("validation", max(16, round(1500 * options.scale)), rng))
-        generated = PairTable.of(generate_pairs(max(16, round(600 * options.scale)), EVALUATION_SEED))
         figures = {**measure(scorer, recipe, drawn, generated), "cpu_seconds": round(seconds)}
         save_scorer(scorer, options.output / name, recipe, figures)
         print(f"{name}: {json.dumps(figures)}", flush=True)

@@ -67,7 +67,9 @@ def build_vae() -> AutoencoderKL:
     )
 
 
-def train_vae(seed: int, steps: int = 3000, decoder_steps: int = 3000, batch_size: int = 32) -> AutoencoderKL:
+def train_vae(
+    seed: int, steps: int = 3000, decoder_steps: int = 3000, batch_size: int = 32, number: int = 24_000
+) -> AutoencoderKL:
     """Train encoder and decoder, then the decoder alone; standardise the latents.
 
     Args:
@@ -75,10 +77,11 @@ def train_vae(seed: int, steps: int = 3000, decoder_steps: int = 3000, batch_siz
         steps: Updates of encoder and decoder.
         decoder_steps: Further updates of the decoder alone, on slightly noisy latents, as samplers make them.
         batch_size: Pictures per update.
+        number: Pictures to draw from.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 0])
-    pictures = draw_training_pictures(24_000, rng)[0]
+    pictures = draw_training_pictures(number, rng)[0]
     vae = build_vae().to(memory_format=torch.channels_last)
     batches = _draw_batches(pictures, rng, batch_size)
     _fit(vae, list(vae.parameters()), batches, steps=steps, lr=3e-3, name="vae")
