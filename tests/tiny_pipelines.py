@@ -165,6 +165,16 @@ def sd15() -> DiffusionPipeline:
     )
 
 
+def sd15_two_levels() -> DiffusionPipeline:
+    """A U-Net with one block of each kind, for what takes long per block."""
+    pipeline = sd15()
+    down = ("CrossAttnDownBlock2D", "DownBlock2D")
+    up = ("UpBlock2D", "CrossAttnUpBlock2D")
+    unet = sd_unet(block_out_channels=(8, 16), layers_per_block=1, down_block_types=down, up_block_types=up)
+    pipeline.register_modules(unet=unet)
+    return pipeline
+
+
 def sd21() -> DiffusionPipeline:
     """Like SD2.1, whose width 1024 tells it from SD1.5; it predicts v."""
     tokenizer = clip_tokenizer(pad_token="!")
@@ -216,6 +226,7 @@ def sd3_like(sd35: bool, with_t5: bool) -> DiffusionPipeline:
 
 BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {
     "sd15": sd15,
+    "sd15_two_levels": sd15_two_levels,
     "sd21": sd21,
     "sdxl": sdxl,
     "sd3": lambda: sd3_like(sd35=False, with_t5=True),
