@@ -209,12 +209,14 @@ def test_attention_backend(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", ["sd15_two_levels", "sd35"])
-def test_compiled_blocks_give_the_same_features_and_gradients(name: str, checkpointing: bool) -> None:
+def test_compiled_blocks_give_the_same_features(name: str, checkpointing: bool) -> None:
     plain = tiny_backbone(name, tuning="full")
     compiled = tiny_backbone(name, tuning="full", compile_blocks=True, gradient_checkpointing=checkpointing)
     inputs = inputs_of(plain)
     expected, features = plain(*inputs), compiled(*inputs)
     torch.testing.assert_close(features.visual, expected.visual, rtol=1e-4, atol=1e-4)
+    if name != "sd35":  # a U-Net's blocks take a minute more to compile backwards
+        return
     total(expected).backward()
     total(features).backward()
     gradients = {key: parameter.grad for key, parameter in plain.named_parameters()}

@@ -52,7 +52,7 @@ def test_a_resumed_run_ends_with_the_same_weights(strategy: str, ranks: list[dic
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_rows_are_dealt_out_evenly_where_one_rank_keeps_none(strategy: str, ranks: list[dict[str, Any]]) -> None:
     first, second = (rank[f"{strategy} one rank"] for rank in ranks)
-    assert [len(keys) for keys in first["keys"]] == [len(keys) for keys in second["keys"]] == [2] * 4
+    assert [len(keys) for keys in first["keys"]] == [len(keys) for keys in second["keys"]] == [2] * 8
     assert not {key for keys in first["keys"] for key in keys} & {key for keys in second["keys"] for key in keys}
     assert all(torch.equal(second["weights"][name], value) for name, value in first["weights"].items())
 
