@@ -117,12 +117,9 @@ def weights(module: LPOModule) -> dict[str, Tensor]:
 
 
 def saved_run(
-    folder: Path,
-    strategy: Any = "auto",
-    resume: Path | None = None,
-    options: dict[str, Any] | None = None,
+    folder: Path, strategy: Any = "auto", resume: Path | None = None, options: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Two epochs of four steps, with a checkpoint after every third step: weights, and the keys of this rank's batches."""
+    """Two epochs of four steps, with a checkpoint after every third: weights, and the keys of this rank's batches."""
     module, seen = lpo(**(options or {})), SeenKeys()
     saver = ModelCheckpoint(folder, "{step}", every_n_train_steps=3, save_top_k=-1, enable_version_counter=False)
     trainer = make_trainer(folder, strategy, [seen, saver], enable_checkpointing=True)
