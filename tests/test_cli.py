@@ -19,6 +19,7 @@ from latentreward.cli import COMMANDS, main
 from latentreward.errors import InputError, did_you_mean, one_line
 from latentreward.storage.locks import locked
 from tests.limits import largest_file
+from tests.marks import slow_after
 from tests.processes import finish
 
 SOURCE = Path(latentreward.__file__).parents[1]
@@ -310,15 +311,18 @@ def test_interpolation_typed_on_the_command_line(capsys: pytest.CaptureFixture[s
 
 @pytest.mark.parametrize(
     "options",
-    [
-        ["--model.backbone=stand_in"],
-        ["--model.backbone", "stand_in"],
-        ["--model.init_args.backbone", "stand_in"],
-        ["--model.backbone.class_path=stand_in"],
-        ["--config=short.yaml"],
-        ["--config=shorter.yaml"],
-        ["--config", "model: {init_args: {backbone: stand_in}}"],
-    ],
+    slow_after(
+        2,
+        [
+            ["--model.backbone=stand_in"],
+            ["--model.backbone", "stand_in"],
+            ["--model.init_args.backbone", "stand_in"],
+            ["--model.backbone.class_path=stand_in"],
+            ["--config=short.yaml"],
+            ["--config=shorter.yaml"],
+            ["--config", "model: {init_args: {backbone: stand_in}}"],
+        ],
+    ),
 )
 def test_backbone_by_short_name(options: list[str], folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings(capsys)  # imports plugin, which registers the name
@@ -328,7 +332,7 @@ def test_backbone_by_short_name(options: list[str], folder: Path, capsys: pytest
     assert backbone["class_path"] == "plugin.stand_in"
 
 
-@pytest.mark.parametrize("name", ["cpu", "one_gpu", "eight_gpus", "fsdp2", "fsdp1", "slurm"])
+@pytest.mark.parametrize("name", slow_after(2, ["cpu", "one_gpu", "eight_gpus", "fsdp2", "fsdp1", "slurm"]))
 def test_packaged_trainers_are_found_from_any_folder(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     config = settings(capsys, f"--config=configs/trainer/{name}.yaml")
     assert config["trainer"]["gradient_clip_val"] == 1.0
@@ -391,7 +395,7 @@ def test_one_fit_in_a_folder_at_a_time(folder: Path, capsys: pytest.CaptureFixtu
     assert (folder / "taken" / "config.yaml").is_file()
 
 
-@pytest.mark.parametrize("command", ["validate", "predict"])
+@pytest.mark.parametrize("command", slow_after(1, ["validate", "predict"]))
 def test_other_subcommands_take_the_saved_config_of_fit(command: str, folder: Path) -> None:
     main([*FIT, "--trainer.default_root_dir=second"])
     main([command, "--config=second/config.yaml", f"--trainer.default_root_dir={command}"])
@@ -406,6 +410,7 @@ def test_a_signal_stops_fit_with_its_status(name: str) -> None:
     assert list(Path().rglob("last.ckpt"))
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_is_one_line() -> None:
     options = ["--trainer.callbacks.name=SIGINT", "--trainer.callbacks.times=2", "--trainer.max_steps=50"]
     result = finish([*FIT, "--trainer.callbacks=plugin.Send", *options])

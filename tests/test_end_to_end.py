@@ -77,7 +77,7 @@ def test_the_saved_config_trains_the_same_weights(pairs: dict[str, Path], tmp_pa
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("model", FULL_SIZE)
+@pytest.mark.parametrize("model", slow_after(2, FULL_SIZE))
 def test_full_size_configs_parse(
     model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -128,13 +128,16 @@ REAL_DATA = {
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [
-        ("column", ["label_0"]),
-        ("empty", ["no rows left"]),
-        ("label", ["label_0", "7"]),
-        ("nan", ["label_0", "nan"]),
-        ("image", ["train-00000"]),
-    ],
+    slow_after(
+        2,
+        [
+            ("column", ["label_0"]),
+            ("empty", ["no rows left"]),
+            ("label", ["label_0", "7"]),
+            ("nan", ["label_0", "nan"]),
+            ("image", ["train-00000"]),
+        ],
+    ),
 )
 def test_damaged_data_is_one_line(
     change: str, words: list[str], pairs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -31,7 +31,7 @@ def _paths(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", slow_after(2, FILES))
 def test_parses_and_keeps_its_runs_apart(name: str) -> None:
     assert parse(f"configs/align/{name}.yaml").config["fit"]["trainer"].default_root_dir == f"runs/{name}"
 

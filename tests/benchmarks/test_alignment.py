@@ -49,6 +49,7 @@ def test_weights_of_the_real_sizes(benchmark: Any, size: str, network: float, do
     assert (whole.network + whole.reward) / (3 * whole.network) <= 0.50
 
 
+@pytest.mark.slow
 def test_flops_of_scoring_a_step_of_sd15(benchmark: Any) -> None:
     work = benchmark.count_scoring("sd15")
     pixels = work["decoding"] + work["clip_h"]

@@ -26,6 +26,7 @@ from latentreward.policies import PolicySource
 from latentreward.tinyworld.writers import write_hpdv3
 from tests.cache.written_caches import spec, write_cache
 from tests.distributed.ranks import on_ranks
+from tests.marks import slow_after
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
@@ -89,7 +90,7 @@ def cached(folder: Path, **options: Any) -> CachedPreferenceDataModule:
 
 @pytest.mark.parametrize(
     ("folder", "options", "tolerance"),
-    [("train", {}, 1e-5), ("train", {"cached_text": False, "num_workers": 1}, 1e-5), ("half", {}, 2e-3)],
+    slow_after(1, [("train", {}, 1e-5), ("train", {"cached_text": False, "num_workers": 1}, 1e-5), ("half", {}, 2e-3)]),
     ids=["with text", "latents only, one worker", "float16"],
 )
 def test_training_from_the_cache_gives_the_losses_of_training_from_images(
@@ -234,6 +235,7 @@ def test_settings_and_caches_are_looked_at_in_the_constructor(tmp_path: Path) ->
     assert read_plan(one).spec.vae == "vae-1"
 
 
+@pytest.mark.slow
 def test_a_finished_program_ends_though_workers_still_wait(tmp_path: Path) -> None:
     folder = write_cache(tmp_path / "cache", [{"image_a": 0, "image_b": 1}] * 8, [(16, 16)] * 2)
     script = (

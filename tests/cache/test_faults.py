@@ -13,6 +13,7 @@ import pytest
 from latentreward.cache.layout import IMAGES, PLAN
 from latentreward.cli import main
 from tests.cache.writing import contents, fork_cache, run_cache, start_cache, write_data
+from tests.marks import slow_after
 from tests.processes import Forked
 
 SETTINGS = ("--encoder.text=true", "--encoder.prompts_per_shard=4")
@@ -69,7 +70,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
 }
 
 
-@pytest.mark.parametrize("kind", DAMAGE)
+@pytest.mark.parametrize("kind", slow_after(2, DAMAGE))
 def test_damage_is_named_and_put_right(
     written: tuple[Path, Path], copied: Path, kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

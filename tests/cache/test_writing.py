@@ -41,6 +41,7 @@ from tests.cache.writing import (
     write_image,
     write_rows,
 )
+from tests.marks import slow_after
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +156,7 @@ def test_a_pair_across_buckets_has_entries_of_its_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("settings", [("--images.buckets=null", "--images.size=32"), ()], ids=["size", "buckets"])
-@pytest.mark.parametrize("on_error", ["raise", "skip", "placeholder"])
+@pytest.mark.parametrize("on_error", slow_after(1, ["raise", "skip", "placeholder"]))
 def test_images_that_cannot_be_read(
     tmp_path: Path, on_error: str, settings: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:

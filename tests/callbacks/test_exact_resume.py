@@ -106,7 +106,7 @@ def test_lightnings_own_checkpoints_by_step_and_by_validation(tmp_path: Path) ->
         assert_same_state(whole, resumed)
 
 
-@pytest.mark.parametrize("batch_size", [2, 8])
+@pytest.mark.parametrize("batch_size", slow_after(1, [2, 8]))
 def test_another_batch_size_goes_on_with_the_unused_rows(batch_size: int, tmp_path: Path) -> None:
     _, module, saver = run_saving_always(tmp_path)
     for path, seen, _ in saver.paths:

@@ -67,7 +67,7 @@ PLACES: dict[str, tuple[str, int, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", slow_after(2, PLACES))
 def test_sigterm_saves_and_the_resumed_run_ends_with_the_same_weights(place: str, tmp_path: Path, last_of) -> None:
     hook, call, options = PLACES[place]
     whole = make_trainer(tmp_path / "whole", [last_of(tmp_path / "whole")], **options)

@@ -348,6 +348,7 @@ def test_a_monitor_of_policies_refuses_a_reward_model(module, batches, loader, m
         make_trainer(callbacks=[SampleGrid(PROMPTS)]).fit(module, loader(batches))
 
 
+@pytest.mark.slow
 def test_a_watched_run_resumes_bit_for_bit(make_trainer, tmp_path):
     """In mid-epoch and in mid-rollout, with dropout; the first rollout's spread is remembered."""
 

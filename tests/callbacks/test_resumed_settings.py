@@ -109,6 +109,7 @@ def test_a_given_learning_rate_goes_through_the_schedule(
     assert config["resume_override"] == ["lr"]
 
 
+@pytest.mark.slow
 def test_a_given_schedule_is_placed_at_the_restored_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     optimizer = ("--model.optimizer=AdamW", "--model.optimizer.lr=0.1")
     checkpoint, _ = start(tmp_path, *optimizer, *COSINE, "--model.lr_scheduler.T_max=20")

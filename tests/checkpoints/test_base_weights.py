@@ -15,6 +15,7 @@ from latentreward.data.collate import collate_pairs
 from latentreward.errors import InputError
 from latentreward.modules.sharding import repeated_layers, shard, wraps_block
 from tests.backbones.networks import tiny_backbone
+from tests.marks import slow_after
 from tests.modules.batches import dina, loaded_pairs, lrm
 
 
@@ -55,7 +56,7 @@ def trainer(folder: Path, *callbacks: ModelCheckpoint) -> Trainer:
     )
 
 
-@pytest.mark.parametrize("weights_only", [False, True])
+@pytest.mark.parametrize("weights_only", slow_after(1, [False, True]))
 def test_a_run_refuses_the_checkpoint_of_another_base(weights_only: bool, tmp_path: Path) -> None:
     data = DataLoader(loaded_pairs(2), 2, collate_fn=collate_pairs)
     saver = ModelCheckpoint(tmp_path, "small", save_weights_only=weights_only)

@@ -9,6 +9,7 @@ from latentreward.callbacks import NaNGuard
 
 from latentreward.checkpoints.shards import not_finite
 from latentreward.cli import main
+from tests.marks import slow_after
 from tests.small_user import refusal, run
 
 EACH_STEP = (
@@ -18,7 +19,7 @@ EACH_STEP = (
 )
 
 
-@pytest.mark.parametrize("command", ["fit", "validate"])
+@pytest.mark.parametrize("command", slow_after(1, ["fit", "validate"]))
 def test_another_models_checkpoint_is_one_line(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -36,7 +37,7 @@ def test_another_models_checkpoint_is_one_line(
     assert said == f"ckpt_path: {path}: the checkpoint does not fit: {names}; {same}"
 
 
-@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize("value", slow_after(1, ["nan", "inf", "-inf"]))
 @pytest.mark.parametrize("weights_only", ["false", "true"])
 def test_weights_that_the_last_step_spoilt_are_not_saved(
     value: str, weights_only: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

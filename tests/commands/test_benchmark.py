@@ -17,6 +17,7 @@ import yaml
 from latentreward.cli import main
 from latentreward.evaluation.benchmark.results import BenchmarkReport
 from tests.formats.conftest import COMMITTED
+from tests.marks import slow_after
 from tests.processes import start
 from tests.rewards.stored import write_run
 from tests.scorers.tiny_clip import write_aesthetic, write_clip
@@ -131,6 +132,7 @@ def test_every_protocol_on_the_samples(here: Path, capsys: pytest.CaptureFixture
     assert "luminance " in printed.splitlines()[-2]
 
 
+@pytest.mark.slow
 def test_a_latent_reward_beside_another_model(here: Path, reward: str) -> None:
     names = ("hpdv3", "genai_bench")
     report = run(f"--model={reward}", benchmarks=sets(*names), scorers=[function("luminance")], levels=[0.2, 0.7])
@@ -209,14 +211,17 @@ def test_a_folder_is_enough(here: Path, reward: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "protocols"),
-    [
-        ("imagereward", ["imagereward/micro", "imagereward/macro"]),
-        ("imagerewarddb", ["imagereward/micro", "imagereward/macro"]),
-        ("hpdv2", ["hpdv2/macro", "hpdv2/micro"]),
-        ("pickapic_v1", ["pickapic/pickscore", "pickapic/lrm", "pickapic/strict"]),
-        ("genai_bench", ["genai_bench_tiger/no_tie", "genai_bench_tiger/4way"] * 2),
-        ("genai_bench_cmu", ["genai_bench_cmu"]),
-    ],
+    slow_after(
+        2,
+        [
+            ("imagereward", ["imagereward/micro", "imagereward/macro"]),
+            ("imagerewarddb", ["imagereward/micro", "imagereward/macro"]),
+            ("hpdv2", ["hpdv2/macro", "hpdv2/micro"]),
+            ("pickapic_v1", ["pickapic/pickscore", "pickapic/lrm", "pickapic/strict"]),
+            ("genai_bench", ["genai_bench_tiger/no_tie", "genai_bench_tiger/4way"] * 2),
+            ("genai_bench_cmu", ["genai_bench_cmu"]),
+        ],
+    ),
 )
 def test_published_folders_are_recognised(here: Path, name: str, protocols: list[str]) -> None:
     report = run(data=str(COMMITTED / name), scorers=[function("luminance")])
@@ -377,7 +382,9 @@ def test_page_of_real_results(here: Path, reward: str, browser_page: "Pages") ->
     assert page.locator("img.plot").count() == 4
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem != "tiny"))
+@pytest.mark.parametrize(
+    "name", slow_after(2, sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem != "tiny"))
+)
 def test_shipped_configs_run_on_the_samples(here: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     for variable, sample in {
         "HPDV3_ROOT": "hpdv3",

@@ -304,7 +304,7 @@ def test_published_numbers_stand_in_lpos_preset_alone(
     assert "Published numbers of this protocol" in page
 
 
-@pytest.mark.parametrize(("name", "label", "guidance"), [("sd15", "SD1.5", 7.5), ("sdxl", "SDXL", 5.0)])
+@pytest.mark.parametrize(("name", "label", "guidance"), slow_after(1, [("sd15", "SD1.5", 7.5), ("sdxl", "SDXL", 5.0)]))
 def test_lpos_published_policy_is_a_unet_in_the_folder_of_its_base(
     name: str, label: str, guidance: float, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -336,6 +336,7 @@ def test_lpos_published_policy_is_a_unet_in_the_folder_of_its_base(
         ([SD_TINY, "--policy.name=a/b"], "name of a policy is 'a/b'"),
         ([SD_TINY, "--policy.name=x", "--against.pipeline=sd_tiny", "--against.name=x"], "are called 'x'"),
         ([SD_TINY, "--policy.guidance_scale=0.5"], "guidance_scale=0.5"),
+        ([SD_TINY, "--guidance_scale=0.5"], "guidance_scale: 0.5 is outside"),
         ([SD_TINY, "--policy.lora=gone"], "lora: gone does not exist"),
         (["--policy.images=gone"], "no folder gone"),
         (["--policy.images=docs"], "write images.csv there with columns file and prompt, or give such a table"),

@@ -20,6 +20,7 @@ from latentreward.generation.image_folder import file_name
 from latentreward.interrupts import interrupts_held
 from latentreward.policies import POLICY, PolicySource
 from latentreward.policies.checkpoint import SOURCE
+from tests.marks import slow_after
 from tests.policies.alignment import perturbed
 
 PROMPTS = ["a large red circle on a white background", "two blue crosss on a gray background", 'a «"/\\: ü, \t|?*']
@@ -111,7 +112,9 @@ def test_neither_batch_nor_later_prompts_change_a_picture(generate: Callable[...
     assert all(np.abs(one[name].astype(int) - out[name]).max() <= 1 for name in one)
 
 
-@pytest.mark.parametrize("options", [["--best_of=4"], ["--step_search.num_candidates=4", "--sampling.eta=1"]])
+@pytest.mark.parametrize(
+    "options", slow_after(1, [["--best_of=4"], ["--step_search.num_candidates=4", "--sampling.eta=1"]])
+)
 def test_a_reward_chooses(generate: Callable[..., Any], options: list[str]) -> None:
     eta = [option for option in options if "eta" in option]
     plain = generate(REWARD, "--table=jsonl", *eta, folder="plain")
@@ -143,7 +146,7 @@ def test_a_checkpoint_and_its_exported_lora_make_the_same_pictures(
         (["--best_of=0"], "best_of: 0 is outside"),
         (["--step_search.num_candidates=1", REWARD], "num_candidates=1"),
         (["--step_search.num_candidates=2", REWARD], "eta"),
-        (["--guidance_scale=0.5"], "guidance_scale=0.5"),
+        (["--guidance_scale=0.5"], "guidance_scale: 0.5 is outside"),
         (["--policy=null"], "policy.source"),
         (["--lora=nothing.safetensors"], "nothing.safetensors does not exist"),
         (["--checkpoint=nothing.ckpt"], "nothing.ckpt"),

@@ -119,6 +119,7 @@ def test_a_published_layout_is_published_with_its_base(tmp_path: Path, capsys: A
     assert "base_model: owner/sd15\n" in (tmp_path / "out" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_draw_of_a_large_reference_is_the_seeds(run: Path, pictures: Path, tmp_path: Path) -> None:
     means = []
     for number, seed in enumerate((0, 0, 1)):

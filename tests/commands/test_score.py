@@ -27,6 +27,7 @@ from latentreward.scoring.calibration import Calibration
 from latentreward.scoring.scored_table import read_scores
 from latentreward.storage import part_tables
 from tests.data.test_images import png_header
+from tests.marks import slow_after
 from tests.processes import finish, start
 from tests.rewards.stored import write_run
 from tests.tiny_pipelines import pipeline_folder
@@ -84,7 +85,7 @@ def refusal(capsys: pytest.CaptureFixture[str], images: str, output: str, model:
     return lines[0]
 
 
-@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+@pytest.mark.parametrize("suffix", slow_after(1, ["csv", "jsonl", "parquet"]))
 def test_scores_are_the_model_s_own(here: Path, dina: str, suffix: str, capsys: pytest.CaptureFixture[str]) -> None:
     pictures = write_pictures(here / "pics", 13)
     table = score("pics", f"out/scores.{suffix}", dina, "--batch_size=3", "--flush_every=6")
@@ -309,7 +310,7 @@ def test_a_full_disk_keeps_what_was_scored(
     assert "6 of 9 images were scored before and are kept" in printed
 
 
-@pytest.mark.parametrize("stop", [KeyboardInterrupt(), torch.OutOfMemoryError("CUDA out of memory")])
+@pytest.mark.parametrize("stop", slow_after(1, [KeyboardInterrupt(), torch.OutOfMemoryError("CUDA out of memory")]))
 def test_stopped_half_way_it_goes_on(
     here: Path, lrm: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stop: BaseException
 ) -> None:
@@ -334,7 +335,7 @@ def test_stopped_half_way_it_goes_on(
     assert "4 images scored in" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("call", [1, 3])
+@pytest.mark.parametrize("call", slow_after(1, [1, 3]))
 def test_ctrl_c_keeps_what_was_scored_of_a_part(
     here: Path, dina: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], call: int
 ) -> None:

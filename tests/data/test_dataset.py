@@ -84,6 +84,7 @@ def test_error_of_a_worker_stays_one_line(source) -> None:
     assert "parquet:0: image 'image-0-0': no image" in str(error.value)
 
 
+@pytest.mark.slow
 def test_rows_choose_what_is_offered(source) -> None:
     dataset = PairDataset(PickAPicReader(source, "train", on_error="skip"), LOADER, rows=[4, 2])
     assert dataset[0].pair.pair_id.endswith(":4")

@@ -11,6 +11,7 @@ from latentreward.data.alignment.experience import ExperienceSampler, as_plain, 
 from latentreward.data.alignment.prompts import PromptOrder
 from latentreward.errors import InputError
 from tests.data.rolling import PROMPTS, STEPS, RollingModule, SaveAlways, fit, make_trainer
+from tests.marks import slow_after
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -25,7 +26,7 @@ def keys(module: RollingModule) -> list[str]:
     return [key for _, batch in module.seen for key in batch]
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", slow_after(2, SETTINGS))
 def test_every_checkpoint_leads_to_the_same_end(name: str, tmp_path: Path) -> None:
     saver = SaveAlways(tmp_path)
     whole = make_trainer(tmp_path, [saver], **SETTINGS[name])

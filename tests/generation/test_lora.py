@@ -13,6 +13,7 @@ from latentreward.export import TrainedLoRA, write_kohya
 from latentreward.generation import load_lora
 from latentreward.generation.lora import check_lora
 from latentreward.policies import POLICY, Policy, PolicySource
+from tests.marks import slow_after
 from tests.tiny_pipelines import pipeline_folder
 
 SOURCES = ("sd_tiny", "sd35_tiny", "sdxl")
@@ -41,7 +42,8 @@ def predict(policy: Policy) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("name", "style"), [*((name, "diffusers") for name in SOURCES), ("sd_tiny", "kohya"), ("sdxl", "kohya")]
+    ("name", "style"),
+    slow_after(2, [*((name, "diffusers") for name in SOURCES), ("sd_tiny", "kohya"), ("sdxl", "kohya")]),
 )
 def test_an_exported_lora_does_what_it_did(name: str, style: str, tmp_path: Path) -> None:
     policy = trained(name)

@@ -17,6 +17,7 @@ from latentreward.errors import InputError
 from latentreward.modules.diffusion_dpo import DiffusionDPOModule
 from latentreward.modules.pair_noise import PairDraws
 from latentreward.noise import ConstantSigma
+from tests.marks import slow_after
 from tests.modules.batches import latent_batch, loaded_pairs, pixel_batch, rows
 from tests.oracles import alignment_losses as oracle
 from tests.policies.alignment import tiny_source
@@ -66,7 +67,7 @@ def slow_loss(module: DiffusionDPOModule, batch: PreferenceBatch) -> float:
 # the loss
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", slow_after(2, POLICIES))
 def test_loss_is_the_papers(name: str) -> None:
     module, batch = dpo(name), weighted_batch(3)
     with torch.no_grad():
@@ -87,7 +88,7 @@ def test_gradient_is_the_slope_of_the_loss() -> None:
     assert (values[0] - values[1]) / 2e-2 == pytest.approx(size.item(), rel=1e-2)
 
 
-@pytest.mark.parametrize("name", ["sd15", "sd35"])
+@pytest.mark.parametrize("name", slow_after(1, ["sd15", "sd35"]))
 def test_checkpointing_changes_no_gradient(name: str) -> None:
     grads = []
     for checkpointing in (False, True):
@@ -193,6 +194,7 @@ def brighter_is_better(items: Sequence[LoadedPair]) -> PreferenceBatch:
     return replace(batch, chosen=batch.chosen / 4 + 0.7, rejected=batch.rejected / 4 - 0.7)
 
 
+@pytest.mark.slow
 def test_training_learns_its_pairs_and_validation_sees_it() -> None:
     module = DiffusionDPOModule(
         tiny_source("sd15"),

@@ -13,6 +13,7 @@ from latentreward.errors import InputError
 from latentreward.modules import LPOModule, SPOModule
 from latentreward.policies import PolicySource
 from latentreward.rollout import Branching, FixedThreshold, Sampling
+from tests.marks import slow_after
 from tests.modules.lpo_runs import PROMPTS, BrightnessSource, loaders, lpo, make_trainer, weights
 
 SHOWN = PromptBatch(PROMPTS[:3], ("0/0", "0/1", "0/2"))
@@ -88,7 +89,7 @@ def gradients(module: nn.Module, loss: torch.Tensor) -> list[torch.Tensor]:
     return list(torch.autograd.grad(loss, [p for p in module.parameters() if p.requires_grad]))
 
 
-@pytest.mark.parametrize("scale", [1.0, 2.0, 5.0])
+@pytest.mark.parametrize("scale", slow_after(1, [1.0, 2.0, 5.0]))
 def test_one_pass_each_equals_two_passes_each(scale: float, module: LPOModule, pairs: StepPairs) -> None:
     module.guidance_scale = scale
     module.loss.beta = 20.0  # at 500 these pairs are lost or won, without a gradient to compare

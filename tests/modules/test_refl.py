@@ -101,7 +101,7 @@ def reward_noise(module: ReFLModule) -> Tensor:
 
 
 @pytest.mark.parametrize("options", [{}, {"gradient_steps": 3, "kl_weight": 0.7}], ids=["refl", "draft_k"])
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", slow_after(2, POLICIES))
 def test_gradient_equals_that_of_one_graph(name: str, options: dict[str, Any]) -> None:
     module = refl(name, guidance_scale=2.0, reward_sigmas=(0.2, 0.6), **options)
     stop = module.stop_index(0)
@@ -111,7 +111,7 @@ def test_gradient_equals_that_of_one_graph(name: str, options: dict[str, Any]) -
     torch.testing.assert_close(gradient(module, loss), gradient(module, expected), rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("gradient_steps", [1, 2, 3])
+@pytest.mark.parametrize("gradient_steps", slow_after(1, [1, 2, 3]))
 def test_gradient_is_the_slope_of_the_loss(gradient_steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Central differences in float64; the first step with a graph is the very first one, so that nothing is cut off."""
     monkeypatch.setattr(Tensor, "float", Tensor.double)  # what the module casts to float32 stays float64
@@ -138,7 +138,7 @@ def test_gradient_is_the_slope_of_the_loss(gradient_steps: int, monkeypatch: pyt
     assert slopes == pytest.approx(differences, rel=1e-6)
 
 
-@pytest.mark.parametrize("name", ["sd15", "sd35"])
+@pytest.mark.parametrize("name", slow_after(1, ["sd15", "sd35"]))
 def test_checkpointing_changes_no_gradient(name: str) -> None:
     options = {"gradient_steps": 2, "kl_weight": 0.3, "guidance_scale": 2.0}
     plain, frugal = refl(name, **options), refl(name, policy={"gradient_checkpointing": True}, **options)
@@ -158,6 +158,7 @@ def test_only_the_last_steps_hold_a_graph() -> None:
     assert passes == [False] * 2 + [True] * 2
 
 
+@pytest.mark.slow
 def test_kept_activations_grow_with_the_gradient_steps_alone() -> None:
     def kept(**options: Any) -> int:
         module, sizes = refl(**options), []
@@ -279,7 +280,7 @@ def trainer(**options: Any) -> Trainer:
     return Trainer(**{"accelerator": "cpu", "max_epochs": 1, **quiet, "enable_model_summary": False, **options})
 
 
-@pytest.mark.parametrize("name", ["sd15", "sd35"])
+@pytest.mark.parametrize("name", slow_after(1, ["sd15", "sd35"]))
 def test_training_raises_the_reward_and_touches_the_adapter_alone(name: str) -> None:
     optimizer = lambda groups: torch.optim.AdamW(groups, lr=5e-3)  # noqa: E731
     module = refl(name, optimizer=optimizer, reward_sigmas=(0.1,))

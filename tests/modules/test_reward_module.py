@@ -93,7 +93,7 @@ def test_epoch_redraws_in_training(kind: str) -> None:
     assert (first != later).all()
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", slow_after(2, LOSSES))
 @pytest.mark.parametrize("kind", MODULES)
 def test_exchanging_all_sides_changes_no_loss(kind: str, loss: str) -> None:
     module, batch = MODULES[kind](loss=LOSSES[loss], timestep_per_image="lrm" in loss), pixel_batch()
@@ -168,7 +168,7 @@ def test_one_forward_pass_for_both_images() -> None:
 # any head with any loss
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", slow_after(2, LOSSES))
 @pytest.mark.parametrize(
     ("backbone", "head"), [("sd15", dina_head), ("sd35", CLIPProjectionHead)], ids=["dina on unet", "lrm on dit"]
 )
@@ -272,10 +272,13 @@ def names_of(levels: list[str], extra: list[str] = ()) -> set[str]:
 
 @pytest.mark.parametrize(
     ("kind", "expected"),
-    [
-        ("lrm", names_of(["_t1", "_t251", "_t501", "_t801"])),
-        ("dina", names_of(["_sigma0.2", "_sigma0.5", "_sigma0.8"], ["_ensemble"])),
-    ],
+    slow_after(
+        1,
+        [
+            ("lrm", names_of(["_t1", "_t251", "_t501", "_t801"])),
+            ("dina", names_of(["_sigma0.2", "_sigma0.5", "_sigma0.8"], ["_ensemble"])),
+        ],
+    ),
 )
 def test_validation_logs_by_level(kind: str, expected: set[str]) -> None:
     module, run = MODULES[kind](), trainer()

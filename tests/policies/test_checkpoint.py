@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from latentreward.backbones.tuning import LoRA
 from latentreward.errors import InputError
 from latentreward.policies import POLICY, PolicySource, load_policy
+from tests.marks import slow_after
 from tests.policies.alignment import Matching, prediction, tiny_source
 
 
@@ -32,7 +33,7 @@ def trained(folder: Path, name: str, trainable_only: bool = True) -> tuple[Match
     return module, folder / "last.ckpt"
 
 
-@pytest.mark.parametrize("trainable_only", [True, False])
+@pytest.mark.parametrize("trainable_only", slow_after(1, [True, False]))
 def test_policy_of_a_checkpoint_predicts_as_the_trained_one(trainable_only: bool, tmp_path: Path) -> None:
     module, path = trained(tmp_path, "sd15", trainable_only)
     policy = load_policy(path)

@@ -15,6 +15,7 @@ from latentreward.policies import PolicySource
 from latentreward.rewards import LatentReward
 from latentreward.rewards.conversion import convert_states
 from latentreward.scoring import ScoringNoise
+from tests.marks import slow_after
 from tests.rewards.stored import PROMPTS, scores_by, states_of, tiny_policy, write_run
 from tests.scoring.test_published import write_dina, write_lrm
 from tests.tiny_pipelines import LATENTS, pipeline_folder
@@ -25,7 +26,9 @@ frozen_policy = cache(tiny_policy)
 """Policies whose network no test shares."""
 
 
-@pytest.mark.parametrize(("method", "name", "options"), RUNS, ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("method", "name", "options"), slow_after(2, RUNS), ids=lambda value: value if isinstance(value, str) else ""
+)
 @pytest.mark.parametrize("whole", [False, True])
 def test_scores_are_those_of_training(method: str, name: str, options: dict, whole: bool, tmp_path: Path) -> None:
     module, policy = write_run(tmp_path, method, name, whole, **options), frozen_policy(name)
@@ -113,7 +116,9 @@ def test_a_reward_of_another_noise_process_sees_converted_states(tmp_path: Path)
     torch.testing.assert_close(reward(states, reward.encode_prompts(PROMPTS)), expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("method", "name", "options"), RUNS, ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("method", "name", "options"), slow_after(1, RUNS), ids=lambda value: value if isinstance(value, str) else ""
+)
 def test_gradients_reach_the_latents_in_batches_of_any_size(
     method: str, name: str, options: dict, tmp_path: Path
 ) -> None:

@@ -122,11 +122,14 @@ def test_the_published_layout_of_dina_lrm_shares_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("reason", "method", "name", "options", "change"),
-    [
-        ("full training", "lrm", "sd15", FROZEN_TEXT, None),
-        ("another network", "lrm", "sd15", SMALL, "network"),
-        ("asked not to", "lrm", "sd15", SMALL, "never"),
-    ],
+    slow_after(
+        1,
+        [
+            ("full training", "lrm", "sd15", FROZEN_TEXT, None),
+            ("another network", "lrm", "sd15", SMALL, "network"),
+            ("asked not to", "lrm", "sd15", SMALL, "never"),
+        ],
+    ),
 )
 def test_networks_that_differ_are_not_shared(
     reason: str, method: str, name: str, options: dict[str, Any], change: str | None, tmp_path: Path
@@ -142,6 +145,7 @@ def test_networks_that_differ_are_not_shared(
     assert not [key for key in policy.network.peft_config if key != "policy"]
 
 
+@pytest.mark.slow
 def test_a_text_encoder_that_was_trained_stays_its_own(tmp_path: Path) -> None:
     write_run(tmp_path, "lrm", "sd15", **{**SMALL, "text_encoder_tuning": "full"})
     policy = tiny_policy("sd15")
@@ -166,6 +170,7 @@ def test_an_exception_leaves_the_network_as_it_was(tmp_path: Path, monkeypatch: 
     assert torch.equal(outputs(policy), before)
 
 
+@pytest.mark.slow
 def test_gradients_through_both_adapters_under_checkpointing(tmp_path: Path) -> None:
     """Through the reward's adapter into the policy's, by either way of doing it: as on two networks."""
     write_run(tmp_path, "lrm", "sd15", **SMALL)

@@ -98,7 +98,7 @@ def call_of(model: RewardModel, states: Any) -> tuple[Any, ...]:
     return states.latents, states.timesteps, conditioning.select(states.rows), uncond
 
 
-@pytest.mark.parametrize("layout", ["sd15", "sdxl", "dina"])
+@pytest.mark.parametrize("layout", slow_after(1, ["sd15", "sdxl", "dina"]))
 def test_a_published_layout_is_saved_bit_for_bit(layout: str, tmp_path: Path) -> None:
     write_dina(tmp_path / "published") if layout == "dina" else write_lrm(tmp_path / "published", layout)
     base = None if layout == "dina" else pipeline_folder(layout)
@@ -132,11 +132,14 @@ def names(folder: Path) -> set[str]:
 
 @pytest.mark.parametrize(
     ("name", "part", "family", "folder"),
-    [
-        ("sd35", "transformer", SD3Transformer2DModel, "adapter"),
-        ("sd15", "unet", UNet2DConditionModel, "adapter"),
-        ("sdxl", "text_encoder", CLIPTextModel, "adapter_text_encoder"),
-    ],
+    slow_after(
+        1,
+        [
+            ("sd35", "transformer", SD3Transformer2DModel, "adapter"),
+            ("sd15", "unet", UNet2DConditionModel, "adapter"),
+            ("sdxl", "text_encoder", CLIPTextModel, "adapter_text_encoder"),
+        ],
+    ),
 )
 def test_peft_reads_the_adapters(name: str, part: str, family: Any, folder: str, tmp_path: Path) -> None:
     saved = saved_run(tmp_path, "dina", name, tuning="lora", text_encoder_tuning="lora", lora=LORA)
@@ -195,13 +198,16 @@ def changed_base(name: str, part: str, folder: Path, factor: float = 1.1) -> str
 
 @pytest.mark.parametrize(
     ("method", "name", "part", "options"),
-    [
-        ("dina", "sd35", "transformer", {"lora": LORA}),
-        ("dina", "sd35", "text_encoder_2", {"lora": LORA}),
-        ("dina", "sd35", "vae", {"lora": LORA}),
-        ("lrm", "sd15", "vae", {}),
-        ("lrm", "sd15", "text_encoder", {"text_encoder_tuning": "frozen"}),
-    ],
+    slow_after(
+        2,
+        [
+            ("dina", "sd35", "transformer", {"lora": LORA}),
+            ("dina", "sd35", "text_encoder_2", {"lora": LORA}),
+            ("dina", "sd35", "vae", {"lora": LORA}),
+            ("lrm", "sd15", "vae", {}),
+            ("lrm", "sd15", "text_encoder", {"text_encoder_tuning": "frozen"}),
+        ],
+    ),
 )
 def test_another_base_is_refused(method: str, name: str, part: str, options: dict, tmp_path: Path) -> None:
     saved = saved_run(tmp_path, method, name, **options)
@@ -240,7 +246,7 @@ def test_another_name_of_the_base_for_others(tmp_path: Path) -> None:
     assert torch.equal(scores(again), scores(model))
 
 
-@pytest.mark.parametrize("name", ["sd35", "sd15"])
+@pytest.mark.parametrize("name", slow_after(1, ["sd35", "sd15"]))
 @pytest.mark.parametrize("text", ["frozen", "lora"])
 def test_a_saved_adapter_runs_on_the_policys_network(name: str, text: str, tmp_path: Path) -> None:
     saved = saved_run(tmp_path, "dina", name, tuning="lora", text_encoder_tuning=text, lora=LORA)
@@ -270,7 +276,7 @@ def test_a_saved_adapter_on_another_base_has_a_network_of_its_own(tmp_path: Path
     assert not find_reward(str(saved)).same_base("transformer", ours, "anything")
 
 
-@pytest.mark.parametrize("kind", ["LRM, all trained", "LRM, text encoder frozen"])
+@pytest.mark.parametrize("kind", slow_after(1, ["LRM, all trained", "LRM, text encoder frozen"]))
 def test_a_network_trained_as_a_whole_is_never_shared(kind: str, tmp_path: Path) -> None:
     method, name, options = RUNS[kind]
     saved = saved_run(tmp_path, method, name, **options)
@@ -360,7 +366,7 @@ def test_only_model_folders_and_empty_ones_are_replaced(tmp_path: Path) -> None:
     assert (saved / "notes.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("existing", [False, True])
+@pytest.mark.parametrize("existing", slow_after(1, [False, True]))
 @pytest.mark.parametrize("files", [1, 2])
 def test_a_killed_save_leaves_no_folder_or_the_old_one(existing: bool, files: int, tmp_path: Path) -> None:
     saved, target = saved_run(tmp_path, lora=LORA), tmp_path / "target"
@@ -397,6 +403,7 @@ def test_saving_to_a_link_fills_what_it_leads_to(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "elsewhere").iterdir()) == ["model", "other"]
 
 
+@pytest.mark.slow
 def test_saving_into_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved = saved_run(tmp_path, lora=LORA)
     model = RewardModel.from_pretrained(saved)
@@ -413,6 +420,7 @@ def test_saving_into_the_current_folder(tmp_path: Path, monkeypatch: pytest.Monk
         model.save_pretrained(".")
 
 
+@pytest.mark.slow
 def test_two_processes_save_to_one_folder(tmp_path: Path) -> None:
     model = RewardModel.from_pretrained(saved_run(tmp_path, lora=LORA))
     target = tmp_path / "target"

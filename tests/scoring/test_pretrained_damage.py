@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from latentreward.errors import InputError
 from latentreward.heads import CLIPProjectionHead
 from latentreward.scoring import RewardModel
+from tests.marks import slow_after
 from tests.rewards.stored import write_run
 from tests.scoring.test_published import write_dina, write_lrm
 
@@ -79,7 +80,7 @@ FILES = {
 EVERY_FILE = [(kind, name) for kind, names in FILES.items() for name in names]
 
 
-@pytest.mark.parametrize(("kind", "name"), EVERY_FILE)
+@pytest.mark.parametrize(("kind", "name"), slow_after(2, EVERY_FILE))
 def test_half_downloaded(kind: str, name: str, copies: dict[str, Path]) -> None:
     path = copies[kind] / name
     whole = path.read_bytes()
@@ -98,13 +99,16 @@ def test_half_downloaded(kind: str, name: str, copies: dict[str, Path]) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "name", "tensor"),
-    [
-        ("lora", "head.safetensors", "head.weight"),
-        ("lora", "adapter/adapter_model.safetensors", TO_Q),
-        ("full", "head.safetensors", "visual_projection.weight"),
-        ("full", "backbone.safetensors", "unet.conv_in.weight"),
-        ("full", "backbone.safetensors", "text_encoder.text_encoder.final_layer_norm.weight"),
-    ],
+    slow_after(
+        2,
+        [
+            ("lora", "head.safetensors", "head.weight"),
+            ("lora", "adapter/adapter_model.safetensors", TO_Q),
+            ("full", "head.safetensors", "visual_projection.weight"),
+            ("full", "backbone.safetensors", "unet.conv_in.weight"),
+            ("full", "backbone.safetensors", "text_encoder.text_encoder.final_layer_norm.weight"),
+        ],
+    ),
 )
 def test_every_tensor_is_compared(kind: str, name: str, tensor: str, copies: dict[str, Path]) -> None:
     path = copies[kind] / name

@@ -15,6 +15,7 @@ from latentreward.errors import InputError
 from latentreward.heads import CLIPProjectionHead, GatedQFormerHead
 from latentreward.scoring import RewardModel, ScoringNoise, load_dina_lrm, load_lrm
 from tests.backbones.networks import tiny_backbone
+from tests.marks import slow_after
 from tests.tiny_pipelines import LATENTS, pipeline_folder
 
 PROMPTS = ["a cat", "a dog"]
@@ -117,17 +118,20 @@ def remove(part: str, name: str) -> Callable[[dict[str, Any]], object]:
 
 @pytest.mark.parametrize(
     ("damage", "message"),
-    [
-        (lambda state: state.pop("visual_projection"), "missing entry visual_projection"),
-        (lambda state: state.pop("logit_scale"), "missing entry logit_scale"),
-        (lambda state: state.update(extra=1), "unexpected entry extra; is this an LRM state_dict.pt?"),
-        (remove("visual_projection", "weight"), "missing tensor visual_projection.weight"),
-        (lambda s: s["text_projection"].update(bias=torch.zeros(2)), "unexpected tensor text_projection.bias"),
-        (
-            lambda s: s["visual_projection"].update(weight=torch.zeros(16, 7)),
-            r"visual_projection.weight has shape \(16, 7\), expected \(16, 96\)",
-        ),
-    ],
+    slow_after(
+        2,
+        [
+            (lambda state: state.pop("visual_projection"), "missing entry visual_projection"),
+            (lambda state: state.pop("logit_scale"), "missing entry logit_scale"),
+            (lambda state: state.update(extra=1), "unexpected entry extra; is this an LRM state_dict.pt?"),
+            (remove("visual_projection", "weight"), "missing tensor visual_projection.weight"),
+            (lambda s: s["text_projection"].update(bias=torch.zeros(2)), "unexpected tensor text_projection.bias"),
+            (
+                lambda s: s["visual_projection"].update(weight=torch.zeros(16, 7)),
+                r"visual_projection.weight has shape \(16, 7\), expected \(16, 96\)",
+            ),
+        ],
+    ),
 )
 def test_lrm_head_that_does_not_fit(tmp_path: Path, damage: Callable[[dict[str, Any]], object], message: str) -> None:
     write_lrm(tmp_path, "sd15")
@@ -232,26 +236,41 @@ LORA = "base_model.model.transformer_blocks.0.attn.to_q.lora_A.weight"
 
 @pytest.mark.parametrize(
     ("damage", "message"),
-    [
-        (lambda f: (f / "config.json").unlink(), "lacks config.json"),
-        (lambda f: (f / "config.json").write_text("{"), "config.json is damaged"),
-        (lambda f: (f / "checkpoint" / "rm_head.pt").unlink(), "lacks checkpoint/rm_head.pt"),
-        (lambda f: (f / "checkpoint/backbone_lora/adapter_config.json").unlink(), "lacks adapter_config.json"),
-        (lambda f: (f / "checkpoint/backbone_lora/adapter_model.safetensors").unlink(), "lacks adapter_model"),
-        (lambda f: (f / "checkpoint/backbone_lora/adapter_model.safetensors").write_bytes(b"x"), "cannot load"),
-        (edit_head(lambda s: s.pop("head.weight")), "missing tensor head.weight"),
-        (edit_head(lambda s: s.update(surplus=torch.zeros(1))), "unexpected tensor surplus"),
-        (edit_head(lambda s: s.update({"head.bias": torch.zeros(4)})), r"head.bias has shape \(4,\), expected \(1,\)"),
-        (edit_adapter(lambda s: s.pop(LORA)), "missing tensor transformer_blocks.0.attn.to_q.lora_A.weight"),
-        (edit_adapter(lambda s: s.update(surplus=torch.zeros(1))), "unexpected tensor surplus"),
-        (edit_adapter(lambda s: s.update({LORA: torch.zeros(2, 24)})), r"lora_A.weight has shape \(2, 24\)"),
-        (lambda f: edit_config(f, lambda m: m.update(use_t_embed=False)), "model.use_t_embed=False is not supported"),
-        (lambda f: edit_config(f, lambda m: m.pop("visual_head_idx")), "lacks model.visual_head_idx"),
-        (lambda f: edit_config(f, lambda m: m["reward_head"].pop("width")), "lacks model.reward_head.width"),
-        (lambda f: edit_config(f, lambda m: m.update(num_transformer_layers=2)), "reaches block 3"),
-        (lambda f: edit_config(f, lambda m: m.update(visual_head_idx=[1])), "unexpected tensor layer_adapters_visual"),
-        (lambda f: edit_config(f, lambda m: m.update(backbone_model_id=pipeline_folder("sd15"))), "without a trans"),
-    ],
+    slow_after(
+        2,
+        [
+            (lambda f: (f / "config.json").unlink(), "lacks config.json"),
+            (lambda f: (f / "config.json").write_text("{"), "config.json is damaged"),
+            (lambda f: (f / "checkpoint" / "rm_head.pt").unlink(), "lacks checkpoint/rm_head.pt"),
+            (lambda f: (f / "checkpoint/backbone_lora/adapter_config.json").unlink(), "lacks adapter_config.json"),
+            (lambda f: (f / "checkpoint/backbone_lora/adapter_model.safetensors").unlink(), "lacks adapter_model"),
+            (lambda f: (f / "checkpoint/backbone_lora/adapter_model.safetensors").write_bytes(b"x"), "cannot load"),
+            (edit_head(lambda s: s.pop("head.weight")), "missing tensor head.weight"),
+            (edit_head(lambda s: s.update(surplus=torch.zeros(1))), "unexpected tensor surplus"),
+            (
+                edit_head(lambda s: s.update({"head.bias": torch.zeros(4)})),
+                r"head.bias has shape \(4,\), expected \(1,\)",
+            ),
+            (edit_adapter(lambda s: s.pop(LORA)), "missing tensor transformer_blocks.0.attn.to_q.lora_A.weight"),
+            (edit_adapter(lambda s: s.update(surplus=torch.zeros(1))), "unexpected tensor surplus"),
+            (edit_adapter(lambda s: s.update({LORA: torch.zeros(2, 24)})), r"lora_A.weight has shape \(2, 24\)"),
+            (
+                lambda f: edit_config(f, lambda m: m.update(use_t_embed=False)),
+                "model.use_t_embed=False is not supported",
+            ),
+            (lambda f: edit_config(f, lambda m: m.pop("visual_head_idx")), "lacks model.visual_head_idx"),
+            (lambda f: edit_config(f, lambda m: m["reward_head"].pop("width")), "lacks model.reward_head.width"),
+            (lambda f: edit_config(f, lambda m: m.update(num_transformer_layers=2)), "reaches block 3"),
+            (
+                lambda f: edit_config(f, lambda m: m.update(visual_head_idx=[1])),
+                "unexpected tensor layer_adapters_visual",
+            ),
+            (
+                lambda f: edit_config(f, lambda m: m.update(backbone_model_id=pipeline_folder("sd15"))),
+                "without a trans",
+            ),
+        ],
+    ),
 )
 def test_damaged_dina(tmp_path: Path, damage: Callable[[Path], object], message: str) -> None:
     write_dina(tmp_path)

@@ -10,6 +10,7 @@ import torch
 
 from latentreward.errors import InputError
 from latentreward.scoring import RewardModel, ScoringNoise
+from tests.marks import slow_after
 from tests.scoring.models import PROMPTS, pictures, scoring_model
 from tests.tiny_pipelines import LATENTS
 
@@ -36,7 +37,7 @@ def test_batch_size_does_not_matter(model: RewardModel, mixed: bool) -> None:
         torch.testing.assert_close(model.score(prompts, images, batch_size=size), expected, **CLOSE)
 
 
-@pytest.mark.parametrize("size", [2, 3, 5, 8, 11, 24])
+@pytest.mark.parametrize("size", slow_after(2, [2, 3, 5, 8, 11, 24]))
 def test_a_row_of_a_batch_is_like_any_other(model: RewardModel, size: int) -> None:
     """Batches that are no multiple of 4, too: the same image is scored alike wherever it stands."""
     latents = torch.randn(1, 4, LATENTS, LATENTS).repeat(size, 1, 1, 1)

@@ -15,6 +15,7 @@ import yaml
 from latentreward.backbones import LoRA, create_backbone
 from latentreward.errors import InputError
 from latentreward.scoring import RewardModel
+from tests.marks import slow_after
 from tests.rewards.stored import write_run
 from tests.scoring.stub_hub import StubHub, running_hub
 from tests.scoring.test_pretrained import scores
@@ -53,7 +54,7 @@ def refused(source: str | Path, message: str, **options: Any) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("kind", list(RUNS))
+@pytest.mark.parametrize("kind", slow_after(1, list(RUNS)))
 def test_a_run_on_the_hub_scores_as_it_does_here(kind: str, hub: StubHub, tmp_path: Path) -> None:
     method, name, options = RUNS[kind]
     write_run(tmp_path / "run", method, name, **options)
@@ -67,11 +68,14 @@ def test_a_run_on_the_hub_scores_as_it_does_here(kind: str, hub: StubHub, tmp_pa
 
 @pytest.mark.parametrize(
     "head",
-    [
-        "latentreward.heads.CLIPProjectionHead",
-        {"class_path": "latentreward.heads.clip_projection.CLIPProjectionHead"},
-        {"class_path": "CLIPProjectionHead", "init_args": {"text_projection_source": None}},
-    ],
+    slow_after(
+        1,
+        [
+            "latentreward.heads.CLIPProjectionHead",
+            {"class_path": "latentreward.heads.clip_projection.CLIPProjectionHead"},
+            {"class_path": "CLIPProjectionHead", "init_args": {"text_projection_source": None}},
+        ],
+    ),
 )
 def test_our_own_classes_by_any_of_their_names(head: Any, hub: StubHub, tmp_path: Path) -> None:
     write_run(tmp_path, "lrm", "sd15")
@@ -127,7 +131,7 @@ def test_nothing_is_resolved(text: str, hub: StubHub, monkeypatch: pytest.Monkey
     assert "hunter2" not in str(caught.value)
 
 
-@pytest.mark.parametrize("place", ["here", "hub"])
+@pytest.mark.parametrize("place", slow_after(1, ["here", "hub"]))
 def test_trust_allows_all_and_nothing_else_does(
     place: str, hub: StubHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -191,7 +195,10 @@ def test_settings_of_training_are_left_out_of_a_run(hub: StubHub, tmp_path: Path
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("attention_backend", "flash_hub"), ("compile_blocks", True), ("gradient_checkpointing", True), ("lora", {})],
+    slow_after(
+        2,
+        [("attention_backend", "flash_hub"), ("compile_blocks", True), ("gradient_checkpointing", True), ("lora", {})],
+    ),
 )
 def test_settings_of_training_are_refused_in_a_model_folder(name: str, value: Any, tmp_path: Path) -> None:
     write_run(tmp_path / "run", "dina", "sd35")

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from latentreward.cli import main
+from tests.marks import slow_after
 
 STACK = ("lrm_tiny", "model"), ("tinyworld_pickapic", "data"), ("cpu", "trainer")
 FIT = ["fit", *(f"--config=configs/{folder}/{name}.yaml" for name, folder in STACK)]
@@ -34,20 +35,26 @@ def refusal_of(text: str, capsys: pytest.CaptureFixture[str]) -> str:
 
 @pytest.mark.parametrize(
     ("text", "field"),
-    [
-        ("trainer: {accelerator: null}", "trainer.accelerator"),
-        ("model: {init_args: {noise_per_image: null}}", "model.noise_per_image"),
-        ("model: {init_args: {loss: {init_args: {batch_coeff: null}}}}", "model.loss.batch_coeff"),
-        ("model: {init_args: {head: {init_args: {guidance: null}}}}", "model.head.guidance"),
-        ("model: {init_args: {optimizer: {init_args: {lr: null}}}}", "model.optimizer.lr"),
-        ("model: {init_args: {eval_timesteps: [1, null]}}", "model.eval_timesteps"),
-        ("model: {init_args: {backbone: {init_args: {lora: {rank: null}}}}}", "model.backbone.lora.rank"),
-        ("trainer: {callbacks: [{class_path: ModelCheckpoint, init_args: {save_top_k: null}}]}", "trainer.callbacks"),
-        ("data: {init_args: {batch_size: null}}", "data.batch_size"),
-        ("trainer: null", "trainer"),
-        ("model: {class_path: null}", "model.class_path"),
-        ("model: {init_args: {loss: {init_args: null}}}", "model.init_args.loss.init_args"),
-    ],
+    slow_after(
+        2,
+        [
+            ("trainer: {accelerator: null}", "trainer.accelerator"),
+            ("model: {init_args: {noise_per_image: null}}", "model.noise_per_image"),
+            ("model: {init_args: {loss: {init_args: {batch_coeff: null}}}}", "model.loss.batch_coeff"),
+            ("model: {init_args: {head: {init_args: {guidance: null}}}}", "model.head.guidance"),
+            ("model: {init_args: {optimizer: {init_args: {lr: null}}}}", "model.optimizer.lr"),
+            ("model: {init_args: {eval_timesteps: [1, null]}}", "model.eval_timesteps"),
+            ("model: {init_args: {backbone: {init_args: {lora: {rank: null}}}}}", "model.backbone.lora.rank"),
+            (
+                "trainer: {callbacks: [{class_path: ModelCheckpoint, init_args: {save_top_k: null}}]}",
+                "trainer.callbacks",
+            ),
+            ("data: {init_args: {batch_size: null}}", "data.batch_size"),
+            ("trainer: null", "trainer"),
+            ("model: {class_path: null}", "model.class_path"),
+            ("model: {init_args: {loss: {init_args: null}}}", "model.init_args.loss.init_args"),
+        ],
+    ),
 )
 def test_null_is_refused_where_the_type_does_not_allow_it(text: str, field: str, capsys) -> None:
     line = refusal_of(text, capsys)
@@ -57,15 +64,18 @@ def test_null_is_refused_where_the_type_does_not_allow_it(text: str, field: str,
 
 @pytest.mark.parametrize(
     "option",
-    [
-        "--model.head.init_args.text_projection_source",
-        "--model.head.text_projection_source",
-        "--model.init_args.head.init_args.text_projection_source",
-        "--model.backbone.lora",
-        "--model.loss",
-        "--trainer.default_root_dir",
-        "--trainer.logger",
-    ],
+    slow_after(
+        1,
+        [
+            "--model.head.init_args.text_projection_source",
+            "--model.head.text_projection_source",
+            "--model.init_args.head.init_args.text_projection_source",
+            "--model.backbone.lora",
+            "--model.loss",
+            "--trainer.default_root_dir",
+            "--trainer.logger",
+        ],
+    ),
 )
 @pytest.mark.parametrize("equals", [True, False])
 def test_null_on_the_command_line_is_none(option: str, equals: bool, capsys) -> None:
@@ -162,6 +172,15 @@ def test_a_variable_with_a_stand_in_is_named_when_that_fails(monkeypatch: pytest
     line = refusal_of(FEW_PAIRS + text, capsys)
     assert line.startswith("text_projection_source='some/clip'")
     assert line.endswith("or set the environment variable CLIP_L_PATH")
+
+
+def test_so_is_one_in_a_command_without_classes(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.delenv("REWARD", raising=False)
+    Path("images.csv").write_text("file,prompt\na.png,a cat\n")
+    Path("score.yaml").write_text("model: ${oc.env:REWARD,no_such_reward}")
+    line = refusal(capsys, "score", "images.csv", "scores.csv", "--config=score.yaml")
+    assert "no_such_reward" in line
+    assert line.endswith("or set the environment variable REWARD")
 
 
 def test_callbacks_that_lightning_cannot_tell_apart(capsys) -> None:

@@ -86,6 +86,7 @@ def test_the_step_aware_scorer_orders_pairs_as_stated() -> None:
         assert accuracy(network, pairs, pixels, timesteps) > figures[f"t{timestep}"] - SLACK
 
 
+@pytest.mark.slow
 def test_the_step_aware_scorer_is_a_reward_of_the_tiny_policy() -> None:
     policy = PolicySource("sd_tiny").load()
     reward, pairs = PixelReward(StepAwareScorer("spm_tiny", device="cpu"), decode_batch_size=64).load(policy), table()

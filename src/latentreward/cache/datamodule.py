@@ -124,8 +124,9 @@ class CachedPreferenceDataModule(PairLoaders):
             return self._evaluation_loader("train")
         dataset = self._dataset("train")
         dataset.pool = self._pool(dataset)
-        sampler = BucketBatchSampler(self._latent_sizes(dataset), self._sizing(), self._rank())
-        if self._rank() == 0:
+        rank = shares_of(self.trainer)["rank"]
+        sampler = BucketBatchSampler(self._latent_sizes(dataset), self._sizing(), rank)
+        if rank == 0:
             logger.info("data.train: %s", sampler.describe())
         return ResumableLoader(dataset, sampler, collate_fn=as_is, **self._worker_settings())
 
@@ -134,9 +135,6 @@ class CachedPreferenceDataModule(PairLoaders):
         # Lightning looks for row numbers, which only its own batch samplers tell; what we write names pairs.
         warnings.filterwarnings("ignore", message="Couldn't infer the batch indices")
         return super().predict_dataloader()
-
-    def _rank(self) -> int:
-        return shares_of(self.trainer)["rank"]
 
     def _sizing(self) -> Sizing:
         return Sizing(
@@ -164,5 +162,6 @@ class CachedPreferenceDataModule(PairLoaders):
     def _deal(self, dataset: CachedPairDataset) -> dict[str, Any]:
         """As the rows stand, as far as one size per batch allows."""
         dataset.pool = self._pool(dataset)
-        sampler = EvaluationBatches(self._latent_sizes(dataset), self._sizing(), self._rank())
+        rank = shares_of(self.trainer)["rank"]
+        sampler = EvaluationBatches(self._latent_sizes(dataset), self._sizing(), rank)
         return {"batch_size": None, "sampler": sampler, "collate_fn": as_is}

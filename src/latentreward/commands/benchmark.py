@@ -134,7 +134,7 @@ def _introduction(limit: int | None, levels: Sequence[float], draws: int, sets: 
 
 
 def _summary(report: BenchmarkReport) -> str:
-    """One line per protocol and model."""
+    """One line per protocol and model, and per split with images that could not be read."""
     rows = [
         (
             f"{result.benchmark}: {result.protocol}",
@@ -145,14 +145,10 @@ def _summary(report: BenchmarkReport) -> str:
         )
         for result in report.protocols
     ]
-    table = Table(rows[0], tuple(rows[1:]))
-    return "\n".join([*(f"note: {note}" for note in report.notes), *_left_out(report), as_text(table)])
-
-
-def _left_out(report: BenchmarkReport) -> list[str]:
-    """One line per split with images that could not be read."""
-    return [
+    left_out = [
         f"{name}: {pairs} {'pair' if pairs == 1 else 'pairs'} left out: {count_list(counts['unreadable_images'])}"
         for name, counts in report.data.items()
         if (pairs := counts["pairs_without_an_image"])
     ]
+    table = Table(rows[0], tuple(rows[1:]))
+    return "\n".join([*(f"note: {note}" for note in report.notes), *left_out, as_text(table)])

@@ -84,8 +84,6 @@ def generate(
         }
     )
     texts = read_prompts(prompts, "prompts", max_prompt_chars)
-    if not guidance_scale >= 1.0:
-        raise InputError(f"guidance_scale={guidance_scale:g} must be at least 1, which is no guidance")
     if reward is None and (best_of > 1 or step_search is not None):
         raise InputError("best_of and step_search choose by a reward; set reward")
     source = trained.source()

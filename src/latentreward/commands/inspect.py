@@ -102,11 +102,7 @@ def _find_sources(
         name = getattr(one, "split", "") or f"reader {number}"
         name = f"{name} {number}" if name in taken else name
         taken.add(name)
-        yield name, partial(_given, one)
-
-
-def _given(reader: PairReader) -> PairReader:
-    return reader
+        yield name, lambda one=one: one
 
 
 def _build(name: str, build: Callable[[], PairReader], report: Report, only: bool) -> PairReader | None:

@@ -275,7 +275,9 @@ def run_plain_function(function: Callable[..., None], command: str, arguments: S
     Raises:
         InputError: If a setting is wrong.
     """
-    function(**parse_function(function, command, prepare_parsing(arguments), bare))
+    settings = prepare_parsing(arguments)
+    with naming_variables():
+        function(**parse_function(function, command, settings, bare))
 
 
 def import_class_modules() -> None:

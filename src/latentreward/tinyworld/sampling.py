@@ -65,7 +65,6 @@ def sample_pictures(
     *,
     num_inference_steps: int = 20,
     guidance_scale: float = 3.0,
-    batch_size: int = 64,
 ) -> np.ndarray:
     """Sample one picture per prompt; a picture depends on its prompt, its place in ``prompts`` and the seed alone.
 
@@ -75,16 +74,15 @@ def sample_pictures(
         seed: Fixes the initial noise.
         num_inference_steps: Network evaluations per picture (twice as many with guidance).
         guidance_scale: Classifier-free guidance; 1 switches it off.
-        batch_size: Pictures per pass.
 
     Returns:
         Pictures ``(N, 32, 32, 3)``, uint8.
     """
     # Without T5 the pipeline would append max_sequence_length zero tokens, which the network never saw in training.
     special = {"max_sequence_length": 0} if hasattr(pipeline, "transformer") else {}
-    pictures = []
-    for start in range(0, len(prompts), batch_size):
-        part = list(prompts[start : start + batch_size])
+    pictures, size = [], 64
+    for start in range(0, len(prompts), size):
+        part = list(prompts[start : start + size])
         generators = [torch.Generator().manual_seed(seed * 1_000_003 + start + i) for i in range(len(part))]
         images = pipeline(
             part,

@@ -117,7 +117,7 @@ def main(args: Sequence[str] | None = None) -> None:
 def prepare_latents(recipe: Recipe, folder: Path) -> None:
     """Train the autoencoder and encode the denoisers' training pictures; both are saved in ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
-    vae = train_vae(recipe.seed, recipe.vae_steps, recipe.decoder_steps, number=recipe.vae_pictures)
+    vae = train_vae(recipe.seed, recipe.vae_pictures, recipe.vae_steps, recipe.decoder_steps)
     vae.save_pretrained(folder / "vae")
     for phase, number, clean_share, stream in (
         ("main", recipe.pictures, 0.6, 1),

@@ -186,16 +186,13 @@ def score_margin(scorer: StepAwareCLIP, pixels: Tensor, timesteps: Tensor, token
 
 
 @torch.no_grad()
-def predict_pictures(
-    pairs: PairTable, recipe: Recipe, timesteps: Tensor | None = None, batch_size: int = 128
-) -> tuple[Tensor, Tensor]:
+def predict_pictures(pairs: PairTable, recipe: Recipe, timesteps: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """What ``sd_tiny`` predicts of noised pictures, both of a pair with the same noise (as SPO trains its scorer).
 
     Args:
         pairs: Whose pictures are noised.
         recipe: Seed and guidance.
         timesteps: ``(N,)``; None draws each of 0 to 999 as likely.
-        batch_size: Pairs per pass.
 
     Returns:
         Decoded predictions ``(N, 2, 3, 32, 32)`` and timesteps ``(N,)``.
@@ -205,8 +202,9 @@ def predict_pictures(
     if timesteps is None:
         timesteps = torch.randint(0, 1000, (len(pairs.label),), generator=generator)
     empty = pipeline.text_encoder(tokenize([""]))[0]
-    progress, parts = Progress("predictions", -(-len(timesteps) // batch_size), "batches"), []
-    for place, rows in enumerate(torch.arange(len(timesteps)).split(batch_size)):
+    batches = torch.arange(len(timesteps)).split(128)
+    progress, parts = Progress("predictions", len(batches), "batches"), []
+    for place, rows in enumerate(batches):
         pixels = normalize_pictures(pairs.pictures[rows].flatten(0, 1))
         latents = pipeline.vae.encode(pixels).latent_dist.mean * pipeline.vae.config.scaling_factor
         at = timesteps[rows].repeat_interleave(2)

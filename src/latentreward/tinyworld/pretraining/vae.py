@@ -67,23 +67,20 @@ def build_vae() -> AutoencoderKL:
     )
 
 
-def train_vae(
-    seed: int, steps: int = 3000, decoder_steps: int = 3000, batch_size: int = 32, number: int = 24_000
-) -> AutoencoderKL:
+def train_vae(seed: int, number: int, steps: int, decoder_steps: int) -> AutoencoderKL:
     """Train encoder and decoder, then the decoder alone; standardise the latents.
 
     Args:
         seed: Fixes pictures, initial weights and noise.
+        number: Pictures to draw from.
         steps: Updates of encoder and decoder.
         decoder_steps: Further updates of the decoder alone, on slightly noisy latents, as samplers make them.
-        batch_size: Pictures per update.
-        number: Pictures to draw from.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 0])
     pictures = draw_training_pictures(number, rng)[0]
     vae = build_vae().to(memory_format=torch.channels_last)
-    batches = _draw_batches(pictures, rng, batch_size)
+    batches = _draw_batches(pictures, rng)
     _fit(vae, list(vae.parameters()), batches, steps=steps, lr=3e-3, name="vae")
     standardize_latents(vae, normalize_pictures(pictures[:4096]))
     vae.encoder.requires_grad_(False)
@@ -94,10 +91,10 @@ def train_vae(
     return vae.requires_grad_(True).eval().to(memory_format=torch.contiguous_format)
 
 
-def _draw_batches(pictures: Tensor, rng: np.random.Generator, batch_size: int) -> Iterator[Tensor]:
-    """Draw batches of normalised pictures without end."""
+def _draw_batches(pictures: Tensor, rng: np.random.Generator) -> Iterator[Tensor]:
+    """Draw batches of 32 normalised pictures without end."""
     while True:
-        batch = normalize_pictures(pictures[rng.integers(len(pictures), size=batch_size)])
+        batch = normalize_pictures(pictures[rng.integers(len(pictures), size=32)])
         yield batch.contiguous(memory_format=torch.channels_last)
 
 
@@ -152,16 +149,15 @@ def standardize_latents(vae: AutoencoderKL, pictures: Tensor) -> None:
 
 
 @torch.no_grad()
-def encode_pictures(vae: AutoencoderKL, pictures: Tensor, batch_size: int = 256) -> Tensor:
+def encode_pictures(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
     """Mean latents of pictures as the networks see them.
 
     Args:
         vae: Trained autoencoder.
         pictures: ``(N, 3, 32, 32)``, uint8.
-        batch_size: Pictures per pass.
 
     Returns:
         Scaled latents ``(N, 4, 8, 8)``, float32, about unit variance.
     """
-    parts = [vae.encode(normalize_pictures(part)).latent_dist.mean for part in pictures.split(batch_size)]
+    parts = [vae.encode(normalize_pictures(part)).latent_dist.mean for part in pictures.split(256)]
     return torch.cat(parts) * vae.config.scaling_factor
