@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 from latentreward.cli import main
 from tests.marks import slow_after
@@ -176,6 +177,7 @@ def test_a_variable_with_a_stand_in_is_named_when_that_fails(monkeypatch: pytest
 
 def test_so_is_one_in_a_command_without_classes(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.delenv("REWARD", raising=False)
+    Image.new("RGB", (16, 16)).save("a.png")
     Path("images.csv").write_text("file,prompt\na.png,a cat\n")
     Path("score.yaml").write_text("model: ${oc.env:REWARD,no_such_reward}")
     line = refusal(capsys, "score", "images.csv", "scores.csv", "--config=score.yaml")

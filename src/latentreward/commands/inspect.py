@@ -85,8 +85,8 @@ def inspect(
 
 def _find_sources(
     data: str | None, reader: PairReader | list[PairReader] | None, splits: str | None
-) -> Iterator[tuple[str, Callable[[], PairReader]]]:
-    """Names, and what gives the reader of each."""
+) -> Iterator[tuple[str, PairReader | Callable[[], PairReader]]]:
+    """Names, and of each the reader or what builds it."""
     if (data is None) == (reader is None):
         raise InputError("data: give either a folder or file, or --reader CLASS with its settings")
     if data is not None:
@@ -97,20 +97,21 @@ def _find_sources(
         return
     if splits is not None:
         raise InputError("splits: only for a folder that is recognised; give each reader its split")
+    assert reader is not None  # see the first check
     taken: set[str] = set()
     for number, one in enumerate(reader if isinstance(reader, list) else [reader]):
         name = getattr(one, "split", "") or f"reader {number}"
         name = f"{name} {number}" if name in taken else name
         taken.add(name)
-        yield name, lambda one=one: one
+        yield name, one
 
 
-def _build(name: str, build: Callable[[], PairReader], report: Report, only: bool) -> PairReader | None:
+def _build(name: str, found: PairReader | Callable[[], PairReader], report: Report, only: bool) -> PairReader | None:
     logger = logging.getLogger("latentreward.data.readers")
     level = logger.level
     logger.setLevel(logging.ERROR)  # what they say of their rows is in the report
     try:
-        return build()
+        return found if isinstance(found, PairReader) else found()
     except InputError as error:
         if only:
             raise
