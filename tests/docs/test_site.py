@@ -84,6 +84,6 @@ def test_formulas_are_drawn(browser_page, address: str, name: str, at_least: int
 def test_search_finds_a_class(browser_page, address: str) -> None:
     page = browser_page(address)
     page.locator("input[name=query]").click()
-    page.locator("input[name=query]").fill("ThurstoneLoss")
+    page.locator("input[name=query]").press_sequentially("ThurstoneLoss")  # the page looks when a key is released
     page.locator(".md-search-result__item a").first.wait_for()
     assert "Thurstone" in page.locator(".md-search-result__item").first.inner_text()
