@@ -8,7 +8,7 @@ from _pytest.mark import ParameterSet
 
 
 def slow_after(count: int, cases: Iterable[Any]) -> list[ParameterSet]:
-    """Mark the cases of ``pytest.mark.parametrize`` after the first ``count`` as slow."""
+    """Mark cases of ``pytest.mark.parametrize`` after the first ``count`` as slow; a tuple holds a case's values."""
     sets = [case if isinstance(case, ParameterSet) else pytest.param(*_values(case)) for case in cases]
     return [
         case if place < count else pytest.param(*case.values, id=case.id, marks=[*case.marks, pytest.mark.slow])

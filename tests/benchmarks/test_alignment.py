@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from tests.marks import slow_after
-
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
@@ -86,7 +84,8 @@ def test_flops_of_dina(benchmark: Any) -> None:
     assert work.head < 0.03 * work.backbone
 
 
-@pytest.mark.parametrize(("size", "refl"), slow_after(0, [("toy", False), ("toy_sd35", True)]))
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "refl"), [("toy", False), ("toy_sd35", True)])
 def test_steps_at_full_size_would_run(benchmark: Any, size: str, refl: bool) -> None:
     work = benchmark.full_size_step(benchmark.FullSize("toy", size, 1, refl), torch.device("cpu"))
     assert benchmark.flops(work) > 0
