@@ -77,10 +77,16 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def _same_numbers() -> None:
-    """One seed, and one thread, which changes the last bits too: Lightning sets their number for several processes."""
+def _same_numbers() -> Iterator[None]:
+    """One seed, and one thread, which changes the last bits too: Lightning sets their number for several processes.
+
+    Lightning also leaves a process group behind, which a metric of the next test would gather over.
+    """
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @pytest.fixture

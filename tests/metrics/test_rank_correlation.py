@@ -1,5 +1,7 @@
 """Correlations of scores against torchmetrics, double loops and closed forms."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from torchmetrics.functional import pearson_corrcoef, spearman_corrcoef
 from latentreward.errors import InputError
 from latentreward.metrics import ScoreCorrelation
 from latentreward.metrics.rank_correlation import average_ranks, clustered_correlation, same_order
+from tests.losses.two_ranks import on_ranks
 
 ORACLES = {"spearman": spearman_corrcoef, "pearson": pearson_corrcoef}
 
@@ -35,6 +38,22 @@ def test_equals_torchmetrics(kind, ties) -> None:
     for part in np.array_split(np.arange(300), 4):
         metric.update(torch.from_numpy(x[part]), torch.from_numpy(y[part]))
     assert metric.compute().item() == pytest.approx(expected, abs=1e-6)
+
+
+def correlation_on_a_rank(rank: int, kind: str) -> list[float]:
+    """What one of two ranks computes: it has seen 200 or 100 of the 300 images, or none at all."""
+    x, y = (torch.from_numpy(scores) for scores in related(300))
+    metric, empty = ScoreCorrelation(kind), ScoreCorrelation(kind)
+    for part in np.array_split(np.arange(300), 3)[rank::2]:
+        metric.update(x[part], y[part])
+    return [metric.compute().item(), empty.compute().item()]
+
+
+@pytest.mark.parametrize("kind", ORACLES)
+def test_ranks_know_all_images(kind, tmp_path: Path) -> None:
+    value = clustered_correlation(*related(300), np.arange(300), kind).value
+    for found in on_ranks("tests.metrics.test_rank_correlation:correlation_on_a_rank", kind, tmp_path):
+        assert found == pytest.approx([value, float("nan")], abs=1e-6, nan_ok=True)
 
 
 def test_large_offsets_lose_no_digits() -> None:

@@ -70,7 +70,7 @@ def same_order(gap: np.ndarray, other: np.ndarray) -> np.ndarray:
 class ScoreCorrelation(Metric):
     """Correlation of two scores of the same images, over all images seen.
 
-    Keeps all scores, since ranks need them.
+    Keeps all scores, since ranks need them: a list per batch, and one tensor once torchmetrics has synchronised.
 
     Args:
         kind: ``spearman``, equal scores sharing their mean rank, or ``pearson``.
@@ -99,6 +99,6 @@ class ScoreCorrelation(Metric):
 
     def compute(self) -> Tensor:
         """Correlation in [-1, 1]; NaN with fewer than two images, or where a score does not vary."""
-        x, y = (dim_zero_cat(values).cpu().numpy() if values else np.empty(0) for values in (self.first, self.second))
+        x, y = (dim_zero_cat(s).cpu().numpy() if len(s) else np.empty(0) for s in (self.first, self.second))
         value = clustered_correlation(x, y, np.zeros(len(x), dtype=int), self.kind).value
         return torch.tensor(value, dtype=torch.float32)
