@@ -99,7 +99,7 @@ def sd_unet(**options: Any) -> UNet2DConditionModel:
         **{
             "sample_size": LATENTS,
             "block_out_channels": (8, 16, 24, 24),
-            "layers_per_block": 2,
+            "layers_per_block": 1,
             "cross_attention_dim": WIDTH,
             "attention_head_dim": 2,
             "norm_num_groups": 4,
@@ -113,7 +113,7 @@ def sdxl_unet(**options: Any) -> UNet2DConditionModel:
         **{
             "sample_size": LATENTS,
             "block_out_channels": (8, 16, 24),
-            "layers_per_block": 2,
+            "layers_per_block": 1,
             "cross_attention_dim": 2 * WIDTH,
             "attention_head_dim": (2, 2, 2),
             "norm_num_groups": 4,

@@ -26,11 +26,11 @@ def errors_at(place: str) -> Iterator[None]:
         raise InputError(f"{place}{error}") from error
 
 
-def check_at_least_one(place: str = "", /, **settings: int | None) -> None:
+def check_at_least_one(place: str = "", /, **settings: float | None) -> None:
     """Raise InputError, with ``place`` before the name, for a setting that is given and below 1."""
     for name, value in settings.items():
-        if value is not None and value < 1:
-            raise InputError(f"{place}{name} is {value}; it must be at least 1")
+        if value is not None and not value >= 1:  # NaN too
+            raise InputError(f"{place}{name} is {value:g}; it must be at least 1")
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:

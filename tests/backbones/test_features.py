@@ -9,6 +9,7 @@ from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 from torch import Tensor, nn
 
 from latentreward.backbones import DiffusionBackbone
+from latentreward.backbones.loading import load_weights
 from latentreward.contracts import Conditioning, Features
 from latentreward.errors import InputError
 from tests.backbones.networks import DITS, inputs_of, network_of, tiny_backbone
@@ -21,7 +22,7 @@ def record(module: nn.Module, seen: dict[Any, Any], key: Any) -> None:
 
 def unet_oracle(name: str, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> dict[Any, Tensor]:
     """Tap → feature map, and ``temb``, from a full forward pass."""
-    unet = UNet2DConditionModel.from_pretrained(pipeline_folder(name), subfolder="unet")
+    unet = load_weights(UNet2DConditionModel, pipeline_folder(name), subfolder="unet")
     seen: dict[Any, Any] = {}
     record(unet.conv_in, seen, 0)
     for number, block in enumerate(unet.down_blocks, start=1):
@@ -44,7 +45,7 @@ def unet_oracle(name: str, latents: Tensor, timesteps: Tensor, conditioning: Con
 
 def dit_oracle(name: str, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> dict[Any, Any]:
     """Tap → (visual tokens, text tokens), and ``temb``, from a full forward pass."""
-    dit = SD3Transformer2DModel.from_pretrained(pipeline_folder(name), subfolder="transformer")
+    dit = load_weights(SD3Transformer2DModel, pipeline_folder(name), subfolder="transformer")
     seen: dict[Any, Any] = {}
     record(dit.pos_embed, seen, "visual")
     record(dit.context_embedder, seen, "text")

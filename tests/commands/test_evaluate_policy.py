@@ -335,7 +335,7 @@ def test_lpos_published_policy_is_a_unet_in_the_folder_of_its_base(
         ([SD_TINY, "--policy.table=x.csv"], "set images"),
         ([SD_TINY, "--policy.name=a/b"], "name of a policy is 'a/b'"),
         ([SD_TINY, "--policy.name=x", "--against.pipeline=sd_tiny", "--against.name=x"], "are called 'x'"),
-        ([SD_TINY, "--policy.guidance_scale=0.5"], "guidance_scale=0.5"),
+        ([SD_TINY, "--policy.guidance_scale=0.5"], "guidance_scale is 0.5"),
         ([SD_TINY, "--guidance_scale=0.5"], "guidance_scale: 0.5 is outside"),
         ([SD_TINY, "--policy.lora=gone"], "lora: gone does not exist"),
         (["--policy.images=gone"], "no folder gone"),

@@ -141,8 +141,8 @@ def test_cached_latents_with_encoded_prompts_are_taken_as_they_are(clip: str) ->
 
 def test_refusals(clip: str) -> None:
     for options, message in (
-        ({"guidance_scale": 0.5}, r"guidance_scale=0\.5 must be at least 1"),
-        ({"decode_batch_size": 0}, "decode_batch_size=0 must be at least 1"),
+        ({"guidance_scale": 0.5}, r"guidance_scale is 0\.5; it must be at least 1"),
+        ({"decode_batch_size": 0}, "decode_batch_size is 0; it must be at least 1"),
         ({"eval_timesteps": [1001]}, r"eval_timesteps=\[1001\]: timestep 1001 is out of range"),
     ):
         with pytest.raises(InputError, match=message):

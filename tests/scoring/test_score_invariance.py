@@ -109,7 +109,7 @@ def test_bfloat16_keeps_head_vae_and_scores_in_float32(model: RewardModel) -> No
     assert torch.bfloat16 in {p.dtype for p in half.backbone.parameters()}
     for of_float, of_half in zip(expected.T, found.T, strict=True):
         change = (of_half - of_float).abs() / of_float.std()
-        assert 0 < change.max() < 0.1  # random weights spread the scores less than training does
+        assert 0 < change.max() < 0.15  # random weights spread the scores less than training does
 
 
 def test_other_precisions_are_refused(model: RewardModel) -> None:

@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 
 from latentreward.contracts import Conditioning, NoisyStates, PromptBatch, RolloutStatistics, StepPairs, StepSamples
-from latentreward.errors import InputError
+from latentreward.errors import check_at_least_one
 from latentreward.modules.based import BasedModule
 from latentreward.modules.sharding import shard_policy, shard_reward
 from latentreward.policies import PolicySource
@@ -41,8 +41,7 @@ class AlignmentModule(BasedModule):
 
     def __init__(self, policy: PolicySource, guidance_scale: float = 5.0, **options: Any) -> None:
         super().__init__(**options)
-        if not guidance_scale >= 1.0:
-            raise InputError(f"guidance_scale={guidance_scale:g} must be at least 1, which is no guidance")
+        check_at_least_one(guidance_scale=guidance_scale)
         self.policy_source, self.policy = policy, policy.load(self.seed)
         self.guidance_scale, self.based_on = guidance_scale, (self.policy, self.policy.source)
 

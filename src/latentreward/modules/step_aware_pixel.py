@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from latentreward.contracts import CrossScores, PairScores, PreferenceBatch
-from latentreward.errors import InputError
+from latentreward.errors import check_at_least_one
 from latentreward.losses import LRMLoss, PreferenceLoss, gather_with_grad
 from latentreward.modules.images import latents_of
 from latentreward.modules.pair_noise import PairDraws
@@ -60,10 +60,7 @@ class StepAwarePixelModule(PairModule):
         eval_timesteps: Sequence[float] = (0, 251, 501, 701, 951),
         **options: Any,
     ) -> None:
-        if not guidance_scale >= 1.0:
-            raise InputError(f"guidance_scale={guidance_scale:g} must be at least 1, which is no guidance")
-        if decode_batch_size < 1:
-            raise InputError(f"decode_batch_size={decode_batch_size} must be at least 1")
+        check_at_least_one(guidance_scale=guidance_scale, decode_batch_size=decode_batch_size)
         policy = generator.load()
         super().__init__(
             policy.noise_process,

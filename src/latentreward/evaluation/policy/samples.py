@@ -13,7 +13,7 @@ import torch
 from latentreward.contracts import PromptBatch
 from latentreward.data.alignment.prompt_files import PromptRow
 from latentreward.data.readers import count_text
-from latentreward.errors import InputError
+from latentreward.errors import InputError, check_at_least_one
 from latentreward.evaluation.policy.imported import FoundPicture, find_pictures, import_pictures
 from latentreward.generation.image_folder import ImageFolder
 from latentreward.generation.picture_writing import Name, decode_latents, write_pictures
@@ -58,8 +58,7 @@ class JudgedPolicy:
         """Refuse what says too much or too little."""
         if self.name is not None and not NAME.fullmatch(self.name):
             raise InputError(f"name of a policy is {self.name!r}; use up to 60 letters, digits, spaces and . , + = - _")
-        if self.guidance_scale is not None and not self.guidance_scale >= 1.0:
-            raise InputError(f"guidance_scale={self.guidance_scale:g} must be at least 1, which is no guidance")
+        check_at_least_one(guidance_scale=self.guidance_scale)
         made = any(value is not None for value in (self.pipeline, self.checkpoint, self.lora))
         if self.images is not None and made:
             raise InputError("images and a generator both say what is judged; give one of them")
