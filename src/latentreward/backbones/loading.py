@@ -263,9 +263,7 @@ def load_weights(
                 f"cannot load {where}: {kind} tensor {names[0]} ({len(names)} in all); get the files again"
             )
     for tensor in (*model.parameters(), *model.buffers()):
-        if (
-            tensor.data_ptr() % 64
-        ):  # in a mapped file: last bits on the CPU would depend on the length of its header
+        if tensor.data_ptr() % 64:  # in a mapped file: last bits on the CPU would depend on the length of its header
             tensor.data = tensor.data.clone()
     return model
 
