@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from socket import socket
 from typing import Any
 
 import torch
@@ -137,6 +138,20 @@ class Forked:
 def start(arguments: Sequence[str], **options: Any) -> Forked:
     """``latentreward`` with these arguments; for ``options`` see :class:`Forked`."""
     return Forked(_latentreward, [tuple(arguments)], **options)
+
+
+def start_ranks(
+    arguments: Sequence[str], count: int, environment: Mapping[str, str] | None = None, **options: Any
+) -> list[Forked]:
+    """``latentreward`` on so many ranks, started one by one as a cluster's launcher does; see :class:`Forked`."""
+    shared = dict(environment or {})
+    if count > 1:
+        with socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count), "NODE_RANK": "0"}
+    of_rank = [{**shared, "LOCAL_RANK": str(rank)} if count > 1 else shared for rank in range(count)]
+    return [start(arguments, environment=variables, **options) for variables in of_rank]
 
 
 def finish(arguments: Sequence[str], timeout: float = 120, **options: Any) -> Forked:

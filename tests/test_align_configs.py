@@ -46,6 +46,7 @@ def test_builds_at_full_size(name: str) -> None:
     assert all("lora" in key for key in trained)
 
 
+@pytest.mark.slow
 def test_tiny_diffusion_dpo_trains(tmp_path: Path) -> None:
     data = (f"--data.root={tmp_path / 'pairs'}", "--data.train_pairs=64", "--data.val_pairs=16")
     config = f"--config={FOLDER / 'diffusion_dpo_tiny.yaml'}"

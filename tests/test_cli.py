@@ -287,6 +287,7 @@ def test_a_file_clears_callbacks_of_earlier_files(folder: Path, capsys: pytest.C
     assert settings(capsys, "--config=quiet.yaml")["trainer"]["callbacks"] is None
 
 
+@pytest.mark.slow
 def test_both_spellings_of_callbacks_in_one_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = "trainer:\n  callbacks: {class_path: plugin.Note, init_args: {text: a}}\n"
     text += "  callbacks+:\n    - {class_path: plugin.Note, init_args: {text: b}}\n"

@@ -49,7 +49,7 @@ FIRST = [("dina_lrm_tiny", "pickapic"), ("lrm_tiny", "hpdv3")]
 OTHERS = [(model, layout) for model in TINY for layout in ("pickapic", "hpdv3") if (model, layout) not in FIRST]
 
 
-@pytest.mark.parametrize(("model", "layout"), slow_after(len(FIRST), FIRST + OTHERS))
+@pytest.mark.parametrize(("model", "layout"), slow_after(1, FIRST + OTHERS))
 def test_fit_validate_test_and_predict(model: str, layout: str, pairs: dict[str, Path], tmp_path: Path) -> None:
     settings = options(model, layout, pairs, tmp_path)
     main(["fit", *settings, "--trainer.limit_val_batches=1", "--trainer.callbacks=TrainableEMA"])
@@ -65,6 +65,7 @@ def test_fit_validate_test_and_predict(model: str, layout: str, pairs: dict[str,
     assert all(torch.isfinite(torch.tensor(table["margin"])))
 
 
+@pytest.mark.slow
 def test_the_saved_config_trains_the_same_weights(pairs: dict[str, Path], tmp_path: Path) -> None:
     main(["fit", *options("dina_lrm_tiny", "hpdv3", pairs, tmp_path / "first"), "--trainer.limit_val_batches=0"])
     saved = tmp_path / "first" / "run" / "config.yaml"
@@ -77,7 +78,7 @@ def test_the_saved_config_trains_the_same_weights(pairs: dict[str, Path], tmp_pa
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("model", slow_after(2, FULL_SIZE))
+@pytest.mark.parametrize("model", slow_after(1, FULL_SIZE))
 def test_full_size_configs_parse(
     model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -129,7 +130,7 @@ REAL_DATA = {
 @pytest.mark.parametrize(
     ("change", "words"),
     slow_after(
-        2,
+        1,
         [
             ("column", ["label_0"]),
             ("empty", ["no rows left"]),
@@ -153,23 +154,26 @@ def test_damaged_data_is_one_line(
 
 @pytest.mark.parametrize(
     ("setting", "words"),
-    [
-        ("--model.backbone=sd_tinny", ["sd_tinny", "did you mean 'sd_tiny'"]),
-        ("--model.head=GatedQFormerHed", ["GatedQFormerHed", "did you mean 'GatedQFormerHead'"]),
-        ("--model.loss=LRMLos", ["LRMLos", "did you mean 'LRMLoss'"]),
-        ("--model.backbone.source=/nowhere/at/all", ["/nowhere/at/all", "does not exist"]),
-        (f"--model.backbone.source={CONFIGS}", ["is no diffusers pipeline"]),
-        ("--model.backbone.visual_taps=[1,9]", ["visual_taps=[1, 9]", "block 9", "blocks 1 to 5"]),
-        ("--model.backbone.tuning=halff", ["tuning", "halff"]),
-        ("--model.backbone.lora.rank=4", ["lora", "tuning: lora"]),
-        ("--model.eval_timesteps=[1,2000]", ["eval_timesteps", "2000", "out of range"]),
-        ("--model.optimizer.lr=-1", ["model.optimizer.lr: -1.0", "[0, 1000]"]),
-        ("--model.optimizer.lr=fast", ["lr", "fast"]),
-        ("--trainer.precision=bf16-true", ["precision=bf16-true", "bf16-mixed"]),
-        ("--model.optimizer.lr=1000", ["loss is", "optimiser step", "train-00000"]),
-        ("--data.root=/dev/null/x", ["/dev/null"]),
-        ("--ckpt_path=/nowhere.ckpt", ["/nowhere.ckpt"]),
-    ],
+    slow_after(
+        3,
+        [
+            ("--model.backbone=sd_tinny", ["sd_tinny", "did you mean 'sd_tiny'"]),
+            ("--model.head=GatedQFormerHed", ["GatedQFormerHed", "did you mean 'GatedQFormerHead'"]),
+            ("--model.loss=LRMLos", ["LRMLos", "did you mean 'LRMLoss'"]),
+            ("--model.backbone.source=/nowhere/at/all", ["/nowhere/at/all", "does not exist"]),
+            (f"--model.backbone.source={CONFIGS}", ["is no diffusers pipeline"]),
+            ("--model.backbone.visual_taps=[1,9]", ["visual_taps=[1, 9]", "block 9", "blocks 1 to 5"]),
+            ("--model.backbone.tuning=halff", ["tuning", "halff"]),
+            ("--model.backbone.lora.rank=4", ["lora", "tuning: lora"]),
+            ("--model.eval_timesteps=[1,2000]", ["eval_timesteps", "2000", "out of range"]),
+            ("--model.optimizer.lr=-1", ["model.optimizer.lr: -1.0", "[0, 1000]"]),
+            ("--model.optimizer.lr=fast", ["lr", "fast"]),
+            ("--trainer.precision=bf16-true", ["precision=bf16-true", "bf16-mixed"]),
+            ("--model.optimizer.lr=1000", ["loss is", "optimiser step", "train-00000"]),
+            ("--data.root=/dev/null/x", ["/dev/null"]),
+            ("--ckpt_path=/nowhere.ckpt", ["/nowhere.ckpt"]),
+        ],
+    ),
 )
 def test_bad_settings_are_one_line(
     setting: str, words: list[str], pairs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]

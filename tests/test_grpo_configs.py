@@ -31,11 +31,12 @@ def _paths(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("name", slow_after(2, FILES))
+@pytest.mark.parametrize("name", slow_after(1, FILES))
 def test_parses_and_keeps_its_runs_apart(name: str) -> None:
     assert parse(f"configs/align/{name}.yaml").config["fit"]["trainer"].default_root_dir == f"runs/{name}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_after(1, ["grpo_stepwise_sd15", "grpo_stepwise_sd35", "grpo_trajectory_sd35"]))
 def test_builds_at_full_size(name: str) -> None:
     with torch.device("meta"):

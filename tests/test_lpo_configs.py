@@ -46,6 +46,7 @@ def test_parses_and_keeps_its_runs_apart(name: str) -> None:
     assert settings.default_root_dir == f"runs/{name}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_after(1, ["lpo_sd15", "lpo_sd3", "lpo_sdxl"]))
 def test_builds_at_full_size(name: str) -> None:
     with torch.device("meta"):

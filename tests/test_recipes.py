@@ -103,7 +103,7 @@ def _paths(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.mark.parametrize(
     "path",
-    slow_after(2, [*RECIPES, *ABLATIONS]),
+    slow_after(1, [*RECIPES, *ABLATIONS]),
     ids=lambda path: path.stem,
 )
 def test_builds_at_full_size_as_its_head_comment_says(path: Path) -> None:
@@ -115,7 +115,7 @@ def test_builds_at_full_size_as_its_head_comment_says(path: Path) -> None:
     assert (logger.save_dir, logger.name, logger.version) == ("runs", path.stem, "")
 
 
-@pytest.mark.parametrize("name", slow_after(2, ["lrm_sd15", "lrm_sdxl", "lrm_sd3", "dina_lrm_sd35"]))
+@pytest.mark.parametrize("name", slow_after(1, ["lrm_sd15", "lrm_sdxl", "lrm_sd3", "dina_lrm_sd35"]))
 def test_recipe_has_the_model_of_its_model_file(name: str) -> None:
     files = [f"configs/{room}/{name}.yaml" for room in ("recipes", "model")]
     spelt_out, left_out = (parse(file).config["fit"]["model"].clone() for file in files)
@@ -145,6 +145,7 @@ def test_sdxl_has_no_text_projection() -> None:
     assert module.model.head.visual_projection.weight.shape == (1280, 3520)
 
 
+@pytest.mark.slow
 def test_sd3_reads_block_18() -> None:
     backbone = on_meta(*recipe("lrm_sd3")).model.backbone
     assert len(backbone.transformer.transformer_blocks) == 18
@@ -161,6 +162,7 @@ def test_dina_trains_adapters_and_head() -> None:
     assert {p.dtype for p in module.parameters() if p.requires_grad} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_released_constants_replace_the_papers() -> None:
     paper, code = parse(*recipe("dina_lrm_sd35")), parse(*recipe("dina_lrm_sd35_code"))
     sigmas = [cli.config["fit"]["model"].init_args.loss.init_args.sigma_u for cli in (paper, code)]
@@ -182,6 +184,7 @@ def test_pairs_per_step_are_the_published_ones(name: str, pairs_per_step: int) -
     assert settings.data.init_args.batch_size * trainer.devices * accumulated == pairs_per_step
 
 
+@pytest.mark.slow
 def test_loss_class_and_frozen_backbone_are_exchanged() -> None:
     module = on_meta(*recipe("dina_bradley_terry_margin"), "configs/recipes/ablations/dina_frozen_backbone.yaml")
     assert isinstance(module.loss, BradleyTerryLoss)
@@ -189,6 +192,7 @@ def test_loss_class_and_frozen_backbone_are_exchanged() -> None:
     assert trained(module) == trained(module.model.head)
 
 
+@pytest.mark.slow
 def test_without_enhancement_the_empty_prompt_is_not_read() -> None:
     assert on_meta(*recipe("lrm_sd15")).model.head.needs_uncond
     head = on_meta(*recipe("lrm_without_vfe")).model.head
@@ -196,6 +200,7 @@ def test_without_enhancement_the_empty_prompt_is_not_read() -> None:
     assert not head.needs_uncond
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "low", "high"),
     slow_after(
@@ -225,6 +230,7 @@ def rows(name: str, *options: str) -> int:
     return len(data.datasets["train"])
 
 
+@pytest.mark.slow
 def test_filter_strategies_keep_the_sample_rows_they_should() -> None:
     expected = json.loads((SAMPLES / "EXPECTED.json").read_text())["lrm_mpcf"]
     names = {1: "lrm_mpcf_strategy_1", 2: "lrm_sd15", 3: "lrm_mpcf_strategy_3"}

@@ -77,6 +77,7 @@ def test_path_that_is_no_pipeline(tmp_path: Path) -> None:
     refused("sd15", "not a/hub id", "is neither a folder here nor to be had from the hub")
 
 
+@pytest.mark.slow
 def test_hub_id_without_network_fails_fast() -> None:
     """A port where nothing listens stands for the hub; huggingface_hub alone would retry for half a minute."""
     code = "from latentreward.backbones import create_backbone; create_backbone('sd15', source='nobody/nothing')"

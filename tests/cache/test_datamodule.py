@@ -156,6 +156,7 @@ def dpo() -> DiffusionDPOModule:
     return DiffusionDPOModule(PolicySource("sd35_tiny"), posterior="mode", seed=0)
 
 
+@pytest.mark.slow
 def test_a_policy_learns_from_the_cache_as_from_images(world: Path) -> None:
     wanted, got = fit(dpo(), pixels(world), max_steps=3), fit(dpo(), cached(world / "train"), max_steps=3)
     assert got.pairs == wanted.pairs

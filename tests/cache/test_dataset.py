@@ -80,6 +80,7 @@ def test_without_text_the_batch_brings_prompts_alone(tmp_path: Path) -> None:
     assert dataset(folder)[0].conditioning is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("context", [multiprocessing.get_context("fork"), FORKS], ids=["fork", "forkserver"])
 def test_workers_give_the_same_batches(context: BaseContext, tmp_path: Path) -> None:
     folder = write_cache(tmp_path / "cache", PAIRS_OF_FIVE, [(16, 16)] * 6)

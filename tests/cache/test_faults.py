@@ -122,6 +122,7 @@ def test_a_finished_cache_is_left_alone(written: tuple[Path, Path], capsys: pyte
     assert "shards are there already" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_full_disk_loses_nothing(written: tuple[Path, Path], tmp_path: Path) -> None:
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))"  # the largest shards are larger
     run = fork_cache(tmp_path / "cache", written[0], *SETTINGS, setup=limit)

@@ -65,7 +65,12 @@ def write_rows(root: Path, rows: list[dict[str, object]]) -> Path:
 
 def run_cache(output: Path, root: Path, *settings: str) -> None:
     """``latentreward cache`` in this process."""
-    main(["cache", str(output), *SETTINGS, f"--reader.root={root}", *settings])
+    main(cache_arguments(output, root, *settings))
+
+
+def cache_arguments(output: Path, root: Path, *settings: str) -> list[str]:
+    """The command line, after the name of the program."""
+    return ["cache", str(output), *SETTINGS, f"--reader.root={root}", *settings]
 
 
 def start_cache(output: Path, root: Path, *settings: str, setup: str = "", threads: int = 1) -> subprocess.Popen[str]:
@@ -77,7 +82,7 @@ def start_cache(output: Path, root: Path, *settings: str, setup: str = "", threa
         (folder / "sitecustomize.py").write_text(setup)
         environment["PYTHONPATH"] = str(folder)
     return subprocess.Popen(
-        [sys.executable, "-m", "latentreward", "cache", str(output), *SETTINGS, f"--reader.root={root}", *settings],
+        [sys.executable, "-m", "latentreward", *cache_arguments(output, root, *settings)],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -87,7 +92,7 @@ def start_cache(output: Path, root: Path, *settings: str, setup: str = "", threa
 
 def fork_cache(output: Path, root: Path, *settings: str, setup: str) -> Forked:
     """``latentreward cache`` on one rank, as a process of its own that runs the Python lines ``setup`` first."""
-    return Forked(_cache_after, [setup, ["cache", str(output), *SETTINGS, f"--reader.root={root}", *settings]])
+    return Forked(_cache_after, [setup, cache_arguments(output, root, *settings)])
 
 
 def _cache_after(setup: str, arguments: Sequence[str]) -> None:

@@ -24,6 +24,7 @@ from pyarrow import parquet
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from latentreward.errors import InputError
+from tests.marks import slow_after
 
 
 def trained(module):
@@ -84,7 +85,9 @@ def test_checkpoint_holds_what_trains_and_resumes_exactly(module, batches, loade
     assert all(torch.equal(before[name], value) for name, value in trained(module).items())
 
 
-@pytest.mark.parametrize(("change", "message"), [("drop", "lacks model.head"), ("add", "unknown weight model.extra")])
+@pytest.mark.parametrize(
+    ("change", "message"), slow_after(1, [("drop", "lacks model.head"), ("add", "unknown weight model.extra")])
+)
 def test_checkpoint_of_another_model_is_refused(module, batches, loader, make_trainer, tmp_path, change, message):
     saver = ModelCheckpoint(dirpath=tmp_path, filename="small")
     make_trainer(callbacks=[TrainableCheckpoint(), saver], enable_checkpointing=True).fit(module, loader(batches))
@@ -128,6 +131,7 @@ def test_ema_counts_optimiser_steps_not_batches(module, batches, loader, make_tr
     assert ema.updates == 2
 
 
+@pytest.mark.slow
 def test_ema_of_a_resumed_run_equals_the_uninterrupted_one(module, batches, loader, make_trainer, tmp_path):
     start = {name: value.clone() for name, value in module.state_dict().items()}
     whole = TrainableEMA()

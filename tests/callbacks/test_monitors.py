@@ -149,6 +149,7 @@ def test_hacking_stops_the_run_with_a_checkpoint_that_has_all(make_trainer, tmp_
     )
 
 
+@pytest.mark.slow
 def test_hacking_may_only_be_told(make_trainer, tmp_path, caplog):
     monitor = HackingMonitor(PROMPTS, FallingScorer(), every_n_steps=2, action="warn")
     trainer = make_trainer(callbacks=[monitor], max_epochs=-1, max_steps=4)
@@ -166,6 +167,7 @@ def test_a_held_out_score_that_falls_with_the_reward_is_no_hacking(make_trainer,
     assert "hacks" not in caplog.text
 
 
+@pytest.mark.slow
 def test_scores_are_logged_at_their_step_whatever_the_interval_of_the_log(make_trainer, tmp_path):
     logger = CSVLogger(tmp_path, name="", version="")
     monitor = HackingMonitor(PROMPTS, held_out(), every_n_steps=2)
@@ -186,6 +188,7 @@ class UntrainedLRM(RewardSource):
         return LatentScorer(model.eval().requires_grad_(False), policy.noise_process)
 
 
+@pytest.mark.slow
 def test_a_latent_reward_is_watched_beside_the_shipped_held_out_scorer(make_trainer):
     module = LPOModule(PolicySource("sd_tiny"), UntrainedLRM(), FixedThreshold(0.0), **SETTINGS)
     monitor = HackingMonitor(PROMPTS, PickScorer("held_out_tiny"), every_n_steps=1, reward_sigmas=(0.2,))
@@ -224,6 +227,7 @@ def test_collapse_ends_the_run_naming_step_and_figures(make_trainer, monkeypatch
     assert decoded == [4, 4]
 
 
+@pytest.mark.slow
 def test_scores_that_no_longer_differ_are_a_collapse(make_trainer):
     module = grpo()
 
@@ -238,6 +242,7 @@ def test_scores_that_no_longer_differ_are_a_collapse(make_trainer):
         make_trainer(callbacks=[guard, Flatten()], max_epochs=-1, max_steps=2).fit(module, datamodule=prompts())
 
 
+@pytest.mark.slow
 def test_samples_that_are_not_finite_end_the_run_naming_the_step(make_trainer):
     class Break(Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):

@@ -7,6 +7,7 @@ import torch
 import yaml
 
 from latentreward.cli import main
+from tests.marks import slow_after
 from tests.small_user import ROWS, SEEN, SmallUserModule, refusal, run
 
 COSINE = ("--model.lr_scheduler=CosineAnnealingLR", "--model.lr_scheduler.eta_min=0.001")
@@ -36,9 +37,11 @@ def saved(folder: Path, number: int = 1) -> dict:
     return yaml.safe_load((folder / "run" / f"config_{number}.yaml").read_text())
 
 
-@pytest.mark.parametrize("schedule", [(), (*COSINE, "--model.lr_scheduler.T_max=20")], ids=["constant", "cosine"])
+@pytest.mark.parametrize(
+    "schedule", slow_after(1, [[], [*COSINE, "--model.lr_scheduler.T_max=20"]]), ids=["constant", "cosine"]
+)
 def test_a_plain_resume_says_nothing_and_is_the_rest_of_the_run(
-    schedule: tuple[str, ...], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    schedule: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = ("--model.optimizer=AdamW", "--model.optimizer.lr=0.1", *schedule)
     whole = run("fit", tmp_path / "whole", "--trainer.max_steps=10", *settings)
@@ -78,6 +81,7 @@ def test_the_checkpoints_settings_win_and_the_saved_config_states_them(
     assert lines(caplog) == []
 
 
+@pytest.mark.slow
 def test_settings_that_were_left_to_their_defaults_are_stated_too(tmp_path: Path) -> None:
     checkpoint, _ = start(tmp_path, "--model.optimizer=AdamW", "--model.optimizer.lr=0.1")
     resume(tmp_path, checkpoint)
@@ -86,16 +90,19 @@ def test_settings_that_were_left_to_their_defaults_are_stated_too(tmp_path: Path
 
 @pytest.mark.parametrize(
     "schedule",
-    [
-        (),
-        (*COSINE, "--model.lr_scheduler.T_max=20"),
-        ("--model.lr_scheduler=LinearLR", "--model.lr_scheduler.start_factor=0.25"),
-        ("--model.lr_scheduler=ExponentialLR", "--model.lr_scheduler.gamma=0.5"),
-    ],
+    slow_after(
+        1,
+        [
+            [],
+            [*COSINE, "--model.lr_scheduler.T_max=20"],
+            ["--model.lr_scheduler=LinearLR", "--model.lr_scheduler.start_factor=0.25"],
+            ["--model.lr_scheduler=ExponentialLR", "--model.lr_scheduler.gamma=0.5"],
+        ],
+    ),
     ids=["constant", "cosine", "warm-up", "exponential"],
 )
 def test_a_given_learning_rate_goes_through_the_schedule(
-    schedule: tuple[str, ...], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    schedule: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     checkpoint, _ = start(tmp_path, "--model.optimizer=AdamW", "--model.optimizer.lr=0.1", *schedule)
     settings = ("--model.optimizer=AdamW", "--model.optimizer.lr=0.01", *schedule)
@@ -127,6 +134,7 @@ def test_a_given_schedule_is_placed_at_the_restored_step(tmp_path: Path, capsys:
     assert rate(constant) == 0.1
 
 
+@pytest.mark.slow
 def test_a_schedule_begins_where_the_checkpoint_had_none(tmp_path: Path) -> None:
     optimizer = ("--model.optimizer=AdamW", "--model.optimizer.lr=0.1")
     linear = ("--model.lr_scheduler=LinearLR", "--model.lr_scheduler.total_iters=100")

@@ -159,6 +159,7 @@ def test_one_scorer_shows_its_surest_mistakes(here: Path) -> None:
     assert "Surest mistakes" in Path("out/report.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_scorer_that_is_added_is_the_only_one_to_run(here: Path) -> None:
     run(benchmarks=sets("hpdv3"), scorers=[function("luminance")])
     calls = Path("calls.txt").read_text()
@@ -168,6 +169,7 @@ def test_a_scorer_that_is_added_is_the_only_one_to_run(here: Path) -> None:
     assert all(pair["gaps"]["luminance"] * pair["gaps"]["redness"] < 0 for pair in report["telling"])
 
 
+@pytest.mark.slow
 def test_two_rewards_of_ones_own(here: Path, reward: str, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("first", "second"):
         shutil.copytree(Path(reward).parent, Path("runs", name, "checkpoints"))
@@ -191,6 +193,7 @@ def test_an_image_is_scored_once(here: Path) -> None:
     assert len(Path("calls.txt").read_text()) == len(images) < 2 * table.num_rows
 
 
+@pytest.mark.slow
 def test_running_again_writes_the_same_bytes(here: Path, reward: str) -> None:
     options = {"benchmarks": sets("hpdv3"), "scorers": [function("luminance")], "model": reward, "levels": [0.3]}
     run(**options)
@@ -212,7 +215,7 @@ def test_a_folder_is_enough(here: Path, reward: str) -> None:
 @pytest.mark.parametrize(
     ("name", "protocols"),
     slow_after(
-        2,
+        1,
         [
             ("imagereward", ["imagereward/micro", "imagereward/macro"]),
             ("imagerewarddb", ["imagereward/micro", "imagereward/macro"]),
@@ -255,6 +258,7 @@ def test_missing_and_broken_images_are_counted(here: Path, capsys: pytest.Captur
     assert "hpdv3 test: 2 pairs left out: 1 missing file, 1 unknown image format" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_limit_is_said_loudly_and_goes_on(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = {"benchmarks": sets("hpdv2"), "scorers": [function("luminance")]}
     report = run("--limit=10", **options)
@@ -272,6 +276,7 @@ def test_a_limit_is_said_loudly_and_goes_on(here: Path, capsys: pytest.CaptureFi
     assert run("--limit=10", **options) == report
 
 
+@pytest.mark.slow
 def test_a_reward_that_was_trained_again_is_not_taken_for_the_old_one(
     here: Path, reward: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -288,6 +293,7 @@ def test_a_reward_that_was_trained_again_is_not_taken_for_the_old_one(
     assert "delete" in line
 
 
+@pytest.mark.slow
 def test_settings_of_the_run_count_and_its_logs_do_not(
     here: Path, reward: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -382,6 +388,7 @@ def test_page_of_real_results(here: Path, reward: str, browser_page: "Pages") ->
     assert page.locator("img.plot").count() == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", slow_after(2, sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem != "tiny"))
 )
@@ -409,6 +416,7 @@ def test_shipped_tiny_config(here: Path, reward: str, monkeypatch: pytest.Monkey
     assert report["agreement"][0]["benchmark"] == "tinyworld test"
 
 
+@pytest.mark.slow
 def test_shipped_pixel_scorers(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clip = write_clip(here / "clip")
     for variable in ("PICKSCORE_PATH", "CLIP_H_PATH", "CLIP_L_PATH"):

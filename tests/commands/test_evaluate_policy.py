@@ -96,6 +96,7 @@ def pictures(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.glob("0*.png"))}
 
 
+@pytest.mark.slow
 def test_two_policies_from_prompts_to_reports(evaluate: Run, lora: Path, tmp_path: Path) -> None:
     report = evaluate(
         SD_TINY, f"--policy.lora={lora}", "--policy.name=tuned", "--against.pipeline=sd_tiny", "--against.name=base",
@@ -150,6 +151,7 @@ def test_policies_that_noise_does_not_pair_are_said(evaluate: Run, capsys: pytes
     assert f"note: {note}" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_first_picture_alone_or_all(evaluate: Run, tmp_path: Path) -> None:
     every = evaluate(SD_TINY, "--images_per_prompt=3", folder="all")
     first = evaluate(SD_TINY, "--images_per_prompt=3", "--images_scored=first", folder="first")
@@ -163,6 +165,7 @@ def test_the_first_picture_alone_or_all(evaluate: Run, tmp_path: Path) -> None:
     assert "the first alone is made and scored" in first["notes"][0]
 
 
+@pytest.mark.slow
 def test_shared_noise_is_the_same_for_all_prompts(evaluate: Run, tmp_path: Path) -> None:
     (tmp_path / "twice.txt").write_text("a red circle\na red circle\n")
     own = evaluate(SD_TINY, "--images_per_prompt=2", folder="own", file=tmp_path / "twice.txt")
@@ -186,6 +189,7 @@ def test_nothing_is_done_twice(evaluate: Run, tmp_path: Path, monkeypatch: pytes
     }
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_pictures_and_scores(
     evaluate: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -236,6 +240,7 @@ def test_scores_of_a_file_that_was_written_anew_are_new(evaluate: Run, prompts: 
         assert report["scores"][0]["mean"]["value"] == value
 
 
+@pytest.mark.slow
 def test_a_folder_from_elsewhere_is_judged_by_its_table(evaluate: Run, prompts: Path, tmp_path: Path) -> None:
     main(["generate", str(prompts), str(tmp_path / "made"), "--policy.source=sd_tiny", "--images_per_prompt=2", *FAST])
     report = evaluate(f"--policy.images={tmp_path / 'made'}", SD_TINY.replace("policy", "against"), file=None)
@@ -271,6 +276,7 @@ def test_missing_pictures_are_refused_or_left_out(
     assert "no picture is left" in refused(*both, "--missing=leave_out", folder="none")
 
 
+@pytest.mark.slow
 def test_several_files_of_prompts_are_groups(evaluate: Run, tmp_path: Path) -> None:
     pattern = f"{FORMATS}/hpdv2/benchmark/[!d]*.json"
     report = evaluate(SD_TINY, f"--prompts={pattern}", "--parts=3", file=None)
@@ -283,6 +289,7 @@ def test_several_files_of_prompts_are_groups(evaluate: Run, tmp_path: Path) -> N
     assert "parts' sd" in (tmp_path / "out" / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_published_numbers_stand_in_lpos_preset_alone(
     evaluate: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -353,6 +360,7 @@ def test_bad_settings_are_one_line(refused: Callable[..., str], options: list[st
     assert message in refused(*options)
 
 
+@pytest.mark.slow
 def test_bad_prompts_and_folders_are_one_line(evaluate: Run, refused: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("\n  \n")
     assert "holds no prompt" in refused(SD_TINY, file=tmp_path / "empty.txt")
@@ -366,6 +374,7 @@ def test_bad_prompts_and_folders_are_one_line(evaluate: Run, refused: Callable[.
     assert "1 prompts have more than 75 words" in evaluate(SD_TINY, folder="long", file=long)["notes"][0]
 
 
+@pytest.mark.slow
 def test_a_scorer_of_several_columns_gives_several_scores(evaluate: Run, tmp_path: Path) -> None:
     channels = '{"class_path": "tests.evaluation.policy.toy_scorers.Channels", "init_args": {"name": "channels"}}'
     report = evaluate(SD_TINY, "--against.pipeline=sd_tiny", f"--scorers=[{channels}, {toy(name='again')}]")

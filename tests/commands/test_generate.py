@@ -60,6 +60,7 @@ def test_pictures_grid_and_table(generate: Callable[..., Any], tmp_path: Path) -
     assert len({picture.tobytes() for picture in found.values()}) == 6
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on(
     generate: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,6 +104,7 @@ def test_ctrl_c_keeps_the_batches_that_are_done(
     assert all(np.array_equal(whole[name], resumed[name]) for name in whole)
 
 
+@pytest.mark.slow
 def test_neither_batch_nor_later_prompts_change_a_picture(generate: Callable[..., Any], tmp_path: Path) -> None:
     generate("--batch_size=1", folder="one")
     (tmp_path / "prompts.txt").write_text("\n".join([*PROMPTS, "a small red cross on a black background"]))
@@ -123,6 +125,7 @@ def test_a_reward_chooses(generate: Callable[..., Any], options: list[str]) -> N
     assert sum(row["score"] for row in chosen) > sum(row["score"] for row in plain)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_and_its_exported_lora_make_the_same_pictures(
     generate: Callable[..., Any], tmp_path: Path
 ) -> None:

@@ -63,6 +63,7 @@ def test_a_gallery(home: Path) -> None:
     assert not told_places(page, home / "s.csv")
 
 
+@pytest.mark.slow
 def test_a_benchmark(home: Path) -> None:
     data = shutil.copytree(COMMITTED / "imagereward", home / "imagereward")
     options = [f"--data={data}", f"--model={home}/run", "--levels=[]", "--draws=1", "--limit=2", "--telling_pairs=1"]

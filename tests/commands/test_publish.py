@@ -17,6 +17,7 @@ from latentreward.cli import main
 from latentreward.scoring import RewardModel, ScoringNoise
 from latentreward.scoring.layouts import saving
 from latentreward.storage import durable
+from tests.marks import slow_after
 from tests.rewards.stored import write_run
 from tests.scoring.stub_hub import StubHub, running_hub, set_hub
 from tests.scoring.test_published import write_lrm
@@ -106,6 +107,7 @@ def test_a_run_is_published_calibrated(run: Path, pictures: Path, tmp_path: Path
         assert text in card
 
 
+@pytest.mark.slow
 def test_a_published_layout_is_published_with_its_base(tmp_path: Path, capsys: Any) -> None:
     write_lrm(tmp_path / "lrm", "sd15")
     base = pipeline_folder("sd15")
@@ -135,6 +137,7 @@ def test_the_draw_of_a_large_reference_is_the_seeds(run: Path, pictures: Path, t
     assert means[0] == means[1] != means[2]
 
 
+@pytest.mark.slow
 def test_published_again_at_other_noise_it_loses_its_calibration(
     run: Path, pictures: Path, tmp_path: Path, capsys: Any
 ) -> None:
@@ -161,7 +164,7 @@ def test_to_the_hub(run: Path, hub: StubHub, tmp_path: Path, monkeypatch: pytest
     assert hub.tokens >= {"Bearer hf_secret"}
 
 
-@pytest.mark.parametrize(("module", "step"), [(saving, "write_weights"), (durable, "_swapped")])
+@pytest.mark.parametrize(("module", "step"), slow_after(1, [(saving, "write_weights"), (durable, "_swapped")]))
 def test_ctrl_c_leaves_a_whole_folder_or_none(
     run: Path, tmp_path: Path, module: Any, step: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

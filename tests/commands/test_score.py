@@ -121,6 +121,7 @@ def test_levels_seeds_and_the_score_at_each_level(here: Path, dina: str) -> None
     torch.testing.assert_close(torch.tensor(only_seeds["score"].to_pylist()), expected, rtol=0, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_timesteps(here: Path, lrm: str) -> None:
     write_pictures(here / "pics", 2)
     table = score("pics", "s.csv", lrm, "--noise.timesteps=[1,501]", "--each_level=true")
@@ -136,6 +137,7 @@ def test_each_of_one_level(here: Path, lrm: str) -> None:
     assert table["score"].to_pylist() == table["score_t_1"].to_pylist()
 
 
+@pytest.mark.slow
 def test_a_calibrated_model(here: Path, dina: str, capsys: pytest.CaptureFixture[str]) -> None:
     write_pictures(here / "pics", 4)
     model = RewardModel.from_pretrained(dina)
@@ -284,6 +286,7 @@ def test_after_sigkill_it_goes_on_to_the_same_bits(here: Path, dina: str) -> Non
     assert not (here / "killed.csv.parts").exists()
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_what_was_scored(
     here: Path, lrm: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -486,6 +489,7 @@ def test_an_image_without_a_finite_score_does_not_cost_the_others_theirs(
     )
 
 
+@pytest.mark.slow
 def test_start_up_loads_neither_lightning_nor_networks() -> None:
     """They take seconds; networks' libraries load with the model."""
     code = "import sys, latentreward.commands.score, latentreward.scoring.layouts.find\n"

@@ -26,7 +26,7 @@ def keys(module: RollingModule) -> list[str]:
     return [key for _, batch in module.seen for key in batch]
 
 
-@pytest.mark.parametrize("name", slow_after(2, SETTINGS))
+@pytest.mark.parametrize("name", slow_after(1, SETTINGS))
 def test_every_checkpoint_leads_to_the_same_end(name: str, tmp_path: Path) -> None:
     saver = SaveAlways(tmp_path)
     whole = make_trainer(tmp_path, [saver], **SETTINGS[name])

@@ -90,6 +90,7 @@ def test_lightning_leaves_shares_and_state_alone() -> None:
     assert trainer.fit_loop.state_dict()["state_dict"]["combined_loader"] == [train.state_dict()]
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_one_line() -> None:
     train = loader(workers=2, rows=200, batch_size=2)
     iterator = iter(train)

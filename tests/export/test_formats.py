@@ -34,7 +34,9 @@ UNET_LAYERS = (
 DIT_LAYERS = ("attn.to_q", "attn.add_k_proj", "attn.to_out.0", "ff.net.0.proj", "norm1.linear")
 
 
-@pytest.fixture(params=[("sd15", True), ("sdxl", False), ("sd3", True), ("sd35_no_t5", False)], ids=lambda p: p[0])
+@pytest.fixture(
+    params=slow_after(1, [["sd15", True], ["sdxl", False], ["sd3", True], ["sd35_no_t5", False]]), ids=lambda p: p[0]
+)
 def trained(request: pytest.FixtureRequest) -> tuple[Policy, str]:
     """A policy with an adapter on attention alone, or on many kinds of layers."""
     name, wide = request.param

@@ -8,18 +8,16 @@ or both are killed; the next run starts at once, while a survivor may still be w
 """
 
 import argparse
-import contextlib
-import os
 import random
-import signal
-import subprocess
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from latentreward.cache.check import check_cache
 from latentreward.storage.durable import LOCK
-from tests.cache.writing import contents, start_cache, write_data
+from tests.cache.writing import cache_arguments, contents, write_data
+from tests.processes import Forked, start_ranks
 
 SETTINGS = ("--encoder.text=true", "--encoder.prompts_per_shard=4", "--encoder.batch_size=2", "--num_workers=1")
 PATIENCE = 300.0
@@ -37,42 +35,23 @@ def begun(cache: Path) -> int:
     return lock.stat().st_mtime_ns if lock.exists() else 0
 
 
-def children(process: int) -> list[int]:
-    """Processes that ``process`` started: ranks and their workers."""
-    try:
-        return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
-    except OSError:
-        return []
-
-
-def ranks(run: subprocess.Popen[str]) -> list[int]:
-    """Process ids of the ranks, the first of them ``run`` itself; workers are left out."""
-    others = []
-    for child in children(run.pid):
-        with contextlib.suppress(OSError):  # a worker has the environment of its parent, whose rank is 0
-            others += [child] if b"LOCAL_RANK=1" in Path(f"/proc/{child}/environ").read_bytes() else []
-    return [run.pid, *others]
-
-
-def interrupt(run: subprocess.Popen[str], cache: Path, draw: random.Random) -> str:
-    """Let ``run`` finish a few more shards, kill some of its ranks, and wait for the first; returns what was done."""
+def interrupt(ranks: Sequence[Forked], cache: Path, draw: random.Random) -> str:
+    """Let a run finish a few more shards, kill some of its ranks, and wait for the first; returns what was done."""
     before, since = finished(cache), begun(cache)
     more, delay = draw.randint(0, 4), draw.uniform(0, 0.2)
     end = time.monotonic() + PATIENCE
-    while run.poll() is None and (begun(cache) == since or finished(cache) < before + more):
+    while ranks[0].poll() is None and (begun(cache) == since or finished(cache) < before + more):
         assert time.monotonic() < end, "the run hangs"
         time.sleep(0.002)
     time.sleep(delay)
-    if run.poll() is not None:
-        output = "" if run.returncode == 0 else run.communicate(timeout=PATIENCE)
-        return f"{output} ended by itself with status {run.returncode}"
-    victims = ranks(run)
-    chosen = draw.sample(victims, draw.randint(1, len(victims)))
-    for victim in chosen:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(victim, signal.SIGKILL)
-    run.wait(PATIENCE)  # not for its output, which a survivor holds open
-    names = " and ".join("first" if victim == run.pid else "second" for victim in sorted(chosen, key=victims.index))
+    if ranks[0].poll() is not None:
+        output = "" if ranks[0].returncode == 0 else ranks[0].stderr
+        return f"{output} ended by itself with status {ranks[0].returncode}"
+    chosen = sorted(draw.sample(range(len(ranks)), draw.randint(1, len(ranks))))
+    for rank in chosen:
+        ranks[rank].kill()
+    ranks[0].wait(PATIENCE)
+    names = " and ".join(("first", "second")[rank] for rank in chosen)
     return f"{names} process killed with {finished(cache)} shards done"
 
 
@@ -85,20 +64,20 @@ def run_kills(folder: Path, kills: int, processes: int, seed: int, pairs: int) -
     draw = random.Random(seed)
     data = write_data(folder / "data", pairs)
     settings = [*SETTINGS, *(["--trainer.devices=2", "--trainer.strategy=ddp"] if processes == 2 else [])]
-    expected = finish(folder / "whole", data, list(SETTINGS))
+    expected = finish(folder / "whole", data, SETTINGS)
     done = number = 0
     while done < kills:
         number += 1
         assert number <= 5 * kills + 5, f"{done} kills in {number} caches: runs end before they can be killed"
         cache = folder / f"cache{number}"
         while done < kills:
-            what = interrupt(start_cache(cache, data, *settings), cache, draw)
+            what = interrupt(begin(cache, data, settings, processes), cache, draw)
             print(f"{processes} processes, kill {done + 1}: {what}", flush=True)
             if "killed" not in what:
                 assert what.endswith("status 0"), what
                 break
             done += 1
-        found = finish(cache, data, settings)
+        found = finish(cache, data, settings, processes)
         different = [name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)]
         assert not different, f"{cache}: {sorted(different)}"
         plan, problems, _ = check_cache(cache)
@@ -106,11 +85,15 @@ def run_kills(folder: Path, kills: int, processes: int, seed: int, pairs: int) -
     print(f"{processes} processes: {done} kills, {number} caches, all {len(expected)} files equal, {pairs} pairs each")
 
 
-def finish(cache: Path, data: Path, settings: list[str]) -> dict[str, str]:
+def begin(cache: Path, data: Path, settings: Sequence[str], processes: int) -> list[Forked]:
+    """Start a run that writes the cache, or goes on with it."""
+    return start_ranks(cache_arguments(cache, data, *settings), processes)
+
+
+def finish(cache: Path, data: Path, settings: Sequence[str], processes: int = 1) -> dict[str, str]:
     """Run until the cache is finished; returns the hash of every file."""
-    run = start_cache(cache, data, *settings)
-    _, error = run.communicate(timeout=PATIENCE)
-    assert run.returncode == 0, error
+    for rank in begin(cache, data, settings, processes):
+        assert rank.wait(PATIENCE) == 0, rank.stderr
     return contents(cache)
 
 

@@ -11,12 +11,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from socket import socket
 from typing import Any
 
 import torch
 
-from tests.processes import Forked, start
+from tests.processes import Forked, start_ranks
 
 HERE = Path(__file__).resolve().parent
 CONFIGS = HERE.parents[1] / "configs"
@@ -93,16 +92,9 @@ class TrainingRun:
 
     def start(self, **environment: str) -> None:
         """Start it, or go on with it, rank by rank, as a cluster's launcher does."""
-        with socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(self.processes)}
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.ranks = []
-        for rank in range(self.processes):
-            of_rank = {**shared, "NODE_RANK": "0", "LOCAL_RANK": str(rank)} if self.processes > 1 else {}
-            options = {"environment": {**of_rank, **environment}, "output": self._output}
-            self.ranks.append(start(self.arguments(), cwd=HERE, session=True, **options))
+        place = {"cwd": HERE, "session": True, "output": self._output}
+        self.ranks = start_ranks(self.arguments(), self.processes, environment, **place)
 
     def launch(self) -> None:
         """Start it as a user does, in a fresh interpreter; there Lightning starts the other ranks."""

@@ -43,7 +43,7 @@ def predict(policy: Policy) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("name", "style"),
-    slow_after(2, [*((name, "diffusers") for name in SOURCES), ("sd_tiny", "kohya"), ("sdxl", "kohya")]),
+    slow_after(1, [*((name, "diffusers") for name in SOURCES), ("sd_tiny", "kohya"), ("sdxl", "kohya")]),
 )
 def test_an_exported_lora_does_what_it_did(name: str, style: str, tmp_path: Path) -> None:
     policy = trained(name)
@@ -78,6 +78,7 @@ def test_a_lora_of_text_encoders_is_refused(tmp_path: Path) -> None:
         load_lora(load("sd_tiny"), tmp_path)
 
 
+@pytest.mark.slow
 def test_what_is_no_lora_is_refused(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(1)}, tmp_path / "pytorch_lora_weights.safetensors")
     with pytest.raises(InputError, match="lora: "):

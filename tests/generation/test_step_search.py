@@ -56,7 +56,7 @@ def test_search_raises_the_reward_above_plain_sampling(name: str) -> None:
     assert len(search.scores) == (6 if name == "sd_tiny" else 5)  # the others' last step leads to a clean state
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", slow_after(2, FAMILIES))
 def test_what_pixel_rewards_see_is_the_pipelines_own_prediction(name: str) -> None:
     """The clean latents of the candidate that was kept are those that diffusers' next step predicts for it."""
     pipeline, reward = pipeline_of(name), MeanLatent(needs_clean=True)
@@ -102,6 +102,7 @@ def test_only_the_window_is_searched_at_the_timestep_asked_for() -> None:
         assert reward.asked[0].rows.tolist() == [0, 1] * 3
 
 
+@pytest.mark.slow
 def test_equal_seeds_give_equal_pictures_and_batches_do_not_matter() -> None:
     reward = MeanLatent()
     both = generate("sd_tiny", search_of("sd_tiny", reward, seed=1).pipeline_arguments())

@@ -50,7 +50,7 @@ def attached(module):
 
 
 @pytest.mark.parametrize("name", ["sd_tiny", "sd35_tiny"])
-@pytest.mark.parametrize("make", [stepwise, trajectory])
+@pytest.mark.parametrize("make", slow_after(1, [stepwise, trajectory]))
 def test_the_first_step_is_taken_on_policy(make, name: str) -> None:
     """Without a change of the policy, ratios are 1: the loss is the mean advantage, negated, which is 0 per group."""
     module = make(name)
@@ -74,7 +74,7 @@ def test_stepwise_advantages_are_those_of_the_scores_of_one_state() -> None:
     torch.testing.assert_close(statistics.scores.permute(0, 2, 1).flatten(0, 1), scores.float(), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("global_std", [True, False])
+@pytest.mark.parametrize("global_std", slow_after(1, [True, False]))
 def test_trajectory_advantages_are_those_of_the_finished_latents(global_std: bool) -> None:
     module = trajectory(global_std=global_std)
     samples = module.roll_out(BATCH)
@@ -122,6 +122,7 @@ def test_gradient_is_that_of_the_policy_gradient() -> None:
         torch.testing.assert_close(mine, other, atol=1e-6, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_kl_is_zero_at_the_reference_and_pulls_back_to_it() -> None:
     module = stepwise(loss=ClippedPolicyLoss(kl_weight=1.0))
     samples = module.roll_out(BATCH)
@@ -138,7 +139,7 @@ def test_kl_is_zero_at_the_reference_and_pulls_back_to_it() -> None:
         assert 0 < module.training_step(calm, 0) < away
 
 
-@pytest.mark.parametrize("make", [stepwise, trajectory])
+@pytest.mark.parametrize("make", slow_after(1, [stepwise, trajectory]))
 def test_equal_rewards_leave_nothing_to_learn(make) -> None:
     module = make(scale=0.0)
     assert module.roll_out(BATCH) is None

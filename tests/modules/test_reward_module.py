@@ -367,7 +367,7 @@ TRAINED: dict[str, Callable[..., RewardModule]] = {
 @pytest.mark.parametrize(
     ("name", "precision"),
     slow_after(
-        2,
+        1,
         [
             ("lrm", "32-true"),
             ("dina lora", "bf16-mixed"),

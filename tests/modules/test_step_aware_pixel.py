@@ -120,6 +120,7 @@ def test_validation_logs_by_timestep_and_repeats_itself(clip: str) -> None:
         assert isinstance(module.predict_step(pixel_batch(2), 0), ScoredPairs)
 
 
+@pytest.mark.slow
 def test_its_checkpoint_is_the_weights_of_a_step_aware_scorer(clip: str, tmp_path: Path) -> None:
     module, saving = spm(clip), ModelCheckpoint(tmp_path, "spm", every_n_train_steps=2)
     options = {"callbacks": [TrainableCheckpoint(), saving], "enable_checkpointing": True}

@@ -44,6 +44,7 @@ def test_policy_of_a_checkpoint_predicts_as_the_trained_one(trainable_only: bool
     assert not policy.training
 
 
+@pytest.mark.slow
 def test_another_adapter_or_another_file_is_refused(tmp_path: Path) -> None:
     _, path = trained(tmp_path, "sd15")
     with pytest.raises(InputError, match=r"lora_A\.policy.*rank"):

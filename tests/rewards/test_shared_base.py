@@ -60,7 +60,7 @@ def gradient(reward: LatentScorer, policy: Policy) -> Tensor:
     return torch.autograd.grad(total, latents)[0]
 
 
-@pytest.mark.parametrize("case", slow_after(3, SHARED))
+@pytest.mark.parametrize("case", slow_after(1, SHARED))
 def test_scores_and_policy_are_as_with_two_networks(case: str, tmp_path: Path) -> None:
     method, name, options = SHARED[case]
     write_run(tmp_path, method, name, **options)
@@ -100,6 +100,7 @@ def test_its_adapter_is_neither_trained_nor_saved_with_the_module(tmp_path: Path
     module.load_state_dict(state)  # strict
 
 
+@pytest.mark.slow
 def test_an_adapter_on_other_layers_than_the_policys(tmp_path: Path) -> None:
     write_run(tmp_path, "lrm", "sd15", **SMALL)
     policy = tiny_policy("sd15", lora=LoRA(2, 4.0, target_modules=("to_q", "proj_in")))
@@ -195,6 +196,7 @@ def test_gradients_through_both_adapters_under_checkpointing(tmp_path: Path) -> 
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_two_rewards_share_one_network(tmp_path: Path) -> None:
     policy, separate = tiny_policy("sd15"), tiny_policy("sd15")
     for number, method in enumerate(("lrm", "dina")):

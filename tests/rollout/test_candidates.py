@@ -154,6 +154,7 @@ def test_the_callers_grad_mode_holds_between_steps() -> None:
         assert not step.scores.requires_grad
 
 
+@pytest.mark.slow
 def test_states_and_log_probabilities_are_float32_under_autocast() -> None:
     policy, sampler = parts("sd_tiny")
     with torch.autocast("cpu", torch.bfloat16):

@@ -10,6 +10,7 @@ from latentreward.backbones.loading import tiny_pipeline
 from latentreward.errors import InputError
 from latentreward.policies import Policy, PolicySource
 from latentreward.rollout import RolloutDraws, Sampling, sample_latents, sample_trajectories
+from tests.marks import slow_after
 from tests.rollout.tiny_rollout import PROMPTS, tiny_policy
 
 STEPS = Sampling(num_inference_steps=5)
@@ -38,7 +39,7 @@ def diffusers_latents(name: str, initial: Tensor, guidance_scale: float, steps: 
 
 
 @both_families
-@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+@pytest.mark.parametrize("guidance_scale", slow_after(1, [1.0, 3.0]))
 def test_without_noise_samples_are_those_of_diffusers(name: str, guidance_scale: float) -> None:
     policy, still = tiny_policy(name), Sampling(5, eta=0.0, noise_level=0.0)
     found = sample_latents(policy, PROMPTS, still, guidance_scale, seed=0)
@@ -81,6 +82,7 @@ def test_a_prompt_is_sampled_alike_in_any_batch() -> None:
     torch.testing.assert_close(alone, together[[1]], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_reference_samples_come_from_the_bare_network() -> None:
     policy: Policy = PolicySource("sd_tiny").load().eval()
     before = sample_latents(policy, PROMPTS, STEPS, 3.0, seed=0)

@@ -102,6 +102,7 @@ def test_a_program_that_fails_says_why(tmp_path: Path) -> None:
     assert "cannot run no-such-program" in refusal(gone, items, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_program_that_hangs_is_killed_with_its_children(tmp_path: Path) -> None:
     source = (
         "import subprocess, sys, time; child = subprocess.Popen(['sleep', '60']);"

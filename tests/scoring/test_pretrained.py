@@ -72,7 +72,7 @@ def saved_run(folder: Path, method: str = "dina", name: str = "sd35", **options:
     return folder / "saved"
 
 
-@pytest.mark.parametrize("kind", slow_after(3, RUNS))
+@pytest.mark.parametrize("kind", slow_after(2, RUNS))
 def test_a_run_is_saved_bit_for_bit(kind: str, tmp_path: Path) -> None:
     method, name, options = RUNS[kind]
     module = write_run(tmp_path / "run", method, name, **options)
@@ -176,6 +176,7 @@ def test_noise_sizes_and_calibration_come_back(tmp_path: Path) -> None:
     assert RewardModel.from_pretrained(tmp_path / "saved").image_sizes == OneSize(24, 16)
 
 
+@pytest.mark.slow
 def test_precision_and_source(tmp_path: Path) -> None:
     saved = saved_run(tmp_path, lora=LORA)
     whole, half = (RewardModel.from_pretrained(saved, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
@@ -199,7 +200,7 @@ def changed_base(name: str, part: str, folder: Path, factor: float = 1.1) -> str
 @pytest.mark.parametrize(
     ("method", "name", "part", "options"),
     slow_after(
-        2,
+        1,
         [
             ("dina", "sd35", "transformer", {"lora": LORA}),
             ("dina", "sd35", "text_encoder_2", {"lora": LORA}),
@@ -218,6 +219,7 @@ def test_another_base_is_refused(method: str, name: str, part: str, options: dic
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_copy_of_the_base_will_do_and_weights_of_our_own_are_not_read_from_it(tmp_path: Path) -> None:
     saved = saved_run(tmp_path, "lrm", "sd15")
     before = scores(RewardModel.from_pretrained(saved))
@@ -234,6 +236,7 @@ def test_a_copy_of_the_base_will_do_and_weights_of_our_own_are_not_read_from_it(
     assert torch.equal(scores(RewardModel.from_pretrained(saved, base=str(copy))), before)
 
 
+@pytest.mark.slow
 def test_another_name_of_the_base_for_others(tmp_path: Path) -> None:
     write_run(tmp_path / "run", "dina", "sd35", lora=LORA)
     model = RewardModel.from_pretrained(tmp_path / "run")
@@ -264,6 +267,7 @@ def policy_network(name: str) -> str:
     return "unet" if name == "sd15" else "transformer"
 
 
+@pytest.mark.slow
 def test_a_saved_adapter_on_another_base_has_a_network_of_its_own(tmp_path: Path) -> None:
     saved = saved_run(tmp_path, lora=LORA)
     network = find_reward(str(saved)).on_meta_device.transformer
@@ -276,6 +280,7 @@ def test_a_saved_adapter_on_another_base_has_a_network_of_its_own(tmp_path: Path
     assert not find_reward(str(saved)).same_base("transformer", ours, "anything")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", slow_after(1, ["LRM, all trained", "LRM, text encoder frozen"]))
 def test_a_network_trained_as_a_whole_is_never_shared(kind: str, tmp_path: Path) -> None:
     method, name, options = RUNS[kind]
@@ -288,6 +293,7 @@ def test_a_network_trained_as_a_whole_is_never_shared(kind: str, tmp_path: Path)
     assert reward(states, reward.encode_prompts(PROMPTS[:2])).isfinite().all()
 
 
+@pytest.mark.slow
 def test_a_run_on_another_copy_of_its_base(tmp_path: Path) -> None:
     write_run(tmp_path / "run", "dina", "sd35", lora=LORA)
     expected = scores(RewardModel.from_pretrained(tmp_path / "run"))
@@ -346,6 +352,7 @@ def test_models_that_cannot_be_saved(tmp_path: Path) -> None:
     assert not (tmp_path / "saved").exists()
 
 
+@pytest.mark.slow
 def test_only_model_folders_and_empty_ones_are_replaced(tmp_path: Path) -> None:
     saved = saved_run(tmp_path, lora=LORA)
     model = RewardModel.from_pretrained(saved)
@@ -388,6 +395,7 @@ def test_a_killed_save_leaves_no_folder_or_the_old_one(existing: bool, files: in
     assert not list(tmp_path.glob(".target.*"))
 
 
+@pytest.mark.slow
 def test_saving_to_a_link_fills_what_it_leads_to(tmp_path: Path) -> None:
     saved = saved_run(tmp_path, lora=LORA)
     model = RewardModel.from_pretrained(saved)

@@ -80,7 +80,7 @@ FILES = {
 EVERY_FILE = [(kind, name) for kind, names in FILES.items() for name in names]
 
 
-@pytest.mark.parametrize(("kind", "name"), slow_after(2, EVERY_FILE))
+@pytest.mark.parametrize(("kind", "name"), slow_after(1, EVERY_FILE))
 def test_half_downloaded(kind: str, name: str, copies: dict[str, Path]) -> None:
     path = copies[kind] / name
     whole = path.read_bytes()
@@ -100,7 +100,7 @@ def test_half_downloaded(kind: str, name: str, copies: dict[str, Path]) -> None:
 @pytest.mark.parametrize(
     ("kind", "name", "tensor"),
     slow_after(
-        2,
+        1,
         [
             ("lora", "head.safetensors", "head.weight"),
             ("lora", "adapter/adapter_model.safetensors", TO_Q),
@@ -127,6 +127,7 @@ def test_every_tensor_is_compared(kind: str, name: str, tensor: str, copies: dic
         assert str(path) in refused(copies[kind], message)
 
 
+@pytest.mark.slow
 def test_the_record_of_the_base_is_compared_too(copies: dict[str, Path]) -> None:
     path = copies["lora"] / "base.safetensors"
     name = next(name for name in load_file(path) if name.startswith("transformer."))

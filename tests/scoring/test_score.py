@@ -84,6 +84,7 @@ def test_sizes_follow_the_network(lrm: RewardModel, dina: RewardModel) -> None:
     assert portrait.height > portrait.width
 
 
+@pytest.mark.slow
 def test_buckets_at_full_size_are_the_published_ones() -> None:
     import tempfile
 

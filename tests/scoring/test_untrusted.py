@@ -54,6 +54,7 @@ def refused(source: str | Path, message: str, **options: Any) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", slow_after(1, list(RUNS)))
 def test_a_run_on_the_hub_scores_as_it_does_here(kind: str, hub: StubHub, tmp_path: Path) -> None:
     method, name, options = RUNS[kind]
@@ -91,7 +92,7 @@ CLASSES: dict[str, Callable[[dict[str, Any]], object]] = {
 }
 
 
-@pytest.mark.parametrize("change", CLASSES.values(), ids=list(CLASSES))
+@pytest.mark.parametrize("change", slow_after(1, CLASSES.values()), ids=list(CLASSES))
 def test_foreign_classes_are_refused_before_they_are_imported(
     change: Callable[[dict[str, Any]], object], hub: StubHub, tmp_path: Path
 ) -> None:
@@ -104,11 +105,14 @@ def test_foreign_classes_are_refused_before_they_are_imported(
 
 @pytest.mark.parametrize(
     "change",
-    [
-        lambda model: model["backbone"]["init_args"].update(lora="this.Foo", tuning="lora"),
-        lambda model: model["backbone"]["init_args"].update(lora={"class_path": "this.Foo"}, tuning="lora"),
-        lambda model: model["head"]["init_args"].update(num_heads={"class_path": "this.Foo"}),
-    ],
+    slow_after(
+        1,
+        [
+            lambda model: model["backbone"]["init_args"].update(lora="this.Foo", tuning="lora"),
+            lambda model: model["backbone"]["init_args"].update(lora={"class_path": "this.Foo"}, tuning="lora"),
+            lambda model: model["head"]["init_args"].update(num_heads={"class_path": "this.Foo"}),
+        ],
+    ),
 )
 def test_classes_among_settings_are_not_imported(
     change: Callable[[dict[str, Any]], object], hub: StubHub, tmp_path: Path
@@ -120,7 +124,7 @@ def test_classes_among_settings_are_not_imported(
     assert "this" not in sys.modules
 
 
-@pytest.mark.parametrize("text", ["${oc.env:SECRET}", "a${oc.env:SECRET,x}b", "${oc.${name}:SECRET}"])
+@pytest.mark.parametrize("text", slow_after(1, ["${oc.env:SECRET}", "a${oc.env:SECRET,x}b", "${oc.${name}:SECRET}"]))
 def test_nothing_is_resolved(text: str, hub: StubHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SECRET", "hunter2")
     write_run(tmp_path, "dina", "sd35")
@@ -131,6 +135,7 @@ def test_nothing_is_resolved(text: str, hub: StubHub, monkeypatch: pytest.Monkey
     assert "hunter2" not in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", slow_after(1, ["here", "hub"]))
 def test_trust_allows_all_and_nothing_else_does(
     place: str, hub: StubHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -21,6 +21,7 @@ from torch.distributed import checkpoint as distributed_checkpoint
 from latentreward.checkpoints import files
 from latentreward.checkpoints.shards import INDEX, REST
 from latentreward.commands.fit import guard_loading
+from tests.marks import slow_after
 from tests.small_user import refusal, run
 
 COMMANDS = ("fit", "validate", "test", "predict")
@@ -95,7 +96,7 @@ def test_the_payloads_do_run_where_nothing_holds_them(payload: str, canary: Path
     assert canary.exists()
 
 
-@pytest.mark.parametrize(("payload", "writer", "command", "place"), CASES)
+@pytest.mark.parametrize(("payload", "writer", "command", "place"), slow_after(8, CASES))
 def test_no_payload_runs_from_a_file_or_an_address(
     payload: str, writer: str, command: str, place: str, canary: Path, tmp_path: Path, capsys: Any
 ) -> None:
@@ -125,6 +126,7 @@ def test_no_payload_runs_from_shards(
     assert not canary.exists()
 
 
+@pytest.mark.slow
 def test_no_payload_runs_from_a_checkpoint_that_lightning_chooses(
     canary: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,6 +198,7 @@ class Silent(BaseHTTPRequestHandler):
         """Say nothing."""
 
 
+@pytest.mark.slow
 def test_what_cannot_be_fetched_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -228,7 +231,7 @@ def test_every_torch_load_of_ours_takes_tensors_and_plain_values_alone() -> None
         assert values.get("weights_only") == "True", name
 
 
-@pytest.mark.parametrize("name", ["absent.ckpt", "evil.ckpt"])
+@pytest.mark.parametrize("name", slow_after(1, ["absent.ckpt", "evil.ckpt"]))
 def test_a_password_in_an_address_is_not_repeated(name: str, canary: Path, tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "evil.ckpt").write_bytes(pickle.dumps(PAYLOADS[next(iter(PAYLOADS))](canary)))
     with serving(partial(Files, directory=str(tmp_path))) as address:

@@ -166,6 +166,7 @@ def test_no_setting_runs_a_program(folder: Path) -> None:
     assert not (folder / "canary").exists()
 
 
+@pytest.mark.slow
 def test_programs_that_are_named_run(folder: Path) -> None:
     (folder / "script").write_text(f"#!/bin/sh\ntouch {folder / 'canary'}\n")
     (folder / "script").chmod(0o755)

@@ -24,6 +24,7 @@ from latentreward.rewards import LatentReward
 from latentreward.scorers import RewardModelScorer
 from latentreward.scoring import RewardModel
 from tests.formats.conftest import COMMITTED
+from tests.marks import slow_after
 from tests.rewards.stored import write_run
 from tests.scoring.test_published import write_dina, write_lrm
 from tests.tiny_pipelines import pipeline_folder
@@ -350,7 +351,7 @@ def spoilt(folder: Path, change: Change, canary: Path) -> Path:
     return copy
 
 
-@pytest.mark.parametrize("name", list(RUNS))
+@pytest.mark.parametrize("name", slow_after(5, list(RUNS)))
 def test_runs_are_refused(name: str, good: Path, canary: Path) -> None:
     messages = refusals(spoilt(good / "run", RUNS[name], canary), canary)
     assert len(messages) == len(DOORS)
@@ -358,18 +359,18 @@ def test_runs_are_refused(name: str, good: Path, canary: Path) -> None:
         assert all("trust_remote_code" in message for message in messages)
 
 
-@pytest.mark.parametrize("name", list(UNREAD))
+@pytest.mark.parametrize("name", slow_after(2, list(UNREAD)))
 def test_what_no_reward_reads_is_not_run(name: str, good: Path, canary: Path) -> None:
     assert refusals(spoilt(good / "run", UNREAD[name], canary), canary) == []
 
 
-@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize("name", slow_after(4, list(MODELS)))
 def test_models_are_refused(name: str, good: Path, canary: Path) -> None:
     layout, change = MODELS[name]
     assert len(refusals(spoilt(good / layout, change, canary), canary)) == len(DOORS)
 
 
-@pytest.mark.parametrize("name", list(BASES))
+@pytest.mark.parametrize("name", slow_after(3, list(BASES)))
 def test_bases_run_nothing(name: str, good: Path, canary: Path) -> None:
     base = spoilt(Path(pipeline_folder("sd35")), BASES[name], canary)
     run = shutil.copytree(good / "run", canary.with_name("run"))
@@ -393,7 +394,7 @@ def test_nothing_is_resolved(value: str, where: str, good: Path, canary: Path) -
 
 
 @pytest.mark.parametrize("door", ["score", "publish", "benchmark", "serve", "fit", "generate", "evaluate-policy"])
-@pytest.mark.parametrize("kind", ["run", "model"])
+@pytest.mark.parametrize("kind", slow_after(1, ["run", "model"]))
 def test_every_command_refuses_and_names_the_option(
     door: str, kind: str, good: Path, canary: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

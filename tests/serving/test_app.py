@@ -344,6 +344,7 @@ def test_a_server_whose_worker_died_is_not_ready(monkeypatch: pytest.MonkeyPatch
 HEAD = b"POST /v1/score HTTP/1.1\r\nhost: x\r\nx-drm-protocol-version: 1\r\ncontent-type: application/octet-stream\r\n"
 
 
+@pytest.mark.slow
 def test_slow_clients_are_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "HEADER_SECONDS", 0.5)
     with serving(tiny_reward(), timeout=1.0) as (address, _):

@@ -12,6 +12,7 @@ import pytest
 from latentreward.errors import InputError
 from latentreward.serving.batching import MicroBatcher
 from latentreward.serving.errors import RequestError
+from tests.marks import slow_after
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,9 @@ def test_a_full_batch_does_not_wait() -> None:
     assert list(map(len, run(scenario, max_wait=60).batches)) == [1, 4]
 
 
-@pytest.mark.parametrize(("max_pass", "sizes"), [(0.25, [1, 2, 2, 2]), (60, [1, 4, 2]), (0.001, [1] * 7)])
+@pytest.mark.parametrize(
+    ("max_pass", "sizes"), slow_after(1, [(0.25, [1, 2, 2, 2]), (60, [1, 4, 2]), (0.001, [1] * 7)])
+)
 def test_a_pass_holds_what_its_time_limit_allows(max_pass: float, sizes: list[int]) -> None:
     async def scenario(batcher: MicroBatcher[Number], model: Model) -> None:
         assert await batcher.score([Number(i) for i in range(7)]) == [2 * i for i in range(7)]
@@ -121,7 +124,7 @@ def test_a_pass_holds_what_its_time_limit_allows(max_pass: float, sizes: list[in
 
 @pytest.mark.parametrize("groups", ["aaab", "aaaa", "abcd"])
 @pytest.mark.parametrize("client", ["first", "second"])
-@pytest.mark.parametrize("served", [1, 40])
+@pytest.mark.parametrize("served", slow_after(1, [1, 40]))
 def test_a_short_request_starts_within_two_passes_of_three_long_ones(groups: str, client: str, served: int) -> None:
     async def scenario(batcher: MicroBatcher[Number], model: Model) -> None:
         long = [asyncio.create_task(batcher.score([Number(1, group)] * 64, "first")) for group in groups[:3]]

@@ -115,22 +115,25 @@ def test_aliases_that_multiply_are_refused_before_they_are_built(capsys) -> None
 
 @pytest.mark.parametrize(
     ("text", "field"),
-    [
-        ("model: {init_args: {optimizer: {init_args: {lr: .inf}}}}", "model.optimizer.lr: inf"),
-        ("model: {init_args: {optimizer: {init_args: {lr: 1.0e18}}}}", "model.optimizer.lr: 1e+18"),
-        ("model: {init_args: {optimizer: {init_args: {lr: -1.0}}}}", "model.optimizer.lr: -1.0"),
-        ("model: {init_args: {optimizer: {init_args: {weight_decay: .inf}}}}", "model.optimizer.weight_decay: inf"),
-        ("model: {init_args: {eval_timesteps: [1, .nan]}}", "model.eval_timesteps[1]: nan"),
-        ("model: {init_args: {backbone: {init_args: {lora: {alpha: -1}}}}}", "model.backbone.lora.alpha: -1.0"),
-        ("model: {init_args: {backbone: {init_args: {lora: {dropout: 1.0}}}}}", "model.backbone.lora.dropout: 1.0"),
-        ("trainer: {accumulate_grad_batches: -3}", "trainer.accumulate_grad_batches: -3"),
-        ("trainer: {accumulate_grad_batches: 0}", "trainer.accumulate_grad_batches: 0"),
-        ("trainer: {limit_train_batches: 0}", "trainer.limit_train_batches: 0"),
-        ("trainer: {val_check_interval: 0}", "trainer.val_check_interval: 0"),
-        ("seed_everything: -1", "seed_everything: -1"),
-        ("data: {init_args: {num_workers: -1}}", "data.num_workers: -1"),
-        ("data: {init_args: {num_workers: 1000000000000000000}}", "data.num_workers: 1000000000000000000"),
-    ],
+    slow_after(
+        6,
+        [
+            ("model: {init_args: {optimizer: {init_args: {lr: .inf}}}}", "model.optimizer.lr: inf"),
+            ("model: {init_args: {optimizer: {init_args: {lr: 1.0e18}}}}", "model.optimizer.lr: 1e+18"),
+            ("model: {init_args: {optimizer: {init_args: {lr: -1.0}}}}", "model.optimizer.lr: -1.0"),
+            ("model: {init_args: {optimizer: {init_args: {weight_decay: .inf}}}}", "model.optimizer.weight_decay: inf"),
+            ("model: {init_args: {eval_timesteps: [1, .nan]}}", "model.eval_timesteps[1]: nan"),
+            ("model: {init_args: {backbone: {init_args: {lora: {alpha: -1}}}}}", "model.backbone.lora.alpha: -1.0"),
+            ("model: {init_args: {backbone: {init_args: {lora: {dropout: 1.0}}}}}", "model.backbone.lora.dropout: 1.0"),
+            ("trainer: {accumulate_grad_batches: -3}", "trainer.accumulate_grad_batches: -3"),
+            ("trainer: {accumulate_grad_batches: 0}", "trainer.accumulate_grad_batches: 0"),
+            ("trainer: {limit_train_batches: 0}", "trainer.limit_train_batches: 0"),
+            ("trainer: {val_check_interval: 0}", "trainer.val_check_interval: 0"),
+            ("seed_everything: -1", "seed_everything: -1"),
+            ("data: {init_args: {num_workers: -1}}", "data.num_workers: -1"),
+            ("data: {init_args: {num_workers: 1000000000000000000}}", "data.num_workers: 1000000000000000000"),
+        ],
+    ),
 )
 def test_numbers_outside_their_range(text: str, field: str, capsys) -> None:
     line = refusal_of(text, capsys)
@@ -166,6 +169,7 @@ def test_flags_take_a_value_or_none(flag: list[str], capsys) -> None:
     assert "out is no cache" in refusal(capsys, "cache", "out", *flag)
 
 
+@pytest.mark.slow
 def test_a_variable_with_a_stand_in_is_named_when_that_fails(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.delenv("CLIP_L_PATH", raising=False)
     monkeypatch.setenv("HF_HUB_CACHE", "empty")

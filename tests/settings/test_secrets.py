@@ -16,6 +16,7 @@ trainer:
 """
 
 
+@pytest.mark.slow
 def test_a_secret_is_used_and_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MY_TOKEN", "s3cr3t")

@@ -60,6 +60,7 @@ def test_they_learned_from_different_pairs_and_from_those_of_no_reward() -> None
     assert 0 not in seeds.values()  # the seed of TinyWorldDataModule
 
 
+@pytest.mark.slow
 def test_the_held_out_scorer_orders_pairs_as_stated() -> None:
     pairs = table()
     images = [Image.fromarray(p.permute(1, 2, 0).numpy()) for p in pairs.pictures.flatten(0, 1)]

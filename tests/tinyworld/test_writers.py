@@ -94,6 +94,7 @@ def test_files_are_split_into_shards(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert ids == [f"{name}:{row}" for name in names for row in range(8)][:20]
 
 
+@pytest.mark.slow
 def test_the_same_request_gives_the_same_bytes(pickapic: Path, hpdv3: Path, tmp_path: Path) -> None:
     assert contents(write_pickapic(tmp_path / "pickapic", PICKAPIC_PAIRS, seed=1)) == contents(pickapic)
     assert contents(write_hpdv3(tmp_path / "hpdv3", {"train": 200, "test": 30}, seed=1)) == contents(hpdv3)

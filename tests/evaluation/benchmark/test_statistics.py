@@ -100,6 +100,7 @@ def answered(number: int, temperature: float, seed: int = 0) -> tuple[np.ndarray
     return gap, (rng.random(number) < 1 / (1 + np.exp(-gap / temperature))).astype(float)
 
 
+@pytest.mark.slow
 def test_calibrated_scores_of_any_scale_have_little_error() -> None:
     gap, labels = answered(2500, 0.7)
     for scale in (1, 50):
