@@ -138,6 +138,7 @@ def test_sd15_trains_down_path_mid_block_and_text_encoder() -> None:
     assert trained(backbone.vae) == 0
 
 
+@pytest.mark.slow
 def test_sdxl_has_no_text_projection() -> None:
     module = on_meta(*recipe("lrm_sdxl"))
     assert millions(module.model.backbone.unet) == 1243.4

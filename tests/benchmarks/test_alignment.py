@@ -35,6 +35,7 @@ def test_passes_compare_equal_losses(benchmark: Any, capsys: pytest.CaptureFixtu
     assert float(row[5]) < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "network", "down_and_mid"),
     [("sd15", 859.5, 348.7), pytest.param("sdxl", 2567.5, 1243.4, marks=pytest.mark.slow)],

@@ -120,6 +120,7 @@ def test_a_head_that_asks_for_the_empty_prompt_takes_it_from_the_cache(world: Pa
     assert len(got.values) == 1
 
 
+@pytest.mark.slow
 def test_the_command_line_trains_evaluates_and_predicts_from_the_cache(world: Path, tmp_path: Path) -> None:
     settings = [
         f"--config={CONFIGS}/model/dina_lrm_tiny.yaml",

@@ -266,6 +266,7 @@ def test_nan_guard_names_prompts_and_timesteps_of_rollouts(make_trainer):
         trainer.fit(grpo(), datamodule=prompts())
 
 
+@pytest.mark.slow
 def test_monitors_leave_the_training_as_it_would_be(make_trainer):
     """With dropout, which draws from the global generator: equal weights, bit for bit."""
     weights = []

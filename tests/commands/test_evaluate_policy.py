@@ -252,6 +252,7 @@ def test_a_folder_from_elsewhere_is_judged_by_its_table(evaluate: Run, prompts: 
     assert alone["notes"] == ["policy has 3 pictures besides, of other prompts or numbers."]
 
 
+@pytest.mark.slow
 def test_missing_pictures_are_refused_or_left_out(
     evaluate: Run, refused: Callable[..., str], prompts: Path, tmp_path: Path
 ) -> None:

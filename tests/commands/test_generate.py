@@ -78,6 +78,7 @@ def test_a_run_that_was_stopped_goes_on(
     assert len(asked) == 1
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_the_batches_that_are_done(
     generate: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

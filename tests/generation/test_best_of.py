@@ -1,5 +1,6 @@
 from functools import partial
 
+import pytest
 import torch
 
 from latentreward.contracts import PromptBatch
@@ -19,6 +20,7 @@ def test_the_best_of_all_samples_is_kept() -> None:
     assert best.scores.shape == (4, 2)
 
 
+@pytest.mark.slow
 def test_more_samples_of_a_policy_never_score_lower() -> None:
     policy = PolicySource("sd_tiny").load().eval()
     sample = partial(sample_latents, policy, sampling=Sampling(4, eta=0.0), guidance_scale=1.0, seed=0)

@@ -186,6 +186,7 @@ def test_training_mode_comes_back_and_sampling_has_no_dropout() -> None:
 SMALL = {"tuning": "lora", "lora": {"rank": 2, "alpha": 4.0}, "text_encoder_tuning": "frozen"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "name", "sigmas"),
     slow_after(1, [("lrm", "sd15", (0.3,)), ("dina", "sd35", (0.2, 0.5, 0.7)), ("dina", "sd35", (0.4,))]),

@@ -377,7 +377,7 @@ TRAINED: dict[str, Callable[..., RewardModule]] = {
     ),
 )
 def test_training_lowers_the_loss(name: str, precision: str) -> None:
-    module = TRAINED[name](optimizer=lambda groups: AdamW(groups, lr=2e-3), levels=ConstantSigma(0.3))
+    module = TRAINED[name](optimizer=lambda groups: AdamW(groups, lr=1e-3), levels=ConstantSigma(0.3))
     before = final_loss(module)
     run = trainer(max_epochs=30, precision=precision, gradient_clip_val=1.0)
     run.fit(module, bright_and_dark())

@@ -373,6 +373,7 @@ def test_only_model_folders_and_empty_ones_are_replaced(tmp_path: Path) -> None:
     assert (saved / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("existing", slow_after(1, [False, True]))
 @pytest.mark.parametrize("files", [1, 2])
 def test_a_killed_save_leaves_no_folder_or_the_old_one(existing: bool, files: int, tmp_path: Path) -> None:

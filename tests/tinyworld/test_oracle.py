@@ -12,6 +12,7 @@ from latentreward.tinyworld.rendering import render
 from latentreward.tinyworld.scenes import Item, Nuisances, Scene, alignment_checks, scene_utility
 
 
+@pytest.mark.slow
 def test_oracle_agrees_with_the_scenes() -> None:
     rng = np.random.default_rng(1)
     truths, judged, right, clean = [], [], [], []
