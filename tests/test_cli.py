@@ -475,6 +475,7 @@ def test_ctrl_c_while_modules_are_imported(tmp_path: Path) -> None:
         ("--trainer.max_epochs=x", "trainer.max_epochs: expected int or null, got 'x'"),
         ("--trainer=trainer.yaml", "--trainer trainer.yaml: set --trainer.NAME=VALUE, or give a file as --config"),
         ("--trainer.accelerator=gpu --trainer.devices=9", None),
+        ("--trainer.devices=", "trainer.devices: `devices` selected with `CPUAccelerator` should be an int > 0."),
         ("--config=nope.yaml", None),
         ("--config=configs/trainer/cpuu.yaml", CPUU),
         ("--config=unknown_key.yaml", "Subcommand 'fit' does not accept option 'modle.lr'; did you mean 'model'?"),

@@ -180,12 +180,8 @@ class PipelineSource:
             tokenizer = family.from_pretrained(self.source, subfolder=part, revision=self.revision)
         except (OSError, ValueError) as error:
             raise InputError(f"source={self.source!r}: cannot load {part}: {first_line(error)}") from error
-        words, rows = len(tokenizer), self.config(part.replace("tokenizer", "text_encoder"))["vocab_size"]
-        if not rows // 2 <= words <= rows:  # transformers 5 makes an empty tokenizer where the files are missing
-            raise InputError(
-                f"source={self.source!r}: {part} has {words} tokens, but its text encoder has {rows}; download {part} "
-                "again"
-            )
+        rows = self.config(part.replace("tokenizer", "text_encoder"))["vocab_size"]
+        check_tokenizer(tokenizer, rows, f"source={self.source!r}: {part}", f"download {part} again")
         return tokenizer
 
     def clip_prompts(self, pretrained: bool = True) -> CLIPPromptEncoder:
@@ -266,6 +262,12 @@ def load_weights(
         if tensor.data_ptr() % 64:  # in a mapped file: last bits on the CPU would depend on the length of its header
             tensor.data = tensor.data.clone()
     return model
+
+
+def check_tokenizer(tokenizer: Any, rows: int, name: str, remedy: str) -> None:
+    """Raise InputError for a tokenizer that does not fit a text encoder of ``rows`` tokens."""
+    if not rows // 2 <= len(tokenizer) <= rows:  # transformers 5 makes an empty one where the files are missing
+        raise InputError(f"{name} has {len(tokenizer)} tokens, but its text encoder has {rows}; {remedy}")
 
 
 def encoder_config(family: type[Any], source: str, **place: Any) -> Any:

@@ -1,8 +1,8 @@
 """Which pretrained weights a small checkpoint belongs to: a few values of each frozen tensor."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from latentreward.errors import InputError
 VALUES = 4
 RELATIVE, ABSOLUTE = 0.01, 1e-6
 """How far values may differ: rounding to bfloat16 moves a value by up to 0.4 %, to float16 by up to 3e-8."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -69,3 +70,8 @@ def sample(weight: Tensor) -> Tensor:
     """:data:`VALUES` values of a tensor, first and last included, float32 on the CPU."""
     index = torch.linspace(0, weight.numel() - 1, VALUES, dtype=torch.float64).long()
     return weight.reshape(-1)[index.to(weight.device)].float().cpu()
+
+
+def without_adapters(named: Iterable[tuple[str, T]]) -> Iterator[tuple[str, T]]:
+    """Yield what belongs to a network itself, under the names that it has without adapters."""
+    return ((name.replace(".base_layer.", "."), value) for name, value in named if ".lora_" not in name)

@@ -181,7 +181,9 @@ class TrainingCLI(LightningCLI):
             super().instantiate_classes()
         except (ValueError, ImportError, OSError, MisconfigurationException) as error:
             raise InputError(input_error_behind(error) or summarise(str(error))) from error
-        except RuntimeError as error:
+        except (RuntimeError, TypeError) as error:
+            if str(error).startswith("`devices`"):
+                raise InputError(f"trainer.devices: {summarise(str(error))}") from error
             if "stateful callback" not in str(error):
                 raise
             raise InputError(

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from latentreward.checkpoints.base_weights import without_adapters
+
 if TYPE_CHECKING:
     from latentreward.policies import Policy
     from latentreward.scoring.layouts.find import StoredReward
@@ -19,15 +21,6 @@ REWARD = "reward"
 """Name of the adapter of the first reward that shares a network; later ones get a number."""
 PROBES = ("", "a photo of two cats, 50 mm")
 """Prompts by whose token ids two tokenizers are compared."""
-
-
-def plain_names(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters of a network without those of adapters, by the names that they have without adapters."""
-    return {
-        name.replace(".base_layer.", "."): parameter
-        for name, parameter in module.named_parameters()
-        if ".lora_" not in name
-    }
 
 
 def shares_network(stored: StoredReward, policy: Policy) -> bool:
@@ -66,7 +59,7 @@ def same_frozen(
     """
     if any(p.requires_grad and not (adapters and ".lora_" in name) for name, p in theirs.named_parameters()):
         return False
-    found, wanted = plain_names(ours), plain_names(theirs)
+    found, wanted = (dict(without_adapters(network.named_parameters())) for network in (ours, theirs))
     if any(name not in found or found[name].shape != weight.shape for name, weight in wanted.items()):
         return False
     return stored.same_base(part, {name: found[name] for name in wanted}, source)

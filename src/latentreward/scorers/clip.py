@@ -11,9 +11,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from latentreward.backbones.loading import load_weights
+from latentreward.backbones.loading import check_tokenizer, load_weights
 from latentreward.devices import find_device
-from latentreward.errors import InputError, first_line
+from latentreward.errors import InputError, errors_at, first_line
 from latentreward.scorers.base import ImageScorer
 from latentreward.storage.hub import read_locally
 
@@ -229,13 +229,10 @@ def load_clip(source: str, processor: str, revision: str | None, dtype: torch.dt
     from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
     options = {"revision": revision, "local_files_only": read_locally(source, revision)}
-    model = load_weights(CLIPModel, source, refused=("missing", "mismatched"), torch_dtype=dtype, **options)
+    with errors_at(f"source={source!r}: "):
+        model = load_weights(CLIPModel, source, refused=("missing", "mismatched"), torch_dtype=dtype, **options)
     same = revision if processor == source else None
     tokenizer, preprocess = (load_part(family, processor, same) for family in (CLIPTokenizer, CLIPImageProcessorPil))
-    words, rows = len(tokenizer), model.config.text_config.vocab_size
-    if not rows // 2 <= words <= rows:  # transformers 5 makes an empty tokenizer where the files are missing
-        raise InputError(
-            f"source={processor!r}: the tokenizer has {words} tokens, the model {rows}; get its files again, or "
-            "set processor to where the model's tokenizer lies"
-        )
+    remedy = "get its files again, or set processor to where the model's tokenizer lies"
+    check_tokenizer(tokenizer, model.config.text_config.vocab_size, f"processor={processor!r}: the tokenizer", remedy)
     return model.eval().requires_grad_(False), tokenizer, preprocess

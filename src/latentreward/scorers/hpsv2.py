@@ -10,6 +10,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from latentreward.backbones.loading import check_tokenizer
 from latentreward.devices import find_device
 from latentreward.errors import InputError, first_line
 from latentreward.scorers.base import ImageScorer
@@ -90,9 +91,8 @@ class HPSv2Scorer(ImageScorer):
         tensors = read_state_dict(self._file(), "HPSv2")
         model = clip_model(tensors, self.weights, HEADS, getattr(torch, self.dtype)).to(self.device)
         tokenizer = load_part(CLIPTokenizer, self.tokenizer, None)
-        words, rows = len(tokenizer), model.config.text_config.vocab_size
-        if words != rows:
-            raise InputError(f"tokenizer of {self.name} has {words} tokens, the model {rows}; give CLIP's tokenizer")
+        rows = model.config.text_config.vocab_size
+        check_tokenizer(tokenizer, rows, f"tokenizer of {self.name}", "give CLIP's tokenizer")
         side = model.config.vision_config.image_size
         return CLIPTowers(
             model, tokenizer, lambda images: torch.stack([padded_pixels(image, side) for image in images])

@@ -51,12 +51,14 @@ def check_ranges(settings: Any, place: str = "") -> None:
         InputError: If there is one.
     """
     for name, value in leaves(settings, place):
+        *_, owner, last = re.sub(r"\[\d+\]", "", f".{name}").split(".")
+        interval = RANGES.get(f"{owner}.{last}") or RANGES.get(last) or f"[-{LARGEST}, {LARGEST}]"
+        if value == {} and last in RANGES:  # no time at all, to Lightning
+            raise InputError(f"{name}: {{}} is no number; give one in {interval}")
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
         if not math.isfinite(value):
             raise InputError(f"{name}: {value} is not finite; give a finite number")
-        *_, owner, last = re.sub(r"\[\d+\]", "", f".{name}").split(".")
-        interval = RANGES.get(f"{owner}.{last}") or RANGES.get(last) or f"[-{LARGEST}, {LARGEST}]"
         low, high = map(float, interval[1:-1].split(","))
         if not low <= value <= high or (value == low and interval[0] == "(") or (value == high and interval[-1] == ")"):
             raise InputError(f"{name}: {value} is outside {interval}; give a number inside")
@@ -67,7 +69,7 @@ def leaves(settings: Any, place: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(settings, list | tuple):
         for index, item in enumerate(settings):
             yield from leaves(item, f"{place}[{index}]")
-    elif isinstance(settings, Mapping | Namespace):
+    elif isinstance(settings, Mapping | Namespace) and settings != {}:
         settings = settings if isinstance(settings, Mapping) else vars(settings)
         defaults = defaults_of(settings.get("class_path"))
         for name, value in settings.items():

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from latentreward.backbones import DiffusionBackbone
-from latentreward.checkpoints.base_weights import same_values, sample
+from latentreward.checkpoints.base_weights import same_values, sample, without_adapters
 from latentreward.errors import InputError, errors_at
 from latentreward.heads import RewardHead
 from latentreward.scoring.files import compare_tensors, existing_folder, load_exactly, read_config, read_safetensors
@@ -208,6 +208,5 @@ def own_weights(backbone: DiffusionBackbone, own: tuple[str, ...]) -> Iterator[t
 
 def base_weights(backbone: DiffusionBackbone, own: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
     """Parameters that come from the base, by the names that they have without adapters."""
-    for name, weight in backbone.named_parameters():
-        if ".lora_" not in name and not name.startswith(tuple(f"{part}." for part in own)):
-            yield name.replace(".base_layer.", "."), weight
+    taken = tuple(f"{part}." for part in own)
+    return (item for item in without_adapters(backbone.named_parameters()) if not item[0].startswith(taken))

@@ -14,7 +14,7 @@ import yaml
 from torch import Tensor, nn
 
 from latentreward.backbones import DiffusionBackbone, backbone_names
-from latentreward.checkpoints.base_weights import BaseSample, same_values, sample
+from latentreward.checkpoints.base_weights import BaseSample, same_values, sample, without_adapters
 from latentreward.checkpoints.shards import check_weights, read_checkpoint
 from latentreward.errors import InputError, errors_at, first_line
 from latentreward.heads import RewardHead
@@ -179,11 +179,8 @@ class TrainedReward(SharingReward):
         values = dict(zip(base["names"], base["values"], strict=True)) if base is not None else {}
         values |= {name: sample(tensor) for name, tensor in state.items() if tensor.is_floating_point()}
         prefix = f"model.backbone.{part}."
-        theirs = {
-            name.removeprefix(prefix).replace(".base_layer.", "."): value
-            for name, value in values.items()
-            if name.startswith(prefix) and ".lora_" not in name
-        }
+        inside = {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
+        theirs = dict(without_adapters(inside.items()))
         return all(name in theirs and same_values(sample(weight), theirs[name]) for name, weight in weights.items())
 
 
