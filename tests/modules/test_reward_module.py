@@ -81,7 +81,8 @@ def test_pair_scores_the_same_in_any_batch_and_order(kind: str, options: dict[st
         for index in ([0, 1, 2], [5, 3], [4]):
             part = scores_of(module, rows(batch, index))
             for name in ("chosen", "rejected", "chosen_sigmas", "rejected_sigmas"):
-                torch.testing.assert_close(getattr(part, name), getattr(whole, name)[index], rtol=1e-4, atol=1e-5)
+                # float32 of a cosine times LRM's logit_scale, which is up to 100
+                torch.testing.assert_close(getattr(part, name), getattr(whole, name)[index], rtol=1e-4, atol=5e-5)
 
 
 @pytest.mark.parametrize("kind", MODULES)
