@@ -89,8 +89,10 @@ def trained_tensors(trainer: Trainer, checkpoint: dict[str, Any]) -> dict[str, T
     names: dict[Any, str] = {weight: name for name, weight in module.named_parameters() if weight.requires_grad}
     tensors = {name: weight.detach() for weight, name in names.items()}
     for state in checkpoint.get("callbacks", {}).values():
-        average = state.get("average", {})
-        tensors |= {f"the average of {name}": value for name, value in average.items()}
+        average = state.get("average") if isinstance(state, dict) else None
+        if isinstance(average, dict):
+            averaged = {name: value for name, value in average.items() if isinstance(value, Tensor)}
+            tensors |= {f"the average of {name}": value for name, value in averaged.items()}
     for optimizer in trainer.optimizers:
         for weight, state in optimizer.state.items():
             values = {key: value for key, value in state.items() if isinstance(value, Tensor)}

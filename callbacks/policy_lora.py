@@ -5,7 +5,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from latentreward.errors import InputError
+from latentreward.errors import InputError, errors_at
 from latentreward.export import TrainedLoRA
 from latentreward.modules.alignment import AlignmentModule
 
@@ -42,7 +42,8 @@ class PolicyLoRA(Callback):
 
     def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
         folder = self.folder or Path(trainer.log_dir or ".") / "lora"  # asks all ranks, as the next line does
-        lora = TrainedLoRA.of_policy(pl_module.policy)
+        with errors_at(f"optimiser step {trainer.global_step}: "):
+            lora = TrainedLoRA.of_policy(pl_module.policy)
         if trainer.is_global_zero:
             lora.write_diffusers(folder)
         self._written = trainer.global_step

@@ -2,8 +2,10 @@
 
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from inspect import signature
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -16,8 +18,6 @@ from latentreward.errors import InputError
 logger = logging.getLogger(__name__)
 
 SAME_SCHEDULE = "give the model.lr_scheduler that it was trained with, or --resume_override=[schedule]"
-SCHEDULE_PROGRESS = ("base_lrs", "last_epoch", "verbose")
-"""What a schedule's state holds beside its settings, under public names."""
 
 
 class ResumedSettings(Callback):
@@ -106,12 +106,14 @@ class ResumedSettings(Callback):
 
     def _compare_optimizers(self, trainer: Trainer) -> None:
         """Settle what differs between the groups that the settings made and those restored, each setting once."""
-        seen: set[str] = set()
+        # What OneCycleLR and CyclicLR move beside the rate is no setting.
+        cycled = any(getattr(config.scheduler, "cycle_momentum", False) for config in trainer.lr_scheduler_configs)
+        seen = {"betas", "momentum"} if cycled else set()
         for optimizer, groups in zip(trainer.optimizers, self._groups, strict=True):
             for restored, given in zip(optimizer.param_groups, groups, strict=True):
                 pairs = {name: (given[name], restored[name]) for name in given.keys() & restored.keys()}
                 pairs["lr"] = base_rate(given), base_rate(restored)
-                for name in sorted(pairs.keys() - {"params", "initial_lr"} - seen):
+                for name in sorted((pairs.keys() & optimizer.defaults.keys()) - seen):
                     ours, theirs = map(plain, pairs[name])
                     if ours != theirs:
                         seen.add(name)
@@ -127,7 +129,7 @@ class ResumedSettings(Callback):
         if [settings.keys() for settings in theirs] != [settings.keys() for settings in ours]:
             raise InputError(f"the checkpoint holds the state of another learning rate schedule; {SAME_SCHEDULE}")
         for config, state, before, given in zip(trainer.lr_scheduler_configs, saved, theirs, ours, strict=True):
-            for name in before:
+            for name in sorted(before.keys() & setting_names(config.scheduler)):
                 if before[name] != given[name]:
                     if "lr" in self.override:
                         raise InputError(
@@ -183,13 +185,22 @@ def plain(value: Any) -> Any:
 
 
 def schedule_settings(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings in a schedule's state by name, those of schedules inside it as ``schedulers.0.NAME``."""
-    settings = {name: value for name, value in state.items() if not name.startswith("_")}
+    """What a schedule's state holds, by name; the state of schedules inside it as ``schedulers.0.NAME``."""
+    values = {name: value for name, value in state.items() if not name.startswith("_")}
     for number, inner in enumerate(state.get("_schedulers", ())):
-        settings |= {f"schedulers.{number}.{name}": value for name, value in schedule_settings(inner).items()}
+        values |= {f"schedulers.{number}.{name}": value for name, value in schedule_settings(inner).items()}
     if "_milestones" in state:
-        settings["milestones"] = state["_milestones"]
-    return {name: value for name, value in settings.items() if name not in SCHEDULE_PROGRESS}
+        values["milestones"] = state["_milestones"]
+    # MultiStepLR keeps a count of each milestone.
+    return {name: sorted(value.elements()) if isinstance(value, Counter) else value for name, value in values.items()}
+
+
+def setting_names(scheduler: LRScheduler) -> set[str]:
+    """Which values of :func:`schedule_settings` are settings: what the constructors take; the rest is progress."""
+    names = set(signature(type(scheduler)).parameters) - {"last_epoch", "verbose"}
+    for number, inner in enumerate(getattr(scheduler, "_schedulers", ())):
+        names |= {f"schedulers.{number}.{name}" for name in setting_names(inner)}
+    return names
 
 
 def set_base_rates(scheduler: LRScheduler) -> None:

@@ -50,6 +50,7 @@ LONGEST = [
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the files that take longest first."""
     places = {f"tests/{name}.py": place for place, name in enumerate(LONGEST)}
+    assert all(Path(file).is_file() for file in places), "LONGEST names a file that is not there"
     items.sort(key=lambda item: places.get(item.nodeid.partition("::")[0], len(places)))
 
 

@@ -132,10 +132,13 @@ PLUGIN = """
 
 
     class Freeze(Callback):
+        def __init__(self, signal: str = "SIGSTOP") -> None:
+            self.signal = signal
+
         def on_train_batch_start(self, trainer, *args) -> None:
             if trainer.global_rank == 1 and trainer.global_step == 1:
                 print(f"frozen: {os.getpid()}", flush=True)
-                os.kill(os.getpid(), signal.SIGSTOP)
+                os.kill(os.getpid(), signal.Signals[self.signal])
 
 
     class Large(Module):
@@ -421,9 +424,11 @@ def test_a_second_ctrl_c_is_one_line() -> None:
 
 
 @pytest.mark.slow
-def test_a_rank_that_does_not_answer_ends_the_run_after_its_time_limit() -> None:
+@pytest.mark.parametrize("sent", ["SIGSTOP", "SIGKILL"])
+def test_a_rank_that_does_not_answer_ends_the_run_after_its_time_limit(sent: str) -> None:
     two = ["--trainer.devices=2", "--trainer.strategy=ddp", "--rank_timeout_s=30", "--trainer.max_steps=50"]
-    program = [sys.executable, "-m", "latentreward", *FIT, *two, "--trainer.callbacks=plugin.Freeze"]
+    freeze = ["--trainer.callbacks=plugin.Freeze", f"--trainer.callbacks.signal={sent}"]
+    program = [sys.executable, "-m", "latentreward", *FIT, *two, *freeze]
     environment = {**os.environ, "PYTHONPATH": str(SOURCE)}
     result = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("latentreward: error: ")]

@@ -45,11 +45,10 @@ def options(model: str, layout: str, pairs: dict[str, Path], folder: Path) -> li
     ]
 
 
-FIRST = [("dina_lrm_tiny", "pickapic"), ("lrm_tiny", "hpdv3")]
-OTHERS = [(model, layout) for model in TINY for layout in ("pickapic", "hpdv3") if (model, layout) not in FIRST]
+EACH = [(model, ("pickapic", "hpdv3")[place % 2]) for place, model in enumerate(TINY)]
 
 
-@pytest.mark.parametrize(("model", "layout"), slow_after(1, FIRST + OTHERS))
+@pytest.mark.parametrize(("model", "layout"), slow_after(1, EACH))
 def test_fit_validate_test_and_predict(model: str, layout: str, pairs: dict[str, Path], tmp_path: Path) -> None:
     settings = options(model, layout, pairs, tmp_path)
     main(["fit", *settings, "--trainer.limit_val_batches=1", "--trainer.callbacks=TrainableEMA"])
@@ -158,20 +157,15 @@ def test_damaged_data_is_one_line(
         3,
         [
             ("--model.backbone=sd_tinny", ["sd_tinny", "did you mean 'sd_tiny'"]),
-            ("--model.head=GatedQFormerHed", ["GatedQFormerHed", "did you mean 'GatedQFormerHead'"]),
-            ("--model.loss=LRMLos", ["LRMLos", "did you mean 'LRMLoss'"]),
             ("--model.backbone.source=/nowhere/at/all", ["/nowhere/at/all", "does not exist"]),
             (f"--model.backbone.source={CONFIGS}", ["is no diffusers pipeline"]),
             ("--model.backbone.visual_taps=[1,9]", ["visual_taps=[1, 9]", "block 9", "blocks 1 to 5"]),
             ("--model.backbone.tuning=halff", ["tuning", "halff"]),
             ("--model.backbone.lora.rank=4", ["lora", "tuning: lora"]),
             ("--model.eval_timesteps=[1,2000]", ["eval_timesteps", "2000", "out of range"]),
-            ("--model.optimizer.lr=-1", ["model.optimizer.lr: -1.0", "[0, 1000]"]),
-            ("--model.optimizer.lr=fast", ["lr", "fast"]),
             ("--trainer.precision=bf16-true", ["precision=bf16-true", "bf16-mixed"]),
             ("--model.optimizer.lr=1000", ["loss is", "optimiser step", "train-00000"]),
             ("--data.root=/dev/null/x", ["/dev/null"]),
-            ("--ckpt_path=/nowhere.ckpt", ["/nowhere.ckpt"]),
         ],
     ),
 )
@@ -179,14 +173,6 @@ def test_bad_settings_are_one_line(
     setting: str, words: list[str], pairs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     check_one_line([*options("lrm_tiny", "pickapic", pairs, tmp_path), setting], words, capsys)
-
-
-def test_a_pickled_checkpoint_is_refused(
-    pairs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    torch.save({"state_dict": {}, "callback": check_one_line}, tmp_path / "evil.ckpt")
-    settings = options("lrm_tiny", "pickapic", pairs, tmp_path)
-    check_one_line([*settings, f"--ckpt_path={tmp_path / 'evil.ckpt'}"], ["evil.ckpt"], capsys)
 
 
 def check_one_line(arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -240,12 +240,6 @@ def test_filter_strategies_keep_the_sample_rows_they_should() -> None:
     assert rows("lrm_without_mpcf", "".join(NO_COPY)) == 8
 
 
-@pytest.mark.parametrize("name", slow_after(1, ["lrm_hpdv2", "dina_lrm_sd35"]))
-def test_recipe_reads_the_sample_files(name: str) -> None:
-    options = () if name == "lrm_hpdv2" else ("--data.predict=null",)
-    assert rows(name, *options) > 0
-
-
 def test_cached_data_replaces_the_images() -> None:
     settings = parse(*recipe("dina_lrm_sd35_cached")).config["fit"]["data"]
     assert settings.class_path.endswith("CachedPreferenceDataModule")

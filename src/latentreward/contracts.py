@@ -299,10 +299,6 @@ class PromptBatch(TensorRecord):
         """Number of prompts."""
         return len(self.prompts)
 
-    def rows(self, index: Sequence[int]) -> "PromptBatch":
-        """Some of the prompts."""
-        return PromptBatch(tuple(self.prompts[i] for i in index), tuple(self.keys[i] for i in index))
-
 
 @dataclass(frozen=True)
 class NoisyStates(TensorRecord):

@@ -6,7 +6,9 @@ Those are any, until ``--restrict-imports`` leaves those of ``--allow-programs``
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from importlib.machinery import PathFinder
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +20,17 @@ STARTING = ("subprocess.Popen", "os.exec", "os.posix_spawn", "os.spawn", "os.sys
 """Events of Python's own auditing (PEP 578) before a program starts, whoever starts it."""
 
 
-def find_modules_here() -> None:
-    """Let Python find modules in the current folder, behind all others, so that they shadow nothing.
+def find_modules_here(settings: Iterable[Any]) -> None:
+    """Let Python find modules in the current folder, behind all others, if one of ``settings`` names one there.
 
-    Not before settings may name some: libraries try to import packages that are not installed, and would find those
-    that lie beside a model or data of other people's.
+    Not otherwise: libraries try to import packages that are not installed, and would find those that lie beside a
+    model or data of other people's.
     """
     here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.append(here)
+    for package, _, rest in {value.partition(".") for value in settings if isinstance(value, str) and len(value) < 999}:
+        named = rest and package.isidentifier() and here not in sys.path
+        if named and find_spec(package) is None and PathFinder.find_spec(package, [here]):
+            sys.path.append(here)
 
 
 def allow_only(programs: Sequence[str]) -> None:
@@ -80,5 +84,7 @@ def _refuse_others(event: str, arguments: tuple[Any, ...]) -> None:
 
 def _starts_another_rank(command: Any) -> bool:
     """Whether a command is this process's own over again, as Lightning starts the other ranks of DDP."""
-    own = [sys.executable, str(Path(sys.argv[0]).absolute()), *sys.argv[1:]]
+    module = sys.modules["__main__"].__spec__  # of `python -m latentreward`
+    start = [os.path.abspath(sys.argv[0])] if module is None else ["-m", module.name]  # noqa: PTH100 - as Lightning
+    own = [sys.executable, *start, *sys.argv[1:]]
     return isinstance(command, list | tuple) and [os.fspath(part) for part in command] == own

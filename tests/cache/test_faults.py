@@ -171,15 +171,21 @@ def test_sigterm_and_a_second_run(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
-def test_sigterm_to_one_of_two_processes(written: tuple[Path, Path], tmp_path: Path, rank: int) -> None:
+@pytest.mark.parametrize(("rank", "sent"), [(0, signal.SIGTERM), (1, signal.SIGTERM), (1, signal.SIGKILL)])
+def test_a_signal_to_one_of_two_processes(
+    written: tuple[Path, Path], tmp_path: Path, rank: int, sent: signal.Signals
+) -> None:
     cache, two = tmp_path / "cache", ("--trainer.devices=2", "--trainer.strategy=ddp")
     run = start_cache(cache, written[0], *SETTINGS, *two, setup=SLOWLY)
     wait_for_shards(cache, run)
     children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
-    os.kill(int(children[0]) if rank else run.pid, signal.SIGTERM)
-    run.communicate(timeout=60)
-    assert run.returncode == 143
-    assert not list(cache.rglob("*.partial"))
+    os.kill(int(children[0]) if rank else run.pid, sent)
+    _, error = run.communicate(timeout=60)
+    if sent == signal.SIGTERM:
+        assert run.returncode == 143
+        assert not list(cache.rglob("*.partial"))
+    else:  # Lightning's observer ends the others
+        assert run.returncode == -signal.SIGKILL
+        assert "Child process with PID" in error.strip().splitlines()[-1] and "Traceback" not in error
     run_cache(cache, written[0], *SETTINGS)
     assert contents(cache) == contents(written[1])

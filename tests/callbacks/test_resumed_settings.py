@@ -182,3 +182,34 @@ def test_a_checkpoint_from_before_takes_the_given_batch_size(tmp_path: Path, cap
 
 def test_only_known_names_are_overridden(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert refusal(capsys, "fit", tmp_path, "--resume_override=[rate]").startswith("resume_override")
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    slow_after(
+        2,
+        [
+            ["--model.lr_scheduler=CosineAnnealingWarmRestarts", "--model.lr_scheduler.T_0=7"],
+            [
+                "--model.lr_scheduler=OneCycleLR",
+                "--model.lr_scheduler.max_lr=0.2",
+                "--model.lr_scheduler.total_steps=20",
+            ],
+            ["--model.lr_scheduler=MultiStepLR", "--model.lr_scheduler.milestones=[2,6]"],
+        ],
+    ),
+)
+def test_progress_of_a_schedule_is_no_setting(
+    schedule: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = ("--model.optimizer=AdamW", "--model.optimizer.lr=0.1", *schedule)
+    resume(tmp_path, start(tmp_path, *settings)[0], *settings)
+    assert lines(caplog) == []
+
+
+def test_milestones_are_stated_as_given(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    settings = ("--model.optimizer=AdamW", "--model.lr_scheduler=MultiStepLR")
+    checkpoint, _ = start(tmp_path, *settings, "--model.lr_scheduler.milestones=[2,6]")
+    resume(tmp_path, checkpoint, *settings, "--model.lr_scheduler.milestones=[3,8]")
+    assert lines(caplog)[0].startswith("model.lr_scheduler.milestones stays [2, 6] as in the checkpoint, not [3, 8]")
+    assert saved(tmp_path)["model"]["init_args"]["lr_scheduler"]["init_args"]["milestones"] == [2, 6]

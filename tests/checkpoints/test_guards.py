@@ -6,9 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from latentreward.callbacks import NaNGuard
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.demos.boring_classes import BoringModel
 
 from latentreward.checkpoints.shards import not_finite
 from latentreward.cli import main
+from latentreward.commands.consolidate import consolidate
+from latentreward.errors import InputError
 from tests.marks import slow_after
 from tests.small_user import refusal, run
 
@@ -82,3 +86,22 @@ def test_consolidate_refuses_weights_that_are_not_finite(tmp_path: Path, capsys:
     assert stop.value.code == 2
     assert "head is not finite" in capsys.readouterr().err
     assert not (tmp_path / "out.ckpt").exists()
+
+
+def test_consolidate_wants_a_checkpoint(tmp_path: Path) -> None:
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "weights.pt")
+    with pytest.raises(InputError, match=r"weights\.pt is no checkpoint of Lightning"):
+        consolidate(tmp_path / "weights.pt", tmp_path / "out.ckpt")
+    assert not (tmp_path / "out.ckpt").exists()
+
+
+def test_states_of_other_peoples_callbacks_may_hold_an_average(tmp_path: Path) -> None:
+    class Losses(Callback):
+        def state_dict(self) -> dict[str, float]:
+            return {"average": 0.3}
+
+    trainer = Trainer(
+        accelerator="cpu", max_steps=1, logger=False, default_root_dir=tmp_path, callbacks=[Losses(), NaNGuard()]
+    )
+    trainer.fit(BoringModel())
+    assert list(tmp_path.rglob("*.ckpt"))

@@ -39,14 +39,14 @@ def test_assignment(height: int, width: int, expected: Bucket | None) -> None:
     assert assign_bucket(height, width) == expected
 
 
-def test_custom_buckets_tolerance_and_smallest_size() -> None:
+def test_custom_buckets_and_smallest_size() -> None:
     buckets = sort_buckets([(64, 96), (32, 32)])
     assert buckets == (Bucket(32, 32), Bucket(64, 96))
     assert assign_bucket(40, 40, buckets) is None
     assert assign_bucket(40, 40, buckets, min_pixels=0) == Bucket(32, 32)
     assert assign_bucket(40, 60, buckets, min_pixels=0) == Bucket(64, 96)
     assert assign_bucket(40, 50, buckets, min_pixels=0) is None
-    assert assign_bucket(40, 50, buckets, tolerance=0.2, min_pixels=0) == Bucket(64, 96)
+    assert assign_bucket(40, 59, buckets, min_pixels=0) == Bucket(64, 96)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from latentreward.contracts import PreferenceBatch
 from latentreward.data import HPDv3Reader, PickAPicReader, PreferenceDataModule
 from latentreward.errors import InputError
+from tests.data.skipped_rows import skipped_rows
 from tests.marks import slow_after
 
 
@@ -119,7 +120,7 @@ def test_bad_images_are_reported_once_at_the_end(readers, write_pickapic, pickap
     data = PreferenceDataModule(8, train=reader, batch_size=6, num_workers=1)
     trainer(max_epochs=2).fit(Recorder(), data)
     assert "data.train: images not read on this rank: 2 empty image" in caplog.text
-    assert data.datasets["train"].skipped_rows() == [1, 2]
+    assert skipped_rows(data.datasets["train"]) == [1, 2]
 
 
 def test_distributed_shares(readers) -> None:

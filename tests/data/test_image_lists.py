@@ -239,3 +239,13 @@ def test_what_generate_wrote(tmp_path: Path, table: str) -> None:
         rows = read_images(str(tmp_path / source)).rows
         assert [row.prompt for row in rows] == ["a cat", "a cat", "two\ndogs"]
         assert all(decode_image(row.ref()).size == (16, 16) for row in rows)
+
+
+def test_a_prompt_beyond_the_limit_is_a_row_without_one(pics: Path) -> None:
+    picture = sorted(pics.rglob("*.png"))[0]
+    picture.with_suffix(".txt").write_text("x" * 10_001)
+    (row,) = [row for row in read_images(str(pics)).rows if row.path == str(picture)]
+    assert (row.problem, row.prompt) == ("prompt too long", "")
+    assert row.detail.startswith("10001 characters, more than max_prompt_chars=10000: ")
+    (row,) = [row for row in read_images(str(pics), max_prompt_chars=20_000).rows if row.path == str(picture)]
+    assert row.problem is None

@@ -1,6 +1,7 @@
 """A trained adapter makes the same predictions in diffusers, whatever format it went through."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -134,3 +135,23 @@ def test_an_adapter_that_is_not_finite_is_not_exported() -> None:
     weight.data.view(-1)[3] = float("inf")
     with pytest.raises(InputError, match=r"the adapter: .*lora_A.* is not finite"):
         TrainedLoRA.of_policy(policy)
+
+
+@pytest.mark.parametrize("change", ["library", "file", "pipeline", "attention"])
+def test_a_base_whose_code_would_run_is_not_merged(change: str, tmp_path: Path) -> None:
+    base = shutil.copytree(pipeline_folder("sd15"), tmp_path / "base")
+    index = json.loads((base / "model_index.json").read_text())
+    if change == "library":
+        index["unet"] = ["evil_module", "UNet2DConditionModel"]
+    elif change == "pipeline":
+        index["_class_name"] = ["evil_module", "Pipeline"]
+    elif change == "file":
+        (base / "unet" / "diffusers.py").write_text("raise SystemExit('ran')")
+    else:
+        config = json.loads((base / "text_encoder" / "config.json").read_text())
+        config["_attn_implementation"] = config["attn_implementation"] = "someone/kernels"
+        (base / "text_encoder" / "config.json").write_text(json.dumps(config))
+    (base / "model_index.json").write_text(json.dumps(index))
+    lora = TrainedLoRA.of_policy(tiny_source("sd15").load().eval())
+    with pytest.raises(InputError, match=r"could run code|may be downloaded and run"):
+        write_merged(lora, PipelineSource(str(base)), tmp_path / "merged")

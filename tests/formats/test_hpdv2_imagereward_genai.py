@@ -24,6 +24,7 @@ from latentreward.data import (
     PixelLoader,
     collate_pairs,
 )
+from tests.data.skipped_rows import skipped_rows
 from tests.formats.conftest import COMMITTED, check_rows
 from tests.formats.odd_groups import write_all
 
@@ -46,7 +47,7 @@ def unreadable_rows(reader: PairReader) -> list[int]:
     loaded = [item for n in range(len(dataset)) if isinstance(item := dataset[n], LoadedPair)]
     batch = collate_pairs([item for item in loaded if item.pair.label_a is not None])
     assert batch.chosen.shape == batch.rejected.shape == (len(batch), 3, 16, 16)
-    return dataset.skipped_rows()
+    return skipped_rows(dataset)
 
 
 def counts(reader: PairReader) -> tuple[int, int]:

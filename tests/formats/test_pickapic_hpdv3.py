@@ -19,6 +19,7 @@ from latentreward.data import (
     PixelLoader,
     collate_pairs,
 )
+from tests.data.skipped_rows import skipped_rows
 from tests.formats.conftest import check_rows
 
 LOADER = PixelLoader(16, 16)
@@ -54,7 +55,7 @@ def unreadable_rows(reader: PairReader) -> list[int]:
     assert batch.chosen.shape == batch.rejected.shape == (len(loaded), 3, 16, 16)
     assert batch.label.min() >= 0.5
     assert batch.label.max() <= 1
-    return dataset.skipped_rows()
+    return skipped_rows(dataset)
 
 
 def test_pickapic_counts(pickapic) -> None:

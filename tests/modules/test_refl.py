@@ -111,7 +111,7 @@ def test_gradient_equals_that_of_one_graph(name: str, options: dict[str, Any]) -
     torch.testing.assert_close(gradient(module, loss), gradient(module, expected), rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("gradient_steps", slow_after(1, [1, 2, 3]))
+@pytest.mark.parametrize("gradient_steps", slow_after(1, [2, 1, 3]))
 def test_gradient_is_the_slope_of_the_loss(gradient_steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Central differences in float64; the first step with a graph is the very first one, so that nothing is cut off."""
     monkeypatch.setattr(Tensor, "float", Tensor.double)  # what the module casts to float32 stays float64
@@ -219,7 +219,7 @@ def test_stop_covers_its_range() -> None:
 def test_a_prompt_is_sampled_alike_in_any_batch() -> None:
     module = refl(guidance_scale=2.0)
     whole = module.sample(PROMPTS, 3).clean
-    alone = module.sample(PROMPTS.rows([1]), 3).clean
+    alone = module.sample(PromptBatch(PROMPTS.prompts[1:2], PROMPTS.keys[1:2]), 3).clean
     torch.testing.assert_close(whole[1:], alone, rtol=1e-4, atol=1e-5)
 
 

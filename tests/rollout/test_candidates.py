@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from latentreward.contracts import PromptBatch
 from latentreward.errors import InputError
 from latentreward.rollout import Branching, RolloutDraws, Sampling, StepSampler, candidate_steps
 from tests.rollout.tiny_rollout import PROMPTS, Brightness, NetworkRows, roll_out, tiny_policy
@@ -116,7 +117,8 @@ def test_clean_latents_of_candidates(name: str) -> None:
 def test_a_prompt_is_rolled_out_alike_in_any_batch() -> None:
     policy, sampler = parts("sd_tiny")
     together = roll_out(policy, sampler, Brightness(), PROMPTS, Branching(3), STEPS, GUIDANCE, seed=0)[1]
-    turned = roll_out(policy, sampler, Brightness(), PROMPTS.rows([2, 0]), Branching(3), STEPS, GUIDANCE, seed=0)[1]
+    others = PromptBatch(PROMPTS.prompts[2::-2], PROMPTS.keys[2::-2])
+    turned = roll_out(policy, sampler, Brightness(), others, Branching(3), STEPS, GUIDANCE, seed=0)[1]
     torch.testing.assert_close(turned, together[[2, 0]], rtol=1e-4, atol=1e-4)
     assert not torch.allclose(together[0], together[2], atol=0.1)
     other = roll_out(policy, sampler, Brightness(), PROMPTS, Branching(3), STEPS, GUIDANCE, seed=1)[1]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from latentreward.backbones.loading import tiny_pipeline
+from latentreward.contracts import PromptBatch
 from latentreward.errors import InputError
 from latentreward.policies import Policy, PolicySource
 from latentreward.rollout import RolloutDraws, Sampling, sample_latents, sample_trajectories
@@ -78,7 +79,7 @@ def test_steps_without_noise_are_marked() -> None:
 def test_a_prompt_is_sampled_alike_in_any_batch() -> None:
     policy = tiny_policy("sd35_tiny")
     together = sample_latents(policy, PROMPTS, STEPS, 3.0, seed=0)
-    alone = sample_latents(policy, PROMPTS.rows([1]), STEPS, 3.0, seed=0)
+    alone = sample_latents(policy, PromptBatch(PROMPTS.prompts[1:2], PROMPTS.keys[1:2]), STEPS, 3.0, seed=0)
     torch.testing.assert_close(alone, together[[1]], rtol=1e-4, atol=1e-4)
 
 

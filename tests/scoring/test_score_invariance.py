@@ -24,7 +24,7 @@ def prompts_of(count: int) -> list[str]:
     return [PROMPTS[row % len(PROMPTS)] for row in range(count)]
 
 
-@pytest.fixture(scope="module", params=slow_after(1, ["sd15", "sd35", "sdxl"]))
+@pytest.fixture(scope="module", params=slow_after(2, ["sd15", "sd35", "sdxl"]))
 def model(request: pytest.FixtureRequest) -> RewardModel:
     return scoring_model(request.param)
 

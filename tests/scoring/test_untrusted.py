@@ -170,7 +170,7 @@ def test_a_setting_that_leads_to_a_variable_is_not_resolved(monkeypatch: pytest.
     edit(tmp_path, lambda model: model["backbone"]["init_args"].update(source="a/${name}"))
     path = tmp_path / "config.yaml"
     path.write_text(path.read_text() + "name: ${oc.env:SECRET}\n")
-    refused(tmp_path, r"'a/\$\{oc.env:SECRET\}' would be resolved.*trust_remote_code=True")
+    refused(tmp_path, r"'a/\$\{name\}' would be resolved.*trust_remote_code=True")
 
 
 def test_what_was_downloaded_imports_nothing_of_its_own(

@@ -41,6 +41,25 @@ def load_unsafely(path: str) -> Any:
     return torch.load(path, weights_only=False)
 
 
+def dotted(canary: Path) -> bytes:
+    """A pickle that finds a shell through what PyTorch's reader of shards imports, by names with dots."""
+
+    def text(value: str) -> bytes:
+        return b"\x8c" + bytes([len(value)]) + value.encode()
+
+    def name(value: str) -> bytes:
+        return text("torch.distributed.checkpoint.filesystem") + text(value) + b"\x93"
+
+    def call(function: bytes, argument: bytes) -> bytes:
+        return function + argument + b"\x85R"
+
+    module = call(call(name("operator.attrgetter"), text("__init__.__globals__")), name("FileSystemReader"))
+    shell = call(
+        call(name("operator.attrgetter"), text("system")), call(call(name("operator.itemgetter"), text("os")), module)
+    )
+    return b"\x80\x04" + call(shell, text(f"touch {canary}")) + b"."
+
+
 PAYLOADS: dict[str, Callable[[Path], Any]] = {
     "a shell": lambda canary: Call(os.system, f"touch {canary}"),
     "a process": lambda canary: Call(subprocess.call, ["touch", str(canary)]),
@@ -111,7 +130,7 @@ def test_no_payload_runs_from_a_file_or_an_address(
     assert not canary.exists()
 
 
-@pytest.mark.parametrize("part", [INDEX, REST, "a value"])
+@pytest.mark.parametrize("part", [INDEX, "names with dots", REST, "a value"])
 def test_no_payload_runs_from_shards(
     part: str, canary: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -121,6 +140,8 @@ def test_no_payload_runs_from_shards(
     torch.save({"evil": evil} if part == REST else {}, folder / REST)
     if part == INDEX:
         (folder / INDEX).write_bytes(pickle.dumps(evil))
+    if part == "names with dots":
+        (folder / INDEX).write_bytes(dotted(canary))
     for place in (folder, f"file://{folder}"):
         assert "could run code" in refusal(capsys, "fit", tmp_path, f"--ckpt_path={place}")
     assert not canary.exists()
@@ -157,7 +178,7 @@ def test_strategies_that_unpickle_by_themselves_never_see_an_unchecked_file(cana
     loaded: list[Any] = []
     strategy = module.trainer.strategy
     del strategy.load_checkpoint
-    strategy.load_checkpoint = lambda path, weights_only: loaded.append(weights_only)
+    strategy.load_checkpoint = lambda path, weights_only: loaded.append(weights_only) or torch.load(path)
     guard_loading(module.trainer, module)
     torch.save({"evil": Call(Path.touch, canary)}, tmp_path / "evil.ckpt")
     with pytest.raises(ValueError, match="could run code"):
@@ -239,3 +260,18 @@ def test_a_password_in_an_address_is_not_repeated(name: str, canary: Path, tmp_p
         said = refusal(capsys, "validate", tmp_path, setting)
     assert f"{address}/{name}" in said
     assert "s3cr3t" not in said
+
+
+def test_a_file_of_references_is_not_fetched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "refs.json").write_text('{"version": 1, "gen": [{"key": "{{ evil }}"}], "refs": {}}')
+    for address in (f"reference://x::file://{tmp_path}/refs.json", f"simplecache::reference://x::{tmp_path}/refs.json"):
+        assert "is a file of references" in refusal(capsys, "fit", tmp_path, f"--ckpt_path={address}")
+
+
+@pytest.mark.parametrize("content", [{"net.weight": torch.zeros(1)}, [1], {"state_dict": {}}])
+def test_what_lightning_did_not_write_is_one_line(
+    content: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(content, tmp_path / "weights.ckpt")
+    said = refusal(capsys, "fit", tmp_path, f"--ckpt_path={tmp_path}/weights.ckpt")
+    assert said == f"ckpt_path: {tmp_path}/weights.ckpt is no checkpoint of Lightning; give one that `fit` wrote"

@@ -196,6 +196,13 @@ def replaced(name: str, other: str) -> Change:
 BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 60)) + "model: *a59\n"
 """YAML of 60 lines that stands for 2**60 values."""
 
+DOUBLING = (
+    "a0: xx\n"
+    + "".join(f"a{n}: ${{a{n - 1}}}${{a{n - 1}}}\n" for n in range(1, 60))
+    + ("model: {class_path: x, init_args: {backbone: '${a59}', head: '${a59}'}}\n")
+)
+"""YAML of 61 lines whose interpolations stand for 2**60 characters."""
+
 RUNS: dict[str, Change] = {
     **{f"{kind} {target}": other_part(kind, target) for kind in ("head", "backbone") for target in TARGETS},
     "head by its path": of_yaml(lambda s, c: s["model"]["init_args"].update(head="evil_module.Head")),
@@ -212,6 +219,7 @@ RUNS: dict[str, Change] = {
     "yaml tag of a name": text("config.yaml", "model: !!python/name:evil_module.Head\n"),
     "yaml tag of a module": text("config.yaml", "model: !!python/module:evil_module\n"),
     "yaml aliases that grow": text("config.yaml", BOMB),
+    "interpolations that double": text("config.yaml", DOUBLING),
     "a pickle": pickled("reward.ckpt"),
     "a legacy pickle": pickled("reward.ckpt", how="legacy"),
     "a plain pickle": pickled("reward.ckpt", how="pickle"),
@@ -351,7 +359,16 @@ def spoilt(folder: Path, change: Change, canary: Path) -> Path:
     return copy
 
 
-@pytest.mark.parametrize("name", slow_after(5, list(RUNS)))
+ALWAYS = (
+    "head evil_module.Head",
+    "a pickle",
+    "index of shards",
+    "yaml aliases that grow",
+    "interpolations that double",
+)
+
+
+@pytest.mark.parametrize("name", slow_after(len(ALWAYS), dict.fromkeys([*ALWAYS, *RUNS])))
 def test_runs_are_refused(name: str, good: Path, canary: Path) -> None:
     messages = refusals(spoilt(good / "run", RUNS[name], canary), canary)
     assert len(messages) == len(DOORS)
@@ -364,7 +381,9 @@ def test_what_no_reward_reads_is_not_run(name: str, good: Path, canary: Path) ->
     assert refusals(spoilt(good / "run", UNREAD[name], canary), canary) == []
 
 
-@pytest.mark.parametrize("name", slow_after(4, list(MODELS)))
+@pytest.mark.parametrize(
+    "name", slow_after(3, dict.fromkeys(["head evil_module.Head", "head.safetensors", "adapter", *MODELS]))
+)
 def test_models_are_refused(name: str, good: Path, canary: Path) -> None:
     layout, change = MODELS[name]
     assert len(refusals(spoilt(good / layout, change, canary), canary)) == len(DOORS)

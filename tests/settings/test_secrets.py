@@ -3,9 +3,12 @@
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from latentreward.cli import main
 from latentreward.scoring import RewardModel
+from latentreward.settings.functions import prepare_parsing, with_secrets
+from latentreward.settings.rewriting import hide_secrets
 from tests.settings.test_refusals import FIT, refusal
 
 LOGGER = """
@@ -37,3 +40,23 @@ def test_a_secret_is_used_and_not_saved(tmp_path: Path, monkeypatch: pytest.Monk
     assert "logger.name: the environment variable MY_TOKEN is not set" in line
     main(["validate", f"--config={config}", "--trainer.logger=false", "--trainer.limit_val_batches=1"])
     assert isinstance(RewardModel.from_pretrained(folder), RewardModel)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("${oc.env:MY_TOKEN}", "s3cr3t"),
+        ("${oc.env: MY_TOKEN}", "s3cr3t"),
+        ("${oc.env:MY_TOKEN,${oc.env:PLAIN}}", "s3cr3t"),
+        ("${oc.env:NO_KEY,null}", None),
+        ("${oc.env:NO_KEY,7}", "7"),
+        ("${oc.env:NO_KEY,${oc.env:MY_TOKEN}}", "s3cr3t"),
+    ],
+)
+def test_every_form_of_a_secret(text: str, value: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_TOKEN", "s3cr3t")
+    monkeypatch.setenv("PLAIN", "plain")
+    prepare_parsing([])
+    kept = OmegaConf.to_container(OmegaConf.create([hide_secrets(text)]), resolve=True)[0]
+    assert "s3cr3t" not in kept
+    assert with_secrets(kept) == value

@@ -11,6 +11,11 @@ from latentreward.errors import InputError
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 """Attention projections of diffusers' networks."""
+PEFT_SETTINGS = (
+    "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern",
+    "use_rslora", "fan_in_fan_out", "layers_to_transform", "layers_pattern", "bias",
+)  # fmt: skip
+"""Settings of PEFT's LoRA that are read: none of them imports, downloads or computes anything."""
 
 
 @dataclass

@@ -67,6 +67,8 @@ def fetched(address: str, folder: Path) -> Path:
 
         options["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(None, sock_connect=SILENCE_S, sock_read=SILENCE_S)}
     target, shown = folder / "fetched.ckpt", without_password(address)
+    if re.search(r"(^|:)reference:", address):  # fsspec would render the templates of such a file
+        raise InputError(f"ckpt_path: {shown} is a file of references; give the address of the checkpoint itself")
     try:
         system, path = url_to_fs(address, **options)
         if isinstance(system, LocalFileSystem):

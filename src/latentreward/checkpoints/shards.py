@@ -26,21 +26,23 @@ from latentreward.errors import InputError, first_line
 INDEX, REST = ".metadata", "meta.pt"
 """Files of a sharded checkpoint: where each tensor lies, and what is not sharded."""
 UNREADABLE = (
-    RuntimeError,
-    EOFError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    TypeError,
-    AssertionError,
-    OverflowError,
-    MemoryError,
-    pickle.UnpicklingError,
-    struct.error,
-)
+    RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, AssertionError, OverflowError,
+    MemoryError, pickle.UnpicklingError, struct.error,
+)  # fmt: skip
 """What PyTorch's readers raise over bytes that are not a checkpoint."""
-_INDEX_CLASSES = ("torch.distributed.checkpoint.", "pathlib.", "collections.")
-_INDEX_NAMES = {("torch", "Size"), ("torch.serialization", "_get_layout")}
+_INDEX_NAMES = {
+    "torch.distributed.checkpoint.metadata": [
+        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
+        "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+    ],
+    "torch.distributed.checkpoint.filesystem": ["_StorageInfo"],
+    "torch.serialization": ["_get_layout"],
+    "torch": ["Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))],
+    "collections": ["OrderedDict"],
+    "pathlib": ["PosixPath", "WindowsPath"],
+    "pathlib._local": ["PosixPath", "WindowsPath"],
+}  # fmt: skip
+"""Module -> all that PyTorch's index of shards names in it; none of them runs what it is given."""
 
 
 class _IndexUnpickler(pickle.Unpickler):
@@ -48,11 +50,8 @@ class _IndexUnpickler(pickle.Unpickler):
 
     @override
     def find_class(self, module: str, name: str) -> Any:
-        if f"{module}.".startswith(_INDEX_CLASSES) or module.partition(".")[0] == "torch":  # else it is not imported
-            found = super().find_class(module, name)
-            is_class = isinstance(found, type) and f"{module}.".startswith(_INDEX_CLASSES)
-            if is_class or isinstance(found, torch.dtype) or (module, name) in _INDEX_NAMES:
-                return found
+        if name in _INDEX_NAMES.get(module, ()):  # a whole name: one with dots would lead on, to what a module imports
+            return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{INDEX} names {module}.{name}")
 
 
@@ -134,16 +133,17 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """A checkpoint, sharded or in one file, as a dictionary on the CPU.
 
     Raises:
-        InputError: If there is none, or it is damaged or could run code.
+        InputError: If there is none, it is no checkpoint of Lightning, or it is damaged or could run code.
     """
-    if path.is_dir():
-        return read_sharded(path)
-    if not path.is_file():
+    if not path.exists():
         raise InputError(f"checkpoint: {path} does not exist")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        content = read_sharded(path) if path.is_dir() else torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
         raise InputError(damaged(path, first_line(error))) from error
+    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), Mapping):
+        raise InputError(f"checkpoint: {path} is no checkpoint of Lightning; give one that `fit` wrote")
+    return content
 
 
 def damaged(path: str | Path, problem: str) -> str:

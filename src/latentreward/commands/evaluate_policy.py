@@ -8,7 +8,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
-from latentreward.data.alignment.prompt_files import PromptRow, read_prompt_set
+from latentreward.data.alignment.prompt_files import PromptRow, check_lengths, read_prompt_set
 from latentreward.devices import find_device
 from latentreward.errors import InputError
 from latentreward.evaluation.benchmark.report import HTML, versions
@@ -199,7 +199,7 @@ def _prompt_rows(
     for name, pictures in found.items():
         folder = policies[name].images
         if pictures is not None and folder is not None:
-            return prompts_of(pictures, folder)
+            return check_lengths(prompts_of(pictures, folder), f"images: {folder}", max_prompt_chars)
     raise InputError("there are no prompts; set prompts to a file of them")
 
 

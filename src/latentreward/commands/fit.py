@@ -254,7 +254,10 @@ def guard_loading(trainer: Trainer, model: LightningModule) -> None:
 def load_checked(load: Callable[..., dict[str, Any]], path: str | Path, weights_only: bool | None = None) -> Any:
     """Load a checkpoint by a strategy's method ``load`` as tensors and plain values, whatever ``weights_only``."""
     check_checkpoint(path, path)
-    return load(path, weights_only=True)
+    content = load(path, weights_only=True)
+    if not isinstance(content, Mapping) or "pytorch-lightning_version" not in content:
+        raise InputError(f"ckpt_path: {path} is no checkpoint of Lightning; give one that `fit` wrote")
+    return content
 
 
 def compare_weights(trainer: Trainer, model: LightningModule, state_dict: Mapping[str, Any], *_: Any) -> None:

@@ -70,6 +70,7 @@ def score(
     image_column: str | None = None,
     prompt_column: str | None = None,
     allow_outside: bool = False,
+    max_prompt_chars: int = 10_000,
     base: str | None = None,
     run_config: str | None = None,
     revision: str | None = None,
@@ -101,6 +102,7 @@ def score(
         image_column: Column of a list with the paths; by default file_name, file, path, image or name.
         prompt_column: Column of a list with the prompts; by default prompt, caption or text.
         allow_outside: Whether a list may name images outside its folder.
+        max_prompt_chars: Characters that a prompt may have; an image with more is recorded without a score.
         base: Pipeline of the frozen weights, if not the one that the model names.
         run_config: Settings of the model's run, if not beside its checkpoint.
         revision: Branch, tag or commit of a hub id.
@@ -117,7 +119,7 @@ def score(
     """
     page = None if gallery is None else Gallery(gallery, gallery_images, decode_threads, max_pixels)
     target = find_device(device)
-    listed = read_images(images, prompt, image_column, prompt_column, allow_outside)
+    listed = read_images(images, prompt, image_column, prompt_column, allow_outside, max_prompt_chars)
     loading = {"base": base, "config": run_config, "revision": revision, "trust_remote_code": trust_remote_code}
     spec = {
         "images": images_identity(listed),

@@ -79,7 +79,6 @@ def assign_bucket(
     height: int,
     width: int,
     buckets: Sequence[Bucket] = PUBLISHED_BUCKETS,
-    tolerance: float = ASPECT_TOLERANCE,
     min_pixels: int = MIN_PIXELS,
 ) -> Bucket | None:
     """The bucket that an image is resized to: of those with its aspect ratio, the one nearest in log area.
@@ -88,7 +87,6 @@ def assign_bucket(
         height: Pixels of the image.
         width: Pixels of the image.
         buckets: Candidates, ascending by area; of two equally near ones the first is taken.
-        tolerance: Largest difference of the log aspect ratios.
         min_pixels: Smaller images have no bucket.
 
     Returns:
@@ -97,5 +95,5 @@ def assign_bucket(
     if min(height, width) < 1 or height * width < min_pixels:
         return None
     log_aspect, log_area = math.log(width / height), math.log(height * width)
-    fitting = [bucket for bucket in buckets if abs(log_aspect - bucket.log_aspect) <= tolerance]
+    fitting = [bucket for bucket in buckets if abs(log_aspect - bucket.log_aspect) <= ASPECT_TOLERANCE]
     return min(fitting, key=lambda bucket: abs(log_area - math.log(bucket.area)), default=None)

@@ -94,10 +94,6 @@ class PairDataset(Dataset[LoadedPair | SkippedPair]):
         counts = torch.bincount(self._problems, minlength=len(IMAGE_PROBLEMS) + 1).tolist()[1:]
         return Counter({problem: count for problem, count in zip(IMAGE_PROBLEMS, counts, strict=True) if count})
 
-    def skipped_rows(self) -> list[int]:
-        """Row numbers of the reader behind those counts, ascending."""
-        return sorted(self.rows[self._problems.numpy() > 0].tolist())
-
     def _replace(self, index: int, pair: PreferencePair, error: ImageError) -> LoadedPair | SkippedPair:
         if self.reader.on_error == "raise":
             remedy = "replace the file, or set the reader's on_error to skip or placeholder"

@@ -3,7 +3,7 @@
 import glob
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from latentreward.contracts import ImageRef
 from latentreward.data.images import NO_IMAGE
 from latentreward.data.list_rows import find_columns, read_rows
+from latentreward.data.readers.base import MAX_PROMPT_CHARS
 from latentreward.data.readers.folders import SUFFIXES
 from latentreward.data.readers.json_rows import parse_text, short
 from latentreward.errors import InputError
@@ -24,6 +25,7 @@ GENERATED = "generate.json"
 
 NO_PROMPT = "no prompt"
 BAD_ROW = "unreadable row"
+LONG_PROMPT = "prompt too long"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,7 @@ def read_images(
     image_column: str | None = None,
     prompt_column: str | None = None,
     allow_outside: bool = False,
+    max_prompt_chars: int = MAX_PROMPT_CHARS,
 ) -> ImageList:
     """What ``source`` names, of which no image is opened yet.
 
@@ -91,11 +94,21 @@ def read_images(
         prompt_column: Name of the column with prompts; by default the first that there is
             of ``list_rows.PROMPT_COLUMNS``.
         allow_outside: Whether a list may name files outside its folder.
+        max_prompt_chars: Characters that a prompt may have; a row with more cannot be used.
 
     Raises:
         InputError: If there is nothing, a column is missing, or no image has a prompt.
     """
-    columns = (image_column, prompt_column)
+    found, rows = _read(source, prompt, (image_column, prompt_column), allow_outside), []
+    for row in found.rows:
+        if (size := len(row.prompt)) > max_prompt_chars:
+            detail = f"{size} characters, more than max_prompt_chars={max_prompt_chars}: {short(row.prompt)}"
+            row = replace(row, prompt="", problem=LONG_PROMPT, detail=detail)  # noqa: PLW2901
+        rows.append(row)
+    return replace(found, rows=tuple(rows))
+
+
+def _read(source: str, prompt: str | None, columns: tuple[str | None, str | None], allow_outside: bool) -> ImageList:
     path = Path(source)
     if path.suffix.lower() in LISTS and not path.is_dir():
         return _read_list(source, path, prompt, columns, allow_outside)

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import torch
 
-from latentreward.backbones.loading import PipelineSource, no_progress_bar
+from latentreward.backbones.loading import PipelineSource, encoder_config, no_progress_bar
 from latentreward.errors import InputError, first_line
 from latentreward.export.lora import TrainedLoRA
 from latentreward.storage.durable import discard, replacing
+
+LIBRARIES = ("diffusers", "transformers", "stable_diffusion")
+"""Where classes of a pipeline's parts may come from; the last is diffusers' name for its safety checker."""
 
 
 @contextmanager
@@ -28,6 +31,27 @@ def quiet() -> Iterator[None]:
         logging.enable_progress_bar()
 
 
+def check_classes(base: PipelineSource) -> None:
+    """Raise InputError for a pipeline with parts that are no classes of diffusers and transformers.
+
+    The base is what a checkpoint names; diffusers runs Python files that a local pipeline brings.
+    """
+    import diffusers
+    import transformers
+
+    parts = {name: entry for name, entry in base.index.items() if isinstance(entry, list) and base.has(name)}
+    strange = [f"{name}: {library}" for name, (library, *_) in parts.items() if library not in LIBRARIES]
+    strange += map(str, Path(base.source).rglob("*.py"))
+    if not hasattr(diffusers, str(base.index.get("_class_name"))) or strange:
+        named = strange[0] if strange else f"_class_name: {base.index.get('_class_name')}"
+        raise InputError(
+            f"source={base.source!r} names {named}, which could run code; give a pipeline of diffusers' own"
+        )
+    for name, (_, kind) in parts.items():
+        if name.startswith("text_encoder"):
+            encoder_config(getattr(transformers, kind), base.source, subfolder=name, revision=base.revision)
+
+
 @quiet()
 def write_merged(lora: TrainedLoRA, base: PipelineSource, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     """Write the pipeline ``base`` with W + alpha / rank · B A for its network's weights W; the sum is in float32.
@@ -41,10 +65,11 @@ def write_merged(lora: TrainedLoRA, base: PipelineSource, folder: Path, dtype: t
         dtype: Of all weights that are written.
 
     Raises:
-        InputError: If diffusers cannot load ``base`` as a whole.
+        InputError: If diffusers cannot load ``base`` as a whole, or would run code that it names.
     """
     from diffusers import DiffusionPipeline
 
+    check_classes(base)
     absent = {part: None for part, entry in base.index.items() if isinstance(entry, list) and not base.has(part)}
     try:
         pipeline = DiffusionPipeline.from_pretrained(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from latentreward.backbones.tuning import PEFT_SETTINGS
 from latentreward.errors import InputError, first_line
 from latentreward.policies import POLICY, AdapterSwitch, DiTPolicy, Policy
 
@@ -51,11 +52,14 @@ def load_lora(policy: Policy, path: Path) -> None:
                 f"lora: {path} holds {others[0]}, which is no weight of the {part}; give a LoRA of the {part} alone, "
                 "in diffusers' naming, or merge it into a pipeline"
             )
+        # Other fields can have peft import modules.
+        metadata = {name: value for name, value in (metadata or {}).items() if name.split(".")[-1] in PEFT_SETTINGS}
         network.delete_adapters(POLICY)
-        network.load_lora_adapter(weights, prefix=part, network_alphas=alphas, metadata=metadata, adapter_name=LOADED)
+        options = {"network_alphas": alphas, "metadata": metadata or None}
+        network.load_lora_adapter(weights, prefix=part, adapter_name=LOADED, **options)
     except InputError:
         raise
-    except (ValueError, KeyError, RuntimeError, OSError, TypeError) as error:
+    except (ValueError, KeyError, RuntimeError, OSError, TypeError, ImportError) as error:
         raise InputError(f"lora: {path} is no LoRA for {policy.source} ({first_line(error)})") from error
     if LOADED not in getattr(network, "peft_config", {}):
         raise InputError(f"lora: {path} holds no weight of a LoRA for the {part} of {policy.source}")

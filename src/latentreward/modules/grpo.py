@@ -22,6 +22,7 @@ from latentreward.rollout import (
     CandidateStep,
     Sampling,
     Trajectories,
+    check_sigmas,
     group_advantages,
     sample_trajectories,
     score_finished,
@@ -161,8 +162,7 @@ class TrajectoryGRPOModule(GRPOModule):
     ) -> None:
         if num_trajectories < 2:
             raise InputError(f"num_trajectories={num_trajectories} leaves nothing to compare; use at least 2")
-        if not reward_sigmas or not all(0.0 <= sigma <= 1.0 for sigma in reward_sigmas):
-            raise InputError(f"reward_sigmas={list(reward_sigmas)} must be at least one noise level in [0, 1]")
+        check_sigmas(reward_sigmas)
         super().__init__(policy, reward, sampling, loss, **options)
         self.num_trajectories, self.global_std = num_trajectories, global_std
         self.reward_sigmas = tuple(reward_sigmas)

@@ -16,7 +16,7 @@ from latentreward.noise import TimestepGrid
 from latentreward.policies import PolicySource
 from latentreward.policies.surrogate_gradient import gradient_carrier, surrogate
 from latentreward.rewards import RewardSource
-from latentreward.rollout import Sampling
+from latentreward.rollout import Sampling, check_sigmas, score_finished
 from latentreward.rollout.prompted import PromptedPolicy
 from latentreward.rollout.rollout_noise import RolloutDraws
 from latentreward.seeding import pair_generator
@@ -98,8 +98,7 @@ class ReFLModule(RewardedModule):
             )
         if not 1 <= gradient_steps <= sampling.num_inference_steps:
             raise InputError(f"gradient_steps={gradient_steps} must lie in 1..{sampling.num_inference_steps}")
-        if not reward_sigmas or not all(0.0 <= sigma <= 1.0 for sigma in reward_sigmas):
-            raise InputError(f"reward_sigmas={list(reward_sigmas)} must be at least one noise level in [0, 1]")
+        check_sigmas(reward_sigmas)
         for name, weight in (("kl_weight", kl_weight), ("pretraining_weight", pretraining_weight)):
             if not 0.0 <= weight < float("inf"):
                 raise InputError(f"{name}={weight:g} must be at least 0 and finite; 0 leaves the term out")
@@ -179,15 +178,11 @@ class ReFLModule(RewardedModule):
 
     def reward_term(self, prompts: PromptBatch, clean: Tensor) -> tuple[Tensor, Tensor]:
         """Loss of the reward, ready to go back through ``clean``, and the rewards ``(B,)`` themselves."""
-        with torch.no_grad():
-            encoded = self.reward.encode_prompts(prompts.prompts)
-        generators = [pair_generator(self.seed, "reward noise", 0, key) for key in prompts.keys]
-        noise = torch.stack([torch.randn(clean.shape[1:], generator=generator) for generator in generators])
-        noise, rows, rewards = noise.to(clean), torch.arange(len(prompts)), []
+        rewards = []
 
         def loss(latents: Tensor) -> Tensor:
-            scores = self.reward.score_clean(latents, rows, encoded, noise, self.reward_sigmas)
-            rewards.append(scores.detach().float())
+            scores = score_finished(self.reward, latents, prompts, self.seed, self.reward_sigmas)
+            rewards.append(scores.detach())
             return self.loss(scores)
 
         return surrogate(clean, loss), rewards[0]

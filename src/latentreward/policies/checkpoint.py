@@ -11,9 +11,10 @@ from torch import Tensor
 from latentreward.backbones.tuning import LoRA
 from latentreward.checkpoints.base_weights import BaseSample
 from latentreward.checkpoints.shards import read_checkpoint
-from latentreward.errors import InputError
+from latentreward.errors import InputError, first_line
 from latentreward.policies.loading import PolicySource
 from latentreward.policies.policy import POLICY, Policy
+from latentreward.scoring.layouts.recipe import ONLY_IN_TRAINING
 
 SOURCE = "policy_source"
 """Key of a checkpoint under which the fields of a :class:`PolicySource` lie, in plain values."""
@@ -48,8 +49,12 @@ def read_adapter(checkpoint: Path | str) -> SavedAdapter:
     weights = {name.removeprefix(PREFIX): tensor for name, tensor in content["state_dict"].items() if ADAPTER in name}
     if not weights or SOURCE not in content:
         raise InputError(f"checkpoint: {checkpoint} holds no policy and its source; give one of an alignment run")
-    record = content[SOURCE]
-    return SavedAdapter(weights, PolicySource(**{**record, "lora": LoRA(**record["lora"])}), content.get("base"))
+    try:
+        record = {name: value for name, value in content[SOURCE].items() if name not in ONLY_IN_TRAINING}
+        source = PolicySource(**record, lora=LoRA(**content[SOURCE]["lora"]))
+    except (TypeError, AttributeError, KeyError) as error:
+        raise InputError(f"checkpoint: {checkpoint}: {SOURCE} is of another version ({first_line(error)})") from error
+    return SavedAdapter(weights, source, content.get("base"))
 
 
 def load_policy(checkpoint: Path | str, source: PolicySource | None = None) -> Policy:

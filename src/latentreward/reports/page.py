@@ -14,7 +14,7 @@ from latentreward.storage.durable import write_file
 
 POLICY = (
     "default-src 'none'; base-uri 'none'; form-action 'none'; "
-    "img-src data:{images}; style-src 'unsafe-inline'; script-src {scripts}"
+    "img-src data:; style-src 'unsafe-inline'; script-src {scripts}"
 )
 SCRIPT = re.compile(r"<script>(.*?)</script>", re.DOTALL)
 
@@ -27,7 +27,7 @@ def environment(loader: BaseLoader) -> Environment:
 _environment = environment(PackageLoader("latentreward.reports"))
 
 
-def render_page(template: str, *, local_images: bool = False, **values: Any) -> str:
+def render_page(template: str, **values: Any) -> str:
     """A page from ``templates/NAME.html.j2``.
 
     A content security policy in the page allows pictures that it holds itself and the scripts that its template spells
@@ -36,13 +36,12 @@ def render_page(template: str, *, local_images: bool = False, **values: Any) -> 
 
     Args:
         template: Name of the template without its endings; it extends ``base.html.j2``.
-        local_images: Whether pictures may also lie in files beside the page.
         values: What the template shows.
     """
     name = f"{template}.html.j2"
     digests = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in _scripts(name))
     scripts = " ".join(f"'sha256-{digest}'" for digest in digests) or "'none'"
-    policy = POLICY.format(images=" 'self' file:" if local_images else "", scripts=scripts)
+    policy = POLICY.format(scripts=scripts)
     return _environment.get_template(name).render(**values, policy=Markup(policy))
 
 
@@ -54,6 +53,6 @@ def _scripts(name: str) -> list[str]:
     return [*SCRIPT.findall(source), *(script for other in others if other for script in _scripts(other))]
 
 
-def write_page(path: Path, template: str, *, local_images: bool = False, **values: Any) -> None:
+def write_page(path: Path, template: str, **values: Any) -> None:
     """Write :func:`render_page`; a page that is there already is replaced whole or not at all."""
-    write_file(path, render_page(template, local_images=local_images, **values))
+    write_file(path, render_page(template, **values))

@@ -4,7 +4,7 @@ from latentreward.rollout.advantages import group_advantages, tracked_advantages
 from latentreward.rollout.base import StepSampler
 from latentreward.rollout.candidates import Branching, CandidateStep, candidate_steps
 from latentreward.rollout.ddim import DDIMSampler
-from latentreward.rollout.finished import score_finished
+from latentreward.rollout.finished import check_sigmas, score_finished
 from latentreward.rollout.flow_sde import FlowSDESampler
 from latentreward.rollout.pair_selection import (
     FixedThreshold,
@@ -46,6 +46,7 @@ __all__ = [
     "Transition",
     "VarianceThreshold",
     "candidate_steps",
+    "check_sigmas",
     "gap_quantiles",
     "group_advantages",
     "sample_latents",

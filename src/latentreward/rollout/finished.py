@@ -6,8 +6,15 @@ import torch
 from torch import Tensor
 
 from latentreward.contracts import PromptBatch
+from latentreward.errors import InputError
 from latentreward.rewards.base import Reward
 from latentreward.seeding import pair_generator
+
+
+def check_sigmas(reward_sigmas: Sequence[float]) -> None:
+    """Raise InputError for noise levels at which no reward can score."""
+    if not reward_sigmas or not all(0.0 <= sigma <= 1.0 for sigma in reward_sigmas):
+        raise InputError(f"reward_sigmas={list(reward_sigmas)} must be at least one noise level in [0, 1]")
 
 
 def score_finished(reward: Reward, latents: Tensor, prompts: PromptBatch, seed: int, sigmas: Sequence[float]) -> Tensor:
@@ -26,5 +33,6 @@ def score_finished(reward: Reward, latents: Tensor, prompts: PromptBatch, seed: 
     generators = [pair_generator(seed, "reward noise", 0, key) for key in prompts.keys]
     noise = torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in generators])
     rows = torch.arange(len(prompts)).repeat_interleave(len(latents) // len(prompts)).to(latents.device)
-    encoded = reward.encode_prompts(prompts.prompts)
+    with torch.no_grad():
+        encoded = reward.encode_prompts(prompts.prompts)
     return reward.score_clean(latents, rows, encoded, noise.to(latents.device)[rows], sigmas).float()

@@ -17,6 +17,7 @@ from latentreward.scorers.base import ImageScorer
 from latentreward.scorers.clip import PICKSCORE_PROCESSOR, CLIPTowers, Dtype, load_part
 from latentreward.scorers.open_clip_weights import clip_model
 from latentreward.scorers.weight_files import read_state_dict
+from latentreward.storage.hub import hub_answers
 
 REPOSITORY = "xswu/HPSv2"
 FILES = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
@@ -104,7 +105,8 @@ class HPSv2Scorer(ImageScorer):
         from huggingface_hub import hf_hub_download
 
         try:
-            return Path(hf_hub_download(REPOSITORY, FILES[self.weights]))
+            offline = not hub_answers(REPOSITORY, FILES[self.weights])
+            return Path(hf_hub_download(REPOSITORY, FILES[self.weights], local_files_only=offline))
         except (OSError, ValueError) as error:
             raise InputError(
                 f"weights of {self.name}: cannot get {FILES[self.weights]} of {REPOSITORY} ({first_line(error)}); give "

@@ -152,8 +152,13 @@ def naming_variables() -> Iterator[None]:
         raise
 
 
-def install_loader(short_names: Mapping[str, str]) -> None:
-    """Make jsonargparse pass every YAML text it loads through :func:`rewrite_settings`."""
+def install_loader(short_names: Mapping[str, str], modules_here: bool) -> None:
+    """Make jsonargparse pass every YAML text it loads through :func:`rewrite_settings`.
+
+    Args:
+        short_names: Of backbones.
+        modules_here: Whether the text may name modules of the current folder.
+    """
     ArgumentParser(parser_mode=MODE).parse_string("{}")  # jsonargparse registers this mode's own loader on first use
     load = getattr(get_loader(MODE), "__wrapped__", get_loader(MODE))
 
@@ -161,7 +166,10 @@ def install_loader(short_names: Mapping[str, str]) -> None:
     def load_rewritten(text: str) -> Any:
         check_yaml(text)
         STAND_INS.update((value, name) for name, value in re.findall(r"\$\{oc\.env:(\w+),([^${}]+)\}", text))
-        return rewrite_settings(load(text), short_names)
+        settings = rewrite_settings(load(text), short_names)
+        if modules_here:
+            find_modules_here(value for _, value in leaves(settings))
+        return settings
 
     set_loader(MODE, load_rewritten, exceptions=(yaml.YAMLError,))
 
@@ -172,6 +180,11 @@ def resolve_setting(key: str, *, _root_: DictConfig) -> Any:
     if value is _root_:
         raise InputError(f"${{{re.sub(TRAINER_COMMAND, '', key)}}} is not set")
     return value
+
+
+def kept_secret(*variable: Any) -> str:
+    """OmegaConf resolver ``${secret:NAME,default}``, which :func:`hide_secrets` writes: stays what it is."""
+    return f"${{secret:{','.join('null' if part is None else str(part) for part in variable)}}}"
 
 
 def restrict_imports(modules: Sequence[str], programs: Sequence[str]) -> None:
@@ -217,17 +230,22 @@ def values_of(option: str, arguments: Sequence[str]) -> list[str] | None:
     return [name for text in given for name in text.partition("=")[2].split(",") if name] if given else None
 
 
-def prepare_parsing(arguments: Sequence[str]) -> list[str]:
-    """What every parser of settings needs beforehand; returns the arguments without those that restrict it."""
+def prepare_parsing(arguments: Sequence[str], classes: bool = False) -> list[str]:
+    """What every parser of settings needs beforehand; returns the arguments without those that restrict it.
+
+    Args:
+        arguments: Of the command line.
+        classes: Whether settings may name classes of the user's own, in modules of the current folder.
+    """
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     OmegaConf.register_resolver("setting", resolve_setting, replace=True)
-    OmegaConf.register_resolver("secret", lambda *variable: f"${{secret:{','.join(variable)}}}", replace=True)
+    OmegaConf.register_resolver("secret", kept_secret, replace=True)
     modules, programs = values_of("--restrict-imports", arguments), values_of("--allow-programs", arguments)
     if modules is not None:
         restrict_imports(modules, programs or [])
     elif programs is not None:
         raise InputError("--allow-programs restricts nothing without --restrict-imports; give both")
-    install_loader(backbone_names())
+    install_loader(backbone_names(), classes and (not RESTRICTED or bool(RESTRICTED[-1])))
     return [argument for argument in arguments if not re.match(r"--(restrict-imports|allow-programs)(=|$)", argument)]
 
 
@@ -304,10 +322,7 @@ def prepare(arguments: Sequence[str]) -> list[str]:
     warnings.filterwarnings("ignore", message=r".isinstance\(treespec, LeafSpec\). is deprecated")
     # Frozen networks and encoders are meant to be.
     warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
-    settings = prepare_parsing(arguments)
-    if not RESTRICTED or RESTRICTED[-1]:  # else settings may name no module of the current folder
-        find_modules_here()
-    return settings
+    return prepare_parsing(arguments, classes=True)
 
 
 def run_function(function: Callable[..., None], command: str, arguments: Sequence[str], bare: int = 1) -> None:

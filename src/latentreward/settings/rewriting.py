@@ -21,13 +21,13 @@ CLEARED: tuple[Any, ...] = (None, [])
 ABSOLUTE = re.compile(r"\$\{([a-zA-Z][\w.\[\]]*)\}")
 """An interpolation that names a setting from the top: neither ``${.x}`` nor ``${oc.env:X}``."""
 
-SECRET = re.compile(r"\$\{oc\.env:(\w*(?:TOKEN|KEY|SECRET|PASSWORD)\w*(?:,[^${}]*)?)\}")
-"""A variable of the environment whose value must not be written into a config.yaml."""
+SECRET = re.compile(r"\$\{\s*oc\.env\s*:(?=\s*['\"]?\w*(TOKEN|KEY|SECRET|PASSWORD))")
+"""Begins a variable of the environment whose value must not be written into a config.yaml."""
 
 
 def hide_secrets(text: str) -> str:
     """Rename interpolations of secret variables, so that OmegaConf leaves them as they are."""
-    return SECRET.sub(r"${secret:\1}", text)
+    return SECRET.sub("${secret:", text)
 
 
 def show_secrets(text: str) -> str:

@@ -28,38 +28,33 @@ class Judged:
     verdict: dict[str, float]
 
 
-def judge_policy(
-    pipeline: str, lora: Path | None, guidance_scale: float, number: int = 192, caption_seed: int = 11, seed: int = 1
-) -> Judged:
-    """Sample one picture for each held-out caption, as diffusers would, and judge it.
+def judge_policy(pipeline: str, lora: Path | None, guidance_scale: float) -> Judged:
+    """Sample one picture for each of 192 held-out captions, as diffusers would, and judge it.
 
     Args:
         pipeline: ``sd_tiny`` or ``sd35_tiny``.
         lora: Folder of the adapter, as ``load_lora_weights`` takes it; None for the pipeline as it ships.
         guidance_scale: Classifier-free guidance.
-        number: How many captions.
-        caption_seed: Which captions.
-        seed: Initial noise; equal seeds make pictures comparable one by one.
     """
     loaded = load_pipeline(PIPELINE_FOLDERS[pipeline])
     if lora is not None:
         with quiet_libraries():
             loaded.load_lora_weights(lora)
-    captions = held_out_captions(number, caption_seed)
-    pictures = sample_pictures(loaded, captions, seed, guidance_scale=guidance_scale)
+    captions = held_out_captions(192, 11)
+    pictures = sample_pictures(loaded, captions, 1, guidance_scale=guidance_scale)
     return Judged(
         captions, pictures, utility_scores(captions, list(pictures)).numpy(), mean_verdict(captions, list(pictures))
     )
 
 
-def before_and_after(before: Judged, after: Judged, columns: int = 12, scale: int = 2) -> Image.Image:
+def before_and_after(before: Judged, after: Judged) -> Image.Image:
     """Two rows of pictures of the same captions and noise: above before, below after alignment.
 
     The captions are spread evenly over those whose utility changed most to least, so that nothing is picked by hand.
     """
     order = np.argsort(after.utility - before.utility)
-    shown = order[np.linspace(0, len(order) - 1, columns).round().astype(int)]
+    shown = order[np.linspace(0, len(order) - 1, 12).round().astype(int)]
     rows = [np.concatenate(list(judged.pictures[shown]), axis=1) for judged in (before, after)]
     gap = np.full((2, rows[0].shape[1], 3), 255, np.uint8)
     picture = Image.fromarray(np.concatenate([rows[0], gap, rows[1]]))
-    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+    return picture.resize((picture.width * 2, picture.height * 2), Image.Resampling.NEAREST)

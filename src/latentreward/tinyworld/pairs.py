@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations
 from operator import ne
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -103,7 +102,6 @@ def encode_jpeg(pixels: np.ndarray) -> bytes:
 def generate_pairs(
     number: int,
     seed: int,
-    folders: dict[str, Path] | None = None,
     num_inference_steps: int = 20,
     prompts_per_round: int = 32,
 ) -> list[Pair]:
@@ -116,11 +114,10 @@ def generate_pairs(
     Args:
         number: How many pairs; about four come from each caption.
         seed: Fixes captions, noise and sides.
-        folders: Pipelines by name; the shipped ones if not given.
         num_inference_steps: Steps of sampling.
         prompts_per_round: Captions sampled together.
     """
-    pipelines = {name: load_pipeline(folder) for name, folder in (folders or PIPELINE_FOLDERS).items()}
+    pipelines = {name: load_pipeline(folder) for name, folder in PIPELINE_FOLDERS.items()}
     rng = np.random.default_rng([seed, 7])
     pairs: list[Pair] = []
     while len(pairs) < number:

@@ -124,22 +124,18 @@ def scene_utility(caption: Caption, scene: Scene) -> float:
     return picture_utility(scene_alignment(caption, scene), scene.nuisances.quality)
 
 
-def draw_label(
-    utility_a: float, utility_b: float, rng: np.random.Generator, slope: float = 2.0, tie: float = 0.15
-) -> float:
-    """Draw a noisy preference by Bradley-Terry.
+def draw_label(utility_a: float, utility_b: float, rng: np.random.Generator) -> float:
+    """Draw a noisy preference by Bradley-Terry, with log-odds of 2 per unit of utility; a gap below 0.15 is a tie.
 
     Args:
         utility_a: Noiseless utility of the first picture.
         utility_b: Noiseless utility of the second picture.
         rng: Source of randomness.
-        slope: Log-odds per unit of utility.
-        tie: Utility gap below which judges call it a tie.
 
     Returns:
         1.0 if the first picture is preferred, 0.0 if the second, 0.5 for a tie.
     """
     gap = utility_a - utility_b
-    if abs(gap) < tie:
+    if abs(gap) < 0.15:
         return 0.5
-    return float(rng.random() < 1.0 / (1.0 + np.exp(-slope * gap)))
+    return float(rng.random() < 1.0 / (1.0 + np.exp(-2.0 * gap)))

@@ -86,7 +86,6 @@ def write_generated(
     root: Path | str,
     pairs: int = 1000,
     seed: int = 0,
-    folders: Mapping[str, Path] | None = None,
     num_inference_steps: int = 20,
 ) -> Path:
     """Write pairs of *generated* pictures as the split ``test`` of Pick-a-Pic v1: for measuring, never for training.
@@ -98,7 +97,6 @@ def write_generated(
         root: Folder to make. If it holds the same request already, nothing is done.
         pairs: How many.
         seed: Fixes everything, given the pipelines.
-        folders: Pipelines to sample by name; the shipped ones if not given. Names are part of the request, weights not.
         num_inference_steps: Steps of sampling.
 
     Returns:
@@ -108,10 +106,10 @@ def write_generated(
         ValueError: If ``root`` holds something else.
     """
     spec = {"layout": "pickapic_v1", "pairs_per_split": {"test": pairs}, "seed": seed, "steps": num_inference_steps}
-    spec["generated_by"] = sorted(folders) if folders else "shipped pipelines"
+    spec["generated_by"] = "shipped pipelines"
 
     def fill(folder: Path) -> OracleRows:
-        made = generate_pairs(pairs, seed, dict(folders) if folders else None, num_inference_steps)
+        made = generate_pairs(pairs, seed, num_inference_steps)
         return _write_pickapic_split(folder, "test", made, np.random.default_rng([seed, 8]))
 
     return _make_folder(root, spec, fill)

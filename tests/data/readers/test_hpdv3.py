@@ -5,6 +5,7 @@ import pytest
 
 from latentreward.data import HPDv3Reader, PairDataset, PixelLoader
 from latentreward.errors import InputError
+from tests.data.skipped_rows import skipped_rows
 
 
 def test_row_becomes_a_record(write_hpdv3, hpdv3_rows) -> None:
@@ -123,7 +124,7 @@ def test_images_that_cannot_be_read(write_hpdv3, hpdv3_rows, jpeg, tmp_path, pat
     assert "\n" not in str(error.value)
     dataset = PairDataset(HPDv3Reader(root, "train", on_error="skip"), PixelLoader(8, 8))
     items = [dataset[n] for n in range(3)]
-    assert dataset.skipped_rows() == [1]
+    assert skipped_rows(dataset) == [1]
     assert items[1].pair_id == "train.json:1"
 
 

@@ -80,13 +80,18 @@ def read_prompt_rows(path: str, setting: str = "prompts", max_prompt_chars: int 
         ) from error
     if not rows:
         raise InputError(f"{name} holds no prompt; write one per line")
+    return check_lengths(rows, name, max_prompt_chars)
+
+
+def check_lengths(rows: list[PromptRow], name: str, max_prompt_chars: int) -> list[PromptRow]:
+    """Raise InputError if a prompt that comes from ``name`` is longer than the limit; return the rows."""
     if long := next((row.prompt for row in rows if len(row.prompt) > max_prompt_chars), None):
         problem = f"a prompt of {len(long)} characters, more than max_prompt_chars={max_prompt_chars}: {short(long)}"
         raise InputError(f"{name} holds {problem}; shorten it, or set a higher limit")
     return rows
 
 
-def read_prompt_set(path: str, setting: str = "prompts", max_prompt_chars: int = MAX_PROMPT_CHARS) -> list[PromptRow]:
+def read_prompt_set(path: str, max_prompt_chars: int = MAX_PROMPT_CHARS) -> list[PromptRow]:
     """Prompts of one file, or of all files that a pattern matches; then each file without groups of its own is a group.
 
     T2I-CompBench++ is ``examples/dataset/*_val.txt`` with groups ``color``, ``shape``, ...; the benchmark of HPSv2 is
@@ -94,21 +99,20 @@ def read_prompt_set(path: str, setting: str = "prompts", max_prompt_chars: int =
 
     Args:
         path: File, or a pattern with ``*``, ``?`` or ``[]``; files are taken by name.
-        setting: Name of the setting, for messages.
         max_prompt_chars: Characters that a prompt may have.
 
     Raises:
         InputError: As :func:`read_prompts`; and if the pattern matches nothing.
     """
     if Path(path).exists() or not glob.has_magic(path):
-        return read_prompt_rows(path, setting, max_prompt_chars)
+        return read_prompt_rows(path, max_prompt_chars=max_prompt_chars)
     files = sorted(glob.glob(path))  # noqa: PTH207, an absolute pattern is none for Path.glob
     if not files:
-        raise InputError(f"{setting}: no file is like {path}; give a file of prompts, or a pattern that matches some")
+        raise InputError(f"prompts: no file is like {path}; give a file of prompts, or a pattern that matches some")
     return [
         PromptRow(row.prompt, row.group or Path(file).stem.removesuffix("_val"), row.fields)
         for file in files
-        for row in read_prompt_rows(file, setting, max_prompt_chars)
+        for row in read_prompt_rows(file, max_prompt_chars=max_prompt_chars)
     ]
 
 

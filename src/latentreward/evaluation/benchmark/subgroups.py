@@ -81,19 +81,15 @@ def paired_difference(key: str, first: Judged, second: Judged) -> DifferenceResu
     return DifferenceResult(key, pairs.scorer, others.scorer, int(both.sum()), estimate, pairs.split)
 
 
-def level_results(
-    key: str, levels: Iterable[tuple[float, float, ScoredPairs]], fitting: Sequence[ScoredPairs] | None = None
-) -> list[LevelResult]:
+def level_results(key: str, levels: Iterable[tuple[float, float, ScoredPairs]]) -> list[LevelResult]:
     """The number at each noise level.
 
     Args:
         key: Protocol.
         levels: σ in [0, 1], timestep, and pairs scored at that level.
-        fitting: For each level, scores of the split that the protocol fits a threshold on.
     """
     results = []
-    for number, (sigma, timestep, pairs) in enumerate(levels):
-        judgement = judge(key, pairs, None if fitting is None else fitting[number])
-        estimate = clustered_interval(credit_sums(key, pairs, judgement.credit))
+    for sigma, timestep, pairs in levels:
+        estimate = clustered_interval(credit_sums(key, pairs, judge(key, pairs).credit))
         results.append(LevelResult(key, pairs.scorer, sigma, timestep, estimate))
     return results

@@ -71,7 +71,7 @@ def _said(log: Path) -> str:
     return f"last line: {lines[-1].strip()[:300]!r}, all in {log}" if lines else "it said nothing"
 
 
-def interpreter(name: str, python: Path | None, setting: str = "python") -> str:
+def interpreter(name: str, python: Path | None) -> str:
     """The Python of a program's own environment, found on PATH or as a file.
 
     Raises:
@@ -81,7 +81,7 @@ def interpreter(name: str, python: Path | None, setting: str = "python") -> str:
     if found is None:
         given = "is not given" if python is None else f"{python} is no program"
         raise InputError(
-            f"{setting} of {name} {given}; give the Python of an environment of its own that has {name}, or results "
+            f"python of {name} {given}; give the Python of an environment of its own that has {name}, or results "
             "from there"
         )
     check_program(found)

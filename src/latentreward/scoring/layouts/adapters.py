@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from latentreward.backbones.tuning import PEFT_SETTINGS
 from latentreward.errors import InputError
 from latentreward.scoring.files import compare_tensors, existing_folder, read_config, read_safetensors
 
@@ -20,21 +21,6 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 """What PEFT puts before the network's own names."""
 ADAPTER = "default"
-SETTINGS = (
-    "r",
-    "lora_alpha",
-    "lora_dropout",
-    "target_modules",
-    "exclude_modules",
-    "rank_pattern",
-    "alpha_pattern",
-    "use_rslora",
-    "fan_in_fan_out",
-    "layers_to_transform",
-    "layers_pattern",
-    "bias",
-)
-"""Settings of PEFT's LoRA that are read: none of them imports, downloads or computes anything."""
 
 
 def lora_layers(network: nn.Module) -> dict[str, Any]:
@@ -104,7 +90,7 @@ def inject_adapter(network: nn.Module, folder: Path) -> None:
 
     path = existing_folder(folder, CONFIG, WEIGHTS) / CONFIG
     settings = read_config(path)
-    known = {name: settings[name] for name in SETTINGS if settings.get(name) is not None}
+    known = {name: settings[name] for name in PEFT_SETTINGS if settings.get(name) is not None}
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")

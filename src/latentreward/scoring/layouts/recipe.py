@@ -19,6 +19,7 @@ from latentreward.programs import find_modules_here
 from latentreward.scoring.layouts.trust import guarded_imports, registered_heads
 from latentreward.settings.errors import summarise
 from latentreward.settings.functions import check_functions
+from latentreward.settings.ranges import leaves
 
 ONLY_IN_TRAINING = ("lora", "gradient_checkpointing", "attention_backend", "compile_blocks")
 """Settings of our own factories that do not change what a trained backbone reads."""
@@ -182,7 +183,7 @@ def instantiated(kind: Any, part: Part, folder: Path | None) -> Any:
     settings = {"part": {"class_path": part.name, "init_args": part.init_args}}
     try:
         with guarded_imports(folder):
-            find_modules_here()
+            find_modules_here([part.name, *(value for _, value in leaves(part.init_args))])
             parsed = parser.parse_object(settings)
             check_functions(parsed)
             return parser.instantiate(parsed)["part"]

@@ -104,7 +104,7 @@ class TrainedReward(SharingReward):
     def _content(self) -> Content:
         """What the checkpoint holds."""
         content = read_checkpoint(self.checkpoint)
-        state = dict(content.get("state_dict", {})) if isinstance(content, Mapping) else {}
+        state = dict(content["state_dict"])
         if not any(name.startswith("model.head.") for name in state):
             raise InputError(
                 f"checkpoint {self.checkpoint} holds no weights of a reward (model.head.…); give one that training of "

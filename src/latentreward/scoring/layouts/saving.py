@@ -98,8 +98,8 @@ def config_of(model: RewardNetwork, base: str | None = None) -> FolderConfig:
     if base is not None:
         source, _, revision = base.partition("@")
         recipe = recipe.on(source, revision or None)
-    elif recipe.source and Path(recipe.source).exists():
-        recipe = recipe.on(name_of(recipe.source))  # others have no use for a path of this machine
+    elif (place := recipe.backbone.init_args.get("source")) and Path(place).exists():
+        recipe = recipe.on(name_of(place))  # others have no use for a path of this machine
     settings = {"backbone.init_args": recipe.backbone.init_args, "head.init_args": recipe.head.init_args}
     for name, value in settings.items():
         try:

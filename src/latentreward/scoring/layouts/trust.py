@@ -22,7 +22,7 @@ import latentreward.heads
 from latentreward.backbones import backbone_names
 from latentreward.errors import InputError, did_you_mean
 from latentreward.heads import RewardHead
-from latentreward.settings.rewriting import ABSOLUTE, show_secrets
+from latentreward.settings.rewriting import show_secrets
 
 REMEDY = (
     "if you trust its author, give --trust_remote_code=true (in a YAML trust_remote_code: true beside its path, "
@@ -69,14 +69,12 @@ def check_class(kind: str, name: str, trusted: bool) -> None:
 
 
 def masked(settings: Any) -> Any:
-    """Settings in which no text calls a resolver, such as ``${oc.env:HOME}``; ``${data.root}`` may stand."""
+    """Settings in which no text is an interpolation: resolvers read this machine, references can double without end."""
     if isinstance(settings, Mapping):
         return {name: masked(value) for name, value in settings.items()}
     if isinstance(settings, list):
         return [masked(value) for value in settings]
-    if isinstance(settings, str) and "${" in ABSOLUTE.sub("", settings):
-        return settings.replace("${", MASK)
-    return settings
+    return settings.replace("${", MASK) if isinstance(settings, str) else settings
 
 
 def check_masked(settings: Any) -> None:

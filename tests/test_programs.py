@@ -1,0 +1,43 @@
+"""Modules that lie in the current folder, and programs that this process may start."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from latentreward.programs import _starts_another_rank, find_modules_here
+
+
+@pytest.mark.parametrize(
+    ("settings", "found"),
+    [
+        (["plugin.Note"], True),
+        (["plugins.notes.Note", 7, None], True),
+        (["plugin", "x/plugin.png", "plug.in"], False),
+        (["yaml.safe_load"], False),
+        ([], False),
+    ],
+)
+def test_the_current_folder_is_searched_for_what_settings_name_in_it(
+    settings: list[object], found: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "plugins").mkdir()
+    for name in ("plugin.py", "yaml.py", "brotli.py", "plugins/notes.py"):
+        (tmp_path / name).write_text("")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    find_modules_here(settings)
+    assert (str(tmp_path) in sys.path) == found
+    assert str(tmp_path) not in sys.path[:-1]  # behind all others
+
+
+@pytest.mark.parametrize("by_module", [False, True])
+def test_lightning_may_start_this_command_over_again(by_module: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning.fabric.strategies.launchers.subprocess_script import _basic_subprocess_cmd
+
+    main = sys.modules["__main__"]
+    monkeypatch.setattr(main, "__spec__", type("Spec", (), {"name": "latentreward.__main__"}) if by_module else None)
+    monkeypatch.setattr(sys, "argv", ["bin/../latentreward", "fit", "--trainer.devices=2"])
+    command = _basic_subprocess_cmd()
+    assert _starts_another_rank(list(command))
+    assert not _starts_another_rank([*command, "--more"])
