@@ -11,18 +11,18 @@ from latentreward.programs import _starts_another_rank, find_modules_here
 @pytest.mark.parametrize(
     ("settings", "found"),
     [
-        (["plugin.Note"], True),
-        (["plugins.notes.Note", 7, None], True),
-        (["plugin", "x/plugin.png", "plug.in"], False),
-        (["yaml.safe_load"], False),
+        (["own_plugin.Note"], True),
+        (["own_plugins.notes.Note", 7, None], True),
+        (["own_plugin", "x/own_plugin.png", "own_plug.in"], False),
+        (["yaml.safe_load", "__main__.run"], False),
         ([], False),
     ],
 )
 def test_the_current_folder_is_searched_for_what_settings_name_in_it(
     settings: list[object], found: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "plugins").mkdir()
-    for name in ("plugin.py", "yaml.py", "brotli.py", "plugins/notes.py"):
+    (tmp_path / "own_plugins").mkdir()
+    for name in ("own_plugin.py", "yaml.py", "brotli.py", "own_plugins/notes.py"):
         (tmp_path / name).write_text("")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])

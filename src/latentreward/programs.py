@@ -28,7 +28,7 @@ def find_modules_here(settings: Iterable[Any]) -> None:
     """
     here = str(Path.cwd())
     for package, _, rest in {value.partition(".") for value in settings if isinstance(value, str) and len(value) < 999}:
-        named = rest and package.isidentifier() and here not in sys.path
+        named = rest and package.isidentifier() and package not in sys.modules and here not in sys.path
         if named and find_spec(package) is None and PathFinder.find_spec(package, [here]):
             sys.path.append(here)
 

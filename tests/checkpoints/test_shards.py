@@ -17,6 +17,7 @@ from latentreward.checkpoints.shards import (
     named,
     numbered,
     read_sharded,
+    shard_index,
 )
 from latentreward.cli import main
 from latentreward.errors import InputError
@@ -152,3 +153,18 @@ def test_consolidate_says_what_is_wrong(
     assert stop.value.code == 2
     assert words in capsys.readouterr().err
     assert not Path("out.ckpt").exists()
+
+
+@pytest.mark.parametrize("change", ["no places of values", "a file elsewhere", "a list beside the shards"])
+def test_an_index_that_no_checkpoint_has_is_one_line(change: str, tmp_path: Path) -> None:
+    folder = written(tmp_path / "shards")
+    index = shard_index(folder)
+    if change == "no places of values":
+        index.planner_data = None
+    elif change == "a file elsewhere":
+        next(iter(index.storage_data.values())).relative_path = "../shards/__0_0.distcp"
+    else:
+        torch.save([1], folder / REST)
+    (folder / INDEX).write_bytes(pickle.dumps(index))
+    with pytest.raises(InputError, match="is damaged, or holds more than tensors"):
+        read_sharded(folder)

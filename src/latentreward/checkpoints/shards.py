@@ -61,7 +61,11 @@ class _ShardReader(FileSystemReader):
     @override
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         with (Path(self.path) / INDEX).open("rb") as file:
-            return _IndexUnpickler(file).load()
+            index = _IndexUnpickler(file).load()
+        names = {info.relative_path for info in index.storage_data.values()}
+        if elsewhere := next((name for name in names if Path(name).name != name), None):
+            raise pickle.UnpicklingError(f"{INDEX} names {elsewhere!r}, which lies elsewhere")
+        return index
 
 
 class _PlainValues(DefaultLoadPlanner):
@@ -103,30 +107,30 @@ def read_sharded(path: Path, with_tensors: bool = True) -> dict[str, Any]:
     """
     index = shard_index(path)
     flat: dict[str, Any] = {}
-    for name, entry in index.state_dict_metadata.items():
-        if not isinstance(entry, TensorStorageMetadata):
-            flat[name] = None
-        elif with_tensors:
-            flat[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
+    nested: dict[str, Any] = {}
     try:
+        for name, entry in index.state_dict_metadata.items():
+            if not isinstance(entry, TensorStorageMetadata):
+                flat[name] = None
+            elif with_tensors:
+                flat[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
         if flat:
             planner = _PlainValues(flatten_state_dict=False, flatten_sharded_tensors=False)
             with warnings.catch_warnings():  # torch remarks that there is one process
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
                 distributed_checkpoint.load(flat, storage_reader=_ShardReader(path), planner=planner, no_dist=True)
         rest = torch.load(path / REST, map_location="cpu" if with_tensors else "meta", weights_only=True, mmap=True)
+        for name, value in flat.items():
+            *parents, last = index.planner_data[name]
+            place = nested
+            for key in parents:
+                place = place.setdefault(key, {})
+            place[last] = value
+        optimizers = sorted(key for key in nested if key.startswith("optimizer_"))
+        states = [numbered(listed(nested[key])) for key in optimizers] if with_tensors else []
+        return {**rest, "state_dict": nested.get("state_dict", {}), "optimizer_states": states}
     except (*UNREADABLE, OSError, distributed_checkpoint.CheckpointException) as error:
         raise InputError(damaged(path, first_line(error))) from error
-    nested: dict[str, Any] = {}
-    for name, value in flat.items():
-        *parents, last = index.planner_data[name]
-        place = nested
-        for key in parents:
-            place = place.setdefault(key, {})
-        place[last] = value
-    optimizers = sorted(key for key in nested if key.startswith("optimizer_"))
-    states = [numbered(listed(nested[key])) for key in optimizers] if with_tensors else []
-    return {**rest, "state_dict": nested.get("state_dict", {}), "optimizer_states": states}
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

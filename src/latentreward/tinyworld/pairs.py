@@ -99,12 +99,7 @@ def encode_jpeg(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def generate_pairs(
-    number: int,
-    seed: int,
-    num_inference_steps: int = 20,
-    prompts_per_round: int = 32,
-) -> list[Pair]:
+def generate_pairs(number: int, seed: int, num_inference_steps: int = 20, prompts_per_round: int = 32) -> list[Pair]:
     """Make pairs from pictures that the tiny pipelines sample for held-out captions, labelled by the judge.
 
     Each caption gets four pictures: two of each pipeline, at guidance 1.5 and 3. The shipped pipelines hardly ever

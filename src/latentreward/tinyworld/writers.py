@@ -82,12 +82,7 @@ def write_pickapic(root: Path | str, pairs_per_split: Mapping[str, int], seed: i
     return _make_folder(root, {"layout": "pickapic_v1", "pairs_per_split": dict(pairs_per_split), "seed": seed}, fill)
 
 
-def write_generated(
-    root: Path | str,
-    pairs: int = 1000,
-    seed: int = 0,
-    num_inference_steps: int = 20,
-) -> Path:
+def write_generated(root: Path | str, pairs: int = 1000, seed: int = 0, num_inference_steps: int = 20) -> Path:
     """Write pairs of *generated* pictures as the split ``test`` of Pick-a-Pic v1: for measuring, never for training.
 
     Pictures come from the two tiny pipelines, for held-out captions; labels are the judge's, without noise, and the
