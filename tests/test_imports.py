@@ -1,12 +1,15 @@
 """Imports point one way, and every package folder ships."""
 
 import ast
+import sys
 from collections.abc import Iterator
 from configparser import ConfigParser
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "latentreward"
@@ -157,3 +160,44 @@ def test_every_package_folder_is_listed_in_setup_cfg() -> None:
     folders = {path.parent.relative_to(SOURCE.parent) for path in SOURCE.rglob("*.py")}
     packages = {".".join(folder.parts) for folder in folders} | {"latentreward.callbacks", "latentreward.configs"}
     assert set(config["options"]["packages"].split()) == packages
+
+
+PROMISED_BY = {"aiohttp": "fsspec", "markupsafe": "jinja2", "starlette": "fastapi"}
+"""Modules that come with a requirement which promises them."""
+OTHER_NAMES = {"PIL": "pillow", "yaml": "pyyaml"}
+DRIVERS = SOURCE / "scorers" / "tools" / "drivers"
+"""Run by the interpreters of other people's tools."""
+
+
+def requirements(*extras: str) -> dict[str, Requirement]:
+    """Requirements of the package and of some extras by name."""
+    config = ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    texts = [config["options"]["install_requires"], *(config["options.extras_require"][extra] for extra in extras)]
+    found = [Requirement(line) for text in texts for line in text.strip().splitlines()]
+    return {canonicalize_name(one.name): one for one in found if one.name != "latentreward"}
+
+
+def test_what_is_imported_is_required() -> None:
+    """What another requirement happens to bring may be gone with its next release."""
+    required = requirements("serve", "ui").keys()
+    for path in FILES.values():
+        if path.parent == DRIVERS:
+            continue
+        for node in statements(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [str(node.module)]
+            for module in {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"latentreward"}:
+                name = PROMISED_BY.get(module, OTHER_NAMES.get(module, module))
+                assert canonicalize_name(name) in required, f"{path.relative_to(ROOT)} imports {module}"
+
+
+def test_each_lower_bound_is_among_the_floors() -> None:
+    floors = [Requirement(line) for line in (ROOT / ".ci/floors.txt").read_text().splitlines() if line[0] != "#"]
+    pinned = {canonicalize_name(floor.name): str(floor.specifier).removeprefix("==") for floor in floors}
+    for name, requirement in requirements("serve", "test").items():
+        assert name in pinned, name
+        bound = next(one.version for one in requirement.specifier if one.operator == ">=")
+        assert f"{pinned[name]}.".startswith(f"{bound}."), name
+        assert requirement.specifier.contains(pinned[name]), name

@@ -20,7 +20,7 @@ from latentreward.evaluation.benchmark.base import Benchmark
 from latentreward.evaluation.benchmark.format_detection import recognise_benchmark
 from latentreward.evaluation.benchmark.four_way import VOTES
 from latentreward.evaluation.benchmark.protocols import PROTOCOLS, protocol_result
-from latentreward.evaluation.benchmark.results import ProtocolResult, ScoredPairs
+from latentreward.evaluation.benchmark.results import BenchmarkPairs, ProtocolResult
 from latentreward.evaluation.benchmark.sets import PickAPicBenchmark
 from latentreward.scorers import CallableScorer
 from latentreward.scorers.pair_scoring import PairScoring
@@ -36,7 +36,7 @@ def luminance(prompts: Sequence[str], images: Sequence[Image.Image]) -> torch.Te
     return torch.tensor([np.asarray(image, dtype=np.float64).mean() for image in images])
 
 
-def scores(benchmark: Benchmark, temperature: float | None = None) -> dict[str, ScoredPairs]:
+def scores(benchmark: Benchmark, temperature: float | None = None) -> dict[str, BenchmarkPairs]:
     scored = {}
     for split, reader in benchmark.readers().items():
         scoring = PairScoring(reader, [CallableScorer(luminance, "luminance", uses_prompt=False)])
@@ -47,7 +47,7 @@ def scores(benchmark: Benchmark, temperature: float | None = None) -> dict[str, 
     return scored
 
 
-def results(benchmark: Benchmark, scored: dict[str, ScoredPairs]) -> dict[tuple[str, str], ProtocolResult]:
+def results(benchmark: Benchmark, scored: dict[str, BenchmarkPairs]) -> dict[tuple[str, str], ProtocolResult]:
     return {
         (item.protocol, item.split): protocol_result(item.protocol, scored[item.split], item.judge(scored))
         for item in benchmark.evaluations
@@ -99,11 +99,11 @@ def test_imagereward() -> None:
         assert not whole or accuracy == pytest.approx(value)
 
 
-def _unread_ties(pairs: ScoredPairs) -> int:
+def _unread_ties(pairs: BenchmarkPairs) -> int:
     return int((np.isnan(pairs.first + pairs.second) & (pairs.labels == 0.5)).sum())
 
 
-def _per_prompt(pairs: ScoredPairs) -> list[tuple[float, bool]]:
+def _per_prompt(pairs: BenchmarkPairs) -> list[tuple[float, bool]]:
     """Accuracy of each prompt with a strict pair, in the order of the file, and whether all its images were read."""
     found = []
     for group in dict.fromkeys(pairs.groups):

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from latentreward.backbones.tuning import LoRA
 from latentreward.errors import InputError
 from latentreward.policies import POLICY, PolicySource, load_policy
-from latentreward.policies.checkpoint import SOURCE, read_adapter
+from latentreward.policies.checkpoint import SOURCE, read_policy_adapter
 from tests.marks import slow_after
 from tests.policies.alignment import Matching, prediction, tiny_source
 
@@ -66,9 +66,9 @@ def test_how_a_run_executed_is_not_taken_over(tmp_path: Path) -> None:
     content = torch.load(path, weights_only=True)
     content[SOURCE] |= {"attention_backend": "flash", "compile_blocks": True, "gradient_checkpointing": True}
     torch.save(content, path)
-    source = read_adapter(path).source
+    source = read_policy_adapter(path).source
     assert (source.attention_backend, source.compile_blocks, source.gradient_checkpointing) == (None, False, False)
     content[SOURCE] |= {"unknown": 1}
     torch.save(content, path)
     with pytest.raises(InputError, match="policy_source is of another version"):
-        read_adapter(path)
+        read_policy_adapter(path)

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from latentreward.data.image_lists import ImageList, ImageRow
+from latentreward.data.image_lists import ImageList, ListedImage
 from latentreward.errors import InputError
 from latentreward.scoring.gallery import Gallery
 
@@ -75,9 +75,9 @@ def hostile_list(folder: Path) -> tuple[ImageList, pa.Table]:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         photo(place, *[(90, 60), (60, 90), (300, 20)][place % 3]).save(path)
-        rows.append(ImageRow(name, prompt, str(path)))
+        rows.append(ListedImage(name, prompt, str(path)))
     for name in (HOSTILE[0], "\u202eempty.png"):
-        rows.append(ImageRow(name, HOSTILE[1], str(folder / "gone.png")))
+        rows.append(ListedImage(name, HOSTILE[1], str(folder / "gone.png")))
     scores = [*np.linspace(-2, 3, len(NAMES)).tolist(), None, None]
     problems = [*[None] * len(NAMES), "missing file (<script>)", "empty image (0 bytes)"]
     return ImageList(f"pics{HOSTILE[0]}", tuple(rows)), table_of(scores, problems)
@@ -133,7 +133,7 @@ def test_best_first_and_every_text_is_text(tmp_path: Path) -> None:
 
 def test_of_many_the_best_and_the_worst_are_shown(tmp_path: Path) -> None:
     photo(0).save(tmp_path / "a.png")
-    rows = tuple(ImageRow(f"{place}.png", f"prompt {place}", str(tmp_path / "a.png")) for place in range(50))
+    rows = tuple(ListedImage(f"{place}.png", f"prompt {place}", str(tmp_path / "a.png")) for place in range(50))
     scores: list[float | None] = [float((7 * place) % 50) for place in range(50)]
     shown = Gallery(tmp_path / "g.html", 7, 2, 10**6).write(ImageList("l", rows), table_of(scores, [None] * 50), "m")
     html = (tmp_path / "g.html").read_text()
@@ -150,14 +150,14 @@ def test_five_hundred_photographs_stay_below_20_mb(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     fine = Image.fromarray(generator.integers(0, 256, (128, 128, 3), dtype=np.uint8)).resize((512, 512))
     fine.save(tmp_path / "a.jpg")
-    rows = tuple(ImageRow("a.jpg", "x" * 1000, str(tmp_path / "a.jpg")) for _ in range(500))
+    rows = tuple(ListedImage("a.jpg", "x" * 1000, str(tmp_path / "a.jpg")) for _ in range(500))
     gallery = Gallery(tmp_path / "g.html", 500, 2, 10**6)
     gallery.write(ImageList("l", rows), table_of([0.0] * 500, [None] * 500), "m")
     assert (tmp_path / "g.html").stat().st_size < 20e6
 
 
 def test_an_image_that_is_gone_and_a_model_without_calibration(tmp_path: Path) -> None:
-    rows = (ImageRow("gone.png", "it was there", str(tmp_path / "gone.png")),)
+    rows = (ListedImage("gone.png", "it was there", str(tmp_path / "gone.png")),)
     Gallery(tmp_path / "g.html", 5, 1, 10**6).write(ImageList("l", rows), table_of([1.0], [None], False), "m")
     html = (tmp_path / "g.html").read_text()
     assert "cannot be read now" in html

@@ -10,14 +10,14 @@ from latentreward.scoring import Calibration, Card, ScoringNoise
 from latentreward.scoring.image_sizes import OneSize
 from latentreward.scoring.layouts.card import model_card
 from latentreward.scoring.layouts.config import FolderConfig
-from latentreward.scoring.layouts.recipe import ModelRecipe, Part
+from latentreward.scoring.layouts.recipe import ModelPart, ModelRecipe
 
 NOISE = ScoringNoise(sigmas=(0.3, 0.6), seeds=(0, 1))
 
 
 def config(source: str | None = "owner/base", revision: str | None = "v1", calibrated: bool = True) -> FolderConfig:
-    backbone = Part("sd35_medium", {"source": source, "revision": revision})
-    recipe = ModelRecipe(backbone, Part("GatedQFormerHead"), training={"steps": 4000, "left out": None})
+    backbone = ModelPart("sd35_medium", {"source": source, "revision": revision})
+    recipe = ModelRecipe(backbone, ModelPart("GatedQFormerHead"), training={"steps": 4000, "left out": None})
     calibration = Calibration.fit(torch.linspace(-3, 5, 401), "a set", NOISE, seed=3) if calibrated else None
     return FolderConfig(recipe, ("transformer",), NOISE, OneSize(512, 512), calibration, recipe.source)
 

@@ -30,7 +30,7 @@ from latentreward.scoring.image_sizes import NearestBucket, OneSize
 from latentreward.scoring.layouts import saving
 from latentreward.scoring.layouts.card import Card
 from latentreward.scoring.layouts.find import find_reward
-from latentreward.scoring.layouts.recipe import ModelRecipe, Part
+from latentreward.scoring.layouts.recipe import ModelPart, ModelRecipe
 from tests.marks import slow_after
 from tests.rewards.stored import scores_by, states_of, tiny_policy, write_run
 from tests.scoring.test_published import write_dina, write_lrm
@@ -324,7 +324,8 @@ def test_a_registered_backbone_of_a_plugin(adapted: bool, tmp_path: Path) -> Non
             parameter.add_(0.05 * torch.randn_like(parameter) * parameter.requires_grad)
     model.requires_grad_(False)
     model.recipe = ModelRecipe(
-        Part("backbone_of_a_plugin", {"width": 2, "adapted": adapted}), Part("GatedQFormerHead", {"num_heads": 2})
+        ModelPart("backbone_of_a_plugin", {"width": 2, "adapted": adapted}),
+        ModelPart("GatedQFormerHead", {"num_heads": 2}),
     )
     model.save_pretrained(tmp_path / "saved")
     assert (tmp_path / "saved" / "adapter").exists() == adapted

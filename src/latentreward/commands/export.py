@@ -34,11 +34,11 @@ def export(
         InputError: If the checkpoint is damaged or of no alignment run, or ``output`` exists.
     """
     from latentreward.export import TrainedLoRA, write_kohya, write_merged
-    from latentreward.policies.checkpoint import read_adapter
+    from latentreward.policies.checkpoint import read_policy_adapter
 
     if output.exists() and not overwrite:
         raise InputError(f"output: {output} exists; set overwrite: true or choose another name")
-    saved = read_adapter(checkpoint)
+    saved = read_policy_adapter(checkpoint)
     precision = getattr(torch, dtype)
     if format == "merged":
         written = write_merged(TrainedLoRA.of_checkpoint(saved), saved.source.pipeline(), output, precision)

@@ -136,19 +136,19 @@ def score(
     load = partial(RewardModel.from_pretrained, model, device=target, dtype=getattr(torch, dtype), **loading)
     with PartFiles(output, spec, len(listed.rows)) as files:
         if files.finished():
-            said = []
+            notes = []
             print(f"{output} is complete already: {len(listed.rows)} images")
         else:
-            pace = {"batch_size": batch_size, "decode_threads": decode_threads, "max_pixels": max_pixels}
-            said = _make_table(files, listed, load, noise, each_level, flush_every, **pace)
+            reading = {"batch_size": batch_size, "decode_threads": decode_threads, "max_pixels": max_pixels}
+            notes = _make_table(files, listed, load, noise, each_level, flush_every, **reading)
     table = read_scores(output)
     print(f"{output}: {summarise(listed, table)}")
     if page is not None:
         start = time.monotonic()
         shown = page.write(listed, table, model)
-        said.append(f"page of {shown} images written in {time.monotonic() - start:.1f} s: {gallery}")
-    if said:
-        print("; ".join(said))
+        notes.append(f"page of {shown} images written in {time.monotonic() - start:.1f} s: {gallery}")
+    if notes:
+        print("; ".join(notes))
     if table["problem"].null_count == 0:
         raise InputError(f"images: none of {len(listed.rows)} can be scored; {output} says why")
 
@@ -171,16 +171,16 @@ def _make_table(
     noise: NoiseSettings,
     each_level: bool,
     flush_every: int,
-    **pace: int,
+    **reading: int,
 ) -> list[str]:
     """Score what is missing and put the table together; says how long each took."""
-    said, parts = [], files.missing(flush_every)
+    notes, parts = [], files.missing(flush_every)
     if parts:
         require_some(listed)
         start = time.monotonic()
         model = load()
         own = noise.over(model.noise)
-        scoring = ListedScoring(model, listed.rows, _levels(own, each_level), **pace)
+        scoring = ListedScoring(model, listed.rows, _levels(own, each_level), **reading)
         print(f"model loaded in {time.monotonic() - start:.1f} s; scoring at {own}", flush=True)
         if kept := files.rows - sum(map(len, parts)):
             print(f"{kept} of {files.rows} images were scored before and are kept", flush=True)
@@ -188,14 +188,14 @@ def _make_table(
             at = model.calibration.noise
             print(f"z_score and quantile are empty: the model is calibrated at {at}, not at {own}")
         try:
-            said.append(_score_missing(scoring, files, parts))
+            notes.append(_score_missing(scoring, files, parts))
         except torch.OutOfMemoryError as error:
             raise InputError(
                 f"batch_size={scoring.batch_size} takes more memory than there is ({first_line(error)}); what was "
                 f"scored is kept in {files.folder}: set a smaller one"
             ) from error
     files.finish()
-    return said
+    return notes
 
 
 def _score_missing(scoring: ListedScoring, files: PartFiles, parts: Sequence[range]) -> str:

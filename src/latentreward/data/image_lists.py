@@ -29,7 +29,7 @@ LONG_PROMPT = "prompt too long"
 
 
 @dataclass(frozen=True, slots=True)
-class ImageRow:
+class ListedImage:
     """An image to look at, with its prompt.
 
     Attributes:
@@ -64,7 +64,7 @@ class ImageList:
     """
 
     source: str
-    rows: tuple[ImageRow, ...]
+    rows: tuple[ListedImage, ...]
     remarks: tuple[str, ...] = ()
 
 
@@ -119,7 +119,9 @@ def _read(source: str, prompt: str | None, columns: tuple[str | None, str | None
     root, files, remarks = _pictures(source)
     if prompt is not None:
         text = parse_text(prompt) or ""
-        return ImageList(source, tuple(ImageRow(_name(file, root), text, str(file)) for file in files), tuple(remarks))
+        return ImageList(
+            source, tuple(ListedImage(_name(file, root), text, str(file)) for file in files), tuple(remarks)
+        )
     captions = _Captions(root, columns)
     rows = [_captioned(file, root, captions) for file in files]
     if all(row.problem for row in rows):
@@ -142,20 +144,20 @@ def _read_list(
 
 def _listed(
     file: Path, line: int, row: Mapping[str, Any] | str, image: str, text: str, prompt: str | None, root: str
-) -> ImageRow:
+) -> ListedImage:
     """The image of one line."""
     place = f"line {line}"
     if isinstance(row, str):
-        return ImageRow("", problem=BAD_ROW, detail=f"{place}: {row}")
+        return ListedImage("", problem=BAD_ROW, detail=f"{place}: {row}")
     path = row.get(image)
     if not isinstance(path, str) or not path or "\0" in path:
-        return ImageRow("", problem=NO_IMAGE, detail=f"{place}: {image} is {short(path)}, not a path")
+        return ListedImage("", problem=NO_IMAGE, detail=f"{place}: {image} is {short(path)}, not a path")
     name = parse_text(path) or ""
     caption = parse_text(row.get(text) if prompt is None else prompt)
     if caption is None:
         detail = f"{place}: {text} is {short(row.get(text))}, not text"
-        return ImageRow(name, "", str(file.parent / path), root, NO_PROMPT, detail)
-    return ImageRow(name, caption, str(file.parent / path), root)
+        return ListedImage(name, "", str(file.parent / path), root, NO_PROMPT, detail)
+    return ListedImage(name, caption, str(file.parent / path), root)
 
 
 def _pictures(source: str) -> tuple[Path, list[Path], list[str]]:
@@ -201,15 +203,15 @@ def _name(file: Path, root: Path) -> str:
     return file.relative_to(root).as_posix().encode("utf-8", "replace").decode()
 
 
-def _captioned(file: Path, root: Path, captions: "_Captions") -> ImageRow:
+def _captioned(file: Path, root: Path, captions: "_Captions") -> ListedImage:
     """A picture with the prompt beside it."""
     prompt, name = _text_beside(file), _name(file, root)
     if prompt is None:
         prompt = captions.find(file)
     if prompt is None:
         detail = f"no {PurePosixPath(name).stem}.txt beside it, no line in {' or '.join(FOLDER_TABLES)}"
-        return ImageRow(name, "", str(file), problem=NO_PROMPT, detail=detail)
-    return ImageRow(name, prompt, str(file))
+        return ListedImage(name, "", str(file), problem=NO_PROMPT, detail=detail)
+    return ListedImage(name, prompt, str(file))
 
 
 def _text_beside(file: Path) -> str | None:

@@ -11,7 +11,7 @@ from latentreward.errors import InputError
 from latentreward.generation import load_lora
 from latentreward.generation.lora import check_lora
 from latentreward.policies import Policy, PolicySource, load_policy
-from latentreward.policies.checkpoint import read_adapter
+from latentreward.policies.checkpoint import read_policy_adapter
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class TrainedPolicy:
         """Where the base comes from."""
         if self.pipeline is None:
             assert self.checkpoint is not None
-            return read_adapter(self.checkpoint).source
+            return read_policy_adapter(self.checkpoint).source
         return self.pipeline
 
     def identity(self) -> dict[str, Any]:

@@ -67,24 +67,24 @@ class LevelMetrics(nn.Module):
 
     def __init__(self, equal_scores: Equal, extra: Sequence[Metric]) -> None:
         super().__init__()
-        self.of_pairs = nn.ModuleDict({"accuracy": PairwiseAccuracy(equal_scores), "margin": MeanMargin()})
+        self.pair_metrics = nn.ModuleDict({"accuracy": PairwiseAccuracy(equal_scores), "margin": MeanMargin()})
         for metric in extra:
             name = type(metric).__name__
-            if name in self.of_pairs:
+            if name in self.pair_metrics:
                 raise InputError(f"metrics: {name} is given twice; derive a class of another name from it")
-            self.of_pairs[name] = metric.clone()
+            self.pair_metrics[name] = metric.clone()
         self.calibration = PairCalibration()
 
     def update(self, scores: PairScores, win_probability: Tensor) -> None:
         """Add pairs; those of weight 0 (unlabelled, or placeholders) take no part."""
         counts = scores.weight > 0
-        for metric in self.of_pairs.values():
+        for metric in self.pair_metrics.values():
             metric.update(scores.chosen[counts], scores.rejected[counts], scores.label[counts])
         self.calibration.update(win_probability[counts], scores.label[counts])
 
     def values(self) -> dict[str, Tensor]:
         """Value of each metric by name; all start afresh."""
-        metrics = {**self.of_pairs, "calibration": self.calibration}
+        metrics = {**self.pair_metrics, "calibration": self.calibration}
         values = {name: metric.compute() for name, metric in metrics.items()}
         for metric in metrics.values():
             metric.reset()

@@ -39,7 +39,7 @@ class SavedAdapter:
     base: dict[str, Any] | None
 
 
-def read_adapter(checkpoint: Path | str) -> SavedAdapter:
+def read_policy_adapter(checkpoint: Path | str) -> SavedAdapter:
     """The adapter in a checkpoint of any alignment module.
 
     Raises:
@@ -69,7 +69,7 @@ def load_policy(checkpoint: Path | str, source: PolicySource | None = None) -> P
     Raises:
         InputError: If it is the checkpoint of something else, or its adapter does not fit ``source``.
     """
-    saved = read_adapter(checkpoint)
+    saved = read_policy_adapter(checkpoint)
     policy = (source or saved.source).load()
     if saved.base is not None:
         BaseSample.of(policy, policy.source).check(saved.base)

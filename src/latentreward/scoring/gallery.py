@@ -9,7 +9,7 @@ from urllib.parse import quote_from_bytes
 import numpy as np
 import pyarrow as pa
 
-from latentreward.data.image_lists import ImageList, ImageRow
+from latentreward.data.image_lists import ImageList, ListedImage
 from latentreward.data.images import ImageError, decode_image
 from latentreward.errors import InputError
 from latentreward.reports import picture_uri, write_page
@@ -84,7 +84,7 @@ class Gallery:
         best = (self.limit + 1) // 2
         return [*order[:best].tolist(), *order[len(order) - (self.limit - best) :].tolist()], best
 
-    def _card(self, row: ImageRow, values: dict[str, Any], rank: int, picture: str | None) -> dict[str, Any]:
+    def _card(self, row: ListedImage, values: dict[str, Any], rank: int, picture: str | None) -> dict[str, Any]:
         levels = {name.removeprefix(LEVEL): value for name, value in values.items() if name.startswith(LEVEL)}
         return {
             "rank": rank,
@@ -99,7 +99,7 @@ class Gallery:
             "size": f"{values['width']} × {values['height']}",
         }
 
-    def _picture(self, row: ImageRow) -> str | None:
+    def _picture(self, row: ListedImage) -> str | None:
         """A thumbnail; None if the image can be read no more."""
         try:
             return picture_uri(decode_image(row.ref(), self.max_pixels), SIDE, QUALITY)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from latentreward.data.ahead import map_ahead
-from latentreward.data.image_lists import ImageRow
+from latentreward.data.image_lists import ListedImage
 from latentreward.data.images import MAX_PIXELS, ImageError, decode_image
 from latentreward.errors import InputError, one_line
 from latentreward.scoring import RewardModel, ScoringNoise
@@ -38,7 +38,7 @@ class Loaded:
 
 
 @dataclass
-class Part:
+class ScoredRows:
     """What is known of some rows.
 
     Attributes:
@@ -48,7 +48,7 @@ class Part:
         problems: Why a row has no score.
     """
 
-    rows: Sequence[ImageRow]
+    rows: Sequence[ListedImage]
     scores: Tensor
     sizes: dict[int, tuple[int, int]] = field(default_factory=dict)
     problems: dict[int, str] = field(default_factory=dict)
@@ -85,7 +85,7 @@ class ListedScoring:
     def __init__(
         self,
         model: RewardModel,
-        rows: Sequence[ImageRow],
+        rows: Sequence[ListedImage],
         levels: dict[str, ScoringNoise],
         batch_size: int,
         decode_threads: int,
@@ -112,7 +112,9 @@ class ListedScoring:
         ahead = 2 * self.batch_size + self.decode_threads
         with closing(map_ahead(self._load, listed, ahead, self.decode_threads)) as loaded:
             for rows in parts:
-                part = Part(self.rows[rows.start : rows.stop], torch.full((len(rows), len(self.levels)), torch.nan))
+                part = ScoredRows(
+                    self.rows[rows.start : rows.stop], torch.full((len(rows), len(self.levels)), torch.nan)
+                )
                 try:
                     self._score(part, islice(loaded, len(rows)))
                 except KeyboardInterrupt:
@@ -122,7 +124,7 @@ class ListedScoring:
                     raise
                 yield rows, self.table(part)
 
-    def table(self, part: Part) -> pa.Table:
+    def table(self, part: ScoredRows) -> pa.Table:
         """The table of a part.
 
         Columns are ``image``, ``prompt``, a score for each level, of which the first is ``score``, ``z_score`` and
@@ -148,7 +150,7 @@ class ListedScoring:
             return {name: _numbers(torch.full_like(scores, torch.nan)) for name in ("z_score", "quantile")}
         return {"z_score": _numbers(calibration.z_score(scores)), "quantile": _numbers(calibration.quantile(scores))}
 
-    def _load(self, row: ImageRow) -> Loaded:
+    def _load(self, row: ListedImage) -> Loaded:
         if row.problem is not None:
             return Loaded(problem=f"{row.problem} ({row.detail})")
         try:
@@ -157,7 +159,7 @@ class ListedScoring:
             return Loaded(problem=str(error).removeprefix(f"image {row.name!r}: "))
         return Loaded(self._sizes.loader(image.height, image.width).pixels(image), (image.height, image.width))
 
-    def _score(self, part: Part, loaded: Iterable[Loaded]) -> None:
+    def _score(self, part: ScoredRows, loaded: Iterable[Loaded]) -> None:
         """Score a part; images wait for others of their size, the commonest of which go first when many wait."""
         waiting: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}
         for row, image in enumerate(loaded):
@@ -173,7 +175,7 @@ class ListedScoring:
         for images in waiting.values():
             self._score_images(part, images)
 
-    def _score_images(self, part: Part, images: Sequence[tuple[int, Tensor]]) -> None:
+    def _score_images(self, part: ScoredRows, images: Sequence[tuple[int, Tensor]]) -> None:
         rows = [row for row, _ in images]
         try:
             part.scores[rows] = self._call(part, images)
@@ -182,7 +184,7 @@ class ListedScoring:
         self._scored = True
         self.progress(len(images))
 
-    def _score_singly(self, part: Part, images: Sequence[tuple[int, Tensor]]) -> None:
+    def _score_singly(self, part: ScoredRows, images: Sequence[tuple[int, Tensor]]) -> None:
         """One image had no finite score, which must not cost the others theirs; before any had one, it is fatal."""
         for row, pixels in images:
             try:
@@ -194,7 +196,7 @@ class ListedScoring:
         if not self._scored:
             raise last
 
-    def _call(self, part: Part, images: Sequence[tuple[int, Tensor]]) -> Tensor:
+    def _call(self, part: ScoredRows, images: Sequence[tuple[int, Tensor]]) -> Tensor:
         """Scores ``(N, K)`` of images of one size."""
         start = time.perf_counter()
         pixels = torch.stack([image for _, image in images])

@@ -9,7 +9,7 @@ import pytest
 from latentreward.errors import InputError
 from latentreward.evaluation.benchmark.four_way import VOTES, answers, fit_thresholds
 from latentreward.evaluation.benchmark.protocols import PROTOCOLS, judge, protocol_result
-from latentreward.evaluation.benchmark.results import ScoredPairs
+from latentreward.evaluation.benchmark.results import BenchmarkPairs
 from latentreward.metrics.calibration import two_folds
 from tests.evaluation.benchmark.scored import LABELS, NAN, drawn, scored
 
@@ -29,7 +29,7 @@ EXPECTED = {
 SCORES = {"perfect": PERFECT, "constant": 0.0, "first": 1.0, "second": -1.0}
 
 
-def value(key: str, pairs: ScoredPairs, fitting: ScoredPairs | None = None) -> float:
+def value(key: str, pairs: BenchmarkPairs, fitting: BenchmarkPairs | None = None) -> float:
     fitting = fitting or (pairs if PROTOCOLS[key].fitting_split else None)
     return protocol_result(key, pairs, judge(key, pairs, fitting)).estimate.value
 
@@ -105,10 +105,10 @@ def test_hpdv2_tells_what_mps_would_say_of_equal_scores() -> None:
     assert judgement.details == {"equal_scores_agree": pytest.approx((3 / 4 + 0) / 2)}
 
 
-def plain_pickscore(pairs: ScoredPairs, fitting: ScoredPairs) -> tuple[float, float]:
+def plain_pickscore(pairs: BenchmarkPairs, fitting: BenchmarkPairs) -> tuple[float, float]:
     """Threshold and credit by loops over softmax, as the formats file describes PickScore's code."""
 
-    def credit(item: ScoredPairs, threshold: float) -> float:
+    def credit(item: BenchmarkPairs, threshold: float) -> float:
         total = 0.0
         for first, second, label in zip(item.first, item.second, item.labels, strict=True):
             a, b = (math.exp(score / pairs.temperature) for score in (first, second))

@@ -11,7 +11,7 @@ from PIL import Image
 
 from latentreward.evaluation.benchmark.disagreements import most_disputed
 from latentreward.evaluation.benchmark.report import write_report
-from latentreward.evaluation.benchmark.results import BenchmarkReport, CalibrationResult, ProtocolResult, ScoredPairs
+from latentreward.evaluation.benchmark.results import BenchmarkPairs, BenchmarkReport, CalibrationResult, ProtocolResult
 from latentreward.evaluation.benchmark.tables import calibration_table, protocol_table, scorer_table
 from tests.evaluation.benchmark.example import HOSTILE, MODELS, PROTOCOL, estimate, report
 
@@ -93,10 +93,10 @@ def test_page_in_a_browser(tmp_path: Path, browser_page: "Pages", width: int, da
     assert page.locator("section").count() == 12
 
 
-def scored(name: str, gaps: list[float], labels: list[float], groups: str) -> ScoredPairs:
+def scored(name: str, gaps: list[float], labels: list[float], groups: str) -> BenchmarkPairs:
     ids = tuple(map(str, range(len(gaps))))
     first = np.array(gaps)
-    return ScoredPairs(name, ids, ids, tuple(groups), np.array(labels), first, 0 * first)
+    return BenchmarkPairs(name, ids, ids, tuple(groups), np.array(labels), first, 0 * first)
 
 
 def test_pairs_on_which_models_differ_most_come_first() -> None:

@@ -12,7 +12,7 @@ from latentreward.data.readers import OnError
 from latentreward.errors import InputError
 from latentreward.evaluation.benchmark.columns import Texts, subgroup_columns
 from latentreward.evaluation.benchmark.protocols import Judgement, judge
-from latentreward.evaluation.benchmark.results import ScoredPairs
+from latentreward.evaluation.benchmark.results import BenchmarkPairs
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Evaluation:
     split: str
     fitting: str | None = None
 
-    def judge(self, splits: Mapping[str, ScoredPairs]) -> Judgement:
+    def judge(self, splits: Mapping[str, BenchmarkPairs]) -> Judgement:
         """Credit of every pair of the split, from the scores of all splits."""
         return judge(self.protocol, splits[self.split], splits[self.fitting] if self.fitting else None)
 
@@ -53,7 +53,7 @@ class Benchmark(ABC):
     def __init__(self, root: str, *, on_error: OnError = "skip") -> None:
         self.root, self.on_error = root, on_error
         self._opened: dict[str, PairReader] = {}
-        self._unscored: dict[str, ScoredPairs] = {}
+        self._unscored: dict[str, BenchmarkPairs] = {}
 
     @property
     @abstractmethod
@@ -84,7 +84,7 @@ class Benchmark(ABC):
         self._opened = self._opened or {split: self.open(split) for split in self.splits}
         return self._opened
 
-    def scored(self, split: str, table: pa.Table, column: str, *, scorer: str | None = None) -> ScoredPairs:
+    def scored(self, split: str, table: pa.Table, column: str, *, scorer: str | None = None) -> BenchmarkPairs:
         """A split's pairs with the scores of one column, for any protocol.
 
         Args:
@@ -120,12 +120,12 @@ class Benchmark(ABC):
             temperature=self.temperature(name),
         )
 
-    def pairs(self, split: str) -> ScoredPairs:
+    def pairs(self, split: str) -> BenchmarkPairs:
         """All pairs of a split without scores."""
         if split not in self._unscored:
             reader = self.readers()[split]
             nothing = np.full(len(reader), np.nan)
-            self._unscored[split] = ScoredPairs(
+            self._unscored[split] = BenchmarkPairs(
                 scorer="",
                 pair_ids=tuple(reader.pair_ids()),
                 prompts=tuple(reader.prompts()),

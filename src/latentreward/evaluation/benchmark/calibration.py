@@ -3,14 +3,14 @@
 import numpy as np
 import torch
 
-from latentreward.evaluation.benchmark.results import CalibrationResult, ScoredPairs
+from latentreward.evaluation.benchmark.results import BenchmarkPairs, CalibrationResult
 from latentreward.metrics.bootstrap import Interval, clustered_interval, group_sums
 from latentreward.metrics.calibration import PairCalibration, bin_by_confidence, fit_temperature, two_folds
 
 BINS = 10
 
 
-def calibration_result(key: str, pairs: ScoredPairs) -> CalibrationResult:
+def calibration_result(key: str, pairs: BenchmarkPairs) -> CalibrationResult:
     """Expected calibration error over all pairs with a label and two scores, ties included.
 
     Each half of the prompt groups has its probabilities from the temperature that is likeliest on the other half, so

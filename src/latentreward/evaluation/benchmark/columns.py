@@ -18,7 +18,7 @@ CONFIDENCES = {0.0: "below 0.8", 0.8: "0.8 to 0.9", 0.9: "0.9 to 0.95", 0.95: "0
 
 
 def subgroup_columns(prompts: Sequence[str], labels: np.ndarray, facts: dict[str, list[Any]]) -> dict[str, Texts]:
-    """Columns of :class:`~latentreward.evaluation.benchmark.results.ScoredPairs`; those that no pair has are left out.
+    """Columns of :class:`~latentreward.evaluation.benchmark.results.BenchmarkPairs`, without those that no pair has.
 
     Args:
         prompts: N raw prompts.

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from latentreward.evaluation.benchmark.results import Disagreement, ScoredPairs
+from latentreward.evaluation.benchmark.results import BenchmarkPairs, Disagreement
 
 
-def most_disputed(benchmark: str, scored: Sequence[ScoredPairs], count: int) -> list[Disagreement]:
+def most_disputed(benchmark: str, scored: Sequence[BenchmarkPairs], count: int) -> list[Disagreement]:
     """Pairs on which two scorers are most surely of opposite opinion; of one scorer alone, its surest mistakes.
 
     Gaps are measured in units of a scorer's root mean square gap. With the gaps g of all scorers a pair tells
@@ -35,13 +35,13 @@ def most_disputed(benchmark: str, scored: Sequence[ScoredPairs], count: int) -> 
     return [_disagreement(benchmark, scored, gaps, row) for row in rows.values()]
 
 
-def _unit_gaps(pairs: ScoredPairs) -> np.ndarray:
+def _unit_gaps(pairs: BenchmarkPairs) -> np.ndarray:
     gaps = pairs.first - pairs.second
     typical = np.sqrt(np.mean(np.square(gaps[np.isfinite(gaps)]))) if np.isfinite(gaps).any() else 0.0
     return gaps / typical if typical > 0 else gaps
 
 
-def _disagreement(benchmark: str, scored: Sequence[ScoredPairs], gaps: np.ndarray, row: int) -> Disagreement:
+def _disagreement(benchmark: str, scored: Sequence[BenchmarkPairs], gaps: np.ndarray, row: int) -> Disagreement:
     first = scored[0]
     label = float(first.labels[row])
     finite = [(number, pairs) for number, pairs in enumerate(scored) if np.isfinite(gaps[number, row])]

@@ -16,10 +16,10 @@ from latentreward.evaluation.benchmark.noise_columns import NoiseColumns
 from latentreward.evaluation.benchmark.protocols import protocol_result, protocol_value
 from latentreward.evaluation.benchmark.published_numbers import published_for
 from latentreward.evaluation.benchmark.results import (
+    BenchmarkPairs,
     BenchmarkReport,
     LevelResult,
     ProtocolResult,
-    ScoredPairs,
 )
 from latentreward.evaluation.benchmark.scoring import data_counts, table_timesteps
 from latentreward.evaluation.benchmark.subgroups import Judged, level_results, paired_difference, subgroup_results
@@ -55,7 +55,7 @@ class BenchmarkScores:
     scorers: Sequence[Scorer]
     tables: Tables
 
-    def pairs(self, split: str, scorer: Scorer, column: str | None = None) -> ScoredPairs:
+    def pairs(self, split: str, scorer: Scorer, column: str | None = None) -> BenchmarkPairs:
         """Pairs of a split with a scorer's own scores, or with another column of them under the scorer's name."""
         return self.benchmark.scored(split, self.tables[split, scorer.name], column or scorer.name, scorer=scorer.name)
 

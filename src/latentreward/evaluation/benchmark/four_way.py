@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from latentreward.evaluation.benchmark.results import ScoredPairs
+from latentreward.evaluation.benchmark.results import BenchmarkPairs
 from latentreward.metrics.calibration import two_folds
 
 VOTES = ("leftvote", "rightvote", "tievote", "bothbad_vote")
@@ -12,7 +12,7 @@ LEFT, RIGHT, GOOD, BAD = range(4)
 GAP_QUANTILES = np.linspace(0, 1, 101)
 
 
-def four_way_credit(pairs: ScoredPairs, votes: np.ndarray, counted: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
+def four_way_credit(pairs: BenchmarkPairs, votes: np.ndarray, counted: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
     r"""Credit of every pair by a rule of ours for the four classes of GenAI-Bench's leaderboard (arXiv:2406.04485).
 
     The leaderboard asks models that answer in words; for scores no rule was published. Here, with gap

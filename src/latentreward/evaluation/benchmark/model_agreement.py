@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from latentreward.errors import InputError
-from latentreward.evaluation.benchmark.results import AgreementResult, CorrelationResult, ScoredPairs
+from latentreward.evaluation.benchmark.results import AgreementResult, BenchmarkPairs, CorrelationResult
 from latentreward.metrics.bootstrap import clustered_mean
 from latentreward.metrics.rank_correlation import clustered_correlation, same_order
 
@@ -13,7 +13,7 @@ REFERENCES = {"CLIPScorer": "clip_corr", "AestheticScorer": "aes_corr"}
 """Class of a scorer → what agreement with it is called."""
 
 
-def agreement_result(benchmark: str, pairs: ScoredPairs, others: ScoredPairs) -> AgreementResult:
+def agreement_result(benchmark: str, pairs: BenchmarkPairs, others: BenchmarkPairs) -> AgreementResult:
     """Share of pairs with gaps of the same sign, and correlations of the scores of all images.
 
     Labels play no part. An image that recurs with the same prompt counts once in the correlations, in the group of
@@ -63,7 +63,7 @@ def correlation_results(result: AgreementResult, identities: Mapping[str, str]) 
     return found
 
 
-def _distinct_images(pairs: ScoredPairs) -> np.ndarray:
+def _distinct_images(pairs: BenchmarkPairs) -> np.ndarray:
     """Places, in all images a followed by all images b, of the first occurrence of every image with its prompt."""
     total = 2 * len(pairs.pair_ids)
     keys = pairs.first_images + pairs.second_images

@@ -4,14 +4,14 @@ from typing import Any
 
 import numpy as np
 
-from latentreward.evaluation.benchmark.results import ScoredPairs
+from latentreward.evaluation.benchmark.results import BenchmarkPairs
 from latentreward.metrics.calibration import fit_temperature
 
 THRESHOLDS = np.arange(11) / 10
 FIRST, TIE, SECOND = 1, 0, -1
 
 
-def pickscore_credit(pairs: ScoredPairs, fitting: ScoredPairs) -> tuple[np.ndarray, dict[str, Any]]:
+def pickscore_credit(pairs: BenchmarkPairs, fitting: BenchmarkPairs) -> tuple[np.ndarray, dict[str, Any]]:
     r"""Credit of every pair by the evaluation of PickScore's released code (arXiv:2305.01569).
 
     With :math:`p = \mathrm{softmax}(s / T)` of a pair's two scores, the answer is a tie where
@@ -48,7 +48,7 @@ def pickscore_credit(pairs: ScoredPairs, fitting: ScoredPairs) -> tuple[np.ndarr
     return credit_at(pairs, temperature, threshold), details
 
 
-def credit_at(pairs: ScoredPairs, temperature: float, threshold: float) -> np.ndarray:
+def credit_at(pairs: BenchmarkPairs, temperature: float, threshold: float) -> np.ndarray:
     """``(N,)`` credit with a given threshold."""
     with np.errstate(invalid="ignore"):
         lead = np.tanh(_gap(pairs) / (2 * temperature))  # p0 - p1
@@ -57,11 +57,11 @@ def credit_at(pairs: ScoredPairs, temperature: float, threshold: float) -> np.nd
     return np.where(answer == people, 1.0, np.where((answer == TIE) | (people == TIE), 0.5, 0.0))
 
 
-def _gap(pairs: ScoredPairs) -> np.ndarray:
+def _gap(pairs: BenchmarkPairs) -> np.ndarray:
     return pairs.first - pairs.second
 
 
-def _published_choice(pairs: ScoredPairs) -> np.ndarray:
+def _published_choice(pairs: BenchmarkPairs) -> np.ndarray:
     published = pairs.columns.get("label_0")
     labels = pairs.labels if published is None else np.array([np.nan if x is None else float(x) for x in published])
     return np.where(labels == 0.5, TIE, np.where(labels == 1, FIRST, SECOND))

@@ -35,10 +35,10 @@ def accuracy_figure(results: Sequence[ProtocolResult], published: Sequence[Publi
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlabel(f"accuracy in %{'' if guess is None else ' (dotted: guessing)'}; lines are 95 % intervals")
-    said = ", ".join(f"{result.scorer} {percent(result.estimate.value)} %" for result in results)
+    accuracies = ", ".join(f"{result.scorer} {percent(result.estimate.value)} %" for result in results)
     return (
         figure,
-        f"Accuracy on {results[0].benchmark} by {results[0].protocol}: {said}. The table below has all numbers.",
+        f"Accuracy on {results[0].benchmark} by {results[0].protocol}: {accuracies}. The table below has all numbers.",
     )
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from latentreward.errors import InputError, did_you_mean
 from latentreward.evaluation.benchmark.four_way import VOTES, four_way_credit
 from latentreward.evaluation.benchmark.pickscore import pickscore_credit
-from latentreward.evaluation.benchmark.results import ProtocolResult, ScoredPairs
+from latentreward.evaluation.benchmark.results import BenchmarkPairs, ProtocolResult
 from latentreward.metrics.bootstrap import clustered_interval, group_sums, ratio
 
 NO_SCORE, NO_LABEL, TIE, NO_VOTE = "no score", "no label", "tie", "no vote"
@@ -49,12 +49,12 @@ class Protocol:
     """
 
     summary: str
-    judge: Callable[[ScoredPairs, ScoredPairs | None], Judgement]
+    judge: Callable[[BenchmarkPairs, BenchmarkPairs | None], Judgement]
     macro: bool = False
     fitting_split: str | None = None
 
 
-def judge(key: str, pairs: ScoredPairs, fitting: ScoredPairs | None = None) -> Judgement:
+def judge(key: str, pairs: BenchmarkPairs, fitting: BenchmarkPairs | None = None) -> Judgement:
     """Credit of every pair by a protocol.
 
     Args:
@@ -75,7 +75,7 @@ def judge(key: str, pairs: ScoredPairs, fitting: ScoredPairs | None = None) -> J
     return protocol.judge(pairs, fitting)
 
 
-def protocol_result(key: str, pairs: ScoredPairs, judgement: Judgement) -> ProtocolResult:
+def protocol_result(key: str, pairs: BenchmarkPairs, judgement: Judgement) -> ProtocolResult:
     """The protocol's number, from what :func:`judge` gave."""
     counted = ~np.isnan(judgement.credit)
     sums = credit_sums(key, pairs, judgement.credit)
@@ -92,23 +92,23 @@ def protocol_result(key: str, pairs: ScoredPairs, judgement: Judgement) -> Proto
     )
 
 
-def credit_sums(key: str, pairs: ScoredPairs, credit: np.ndarray) -> np.ndarray:
+def credit_sums(key: str, pairs: BenchmarkPairs, credit: np.ndarray) -> np.ndarray:
     """``(groups, 2)`` credit and weight of the groups that count; their ratio over all groups is the number."""
     return _credit_sums(pairs, credit, PROTOCOLS[key].macro)
 
 
-def protocol_value(key: str, pairs: ScoredPairs, judgement: Judgement) -> float:
+def protocol_value(key: str, pairs: BenchmarkPairs, judgement: Judgement) -> float:
     """The protocol's number alone, without its interval."""
     return float(ratio(_credit_sums(pairs, judgement.credit, PROTOCOLS[key].macro).sum(axis=0)))
 
 
-def _credit_sums(pairs: ScoredPairs, credit: np.ndarray, macro: bool) -> np.ndarray:
+def _credit_sums(pairs: BenchmarkPairs, credit: np.ndarray, macro: bool) -> np.ndarray:
     counted = ~np.isnan(credit)
     sums = group_sums(pairs.group_codes[counted], credit[counted], np.ones(int(counted.sum())))
     return sums / sums[:, 1:] if macro else sums
 
 
-def leave_out(pairs: ScoredPairs, *rules: tuple[str, np.ndarray]) -> np.ndarray:
+def leave_out(pairs: BenchmarkPairs, *rules: tuple[str, np.ndarray]) -> np.ndarray:
     """``(N,)`` why each pair does not count, the first rule that holds; empty where it counts.
 
     A pair without both scores never counts; ``columns["problem"]`` says why it has none.
@@ -128,20 +128,20 @@ def _judged(credit: np.ndarray, reasons: np.ndarray, details: dict[str, Any] | N
     return Judgement(np.where(counted, credit, np.nan), dict(excluded.most_common()), details or {})
 
 
-def judge_strict(pairs: ScoredPairs, _: ScoredPairs | None = None) -> Judgement:
+def judge_strict(pairs: BenchmarkPairs, _: BenchmarkPairs | None = None) -> Judgement:
     """1 if the preferred image scores higher; ties of people are left out, equal scores are wrong."""
     reasons = leave_out(pairs, (NO_LABEL, np.isnan(pairs.labels)), (TIE, pairs.labels == 0.5))
     return _judged(_agreement(pairs) > 0, reasons)
 
 
-def judge_soft(pairs: ScoredPairs, _: ScoredPairs | None = None) -> Judgement:
+def judge_soft(pairs: BenchmarkPairs, _: BenchmarkPairs | None = None) -> Judgement:
     """The label's share of the image that scores higher: a tie gives ½ to either choice, equal scores get nothing."""
     reasons = leave_out(pairs, (NO_LABEL, np.isnan(pairs.labels)))
     chosen = np.where(pairs.first > pairs.second, pairs.labels, 1 - pairs.labels)
     return _judged(np.where(pairs.first == pairs.second, 0, chosen), reasons)
 
 
-def judge_inversions(pairs: ScoredPairs, _: ScoredPairs | None = None) -> Judgement:
+def judge_inversions(pairs: BenchmarkPairs, _: BenchmarkPairs | None = None) -> Judgement:
     """1 unless people and scores order the two images against each other; a tie of people agrees with any order.
 
     HPSv2 orders images by argsort, which leaves the order of equal scores to chance; ½ is what that expects. MPS
@@ -156,14 +156,14 @@ def judge_inversions(pairs: ScoredPairs, _: ScoredPairs | None = None) -> Judgem
     return _judged(np.where(by_chance, 0.5, agreeing), reasons, details)
 
 
-def judge_pickscore(pairs: ScoredPairs, fitting: ScoredPairs | None) -> Judgement:
+def judge_pickscore(pairs: BenchmarkPairs, fitting: BenchmarkPairs | None) -> Judgement:
     """See :func:`~latentreward.evaluation.benchmark.pickscore.pickscore_credit`."""
     assert fitting is not None
     credit, details = pickscore_credit(pairs, fitting)
     return _judged(credit, leave_out(pairs), details)
 
 
-def judge_four_way(pairs: ScoredPairs, _: ScoredPairs | None = None) -> Judgement:
+def judge_four_way(pairs: BenchmarkPairs, _: BenchmarkPairs | None = None) -> Judgement:
     """See :func:`~latentreward.evaluation.benchmark.four_way.four_way_credit`."""
     votes = np.array(pairs.columns.get("vote", (None,) * len(pairs.pair_ids)), dtype=object)
     reasons = leave_out(pairs, (NO_VOTE, ~np.isin(votes, VOTES)))
@@ -171,7 +171,7 @@ def judge_four_way(pairs: ScoredPairs, _: ScoredPairs | None = None) -> Judgemen
     return _judged(credit, reasons, details)
 
 
-def _agreement(pairs: ScoredPairs) -> np.ndarray:
+def _agreement(pairs: BenchmarkPairs) -> np.ndarray:
     """1, 0 or -1 where people and scores order two images alike, one of them does not order them, or they differ."""
     return np.sign(pairs.first - pairs.second) * np.sign(pairs.labels - 0.5)
 

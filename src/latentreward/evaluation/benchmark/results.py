@@ -10,7 +10,7 @@ from latentreward.metrics.bootstrap import Interval, group_codes
 
 
 @dataclass(frozen=True)
-class ScoredPairs:
+class BenchmarkPairs:
     """Pairs of one split with the scores of one scorer, ready for any protocol.
 
     Attributes:

@@ -8,19 +8,19 @@ from latentreward.errors import InputError
 from latentreward.evaluation.benchmark.columns import SUBGROUP_COLUMNS
 from latentreward.evaluation.benchmark.protocols import Judgement, credit_sums, judge
 from latentreward.evaluation.benchmark.results import (
+    BenchmarkPairs,
     DifferenceResult,
     LevelResult,
-    ScoredPairs,
     SubgroupResult,
 )
 from latentreward.metrics.bootstrap import clustered_interval, ratio_difference
 
-Judged = tuple[ScoredPairs, Judgement]
+Judged = tuple[BenchmarkPairs, Judgement]
 
 
 def subgroup_results(
     key: str,
-    pairs: ScoredPairs,
+    pairs: BenchmarkPairs,
     judgement: Judgement,
     columns: Sequence[str] = SUBGROUP_COLUMNS,
     least: int = 1,
@@ -51,7 +51,7 @@ def _members(values: Sequence[str | None]) -> dict[str, np.ndarray]:
 
 
 def _subgroup(
-    key: str, pairs: ScoredPairs, judgement: Judgement, column: str, value: str, rows: np.ndarray
+    key: str, pairs: BenchmarkPairs, judgement: Judgement, column: str, value: str, rows: np.ndarray
 ) -> SubgroupResult:
     credit = np.full(len(judgement.credit), np.nan)
     credit[rows] = judgement.credit[rows]
@@ -81,7 +81,7 @@ def paired_difference(key: str, first: Judged, second: Judged) -> DifferenceResu
     return DifferenceResult(key, pairs.scorer, others.scorer, int(both.sum()), estimate, pairs.split)
 
 
-def level_results(key: str, levels: Iterable[tuple[float, float, ScoredPairs]]) -> list[LevelResult]:
+def level_results(key: str, levels: Iterable[tuple[float, float, BenchmarkPairs]]) -> list[LevelResult]:
     """The number at each noise level.
 
     Args:

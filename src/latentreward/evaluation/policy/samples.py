@@ -19,7 +19,7 @@ from latentreward.generation.image_folder import ImageFolder
 from latentreward.generation.picture_writing import Name, decode_latents, write_pictures
 from latentreward.generation.trained_policy import TrainedPolicy, plain
 from latentreward.policies import PolicySource
-from latentreward.policies.checkpoint import read_adapter
+from latentreward.policies.checkpoint import read_policy_adapter
 from latentreward.rollout import Sampling, sample_latents
 from latentreward.scorers.tools import JudgedPicture
 from latentreward.scoring.network import name_of
@@ -74,7 +74,7 @@ class JudgedPolicy:
         if isinstance(source, str):
             source = PolicySource(source)
             if self.checkpoint is not None:  # which knows the shape of its adapter
-                source = replace(source, lora=read_adapter(self.checkpoint).source.lora)
+                source = replace(source, lora=read_policy_adapter(self.checkpoint).source.lora)
         return TrainedPolicy(source, self.checkpoint, self.lora)
 
     def found(self) -> list[FoundPicture] | None:

@@ -103,7 +103,7 @@ def inject_adapter(network: nn.Module, folder: Path) -> None:
         weight.data = weight.data.float()
 
 
-def read_adapter(folder: Path, network: nn.Module) -> dict[str, Tensor]:
+def read_lora(folder: Path, network: nn.Module) -> dict[str, Tensor]:
     """Tensors of the adapter in ``folder``, by their names in ``network``, which has it.
 
     Raises:
@@ -117,7 +117,7 @@ def read_adapter(folder: Path, network: nn.Module) -> dict[str, Tensor]:
 
 
 def fill_adapter(folder: Path, network: nn.Module) -> None:
-    """Load the adapter in ``folder`` into ``network``, which has it; see :func:`read_adapter`."""
+    """Load the adapter in ``folder`` into ``network``, which has it; see :func:`read_lora`."""
     with torch.no_grad():
-        for name, tensor in read_adapter(folder, network).items():
+        for name, tensor in read_lora(folder, network).items():
             network.get_parameter(name).copy_(tensor)

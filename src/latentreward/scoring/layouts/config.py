@@ -12,7 +12,7 @@ from typing import Any, Self
 from latentreward.errors import InputError, did_you_mean
 from latentreward.scoring.calibration import Calibration
 from latentreward.scoring.image_sizes import ImageSizes, NearestBucket, OneSize
-from latentreward.scoring.layouts.recipe import ModelRecipe, Part
+from latentreward.scoring.layouts.recipe import ModelPart, ModelRecipe
 from latentreward.scoring.scoring_noise import ScoringNoise
 
 FORMAT = "latentreward-reward-model"
@@ -59,7 +59,7 @@ class FolderConfig:
             "adapters": list(self.adapters),
             "base": self.trained_on,
             "noise": asdict(self.noise),
-            "image_sizes": None if sizes is None else Part(type(sizes).__name__, asdict(sizes)).record(),  # type: ignore[call-overload]
+            "image_sizes": None if sizes is None else ModelPart(type(sizes).__name__, asdict(sizes)).record(),  # type: ignore[call-overload]
             "calibration": None if self.calibration is None else self.calibration.record(),
             "training": self.recipe.training,
             "versions": {package: version(package) for package in PACKAGES},
@@ -82,8 +82,8 @@ class FolderConfig:
         if missing:
             raise InputError(f"{missing[0]} is missing; download it again")
         recipe = ModelRecipe(
-            Part.of_record("backbone", record["backbone"]),
-            Part.of_record("head", record["head"]),
+            ModelPart.of_record("backbone", record["backbone"]),
+            ModelPart.of_record("head", record["head"]),
             names("own_weights", record["own_weights"], r"\w+"),
             record["training"] if isinstance(record["training"], dict) else {},
         )
@@ -131,7 +131,7 @@ def sizes_of(record: Any) -> ImageSizes | None:
     """
     if record is None:
         return None
-    part = Part.of_record("image_sizes", record)
+    part = ModelPart.of_record("image_sizes", record)
     if part.name not in IMAGE_SIZES:
         raise InputError(f"image_sizes: unknown class {part.name!r}{did_you_mean(part.name, IMAGE_SIZES)}")
     settings = {name: frozen(value) for name, value in part.init_args.items()}

@@ -27,7 +27,7 @@ from latentreward.checkpoints.base_weights import same_values, sample, without_a
 from latentreward.errors import InputError, errors_at
 from latentreward.heads import RewardHead
 from latentreward.scoring.files import compare_tensors, existing_folder, load_exactly, read_config, read_safetensors
-from latentreward.scoring.layouts.adapters import fill_adapter, inject_adapter, lora_layers, names_in_file, read_adapter
+from latentreward.scoring.layouts.adapters import fill_adapter, inject_adapter, lora_layers, names_in_file, read_lora
 from latentreward.scoring.layouts.base import SharingReward
 from latentreward.scoring.layouts.config import FORMAT, FolderConfig
 from latentreward.scoring.layouts.recipe import ONLY_IN_TRAINING, build_backbone, build_head, is_ours
@@ -178,7 +178,7 @@ class PretrainedReward(SharingReward):
         name = self.on_meta_device.network_name
         if name not in self.config.adapters:
             return {}
-        return read_adapter(self.folder / adapter_folder(name), self.on_meta_device.get_submodule(name))
+        return read_lora(self.folder / adapter_folder(name), self.on_meta_device.get_submodule(name))
 
     def same_base(self, part: str, weights: Mapping[str, Tensor], source: str) -> bool:
         """See :meth:`StoredReward.same_base`; a few values of each weight are compared."""

@@ -18,9 +18,9 @@ from latentreward.heads import CLIPProjectionHead, GatedQFormerHead, RewardHead
 from latentreward.heads.clip_projection import MultiScale
 from latentreward.noise import DDPM
 from latentreward.scoring.files import existing_folder, load_exactly, read_config, read_tensors
-from latentreward.scoring.layouts.adapters import fill_adapter, inject_adapter, read_adapter
+from latentreward.scoring.layouts.adapters import fill_adapter, inject_adapter, read_lora
 from latentreward.scoring.layouts.base import SharingReward, StoredReward
-from latentreward.scoring.layouts.recipe import ModelRecipe, Part, head_part
+from latentreward.scoring.layouts.recipe import ModelPart, ModelRecipe, head_part
 from latentreward.scoring.network import RewardNetwork
 
 PUBLISHED_RMS_EPS = 2.0**-7
@@ -131,7 +131,7 @@ class PublishedLRM(PublishedLayout):
         head = CLIPProjectionHead(backbone.feature_spec, **settings)  # type: ignore[arg-type]
         load_exactly(head, state, folder / "state_dict.pt")
         model = RewardNetwork(backbone, head).eval().requires_grad_(False)
-        factory = Part(_FACTORIES[family], {"source": self.base, "tuning": "full", "text_encoder_tuning": "full"})
+        factory = ModelPart(_FACTORIES[family], {"source": self.base, "tuning": "full", "text_encoder_tuning": "full"})
         model.recipe = ModelRecipe(factory, head_part(head, settings), ("unet", "text_encoder"))
         return model
 
@@ -180,8 +180,8 @@ class PublishedDiNaLRM(PublishedLayout, SharingReward):
         normalised = bool(self._pipeline.config("transformer").get("qk_norm"))
         settings = {"source": self._pipeline.source, "t5_length": t5_length, "tuning": "frozen", **self._taps()}
         model.recipe = ModelRecipe(
-            Part("sd35_medium" if normalised else "sd3_medium", settings),
-            Part(GatedQFormerHead.__name__, self._head_settings(rms_eps)),
+            ModelPart("sd35_medium" if normalised else "sd3_medium", settings),
+            ModelPart(GatedQFormerHead.__name__, self._head_settings(rms_eps)),
         )
         return model
 
@@ -191,7 +191,7 @@ class PublishedDiNaLRM(PublishedLayout, SharingReward):
 
     def adapter(self) -> dict[str, Tensor]:
         """See :meth:`StoredReward.adapter`."""
-        return read_adapter(self.folder / DINA_ADAPTER, self.on_meta_device.transformer)
+        return read_lora(self.folder / DINA_ADAPTER, self.on_meta_device.transformer)
 
     def same_base(self, part: str, weights: Mapping[str, Tensor], source: str) -> bool:
         """See :meth:`StoredReward.same_base`; the layout notes nothing of its base but where it came from."""

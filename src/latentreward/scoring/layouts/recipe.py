@@ -28,7 +28,7 @@ BUILD_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticEr
 
 
 @dataclass(frozen=True)
-class Part:
+class ModelPart:
     """A class or factory, and its settings.
 
     Attributes:
@@ -68,8 +68,8 @@ class ModelRecipe:
         training: What is known of its training: data, steps, versions.
     """
 
-    backbone: Part
-    head: Part
+    backbone: ModelPart
+    head: ModelPart
     own: tuple[str, ...] = ()
     training: dict[str, Any] = field(default_factory=dict)
 
@@ -85,7 +85,7 @@ class ModelRecipe:
         return replace(self, backbone=replace(self.backbone, init_args=settings))
 
 
-def backbone_part(class_path: str, init_args: Mapping[str, Any], own: tuple[str, ...]) -> Part:
+def backbone_part(class_path: str, init_args: Mapping[str, Any], own: tuple[str, ...]) -> ModelPart:
     """The factory of a trained backbone, by settings that read its weights and train nothing."""
     factory = imported(class_path)
     path = f"{factory.__module__}.{factory.__qualname__}"
@@ -96,19 +96,19 @@ def backbone_part(class_path: str, init_args: Mapping[str, Any], own: tuple[str,
             settings.pop(setting, None)
         settings["tuning"] = "full" if {"unet", "transformer"} & {*own} else "frozen"
         settings["text_encoder_tuning"] = "full" if "text_encoder" in own else "frozen"
-    return Part(name, settings)
+    return ModelPart(name, settings)
 
 
-def head_part(head: RewardHead, init_args: Mapping[str, Any]) -> Part:
+def head_part(head: RewardHead, init_args: Mapping[str, Any]) -> ModelPart:
     """The class of a trained head, by settings that need nothing but its own weights."""
     kind, settings = type(head), dict(init_args)
     if settings.pop("text_projection_source", None) is not None:  # it gave the width, and the initial weights
         settings["embed_dim"] = len(head.get_submodule("visual_projection").weight)
     registered = registered_heads().get(kind.__name__) is kind
-    return Part(kind.__name__ if registered else f"{kind.__module__}.{kind.__qualname__}", settings)
+    return ModelPart(kind.__name__ if registered else f"{kind.__module__}.{kind.__qualname__}", settings)
 
 
-def is_ours(backbone: Part) -> bool:
+def is_ours(backbone: ModelPart) -> bool:
     """Whether a backbone is made by a factory of this package, whose settings are known."""
     return backbone_names().get(backbone.name, "").startswith("latentreward.backbones.")
 
@@ -120,7 +120,7 @@ def own_parts(backbone: DiffusionBackbone) -> tuple[str, ...]:
     return tuple(part for part in parts if any(name.startswith(f"{part}.") for name in trained))
 
 
-def build_backbone(part: Part, folder: Path | None = None, **overrides: Any) -> DiffusionBackbone:
+def build_backbone(part: ModelPart, folder: Path | None = None, **overrides: Any) -> DiffusionBackbone:
     """The backbone of a recipe, with the base's weights; under ``torch.device("meta")`` it has shapes alone.
 
     Args:
@@ -142,7 +142,7 @@ def build_backbone(part: Part, folder: Path | None = None, **overrides: Any) -> 
         return called(imported(path), settings)
 
 
-def build_head(part: Part, spec: FeatureSpec, folder: Path | None = None) -> RewardHead:
+def build_head(part: ModelPart, spec: FeatureSpec, folder: Path | None = None) -> RewardHead:
     """The head of a recipe for features of ``spec``, with initial weights.
 
     Args:
@@ -170,7 +170,7 @@ def called(target: Callable[..., Any], settings: Mapping[str, Any]) -> Any:
         raise InputError(first_line(error)) from error
 
 
-def instantiated(kind: Any, part: Part, folder: Path | None) -> Any:
+def instantiated(kind: Any, part: ModelPart, folder: Path | None) -> Any:
     """An object of type ``kind`` from a class that is imported, by jsonargparse, as a run's ``config.yaml`` names it.
 
     Raises:

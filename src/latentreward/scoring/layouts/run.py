@@ -21,8 +21,8 @@ from latentreward.heads import RewardHead
 from latentreward.scoring.layouts.base import SharingReward
 from latentreward.scoring.layouts.recipe import (
     ONLY_IN_TRAINING,
+    ModelPart,
     ModelRecipe,
-    Part,
     backbone_part,
     build_backbone,
     build_head,
@@ -84,19 +84,19 @@ class TrainedReward(SharingReward):
         self._settings = model_settings(self.config, trusted)
         if base is not None:
             self._settings["backbone"]["init_args"] |= {"source": base, "revision": None}
-        self._parts: dict[str, Part] = {}
+        self._parts: dict[str, ModelPart] = {}
         for kind in PARTS:
             name = registered_name(kind, str(self._settings[kind].get("class_path")))
             with errors_at(f"{self.config}: model."):
                 check_class(kind, name, trusted)
-            self._parts[kind] = Part(name, self._settings[kind]["init_args"])
+            self._parts[kind] = ModelPart(name, self._settings[kind]["init_args"])
 
     def _backbone(self) -> DiffusionBackbone:
         """See :meth:`SharingReward._backbone`; the settings alone tell what trained, and in which latent space."""
         part = self._parts["backbone"]
         if is_ours(part):  # attention and compilation are this machine's
             settings = {n: v for n, v in part.init_args.items() if n == "lora" or n not in ONLY_IN_TRAINING}
-            part = Part(part.name, settings)
+            part = ModelPart(part.name, settings)
         with errors_at(f"{self.config}: model."):
             return build_backbone(part)
 
