@@ -71,7 +71,7 @@ def test_every_checkpoint_leads_to_the_same_end(name: str, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", slow_after(1, SETTINGS))
+@pytest.mark.parametrize("name", SETTINGS)
 def test_checkpoints_of_a_resumed_run_lead_there_too(name: str, tmp_path: Path) -> None:
     whole, module, saver = run_saving_always(tmp_path / "whole", **SETTINGS[name])
     for path, _, _ in saver.paths[2::3]:
@@ -108,7 +108,7 @@ def test_lightnings_own_checkpoints_by_step_and_by_validation(tmp_path: Path) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("batch_size", slow_after(1, [2, 8]))
+@pytest.mark.parametrize("batch_size", [2, 8])
 def test_another_batch_size_goes_on_with_the_unused_rows(batch_size: int, tmp_path: Path) -> None:
     _, module, saver = run_saving_always(tmp_path)
     for path, seen, _ in saver.paths:

@@ -110,7 +110,7 @@ def test_merged_pipeline_needs_no_lora(trained: tuple[Policy, str], tmp_path: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", slow_after(1, ["sd15", "sdxl", "sd35_no_t5"]))
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd35_no_t5"])
 def test_images_of_the_pipeline_change_with_the_lora_and_equal_the_merged_ones(name: str, tmp_path: Path) -> None:
     policy = perturbed(tiny_source(name).load().eval())
     lora = TrainedLoRA.of_policy(policy)

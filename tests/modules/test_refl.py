@@ -189,7 +189,7 @@ SMALL = {"tuning": "lora", "lora": {"rank": 2, "alpha": 4.0}, "text_encoder_tuni
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "name", "sigmas"),
-    slow_after(1, [("lrm", "sd15", (0.3,)), ("dina", "sd35", (0.2, 0.5, 0.7)), ("dina", "sd35", (0.4,))]),
+    [("lrm", "sd15", (0.3,)), ("dina", "sd35", (0.2, 0.5, 0.7)), ("dina", "sd35", (0.4,))],
 )
 def test_a_reward_on_the_policys_own_network_under_checkpointing(
     method: str, name: str, sigmas: tuple[float, ...], tmp_path: Path

@@ -281,7 +281,7 @@ def test_a_saved_adapter_on_another_base_has_a_network_of_its_own(tmp_path: Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", slow_after(1, ["LRM, all trained", "LRM, text encoder frozen"]))
+@pytest.mark.parametrize("kind", ["LRM, all trained", "LRM, text encoder frozen"])
 def test_a_network_trained_as_a_whole_is_never_shared(kind: str, tmp_path: Path) -> None:
     method, name, options = RUNS[kind]
     saved = saved_run(tmp_path, method, name, **options)
@@ -375,7 +375,7 @@ def test_only_model_folders_and_empty_ones_are_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("existing", slow_after(1, [False, True]))
+@pytest.mark.parametrize("existing", [False, True])
 @pytest.mark.parametrize("files", [1, 2])
 def test_a_killed_save_leaves_no_folder_or_the_old_one(existing: bool, files: int, tmp_path: Path) -> None:
     saved, target = saved_run(tmp_path, lora=LORA), tmp_path / "target"

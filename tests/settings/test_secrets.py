@@ -14,8 +14,10 @@ from tests.settings.test_refusals import FIT, refusal
 LOGGER = """
 trainer:
   logger:
-    class_path: lightning.pytorch.loggers.CSVLogger
-    init_args: {save_dir: run, name: "name-${oc.env:MY_TOKEN}", prefix: "${oc.env:PLAIN}"}
+    - class_path: lightning.pytorch.loggers.CSVLogger
+      init_args: {save_dir: run, name: "name-${oc.env:MY_TOKEN}", prefix: "${oc.env:PLAIN}"}
+    - class_path: lightning.pytorch.loggers.TensorBoardLogger
+      init_args: {save_dir: board, name: "${oc.env:PLAIN}", comment: "${oc.env:MY_TOKEN}"}
 """
 
 
@@ -32,12 +34,14 @@ def test_a_secret_is_used_and_not_saved(tmp_path: Path, monkeypatch: pytest.Monk
     # Checkpoints hold the path of their folder, which this setting named.
     texts = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".ckpt"}
     assert not [path for path, text in texts.items() if b"s3cr3t" in text]
+    assert list(Path("board").rglob("hparams.yaml"))
+    assert list(Path("board").rglob("events.out.*"))
     (config,) = [path for path in texts if path.name == "config.yaml"]
     assert "name-${oc.env:MY_TOKEN}" in config.read_text()
     assert "prefix: plain" in config.read_text()
     monkeypatch.delenv("MY_TOKEN")
     line = refusal(capsys, "fit", f"--config={config}")
-    assert "logger.name: the environment variable MY_TOKEN is not set" in line
+    assert "logger[0].name: the environment variable MY_TOKEN is not set" in line
     main(["validate", f"--config={config}", "--trainer.logger=false", "--trainer.limit_val_batches=1"])
     assert isinstance(RewardModel.from_pretrained(folder), RewardModel)
 
