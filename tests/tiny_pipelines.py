@@ -166,12 +166,13 @@ def sd15() -> DiffusionPipeline:
 
 
 def sd15_two_levels() -> DiffusionPipeline:
-    """A U-Net with one block of each kind, for what takes long per block."""
+    """A U-Net with one block of each kind, for what takes long per block, and the end of SD1.5's own schedule."""
     pipeline = sd15()
+    scheduler = DDIMScheduler(**_BETAS, steps_offset=1, clip_sample=False, set_alpha_to_one=False)
     down = ("CrossAttnDownBlock2D", "DownBlock2D")
     up = ("UpBlock2D", "CrossAttnUpBlock2D")
     unet = sd_unet(block_out_channels=(8, 16), layers_per_block=1, down_block_types=down, up_block_types=up)
-    pipeline.register_modules(unet=unet)
+    pipeline.register_modules(unet=unet, scheduler=scheduler)
     return pipeline
 
 
@@ -263,3 +264,8 @@ _STORE = tempfile.TemporaryDirectory(prefix="tiny_pipelines_")
 def pipeline_folder(name: str) -> str:
     """The pipeline ``name``, written once per test run; do not change it (copy it first)."""
     return str(write_pipeline(name, Path(_STORE.name) / name))
+
+
+def source_of(name: str) -> str:
+    """Folder of a pipeline of :data:`BUILDERS`; any other name is that of a shipped one."""
+    return pipeline_folder(name) if name in BUILDERS else name

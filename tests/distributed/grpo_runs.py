@@ -21,9 +21,10 @@ from latentreward.policies import PolicySource
 from latentreward.rollout import Branching, Sampling
 from latentreward.scorers import CallableScorer
 from tests.modules.simple_reward import FirstChannelReward
+from tests.tiny_pipelines import source_of
 
 PROMPTS = ["a red circle on a black background", "two blue squares on a white background", "a large green cross"]
-CASES = [("stepwise", "sd_tiny"), ("trajectory", "sd35_tiny")]
+CASES = [("stepwise", "sd15_two_levels"), ("trajectory", "sd35_tiny")]
 METRICS = ("hacking/held_out", "hacking/reward_change", "drift/mean", "collapse/diversity", "rollout/gap_50_t_0_1000")
 
 
@@ -41,7 +42,7 @@ def make_module(method: str, pipeline: str) -> StepwiseGRPOModule | TrajectoryGR
     }
     own = {"candidates": Branching(3)} if method == "stepwise" else {"num_trajectories": 3}
     kind = StepwiseGRPOModule if method == "stepwise" else TrajectoryGRPOModule
-    return kind(PolicySource(pipeline, lora=LoRA(rank=4, alpha=4)), FirstChannelReward(), **options, **own)
+    return kind(PolicySource(source_of(pipeline), lora=LoRA(rank=4, alpha=4)), FirstChannelReward(), **options, **own)
 
 
 def train(method: str, pipeline: str, strategy: Any, world_size: int, folder: Path) -> dict[str, Any]:
@@ -76,6 +77,7 @@ def train(method: str, pipeline: str, strategy: Any, world_size: int, folder: Pa
 
 def all_cases(folder: Path) -> dict[str, Any]:
     """Every case with DDP and with FSDP2, on two ranks."""
+    source_of("sd15_two_levels")  # while there is no process group: in one, transformers leaves saving to rank 0
     strategies = {"ddp": lambda: "ddp", "fsdp2": FSDP2Strategy}
     return {
         f"{name} {method}": train(method, pipeline, make(), 2, folder / name / method)

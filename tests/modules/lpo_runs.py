@@ -1,4 +1,4 @@
-"""Small LPO runs on the shipped pipelines, with a reward that needs no training."""
+"""Small LPO runs on tiny pipelines, with a reward that needs no training."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ from latentreward.modules import LPOModule
 from latentreward.policies import Policy, PolicySource
 from latentreward.rewards import Reward, RewardSource
 from latentreward.rollout import Branching, FixedThreshold, Sampling, StepSampler
+from tests.tiny_pipelines import source_of
 
 PROMPTS = tuple(f"a {color} {shape}" for color in ("red", "blue", "green") for shape in ("circle", "square", "cross"))
 
@@ -50,9 +51,9 @@ class BrightnessSource(RewardSource):
         return Brightness(self.scale)
 
 
-def lpo(source: str = "sd_tiny", scale: float = 10.0, threshold: float = 0.3, **options: Any) -> LPOModule:
+def lpo(source: str = "sd15_two_levels", scale: float = 10.0, threshold: float = 0.3, **options: Any) -> LPOModule:
     return LPOModule(
-        PolicySource(source, lora=LoRA(rank=2, alpha=2.0)),
+        PolicySource(source_of(source), lora=LoRA(rank=2, alpha=2.0)),
         BrightnessSource(scale),
         **{
             "selection": FixedThreshold(threshold),

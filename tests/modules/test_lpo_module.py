@@ -96,9 +96,10 @@ def test_one_pass_each_equals_two_passes_each(scale: float, module: LPOModule, p
     ours, theirs = module.compare(pairs)[0].loss, four_passes(module, pairs)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     mine = gradients(module, ours)
-    assert max(gradient.abs().max() for gradient in mine) > 1e-5
+    largest = max(gradient.abs().max().item() for gradient in mine)
+    assert largest > 1e-5
     for ours_of, theirs_of in zip(mine, gradients(module, theirs), strict=True):
-        torch.testing.assert_close(ours_of, theirs_of, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(ours_of, theirs_of, rtol=1e-3, atol=1e-5 * largest)
     module.guidance_scale, module.loss.beta = 2.0, 500.0
 
 
@@ -142,11 +143,11 @@ def test_rollouts_leave_modes_gradients_and_adapter_as_they_were() -> None:
 
 @pytest.mark.slow
 def test_the_reward_rises(tmp_path: Path) -> None:
-    module = lpo(optimizer=lambda groups: torch.optim.AdamW(groups, lr=2e-3), threshold=0.1)
+    module = lpo("sd_tiny", optimizer=lambda groups: torch.optim.AdamW(groups, lr=2e-3), threshold=0.1)
     trainer = make_trainer(tmp_path, max_epochs=1)
     trainer.fit(module, datamodule=loaders(batches_per_epoch=12, prompts_per_rollout=6, batch_size=8))
     after = module.rollout_statistics
-    fresh = lpo(threshold=0.1)
+    fresh = lpo("sd_tiny", threshold=0.1)
     with torch.no_grad():
         for policy in (module, fresh):
             policy.make_experience(PromptBatch(PROMPTS, tuple(f"x/{row}" for row in range(9))))

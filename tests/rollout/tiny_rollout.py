@@ -11,6 +11,7 @@ from latentreward.contracts import NoisyStates, PromptBatch
 from latentreward.policies import Policy, PolicySource
 from latentreward.rewards import Reward
 from latentreward.rollout import CandidateStep, RolloutDraws, candidate_steps
+from tests.tiny_pipelines import source_of
 
 PROMPTS = PromptBatch(
     ("a red circle on a black background", "a blue cross on a white background", "a red circle on a black background"),
@@ -20,8 +21,8 @@ PROMPTS = PromptBatch(
 
 @cache
 def tiny_policy(name: str) -> Policy:
-    """A shipped pipeline; tests only read it."""
-    return PolicySource(name).load().eval()
+    """Of a tiny pipeline; tests only read it."""
+    return PolicySource(source_of(name)).load().eval()
 
 
 class Brightness(Reward):
