@@ -94,11 +94,13 @@ def vae(scaling_factor: float, channels: int = 4, shift_factor: float | None = N
 
 
 def sd_unet(**options: Any) -> UNet2DConditionModel:
-    """SD1.5's four levels; ``options`` replace parts of the config."""
+    """SD1.5's two kinds of blocks, one each, for time goes by blocks; ``options`` replace parts of the config."""
     return UNet2DConditionModel(
         **{
             "sample_size": LATENTS,
-            "block_out_channels": (8, 16, 24, 24),
+            "block_out_channels": (8, 16),
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
             "layers_per_block": 1,
             "cross_attention_dim": WIDTH,
             "attention_head_dim": 2,
@@ -112,14 +114,14 @@ def sdxl_unet(**options: Any) -> UNet2DConditionModel:
     return UNet2DConditionModel(
         **{
             "sample_size": LATENTS,
-            "block_out_channels": (8, 16, 24),
+            "block_out_channels": (8, 16),
             "layers_per_block": 1,
             "cross_attention_dim": 2 * WIDTH,
-            "attention_head_dim": (2, 2, 2),
+            "attention_head_dim": (2, 2),
             "norm_num_groups": 4,
-            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            "transformer_layers_per_block": (1, 1, 2),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+            "transformer_layers_per_block": (1, 2),
             "use_linear_projection": True,
             "addition_embed_type": "text_time",
             "addition_time_embed_dim": 8,
@@ -158,21 +160,19 @@ def sd15() -> DiffusionPipeline:
         text_encoder=CLIPTextModel(clip_config(tokenizer)),
         tokenizer=tokenizer,
         unet=sd_unet(),
-        scheduler=DDIMScheduler(**_BETAS, steps_offset=1, clip_sample=False),
+        scheduler=DDIMScheduler(**_BETAS, steps_offset=1, clip_sample=False, set_alpha_to_one=False),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
 
 
-def sd15_two_levels() -> DiffusionPipeline:
-    """A U-Net with one block of each kind, for what takes long per block, and the end of SD1.5's own schedule."""
+def sd15_four_levels() -> DiffusionPipeline:
+    """With as many levels as SD1.5's U-Net has."""
     pipeline = sd15()
-    scheduler = DDIMScheduler(**_BETAS, steps_offset=1, clip_sample=False, set_alpha_to_one=False)
-    down = ("CrossAttnDownBlock2D", "DownBlock2D")
-    up = ("UpBlock2D", "CrossAttnUpBlock2D")
-    unet = sd_unet(block_out_channels=(8, 16), layers_per_block=1, down_block_types=down, up_block_types=up)
-    pipeline.register_modules(unet=unet, scheduler=scheduler)
+    down, up = ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"], ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3
+    unet = sd_unet(block_out_channels=(8, 16, 24, 24), down_block_types=down, up_block_types=up)
+    pipeline.register_modules(unet=unet)
     return pipeline
 
 
@@ -227,7 +227,7 @@ def sd3_like(sd35: bool, with_t5: bool) -> DiffusionPipeline:
 
 BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {
     "sd15": sd15,
-    "sd15_two_levels": sd15_two_levels,
+    "sd15_four_levels": sd15_four_levels,
     "sd21": sd21,
     "sdxl": sdxl,
     "sd3": lambda: sd3_like(sd35=False, with_t5=True),

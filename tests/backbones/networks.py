@@ -25,7 +25,7 @@ def tiny_backbone(name: str, **options: Any) -> DiffusionBackbone:
     """The backbone ``name`` from its tiny pipeline; DiTs read blocks 1 and 3 unless told."""
     if name in ("sd3", "sd35", "sd35_no_t5"):
         options = {"visual_taps": (1, 3), "text_taps": (1, 3), "t5_length": T5_LENGTH, **options}
-    return create_backbone(FACTORIES[name.removesuffix("_two_levels")], source=pipeline_folder(name), **options)
+    return create_backbone(FACTORIES[name.removesuffix("_four_levels")], source=pipeline_folder(name), **options)
 
 
 def network_of(backbone: DiffusionBackbone) -> torch.nn.Module:

@@ -77,7 +77,7 @@ UNET_TAPS = [None, (0, 2), (1,), (0,), (3,)]
 
 
 @pytest.mark.parametrize("taps", UNET_TAPS, ids=str)
-@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+@pytest.mark.parametrize("name", ["sd15", "sd15_four_levels", "sdxl"])
 def test_unet_features_equal_hooks(name: str, taps: tuple[int, ...] | None) -> None:
     backbone = tiny_backbone(name, visual_taps=taps)
     latents, timesteps, conditioning = inputs_of(backbone)
@@ -187,8 +187,8 @@ def test_latents_with_other_channels_are_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "taps", "message"),
     [
-        ("sd15", {"visual_taps": (6,)}, "visual_taps=.* reaches block 6, but this network has blocks 1 to 5"),
-        ("sdxl", {"visual_taps": (5,)}, "visual_taps=.* reaches block 5, but this network has blocks 1 to 4"),
+        ("sd15_four_levels", {"visual_taps": (6,)}, "visual_taps=.* reaches block 6, but this network has blocks 1 to 5"),
+        ("sdxl", {"visual_taps": (4,)}, "visual_taps=.* reaches block 4, but this network has blocks 1 to 3"),
         ("sd15", {"visual_taps": ()}, "visual_taps=.* is empty"),
         ("sd15", {"visual_taps": (2, 1)}, "visual_taps=.* must ascend"),
         ("sd15", {"visual_taps": (1, 1)}, "visual_taps=.* must ascend without repeats"),

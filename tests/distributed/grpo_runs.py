@@ -24,7 +24,7 @@ from tests.modules.simple_reward import FirstChannelReward
 from tests.tiny_pipelines import source_of
 
 PROMPTS = ["a red circle on a black background", "two blue squares on a white background", "a large green cross"]
-CASES = [("stepwise", "sd15_two_levels"), ("trajectory", "sd35_tiny")]
+CASES = [("stepwise", "sd15"), ("trajectory", "sd35_tiny")]
 METRICS = ("hacking/held_out", "hacking/reward_change", "drift/mean", "collapse/diversity", "rollout/gap_50_t_0_1000")
 
 
@@ -77,7 +77,7 @@ def train(method: str, pipeline: str, strategy: Any, world_size: int, folder: Pa
 
 def all_cases(folder: Path) -> dict[str, Any]:
     """Every case with DDP and with FSDP2, on two ranks."""
-    source_of("sd15_two_levels")  # while there is no process group: in one, transformers leaves saving to rank 0
+    source_of("sd15")  # while there is no process group: in one, transformers leaves saving to rank 0
     strategies = {"ddp": lambda: "ddp", "fsdp2": FSDP2Strategy}
     return {
         f"{name} {method}": train(method, pipeline, make(), 2, folder / name / method)

@@ -22,9 +22,9 @@ from tests.modules.toy_rewards import BrightnessSource
 from tests.tiny_pipelines import source_of
 
 CASES = [
-    ("diffusion_dpo", "sd15_two_levels"),
+    ("diffusion_dpo", "sd15"),
     ("diffusion_dpo", "sd35_tiny"),
-    ("refl", "sd15_two_levels"),
+    ("refl", "sd15"),
     ("refl", "sd35_tiny"),
 ]
 LABELS = (1.0, 0.5, 0.0, 0.8)
@@ -75,7 +75,7 @@ def train(method: str, pipeline: str, strategy: Any, world_size: int) -> dict[st
 
 def all_cases(folder: Path) -> dict[str, Any]:
     """Every case with DDP and with FSDP2, on two ranks."""
-    source_of("sd15_two_levels")  # while there is no process group: in one, transformers leaves saving to rank 0
+    source_of("sd15")  # while there is no process group: in one, transformers leaves saving to rank 0
     strategies = {"ddp": lambda: "ddp", "fsdp2": FSDP2Strategy}
     return {
         f"{name} {method} {pipeline}": train(method, pipeline, make(), 2)

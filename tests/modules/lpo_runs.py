@@ -51,7 +51,7 @@ class BrightnessSource(RewardSource):
         return Brightness(self.scale)
 
 
-def lpo(source: str = "sd15_two_levels", scale: float = 10.0, threshold: float = 0.3, **options: Any) -> LPOModule:
+def lpo(source: str = "sd15", scale: float = 10.0, threshold: float = 0.3, **options: Any) -> LPOModule:
     return LPOModule(
         PolicySource(source_of(source), lora=LoRA(rank=2, alpha=2.0)),
         BrightnessSource(scale),

@@ -27,7 +27,7 @@ def source(name: str) -> PolicySource:
     return PolicySource(source_of(name), lora=LoRA(rank=4, alpha=4))
 
 
-def stepwise(name: str = "sd15_two_levels", scale: float = 10.0, **options) -> StepwiseGRPOModule:
+def stepwise(name: str = "sd15", scale: float = 10.0, **options) -> StepwiseGRPOModule:
     settings = {
         "sampling": Sampling(num_inference_steps=4),
         "candidates": Branching(3),
@@ -38,7 +38,7 @@ def stepwise(name: str = "sd15_two_levels", scale: float = 10.0, **options) -> S
     return attached(module)
 
 
-def trajectory(name: str = "sd15_two_levels", scale: float = 10.0, **options) -> TrajectoryGRPOModule:
+def trajectory(name: str = "sd15", scale: float = 10.0, **options) -> TrajectoryGRPOModule:
     settings = {"sampling": Sampling(4), "num_trajectories": 3, "guidance_scale": 2.0, "seed": 1}
     module = TrajectoryGRPOModule(source(name), FirstChannelReward(scale), **{**settings, **options})
     return attached(module)
@@ -50,7 +50,7 @@ def attached(module):
     return module
 
 
-@pytest.mark.parametrize("name", ["sd15_two_levels", "sd35_tiny"])
+@pytest.mark.parametrize("name", ["sd15", "sd35_tiny"])
 @pytest.mark.parametrize("make", slow_after(1, [trajectory, stepwise]))
 def test_the_first_step_is_taken_on_policy(make, name: str) -> None:
     """Without a change of the policy, ratios are 1: the loss is the mean advantage, negated, which is 0 per group."""
@@ -95,7 +95,7 @@ def test_each_trajectory_is_one_chain_from_noise_of_its_own() -> None:
     assert len({row.sum().item() for row in states[0]}) == 6
 
 
-@pytest.mark.parametrize("name", ["sd15_two_levels", "sd35_tiny"])
+@pytest.mark.parametrize("name", ["sd15", "sd35_tiny"])
 def test_a_step_with_positive_advantage_becomes_more_likely(name: str) -> None:
     module = stepwise(name, loss=ClippedPolicyLoss(clip_range=0.9))
     samples = module.roll_out(PromptBatch(tuple(PROMPTS[:1]), ("0/0",)))

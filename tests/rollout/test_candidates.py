@@ -14,7 +14,7 @@ from tests.rollout.tiny_rollout import PROMPTS, Brightness, NetworkRows, roll_ou
 
 STEPS = Sampling(num_inference_steps=5)
 GUIDANCE = 3.0
-both_families = pytest.mark.parametrize("name", ["sd15_two_levels", "sd35_tiny"])
+both_families = pytest.mark.parametrize("name", ["sd15", "sd35_tiny"])
 
 
 def parts(name: str, sampling: Sampling = STEPS) -> tuple[Any, StepSampler]:
@@ -51,7 +51,7 @@ def test_steps_hang_together(name: str) -> None:
 
 @pytest.mark.parametrize(("how", "extreme"), [("best", Tensor.argmax), ("worst", Tensor.argmin)])
 def test_going_on_from_the_best_or_the_worst(how: Any, extreme: Callable[..., Tensor]) -> None:
-    policy, sampler = parts("sd15_two_levels")
+    policy, sampler = parts("sd15")
     branching = Branching(3, continue_from=how)
     steps, finished = roll_out(policy, sampler, Brightness(), PROMPTS, branching, STEPS, 1.0, seed=0)
     for step, after in zip(steps, [*(step.latents for step in steps[1:]), finished], strict=True):
@@ -59,7 +59,7 @@ def test_going_on_from_the_best_or_the_worst(how: Any, extreme: Callable[..., Te
 
 
 def test_choices_do_not_look_at_scores() -> None:
-    policy, sampler = parts("sd15_two_levels")
+    policy, sampler = parts("sd15")
 
     class Opposite(Brightness):
         def score(self, states: Any, encoded: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ def test_outside_the_window_nothing_is_scored(name: str, needs_clean: bool) -> N
 @pytest.mark.parametrize(("score_at", "last"), [("step", 1.0), ("candidate", 0.0)])
 @pytest.mark.parametrize("needs_clean", [False, True])
 def test_timestep_that_the_reward_is_told(score_at: Any, last: float, needs_clean: bool) -> None:
-    policy, sampler = parts("sd15_two_levels")
+    policy, sampler = parts("sd15")
     reward, times = Brightness(needs_clean), sampler.timesteps.tolist()
     roll_out(policy, sampler, reward, PROMPTS, Branching(2, score_at=score_at), STEPS, 1.0, seed=0)
     told = [states.timesteps[0].item() for states in reward.asked]
@@ -115,7 +115,7 @@ def test_clean_latents_of_candidates(name: str) -> None:
 
 
 def test_a_prompt_is_rolled_out_alike_in_any_batch() -> None:
-    policy, sampler = parts("sd15_two_levels")
+    policy, sampler = parts("sd15")
     together = roll_out(policy, sampler, Brightness(), PROMPTS, Branching(3), STEPS, GUIDANCE, seed=0)[1]
     others = PromptBatch(PROMPTS.prompts[2::-2], PROMPTS.keys[2::-2])
     turned = roll_out(policy, sampler, Brightness(), others, Branching(3), STEPS, GUIDANCE, seed=0)[1]
@@ -148,7 +148,7 @@ def test_draws_of_different_kinds_are_independent() -> None:
 
 
 def test_the_callers_grad_mode_holds_between_steps() -> None:
-    policy, sampler = parts("sd15_two_levels")
+    policy, sampler = parts("sd15")
     for step in candidate_steps(
         policy, sampler, Brightness(), PROMPTS, Branching(2), STEPS, 1.0, RolloutDraws(0, PROMPTS.keys)
     ):
@@ -158,7 +158,7 @@ def test_the_callers_grad_mode_holds_between_steps() -> None:
 
 @pytest.mark.slow
 def test_states_and_log_probabilities_are_float32_under_autocast() -> None:
-    policy, sampler = parts("sd15_two_levels")
+    policy, sampler = parts("sd15")
     with torch.autocast("cpu", torch.bfloat16):
         steps, finished = roll_out(policy, sampler, Brightness(), PROMPTS, Branching(2), STEPS, GUIDANCE, seed=0)
     assert finished.dtype == torch.float32
@@ -167,7 +167,7 @@ def test_states_and_log_probabilities_are_float32_under_autocast() -> None:
 
 
 def test_steps_without_noise_have_no_candidates() -> None:
-    policy = tiny_policy("sd15_two_levels")
+    policy = tiny_policy("sd15")
     sampler = STEPS.sampler({**policy.scheduler_config, "set_alpha_to_one": True})
     assert Branching().steps(sampler) == [0, 1, 2, 3]
     steps, finished = roll_out(policy, sampler, Brightness(), PROMPTS, Branching(2), STEPS, 1.0, seed=0)
@@ -189,7 +189,7 @@ def test_refused_settings(options: dict[str, Any], message: str) -> None:
 
 
 def test_an_empty_window_is_refused() -> None:
-    _, sampler = parts("sd15_two_levels")
+    _, sampler = parts("sd15")
     with pytest.raises(InputError, match=r"no step with noise lies in the window low=900, high=1000; the 5 timesteps"):
         Branching(low=900, high=1000).steps(sampler)
 
@@ -215,6 +215,6 @@ def test_rewards_that_return_no_scores(scores: Callable[[int], Tensor], message:
         def score(self, states: Any, encoded: Tensor) -> Tensor:
             return scores(len(states.latents))
 
-    policy, sampler = parts("sd15_two_levels")
+    policy, sampler = parts("sd15")
     with pytest.raises(InputError, match=message):
         roll_out(policy, sampler, Faulty(), PROMPTS, Branching(2), STEPS, 1.0, seed=0)
