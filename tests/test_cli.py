@@ -528,6 +528,7 @@ def test_bugs_and_debug_keep_the_traceback() -> None:
         main([*FIT, "--data.fault=input", "--debug"])
 
 
+@pytest.mark.slow
 def test_restricted_imports_name_the_import_and_the_remedy() -> None:
     refused = finish([*FIT, "--restrict-imports"])
     line = "latentreward: error: model.yaml: model: --restrict-imports does not allow 'plugin.Module'; "
@@ -538,6 +539,7 @@ def test_restricted_imports_name_the_import_and_the_remedy() -> None:
     assert (escape.returncode, escape.stderr.count("\n")) == (2, 1)
 
 
+@pytest.mark.slow
 def test_callbacks_of_a_clone_have_one_name(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Path.cwd() / "model.yaml"
     monkeypatch.chdir(SOURCE.parent)

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from tests.processes import finish
 
 MY_PARTS = '''
@@ -99,6 +101,7 @@ trainer:
 """
 
 
+@pytest.mark.slow
 def test_parts_of_a_file_outside_the_package_run_through_yaml_alone(tmp_path: Path) -> None:
     (tmp_path / "my_parts.py").write_text(MY_PARTS)
     (tmp_path / "mine.yaml").write_text(MY_YAML)

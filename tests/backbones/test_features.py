@@ -187,7 +187,11 @@ def test_latents_with_other_channels_are_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "taps", "message"),
     [
-        ("sd15_four_levels", {"visual_taps": (6,)}, "visual_taps=.* reaches block 6, but this network has blocks 1 to 5"),
+        (
+            "sd15_four_levels",
+            {"visual_taps": (6,)},
+            "visual_taps=.* reaches block 6, but this network has blocks 1 to 5",
+        ),
         ("sdxl", {"visual_taps": (4,)}, "visual_taps=.* reaches block 4, but this network has blocks 1 to 3"),
         ("sd15", {"visual_taps": ()}, "visual_taps=.* is empty"),
         ("sd15", {"visual_taps": (2, 1)}, "visual_taps=.* must ascend"),

@@ -48,6 +48,7 @@ def test_a_save_replaces_the_file_and_leaves_nothing_beside_it(tmp_path: Path) -
     assert [entry.name for entry in path.parent.iterdir()] == ["last.ckpt"]
 
 
+@pytest.mark.slow
 def test_a_kill_while_writing_leaves_the_old_checkpoint(tmp_path: Path) -> None:
     path = write(tmp_path / "last.ckpt", number=1)
     assert Forked(save_half_and_die, [path]).wait(60) == -signal.SIGKILL

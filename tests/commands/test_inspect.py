@@ -134,6 +134,7 @@ def test_bad_input_is_one_line(arguments, message, capsys) -> None:
     assert message in line
 
 
+@pytest.mark.slow
 def test_ctrl_c_prints_what_was_counted(tmp_path) -> None:
     (tmp_path / "slow.py").write_text(
         textwrap.dedent("""

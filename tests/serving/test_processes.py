@@ -36,15 +36,11 @@ def server(run: Path) -> Iterator[ServerProcess]:
         yield process
 
 
-def test_1_000_requests_32_at_a_time(server: ServerProcess) -> None:
+def test_1_000_requests_32_at_a_time_and_10_000_malformed_ones(server: ServerProcess) -> None:
     bodies = [save(_tensors(seed)) for seed in range(16)]
     answers = load(server.address, bodies, 1000, 32)
     assert answers.statuses == {200: 1000}, answers.unexpected[:3]
     assert "latentreward_queue_rows 0" in httpx.get(f"{server.address}/metrics").text
-    assert server.stop() == 0
-
-
-def test_10_000_malformed_requests(server: ServerProcess) -> None:
     answers = fuzz(server.address, save(_tensors(0)), _accepted(), 10_000, server.rss)
     assert not answers.unexpected, answers.unexpected[:3]
     assert set(answers.statuses) <= {200, 400, 413, 415, 422} and answers.statuses[400] > 5_000
