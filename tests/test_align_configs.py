@@ -56,6 +56,7 @@ def test_tiny_diffusion_dpo_trains(tmp_path: Path) -> None:
     assert any(value.any() for key, value in weights.items() if "lora_B" in key or "lora.up" in key)
 
 
+@pytest.mark.slow
 def test_tiny_refl_trains(tmp_path: Path) -> None:
     """With rewards of formulas: what configs/model/lrm_tiny.yaml trains takes a minute."""
     config = f"--config={FOLDER / 'refl_tiny.yaml'}"

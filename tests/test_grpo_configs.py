@@ -49,9 +49,8 @@ def test_builds_at_full_size(name: str) -> None:
     assert len(module.sampler) == (20 if name.endswith("sd15") else 10)
 
 
-@pytest.mark.parametrize(
-    "name", slow_after(1, ["grpo_trajectory_tiny", "grpo_stepwise_tiny", "grpo_stepwise_sd35_tiny"])
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["grpo_trajectory_tiny", "grpo_stepwise_tiny", "grpo_stepwise_sd35_tiny"])
 def test_tiny_ones_train_under_guard(name: str, tmp_path: Path) -> None:
     small = ("--data.batch_size=4", "--data.prompts_per_rollout=2", "--model.sampling.num_inference_steps=3")
     quick = ("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.max_steps=2")

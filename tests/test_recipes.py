@@ -115,7 +115,8 @@ def test_builds_at_full_size_as_its_head_comment_says(path: Path) -> None:
     assert (logger.save_dir, logger.name, logger.version) == ("runs", path.stem, "")
 
 
-@pytest.mark.parametrize("name", slow_after(1, ["lrm_sd15", "lrm_sdxl", "lrm_sd3", "dina_lrm_sd35"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lrm_sd15", "lrm_sdxl", "lrm_sd3", "dina_lrm_sd35"])
 def test_recipe_has_the_model_of_its_model_file(name: str) -> None:
     files = [f"configs/{room}/{name}.yaml" for room in ("recipes", "model")]
     spelt_out, left_out = (parse(file).config["fit"]["model"].clone() for file in files)
@@ -244,24 +245,22 @@ def test_cached_data_replaces_the_images() -> None:
     assert settings.init_args.batch_size == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "pipeline", "options"),
-    slow_after(
-        1,
-        [
-            (
-                "dina_lrm_sd35",
-                "sd35",
-                [
-                    "--model.backbone.num_layers=4",
-                    "--model.backbone.visual_taps=[1, 3]",
-                    "--model.backbone.text_taps=[1, 3]",
-                    "--model.head.num_heads=2",
-                ],
-            ),
-            ("lrm_hpdv2", "sd15", ["--model.head.text_projection_source=null"]),
-        ],
-    ),
+    [
+        (
+            "dina_lrm_sd35",
+            "sd35",
+            [
+                "--model.backbone.num_layers=4",
+                "--model.backbone.visual_taps=[1, 3]",
+                "--model.backbone.text_taps=[1, 3]",
+                "--model.head.num_heads=2",
+            ],
+        ),
+        ("lrm_hpdv2", "sd15", ["--model.head.text_projection_source=null"]),
+    ],
 )
 def test_recipe_trains_where_only_its_size_is_another(
     name: str, pipeline: str, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -33,15 +33,16 @@ from tests.cache.writing import (
     SETTINGS,
     SQUARE,
     TALL,
+    cache_arguments,
     contents,
     row,
     run_cache,
-    start_cache,
     write_data,
     write_image,
     write_rows,
 )
 from tests.marks import slow_after
+from tests.processes import start_ranks
 
 
 @pytest.fixture(scope="module")
@@ -236,9 +237,9 @@ def test_ctrl_c_keeps_finished_shards(
 def test_two_processes_write_the_same_bytes(written: tuple[Path, Path], tmp_path: Path) -> None:
     settings = ("--encoder.text=true", "--encoder.prompts_per_shard=4", "--dtype=float32")
     two = ("--trainer.devices=2", "--trainer.strategy=ddp")
-    run = start_cache(tmp_path / "cache", written[0], *settings, *two, threads=2)
-    output = run.communicate(timeout=300)
-    assert run.returncode == 0, output
+    for run in start_ranks(cache_arguments(tmp_path / "cache", written[0], *settings, *two), 2, threads=2):
+        assert run.wait(300) == 0, run.stderr
+        assert "Traceback" not in run.stderr
     assert contents(tmp_path / "cache") == contents(written[1])
 
 

@@ -73,17 +73,14 @@ def cache_arguments(output: Path, root: Path, *settings: str) -> list[str]:
     return ["cache", str(output), *SETTINGS, f"--reader.root={root}", *settings]
 
 
-def start_cache(output: Path, root: Path, *settings: str, setup: str = "", threads: int = 1) -> subprocess.Popen[str]:
+def start_cache(output: Path, root: Path, *settings: str, setup: str) -> subprocess.Popen[str]:
     """``latentreward cache`` as a process of its own; ``setup`` are Python lines that it and its ranks run first."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    if setup:
-        folder = output.parent / "setup"
-        folder.mkdir(exist_ok=True)
-        (folder / "sitecustomize.py").write_text(setup)
-        environment["PYTHONPATH"] = str(folder)
+    folder = output.parent / "setup"
+    folder.mkdir(exist_ok=True)
+    (folder / "sitecustomize.py").write_text(setup)
     return subprocess.Popen(
         [sys.executable, "-m", "latentreward", *cache_arguments(output, root, *settings)],
-        env=environment,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -189,15 +189,13 @@ class KillWorker(Callback):
             time.sleep(0.3)  # its end is signalled here, in the middle of a step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("hook", "call", "options"),
-    slow_after(
-        1,
-        [
-            ("on_train_batch_start", 2, {"accumulate_grad_batches": 3}),
-            ("on_validation_batch_start", 2, {"val_check_interval": 3}),
-        ],
-    ),
+    [
+        ("on_train_batch_start", 2, {"accumulate_grad_batches": 3}),
+        ("on_validation_batch_start", 2, {"val_check_interval": 3}),
+    ],
 )
 def test_a_killed_worker_ends_the_run_with_a_checkpoint(
     hook: str, call: int, options: dict[str, Any], tmp_path: Path, last_of, caplog: pytest.LogCaptureFixture

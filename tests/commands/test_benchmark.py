@@ -408,6 +408,7 @@ def test_shipped_configs_run_on_the_samples(here: Path, monkeypatch: pytest.Monk
     assert len(report["data"]) >= (8 if name == "all" else 1)
 
 
+@pytest.mark.slow
 def test_shipped_tiny_config(here: Path, reward: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("REWARD", raising=False)
     report = run("--config=configs/benchmark/tiny.yaml", limit=60)

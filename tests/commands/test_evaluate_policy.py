@@ -134,6 +134,7 @@ def test_a_checkpoint_tells_the_shape_of_its_adapter_and_a_start_that_failed_lea
     assert len(report["scores"]) == 1
 
 
+@pytest.mark.slow
 def test_pictures_are_those_of_generate_and_of_the_same_seed(evaluate: Run, prompts: Path, tmp_path: Path) -> None:
     evaluate(SD_TINY, "--against.pipeline=sd_tiny", "--seed=5")
     evaluate(SD_TINY, "--seed=6", folder="other")
@@ -389,11 +390,9 @@ def test_a_scorer_of_several_columns_gives_several_scores(evaluate: Run, tmp_pat
 PRESETS = Path(__file__).resolve().parents[2] / "configs" / "evaluate"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "preset",
-    slow_after(
-        1, sorted((path.name for path in PRESETS.glob("*.yaml") if "_published" not in path.name), reverse=True)
-    ),
+    "preset", sorted(path.name for path in PRESETS.glob("*.yaml") if "_published" not in path.name)
 )
 def test_every_preset_runs(preset: str, evaluate: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, source in (("prompts/evaluation_metadata.jsonl", "geneval_metadata.jsonl"),):

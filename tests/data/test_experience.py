@@ -73,6 +73,7 @@ def test_each_pass_uses_every_prompt_once_in_another_order(tmp_path: Path) -> No
     assert rows[0] != rows[1]
 
 
+@pytest.mark.slow
 def test_another_batch_size_goes_on_with_the_rows_that_are_left(tmp_path: Path) -> None:
     saver = SaveAlways(tmp_path)
     module = fit(make_trainer(tmp_path, [saver]), module=RollingModule(keep=1.0))

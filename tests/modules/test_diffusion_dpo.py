@@ -197,7 +197,7 @@ def brighter_is_better(items: Sequence[LoadedPair]) -> PreferenceBatch:
 @pytest.mark.slow
 def test_training_learns_its_pairs_and_validation_sees_it() -> None:
     module = DiffusionDPOModule(
-        tiny_source("sd15"),
+        tiny_source("sd35_no_t5"),
         beta=200.0,
         levels=ConstantSigma(0.5),
         eval_timesteps=(500,),

@@ -173,7 +173,7 @@ def mean_reward(module, steps: int) -> float:
     return 10 * finished[:, 0].mean().item()
 
 
-@pytest.mark.parametrize("name", ["sd_tiny", "sd35_tiny"])
+@pytest.mark.parametrize("name", slow_after(1, ["sd35_tiny", "sd_tiny"]))
 @pytest.mark.parametrize("make", slow_after(1, [stepwise, trajectory]))
 def test_the_reward_rises(make, name: str, tmp_path) -> None:
     module = make(

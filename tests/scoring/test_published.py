@@ -128,7 +128,7 @@ def remove(part: str, name: str) -> Callable[[dict[str, Any]], object]:
             (lambda s: s["text_projection"].update(bias=torch.zeros(2)), "unexpected tensor text_projection.bias"),
             (
                 lambda s: s["visual_projection"].update(weight=torch.zeros(16, 7)),
-                r"visual_projection.weight has shape \(16, 7\), expected \(16, 96\)",
+                r"visual_projection.weight has shape \(16, 7\), expected \(16, 40\)",
             ),
         ],
     ),

@@ -29,7 +29,7 @@ def model(request: pytest.FixtureRequest) -> RewardModel:
     return scoring_model(request.param)
 
 
-@pytest.mark.parametrize("mixed", [False, True], ids=["one shape", "mixed shapes"])
+@pytest.mark.parametrize("mixed", slow_after(1, [True, False]), ids=["mixed shapes", "one shape"])
 def test_batch_size_does_not_matter(model: RewardModel, mixed: bool) -> None:
     images, prompts = pictures(COUNT, mixed), prompts_of(COUNT)
     expected = model.score(prompts, images, batch_size=8)
@@ -50,7 +50,7 @@ def test_a_row_of_a_batch_is_like_any_other(model: RewardModel, size: int) -> No
         torch.testing.assert_close(scores[:1], scores[-1:], **CLOSE)
 
 
-@pytest.mark.parametrize("mixed", [False, True], ids=["one shape", "mixed shapes"])
+@pytest.mark.parametrize("mixed", slow_after(1, [True, False]), ids=["mixed shapes", "one shape"])
 def test_repeats_and_any_order_give_the_same_bits(model: RewardModel, mixed: bool) -> None:
     images, prompts = pictures(COUNT, mixed), prompts_of(COUNT)
     expected = model.score(prompts, images, batch_size=8)

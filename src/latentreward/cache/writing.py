@@ -187,7 +187,7 @@ def exit_on_sigterm() -> Iterator[None]:
 def is_child(trainer: Trainer) -> bool:
     """Whether Lightning started this process, from the first one."""
     environment = getattr(trainer.strategy, "cluster_environment", None)
-    return isinstance(environment, LightningEnvironment) and trainer.local_rank > 0
+    return isinstance(environment, LightningEnvironment) and trainer.local_rank > 0 and PARENT in os.environ
 
 
 def end_after(wait: Callable[[], Any]) -> None:
@@ -240,6 +240,8 @@ def run_predict(trainer: Trainer, module: LightningModule, data: EncodingDataMod
     except BaseException:
         end_children(trainer, data.folder)
         raise
+    finally:
+        os.environ.pop(PARENT, None)  # what this process starts later is no rank of this run
 
 
 def wait_for_shards(folder: Path, shards: Sequence[Shard]) -> None:
