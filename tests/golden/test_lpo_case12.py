@@ -23,7 +23,6 @@ from latentreward.scoring import RewardModel, load_lrm
 from tests.golden.catalogue import Case, Tensors, cases
 from tests.golden.closeness import assert_close
 from tests.golden.sampling_trace import SCHEDULER, Calls, RecordedDraws, checkpoint_of, policy_of, prompts_of
-from tests.marks import slow_after
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 SELECTIONS = {"sigma": SigmaThreshold, "variance": VarianceThreshold, "linear": LinearThreshold}
@@ -57,7 +56,7 @@ def reward_of(case: Case, data: Tensors) -> LRMOfRecordedPrompts:
     return LRMOfRecordedPrompts(model, process_from_scheduler(SCHEDULER), data, empty)
 
 
-@pytest.mark.parametrize("case", slow_after(1, cases("lpo/12")), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", cases("lpo/12"), ids=lambda case: case.name)
 def test_sampling_pass(case: Case) -> None:
     data, options = case.tensors(), case.options
     start, stop = options["divert_start_step"], options["divert_end_step"] or options["num_inference_steps"]
@@ -106,7 +105,7 @@ def test_sampling_pass(case: Case) -> None:
                 assert_close(without[row], data["negative_add_time_ids"][0], "negative_add_time_ids")
 
 
-@pytest.mark.parametrize("case", slow_after(1, cases("lpo/12")), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", cases("lpo/12"), ids=lambda case: case.name)
 def test_recorded_embeddings_belong_to_the_recorded_ids(case: Case) -> None:
     data = case.tensors()
     encoded = reward_of(case, data).encode_prompts(prompts_of(case).prompts)

@@ -15,7 +15,6 @@ from latentreward.scoring import RewardModel, load_dina_lrm, load_lrm
 from tests.golden.catalogue import Case, cases
 from tests.golden.closeness import assert_close
 from tests.golden.test_dina_backbone import FLOAT32_EPS, SCORE, model_of, score_at
-from tests.marks import slow_after
 from tests.tiny_pipelines import pipeline_folder, vae
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
@@ -103,7 +102,7 @@ def test_lrm(case: Case, tmp_path: Path) -> None:
     assert torch.equal(lrm_scores(again, ids), lrm_scores(load_lrm(checkpoint), ids))
 
 
-@pytest.mark.parametrize("case", slow_after(2, cases("dina/backbone")), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", cases("dina/backbone"), ids=lambda case: case.name)
 @torch.no_grad()
 def test_dina_lrm(case: Case, tmp_path: Path) -> None:
     bare = (case.path.parent / case.options["base_dir"]).parent
