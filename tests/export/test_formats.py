@@ -69,7 +69,7 @@ def test_diffusers_loads_the_lora(trained: tuple[Policy, str], tmp_path: Path) -
         assert (prediction(policy) - expected).abs().max() > 0.01
     file = lora.write_diffusers(tmp_path / "lora")
     pipeline = load(pipeline_folder(name))
-    pipeline.load_lora_weights(tmp_path / "lora")
+    pipeline.load_lora_weights(file)
     torch.testing.assert_close(with_network(policy, pipeline, lora.part), expected)
     with safe_open(file, "pt") as opened:
         noted = json.loads(opened.metadata()["lora_adapter_metadata"])
@@ -118,7 +118,7 @@ def test_images_of_the_pipeline_change_with_the_lora_and_equal_the_merged_ones(n
     write_merged(lora, PipelineSource(pipeline_folder(name)), tmp_path / "merged")
     plain = load(pipeline_folder(name))
     before = images(plain)
-    plain.load_lora_weights(tmp_path / "lora")
+    plain.load_lora_weights(tmp_path / "lora", weight_name=FILE)
     assert (images(plain) - before).abs().max() > 0.01
     torch.testing.assert_close(images(plain), images(load(tmp_path / "merged")), atol=1e-4, rtol=0)
 

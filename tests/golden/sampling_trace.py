@@ -74,7 +74,7 @@ def policy_of(case: Case, data: Tensors) -> UNetPolicy:
     """The checkpoint's whole U-Net, with the recorded prompts."""
     from diffusers import UNet2DConditionModel
 
-    unet = UNet2DConditionModel.from_pretrained(checkpoint_of(case) / "unet", dtype=torch.float32)
+    unet = UNet2DConditionModel.from_pretrained(checkpoint_of(case) / "unet", torch_dtype=torch.float32)
     space = LatentSpace(unet.config.in_channels, 8, case.options.get("vae_scaling_factor", 0.18215))
     return UNetPolicy(unet, process_from_scheduler(SCHEDULER), space, SCHEDULER, RecordedPrompts(data)).eval()
 

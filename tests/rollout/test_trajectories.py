@@ -23,7 +23,7 @@ def diffusers_latents(name: str, initial: Tensor, guidance_scale: float, steps: 
     from diffusers import DDIMScheduler, DiffusionPipeline
 
     absent: dict[str, Any] = {} if name == "sd_tiny" else {"text_encoder_3": None, "tokenizer_3": None}
-    pipeline = DiffusionPipeline.from_pretrained(tiny_pipeline(name), dtype=torch.float32, **absent)
+    pipeline = DiffusionPipeline.from_pretrained(tiny_pipeline(name), torch_dtype=torch.float32, **absent)
     options: dict[str, Any] = {"max_sequence_length": 0}
     if name == "sd_tiny":
         pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)

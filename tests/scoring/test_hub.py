@@ -47,7 +47,7 @@ def test_push_and_fetch(hub: StubHub, tmp_path: Path) -> None:
     assert set(files) == set(written)
     assert all(files[name] == path.read_bytes() for name, path in written.items() if name != "README.md")
     assert b"from_pretrained('owner/reward')" in files["README.md"]
-    assert hub.created[0]["visibility"] == "private" or hub.created[0].get("private")
+    assert hub.created[0].get("visibility") == "private" or hub.created[0].get("private")
     assert hub.messages == ["First"]
     assert hub.tokens - {None} == {"Bearer hf_secret"}
     again = RewardModel.from_pretrained("owner/reward")

@@ -78,8 +78,7 @@ def write_merged(lora: TrainedLoRA, base: PipelineSource, folder: Path, dtype: t
     except (OSError, ValueError) as error:
         raise InputError(f"source={base.source!r} cannot be loaded as a whole: {first_line(error)}") from error
     with replacing(folder) as partial:
-        lora.write_diffusers(partial)
-        pipeline.load_lora_weights(partial)
+        pipeline.load_lora_weights(lora.write_diffusers(partial))
         pipeline.fuse_lora(components=[lora.part])
         pipeline.unload_lora_weights()
         discard(partial)

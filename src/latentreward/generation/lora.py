@@ -45,7 +45,8 @@ def load_lora(policy: Policy, path: Path) -> None:
     network: Any = policy.network
     family, part = _loader(policy)
     try:
-        weights, *rest = family.lora_state_dict(str(path), unet_config=network.config, return_lora_metadata=True)
+        file = files[0] if len(files := [*path.glob("*.safetensors")]) == 1 else path  # diffusers < 0.40, offline
+        weights, *rest = family.lora_state_dict(str(file), unet_config=network.config, return_lora_metadata=True)
         alphas, metadata = rest if len(rest) == 2 else (None, *rest)
         if others := sorted({name.split(".")[0] for name in weights} - {part}):
             raise InputError(
