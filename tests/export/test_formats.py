@@ -69,7 +69,7 @@ def test_diffusers_loads_the_lora(trained: tuple[Policy, str], tmp_path: Path) -
         assert (prediction(policy) - expected).abs().max() > 0.01
     file = lora.write_diffusers(tmp_path / "lora")
     pipeline = load(pipeline_folder(name))
-    pipeline.load_lora_weights(file)
+    pipeline.load_lora_weights(file, weight_name=FILE)
     torch.testing.assert_close(with_network(policy, pipeline, lora.part), expected)
     with safe_open(file, "pt") as opened:
         noted = json.loads(opened.metadata()["lora_adapter_metadata"])

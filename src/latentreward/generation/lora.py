@@ -46,7 +46,8 @@ def load_lora(policy: Policy, path: Path) -> None:
     family, part = _loader(policy)
     try:
         file = files[0] if len(files := [*path.glob("*.safetensors")]) == 1 else path  # diffusers < 0.40, offline
-        weights, *rest = family.lora_state_dict(str(file), unet_config=network.config, return_lora_metadata=True)
+        known = {"weight_name": file.name if file.is_file() else None, "unet_config": network.config}
+        weights, *rest = family.lora_state_dict(str(file), return_lora_metadata=True, **known)
         alphas, metadata = rest if len(rest) == 2 else (None, *rest)
         if others := sorted({name.split(".")[0] for name in weights} - {part}):
             raise InputError(
@@ -56,8 +57,7 @@ def load_lora(policy: Policy, path: Path) -> None:
         # Other fields can have peft import modules.
         metadata = {name: value for name, value in (metadata or {}).items() if name.split(".")[-1] in PEFT_SETTINGS}
         network.delete_adapters(POLICY)
-        options = {"network_alphas": alphas, "metadata": metadata or None}
-        network.load_lora_adapter(weights, prefix=part, adapter_name=LOADED, **options)
+        network.load_lora_adapter(weights, part, adapter_name=LOADED, network_alphas=alphas, metadata=metadata or None)
     except InputError:
         raise
     except (ValueError, KeyError, RuntimeError, OSError, TypeError, ImportError) as error:
