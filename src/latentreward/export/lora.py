@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,12 +73,9 @@ class TrainedLoRA:
         """
         from diffusers import loaders  # not the pipeline, whose import takes seconds and prints remarks
 
-        metadata = {
-            "r": self.settings.rank,
-            "lora_alpha": self.settings.alpha,
-            "lora_dropout": self.settings.dropout,
-            "target_modules": list(self.settings.target_modules),
-        }
+        used = self.settings
+        metadata: dict[str, Any] = {"r": used.rank, "lora_alpha": used.alpha, "lora_dropout": used.dropout}
+        metadata |= {"target_modules": list(used.target_modules), "rank_pattern": {}, "alpha_pattern": {}}
         layers = {f"{self.part}_lora_layers": self.weights, f"{self.part}_lora_adapter_metadata": metadata}
         with replacing(folder / FILE) as partial:
             getattr(loaders, self.loader).save_lora_weights(partial.parent, weight_name=partial.name, **layers)
