@@ -87,16 +87,22 @@ MAY_IMPORT = {
 """Room -> what it may import of latentreward; the command line's modules may import anything."""
 
 
+def modules_named(node: ast.AST) -> list[str]:
+    """Modules that a statement imports, or imports from."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    return [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+
+
 def imported_rooms(path: Path) -> set[str]:
     """First part below ``latentreward`` of all imports in a file, lazy ones and those for types included."""
     rooms = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        if isinstance(node, ast.ImportFrom) and node.module == "latentreward":
-            names = [f"latentreward.{alias.name}" for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
+        names = modules_named(node)
+        if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            names = [node.module]
+            if names == ["latentreward"]:
+                names = [f"latentreward.{alias.name}" for alias in node.names]
         rooms |= {f"{name}.".split(".")[1] for name in names if name.split(".")[0] == "latentreward"}
         assert "callbacks" not in {name.split(".")[0] for name in names}, f"{path}: say latentreward.callbacks"
     return rooms - {"__version__"}
@@ -185,10 +191,9 @@ def test_what_is_imported_is_required() -> None:
         if path.parent == DRIVERS:
             continue
         for node in statements(ast.parse(path.read_text())):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            if isinstance(node, ast.ImportFrom):
-                names = [str(node.module)]
-            for module in {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"latentreward"}:
+            for module in (
+                {name.split(".")[0] for name in modules_named(node)} - sys.stdlib_module_names - {"latentreward"}
+            ):
                 name = PROMISED_BY.get(module, OTHER_NAMES.get(module, module))
                 assert canonicalize_name(name) in required, f"{path.relative_to(ROOT)} imports {module}"
 

@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MOST = 8
 SUBCOMMANDS = {name.replace("-", "_") for name in COMMANDS}
 FILES = [*(ROOT / "src").rglob("*.py"), *(ROOT / "callbacks").rglob("*.py")]
+NODES = {path: [*ast.walk(ast.parse(path.read_text()))] for path in FILES}
 
 
 def named_in_yaml() -> set[str]:
@@ -17,8 +18,7 @@ def named_in_yaml() -> set[str]:
     texts = [path.read_text() for path in [*(ROOT / "configs").rglob("*.yaml"), *(ROOT / "docs").rglob("*.md")]]
     value = re.compile(r"\w+: (?:[\w.]+\.)?([A-Z]\w+)(?=,|\s*$)", re.MULTILINE)
     found = {name for text in texts for name in value.findall(text)}
-    nodes = [node for path in FILES for node in ast.walk(ast.parse(path.read_text()))]
-    classes = [node for node in nodes if isinstance(node, ast.ClassDef)]
+    classes = [node for nodes in NODES.values() for node in nodes if isinstance(node, ast.ClassDef)]
     bases = {node.name: {ast.unparse(base).split("[")[0] for base in node.bases} for node in classes}
     while above := {base for name in found for base in bases.get(name, ())} - found:
         found |= above
@@ -34,16 +34,15 @@ def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
 def test_only_what_yaml_or_the_command_line_sets_has_many_parameters() -> None:
     """Class paths in YAML call constructors; the command line calls subcommands."""
     long, configured = [], named_in_yaml()
-    for path in FILES:
-        tree = ast.parse(path.read_text())
+    for path, nodes in NODES.items():
         constructors = {
             id(node)
-            for kind in ast.walk(tree)
+            for kind in nodes
             if isinstance(kind, ast.ClassDef) and kind.name in configured
             for node in kind.body
             if isinstance(node, ast.FunctionDef) and node.name == "__init__"
         }
-        for node in ast.walk(tree):
+        for node in nodes:
             if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or len(parameters(node)) <= MOST:
                 continue
             subcommand = path.parent.name == "commands" and node.name in SUBCOMMANDS

@@ -26,11 +26,11 @@ SHORTER = {
 
 
 PROGRAM = """#!{python} -IS
-import os, signal, socket, sys
+import json, os, signal, socket, sys
 with socket.socket(socket.AF_UNIX) as connection:
     connection.connect({address!r})
-    words = [os.getcwd(), os.environ.get("PAIRS_ROOT", ""), *sys.argv[1:]]
-    socket.send_fds(connection, ["\\0".join(words).encode()], [1])
+    command = [sys.argv[1:], os.getcwd(), dict(os.environ)]
+    socket.send_fds(connection, [json.dumps(command).encode()], [1])
     answers = connection.makefile()
     process = int(answers.readline())
     signal.signal(signal.SIGTERM, lambda *_: os.kill(process, signal.SIGTERM))
@@ -47,10 +47,10 @@ def program(folder: Path) -> Iterator[None]:
     (folder / "latentreward").chmod(0o755)
 
     def run(connection: socket.socket) -> None:
-        message, (output, *_), _, _ = socket.recv_fds(connection, 65536, 1)
-        cwd, pairs, *arguments = message.decode().split("\0")
+        message, (output, *_), _, _ = socket.recv_fds(connection, 2**20, 1)
+        arguments, cwd, environment = json.loads(message)
         place = {"cwd": Path(cwd), "output": Path(f"/proc/{os.getpid()}/fd/{output}")}
-        process = start(arguments, environment={"PAIRS_ROOT": pairs} if pairs else None, **place)
+        process = start(arguments, environment=environment, **place)
         connection.sendall(f"{process.pid}\n".encode())
         status = process.wait()
         os.close(output)
