@@ -28,6 +28,8 @@ from latentreward.interrupts import INTERRUPTED
 
 logger = logging.getLogger(__name__)
 
+LAUNCHER = "LATENTREWARD_LAUNCHER"
+"""Environment variable that tells a rank which process started it through Lightning."""
 LAUNCHER_WAIT_S = 30.0
 
 
@@ -90,6 +92,8 @@ class GracefulStop(Callback):
     def __init__(self, every_n_batches: int = 1) -> None:
         if every_n_batches < 1:
             raise InputError(f"every_n_batches={every_n_batches} must be at least 1")
+        if "LOCAL_RANK" not in os.environ:  # set by Lightning for the ranks that it starts, and by torchrun
+            os.environ[LAUNCHER] = str(os.getpid())
         self.every_n_batches = every_n_batches
         self._request = self._agreed = StopRequest.NONE
         self._requests: dict[int, StopRequest] = {}
@@ -185,7 +189,7 @@ class GracefulStop(Callback):
             logger.warning("stopped %s at %s; go on with --ckpt_path", why, where)
             if self._agreed == StopRequest.REQUEUE:
                 requeue()
-        if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher) and trainer.local_rank:
+        if os.environ.get(LAUNCHER) == str(os.getppid()):
             atexit.register(outlive, os.getppid())
         raise SIGTERMException(STATUSES[self._agreed])
 
@@ -240,7 +244,7 @@ def silence_lost_terminal() -> None:
 
 
 def outlive(parent: int) -> None:
-    """Wait for the process that launched this one to exit: it is killed if it sees its child exit before."""
+    """Wait for the process that started this rank to exit: Lightning kills it if it sees this rank exit before."""
     deadline = time.monotonic() + LAUNCHER_WAIT_S
     while os.getppid() == parent and time.monotonic() < deadline:
         time.sleep(0.05)

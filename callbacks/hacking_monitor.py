@@ -112,7 +112,7 @@ class HackingMonitor(PromptMonitor):
         """``(prompts, 1 or 2)`` float64: held-out score and, if there is one, training reward; means over pictures."""
         rows = []
         for batch, latents, pixels in self.pictures(trainer, pl_module, reference):
-            images = [to_image(image, max(image.shape[-2:])) for image in pixels]
+            images = list(map(to_image, pixels))
             columns = [self.held_out(batch.prompts, images)]
             if isinstance(pl_module, RewardedModule):
                 scores = score_finished(pl_module.reward, latents, batch, SEED, self.reward_sigmas)

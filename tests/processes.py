@@ -137,7 +137,7 @@ class Forked:
 
 def start(arguments: Sequence[str], **options: Any) -> Forked:
     """``latentreward`` with these arguments; for ``options`` see :class:`Forked`."""
-    return Forked(_latentreward, [tuple(arguments)], **options)
+    return Forked(run_command, [tuple(arguments)], **options)
 
 
 def start_ranks(
@@ -214,10 +214,11 @@ def _run(settings: tuple[Any, ...], function: Callable[..., None], arguments: Se
         atexit._run_exitfuncs()  # as an interpreter does, and multiprocessing does not: ours end a loader's workers
 
 
-def _latentreward(arguments: Sequence[str]) -> None:
+def run_command(arguments: Sequence[str]) -> None:
+    """``latentreward`` with these arguments, in this process."""
     from latentreward.cli import main
 
-    sys.argv = ["latentreward", *arguments]
+    sys.argv = [str(Path(sys.executable).with_name("latentreward")), *arguments]  # by which Lightning starts more ranks
     main()
 
 

@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "export": BASE | {"backbones", "policies", "checkpoints"},
     "rewards": BASE
     | {"noise", "encoders", "backbones", "heads", "losses", "metrics", "scoring", "policies", "checkpoints"}
-    | {"scorers"},
+    | {"scorers", "reports"},
     "rollout": BASE | {"noise", "losses", "policies", "rewards"},
     "generation": BASE | {"noise", "encoders", "backbones", "policies", "rewards", "rollout", "reports"},
     "modules": BASE

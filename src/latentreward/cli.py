@@ -3,6 +3,7 @@
 Only the standard library is imported here, so that ``--help``, ``--version`` and misspelt subcommands answer at once.
 """
 
+import gc
 import importlib
 import os
 import signal
@@ -103,6 +104,12 @@ def _dispatch(arguments: list[str]) -> None:
         problem = f"unknown command {arguments[0]!r}" if arguments else "no command"
         raise InputError(f"{problem}{did_you_mean(arguments[0] if arguments else '', COMMANDS)}")
     module, function = COMMANDS[arguments[0]][0].split(":")
-    with exit_while_importing():
-        run = getattr(importlib.import_module(module), function)
+    collects = gc.isenabled()
+    gc.disable()  # while importing, each collection would go through all that stays: a sixth of the start
+    try:
+        with exit_while_importing():
+            run = getattr(importlib.import_module(module), function)
+    finally:
+        if collects:
+            gc.enable()
     run(arguments[0], arguments[1:])

@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 
 from latentreward.cache.layout import IMAGES, PLAN
 from latentreward.cli import main
-from tests.cache.writing import contents, fork_cache, run_cache, start_cache, write_data
+from tests.cache.writing import contents, run_cache, start_cache, write_data
 from tests.marks import slow_after
 from tests.processes import Forked
 
@@ -125,7 +124,7 @@ def test_a_finished_cache_is_left_alone(written: tuple[Path, Path], capsys: pyte
 @pytest.mark.slow
 def test_a_full_disk_loses_nothing(written: tuple[Path, Path], tmp_path: Path) -> None:
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))"  # the largest shards are larger
-    run = fork_cache(tmp_path / "cache", written[0], *SETTINGS, setup=limit)
+    run = start_cache(tmp_path / "cache", written[0], *SETTINGS, setup=limit)
     _, error = run.communicate(timeout=120)
     assert run.returncode == 2
     [line] = [line for line in error.splitlines() if "error" in line]
@@ -136,9 +135,9 @@ def test_a_full_disk_loses_nothing(written: tuple[Path, Path], tmp_path: Path) -
     assert contents(tmp_path / "cache") == contents(written[1])
 
 
-def wait_for_shards(cache: Path, run: "Forked | subprocess.Popen[str]") -> None:
+def wait_for_shards(cache: Path, run: Forked) -> None:
     """Until one shard is finished and the next one begun."""
-    end = time.monotonic() + 120
+    end = time.monotonic() + 300
     while not (list(cache.rglob("*.safetensors.json")) and list(cache.rglob(".*.safetensors.*.partial"))):
         assert run.poll() is None, run.communicate()
         assert time.monotonic() < end
@@ -150,7 +149,7 @@ def test_sigterm_and_a_second_run(
     written: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cache = tmp_path / "cache"
-    run = fork_cache(cache, written[0], *SETTINGS, "--encoder.batch_size=4", setup=SLOWLY)
+    run = start_cache(cache, written[0], *SETTINGS, "--encoder.batch_size=4", setup=SLOWLY)
     wait_for_shards(cache, run)
     with pytest.raises(SystemExit):
         run_cache(cache, written[0], *SETTINGS)

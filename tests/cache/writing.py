@@ -1,9 +1,6 @@
 """A small data set of real JPEGs with every size, and the command line that caches it, in this process or its own."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -12,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from latentreward.cli import main
-from tests.processes import Forked
+from tests.processes import Forked, run_command
 
 SQUARE, TALL, WIDE, LARGE = (32, 32), (48, 32), (32, 48), (64, 64)
 BUCKETS = (SQUARE, TALL, WIDE, LARGE)
@@ -73,28 +70,18 @@ def cache_arguments(output: Path, root: Path, *settings: str) -> list[str]:
     return ["cache", str(output), *SETTINGS, f"--reader.root={root}", *settings]
 
 
-def start_cache(output: Path, root: Path, *settings: str, setup: str) -> subprocess.Popen[str]:
+def start_cache(output: Path, root: Path, *settings: str, setup: str) -> Forked:
     """``latentreward cache`` as a process of its own; ``setup`` are Python lines that it and its ranks run first."""
     folder = output.parent / "setup"
     folder.mkdir(exist_ok=True)
     (folder / "sitecustomize.py").write_text(setup)
-    return subprocess.Popen(
-        [sys.executable, "-m", "latentreward", *cache_arguments(output, root, *settings)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def fork_cache(output: Path, root: Path, *settings: str, setup: str) -> Forked:
-    """``latentreward cache`` on one rank, as a process of its own that runs the Python lines ``setup`` first."""
-    return Forked(_cache_after, [setup, cache_arguments(output, root, *settings)])
+    arguments = cache_arguments(output, root, *settings)
+    return Forked(_cache_after, [setup, arguments], environment={"PYTHONPATH": str(folder)})
 
 
 def _cache_after(setup: str, arguments: Sequence[str]) -> None:
     exec(setup, {})
-    main(arguments)
+    run_command(arguments)
 
 
 def contents(folder: Path) -> dict[str, str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from latentreward.callbacks import GracefulStop
+from latentreward.callbacks import GracefulStop, graceful_stop
 from latentreward.callbacks.graceful_stop import silence_lost_terminal
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
@@ -136,6 +136,22 @@ def test_a_signal_saves_once_and_gives_the_status(number: signal.Signals, status
     resumed = make_trainer(tmp_path, [last_of(tmp_path)])
     assert len(fit(resumed, last_checkpoint(resumed)).seen) == 11
     assert_same_state(whole, resumed)
+
+
+@pytest.mark.parametrize("through_lightning", [True, False])
+def test_a_rank_outlives_only_the_process_that_started_it_through_lightning(
+    through_lightning: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_exit: list[Any] = []
+    monkeypatch.setattr(graceful_stop.atexit, "register", lambda *call: at_exit.append(call))
+    monkeypatch.setenv(graceful_stop.LAUNCHER, str(os.getppid()))
+    with monkeypatch.context() as patch:
+        if through_lightning:  # which gives its ranks this variable; where it has none to start, it stays the default's
+            patch.setenv("LOCAL_RANK", "0")
+        trainer = make_trainer(tmp_path, [Send("on_train_batch_start", 1, signal.SIGTERM)])
+    with pytest.raises(SIGTERMException):
+        fit(trainer)
+    assert ((graceful_stop.outlive, os.getppid()) in at_exit) == through_lightning
 
 
 def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:

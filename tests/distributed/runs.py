@@ -149,7 +149,7 @@ def saved_run(folder: Path, strategy: Any = "auto", resume: Path | None = None) 
     """Two epochs with average and checkpoints ``epoch=N`` in ``folder``, and what is left in the end."""
     module, average = small_model(), TrainableEMA(decay=0.5)
     saver = ModelCheckpoint(
-        folder, "{epoch}", monitor="val/margin", mode="max", save_top_k=-1, save_last=True, enable_version_counter=False
+        folder, "{epoch}", monitor="val/margin", mode="max", save_top_k=-1, enable_version_counter=False
     )
     callbacks = [average, saver, TrainableCheckpoint()]
     trainer = make_trainer(folder, strategy, max_epochs=2, callbacks=callbacks, enable_checkpointing=True)

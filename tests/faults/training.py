@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 
-from tests.processes import Forked, start_ranks
+from tests.processes import Forked, start, start_ranks
 
 HERE = Path(__file__).resolve().parent
 CONFIGS = HERE.parents[1] / "configs"
@@ -44,17 +43,22 @@ class TrainingRun:
     options: Sequence[str] = ()
     save_every: int = 1
     resume: bool = True
-    ranks: Sequence[Forked | subprocess.Popen[bytes]] = field(default=(), init=False)
+    ranks: Sequence[Forked] = field(default=(), init=False)
 
     def arguments(self) -> list[str]:
         """The command line, after the name of the program."""
         settings = {
             "data.root": self.data,
             "data.train_pairs": PAIRS,
-            "data.val_pairs": 8,
+            "data.val_pairs": BATCH,
             "data.batch_size": BATCH // self.processes,
             "data.num_workers": 1,
             "model.backbone.lora.dropout": 0.1,
+            "model.backbone.num_layers": 1,
+            "model.backbone.visual_taps": [1],
+            "model.backbone.text_taps": [1],
+            "model.eval_sigmas": [0.5],
+            "model.ensemble_sigmas": [0.2],
             "model.lr_scheduler": "WarmupSchedule",
             "model.lr_scheduler.decay": "cosine",
             "model.lr_scheduler.total_steps": 1000,
@@ -82,6 +86,7 @@ class TrainingRun:
             "--trainer.callbacks+=ModelCheckpoint",
             f"--trainer.callbacks.every_n_train_steps={self.save_every}",
             "--trainer.callbacks.save_last=true",
+            "--trainer.callbacks.save_top_k=0",
             f"--trainer.callbacks.dirpath={self.folder}/checkpoints",
             "--trainer.callbacks+=TrainableEMA",
             "--trainer.callbacks+=pair_log.PairLog",
@@ -97,18 +102,9 @@ class TrainingRun:
         self.ranks = start_ranks(self.arguments(), self.processes, environment, **place)
 
     def launch(self) -> None:
-        """Start it as a user does, in a fresh interpreter; there Lightning starts the other ranks."""
+        """Start it as a user does, one process; Lightning starts the other ranks."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with self._output.open("ab") as output:
-            run = subprocess.Popen(
-                [sys.executable, "-m", "latentreward", *self.arguments()],
-                cwd=HERE,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        self.ranks = [run]
+        self.ranks = [start(self.arguments(), cwd=HERE, session=True, output=self._output)]
 
     def has_ended(self) -> bool:
         """Whether one of the processes that were started here runs no more."""

@@ -74,6 +74,7 @@ def all_losses(rank: int, _: str) -> dict[str, dict[str, Tensor]]:
     }
 
 
+@pytest.mark.slow
 def test_averaged_gradients_equal_one_process(tmp_path: Path) -> None:
     ranks = on_ranks("tests.losses.test_gather:all_losses", "", tmp_path)
     for key in ranks[0]:
@@ -91,6 +92,7 @@ def gather_columns(rank: int, _: str) -> dict[str, Tensor]:
     return {name: getattr(gathered, name) for name in ("chosen", "rejected", "label", "weight", "rejected_sigmas")}
 
 
+@pytest.mark.slow
 def test_uneven_ranks_with_several_outputs_keep_rank_order(tmp_path: Path) -> None:
     expected = [random_scores(4, 3 + rank, out_dim=2) for rank in range(2)]
     for gathered in on_ranks("tests.losses.test_gather:gather_columns", "", tmp_path):

@@ -49,6 +49,7 @@ def correlation_on_a_rank(rank: int, kind: str) -> list[float]:
     return [metric.compute().item(), empty.compute().item()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ORACLES)
 def test_ranks_know_all_images(kind, tmp_path: Path) -> None:
     value = clustered_correlation(*related(300), np.arange(300), kind).value

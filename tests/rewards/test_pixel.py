@@ -10,8 +10,9 @@ from torch import Tensor
 from latentreward.contracts import NoisyStates
 from latentreward.errors import InputError
 from latentreward.policies import Policy
+from latentreward.reports.drawing import to_image
 from latentreward.rewards import PixelReward, Reward
-from latentreward.rewards.pixel import StepAwareReward, to_images
+from latentreward.rewards.pixel import StepAwareReward
 from latentreward.scorers import CallableScorer, ImageScorer
 from latentreward.scorers.step_aware import load_step_aware
 from latentreward.scorers.step_aware_clip import StepAwareCLIP
@@ -54,17 +55,10 @@ def pixel_reward(scorer: ImageScorer, policy: Policy, **options: int) -> Reward:
 def test_an_image_scorer_sees_the_decoded_prediction_and_its_prompt(policy: Policy, decode_batch_size: int) -> None:
     scorer = CallableScorer(redness, "redness")
     reward, given = pixel_reward(scorer, policy, decode_batch_size=decode_batch_size), states(policy)
-    pictures = to_images(policy.vae.decode(given.clean))
+    pictures = [to_image(pixels) for pixels in policy.vae.decode(given.clean)]
     expected = redness([PROMPTS[row] for row in given.rows], pictures)
     torch.testing.assert_close(reward(given, reward.encode_prompts(PROMPTS)), expected.float())
     assert PixelReward(scorer).latent_space() is None
-
-
-def test_pixels_become_the_bytes_of_an_image() -> None:
-    pixels = torch.tensor([-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0]).view(1, 1, 1, 7).repeat(1, 3, 1, 1)
-    pixels[:, 2] = -1
-    (image,) = to_images(pixels)
-    assert [image.getpixel((x, 0)) for x in range(7)] == [(v, v, 0) for v in (0, 0, 64, 128, 191, 255, 255)]
 
 
 def test_the_step_aware_scorer_is_told_each_states_timestep(policy: Policy, network: StepAwareCLIP) -> None:

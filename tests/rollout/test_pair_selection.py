@@ -108,6 +108,7 @@ def ranks_kept(rank: int, argument: str) -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.slow
 def test_quantile_is_that_of_all_ranks(tmp_path: Path) -> None:
     ranks = on_ranks("tests.rollout.test_pair_selection:ranks_kept", "0.7", tmp_path)
     gap = ranks[0]["gap"]

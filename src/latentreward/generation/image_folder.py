@@ -101,7 +101,7 @@ class ImageFolder:
         for column, ((place, image), prompt) in enumerate(zip(names, prompts, strict=True)):
             name = file_name(place, image, prompt)
             content = io.BytesIO()
-            to_image(pixels[column], max(pixels.shape[-2:])).save(content, "png")
+            to_image(pixels[column]).save(content, "png")
             self._write(name, content.getvalue())
             row: Row = {"file": name, "prompt": prompt, "place": place, "image": image, "seed": seed}
             if scores is not None:

@@ -11,11 +11,11 @@ MARGIN = 8
 """Pixels between images."""
 
 
-def to_image(pixels: Tensor, size: int) -> Image.Image:
-    """``(3, H, W)`` in [-1, 1] as a picture whose longer side is ``size``."""
-    array = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
-    image = Image.fromarray(array)
-    scale = size / max(image.size)
+def to_image(pixels: Tensor, size: int | None = None) -> Image.Image:
+    """Make an RGB image of pixels ``(3, H, W)``, about [-1, 1]; its longer side is ``size``, if that is given."""
+    levels = ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().byte()
+    image = Image.fromarray(levels.permute(1, 2, 0).cpu().numpy())
+    scale = size / max(image.size) if size else 1
     return image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
 
 

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from latentreward.contracts import NoisyStates
 from latentreward.errors import InputError
+from latentreward.reports.drawing import to_image
 from latentreward.rewards.base import Reward, RewardSource
 from latentreward.scorers import ImageScorer, StepAwareScorer
 
@@ -139,13 +139,7 @@ class ImageReward(DecodingReward):
     @torch.no_grad()
     def score(self, states: NoisyStates, encoded: tuple[str, ...]) -> Tensor:
         """See :meth:`Reward.score`."""
-        images = [image for pixels in self.decode(states) for image in to_images(pixels)]
+        images = [image for pixels in self.decode(states) for image in map(to_image, pixels)]
         with torch.autocast(states.latents.device.type, enabled=False):
             scores = self.scorer([encoded[row] for row in states.rows.tolist()], images)
         return scores.to(states.latents.device)
-
-
-def to_images(pixels: Tensor) -> list[Image.Image]:
-    """RGB images of ``pixels`` ``(B, 3, H, W)``, about [-1, 1]."""
-    levels = ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
-    return [Image.fromarray(array) for array in levels.permute(0, 2, 3, 1).cpu().numpy()]
