@@ -7,7 +7,6 @@ import argparse
 import json
 import os
 import random
-import subprocess
 import sys
 import tempfile
 from collections import Counter
@@ -19,9 +18,8 @@ from typing import Any
 
 import yaml
 
-from tests.faults.forked import Outcome
+from tests.faults.forked import ROOT, Outcome, outcomes
 
-ROOT = Path(__file__).resolve().parents[2]
 BOMB = (
     "[&a [1, 1, 1, 1, 1, 1, 1, 1], "
     + ", ".join(f"&{name} [{', '.join([f'*{before}'] * 8)}]" for before, name in zip("abcdefg", "bcdefgh", strict=True))
@@ -236,26 +234,6 @@ def classify(mutant: Mutant, outcome: Outcome) -> str:
     return "named" if mutant.is_named(outcome.line) else "unnamed"
 
 
-def outcomes(cases: Sequence[tuple[list[str], Path]]) -> Iterator[Outcome]:
-    """Run command lines in forks of one process, see :mod:`tests.faults.forked`."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.faults.forked", str(LIMIT_S)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
-    )
-    assert process.stdin
-    assert process.stdout
-    with process:
-        json.dump([[arguments, str(folder)] for arguments, folder in cases], process.stdin)
-        process.stdin.close()
-        for line in process.stdout:
-            yield Outcome(**json.loads(line))
-
-
 def run_mutants(chosen: Sequence[Mutant], folder: Path) -> Iterator[tuple[Mutant, Outcome]]:
     """Run the bases that write what others read, and then the mutants."""
     folder.mkdir()
@@ -266,7 +244,7 @@ def run_mutants(chosen: Sequence[Mutant], folder: Path) -> Iterator[tuple[Mutant
     for number, (base, text) in enumerate(texts):
         (folder / f"{number}.yaml").write_text(text)
         cases.append(([*base.command, f"--config={number}.yaml"], folder))
-    results = outcomes(cases)
+    results = outcomes(cases, LIMIT_S, CUDA_VISIBLE_DEVICES="")
     for base in first:
         outcome = next(results)
         assert outcome.status == 0, (base.name, outcome.stderr)
@@ -292,6 +270,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2)
     given = parser.parse_args()
+    os.environ["HF_HUB_OFFLINE"] = "1"
     chosen = mutants(given.count, given.seed)
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(given.jobs) as pool:
         parts = [chosen[job :: given.jobs] for job in range(given.jobs)]

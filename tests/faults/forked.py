@@ -1,8 +1,4 @@
-"""Command lines run one after the other in children of one process that has imported everything: ``python -m …``.
-
-Its argument is the limit in seconds. It reads a JSON list of ``[[arguments, folder], …]`` from stdin and writes one
-JSON line per outcome.
-"""
+"""Command lines run one after the other in children of one process that has imported everything."""
 
 import gc
 import importlib
@@ -14,13 +10,16 @@ import sysconfig
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from latentreward.cli import COMMANDS, main
 from latentreward.settings.functions import import_class_modules
+from tests.processes import Forked
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass
@@ -101,8 +100,28 @@ def import_everything() -> None:
         importlib.import_module(place.partition(":")[0])
 
 
-if __name__ == "__main__":
+def outcomes(
+    cases: Sequence[tuple[Sequence[str], Path]], limit_s: float = 30.0, **environment: str
+) -> Iterator[Outcome]:
+    """What becomes of command lines, each in its folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        results = Path(folder) / "results"
+        results.touch()
+        process = Forked(_run_all, [cases, limit_s, results], cwd=ROOT, environment=environment)
+        with results.open() as lines:
+            for _ in cases:
+                line = ""
+                while not line.endswith("\n"):
+                    assert line or process.poll() is None, process.stderr[-2000:]
+                    time.sleep(0 if line else 0.02)
+                    line += lines.readline()
+                yield Outcome(**json.loads(line))
+        process.wait(limit_s)
+
+
+def _run_all(cases: Sequence[tuple[Sequence[str], Path]], limit_s: float, results: Path) -> None:
     import_everything()
     gc.freeze()  # pages that children do not write to stay shared
-    for arguments, folder in json.load(sys.stdin):
-        print(json.dumps(asdict(run_forked(arguments, Path(folder), *map(float, sys.argv[1:])))), flush=True)
+    with results.open("a") as lines:
+        for arguments, folder in cases:
+            print(json.dumps(asdict(run_forked(arguments, folder, limit_s))), file=lines, flush=True)

@@ -1,8 +1,6 @@
 """Under ``--restrict-imports`` no setting runs a program or code from elsewhere: a canary file stays away."""
 
-import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +9,7 @@ import torch
 import yaml
 from PIL import Image
 
-from tests.faults.forked import Outcome
+from tests.faults.forked import Outcome, outcomes
 from tests.rewards.stored import write_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -127,17 +125,8 @@ def malicious(folder: Path) -> dict[str, tuple[list[str], dict]]:
     return cases | {name: ([*trusted, f"--config={name}.yaml"], {"model": model}) for name, model in models.items()}
 
 
-def outcomes(cases: list[list[str]], folder: Path) -> list[Outcome]:
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.faults.forked"],
-        input=json.dumps([[arguments, str(folder)] for arguments in cases]),
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{folder}:{os.environ['PATH']}"},
-    )
-    return [Outcome(**json.loads(line)) for line in run.stdout.splitlines() if line.startswith("{")]
+def outcomes_in(folder: Path, cases: list[list[str]]) -> list[Outcome]:
+    return [*outcomes([(case, folder) for case in cases], PATH=f"{folder}:{os.environ['PATH']}")]
 
 
 @pytest.fixture
@@ -158,7 +147,7 @@ def test_no_setting_runs_a_program(folder: Path) -> None:
             command = f"touch {folder / 'canary'}"
             text = text.replace("TAG", f"!!python/object/apply:os.system ['{command}']")
         (folder / f"{name}.yaml").write_text(text)
-    results = outcomes([[*arguments, "--restrict-imports"] for arguments, _ in cases.values()], folder)
+    results = outcomes_in(folder, [[*arguments, "--restrict-imports"] for arguments, _ in cases.values()])
     assert len(results) == len(cases) >= 25
     for name, result in zip(cases, results, strict=True):
         assert result.status == 2, (name, result)
@@ -175,7 +164,8 @@ def test_programs_that_are_named_run(folder: Path) -> None:
     (folder / "link").symlink_to(folder / "script")
     (folder / "tool.yaml").write_text(yaml.safe_dump({"scorers": [tool(str(folder / "script"))]}))
     command = [*JUDGE, "--config=tool.yaml"]
-    other, link, relative, alone, named = outcomes(
+    other, link, relative, alone, named = outcomes_in(
+        folder,
         [
             [*command, "--restrict-imports", f"--allow-programs={os.path.realpath('/bin/true')}"],
             [*command, "--restrict-imports", f"--allow-programs={folder / 'link'}"],
@@ -183,7 +173,6 @@ def test_programs_that_are_named_run(folder: Path) -> None:
             [*command, "--allow-programs=/bin/sh"],
             [*command, "--restrict-imports", f"--allow-programs={folder / 'script'}"],
         ],
-        folder,
     )
     assert f"if you trust it with everything that it can do, say --allow-programs={folder / 'script'}" in other.line
     assert f"is a link; give {folder / 'script'}" in link.line

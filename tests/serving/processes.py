@@ -16,6 +16,7 @@ from pathlib import Path
 import aiohttp
 
 from latentreward.serving.protocol import Accepted
+from tests.processes import Forked, start
 from tests.serving.latent_requests import HEADERS, mutated
 
 OTHER_HEADERS = (
@@ -30,7 +31,7 @@ OTHER_HEADERS = (
 class ServerProcess:
     """A running ``latentreward serve``, or another command that prints ``... at http://...``."""
 
-    def __init__(self, process: "subprocess.Popen[str]", address: str) -> None:
+    def __init__(self, process: "subprocess.Popen[str] | Forked", address: str) -> None:
         self.process, self.address = process, address
 
     def rss(self) -> int:
@@ -60,6 +61,20 @@ def server_process(command: Sequence[str], **environment: str) -> Iterator[Serve
         if process.poll() is None:
             process.kill()
         process.communicate()
+
+
+@contextmanager
+def forked_server(*arguments: str) -> Iterator[ServerProcess]:
+    """The same of ``latentreward`` with these arguments, in a process that need not import everything again."""
+    process, end = start(arguments), time.monotonic() + 300
+    try:
+        while not (match := re.search(r" at (http://\S+)$", process.stdout, re.MULTILINE)):
+            assert process.poll() is None, process.stderr[-2000:]
+            assert time.monotonic() < end, "the server does not start"
+            time.sleep(0.02)
+        yield ServerProcess(process, match[1])
+    finally:
+        process.kill()
 
 
 @dataclass

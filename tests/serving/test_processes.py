@@ -2,7 +2,6 @@
 
 import re
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ from latentreward.serving.protocol import Accepted
 from latentreward.serving.service import ServiceSettings, accepted_by
 from tests.rewards.stored import write_run
 from tests.serving.latent_requests import HEADERS, tensors_of
-from tests.serving.processes import ServerProcess, fuzz, load, server_process
+from tests.serving.processes import ServerProcess, forked_server, fuzz, load
 from tests.serving.servers import tiny_reward
 
 pytestmark = pytest.mark.slow
@@ -31,8 +30,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def server(run: Path) -> Iterator[ServerProcess]:
-    command = [sys.executable, "-m", "latentreward", "serve", str(run), "--port=0", "--device=cpu", "--max_wait_ms=2"]
-    with server_process(command) as process:
+    with forked_server("serve", str(run), "--port=0", "--device=cpu", "--max_wait_ms=2") as process:
         yield process
 
 

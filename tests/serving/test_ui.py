@@ -1,6 +1,5 @@
 """The page to try a reward model by hand."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from latentreward.errors import InputError
 from latentreward.scoring.scoring_noise import ScoringNoise
 from latentreward.serving.ui import LEVELS, score_sheet
 from tests.rewards.stored import write_run
-from tests.serving.processes import server_process
+from tests.serving.processes import forked_server
 from tests.serving.servers import tiny_reward
 
 
@@ -57,7 +56,7 @@ def test_the_page_scores_in_a_browser_and_asks_nobody_else(
 ) -> None:
     pytest.importorskip("gradio", reason="extra ui: Gradio pins an older Pillow than the tests run with")
     write_run(tmp_path / "run", "dina", "sd35", lora={"rank": 2})
-    with server_process([sys.executable, "-m", "latentreward", "ui", str(tmp_path / "run"), "--port=0"]) as server:
+    with forked_server("ui", str(tmp_path / "run"), "--port=0") as server:
         page = browser_page(server.address)
         page.get_by_label("Prompt").fill("<b>a cat</b>")
         page.locator("input[type=file][multiple]").set_input_files(pictures)
