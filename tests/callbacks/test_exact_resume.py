@@ -84,6 +84,7 @@ def test_checkpoints_of_a_resumed_run_lead_there_too(name: str, tmp_path: Path) 
             assert again.seen == module.seen[len(module.seen) - len(again.seen) :], (path, later)
 
 
+@pytest.mark.slow
 def test_workers_prefetch_and_nothing_is_lost(tmp_path: Path) -> None:
     whole, module, saver = run_saving_always(tmp_path, val_check_interval=2)
     for path, seen, _ in saver.paths[3::7]:
@@ -93,6 +94,7 @@ def test_workers_prefetch_and_nothing_is_lost(tmp_path: Path) -> None:
         assert again.seen == module.seen[seen:]
 
 
+@pytest.mark.slow
 def test_lightnings_own_checkpoints_by_step_and_by_validation(tmp_path: Path) -> None:
     keepers = [ModelCheckpoint(tmp_path, f"{n}-{{step}}", every_n_train_steps=n, save_top_k=-1) for n in (1, 3)]
     keepers.append(ModelCheckpoint(tmp_path, "val-{step}", monitor="val/loss", save_top_k=-1))

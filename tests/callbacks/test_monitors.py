@@ -85,6 +85,7 @@ class FallingScorer(ImageScorer):
         return torch.tensor([(1.0 + 0.1 * len(prompt)) / self.calls for prompt in prompts])
 
 
+@pytest.mark.slow
 def test_grid_shows_before_and_after(make_trainer, tmp_path):
     logger = TensorBoardLogger(tmp_path, name="", version="")
     grid = SampleGrid(PROMPTS, every_n_steps=2, image_size=32, columns=2)
@@ -102,6 +103,7 @@ def test_grid_shows_before_and_after(make_trainer, tmp_path):
     assert events.Tags()["images"] == ["samples"]
 
 
+@pytest.mark.slow
 def test_drift_is_zero_without_training_and_as_computed_by_hand_with_it(make_trainer):
     still = make_trainer(callbacks=[ReferenceDrift(PROMPTS, every_n_steps=1)], max_epochs=-1, max_steps=1)
     still.fit(grpo(lr=0.0), datamodule=prompts())
@@ -211,6 +213,7 @@ def test_figures_of_collapse_by_hand():
     assert black["not_flat"] == 0.5
 
 
+@pytest.mark.slow
 def test_collapse_ends_the_run_naming_step_and_figures(make_trainer, monkeypatch):
     module, decoded = grpo(), []
     decode = module.policy.vae.decode

@@ -207,6 +207,7 @@ def test_progress_of_a_schedule_is_no_setting(
     assert lines(caplog) == []
 
 
+@pytest.mark.slow
 def test_milestones_are_stated_as_given(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     settings = ("--model.optimizer=AdamW", "--model.lr_scheduler=MultiStepLR")
     checkpoint, _ = start(tmp_path, *settings, "--model.lr_scheduler.milestones=[2,6]")

@@ -106,6 +106,7 @@ def hpdv3_copy(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_every_protocol_on_the_samples(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = run(benchmarks=sets(*SETS), scorers=[function("luminance")])
     found = numbers(report, "luminance")

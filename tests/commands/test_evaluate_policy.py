@@ -121,6 +121,7 @@ def test_two_policies_from_prompts_to_reports(evaluate: Run, lora: Path, tmp_pat
     assert "| red | " in (tmp_path / "out" / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_tells_the_shape_of_its_adapter_and_a_start_that_failed_leaves_the_folder_free(
     evaluate: Run, refused: Callable[..., str], tmp_path: Path
 ) -> None:
@@ -145,6 +146,7 @@ def test_pictures_are_those_of_generate_and_of_the_same_seed(evaluate: Run, prom
     assert all(other[name] != first[name] for name in first)
 
 
+@pytest.mark.slow
 def test_policies_that_noise_does_not_pair_are_said(evaluate: Run, capsys: pytest.CaptureFixture[str]) -> None:
     report = evaluate("--policy.pipeline=sd35_tiny", "--against.pipeline=sd_tiny")
     (note,) = report["notes"]
@@ -229,6 +231,7 @@ def test_a_run_that_was_killed_goes_on(evaluate: Run, prompts: Path, tmp_path: P
     assert table(tmp_path / "killed") == table(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_scores_of_a_file_that_was_written_anew_are_new(evaluate: Run, prompts: Path, tmp_path: Path) -> None:
     main(["generate", str(prompts), str(tmp_path / "made"), "--policy.source=sd_tiny", *FAST])
     files = [path.name for path in (tmp_path / "made").glob("*.png")]

@@ -107,6 +107,7 @@ def test_scores_are_the_model_s_own(here: Path, dina: str, suffix: str, capsys: 
     assert sorted(path.name for path in (here / "out").iterdir()) == [f"scores.{suffix}", f"scores.{suffix}.json"]
 
 
+@pytest.mark.slow
 def test_levels_seeds_and_the_score_at_each_level(here: Path, dina: str) -> None:
     write_pictures(here / "pics", 3)
     table = score("pics", "s.parquet", dina, "--noise.sigmas=[0.2,0.7]", "--noise.seeds=[0,1]", "--each_level=true")

@@ -51,6 +51,7 @@ def test_single_rows_give_the_normal_interval() -> None:
     assert clustered_mean(credit, np.arange(2000)) == pytest.approx((0.7, 0.7 - half, 0.7 + half), abs=0.001)
 
 
+@pytest.mark.slow
 def test_few_kinds_of_groups_are_drawn_like_many() -> None:
     """Equal groups are drawn as one kind; a column that tells all groups apart has them drawn one by one."""
     credit, index = draw_groups(np.random.default_rng(1), 3000)

@@ -101,6 +101,7 @@ def test_everything_of_the_scorer_trains_and_nothing_of_the_generator(clip: str,
     assert changed == {f"network.{name}" for name, _ in module.network.named_parameters()}
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss(clip: str) -> None:
     module, batch = spm(clip, gradient_checkpointing=True), pixel_batch(6)
     with torch.no_grad():

@@ -83,6 +83,7 @@ def test_scores_and_policy_are_as_with_two_networks(case: str, tmp_path: Path) -
     policy.load_state_dict(state)  # strict
 
 
+@pytest.mark.slow
 def test_its_adapter_is_neither_trained_nor_saved_with_the_module(tmp_path: Path) -> None:
     write_run(tmp_path, "dina", "sd35", **SMALL)
     module = nn.Module()
@@ -111,6 +112,7 @@ def test_an_adapter_on_other_layers_than_the_policys(tmp_path: Path) -> None:
     assert torch.equal(outputs(policy), before)
 
 
+@pytest.mark.slow
 def test_the_published_layout_of_dina_lrm_shares_too(tmp_path: Path) -> None:
     write_dina(tmp_path)
     policy = tiny_policy("sd35", t5_length=256)

@@ -109,6 +109,7 @@ def test_a_published_layout_is_saved_bit_for_bit(layout: str, tmp_path: Path) ->
     assert torch.equal(scores(RewardModel.from_pretrained(tmp_path / "saved")), scores(model))
 
 
+@pytest.mark.slow
 def test_only_what_is_the_models_own_is_written(tmp_path: Path) -> None:
     lora = saved_run(tmp_path / "lora", lora=LORA)
     full = saved_run(tmp_path / "full", "lrm", "sd15")
@@ -161,6 +162,7 @@ def test_peft_reads_the_adapters(name: str, part: str, family: Any, folder: str,
             torch.testing.assert_close(merged[f"{layer_name}.weight"], expected)
 
 
+@pytest.mark.slow
 def test_noise_sizes_and_calibration_come_back(tmp_path: Path) -> None:
     write_run(tmp_path / "run", "dina", "sd35", lora=LORA)
     model = RewardModel.from_pretrained(tmp_path / "run")

@@ -192,6 +192,7 @@ def test_state_dict_that_holds_something_else(tmp_path: Path) -> None:
             load_lrm(tmp_path)
 
 
+@pytest.mark.slow
 def test_dina_round_trip(tmp_path: Path) -> None:
     expected = write_dina(tmp_path)
     model = load_dina_lrm(tmp_path)

@@ -144,6 +144,7 @@ def test_hub_id_downloads_and_unpacks(write, tmp_path, monkeypatch) -> None:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_large_files_keep_a_compact_index(tmp_path) -> None:
     rows = [{**PAIR, "prompt": f"a prompt of usual length, number {n}, with some words more"} for n in range(20_000)]
     (tmp_path / "train.json").write_text(json.dumps(rows))

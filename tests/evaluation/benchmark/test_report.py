@@ -22,6 +22,7 @@ FILES = ("report.json", "report.md", "report.html")
 PICTURES = {("hpdv3 test", 3): (Image.new("RGB", (200, 300), "teal"), None)}
 
 
+@pytest.mark.slow
 def test_same_results_are_written_as_the_same_bytes(tmp_path: Path) -> None:
     folders = [tmp_path / "one", tmp_path / "two"]
     for folder in folders:
