@@ -212,7 +212,7 @@ def error_line(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         main(arguments)
     *notes, line = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2
-    assert all(note.startswith(("Seed", "GPU", "TPU")) for note in notes if note), notes
+    assert all(note.removeprefix("INFO: ").startswith(("Seed", "GPU", "TPU")) for note in notes if note), notes
     assert line.startswith("latentreward: error: ")
     return line.removeprefix("latentreward: error: ")
 
@@ -361,6 +361,7 @@ def test_saved_config_reproduces_the_run(folder: Path, capsys: pytest.CaptureFix
     assert saved["seed_everything"] == 0
     main(["fit", "--config=first/config.yaml"])
     assert yaml.safe_load((folder / "first" / "config_1.yaml").read_text()) == saved
+    assert "settings are in first/config_1.yaml: config.yaml is an earlier run's\n" in capsys.readouterr().err
     assert notes(settings(capsys, "--config=first/config.yaml")) == notes(saved)  # equal callbacks are one
     lines = (folder / "notes.txt").read_text().splitlines()
     assert lines[:3] == lines[3:6]
@@ -393,9 +394,12 @@ def test_one_fit_in_a_folder_at_a_time(folder: Path, capsys: pytest.CaptureFixtu
     with locked(folder / "taken", "output_dir"):
         before = sorted((folder / "taken").iterdir())
         line = error_line(capsys, *FIT, "--trainer.default_root_dir=taken")
+        logger = ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=taken", "--trainer.logger.name="]
+        logged = error_line(capsys, *FIT, *logger, "--trainer.logger.version=")
         assert sorted((folder / "taken").iterdir()) == before
         main([*FIT, "--trainer.default_root_dir=free"])
     assert line.startswith("trainer.default_root_dir: taken is being written by another run (process ")
+    assert logged.startswith("trainer.logger.save_dir: taken is being written by another run (process ")
     main([*FIT, "--trainer.default_root_dir=taken"])
     assert (folder / "taken" / "config.yaml").is_file()
 

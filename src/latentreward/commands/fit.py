@@ -71,6 +71,8 @@ class SaveConfig(SaveConfigCallback):
             number += 1
             self.config_filename = f"config_{number}.yaml"
         super().setup(trainer, pl_module, stage)
+        if number:
+            print(f"settings are in {folder / self.config_filename}: config.yaml is an earlier run's", file=sys.stderr)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put settings that the checkpoint replaced into the file, which was written before it was read."""

@@ -46,10 +46,8 @@ def locked(folder: Path, setting: str) -> Iterator[None]:
             lock.acquire()
             (folder / LOCK).write_text(f"process {os.getpid()} on {socket.gethostname()}")
     except Timeout as error:
-        raise InputError(
-            f"{setting}: {folder} is being written by another run ({_holder(folder)}); wait for it, end it, or choose "
-            f"another {setting}"
-        ) from error
+        problem = f"{setting}: {folder} is being written by another run ({_holder(folder)})"
+        raise InputError(f"{problem}; wait for it, end it, or choose another {setting}") from error
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
@@ -88,7 +86,8 @@ def lock_run(trainer: Trainer, held: ExitStack) -> None:
     refusal: str | None = None
     if trainer.is_global_zero:
         try:
-            held.enter_context(locked(Path(folder), "trainer.default_root_dir"))
+            chosen_by = "trainer.logger.save_dir" if trainer.loggers else "trainer.default_root_dir"
+            held.enter_context(locked(Path(folder), chosen_by))
         except InputError as error:
             refusal = str(error)
         else:
