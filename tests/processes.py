@@ -206,7 +206,7 @@ def _run(settings: tuple[Any, ...], function: Callable[..., None], arguments: Se
     os.environ.update(variables)
     sys.path.insert(0, cwd)
     multiprocessing.set_start_method(None, force=True)  # a loader's workers start as in a fresh interpreter
-    FORKS.set_forkserver_preload([])
+    FORKS.set_forkserver_preload([])  # a fork server of its own (loaders of several ranks) would import all that again
     signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest-xdist ignores it
     torch.set_num_threads(threads)
     try:

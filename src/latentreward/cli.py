@@ -105,7 +105,7 @@ def _dispatch(arguments: list[str]) -> None:
         raise InputError(f"{problem}{did_you_mean(arguments[0] if arguments else '', COMMANDS)}")
     module, function = COMMANDS[arguments[0]][0].split(":")
     collects = gc.isenabled()
-    gc.disable()  # while importing, each collection would go through all that stays: a sixth of the start
+    gc.disable()  # while importing, each collection would go through all that stays: a tenth of the start
     try:
         with exit_while_importing():
             run = getattr(importlib.import_module(module), function)

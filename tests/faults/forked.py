@@ -112,9 +112,10 @@ def outcomes(
             for _ in cases:
                 line = ""
                 while not line.endswith("\n"):
-                    assert line or process.poll() is None, process.stderr[-2000:]
-                    time.sleep(0 if line else 0.02)
+                    ended = process.poll() is not None  # asked first: what it wrote before its end is still to be read
                     line += lines.readline()
+                    assert line.endswith("\n") or not ended, process.stderr[-2000:]
+                    time.sleep(0 if line else 0.02)
                 yield Outcome(**json.loads(line))
         process.wait(limit_s)
 
