@@ -1,5 +1,6 @@
-# Each target is the very line CI runs (.ci/run). The first one makes .venv: PYTHON=python3.12 chooses its Python, pip's
-# own environment variables (PIP_EXTRA_INDEX_URL, PIP_CONSTRAINT, ...) apply, and a torch that PYTHON has is used.
+# CI (.ci/run) runs test, lint and types, and builds docs in a test. The first target makes .venv: PYTHON=python3.12
+# chooses its Python, pip's own environment variables (PIP_EXTRA_INDEX_URL, PIP_CONSTRAINT, ...) apply, and a torch that
+# PYTHON has is used.
 PYTHON ?= python3
 VENV_PYTHON = .venv/bin/python
 PARALLEL = --numprocesses=auto --maxprocesses=4

@@ -1,5 +1,6 @@
 """Backbones around the networks of ``tests.tiny_pipelines`` and inputs that fit them."""
 
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -21,11 +22,23 @@ DITS = ("sd3", "sd35")
 T5_LENGTH = 6
 
 
+_LOADED: dict[str, DiffusionBackbone] = {}
+
+
 def tiny_backbone(name: str, **options: Any) -> DiffusionBackbone:
-    """The backbone ``name`` from its tiny pipeline; DiTs read blocks 1 and 3 unless told."""
+    """The backbone ``name`` from its tiny pipeline; DiTs read blocks 1 and 3 unless told.
+
+    Adapters begin as after ``torch.manual_seed(0)``. One that was asked for before is copied: loading takes longer.
+    """
     if name in ("sd3", "sd35", "sd35_no_t5"):
         options = {"visual_taps": (1, 3), "text_taps": (1, 3), "t5_length": T5_LENGTH, **options}
-    return create_backbone(FACTORIES[name.removesuffix("_four_levels")], source=pipeline_folder(name), **options)
+    key = f"{name} {sorted(options.items())}"
+    if key not in _LOADED:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            source = pipeline_folder(name)
+            _LOADED[key] = create_backbone(FACTORIES[name.removesuffix("_four_levels")], source=source, **options)
+    return _LOADED.pop(key) if options.get("compile_blocks") else deepcopy(_LOADED[key])
 
 
 def network_of(backbone: DiffusionBackbone) -> torch.nn.Module:

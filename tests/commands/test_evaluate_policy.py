@@ -416,9 +416,10 @@ def test_every_preset_runs(preset: str, evaluate: Run, tmp_path: Path, monkeypat
     }
     for name, value in values.items():
         monkeypatch.setenv(name, str(value))
-    native = ["--sampling.height=null", "--sampling.width=null", "--num_prompts=2", "--images_per_prompt=2"]
+    native = ["--sampling.height=null", "--sampling.width=null"]
+    few = ["--num_prompts=2", "--images_per_prompt=2", "--sampling.num_inference_steps=4"]
     policy = [] if preset == "tiny.yaml" else [SD_TINY]
-    report = evaluate(f"--config={PRESETS / preset}", *policy, RED, *native, file=None)
+    report = evaluate(f"--config={PRESETS / preset}", *policy, RED, *native, *few, file=None)
     assert all(score["mean"]["value"] > 0 for score in report["scores"])
     for scorer in yaml.safe_load((PRESETS / preset).read_text())["scorers"]:
         room, _, kind = scorer["class_path"].rpartition(".")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import TYPE_CHECKING
 
 from latentreward.tinyworld.captions import all_captions
@@ -15,6 +16,7 @@ MAX_TOKENS = 16
 """Tokens per caption, start, end and padding included."""
 
 
+@cache
 def build_tokenizer() -> CLIPTokenizer:
     """The tokenizer of all three text encoders; any string can be tokenised, captions take at most 14 tokens."""
     from transformers import CLIPTokenizer

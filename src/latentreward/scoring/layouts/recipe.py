@@ -18,7 +18,7 @@ from latentreward.heads import RewardHead
 from latentreward.programs import find_modules_here
 from latentreward.scoring.layouts.trust import guarded_imports, registered_heads
 from latentreward.settings.errors import summarise
-from latentreward.settings.functions import check_functions
+from latentreward.settings.functions import check_functions, input_error_behind
 from latentreward.settings.ranges import leaves
 
 ONLY_IN_TRAINING = ("lora", "gradient_checkpointing", "attention_backend", "compile_blocks")
@@ -188,10 +188,7 @@ def instantiated(kind: Any, part: ModelPart, folder: Path | None) -> Any:
             check_functions(parsed)
             return parser.instantiate(parsed)["part"]
     except (ArgumentError, ValueError, ImportError, OSError) as error:
-        ours: BaseException | None = error
-        while ours is not None and not isinstance(ours, InputError):
-            ours = ours.__cause__ or ours.__context__
-        raise InputError(str(ours or summarise(str(error)))) from error
+        raise InputError(input_error_behind(error) or summarise(str(error))) from error
 
 
 def imported(path: str) -> Any:
