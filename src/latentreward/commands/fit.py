@@ -293,9 +293,7 @@ def without_repeated_callbacks(settings: Namespace) -> Namespace:
     settings = settings.clone()
     callbacks = settings.get("trainer.callbacks")
     if isinstance(callbacks, list):
-        settings["trainer.callbacks"] = [
-            callback for number, callback in enumerate(callbacks) if callback not in callbacks[:number]
-        ]
+        settings["trainer.callbacks"] = [one for index, one in enumerate(callbacks) if one not in callbacks[:index]]
     return settings
 
 

@@ -74,8 +74,9 @@ class SettingsParser(ArgumentParser):
         token = VALIDATING.set(True)
         try:
             self._validate_command(namespace, *more, **options)
-            set_parsing_settings(unset_sentinel=True)  # else None is "not given" to jsonargparse, and passes every type
-            self._validate_command(namespace, *more, **{**options, "skip_required": True})
+            if NULLS:
+                set_parsing_settings(unset_sentinel=True)  # else None is "not given" to jsonargparse: fits every type
+                self._validate_command(namespace, *more, **{**options, "skip_required": True})
         finally:
             set_parsing_settings(unset_sentinel=False)
             VALIDATING.reset(token)
@@ -136,6 +137,8 @@ def input_error_behind(error: BaseException | None) -> str | None:
     return None if error is None else str(error)
 
 
+NULLS: list[str] = []
+"""Nulls among the settings, and interpolations that may become some."""
 STAND_INS: dict[str, str] = {}
 """Value in YAML that stands in for a variable of the environment -> the variable's name."""
 
@@ -167,6 +170,7 @@ def install_loader(short_names: Mapping[str, str], modules_here: bool) -> None:
         check_yaml(text)
         STAND_INS.update((value, name) for name, value in re.findall(r"\$\{oc\.env:(\w+),([^${}]+)\}", text))
         settings = rewrite_settings(load(text), short_names)
+        NULLS.extend(re.findall(r"None|null|oc\.(?!env)", repr(settings)))
         if modules_here:
             find_modules_here(value for _, value in leaves(settings))
         return settings
@@ -245,6 +249,7 @@ def prepare_parsing(arguments: Sequence[str], classes: bool = False) -> list[str
         restrict_imports(modules, programs or [])
     elif programs is not None:
         raise InputError("--allow-programs restricts nothing without --restrict-imports; give both")
+    NULLS[:] = [argument for argument in arguments if "null" in argument]
     install_loader(backbone_names(), classes and (not RESTRICTED or bool(RESTRICTED[-1])))
     return [argument for argument in arguments if not re.match(r"--(restrict-imports|allow-programs)(=|$)", argument)]
 

@@ -13,7 +13,7 @@ from latentreward.tinyworld.tokenizer import MAX_TOKENS, build_tokenizer
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, StableDiffusion3Pipeline, StableDiffusionPipeline
-    from transformers import CLIPTextConfig, CLIPTokenizer
+    from transformers import CLIPTextConfig
 
 WIDTH = 64
 """Width of the text encoders."""
@@ -28,7 +28,6 @@ def build_sd(vae: AutoencoderKL) -> StableDiffusionPipeline:
     from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextModel
 
-    tokenizer = build_tokenizer()
     unet = UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(32, 48, 64, 64),
@@ -47,8 +46,8 @@ def build_sd(vae: AutoencoderKL) -> StableDiffusionPipeline:
     )
     return StableDiffusionPipeline(
         vae=vae,
-        text_encoder=CLIPTextModel(text_config(tokenizer)).eval(),
-        tokenizer=tokenizer,
+        text_encoder=CLIPTextModel(text_config()).eval(),
+        tokenizer=build_tokenizer(),
         unet=unet.eval(),
         scheduler=scheduler,
         safety_checker=None,
@@ -66,7 +65,6 @@ def build_sd35(vae: AutoencoderKL) -> StableDiffusion3Pipeline:
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
     from transformers import CLIPTextModelWithProjection
 
-    tokenizer = build_tokenizer()
     transformer = SD3Transformer2DModel(
         sample_size=8,
         patch_size=2,
@@ -86,19 +84,20 @@ def build_sd35(vae: AutoencoderKL) -> StableDiffusion3Pipeline:
         vae=vae,
         transformer=transformer.eval(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        text_encoder=CLIPTextModelWithProjection(text_config(tokenizer)).eval(),
-        tokenizer=tokenizer,
-        text_encoder_2=CLIPTextModelWithProjection(text_config(tokenizer)).eval(),
+        text_encoder=CLIPTextModelWithProjection(text_config()).eval(),
+        tokenizer=build_tokenizer(),
+        text_encoder_2=CLIPTextModelWithProjection(text_config()).eval(),
         tokenizer_2=build_tokenizer(),
         text_encoder_3=None,
         tokenizer_3=None,
     )
 
 
-def text_config(tokenizer: CLIPTokenizer, intermediate_size: int = 2 * WIDTH) -> CLIPTextConfig:
+def text_config(intermediate_size: int = 2 * WIDTH) -> CLIPTextConfig:
     """Two layers of text encoder for the tiny world's words."""
     from transformers import CLIPTextConfig
 
+    tokenizer = build_tokenizer()
     return CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=WIDTH,

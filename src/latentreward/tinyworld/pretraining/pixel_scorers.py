@@ -131,7 +131,6 @@ def build_scorer() -> StepAwareCLIP:
     """The untrained network: about a million parameters, patches of 8 × 8 pixels."""
     from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig
 
-    tokenizer = build_tokenizer()
     vision = CLIPVisionConfig(
         image_size=32,
         patch_size=8,
@@ -141,9 +140,9 @@ def build_scorer() -> StepAwareCLIP:
         num_attention_heads=4,
         projection_dim=64,
     )
-    text = text_config(tokenizer, intermediate_size=256)
+    text = text_config(intermediate_size=256)
     config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=64)
-    return StepAwareCLIP(CLIPModel(config), tokenizer, mean=(0.5,) * 3, std=(0.5,) * 3)
+    return StepAwareCLIP(CLIPModel(config), build_tokenizer(), mean=(0.5,) * 3, std=(0.5,) * 3)
 
 
 def caption_losses(scorer: StepAwareCLIP, recipe: Recipe) -> Iterator[Tensor]:
