@@ -89,7 +89,9 @@ def test_null_on_the_command_line_is_none(option: str, equals: bool, capsys) -> 
     assert value is None
 
 
-@pytest.mark.parametrize("value", slow_after(2, ["null", "${oc.env:NO_NUMBER,null}", "~", "${oc.decode:null}"]))
+@pytest.mark.parametrize(
+    "value", slow_after(2, ["null", "${trainer.max_time}", "${oc.env:NO_NUMBER,null}", "~", "${oc.decode:null}"])
+)
 def test_null_on_the_command_line_is_refused_where_the_type_does_not_allow_it(value: str, capsys) -> None:
     assert refusal(capsys, *FIT, f"--data.batch_size={value}").startswith("data.batch_size: expected int, got null")
 

@@ -170,7 +170,7 @@ def install_loader(short_names: Mapping[str, str], modules_here: bool) -> None:
         check_yaml(text)
         STAND_INS.update((value, name) for name, value in re.findall(r"\$\{oc\.env:(\w+),([^${}]+)\}", text))
         settings = rewrite_settings(load(text), short_names)
-        NULLS.extend(re.findall(r"None|null|oc\.(?!env)", repr(settings)))
+        NULLS.extend(re.findall(r"None|null|\$\{(?!oc\.env:)", repr(settings)))
         if modules_here:
             find_modules_here(value for _, value in leaves(settings))
         return settings
