@@ -46,7 +46,8 @@ def test_without_noise_samples_are_those_of_diffusers(name: str, guidance_scale:
     found = sample_latents(policy, PROMPTS, still, guidance_scale, seed=0)
     initial = RolloutDraws(0, PROMPTS.keys).initial(policy.latent_shape())
     expected = diffusers_latents(name, initial, guidance_scale, 5)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    # Five float32 steps: from CPU to CPU up to 3e-5 were seen, and above 1e-2 by another guidance or sampler.
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @both_families
