@@ -64,13 +64,13 @@ def test_pictures_grid_and_table(generate: Callable[..., Any], tmp_path: Path) -
 def test_a_run_that_was_stopped_goes_on(
     generate: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    generate(folder="whole")
-    generate(folder="out")
-    (tmp_path / "out" / file_name(1, 0, PROMPTS[1])).unlink()
+    generate("--batch_size=2", folder="whole")
+    generate("--batch_size=2", folder="out")
+    (tmp_path / "out" / file_name(2, 0, PROMPTS[2])).unlink()
     asked, sample = [], command.sample_latents
     monkeypatch.setattr(command, "sample_latents", lambda *a, **o: asked.append(a[1].prompts) or sample(*a, **o))
-    generate(folder="out")
-    assert asked == [(PROMPTS[1],)]
+    generate("--batch_size=2", folder="out")
+    assert asked == [(PROMPTS[2],)]
     whole, resumed = pictures(tmp_path / "whole"), pictures(tmp_path / "out")
     assert whole.keys() == resumed.keys()
     assert all(np.array_equal(whole[name], resumed[name]) for name in whole)

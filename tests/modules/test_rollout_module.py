@@ -28,6 +28,14 @@ def test_prompts_of_a_rollout_are_encoded_once(module: LPOModule, monkeypatch: p
     torch.testing.assert_close(uncond.prompt_embeds, empty.prompt_embeds)
 
 
+def test_each_prompt_is_encoded_alone(module: LPOModule, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a rollout that a checkpoint cut, fewer prompts are left; on some CPUs last bits change with their number."""
+    asked, encode = [], module.policy.encode_prompts
+    monkeypatch.setattr(module.policy, "encode_prompts", lambda prompts: asked.append(prompts) or encode(prompts))
+    module.prepare_prompts(PROMPTS)
+    assert asked[: len(PROMPTS)] == [[prompt] for prompt in PROMPTS]
+
+
 def test_prompts_that_nobody_announced_are_encoded_all_the_same(module: LPOModule) -> None:
     module.prepare_prompts(PROMPTS[:2])
     conditioning, _ = module.conditioning(["a yellow cross", PROMPTS[0]])

@@ -21,8 +21,6 @@ from latentreward.rewards import RewardSource
 from latentreward.rollout import CandidateStep, RolloutDraws, Transition, candidate_steps, gap_quantiles
 
 Experience = TypeVar("Experience", StepPairs, StepSamples)
-ENCODED_AT_ONCE = 16
-"""Prompts per call of a text encoder."""
 
 
 class AlignmentModule(BasedModule):
@@ -172,10 +170,8 @@ class RolloutModule(RewardedModule, Generic[Experience]):
         All ranks have the same prompts, which is what encoders that FSDP2 shares out need.
         """
         with torch.no_grad(), self.compute_precision():
-            parts = [
-                self.policy.encode_prompts(prompts[start : start + ENCODED_AT_ONCE]).to("cpu")
-                for start in range(0, len(prompts), ENCODED_AT_ONCE)
-            ]
+            # One by one: last bits can depend on how many are encoded at once, and a resumed run has fewer left.
+            parts = [self.policy.encode_prompts([prompt]).to("cpu") for prompt in prompts]
             uncond = self.encode_uncond()
         columns = [(part.prompt_embeds, part.pooled_prompt_embeds) for part in parts]
         self._rows = {prompt: row for row, prompt in enumerate(prompts)}
