@@ -1,19 +1,25 @@
 """docs/extending.md: its examples, run as a user would run them."""
 
+import base64
 import copy
+import csv
 import importlib.util
 import re
+import shlex
 from pathlib import Path
 from types import ModuleType
 
+import httpx
 import pytest
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
+from PIL import Image
 
 from latentreward.contracts import Conditioning, LatentSpace
 from latentreward.heads import CLIPProjectionHead, GatedQFormerHead
 from latentreward.scoring import RewardModel
 from tests.processes import Forked, finish
+from tests.serving.processes import forked_server
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "extending.md"
 
@@ -24,12 +30,60 @@ def folder(tmp_path: Path) -> Path:
     blocks = re.findall(r"<!-- (\S+) -->\n```\w+\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
     for name, text in blocks:
         (tmp_path / name).write_text(text)
-    assert {name for name, _ in blocks} == {"toy_video.py", "toy_video.yaml", "flux_backbone.py"}
+    image, others = {"toy_image.py", "toy_image.yaml", "toy_lpo.yaml", "commands"}, {"flux_backbone.py"}
+    assert {name for name, _ in blocks} == image | others | {"toy_video.py", "toy_video.yaml"}
     return tmp_path
 
 
 def fit(folder: Path, *options: str) -> Forked:
     return finish(["fit", "--config=toy_video.yaml", *options], cwd=folder)
+
+
+SHORTER = {
+    "--config toy_image.yaml": ["--trainer.max_steps=2", "--data.train_pairs=64", "--data.val_pairs=32"],
+    "--config toy_lpo.yaml": [
+        "--trainer.max_steps=1",
+        "--model.sampling.num_inference_steps=4",
+        "--data.prompts_per_rollout=4",
+        "--data.batch_size=4",
+    ],
+    "serve": ["--port=0", "--device=cpu"],
+}
+"""What the test changes in the page's commands: their length, and what others use at the same time."""
+
+
+def reload(saved: str, picture: str) -> None:
+    """What a user types in another process."""
+    model = RewardModel.from_pretrained(saved, trust_remote_code=True)
+    print(f"score {model.score('a red circle', [picture]).item():.6f}")
+
+
+@pytest.mark.slow
+def test_image_example_trains_aligns_is_published_scored_and_served(folder: Path) -> None:
+    (folder / "pictures").mkdir()
+    Image.new("RGB", (32, 32), "red").save(folder / "pictures" / "a.png")
+    commands = [line.split("#")[0].strip() for line in (folder / "commands").read_text().splitlines()]
+    *commands, serve = [shlex.split(line)[1:] + options(line) for line in commands]
+    assert [command[0] for command in commands] == ["fit", "fit", "publish", "score"]
+    for command in commands:
+        run = finish(command, cwd=folder)
+        assert run.returncode == 0, run.stderr[-3000:]
+    assert (folder / "runs" / "toy_lpo" / "lora").is_dir()
+    (row,) = csv.DictReader((folder / "scores.csv").open())
+    again = Forked(reload, ["published", "pictures/a.png"], cwd=folder)
+    printed = again.communicate(120)[0]
+    assert again.returncode == 0
+    assert f"score {float(row['score']):.6f}" in printed
+    with forked_server(*serve, cwd=folder) as server:
+        picture = base64.b64encode((folder / "pictures" / "a.png").read_bytes()).decode()
+        body = {"images": [picture], "prompt": "a red circle"}
+        reply = httpx.post(f"{server.address}/v1/score_images", json=body, timeout=60).json()
+    assert reply["scores"] == pytest.approx([float(row["score"])], abs=1e-5)
+
+
+def options(line: str) -> list[str]:
+    """What the test adds to a command of the page."""
+    return [option for words, added in SHORTER.items() if words in line for option in added]
 
 
 def test_video_example_trains_from_yaml_alone(folder: Path) -> None:

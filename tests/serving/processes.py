@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 
@@ -64,9 +65,9 @@ def server_process(command: Sequence[str], **environment: str) -> Iterator[Serve
 
 
 @contextmanager
-def forked_server(*arguments: str) -> Iterator[ServerProcess]:
+def forked_server(*arguments: str, **options: Any) -> Iterator[ServerProcess]:
     """The same of ``latentreward`` with these arguments, in a process that need not import everything again."""
-    process, end = start(arguments), time.monotonic() + 300
+    process, end = start(arguments, **options), time.monotonic() + 300
     try:
         while not (match := re.search(r" at (http://\S+)$", process.stdout, re.MULTILINE)):
             assert process.poll() is None, process.stderr[-2000:]

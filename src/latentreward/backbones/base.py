@@ -33,13 +33,15 @@ class DiffusionBackbone(nn.Module, ABC):
 
     Attributes:
         source: Folder or hub id of the weights, with the revision, as the user gave it; for messages.
-        network_name: Attribute that holds the diffusers network.
+        network_name: Attribute that holds the diffusers network, where :meth:`with_network` is implemented.
         takes_aspects: Whether the network was trained on images of other shapes than its native one.
+        max_side: Largest side of latents that the network has positions for; None for any.
     """
 
     source: str = ""
     network_name: str = ""
     takes_aspects: bool = False
+    max_side: int | None = None
 
     def __init__(
         self,

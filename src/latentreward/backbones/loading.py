@@ -132,13 +132,9 @@ class PipelineSource:
     def _load(self, family: type[Any], part: str, pretrained: bool = True, dtype: torch.dtype = torch.float32) -> Any:
         self._require(part)
         place = {"subfolder": part, "revision": self.revision}
-        if pretrained and torch.get_default_device().type != "meta":
+        if pretrained:
             return load_weights(family, self.source, variant=self.variant, torch_dtype=dtype, **place)
-        if hasattr(family, "load_config"):
-            network = family.from_config(family.load_config(self.source, **place))
-        else:
-            network = family(encoder_config(family, self.source, **place))
-        return network if dtype == torch.float32 else network.to(dtype)
+        return from_config(family, self.source, dtype, **place)
 
     def unet(self, pretrained: bool = True) -> UNet2DConditionModel:
         """The U-Net, in float32."""
@@ -229,6 +225,8 @@ def load_weights(
 ) -> Any:
     """``family.from_pretrained`` from safetensors, float32 unless said, in which every tensor must be there and fit.
 
+    Under ``torch.device("meta")`` only the config is read: the network has shapes and no weights.
+
     Args:
         family: diffusers or transformers model class.
         source: Folder or hub id.
@@ -241,8 +239,10 @@ def load_weights(
     where = f"{source}/{options['subfolder']}" if options.get("subfolder") else source
     if options.get("variant") is None:
         options.pop("variant", None)
+    place = {name: options[name] for name in ("subfolder", "revision", "local_files_only") if name in options}
+    if torch.get_default_device().type == "meta":
+        return from_config(family, source, options.get("torch_dtype", torch.float32), **place)
     if not hasattr(family, "load_config"):  # transformers, unlike diffusers, does not name what does not fit
-        place = {name: options[name] for name in ("subfolder", "revision", "local_files_only") if name in options}
         options |= {"ignore_mismatched_sizes": True, "config": encoder_config(family, source, **place)}
     try:
         with no_progress_bar():
@@ -262,6 +262,15 @@ def load_weights(
         if tensor.data_ptr() % 64:  # in a mapped file: last bits on the CPU would depend on the length of its header
             tensor.data = tensor.data.clone()
     return model
+
+
+def from_config(family: type[Any], source: str, dtype: torch.dtype, **place: Any) -> Any:
+    """A network with initial weights in ``dtype``, of the config in ``source``; see :func:`load_weights`."""
+    if hasattr(family, "load_config"):
+        network = family.from_config(family.load_config(source, **place))
+    else:
+        network = family(encoder_config(family, source, **place))
+    return network if dtype == torch.float32 else network.to(dtype)
 
 
 def check_tokenizer(tokenizer: Any, rows: int, name: str, remedy: str) -> None:

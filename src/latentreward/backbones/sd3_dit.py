@@ -88,6 +88,7 @@ class SD3DiTBackbone(DiffusionBackbone):
             raise InputError("pooled_text='t5' needs the T5 text encoder; set load_t5: true or pooled_text: clip")
         self.pooled_text = pooled_text
         self.transformer = transformer
+        self.max_side = transformer.config.pos_embed_max_size * transformer.config.patch_size
         if cut:
             transformer.transformer_blocks = transformer.transformer_blocks[:num_layers]
 

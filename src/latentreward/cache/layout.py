@@ -38,7 +38,6 @@ TEMPORARY = ".tmp"
 """End of the name of a file that is being written."""
 
 CacheDtype = Literal["float16", "bfloat16", "float32"]
-ShardKind = Literal["latents", "text"]
 
 SCHEMAS = {
     PAIRS: pa.schema(

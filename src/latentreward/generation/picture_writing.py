@@ -1,6 +1,7 @@
 """Prompts to pictures in a folder, those that are missing only."""
 
 from collections.abc import Callable, Sequence
+from itertools import starmap
 
 from torch import Tensor
 
@@ -42,9 +43,7 @@ def write_pictures(
     with Progress(folder.folder.name, len(missing), "pictures") as progress:
         for start in range(0, len(missing), batch_size):
             batch = missing[start : start + batch_size]
-            prompts = PromptBatch(
-                tuple(texts[place] for place, _ in batch), tuple(key(place, image) for place, image in batch)
-            )
+            prompts = PromptBatch(tuple(texts[place] for place, _ in batch), tuple(starmap(key, batch)))
             latents, scores = draw(prompts)
             folder.add(batch, prompts.prompts, decode(latents), scores, seed)
             progress.add(len(batch))

@@ -125,14 +125,12 @@ def accepted_by(reward: RewardModel, settings: ServiceSettings) -> Accepted:
     """Latents and embeddings that a model takes; encodes the empty prompt to see the widths of embeddings."""
     backbone = reward.backbone
     empty = backbone.encode_prompts([""])
-    patch = backbone.side_multiple // backbone.latent_space.downscale
-    patches = getattr(backbone, backbone.network_name).config.get("pos_embed_max_size")
     return Accepted(
         channels=backbone.latent_space.channels,
         text_width=empty.prompt_embeds.shape[-1],
         pooled_width=empty.pooled_prompt_embeds.shape[-1],
-        patch=patch,
-        max_side=None if patches is None else patches * patch,
+        patch=backbone.side_multiple // backbone.latent_space.downscale,
+        max_side=backbone.max_side,
         tokens=empty.prompt_embeds.shape[1] if reward.head.needs_uncond else None,
         max_pixels=settings.max_latent_pixels,
         max_rows=min(64, settings.queue),

@@ -197,9 +197,8 @@ def _scan(tar: Path) -> tuple[list[tuple[str, Extent]], str | None]:
             for member in archive:
                 if member.isreg() and member.offset_data + member.size <= size:
                     members.append((member.name, (member.offset_data, member.size)))
-            end = (
-                archive.offset
-            )  # tarfile stops at a damaged header as quietly as at the zeros that a whole tar ends with
+            # tarfile stops at a damaged header as quietly as at the zeros that a whole tar ends with
+            end = archive.offset
     except tarfile.TarError as error:
         return members, f"{'the tar ends early' if members else 'no uncompressed tar'} ({error})"
     with tar.open("rb", buffering=0) as file:

@@ -16,11 +16,12 @@ name.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from latentreward.backbones import DiffusionBackbone
 from latentreward.checkpoints.base_weights import same_values, sample, without_adapters
@@ -70,7 +71,7 @@ class PretrainedReward(SharingReward):
             check_class("head", self.config.recipe.head.name, trusted)
         except InputError as error:
             raise InputError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
-        adapters = {adapter_folder(name) for name in self.config.adapters}
+        adapters = {*adapter_folders(self.config.adapters).values()}
         for name in sorted(adapters):
             existing_folder(folder / name, "adapter_config.json", "adapter_model.safetensors")
         if self.config.recipe.own:
@@ -92,14 +93,17 @@ class PretrainedReward(SharingReward):
             own = is_ours(recipe.backbone) and {"text_encoder"} < {*recipe.own}
             backbone = build_backbone(recipe.backbone, self.folder, **({"pretrained": False} if own else {}))
         backbone.requires_grad_(False)
-        for name in self.config.adapters:
-            network = self._part(backbone, name)
+        known = {name for name, _ in chain(backbone.named_modules(), backbone.named_parameters())}
+        if unknown := [name for name in (*self.config.adapters, *recipe.own) if name not in known]:
+            raise InputError(f"{self.folder / CONFIG}: the backbone has no part {unknown[0]!r}")
+        for name, place in adapter_folders(self.config.adapters).items():
+            network = backbone.get_submodule(name)
             if not lora_layers(network):
-                inject_adapter(network, self.folder / adapter_folder(name))
+                inject_adapter(network, self.folder / place)
             for adapter in names_in_file(network).values():
                 network.get_parameter(adapter).requires_grad_(True)
-        for name in recipe.own:
-            self._part(backbone, name).requires_grad_(True)
+        for name, weight in backbone.named_parameters():
+            weight.requires_grad_(weight.requires_grad or name.partition(".")[0] in recipe.own)
         if adapters_of(backbone) != self.config.adapters:
             raise InputError(
                 f"{self.folder / CONFIG}: the backbone has adapters in {list(adapters_of(backbone))}, but the folder "
@@ -116,12 +120,6 @@ class PretrainedReward(SharingReward):
                 "give your copy of it as base"
             )
 
-    def _part(self, backbone: DiffusionBackbone, name: str) -> nn.Module:
-        try:
-            return backbone.get_submodule(name)
-        except AttributeError as error:
-            raise InputError(f"{self.folder / CONFIG}: the backbone has no part {name!r}") from error
-
     def _head(self, backbone: DiffusionBackbone) -> RewardHead:
         """The trained head for a backbone that still has all its taps."""
         with errors_at(f"{self.folder / CONFIG}: "):
@@ -135,8 +133,8 @@ class PretrainedReward(SharingReward):
             backbone = self._backbone()
             model = RewardNetwork(backbone, self._head(backbone))
         self._check_base(backbone)
-        for name in self.config.adapters:
-            fill_adapter(self.folder / adapter_folder(name), backbone.get_submodule(name))
+        for name, place in adapter_folders(self.config.adapters).items():
+            fill_adapter(self.folder / place, backbone.get_submodule(name))
         if self.config.recipe.own:
             path = self.folder / BACKBONE
             state, expected = read_safetensors(path), dict(own_weights(backbone, self.config.recipe.own))
@@ -176,9 +174,8 @@ class PretrainedReward(SharingReward):
     def adapter(self) -> dict[str, Tensor]:
         """See :meth:`StoredReward.adapter`."""
         name = self.on_meta_device.network_name
-        if name not in self.config.adapters:
-            return {}
-        return read_lora(self.folder / adapter_folder(name), self.on_meta_device.get_submodule(name))
+        place = adapter_folders(self.config.adapters).get(name)
+        return {} if place is None else read_lora(self.folder / place, self.on_meta_device.get_submodule(name))
 
     def same_base(self, part: str, weights: Mapping[str, Tensor], source: str) -> bool:
         """See :meth:`StoredReward.same_base`; a few values of each weight are compared."""
@@ -187,14 +184,15 @@ class PretrainedReward(SharingReward):
         return all(name in theirs and same_values(sample(weight), theirs[name]) for name, weight in weights.items())
 
 
-def adapter_folder(part: str) -> str:
-    """Folder of the adapter of a part, by its name in the backbone: the network, or ``text_encoder.text_encoder_2``."""
-    return f"adapter_{part.rpartition('.')[2]}" if "." in part else "adapter"
+def adapter_folders(parts: Sequence[str]) -> dict[str, str]:
+    """Folder of each part's adapter: ``adapter`` for the first module of the backbone, ``adapter_NAME`` for others."""
+    networks = [part for part in parts if "." not in part]
+    return {part: "adapter" if part in networks[:1] else f"adapter_{part.rpartition('.')[2]}" for part in parts}
 
 
 def adapters_of(backbone: DiffusionBackbone) -> tuple[str, ...]:
-    """Parts that have an adapter, by their names in the backbone: the network, and text encoders one by one."""
-    parts = [backbone.network_name]
+    """Parts that have an adapter, by their names in the backbone: its modules, and text encoders one by one."""
+    parts = [name for name, _ in backbone.named_children() if name not in ("vae", "text_encoder")]
     if backbone.text_encoder is not None:
         parts += [f"text_encoder.{name}" for name, _ in backbone.text_encoder.named_children()]
     return tuple(part for part in parts if lora_layers(backbone.get_submodule(part)))
@@ -202,11 +200,9 @@ def adapters_of(backbone: DiffusionBackbone) -> tuple[str, ...]:
 
 def own_weights(backbone: DiffusionBackbone, own: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
     """Parameters and persistent buffers of the parts that belong to the model as a whole, by name in the backbone."""
-    for part in own:
-        yield from ((f"{part}.{name}", tensor) for name, tensor in backbone.get_submodule(part).state_dict().items())
+    return (item for item in backbone.state_dict().items() if item[0].partition(".")[0] in own)
 
 
 def base_weights(backbone: DiffusionBackbone, own: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
     """Parameters that come from the base, by the names that they have without adapters."""
-    taken = tuple(f"{part}." for part in own)
-    return (item for item in without_adapters(backbone.named_parameters()) if not item[0].startswith(taken))
+    return (item for item in without_adapters(backbone.named_parameters()) if item[0].partition(".")[0] not in own)

@@ -81,17 +81,19 @@ class ModelRecipe:
 
     def on(self, base: str, revision: str | None = None) -> Self:
         """The same on another copy of the base."""
-        settings = {**self.backbone.init_args, "source": base, "revision": revision}
+        settings = {**self.backbone.init_args, "source": base}
+        if revision is not None or "revision" in settings:  # a factory from elsewhere may have none
+            settings["revision"] = revision
         return replace(self, backbone=replace(self.backbone, init_args=settings))
 
 
 def backbone_part(class_path: str, init_args: Mapping[str, Any], own: tuple[str, ...]) -> ModelPart:
     """The factory of a trained backbone, by settings that read its weights and train nothing."""
     factory = imported(class_path)
-    path = f"{factory.__module__}.{factory.__qualname__}"
-    name = {path: name for name, path in backbone_names().items()}.get(path, path)
+    path = name = f"{factory.__module__}.{factory.__qualname__}"
     settings = dict(init_args)
-    if path.startswith("latentreward.backbones."):
+    if path.startswith("latentreward.backbones."):  # others' short names are known where they are imported, only
+        name = factory.__name__
         for setting in ONLY_IN_TRAINING:
             settings.pop(setting, None)
         settings["tuning"] = "full" if {"unet", "transformer"} & {*own} else "frozen"
@@ -113,11 +115,11 @@ def is_ours(backbone: ModelPart) -> bool:
     return backbone_names().get(backbone.name, "").startswith("latentreward.backbones.")
 
 
-def own_parts(backbone: DiffusionBackbone) -> tuple[str, ...]:
-    """Parts of a backbone, not yet frozen, that train as a whole; see :attr:`ModelRecipe.own`."""
-    trained = [name for name, weight in backbone.named_parameters() if weight.requires_grad and ".lora_" not in name]
-    parts = (backbone.network_name, "text_encoder")
-    return tuple(part for part in parts if any(name.startswith(f"{part}.") for name in trained))
+def own_parts(backbone: DiffusionBackbone, untrained: bool = False) -> tuple[str, ...]:
+    """Parts of a backbone, not yet frozen, that train as a whole, or all; see :attr:`ModelRecipe.own`."""
+    named = [name for name, weight in backbone.named_parameters() if untrained or weight.requires_grad]
+    own = dict.fromkeys(name.partition(".")[0] for name in named if ".lora_" not in name)
+    return tuple(sorted((part for part in own if part != "vae"), key="text_encoder".__eq__))  # the network comes first
 
 
 def build_backbone(part: ModelPart, folder: Path | None = None, **overrides: Any) -> DiffusionBackbone:

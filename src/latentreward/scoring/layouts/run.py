@@ -83,7 +83,8 @@ class TrainedReward(SharingReward):
         self.config = settings_beside(checkpoint) if config is None else config
         self._settings = model_settings(self.config, trusted)
         if base is not None:
-            self._settings["backbone"]["init_args"] |= {"source": base, "revision": None}
+            arguments = self._settings["backbone"]["init_args"]
+            arguments |= {"source": base, **dict.fromkeys({"revision"} & arguments.keys())}
         self._parts: dict[str, ModelPart] = {}
         for kind in PARTS:
             name = registered_name(kind, str(self._settings[kind].get("class_path")))
@@ -147,9 +148,7 @@ class TrainedReward(SharingReward):
     def _recipe(self, model: RewardNetwork) -> ModelRecipe:
         """How to build the model again; it must not be frozen yet."""
         backbone, head = self._settings["backbone"], self._settings["head"]
-        own = own_parts(model.backbone)
-        if backbone["init_args"].get("pretrained") is False:  # a random network, which no base has
-            own = (model.backbone.network_name, "text_encoder")
+        own = own_parts(model.backbone, backbone["init_args"].get("pretrained") is False)  # of which no base has any
         return ModelRecipe(
             backbone_part(backbone["class_path"], backbone["init_args"], own),
             head_part(model.head, head["init_args"]),

@@ -23,7 +23,7 @@ from latentreward.scoring.layouts.model_folder import (
     BASE,
     CONFIG,
     HEAD,
-    adapter_folder,
+    adapter_folders,
     adapters_of,
     base_weights,
     own_weights,
@@ -141,8 +141,8 @@ def write_weights(model: RewardNetwork, config: FolderConfig, folder: Path) -> N
     """Head, adapters, whole parts, and what tells the base."""
     backbone, own = model.backbone, config.recipe.own
     write_tensors(model.head.state_dict().items(), folder / HEAD)
-    for name in config.adapters:
-        write_adapter(backbone.get_submodule(name), folder / adapter_folder(name), config.trained_on)
+    for name, place in adapter_folders(config.adapters).items():
+        write_adapter(backbone.get_submodule(name), folder / place, config.trained_on)
     if own:
         write_tensors(own_weights(backbone, own), folder / BACKBONE)
     samples: Mapping[str, Tensor] = {name: sample(weight.detach()) for name, weight in base_weights(backbone, own)}

@@ -1,0 +1,86 @@
+"""Backbones from outside the package: what they train is saved under any name, and loads in another process."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from latentreward.errors import InputError
+from latentreward.heads import GatedQFormerHead
+from latentreward.rewards import LatentReward
+from latentreward.scoring import RewardModel
+from latentreward.scoring.layouts.model_folder import adapter_folders
+from latentreward.scoring.layouts.recipe import ModelRecipe, backbone_part, head_part, own_parts
+from tests.scoring import plugin_backbone
+from tests.tiny_pipelines import pipeline_folder
+
+PATH = "tests.scoring.plugin_backbone.two_networks"
+HEAD = {"num_heads": 2}
+
+
+def trained(**settings: Any) -> RewardModel:
+    """A reward on the plug-in, each of its trained weights changed."""
+    settings = {"source": pipeline_folder("sd15"), **settings}
+    torch.manual_seed(0)
+    backbone = plugin_backbone.two_networks(**settings)
+    head = GatedQFormerHead(backbone.feature_spec, **HEAD)
+    model = RewardModel(backbone, head)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape))
+    own = own_parts(backbone)
+    model.recipe = ModelRecipe(backbone_part(PATH, settings, own), head_part(head, HEAD), own)
+    return model.eval().requires_grad_(False)
+
+
+def scores(model: RewardModel) -> Tensor:
+    shape = (2, 4, *(side // 8 for side in model.backbone.native_size))
+    return model.score_latents(["a cat", "two dogs"], torch.randn(shape, generator=torch.Generator().manual_seed(1)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "own", "adapters"),
+    [
+        ({}, ["gain", "mixer"], ["denoiser"]),
+        ({"tuning": "full"}, ["denoiser", "gain", "mixer"], []),
+        ({"tuning": "frozen"}, ["gain", "mixer"], []),
+    ],
+)
+def test_what_trains_is_saved_under_its_own_names(
+    settings: dict[str, Any], own: list[str], adapters: list[str], tmp_path: Path
+) -> None:
+    model = trained(**settings)
+    model.save_pretrained(tmp_path / "saved")
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert (sorted(config["own_weights"]), config["adapters"]) == (own, adapters)
+    assert config["backbone"]["class"] == PATH  # not the short name, which a new process does not know
+    again = RewardModel.from_pretrained(tmp_path / "saved", base=pipeline_folder("sd15"), trust_remote_code=True)
+    assert torch.equal(scores(again), scores(model))
+
+
+def test_a_published_plug_in_is_looked_at_before_it_is_loaded(tmp_path: Path) -> None:
+    """Alignment builds it on the meta device, where ``load_weights`` of the plug-in reads its config alone."""
+    trained().save_pretrained(tmp_path / "saved")
+    reward = LatentReward(str(tmp_path / "saved"), base=pipeline_folder("sd15"), trust_remote_code=True)
+    assert reward.latent_space().channels == 4
+    outline = reward.stored.on_meta_device
+    assert all(weight.is_meta for weight in outline.parameters())
+
+
+def test_without_trust_it_is_refused(tmp_path: Path) -> None:
+    trained().save_pretrained(tmp_path / "saved")
+    with pytest.raises(InputError, match=rf"class '{PATH}' is not registered .* --trust_remote_code=true"):
+        RewardModel.from_pretrained(tmp_path / "saved", base=pipeline_folder("sd15"))
+
+
+def test_folders_of_adapters() -> None:
+    """The first network's keeps the name that it had when there could be one only."""
+    assert adapter_folders(["unet", "text_encoder.text_encoder_2"]) == {
+        "unet": "adapter",
+        "text_encoder.text_encoder_2": "adapter_text_encoder_2",
+    }
+    assert adapter_folders(["first", "second"]) == {"first": "adapter", "second": "adapter_second"}
