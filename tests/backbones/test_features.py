@@ -209,3 +209,10 @@ def test_latents_with_other_channels_are_refused() -> None:
 def test_bad_taps_are_refused(name: str, taps: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         tiny_backbone(name, **taps)
+
+
+def test_the_largest_side_is_that_of_the_position_table() -> None:
+    backbone = tiny_backbone("sd35")
+    table = backbone.transformer.pos_embed
+    assert backbone.max_side == table.pos_embed_max_size * table.patch_size
+    assert tiny_backbone("sd15").max_side is None

@@ -1,4 +1,4 @@
-"""Backbones from outside the package: what they train is saved under any name, and loads in another process."""
+"""Backbones from outside the package: what they train is saved under any name, and loads by their class path."""
 
 import json
 from pathlib import Path
@@ -58,6 +58,7 @@ def test_what_trains_is_saved_under_its_own_names(
     config = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert (sorted(config["own_weights"]), config["adapters"]) == (own, adapters)
     assert config["backbone"]["class"] == PATH  # not the short name, which a new process does not know
+    assert "revision" not in config["backbone"]["init_args"]  # the factory has no such setting
     again = RewardModel.from_pretrained(tmp_path / "saved", base=pipeline_folder("sd15"), trust_remote_code=True)
     assert torch.equal(scores(again), scores(model))
 

@@ -241,7 +241,7 @@ def load_weights(
         options.pop("variant", None)
     place = {name: options[name] for name in ("subfolder", "revision", "local_files_only") if name in options}
     if torch.get_default_device().type == "meta":
-        return from_config(family, source, options.get("torch_dtype", torch.float32), **place)
+        return from_config(family, source, options.get("torch_dtype", options.get("dtype")), **place).eval()
     if not hasattr(family, "load_config"):  # transformers, unlike diffusers, does not name what does not fit
         options |= {"ignore_mismatched_sizes": True, "config": encoder_config(family, source, **place)}
     try:
@@ -264,13 +264,13 @@ def load_weights(
     return model
 
 
-def from_config(family: type[Any], source: str, dtype: torch.dtype, **place: Any) -> Any:
-    """A network with initial weights in ``dtype``, of the config in ``source``; see :func:`load_weights`."""
+def from_config(family: type[Any], source: str, dtype: torch.dtype | str | None, **place: Any) -> Any:
+    """A network with initial weights, of the config in ``source``, in ``dtype`` if it is one of torch's."""
     if hasattr(family, "load_config"):
         network = family.from_config(family.load_config(source, **place))
     else:
         network = family(encoder_config(family, source, **place))
-    return network if dtype == torch.float32 else network.to(dtype)
+    return network.to(dtype) if isinstance(dtype, torch.dtype) else network
 
 
 def check_tokenizer(tokenizer: Any, rows: int, name: str, remedy: str) -> None:

@@ -17,7 +17,6 @@ name.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -93,8 +92,9 @@ class PretrainedReward(SharingReward):
             own = is_ours(recipe.backbone) and {"text_encoder"} < {*recipe.own}
             backbone = build_backbone(recipe.backbone, self.folder, **({"pretrained": False} if own else {}))
         backbone.requires_grad_(False)
-        known = {name for name, _ in chain(backbone.named_modules(), backbone.named_parameters())}
-        if unknown := [name for name in (*self.config.adapters, *recipe.own) if name not in known]:
+        modules = {name for name, _ in backbone.named_modules()}
+        known = modules | {name for name, _ in backbone.named_parameters()}
+        if unknown := [*({*self.config.adapters} - modules), *({*recipe.own} - known)]:
             raise InputError(f"{self.folder / CONFIG}: the backbone has no part {unknown[0]!r}")
         for name, place in adapter_folders(self.config.adapters).items():
             network = backbone.get_submodule(name)

@@ -16,7 +16,7 @@ from latentreward.contracts import FeatureSpec
 from latentreward.errors import InputError, errors_at, first_line
 from latentreward.heads import RewardHead
 from latentreward.programs import find_modules_here
-from latentreward.scoring.layouts.trust import guarded_imports, registered_heads
+from latentreward.scoring.layouts.trust import guarded_imports, registered_heads, registered_name
 from latentreward.settings.errors import summarise
 from latentreward.settings.functions import check_functions, input_error_behind
 from latentreward.settings.ranges import leaves
@@ -81,19 +81,19 @@ class ModelRecipe:
 
     def on(self, base: str, revision: str | None = None) -> Self:
         """The same on another copy of the base."""
-        settings = {**self.backbone.init_args, "source": base}
-        if revision is not None or "revision" in settings:  # a factory from elsewhere may have none
-            settings["revision"] = revision
+        settings = {**self.backbone.init_args, "source": base, "revision": revision}
+        if revision is None and not is_ours(self.backbone):  # a factory from elsewhere may not know the setting
+            del settings["revision"]
         return replace(self, backbone=replace(self.backbone, init_args=settings))
 
 
 def backbone_part(class_path: str, init_args: Mapping[str, Any], own: tuple[str, ...]) -> ModelPart:
     """The factory of a trained backbone, by settings that read its weights and train nothing."""
     factory = imported(class_path)
-    path = name = f"{factory.__module__}.{factory.__qualname__}"
+    path = f"{factory.__module__}.{factory.__qualname__}"
     settings = dict(init_args)
-    if path.startswith("latentreward.backbones."):  # others' short names are known where they are imported, only
-        name = factory.__name__
+    name = registered_name("backbone", path) if path.startswith("latentreward.") else path  # others' need an import
+    if path.startswith("latentreward.backbones."):
         for setting in ONLY_IN_TRAINING:
             settings.pop(setting, None)
         settings["tuning"] = "full" if {"unet", "transformer"} & {*own} else "frozen"
@@ -118,8 +118,8 @@ def is_ours(backbone: ModelPart) -> bool:
 def own_parts(backbone: DiffusionBackbone, untrained: bool = False) -> tuple[str, ...]:
     """Parts of a backbone, not yet frozen, that train as a whole, or all; see :attr:`ModelRecipe.own`."""
     named = [name for name, weight in backbone.named_parameters() if untrained or weight.requires_grad]
-    own = dict.fromkeys(name.partition(".")[0] for name in named if ".lora_" not in name)
-    return tuple(sorted((part for part in own if part != "vae"), key="text_encoder".__eq__))  # the network comes first
+    own = {name.partition(".")[0] for name in named if ".lora_" not in name} - ({"vae"} if untrained else set())
+    return tuple(sorted(own, key=lambda part: (part == "text_encoder", part)))
 
 
 def build_backbone(part: ModelPart, folder: Path | None = None, **overrides: Any) -> DiffusionBackbone:
