@@ -10,6 +10,7 @@ from latentreward.backbones import DiffusionBackbone, LoRA, register_backbone
 from latentreward.backbones.loading import PipelineSource, finish, load_weights
 from latentreward.backbones.tuning import Tuning
 from latentreward.contracts import Conditioning, Features, FeatureSpec, TapSpec
+from tests.tiny_pipelines import pipeline_folder
 
 
 class TwoNetworks(DiffusionBackbone):
@@ -42,8 +43,31 @@ class TwoNetworks(DiffusionBackbone):
         yield self.mixer
 
 
+class Shifted(TwoNetworks):
+    """The same, shifted by a number that is drawn at random: in a buffer, an attribute, or a frozen weight."""
+
+    def __init__(self, pipeline: PipelineSource, drawn: str) -> None:
+        super().__init__(pipeline)
+        number = 5 * torch.randn(1)
+        if drawn in ("saved", "buffer"):
+            self.register_buffer("shift", number, persistent=drawn == "saved")
+        elif drawn == "attribute":
+            self.shift = number
+        else:
+            self.shifter = nn.Linear(1, 1).requires_grad_(False)
+
+    def read(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Features:
+        shift = self.shifter.bias if hasattr(self, "shifter") else self.shift
+        return super().read(latents + shift, timesteps, conditioning)
+
+
 @register_backbone
-def two_networks(source: str, tuning: Tuning = "lora") -> TwoNetworks:
+def two_networks(source: str, tuning: Tuning = "lora", drawn: str = "") -> TwoNetworks:
     """The two networks; the small one trains as a whole."""
-    backbone = TwoNetworks(PipelineSource(source))
+    backbone = Shifted(PipelineSource(source), drawn) if drawn else TwoNetworks(PipelineSource(source))
     return finish(backbone, backbone.denoiser, tuning=tuning, lora=LoRA(2, 4.0) if tuning == "lora" else None)
+
+
+def fixed() -> TwoNetworks:
+    """The two networks on a base that no setting names."""
+    return two_networks(pipeline_folder("sd15"))

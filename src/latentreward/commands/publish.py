@@ -22,7 +22,8 @@ from latentreward.scoring.hub import upload
 from latentreward.scoring.image_lists import ListedScoring
 from latentreward.scoring.layouts.config import FolderConfig
 from latentreward.scoring.layouts.model_folder import CONFIG
-from latentreward.scoring.layouts.saving import check_target, config_of, save_pretrained
+from latentreward.scoring.layouts.reopening import Probe
+from latentreward.scoring.layouts.saving import check_target, config_of, new_folder, paths_here, write_model
 from latentreward.scoring.score_inputs import require_some
 from latentreward.settings.functions import run_plain_function
 
@@ -99,7 +100,8 @@ def publish(
     """Write a reward model as a folder that RewardModel.from_pretrained loads to the same scores, bit for bit.
 
     The folder holds the head, adapters, and what else of the weights is the model's own; the base's weights are not
-    copied. A model folder that is already there is replaced once the new one is whole.
+    copied. It is loaded again, and its weights and the scores of two random latents are compared with those of the
+    model, before it gets its name. A model folder that is already there is replaced then.
 
     Args:
         model: Checkpoint or folder of a run, a published layout, or a model folder, here or as a hub id.
@@ -132,9 +134,8 @@ def publish(
     card = Card(title, licence, text_of(description), tuple(datasets or ()), metrics=read_metrics(metrics))
     listed = None if reference is None else reference.listed()
     loading: dict[str, Any] = {"base": base, "config": run_config, "revision": revision}
-    loaded = RewardModel.from_pretrained(
-        model, device=find_device(device), trust_remote_code=trust_remote_code, **loading
-    )
+    target = find_device(device)
+    loaded = RewardModel.from_pretrained(model, device=target, trust_remote_code=trust_remote_code, **loading)
     config_of(loaded, base_name)  # what cannot be saved is not scored first
     if noise is not None:
         loaded.noise = noise.over(loaded.noise)
@@ -142,12 +143,18 @@ def publish(
             loaded.calibration = None
     if reference is not None and listed is not None:
         loaded.calibration = calibrate(loaded, reference, listed, batch_size)
-    replaced = replaced_text(output)
-    save_pretrained(loaded, output, card, base_name)
+    calibration, replaced = loaded.calibration, replaced_text(output)
+    with new_folder(output) as partial:
+        write_model(loaded, partial, card, base_name, output.resolve().name)
+        probe = Probe.of(loaded)
+        del loaded  # or two models would be in memory
+        probe.compare(partial, target, trust_remote_code)
+    for setting, path in paths_here(probe.recipe).items():
+        print(f"{setting} is {path}, a path of this machine, which config.json tells others", file=sys.stderr)
     if replaced:
         print(replaced)
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
-    print(f"{output}: {size / 1e6:.1f} MB; {calibration_text(loaded.calibration)}")
+    print(f"{output}: {size / 1e6:.1f} MB, loads again to {probe.told}; {calibration_text(calibration)}")
     if push_to_hub is not None:
         again = f"latentreward publish {output} {output} --push_to_hub {push_to_hub}"
         written = f"the folder {output} is written: later run {again}"

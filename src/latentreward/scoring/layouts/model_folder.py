@@ -93,7 +93,7 @@ class PretrainedReward(SharingReward):
             backbone = build_backbone(recipe.backbone, self.folder, **({"pretrained": False} if own else {}))
         backbone.requires_grad_(False)
         modules = {name for name, _ in backbone.named_modules()}
-        known = modules | {name for name, _ in backbone.named_parameters()}
+        known = modules | {*backbone.state_dict()}
         if unknown := [*({*self.config.adapters} - modules), *({*recipe.own} - known)]:
             raise InputError(f"{self.folder / CONFIG}: the backbone has no part {unknown[0]!r}")
         for name, place in adapter_folders(self.config.adapters).items():
@@ -153,7 +153,8 @@ class PretrainedReward(SharingReward):
     def _check_base(self, backbone: DiffusionBackbone) -> None:
         """Compare the weights that come from the base with the stored values."""
         recorded, path = read_safetensors(self.folder / BASE), self.folder / BASE
-        ours = dict(base_weights(backbone, self.config.recipe.own))
+        ours, factory = dict(base_weights(backbone, self.config.recipe.own)), self.config.recipe.backbone
+        random = "" if is_ours(factory) else f", unless {factory.name} draws it at random at each start"
         for kind, names in (("lacks", recorded.keys() - ours), ("has another weight,", ours.keys() - recorded.keys())):
             if names:
                 raise InputError(
@@ -164,7 +165,7 @@ class PretrainedReward(SharingReward):
             if values.shape != (4,) or not same_values(sample(ours[name]), values):
                 raise InputError(
                     f"{path}: the model belongs to the base {self.config.trained_on or 'of its backbone'}, whose "
-                    f"{name} differs from that of {backbone.source or 'this one'}; give that base as base"
+                    f"{name} differs from that of {backbone.source or 'this one'}; give that base as base{random}"
                 )
 
     def head(self) -> RewardHead:

@@ -63,8 +63,8 @@ class ModelRecipe:
     Attributes:
         backbone: Factory of the backbone, with the base in ``source`` and ``revision``.
         head: Class of the head.
-        own: Parts of the backbone (``unet``, ``transformer``, ``text_encoder``) whose every weight belongs to the
-            model; of the others only adapters do, and the rest comes from the base.
+        own: Parts of the backbone (``unet``, ``transformer``, ``text_encoder``, or a parameter or buffer of its own)
+            whose every weight belongs to the model; of the others only adapters do, and the rest comes from the base.
         training: What is known of its training: data, steps, versions.
     """
 
@@ -116,9 +116,13 @@ def is_ours(backbone: ModelPart) -> bool:
 
 
 def own_parts(backbone: DiffusionBackbone, untrained: bool = False) -> tuple[str, ...]:
-    """Parts of a backbone, not yet frozen, that train as a whole, or all; see :attr:`ModelRecipe.own`."""
+    """Parts of a backbone, not yet frozen, that train as a whole, or all; see :attr:`ModelRecipe.own`.
+
+    Parameters and persistent buffers of the backbone itself, outside its networks, are among them: no base has them.
+    """
     named = [name for name, weight in backbone.named_parameters() if untrained or weight.requires_grad]
     own = {name.partition(".")[0] for name in named if ".lora_" not in name} - ({"vae"} if untrained else set())
+    own |= {name for name in backbone.state_dict() if "." not in name}
     return tuple(sorted(own, key=lambda part: (part == "text_encoder", part)))
 
 

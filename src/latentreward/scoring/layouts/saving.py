@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from inspect import Parameter, signature
 from pathlib import Path
 
 import torch
@@ -28,8 +30,9 @@ from latentreward.scoring.layouts.model_folder import (
     base_weights,
     own_weights,
 )
-from latentreward.scoring.layouts.recipe import ModelRecipe
+from latentreward.scoring.layouts.recipe import ModelRecipe, imported, is_ours
 from latentreward.scoring.network import RewardNetwork, name_of
+from latentreward.settings.ranges import leaves
 from latentreward.storage.durable import (
     contents,
     discard,
@@ -46,22 +49,28 @@ OURS = (CONFIG, HEAD, BACKBONE, BASE, README)
 
 
 def save_pretrained(model: RewardNetwork, folder: Path, card: Card, base: str | None = None) -> None:
-    """Write ``model`` into ``folder``; see :meth:`RewardModel.save_pretrained`.
+    """Write ``model`` into ``folder``; see :meth:`RewardModel.save_pretrained`."""
+    with new_folder(folder) as partial:
+        write_model(model, partial, card, base, folder.resolve().name)
 
-    Of a link, the folder that it leads to is written. The current folder stays the same one and is filled,
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yield a folder to write a model into, which takes the place of ``folder`` when the block ends without an error.
+
+    Of a link, the folder that it leads to is replaced. The current folder stays the same one and is filled,
     ``config.json`` last: without it nothing loads.
+
+    Raises:
+        InputError: If ``folder`` holds anything but a model folder, or cannot be written.
     """
-    config = config_of(model, base)
-    require_finite(dict(model.named_parameters()), "the reward model")
     folder = folder.resolve()
     check_target(folder)
     partial = temporary_name(folder)
     try:
         with write_errors_named(folder):
             partial.mkdir(parents=True)
-            write_weights(model, config, partial)
-            (partial / README).write_text(model_card(config, card, folder.name), encoding="utf-8")
-            (partial / CONFIG).write_text(config.text(), encoding="utf-8")
+            yield partial
             if folder == Path.cwd():
                 with interrupts_held():
                     fill(folder, partial)
@@ -69,6 +78,26 @@ def save_pretrained(model: RewardNetwork, folder: Path, card: Card, base: str | 
                 put_in_place(partial, folder)
     finally:
         discard(partial)
+
+
+def write_model(model: RewardNetwork, folder: Path, card: Card, base: str | None, name: str) -> None:
+    """Write the files of ``model`` into the empty ``folder``.
+
+    Args:
+        model: The model.
+        folder: Exists.
+        card: What the model card says beside what the model itself tells.
+        base: Name of the base for others; see :meth:`RewardModel.save_pretrained`.
+        name: Title of the model card, where ``card`` has none.
+
+    Raises:
+        InputError: As :func:`config_of`, or if a weight is not finite.
+    """
+    config = config_of(model, base)
+    require_finite(dict(model.named_parameters()), "the reward model")
+    write_weights(model, config, folder)
+    (folder / README).write_text(model_card(config, card, name), encoding="utf-8")
+    (folder / CONFIG).write_text(config.text(), encoding="utf-8")
 
 
 def config_of(model: RewardNetwork, base: str | None = None) -> FolderConfig:
@@ -96,6 +125,7 @@ def config_of(model: RewardNetwork, base: str | None = None) -> FolderConfig:
             "pipeline, then save it"
         )
     if base is not None:
+        check_takes_source(recipe)
         source, _, revision = base.partition("@")
         recipe = recipe.on(source, revision or None)
     elif (place := recipe.backbone.init_args.get("source")) and Path(place).exists():
@@ -106,7 +136,44 @@ def config_of(model: RewardNetwork, base: str | None = None) -> FolderConfig:
             json.dumps(value)
         except (TypeError, ValueError) as error:
             raise InputError(f"the model's recipe cannot be saved: {name}: {error}; give plain values") from error
-    return FolderConfig(recipe, adapters_of(backbone), model.noise, model.image_sizes, model.calibration, recipe.source)
+    adapters = adapters_of(backbone)
+    check_adapter_folders(adapters)
+    return FolderConfig(recipe, adapters, model.noise, model.image_sizes, model.calibration, recipe.source)
+
+
+def check_takes_source(recipe: ModelRecipe) -> None:
+    """Raise InputError if the factory of the backbone has no setting ``source``, which would name another base."""
+    if "source" in recipe.backbone.init_args or is_ours(recipe.backbone):
+        return
+    parameters = signature(imported(recipe.backbone.name)).parameters.values()
+    if not any(parameter.name == "source" or parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters):
+        raise InputError(
+            f"the backbone {recipe.backbone.name} has no setting source, so its base cannot be given another name; "
+            "leave base_name out, or give the factory a parameter source"
+        )
+
+
+def check_adapter_folders(adapters: Sequence[str]) -> None:
+    """Raise InputError if two parts would write their adapters into one folder."""
+    owner: dict[str, str] = {}
+    for part, place in adapter_folders(adapters).items():
+        if place in owner:
+            raise InputError(
+                f"the adapters of {owner[place]} and {part} would both be written to {place}; give one of the two "
+                "modules another name in the backbone"
+            )
+        owner[place] = part
+
+
+def paths_here(recipe: ModelRecipe) -> dict[str, str]:
+    """Settings of the backbone and head, but for the base, that are paths of this machine."""
+    settings = {"backbone.init_args": recipe.backbone.init_args, "head.init_args": recipe.head.init_args}
+    values = ((f"{part}.{name}", value) for part, record in settings.items() for name, value in leaves(record))
+    return {
+        name: value
+        for name, value in values
+        if isinstance(value, str) and name != "backbone.init_args.source" and Path(value).is_absolute()
+    }
 
 
 def check_target(folder: Path) -> None:

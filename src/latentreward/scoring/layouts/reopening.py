@@ -1,0 +1,104 @@
+"""Open a model folder that was just written, and compare it with the model in memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from latentreward.checkpoints.base_weights import sample
+from latentreward.errors import InputError
+from latentreward.scoring.batched_scoring import score_given_latents
+from latentreward.scoring.layouts.model_folder import PretrainedReward
+from latentreward.scoring.layouts.recipe import ModelPart, ModelRecipe, is_ours
+from latentreward.scoring.network import RewardNetwork
+
+PROMPTS = ("a red cube on a blue sphere", "")
+SIDE = 256
+OTHER_SEED = 1
+"""Of the second load: what a factory draws without a seed of its own is equal in two loads from one state."""
+RELATIVE, ABSOLUTE = 1e-4, 1e-5
+"""How far scores may differ: an accelerator may choose other kernels for a second copy of the model."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What tells a model from another, small enough to keep once the model itself is freed.
+
+    Attributes:
+        recipe: How the model was built, with the base that it was loaded on.
+        weights: A few values of each parameter and buffer, by name.
+        scores: Of two latents drawn from a fixed seed; None where the model does not tell the size of its images.
+    """
+
+    recipe: ModelRecipe
+    weights: dict[str, Tensor]
+    scores: Tensor | None
+
+    @property
+    def told(self) -> str:
+        """What :meth:`compare` compares, in words."""
+        return "equal weights" if self.scores is None else "equal weights and scores"
+
+    @classmethod
+    def of(cls, model: RewardNetwork) -> Self:
+        """Sample the weights of ``model``, which has a recipe, and score."""
+        if model.recipe is None:
+            raise ValueError("the model has no recipe")
+        named = chain(model.named_parameters(), model.named_buffers())
+        weights = {name: sample(tensor.detach()) for name, tensor in named if tensor.numel()}
+        return cls(model.recipe, weights, scores_of(model))
+
+    def compare(self, folder: Path, device: torch.device, trusted: bool) -> None:
+        """Load ``folder`` as others will, on the base of this machine, and compare weights and scores.
+
+        Args:
+            folder: Model folder.
+            device: Where the first scores were computed.
+            trusted: Whether classes that are not registered may be imported.
+
+        Raises:
+            InputError: If it does not load, or a weight or a score differs.
+        """
+        stored = PretrainedReward(folder, None, trusted)
+        built = self.recipe.backbone
+        here = {name: built.init_args[name] for name in ("source", "revision") if name in built.init_args}
+        named = stored.config.recipe.backbone
+        settings = {name: value for name, value in named.init_args.items() if name not in ("source", "revision")}
+        recipe = replace(stored.config.recipe, backbone=ModelPart(named.name, settings | here))
+        stored.config = replace(stored.config, recipe=recipe)
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(OTHER_SEED)
+                again = Probe.of(stored.load().to(device))
+        except InputError as error:
+            raise InputError(f"the model does not load again once it is saved: {error}") from error
+        for name in sorted(self.weights.keys() | again.weights.keys()):
+            ours, theirs = self.weights.get(name), again.weights.get(name)
+            if ours is None or theirs is None or not torch.equal(ours, theirs):
+                raise InputError(
+                    f"{name} differs once the model is saved and loaded again; "
+                    + ("report it" if is_ours(built) else f"{built.name} must give it the same value at each start")
+                )
+        if self.scores is None or again.scores is None:
+            return
+        if not torch.allclose(again.scores, self.scores, rtol=RELATIVE, atol=ABSOLUTE):
+            first, second = (scores.flatten()[0].item() for scores in (self.scores, again.scores))
+            raise InputError(
+                f"the score is {second:.6g} instead of {first:.6g} once the model is saved and loaded again; keep what "
+                "its backbone and head compute with in parameters, buffers or settings, and draw nothing at random"
+            )
+
+
+def scores_of(model: RewardNetwork) -> Tensor | None:
+    """Scores ``(2,)`` or ``(2, out_dim)`` of random latents, at the size to which a small square image is brought."""
+    if model.image_sizes is None:
+        return None
+    loader, space = model.image_sizes.loader(SIDE, SIDE), model.backbone.latent_space
+    shape = (len(PROMPTS), space.channels, loader.height // space.downscale, loader.width // space.downscale)
+    latents = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return score_given_latents(model, PROMPTS, latents, model.noise, None, None, len(PROMPTS)).cpu()
