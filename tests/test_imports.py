@@ -13,8 +13,9 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "latentreward"
-BASE = {"", "contracts", "errors", "interrupts", "seeding", "storage", "devices"}
+BASE = {"", "construction", "contracts", "errors", "interrupts", "seeding", "storage", "devices"}
 MAY_IMPORT = {
+    "construction": set(),
     "contracts": set(),
     "errors": set(),
     "interrupts": set(),

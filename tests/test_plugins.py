@@ -3,6 +3,8 @@
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,16 +28,22 @@ def write_pairs(folder: Path, split: str, pairs: int) -> None:
 
 @pytest.mark.slow
 def test_parts_of_a_file_outside_the_package_run_through_yaml_alone(tmp_path: Path) -> None:
-    for name, text in re.findall(r"<!-- (\S+) -->\n```\w+\n(.*?)```", PAGE.read_text(), flags=re.DOTALL):
+    for name, text in re.findall(r"<!-- ([^\n]+) -->\n```\w+\n(.*?)```", PAGE.read_text(), flags=re.DOTALL):
         (tmp_path / name).write_text(text)
     (tmp_path / "pairs").mkdir()
     for split, pairs in (("train", 16), ("val", 4)):
         write_pairs(tmp_path / "pairs", split, pairs)
     printed = []
-    for command in (tmp_path / "commands").read_text().splitlines():
-        run = finish(shlex.split(command)[1:], cwd=tmp_path)
+    commands = [line for name in ("commands", "more commands") for line in (tmp_path / name).read_text().splitlines()]
+    for command in commands:
+        program, *words = shlex.split(command)
+        if program == "python":
+            run = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True, check=False)
+        else:
+            run = finish(words, cwd=tmp_path)
         assert run.returncode == 0, run.stderr[-3000:]
         printed.append(run.stdout + run.stderr)
     logged = {line.split()[0] for line in (tmp_path / "metrics.txt").read_text().splitlines()}
     assert {"train/loss", "val/accuracy_sigma0.3", "val/LargestMargin_sigma0.3", "val/LargestMargin"} <= logged
+    assert "equal weights and scores" in printed[4]
     assert "8 rows kept; left out: 8 brightness gap too low" in printed[2]

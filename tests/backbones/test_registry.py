@@ -7,7 +7,15 @@ from importlib import import_module
 
 import pytest
 
-from latentreward.backbones import DiffusionBackbone, backbone_names, create_backbone, register_backbone, registry
+from latentreward.backbones import (
+    DiffusionBackbone,
+    LoRA,
+    backbone_names,
+    create_backbone,
+    register_backbone,
+    registry,
+    sd_tiny,
+)
 from latentreward.errors import InputError
 
 
@@ -31,9 +39,18 @@ def test_plugin_registers_and_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
     my_backbone.__qualname__ = "my_backbone"
     monkeypatch.setattr(sys.modules[__name__], "my_backbone", my_backbone, raising=False)
-    assert register_backbone(my_backbone) is my_backbone
+    register_backbone(my_backbone)
     register_backbone(my_backbone)  # a module may be imported twice
     assert create_backbone("my_backbone") == "built"
+
+
+def test_a_factory_notes_how_it_was_called() -> None:
+    """Positional arguments too, those of ``**options``, tuples and dataclasses; as JSON reads them."""
+    backbone = sd_tiny(None, visual_taps=(1, 2), tuning="lora", lora=LoRA(rank=2))
+    assert backbone.built_by.class_path == "latentreward.backbones.sd_unet.sd_tiny"
+    assert backbone.built_by.init_args["source"] is None
+    assert backbone.built_by.init_args["visual_taps"] == [1, 2]
+    assert backbone.built_by.init_args["lora"]["rank"] == 2
 
 
 def test_taken_name_is_refused() -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from latentreward.construction import Construction
 from latentreward.contracts import Conditioning, Features, FeatureSpec, LatentSpace, join_rows, map_tensors
 from latentreward.errors import InputError
 from latentreward.noise import NoiseProcess
@@ -36,12 +37,20 @@ class DiffusionBackbone(nn.Module, ABC):
         network_name: Attribute that holds the diffusers network, where :meth:`with_network` is implemented.
         takes_aspects: Whether the network was trained on images of other shapes than its native one.
         max_side: Largest side of latents that the network has positions for; None for any.
+        built_by: Factory, or class, and the plain values that it was called with; None if it was given anything else.
     """
 
     source: str = ""
     network_name: str = ""
     takes_aspects: bool = False
     max_side: int | None = None
+    built_by: Construction | None = None
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Note the arguments; a registered factory then notes its own."""
+        backbone = super().__new__(cls)
+        object.__setattr__(backbone, "built_by", Construction.of(cls, args, kwargs))  # nn.Module's is not set up yet
+        return backbone
 
     def __init__(
         self,

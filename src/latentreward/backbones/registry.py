@@ -5,8 +5,10 @@ registered here work without the path. This module imports neither torch nor dif
 """
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from functools import wraps
+from typing import Any, TypeVar, cast
 
+from latentreward.construction import Construction
 from latentreward.errors import InputError, did_you_mean
 
 Factory = TypeVar("Factory", bound=Callable[..., Any])
@@ -24,13 +26,23 @@ _PATHS: dict[str, str] = {
 def register_backbone(factory: Factory) -> Factory:
     """Make a factory function known by its own name; use as a decorator in a plug-in.
 
+    The backbone notes how it was made, so that a reward put together in Python can be saved.
+
     Raises:
         InputError: If the name is taken by another function.
     """
     name, path = factory.__name__, f"{factory.__module__}.{factory.__qualname__}"
     if _PATHS.setdefault(name, path) != path:
         raise InputError(f"backbone name {name!r} is taken by {_PATHS[name]}; rename {path}")
-    return factory
+
+    @wraps(factory)
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        backbone = factory(*args, **kwargs)
+        if hasattr(backbone, "built_by"):
+            backbone.built_by = Construction.of(factory, args, kwargs)
+        return backbone
+
+    return cast(Factory, noted)
 
 
 def backbone_names() -> dict[str, str]:

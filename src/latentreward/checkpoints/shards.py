@@ -133,8 +133,12 @@ def read_sharded(path: Path, with_tensors: bool = True) -> dict[str, Any]:
         raise InputError(damaged(path, first_line(error))) from error
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path, with_tensors: bool = True) -> dict[str, Any]:
     """A checkpoint, sharded or in one file, as a dictionary on the CPU.
+
+    Args:
+        path: File, or folder of shards.
+        with_tensors: False reads the plain values alone; tensors have shapes and no values.
 
     Raises:
         InputError: If there is none, it is no checkpoint of Lightning, or it is damaged or could run code.
@@ -142,7 +146,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise InputError(f"checkpoint: {path} does not exist")
     try:
-        content = read_sharded(path) if path.is_dir() else torch.load(path, map_location="cpu", weights_only=True)
+        if path.is_dir():
+            content = read_sharded(path, with_tensors)
+        else:
+            device = "cpu" if with_tensors else "meta"
+            content = torch.load(path, map_location=device, weights_only=True, mmap=not with_tensors)
     except UNREADABLE as error:
         raise InputError(damaged(path, first_line(error))) from error
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), Mapping):

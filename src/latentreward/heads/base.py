@@ -2,9 +2,11 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any, Self
 
 from torch import Tensor, nn
 
+from latentreward.construction import Construction
 from latentreward.contracts import Features
 
 
@@ -18,11 +20,21 @@ class RewardHead(nn.Module, ABC):
         needs_uncond: Whether the backbone must read the empty prompt too.
         reads_text: Whether it reads text taps; where not, what only they need in the backbone does not train.
         reads_temb: Whether it reads the timestep embedding; likewise.
+        built_by: Class and settings that it was made with; None if one of them is not a plain value.
     """
 
     needs_uncond: bool = False
     reads_text: bool = True
     reads_temb: bool = True
+    built_by: Construction | None = None
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Note the settings."""
+        head = super().__new__(cls)
+        object.__setattr__(
+            head, "built_by", Construction.of(cls, args, kwargs, skip=1)
+        )  # nn.Module's is not set up yet
+        return head
 
     @abstractmethod
     def forward(self, features: Features) -> Tensor:

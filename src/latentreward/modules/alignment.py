@@ -8,7 +8,6 @@ from dataclasses import asdict
 from typing import Any, Generic, TypeVar
 
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 
 from latentreward.contracts import Conditioning, NoisyStates, PromptBatch, RolloutStatistics, StepPairs, StepSamples
@@ -45,8 +44,8 @@ class AlignmentModule(BasedModule):
 
     def configure_model(self) -> None:
         """Under Lightning's ``ModelParallelStrategy``, share the weights out over the ranks; see :mod:`.sharding`."""
-        if isinstance(self.trainer.strategy, ModelParallelStrategy):
-            shard_policy(self.policy, self.trainer.strategy.device_mesh["data_parallel"])
+        if self.device_mesh is not None:
+            shard_policy(self.policy, self.device_mesh["data_parallel"])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note where the policy came from, so that the checkpoint alone makes it again."""
@@ -80,8 +79,8 @@ class RewardedModule(AlignmentModule):
     def configure_model(self) -> None:
         """Share out the reward's own weights too."""
         super().configure_model()
-        if isinstance(self.trainer.strategy, ModelParallelStrategy):
-            shard_reward(self.reward, self.trainer.strategy.device_mesh["data_parallel"])
+        if self.device_mesh is not None:
+            shard_reward(self.reward, self.device_mesh["data_parallel"])
 
     def on_fit_start(self) -> None:
         """Have the reward score one random state at three noise levels, so that a faulty one shows at once.

@@ -1,6 +1,6 @@
 """Training on top of a base: what trains stays float32, and checkpoints say which base their weights belong to."""
 
-from typing import Any
+from typing import Any, Self
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -8,6 +8,7 @@ from torch import nn
 from torch.optim import AdamW
 
 from latentreward.checkpoints.base_weights import BaseSample
+from latentreward.checkpoints.shards import check_weights, frozen_names
 from latentreward.errors import InputError
 from latentreward.modules.optimizers import single_optimizer
 from latentreward.seeding import run_seed
@@ -57,10 +58,29 @@ class BasedModule(LightningModule):
         if self._base is None:  # while weights are whole
             self._base = BaseSample.of(*self.based_on)
 
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, weights_only: bool = True, **kwargs: Any) -> Self:  # type: ignore[override]
+        """Load a module, built from ``kwargs``, with a checkpoint's weights; see ``LightningModule``.
+
+        By default nothing but tensors and plain values is read, where Lightning would unpickle anything.
+        """
+        return super().load_from_checkpoint(checkpoint_path, weights_only=weights_only, **kwargs)
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint that belongs to another base."""
-        if self._base is not None and "base" in checkpoint:
-            self._base.check(checkpoint["base"])
+        """Refuse a checkpoint that belongs to another base.
+
+        Outside a Trainer, where ``load_from_checkpoint`` calls this, frozen weights that the checkpoint leaves out stay
+        those of the base, which is the same one.
+        """
+        if "base" in checkpoint:
+            (self._base or BaseSample.of(*self.based_on)).check(checkpoint["base"])
+        try:
+            _ = self.trainer
+        except RuntimeError:
+            check_weights(self, {name: value.shape for name, value in checkpoint["state_dict"].items()})
+            frozen, state = frozen_names(self), self.state_dict()
+            left_out = {name: state[name] for name in state.keys() & frozen} if "base" in checkpoint else {}
+            checkpoint["state_dict"] = {**left_out, **checkpoint["state_dict"]}
 
     def configure_optimizers(self) -> Any:
         """One optimiser over what trains; its schedule steps with it."""

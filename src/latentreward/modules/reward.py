@@ -1,10 +1,12 @@
 """Training of a latent reward model on preference pairs: wiring; no formula."""
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.cli import SaveConfigCallback
 from torch import Tensor
 
 from latentreward.backbones.base import DiffusionBackbone
@@ -18,6 +20,8 @@ from latentreward.modules.pairs import EncodedPairs, PairModule, check_sigmas
 from latentreward.modules.sharding import shard
 from latentreward.noise import LevelSampler
 from latentreward.scoring import RewardModel
+from latentreward.scoring.layouts.recipe import recipe_in_python
+from latentreward.scoring.layouts.run import SETTINGS
 
 
 class RewardModule(PairModule):
@@ -50,6 +54,8 @@ class RewardModule(PairModule):
             backbone.drop_text_taps()
         if not self.model.head.reads_temb:
             backbone.drop_time_embedding()
+        with suppress(InputError):  # which saving the model raises
+            self.model.recipe = recipe_in_python(backbone, self.model.head)
         check_sigmas(ensemble_sigmas=ensemble_sigmas)
         with torch.device("cpu"):
             self.ensemble_timesteps = self.noise_process.timesteps_at(torch.tensor([float(s) for s in ensemble_sigmas]))
@@ -58,8 +64,17 @@ class RewardModule(PairModule):
 
     def configure_model(self) -> None:
         """Under Lightning's ``ModelParallelStrategy``, share the weights out over the ranks; see :mod:`.sharding`."""
-        if isinstance(self.trainer.strategy, ModelParallelStrategy):
-            shard(self, self.model.backbone, self.trainer.strategy.device_mesh["data_parallel"])
+        if self.device_mesh is not None:
+            shard(self, self.model.backbone, self.device_mesh["data_parallel"])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note how the model is built, where no ``config.yaml`` of ``latentreward fit`` will tell it."""
+        super().on_save_checkpoint(checkpoint)
+        built = {"backbone": self.model.backbone.built_by, "head": self.model.head.built_by}
+        saved = any(isinstance(callback, SaveConfigCallback) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
+        if not saved and None not in built.values():
+            training = {"module": f"{type(self).__module__}.{type(self).__qualname__}"}
+            checkpoint[SETTINGS] = {"training": training, **{part: asdict(made) for part, made in built.items()}}
 
     def encode(self, batch: PreferenceBatch, draws: PairDraws, noise_per_image: bool = False) -> EncodedPairs:
         """See :meth:`PairModule.encode`."""

@@ -5,13 +5,14 @@ Registered classes are called with plain values; others are imported, which :mod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Self
 
 from latentreward.backbones import DiffusionBackbone, LoRA, backbone_names
+from latentreward.construction import Construction
 from latentreward.contracts import FeatureSpec
 from latentreward.errors import InputError, errors_at, first_line
 from latentreward.heads import RewardHead
@@ -79,6 +80,15 @@ class ModelRecipe:
         source, revision = (self.backbone.init_args.get(name) for name in ("source", "revision"))
         return "" if source is None else str(source) if revision is None else f"{source}@{revision}"
 
+    def with_own(self, own: Iterable[str]) -> Self:
+        """The same where more parts of the backbone are found to be the model's own."""
+        if not {*own} - {*self.own}:
+            return self
+        parts = in_order({*self.own, *own})
+        settings = without_training(self.backbone.init_args, parts) if is_ours(self.backbone) else None
+        backbone = self.backbone if settings is None else replace(self.backbone, init_args=settings)
+        return replace(self, backbone=backbone, own=parts)
+
     def on(self, base: str, revision: str | None = None) -> Self:
         """The same on another copy of the base."""
         settings = {**self.backbone.init_args, "source": base, "revision": revision}
@@ -91,14 +101,43 @@ def backbone_part(class_path: str, init_args: Mapping[str, Any], own: tuple[str,
     """The factory of a trained backbone, by settings that read its weights and train nothing."""
     factory = imported(class_path)
     path = f"{factory.__module__}.{factory.__qualname__}"
-    settings = dict(init_args)
     name = registered_name("backbone", path) if path.startswith("latentreward.") else path  # others' need an import
-    if path.startswith("latentreward.backbones."):
-        for setting in ONLY_IN_TRAINING:
-            settings.pop(setting, None)
-        settings["tuning"] = "full" if {"unet", "transformer"} & {*own} else "frozen"
-        settings["text_encoder_tuning"] = "full" if "text_encoder" in own else "frozen"
-    return ModelPart(name, settings)
+    ours = path.startswith("latentreward.backbones.")
+    return ModelPart(name, without_training(init_args, own) if ours else dict(init_args))
+
+
+def without_training(init_args: Mapping[str, Any], own: tuple[str, ...]) -> dict[str, Any]:
+    """Settings of our own factories without what concerns training alone."""
+    settings = {name: value for name, value in init_args.items() if name not in ONLY_IN_TRAINING}
+    settings["tuning"] = "full" if {"unet", "transformer"} & {*own} else "frozen"
+    settings["text_encoder_tuning"] = "full" if "text_encoder" in own else "frozen"
+    return settings
+
+
+def recipe_in_python(backbone: DiffusionBackbone, head: RewardHead) -> ModelRecipe:
+    """How to build a model again that was put together in Python, from how its backbone and head were made.
+
+    Raises:
+        InputError: If one of the two was not made from plain values.
+    """
+    built, made = built_from_plain_values("backbone", backbone), built_from_plain_values("head", head)
+    own = own_parts(backbone, built.init_args.get("pretrained") is False)  # of which no base has any
+    return ModelRecipe(backbone_part(built.class_path, built.init_args, own), head_part(head, made.init_args), own)
+
+
+def built_from_plain_values(part: str, module: DiffusionBackbone | RewardHead) -> Construction:
+    """How a backbone or head was made.
+
+    Raises:
+        InputError: If a file cannot tell it.
+    """
+    if module.built_by is None or "<locals>" in module.built_by.class_path:
+        raise InputError(
+            f"how the {part} {type(module).__qualname__} was made cannot be written to a file; make it from numbers, "
+            "texts, lists and dictionaries, by a class or function of a module, which for a backbone has "
+            "@register_backbone"
+        )
+    return module.built_by
 
 
 def head_part(head: RewardHead, init_args: Mapping[str, Any]) -> ModelPart:
@@ -123,7 +162,12 @@ def own_parts(backbone: DiffusionBackbone, untrained: bool = False) -> tuple[str
     named = [name for name, weight in backbone.named_parameters() if untrained or weight.requires_grad]
     own = {name.partition(".")[0] for name in named if ".lora_" not in name} - ({"vae"} if untrained else set())
     own |= {name for name in backbone.state_dict() if "." not in name}
-    return tuple(sorted(own, key=lambda part: (part == "text_encoder", part)))
+    return in_order(own)
+
+
+def in_order(parts: Iterable[str]) -> tuple[str, ...]:
+    """Names of parts, text encoders last."""
+    return tuple(sorted(parts, key=lambda part: (part == "text_encoder", part)))
 
 
 def build_backbone(part: ModelPart, folder: Path | None = None, **overrides: Any) -> DiffusionBackbone:

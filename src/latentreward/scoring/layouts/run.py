@@ -37,6 +37,8 @@ from latentreward.settings.yaml_text import check_yaml
 
 PARTS = ("backbone", "head")
 """Classes that a run's settings name for a reward model."""
+SETTINGS = "reward_settings"
+"""Key of a checkpoint under which its module notes them, where no ``config.yaml`` does."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,8 @@ class TrainedReward(SharingReward):
 
     Args:
         checkpoint: File, or folder of shards.
-        config: Settings of the run; None looks for ``config.yaml`` beside the checkpoint and one folder up.
+        config: Settings of the run; None looks for ``config.yaml`` beside the checkpoint and one folder up, then in the
+            checkpoint itself, where a script without ``latentreward fit`` has them.
         average: Whether the moving average of ``TrainableEMA`` stands for the weights, if the checkpoint has one.
         base: Pipeline to take in place of the one that the settings name.
         trusted: Whether the settings may name any class, and what OmegaConf resolves here; see :mod:`.trust`.
@@ -80,8 +83,9 @@ class TrainedReward(SharingReward):
         trusted: bool = False,
     ) -> None:
         self.checkpoint, self.average = checkpoint, average
-        self.config = settings_beside(checkpoint) if config is None else config
-        self._settings = model_settings(self.config, trusted)
+        found = config or settings_beside(checkpoint)
+        self.config = found or checkpoint
+        self._settings = noted_settings(checkpoint) if found is None else model_settings(found, trusted)
         if base is not None:
             arguments = self._settings["backbone"]["init_args"]
             arguments |= {"source": base, **dict.fromkeys({"revision"} & arguments.keys())}
@@ -183,21 +187,35 @@ class TrainedReward(SharingReward):
         return all(name in theirs and same_values(sample(weight), theirs[name]) for name, weight in weights.items())
 
 
-def settings_beside(checkpoint: Path) -> Path:
-    """Settings of the run that wrote ``checkpoint``, beside it or one folder up.
+def settings_beside(checkpoint: Path) -> Path | None:
+    """Settings of the run that wrote ``checkpoint``, beside it or one folder up; None if there are none.
 
     Of several, each from a run into the same folder, the last one written before the checkpoint.
-
-    Raises:
-        InputError: If there are none.
     """
     for folder in (checkpoint.parent, checkpoint.parent.parent):
         if found := sorted(folder.glob("config*.yaml"), key=lambda path: path.stat().st_mtime):
             earlier = [path for path in found if path.stat().st_mtime <= checkpoint.stat().st_mtime]
             return (earlier or found[:1])[-1]
-    raise InputError(
-        f"no config.yaml lies beside {checkpoint} or in the folder above it; give the one of the reward's run as config"
-    )
+    return None
+
+
+def noted_settings(checkpoint: Path) -> dict[str, Any]:
+    """What :func:`model_settings` reads, from the checkpoint itself; plain values, which are not resolved.
+
+    Raises:
+        InputError: If it is damaged, or does not tell.
+    """
+    noted = read_checkpoint(checkpoint, with_tensors=False).get(SETTINGS)
+    if noted is None:
+        raise InputError(
+            f"no config.yaml lies beside {checkpoint} or in the folder above it; give the one of the reward's run as "
+            "config"
+        )
+    try:
+        parts = {p: {"class_path": noted[p]["class_path"], "init_args": dict(noted[p]["init_args"])} for p in PARTS}
+        return {"training": dict(noted["training"]), **parts}
+    except (TypeError, KeyError, ValueError) as error:
+        raise InputError(f"{checkpoint}: {SETTINGS} is of another version ({first_line(error)})") from error
 
 
 def model_settings(path: Path, trusted: bool = False) -> dict[str, Any]:

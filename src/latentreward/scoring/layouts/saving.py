@@ -30,7 +30,7 @@ from latentreward.scoring.layouts.model_folder import (
     base_weights,
     own_weights,
 )
-from latentreward.scoring.layouts.recipe import ModelRecipe, imported, is_ours
+from latentreward.scoring.layouts.recipe import ModelRecipe, imported, is_ours, own_parts, recipe_in_python
 from latentreward.scoring.network import RewardNetwork, name_of
 from latentreward.settings.ranges import leaves
 from latentreward.storage.durable import (
@@ -106,12 +106,13 @@ def config_of(model: RewardNetwork, base: str | None = None) -> FolderConfig:
     Raises:
         InputError: If the model cannot be built again from files.
     """
-    recipe: ModelRecipe | None = model.recipe
-    if recipe is None:
+    if model.recipe is None and not any(weight.requires_grad for weight in model.parameters()):
         raise InputError(
-            "the model was put together in Python and does not know how to build itself again; save one that "
-            "RewardModel.from_pretrained loaded, such as its run's checkpoint, or set its recipe"
+            "the model was put together in Python and nothing of it trains, so which weights are its own cannot be "
+            "told from its base's; save it before you freeze it"
         )
+    recipe = model.recipe or recipe_in_python(model.backbone, model.head)
+    recipe = recipe.with_own(own_parts(model.backbone))
     if model.dtype != torch.float32:
         raise InputError(
             f"the model was loaded in {str(model.dtype).removeprefix('torch.')}, which rounds its weights; load it in "
