@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -45,6 +46,7 @@ class DiffusionBackbone(nn.Module, ABC):
     takes_aspects: bool = False
     max_side: int | None = None
     built_by: Construction | None = None
+    _compared: bool = False
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Note the arguments; a registered factory then notes its own."""
@@ -109,11 +111,18 @@ class DiffusionBackbone(nn.Module, ABC):
             )
         timesteps = timesteps.to(latents.device)
         if uncond is None:
-            return self.read(latents, timesteps, conditioning)
+            return self._as_promised(self.read(latents, timesteps, conditioning))
         size = len(latents)
         prompts = join_rows([conditioning, uncond.select([0] * size)])
-        both = self.read(torch.cat([latents, latents]), torch.cat([timesteps, timesteps]), prompts)
+        both = self._as_promised(self.read(torch.cat([latents, latents]), torch.cat([timesteps, timesteps]), prompts))
         return replace(rows_of(both, slice(size)), uncond=rows_of(both, slice(size, None)))
+
+    def _as_promised(self, features: Features) -> Features:
+        """Return ``features``; the first ones are compared with :attr:`feature_spec`, by which the head was made."""
+        if not self._compared:
+            check_features(features, self.feature_spec, type(self).__name__)
+            self._compared = True
+        return features
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Conditioning of B prompts; each distinct prompt is encoded once."""
@@ -152,6 +161,37 @@ class DiffusionBackbone(nn.Module, ABC):
 def rows_of(features: Features, rows: slice) -> Features:
     """Part of a batch of features."""
     return map_tensors(features, lambda tensor: tensor[rows])
+
+
+def check_features(features: Features, spec: FeatureSpec, backbone: str) -> None:
+    """Compare what a backbone read with what its ``feature_spec`` says.
+
+    Raises:
+        InputError: Naming the first tap of another number, width or grid.
+    """
+    for kind, taps, promised in (("visual", features.visual, spec.visual), ("text", features.text, spec.text)):
+        if len(taps) != len(promised):
+            raise InputError(
+                f"{backbone}: read gives {len(taps)} {kind} taps, but feature_spec has {len(promised)}; let them agree"
+            )
+        for index, (tap, expected) in enumerate(zip(taps, promised, strict=True)):
+            if tap.shape[-1] != expected.width:
+                raise InputError(
+                    f"{backbone}: read gives {kind} tap {index} with {tap.shape[-1]} features per token, but "
+                    f"feature_spec says {expected.width}; let them agree"
+                )
+    for index, (tap, grid) in enumerate(zip(features.visual, features.visual_grids, strict=True)):
+        if tap.shape[1] != math.prod(grid):
+            raise InputError(f"{backbone}: visual tap {index} has {tap.shape[1]} tokens for the grid {tuple(grid)}")
+    for name, vector, width in (
+        ("temb", features.temb, spec.temb_dim),
+        ("pooled_text", features.pooled_text, spec.pooled_text_dim),
+    ):
+        if vector.shape[-1] != width:
+            raise InputError(
+                f"{backbone}: read gives {name} with {vector.shape[-1]} features, but feature_spec says {width}; let "
+                "them agree"
+            )
 
 
 def check_taps(name: str, taps: Sequence[int], last: int, least: int = 0) -> tuple[int, ...]:

@@ -48,6 +48,8 @@ class RewardModule(PairModule):
         ensemble_sigmas: Sequence[float] = (),
         **options: Any,
     ) -> None:
+        if not isinstance(backbone, DiffusionBackbone):
+            raise InputError(f"backbone is {backbone!r}, not a DiffusionBackbone; let its function return one")
         super().__init__(backbone.noise_process, backbone.source, loss, levels, **options)
         self.model = RewardModel(backbone, head(backbone.feature_spec))
         if not self.model.head.reads_text:
