@@ -2,7 +2,7 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 
@@ -54,21 +54,18 @@ def export(
     """
     if output.exists() and not overwrite:
         raise InputError(f"output: {output} exists; set overwrite: true or choose another name")
-    loading = {"base": base, "config": run_config, "revision": revision, "trust_remote_code": trust_remote_code}
     if format in get_args(RewardFormat):
         if dtype != "float32":
             raise InputError(f"dtype={dtype} is for policies; a reward is written in float32: leave it out")
-        model = RewardModel.from_pretrained(str(checkpoint), **loading)  # type: ignore[arg-type]
+        if base_name is not None and format == "lpo":
+            raise InputError("base_name is for diffusion-rm; lpo names no base: leave it out")
+        loading: dict[str, Any] = {"base": base, "config": run_config, "revision": revision}
+        model = RewardModel.from_pretrained(str(checkpoint), trust_remote_code=trust_remote_code, **loading)
         lines, written = export_reward(model, output, cast(RewardFormat, format), base_name), output
     else:
-        for name, value in {
-            "base": base,
-            "base_name": base_name,
-            "run_config": run_config,
-            "revision": revision,
-        }.items():
-            if value is not None:
-                raise InputError(f"{name} is for rewards (format {' or '.join(get_args(RewardFormat))}); leave it out")
+        settings = {"base": base, "base_name": base_name, "run_config": run_config, "revision": revision}
+        if given := [name for name, value in settings.items() if value is not None]:
+            raise InputError(f"{given[0]} is for rewards, but format={format} is for policies; leave it out")
         lines, written = [], export_policy(checkpoint, output, cast(PolicyFormat, format), getattr(torch, dtype))
     size = sum(path.stat().st_size for path in (written, *written.rglob("*")) if path.is_file())
     print("\n".join([f"{written}: {size / 1e6:.1f} MB", *lines]))

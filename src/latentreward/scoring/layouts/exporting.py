@@ -142,7 +142,8 @@ def lpo_problems(model: RewardNetwork, recipe: ModelRecipe) -> Iterator[str]:
         yield f"it reads all down blocks and the mid block, and here visual_taps is {[*backbone.visual_taps]}"
     xl, projects = unet_family(backbone.unet.config) == "SDXL", isinstance(head.text_projection, nn.Linear)
     if projects == xl:
-        yield f"on {'SDXL it has no' if xl else 'SD1.5 and SD2.1 it has a'} projection of the text; set project_text"
+        families = "SDXL it has no" if xl else "SD1.5 and SD2.1 it has a"
+        yield f"on {families} projection of the text, and here project_text is {str(projects).lower()}"
     if head.multi_scale == "enhanced" and head.needs_uncond and head.enhance_first == xl:
         yield f"the authors' multi_scale_cfg means another enhance_first than {head.enhance_first} on this base"
 
