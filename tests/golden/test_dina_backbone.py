@@ -9,7 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from latentreward.contracts import Conditioning
-from latentreward.scoring import RewardModel, ScoringNoise, load_dina_lrm
+from latentreward.scoring import PublishedSettings, RewardModel, ScoringNoise
 from tests.golden.catalogue import Case, Tensors, cases
 from tests.golden.closeness import assert_close
 
@@ -26,7 +26,7 @@ def model_of(case: Case) -> RewardModel:
     case.file("checkpoint/rm_head.pt")
     rms_eps = case.options.get("rms_eps") or FLOAT32_EPS
     base = (case.path.parent / case.options["base_dir"]).parent
-    return load_dina_lrm(case.path.parent, base=str(base), rms_eps=rms_eps)
+    return RewardModel.from_pretrained(case.path.parent, base=str(base), published=PublishedSettings(rms_eps=rms_eps))
 
 
 def conditioning_of(data: Tensors) -> Conditioning:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from latentreward.contracts import Conditioning, Features
-from latentreward.scoring import RewardModel, ScoringNoise, load_lrm
+from latentreward.scoring import PublishedSettings, RewardModel, ScoringNoise, load_lrm
 from tests.golden.catalogue import Case, Tensors, cases
 from tests.golden.closeness import assert_close
 
@@ -53,13 +53,20 @@ def checkpoint_of(case: Case) -> Path:
 
 
 def model_of(case: Case, variant: Variant, folder: Path) -> RewardModel:
-    """The published checkpoint as it is; the projection of ``single`` is recorded beside it and put in its place."""
+    """The published checkpoint as it is; the projection of ``single`` is recorded beside it and put in its place.
+
+    ``plain`` and ``single`` are told by the file itself.
+    """
     checkpoint = checkpoint_of(case)
     if variant.multi_scale == "single":
         state = torch.load(checkpoint / "state_dict.pt", weights_only=True)
         state["visual_projection"]["weight"] = case.tensors()["visual_projection_single_scale"]
         checkpoint = with_state(checkpoint, state, folder / variant.name)
-    return load_lrm(checkpoint, guidance=variant.guidance, multi_scale=variant.multi_scale)
+    multi_scale = "enhanced" if variant.multi_scale == "enhanced" else None
+    published = PublishedSettings(guidance=variant.guidance, multi_scale=multi_scale)
+    model = RewardModel.from_pretrained(checkpoint, published=published)
+    assert model.published == {"guidance": variant.guidance, "multi_scale": variant.multi_scale}
+    return model
 
 
 def with_state(checkpoint: Path, state: dict, folder: Path) -> Path:

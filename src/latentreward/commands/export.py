@@ -1,15 +1,19 @@
-"""``latentreward export``: the LoRA that a run has trained, for diffusers, for ComfyUI, or merged into its pipeline."""
+"""``latentreward export``: what a run has trained, in the formats of other programs."""
 
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast, get_args
 
 import torch
 
 from latentreward.errors import InputError
+from latentreward.scoring import RewardModel
+from latentreward.scoring.layouts.exporting import RewardFormat, export_reward
+from latentreward.scoring.layouts.find import find_reward
 from latentreward.settings.functions import run_plain_function
 
-Format = Literal["diffusers", "kohya", "merged"]
+PolicyFormat = Literal["diffusers", "kohya", "merged"]
+Format = Literal[PolicyFormat, RewardFormat]
 
 
 def export(
@@ -18,35 +22,84 @@ def export(
     format: Format = "diffusers",
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     overwrite: bool = False,
+    base: str | None = None,
+    base_name: str | None = None,
+    run_config: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> None:
-    """Write what an alignment run has trained in the format of other programs.
+    """Write what an alignment run has trained, or a reward, in the format of other programs.
 
     Args:
         checkpoint: File or folder of any alignment run. To export the average of TrainableEMA, first write it with
-            ``latentreward consolidate --average=true``.
+            ``latentreward consolidate --average=true``. Of a reward: checkpoint or folder of a run, model folder, or
+            hub id.
         output: Folder to write.
-        format: ``diffusers`` is a LoRA for ``load_lora_weights``; ``kohya`` one for ComfyUI and programs that read
-            kohya's names; ``merged`` a whole pipeline for ``from_pretrained``, which needs no LoRA.
-        dtype: Precision of the weights.
+        format: Of a policy: ``diffusers`` is a LoRA for ``load_lora_weights``; ``kohya`` one for ComfyUI and programs
+            that read kohya's names; ``merged`` a whole pipeline for ``from_pretrained``, which needs no LoRA. Of a
+            reward: ``diffusion-rm`` is the layout of DiNa-LRM's authors, ``lpo`` that of LRM's authors.
+        dtype: Precision of a policy's weights; a reward's are float32.
         overwrite: Whether ``output`` may exist.
+        base: Of a reward: pipeline of the frozen weights, if not the one that the model names.
+        base_name: Of a reward: name of the base for others in diffusion-rm's config.json, e.g. a hub id; by default
+            its hub id, or the name of its folder.
+        run_config: Of a reward: settings of its run, if not beside its checkpoint.
+        revision: Of a reward: branch, tag or commit of a hub id.
+        trust_remote_code: Of a reward: whether its settings may name classes that are not registered, which are
+            imported.
 
     Raises:
-        InputError: If the checkpoint is damaged or of no alignment run, or ``output`` exists.
+        InputError: If the checkpoint is damaged or not of the format's kind, the format cannot hold the reward, or
+            ``output`` exists.
+    """
+    if output.exists() and not overwrite:
+        raise InputError(f"output: {output} exists; set overwrite: true or choose another name")
+    if format in get_args(RewardFormat):
+        if dtype != "float32":
+            raise InputError(f"dtype={dtype} is for policies; a reward is written in float32: leave it out")
+        if base_name is not None and format == "lpo":
+            raise InputError("base_name is for diffusion-rm; lpo names no base: leave it out")
+        loading: dict[str, Any] = {"base": base, "config": run_config, "revision": revision}
+        model = RewardModel.from_pretrained(str(checkpoint), trust_remote_code=trust_remote_code, **loading)
+        lines, written = export_reward(model, output, cast(RewardFormat, format), base_name), output
+    else:
+        settings = {"base": base, "base_name": base_name, "run_config": run_config, "revision": revision}
+        if given := [name for name, value in settings.items() if value is not None]:
+            raise InputError(f"{given[0]} is for rewards, but format={format} is for policies; leave it out")
+        lines, written = [], export_policy(checkpoint, output, cast(PolicyFormat, format), getattr(torch, dtype))
+    size = sum(path.stat().st_size for path in (written, *written.rglob("*")) if path.is_file())
+    print("\n".join([f"{written}: {size / 1e6:.1f} MB", *lines]))
+
+
+def export_policy(checkpoint: Path, output: Path, format: PolicyFormat, precision: torch.dtype) -> Path:
+    """Write the LoRA of an alignment run; returns the file or folder.
+
+    Raises:
+        InputError: If the checkpoint is damaged or not of an alignment run.
     """
     from latentreward.export import TrainedLoRA, write_kohya, write_merged
     from latentreward.policies.checkpoint import read_policy_adapter
 
-    if output.exists() and not overwrite:
-        raise InputError(f"output: {output} exists; set overwrite: true or choose another name")
-    saved = read_policy_adapter(checkpoint)
-    precision = getattr(torch, dtype)
+    try:
+        saved = read_policy_adapter(checkpoint)
+    except InputError as error:
+        if not is_reward(checkpoint):
+            raise
+        formats = " or ".join(get_args(RewardFormat))
+        problem = f"format={format} is for policies, but {checkpoint} is a reward; set format: {formats}"
+        raise InputError(problem) from error
     if format == "merged":
-        written = write_merged(TrainedLoRA.of_checkpoint(saved), saved.source.pipeline(), output, precision)
-    else:
-        lora = TrainedLoRA.of_checkpoint(saved, precision)
-        written = lora.write_diffusers(output) if format == "diffusers" else write_kohya(lora, output)
-    size = sum(path.stat().st_size for path in (written, *written.rglob("*")) if path.is_file())
-    print(f"{written}: {size / 1e6:.1f} MB")
+        return write_merged(TrainedLoRA.of_checkpoint(saved), saved.source.pipeline(), output, precision)
+    lora = TrainedLoRA.of_checkpoint(saved, precision)
+    return lora.write_diffusers(output) if format == "diffusers" else write_kohya(lora, output)
+
+
+def is_reward(place: Path) -> bool:
+    """Whether a reward lies here; only small files are read."""
+    try:
+        return place.exists() and find_reward(str(place)) is not None
+    except InputError:
+        return False
 
 
 run = partial(run_plain_function, export, bare=2)

@@ -15,7 +15,7 @@ from latentreward.data.image_lists import ImageList, read_images
 from latentreward.devices import find_device
 from latentreward.errors import InputError
 from latentreward.interrupts import interrupts_told
-from latentreward.scoring import Calibration, Card, RewardModel
+from latentreward.scoring import Calibration, Card, PublishedSettings, RewardModel
 from latentreward.scoring.calibration import FEWEST
 from latentreward.scoring.files import read_config
 from latentreward.scoring.hub import upload
@@ -91,6 +91,7 @@ def publish(
     run_config: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    published: PublishedSettings | None = None,
     push_to_hub: str | None = None,
     branch: str | None = None,
     private: bool | None = None,
@@ -120,6 +121,7 @@ def publish(
         run_config: Settings of the model's run, if not beside its checkpoint.
         revision: Branch, tag or commit, where model is a hub id.
         trust_remote_code: Whether the model's settings may name classes that are not registered, which are imported.
+        published: Settings that the files of a published layout do not hold, e.g. --published.guidance 1.
         push_to_hub: Hub id owner/name to upload to; the token is that of this machine's login, or HF_TOKEN.
         branch: Branch there; by default the main one.
         private: Whether a repository that is made for it is private; by default what the owner has set.
@@ -133,7 +135,7 @@ def publish(
     title = name or push_to_hub or ""
     card = Card(title, licence, text_of(description), tuple(datasets or ()), metrics=read_metrics(metrics))
     listed = None if reference is None else reference.listed()
-    loading: dict[str, Any] = {"base": base, "config": run_config, "revision": revision}
+    loading: dict[str, Any] = {"base": base, "config": run_config, "revision": revision, "published": published}
     target = find_device(device)
     loaded = RewardModel.from_pretrained(model, device=target, trust_remote_code=trust_remote_code, **loading)
     config_of(loaded, base_name)  # what cannot be saved is not scored first

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -15,7 +15,7 @@ from latentreward.data.images import MAX_PIXELS
 from latentreward.devices import find_device
 from latentreward.errors import InputError, first_line
 from latentreward.scorers.fingerprints import fingerprint
-from latentreward.scoring import RewardModel, ScoringNoise
+from latentreward.scoring import PublishedSettings, RewardModel, ScoringNoise
 from latentreward.scoring.gallery import Gallery
 from latentreward.scoring.image_lists import ListedScoring
 from latentreward.scoring.score_inputs import images_identity, require_some
@@ -75,6 +75,7 @@ def score(
     run_config: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    published: PublishedSettings | None = None,
     batch_size: int = 8,
     decode_threads: int = 4,
     flush_every: int = 512,
@@ -107,6 +108,7 @@ def score(
         run_config: Settings of the model's run, if not beside its checkpoint.
         revision: Branch, tag or commit of a hub id.
         trust_remote_code: Whether the model's settings may name classes that are not registered, which are imported.
+        published: Settings that the files of a published layout do not hold, e.g. --published.guidance 1.
         batch_size: Images per pass of the model.
         decode_threads: Threads that decode images ahead.
         flush_every: Images per part: what a kill can lose; Ctrl-C loses none that is scored.
@@ -120,7 +122,12 @@ def score(
     page = None if gallery is None else Gallery(gallery, gallery_images, decode_threads, max_pixels)
     target = find_device(device)
     listed = read_images(images, prompt, image_column, prompt_column, allow_outside, max_prompt_chars)
-    loading = {"base": base, "config": run_config, "revision": revision, "trust_remote_code": trust_remote_code}
+    loading: dict[str, Any] = {
+        "base": base,
+        "config": run_config,
+        "revision": revision,
+        "trust_remote_code": trust_remote_code,
+    }
     spec = {
         "images": images_identity(listed),
         "model": fingerprint(model, revision),
@@ -128,12 +135,14 @@ def score(
         "run_config": None if run_config is None else fingerprint(run_config),
         "revision": revision,
         "trust_remote_code": trust_remote_code,
+        "published": None if published in (None, PublishedSettings()) else dataclasses.asdict(published),
         "noise": {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(noise).items()},
         "each_level": each_level,
         "max_pixels": max_pixels,
         "dtype": dtype,
     }
-    load = partial(RewardModel.from_pretrained, model, device=target, dtype=getattr(torch, dtype), **loading)
+    loading |= {"device": target, "dtype": getattr(torch, dtype), "published": published}
+    load = partial(RewardModel.from_pretrained, model, **loading)
     with PartFiles(output, spec, len(listed.rows)) as files:
         if files.finished():
             notes = []

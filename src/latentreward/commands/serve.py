@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from latentreward.errors import InputError
+from latentreward.scoring import PublishedSettings
 from latentreward.serving.settings import ServiceSettings
 from latentreward.settings.functions import run_plain_function
 
@@ -23,6 +24,7 @@ def serve(
     run_config: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    published: PublishedSettings | None = None,
     token_file: Path | None = None,
     dtype: Literal["float32", "bfloat16"] = "float32",
     device: str = "auto",
@@ -42,6 +44,7 @@ def serve(
         run_config: Settings of the model's run, if not beside its checkpoint.
         revision: Branch, tag or commit of a hub id.
         trust_remote_code: Whether the model's settings may name classes that are not registered, which are imported.
+        published: Settings that the files of a published layout do not hold, e.g. --published.guidance 1.
         token_file: File with a token that clients must send as Authorization: Bearer. Otherwise the environment
             variable LATENTREWARD_TOKEN gives it; without either, anybody who reaches the port may ask.
         dtype: Precision of the model's backbone.
@@ -79,6 +82,7 @@ def serve(
             device=target,
             dtype=getattr(torch, dtype),
             trust_remote_code=trust_remote_code,
+            published=published,
         )
         serve_until_stopped(ScoringService(reward, settings), bound)
     print("stopped", flush=True)

@@ -3,9 +3,10 @@
 import os
 from functools import partial
 from importlib.util import find_spec
-from typing import Literal
+from typing import Any, Literal
 
 from latentreward.errors import InputError
+from latentreward.scoring import PublishedSettings
 from latentreward.settings.functions import run_plain_function
 
 
@@ -16,6 +17,7 @@ def ui(
     run_config: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    published: PublishedSettings | None = None,
     dtype: Literal["float32", "bfloat16"] = "float32",
     device: str = "auto",
 ) -> None:
@@ -28,6 +30,7 @@ def ui(
         run_config: Settings of the model's run, if not beside its checkpoint.
         revision: Branch, tag or commit of a hub id.
         trust_remote_code: Whether the model's settings may name classes that are not registered, which are imported.
+        published: Settings that the files of a published layout do not hold, e.g. --published.guidance 1.
         dtype: Precision of the model's backbone.
         device: E.g. cuda:1; auto takes the accelerator if there is one.
 
@@ -47,8 +50,14 @@ def ui(
     target = find_device(device)
     with bind("127.0.0.1", port) as bound:  # gradio binds by itself, after the model is loaded
         free_port = bound.getsockname()[1]
-    loading = {"revision": revision, "base": base, "config": run_config, "trust_remote_code": trust_remote_code}
-    launch(RewardModel.from_pretrained(model, device=target, dtype=getattr(torch, dtype), **loading), free_port)
+    loading: dict[str, Any] = {
+        "revision": revision,
+        "base": base,
+        "config": run_config,
+        "trust_remote_code": trust_remote_code,
+    }
+    loading |= {"device": target, "dtype": getattr(torch, dtype), "published": published}
+    launch(RewardModel.from_pretrained(model, **loading), free_port)
 
 
 run = partial(run_plain_function, ui)

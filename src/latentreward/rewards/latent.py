@@ -19,6 +19,7 @@ from latentreward.rewards.base import Reward, RewardSource
 from latentreward.rewards.conversion import convert_states
 from latentreward.rewards.shared_base import share_adapter, shares_network, shares_text
 from latentreward.scoring.layouts.find import StoredReward, find_reward
+from latentreward.scoring.layouts.published import PublishedSettings
 from latentreward.scoring.network import RewardNetwork
 
 if TYPE_CHECKING:
@@ -164,6 +165,7 @@ class LatentReward(RewardSource):
         batch_size: States per pass, which bounds memory; None takes all at once.
         revision: Branch, tag or commit of a hub id.
         trust_remote_code: Whether the model's settings may name classes that are not registered, which are imported.
+        published: Settings that the files of a published layout do not hold, such as ``guidance: 1``.
 
     Example:
         .. code-block:: yaml
@@ -183,11 +185,13 @@ class LatentReward(RewardSource):
         batch_size: int | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
+        published: PublishedSettings | None = None,
     ) -> None:
         if batch_size is not None and batch_size < 1:
             raise InputError(f"reward.batch_size={batch_size} must be at least 1")
         self.path, self.share, self.batch_size = path, share, batch_size
-        self._find = partial(find_reward, path, config, base, average, revision=revision, trusted=trust_remote_code)
+        trust = {"trusted": trust_remote_code, "published": published}
+        self._find = partial(find_reward, path, config, base, average, revision=revision, **trust)
         self._stored: StoredReward | None = None
 
     @property

@@ -16,7 +16,7 @@ from latentreward.devices import find_device
 from latentreward.scorers.base import ImageScorer
 
 if TYPE_CHECKING:
-    from latentreward.scoring import RewardModel, ScoringNoise
+    from latentreward.scoring import PublishedSettings, RewardModel, ScoringNoise
 
 PLAIN_CHECKPOINTS = ("reward", "last", "best", "model")
 """Names of checkpoints that tell nothing beside the name of their run."""
@@ -68,6 +68,7 @@ class RewardModelScorer(ImageScorer):
         batch_size: Images per pass.
         revision: Branch, tag or commit of a hub id.
         trust_remote_code: Whether the model's settings may name classes that are not registered, which are imported.
+        published: Settings that the files of a published layout do not hold, such as ``guidance: 1``.
     """
 
     def __init__(
@@ -83,17 +84,20 @@ class RewardModelScorer(ImageScorer):
         batch_size: int = 8,
         revision: str | None = None,
         trust_remote_code: bool = False,
+        published: PublishedSettings | None = None,
     ) -> None:
         super().__init__(reward_name(path) if name is None else name, batch_size)
         self.path, self.noise, self.base, self.config = path, noise, base, config
-        self.revision, self.trust_remote_code = revision, trust_remote_code
+        self.revision, self.trust_remote_code, self.published = revision, trust_remote_code, published
         self.device, self.dtype = find_device(device), dtype
 
     def identity(self) -> str:
-        """Class, path, base, noise and precision."""
+        """Class, path, base, published settings if they are set, noise and precision."""
         base = "" if self.base is None else f" base {self.base}"
         revision = "" if self.revision is None else f"@{self.revision}"
-        return f"{type(self).__name__} {self.path}{revision}{base} noise {self.noise or 'of the model'} {self.dtype}"
+        own = "" if self.published is None else f" {self.published}"
+        noise = self.noise or "of the model"
+        return f"{type(self).__name__} {self.path}{revision}{base}{own} noise {noise} {self.dtype}"
 
     def prepare(self) -> None:
         """Load the model."""
@@ -116,6 +120,7 @@ class RewardModelScorer(ImageScorer):
             device=self.device,
             dtype=getattr(torch, self.dtype),
             trust_remote_code=self.trust_remote_code,
+            published=self.published,
         )
 
     def score(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> Tensor:

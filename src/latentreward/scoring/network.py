@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,7 @@ class RewardNetwork(nn.Module):
         dtype: Precision of the backbone's matrix products; see :meth:`set_precision`.
         calibration: Where a raw score stands in a reference set; None if it was not calibrated.
         recipe: How it is built again from files; None for one put together in Python.
+        published: Settings in use that the files of a published layout do not hold; empty for any other model.
     """
 
     def __init__(self, backbone: DiffusionBackbone, head: RewardHead) -> None:
@@ -52,6 +53,7 @@ class RewardNetwork(nn.Module):
         self.dtype = torch.float32
         self.calibration: Calibration | None = None
         self.recipe: ModelRecipe | None = None
+        self.published: dict[str, Any] = {}
 
     @property
     def device(self) -> torch.device:
@@ -79,12 +81,13 @@ class RewardNetwork(nn.Module):
 
     @property
     def identity(self) -> str:
-        """What tells its scores from another's, in one line: source, base, noise, sizes and precision.
+        """What tells its scores from another's, in one line: source, base, settings, noise, sizes and precision.
 
         Of files and folders here, the names without their places.
         """
         base = name_of(self.backbone.source or "a network given")
         parts = [name_of(self.source or type(self.head).__name__), f"on {base}"]
+        parts += [f"{name} {value}" for name, value in self.published.items()]
         parts += [f"at {self.noise}", f"images {self.image_sizes}", str(self.dtype).removeprefix("torch.")]
         return ", ".join(parts)
 

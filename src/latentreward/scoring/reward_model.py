@@ -20,7 +20,7 @@ from latentreward.scoring.batched_scoring import prompt_of_each, score_given_lat
 from latentreward.scoring.hub import upload
 from latentreward.scoring.images import Images
 from latentreward.scoring.layouts.card import Card
-from latentreward.scoring.layouts.published import PUBLISHED_RMS_EPS, PublishedDiNaLRM, PublishedLRM
+from latentreward.scoring.layouts.published import PUBLISHED_RMS_EPS, PublishedDiNaLRM, PublishedLRM, PublishedSettings
 from latentreward.scoring.network import RewardNetwork
 from latentreward.scoring.scoring_noise import ScoringNoise
 
@@ -32,7 +32,7 @@ class RewardModel(RewardNetwork):
     def of(cls, network: RewardNetwork) -> Self:
         """The reward model of a loaded network: the same parts and settings."""
         model = cls(network.backbone, network.head)
-        for name in ("noise", "image_sizes", "source", "dtype", "calibration", "recipe"):
+        for name in ("noise", "image_sizes", "source", "dtype", "calibration", "recipe", "published"):
             setattr(model, name, getattr(network, name))
         return model.train(network.training)
 
@@ -47,6 +47,7 @@ class RewardModel(RewardNetwork):
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         trust_remote_code: bool = False,
+        published: PublishedSettings | None = None,
     ) -> Self:
         """Load a reward model, frozen and ready to score.
 
@@ -61,6 +62,8 @@ class RewardModel(RewardNetwork):
             dtype: Precision of the backbone; head and score are always float32.
             trust_remote_code: Whether the model's settings may name classes that are not registered, which are then
                 imported; see :mod:`~latentreward.scoring.layouts.trust`.
+            published: Settings that the files of a published layout do not hold; None takes the defaults. Those in use
+                are logged, and are in :attr:`published` and :attr:`identity`.
 
         Raises:
             InputError: If a file is missing or damaged, or does not fit, the hub does not have it, or there is no such
@@ -69,7 +72,9 @@ class RewardModel(RewardNetwork):
         from latentreward.scoring.layouts.find import find_reward
 
         target = find_device(device)
-        stored = find_reward(str(source), config, base, revision=revision, trusted=trust_remote_code)
+        stored = find_reward(
+            str(source), config, base, revision=revision, trusted=trust_remote_code, published=published
+        )
         model = cls.of(stored.load()).to(target).set_precision(dtype)
         model.source = str(source) if revision is None else f"{source}@{revision}"
         return model
@@ -212,24 +217,25 @@ def load_lrm(
     folder: str | Path,
     base: str | None = None,
     guidance: float = 7.5,
-    multi_scale: MultiScale = "plain",
+    multi_scale: MultiScale | None = None,
 ) -> RewardModel:
     """Load an LRM checkpoint of the layout of ``casiatao/LRM`` (MIT), ready to score.
 
     The layout holds ``unet/``, ``text_encoder/`` (SDXL: ``text_encoder_2/`` too) and ``state_dict.pt``; tokenizers,
-    VAE and scheduler come from the base pipeline.
+    VAE and scheduler come from the base pipeline, and so do text encoders that were frozen in training.
 
     Args:
         folder: Folder of the checkpoint.
         base: Diffusers pipeline folder or hub id of the base model; without it only token ids and latents can be
             scored.
-        guidance: Visual feature enhancement g.
-        multi_scale: See :class:`CLIPProjectionHead`.
+        guidance: See :class:`~latentreward.scoring.PublishedSettings`.
+        multi_scale: See :class:`~latentreward.scoring.PublishedSettings`.
 
     Raises:
         InputError: If a file is missing, or a tensor is missing, left over or of another shape.
     """
-    return RewardModel.of(PublishedLRM(folder, base).network(guidance, multi_scale))
+    settings = PublishedSettings(guidance=guidance, multi_scale=multi_scale)
+    return RewardModel.of(PublishedLRM(folder, base, settings).network())
 
 
 def load_dina_lrm(
@@ -246,14 +252,15 @@ def load_dina_lrm(
         folder: Folder of the checkpoint.
         base: Diffusers folder or hub id of the base model; None takes the one that ``config.json`` names. A folder
             with nothing but ``transformer/`` and ``scheduler/`` will do for latents and embeddings.
-        rms_eps: Epsilon of the head's RMS norms; the default is what the published weights were made with.
-        t5_length: T5 tokens per prompt: 256 in the published example, 128 in training.
+        rms_eps: See :class:`~latentreward.scoring.PublishedSettings`.
+        t5_length: See :class:`~latentreward.scoring.PublishedSettings`.
 
     Raises:
         InputError: If a file is missing, or a tensor is missing, left over or of another shape, or the config asks for
             something this loader does not know.
     """
-    return RewardModel.of(PublishedDiNaLRM(folder, base).network(rms_eps, t5_length))
+    settings = PublishedSettings(rms_eps=rms_eps, t5_length=t5_length)
+    return RewardModel.of(PublishedDiNaLRM(folder, base, settings).network())
 
 
 def normalise_score(raw: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ NAMES = {
     "[-1, 1e6]": "save_top_k",
     "[0, 1000]": "lr weight_decay candidates.low candidates.high",
     "[0, 1)": "momentum betas dropout",
-    "[0, 1]": "eps",
+    "[0, 1]": "eps rms_eps",
     "[0, 9223372036854775807]": "seed data_seed",
     "[0, 4294967295]": "seed_everything",
     "[0, 1024]": "num_workers processes",

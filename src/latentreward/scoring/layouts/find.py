@@ -9,7 +9,7 @@ from latentreward.errors import InputError
 from latentreward.scoring.hub import downloaded
 from latentreward.scoring.layouts.base import StoredReward
 from latentreward.scoring.layouts.model_folder import PretrainedReward, is_model_folder
-from latentreward.scoring.layouts.published import PublishedDiNaLRM, PublishedLRM
+from latentreward.scoring.layouts.published import PublishedDiNaLRM, PublishedLRM, PublishedSettings
 from latentreward.scoring.layouts.run import TrainedReward
 
 __all__ = ["PublishedDiNaLRM", "PublishedLRM", "StoredReward", "checkpoint_of", "find_reward"]
@@ -28,6 +28,7 @@ def find_reward(
     *,
     revision: str | None = None,
     trusted: bool = False,
+    published: PublishedSettings | None = None,
 ) -> StoredReward:
     """What lies at ``path``, in a folder or on the hub.
 
@@ -38,6 +39,7 @@ def find_reward(
         average: Whether the moving average of ``TrainableEMA`` stands for the weights, if a checkpoint has one.
         revision: Branch, tag or commit of a hub id.
         trusted: Whether the model may name any class; see :mod:`.trust`.
+        published: What the files of a published layout do not hold; None takes the defaults.
 
     Raises:
         InputError: If it is none of them, or a setting was given for one that takes none.
@@ -46,7 +48,12 @@ def find_reward(
     if here and revision is not None:
         raise InputError(f"revision={revision!r} is for hub ids, but reward model {path!r} lies here; leave it out")
     place = Path(path) if here else downloaded(path, revision)
-    layout = published_layout(place, base)
+    layout = published_layout(place, base, published)
+    if layout is None and published is not None:
+        raise InputError(
+            f"published is set, but reward model {path!r} has none of the two published layouts and holds its settings "
+            "itself; leave it out"
+        )
     if layout is None and is_model_folder(place):
         layout = PretrainedReward(place, base, trusted)
     if layout is not None:
@@ -59,12 +66,12 @@ def find_reward(
     return TrainedReward(checkpoint_of(place), settings, average, base, trusted)
 
 
-def published_layout(place: Path, base: str | None) -> StoredReward | None:
+def published_layout(place: Path, base: str | None, settings: PublishedSettings | None = None) -> StoredReward | None:
     """One of the two papers' layouts, perhaps incomplete, if ``place`` is one."""
     if (place / "state_dict.pt").is_file() or (place / "unet" / "config.json").is_file():
-        return PublishedLRM(place, base)
+        return PublishedLRM(place, base, settings)
     if (place / "checkpoint" / "rm_head.pt").is_file() or (place / "checkpoint" / "backbone_lora").is_dir():
-        return PublishedDiNaLRM(place, base)
+        return PublishedDiNaLRM(place, base, settings)
     return None
 
 

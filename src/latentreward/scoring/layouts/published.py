@@ -1,10 +1,14 @@
 """Load the two papers' published checkpoints, in the layout their authors chose."""
 
+from __future__ import annotations
+
+import logging
 from abc import abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,6 +27,11 @@ from latentreward.scoring.layouts.base import SharingReward, StoredReward
 from latentreward.scoring.layouts.recipe import ModelPart, ModelRecipe, head_part
 from latentreward.scoring.network import RewardNetwork
 
+if TYPE_CHECKING:
+    from latentreward.encoders.prompts import PromptEncoder
+
+logger = logging.getLogger(__name__)
+
 PUBLISHED_RMS_EPS = 2.0**-7
 DINA_ADAPTER = "checkpoint/backbone_lora"
 _HEAD_KEYS = ("width", "num_queries", "num_attn_heads", "out_dim", "use_proj_in")
@@ -40,29 +49,78 @@ _LATENT_SPACES = {
 }
 
 
+@dataclass(frozen=True)
+class PublishedSettings:
+    """Settings of a published checkpoint that its files do not hold.
+
+    Attributes:
+        guidance: LRM: visual feature enhancement g; at 1 or below it is off. The authors' ``guidance_scale``.
+        multi_scale: LRM: see :class:`~latentreward.heads.CLIPProjectionHead`. The authors' ``multi_scale: False`` is
+            ``single``, their ``multi_scale_cfg: True`` is ``enhanced``. None takes ``single`` where the file's
+            projection reads the mid block alone, and ``plain`` otherwise.
+        rms_eps: DiNa-LRM: epsilon of the head's RMS norms. The published weights were made with 2⁻⁷; the authors' code
+            under today's PyTorch computes with 1.19e-7.
+        t5_length: DiNa-LRM: T5 tokens per prompt: 256 in the published example, 128 in training.
+    """
+
+    guidance: float = 7.5
+    multi_scale: MultiScale | None = None
+    rms_eps: float = PUBLISHED_RMS_EPS
+    t5_length: int = 256
+
+
 class PublishedLayout(StoredReward):
-    """One of the papers' layouts, whose settings the loader may override.
+    """One of the papers' layouts.
 
     Args:
         folder: Folder of the checkpoint.
         base: Diffusers pipeline folder or hub id of the base model.
+        settings: What the files do not hold; None takes the defaults.
+
+    Attributes:
+        takes: Names of the settings that concern the layout.
+
+    Raises:
+        InputError: If a setting of the other layout is set.
     """
 
-    def __init__(self, folder: str | Path, base: str | None = None) -> None:
-        self.folder, self.base = Path(folder), base
+    takes: tuple[str, ...] = ()
+
+    def __init__(self, folder: str | Path, base: str | None = None, settings: PublishedSettings | None = None) -> None:
+        self.folder, self.base, self.settings = Path(folder), base, settings or PublishedSettings()
+        for field in fields(PublishedSettings):
+            value = getattr(self.settings, field.name)
+            if field.name not in self.takes and value != field.default:
+                raise InputError(
+                    f"published.{field.name}={value!r} does not concern {str(folder)!r}, whose layout takes "
+                    f"{' and '.join(self.takes)}; leave it out"
+                )
 
     @abstractmethod
     def network(self) -> RewardNetwork:
         """The network with the checkpoint's weights, ready to score."""
 
     def load(self) -> RewardNetwork:
-        """See :meth:`StoredReward.load`."""
+        """See :meth:`StoredReward.load`; names the settings in use that the files do not hold."""
         with torch.random.fork_rng(devices=[]):  # initial values that are overwritten
-            return self.network()
+            model = self.network()
+        self._report(model.published)
+        return model
+
+    def _report(self, used: Mapping[str, Any]) -> None:
+        """Name settings in use, in one line."""
+        told = ", ".join(f"{name} {value}" for name, value in used.items())
+        names = ", ".join(f"published.{name}" for name in used)
+        logger.warning("%s: scored with %s, which its files do not hold; set %s for others", self.folder, told, names)
 
 
 class PublishedLRM(PublishedLayout):
-    """The layout of ``casiatao/LRM``; without a ``base`` it has no tokenizers and no VAE."""
+    """The layout of ``casiatao/LRM``; without a ``base`` it has no tokenizers and no VAE.
+
+    A text encoder that was frozen in training is not in the files; it is the base's.
+    """
+
+    takes = ("guidance", "multi_scale")
 
     def latent_space(self) -> LatentSpace:
         """See :meth:`StoredReward.latent_space`.
@@ -88,30 +146,21 @@ class PublishedLRM(PublishedLayout):
             )
         return pipeline
 
-    def network(self, guidance: float = 7.5, multi_scale: MultiScale = "plain") -> RewardNetwork:
-        """The network; see :func:`~latentreward.scoring.load_lrm`."""
+    def network(self) -> RewardNetwork:
+        """See :meth:`PublishedLayout.network`.
+
+        Raises:
+            InputError: If a file is missing, or a tensor is missing, left over or of another shape.
+        """
         from diffusers import UNet2DConditionModel
-        from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-        from latentreward.encoders.clip import CLIPPromptEncoder, SDXLPromptEncoder
-        from latentreward.encoders.prompts import PromptEncoder
-
-        folder = existing_folder(self.folder, "unet/config.json", "text_encoder/config.json", "state_dict.pt")
+        folder = existing_folder(self.folder, "unet/config.json", "state_dict.pt")
         source = None if self.base is None else self._pipeline()
-
-        def tokenizer(name: str) -> Any:
-            return None if source is None else source.tokenizer(name)
-
+        path = folder / "state_dict.pt"
+        state = lrm_head_state(read_tensors(path), path)
         unet = load_weights(UNet2DConditionModel, str(folder), subfolder="unet")
-        text_encoder = load_weights(CLIPTextModel, str(folder), subfolder="text_encoder")
         family = unet_family(unet.config)
-        prompts: PromptEncoder
-        if family == "SDXL":
-            existing_folder(folder, "text_encoder_2/config.json")
-            second = load_weights(CLIPTextModelWithProjection, str(folder), subfolder="text_encoder_2")
-            prompts = SDXLPromptEncoder(text_encoder, second, tokenizer("tokenizer"), tokenizer("tokenizer_2"))
-        else:
-            prompts = CLIPPromptEncoder(text_encoder, tokenizer("tokenizer"))
+        prompts, own = self._prompts(family, source)
         backbone = SDUNetBackbone(
             unet,
             DDPM.from_config(_STABLE_DIFFUSION_SCHEDULER) if source is None else source.noise_process(),
@@ -119,21 +168,60 @@ class PublishedLRM(PublishedLayout):
             text_encoder=prompts,
             vae=None if source is None else source.latent_encoder(),
         )
-        state = lrm_head_state(read_tensors(folder / "state_dict.pt"), folder / "state_dict.pt")
         projects_text = "text_projection.weight" in state
+        used = {"guidance": self.settings.guidance, "multi_scale": self._multi_scale(state, backbone.feature_spec)}
         settings = {
-            "guidance": guidance,
-            "multi_scale": multi_scale,
+            **used,
             "enhance_first": family != "SDXL",
             "embed_dim": len(state["visual_projection.weight"]) if projects_text else None,
             "project_text": projects_text,
         }
         head = CLIPProjectionHead(backbone.feature_spec, **settings)  # type: ignore[arg-type]
-        load_exactly(head, state, folder / "state_dict.pt")
+        load_exactly(head, state, path)
         model = RewardNetwork(backbone, head).eval().requires_grad_(False)
-        factory = ModelPart(_FACTORIES[family], {"source": self.base, "tuning": "full", "text_encoder_tuning": "full"})
-        model.recipe = ModelRecipe(factory, head_part(head, settings), ("unet", "text_encoder"))
+        model.published = used
+        tuning = {"tuning": "full", "text_encoder_tuning": "full" if "text_encoder" in own else "frozen"}
+        factory = ModelPart(_FACTORIES[family], {"source": self.base, **tuning})
+        model.recipe = ModelRecipe(factory, head_part(head, settings), own)
         return model
+
+    def _prompts(self, family: str, source: PipelineSource | None) -> tuple[PromptEncoder, tuple[str, ...]]:
+        """The prompt encoder, and which parts of the backbone are the checkpoint's own."""
+        from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+        from latentreward.encoders.clip import CLIPPromptEncoder, SDXLPromptEncoder
+
+        parts = ("text_encoder", "text_encoder_2") if family == "SDXL" else ("text_encoder",)
+        if not any((self.folder / part).exists() for part in parts):
+            if source is None:
+                raise InputError(
+                    f"model folder {str(self.folder)!r} has no text_encoder/: it was frozen in training and is that of "
+                    "the base; give the base as base"
+                )
+            return source.sdxl_prompts() if family == "SDXL" else source.clip_prompts(), ("unet",)
+        existing_folder(self.folder, *(f"{part}/config.json" for part in parts))
+        tokenizers = [
+            None if source is None else source.tokenizer(part.replace("text_encoder", "tokenizer")) for part in parts
+        ]
+        first = load_weights(CLIPTextModel, str(self.folder), subfolder="text_encoder")
+        if family != "SDXL":
+            return CLIPPromptEncoder(first, *tokenizers), ("unet", "text_encoder")
+        second = load_weights(CLIPTextModelWithProjection, str(self.folder), subfolder="text_encoder_2")
+        return SDXLPromptEncoder(first, second, *tokenizers), ("unet", "text_encoder")
+
+    def _multi_scale(self, state: Mapping[str, Tensor], spec: FeatureSpec) -> MultiScale:
+        """The setting, which the width that ``visual_projection`` reads must allow."""
+        single = state["visual_projection.weight"].shape[-1] == spec.visual[-1].width
+        wanted = self.settings.multi_scale
+        if wanted is not None and (wanted == "single") != single:
+            read, fits = (
+                ("the mid block alone", "single") if single else ("more than the mid block", "plain or enhanced")
+            )
+            raise InputError(
+                f"multi_scale={wanted!r} does not fit {self.folder / 'state_dict.pt'}, whose visual_projection reads "
+                f"{read}; leave it out or give {fits}"
+            )
+        return wanted or ("single" if single else "plain")
 
 
 def lrm_head_state(published: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
@@ -158,6 +246,8 @@ def lrm_head_state(published: Mapping[str, Any], path: Path) -> dict[str, Tensor
 class PublishedDiNaLRM(PublishedLayout, SharingReward):
     """The layout of ``liuhuohuo/DiNa-LRM-SD35M-12layers``; without a ``base``, on the one that its config names."""
 
+    takes = ("rms_eps", "t5_length")
+
     @cached_property
     def _config(self) -> dict[str, Any]:
         return model_section(self.folder / "config.json")
@@ -171,22 +261,35 @@ class PublishedDiNaLRM(PublishedLayout, SharingReward):
         existing_folder(self.folder, "config.json")
         return self._pipeline.latent_space() if self._pipeline.has("vae") else _LATENT_SPACES["SD3"]
 
-    def network(self, rms_eps: float = PUBLISHED_RMS_EPS, t5_length: int = 256) -> RewardNetwork:
-        """The network; see :func:`~latentreward.scoring.load_dina_lrm`."""
+    def network(self) -> RewardNetwork:
+        """See :meth:`PublishedLayout.network`.
+
+        Raises:
+            InputError: If a file is missing, or a tensor is missing, left over or of another shape, or the config asks
+                for something that this class does not know.
+        """
         existing_folder(self.folder, "config.json", "checkpoint/rm_head.pt")
-        backbone = self._backbone(t5_length)
+        backbone = self._backbone()
         fill_adapter(self.folder / DINA_ADAPTER, backbone.transformer)
-        model = RewardNetwork(backbone, self._head(backbone.feature_spec, rms_eps)).eval().requires_grad_(False)
+        model = RewardNetwork(backbone, self._head(backbone.feature_spec)).eval().requires_grad_(False)
+        model.published = self._used
         normalised = bool(self._pipeline.config("transformer").get("qk_norm"))
-        settings = {"source": self._pipeline.source, "t5_length": t5_length, "tuning": "frozen", **self._taps()}
+        length = self.settings.t5_length
+        settings = {"source": self._pipeline.source, "t5_length": length, "tuning": "frozen", **self._taps()}
         model.recipe = ModelRecipe(
             ModelPart("sd35_medium" if normalised else "sd3_medium", settings),
-            ModelPart(GatedQFormerHead.__name__, self._head_settings(rms_eps)),
+            ModelPart(GatedQFormerHead.__name__, self._head_settings()),
         )
         return model
 
+    @property
+    def _used(self) -> dict[str, Any]:
+        """Settings in use that the files do not hold."""
+        return {name: getattr(self.settings, name) for name in self.takes}
+
     def head(self) -> RewardHead:
-        """See :meth:`StoredReward.head`."""
+        """See :meth:`StoredReward.head`; names the settings in use that the files do not hold."""
+        self._report(self._used)
         return self._head(self.on_meta_device.feature_spec).requires_grad_(False).eval()
 
     def adapter(self) -> dict[str, Tensor]:
@@ -198,15 +301,19 @@ class PublishedDiNaLRM(PublishedLayout, SharingReward):
         return self.on_meta_device.source == source
 
     def _taps(self) -> dict[str, Any]:
-        """Blocks that are kept and read."""
+        """Blocks that are kept and read.
+
+        The authors' ``use_text_features`` says nothing of them: their network reads ``text_head_idx`` either way, and
+        only leaves the text side of the last block without LoRA, which ``adapter_config.json`` tells.
+        """
         config = self._config
         return {
             "num_layers": config["num_transformer_layers"],
             "visual_taps": list(config["visual_head_idx"]),
-            "text_taps": list(config["text_head_idx"]) if config.get("use_text_features", True) else [],
+            "text_taps": list(config["text_head_idx"]),
         }
 
-    def _head_settings(self, rms_eps: float) -> dict[str, Any]:
+    def _head_settings(self) -> dict[str, Any]:
         options = self._config["reward_head"]
         return {
             "width": options["width"] if options["width"] > 0 else None,
@@ -214,12 +321,12 @@ class PublishedDiNaLRM(PublishedLayout, SharingReward):
             "num_heads": options["num_attn_heads"],
             "out_dim": options["out_dim"],
             "use_proj_in": options["use_proj_in"],
-            "rms_eps": rms_eps,
+            "rms_eps": self.settings.rms_eps,
             "dropout": options.get("dropout", 0.0),
             "use_logistic": self._config.get("use_logistic", False),
         }
 
-    def _backbone(self, t5_length: int = 256) -> SD3DiTBackbone:
+    def _backbone(self) -> SD3DiTBackbone:
         """See :meth:`SharingReward._backbone`; nothing of it trains."""
         source = self._pipeline
         complete = source.has("text_encoder")
@@ -229,16 +336,16 @@ class PublishedDiNaLRM(PublishedLayout, SharingReward):
             source.noise_process(),
             self.latent_space(),
             **self._taps(),
-            text_encoder=source.sd3_prompts(token_dim, t5_length) if complete else None,
+            text_encoder=source.sd3_prompts(token_dim, self.settings.t5_length) if complete else None,
             vae=source.latent_encoder() if source.has("vae") else None,
         )
         backbone.source = str(source)
         inject_adapter(backbone.transformer, self.folder / DINA_ADAPTER)
         return backbone.requires_grad_(False)
 
-    def _head(self, spec: FeatureSpec, rms_eps: float = PUBLISHED_RMS_EPS) -> GatedQFormerHead:
+    def _head(self, spec: FeatureSpec) -> GatedQFormerHead:
         """The trained head."""
-        head = GatedQFormerHead(spec, **self._head_settings(rms_eps))
+        head = GatedQFormerHead(spec, **self._head_settings())
         path = self.folder / "checkpoint" / "rm_head.pt"
         load_exactly(head, read_tensors(path), path, absent_by_design=("logistic.eta3", "logistic.eta4"))
         return head

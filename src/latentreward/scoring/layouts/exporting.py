@@ -1,0 +1,247 @@
+"""Write a reward model in the layout of one of the two papers, for their authors' code."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from latentreward.backbones import SD3DiTBackbone, SDUNetBackbone
+from latentreward.backbones.loading import PipelineSource
+from latentreward.backbones.sd_unet import unet_family
+from latentreward.checkpoints.base_weights import without_adapters
+from latentreward.checkpoints.shards import require_finite
+from latentreward.errors import InputError
+from latentreward.heads import CLIPProjectionHead, GatedQFormerHead, LogisticSquash
+from latentreward.scoring.layouts.adapters import ADAPTER, adapter_settings, lora_layers, write_adapter
+from latentreward.scoring.layouts.model_folder import adapters_of
+from latentreward.scoring.layouts.published import DINA_ADAPTER
+from latentreward.scoring.layouts.recipe import ModelRecipe
+from latentreward.scoring.layouts.saving import write_tensors
+from latentreward.scoring.network import RewardNetwork, name_of
+from latentreward.storage.durable import replacing
+
+RewardFormat = Literal["diffusion-rm", "lpo"]
+OF_THE_BASE = {"revision": None, "variant": None, "vae_dtype": "float32"}
+"""Settings that concern the base, which the layouts do not hold, and what they are once a layout is loaded."""
+
+
+def export_reward(model: RewardNetwork, folder: Path, layout: RewardFormat, base_name: str | None = None) -> list[str]:
+    """Write ``model`` in float32 in one of the two layouts; ``folder`` gets its name when it is whole.
+
+    Args:
+        model: Loaded from files, in float32.
+        folder: Replaced if it is there.
+        layout: ``diffusion-rm`` is that of ``liuhuohuo/DiNa-LRM-SD35M-12layers``: ``config.json``,
+            ``checkpoint/backbone_lora/`` and ``checkpoint/rm_head.pt``. ``lpo`` is that of ``casiatao/LRM``: ``unet/``,
+            ``text_encoder/`` (SDXL: ``text_encoder_2/`` too) and ``state_dict.pt``; adapters are added to the weights.
+        base_name: Name of the base in ``config.json``, e.g. a hub id; by default its hub id, or its folder's name.
+
+    Returns:
+        Lines for the user: how the folder loads to the same scores, and what it does not hold.
+
+    Raises:
+        InputError: If the layout cannot hold the model, or the model was put together in Python.
+    """
+    recipe = model.recipe
+    if recipe is None or model.dtype != torch.float32:
+        raise InputError("only a model that RewardModel.from_pretrained loaded in float32 can be exported; load it so")
+    for problem in (lpo_problems if layout == "lpo" else diffusion_rm_problems)(model, recipe):
+        raise InputError(f"format={layout} cannot hold this reward: {problem}")
+    require_finite(dict(model.named_parameters()), "the reward model")
+    base = base_of(model, recipe)
+    head: Any = model.head
+    with replacing(folder) as partial:
+        if layout == "lpo":
+            write_lpo(model, base, partial)
+            unheld, settings = OF_THE_BASE, {"guidance": head.guidance, "multi_scale": head.multi_scale}
+        else:
+            write_diffusion_rm(model, base_name or name_of(base.source), partial)
+            unheld = {**OF_THE_BASE, "frozen_dtype": "float32"}
+            settings = {"rms_eps": head.norm_ff.eps, "t5_length": t5_length(model, recipe)}
+    flags = [f"--base {base.source}", *(f"--published.{name} {value}" for name, value in settings.items())]
+    lost = [*not_held(model, recipe.backbone.init_args, unheld)]
+    return [f"load it with {' '.join(flags)}", *([f"not held by this layout: {'; '.join(lost)}"] if lost else [])]
+
+
+def base_of(model: RewardNetwork, recipe: ModelRecipe) -> PipelineSource:
+    """The pipeline that the model was loaded on.
+
+    Raises:
+        InputError: If it was loaded without one.
+    """
+    settings = recipe.backbone.init_args
+    source = settings.get("source") or model.backbone.source
+    if not source:
+        raise InputError("the reward was loaded without its base, of which the layout holds a part; give base")
+    return PipelineSource(source, settings.get("revision"), settings.get("variant"))
+
+
+def not_held(model: RewardNetwork, settings: Mapping[str, Any], unheld: Mapping[str, Any]) -> Iterator[str]:
+    """Name what differs once the layout is loaded.
+
+    Args:
+        model: The model.
+        settings: Those of its backbone.
+        unheld: Settings that the layout does not hold, and what they are once it is loaded.
+    """
+    default = RewardNetwork(model.backbone, model.head)
+    if model.noise != default.noise:
+        yield f"noise {model.noise} (will be {default.noise})"
+    if model.image_sizes != default.image_sizes:
+        yield f"image sizes {model.image_sizes} (will be {default.image_sizes})"
+    if model.calibration is not None:
+        yield "the calibration"
+    for name, later in unheld.items():
+        if (value := settings.get(name, later)) != later:
+            yield f"{name} {value} of the base"
+
+
+def diffusion_rm_problems(model: RewardNetwork, recipe: ModelRecipe) -> Iterator[str]:
+    """Name what the layout of DiNa-LRM cannot hold."""
+    backbone, head = model.backbone, model.head
+    if type(backbone) is not SD3DiTBackbone or type(head) is not GatedQFormerHead:
+        found = f"{type(head).__name__} on {type(backbone).__name__}"
+        yield f"it takes a GatedQFormerHead on SD3DiTBackbone, and this is a {found}"
+        return
+    trained = (*recipe.own, *(f"LoRA of {part}" for part in adapters_of(backbone)))
+    if trained != ("LoRA of transformer",):
+        yield f"it takes a head and the LoRA of transformer, and here that is {', '.join(trained) or 'the head alone'}"
+    if not backbone.text_taps:
+        yield "the authors' code reads the text tokens of one block at least, and this reads none"
+    if backbone.pooled_text != "clip":
+        yield f"it takes pooled_text clip, and here that is {backbone.pooled_text}"
+    if head.grid not in ("smallest", "largest"):
+        yield f"it joins visual tokens on their own grid, and here grid is {head.grid}"
+    if head.ensemble != "tokens":
+        yield f"it joins noise levels by tokens, and here ensemble is {head.ensemble}"
+    if head.logistic is not None:
+        initial, trains = LogisticSquash().state_dict(), head.logistic.state_dict()
+        if any(not torch.equal(value.cpu(), initial[name]) for name, value in trains.items()):
+            yield "it does not hold eta3 and eta4 of use_logistic, and here they were trained"
+    encoder = backbone.text_encoder
+    if encoder is not None and encoder.text_encoder_3 is None and base_of(model, recipe).has("text_encoder_3"):
+        yield "it takes the base's T5, and here load_t5 is false"
+
+
+def lpo_problems(model: RewardNetwork, recipe: ModelRecipe) -> Iterator[str]:
+    """Name what the layout of LRM cannot hold."""
+    backbone, head = model.backbone, model.head
+    if type(backbone) is not SDUNetBackbone or type(head) is not CLIPProjectionHead:
+        found = f"{type(head).__name__} on {type(backbone).__name__}"
+        yield f"it takes a CLIPProjectionHead on SDUNetBackbone, and this is a {found}"
+        return
+    trained = {*recipe.own, *(part.partition(".")[0] for part in adapters_of(backbone))}
+    if foreign := sorted(trained - {"unet", "text_encoder"}):
+        yield f"it takes a U-Net and text encoders, and here {foreign[0]} was trained too"
+    if [*backbone.visual_taps] != [*range(1, len(backbone.unet.down_blocks) + 2)]:
+        yield f"it reads all down blocks and the mid block, and here visual_taps is {[*backbone.visual_taps]}"
+    xl, projects = unet_family(backbone.unet.config) == "SDXL", isinstance(head.text_projection, nn.Linear)
+    if projects == xl:
+        families = "SDXL it has no" if xl else "SD1.5 and SD2.1 it has a"
+        yield f"on {families} projection of the text, and here project_text is {str(projects).lower()}"
+    if head.multi_scale == "enhanced" and head.needs_uncond and head.enhance_first == xl:
+        yield f"the authors' multi_scale_cfg means another enhance_first than {head.enhance_first} on this base"
+
+
+def write_diffusion_rm(model: RewardNetwork, base: str, folder: Path) -> None:
+    """Write the layout of DiNa-LRM; ``base`` is the name of the base."""
+    write_adapter(model.backbone.get_submodule("transformer"), folder / DINA_ADAPTER, base)
+    state = model.head.state_dict().items()
+    held = {name: tensor.detach().cpu() for name, tensor in state if not name.startswith("logistic.")}
+    torch.save(held, folder / "checkpoint" / "rm_head.pt")
+    (folder / "config.json").write_text(json.dumps(diffusion_rm_config(model, base), indent=4) + "\n")
+
+
+def diffusion_rm_config(model: RewardNetwork, base: str) -> dict[str, Any]:
+    """``config.json`` of DiNa-LRM's layout; null is what is not known of the training."""
+    backbone: Any = model.backbone
+    head: Any = model.head
+    lora = adapter_settings(backbone.transformer, base)
+    return {
+        "model": {
+            "model_type": None,
+            "backbone_model_id": base,
+            "num_transformer_layers": len(backbone.transformer.transformer_blocks),
+            "freeze_backbone": False,
+            "use_ema": None,
+            "ema_decay": None,
+            "use_lora": True,
+            "use_text_features": True,
+            "lora_config": {"r": lora["r"], "lora_alpha": lora["lora_alpha"], "init_lora_weights": "gaussian"},
+            "use_logistic": head.logistic is not None,
+            "visual_head_idx": list(backbone.visual_taps),
+            "text_head_idx": list(backbone.text_taps),
+            "use_t_embed": True,
+            "reward_head": {
+                "use_proj_in": hasattr(head.layer_adapters_visual[0], "proj_in"),
+                "width": head.query_tokens.shape[-1],
+                "out_dim": head.head.out_features,
+                "num_queries": head.query_tokens.shape[1],
+                "num_attn_heads": head.attn1.num_heads,
+                "dropout": head.token_dropout.p,
+            },
+        },
+        "training": {
+            "mixed_precision": None,
+            "learning_rate": None,
+            "add_noise": True,
+            "t_weighting_scheme": None,
+            "t_weighting_scheme_param": None,
+            "max_grad_norm": None,
+            "use_vae": False,
+        },
+    }
+
+
+def t5_length(model: RewardNetwork, recipe: ModelRecipe) -> int:
+    """T5 tokens per prompt."""
+    encoder: Any = model.backbone.text_encoder
+    return recipe.backbone.init_args.get("t5_length", 256) if encoder is None else encoder.t5_length
+
+
+def write_lpo(model: RewardNetwork, base: PipelineSource, folder: Path) -> None:
+    """Write the layout of LRM; the U-Net's up path, which no reward keeps, is that of ``base``."""
+    backbone: Any = model.backbone
+    head: Any = model.head
+    unet = base.unet()
+    unet.load_state_dict(merged_weights(backbone.unet), strict=False)
+    config = {name: value for name, value in base.config("unet").items() if name != "_name_or_path"}
+    (folder / "unet").mkdir(parents=True)
+    (folder / "unet" / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_tensors(unet.state_dict().items(), folder / "unet" / "diffusion_pytorch_model.safetensors")
+    for name, encoder in backbone.text_encoder.named_children():
+        encoder.config.save_pretrained(folder / name)
+        write_tensors(clip_weights(encoder).items(), folder / name / "model.safetensors")
+    parts = (
+        ("visual_projection", "text_projection")
+        if isinstance(head.text_projection, nn.Linear)
+        else ("visual_projection",)
+    )
+    state = {part: head.get_submodule(part).state_dict() for part in parts}
+    torch.save({**state, "logit_scale": head.logit_scale.item()}, folder / "state_dict.pt")
+
+
+def clip_weights(encoder: nn.Module) -> dict[str, Tensor]:
+    """Weights of a text encoder by the names of the transformers that the authors' code needs.
+
+    Newer ones leave out the prefix ``text_model.`` of ``CLIPTextModel``, with which every version loads, and
+    ``position_ids``.
+    """
+    config: Any = encoder.config
+    state = {"text_model.embeddings.position_ids": torch.arange(config.max_position_embeddings)[None]}
+    for name, tensor in merged_weights(encoder).items():
+        state[name if name.startswith(("text_model.", "text_projection.")) else f"text_model.{name}"] = tensor
+    return state
+
+
+def merged_weights(network: nn.Module) -> dict[str, Tensor]:
+    """Weights of ``network`` in float32, its adapter added to them, by the names that they have without it."""
+    state = {name: tensor.detach().cpu().float() for name, tensor in without_adapters(network.state_dict().items())}
+    for name, layer in lora_layers(network).items():
+        state[f"{name}.weight"] = state[f"{name}.weight"] + layer.get_delta_weight(ADAPTER).detach().cpu().float()
+    return state
