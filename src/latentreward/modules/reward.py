@@ -1,5 +1,6 @@
 """Training of a latent reward model on preference pairs: wiring; no formula."""
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ from latentreward.modules.pairs import EncodedPairs, PairModule, check_sigmas
 from latentreward.modules.sharding import shard
 from latentreward.noise import LevelSampler
 from latentreward.scoring import RewardModel
+
+logger = logging.getLogger(__name__)
 
 
 class RewardModule(PairModule):
@@ -55,6 +58,30 @@ class RewardModule(PairModule):
             self.ensemble_timesteps = self.noise_process.timesteps_at(torch.tensor([float(s) for s in ensemble_sigmas]))
         if ensemble_sigmas:
             self._add_metrics("ensemble")
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take over how the images were turned that the weights were trained on; earlier versions ignored EXIF."""
+        super().on_load_checkpoint(checkpoint)
+        self.model.exif = checkpoint.get("exif", "ignore")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note how the training images were turned; a reward scores images as it saw them in training."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["exif"] = self.model.exif
+
+    def on_train_start(self) -> None:
+        """Learn from the training data whether EXIF orientation is applied."""
+        exif = getattr(getattr(self.trainer.train_dataloader, "dataset", None), "exif", None)
+        if exif is None:
+            return
+        if self.trainer.ckpt_path is not None and exif != self.model.exif:
+            logger.warning(
+                "resume: the checkpoint was trained with exif: %s, the training data now have exif: %s; set the "
+                "reader's exif to go on as before",
+                self.model.exif,
+                exif,
+            )
+        self.model.exif = exif
 
     def configure_model(self) -> None:
         """Under Lightning's ``ModelParallelStrategy``, share the weights out over the ranks; see :mod:`.sharding`."""

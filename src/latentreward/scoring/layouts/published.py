@@ -131,6 +131,7 @@ class PublishedLRM(PublishedLayout):
         head = CLIPProjectionHead(backbone.feature_spec, **settings)  # type: ignore[arg-type]
         load_exactly(head, state, folder / "state_dict.pt")
         model = RewardNetwork(backbone, head).eval().requires_grad_(False)
+        model.exif = self.exif
         factory = ModelPart(_FACTORIES[family], {"source": self.base, "tuning": "full", "text_encoder_tuning": "full"})
         model.recipe = ModelRecipe(factory, head_part(head, settings), ("unet", "text_encoder"))
         return model
@@ -177,6 +178,7 @@ class PublishedDiNaLRM(PublishedLayout, SharingReward):
         backbone = self._backbone(t5_length)
         fill_adapter(self.folder / DINA_ADAPTER, backbone.transformer)
         model = RewardNetwork(backbone, self._head(backbone.feature_spec, rms_eps)).eval().requires_grad_(False)
+        model.exif = self.exif
         normalised = bool(self._pipeline.config("transformer").get("qk_norm"))
         settings = {"source": self._pipeline.source, "t5_length": t5_length, "tuning": "frozen", **self._taps()}
         model.recipe = ModelRecipe(

@@ -106,7 +106,8 @@ def config_of(model: RewardNetwork, base: str | None = None) -> FolderConfig:
             json.dumps(value)
         except (TypeError, ValueError) as error:
             raise InputError(f"the model's recipe cannot be saved: {name}: {error}; give plain values") from error
-    return FolderConfig(recipe, adapters_of(backbone), model.noise, model.image_sizes, model.calibration, recipe.source)
+    settings = model.noise, model.image_sizes, model.calibration
+    return FolderConfig(recipe, adapters_of(backbone), *settings, recipe.source, model.exif)
 
 
 def check_target(folder: Path) -> None:
