@@ -66,5 +66,6 @@ def test_an_image_that_must_have_a_bucket_gets_its_own_or_the_nearest_in_aspect(
     assert nearest_bucket(1000, 3000) == Bucket(832, 1472)
     assert assign_bucket(1000, 1600) is None
     assert nearest_bucket(1000, 1600) == Bucket(896, 1344)  # of two 3:2 the one nearer in area
+    assert nearest_bucket(200, 273) == Bucket(768, 1024)  # of the two, the one nearer in area; too small for training
     assert nearest_bucket(20, 32) == Bucket(832, 1248)
     assert nearest_bucket(1, 1) == Bucket(256, 256)

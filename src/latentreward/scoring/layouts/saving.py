@@ -106,8 +106,9 @@ def config_of(model: RewardNetwork, base: str | None = None) -> FolderConfig:
             json.dumps(value)
         except (TypeError, ValueError) as error:
             raise InputError(f"the model's recipe cannot be saved: {name}: {error}; give plain values") from error
-    settings = model.noise, model.image_sizes, model.calibration
-    return FolderConfig(recipe, adapters_of(backbone), *settings, recipe.source, model.exif)
+    return FolderConfig(
+        recipe, adapters_of(backbone), model.noise, model.image_sizes, model.calibration, recipe.source, model.exif
+    )
 
 
 def check_target(folder: Path) -> None:
