@@ -237,6 +237,22 @@ def test_settings_and_caches_are_looked_at_in_the_constructor(tmp_path: Path) ->
     assert read_plan(one).spec.vae == "vae-1"
 
 
+def test_caches_that_treat_exif_differently_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A cache of an earlier version says nothing, and ignored it."""
+    pairs, sizes = [{"image_a": 0, "image_b": 1}], [(16, 16)] * 2
+    caches = {
+        exif: CachedSplit(str(write_cache(tmp_path / str(exif), pairs, sizes, spec=spec(exif=exif))))
+        for exif in ("apply", "ignore", None)
+    }
+    data = CachedPreferenceDataModule(train=caches["ignore"], predict=caches[None])
+    assert (data.datasets["train"].exif, data.datasets["predict"].exif) == ("ignore", "ignore")
+    assert not caplog.records
+    data = CachedPreferenceDataModule(train=caches["apply"], predict=caches[None])
+    assert data.datasets["train"].exif == "apply"
+    [record] = caplog.records
+    assert record.message.endswith("treat EXIF orientation differently (exif: apply and ignore)")
+
+
 @pytest.mark.slow
 def test_a_finished_program_ends_though_workers_still_wait(tmp_path: Path) -> None:
     folder = write_cache(tmp_path / "cache", [{"image_a": 0, "image_b": 1}] * 8, [(16, 16)] * 2)

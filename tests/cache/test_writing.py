@@ -16,10 +16,13 @@ from latentreward.cache.encoding import ShardEncoder
 from latentreward.cache.layout import (
     IMAGES,
     PAIRS,
+    PLAN,
     PROMPTS,
     SCHEMAS,
     SHARDS,
     TEMPORARY,
+    canonical_json,
+    digest,
     manifest_name,
     read_manifest,
     read_plan,
@@ -33,6 +36,7 @@ from tests.cache.writing import (
     SETTINGS,
     SQUARE,
     TALL,
+    WIDE,
     cache_arguments,
     contents,
     row,
@@ -41,6 +45,7 @@ from tests.cache.writing import (
     write_image,
     write_rows,
 )
+from tests.data.rotated import photograph, upright
 from tests.marks import slow_after
 from tests.processes import start_ranks
 
@@ -274,6 +279,7 @@ def test_another_vae_is_refused_unless_only_its_decoder_differs(
         ("--encoder.batch_size=2", "encoder.batch_size=4, but now it is 2"),
         ("--encoder.text=false", "encoder.text="),
         ("--reader.min_confidence=0.5", "data.sample"),
+        ("--reader.exif=apply", "reader.exif='ignore', but now it is 'apply'"),
     ],
 )
 def test_other_settings_are_refused(
@@ -292,6 +298,75 @@ def test_other_settings_are_refused(
     assert f"{cache} was begun with {field}" in error
     assert error.endswith("set it back, or choose another output")
     assert contents(cache) == before
+
+
+def write_jsonl(root: Path) -> Path:
+    """Four pairs of photographs that lie on their side, of one's own."""
+    rows = []
+    for number in range(4):
+        names = [f"{number}{side}.jpg" for side in "ab"]
+        for place, name in enumerate(names):
+            (root / name).write_bytes(photograph(seed=2 * number + place))
+        rows.append({"prompt": f"a cat {number}", "image_a": names[0], "image_b": names[1], "label": 1})
+    (root / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return root / "own.jsonl"
+
+
+def own_cache(output: Path, file: Path, *settings: str) -> None:
+    reader = ("--reader=latentreward.data.JSONLPairReader", f"--reader.file={file}")
+    main(["cache", str(output), *SETTINGS[2:], *reader, "--dtype=float32", *settings])
+
+
+def as_earlier_versions_wrote(cache: Path) -> None:
+    """Take the record of EXIF out of a cache, and put in the hashes that it then had."""
+    values = json.loads((cache / PLAN).read_text())
+    del values["spec"]["exif"]
+    plan = {name: value for name, value in values.items() if name not in ("spec_hash", "plan_hash")}
+    values["spec_hash"], hashed = digest(plan["spec"]), {k: v for k, v in plan.items() if k != "dropped"}
+    values["plan_hash"] = digest(hashed)
+    (cache / PLAN).write_text(canonical_json(values))
+    for shard in table(cache, SHARDS):
+        path = cache / manifest_name(shard["name"])
+        manifest = json.loads(path.read_text())
+        path.write_text(canonical_json({**manifest, **{k: values[k] for k in ("spec_hash", "plan_hash")}}))
+
+
+def test_photographs_are_cached_upright_and_the_cache_says_so(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path)
+    for exif, shape in (("apply", TALL), ("ignore", WIDE)):
+        cache = tmp_path / exif
+        own_cache(cache, file, f"--reader.exif={exif}")
+        assert read_plan(cache).spec.exif == exif
+        assert {(image["height"], image["width"]) for image in table(cache, IMAGES)} == {shape}
+    own_cache(tmp_path / "default", file)
+    assert contents(tmp_path / "default") == contents(tmp_path / "apply")
+    encoder = PipelineSource(tiny_pipeline("sd_tiny")).latent_encoder()
+    [image] = [image for image in table(tmp_path / "apply", IMAGES) if image["image_key"] == "0a.jpg"]
+    pixels = PixelLoader(*TALL, "center_crop").pixels(upright(photograph(seed=0)))
+    noise = torch.randn(4, 12, 8, generator=pair_generator(0, "posterior", 0, "", "0a.jpg"))
+    torch.testing.assert_close(latents(tmp_path / "apply", image), encoder.encode(pixels[None], noise[None])[0])
+
+
+def test_a_cache_of_before_is_read_and_goes_on_where_exif_was_ignored(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_jsonl(tmp_path)
+    own_cache(tmp_path / "cache", file, "--reader.exif=ignore")
+    as_earlier_versions_wrote(tmp_path / "cache")
+    before = contents(tmp_path / "cache")
+    assert read_plan(tmp_path / "cache").spec.exif is None
+    main(["cache", str(tmp_path / "cache"), "--check"])
+    shard = next(iter(table(tmp_path / "cache", SHARDS)))["name"]
+    for path in (manifest_name(shard), PAIRS):  # encodes one shard again, and plans again
+        (tmp_path / "cache" / path).unlink()
+    own_cache(tmp_path / "cache", file, "--reader.exif=ignore")
+    assert contents(tmp_path / "cache") == before
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        own_cache(tmp_path / "cache", file)
+    [line] = capsys.readouterr().err.strip().splitlines()
+    assert "was begun with reader.exif='ignore', but now it is 'apply'; set it back" in line
+    assert contents(tmp_path / "cache") == before
 
 
 def test_a_row_that_changed_since_planning_is_found(

@@ -1,9 +1,11 @@
 """``latentreward score``: tables of scores from folders and lists, resumed, refused, and with what cannot be read."""
 
+import base64
 import errno
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -26,6 +28,7 @@ from latentreward.scoring import RewardModel, ScoringNoise
 from latentreward.scoring.calibration import Calibration
 from latentreward.scoring.scored_table import read_scores
 from latentreward.storage import part_tables
+from tests.data.rotated import photograph, upright
 from tests.data.test_images import png_header
 from tests.marks import slow_after
 from tests.processes import finish, start
@@ -497,3 +500,58 @@ def test_start_up_loads_neither_lightning_nor_networks() -> None:
     code += "print({'lightning', 'torchmetrics', 'diffusers', 'transformers', 'matplotlib'} & set(sys.modules))"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed == "set()\n"
+
+
+def write_photographs(folder: Path) -> list[bytes]:
+    """Three that lie on their side or stand on their head, and a picture without a tag."""
+    folder.mkdir()
+    data = [photograph(6, seed=0), photograph(3, seed=1), photograph(8, seed=2), jpeg(0, 48, 32)]
+    for number, content in enumerate(data):
+        (folder / f"{number}.jpg").write_bytes(content)
+    return data
+
+
+def test_photographs_are_turned_as_in_training_or_as_told(
+    here: Path, lrm: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_photographs(here / "pics")
+    model = RewardModel.from_pretrained(lrm)
+    assert model.exif == "ignore"  # its checkpoint is like those of earlier versions
+    stored = [Image.fromarray(np.array(Image.open(io.BytesIO(content)))) for content in data]
+    table = score("pics", "as_trained.csv", lrm, "--prompt=a cat", "--gallery=as_trained.html")
+    torch.testing.assert_close(
+        torch.tensor(table["score"].to_pylist()), model.score("a cat", stored), rtol=0, atol=2e-5
+    )
+    told = "3 images have an EXIF orientation, ignored as in training: --exif apply turns them"
+    assert told in capsys.readouterr().out
+    table = score("pics", "told.csv", lrm, "--prompt=a cat", "--exif=apply", "--gallery=told.html")
+    seen = model.score("a cat", [upright(content) for content in data])
+    torch.testing.assert_close(torch.tensor(table["score"].to_pylist()), seen, rtol=0, atol=2e-5)
+    assert list(zip(table["height"].to_pylist(), table["width"].to_pylist(), strict=True))[:2] == [(48, 32), (32, 48)]
+    assert "3 images turned upright by their EXIF orientation" in capsys.readouterr().out
+    assert tall_thumbnails("as_trained.html") == 0
+    assert tall_thumbnails("told.html") == 2
+    score("pics", "as_trained.csv", lrm, "--prompt=a cat", "--gallery=again.html")  # the table is there already
+    assert tall_thumbnails("again.html") == 0
+    assert "was begun with exif" in refusal(capsys, "pics", "told.csv", lrm, "--prompt=a cat")
+
+
+def tall_thumbnails(page: str) -> int:
+    """Pictures on a page that are higher than wide."""
+    texts = re.findall(r"data:image/[a-z]+;base64,([^\"']+)", Path(page).read_text())
+    sizes = [Image.open(io.BytesIO(base64.b64decode(text))).size for text in texts]
+    assert len(sizes) == 4
+    return sum(height > width for width, height in sizes)
+
+
+def test_images_that_no_training_size_fits_are_counted_over_the_whole_run(
+    here: Path, dina: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pictures = write_pictures(here / "pics", 8)
+    model = RewardModel.from_pretrained(dina)
+    assert model.image_sizes is not None
+    sizes = [Image.open(path).size for path in sorted(pictures.glob("*.jpg"))]
+    unfitting = sum(not model.image_sizes.fits(height, width) for width, height in sizes)
+    assert 0 < unfitting < 8
+    score("pics", "s.csv", dina)
+    assert f"{unfitting} images have an aspect ratio the model was not trained on" in capsys.readouterr().out

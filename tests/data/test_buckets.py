@@ -2,7 +2,7 @@
 
 import pytest
 
-from latentreward.data.buckets import PUBLISHED_BUCKETS, Bucket, assign_bucket, sort_buckets
+from latentreward.data.buckets import PUBLISHED_BUCKETS, Bucket, assign_bucket, nearest_bucket, sort_buckets
 from latentreward.errors import InputError
 
 
@@ -56,3 +56,16 @@ def test_custom_buckets_and_smallest_size() -> None:
 def test_bad_bucket_lists_are_refused(sizes: list[tuple[int, int]], message: str) -> None:
     with pytest.raises(InputError, match=message):
         sort_buckets(sizes)
+
+
+def test_an_image_that_must_have_a_bucket_gets_its_own_or_the_nearest_in_aspect() -> None:
+    for bucket in PUBLISHED_BUCKETS:
+        assert nearest_bucket(bucket.height, bucket.width) == bucket
+    assert assign_bucket(1000, 1358) == nearest_bucket(1000, 1358) == Bucket(832, 1152)  # 4:3 is nearer in aspect
+    assert assign_bucket(1000, 3000) is None
+    assert nearest_bucket(1000, 3000) == Bucket(832, 1472)
+    assert assign_bucket(1000, 1600) is None
+    assert nearest_bucket(1000, 1600) == Bucket(896, 1344)  # of two 3:2 the one nearer in area
+    assert nearest_bucket(200, 273) == Bucket(768, 1024)  # of the two, the one nearer in area; too small for training
+    assert nearest_bucket(20, 32) == Bucket(832, 1248)
+    assert nearest_bucket(1, 1) == Bucket(256, 256)

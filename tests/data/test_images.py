@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from latentreward.contracts import ImageRef
 from latentreward.data import ImageError, PixelLoader, decode_image
-from latentreward.data.images import convert_image, image_size
+from latentreward.data.images import ALPHA, CMYK, DEEP, ExifOrientation, convert_image, image_size, read_header
 from latentreward.errors import InputError
+from tests.data.rotated import photograph, upright
 
 
 def encode(array: np.ndarray, fmt: str = "PNG", mode: str | None = None, **options) -> ImageRef:
@@ -66,10 +67,82 @@ def test_every_16_bit_level_is_rounded_and_others_are_clipped(mode: str) -> None
     assert (found == ((levels.clip(0, 65535) + 128) // 257)[:, None]).all()
 
 
-def test_exif_orientation_is_ignored() -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    assert decode_image(encode(NOISE, "JPEG", exif=exif)).size == (40, 48)
+@pytest.mark.parametrize("fmt", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied_or_ignored(orientation: int, fmt: str) -> None:
+    data = photograph(orientation, fmt=fmt)
+    reference = ImageRef("key", data)
+    seen, stored = decode_image(reference, exif="apply"), decode_image(reference)
+    assert np.array_equal(seen, upright(data))
+    assert np.array_equal(stored, Image.open(io.BytesIO(data)))
+    assert np.array_equal(seen, stored) == (orientation == 1)
+    assert image_size(reference, exif="apply") == (seen.height, seen.width)
+    assert image_size(reference) == (stored.height, stored.width) == (32, 48)
+    assert read_header(reference).rotated == (orientation != 1)
+    pixels = PixelLoader(16, 16, exif="apply")(reference)
+    assert torch.equal(pixels, PixelLoader(16, 16).pixels(upright(data)))
+
+
+@pytest.mark.parametrize("exif", ["apply", "ignore"])
+def test_an_image_is_turned_once(exif: ExifOrientation) -> None:
+    """What was decoded as stored is not turned by those who get it, and what was turned is not turned again."""
+    decoded = decode_image(ImageRef("key", photograph()), exif=exif)
+    assert np.array_equal(convert_image(decoded, "key", exif="apply"), decoded)
+    opened = Image.open(io.BytesIO(photograph()))
+    for _ in range(2):
+        assert np.array_equal(convert_image(opened, "key", exif=exif), decoded)
+    assert opened.getexif()[ExifTags.Base.Orientation] == 6  # the user's own image stays as it was
+
+
+@pytest.mark.parametrize("orientation", [0, 9])
+def test_an_orientation_that_is_none_leaves_the_image_as_stored(orientation: int) -> None:
+    reference = ImageRef("key", photograph(orientation))
+    assert decode_image(reference, exif="apply").size == (48, 32)
+    assert not read_header(reference).rotated
+
+
+def test_a_damaged_exif_block_costs_the_orientation_alone() -> None:
+    data = photograph(fmt="PNG")
+    start = data.index(b"eXIf") + 4
+    length = int.from_bytes(data[start - 8 : start - 4], "big")
+    random = np.random.default_rng(0)
+    for _ in range(200):
+        block = bytearray(data[start : start + length])
+        for place in random.integers(0, length, 4):
+            block[place] = random.integers(256)
+        crc = zlib.crc32(b"eXIf" + block).to_bytes(4, "big")
+        damaged = ImageRef("key", data[:start] + bytes(block) + crc + data[start + length + 4 :])
+        decoded = decode_image(damaged, exif="apply")
+        assert image_size(damaged, exif="apply") == (decoded.height, decoded.width)
+        assert {*decoded.size} == {48, 32}
+
+
+def png_of_16_bits() -> ImageRef:
+    """A PNG of 16 bits per channel in colour, which Pillow itself cannot write."""
+    header = struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"\0" + bytes(12))), (b"IEND", b"")]
+    parts = (
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
+    )
+    return ImageRef("key", b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+
+
+@pytest.mark.parametrize(
+    ("image", "odd"),
+    [
+        (encode(NOISE), ()),
+        (encode(NOISE, mode="L"), ()),
+        (encode(NOISE, mode="RGBA"), (ALPHA,)),
+        (encode(NOISE, mode="LA"), (ALPHA,)),
+        (encode(NOISE, "GIF", mode="P", transparency=0), (ALPHA,)),
+        (encode(NOISE[..., 0].astype(np.uint16)), (DEEP,)),
+        (png_of_16_bits(), (DEEP,)),
+        (encode(NOISE, "JPEG", "CMYK"), (CMYK,)),
+    ],
+)
+def test_a_header_tells_what_decoding_changes(image: ImageRef, odd: tuple[str, ...]) -> None:
+    assert read_header(image).oddities == odd
+    decode_image(image)
 
 
 @pytest.mark.parametrize(

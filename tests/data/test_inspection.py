@@ -21,6 +21,7 @@ from latentreward.data.inspection.report import Report, table
 from latentreward.data.inspection.score_tables import inspect_scores
 from latentreward.data.score_table import PairGaps
 from latentreward.errors import InputError
+from tests.data.rotated import photograph
 
 
 class Pairs(PairReader):
@@ -199,3 +200,28 @@ def test_reasons_of_all_splits_share_a_table(jpeg) -> None:
         "few       1     0",
     ]
     assert report.to_json()["splits"][0]["images"]["sizes"] == {"12x20": 1}
+
+
+@pytest.mark.parametrize("exif", ["apply", "ignore"])
+def test_odd_images_are_counted_once_each(jpeg, exif) -> None:
+    plain, small, single = jpeg(size=(512, 512)), jpeg(size=(20, 20)), jpeg(size=(1, 1))
+    turned = photograph(6, 832, 1248)
+    ink = jpeg(size=(256, 256), mode="CMYK", color=(1, 2, 3, 4))
+    reader = Pairs(("a", plain, turned, 1.0), ("a", turned, small, 1.0), ("b", single, ink, 0.0))
+    reader.exif = exif
+    found, _ = inspect_reader("train", reader, ImageCensus(exif=reader.exif))
+    assert found.images is not None
+    told = "upright (exif: apply)" if exif == "apply" else "not turned (exif: ignore)"
+    assert {key.split(", ", 1)[1]: count for key, count in found.images.odd.items() if key.startswith("EXIF")} == {
+        told if exif == "ignore" else f"turned {told}": 1
+    }
+    others = {key: count for key, count in found.images.odd.items() if not key.startswith("EXIF")}
+    assert others == {
+        "fewer pixels than the smallest bucket, 256x256": 2,
+        "a single pixel": 1,
+        "CMYK, which becomes RGB": 1,
+    }
+    assert found.images.sizes[(832, 1248) if exif == "apply" else (1248, 832)] == 1
+    text = Report("data", [found]).to_text()
+    assert "Odd images" in text
+    assert "a single pixel" in text

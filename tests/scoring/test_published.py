@@ -89,6 +89,7 @@ def test_lrm_round_trip(tmp_path: Path, name: str) -> None:
     torch.testing.assert_close(scores(model), scores(expected), rtol=1e-5, atol=1e-6)
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert model.head.guidance == 7.5
+    assert model.exif == "ignore"
     assert not load_lrm(tmp_path, pipeline_folder(name), guidance=1.0).head.needs_uncond
 
 
@@ -210,6 +211,7 @@ def test_dina_on_a_bare_transformer(tmp_path: Path) -> None:
     model = load_dina_lrm(tmp_path / "reward", base=str(tmp_path / "base"))
     assert model.backbone.text_encoder is None
     assert model.backbone.vae is None
+    assert model.exif == "ignore"
 
 
 def edit_head(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:

@@ -1,5 +1,6 @@
 """Images in whatever form, each with its prompt, to one score each; what cannot be scored is named."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from latentreward.contracts import ImageRef
 from latentreward.data.images import ImageError
@@ -151,9 +152,9 @@ def test_pixels_are_taken_as_they_are(lrm: RewardModel) -> None:
     assert lrm.score("a cat", pixels.repeat(3, 1, 1, 2)).shape == (3,)
     with pytest.raises(InputError, match=r"images are 16×15 pixels, but .* multiples of 2"):
         lrm.score("a cat", pixels[..., :15])
-    with pytest.raises(InputError, match=r"pixel of magnitude 255; scale them to \[-1, 1\]"):
+    with pytest.raises(InputError, match=r"pixel of magnitude 255, not in \[-1, 1\]; scale them"):
         lrm.score("a cat", torch.full((1, 3, PIXELS, PIXELS), 255.0))
-    with pytest.raises(InputError, match=r"uint8 tensor of shape \(1, 3, 4, 4\); give \(N, 3, H, W\)"):
+    with pytest.raises(InputError, match=r"uint8 tensor of shape \(1, 3, 4, 4\); give floating point"):
         lrm.score("a cat", torch.zeros(1, 3, 4, 4, dtype=torch.uint8))
 
 
@@ -166,8 +167,10 @@ def test_pixels_are_taken_as_they_are(lrm: RewardModel) -> None:
         (Path("there/is/none.png"), "image 'there/is/none.png': missing file"),
         ("a\0b.png", "missing file"),
         (Image.new("RGB", (0, 4)), "image 'number 1': empty image"),
-        (None, "image number 1 is a NoneType; give a PIL image, a path, encoded bytes or an ImageRef"),
-        (np.zeros((4, 4, 3), np.uint8), "image number 1 is a ndarray"),
+        (None, "image number 1 is a NoneType; give a PIL image, a path, encoded bytes, an ImageRef or a uint8"),
+        (np.zeros((4, 4, 3)), r"image number 1 is a float64 array of shape \(4, 4, 3\); give uint8 \(H, W, 3\), or a"),
+        (np.zeros((4, 4), np.uint8), r"image number 1 is a uint8 array of shape \(4, 4\)"),
+        (torch.zeros(3, 4, 4), "image number 1 is a Tensor"),
         (ImageRef("key", data=b"x", holds="latents"), "holds latents"),
     ],
 )
@@ -181,9 +184,9 @@ def test_what_is_no_image_is_named(lrm: RewardModel, image: Any, message: str) -
     ("prompts", "images", "message"),
     [
         (None, [picture(0)], "prompts is a NoneType; give a text for each image, or a single text for all"),
-        ("a cat", None, "images is a NoneType; give a list of images"),
-        ("a cat", "x.png", "images is a single image; give a list of images"),
-        ("a cat", ImageRef("key", data=b"x"), "images is a ImageRef; give a list of images"),
+        ("a cat", None, "images is a NoneType; give a list of images, each a PIL image, .*"),
+        ("a cat", np.zeros((4, 4)), r"images are an array of shape \(4, 4\); give uint8 \(N, H, W, 3\), .*"),
+        (["a cat"] * 2, picture(0), "prompts: 2 for 1 images; .*"),
     ],
 )
 def test_what_is_no_list_is_named(lrm: RewardModel, prompts: Any, images: Any, message: str) -> None:
@@ -205,16 +208,116 @@ def test_a_lazily_opened_file_may_turn_out_damaged(lrm: RewardModel, tmp_path: P
         lrm.score("a cat", [Image.open(path)])
 
 
-@pytest.mark.parametrize("images", ["cat.png", b"bytes", Path("cat.png"), picture(0)])
-def test_a_single_image_is_no_list_of_images(lrm: RewardModel, images: Any) -> None:
-    with pytest.raises(InputError, match="images is a single image; give a list of images"):
-        lrm.score("a cat", images)
+def test_a_single_image_gives_one_score(lrm: RewardModel, tmp_path: Path) -> None:
+    image = picture(1, PIXELS, PIXELS)
+    (tmp_path / "a.png").write_bytes(png(image))
+    forms = [image, tmp_path / "a.png", str(tmp_path / "a.png"), png(image), ImageRef("x", png(image)), np.array(image)]
+    expected = lrm.score("a cat", [image])
+    for form in forms:
+        assert torch.equal(lrm.score("a cat", form), expected)
+        assert torch.equal(lrm.score(["a cat"], form), expected)
+    assert lrm.score_levels("a cat", image, [lrm.noise] * 2).shape == (1, 2)
+    torch.testing.assert_close(lrm.score("a cat", to_tensor(image)[0], value_range=(0, 1)), expected)
+
+
+def test_uint8_arrays_are_pictures(lrm: RewardModel) -> None:
+    images = pictures(3)
+    expected = lrm.score("a cat", images)
+    arrays = [np.array(image) for image in images]
+    assert torch.equal(lrm.score("a cat", arrays), expected)
+    assert torch.equal(lrm.score("a cat", np.stack(arrays)), expected)
+    assert lrm.score("a cat", np.zeros((0, 4, 4, 3), np.uint8)).shape == (0,)
+
+
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    """(1, 3, H, W) in [0, 1]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
+
+
+def test_the_range_of_a_tensor_can_be_given_and_is_doubted(lrm: RewardModel, caplog: Any) -> None:
+    model = RewardModel.of(lrm)
+    pixels = to_tensor(picture(3, PIXELS, PIXELS))
+    expected = model.score("a cat", 2 * pixels - 1)
+    for scale in (1, 255):
+        given = model.score("a cat", scale * pixels, value_range=(0, scale))
+        torch.testing.assert_close(given, expected)
+    assert not caplog.records
+    unscaled = model.score("a cat", pixels)
+    assert (unscaled - expected).abs() > 1e-3
+    assert torch.equal(model.score("a cat", pixels), unscaled)
+    [record] = caplog.records
+    assert "all values of the image tensor lie in [0, 1]" in record.message
+    assert "value_range=(0, 1)" in record.message
+    RewardModel.of(lrm).score("a cat", pixels, value_range=(-1, 1))
+    assert len(caplog.records) == 1
+    with pytest.raises(InputError, match=r"value_range is \(1, 0\); give the lowest and the highest value"):
+        model.score("a cat", pixels, value_range=(1, 0))
+    with pytest.raises(InputError, match=r"magnitude 255, not within value_range=\(0, 1\)"):
+        model.score("a cat", 255 * torch.ones_like(pixels), value_range=(0, 1))
+
+
+def test_a_tensor_of_another_size_than_the_model_s_is_doubted(lrm: RewardModel, caplog: Any) -> None:
+    model, pixels = RewardModel.of(lrm), 2 * to_tensor(picture(3, 2 * PIXELS, PIXELS)) - 1
+    model.score("a cat", pixels)
+    model.score("a cat", pixels)
+    [record] = caplog.records
+    assert f"{2 * PIXELS}×{PIXELS} pixels and scored at that size" in record.message
+    assert f"trained at {PIXELS}×{PIXELS}" in record.message
+
+
+@pytest.mark.parametrize(("prompts", "empty"), [("", 2), (["a cat", " \n"], 1)])
+def test_empty_prompts_are_told_once(lrm: RewardModel, prompts: Any, empty: int, caplog: Any) -> None:
+    model = RewardModel.of(lrm)
+    model.score(prompts, pictures(2))
+    model.score(prompts, pictures(2))
+    model.score_latents(prompts, torch.randn(2, 4, 8, 8))
+    [record] = caplog.records
+    assert f"{empty} of 2 prompts are empty" in record.message
+
+
+@pytest.mark.parametrize(
+    ("noise", "example"),
+    [(0.3, "sigmas=(0.3,)"), (0, "sigmas=(0,)"), (301, "timesteps=(301,)"), ("x", "sigmas=(0.4,)")],
+)
+def test_noise_that_is_a_number_is_refused_with_what_to_write(lrm: RewardModel, noise: Any, example: str) -> None:
+    message = re.escape(f"noise is {noise!r}; give a ScoringNoise, e.g. ScoringNoise({example})")
+    with pytest.raises(InputError, match=message):
+        lrm.score("a cat", pictures(1), noise=noise)
+    with pytest.raises(InputError, match=message):
+        lrm.score_levels("a cat", pictures(1), [noise])
+    with pytest.raises(InputError, match=message):
+        lrm.score_latents("a cat", torch.zeros(1, 4, 8, 8), noise=noise)
+
+
+def test_images_that_no_training_size_fits_are_counted(dina: RewardModel, caplog: Any) -> None:
+    model = RewardModel.of(dina)
+    model.image_sizes = NearestBucket(((16, 16), (16, 24)))
+    model.score("a cat", [picture(0, 20, 20), picture(1, 20, 30)])
+    assert not caplog.records
+    model.score("a cat", [picture(0, 20, 20), picture(1, 20, 60), picture(2, 50, 20)])
+    [record] = caplog.records
+    assert "2 of 3 images, first number 1, have an aspect ratio that the model was not trained on" in record.message
+
+
+@pytest.mark.parametrize("exif", ["apply", "ignore"])
+def test_exif_orientation_is_as_the_model_has_it(lrm: RewardModel, exif: Any, tmp_path: Path) -> None:
+    model = RewardModel.of(lrm)
+    assert model.exif == "apply"
+    model.exif = exif
+    stored = picture(1, 24, 40)
+    tag = Image.Exif()
+    tag[ExifTags.Base.Orientation] = 6
+    stored.save(tmp_path / "a.png", exif=tag)
+    seen = stored.transpose(Image.Transpose.ROTATE_270) if exif == "apply" else stored
+    path = tmp_path / "a.png"
+    forms = [path, path.read_bytes(), ImageRef("x", path=path), Image.open(path)]
+    assert torch.equal(model.score("a cat", forms), model.score("a cat", [seen] * 4))
 
 
 def test_wrong_settings(lrm: RewardModel) -> None:
     with pytest.raises(InputError, match="batch_size is 0; it must be at least 1"):
         lrm.score("a cat", pictures(1), batch_size=0)
-    with pytest.raises(InputError, match="levels is empty"):
+    with pytest.raises(InputError, match=r"levels is \[\]; give a list of at least one ScoringNoise"):
         lrm.score_levels("a cat", pictures(1), [])
     with pytest.raises(InputError, match=r"prompt number 1 '\\ud83d' holds half a character"):
         lrm.score(["a cat", "\ud83d"], pictures(2))
@@ -272,7 +375,7 @@ def test_a_model_that_does_not_tell_its_size_asks_for_it(lrm: RewardModel) -> No
 def test_identity_tells_models_apart(lrm: RewardModel) -> None:
     lrm.source = "runs/lrm"
     assert "runs/lrm" in lrm.identity
-    assert "at t 1, images 16x16, float32" in lrm.identity
+    assert "at t 1, images 16x16, exif apply, float32" in lrm.identity
     assert "\n" not in lrm.identity
     assert scoring_model("sd15").set_precision(torch.bfloat16).identity.endswith("bfloat16")
     lrm.source = str(Path(__file__).parent)

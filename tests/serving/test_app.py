@@ -26,6 +26,7 @@ from latentreward.scoring.scoring_noise import ScoringNoise
 from latentreward.serving import app, server
 from latentreward.serving.protocol import Accepted, parse_request
 from latentreward.serving.service import ScoringService
+from tests.data.rotated import photograph, upright
 from tests.serving.latent_requests import HEADERS, tensors_of
 from tests.serving.servers import raw, serving, tiny_reward
 
@@ -199,6 +200,14 @@ def test_calibrated_scores_say_where_they_stand(
     raw = torch.tensor(reply["scores"])
     assert reply["z_scores"] == (reward.calibration.z_score(raw).tolist() if same_noise else None)
     assert reply["quantiles"] == (reward.calibration.quantile(raw).tolist() if same_noise else None)
+
+
+def test_a_photograph_on_its_side_is_turned_as_the_model_has_it(address: str) -> None:
+    content = {"prompt": "a cat", "image": base64.b64encode(photograph()).decode()}
+    reply = httpx.post(f"{address}/v1/score_images", json=content, timeout=20)
+    reward = tiny_reward()
+    assert reward.exif == "apply"
+    assert reply.json()["scores"] == pytest.approx(reward.score("a cat", upright(photograph())).tolist(), abs=2e-5)
 
 
 def test_images_as_json(address: str) -> None:

@@ -1,5 +1,6 @@
 """Whether caches fit one another, and the model that is to learn from them."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,8 @@ from latentreward.errors import InputError
 if TYPE_CHECKING:
     from latentreward.backbones.base import DiffusionBackbone
     from latentreward.policies import Policy
+
+logger = logging.getLogger(__name__)
 
 
 def check_caches(specs: Mapping[Path, CacheSpec], with_text: bool) -> CacheSpec:
@@ -31,6 +34,14 @@ def check_caches(specs: Mapping[Path, CacheSpec], with_text: bool) -> CacheSpec:
             raise InputError(
                 f"caches {first} and {folder} hold embeddings of different text encoders; write one of them again, or "
                 "set data.cached_text: false"
+            )
+        if (other.exif or "ignore") != (spec.exif or "ignore"):
+            logger.warning(
+                "caches %s and %s treat EXIF orientation differently (exif: %s and %s)",
+                first,
+                folder,
+                spec.exif or "ignore",
+                other.exif or "ignore",
             )
     return spec
 

@@ -14,6 +14,7 @@ from latentreward.cache.index import CacheIndex
 from latentreward.cache.layout import LATENTS, POOLED_PROMPT_EMBEDS, PROMPT_EMBEDS
 from latentreward.contracts import Conditioning, PreferenceBatch
 from latentreward.data.collate import is_turned
+from latentreward.data.images import ExifOrientation
 
 
 class CachedPairDataset(Dataset[PreferenceBatch]):
@@ -36,6 +37,11 @@ class CachedPairDataset(Dataset[PreferenceBatch]):
         self.index, self.rows = index, np.asarray(rows, dtype=np.int64)
         self.with_text = with_text and index.spec.text is not None
         self.pool: BufferPool | None = None
+
+    @property
+    def exif(self) -> ExifOrientation:
+        """Whether the images were turned upright by their EXIF orientation."""
+        return self.index.spec.exif or "ignore"
 
     def __len__(self) -> int:
         return len(self.rows)

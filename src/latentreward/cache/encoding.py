@@ -154,7 +154,8 @@ class EncodeBatches(Dataset[EncodeBatch]):
         if spec.vae is None:
             return torch.from_numpy(decode_latents(image)).float()
         assert shard.height is not None and shard.width is not None and spec.resize is not None
-        return PixelLoader(shard.height, shard.width, spec.resize, self.max_pixels)(image)  # type: ignore[arg-type]
+        loader = PixelLoader(shard.height, shard.width, spec.resize, self.max_pixels, self.reader.exif)  # type: ignore[arg-type]
+        return loader(image)
 
     def _noise(self, keys: Sequence[str], shape: tuple[int, ...]) -> Tensor | None:
         if self.plan.spec.posterior != "sample":

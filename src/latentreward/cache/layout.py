@@ -23,6 +23,7 @@ from typing import Any, Literal, Self
 import pyarrow as pa
 
 from latentreward.contracts import LatentSpace
+from latentreward.data.images import ExifOrientation
 from latentreward.errors import InputError
 from latentreward.storage import digests
 
@@ -153,6 +154,8 @@ class CacheSpec:
         batch_size: Images encoded together.
         images_per_shard: Most images of one shard.
         text: Text embeddings; None if there are none.
+        exif: Whether images were turned upright by their EXIF orientation; None for latents from elsewhere, and where
+            an earlier version wrote the cache, which ignored it.
     """
 
     origin: str
@@ -170,11 +173,16 @@ class CacheSpec:
     batch_size: int
     images_per_shard: int
     text: TextSpec | None = None
+    exif: ExifOrientation | None = None
 
     @property
     def hash(self) -> str:
         """Hash of all fields."""
-        return digest(asdict(self))
+        return digest(self.record())
+
+    def record(self) -> dict[str, Any]:
+        """Plain values, without ``exif`` where it is not known: hashes of earlier versions stay."""
+        return {name: value for name, value in asdict(self).items() if name != "exif" or value is not None}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
@@ -214,7 +222,7 @@ class CachePlan:
     @property
     def hash(self) -> str:
         """Hash of the settings, the data and the tables; each shard's manifest names it."""
-        return digest({name: value for name, value in asdict(self).items() if name != "dropped"})
+        return digest({name: value for name, value in self._record().items() if name != "dropped"})
 
     @property
     def empty_prompt(self) -> int | None:
@@ -223,7 +231,10 @@ class CachePlan:
 
     def to_json(self) -> str:
         """Text of ``plan.json``."""
-        return canonical_json({**asdict(self), "spec_hash": self.spec.hash, "plan_hash": self.hash})
+        return canonical_json({**self._record(), "spec_hash": self.spec.hash, "plan_hash": self.hash})
+
+    def _record(self) -> dict[str, Any]:
+        return {**asdict(self), "spec": self.spec.record()}
 
 
 @dataclass(frozen=True)

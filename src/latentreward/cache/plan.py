@@ -7,7 +7,6 @@ rows come; memory holds a hash and a number for each image and prompt.
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import asdict
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -29,9 +28,12 @@ ROWS_PER_GROUP = 4096
 SAMPLED_ROWS = 16
 GROUPS = {
     **dict.fromkeys(("size", "buckets", "resize", "cross_bucket", "min_pixels"), "images"),
+    "exif": "reader",
     **dict.fromkeys(("origin", "vae", "vae_dtype", "latent_space", "posterior", "batch_size", "text"), "encoder"),
 }
 """Field of a spec -> group of the command's settings that decides it."""
+UNRECORDED = {"exif": "ignore"}
+"""What earlier versions, which did not record it, always did."""
 
 
 class TableWriter:
@@ -228,8 +230,8 @@ def check_same(folder: Path, plan: CachePlan, spec: CacheSpec, data: dict[str, A
     Raises:
         InputError: Naming the first field that differs.
     """
-    old = {"spec": asdict(plan.spec), "data": plan.data}
-    new = {"spec": asdict(spec), "data": data}
+    old = {"spec": UNRECORDED | plan.spec.record(), "data": plan.data}
+    new = {"spec": UNRECORDED | spec.record(), "data": data}
     if difference := _first_difference(old, new):
         name, before, now = difference
         raise InputError(

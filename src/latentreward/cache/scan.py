@@ -64,8 +64,8 @@ class RowScan(Dataset[ScannedRow]):
                 return ScannedRow(index, bare, (self._latents_size(a), self._latents_size(b)))
             if not self.images.needs_headers():
                 return ScannedRow(index, bare)
-            limit = self.images.max_pixels
-            return ScannedRow(index, bare, (Bucket(*image_size(a, limit)), Bucket(*image_size(b, limit))))
+            limit, exif = self.images.max_pixels, self.reader.exif
+            return ScannedRow(index, bare, (Bucket(*image_size(a, limit, exif)), Bucket(*image_size(b, limit, exif))))
         except ImageError as error:
             if self.reader.on_error == "raise":
                 raise ImageError(f"{pair.pair_id}: {error}; {REMEDY}", error.problem) from error

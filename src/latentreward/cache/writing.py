@@ -84,6 +84,7 @@ class EncodingDataModule(LightningDataModule):
             if begun:
                 plan = read_plan(self.folder)
                 check_same(self.folder, plan, self.spec, data)
+                self.spec = plan.spec  # an earlier version's lacks what was not recorded then
                 self._restore_tables(plan, data)
             else:
                 plan = self._plan(data)

@@ -17,6 +17,7 @@ from latentreward.cache.layout import IMAGES, PAIRS, CacheDtype, CacheSpec, mani
 from latentreward.cache.sizing import ImageSettings
 from latentreward.cache.sources import Encoders, LatentSource
 from latentreward.cache.writing import EncodingDataModule, StopOnSigterm, exit_on_sigterm, run_predict
+from latentreward.data.images import ExifOrientation
 from latentreward.data.readers import PairReader, count_text
 from latentreward.errors import InputError
 from latentreward.interrupts import interrupts_told
@@ -86,7 +87,7 @@ def cache(
     with exit_on_sigterm(), interrupts_told(lambda: kept):
         encoders = encoder.load()
         images.check(encoders.space)
-        spec = make_spec(encoder, encoders, images, dtype, seed, images_per_shard)
+        spec = make_spec(encoder, encoders, images, dtype, seed, images_per_shard, reader.exif)
         data = EncodingDataModule(folder, reader, images, spec, num_workers)
         rate = EncodingRate()
         runner = make_trainer(trainer, [StopOnSigterm(), OneThread(), ShardsToDisk(folder), rate])
@@ -114,7 +115,13 @@ def make_trainer(settings: TrainerSettings, callbacks: list[Callback]) -> Traine
 
 
 def make_spec(
-    encoder: LatentSource, encoders: Encoders, images: ImageSettings, dtype: CacheDtype, seed: int, per_shard: int
+    encoder: LatentSource,
+    encoders: Encoders,
+    images: ImageSettings,
+    dtype: CacheDtype,
+    seed: int,
+    per_shard: int,
+    exif: ExifOrientation,
 ) -> CacheSpec:
     """Everything that decides the bytes, apart from the data."""
     buckets = None if images.size is not None else tuple((b.height, b.width) for b in images.bucket_sizes())
@@ -135,6 +142,7 @@ def make_spec(
         batch_size=encoder.batch_size,
         images_per_shard=per_shard,
         text=encoders.text_spec,
+        exif=exif if encodes else None,
     )
 
 

@@ -61,7 +61,7 @@ def inspect(
             found = _build(name, build, report, only=len(sources) == 1)
             if found is None:
                 continue
-            census = ImageCensus(sizes, decode, hash_images, MIN_PIXELS if buckets is None else 0)
+            census = ImageCensus(sizes, decode, hash_images, MIN_PIXELS if buckets is None else 0, found.exif)
             counts, contents[name] = inspect_reader(name, found, census, limit)
             report.splits.append(counts)
             if not counts.complete:

@@ -11,13 +11,14 @@ from typing import Any, Literal
 import torch
 
 from latentreward.data.image_lists import ImageList, read_images
-from latentreward.data.images import MAX_PIXELS
+from latentreward.data.images import MAX_PIXELS, ExifOrientation
 from latentreward.devices import find_device
 from latentreward.errors import InputError, first_line
 from latentreward.scorers.fingerprints import fingerprint
 from latentreward.scoring import PublishedSettings, RewardModel, ScoringNoise
 from latentreward.scoring.gallery import Gallery
 from latentreward.scoring.image_lists import ListedScoring
+from latentreward.scoring.layouts.find import find_reward
 from latentreward.scoring.score_inputs import images_identity, require_some
 from latentreward.scoring.scored_table import read_scores, summarise
 from latentreward.scoring.scoring_noise import NoiseKey
@@ -80,6 +81,7 @@ def score(
     decode_threads: int = 4,
     flush_every: int = 512,
     max_pixels: int = MAX_PIXELS,
+    exif: ExifOrientation | None = None,
     dtype: Literal["float32", "bfloat16"] = "float32",
     device: str = "auto",
 ) -> None:
@@ -113,6 +115,8 @@ def score(
         decode_threads: Threads that decode images ahead.
         flush_every: Images per part: what a kill can lose; Ctrl-C loses none that is scored.
         max_pixels: Images with more pixels are recorded as unreadable.
+        exif: apply turns images upright by their EXIF orientation, ignore takes the pixels as they are stored; by
+            default as the model's training did.
         dtype: Precision of the model's backbone.
         device: E.g. cuda:1; auto takes the accelerator if there is one.
 
@@ -139,6 +143,7 @@ def score(
         "noise": {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(noise).items()},
         "each_level": each_level,
         "max_pixels": max_pixels,
+        "exif": exif,
         "dtype": dtype,
     }
     loading |= {"device": target, "dtype": getattr(torch, dtype), "published": published}
@@ -149,12 +154,14 @@ def score(
             print(f"{output} is complete already: {len(listed.rows)} images")
         else:
             reading = {"batch_size": batch_size, "decode_threads": decode_threads, "max_pixels": max_pixels}
-            notes = _make_table(files, listed, load, noise, each_level, flush_every, **reading)
+            notes = _make_table(files, listed, load, noise, each_level, flush_every, exif, **reading)
     table = read_scores(output)
     print(f"{output}: {summarise(listed, table)}")
     if page is not None:
         start = time.monotonic()
-        shown = page.write(listed, table, model)
+        if exif is None:
+            exif = find_reward(model, run_config, base, revision=revision, trusted=trust_remote_code).exif
+        shown = page.write(listed, table, model, exif)
         notes.append(f"page of {shown} images written in {time.monotonic() - start:.1f} s: {gallery}")
     if notes:
         print("; ".join(notes))
@@ -180,6 +187,7 @@ def _make_table(
     noise: NoiseSettings,
     each_level: bool,
     flush_every: int,
+    exif: ExifOrientation | None,
     **reading: int,
 ) -> list[str]:
     """Score what is missing and put the table together; says how long each took."""
@@ -188,6 +196,7 @@ def _make_table(
         require_some(listed)
         start = time.monotonic()
         model = load()
+        model.exif = exif or model.exif
         own = noise.over(model.noise)
         scoring = ListedScoring(model, listed.rows, _levels(own, each_level), **reading)
         print(f"model loaded in {time.monotonic() - start:.1f} s; scoring at {own}", flush=True)
@@ -203,8 +212,26 @@ def _make_table(
                 f"batch_size={scoring.batch_size} takes more memory than there is ({first_line(error)}); what was "
                 f"scored is kept in {files.folder}: set a smaller one"
             ) from error
+        notes += _remarks_on_images(model, scoring.rotated, files)
     files.finish()
     return notes
+
+
+def _remarks_on_images(model: RewardModel, rotated: int, files: PartFiles) -> list[str]:
+    """Images of this and earlier runs that no training size fits, and of this run those with an EXIF orientation."""
+    remarks, sizes = [], model.image_sizes
+    assert sizes is not None  # ListedScoring refuses a model without
+    unfitting = 0
+    for _, part in files.read():
+        found = zip(part["height"].to_pylist(), part["width"].to_pylist(), strict=True)
+        unfitting += sum(height is not None and not sizes.fits(height, width) for height, width in found)
+    if unfitting:
+        remarks.append(f"{unfitting} images have an aspect ratio the model was not trained on: cropped to the nearest")
+    if rotated and model.exif == "ignore":
+        remarks.append(f"{rotated} images have an EXIF orientation, ignored as in training: --exif apply turns them")
+    elif rotated:
+        remarks.append(f"{rotated} images turned upright by their EXIF orientation")
+    return remarks
 
 
 def _score_missing(scoring: ListedScoring, files: PartFiles, parts: Sequence[range]) -> str:

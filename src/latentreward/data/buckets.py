@@ -97,3 +97,24 @@ def assign_bucket(
     log_aspect, log_area = math.log(width / height), math.log(height * width)
     fitting = [bucket for bucket in buckets if abs(log_aspect - bucket.log_aspect) <= ASPECT_TOLERANCE]
     return min(fitting, key=lambda bucket: abs(log_area - math.log(bucket.area)), default=None)
+
+
+def nearest_bucket(height: int, width: int, buckets: Sequence[Bucket] = PUBLISHED_BUCKETS) -> Bucket:
+    """The bucket of an image that must have one: :func:`assign_bucket`'s, else the one nearest in aspect, then in area.
+
+    Args:
+        height: Pixels of the image.
+        width: Pixels of the image.
+        buckets: Candidates, ascending by area.
+    """
+    assigned = assign_bucket(height, width, buckets, min_pixels=0)
+    if assigned is not None:
+        return assigned
+    image = Bucket(height, width)
+    return min(
+        buckets,
+        key=lambda bucket: (
+            round(abs(bucket.log_aspect - image.log_aspect), 6),  # 3:2 and 6:4 are as near, but for rounding
+            abs(math.log(bucket.area / image.area)),
+        ),
+    )

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from latentreward.contracts import PreferencePair
-from latentreward.data.images import IMAGE_PROBLEMS, ImageError, PixelLoader
+from latentreward.data.images import IMAGE_PROBLEMS, ExifOrientation, ImageError, PixelLoader
 from latentreward.data.readers import PairReader
 from latentreward.errors import InputError
 
@@ -56,7 +56,7 @@ class PairDataset(Dataset[LoadedPair | SkippedPair]):
 
     Args:
         reader: Where pairs come from; its ``on_error`` also rules over images that cannot be read.
-        loader: Decodes and resizes one image.
+        loader: Decodes and resizes one image; EXIF orientation is treated as the reader says.
         rows: Row numbers of the reader to offer; all by default.
 
     Raises:
@@ -68,11 +68,16 @@ class PairDataset(Dataset[LoadedPair | SkippedPair]):
             raise InputError(
                 f"{type(reader).__name__}: its rows hold {reader.holds}, no images; {REMEDY[reader.holds]}"
             )
-        self.reader, self.loader = reader, loader
+        self.reader, self.loader = reader, replace(loader, exif=reader.exif)
         self.rows = np.arange(len(reader)) if rows is None else np.asarray(rows)
         # 0 or 1 + number of the problem, per row; in shared memory, since images are decoded in worker processes
         self._problems = torch.zeros(len(self.rows), dtype=torch.uint8).share_memory_()
         self._warned = False
+
+    @property
+    def exif(self) -> ExifOrientation:
+        """Whether images are turned upright by their EXIF orientation."""
+        return self.loader.exif
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -8,17 +8,32 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from latentreward.contracts import ImageRef
 from latentreward.errors import InputError
 
 ResizePolicy = Literal["stretch", "center_crop"]
+ExifOrientation = Literal["apply", "ignore"]
+"""Whether an image is turned upright as its EXIF orientation says, or taken as its pixels are stored."""
+UPRIGHT = 1
+TRANSPOSITIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation → what turns the stored pixels upright; from 5 on, height and width change places."""
+ORIENTATION_TAGS = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
+"""Entries of ``Image.info`` that Pillow finds an orientation in."""
 MAX_PIXELS = 64 * 1024 * 1024
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 EIGHT_BITS = tuple((level + 128) // 257 for level in range(65536))
@@ -38,6 +53,8 @@ OUTSIDE = "path outside the root"
 UNKNOWN = "unknown image format"
 DAMAGED = "truncated or damaged image"
 TOO_LARGE = "too many pixels"
+ALPHA, DEEP, CMYK = "alpha, which is dropped", "16 bits per channel, which become 8", "CMYK, which becomes RGB"
+"""Names of what decoding changes."""
 IMAGE_PROBLEMS = (NO_IMAGE, EMPTY, MISSING, OUTSIDE, UNKNOWN, DAMAGED, TOO_LARGE)
 
 
@@ -64,12 +81,14 @@ class PixelLoader:
         resize: ``"stretch"`` resizes both axes on their own, bilinear (what LRM was trained with); ``"center_crop"``
             keeps the aspect ratio, cuts what hangs over at both ends and resizes with a Lanczos filter.
         max_pixels: Images with more are refused from their header, before they are decoded.
+        exif: Whether images are turned upright by their EXIF orientation.
     """
 
     height: int
     width: int
     resize: ResizePolicy = "stretch"
     max_pixels: int = MAX_PIXELS
+    exif: ExifOrientation = "ignore"
 
     def __call__(self, image: ImageRef) -> Tensor:
         """Pixels ``(3, height, width)``, float32 in [-1, 1].
@@ -77,7 +96,7 @@ class PixelLoader:
         Raises:
             ImageError: If the image cannot be read.
         """
-        return self.pixels(decode_image(image, self.max_pixels))
+        return self.pixels(decode_image(image, self.max_pixels, self.exif))
 
     def pixels(self, decoded: Image.Image) -> Tensor:
         """Pixels ``(3, height, width)``, float32 in [-1, 1], of an 8-bit RGB image."""
@@ -93,31 +112,36 @@ class PixelLoader:
         return torch.zeros(3, self.height, self.width)
 
 
-def decode_image(image: ImageRef, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def decode_image(image: ImageRef, max_pixels: int = MAX_PIXELS, exif: ExifOrientation = "ignore") -> Image.Image:
     """Decode to 8-bit RGB.
 
-    Alpha is dropped, not composited; EXIF orientation is ignored; the first frame of an animation is taken; 16-bit
-    grey levels are divided by 257. These are the rules under which the published reward models saw their data.
+    Alpha is dropped, not composited; the first frame of an animation is taken; 16-bit grey levels are divided by 257.
+    These, with EXIF orientation ignored, are the rules under which the published reward models saw their data. The
+    result has no EXIF orientation any more.
 
     Args:
         image: Its bytes, or a file.
         max_pixels: Limit on width × height, checked before decoding.
+        exif: Whether the image is turned upright by its EXIF orientation.
 
     Raises:
         ImageError: If there are no bytes, no such file, or the bytes are no whole image of a known format.
         InputError: If it holds latents.
     """
     with _opened(image, max_pixels) as opened:
-        return _to_rgb(opened)
+        return _to_rgb(opened, exif)
 
 
-def convert_image(image: Image.Image, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def convert_image(
+    image: Image.Image, name: str, max_pixels: int = MAX_PIXELS, exif: ExifOrientation = "ignore"
+) -> Image.Image:
     """To 8-bit RGB by the rules of :func:`decode_image`, from an image of any mode that Pillow has opened already.
 
     Args:
         image: The image.
         name: What messages call it.
         max_pixels: Limit on width × height.
+        exif: Whether the image is turned upright by its EXIF orientation.
 
     Raises:
         ImageError: If it has no pixels or too many, or its file turns out to be damaged.
@@ -127,19 +151,62 @@ def convert_image(image: Image.Image, name: str, max_pixels: int = MAX_PIXELS) -
         raise image_error(ref, EMPTY, f"{image.width}×{image.height} pixels")
     _check_pixels(ref, image, max_pixels)
     try:
-        return _to_rgb(image)
+        return _to_rgb(image, exif)
     except BROKEN_FILE as error:
         raise image_error(ref, DAMAGED, str(error)) from error
 
 
-def image_size(image: ImageRef, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """(height, width) in pixels from the header alone; whether the rest can be decoded remains to be seen.
+class ImageHeader(NamedTuple):
+    """What the header of an image file says.
+
+    Attributes:
+        height: Pixels, as the image is decoded.
+        width: Pixels, likewise.
+        rotated: Whether it has an EXIF orientation other than upright.
+        oddities: What decoding changes beside the orientation.
+    """
+
+    height: int
+    width: int
+    rotated: bool
+    oddities: tuple[str, ...]
+
+
+def read_header(image: ImageRef, max_pixels: int = MAX_PIXELS, exif: ExifOrientation = "ignore") -> ImageHeader:
+    """Read the header alone; whether the rest can be decoded remains to be seen.
+
+    Args:
+        image: Its bytes, or a file.
+        max_pixels: Limit on width × height.
+        exif: Whether decoding turns the image upright by its EXIF orientation.
 
     Raises:
         ImageError: As :func:`decode_image`, for what the header shows.
     """
     with _opened(image, max_pixels) as opened:
-        return opened.height, opened.width
+        width, height = opened.size
+        orientation = exif_orientation(opened)
+        if exif == "apply" and orientation >= 5:
+            height, width = width, height
+        deep = _is_16_bit(opened.mode) or any(";16" in str(tile) for tile in getattr(opened, "tile", ()))
+        odd = {ALPHA: opened.has_transparency_data, DEEP: deep, CMYK: opened.mode == "CMYK"}
+        return ImageHeader(height, width, orientation != UPRIGHT, tuple(name for name, is_so in odd.items() if is_so))
+
+
+def image_size(image: ImageRef, max_pixels: int = MAX_PIXELS, exif: ExifOrientation = "ignore") -> tuple[int, int]:
+    """(height, width) in pixels of the decoded image, from its header; see :func:`read_header`."""
+    header = read_header(image, max_pixels, exif)
+    return header.height, header.width
+
+
+def exif_orientation(image: Image.Image) -> int:
+    """EXIF orientation, 1 to 8, of an opened image; 1, which is upright, if it has none that can be read."""
+    try:
+        # PNG's own getexif decodes all pixels in search of a tag behind them, where a header should do.
+        found = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+    except (*BROKEN_FILE, LookupError, ArithmeticError):
+        return UPRIGHT
+    return found if found in TRANSPOSITIONS else UPRIGHT
 
 
 def decoding_bytes(image: ImageRef, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
@@ -214,10 +281,19 @@ def _open_source(image: ImageRef) -> BytesIO | Path:
     return path
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "I" or image.mode.startswith("I;16"):  # Pillow's own conversion clips 16 bits to white
+def _to_rgb(image: Image.Image, exif: ExifOrientation) -> Image.Image:
+    if exif == "apply" and (orientation := exif_orientation(image)) != UPRIGHT:
+        image = image.transpose(TRANSPOSITIONS[orientation])
+    if _is_16_bit(image.mode):  # Pillow's own conversion clips 16 bits to white
         image = image.convert("I").point(EIGHT_BITS, "L")
-    return image.convert("RGB")
+    decoded = image.convert("RGB")
+    for tag in ORIENTATION_TAGS:  # else who gets the image would turn it a second time, or against the setting
+        decoded.info.pop(tag, None)
+    return decoded
+
+
+def _is_16_bit(mode: str) -> bool:
+    return mode == "I" or mode.startswith("I;16")
 
 
 def image_error(image: ImageRef, problem: str, detail: str) -> ImageError:

@@ -1,5 +1,6 @@
 """Training of a latent reward model on preference pairs: wiring; no formula."""
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -22,6 +23,8 @@ from latentreward.noise import LevelSampler
 from latentreward.scoring import RewardModel
 from latentreward.scoring.layouts.recipe import recipe_in_python
 from latentreward.scoring.layouts.run import SETTINGS
+
+logger = logging.getLogger(__name__)
 
 
 class RewardModule(PairModule):
@@ -64,14 +67,34 @@ class RewardModule(PairModule):
         if ensemble_sigmas:
             self._add_metrics("ensemble")
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take over how the images were turned that the weights were trained on; earlier versions ignored EXIF."""
+        super().on_load_checkpoint(checkpoint)
+        self.model.exif = checkpoint.get("exif", "ignore")
+
+    def on_train_start(self) -> None:
+        """Learn from the training data whether EXIF orientation is applied."""
+        exif = getattr(getattr(self.trainer.train_dataloader, "dataset", None), "exif", None)
+        if exif is None:
+            return
+        if self.trainer.ckpt_path is not None and exif != self.model.exif:
+            logger.warning(
+                "resume: the checkpoint was trained with exif: %s, the training data now have exif: %s; set the "
+                "reader's exif to go on as before",
+                self.model.exif,
+                exif,
+            )
+        self.model.exif = exif
+
     def configure_model(self) -> None:
         """Under Lightning's ``ModelParallelStrategy``, share the weights out over the ranks; see :mod:`.sharding`."""
         if self.device_mesh is not None:
             shard(self, self.model.backbone, self.device_mesh["data_parallel"])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note how the model is built, where no ``config.yaml`` of ``latentreward fit`` will tell it."""
+        """Note how the training images were turned, and how the model is built where no ``config.yaml`` will tell it."""
         super().on_save_checkpoint(checkpoint)
+        checkpoint["exif"] = self.model.exif
         built = {"backbone": self.model.backbone.built_by, "head": self.model.head.built_by}
         saved = any(isinstance(callback, SaveConfigCallback) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
         if not saved and None not in built.values():

@@ -81,6 +81,7 @@ class PairScoring:
             "reader": f"{type(self.reader).__name__} with {len(self.reader)} rows, {rows}",
             "scorers": {scorer.name: scorer.identity() for scorer in self.scorers},
             "max_pixels": self.max_pixels,
+            "exif": None if self.reader.exif == "ignore" else self.reader.exif,  # null as in tables of before
         }
 
     def prepare(self) -> None:
@@ -208,7 +209,7 @@ class PairScoring:
         problems: dict[Place, str] = {}
         for place, image in copies:
             try:
-                return decode_image(image, self.max_pixels), problems
+                return decode_image(image, self.max_pixels, self.reader.exif), problems
             except ImageError as error:
                 problems[place] = error.problem
         return None, problems

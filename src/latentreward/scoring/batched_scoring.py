@@ -88,7 +88,8 @@ def score_images(
     by_content = any(noise.noise_key == "image" for noise in levels)
     rows: list[int] = []
     scores: list[Tensor] = []
-    for batch in pixel_batches(images, model.image_sizes, batch_size, even_step(model)):
+    unfitting: list[int] = []
+    for batch in pixel_batches(images, model.image_sizes, batch_size, even_step(model), model.exif):
         check_sides(batch.pixels, model.backbone.side_multiple)
         of_batch = [prompts[row] for row in batch.rows]
         wanted = torch.is_grad_enabled() and batch.pixels.requires_grad
@@ -103,9 +104,16 @@ def score_images(
             scored = torch.stack([score_encoded(model, encoded, noise) for noise in levels], dim=1).cpu()
         check_finite(scored, of_batch, batch.rows)
         rows += batch.rows
+        unfitting += batch.unfitting
         scores.append(scored)
     if not scores:
         return torch.zeros(0, len(levels))
+    if unfitting:
+        model.warn_once(
+            "aspect",
+            f"{len(unfitting)} of {len(rows)} images, first number {min(unfitting)}, have an aspect ratio that the "
+            "model was not trained on; they are cropped to the nearest",
+        )
     place = torch.tensor(rows).argsort()
     return torch.cat(scores)[place]
 

@@ -2,6 +2,7 @@
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote_from_bytes
@@ -10,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from latentreward.data.image_lists import ImageList, ListedImage
-from latentreward.data.images import ImageError, decode_image
+from latentreward.data.images import ExifOrientation, ImageError, decode_image
 from latentreward.errors import InputError
 from latentreward.reports import picture_uri, write_page
 from latentreward.scoring.network import name_of
@@ -41,13 +42,14 @@ class Gallery:
             raise InputError(f"gallery is {path}; give a file that ends in .html")
         self.path, self.limit, self.threads, self.max_pixels = path, limit, threads, max_pixels
 
-    def write(self, listed: ImageList, table: pa.Table, model: str) -> int:
+    def write(self, listed: ImageList, table: pa.Table, model: str, exif: ExifOrientation = "ignore") -> int:
         """Write the page; returns how many images it shows.
 
         Args:
             listed: N images.
             table: N rows, as :class:`~latentreward.scoring.image_lists.ListedScoring` makes them.
             model: What scored them, as the user named it.
+            exif: Whether they were turned upright by their EXIF orientation.
         """
         scores = table["score"].to_numpy()
         order = np.argsort(-scores, kind="stable")[: int(np.isfinite(scores).sum())]
@@ -55,7 +57,7 @@ class Gallery:
         ranks = [*range(1, best + 1), *range(len(order) - (len(shown) - best) + 1, len(order) + 1)]
         columns = {name: table[name].to_pylist() for name in table.column_names}
         with ThreadPoolExecutor(self.threads) as pool:
-            pictures = pool.map(self._picture, [listed.rows[row] for row in shown])
+            pictures = pool.map(partial(self._picture, exif=exif), [listed.rows[row] for row in shown])
             cards = [
                 self._card(listed.rows[row], {name: values[row] for name, values in columns.items()}, rank, picture)
                 for rank, row, picture in zip(ranks, shown, pictures, strict=True)
@@ -99,9 +101,9 @@ class Gallery:
             "size": f"{values['width']} × {values['height']}",
         }
 
-    def _picture(self, row: ListedImage) -> str | None:
+    def _picture(self, row: ListedImage, exif: ExifOrientation) -> str | None:
         """A thumbnail; None if the image can be read no more."""
         try:
-            return picture_uri(decode_image(row.ref(), self.max_pixels), SIDE, QUALITY)
+            return picture_uri(decode_image(row.ref(), self.max_pixels, exif), SIDE, QUALITY)
         except ImageError:
             return None

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from latentreward.data.ahead import map_ahead
 from latentreward.data.image_lists import ListedImage
-from latentreward.data.images import MAX_PIXELS, ImageError, decode_image
+from latentreward.data.images import MAX_PIXELS, ImageError, decode_image, read_header
 from latentreward.errors import InputError, one_line
 from latentreward.scoring import RewardModel, ScoringNoise
 
@@ -28,13 +28,15 @@ class Loaded:
 
     Attributes:
         pixels: ``(3, H, W)`` in [-1, 1].
-        size: Height and width of the file's image.
+        size: Height and width of the image, as it is decoded.
         problem: Why it cannot be used.
+        rotated: Whether it has an EXIF orientation other than upright.
     """
 
     pixels: Tensor | None = None
     size: tuple[int, int] | None = None
     problem: str | None = None
+    rotated: bool = False
 
 
 @dataclass
@@ -76,6 +78,7 @@ class ListedScoring:
 
     Attributes:
         seconds: Time spent in the model.
+        rotated: Images with an EXIF orientation other than upright.
         progress: Called with the number of rows that were finished.
 
     Raises:
@@ -103,7 +106,7 @@ class ListedScoring:
         self.batch_size, self.decode_threads, self.max_pixels = batch_size, decode_threads, max_pixels
         self._sizes = model.image_sizes
         self._scored = False
-        self.seconds = 0.0
+        self.seconds, self.rotated = 0.0, 0
         self.progress: Callable[[int], None] = lambda number: None
 
     def tables(self, parts: Sequence[range]) -> Iterator[tuple[range, pa.Table]]:
@@ -128,7 +131,7 @@ class ListedScoring:
         """The table of a part.
 
         Columns are ``image``, ``prompt``, a score for each level, of which the first is ``score``, ``z_score`` and
-        ``quantile`` (empty unless the model is calibrated at that level), ``width`` and ``height`` of the file's image,
+        ``quantile`` (empty unless the model is calibrated at that level), ``width`` and ``height`` of the image,
         and ``problem``: why there is no score.
         """
         rows = range(len(part.rows))
@@ -154,10 +157,12 @@ class ListedScoring:
         if row.problem is not None:
             return Loaded(problem=f"{row.problem} ({row.detail})")
         try:
-            image = decode_image(row.ref(), self.max_pixels)
+            rotated = read_header(row.ref(), self.max_pixels).rotated
+            image = decode_image(row.ref(), self.max_pixels, self.model.exif)
         except ImageError as error:
             return Loaded(problem=str(error).removeprefix(f"image {row.name!r}: "))
-        return Loaded(self._sizes.loader(image.height, image.width).pixels(image), (image.height, image.width))
+        size = image.height, image.width
+        return Loaded(self._sizes.loader(*size).pixels(image), size, rotated=rotated)
 
     def _score(self, part: ScoredRows, loaded: Iterable[Loaded]) -> None:
         """Score a part; images wait for others of their size, the commonest of which go first when many wait."""
@@ -168,6 +173,7 @@ class ListedScoring:
                 self.progress(1)
                 continue
             part.sizes[row] = image.size or (0, 0)
+            self.rotated += image.rotated
             waiting.setdefault(tuple(image.pixels.shape), []).append((row, image.pixels))
             if sum(map(len, waiting.values())) >= HELD_BATCHES * self.batch_size:
                 fullest = max(waiting, key=lambda shape: len(waiting[shape]))
@@ -202,7 +208,7 @@ class ListedScoring:
         pixels = torch.stack([image for _, image in images])
         prompts = [part.rows[row].prompt for row, _ in images]
         different = list(dict.fromkeys(self.levels.values()))
-        scores = self.model.score_levels(prompts, pixels, different, batch_size=self.batch_size)
+        scores = self.model.score_levels(prompts, pixels, different, batch_size=self.batch_size, value_range=(-1, 1))
         self.seconds += time.perf_counter() - start
         if scores.ndim != 2:
             raise InputError(

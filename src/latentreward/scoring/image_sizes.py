@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from latentreward.data.buckets import PUBLISHED_BUCKETS, Bucket
+from latentreward.data.buckets import PUBLISHED_BUCKETS, Bucket, assign_bucket, nearest_bucket, sort_buckets
 from latentreward.data.images import PixelLoader
 
 if TYPE_CHECKING:
@@ -23,6 +23,10 @@ class ImageSizes(ABC):
     @abstractmethod
     def loader(self, height: int, width: int) -> PixelLoader:
         """What brings an image of ``height`` × ``width`` pixels to the model's size."""
+
+    def fits(self, height: int, width: int) -> bool:
+        """Whether training has a size for images of this shape; others come to the size of the nearest one."""
+        return True
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,10 @@ class OneSize(ImageSizes):
 
 @dataclass(frozen=True)
 class NearestBucket(ImageSizes):
-    """The aspect bucket nearest in shape, then in area; what hangs over is cut (DiNa-LRM's training sizes).
+    """The aspect bucket that training puts an image into; what hangs over is cut (DiNa-LRM's training sizes).
+
+    See :func:`~latentreward.data.buckets.assign_bucket`. An image whose aspect ratio no bucket has, which training
+    leaves out, comes to the bucket nearest in aspect. Images of any area have a bucket.
 
     Attributes:
         buckets: (height, width) of each, in pixels.
@@ -62,10 +69,14 @@ class NearestBucket(ImageSizes):
 
     def loader(self, height: int, width: int) -> PixelLoader:
         """See :meth:`ImageSizes.loader`."""
-        image = Bucket(height, width)
-        buckets = [Bucket(*size) for size in self.buckets]
-        best = min(buckets, key=lambda b: (round(abs(b.log_aspect - image.log_aspect), 6), abs(b.area - image.area)))
-        return PixelLoader(best.height, best.width, "center_crop")
+        return PixelLoader(*nearest_bucket(height, width, self._sorted()), "center_crop")
+
+    def fits(self, height: int, width: int) -> bool:
+        """See :meth:`ImageSizes.fits`."""
+        return assign_bucket(height, width, self._sorted(), min_pixels=0) is not None
+
+    def _sorted(self) -> tuple[Bucket, ...]:
+        return sort_buckets(tuple(dict.fromkeys((height, width) for height, width in self.buckets)))
 
 
 def own_sizes(backbone: DiffusionBackbone) -> ImageSizes | None:

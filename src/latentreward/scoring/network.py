@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from latentreward.backbones.base import DiffusionBackbone
 from latentreward.contracts import Conditioning, Features
+from latentreward.data.images import ExifOrientation
 from latentreward.errors import InputError
 from latentreward.heads import RewardHead
 from latentreward.noise import FlowMatching
@@ -23,6 +25,8 @@ from latentreward.scoring.scoring_noise import ScoringNoise
 
 if TYPE_CHECKING:
     from latentreward.encoders.vae import LatentEncoder
+
+logger = logging.getLogger(__name__)
 
 
 class RewardNetwork(nn.Module):
@@ -36,6 +40,7 @@ class RewardNetwork(nn.Module):
         noise: Levels and draws of a score where none are given: timestep 1 for DDPM (LRM on clean images), noise level
             0.4 for flow matching (DiNa-LRM's published example).
         image_sizes: To which size images are brought; None where the network does not tell its own.
+        exif: Whether images are turned upright by their EXIF orientation, as in training.
         source: Where it came from, as the user gave it.
         dtype: Precision of the backbone's matrix products; see :meth:`set_precision`.
         calibration: Where a raw score stands in a reference set; None if it was not calibrated.
@@ -49,11 +54,13 @@ class RewardNetwork(nn.Module):
         flow = isinstance(backbone.noise_process, FlowMatching)
         self.noise = ScoringNoise(sigmas=(0.4,)) if flow else ScoringNoise(timesteps=(1.0,))
         self.image_sizes: ImageSizes | None = own_sizes(backbone)
+        self.exif: ExifOrientation = "apply"
         self.source = ""
         self.dtype = torch.float32
         self.calibration: Calibration | None = None
         self.recipe: ModelRecipe | None = None
         self.published: dict[str, Any] = {}
+        self._warned: set[str] = set()
 
     @property
     def device(self) -> torch.device:
@@ -79,16 +86,23 @@ class RewardNetwork(nn.Module):
         self.dtype = dtype
         return self
 
+    def warn_once(self, kind: str, message: str) -> None:
+        """Log a warning, unless one of its kind was logged for this model before."""
+        if kind not in self._warned:
+            self._warned.add(kind)
+            logger.warning("%s (further ones are not logged)", message)
+
     @property
     def identity(self) -> str:
-        """What tells its scores from another's, in one line: source, base, settings, noise, sizes and precision.
+        """What tells its scores from another's, in one line: source, base, settings, noise, sizes, EXIF and precision.
 
         Of files and folders here, the names without their places.
         """
         base = name_of(self.backbone.source or "a network given")
         parts = [name_of(self.source or type(self.head).__name__), f"on {base}"]
         parts += [f"{name} {value}" for name, value in self.published.items()]
-        parts += [f"at {self.noise}", f"images {self.image_sizes}", str(self.dtype).removeprefix("torch.")]
+        parts += [f"at {self.noise}", f"images {self.image_sizes}", f"exif {self.exif}"]
+        parts += [str(self.dtype).removeprefix("torch.")]
         return ", ".join(parts)
 
     def encode_images(self, pixels: Tensor, noise: Tensor | None = None, *, differentiable: bool = False) -> Tensor:

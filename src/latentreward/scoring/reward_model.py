@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Sized
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Self
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from latentreward.contracts import Conditioning
@@ -18,11 +17,11 @@ from latentreward.errors import InputError, check_at_least_one
 from latentreward.heads.clip_projection import MultiScale
 from latentreward.scoring.batched_scoring import prompt_of_each, score_given_latents, score_images
 from latentreward.scoring.hub import upload
-from latentreward.scoring.images import Images
+from latentreward.scoring.images import ImageInput, Images, as_images, doubts_of_pixels
 from latentreward.scoring.layouts.card import Card
 from latentreward.scoring.layouts.published import PUBLISHED_RMS_EPS, PublishedDiNaLRM, PublishedLRM, PublishedSettings
 from latentreward.scoring.network import RewardNetwork
-from latentreward.scoring.scoring_noise import ScoringNoise
+from latentreward.scoring.scoring_noise import ScoringNoise, check_noise
 
 
 class RewardModel(RewardNetwork):
@@ -32,7 +31,7 @@ class RewardModel(RewardNetwork):
     def of(cls, network: RewardNetwork) -> Self:
         """The reward model of a loaded network: the same parts and settings."""
         model = cls(network.backbone, network.head)
-        for name in ("noise", "image_sizes", "source", "dtype", "calibration", "recipe", "published"):
+        for name in ("noise", "image_sizes", "exif", "source", "dtype", "calibration", "recipe", "published"):
             setattr(model, name, getattr(network, name))
         return model.train(network.training)
 
@@ -121,10 +120,11 @@ class RewardModel(RewardNetwork):
     def score(
         self,
         prompts: str | Sequence[str],
-        images: Images,
+        images: ImageInput | Images,
         *,
         noise: ScoringNoise | None = None,
         batch_size: int = 8,
+        value_range: tuple[float, float] | None = None,
     ) -> Tensor:
         """Scores ``(N,)``, float32 on the CPU, of N images, each for its own prompt: N scores, never N × N.
 
@@ -132,25 +132,34 @@ class RewardModel(RewardNetwork):
         bits in batches of one shape): prompts are encoded one by one, and noise is drawn by prompt, seed, level and
         shape. It carries a gradient if ``images`` is a tensor that requires one.
 
+        What looks wrong is logged, once for each model: a tensor that seems to lie in [0, 1] or has a size that the
+        model was not trained on, images that fit none of its buckets, and empty prompts.
+
         Args:
             prompts: N prompts; a single text is the prompt of all images.
-            images: N images of any size: PIL images of any mode, paths, encoded bytes or ``ImageRef``; each is brought
-                to the model's size by ``image_sizes``. Or pixels ``(N, 3, H, W)`` in [-1, 1] at their final size.
+            images: N images of any size: PIL images of any mode, paths, encoded bytes, ``ImageRef`` or uint8 arrays
+                ``(H, W, 3)``, also as one array ``(N, H, W, 3)``; each is turned as ``exif`` says and brought to the
+                model's size by ``image_sizes``. Or a floating point tensor ``(N, 3, H, W)``, which is scored at its
+                own size. A single image, ``(3, H, W)`` of a tensor, gives one score, ``(1,)``.
             noise: Levels and draws; the model's own by default.
             batch_size: Images per pass; images of one size make a batch.
+            value_range: Lowest and highest value of a tensor's pixels, e.g. ``(0, 1)``; None takes (-1, 1), and warns
+                of a tensor that seems to lie in [0, 1].
 
         Raises:
             InputError: If the numbers differ, an image cannot be read, or a score is not finite.
         """
-        return self.score_levels(prompts, images, [noise or self.noise], batch_size=batch_size)[:, 0]
+        levels = [self.noise if noise is None else noise]
+        return self.score_levels(prompts, images, levels, batch_size=batch_size, value_range=value_range)[:, 0]
 
     def score_levels(
         self,
         prompts: str | Sequence[str],
-        images: Images,
+        images: ImageInput | Images,
         levels: Sequence[ScoringNoise],
         *,
         batch_size: int = 8,
+        value_range: tuple[float, float] | None = None,
     ) -> Tensor:
         """Scores ``(N, K)``, float32 on the CPU, under each of K settings of noise; images are encoded once.
 
@@ -159,18 +168,28 @@ class RewardModel(RewardNetwork):
             images: As :meth:`score`.
             levels: K settings.
             batch_size: Images per pass.
+            value_range: As :meth:`score`.
 
         Raises:
             InputError: As :meth:`score`, or if there are no levels.
         """
-        if isinstance(images, str | bytes | Path | Image.Image):
-            raise InputError("images is a single image; give a list of images")
-        if not isinstance(images, Sized):
-            raise InputError(f"images is a {type(images).__name__}; give a list of images")
-        if not levels:
-            raise InputError("levels is empty; give at least one ScoringNoise")
+        if isinstance(levels, ScoringNoise) or not levels:
+            raise InputError(f"levels is {levels!r}; give a list of at least one ScoringNoise")
+        for noise in levels:
+            check_noise(noise)
         check_at_least_one(batch_size=batch_size)
-        return score_images(self, prompt_of_each(prompts, len(images)), images, levels, batch_size)
+        given = as_images(images, value_range)
+        texts = prompt_of_each(prompts, len(given))
+        if isinstance(given, Tensor) and value_range is None:
+            for kind, doubt in doubts_of_pixels(given, self.image_sizes).items():
+                self.warn_once(kind, doubt)
+        self._doubt_empty(texts)
+        return score_images(self, texts, given, levels, batch_size)
+
+    def _doubt_empty(self, prompts: Sequence[str]) -> None:
+        if empty := sum(not prompt.strip() for prompt in prompts):
+            text = "the score then says nothing of how well an image fits a text"
+            self.warn_once("prompt", f"{empty} of {len(prompts)} prompts are empty; {text}")
 
     def score_latents(
         self,
@@ -199,6 +218,8 @@ class RewardModel(RewardNetwork):
             InputError: If numbers or shapes differ, a level lies outside the noise process, or a score is not finite.
         """
         check_at_least_one(batch_size=batch_size)
+        if noise is not None:
+            check_noise(noise)
         if latents.ndim < 3 or not latents.is_floating_point():
             shape = tuple(latents.shape)
             raise InputError(f"latents are a {latents.dtype} tensor of shape {shape}; give floating point (N, C, ...)")
@@ -209,6 +230,8 @@ class RewardModel(RewardNetwork):
             rows = len(conditioning[0].prompt_embeds)
             raise InputError(f"conditioning has {rows} rows for {len(latents)} latents; give one row for each")
         texts = prompt_of_each(prompts, len(latents))
+        if conditioning is None:
+            self._doubt_empty(texts)
         size = batch_size or max(len(latents), 1)
         return score_given_latents(self, texts, latents, noise or self.noise, draws, conditioning, size)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -60,6 +60,16 @@ class ScoringNoise:
         if self.seeds != (0,):
             text += f", seed {self.seeds[0]}" if len(self.seeds) == 1 else f", {len(self.seeds)} seeds"
         return text if self.noise_key == "prompt" else f"{text}, noise per image"
+
+
+def check_noise(noise: Any) -> None:
+    """Raise InputError for what is not a :class:`ScoringNoise`."""
+    if isinstance(noise, ScoringNoise):
+        return
+    example = "ScoringNoise(sigmas=(0.4,))"
+    if isinstance(noise, int | float):
+        example = f"ScoringNoise({'sigmas' if 0 <= noise <= 1 else 'timesteps'}=({noise:g},))"
+    raise InputError(f"noise is {noise!r}; give a ScoringNoise, e.g. {example}")
 
 
 def timesteps_of(noise: ScoringNoise, process: NoiseProcess) -> Tensor:

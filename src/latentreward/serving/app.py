@@ -97,7 +97,7 @@ class Endpoints:
     async def _score_images(self, request: Request, images: EncodedImages, beside: int) -> list[float]:
         with self.service.memory.hold(await asyncio.to_thread(images.memory_bytes), beside):
             async with self._decoders:
-                rows = await asyncio.to_thread(images.decode)
+                rows = await asyncio.to_thread(images.decode, self.service.reward.exif)
             return await self.service.score(request, rows)
 
     def _reply(self, scores: list[float]) -> dict[str, Any]:

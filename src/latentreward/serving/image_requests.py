@@ -10,7 +10,7 @@ from starlette.datastructures import UploadFile
 from starlette.types import Message
 
 from latentreward.contracts import ImageRef
-from latentreward.data.images import ImageError, decode_image, decoding_bytes
+from latentreward.data.images import ExifOrientation, ImageError, decode_image, decoding_bytes
 from latentreward.serving.batch_scorer import ImageRow
 from latentreward.serving.errors import RequestError
 
@@ -62,14 +62,14 @@ class EncodedImages:
             raise RequestError(str(error), 422) from error
         return sum(map(len, self.images)) + sum(decoded) + max(extra)
 
-    def decode(self) -> list[ImageRow]:
-        """Rows to score.
+    def decode(self, exif: ExifOrientation) -> list[ImageRow]:
+        """Rows to score, turned upright by their EXIF orientation if ``exif`` is ``apply``.
 
         Raises:
             RequestError: If an image is damaged.
         """
         try:
-            decoded = [decode_image(ref, MAX_PIXELS) for ref in self._refs()]
+            decoded = [decode_image(ref, MAX_PIXELS, exif) for ref in self._refs()]
         except ImageError as error:
             raise RequestError(str(error), 422) from error
         return [ImageRow(prompt, image) for prompt, image in zip(self.prompts, decoded, strict=True)]

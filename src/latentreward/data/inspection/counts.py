@@ -10,7 +10,7 @@ import numpy as np
 
 from latentreward.contracts import ImageRef, PreferencePair
 from latentreward.data.buckets import MIN_PIXELS, PUBLISHED_BUCKETS, Bucket, assign_bucket
-from latentreward.data.images import ImageError, decode_image, image_size
+from latentreward.data.images import ExifOrientation, ImageError, decode_image, read_header
 from latentreward.data.latents import decode_latents
 from latentreward.data.readers import PairReader
 from latentreward.data.splits import normalise_prompt
@@ -20,6 +20,10 @@ from latentreward.storage.progress import Progress
 LATENT_PIXELS = 8
 QUANTILES = {"min": 0.0, "25%": 0.25, "median": 0.5, "75%": 0.75, "95%": 0.95, "max": 1.0}
 NO_BUCKET = "no bucket of this aspect ratio"
+ROTATED = {
+    "apply": "EXIF orientation, turned upright (exif: apply)",
+    "ignore": "EXIF orientation, not turned (exif: ignore)",
+}
 
 Seen = tuple[tuple[int, int] | str, int]
 """Of one image: (height, width), or what is wrong with it; and a hash of its bytes, 0 if they were not read."""
@@ -34,6 +38,7 @@ class ImageCounts:
         distinct: Images of different names.
         sizes: Images by (height, width) in pixels; latents count as 8 × 8 pixels each.
         buckets: Images by bucket, or by why they have none.
+        odd: Images by what is odd about them, as their headers show it.
         mixed_rows: Rows whose two images have different buckets.
         unreadable_rows: Rows by what is wrong with the first of their images that has a problem.
     """
@@ -42,6 +47,7 @@ class ImageCounts:
     distinct: int = 0
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
     buckets: Counter[str] = field(default_factory=Counter)
+    odd: Counter[str] = field(default_factory=Counter)
     mixed_rows: int = 0
     unreadable_rows: Counter[str] = field(default_factory=Counter)
 
@@ -117,6 +123,7 @@ class ImageCensus:
         decode: Decode every image; otherwise its header is read, which does not tell whether the rest is whole.
         hash_bytes: Read all bytes of every image, for their hash.
         min_pixels: Smaller images have no bucket.
+        exif: Whether the images' EXIF orientation is applied.
     """
 
     def __init__(
@@ -125,8 +132,10 @@ class ImageCensus:
         decode: bool = False,
         hash_bytes: bool = True,
         min_pixels: int = MIN_PIXELS,
+        exif: ExifOrientation = "ignore",
     ) -> None:
         self.buckets, self.decode, self.hash_bytes, self.min_pixels = buckets, decode, hash_bytes, min_pixels
+        self.exif = exif
         self.counts = ImageCounts()
         self.keys: list[tuple[str, str]] = []
         self.hashes: list[tuple[int, int]] = []
@@ -164,10 +173,17 @@ class ImageCensus:
         if image.holds == "latents":
             _, height, width = decode_latents(image).shape
             return LATENT_PIXELS * height, LATENT_PIXELS * width
+        header = read_header(image, exif=self.exif)
         if self.decode:
-            decoded = decode_image(image)
-            return decoded.height, decoded.width
-        return image_size(image)
+            decode_image(image)
+        self.counts.odd.update(header.oddities)
+        if header.rotated:
+            self.counts.odd[ROTATED[self.exif]] += 1
+        if header.height * header.width < self.buckets[0].area:
+            self.counts.odd[f"fewer pixels than the smallest bucket, {self.buckets[0]}"] += 1
+        if header.height * header.width == 1:
+            self.counts.odd["a single pixel"] += 1
+        return header.height, header.width
 
     def _bucket(self, size: tuple[int, int]) -> str:
         if math.prod(size) < self.min_pixels:

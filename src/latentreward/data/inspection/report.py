@@ -47,6 +47,7 @@ class Report:
             self._table("", _overview(self.splits)),
             self._table("Sizes (height x width, most frequent)", self._by(_most_frequent_sizes)),
             self._table("Images by aspect bucket (height x width)", self._by(lambda split: _images(split).buckets)),
+            self._odd(),
             self._table("Rows left out", self._by(lambda split: split.skipped)) or "Rows left out: none",
             self._table("Rows kept with a remark", self._by(lambda split: split.remarks)),
             self._unreadable(),
@@ -67,6 +68,12 @@ class Report:
         reasons = dict.fromkeys(reason for counts in found for reason in counts)
         ordered = sorted(reasons, key=lambda reason: -sum(counts.get(reason, 0) for counts in found))
         return {reason: [str(counts.get(reason, 0)) for counts in found] for reason in ordered}
+
+    def _odd(self) -> str:
+        if all(split.images is None for split in self.splits):
+            return ""
+        title = "Odd images"
+        return self._table(title, self._by(lambda split: _images(split).odd)) or f"{title}: none"
 
     def _unreadable(self) -> str:
         if all(split.images is None for split in self.splits):

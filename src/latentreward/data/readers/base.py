@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from latentreward.contracts import PreferencePair
+from latentreward.data.images import ExifOrientation
 from latentreward.errors import InputError, check_at_least_one
 from latentreward.seeding import pair_generator
 from latentreward.storage.digests import digest
@@ -36,21 +37,33 @@ class PairReader(ABC):
             read shows only when it is decoded, so its rows count in ``len`` and are left out by the data set.
         max_prompt_chars: Characters of a prompt; a row with more breaks the rules. Text encoders read some hundred, and
             a prompt of megabytes costs minutes and gigabytes.
+        exif: ``apply`` turns images upright by their EXIF orientation, ``ignore`` takes the pixels as they are stored;
+            null takes what the class has: ``apply`` for data of your own, ``ignore`` for published data sets, which
+            the published models saw so.
 
     Raises:
         InputError: If ``max_prompt_chars`` is below 1.
 
     Attributes:
+        exif: See above; a class for a published data set says ``exif = "ignore"``.
         holds: What the references of the rows lead to; only images can be trained on directly.
         skipped: Rows left out, by reason.
         remarks: Rows kept with something set aside, such as their label, by reason.
     """
 
     holds: Contents = "images"
+    exif: ExifOrientation = "apply"
 
-    def __init__(self, on_error: OnError = "raise", max_prompt_chars: int = MAX_PROMPT_CHARS) -> None:
+    def __init__(
+        self,
+        on_error: OnError = "raise",
+        max_prompt_chars: int = MAX_PROMPT_CHARS,
+        exif: ExifOrientation | None = None,
+    ) -> None:
         check_at_least_one(max_prompt_chars=max_prompt_chars)
         self.on_error, self.max_prompt_chars = on_error, max_prompt_chars
+        if exif is not None:
+            self.exif = exif
         self.skipped: Counter[str] = Counter()
         self.remarks: Counter[str] = Counter()
 
@@ -133,7 +146,7 @@ class SideExchangingReader(PairReader):
             an image that the file names first is always a, and if that is the preferred one, a model that answers "the
             first" is always right.
         seed: Seed of that draw.
-        options: ``on_error`` and ``max_prompt_chars``, see :class:`PairReader`.
+        options: ``on_error``, ``max_prompt_chars`` and ``exif``, see :class:`PairReader`.
     """
 
     def __init__(self, *, randomise_sides: bool = True, seed: int = 0, **options: Any) -> None:

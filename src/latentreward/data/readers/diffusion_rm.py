@@ -64,6 +64,7 @@ class DiffusionRMReader(SideExchangingReader):
     """
 
     holds: Contents = "latents"
+    exif = "ignore"
 
     def __init__(
         self,

@@ -37,12 +37,14 @@ class GenAIBenchReader(ParquetPairReader):
         revision: Commit, tag or branch of the hub data set; pin it.
         both_bad: What ``bothbad_vote`` becomes: no image is preferred, so it is a ``tie`` (½) like ``tievote``, or
             it is left ``unlabelled``. :meth:`vote_types` tells the two kinds of tie apart.
-        options: ``on_error`` and ``max_prompt_chars``, see :class:`PairReader`; under ``skip`` and ``placeholder`` a
-            split with missing parts is read without them.
+        options: ``on_error``, ``max_prompt_chars`` and ``exif``, see :class:`PairReader`; under ``skip`` and
+            ``placeholder`` a split with missing parts is read without them.
 
     Raises:
         InputError: If the split cannot be found, or lacks a part, a column or rows.
     """
+
+    exif = "ignore"
 
     def __init__(
         self,

@@ -56,6 +56,8 @@ class GenAIBenchCMUReader(GroupReader):
         InputError: If the split cannot be found, lacks a part, a column or rows, or breaks a rule above.
     """
 
+    exif = "ignore"
+
     def __init__(
         self,
         source: str,

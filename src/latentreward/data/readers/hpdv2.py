@@ -37,11 +37,13 @@ class HPDv2Reader(GroupReader):
         split: ``train`` or ``test``.
         images: Folder of the images, if it is another, e.g. for a split of your own cut out of ``train.json``.
         revision: Commit, tag or branch of the hub data set; pin it.
-        options: ``on_error`` and ``max_prompt_chars``, see :class:`PairReader`.
+        options: ``on_error``, ``max_prompt_chars`` and ``exif``, see :class:`PairReader`.
 
     Raises:
         InputError: If the file is absent, is no JSON list, has no pairs left, or breaks a rule above.
     """
+
+    exif = "ignore"
 
     def __init__(
         self,

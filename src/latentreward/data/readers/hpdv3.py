@@ -54,6 +54,8 @@ class HPDv3Reader(JSONReader):
         InputError: If the file is absent, is no JSON list, has no rows left, or breaks a rule above.
     """
 
+    exif = "ignore"
+
     def __init__(
         self,
         root: str,

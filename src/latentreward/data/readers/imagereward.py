@@ -40,6 +40,8 @@ class ImageRewardReader(GroupReader):
         InputError: If the file is absent, is no JSON list, has no pairs left, or breaks a rule above.
     """
 
+    exif = "ignore"
+
     def __init__(self, root: str, **options: Any) -> None:
         super().__init__("imagereward", "test", **options)
         inner = Path(root, "data")
@@ -85,6 +87,8 @@ class ImageRewardDBReader(GroupReader):
         InputError: If the split or a part cannot be found or opened, there are no pairs left, or a rule above is
             broken.
     """
+
+    exif = "ignore"
 
     def __init__(
         self,

@@ -68,12 +68,14 @@ class PickAPicReader(ParquetPairReader):
             rows, but the published files have hundreds of rows in one.
         images: ``none`` leaves the images aside, also where the files have them: for score tables and ``latentreward
             inspect``, and the only way to read the copy published without images. Training needs ``read``.
-        options: ``on_error`` and ``max_prompt_chars``, see :class:`PairReader`; under ``skip`` and ``placeholder`` a
-            split with missing parts is read without them.
+        options: ``on_error``, ``max_prompt_chars`` and ``exif``, see :class:`PairReader`; under ``skip`` and
+            ``placeholder`` a split with missing parts is read without them.
 
     Raises:
         InputError: If the split cannot be found, lacks a part, a column or rows, or breaks a rule above.
     """
+
+    exif = "ignore"
 
     def __init__(
         self,

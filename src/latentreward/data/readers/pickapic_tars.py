@@ -56,12 +56,14 @@ class PickAPicTarReader(PairReader):
         drop_identical: Leave out rows whose two images are the same bytes; wanted for training.
         weight: ``per_prompt`` gives a row 1 / number of rows with its prompt among those read, so that each prompt
             counts once, as PickScore and LRM train; ``equal`` gives 1.
-        options: ``on_error`` and ``max_prompt_chars``, see :class:`PairReader`. Of a tar that ends early, the samples
-            that are whole are kept under ``skip`` and ``placeholder``.
+        options: ``on_error``, ``max_prompt_chars`` and ``exif``, see :class:`PairReader`. Of a tar that ends
+            early, the samples that are whole are kept under ``skip`` and ``placeholder``.
 
     Raises:
         InputError: If there are no tars, no samples in them, or one breaks a rule above.
     """
+
+    exif = "ignore"
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from latentreward.contracts import ImageRef
-from latentreward.data.images import ImageError, decode_image
+from latentreward.data.images import ExifOrientation, ImageError, decode_image
 from latentreward.data.readers import PairReader
 from latentreward.evaluation.benchmark.plots import (
     Drawn,
@@ -35,8 +35,12 @@ def disagreement_pictures(report: BenchmarkReport, readers: Mapping[str, PairRea
         report: The report.
         readers: Reader of each data set.
     """
-    pairs = ((one, readers[one.benchmark][one.row]) for one in report.telling)
-    return {(one.benchmark, one.row): (_decode(pair.image_a), _decode(pair.image_b)) for one, pair in pairs}
+    pictures = {}
+    for one in report.telling:
+        reader = readers[one.benchmark]
+        pair = reader[one.row]
+        pictures[one.benchmark, one.row] = _decode(pair.image_a, reader.exif), _decode(pair.image_b, reader.exif)
+    return pictures
 
 
 def write_benchmark_page(path: Path, report: BenchmarkReport, pictures: Pictures) -> None:
@@ -108,8 +112,8 @@ def _card(pair: Disagreement, pictures: Pictures) -> dict[str, Any]:
     }
 
 
-def _decode(image: ImageRef) -> Image.Image | None:
+def _decode(image: ImageRef, exif: ExifOrientation) -> Image.Image | None:
     try:
-        return decode_image(image)
+        return decode_image(image, exif=exif)
     except ImageError:
         return None

@@ -139,7 +139,7 @@ def require_images(name: str, reader: PairReader, rows: int) -> None:
         pair = reader[row]
         for image in (pair.image_a, pair.image_b):
             try:
-                decode_image(image)
+                decode_image(image, exif=reader.exif)
                 return
             except ImageError as error:
                 problems.append(f"{pair.pair_id}: {error.problem}")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from latentreward.backbones import DiffusionBackbone
 from latentreward.contracts import LatentSpace
+from latentreward.data.images import ExifOrientation
 from latentreward.heads import RewardHead
 from latentreward.scoring.network import RewardNetwork
 
@@ -20,6 +21,11 @@ class StoredReward(ABC):
 
     on_meta_device: DiffusionBackbone | None = None
     """Its backbone without any weight, if its network might be somebody else's as well."""
+
+    @property
+    def exif(self) -> ExifOrientation:
+        """Whether it takes images turned upright by their EXIF orientation; the published layouts' authors did not."""
+        return "ignore"
 
     @abstractmethod
     def latent_space(self) -> LatentSpace:

@@ -124,6 +124,7 @@ def score_rows(config: FolderConfig) -> Iterator[tuple[str, Any]]:
     yield "noise shared by", "images of one prompt" if noise.noise_key == "prompt" else "nothing: each image its own"
     if config.image_sizes is not None:
         yield "image sizes (height x width)", str(config.image_sizes)
+    yield "EXIF orientation of images", "applied" if config.exif == "apply" else "ignored"
     calibration = config.calibration
     if calibration is None:
         yield "calibration", "none: raw scores compare images under this model alone"

@@ -7,8 +7,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from typing import Any, Self
+from typing import Any, Self, get_args
 
+from latentreward.data.images import ExifOrientation
 from latentreward.errors import InputError, did_you_mean
 from latentreward.scoring.calibration import Calibration
 from latentreward.scoring.image_sizes import ImageSizes, NearestBucket, OneSize
@@ -33,6 +34,8 @@ class FolderConfig:
         noise: Levels and draws of a score where none are given.
         image_sizes: To which size images are brought; None leaves it to the backbone.
         calibration: On a reference set, if there is one.
+        exif: Whether images are turned upright by EXIF; folders of earlier versions do not say, and were trained
+            ignoring it.
         trained_on: Base that the model was trained on, with its revision; for messages.
     """
 
@@ -42,6 +45,7 @@ class FolderConfig:
     image_sizes: ImageSizes | None = None
     calibration: Calibration | None = None
     trained_on: str = ""
+    exif: ExifOrientation = "ignore"
 
     def record(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -60,6 +64,7 @@ class FolderConfig:
             "base": self.trained_on,
             "noise": asdict(self.noise),
             "image_sizes": None if sizes is None else ModelPart(type(sizes).__name__, asdict(sizes)).record(),  # type: ignore[call-overload]
+            "exif": self.exif,
             "calibration": None if self.calibration is None else self.calibration.record(),
             "training": self.recipe.training,
             "versions": {package: version(package) for package in PACKAGES},
@@ -95,6 +100,7 @@ class FolderConfig:
             sizes_of(record["image_sizes"]),
             None if calibration is None else Calibration.of_record(calibration),
             str(record["base"]),
+            exif_of(record.get("exif", "ignore")),
         )
 
 
@@ -109,6 +115,17 @@ def check_version(record: Mapping[str, Any]) -> None:
         raise InputError(
             f"format_version is {number}, but this latentreward reads up to {VERSION}; update latentreward"
         )
+
+
+def exif_of(value: Any) -> ExifOrientation:
+    """The entry ``exif``.
+
+    Raises:
+        InputError: If it is neither ``apply`` nor ``ignore``.
+    """
+    if value not in get_args(ExifOrientation):
+        raise InputError(f"exif is {value!r}, neither apply nor ignore")
+    return value
 
 
 def names(entry: str, value: Any, pattern: str) -> tuple[str, ...]:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from latentreward.backbones import DiffusionBackbone
 from latentreward.checkpoints.base_weights import same_values, sample, without_adapters
+from latentreward.data.images import ExifOrientation
 from latentreward.errors import InputError, errors_at
 from latentreward.heads import RewardHead
 from latentreward.scoring.files import compare_tensors, existing_folder, load_exactly, read_config, read_safetensors
@@ -79,6 +80,11 @@ class PretrainedReward(SharingReward):
         extra = {path.name for pattern in ("adapter*", BACKBONE) for path in folder.glob(pattern)} - wanted
         if extra:
             raise InputError(f"{path} does not name {min(extra)}, which lies beside it; download the folder again")
+
+    @property
+    def exif(self) -> ExifOrientation:
+        """See :attr:`StoredReward.exif`."""
+        return self.config.exif
 
     def _backbone(self) -> DiffusionBackbone:
         """See :meth:`SharingReward._backbone`; it has the base's weights, and trains what was trained."""
@@ -145,7 +151,7 @@ class PretrainedReward(SharingReward):
         if not model.head.reads_text:
             backbone.drop_text_taps()
         model.recipe, model.calibration = self.config.recipe, self.config.calibration
-        model.noise = self.config.noise
+        model.noise, model.exif = self.config.noise, self.exif
         if self.config.image_sizes is not None:
             model.image_sizes = self.config.image_sizes
         return model.requires_grad_(False).eval()

@@ -179,6 +179,7 @@ class PublishedLRM(PublishedLayout):
         head = CLIPProjectionHead(backbone.feature_spec, **settings)  # type: ignore[arg-type]
         load_exactly(head, state, path)
         model = RewardNetwork(backbone, head).eval().requires_grad_(False)
+        model.exif = self.exif
         model.published = used
         tuning = {"tuning": "full", "text_encoder_tuning": "full" if "text_encoder" in own else "frozen"}
         factory = ModelPart(_FACTORIES[family], {"source": self.base, **tuning})
@@ -273,6 +274,7 @@ class PublishedDiNaLRM(PublishedLayout, SharingReward):
         fill_adapter(self.folder / DINA_ADAPTER, backbone.transformer)
         model = RewardNetwork(backbone, self._head(backbone.feature_spec)).eval().requires_grad_(False)
         model.published = self._used
+        model.exif = self.exif
         normalised = bool(self._pipeline.config("transformer").get("qk_norm"))
         length = self.settings.t5_length
         settings = {"source": self._pipeline.source, "t5_length": length, "tuning": "frozen", **self._taps()}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from latentreward.backbones import DiffusionBackbone, backbone_names
 from latentreward.checkpoints.base_weights import BaseSample, same_values, sample, without_adapters
 from latentreward.checkpoints.shards import check_weights, read_checkpoint
+from latentreward.data.images import ExifOrientation
 from latentreward.errors import InputError, errors_at, first_line
 from latentreward.heads import RewardHead
 from latentreward.scoring.layouts.base import SharingReward
@@ -49,11 +50,13 @@ class Content:
         weights: Of the model, named as in its training module.
         base: Record of the frozen weights that it leaves out, if there is one.
         steps: Optimiser steps behind it.
+        exif: Whether training images were turned by EXIF; earlier versions, which did not record it, ignored it.
     """
 
     weights: dict[str, Tensor]
     base: dict[str, Any] | None
     steps: int | None
+    exif: ExifOrientation
 
 
 class TrainedReward(SharingReward):
@@ -120,7 +123,12 @@ class TrainedReward(SharingReward):
                 if isinstance(callback, Mapping) and callback.get("updates") and "average" in callback:
                     state |= callback["average"]
         weights = {name: tensor for name, tensor in state.items() if name.startswith("model.")}
-        return Content(weights, content.get("base"), content.get("global_step"))
+        return Content(weights, content.get("base"), content.get("global_step"), content.get("exif", "ignore"))
+
+    @property
+    def exif(self) -> ExifOrientation:
+        """See :attr:`StoredReward.exif`."""
+        return self._content.exif
 
     def _fitting(self, backbone: DiffusionBackbone) -> tuple[RewardNetwork, nn.ModuleDict]:
         """The model with initial weights, which the checkpoint fits; and under the names that it has there."""
@@ -142,7 +150,7 @@ class TrainedReward(SharingReward):
         state, base = self._content.weights, self._content.base
         with torch.random.fork_rng(devices=[]):  # initial values that are overwritten
             model, as_trained = self._fitting(self._backbone())
-        model.recipe = self._recipe(model)
+        model.recipe, model.exif = self._recipe(model), self.exif
         if base is not None:
             with errors_at(f"{self.checkpoint} with {self.config}: "):
                 BaseSample.of(as_trained, model.backbone.source).check(base)

@@ -139,7 +139,7 @@ def config_of(model: RewardNetwork, base: str | None = None) -> FolderConfig:
             raise InputError(f"the model's recipe cannot be saved: {name}: {error}; give plain values") from error
     adapters = adapters_of(backbone)
     check_adapter_folders(adapters)
-    return FolderConfig(recipe, adapters, model.noise, model.image_sizes, model.calibration, recipe.source)
+    return FolderConfig(recipe, adapters, model.noise, model.image_sizes, model.calibration, recipe.source, model.exif)
 
 
 def check_takes_source(recipe: ModelRecipe) -> None:

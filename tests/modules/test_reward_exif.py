@@ -1,0 +1,95 @@
+"""A reward remembers how its training images were turned, and scores images that way once it is loaded."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from latentreward.data import JSONLPairReader, PreferenceDataModule
+from latentreward.errors import InputError
+from latentreward.scoring import RewardModel
+from tests.data.rotated import photograph, upright
+from tests.modules.test_reward_module import lrm, trainer
+from tests.rewards.stored import write_run
+from tests.tiny_pipelines import PIXELS, pipeline_folder
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    rows = []
+    for number in range(4):
+        names = [f"{number}{side}.jpg" for side in "ab"]
+        for place, name in enumerate(names):
+            (tmp_path / name).write_bytes(photograph(seed=2 * number + place))
+        rows.append({"prompt": f"a cat {number}", "image_a": names[0], "image_b": names[1], "label": 1})
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path / "own.jsonl"
+
+
+def data(own: Path, exif: Any) -> PreferenceDataModule:
+    reader = JSONLPairReader(str(own), exif=exif)
+    return PreferenceDataModule(PIXELS, train=reader, batch_size=2, num_workers=0, seed=0)
+
+
+def run_beside(folder: Path, checkpoint: Path) -> Path:
+    """A run's folder whose checkpoint is the given one."""
+    write_run(folder, "lrm", "sd15")
+    checkpoint.replace(folder / "reward.ckpt")
+    return folder
+
+
+@pytest.mark.parametrize("exif", ["apply", "ignore"])
+def test_training_checkpoint_and_folder_agree_on_exif(own: Path, exif: Any, tmp_path: Path) -> None:
+    module, run = lrm(), trainer(max_steps=1)
+    assert module.model.exif == "apply"
+    run.fit(module, data(own, exif))
+    assert module.model.exif == exif
+    run.save_checkpoint(tmp_path / "new.ckpt")
+    model = RewardModel.from_pretrained(run_beside(tmp_path / "run", tmp_path / "new.ckpt"))
+    model.save_pretrained(tmp_path / "folder")
+    again = RewardModel.from_pretrained(tmp_path / "folder", base=pipeline_folder("sd15"))
+    assert (model.exif, again.exif) == (exif, exif)
+    assert json.loads((tmp_path / "folder" / "config.json").read_text())["exif"] == exif
+    card = (tmp_path / "folder" / "README.md").read_text()
+    assert ("applied" if exif == "apply" else "ignored") in card.split("EXIF orientation of images")[1][:20]
+    seen = upright(photograph()) if exif == "apply" else photograph_as_stored()
+    assert torch.equal(again.score("a cat", photograph()), again.score("a cat", seen))
+
+
+def photograph_as_stored() -> Any:
+    """Without the tag."""
+    return Image.fromarray(np.array(Image.open(io.BytesIO(photograph()))))
+
+
+def test_what_earlier_versions_wrote_scores_as_it_did(tmp_path: Path) -> None:
+    """Neither their checkpoints nor their folders say anything of EXIF, which was ignored."""
+    write_run(tmp_path / "run", "lrm", "sd15")
+    model = RewardModel.from_pretrained(tmp_path / "run")
+    assert model.exif == "ignore"
+    assert torch.equal(model.score("a cat", photograph()), model.score("a cat", photograph_as_stored()))
+    model.save_pretrained(tmp_path / "folder")
+    config = json.loads((tmp_path / "folder" / "config.json").read_text())
+    del config["exif"]
+    (tmp_path / "folder" / "config.json").write_text(json.dumps(config))
+    assert RewardModel.from_pretrained(tmp_path / "folder", base=pipeline_folder("sd15")).exif == "ignore"
+    (tmp_path / "folder" / "config.json").write_text(json.dumps({**config, "exif": "perhaps"}))
+    with pytest.raises(InputError, match="exif is 'perhaps', neither apply nor ignore"):
+        RewardModel.from_pretrained(tmp_path / "folder", base=pipeline_folder("sd15"))
+
+
+def test_a_run_resumed_with_another_setting_says_so(own: Path, tmp_path: Path, caplog: Any) -> None:
+    run = trainer(max_steps=1)
+    run.fit(lrm(), data(own, "ignore"))
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    module = lrm()
+    trainer(max_steps=2, max_epochs=9).fit(module, data(own, "ignore"), ckpt_path=tmp_path / "a.ckpt")
+    assert not any("exif" in record.message for record in caplog.records)
+    trainer(max_steps=2, max_epochs=9).fit(module, data(own, None), ckpt_path=tmp_path / "a.ckpt")
+    [record] = [record for record in caplog.records if "exif" in record.message]
+    assert "trained with exif: ignore, the training data now have exif: apply" in record.message
+    assert module.model.exif == "apply"
