@@ -92,7 +92,7 @@ class RewardModule(PairModule):
             shard(self, self.model.backbone, self.device_mesh["data_parallel"])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note how the training images were turned, and how the model is built where no ``config.yaml`` will tell it."""
+        """Note whether EXIF was applied, and how the model is built where no ``config.yaml`` will tell it."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["exif"] = self.model.exif
         built = {"backbone": self.model.backbone.built_by, "head": self.model.head.built_by}
