@@ -1,7 +1,7 @@
 """Training of a latent reward model on preference pairs: wiring; no formula."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -18,6 +18,9 @@ from latentreward.modules.pairs import EncodedPairs, PairModule, check_sigmas
 from latentreward.modules.sharding import shard
 from latentreward.noise import LevelSampler
 from latentreward.scoring import RewardModel
+
+if TYPE_CHECKING:
+    from latentreward.encoders.vae import LatentEncoder
 
 
 class RewardModule(PairModule):
@@ -113,6 +116,11 @@ class RewardModule(PairModule):
                 raise InputError("in-batch negatives need a head with one output; set out_dim: 1 or mode: pair")
             rows.append(rewards)
         return CrossScores(*torch.stack(rows).chunk(2, dim=1))
+
+    @property
+    def latent_decoder(self) -> "LatentEncoder | None":
+        """See :attr:`PairModule.latent_decoder`."""
+        return self.model.backbone.vae
 
     @property
     def cross_spans_ranks(self) -> bool:
