@@ -101,8 +101,8 @@ class ResumedSettings(Callback):
             "max_time": trainer.should_stop,
         }
         if name := next((name for name, reached in limits.items() if reached), None):
-            place = f"optimiser step {trainer.global_step}, epoch {trainer.current_epoch}"
-            logger.warning("resume: the checkpoint is at %s: nothing to train; raise trainer.%s to go on", place, name)
+            reached = f"the checkpoint, of optimiser step {trainer.global_step}, has reached trainer.{name}"
+            logger.warning("resume: nothing to train: %s; raise it to go on", reached)
 
     def _settle(self, trainer: Trainer, name: str, given: Any, saved: Any, override: str | None = None) -> None:
         """Say which of two values of a setting is in force."""

@@ -156,7 +156,7 @@ class RunProgress(ProgressBar):
 
 
 def total_steps(trainer: Trainer) -> int | None:
-    """Optimiser step at which ``max_steps`` or ``max_epochs`` ends a run; None without either.
+    """Optimiser step at which ``max_steps`` or ``max_epochs`` ends a run, where it or an epoch begins; None if neither.
 
     Lightning's ``estimated_stepping_batches`` takes all epochs for as long as the present one, which is wrong after a
     resume with another batch size, and refuses an accumulation that changes from epoch to epoch.
@@ -164,7 +164,9 @@ def total_steps(trainer: Trainer) -> int | None:
     batches, accumulated = trainer.num_training_batches, trainer.accumulate_grad_batches
     total = math.inf if trainer.max_steps == -1 else float(trainer.max_steps)
     if trainer.max_epochs not in (None, -1) and math.isfinite(batches):
-        used = trainer.fit_loop.epoch_loop.batch_progress.current.processed % batches  # all of them: the next begins
+        loop = trainer.fit_loop
+        # Where an epoch begins, the counters are still those of the one before.
+        used = loop.epoch_loop.batch_progress.current.processed if loop.restarted_mid_epoch else 0
         later = max(0, trainer.max_epochs - trainer.current_epoch - 1) * math.ceil(batches / accumulated)
         total = min(total, trainer.global_step + math.ceil((batches - used) / accumulated) + later)
     return int(total) if math.isfinite(total) else None

@@ -196,8 +196,8 @@ def settings_beside(checkpoint: Path) -> Path:
             earlier = [path for path in found if path.stat().st_mtime <= checkpoint.stat().st_mtime]
             return (earlier or found[:1])[-1]
     raise InputError(
-        f"no config.yaml lies beside {checkpoint} or in the folder above it; give the one of the reward's run as config, "
-        "on the command line --run_config FILE"
+        f"no config.yaml lies beside {checkpoint} or in the folder above it; give the one of the reward's run as "
+        "config, on the command line --run_config FILE"
     )
 
 
