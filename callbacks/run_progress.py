@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
+from latentreward.callbacks.exact_resume import batch_progress
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, Timer
 from tqdm import tqdm
@@ -123,7 +124,15 @@ class RunProgress(ProgressBar):
         """Begin a prediction."""
         self._begin("prediction", trainer.num_predict_batches)
 
-    def on_validation_batch_end(self, *_: Any) -> None:
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
         """Count the batch."""
         if self._evaluation is not None:
             self._evaluation.add()
@@ -164,9 +173,8 @@ def total_steps(trainer: Trainer) -> int | None:
     batches, accumulated = trainer.num_training_batches, trainer.accumulate_grad_batches
     total = math.inf if trainer.max_steps == -1 else float(trainer.max_steps)
     if trainer.max_epochs not in (None, -1) and math.isfinite(batches):
-        loop = trainer.fit_loop
         # Where an epoch begins, the counters are still those of the one before.
-        used = loop.epoch_loop.batch_progress.current.processed if loop.restarted_mid_epoch else 0
+        used = batch_progress(trainer).current.processed if trainer.fit_loop.restarted_mid_epoch else 0
         later = max(0, trainer.max_epochs - trainer.current_epoch - 1) * math.ceil(batches / accumulated)
         total = min(total, trainer.global_step + math.ceil((batches - used) / accumulated) + later)
     return int(total) if math.isfinite(total) else None
