@@ -8,9 +8,11 @@ from latentreward.callbacks.nan_guard import NaNGuard
 from latentreward.callbacks.noise_band_accuracy import NoiseBandAccuracy
 from latentreward.callbacks.pair_grid import ScoredPairGrid
 from latentreward.callbacks.pair_score_writer import PairScoreWriter
+from latentreward.callbacks.parameter_summary import ParameterSummary
 from latentreward.callbacks.policy_lora import PolicyLoRA
 from latentreward.callbacks.reference_drift import ReferenceDrift
 from latentreward.callbacks.resumed_settings import ResumedSettings
+from latentreward.callbacks.run_progress import RunProgress
 from latentreward.callbacks.sample_grid import SampleGrid
 from latentreward.callbacks.throughput import Throughput
 from latentreward.callbacks.timestep_bands import TimestepBands
@@ -25,9 +27,11 @@ __all__ = [
     "NaNGuard",
     "NoiseBandAccuracy",
     "PairScoreWriter",
+    "ParameterSummary",
     "PolicyLoRA",
     "ReferenceDrift",
     "ResumedSettings",
+    "RunProgress",
     "SampleGrid",
     "ScoredPairGrid",
     "Throughput",

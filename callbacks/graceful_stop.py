@@ -24,7 +24,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from latentreward.data.loading import WORKER_REMEDY, WorkerLoader
 from latentreward.errors import InputError, first_line
-from latentreward.interrupts import INTERRUPTED
+from latentreward.interrupts import INTERRUPTED, TERMINATED
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +47,8 @@ class StopRequest(IntEnum):
 STATUSES = {
     StopRequest.INTERRUPT: INTERRUPTED,
     StopRequest.HANGUP: 129,
-    StopRequest.TERMINATE: 143,
-    StopRequest.REQUEUE: 143,
+    StopRequest.TERMINATE: TERMINATED,
+    StopRequest.REQUEUE: TERMINATED,
     StopRequest.WORKER_DIED: 2,
 }
 """Exit status of a run that ended as it was asked to."""
@@ -180,7 +180,7 @@ class GracefulStop(Callback):
 
     def _stop(self, trainer: Trainer) -> None:
         path = checkpoint_path(trainer)
-        trainer.save_checkpoint(path)
+        trainer.save_checkpoint(path, weights_only=False)  # None has Lightning print a line
         if trainer.is_global_zero:
             where = f"optimiser step {trainer.global_step}, saved to {path}"
             why = f"by a signal ({self._agreed.name.lower()})"

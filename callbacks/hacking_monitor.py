@@ -102,7 +102,7 @@ class HackingMonitor(PromptMonitor):
         message = f"optimiser step {trainer.global_step}: {figures}; the policy hacks its reward"
         if self.action == "stop":
             path = checkpoint_path(trainer)
-            trainer.save_checkpoint(path)
+            trainer.save_checkpoint(path, weights_only=False)  # None has Lightning print a line
             trainer.should_stop = True
             message += f". Stopped, saved to {path}; use an earlier checkpoint, fewer steps or a lower learning rate"
         if trainer.is_global_zero:

@@ -1,16 +1,22 @@
 """Pictures of pairs with their scores."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from PIL import Image
 
 from latentreward.errors import InputError
+from latentreward.modules.pairs import PairModule
 from latentreward.reports.drawing import PLAIN, RIGHT, WRONG, draw_pair, tile, to_image
 from latentreward.storage.durable import replacing
+
+logger = logging.getLogger(__name__)
 
 
 class ScoredPairGrid(Callback):
@@ -18,6 +24,8 @@ class ScoredPairGrid(Callback):
 
     A cell is a pair, the preferred image on the left, its prompt above and the scores at the first evaluation level
     below. The frame is green where the model ranks the pair as its label does, red where it does not, grey for a tie.
+    Latents are decoded by the model's VAE, a pair at a time. Where there is nothing to draw, one line says so and
+    nothing happens: latents without a VAE, latents under FSDP, which shares out the VAE, modules that score no pairs.
 
     Args:
         num_pairs: Pairs in the picture.
@@ -41,6 +49,7 @@ class ScoredPairGrid(Callback):
             raise InputError(f"num_pairs={num_pairs}, image_size={image_size}, columns={columns} must be at least 1")
         self.num_pairs, self.image_size, self.columns = num_pairs, image_size, columns
         self._cells: list[Image.Image] = []
+        self._off = False
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget the last picture."""
@@ -57,17 +66,18 @@ class ScoredPairGrid(Callback):
     ) -> None:
         """Draw pairs until there are enough."""
         missing = self.num_pairs - len(self._cells)
-        if not trainer.is_global_zero or missing <= 0:
+        if not trainer.is_global_zero or trainer.sanity_checking or trainer.fast_dev_run or self._off or missing <= 0:  # type: ignore[attr-defined]
             return
-        chosen, rejected = batch.chosen[:missing], batch.rejected[:missing]
-        if batch.latent_space is not None:
-            vae = pl_module.model.backbone.vae
-            if vae is None:
-                return
-            chosen, rejected = vae.decode(chosen), vae.decode(rejected)
-        for row in range(len(chosen)):
+        if problem := no_picture(trainer, pl_module, batch):
+            self._off = True
+            logger.warning("ScoredPairGrid draws nothing: %s", problem)
+            return
+        for row in range(min(missing, len(batch))):
+            pair = torch.stack([batch.chosen[row], batch.rejected[row]])
+            if batch.latent_space is not None:
+                pair = pl_module.latent_decoder.decode(pair)  # type: ignore[operator, union-attr]
             scores = [rewards[row].float().mean().item() for rewards in (outputs.chosen, outputs.rejected)]
-            images = to_image(chosen[row], self.image_size), to_image(rejected[row], self.image_size)
+            images = to_image(pair[0], self.image_size), to_image(pair[1], self.image_size)
             colour = PLAIN if batch.label[row] == 0.5 else RIGHT if scores[0] > scores[1] else WRONG
             captions = [f"{score:+.3f}" for score in scores]
             self._cells.append(draw_pair(images, captions, batch.prompts[row], colour))
@@ -75,11 +85,24 @@ class ScoredPairGrid(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the picture."""
         folder = Path(trainer.log_dir or trainer.default_root_dir)  # asks all ranks, so it stands before the condition
-        if not self._cells or trainer.sanity_checking:
+        if not self._cells:
             return
         picture = tile(self._cells, self.columns)
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image("val/pairs", np.asarray(picture), trainer.global_step, dataformats="HWC")
+        for log in trainer.loggers:
+            if isinstance(log, TensorBoardLogger):
+                log.experiment.add_image("val/pairs", np.asarray(picture), trainer.global_step, dataformats="HWC")
         with replacing(folder / "scored_pairs.png") as partial:
             picture.save(partial, "png")
+
+
+def no_picture(trainer: Trainer, pl_module: LightningModule, batch: Any) -> str:
+    """Why there are no pictures of a batch; empty if there are."""
+    if not isinstance(pl_module, PairModule):
+        return f"{type(pl_module).__name__} does not score pairs"
+    if batch.latent_space is None:
+        return ""
+    if pl_module.latent_decoder is None:
+        return "the data are latents, and the model has no VAE to decode them"
+    if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):  # one rank alone cannot call it
+        return "the data are latents, and FSDP shares out the VAE that decodes them"
+    return ""

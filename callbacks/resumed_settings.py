@@ -91,6 +91,19 @@ class ResumedSettings(Callback):
             self._replay(trainer, self._saved_schedules)
         self._saved_schedules, self._saved_sizes = None, []
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say that nothing was trained, as the run of the checkpoint had ended, and what to raise."""
+        if self._saved_schedules is None or not trainer.is_global_zero:  # on_train_start took it
+            return
+        limits = {
+            "max_steps": trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps,
+            "max_epochs": trainer.max_epochs not in (None, -1) and trainer.current_epoch >= trainer.max_epochs,
+            "max_time": trainer.should_stop,
+        }
+        if name := next((name for name, reached in limits.items() if reached), None):
+            reached = f"the checkpoint, of optimiser step {trainer.global_step}, has reached trainer.{name}"
+            logger.warning("resume: nothing to train: %s; raise it to go on", reached)
+
     def _settle(self, trainer: Trainer, name: str, given: Any, saved: Any, override: str | None = None) -> None:
         """Say which of two values of a setting is in force."""
         if override in self.override:

@@ -14,10 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from latentreward.callbacks import ParameterSummary, RunProgress
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelSummary, ProgressBar, RichModelSummary, TQDMProgressBar
 
 import latentreward
 from latentreward.cli import COMMANDS, main
 from latentreward.errors import InputError, did_you_mean, one_line
+from latentreward.scoring.layouts.run import settings_beside
 from latentreward.storage.locks import locked
 from tests.limits import largest_file
 from tests.marks import slow_after
@@ -409,6 +413,79 @@ def test_other_subcommands_take_the_saved_config_of_fit(command: str, folder: Pa
     main([*FIT, "--trainer.default_root_dir=second"])
     main([command, "--config=second/config.yaml", f"--trainer.default_root_dir={command}"])
     assert (folder / command / "predictions" / "scores_rank0.parquet").is_file() == (command == "predict")
+
+
+# ---- what a run prints and leaves
+
+SHOWN = ["--trainer.enable_progress_bar=null", "--trainer.enable_model_summary=null"]
+
+
+def test_a_resumed_fit_prints_what_tells_a_user_something(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder
+) -> None:
+    """Device, settings, checkpoint, parameters, progress and why it ended: all that it prints, logs and warns of."""
+    options = [*FIT, *SHOWN, "--trainer.log_every_n_steps=1", "--trainer.default_root_dir=plain"]
+    options += ["--trainer.enable_checkpointing=true", "--trainer.callbacks+=ModelCheckpoint"]
+    options += ["--trainer.callbacks.save_last=true", "--trainer.max_steps"]
+    main([*options, "4"])
+    for record in (capsys.readouterr, caplog.clear, recwarn.clear):
+        record()
+    main([*options, "6", "--ckpt_path=last"])
+    assert [one for one in caplog.messages if not one.startswith("HTTP")] == [
+        "GPU available: False, used: False",
+        "Restoring states from the checkpoint path at plain/checkpoints/last.ckpt",
+        "parameters: head (DeepHead) 2; 2 of 2 train; 0 MB",
+        "`Trainer.fit` stopped: `max_steps=6` reached.",
+    ]
+    printed = capsys.readouterr()
+    assert re.sub(r"[\d.?]+ steps/s|\S+ left", "…", printed.err).splitlines() == [
+        "settings are in plain/config_1.yaml: config.yaml is an earlier run's",
+        "train 4/6 steps  …  …",
+        "train 6/6 steps  …, epoch=2  …",
+    ]
+    assert printed.out == ""
+    assert [str(one.message) for one in recwarn if "jsonargparse" not in str(one.message).lower()] == []
+
+
+@pytest.mark.parametrize(
+    ("options", "kinds"),
+    [
+        (["--trainer.enable_progress_bar=true"], [RunProgress]),
+        (["--trainer.enable_model_summary=true"], [ParameterSummary]),
+        (["--trainer.callbacks+=TQDMProgressBar", *SHOWN], [TQDMProgressBar, ParameterSummary]),
+        (["--trainer.callbacks+=RichModelSummary", *SHOWN], [RichModelSummary, RunProgress]),
+        ([], []),
+    ],
+)
+def test_progress_and_summary_are_ours_unless_the_settings_have_others(
+    options: list[str], kinds: list[type[Callback]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainers: list[Trainer] = []
+    monkeypatch.setattr(Trainer, "fit", lambda trainer, *_, **__: trainers.append(trainer))
+    main([*FIT, *options])
+    found = [callback for callback in trainers[0].callbacks if isinstance(callback, (ProgressBar, ModelSummary))]
+    assert list(map(type, found)) == kinds
+
+
+def test_a_learning_rate_monitor_without_a_logger_is_left_out() -> None:
+    main([*FIT, "--trainer.callbacks+=LearningRateMonitor", "--trainer.default_root_dir=rates"])
+
+
+def test_settings_lie_beside_checkpoints_that_are_elsewhere(folder: Path) -> None:
+    keeper = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.dirpath=kept/here", "--model.lr=0.5"]
+    main([*FIT, *keeper, "--trainer.enable_checkpointing=true", "--trainer.default_root_dir=logs"])
+    (checkpoint,) = (folder / "kept" / "here").glob("*.ckpt")
+    assert settings_beside(checkpoint).parent == checkpoint.parent
+    assert settings_beside(checkpoint).read_bytes() == (folder / "logs" / "config.yaml").read_bytes()
+
+
+def test_a_run_that_fails_before_its_first_step_leaves_no_settings(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error_line(capsys, *FIT, "--data.fault=input", "--trainer.default_root_dir=failed")
+    assert not list((folder / "failed").glob("config*.yaml"))
+    main([*FIT, "--trainer.default_root_dir=failed"])
+    assert [path.name for path in (folder / "failed").glob("config*.yaml")] == ["config.yaml"]
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])

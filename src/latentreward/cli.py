@@ -9,10 +9,19 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 from latentreward import __version__
 from latentreward.errors import InputError, did_you_mean, one_line
-from latentreward.interrupts import INTERRUPTED, exit_while_importing, interrupt_behind, tell_interrupt
+from latentreward.interrupts import (
+    INTERRUPTED,
+    TERMINATED,
+    Terminated,
+    exit_while_importing,
+    interrupt_behind,
+    sigterm_interrupts,
+    tell_interrupt,
+)
 
 COMMANDS = {
     "fit": ("latentreward.commands.fit:run", "train, from a checkpoint if --ckpt_path is given"),
@@ -87,8 +96,8 @@ def main(args: Sequence[str] | None = None) -> None:
             raise
         if args is None:  # the process ends: another Ctrl-C must not raise while threads are waited for
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-        tell_interrupt(str(stop))
-        sys.exit(INTERRUPTED)
+        tell_interrupt(stop)
+        sys.exit(TERMINATED if isinstance(stop, Terminated) else INTERRUPTED)
 
 
 def _dispatch(arguments: list[str]) -> None:
@@ -112,4 +121,6 @@ def _dispatch(arguments: list[str]) -> None:
     finally:
         if collects:
             gc.enable()
-    run(arguments[0], arguments[1:])
+    trains = COMMANDS[arguments[0]][0] == COMMANDS["fit"][0]  # Lightning and GracefulStop have handlers of their own
+    with nullcontext() if trains else sigterm_interrupts():
+        run(arguments[0], arguments[1:])

@@ -11,6 +11,7 @@ from latentreward.callbacks import (
     NaNGuard,
     NoiseBandAccuracy,
     PairScoreWriter,
+    ParameterSummary,
     ScoredPairGrid,
     Throughput,
     TrainableCheckpoint,
@@ -23,7 +24,11 @@ from PIL import Image
 from pyarrow import parquet
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from latentreward.contracts import PreferenceBatch
 from latentreward.errors import InputError
+from latentreward.modules import DiNaLRMModule
+from tests.callbacks.small_run import fit
+from tests.callbacks.small_run import make_trainer as small_trainer
 from tests.marks import slow_after
 
 
@@ -182,6 +187,47 @@ def test_grid_goes_to_tensorboard_and_to_a_png(module, batches, loader, make_tra
     log = EventAccumulator(str(tmp_path / "run"))
     log.Reload()
     assert log.Tags()["images"] == ["val/pairs"]
+
+
+def latents_of(batch: PreferenceBatch, module: DiNaLRMModule) -> PreferenceBatch:
+    """The batch as a cache gives it."""
+    vae = module.latent_decoder
+    encoded = {name: vae.encode(getattr(batch, name)) for name in ("chosen", "rejected")}
+    return replace(batch, **encoded, latent_space=vae.space)
+
+
+def test_grid_decodes_cached_latents(module, batches, loader, make_trainer, tmp_path):
+    latents = [latents_of(batch, module) for batch in batches[:1]]
+    grids = []
+    for folder, data in (("pixels", batches[:1]), ("latents", latents)):
+        settings = {"default_root_dir": tmp_path / folder, "callbacks": [ScoredPairGrid(num_pairs=4)]}
+        make_trainer(**settings).validate(module, loader(data), verbose=False)
+        with Image.open(tmp_path / folder / "scored_pairs.png") as picture:
+            grids.append(np.asarray(picture).astype(float))
+    assert grids[0].shape == grids[1].shape
+    assert 0 < abs(grids[0] - grids[1]).mean() < 60, "noise images, after the VAE"
+
+
+def test_grid_says_once_that_there_is_no_vae(module, batches, loader, make_trainer, tmp_path, caplog):
+    latents = [latents_of(batch, module) for batch in batches[:2]]
+    module.model.backbone.vae = None
+    trainer = make_trainer(callbacks=[ScoredPairGrid()], max_epochs=2)
+    trainer.fit(module, loader(latents), loader(latents))
+    said = [line for line in caplog.messages if "ScoredPairGrid" in line]
+    assert said == ["ScoredPairGrid draws nothing: the data are latents, and the model has no VAE to decode them"]
+    assert not (tmp_path / "scored_pairs.png").exists()
+
+
+def test_grid_of_a_module_that_scores_no_pairs(tmp_path, caplog):
+    fit(small_trainer(tmp_path, [ScoredPairGrid()], max_epochs=1))
+    (line,) = [line for line in caplog.messages if "ScoredPairGrid" in line]
+    assert line.endswith("SmallModule does not score pairs")
+
+
+def test_parameters_are_told_in_one_line(module, batches, loader, make_trainer, caplog):
+    make_trainer(callbacks=[ParameterSummary()]).fit(module, loader(batches[:1]))
+    (line,) = [line for line in caplog.messages if line.startswith("parameters: ")]
+    assert re.fullmatch(r"parameters: model \(RewardModel\) (\S+ M); \d+ K of \1 train; \d+ MB", line)
 
 
 def test_predictions_are_complete_and_never_overwritten_by_accident(module, batches, loader, make_trainer, tmp_path):

@@ -81,6 +81,21 @@ def test_the_checkpoints_settings_win_and_the_saved_config_states_them(
     assert lines(caplog) == []
 
 
+@pytest.mark.parametrize(
+    ("limit", "named"),
+    [("max_steps=5", "max_steps"), ("max_epochs=1", "max_epochs"), ("max_time=00:00:00:00", "max_time")],
+)
+def test_a_run_that_is_over_says_what_to_raise(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, limit: str, named: str
+) -> None:
+    run("fit", tmp_path, "--trainer.max_epochs=1", "--trainer.enable_checkpointing=true")
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("*.ckpt")
+    run("fit", tmp_path, f"--ckpt_path={checkpoint}", "--trainer.max_epochs=9", f"--trainer.{limit}")
+    (line,) = lines(caplog)
+    place = f"the checkpoint, of optimiser step 12, has reached trainer.{named}"
+    assert line == f"nothing to train: {place}; raise it to go on"
+
+
 @pytest.mark.slow
 def test_settings_that_were_left_to_their_defaults_are_stated_too(tmp_path: Path) -> None:
     checkpoint, _ = start(tmp_path, "--model.optimizer=AdamW", "--model.optimizer.lr=0.1")

@@ -342,9 +342,18 @@ def test_stopped_half_way_it_goes_on(
     assert "4 images scored in" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("call", slow_after(1, [1, 3]))
-def test_ctrl_c_keeps_what_was_scored_of_a_part(
-    here: Path, dina: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], call: int
+@pytest.mark.parametrize(
+    ("call", "sent", "name"),
+    slow_after(2, [(1, signal.SIGINT, "Ctrl-C"), (3, signal.SIGTERM, "SIGTERM"), (3, signal.SIGINT, "Ctrl-C")]),
+)
+def test_a_signal_keeps_what_was_scored_of_a_part(
+    here: Path,
+    dina: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    call: int,
+    sent: signal.Signals,
+    name: str,
 ) -> None:
     """The images' sizes alternate, so those of a pass do not follow each other in the list."""
     write_pictures(here / "pics", 12)
@@ -355,7 +364,7 @@ def test_ctrl_c_keeps_what_was_scored_of_a_part(
     def interrupted(*arguments: Any, **settings: Any) -> torch.Tensor:
         calls.append(arguments)
         if len(calls) == call:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(sent)
         return own(*arguments, **settings)
 
     with monkeypatch.context() as patch:
@@ -363,11 +372,12 @@ def test_ctrl_c_keeps_what_was_scored_of_a_part(
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
             score("pics", "s.parquet", dina, "--batch_size=2")
-    assert ended.value.code == 130
+    assert ended.value.code == 128 + sent
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     printed = capsys.readouterr().err
     kept = sum(pq.read_table(file).num_rows for file in Path("s.parquet.parts").glob("rows_*"))
     line = f"{kept} of 12 rows are kept in s.parquet.parts: the same command goes on there\n"
-    assert printed == f"latentreward: stopped by Ctrl-C; {line}"
+    assert printed == f"latentreward: stopped by {name}; {line}"
     assert kept == 1 if call == 1 else 4 < kept < 12
     assert score("pics", "s.parquet", dina, "--batch_size=2").equals(expected)
     assert f"{12 - kept} images scored in" in capsys.readouterr().out

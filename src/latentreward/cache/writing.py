@@ -7,8 +7,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,13 @@ from latentreward.cache.sizing import ImageSettings
 from latentreward.data.loading import WorkerLoader
 from latentreward.data.readers import PairReader
 from latentreward.errors import InputError
+from latentreward.interrupts import TERMINATED
 from latentreward.storage.durable import contents, write_errors_named
 from latentreward.storage.locks import locked
 from latentreward.storage.progress import Progress
 
 logger = logging.getLogger(__name__)
 
-SIGTERM_STATUS = 143
 PARENT = "LATENTREWARD_CACHE_PARENT"
 """Environment variable that tells a process who started it, even if that one has ended meanwhile."""
 
@@ -170,19 +170,9 @@ class StopOnSigterm(Callback):
             if is_child(trainer):
                 os.kill(os.getppid(), signal.SIGTERM)
                 sys.exit(0)  # any other status has Lightning kill the parent, whose own status counts
-            sys.exit(SIGTERM_STATUS)
+            sys.exit(TERMINATED)
 
         signal.signal(signal.SIGTERM, stop)
-
-
-@contextmanager
-def exit_on_sigterm() -> Iterator[None]:
-    """Let SIGTERM end the block like an error, with status 143."""
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(SIGTERM_STATUS))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def is_child(trainer: Trainer) -> bool:

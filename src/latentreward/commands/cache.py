@@ -16,7 +16,7 @@ from latentreward.cache.encoding import EncodingRate, OneThread, ShardEncoder, S
 from latentreward.cache.layout import IMAGES, PAIRS, CacheDtype, CacheSpec, manifest_name, read_manifest, read_plan
 from latentreward.cache.sizing import ImageSettings
 from latentreward.cache.sources import Encoders, LatentSource
-from latentreward.cache.writing import EncodingDataModule, StopOnSigterm, exit_on_sigterm, run_predict
+from latentreward.cache.writing import EncodingDataModule, StopOnSigterm, run_predict
 from latentreward.data.images import ExifOrientation
 from latentreward.data.readers import PairReader, count_text
 from latentreward.errors import InputError
@@ -84,7 +84,7 @@ def cache(
         remedy = {"images": "PipelineEncoders", "latents": "PublishedLatents"}.get(reader.holds, "a reader with images")
         raise InputError(f"encoder: {kind} takes {encoder.holds}, but the reader holds {reader.holds}; set {remedy}")
     kept = f"finished shards are kept in {folder}: the same command goes on there"
-    with exit_on_sigterm(), interrupts_told(lambda: kept):
+    with interrupts_told(lambda: kept):
         encoders = encoder.load()
         images.check(encoders.space)
         spec = make_spec(encoder, encoders, images, dtype, seed, images_per_shard, reader.exif)

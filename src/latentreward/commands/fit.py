@@ -1,11 +1,14 @@
 """The subcommands that run a Lightning trainer: fit, validate, test, predict."""
 
 import os
+import re
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import timedelta
 from functools import partial
+from itertools import chain, count
 from pathlib import Path
 from pydoc import locate
 from tempfile import TemporaryDirectory
@@ -16,14 +19,22 @@ from jsonargparse.typing import PositiveFloat
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from omegaconf.errors import OmegaConfBaseException
 from typing_extensions import override
 
 from latentreward.backbones.registry import backbone_names
-from latentreward.callbacks import ExactResume, GracefulStop, NaNGuard, PairScoreWriter, ResumedSettings
+from latentreward.callbacks import (
+    ExactResume,
+    GracefulStop,
+    NaNGuard,
+    PairScoreWriter,
+    ParameterSummary,
+    ResumedSettings,
+    RunProgress,
+)
 from latentreward.callbacks.graceful_stop import fallback_folder
 from latentreward.checkpoints.files import (
     DurableCheckpointIO,
@@ -34,6 +45,7 @@ from latentreward.checkpoints.files import (
 )
 from latentreward.checkpoints.shards import check_weights, damaged, read_sharded
 from latentreward.errors import InputError, errors_at
+from latentreward.interrupts import TERMINATED
 from latentreward.settings.errors import summarise
 from latentreward.settings.functions import (
     MODE,
@@ -47,7 +59,7 @@ from latentreward.settings.ranges import check_ranges
 from latentreward.settings.rewriting import rewrite_arguments
 from latentreward.storage.locks import lock_run
 
-SIGTERM_STATUS = 143
+CONFIG = "config.yaml"
 LOADERS = {"fit": "train", "validate": "val"}
 """Subcommand -> what Lightning calls its data, where that is not the same word."""
 
@@ -61,27 +73,63 @@ class Parser(SettingsParser, LightningArgumentParser):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Write ``config.yaml`` beside the logs; one that is there already stays, and the new one gets a number."""
+    """Write ``config.yaml`` beside the logs; one that is there already stays, and the new one gets a number.
+
+    A checkpoint's settings are looked for beside it and one folder up, so a copy goes to checkpoint folders elsewhere.
+    A run that fails before its first optimiser step leaves no such file.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._written: list[Path] = []
+        self._first_step = 0
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         folder = Path(trainer.log_dir or ".")  # asks all ranks, so it stands outside the condition
-        number = 0
-        while not self.already_saved and trainer.is_global_zero and (folder / self.config_filename).exists():
-            number += 1
-            self.config_filename = f"config_{number}.yaml"
+        begins = not self.already_saved and trainer.is_global_zero
+        if begins:
+            self.config_filename = free_name(folder)
         super().setup(trainer, pl_module, stage)
-        if number:
-            print(f"settings are in {folder / self.config_filename}: config.yaml is an earlier run's", file=sys.stderr)
+        if begins:
+            self._written = [folder / self.config_filename]
+            if self.config_filename != CONFIG:
+                print(f"settings are in {self._written[0]}: {CONFIG} is an earlier run's", file=sys.stderr)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put settings that the checkpoint replaced into the file, which was written before it was read."""
-        folder = Path(trainer.log_dir or ".")
+        """Put settings that the checkpoint replaced into the file, which was written before it was read; copy it."""
+        self._first_step = trainer.global_step
+        if not trainer.is_global_zero:
+            return
         (resumed,) = [callback for callback in trainer.callbacks if isinstance(callback, ResumedSettings)]  # type: ignore[attr-defined]
-        if resumed.in_force and trainer.is_global_zero:
-            for name, value in resumed.in_force.items():
-                self.config[name.replace(".", ".init_args.")] = value
-            self.parser.save(self.config, folder / self.config_filename, skip_none=False, overwrite=True)
+        for name, value in resumed.in_force.items():
+            self.config[name.replace(".", ".init_args.")] = value
+        if resumed.in_force:
+            self.parser.save(self.config, self._written[0], skip_none=False, overwrite=True)
+        # Not in setup: ModelCheckpoint would find its folder not empty, and warn of an earlier run.
+        for keeper in trainer.checkpoint_callbacks:
+            folder = str(getattr(keeper, "dirpath", None) or "")
+            found = [path.parent.resolve() for path in self._written]
+            if (
+                folder
+                and "://" not in folder
+                and not {Path(folder).resolve(), Path(folder).resolve().parent} & {*found}
+            ):
+                Path(folder).mkdir(parents=True, exist_ok=True)
+                self._written.append(Path(folder) / free_name(Path(folder)))
+                self.parser.save(self.config, self._written[-1], skip_none=False)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Remove the file of a run of which nothing else is left: the next one would take it for an earlier run's."""
+        if trainer.global_step == self._first_step:
+            for path in self._written:
+                path.unlink(missing_ok=True)
+
+
+def free_name(folder: Path) -> str:
+    """Name of a file of settings that ``folder`` does not have yet."""
+    names = chain([CONFIG], (f"config_{number}.yaml" for number in count(1)))
+    return next(name for name in names if not (folder / name).exists())
 
 
 class TrainingCLI(LightningCLI):
@@ -201,6 +249,28 @@ class TrainingCLI(LightningCLI):
         if getattr(strategy, "_timeout", None) == default_pg_timeout:
             strategy._timeout = timedelta(seconds=self.config[self.command]["rank_timeout_s"])
 
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """As Lightning's, with our progress and summary for its own; without a logger, no rate is logged."""
+        settings = self.config_init[self.command]["trainer"]
+        given = settings["callbacks"] or []
+        given = given if isinstance(given, list) else [given]
+        added: list[Callback] = []
+        for flag, kind, ours in (
+            ("enable_progress_bar", ProgressBar, RunProgress),
+            ("enable_model_summary", ModelSummary, ParameterSummary),
+        ):
+            off = settings[flag] is False or settings["barebones"]
+            if not off and not any(isinstance(callback, kind) for callback in given):
+                kwargs[flag] = False
+                added.append(ours())
+        trainer = super().instantiate_trainer(**kwargs)
+        callbacks: list[Callback] = [*trainer.callbacks, *added]  # type: ignore[attr-defined]
+        if not trainer.loggers:  # LearningRateMonitor would raise, and shipped files have one
+            callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
+        trainer.callbacks = callbacks  # type: ignore[attr-defined]
+        return trainer
+
     def before_fit(self) -> None:
         """Lock the run folder once the ranks are there; a job that SLURM started again goes on unasked."""
         self.trainer.strategy.setup_environment = partial(lock_run, self.trainer, self.held)  # type: ignore[method-assign]
@@ -208,6 +278,10 @@ class TrainingCLI(LightningCLI):
         if settings["ckpt_path"] is None and int(os.environ.get("SLURM_RESTART_COUNT") or 0):
             settings["ckpt_path"] = "last"
         self._find_last()
+        if path := settings["ckpt_path"]:  # a resumed run goes on where its checkpoints are
+            folder = Path(path).resolve().parent
+            either = "|".join(re.escape(str(name)) for name in (folder, os.path.relpath(folder)))
+            warnings.filterwarnings("ignore", message=f"Checkpoint directory ({either}) exists and is not empty")
 
     def _find_last(self) -> None:
         """Find the checkpoint that ``last`` stands for."""
@@ -313,4 +387,4 @@ def run(command: str, arguments: Sequence[str]) -> None:
     except MisconfigurationException as error:
         raise InputError(str(error)) from error
     except SIGTERMException as stop:
-        sys.exit(stop.code or SIGTERM_STATUS)
+        sys.exit(stop.code or TERMINATED)

@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from latentreward.metrics.pairwise import Equal
 from latentreward.modules.based import BasedModule
 from latentreward.modules.pair_noise import PairDraws
 from latentreward.noise import LevelSampler, NoiseProcess
+
+if TYPE_CHECKING:
+    from latentreward.encoders.vae import LatentEncoder
 
 
 class ScoredPairs(NamedTuple):
@@ -177,6 +180,11 @@ class PairModule(BasedModule):
         ``with_cross`` adds the scores across the batch. Under several processes that is a collective call, which only
         training can make: batches of an evaluation need not be equally many on all ranks.
         """
+
+    @property
+    def latent_decoder(self) -> "LatentEncoder | None":
+        """What makes pictures of latents, for callbacks; None if nothing here does."""
+        return None
 
     @property
     def cross_spans_ranks(self) -> bool:

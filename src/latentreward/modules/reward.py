@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.cli import SaveConfigCallback
@@ -25,6 +25,9 @@ from latentreward.scoring.layouts.recipe import recipe_in_python
 from latentreward.scoring.layouts.run import SETTINGS
 
 logger = logging.getLogger(__name__)
+
+if TYPE_CHECKING:
+    from latentreward.encoders.vae import LatentEncoder
 
 
 class RewardModule(PairModule):
@@ -153,6 +156,11 @@ class RewardModule(PairModule):
                 raise InputError("in-batch negatives need a head with one output; set out_dim: 1 or mode: pair")
             rows.append(rewards)
         return CrossScores(*torch.stack(rows).chunk(2, dim=1))
+
+    @property
+    def latent_decoder(self) -> "LatentEncoder | None":
+        """See :attr:`PairModule.latent_decoder`."""
+        return self.model.backbone.vae
 
     @property
     def cross_spans_ranks(self) -> bool:

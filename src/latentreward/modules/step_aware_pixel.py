@@ -1,7 +1,7 @@
 """SPO's step-aware preference model (arXiv:2406.04314): a pixel scorer of what a generator predicts at a timestep."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from latentreward.noise import LevelSampler, TimestepGrid
 from latentreward.policies import PolicySource
 from latentreward.scorers.clip import PICKSCORE
 from latentreward.scorers.step_aware import load_step_aware
+
+if TYPE_CHECKING:
+    from latentreward.encoders.vae import LatentEncoder
 
 
 class StepAwarePixelModule(PairModule):
@@ -75,6 +78,11 @@ class StepAwarePixelModule(PairModule):
         self.network = network.requires_grad_(True).train()
         self.network.gradient_checkpointing = gradient_checkpointing
         self.guidance_scale, self.decode_batch_size = guidance_scale, decode_batch_size
+
+    @property
+    def latent_decoder(self) -> "LatentEncoder | None":
+        """See :attr:`PairModule.latent_decoder`."""
+        return self.generator.vae
 
     def encode(self, batch: PreferenceBatch, draws: PairDraws, noise_per_image: bool = False) -> EncodedPairs:
         """See :meth:`PairModule.encode`."""

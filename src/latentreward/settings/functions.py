@@ -2,11 +2,9 @@
 
 import importlib
 import inspect
-import logging
 import os
 import re
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -26,6 +24,7 @@ from latentreward.backbones.registry import backbone_names
 from latentreward.errors import InputError
 from latentreward.programs import allow_only, find_modules_here
 from latentreward.settings.errors import CLASS_MODULES, summarise, unknown_setting_hint
+from latentreward.settings.library_messages import silence_libraries
 from latentreward.settings.ranges import check_ranges, leaves
 from latentreward.settings.rewriting import find_config, rewrite_arguments, rewrite_settings, show_secrets
 from latentreward.settings.yaml_text import check_yaml
@@ -314,19 +313,10 @@ def import_class_modules() -> None:
         sys.modules.setdefault("callbacks", None)  # type: ignore[arg-type]  # in our own clone it would be a second copy
 
 
-def is_no_noise(record: logging.LogRecord) -> bool:
-    """Logging filter against advertisements for Lightning's services, and its own line about Ctrl-C beside ours."""
-    return not any(words in record.getMessage() for words in ("Tip:", "Detected KeyboardInterrupt"))
-
-
 def prepare(arguments: Sequence[str]) -> list[str]:
     """Prepare parsing of settings that name classes, see :func:`prepare_parsing`: import ours, quieten libraries."""
     import_class_modules()
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(is_no_noise)
-    # Lightning's own business with a newer torch.
-    warnings.filterwarnings("ignore", message=r".isinstance\(treespec, LeafSpec\). is deprecated")
-    # Frozen networks and encoders are meant to be.
-    warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
+    silence_libraries()
     return prepare_parsing(arguments, classes=True)
 
 

@@ -66,11 +66,11 @@ class PartFiles:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Let go of the output; a Ctrl-C is told what is kept."""
+        """Let go of the output; a Ctrl-C or SIGTERM is told what is kept."""
         self._held.close()
         if isinstance(error, KeyboardInterrupt) and self.folder.exists():
             kept = f"{sum(map(len, self.parts()))} of {self.rows} rows are kept in {self.folder}"
-            raise KeyboardInterrupt(f"{kept}: the same command goes on there") from error
+            raise type(error)(f"{kept}: the same command goes on there") from error
 
     def finished(self) -> bool:
         """Whether the whole table is there.

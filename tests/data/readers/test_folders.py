@@ -67,7 +67,7 @@ def test_sides_are_randomised_by_name(write) -> None:
         (["chosen/4.jpg", "rejected/4.jpg"], "4", "no caption"),
     ],
 )
-def test_incomplete_names_follow_on_error(write, extra, name, reason) -> None:
+def test_incomplete_names_follow_on_error(write, extra, name, reason, caplog) -> None:
     captions = {"captions__2.txt": "two", "captions__3.txt": "three", "captions__cats__1.txt": "cat"}
     root = write(*PAIRS, *extra, **captions)
     with pytest.raises(InputError, match=f"^{name}: .*; correct the row"):
@@ -77,6 +77,8 @@ def test_incomplete_names_follow_on_error(write, extra, name, reason) -> None:
     reader = FolderPairReader(root, on_error="placeholder")
     assert reader.labelled().tolist() == [True, False, True]
     assert (reader[1].label_a, dict(reader.remarks)) == (None, {reason: 1})
+    told = [line.partition("rows kept; ")[2] for line in caplog.messages]
+    assert told == [f"left out: 1 {reason}", f"kept with a remark: 1 {reason}"]
 
 
 @pytest.mark.parametrize("line", ["{", "[1]", '{"name": "2"}', '{"name": 2, "prompt": "x"}', '{"prompt": "x"}'])

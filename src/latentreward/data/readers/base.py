@@ -128,14 +128,9 @@ class PairReader(ABC):
 
     def report(self, name: str) -> None:
         """Log one line about rows left out or kept with a remark, if there are any."""
-        if self.skipped or self.remarks:
-            logger.warning(
-                "%s: %d rows kept; left out: %s; kept with a remark: %s",
-                name,
-                len(self),
-                count_text(self.skipped),
-                count_text(self.remarks),
-            )
+        counts = {"left out": self.skipped, "kept with a remark": self.remarks}
+        if told := [f"{what}: {count_text(count)}" for what, count in counts.items() if count]:
+            logger.warning("%s: %d rows kept; %s", name, len(self), "; ".join(told))
 
 
 class SideExchangingReader(PairReader):

@@ -217,7 +217,7 @@ def noted_settings(checkpoint: Path) -> dict[str, Any]:
     if noted is None:
         raise InputError(
             f"no config.yaml lies beside {checkpoint} or in the folder above it; give the one of the reward's run as "
-            "config"
+            "config, on the command line --run_config FILE"
         )
     try:
         parts = {p: {"class_path": noted[p]["class_path"], "init_args": dict(noted[p]["init_args"])} for p in PARTS}

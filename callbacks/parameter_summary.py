@@ -1,0 +1,41 @@
+"""How many parameters a run has."""
+
+from typing import Any
+
+from lightning.pytorch.callbacks import ModelSummary
+from lightning.pytorch.utilities.model_summary import get_human_readable_count
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+
+class ParameterSummary(ModelSummary):
+    """Say in one line how many parameters each part of the model has, and how many train.
+
+    Lightning's own table has a column of FLOPs, which are 0 without an ``example_input_array``, and one of training
+    mode. The command line adds one to every fit, unless ``trainer.callbacks`` has a ``ModelSummary`` or
+    ``trainer.enable_model_summary`` is false.
+
+    Args:
+        max_depth: Levels of parts inside parts to name; 0 switches the line off.
+
+    Example:
+        ``--trainer.callbacks+=ParameterSummary --trainer.callbacks.max_depth=2``
+    """
+
+    def __init__(self, max_depth: int = 1) -> None:
+        super().__init__(max_depth)
+
+    @staticmethod
+    def summarize(
+        summary_data: list[tuple[str, list[str]]],
+        total_parameters: int,
+        trainable_parameters: int,
+        model_size: float,
+        *_: Any,
+        **__: Any,
+    ) -> None:
+        """Print the line; see Lightning's ``ModelSummary``."""
+        columns = dict(summary_data)
+        rows = zip(columns["Name"], columns["Type"], columns["Params"], strict=True)
+        parts = [f"{name} ({kind}) {number.strip()}" for name, kind, number in rows if number.strip() != "0"]
+        trained, total = (get_human_readable_count(n).strip() for n in (trainable_parameters, total_parameters))
+        rank_zero_info(f"parameters: {', '.join(parts)}; {trained} of {total} train; {model_size:,.0f} MB")

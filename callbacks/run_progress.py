@@ -1,0 +1,180 @@
+"""How far a run is, and when it ends."""
+
+import logging
+import math
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from latentreward.callbacks.exact_resume import batch_progress
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar, Timer
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from latentreward.errors import InputError
+from latentreward.storage.progress import Progress
+
+
+class RunProgress(ProgressBar):
+    """Show optimiser steps done of those of the whole run, and the time left until it ends, on standard error.
+
+    A bar on a terminal, otherwise a line at the start, every ``every_s`` seconds and at the end; on global rank 0
+    alone. Beside them stand epoch and metrics that are logged with ``prog_bar=True``. Validation, test and prediction
+    have a bar of their own, or lines if they take long. The run ends by ``max_steps``, ``max_epochs`` or ``max_time``,
+    whichever comes first. The time left follows from the mean time of a step since this process began to train, with
+    its share of rollouts and validations. A stop for other reasons, such as ``EarlyStopping`` or ``data.max_prompts``,
+    is not foreseen. The command line adds one to every run, unless ``trainer.callbacks`` has a progress bar or
+    ``trainer.enable_progress_bar`` is false.
+
+    Args:
+        every_s: Seconds between lines where there is no terminal.
+
+    Raises:
+        InputError: If ``every_s`` is not above 0.
+
+    Example:
+        .. code-block:: yaml
+
+            trainer:
+              callbacks:
+                - class_path: RunProgress
+                  init_args: {every_s: 300}
+    """
+
+    def __init__(self, every_s: float = 30.0) -> None:
+        super().__init__()
+        if not every_s > 0:
+            raise InputError(f"every_s={every_s} must be above 0")
+        self.every_s, self.is_enabled = every_s, True
+        self._run: Progress | None = None
+        self._evaluation: Progress | None = None
+        self._shown_step = 0
+        self._redirected = ExitStack()
+
+    def disable(self) -> None:
+        """Show nothing."""
+        self.is_enabled = False
+
+    def enable(self) -> None:
+        """Show progress again."""
+        self.is_enabled = True
+
+    def print(self, *args: Any, sep: str = " ", **kwargs: Any) -> None:
+        """Print above the bars."""
+        tqdm.write(sep.join(map(str, args)), **kwargs)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin at the optimiser step of the checkpoint, if there is one."""
+        if not self.is_enabled:
+            return
+        if sys.stderr.isatty():  # messages would be written into the bar
+            loggers = [logging.getLogger(name) for name in (None, "lightning.pytorch", "lightning.fabric")]
+            self._redirected.enter_context(logging_redirect_tqdm(loggers))
+            logging.captureWarnings(True)
+            self._redirected.callback(logging.captureWarnings, False)
+        self._shown_step = trainer.global_step
+        timers = [one for one in trainer.callbacks if isinstance(one, Timer) and one.time_remaining() is not None]  # type: ignore[attr-defined]
+        self._run = Progress(
+            "train",
+            total_steps(trainer),
+            "steps",
+            trainer.global_step,
+            interval=self.every_s,
+            delay=0.0,
+            limit=(lambda: min(timer.time_remaining() or 0.0 for timer in timers)) if timers else None,
+        )
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take up an epoch of another length."""
+        if self._run is not None:
+            self._run.expect(total_steps(trainer))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count the optimiser step, if the batch ended one."""
+        if self._run is not None and trainer.global_step > self._shown_step:
+            self._run.add(trainer.global_step - self._shown_step, **self._values(trainer, pl_module))
+            self._shown_step = trainer.global_step
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the last state, with the metrics of a validation at the end."""
+        if self._run is not None:
+            self._run.add(0, **self._values(trainer, pl_module))
+        self._close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the bar before the error is printed."""
+        self._close()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin a validation, or a sanity check."""
+        if trainer.sanity_checking:
+            self._begin("sanity check", trainer.num_sanity_val_batches)
+        else:
+            self._begin("validation", trainer.num_val_batches)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin a test."""
+        self._begin("test", trainer.num_test_batches)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin a prediction."""
+        self._begin("prediction", trainer.num_predict_batches)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Count the batch."""
+        if self._evaluation is not None:
+            self._evaluation.add()
+
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End it."""
+        if self._evaluation is not None:
+            self._evaluation.close()
+            self._evaluation = None
+
+    on_test_end = on_predict_end = on_validation_end
+
+    def _begin(self, name: str, batches: Sequence[float]) -> None:
+        if self.is_enabled:
+            total = sum(batches)
+            known = int(total) if math.isfinite(total) else None
+            self._evaluation = Progress(name, known, "batches", interval=self.every_s, delay=self.every_s)
+
+    def _values(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        return {"epoch": trainer.current_epoch, **self.get_metrics(trainer, pl_module)}
+
+    def _close(self) -> None:
+        for progress in (self._evaluation, self._run):
+            if progress is not None:
+                progress.close()
+        self._evaluation = self._run = None
+        self._redirected.close()
+
+
+def total_steps(trainer: Trainer) -> int | None:
+    """Optimiser step at which ``max_steps`` or ``max_epochs`` ends a run, where it or an epoch begins; None if neither.
+
+    Lightning's ``estimated_stepping_batches`` takes all epochs for as long as the present one, which is wrong after a
+    resume with another batch size, and refuses an accumulation that changes from epoch to epoch.
+    """
+    batches, accumulated = trainer.num_training_batches, trainer.accumulate_grad_batches
+    total = math.inf if trainer.max_steps == -1 else float(trainer.max_steps)
+    if trainer.max_epochs not in (None, -1) and math.isfinite(batches):
+        # Where an epoch begins, the counters are still those of the one before.
+        used = batch_progress(trainer).current.processed if trainer.fit_loop.restarted_mid_epoch else 0
+        later = max(0, trainer.max_epochs - trainer.current_epoch - 1) * math.ceil(batches / accumulated)
+        total = min(total, trainer.global_step + math.ceil((batches - used) / accumulated) + later)
+    return int(total) if math.isfinite(total) else None
