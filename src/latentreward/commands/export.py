@@ -26,14 +26,15 @@ def export(
             ``latentreward consolidate --average=true``.
         output: Folder to write.
         format: ``diffusers`` is a LoRA for ``load_lora_weights``; ``kohya`` one for ComfyUI and programs that read
-            kohya's names; ``merged`` a whole pipeline for ``from_pretrained``, which needs no LoRA.
+            kohya's names; ``merged`` a whole pipeline for ``from_pretrained``, which needs no LoRA: the call that loads
+            it is printed.
         dtype: Precision of the weights.
         overwrite: Whether ``output`` may exist.
 
     Raises:
         InputError: If the checkpoint is damaged or of no alignment run, or ``output`` exists.
     """
-    from latentreward.export import TrainedLoRA, write_kohya, write_merged
+    from latentreward.export import TrainedLoRA, loading_call, write_kohya, write_merged
     from latentreward.policies.checkpoint import read_policy_adapter
 
     if output.exists() and not overwrite:
@@ -46,7 +47,7 @@ def export(
         lora = TrainedLoRA.of_checkpoint(saved, precision)
         written = lora.write_diffusers(output) if format == "diffusers" else write_kohya(lora, output)
     size = sum(path.stat().st_size for path in (written, *written.rglob("*")) if path.is_file())
-    print(f"{written}: {size / 1e6:.1f} MB")
+    print(f"{written}: {size / 1e6:.1f} MB" + (f"; load it by {loading_call(written)}" if format == "merged" else ""))
 
 
 run = partial(run_plain_function, export, bare=2)
