@@ -54,7 +54,6 @@ SD3_JOINED = {
 SCALE_FIRST = ("norm_out.linear", "norm1_context.linear")
 """Layers that give scale before shift in diffusers and after it in the MMDiT, where they give nothing else."""
 
-
 Pair = tuple[Tensor, Tensor]
 """A and B of a layer."""
 
@@ -64,7 +63,7 @@ def kohya_weights(lora: TrainedLoRA) -> dict[str, Tensor]:
     layers = [name.removesuffix(DOWN) for name in lora.weights if name.endswith(DOWN)]
     pairs = {layer: (lora.weights[layer + DOWN], lora.weights[layer + UP]) for layer in layers}
     named = mmdit_parts(pairs) if lora.loader == SD3 else {layer: [pair] for layer, pair in pairs.items()}
-    renamed = {}
+    renamed: dict[str, Tensor] = {}
     for name, parts in named.items():
         key, (down, up) = PREFIX + name.replace(".", "_"), join(parts)
         alpha = float(lora.settings.alpha) * sum(part is not None for part in parts)
