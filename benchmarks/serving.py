@@ -90,7 +90,7 @@ def in_process(model: RewardModel, bodies: list[bytes], accepted: Accepted, coun
     for first in range(0, count, batch_size):
         batch = rows[first : first + batch_size]
         model.score_latents(
-            [row.prompt_key for row in batch],
+            [row.prompt for row in batch],
             torch.stack([row.latents for row in batch]),
             noise=ScoringNoise(sigmas=(0.4,)),
             conditioning=(

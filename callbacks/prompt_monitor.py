@@ -34,7 +34,7 @@ class PromptMonitor(Callback, ABC):
         every_n_steps: Optimiser steps between two measurements.
         images_per_prompt: Pictures per prompt, each of its own noise.
         batch_size: Pictures sampled, and decoded or scored, at once on a rank.
-        sampling: Sampler settings; those of the module's rollouts by default.
+        sampling: Sampler settings; those of the module's rollouts by default. Noise that it does not give is theirs.
 
     Raises:
         InputError: If there is no prompt, a number is below 1, or the module aligns no policy.
@@ -113,7 +113,7 @@ class PromptMonitor(Callback, ABC):
         Raises:
             InputError: If some are not finite, naming the step.
         """
-        sampling = self.sampling or getattr(pl_module, "sampling", None) or Sampling()
+        sampling = (self.sampling or getattr(pl_module, "sampling", None) or Sampling()).with_noise()
         for batch in self.share(trainer):
             made = sample_latents(pl_module.policy, batch, sampling, pl_module.guidance_scale, SEED, reference)
             broken = ~made.isfinite().flatten(1).all(dim=1)

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from inspect import signature
+from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -17,6 +18,8 @@ from latentreward.errors import InputError
 
 logger = logging.getLogger(__name__)
 
+TUNER_FILES = (".lr_find_", ".scale_batch_size_")
+"""Beginnings of the files from which Lightning's tuner restores the state before its search, which is not a resume."""
 SAME_SCHEDULE = "give the model.lr_scheduler that it was trained with, or --resume_override=[schedule]"
 
 
@@ -60,7 +63,7 @@ class ResumedSettings(Callback):
 
         Lightning would load it into a schedule of any class: :meth:`on_train_start` compares first.
         """
-        if trainer.state.fn != TrainerFn.FITTING:
+        if trainer.state.fn != TrainerFn.FITTING or Path(trainer.ckpt_path or "").name.startswith(TUNER_FILES):
             return
         self._saved_schedules, checkpoint["lr_schedulers"] = checkpoint.get("lr_schedulers", []), []
         states = checkpoint.get("optimizer_states", [])

@@ -94,7 +94,7 @@ def test_grid_shows_before_and_after(make_trainer, tmp_path):
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["step_000002.png"]
     picture = Image.open(tmp_path / "samples" / "step_000002.png")
     batch = PromptBatch((PROMPTS[0],), ("0-0",))
-    pixels = module.policy.vae.decode(sample_latents(module.policy, batch, Sampling(3), 1.0, seed=0))[0]
+    pixels = module.policy.vae.decode(sample_latents(module.policy, batch, Sampling(3).with_noise(), 1.0, seed=0))[0]
     expected = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
     before, after = (picture.crop((left, 26, left + 32, 58)) for left in (8, 48))
     assert before.tobytes() == after.tobytes()  # a learning rate of 0

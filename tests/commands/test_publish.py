@@ -107,6 +107,48 @@ def test_a_run_is_published_calibrated(run: Path, pictures: Path, tmp_path: Path
         assert text in card
 
 
+DATA = {
+    "filtered": (
+        {
+            "class_path": "latentreward.data.PreferenceDataModule",
+            "init_args": {
+                "train": {
+                    "class_path": "latentreward.data.FilteredReader",
+                    "init_args": {
+                        "reader": {
+                            "class_path": "latentreward.data.PickAPicReader",
+                            "init_args": {"source": "/secret/a"},
+                        },
+                        "scores": "/secret/b",
+                    },
+                },
+                "val": {"class_path": "latentreward.data.HPDv2Reader", "init_args": {"root": "/secret/c"}},
+            },
+        },
+        "FilteredReader, PickAPicReader",
+    ),
+    "cached": (
+        {
+            "class_path": "latentreward.cache.CachedPreferenceDataModule",
+            "init_args": {"train": {"cache": "/secret/d"}},
+        },
+        "CachedPreferenceDataModule",
+    ),
+    "none": (None, "not stated"),
+}
+
+
+@pytest.mark.parametrize("name", slow_after(2, DATA))
+def test_the_card_names_the_runs_readers_and_no_paths(run: Path, tmp_path: Path, name: str) -> None:
+    data, told = DATA[name]
+    settings = yaml.safe_load((run / "config.yaml").read_text()) | ({"data": data} if data else {})
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    publish(run, tmp_path / "model", f"--run_config={tmp_path / 'config.yaml'}")
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert f"| data | {told} |" in card
+    assert "secret" not in card + (tmp_path / "model" / "config.json").read_text()
+
+
 @pytest.mark.slow
 def test_a_published_layout_is_published_with_its_base(tmp_path: Path, capsys: Any) -> None:
     write_lrm(tmp_path / "lrm", "sd15")

@@ -13,10 +13,13 @@ from torch import Tensor
 
 from latentreward.backbones.loading import PipelineSource
 from latentreward.backbones.tuning import LoRA
+from latentreward.contracts import PromptBatch
 from latentreward.errors import InputError
-from latentreward.export import TrainedLoRA, write_kohya, write_merged
+from latentreward.export import TrainedLoRA, loading_call, write_kohya, write_merged
 from latentreward.export.kohya import FILE
 from latentreward.policies import Policy
+from latentreward.rollout import RolloutDraws, Sampling, sample_latents
+from tests.export.mmdit import updates_of_sd3
 from tests.marks import slow_after
 from tests.policies.alignment import perturbed, prediction, tiny_source
 from tests.tiny_pipelines import pipeline_folder
@@ -46,11 +49,15 @@ def trained(request: pytest.FixtureRequest) -> tuple[Policy, str]:
 
 
 def load(folder: str | Path) -> DiffusionPipeline:
-    """A pipeline as a user loads it: diffusers wants to be told that there is no T5."""
-    index = json.loads((Path(folder) / "model_index.json").read_text())
-    return DiffusionPipeline.from_pretrained(
-        folder, **{key: None for key, value in index.items() if value == [None, None]}
-    )
+    """A pipeline as a user is told to load it: diffusers wants to know that there is no T5."""
+    return eval(loading_call(Path(folder)), {"DiffusionPipeline": DiffusionPipeline})
+
+
+def test_the_call_that_loads_a_pipeline_names_what_diffusers_wants_named() -> None:
+    folder = Path(pipeline_folder("sd35_no_t5"))
+    assert loading_call(folder).endswith("sd35_no_t5', text_encoder_3=None, tokenizer_3=None)")
+    assert load(folder).text_encoder_3 is None
+    assert loading_call(Path(pipeline_folder("sd15"))).endswith("sd15')")
 
 
 def with_network(policy: Policy, pipeline: DiffusionPipeline, part: str) -> Tensor:
@@ -85,18 +92,13 @@ def test_kohya_file_has_the_same_update(trained: tuple[Policy, str], tmp_path: P
     if lora.part == "unet":
         pipeline.load_lora_weights(tmp_path, weight_name=FILE)
     else:
-        add_as_comfyui_does(pipeline.transformer, load_file(tmp_path / FILE))
+        add_updates(pipeline.transformer, updates_of_sd3(pipeline.transformer, load_file(tmp_path / FILE)))
     torch.testing.assert_close(with_network(policy, pipeline, lora.part), expected)
 
 
-def add_as_comfyui_does(network: torch.nn.Module, file: dict[str, Tensor]) -> None:
-    """Weights of each layer that a key of the file names: W + alpha / rank · up · down; every key must be used."""
-    for name, layer in network.named_modules():
-        key = f"lora_transformer_{name.replace('.', '_')}"
-        if f"{key}.alpha" in file:
-            down, up = file.pop(f"{key}.lora_down.weight"), file.pop(f"{key}.lora_up.weight")
-            layer.weight.data += file.pop(f"{key}.alpha") / len(down) * up @ down
-    assert not file
+def add_updates(network: torch.nn.Module, updates: dict[str, Tensor]) -> None:
+    for name, weight in network.named_parameters():
+        weight.data += updates[name]
 
 
 def test_merged_pipeline_needs_no_lora(trained: tuple[Policy, str], tmp_path: Path) -> None:
@@ -121,6 +123,27 @@ def test_images_of_the_pipeline_change_with_the_lora_and_equal_the_merged_ones(n
     plain.load_lora_weights(next((tmp_path / "lora").glob("*.safetensors")))
     assert (images(plain) - before).abs().max() > 0.01
     torch.testing.assert_close(images(plain), images(load(tmp_path / "merged")), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "style"), slow_after(2, [("sd35_no_t5", "diffusers"), ("sd15", "kohya"), ("sd15", "diffusers")])
+)
+def test_alpha_other_than_rank_gives_diffusers_our_samples(name: str, style: str, tmp_path: Path) -> None:
+    policy = perturbed(tiny_source(name, lora=LoRA(3, 5.0), t5_length=0).load().eval())
+    prompts = PromptBatch(("a cat", "two dogs"), ("0", "1"))
+    expected = sample_latents(policy, prompts, Sampling(3), 2.0, seed=0)
+    with policy.reference():
+        assert (sample_latents(policy, prompts, Sampling(3), 2.0, seed=0) - expected).abs().max() > 0.01
+    lora = TrainedLoRA.of_policy(policy)
+    file = lora.write_diffusers(tmp_path) if style == "diffusers" else write_kohya(lora, tmp_path)
+    pipeline = load(pipeline_folder(name))
+    pipeline.load_lora_weights(file)
+    pipeline.set_progress_bar_config(disable=True)
+    options = {"guidance_scale": 2.0, "num_inference_steps": 3, "output_type": "latent", "height": 16, "width": 16}
+    options |= {"max_sequence_length": 0} if "sd3" in name else {}
+    initial = RolloutDraws(0, prompts.keys).initial(policy.latent_shape())
+    found = pipeline(list(prompts.prompts), latents=initial, **options).images
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def images(pipeline: DiffusionPipeline) -> Tensor:

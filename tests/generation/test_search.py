@@ -19,7 +19,7 @@ def policy(request: pytest.FixtureRequest) -> Policy:
 
 @pytest.mark.parametrize("needs_clean", slow_after(1, [False, True]))
 def test_search_raises_the_reward_above_plain_sampling(policy: Policy, needs_clean: bool) -> None:
-    sampling, reward = Sampling(STEPS), MeanLatent(needs_clean)
+    sampling, reward = Sampling(STEPS).with_noise(), MeanLatent(needs_clean)
     found = search_latents(policy, reward, PROMPTS, Candidates(6), sampling, 3.0, seed=0)
     plain = sample_latents(policy, PROMPTS, sampling, 3.0, seed=0)
     assert found.mean() > plain.mean() + 0.01

@@ -7,7 +7,7 @@ from torch import Tensor
 from latentreward.errors import InputError
 from latentreward.noise import DDPM, FlowMatching, NoiseProcess, process_from_scheduler
 from latentreward.noise.base import per_sample
-from latentreward.rewards.conversion import convert_states, same_levels, signal_and_noise
+from latentreward.rewards.conversion import convert_states, describe_conversion, same_levels, signal_and_noise
 
 SD = {"_class_name": "DDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
@@ -64,6 +64,7 @@ def test_the_same_process_changes_nothing() -> None:
         latents, found = convert_states(states, timesteps, process, twin)
         assert latents is states
         assert found is timesteps
+        assert describe_conversion(process, twin) is None
     assert not same_levels(diffusion(), FlowMatching())
     assert not same_levels(FlowMatching(shift=3.0), FlowMatching(shift=1.0))
 
@@ -75,6 +76,7 @@ def test_tables_that_differ_are_met_at_the_nearest_level() -> None:
     torch.testing.assert_close(latents, states)
     assert not torch.equal(found, timesteps)
     torch.testing.assert_close(linear.sigma(found), diffusion().sigma(timesteps), rtol=0, atol=3e-3)
+    assert "to its DDPM of other noise levels" in (describe_conversion(diffusion(), linear) or "")
 
 
 def test_gradients_pass_and_rows_may_differ_in_level() -> None:

@@ -1,5 +1,6 @@
 """A trained reward scores a policy's states as its own module would, wherever it lies and whatever the policy is."""
 
+import logging
 import os
 import shutil
 from functools import cache
@@ -106,10 +107,15 @@ def test_a_heterogeneous_reward_reads_the_raw_prompt_itself(tmp_path: Path) -> N
     torch.testing.assert_close(reward(states, encoded), scores_by(module, states), rtol=0, atol=0)
 
 
-def test_a_reward_of_another_noise_process_sees_converted_states(tmp_path: Path) -> None:
-    """The tiny world's two generators share a VAE, so that a DiNa-LRM may steer the DDPM one."""
+def test_a_reward_of_another_noise_process_sees_converted_states(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The tiny world's two generators share a VAE, so that a DiNa-LRM may steer the DDPM one; a line says so."""
     module, policy = write_run(tmp_path, "dina", "sd35"), frozen_policy("sd15")
-    reward = LatentReward(str(tmp_path)).load(policy)
+    with caplog.at_level(logging.INFO):
+        reward = LatentReward(str(tmp_path)).load(policy)
+    (line,) = (message for message in caplog.messages if message.startswith("reward "))
+    assert str(tmp_path) in line and "policy's DDPM are rescaled to its FlowMatching" in line
     states, process = states_of(policy), reward.model.backbone.noise_process
     converted = convert_states(states.latents, states.timesteps, policy.noise_process, process)
     expected = scores_by(module, NoisyStates(*converted, states.rows))

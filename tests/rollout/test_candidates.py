@@ -12,7 +12,7 @@ from latentreward.errors import InputError
 from latentreward.rollout import Branching, RolloutDraws, Sampling, StepSampler, candidate_steps
 from tests.rollout.tiny_rollout import PROMPTS, Brightness, NetworkRows, roll_out, tiny_policy
 
-STEPS = Sampling(num_inference_steps=5)
+STEPS = Sampling(num_inference_steps=5).with_noise()
 GUIDANCE = 3.0
 both_families = pytest.mark.parametrize("name", ["sd15", "sd35_tiny"])
 

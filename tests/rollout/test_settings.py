@@ -4,8 +4,13 @@ from typing import Any
 
 import pytest
 
+from latentreward.backbones import LoRA
 from latentreward.errors import InputError
+from latentreward.generation.picture_writing import DETERMINISTIC
+from latentreward.modules import LPOModule
+from latentreward.policies import PolicySource
 from latentreward.rollout import DDIMSampler, FlowSDESampler, Sampling
+from tests.modules.simple_reward import FirstChannelReward
 from tests.rollout.tiny_rollout import tiny_policy
 
 
@@ -17,6 +22,18 @@ def test_the_schedulers_class_decides() -> None:
     assert isinstance(flow, FlowSDESampler)
     assert len(ddim) == len(flow) == 7
     assert (ddim.noise_setting, flow.noise_setting) == ("eta=0.5", "noise_level=0.3")
+
+
+@pytest.mark.parametrize("name", ["sd_tiny", "sd35_tiny"])
+def test_pictures_have_no_noise_of_their_own_and_rollouts_do(name: str) -> None:
+    config = tiny_policy(name).scheduler_config
+    for sampling in (Sampling(), DETERMINISTIC):
+        assert not sampling.sampler(config).noise_std.any()
+    assert Sampling().with_noise() == Sampling(eta=1.0, noise_level=0.7)
+    assert Sampling().with_noise().sampler(config).noise_std.any()
+    assert DETERMINISTIC.with_noise() == DETERMINISTIC
+    module = LPOModule(PolicySource(name, lora=LoRA(rank=2)), FirstChannelReward(), sampling=Sampling(4), seed=0)
+    assert module.sampling == Sampling(4, eta=1.0, noise_level=0.7) and len(module.sampler) == 4
 
 
 @pytest.mark.parametrize("name", ["PNDMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"])

@@ -14,7 +14,7 @@ from latentreward.rollout import RolloutDraws, Sampling, sample_latents, sample_
 from tests.marks import slow_after
 from tests.rollout.tiny_rollout import PROMPTS, tiny_policy
 
-STEPS = Sampling(num_inference_steps=5)
+STEPS = Sampling(num_inference_steps=5).with_noise()
 both_families = pytest.mark.parametrize("name", ["sd_tiny", "sd35_tiny"])
 
 

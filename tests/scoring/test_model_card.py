@@ -84,6 +84,15 @@ def test_what_a_score_means() -> None:
     assert "calibration | none" in model_card(config(calibrated=False), Card(), "folder")
 
 
+def test_data_are_those_that_the_card_names_or_the_runs_readers() -> None:
+    made = config()
+    assert "| data | not stated |" in model_card(made, Card(), "folder")
+    made.recipe.training["data"] = "FilteredReader, PickAPicReader"
+    assert "| data | FilteredReader, PickAPicReader |" in model_card(made, Card(), "folder")
+    assert "| data | owner/pairs |" in model_card(made, Card(datasets=("owner/pairs",)), "folder")
+    assert "| data | mine |" in model_card(made, Card(training={"data": "mine"}), "folder")
+
+
 def test_hostile_texts_stay_in_their_cells() -> None:
     evil = "x | y\n| evil | row\n# Head <script>alert(1)</script> [a](http://b) `c`"
     text = model_card(

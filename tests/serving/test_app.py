@@ -22,6 +22,7 @@ from torch import Tensor
 from latentreward.contracts import Conditioning
 from latentreward.scoring import RewardModel
 from latentreward.scoring.calibration import Calibration
+from latentreward.scoring.images import pixel_batches
 from latentreward.scoring.scoring_noise import ScoringNoise
 from latentreward.serving import app, server
 from latentreward.serving.protocol import Accepted, parse_request
@@ -81,9 +82,7 @@ def scores_of(reward: RewardModel, body: bytes, accepted: Accepted) -> list[floa
     for row in parse_request(body, accepted):
         conditioning = Conditioning(row.prompt_embeds[None], row.pooled_prompt_embeds[None])
         noise = ScoringNoise(sigmas=(row.u,), seeds=(row.seed,))
-        score = reward.score_latents(
-            [row.prompt_key], row.latents[None], noise=noise, conditioning=(conditioning, None)
-        )
+        score = reward.score_latents([row.prompt], row.latents[None], noise=noise, conditioning=(conditioning, None))
         scores.append(score.item())
     return scores
 
@@ -115,6 +114,74 @@ def test_noise_is_fixed_without_seeds_and_follows_them(address: str, accepted: A
     assert first == second == with_0 != other
 
 
+def nudged(tensor: Tensor) -> Tensor:
+    """The next floats upwards."""
+    return torch.nextafter(tensor, torch.tensor(torch.inf))
+
+
+def test_noise_does_not_depend_on_the_last_bit_of_an_embedding(address: str, accepted: Accepted) -> None:
+    tensors = tensors_of(accepted)
+    score = ask(address, save(tensors)).json()["raw_scores"]
+    for name in ("prompt_embeds", "pooled_prompt_embeds"):
+        found = ask(address, save(tensors | {name: nudged(tensors[name])})).json()["raw_scores"]
+        assert found == pytest.approx(score, abs=1e-5)
+    reseeded = ask(address, save(tensors | {"seeds": torch.tensor([1])})).json()["raw_scores"]
+    assert abs(reseeded[0] - score[0]) > 1e-4
+
+
+@pytest.mark.parametrize("prompt", ["a cat", "ein Kätzchen 🐈", ""])
+def test_a_prompt_in_a_header_gets_the_score_of_its_image(address: str, accepted: Accepted, prompt: str) -> None:
+    reward, image = tiny_reward(), picture("red")
+    noise, conditioning = ScoringNoise(sigmas=(0.4,), seeds=(3,)), reward.backbone.encode_prompts([prompt])
+    pixels = next(iter(pixel_batches([image], reward.image_sizes, 1, 1))).pixels
+    tensors = {
+        "latents": reward.encode_images(pixels),
+        "prompt_embeds": conditioning.prompt_embeds.float(),
+        "pooled_prompt_embeds": conditioning.pooled_prompt_embeds.float(),
+        "u": torch.tensor([0.4]),
+        "seeds": torch.tensor([3]),
+    }
+    body = save({name: tensor.detach().contiguous() for name, tensor in tensors.items()})
+    header = {"x-prompt": base64.b64encode(prompt.encode()).decode()}
+    wanted = reward.score(prompt, [image], noise=noise).item()
+    assert ask(address, body, **header).json()["raw_scores"][0] == pytest.approx(wanted, abs=1e-6)
+    other = ask(address, body, **{"x-prompt": "b3RoZXI="}).json()["raw_scores"][0]
+    assert abs(other - wanted) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("sent", "message"),
+    [
+        ([b"a cat"], "not base64 of UTF-8"),
+        ([b"YWJj\xff"], "not base64 of UTF-8"),
+        ([b"YWJ"], "not base64 of UTF-8"),
+        ([b"/w=="], "not base64 of UTF-8"),
+        ([b"7aCA"], "not base64 of UTF-8"),  # half a surrogate pair
+        ([b"QUFB" * 3073], "has 12292 characters; at most 12288"),
+        ([b"YQ==", b"Yg=="], "stands 2 times; a request has one prompt"),
+    ],
+)
+def test_a_malformed_prompt_is_refused_in_one_line(
+    address: str, accepted: Accepted, sent: list[bytes], message: str
+) -> None:
+    headers = [*((name.encode(), value.encode()) for name, value in HEADERS.items()), *((b"x-prompt", s) for s in sent)]
+    reply = httpx.post(f"{address}/v1/score", content=save(tensors_of(accepted)), headers=headers, timeout=20)
+    assert reply.status_code == 400 and message in reply.json()["error"] and "\n" not in reply.json()["error"]
+
+
+def test_fresh_noise_differs_each_time_but_for_requests_with_seeds() -> None:
+    with serving(tiny_reward(), fresh_noise=True) as (address, service):
+        tensors = tensors_of(service.accepted)
+        seedless = save({name: tensor for name, tensor in tensors.items() if name != "seeds"})
+        fresh = [ask(address, seedless).json()["raw_scores"][0] for _ in range(3)]
+        seeded = [ask(address, save(tensors)).json()["raw_scores"][0] for _ in range(2)]
+        assert len(set(fresh)) == 3 and seeded[0] == seeded[1] not in fresh
+        assert httpx.get(f"{address}/v1/model").json()["fresh_noise"] is True
+        assert service.first_seed is not None  # printed, so that the scores can be had again
+        again = tensors | {"seeds": service.first_seed + torch.arange(3)[1:2]}
+        assert ask(address, save(again)).json()["raw_scores"][0] == pytest.approx(fresh[1], abs=1e-6)
+
+
 def test_a_score_does_not_depend_on_what_it_shares_a_batch_with(address: str, accepted: Accepted) -> None:
     bodies = [save(tensors_of(accepted, rows=1 + seed % 3, seed=seed, side=(8, 12)[seed % 2])) for seed in range(24)]
     alone = [scores_of(tiny_reward(), body, accepted) for body in bodies]
@@ -126,6 +193,16 @@ def test_a_score_does_not_depend_on_what_it_shares_a_batch_with(address: str, ac
 
     for found, wanted in zip(asyncio.run(together()), alone, strict=True):
         assert found == pytest.approx(wanted, abs=2e-5)
+
+
+def test_a_queue_of_n_rows_takes_n_clients_at_once() -> None:
+    with serving(tiny_reward(), queue=300) as (address, service):
+
+        async def ask_all() -> list[float]:
+            bodies = [tensors_of(service.accepted, seed=seed) for seed in range(300)]
+            return await asyncio.gather(*(verl_omni_score(address, tensors) for tensors in bodies))
+
+        assert len(set(asyncio.run(ask_all()))) > 250
 
 
 def test_a_unet_reward_is_served_with_its_empty_prompt() -> None:
@@ -416,9 +493,8 @@ def received(connection: socket.socket) -> bytes | None:
 
 @pytest.mark.parametrize("sent", [b"", b"GET /healthz HTTP/1.1\r\n", HEAD + b"content-length: 100\r\n\r\nabc"])
 def test_connections_that_idle_do_not_stop_healthz(monkeypatch: pytest.MonkeyPatch, sent: bytes) -> None:
-    monkeypatch.setattr(server, "CONNECTIONS", 64)
     monkeypatch.setattr(app, "REQUESTS", 32)
-    with serving(tiny_reward(), timeout=5.0) as (address, _):
+    with serving(tiny_reward(), timeout=5.0, queue=32) as (address, _):
         with connections(address, 100, sent) as opened:
             while sent.startswith(b"POST") and [*map(received, opened)].count(None) > 32:
                 time.sleep(0.02)  # until the server has refused those beyond its limit

@@ -1,6 +1,7 @@
 """Bytes of the latent-reward protocol: what comes out of good ones, and what is said of bad ones."""
 
 import random
+from itertools import count
 from typing import Any
 
 import pytest
@@ -35,19 +36,19 @@ def test_half_precision_is_read_as_what_it_says(dtype: torch.dtype) -> None:
     assert row.latents.dtype == torch.float32 and torch.equal(row.latents, tensors["latents"][0].float())
 
 
-def test_noise_is_named_by_the_prompt_alone() -> None:
-    tensors, other = tensors_of(ACCEPTED), tensors_of(ACCEPTED, seed=1)
-    key = parse_request(save(tensors), ACCEPTED)[0].prompt_key
-    assert parse_request(save({**tensors, "latents": other["latents"]}), ACCEPTED)[0].prompt_key == key
-    assert parse_request(save({**tensors, "prompt_embeds": other["prompt_embeds"]}), ACCEPTED)[0].prompt_key != key
-    pooled = other["pooled_prompt_embeds"]
-    assert parse_request(save({**tensors, "pooled_prompt_embeds": pooled}), ACCEPTED)[0].prompt_key != key
+def test_noise_is_named_by_the_header_alone() -> None:
+    for seed in (0, 1):
+        assert parse_request(save(tensors_of(ACCEPTED, seed=seed)), ACCEPTED)[0].prompt == ""
+        assert parse_request(save(tensors_of(ACCEPTED, seed=seed)), ACCEPTED, "a cat")[0].prompt == "a cat"
 
 
-def test_without_seeds_the_seed_is_0() -> None:
-    tensors = tensors_of(ACCEPTED)
+def test_without_seeds_the_seed_is_0_or_the_next_fresh_one() -> None:
+    tensors, fresh = tensors_of(ACCEPTED, rows=2), count(5)
+    assert [row.seed for row in parse_request(save(tensors), ACCEPTED, seeds=fresh)] == [0, 0]
     del tensors["seeds"]
-    assert parse_request(save(tensors), ACCEPTED)[0].seed == 0
+    assert [row.seed for row in parse_request(save(tensors), ACCEPTED)] == [0, 0]
+    assert [row.seed for row in parse_request(save(tensors), ACCEPTED, seeds=fresh)] == [5, 6]
+    assert [row.seed for row in parse_request(save(tensors), ACCEPTED, seeds=fresh)] == [7, 8]
 
 
 def test_metadata_is_ignored() -> None:

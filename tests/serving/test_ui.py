@@ -10,7 +10,7 @@ from latentreward.cli import main
 from latentreward.commands import ui as command
 from latentreward.errors import InputError
 from latentreward.scoring.scoring_noise import ScoringNoise
-from latentreward.serving.ui import LEVELS, score_sheet
+from latentreward.serving.ui import LEVELS, TITLE, score_sheet
 from tests.rewards.stored import write_run
 from tests.serving.processes import forked_server
 from tests.serving.servers import tiny_reward
@@ -58,6 +58,8 @@ def test_the_page_scores_in_a_browser_and_asks_nobody_else(
     write_run(tmp_path / "run", "dina", "sd35", lora={"rank": 2})
     with forked_server("ui", str(tmp_path / "run"), "--port=0") as server:
         page = browser_page(server.address)
+        page.get_by_role("heading", name=TITLE).wait_for()
+        assert page.title() == TITLE
         page.get_by_label("Prompt").fill("<b>a cat</b>")
         page.locator("input[type=file][multiple]").set_input_files(pictures)
         page.get_by_role("button", name="Score", exact=True).click()

@@ -36,8 +36,8 @@ def export(
             hub id.
         output: Folder to write.
         format: Of a policy: ``diffusers`` is a LoRA for ``load_lora_weights``; ``kohya`` one for ComfyUI and programs
-            that read kohya's names; ``merged`` a whole pipeline for ``from_pretrained``, which needs no LoRA. Of a
-            reward: ``diffusion-rm`` is the layout of DiNa-LRM's authors, ``lpo`` that of LRM's authors.
+            that read kohya's names; ``merged`` a whole pipeline for ``from_pretrained``, which needs no LoRA: the
+            call that loads it is printed. Of a reward: ``diffusion-rm`` is the layout of DiNa-LRM's authors, ``lpo`` that of LRM's authors.
         dtype: Precision of a policy's weights; a reward's are float32.
         overwrite: Whether ``output`` may exist.
         base: Of a reward: pipeline of the frozen weights, if not the one that the model names.
@@ -66,7 +66,10 @@ def export(
         settings = {"base": base, "base_name": base_name, "run_config": run_config, "revision": revision}
         if given := [name for name, value in settings.items() if value is not None]:
             raise InputError(f"{given[0]} is for rewards, but format={format} is for policies; leave it out")
-        lines, written = [], export_policy(checkpoint, output, cast(PolicyFormat, format), getattr(torch, dtype))
+        from latentreward.export import loading_call
+
+        written = export_policy(checkpoint, output, cast(PolicyFormat, format), getattr(torch, dtype))
+        lines = [f"load it by {loading_call(written)}"] if format == "merged" else []
     size = sum(path.stat().st_size for path in (written, *written.rglob("*")) if path.is_file())
     print("\n".join([f"{written}: {size / 1e6:.1f} MB", *lines]))
 

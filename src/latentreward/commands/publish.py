@@ -111,7 +111,7 @@ def publish(
         noise: At which noise the model is to score where none is given; what is left out stays as it is.
         licence: Of the weights: an identifier of the hub such as apache-2.0, openrail++ or other, or a text of several
             words.
-        datasets: Training data: hub ids, or names.
+        datasets: Training data: hub ids, or names; otherwise the card names the readers of the run.
         description: Markdown for the model card, or a file .md with it.
         metrics: JSON file with numbers for the model card, e.g. of latentreward benchmark.
         name: Title of the model card; by default the hub id, or the folder's name.

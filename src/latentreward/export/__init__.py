@@ -2,6 +2,6 @@
 
 from latentreward.export.kohya import write_kohya
 from latentreward.export.lora import TrainedLoRA
-from latentreward.export.merged import write_merged
+from latentreward.export.merged import loading_call, write_merged
 
-__all__ = ["TrainedLoRA", "write_kohya", "write_merged"]
+__all__ = ["TrainedLoRA", "loading_call", "write_kohya", "write_merged"]

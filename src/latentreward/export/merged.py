@@ -1,5 +1,6 @@
 """A diffusers pipeline whose network has the trained adapter added to its weights."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,6 +51,19 @@ def check_classes(base: PipelineSource) -> None:
     for name, (_, kind) in parts.items():
         if name.startswith("text_encoder"):
             encoder_config(getattr(transformers, kind), base.source, subfolder=name, revision=base.revision)
+
+
+def loading_call(folder: Path) -> str:
+    """Write the Python call that loads a pipeline from ``folder``.
+
+    Diffusers asks for ``None`` where a part is absent that it does not call optional, such as the T5 of SD3.
+    """
+    import diffusers
+
+    index = json.loads((folder / "model_index.json").read_text())
+    optional = getattr(diffusers, index["_class_name"])._optional_components
+    absent = [name for name, entry in index.items() if entry == [None, None] and name not in optional]
+    return f"DiffusionPipeline.from_pretrained({', '.join([repr(str(folder)), *(f'{name}=None' for name in absent)])})"
 
 
 @quiet()

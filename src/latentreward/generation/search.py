@@ -57,14 +57,14 @@ def search_latents(
         reward: Scores candidates.
         prompts: B prompts.
         candidates: K and the window.
-        sampling: Steps, noise and size; the noise must not be 0.
+        sampling: Steps, noise and size; the noise must not be 0; where none is given, it is that of rollouts.
         guidance_scale: 1 for no guidance.
         seed: Seed of every draw.
 
     Raises:
         InputError: If no step of the window has noise.
     """
-    sampler, draws = sampling.sampler(policy.scheduler_config), RolloutDraws(seed, prompts.keys)
+    sampler, draws = sampling.with_noise().sampler(policy.scheduler_config), RolloutDraws(seed, prompts.keys)
     steps = candidate_steps(policy, sampler, reward, prompts, candidates.branching(), sampling, guidance_scale, draws)
     while True:
         try:

@@ -88,6 +88,7 @@ class RewardedModule(AlignmentModule):
         Statistics that a reward keeps of its scores are as before, so that a resumed run has them as it left them.
         The policy's network comes first: FSDP2 wants it called whole before a reward that shares it calls its parts.
         """
+        super().on_fit_start()
         shape = self.policy.latent_shape()
         noise = torch.randn(3, *shape, generator=torch.Generator().manual_seed(self.seed)).to(self.device)
         levels = self.policy.noise_process.timesteps

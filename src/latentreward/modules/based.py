@@ -27,6 +27,7 @@ class BasedModule(LightningModule):
 
     Attributes:
         based_on: What holds the base's weights, and where they come from.
+        lr: Learning rate in place of the optimiser's own; None keeps that. Lightning's learning rate finder sets it.
         frozen_dtype: Name of the setting that stores frozen weights in bfloat16, for messages.
     """
 
@@ -42,6 +43,8 @@ class BasedModule(LightningModule):
     ) -> None:
         super().__init__()
         self.optimizer, self.lr_scheduler, self.seed = optimizer, lr_scheduler, run_seed(seed)
+        self.lr: float | None = None
+        self._configured_lr: float | None = None
         self._base: BaseSample | None = None
 
     def setup(self, stage: str) -> None:
@@ -84,4 +87,13 @@ class BasedModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """One optimiser over what trains; its schedule steps with it."""
-        return single_optimizer(self.parameters(), self.optimizer, self.lr_scheduler, self.decay_vectors)
+        self._configured_lr = self.lr
+        return single_optimizer(self.parameters(), self.optimizer, self.lr_scheduler, self.decay_vectors, self.lr)
+
+    def on_fit_start(self) -> None:
+        """Make the optimiser again if the callback ``LearningRateFinder`` has found a rate for it.
+
+        Lightning tells the optimiser alone; a schedule made before would bring back the old rate at its next step.
+        """
+        if self.lr != self._configured_lr:
+            self.trainer.strategy.setup_optimizers(self.trainer)

@@ -59,7 +59,7 @@ class GRPOModule(RolloutModule[StepSamples]):
         loss: ClippedPolicyLoss | None = None,
         **options: Any,
     ) -> None:
-        sampling = sampling or Sampling()
+        sampling = (sampling or Sampling()).with_noise()
         sampler = sampling.sampler(policy.pipeline().config("scheduler"))
         sampler.require_noise()
         super().__init__(policy, reward, **options)

@@ -69,7 +69,7 @@ class LPOModule(RolloutModule[StepPairs]):
         clip_range: float = 0.1,
         **options: Any,
     ) -> None:
-        sampling, candidates = sampling or Sampling(), candidates or Branching()
+        sampling, candidates = (sampling or Sampling()).with_noise(), candidates or Branching()
         loss, sampler = StepDPO(beta, clip_range), sampling.sampler(policy.pipeline().config("scheduler"))
         candidates.steps(sampler)
         super().__init__(policy, reward, **options)

@@ -14,6 +14,7 @@ def single_optimizer(
     optimizer: OptimizerCallable,
     lr_scheduler: LRSchedulerCallable | None,
     decay_vectors: bool = False,
+    lr: float | None = None,
 ) -> Any:
     """Build what ``configure_optimizers`` returns.
 
@@ -22,6 +23,7 @@ def single_optimizer(
         optimizer: Makes the optimiser of parameter groups.
         lr_scheduler: Makes the schedule, stepped with the optimiser; None for a constant rate.
         decay_vectors: Whether vectors and scalars (biases, norms) get the optimiser's weight decay too.
+        lr: Learning rate in place of the optimiser's own, before any schedule.
 
     Raises:
         InputError: If the optimiser refuses its settings.
@@ -38,6 +40,8 @@ def single_optimizer(
         built = optimizer([group for group in groups if group["params"]])
     except ValueError as error:
         raise InputError(f"model.optimizer: {error}") from error
+    for group in built.param_groups:
+        group["lr"] = group["lr"] if lr is None else lr
     if lr_scheduler is None:
         return built
     return {"optimizer": built, "lr_scheduler": {"scheduler": lr_scheduler(built), "interval": "step"}}

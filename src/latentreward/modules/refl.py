@@ -89,7 +89,7 @@ class ReFLModule(RewardedModule):
         pretraining_weight: float = 0.0,
         **options: Any,
     ) -> None:
-        sampling = sampling or Sampling(num_inference_steps=40)
+        sampling = (sampling or Sampling(num_inference_steps=40)).with_noise()
         low, high = stop_range
         if not 1 <= low <= high <= sampling.num_inference_steps:
             raise InputError(

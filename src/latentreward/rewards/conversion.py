@@ -16,6 +16,15 @@ def same_levels(first: NoiseProcess, second: NoiseProcess) -> bool:
     )
 
 
+def describe_conversion(source: NoiseProcess, target: NoiseProcess) -> str | None:
+    """Say in one line what :func:`convert_states` does; None if the processes are the same."""
+    if same_levels(source, target):
+        return None
+    names = type(source).__name__, type(target).__name__
+    other = " of other noise levels" if names[0] == names[1] else ""
+    return f"states of the policy's {names[0]} are rescaled to its {names[1]}{other}, at equal signal-to-noise ratio"
+
+
 def signal_and_noise(process: NoiseProcess, timesteps: Tensor) -> tuple[Tensor, Tensor]:
     """Factors a and s of ``x_t = a·x_0 + s·ε`` at ``timesteps`` ``(N,)``, float32.
 

@@ -16,7 +16,7 @@ from latentreward.errors import InputError
 from latentreward.noise import NoiseProcess
 from latentreward.policies.surrogate_gradient import gradient_carrier
 from latentreward.rewards.base import Reward, RewardSource
-from latentreward.rewards.conversion import convert_states
+from latentreward.rewards.conversion import convert_states, describe_conversion
 from latentreward.rewards.shared_base import share_adapter, shares_network, shares_text
 from latentreward.scoring.layouts.find import StoredReward, find_reward
 from latentreward.scoring.layouts.published import PublishedSettings
@@ -209,7 +209,12 @@ class LatentReward(RewardSource):
         """See :meth:`RewardSource.load`."""
         stored, self._stored = self.stored, None  # what it has read is not kept
         with torch.random.fork_rng(devices=[]):  # initial values that are overwritten
-            return self._loaded(stored, policy)
+            loaded = self._loaded(stored, policy)
+        if conversion := describe_conversion(policy.noise_process, loaded.model.backbone.noise_process):
+            from lightning.pytorch.utilities import rank_zero_info  # takes seconds to import
+
+            rank_zero_info(f"reward {self.path}: {conversion}")
+        return loaded
 
     def _loaded(self, stored: StoredReward, policy: Policy) -> LatentScorer:
         network, text = (self.share == "auto" and shares(stored, policy) for shares in (shares_network, shares_text))

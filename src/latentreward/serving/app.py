@@ -26,7 +26,7 @@ DECODERS = 4
 HEADER_BYTES = 16 * 1024
 """Longest headers of a request, all together."""
 REQUESTS = 256
-"""Requests under way at once; further ones are refused."""
+"""Requests under way at once, or as many as rows may wait, if that is more; further ones are refused."""
 OPEN_PATH = "/healthz"
 """Needs no token, and is answered whatever else is under way."""
 
@@ -71,12 +71,14 @@ class Endpoints:
 
     async def score(self, request: Request) -> JSONResponse:
         """Scores of latents by the latent-reward protocol; see :mod:`latentreward.serving.protocol`."""
+        service = self.service
         protocol.check_version(request.headers.get(protocol.VERSION_HEADER))
+        prompt = protocol.read_prompt(request.headers.getlist(protocol.PROMPT_HEADER))
         _check_type(request, "application/octet-stream")
-        async with self.service.bodies.read(request) as body:
-            with self.service.memory.hold(protocol.parsing_bytes(body), len(body)):
-                rows = await asyncio.to_thread(protocol.parse_request, body, self.service.accepted)
-                scores = await self.service.score(request, rows)
+        async with service.bodies.read(request) as body:
+            with service.memory.hold(protocol.parsing_bytes(body), len(body)):
+                rows = await asyncio.to_thread(protocol.parse_request, body, service.accepted, prompt, service.seeds)
+                scores = await service.score(request, rows)
         return JSONResponse({"protocol_version": protocol.VERSION, "raw_scores": scores})
 
     async def score_images(self, request: Request) -> JSONResponse:
@@ -121,7 +123,7 @@ class Endpoints:
 
 
 class AuthMiddleware:
-    """Lets in requests of plain framing and short headers that have the token, up to :data:`REQUESTS`, and counts all.
+    """Lets in requests of plain framing and short headers that have the token, some at a time, and counts all.
 
     Args:
         app: What lies behind it.
@@ -131,7 +133,7 @@ class AuthMiddleware:
 
     def __init__(self, app: ASGIApp, service: ScoringService, paths: set[str]) -> None:
         self.app, self.service, self.paths = app, service, paths
-        self._under_way = 0
+        self._under_way, self._max_requests = 0, requests_at_once(service)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI's specification."""
@@ -160,13 +162,19 @@ class AuthMiddleware:
             return JSONResponse({"error": error}, 400, {"Connection": "close"})
         if sum(len(name) + len(value) for name, value in headers) > HEADER_BYTES:
             return JSONResponse({"error": f"the headers are longer than {HEADER_BYTES} bytes"}, 431)
-        if self._under_way >= REQUESTS and not is_open:
-            return JSONResponse({"error": f"{REQUESTS} requests are under way; try later"}, 503, {"Retry-After": "1"})
+        if self._under_way >= self._max_requests and not is_open:
+            error = f"{self._max_requests} requests are under way; try later"
+            return JSONResponse({"error": error}, 503, {"Retry-After": "1"})
         token, given = self.service.settings.token, dict(headers).get(b"authorization", b"")
         if is_open or token is None or hmac.compare_digest(given, f"Bearer {token}".encode()):
             return None
         error = "give this server's token in the header Authorization: Bearer TOKEN"
         return JSONResponse({"error": error}, 401, {"WWW-Authenticate": "Bearer"})
+
+
+def requests_at_once(service: ScoringService) -> int:
+    """How many requests may be under way: those of one row each can fill the queue."""
+    return max(REQUESTS, service.settings.queue)
 
 
 def _check_type(request: Request, *types: str) -> str:

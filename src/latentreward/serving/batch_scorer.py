@@ -23,7 +23,7 @@ class LatentRow:
         pooled_prompt_embeds: ``(P,)``.
         u: Noise level in [0, 1].
         seed: Seed of the noise.
-        prompt_key: Stands for the prompt's text where the noise is drawn.
+        prompt: Text whose noise is drawn; the network reads the embeddings.
     """
 
     latents: Tensor
@@ -31,7 +31,7 @@ class LatentRow:
     pooled_prompt_embeds: Tensor
     u: float
     seed: int
-    prompt_key: str
+    prompt: str
 
     @property
     def shape(self) -> Hashable:
@@ -105,12 +105,12 @@ class RowScorer:
         """Rows of one level; each has a draw of its own, by its seed."""
         noise, process = ScoringNoise(sigmas=(rows[0].u,)), self.reward.backbone.noise_process
         sigma = process.sigma(timesteps_of(noise, process)).item()
-        draws = [draw_noise([row.prompt_key], None, row.seed, sigma, row.latents.shape) for row in rows]
+        draws = [draw_noise([row.prompt], None, row.seed, sigma, row.latents.shape) for row in rows]
         conditioning = Conditioning(
             torch.stack([row.prompt_embeds for row in rows]), torch.stack([row.pooled_prompt_embeds for row in rows])
         )
         return self.reward.score_latents(
-            [row.prompt_key for row in rows],
+            [row.prompt for row in rows],
             torch.stack([row.latents for row in rows]),
             noise=noise,
             draws=torch.cat(draws),

@@ -12,11 +12,17 @@ POSTed with the header ``x-drm-protocol-version: 1``; its body is a safetensors 
 ==========================  =================  ====================================================
 
 and the reply is ``{"protocol_version": "1", "raw_scores": [...]}``. The client sends one row; more are accepted.
+
+The noise of a row depends on its seed, its noise level and the shape of its latents alone. The header ``x-prompt``
+(optional; verl-omni's client does not send it) holds the prompt of all rows, as base64 of UTF-8. With it, the noise is
+that which :meth:`RewardModel.score` draws for this prompt.
 """
 
+import base64
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice, repeat
 
 import torch
 from torch import Tensor
@@ -24,12 +30,14 @@ from torch import Tensor
 from latentreward.serving.batch_scorer import LatentRow
 from latentreward.serving.errors import RequestError
 from latentreward.serving.tensor_bytes import Entry, Expected, read_header, read_tensor
-from latentreward.storage.digests import digest
 
 VERSION = "1"
 VERSION_HEADER = "x-drm-protocol-version"
+PROMPT_HEADER = "x-prompt"
+PROMPT_HEADER_LENGTH = 12 * 1024
+"""Most characters of base64; they hold 9 KiB of UTF-8."""
 DEFAULT_SEED = 0
-"""Seed of the noise of a request without ``seeds``: equal requests get equal scores."""
+"""Seed of the noise of a request without ``seeds``, unless the server draws fresh noise."""
 TENSORS = {
     "latents": Expected(4),
     "prompt_embeds": Expected(3),
@@ -109,8 +117,37 @@ def check_version(version: str | None) -> None:
         raise RequestError(f"header {VERSION_HEADER} is {found}; this server speaks version {VERSION}")
 
 
-def parse_request(body: bytes | bytearray, accepted: Accepted) -> list[LatentRow]:
+def read_prompt(values: Sequence[str]) -> str:
+    """Decode the prompt of a request from the values of its header ``x-prompt``; without one it is empty.
+
+    Raises:
+        RequestError: If the header stands twice, is too long, or is not base64 of UTF-8.
+    """
+    if len(values) > 1:
+        raise RequestError(f"header {PROMPT_HEADER} stands {len(values)} times; a request has one prompt")
+    text = values[0] if values else ""
+    if len(text) > PROMPT_HEADER_LENGTH:
+        raise RequestError(
+            f"header {PROMPT_HEADER} has {len(text)} characters; at most {PROMPT_HEADER_LENGTH} are taken"
+        )
+    try:
+        return base64.b64decode(text, validate=True).decode()
+    except ValueError as error:
+        raise RequestError(
+            f"header {PROMPT_HEADER} is not base64 of UTF-8 text ({error}); encode the prompt so"
+        ) from error
+
+
+def parse_request(
+    body: bytes | bytearray, accepted: Accepted, prompt: str = "", seeds: Iterable[int] = repeat(DEFAULT_SEED)
+) -> list[LatentRow]:
     """Rows of a request.
+
+    Args:
+        body: Safetensors bytes.
+        accepted: What the model takes.
+        prompt: Prompt whose noise all rows have.
+        seeds: Where rows without a seed of their own take one from.
 
     Raises:
         RequestError: If the bytes are not what the protocol says, or do not fit the model.
@@ -121,9 +158,9 @@ def parse_request(body: bytes | bytearray, accepted: Accepted) -> list[LatentRow
     outside = u[(u < 0) | (u > 1)].tolist()
     if outside:
         raise RequestError(f"u holds {outside[0]:g}; noise levels lie in [0, 1]", 422)
-    seeds = read_tensor(entries["seeds"], data).tolist() if "seeds" in entries else [DEFAULT_SEED] * len(latents)
-    parts = zip(latents, prompts, pooled, u.tolist(), seeds, strict=True)
-    return [LatentRow(*part, prompt_key=digest(text.contiguous().numpy() for text in part[1:3])) for part in parts]
+    used = read_tensor(entries["seeds"], data).tolist() if "seeds" in entries else islice(seeds, len(latents))
+    parts = zip(latents, prompts, pooled, u.tolist(), used, strict=True)
+    return [LatentRow(*part, prompt=prompt) for part in parts]
 
 
 def parsing_bytes(body: bytes | bytearray) -> int:

@@ -12,13 +12,13 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from latentreward.serving.app import HEADER_BYTES, create_app
+from latentreward.serving.app import HEADER_BYTES, create_app, requests_at_once
 from latentreward.serving.service import ScoringService
 
 HEADER_SECONDS = 10.0
 """How long a client may take over the head of a request, and a connection may lie idle."""
-CONNECTIONS = 512
-"""Connections open at once, twice as many as requests; beyond them, that which is idle longest is closed."""
+CONNECTIONS_PER_REQUEST = 2
+"""Connections open for each request that may be under way; beyond them, that which is idle longest is closed."""
 
 
 class IdleTimeoutProtocol(H11Protocol):
@@ -28,6 +28,8 @@ class IdleTimeoutProtocol(H11Protocol):
     a connection too many takes the place of an idle one instead.
     """
 
+    max_connections: int
+    """Connections open at once."""
     _deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
@@ -35,7 +37,7 @@ class IdleTimeoutProtocol(H11Protocol):
         super().connection_made(transport)
         self._restart()
         still_open = [connection for connection in self.connections if not connection.transport.is_closing()]
-        if len(still_open) > CONNECTIONS:
+        if len(still_open) > self.max_connections:
             idle = [connection for connection in still_open if connection.idle and connection is not self]
             min(idle, key=lambda connection: connection._deadline.when(), default=self).transport.close()
 
@@ -61,9 +63,13 @@ class IdleTimeoutProtocol(H11Protocol):
 
 def configuration(service: ScoringService) -> uvicorn.Config:
     """Settings of uvicorn for a service."""
+
+    class LimitedProtocol(IdleTimeoutProtocol):
+        max_connections = CONNECTIONS_PER_REQUEST * requests_at_once(service)
+
     return uvicorn.Config(
         create_app(service),
-        http=IdleTimeoutProtocol,
+        http=LimitedProtocol,
         ws="none",
         lifespan="on",
         access_log=False,
@@ -79,11 +85,13 @@ def configuration(service: ScoringService) -> uvicorn.Config:
 def serve(service: ScoringService, bound: socket.socket) -> None:
     """Answer requests until SIGTERM or SIGINT; what is under way then is finished, for up to the request timeout.
 
-    Prints ``serving MODEL at URL`` as soon as clients can connect.
+    Prints ``serving MODEL at URL`` as soon as clients can connect, then the first seed of fresh noise.
     """
     host, port = bound.getsockname()[:2]
     bound.listen()
     print(f"serving {service.reward.identity} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+    if service.first_seed is not None:
+        print(f"latents without a seed get fresh noise, by the seeds from {service.first_seed} on", flush=True)
     previous = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # uvicorn raises what it caught again, once it is done
     try:
         with contextlib.suppress(KeyboardInterrupt):

@@ -2,9 +2,11 @@
 
 import asyncio
 import math
+import secrets
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from itertools import count, repeat
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from latentreward.serving.batch_scorer import AnyRow, LatentRow, RowScorer, stan
 from latentreward.serving.batching import MicroBatcher
 from latentreward.serving.bodies import BodyReader, MemoryBudget
 from latentreward.serving.errors import RequestError
-from latentreward.serving.protocol import Accepted
+from latentreward.serving.protocol import DEFAULT_SEED, Accepted
 from latentreward.serving.settings import ServiceSettings
 
 BODIES_AT_ONCE = 16
@@ -54,7 +56,11 @@ class ScoringService:
 
     Args:
         reward: The model, in evaluation mode, on its device. It scores a blank at once: what fails, fails at the start.
-        settings: Limits.
+        settings: Limits, and the noise of requests without a seed.
+
+    Attributes:
+        first_seed: First seed of fresh noise, from the system's entropy; None if noise is not fresh.
+        seeds: Seeds of rows that come without one: those after ``first_seed``, one by one, or 0.
 
     Raises:
         InputError: If the model cannot score, or gives more than one score.
@@ -63,6 +69,8 @@ class ScoringService:
     def __init__(self, reward: RewardModel, settings: ServiceSettings) -> None:
         self.reward, self.settings = reward, settings
         self.accepted = accepted_by(reward, settings)
+        self.first_seed = secrets.randbits(62) if settings.fresh_noise else None
+        self.seeds: Iterator[int] = repeat(DEFAULT_SEED) if self.first_seed is None else count(self.first_seed)
         scorer = RowScorer(reward, settings.batch_size)
         scorer([_blank_row(reward, self.accepted)])
         self.metrics = ServerMetrics()
@@ -113,6 +121,7 @@ class ScoringService:
             "prompt_embeds_width": accepted.text_width,
             "pooled_prompt_embeds_width": accepted.pooled_width,
             "noise": str(self.reward.noise),
+            "fresh_noise": self.settings.fresh_noise,
             "calibrated": standing(self.reward, torch.zeros(1)) is not None,
             "batch_size": self.settings.batch_size,
             "max_body_bytes": self.settings.max_body,
@@ -143,7 +152,7 @@ def _blank_row(reward: RewardModel, accepted: Accepted) -> LatentRow:
     height, width = (side // downscale for side in reward.backbone.native_size or (8 * downscale, 8 * downscale))
     latents = torch.zeros(accepted.channels, height, width)
     embeds, pooled = empty.prompt_embeds[0].float().cpu(), empty.pooled_prompt_embeds[0].float().cpu()
-    return LatentRow(latents, embeds, pooled, u=0.5, seed=0, prompt_key="")
+    return LatentRow(latents, embeds, pooled, u=0.5, seed=0, prompt="")
 
 
 async def _disconnected(request: Request) -> None:

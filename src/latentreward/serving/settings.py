@@ -1,4 +1,4 @@
-"""Limits of a server; nothing here needs the extra ``serve``."""
+"""Settings of a server; nothing here needs the extra ``serve``."""
 
 import math
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from latentreward.errors import InputError
 
 @dataclass(frozen=True)
 class ServiceSettings:
-    """Limits of a server.
+    """Limits of a server, and the noise of requests without a seed.
 
     Attributes:
         batch_size: Rows (images or latents) per pass of the model, at most.
@@ -19,6 +19,7 @@ class ServiceSettings:
         timeout: Seconds after which a request is answered 504; a body that takes as long to arrive, 408.
         max_body_mb: Largest body, in MiB.
         max_latent_pixels: Largest h · w of latents.
+        fresh_noise: Whether latents of a request without a seed get new noise each time; otherwise their seed is 0.
         token: What ``Authorization: Bearer`` must give; None lets anybody in.
 
     Raises:
@@ -32,6 +33,7 @@ class ServiceSettings:
     timeout: float = 60.0
     max_body_mb: float = 64.0
     max_latent_pixels: int = 128 * 128
+    fresh_noise: bool = False
     token: str | None = None
 
     def __post_init__(self) -> None:

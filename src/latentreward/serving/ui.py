@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import gradio
     from matplotlib.figure import Figure
 
+TITLE = "Score images with a latent reward"
 LEVELS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 COLUMNS = ("image", "score", "z-score", "quantile")
 MOST_IMAGES = 32
@@ -73,7 +74,8 @@ def build_page(reward: RewardModel) -> gradio.Blocks:
         except InputError as error:
             raise gr.Error(str(error), print_exception=False) from error
 
-    with gr.Blocks(title="latentreward", analytics_enabled=False) as page:
+    with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
+        gr.Markdown(f"# {TITLE}")
         gr.Textbox(reward.identity, label="Reward model", interactive=False, lines=1)
         with gr.Row():
             with gr.Column():

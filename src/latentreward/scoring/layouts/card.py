@@ -37,7 +37,7 @@ class Card:
         licence: Of the weights: an identifier of the hub such as ``apache-2.0``, ``openrail++`` or ``other``, or a text
             of several words. A word that is not among the identifiers known here is warned of: it may be newer.
         description: Markdown.
-        datasets: Training data: hub ids, or names.
+        datasets: Training data: hub ids, or names; empty takes the names of the run's readers.
         training: More rows of the table of training, e.g. pairs, learning rate, hardware.
         metrics: Numbers, perhaps in nested mappings.
     """
@@ -140,12 +140,13 @@ def training_rows(config: FolderConfig, card: Card) -> Iterator[tuple[str, Any]]
     """Rows on where the weights come from."""
     recipe = config.recipe
     yield "base", config.trained_on or f"that of {recipe.backbone.name}, shipped with latentreward"
-    yield "data", ", ".join(card.datasets) or "not stated"
+    yield "data", ", ".join(card.datasets) or recipe.training.get("data") or "not stated"
     yield "backbone", recipe.backbone.name
     yield "head", recipe.head.name
     yield "trained as a whole", ", ".join(recipe.own) or "nothing of the base"
     yield "trained by LoRA", ", ".join(config.adapters) or "nothing"
-    yield from {**recipe.training, **card.training}.items()
+    yield from (row for row in recipe.training.items() if row[0] != "data")
+    yield from card.training.items()
 
 
 def metrics_section(card: Card) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -229,7 +229,7 @@ def noted_settings(checkpoint: Path) -> dict[str, Any]:
 def model_settings(path: Path, trusted: bool = False) -> dict[str, Any]:
     """Settings of ``backbone`` and ``head`` from the settings of a run, or a file such as ``configs/model/*.yaml``.
 
-    ``training`` tells the classes of module and data.
+    ``training`` tells the classes of module and data, and the readers of training pairs, without their paths.
 
     Raises:
         InputError: If the file is damaged or its model is no reward, or ``trusted`` is false and it calls resolvers.
@@ -257,9 +257,25 @@ def model_settings(path: Path, trusted: bool = False) -> dict[str, Any]:
     for part in PARTS:
         if part not in parts:
             raise InputError(f"{path} names no model.init_args.{part}; give the config.yaml of a reward's run")
-    data = run.get("data")
-    training = {"module": name, "data_module": data.get("class_path") if isinstance(data, Mapping) else None}
+    data = run["data"] if isinstance(run.get("data"), Mapping) else {}
+    given = data.get("init_args")
+    readers = [*class_names(given.get("train"))] if isinstance(given, Mapping) else []
+    read_by = readers or [*class_names({"class_path": data.get("class_path")})]
+    training = {"module": name, "data_module": data.get("class_path"), "data": ", ".join(read_by) or None}
     return {"training": training, **parts}
+
+
+def class_names(settings: Any) -> Iterator[str]:
+    """Names of the classes in settings, from the outside in; nothing of their arguments."""
+    if isinstance(settings, Mapping):
+        name = str(settings.get("class_path") or "").rpartition(".")[2]
+        if name.isidentifier():
+            yield name
+        for value in settings.values():
+            yield from class_names(value)
+    elif isinstance(settings, list):
+        for value in settings:
+            yield from class_names(value)
 
 
 def class_and_arguments(settings: Any) -> dict[str, Any]:
