@@ -36,8 +36,9 @@ def export(
             hub id.
         output: Folder to write.
         format: Of a policy: ``diffusers`` is a LoRA for ``load_lora_weights``; ``kohya`` one for ComfyUI and programs
-            that read kohya's names; ``merged`` a whole pipeline for ``from_pretrained``, which needs no LoRA: the
-            call that loads it is printed. Of a reward: ``diffusion-rm`` is the layout of DiNa-LRM's authors, ``lpo`` that of LRM's authors.
+            that read kohya's names; ``merged`` a whole pipeline for ``from_pretrained``, which needs no LoRA: the call
+            that loads it is printed. Of a reward: ``diffusion-rm`` is the layout of DiNa-LRM's authors, ``lpo`` that
+            of LRM's authors.
         dtype: Precision of a policy's weights; a reward's are float32.
         overwrite: Whether ``output`` may exist.
         base: Of a reward: pipeline of the frozen weights, if not the one that the model names.
