@@ -1,4 +1,4 @@
-"""MkDocs hook: one page of reference for each room, made of the docstrings of its modules, without importing them."""
+"""MkDocs hook that writes one page of reference for each subpackage from its docstrings, without importing it."""
 
 import ast
 from collections.abc import Iterator
@@ -7,39 +7,38 @@ from pathlib import Path
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-BEHIND = {"Recipes": "recipes.md"}
 INDEX = """# Reference
 
-Made of the docstrings, one page for each room. Data flows one way through them, and imports follow it
-([Contributing](../contributing.md)). Classes and functions are imported from the room, `from latentreward.losses import
-ThurstoneLoss`, whatever file they stand in.
+One page for each subpackage, written from its docstrings. Import classes and functions from the subpackage, such as
+`from latentreward.losses import ThurstoneLoss`; the headings name the files that define them. Imports between subpackages run
+one way ([Contributing](../contributing.md)).
 
-| room | |
+| subpackage | |
 |---|---|
 """
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Put the pages into the navigation."""
-    pages = [{room: f"api/{room}.md"} for room, _ in rooms(config)]
-    config.nav.insert(config.nav.index(BEHIND), {"Reference": ["api/index.md", *pages]})
+    """Add the pages at the end of the navigation: a reader comes for a task first."""
+    pages = [{name: f"api/{name}.md"} for name, _ in subpackages(config)]
+    config.nav.append({"Reference": ["api/index.md", *pages]})
     return config
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     """Add the pages."""
     rows = []
-    for room, folder in rooms(config):
+    for name, folder in subpackages(config):
         summary = first_line(folder / "__init__.py" if folder.is_dir() else folder)
-        rows.append(f"| [`{room}`]({room}.md) | {summary} |\n")
-        content = f"# latentreward.{room}\n\n{summary}\n\n" + "\n".join(sections(room, folder))
-        files.append(File.generated(config, f"api/{room}.md", content=content))
+        rows.append(f"| [`{name}`]({name}.md) | {summary} |\n")
+        content = f"# latentreward.{name}\n\n{summary}\n\n" + "\n".join(sections(name, folder))
+        files.append(File.generated(config, f"api/{name}.md", content=content))
     files.append(File.generated(config, "api/index.md", content=INDEX + "".join(rows)))
     return files
 
 
-def rooms(config: MkDocsConfig) -> Iterator[tuple[str, Path]]:
-    """Name and folder, or file, of each room, by name."""
+def subpackages(config: MkDocsConfig) -> Iterator[tuple[str, Path]]:
+    """Yield the name and the folder, or file, of each subpackage or module of the top level, by name."""
     root = Path(config.config_file_path).parent
     package = root / "src" / "latentreward"
     found = {path.stem: path for path in package.iterdir() if path.suffix == ".py" and not path.stem.startswith("_")}
@@ -47,14 +46,14 @@ def rooms(config: MkDocsConfig) -> Iterator[tuple[str, Path]]:
     yield from sorted((found | {"callbacks": root / "callbacks"}).items())
 
 
-def sections(room: str, folder: Path) -> Iterator[str]:
+def sections(name: str, folder: Path) -> Iterator[str]:
     """Markdown of each module that has something public."""
     for path in sorted(folder.rglob("*.py")) if folder.is_dir() else [folder]:
         if path.stem.startswith("_"):
             continue
-        parts = [room, *path.relative_to(folder).with_suffix("").parts] if folder.is_dir() else [room]
+        parts = [name, *path.relative_to(folder).with_suffix("").parts] if folder.is_dir() else [name]
         module = ".".join(parts)
-        source = module if room == "callbacks" else f"latentreward.{module}"
+        source = module if name == "callbacks" else f"latentreward.{module}"
         yield f"## latentreward.{module} {{ #{source} }}\n\n::: {source}\n"
 
 
