@@ -8,7 +8,14 @@ import yaml
 from latentreward.cli import COMMANDS, main
 from tests.settings.test_refusals import FIT, refusal
 
-SPELLINGS = {"--{}": True, "--{} true": True, "--{}=true": True, "--{} True": True, "--{} false": False, "--{}=false": False}
+SPELLINGS = {
+    "--{}": True,
+    "--{} true": True,
+    "--{}=true": True,
+    "--{} True": True,
+    "--{} false": False,
+    "--{}=false": False,
+}
 
 
 def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
