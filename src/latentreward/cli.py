@@ -47,7 +47,8 @@ examples:
   latentreward predict --config runs/1/config.yaml --ckpt_path runs/1/last.ckpt --predictions.output_dir scores
 
 Later files and settings win; trainer.callbacks add up (null or [] clears them). A file configs/... that is not here is
-taken from the installed package; `latentreward configs` lists them. Class paths may name your own modules in the current folder.
+taken from the installed package, see `latentreward configs`. Class paths may name your own modules in the current
+folder.
 
 options, anywhere on the line:
   --help, --version       `COMMAND --help` lists all settings

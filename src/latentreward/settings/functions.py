@@ -25,7 +25,7 @@ from typing_extensions import override
 from latentreward.backbones.registry import backbone_names
 from latentreward.errors import InputError
 from latentreward.programs import allow_only, find_modules_here
-from latentreward.settings.errors import CLASS_MODULES, summarise, unknown_setting_hint
+from latentreward.settings.errors import CLASS_MODULES, UNSET, summarise, unknown_setting_hint
 from latentreward.settings.ranges import check_ranges, leaves
 from latentreward.settings.rewriting import find_config, rewrite_arguments, rewrite_settings, show_secrets
 from latentreward.settings.yaml_text import check_yaml
@@ -198,7 +198,7 @@ def resolve_setting(key: str, *, _root_: DictConfig) -> Any:
     """OmegaConf resolver ``${setting:fit.data.root}``, which :func:`rewrite_arguments` writes."""
     value = OmegaConf.select(_root_, key, default=_root_)
     if value is _root_:
-        raise InputError(f"${{{re.sub(TRAINER_COMMAND, '', key)}}} is not set")
+        raise InputError(f"${{{re.sub(TRAINER_COMMAND, '', key)}}} {UNSET}")
     return value
 
 

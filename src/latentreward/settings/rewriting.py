@@ -113,7 +113,7 @@ def rewrite_arguments(arguments: Sequence[str], short_names: Mapping[str, str], 
             rewritten.append(argument)
             continue
         if not equals and arguments and not arguments[0].startswith("--"):
-            equals, value = "=", arguments.pop(0)
+            equals, value = "=", ABSOLUTE.sub(rf"${{setting:{root}\1}}", hide_secrets(arguments.pop(0)))
         if option == "--trainer":
             raise InputError(f"--trainer {value}: set --trainer.NAME=VALUE, or give a file as --config")
         if option == "--trainer.callbacks" and value not in ("null", "[]"):
