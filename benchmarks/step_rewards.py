@@ -187,7 +187,7 @@ def measure_search(policy: Policy, rewards: dict[str, list[Reward]], prompts: in
         for way, (eta, work) in ways.items():
             for kind, models in rewards.items():
                 found = [utilities(policy, in_chunks(partial(work, model), captions), captions) for model in models]
-                change, low, high = bootstrap_interval([utility - plain[eta] for utility in found])
+                change, low, high, _ = bootstrap_interval([utility - plain[eta] for utility in found])
                 interval = f"{change:+.3f} [{low:+.3f}, {high:+.3f}]"
                 rows.append([f"{guidance:g}", way, kind, f"{np.mean(found):.3f}", interval])
     columns = ("guidance", "sampling", "reward", "utility", "against plain sampling with the same eta [95 %]")

@@ -196,7 +196,7 @@ def markdown(results: dict[Run, list[np.ndarray]], output: Path) -> Iterable[str
             if run.group == group:
                 before = output / f"before_{run.pipeline}_{run.guidance:g}.json"
                 start = float(np.mean(json.loads(before.read_text())["utility"]))
-                change, low, high = bootstrap_interval(differences)
+                change, low, high, _ = bootstrap_interval(differences)
                 seeds = ", ".join(f"{difference.mean():+.3f}" for difference in differences)
                 interval = f"{change:+.3f} [{low:+.3f}, {high:+.3f}]"
                 over_seeds = student_interval([difference.mean() for difference in differences])

@@ -186,7 +186,7 @@ class GracefulStop(Callback):
             why = f"by a signal ({self._agreed.name.lower()})"
             if self._agreed == StopRequest.WORKER_DIED:
                 why = f"as a data loader's worker process was killed ({WORKER_REMEDY})"
-            logger.warning("stopped %s at %s; go on with --ckpt_path", why, where)
+            logger.warning("stopped %s at %s; go on with --ckpt_path %s", why, where, path)
             if self._agreed == StopRequest.REQUEUE:
                 requeue()
         if os.environ.get(LAUNCHER) == str(os.getppid()):

@@ -22,6 +22,7 @@ import latentreward
 from latentreward.cli import COMMANDS, main
 from latentreward.errors import InputError, did_you_mean, one_line
 from latentreward.scoring.layouts.run import settings_beside
+from latentreward.settings.errors import UNSET
 from latentreward.storage.locks import locked
 from tests.limits import largest_file
 from tests.marks import slow_after
@@ -569,8 +570,8 @@ def test_ctrl_c_while_modules_are_imported(tmp_path: Path) -> None:
         ("--config=extra.yaml", "extra.yaml: model: Option 'lrr' is not accepted; did you mean 'lr'?"),
         ("--config=broken.yaml", None),
         ("--config=text.yaml", "text.yaml: Unexpected config: just text"),
-        ("--model.root=${data.rot}", "model.init_args.root: ${data.rot} is not set"),
-        ("--config=rot.yaml", "model.init_args.root: ${data.rot} is not set"),
+        ("--model.root=${data.rot}", f"model.init_args.root: ${{data.rot}} {UNSET}"),
+        ("--config=rot.yaml", f"model.init_args.root: ${{data.rot}} {UNSET}"),
         ("--ckpt_path=nope.ckpt", "ckpt_path: nope.ckpt does not exist"),
         ("--data.fault=input", "data.root: no shards; run cache"),
         ("--data.fault=file", "no train/"),

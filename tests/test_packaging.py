@@ -67,6 +67,14 @@ def test_callbacks_and_every_config_are_inside(installed: Path, tmp_path: Path) 
     assert output(installed / "python", "-c", INSIDE, cwd=tmp_path).split() == expected
 
 
+def test_configs_are_listed_and_printed(installed: Path, tmp_path: Path) -> None:
+    listed = output(installed / "latentreward", "configs", cwd=tmp_path).splitlines()
+    shipped = sorted((ROOT / "configs").rglob("*.yaml"))
+    assert sorted(line.split()[0] for line in listed if line.startswith(" ")) == sorted(path.name for path in shipped)
+    text = output(installed / "latentreward", "configs", "model/lrm_sd15.yaml", cwd=tmp_path)
+    assert text == (ROOT / "configs" / "model" / "lrm_sd15.yaml").read_text()
+
+
 def test_fit_from_packaged_configs(installed: Path, tmp_path: Path) -> None:
     files = ("model/lrm_tiny", "data/tinyworld_hpdv3", "trainer/cpu")
     options = [f"--config=configs/{file}.yaml" for file in files]

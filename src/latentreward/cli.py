@@ -28,6 +28,7 @@ COMMANDS = {
     "validate": ("latentreward.commands.fit:run", "metrics on the validation split"),
     "test": ("latentreward.commands.fit:run", "metrics on the test split"),
     "predict": ("latentreward.commands.fit:run", "score pairs and write them to parquet"),
+    "configs": ("latentreward.commands.configs:run", "the YAML files that come with the package, or one of them"),
     "inspect": ("latentreward.commands.inspect:run", "what is in a data set: labels, sizes, bad rows, leakage"),
     "score-pairs": ("latentreward.commands.score_pairs:run", "scores of images in pixels, to filter pairs by"),
     "cache": ("latentreward.commands.cache:run", "encode a data set's images once, and its prompts if wanted"),
@@ -55,7 +56,8 @@ examples:
   latentreward predict --config runs/1/config.yaml --ckpt_path runs/1/last.ckpt --predictions.output_dir scores
 
 Later files and settings win; trainer.callbacks add up (null or [] clears them). A file configs/... that is not here is
-taken from the installed package. Class paths may name your own modules in the current folder.
+taken from the installed package, see `latentreward configs`. Class paths may name your own modules in the current
+folder.
 
 options, anywhere on the line:
   --help, --version       `COMMAND --help` lists all settings

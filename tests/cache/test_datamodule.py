@@ -217,8 +217,22 @@ def test_splits_of_one_cache_share_no_prompt_and_only_prediction_sees_unlabelled
         }.items()
     }
     assert seen == {"train": ["pair01"], "val": ["pair03"], "predict": [f"pair{n:02d}" for n in range(5)]}
-    assert "data.train: 1 of 3 rows have a prompt of a later split" in caplog.text
+    assert "data.train: 1 of 3 rows have a prompt that val has too" in caplog.text
     assert "data.val: 2 rows kept; left out: 1 unreadable image" in caplog.text
+    kept = CachedPreferenceDataModule(**parts, shared_prompts="keep", batch_size=2, num_workers=0)
+    assert [len(kept.datasets[name]) for name in ("train", "val")] == [2, 1]
+
+
+def test_training_goes_on_without_the_cache_that_it_is_only_kept_apart_from(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train = CachedSplit(str(write_cache(tmp_path / "one", [{"image_a": 0, "image_b": 1}], [(16, 16)] * 2)))
+    absent = CachedSplit(str(tmp_path / "absent"))
+    assert list(CachedPreferenceDataModule(train=train, test=absent, num_workers=0).datasets) == ["train"]
+    assert "data.test is not opened" in caplog.text
+    for splits in ({"test": absent}, {"train": absent}, {"train": train, "test": absent, "shared_prompts": "raise"}):
+        with pytest.raises(InputError, match=r"data\.(test|train): .* is no cache"):
+            CachedPreferenceDataModule(**splits, num_workers=0)
 
 
 def test_settings_and_caches_are_looked_at_in_the_constructor(tmp_path: Path) -> None:

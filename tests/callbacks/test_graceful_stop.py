@@ -225,7 +225,8 @@ def test_a_killed_worker_ends_the_run_with_a_checkpoint(
     assert stop.value.code == 2
     (line,) = [record.getMessage() for record in caplog.records if "stopped as" in record.getMessage()]
     assert "worker process was killed (perhaps memory ran out: set num_workers lower, or give the job more" in line
-    assert f"saved to {tmp_path / 'kept' / 'last.ckpt'}; go on with --ckpt_path" in line
+    path = tmp_path / "kept" / "last.ckpt"
+    assert f"saved to {path}; go on with --ckpt_path {path}" in line
     resumed = make_trainer(tmp_path, [last_of(tmp_path)], **options)
     second = fit(resumed, last_checkpoint(resumed))
     assert_same_state(whole, resumed)

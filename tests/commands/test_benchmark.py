@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -135,6 +136,18 @@ def test_every_protocol_on_the_samples(here: Path, capsys: pytest.CaptureFixture
     assert "90.0 %" in printed
     assert "time: " in printed.splitlines()[-2]
     assert "luminance " in printed.splitlines()[-2]
+
+
+def test_intervals_of_few_prompts_say_so_everywhere(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = run(benchmarks=sets("hpdv3"), scorers=[function("luminance"), function("redness")])
+    groups = {one["estimate"]["groups"] for one in report["protocols"] + report["differences"]}
+    (number,) = groups
+    assert 1 < number < 30
+    printed = [line for line in capsys.readouterr().out.splitlines() if "luminance" in line or "redness" in line]
+    assert sum(f"] ({number} groups)" in line for line in printed) == 2
+    for name in ("report.md", "report.html"):
+        text = re.sub(r"\\(.)", r"\1", Path("out", name).read_text())
+        assert text.count(f"] ({number} groups)") >= 4, name  # overview, protocol, differences
 
 
 @pytest.mark.slow

@@ -116,6 +116,9 @@ def test_two_policies_from_prompts_to_reports(evaluate: Run, lora: Path, tmp_pat
     assert compared["difference"]["low"] <= compared["difference"]["value"] <= compared["difference"]["high"]
     assert [score["mean"]["value"] for score in report["scores"]] == pytest.approx([tuned.mean(), base.mean()])
     assert report["published"] == []
+    assert compared["difference"]["groups"] == 3
+    for name in ("report.md", "report.html"):
+        assert (tmp_path / "out" / name).read_text().count("] (3 groups)") >= 4, name
     assert "<script>alert" not in (tmp_path / "out" / "report.html").read_text()
     assert HOSTILE not in (tmp_path / "out" / "report.html").read_text()
     assert "| red | " in (tmp_path / "out" / "report.md").read_text()

@@ -1,6 +1,7 @@
 """``latentreward inspect`` as a user runs it: on the samples, on tiny-world data, interrupted, and given nonsense."""
 
 import json
+import re
 import shutil
 import signal
 import textwrap
@@ -51,6 +52,9 @@ def test_samples(tmp_path, capsys, name, keys) -> None:
     if name == "pickapic_v1":
         assert report["splits"][0]["labels"] == {"a wins": 3, "b wins": 3, "ties": 2, "unlabelled": 0}
         assert "train and validation_unique: prompts" in text
+        assert re.search(
+            r"train beside validation_unique +6 of 8\n.*validation_unique beside test_unique +1 of 5", text, re.S
+        )
     if name == "genai_bench_cmu":
         assert report["splits"][0]["labels"]["ties"] == EXPECTED[name]["ties"]
 

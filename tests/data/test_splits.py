@@ -45,13 +45,14 @@ def test_earlier_splits_give_way(caplog) -> None:
         "val": [0, 2],
         "test": [0, 1],
     }
-    assert "data.train: 2 of 6 rows have a prompt of a later split; left out" in caplog.text
+    summary = "data.train: 2 of 6 rows have a prompt that val or test has too; left out"
+    assert f"{summary}; to keep them, set data.shared_prompts: keep" in caplog.text
     kept = {name: {normalise_prompt(splits[name].texts[i]) for i in rows[name]} for name in rows}
     assert not (kept["train"] & kept["val"] or kept["train"] & kept["test"] or kept["val"] & kept["test"])
 
 
 def test_sharing_can_be_an_error() -> None:
-    with pytest.raises(InputError, match=r"data\.train: 1 of 2 rows .* first 1 'B'; set shared_prompts to drop"):
+    with pytest.raises(InputError, match=r"data\.train: 1 of 2 rows .* first 1 'B'; set data\.shared_prompts: drop"):
         select_rows({"train": Prompts("a", "B"), "val": Prompts("b")}, "raise")
     select_rows({"train": Prompts("a", "c"), "val": Prompts("b")}, "raise")
 
@@ -64,6 +65,22 @@ def test_unlabelled_rows_are_left_out_but_their_prompts_count() -> None:
 
 def test_nothing_left_is_an_error() -> None:
     with pytest.raises(
-        InputError, match=r"data\.train: none of 2 rows left: 1 are unlabelled, 1 have a prompt of a later"
+        InputError,
+        match=r"data\.train: none of 2 rows left: 1 are unlabelled, 1 have a prompt that val has too: to keep them, "
+        r"set data\.shared_prompts: keep, or give other splits",
     ):
         select_rows({"train": Prompts("a", "b", unlabelled=(1,)), "val": Prompts("a")})
+    with pytest.raises(InputError, match=r"none of 1 rows left: 1 are unlabelled: give other splits"):
+        select_rows({"train": Prompts("a", unlabelled=(0,))})
+
+
+def test_shared_prompts_may_be_kept(caplog) -> None:
+    rows = select_rows({"train": Prompts("a", "b", unlabelled=(1,)), "val": Prompts("a", "b")}, "keep")
+    assert {name: indices.tolist() for name, indices in rows.items()} == {"train": [0], "val": [0, 1]}
+    assert caplog.text == ""
+
+
+def test_a_small_loss_is_told_without_a_remedy(caplog) -> None:
+    select_rows({"train": Prompts("a", "b", "c", "d", "e"), "val": Prompts("a")})
+    assert "data.train: 1 of 5 rows have a prompt that val has too; left out" in caplog.text
+    assert "keep" not in caplog.text

@@ -40,7 +40,7 @@ def plain_interval(credit: np.ndarray, index: np.ndarray, resamples: int) -> tup
 
 def test_equals_a_plain_loop_over_groups() -> None:
     credit, index = draw_groups(np.random.default_rng(0), 80)
-    value, low, high = clustered_mean(credit, index)
+    value, low, high, _ = clustered_mean(credit, index)
     assert value == pytest.approx(credit.mean())
     assert (low, high) == pytest.approx(plain_interval(credit, index, 4000), abs=0.006)
 
@@ -48,7 +48,7 @@ def test_equals_a_plain_loop_over_groups() -> None:
 def test_single_rows_give_the_normal_interval() -> None:
     credit = (np.arange(2000) < 1400).astype(float)
     half = Z * np.sqrt(0.7 * 0.3 / 2000)
-    assert clustered_mean(credit, np.arange(2000)) == pytest.approx((0.7, 0.7 - half, 0.7 + half), abs=0.001)
+    assert clustered_mean(credit, np.arange(2000)) == pytest.approx((0.7, 0.7 - half, 0.7 + half, 2000), abs=0.001)
 
 
 @pytest.mark.slow
@@ -106,11 +106,19 @@ def test_centred_intervals_hold_values_that_resampling_inflates() -> None:
 
 
 def test_nothing_has_no_value_and_one_group_no_ends() -> None:
-    assert np.isnan(clustered_interval(np.empty((0, 2)))).all()
-    value, low, high = clustered_interval(np.array([[3.0, 4.0]]))
-    assert value == 0.75
+    assert np.isnan(clustered_interval(np.empty((0, 2)))[:3]).all()
+    value, low, high, groups = clustered_interval(np.array([[3.0, 4.0]]))
+    assert (value, groups) == (0.75, 1)
     assert np.isnan([low, high]).all()
     assert np.isnan(ratio(np.zeros(2)))
+
+
+def test_few_groups_are_those_below_thirty() -> None:
+    found = {number: clustered_interval(np.ones((number, 2))) for number in (0, 1, 2, 29, 30)}
+    assert {number: interval.groups for number, interval in found.items()} == {number: number for number in found}
+    assert [number for number, interval in found.items() if interval.few] == [1, 2, 29]
+    assert clustered_mean(np.ones(90), np.arange(90) % 9).groups == 9
+    assert not Interval(0.5, 0.4, 0.6).few
 
 
 def test_rows_that_are_nan_are_left_out() -> None:
@@ -120,9 +128,9 @@ def test_rows_that_are_nan_are_left_out() -> None:
 
 def test_two_levels_of_resampling_keep_their_results() -> None:
     one = bootstrap_interval([np.random.default_rng(1).normal(size=50)])
-    assert one == Interval(-0.03607807742830817, -0.284573044634976, 0.19840947250583785)
+    assert one == Interval(-0.03607807742830817, -0.284573044634976, 0.19840947250583785, 50)
     three = bootstrap_interval([np.random.default_rng(seed).normal(size=40) for seed in range(3)])
-    assert three == Interval(-0.01800124914518982, -0.17679116918180895, 0.14309424484159855)
+    assert three == Interval(-0.01800124914518982, -0.17679116918180895, 0.14309424484159855, 40)
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
@@ -131,7 +139,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
     for seed in range(runs):
         credit, index = draw_groups(rng, 120)
         sums = group_sums(index, credit, np.ones(len(credit)))
-        _, low, high = clustered_interval(sums, resamples=600, seed=seed)
+        _, low, high, _ = clustered_interval(sums, resamples=600, seed=seed)
         held += low <= truth <= high
     assert 0.91 <= held / runs <= 0.98
 
@@ -144,7 +152,7 @@ def test_intervals_over_single_pairs_would_hold_it_too_seldom() -> None:
         easy = np.repeat(rng.beta(4, 2, 120), 10)
         credit = (rng.random(len(easy)) < easy).astype(float)
         sums = group_sums(np.arange(len(credit)), credit, np.ones(len(credit)))
-        _, low, high = clustered_interval(sums, resamples=300, seed=seed)
+        _, low, high, _ = clustered_interval(sums, resamples=300, seed=seed)
         held += low <= truth <= high
     assert held / runs < 0.88
 

@@ -200,3 +200,36 @@ def test_so_is_one_in_a_command_without_classes(monkeypatch: pytest.MonkeyPatch,
 def test_callbacks_that_lightning_cannot_tell_apart(capsys) -> None:
     text = "trainer: {callbacks: [{class_path: ModelCheckpoint, init_args: {save_last: false}}]}"
     assert "every_n_train_steps or every_n_epochs differ" in refusal_of(FEW_PAIRS + text, capsys)
+
+
+@pytest.mark.parametrize(
+    ("setting", "line"),
+    slow_after(
+        3,
+        [
+            (
+                "--model.backbone=null",
+                "model: backbone is missing; give it in a --config file or as --model.backbone; choose",
+            ),
+            ("--model.metrics=Mine", "model.metrics: expected list, got 'Mine'; did you mean [Mine]?"),
+            (
+                "--trainer.max_steps=${data.steps}",
+                "trainer.max_steps: ${data.steps} is not set; name a setting in full, e.",
+            ),
+            (
+                "--model.head=null",
+                "model.head: expected the name of a class, got null; choose from CLIPProjectionHead,",
+            ),
+            ("--model.eval_timesteps=5", "model.eval_timesteps: expected list, got '5'; did you mean [5]?"),
+            ("--resume_override=lr", "resume_override: expected list, got 'lr'; did you mean [lr]?"),
+            ("--trainer.max_steps=${steps", "trainer.max_steps: the interpolation is not closed; write ${NAME}"),
+        ],
+    ),
+)
+def test_a_wrong_value_says_what_to_write(setting: str, line: str, capsys) -> None:
+    assert refusal(capsys, *FIT, setting).startswith(line)
+
+
+def test_an_interpolation_behind_a_blank_names_the_setting_from_the_top(capsys) -> None:
+    line = refusal(capsys, *FIT, "--model.backbone", "${data.steps}")
+    assert line.startswith("model.init_args.backbone: ${data.steps} is not set")

@@ -16,7 +16,7 @@ from latentreward.cache.index import CachedPairs, CacheIndex, OnMissing
 from latentreward.cache.sampling import BucketBatchSampler, EvaluationBatches, Sizing, SmallBuckets
 from latentreward.data.datamodules import PairLoaders
 from latentreward.data.loading import ResumableLoader, as_is, shares_of
-from latentreward.data.splits import SharedPrompts, select_rows
+from latentreward.data.splits import SharedPrompts, select_rows, tell_unopened
 from latentreward.errors import InputError, check_at_least_one
 
 logger = logging.getLogger(__name__)
@@ -38,13 +38,35 @@ class CachedSplit:
     split: str | None = None
 
 
+def open_splits(
+    given: dict[str, CachedSplit], on_missing: OnMissing, shared_prompts: SharedPrompts
+) -> dict[str, CachedPairs]:
+    """Open the caches of some splits; where others are only to be kept apart from ``test``, it may be absent.
+
+    Raises:
+        InputError: If one is damaged or unfinished.
+    """
+    indices: dict[str, CacheIndex] = {}
+    pairs: dict[str, CachedPairs] = {}
+    for name, split in given.items():
+        try:
+            if split.cache not in indices:
+                indices[split.cache] = CacheIndex(Path(split.cache), on_missing)
+            pairs[name] = CachedPairs(indices[split.cache], split.split)
+        except InputError as error:
+            if name != "test" or shared_prompts == "raise" or not given.keys() & {"train", "val"}:
+                raise InputError(f"data.{name}: {error}") from error
+            tell_unopened(error)
+    return pairs
+
+
 class CachedPreferenceDataModule(PairLoaders):
     """Cached pairs for training, validation, test and prediction: batches of latents, each of one image size.
 
     As in :class:`~latentreward.data.PreferenceDataModule`, unlabelled pairs are left out except in prediction, no
-    prompt is in two splits, and checkpoints hold the place in the training epoch. Pairs with an image that could not
-    be read when the cache was written are left out and counted. Whether the cache fits the model is checked before
-    training.
+    prompt is in two splits by default, and checkpoints hold the place in the training epoch. Pairs with an image that
+    could not be read when the cache was written are left out and counted. Whether the cache fits the model is checked
+    before training.
 
     Args:
         train: Pairs to learn from.
@@ -60,7 +82,7 @@ class CachedPreferenceDataModule(PairLoaders):
         on_missing: ``raise`` stops if a shard of a cache is not written yet; ``skip`` leaves out pairs that need it.
         num_workers: Loader processes per rank; 0 reads in the training process.
         prefetch_factor: Batches that each worker holds ready.
-        shared_prompts: ``drop`` leaves out pairs that give way to another split; ``raise`` stops if there are any.
+        shared_prompts: See :class:`~latentreward.data.PreferenceDataModule`.
         loading: See :class:`~latentreward.data.datamodules.PairLoaders`.
 
     Raises:
@@ -92,11 +114,10 @@ class CachedPreferenceDataModule(PairLoaders):
         given = {name: split for name, split in splits.items() if split is not None}
         if not given:
             raise InputError("data.train, val, test and predict are all unset; give at least one a cache")
-        folders = {split.cache: Path(split.cache) for split in given.values()}
-        indices = {cache: CacheIndex(folder, on_missing) for cache, folder in folders.items()}
-        self.cached_text = cached_text and all(index.spec.text is not None for index in indices.values())
-        self.spec = check_caches({index.folder: index.spec for index in indices.values()}, self.cached_text)
-        pairs = {name: CachedPairs(indices[split.cache], split.split) for name, split in given.items()}
+        pairs = open_splits(given, on_missing, shared_prompts)
+        specs = {reader.index.folder: reader.index.spec for reader in pairs.values()}
+        self.cached_text = cached_text and all(spec.text is not None for spec in specs.values())
+        self.spec = check_caches(specs, self.cached_text)
         for name, reader in pairs.items():
             reader.report(f"data.{name}")
         kept = select_rows({name: reader for name, reader in pairs.items() if name != "predict"}, shared_prompts)

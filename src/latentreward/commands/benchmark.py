@@ -16,7 +16,7 @@ from latentreward.evaluation.benchmark.plan import ScoringPlan
 from latentreward.evaluation.benchmark.report import HTML, JSON, MARKDOWN, versions, write_report
 from latentreward.evaluation.benchmark.results import BenchmarkReport
 from latentreward.evaluation.benchmark.tables import count_list
-from latentreward.reports.tables import Table, as_text, percent, percent_interval
+from latentreward.reports.tables import Table, as_text, interval, percent
 from latentreward.scorers import RewardModelScorer, Scorer
 from latentreward.scorers.reward_model import reward_names
 from latentreward.settings.functions import run_function
@@ -140,7 +140,7 @@ def _summary(report: BenchmarkReport) -> str:
             f"{result.benchmark}: {result.protocol}",
             result.scorer,
             f"{percent(result.estimate.value)} %",
-            percent_interval(result.estimate),
+            interval(result.estimate),
             f"{result.pairs} pairs",
         )
         for result in report.protocols

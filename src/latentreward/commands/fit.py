@@ -44,6 +44,10 @@ from latentreward.checkpoints.files import (
     without_password,
 )
 from latentreward.checkpoints.shards import check_weights, damaged, read_sharded
+from latentreward.data import PairReader
+from latentreward.data.datamodules import PairLoaders
+from latentreward.data.readers.base import DATA_ON_ERROR, OWN_ON_ERROR
+from latentreward.data.splits import tell_unopened
 from latentreward.errors import InputError, errors_at
 from latentreward.interrupts import TERMINATED
 from latentreward.settings.errors import summarise
@@ -62,10 +66,23 @@ from latentreward.storage.locks import lock_run
 CONFIG = "config.yaml"
 LOADERS = {"fit": "train", "validate": "val"}
 """Subcommand -> what Lightning calls its data, where that is not the same word."""
+USED = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
+"""Subcommand -> splits that it reads; the first must be there."""
 
 
 class Parser(SettingsParser, LightningArgumentParser):
-    """Lightning's parser with our errors, in which callbacks add up."""
+    """Lightning's parser with our errors, in which callbacks add up.
+
+    It opens of the data no more than the subcommand needs.
+    """
+
+    @override
+    def instantiate(self, namespace: Namespace, *args: Any, **kwargs: Any) -> Any:
+        command = namespace.get("subcommand")
+        if command in USED and namespace[command].get("data") is not None:
+            namespace = namespace.clone()
+            namespace[command]["data"] = open_readers(command, namespace[command]["data"])
+        return super().instantiate(namespace, *args, **kwargs)
 
     @override
     def dump(self, namespace: Namespace, *args: Any, **kwargs: Any) -> str:
@@ -304,6 +321,68 @@ def check_data(command: str, settings: Namespace) -> None:
         raise InputError(
             "data is missing; give it in a --config file, such as configs/data/tinyworld_pickapic.yaml, or as --data"
         )
+
+
+def open_readers(command: str, data: Namespace) -> Namespace:
+    """Open the readers of a data module that a subcommand needs, in place of their settings.
+
+    ``fit`` and ``validate`` need ``test`` for its prompts alone, to keep their own pairs apart from it; they go on if
+    it cannot be opened.
+
+    Args:
+        command: Subcommand.
+        data: Settings of any data module; those that are no :class:`PairLoaders` stay as they are.
+
+    Raises:
+        InputError: If the subcommand's own split is not set, or one cannot be opened.
+    """
+    kind, given = locate(data["class_path"]), data.get("init_args") or Namespace()
+    if not (isinstance(kind, type) and issubclass(kind, PairLoaders)):
+        return data
+    used, shared_prompts = USED[command], given.get("shared_prompts", "drop")
+    if used[0] in given and given[used[0]] is None:
+        raise InputError(f"data.{used[0]} is not set; {kind.remedy}")
+    apart = () if shared_prompts == "keep" or "val" not in used else ("test",)
+    on_error = given.get("on_error", "raise")
+    for name in [name for name in ("train", "val", "test", "predict") if given.get(name) is not None]:
+        reader = given[name]
+        if name not in (*used, *apart):
+            given[name] = None
+        elif isinstance(reader, Namespace) and "class_path" in reader:
+            try:  # a bad row of a split that is only kept apart still has a prompt
+                given[name] = open_reader(reader, "placeholder" if (name, on_error) == (*apart, "raise") else on_error)
+            except InputError as error:
+                if name in used or shared_prompts == "raise":
+                    raise InputError(f"data.{name}: {error}") from error
+                tell_unopened(error)
+                given[name] = None
+    return data
+
+
+def open_reader(settings: Namespace, on_error: str) -> PairReader:
+    """Construct a reader; ``on_error`` is for what has none of its own.
+
+    Raises:
+        InputError: If it cannot read its files, or a row breaks a rule of theirs.
+    """
+    parser = SettingsParser(parser_mode=MODE)
+    parser.add_argument("--reader", type=PairReader)
+    try:
+        return parser.instantiate(Namespace(reader=with_on_error(settings, on_error))).reader
+    except (ValueError, ImportError, OSError) as error:
+        problem = input_error_behind(error) or summarise(str(error))
+        raise InputError(problem.replace(OWN_ON_ERROR, DATA_ON_ERROR)) from error
+
+
+def with_on_error(reader: Namespace, on_error: str) -> Namespace:
+    """Fill in a reader's ``on_error``; one that wraps another takes it from there."""
+    given = reader.get("init_args") or Namespace()
+    inner = [value for value in vars(given).values() if isinstance(value, Namespace) and "class_path" in value]
+    for one in inner:
+        with_on_error(one, on_error)
+    if not inner and "on_error" in given and given["on_error"] is None:
+        given["on_error"] = on_error
+    return reader
 
 
 def last_checkpoint(trainer: Trainer) -> Path | None:

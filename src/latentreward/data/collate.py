@@ -7,6 +7,7 @@ import torch
 from latentreward.contracts import PreferenceBatch
 from latentreward.data.dataset import LoadedPair, SkippedPair
 from latentreward.data.images import ImageError
+from latentreward.data.readers.base import DATA_ON_ERROR
 
 NAMED = 5
 
@@ -30,7 +31,7 @@ def collate_pairs(items: Sequence[LoadedPair | SkippedPair]) -> PreferenceBatch:
         more = f" and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
         raise ImageError(
             f"no pair of this batch can be read: {'; '.join(problems[:NAMED])}{more}; "
-            "replace the files, set the reader's on_error to placeholder, or raise batch_size"
+            f"replace the files, set {DATA_ON_ERROR} to placeholder, or raise batch_size"
         )
     records = [item.pair for item in pairs]
     return PreferenceBatch(

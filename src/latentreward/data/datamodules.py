@@ -3,7 +3,6 @@
 import logging
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
@@ -14,6 +13,7 @@ from latentreward.data.dataset import PairDataset
 from latentreward.data.images import MAX_PIXELS, PixelLoader, ResizePolicy
 from latentreward.data.loading import ResumableLoader, WorkerLoader, ignore_signals, shares_of
 from latentreward.data.readers import PairReader, count_text
+from latentreward.data.readers.base import OnError
 from latentreward.data.sampling import PairBatchSampler, PairSampler, even_batch_size
 from latentreward.data.splits import SharedPrompts, select_rows
 from latentreward.errors import InputError, check_at_least_one
@@ -113,9 +113,10 @@ class PairLoaders(LightningDataModule):
 class PreferenceDataModule(PairLoaders):
     """Pairs for training, validation, test and prediction, decoded to one size.
 
-    Unlabelled rows are left out, except in prediction. No prompt is in two splits: a row of ``train`` gives way to
-    ``val`` and ``test``, a row of ``val`` to ``test``, whichever of them is run. Rows and prompts are known when the
-    object is constructed; images are read by the loaders' workers. Checkpoints hold the place in the training epoch.
+    Unlabelled rows are left out, except in prediction. Unless ``shared_prompts`` is ``"keep"``, no prompt is in two
+    splits: a row of ``train`` gives way to ``val`` and ``test``, a row of ``val`` to ``test``. Rows and prompts are
+    known when the object is constructed; images are read by the loaders' workers. Checkpoints hold the place in the
+    training epoch. The command line opens only what a subcommand needs.
 
     Args:
         size: Pixels of a side, or (height, width), as the network takes them.
@@ -124,7 +125,11 @@ class PreferenceDataModule(PairLoaders):
         test: Pairs to test on.
         predict: Pairs to score, labelled or not; they may share prompts with the others.
         resize: How images come to ``size``, see :class:`PixelLoader`.
-        shared_prompts: ``"drop"`` leaves out rows that give way to another split; ``"raise"`` stops if there are any.
+        shared_prompts: ``"drop"`` leaves out rows that give way to another split; ``"keep"`` keeps them, so that
+            metrics also count prompts that were trained on; ``"raise"`` stops if there are any.
+        on_error: What readers without an ``on_error`` of their own do with bad rows and images, see
+            :class:`PairReader`. From YAML it reaches them before they are opened; readers made in Python have read
+            their rows by then, so it holds for their images alone.
         max_pixels: Images with more pixels are refused before they are decoded.
         loading: See :class:`PairLoaders`.
 
@@ -144,6 +149,7 @@ class PreferenceDataModule(PairLoaders):
         predict: PairReader | None = None,
         resize: ResizePolicy = "stretch",
         shared_prompts: SharedPrompts = "drop",
+        on_error: OnError = "raise",
         max_pixels: int = MAX_PIXELS,
         **loading: Any,
     ) -> None:
@@ -154,9 +160,10 @@ class PreferenceDataModule(PairLoaders):
         readers = {"train": train, "val": val, "test": test}
         given = {name: reader for name, reader in readers.items() if reader is not None}
         rows = select_rows(given, shared_prompts)
-        self.datasets = {name: PairDataset(reader, loader, rows[name]) for name, reader in given.items()}
-        if predict is not None:
-            self.datasets["predict"] = PairDataset(predict, loader, np.arange(len(predict)))
+        given |= {} if predict is None else {"predict": predict}
+        self.datasets = {
+            name: PairDataset(reader, loader, rows.get(name), on_error, name) for name, reader in given.items()
+        }
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Batches of ``train``; every rank gets equally many pairs."""

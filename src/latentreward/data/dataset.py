@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from latentreward.contracts import PreferencePair
 from latentreward.data.images import IMAGE_PROBLEMS, ExifOrientation, ImageError, PixelLoader
 from latentreward.data.readers import PairReader
+from latentreward.data.readers.base import DATA_ON_ERROR, OWN_ON_ERROR, OnError
 from latentreward.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -58,17 +59,27 @@ class PairDataset(Dataset[LoadedPair | SkippedPair]):
         reader: Where pairs come from; its ``on_error`` also rules over images that cannot be read.
         loader: Decodes and resizes one image; EXIF orientation is treated as the reader says.
         rows: Row numbers of the reader to offer; all by default.
+        on_error: For a reader that has no ``on_error`` of its own.
+        name: Of the split in a data module, for messages.
 
     Raises:
         InputError: If the reader has no images.
     """
 
-    def __init__(self, reader: PairReader, loader: PixelLoader, rows: Sequence[int] | np.ndarray | None = None) -> None:
+    def __init__(
+        self,
+        reader: PairReader,
+        loader: PixelLoader,
+        rows: Sequence[int] | np.ndarray | None = None,
+        on_error: OnError = "raise",
+        name: str = "",
+    ) -> None:
         if reader.holds != "images":
             raise InputError(
                 f"{type(reader).__name__}: its rows hold {reader.holds}, no images; {REMEDY[reader.holds]}"
             )
-        self.reader, self.loader = reader, replace(loader, exif=reader.exif)
+        self.reader, self.loader, self.name = reader, replace(loader, exif=reader.exif), name
+        self.on_error = reader.own_on_error or on_error
         self.rows = np.arange(len(reader)) if rows is None else np.asarray(rows)
         # 0 or 1 + number of the problem, per row; in shared memory, since images are decoded in worker processes
         self._problems = torch.zeros(len(self.rows), dtype=torch.uint8).share_memory_()
@@ -100,13 +111,14 @@ class PairDataset(Dataset[LoadedPair | SkippedPair]):
         return Counter({problem: count for problem, count in zip(IMAGE_PROBLEMS, counts, strict=True) if count})
 
     def _replace(self, index: int, pair: PreferencePair, error: ImageError) -> LoadedPair | SkippedPair:
-        if self.reader.on_error == "raise":
-            remedy = "replace the file, or set the reader's on_error to skip or placeholder"
-            raise ImageError(f"{pair.pair_id}: {error}; {remedy}", error.problem) from error
+        split, setting = (f"data.{self.name}: ", DATA_ON_ERROR) if self.name else ("", OWN_ON_ERROR)
+        if self.on_error == "raise":
+            remedy = f"replace the file, or set {setting} to skip or placeholder"
+            raise ImageError(f"{split}{pair.pair_id}: {error}; {remedy}", error.problem) from error
         self._problems[index] = 1 + IMAGE_PROBLEMS.index(error.problem)
         if not self._warned:
             self._warned = True
-            logger.warning("%s: %s; this process only counts further ones", pair.pair_id, error)
-        if self.reader.on_error == "skip":
+            logger.warning("%s%s: %s; this process only counts further ones", split, pair.pair_id, error)
+        if self.on_error == "skip":
             return SkippedPair(pair.pair_id, str(error))
         return LoadedPair(replace(pair, label_a=None), self.loader.blank(), self.loader.blank())

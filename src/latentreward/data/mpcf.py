@@ -131,7 +131,7 @@ class FilteredReader(PairReader):
     """
 
     def __init__(self, reader: PairReader, scores: str | Path, *, on_error: OnError | None = None, **rule: Any) -> None:
-        super().__init__(on_error or reader.on_error, exif=reader.exif)
+        super().__init__(on_error or reader.own_on_error, exif=reader.exif)
         self.reader, self.holds = reader, reader.holds
         self.rule = MPCF(**rule)
         keep, self.skipped = select_consistent(ScoreTable(scores).gaps(reader), self.rule)

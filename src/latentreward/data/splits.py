@@ -12,15 +12,19 @@ from latentreward.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-SharedPrompts = Literal["drop", "raise"]
+SharedPrompts = Literal["drop", "keep", "raise"]
+REMEDY = "to keep them, set data.shared_prompts: keep"
+MUCH = 0.2
+"""Share of a split's labelled rows beyond which the line about rows left out says how to keep them."""
 
 
 def select_rows(splits: dict[str, PairReader], shared_prompts: SharedPrompts = "drop") -> dict[str, np.ndarray]:
-    """Labelled rows of each split whose prompt is in no later split.
+    """Labelled rows of each split, by default those whose prompt is in no later split.
 
     Args:
         splits: Readers by the name of their split, e.g. train, val, test: a later split keeps its rows.
-        shared_prompts: ``"drop"`` leaves rows of the earlier split out and logs how many; ``"raise"`` stops.
+        shared_prompts: ``"drop"`` leaves rows of the earlier split out and logs how many; ``"keep"`` keeps them;
+            ``"raise"`` stops.
 
     Returns:
         Row numbers by split, ascending.
@@ -30,24 +34,36 @@ def select_rows(splits: dict[str, PairReader], shared_prompts: SharedPrompts = "
     """
     taken: set[str] = set()
     selected: dict[str, np.ndarray] = {}
+    later: list[str] = []
     normalise = cache(normalise_prompt)
     for name in reversed(splits):
         reader = splits[name]
-        prompts = [normalise(prompt) for prompt in reader.prompts()]
+        prompts = [] if shared_prompts == "keep" else [normalise(prompt) for prompt in reader.prompts()]
         labelled = reader.labelled()
-        shared = np.array([prompt in taken for prompt in prompts], dtype=bool)
-        if shared.any():
-            summary = f"data.{name}: {int(shared.sum())} of {len(reader)} rows have a prompt of a later split"
-            if shared_prompts == "raise":
-                example = reader[int(np.flatnonzero(shared)[0])]
-                prompt = f"{example.pair_id} {example.prompt[:60]!r}"
-                raise InputError(f"{summary}, first {prompt}; set shared_prompts to drop")
-            logger.warning("%s; left out", summary)
+        shared = np.zeros(len(reader), dtype=bool)
+        shared[: len(prompts)] = [prompt in taken for prompt in prompts]
+        have = f"have a prompt that {' or '.join(reversed(later))} has too"
+        if shared.any() and shared_prompts == "raise":
+            example = reader[int(np.flatnonzero(shared)[0])]
+            raise InputError(
+                f"data.{name}: {int(shared.sum())} of {len(reader)} rows {have}, first {example.pair_id} "
+                f"{example.prompt[:60]!r}; set data.shared_prompts: drop, or keep"
+            )
         selected[name] = np.flatnonzero(labelled & ~shared)
         if not len(selected[name]):
+            lost = f", {int(shared.sum())} {have}: {REMEDY}, or" if shared.any() else ":"
             raise InputError(
-                f"data.{name}: none of {len(reader)} rows left: {int((~labelled).sum())} are unlabelled, "
-                f"{int(shared.sum())} have a prompt of a later split; give other splits"
+                f"data.{name}: none of {len(reader)} rows left: {int((~labelled).sum())} are unlabelled{lost} give "
+                "other splits"
             )
+        if shared.any():
+            remedy = f"; {REMEDY}" if (labelled & shared).sum() > MUCH * labelled.sum() else ""
+            logger.warning("data.%s: %d of %d rows %s; left out%s", name, shared.sum(), len(reader), have, remedy)
         taken.update(prompts)
+        later.append(name)
     return selected
+
+
+def tell_unopened(problem: object) -> None:
+    """Log that ``test``, which another split was to be kept apart from, could not be opened."""
+    logger.warning("data.test is not opened (%s): the other splits keep rows whose prompt it has", problem)

@@ -8,6 +8,8 @@ import numpy as np
 # Why our own resampling: scipy.stats.bootstrap draws rows, and the rows of one prompt depend on each other.
 RESAMPLES = 10_000
 ENDS = (0.025, 0.975)
+FEW = 30
+"""Groups below which an interval is too narrow to be shown without their number."""
 BLOCK = 1 << 23
 """Most random numbers in memory at a time."""
 
@@ -16,11 +18,23 @@ class Interval(NamedTuple):
     """A number with the ends of its 95 % bootstrap interval.
 
     All are NaN where no row counts; the ends alone where there is one group, which cannot tell a spread.
+
+    Attributes:
+        value: The number.
+        low: Lower end.
+        high: Upper end.
+        groups: Groups that were resampled; None if that is not known.
     """
 
     value: float
     low: float
     high: float
+    groups: int | None = None
+
+    @property
+    def few(self) -> bool:
+        """Whether there are so few groups that the interval is too narrow."""
+        return self.groups is not None and 0 < self.groups < FEW
 
 
 Statistic = Callable[[np.ndarray], np.ndarray]
@@ -89,12 +103,12 @@ def clustered_interval(
         NaN without any.
     """
     if not len(sums):
-        return Interval(np.nan, np.nan, np.nan)
+        return Interval(np.nan, np.nan, np.nan, 0)
     value = float(statistic(sums.sum(axis=0)))
     if len(sums) == 1:
-        return Interval(value, np.nan, np.nan)
+        return Interval(value, np.nan, np.nan, 1)
     values = statistic(resample_sums(sums, resamples, seed))
-    return Interval(value, *percentile_ends(values + (value - values.mean()) if centred else values))
+    return Interval(value, *percentile_ends(values + (value - values.mean()) if centred else values), len(sums))
 
 
 def percentile_ends(values: np.ndarray) -> tuple[float, float]:
@@ -154,4 +168,4 @@ def bootstrap_interval(differences: Sequence[np.ndarray]) -> Interval:
     for column in range(len(runs)):
         prompts = rng.integers(runs.shape[1], size=(RESAMPLES, runs.shape[1]))
         means[:, column] = runs[drawn[:, column, None], prompts].mean(axis=1)
-    return Interval(float(runs.mean()), *percentile_ends(means.mean(axis=1)))
+    return Interval(float(runs.mean()), *percentile_ends(means.mean(axis=1)), runs.shape[1])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -54,14 +54,19 @@ def percent(value: float) -> str:
     return NOTHING if math.isnan(value) else f"{100 * value:.1f}"
 
 
-def percent_with_interval(estimate: Interval) -> str:
-    """``75.6 [70.2, 80.1]``."""
-    return f"{percent(estimate.value)} {percent_interval(estimate)}"
+def with_interval(estimate: Interval, show: Callable[[float], str] = percent) -> str:
+    """``75.6 [70.2, 80.1]``, each number as ``show`` writes it."""
+    return f"{show(estimate.value)} {interval(estimate, show)}"
 
 
-def percent_interval(estimate: Interval) -> str:
-    """``[70.2, 80.1]``."""
-    return f"[{percent(estimate.low)}, {percent(estimate.high)}]"
+def interval(estimate: Interval, show: Callable[[float], str] = percent) -> str:
+    """``[70.2, 80.1]``, of few groups ``[70.2, 80.1] (12 groups)``."""
+    return f"[{show(estimate.low)}, {show(estimate.high)}]{few_groups(estimate)}"
+
+
+def few_groups(estimate: Interval) -> str:
+    """`` (12 groups)`` behind an interval of so few that it is too narrow; empty for others."""
+    return f" ({estimate.groups} group{'' if estimate.groups == 1 else 's'})" if estimate.few else ""
 
 
 def without_unset(identity: str) -> str:

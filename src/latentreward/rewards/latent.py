@@ -154,7 +154,7 @@ class LatentReward(RewardSource):
     """A trained LRM, DiNa-LRM or any other reward model of this program, as a reward for alignment.
 
     Args:
-        path: Checkpoint of a reward's training, the folder of its run (``reward.ckpt``, ``last.ckpt``, or the newest),
+        path: Checkpoint of a reward's training, folder of its run (the newest ``reward*.ckpt``, else ``last*.ckpt``),
             a model folder (``RewardModel.save_pretrained``, ``latentreward publish``) or a published layout,
             ``casiatao/LRM`` or ``liuhuohuo/DiNa-LRM-SD35M-12layers``; the folders also as hub ids.
         config: Settings of the training run; None takes the ``config.yaml`` beside the checkpoint.

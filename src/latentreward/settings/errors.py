@@ -49,6 +49,10 @@ UNKNOWN_SETTING = re.compile(
 
 INTERPOLATED = r" full_key: (?:(?:fit|validate|test|predict)\.)?(\S+).*"
 """What OmegaConf writes behind a message: the setting, under the subcommand of a trainer."""
+UNSET = "is not set; name a setting in full, e.g. ${data.init_args.batch_size}, or a variable, ${oc.env:NAME}"
+"""What messages say of an interpolation that leads nowhere."""
+WORDS = {"NoneType": "null", "Sequence": "list", "Iterable": "list", "tuple": "list"}
+"""Name of a type -> what it is in YAML, where that is not the same word."""
 LONGEST_VALUE = 200
 """Characters of a wrong value that a message repeats."""
 
@@ -94,42 +98,59 @@ def _telling_alternative(union: re.Match[str]) -> str:
 
 
 def _wrong_type(match: re.Match[str], setting: str) -> str:
-    classes = re.findall(r"<class '(?:\w+\.)*(\w+)'>|\b(list|dict|Iterable)\[", match["types"])
+    classes = re.findall(r"<class '(?:\w+\.)*(\w+)'>|\b(list|dict|tuple|Iterable|Sequence)\[", match["types"])
     literals = re.findall(r"'([\w-]+)'(?=[,\]])", match["types"])
-    names = ["null" if first == "NoneType" else first or second for first, second in classes]
+    names = [WORDS.get(first or second, first or second) for first, second in classes]
     wanted = list(dict.fromkeys(names + literals)) or [match["types"]]
     listed = " or ".join(wanted) if len(wanted) < 4 else f"one of {', '.join(wanted)}"
     if match["value"] == "None":
         return f"expected {listed}, got null; give a value, or leave the setting out for its default"
     hint = did_you_mean(match["value"], literals)
     shown = match["value"] if len(match["value"]) <= LONGEST_VALUE else f"{match['value'][:LONGEST_VALUE]}…"
+    if set(wanted) <= {"list", "null"} and re.fullmatch(r"[\w./:-]+", match["value"]):
+        hint += f"; did you mean [{match['value']}]?"
     return f"expected {listed}, got {shown!r}{hint if 'did you mean' in hint else ''}"
 
 
-def _unknown_name(match: re.Match[str], setting: str) -> str:
+def names_for(setting: str) -> list[str]:
+    """Names that a setting which takes one of our classes may have; empty for any other."""
     last = setting.rpartition(".")[2]
     path = CLASS_MODULES.get(last, "")
     found = vars(sys.modules[path]) if path in sys.modules else {}
     ours = (name for name, value in found.items() if str(getattr(value, "__module__", "")).startswith(path))
-    choices = backbone_names() if last == "backbone" else [name for name in ours if name[0].isupper()]
-    return f"unknown name {match[1]!r}{did_you_mean(match[1], choices)}"
+    return list(backbone_names()) if last == "backbone" else [name for name in ours if name[0].isupper()]
+
+
+def _unknown_name(match: re.Match[str], setting: str) -> str:
+    return f"unknown name {match[1]!r}{did_you_mean(match[1], names_for(setting))}"
+
+
+def _no_class(match: re.Match[str], setting: str) -> str:
+    shown = "null" if match[1] == "None" else match[1]
+    return f"expected the name of a class, got {shown}{did_you_mean('', names_for(setting))}"
 
 
 def _missing(match: re.Match[str], setting: str) -> str:
-    return f"{match[1]} is missing; give it in a --config file or as --{setting}{setting and '.'}{match[1]}"
+    place = f"{setting}{setting and '.'}{match[1]}"
+    choices = did_you_mean("", backbone_names()) if match[1] == "backbone" else ""
+    return f"{match[1]} is missing; give it in a --config file or as --{place}{choices}"
 
 
 REWORDINGS: dict[str, str | Callable[[re.Match[str], str], str]] = {
     r"Expected an? (?P<types>.+)\. Got value: (?P<value>.*)": _wrong_type,
     r"(?:Expected a dot import path string|Unexpected import path format): (\S+)": _unknown_name,
+    r"Expected an import path or a subclass spec, but got (.*)": _no_class,
     r"the following arguments are required: (?:\w+\.)?([^\s,]+)": _missing,
     "import of callbacks halted": "no module 'callbacks'; say latentreward.callbacks",
     r"Importing ('(\w+).*?') is not allowed": (
         r"--restrict-imports does not allow \1; if you trust it, say --restrict-imports=\2"
     ),
-    r"Interpolation key '(?:.+' not found \(resolved to '\w+\.)?(.+?)'": r"${\1} is not set",
+    r"Interpolation key '(?:.+' not found \(resolved to '\w+\.)?(.+?)'": rf"${{\1}} {UNSET}",
     r"KeyError raised while resolving interpolation: .Environment variable '(\w+)'": (
         r"the environment variable \1 is not set"
+    ),
+    "no viable alternative at input|token recognition error|mismatched input|missing": (
+        "the interpolation is not closed; write ${NAME}, ${oc.env:VARIABLE}, or a value"
     ),
     r"Recursive interpolation detected|extraneous input '}' expecting": (
         "the interpolation refers to itself; write a value"

@@ -23,7 +23,7 @@ from typing_extensions import override
 from latentreward.backbones.registry import backbone_names
 from latentreward.errors import InputError
 from latentreward.programs import allow_only, find_modules_here
-from latentreward.settings.errors import CLASS_MODULES, summarise, unknown_setting_hint
+from latentreward.settings.errors import CLASS_MODULES, UNSET, summarise, unknown_setting_hint
 from latentreward.settings.library_messages import silence_libraries
 from latentreward.settings.ranges import check_ranges, leaves
 from latentreward.settings.rewriting import find_config, rewrite_arguments, rewrite_settings, show_secrets
@@ -56,13 +56,29 @@ VALIDATING = ContextVar("VALIDATING", default=False)
 
 
 class SettingsParser(ArgumentParser):
-    """Parser with one-line errors that suggest the closest name, and in which null is a value like any other."""
+    """Parser with one-line errors that suggest the closest name.
+
+    Null is a value like any other, and a flag without a value is true.
+    """
 
     @override
     def parse_args(self, args: Sequence[str] | None = None, *more: Any, **options: Any) -> Any:
+        for action in self._actions:
+            if str(action.metavar).startswith("{true,false"):
+                action.nargs, action.const = "?", True
         if args is not None and not self.exit_on_error:  # a class's own setting arrives as text made from its value
             args = [re.sub(r"=None$", "=null", argument) for argument in args]
+        elif args is not None and self._subcommands_action is None:
+            self._check_values(args)
         return super().parse_args(args, *more, **options)
+
+    def _check_values(self, args: Sequence[str]) -> None:
+        """Refuse a class's own setting that has no value: only the class knows which of them are flags."""
+        for option, following in zip_longest(args, args[1:], fillvalue="--"):
+            owner = re.fullmatch(r"(--\w+)(\.\w+)*\.(?!help$)\w+", option)
+            inside = owner is not None and owner[1] in self._option_string_actions
+            if inside and option not in self._option_string_actions and following.startswith("--"):
+                raise InputError(f"{option} has no value; write {option}=VALUE, which is true or false for a flag")
 
     @override
     def validate(self, namespace: Namespace, *more: Any, **options: Any) -> None:
@@ -181,7 +197,7 @@ def resolve_setting(key: str, *, _root_: DictConfig) -> Any:
     """OmegaConf resolver ``${setting:fit.data.root}``, which :func:`rewrite_arguments` writes."""
     value = OmegaConf.select(_root_, key, default=_root_)
     if value is _root_:
-        raise InputError(f"${{{re.sub(TRAINER_COMMAND, '', key)}}} is not set")
+        raise InputError(f"${{{re.sub(TRAINER_COMMAND, '', key)}}} {UNSET}")
     return value
 
 
@@ -258,19 +274,15 @@ def parse_function(
 ) -> dict[str, Any]:
     """Values of a function's typed arguments, from ``--config`` files and from the command line.
 
-    Up to ``bare`` leading arguments that are no options are the values of the function's first arguments. A bare name
-    of a flag sets it. Classes among the settings are instantiated in the order of the function's arguments.
+    Up to ``bare`` leading arguments that are no options are the values of the function's first arguments. Classes among
+    the settings are instantiated in the order of the function's arguments.
 
     Raises:
         InputError: If a setting, or what it leads to in a constructor, is wrong.
     """
     parameters = inspect.signature(function, eval_str=True).parameters
     names = list(parameters)[:bare]
-    flags = {f"--{name}" for name, parameter in parameters.items() if parameter.annotation is bool}
-    settings = [
-        f"{setting}=true" if setting in flags and following not in ("true", "false") else setting
-        for setting, following in zip_longest(settings, settings[1:])
-    ]
+    settings = list(settings)
     leading = takewhile(lambda pair: not pair[1].startswith("-"), zip(names, settings, strict=False))
     named = [f"--{name}={value}" for name, value in leading]
     settings[: len(named)] = named

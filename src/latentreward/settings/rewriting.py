@@ -113,7 +113,7 @@ def rewrite_arguments(arguments: Sequence[str], short_names: Mapping[str, str], 
             rewritten.append(argument)
             continue
         if not equals and arguments and not arguments[0].startswith("--"):
-            equals, value = "=", arguments.pop(0)
+            equals, value = "=", ABSOLUTE.sub(rf"${{setting:{root}\1}}", hide_secrets(arguments.pop(0)))
         if option == "--trainer":
             raise InputError(f"--trainer {value}: set --trainer.NAME=VALUE, or give a file as --config")
         if option == "--trainer.callbacks" and value not in ("null", "[]"):
@@ -133,9 +133,15 @@ def find_config(name: str) -> str:
     """
     if Path(name).is_file() or any(mark in name for mark in (":", "{", "\n")):
         return name
-    packaged = Path(import_module("latentreward.configs").__path__[0])
-    if name.startswith("configs/") and (path := packaged / name.removeprefix("configs/")).is_file():
-        return str(path)
-    ours = [f"configs/{path.relative_to(packaged).as_posix()}" for path in packaged.rglob("*.yaml")]
+    ours = {f"configs/{one}": path for one, path in shipped_configs().items()}
+    if name in ours:
+        return str(ours[name])
     reason = "is a folder" if Path(name).is_dir() else "does not exist"
-    raise InputError(f"--config {name} {reason}{did_you_mean(name, ours)}")
+    hint = did_you_mean(name, ours) or "; `latentreward configs` lists the files that come with the package"
+    raise InputError(f"--config {name} {reason}{hint}")
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Find the YAML files that come with the package: name such as ``model/lrm_sd15.yaml`` -> file."""
+    packaged = Path(import_module("latentreward.configs").__path__[0])
+    return {path.relative_to(packaged).as_posix(): path for path in sorted(packaged.rglob("*.yaml"))}

@@ -147,7 +147,7 @@ def report_rewards(output: Path) -> None:
 def report_policy(output: Path, before: Judged) -> None:
     """Sample the aligned generator, print what the judge says of it, and write pictures."""
     after = judge_policy("sd_tiny", output / LPO.name / "lora", GUIDANCE)
-    change, low, high = bootstrap_interval([after.utility - before.utility])
+    change, low, high, _ = bootstrap_interval([after.utility - before.utility])
     picture = output / LPO.name / "before_after.png"
     before_and_after(before, after).save(picture)
     print(f"\n{LPO.title}\n  utility of {len(before.captions)} pictures by the judge, who was no reward; 6 is the most")

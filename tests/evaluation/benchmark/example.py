@@ -22,7 +22,7 @@ MODELS = ("dina", "pickscore", "clipscore")
 
 
 def estimate(value: float, width: float = 0.05) -> Interval:
-    return Interval(value, value - width, value + width)
+    return Interval(value, value - width, value + width, 400)
 
 
 def report(hostile: str = HOSTILE) -> BenchmarkReport:

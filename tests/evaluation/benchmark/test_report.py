@@ -41,8 +41,8 @@ def test_json_has_everything_and_nothing_that_json_does_not_know(tmp_path: Path)
 
     found = json.loads((tmp_path / "report.json").read_text(), parse_constant=refuse)
     assert set(found) == set(BenchmarkReport.__dataclass_fields__)
-    assert found["protocols"][1]["estimate"] == pytest.approx({"value": 0.65, "low": 0.6, "high": 0.7})
-    assert found["agreement"][1]["pearson"] == {"value": None, "low": None, "high": None}
+    assert found["protocols"][1]["estimate"] == pytest.approx({"value": 0.65, "low": 0.6, "high": 0.7, "groups": 400})
+    assert found["agreement"][1]["pearson"] == {"value": None, "low": None, "high": None, "groups": 400}
     assert found["telling"][0]["scores"]["dina"] == [0.5, -1.25]
 
 

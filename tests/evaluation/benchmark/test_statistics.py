@@ -184,7 +184,7 @@ def test_mean_of_four_benchmarks_is_unweighted_and_of_all_four_alone() -> None:
     published = {"imagereward": 0.6034, "hpdv2": 0.8213, "hpdv3": 0.7504, "genai_bench_tiger": 0.6843}  # DiNa-LRM's
     dina = []
     for n, (name, value) in enumerate(published.items(), start=1):
-        interval, data = Interval(value, value - 0.01 * n, value + 0.02), f"{name} test"
+        interval, data = Interval(value, value - 0.01 * n, value + 0.02, 10 * n), f"{name} test"
         dina.append(ProtocolResult(FOUR_BENCHMARKS[data], "dina", interval, n, n, 0, {}, benchmark=data))
     elsewhere = [
         replace(dina[0], benchmark="imagerewarddb test"),
@@ -196,7 +196,7 @@ def test_mean_of_four_benchmarks_is_unweighted_and_of_all_four_alone() -> None:
     (average,) = found.averages
     assert average.scorer == "dina"
     spread = 0.01 * 30**0.5 / 4
-    assert average.estimate == pytest.approx((0.71485, 0.71485 - spread, 0.71485 + 0.01))
+    assert average.estimate == pytest.approx((0.71485, 0.71485 - spread, 0.71485 + 0.01, 10))
     assert [number.value for number in found.published] == [0.7149, 0.7068, 0.6493, 0.7027]
     assert any(section.title == "Mean of four benchmarks" for section in sections(found))
     without = replace(report, protocols=report.protocols[4:])

@@ -8,6 +8,8 @@ from latentreward.data.inspection.counts import ImageCounts, Leakage, SplitCount
 from latentreward.data.inspection.score_tables import ScoreCounts
 
 MOST_SIZES = 8
+ORDER = ("train", "val", "test")
+"""How names of splits begin, those first that give way to later ones."""
 Cells = Mapping[str, Sequence[str]]
 
 
@@ -52,6 +54,7 @@ class Report:
             self._table("Rows kept with a remark", self._by(lambda split: split.remarks)),
             self._unreadable(),
             _leakage_table(self.leakage),
+            _dropped_table(self.leakage, {split.name: split.rows for split in self.splits}),
             *(_score_tables(name, counts) for name, counts in self.scores.items()),
             *(f"split {name} has no scores: {note}" for name, note in self.scores_note.items()),
         ]
@@ -146,6 +149,19 @@ def _leakage_table(leaks: Sequence[Leakage]) -> str:
             cells = [str(number), str(leak.first_rows[what]), str(leak.second_rows[what])]
             rows[f"{leak.first} and {leak.second}: {what}"] = cells
     return table("Shared between splits", ["shared", "rows of the first", "rows of the second"], rows)
+
+
+def _dropped_table(leaks: Sequence[Leakage], rows: Mapping[str, int]) -> str:
+    """Rows that a split would lose to a later one with their prompts, where the names tell which is later."""
+    dropped = {}
+    for leak in leaks:
+        sides = [(leak.first, leak.first_rows["prompts"]), (leak.second, leak.second_rows["prompts"])]
+        places = [next((n for n, kind in enumerate(ORDER) if name.startswith(kind)), None) for name, _ in sides]
+        if None not in places and places[0] != places[1] and leak.shared["prompts"]:
+            (name, lost), (later, _) = sides if places == sorted(places) else sides[::-1]
+            dropped[f"{name} beside {later}"] = [f"{lost} of {rows[name]}"]
+    title = "Rows whose prompt a later split has: training leaves them out (data.shared_prompts: drop; keep keeps them)"
+    return table(title, ["left out"], dropped)
 
 
 def _score_tables(name: str, counts: ScoreCounts) -> str:

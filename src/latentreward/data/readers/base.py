@@ -22,7 +22,9 @@ OnError = Literal["raise", "skip", "placeholder"]
 Contents = Literal["images", "latents", "nothing"]
 MAX_PROMPT_CHARS, MAX_VOTES = 10_000, 10**9
 """Characters of a prompt, and votes for an image, beyond which a row is odd."""
-ON_ERROR_REMEDY = "correct the row, or set the reader's on_error to skip or placeholder"
+OWN_ON_ERROR, DATA_ON_ERROR = "the reader's on_error", "data.on_error (or the reader's own, which wins)"
+"""What messages call the setting, where a reader stands alone and in a data module."""
+ON_ERROR_REMEDY = f"correct the row, or set {OWN_ON_ERROR} to skip or placeholder"
 
 
 class PairReader(ABC):
@@ -34,7 +36,8 @@ class PairReader(ABC):
         on_error: What happens to a row that breaks the rules of its format. ``"raise"`` stops. ``"skip"`` leaves the
             row out and counts it; no other row takes its place. ``"placeholder"`` keeps the row, unlabelled, so that
             row numbers and batch sizes stay; an image that cannot be read becomes mid-grey. Whether an image can be
-            read shows only when it is decoded, so its rows count in ``len`` and are left out by the data set.
+            read shows only when it is decoded, so its rows count in ``len`` and are left out by the data set. None
+            takes the ``on_error`` of the data module, ``"raise"`` elsewhere.
         max_prompt_chars: Characters of a prompt; a row with more breaks the rules. Text encoders read some hundred, and
             a prompt of megabytes costs minutes and gigabytes.
         exif: ``apply`` turns images upright by their EXIF orientation, ``ignore`` takes the pixels as they are stored;
@@ -47,6 +50,7 @@ class PairReader(ABC):
     Attributes:
         exif: See above; a class for a published data set says ``exif = "ignore"``.
         holds: What the references of the rows lead to; only images can be trained on directly.
+        own_on_error: ``on_error`` as it was given, perhaps None.
         skipped: Rows left out, by reason.
         remarks: Rows kept with something set aside, such as their label, by reason.
     """
@@ -56,12 +60,12 @@ class PairReader(ABC):
 
     def __init__(
         self,
-        on_error: OnError = "raise",
+        on_error: OnError | None = None,
         max_prompt_chars: int = MAX_PROMPT_CHARS,
         exif: ExifOrientation | None = None,
     ) -> None:
         check_at_least_one(max_prompt_chars=max_prompt_chars)
-        self.on_error, self.max_prompt_chars = on_error, max_prompt_chars
+        self.own_on_error, self.on_error, self.max_prompt_chars = on_error, on_error or "raise", max_prompt_chars
         if exif is not None:
             self.exif = exif
         self.skipped: Counter[str] = Counter()

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from latentreward.evaluation.benchmark.results import BenchmarkPairs, CalibrationResult
-from latentreward.metrics.bootstrap import Interval, clustered_interval, group_sums
+from latentreward.metrics.bootstrap import clustered_interval, group_sums
 from latentreward.metrics.calibration import PairCalibration, bin_by_confidence, fit_temperature, two_folds
 
 BINS = 10
@@ -38,7 +38,7 @@ def calibration_result(key: str, pairs: BenchmarkPairs) -> CalibrationResult:
         protocol=key,
         scorer=pairs.scorer,
         temperature=fit_temperature(gap, label),
-        error=Interval(error.value, max(error.low, 0.0), error.high),
+        error=error._replace(low=max(error.low, 0.0)),
         curve=tuple((int(count), mean, share) for count, mean, share in curve if count),
     )
 

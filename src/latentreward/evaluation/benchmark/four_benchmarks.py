@@ -46,7 +46,8 @@ def _averages(report: BenchmarkReport) -> Iterator[AverageResult]:
             if result.scorer == scorer and FOUR_BENCHMARKS.get(result.benchmark) == result.protocol
         ]
         if len(found) == len(FOUR_BENCHMARKS):
-            values, lows, highs = np.array(found).T
+            values, lows, highs = np.array([one[:3] for one in found]).T
+            groups = min((one.groups for one in found if one.groups is not None), default=None)
             value = values.mean()
             below, above = (np.linalg.norm(ends - values) / len(found) for ends in (lows, highs))
-            yield AverageResult(scorer, Interval(float(value), float(value - below), float(value + above)))
+            yield AverageResult(scorer, Interval(float(value), float(value - below), float(value + above), groups))

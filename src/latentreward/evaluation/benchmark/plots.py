@@ -6,7 +6,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from latentreward.evaluation.benchmark.results import BenchmarkReport, ProtocolResult, PublishedNumber
-from latentreward.reports.tables import grouped, percent
+from latentreward.reports.tables import few_groups, grouped, percent
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's, which colour-blind people tell apart; yellow left out, which white swallows."""
@@ -20,7 +20,7 @@ Drawn = tuple[Figure, str]
 
 def accuracy_figure(results: Sequence[ProtocolResult], published: Sequence[PublishedNumber]) -> Drawn:
     """Ours with their intervals above what others measured."""
-    names = [_label(result.scorer) for result in results]
+    names = [_label(result.scorer) + few_groups(result.estimate) for result in results]
     names += [f"{_label(one.model, 28)} (published)" for one in published]
     figure, axes = _axes(6.4, 0.9 + 0.28 * len(names))
     for place, result in enumerate(results):

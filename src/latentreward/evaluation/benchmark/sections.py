@@ -24,8 +24,9 @@ from latentreward.reports.tables import Section, Table, grouped
 INTRODUCTION = (
     "Each model scores two images of a prompt; it is right where it gives the higher score to the image that people "
     "preferred. An interval is the middle 95 % of what the number would be on other prompts of the same kind "
-    "(bootstrap over prompts; of few prompts, say 30, it is too narrow). Two models whose interval of the difference "
-    "holds 0 are not told apart by this data."
+    "(bootstrap over prompts). Of few prompts it is too narrow: where pairs are of fewer than 30 groups, prompts as a "
+    "rule, their number stands behind it, as (12 groups). Two models whose interval of the difference holds 0 are not "
+    "told apart by this data."
 )
 OVERVIEW = "Accuracy in %, with 95 % intervals. Each protocol has its own idea of ties, told further down."
 DATA = (

@@ -10,24 +10,18 @@ from latentreward.evaluation.benchmark.results import (
     PublishedNumber,
     SubgroupResult,
 )
-from latentreward.metrics.bootstrap import Interval
 from latentreward.reports.tables import (
     NOTHING,
     Table,
     grouped,
+    interval,
     percent,
-    percent_interval,
-    percent_with_interval,
+    with_interval,
     without_unset,
 )
 
 LARGEST = 25
 """Rows of a table of sub-groups."""
-
-
-def number_with_interval(estimate: Interval) -> str:
-    """``0.56 [0.41, 0.68]``, for correlations."""
-    return f"{_number(estimate.value)} [{_number(estimate.low)}, {_number(estimate.high)}]"
 
 
 def count_list(counts: dict[str, int]) -> str:
@@ -63,14 +57,14 @@ def overview_table(report: BenchmarkReport) -> Table:
     """A row per protocol, a column per model."""
     rows = []
     for (benchmark, protocol), results in grouped(report.protocols, "benchmark", "protocol").items():
-        found = {result.scorer: percent_with_interval(result.estimate) for result in results}
+        found = {result.scorer: with_interval(result.estimate) for result in results}
         rows.append((benchmark, protocol, *(found.get(scorer, NOTHING) for scorer in report.scorers)))
     return Table(("data", "protocol", *report.scorers), tuple(rows))
 
 
 def average_table(report: BenchmarkReport) -> Table:
     """Means of four benchmarks."""
-    rows = tuple((one.scorer, percent(one.estimate.value), percent_interval(one.estimate)) for one in report.averages)
+    rows = tuple((one.scorer, percent(one.estimate.value), interval(one.estimate)) for one in report.averages)
     return Table(("model", "mean accuracy %", "95 % interval"), rows, caption="Measured in this run")
 
 
@@ -80,7 +74,7 @@ def protocol_table(results: Sequence[ProtocolResult]) -> Table:
         (
             result.scorer,
             percent(result.estimate.value),
-            percent_interval(result.estimate),
+            interval(result.estimate),
             str(result.pairs),
             str(result.groups),
             str(result.equal_scores),
@@ -108,7 +102,7 @@ def difference_table(report: BenchmarkReport) -> Table:
             one.first,
             one.second,
             str(one.pairs),
-            percent_with_interval(one.estimate),
+            with_interval(one.estimate),
             "yes" if one.estimate.low > 0 or one.estimate.high < 0 else "no",
         )
         for one in report.differences
@@ -137,7 +131,7 @@ def level_table(report: BenchmarkReport) -> Table:
             one.scorer,
             f"{one.sigma:g}",
             f"{one.timestep:g}",
-            percent_with_interval(one.estimate),
+            with_interval(one.estimate),
         )
         for one in report.levels
     ]
@@ -147,7 +141,7 @@ def level_table(report: BenchmarkReport) -> Table:
 def calibration_table(report: BenchmarkReport) -> Table:
     """Calibration errors."""
     rows = [
-        (one.benchmark, one.protocol, one.scorer, _temperature(one.temperature), percent_with_interval(one.error))
+        (one.benchmark, one.protocol, one.scorer, _temperature(one.temperature), with_interval(one.error))
         for one in report.calibration
     ]
     return Table(("data", "protocol", "model", "temperature", "calibration error %"), tuple(rows))
@@ -157,10 +151,8 @@ def agreement_table(report: BenchmarkReport) -> Table:
     """Every two models."""
     rows = []
     for one in report.agreement:
-        correlations = number_with_interval(one.spearman), number_with_interval(one.pearson)
-        rows.append(
-            (one.benchmark, one.first, one.second, str(one.pairs), percent_with_interval(one.pair), *correlations)
-        )
+        correlations = with_interval(one.spearman, _number), with_interval(one.pearson, _number)
+        rows.append((one.benchmark, one.first, one.second, str(one.pairs), with_interval(one.pair), *correlations))
     header = ("data", "model", "model", "pairs", "same choice %", "Spearman", "Pearson")
     return Table(header, tuple(rows))
 
@@ -168,14 +160,14 @@ def agreement_table(report: BenchmarkReport) -> Table:
 def correlation_table(report: BenchmarkReport) -> Table:
     """CLIP-Corr and Aes-Corr: a reward against a CLIP score or an aesthetic score."""
     rows = [
-        (one.benchmark, one.scorer, one.name, one.reference, number_with_interval(one.estimate))
+        (one.benchmark, one.scorer, one.name, one.reference, with_interval(one.estimate, _number))
         for one in report.correlations
     ]
     return Table(("data", "model", "name", "against", "value"), tuple(rows))
 
 
 def _subgroup_row(value: str, results: Sequence[SubgroupResult], scorers: Sequence[str]) -> tuple[str, ...]:
-    found = {result.scorer: percent_with_interval(result.estimate) for result in results}
+    found = {result.scorer: with_interval(result.estimate) for result in results}
     pairs = "/".join(dict.fromkeys(str(result.pairs) for result in results))
     return value, pairs, *(found.get(scorer, NOTHING) for scorer in scorers)
 

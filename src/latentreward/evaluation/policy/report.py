@@ -15,9 +15,10 @@ from latentreward.storage.durable import write_file
 
 JSON, MARKDOWN, HTML, SCORES = "report.json", "report.md", "report.html", "scores.csv"
 INTRODUCTION = (
-    "Means over pictures, with 95 % intervals by resampling prompts (percentile bootstrap; of few prompts, say 30, "
-    "they are too narrow). Pictures of two policies are compared one by one, same prompt and number; the win rate is "
-    "the share of pictures where the first policy scores higher, ties counting one half, and 50 % is no difference."
+    "Means over pictures, with 95 % intervals by resampling prompts (percentile bootstrap). Of few prompts they are "
+    "too narrow: where there are fewer than 30, their number stands behind the interval, as (12 groups). Pictures of "
+    "two policies are compared one by one, same prompt and number; the win rate is the share of pictures where the "
+    "first policy scores higher, ties counting one half, and 50 % is no difference."
 )
 
 

@@ -4,8 +4,7 @@ import math
 from collections.abc import Iterator
 
 from latentreward.evaluation.policy.results import Comparison, PolicyReport, PolicyScore
-from latentreward.metrics.bootstrap import Interval
-from latentreward.reports.tables import NOTHING, Table, percent_with_interval
+from latentreward.reports.tables import NOTHING, Table, with_interval
 
 
 def number(value: float) -> str:
@@ -21,11 +20,6 @@ def signed(value: float) -> str:
     return f"+{number(value)}" if value > 0 else number(value)
 
 
-def with_interval(estimate: Interval) -> str:
-    """``21.69 [21.55, 21.83]``."""
-    return f"{number(estimate.value)} [{number(estimate.low)}, {number(estimate.high)}]"
-
-
 def score_table(report: PolicyReport) -> Table:
     """A row per score: each policy, the difference and the win rate."""
     names = list(report.policies)
@@ -35,7 +29,9 @@ def score_table(report: PolicyReport) -> Table:
         own = {result.policy: result for result in report.scores if result.score == score}
         of_groups = own[names[0]].headline == "mean_of_groups" and own[names[0]].mean_of_groups is not None
         label = f"{score} (mean of groups)" if of_groups else score
-        rows.append((label, *(with_interval(own[name].estimate) for name in names), *_compared(whole.get(score))))
+        rows.append(
+            (label, *(with_interval(own[name].estimate, number) for name in names), *_compared(whole.get(score)))
+        )
     compared = ("difference", "win rate %", "wins / ties / losses") if whole else ()
     return Table(("score", *names, *compared), tuple(rows))
 
@@ -43,10 +39,9 @@ def score_table(report: PolicyReport) -> Table:
 def _compared(result: Comparison | None) -> tuple[str, ...]:
     if result is None:
         return ()
-    difference = result.difference
     return (
-        f"{signed(difference.value)} [{signed(difference.low)}, {signed(difference.high)}]",
-        percent_with_interval(result.win_rate),
+        with_interval(result.difference, signed),
+        with_interval(result.win_rate),
         f"{result.wins} / {result.ties} / {result.losses}",
     )
 
@@ -61,10 +56,10 @@ def group_tables(report: PolicyReport) -> Iterator[Table]:
             (group, *_group_cells(own, names, place), *_compared(by_group.get(group)))
             for place, group in enumerate(item.group for item in own[names[0]].groups)
         ]
-        rows += [("mean over pictures", "", *(with_interval(own[name].mean) for name in names), *[""] * 3)]
+        rows += [("mean over pictures", "", *(with_interval(own[name].mean, number) for name in names), *[""] * 3)]
         if own[names[0]].mean_of_groups is not None:
             means = [own[name].mean_of_groups for name in names]
-            rows += [("mean of groups", "", *(with_interval(mean) for mean in means if mean), *[""] * 3)]
+            rows += [("mean of groups", "", *(with_interval(mean, number) for mean in means if mean), *[""] * 3)]
         compared = ("difference", "win rate %", "wins / ties / losses") if by_group else ()
         width = 2 + len(names) + len(compared)
         yield Table(("group", "prompts", *names, *compared), tuple(row[:width] for row in rows), caption=score)
@@ -75,7 +70,7 @@ def _group_cells(own: dict[str, PolicyScore], names: list[str], place: int) -> I
     for name in names:
         group = own[name].groups[place]
         spread = "" if math.isnan(group.parts_sd) else f", parts' sd {number(group.parts_sd)}"
-        yield with_interval(group.estimate) + spread
+        yield with_interval(group.estimate, number) + spread
 
 
 def published_tables(report: PolicyReport) -> Iterator[Table]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from pathlib import Path
 
+from latentreward.checkpoints.files import newest_first
 from latentreward.checkpoints.shards import is_sharded
 from latentreward.errors import InputError
 from latentreward.scoring.hub import downloaded
@@ -12,10 +15,12 @@ from latentreward.scoring.layouts.model_folder import PretrainedReward, is_model
 from latentreward.scoring.layouts.published import PublishedDiNaLRM, PublishedLRM, PublishedSettings
 from latentreward.scoring.layouts.run import TrainedReward
 
+logger = logging.getLogger(__name__)
+
 __all__ = ["PublishedDiNaLRM", "PublishedLRM", "StoredReward", "checkpoint_of", "find_reward"]
 
-PREFERRED = ("reward.ckpt", "last.ckpt")
-"""Names of checkpoints that are taken before others of a run."""
+PREFERRED = (r"reward(-v\d+)?\.ckpt", r"last(-v\d+)?\.ckpt")
+"""Names of checkpoints that are taken before others of a run; Lightning numbers those of a later run."""
 NO_CHECKPOINT = (".yaml", ".yml", ".json", ".safetensors", ".md", ".txt")
 """Endings of files that are none."""
 
@@ -76,7 +81,7 @@ def published_layout(place: Path, base: str | None, settings: PublishedSettings 
 
 
 def checkpoint_of(place: Path) -> Path:
-    """``place`` itself, or the checkpoint of the run in the folder ``place``: by preferred name, then the newest.
+    """``place`` itself, or the checkpoint of the run in the folder ``place``: by preferred name, the newest of those.
 
     Raises:
         InputError: If it is a file of another kind, or the folder holds none.
@@ -93,5 +98,10 @@ def checkpoint_of(place: Path) -> Path:
             f"reward model {str(place)!r} holds no checkpoint (*.ckpt), no head.safetensors, and neither published "
             "layout; give the folder of a model or of a run, or a checkpoint"
         )
-    named = [[path for path in found if path.name == name] for name in PREFERRED]
-    return max(next(filter(None, named), found), key=lambda path: path.stat().st_mtime)
+    named = ([path for path in found if re.fullmatch(name, path.name)] for name in PREFERRED)
+    candidates = newest_first(next(filter(None, named), found))
+    taken, newer = candidates[0], newest_first(found)[0]
+    if len(candidates) > 1 or taken != newer:
+        names = f"{taken.relative_to(place)} is taken" + ("" if taken == newer else f", though {newer.name} is newer")
+        logger.warning("%s holds %d checkpoints: %s; give a file's own path for another one", place, len(found), names)
+    return taken
