@@ -32,8 +32,8 @@ class ImageSettings:
         size: Side in pixels, or (height, width), of every image; None for buckets.
         buckets: (height, width) of each bucket; None takes the 13 buckets of the released diffusion-rm cache.
         resize: ``center_crop`` crops both ends of the axis that is too long for the aspect ratio (by at most 3 % for a
-            bucket) and resizes with a Lanczos filter. ``stretch`` resizes both axes independently, bilinear, as for LRM's
-            training.
+            bucket) and resizes with a Lanczos filter. ``stretch`` resizes both axes independently, bilinear, as in
+            LRM's training.
         cross_bucket: Treatment of a pair whose images fall into different buckets. ``shared`` caches both images at one
             common size for this pair, the bucket of their mean size, and drops the pair if their aspect ratios differ
             by 5 % or more or no bucket fits. ``drop`` drops the pair.
