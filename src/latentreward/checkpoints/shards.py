@@ -45,7 +45,7 @@ _INDEX_NAMES = {
 
 
 class _IndexUnpickler(pickle.Unpickler):
-    """Unpickler of the index of shards that allows the names of :data:`_INDEX_NAMES` alone, so that no code runs."""
+    """Unpickler of the index of shards that allows the names of ``_INDEX_NAMES`` alone, so that no code runs."""
 
     @override
     def find_class(self, module: str, name: str) -> Any:

@@ -150,7 +150,7 @@ def report_policy(output: Path, before: Judged) -> None:
     change, low, high = bootstrap_interval([after.utility - before.utility])
     picture = output / LPO.name / "before_after.png"
     before_and_after(before, after).save(picture)
-    print(f"\n{LPO.title}\n  utility of {len(before.captions)} pictures by the judge, not the reward; at most 6")
+    print(f"\n{LPO.title}\n  utility of {len(before.captions)} pictures by the judge, not by the reward (0 to 6)")
     print(f"    before    {before.utility.mean():.3f}   after {after.utility.mean():.3f}")
     print(f"    change    {change:+.3f}  [{low:+.3f}, {high:+.3f}]  (95 % interval over captions)")
     for name in ("alignment", "quality"):

@@ -46,7 +46,7 @@ def _mutations(caption: Caption) -> tuple[str, ...]:
 
 
 def _mutate(caption: Caption, name: str, rng: np.random.Generator) -> Caption:
-    """Return ``caption`` with attribute ``name`` changed; ``count`` is left to :func:`_place_items`."""
+    """Return ``caption`` with attribute ``name`` changed; ``count`` is left to ``_place_items``."""
     if name == "binding":
         return replace(caption, color=caption.other_color, other_color=caption.color)
     if name == "detail" and caption.kind == "relation":
