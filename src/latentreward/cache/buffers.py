@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 ALIGNMENT = 64
-"""Bytes that the start of each tensor in a buffer is a multiple of."""
+"""Alignment in bytes of the start of each tensor in a buffer."""
 Layout = Sequence[tuple[tuple[int, ...], torch.dtype]]
 """(shape, dtype) of each tensor in a buffer, in the order of the buffer."""
 
@@ -82,7 +82,7 @@ class _Lease:
 
 
 def pool_of(number: int) -> BufferPool:
-    """Return the pool with an ID that was created in this process or in its parent before the fork."""
+    """Return the pool whose ID is ``number``, created in this process or in its parent before the fork."""
     return _pools[number]
 
 
