@@ -1,6 +1,7 @@
 """Reading of checkpoints: one file, or a folder to which each process wrote its shards (PyTorch's distributed format).
 
-A file and a folder of shards give equal dictionaries. Only tensors and plain values are read, so that a checkpoint cannot run code.
+A file and a folder of shards give equal dictionaries. Only tensors and plain values are read, so that a checkpoint
+cannot run code.
 """
 
 # Why our own reader: torch.distributed.checkpoint unpickles its metadata, which can run code.
