@@ -246,7 +246,7 @@ def test_settings_and_caches_are_looked_at_in_the_constructor(tmp_path: Path) ->
         CachedPreferenceDataModule(train=CachedSplit(str(one), "test"))
     with pytest.raises(InputError, match="all unset"):
         CachedPreferenceDataModule()
-    with pytest.raises(InputError, match=f"is no cache: it has no {PLAN}"):
+    with pytest.raises(InputError, match=f"is not a cache: it has no {PLAN}"):
         cached(tmp_path)
     assert read_plan(one).spec.vae == "vae-1"
 

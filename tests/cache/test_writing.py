@@ -398,7 +398,7 @@ def test_a_row_that_changed_since_planning_is_found(
             "takes latents, but the reader holds images",
         ),
         ([*SETTINGS, "--reader.root={data}", "--images.min_pixels=100000"], "none of its rows can be cached"),
-        (["--check"], "is no cache"),
+        (["--check"], "is not a cache"),
     ],
 )
 def test_bad_input_is_one_line(

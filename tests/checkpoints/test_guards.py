@@ -90,7 +90,7 @@ def test_consolidate_refuses_weights_that_are_not_finite(tmp_path: Path, capsys:
 
 def test_consolidate_wants_a_checkpoint(tmp_path: Path) -> None:
     torch.save({"weight": torch.zeros(1)}, tmp_path / "weights.pt")
-    with pytest.raises(InputError, match=r"weights\.pt is no checkpoint of Lightning"):
+    with pytest.raises(InputError, match=r"weights\.pt is not a Lightning checkpoint"):
         consolidate(tmp_path / "weights.pt", tmp_path / "out.ckpt")
     assert not (tmp_path / "out.ckpt").exists()
 

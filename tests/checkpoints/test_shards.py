@@ -90,7 +90,7 @@ def test_shards_that_could_run_code_are_refused(fault: str, tmp_path: Path) -> N
 
 def test_incomplete_and_damaged_shards_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="no complete sharded checkpoint"):
+    with pytest.raises(InputError, match="not a complete sharded checkpoint"):
         read_sharded(tmp_path / "empty")
     folder = written(tmp_path / "shards")
     (shard,) = folder.glob("*.distcp")

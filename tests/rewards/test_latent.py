@@ -254,7 +254,7 @@ def test_bad_checkpoints_are_named(tmp_path: Path) -> None:
         return str(caught.value)
 
     assert "holds no weights of a reward" in refusal({"state_dict": {"policy.network.x": torch.zeros(1)}})
-    assert "is no checkpoint of Lightning" in refusal([1, 2])
+    assert "is not a Lightning checkpoint" in refusal([1, 2])
     state = dict(whole["state_dict"])
     del state["model.head.logit_scale"]
     assert "lacks model.head.logit_scale" in refusal(whole | {"state_dict": state})

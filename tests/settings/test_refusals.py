@@ -174,7 +174,7 @@ def test_the_remedy_names_the_whole_setting(capsys) -> None:
 
 @pytest.mark.parametrize("flag", [["--check"], ["--check", "true"], ["--check=true"]])
 def test_flags_take_a_value_or_none(flag: list[str], capsys) -> None:
-    assert "out is no cache" in refusal(capsys, "cache", "out", *flag)
+    assert "out is not a cache" in refusal(capsys, "cache", "out", *flag)
 
 
 @pytest.mark.slow

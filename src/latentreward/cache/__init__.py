@@ -2,13 +2,13 @@
 
 from typing import Any
 
-# Why our own format: mosaicml-streaming pins transformers below 5, litdata and webdataset read in sequence, and exact
-# resume, buckets and filters by pair need rows by number.
+# Why our own format: exact resume, buckets and filters by pair need random access to rows. litdata and webdataset read
+# in sequence, and mosaicml-streaming requires transformers below 5.
 __all__ = ["CachedPreferenceDataModule", "CachedSplit"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the data module on first use: what writes and checks a cache does not need it."""
+    """Import the data module on first use, because writing and checking a cache do not need it."""
     if name in __all__:
         from latentreward.cache import datamodule
 

@@ -1,4 +1,4 @@
-"""Memory for batches, used again and again: fresh pages cost more than reading the latents into them."""
+"""Reused memory for batches: allocating new pages takes longer than reading the latents into them."""
 
 import itertools
 import mmap
@@ -12,23 +12,28 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 ALIGNMENT = 64
+"""Alignment in bytes of the start of each tensor in a buffer."""
 Layout = Sequence[tuple[tuple[int, ...], torch.dtype]]
-"""Shape and dtype of tensors that lie in one buffer, one after the other."""
+"""(shape, dtype) of each tensor in a buffer, in the order of the buffer."""
 
 _numbers = itertools.count()
 _pools: WeakValueDictionary[int, "BufferPool"] = WeakValueDictionary()
 
 
 class BufferPool:
-    """Slots of memory that a loader's forked workers share with the trainer.
+    """Slots of memory that a loader's forked workers share with the training process, so that batches are not copied.
 
-    A worker fills a slot and sends its number; the trainer looks at the slot itself. It is free again when the last
-    tensor in it is gone. Where no slot is free, or workers were not forked, batches get memory of their own.
+    A worker fills a slot with a batch and sends the slot's index; the training process reads the batch in the slot.
+    The slot is free again when the last tensor in it is deleted. If no slot is free, or workers were not forked, a
+    batch gets memory of its own.
 
     Args:
-        slots: Number of slots per process that fills them.
-        slot_bytes: Size of a slot; pages take up memory once they are used.
+        slots: Number of slots per worker (or of the training process, without workers).
+        slot_bytes: Bytes of a slot, which are allocated only when they are first written.
         processes: Number of processes that fill slots.
+
+    Attributes:
+        number: ID of the pool, see :func:`pool_of`.
     """
 
     def __init__(self, slots: int, slot_bytes: int, processes: int = 1) -> None:
@@ -39,10 +44,10 @@ class BufferPool:
         _pools[self.number] = self
 
     def __reduce__(self) -> tuple[type[Self], tuple[int, int]]:
-        return type(self), (0, 0)  # a spawned worker does not share the memory
+        return type(self), (0, 0)  # a spawned worker cannot share the memory: it gets a pool without slots
 
     def take(self, num_bytes: int) -> int | None:
-        """A free slot of this process, now taken; None if there is none, or it would be too small."""
+        """Reserve a free slot of this process and return its index; None if no slot is free or large enough."""
         worker = get_worker_info()
         first = 0 if worker is None else worker.id * self.slots
         slot = self._taken.find(b"\0", first, first + self.slots) if num_bytes <= self.slot_bytes else -1
@@ -52,21 +57,21 @@ class BufferPool:
         return slot
 
     def free(self, slot: int) -> None:
-        """Let the slot be taken again."""
+        """Mark a slot as free."""
         self._taken[slot] = 0
 
     def bytes_of(self, slot: int, num_bytes: int) -> Tensor:
-        """The slot's first bytes ``(num_bytes,)`` uint8."""
+        """Return a view of a slot's first bytes, ``(num_bytes,)`` uint8."""
         start = slot * self.slot_bytes
         return torch.from_numpy(self._memory[start : start + num_bytes])
 
     def leased(self, slot: int, num_bytes: int) -> Tensor:
-        """The same, freeing the slot when the tensor and all that were cut from it are gone."""
+        """Return a view of a slot's first bytes that frees the slot when it and all tensors cut from it are deleted."""
         return torch.from_numpy(np.asarray(_Lease(self, slot, self._memory[slot * self.slot_bytes :][:num_bytes])))
 
 
 class _Lease:
-    """Owner of a slot's bytes in numpy's eyes: lives as long as an array over them."""
+    """Object that numpy keeps alive as long as an array over a slot's bytes; its deletion frees the slot."""
 
     def __init__(self, pool: BufferPool, slot: int, content: np.ndarray) -> None:
         self._pool, self._slot, self._content = pool, slot, content
@@ -77,14 +82,14 @@ class _Lease:
 
 
 def pool_of(number: int) -> BufferPool:
-    """The pool of that number in this process, or in the one it was forked from."""
+    """Return the pool whose ID is ``number``, created in this process or in its parent before the fork."""
     return _pools[number]
 
 
 def own_buffer(num_bytes: int) -> Tensor:
-    """Uninitialised bytes ``(num_bytes,)`` uint8 outside any pool; in a loader's worker, in shared memory.
+    """Allocate uninitialised bytes ``(num_bytes,)`` uint8 outside the pool.
 
-    So a batch crosses processes without a copy, however many tensors are cut from the buffer.
+    In a loader's worker, the bytes are in shared memory, so that a batch goes to the training process without a copy.
     """
     if get_worker_info() is None or num_bytes == 0:
         return torch.empty(num_bytes, dtype=torch.uint8)
@@ -93,12 +98,12 @@ def own_buffer(num_bytes: int) -> Tensor:
 
 
 def layout_bytes(layout: Layout) -> int:
-    """Bytes of a buffer for ``layout``; each tensor begins where any dtype may."""
+    """Return the size in bytes of a buffer for ``layout``, with each tensor's start aligned."""
     return sum(-(-_size(shape, dtype) // ALIGNMENT) * ALIGNMENT for shape, dtype in layout)
 
 
 def carve(buffer: Tensor, layout: Layout) -> list[Tensor]:
-    """The tensors of ``layout`` in ``buffer``."""
+    """Return the tensors of ``layout`` as views of ``buffer``."""
     tensors, start = [], 0
     for shape, dtype in layout:
         size = _size(shape, dtype)

@@ -1,4 +1,4 @@
-"""Whether a cache is whole: hashes and counts of every file."""
+"""Verification of a cache: hashes and row counts of every file."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -16,20 +16,20 @@ from latentreward.errors import InputError
 from latentreward.storage.safetensors_header import read_header
 
 THREADS = 4
-"""Hashing waits for the disk and lets other threads run."""
+"""Number of threads that hash shards; hashing waits for the disk and releases the interpreter lock."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One row of the shards' table.
+    """Description of a shard: one row of the table ``shards.parquet``.
 
     Attributes:
-        number: Its row.
-        name: Path below the cache's folder.
+        number: Index of the row.
+        name: Path of the shard below the cache's folder.
         kind: ``latents`` or ``text``.
-        height: Pixels of the images; None for text.
-        width: Likewise.
-        count: Rows.
+        height: Height of the shard's images in pixels; None for text.
+        width: Width of the shard's images in pixels; None for text.
+        count: Number of rows (images or prompts) in the shard.
     """
 
     number: int
@@ -42,12 +42,12 @@ class Shard:
 
 @dataclass(frozen=True)
 class ShardState:
-    """What was found of a shard.
+    """Result of the verification of one shard.
 
     Attributes:
-        shard: Which.
-        manifest: None if it is not there or does not belong to this plan.
-        problem: Why the shard has to be written (again); None if it need not.
+        shard: The shard.
+        manifest: Manifest of the shard; None if it is missing, damaged, or belongs to another plan.
+        problem: Why the shard has to be written (again); None if the shard is complete.
     """
 
     shard: Shard
@@ -56,13 +56,13 @@ class ShardState:
 
 
 def read_shards(folder: Path) -> list[Shard]:
-    """The table of shards."""
+    """Read the table ``shards.parquet`` of the cache in ``folder``, in its order."""
     rows = pq.read_table(folder / layout.SHARDS).to_pylist()
     return [Shard(number, **row) for number, row in enumerate(rows)]
 
 
 def table_problems(folder: Path, plan: CachePlan) -> list[str]:
-    """One line for each table that is missing or not as it was written."""
+    """List one line for each table of the cache that is missing or whose hash differs from the plan's."""
     problems = []
     for name, sha256 in plan.tables.items():
         if not (folder / name).is_file():
@@ -73,7 +73,7 @@ def table_problems(folder: Path, plan: CachePlan) -> list[str]:
 
 
 def shard_states(folder: Path, plan: CachePlan, shards: list[Shard]) -> Iterator[ShardState]:
-    """Look at every shard, reading all of it."""
+    """Verify every shard by reading the whole file, in the order of ``shards``."""
     with ThreadPoolExecutor(THREADS) as pool:
         yield from pool.map(lambda shard: _state(folder, plan, shard), shards)
 
@@ -82,13 +82,14 @@ def check_cache(folder: Path) -> tuple[CachePlan, list[str], Counter[str]]:
     """Verify every hash and count of a cache, and the tables against each other.
 
     Args:
-        folder: The cache.
+        folder: Folder of the cache.
 
     Returns:
-        Its plan; one line per problem; and images that could not be read when it was written, by reason.
+        The plan; one line per problem; and the number of images that could not be read when the cache was written,
+        by reason.
 
     Raises:
-        InputError: If there is no plan that can be read: then there is nothing to check against.
+        InputError: If the plan is missing or cannot be read.
     """
     plan = read_plan(folder)
     problems = table_problems(folder, plan)
@@ -123,7 +124,7 @@ def _shape_problem(folder: Path, plan: CachePlan, shard: Shard) -> str | None:
     try:
         header, _, _ = read_header(folder / shard.name)
     except ValueError:
-        return f"{shard.name} is no safetensors file"
+        return f"{shard.name} is not a safetensors file"
     for name, shape in tensor_shapes(plan, shard).items():
         if tuple(header.get(name, {}).get("shape", ())) != shape:
             return f"{shard.name} holds no {name} of shape {shape}"
@@ -131,7 +132,7 @@ def _shape_problem(folder: Path, plan: CachePlan, shard: Shard) -> str | None:
 
 
 def tensor_shapes(plan: CachePlan, shard: Shard) -> dict[str, tuple[int, ...]]:
-    """Name and shape of each tensor of a shard."""
+    """Return the name and the shape of each tensor that a shard must hold."""
     if shard.height is not None and shard.width is not None:
         space = plan.spec.latent_space
         size = (shard.height // space.downscale, shard.width // space.downscale)

@@ -1,4 +1,4 @@
-"""Whether caches fit one another, and the model that is to learn from them."""
+"""Checks that caches agree with each other and with the model that is trained on them."""
 
 import logging
 from collections.abc import Mapping
@@ -17,11 +17,13 @@ logger = logging.getLogger(__name__)
 
 
 def check_caches(specs: Mapping[Path, CacheSpec], with_text: bool) -> CacheSpec:
-    """The settings of the first cache, after a look at the others.
+    """Check that caches can be used together, and return the settings of the first cache.
+
+    Different handling of EXIF orientation is only logged as a warning.
 
     Args:
-        specs: Settings by folder, at least one.
-        with_text: Whether prompt embeddings are read too.
+        specs: Settings of each cache by its folder, at least one.
+        with_text: Whether prompt embeddings are read from the caches too.
 
     Raises:
         InputError: If two caches hold latents of different VAEs, or embeddings of different text encoders.
@@ -47,17 +49,18 @@ def check_caches(specs: Mapping[Path, CacheSpec], with_text: bool) -> CacheSpec:
 
 
 def check_backbone(spec: CacheSpec, backbone: "DiffusionBackbone | Policy", with_text: bool) -> None:
-    """Compare a cache with the backbone of a reward model, or with a policy.
+    """Check that a cache was encoded as the backbone of a reward model, or a policy, encodes images and prompts.
 
-    One without a VAE is compared by its latent space alone, and so are latents whose VAE is not known.
+    If the backbone has no VAE, or the cache does not record one, only the latent spaces are compared.
 
     Args:
         spec: Settings of the cache.
-        backbone: Of the model, or the policy.
-        with_text: Whether prompt embeddings are read too.
+        backbone: Backbone of the reward model, or the policy.
+        with_text: Whether prompt embeddings are read from the cache too.
 
     Raises:
-        InputError: If the model would have made other latents or other embeddings, or trains its text encoder.
+        InputError: If the latent space, the VAE or the text encoder differs, or if embeddings are cached while the
+            model trains its text encoder.
     """
     if spec.latent_space != backbone.latent_space:
         raise InputError(

@@ -1,4 +1,4 @@
-"""Caches in, loaders of batches of latents out."""
+"""Data module that loads batches of latents from caches."""
 
 import logging
 import warnings
@@ -22,16 +22,16 @@ from latentreward.errors import InputError, check_at_least_one
 logger = logging.getLogger(__name__)
 
 HELD_BATCHES = 3
-"""That a trainer looks at: the one it works on, the next one, and one on its way."""
+"""Number of batches held outside the workers: the trainer's current batch, its next batch, and a batch in transfer."""
 
 
 @dataclass(frozen=True)
 class CachedSplit:
-    """Pairs of a cache.
+    """A cache, or one split of a cache, as a source of pairs.
 
     Attributes:
         cache: Folder that ``latentreward cache`` wrote.
-        split: Take pairs of this split only, by the ``split`` that their reader gave them; None takes all.
+        split: Name of the split, as the reader named it when the cache was written; None takes all pairs.
     """
 
     cache: str
@@ -61,27 +61,29 @@ def open_splits(
 
 
 class CachedPreferenceDataModule(PairLoaders):
-    """Cached pairs for training, validation, test and prediction: batches of latents, each of one image size.
+    """Data module of cached pairs for training, validation, test and prediction.
 
-    As in :class:`~latentreward.data.PreferenceDataModule`, unlabelled pairs are left out except in prediction, no
-    prompt is in two splits by default, and checkpoints hold the place in the training epoch. Pairs with an image that
-    could not be read when the cache was written are left out and counted. Whether the cache fits the model is checked
-    before training.
+    Each batch holds latents of one image size. As in :class:`~latentreward.data.PreferenceDataModule`, unlabelled pairs
+    are used in prediction only, no prompt is in two splits by default, and checkpoints record the position in the training epoch.
+    Pairs with an image that could not be read when the cache was written are left out and counted. Before training, the
+    cache is checked against the model's VAE and text encoder.
 
     Args:
-        train: Pairs to learn from.
-        val: Pairs to validate on.
-        test: Pairs to test on.
-        predict: Pairs to score, labelled or not; they may share prompts with the others.
-        tokens_per_batch: Instead of ``batch_size``: latent positions (height × width) of the chosen images of a batch
-            and rank, so that small images come in larger batches; at least one pair.
-        small_buckets: What happens to the last training pairs of an image size, fewer than a batch on every rank:
-            ``short`` makes a smaller batch, ``fill`` repeats pairs, ``drop`` leaves them out of the epoch; see
-            :class:`~latentreward.cache.sampling.BucketBatchSampler`. Evaluation takes every pair once, in any case.
-        cached_text: Take prompt embeddings from the cache, if it holds them; else the model encodes prompts.
-        on_missing: ``raise`` stops if a shard of a cache is not written yet; ``skip`` leaves out pairs that need it.
-        num_workers: Loader processes per rank; 0 reads in the training process.
-        prefetch_factor: Batches that each worker holds ready.
+        train: Training pairs.
+        val: Validation pairs.
+        test: Test pairs.
+        predict: Pairs to score, labelled or not, whose prompts may be in other splits.
+        tokens_per_batch: Instead of ``batch_size``: latent positions (height × width) of the chosen images in a batch
+            and rank, so that batches of small images hold more pairs. A batch holds at least one pair.
+        small_buckets: Treatment of the last training pairs of an image size, too few for a batch on every rank.
+            ``short`` makes a smaller batch, ``fill`` repeats pairs, ``drop`` leaves the pairs out of the epoch; see
+            :class:`~latentreward.cache.sampling.BucketBatchSampler`. Evaluation always takes every pair once.
+        cached_text: Whether to take prompt embeddings from the caches, if all caches hold them. Otherwise the model
+            encodes prompts.
+        on_missing: ``raise`` stops if a shard of a cache is not written yet. ``skip`` leaves out pairs that need a
+            missing shard.
+        num_workers: Number of loader processes per rank; 0 reads in the training process.
+        prefetch_factor: Number of batches that each worker loads in advance.
         shared_prompts: See :class:`~latentreward.data.PreferenceDataModule`.
         loading: See :class:`~latentreward.data.datamodules.PairLoaders`.
 
@@ -129,10 +131,10 @@ class CachedPreferenceDataModule(PairLoaders):
         }
 
     def setup(self, stage: str) -> None:
-        """Compare the caches with the model that is to be trained on them, or scored.
+        """Check that the caches fit the module's backbone or policy.
 
         Raises:
-            InputError: If they do not fit.
+            InputError: If the caches were written with another VAE or text encoder than the model's.
         """
         module = self.trainer.lightning_module if self.trainer else None
         reader = getattr(getattr(module, "model", None), "backbone", None) or getattr(module, "policy", None)
@@ -140,7 +142,7 @@ class CachedPreferenceDataModule(PairLoaders):
             check_backbone(self.spec, reader, self.cached_text)
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Batches of ``train``; in a step, every rank gets equally many pairs of one size."""
+        """Return the training loader; in each step, all ranks get the same number of pairs of one size."""
         if self._overfits():
             return self._evaluation_loader("train")
         dataset = self._dataset("train")
@@ -152,7 +154,7 @@ class CachedPreferenceDataModule(PairLoaders):
         return ResumableLoader(dataset, sampler, collate_fn=as_is, **self._worker_settings())
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """Batches of ``predict``, each pair once over all ranks."""
+        """Return the prediction loader, with each pair once over all ranks."""
         # Lightning looks for row numbers, which only its own batch samplers tell; what we write names pairs.
         warnings.filterwarnings("ignore", message="Couldn't infer the batch indices")
         return super().predict_dataloader()
@@ -171,7 +173,10 @@ class CachedPreferenceDataModule(PairLoaders):
         return dataset.sizes() // self.spec.latent_space.downscale
 
     def _pool(self, dataset: CachedPairDataset) -> BufferPool:
-        """Room for the batches that workers hold ready, and for the few that the trainer looks at."""
+        """Create shared memory for the loader's batches, as large as the largest batch each.
+
+        Each worker has ``prefetch_factor`` + 3 slots; without workers, there are 3 slots in all.
+        """
         sizes, sizing = self._latent_sizes(dataset), self._sizing()
         shapes, first = np.unique(sizes, axis=0, return_index=True)
         images = dataset.index.image_a[dataset.rows[first]]
@@ -181,7 +186,7 @@ class CachedPreferenceDataModule(PairLoaders):
         return BufferPool(ready + HELD_BATCHES, max(map(layout_bytes, layouts)), max(1, self.num_workers))
 
     def _deal(self, dataset: CachedPairDataset) -> dict[str, Any]:
-        """As the rows stand, as far as one size per batch allows."""
+        """Return the settings of an evaluation loader: batches of one size, in the order of the rows where possible."""
         dataset.pool = self._pool(dataset)
         rank = shares_of(self.trainer)["rank"]
         sampler = EvaluationBatches(self._latent_sizes(dataset), self._sizing(), rank)

@@ -1,4 +1,4 @@
-"""Cached pairs, a whole batch at a time."""
+"""Data set of cached pairs that reads a whole batch at a time."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,19 +18,18 @@ from latentreward.data.images import ExifOrientation
 
 
 class CachedPairDataset(Dataset[PreferenceBatch]):
-    """Map-style data set whose batches are read from the shards straight into one buffer.
+    """Map-style data set of cached pairs, which reads each batch from the shards into a single buffer.
 
-    A ``DataLoader`` gets whole batches from ``__getitems__``, so give it
-    :func:`~latentreward.data.loading.as_is` as ``collate_fn``. Latents and embeddings keep the dtype they are stored
-    in.
+    ``__getitems__`` returns complete batches, so a ``DataLoader`` needs :func:`~latentreward.data.loading.as_is` as
+    ``collate_fn``. Latents and embeddings keep their stored dtype.
 
     Args:
-        index: The cache.
-        rows: Rows of the index to offer.
-        with_text: Whether batches bring prompt embeddings, where the cache holds them.
+        index: Index of the cache.
+        rows: Indices of the pairs, in the columns of ``index``, that make up the data set.
+        with_text: Whether batches hold prompt embeddings, if the cache does.
 
     Attributes:
-        pool: Memory that batches are read into; None gives each batch its own.
+        pool: Shared memory that batches are read into; None allocates memory for each batch.
     """
 
     def __init__(self, index: CacheIndex, rows: Sequence[int] | np.ndarray, with_text: bool = True) -> None:
@@ -47,15 +46,17 @@ class CachedPairDataset(Dataset[PreferenceBatch]):
         return len(self.rows)
 
     def sizes(self) -> np.ndarray:
-        """``(N, 2)``: height and width of each pair's images, in pixels."""
+        """Return the height and width of each pair's images in pixels, ``(N, 2)``."""
         return self.index.image_size[self.index.image_a[self.rows]]
 
     def __getitem__(self, numbers: int | Sequence[int]) -> PreferenceBatch:
-        """A batch of one pair, or of several: what a ``DataLoader`` with ``batch_size=None`` asks for."""
+        """Read a batch of one or several pairs, as a ``DataLoader`` with ``batch_size=None`` requests it."""
         return self.__getitems__([numbers] if isinstance(numbers, int) else numbers)
 
     def __getitems__(self, numbers: Sequence[int]) -> PreferenceBatch:
-        """The pairs ``numbers``, all of one image size, turned as :func:`latentreward.data.collate.collate_pairs` does.
+        """Read the pairs at the indices ``numbers``, all of one image size, as one batch.
+
+        Each pair's images are assigned to chosen and rejected as in :func:`latentreward.data.collate.collate_pairs`.
 
         Raises:
             InputError: If a shard is damaged.
@@ -95,7 +96,7 @@ class CachedPairDataset(Dataset[PreferenceBatch]):
         return PreferenceBatch(**assemble(tensors, fields))
 
     def layout(self, pairs: int, image: int) -> Layout:
-        """Tensors of a batch of ``pairs`` pairs of images as large as ``image``."""
+        """Return the shapes and dtypes of the tensors in a batch of ``pairs`` pairs of images as large as ``image``."""
         store = self.index.store
         block = store.blocks[self.index.images.shard[image]][LATENTS]
         layout = [((2 * pairs, *block.shape), block.dtype)]
@@ -114,7 +115,7 @@ class CachedPairDataset(Dataset[PreferenceBatch]):
         return self.pool.leased(slot, layout_bytes(layout))
 
     def _read(self, images: np.ndarray, prompts: np.ndarray, tensors: Sequence[Tensor]) -> None:
-        """Latents of ``images``, and embeddings of ``prompts`` and of the empty prompt."""
+        """Read latents of ``images`` and embeddings of ``prompts`` and of the empty prompt into ``tensors``."""
         store = self.index.store
         store.read(LATENTS, self.index.images.of(images), tensors[0])
         if self.with_text:
@@ -124,7 +125,7 @@ class CachedPairDataset(Dataset[PreferenceBatch]):
 
 
 def assemble(tensors: Sequence[Tensor], fields: dict[str, Any]) -> dict[str, Any]:
-    """Fields of a :class:`PreferenceBatch` from its tensors and the rest."""
+    """Combine the tensors of a batch and its other fields to the arguments of :class:`PreferenceBatch`."""
     latents, *text, label, weight = tensors
     chosen, rejected = latents.chunk(2)
     fields = {**fields, "chosen": chosen, "rejected": rejected, "label": label, "weight": weight}
@@ -136,10 +137,12 @@ def assemble(tensors: Sequence[Tensor], fields: dict[str, Any]) -> dict[str, Any
 
 @dataclass(frozen=True)
 class SlotBatch(PreferenceBatch):
-    """A batch in a slot of a pool, in the worker that filled it; arrives in the trainer as a :class:`PreferenceBatch`.
+    """A batch in a slot of shared memory, in the worker that filled the slot.
+
+    Pickling sends ``parcel`` alone, which the training process turns into a :class:`PreferenceBatch` over the slot.
 
     Attributes:
-        parcel: Number of the pool, slot, layout of the tensors, fields without a tensor.
+        parcel: ID of the pool, index of the slot, layout of the tensors, and fields that are not tensors.
     """
 
     parcel: tuple[int, int, Layout, dict[str, Any]] = (0, 0, (), {})
@@ -149,6 +152,6 @@ class SlotBatch(PreferenceBatch):
 
 
 def unpack(pool: int, slot: int, layout: Layout, fields: dict[str, Any]) -> PreferenceBatch:
-    """The batch in a slot; the slot is free when its tensors are gone."""
+    """Return the batch in a slot of a pool; the slot becomes free when the batch's tensors are deleted."""
     buffer = pool_of(pool).leased(slot, layout_bytes(layout))
     return PreferenceBatch(**assemble(carve(buffer, layout), fields))

@@ -1,4 +1,4 @@
-"""From planned images and prompts to rows of shards: the data set, the module, and the callback that writes."""
+"""Encoding of planned images and prompts to rows of shards: data set, LightningModule, and callback that writes."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -33,13 +33,13 @@ class EncodeBatch(TensorRecord):
     """Rows of one shard that are encoded together: images, latents or prompts.
 
     Attributes:
-        shard: Which.
-        first: First row.
-        names: Image keys, or prompts.
-        pixels: ``(n, 3, H, W)`` in [-1, 1].
-        noise: ``(n, C, h, w)`` for the posterior sample; None for its mode.
-        latents: ``(n, C, h, w)`` that need no encoding.
-        unreadable: Row of the shard → why its image could not be read.
+        shard: Shard that the rows belong to.
+        first: Index of the batch's first row in the shard.
+        names: Image keys, or the prompts themselves.
+        pixels: ``(n, 3, H, W)`` in [-1, 1]; None for latents and prompts.
+        noise: ``(n, C, h, w)`` standard normal, for a sample of the VAE's posterior; None for its mode.
+        latents: ``(n, C, h, w)`` latents that need no encoding; None for images and prompts.
+        unreadable: Index of a row in the shard → why its image could not be read.
     """
 
     shard: Shard
@@ -55,10 +55,10 @@ class EncodeBatch(TensorRecord):
 
 
 class PlannedRows:
-    """Rows of every shard, in their order, from the tables of a plan.
+    """Lookup of the images or prompts that make up each shard, from the tables of a planned cache.
 
     Args:
-        folder: The cache.
+        folder: Folder of the cache.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -71,19 +71,19 @@ class PlannedRows:
         self._prompts = _by_shard(*(prompts[name].fill_null(-1).to_numpy() for name in ("shard", "row")))
 
     def rows(self, shard: Shard) -> np.ndarray:
-        """Rows of the table of images or prompts that make up ``shard``, in its order."""
+        """Return the row indices, in the table of images or prompts, that make up ``shard``, in the shard's order."""
         return (self._images if shard.kind == "latents" else self._prompts)[shard.number]
 
 
 class EncodeBatches(Dataset[EncodeBatch]):
-    """The encode batches of some shards.
+    """Data set of the batches to encode for some shards, shard by shard.
 
     Args:
-        folder: The cache.
-        plan: Its plan.
-        shards: Which shards.
-        reader: Where images come from.
-        max_pixels: Larger images count as unreadable.
+        folder: Folder of the cache.
+        plan: Plan of the cache.
+        shards: Shards to encode.
+        reader: Reader of the images.
+        max_pixels: Largest number of pixels of an image; larger images count as unreadable.
     """
 
     def __init__(
@@ -102,11 +102,11 @@ class EncodeBatches(Dataset[EncodeBatch]):
         return len(self.batches)
 
     def __getitem__(self, index: int) -> EncodeBatch:
-        """Fetch and decode batch ``index``.
+        """Read and decode batch ``index``; an unreadable image becomes zeros and is listed in ``unreadable``.
 
         Raises:
             ImageError: If an image cannot be read and the reader's ``on_error`` is ``"raise"``.
-            InputError: If the reader's rows are not those of the plan any more.
+            InputError: If the reader's rows differ from those that were planned.
         """
         shard, first, stop = self.batches[index]
         rows = self.planned.rows(shard)[first:stop]
@@ -138,7 +138,7 @@ class EncodeBatches(Dataset[EncodeBatch]):
 
     def _image(self, row: int) -> ImageRef:
         number, side = int(self.planned.reader_rows[row]), self.planned.sides[row].as_py()
-        if self._fetched is None or self._fetched[0] != number:  # the two images of a pair mostly follow each other
+        if self._fetched is None or self._fetched[0] != number:  # else it is the other image of the last pair
             self._fetched = number, self.reader[number]
         pair = self._fetched[1]
         image, key = pair.image_a if side == "a" else pair.image_b, self.planned.image_keys[row].as_py()
@@ -165,11 +165,11 @@ class EncodeBatches(Dataset[EncodeBatch]):
 
 
 class ShardEncoder(LightningModule):
-    """Batches to rows of shards, on the trainer's device.
+    """LightningModule whose ``predict_step`` encodes batches to rows of shards.
 
     Args:
         encoders: VAE and text encoders.
-        dtype: Stored type.
+        dtype: Dtype in which latents and embeddings are stored.
     """
 
     def __init__(self, encoders: Encoders, dtype: torch.dtype) -> None:
@@ -177,10 +177,10 @@ class ShardEncoder(LightningModule):
         self.vae, self.text, self.storage = encoders.vae, encoders.text, dtype
 
     def predict_step(self, batch: EncodeBatch, batch_idx: int) -> dict[str, Tensor]:
-        """Tensors of the shard, ``len(batch)`` rows each, in the stored type.
+        """Encode a batch to the tensors of its shard, ``len(batch)`` rows each, in the stored dtype.
 
         Raises:
-            InputError: If a number is not finite: the encoder, or the stored type, has overflowed.
+            InputError: If a value is not finite, because the encoder or the stored dtype has overflowed.
         """
         rows = {name: tensor.to(self.storage) for name, tensor in self._encoded(batch).items()}
         for tensor in rows.values():
@@ -208,10 +208,10 @@ class ShardEncoder(LightningModule):
 
 
 class ShardsToDisk(Callback):
-    """Writes what :class:`ShardEncoder` makes; a shard's manifest is written when its last row is.
+    """Callback that writes the rows from :class:`ShardEncoder` to shards, and a manifest after a shard's last row.
 
     Args:
-        folder: The cache; its plan must be there when the trainer runs.
+        folder: Folder of the cache, which must hold a plan when prediction starts.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -220,13 +220,13 @@ class ShardsToDisk(Callback):
         self._unreadable: dict[int, str] = {}
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Read the plan."""
+        """Read the plan of the cache."""
         self.plan = read_plan(self.folder)
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: EncodeBatch, *_: Any
     ) -> None:
-        """Write the rows of one batch."""
+        """Write the rows of one batch, and the manifest after the last batch of a shard."""
         with write_errors_named(self.folder, KEPT):
             if batch.first == 0:
                 shapes, dtype = tensor_shapes(self.plan, batch.shard), getattr(torch, self.plan.spec.dtype)
@@ -241,32 +241,41 @@ class ShardsToDisk(Callback):
                 write_file(self.folder / manifest_name(batch.shard.name), manifest.to_json(), KEPT)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Remove the shard that was being written."""
+        """Remove the unfinished shard."""
         if self._writer is not None:
             self._writer.abandon(exception)
 
 
 class OneThread(Callback):
-    """One thread per process: on a CPU the number of threads changes the last bits, and with them the files."""
+    """Callback that limits PyTorch to one thread per process while encoding.
+
+    On a CPU, the number of threads changes the last bits of the results, and so the files' bytes.
+    """
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the place of Lightning's own choice, which depends on the number of processes."""
+        """Set one thread, in place of Lightning's number, which depends on the number of processes."""
         self._threads = torch.get_num_threads()
         torch.set_num_threads(1)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the number back."""
+        """Restore the previous number of threads."""
         torch.set_num_threads(self._threads)
 
 
 class EncodingRate(Callback):
-    """Counts images and prompts, and shows how many there were per second and how many are left."""
+    """Callback that shows progress and rate of encoding, in images and prompts.
+
+    Attributes:
+        total: Number of images and prompts to encode, over all ranks.
+        done: Number that this rank has encoded.
+        seconds: Seconds since encoding began.
+    """
 
     def __init__(self) -> None:
         self.total, self.done, self.seconds = 0, 0, 0.0
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
+        """Start the clock and the progress display."""
         self.total = trainer.datamodule.total  # type: ignore[attr-defined]
         self._begun = time.monotonic()
         self._progress = Progress("cache: about", self.total if trainer.is_global_zero else 0, "images and prompts")
@@ -274,13 +283,13 @@ class EncodingRate(Callback):
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: EncodeBatch, *_: Any
     ) -> None:
-        """Count; the first process speaks for all, which get equal shares."""
+        """Count a batch; rank 0 shows its own count times the number of ranks, as an estimate."""
         before = self.done * trainer.world_size
         self.done, self.seconds = self.done + len(batch), time.monotonic() - self._begun
         self._progress.add(max(0, min(self.done * trainer.world_size, self.total) - before))
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the bar as it is."""
+        """Stop the progress display."""
         self._progress.close()
 
 

@@ -1,4 +1,4 @@
-"""The tables of a cache in memory: which pairs there are, and where their latents and embeddings lie."""
+"""The tables of a cache in memory: its pairs, and the shard and row of their latents and embeddings."""
 
 import logging
 from dataclasses import dataclass
@@ -24,10 +24,14 @@ OnMissing = Literal["raise", "skip"]
 MISSING_SHARD = "shard not written yet"
 UNREADABLE = "unreadable image"
 TWO_SIZES = "images of two sizes"
+"""Reasons why a pair cannot be used."""
 
 
 class TextColumn:
-    """Strings by number, decoded when asked for: workers share the bytes, where lists of strings would be copied."""
+    """A column of strings that are decoded on access.
+
+    Forked workers share the column's bytes, whereas a list of Python strings would be copied in each worker.
+    """
 
     def __init__(self, column: pa.ChunkedArray) -> None:
         array = column.cast(pa.large_string()).combine_chunks()
@@ -42,48 +46,52 @@ class TextColumn:
         return self.take(np.array([number]))[0]
 
     def take(self, numbers: np.ndarray) -> list[str]:
-        """The strings ``numbers``."""
+        """Return the strings at the indices ``numbers``."""
         starts, ends = self._offsets[numbers].tolist(), self._offsets[numbers + 1].tolist()
         return [self._data[start:end].decode() for start, end in zip(starts, ends, strict=True)]
 
 
 @dataclass(frozen=True)
 class Places:
-    """Where rows lie: (shard, row) each, -1 where they lie nowhere."""
+    """Shard and row in the shard of each image or prompt; the shard is -1 if the image or prompt is not stored."""
 
     shard: np.ndarray
     row: np.ndarray
 
     def of(self, numbers: np.ndarray) -> list[tuple[int, int]]:
-        """(shard, row) of each of ``numbers``."""
+        """Return the (shard, row) of each image or prompt at the indices ``numbers``."""
         return list(zip(self.shard[numbers].tolist(), self.row[numbers].tolist(), strict=True))
 
 
 class CacheIndex:
-    """A cache folder, opened once and shared by all that read from it.
+    """Tables and shards of a cache folder, opened once and shared by all data sets that read from the cache.
+
+    The columns hold P pairs, I images and T prompts of the whole plan, also those of missing shards.
 
     Args:
-        folder: The cache.
-        on_missing: ``"raise"`` stops if a shard was not written; ``"skip"`` leaves the pairs out that need it.
+        folder: Folder of the cache.
+        on_missing: ``"raise"`` raises InputError if a shard was not written. ``"skip"`` logs a warning, and
+            :attr:`unusable` marks the pairs that need a missing shard; InputError if no shard was written at all.
 
     Attributes:
-        plan: What was planned.
-        store: Files of the shards that are there.
-        pair_id: P names.
-        prompt: ``(P,)`` row of ``prompts``.
-        image_a: ``(P,)`` row of the images' columns.
-        image_b: ``(P,)``.
-        label: ``(P,)`` probability that image a wins; NaN is unlabelled.
-        weight: ``(P,)``.
-        split: ``(P,)`` names.
-        image_key: I names.
-        image_size: ``(I, 2)`` height and width in pixels.
-        images: Where latents lie; ``shard`` counts the files of ``store``.
-        prompts: T texts.
-        texts: Where embeddings lie.
+        plan: Plan of the cache.
+        store: Files of the shards that were written.
+        pair_id: P pair IDs.
+        prompt: ``(P,)`` index of each pair's prompt in ``prompts``.
+        image_a: ``(P,)`` index of each pair's first image in ``image_key``, ``image_size`` and ``images``.
+        image_b: ``(P,)`` index of each pair's second image.
+        label: ``(P,)`` probability that the first image wins; NaN for unlabelled pairs.
+        weight: ``(P,)`` weight of each pair in the loss.
+        split: ``(P,)`` name of the split of each pair.
+        image_key: I image keys.
+        image_size: ``(I, 2)`` height and width in pixels, as encoded.
+        images: Shard and row of each image's latents; ``shard`` is an index of the files in ``store``.
+        prompts: T prompts.
+        texts: Shard and row of each prompt's embeddings, as in ``images``.
 
     Raises:
-        InputError: If the folder is no whole cache of a known version.
+        InputError: If the plan or a table is missing or damaged, the cache has an unknown version, or a shard is
+            missing (see ``on_missing``), damaged or of another plan.
     """
 
     def __init__(self, folder: Path, on_missing: OnMissing = "raise") -> None:
@@ -105,7 +113,7 @@ class CacheIndex:
 
     @property
     def spec(self) -> CacheSpec:
-        """Settings of the cache."""
+        """Settings that the cache was written with."""
         return self.plan.spec
 
     def __len__(self) -> int:
@@ -121,7 +129,12 @@ class CacheIndex:
             raise InputError(f"{path} is damaged ({' '.join(str(error).split())}); {REMEDY}") from error
 
     def _open_shards(self, shards: list[dict[str, Any]], on_missing: OnMissing) -> tuple[np.ndarray, np.ndarray]:
-        """The store; the number of each shard's file in it, or -1; and (file, row) of images that were unreadable."""
+        """Open the written shards as ``self.store``.
+
+        Returns:
+            The index of each shard's file in the store, or -1 for a missing shard; and the ``(n, 2)`` (file, row) of
+            the images that could not be read when the cache was written.
+        """
         names = [shard["name"] for shard in shards]
         present = [all((self.folder / file).is_file() for file in (name, manifest_name(name))) for name in names]
         missing = [name for name, there in zip(names, present, strict=True) if not there]
@@ -146,7 +159,7 @@ class CacheIndex:
 
     @cached_property
     def unusable(self) -> dict[str, np.ndarray]:
-        """``(P,)`` bool by reason: pairs of which something is not there. No pair has two reasons."""
+        """Masks ``(P,)`` bool of the pairs that cannot be used, by reason; a pair has at most one reason."""
         height = len(self.image_size)
         unreadable = np.zeros(height, dtype=bool)
         if len(self._unreadable):
@@ -162,22 +175,24 @@ class CacheIndex:
         return {MISSING_SHARD: missing, UNREADABLE: broken, TWO_SIZES: uneven & ~missing & ~broken}
 
     def splits(self) -> list[str]:
-        """Names of the splits, in the order of the pairs."""
+        """List the names of the splits, in the order of their first pair."""
         return self.split.dictionary.to_pylist()
 
 
 class CachedPairs(PairReader):
-    """The usable pairs of a cache, or of one split of it; their latents are read by the batch.
+    """Reader of the usable pairs of a cache, or of one split of the cache, without their latents.
+
+    Latents are read per batch by :class:`~latentreward.cache.dataset.CachedPairDataset`.
 
     Args:
-        index: The cache.
+        index: Index of the cache.
         split: Value of the pairs' ``split`` column; None takes all pairs.
 
     Attributes:
-        rows: ``(N,)`` row of each pair in the index, ascending.
+        rows: ``(N,)`` index of each pair in the columns of ``index``, ascending.
 
     Raises:
-        InputError: If there is no such split.
+        InputError: If the cache has no such split.
     """
 
     holds = "nothing"
@@ -202,7 +217,7 @@ class CachedPairs(PairReader):
         return len(self.rows)
 
     def __getitem__(self, number: int) -> PreferencePair:
-        """Pair ``number``; its references hold nothing but keys."""
+        """Return pair ``number``, with the images' keys but not their contents."""
         index, row = self.index, int(self.rows[number])
         label = None if np.isnan(index.label[row]) else float(index.label[row])
         return PreferencePair(
@@ -229,12 +244,12 @@ class CachedPairs(PairReader):
 
 
 def _floats(column: pa.ChunkedArray) -> np.ndarray:
-    """Float64, NaN where the column is null."""
+    """Convert a column to float64, with NaN for null."""
     return column.to_numpy().astype(np.float64)
 
 
 def _places(table: pa.Table, file_of_shard: np.ndarray) -> Places:
-    """Shard numbers become numbers of files; nulls and shards that are not there become -1."""
+    """Replace each row's shard by the index of the shard's file, or by -1 for nulls and missing shards."""
     shard, row = (table[name].fill_null(-1).to_numpy().astype(np.int32) for name in ("shard", "row"))
     known = np.append(file_of_shard, -1).astype(np.int32)
     return Places(known[shard], row)

@@ -1,18 +1,18 @@
-"""What lies in a cache folder, version 1: file names, columns, and the two kinds of JSON files.
+"""Format of a cache folder, version 1: file names, columns of the tables, plan and manifests.
 
 ::
 
-    CACHE/plan.json                            what was planned, from which data, with which settings
+    CACHE/plan.json                            the plan: settings, data, hashes of the tables
     CACHE/pairs.parquet                        one row per pair
-    CACHE/images.parquet                       one row per cached image: where its latents lie
-    CACHE/prompts.parquet                      one row per distinct prompt: where its embeddings lie
-    CACHE/shards.parquet                       one row per shard, which is the shard's number
-    CACHE/sources.parquet                      one row per cached image: where it comes from; only writing needs it
+    CACHE/images.parquet                       one row per cached image: shard and row of its latents
+    CACHE/prompts.parquet                      one row per distinct prompt: shard and row of its embeddings
+    CACHE/shards.parquet                       one row per shard; the row's index is the shard's number
+    CACHE/sources.parquet                      one row per cached image: its row and side in the reader, for writing
     CACHE/latents/HHHHxWWWW-NNNNN.safetensors  one tensor "latents" (N, C, h, w) of images of H × W pixels
     CACHE/text/NNNNN.safetensors               "prompt_embeds" (N, L, D) and "pooled_prompt_embeds" (N, P)
 
-Beside each shard lies a manifest of the same name with ``.json`` behind it, written last: a shard without one is not
-finished. Files hold no time stamps; their bytes depend on the data and the settings alone.
+Each shard has a manifest, named as the shard with ``.json`` appended, which is written last: a shard without a manifest
+is not finished. Files hold no time stamps, so that their bytes depend on the data and the settings alone.
 """
 
 import json
@@ -36,7 +36,7 @@ LATENTS_FOLDER, TEXT_FOLDER = "latents", "text"
 LATENTS, PROMPT_EMBEDS, POOLED_PROMPT_EMBEDS = "latents", "prompt_embeds", "pooled_prompt_embeds"
 """Names of the tensors in a shard."""
 TEMPORARY = ".tmp"
-"""End of the name of a file that is being written."""
+"""Extension by which an earlier version named unfinished files."""
 
 CacheDtype = Literal["float16", "bfloat16", "float32"]
 
@@ -77,51 +77,52 @@ SCHEMAS = {
 }
 """Columns of each table.
 
-``prompt``, ``image_a`` and ``image_b`` of a pair are row numbers of the prompts' and the images' table; ``shard`` is a
-row number of the shards' table and ``row`` a row of that shard. ``height`` and ``width`` are pixels as encoded, null
-for text. ``batch`` numbers the images of a shard that are encoded together. ``label_a`` is null for unlabelled pairs;
-``shard`` and ``row`` of a prompt are null where prompts are not cached. ``name`` is the path below the cache's folder.
-``side`` is ``a`` or ``b`` of row ``reader_row`` of the reader.
+``prompt`` of a pair is a row index of the prompts' table, ``image_a`` and ``image_b`` are row indices of the images'
+table. ``shard`` is a row index of the shards' table, and ``row`` is a row index in that shard. ``height`` and ``width``
+are pixels as encoded, null for text. ``batch`` is the index, in its shard, of the batch that an image is encoded in.
+``label_a`` is null for unlabelled pairs. ``shard`` and ``row`` of a prompt are null if prompts are not cached. ``name``
+is the path below the cache's folder. ``side`` is ``a`` or ``b``: the image of the pair in row ``reader_row`` of the
+reader.
 """
 
 
 def latents_name(height: int, width: int, number: int) -> str:
-    """Path below the cache's folder of the ``number``-th shard of images of ``height`` × ``width`` pixels."""
+    """Return the path, below the cache's folder, of shard ``number`` of images of ``height`` × ``width`` pixels."""
     return f"{LATENTS_FOLDER}/{height:04d}x{width:04d}-{number:05d}.safetensors"
 
 
 def text_name(number: int) -> str:
-    """Path below the cache's folder of the ``number``-th shard of text embeddings."""
+    """Return the path, below the cache's folder, of shard ``number`` of text embeddings."""
     return f"{TEXT_FOLDER}/{number:05d}.safetensors"
 
 
 def manifest_name(shard_name: str) -> str:
-    """Path of the manifest of a shard."""
+    """Return the path of the manifest of a shard."""
     return f"{shard_name}.json"
 
 
 def canonical_json(value: Any) -> str:
-    """JSON with sorted keys, so that equal values give equal text."""
+    """Convert a value to JSON with sorted keys, so that equal values give equal text."""
     return json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False) + "\n"
 
 
 def digest(value: Any) -> str:
-    """Hash (32 hexadecimal digits) of what can be put as JSON."""
+    """Compute the hash (32 hexadecimal digits) of a JSON-compatible value."""
     return digests.digest([canonical_json(value)])
 
 
 @dataclass(frozen=True)
 class TextSpec:
-    """Text embeddings of a cache.
+    """Settings of the text embeddings in a cache.
 
     Attributes:
         fingerprint: See :func:`latentreward.encoders.fingerprint.text_fingerprint`.
         num_tokens: L of ``prompt_embeds`` (N, L, D).
-        token_dim: D.
+        token_dim: D of ``prompt_embeds``.
         pooled_dim: P of ``pooled_prompt_embeds`` (N, P).
-        dtype: Precision that the text encoders ran in.
-        batch_size: Prompts encoded together.
-        prompts_per_shard: Most prompts of one shard.
+        dtype: Dtype that the text encoders ran in.
+        batch_size: Number of prompts encoded together.
+        prompts_per_shard: Largest number of prompts in a shard.
     """
 
     fingerprint: str
@@ -135,27 +136,28 @@ class TextSpec:
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """Everything besides the data that decides the bytes of a cache.
+    """Settings that, together with the data, determine the bytes of a cache.
 
     Attributes:
-        origin: ``vae`` for images encoded here; otherwise the published cache that the latents were taken from.
-        vae: See :func:`latentreward.encoders.fingerprint.vae_fingerprint`; None for latents from elsewhere.
-        vae_dtype: Precision that the VAE ran in; None likewise.
+        origin: ``vae`` for images encoded by this program; otherwise the name of the published cache of latents that
+            the latents were copied from.
+        vae: See :func:`latentreward.encoders.fingerprint.vae_fingerprint`; None for copied latents.
+        vae_dtype: Dtype that the VAE ran in; None for copied latents.
         latent_space: Space of the latents.
-        posterior: Whether latents are a sample or the mode of the VAE's posterior; None likewise.
+        posterior: Whether latents are a sample or the mode of the VAE's posterior; None for copied latents.
         seed: Seed of the posterior samples.
-        dtype: Stored precision of latents and embeddings.
-        size: (height, width) in pixels that all images come to; None with buckets.
-        buckets: (height, width) of each bucket; None with one size.
-        resize: How images come to their size, see ``latentreward.data.images.PixelLoader``; None for latents from
-            elsewhere.
-        cross_bucket: What happens to a pair whose images fall into different buckets.
-        min_pixels: Smaller images were left out.
-        batch_size: Images encoded together.
-        images_per_shard: Most images of one shard.
-        text: Text embeddings; None if there are none.
-        exif: Whether images were turned upright by their EXIF orientation; None for latents from elsewhere, and where
-            an earlier version wrote the cache, which ignored it.
+        dtype: Dtype in which latents and embeddings are stored.
+        size: (height, width) in pixels that all images are resized to; None with buckets.
+        buckets: (height, width) in pixels of each bucket; None with one size.
+        resize: Resize method, see ``latentreward.data.images.PixelLoader``; None for copied latents.
+        cross_bucket: Treatment of a pair whose images fall into different buckets, see
+            :class:`~latentreward.cache.sizing.ImageSettings`.
+        min_pixels: Smallest number of pixels of an image; pairs with a smaller image are left out.
+        batch_size: Number of images encoded together.
+        images_per_shard: Largest number of images in a shard.
+        text: Settings of the text embeddings; None if prompts are not cached.
+        exif: ``apply`` if images were turned upright by their EXIF orientation, else ``ignore``. None for copied
+            latents and for caches of earlier versions, which ignored the orientation.
     """
 
     origin: str
@@ -181,12 +183,12 @@ class CacheSpec:
         return digest(self.record())
 
     def record(self) -> dict[str, Any]:
-        """Plain values, without ``exif`` where it is not known: hashes of earlier versions stay."""
+        """Return the fields as plain values, without ``exif`` if None, so that earlier versions' hashes stay valid."""
         return {name: value for name, value in asdict(self).items() if name != "exif" or value is not None}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
-        """The spec that ``dataclasses.asdict`` and JSON made ``values`` of."""
+        """Create the spec from ``values``, the JSON form of :meth:`record`."""
         values = dict(values)
         values["latent_space"] = LatentSpace(**values["latent_space"])
         values["text"] = None if values["text"] is None else TextSpec(**values["text"])
@@ -200,14 +202,14 @@ class CachePlan:
     """Content of ``plan.json``.
 
     Attributes:
-        spec: Settings.
-        data: What the pairs come from: kind of reader, number of rows, hash of their prompts.
+        spec: Settings of the cache.
+        data: Description of the reader, see :func:`latentreward.cache.plan.describe_data`.
         tables: SHA-256 of each table's file.
         pairs: Number of pairs kept.
-        images: Number of images to cache; an image in two buckets counts twice.
-        prompts: Number of distinct prompts, with the empty one where embeddings are cached.
-        dropped: Pairs left out in planning, by reason.
-        version: Of the layout.
+        images: Number of images to cache; an image cached in two buckets counts twice.
+        prompts: Number of distinct prompts, including the empty prompt if embeddings are cached.
+        dropped: Number of pairs left out in planning, by reason.
+        version: Version of the cache format.
     """
 
     spec: CacheSpec
@@ -226,11 +228,11 @@ class CachePlan:
 
     @property
     def empty_prompt(self) -> int | None:
-        """Row of the empty prompt in the prompts' table; None where embeddings are not cached."""
+        """Row index of the empty prompt in the prompts' table; None if embeddings are not cached."""
         return None if self.spec.text is None else 0
 
     def to_json(self) -> str:
-        """Text of ``plan.json``."""
+        """Return the text of ``plan.json``."""
         return canonical_json({**self._record(), "spec_hash": self.spec.hash, "plan_hash": self.hash})
 
     def _record(self) -> dict[str, Any]:
@@ -242,12 +244,12 @@ class ShardManifest:
     """Content of the JSON file beside a shard.
 
     Attributes:
-        count: Rows of the shard.
-        sha256: Of the shard's file.
+        count: Number of rows in the shard.
+        sha256: SHA-256 of the shard's file.
         spec_hash: Hash of the settings.
         plan_hash: Hash of the plan.
-        unreadable: Row of the shard → why its image could not be read; such rows hold zeros, and their pairs are not to
-            be used.
+        unreadable: Index of a row in the shard → why its image could not be read. Such rows hold zeros, and readers
+            leave out their pairs.
     """
 
     count: int
@@ -257,7 +259,7 @@ class ShardManifest:
     unreadable: dict[int, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """Text of the file."""
+        """Return the text of the manifest's file."""
         return canonical_json(asdict(self))
 
 
@@ -265,11 +267,11 @@ def read_plan(folder: Path) -> CachePlan:
     """Read ``plan.json`` of a cache.
 
     Raises:
-        InputError: If there is none, it is damaged, or its layout has another version.
+        InputError: If the file is missing, is damaged, or has another version of the format.
     """
     path = folder / PLAN
     if not path.is_file():
-        raise InputError(f"{folder} is no cache: it has no {PLAN}; run `latentreward cache` or check the path")
+        raise InputError(f"{folder} is not a cache: it has no {PLAN}; run `latentreward cache` or check the path")
     values = _read_json(path)
     if values.get("version") != VERSION:
         raise InputError(
@@ -290,7 +292,7 @@ def read_manifest(path: Path) -> ShardManifest:
     """Read the manifest at ``path``.
 
     Raises:
-        InputError: If it is missing or damaged.
+        InputError: If the file is missing or damaged.
     """
     if not path.is_file():
         raise InputError(f"{path} is missing; run `latentreward cache` again with the same settings")

@@ -1,7 +1,7 @@
-"""The plan of a cache: which image goes to which row of which shard, written before anything is encoded.
+"""Planning of a cache: the assignment of each image and prompt to a row of a shard, before encoding starts.
 
-It depends on the rows of the reader and on the spec alone, never on the number of processes. Tables are written as the
-rows come; memory holds a hash and a number for each image and prompt.
+The plan depends on the reader's rows and on the spec alone, not on the number of processes. Tables are written row by
+row; memory holds a hash and an index for each image and prompt.
 """
 
 from collections import Counter
@@ -31,17 +31,17 @@ GROUPS = {
     "exif": "reader",
     **dict.fromkeys(("origin", "vae", "vae_dtype", "latent_space", "posterior", "batch_size", "text"), "encoder"),
 }
-"""Field of a spec -> group of the command's settings that decides it."""
+"""Field of a spec → group of the command's settings that the field comes from."""
 UNRECORDED = {"exif": "ignore"}
-"""What earlier versions, which did not record it, always did."""
+"""Value of each field that earlier versions did not record."""
 
 
 class TableWriter:
-    """A parquet file whose rows come one by one.
+    """Writer of a parquet file, row by row.
 
     Args:
-        stream: Where it is written.
-        schema: Columns.
+        stream: Binary stream to write to.
+        schema: Columns of the table.
     """
 
     def __init__(self, stream: Any, schema: pa.Schema) -> None:
@@ -50,7 +50,7 @@ class TableWriter:
         self._rows: list[tuple[Any, ...]] = []
 
     def add(self, *values: Any) -> int:
-        """Add a row; returns its number."""
+        """Add a row and return its index."""
         self._rows.append(values)
         self.count += 1
         if len(self._rows) == ROWS_PER_GROUP:
@@ -58,12 +58,12 @@ class TableWriter:
         return self.count - 1
 
     def close(self) -> None:
-        """Write what is left; call it while the stream is open, also after an error."""
+        """Write the remaining rows and the footer; to be called while the stream is open, also after an error."""
         try:
             self._flush()
             self._writer.close()
         finally:
-            self._writer.is_open = False  # else it tries again when it is deleted, and complains
+            self._writer.is_open = False  # after a failed close, the writer would try again when it is deleted
 
     def _flush(self) -> None:
         if self._rows:
@@ -74,7 +74,10 @@ class TableWriter:
 
 
 class ShardNumbers:
-    """Shards in the order in which their first rows come; a shard holds rows of one shape."""
+    """Assignment of images and prompts to shards, in the order in which they are added.
+
+    A shard holds images of one size or prompts.
+    """
 
     def __init__(self) -> None:
         self.shards: list[tuple[str, str, int | None, int | None]] = []
@@ -83,7 +86,15 @@ class ShardNumbers:
         self._begun: Counter[Bucket | None] = Counter()
 
     def place(self, size: Bucket | None, most: int) -> tuple[int, int]:
-        """Shard and row of the next image of ``size``, or of the next prompt (None), ``most`` of them in a shard."""
+        """Assign the next image or prompt to a shard.
+
+        Args:
+            size: Size of the image in pixels; None for a prompt.
+            most: Largest number of rows in a shard.
+
+        Returns:
+            Index of the shard, and of the row in the shard.
+        """
         shard = self._open.get(size)
         if shard is None or self.counts[shard] == most:
             shard = self._open[size] = len(self.shards)
@@ -97,12 +108,15 @@ class ShardNumbers:
 
 
 class Planner:
-    """Gives every image and prompt its place, in the order of the rows.
+    """Planner that assigns every image and prompt to a row of a shard, in the order of the reader's rows.
 
     Args:
-        spec: Settings.
-        images: Sizes of images.
-        tables: Writer of each table.
+        spec: Settings of the cache.
+        images: Settings for the sizes of images.
+        tables: Writer of each table, by the table's file name.
+
+    Attributes:
+        dropped: Number of rows left out so far, by reason.
     """
 
     def __init__(self, spec: CacheSpec, images: ImageSettings, tables: dict[str, TableWriter]) -> None:
@@ -114,7 +128,10 @@ class Planner:
             self._prompt("")
 
     def add(self, row: ScannedRow) -> None:
-        """Plan one row."""
+        """Write the pair of one row, and assign its images and prompt to shards if they are new.
+
+        A row with a problem, or whose images have no size to be cached at, is left out and counted in ``dropped``.
+        """
         sizes = self._sizes(row)
         if isinstance(sizes, str):
             self.dropped[sizes] += 1
@@ -171,18 +188,18 @@ def write_plan(
     rows: Iterable[ScannedRow],
     progress: Callable[[int], None] = lambda number: None,
 ) -> CachePlan:
-    """Plan all ``rows`` and write tables and ``plan.json``, the latter last.
+    """Plan all ``rows``, write the tables, and write ``plan.json`` last.
 
     Args:
-        folder: The cache.
-        spec: Settings.
-        images: Sizes of images, of which ``spec`` was made.
-        data: See :func:`describe_data`.
+        folder: Folder of the cache.
+        spec: Settings of the cache.
+        images: Settings for the sizes of images, which ``spec`` was made from.
+        data: Description of the data, see :func:`describe_data`.
         rows: Rows of the reader, in their order.
-        progress: Called with 1 after each row.
+        progress: Function that is called with 1 after each row.
 
     Raises:
-        InputError: If no pair is left.
+        InputError: If no row can be cached.
     """
     with ExitStack() as stack:
         tables = {}
@@ -212,7 +229,11 @@ def write_plan(
 
 
 def describe_data(reader: PairReader) -> dict[str, Any]:
-    """What tells one data set from another without reading all of it: kind, rows, and a few rows spread over it."""
+    """Describe a reader's data, so that a resumed run can notice other data without reading all rows.
+
+    Returns:
+        The reader's class name, number of rows, source, split, and a digest of about 16 rows spread over the data.
+    """
     step = max(1, len(reader) // SAMPLED_ROWS)
     sample = [reader[index] for index in range(0, len(reader), step)]
     return {
@@ -225,10 +246,10 @@ def describe_data(reader: PairReader) -> dict[str, Any]:
 
 
 def check_same(folder: Path, plan: CachePlan, spec: CacheSpec, data: dict[str, Any]) -> None:
-    """Refuse to go on with a cache that was begun with other settings or other data.
+    """Check that a cache is resumed with the settings and the data that it was begun with.
 
     Raises:
-        InputError: Naming the first field that differs.
+        InputError: If a field differs; the message names the first such field.
     """
     old = {"spec": UNRECORDED | plan.spec.record(), "data": plan.data}
     new = {"spec": UNRECORDED | spec.record(), "data": data}
@@ -250,7 +271,7 @@ def _first_difference(old: Any, new: Any, name: str = "") -> tuple[str, Any, Any
 
 
 def _setting(name: str) -> str:
-    """What the user calls a field: ``spec.size`` is the setting ``images.size``."""
+    """Return the name of the setting that a field of the plan comes from: ``images.size`` for ``spec.size``."""
     kind, _, field = name.partition(".")
     if kind != "spec":
         return name

@@ -1,4 +1,4 @@
-"""Batches of one image size each: which pairs meet, on which rank, in which order."""
+"""Batch samplers whose batches hold pairs of one image size, for training and for evaluation."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -12,19 +12,22 @@ from latentreward.errors import InputError
 from latentreward.seeding import pair_generator
 
 SmallBuckets = Literal["fill", "short", "drop"]
+"""Treatment of the last pairs of an image size, see :class:`BucketBatchSampler`."""
 
 
 @dataclass(frozen=True)
 class Sizing:
-    """What shapes the batches of an epoch.
+    """Settings that determine the batches of an epoch.
 
     Attributes:
         batch_size: Pairs per batch and rank.
-        tokens_per_batch: If given, pairs per batch are this divided by the latent's height × width, at least 1.
-        small_buckets: What happens to the last pairs of a size, fewer than one batch on every rank.
+        tokens_per_batch: Instead of ``batch_size``: latent positions per batch and rank. A batch has
+            ``tokens_per_batch`` divided by the latents' height × width pairs, at least 1.
+        small_buckets: Treatment of the last pairs of a size, too few for a batch on every rank; see
+            :class:`BucketBatchSampler`.
         world_size: Number of ranks.
-        seed: Seed of the order.
-        shuffle: New order each epoch; the order of the data set otherwise.
+        seed: Seed of the shuffled order.
+        shuffle: Whether each epoch has a new random order; False keeps the order of the data set.
     """
 
     batch_size: int
@@ -35,34 +38,35 @@ class Sizing:
     shuffle: bool = True
 
     def pairs_per_rank(self, tokens: int) -> int:
-        """Batch size for latents of ``tokens`` positions."""
+        """Return the number of pairs per batch and rank for latents with ``tokens`` positions (height × width)."""
         return self.batch_size if self.tokens_per_batch is None else max(1, self.tokens_per_batch // tokens)
 
 
 class BucketBatchSampler:
-    """A rank's training batches, each of one image size; see :class:`~latentreward.data.loading.ResumableBatchSampler`.
+    """Sampler of a rank's training batches, each with pairs of one image size, that can resume inside an epoch.
 
-    A step takes batch size × world size pairs of one size, dealt out to the ranks, so shapes and counts agree on all of
-    them. The pairs left of a size, fewer than that, follow ``small_buckets``:
+    It implements :class:`~latentreward.data.loading.ResumableBatchSampler`. Each training step takes batch size × world
+    size pairs of one size and splits them over the ranks, so that all ranks have batches of one shape. The last pairs
+    of a size, too few for a full step, are treated as ``small_buckets`` says:
 
-    - ``short``: one smaller step of them; if the ranks cannot share them evenly, fewer pairs than there are ranks come
-      twice in the epoch. No pair is lost.
-    - ``fill``: one full step, filled up with pairs of the same size, which come twice or more. No pair is lost, and
-      there are no more shapes of batches than sizes.
-    - ``drop``: left out of this epoch; other pairs are in the next one. A size with fewer pairs than that is never
-      seen.
+    - ``short``: They make one smaller step. If their number is not a multiple of the world size, fewer pairs than ranks
+      are repeated. Every pair is used.
+    - ``fill``: They make one full step, filled up with repeated pairs of this size. Every pair is used, and all batches
+      of a size have one shape.
+    - ``drop``: They are left out of the epoch; with ``shuffle``, the next epoch leaves out other pairs. A size with
+      fewer pairs than a full step is never used.
 
-    The order depends on seed and epoch alone; with one size, it is that of
-    :class:`~latentreward.data.sampling.PairBatchSampler`. A resumed epoch goes on with the pairs it has not used yet,
-    also under another world or batch size.
+    The order depends on seed and epoch alone. With a single size, the order is that of
+    :class:`~latentreward.data.sampling.PairBatchSampler`. A resumed epoch continues with the pairs that it has not used
+    yet, also with another world size or batch size.
 
     Args:
         sizes: ``(N, 2)`` latent height and width of each pair.
-        sizing: What shapes the batches.
-        rank: Number of this rank.
+        sizing: Settings of the batches.
+        rank: Global rank of this process.
 
     Raises:
-        InputError: If no batch is left.
+        InputError: If no size has enough pairs for a batch, with ``small_buckets="drop"``.
     """
 
     def __init__(self, sizes: np.ndarray, sizing: Sizing, rank: int = 0) -> None:
@@ -79,7 +83,7 @@ class BucketBatchSampler:
             )
 
     def set_epoch(self, epoch: int) -> None:
-        """Turn to an epoch; another one starts from its first batch."""
+        """Set the epoch; an epoch other than the present one starts from its first batch."""
         if epoch != self.epoch:
             self.epoch, self.skip, self.spans = epoch, 0, []
 
@@ -92,20 +96,23 @@ class BucketBatchSampler:
         return sum(self._steps(count, tokens) for count, tokens in zip(counts, self.tokens, strict=True))
 
     def remaining(self) -> int:
-        """Batches per rank that an iteration begun now yields."""
+        """Return the number of batches per rank that are left of the epoch."""
         return len(self._groups()) - self.skip
 
     def state_dict(self, batches: int) -> dict[str, Any]:
-        """Place after ``batches`` more batches: the epoch, and what each sizing took of it in turn."""
+        """Return the state after ``batches`` more batches.
+
+        The state holds the epoch and, for each sizing that the epoch was run with in turn, the batches taken.
+        """
         span = {**asdict(self.sizing), "batches": self.skip + batches}
         spans = [*self.spans, span] if span["batches"] else self.spans
         return {"epoch": self.epoch, "pairs": len(self.bucket), "spans": [dict(span) for span in spans]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go to a place.
+        """Restore the state that :meth:`state_dict` returned.
 
         Raises:
-            InputError: If it lies within an epoch over other pairs.
+            InputError: If the state is inside an epoch over another number of pairs.
         """
         spans = [dict(span) for span in state_dict["spans"]]
         if spans and state_dict["pairs"] != len(self.bucket):
@@ -118,7 +125,7 @@ class BucketBatchSampler:
             self.skip = self.spans.pop()["batches"]
 
     def describe(self) -> str:
-        """One line: pairs, sizes, steps, and what becomes of the last pairs of each size."""
+        """Describe in one line the pairs, sizes, steps, and the treatment of the last pairs of each size."""
         counts = np.bincount(self.bucket, minlength=len(self.tokens)).tolist()
         full = [self._full_step(tokens) for tokens in self.tokens]
         rests = [count % step for count, step in zip(counts, full, strict=True)]
@@ -142,7 +149,7 @@ class BucketBatchSampler:
         return full + (rest > 0 and self.sizing.small_buckets != "drop")
 
     def _groups(self) -> list[np.ndarray]:
-        """Pairs of each step under the present sizing: of the whole epoch, or of what earlier sizings left."""
+        """Return the pairs of each step with the present sizing, without pairs that earlier sizings used."""
         if self._planned is None or self._planned[:2] != (self.epoch, self.spans):
             left = np.ones(len(self.bucket), dtype=bool)
             for span in map(dict, self.spans):
@@ -153,24 +160,27 @@ class BucketBatchSampler:
         return self._planned[2]
 
     def _plan_epoch(self, epoch: int, sizing: Sizing, left: np.ndarray) -> list[np.ndarray]:
-        """Steps over the pairs that are ``left``; one begins where its first pair stands in the epoch's order."""
+        """Group the pairs that are ``left`` ``(N,)`` into steps of one size.
+
+        Steps are sorted by the position of their first pair in the epoch's order.
+        """
         order = np.arange(len(left))
         if sizing.shuffle:
             generator = pair_generator(sizing.seed, "order", epoch, "")
             order = torch.randperm(len(left), generator=generator).numpy()
-        place = np.empty_like(order)
-        place[order] = np.arange(len(order))
+        position = np.empty_like(order)
+        position[order] = np.arange(len(order))
         order = order[left[order]]
         buckets = self.bucket[order]
         groups = []
         for number, tokens in enumerate(self.tokens):
             step = sizing.pairs_per_rank(tokens) * sizing.world_size
             groups += _cut(order[buckets == number], step, sizing)
-        return sorted(groups, key=lambda group: place[group[0]])
+        return sorted(groups, key=lambda group: position[group[0]])
 
 
 def _cut(order: np.ndarray, step: int, sizing: Sizing) -> list[np.ndarray]:
-    """Pairs of one size in steps of ``step`` pairs; the last ones as ``small_buckets`` says."""
+    """Cut pairs of one size into steps of ``step`` pairs, and treat the last pairs as ``small_buckets`` says."""
     rest = len(order) % step
     groups = list(order[: len(order) - rest].reshape(-1, step))
     if rest and sizing.small_buckets != "drop":
@@ -181,19 +191,19 @@ def _cut(order: np.ndarray, step: int, sizing: Sizing) -> list[np.ndarray]:
 
 
 class EvaluationBatches(DistributedSampler[list[int]]):
-    """A rank's evaluation batches, as the ``sampler`` of a ``DataLoader`` with ``batch_size=None``.
+    """Sampler of a rank's evaluation batches, each with pairs of one image size.
 
-    Every pair comes once over all ranks, and all ranks get equally many batches. Where the number of batches is no
-    multiple of the world size, the largest are cut in two; where there are too few pairs for that, the smallest of one
-    size are joined.
+    It is the ``sampler`` of a ``DataLoader`` with ``batch_size=None``. Over all ranks, every pair is used once, and
+    every rank gets the same number of batches. If the number of batches is not a multiple of the world size, the
+    largest batches are cut in two. If there are too few pairs to cut, small batches of one size are joined instead.
 
     Args:
         sizes: ``(N, 2)`` latent height and width of each pair.
         sizing: Batch size and world size.
-        rank: Number of this rank.
+        rank: Global rank of this process.
 
     Raises:
-        InputError: If the pairs cannot be dealt out so.
+        InputError: If the ranks cannot get the same number of batches.
     """
 
     def __init__(self, sizes: np.ndarray, sizing: Sizing, rank: int = 0) -> None:
@@ -215,7 +225,7 @@ class EvaluationBatches(DistributedSampler[list[int]]):
 
 
 def _cut_evenly(batches: Sequence[np.ndarray], world_size: int) -> list[np.ndarray]:
-    """A multiple of ``world_size`` batches, by cutting; empty if there are too few pairs."""
+    """Cut the largest batches in two until their number is a multiple of ``world_size``; empty if impossible."""
     even = list(batches)
     while len(even) % world_size:
         largest = max(range(len(even)), key=lambda number: len(even[number]))
@@ -227,7 +237,7 @@ def _cut_evenly(batches: Sequence[np.ndarray], world_size: int) -> list[np.ndarr
 
 
 def _join_evenly(batches: Sequence[np.ndarray], bucket: np.ndarray, world_size: int) -> list[np.ndarray]:
-    """The same by joining two batches of one size at a time."""
+    """Join small batches of one size until their number is a multiple of ``world_size``."""
     even = sorted(batches, key=len)
     while len(even) % world_size:
         joined = _join_two(even, bucket.reshape(-1))

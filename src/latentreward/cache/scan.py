@@ -1,4 +1,4 @@
-"""What planning has to know of each row of a reader: its pair, and the sizes of its images."""
+"""Scan of a reader for planning: the pair of each row, and the sizes of its images."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -15,18 +15,19 @@ from latentreward.data.loading import WorkerLoader
 from latentreward.data.readers import PairReader
 
 ROWS_AT_ONCE = 64
+"""Rows that a worker sends together."""
 REMEDY = "replace the file, or set the reader's on_error to skip"
 
 
 @dataclass(frozen=True)
 class ScannedRow:
-    """One row of a reader, without the bytes of its images.
+    """Pair in one row of a reader, with the sizes of its images but without their contents.
 
     Attributes:
-        number: Row number of the reader.
-        pair: Its record; its images are names alone.
-        sizes: Pixels of the two images; None if they are not needed, or an image has none.
-        problem: Why the row has to be left out; None if it need not.
+        number: Index of the row in the reader.
+        pair: Pair whose images have keys but no contents.
+        sizes: Height and width in pixels of the two images; None if sizes are not needed, or if there is a problem.
+        problem: Why the row has to be left out; None if it can be cached.
     """
 
     number: int
@@ -36,12 +37,12 @@ class ScannedRow:
 
 
 class RowScan(Dataset[ScannedRow]):
-    """Rows of a reader as :class:`ScannedRow`: headers of images are read, but no pixels.
+    """Data set of a reader's rows as :class:`ScannedRow`; image headers are read only if sizes are needed, no pixels.
 
     Args:
-        reader: Rows.
-        images: Says whether the sizes of images matter.
-        space: Space of latents, where the reader holds latents instead of images.
+        reader: Reader of the pairs.
+        images: Settings for the sizes of images, which tell whether sizes are needed.
+        space: Space of the latents, if the reader holds latents instead of images.
     """
 
     def __init__(self, reader: PairReader, images: ImageSettings, space: LatentSpace) -> None:
@@ -51,10 +52,10 @@ class RowScan(Dataset[ScannedRow]):
         return len(self.reader)
 
     def __getitem__(self, index: int) -> ScannedRow:
-        """Row ``index``.
+        """Scan row ``index``.
 
         Raises:
-            ImageError: If a header cannot be read and the reader's ``on_error`` is ``"raise"``.
+            ImageError: If an image's header cannot be read and the reader's ``on_error`` is ``"raise"``.
         """
         pair = self.reader[index]
         a, b = pair.image_a, pair.image_b
@@ -80,7 +81,7 @@ class RowScan(Dataset[ScannedRow]):
 
 
 def scan_rows(scan: RowScan, num_workers: int) -> Iterator[ScannedRow]:
-    """All rows in their order, read by worker processes."""
+    """Yield all rows in their order, read by ``num_workers`` processes."""
     loader = WorkerLoader(
         scan,
         batch_size=ROWS_AT_ONCE,

@@ -1,4 +1,4 @@
-"""Rows of safetensors shards, read from the file straight into the batch they belong to."""
+"""Reading of single rows from safetensors shards, directly into the memory of a batch."""
 
 import errno
 import os
@@ -18,7 +18,7 @@ from latentreward.storage import safetensors_header
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 MOST_BUFFERS = 512
-"""Of one ``preadv``; Linux takes 1024."""
+"""Most buffers passed to one ``preadv``; Linux accepts 1024."""
 REMEDY = "run `latentreward cache --check` on the cache"
 
 
@@ -27,9 +27,9 @@ class TensorBlock:
     """One tensor of a safetensors file: N rows of one shape, one after the other.
 
     Attributes:
-        dtype: Of its elements.
-        rows: N.
-        shape: Of one row.
+        dtype: Dtype of the elements.
+        rows: Number of rows N.
+        shape: Shape of one row.
         offset: Bytes from the start of the file to row 0.
         row_bytes: Bytes of one row.
     """
@@ -42,10 +42,10 @@ class TensorBlock:
 
 
 def read_header(path: Path) -> dict[str, TensorBlock]:
-    """Tensors of a safetensors file by name, from its header alone.
+    """Read the header of a safetensors file: position and shape of each tensor by name.
 
     Raises:
-        InputError: If the file is missing, is no safetensors file, or is shorter or longer than its header says.
+        InputError: If the file is missing, is not a safetensors file, or is shorter or longer than its header says.
     """
     try:
         entries, start, size = safetensors_header.read_header(path)
@@ -54,7 +54,7 @@ def read_header(path: Path) -> dict[str, TensorBlock]:
     except FileNotFoundError as error:
         raise InputError(f"shard {path} is missing; {REMEDY}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"shard {path} is no safetensors file ({error}); {REMEDY}") from error
+        raise InputError(f"shard {path} is not a safetensors file ({error}); {REMEDY}") from error
     if end != size:
         raise InputError(f"shard {path} has {size} bytes, but its header says {end}; {REMEDY}")
     return blocks
@@ -73,14 +73,14 @@ def _block(entry: dict[str, Any], start: int) -> TensorBlock:
 
 
 class ShardStore:
-    """Many safetensors files, open as they are needed.
+    """Many safetensors files that are opened on demand.
 
-    Headers are read once, at construction. Files are opened at their first read, by each process for itself, and the
-    one unused for longest is closed when there are too many. A store pickles and survives ``fork``: reads say where
-    they begin, so processes share no position.
+    Headers are read once, at construction. Each process opens a file at its first read, and closes the least recently
+    used file when too many are open. A store can be pickled and used after ``fork``, because each read passes its
+    offset and does not move a file position that processes would share.
 
     Args:
-        paths: Files; a read names them by their number in this list.
+        paths: Files of the store; reads refer to a file by its index in this list.
 
     Raises:
         InputError: If a file is missing or damaged.
@@ -99,18 +99,18 @@ class ShardStore:
         self.close()
 
     def close(self) -> None:
-        """Close this process's files; the next read opens what it needs."""
+        """Close this process's files; later reads open files again."""
         for file in getattr(self, "_files", {}).values():
             file.close()
         self._files = OrderedDict()
 
     def read(self, name: str, places: Sequence[tuple[int, int]], out: Tensor) -> None:
-        """Read rows of the tensor ``name``.
+        """Read rows of the tensor ``name`` into ``out``.
 
         Args:
-            name: Tensor in every file that is asked.
-            places: (file, row) for each row of ``out``.
-            out: ``(len(places), *shape)``, contiguous, on the CPU, of the tensor's dtype.
+            name: Name of the tensor, which every file in ``places`` must hold.
+            places: (file, row) indices for each row of ``out``.
+            out: Contiguous CPU tensor ``(len(places), *shape)`` of the stored dtype, written in place.
 
         Raises:
             InputError: If a file ends early, or shared memory is full.
@@ -136,7 +136,7 @@ class ShardStore:
 
 
 def _runs(places: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, list[int]]]:
-    """(file, first row, positions) of rows that lie one after the other, files and rows ascending."""
+    """Group ``places`` into runs of consecutive rows of a file: (file, first row, positions in ``places``)."""
     order = sorted(range(len(places)), key=places.__getitem__)
     first, run = places[order[0]], [order[0]]
     for position in order[1:]:
@@ -150,11 +150,11 @@ def _runs(places: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, list[in
 
 
 def _read_into(fileno: int, views: Sequence[memoryview], offset: int) -> bool:
-    """Fill ``views`` from ``offset`` on; False if the file ends before that."""
+    """Fill ``views`` with the file's bytes from ``offset`` on; return False if the file is too short."""
     try:
         if os.preadv(fileno, views, offset) == sum(map(len, views)):
             return True
-        for view in views:  # a call may stop short of what was asked for
+        for view in views:  # preadv may read fewer bytes than requested
             done = 0
             while done < len(view):
                 step = os.preadv(fileno, [view[done:]], offset + done)

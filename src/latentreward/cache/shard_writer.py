@@ -1,4 +1,4 @@
-"""Writing that survives a power cut: a file is either whole and under its name, or it is not there."""
+"""Atomic writing of shards: a shard appears under its name only when complete, even after a power loss."""
 
 import hashlib
 import json
@@ -15,34 +15,34 @@ from latentreward.cache.layout import TEMPORARY
 from latentreward.storage.durable import TEMPORARY_NAME, replacing
 
 KEPT = "finished shards are kept: free some space and resume with the same command"
-"""What an error on a full disk says."""
+"""End of the error message on a full disk."""
 DTYPE_NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
-"""Names of the types in a safetensors header."""
+"""Names of the dtypes in a safetensors header."""
 
 
 def remove_temporary(folder: Path) -> None:
-    """Delete what killed runs left half written, those of an earlier version included, which named it ``*.tmp``."""
+    """Delete unfinished files of killed runs, also those of an earlier version, named ``*.tmp``."""
     for path in folder.rglob("*"):
         if TEMPORARY_NAME.fullmatch(path.name) or path.suffix == TEMPORARY:
             path.unlink(missing_ok=True)
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file."""
+    """Compute the SHA-256 of a file."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 class ShardWriter:
-    """A safetensors file whose rows come batch by batch; memory holds one batch.
+    """Writer of a safetensors file, batch by batch, whose memory need is that of one batch.
 
     Args:
-        path: Where the finished file will be.
-        shapes: Name of each tensor → its shape, the rows of all tensors first.
-        dtype: Type of all tensors.
+        path: Path of the finished file.
+        shapes: Name of each tensor → its shape, whose first dimension is the number of rows.
+        dtype: Dtype of all tensors.
 
     Raises:
-        OSError: If the disk has no room for the whole shard: it is reserved at once.
+        OSError: If the disk has not enough space for the shard; the space is reserved at construction.
     """
 
     def __init__(self, path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> None:
@@ -65,7 +65,7 @@ class ShardWriter:
             os.posix_fallocate(self._stream.fileno(), 0, self._data + end)
 
     def write(self, first: int, rows: Mapping[str, Tensor]) -> None:
-        """Put ``rows[name]`` ``(n, ...)`` of every tensor at row ``first``."""
+        """Write ``rows[name]`` ``(n, ...)`` of every tensor, starting at row ``first``."""
         with self._abandoned_on_error():
             for name, tensor in rows.items():
                 if tensor.shape[1:] != self.shapes[name][1:] or tensor.dtype != self.dtype:
@@ -80,7 +80,7 @@ class ShardWriter:
                     content, offset = content[written:], offset + written
 
     def finish(self) -> str:
-        """Put the file in its place; returns its SHA-256."""
+        """Rename the finished file to ``path`` and return its SHA-256."""
         with self._abandoned_on_error():
             self._stream.seek(0)
             sha256 = hashlib.file_digest(self._stream, "sha256").hexdigest()
@@ -88,7 +88,7 @@ class ShardWriter:
         return sha256
 
     def abandon(self, error: BaseException) -> None:
-        """Remove what was written so far."""
+        """Remove the unfinished file, after ``error``."""
         with suppress(BaseException):
             self._open.__exit__(type(error), error, error.__traceback__)
 

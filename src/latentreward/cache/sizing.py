@@ -1,4 +1,4 @@
-"""Which size an image is cached at, and which pairs have none."""
+"""Choice of the size at which an image is cached, and of the pairs that are left out."""
 
 import math
 from dataclasses import dataclass
@@ -10,32 +10,36 @@ from latentreward.data.images import MAX_PIXELS, ResizePolicy
 from latentreward.errors import InputError, check_at_least_one
 
 CROSS_BUCKET_ASPECT = 0.05
-"""Aspect ratios that differ by this share, or more, are too far apart to share a bucket."""
+"""Relative difference of two aspect ratios from which two images cannot share a bucket."""
 
 TOO_SMALL = "image below min_pixels"
 NO_BUCKET = "image in no bucket"
 OTHER_ASPECT = "images of different aspect ratio"
 OTHER_BUCKET = "images in different buckets"
 OTHER_SHAPE = "latents of different shapes"
+"""Reasons why a pair is left out."""
 
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """How images come to the few sizes of a cache.
+    """Settings for the sizes to which images are resized before they are encoded.
 
-    With ``size``, every image comes to that one size. Otherwise an image goes to the bucket with its aspect ratio
-    (within 3 %) that is nearest in area.
+    With ``size``, every image is resized to that size. Otherwise, an image is resized to one of several bucket sizes:
+    among the buckets whose aspect ratio differs from the image's by at most 3 %, the bucket nearest in area. A pair
+    with an image that fits no bucket is left out.
 
     Args:
-        size: Pixels of a side, or (height, width), of every image; None for buckets.
-        buckets: (height, width) of each bucket; None takes the 13 of the released diffusion-rm cache.
-        resize: ``center_crop`` cuts what hangs over at both ends (3 % at most in a bucket) and resizes with a Lanczos
-            filter; ``stretch`` resizes both axes on their own, bilinear, as LRM was trained.
-        cross_bucket: A pair whose images fall into different buckets: ``shared`` caches both, if their aspect ratios
-            differ by less than 5 %, once more in the bucket of their mean size, and drops the pair otherwise; ``drop``
-            drops it.
-        min_pixels: Pairs with a smaller image are left out; None takes 65,536 with buckets and no limit with ``size``.
-        max_pixels: Images with more pixels count as unreadable; checked in their header.
+        size: Side in pixels, or (height, width), of every image; None for buckets.
+        buckets: (height, width) of each bucket; None takes the 13 buckets of the released diffusion-rm cache.
+        resize: ``center_crop`` crops both ends of the axis that is too long for the aspect ratio (by at most 3 % for a
+            bucket) and resizes with a Lanczos filter. ``stretch`` resizes both axes independently, bilinear, as in
+            LRM's training.
+        cross_bucket: Treatment of a pair whose images fall into different buckets. ``shared`` caches both images at one
+            common size for this pair, the bucket of their mean size, and drops the pair if their aspect ratios differ
+            by 5 % or more or no bucket fits. ``drop`` drops the pair.
+        min_pixels: Smallest number of pixels of an image; pairs with a smaller image are left out. None takes 65,536
+            with buckets and no limit with ``size``.
+        max_pixels: Largest number of pixels in an image's header; larger images count as unreadable.
     """
 
     size: int | tuple[int, int] | None = None
@@ -52,42 +56,42 @@ class ImageSettings:
             check_at_least_one("images.", size=min(self.one_size()))
 
     def one_size(self) -> Bucket:
-        """(height, width) of every image, where ``size`` is set."""
+        """Return the (height, width) of every image; for settings with ``size`` only."""
         assert self.size is not None
         return Bucket(self.size, self.size) if isinstance(self.size, int) else Bucket(*self.size)
 
     def bucket_sizes(self) -> tuple[Bucket, ...]:
-        """The buckets by ascending area, where ``size`` is not set."""
+        """Return the buckets by ascending area; for settings without ``size``."""
         return PUBLISHED_BUCKETS if self.buckets is None else sort_buckets(self.buckets)
 
     def smallest(self) -> int:
-        """``min_pixels`` with its default put in."""
+        """Return ``min_pixels``, or its default if None."""
         if self.min_pixels is None:
             return MIN_PIXELS if self.size is None else 0
         return self.min_pixels
 
     def needs_headers(self) -> bool:
-        """Whether the size of an image must be known to plan for it."""
+        """Tell whether planning needs the sizes of images, which are read from their headers."""
         return self.size is None or self.smallest() > 0
 
     def check(self, space: LatentSpace) -> None:
-        """Refuse sizes that the VAE cannot make whole latents of.
+        """Check that the VAE can encode all sizes.
 
         Raises:
-            InputError: If a side is no multiple of the VAE's downscale.
+            InputError: If a side is not a multiple of the VAE's downscale factor.
         """
         sizes = self.bucket_sizes() if self.size is None else (self.one_size(),)
         for bucket in sizes:
             if bucket.height % space.downscale or bucket.width % space.downscale:
                 name = "buckets" if self.size is None else "size"
-                raise InputError(f"images.{name}: {bucket} is no multiple of the VAE's {space.downscale} pixels")
+                raise InputError(f"images.{name}: {bucket} is not a multiple of the VAE's {space.downscale} pixels")
 
     def sizes_of_pair(self, a: Bucket | None, b: Bucket | None) -> tuple[Bucket, Bucket] | str:
-        """The sizes at which the two images of a pair are cached, or why the pair is left out.
+        """Return the sizes at which the two images of a pair are cached, or the reason why the pair is left out.
 
         Args:
-            a: Bucket of the first image; None if ``needs_headers`` is false.
-            b: Bucket of the second.
+            a: Height and width in pixels of the first image; None if :meth:`needs_headers` is false.
+            b: Height and width in pixels of the second image, or None as for ``a``.
         """
         if a is not None and b is not None and min(a.area, b.area) < self.smallest():
             return TOO_SMALL
@@ -107,11 +111,13 @@ class ImageSettings:
         return OTHER_ASPECT if mean is None or aspects[1] / aspects[0] - 1 >= CROSS_BUCKET_ASPECT else (mean, mean)
 
     def sizes_of_latents(self, a: Bucket, b: Bucket) -> tuple[Bucket, Bucket] | str:
-        """The same for images that are latents already: nothing is resized, so each must have the size of a bucket.
+        """Return the sizes of a pair whose images are stored as latents, or the reason why the pair is left out.
+
+        Latents are not resized, so that both must have the same size: ``size``, or the size of a bucket.
 
         Args:
-            a: Bucket in pixels of the first image.
-            b: Bucket of the second.
+            a: Height and width in pixels of the first image.
+            b: Height and width in pixels of the second image.
         """
         if a != b:
             return OTHER_SHAPE

@@ -1,4 +1,4 @@
-"""Where the latents of a cache come from: a pipeline's VAE, or a published cache of latents."""
+"""Sources of a cache's latents: a pipeline's VAE, or a published cache of latents."""
 
 from __future__ import annotations
 
@@ -19,20 +19,21 @@ if TYPE_CHECKING:
     from latentreward.encoders.vae import LatentEncoder
 
 SHIPPED = ("sd_tiny", "sd35_tiny")
+"""Names of the pipelines that ship with the package."""
 RELEASED_SPACE = LatentSpace(channels=16, downscale=8, scaling_factor=1.5305, shift_factor=0.0609)
-"""The space of Stable Diffusion 3 and 3.5, in which DiNa-LRM's cache was released."""
+"""Latent space of Stable Diffusion 3 and 3.5, which DiNa-LRM's released cache uses."""
 
 
 @dataclass(frozen=True)
 class Encoders:
-    """What turns the data into rows of shards, on the CPU, and what the spec says of it.
+    """Encoders of images and prompts, on the CPU, with their entries in the spec.
 
     Attributes:
         space: Space of the latents.
-        vae: None where the latents are there already.
-        vae_fingerprint: None likewise.
-        text: None if prompts are not cached.
-        text_spec: None likewise.
+        vae: VAE; None if the reader already holds latents.
+        vae_fingerprint: Fingerprint of the VAE; None without a VAE.
+        text: Text encoder; None if prompts are not cached.
+        text_spec: Settings of the text embeddings; None if prompts are not cached.
     """
 
     space: LatentSpace
@@ -43,14 +44,14 @@ class Encoders:
 
 
 class LatentSource(ABC):
-    """Where latents come from.
+    """Base class of the sources of a cache's latents.
 
     Attributes:
-        holds: What the reader's images must hold.
+        holds: Contents that the reader must have: ``images`` or ``latents``.
         origin: Name of the source in the spec.
-        vae_dtype: Precision that the VAE runs in; None without one.
-        posterior: Whether latents are a sample or the mode of the VAE's posterior; None without one.
-        batch_size: Images encoded together.
+        vae_dtype: Dtype that the VAE runs in; None without a VAE.
+        posterior: Whether latents are a sample or the mode of the VAE's posterior; None without a VAE.
+        batch_size: Number of images encoded together.
     """
 
     holds: Contents
@@ -61,25 +62,27 @@ class LatentSource(ABC):
 
     @abstractmethod
     def load(self) -> Encoders:
-        """Load what encodes; nothing of the diffusion network."""
+        """Load the encoders, without the diffusion network."""
 
 
 class PipelineEncoders(LatentSource):
-    """VAE, and text encoders if wanted, of a diffusers pipeline; its U-Net or transformer is not loaded.
+    """Latents from the VAE, and optionally embeddings from the text encoders, of a diffusers pipeline.
+
+    The pipeline's U-Net or transformer is not loaded.
 
     Args:
         source: Diffusers pipeline folder, hub id, or a shipped pipeline: ``sd_tiny`` or ``sd35_tiny``.
         revision: Branch, tag or commit of a hub id.
         variant: File variant of the weights, such as ``fp16``.
-        vae_dtype: Precision of the VAE; SDXL's overflows in float16.
-        posterior: Latents from a ``sample`` of the VAE's posterior, one per image for good, or from its ``mode``.
-        batch_size: Images encoded together.
-        text: Also cache the embeddings of each distinct prompt; only for models whose text encoder is frozen.
-        text_dtype: Precision of the text encoders.
-        text_batch_size: Prompts encoded together.
-        prompts_per_shard: Most prompts of one file; SD3's embeddings take 2.6 MiB each in 16 bits.
-        load_t5: False leaves T5 out (SD3, SD3.5).
-        t5_length: T5 tokens per prompt (SD3, SD3.5), as the reward model will have them.
+        vae_dtype: Dtype of the VAE; SDXL's VAE overflows in float16.
+        posterior: ``sample`` stores one sample of the VAE's posterior per image, ``mode`` stores its mode.
+        batch_size: Number of images encoded together.
+        text: Whether to cache the embeddings of each distinct prompt; only for models whose text encoder is frozen.
+        text_dtype: Dtype of the text encoders.
+        text_batch_size: Number of prompts encoded together.
+        prompts_per_shard: Largest number of prompts in a file; SD3's embeddings take 2.6 MiB per prompt in 16 bits.
+        load_t5: Whether to use T5 (SD3, SD3.5).
+        t5_length: Number of T5 tokens per prompt (SD3, SD3.5), which must be that of the reward model.
     """
 
     holds: Contents = "images"
@@ -109,10 +112,10 @@ class PipelineEncoders(LatentSource):
         self.load_t5, self.t5_length = load_t5, t5_length
 
     def load(self) -> Encoders:
-        """Load the encoders and take their fingerprints.
+        """Load the encoders and compute their fingerprints.
 
         Raises:
-            InputError: If the source is no pipeline with these parts.
+            InputError: If the source is not a pipeline with these parts.
         """
         from latentreward.backbones.loading import PipelineSource, tiny_pipeline
         from latentreward.encoders.fingerprint import text_fingerprint, vae_fingerprint
@@ -143,12 +146,12 @@ class PipelineEncoders(LatentSource):
 
 
 class PublishedLatents(LatentSource):
-    """Latents that a reader already holds, taken over as they are but for their type: the released diffusion-rm cache.
+    """Latents that the reader already holds, such as the released diffusion-rm cache; only their dtype is converted.
 
     Args:
-        latent_space: Space of the latents, which their files do not tell; the default is that of SD3 and SD3.5.
-        origin: Name of the published cache, for the record.
-        batch_size: Images copied together.
+        latent_space: Space of the latents, which their files do not record; the default is that of SD3 and SD3.5.
+        origin: Name of the published cache, recorded in the plan.
+        batch_size: Number of images copied together.
     """
 
     holds: Contents = "latents"
@@ -160,5 +163,5 @@ class PublishedLatents(LatentSource):
         self.latent_space, self.origin, self.batch_size = latent_space, origin, batch_size
 
     def load(self) -> Encoders:
-        """Nothing to load."""
+        """Return the latent space alone; no encoder is loaded."""
         return Encoders(self.latent_space)

@@ -1,4 +1,4 @@
-"""A run of the cache: plan on one process, encode on all, resume where the last run stopped."""
+"""Run of ``latentreward cache``: plan on one process, encode on all processes, and resume unfinished runs."""
 
 import logging
 import multiprocessing
@@ -36,18 +36,21 @@ from latentreward.storage.progress import Progress
 logger = logging.getLogger(__name__)
 
 PARENT = "LATENTREWARD_CACHE_PARENT"
-"""Environment variable that tells a process who started it, even if that one has ended meanwhile."""
+"""Environment variable with the ID of the process that started the ranks, valid even after that process has ended."""
 
 
 class EncodingDataModule(LightningDataModule):
-    """Encode batches of the shards that are not finished; a rank gets every world-size-th of these shards.
+    """Data module of the batches to encode for unfinished shards, which are split over the ranks.
 
     Args:
-        folder: The cache.
-        reader: Pairs.
-        images: Sizes of images.
-        spec: Settings, made from ``images`` and the encoders.
-        num_workers: Processes that fetch and decode images, per rank.
+        folder: Folder of the cache.
+        reader: Reader of the pairs to cache.
+        images: Settings for the sizes of images.
+        spec: Settings of the cache, made from ``images`` and the encoders.
+        num_workers: Number of processes per rank that read and decode images.
+
+    Attributes:
+        todo: Shards that have to be encoded; None before :meth:`prepare_data`.
     """
 
     def __init__(
@@ -63,14 +66,15 @@ class EncodingDataModule(LightningDataModule):
 
     @property
     def total(self) -> int:
-        """Images and prompts that are still to be encoded, over all ranks."""
+        """Number of images and prompts that have to be encoded, over all ranks."""
         return sum(shard.count for shard in self.todo or ())
 
     def prepare_data(self) -> None:
-        """On one process: lock the folder, plan or check the old plan, and see which shards are missing or damaged.
+        """Lock the folder, write or check the plan, and find missing or damaged shards; called on one process only.
 
         Raises:
-            InputError: If another run is writing, the folder cannot be written to, or it was begun otherwise.
+            InputError: If another run is writing to the folder, the folder cannot be written to, holds other files, or
+                was begun with other settings or data.
         """
         if self.todo is not None:
             return
@@ -84,19 +88,19 @@ class EncodingDataModule(LightningDataModule):
             if begun:
                 plan = read_plan(self.folder)
                 check_same(self.folder, plan, self.spec, data)
-                self.spec = plan.spec  # an earlier version's lacks what was not recorded then
+                self.spec = plan.spec  # a plan of an earlier version lacks newer fields
                 self._restore_tables(plan, data)
             else:
                 plan = self._plan(data)
             self.todo = self._unfinished(plan)
 
     def setup(self, stage: str) -> None:
-        """Tell all ranks what there is to do."""
+        """Send the list of unfinished shards to all ranks."""
         assert self.trainer is not None
         self.todo = self.trainer.strategy.broadcast(self.todo)
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """This rank's batches, shard by shard."""
+        """Return a loader of this rank's batches, shard by shard."""
         assert self.trainer is not None and self.todo is not None
         mine = self.todo[self.trainer.global_rank :: self.trainer.world_size]
         plan = read_plan(self.folder)
@@ -105,13 +109,13 @@ class EncodingDataModule(LightningDataModule):
             batch_size=None,
             num_workers=self.num_workers,
             pin_memory=torch.accelerator.is_available(),
-            # The process group has threads, beside which a fork may hang (seen with Python 3.11).
+            # The process group runs threads, and a fork of a process with threads may hang (seen with Python 3.11).
             multiprocessing_context="forkserver" if self.num_workers and self.trainer.world_size > 1 else None,
             worker_init_fn=end_worker_with_rank,
         )
 
     def release(self) -> None:
-        """Let go of the lock."""
+        """Release the lock of the folder."""
         self._held.close()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -123,7 +127,7 @@ class EncodingDataModule(LightningDataModule):
             return write_plan(self.folder, self.spec, self.images, data, rows, progress.add)
 
     def _restore_tables(self, plan: CachePlan, data: dict[str, Any]) -> None:
-        """Plan again if a table is missing or damaged; the result must be the same plan."""
+        """Plan again if a table is missing or damaged; raise InputError if the new plan differs from the old plan."""
         if problems := table_problems(self.folder, plan):
             logger.warning("%s: %s; planning again", self.folder, "; ".join(problems))
             if self._plan(data).hash != plan.hash:
@@ -133,8 +137,11 @@ class EncodingDataModule(LightningDataModule):
                 )
 
     def _refuse_other_files(self) -> None:
-        """Whatever lies in a folder without a plan is not ours, but for what a killed run left of its planning."""
-        ours = ("lock", PLAN, *SCHEMAS)  # "lock" is an earlier version's
+        """Raise InputError if a folder without a plan holds files of others.
+
+        Tables that a killed run wrote before its plan are allowed.
+        """
+        ours = ("lock", PLAN, *SCHEMAS)  # "lock" is the lock file of an earlier version
         strangers = [name for name in contents(self.folder) if not name.startswith(ours)]
         if strangers:
             raise InputError(
@@ -147,7 +154,7 @@ class EncodingDataModule(LightningDataModule):
         todo = [state.shard for state in states if state.problem is not None]
         if damaged := [str(state.problem) for state in states if state.problem and "damaged" in state.problem]:
             logger.warning("%s: %s (%d such); encoding again", self.folder, damaged[0], len(damaged))
-        for shard in todo:  # from here on, a manifest says that its shard is finished
+        for shard in todo:  # removed, so that a manifest always means a finished shard
             (self.folder / manifest_name(shard.name)).unlink(missing_ok=True)
         if len(todo) < len(states):
             print(f"cache: {len(states) - len(todo)} of {len(states)} shards are there already", file=sys.stderr)
@@ -155,13 +162,13 @@ class EncodingDataModule(LightningDataModule):
 
 
 class StopOnSigterm(Callback):
-    """SIGTERM ends the run at once: finished shards are kept, and the one being written is removed.
+    """Callback that ends the run at once on SIGTERM; finished shards are kept, the unfinished shard is removed.
 
-    Lightning's own handler calls a collective, in which a single rank that was told to stop would wait for good.
+    Lightning's own handler makes a collective call, in which a rank that alone got the signal would wait forever.
     """
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the place of Lightning's handler, which puts back what was there when the run ends."""
+        """Replace Lightning's signal handler; Lightning restores the original handler when the run ends."""
 
         def stop(signum: int, frame: Any) -> None:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -169,20 +176,20 @@ class StopOnSigterm(Callback):
                 print("cache: stopped by SIGTERM; resume with the same command", file=sys.stderr)
             if is_child(trainer):
                 os.kill(os.getppid(), signal.SIGTERM)
-                sys.exit(0)  # any other status has Lightning kill the parent, whose own status counts
+                sys.exit(0)  # otherwise Lightning would kill the parent, whose status counts
             sys.exit(TERMINATED)
 
         signal.signal(signal.SIGTERM, stop)
 
 
 def is_child(trainer: Trainer) -> bool:
-    """Whether Lightning started this process, from the first one."""
+    """Tell whether this process is a rank that Lightning started from the first process."""
     environment = getattr(trainer.strategy, "cluster_environment", None)
     return isinstance(environment, LightningEnvironment) and trainer.local_rank > 0 and PARENT in os.environ
 
 
 def end_after(wait: Callable[[], Any]) -> None:
-    """End this process at once when ``wait`` returns."""
+    """Start a thread that kills this process when ``wait`` returns."""
 
     def watch() -> None:
         wait()
@@ -192,7 +199,7 @@ def end_after(wait: Callable[[], Any]) -> None:
 
 
 def end_with_parent() -> None:
-    """End this rank when its parent does; else it would wait half an hour for a group that never comes to be."""
+    """Kill this rank when its parent ends; otherwise it would wait half an hour for the process group."""
 
     def wait() -> None:
         while str(os.getppid()) == os.environ[PARENT]:
@@ -202,17 +209,18 @@ def end_with_parent() -> None:
 
 
 def end_worker_with_rank(worker_id: int) -> None:
-    """End this worker when the rank it reads for does: of a fork server's workers, that is not the parent."""
+    """Kill this loader worker when its rank ends; with a fork server, the rank is not the worker's parent process."""
     rank = multiprocessing.parent_process()
     assert rank is not None
     end_after(rank.join)
 
 
 def run_predict(trainer: Trainer, module: LightningModule, data: EncodingDataModule) -> None:
-    """Encode what is missing; does nothing if that is nothing.
+    """Encode all unfinished shards; return at once if there are none.
 
-    Where Lightning starts the other processes, planning comes first: bad input is known before there are any. Where
-    torchrun or SLURM started them all, they wait for the plan. The first process returns when all have finished.
+    If Lightning starts the other processes, planning comes before their start, so that bad input is found early. If
+    torchrun or SLURM started all processes, they wait for the plan. The first process returns when all shards are
+    finished.
     """
     try:
         environment = getattr(trainer.strategy, "cluster_environment", None)
@@ -221,7 +229,7 @@ def run_predict(trainer: Trainer, module: LightningModule, data: EncodingDataMod
             if not data.todo:
                 return
         if is_child(trainer):
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent, which a terminal asks as well, ends this process
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets the Ctrl-C too, and ends this process
             end_with_parent()
         else:
             os.environ[PARENT] = str(os.getpid())
@@ -232,22 +240,26 @@ def run_predict(trainer: Trainer, module: LightningModule, data: EncodingDataMod
         end_children(trainer, data.folder)
         raise
     finally:
-        os.environ.pop(PARENT, None)  # what this process starts later is no rank of this run
+        os.environ.pop(PARENT, None)  # processes started later are not ranks of this run
 
 
 def wait_for_shards(folder: Path, shards: Sequence[Shard]) -> None:
-    """Until the other ranks have finished theirs: a collective call would have a time limit, and ignore signals."""
+    """Wait until all ``shards`` have their manifests, that is, until the other ranks have finished.
+
+    The wait polls the folder, because a collective call would have a time limit and ignore signals.
+    """
     for shard in shards:
         while not (folder / manifest_name(shard.name)).exists():
             time.sleep(0.2)
 
 
 def end_children(trainer: Trainer, folder: Path) -> None:
-    """End the processes that this one started, and remove what they were writing."""
+    """Kill the processes that this process started, and remove their unfinished files."""
     launcher = trainer.strategy.launcher
     if isinstance(launcher, _SubprocessScriptLauncher) and launcher.procs:
-        children, launcher.procs[:] = [*launcher.procs], []  # Lightning's observer would kill this one too
+        # The list is emptied, because Lightning's observer of these processes would kill this process too.
+        children, launcher.procs[:] = [*launcher.procs], []
         for child in children:
-            child.kill()  # SIGTERM would come back, see StopOnSigterm
+            child.kill()  # on SIGTERM, the child would signal this process, see StopOnSigterm
             child.wait()
         remove_temporary(folder)

@@ -1,1 +1,1 @@
-"""Checkpoints: as one file or in shards, how they are read without running code, and FSDP2, which shares them out."""
+"""Checkpoints: single files and folders of shards, read without running code, and the FSDP2 strategies."""

@@ -1,4 +1,7 @@
-"""Which pretrained weights a small checkpoint belongs to: a few values of each frozen tensor."""
+"""A check that a checkpoint without frozen weights is loaded onto the pretrained base that it was trained on.
+
+The checkpoint records a few values of each frozen tensor, which are compared with the base when it is loaded.
+"""
 
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
@@ -10,18 +13,19 @@ from torch import Tensor, nn
 from latentreward.errors import InputError
 
 VALUES = 4
+"""Number of values recorded per tensor."""
 RELATIVE, ABSOLUTE = 0.01, 1e-6
-"""How far values may differ: rounding to bfloat16 moves a value by up to 0.4 %, to float16 by up to 3e-8."""
+"""Tolerances for equal values: rounding to bfloat16 moves a value by up to 0.4 %, to float16 by up to 3e-8."""
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class BaseSample:
-    """Values of frozen weights, spread evenly over each tensor: the same for one base in any precision.
+    """A few values of each frozen weight, spread evenly over the tensor, equal up to rounding in every precision.
 
     Attributes:
-        source: Where the base came from, for messages.
-        values: Name of a frozen parameter → its :data:`VALUES` values.
+        source: Folder or hub id that the base was loaded from, for error messages.
+        values: Name of a frozen parameter → its :data:`VALUES` sampled values.
     """
 
     source: str
@@ -31,7 +35,8 @@ class BaseSample:
     def of(cls, module: nn.Module, source: str) -> Self:
         """Sample the frozen parameters of ``module``, which must not be sharded yet.
 
-        Adapters are no part of a base: those that nothing reads are random, those of rewards come and go.
+        LoRA weights are left out, because they do not belong to the base: unused adapters have random weights, and
+        the adapters of rewards are added and removed.
         """
         frozen = {
             name: weight.detach()
@@ -41,16 +46,20 @@ class BaseSample:
         return cls(source, {name: sample(weight) for name, weight in frozen.items() if not weight.is_meta})
 
     def record(self, saved: Collection[str]) -> dict[str, Any]:
-        """What a checkpoint keeps: the values of weights that it does not hold itself, as ``saved`` names them."""
+        """Return the record for a checkpoint: source, names and sampled values of the weights that it does not hold.
+
+        Args:
+            saved: Names of the weights that the checkpoint holds, which need no record.
+        """
         names = [name for name in self.values if name not in saved]
         values = torch.stack([self.values[name] for name in names]) if names else torch.zeros(0, VALUES)
         return {"source": self.source, "names": names, "values": values}
 
     def check(self, record: dict[str, Any]) -> None:
-        """Compare with the record of a checkpoint.
+        """Compare the sampled values with the record of a checkpoint.
 
         Raises:
-            InputError: If a weight that both name differs.
+            InputError: If a weight that is in both has other values.
         """
         for name, theirs in zip(record["names"], record["values"], strict=True):
             ours = self.values.get(name)
@@ -62,16 +71,16 @@ class BaseSample:
 
 
 def same_values(ours: Tensor, theirs: Tensor) -> bool:
-    """Whether two :func:`sample` results are of one tensor, perhaps in two precisions."""
+    """Tell whether two results of :func:`sample` agree up to rounding, as for one tensor in two precisions."""
     return torch.allclose(ours, theirs.to(ours), rtol=RELATIVE, atol=ABSOLUTE)
 
 
 def sample(weight: Tensor) -> Tensor:
-    """:data:`VALUES` values of a tensor, first and last included, float32 on the CPU."""
+    """Take :data:`VALUES` evenly spaced values of a tensor, first and last included, as float32 on the CPU."""
     index = torch.linspace(0, weight.numel() - 1, VALUES, dtype=torch.float64).long()
     return weight.reshape(-1)[index.to(weight.device)].float().cpu()
 
 
 def without_adapters(named: Iterable[tuple[str, T]]) -> Iterator[tuple[str, T]]:
-    """Yield what belongs to a network itself, under the names that it has without adapters."""
+    """Yield the (name, value) entries of a network that are not LoRA weights, under their names without adapters."""
     return ((name.replace(".base_layer.", "."), value) for name, value in named if ".lora_" not in name)

@@ -1,4 +1,4 @@
-"""Checkpoint files that survive a loss of power, and the choice of the one to go on from."""
+"""Atomic writes of checkpoint files, download of checkpoints, and the choice of the checkpoint to resume from."""
 
 import logging
 import re
@@ -19,28 +19,28 @@ from latentreward.storage.durable import replacing
 logger = logging.getLogger(__name__)
 
 SHARD_FILES = (INDEX, REST)
-"""What a checkpoint folder of shards holds beside the shards; both are written last."""
+"""Files that a sharded checkpoint's folder holds beside the shards; both are written after the shards."""
 SILENCE_S = 60.0
-"""Seconds without a byte after which a server counts as silent."""
+"""Seconds without a byte after which a download is given up."""
 KEPT = "the checkpoints written before are kept: free some space and go on with --ckpt_path last"
-"""What an error on a full disk says after the checkpoint's name."""
+"""End of the error message on a full disk, after the checkpoint's name."""
 
 
 class DurableCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its place, has the disk confirm it, and only then gives it its name.
+    """Checkpoint plugin that writes to a temporary file, syncs it to disk, and only then renames it to its final name.
 
-    A kill or a loss of power at any moment leaves the old file or the new one, whole. The command line uses it; in
-    Python, ``Trainer(plugins=[DurableCheckpointIO()])``. Reads sharded checkpoints too, so that they load where weights
-    are not sharded.
+    A kill or a power loss at any moment leaves the complete old file or the complete new one. The command line uses
+    this plugin; in Python, pass ``Trainer(plugins=[DurableCheckpointIO()])``. It also reads sharded checkpoints, for
+    strategies that do not shard weights.
 
     Note:
-        Lightning's own writes to the system's temporary folder, moves the file from there, byte by byte if that is
-        another file system, and never waits for the disk.
+        Lightning's own plugin writes to the system's temporary folder and moves the file from there, byte by byte
+        across file systems, without waiting for the disk.
     """
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Write ``checkpoint`` to ``path``; an address with a scheme, such as ``s3://``, is Lightning's to write."""
+        """Write ``checkpoint`` to ``path``; Lightning's own code writes to a URL, such as ``s3://``."""
         if "://" in str(path) or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
@@ -49,25 +49,30 @@ class DurableCheckpointIO(TorchCheckpointIO):
 
     @override
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
-        """See Lightning's ``CheckpointIO``; a folder is read whole, and code never runs, whatever ``weights_only``."""
+        """Read the checkpoint at ``path``, see Lightning's ``CheckpointIO``; a folder of shards is read completely.
+
+        ``weights_only`` is ignored and always taken as True, so that a checkpoint cannot run code.
+        """
         if Path(path).is_dir():
             return read_sharded(Path(path))
         return super().load_checkpoint(path, map_location, weights_only=True)
 
 
 def fetched(address: str, folder: Path) -> Path:
-    """Copy the checkpoint at an address that fsspec reads into ``folder``; one on this machine stays where it is.
+    """Download the checkpoint at an fsspec URL into ``folder`` and return its path.
+
+    The path of a file on this machine is returned without a copy.
 
     Raises:
-        InputError: If there is none, nothing answers, or there is no room for it.
+        InputError: If the file does not exist, the server does not answer, or the disk is full.
     """
     options: dict[str, Any] = {}
-    if address.startswith("http"):  # fsspec gives up after five minutes in all, which a large file may take
+    if address.startswith("http"):  # fsspec's default limit of five minutes is too short for large files
         import aiohttp  # slow to import, and most checkpoints are files
 
         options["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(None, sock_connect=SILENCE_S, sock_read=SILENCE_S)}
     target, shown = folder / "fetched.ckpt", without_password(address)
-    if re.search(r"(^|:)reference:", address):  # fsspec would render the templates of such a file
+    if re.search(r"(^|:)reference:", address):  # fsspec would render templates in such a file
         raise InputError(f"ckpt_path: {shown} is a file of references; give the address of the checkpoint itself")
     try:
         system, path = url_to_fs(address, **options)
@@ -87,12 +92,12 @@ def fetched(address: str, folder: Path) -> Path:
 
 
 def without_password(address: str) -> str:
-    """Drop the user name and the password from an address, which messages and saved settings should not hold."""
+    """Remove user name and password from a URL, for messages and saved settings."""
     return re.sub(r"://[^/@]*@", "://", address)
 
 
 def checkpoint_problem(path: Path) -> str | None:
-    """What is wrong with a checkpoint, in one line, or None; tensors are not read."""
+    """Describe in one line why a checkpoint cannot be read, or return None; the tensors' values are not read."""
     if path.is_dir():
         missing = [name for name in SHARD_FILES if not (path / name).is_file()]
         return f"{missing[0]} is missing" if missing else None
@@ -104,10 +109,12 @@ def checkpoint_problem(path: Path) -> str | None:
 
 
 def newest_intact(candidates: Iterable[Path]) -> Path | None:
-    """The newest of ``candidates``; if it is damaged, the newest intact checkpoint of their folders, with a warning.
+    """Return the newest of ``candidates``; None if none of them exists.
+
+    If the newest candidate is damaged, return the newest intact checkpoint in the candidates' folders, with a warning.
 
     Raises:
-        InputError: If there are candidates, and neither they nor any checkpoint beside them is intact.
+        InputError: If the newest candidate is damaged and the folders hold no intact checkpoint.
     """
     found = newest_first(path for path in candidates if path.exists())
     if not found:
@@ -125,5 +132,5 @@ def newest_intact(candidates: Iterable[Path]) -> Path | None:
 
 
 def newest_first(paths: Iterable[Path]) -> list[Path]:
-    """Sorted by the time of their last change."""
+    """Sort paths by the time of their last modification, newest first."""
     return sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True)

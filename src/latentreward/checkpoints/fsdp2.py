@@ -1,4 +1,4 @@
-"""Lightning strategies: FSDP2 over all processes, with checkpoints that load anywhere."""
+"""Lightning strategies for FSDP2 over all processes, with checkpoints that also load under other strategies."""
 
 from pathlib import Path
 from typing import Any
@@ -31,20 +31,24 @@ from latentreward.storage.durable import discard, put_in_place, temporary_name, 
 
 
 class FSDP2Strategy(ModelParallelStrategy):
-    """Weights, gradients and optimiser state shared out over all processes (PyTorch's ``fully_shard``), GPUs or CPUs.
+    """FSDP2 strategy: weights, gradients and optimiser state are sharded over all processes (``fully_shard``).
 
-    Lightning's ``ModelParallelStrategy`` with three differences: the data-parallel axis spans every process without
-    being told; a single-file checkpoint is the same as that of DDP or of one device, and loads under either; a
-    checkpoint that lacks a weight is refused by the weight's name. A folder of shards gets its name when it is whole.
+    It runs on GPUs or CPUs. It differs from Lightning's ``ModelParallelStrategy`` in four points:
+
+    - The data-parallel size is always the number of processes.
+    - A single-file checkpoint has the format of DDP and of one device, and loads under either.
+    - A checkpoint that lacks a weight is refused with the weight's name.
+    - A folder of shards is written under a temporary name and renamed when it is complete.
 
     Args:
-        save_distributed_checkpoint: Whether a checkpoint is a folder to which each process writes its share (fast,
-            little memory; ``latentreward consolidate`` makes one file of it) or one file, put together on rank 0.
-        process_group_backend: None takes ``nccl`` on GPUs and ``gloo`` on CPUs.
+        save_distributed_checkpoint: True saves a folder to which each process writes its shards (fast, little memory;
+            ``latentreward consolidate`` turns the folder into one file). False saves one file, gathered on rank 0.
+        process_group_backend: Backend of ``torch.distributed``; None takes ``nccl`` on GPUs and ``gloo`` on CPUs.
 
     Note:
-        Lightning 2.6 numbers the parameters of a single file's optimiser in the module's order, PyTorch in that of the
-        optimiser's groups; between FSDP2 and anything else the moments would go to other weights without a word.
+        In a single file, Lightning 2.6 numbers the optimiser's parameters in the order of the module, but PyTorch in
+        the order of the optimiser's groups. Without the conversion here, a checkpoint that moves between FSDP2 and
+        another strategy would silently assign Adam's moments to other weights.
 
     Example:
         ``--trainer.strategy=fsdp2`` or ``--trainer.strategy=fsdp2_sharded``.
@@ -83,7 +87,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         if not self._save_distributed_checkpoint:
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
-        target = Path(self.broadcast(filepath))  # Lightning would write over the shards of an older one, file by file
+        # A temporary folder first: Lightning would overwrite an older checkpoint's shards file by file.
+        target = Path(self.broadcast(filepath))
         partial = Path(self.broadcast(temporary_name(target)))
         try:
             with write_errors_named(target, KEPT):
@@ -99,7 +104,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         path = Path(self.broadcast(checkpoint_path))
-        if not path.exists():  # fetched from an address: each node has its own copy
+        if not path.exists():  # downloaded from a URL: each node has its own copy
             path = Path(checkpoint_path)
         if is_sharded(path):
             entries = {name.partition("."): entry for name, entry in shard_index(path).state_dict_metadata.items()}
@@ -107,7 +112,7 @@ class FSDP2Strategy(ModelParallelStrategy):
                 name: getattr(entry, "size", ()) for (part, _, name), entry in entries.items() if part == "state_dict"
             }
             self._check(path, sizes)
-            read_sharded(path, with_tensors=False)  # Lightning's own reader would run what a pickle there says
+            read_sharded(path, with_tensors=False)  # checked first: Lightning's own reader unpickles and could run code
             return super().load_checkpoint(path, weights_only=True)
         try:
             checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
@@ -121,7 +126,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         for optimizer, state in zip(self.optimizers, checkpoint.get("optimizer_states", ()), strict=False):
             if state["state"]:
                 set_optimizer_state_dict(self.model, optimizer, named(state, optimizer, self.model), options=options)
-            else:  # of plain SGD, which PyTorch's function refuses
+            else:  # plain SGD has no state, which set_optimizer_state_dict refuses
                 optimizer.load_state_dict(state)
         return checkpoint
 

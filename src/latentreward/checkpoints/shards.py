@@ -1,7 +1,7 @@
-"""Checkpoints on disk: one file, or a folder to which each process wrote its share (PyTorch's distributed checkpoint).
+"""Reading of checkpoints: one file, or a folder to which each process wrote its shards (PyTorch's distributed format).
 
-Either holds the same: a sharded one read whole is the dictionary that the single file holds. Nothing here runs code
-from a checkpoint: tensors and plain values are all that is read.
+A file and a folder of shards give equal dictionaries. Only tensors and plain values are read, so that a checkpoint
+cannot run code.
 """
 
 # Why our own reader: torch.distributed.checkpoint unpickles its metadata, which can run code.
@@ -24,12 +24,12 @@ from typing_extensions import override
 from latentreward.errors import InputError, first_line
 
 INDEX, REST = ".metadata", "meta.pt"
-"""Files of a sharded checkpoint: where each tensor lies, and what is not sharded."""
+"""Files of a sharded checkpoint: the index of tensors, and the values that are not sharded."""
 UNREADABLE = (
     RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, AssertionError, OverflowError,
     MemoryError, pickle.UnpicklingError, struct.error,
 )  # fmt: skip
-"""What PyTorch's readers raise over bytes that are not a checkpoint."""
+"""Exceptions that PyTorch's readers raise for bytes that are not a checkpoint."""
 _INDEX_NAMES = {
     "torch.distributed.checkpoint.metadata": [
         "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
@@ -42,21 +42,21 @@ _INDEX_NAMES = {
     "pathlib": ["PosixPath", "WindowsPath"],
     "pathlib._local": ["PosixPath", "WindowsPath"],
 }  # fmt: skip
-"""Module -> all that PyTorch's index of shards names in it; none of them runs what it is given."""
+"""Module → names that PyTorch's index of shards takes from it; none of them can run code given in the pickle."""
 
 
 class _IndexUnpickler(pickle.Unpickler):
-    """Reads the index of shards, which PyTorch pickles, without letting it name anything that could run code."""
+    """Unpickler of the index of shards that allows the names of ``_INDEX_NAMES`` alone, so that no code runs."""
 
     @override
     def find_class(self, module: str, name: str) -> Any:
-        if name in _INDEX_NAMES.get(module, ()):  # a whole name: one with dots would lead on, to what a module imports
+        if name in _INDEX_NAMES.get(module, ()):  # exact names: a dotted name could reach what a module imports
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{INDEX} names {module}.{name}")
 
 
 class _ShardReader(FileSystemReader):
-    """Reads shards by an index that :class:`_IndexUnpickler` accepts."""
+    """Reader of shards that loads the index with :class:`_IndexUnpickler` and refuses files outside the folder."""
 
     @override
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
@@ -69,7 +69,7 @@ class _ShardReader(FileSystemReader):
 
 
 class _PlainValues(DefaultLoadPlanner):
-    """Loads values that are no tensors only if they are plain."""
+    """Load planner that reads values other than tensors with ``weights_only=True``, so that no code runs."""
 
     @override
     def load_bytes(self, read_item: Any, value: Any) -> None:
@@ -77,18 +77,18 @@ class _PlainValues(DefaultLoadPlanner):
 
 
 def is_sharded(path: Path) -> bool:
-    """Whether ``path`` is the folder of a sharded checkpoint."""
+    """Tell whether ``path`` is the folder of a sharded checkpoint."""
     return (path / INDEX).is_file() and (path / REST).is_file()
 
 
 def shard_index(path: Path) -> Metadata:
-    """What the shards in ``path`` hold, by name.
+    """Read the index of the sharded checkpoint at ``path``: shape and dtype of each tensor, by name.
 
     Raises:
-        InputError: If ``path`` is no such folder, or its index is damaged or could run code.
+        InputError: If ``path`` is not a complete sharded checkpoint, or its index is damaged or could run code.
     """
     if not is_sharded(path):
-        raise InputError(f"checkpoint {path} is a folder without {INDEX} and {REST}: no complete sharded checkpoint")
+        raise InputError(f"checkpoint {path} is a folder without {INDEX} and {REST}: not a complete sharded checkpoint")
     try:
         return _ShardReader(path).read_metadata()
     except UNREADABLE as error:
@@ -96,14 +96,14 @@ def shard_index(path: Path) -> Metadata:
 
 
 def read_sharded(path: Path, with_tensors: bool = True) -> dict[str, Any]:
-    """A sharded checkpoint as the dictionary that a single file would hold; needs memory for all of it.
+    """Read a sharded checkpoint completely into memory, as the dictionary that a single file would hold.
 
     Args:
-        path: Folder.
-        with_tensors: False reads the plain values alone, to see that they are plain.
+        path: Folder of the checkpoint.
+        with_tensors: False reads only the other values, which checks that the checkpoint cannot run code.
 
     Raises:
-        InputError: If it is incomplete, damaged, or holds more than tensors and plain values.
+        InputError: If the checkpoint is incomplete, damaged, or holds more than tensors and plain values.
     """
     index = shard_index(path)
     flat: dict[str, Any] = {}
@@ -116,7 +116,7 @@ def read_sharded(path: Path, with_tensors: bool = True) -> dict[str, Any]:
                 flat[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
         if flat:
             planner = _PlainValues(flatten_state_dict=False, flatten_sharded_tensors=False)
-            with warnings.catch_warnings():  # torch remarks that there is one process
+            with warnings.catch_warnings():  # torch warns that there is only one process
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
                 distributed_checkpoint.load(flat, storage_reader=_ShardReader(path), planner=planner, no_dist=True)
         rest = torch.load(path / REST, map_location="cpu" if with_tensors else "meta", weights_only=True, mmap=True)
@@ -134,14 +134,15 @@ def read_sharded(path: Path, with_tensors: bool = True) -> dict[str, Any]:
 
 
 def read_checkpoint(path: Path, with_tensors: bool = True) -> dict[str, Any]:
-    """A checkpoint, sharded or in one file, as a dictionary on the CPU.
+    """Read a checkpoint, sharded or in one file, as a dictionary on the CPU.
 
     Args:
         path: File, or folder of shards.
-        with_tensors: False reads the plain values alone; tensors have shapes and no values.
+        with_tensors: False does not read the tensors' values: a file's tensors are on the meta device, and a
+            folder's state dicts are empty.
 
     Raises:
-        InputError: If there is none, it is no checkpoint of Lightning, or it is damaged or could run code.
+        InputError: If ``path`` does not exist, is not a Lightning checkpoint, is damaged, or could run code.
     """
     if not path.exists():
         raise InputError(f"checkpoint: {path} does not exist")
@@ -154,12 +155,12 @@ def read_checkpoint(path: Path, with_tensors: bool = True) -> dict[str, Any]:
     except UNREADABLE as error:
         raise InputError(damaged(path, first_line(error))) from error
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), Mapping):
-        raise InputError(f"checkpoint: {path} is no checkpoint of Lightning; give one that `fit` wrote")
+        raise InputError(f"checkpoint: {path} is not a Lightning checkpoint; give one that `fit` wrote")
     return content
 
 
 def damaged(path: str | Path, problem: str) -> str:
-    """One line about a checkpoint that cannot be read."""
+    """Return the error message for a checkpoint that cannot be read."""
     return (
         f"checkpoint {path} is damaged, or holds more than tensors and plain values and could run code "
         f"({problem}); give a checkpoint that this program wrote"
@@ -167,7 +168,7 @@ def damaged(path: str | Path, problem: str) -> str:
 
 
 def listed(state: Mapping[str, Any]) -> dict[str, Any]:
-    """An optimiser's state whose groups were taken apart by number for the shards, with its list of groups again."""
+    """Restore the list of parameter groups in an optimiser's state, which the shards hold as a mapping by index."""
     groups = state["param_groups"]
     if isinstance(groups, Mapping):
         groups = [groups[number] for number in sorted(groups)]
@@ -175,7 +176,7 @@ def listed(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def numbered(state: Mapping[str, Any]) -> dict[str, Any]:
-    """An optimiser's state by numbers, as PyTorch's optimisers keep it, from one by parameters' names."""
+    """Convert an optimiser's state keyed by parameter names to one keyed by indices, as PyTorch's optimisers have."""
     names = [name for group in state["param_groups"] for name in group["params"]]
     number = {name: index for index, name in enumerate(names)}
     groups = [{**group, "params": [number[name] for name in group["params"]]} for group in state["param_groups"]]
@@ -183,10 +184,15 @@ def numbered(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def named(state: Mapping[str, Any], optimizer: Optimizer, module: nn.Module) -> dict[str, Any]:
-    """The reverse of :func:`numbered`, for the parameters that ``optimizer`` trains in ``module``.
+    """Convert an optimiser's state keyed by indices to one keyed by the names of ``module``'s parameters.
+
+    Args:
+        state: State, whose groups must be as large as those of ``optimizer``.
+        optimizer: Optimiser that is to load the state.
+        module: Module that ``optimizer`` trains.
 
     Raises:
-        InputError: If the state belongs to another number of parameters.
+        InputError: If a group of the state has another number of parameters.
     """
     name_of = {parameter: name for name, parameter in module.named_parameters()}
     names = [[name_of[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
@@ -202,9 +208,10 @@ def named(state: Mapping[str, Any], optimizer: Optimizer, module: nn.Module) -> 
 
 
 def frozen_names(module: nn.Module) -> set[str]:
-    """Names of state-dict entries that never change: frozen parameters, and buffers of wholly frozen modules.
+    """List the state-dict entries that training never changes: frozen parameters, and buffers of frozen modules.
 
-    Buffers of a module whose attribute ``changes_buffers`` is true do change.
+    A module counts as frozen for its buffers if none of its own parameters is trained and it has no attribute
+    ``changes_buffers`` that is true.
     """
     trains = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
     homes = {name.rpartition(".")[0] for name in trains}
@@ -218,12 +225,13 @@ def check_weights(module: nn.Module, found: Mapping[str, Any], strict: bool = Fa
     """Compare the names and shapes of a checkpoint's weights with a module's.
 
     Args:
-        module: Module that is to load them.
+        module: Module that is to load the checkpoint.
         found: Shape of each weight in the checkpoint, by name.
-        strict: Whether frozen weights, too, must be there.
+        strict: Whether the checkpoint must hold the frozen weights too.
 
     Raises:
-        InputError: Naming the first weight that is missing, the first that is unknown, and the first of another shape.
+        InputError: If weights are missing, are unknown to the module, or have another shape; the message names the
+            first weight of each kind.
     """
     own = dict((*module.named_parameters(remove_duplicate=False), *module.named_buffers()))
     trains = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
@@ -246,16 +254,17 @@ def check_weights(module: nn.Module, found: Mapping[str, Any], strict: bool = Fa
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    """Name of the first tensor that holds a NaN or an infinity, or None; of a sharded tensor, this rank's share.
+    """Return the name of the first tensor that holds a NaN or an infinity, or None.
 
-    Both extremes are finite if and only if all values are. They take one pass over the tensor; ``isfinite`` makes
-    copies (30 times as slow on a CPU), and the sum of finite 16-bit values may overflow.
+    Of a sharded tensor, this rank's shard is checked. Minimum and maximum are both finite if and only if all values
+    are, and ``aminmax`` takes one pass over the tensor. ``isfinite`` on the tensor itself makes copies (30 times as
+    slow on a CPU), and the sum of finite 16-bit values may overflow.
     """
     for name, tensor in tensors.items():
         values = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
         if not values.is_floating_point() or values.is_meta or not values.numel():
             continue
-        values = values.float() if values.itemsize == 1 else values  # 8-bit values have no extremes in PyTorch
+        values = values.float() if values.itemsize == 1 else values  # aminmax does not support 8-bit floats
         if not torch.stack(torch.aminmax(values)).isfinite().all():
             return name
     return None
@@ -268,13 +277,13 @@ def require_finite(tensors: Mapping[str, Tensor], owner: str) -> None:
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
-    """A detached copy on the CPU of a tensor that may be sharded over ranks: then a collective call."""
+    """Return a detached copy of a tensor on the CPU; a tensor sharded over ranks is gathered in a collective call."""
     tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return tensor.detach().to("cpu", copy=True)
 
 
 def placed_like(whole: Tensor, like: Tensor) -> Tensor:
-    """A float32 copy of ``whole``, which every rank has, on the device of ``like`` and cut into shards as it is."""
+    """Copy ``whole``, which every rank holds, to float32, with the device and the sharding over ranks of ``like``."""
     whole = whole.to(like.device, torch.float32, copy=True)
     if not isinstance(like, DTensor) or isinstance(whole, DTensor):
         return whole

@@ -1,1 +1,1 @@
-"""Files, folders and what lies around them: written whole, locked, fetched, measured and named in one way."""
+"""File storage: atomic writes, folder locks, tables in parts, progress lines, digests, and requests to the hub."""

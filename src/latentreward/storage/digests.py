@@ -1,4 +1,4 @@
-"""One digest of contents."""
+"""BLAKE2b digest of texts and buffers."""
 
 from collections.abc import Iterable
 from hashlib import blake2b
@@ -6,10 +6,10 @@ from typing import Any
 
 
 def digest(parts: Iterable[Any], size: int = 16) -> str:
-    """Compute the BLAKE2b digest of ``parts`` one after the other, ``2 * size`` hexadecimal digits.
+    """Compute the BLAKE2b digest of the concatenated ``parts``, as ``2 * size`` hexadecimal digits.
 
     Args:
-        parts: Texts, taken as UTF-8 with question marks for lone surrogates; or buffers, such as bytes and arrays.
+        parts: Texts, encoded as UTF-8 with question marks for lone surrogates; or buffers, such as bytes and arrays.
         size: Bytes of the digest.
     """
     state = blake2b(digest_size=size)

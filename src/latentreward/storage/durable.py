@@ -1,4 +1,4 @@
-"""Files and folders that stand under their name whole or not at all, also after a kill or a loss of power."""
+"""Atomic writes: a file or folder appears under its name only when complete, even after a kill or a power loss."""
 
 import errno
 import os
@@ -15,33 +15,39 @@ from latentreward.errors import InputError
 from latentreward.interrupts import interrupts_held
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+"""Error numbers of a full disk, an exhausted quota, and a file over the size limit."""
 REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR}
+"""Error numbers of a path where writing is not allowed or not possible."""
 MEANWHILE = {errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR}
-"""Error numbers of a rename where another process renamed in between."""
+"""Error numbers of a rename that failed because another process replaced the target at the same time."""
 ERROR_NUMBER = re.compile(r"\[Errno (\d+)\]|\(os error (\d+)\)")
-"""The system's error number in the message of another error, such as safetensors'."""
+"""Error number of the operating system, quoted in the message of another error, such as one from safetensors."""
 TORCH_STOPPED = re.compile(r"PytorchStreamWriter failed writing|unexpected pos \d+ vs \d+")
-"""What torch.save says of a write that failed; of a sharded checkpoint's other processes no more is known."""
+"""Messages of torch.save about a failed write.
+
+When other ranks fail to write a sharded checkpoint, only this text reaches the current rank, without an error number.
+"""
 TEMPORARY_NAME = re.compile(r"\.(.+)\.([0-9a-f]{8})-(\d+)-[0-9a-f]{8}\.(partial|old)")
-"""Name by :func:`temporary_name`: target, host, process."""
+"""Pattern of the names from :func:`temporary_name`, with groups for target, host, process ID and suffix."""
 LOCK = ".lock"
-"""File in a folder by which one process at a time writes there."""
+"""Name of the lock file in a folder that only one process may write to at a time."""
 KEPT = "what was there before is kept: free some space and run it again"
+"""Default end of the error message on a full disk."""
 
 
 @contextmanager
 def replacing(target: Path, kept: str = KEPT, over: bool = True) -> Iterator[Path]:
-    """Yield a path for a new file or folder, which takes the place of ``target`` if the block ends without an error.
+    """Yield a temporary path, and rename the file or folder written there to ``target`` if the block raises no error.
 
-    The folder of ``target`` is made if need be; after an error nothing is left of what the block wrote.
+    The parent folder of ``target`` is created if it does not exist. After an error, the temporary path is removed.
 
     Args:
-        target: File or folder.
-        kept: What an error on a full disk says after the file's name: what is safe, and how to go on.
-        over: Whether what is there gives way; otherwise a folder that is there and not empty stays.
+        target: File or folder to create.
+        kept: End of the error message on a full disk: what is still safe, and how to continue.
+        over: Whether to replace an existing ``target``. If False, an existing non-empty folder stays, without an error.
 
     Raises:
-        InputError: If the disk is full, a limit on file sizes or a quota is reached, or writing is not allowed.
+        InputError: If the disk is full, a file size limit or a quota is reached, or writing is not allowed.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = temporary_name(target)
@@ -54,23 +60,23 @@ def replacing(target: Path, kept: str = KEPT, over: bool = True) -> Iterator[Pat
 
 
 def write_file(target: Path, content: str | bytes, kept: str = KEPT) -> None:
-    """Write a whole small file, see :func:`replacing`; lone surrogates of a text become question marks."""
+    """Write a small file atomically, see :func:`replacing`; lone surrogates in a text become question marks."""
     with replacing(target, kept) as partial:
         partial.write_bytes(content.encode(errors="replace") if isinstance(content, str) else content)
 
 
 @contextmanager
 def write_errors_named(path: Path, kept: str = KEPT) -> Iterator[None]:
-    """Turn a full disk and a place that cannot be written to into one line that names ``path``.
+    """Turn errors from a full disk or a path that cannot be written to into one line that names ``path``.
 
     Raises:
-        InputError: In place of such an error; other errors pass.
+        InputError: In place of such an error; all other errors pass through unchanged.
     """
     try:
         yield
     except InputError:
         raise
-    except BaseException as error:  # as that of a sharded checkpoint is
+    except BaseException as error:  # the CheckpointException of a sharded save is not an Exception
         if reason := disk_full(error):
             raise InputError(f"no space left for {path} ({reason}); {kept}") from error
         if isinstance(error, OSError) and error.errno in REFUSED:
@@ -80,9 +86,9 @@ def write_errors_named(path: Path, kept: str = KEPT) -> Iterator[None]:
 
 
 def disk_full(error: BaseException) -> str | None:
-    """Why a file cannot grow, if ``error`` or one behind it says so; None otherwise."""
+    """Return the reason why a file cannot grow, if ``error`` or an error in its cause chain says so; else None."""
     behind: BaseException | None = error
-    while behind is not None:  # torch.save raises its own error over the OSError
+    while behind is not None:  # torch.save wraps the OSError in its own error
         quoted = ERROR_NUMBER.search(str(behind))
         number = getattr(behind, "errno", None) or (quoted and int(quoted[1] or quoted[2]))
         if number in FULL:
@@ -92,17 +98,18 @@ def disk_full(error: BaseException) -> str | None:
 
 
 def contents(folder: Path) -> list[str]:
-    """Sorted names in a folder, without its lock and what a killed process left half written."""
+    """List the sorted names in a folder, without its lock file and unfinished files of killed processes."""
     names = (path.name for path in folder.iterdir())
     return sorted(name for name in names if name != LOCK and not TEMPORARY_NAME.fullmatch(name))
 
 
 @interrupts_held()
 def put_in_place(partial: Path, target: Path, over: bool = True) -> None:
-    """Rename a complete file or folder to ``target`` once the disk has it; an older one gives way, if ``over``.
+    """Sync a complete file or folder to disk, then rename ``partial`` to ``target``.
 
-    A link is replaced, not what it leads to. Where several processes write one target, the last one's stays whole.
-    What a killed process left of writing ``target`` is removed.
+    An existing ``target`` is replaced if ``over`` is true. A symbolic link is replaced itself, not the file behind the
+    link. If several processes write the same target, the result of the last process remains, complete. Unfinished
+    files that killed processes on this machine left for ``target`` are removed.
     """
     settle(partial)
     if over:
@@ -122,9 +129,9 @@ def put_in_place(partial: Path, target: Path, over: bool = True) -> None:
 
 
 def settle(path: Path) -> None:
-    """Give a file, or the files in a folder, the mode that new files get here, and wait until the disk has them.
+    """Set the umask's default mode on a file, or on all files in a folder, and sync them to disk.
 
-    safetensors makes its files readable by their owner alone, whatever the umask is.
+    The mode is set because safetensors makes its files readable by their owner alone, whatever the umask is.
     """
     sample = temporary_name(path)
     sample.touch()
@@ -137,7 +144,7 @@ def settle(path: Path) -> None:
 
 
 def _swapped(partial: Path, target: Path) -> bool:
-    """Rename ``partial`` to ``target``; False if another process put its own there in between."""
+    """Rename ``partial`` to ``target``; return False if another process replaced ``target`` at the same time."""
     old = temporary_name(target, "old")
     try:
         if target.is_dir():
@@ -157,28 +164,28 @@ def _swapped(partial: Path, target: Path) -> bool:
 
 
 def temporary_name(target: Path, suffix: str = "partial") -> Path:
-    """A hidden name beside ``target`` that no other process uses: ``.NAME.HOST-PROCESS-RANDOM.SUFFIX``."""
+    """Return a hidden, unique path beside ``target``: ``.NAME.HOST-PROCESS-RANDOM.SUFFIX``."""
     return target.with_name(f".{target.name}.{_this_host()}-{os.getpid()}-{uuid4().hex[:8]}.{suffix}")
 
 
 def _this_host() -> str:
-    """Short mark of this machine: processes are numbered on each."""
+    """Return a short hash of this machine's name; process IDs are unique on one machine only."""
     return f"{zlib.crc32(socket.gethostname().encode()):08x}"
 
 
 def _runs(process: int) -> bool:
-    """Whether there is a process of this number."""
+    """Tell whether a process with this ID is running on this machine."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # another user's
+    except OSError:  # the process exists, but belongs to another user
         return True
     return True
 
 
 def discard(path: Path) -> None:
-    """Remove a file, a link or a folder, if it is there and can be removed."""
+    """Remove a file, a link or a folder with its contents, if it exists; errors while removing a folder are ignored."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -186,7 +193,7 @@ def discard(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until the disk has a file, or the names in a folder."""
+    """Wait until a file's contents, or a folder's list of names, are on the disk (``fsync``)."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

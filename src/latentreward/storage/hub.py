@@ -1,4 +1,4 @@
-"""Questions to the hub: one try each, after which the local cache speaks for it."""
+"""Requests to the Hugging Face hub, each tried once; without an answer, callers fall back to the local cache."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ if TYPE_CHECKING:
     from huggingface_hub import ModelInfo
 
 TIMEOUT = 10.0
-"""Seconds to wait for the hub."""
+"""Seconds to wait for an answer of the hub."""
 
 
 def hub_answers(repository: str, name: str, revision: str | None = None) -> bool:
-    """Tell whether the hub can be asked for file ``name``, where ``hf_hub_download`` would retry half a minute.
+    """Tell whether the hub answers a request for the metadata of file ``name``, tried once.
+
+    Without a network, ``hf_hub_download`` would retry for half a minute.
 
     Raises:
-        HfHubHTTPError: If the hub answers that there is no such file, or no access to it.
+        HfHubHTTPError: If the hub answers that the file does not exist or is not accessible.
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
@@ -28,7 +30,10 @@ def hub_answers(repository: str, name: str, revision: str | None = None) -> bool
 
 @cache
 def read_locally(source: str, revision: str | None = None) -> bool:
-    """Tell whether ``source`` is a folder, or a hub id for which the local cache speaks; asked once in a process.
+    """Tell whether ``source`` is to be read without the hub: a folder, or a hub id while the hub does not answer.
+
+    The answer is kept for the whole process.
+
 
     Args:
         source: Folder or hub id.
@@ -38,16 +43,16 @@ def read_locally(source: str, revision: str | None = None) -> bool:
 
     try:
         return Path(source).is_dir() or not hub_answers(source, "config.json", revision)
-    except (HfHubHTTPError, HFValidationError):  # which whoever loads it will be told as well
+    except (HfHubHTTPError, HFValidationError):  # loading will raise the same error, with its own message
         return False
 
 
 def model_info(repository: str, revision: str | None = None) -> ModelInfo | None:
-    """Ask for what the hub knows of a model repository; None if it does not answer.
+    """Ask the hub for its information about a model repository; return None if the hub does not answer.
 
     Raises:
-        HfHubHTTPError: If the hub answers that there is no such repository or revision, or no access to it.
-        HFValidationError: If ``repository`` is no valid name.
+        HfHubHTTPError: If the hub answers that the repository or revision does not exist or is not accessible.
+        HFValidationError: If ``repository`` is not a valid name.
     """
     from huggingface_hub import HfApi
 
@@ -61,22 +66,22 @@ def _asked_once(question: Callable[[], Any]) -> Any:
         return question()
     except (HfHubHTTPError, HFValidationError):
         raise
-    except Exception:  # whatever the HTTP client of the day raises without a network
+    except Exception:  # without a network, each version's HTTP client raises errors of its own
         return None
 
 
 @cache
 def commit_on_hub(name: str, revision: str | None = None) -> str | None:
-    """Commit of a hub id, or of a folder in it, the same throughout a process.
+    """Return the commit that a hub id and revision stand for; the answer is kept for the whole process.
 
-    As for loading, the hub is asked first, and the local cache if it is silent.
+    As for loading, the hub is asked first. The local cache is read if the hub does not answer.
 
     Args:
-        name: Hub id.
+        name: Hub id, or a hub id followed by a folder in the repository.
         revision: Branch, tag or commit.
 
     Returns:
-        None if neither tells.
+        The commit; None if neither the hub nor the local cache knows it.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

@@ -1,4 +1,4 @@
-"""One writer at a time in a folder."""
+"""Folder locks: only one process at a time writes to a folder."""
 
 from __future__ import annotations
 
@@ -22,19 +22,20 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
+"""Error numbers of a file system without locks."""
 logger = logging.getLogger(__name__)
 
 
 @contextmanager
 def locked(folder: Path, setting: str) -> Iterator[None]:
-    """Keep other processes out of ``folder``, which is made if need be; those that only read take no lock.
+    """Hold the write lock of ``folder`` inside the block; the folder is created if it does not exist.
 
-    The operating system frees the lock when the process ends, however that happens; a killed one leaves the file.
-    Where the file system has no locks, a warning says so and the block runs without one.
+    Processes that only read take no lock. The operating system frees the lock when the process ends, also after a
+    kill, which leaves the lock file behind. On a file system without locks, the block runs unlocked, with a warning.
 
     Args:
         folder: Folder to write to.
-        setting: Name of the setting that chose the folder, for the error.
+        setting: Name of the setting that chose the folder, for the error message.
 
     Raises:
         InputError: If another process holds the lock, or the folder cannot be written to.
@@ -57,12 +58,12 @@ def locked(folder: Path, setting: str) -> Iterator[None]:
     try:
         yield
     finally:
-        (folder / LOCK).unlink(missing_ok=True)  # while it is held: filelock takes no lock on a file without a name
+        (folder / LOCK).unlink(missing_ok=True)  # before the release: filelock takes no lock on a deleted file
         lock.release()
 
 
 def _holder(folder: Path) -> str:
-    """What the process that holds the lock wrote into its file."""
+    """Read the process ID and host that the lock's holder wrote into the lock file."""
     try:
         return (folder / LOCK).read_text(errors="replace") or "which has just begun"
     except OSError:
@@ -72,16 +73,20 @@ def _holder(folder: Path) -> str:
 def lock_run(trainer: Trainer, held: ExitStack) -> None:
     """Set up a trainer's processes, then lock its run folder on global rank 0 until ``held`` closes.
 
-    It takes the place of ``trainer.strategy.setup_environment``: no hook comes earlier in which the ranks can talk to
-    each other, and the next thing that Lightning does is to have loggers write into the folder.
+    It replaces ``trainer.strategy.setup_environment``, because no earlier hook lets the ranks communicate, and
+    directly after it Lightning's loggers write to the folder.
+
+    Args:
+        trainer: Trainer of the run. Nothing is locked if it has no log folder, or with ``fast_dev_run``.
+        held: Stack that the lock is entered on.
 
     Raises:
         InputError: On global rank 0, if another process holds the lock; the other ranks exit with status 2.
     """
     strategy = trainer.strategy
     type(strategy).setup_environment(strategy)
-    folder = trainer.log_dir  # asks all ranks
-    if folder is None or trainer.fast_dev_run:  # type: ignore[attr-defined]  # which writes nothing
+    folder = trainer.log_dir  # a collective call: every rank has to make it
+    if folder is None or trainer.fast_dev_run:  # type: ignore[attr-defined]  # fast_dev_run writes nothing
         return
     refusal: str | None = None
     if trainer.is_global_zero:
@@ -91,7 +96,7 @@ def lock_run(trainer: Trainer, held: ExitStack) -> None:
         except InputError as error:
             refusal = str(error)
         else:
-            if not contents(Path(folder)):  # CSVLogger would mind the lock's file
+            if not contents(Path(folder)):  # CSVLogger would warn because of the lock file
                 warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")
     refusal = strategy.broadcast(refusal)
     if refusal is not None:

@@ -1,4 +1,4 @@
-"""A table that grows in parts, each whole or absent, so that a run killed at any moment goes on where it was."""
+"""A table that is written in complete parts, so that a run killed at any moment can resume from the last part."""
 
 import json
 import re
@@ -20,23 +20,24 @@ from latentreward.storage.durable import replacing, write_file
 from latentreward.storage.locks import locked
 
 SPEC = "spec.json"
+"""File in the parts' folder that records the spec."""
 DIGEST = re.compile(r", [0-9a-f]{32}\b")
-"""End of a fingerprint."""
+"""Digest at the end of a fingerprint, which messages leave out."""
 
 
 class PartFiles:
-    """Rows of ``output``, kept as parquet parts in ``OUTPUT.parts/`` until the last one is there.
+    """Parquet parts in the folder ``OUTPUT.parts/``, joined to the file ``output`` when all rows are written.
 
-    Use it as a context manager: inside, no other process can work on the same output. ``OUTPUT.json`` says what a
-    finished table was made from.
+    Use it as a context manager: inside, no other process can write the same output. ``OUTPUT.json`` records the spec
+    of a finished table.
 
     Args:
         output: File that ends in ``.parquet``, ``.csv`` or ``.jsonl``.
-        spec: What the rows depend on, as JSON takes it; another spec is refused.
-        rows: Number of rows of the whole table.
+        spec: JSON-compatible settings that the rows depend on. Parts or a table made from another spec are refused.
+        rows: Number of rows of the complete table.
 
     Raises:
-        InputError: If ``output`` has another ending, is there but was not made from ``spec``, was begun with another
+        InputError: If ``output`` has another ending, exists but was not made from ``spec``, was begun with another
             spec, or is being written by another process.
     """
 
@@ -66,31 +67,31 @@ class PartFiles:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Let go of the output; a Ctrl-C or SIGTERM is told what is kept."""
+        """Release the lock; raise a Ctrl-C or SIGTERM again with a message that says what is kept."""
         self._held.close()
         if isinstance(error, KeyboardInterrupt) and self.folder.exists():
             kept = f"{sum(map(len, self.parts()))} of {self.rows} rows are kept in {self.folder}"
             raise type(error)(f"{kept}: the same command goes on there") from error
 
     def finished(self) -> bool:
-        """Whether the whole table is there.
+        """Tell whether the complete table exists, and remove parts that are left over.
 
         Raises:
-            InputError: If it was made from another spec.
+            InputError: If the table was made from another spec.
         """
         if not (self.output.exists() and self._note.exists()):
             return False
         self._compare(self._note, f"delete {self.output} and {self._note}")
-        shutil.rmtree(self.folder, ignore_errors=True)  # a kill in the last moment may have left it
+        shutil.rmtree(self.folder, ignore_errors=True)  # a kill at the end of `finish` may have left the folder
         return True
 
     def parts(self) -> dict[range, Path]:
-        """Finished parts by their rows, ascending."""
+        """List the finished parts: range of rows → file, by ascending rows."""
         names = {path: re.fullmatch(r"rows_(\d+)_(\d+)\.parquet", path.name) for path in self.folder.glob("rows_*")}
         return {range(int(match[1]), int(match[2])): path for path, match in sorted(names.items()) if match}
 
     def missing(self, length: int) -> list[range]:
-        """Rows that no part has, in runs of at most ``length``."""
+        """List the ranges of rows that no part holds, each of at most ``length`` rows."""
         open_rows = np.ones(self.rows, dtype=bool)
         for rows in self.parts():
             open_rows[rows.start : rows.stop] = False
@@ -99,16 +100,16 @@ class PartFiles:
         return [range(at, min(at + length, stop)) for start, stop in runs for at in range(start, stop, length)]
 
     def write(self, rows: range, table: pa.Table) -> None:
-        """Add a part; once this returns it survives a kill and a loss of power."""
+        """Write a part with the given rows; after the return, the part survives a kill and a power loss."""
         path = self.folder / f"rows_{rows.start:09d}_{rows.stop:09d}.parquet"
         with interrupts_held(), replacing(path, self._kept) as partial:
             pq.write_table(table, partial)
 
     def read(self) -> Iterator[tuple[range, pa.Table]]:
-        """Parts with their rows.
+        """Yield each part's range of rows and table, by ascending rows.
 
         Raises:
-            InputError: If one is damaged.
+            InputError: If a part is damaged.
         """
         for rows, path in self.parts().items():
             try:
@@ -122,7 +123,7 @@ class PartFiles:
             yield rows, table
 
     def finish(self) -> None:
-        """Put the parts together as ``output`` and remove them."""
+        """Join the parts into ``output``, record the spec beside it, and remove the parts."""
         parts = self.read()
         _, first = next(parts)
         writer_of = WRITERS[self.output.suffix]
@@ -150,11 +151,11 @@ class PartFiles:
 
 
 class JSONLinesWriter:
-    """Tables to a file of JSON lines; what is null, NaN or infinite becomes null.
+    """Writer of tables to a file of JSON lines; null, NaN and infinite values become null.
 
     Args:
-        path: The file.
-        schema: Of the tables.
+        path: File to write.
+        schema: Schema of the tables.
     """
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
@@ -167,7 +168,7 @@ class JSONLinesWriter:
         self._file.close()
 
     def write_table(self, table: pa.Table) -> None:
-        """Add rows."""
+        """Append the rows of a table to the file."""
         columns = [_json_values(table.column(name)) for name in self._schema.names]
         for row in zip(*columns, strict=True):
             self._file.write(json.dumps(dict(zip(self._schema.names, row, strict=True)), ensure_ascii=False) + "\n")
@@ -178,11 +179,11 @@ WRITERS: dict[str, Callable[[Path, pa.Schema], Any]] = {
     ".csv": pa_csv.CSVWriter,
     ".jsonl": JSONLinesWriter,
 }
-"""Ending of a table's name -> what writes it."""
+"""File name extension → class that writes such a table."""
 
 
 def _json_values(column: pa.ChunkedArray) -> list[Any]:
-    """Values as JSON takes them; a number gets no more digits than its type has."""
+    """Convert a column to JSON values; a float32 or float16 is written with no more digits than its type has."""
     values = column.to_pylist()
     if not pa.types.is_floating(column.type):
         return values
@@ -191,7 +192,10 @@ def _json_values(column: pa.ChunkedArray) -> list[Any]:
 
 
 def _difference(name: str, before: Any, now: Any) -> str:
-    """What was and what is; of mappings the first entry that differs, of fingerprints the names alone."""
+    """Describe the difference between two values of a spec's field ``name``.
+
+    For mappings, describe the first entry that differs. Fingerprints are shown without their digests.
+    """
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         if before.keys() != now.keys():
             return _difference(name, ", ".join(before), ", ".join(now))

@@ -1,4 +1,4 @@
-"""How far a long loop is, on standard error."""
+"""Progress of a long loop, on standard error."""
 
 import sys
 from collections.abc import Callable
@@ -9,22 +9,23 @@ from tqdm import tqdm
 from typing_extensions import override
 
 INTERVAL = 10.0
-"""Seconds between lines where there is no terminal."""
+"""Seconds between progress lines when standard error is not a terminal."""
 BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{left}, {rate_noinv_fmt}{postfix}]"
 LINE = "{desc} {n_fmt}/{total_fmt}{unit}  {rate_noinv_fmt}{postfix}  {left} left"
 
 
 class Progress:
-    """Count, rate and time left: a bar on a terminal; elsewhere a line every few seconds, and a last one after these.
+    """Display of count, rate and time left: a bar on a terminal, a line every ``interval`` seconds elsewhere.
 
     Args:
-        name: What is being done.
+        name: Label of the work, shown first.
         total: Number of items; None if it is unknown.
-        unit: Plural of an item.
-        done: Items that an earlier run did.
-        interval: Seconds between lines.
-        delay: Seconds before the first line; 0 prints a line at the start, and one at the end of any work.
-        limit: Returns the seconds until the work ends, however many items are left then.
+        unit: Plural name of the items.
+        done: Number of items that an earlier run finished.
+        interval: Seconds between lines. A last line follows at the end if any line was printed.
+        delay: Seconds before the first line; 0 prints a line at the start, and always one at the end.
+        limit: Function that returns the seconds until the work ends, even if items are left by then; the time left
+            that is shown never exceeds it.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class Progress:
         shown: dict[str, Any] = {"file": sys.stderr, "dynamic_ncols": True, "bar_format": BAR}
         if not sys.stderr.isatty():
             shown = {"file": _Lines(), "bar_format": LINE, "delay": delay, "mininterval": interval, "miniters": 1}
-            shown["position"] = 0  # for a bar inside another, tqdm would move the cursor
+            shown["position"] = 0  # in nested bars, tqdm would move the cursor
         nothing = total is not None and done >= total
         counts: dict[str, Any] = {"total": total, "initial": done, "unit": f" {unit}", "smoothing": 0}
         self._bar = _Bar(limit, desc=name, leave=None, disable=nothing, **counts, **shown)
@@ -53,22 +54,22 @@ class Progress:
         self.close()
 
     def add(self, number: int = 1, **values: float) -> None:
-        """Count ``number`` items as done; ``values``, such as a loss, are shown beside the rate."""
+        """Count ``number`` more items as done; show ``values``, such as a loss, beside the rate."""
         if values:
             self._bar.set_postfix(values, refresh=False)
         self._bar.update(number)
 
     def expect(self, total: int | None) -> None:
-        """Set another number of items."""
+        """Change the total number of items."""
         self._bar.total = total
 
     def close(self) -> None:
-        """Draw no more; a bar stays as it is, unless it is inside another."""
+        """Stop the display; the bar stays on screen, except a nested bar, which is cleared."""
         self._bar.close()
 
 
 class _Bar(tqdm):
-    """A bar whose field ``left`` is the time until all items are done or ``limit`` ends the work."""
+    """A tqdm bar with a field ``left``: the time until all items are done or ``limit`` ends the work."""
 
     def __init__(self, limit: Callable[[], float] | None, **settings: Any) -> None:
         self.limit = limit
@@ -87,7 +88,7 @@ class _Bar(tqdm):
 
 
 class _Lines:
-    """A stream for tqdm that prints a line where tqdm would draw over the last one."""
+    """An output stream for tqdm that prints each update as a new line instead of overwriting the last one."""
 
     def write(self, text: str) -> None:
         if line := text.strip():

@@ -1,4 +1,4 @@
-"""What a safetensors file says of its tensors, without reading them."""
+"""Reading of a safetensors file's header, without the tensors."""
 
 import json
 import os
@@ -6,15 +6,19 @@ from pathlib import Path
 from typing import Any
 
 LONGEST = 1 << 20
-"""Bytes of the longest header that is read: some thousand tensors."""
+"""Bytes of the longest header that is accepted, enough for some thousand tensors."""
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], int, int]:
-    """Read the entries of all tensors by name, the byte at which their data begin, and the size of the file.
+    """Read the header of a safetensors file.
+
+    Returns:
+        The header's entry of each tensor by name, the byte at which the data of all tensors begin, and the file's size
+        in bytes.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is not a safetensors file; no more is read than the file can hold.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file is not a safetensors file. A header length beyond the file or 1 MiB is not trusted.
     """
     with path.open("rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size

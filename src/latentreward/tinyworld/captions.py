@@ -1,4 +1,4 @@
-"""What the tiny world can ask for: every caption, its parts, and the splits that keep captions apart."""
+"""Captions of the tiny world: their attributes, their texts, and splits without common captions."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ SIZES = ("small", "large")
 POSITIONS = ("top", "bottom", "left", "right")
 RELATIONS = ("left of", "above")
 KIND_SHARES = {"size": 0.25, "position": 0.25, "relation": 0.35, "two": 0.15}
+"""Probability of each kind of caption when a caption is drawn."""
 
 
 @dataclass(frozen=True)
 class Caption:
-    """What a caption asks for.
+    """Attributes of the picture that a caption asks for.
 
     Attributes:
         kind: One of ``size``, ``position``, ``relation``, ``two``.
         color: Colour of the (first) shape.
         shape: Name of the (first) shape.
         background: Name of the background.
-        detail: The size, position or relation; empty for ``two``.
-        other_color: Colour of the second shape of a ``relation``, else empty.
-        other_shape: Name of the second shape of a ``relation``, else empty.
+        detail: Size, position or relation, depending on ``kind``; empty for ``two``.
+        other_color: Colour of the second shape of a ``relation``; empty for other kinds.
+        other_shape: Name of the second shape of a ``relation``; empty for other kinds.
     """
 
     kind: str
@@ -42,7 +43,7 @@ class Caption:
 
     @property
     def text(self) -> str:
-        """The caption as a sentence of at most 12 words."""
+        """Text of the caption, at most 12 words."""
         thing = f"{self.color} {self.shape}"
         subject = {
             "size": f"a {self.detail} {thing}",
@@ -54,13 +55,13 @@ class Caption:
 
     @property
     def count(self) -> int:
-        """Number of shapes asked for."""
+        """Number of shapes that the caption asks for."""
         return 2 if self.kind in ("relation", "two") else 1
 
 
 @lru_cache(maxsize=1)
 def all_captions() -> dict[str, Caption]:
-    """Every caption there is, by its text: 144 sizes, 288 positions, 2,880 relations, 72 twos."""
+    """Return all captions by their texts: 144 of kind ``size``, 288 ``position``, 2,880 ``relation``, 72 ``two``."""
     found = [Caption("size", c, s, b, d) for c, s, b, d in product(COLORS, SHAPES, BACKGROUNDS, SIZES)]
     found += [Caption("position", c, s, b, d) for c, s, b, d in product(COLORS, SHAPES, BACKGROUNDS, POSITIONS)]
     found += [
@@ -73,10 +74,10 @@ def all_captions() -> dict[str, Caption]:
 
 
 def parse_caption(text: str) -> Caption:
-    """Read a caption's text.
+    """Return the caption with a text.
 
     Raises:
-        ValueError: If this world has no such caption.
+        ValueError: If the tiny world has no such caption.
     """
     if text not in all_captions():
         raise ValueError(f"not a caption of the tiny world: {text!r}; see latentreward.tinyworld.scenes.all_captions()")
@@ -85,9 +86,9 @@ def parse_caption(text: str) -> Caption:
 
 @lru_cache(maxsize=1)
 def caption_splits() -> dict[str, dict[str, tuple[Caption, ...]]]:
-    """Captions by split, then by kind: 10 % of each kind for ``test``, 10 % for ``validation``, the rest for ``train``.
+    """Return captions by split and kind: of each kind 10 % for ``test``, 10 % for ``validation``, 80 % for ``train``.
 
-    The partition is fixed, so no picture a generator or a reward was trained on shares its caption with a held-out one.
+    The partition is fixed, so that generators and rewards are never trained on captions of the held-out splits.
     """
     splits: dict[str, dict[str, tuple[Caption, ...]]] = {"train": {}, "validation": {}, "test": {}}
     for kind in KIND_SHARES:
@@ -101,13 +102,13 @@ def caption_splits() -> dict[str, dict[str, tuple[Caption, ...]]]:
 
 
 def draw_caption(rng: np.random.Generator, split: str) -> Caption:
-    """Draw a caption of a split, its kind by ``KIND_SHARES``."""
+    """Draw a random caption of a split; kinds have the probabilities :data:`KIND_SHARES`."""
     kind = str(rng.choice(list(KIND_SHARES), p=list(KIND_SHARES.values())))
     captions = caption_splits()[split][kind]
     return captions[int(rng.integers(len(captions)))]
 
 
 def held_out_captions(number: int, seed: int) -> list[str]:
-    """Draw texts of ``test`` captions, some of them more than once: the prompts that generators are measured on."""
+    """Draw texts of ``test`` captions, possibly with repeats, as prompts for the evaluation of generators."""
     rng = np.random.default_rng([seed, 4])
     return [draw_caption(rng, "test").text for _ in range(number)]

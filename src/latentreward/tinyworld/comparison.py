@@ -1,4 +1,4 @@
-"""What alignment changed: pictures of a tiny pipeline with and without an adapter, their utilities."""
+"""Comparison of a tiny pipeline before and after alignment: pictures and their utilities."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +13,13 @@ from latentreward.tinyworld.sampling import PIPELINE_FOLDERS, load_pipeline, qui
 
 @dataclass(frozen=True)
 class Judged:
-    """Pictures of held-out captions, one each.
+    """Pictures of held-out captions, one per caption, with the judge's verdicts.
 
     Attributes:
         captions: N captions.
         pictures: ``(N, 32, 32, 3)`` uint8.
-        utility: ``(N,)`` the judge's utilities, 0 to 6.
-        verdict: Means of what the judge looks at: alignment, all attributes right, quality.
+        utility: ``(N,)`` utilities by the judge (:mod:`latentreward.tinyworld.oracle`), 0 to 6.
+        verdict: Means over the pictures of ``alignment``, ``all_right``, ``quality`` and ``utility``.
     """
 
     captions: list[str]
@@ -29,12 +29,12 @@ class Judged:
 
 
 def judge_policy(pipeline: str, lora: Path | None, guidance_scale: float) -> Judged:
-    """Sample one picture for each of 192 held-out captions, as diffusers would, and judge it.
+    """Sample one picture for each of 192 held-out captions with diffusers, and judge the pictures.
 
     Args:
         pipeline: ``sd_tiny`` or ``sd35_tiny``.
-        lora: Folder of the adapter, as ``load_lora_weights`` takes it; None for the pipeline as it ships.
-        guidance_scale: Classifier-free guidance.
+        lora: Folder of a LoRA adapter for ``load_lora_weights``; None for the pipeline without an adapter.
+        guidance_scale: Scale of classifier-free guidance; 1 switches guidance off.
     """
     loaded = load_pipeline(PIPELINE_FOLDERS[pipeline])
     if lora is not None:
@@ -48,9 +48,9 @@ def judge_policy(pipeline: str, lora: Path | None, guidance_scale: float) -> Jud
 
 
 def before_and_after(before: Judged, after: Judged) -> Image.Image:
-    """Two rows of pictures of the same captions and noise: above before, below after alignment.
+    """Show 12 captions in two rows of pictures with equal noise: before alignment above, after alignment below.
 
-    The captions are spread evenly over those whose utility changed most to least, so that nothing is picked by hand.
+    The captions are evenly spaced in the order of their change in utility, so that none is picked by hand.
     """
     order = np.argsort(after.utility - before.utility)
     shown = order[np.linspace(0, len(order) - 1, 12).round().astype(int)]

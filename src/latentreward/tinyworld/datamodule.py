@@ -1,4 +1,4 @@
-"""The tiny world's pairs as a data module that writes its own files."""
+"""Data module of the tiny world's preference pairs, which writes its own files."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -10,21 +10,21 @@ from latentreward.tinyworld.writers import write_hpdv3, write_pickapic
 
 
 class TinyWorldDataModule(PreferenceDataModule):
-    """Drawn preference pairs, 32 × 32, as real JPEG files in the layout of a real data set.
+    """Data module of drawn preference pairs, 32 × 32 pixels, stored in the layout of a real data set.
 
-    The first run writes them under ``root``, later ones read them. From there on they go through the same reader as
-    the real data set.
+    The first run writes the pairs under ``root``; later runs read the files. The files are read by the reader of the
+    real data set.
 
     Args:
         root: Folder of the files.
-        layout: ``pickapic`` (parquet with JPEG bytes, ties) or ``hpdv3`` (JSON and JPEG files, no ties).
-        train_pairs: Pairs to learn from.
-        val_pairs: Held-out pairs, of other prompts.
-        data_seed: Seed of the drawing.
+        layout: ``pickapic`` (parquet with JPEG bytes, with ties) or ``hpdv3`` (JSON and JPEG files, no ties).
+        train_pairs: Number of training pairs.
+        val_pairs: Number of validation pairs, whose prompts are not in the training pairs.
+        data_seed: Seed of the pairs.
         options: See :class:`PreferenceDataModule`.
 
     Raises:
-        InputError: If ``root`` holds pairs of other settings.
+        ValueError: If ``root`` holds pairs of other settings.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class TinyWorldDataModule(PreferenceDataModule):
         val: PairReader
         if layout == "pickapic":
             folder = write_pickapic(Path(root), {"train": train_pairs, "validation": val_pairs}, data_seed)
-            # There are so few captions of one shape that, each counting once, they would hardly be learned from.
+            # Pairs count equally: with equal weight per prompt, the few captions of single shapes would hardly count.
             train, val = (PickAPicReader(str(folder), split, weight="equal") for split in ("train", "validation"))
         else:
             folder = write_hpdv3(Path(root), {"train": train_pairs, "test": val_pairs}, data_seed)
@@ -48,5 +48,5 @@ class TinyWorldDataModule(PreferenceDataModule):
         super().__init__(32, train=train, val=val, predict=val, **options)
 
     def test_dataloader(self) -> DataLoader[Any]:
-        """The held-out pairs again: nothing of the tiny world was chosen on them."""
+        """Return the validation pairs, which no setting of the tiny world was chosen on."""
         return self._evaluation_loader("val")

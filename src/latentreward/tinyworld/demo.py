@@ -1,4 +1,4 @@
-"""``make demo``: train two tiny reward models, align the tiny generator with one of them, show what became of both."""
+"""``make demo``: train two tiny reward models, align the tiny generator with one of them, and print the results."""
 
 import argparse
 import os
@@ -16,23 +16,23 @@ from latentreward.metrics.bootstrap import bootstrap_interval
 from latentreward.tinyworld.comparison import Judged, before_and_after, judge_policy
 
 CEILING = 0.870
-"""Accuracy of the true utility against the drawn, noisy labels; no model can do better."""
+"""Accuracy of the true utility against the noisy labels, which no model can exceed."""
 
 
 GUIDANCE = 1.0
-"""Guidance of the alignment and of the pictures before and after."""
+"""Guidance scale in alignment and for the pictures before and after."""
 
 
 @dataclass(frozen=True)
 class Training:
-    """One run of the command line.
+    """One run of ``latentreward fit``.
 
     Attributes:
-        name: Short name: folder of its results.
-        title: What it is, for people.
-        configs: Its config files.
-        settings: More settings; ``{output}`` is the folder of all results.
-        watched: Metrics to show while it runs: (name in the log, words).
+        name: Name of the run and of its folder.
+        title: Title in the printed report.
+        configs: Config files of the run.
+        settings: Further command-line settings; ``{output}`` stands for the folder of all results.
+        watched: Metrics to show during training: (name in the log, printed name).
     """
 
     name: str
@@ -42,7 +42,7 @@ class Training:
     watched: tuple[tuple[str, str], ...] = (("train/loss", "loss"), ("train/accuracy", "batch accuracy"))
 
     def command(self, output: Path, options: list[str]) -> list[str]:
-        """The command line that trains it."""
+        """Return the command line of the run."""
         return [
             *(sys.executable, "-m", "latentreward", "fit"),
             *(f"--config={config}" for config in self.configs),
@@ -75,11 +75,11 @@ LEVELS = {
     LRM: tuple((f"t{t}", f"t = {t}") for t in (1, 251, 501, 801)),
     DINA_LRM: (*((f"sigma{s}", f"σ = {s}") for s in (0.2, 0.5, 0.8)), ("ensemble", "ensemble")),
 }
-"""Names of the evaluation levels, as the module logs them, and as people read them."""
+"""Noise levels of the evaluation for each run: (name in the log, printed name)."""
 
 
 def scalars(folder: Path) -> dict[str, tuple[int, float]]:
-    """Last step and value of every scalar in the TensorBoard log of ``folder``; empty if there is none yet."""
+    """Read the last (step, value) of every scalar in the TensorBoard log of ``folder``; empty without a log."""
     if not list(folder.glob("events.out.tfevents.*")):
         return {}
     log = EventAccumulator(str(folder), size_guidance={"images": 1})
@@ -88,10 +88,10 @@ def scalars(folder: Path) -> dict[str, tuple[int, float]]:
 
 
 def train(trainings: Sequence[Training], output: Path, options: list[str]) -> None:
-    """Run trainings side by side, one thread each, and say how they are doing.
+    """Run trainings in parallel, with one thread each, and print their progress.
 
     Raises:
-        SystemExit: If one of them fails; its messages lie in ``train.log`` of its folder.
+        SystemExit: If a training fails; its output is in ``train.log`` of its folder.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     running = {}
@@ -119,7 +119,7 @@ def train(trainings: Sequence[Training], output: Path, options: list[str]) -> No
 
 
 def progress(training: Training, output: Path, ended: bool) -> str:
-    """Where a training stands, in a few words."""
+    """Describe the progress of a training in a few words."""
     values = scalars(output / training.name)
     if ended:
         return f"{training.name} done"
@@ -130,14 +130,14 @@ def progress(training: Training, output: Path, ended: bool) -> str:
 
 
 def report_rewards(output: Path) -> None:
-    """Print held-out accuracy by noise level, and where everything lies."""
+    """Print the held-out accuracy at each noise level, and the paths of the results."""
     for training, levels in LEVELS.items():
         folder = output / training.name
         values = scalars(folder)
         print(f"\n{training.title}\n  held-out pair accuracy against the drawn labels")
         for level, label in levels:
             print(f"    {label:<9} {values[f'val/accuracy_{level}'][1]:.3f}")
-        print(f"    ceiling   {CEILING:.3f}   (the labels are noisy: the true utility itself agrees with so many)")
+        print(f"    ceiling   {CEILING:.3f}   (the labels are noisy: the true utility itself agrees with this share)")
         print("    chance    0.500")
         print(f"  picture of scored pairs  {folder / 'scored_pairs.png'}")
         print(f"  checkpoint               {folder / 'reward.ckpt'}")
@@ -145,12 +145,12 @@ def report_rewards(output: Path) -> None:
 
 
 def report_policy(output: Path, before: Judged) -> None:
-    """Sample the aligned generator, print what the judge says of it, and write pictures."""
+    """Sample from the aligned generator, print the judge's verdicts, and save pictures of before and after."""
     after = judge_policy("sd_tiny", output / LPO.name / "lora", GUIDANCE)
     change, low, high, _ = bootstrap_interval([after.utility - before.utility])
     picture = output / LPO.name / "before_after.png"
     before_and_after(before, after).save(picture)
-    print(f"\n{LPO.title}\n  utility of {len(before.captions)} pictures by the judge, who was no reward; 6 is the most")
+    print(f"\n{LPO.title}\n  utility of {len(before.captions)} pictures by the judge, not by the reward (0 to 6)")
     print(f"    before    {before.utility.mean():.3f}   after {after.utility.mean():.3f}")
     print(f"    change    {change:+.3f}  [{low:+.3f}, {high:+.3f}]  (95 % interval over captions)")
     for name in ("alignment", "quality"):

@@ -1,4 +1,4 @@
-"""Drawing scenes at random: mutations make a picture wrong for its caption, nuisances make it ugly."""
+"""Random scenes for captions: mutations contradict the caption, nuisances lower the picture's quality."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from latentreward.tinyworld.rendering import IMAGE_SIZE, shape_distance
 from latentreward.tinyworld.scenes import Blob, Item, Nuisances, Scene
 
 MUTATION_SHARES = (0.45, 0.35, 0.2)
-"""Share of drawn pictures with 0, 1 and 2 mutations."""
+"""Probability of 0, 1 and 2 mutations of a picture."""
 
 
 def draw_scene(
@@ -21,13 +21,13 @@ def draw_scene(
     mutation_shares: Sequence[float] = MUTATION_SHARES,
     clean_share: float = 0.45,
 ) -> Scene:
-    """Draw a scene for a caption, right or mutated, clean or ugly.
+    """Draw a random scene for a caption, with random mutations and nuisances.
 
     Args:
-        caption: What is asked for.
-        rng: Source of randomness.
-        mutation_shares: Probability of 0, 1, 2, ... mutations.
-        clean_share: Probability of no nuisance at all.
+        caption: Caption to draw for.
+        rng: Random number generator.
+        mutation_shares: Probability of 0, 1, 2, ... mutations: attributes of the caption that the scene gets wrong.
+        clean_share: Probability of a scene without nuisances.
     """
     names = _mutations(caption)
     number = int(rng.choice(len(mutation_shares), p=list(mutation_shares)))
@@ -46,11 +46,11 @@ def _mutations(caption: Caption) -> tuple[str, ...]:
 
 
 def _mutate(caption: Caption, name: str, rng: np.random.Generator) -> Caption:
-    """The caption of a picture that gets one attribute of ``caption`` wrong (``count`` is up to the placing)."""
+    """Return ``caption`` with attribute ``name`` changed; ``count`` is left to ``_place_items``."""
     if name == "binding":
         return replace(caption, color=caption.other_color, other_color=caption.color)
     if name == "detail" and caption.kind == "relation":
-        # Opposite side, or the other axis: both make the relation wrong.
+        # Exchange the two shapes, or change the axis: both make the relation wrong.
         if rng.random() < 0.5:
             names = {"color": "other_color", "shape": "other_shape", "other_color": "color", "other_shape": "shape"}
             return replace(caption, **{new: getattr(caption, old) for new, old in names.items()})
@@ -85,7 +85,7 @@ def _place_items(depicted: Caption, rng: np.random.Generator, miscounted: bool) 
 
 
 def _place_pair(depicted: Caption, rng: np.random.Generator) -> tuple[Item, ...]:
-    """Two shapes on opposite sides of the middle, the first on the side the caption names, else on a random one."""
+    """Place two shapes on opposite sides of the middle, the first on the caption's side or on a random side."""
     if depicted.kind == "position":
         side = depicted.detail
     elif depicted.kind == "relation":
@@ -125,7 +125,7 @@ def _draw_nuisances(items: Sequence[Item], rng: np.random.Generator, clean_share
 
 
 def _draw_blobs(items: Sequence[Item], rng: np.random.Generator, number: int) -> tuple[Blob, ...]:
-    """Up to ``number`` blobs that touch neither a shape nor each other; fewer where there is no room."""
+    """Draw up to ``number`` blobs that touch neither a shape nor each other; fewer if there is no room."""
     blobs: list[Blob] = []
     for _ in range(60):
         x, y = rng.uniform(2.5, IMAGE_SIZE - 2.5, 2)

@@ -1,4 +1,4 @@
-"""The untrained networks of the two tiny pipelines, and the pipelines as diffusers saves them."""
+"""Construction of the two tiny pipelines with untrained networks, and saving of pipelines."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from transformers import CLIPTextConfig
 
 WIDTH = 64
-"""Width of the text encoders."""
+"""Hidden size of the text encoders."""
 
 
 def build_sd(vae: AutoencoderKL) -> StableDiffusionPipeline:
-    """A pipeline shaped like Stable Diffusion 1.5: four U-Net levels, cross-attention in three, one CLIP text encoder.
+    """Build a tiny Stable Diffusion 1.5: a U-Net of four levels, three with cross-attention, and one CLIP text encoder.
 
     Args:
         vae: Trained autoencoder with 8x8 latents of 4 channels.
@@ -57,7 +57,7 @@ def build_sd(vae: AutoencoderKL) -> StableDiffusionPipeline:
 
 
 def build_sd35(vae: AutoencoderKL) -> StableDiffusion3Pipeline:
-    """A pipeline shaped like Stable Diffusion 3.5 Medium: joint blocks, dual attention in the first two, no T5.
+    """Build a tiny Stable Diffusion 3.5 Medium: four joint blocks, dual attention in the first two, no T5.
 
     Args:
         vae: Trained autoencoder with 8x8 latents of 4 channels.
@@ -94,7 +94,7 @@ def build_sd35(vae: AutoencoderKL) -> StableDiffusion3Pipeline:
 
 
 def text_config(intermediate_size: int = 2 * WIDTH) -> CLIPTextConfig:
-    """Two layers of text encoder for the tiny world's words."""
+    """Return the config of a CLIP text encoder with two layers and the tiny world's vocabulary."""
     from transformers import CLIPTextConfig
 
     tokenizer = build_tokenizer()
@@ -113,15 +113,15 @@ def text_config(intermediate_size: int = 2 * WIDTH) -> CLIPTextConfig:
 
 
 def save_pipeline(pipeline: StableDiffusionPipeline | StableDiffusion3Pipeline, folder: Path) -> None:
-    """Save a pipeline small: text encoders as they are (float32), autoencoder and denoiser as float16.
+    """Save a pipeline in little space: text encoders in float32, autoencoder and denoiser in float16.
 
-    transformers loads a model in the type it was saved in and diffusers in float32, so a plain ``from_pretrained``
-    gives float32 throughout. Paths that parts were loaded from are left out. The folder is written beside its place and
-    then moved there.
+    transformers loads a model in the dtype it was saved in, and diffusers loads models in float32, so that a plain
+    ``from_pretrained`` gives float32 throughout. Local paths that components were loaded from are removed from the
+    configs. The folder is written atomically.
 
     Args:
-        pipeline: Float32 pipeline; it is float32 again afterwards, rounded to what was saved.
-        folder: Where to; replaced if it exists.
+        pipeline: Float32 pipeline. Its autoencoder and denoiser are rounded to float16 in place and kept as float32.
+        folder: Folder to write, replaced if it exists.
     """
     denoiser = pipeline.unet if hasattr(pipeline, "unet") else pipeline.transformer
     for model in (pipeline.vae, denoiser):

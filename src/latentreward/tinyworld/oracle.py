@@ -1,9 +1,9 @@
-"""A judge that looks at pixels alone: what a tiny-world picture shows, and what it is worth for a caption.
+"""A judge that reads the scene from a picture's pixels and computes the picture's utility for a caption.
 
-It measures generated pictures, where no scene is known, and drawn ones after a trip through the autoencoder. It reads a
-picture in five steps: a plane fitted to the colourless pixels (background and gradient), distance from that plane
-(foreground), connected components (large ones are shapes, small ones blobs), the direction of each shape's colour
-away from the background (colour and contrast), and overlap with templates (shape).
+The judge is for pictures without a known scene: generated pictures, and drawn pictures after the autoencoder. It has
+five steps: a plane fitted to the colourless pixels (background and gradient), the distance from that plane
+(foreground), connected components (large components are shapes, small ones are blobs), the direction of each shape's
+colour away from the background (colour and contrast), and the overlap with templates (shape).
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ from latentreward.tinyworld.rendering import (
 from latentreward.tinyworld.scenes import Blob, Item, Nuisances, Scene, alignment_checks, picture_utility
 
 MIN_SHAPE_AREA = 23
-"""Pixels from which a component is a shape; blobs cover at most 17."""
+"""Smallest area of a shape in pixels; blobs cover at most 17."""
 MIN_BLOB_AREA = 4
-"""Pixels below which a component is noise."""
+"""Smallest area of a blob in pixels; smaller components count as noise."""
 FOREGROUND_DISTANCE = 0.09
-"""RGB distance from the background (channels in [0, 1]) from which a pixel can be foreground."""
+"""Smallest RGB distance of a foreground pixel from the background, with channels in [0, 1]."""
 MIN_STRENGTH = 0.17
-"""Measured nuisance strengths below this count as none; drawn ones start at 0.35."""
+"""Measured nuisance strength below which a nuisance counts as absent; drawn nuisances have at least 0.35."""
 AREA_FACTORS = {shape: float(shape_coverage(shape, 16, 16, 10).sum()) / 100 for shape in SHAPES}
-"""Area of a shape of radius 1."""
+"""Area in pixels of each shape of radius 1."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a picture is worth for a caption.
+    """Judgement of a picture for a caption.
 
     Attributes:
-        alignment: Share of the caption's attributes the picture gets right, in [0, 1].
-        all_right: Whether it gets all of them right.
-        quality: 1 minus nuisances, in [0, 1].
+        alignment: Share of the caption's attributes that the picture gets right, in [0, 1].
+        all_right: Whether the picture gets all attributes right.
+        quality: 1 minus the penalty for nuisances, in [0, 1].
         utility: ``4 * alignment + 2 * quality``.
     """
 
@@ -59,7 +59,7 @@ def judge(picture: np.ndarray | Image.Image, caption: str) -> Verdict:
     """Judge a picture ``(32, 32, 3)``, uint8 or PIL, for a caption of the tiny world.
 
     Raises:
-        ValueError: If the picture has another size or type, or the world has no such caption.
+        ValueError: If the picture has another size or dtype, or the tiny world has no such caption.
     """
     scene = detect_scene(picture)
     checks = alignment_checks(parse_caption(caption), scene.background, scene.items)
@@ -69,19 +69,19 @@ def judge(picture: np.ndarray | Image.Image, caption: str) -> Verdict:
 
 
 def utility_scores(captions: Sequence[str], pictures: Sequence[np.ndarray | Image.Image]) -> torch.Tensor:
-    """Utilities ``(N,)``, float32, of pictures for their captions; usable wherever a scorer of pictures is."""
+    """Compute the utilities ``(N,)``, float32, of pictures for their captions; usable as a pixel scorer."""
     return torch.tensor([judge(p, c).utility for c, p in zip(captions, pictures, strict=True)])
 
 
 def mean_verdict(captions: Sequence[str], pictures: Sequence[np.ndarray | Image.Image]) -> dict[str, float]:
-    """Means of ``alignment``, ``all_right``, ``quality`` and ``utility`` over pictures and their captions."""
+    """Compute the means of ``alignment``, ``all_right``, ``quality`` and ``utility`` over pictures."""
     verdicts = [judge(p, c) for c, p in zip(captions, pictures, strict=True)]
     names = ("alignment", "all_right", "quality", "utility")
     return {name: float(np.mean([getattr(verdict, name) for verdict in verdicts])) for name in names}
 
 
 def detect_scene(picture: np.ndarray | Image.Image) -> Scene:
-    """Read the scene off a picture ``(32, 32, 3)``, uint8 or PIL; the colours of blobs are nominal."""
+    """Detect the scene in a picture ``(32, 32, 3)``, uint8 or PIL; colours of blobs are not read but set to red."""
     pixels = np.asarray(picture.convert("RGB") if isinstance(picture, Image.Image) else picture)
     if pixels.shape != (IMAGE_SIZE, IMAGE_SIZE, 3) or pixels.dtype != np.uint8:
         raise ValueError(f"expected a ({IMAGE_SIZE}, {IMAGE_SIZE}, 3) uint8 picture, got {pixels.shape} {pixels.dtype}")
@@ -98,13 +98,13 @@ def detect_scene(picture: np.ndarray | Image.Image) -> Scene:
         elif area >= MIN_BLOB_AREA:
             y, x = np.argwhere(mask).mean(axis=0) + 0.5
             blobs.append(Blob("red", float(x), float(y), float(np.sqrt(area / np.pi))))
-    # Shapes that faded away altogether leave the worst contrast there is.
+    # Without any visible shape, the contrast nuisance has its full strength.
     nuisances = Nuisances(
         contrast=_denoise(float(np.mean(contrasts)) if contrasts else 1.0),
         gradient=_denoise(slope * IMAGE_SIZE / MAX_GRADIENT),
         blobs=tuple(blobs),
     )
-    tilt = {"black": 0.5, "gray": 0.0, "white": -0.5}  # a gradient moves the gray level in the middle
+    tilt = {"black": 0.5, "gray": 0.0, "white": -0.5}  # a gradient changes the gray level in the middle of the picture
     levels = {
         name: BACKGROUND_LEVELS[name] + MAX_GRADIENT * nuisances.gradient * middle for name, middle in tilt.items()
     }
@@ -119,7 +119,7 @@ def _fit_background(pixels: np.ndarray) -> tuple[np.ndarray, float, float]:
     """Fit a plane of gray levels to the colourless pixels, then again without outliers.
 
     Returns:
-        The plane ``(32, 32)``, its level in the middle, and its slope per pixel.
+        The plane ``(32, 32)``, its gray level in the middle, and its slope per pixel.
     """
     grid_y, grid_x = np.mgrid[:IMAGE_SIZE, :IMAGE_SIZE] + 0.5 - IMAGE_SIZE / 2
     design = np.stack([np.ones_like(grid_x), grid_x, grid_y], axis=-1).reshape(-1, 3)
@@ -138,7 +138,11 @@ def _fit_background(pixels: np.ndarray) -> tuple[np.ndarray, float, float]:
 
 
 def _foreground(difference: np.ndarray) -> np.ndarray:
-    """Pixels far from the background, and 45 % as far as any neighbour: so fringes do not join shapes."""
+    """Return the mask ``(32, 32)`` of foreground pixels.
+
+    A foreground pixel is far from the background, and at least 45 % as far as each neighbour, so that blurred edges do
+    not join two shapes.
+    """
     distance = np.sqrt((difference**2).sum(axis=-1))
     padded = np.pad(distance, 1)
     around = np.max([padded[y : y + IMAGE_SIZE, x : x + IMAGE_SIZE] for y in range(3) for x in range(3)], axis=0)
@@ -146,7 +150,7 @@ def _foreground(difference: np.ndarray) -> np.ndarray:
 
 
 def _components(mask: np.ndarray) -> list[np.ndarray]:
-    """Masks of the 4-connected components."""
+    """Return a mask for each 4-connected component of ``mask``."""
     labels = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
     while True:
         padded = np.pad(labels, 1)
@@ -160,7 +164,11 @@ def _components(mask: np.ndarray) -> list[np.ndarray]:
 
 
 def _read_item(mask: np.ndarray, difference: np.ndarray, plane: np.ndarray) -> tuple[Item, float]:
-    """Read one shape, and the contrast it lost (as a nuisance strength, unclipped), off its mask ``(32, 32)``."""
+    """Read one shape from its mask ``(32, 32)``.
+
+    Returns:
+        The shape, and the strength of its contrast nuisance, not clipped to [0, 1].
+    """
     padded = np.pad(mask, 1)
     core = mask & padded[2:, 1:-1] & padded[:-2, 1:-1] & padded[1:-1, 2:] & padded[1:-1, :-2]
     core = core if core.any() else mask
@@ -178,7 +186,13 @@ def _read_item(mask: np.ndarray, difference: np.ndarray, plane: np.ndarray) -> t
 
 
 def _fit_shape(coverage: np.ndarray) -> tuple[str, float, float, float]:
-    """Best shape, centre and radius for coverages ``(32, 32)`` in [0, 1]; templates have their area and centroid."""
+    """Find the shape that fits a coverage ``(32, 32)`` in [0, 1] best.
+
+    The coverage is compared with a template of each shape that has its area and centroid.
+
+    Returns:
+        Name of the shape, its centre x and y, and its radius, in pixels.
+    """
     grid_y, grid_x = np.mgrid[:IMAGE_SIZE, :IMAGE_SIZE] + 0.5
     area = coverage.sum()
     x, y = float((coverage * grid_x).sum() / area), float((coverage * grid_y).sum() / area)

@@ -21,7 +21,7 @@ from latentreward.tinyworld.scenes import draw_label, scene_utility
 
 JPEG_QUALITY = 95
 GENERATED_GAP = 0.3
-"""Utility gap from which two generated pictures make a pair: smaller ones could be the judge's error."""
+"""Smallest utility gap of a pair of generated pictures; a smaller gap could be the judge's error."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,10 @@ class Picture:
     """An encoded picture.
 
     Attributes:
-        uid: Name, a UUID; pictures that recur in several pairs keep it.
+        uid: UUID of the picture, the same in all pairs with the picture.
         jpeg: JPEG bytes.
-        model: What made it.
-        utility: Noiseless utility for the caption it was made for.
+        model: Name of the generator: ``drawn``, ``sd_tiny`` or ``sd35_tiny``.
+        utility: Utility for the pair's caption, without label noise.
     """
 
     uid: str
@@ -54,14 +54,14 @@ class Pair:
 def draw_pairs(
     split: str, number: int, rng: np.random.Generator, unique: bool = False, ties: bool = True
 ) -> list[Pair]:
-    """Draw pairs of drawn pictures with noisy labels.
+    """Make random pairs of rendered pictures with noisy labels.
 
     Args:
         split: Captions to draw from: ``train``, ``validation`` or ``test``.
-        number: How many pairs.
-        rng: Source of randomness.
-        unique: Whether no two pairs share a caption.
-        ties: Whether to keep pairs that judges call a tie; if not, others are drawn in their place.
+        number: Number of pairs.
+        rng: Random number generator.
+        unique: Whether every pair has a caption of its own.
+        ties: Whether to keep pairs with a tie as label; if False, other pairs are drawn instead.
 
     Raises:
         ValueError: If ``unique`` asks for more pairs than the split has captions.
@@ -93,24 +93,25 @@ def _draw_uid(rng: np.random.Generator) -> str:
 
 
 def encode_jpeg(pixels: np.ndarray) -> bytes:
-    """Encode a picture ``(H, W, 3)``, uint8, with full colour resolution: at this size halved chroma mixes shapes."""
+    """Encode a picture ``(H, W, 3)``, uint8, as JPEG without chroma subsampling, which would blur such small shapes."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
     return buffer.getvalue()
 
 
 def generate_pairs(number: int, seed: int, num_inference_steps: int = 20, prompts_per_round: int = 32) -> list[Pair]:
-    """Make pairs from pictures that the tiny pipelines sample for held-out captions, labelled by the judge.
+    """Make pairs of pictures that the tiny pipelines sample for held-out captions, labelled by the judge.
 
-    Each caption gets four pictures: two of each pipeline, at guidance 1.5 and 3. The shipped pipelines hardly ever
-    paint something else than they are asked for, so at guidance 1.5 half of the pictures are asked for with one word
-    changed. Any two whose utilities are more than ``GENERATED_GAP`` apart make a pair, on sides drawn at random.
+    For each caption, each pipeline samples two pictures, with guidance scales 1.5 and 3. Because the shipped pipelines
+    rarely make mistakes, half of the pictures with guidance 1.5 are sampled for a caption with one attribute changed.
+    All two pictures of a caption whose utilities differ by more than :data:`GENERATED_GAP` make a pair; which picture
+    comes first is random.
 
     Args:
-        number: How many pairs; about four come from each caption.
-        seed: Fixes captions, noise and sides.
-        num_inference_steps: Steps of sampling.
-        prompts_per_round: Captions sampled together.
+        number: Number of pairs; a caption gives about four.
+        seed: Seed of captions, noise and order.
+        num_inference_steps: Number of sampling steps.
+        prompts_per_round: Number of captions sampled together.
     """
     pipelines = {name: load_pipeline(folder) for name, folder in PIPELINE_FOLDERS.items()}
     rng = np.random.default_rng([seed, 7])
@@ -133,7 +134,7 @@ def generate_pairs(number: int, seed: int, num_inference_steps: int = 20, prompt
 
 
 def _near_miss(text: str, rng: np.random.Generator) -> str:
-    """A caption that differs from ``text`` in one word."""
+    """Draw a caption that differs from ``text`` in one attribute."""
     parts = vars(parse_caption(text)).values()
     others = [c for c in all_captions().values() if sum(map(ne, parts, vars(c).values())) == 1]
     return others[int(rng.integers(len(others)))].text

@@ -1,4 +1,4 @@
-"""The tiny world's captions as prompts for alignment."""
+"""Data module of the tiny world's captions as prompts for alignment."""
 
 from typing import Any
 
@@ -10,15 +10,15 @@ from latentreward.tinyworld.captions import caption_splits, draw_caption
 
 
 class TinyWorldPromptDataModule(PromptLoaders):
-    """Captions of the tiny world's training split, drawn by their kinds' shares.
+    """Data module of distinct captions of the tiny world's training split, drawn at random, as prompts.
 
     Args:
-        captions: How many, no two alike.
-        data_seed: Seed of the drawing.
+        captions: Number of captions.
+        data_seed: Seed of the choice of captions.
         options: See :class:`~latentreward.data.alignment.prompts.PromptLoaders`.
 
     Raises:
-        InputError: If there are not so many captions.
+        InputError: If ``captions`` is below 1 or above the number of captions in the training split.
     """
 
     def __init__(self, captions: int = 1024, data_seed: int = 0, **options: Any) -> None:

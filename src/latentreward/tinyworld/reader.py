@@ -1,4 +1,4 @@
-"""Held-out pairs of the tiny world as any other reader's."""
+"""Reader of held-out pairs of the tiny world."""
 
 from pathlib import Path
 
@@ -7,15 +7,15 @@ from latentreward.tinyworld.writers import write_pickapic
 
 
 class TinyWorldReader(PickAPicReader):
-    """Drawn pairs of captions that no training set has, with ties; the first use writes them as parquet files.
+    """Reader of drawn pairs, ties included, whose captions are in no training split; the first use writes the files.
 
     Args:
-        root: Folder of the files.
-        pairs: How many.
-        seed: Seed of the drawing.
+        root: Folder of the parquet files.
+        pairs: Number of pairs.
+        seed: Seed of the pairs.
 
     Raises:
-        ValueError: If ``root`` holds something else.
+        ValueError: If ``root`` holds other files, or pairs of other settings.
     """
 
     def __init__(self, root: str = "runs/tinyworld/held_out", pairs: int = 400, seed: int = 0) -> None:

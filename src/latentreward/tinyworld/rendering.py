@@ -1,4 +1,4 @@
-"""Drawing scenes: anti-aliased shapes from signed distances."""
+"""Rendering of scenes to pixels: anti-aliased shapes from signed distances."""
 
 from __future__ import annotations
 
@@ -18,20 +18,23 @@ COLOR_VALUES: dict[str, tuple[float, float, float]] = {
     "blue": (0.17, 0.27, 0.90),
     "purple": (0.63, 0.18, 0.76),
 }
-"""RGB in [0, 1]."""
+"""RGB values in [0, 1] of each colour."""
 BACKGROUND_LEVELS: dict[str, float] = {"black": 0.06, "gray": 0.5, "white": 0.94}
-"""Gray level in [0, 1]."""
+"""Gray level in [0, 1] of each background."""
 MAX_FADE = 0.65
-"""Share of a shape's contrast that nuisance strength 1 takes away."""
+"""Share of a shape's contrast that a contrast nuisance of strength 1 removes."""
 MAX_GRADIENT = 0.35
-"""Gray levels (of 1) that a background gradient of strength 1 spans along the longest axis."""
+"""Change in gray level (0 to 1) over 32 pixels along a background gradient of strength 1."""
 
 
 def shape_distance(shape: str, x: np.ndarray | float, y: np.ndarray | float, radius: float) -> np.ndarray | float:
-    """Signed distance in pixels of points to the outline of a shape around the origin, negative inside.
+    """Compute the signed distance in pixels of points to the outline of a shape at the origin, negative inside.
 
-    Sizes are chosen so that shapes of one radius look equally big; corners keep their sharpness (the distance outside
-    a corner is that of the half-planes). The triangle points up and its centroid is the origin.
+    Shapes of one radius look equally large. Outside a corner, the distance is that to the half-planes, so that corners
+    stay sharp. The triangle points up, and its centroid is the origin.
+
+    Raises:
+        ValueError: If the tiny world has no such shape.
     """
     ax, ay = np.abs(x), np.abs(y)
     if shape == "circle":
@@ -47,13 +50,13 @@ def shape_distance(shape: str, x: np.ndarray | float, y: np.ndarray | float, rad
 
 
 def shape_coverage(shape: str, x: float, y: float, radius: float) -> np.ndarray:
-    """Share of each pixel that a shape covers, ``(32, 32)`` in [0, 1]: the anti-aliased mask."""
+    """Compute the share of each pixel that a shape covers, ``(32, 32)`` in [0, 1], as an anti-aliased mask."""
     grid_y, grid_x = np.mgrid[:IMAGE_SIZE, :IMAGE_SIZE] + 0.5
     return np.clip(0.5 - shape_distance(shape, grid_x - x, grid_y - y, radius), 0.0, 1.0)
 
 
 def render(scene: Scene) -> np.ndarray:
-    """Draw a scene.
+    """Render a scene.
 
     Returns:
         RGB picture ``(32, 32, 3)``, uint8.
@@ -71,7 +74,7 @@ def render(scene: Scene) -> np.ndarray:
 
 
 def _background(name: str, nuisances: Nuisances) -> np.ndarray:
-    """Gray levels ``(32, 32)``; a gradient lightens black, darkens white and does both to gray."""
+    """Compute the background's gray levels ``(32, 32)``; a gradient lightens black, darkens white, both for gray."""
     grid_y, grid_x = (np.mgrid[:IMAGE_SIZE, :IMAGE_SIZE] + 0.5) / IMAGE_SIZE - 0.5
     ramp = np.cos(nuisances.angle) * grid_x + np.sin(nuisances.angle) * grid_y
     middle = {"black": 0.5, "gray": 0.0, "white": -0.5}[name]

@@ -1,4 +1,4 @@
-"""Sampling from a tiny pipeline: seeded, in batches, and with the arguments each kind of pipeline needs."""
+"""Seeded sampling from the tiny pipelines, in batches."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
 
 PIPELINE_FOLDERS = {name: Path(__file__).parent / "pipelines" / name for name in ("sd_tiny", "sd35_tiny")}
-"""The pretrained pipelines that ship with the package, as diffusers folders."""
+"""Folders of the pretrained pipelines that ship with the package, by name."""
 
 
 def load_pipeline(folder: Path) -> StableDiffusionPipeline | StableDiffusion3Pipeline:
     """Load a tiny pipeline in float32, without progress bars.
 
     Raises:
-        FileNotFoundError: If there is no pipeline in ``folder``.
+        FileNotFoundError: If ``folder`` holds no pipeline.
     """
     if not (folder / "model_index.json").is_file():
         raise FileNotFoundError(f"no pipeline in {folder}; make one with `python -m latentreward.tinyworld.pretrain`")
@@ -38,7 +38,7 @@ def load_pipeline(folder: Path) -> StableDiffusionPipeline | StableDiffusion3Pip
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Without the progress bars and remarks of diffusers and transformers, which outlast the loading they tell of."""
+    """Silence the progress bars and log messages below errors of diffusers and transformers inside the block."""
     from diffusers.utils import logging as of_diffusers
     from transformers.utils import logging as of_transformers
 
@@ -66,14 +66,14 @@ def sample_pictures(
     num_inference_steps: int = 20,
     guidance_scale: float = 3.0,
 ) -> np.ndarray:
-    """Sample one picture per prompt; a picture depends on its prompt, its place in ``prompts`` and the seed alone.
+    """Sample one picture per prompt; the initial noise depends on the seed and the index in ``prompts`` alone.
 
     Args:
-        pipeline: A tiny pipeline of either kind.
-        prompts: Captions.
-        seed: Fixes the initial noise.
-        num_inference_steps: Network evaluations per picture (twice as many with guidance).
-        guidance_scale: Classifier-free guidance; 1 switches it off.
+        pipeline: Tiny Stable Diffusion or Stable Diffusion 3 pipeline.
+        prompts: N captions.
+        seed: Seed of the initial noise.
+        num_inference_steps: Number of sampling steps.
+        guidance_scale: Scale of classifier-free guidance; 1 switches guidance off.
 
     Returns:
         Pictures ``(N, 32, 32, 3)``, uint8.

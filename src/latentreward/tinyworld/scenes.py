@@ -1,4 +1,4 @@
-"""What a tiny-world picture shows, and what that is worth for a caption."""
+"""Scenes of the tiny world, and their utility for a caption."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from latentreward.tinyworld.captions import Caption
 
 SIZE_BORDER = 6.4
-"""Radius in pixels from which a shape is large."""
+"""Smallest radius in pixels of a large shape."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,14 @@ class Blob:
 
 @dataclass(frozen=True)
 class Nuisances:
-    """What makes a picture ugly; strengths in [0, 1], ``angle`` of the gradient in radians."""
+    """Defects that lower the quality of a picture.
+
+    Attributes:
+        contrast: Strength of the loss of contrast, in [0, 1].
+        gradient: Strength of the background gradient, in [0, 1].
+        angle: Direction of the gradient in radians.
+        blobs: Dots that no caption asks for.
+    """
 
     contrast: float = 0.0
     gradient: float = 0.0
@@ -45,13 +52,13 @@ class Nuisances:
 
     @property
     def quality(self) -> float:
-        """Quality in [0, 1]."""
+        """Quality of the picture in [0, 1]: 1 minus a weighted sum of the nuisances."""
         return 1.0 - min(1.0, 0.8 * self.contrast + 0.8 * self.gradient + 0.14 * len(self.blobs))
 
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything a picture shows."""
+    """Complete description of a picture: background, shapes and nuisances."""
 
     background: str
     items: tuple[Item, ...]
@@ -59,23 +66,23 @@ class Scene:
 
 
 def picture_utility(alignment: float, quality: float) -> float:
-    """Worth of a picture, 0 to 6: the number that preferences are drawn from."""
+    """Compute the utility of a picture, 0 to 6, from its alignment and quality in [0, 1]."""
     return 4.0 * alignment + 2.0 * quality
 
 
 def alignment_checks(caption: Caption, background: str, items: Sequence[Item]) -> dict[str, bool]:
-    """Which attributes of a caption a picture gets right.
+    """Check which attributes of a caption a picture gets right.
 
-    The items are matched to the caption's shapes in the order that gets most attributes right, so swapping two
-    shapes' places breaks their relation and nothing else, and swapping their colours breaks two colours.
+    The items are matched to the caption's shapes in the order with the most correct attributes. If two shapes have
+    exchanged their positions, only the relation is wrong; if they have exchanged their colours, both colours are wrong.
 
     Args:
-        caption: What is asked for.
+        caption: Caption to check.
         background: The picture's background.
         items: The picture's shapes, in any order.
 
     Returns:
-        Attribute name to verdict; four to seven entries.
+        Name of an attribute → whether the picture gets it right; four to seven entries.
     """
     checks = {"background": background == caption.background, "count": len(items) == caption.count}
     if caption.kind == "two":
@@ -105,7 +112,7 @@ def _item_checks(caption: Caption, first: Item | None, second: Item | None) -> d
 
 
 def _direction(dx: float, dy: float) -> str:
-    """Name of the dominant direction of an offset in pixels; ``center`` within 3 pixels."""
+    """Return the name of the main direction of an offset in pixels; ``center`` for less than 3 pixels."""
     if max(abs(dx), abs(dy)) < 3:
         return "center"
     if abs(dx) > abs(dy):
@@ -114,23 +121,25 @@ def _direction(dx: float, dy: float) -> str:
 
 
 def scene_alignment(caption: Caption, scene: Scene) -> float:
-    """Share of a caption's attributes that a scene gets right."""
+    """Compute the share of a caption's attributes that a scene gets right."""
     checks = alignment_checks(caption, scene.background, scene.items)
     return sum(checks.values()) / len(checks)
 
 
 def scene_utility(caption: Caption, scene: Scene) -> float:
-    """Noiseless utility of a scene for a caption, 0 to 6."""
+    """Compute the utility of a scene for a caption, 0 to 6, without label noise."""
     return picture_utility(scene_alignment(caption, scene), scene.nuisances.quality)
 
 
 def draw_label(utility_a: float, utility_b: float, rng: np.random.Generator) -> float:
-    """Draw a noisy preference by Bradley-Terry, with log-odds of 2 per unit of utility; a gap below 0.15 is a tie.
+    """Draw a noisy label from the Bradley-Terry model with log-odds of 2 per unit of utility.
+
+    A utility gap below 0.15 gives a tie.
 
     Args:
-        utility_a: Noiseless utility of the first picture.
-        utility_b: Noiseless utility of the second picture.
-        rng: Source of randomness.
+        utility_a: Utility of the first picture.
+        utility_b: Utility of the second picture.
+        rng: Random number generator.
 
     Returns:
         1.0 if the first picture is preferred, 0.0 if the second, 0.5 for a tie.

@@ -1,4 +1,4 @@
-"""A CLIP tokenizer with one token for each word of the tiny world, and bytes for everything else."""
+"""CLIP tokenizer with one token for each word of the tiny world, and byte tokens for all other text."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
 MAX_TOKENS = 16
-"""Tokens per caption, start, end and padding included."""
+"""Number of tokens per caption, including start, end and padding."""
 
 
 @cache
 def build_tokenizer() -> CLIPTokenizer:
-    """The tokenizer of all three text encoders; any string can be tokenised, captions take at most 14 tokens."""
+    """Build the tokenizer of all tiny text encoders; it accepts any string, and captions have at most 14 tokens."""
     from transformers import CLIPTokenizer
 
     words = sorted({word for text in all_captions() for word in text.split()})
@@ -30,12 +30,12 @@ def build_tokenizer() -> CLIPTokenizer:
 
 
 def tokenize(captions: Sequence[str]) -> Tensor:
-    """Token numbers ``(N, 16)``."""
+    """Tokenise N captions to token IDs ``(N, 16)``."""
     return build_tokenizer()(list(captions), padding="max_length", return_tensors="pt").input_ids
 
 
 def _merges(words: Sequence[str]) -> list[tuple[str, str]]:
-    """Byte-pair merges, in rank order, that make each word one token."""
+    """Return the byte-pair merges, in rank order, that make each word one token."""
     merges: list[tuple[str, str]] = []
     for word in words:
         pieces = [*word[:-1], f"{word[-1]}</w>"]
@@ -58,7 +58,7 @@ def _apply(merge: tuple[str, str], pieces: list[str]) -> list[str]:
 
 
 def _byte_symbols() -> list[str]:
-    """The 256 printable stand-ins of bytes that byte-level encoding uses: bytes that do not print move above 255."""
+    """Return the 256 characters that byte-level BPE uses for bytes; unprintable bytes get characters from 256 on."""
     printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     hidden = [byte for byte in range(256) if byte not in printable]
     return [chr(byte) if byte in printable else chr(256 + hidden.index(byte)) for byte in range(256)]

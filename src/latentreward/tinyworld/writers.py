@@ -1,9 +1,9 @@
-"""Tiny-world pairs as files in the layouts of public preference data sets.
+"""Writers of tiny-world pairs as files in the layouts of public preference data sets.
 
-Every folder holds, beside the data set's own files, ``tinyworld.json`` (what was asked for) and ``oracle.parquet``, for
-measuring only: columns ``pair_id`` (``<file name>:<row>``), ``key_a``, ``key_b`` (image keys), ``utility_a`` and
-``utility_b`` (noiseless utilities of the first and second picture). The same request gives the same bytes. Splits never
-share a caption.
+Every folder holds, beside the data set's own files, ``tinyworld.json`` (the settings) and ``oracle.parquet``, for
+evaluation only, with the columns ``pair_id`` (``<file name>:<row>``), ``key_a``, ``key_b`` (image keys), ``utility_a``
+and ``utility_b`` (utilities of the first and second picture, without label noise). Equal settings give equal bytes.
+Splits never share a caption.
 """
 
 from __future__ import annotations
@@ -47,27 +47,29 @@ PICKAPIC_SCHEMA = pa.schema(
     ]
 )
 ROWS_PER_FILE = 2048
+"""Rows of each parquet file, except the last file of a split."""
 FIRST_SECOND = 1_672_531_200
-"""2023-01-01 00:00 UTC: when the first pair claims to have been made; each later one a minute after."""
+"""Unix time of the first pair's ``created_at``, 2023-01-01 00:00 UTC; each later pair is one minute later."""
 
 OracleRows = list[tuple[str, str, str, float, float]]
-"""Pair, image keys of its two pictures, and their noiseless utilities."""
+"""Rows of ``oracle.parquet``: pair ID, image keys of the two pictures, utilities of the two pictures."""
 
 
 def write_pickapic(root: Path | str, pairs_per_split: Mapping[str, int], seed: int = 0) -> Path:
     """Write drawn pairs with noisy labels, ties included, in the layout of Pick-a-Pic v1 (with images).
 
     Args:
-        root: Folder to make. If it holds the same request already, nothing is done.
-        pairs_per_split: Pairs for ``train``, ``validation``, ``test``, ``validation_unique`` and ``test_unique``;
-            the last two have one pair per caption.
-        seed: Fixes everything.
+        root: Folder to write. If the folder already holds pairs of equal settings, nothing is written.
+        pairs_per_split: Number of pairs for ``train``, ``validation``, ``test``, ``validation_unique`` and
+            ``test_unique``; the last two have one pair per caption.
+        seed: Seed of all random numbers.
 
     Returns:
         ``root``.
 
     Raises:
-        ValueError: If a split is unknown, a ``_unique`` split has too few captions, or ``root`` holds something else.
+        ValueError: If a split is unknown or has less than one pair, a ``_unique`` split has too few captions, or
+            ``root`` holds other files or pairs of other settings.
     """
     _check_splits(pairs_per_split, PICKAPIC_SPLITS)
 
@@ -83,22 +85,22 @@ def write_pickapic(root: Path | str, pairs_per_split: Mapping[str, int], seed: i
 
 
 def write_generated(root: Path | str, pairs: int = 1000, seed: int = 0, num_inference_steps: int = 20) -> Path:
-    """Write pairs of *generated* pictures as the split ``test`` of Pick-a-Pic v1: for measuring, never for training.
+    """Write pairs of *generated* pictures as the split ``test`` of Pick-a-Pic v1, for evaluation, never for training.
 
-    Pictures come from the two tiny pipelines, for held-out captions; labels are the judge's, without noise, and the
-    two pictures of a pair are more than 0.3 in utility apart. A picture recurs in up to three pairs.
+    The two tiny pipelines sample the pictures for held-out captions. The judge labels the pairs without noise, and the
+    utilities of a pair's pictures differ by more than 0.3. A picture is in up to three pairs.
 
     Args:
-        root: Folder to make. If it holds the same request already, nothing is done.
-        pairs: How many.
-        seed: Fixes everything, given the pipelines.
-        num_inference_steps: Steps of sampling.
+        root: Folder to write. If the folder already holds pairs of equal settings, nothing is written.
+        pairs: Number of pairs.
+        seed: Seed of all random numbers.
+        num_inference_steps: Number of sampling steps.
 
     Returns:
         ``root``.
 
     Raises:
-        ValueError: If ``root`` holds something else.
+        ValueError: If ``root`` holds other files or pairs of other settings.
     """
     spec = {"layout": "pickapic_v1", "pairs_per_split": {"test": pairs}, "seed": seed, "steps": num_inference_steps}
     spec["generated_by"] = "shipped pipelines"
@@ -111,17 +113,22 @@ def write_generated(root: Path | str, pairs: int = 1000, seed: int = 0, num_infe
 
 
 def write_hpdv3(root: Path | str, pairs_per_split: Mapping[str, int], seed: int = 0) -> Path:
-    """Write drawn pairs with noisy labels in the layout of HPDv3: the first picture is the preferred one.
+    """Write drawn pairs with noisy labels in the layout of HPDv3, where the first picture is the preferred picture.
 
-    The layout has no ties, so pairs that judges call a tie are drawn again. A tenth of the training rows has neither
-    votes nor confidence, as the real set's Midjourney rows; test rows never have these keys.
+    The layout has no ties: pairs with a tie are replaced by other pairs. A tenth of the training rows has neither votes
+    nor confidence, like the Midjourney rows of the real data set. Test rows never have these keys.
 
     Args:
-        root: Folder to make. If it holds the same request already, nothing is done.
-        pairs_per_split: Pairs for ``train`` and ``test``.
-        seed: Fixes everything.
+        root: Folder to write. If the folder already holds pairs of equal settings, nothing is written.
+        pairs_per_split: Number of pairs for ``train`` and ``test``.
+        seed: Seed of all random numbers.
 
-    Returns and raises as :func:`write_pickapic`.
+    Returns:
+        ``root``.
+
+    Raises:
+        ValueError: If a split is unknown or has less than one pair, or ``root`` holds other files or pairs of other
+            settings.
     """
     _check_splits(pairs_per_split, ("train", "test"))
 
@@ -156,7 +163,7 @@ def _check_splits(pairs_per_split: Mapping[str, int], known: Sequence[str]) -> N
 
 
 def _make_folder(root: Path | str, spec: dict[str, Any], fill: Callable[[Path], OracleRows]) -> Path:
-    """Let ``fill`` write into a folder beside ``root``, add the two files of our own, and move it to ``root``."""
+    """Let ``fill`` write to a temporary folder, add the oracle's table and the settings, and rename it to ``root``."""
     root = Path(root)
     if _holds(root, spec):
         return root
@@ -166,12 +173,12 @@ def _make_folder(root: Path | str, spec: dict[str, Any], fill: Callable[[Path], 
         columns = zip(*fill(fresh), strict=True)
         pq.write_table(pa.table(dict(zip(names, map(list, columns), strict=True))), fresh / "oracle.parquet")
         (fresh / "tinyworld.json").write_text(json.dumps(spec, indent=1, sort_keys=True))
-    _holds(root, spec)  # where another process was faster, what it wrote must be what was asked for
+    _holds(root, spec)  # if another process was faster, its settings must be equal
     return root
 
 
 def _holds(root: Path, spec: dict[str, Any]) -> bool:
-    """Whether ``root`` is complete; False if absent or empty."""
+    """Tell whether ``root`` holds pairs of the settings ``spec``; raise ValueError for other contents."""
     if not root.exists() or not any(root.iterdir()):
         return False
     marker = root / "tinyworld.json"
@@ -215,7 +222,10 @@ def _pickapic_row(number: int, pair: Pair, examples: int, rng: np.random.Generat
 
 
 def _draw_votes(gap: float, rng: np.random.Generator) -> dict[str, Any]:
-    """Votes and confidence of a pair whose preferred picture is ``gap`` better; few and close where it is worse."""
+    """Draw votes and confidence of a pair whose preferred picture has ``gap`` more utility than the other.
+
+    The preferred picture always gets the majority; with a negative gap, the votes are close.
+    """
     if rng.random() < 0.1:
         return {"choice_dist": None, "confidence": None}
     judges = int(rng.integers(9, 20))

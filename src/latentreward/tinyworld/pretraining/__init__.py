@@ -1,1 +1,1 @@
-"""Training of the tiny world's pipelines and pixel scorers from nothing."""
+"""Training of the tiny world's pipelines and pixel scorers from scratch."""

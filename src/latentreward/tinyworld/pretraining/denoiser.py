@@ -1,4 +1,4 @@
-"""Pretraining of the two tiny denoisers, each together with its text encoders."""
+"""Pretraining of the two tiny denoisers, each with its text encoders."""
 
 from __future__ import annotations
 
@@ -16,39 +16,39 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
 
 CAPTION_DROPOUT = 0.1
-"""Share of captions replaced by the empty one, so that classifier-free guidance has an unconditional prediction."""
+"""Share of captions replaced by the empty caption, which classifier-free guidance needs."""
 MIN_SNR_GAMMA = 5.0
-"""Signal-to-noise ratio above which a noise level's weight stops growing."""
+"""Gamma of the min-SNR weighting: the weight of a noise level is min(SNR, gamma) / SNR."""
 TRAINING_SHIFT = 2.0
-"""Shift of the uniform noise levels that the rectified-flow network is trained on."""
+"""Timestep shift of the noise levels in the training of the rectified-flow network."""
 
 
 class CaptionedLatents:
-    """Latents with their captions' tokens, drawn in random batches.
+    """Latents with the token IDs of their captions, for random batches.
 
     Args:
         latents: Scaled latents ``(N, 4, 8, 8)``.
-        tokens: Token numbers ``(N, 16)``.
-        empty: Tokens of the empty caption ``(16,)``.
+        tokens: Token IDs ``(N, 16)``.
+        empty: Token IDs of the empty caption ``(16,)``.
     """
 
     def __init__(self, latents: Tensor, tokens: Tensor, empty: Tensor) -> None:
         self.latents, self.tokens, self.empty = latents, tokens, empty
 
     def draw(self, batch_size: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """Draw latents ``(B, 4, 8, 8)`` and tokens ``(B, 16)``, some of them of the empty caption."""
+        """Draw a batch of latents ``(B, 4, 8, 8)`` and token IDs ``(B, 16)``, some of them of the empty caption."""
         rows = rng.integers(len(self.latents), size=batch_size)
         dropped = torch.from_numpy(rng.random(batch_size) < CAPTION_DROPOUT)
         return self.latents[rows], torch.where(dropped[:, None], self.empty, self.tokens[rows])
 
 
 def sd_loss(pipeline: StableDiffusionPipeline, latents: Tensor, tokens: Tensor) -> Tensor:
-    """Squared error of the predicted noise, min-SNR weighted (arXiv:2303.09556).
+    """Compute the mean squared error of the predicted noise with min-SNR weights (arXiv:2303.09556).
 
     Args:
         pipeline: Pipeline with a noise-predicting U-Net.
-        latents: ``(B, 4, 8, 8)``.
-        tokens: ``(B, 16)``.
+        latents: Scaled latents ``(B, 4, 8, 8)``.
+        tokens: Token IDs ``(B, 16)``.
     """
     timesteps = (stratified_uniform(len(latents)) * pipeline.scheduler.config.num_train_timesteps).long()
     noise = torch.randn_like(latents)
@@ -61,7 +61,13 @@ def sd_loss(pipeline: StableDiffusionPipeline, latents: Tensor, tokens: Tensor) 
 
 
 def sd35_loss(pipeline: StableDiffusion3Pipeline, latents: Tensor, tokens: Tensor) -> Tensor:
-    """Mean squared error of the predicted velocity; ``latents`` ``(B, 4, 8, 8)``, ``tokens`` ``(B, 16)``."""
+    """Compute the mean squared error of the predicted velocity.
+
+    Args:
+        pipeline: Pipeline with a transformer that predicts velocities.
+        latents: Scaled latents ``(B, 4, 8, 8)``.
+        tokens: Token IDs ``(B, 16)``.
+    """
     sigmas = stratified_uniform(len(latents))
     sigmas = TRAINING_SHIFT * sigmas / (1 + (TRAINING_SHIFT - 1) * sigmas)
     noise = torch.randn_like(latents)
@@ -78,7 +84,10 @@ def sd35_loss(pipeline: StableDiffusion3Pipeline, latents: Tensor, tokens: Tenso
 
 
 def stratified_uniform(number: int) -> Tensor:
-    """``number`` draws in [0, 1), one from each of as many equal bins, in order; less noisy than independent draws."""
+    """Draw ``number`` values in [0, 1), one in each of ``number`` equal bins, in ascending order.
+
+    The mean of a loss over these values has less variance than over independent values.
+    """
     return (torch.arange(number) + torch.rand(number)) / number
 
 
@@ -92,18 +101,19 @@ def train_denoiser(
     lr: float,
     name: str,
 ) -> None:
-    """Train a pipeline's denoiser and text encoders from scratch; it ends with their averaged weights.
+    """Train a pipeline's denoiser and text encoders, and set their averaged weights at the end.
 
-    AdamW, 200 steps of warm-up, linear decay to zero, gradients clipped at norm 1, weights averaged with decay .999.
+    Training uses AdamW, 200 steps of warm-up, linear decay to zero, gradients clipped at norm 1, and an exponential
+    moving average of the weights with decay 0.999.
 
     Args:
         pipeline: Pipeline to train in place.
         data: Latents and captions.
-        seed: Fixes batches and noise; initial weights are the caller's.
-        steps: Updates.
+        seed: Seed of batches and noise.
+        steps: Number of updates.
         batch_size: Pictures per update.
         lr: Peak learning rate.
-        name: First word of the progress lines.
+        name: Label of the progress lines.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 2])
@@ -126,16 +136,16 @@ def train_averaged(
     decay: float,
     **adamw: Any,
 ) -> None:
-    """Train with AdamW, warm-up and linear decay to zero; the model ends with its averaged weights.
+    """Train with AdamW, warm-up and linear decay to zero, and set the model's averaged weights at the end.
 
     Args:
-        model: Model to train in place: what requires gradients of it.
-        losses: Loss of each step.
-        steps: Updates.
+        model: Model to train in place; parameters that require gradients are trained.
+        losses: Iterator over the loss of each step.
+        steps: Number of updates.
         lr: Peak learning rate.
-        name: First word of the progress lines.
-        warmup: Steps of warm-up.
-        decay: Of the averaged weights.
+        name: Label of the progress lines.
+        warmup: Number of warm-up steps.
+        decay: Decay of the exponential moving average of the weights.
         adamw: Further settings of the optimiser.
     """
     averaged = deepcopy(model).requires_grad_(False)
@@ -156,6 +166,6 @@ def train_averaged(
 
 
 def trained_modules(pipeline: StableDiffusionPipeline | StableDiffusion3Pipeline) -> nn.ModuleList:
-    """The denoiser and the text encoders of a pipeline: all but the autoencoder."""
+    """Return the modules of a pipeline that are trained: denoiser and text encoders, without the autoencoder."""
     names = ("unet", "transformer", "text_encoder", "text_encoder_2")
     return nn.ModuleList(getattr(pipeline, name) for name in names if getattr(pipeline, name, None) is not None)

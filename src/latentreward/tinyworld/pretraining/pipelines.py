@@ -1,7 +1,7 @@
-"""Pretrain the two tiny pipelines from nothing: ``python -m latentreward.tinyworld.pretrain --output DIR``.
+"""Pretrain the two tiny pipelines from scratch: ``python -m latentreward.tinyworld.pretrain --output DIR``.
 
-One autoencoder first, on two threads; then the two denoisers side by side, each in a process with one thread, which is
-faster than one after the other on two threads. Under an hour on two cores.
+First, the common autoencoder is trained on two threads. Then the two denoisers are trained in parallel, each in a
+process with one thread, which is faster than in sequence on two threads. It takes less than an hour on two cores.
 """
 
 from __future__ import annotations
@@ -57,22 +57,23 @@ DESCRIPTIONS = {
 
 @dataclass(frozen=True)
 class Recipe(TrainingRecipe):
-    """How the shipped pipelines were made.
+    """Training settings of the shipped pipelines.
 
     Attributes:
-        seed: Fixes pictures, initial weights, batches and noise.
-        vae_pictures: Training pictures of the autoencoder, 60 % of them clean.
-        pictures: Training pictures of the denoisers, as clean.
+        seed: Seed of pictures, initial weights, batches and noise.
+        vae_pictures: Number of training pictures of the autoencoder, 60 % of them without nuisances.
+        pictures: Number of training pictures of the denoisers, 60 % of them without nuisances.
         vae_steps: Updates of the autoencoder.
-        decoder_steps: Further updates of its decoder alone.
+        decoder_steps: Further updates of the autoencoder's decoder alone.
         sd_tiny_steps: Updates of the U-Net and its text encoder.
         sd35_tiny_steps: Updates of the transformer and its text encoders.
-        lr: Peak learning rate of these.
-        finishing_pictures: Training pictures of a last phase, 80 % of them clean, which raises the samples' quality.
-        finishing_steps: Further updates on them, of either denoiser.
-        finishing_lr: Peak learning rate of these.
+        lr: Peak learning rate of the denoisers.
+        finishing_pictures: Number of training pictures of a last phase for higher quality, 80 % of them without
+            nuisances.
+        finishing_steps: Updates of each denoiser in the last phase.
+        finishing_lr: Peak learning rate of the last phase.
         batch_size: Pictures per update of a denoiser.
-        prompts: Held-out captions that the pipelines are measured on.
+        prompts: Number of held-out captions that the pipelines are evaluated on.
     """
 
     seed: int = 0
@@ -91,11 +92,11 @@ class Recipe(TrainingRecipe):
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Entry point; ``args`` as on the command line."""
+    """Run the command with ``args``; None takes the arguments of the process."""
     parser = argparse.ArgumentParser(prog="python -m latentreward.tinyworld.pretrain", description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder for sd_tiny/ and sd35_tiny/")
     parser.add_argument("--seed", type=int, default=Recipe.seed)
-    parser.add_argument("--scale", type=float, default=1.0, help="times the steps, pictures and prompts (quick trials)")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor on steps, pictures, prompts (quick trials)")
     parser.add_argument("--only", choices=PIPELINES, help="train this denoiser on the latents in DIR/pretraining")
     options = parser.parse_args(args)
     recipe = Recipe(seed=options.seed).scaled(options.scale)
@@ -115,7 +116,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def prepare_latents(recipe: Recipe, folder: Path) -> None:
-    """Train the autoencoder and encode the denoisers' training pictures; both are saved in ``folder``."""
+    """Train the autoencoder, encode the denoisers' training pictures, and save both in ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     vae = train_vae(recipe.seed, recipe.vae_pictures, recipe.vae_steps, recipe.decoder_steps)
     vae.save_pretrained(folder / "vae")
@@ -129,12 +130,12 @@ def prepare_latents(recipe: Recipe, folder: Path) -> None:
 
 
 def pretrain_denoiser(name: str, recipe: Recipe, output: Path) -> None:
-    """Train the denoiser of one pipeline, save the pipeline in ``output / name``, and measure it.
+    """Train the denoiser of one pipeline, save the pipeline in ``output / name``, and evaluate the pipeline.
 
     Args:
         name: ``sd_tiny`` or ``sd35_tiny``.
-        recipe: Steps, batch size, seed.
-        output: Folder that ``prepare_latents`` filled the subfolder ``pretraining`` of.
+        recipe: Training settings.
+        output: Folder whose subfolder ``pretraining`` was written by :func:`prepare_latents`.
     """
     from diffusers import AutoencoderKL
 
@@ -155,7 +156,7 @@ def pretrain_denoiser(name: str, recipe: Recipe, output: Path) -> None:
 
 
 def describe_pipeline(folder: Path, recipe: Recipe) -> None:
-    """Measure a saved pipeline and write ``recipe.json`` and ``README.md`` into its folder."""
+    """Evaluate a saved pipeline, and write ``recipe.json`` and ``README.md`` to its folder."""
     captions = held_out_captions(recipe.prompts, seed=0)
     pictures = sample_pictures(load_pipeline(folder), captions, seed=0)
     figures = mean_verdict(captions, list(pictures))

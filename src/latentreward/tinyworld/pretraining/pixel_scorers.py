@@ -1,9 +1,9 @@
 """Train the two small pixel scorers of the tiny world: ``python -m latentreward.tinyworld.pixel_scorers_pretraining``.
 
-``spm_tiny`` is SPO's step-aware preference model: it scores what the shipped Stable Diffusion predicts at a timestep.
-``held_out_tiny`` is a plain CLIP scorer of finished pictures, trained on other pairs: a second opinion, for noticing
-when a policy exploits its reward. Both learn captions from drawn pictures first, as CLIP does, then preferences from
-noisy labels. The oracle only measures them.
+``spm_tiny`` is SPO's step-aware preference model: it scores the clean pictures that ``sd_tiny`` predicts at a timestep.
+``held_out_tiny`` is a plain CLIP scorer of finished pictures, trained on other pairs, as a second reward that shows
+when a policy exploits its own reward. Both are first trained with CLIP's loss on drawn pictures and captions, then on
+preference pairs with noisy labels. The oracle is used for evaluation only.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from latentreward.tinyworld.sampling import PIPELINE_FOLDERS, load_pipeline
 from latentreward.tinyworld.tokenizer import build_tokenizer, tokenize
 
 CLEAR_GAP = 0.3
-"""Utility gap from which accuracy against the oracle is measured."""
+"""Utility gap above which pairs count in the accuracy against the oracle."""
 EVALUATION_TIMESTEPS = (1, 251, 501, 801)
 EVALUATION_SEED = 1000
 README = """# {name}
@@ -65,19 +65,20 @@ DESCRIPTIONS = {
 
 @dataclass(frozen=True)
 class Recipe(TrainingRecipe):
-    """How the shipped scorers were made.
+    """Training settings of the shipped scorers.
 
     Attributes:
-        seed: Fixes pictures, pairs, initial weights, batches and noise.
-        pictures: Captioned pictures to learn words from.
-        caption_steps: Updates on them.
-        caption_batch: Pictures per update.
-        pairs: Preference pairs, ties included.
-        pair_steps: Updates on them.
+        seed: Seed of pictures, pairs, initial weights, batches and noise.
+        pictures: Number of pictures with captions for CLIP's loss.
+        caption_steps: Updates with CLIP's loss.
+        caption_batch: Pictures per update with CLIP's loss.
+        pairs: Number of preference pairs, ties included.
+        pair_steps: Updates on preference pairs.
         pair_batch: Pairs per update.
         lr: Peak learning rate.
-        predicted_share: Share of pairs that the step-aware scorer sees as predictions from a noisy state.
-        guidance_scales: Guidance of these predictions, each for as many pairs.
+        predicted_share: Share of training pairs whose pictures are replaced by predictions from noisy latents; 0
+            trains a scorer without timesteps.
+        guidance_scales: Guidance scales of the predictions, used in turn.
     """
 
     seed: int = 0
@@ -97,13 +98,13 @@ RECIPES = {"spm_tiny": Recipe(seed=100), "held_out_tiny": Recipe(seed=200, predi
 
 @dataclass(frozen=True)
 class PairTable:
-    """Pairs as tensors.
+    """Preference pairs as tensors.
 
     Attributes:
         pictures: ``(N, 2, 3, 32, 32)`` uint8.
-        tokens: ``(N, 16)``.
-        label: ``(N,)`` probability that the first is preferred.
-        gap: ``(N,)`` noiseless utility of the first minus that of the second; for measuring only.
+        tokens: ``(N, 16)`` token IDs of the captions.
+        label: ``(N,)`` probability that the first picture is preferred.
+        gap: ``(N,)`` utility of the first picture minus utility of the second; for evaluation only.
     """
 
     pictures: Tensor
@@ -113,7 +114,7 @@ class PairTable:
 
     @classmethod
     def of(cls, pairs: Sequence[Pair]) -> PairTable:
-        """Decode and tokenise."""
+        """Decode the pictures and tokenise the captions of pairs."""
         pictures = [[_decode(pair.first.jpeg), _decode(pair.second.jpeg)] for pair in pairs]
         return cls(
             torch.from_numpy(np.array(pictures)).permute(0, 1, 4, 2, 3).contiguous(),
@@ -128,7 +129,7 @@ def _decode(jpeg: bytes) -> np.ndarray:
 
 
 def build_scorer() -> StepAwareCLIP:
-    """The untrained network: about a million parameters, patches of 8 × 8 pixels."""
+    """Build the untrained CLIP scorer: about a million parameters, patches of 8 × 8 pixels."""
     from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig
 
     vision = CLIPVisionConfig(
@@ -146,7 +147,7 @@ def build_scorer() -> StepAwareCLIP:
 
 
 def caption_losses(scorer: StepAwareCLIP, recipe: Recipe) -> Iterator[Tensor]:
-    """CLIP's loss (arXiv:2103.00020) on drawn pictures, without end."""
+    """Yield CLIP's loss (arXiv:2103.00020) on random batches of drawn pictures, endlessly."""
     rng = np.random.default_rng([recipe.seed, 0])
     pictures, captions = draw_training_pictures(recipe.pictures, rng, clean_share=0.6)
     tokens, number = tokenize(captions), recipe.caption_batch
@@ -161,7 +162,7 @@ def caption_losses(scorer: StepAwareCLIP, recipe: Recipe) -> Iterator[Tensor]:
 
 
 def pair_losses(scorer: StepAwareCLIP, recipe: Recipe, pairs: PairTable) -> Iterator[Tensor]:
-    """Cross-entropy of the two pictures of a pair, without end."""
+    """Yield the cross-entropy of the preferences on random batches of pairs, endlessly."""
     rng = np.random.default_rng([recipe.seed, 1])
     predicted, timesteps = None, torch.zeros(len(pairs.label))
     if recipe.predicted_share:
@@ -177,7 +178,7 @@ def pair_losses(scorer: StepAwareCLIP, recipe: Recipe, pairs: PairTable) -> Iter
 
 
 def score_margin(scorer: StepAwareCLIP, pixels: Tensor, timesteps: Tensor, tokens: Tensor) -> Tensor:
-    """Score of the first minus that of the second of pictures ``(B, 2, 3, 32, 32)``: ``(B,)``."""
+    """Compute the first picture's score minus the second's, ``(B,)``, for pairs of pictures ``(B, 2, 3, 32, 32)``."""
     images = scorer.embed_images(pixels.flatten(0, 1), timesteps.repeat_interleave(2))
     texts = scorer.embed_tokens(tokens).repeat_interleave(2, dim=0)
     first, second = scorer.similarity(images, texts).view(-1, 2).T
@@ -186,12 +187,14 @@ def score_margin(scorer: StepAwareCLIP, pixels: Tensor, timesteps: Tensor, token
 
 @torch.no_grad()
 def predict_pictures(pairs: PairTable, recipe: Recipe, timesteps: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """What ``sd_tiny`` predicts of noised pictures, both of a pair with the same noise (as SPO trains its scorer).
+    """Predict clean pictures from noised pictures with ``sd_tiny``, as in SPO's training of its scorer.
+
+    Both pictures of a pair get equal noise.
 
     Args:
-        pairs: Whose pictures are noised.
-        recipe: Seed and guidance.
-        timesteps: ``(N,)``; None draws each of 0 to 999 as likely.
+        pairs: Pairs whose pictures are noised.
+        recipe: Settings with seed and guidance scales.
+        timesteps: ``(N,)`` timesteps, one per pair; None draws uniformly from 0 to 999.
 
     Returns:
         Decoded predictions ``(N, 2, 3, 32, 32)`` and timesteps ``(N,)``.
@@ -224,14 +227,14 @@ def predict_pictures(pairs: PairTable, recipe: Recipe, timesteps: Tensor | None 
 
 
 def fit(scorer: StepAwareCLIP, losses: Iterator[Tensor], steps: int, lr: float, name: str) -> None:
-    """AdamW with warm-up and linear decay; the scorer ends with averaged weights."""
+    """Train the scorer with AdamW, warm-up and linear decay, and set its averaged weights at the end."""
     warmup = max(1, min(100, steps // 10))
     train_averaged(scorer, losses, steps=steps, lr=lr, name=name, warmup=warmup, decay=0.99, weight_decay=0.05)
 
 
 @torch.no_grad()
 def accuracy(scorer: StepAwareCLIP, pairs: PairTable, pixels: Tensor, timesteps: Tensor) -> float:
-    """Share of pairs that the oracle tells apart clearly and the scorer orders as it does."""
+    """Compute the share of pairs with a clear utility gap that the scorer orders like the oracle."""
     margins = [
         score_margin(scorer, *part)
         for part in zip(pixels.split(256), timesteps.float().split(256), pairs.tokens.split(256), strict=True)
@@ -241,7 +244,7 @@ def accuracy(scorer: StepAwareCLIP, pairs: PairTable, pixels: Tensor, timesteps:
 
 
 def measure(scorer: StepAwareCLIP, recipe: Recipe, drawn: PairTable, generated: PairTable) -> dict[str, float]:
-    """Accuracy on held-out drawn pairs, finished and by timestep, and on generated ones."""
+    """Compute the accuracy on held-out drawn pairs, on generated pairs, and on predictions at several timesteps."""
     zeros = torch.zeros(len(drawn.label))
     figures = {"drawn": accuracy(scorer, drawn, normalize_pictures(drawn.pictures), zeros)}
     made = normalize_pictures(generated.pictures)
@@ -253,10 +256,10 @@ def measure(scorer: StepAwareCLIP, recipe: Recipe, drawn: PairTable, generated: 
 
 
 def train_scorer(name: str, recipe: Recipe) -> StepAwareCLIP:
-    """Train one of :data:`RECIPES`."""
+    """Train the scorer ``name`` with the settings ``recipe``."""
     torch.manual_seed(recipe.seed)
     scorer = build_scorer()
-    if not recipe.predicted_share:  # no timestep but 0, which changes nothing
+    if not recipe.predicted_share:  # the timestep is always 0, which does not change the score
         scorer.requires_grad_(False).clip.requires_grad_(True)
     fit(scorer, caption_losses(scorer, recipe), recipe.caption_steps, recipe.lr, f"{name} captions")
     pairs = PairTable.of(draw_pairs("train", recipe.pairs, np.random.default_rng([recipe.seed, 2])))
@@ -265,10 +268,10 @@ def train_scorer(name: str, recipe: Recipe) -> StepAwareCLIP:
 
 
 def save_scorer(scorer: StepAwareCLIP, folder: Path, recipe: Recipe, figures: dict[str, float]) -> None:
-    """Save in float16, with recipe and figures; a scorer without timesteps becomes a plain CLIP folder."""
+    """Save a scorer in float16 with its recipe and figures; without timesteps, the folder is a plain CLIP folder."""
     shutil.rmtree(folder, ignore_errors=True)
     scorer.half().save(folder)
-    for path in folder.iterdir():  # weights are written for the owner alone
+    for path in folder.iterdir():  # safetensors makes files readable by their owner alone
         path.chmod(0o644)
     scorer.float()
     if not recipe.predicted_share:
@@ -281,18 +284,18 @@ def save_scorer(scorer: StepAwareCLIP, folder: Path, recipe: Recipe, figures: di
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Entry point; ``args`` as on the command line."""
+    """Run the command with ``args``; None takes the arguments of the process."""
     command = "python -m latentreward.tinyworld.pixel_scorers_pretraining"
     parser = argparse.ArgumentParser(prog=command, description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder for spm_tiny/ and held_out_tiny/")
-    parser.add_argument("--scale", type=float, default=1.0, help="times the steps, pictures and pairs (quick trials)")
-    parser.add_argument("--only", choices=RECIPES, help="train this one alone")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor on steps, pictures, pairs (quick trials)")
+    parser.add_argument("--only", choices=RECIPES, help="train only this scorer")
     options = parser.parse_args(args)
     torch.set_num_threads(1)
     rng = np.random.default_rng([EVALUATION_SEED, 0])
     drawn = PairTable.of(draw_pairs("validation", max(16, round(1500 * options.scale)), rng))
     number = max(16, round(600 * options.scale))
-    prompts = min(32, number // 2)  # about four pairs come from each, more than a quick trial takes
+    prompts = min(32, number // 2)  # a caption gives about four pairs, so that a quick trial needs few
     generated = PairTable.of(generate_pairs(number, EVALUATION_SEED, prompts_per_round=prompts))
     for name in [options.only] if options.only else RECIPES:
         recipe = RECIPES[name].scaled(options.scale)

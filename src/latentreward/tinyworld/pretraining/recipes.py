@@ -1,4 +1,4 @@
-"""Recipes by which the tiny world's networks were trained."""
+"""Base class of the training settings of the tiny world's networks."""
 
 from dataclasses import asdict, dataclass, replace
 from typing import Self
@@ -6,9 +6,9 @@ from typing import Self
 
 @dataclass(frozen=True)
 class TrainingRecipe:
-    """Settings of a training that can be run at a fraction of its length."""
+    """Training settings that can be scaled down for a quick trial."""
 
     def scaled(self, factor: float) -> Self:
-        """Copy the recipe with ``factor`` times the steps, pictures, pairs and prompts: for a quick trial."""
+        """Return a copy with ``factor`` times the steps, pictures, pairs and prompts, at least 2 of each."""
         names = [name for name in asdict(self) if name.endswith(("pictures", "steps", "pairs", "prompts"))]
         return replace(self, **{name: max(2, round(factor * getattr(self, name))) for name in names})

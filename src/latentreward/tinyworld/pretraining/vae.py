@@ -19,21 +19,21 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
 KL_WEIGHT = 1e-6
-"""Weight of a picture's KL term, summed over its latents; 1e-4 collapses the channels that carry colour."""
+"""Weight of the KL term, which is summed over a picture's latents; with 1e-4, the colour channels collapse."""
 LATENT_STD = 5.489
-"""Standard deviation that latents are given per channel: 1 / 0.18215, so they scale like Stable Diffusion's."""
+"""Standard deviation of each latent channel before scaling: 1 / 0.18215, as in Stable Diffusion."""
 
 
 def draw_training_pictures(
     number: int, rng: np.random.Generator, split: str = "train", clean_share: float = 0.6
 ) -> tuple[Tensor, list[str]]:
-    """Draw pictures that agree with their captions.
+    """Draw random captions, and render a picture without mutations for each.
 
     Args:
-        number: How many.
-        rng: Source of randomness.
-        split: Captions to draw from.
-        clean_share: Probability that a picture has no nuisance.
+        number: Number of pictures.
+        rng: Random number generator.
+        split: Split of the captions.
+        clean_share: Probability that a picture has no nuisances.
 
     Returns:
         Pictures ``(number, 3, 32, 32)``, uint8, and their captions.
@@ -45,12 +45,12 @@ def draw_training_pictures(
 
 
 def normalize_pictures(pictures: Tensor) -> Tensor:
-    """Bytes to network input: uint8 0..255 to float32 -1..1."""
+    """Convert uint8 pictures in 0..255 to float32 in -1..1, the input of the networks."""
     return pictures.float() / 127.5 - 1.0
 
 
 def build_vae() -> AutoencoderKL:
-    """The untrained autoencoder: 32x32 pictures to 8x8 latents of 4 channels, 0.4 M parameters."""
+    """Build the untrained autoencoder: 32x32 pictures to 8x8 latents of 4 channels, 0.4 million parameters."""
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
@@ -68,13 +68,13 @@ def build_vae() -> AutoencoderKL:
 
 
 def train_vae(seed: int, number: int, steps: int, decoder_steps: int) -> AutoencoderKL:
-    """Train encoder and decoder, then the decoder alone; standardise the latents.
+    """Train encoder and decoder, standardise the latents, then train the decoder alone.
 
     Args:
-        seed: Fixes pictures, initial weights and noise.
-        number: Pictures to draw from.
+        seed: Seed of pictures, initial weights and noise.
+        number: Number of training pictures.
         steps: Updates of encoder and decoder.
-        decoder_steps: Further updates of the decoder alone, on slightly noisy latents, as samplers make them.
+        decoder_steps: Further updates of the decoder alone, on slightly noisy latents like those from samplers.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 0])
@@ -92,7 +92,7 @@ def train_vae(seed: int, number: int, steps: int, decoder_steps: int) -> Autoenc
 
 
 def _draw_batches(pictures: Tensor, rng: np.random.Generator) -> Iterator[Tensor]:
-    """Draw batches of 32 normalised pictures without end."""
+    """Yield random batches of 32 normalised pictures, endlessly."""
     while True:
         batch = normalize_pictures(pictures[rng.integers(len(pictures), size=32)])
         yield batch.contiguous(memory_format=torch.channels_last)
@@ -127,12 +127,12 @@ def _fit(
 
 @torch.no_grad()
 def standardize_latents(vae: AutoencoderKL, pictures: Tensor) -> None:
-    """Fold a shift and a scale per channel into the 1x1 convolutions around the latents; reconstructions stay the same.
+    """Standardise latents by changing the 1x1 convolutions around them; reconstructions do not change.
 
     Args:
         vae: Autoencoder with ``quant_conv`` and ``post_quant_conv``, changed in place.
-        pictures: Normalised pictures ``(B, 3, 32, 32)`` to measure on; their mean latents end up with mean 0 and
-            standard deviation ``LATENT_STD`` per channel.
+        pictures: Normalised pictures ``(B, 3, 32, 32)``, whose posterior means get mean 0 and standard deviation
+            :data:`LATENT_STD` per channel.
     """
     latents = torch.cat([vae.encode(part).latent_dist.mean for part in pictures.split(256)])
     mean = latents.mean(dim=(0, 2, 3))
@@ -150,7 +150,7 @@ def standardize_latents(vae: AutoencoderKL, pictures: Tensor) -> None:
 
 @torch.no_grad()
 def encode_pictures(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
-    """Mean latents of pictures as the networks see them.
+    """Encode pictures to scaled posterior means, the input of the denoisers.
 
     Args:
         vae: Trained autoencoder.
