@@ -331,7 +331,8 @@ def open_readers(command: str, data: Namespace) -> Namespace:
 
     Args:
         command: Subcommand.
-        data: Settings of any data module; those that are no :class:`PairLoaders` stay as they are.
+        data: Settings of any data module; those that are no :class:`PairLoaders` stay as they are, and one with loaders
+            of its own gets all its readers.
 
     Raises:
         InputError: If the subcommand's own split is not set, or one cannot be opened.
@@ -339,18 +340,23 @@ def open_readers(command: str, data: Namespace) -> Namespace:
     kind, given = locate(data["class_path"]), data.get("init_args") or Namespace()
     if not (isinstance(kind, type) and issubclass(kind, PairLoaders)):
         return data
-    used, shared_prompts = USED[command], given.get("shared_prompts", "drop")
-    if used[0] in given and given[used[0]] is None:
+    shared_prompts = given.get("shared_prompts", "drop")
+    names = [name for name in ("train", "val", "test", "predict") if given.get(name) is not None]
+    plain = all(getattr(kind, name) is getattr(PairLoaders, name) for name in ("val_dataloader", "test_dataloader"))
+    used = USED[command] if plain else (*names,)
+    if names and used[0] in given and given[used[0]] is None:
         raise InputError(f"data.{used[0]} is not set; {kind.remedy}")
     apart = () if shared_prompts == "keep" or "val" not in used else ("test",)
     on_error = given.get("on_error", "raise")
-    for name in [name for name in ("train", "val", "test", "predict") if given.get(name) is not None]:
+    for name in names:
         reader = given[name]
         if name not in (*used, *apart):
             given[name] = None
         elif isinstance(reader, Namespace) and "class_path" in reader:
-            try:  # a bad row of a split that is only kept apart still has a prompt
-                given[name] = open_reader(reader, "placeholder" if (name, on_error) == (*apart, "raise") else on_error)
+            # A bad row of a split that is only kept apart has a prompt all the same.
+            lenient = name not in used and on_error == "raise"
+            try:
+                given[name] = open_reader(reader, "placeholder" if lenient else on_error)
             except InputError as error:
                 if name in used or shared_prompts == "raise":
                     raise InputError(f"data.{name}: {error}") from error

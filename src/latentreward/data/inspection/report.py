@@ -156,8 +156,8 @@ def _dropped_table(leaks: Sequence[Leakage], rows: Mapping[str, int]) -> str:
     dropped = {}
     for leak in leaks:
         sides = [(leak.first, leak.first_rows["prompts"]), (leak.second, leak.second_rows["prompts"])]
-        places = [next((n for n, kind in enumerate(ORDER) if name.startswith(kind)), None) for name, _ in sides]
-        if None not in places and places[0] != places[1] and leak.shared["prompts"]:
+        places = [number for name, _ in sides for number, kind in enumerate(ORDER) if name.startswith(kind)]
+        if len(set(places)) == len(sides) and leak.shared["prompts"]:
             (name, lost), (later, _) = sides if places == sorted(places) else sides[::-1]
             dropped[f"{name} beside {later}"] = [f"{lost} of {rows[name]}"]
     title = "Rows whose prompt a later split has: training leaves them out (data.shared_prompts: drop; keep keeps them)"
