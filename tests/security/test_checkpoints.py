@@ -274,4 +274,4 @@ def test_what_lightning_did_not_write_is_one_line(
 ) -> None:
     torch.save(content, tmp_path / "weights.ckpt")
     said = refusal(capsys, "fit", tmp_path, f"--ckpt_path={tmp_path}/weights.ckpt")
-    assert said == f"ckpt_path: {tmp_path}/weights.ckpt is no checkpoint of Lightning; give one that `fit` wrote"
+    assert said == f"ckpt_path: {tmp_path}/weights.ckpt is not a Lightning checkpoint; give one that `fit` wrote"

@@ -65,8 +65,8 @@ class CachedPreferenceDataModule(PairLoaders):
 
     Each batch holds latents of one image size. As in :class:`~latentreward.data.PreferenceDataModule`, unlabelled pairs
     are used in prediction only, no prompt is in two splits by default, and checkpoints record the position in the
-    training epoch. Pairs with an image that could not be read when the cache was written are left out and counted. Before training, the
-    cache is checked against the model's VAE and text encoder.
+    training epoch. Pairs with an image that could not be read when the cache was written are left out and counted.
+    Before training, the cache is checked against the model's VAE and text encoder.
 
     Args:
         train: Training pairs.

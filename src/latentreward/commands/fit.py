@@ -417,7 +417,7 @@ def load_checked(load: Callable[..., dict[str, Any]], path: str | Path, weights_
     check_checkpoint(path, path)
     content = load(path, weights_only=True)
     if not isinstance(content, Mapping) or "pytorch-lightning_version" not in content:
-        raise InputError(f"ckpt_path: {path} is no checkpoint of Lightning; give one that `fit` wrote")
+        raise InputError(f"ckpt_path: {path} is not a Lightning checkpoint; give one that `fit` wrote")
     return content
 
 
