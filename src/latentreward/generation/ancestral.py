@@ -94,7 +94,7 @@ def levels_of(scheduler: SchedulerMixin, timestep: float) -> Levels:
             f"step search reads the prediction off deterministic first-order steps, which {family} does not take; use "
             "DDIMScheduler, EulerDiscreteScheduler or FlowMatchEulerDiscreteScheduler (from_config)"
         )
-    index = scheduler.step_index  # of the next step
+    index = scheduler.step_index  # the scheduler has already advanced to the next step
     sigma, next_sigma = (float(value) for value in scheduler.sigmas[index - 1 : index + 1])
     next_timestep = float(scheduler.timesteps[index]) if index < len(scheduler.timesteps) else 0.0
     if family == "FlowMatchEulerDiscreteScheduler":

@@ -49,7 +49,7 @@ def read_policy_adapter(checkpoint: Path | str) -> SavedAdapter:
     content = read_checkpoint(Path(checkpoint))
     weights = {name.removeprefix(PREFIX): tensor for name, tensor in content["state_dict"].items() if ADAPTER in name}
     if not weights or SOURCE not in content:
-        raise InputError(f"checkpoint: {checkpoint} holds no policy and its source; give one of an alignment run")
+        raise InputError(f"checkpoint: {checkpoint} holds no policy; give the checkpoint of an alignment run")
     try:
         record = {name: value for name, value in content[SOURCE].items() if name not in ONLY_IN_TRAINING}
         source = PolicySource(**record, lora=LoRA(**content[SOURCE]["lora"]))

@@ -21,7 +21,10 @@ def json_report(report: "DataclassInstance") -> str:
 
 
 def plain_values(value: Any) -> Any:
-    """Convert ``value`` to types of JSON, with floats rounded to :data:`DIGITS`; NaN and infinity become None."""
+    """Convert ``value`` to types of JSON; NaN and infinity become None.
+
+    Other floats are rounded to ``DIGITS`` significant digits.
+    """
     if isinstance(value, Interval):
         value = value._asdict()
     if isinstance(value, Mapping):

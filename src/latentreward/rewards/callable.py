@@ -68,7 +68,7 @@ class FunctionReward(Reward):
 
 
 class RandomReward(RewardSource):
-    """A random reward, as a control: a gain that alignment also shows with this reward is not due to preferences.
+    """A random reward, as a control experiment: gains that occur with this reward too are not due to a learned reward.
 
     Args:
         kind: ``noise`` scores every state with an independent number from N(0, ``scale``²), so that there is nothing to

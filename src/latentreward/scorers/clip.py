@@ -120,7 +120,7 @@ class CLIPImageScorer(ImageScorer):
         self.towers()
 
     def towers(self) -> CLIPTowers:
-        """Load the model, or return it if another scorer with the same settings has loaded it."""
+        """Return the loaded model, which scorers with the same settings share."""
         source, processor = model_source(self.source), model_source(self.processor)
         return load_towers(source, processor, self.revision, self.dtype, self.device)
 

@@ -83,7 +83,7 @@ class RowScorer:
         self._uncond = reward.backbone.encode_prompts([""]) if reward.head.needs_uncond else None
 
     def __call__(self, rows: Sequence[AnyRow]) -> list[float]:
-        """Return the raw score of each row; it does not depend on the other rows.
+        """Return the raw score of each row; the score of a row does not depend on other rows.
 
         Raises:
             InputError: If a score is not finite, or the model gives several scores per row.

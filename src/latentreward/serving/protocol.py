@@ -102,7 +102,7 @@ class Accepted:
         if height % self.patch or width % self.patch:
             raise RequestError(f"latents of {height} × {width} must have sides divisible by {self.patch}", 422)
         if max(height, width) > (self.max_side or max(height, width)):
-            raise RequestError(f"latents of {height} × {width} have a side over {self.max_side}, the network's", 422)
+            raise RequestError(f"latents of {height} × {width} have a side over the network's {self.max_side}", 422)
         for name, found, most in (
             ("latents: h · w", height * width, self.max_pixels),
             ("prompt_embeds: tokens", tokens, self.max_tokens),
@@ -146,7 +146,7 @@ def read_prompt(values: Sequence[str]) -> str:
         return base64.b64decode(text, validate=True).decode()
     except ValueError as error:
         raise RequestError(
-            f"header {PROMPT_HEADER} is not base64 of UTF-8 text ({error}); encode the prompt so"
+            f"header {PROMPT_HEADER} is not base64 of UTF-8 text ({error}); encode the prompt in this way"
         ) from error
 
 
