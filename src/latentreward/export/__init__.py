@@ -1,4 +1,4 @@
-"""A trained policy in the formats of other programs."""
+"""Export of a trained policy to the formats of diffusers and kohya's scripts."""
 
 from latentreward.export.kohya import write_kohya
 from latentreward.export.lora import TrainedLoRA

@@ -1,17 +1,17 @@
-"""A trained adapter under the names of kohya's scripts, which ComfyUI and most other programs read.
+"""Export of a trained adapter in the format of kohya's scripts, which ComfyUI and most other programs read.
 
-A key is ``lora_unet_`` and the layer's name with ``_`` for ``.``; ``lora_down`` is A, ``lora_up`` is B, and a scalar
-``alpha`` for each layer scales them by alpha / rows of A.
+The key of a weight is ``lora_unet_`` and the layer's name with ``_`` for ``.``. ``lora_down`` is A, ``lora_up`` is B.
+Each layer has a scalar ``alpha``; programs that load the file scale B A by alpha / (rows of A).
 
 Sources: U-Nets as in diffusers' ``convert_state_dict_to_kohya`` and ComfyUI's ``model_lora_keys_unet``. SD3 as in
-sd-scripts (Apache-2.0, commit 48d368f): ``networks/lora_sd3.py`` puts the prefix before the names of the MMDiT of
-``library/sd3_models.py``, which ComfyUI reads too. That MMDiT has one layer for queries, keys and values; three
-adapters become one, with stacked A and block-diagonal B, as in sd-scripts' ``LoRANetwork.state_dict`` under
-``split_qkv``. Its A has three times the rows, so alpha is three times as large here. Sd-scripts leaves it as it is,
-whereupon its loader and ComfyUI give such a layer a third of the update that was trained.
+sd-scripts (Apache-2.0, commit 48d368f): ``networks/lora_sd3.py`` puts the prefix before the layer names of the MMDiT in
+``library/sd3_models.py``; ComfyUI reads these names too. This MMDiT has one layer for queries, keys and values, where
+diffusers has three. The three adapters become one, with stacked A and block-diagonal B, as in sd-scripts'
+``LoRANetwork.state_dict`` under ``split_qkv``. The joined A has three times the rows, so alpha is multiplied by three
+here. Sd-scripts does not multiply alpha; its loader and ComfyUI then apply a third of the trained update.
 """
 
-# Why our own conversion: diffusers' ``convert_state_dict_to_kohya`` has no names for SD3.
+# Not diffusers' own ``convert_state_dict_to_kohya``: it has no names for SD3.
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -23,8 +23,11 @@ from latentreward.export.lora import SD3, TrainedLoRA
 from latentreward.storage.durable import replacing
 
 FILE = "kohya_lora.safetensors"
+"""Name of the exported file."""
 PREFIX = "lora_unet_"
+"""Beginning of every key in the exported file."""
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"
+"""Endings of the names of A and B in peft."""
 SD3_LAYERS = {
     "pos_embed.proj": "x_embedder.proj",
     "context_embedder": "context_embedder",
@@ -44,22 +47,22 @@ SD3_LAYERS = {
     "ff_context.net.0.proj": "context_block.mlp.fc1",
     "ff_context.net.2": "context_block.mlp.fc2",
 }
-"""Layers of diffusers' SD3 transformer, those of a block without its number, and of the MMDiT."""
+"""Name of a layer in diffusers' SD3 transformer → its name in sd-scripts' MMDiT; within a block, without the block."""
 SD3_JOINED = {
     "x_block.attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
     "context_block.attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
     "x_block.attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
 }
-"""Layers of the MMDiT, and those of diffusers' transformer whose outputs make up theirs."""
+"""Name of an MMDiT layer → the layers of diffusers' SD3 transformer whose outputs, concatenated, are its output."""
 SCALE_FIRST = ("norm_out.linear", "norm1_context.linear")
-"""Layers that give scale before shift in diffusers and after it in the MMDiT, where they give nothing else."""
+"""Layers that, if they output scale and shift only, output scale first in diffusers and shift first in the MMDiT."""
 
 Pair = tuple[Tensor, Tensor]
-"""A and B of a layer."""
+"""A ``(rank, in)`` and B ``(out, rank)`` of a layer."""
 
 
 def kohya_weights(lora: TrainedLoRA) -> dict[str, Tensor]:
-    """Its weights under kohya's names, with their alphas."""
+    """Return the weights of ``lora`` under kohya's names, and an alpha for each layer."""
     layers = [name.removesuffix(DOWN) for name in lora.weights if name.endswith(DOWN)]
     pairs = {layer: (lora.weights[layer + DOWN], lora.weights[layer + UP]) for layer in layers}
     named = mmdit_parts(pairs) if lora.loader == SD3 else {layer: [pair] for layer, pair in pairs.items()}
@@ -73,10 +76,14 @@ def kohya_weights(lora: TrainedLoRA) -> dict[str, Tensor]:
 
 
 def mmdit_parts(pairs: Mapping[str, Pair]) -> dict[str, list[Pair | None]]:
-    """A and B of the parts of each layer of the MMDiT, None for parts that were not trained.
+    """Group the adapters of diffusers' SD3 transformer by the layers of sd-scripts' MMDiT.
 
     Args:
         pairs: A and B by the layers' names in diffusers' SD3 transformer.
+
+    Returns:
+        For each MMDiT layer the A and B of its parts, in order: three parts (query, key, value) for a joined layer,
+        else one. A part without a trained adapter is None.
     """
     found: dict[str, list[Pair | None]] = {}
     for layer, (down, up) in pairs.items():
@@ -96,7 +103,7 @@ def mmdit_parts(pairs: Mapping[str, Pair]) -> dict[str, list[Pair | None]]:
 
 
 def join(parts: Sequence[Pair | None]) -> Pair:
-    """Make A and B of a layer from those of its parts, whose outputs follow each other."""
+    """Join the adapters of a layer's parts, whose outputs are concatenated, to one A and one B."""
     given = [part for part in parts if part is not None]
     if len(parts) == 1:
         return given[0]
@@ -106,7 +113,7 @@ def join(parts: Sequence[Pair | None]) -> Pair:
 
 
 def write_kohya(lora: TrainedLoRA, folder: Path) -> Path:
-    """Write :data:`FILE` into ``folder``; it stands there whole or not at all."""
+    """Write :data:`FILE` into ``folder`` atomically, and return its path."""
     metadata = {
         "format": "pt",
         "ss_network_module": "networks.lora_sd3" if lora.loader == SD3 else "networks.lora",

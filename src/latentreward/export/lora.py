@@ -1,4 +1,4 @@
-"""A trained adapter as a LoRA that ``load_lora_weights`` of diffusers takes."""
+"""Export of a trained adapter as a LoRA for ``load_lora_weights`` of diffusers."""
 
 from __future__ import annotations
 
@@ -16,18 +16,23 @@ from latentreward.policies.checkpoint import ADAPTER, SavedAdapter
 from latentreward.storage.durable import replacing
 
 FILE = "pytorch_lora_weights.safetensors"
-"""Name that diffusers looks for in a folder."""
+"""File name that diffusers looks for in a folder."""
 SD3 = "SD3LoraLoaderMixin"
+"""Class of diffusers that saves and loads LoRAs of SD3."""
 
 
 @dataclass(frozen=True)
 class TrainedLoRA:
-    """An adapter apart from its network, whole and on the CPU.
+    """The weights of a trained adapter without its network, not sharded, on the CPU.
 
     Attributes:
-        weights: ``LAYER.lora_A.weight`` and ``LAYER.lora_B.weight``, by the network's own names.
-        settings: Its rank and alpha.
-        loader: Name of the part of such a network's pipeline class that saves and loads LoRAs.
+        weights: Tensors by the names ``LAYER.lora_A.weight`` and ``LAYER.lora_B.weight``, with LAYER the name of the
+            layer in the network.
+        settings: Rank, alpha, dropout and target modules of the adapter.
+        loader: Name of the class in ``diffusers.loaders`` that saves and loads LoRAs of this network.
+
+    Raises:
+        InputError: If a weight is not finite.
     """
 
     weights: dict[str, Tensor]
@@ -39,7 +44,7 @@ class TrainedLoRA:
 
     @classmethod
     def of_policy(cls, policy: Policy, dtype: torch.dtype = torch.float32) -> TrainedLoRA:
-        """The adapter of ``policy`` as it is now; a collective call where weights are sharded."""
+        """Copy the adapter of ``policy``; if weights are sharded, all ranks must call this method."""
         weights = {
             network_name(name): whole_tensor(weight).to(dtype)
             for name, weight in policy.named_parameters()
@@ -53,7 +58,7 @@ class TrainedLoRA:
 
     @classmethod
     def of_checkpoint(cls, saved: SavedAdapter, dtype: torch.dtype = torch.float32) -> TrainedLoRA:
-        """The adapter of a checkpoint; of its base only configs are read."""
+        """Take the adapter of a checkpoint; only configs of the base pipeline are read."""
         weights = {network_name(name): weight.to(dtype) for name, weight in saved.weights.items()}
         base = saved.source.pipeline()
         if not base.has("unet"):
@@ -62,16 +67,16 @@ class TrainedLoRA:
 
     @property
     def part(self) -> str:
-        """What the pipeline calls the network."""
+        """Name of the network in a diffusers pipeline, ``unet`` or ``transformer``."""
         return "transformer" if self.loader == SD3 else "unet"
 
     def write_diffusers(self, folder: Path) -> Path:
-        """Write :data:`FILE` into ``folder``; it stands there whole or not at all.
+        """Write :data:`FILE` into ``folder`` atomically, and return its path.
 
-        The metadata name rank and alpha, without which diffusers takes alpha = rank; of peft's settings only few, so
-        that other versions of peft read them.
+        The metadata hold rank and alpha, since diffusers otherwise assumes alpha = rank. Only a few of peft's settings
+        are written, so that other versions of peft can read the file.
         """
-        from diffusers import loaders  # not the pipeline, whose import takes seconds and prints remarks
+        from diffusers import loaders  # importing the pipeline classes takes seconds and prints warnings
 
         used = self.settings
         metadata: dict[str, Any] = {"r": used.rank, "lora_alpha": used.alpha, "lora_dropout": used.dropout}
@@ -83,10 +88,10 @@ class TrainedLoRA:
 
 
 def network_name(name: str) -> str:
-    """A weight's name without the policy around the network, and without the adapter's name."""
+    """Convert a parameter's name in a :class:`Policy` to its name in a LoRA file, without prefix and adapter name."""
     return name.removeprefix("network.").replace(ADAPTER, ".")
 
 
 def unet_loader(addition_embed_type: str | None) -> str:
-    """See :attr:`TrainedLoRA.loader`, for a U-Net, by an entry of its config."""
+    """Return :attr:`TrainedLoRA.loader` for a U-Net whose config has this ``addition_embed_type``."""
     return f"StableDiffusion{'XL' if addition_embed_type == 'text_time' else ''}LoraLoaderMixin"

@@ -1,4 +1,4 @@
-"""A diffusers pipeline whose network has the trained adapter added to its weights."""
+"""Export of a whole diffusers pipeline with the trained adapter merged into the network's weights."""
 
 import json
 from collections.abc import Iterator
@@ -13,12 +13,12 @@ from latentreward.export.lora import TrainedLoRA
 from latentreward.storage.durable import discard, replacing
 
 LIBRARIES = ("diffusers", "transformers", "stable_diffusion")
-"""Where classes of a pipeline's parts may come from; the last is diffusers' name for its safety checker."""
+"""Libraries allowed in ``model_index.json``; ``stable_diffusion`` is the entry of diffusers' safety checker."""
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without diffusers' bars, and its remarks on text encoders that the LoRA leaves alone."""
+    """Silence diffusers' progress bars, and its warnings about text encoders for which the LoRA has no weights."""
     from diffusers.utils import logging
 
     before = logging.get_verbosity()
@@ -33,9 +33,13 @@ def quiet() -> Iterator[None]:
 
 
 def check_classes(base: PipelineSource) -> None:
-    """Raise InputError for a pipeline with parts that are no classes of diffusers and transformers.
+    """Check that loading the pipeline ``base`` runs no code but that of diffusers and transformers.
 
-    The base is what a checkpoint names; diffusers runs Python files that a local pipeline brings.
+    The base is named by a checkpoint, which may come from a stranger, and diffusers would run Python files in the
+    pipeline's folder.
+
+    Raises:
+        InputError: If a part's class is not from diffusers or transformers, or the folder holds a Python file.
     """
     import diffusers
     import transformers
@@ -54,9 +58,9 @@ def check_classes(base: PipelineSource) -> None:
 
 
 def loading_call(folder: Path) -> str:
-    """Write the Python call that loads a pipeline from ``folder``.
+    """Return the Python call, as text, that loads the pipeline in ``folder``.
 
-    Diffusers asks for ``None`` where a part is absent that it does not call optional, such as the T5 of SD3.
+    An absent part that diffusers does not regard as optional, such as the T5 of SD3, must be passed as ``None``.
     """
     import diffusers
 
@@ -68,18 +72,19 @@ def loading_call(folder: Path) -> str:
 
 @quiet()
 def write_merged(lora: TrainedLoRA, base: PipelineSource, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """Write the pipeline ``base`` with W + alpha / rank · B A for its network's weights W; the sum is in float32.
+    """Write the pipeline ``base`` with its network's weights W replaced by W + alpha / rank · B A.
 
-    Needs host memory for the whole pipeline in float32. ``folder`` gets its name when it is whole.
+    The sum is computed in float32, which needs host memory for the whole pipeline in float32. The folder is written
+    atomically.
 
     Args:
-        lora: In float32.
-        base: The pipeline it was trained on.
-        folder: Replaced if it is there.
-        dtype: Of all weights that are written.
+        lora: Adapter in float32.
+        base: Pipeline that the adapter was trained on.
+        folder: Folder to write; an existing one is replaced.
+        dtype: Dtype of all weights that are written.
 
     Raises:
-        InputError: If diffusers cannot load ``base`` as a whole, or would run code that it names.
+        InputError: If diffusers cannot load ``base`` as a whole, or loading ``base`` could run foreign code.
     """
     from diffusers import DiffusionPipeline
 

@@ -1,4 +1,4 @@
-"""Pictures of a policy: loading it, choosing among samples with any reward, and writing what it makes."""
+"""Sampling of images from a policy: loading, best-of-N and step-wise search with a reward, and writing of files."""
 
 from latentreward.generation.best_of import BestOf, best_of_n
 from latentreward.generation.lora import load_lora

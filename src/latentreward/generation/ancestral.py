@@ -1,4 +1,4 @@
-"""From the deterministic step that a pipeline took to the distribution of stochastic steps with the same marginals."""
+"""Conversion of a pipeline's deterministic step to the stochastic step with the same marginals."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Levels:
-    """Noise levels before and after a step, in the scheduler's coordinates: a state is ``signal·x_0 + noise·ε``.
+    """Noise levels before and after a step of a scheduler, whose states are ``signal·x_0 + noise·ε``.
 
     Attributes:
-        timestep: What the network took.
-        signal: a before the step.
-        noise: s before the step.
-        next_timestep: Timestep of the state after it; 0 after the last step.
-        next_signal: a' after the step.
-        next_noise: s' after the step.
-        next_scale: Factor that takes the next state to what the network takes.
+        timestep: Timestep given to the network in this step.
+        signal: Factor a before the step.
+        noise: Factor s before the step.
+        next_timestep: Timestep of the state after the step; 0 after the last step.
+        next_signal: Factor a' after the step.
+        next_noise: Factor s' after the step.
+        next_scale: Factor by which the next state is multiplied before it goes into the network (``scale_model_input``
+            of diffusers).
     """
 
     timestep: float
@@ -39,16 +40,16 @@ class Levels:
     next_scale: float = 1.0
 
     def ancestral(self, latents: Tensor, next_latents: Tensor, eta: float) -> Transition:
-        """The step with noise that leads where the deterministic one led, in distribution.
+        """Return the distribution of the next state under the stochastic step with the same marginals.
 
-        The two states of a first-order deterministic step hold the prediction behind it: x = a x̂_0 + s ε̂ and
-        x' = a' x̂_0 + s' ε̂ are two equations for x̂_0 and ε̂; :func:`~latentreward.noise.predictions.ancestral_variance`
-        has the rest.
+        The network's prediction is recovered from the states before and after a first-order deterministic step:
+        x = a x̂_0 + s ε̂ and x' = a' x̂_0 + s' ε̂ are two equations for x̂_0 and ε̂. The noise has the variance of
+        :func:`~latentreward.noise.predictions.ancestral_variance`.
 
         Args:
-            latents: x, ``(B, C, ...)``.
-            next_latents: x', ``(B, C, ...)``, as the scheduler made it.
-            eta: η.
+            latents: State x before the step, ``(B, C, ...)``.
+            next_latents: State x' after the scheduler's deterministic step, ``(B, C, ...)``.
+            eta: Scale η of the noise in [0, 1], as in DDIM.
         """
         determinant = self.signal * self.next_noise - self.next_signal * self.noise
         level, following = (self.signal**2, self.noise**2), (self.next_signal**2, self.next_noise**2)
@@ -61,11 +62,11 @@ class Levels:
         return Transition(mean, spread, spread)
 
     def clean(self, next_latents: Tensor, model_output: Tensor, prediction_type: str) -> Tensor:
-        """Predicted clean latents x̂_0 of next states, float32, from the network's output for them.
+        """Return the clean latents x̂_0 that the network predicts for the next states, float32.
 
         Args:
-            next_latents: ``(B, C, ...)``, times :attr:`next_scale`.
-            model_output: ``(B, C, ...)``.
+            next_latents: Next states ``(B, C, ...)``, already multiplied by :attr:`next_scale`.
+            model_output: Output of the network for these states, ``(B, C, ...)``.
             prediction_type: ``epsilon``, ``v_prediction`` or ``flow``.
         """
         signal, noise = self.next_signal * self.next_scale, self.next_noise * self.next_scale
@@ -73,10 +74,11 @@ class Levels:
 
 
 def levels_of(scheduler: SchedulerMixin, timestep: float) -> Levels:
-    """Levels around the step that ``scheduler`` has just taken from ``timestep``.
+    """Return the noise levels before and after the step that ``scheduler`` has just taken from ``timestep``.
 
     Raises:
-        InputError: If it does not take first-order deterministic steps of an unclipped prediction.
+        InputError: If the scheduler is not one of DDIM, Euler and flow-matching Euler, or if it clips predictions or
+            samples stochastically.
     """
     family, config = type(scheduler).__name__, scheduler.config
     if config.get("clip_sample") or config.get("thresholding") or config.get("stochastic_sampling"):
@@ -92,7 +94,7 @@ def levels_of(scheduler: SchedulerMixin, timestep: float) -> Levels:
             f"step search reads the prediction off deterministic first-order steps, which {family} does not take; use "
             "DDIMScheduler, EulerDiscreteScheduler or FlowMatchEulerDiscreteScheduler (from_config)"
         )
-    index = scheduler.step_index  # of the next step
+    index = scheduler.step_index  # the scheduler has already advanced to the next step
     sigma, next_sigma = (float(value) for value in scheduler.sigmas[index - 1 : index + 1])
     next_timestep = float(scheduler.timesteps[index]) if index < len(scheduler.timesteps) else 0.0
     if family == "FlowMatchEulerDiscreteScheduler":

@@ -1,4 +1,4 @@
-"""Best of N: whole samples, of which the one with the highest score is kept."""
+"""Best-of-N sampling: sample N images per prompt, and keep the one with the highest reward."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from latentreward.rollout import score_finished
 
 @dataclass(frozen=True)
 class BestOf:
-    """What was kept of N samples per prompt.
+    """Result of best-of-N sampling for B prompts.
 
     Attributes:
-        latents: ``(B, C, ...)`` the best, finished.
-        scores: ``(N, B)`` of all samples, on the CPU.
-        index: ``(B,)`` number of the best, on the CPU.
+        latents: ``(B, C, ...)`` finished latents of the best sample of each prompt.
+        scores: ``(N, B)`` scores of all samples, on the CPU.
+        index: ``(B,)`` number of the best sample, 0 to N - 1, on the CPU.
     """
 
     latents: Tensor
@@ -40,16 +40,19 @@ def best_of_n(
 ) -> BestOf:
     """Sample ``number`` times for each prompt and keep the samples with the highest scores.
 
-    The n-th samples are drawn under the keys ``KEY/n``, so that the first N of a larger search are the samples of a
-    smaller one. All samples of a prompt are scored in one call, as rewards that compare them ask for.
+    The n-th sample of a prompt is drawn under the key ``KEY/n``. A search with a larger ``number`` therefore contains
+    all samples of a search with a smaller one. All samples are scored in one call, since some rewards compare the
+    samples of a prompt (``RewardMixture`` with ``normalise: group``).
 
     Args:
-        sample: Finished latents ``(B, C, ...)`` of B prompts, e.g. ``partial(sample_latents, policy, ...)``.
-        reward: Scores finished latents.
+        sample: Function that samples finished latents ``(B, C, ...)`` for B prompts, e.g.
+            ``partial(sample_latents, policy, ...)``.
+        reward: Reward for finished latents.
         prompts: B prompts.
-        number: N, at least 1; 1 gives the samples with their scores.
-        seed: See :func:`~latentreward.rollout.score_finished`; the noise is the same for all samples of a prompt.
-        sigmas: Likewise.
+        number: Samples N per prompt, at least 1.
+        seed: Seed of the noise that a latent reward adds before it scores, see
+            :func:`~latentreward.rollout.score_finished`; all samples of a prompt get the same noise.
+        sigmas: Noise levels in [0, 1] of a latent reward; rewards on pixels ignore them.
     """
     samples = [sample(PromptBatch(prompts.prompts, tuple(f"{key}/{n}" for key in prompts.keys))) for n in range(number)]
     by_prompt = torch.stack(samples, dim=1)

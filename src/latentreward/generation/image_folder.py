@@ -1,4 +1,4 @@
-"""A folder of generated pictures with a table of what they are."""
+"""A folder of generated images with a table of prompts, seeds and scores."""
 
 import csv
 import io
@@ -21,29 +21,36 @@ from latentreward.storage.durable import contents, write_file
 SETTINGS = "generate.json"
 COLUMNS = ("file", "prompt", "place", "image", "seed", "score", "mean_score")
 GRID_CELLS = 48
+"""Greatest number of images in ``grid.png``."""
 GRID_SIDE = 256
-"""Longest side of a picture in the grid, in pixels."""
+"""Longest side of an image in ``grid.png``, in pixels."""
 
 Row = dict[str, Any]
 
 
 def file_name(place: int, image: int, prompt: str) -> str:
-    """A name that every file system takes: place, picture, and what of the prompt is plain letters and digits."""
+    """Return a file name that every file system accepts: index of the prompt, number of the image, words of the prompt.
+
+    Only ASCII letters and digits of the prompt are kept, at most 60 characters.
+    """
     ascii_only = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode().lower()
     words = re.sub(r"[^a-z0-9]+", "-", ascii_only).strip("-")[:60].rstrip("-")
     return "_".join([f"{place:05d}", str(image), *([words] if words else [])]) + ".png"
 
 
 class ImageFolder:
-    """Pictures with a table of what they are; every file is written whole or not at all.
+    """A folder of generated images with the table ``images.csv`` or ``images.jsonl``; files are written atomically.
+
+    Images are named by a pair of numbers from 0: ``place``, the index of the prompt, and ``image``, the number of the
+    image of this prompt. A folder that an earlier run with equal settings wrote is continued.
 
     Args:
-        folder: Made if it is not there.
-        settings: What the pictures depend on besides prompts, in plain values.
+        folder: Folder; made if it does not exist.
+        settings: Settings that the images depend on besides prompts, as plain values; written to ``generate.json``.
         table: Format of the table.
 
     Raises:
-        InputError: If the folder holds other files, or pictures of other settings.
+        InputError: If the folder holds other files, or images made with other settings.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any], table: Literal["csv", "jsonl"]) -> None:
@@ -65,10 +72,10 @@ class ImageFolder:
         self._write(SETTINGS, json.dumps(settings, indent=1, ensure_ascii=False).encode())
 
     def has(self, place: int, image: int, prompt: str) -> bool:
-        """Whether the picture is there, of that prompt.
+        """Tell whether image number ``image`` of the prompt with index ``place`` has been written.
 
         Raises:
-            InputError: If it is of another prompt.
+            InputError: If this image was made for another prompt than ``prompt``.
         """
         row = self.rows.get((place, image))
         if row is None or not (self.folder / row["file"]).is_file():
@@ -89,13 +96,13 @@ class ImageFolder:
         scores: torch.Tensor | None,
         seed: int,
     ) -> None:
-        """Write pictures and the table.
+        """Write B images as PNG files, and then the table.
 
         Args:
-            names: B places of prompts and numbers of pictures.
+            names: Index of the prompt and number of the image, for each image.
             prompts: B prompts.
             pixels: ``(B, 3, H, W)`` in [-1, 1].
-            scores: ``(N, B)`` of the samples of which these are the best.
+            scores: ``(N, B)`` scores of the N samples from which each image was chosen as the best, if any.
             seed: Seed of the run.
         """
         for column, ((place, image), prompt) in enumerate(zip(names, prompts, strict=True)):
@@ -110,7 +117,7 @@ class ImageFolder:
         self._write(self.table.name, "".join(self._lines()).encode())
 
     def write_grid(self, names: Sequence[tuple[int, int]]) -> None:
-        """Write ``grid.png`` of the first pictures."""
+        """Write ``grid.png`` with the first :data:`GRID_CELLS` images of ``names``."""
         cells = []
         for row in [self.rows[name] for name in names[:GRID_CELLS]]:
             picture = Image.open(self.folder / row["file"])
@@ -124,7 +131,7 @@ class ImageFolder:
         self._write("grid.png", content.getvalue())
 
     def summary(self, names: Sequence[tuple[int, int]]) -> str:
-        """One line on what is there."""
+        """Return one line for the terminal: the folder, the number of images and their mean score."""
         scores = [float(self.rows[name]["score"]) for name in names if self.rows[name].get("score") not in (None, "")]
         mean = f"; mean score {sum(scores) / len(scores):.4f}" if scores else ""
         return f"{self.folder}: {len(names)} pictures{mean}"

@@ -1,4 +1,4 @@
-"""A LoRA file beside a policy."""
+"""Loading of a LoRA file into a policy."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from latentreward.errors import InputError, first_line
 from latentreward.policies import POLICY, AdapterSwitch, DiTPolicy, Policy
 
 LOADED = "lora"
-"""Name of the adapter that a file becomes."""
+"""Name in peft of an adapter loaded from a file."""
 WEIGHTS = (".safetensors", ".bin")
 REWARD_HEAD = "head.safetensors"
-"""A folder with this file is a published reward model."""
+"""File by which the folder of a published reward model is recognised."""
 
 
 def check_lora(path: Path) -> None:
-    """Look for a LoRA before a policy is loaded for it.
+    """Check that ``path`` may hold a LoRA, before the policy is loaded.
 
     Raises:
-        InputError: If there is nothing, or a folder without weights of a LoRA.
+        InputError: If ``path`` does not exist, is the folder of a reward model, or is a folder without weight files.
     """
     remedy = "give a .safetensors file, or the folder of one as latentreward export writes it"
     if not path.exists():
@@ -32,20 +32,22 @@ def check_lora(path: Path) -> None:
 
 
 def load_lora(policy: Policy, path: Path) -> None:
-    """Put a LoRA to work in ``policy``, in place of the adapter that trains.
+    """Load a LoRA into ``policy`` and activate it, in place of the trainable adapter.
 
     Args:
-        policy: Fresh from :meth:`PolicySource.load <latentreward.policies.PolicySource.load>`.
-        path: ``.safetensors`` file, or a folder with one, in any naming that diffusers reads (for SD3 its own alone).
+        policy: Policy as returned by :meth:`PolicySource.load <latentreward.policies.PolicySource.load>`.
+        path: ``.safetensors`` file, or a folder with one. The names of the weights may follow any convention that
+            diffusers reads; for SD3 only diffusers' own.
 
     Raises:
-        InputError: If there is none, it belongs to another network, or it changes text encoders too.
+        InputError: If there is no LoRA at ``path``, the LoRA belongs to another network, or it changes text encoders.
     """
     check_lora(path)
     network: Any = policy.network
     family, part = _loader(policy)
     try:
-        file = files[0] if len(files := [*path.glob("*.safetensors")]) == 1 else path  # diffusers < 0.40, offline
+        # Name the only file of a folder: offline, diffusers before 0.40 demands a weight_name.
+        file = files[0] if len(files := [*path.glob("*.safetensors")]) == 1 else path
         known = {"weight_name": file.name if file.is_file() else None, "unet_config": network.config}
         weights, *rest = family.lora_state_dict(str(file), return_lora_metadata=True, **known)
         alphas, metadata = rest if len(rest) == 2 else (None, *rest)
@@ -54,7 +56,7 @@ def load_lora(policy: Policy, path: Path) -> None:
                 f"lora: {path} holds {others[0]}, which is no weight of the {part}; give a LoRA of the {part} alone, "
                 "in diffusers' naming, or merge it into a pipeline"
             )
-        # Other fields can have peft import modules.
+        # Drop other fields of the metadata: some of them make peft import modules.
         metadata = {name: value for name, value in (metadata or {}).items() if name.split(".")[-1] in PEFT_SETTINGS}
         network.delete_adapters(POLICY)
         network.load_lora_adapter(weights, part, adapter_name=LOADED, network_alphas=alphas, metadata=metadata or None)
@@ -68,8 +70,8 @@ def load_lora(policy: Policy, path: Path) -> None:
 
 
 def _loader(policy: Policy) -> tuple[Any, str]:
-    """What reads LoRA files of such a policy, and the part of a pipeline that it is."""
-    from diffusers import loaders  # its pipelines would load image processors, with remarks on each
+    """Return the diffusers class that reads LoRA files for ``policy``, and the network's name in a pipeline."""
+    from diffusers import loaders  # importing the pipeline classes would load image processors and print warnings
 
     if isinstance(policy, DiTPolicy):
         return loaders.SD3LoraLoaderMixin, "transformer"

@@ -1,4 +1,4 @@
-"""Prompts to pictures in a folder, those that are missing only."""
+"""Sampling of images for prompts into a folder; images that are already there are skipped by the caller."""
 
 from collections.abc import Callable, Sequence
 from itertools import starmap
@@ -13,9 +13,10 @@ from latentreward.rollout import Sampling
 from latentreward.storage.progress import Progress
 
 DETERMINISTIC = Sampling(eta=0.0, noise_level=0.0)
+"""Sampling settings without noise in the steps, for DDIM and for flow matching."""
 
 Name = tuple[int, int]
-"""Place of a prompt, number of a picture of it."""
+"""Index of a prompt, and number of an image of this prompt, both from 0."""
 
 
 def write_pictures(
@@ -28,29 +29,30 @@ def write_pictures(
     batch_size: int,
     key: Callable[[int, int], str] = "{}/{}".format,
 ) -> None:
-    """Sample, decode and write pictures; each batch is on disk before the next begins.
+    """Sample, decode and write images; each batch is on disk before the next one is sampled.
 
     Args:
-        folder: Where pictures go.
-        texts: All prompts, by place.
-        missing: Pictures to make.
-        draw: Finished latents ``(B, C, ...)`` of B prompts, and scores ``(N, B)`` of the samples they were chosen from.
-        decode: Latents to pixels ``(B, 3, H, W)`` in [-1, 1] on the CPU.
-        seed: Noted in the table.
-        batch_size: Pictures sampled at once.
-        key: Name, of place and number, under which the noise of a picture is drawn.
+        folder: Folder that gets the images.
+        texts: All prompts.
+        missing: Images to make, as (index into ``texts``, number of the image).
+        draw: Function that samples B prompts: finished latents ``(B, C, ...)``, and scores ``(N, B)`` of the N samples
+            per prompt from which they were chosen, or None.
+        decode: Function from latents to pixels ``(B, 3, H, W)`` in [-1, 1] on the CPU.
+        seed: Seed written to the table.
+        batch_size: Images sampled at once.
+        key: Function from index of the prompt and number of the image to the key that seeds the noise of this image.
     """
     with Progress(folder.folder.name, len(missing), "pictures") as progress:
         for start in range(0, len(missing), batch_size):
             batch = missing[start : start + batch_size]
-            prompts = PromptBatch(tuple(texts[place] for place, _ in batch), tuple(starmap(key, batch)))
+            prompts = PromptBatch(tuple(texts[index] for index, _ in batch), tuple(starmap(key, batch)))
             latents, scores = draw(prompts)
             folder.add(batch, prompts.prompts, decode(latents), scores, seed)
             progress.add(len(batch))
 
 
 def decode_latents(policy: Policy, latents: Tensor) -> Tensor:
-    """Pixels ``(B, 3, H, W)`` in [-1, 1] on the CPU.
+    """Decode latents to pixels ``(B, 3, H, W)`` in [-1, 1] on the CPU.
 
     Raises:
         InputError: If the policy has no VAE.

@@ -1,4 +1,4 @@
-"""A diffusers pipeline in memory, seen as a policy: for rewards that are to score its states."""
+"""Wrapping of a loaded diffusers pipeline as a policy, so that rewards can score its sampling states."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ if TYPE_CHECKING:
 
 
 def policy_of(pipeline: DiffusionPipeline) -> Policy:
-    """The network and VAE of a Stable Diffusion 1.5, 2.1, XL, 3 or 3.5 pipeline, shared and with its LoRAs as they are.
+    """Wrap a Stable Diffusion 1.5, 2.1, XL, 3 or 3.5 pipeline as a policy.
 
-    It encodes no prompts; the pipeline does.
+    Network and VAE are shared with the pipeline, and the pipeline's active LoRAs stay active. The policy has no text
+    encoder: the pipeline encodes the prompts.
 
     Raises:
-        InputError: If the pipeline has no U-Net and no SD3 transformer.
+        InputError: If the pipeline has neither a U-Net nor an SD3 transformer.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -31,7 +32,8 @@ def policy_of(pipeline: DiffusionPipeline) -> Policy:
         family, network = DiTPolicy, pipeline.transformer
     else:
         raise InputError(
-            f"{type(pipeline).__name__} has no U-Net and no SD3 transformer; rewards know no other policies"
+            f"{type(pipeline).__name__} has no U-Net and no SD3 transformer; use a pipeline of SD1.5, SD2.1, SDXL, SD3 "
+            "or SD3.5"
         )
     layers = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
     active = list(dict.fromkeys(name for layer in layers for name in layer.active_adapters))

@@ -1,4 +1,4 @@
-"""Step-wise search in our own sampling loop."""
+"""Step-wise search with a reward in latentreward's own sampling loop."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from latentreward.rollout import Branching, RolloutDraws, Sampling, candidate_st
 
 @dataclass
 class Candidates:
-    """Several next states at each step within a window of timesteps, of which the best goes on.
+    """Settings of step-wise search: draw K next states at each step of a window, and continue from the best.
 
     Attributes:
         num_candidates: Candidates K per step, at least 2.
-        low: Least timestep at which is searched; below it one state is drawn.
-        high: Greatest one.
-        score_at: Timestep that the reward is told: that of the ``step`` (LPO), or that of the ``candidate`` (SPO).
+        low: Lowest timestep with a search; outside ``low`` to ``high`` one next state is drawn and not scored.
+        high: Highest timestep with a search.
+        score_at: Timestep passed to the reward: ``step`` is the timestep that the step starts from (LPO),
+            ``candidate`` the timestep of the candidates (SPO).
     """
 
     num_candidates: int = 4
@@ -30,11 +31,11 @@ class Candidates:
     score_at: Literal["step", "candidate"] = "step"
 
     def __post_init__(self) -> None:
-        """Refuse impossible settings."""
+        """Check the settings."""
         self.branching()
 
     def branching(self) -> Branching:
-        """The rollout that always goes on with the best."""
+        """Return the settings of a rollout that always continues from the best candidate."""
         return Branching(self.num_candidates, self.low, self.high, "best", self.score_at)
 
 
@@ -47,19 +48,21 @@ def search_latents(
     guidance_scale: float,
     seed: int,
 ) -> Tensor:
-    """Finished latents ``(B, C, ...)``, float32, of a search with ``reward`` at each step of the window.
+    """Sample finished latents ``(B, C, ...)``, float32, with a search by ``reward`` at each step of the window.
 
-    Draws are those of :func:`~latentreward.rollout.candidate_steps`. A reward that asks for clean latents costs K
-    evaluations of the network per step and not K + 1: the kept candidate's serves the next step.
+    The random numbers are those of :func:`~latentreward.rollout.candidate_steps`. For a reward with ``needs_clean`` the
+    network is evaluated on each of the K candidates. The output for the kept candidate is reused in the next step, so
+    that a searched step costs K evaluations instead of K + 1.
 
     Args:
-        policy: Generator, in evaluation mode.
-        reward: Scores candidates.
+        policy: Policy in evaluation mode.
+        reward: Reward for the candidates.
         prompts: B prompts.
         candidates: K and the window.
-        sampling: Steps, noise and size; the noise must not be 0; where none is given, it is that of rollouts.
-        guidance_scale: 1 for no guidance.
-        seed: Seed of every draw.
+        sampling: Steps, noise and size. A noise of None takes the default of rollouts, ``eta`` 1 or ``noise_level``
+            0.7; a noise of 0 is refused.
+        guidance_scale: Scale of classifier-free guidance; 1 for no guidance.
+        seed: Seed of all random numbers.
 
     Raises:
         InputError: If no step of the window has noise.

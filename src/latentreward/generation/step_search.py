@@ -1,4 +1,4 @@
-"""Step-wise search inside a diffusers pipeline: several next states at each step, of which the best goes on."""
+"""Step-wise search inside a diffusers pipeline: draw several next states at each step, and continue from the best."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 
 class StepSearch:
-    """Keeps the best of K candidates at each step within a window of timesteps; a ``callback_on_step_end``.
+    """A ``callback_on_step_end`` of a diffusers pipeline that keeps the best of K candidates at each step of a window.
 
-    The pipeline's scheduler takes deterministic steps. Within the window the callback goes back to the prediction
-    behind a step and draws K candidates from the stochastic step with the same marginals
-    (:meth:`~latentreward.generation.ancestral.Levels.ancestral`), scores them, and hands the best one to the pipeline.
-    It thus samples what the pipeline samples, with noise only where a reward chooses among its outcomes. ::
+    The pipeline's scheduler takes a deterministic step. Within the window the callback recovers the network's
+    prediction from this step, draws K candidates from the stochastic step with the same marginals
+    (:meth:`~latentreward.generation.ancestral.Levels.ancestral`), scores the candidates, and gives the best one back
+    to the pipeline. Steps outside the window stay deterministic. ::
 
         policy = policy_of(pipeline)
         reward = LatentReward("reward.ckpt").load(policy)
@@ -34,20 +34,27 @@ class StepSearch:
         images = pipeline(prompts, **search.pipeline_arguments()).images
 
     Args:
-        policy: The pipeline as :func:`~latentreward.generation.policy_of` sees it.
-        reward: Scores candidates.
+        policy: The pipeline, wrapped by :func:`~latentreward.generation.policy_of`.
+        reward: Reward for the candidates.
         prompts: One prompt per image.
-        eta: Share of each step's freedom that is drawn anew: 1 is the posterior of the forward process.
-        seed: Fixes all draws; those for an image depend on its place and prompt alone.
-        options: See :class:`~latentreward.generation.search.Candidates`.
+        eta: Scale η of the noise of a searched step, in (0, 1], as in DDIM; 1 is ancestral sampling, the posterior of
+            the forward process.
+        seed: Seed of all random numbers. The noise of an image depends on the seed, the index of the image in
+            ``prompts`` and the image's prompt, not on other prompts.
+        options: Fields of :class:`~latentreward.generation.search.Candidates`.
 
     Attributes:
         scores: One ``(K, B)`` tensor per searched step of the last run, on the CPU.
 
+    Raises:
+        InputError: If ``eta`` or an option is out of range; when called, if the pipeline's scheduler is not supported
+            or the number of images differs from the number of prompts.
+
     Note:
-        A step to a clean state, the last one, has no candidates. The first one is searched only if its initial
-        state is known, so pass :meth:`pipeline_arguments`. A reward that asks for clean latents costs one more (guided)
-        evaluation of the network per candidate. Leave the pipeline's own ``eta`` at 0.
+        The last step, which leads to clean latents, is never searched. The first step is searched only if the callback
+        knows the initial latents, so call the pipeline with :meth:`pipeline_arguments`. A reward with ``needs_clean``
+        costs one more evaluation of the network per candidate, with the pipeline's guidance. Leave the pipeline's own
+        ``eta`` at 0.
     """
 
     def __init__(
@@ -71,7 +78,7 @@ class StepSearch:
 
     @property
     def tensor_inputs(self) -> list[str]:
-        """What the pipeline must hand to the callback (``callback_on_step_end_tensor_inputs``)."""
+        """Names of tensors that the callback needs from the pipeline (``callback_on_step_end_tensor_inputs``)."""
         if not self.reward.needs_clean:
             return ["latents"]
         if isinstance(self.policy, DiTPolicy):
@@ -80,15 +87,18 @@ class StepSearch:
         return ["latents", "prompt_embeds", *(["add_text_embeds"] if pooled else [])]
 
     def pipeline_arguments(self, height: int | None = None, width: int | None = None) -> dict[str, Any]:
-        """Arguments of the pipeline's call besides the prompts: this callback, and initial latents that it knows.
+        """Return the arguments for the pipeline's call besides the prompts: initial latents, size and this callback.
 
         Args:
-            height: Pixels; None takes the network's native size.
-            width: Likewise.
+            height: Height in pixels; None takes the network's native height.
+            width: Width in pixels; None takes the network's native width.
+
+        Raises:
+            InputError: If a side is not a multiple of the network's unit, see ``Policy.latent_shape``.
         """
         shape = self.policy.latent_shape(height, width)
         self._initial = torch.stack(
-            [self._noise("initial", place, (1, *shape))[0] for place in range(len(self.prompts))]
+            [self._noise("initial", index, (1, *shape))[0] for index in range(len(self.prompts))]
         )
         return {
             "latents": self._initial.clone(),
@@ -102,7 +112,7 @@ class StepSearch:
     def __call__(
         self, pipeline: DiffusionPipeline, step_index: int, timestep: Tensor, callback_kwargs: dict[str, Any]
     ) -> dict[str, Any]:
-        """Replace ``callback_kwargs["latents"]``, the states after a step, by the best candidates."""
+        """Replace the states after a step, ``callback_kwargs["latents"]``, by the best candidates."""
         latents = callback_kwargs["latents"]
         if len(latents) != len(self.prompts):
             raise InputError(
@@ -124,7 +134,7 @@ class StepSearch:
         assert self._latents is not None
         step = levels.ancestral(self._latents, latents, self.eta)
         count, shape = self.candidates.num_candidates, latents.shape[1:]
-        drawn = [self._noise(f"{levels.timestep:g}", place, (count, *shape)) for place in range(len(latents))]
+        drawn = [self._noise(f"{levels.timestep:g}", index, (count, *shape)) for index in range(len(latents))]
         candidates = step.sample(torch.stack(drawn, dim=1).to(latents.device)).to(latents.dtype)
         states = (candidates.float() * levels.next_scale).flatten(0, 1)
         clean = self._clean(pipeline, levels, states, inputs) if self.reward.needs_clean else None
@@ -149,6 +159,6 @@ class StepSearch:
         kind = pipeline.scheduler.config.get("prediction_type", "flow")
         return levels.clean(states, output, kind)
 
-    def _noise(self, purpose: str, place: int, shape: Sequence[int]) -> Tensor:
-        name = f"{place}/{self.prompts[place]}"
+    def _noise(self, purpose: str, index: int, shape: Sequence[int]) -> Tensor:
+        name = f"{index}/{self.prompts[index]}"
         return torch.randn(tuple(shape), generator=pair_generator(self.seed, f"step_search/{purpose}", 0, name))

@@ -1,4 +1,4 @@
-"""The generator that a command samples from: a pipeline, as it is or with what an alignment run has learned."""
+"""The policy that a command samples from: a pipeline alone, or with the adapter of an alignment run, or with a LoRA."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -16,15 +16,15 @@ from latentreward.policies.checkpoint import read_policy_adapter
 
 @dataclass(frozen=True)
 class TrainedPolicy:
-    """A generator; nothing heavy is loaded before :meth:`load`.
+    """A pipeline, optionally with a trained adapter. Weights are loaded by :meth:`load` only.
 
     Attributes:
-        pipeline: The base; what the checkpoint notes where it is None.
-        checkpoint: Checkpoint of an alignment run, whose adapter is put to work.
-        lora: LoRA file or folder to put to work, as ``latentreward export`` writes it.
+        pipeline: Base pipeline; None takes the base recorded in ``checkpoint``.
+        checkpoint: Checkpoint of an alignment run; its adapter is loaded into the pipeline.
+        lora: LoRA file or folder as written by ``latentreward export``, loaded into the pipeline.
 
     Raises:
-        InputError: If both or neither say what it is.
+        InputError: If both ``checkpoint`` and ``lora`` are given, or neither ``checkpoint`` nor ``pipeline``.
     """
 
     pipeline: PolicySource | None = None
@@ -32,21 +32,27 @@ class TrainedPolicy:
     lora: Path | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what says too much or too little."""
+        """Check that the given fields fit together."""
         if self.checkpoint is not None and self.lora is not None:
-            raise InputError("checkpoint and lora both say what the policy has learned; give one of them")
+            raise InputError("checkpoint and lora both give the policy an adapter; give one of them")
         if self.checkpoint is None and self.pipeline is None:
             raise InputError("there is no generator; set policy.source, or the checkpoint of an alignment run")
 
     def source(self) -> PolicySource:
-        """Where the base comes from."""
+        """Return the source of the base pipeline."""
         if self.pipeline is None:
             assert self.checkpoint is not None
             return read_policy_adapter(self.checkpoint).source
         return self.pipeline
 
     def identity(self) -> dict[str, Any]:
-        """What its pictures depend on, in plain values; files by name, size and time."""
+        """Describe the policy in plain values; samples of policies with equal values can be continued.
+
+        Files are described by name, size and time of the last change.
+
+        Raises:
+            InputError: If a file does not exist.
+        """
         if self.lora is not None:
             check_lora(self.lora)
         return {
@@ -56,10 +62,10 @@ class TrainedPolicy:
         }
 
     def load(self, device: torch.device) -> Policy:
-        """The policy on ``device``, in evaluation mode and without gradients.
+        """Load the policy on ``device``, frozen and in evaluation mode.
 
         Raises:
-            InputError: If a part cannot be loaded, or does not fit.
+            InputError: If a part cannot be loaded, or adapter and pipeline do not fit together.
         """
         if self.checkpoint is not None:
             policy = load_policy(self.checkpoint, self.pipeline)
@@ -71,7 +77,7 @@ class TrainedPolicy:
 
 
 def _files(setting: str, path: Path | None) -> list[Any] | None:
-    """What tells a file from a later one of the same name."""
+    """Return path, names, sizes and times of a file or folder, by which a changed file is noticed."""
     if path is None:
         return None
     if not path.exists():
@@ -81,7 +87,7 @@ def _files(setting: str, path: Path | None) -> list[Any] | None:
 
 
 def plain(value: Any) -> Any:
-    """``value`` in what JSON knows; objects as their class and attributes."""
+    """Convert ``value`` to types of JSON; an object becomes a dict of its class name and attributes."""
     if isinstance(value, dict):
         return {str(name): plain(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):

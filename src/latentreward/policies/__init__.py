@@ -1,4 +1,4 @@
-"""The generator that alignment changes: loading, adapters, predictions."""
+"""The policy, the text-to-image model that alignment trains: loading, adapters and predictions."""
 
 from latentreward.policies.adapters import AdapterSwitch
 from latentreward.policies.checkpoint import load_policy

@@ -1,4 +1,4 @@
-"""Which of the adapters of one network is at work."""
+"""Fast switching between the peft adapters of one network."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -7,14 +7,14 @@ from torch import nn
 
 
 class AdapterSwitch:
-    """Switches peft's adapters of a network without touching what trains.
+    """A switch that activates the peft adapters of a network and leaves ``requires_grad`` alone.
 
-    peft's own switches (``set_adapter``, ``disable_adapters``) change ``requires_grad`` and take milliseconds; this one
-    sets the two private fields that decide the forward pass.
+    peft's own switches (``set_adapter``, ``disable_adapters``) change ``requires_grad`` and take milliseconds. This
+    class sets only the two private fields of peft's layers that decide the forward pass.
 
     Args:
-        network: Network with adapters; adapters may be added later, after which :meth:`refresh` is called.
-        default: Adapter, or adapters, at work outside any :meth:`use`.
+        network: Network with adapters. Call :meth:`refresh` after an adapter is added later.
+        default: Name of the adapter, or names of the adapters, active outside any :meth:`use`.
     """
 
     def __init__(self, network: nn.Module, default: str | Sequence[str]) -> None:
@@ -23,7 +23,7 @@ class AdapterSwitch:
         self.refresh()
 
     def refresh(self) -> None:
-        """Find the adapter layers again, and put the default adapter to work."""
+        """Find the adapter layers again, and activate the default adapters."""
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         self._layers = [module for module in self._network.modules() if isinstance(module, BaseTunerLayer)]
@@ -35,13 +35,13 @@ class AdapterSwitch:
 
     @contextmanager
     def use(self, name: str | None) -> Iterator[None]:
-        """Have adapter ``name`` alone at work, None for the bare network; what was before comes back, whatever happens.
+        """Activate adapter ``name`` alone, or no adapter if ``name`` is None; on exit restore what was active before.
 
-        With gradient checkpointing, back-propagate before leaving: blocks are computed again with the adapter that is
-        at work then.
+        With gradient checkpointing, call ``backward`` inside the context: checkpointed blocks are computed again with
+        the adapter that is active at that time.
 
         Raises:
-            ValueError: If no layer has an adapter ``name``; peft would leave the network bare without a word.
+            ValueError: If no layer has an adapter ``name``; peft would silently run the network without adapters.
         """
         if name is not None and name not in self._names:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""A trained policy from a checkpoint of a run."""
+"""Loading of a trained policy from the checkpoint of an alignment run."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,21 +17,22 @@ from latentreward.policies.policy import POLICY, Policy
 from latentreward.scoring.layouts.recipe import ONLY_IN_TRAINING
 
 SOURCE = "policy_source"
-"""Key of a checkpoint under which the fields of a :class:`PolicySource` lie, in plain values."""
+"""Key of a checkpoint that holds the fields of a :class:`PolicySource` as plain values."""
 ADAPTER = f".{POLICY}."
-"""What names of the adapter's weights hold."""
+"""Part of a parameter's name that marks a weight of the trained adapter."""
 PREFIX = "policy."
-"""What names of the policy's weights begin with in a checkpoint."""
+"""Prefix of the policy's weights in a checkpoint's ``state_dict``."""
 
 
 @dataclass(frozen=True)
 class SavedAdapter:
-    """What an alignment run has learned.
+    """The trained adapter of an alignment run.
 
     Attributes:
-        weights: By their names in a :class:`Policy`.
-        source: Where the base came from, and the adapter's settings.
-        base: Values of the base's weights, by which another base is told from it, if it is noted.
+        weights: Tensors of the adapter by their parameter names in a :class:`Policy`.
+        source: Source of the base network, and settings of the adapter.
+        base: Sample of the base's weights, by which :func:`load_policy` recognises another base; None if the
+            checkpoint holds none.
     """
 
     weights: dict[str, Tensor]
@@ -40,15 +41,15 @@ class SavedAdapter:
 
 
 def read_policy_adapter(checkpoint: Path | str) -> SavedAdapter:
-    """The adapter in a checkpoint of any alignment module.
+    """Read the adapter from the checkpoint of any alignment module.
 
     Raises:
-        InputError: If it is the checkpoint of something else, or damaged.
+        InputError: If the file is damaged, or is not the checkpoint of an alignment run.
     """
     content = read_checkpoint(Path(checkpoint))
     weights = {name.removeprefix(PREFIX): tensor for name, tensor in content["state_dict"].items() if ADAPTER in name}
     if not weights or SOURCE not in content:
-        raise InputError(f"checkpoint: {checkpoint} holds no policy and its source; give one of an alignment run")
+        raise InputError(f"checkpoint: {checkpoint} holds no policy; give the checkpoint of an alignment run")
     try:
         record = {name: value for name, value in content[SOURCE].items() if name not in ONLY_IN_TRAINING}
         source = PolicySource(**record, lora=LoRA(**content[SOURCE]["lora"]))
@@ -58,16 +59,17 @@ def read_policy_adapter(checkpoint: Path | str) -> SavedAdapter:
 
 
 def load_policy(checkpoint: Path | str, source: PolicySource | None = None) -> Policy:
-    """The policy of an alignment run, on the CPU in evaluation mode, with the adapter that it had learned.
+    """Load the policy of an alignment run with its trained adapter, on the CPU in evaluation mode.
 
     Args:
-        checkpoint: Lightning checkpoint of any alignment module: one file or a folder of shards, whole or of the
-            trainable weights alone. With the average of ``TrainableEMA`` if ``latentreward consolidate --average=true``
-            wrote it.
-        source: Where the base comes from, and the adapter's shape; what the checkpoint notes by default.
+        checkpoint: Lightning checkpoint of any alignment module: one file or a folder of shards, with all weights or
+            the trainable ones only. To load the moving average of ``TrainableEMA``, first write a checkpoint with
+            ``latentreward consolidate --average=true``.
+        source: Source of the base, and shape of the adapter; by default those recorded in the checkpoint.
 
     Raises:
-        InputError: If it is the checkpoint of something else, or its adapter does not fit ``source``.
+        InputError: If the file is not the checkpoint of an alignment run, the base has other weights than the base of
+            that run, or the adapter does not fit ``source``.
     """
     saved = read_policy_adapter(checkpoint)
     policy = (source or saved.source).load()
@@ -78,15 +80,15 @@ def load_policy(checkpoint: Path | str, source: PolicySource | None = None) -> P
 
 
 def load_adapter(policy: Policy, weights: Mapping[str, Tensor], origin: str) -> None:
-    """Put ``weights``, by their names in ``policy``, into the adapter that trains.
+    """Copy ``weights`` into the trainable adapter of ``policy``.
 
     Args:
-        policy: Not sharded.
-        weights: All of the adapter's, and no others.
-        origin: Where they come from, for messages.
+        policy: Policy that is not sharded.
+        weights: Tensors by their parameter names in ``policy``: all weights of the adapter, and no others.
+        origin: Source of the weights, for error messages.
 
     Raises:
-        InputError: If one is missing, left over or of another shape.
+        InputError: If a weight is missing, unknown or of another shape.
     """
     own = {name: parameter for name, parameter in policy.named_parameters() if ADAPTER in name}
     odd = sorted(own.keys() ^ weights.keys()) or [name for name in own if own[name].shape != weights[name].shape]

@@ -1,4 +1,4 @@
-"""From a diffusers pipeline, in a folder or on the hub, to a policy."""
+"""Loading of a policy from a diffusers pipeline, in a folder or on the hub."""
 
 from __future__ import annotations
 
@@ -19,24 +19,26 @@ if TYPE_CHECKING:
     from latentreward.encoders.prompts import PromptEncoder
 
 SHIPPED = ("sd_tiny", "sd35_tiny")
-"""Names of the pipelines of the tiny world."""
+"""Names of the pipelines that the package ships for tests and demos."""
 
 
 @dataclass
 class PolicySource:
-    """The generator to align, and its adapter. Nothing heavy is loaded until :meth:`load`.
+    """The pipeline to align, and the adapter to train. Weights are loaded by :meth:`load` only.
 
     Attributes:
         source: Diffusers pipeline folder, hub id, or ``sd_tiny`` or ``sd35_tiny`` for a shipped one.
         revision: Branch, tag or commit of a hub id.
         variant: File variant of the weights, such as ``fp16``.
-        lora: The adapter that trains.
+        lora: Settings of the trainable adapter.
         gradient_checkpointing: Recompute block activations in the backward pass: less memory, about a third slower.
         attention_backend: Name of a diffusers attention backend, such as ``flash``; None keeps PyTorch's own.
-        frozen_dtype: Storage of the network and its text encoders; ``bfloat16`` goes with ``precision: bf16-mixed``.
-        vae_dtype: Precision of the VAE.
-        load_t5: False leaves T5 out (SD3): 9.5 GB less in bfloat16, at some loss for long prompts.
-        t5_length: T5 tokens per prompt (SD3; zeros without T5); None takes 256, or none for a shipped pipeline.
+        frozen_dtype: Storage dtype of the frozen weights of network and text encoders; use ``bfloat16`` with
+            ``precision: bf16-mixed``.
+        vae_dtype: Storage dtype of the VAE.
+        load_t5: False does not load T5 (SD3): saves 9.5 GB in bfloat16, at some loss for long prompts.
+        t5_length: T5 tokens per prompt (SD3); zeros stand for them if T5 is not loaded. None: 256, or 0 for a shipped
+            pipeline.
         compile_blocks: Compile each block with ``torch.compile``.
     """
 
@@ -53,22 +55,23 @@ class PolicySource:
     compile_blocks: bool = False
 
     def pipeline(self) -> PipelineSource:
-        """The pipeline's configs."""
+        """Return the reader of the pipeline's configs and parts."""
         source = tiny_pipeline(self.source) if self.source in SHIPPED else self.source
         return PipelineSource(source, self.revision, self.variant)
 
     def latent_space(self) -> LatentSpace:
-        """The latents it makes, read from configs alone."""
+        """Return the latent space of the pipeline's VAE, read from configs only."""
         return self.pipeline().latent_space()
 
     def load(self, seed: int = 0) -> Policy:
-        """Load network, encoders and VAE, and add the adapter; only the adapter trains.
+        """Load network, text encoders and VAE frozen, and add the trainable adapter.
 
         Args:
             seed: Seed of the adapter's initial values.
 
         Raises:
-            InputError: If the source is no text-to-image pipeline, or no layer matches ``lora.target_modules``.
+            InputError: If the source is not a supported text-to-image pipeline, ``t5_length`` is negative, or no layer
+                matches ``lora.target_modules``.
         """
         if self.t5_length is not None and self.t5_length < 0:
             raise InputError(f"t5_length={self.t5_length} must be at least 0")
@@ -107,7 +110,7 @@ class PolicySource:
         return policy
 
     def _config(self, pipeline: PipelineSource, part: str, family: str, space: LatentSpace) -> dict[str, Any]:
-        """Config of the network, before anything heavy is loaded: a text-to-image one of a kind that is known here."""
+        """Read the network's config, and check its class and channels before any weight is loaded."""
         config = pipeline.config(part)
         if config.get("_class_name", family) != family:
             raise InputError(
@@ -119,9 +122,10 @@ class PolicySource:
 
 
 def add_lora(network: nn.Module, lora: LoRA, name: str, seed: int) -> None:
-    """Add an adapter ``name`` to ``network``, starting as no change; the other parameters stay as they are.
+    """Add an adapter ``name`` to ``network``; the network's output stays the same until the adapter is trained.
 
-    A is drawn from N(0, 1 / rank²), B is zero, as peft's ``gaussian``; here draws depend on seed and name alone.
+    A is drawn from N(0, 1 / rank²) and B is zero, as with peft's ``init_lora_weights="gaussian"``. Unlike peft's, the
+    random numbers depend only on ``seed`` and the names of the parameters.
 
     Raises:
         InputError: If no layer matches ``lora.target_modules``.
@@ -135,8 +139,8 @@ def add_lora(network: nn.Module, lora: LoRA, name: str, seed: int) -> None:
         )
     except ValueError as error:
         raise InputError(f"lora.target_modules={list(lora.target_modules)}: {first_line(error)}") from error
-    for place, weight in network.named_parameters():
-        if place.endswith(f".lora_A.{name}.weight"):
+    for parameter, weight in network.named_parameters():
+        if parameter.endswith(f".lora_A.{name}.weight"):
             with torch.device("cpu"):
-                drawn = torch.randn(weight.shape, generator=pair_generator(seed, "adapter", 0, place))
+                drawn = torch.randn(weight.shape, generator=pair_generator(seed, "adapter", 0, parameter))
             weight.data.copy_(drawn / lora.rank)

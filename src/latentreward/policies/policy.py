@@ -1,4 +1,4 @@
-"""The generator that is aligned: one frozen network, adapters that train, and the encoders around it."""
+"""The policy that alignment trains: a frozen diffusion network, a trainable adapter, text encoders and VAE."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ if TYPE_CHECKING:
     from latentreward.encoders.vae import LatentEncoder
 
 POLICY = "policy"
-"""Name of the adapter that trains."""
+"""Name of the trainable adapter in peft."""
 
 
 class Policy(nn.Module, ABC):
-    """A text-to-image network with a trainable adapter; without it, the same network is the reference.
+    """A text-to-image network with a trainable adapter. Without the adapter, the network is the reference model.
 
     Args:
         network: diffusers U-Net or transformer, frozen, with an adapter named :data:`POLICY`.
-        noise_process: Forward process it was trained with.
-        latent_space: Latents it takes.
+        noise_process: Forward process that the network was trained with.
+        latent_space: Latent space that the network works in.
         scheduler_config: The pipeline's saved scheduler config.
-        text_encoder: Prompt encoder, frozen.
-        vae: Latents ↔ pixels, frozen; None if nobody will decode.
+        text_encoder: Frozen prompt encoder; None if prompts are encoded elsewhere.
+        vae: Frozen VAE; None if latents are never decoded.
         zero_uncond: Whether the empty prompt is encoded as zeros (SDXL's ``force_zeros_for_empty_prompt``).
 
     Attributes:
         source: Folder or hub id of the weights, for messages.
-        adapters: Switch between the policy's adapter, a reward's, and none.
+        adapters: Switch between the policy's adapter, a reward's adapter, and no adapter.
     """
 
     source: str = ""
@@ -61,7 +61,7 @@ class Policy(nn.Module, ABC):
         self.adapters = AdapterSwitch(network, POLICY)
 
     def train(self, mode: bool = True) -> Self:
-        """Switch the adapter's dropout; whatever is frozen stays in evaluation mode (T5 has dropout of its own)."""
+        """Switch the dropout of the trainable adapter; frozen modules stay in evaluation mode (T5 has dropout)."""
         super().train(False)
         self.training = mode
         for name, module in self.network.named_modules():
@@ -70,12 +70,12 @@ class Policy(nn.Module, ABC):
         return self
 
     def reference(self) -> AbstractContextManager[None]:
-        """The network as it was before alignment."""
+        """Return a context in which all adapters are off, so that the network predicts as before alignment."""
         return self.adapters.use(None)
 
     @abstractmethod
     def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """The network's output ``(B, C, ...)`` for ``latents`` at ``timesteps`` ``(B,)``: noise, v or velocity."""
+        """Predict noise, v or velocity ``(B, C, ...)``, as the network was trained to, at ``timesteps`` ``(B,)``."""
 
     def predict_guided(
         self,
@@ -85,13 +85,13 @@ class Policy(nn.Module, ABC):
         uncond: Conditioning | None,
         guidance_scale: float,
     ) -> Tensor:
-        """Output with classifier-free guidance u + s·(c − u), in one pass of twice the batch; s = 1 needs one half.
+        """Predict with classifier-free guidance u + s·(c − u), in one forward pass of 2·B rows, or of B rows if s = 1.
 
         Args:
             latents: ``(B, C, ...)``.
             timesteps: ``(B,)``.
-            conditioning: B rows.
-            uncond: The empty prompt, one row.
+            conditioning: Encoded prompts, B rows.
+            uncond: The encoded empty prompt, one row; not used if s = 1.
             guidance_scale: s.
 
         Raises:
@@ -109,7 +109,11 @@ class Policy(nn.Module, ABC):
         return without + guidance_scale * (with_prompt - without)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """Conditioning of B prompts, without gradient; each distinct prompt is encoded once."""
+        """Encode B prompts without gradient, each distinct prompt once.
+
+        Raises:
+            InputError: If the policy has no text encoder.
+        """
         if self.text_encoder is None:
             raise InputError("this policy was built without a text encoder; load it from a full pipeline folder")
         distinct = list(dict.fromkeys(prompts))
@@ -118,17 +122,21 @@ class Policy(nn.Module, ABC):
             return self.text_encoder(distinct).select([row[prompt] for prompt in prompts])
 
     def encode_uncond(self) -> Conditioning:
-        """Conditioning of the empty prompt, one row."""
+        """Encode the empty prompt, one row, for classifier-free guidance."""
         encoded = self.encode_prompts([""])
         if not self.zero_uncond:
             return encoded
         return Conditioning(torch.zeros_like(encoded.prompt_embeds), torch.zeros_like(encoded.pooled_prompt_embeds))
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
-        """Shape ``(C, h, w)`` of one image's latents; the network's native size by default.
+        """Return the shape ``(C, h, w)`` of one image's latents.
+
+        Args:
+            height: Height in pixels; None takes the network's native height.
+            width: Width in pixels; None takes the network's native width.
 
         Raises:
-            InputError: If a side is no multiple of the VAE's reduction times the network's patch.
+            InputError: If a side is not a multiple of the VAE's downscale factor times :meth:`patch_size`.
         """
         sides, unit = [], self.latent_space.downscale * self.patch_size()
         for name, side, native in zip(("height", "width"), (height, width), self.native_size(), strict=True):
@@ -140,19 +148,19 @@ class Policy(nn.Module, ABC):
 
     @abstractmethod
     def native_size(self) -> tuple[int, int]:
-        """Latent height and width that the network was trained with."""
+        """Return the height and width of the latents that the network was trained with."""
 
     def patch_size(self) -> int:
-        """Side of what the network takes as one token, in latents."""
+        """Return the side of the network's patches, in latent pixels; 1 for a U-Net."""
         return 1
 
     @abstractmethod
     def blocks(self) -> Iterator[nn.Module]:
-        """The blocks of the network, in order: what is compiled, checkpointed or sharded one by one."""
+        """Yield the network's blocks in order, for compiling, gradient checkpointing and sharding one by one."""
 
 
 class UNetPolicy(Policy):
-    """SD1.5, SD2.1 and SDXL."""
+    """A policy with a U-Net: SD1.5, SD2.1 or SDXL."""
 
     def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """See :meth:`Policy.predict`."""
@@ -183,7 +191,7 @@ class UNetPolicy(Policy):
 
 
 class DiTPolicy(Policy):
-    """SD3 and SD3.5."""
+    """A policy with a diffusion transformer: SD3 or SD3.5."""
 
     def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """See :meth:`Policy.predict`."""

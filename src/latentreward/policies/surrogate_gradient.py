@@ -1,4 +1,4 @@
-"""Gradients from a reward, or the reference, into a policy where all are adapters of one network."""
+"""Back-propagation in two stages, for a policy and a reward (or reference) that share one network."""
 
 from collections.abc import Callable
 
@@ -7,18 +7,19 @@ from torch import Tensor
 
 
 def surrogate(latents: Tensor, score: Callable[[Tensor], Tensor]) -> Tensor:
-    """Mean of ``score(latents)``, back-propagated through ``score`` at once and through ``latents`` later.
+    """Compute the mean of ``score(latents)``, with the backward pass through ``score`` already done.
 
-    Gradient checkpointing computes blocks again in the backward pass, with the adapter that is at work then. So the
-    reward's part is done here, while its adapter is at work (call this under ``policy.adapters.use("reward")``), and
-    what comes back carries d mean / d latents into the policy's part, once the policy's adapter is at work again.
+    Gradient checkpointing computes blocks again in the backward pass, with the adapter that is active at that time.
+    Therefore this function back-propagates through the reward itself; call it under ``policy.adapters.use("reward")``.
+    The scalar that it returns carries d mean / d latents into the policy's graph. Call ``backward`` on that scalar
+    later, when the policy's adapter is active again.
 
     Args:
         latents: ``(N, C, ...)`` with the policy's graph.
-        score: Differentiable scores, any shape, of the latents it is given; their mean is what is differentiated.
+        score: Differentiable function of latents that returns scores of any shape.
 
     Returns:
-        Scalar float32. Its gradient stops at ``latents`` for anything else that ``score`` depends on.
+        Scalar float32. Its gradient flows into ``latents`` only, not into weights or other inputs of ``score``.
     """
     leaf = latents.detach().requires_grad_()
     with torch.enable_grad():
@@ -28,5 +29,5 @@ def surrogate(latents: Tensor, score: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def gradient_carrier(latents: Tensor, slope: Tensor) -> Tensor:
-    """Zeros ``(N,)`` float32 whose derivative with respect to ``latents`` ``(N, C, ...)`` is ``slope``."""
+    """Return zeros ``(N,)`` float32 with derivative ``slope`` with respect to ``latents``, both ``(N, C, ...)``."""
     return ((latents - latents.detach()).float() * slope.float()).flatten(1).sum(dim=1)

@@ -1,4 +1,4 @@
-"""Pages to look at: one HTML file each, with everything in it and nothing fetched."""
+"""Reports: self-contained HTML pages, which load nothing from other files or the network, and Markdown and JSON."""
 
 from latentreward.reports.page import render_page, write_page
 from latentreward.reports.pictures import figure_uri, picture_uri

@@ -1,4 +1,4 @@
-"""Pairs of pictures with captions, drawn into one picture."""
+"""Drawing of images side by side with captions, and of grids of images."""
 
 from collections.abc import Sequence
 
@@ -6,13 +6,13 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 RIGHT, WRONG, PLAIN = "#2e9e5b", "#d1495b", "#9aa0a6"
-"""Colours of frames."""
+"""Colours of frames: of correctly predicted pairs, of wrongly predicted pairs, and of others."""
 MARGIN = 8
-"""Pixels between images."""
+"""Space between images, in pixels."""
 
 
 def to_image(pixels: Tensor, size: int | None = None) -> Image.Image:
-    """Make an RGB image of pixels ``(3, H, W)``, about [-1, 1]; its longer side is ``size``, if that is given."""
+    """Convert pixels ``(3, H, W)``, about [-1, 1], to an RGB image, resized to ``size`` on its longer side if given."""
     levels = ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().byte()
     image = Image.fromarray(levels.permute(1, 2, 0).cpu().numpy())
     scale = size / max(image.size) if size else 1
@@ -20,7 +20,7 @@ def to_image(pixels: Tensor, size: int | None = None) -> Image.Image:
 
 
 def draw_pair(images: Sequence[Image.Image], captions: Sequence[str], prompt: str, colour: str) -> Image.Image:
-    """One cell: the prompt, images side by side with a caption below each, and a frame of ``colour``."""
+    """Draw one cell of a grid: the prompt, images side by side with a caption below each, and a frame of ``colour``."""
     font = ImageFont.load_default(11)
     width = sum(image.width for image in images) + (len(images) + 1) * MARGIN
     height = max(image.height for image in images) + 52 + MARGIN
@@ -40,7 +40,7 @@ def draw_pair(images: Sequence[Image.Image], captions: Sequence[str], prompt: st
 
 
 def tile(cells: list[Image.Image], columns: int) -> Image.Image:
-    """Cells row by row on white."""
+    """Draw cells row by row in a grid of ``columns`` columns on white."""
     width, height = (max(getattr(cell, side) for cell in cells) + MARGIN for side in ("width", "height"))
     columns = min(columns, len(cells))
     picture = Image.new("RGB", (width * columns, height * -(-len(cells) // columns)), "white")

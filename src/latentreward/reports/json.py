@@ -1,4 +1,4 @@
-"""Reports as JSON."""
+"""Writing of reports as JSON."""
 
 import json
 import math
@@ -12,16 +12,19 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 DIGITS = 10
-"""Significant digits of numbers."""
+"""Number of significant digits to which numbers are rounded."""
 
 
 def json_report(report: "DataclassInstance") -> str:
-    """Write a report's fields by their names."""
+    """Convert a report to JSON text, with an entry for each field."""
     return json.dumps(plain_values(asdict(report)), indent=1, ensure_ascii=True, allow_nan=False) + "\n"
 
 
 def plain_values(value: Any) -> Any:
-    """In what JSON knows; NaN and infinity become null, other numbers are rounded to ``DIGITS`` digits."""
+    """Convert ``value`` to types of JSON; NaN and infinity become None.
+
+    Other floats are rounded to ``DIGITS`` significant digits.
+    """
     if isinstance(value, Interval):
         value = value._asdict()
     if isinstance(value, Mapping):

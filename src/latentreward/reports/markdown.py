@@ -1,4 +1,4 @@
-"""Reports as Markdown; texts of others cannot become markup in it."""
+"""Writing of reports as Markdown; texts such as prompts are escaped, so that they cannot become markup."""
 
 import re
 from collections.abc import Iterable
@@ -6,10 +6,18 @@ from collections.abc import Iterable
 from latentreward.reports.tables import Section, Table
 
 MARKUP = re.compile(r"([\\`*_{}\[\]<>#|!~&$])")
+"""Pattern of the characters that are escaped."""
 
 
 def markdown_report(title: str, notes: Iterable[str], introduction: str, sections: Iterable[Section]) -> str:
-    """Write a report; notes stand out before the introduction."""
+    """Convert a report to Markdown text.
+
+    Args:
+        title: Heading of the report.
+        notes: Remarks shown in bold before the introduction.
+        introduction: Markdown text, not escaped.
+        sections: Sections; their texts are Markdown too, titles and tables are escaped.
+    """
     parts = [f"# {plain(title)}", *(f"> **{plain(note)}**" for note in notes), introduction]
     for section in sections:
         parts += [f"## {plain(section.title)}", section.text, *map(markdown_table, section.tables)]
@@ -17,12 +25,12 @@ def markdown_report(title: str, notes: Iterable[str], introduction: str, section
 
 
 def plain(text: str) -> str:
-    """On one line, with what Markdown or HTML would take as markup escaped."""
+    """Escape characters that are markup in Markdown or HTML, and put the text on one line."""
     return MARKUP.sub(r"\\\1", " ".join(text.split()))
 
 
 def markdown_table(table: Table) -> str:
-    """A pipe table, under its caption."""
+    """Convert a table to a Markdown pipe table, with the caption as heading."""
     lines = [[plain(cell) for cell in row] for row in (table.header, *table.rows)]
     lines.insert(1, ["---"] * len(table.header))
     rows = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

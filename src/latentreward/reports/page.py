@@ -1,4 +1,4 @@
-"""Templates to self-contained HTML; every text that is put in is escaped."""
+"""Rendering of templates to self-contained HTML pages; every inserted text is escaped."""
 
 import base64
 import hashlib
@@ -16,11 +16,12 @@ POLICY = (
     "default-src 'none'; base-uri 'none'; form-action 'none'; "
     "img-src data:; style-src 'unsafe-inline'; script-src {scripts}"
 )
+"""Content security policy of all pages."""
 SCRIPT = re.compile(r"<script>(.*?)</script>", re.DOTALL)
 
 
 def environment(loader: BaseLoader) -> Environment:
-    """How templates are read: everything put in is escaped, and nothing may be left out."""
+    """Create a Jinja environment that escapes all inserted values, and raises an error if a value is missing."""
     return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
 
 
@@ -28,15 +29,15 @@ _environment = environment(PackageLoader("latentreward.reports"))
 
 
 def render_page(template: str, **values: Any) -> str:
-    """A page from ``templates/NAME.html.j2``.
+    """Render the template ``templates/NAME.html.j2`` to HTML.
 
-    A content security policy in the page allows pictures that it holds itself and the scripts that its template spells
-    out, by their hashes, and nothing else: a text that got into the markup could still not run. So a script takes its
-    values from attributes or from a block of JSON, and is the same on every page.
+    The page's content security policy allows only embedded images, inline styles, and the scripts of the template, by
+    their hashes. Injected markup could therefore not run scripts. A script in a template must be constant text, for the
+    hash; it should read its values from attributes or from a block of JSON.
 
     Args:
-        template: Name of the template without its endings; it extends ``base.html.j2``.
-        values: What the template shows.
+        template: Name of the template without ``.html.j2``; the template must extend ``base.html.j2``.
+        values: Values that the template inserts.
     """
     name = f"{template}.html.j2"
     digests = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in _scripts(name))
@@ -46,7 +47,7 @@ def render_page(template: str, **values: Any) -> str:
 
 
 def _scripts(name: str) -> list[str]:
-    """Scripts in the source of a template and of those it extends or includes."""
+    """Find the scripts in a template, and in the templates that it extends or includes."""
     assert _environment.loader is not None
     source, _, _ = _environment.loader.get_source(_environment, name)
     others = find_referenced_templates(_environment.parse(source))
@@ -54,5 +55,5 @@ def _scripts(name: str) -> list[str]:
 
 
 def write_page(path: Path, template: str, **values: Any) -> None:
-    """Write :func:`render_page`; a page that is there already is replaced whole or not at all."""
+    """Render a page as :func:`render_page` does, and write it to ``path`` atomically."""
     write_file(path, render_page(template, **values))

@@ -1,4 +1,4 @@
-"""Pictures inside a page, as data URIs."""
+"""Conversion of images and figures to data URIs, to embed them in HTML pages."""
 
 import base64
 from io import BytesIO
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def picture_uri(image: Image.Image, side: int = 256, quality: int = 80) -> str:
-    """A JPEG of ``image``, no side longer than ``side`` pixels; it is never enlarged."""
+    """Convert an image to a JPEG data URI, shrunk so that no side is longer than ``side`` pixels."""
     small = image.convert("RGB")
     small.thumbnail((side, side), Image.Resampling.LANCZOS)
     buffer = BytesIO()
@@ -20,7 +20,10 @@ def picture_uri(image: Image.Image, side: int = 256, quality: int = 80) -> str:
 
 
 def figure_uri(figure: "Figure") -> str:
-    """An SVG of a matplotlib figure, the same bytes each time; ``matplotlib.figure.Figure`` needs no display."""
+    """Convert a matplotlib figure to an SVG data URI; equal figures give equal bytes.
+
+    Create the figure by ``matplotlib.figure.Figure``, not by pyplot, so that no display is needed.
+    """
     from matplotlib import rc_context
 
     buffer = BytesIO()

@@ -1,4 +1,4 @@
-"""Tables and sections of a report as text, which Markdown, HTML and the terminal show alike."""
+"""Tables and sections of a report as plain text, shared by the Markdown, HTML and terminal output."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-if TYPE_CHECKING:  # metrics loads torchmetrics and transformers, and model cards need a table alone
+if TYPE_CHECKING:  # importing metrics loads torchmetrics and transformers, which model cards do not need
     from latentreward.metrics.bootstrap import Interval
 
 NOTHING = "–"
+"""Text of a cell whose value is not known."""
 Result = TypeVar("Result", bound=Any)
 
 
 @dataclass(frozen=True)
 class Table:
-    """Cells of text.
+    """A table whose cells are text.
 
     Attributes:
         header: Names of the columns.
-        rows: As many cells each.
-        caption: What the rows have in common.
-        theirs: Whether others measured what it shows.
+        rows: Rows with one cell per column.
+        caption: Heading of the table; may be empty.
+        theirs: Whether the numbers were measured by others, such as the authors of a paper.
     """
 
     header: tuple[str, ...]
@@ -34,13 +35,13 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a report.
+    """A section of a report.
 
     Attributes:
-        key: Name for links and for its figures.
+        key: Name of the section in links, and key of its figures.
         title: Heading.
-        text: What it shows, and how it was computed; may be empty.
-        tables: Its tables.
+        text: Explanation of the section's numbers; may be empty.
+        tables: Tables of the section.
     """
 
     key: str
@@ -50,32 +51,32 @@ class Section:
 
 
 def percent(value: float) -> str:
-    """``0.756`` as ``75.6``."""
+    """Format a fraction in percent, ``0.756`` as ``75.6``; NaN as :data:`NOTHING`."""
     return NOTHING if math.isnan(value) else f"{100 * value:.1f}"
 
 
 def with_interval(estimate: Interval, show: Callable[[float], str] = percent) -> str:
-    """``75.6 [70.2, 80.1]``, each number as ``show`` writes it."""
+    """Format an estimate and its confidence interval, as ``75.6 [70.2, 80.1]``; ``show`` formats each number."""
     return f"{show(estimate.value)} {interval(estimate, show)}"
 
 
 def interval(estimate: Interval, show: Callable[[float], str] = percent) -> str:
-    """``[70.2, 80.1]``, of few groups ``[70.2, 80.1] (12 groups)``."""
+    """Format a confidence interval, as ``[70.2, 80.1]``; one of few groups as ``[70.2, 80.1] (12 groups)``."""
     return f"[{show(estimate.low)}, {show(estimate.high)}]{few_groups(estimate)}"
 
 
 def few_groups(estimate: Interval) -> str:
-    """`` (12 groups)`` behind an interval of so few that it is too narrow; empty for others."""
+    """Return the text `` (12 groups)`` for an interval of too few groups, and an empty text for any other."""
     return f" ({estimate.groups} group{'' if estimate.groups == 1 else 's'})" if estimate.few else ""
 
 
 def without_unset(identity: str) -> str:
-    """A scorer's identity without settings that are None, such as ``revision None``."""
+    """Remove settings that are None, such as ``revision None``, from a scorer's identity."""
     return re.sub(r" \w+ None\b", "", identity)
 
 
 def grouped(results: Iterable[Result], *names: str) -> dict[tuple[Any, ...], list[Result]]:
-    """Results by values of their attributes, in their order."""
+    """Group results by the values of the attributes ``names``; groups and results keep their order."""
     groups: dict[tuple[Any, ...], list[Result]] = {}
     for result in results:
         groups.setdefault(tuple(getattr(result, name) for name in names), []).append(result)
@@ -83,7 +84,7 @@ def grouped(results: Iterable[Result], *names: str) -> dict[tuple[Any, ...], lis
 
 
 def as_text(table: Table) -> str:
-    """Columns of one width each, for the terminal."""
+    """Format a table for the terminal, with aligned columns and without caption."""
     lines = (table.header, *table.rows)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(

@@ -1,4 +1,4 @@
-"""Rewards that alignment can use: latent, pixel, your own, random controls, and mixtures of them."""
+"""Rewards for alignment: latent reward models, pixel scorers, own functions, random controls, and mixtures."""
 
 from latentreward.rewards.base import Reward, RewardSource
 from latentreward.rewards.callable import CallableReward, RandomReward

@@ -1,4 +1,4 @@
-"""What alignment asks of a reward: first its latent space, from configs alone; then, loaded, scores of noisy states."""
+"""Interfaces of rewards: the source, which knows the latent space before loading, and the loaded reward."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ if TYPE_CHECKING:
 
 
 class Reward(nn.Module, ABC):
-    """A loaded reward: a number for each state of a sampler, higher for better.
+    """A loaded, frozen reward that scores sampling states; a higher score is better.
 
-    Its weights never train, and it does not register the policy's modules as its own.
+    A reward must not register modules of the policy as its own submodules.
 
     Attributes:
-        needs_clean: Whether :attr:`NoisyStates.clean` must be given, the policy's prediction of the finished latents.
+        needs_clean: Whether the reward needs :attr:`NoisyStates.clean`, the policy's prediction of the clean latents.
         differentiable: Whether scores carry a gradient to ``states.latents`` (or ``states.clean``).
-        changes_buffers: Whether buffers of its own change as it scores; small checkpoints then hold them.
+        changes_buffers: Whether scoring changes buffers of the reward; checkpoints of trainable weights then hold
+            these buffers too.
     """
 
     needs_clean: bool = False
@@ -33,40 +34,56 @@ class Reward(nn.Module, ABC):
 
     @abstractmethod
     def encode_prompts(self, prompts: Sequence[str]) -> Any:
-        """What :meth:`score` wants to know of P raw prompts, encoded once for many calls."""
+        """Encode P raw prompts once, for many calls of :meth:`score`; each reward chooses the type of the result."""
 
     @abstractmethod
     def score(self, states: NoisyStates, encoded: Any) -> Tensor:
-        """Scores ``(N,)``, float32, of N states; ``states.rows`` points into ``encoded``."""
+        """Score N states.
+
+        Args:
+            states: N states; ``states.rows`` holds the index of each state's prompt in ``encoded``.
+            encoded: Result of :meth:`encode_prompts`.
+
+        Returns:
+            Scores ``(N,)``, float32.
+        """
 
     def score_clean(
         self, latents: Tensor, rows: Tensor, encoded: Any, noise: Tensor | None = None, sigmas: Sequence[float] = ()
     ) -> Tensor:
-        """Scores ``(N,)``, float32, of finished latents.
+        """Score finished latents.
 
         Args:
-            latents: ``(N, C, ...)`` clean and scaled; a differentiable reward's scores carry a gradient to them.
-            rows: ``(N,)`` int64: prompt of each, a row of ``encoded``.
-            encoded: What :meth:`encode_prompts` gave.
-            noise: ``(N, C, ...)`` standard normal numbers, with which a reward that scores noisy latents noises them.
-            sigmas: Its own noise levels to do so, in [0, 1]; several give one ensemble score. Rewards of finished
-                images need neither.
+            latents: ``(N, C, ...)`` clean and scaled; scores of a differentiable reward carry a gradient to them.
+            rows: ``(N,)`` int64 index of each latent's prompt in ``encoded``.
+            encoded: Result of :meth:`encode_prompts`.
+            noise: ``(N, C, ...)`` standard normal noise that a latent reward adds to ``latents`` before it scores;
+                rewards on pixels ignore it.
+            sigmas: Noise levels in [0, 1] of the reward model's noise process; several give one ensemble score. Rewards
+                on pixels ignore them.
+
+        Returns:
+            Scores ``(N,)``, float32.
         """
         return self(NoisyStates(latents, torch.zeros(len(latents), device=latents.device), rows, latents), encoded)
 
     def forward(self, states: NoisyStates, encoded: Any) -> Tensor:
-        """:meth:`score`, checked.
+        """Call :meth:`score` and check the result.
 
         Raises:
-            InputError: If the scores have another shape or are not finite.
+            InputError: If the scores are not a tensor ``(N,)``, or a score is not finite.
         """
         return self.checked(self.score(states, encoded), states.timesteps)
 
     def checked(self, scores: Tensor, timesteps: Tensor) -> Tensor:
-        """``scores`` in float32, which must be a finite number for each of ``timesteps`` ``(N,)``.
+        """Check ``scores`` and return them in float32.
+
+        Args:
+            scores: Result of a scoring method.
+            timesteps: ``(N,)`` timestep of each state, for the error message.
 
         Raises:
-            InputError: If they are not.
+            InputError: If the scores are not a tensor ``(N,)``, or a score is not finite.
         """
         count, name = len(timesteps), type(self).__name__
         if not isinstance(scores, Tensor) or scores.shape != (count,):
@@ -82,17 +99,17 @@ class Reward(nn.Module, ABC):
 
 
 class RewardSource(ABC):
-    """Where a reward comes from. Nothing heavy is loaded until :meth:`load`."""
+    """Settings of a reward, as given in YAML. Weights are loaded by :meth:`load` only."""
 
     @abstractmethod
     def latent_space(self) -> LatentSpace | None:
-        """The latents it takes, read from configs; None if it takes those of any policy (by decoding them)."""
+        """Read the latent space that the reward takes from its configs; None if any policy's latents will do."""
 
     def require_latents_of(self, policy: PolicySource) -> None:
-        """Compare latent spaces, from configs, before any weight is loaded.
+        """Check, before any weight is loaded, that the reward takes the latents of ``policy``.
 
         Raises:
-            InputError: If it takes latents of another space than ``policy`` makes.
+            InputError: If the reward's latent space is not that of the policy.
         """
         ours, theirs = policy.latent_space(), self.latent_space()
         if theirs is not None and ours != theirs:
@@ -103,8 +120,8 @@ class RewardSource(ABC):
 
     @abstractmethod
     def load(self, policy: Policy) -> Reward:
-        """The reward, frozen, for states of ``policy``.
+        """Load the reward, frozen, to score states of ``policy``.
 
         Raises:
-            InputError: If it cannot score them.
+            InputError: If the reward cannot be loaded, or cannot score states of this policy.
         """

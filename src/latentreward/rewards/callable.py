@@ -1,4 +1,4 @@
-"""Rewards without a trained model: your own function, and random controls."""
+"""Rewards without a trained model: a function of the user's, and random controls."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ if TYPE_CHECKING:
     from latentreward.policies import Policy
 
 READOUT_CHANNELS = 32
+"""Output channels of the random convolution of ``RandomReward(kind="readout")``."""
 
 
 class CallableReward(RewardSource):
-    """Any function of latents as a reward.
+    """A reward computed by any function of latents.
 
     Args:
         function: Called as ``function(latents, timesteps, prompts)`` with ``(N, C, ...)``, ``(N,)`` and N raw prompts,
             and with ``clean=`` ``(N, C, ...)`` too under ``needs_clean``; returns scores ``(N,)``, higher is better.
-        needs_clean: Whether it looks at the policy's prediction of the finished latents.
-        differentiable: Whether its scores carry a gradient to the latents (or to ``clean``), for ReFL.
+        needs_clean: Whether the function needs ``clean``, the policy's prediction of the clean latents.
+        differentiable: Whether the scores carry a gradient to the latents (or to ``clean``), as ReFL needs.
 
     Example:
         .. code-block:: yaml
@@ -41,7 +42,7 @@ class CallableReward(RewardSource):
         self.function, self.needs_clean, self.differentiable = function, needs_clean, differentiable
 
     def latent_space(self) -> None:
-        """Any: what the function makes of latents is its own affair."""
+        """Return None: latents of any policy are passed to the function."""
 
     def load(self, policy: Policy) -> FunctionReward:
         """See :meth:`RewardSource.load`."""
@@ -49,14 +50,14 @@ class CallableReward(RewardSource):
 
 
 class FunctionReward(Reward):
-    """See :class:`CallableReward`."""
+    """The loaded reward of :class:`CallableReward` and :class:`RandomReward`."""
 
     def __init__(self, function: Callable[..., Tensor], needs_clean: bool, differentiable: bool) -> None:
         super().__init__()
         self.function, self.needs_clean, self.differentiable = function, needs_clean, differentiable
 
     def encode_prompts(self, prompts: Sequence[str]) -> tuple[str, ...]:
-        """The prompts as they are."""
+        """Return the prompts unchanged."""
         return tuple(prompts)
 
     def score(self, states: NoisyStates, encoded: tuple[str, ...]) -> Tensor:
@@ -67,15 +68,15 @@ class FunctionReward(Reward):
 
 
 class RandomReward(RewardSource):
-    """A control that knows nothing of prompts or pictures: what alignment gains by it is not the reward's doing.
+    """A random reward, as a control experiment: gains that occur with this reward too are not due to a learned reward.
 
     Args:
-        kind: ``noise`` gives every state a number of its own, N(0, ``scale``²), so that there is nothing to learn;
-            ``readout`` is a fixed random function of the latents (a random convolution, a non-linearity and a random
-            mean), differentiable, with standard deviation ``scale`` over states of pure noise, so that there is
-            something to learn, but nothing good.
+        kind: ``noise`` scores every state with an independent number from N(0, ``scale``²), so that there is nothing to
+            learn. ``readout`` is a fixed random function of the latents, which can be learned but has no meaning: a
+            random convolution, tanh, mean over positions and a random linear layer; it is differentiable.
         seed: Seed of the numbers or of the function.
-        scale: Spread of the scores; candidates of one state differ as much under ``noise``, and less under ``readout``.
+        scale: Standard deviation of the scores: of all scores under ``noise``, of the scores of pure noise under
+            ``readout``. Candidates drawn from one state differ less than that under ``readout``.
 
     Raises:
         InputError: If ``scale`` is not positive.
@@ -87,7 +88,7 @@ class RandomReward(RewardSource):
         self.kind, self.seed, self.scale = kind, seed, scale
 
     def latent_space(self) -> None:
-        """Any."""
+        """Return None: latents of any policy are scored."""
 
     def load(self, policy: Policy) -> FunctionReward:
         """See :meth:`RewardSource.load`."""

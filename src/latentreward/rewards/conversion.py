@@ -1,4 +1,4 @@
-"""States of one noise process as states of another over the same latents, so that a reward may score a policy's."""
+"""Conversion of states between noise processes, so that a reward of one process can score a policy of another."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from latentreward.noise.base import per_sample
 
 
 def same_levels(first: NoiseProcess, second: NoiseProcess) -> bool:
-    """Whether two processes have one table, so that a timestep means the same in both."""
+    """Tell whether two processes have the same table of timesteps and sigmas, so that states need no conversion."""
     return type(first) is type(second) and all(
         a.shape == b.shape and torch.allclose(a, b, rtol=1e-5, atol=1e-6)
         for a, b in ((first.timesteps, second.timesteps), (first.sigmas, second.sigmas))
@@ -17,7 +17,7 @@ def same_levels(first: NoiseProcess, second: NoiseProcess) -> bool:
 
 
 def describe_conversion(source: NoiseProcess, target: NoiseProcess) -> str | None:
-    """Say in one line what :func:`convert_states` does; None if the processes are the same."""
+    """Describe in one line what :func:`convert_states` does; None if the processes are the same."""
     if same_levels(source, target):
         return None
     names = type(source).__name__, type(target).__name__
@@ -26,12 +26,12 @@ def describe_conversion(source: NoiseProcess, target: NoiseProcess) -> str | Non
 
 
 def signal_and_noise(process: NoiseProcess, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors a and s of ``x_t = a·x_0 + s·ε`` at ``timesteps`` ``(N,)``, float32.
+    """Return the factors a and s of ``x_t = a·x_0 + s·ε`` at ``timesteps`` ``(N,)``, float32.
 
-    Flow matching has a level between any two of its table; DDPM has those of its table alone.
+    For flow matching the timesteps may lie between those of the process' table; for DDPM they must be in the table.
 
     Raises:
-        InputError: If the process is neither.
+        InputError: If the process is neither flow matching nor DDPM.
     """
     if isinstance(process, FlowMatching):
         sigma = timesteps.float() * (process.sigmas[0] / process.timesteps[0]).item()
@@ -45,21 +45,26 @@ def signal_and_noise(process: NoiseProcess, timesteps: Tensor) -> tuple[Tensor, 
 def convert_states(
     latents: Tensor, timesteps: Tensor, source: NoiseProcess, target: NoiseProcess
 ) -> tuple[Tensor, Tensor]:
-    """States of ``source`` rescaled to states of ``target`` with the same ratio of signal to noise.
+    """Rescale states of ``source`` to states of ``target`` with the same signal-to-noise ratio.
 
-    Flow matching has a + s = 1, variance-preserving diffusion a² + s² = 1. So a state goes to flow matching as
-    ``x / (√ᾱ + √(1 − ᾱ))`` at ``σ = √(1 − ᾱ) / (√ᾱ + √(1 − ᾱ))``, and to diffusion as ``x / √((1 − σ)² + σ²)`` at
-    ``√(1 − ᾱ) = σ / √((1 − σ)² + σ²)``: exactly what the other process would have made of the same latents and noise.
+    Flow matching has a + s = 1, variance-preserving diffusion a² + s² = 1. A diffusion state x becomes the
+    flow-matching state ``x / (√ᾱ + √(1 − ᾱ))`` at ``σ = √(1 − ᾱ) / (√ᾱ + √(1 − ᾱ))``. A flow-matching state x becomes
+    the diffusion state ``x / √((1 − σ)² + σ²)`` at ``√(1 − ᾱ) = σ / √((1 − σ)² + σ²)``. The result is the state that
+    ``target`` makes of the same clean latents and noise, except that its timestep is rounded to the table of
+    ``target``.
 
     Args:
-        latents: ``(N, C, ...)``.
-        timesteps: ``(N,)`` of ``source``.
+        latents: States ``(N, C, ...)``.
+        timesteps: ``(N,)`` timesteps of ``source``.
         source: Process that the states belong to.
-        target: Process that they shall belong to.
+        target: Process to convert to.
 
     Returns:
-        Latents, with their graph, and the nearest timesteps in ``target``'s table; both unchanged if the processes are
-        the same.
+        Rescaled states, with their graph, and the nearest timesteps in the table of ``target``. Both are returned
+        unchanged if the processes are the same.
+
+    Raises:
+        InputError: If ``source`` is neither flow matching nor DDPM.
     """
     if same_levels(source, target):
         return latents, timesteps

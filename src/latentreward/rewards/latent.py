@@ -1,4 +1,4 @@
-"""Latent rewards: a trained reward model scores a sampler's states as they are."""
+"""Latent rewards: a trained reward model scores noisy sampling states without decoding them."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ Share = Literal["auto", "never"]
 
 @dataclass(frozen=True)
 class EncodedPrompts(TensorRecord):
-    """Prompts as a reward model's network takes them.
+    """Prompts encoded for the network of a reward model.
 
     Attributes:
-        conditioning: One row per prompt.
-        uncond: The empty prompt, one row, if the head asks for it.
+        conditioning: Embeddings of the prompts, one row each.
+        uncond: Embeddings of the empty prompt, one row; None if the head does not need them.
     """
 
     conditioning: Conditioning
@@ -42,18 +42,18 @@ class EncodedPrompts(TensorRecord):
 
 
 class LatentScorer(Reward):
-    """A reward model at the states of a policy.
+    """A loaded :class:`LatentReward`: a reward model that scores states of a policy.
 
-    Gradients go to the latents alone and are computed at once, ``batch_size`` states at a time: no more than one
-    batch's activations are ever held, and whatever switches the network of a shared model is undone before the policy
-    is back-propagated.
+    Gradients flow to the latents only. They are computed during scoring, ``batch_size`` states at a time, for two
+    reasons: the activations of only one batch are held in memory, and a network shared with the policy has the reward's
+    adapter active during the reward's backward pass and the policy's adapter during the policy's.
 
     Args:
         model: Reward model.
-        noise_process: Forward process that the states belong to; one other than the model's is converted.
-        batch_size: States per pass; None takes all at once.
-        policy: The policy, of which ``model`` may have parts, which are not registered here.
-        switch: Makes the context in which a shared network reads for this reward.
+        noise_process: Forward process that the states belong to; states are converted if the model's process differs.
+        batch_size: States per forward pass; None takes all at once.
+        policy: The policy. Modules that ``model`` shares with the policy are not registered as submodules here.
+        switch: Function that returns the context in which a shared network has the reward's adapter active.
     """
 
     differentiable = True
@@ -75,16 +75,16 @@ class LatentScorer(Reward):
 
     @property
     def model(self) -> RewardNetwork:
-        """The reward model, its shared parts included."""
+        """Reward model, including modules shared with the policy."""
         return self._model[0]
 
     def train(self, mode: bool = True) -> LatentScorer:
-        """Stays in evaluation mode, whatever the module around it does."""
+        """Keep evaluation mode, also when the surrounding module is set to training mode."""
         return super().train(False)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> EncodedPrompts:
-        """See :meth:`Reward.encode_prompts`; raw prompts go through the reward's own tokenizer and text encoder."""
+        """See :meth:`Reward.encode_prompts`; uses the tokenizers and text encoders of the reward model."""
         return EncodedPrompts(*self.model.encode_prompts(prompts))
 
     def score(self, states: NoisyStates, encoded: EncodedPrompts) -> Tensor:
@@ -106,7 +106,7 @@ class LatentScorer(Reward):
         noise: Tensor | None = None,
         sigmas: Sequence[float] = (),
     ) -> Tensor:
-        """See :meth:`Reward.score_clean`; levels are the nearest of the model's own noise process.
+        """See :meth:`Reward.score_clean`; ``sigmas`` are rounded to the nearest noise levels of the model.
 
         Raises:
             InputError: If ``noise`` or ``sigmas`` is missing.
@@ -128,9 +128,14 @@ class LatentScorer(Reward):
         return self.checked(self._by_rows(latents, read), timesteps[:1].expand(len(latents)))
 
     def _by_rows(self, latents: Tensor, read: Callable[[Tensor, slice], Tensor]) -> Tensor:
-        """Scores ``(N,)`` by ``read(latents of some rows, those rows)``, with a gradient to ``latents`` if wanted.
+        """Score ``latents`` in batches, with a gradient to ``latents`` if they require one.
 
-        A row's score depends on that row alone, so the gradient of the sum holds every row's own.
+        The score of a row depends on that row alone. Therefore the gradient of the sum of all scores holds in each row
+        the gradient of this row's score.
+
+        Args:
+            latents: ``(N, C, ...)``.
+            read: Function of the latents of some rows, and the slice of these rows, to their scores.
         """
         wanted = torch.is_grad_enabled() and latents.requires_grad
         size = self.batch_size or max(len(latents), 1)
@@ -145,26 +150,30 @@ class LatentScorer(Reward):
                 if wanted:
                     slopes += torch.autograd.grad(scored.sum(), part)
         joined = torch.cat(scores)
-        if not wanted or joined.ndim > 1:  # the latter is refused by our caller
+        if not wanted or joined.ndim > 1:  # several scores per row: the caller's ``checked`` raises InputError
             return joined
         return joined + gradient_carrier(latents, torch.cat(slopes))
 
 
 class LatentReward(RewardSource):
-    """A trained LRM, DiNa-LRM or any other reward model of this program, as a reward for alignment.
+    """A trained LRM, DiNa-LRM or other reward model of latentreward, as a reward for alignment.
 
     Args:
-        path: Checkpoint of a reward's training, folder of its run (the newest ``reward*.ckpt``, else ``last*.ckpt``),
-            a model folder (``RewardModel.save_pretrained``, ``latentreward publish``) or a published layout,
-            ``casiatao/LRM`` or ``liuhuohuo/DiNa-LRM-SD35M-12layers``; the folders also as hub ids.
-        config: Settings of the training run; None takes the ``config.yaml`` beside the checkpoint.
-        base: Pipeline of the frozen weights, if not the one that the model names; LRM's layout names none.
-        share: ``auto`` runs the reward on the policy's network where it is an adapter on the very same weights;
-            ``never`` gives it its own.
-        average: Whether the moving average of ``TrainableEMA`` stands for the weights, if the checkpoint has one.
-        batch_size: States per pass, which bounds memory; None takes all at once.
+        path: Any of: a checkpoint of a reward's training; the folder of a run (takes the newest
+            ``reward*.ckpt``, else the newest ``last*.ckpt``, else the newest checkpoint); a model folder (``RewardModel.save_pretrained``,
+            ``latentreward publish``); a folder in the published layout of ``casiatao/LRM`` or
+            ``liuhuohuo/DiNa-LRM-SD35M-12layers``. Folders may also be given as hub ids.
+        config: Settings file of the training run; None takes the ``config.yaml`` beside the checkpoint.
+        base: Folder or hub id of the pipeline with the frozen weights; None takes the pipeline that the model names.
+            The layout of ``casiatao/LRM`` names none.
+        share: ``auto`` runs the reward on the policy's network if the reward is an adapter on the same base weights,
+            which saves memory; ``never`` loads a second network.
+        average: Whether to load the moving average of ``TrainableEMA`` in place of the last weights, if the checkpoint
+            has one.
+        batch_size: States per forward pass, to bound memory; None takes all at once.
         revision: Branch, tag or commit of a hub id.
-        trust_remote_code: Whether the model's settings may name classes that are not registered, which are imported.
+        trust_remote_code: Whether classes that the model's settings name may be imported if they are not registered;
+            importing runs their code.
         published: Settings that the files of a published layout do not hold, such as ``guidance: 1``.
 
     Example:
@@ -196,7 +205,7 @@ class LatentReward(RewardSource):
 
     @property
     def stored(self) -> StoredReward:
-        """What lies at ``path``; looked up at the first use."""
+        """Description of the model at ``path``, without weights; read at the first use."""
         if self._stored is None:
             self._stored = self._find()
         return self._stored
@@ -207,8 +216,8 @@ class LatentReward(RewardSource):
 
     def load(self, policy: Policy) -> LatentScorer:
         """See :meth:`RewardSource.load`."""
-        stored, self._stored = self.stored, None  # what it has read is not kept
-        with torch.random.fork_rng(devices=[]):  # initial values that are overwritten
+        stored, self._stored = self.stored, None  # free what it has read once the reward is loaded
+        with torch.random.fork_rng(devices=[]):  # initialising weights, which are overwritten, must not change the RNG
             loaded = self._loaded(stored, policy)
         if conversion := describe_conversion(policy.noise_process, loaded.model.backbone.noise_process):
             from lightning.pytorch.utilities import rank_zero_info  # takes seconds to import
@@ -220,7 +229,7 @@ class LatentReward(RewardSource):
         network, text = (self.share == "auto" and shares(stored, policy) for shares in (shares_network, shares_text))
         if not network:
             model = stored.load()
-            model.backbone.vae = None  # 84 million parameters that no latent needs
+            model.backbone.vae = None  # 84 million parameters that scoring of latents does not need
             if text:
                 model.backbone.text_encoder = policy.text_encoder
             return LatentScorer(model, policy.noise_process, self.batch_size, policy)
@@ -229,7 +238,7 @@ class LatentReward(RewardSource):
         encoder, head = policy.text_encoder, None
         if text:
             head = stored.head()
-        else:  # its text encoder comes with a network of its own, which is let go
+        else:  # the text encoder can only be loaded with the whole model, whose network is then dropped
             whole = stored.load()
             encoder, head = whole.backbone.text_encoder, whole.head
         model = RewardNetwork(outline.with_network(policy.network, encoder), head)

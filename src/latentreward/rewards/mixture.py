@@ -1,4 +1,4 @@
-"""Several rewards as one: each is normalised first, so that weights compare like with like."""
+"""Weighted sum of several rewards, each normalised first so that weights do not depend on the rewards' scales."""
 
 from __future__ import annotations
 
@@ -17,26 +17,28 @@ if TYPE_CHECKING:
 
 Normalise = Literal["group", "running", "none"]
 SMALLEST_STD = 1e-4
-"""Added to a standard deviation, as in group advantages (Flow-GRPO)."""
+"""Constant added to a standard deviation before dividing, as in the advantages of Flow-GRPO."""
 
 
 class RewardMixture(RewardSource):
-    """Weighted sum of rewards.
+    """A weighted sum of rewards.
 
     Args:
-        rewards: The rewards.
-        weights: One for each, applied after normalisation; a negative one is a penalty. None weighs all alike, 1 / n.
-        normalise: ``group`` gives the states of one prompt in a call, which are the candidates that are compared, mean
-            0 and standard deviation 1 under each reward; a prompt with a single state is refused. ``running`` uses mean
-            and standard deviation of all scores that a reward gave so far, which are part of checkpoints (rank 0's of
-            several). ``none`` adds scores as they are. No gradient goes into means and deviations.
+        rewards: Rewards to add, at least one.
+        weights: One weight per reward, applied after normalisation; a negative weight makes a penalty. None gives each
+            of n rewards the weight 1 / n.
+        normalise: ``group`` shifts and scales each reward's scores to mean 0 and standard deviation 1 over the states
+            of a prompt in one call, that is, over the candidates to compare; a prompt with a single state is refused.
+            ``running`` uses mean and standard deviation of all scores that a reward has given so far on this process;
+            checkpoints hold the values of rank 0. ``none`` adds the raw scores. No gradient flows into means and
+            standard deviations.
 
     Raises:
-        InputError: If there is no reward, weights are not one for each, or all of them are 0.
+        InputError: If there is no reward, the number of weights is not that of the rewards, or all weights are 0.
 
     Note:
-        Under ``group`` and ``running`` gaps of scores are in standard deviations: thresholds of pair selection that
-        were set for one reward's own scale do not carry over.
+        Under ``group`` and ``running`` the unit of scores is a standard deviation. A threshold of pair selection that
+        was tuned to the raw scores of one reward must be tuned again.
 
     Example:
         .. code-block:: yaml
@@ -62,10 +64,10 @@ class RewardMixture(RewardSource):
         self.rewards, self.weights, self.normalise = list(rewards), weights, normalise
 
     def latent_space(self) -> LatentSpace | None:
-        """The latents that those rewards take which take latents.
+        """Return the common latent space of the rewards that need one; None if none does.
 
         Raises:
-            InputError: If they take latents of different spaces.
+            InputError: If rewards need different latent spaces.
         """
         spaces = {space for reward in self.rewards if (space := reward.latent_space()) is not None}
         if len(spaces) > 1:
@@ -76,7 +78,7 @@ class RewardMixture(RewardSource):
         return next(iter(spaces), None)
 
     def require_latents_of(self, policy: PolicySource) -> None:
-        """See :meth:`RewardSource.require_latents_of`; asked of each reward."""
+        """See :meth:`RewardSource.require_latents_of`; checks each reward of the mixture."""
         for reward in self.rewards:
             reward.require_latents_of(policy)
 
@@ -86,15 +88,16 @@ class RewardMixture(RewardSource):
 
 
 class MixedReward(Reward):
-    """See :class:`RewardMixture`.
+    """A loaded :class:`RewardMixture`.
 
     Args:
         rewards: Loaded rewards.
-        weights: One for each.
+        weights: One weight per reward.
         normalise: See :class:`RewardMixture`.
     """
 
     seen: Tensor
+    """Count, sum and sum of squares of each reward's scores so far: ``(rewards, 3)`` float64; only for ``running``."""
 
     def __init__(self, rewards: Sequence[Reward], weights: Sequence[float], normalise: Normalise) -> None:
         super().__init__()
@@ -106,7 +109,7 @@ class MixedReward(Reward):
             self.register_buffer("seen", torch.zeros(len(rewards), 3, dtype=torch.float64))
 
     def encode_prompts(self, prompts: Sequence[str]) -> tuple[Any, ...]:
-        """What each reward wants to know of the prompts."""
+        """Encode the prompts for each reward."""
         return tuple(reward.encode_prompts(prompts) for reward in self.rewards)
 
     def score(self, states: NoisyStates, encoded: tuple[Any, ...]) -> Tensor:
@@ -136,7 +139,7 @@ class MixedReward(Reward):
         return torch.stack(parts).sum(dim=0)
 
     def _by_all_seen(self, scores: Tensor, index: int) -> Tensor:
-        """Standardise by the mean and standard deviation of all scores so far, these included."""
+        """Standardise by mean and standard deviation of all scores of reward ``index`` so far, including ``scores``."""
         seen = self.seen[index]
         values = scores.detach().to(seen)
         seen += torch.stack([values.new_tensor(len(values)), values.sum(), (values**2).sum()])
@@ -147,10 +150,17 @@ class MixedReward(Reward):
 
 
 def standardise(scores: Tensor, groups: Tensor) -> Tensor:
-    """Scores ``(N,)`` minus the mean of their group, in its standard deviations; ``groups`` ``(N,)`` int64.
+    """Shift and scale scores to mean 0 and standard deviation 1 within each group.
+
+    Args:
+        scores: ``(N,)``.
+        groups: ``(N,)`` int64 number of the group of each score.
+
+    Returns:
+        ``(N,)``; no gradient flows into means and standard deviations.
 
     Raises:
-        InputError: If a group has one member.
+        InputError: If a group has a single member.
     """
     _, group, sizes = groups.unique(return_inverse=True, return_counts=True)
     if sizes.min() < 2:

@@ -1,4 +1,4 @@
-"""Rewards that look at pictures: the policy's prediction of the finished latents, decoded, and a scorer of pixels."""
+"""Rewards on pixels: decode the policy's prediction of the clean latents, and score the image."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 
 class PixelReward(RewardSource):
-    """A scorer of pixels for any policy that has a VAE: SPO's reward, or an ordinary scorer of images.
+    """A reward that decodes latents with the policy's VAE and scores pixels: SPO's reward, or any scorer of images.
 
-    What is scored is the policy's x̂_0 of a state, which rollouts predict, decoded. A
-    :class:`~latentreward.scorers.StepAwareScorer` is told the state's timestep, and its scores are differentiable;
-    other scorers take x̂_0 as a finished picture.
+    The reward decodes and scores the clean latents x̂_0 that the policy predicts from a state. A
+    :class:`~latentreward.scorers.StepAwareScorer` also gets the state's timestep, and its scores are differentiable.
+    Other scorers treat the decoded x̂_0 as a finished image.
 
     Args:
         scorer: Scorer of images.
@@ -40,7 +40,7 @@ class PixelReward(RewardSource):
         self.scorer, self.decode_batch_size = scorer, decode_batch_size
 
     def latent_space(self) -> None:
-        """Any: the policy's own VAE decodes."""
+        """Return None: latents of any policy can be scored, since the policy's own VAE decodes them."""
 
     def load(self, policy: Policy) -> DecodingReward:
         """See :meth:`RewardSource.load`."""
@@ -50,7 +50,7 @@ class PixelReward(RewardSource):
 
 
 class DecodingReward(Reward):
-    """A reward that has the policy's VAE decode x̂_0.
+    """Base class of loaded rewards that decode the predicted clean latents x̂_0 with the policy's VAE.
 
     Args:
         policy: The policy.
@@ -70,13 +70,13 @@ class DecodingReward(Reward):
                 "one; load it from a full pipeline folder"
             )
         self.decode_batch_size = decode_batch_size
-        self.__dict__["policy"] = policy  # not registered: its weights are the module's, once
+        self.__dict__["policy"] = policy  # not as a submodule: the LightningModule registers the policy already
 
     def decode(self, states: NoisyStates) -> list[Tensor]:
-        """Pixels of x̂_0, about [-1, 1], in chunks ``(≤ decode_batch_size, 3, H, W)``.
+        """Decode ``states.clean`` to pixels, about [-1, 1], in chunks ``(≤ decode_batch_size, 3, H, W)``.
 
         Raises:
-            InputError: If there is no x̂_0.
+            InputError: If ``states.clean`` is None.
         """
         if states.clean is None:
             raise InputError(
@@ -87,10 +87,12 @@ class DecodingReward(Reward):
 
 
 class StepAwareReward(DecodingReward):
-    """SPO's step-aware preference model on x̂_0 (arXiv:2406.04314); outside autocast, in the type of its weights.
+    """A reward that scores x̂_0 with SPO's step-aware preference model (arXiv:2406.04314).
+
+    The model runs outside autocast, in the dtype of its weights.
 
     Args:
-        network: Frozen network.
+        network: Frozen preference model.
         policy: See :class:`DecodingReward`.
         decode_batch_size: See :class:`PixelReward`.
     """
@@ -103,7 +105,7 @@ class StepAwareReward(DecodingReward):
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
-        """Embeddings ``(P, width)``."""
+        """Return CLIP embeddings ``(P, width)`` of the prompts."""
         with torch.autocast(self.network.mean.device.type, enabled=False):
             return self.network.embed_tokens(self.network.tokenize(prompts))
 
@@ -117,7 +119,7 @@ class StepAwareReward(DecodingReward):
 
 
 class ImageReward(DecodingReward):
-    """A scorer of finished images on x̂_0; it is loaded where and when it is first needed.
+    """A reward that scores x̂_0 with an ordinary scorer of images, which is loaded at the first use.
 
     Args:
         scorer: Scorer of images.
@@ -130,8 +132,8 @@ class ImageReward(DecodingReward):
         self.scorer, self._prepared = scorer, False
 
     def encode_prompts(self, prompts: Sequence[str]) -> tuple[str, ...]:
-        """The prompts themselves."""
-        if not self._prepared:  # only now does each rank compute on its own device
+        """Load the scorer at the first call, and return the prompts unchanged."""
+        if not self._prepared:  # not earlier: only now is each rank on its own device
             self.scorer.prepare()
             self._prepared = True
         return tuple(prompts)

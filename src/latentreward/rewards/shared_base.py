@@ -1,4 +1,4 @@
-"""A reward that is an adapter on the policy's own base runs on the policy's network: one base, many adapters."""
+"""Sharing of one network between the policy and rewards that are adapters on the same base weights."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from latentreward.scoring.layouts.find import StoredReward
 
 REWARD = "reward"
-"""Name of the adapter of the first reward that shares a network; later ones get a number."""
+"""Name in peft of the first reward's adapter in the policy's network; further ones are ``reward1``, ``reward2``, …"""
 PROBES = ("", "a photo of two cats, 50 mm")
-"""Prompts by whose token ids two tokenizers are compared."""
+"""Prompts whose token ids are compared to tell whether two tokenizers are the same."""
 
 
 def shares_network(stored: StoredReward, policy: Policy) -> bool:
-    """Whether the reward is an adapter, or nothing, on the very weights of the policy's network."""
+    """Tell whether the reward's network has the same frozen weights as the policy's, with at most an adapter added."""
     outline = stored.on_meta_device
     if outline is None or outline.with_network(policy.network, policy.text_encoder) is None:
         return False
@@ -35,7 +35,7 @@ def shares_network(stored: StoredReward, policy: Policy) -> bool:
 
 
 def shares_text(stored: StoredReward, policy: Policy) -> bool:
-    """Whether the reward reads prompts by the very text encoders of the policy."""
+    """Tell whether the reward's tokenizers and text encoders are the same as the policy's."""
     theirs, ours = None if stored.on_meta_device is None else stored.on_meta_device.text_encoder, policy.text_encoder
     if theirs is None or ours is None or type(theirs) is not type(ours) or theirs.num_tokens != ours.num_tokens:
         return False
@@ -47,15 +47,15 @@ def shares_text(stored: StoredReward, policy: Policy) -> bool:
 def same_frozen(
     stored: StoredReward, part: str, theirs: nn.Module, ours: nn.Module, source: str, adapters: bool = True
 ) -> bool:
-    """Whether all weights of ``theirs``, which has none, are frozen ones of ``ours``.
+    """Tell whether the reward was trained on frozen weights equal to the policy's, for one part of the model.
 
     Args:
-        stored: The reward.
-        part: Its name for ``theirs``.
-        theirs: Part of its outline.
-        ours: The policy's part.
-        source: Where that came from.
-        adapters: Whether ``theirs`` may have adapters beside.
+        stored: The reward; samples of its frozen weights are recorded in its files.
+        part: Name of the part in the reward, ``text_encoder`` or the name of the network.
+        theirs: The reward's part, on the meta device and so without values.
+        ours: The policy's part, with weights.
+        source: Folder or hub id of the policy's weights.
+        adapters: Whether ``theirs`` may have trained adapters.
     """
     if any(p.requires_grad and not (adapters and ".lora_" in name) for name, p in theirs.named_parameters()):
         return False
@@ -66,23 +66,23 @@ def same_frozen(
 
 
 def public(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A diffusers config without what only says where it came from."""
+    """Return a diffusers config without private entries, such as the path from which it was loaded."""
     return {name: value for name, value in config.items() if not name.startswith("_")}
 
 
 def share_adapter(policy: Policy, network: nn.Module, weights: Mapping[str, Tensor]) -> str | None:
-    """Give the policy's network the adapter of a reward's; None if it has none.
+    """Add the adapter of a reward, frozen, to the policy's network.
 
-    What trains and what is at work stay as they are; the new weights are frozen, and neither in the policy's
-    ``state_dict()`` nor missed when one is loaded.
+    The set of trainable parameters and the active adapter do not change. The new weights are left out of the policy's
+    ``state_dict()``, and loading a state dict does not report them as missing.
 
     Args:
         policy: The policy.
-        network: Network of the reward, with or without weights, whose layers have the adapter.
-        weights: The adapter's tensors by their names in ``network``.
+        network: The reward's network with its adapter, possibly on the meta device.
+        weights: Tensors of the adapter by their names in ``network``.
 
     Returns:
-        Name of the adapter in the policy's network.
+        Name of the adapter in the policy's network; None if ``network`` has no adapter.
     """
     from peft import inject_adapter_in_model
     from peft.tuners.lora import LoraLayer
@@ -101,7 +101,7 @@ def share_adapter(policy: Policy, network: nn.Module, weights: Mapping[str, Tens
     own = {name: parameter for name, parameter in policy.network.named_parameters() if f".{adapter}." in name}
     with torch.no_grad():
         for name, parameter in own.items():
-            trained = weights.get(name.replace(f".{adapter}.", ".default."))  # None where nobody reads the layer
+            trained = weights.get(name.replace(f".{adapter}.", ".default."))  # None if the head does not use the layer
             parameter.zero_() if trained is None else parameter.copy_(trained)
     for parameter in policy.network.parameters():
         parameter.requires_grad_(parameter in trains)
@@ -111,7 +111,7 @@ def share_adapter(policy: Policy, network: nn.Module, weights: Mapping[str, Tens
 
 
 def leave_out(network: nn.Module, adapter: str) -> None:
-    """Keep an adapter, which comes from the reward's own checkpoint, out of what is saved and loaded."""
+    """Keep an adapter out of the network's state dict, since its weights are loaded from the reward's files."""
     mark = f".{adapter}."
 
     def drop(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

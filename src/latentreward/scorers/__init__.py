@@ -1,4 +1,4 @@
-"""Scorers of images in pixels, for filtering pairs and for comparison with rewards on latents."""
+"""Scorers of images, for filtering of preference pairs, for evaluation and as rewards on pixels."""
 
 from latentreward.scorers.aesthetic import AestheticScorer
 from latentreward.scorers.base import ImageScorer, Scorer, TableScorer

@@ -1,4 +1,4 @@
-"""LAION's aesthetic predictor."""
+"""Scorer by LAION's aesthetic predictor."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -15,20 +15,21 @@ from latentreward.storage.digests import digest
 
 
 class AestheticScorer(CLIPImageScorer):
-    """How pleasing an image is, about 1 to 10: linear layers on the normalised image embedding of CLIP-L.
+    """LAION's aesthetic score of an image, about 1 to 10: linear layers on the normalised image embedding of CLIP-L.
 
-    The published predictor's layers 768-1024-128-64-16-1 have no activation between them; any chain of linear layers
-    is taken as the file has it, so the older single layer works too.
+    The layers are read from the weight file, which may hold any chain of linear layers. The published predictor has
+    the widths 768-1024-128-64-16-1 and no activations; the older predictor with a single layer works too.
 
     Args:
-        weights: File of the predictor, e.g. ``sac+logos+ava1-l14-linearMSE.pth``, or safetensors.
-        source: Folder or hub id of the ``CLIPModel`` that it was trained on.
-        name: Name of its columns.
-        options: See :class:`~latentreward.scorers.clip.CLIPImageScorer`; ``dtype`` is CLIP's, the predictor computes in
-            float32.
+        weights: Weight file of the predictor, e.g. ``sac+logos+ava1-l14-linearMSE.pth``, or a safetensors file.
+        source: Folder or hub id of the ``CLIPModel`` that the predictor was trained on.
+        name: Name of the scores in tables.
+        options: See :class:`~latentreward.scorers.clip.CLIPImageScorer`. ``dtype`` applies to CLIP; the predictor
+            always computes in float32.
 
     Raises:
-        InputError: If the file is absent, could run code, or holds no chain of linear layers with one output.
+        InputError: If the file does not exist, holds more than tensors, or holds no chain of linear layers with one
+            output.
     """
 
     uses_prompt = False
@@ -48,15 +49,15 @@ class AestheticScorer(CLIPImageScorer):
         )
 
     def identity(self) -> str:
-        """Class, model, type and a hash of the predictor's weights."""
+        """See :meth:`Scorer.identity`: class, model, revision, dtype and a hash of the predictor's weights."""
         weights = digest((parameter.detach().cpu().numpy().tobytes() for parameter in self.layers.parameters()), 8)
         return f"{super().identity()} weights {weights}"
 
     def prepare(self) -> None:
-        """Load CLIP and compare its width with the predictor's.
+        """Load CLIP, and check that its embeddings have the width that the predictor takes.
 
         Raises:
-            InputError: If they differ.
+            InputError: If the widths differ, or CLIP cannot be loaded.
         """
         expected, width = self.layers[0].in_features, self.towers().width
         if expected != width:
@@ -71,7 +72,16 @@ class AestheticScorer(CLIPImageScorer):
 
 
 def linear_chain(path: Path, tensors: Mapping[str, Tensor]) -> nn.Sequential:
-    """The layers of a state dict, ``layers.0.weight``, ``layers.0.bias``, ``layers.2.weight``, …, in their order."""
+    """Build a chain of linear layers from a state dict.
+
+    Args:
+        path: File of the state dict, for error messages.
+        tensors: Tensors by the names ``layers.0.weight``, ``layers.0.bias``, ``layers.2.weight``, …, or ``weight`` and
+            ``bias`` for a single layer.
+
+    Raises:
+        InputError: If the widths do not fit together, a tensor has another name, or the last layer has several outputs.
+    """
     found = {name: re.fullmatch(r"(?:layers\.(\d+)\.)?weight", name) for name in tensors}
     order = sorted((int(match[1] or 0), name) for name, match in found.items() if match and tensors[name].ndim == 2)
     layers: list[nn.Linear] = []

@@ -1,4 +1,4 @@
-"""What gives an image a number: by looking at it, or by looking it up."""
+"""Base classes of scorers: those that score pixels, and those that look up known scores."""
 
 import re
 from abc import ABC, abstractmethod
@@ -14,13 +14,14 @@ from latentreward.errors import InputError
 
 
 class Scorer(ABC):
-    """A source of scores with a name.
+    """Base class of all scorers.
 
     Args:
-        name: Name of its columns ``NAME_a``, ``NAME_b`` and ``NAME_gap``: letters, digits and underscores.
+        name: Name of the scores in tables, with columns ``NAME_a``, ``NAME_b`` and ``NAME_gap``: ASCII letters, digits
+            and underscores, beginning with a letter.
 
     Raises:
-        InputError: If the name is none.
+        InputError: If the name has other characters, or is ``image``, ``label`` or ``problem``.
     """
 
     def __init__(self, name: str) -> None:
@@ -32,25 +33,29 @@ class Scorer(ABC):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Names of its scores: its own. An image scorer of K > 1 names gives ``(B, K)``, e.g. one per noise level."""
+        """Names of the scorer's K scores per image; one by default. With K > 1 an image scorer returns ``(B, K)``."""
         return (self.name,)
 
     @abstractmethod
     def identity(self) -> str:
-        """What tells this scorer's numbers from another's, in one line; a resumed run must have the same."""
+        """Return one line that names everything the scores depend on; a run can be resumed only with the same line."""
 
 
 class ImageScorer(Scorer):
-    """Scores images for prompts by their pixels.
+    """Base class of scorers that score the pixels of images, each for its prompt.
 
-    Derive from it, or wrap a function in :class:`~latentreward.scorers.CallableScorer`.
+    Derive a class from this one, or wrap a function in :class:`~latentreward.scorers.CallableScorer`.
 
     Args:
         name: See :class:`Scorer`.
-        batch_size: Images per call of :meth:`score`.
+        batch_size: Greatest number of images per call of :meth:`score`.
 
     Attributes:
-        uses_prompt: Whether the prompt matters; if not, an image that recurs with another prompt is not scored again.
+        uses_prompt: Whether the score depends on the prompt. If False, an image is scored once, also if it occurs with
+            several prompts.
+
+    Raises:
+        InputError: If ``batch_size`` is below 1, or the name is not allowed.
     """
 
     uses_prompt: bool = True
@@ -62,15 +67,26 @@ class ImageScorer(Scorer):
         self.batch_size = batch_size
 
     def prepare(self) -> None:
-        """Load what scoring needs; called once, after all settings were found right and before the first image."""
+        """Load models; called once, after all settings have been checked and before the first image is scored."""
 
     @abstractmethod
     def score(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> Tensor:
-        """Scores ``(B,)`` of B RGB images of any sizes, each for its prompt; B is at most ``batch_size``."""
+        """Score B RGB images of any sizes, each for its prompt.
+
+        Args:
+            prompts: B prompts, with B at most ``batch_size``.
+            images: B images.
+
+        Returns:
+            Scores ``(B,)``, or ``(B, K)`` for K :attr:`columns`.
+        """
 
     @torch.inference_mode()
     def __call__(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> Tensor:
-        """Scores of any number of images, in batches: ``(B,)`` float32 on the CPU, ``(B, K)`` for K columns.
+        """Score N images in batches.
+
+        Returns:
+            Scores ``(N,)``, or ``(N, K)`` for K :attr:`columns`, float32 on the CPU.
 
         Raises:
             InputError: If :meth:`score` returns another shape, or a value that is not finite.
@@ -103,8 +119,8 @@ class ImageScorer(Scorer):
 
 
 class TableScorer(Scorer):
-    """Scores that are known already, for pairs."""
+    """Base class of scorers that look up scores computed elsewhere."""
 
     @abstractmethod
     def lookup(self, pairs: Sequence[PreferencePair]) -> np.ndarray:
-        """``(N, 2)`` float64 scores of image a and b of N pairs, NaN where there is none."""
+        """Look up the scores of N pairs: ``(N, 2)`` float64 for images a and b, NaN where there is no score."""

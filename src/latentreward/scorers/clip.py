@@ -1,4 +1,4 @@
-"""Scores of CLIP models: cosine, CLIP score and PickScore."""
+"""Scorers by CLIP models: cosine similarity, CLIP score and PickScore."""
 
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -20,28 +20,28 @@ from latentreward.storage.hub import read_locally
 Dtype = Literal["float32", "float16", "bfloat16"]
 Scale = Literal["cosine", "clip_score"]
 PICKSCORE, PICKSCORE_PROCESSOR = "yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-"""PickScore's model, and the tokenizer and preprocessing that it uses."""
+"""Hub id of PickScore's model, and of its tokenizer and preprocessing."""
 SHIPPED = ("held_out_tiny", "spm_tiny")
-"""Names of the CLIP models of the tiny world."""
+"""Names of the tiny CLIP models that the package ships for tests and demos."""
 
 
 def model_source(source: str) -> str:
-    """Folder of a shipped model, or ``source`` itself."""
+    """Return the folder of a shipped model if ``source`` is its name, else ``source`` itself."""
     return str(files("latentreward.tinyworld") / "scorers" / source) if source in SHIPPED else source
 
 
 def default_processor(source: str) -> str:
-    """Where the tokenizer and the preprocessing of a CLIP model lie."""
+    """Return the folder or hub id with the tokenizer and preprocessing of the CLIP model ``source``."""
     return PICKSCORE_PROCESSOR if source == PICKSCORE else source
 
 
 class CLIPTowers:
-    """Both towers of a CLIP model with what stands before them, on plain transformers, without torchvision.
+    """A CLIP model with tokenizer and image preprocessing; needs transformers only, not torchvision.
 
     Args:
         model: A ``CLIPModel`` without gradients.
-        tokenizer: Its tokenizer.
-        pixels: What the vision tower takes, ``(B, 3, H, W)`` float32, of B images.
+        tokenizer: Tokenizer of the model.
+        pixels: Preprocessing: function from B images to the vision tower's input ``(B, 3, H, W)``, float32.
     """
 
     def __init__(self, model: Any, tokenizer: Any, pixels: Callable[[Sequence[Image.Image]], Tensor]) -> None:
@@ -49,22 +49,22 @@ class CLIPTowers:
 
     @property
     def logit_scale(self) -> float:
-        """``exp(logit_scale)``."""
+        """Factor ``exp(logit_scale)`` of the model."""
         return float(self.model.logit_scale.float().exp())
 
     @property
     def width(self) -> int:
-        """Features per embedding."""
+        """Width of an embedding."""
         return self.model.config.projection_dim
 
     def embed_images(self, images: Sequence[Image.Image]) -> Tensor:
-        """``(B, width)`` float32 of norm 1."""
+        """Return embeddings ``(B, width)`` of B images, float32, of norm 1."""
         pixels = self.pixels(images).to(self.model.device, self.model.dtype)
         pooled = self.model.vision_model(pixel_values=pixels).pooler_output
         return normalize(self.model.visual_projection(pooled).float(), dim=-1)
 
     def embed_prompts(self, prompts: Sequence[str]) -> Tensor:
-        """``(B, width)`` float32 of norm 1; equal prompts are encoded once, long ones cut."""
+        """Return embeddings ``(B, width)`` of B prompts, float32, of norm 1; long prompts are truncated."""
         distinct = list(dict.fromkeys(prompts))
         length = self.model.config.text_config.max_position_embeddings
         tokens = self.tokenizer(distinct, padding=True, truncation=True, max_length=length, return_tensors="pt")
@@ -73,25 +73,25 @@ class CLIPTowers:
         return embeds[[distinct.index(prompt) for prompt in prompts]]
 
     def cosine(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> Tensor:
-        """``(B,)`` cosine of each image with its prompt, float32."""
+        """Return the cosine similarity ``(B,)`` of each image's embedding with its prompt's, float32."""
         return (self.embed_images(images) * self.embed_prompts(prompts)).sum(dim=-1)
 
 
 class CLIPImageScorer(ImageScorer):
-    """What all scorers on a CLIP model share.
+    """Base class of scorers on a CLIP model. Weights are loaded by :meth:`prepare` only.
 
     Args:
         name: See :class:`~latentreward.scorers.base.Scorer`.
-        source: Folder or hub id of a ``CLIPModel``, or ``held_out_tiny``, the tiny world's.
-        processor: Folder or hub id of tokenizer and preprocessing; for PickScore those of OpenCLIP's ViT-H, otherwise
-            ``source``.
-        revision: Branch, tag or commit of a hub id; pin it.
-        dtype: Type of weights and pixels.
-        device: E.g. ``cuda:1``; ``auto`` takes the accelerator if there is one.
-        batch_size: Images per call of the network.
+        source: Folder or hub id of a ``CLIPModel``, or ``held_out_tiny``, a tiny model shipped with the package.
+        processor: Folder or hub id of tokenizer and preprocessing. None takes those of OpenCLIP's ViT-H for PickScore's
+            model, otherwise ``source``.
+        revision: Branch, tag or commit of a hub id; give a commit to get the same scores later.
+        dtype: Dtype of weights and pixels.
+        device: Device such as ``cuda:1``; ``auto`` takes the accelerator if there is one.
+        batch_size: Images per forward pass.
 
     Raises:
-        InputError: If a folder is absent or holds no CLIP model. Weights are loaded by :meth:`prepare`.
+        InputError: If a folder does not exist or is not that of a CLIP model.
     """
 
     def __init__(
@@ -107,31 +107,32 @@ class CLIPImageScorer(ImageScorer):
         super().__init__(name, batch_size)
         self.source, self.processor = source, processor or default_processor(source)
         self.revision, self.dtype, self.device = revision, dtype, find_device(device)
-        for place, file in ((self.source, "config.json"), (self.processor, "preprocessor_config.json")):
-            _check_source(name, model_source(place), file)
+        for origin, file in ((self.source, "config.json"), (self.processor, "preprocessor_config.json")):
+            _check_source(name, model_source(origin), file)
 
     def identity(self) -> str:
-        """Class, model and type."""
-        places = self.source if self.processor == self.source else f"{self.source} processor {self.processor}"
-        return f"{type(self).__name__} {places} revision {self.revision} {self.dtype}"
+        """See :meth:`Scorer.identity`: class, source, processor if it is another one, revision and dtype."""
+        sources = self.source if self.processor == self.source else f"{self.source} processor {self.processor}"
+        return f"{type(self).__name__} {sources} revision {self.revision} {self.dtype}"
 
     def prepare(self) -> None:
         """Load model, tokenizer and preprocessing."""
         self.towers()
 
     def towers(self) -> CLIPTowers:
-        """The model; scorers of the same model share it."""
+        """Return the loaded model, which scorers with the same settings share."""
         source, processor = model_source(self.source), model_source(self.processor)
         return load_towers(source, processor, self.revision, self.dtype, self.device)
 
 
 class CLIPScorer(CLIPImageScorer):
-    """How well an image fits its prompt, by the cosine of CLIP's embeddings.
+    """CLIP similarity of image and prompt: the cosine of their embeddings.
 
     Args:
-        source: As for all CLIP scorers: folder or hub id of a ``CLIPModel``, or ``held_out_tiny``, the tiny world's.
-        name: Name of its columns.
-        scale: ``cosine``, in which MPCF's limits are stated, or ``clip_score``, 100 · max(cosine, 0).
+        source: Folder or hub id of a ``CLIPModel``, or ``held_out_tiny``, a tiny model shipped with the package.
+        name: Name of the scores in tables.
+        scale: ``cosine``, the unit in which the thresholds of MPCF (multi-preference consistent filtering) are given,
+            or ``clip_score``, 100 · max(cosine, 0).
         options: See :class:`CLIPImageScorer`.
     """
 
@@ -147,7 +148,7 @@ class CLIPScorer(CLIPImageScorer):
         self.scale = scale
 
     def identity(self) -> str:
-        """Class, model, type and scale."""
+        """See :meth:`Scorer.identity`: class, source, processor if it is another one, revision, dtype and scale."""
         return f"{super().identity()} {self.scale}"
 
     def score(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> Tensor:
@@ -160,8 +161,8 @@ class PickScorer(CLIPImageScorer):
     """PickScore (arXiv:2305.01569): ``exp(logit_scale) · cos(text, image)``, about 20 to 23 for the published model.
 
     Args:
-        source: Folder or hub id of the model, or ``held_out_tiny``, the tiny world's.
-        name: Name of its columns.
+        source: Folder or hub id of the model, or ``held_out_tiny``, a tiny model shipped with the package.
+        name: Name of the scores in tables.
         options: See :class:`CLIPImageScorer`.
     """
 
@@ -176,13 +177,13 @@ class PickScorer(CLIPImageScorer):
 
 @cache
 def load_towers(source: str, processor: str, revision: str | None, dtype: Dtype, device: torch.device) -> CLIPTowers:
-    """A CLIP model, loaded once for all scorers.
+    """Load a CLIP model, once per process for equal arguments.
 
-    Images go through transformers' PIL preprocessing, as the published models were used: shortest edge bicubic with
-    antialiasing in 8 bits, centre crop, mean and standard deviation of ``preprocessor_config.json``.
+    Images are preprocessed with PIL by transformers, as the published models were used: shortest edge resized, bicubic
+    with antialiasing in 8 bits; centre crop; mean and standard deviation of ``preprocessor_config.json``.
 
     Raises:
-        InputError: If a part cannot be loaded, or lacks a tensor.
+        InputError: If a part cannot be loaded, or a tensor is missing.
     """
     model, tokenizer, preprocess = load_clip(source, processor, revision, getattr(torch, dtype))
 
@@ -193,20 +194,25 @@ def load_towers(source: str, processor: str, revision: str | None, dtype: Dtype,
 
 
 def _check_source(name: str, source: str, file: str) -> None:
-    """Look at a local folder now; a hub id shows itself when it is loaded."""
+    """Check that ``source`` is a folder with ``file``, or looks like a hub id; nothing is looked up on the hub."""
     folder = Path(source)
     if folder.is_dir():
         if not (folder / file).is_file():
             raise InputError(f"source of {name}: no {file} in {folder}; give a folder saved from a CLIPModel")
     elif folder.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1:
-        raise InputError(f"source of {name}: no folder {source!r}, and no hub id either; give one of them")
+        raise InputError(f"source of {name}: {source!r} is neither a folder nor a hub id; give one of them")
 
 
 def load_part(family: Any, source: str, revision: str | None) -> Any:
-    """Tokenizer or preprocessing.
+    """Load a tokenizer or an image preprocessing.
+
+    Args:
+        family: Class of transformers to load.
+        source: Folder or hub id.
+        revision: Branch, tag or commit of a hub id.
 
     Raises:
-        InputError: If it cannot be loaded.
+        InputError: If the files cannot be loaded.
     """
     try:
         return family.from_pretrained(source, revision=revision, local_files_only=read_locally(source, revision))
@@ -215,16 +221,16 @@ def load_part(family: Any, source: str, revision: str | None) -> Any:
 
 
 def load_clip(source: str, processor: str, revision: str | None, dtype: torch.dtype) -> tuple[Any, Any, Any]:
-    """A ``CLIPModel`` without gradients, its tokenizer and its image preprocessing.
+    """Load a ``CLIPModel`` without gradients, its tokenizer and its image preprocessing.
 
     Args:
-        source: Folder or hub id of the model; only safetensors are read.
-        processor: Folder or hub id of the others.
-        revision: Branch, tag or commit of hub ids.
-        dtype: Type of the weights.
+        source: Folder or hub id of the model; only safetensors files are read.
+        processor: Folder or hub id of tokenizer and preprocessing.
+        revision: Branch, tag or commit of ``source``; also of ``processor`` if both are the same.
+        dtype: Dtype of the weights.
 
     Raises:
-        InputError: If a part cannot be loaded, or a tensor is missing or does not fit.
+        InputError: If a part cannot be loaded, or a tensor is missing or of another shape.
     """
     from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 

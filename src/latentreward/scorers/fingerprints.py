@@ -1,11 +1,12 @@
-"""Which files a model's or scorer's numbers depend on, and what tells their contents from others.
+"""Fingerprints of the files that the scores of a model or scorer depend on, so that changed files are noticed.
 
-Of a checkpoint or the folder of a run these are checkpoints and ``config*.yaml``, so that logs may go on; of any other
-folder all files but model cards, pictures and what is hidden. A hub id is told by the commit it stands for. A base that
-a model names itself is known by that name alone: give it as ``base`` to have its contents compared too.
+Files that count: for a checkpoint or the folder of a run, the checkpoints and ``config*.yaml``, but not logs; for any
+other folder, all files except hidden ones, pictures and ``README.md``. A hub id is identified by its commit. A base
+pipeline that a model names in its own settings counts by its name only; give it as ``base`` to compare its contents.
 
-Contents are read whole up to ``WHOLE`` bytes and in tables; of larger files, ``BLOCKS`` blocks and the size count.
-Places do not: a folder that was moved or copied is the same.
+A file of up to ``WHOLE`` bytes, and any table, is hashed in full. Of a larger file the size and ``BLOCKS`` evenly
+spread blocks of ``BLOCK`` bytes are hashed. The location does not count: a moved or copied folder has the same
+fingerprint.
 """
 
 import hashlib
@@ -28,22 +29,25 @@ PLACES = (
     *("path", "weights", "source", "processor", "tokenizer"),
     *("base", "config", "results", "model_path", "model_config"),
 )
-"""Attributes of scorers that name files, folders or hub ids."""
+"""Names of the attributes of scorers that hold files, folders or hub ids."""
 POLICY = "{policy}"
+"""Placeholder in paths for the name of the policy."""
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)+")
 MODEL_MARKS = ("model_index.json", "config.json", "head.safetensors")
-"""A folder with one of these is a model, whatever checkpoints lie in it."""
+"""Files by which a folder is recognised as a model and not as a run, even if it holds checkpoints."""
 TABLES = (".csv", ".json", ".jsonl", ".parquet", ".txt", ".yaml")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 WHOLE, BLOCKS, BLOCK = 1 << 24, 64, 1 << 16
+"""Size in bytes up to which files are hashed in full; number, and size in bytes, of blocks hashed of larger files."""
 
 
 def scorer_fingerprints(scorer: Scorer, policy: str = "") -> dict[str, str]:
-    """Fingerprint of each place that an attribute of a scorer names; those of the scorer that it wraps, if any.
+    """Return the fingerprints of all files that a scorer names, by attribute.
 
     Args:
-        scorer: Scorer, whose files are those that its attributes of ``PLACES`` name, and the words of its ``command``.
-        policy: What ``{policy}`` stands for in a place.
+        scorer: Scorer, or a scorer that wraps another one in its attribute ``scorer``. The files are those named by the
+            attributes in ``PLACES``, and the words of ``command`` that are files.
+        policy: Name of the policy, put in place of ``{policy}`` in paths.
     """
     inner = getattr(scorer, "scorer", None)
     if isinstance(inner, Scorer):
@@ -63,7 +67,7 @@ def scorer_fingerprints(scorer: Scorer, policy: str = "") -> dict[str, str]:
 
 
 def public_identity(scorer: Scorer) -> str:
-    """Identity of a scorer for reports: files and folders of this machine by their names alone."""
+    """Return a scorer's identity for reports, with file names in place of local paths."""
     inner: Any = scorer
     while isinstance(getattr(inner, "scorer", None), Scorer):
         inner = inner.scorer
@@ -75,11 +79,11 @@ def public_identity(scorer: Scorer) -> str:
 
 
 def fingerprint(place: str | Path, revision: str | None = None) -> str:
-    """One line: the name and a digest of what lies at ``place``; of a hub id, the id and its commit, if it is known.
+    """Return one line with the name of a file or folder and a hash of its contents, or a hub id and its commit.
 
     Args:
-        place: File, folder or hub id.
-        revision: Branch, tag or commit of a hub id.
+        place: File, folder or hub id; other text is returned unchanged.
+        revision: Branch, tag or commit of a hub id, named if the commit is not known.
     """
     path = Path(place)
     if not path.exists():
@@ -93,7 +97,7 @@ def fingerprint(place: str | Path, revision: str | None = None) -> str:
 
 
 def files_of(place: Path) -> set[Path]:
-    """Files at ``place`` that numbers depend on."""
+    """List the files at ``place`` that scores depend on; see the module's docstring."""
     if place.suffix == ".ckpt" or is_sharded(place):
         return {*_files(place), *_settings_beside([place])}
     if place.is_file():
@@ -107,7 +111,7 @@ def files_of(place: Path) -> set[Path]:
 def _is_file(word: Path) -> bool:
     try:
         return word.is_file()
-    except OSError:  # too long for a name
+    except OSError:  # the word is too long for a file name
         return False
 
 
@@ -116,7 +120,7 @@ def _files(place: Path) -> Iterable[Path]:
 
 
 def _settings_beside(checkpoints: Iterable[Path]) -> Iterable[Path]:
-    """Settings of runs as loading looks for them: beside a checkpoint, else one folder up."""
+    """Yield the ``config*.yaml`` of each checkpoint from where loading reads them: beside it, else one folder up."""
     for checkpoint in checkpoints:
         folders = (checkpoint.absolute().parent, checkpoint.absolute().parent.parent)
         yield from next(filter(None, (list(folder.glob("config*.yaml")) for folder in folders)), [])
@@ -132,7 +136,7 @@ def _is_hub_id(name: str) -> bool:
 
 
 def _add_content(digest: hashlib.blake2b, file: Path) -> None:
-    """Bytes of a file, or of blocks spread over a large one."""
+    """Add a file's bytes to ``digest``, or those of evenly spread blocks of a large file."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         if size <= WHOLE or file.suffix in TABLES:

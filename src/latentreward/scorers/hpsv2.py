@@ -1,4 +1,4 @@
-"""HPSv2 (arXiv:2306.09341), versions 2.0 and 2.1."""
+"""Scorer by HPSv2 (arXiv:2306.09341), versions 2.0 and 2.1."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -20,37 +20,40 @@ from latentreward.scorers.weight_files import read_state_dict
 from latentreward.storage.hub import hub_answers
 
 REPOSITORY = "xswu/HPSv2"
+"""Hub id of the published weights."""
 FILES = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
+"""Version → file name in :data:`REPOSITORY`."""
 HEADS = 16
 """Attention heads of both towers of a ViT-H-14."""
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-"""Of CLIP's pixels in [0, 1]."""
+"""Mean and standard deviation per channel in CLIP's preprocessing, for pixels in [0, 1]."""
 
 
 class HPSv2Scorer(ImageScorer):
-    """HPSv2: the cosine of a fine-tuned ViT-H-14's embeddings, about 0.2 to 0.35.
+    """HPSv2: the cosine of image and prompt embeddings of a fine-tuned ViT-H-14, about 0.2 to 0.35.
 
-    The weights are those of an OpenCLIP model. They run as a ``CLIPModel`` of transformers, to which they are converted
-    exactly (tests/scorers/test_hpsv2.py compares with numbers of OpenCLIP itself). Prompts are tokenised by
-    transformers' CLIP tokenizer, which differs from OpenCLIP's in HTML entities and broken Unicode alone.
+    The published OpenCLIP weights are converted exactly to a ``CLIPModel`` of transformers
+    (tests/scorers/test_hpsv2.py compares with scores of OpenCLIP itself). Prompts are tokenised by transformers' CLIP
+    tokenizer, which differs from OpenCLIP's only for HTML entities and broken Unicode.
 
     Args:
-        weights: ``v2.0`` or ``v2.1`` for the published weights, from the hub; or their file.
-        name: Name of its columns.
-        scale: ``cosine``, as ``hpsv2.score`` returns, or ``percent``, 100 · cosine, as the tables of
-            ``hpsv2.evaluate`` show.
+        weights: ``v2.0`` or ``v2.1`` for the published weights from the hub, or the path of a weight file.
+        name: Name of the scores in tables.
+        scale: ``cosine``, as ``hpsv2.score`` returns, or ``percent``, 100 · cosine, as in the tables of
+            ``hpsv2.evaluate``.
         tokenizer: Folder or hub id of the CLIP tokenizer (transformers).
-        dtype: Type of weights and pixels; the published code computes under autocast to float16.
-        device: E.g. ``cuda:1``; ``auto`` takes the accelerator if there is one.
-        batch_size: Images per call of the network.
+        dtype: Dtype of weights and pixels; the published code computes under autocast to float16.
+        device: Device such as ``cuda:1``; ``auto`` takes the accelerator if there is one.
+        batch_size: Images per forward pass.
 
     Raises:
-        InputError: If a file is absent.
+        InputError: If ``weights`` is neither a version nor a file.
 
     Note:
-        Images keep their aspect ratio: longest side to 224, bicubic with antialiasing in 8 bits, then centred on black,
-        which is what ``hpsv2`` 1.2.0 does at inference (``resize_longest_max``), not the centre crop of other CLIP
-        models. It leaves an oblong image whose longest side has 224 pixels unpadded and then fails; here it is padded.
+        Images keep their aspect ratio, as in ``hpsv2`` 1.2.0 at inference (``resize_longest_max``): the longest side is
+        resized to 224 pixels, bicubic with antialiasing in 8 bits, and the rest is padded with black. Other CLIP models
+        use a centre crop. Unlike ``hpsv2`` 1.2.0, which fails on an oblong image whose longest side already has 224
+        pixels, this class pads such an image too.
     """
 
     def __init__(
@@ -71,7 +74,7 @@ class HPSv2Scorer(ImageScorer):
         self.dtype, self.device = dtype, find_device(device)
 
     def identity(self) -> str:
-        """Class, weights, tokenizer, type and scale."""
+        """See :meth:`Scorer.identity`: class, weights, size of a weight file, tokenizer, dtype and scale."""
         size = f" {Path(self.weights).stat().st_size} bytes" if self.weights not in FILES else ""
         how = f"transformers tokenizer {self.tokenizer} {self.dtype} {self.scale}"
         return f"{type(self).__name__} {self.weights}{size} {how}"
@@ -115,7 +118,7 @@ class HPSv2Scorer(ImageScorer):
 
 
 def padded_pixels(image: Image.Image, side: int) -> Tensor:
-    """``(3, side, side)`` float32 of an RGB image: longest side resized to ``side``, centred on black, normalised."""
+    """Resize an RGB image's longest side to ``side``, pad with black, and normalise: ``(3, side, side)`` float32."""
     scale = side / max(image.size)
     width, height = (max(1, round(length * scale)) for length in image.size)
     if (width, height) != image.size:

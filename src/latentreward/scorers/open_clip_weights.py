@@ -1,4 +1,4 @@
-"""Weights of an OpenCLIP model as a ``CLIPModel`` of transformers: other names, and query, key and value apart."""
+"""Conversion of OpenCLIP weights to a ``CLIPModel`` of transformers, which has other names and separate q, k and v."""
 
 import re
 from collections.abc import Mapping
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from latentreward.errors import InputError
 
+# Names are OpenCLIP's → transformers': beginnings within a block, whole names, and whole names of transposed matrices.
 BLOCK = {
     "ln_1.": "layer_norm1.",
     "ln_2.": "layer_norm2.",
@@ -31,23 +32,23 @@ WHOLE = {
     "visual.ln_post.bias": "vision_model.post_layernorm.bias",
 }
 TRANSPOSED = {"text_projection": "text_projection.weight", "visual.proj": "visual_projection.weight"}
-PLACE = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)")
+IN_BLOCK = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)")
 
 
 def clip_model(tensors: Mapping[str, Tensor], origin: str, heads: int, dtype: torch.dtype) -> Any:
-    """A ``CLIPModel`` with these weights, in evaluation mode and without gradients.
+    """Build a ``CLIPModel`` from OpenCLIP weights, in evaluation mode and without gradients.
 
-    All sizes but the heads are read from the weights. Exact for OpenCLIP models with GELU (not QuickGELU), a class
-    token and the text pooled at its end token, as ViT-H-14 of LAION-2B and HPSv2 are.
+    All sizes but the number of heads are read from the weights. The conversion is exact for OpenCLIP models with GELU
+    (not QuickGELU), a class token, and text pooled at the end token, such as ViT-H-14 of LAION-2B and HPSv2.
 
     Args:
-        tensors: By OpenCLIP's names.
-        origin: Where they come from, for messages.
+        tensors: Tensors by OpenCLIP's names.
+        origin: Source of the weights, for error messages.
         heads: Attention heads of both towers.
-        dtype: Type of the weights.
+        dtype: Dtype of the weights.
 
     Raises:
-        InputError: If one is missing, left over or of another shape.
+        InputError: If a tensor is missing, unknown or of another shape.
     """
     from transformers import CLIPModel
 
@@ -60,7 +61,7 @@ def clip_model(tensors: Mapping[str, Tensor], origin: str, heads: int, dtype: to
         raise InputError(
             f"weights: {origin} are not those of an OpenCLIP model with a ViT ({' '.join(str(error).split())[:200]})"
         ) from error
-    for tower in (model.text_model, model.vision_model):  # buffers that are in no state dict
+    for tower in (model.text_model, model.vision_model):  # buffers that no state dict holds and that are still meta
         positions = tower.embeddings.position_embedding.weight
         tower.embeddings.position_ids = torch.arange(len(positions), device=positions.device).expand(1, -1)
     return model.eval().requires_grad_(False)
@@ -70,8 +71,8 @@ def _config(tensors: Mapping[str, Tensor], heads: int) -> Any:
     from transformers import CLIPConfig
 
     numbers: dict[str, set[str]] = {"": set(), "visual.": set()}
-    for place in filter(None, map(PLACE.fullmatch, tensors)):
-        numbers[place[1] or ""].add(place[2])
+    for match in filter(None, map(IN_BLOCK.fullmatch, tensors)):
+        numbers[match[1] or ""].add(match[2])
     embedding, patches = tensors["token_embedding.weight"], tensors["visual.conv1.weight"]
     width = tensors["visual.proj"].shape[1]
     tower = {"num_attention_heads": heads, "hidden_act": "gelu", "projection_dim": width}
@@ -98,7 +99,7 @@ def _config(tensors: Mapping[str, Tensor], heads: int) -> Any:
 def _renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     converted: dict[str, Tensor] = {}
     for name, value in tensors.items():
-        if name in ("attn_mask", "logit_bias"):  # a buffer of old files, and what only SigLIP has
+        if name in ("attn_mask", "logit_bias"):  # a buffer in old files, and a parameter that only SigLIP uses
             continue
         if name in WHOLE:
             converted[WHOLE[name]] = value
@@ -110,14 +111,14 @@ def _renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _of_block(name: str, value: Tensor) -> dict[str, Tensor]:
-    place = PLACE.fullmatch(name)
-    if place is None:
+    match = IN_BLOCK.fullmatch(name)
+    if match is None:
         raise KeyError(f"{name} is unknown")
-    layer = f"{'vision' if place[1] else 'text'}_model.encoder.layers.{place[2]}."
-    if packed := re.fullmatch(r"attn\.in_proj_(weight|bias)", place[3]):
+    layer = f"{'vision' if match[1] else 'text'}_model.encoder.layers.{match[2]}."
+    if packed := re.fullmatch(r"attn\.in_proj_(weight|bias)", match[3]):
         parts = zip("qkv", value.chunk(3), strict=True)
         return {f"{layer}self_attn.{part}_proj.{packed[1]}": tensor.clone() for part, tensor in parts}
-    start = next((start for start in BLOCK if place[3].startswith(start)), None)
+    start = next((start for start in BLOCK if match[3].startswith(start)), None)
     if start is None:
         raise KeyError(f"{name} is unknown")
-    return {layer + BLOCK[start] + place[3].removeprefix(start): value}
+    return {layer + BLOCK[start] + match[3].removeprefix(start): value}

@@ -1,4 +1,4 @@
-"""Rows of a reader through a list of scorers: each image decoded and scored once for a prompt."""
+"""Scoring of a reader's pairs with several scorers; each image is decoded and scored once per prompt."""
 
 import time
 from collections import Counter, defaultdict
@@ -21,32 +21,34 @@ from latentreward.scorers.base import ImageScorer, Scorer, TableScorer
 from latentreward.storage.digests import digest
 
 Item = tuple[str, str]
-"""Key of an image, and a prompt."""
-Place = tuple[int, int]
-"""Number of a pair, and 0 for its image a, 1 for b."""
-Decoded = tuple[Image.Image | None, dict[Place, str]]
-"""An image, and why copies of it before this one could not be read; no image if none could."""
+"""Key of an image, and its prompt."""
+Side = tuple[int, int]
+"""Index of a pair in a list, and 0 for image a or 1 for image b."""
+Decoded = tuple[Image.Image | None, dict[Side, str]]
+"""First copy of an image that could be decoded, or None; and an error message for each copy that could not."""
 READING = "reading and decoding"
+"""Key in ``PairScoring.seconds`` of the time that reading and decoding take."""
 
 
 class PairScoring:
-    """Scores of both images of a reader's rows.
+    """Scores both images of each row of a reader with several scorers.
 
-    Scores are remembered, by a hash of image and prompt, for as long as the object lives: about 0.2 kB for each image
-    and score.
+    Scores are kept in memory for the life of the object, by a hash of image key and prompt, so that an image that
+    recurs is not scored again. A score takes about 0.2 kB.
 
     Args:
-        reader: Where pairs come from.
+        reader: Reader of preference pairs.
         scorers: Scorers with different names.
         decode_threads: Threads that decode images ahead.
         max_pixels: Images with more pixels are recorded as unreadable.
 
     Attributes:
-        seconds: Time spent, by scorer and for ``READING``.
-        images: Images scored, by scorer.
+        seconds: Seconds spent by each scorer, by its name, and on :data:`READING`.
+        images: Number of images scored by each scorer, by its name.
 
     Raises:
-        InputError: If there is no scorer, two have one name, one does not score pairs, or the reader has no images.
+        InputError: If there is no scorer, two scorers have the same name, a scorer does not score pairs, or the reader
+            holds latents instead of images.
     """
 
     def __init__(
@@ -74,49 +76,60 @@ class PairScoring:
         self.images: Counter[str] = Counter()
 
     def spec(self) -> dict[str, Any]:
-        """What the scores depend on, as JSON takes it."""
+        """Describe reader, scorers and settings that the scores depend on, as values for JSON.
+
+        A table of scores can be resumed only with an equal description.
+        """
         texts = (f"{text}\0" for text in chain(self.reader.pair_ids(), self._prompts))
         rows = digest(chain([self.reader.labels().tobytes()], texts))
         return {
             "reader": f"{type(self.reader).__name__} with {len(self.reader)} rows, {rows}",
             "scorers": {scorer.name: scorer.identity() for scorer in self.scorers},
             "max_pixels": self.max_pixels,
-            "exif": None if self.reader.exif == "ignore" else self.reader.exif,  # null as in tables of before
+            "exif": None if self.reader.exif == "ignore" else self.reader.exif,  # null as in tables of older versions
         }
 
     def prepare(self) -> None:
-        """Load the scorers."""
+        """Load the models of all image scorers."""
         for scorer in self.image_scorers:
             scorer.prepare()
 
     def recall(self, rows: range, table: pa.Table) -> None:
-        """Remember the scores of rows that an earlier run left."""
+        """Take over the scores in ``table``, which an earlier run wrote for ``rows`` of the reader."""
         for side in ("a", "b"):
             keys = table.column(f"image_{side}").to_pylist()
             for scorer in self.image_scorers:
                 scores = np.stack([table.column(f"{name}_{side}").to_numpy() for name in scorer.columns], axis=1)
                 for row, key, values in zip(rows, keys, scores, strict=True):
                     if not np.isnan(values).any():
-                        self._known[scorer.name][_name(scorer, (key, self._prompts[row]))] = tuple(values.tolist())
+                        self._known[scorer.name][_memory_key(scorer, (key, self._prompts[row]))] = tuple(
+                            values.tolist()
+                        )
 
     def read(self, rows: range) -> list[PreferencePair]:
-        """Some rows of the reader."""
+        """Read ``rows`` of the reader, and add the time to :attr:`seconds`."""
         start = time.perf_counter()
         pairs = [self.reader[row] for row in rows]
         self.seconds[READING] += time.perf_counter() - start
         return pairs
 
     def tables(self, parts: Sequence[range]) -> Iterator[tuple[range, pa.Table]]:
-        """Yield rows of the reader with their table; at Ctrl-C, those of the part that are scored already.
+        """Yield each part's range of rows with its table of scores.
 
-        Columns are ``pair_id``, ``image_a``, ``image_b``, ``label_a``, ``different_flag``, for each scorer ``NAME_a``,
-        ``NAME_b`` and ``NAME_gap`` (winner minus loser, the absolute difference for ties, NaN without label), and
-        ``problem_a``, ``problem_b``: why an image could not be read, in which case its scores are NaN. A scorer of
-        several columns has each of them under its own name.
+        On Ctrl-C the first rows of the current part whose images have all been scored are yielded before
+        KeyboardInterrupt is raised.
+
+        Columns: ``pair_id``, ``image_a``, ``image_b``, ``label_a``, ``different_flag`` (0 for ties, else 1); for each
+        column name of each scorer ``NAME_a``, ``NAME_b`` and ``NAME_gap`` (winner minus loser; absolute difference for
+        ties; NaN without label); and ``problem_a``, ``problem_b``, the reason why an image could not be read. Scores of
+        such an image are NaN.
+
+        Args:
+            parts: Ranges of rows of the reader.
         """
         for rows in parts:
             pairs = self.read(rows)
-            problems: dict[Place, str] = {}
+            problems: dict[Side, str] = {}
             try:
                 self._score_missing(pairs, problems)
             except KeyboardInterrupt:
@@ -126,15 +139,15 @@ class PairScoring:
                 raise
             yield rows, self._table(pairs, problems)
 
-    def _first_unfinished(self, pairs: Sequence[PreferencePair], problems: Mapping[Place, str]) -> int:
+    def _first_unfinished(self, pairs: Sequence[PreferencePair], problems: Mapping[Side, str]) -> int:
         """Index of the first pair with an image that is neither scored nor known to be unreadable."""
-        for place, image, prompt in _sides(pairs):
-            names = {scorer.name: _name(scorer, (image.image_key, prompt)) for scorer in self.image_scorers}
-            if place not in problems and not all(name in self._known[scorer] for scorer, name in names.items()):
-                return place[0]
+        for side_index, image, prompt in _sides(pairs):
+            names = {scorer.name: _memory_key(scorer, (image.image_key, prompt)) for scorer in self.image_scorers}
+            if side_index not in problems and not all(name in self._known[scorer] for scorer, name in names.items()):
+                return side_index[0]
         return len(pairs)
 
-    def _table(self, pairs: Sequence[PreferencePair], problems: Mapping[Place, str]) -> pa.Table:
+    def _table(self, pairs: Sequence[PreferencePair], problems: Mapping[Side, str]) -> pa.Table:
         labels = np.array([np.nan if pair.label_a is None else pair.label_a for pair in pairs])
         columns: dict[str, Any] = {
             "pair_id": pa.array([pair.pair_id for pair in pairs], pa.string()),
@@ -152,28 +165,28 @@ class PairScoring:
             columns[name] = pa.array(texts, pa.string())
         return pa.table(columns)
 
-    def _scores(self, scorer: Scorer, pairs: Sequence[PreferencePair], problems: Mapping[Place, str]) -> np.ndarray:
-        """``(N, 2, K)`` float64 of a scorer of K columns."""
+    def _scores(self, scorer: Scorer, pairs: Sequence[PreferencePair], problems: Mapping[Side, str]) -> np.ndarray:
+        """Return the scores ``(N, 2, K)`` float64 of N pairs by a scorer with K columns."""
         if isinstance(scorer, TableScorer):
             return scorer.lookup(pairs)[:, :, None]
         known = self._known[scorer.name]
         scores = np.full((len(pairs), 2, len(scorer.columns)), np.nan)
-        for place, image, prompt in _sides(pairs):
-            if place not in problems:
-                scores[place] = known[_name(scorer, (image.image_key, prompt))]
+        for side_index, image, prompt in _sides(pairs):
+            if side_index not in problems:
+                scores[side_index] = known[_memory_key(scorer, (image.image_key, prompt))]
         return scores
 
-    def _score_missing(self, pairs: Sequence[PreferencePair], problems: dict[Place, str]) -> None:
-        """Score what is not known yet; why images could not be read is added to ``problems``.
+    def _score_missing(self, pairs: Sequence[PreferencePair], problems: dict[Side, str]) -> None:
+        """Score images without a known score, and add the reasons why images could not be read to ``problems``.
 
-        Where copies of an image recur, the first that can be read counts for itself and all later ones, so that the
-        result does not depend on how rows are grouped.
+        If an image occurs several times, its first copy that can be read is scored, for itself and all later copies.
+        The result therefore does not depend on how rows are grouped into parts.
         """
-        wanted: dict[Item, list[tuple[Place, ImageRef]]] = {}
-        for place, image, prompt in _sides(pairs):
+        wanted: dict[Item, list[tuple[Side, ImageRef]]] = {}
+        for side_index, image, prompt in _sides(pairs):
             item = image.image_key, prompt if self._prompt_matters else ""
-            if not all(_name(scorer, item) in self._known[scorer.name] for scorer in self.image_scorers):
-                wanted.setdefault(item, []).append((place, image))
+            if not all(_memory_key(scorer, item) in self._known[scorer.name] for scorer in self.image_scorers):
+                wanted.setdefault(item, []).append((side_index, image))
         for group in self._decoded(wanted):
             readable = {item: image for item, (image, _) in group if image is not None}
             for _, (_, unread) in group:
@@ -183,15 +196,15 @@ class PairScoring:
 
     def _score_group(self, scorer: ImageScorer, readable: Mapping[Item, Image.Image]) -> None:
         known = self._known[scorer.name]
-        missing = {name: item for item in readable if (name := _name(scorer, item)) not in known}
+        missing = {name: item for item in readable if (name := _memory_key(scorer, item)) not in known}
         start = time.perf_counter()
         scores = scorer([prompt for _, prompt in missing.values()], [readable[item] for item in missing.values()])
         self.seconds[scorer.name] += time.perf_counter() - start
         self.images[scorer.name] += len(missing)
         known.update(zip(missing, scores.reshape(len(missing), len(scorer.columns)).tolist(), strict=True))
 
-    def _decoded(self, wanted: Mapping[Item, list[tuple[Place, ImageRef]]]) -> Iterator[list[tuple[Item, Decoded]]]:
-        """Groups of decoded images; the next group is decoded while one is scored."""
+    def _decoded(self, wanted: Mapping[Item, list[tuple[Side, ImageRef]]]) -> Iterator[list[tuple[Item, Decoded]]]:
+        """Yield groups of decoded images; the next group is decoded while the current one is scored."""
         decoded = map_ahead(
             lambda entry: (entry[0], self._decode(entry[1])), wanted.items(), 2 * self._group, self.decode_threads
         )
@@ -204,26 +217,26 @@ class PairScoring:
                     return
                 yield group
 
-    def _decode(self, copies: Sequence[tuple[Place, ImageRef]]) -> Decoded:
-        """The first copy of an image that can be read."""
-        problems: dict[Place, str] = {}
-        for place, image in copies:
+    def _decode(self, copies: Sequence[tuple[Side, ImageRef]]) -> Decoded:
+        """Decode the first copy of an image that can be read, and collect the problems of the copies before it."""
+        problems: dict[Side, str] = {}
+        for side_index, image in copies:
             try:
                 return decode_image(image, self.max_pixels, self.reader.exif), problems
             except ImageError as error:
-                problems[place] = error.problem
+                problems[side_index] = error.problem
         return None, problems
 
 
-def _sides(pairs: Sequence[PreferencePair]) -> Iterator[tuple[Place, ImageRef, str]]:
-    """Place, image and prompt of both sides of all pairs."""
+def _sides(pairs: Sequence[PreferencePair]) -> Iterator[tuple[Side, ImageRef, str]]:
+    """Yield index, image and prompt of both sides of all pairs."""
     for number, pair in enumerate(pairs):
         for side, image in enumerate((pair.image_a, pair.image_b)):
             yield (number, side), image, pair.prompt
 
 
-def _name(scorer: ImageScorer, item: Item) -> bytes:
-    """Short name of what a scorer looks at."""
+def _memory_key(scorer: ImageScorer, item: Item) -> bytes:
+    """Return the key under which a scorer's score of an image and prompt is kept in memory."""
     image_key, prompt = item
     text = f"{image_key}\0{prompt}" if scorer.uses_prompt else image_key
-    return bytes.fromhex(digest([text]))  # half the memory of the digits
+    return bytes.fromhex(digest([text]))  # bytes take half the memory of hexadecimal digits

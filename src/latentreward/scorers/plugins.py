@@ -1,4 +1,4 @@
-"""Scores from elsewhere: a function of yours, or the column of a file."""
+"""Scorers by a function of the user's, and by a column of a file."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,17 +18,18 @@ IMAGE_KEY, PROMPT = "image_key", "prompt"
 
 
 class CallableScorer(ImageScorer):
-    """Any function, or object of a class with ``__call__``, that takes B prompts and B RGB images.
+    """A scorer that calls any function, or an object with ``__call__``.
 
     Args:
-        function: Dotted path of the function, or ``class_path`` and ``init_args``; it returns a tensor ``(B,)``, higher
-            for better.
-        name: Name of its columns.
-        uses_prompt: Whether the prompt matters.
-        batch_size: Most images in a call.
+        function: Called as ``function(prompts, images)`` with B prompts and B RGB images (PIL); returns a tensor
+            ``(B,)``, higher is better. In YAML: the dotted path of the function, or ``class_path`` and ``init_args`` of
+            the object.
+        name: Name of the scores in tables.
+        uses_prompt: Whether the score depends on the prompt.
+        batch_size: Greatest number of images per call.
 
     Raises:
-        InputError: If it cannot be called.
+        InputError: If ``function`` cannot be called.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class CallableScorer(ImageScorer):
         self.function, self.uses_prompt = function, uses_prompt
 
     def identity(self) -> str:
-        """Dotted path of the function or class."""
+        """See :meth:`Scorer.identity`: dotted path of the function or class."""
         named: Any = self.function if hasattr(self.function, "__qualname__") else type(self.function)
         return f"{type(self).__name__} {named.__module__}.{named.__qualname__}"
 
@@ -50,19 +51,19 @@ class CallableScorer(ImageScorer):
 
 
 class TableColumn(TableScorer):
-    """A column that was computed elsewhere, e.g. a VQA score.
+    """A scorer that reads scores computed elsewhere, e.g. VQA scores, from a table.
 
-    The file is CSV or parquet. Its rows are either pairs, with ``pair_id`` and the scores of a reader's two images in
-    ``COLUMN_a`` and ``COLUMN_b``; or images, with ``image_key``, ``COLUMN`` and, where the score depends on it,
-    ``prompt``.
+    The file is CSV or parquet, with one row per pair or one row per image. A table of pairs has the columns
+    ``pair_id``, ``COLUMN_a`` and ``COLUMN_b``. A table of images has the columns ``image_key`` and ``COLUMN``, and
+    ``prompt`` if the score depends on the prompt.
 
     Args:
-        path: The file.
-        column: Name of the column, without ``_a`` and ``_b``.
-        name: Name of the columns that are written; ``column`` by default.
+        path: CSV or parquet file.
+        column: Name COLUMN of the score, without ``_a`` and ``_b``.
+        name: Name of the scores in tables that are written; ``column`` by default.
 
     Raises:
-        InputError: If the file is no such table.
+        InputError: If the file cannot be read, lacks a column, or has two rows for the same pair or image.
     """
 
     def __init__(self, path: str | Path, column: str, *, name: str | None = None) -> None:
@@ -76,7 +77,7 @@ class TableColumn(TableScorer):
         self._scores = self._read(table)
 
     def identity(self) -> str:
-        """Class, file and column."""
+        """See :meth:`Scorer.identity`: class, file and column."""
         return f"{type(self).__name__} {self.path} {self.column}"
 
     def lookup(self, pairs: Sequence[PreferencePair]) -> np.ndarray:
@@ -103,6 +104,6 @@ class TableColumn(TableScorer):
         scores = dict(zip(keys, values, strict=True))
         if len(scores) != len(keys):
             raise InputError(
-                f"{self.path}: {len(keys) - len(scores)} rows repeat an earlier {' and '.join(names)}; leave one each"
+                f"{self.path}: {len(keys) - len(scores)} rows repeat an earlier {' and '.join(names)}; keep one of each"
             )
         return scores

@@ -19,21 +19,22 @@ if TYPE_CHECKING:
     from latentreward.scoring import PublishedSettings, RewardModel, ScoringNoise
 
 PLAIN_CHECKPOINTS = ("reward", "last", "best", "model")
-"""Names of checkpoints that tell nothing beside the name of their run."""
+"""File names of checkpoints, without ending, that are left out of a model's name."""
 INNER_FOLDER = re.compile(r"checkpoints?|lightning_logs|version_\d+")
-"""Folders in a run whose names tell nothing of it."""
+"""Names of folders inside a run that are left out of a model's name."""
 LONGEST_NAME = 80
+"""Greatest length of a model's name; the end is kept."""
 
 
 def reward_name(path: str, folders: int = 1) -> str:
-    """Name of a reward model for its columns: of its run or folder, of a hub id the last part.
+    """Derive the name of a reward model's scores in tables from its path.
 
-    A checkpoint that is not one of ``PLAIN_CHECKPOINTS`` adds its own: ``runs/first/checkpoints/step=200.ckpt`` is
-    ``first_step_200``.
+    The name is that of the run or model folder, or the last part of a hub id. The name of a checkpoint is added unless
+    it is one of :data:`PLAIN_CHECKPOINTS`: ``runs/first/checkpoints/step=200.ckpt`` becomes ``first_step_200``.
 
     Args:
-        path: What ``RewardModel.from_pretrained`` takes.
-        folders: How many folders tell it from others.
+        path: Path or hub id as for ``RewardModel.from_pretrained``.
+        folders: Number of folders of the path to keep, counted from the end.
     """
     place = Path(path).resolve() if Path(path).exists() else Path(path)
     stem = [place.stem] if place.suffix == ".ckpt" and place.stem not in PLAIN_CHECKPOINTS else []
@@ -44,7 +45,7 @@ def reward_name(path: str, folders: int = 1) -> str:
 
 
 def reward_names(paths: Sequence[str]) -> list[str]:
-    """:func:`reward_name` of each, with as many folders as it takes to tell them apart."""
+    """Return :func:`reward_name` of each path; names that would be equal get more folders of their paths."""
     folders = [1] * len(paths)
     deepest = max((len(Path(path).absolute().parts) for path in paths), default=0)
     for depth in range(2, deepest + 1):
@@ -54,20 +55,21 @@ def reward_names(paths: Sequence[str]) -> list[str]:
 
 
 class RewardModelScorer(ImageScorer):
-    """An LRM, DiNa-LRM or any other reward model of this program, on images.
+    """A scorer of images by an LRM, DiNa-LRM or other reward model of latentreward.
 
     Args:
-        path: What ``RewardModel.from_pretrained`` takes: a folder or hub id of a published model, a checkpoint, or the
-            folder of a run.
-        name: Name of its columns; :func:`reward_name` of its path by default.
-        noise: Levels and draws; the model's own by default.
-        base: Base pipeline, if not the one that the model names.
-        config: Settings of the run, if not beside its checkpoint.
-        device: E.g. ``cuda:1``; ``auto`` takes the accelerator if there is one.
-        dtype: Precision of the backbone; VAE, head and score are float32.
-        batch_size: Images per pass.
+        path: Path or hub id as for ``RewardModel.from_pretrained``: a folder or hub id of a published model, a
+            checkpoint, or the folder of a run.
+        name: Name of the scores in tables; :func:`reward_name` of ``path`` by default.
+        noise: Noise levels and seeds; those of the model by default.
+        base: Folder or hub id of the base pipeline; by default the pipeline that the model names.
+        config: Settings file of the run; by default the ``config.yaml`` beside the checkpoint.
+        device: Device such as ``cuda:1``; ``auto`` takes the accelerator if there is one.
+        dtype: Dtype of the backbone; VAE, head and score are float32.
+        batch_size: Images per forward pass.
         revision: Branch, tag or commit of a hub id.
-        trust_remote_code: Whether the model's settings may name classes that are not registered, which are imported.
+        trust_remote_code: Whether classes that the model's settings name may be imported if they are not registered;
+            importing runs their code.
         published: Settings that the files of a published layout do not hold, such as ``guidance: 1``.
     """
 
@@ -92,7 +94,7 @@ class RewardModelScorer(ImageScorer):
         self.device, self.dtype = find_device(device), dtype
 
     def identity(self) -> str:
-        """Class, path, base, published settings if they are set, noise and precision."""
+        """See :meth:`Scorer.identity`: class, path, revision, base, published settings, noise and dtype."""
         base = "" if self.base is None else f" base {self.base}"
         revision = "" if self.revision is None else f"@{self.revision}"
         own = "" if self.published is None else f" {self.published}"
@@ -105,7 +107,7 @@ class RewardModelScorer(ImageScorer):
 
     @cached_property
     def model(self) -> RewardModel:
-        """The model, loaded at the first use.
+        """Reward model, loaded at the first use.
 
         Raises:
             InputError: If a file is missing or damaged, or does not fit.
@@ -130,5 +132,5 @@ class RewardModelScorer(ImageScorer):
     def score_levels(
         self, prompts: Sequence[str], images: Sequence[Image.Image], levels: Sequence[ScoringNoise]
     ) -> Tensor:
-        """Scores ``(B, K)`` under each of K settings of noise; images are encoded once."""
+        """Score B images under each of K noise settings: ``(B, K)``; images are encoded once."""
         return self.model.score_levels(prompts, images, levels, batch_size=self.batch_size)

@@ -1,4 +1,4 @@
-"""SPO's step-aware preference model as a scorer of images, and where its weights come from."""
+"""Scorer by SPO's step-aware preference model, and loading of its weights."""
 
 from __future__ import annotations
 
@@ -26,17 +26,22 @@ if TYPE_CHECKING:
 
 
 class StepAwareScorer(CLIPImageScorer):
-    """SPO's step-aware preference model (arXiv:2406.04314): scores what a policy predicts at a timestep.
+    """SPO's step-aware preference model (arXiv:2406.04314), a CLIP model that also gets the timestep.
 
-    Use it as the scorer of a ``PixelReward``. On images alone, as any other scorer, it takes them as finished.
+    As the scorer of a ``PixelReward`` the model scores the image that a policy predicts at a timestep. As a scorer of
+    images the model gets timestep 0, which stands for finished images.
 
     Args:
-        source: Folder or hub id of the CLIP model that it started from, or ``spm_tiny``, the tiny world's.
-        weights: What training changed: checkpoint of ``StepAwarePixelModule``, or the file that SPO released. Not
-            needed if ``source`` is a folder with ``step_aware.safetensors``.
-        name: Name of its columns.
-        options: See :class:`~latentreward.scorers.clip.CLIPImageScorer`. A ``PixelReward`` computes where the policy
-            is, whatever ``device`` says.
+        source: Folder or hub id of the CLIP model that training started from, or ``spm_tiny``, a tiny trained model
+            shipped with the package.
+        weights: Trained weights: a checkpoint of ``StepAwarePixelModule``, or the file that SPO released. Not needed if
+            ``source`` is a folder with ``step_aware.safetensors``.
+        name: Name of the scores in tables.
+        options: See :class:`~latentreward.scorers.clip.CLIPImageScorer`. A ``PixelReward`` ignores ``device`` and uses
+            the device of the policy.
+
+    Raises:
+        InputError: If a file or folder does not exist.
     """
 
     def __init__(
@@ -45,17 +50,17 @@ class StepAwareScorer(CLIPImageScorer):
         super().__init__(name, source, **options)
         self.weights = weights
         if weights is not None and not Path(weights).is_file():
-            raise InputError(f"weights of {name}: no file {weights}")
+            raise InputError(f"weights of {name}: no file {weights}; give a checkpoint, or the file that SPO released")
 
     def identity(self) -> str:
-        """Class, model, type and weights."""
+        """See :meth:`Scorer.identity`: class, source, processor if it is another one, revision, dtype and weights."""
         return f"{super().identity()} weights {self.weights}"
 
     def load(self) -> StepAwareCLIP:
-        """The network, frozen, on the CPU.
+        """Load the network, frozen, on the CPU.
 
         Raises:
-            InputError: If its weights cannot be loaded, or are those of a CLIP model without timestep.
+            InputError: If the weights cannot be loaded, or are those of a plain CLIP model, not trained with timesteps.
         """
         network, trained = load_step_aware(self.source, self.processor, self.revision, self.weights)
         if not trained:
@@ -74,14 +79,14 @@ class StepAwareScorer(CLIPImageScorer):
         return self.load().to(self.device)
 
     def score(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> Tensor:
-        """See :meth:`ImageScorer.score`; images count as finished."""
+        """See :meth:`ImageScorer.score`; the timestep is 0, as for finished images."""
         network, finished = self._network, torch.zeros(1, device=self.device)
         embeds = torch.cat([network.embed_images(to_pixels(image).to(self.device), finished) for image in images])
         return network.similarity(embeds, network.embed_tokens(network.tokenize(prompts)))
 
 
 def to_pixels(image: Image.Image) -> Tensor:
-    """Pixels ``(1, 3, H, W)`` float32 in [-1, 1]."""
+    """Convert an image to pixels ``(1, 3, H, W)``, float32 in [-1, 1]."""
     rgb = image.convert("RGB")
     flat = torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8)
     return flat.view(1, rgb.height, rgb.width, 3).permute(0, 3, 1, 2).float() / 127.5 - 1.0
@@ -90,19 +95,20 @@ def to_pixels(image: Image.Image) -> Tensor:
 def load_step_aware(
     source: str, processor: str | None = None, revision: str | None = None, weights: str | None = None
 ) -> tuple[StepAwareCLIP, bool]:
-    """A step-aware CLIP in float32, without gradients.
+    """Load a step-aware CLIP model in float32, without gradients.
 
     Args:
         source: Folder or hub id of a CLIP model, or the name of a shipped one.
-        processor: Folder or hub id of tokenizer and preprocessing.
+        processor: Folder or hub id of tokenizer and preprocessing; None takes the default of ``source``.
         revision: Branch, tag or commit of a hub id.
-        weights: Checkpoint over it.
+        weights: File with trained weights, loaded over those of ``source``; None takes ``step_aware.safetensors`` in
+            the folder ``source``, if there is one.
 
     Returns:
-        The network, and whether it was trained to know the timestep; if not, its timestep changes nothing.
+        The network, and whether trained weights were found. Without them the timestep does not change the embeddings.
 
     Raises:
-        InputError: If a part cannot be loaded, or weights are of another network.
+        InputError: If a part cannot be loaded, or the weights are those of another network.
     """
     from latentreward.scorers.step_aware_clip import STEP_FILE, StepAwareCLIP
 
@@ -118,7 +124,10 @@ def load_step_aware(
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file, of a checkpoint of ``StepAwarePixelModule``, or of the file that SPO released.
+    """Read the weights of a :class:`StepAwareCLIP` from a file.
+
+    Args:
+        path: Safetensors file, checkpoint of ``StepAwarePixelModule``, or the file that SPO released.
 
     Raises:
         InputError: If the file cannot be read, or holds more than tensors.
@@ -131,10 +140,15 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def put_weights(network: StepAwareCLIP, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Load ``tensors`` into ``network``; those of the CLIP model may be missing and stay.
+    """Load ``tensors`` into ``network``; weights of the CLIP model that are not among them stay as they are.
+
+    Args:
+        network: Network to change.
+        tensors: Tensors by their names in ``network``.
+        path: File of the tensors, for error messages.
 
     Raises:
-        InputError: If they do not fit.
+        InputError: If a tensor beyond CLIP's is missing, or a tensor is unknown or of another shape.
     """
     own = network.state_dict()
     missing = [name for name in own if name not in tensors and not name.startswith("clip.")]

@@ -1,7 +1,8 @@
-"""SPO's step-aware preference model: CLIP whose vision tower knows from which timestep an image was predicted.
+"""SPO's step-aware preference model: CLIP with a vision tower modulated by the timestep of the predicted image.
 
 Architecture: arXiv:2406.04314 and its released code. Each vision block, and the pooled feature, is modulated by the
-timestep as in DiT (adaLN, arXiv:2212.09748); at the start nothing is changed, so any CLIP checkpoint can be continued.
+timestep as in DiT (adaLN, arXiv:2212.09748). The modulation is initialised to the identity, so that training starts
+from the embeddings of any CLIP checkpoint.
 """
 
 from __future__ import annotations
@@ -24,29 +25,29 @@ if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPTokenizer
 
 STEP_FILE = "step_aware.safetensors"
-"""File beside a CLIP model's own that holds what this class adds to it."""
+"""File in a CLIP folder with the weights that :class:`StepAwareCLIP` adds to CLIP."""
 FREQUENCIES = 256
-"""Numbers that a timestep is spread over before the first linear layer."""
+"""Width of the sinusoidal embedding of a timestep."""
 PUBLISHED_NAMES = (
     (r"(?:model\.)?t_embedder\.mlp\.", "time_embedder."),
     (r"(?:model\.)?vision_model\.encoder\.layers\.(\d+)\.adaLN_modulation\.", r"layer_modulation.\1."),
     (r"(?:model\.)?vision_model\.adaLN_modulation\.", "final_modulation."),
     (r"(?:model\.)?((?:text_|vision_)model\.|(?:text|visual)_projection\.|logit_scale)", r"clip.\1"),
 )
-"""Beginning of a tensor's name in the released checkpoint -> in :class:`StepAwareCLIP`."""
+"""Pattern of the beginning of a tensor's name in SPO's released file, and the beginning in :class:`StepAwareCLIP`."""
 
 
 class StepAwareCLIP(nn.Module):
-    """CLIP with a timestep in its vision tower.
+    """A CLIP model with a vision tower modulated by the timestep.
 
     Args:
         clip: CLIP model of any size.
-        tokenizer: Its tokenizer.
-        mean: ``(3,)`` of its image preprocessing.
-        std: ``(3,)``.
+        tokenizer: Tokenizer of the model.
+        mean: Mean ``(3,)`` of the model's image preprocessing.
+        std: Standard deviation ``(3,)`` of the model's image preprocessing.
 
     Attributes:
-        gradient_checkpointing: Recompute vision blocks in the backward pass.
+        gradient_checkpointing: Recompute vision blocks in the backward pass, to save memory.
     """
 
     gradient_checkpointing: bool = False
@@ -68,7 +69,7 @@ class StepAwareCLIP(nn.Module):
 
     @torch.no_grad()
     def reset_modulation(self) -> None:
-        """Start as no change: shifts and scales 0, gates 1, whatever the timestep."""
+        """Initialise the modulation to the identity: shifts and scales 0, gates 1 at every timestep."""
         for linear in (self.time_embedder[0], self.time_embedder[2]):
             nn.init.normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
@@ -82,11 +83,11 @@ class StepAwareCLIP(nn.Module):
             mlp_gate.fill_(1.0)
 
     def embed_images(self, pixels: Tensor, timesteps: Tensor) -> Tensor:
-        """Image embeddings ``(B, width)`` float32 of norm 1.
+        """Return image embeddings ``(B, width)``, float32, of norm 1.
 
         Args:
             pixels: ``(B, 3, H, W)``, about [-1, 1].
-            timesteps: ``(B,)`` at which they were predicted; 0 for finished images.
+            timesteps: ``(B,)`` timesteps at which the images were predicted; 0 for finished images.
         """
         vision = self.clip.vision_model
         pixels = prepare_pixels(pixels, vision.config.image_size, self.mean, self.std)
@@ -102,26 +103,32 @@ class StepAwareCLIP(nn.Module):
         return normalize(self.clip.visual_projection(pooled).float(), dim=-1)
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
-        """Token ids ``(B, length)`` on the CPU; long prompts are cut."""
+        """Return token ids ``(B, length)`` on the CPU; long prompts are truncated."""
         length = self.clip.config.text_config.max_position_embeddings
         return self.tokenizer(
             list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
         ).input_ids
 
     def embed_tokens(self, input_ids: Tensor) -> Tensor:
-        """Prompt embeddings ``(B, width)`` float32 of norm 1, of what :meth:`tokenize` gives.
+        """Return prompt embeddings ``(B, width)``, float32, of norm 1.
 
-        Attention is causal and the prompt's end is read, so that padding plays no part.
+        Padding needs no mask: attention is causal, and the embedding is read at the end token.
+
+        Args:
+            input_ids: ``(B, length)`` from :meth:`tokenize`.
         """
         pooled = self.clip.text_model(input_ids=input_ids.to(self.mean.device)).pooler_output
         return normalize(self.clip.text_projection(pooled).float(), dim=-1)
 
     def similarity(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
-        """Scores ``(B,)`` float32 of embeddings of norm 1, row by row: ``exp(logit_scale) · cos``."""
+        """Return the scores ``exp(logit_scale) · cos`` ``(B,)``, float32, of B pairs of embeddings of norm 1."""
         return self.clip.logit_scale.float().exp() * (image_embeds * text_embeds).sum(dim=-1)
 
     def save(self, folder: Path) -> None:
-        """Save as a CLIP folder, which any program can read without the timestep, and :data:`STEP_FILE`."""
+        """Save the CLIP model in transformers' layout, and the added weights beside it as :data:`STEP_FILE`.
+
+        Other programs can read the folder as a CLIP model without timestep.
+        """
         from transformers import CLIPImageProcessorPil
 
         self.clip.save_pretrained(folder)
@@ -138,7 +145,16 @@ class StepAwareCLIP(nn.Module):
 
 
 def modulated_layer(layer: nn.Module, hidden: Tensor, modulation: Tensor) -> Tensor:
-    """A CLIP block on ``hidden`` ``(B, N, width)`` with shifts, scales and gates ``(B, 6·width)``."""
+    """Apply a CLIP vision block with adaLN modulation.
+
+    Args:
+        layer: Vision block.
+        hidden: ``(B, N, width)``.
+        modulation: Shifts, scales and gates of attention and MLP, ``(B, 6·width)``.
+
+    Returns:
+        ``(B, N, width)``.
+    """
     shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation.unsqueeze(1).chunk(6, dim=-1)
     attended, _ = layer.self_attn(hidden_states=layer.layer_norm1(hidden) * (1 + scale) + shift, attention_mask=None)
     hidden = hidden + gate * attended
@@ -146,24 +162,24 @@ def modulated_layer(layer: nn.Module, hidden: Tensor, modulation: Tensor) -> Ten
 
 
 def embed_timesteps(timesteps: Tensor) -> Tensor:
-    """Cosines, then sines, of ``timesteps`` ``(B,)`` at frequencies 1 to 1/10000: ``(B, 256)`` float32."""
+    """Return sinusoidal embeddings ``(B, 256)``, float32: cosines, then sines, at frequencies from 1 to 1/10000."""
     return get_timestep_embedding(timesteps, FREQUENCIES, flip_sin_to_cos=True, downscale_freq_shift=0)
 
 
 def prepare_pixels(images: Tensor, size: int, mean: Tensor, std: Tensor) -> Tensor:
-    """What the vision tower takes, from pixels that a VAE decoded; differentiable.
+    """Convert decoded pixels to the vision tower's input ``(B, 3, size, size)``; differentiable.
 
-    The shorter side becomes ``size`` (bicubic without antialiasing), then the centre is cut out.
+    The shorter side is resized to ``size`` (bicubic without antialiasing), and the centre square is cropped.
 
     Args:
         images: ``(B, 3, H, W)``, about [-1, 1].
-        size: Side of the square.
-        mean: ``(3,)`` of CLIP's preprocessing.
-        std: ``(3,)``.
+        size: Side of the square, in pixels.
+        mean: Mean ``(3,)`` of CLIP's preprocessing.
+        std: Standard deviation ``(3,)`` of CLIP's preprocessing.
 
     Note:
-        As SPO scores. Its training of the scorer squeezes both sides to ``size`` and clamps before resizing too; the
-        two agree on square images but for the clamp.
+        SPO preprocesses images in this way when it scores them. When SPO trains its preference model, it resizes both
+        sides to ``size`` instead and also clamps before resizing; on square images only that clamp differs.
     """
     height, width = images.shape[-2:]
     scale = size / min(height, width)
@@ -175,10 +191,10 @@ def prepare_pixels(images: Tensor, size: int, mean: Tensor, std: Tensor) -> Tens
 
 
 def rename_published(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of the released checkpoint (or of its model alone) under the names of :class:`StepAwareCLIP`.
+    """Rename the tensors of SPO's released file to the names of :class:`StepAwareCLIP`.
 
     Raises:
-        InputError: If a name is none of a step-aware CLIP.
+        InputError: If a name is unknown.
     """
     renamed = {}
     for name, value in tensors.items():

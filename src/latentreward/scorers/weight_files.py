@@ -1,4 +1,4 @@
-"""Files of a scorer's weights that come as they were published."""
+"""Reading of weight files in the formats in which scorers are published."""
 
 from pathlib import Path
 
@@ -10,20 +10,22 @@ from latentreward.errors import InputError, first_line
 
 
 def read_state_dict(path: Path, model: str) -> dict[str, Tensor]:
-    """Tensors of a file by name: safetensors, or what ``torch.save`` wrote, bare or under ``state_dict``.
+    """Read tensors by name from a safetensors file, or from a file of ``torch.save``.
+
+    A file of ``torch.save`` may hold the tensors directly or under the key ``state_dict``.
 
     Args:
-        path: The file.
-        model: What it should hold, for messages.
+        path: Weight file.
+        model: Name of the model that the file should hold, for error messages.
 
     Raises:
-        InputError: If there is none, it is damaged, or it could run code.
+        InputError: If the file does not exist, is damaged, or holds more than tensors and so could run code.
     """
     if not path.is_file():
         raise InputError(f"weights: no file {path}; give that of {model}")
     try:
         loaded = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged file brings about
+    except Exception as error:  # a damaged file can raise almost anything
         raise InputError(
             f"weights: {path} is damaged, or holds more than tensors and could run code ({first_line(error)}); get it "
             "again"

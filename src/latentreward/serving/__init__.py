@@ -1,1 +1,1 @@
-"""A reward model behind HTTP (extra ``serve``)."""
+"""HTTP server that scores latents and images with a reward model (extra ``serve``), and a web page (extra ``ui``)."""

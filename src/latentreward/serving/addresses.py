@@ -1,4 +1,4 @@
-"""Where a server listens."""
+"""Binding of a server's socket."""
 
 import socket
 
@@ -6,10 +6,14 @@ from latentreward.errors import InputError
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket at the address, on which nothing is accepted yet.
+    """Bind a socket to an address; connections are accepted only after ``listen``.
+
+    Args:
+        host: Host name or IP address of this machine.
+        port: Port, 0 for any free one.
 
     Raises:
-        InputError: If the port is taken or the address is not this machine's.
+        InputError: If the port is in use or out of range, or the address is not one of this machine.
     """
     if not 0 <= port < 2**16:
         raise InputError(f"port={port} is no port; choose one from 1 to {2**16 - 1}, or 0 for a free one")

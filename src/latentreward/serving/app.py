@@ -1,4 +1,4 @@
-"""The endpoints of ``latentreward serve``."""
+"""HTTP endpoints of ``latentreward serve``."""
 
 import asyncio
 import hmac
@@ -22,17 +22,17 @@ from latentreward.serving.image_requests import EncodedImages, images_of_form, i
 from latentreward.serving.service import ScoringService
 
 DECODERS = 4
-"""Requests whose images are decoded at once."""
+"""Number of requests whose images are decoded at the same time."""
 HEADER_BYTES = 16 * 1024
-"""Longest headers of a request, all together."""
+"""Greatest total length of a request's headers, in bytes."""
 REQUESTS = 256
-"""Requests under way at once, or as many as rows may wait, if that is more; further ones are refused."""
+"""Least limit on the number of requests in progress; see :func:`requests_at_once`."""
 OPEN_PATH = "/healthz"
-"""Needs no token, and is answered whatever else is under way."""
+"""Path that needs no token and is answered also when too many requests are in progress."""
 
 
 def create_app(service: ScoringService) -> FastAPI:
-    """The application, without FastAPI's pages of documentation, which load scripts from the network."""
+    """Create the application, without FastAPI's documentation pages, which load scripts from the network."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -59,10 +59,10 @@ def create_app(service: ScoringService) -> FastAPI:
 
 
 class Endpoints:
-    """One method per address.
+    """Handlers of the endpoints, one method each.
 
     Args:
-        service: What scores.
+        service: Service that scores the rows of requests.
     """
 
     def __init__(self, service: ScoringService) -> None:
@@ -70,7 +70,7 @@ class Endpoints:
         self._decoders = asyncio.Semaphore(DECODERS)
 
     async def score(self, request: Request) -> JSONResponse:
-        """Scores of latents by the latent-reward protocol; see :mod:`latentreward.serving.protocol`."""
+        """Score latents by the latent-reward protocol; see :mod:`latentreward.serving.protocol`."""
         service = self.service
         protocol.check_version(request.headers.get(protocol.VERSION_HEADER))
         prompt = protocol.read_prompt(request.headers.getlist(protocol.PROMPT_HEADER))
@@ -82,7 +82,7 @@ class Endpoints:
         return JSONResponse({"protocol_version": protocol.VERSION, "raw_scores": scores})
 
     async def score_images(self, request: Request) -> JSONResponse:
-        """Scores of images for prompts; see :mod:`latentreward.serving.image_requests`."""
+        """Score images for prompts; see :mod:`latentreward.serving.image_requests`."""
         kind = _check_type(request, "application/json", "multipart/form-data")
         async with self.service.bodies.read(request) as body:
             with self.service.memory.hold(parsing_bytes(body, kind), len(body)):
@@ -109,26 +109,29 @@ class Endpoints:
         return {"scores": scores, "z_scores": z_scores, "quantiles": quantiles, **told}
 
     async def model(self, request: Request) -> JSONResponse:
-        """What is served, and within which limits."""
+        """Answer with a description of the model and the server's limits."""
         return JSONResponse(self.service.describe())
 
     async def health(self, request: Request) -> JSONResponse:
-        """200 if it is ready, 503 if the model is at one batch for longer than requests may take, or has stopped."""
+        """Answer 200 if ready; 503 if one batch takes longer than the request timeout, or scoring has stopped."""
         ready = self.service.ready
         return JSONResponse({"live": True, "ready": ready}, 200 if ready else 503)
 
     async def metrics(self, request: Request) -> Response:
-        """Metrics in Prometheus' text format."""
+        """Answer with the metrics in Prometheus' text format."""
         return Response(self.service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
 
 class AuthMiddleware:
-    """Lets in requests of plain framing and short headers that have the token, some at a time, and counts all.
+    """ASGI middleware that refuses bad or excess requests before their bodies are read, and counts all requests.
+
+    Refused are: requests with both Transfer-Encoding and Content-Length (400), with too long headers (431), beyond the
+    number of requests in progress (503), and without the token (401).
 
     Args:
-        app: What lies behind it.
-        service: Holds token and metrics.
-        paths: Known paths; others are counted as one.
+        app: Application behind the middleware.
+        service: Service with the token and the metrics.
+        paths: Known paths; all other paths are counted together as ``other``.
     """
 
     def __init__(self, app: ASGIApp, service: ScoringService, paths: set[str]) -> None:
@@ -136,7 +139,7 @@ class AuthMiddleware:
         self._under_way, self._max_requests = 0, requests_at_once(service)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """See ASGI's specification."""
+        """Handle a connection, as the ASGI specification defines."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         status, start = 500, time.monotonic()
@@ -173,12 +176,12 @@ class AuthMiddleware:
 
 
 def requests_at_once(service: ScoringService) -> int:
-    """How many requests may be under way: those of one row each can fill the queue."""
+    """Return the limit on requests in progress, high enough that requests of one row each can fill the queue."""
     return max(REQUESTS, service.settings.queue)
 
 
 def _check_type(request: Request, *types: str) -> str:
-    """The content type of a request, if it is one of ``types``."""
+    """Return the content type of a request; raise RequestError with status 415 if it is not one of ``types``."""
     found = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if found not in types:
         raise RequestError(f"content-type is {found[:40]!r}; send {' or '.join(types)}", 415)
@@ -198,5 +201,5 @@ async def _http_error(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _unforeseen_error(request: Request, error: Exception) -> JSONResponse:
-    """Uvicorn prints the traceback."""
+    """Answer 500 with the type of the error only; uvicorn prints the traceback."""
     return JSONResponse({"error": f"the server failed ({type(error).__name__})"}, 500)

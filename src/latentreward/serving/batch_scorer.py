@@ -1,4 +1,4 @@
-"""What is scored in one batch, and the scoring of it."""
+"""Rows of requests, and scoring of batches of rows with a reward model."""
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from latentreward.scoring.scoring_noise import ScoringNoise, draw_noise, timeste
 
 @dataclass(frozen=True, eq=False)
 class LatentRow:
-    """Clean latents with an encoded prompt, float32.
+    """Clean latents with an encoded prompt, all float32.
 
     Attributes:
         latents: ``(C, h, w)`` scaled.
@@ -23,7 +23,7 @@ class LatentRow:
         pooled_prompt_embeds: ``(P,)``.
         u: Noise level in [0, 1].
         seed: Seed of the noise.
-        prompt: Text whose noise is drawn; the network reads the embeddings.
+        prompt: Text that the noise also depends on; the network gets the embeddings only.
     """
 
     latents: Tensor
@@ -35,12 +35,12 @@ class LatentRow:
 
     @property
     def shape(self) -> Hashable:
-        """Rows of one size and one number of tokens take the same time."""
+        """Key of rows that take the same time: shape of the latents, number of tokens."""
         return self.latents.shape, len(self.prompt_embeds)
 
     @property
     def group(self) -> Hashable:
-        """Rows of one shape and one noise level can be scored together."""
+        """Key of rows that can share a batch: :attr:`shape` and noise level."""
         return self.shape, self.u
 
 
@@ -49,8 +49,8 @@ class ImageRow:
     """An image with its prompt.
 
     Attributes:
-        prompt: Text.
-        image: 8-bit RGB.
+        prompt: Raw text.
+        image: 8-bit RGB image.
     """
 
     prompt: str
@@ -58,12 +58,12 @@ class ImageRow:
 
     @property
     def shape(self) -> Hashable:
-        """Images of any size take the same time: they are brought to the model's size."""
+        """Key of rows that take the same time: one for all images, which are resized to the model's size."""
         return "images"
 
     @property
     def group(self) -> Hashable:
-        """Images of any size can be scored together."""
+        """Key of rows that can share a batch: one for all images."""
         return self.shape
 
 
@@ -74,8 +74,8 @@ class RowScorer:
     """Scores batches of rows of one group with a reward model.
 
     Args:
-        reward: The model, in evaluation mode.
-        batch_size: Rows per pass.
+        reward: Reward model in evaluation mode.
+        batch_size: Rows per forward pass.
     """
 
     def __init__(self, reward: RewardModel, batch_size: int) -> None:
@@ -83,10 +83,10 @@ class RowScorer:
         self._uncond = reward.backbone.encode_prompts([""]) if reward.head.needs_uncond else None
 
     def __call__(self, rows: Sequence[AnyRow]) -> list[float]:
-        """Raw scores; no row's depends on the others.
+        """Return the raw score of each row; the score of a row does not depend on other rows.
 
         Raises:
-            InputError: If a score is not finite, or a head gives several.
+            InputError: If a score is not finite, or the model gives several scores per row.
         """
         with torch.inference_mode():
             scores = self._score(rows).float().cpu()
@@ -102,7 +102,7 @@ class RowScorer:
         return self._score_latents([row for row in rows if isinstance(row, LatentRow)])
 
     def _score_latents(self, rows: Sequence[LatentRow]) -> Tensor:
-        """Rows of one level; each has a draw of its own, by its seed."""
+        """Score rows of one noise level; the noise of each row is drawn from its own seed."""
         noise, process = ScoringNoise(sigmas=(rows[0].u,)), self.reward.backbone.noise_process
         sigma = process.sigma(timesteps_of(noise, process)).item()
         draws = [draw_noise([row.prompt], None, row.seed, sigma, row.latents.shape) for row in rows]
@@ -120,7 +120,12 @@ class RowScorer:
 
 
 def standing(reward: RewardModel, scores: Tensor) -> tuple[list[float], list[float]] | None:
-    """Z-scores and quantiles of raw ``scores`` ``(N,)``; None if the model is not calibrated at its own noise."""
+    """Convert raw ``scores`` ``(N,)`` to z-scores and quantiles.
+
+    Returns:
+        z-scores and quantiles, N numbers each; None if the model has no calibration, or one for other noise settings
+        than its own.
+    """
     calibration = reward.calibration
     if calibration is None or calibration.noise != reward.noise:
         return None

@@ -1,4 +1,4 @@
-"""Rows of many requests through one model: passes form by themselves while the model is busy."""
+"""Dynamic batching: rows of many requests are collected into batches while the model is busy."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from typing import Generic, Protocol, TypeVar
 from latentreward.serving.errors import RequestError
 
 SHAPES_KEPT = 1024
-"""Shapes whose seconds per row are remembered."""
+"""Number of shapes for which the seconds per row are remembered."""
 
 
 class GroupedRow(Protocol):
-    """A row that can be scored with others of its group."""
+    """A row that can share a batch with other rows of its group."""
 
     @property
     def shape(self) -> Hashable:
-        """Rows of equal shapes take the same time."""
+        """Key of rows that take the same time to score."""
 
     @property
     def group(self) -> Hashable:
-        """Rows of equal groups may share a pass; they have the same shape."""
+        """Key of rows that can share a batch; rows of equal groups have equal shapes."""
 
 
 Row = TypeVar("Row", bound=GroupedRow)
@@ -43,25 +43,28 @@ class _Waiting(Generic[Row]):
 
 
 class MicroBatcher(Generic[Row]):
-    """Collects rows into passes for one worker thread.
+    """Collects rows of requests into batches, and scores the batches in one worker thread.
 
-    A pass starts as soon as the worker is free and a group fills a pass or its oldest row has waited ``max_wait``.
+    A batch starts when the worker is free and some group either fills a batch or has a row that has waited
+    ``max_wait`` seconds.
 
-    Requests take turns by fair queueing (Demers, Keshav and Shenker 1989): a request's turn is the time, counted in
-    rows, at which it would be done if all clients were served at once, each at the same rate, and each client's
-    requests likewise. A request of one row is therefore next, whatever waits of long ones, and a long one is done no
-    later than if all were served at once. Other rows of its group share the pass of the request whose turn it is.
+    The order of requests is fair queueing (Demers, Keshav and Shenker 1989). Each request gets a finishing time,
+    counted in rows: the time at which it would be finished if all clients were served simultaneously at equal rates,
+    and the requests of each client at equal rates too. The request with the earliest finishing time is scored first,
+    and other rows of its group fill its batch. Short requests therefore overtake long ones, and a long request is
+    finished no later than under simultaneous service.
 
-    Lives in one event loop.
+    An object belongs to one event loop.
 
     Args:
-        score: Scores of 1 to ``batch_size`` rows of one group; runs in the worker thread, one call at a time.
-        batch_size: Rows per pass, at most.
-        max_wait: Seconds that a row waits for others at most, while the worker is free.
-        queue: Rows that may wait; further ones are refused.
-        max_pass: Seconds that a pass may take, by what a row of the same shape took last. A pass of a shape that was
-            not measured yet, or that takes longer, holds one row.
-        observe: Told the size of each pass.
+        score: Function that scores 1 to ``batch_size`` rows of one group; called in the worker thread, one call at a
+            time.
+        batch_size: Greatest number of rows per batch.
+        max_wait: Seconds that a row waits for other rows at most, while the worker is free.
+        queue: Greatest number of waiting rows; requests beyond it are refused.
+        max_pass: Seconds that a batch should take at most, as estimated from the last batch of rows of equal shape. A
+            batch holds a single row if its shape was not measured yet, or if one row takes longer.
+        observe: Function called with the number of rows of each batch.
     """
 
     def __init__(
@@ -86,36 +89,40 @@ class MicroBatcher(Generic[Row]):
 
     @property
     def waiting(self) -> int:
-        """Rows in the queue; those in the worker do not count."""
+        """Number of rows in the queue, without the rows that are being scored."""
         return len(self._waiting)
 
     @property
     def running(self) -> bool:
-        """Whether rows of the queue are being scored: started, and neither stopped nor dead."""
+        """Whether the batcher has been started, and has neither been stopped nor crashed."""
         return self._task is not None and not self._task.done()
 
     @property
     def busy_seconds(self) -> float:
-        """How long the worker has been at its present pass; 0 if it is free."""
+        """Seconds since the current batch started; 0 if the worker is free."""
         return 0.0 if self._busy_since is None else time.monotonic() - self._busy_since
 
     def start(self) -> None:
-        """Begin to score, in the running event loop."""
+        """Start scoring, in the running event loop."""
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def stop(self) -> None:
-        """Score no more; rows in the queue are forgotten, a pass that runs is waited for."""
+        """Stop scoring: wait for the current batch, and drop the rows in the queue."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
         await asyncio.to_thread(self._worker.shutdown)
 
     async def score(self, rows: Sequence[Row], client: Hashable = None) -> list[float]:
-        """Score the rows, of any groups, of one request by ``client``. If this is cancelled, waiting rows are dropped.
+        """Score the rows of one request by ``client``; cancelling the call drops the rows that still wait.
+
+        Args:
+            rows: Rows of any groups.
+            client: Key of the client, for fair queueing.
 
         Raises:
-            RequestError: If the queue is too full for them (503).
-            Exception: What the model raised for one of them.
+            RequestError: With status 503 if the queue has no room for the rows.
+            Exception: The model's error if it fails on one of the rows.
         """
         if self.waiting + len(rows) > self.queue:
             seconds = sum(self._seconds_per_row.get(waiting.row.shape, 0.0) for waiting in self._waiting.values())
@@ -130,7 +137,7 @@ class MicroBatcher(Generic[Row]):
             for future in futures:
                 future.cancel()
                 self._waiting.pop(future, None)
-            self._requests -= Counter([client])  # which drops counts of 0
+            self._requests -= Counter([client])  # subtraction of Counters removes entries of 0
 
     def _enqueue(self, row: Row, turn: float) -> asyncio.Future[float]:
         future: asyncio.Future[float] = asyncio.get_running_loop().create_future()
@@ -149,7 +156,7 @@ class MicroBatcher(Generic[Row]):
                     _settle(waiting.future, error)
 
     async def _next_pass(self) -> list[_Waiting[Row]]:
-        """Rows of one group, once any group is due; the first one's turn it is."""
+        """Wait until a group is due, and return the rows of the next batch, sorted by finishing time."""
         while True:
             self._arrived.clear()
             groups: dict[Hashable, list[_Waiting[Row]]] = defaultdict(list)
@@ -163,17 +170,17 @@ class MicroBatcher(Generic[Row]):
                 await asyncio.wait_for(self._arrived.wait(), None if left == math.inf else left)
 
     def _due(self, rows: Sequence[_Waiting[Row]]) -> float:
-        """When rows of a group may be scored: at once if they fill a pass."""
+        """Return the time from which a group's rows may be scored: at once if they fill a batch, else after a wait."""
         since = min(waiting.since for waiting in rows)
         return since if len(rows) >= self._capacity(rows[0].row) else since + self.max_wait
 
     def _capacity(self, row: Row) -> int:
-        """Rows of a group that a pass holds."""
+        """Return the greatest number of rows, of the shape of ``row``, that a batch may hold."""
         seconds = self._seconds_per_row.get(row.shape, math.inf)
         return max(1, min(self.batch_size, int(self.max_pass / seconds)))
 
     async def _score_pass(self, rows: Sequence[_Waiting[Row]]) -> None:
-        """Give each row its score; if they fail, each waits for a pass of its own, so that one spoils no other."""
+        """Score a batch; if scoring fails, put each row back as a batch of its own, so that only bad rows fail."""
         for waiting in rows:
             del self._waiting[waiting.future]
         self._observe(len(rows))

@@ -1,4 +1,4 @@
-"""Bodies of requests: size and time are limited while they come in, and the memory of all of them together."""
+"""Reading of request bodies with limits on size, on time, and on the memory of all requests together."""
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
@@ -11,20 +11,24 @@ from latentreward.serving.errors import RequestError
 
 
 class MemoryBudget:
-    """Bytes that all requests together may hold.
+    """A budget of memory for all requests together.
 
     Args:
-        total: Number of bytes.
+        total: Size of the budget, in bytes.
+
+    Attributes:
+        held: Bytes taken at present.
     """
 
     def __init__(self, total: int) -> None:
         self.total, self.held = total, 0
 
     def take(self, size: int, beside: int = 0) -> None:
-        """Hold ``size`` more bytes for a request that holds ``beside`` bytes already.
+        """Take ``size`` bytes for a request that has already taken ``beside`` bytes.
 
         Raises:
-            RequestError: If there are not so many left (503), or the request alone needs more than there are (413).
+            RequestError: With status 503 if too few bytes are left at present; with status 413 if the request alone
+                exceeds the whole budget.
         """
         if beside + size > self.total:
             needed = f"the request needs {beside + size} bytes of memory, and this server has {self.total} for requests"
@@ -35,7 +39,7 @@ class MemoryBudget:
 
     @contextmanager
     def hold(self, size: int, beside: int = 0) -> Iterator[None]:
-        """Hold ``size`` more bytes while the context lasts; see :meth:`take`."""
+        """Take ``size`` bytes for the duration of the context; see :meth:`take`."""
         self.take(size, beside)
         try:
             yield
@@ -44,12 +48,12 @@ class MemoryBudget:
 
 
 class BodyReader:
-    """Reads bodies into memory.
+    """Reads bodies of requests into memory.
 
     Args:
-        max_bytes: Longest body.
+        max_bytes: Greatest length of a body, in bytes.
         timeout: Seconds that a body may take to arrive.
-        memory: What they are held in.
+        memory: Budget that bodies are counted against.
     """
 
     def __init__(self, max_bytes: int, timeout: float, memory: MemoryBudget) -> None:
@@ -57,10 +61,11 @@ class BodyReader:
 
     @asynccontextmanager
     async def read(self, request: Request) -> AsyncIterator[bytearray]:
-        """The body, whose memory is held while the context lasts.
+        """Read the body; its bytes count against the memory budget until the context ends.
 
         Raises:
-            RequestError: If it is too long (413), too slow (408), cut off (400), or there is no memory for it (503).
+            RequestError: With status 413 if the body is too long, 408 if it arrives too slowly, 400 if the connection
+                ends too early, 503 if the memory budget is used up.
         """
         body = bytearray()
         try:

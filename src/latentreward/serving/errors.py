@@ -1,15 +1,15 @@
-"""What a client did wrong, with the status that says so."""
+"""Errors that a server answers with an HTTP status and a message."""
 
 from latentreward.errors import InputError
 
 
 class RequestError(InputError):
-    """A request that is refused.
+    """An error in the handling of a request, answered as JSON with an HTTP status.
 
     Args:
-        message: One line: what is wrong, and what would be right.
+        message: One line that says what is wrong and what to do.
         status: HTTP status of the answer.
-        retry_after: Seconds after which the client may try again, if that helps.
+        retry_after: Seconds after which the client may try again, for the header ``Retry-After``; None for no header.
     """
 
     def __init__(self, message: str, status: int = 400, retry_after: int | None = None) -> None:

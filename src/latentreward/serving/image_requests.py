@@ -1,4 +1,4 @@
-"""Requests with images and prompts, as JSON or as a form."""
+"""Parsing of requests with images and prompts, as JSON or as a form."""
 
 import base64
 from collections.abc import Iterable, Sequence
@@ -15,25 +15,25 @@ from latentreward.serving.batch_scorer import ImageRow
 from latentreward.serving.errors import RequestError
 
 MAX_PIXELS = 16 * 1024 * 1024
-"""Images with more are refused from their header."""
+"""Greatest number of pixels of an image; checked in the image's header, before decoding."""
 PROMPT_LENGTH = 10_000
-"""Characters; what encoders read of a prompt is far shorter."""
+"""Greatest length of a prompt, in characters; text encoders truncate far earlier."""
 ESCAPED_CHARACTER = 12
-"""Most bytes that a character of a prompt takes in JSON: two times ``\\uXXXX``."""
+"""Greatest number of bytes of a prompt's character in JSON: two times ``\\uXXXX``."""
 MAX_ESCAPES = 2**20
-"""Backslashes in JSON, beside those before the slashes of base64, which some encoders write."""
+"""Greatest number of backslashes in JSON, not counting those that some encoders write before slashes of base64."""
 
 
 @dataclass(frozen=True)
 class EncodedImages:
-    """Images as they came.
+    """Encoded images of a request, with a prompt each.
 
     Attributes:
-        prompts: One for each image.
-        images: Bytes of image files.
+        prompts: One prompt per image.
+        images: Bytes of image files, such as PNG or JPEG.
 
     Raises:
-        RequestError: If there is no image, the numbers differ, or a prompt is too long.
+        RequestError: If there is no image, the numbers of prompts and images differ, or a prompt is too long.
     """
 
     prompts: Sequence[str]
@@ -51,10 +51,12 @@ class EncodedImages:
             raise RequestError(f"a prompt has {longest} characters; at most {PROMPT_LENGTH} are taken", 422)
 
     def memory_bytes(self) -> int:
-        """Bytes that the images take until they are scored: as they came, decoded, and the largest while it is decoded.
+        """Estimate the memory in bytes that the images take until they are scored.
+
+        The sum of the encoded images, the decoded images, and the extra memory of decoding the most demanding one.
 
         Raises:
-            RequestError: If one is no image or has too many pixels.
+            RequestError: If a file is not an image, or has too many pixels.
         """
         try:
             decoded, extra = zip(*(decoding_bytes(ref, MAX_PIXELS) for ref in self._refs()), strict=True)
@@ -63,7 +65,10 @@ class EncodedImages:
         return sum(map(len, self.images)) + sum(decoded) + max(extra)
 
     def decode(self, exif: ExifOrientation) -> list[ImageRow]:
-        """Rows to score, turned upright by their EXIF orientation if ``exif`` is ``apply``.
+        """Decode the images into rows to score.
+
+        Args:
+            exif: ``apply`` turns images upright by their EXIF orientation; ``ignore`` takes the pixels as stored.
 
         Raises:
             RequestError: If an image is damaged.
@@ -79,7 +84,14 @@ class EncodedImages:
 
 
 class ImagesAsJSON(BaseModel, extra="forbid", strict=True):
-    """JSON of a request: a prompt for all images, or one for each; a single image, or several, in base64."""
+    """JSON of a request.
+
+    Attributes:
+        prompt: Prompt of all images; exclusive with ``prompts``.
+        prompts: One prompt per image.
+        image: A single image in base64; exclusive with ``images``.
+        images: Several images in base64.
+    """
 
     prompt: str | None = None
     prompts: list[str] | None = None
@@ -88,12 +100,14 @@ class ImagesAsJSON(BaseModel, extra="forbid", strict=True):
 
 
 def images_of_json(body: bytes | bytearray, max_images: int) -> EncodedImages:
-    """Images in ``{"prompt": text, "images": [base64, ...]}``, or with ``prompts``, a text for each.
+    """Parse images from JSON with the fields of :class:`ImagesAsJSON`: ``{"prompt": text, "images": [base64, ...]}``.
 
-    A single one may stand as ``"image": base64``.
+    Args:
+        body: JSON.
+        max_images: Greatest number of images.
 
     Raises:
-        RequestError: If it is something else.
+        RequestError: If the body is not such an object, an image is not base64, or there are too many images.
     """
     _check_structure(body, max_images)
     try:
@@ -113,11 +127,16 @@ def images_of_json(body: bytes | bytearray, max_images: int) -> EncodedImages:
 
 
 async def images_of_form(request: Request, body: bytearray, max_images: int) -> EncodedImages:
-    """Images in the files ``image`` of a form, with a text ``prompt`` for all, or one for each in the same order.
+    """Parse images from a form with files ``image``, and one text ``prompt`` for all or one per image, in order.
+
+    Args:
+        request: Request, for its headers.
+        body: Body of the request.
+        max_images: Greatest number of images.
 
     Raises:
-        RequestError: If it is something else.
-        starlette.exceptions.HTTPException: If the form cannot be parsed (400).
+        RequestError: If the form has other fields, or the numbers of prompts and images do not fit together.
+        starlette.exceptions.HTTPException: With status 400 if the form cannot be parsed.
     """
     form = await _replay(request, body).form(max_files=max_images, max_fields=max_images)
     try:
@@ -133,7 +152,7 @@ async def images_of_form(request: Request, body: bytearray, max_images: int) -> 
 
 
 def _fields(form: Iterable[str]) -> str:
-    """Names of a form's fields, as far as they fit into a line."""
+    """Name the first fields of a form, for an error message of one line."""
     names = ", ".join(repr(name[:40]) for name in sorted(set(form))[:5])
     return f"the fields {names}" if names else "no field"
 
@@ -146,17 +165,27 @@ def _replay(request: Request, body: bytearray) -> Request:
 
 
 def parsing_bytes(body: bytes | bytearray, kind: str) -> int:
-    """Bytes, at most, that a body takes beside its own while it is parsed, with the images that come out of it.
+    """Return an upper bound, in bytes, on the memory that parsing a body takes in addition to the body.
 
-    JSON becomes one text, of up to 4 bytes per character if any is beyond ASCII, and many; a form is copied and read.
+    The bound includes the resulting images. JSON is decoded to one text, of up to 4 bytes per character if not all
+    characters are ASCII, and then to many texts. A form is copied and read into files.
+
+    Args:
+        body: Body of the request.
+        kind: Content type.
     """
     return (3 if kind == "application/json" and body.isascii() else 6) * len(body)
 
 
 def _check_structure(body: bytes | bytearray, max_images: int) -> None:
-    """Refuse JSON before it is parsed, if it would become many objects, or texts of several bytes per character.
+    """Refuse, before parsing, JSON that would become many objects, or long texts of several bytes per character.
 
-    What stands between quotes is told by counting alone, so that neither time nor memory depend on what the body holds.
+    The body is split at unescaped quotes, with a limit on the number of pieces, so that time and memory are bounded
+    for any content.
+
+    Raises:
+        RequestError: If the body has too many escapes, texts or values, or a text that is too long for a prompt and is
+            not base64.
     """
     most = 8 * (max_images + 8)
     if body.count(b"\\") > MAX_ESCAPES + len(body) // 32:

@@ -1,21 +1,23 @@
-"""Version 1 of verl-omni's latent-reward protocol: the bytes of a request, checked against what a model takes.
+"""Version 1 of verl-omni's latent-reward protocol: parsing of requests, and checks against the served model.
 
 Source: verl-omni's client, ``verl_omni/utils/reward_score/latent_http_scorer_client.py`` (Apache-2.0). A request is
-POSTed with the header ``x-drm-protocol-version: 1``; its body is a safetensors file with
+a POST with the header ``x-drm-protocol-version: 1``. Its body is a safetensors file with the tensors
 
 ==========================  =================  ====================================================
-``latents``                 ``(B, C, h, w)``   clean and scaled, float32, float16 or bfloat16
-``prompt_embeds``           ``(B, L, D)``      likewise
-``pooled_prompt_embeds``    ``(B, P)``         likewise
+``latents``                 ``(B, C, h, w)``   clean and scaled; float32, float16 or bfloat16
+``prompt_embeds``           ``(B, L, D)``      float32, float16 or bfloat16
+``pooled_prompt_embeds``    ``(B, P)``         float32, float16 or bfloat16
 ``u``                       ``(B,)`` float32   noise level in [0, 1]; the nearest of the model is used
 ``seeds``                   ``(B,)`` int64     optional; seed of the noise
 ==========================  =================  ====================================================
 
-and the reply is ``{"protocol_version": "1", "raw_scores": [...]}``. The client sends one row; more are accepted.
+and the reply is ``{"protocol_version": "1", "raw_scores": [...]}``. verl-omni's client sends one row; the server
+accepts several.
 
-The noise of a row depends on its seed, its noise level and the shape of its latents alone. The header ``x-prompt``
-(optional; verl-omni's client does not send it) holds the prompt of all rows, as base64 of UTF-8. With it, the noise is
-that which :meth:`RewardModel.score` draws for this prompt.
+The noise of a row depends on its seed, its noise level, the shape of its latents and the prompt in the header
+``x-prompt``, not on other rows. The header is optional, and verl-omni's client does not send it; without it the prompt
+is empty. It holds the prompt of all rows, as base64 of UTF-8. With it, a row gets the same noise as from
+:meth:`RewardModel.score` for this prompt.
 """
 
 import base64
@@ -35,9 +37,9 @@ VERSION = "1"
 VERSION_HEADER = "x-drm-protocol-version"
 PROMPT_HEADER = "x-prompt"
 PROMPT_HEADER_LENGTH = 12 * 1024
-"""Most characters of base64; they hold 9 KiB of UTF-8."""
+"""Greatest length of the header ``x-prompt``, in characters of base64; encodes 9 KiB of UTF-8."""
 DEFAULT_SEED = 0
-"""Seed of the noise of a request without ``seeds``, unless the server draws fresh noise."""
+"""Seed of the noise of requests without ``seeds``, unless the server has ``fresh_noise`` set."""
 TENSORS = {
     "latents": Expected(4),
     "prompt_embeds": Expected(3),
@@ -49,15 +51,15 @@ TENSORS = {
 
 @dataclass(frozen=True)
 class Accepted:
-    """Which latents and embeddings a server takes.
+    """Shapes of latents and embeddings that a server accepts.
 
     Attributes:
-        channels: Latent channels.
-        text_width: D, width of a token.
-        pooled_width: P, width of the pooled vector.
-        patch: Sides of latents must be multiples of it.
-        max_side: Longest side of latents; None if the network has no limit of its own.
-        tokens: L, if it must be that of the model's own prompts, since the head compares with the empty one.
+        channels: Number of latent channels C.
+        text_width: Width D of a token's embedding.
+        pooled_width: Width P of the pooled embedding.
+        patch: Number that the sides of latents must be multiples of, in latent pixels.
+        max_side: Longest side of latents, in latent pixels; None if the network has no limit.
+        tokens: Number of tokens L if it is fixed, as for heads that compare with the empty prompt; else None.
         max_pixels: Largest h · w of latents.
         max_tokens: Largest L.
         max_rows: Largest B.
@@ -74,10 +76,14 @@ class Accepted:
     max_rows: int = 64
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Compare the shapes of a request's tensors.
+        """Check the shapes of a request's tensors.
+
+        Args:
+            shapes: Shape of each tensor by its name in the protocol.
 
         Raises:
-            RequestError: If one does not fit the model, a limit or the others; 413 for limits, 422 otherwise.
+            RequestError: With status 413 if a limit of the server is exceeded; with status 422 if a shape does not fit
+                the model or the other tensors.
         """
         rows, channels, height, width = shapes["latents"]
         _, tokens, text_width = shapes["prompt_embeds"]
@@ -96,7 +102,7 @@ class Accepted:
         if height % self.patch or width % self.patch:
             raise RequestError(f"latents of {height} × {width} must have sides divisible by {self.patch}", 422)
         if max(height, width) > (self.max_side or max(height, width)):
-            raise RequestError(f"latents of {height} × {width} have a side over {self.max_side}, the network's", 422)
+            raise RequestError(f"latents of {height} × {width} have a side over the network's {self.max_side}", 422)
         for name, found, most in (
             ("latents: h · w", height * width, self.max_pixels),
             ("prompt_embeds: tokens", tokens, self.max_tokens),
@@ -107,10 +113,10 @@ class Accepted:
 
 
 def check_version(version: str | None) -> None:
-    """Compare the protocol version of a request.
+    """Check the protocol version of a request.
 
     Raises:
-        RequestError: If it is missing or another.
+        RequestError: If ``version`` is missing or not :data:`VERSION`.
     """
     if version != VERSION:
         found = "missing" if version is None else repr(version[:20])
@@ -118,10 +124,16 @@ def check_version(version: str | None) -> None:
 
 
 def read_prompt(values: Sequence[str]) -> str:
-    """Decode the prompt of a request from the values of its header ``x-prompt``; without one it is empty.
+    """Decode the prompt of a request from its header ``x-prompt``.
+
+    Args:
+        values: Values of the header; empty if the request does not have it.
+
+    Returns:
+        The prompt; empty without the header.
 
     Raises:
-        RequestError: If the header stands twice, is too long, or is not base64 of UTF-8.
+        RequestError: If the header occurs more than once, is too long, or is not base64 of UTF-8.
     """
     if len(values) > 1:
         raise RequestError(f"header {PROMPT_HEADER} stands {len(values)} times; a request has one prompt")
@@ -134,23 +146,23 @@ def read_prompt(values: Sequence[str]) -> str:
         return base64.b64decode(text, validate=True).decode()
     except ValueError as error:
         raise RequestError(
-            f"header {PROMPT_HEADER} is not base64 of UTF-8 text ({error}); encode the prompt so"
+            f"header {PROMPT_HEADER} is not base64 of UTF-8 text ({error}); encode the prompt in this way"
         ) from error
 
 
 def parse_request(
     body: bytes | bytearray, accepted: Accepted, prompt: str = "", seeds: Iterable[int] = repeat(DEFAULT_SEED)
 ) -> list[LatentRow]:
-    """Rows of a request.
+    """Parse the body of a request into rows to score.
 
     Args:
         body: Safetensors bytes.
-        accepted: What the model takes.
-        prompt: Prompt whose noise all rows have.
-        seeds: Where rows without a seed of their own take one from.
+        accepted: Shapes that the server accepts.
+        prompt: Prompt that the noise of all rows is drawn for.
+        seeds: Source of seeds for requests without the tensor ``seeds``, one per row.
 
     Raises:
-        RequestError: If the bytes are not what the protocol says, or do not fit the model.
+        RequestError: If the bytes do not follow the protocol, or do not fit the model.
     """
     entries, data = read_header(body, TENSORS)
     accepted.check({name: entry.shape for name, entry in entries.items()})
@@ -164,10 +176,10 @@ def parse_request(
 
 
 def parsing_bytes(body: bytes | bytearray) -> int:
-    """Bytes that the rows of a request take beside its body: all floats become float32.
+    """Return the memory in bytes that the parsed rows take in addition to the body; all floats become float32.
 
     Raises:
-        RequestError: As :func:`parse_request`, for what the header shows.
+        RequestError: If the safetensors header does not follow the protocol.
     """
     entries, _ = read_header(body, TENSORS)
     return sum(4 * math.prod(entry.shape) for name, entry in entries.items() if name != "seeds")

@@ -1,4 +1,4 @@
-"""The HTTP server around the application: sockets, limits on slow clients, an orderly end."""
+"""HTTP server of the application: sockets, limits on slow clients, graceful shutdown."""
 
 from __future__ import annotations
 
@@ -16,24 +16,25 @@ from latentreward.serving.app import HEADER_BYTES, create_app, requests_at_once
 from latentreward.serving.service import ScoringService
 
 HEADER_SECONDS = 10.0
-"""How long a client may take over the head of a request, and a connection may lie idle."""
+"""Seconds that a client may take to send the headers of a request, or leave a connection idle."""
 CONNECTIONS_PER_REQUEST = 2
-"""Connections open for each request that may be under way; beyond them, that which is idle longest is closed."""
+"""Limit on open connections, as a multiple of the limit on requests in progress."""
 
 
 class IdleTimeoutProtocol(H11Protocol):
-    """Closes connections on which no request begins in time; uvicorn itself would wait for ever for a header.
+    """HTTP protocol of uvicorn that closes idle connections after a timeout, or when too many are open.
 
-    Uvicorn's ``limit_concurrency`` counts idle connections too, and then refuses all requests, /healthz included: here
-    a connection too many takes the place of an idle one instead.
+    Uvicorn itself waits for the headers of a request without a limit. Its ``limit_concurrency`` would not help: it
+    counts idle connections too and, once reached, refuses all requests, those to /healthz included. Here a new
+    connection beyond the limit closes the connection that has been idle longest.
     """
 
     max_connections: int
-    """Connections open at once."""
+    """Greatest number of open connections."""
     _deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
-        """Start the clock, and make room."""
+        """Start the idle timeout; if too many connections are open, close the longest idle one, or else this one."""
         super().connection_made(transport)
         self._restart()
         still_open = [connection for connection in self.connections if not connection.transport.is_closing()]
@@ -43,11 +44,11 @@ class IdleTimeoutProtocol(H11Protocol):
 
     @property
     def idle(self) -> bool:
-        """Whether no request is being answered."""
+        """Whether no request of this connection is being answered."""
         return self.cycle is None or self.cycle.response_complete
 
     def on_response_complete(self) -> None:
-        """Start the clock again for the next request."""
+        """Restart the idle timeout, for the next request."""
         super().on_response_complete()
         self._restart()
 
@@ -62,7 +63,7 @@ class IdleTimeoutProtocol(H11Protocol):
 
 
 def configuration(service: ScoringService) -> uvicorn.Config:
-    """Settings of uvicorn for a service."""
+    """Return uvicorn's settings for a service."""
 
     class LimitedProtocol(IdleTimeoutProtocol):
         max_connections = CONNECTIONS_PER_REQUEST * requests_at_once(service)
@@ -83,16 +84,20 @@ def configuration(service: ScoringService) -> uvicorn.Config:
 
 
 def serve(service: ScoringService, bound: socket.socket) -> None:
-    """Answer requests until SIGTERM or SIGINT; what is under way then is finished, for up to the request timeout.
+    """Answer requests until SIGTERM or SIGINT; then finish requests in progress, for up to the request timeout.
 
-    Prints ``serving MODEL at URL`` as soon as clients can connect, then the first seed of fresh noise.
+    Prints ``serving MODEL at URL`` once clients can connect, and under ``fresh_noise`` the first seed.
+
+    Args:
+        service: Service that scores.
+        bound: Socket bound to the server's address, see :func:`~latentreward.serving.addresses.bind`.
     """
     host, port = bound.getsockname()[:2]
     bound.listen()
     print(f"serving {service.reward.identity} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
     if service.first_seed is not None:
         print(f"latents without a seed get fresh noise, by the seeds from {service.first_seed} on", flush=True)
-    previous = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # uvicorn raises what it caught again, once it is done
+    previous = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # uvicorn raises the caught signal again after shutdown
     try:
         with contextlib.suppress(KeyboardInterrupt):
             uvicorn.Server(configuration(service)).run(sockets=[bound])

@@ -1,4 +1,4 @@
-"""A reward model with its queue: what the endpoints of the server share."""
+"""The scoring service behind the HTTP endpoints: reward model, queue, memory budget and metrics."""
 
 import asyncio
 import math
@@ -23,15 +23,17 @@ from latentreward.serving.protocol import DEFAULT_SEED, Accepted
 from latentreward.serving.settings import ServiceSettings
 
 BODIES_AT_ONCE = 16
-"""Bodies of the greatest length that fit into memory together."""
+"""Number of bodies of the greatest length for which the memory budget has room."""
 CLIENT_GONE = 499
-"""Status, in the metrics alone, of a request whose client left."""
+"""Status under which the metrics count a request whose client disconnected before the answer."""
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+"""Bucket bounds of the histogram of answer times, in seconds."""
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+"""Bucket bounds of the histogram of batch sizes, in rows."""
 
 
 class ServerMetrics:
-    """What a server tells of its requests and passes; each has a registry of its own."""
+    """Prometheus metrics of a server's requests and batches, in a registry of their own."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -42,28 +44,31 @@ class ServerMetrics:
         self.queue_rows = Gauge("queue_rows", "Rows that wait.", **about)
 
     def count_request(self, path: str, status: int, seconds: float) -> None:
-        """Count an answered request."""
+        """Count an answered request, and add its time."""
         self._requests.labels(path, status).inc()
         self._seconds.labels(path).observe(seconds)
 
     def text(self) -> bytes:
-        """Write all of them in Prometheus' text format."""
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
 
 class ScoringService:
-    """Scores rows of requests, many requests in one pass.
+    """Scores the rows of requests; rows of several requests share a forward pass.
+
+    The constructor scores zeros once, so that a model that cannot score fails at the start of the server.
 
     Args:
-        reward: The model, in evaluation mode, on its device. It scores a blank at once: what fails, fails at the start.
-        settings: Limits, and the noise of requests without a seed.
+        reward: Reward model in evaluation mode, on its device.
+        settings: Limits, and noise of requests without a seed.
 
     Attributes:
-        first_seed: First seed of fresh noise, from the system's entropy; None if noise is not fresh.
-        seeds: Seeds of rows that come without one: those after ``first_seed``, one by one, or 0.
+        accepted: Shapes of latents and embeddings that the model takes.
+        first_seed: First seed under ``fresh_noise``, from the system's entropy; None without ``fresh_noise``.
+        seeds: Seeds of rows that come without one: ``first_seed``, ``first_seed`` + 1, … under ``fresh_noise``, else 0.
 
     Raises:
-        InputError: If the model cannot score, or gives more than one score.
+        InputError: If the model cannot score, or gives more than one score per row.
     """
 
     def __init__(self, reward: RewardModel, settings: ServiceSettings) -> None:
@@ -88,15 +93,15 @@ class ScoringService:
 
     @property
     def ready(self) -> bool:
-        """Whether requests can be expected to be answered in time."""
+        """Whether the batcher runs, and its current forward pass has taken less than the request timeout."""
         return self.batcher.running and self.batcher.busy_seconds < self.settings.timeout
 
     async def score(self, request: Request, rows: Sequence[AnyRow]) -> list[float]:
-        """Raw scores of rows; given up when ``request``'s client leaves.
+        """Score the rows of ``request``; rows still in the queue are dropped if the client disconnects.
 
         Raises:
-            RequestError: If the queue is full (503), it takes too long (504), the client left (499), the model does
-                not take the rows (422), or it failed (500).
+            RequestError: With status 503 if the queue is full, 504 after the timeout, 499 if the client disconnected,
+                422 if the model cannot score the rows, 500 if the model failed.
         """
         client = request.client and request.client.host
         scoring = asyncio.ensure_future(self.batcher.score(rows, client))
@@ -113,7 +118,7 @@ class ScoringService:
             gone.cancel()
 
     def describe(self) -> dict[str, Any]:
-        """What clients may want to know of the model, and this server's limits, for JSON."""
+        """Describe the model and the server's limits, as values for JSON."""
         accepted = self.accepted
         return {
             "model": self.reward.identity,
@@ -131,7 +136,7 @@ class ScoringService:
 
 
 def accepted_by(reward: RewardModel, settings: ServiceSettings) -> Accepted:
-    """Latents and embeddings that a model takes; encodes the empty prompt to see the widths of embeddings."""
+    """Determine the shapes that a model takes; the empty prompt is encoded to find the widths of embeddings."""
     backbone = reward.backbone
     empty = backbone.encode_prompts([""])
     return Accepted(
@@ -147,7 +152,7 @@ def accepted_by(reward: RewardModel, settings: ServiceSettings) -> Accepted:
 
 
 def _blank_row(reward: RewardModel, accepted: Accepted) -> LatentRow:
-    """Zeros of the network's native size, with the empty prompt."""
+    """Return a row of latents that are 0, in the network's native size, with the empty prompt."""
     empty, downscale = reward.backbone.encode_prompts([""]), reward.backbone.latent_space.downscale
     height, width = (side // downscale for side in reward.backbone.native_size or (8 * downscale, 8 * downscale))
     latents = torch.zeros(accepted.channels, height, width)

@@ -1,4 +1,4 @@
-"""Settings of a server; nothing here needs the extra ``serve``."""
+"""Settings of a server; this module can be imported without the extra ``serve``."""
 
 import math
 from dataclasses import dataclass
@@ -11,19 +11,20 @@ class ServiceSettings:
     """Limits of a server, and the noise of requests without a seed.
 
     Attributes:
-        batch_size: Rows (images or latents) per pass of the model, at most.
-        max_wait_ms: Milliseconds that a row waits for others to share its pass.
-        max_pass_s: Seconds that a pass may take, by what its rows took before; a row that takes longer has one alone.
-            What waits for the model waits for the running pass at least.
-        queue: Rows that may wait; further requests are answered 503 with Retry-After.
-        timeout: Seconds after which a request is answered 504; a body that takes as long to arrive, 408.
+        batch_size: Greatest number of rows (images or latents) per forward pass of the model.
+        max_wait_ms: Milliseconds that a row waits at most for other rows to share its forward pass.
+        max_pass_s: Seconds that a forward pass should take at most, as estimated from earlier rows of equal size. A
+            row that takes longer gets a forward pass alone. A smaller value lowers the time that a short request waits
+            for the running pass.
+        queue: Greatest number of waiting rows; requests beyond it are answered 503 with Retry-After.
+        timeout: Seconds after which a request is answered 504, or 408 if its body has not arrived.
         max_body_mb: Largest body, in MiB.
-        max_latent_pixels: Largest h · w of latents.
+        max_latent_pixels: Largest h · w of latents, in latent pixels.
         fresh_noise: Whether latents of a request without a seed get new noise each time; otherwise their seed is 0.
-        token: What ``Authorization: Bearer`` must give; None lets anybody in.
+        token: Token that requests must give as ``Authorization: Bearer TOKEN``; None allows requests without a token.
 
     Raises:
-        InputError: If a limit is not positive and finite.
+        InputError: If ``max_wait_ms`` is negative, another limit is not positive, or a limit is not finite.
     """
 
     batch_size: int = 8
@@ -45,5 +46,5 @@ class ServiceSettings:
 
     @property
     def max_body(self) -> int:
-        """Bytes of the largest body."""
+        """Size of the largest body, in bytes."""
         return int(self.max_body_mb * 2**20)

@@ -1,7 +1,7 @@
-"""Safetensors bytes from strangers: everything is checked in the header before a tensor is made.
+"""Parsing of safetensors bytes from untrusted clients: the header is checked in full before a tensor is made.
 
-By hand, since ``safetensors.deserialize`` copies all tensors before their names and shapes can be compared with the
-protocol, takes 770 MiB for a body of 33 MiB that lists 600 000 empty tensors, and takes keys that stand twice.
+Not by ``safetensors.deserialize``, which copies all tensors before names and shapes can be checked, needs 770 MiB for a
+body of 33 MiB that lists 600 000 empty tensors, and accepts duplicate keys.
 """
 
 import json
@@ -16,20 +16,21 @@ from torch import Tensor
 from latentreward.serving.errors import RequestError
 
 HEADER_BYTES = 16 * 1024
-"""Longest header; five tensors need less than 500 bytes."""
+"""Greatest length of a safetensors header, in bytes; five tensors need less than 500."""
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
-"""Name in the header → dtype, of those that any request may hold."""
+"""Name of a dtype in safetensors → dtype of torch, for the dtypes that requests may use."""
 FLOATS = ("F32", "F16", "BF16")
+"""Names of the floating-point dtypes that requests may use."""
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What a tensor must be like.
+    """Requirements of the protocol on a tensor.
 
     Attributes:
-        rank: Number of axes.
-        dtypes: Names in :data:`DTYPES`.
-        required: Whether it must be there.
+        rank: Number of dimensions.
+        dtypes: Allowed dtypes, by their names in :data:`DTYPES`.
+        required: Whether a request must have the tensor.
     """
 
     rank: int
@@ -39,13 +40,13 @@ class Expected:
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor as the header describes it.
+    """Description of a tensor in the header.
 
     Attributes:
         dtype: Name in :data:`DTYPES`.
-        shape: Sizes of its axes, at least 1 each.
-        begin: Its first byte, counted from the end of the header.
-        end: One past its last byte.
+        shape: Shape; each size is at least 1.
+        begin: Offset of the tensor's first byte, counted from the end of the header.
+        end: Offset one past the tensor's last byte.
     """
 
     dtype: str
@@ -55,13 +56,20 @@ class Entry:
 
 
 def read_header(body: bytes | bytearray, expected: Mapping[str, Expected]) -> tuple[dict[str, Entry], memoryview]:
-    """Tensors that ``body`` says it holds, and the bytes after the header, which they cover exactly.
+    """Read and check the header of a safetensors body.
 
-    Format: 8 bytes little-endian length, JSON of that length, data (safetensors, its README).
+    Format (README of safetensors): 8 bytes of little-endian length, JSON of that length, data.
+
+    Args:
+        body: Bytes of the body.
+        expected: Requirements on each tensor, by name.
+
+    Returns:
+        Descriptions of the tensors by name, and the data after the header. The tensors cover the data exactly.
 
     Raises:
-        RequestError: If it is no safetensors file, its header is too long, a tensor is missing, unknown or not as
-            expected, or offsets lie.
+        RequestError: If the body is not in safetensors format, its header is too long, a tensor is missing or unknown
+            or does not meet the requirements, or the tensors overlap, leave gaps or reach past the data.
     """
     length = int.from_bytes(body[:8], "little")
     if len(body) < 8 or length > len(body) - 8:
@@ -81,12 +89,12 @@ def read_header(body: bytes | bytearray, expected: Mapping[str, Expected]) -> tu
 
 
 def read_tensor(entry: Entry, data: memoryview) -> Tensor:
-    """The tensor of an entry that :func:`read_header` gave; its own copy."""
+    """Copy the tensor of ``entry`` from the data that :func:`read_header` returned."""
     return torch.frombuffer(bytearray(data[entry.begin : entry.end]), dtype=DTYPES[entry.dtype]).view(entry.shape)
 
 
 def _parse_json(text: bytes) -> dict[str, Any]:
-    """Descriptions of tensors by name; metadata is checked and left out."""
+    """Parse the header's JSON into descriptions of tensors by name; metadata are checked and dropped."""
     if not text.startswith(b"{"):
         raise RequestError("the safetensors header is no JSON object")
     try:
@@ -126,12 +134,12 @@ def _entry(name: str, described: Any, expected: Expected) -> Entry:
 
 
 def _natural(values: Any, least: int) -> bool:
-    """Whether they are a list of whole numbers, each short enough to be multiplied and printed."""
+    """Tell whether ``values`` is a list of integers from ``least`` to 2⁴⁰ - 1, so that products stay manageable."""
     return isinstance(values, list) and all(type(value) is int and least <= value < 2**40 for value in values)
 
 
 def _check_cover(entries: Iterable[Entry], length: int) -> None:
-    """Refuse tensors that overlap, leave gaps or reach past the data."""
+    """Raise RequestError if tensors overlap, leave gaps, or do not cover ``length`` bytes of data."""
     reached = 0
     for entry in sorted(entries, key=lambda entry: entry.begin):
         if entry.begin != reached:

@@ -1,4 +1,4 @@
-"""A page to try a reward model by hand (extra ``ui``): images and a prompt in, scores at all noise levels out."""
+"""Web page to try a reward model by hand (extra ``ui``): scores images for a prompt at several noise levels."""
 
 from __future__ import annotations
 
@@ -20,20 +20,25 @@ if TYPE_CHECKING:
 
 TITLE = "Score images with a latent reward"
 LEVELS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+"""Noise levels in [0, 1] at which the plot shows scores."""
 COLUMNS = ("image", "score", "z-score", "quantile")
 MOST_IMAGES = 32
 
 
 def score_sheet(reward: RewardModel, prompt: str, images: Sequence[str | Path]) -> tuple[list[list[Any]], Figure]:
-    """Rows of :data:`COLUMNS`, highest score first, and a plot of the scores by noise level.
+    """Score images for one prompt, and return a table and a plot.
 
     Args:
-        reward: Scores; images share its noise.
+        reward: Reward model; all images get the same noise.
         prompt: Prompt of all images.
-        images: Files.
+        images: Image files, 1 to :data:`MOST_IMAGES`.
+
+    Returns:
+        Rows with the columns :data:`COLUMNS`, highest score first, and a plot of the scores by noise level. Without a
+        calibration z-scores and quantiles are None.
 
     Raises:
-        InputError: If there is no image, there are too many, or one cannot be read.
+        InputError: If there is no image, there are too many images, or an image cannot be read.
     """
     if not 0 < len(images) <= MOST_IMAGES:
         raise InputError(f"there are {len(images)} images; give 1 to {MOST_IMAGES}")
@@ -46,7 +51,7 @@ def score_sheet(reward: RewardModel, prompt: str, images: Sequence[str | Path]) 
     rounded = [[None if value is None else round(value, 4) for value in column] for column in columns]
     rows = [list(cells) for cells in zip(names, *rounded, strict=True)]
     order = own.argsort(descending=True, stable=True).tolist()
-    return [rows[place] for place in order], _plot(names, scores[:, 1:].tolist(), reward.noise)
+    return [rows[index] for index in order], _plot(names, scores[:, 1:].tolist(), reward.noise)
 
 
 def _plot(names: Sequence[str], scores: Sequence[Sequence[float]], noise: ScoringNoise) -> Figure:
@@ -65,7 +70,7 @@ def _plot(names: Sequence[str], scores: Sequence[Sequence[float]], noise: Scorin
 
 
 def build_page(reward: RewardModel) -> gradio.Blocks:
-    """The page; it loads nothing from other hosts and reports nothing to anybody."""
+    """Build the page; it loads nothing from other hosts, and Gradio's usage reports are off."""
     import gradio as gr
 
     def score(prompt: str, images: Sequence[tuple[str, str | None]] | None) -> tuple[list[list[Any]], Figure]:
@@ -90,7 +95,7 @@ def build_page(reward: RewardModel) -> gradio.Blocks:
 
 
 def launch(reward: RewardModel, port: int) -> None:
-    """Show the page at 127.0.0.1 until Ctrl-C."""
+    """Serve the page at 127.0.0.1 until Ctrl-C."""
     page = build_page(reward)
     where = {"server_name": "127.0.0.1", "server_port": port, "share": False, "ssr_mode": False}
     page.launch(**where, footer_links=[], max_file_size="64mb", quiet=True, prevent_thread_lock=True)

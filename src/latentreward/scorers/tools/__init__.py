@@ -1,4 +1,4 @@
-"""Scorers that run another program in its own environment, or read what it wrote."""
+"""Scorers that run another program in its own Python environment, or read scores that it wrote."""
 
 from latentreward.scorers.tools.base import JudgedPicture, ToolScorer
 from latentreward.scorers.tools.command import CommandScorer, HPSv3Scorer, ImageRewardScorer

@@ -1,4 +1,4 @@
-"""What a scorer of a whole set of pictures promises."""
+"""Base class of scorers that score all images of a policy in one call."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -13,16 +13,16 @@ from latentreward.scorers.base import Scorer
 
 @dataclass(frozen=True)
 class JudgedPicture:
-    """One picture of a policy.
+    """One image of a policy, to be scored.
 
     Attributes:
-        place: Number of its prompt in the set.
-        image: Number of the picture of that prompt.
-        file: Its name in the folder of the policy.
-        path: Where it lies.
+        place: Index of the prompt in the set of prompts, from 0.
+        image: Number of the image of this prompt, from 0.
+        file: File name of the image in the policy's folder.
+        path: Path of the image.
         prompt: Raw text.
-        group: Kind of prompt, such as GenEval's tag; empty where there is none.
-        fields: The prompt's whole row in the file of prompts.
+        group: Category of the prompt, such as GenEval's tag; empty if prompts have no categories.
+        fields: Whole row of the prompt in the file of prompts.
     """
 
     place: int
@@ -35,12 +35,12 @@ class JudgedPicture:
 
 
 class ToolScorer(Scorer):
-    """Scores all pictures of a policy in one go.
+    """Base class of scorers that score all images of a policy in one call, for ``latentreward evaluate-policy``.
 
     Attributes:
-        headline: What of the scores is reported first: the mean over prompts, or the mean of the groups' means.
-        results: What is read instead of a run, if anything.
-        versions: Of what runs, as far as they are known.
+        headline: Number reported first: ``mean`` over prompts, or ``mean_of_groups``, the mean of the groups' means.
+        results: Path of existing results to read instead of running a program; None runs the program.
+        versions: Versions of the program and its packages, set by :meth:`prepare` if they can be found.
     """
 
     headline: Literal["mean", "mean_of_groups"] = "mean"
@@ -48,21 +48,35 @@ class ToolScorer(Scorer):
     versions: str = ""
 
     def identity(self) -> str:
-        """Class, and results or versions."""
+        """See :meth:`Scorer.identity`: class, results and versions."""
         return " ".join(filter(None, (type(self).__name__, self.results, self.versions)))
 
     def prepare(self) -> None:
-        """Find out whether it can run; called before anything is sampled."""
+        """Check that the program can run; called before images are sampled.
+
+        Raises:
+            InputError: If the program cannot run.
+        """
 
     def check(self, pictures: Sequence[JudgedPicture]) -> None:
-        """Refuse prompts that it cannot judge; called before anything is sampled, when no picture need exist yet."""
+        """Check that the scorer can handle the prompts; called before images are sampled, so files may not exist yet.
+
+        Raises:
+            InputError: If the scorer cannot handle a prompt.
+        """
 
     @abstractmethod
     def score_pictures(self, pictures: Sequence[JudgedPicture], policy: str, work: Path) -> np.ndarray:
-        """Scores ``(N,)`` float64 of N pictures, finite.
+        """Score N images.
 
         Args:
-            pictures: All pictures of a policy, by place and number.
-            policy: Name of the policy, which stands in for ``{policy}`` in names of files.
-            work: Folder for what it needs and writes; made by the caller, and not cleared.
+            pictures: All images of a policy, sorted by prompt and number.
+            policy: Name of the policy, put in place of ``{policy}`` in file names.
+            work: Existing folder for input, output and logs of the program; may hold files of earlier calls.
+
+        Returns:
+            Finite scores ``(N,)``, float64.
+
+        Raises:
+            InputError: If the program fails, or a score is missing or not finite.
         """

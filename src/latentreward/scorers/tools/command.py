@@ -1,4 +1,4 @@
-"""Any program that reads a table of pictures and writes one of scores; ImageReward and HPSv3 among them."""
+"""Scorers that run a program which reads a table of images and writes a table of scores, such as ImageReward."""
 
 import shutil
 from collections.abc import Sequence
@@ -13,21 +13,22 @@ from latentreward.scorers.tools.running import DAY, interpreter, package_version
 from latentreward.scorers.tools.score_file import look_up, write_pictures_table
 
 DRIVERS = Path(__file__).parent / "drivers"
+"""Folder of the scripts that run in environments of other packages."""
 
 
 class CommandScorer(ToolScorer):
-    """Runs a program once for all pictures of a policy.
+    """A scorer that runs any program, once for all images of a policy.
 
     Args:
-        command: Program and arguments, in which ``{pictures}`` stands for a file of JSON lines with ``file``, ``path``
-            and ``prompt`` of each picture, and ``{scores}`` for the file that it is to write: JSON lines with ``file``
-            and ``score``.
-        name: Name of the scores.
-        folder: Where it runs; a folder of its own by default.
-        timeout_s: Seconds after which it is killed.
+        command: Program and arguments. ``{pictures}`` is replaced by the path of the input, a file of JSON lines with
+            ``file``, ``path`` and ``prompt`` of each image. ``{scores}`` is replaced by the path of the output that the
+            program must write, a file of JSON lines with ``file`` and ``score`` of each image.
+        name: Name of the scores in reports.
+        folder: Working directory of the program; by default the folder with the program's input, output and log.
+        timeout_s: Seconds after which the program is killed.
 
     Raises:
-        InputError: If the program is not there, fails, takes too long, or leaves a picture out.
+        InputError: If the program does not exist, fails, takes too long, or writes no score for an image.
     """
 
     def __init__(
@@ -42,11 +43,15 @@ class CommandScorer(ToolScorer):
         self.command, self.folder, self.timeout_s = list(command), folder, timeout_s
 
     def identity(self) -> str:
-        """Class and command."""
+        """See :meth:`Scorer.identity`: class and command."""
         return f"{type(self).__name__} {' '.join(self.command)}"
 
     def prepare(self) -> None:
-        """Look for the program."""
+        """Check that the program exists.
+
+        Raises:
+            InputError: If it does not.
+        """
         if shutil.which(self.command[0]) is None:
             raise InputError(f"command of {self.name}: {self.command[0]} is no program; give its whole path")
 
@@ -62,7 +67,7 @@ class CommandScorer(ToolScorer):
 
 
 class _PackageScorer(CommandScorer):
-    """A package of another environment, called by a script of ours there."""
+    """Base class of scorers by a Python package in another environment, where a script of :data:`DRIVERS` calls it."""
 
     packages: tuple[str, ...]
     driver: str
@@ -75,22 +80,22 @@ class _PackageScorer(CommandScorer):
     identity = ToolScorer.identity
 
     def prepare(self) -> None:
-        """Ask the environment for its versions."""
+        """Check that the packages are installed in the environment, and record their versions."""
         self.versions = package_versions(self.name, self.python, self.packages)
 
 
 class ImageRewardScorer(_PackageScorer):
-    """ImageReward (arXiv:2304.05977), run by its package ``image-reward`` in an environment of its own.
+    """ImageReward (arXiv:2304.05977), run by the package ``image-reward`` in a separate Python environment.
 
-    It needs torchvision, timm 0.6.13 and fairscale, which do not go beside transformers 5.
+    The package needs torchvision, timm 0.6.13 and fairscale, which cannot be installed beside transformers 5.
 
     Args:
-        python: The Python of that environment.
-        name: Name of the scores.
-        timeout_s: Seconds after which it is killed.
+        python: Python interpreter of that environment.
+        name: Name of the scores in reports.
+        timeout_s: Seconds after which the run is killed.
 
     Raises:
-        InputError: If there is no such program, or the package is not installed there.
+        InputError: If the interpreter does not exist, or the package is not installed in its environment.
     """
 
     packages, driver = ("image-reward",), "score_with_image_reward.py"
@@ -100,17 +105,17 @@ class ImageRewardScorer(_PackageScorer):
 
 
 class HPSv3Scorer(_PackageScorer):
-    """HPSv3 (arXiv:2508.03789): the mean μ of its score, run by its package ``hpsv3`` in an environment of its own.
+    """HPSv3 (arXiv:2508.03789), run by the package ``hpsv3`` in a separate Python environment.
 
-    The order of its arguments changed after 1.0.0; they are given by name.
+    HPSv3 predicts a normal distribution of the score; its mean μ is used.
 
     Args:
-        python: The Python of that environment (transformers 4.45.2, torchvision).
-        name: Name of the scores.
-        timeout_s: Seconds after which it is killed.
+        python: Python interpreter of that environment (transformers 4.45.2, torchvision).
+        name: Name of the scores in reports.
+        timeout_s: Seconds after which the run is killed.
 
     Raises:
-        InputError: If there is no such program, or the package is not installed there.
+        InputError: If the interpreter does not exist, or the package is not installed in its environment.
     """
 
     packages, driver = ("hpsv3",), "score_with_hpsv3.py"

@@ -1,4 +1,4 @@
-"""GenEval (arXiv:2310.11513): whether the objects that a prompt asks for are there, by a detector."""
+"""Scorer by GenEval (arXiv:2310.11513), which checks with a detector that an image shows the prompt's objects."""
 
 import json
 import re
@@ -13,29 +13,30 @@ from latentreward.scorers.tools.base import JudgedPicture, ToolScorer
 from latentreward.scorers.tools.running import DAY, commit_of, interpreter, package_versions, place_png, run_tool
 
 PACKAGES = ("mmdet", "open-clip-torch")
+"""Packages that GenEval's environment must have, and whose versions are recorded."""
 NAME = re.compile(r"(\d+)/samples/(\d+)\.png$")
-"""Prompt and picture in a file name of the results."""
+"""Pattern of a file name in GenEval's results: index of the prompt, and number of the image."""
 
 
 class GenEvalScorer(ToolScorer):
-    """1 where GenEval finds a picture correct, 0 where not; GenEval's score is the mean of the six tags' means.
+    """GenEval's verdict on each image, 1 for correct and 0 for wrong; the headline is the mean of the six tags' means.
 
-    It runs ``evaluation/evaluate_images.py`` of the released code (github.com/djghosh13/geneval) in an environment of
-    its own (mmdet 2, a CUDA device), on pictures laid out as it wants them; or reads a ``results.jsonl`` from there.
-    Prompts must be its ``prompts/evaluation_metadata.jsonl``.
+    The scorer runs ``evaluation/evaluate_images.py`` of the released code (github.com/djghosh13/geneval) in a separate
+    Python environment (mmdet 2, a CUDA device), or reads a ``results.jsonl`` that this script has written. The prompts
+    must be GenEval's ``prompts/evaluation_metadata.jsonl``.
 
     Args:
         repository: Clone of the released code.
-        python: The Python of its environment.
+        python: Python interpreter of GenEval's environment.
         model_path: Folder with the detector's weights.
-        model_config: The detector's configuration; mmdet's own by default.
-        results: A ``results.jsonl``, instead of a run; ``{policy}`` stands for the name of the policy. Folder names in
-            it are places of prompts.
-        name: Name of the scores.
+        model_config: Configuration file of the detector; mmdet's own by default.
+        results: A ``results.jsonl`` to read instead of running GenEval; ``{policy}`` is replaced by the name of the
+            policy. Folder names in the file must be indices of prompts.
+        name: Name of the scores in reports.
         timeout_s: Seconds after which a run is killed.
 
     Raises:
-        InputError: If something is missing, the run fails, or the results are not of these pictures.
+        InputError: If a file is missing, the run fails, or the results are not those of the given images.
     """
 
     headline = "mean_of_groups"
@@ -61,13 +62,17 @@ class GenEvalScorer(ToolScorer):
             _existing(name, "model_path", model_path)
 
     def prepare(self) -> None:
-        """Ask the environment for its versions."""
+        """Check that the packages are installed in the environment, and record versions and commit."""
         if self.repository is not None and self.results is None:
             packages = package_versions(self.name, self.python, PACKAGES)
             self.versions = f"commit {commit_of(self.repository)} {packages}"
 
     def check(self, pictures: Sequence[JudgedPicture]) -> None:
-        """Refuse prompts without GenEval's fields."""
+        """Check that all prompts have GenEval's fields.
+
+        Raises:
+            InputError: If a prompt lacks a field.
+        """
         for picture in pictures:
             if not {"tag", "include", "prompt"} <= picture.fields.keys():
                 raise InputError(
@@ -90,19 +95,27 @@ class GenEvalScorer(ToolScorer):
 
 
 def lay_out(pictures: Sequence[JudgedPicture], folder: Path) -> None:
-    """``00000/metadata.jsonl`` and ``00000/samples/0000.png`` for each prompt and picture, and nothing else."""
+    """Write images in GenEval's layout, ``00000/metadata.jsonl`` and ``00000/samples/0000.png``; clears ``folder``."""
     shutil.rmtree(folder, ignore_errors=True)
     for picture in pictures:
-        place = folder / f"{picture.place:05d}"
-        place_png(picture.path, place / "samples" / f"{picture.image:04d}.png")
-        (place / "metadata.jsonl").write_text(json.dumps(picture.fields), encoding="utf-8")
+        prompt_folder = folder / f"{picture.place:05d}"
+        place_png(picture.path, prompt_folder / "samples" / f"{picture.image:04d}.png")
+        (prompt_folder / "metadata.jsonl").write_text(json.dumps(picture.fields), encoding="utf-8")
 
 
 def read_results(name: str, path: Path, pictures: Sequence[JudgedPicture]) -> np.ndarray:
-    """``(N,)`` float64, 1 for correct, of N pictures in a ``results.jsonl``.
+    """Read the verdicts on N images from a ``results.jsonl``.
+
+    Args:
+        name: Name of the scorer, for error messages.
+        path: File that GenEval wrote.
+        pictures: N images.
+
+    Returns:
+        ``(N,)`` float64, 1 for correct and 0 for wrong.
 
     Raises:
-        InputError: If it is no such file, or lacks or confuses a picture.
+        InputError: If the file cannot be read, has no verdict on an image, or has another prompt for an image.
     """
     if not path.is_file():
         raise InputError(f"{name}: no file {path}; give a results.jsonl of GenEval")

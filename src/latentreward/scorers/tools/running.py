@@ -1,4 +1,4 @@
-"""Another program, in its own environment, with a limit on its time and what it said on failure."""
+"""Running of other programs in their own environments, with a time limit and a log."""
 
 import os
 import shutil
@@ -13,26 +13,27 @@ from latentreward.errors import InputError
 from latentreward.programs import check_program
 
 FOREIGN = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
-"""Variables of our environment that would lead a program out of its own."""
+"""Environment variables that are not passed on, since they would make a program use latentreward's environment."""
 VERSIONS = "import sys; from importlib.metadata import version; print(*map(version, sys.argv[1:]), sep='\\n')"
+"""Python program that prints the versions of the packages given as arguments."""
 DAY = 86_400.0
-"""Seconds that a run may take by default."""
+"""Default time limit of a run, in seconds."""
 TAIL = 2000
-"""Characters of a log that are looked through for the last line."""
+"""Bytes at the end of a log that are searched for the last line."""
 
 
 def run_tool(name: str, command: Sequence[str], folder: Path, log: Path, timeout_s: float) -> None:
-    """Run a program to its end; what it says goes to ``log``.
+    """Run a program to its end, and write its output to ``log``.
 
     Args:
-        name: What messages call it.
+        name: Name of the program in error messages.
         command: Program and arguments.
-        folder: Where it runs.
-        log: File for its output, stdout and stderr in turn.
-        timeout_s: Seconds after which it is killed, and whatever it started.
+        folder: Working directory.
+        log: File for the program's stdout and stderr.
+        timeout_s: Seconds after which the program and all processes that it started are killed.
 
     Raises:
-        InputError: If it may not run, cannot be started, fails or takes too long.
+        InputError: If the program is not allowed (``--restrict-imports``), cannot be started, fails or takes too long.
     """
     check_program(command[0])
     environment = {key: value for key, value in os.environ.items() if key not in FOREIGN}
@@ -60,7 +61,7 @@ def run_tool(name: str, command: Sequence[str], folder: Path, log: Path, timeout
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End the program and what it started, if any of it still runs."""
+    """Kill the program and its process group, if the program still runs."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -72,10 +73,14 @@ def _said(log: Path) -> str:
 
 
 def interpreter(name: str, python: Path | None) -> str:
-    """The Python of a program's own environment, found on PATH or as a file.
+    """Find the Python interpreter of a program's environment, on PATH or as a file.
+
+    Args:
+        name: Name of the scorer, for error messages.
+        python: Interpreter as given in the settings.
 
     Raises:
-        InputError: If none is given, or it is not there.
+        InputError: If ``python`` is None or does not exist.
     """
     found = None if python is None else shutil.which(python.expanduser())
     if found is None:
@@ -89,10 +94,15 @@ def interpreter(name: str, python: Path | None) -> str:
 
 
 def package_versions(name: str, python: str, packages: Sequence[str]) -> str:
-    """Versions of packages in another Python's environment, in one line.
+    """Return the versions of packages in the environment of another Python interpreter, in one line.
+
+    Args:
+        name: Name of the scorer, for error messages.
+        python: Interpreter of the environment.
+        packages: Names of the packages.
 
     Raises:
-        InputError: If one is missing.
+        InputError: If a package is not installed.
     """
     environment = {key: value for key, value in os.environ.items() if key not in FOREIGN}
     found = subprocess.run(
@@ -104,23 +114,26 @@ def package_versions(name: str, python: str, packages: Sequence[str]) -> str:
 
 
 def commit_of(repository: Path) -> str:
-    """Commit of a git work tree, ``unknown`` where there is none."""
+    """Return the commit of a git work tree, or ``unknown``."""
     command = ["git", "-C", str(repository), "rev-parse", "HEAD"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
-    except OSError:  # not installed, or not allowed
+    except OSError:  # git is not installed, or --restrict-imports forbids running it
         return "unknown"
     return found.stdout.strip() if not found.returncode else "unknown"
 
 
 def place_png(source: Path, target: Path) -> None:
-    """``source`` as a PNG file ``target``: a link if it is one, else converted; what is there already is replaced."""
+    """Provide the image ``source`` as the PNG file ``target``, which is replaced if it exists.
+
+    A PNG is hard-linked, or copied where links are not possible; another format is converted.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     target.unlink(missing_ok=True)
     if source.suffix.lower() == ".png":
         try:
             target.hardlink_to(source)
-        except OSError:  # another file system, or one without links
+        except OSError:  # source and target on different file systems, or a file system without hard links
             shutil.copyfile(source, target)
     else:
         with Image.open(source) as picture:

@@ -1,4 +1,4 @@
-"""Scores that another program wrote: a table from picture to number."""
+"""Scorer that reads scores from a table written by another program."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -19,18 +19,18 @@ FILE, PLACE = ("file",), ("place", "image")
 
 
 class ScoreFile(ToolScorer):
-    """A column of a table that was computed elsewhere, e.g. by ImageReward or HPSv3 in their own environments.
+    """A scorer that reads scores computed elsewhere, e.g. by ImageReward or HPSv3 in their own environments.
 
-    Rows name pictures by ``file``, as the policy's own table does (or its last part alone), or by ``place`` of the
-    prompt and number of the ``image``, both from 0.
+    A row of the table names an image in one of two ways. A column ``file`` holds the file name or path of the image.
+    Or the columns ``place`` and ``image`` hold the index of the prompt and the number of the image, both from 0.
 
     Args:
-        path: CSV, JSON lines or parquet; ``{policy}`` stands for the name of the policy.
+        path: CSV (.csv), JSON lines (.jsonl) or parquet file; ``{policy}`` is replaced by the name of the policy.
         column: Column of the scores.
-        name: Name of the scores; that of the column by default.
+        name: Name of the scores in reports; ``column`` by default.
 
     Raises:
-        InputError: If the file is no such table, lacks a picture, or holds something else than finite numbers.
+        InputError: If the file cannot be read, has no row for an image, or holds values other than finite numbers.
     """
 
     def __init__(self, path: str, column: str = "score", *, name: str | None = None) -> None:
@@ -38,7 +38,7 @@ class ScoreFile(ToolScorer):
         self.path, self.column = path, column
 
     def identity(self) -> str:
-        """Class, file and column."""
+        """See :meth:`Scorer.identity`: class, file and column."""
         return f"{type(self).__name__} {self.path} {self.column}"
 
     def score_pictures(self, pictures: Sequence[JudgedPicture], policy: str, work: Path) -> np.ndarray:
@@ -47,10 +47,16 @@ class ScoreFile(ToolScorer):
 
 
 def look_up(name: str, path: Path, column: str, pictures: Sequence[JudgedPicture]) -> np.ndarray:
-    """Scores ``(N,)`` float64 of N pictures in a table.
+    """Look up the scores ``(N,)`` float64 of N images in a table.
+
+    Args:
+        name: Name of the scorer, for error messages.
+        path: Table in the format of :class:`ScoreFile`.
+        column: Column of the scores.
+        pictures: N images.
 
     Raises:
-        InputError: As :class:`ScoreFile`.
+        InputError: See :class:`ScoreFile`.
     """
     table = _read(name, path)
     keys = next((keys for keys in (FILE, PLACE) if set(keys) <= set(table.column_names)), None)
@@ -92,6 +98,6 @@ def _score(name: str, path: Path, scores: Mapping[Any, Any], picture: JudgedPict
 
 
 def write_pictures_table(path: Path, pictures: Sequence[JudgedPicture]) -> None:
-    """JSON lines with ``file``, ``path`` and ``prompt`` of each picture, for a program to read."""
+    """Write JSON lines with ``file``, ``path`` and ``prompt`` of each image, as input of a program."""
     rows = ({"file": item.file, "path": str(item.path.resolve()), "prompt": item.prompt} for item in pictures)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

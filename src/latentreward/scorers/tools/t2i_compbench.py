@@ -1,4 +1,4 @@
-"""T2I-CompBench++ (arXiv:2307.06350): whether attributes, relations and numbers are as the prompt has them."""
+"""Scorer by T2I-CompBench++ (arXiv:2307.06350), which checks attributes, relations and numbers named in a prompt."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ DEPTH = (
 )
 NUMBER = ("UniDet_eval", "numeracy_eval.py", "--outpath", ("annotation_num",))
 CLIP = ("CLIPScore_eval", "CLIP_similarity.py", "--outpath", ("annotation_clip",))
-"""A program: folder, script, option for the pictures, folders of its result in various releases."""
+"""Programs of the benchmark: folder, script, option for the folder of images, result folders of several releases."""
 CATEGORIES = {
     "color": (BLIP,),
     "shape": (BLIP,),
@@ -38,35 +38,38 @@ CATEGORIES = {
     "non_spatial": (CLIP,),
     "complex": (BLIP, SPATIAL, CLIP),
 }
-"""Group of prompts -> the programs that judge it."""
+"""Category of prompts → programs that score it."""
 LONGEST_NAME = 255
-"""Bytes of a file name."""
+"""Greatest length of a file name, in bytes."""
 
 Tool = tuple[str, str, str, tuple[str, ...]]
 
 
 class T2ICompBenchScorer(ToolScorer):
-    """What T2I-CompBench++'s programs say of each picture, in [0, 1]; results are read by category.
+    """T2I-CompBench++'s score of each image, in [0, 1]; the headline is the mean of the categories' means.
 
-    It runs the released code (github.com/Karine-Huang/T2I-CompBench) in an environment of its own, category by
-    category, on pictures laid out as it wants them; or reads what it wrote. Prompts must be its
-    ``examples/dataset/*_val.txt``, whose names are the categories. The published protocol has ten pictures a prompt.
+    The scorer runs the released code (github.com/Karine-Huang/T2I-CompBench) in a separate Python environment, category
+    by category, or reads results that the code has written. The prompts must be the benchmark's
+    ``examples/dataset/*_val.txt``; the file names are the categories. The published protocol uses ten images per
+    prompt.
 
     Args:
-        repository: Clone of the released code; its lists of complex prompts are needed for results from elsewhere too.
-        python: The Python of its environment.
-        results: Folder with a folder for each category, as the programs leave it, instead of a run; ``{policy}`` stands
-            for the name of the policy. Pictures are numbered by prompt, in the order of the file.
-        name: Name of the scores.
+        repository: Clone of the released code; needed with ``results`` too if there are prompts of the category
+            ``complex``, to read which relations they have.
+        python: Python interpreter of the benchmark's environment.
+        results: Folder of existing results to read instead of running the programs, with a folder per category as the
+            programs write it; ``{policy}`` is replaced by the name of the policy. Images must be numbered prompt by
+            prompt, in the order of the file of prompts.
+        name: Name of the scores in reports.
         timeout_s: Seconds after which a program is killed.
 
     Raises:
-        InputError: If something is missing, a program fails, or the results are not of these pictures.
+        InputError: If a file is missing, a program fails, or the number of results is not that of the images.
 
     Note:
-        A complex prompt's score is the mean of the programs that concern it: attributes and positions, attributes and
-        actions, or all three. The released ``3_in_1.py`` does that for ten pictures a prompt only; here any number
-        goes.
+        The score of a complex prompt is the mean over the programs that apply to it: attributes and positions,
+        attributes and actions, or all three. The released ``3_in_1.py`` does the same, but only for ten images per
+        prompt.
     """
 
     headline = "mean_of_groups"
@@ -88,12 +91,16 @@ class T2ICompBenchScorer(ToolScorer):
                 raise InputError(f"repository of {name}: {repository} holds no {BLIP[0]}; give a clone, or results")
 
     def prepare(self) -> None:
-        """Note the commit."""
+        """Record the commit of the clone."""
         if self.repository is not None:
             self.versions = f"commit {commit_of(self.repository)}"
 
     def check(self, pictures: Sequence[JudgedPicture]) -> None:
-        """Refuse prompts of no category, and those that make no file name."""
+        """Check that each prompt has a category and can be part of a file name.
+
+        Raises:
+            InputError: If a prompt does not, or the lists of complex prompts are missing.
+        """
         for picture in pictures:
             if picture.group not in CATEGORIES:
                 raise InputError(
@@ -129,11 +136,11 @@ class T2ICompBenchScorer(ToolScorer):
         shutil.rmtree(folder, ignore_errors=True)
         for number, picture in enumerate(pictures):
             place_png(picture.path, folder / "samples" / _file_name(picture.prompt, number))
-        for place, script, option, _ in CATEGORIES[category]:
+        for program, script, option, _ in CATEGORIES[category]:
             command = [self.python, script, option, str(folder.resolve())]
-            command += ["--complex", "True"] if category == "complex" and place != BLIP[0] else []
+            command += ["--complex", "True"] if category == "complex" and program != BLIP[0] else []
             log = folder / f"{Path(script).stem}.log"
-            run_tool(f"{self.name} ({category})", command, self.repository / place, log, self.timeout_s)
+            run_tool(f"{self.name} ({category})", command, self.repository / program, log, self.timeout_s)
 
     def _read(self, category: str, pictures: Sequence[JudgedPicture], folder: Path) -> np.ndarray:
         parts = [_answers(self.name, tool, folder, len(pictures)) for tool in CATEGORIES[category]]
@@ -147,7 +154,7 @@ class T2ICompBenchScorer(ToolScorer):
         return np.where(either, (attribute + both) / 2, (attribute + position + act) / 3)
 
     def _concerns(self, kind: str) -> set[str]:
-        """Complex prompts that are about positions, or about actions, alone."""
+        """Read the set of complex prompts about ``kind``, which is ``spatial`` or ``action``."""
         path = (self.repository or Path()) / "examples" / "dataset" / f"complex_val_{kind}.txt"
         if self.repository is None or not path.is_file():
             raise InputError(f"{self.name}: no {path} for complex prompts; set repository to a clone of T2I-CompBench")
@@ -155,11 +162,11 @@ class T2ICompBenchScorer(ToolScorer):
 
 
 def _answers(name: str, tool: Tool, folder: Path, number: int) -> np.ndarray:
-    """``(number,)`` answers of one program, by the number of the picture."""
-    places = [folder / place / "vqa_result.json" for place in tool[3]]
-    path = next((place for place in places if place.is_file()), None)
+    """Read the ``number`` scores that one program wrote, in the order of the images."""
+    files = [folder / subfolder / "vqa_result.json" for subfolder in tool[3]]
+    path = next((file for file in files if file.is_file()), None)
     if path is None:
-        raise InputError(f"{name}: no {places[0]}, which {tool[1]} writes; run it, or name the folder it left")
+        raise InputError(f"{name}: no {files[0]}, which {tool[1]} writes; run it, or name the folder it left")
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
         answers = {int(row["question_id"]): float(row["answer"]) for row in rows}
@@ -167,7 +174,7 @@ def _answers(name: str, tool: Tool, folder: Path, number: int) -> np.ndarray:
         raise InputError(f"{name}: {path} holds no answers ({first_line(error)}); run {tool[1]} again") from error
     if sorted(answers) != list(range(number)) or not np.isfinite(list(answers.values())).all():
         raise InputError(f"{name}: {path} has {len(rows)} answers for {number} pictures; run {tool[1]} on all of them")
-    return np.array([answers[place] for place in range(number)])
+    return np.array([answers[index] for index in range(number)])
 
 
 def _file_name(prompt: str, number: int) -> str:
@@ -175,5 +182,5 @@ def _file_name(prompt: str, number: int) -> str:
 
 
 def _line(prompt: str) -> str:
-    """A complex prompt as the released code compares it."""
+    """Shorten a complex prompt to the form in which the released code compares prompts."""
     return prompt.strip("\n").split(".")[0].lower()

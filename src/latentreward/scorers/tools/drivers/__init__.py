@@ -1,1 +1,1 @@
-"""Scripts that run in other programs' environments; they import nothing of latentreward."""
+"""Scripts that run in the environments of other packages and therefore import nothing of latentreward."""

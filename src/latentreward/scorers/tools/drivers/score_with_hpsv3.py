@@ -1,14 +1,15 @@
-"""HPSv3's scores of pictures: ``python score_with_hpsv3.py PICTURES.jsonl SCORES.jsonl``."""
+"""Score images with HPSv3: ``python score_with_hpsv3.py PICTURES.jsonl SCORES.jsonl``."""
 
 import json
 import sys
 from pathlib import Path
 
 BATCH = 8
+"""Images per call of HPSv3."""
 
 
 def main(pictures: str, scores: str) -> None:
-    """Write the mean of HPSv3's score for each line of ``pictures``."""
+    """Read images and prompts from ``pictures``, and write the mean μ of HPSv3's score of each image to ``scores``."""
     import torch
     from hpsv3 import HPSv3RewardInferencer
 

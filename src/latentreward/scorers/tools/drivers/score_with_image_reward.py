@@ -1,4 +1,4 @@
-"""ImageReward's scores of pictures: ``python score_with_image_reward.py PICTURES.jsonl SCORES.jsonl``."""
+"""Score images with ImageReward: ``python score_with_image_reward.py PICTURES.jsonl SCORES.jsonl``."""
 
 import json
 import sys
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def main(pictures: str, scores: str) -> None:
-    """Write a score for each line of ``pictures``."""
+    """Read images and prompts from ``pictures``, and write ImageReward's score of each image to ``scores``."""
     import ImageReward
 
     model = ImageReward.load("ImageReward-v1.0")
