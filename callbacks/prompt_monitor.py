@@ -96,7 +96,7 @@ class PromptMonitor(Callback, ABC):
                 self.look(trainer, pl_module)
 
     def share(self, trainer: Trainer) -> list[PromptBatch]:
-        """Return this rank's prompts in batches; a rank with fewer repeats some, so that all ranks have equally many."""
+        """Return this rank's prompts in batches; ranks with fewer repeat some, so that all have equally many."""
         count, world = len(self.prompts) * self.images_per_prompt, trainer.world_size
         mine = [(trainer.global_rank + world * turn) % count for turn in range(-(-count // world))]
         prompts = [self.prompts[picture // self.images_per_prompt] for picture in mine]

@@ -15,7 +15,7 @@ class WarmupSchedule(LambdaLR):
     """Linear warm-up, then constant, or decay to 0 at ``total_steps``.
 
     Args:
-        optimizer: What is scheduled.
+        optimizer: Optimiser whose learning rate is scheduled.
         warmup_steps: Optimiser steps until the full rate.
         decay: ``none``, ``linear`` or ``cosine``.
         total_steps: Optimiser steps of the run, needed for a decay: ``"${trainer.max_steps}"`` in YAML.
