@@ -185,7 +185,7 @@ class TrajectoryGRPOModule(GRPOModule):
         return worth_learning(trajectory_samples(trajectories, self.trained_steps, repeated, advantage))
 
     def _advantages(self, rewards: Tensor) -> Tensor:
-        """Compute advantages ``(P, K)`` of this rank's rewards ``(P, K)``; ``global_std`` is the spread of all ranks'."""
+        """Compute advantages ``(P, K)`` of this rank's rewards; ``global_std`` divides by the spread over all ranks."""
         every = self.all_gather(rewards).reshape(-1, self.num_trajectories)
         groups = torch.arange(len(every), device=every.device).repeat_interleave(self.num_trajectories)
         advantages = tracked_advantages(every.flatten(), groups, self.global_std).view_as(every)

@@ -117,7 +117,7 @@ class RewardModule(PairModule):
     def score(
         self, batch: PreferenceBatch, encoded: EncodedPairs, timesteps: Tensor, with_cross: bool = False
     ) -> PairScores:
-        """See :meth:`PairModule.score`; one forward pass, or B passes if ``with_cross`` and the head embeds no prompts."""
+        """See :meth:`PairModule.score`; ``with_cross`` takes B forward passes with a head that has no embeddings."""
         noisy, head = self.add_noise(encoded, timesteps), self.model.head
         cross = None
         if with_cross and not isinstance(head, EmbeddingHead):
