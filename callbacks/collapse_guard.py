@@ -21,13 +21,13 @@ FLAT = 0.02
 
 
 class CollapseGuard(PromptMonitor):
-    """End a run, or warn, when the policy's samples for fixed prompts become blank or all alike.
+    """Callback that ends a run, or warns, when the policy's samples become blank or all alike.
 
-    Each measurement logs three values and compares them with those of the reference's samples from the same noise:
+    Each measurement samples fixed prompts, and compares three logged values with the reference's from the same noise:
 
     - ``collapse/contrast``: standard deviation over the pixels of a picture, averaged over pictures;
     - ``collapse/diversity``: standard deviation of a pixel over the pictures of one prompt (root mean square);
-    - ``collapse/not_flat``: share of pictures that have more than one colour (an all-black one has not).
+    - ``collapse/not_flat``: share of pictures that are not of a single colour (all black, for example).
 
     For modules that learn from their own rollouts there is a fourth value, ``collapse/score_spread``: the standard
     deviation of the rewards among the candidates of one prompt in the last rollout. It is compared with the first

@@ -14,7 +14,7 @@ from latentreward.seeding import pair_generator, run_seed
 
 
 class ExactResume(Callback):
-    """Make a resumed run, also in the middle of an epoch, end with the same weights as an uninterrupted run.
+    """Callback that makes a run resumed at any batch end with the same weights as an uninterrupted run.
 
     Lightning's checkpoints alone do not ensure that. This callback adds:
 

@@ -58,7 +58,7 @@ SILENT_RANK = re.compile(r"timed out|connection (closed|reset) by peer", re.IGNO
 
 
 class GracefulStop(Callback):
-    """Save one checkpoint and end all processes when any of them gets a signal to stop.
+    """Callback that saves one checkpoint and ends all processes when any process gets a signal to stop.
 
     - SIGTERM: save, exit with status 143. A second SIGTERM changes nothing.
     - SIGHUP (the terminal was closed): save, exit with status 129. Under nohup, SIGHUP stays ignored.

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class HackingMonitor(PromptMonitor):
-    """Detect reward hacking: compare the training reward with a held-out scorer on samples for fixed prompts.
+    """Callback that detects reward hacking: the reward rises while a held-out scorer falls, on fixed prompts.
 
     Both scores are measured on the reference's samples before training, and on the policy's samples every
     ``every_n_steps`` optimiser steps, from the same noise. Logs the means over prompts, ``hacking/held_out`` and

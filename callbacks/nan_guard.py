@@ -13,9 +13,10 @@ from latentreward.errors import InputError
 
 
 class NaNGuard(Callback):
-    """End the run at the first loss that is not finite, before its backward pass, naming the step and the batch's rows.
+    """Callback that ends the run at the first loss that is not finite, before the backward pass.
 
-    Rows are pairs of a data set, or prompts with the timesteps of their rollouts.
+    The error names the optimiser step and the batch's rows: pairs of a data set, or prompts with the timesteps of their
+    rollouts.
 
     Weights and optimiser keep their last good state, so the last checkpoint can be resumed. An optimiser step after a
     finite loss may still make a weight infinite or NaN. So the trained weights, their average and the optimiser's

@@ -9,7 +9,7 @@ from latentreward.metrics import ByNoiseLevel, PairwiseAccuracy
 
 
 class NoiseBandAccuracy(Callback):
-    """Log pair accuracy per band of the noise level, in training and validation.
+    """Callback that logs pair accuracy per band of the noise level, in training and validation.
 
     Reads the ``ScoredPairs`` that the steps of a ``RewardModule`` return; logs ``train/accuracy_sigma_{low}_{high}``
     and ``val/accuracy_sigma_{low}_{high}`` at the end of each epoch. Bands without a pair are left out.

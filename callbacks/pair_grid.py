@@ -20,13 +20,14 @@ logger = logging.getLogger(__name__)
 
 
 class ScoredPairGrid(Callback):
-    """Draw the first validation pairs with their scores: TensorBoard image ``val/pairs``, file ``scored_pairs.png``.
+    """Callback that draws the first validation pairs with their scores.
 
-    The file is in the run's log folder. Each cell shows a pair: the preferred image on the left, the prompt above, and
-    the scores at the first evaluation level below. The frame is green where the model ranks the pair as its label does,
-    red where it does not, grey for a tie. Latents are decoded by the model's VAE, a pair at a time. If pairs cannot be
-    drawn, one warning says why and the callback does nothing: for latents if there is no VAE, for latents under FSDP
-    (which shards the VAE), and for modules that score no pairs.
+    The picture is the image ``val/pairs`` in TensorBoard and ``scored_pairs.png`` in the run's log folder. Each cell
+    shows a pair: the preferred image on the left, the prompt above, and the scores at the first evaluation level below.
+    The frame is green where the model ranks the pair as its label does, red where it does not, grey for a tie. Latents
+    are decoded by the model's VAE, a pair at a time. If pairs cannot be drawn, one warning says why and the callback
+    does nothing: for latents if there is no VAE, for latents under FSDP (which shards the VAE), and for modules that
+    score no pairs.
 
     Args:
         num_pairs: Pairs in the picture.

@@ -14,7 +14,7 @@ from latentreward.storage.durable import replacing, write_errors_named
 
 
 class PairScoreWriter(BasePredictionWriter):
-    """Write the scores of ``predict`` to one parquet file per rank: ``scores_rank0.parquet``, ….
+    """Callback that writes the scores of ``predict`` to one parquet file per rank: ``scores_rank0.parquet``, ….
 
     Rows are pairs × noise levels with the columns ``pair_id``, ``chosen_key``, ``rejected_key``, ``label``,
     ``timestep``, ``sigma``, ``chosen_score``, ``rejected_score``, ``margin``. An unlabelled pair has

@@ -8,7 +8,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 
 class ParameterSummary(ModelSummary):
-    """Print in one line how many parameters each part of the model has, and how many are trainable in all.
+    """Callback that prints in one line the parameters of each part of the model, and how many in all are trainable.
 
     Takes the place of Lightning's table, whose FLOPs are 0 without an ``example_input_array``. The command line adds
     this callback to every fit, unless ``trainer.callbacks`` has a ``ModelSummary`` or ``trainer.enable_model_summary``

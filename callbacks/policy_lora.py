@@ -11,7 +11,7 @@ from latentreward.modules.alignment import AlignmentModule
 
 
 class PolicyLoRA(Callback):
-    """Write the policy's adapter as a LoRA whenever a checkpoint is saved, and at the end of training.
+    """Callback that writes the policy's adapter as a LoRA with each checkpoint and at the end of training.
 
     The folder ``lora`` of the run's log folder holds the newest LoRA; ``pipeline.load_lora_weights`` of diffusers
     loads it. The file is replaced at once, so a reader always finds a complete one. The LoRA holds the trained weights,

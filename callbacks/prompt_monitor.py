@@ -22,7 +22,7 @@ Row = TypeVar("Row")
 
 
 class PromptMonitor(Callback, ABC):
-    """Measure an alignment's policy every N optimiser steps, on the same prompts and noise each time.
+    """Base class of callbacks that measure a policy every N optimiser steps, on the same prompts and noise.
 
     The prompts are split over the ranks; all ranks take part and get the same result. A sample depends only on its
     prompt and on the prompt's index in the list. After a measurement, also one that raised, training modes, adapters

@@ -15,11 +15,12 @@ from latentreward.seeding import pair_generator
 
 
 class ReferenceDrift(PromptMonitor):
-    """Log ``drift/sigma_{level}``: the mean squared difference between the predictions of policy and reference.
+    """Callback that logs the mean squared difference between the predictions of policy and reference.
 
-    Both predict, without guidance, from the same noisy latents: samples of the reference for fixed prompts, with fixed
-    noise added at each level. The drift is 0 at the start. ``drift/mean`` is the mean over levels; a sudden rise often
-    comes before the pictures visibly change.
+    The value at each noise level is logged as ``drift/sigma_{level}``. Both networks predict, without guidance, from
+    the same noisy latents: samples of the reference for fixed prompts, with fixed noise added at each level. The drift
+    is 0 at the start. ``drift/mean`` is the mean over levels; a sudden rise often comes before the pictures visibly
+    change.
 
     Args:
         prompts: See :class:`~latentreward.callbacks.prompt_monitor.PromptMonitor`.

@@ -24,7 +24,7 @@ SAME_SCHEDULE = "give the model.lr_scheduler that it was trained with, or --resu
 
 
 class ResumedSettings(Callback):
-    """Report, one line each, which settings of a resumed run differ from what its checkpoint restores.
+    """Callback that reports which settings of a resumed run differ from what its checkpoint restores.
 
     Optimiser settings, learning rate schedule and batch size are those of the checkpoint, whatever the settings say,
     unless ``override`` names them. Only checkpoints written with this callback hold the batch size of the data module;

@@ -18,7 +18,7 @@ from latentreward.storage.progress import Progress
 
 
 class RunProgress(ProgressBar):
-    """Show the optimiser steps done, the steps of the whole run, and the time left, on standard error.
+    """Callback that shows optimiser steps done, steps of the whole run, and the time left, on standard error.
 
     On a terminal the callback shows a bar; otherwise it prints a line at the start, every ``every_s`` seconds and at
     the end. Only global rank 0 shows progress. Epoch and metrics logged with ``prog_bar=True`` are included.

@@ -19,7 +19,7 @@ from latentreward.storage.durable import replacing
 
 
 class SampleGrid(PromptMonitor):
-    """Draw the policy's samples for fixed prompts beside the reference's samples from the same noise.
+    """Callback that draws the policy's samples for fixed prompts beside the reference's from the same noise.
 
     The picture is the image ``samples`` in TensorBoard and the file ``samples/step_{optimiser step}.png`` in the run's
     log folder.

@@ -9,9 +9,10 @@ from latentreward.errors import InputError
 
 
 class Throughput(Callback):
-    """Log ``train/pairs_per_second`` over all ranks and ``train/data_wait``, the share of time spent waiting for data.
+    """Callback that logs training speed and the share of time spent waiting for data.
 
-    Validation time is left out. A ``data_wait`` above a few per cent means that more loader workers would help.
+    The values are ``train/pairs_per_second``, over all ranks, and ``train/data_wait``. Validation time is left out. A
+    ``data_wait`` above a few per cent means that more loader workers would help.
 
     Args:
         every_n_batches: Batches per measurement; values are logged after each.

@@ -13,7 +13,7 @@ from latentreward.modules.lpo import StepRatios
 
 
 class TimestepBands(Callback):
-    """Log rollouts and training steps by bands of the timestep; bands without rows are left out.
+    """Callback that logs rollouts and training steps by bands of the timestep; bands without rows are left out.
 
     For each rollout of a module that learns from its own rollouts: ``rollout/kept_share_t_{low}_{high}``, the share of
     candidate groups that are kept for training, and the quartiles of the score gaps tanh(Δ/2) between best and worst

@@ -9,7 +9,7 @@ from latentreward.checkpoints.shards import check_weights, frozen_names
 
 
 class TrainableCheckpoint(Callback):
-    """Leave frozen weights out of every checkpoint, and check on loading that no trainable weight is missing.
+    """Callback that leaves frozen weights out of checkpoints, and checks that no trainable weight is missing.
 
     Frozen weights are loaded from the backbone's ``source`` again, so a DiNa-LRM on SD3.5-Medium takes some hundred MB
     instead of 20 GB. A reward module records which base its weights belong to, and refuses a checkpoint of another

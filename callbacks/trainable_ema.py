@@ -14,7 +14,9 @@ from latentreward.errors import InputError
 
 
 class TrainableEMA(Callback):
-    """Exponential moving average of the trainable parameters, in float32, used in validation, test and prediction.
+    """Callback that keeps an exponential moving average of the trainable parameters, in float32.
+
+    Validation, test and prediction use the average.
 
     ``average ← decay · average + (1 − decay) · weights`` after each optimiser step. Training uses the raw weights,
     which are restored before a checkpoint is written. The average is saved in the checkpoint, in this callback's state,
