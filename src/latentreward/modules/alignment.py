@@ -167,7 +167,7 @@ class RolloutModule(RewardedModule, Generic[Experience]):
         return found
 
     def prepare_prompts(self, prompts: Sequence[str]) -> None:
-        """Encode the prompts of the next batches, and keep the result in CPU memory in place of the last one.
+        """Encode the prompts of the next batches, and keep the result in CPU memory in place of the previous one.
 
         All ranks pass the same list, without repeats, and each encodes the whole list: encoders that FSDP2 shards must
         be called equally often on every rank.

@@ -12,7 +12,9 @@ from latentreward.noise import LevelSampler, UniformSigma
 
 
 class DiNaLRMModule(RewardModule):
-    """DiNa-LRM's training: a uniform noise level per pair, the same noise for both images, and ensemble evaluation.
+    """Reward module with DiNa-LRM's training: a uniform noise level per pair, and the same noise for its images.
+
+    Evaluation also uses the head's ensemble over several noise levels.
 
     Args:
         backbone: Any backbone; a DiT in the paper.

@@ -12,7 +12,7 @@ from latentreward.noise import LevelSampler, TimestepGrid
 
 
 class LRMModule(RewardModule):
-    """LRM's training: one timestep per pair from {1, 51, …, 951}, and different noise for its two images.
+    """Reward module with LRM's training: one timestep per pair of {1, 51, …, 951}, different noise for its images.
 
     Args:
         backbone: Any backbone; a U-Net in the paper.

@@ -12,7 +12,7 @@ Decay = Literal["none", "linear", "cosine"]
 
 
 class WarmupSchedule(LambdaLR):
-    """Linear warm-up, then constant, or decay to 0 at ``total_steps``.
+    """Learning rate schedule: linear warm-up, then constant, or decay to 0 at ``total_steps``.
 
     Args:
         optimizer: Optimiser whose learning rate is scheduled.

@@ -39,7 +39,7 @@ class TargetSigma(LevelSampler):
 
 
 class UniformSigma(TargetSigma):
-    """Target sigma u uniform in [low, high]; DiNa-LRM uses [0, 1].
+    """Sampler of target sigmas uniform in [low, high]; DiNa-LRM uses [0, 1].
 
     Args:
         low: Lowest target sigma.
@@ -57,7 +57,7 @@ class UniformSigma(TargetSigma):
 
 
 class ConstantSigma(TargetSigma):
-    """Constant target sigma; 0 is the papers' ablation "clean latents only".
+    """Sampler of a constant target sigma; 0 is the papers' ablation "clean latents only".
 
     Args:
         sigma: Target sigma in [0, 1].
@@ -74,7 +74,7 @@ class ConstantSigma(TargetSigma):
 
 
 class LogitNormalSigma(TargetSigma):
-    """Target sigma u = sigmoid(mean + std·z), z standard normal (SD3, arXiv:2403.03206, eq. 19).
+    """Sampler of target sigmas u = sigmoid(mean + std·z), z standard normal (SD3, arXiv:2403.03206, eq. 19).
 
     Args:
         mean: Location before the sigmoid.
@@ -92,7 +92,7 @@ class LogitNormalSigma(TargetSigma):
 
 
 class ModeSigma(TargetSigma):
-    """Target sigma u = 1 − U − a·(cos²(πU/2) − 1 + U), U uniform in [0, 1) (SD3, arXiv:2403.03206, eq. 20).
+    """Sampler of target sigmas u = 1 − U − a·(cos²(πU/2) − 1 + U), U uniform (SD3, arXiv:2403.03206, eq. 20).
 
     Args:
         scale: Factor a in [−1, 2/(π − 2)], for which u is monotone in U; SD3 uses 1.29.
@@ -110,7 +110,7 @@ class ModeSigma(TargetSigma):
 
 
 class PowerSigma(TargetSigma):
-    """Target sigma u = U^power, U uniform in [0, 1): a power above 1 favours low noise, below 1 high noise.
+    """Sampler of target sigmas u = U^power, U uniform: a power above 1 favours low noise, below 1 high noise.
 
     Args:
         power: Exponent, > 0.
@@ -127,7 +127,7 @@ class PowerSigma(TargetSigma):
 
 
 class BetaSigma(TargetSigma):
-    """Target sigma u from the Beta(a, b) distribution, by inverting its distribution function.
+    """Sampler of target sigmas from the Beta(a, b) distribution, by inverting its distribution function.
 
     Args:
         a: First shape parameter, > 0; a smaller a favours low noise.
@@ -160,7 +160,7 @@ class BetaSigma(TargetSigma):
 
 
 class TimestepGrid(LevelSampler):
-    """Timestep drawn uniformly from {start, start + step, …, stop}; the default, {1, 51, …, 951}, is LRM's.
+    """Sampler of a timestep, uniform on {start, start + step, …, stop}; the default, {1, 51, …, 951}, is LRM's.
 
     On a flow-matching process the nearest timestep of its table is used.
 

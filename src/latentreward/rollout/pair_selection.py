@@ -19,7 +19,7 @@ SHOWN_TIMESTEPS = 5
 
 @dataclass(frozen=True)
 class SelectedPairs:
-    """The best and the worst candidate of each prompt.
+    """Best and worst candidate of each prompt at one step.
 
     Attributes:
         winner: ``(B,)`` int64: index of the candidate with the highest score.
