@@ -1,4 +1,4 @@
-"""Callbacks for what Lightning lacks; in YAML always ``latentreward.callbacks.Name``, or the bare name."""
+"""Lightning callbacks of this package; YAML names one as ``latentreward.callbacks.Name`` or by its bare class name."""
 
 from latentreward.callbacks.collapse_guard import CollapseGuard
 from latentreward.callbacks.exact_resume import ExactResume

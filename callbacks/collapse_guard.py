@@ -1,4 +1,4 @@
-"""Whether a policy still makes pictures, and different ones."""
+"""Callback that detects a policy whose samples become blank or all alike."""
 
 import logging
 from collections.abc import Sequence
@@ -17,31 +17,32 @@ from latentreward.rollout import Sampling
 logger = logging.getLogger(__name__)
 
 FLAT = 0.02
-"""Standard deviation of pixels in [-1, 1] below which a picture shows nothing: about 3 of 256 grey levels."""
+"""Standard deviation of pixels in [-1, 1] below which a picture counts as blank: about 3 of 256 grey levels."""
 
 
 class CollapseGuard(PromptMonitor):
-    """End a run, or warn, when samples for fixed prompts go flat or alike, or when nothing is left to learn from.
+    """Callback that ends a run, or warns, when the policy's samples become blank or all alike.
 
-    Logs, and compares with the reference's samples from the same noise:
+    Each measurement samples fixed prompts, and compares three logged values with the reference's from the same noise:
 
     - ``collapse/contrast``: standard deviation over the pixels of a picture, averaged over pictures;
     - ``collapse/diversity``: standard deviation of a pixel over the pictures of one prompt (root mean square);
-    - ``collapse/not_flat``: share of pictures that are not of one colour (all black, for example).
+    - ``collapse/not_flat``: share of pictures that are not of a single colour (all black, for example).
 
-    For modules that learn from their rollouts, ``collapse/score_spread`` is the standard deviation of the scores among
-    candidates of one prompt in the last rollout, compared with that of the first: where it vanishes, nothing is left to
-    learn from. Samples that are not finite end the run.
+    For modules that learn from their own rollouts there is a fourth value, ``collapse/score_spread``: the standard
+    deviation of the rewards among the candidates of one prompt in the last rollout. It is compared with the first
+    rollout's. If all candidates score alike, the policy has nothing left to learn from. Samples that are not finite
+    end the run under either ``action``.
 
     Args:
         prompts: See :class:`~latentreward.callbacks.prompt_monitor.PromptMonitor`.
-        num_prompts: The first so many are taken.
-        every_n_steps: Optimiser steps between looks.
-        least: Share of the first value below which one of these counts as collapsed.
-        action: ``stop`` raises, and leaves the earlier checkpoints; ``warn`` goes on.
+        num_prompts: Prompts to take from the start of the list.
+        every_n_steps: Optimiser steps between two measurements.
+        least: Fraction of its first value, in (0, 1), below which a value counts as collapsed.
+        action: ``stop`` raises InputError, and earlier checkpoints stay; ``warn`` logs a warning and goes on.
         images_per_prompt: Pictures per prompt, at least 2.
-        batch_size: Pictures sampled at once.
-        sampling: Sampler settings; the module's by default.
+        batch_size: Pictures that a rank samples at once.
+        sampling: Sampler settings; None takes those of the module's rollouts.
 
     Raises:
         InputError: If a setting is out of range, and in training when the policy has collapsed.
@@ -68,7 +69,7 @@ class CollapseGuard(PromptMonitor):
     ) -> None:
         super().__init__(prompts, num_prompts, every_n_steps, images_per_prompt, batch_size, sampling)
         if images_per_prompt < 2:
-            raise InputError(f"images_per_prompt={images_per_prompt} of CollapseGuard must be at least 2, to differ")
+            raise InputError(f"images_per_prompt={images_per_prompt} of CollapseGuard must be at least 2 to compare")
         if not 0.0 < least < 1.0:
             raise InputError(f"least={least:g} of CollapseGuard must lie in (0, 1)")
         self.least, self.action = least, action
@@ -76,16 +77,16 @@ class CollapseGuard(PromptMonitor):
         self._first_spread: float | None = None
 
     def begin(self, trainer: Trainer, pl_module: AlignmentModule) -> None:
-        """Measure the reference's pictures."""
+        """Measure the reference's samples, with which later samples are compared."""
         self._start = self._measure(trainer, pl_module, reference=True)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Note the spread of the first rollout's scores."""
+        """Remember the spread of the first rollout's scores."""
         if self._first_spread is None:
             self._first_spread = score_spread(pl_module)
 
     def look(self, trainer: Trainer, pl_module: AlignmentModule) -> None:
-        """Measure the policy's pictures, log, and judge."""
+        """Measure the policy's samples, log the values, and act if one has collapsed."""
         now, start = self._measure(trainer, pl_module, reference=False), dict(self._start)
         spread = score_spread(pl_module)
         if spread is not None and self._first_spread is not None:
@@ -100,11 +101,11 @@ class CollapseGuard(PromptMonitor):
             self._act(f"optimiser step {trainer.global_step}: {', '.join(problems)}", trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        """The spread of the first rollout's scores."""
+        """Return the spread of the first rollout's scores."""
         return {"first_spread": self._first_spread}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what :meth:`state_dict` gave."""
+        """Restore what :meth:`state_dict` returned."""
         self._first_spread = state_dict["first_spread"]
 
     def _act(self, message: str, trainer: Trainer) -> None:
@@ -122,7 +123,7 @@ class CollapseGuard(PromptMonitor):
 
 
 def score_spread(pl_module: LightningModule) -> float | None:
-    """Standard deviation of scores among the candidates of one prompt in the last rollout; None without rollouts."""
+    """Return the standard deviation of scores among a prompt's candidates in the last rollout; None without one."""
     statistics: RolloutStatistics | None = getattr(pl_module, "rollout_statistics", None)
     if statistics is None or not statistics.scores.numel():
         return None
@@ -130,7 +131,7 @@ def score_spread(pl_module: LightningModule) -> float | None:
 
 
 def collapse_figures(pixels: Tensor) -> dict[str, float]:
-    """Contrast, diversity and share of pictures that are not flat, of ``(P, images, 3, H, W)`` in [-1, 1]."""
+    """Compute contrast, diversity and share of non-blank pictures from pixels ``(P, images, 3, H, W)`` in [-1, 1]."""
     contrast = pixels.flatten(2).std(dim=2)
     return {
         "contrast": contrast.mean().item(),

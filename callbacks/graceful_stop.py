@@ -1,4 +1,4 @@
-"""Asked to end, save first."""
+"""Callback that saves a checkpoint before a signal ends the run."""
 
 import atexit
 import logging
@@ -29,12 +29,13 @@ from latentreward.interrupts import INTERRUPTED, TERMINATED
 logger = logging.getLogger(__name__)
 
 LAUNCHER = "LATENTREWARD_LAUNCHER"
-"""Environment variable that tells a rank which process started it through Lightning."""
+"""Environment variable with the id of the process that started this rank through Lightning."""
 LAUNCHER_WAIT_S = 30.0
+"""Longest time, in seconds, that :func:`outlive` waits for that process to exit."""
 
 
 class StopRequest(IntEnum):
-    """What a signal, or a loader's worker that was killed, asked for; of several, the largest counts."""
+    """Reason to stop a run: a signal, or a killed worker process of a loader. Of several, the largest value counts."""
 
     NONE = 0
     INTERRUPT = 1
@@ -51,39 +52,41 @@ STATUSES = {
     StopRequest.REQUEUE: TERMINATED,
     StopRequest.WORKER_DIED: 2,
 }
-"""Exit status of a run that ended as it was asked to."""
+"""Exit status of the run for each reason to stop."""
 SILENT_RANK = re.compile(r"timed out|connection (closed|reset) by peer", re.IGNORECASE)
-"""What PyTorch's messages say when another process of the group is gone or does not answer."""
+"""Pattern of PyTorch's error messages when another rank has exited or does not answer."""
 
 
 class GracefulStop(Callback):
-    """Turn a signal to any process into one checkpoint, and an end on all of them.
+    """Callback that saves one checkpoint and ends all processes when any process gets a signal to stop.
 
-    - SIGTERM: save, exit with status 143. A second one changes nothing.
-    - SIGHUP (the terminal was closed): save, exit with status 129; left alone where it was ignored before, as by nohup.
+    - SIGTERM: save, exit with status 143. A second SIGTERM changes nothing.
+    - SIGHUP (the terminal was closed): save, exit with status 129. Under nohup, SIGHUP stays ignored.
     - The requeue signal of a SLURM job (SIGUSR1): save, ``scontrol requeue``, exit with status 143.
-    - SIGINT (Ctrl-C): save, exit with status 130; a second one ends at once, without a checkpoint.
-    - A killed worker process of a loader: save, exit with status 2. Until then the training process loads its batches.
+    - SIGINT (Ctrl-C): save, exit with status 130. A second Ctrl-C ends the run at once, without a checkpoint.
+    - A killed worker process of a loader: save, exit with status 2. Until the run stops, the training process loads
+      the batches itself.
 
     ``fit`` raises ``SIGTERMException``, a ``SystemExit`` with that status.
 
-    All processes agree at the end of a batch; in the midst of gradient accumulation they go on to the optimiser step,
-    at the end of an epoch to the first step of the next. A running validation is finished first, and the run stops at
-    its end: half a validation could not be resumed. The checkpoint is the ``last.ckpt`` of the run's
-    ``ModelCheckpoint``, or ``checkpoints/last.ckpt`` under ``default_root_dir`` if there is none; ``--ckpt_path last``
-    finds it. The command line adds one to every fit.
+    The processes agree on a stop at the end of a batch. In the middle of gradient accumulation they first train up to
+    the optimiser step; at the end of an epoch, up to the first optimiser step of the next epoch. A running validation
+    is finished before the run stops, because half a validation cannot be resumed. The checkpoint is the ``last.ckpt``
+    of the run's ``ModelCheckpoint``, or ``checkpoints/last.ckpt`` under ``default_root_dir`` if the run has none;
+    ``--ckpt_path last`` finds either. The command line adds this callback to every fit.
 
     Args:
-        every_n_batches: Look for signals at every n-th batch; each look is a small exchange between the processes.
+        every_n_batches: Check for signals after every n-th batch; each check is a small exchange between processes.
 
     Raises:
         InputError: If ``every_n_batches`` is below 1.
-        TimeoutError: In ``fit``, if another rank is gone or does not answer; ranks that this one started are ended.
+        TimeoutError: In ``fit``, if another rank has exited or does not answer; ranks that this process started are
+            killed.
 
     Note:
-        Lightning's own handlers broadcast from inside the handler, which hangs if not all processes got the signal at
-        the same place; they exit with 0; and a SLURM job saves to a file that ``last`` does not find. They are
-        replaced.
+        This callback replaces Lightning's signal handlers. Those broadcast from inside the handler, which hangs unless
+        all processes get the signal at the same point of the code; they exit with status 0; and under SLURM they save
+        to a file that ``--ckpt_path last`` does not find.
 
     Example:
         ``--graceful_stop.every_n_batches=10`` on the command line; ``Trainer(callbacks=[GracefulStop()])`` in Python.
@@ -100,16 +103,16 @@ class GracefulStop(Callback):
         self._loaders: list[WorkerLoader] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Come after callbacks that change what a checkpoint holds, such as an average of the weights."""
+        """Place this callback after those that change the weights or the checkpoint, such as ``TrainableEMA``."""
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         trainer.callbacks = sorted(callbacks, key=lambda it: (isinstance(it, Checkpoint), it is self))  # type: ignore[attr-defined]
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Replace Lightning's handlers, which it has just set; its teardown restores those of before."""
+        """Replace the signal handlers that Lightning has just set; Lightning's teardown restores the original ones."""
         self.on_train_start(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The same, where there was no sanity check."""
+        """Replace Lightning's signal handlers, for runs without a sanity check, and find the loaders with workers."""
         self._requests = {signal.SIGTERM: StopRequest.TERMINATE, signal.SIGINT: StopRequest.INTERRUPT}
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
             self._requests[signal.SIGHUP] = StopRequest.HANGUP
@@ -129,26 +132,26 @@ class GracefulStop(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stop here if that was agreed, and the batch ended with an optimiser step."""
+        """Exchange requests to stop between processes; stop if there is one and the batch ended an optimiser step."""
         if (batch_idx + 1) % self.every_n_batches == 0:
             self._agree(trainer)
         self._stop_if_resumable(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The same at the end of a validation in mid-epoch."""
+        """Exchange requests to stop after a validation; stop if there is one and the epoch is not at its end."""
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self._agree(trainer)
             self._stop_if_resumable(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The same where an epoch is so short that none of its batches would do."""
+        """Exchange requests and stop at the end of an epoch that is too short to stop after one of its batches."""
         if trainer.num_training_batches <= max(trainer.accumulate_grad_batches, self.every_n_batches):
             self._agree(trainer)
             if self._agreed:
                 self._stop(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Say in one line that another rank is gone or silent, and end those that this one started."""
+        """Raise a one-line error if another rank has exited or is silent, and kill ranks that this process started."""
         if isinstance(exception, RuntimeError) and trainer.world_size > 1 and SILENT_RANK.search(str(exception)):
             launcher = trainer.strategy.launcher
             if isinstance(launcher, _SubprocessScriptLauncher):
@@ -180,7 +183,7 @@ class GracefulStop(Callback):
 
     def _stop(self, trainer: Trainer) -> None:
         path = checkpoint_path(trainer)
-        trainer.save_checkpoint(path, weights_only=False)  # None has Lightning print a line
+        trainer.save_checkpoint(path, weights_only=False)  # with None Lightning prints a line
         if trainer.is_global_zero:
             where = f"optimiser step {trainer.global_step}, saved to {path}"
             why = f"by a signal ({self._agreed.name.lower()})"
@@ -195,9 +198,9 @@ class GracefulStop(Callback):
 
 
 def checkpoint_path(trainer: Trainer) -> Path:
-    """Where the checkpoint goes: a file that ``--ckpt_path last`` finds, that no earlier run left, on all ranks equal.
+    """Return the checkpoint's path, equal on all ranks: ``--ckpt_path last`` finds it, and no earlier run wrote it.
 
-    The run's ``ModelCheckpoint`` hears of it, so that it writes its next ``last.ckpt`` over this one.
+    The path is also set in the run's ``ModelCheckpoint``, which then writes its next ``last.ckpt`` over this file.
     """
     keepers = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
     if not keepers:
@@ -214,12 +217,12 @@ def checkpoint_path(trainer: Trainer) -> Path:
 
 
 def fallback_folder(trainer: Trainer) -> Path:
-    """Folder of the checkpoint in a run without any ``ModelCheckpoint``."""
+    """Return the checkpoint's folder in a run without any ``ModelCheckpoint``."""
     return Path(trainer.default_root_dir) / "checkpoints"
 
 
 def requeue() -> None:
-    """Have SLURM start this job again."""
+    """Ask SLURM to requeue this job, and log a warning if that fails."""
     job = os.environ.get("SLURM_JOB_ID", "")
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
@@ -233,7 +236,7 @@ def requeue() -> None:
 
 
 def silence_lost_terminal() -> None:
-    """Send what would be printed on a closed terminal nowhere: a progress bar there would end the run by an OSError."""
+    """Redirect output to a closed terminal to the null device, where a progress bar raises no OSError."""
     for number in (1, 2):
         try:
             os.write(number, b"")
@@ -244,7 +247,7 @@ def silence_lost_terminal() -> None:
 
 
 def outlive(parent: int) -> None:
-    """Wait for the process that started this rank to exit: Lightning kills it if it sees this rank exit before."""
+    """Wait until the process that started this rank exits: Lightning kills that process if this rank exits first."""
     deadline = time.monotonic() + LAUNCHER_WAIT_S
     while os.getppid() == parent and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""Whether a policy becomes better, or only better at pleasing its reward."""
+"""Callback that detects a policy that exploits its reward instead of improving."""
 
 import logging
 import math
@@ -23,21 +23,22 @@ logger = logging.getLogger(__name__)
 
 
 class HackingMonitor(PromptMonitor):
-    """Compare the reward that is trained on with a scorer that is not, on samples for fixed prompts.
+    """Callback that detects reward hacking: the reward rises while a held-out scorer falls, on fixed prompts.
 
-    Both are measured on the reference's samples first, and on the policy's every so many steps, from the same noise.
-    Logs ``hacking/held_out`` and ``hacking/reward`` (means), and ``hacking/held_out_change`` and
-    ``hacking/reward_change``, the mean differences from the reference in standard errors, paired over prompts. The
-    policy counts as hacking its reward where the held-out score is more than ``tolerance`` standard errors below the
-    reference's while the reward is above (for a method without a reward: where the held-out score is below).
+    Both scores are measured on the reference's samples before training, and on the policy's samples every
+    ``every_n_steps`` optimiser steps, from the same noise. Logs the means over prompts, ``hacking/held_out`` and
+    ``hacking/reward``, and their differences from the reference in standard errors, paired over prompts,
+    ``hacking/held_out_change`` and ``hacking/reward_change``. The policy counts as hacking its reward if its held-out
+    score is more than ``tolerance`` standard errors below the reference's while its reward is above the reference's.
+    For a method without a reward, the fall of the held-out score alone counts.
 
     Args:
         prompts: Fixed prompts, or a file of them.
-        held_out: Scorer of pictures that was trained on other pairs than the reward.
-        num_prompts: Prompts to take from the start of the list, at least 2; 32 or more tell a change from noise.
-        tolerance: In standard errors. Many looks at a policy that stays as it is find one below −2 sooner or later.
+        held_out: Image scorer that was trained on other pairs than the reward.
+        num_prompts: Prompts to take from the start of the list, at least 2; use 32 or more to tell a change from noise.
+        tolerance: Standard errors. Over many measurements, a policy that does not change falls below −2 by chance.
         action: ``stop`` saves a checkpoint, which ``--ckpt_path last`` finds, and ends the run; ``warn`` goes on.
-        reward_sigmas: Noise levels at which a reward on latents scores finished ones.
+        reward_sigmas: Noise levels at which a latent reward scores finished latents.
         options: See :class:`~latentreward.callbacks.prompt_monitor.PromptMonitor`; scores are averaged over the
             pictures of a prompt.
 
@@ -67,25 +68,25 @@ class HackingMonitor(PromptMonitor):
     ) -> None:
         super().__init__(prompts, num_prompts, **options)
         if len(self.prompts) < 2:
-            raise InputError("HackingMonitor needs at least 2 prompts; one has no standard error")
+            raise InputError("HackingMonitor needs at least 2 prompts; a single one gives no standard error")
         if not tolerance > 0:
             raise InputError(f"tolerance={tolerance:g} of HackingMonitor must be above 0")
         self.held_out, self.tolerance, self.action = held_out, tolerance, action
         self.reward_sigmas, self._start = tuple(reward_sigmas), torch.empty(0)
 
     def setup(self, trainer: Trainer, pl_module: object, stage: str) -> None:
-        """Come after callbacks that change what a checkpoint holds, such as an average of the weights."""
+        """Place this callback after those that change weights or checkpoint, before those that save checkpoints."""
         last = (Checkpoint, GracefulStop, type(self))
         callbacks = sorted(trainer.callbacks, key=lambda it: (isinstance(it, last), isinstance(it, last[:2])))  # type: ignore[attr-defined]
         trainer.callbacks = callbacks  # type: ignore[attr-defined]
 
     def begin(self, trainer: Trainer, pl_module: AlignmentModule) -> None:
-        """Score the reference's samples."""
+        """Score the reference's samples, with which later samples are compared."""
         self.held_out.prepare()
         self._start = self._scores(trainer, pl_module, reference=True)
 
     def look(self, trainer: Trainer, pl_module: AlignmentModule) -> None:
-        """Score the policy's samples, log, and judge."""
+        """Score the policy's samples, log the changes, and act if the policy hacks its reward."""
         now = self._scores(trainer, pl_module, reference=False)
         names = ("held_out", "reward")[: now.shape[1]]
         changes = [PairedChange.between(before, after) for before, after in zip(self._start.T, now.T, strict=True)]
@@ -102,14 +103,14 @@ class HackingMonitor(PromptMonitor):
         message = f"optimiser step {trainer.global_step}: {figures}; the policy hacks its reward"
         if self.action == "stop":
             path = checkpoint_path(trainer)
-            trainer.save_checkpoint(path, weights_only=False)  # None has Lightning print a line
+            trainer.save_checkpoint(path, weights_only=False)  # with None Lightning prints a line
             trainer.should_stop = True
             message += f". Stopped, saved to {path}; use an earlier checkpoint, fewer steps or a lower learning rate"
         if trainer.is_global_zero:
             logger.warning(message)
 
     def _scores(self, trainer: Trainer, pl_module: AlignmentModule, reference: bool) -> Tensor:
-        """``(prompts, 1 or 2)`` float64: held-out score and, if there is one, training reward; means over pictures."""
+        """Return ``(prompts, 1 or 2)`` float64: held-out score and, if there is one, reward; means over pictures."""
         rows = []
         for batch, latents, pixels in self.pictures(trainer, pl_module, reference):
             images = list(map(to_image, pixels))
@@ -123,13 +124,13 @@ class HackingMonitor(PromptMonitor):
 
 @dataclass(frozen=True)
 class PairedChange:
-    """How a mean over prompts has moved.
+    """Change of a mean over prompts.
 
     Attributes:
         before: Mean at the start.
         after: Mean now.
-        standard_error: Of their difference, paired over prompts.
-        count: Prompts.
+        standard_error: Standard error of the difference, paired over prompts.
+        count: Number of prompts.
     """
 
     before: float
@@ -139,25 +140,25 @@ class PairedChange:
 
     @classmethod
     def between(cls, before: Tensor, after: Tensor) -> "PairedChange":
-        """From scores ``(P,)`` of the same P prompts."""
+        """Compute the change from scores ``(P,)`` before and after, of the same P prompts."""
         error = (after - before).std().item() / math.sqrt(len(before))
         return cls(before.mean().item(), after.mean().item(), error, len(before))
 
     @property
     def rises(self) -> bool:
-        """Whether the mean is above that of the start."""
+        """Tell whether the mean is above that of the start."""
         return self.after > self.before
 
     @property
     def in_standard_errors(self) -> float:
-        """The difference, in its standard error; 0 for no difference, infinite if it is the same for all prompts."""
+        """Return difference / standard error; 0 without a difference, infinite if it is equal for all prompts."""
         difference = self.after - self.before
         if self.standard_error == 0.0:
             return math.copysign(math.inf, difference) if difference else 0.0
         return difference / self.standard_error
 
     def __str__(self) -> str:
-        """The move in words."""
+        """Describe the change in words."""
         verb = "rose" if self.rises else "fell"
         by = f"{abs(self.in_standard_errors):.1f} standard errors over {self.count} prompts"
         return f"{verb} from {self.before:.4g} to {self.after:.4g} ({by})"

@@ -1,4 +1,4 @@
-"""Stop before a NaN reaches the weights, or a checkpoint."""
+"""Callback that ends a run before a NaN reaches the weights or a checkpoint."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -13,17 +13,18 @@ from latentreward.errors import InputError
 
 
 class NaNGuard(Callback):
-    """End the run at the first loss that is not finite, naming step and rows, before the backward pass.
+    """Callback that ends the run at the first loss that is not finite, before the backward pass.
 
-    Rows are pairs of a data set, or prompts, with timesteps where rollouts gave them.
+    The error names the optimiser step and the batch's rows: pairs of a data set, or prompts with the timesteps of their
+    rollouts.
 
-    Weights and optimiser keep their last good state, so the last checkpoint is worth going on from. The step itself
-    may still spoil the weights: before a checkpoint is written, those that train, their average and the optimiser's
-    state are looked at too, on all processes, and one that is not finite ends the run in place of the checkpoint. The
-    command line adds one to every run.
+    Weights and optimiser keep their last good state, so the last checkpoint can be resumed. An optimiser step after a
+    finite loss may still make a weight infinite or NaN. So the trained weights, their average and the optimiser's
+    state are checked on all processes before each checkpoint is written; a value that is not finite ends the run, and
+    that checkpoint is not written. The command line adds this callback to every run.
 
     Args:
-        every_n_batches: Look at every n-th batch; each look waits for the device.
+        every_n_batches: Check the loss of every n-th batch; each check waits for the device.
 
     Raises:
         InputError: If ``every_n_batches`` is below 1, and in training when a loss or a weight is not finite.
@@ -40,24 +41,24 @@ class NaNGuard(Callback):
         self._batch_idx = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Stand before the strategy's ``save_checkpoint``.
+        """Wrap the strategy's ``save_checkpoint`` so that values are checked before a checkpoint is written.
 
-        Lightning calls it on all processes for every checkpoint, but leaves out the hook ``on_save_checkpoint`` of
-        callbacks for those with ``save_weights_only``.
+        Lightning calls that method on all processes for every checkpoint, but skips the callbacks' hook
+        ``on_save_checkpoint`` for checkpoints with ``save_weights_only``.
         """
         strategy = trainer.strategy
         strategy.save_checkpoint = partial(save_finite, trainer, type(strategy).save_checkpoint)  # type: ignore[method-assign]
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the strategy its own method back."""
+        """Restore the strategy's own ``save_checkpoint``."""
         vars(trainer.strategy).pop("save_checkpoint", None)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Remember which rows the coming loss belongs to."""
+        """Remember the batch, so that an error can name its rows."""
         self._batch, self._batch_idx = batch, batch_idx
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Check the loss."""
+        """Raise InputError if the loss is not finite."""
         if self._batch_idx % self.every_n_batches or torch.isfinite(loss).all():
             return
         raise InputError(
@@ -68,10 +69,10 @@ class NaNGuard(Callback):
 
 
 def save_finite(trainer: Trainer, save: Any, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-    """Write a checkpoint by a strategy's method ``save`` if all that it holds of the training is finite.
+    """Write a checkpoint with a strategy's method ``save`` if weights, averages and optimiser state are finite.
 
     Raises:
-        InputError: Naming the optimiser step and the first tensor that is not finite; on all processes.
+        InputError: On all processes if a tensor is not finite; names the optimiser step and the first such tensor.
     """
     found = not_finite(trained_tensors(trainer, checkpoint))
     if not trainer.strategy.reduce_boolean_decision(found is None):
@@ -84,7 +85,7 @@ def save_finite(trainer: Trainer, save: Any, checkpoint: dict[str, Any], *args: 
 
 
 def trained_tensors(trainer: Trainer, checkpoint: dict[str, Any]) -> dict[str, Tensor]:
-    """Weights that train and the optimiser's state, as this process has them, and averages in ``checkpoint``."""
+    """Return this process's trained weights and optimiser state, and the averages in ``checkpoint``, by name."""
     module = trainer.lightning_module
     names: dict[Any, str] = {weight: name for name, weight in module.named_parameters() if weight.requires_grad}
     tensors = {name: weight.detach() for weight, name in names.items()}
@@ -101,7 +102,7 @@ def trained_tensors(trainer: Trainer, checkpoint: dict[str, Any]) -> dict[str, T
 
 
 def rows_of(batch: Any) -> str:
-    """The first rows of a batch in words."""
+    """Name the first rows of a batch, for a message."""
     pairs, prompts = getattr(batch, "pair_ids", ()), getattr(batch, "prompts", ())
     if pairs or not isinstance(prompts, tuple):
         return f"pairs {listed(pairs)}"
@@ -113,5 +114,5 @@ def rows_of(batch: Any) -> str:
 
 
 def listed(names: Sequence[str], shown: int = 8) -> str:
-    """The first few names, and how many more there are."""
+    """Join the first ``shown`` names, and say how many more there are."""
     return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")

@@ -1,4 +1,4 @@
-"""At which noise levels a reward model is right."""
+"""Callback that logs pair accuracy by noise level."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,10 +9,10 @@ from latentreward.metrics import ByNoiseLevel, PairwiseAccuracy
 
 
 class NoiseBandAccuracy(Callback):
-    """Log pair accuracy per band of the noise level, in training and validation.
+    """Callback that logs pair accuracy per band of the noise level, in training and validation.
 
     Reads the ``ScoredPairs`` that the steps of a ``RewardModule`` return; logs ``train/accuracy_sigma_{low}_{high}``
-    and ``val/accuracy_sigma_{low}_{high}`` at the end of each epoch, bands without a pair left out.
+    and ``val/accuracy_sigma_{low}_{high}`` at the end of each epoch. Bands without a pair are left out.
 
     Args:
         edges: Ascending noise levels in [0, 1]; bands are [low, high), the last one closed.
@@ -50,7 +50,7 @@ class NoiseBandAccuracy(Callback):
         self._update("train", pl_module, outputs["scored"])
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log and forget the epoch."""
+        """Log the accuracies of the epoch and reset them."""
         self._log("train", pl_module)
 
     def on_validation_batch_end(
@@ -62,9 +62,9 @@ class NoiseBandAccuracy(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Add the pairs of a validation step, every evaluation level."""
+        """Add the pairs of a validation step, at every evaluation level."""
         self._update("val", pl_module, outputs)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log and forget the epoch."""
+        """Log the accuracies of the epoch and reset them."""
         self._log("val", pl_module)

@@ -1,4 +1,4 @@
-"""Pictures of pairs with their scores."""
+"""Callback that draws validation pairs with their scores."""
 
 import logging
 from pathlib import Path
@@ -20,17 +20,19 @@ logger = logging.getLogger(__name__)
 
 
 class ScoredPairGrid(Callback):
-    """Draw the first validation pairs with their scores: image ``val/pairs`` in TensorBoard, and a PNG beside the log.
+    """Callback that draws the first validation pairs with their scores.
 
-    A cell is a pair, the preferred image on the left, its prompt above and the scores at the first evaluation level
-    below. The frame is green where the model ranks the pair as its label does, red where it does not, grey for a tie.
-    Latents are decoded by the model's VAE, a pair at a time. Where there is nothing to draw, one line says so and
-    nothing happens: latents without a VAE, latents under FSDP, which shares out the VAE, modules that score no pairs.
+    The picture is the image ``val/pairs`` in TensorBoard and ``scored_pairs.png`` in the run's log folder. Each cell
+    shows a pair: the preferred image on the left, the prompt above, and the scores at the first evaluation level below.
+    The frame is green where the model ranks the pair as its label does, red where it does not, grey for a tie. Latents
+    are decoded by the model's VAE, a pair at a time. If pairs cannot be drawn, one warning says why and the callback
+    does nothing: for latents if there is no VAE, for latents under FSDP (which shards the VAE), and for modules that
+    score no pairs.
 
     Args:
         num_pairs: Pairs in the picture.
-        image_size: Pixels of a side at which an image is shown.
-        columns: Cells side by side.
+        image_size: Longer side of a drawn image, in pixels.
+        columns: Pairs side by side.
 
     Raises:
         InputError: If an argument is below 1.
@@ -52,7 +54,7 @@ class ScoredPairGrid(Callback):
         self._off = False
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget the last picture."""
+        """Discard the pairs drawn in the last validation."""
         self._cells = []
 
     def on_validation_batch_end(
@@ -64,7 +66,7 @@ class ScoredPairGrid(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Draw pairs until there are enough."""
+        """Draw pairs of the batch until ``num_pairs`` are drawn."""
         missing = self.num_pairs - len(self._cells)
         if not trainer.is_global_zero or trainer.sanity_checking or trainer.fast_dev_run or self._off or missing <= 0:  # type: ignore[attr-defined]
             return
@@ -83,8 +85,8 @@ class ScoredPairGrid(Callback):
             self._cells.append(draw_pair(images, captions, batch.prompts[row], colour))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the picture."""
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asks all ranks, so it stands before the condition
+        """Write the picture to TensorBoard and to ``scored_pairs.png``."""
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # log_dir is a collective call
         if not self._cells:
             return
         picture = tile(self._cells, self.columns)
@@ -96,7 +98,7 @@ class ScoredPairGrid(Callback):
 
 
 def no_picture(trainer: Trainer, pl_module: LightningModule, batch: Any) -> str:
-    """Why there are no pictures of a batch; empty if there are."""
+    """Return the reason why pairs of a batch cannot be drawn; an empty string if they can."""
     if not isinstance(pl_module, PairModule):
         return f"{type(pl_module).__name__} does not score pairs"
     if batch.latent_space is None:
@@ -104,5 +106,5 @@ def no_picture(trainer: Trainer, pl_module: LightningModule, batch: Any) -> str:
     if pl_module.latent_decoder is None:
         return "the data are latents, and the model has no VAE to decode them"
     if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):  # one rank alone cannot call it
-        return "the data are latents, and FSDP shares out the VAE that decodes them"
+        return "the data are latents, and FSDP shards the VAE that decodes them"
     return ""

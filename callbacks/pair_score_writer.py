@@ -1,4 +1,4 @@
-"""Predictions as parquet."""
+"""Callback that writes predicted scores to parquet."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
@@ -14,19 +14,19 @@ from latentreward.storage.durable import replacing, write_errors_named
 
 
 class PairScoreWriter(BasePredictionWriter):
-    """Write what ``predict`` scored, one parquet file per rank: ``scores_rank0.parquet``, ….
+    """Callback that writes the scores of ``predict`` to one parquet file per rank: ``scores_rank0.parquet``, ….
 
     Rows are pairs × noise levels with the columns ``pair_id``, ``chosen_key``, ``rejected_key``, ``label``,
-    ``timestep``, ``sigma``, ``chosen_score``, ``rejected_score``, ``margin``; the label of an unlabelled pair is ½, as
-    that of a tie. A file grows batch by batch under a hidden name and gets its own when the rank is done, so a
-    file that is there is whole.
+    ``timestep``, ``sigma``, ``chosen_score``, ``rejected_score``, ``margin``. An unlabelled pair has
+    label ½, like a tie. A file grows batch by batch under a hidden name and is renamed when its rank has finished, so
+    a file with the final name is complete.
 
     Args:
         output_dir: Folder of the files; None takes ``predictions/`` in the run's log folder.
         overwrite: Replace files of an earlier prediction instead of stopping.
 
     Raises:
-        InputError: If a file is there already and ``overwrite`` is false.
+        InputError: If a file exists already and ``overwrite`` is false.
 
     Example:
         ``latentreward predict --config … --predictions.output_dir=scores``; the command line adds this callback itself.
@@ -40,8 +40,8 @@ class PairScoreWriter(BasePredictionWriter):
         self._open = ExitStack()
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look for earlier results before anything is scored."""
-        folder = Path(trainer.log_dir or trainer.default_root_dir) / "predictions"  # asks all ranks
+        """Raise InputError if earlier results exist and ``overwrite`` is false, before anything is scored."""
+        folder = Path(trainer.log_dir or trainer.default_root_dir) / "predictions"  # log_dir is a collective call
         self._path = Path(self.output_dir or folder) / f"scores_rank{trainer.global_rank}.parquet"
         if self._path.exists() and not self.overwrite:
             raise InputError(
@@ -58,7 +58,7 @@ class PairScoreWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        """Append a batch."""
+        """Append the scores of a batch to this rank's file."""
         import pyarrow as pa
         from pyarrow import parquet
 
@@ -83,7 +83,7 @@ class PairScoreWriter(BasePredictionWriter):
             self._writer.write_table(table)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Close the file, give it its name, and say where it is."""
+        """Close the file, rename it, and print its path."""
         if self._writer is not None:
             self._open.close()
             self._writer = None
@@ -97,5 +97,5 @@ class PairScoreWriter(BasePredictionWriter):
 
 
 def mean_output(rewards: Any) -> Any:
-    """``(N,)`` float64 from ``(N,)`` or ``(N, out_dim)``."""
+    """Average rewards ``(N,)`` or ``(N, out_dim)`` over a head's outputs: ``(N,)`` float64."""
     return rewards.double() if rewards.ndim == 1 else rewards.double().mean(dim=1)

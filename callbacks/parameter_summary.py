@@ -1,4 +1,4 @@
-"""How many parameters a run has."""
+"""Callback that prints the number of parameters."""
 
 from typing import Any
 
@@ -8,14 +8,14 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 
 class ParameterSummary(ModelSummary):
-    """Say in one line how many parameters each part of the model has, and how many train.
+    """Callback that prints in one line the parameters of each part of the model, and how many in all are trainable.
 
-    Lightning's own table has a column of FLOPs, which are 0 without an ``example_input_array``, and one of training
-    mode. The command line adds one to every fit, unless ``trainer.callbacks`` has a ``ModelSummary`` or
-    ``trainer.enable_model_summary`` is false.
+    Takes the place of Lightning's table, whose FLOPs are 0 without an ``example_input_array``. The command line adds
+    this callback to every fit, unless ``trainer.callbacks`` has a ``ModelSummary`` or ``trainer.enable_model_summary``
+    is false.
 
     Args:
-        max_depth: Levels of parts inside parts to name; 0 switches the line off.
+        max_depth: Levels of nested modules to list; 0 switches the line off.
 
     Example:
         ``--trainer.callbacks+=ParameterSummary --trainer.callbacks.max_depth=2``

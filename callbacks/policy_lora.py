@@ -1,4 +1,4 @@
-"""The LoRA of a policy in training, ready for diffusers."""
+"""Callback that writes a policy's LoRA for diffusers during training."""
 
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,15 @@ from latentreward.modules.alignment import AlignmentModule
 
 
 class PolicyLoRA(Callback):
-    """Write the policy's adapter as a LoRA whenever a checkpoint is saved, and at the end of training.
+    """Callback that writes the policy's adapter as a LoRA with each checkpoint and at the end of training.
 
-    The folder ``lora`` of the run's log folder holds the newest; ``pipeline.load_lora_weights`` of diffusers takes it.
-    The file there is the old one or the new one at any moment, whole. It holds the weights that train, not the average
-    of ``TrainableEMA``; for that, ``latentreward consolidate --average=true`` and then ``latentreward export``.
+    The folder ``lora`` of the run's log folder holds the newest LoRA; ``pipeline.load_lora_weights`` of diffusers
+    loads it. The file is replaced at once, so a reader always finds a complete one. The LoRA holds the trained weights,
+    not the average of ``TrainableEMA``; for the average, run ``latentreward consolidate --average=true`` and then
+    ``latentreward export``.
 
     Args:
-        folder: Another folder.
+        folder: Folder to write to; None takes ``lora`` in the run's log folder.
 
     Raises:
         InputError: If the run trains no policy.
@@ -36,12 +37,12 @@ class PolicyLoRA(Callback):
         self._written: int | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a module without a policy."""
+        """Raise InputError for a module that trains no policy."""
         if not isinstance(pl_module, AlignmentModule):
             raise InputError(f"PolicyLoRA: a {type(pl_module).__name__} has no policy; use it in alignment alone")
 
     def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        folder = self.folder or Path(trainer.log_dir or ".") / "lora"  # asks all ranks, as the next line does
+        folder = self.folder or Path(trainer.log_dir or ".") / "lora"  # collective, as of_policy is
         with errors_at(f"optimiser step {trainer.global_step}: "):
             lora = TrainedLoRA.of_policy(pl_module.policy)
         if trainer.is_global_zero:
@@ -49,10 +50,10 @@ class PolicyLoRA(Callback):
         self._written = trainer.global_step
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Write the weights that the checkpoint gets."""
+        """Write the LoRA of the weights that the checkpoint gets."""
         self._write(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write what training ended with, unless the last checkpoint did."""
+        """Write the LoRA at the end of training, unless a checkpoint of the same optimiser step has."""
         if self._written != trainer.global_step:
             self._write(trainer, pl_module)

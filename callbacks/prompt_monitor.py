@@ -1,4 +1,4 @@
-"""What callbacks share that look at what a policy makes of fixed prompts."""
+"""Base class of callbacks that sample a policy on fixed prompts."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,25 +16,27 @@ from latentreward.modules.alignment import AlignmentModule
 from latentreward.rollout import Sampling, sample_latents
 
 SEED = 0
-"""Of the initial and the sampler's noise; the same in every run, so that pictures of several runs compare."""
+"""Seed of the initial and the sampler's noise, equal in every run so that pictures of two runs can be compared."""
 
 Row = TypeVar("Row")
 
 
 class PromptMonitor(Callback, ABC):
-    """Looks at an alignment's policy every so many optimiser steps, on the same prompts and noise each time.
+    """Base class of callbacks that measure a policy every N optimiser steps, on the same prompts and noise.
 
-    Prompts are dealt out to the ranks, all of which take part and see the same result. Samples depend on prompt and
-    place in the list only. Modes, adapters and gradients are as before afterwards, also after an exception; no global
-    generator is drawn from, so a run with a monitor ends with the weights of one without.
+    The prompts are split over the ranks; all ranks take part and get the same result. A sample depends only on its
+    prompt and on the prompt's index in the list. After a measurement, also one that raised, training modes, adapters
+    and gradients are as before. Global generators are not used, so a run with a monitor ends with the same weights as
+    a run without.
 
     Args:
         prompts: Fixed prompts, or a file of them (formats of ``PromptDataModule``).
         num_prompts: Prompts to take from the start of the list.
         every_n_steps: Optimiser steps between two measurements.
-        images_per_prompt: Pictures per prompt, each of its own noise.
-        batch_size: Pictures sampled, and decoded or scored, at once on a rank.
-        sampling: Sampler settings; those of the module's rollouts by default. Noise that it does not give is theirs.
+        images_per_prompt: Pictures per prompt, each from its own noise.
+        batch_size: Pictures that a rank samples, decodes or scores at once.
+        sampling: Sampler settings; None takes those of the module's rollouts. An ``eta`` or ``noise_level`` of None is
+            that of rollouts: 1 and 0.7.
 
     Raises:
         InputError: If there is no prompt, a number is below 1, or the module aligns no policy.
@@ -69,14 +71,14 @@ class PromptMonitor(Callback, ABC):
 
     @abstractmethod
     def begin(self, trainer: Trainer, pl_module: AlignmentModule) -> None:
-        """Before the first step, and again when a run is resumed: what later looks are compared with."""
+        """Measure the reference before the first step, and again when a run is resumed, for later comparison."""
 
     @abstractmethod
     def look(self, trainer: Trainer, pl_module: AlignmentModule) -> None:
-        """Every so many steps."""
+        """Measure the policy; called every ``every_n_steps`` optimiser steps."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Sample the reference, so that what cannot work shows before training."""
+        """Measure the reference, so that settings that cannot work fail before training."""
         if not isinstance(pl_module, AlignmentModule):
             raise InputError(f"{type(self).__name__} watches the alignment of a policy, not {type(pl_module).__name__}")
         self._looked = trainer.global_step
@@ -86,7 +88,7 @@ class PromptMonitor(Callback, ABC):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Look, if the batch ended with an optimiser step that is due."""
+        """Measure the policy if the batch ended with an optimiser step at which a measurement is due."""
         assert isinstance(pl_module, AlignmentModule)
         before, self._looked = self._looked, trainer.global_step
         if before // self.every_n_steps != self._looked // self.every_n_steps:
@@ -94,7 +96,7 @@ class PromptMonitor(Callback, ABC):
                 self.look(trainer, pl_module)
 
     def share(self, trainer: Trainer) -> list[PromptBatch]:
-        """This rank's pictures, in batches; ranks that would have fewer repeat some, so that all have equally many."""
+        """Return this rank's prompts in batches; ranks with fewer repeat some, so that all have equally many."""
         count, world = len(self.prompts) * self.images_per_prompt, trainer.world_size
         mine = [(trainer.global_rank + world * turn) % count for turn in range(-(-count // world))]
         prompts = [self.prompts[picture // self.images_per_prompt] for picture in mine]
@@ -108,10 +110,10 @@ class PromptMonitor(Callback, ABC):
     def latents(
         self, trainer: Trainer, pl_module: AlignmentModule, reference: bool
     ) -> Iterator[tuple[PromptBatch, Tensor]]:
-        """Finished latents ``(B, C, ...)`` of each batch of this rank's share.
+        """Sample finished latents ``(B, C, ...)`` for each of this rank's batches; ``reference`` as before alignment.
 
         Raises:
-            InputError: If some are not finite, naming the step.
+            InputError: If sampled latents are not finite; names the optimiser step and the prompt.
         """
         sampling = (self.sampling or getattr(pl_module, "sampling", None) or Sampling()).with_noise()
         for batch in self.share(trainer):
@@ -128,7 +130,7 @@ class PromptMonitor(Callback, ABC):
     def pictures(
         self, trainer: Trainer, pl_module: AlignmentModule, reference: bool
     ) -> Iterator[tuple[PromptBatch, Tensor, Tensor]]:
-        """Batches, their latents ``(B, C, ...)``, and pixels ``(B, 3, H, W)``, about [-1, 1].
+        """Sample this rank's batches: prompts, latents ``(B, C, ...)`` and pixels ``(B, 3, H, W)``, about [-1, 1].
 
         Raises:
             InputError: If the policy has no VAE.
@@ -140,7 +142,7 @@ class PromptMonitor(Callback, ABC):
             yield batch, latents, vae.decode(latents)
 
     def gather(self, trainer: Trainer, rows: Tensor) -> Tensor:
-        """Rows of all pictures ``(P, images, ...)`` in the order of the prompts, from each rank's share of them."""
+        """Collect ``rows``, one per picture, from all ranks: ``(P, images, ...)`` in the order of the prompts."""
         if trainer.world_size > 1:
             shares = trainer.strategy.all_gather(rows.to(trainer.strategy.root_device))
             rows = shares.transpose(0, 1).flatten(0, 1)
@@ -150,7 +152,7 @@ class PromptMonitor(Callback, ABC):
 
 @contextmanager
 def at_rest(trainer: Trainer, module: nn.Module) -> Iterator[None]:
-    """No gradients, every part in evaluation mode, and the trainer's precision; modes come back, whatever happens."""
+    """Run a block without gradients, in evaluation mode and the trainer's precision; restore modes afterwards."""
     training = [part for part in module.modules() if part.training]
     module.eval()
     try:
@@ -162,9 +164,9 @@ def at_rest(trainer: Trainer, module: nn.Module) -> Iterator[None]:
 
 
 def log_now(trainer: Trainer, pl_module: LightningModule, values: Mapping[str, float]) -> None:
-    """Log at this very step, whatever ``log_every_n_steps`` is; ``ModelCheckpoint`` can monitor the values too.
+    """Log at this very step, whatever ``log_every_n_steps`` is; ``ModelCheckpoint`` can monitor the values.
 
-    All ranks must give the same values. At the start of training only loggers get them.
+    All ranks must pass equal values. At the start of training only the loggers get the values.
     """
     if pl_module._current_fx_name == "on_train_batch_end":
         pl_module.log_dict(dict(values), logger=False)

@@ -1,4 +1,4 @@
-"""How far alignment has taken a policy from where it began."""
+"""Callback that measures how far alignment has moved a policy from its reference."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,19 +15,20 @@ from latentreward.seeding import pair_generator
 
 
 class ReferenceDrift(PromptMonitor):
-    """Log ``drift/sigma_{level}``: the mean squared difference of the predictions of policy and reference.
+    """Callback that logs the mean squared difference between the predictions of policy and reference.
 
-    Both predict (without guidance) for the same states: samples of the reference for fixed prompts, with fixed noise
-    added at each level. 0 at the start. The mean over levels is ``drift/mean``; a sudden rise often comes before
-    pictures show anything.
+    The value at each noise level is logged as ``drift/sigma_{level}``. Both networks predict, without guidance, from
+    the same noisy latents: samples of the reference for fixed prompts, with fixed noise added at each level. The drift
+    is 0 at the start. ``drift/mean`` is the mean over levels; a sudden rise often comes before the pictures visibly
+    change.
 
     Args:
         prompts: See :class:`~latentreward.callbacks.prompt_monitor.PromptMonitor`.
         num_prompts: Prompts to take from the start of the list.
         every_n_steps: Optimiser steps between two measurements.
-        sigmas: Noise levels in (0, 1]; the nearest of the policy's noise process are taken.
-        options: See :class:`~latentreward.callbacks.prompt_monitor.PromptMonitor`; ``sampling`` makes the reference's
-            samples.
+        sigmas: Noise levels in (0, 1]; for each, the nearest level of the policy's noise process is used.
+        options: See :class:`~latentreward.callbacks.prompt_monitor.PromptMonitor`; ``sampling`` is that of the
+            reference's samples.
 
     Raises:
         InputError: If a setting is out of range.
@@ -56,7 +57,7 @@ class ReferenceDrift(PromptMonitor):
         self._states: list[tuple[PromptBatch, Tensor, Tensor, Tensor]] = []
 
     def begin(self, trainer: Trainer, pl_module: AlignmentModule) -> None:
-        """Make the states, and the reference's predictions for them."""
+        """Make the noisy latents and the reference's predictions for them."""
         policy, self._states = pl_module.policy, []
         for batch, latents in self.latents(trainer, pl_module, reference=True):
             generators = [pair_generator(SEED, "drift noise", 0, key) for key in batch.keys]
@@ -69,13 +70,13 @@ class ReferenceDrift(PromptMonitor):
                 self._states.append((batch, timesteps.cpu(), noisy.cpu(), predicted.float().cpu()))
 
     def look(self, trainer: Trainer, pl_module: AlignmentModule) -> None:
-        """Predict again with the policy, and log."""
+        """Log the difference of the policy's present predictions from the reference's."""
         policy, device = pl_module.policy, pl_module.device
         errors: list[list[Tensor]] = [[] for _ in self.sigmas]
-        for place, (batch, timesteps, noisy, reference) in enumerate(self._states):
+        for index, (batch, timesteps, noisy, reference) in enumerate(self._states):
             now = policy.predict(noisy.to(device), timesteps.to(device), policy.encode_prompts(batch.prompts))
             error = (now.float() - reference.to(device)).square().flatten(1).mean(dim=1)
-            errors[place % len(self.sigmas)].append(error)
+            errors[index % len(self.sigmas)].append(error)
         rows = torch.stack([torch.cat(level) for level in errors], dim=1)
         drifts = self.gather(trainer, rows).flatten(0, 1).mean(dim=0)
         values = {f"drift/sigma_{sigma:g}": drift for sigma, drift in zip(self.sigmas, drifts.tolist(), strict=True)}

@@ -1,4 +1,4 @@
-"""What a resumed run takes from its checkpoint, and what from its settings."""
+"""Callback that reports where a resumed run's settings differ from its checkpoint."""
 
 import logging
 import warnings
@@ -19,27 +19,29 @@ from latentreward.errors import InputError
 logger = logging.getLogger(__name__)
 
 TUNER_FILES = (".lr_find_", ".scale_batch_size_")
-"""Beginnings of the files from which Lightning's tuner restores the state before its search, which is not a resume."""
+"""Prefixes of the files from which Lightning's tuner restores the state before its search, which is not a resume."""
 SAME_SCHEDULE = "give the model.lr_scheduler that it was trained with, or --resume_override=[schedule]"
 
 
 class ResumedSettings(Callback):
-    """Say in one line each which settings of a resumed run differ from what its checkpoint restores.
+    """Callback that reports which settings of a resumed run differ from what its checkpoint restores.
 
-    Optimiser settings, schedule and batch size of the checkpoint are in force, whatever is given, unless ``override``
-    names them. Checkpoints written with this callback hold the batch size of the data module; after others, the given
-    one is in force. The command line adds one to every fit.
+    Optimiser settings, learning rate schedule and batch size are those of the checkpoint, whatever the settings say,
+    unless ``override`` names them. Only checkpoints written with this callback hold the batch size of the data module;
+    with other checkpoints the batch size of the settings is used. The command line adds this callback to every fit.
 
     Args:
-        override: What to take from the settings: ``lr``, the learning rate; ``schedule``, placed at the restored
-            step; ``batch_size``, with which the epoch goes on at the same number of pairs seen.
+        override: What to take from the settings instead: ``lr``, the learning rate; ``schedule``, the learning rate
+            schedule, advanced to the restored step; ``batch_size``, with which the epoch goes on after the same number
+            of pairs.
 
     Attributes:
-        in_force: Values of the checkpoint that replaced given ones, by setting, such as ``model.optimizer.lr``.
+        in_force: Values of the checkpoint that replaced values of the settings, by name, such as
+            ``model.optimizer.lr``.
 
     Raises:
-        InputError: If a schedule of another class is given than the checkpoint has the state of, or the optimiser had
-            other parameters.
+        InputError: If the checkpoint's schedule is of another class than the given one, or its optimiser has other
+            parameters, or ``override`` names ``lr`` alone while the schedules differ.
 
     Example:
         ``--resume_override=[lr,schedule]`` on the command line; ``Trainer(callbacks=[ResumedSettings(["lr"])])``.
@@ -54,14 +56,15 @@ class ResumedSettings(Callback):
         self._saved_sizes: list[list[int]] = []
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Note the batch size, which no state of Lightning's tells."""
+        """Save the batch size, which Lightning does not save."""
         if (size := batch_size(trainer)) is not None:
             checkpoint["batch_size"] = size
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Set the batch size before loaders are made, and keep the schedules' state from Lightning.
+        """Set the batch size before loaders are made, and remove the schedules' state from ``checkpoint``.
 
-        Lightning would load it into a schedule of any class: :meth:`on_train_start` compares first.
+        Lightning would load that state into a schedule of any class. :meth:`on_train_start` loads the state instead,
+        once the schedules are compared.
         """
         if trainer.state.fn != TrainerFn.FITTING or Path(trainer.ckpt_path or "").name.startswith(TUNER_FILES):
             return
@@ -76,7 +79,11 @@ class ResumedSettings(Callback):
                 trainer.datamodule.batch_size = saved  # type: ignore[attr-defined]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note what the settings made: Lightning restores optimisers after this hook, under every strategy."""
+        """Remember optimisers and schedules as the settings made them; Lightning restores optimisers after this hook.
+
+        Raises:
+            InputError: If the checkpoint's optimiser has other parameters.
+        """
         self._groups = [[dict(group) for group in optimizer.param_groups] for optimizer in trainer.optimizers]
         self._schedules = [deepcopy(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs]
         sizes = [[len(group["params"]) for group in groups] for groups in self._groups]
@@ -84,7 +91,7 @@ class ResumedSettings(Callback):
             raise InputError("the checkpoint's optimiser has other parameters; tuning and head must be as in training")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Compare, now that all is restored, and put the overrides in place."""
+        """Compare the settings with the restored state, report differences, and apply the overrides."""
         if self._saved_schedules is None:
             return
         self._compare_optimizers(trainer)
@@ -95,8 +102,8 @@ class ResumedSettings(Callback):
         self._saved_schedules, self._saved_sizes = None, []
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say that nothing was trained, as the run of the checkpoint had ended, and what to raise."""
-        if self._saved_schedules is None or not trainer.is_global_zero:  # on_train_start took it
+        """Warn if the checkpoint's run had already reached its limit, and name the limit to raise."""
+        if self._saved_schedules is None or not trainer.is_global_zero:  # on_train_start ran, and set it to None
             return
         limits = {
             "max_steps": trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps,
@@ -108,7 +115,7 @@ class ResumedSettings(Callback):
             logger.warning("resume: nothing to train: %s; raise it to go on", reached)
 
     def _settle(self, trainer: Trainer, name: str, given: Any, saved: Any, override: str | None = None) -> None:
-        """Say which of two values of a setting is in force."""
+        """Log which of two values of a setting is used, the given or the saved one."""
         if override in self.override:
             line = (
                 f"{name} is {given} from here on, {saved} in the checkpoint: steps differ from the uninterrupted run's"
@@ -121,8 +128,8 @@ class ResumedSettings(Callback):
             logger.warning("resume: %s", line)
 
     def _compare_optimizers(self, trainer: Trainer) -> None:
-        """Settle what differs between the groups that the settings made and those restored, each setting once."""
-        # What OneCycleLR and CyclicLR move beside the rate is no setting.
+        """Log each optimiser setting that differs between given and restored parameter groups, once."""
+        # OneCycleLR and CyclicLR also change momentum or betas at each step: these values are not settings.
         cycled = any(getattr(config.scheduler, "cycle_momentum", False) for config in trainer.lr_scheduler_configs)
         seen = {"betas", "momentum"} if cycled else set()
         for optimizer, groups in zip(trainer.optimizers, self._groups, strict=True):
@@ -136,10 +143,10 @@ class ResumedSettings(Callback):
                         self._settle(trainer, f"model.optimizer.{name}", ours, theirs, "lr" if name == "lr" else None)
 
     def _restore_schedules(self, trainer: Trainer, saved: Sequence[Mapping[str, Any]]) -> None:
-        """Do what Lightning was kept from, if the schedules are of one kind.
+        """Load the saved state into the schedules, if they are of the same kind as in the checkpoint.
 
         Raises:
-            InputError: If they are not, or only the learning rate is to change under a schedule that differs.
+            InputError: If they are of another kind, or ``override`` holds ``lr`` and a setting of a schedule differs.
         """
         theirs, ours = [list(map(schedule_settings, states)) for states in (saved, self._schedules)]
         if [settings.keys() for settings in theirs] != [settings.keys() for settings in ours]:
@@ -156,9 +163,9 @@ class ResumedSettings(Callback):
             config.scheduler.load_state_dict(state)
 
     def _replay(self, trainer: Trainer, saved: Sequence[Mapping[str, Any]]) -> None:
-        """Take the given schedules from their first step to the restored one, from the rates that are to be in force.
+        """Step the given schedules from their first step to the restored one, from the learning rates to be used.
 
-        Stepping is right for every class; many compute a rate from the one before.
+        Stepping works for every class of schedule: many compute a learning rate from the previous one.
         """
         for optimizer, groups in zip(trainer.optimizers, self._groups, strict=True):
             for group, given in zip(optimizer.param_groups, groups, strict=True):
@@ -173,7 +180,7 @@ class ResumedSettings(Callback):
             set_base_rates(config.scheduler)
             taken = trainer.global_step if config.interval == "step" else trainer.current_epoch
             steps = saved[number]["last_epoch"] if number < len(saved) else taken // config.frequency
-            if isinstance(config.scheduler, ReduceLROnPlateau):  # follows a metric: it begins anew
+            if isinstance(config.scheduler, ReduceLROnPlateau):  # follows a metric, so it starts afresh
                 continue
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch expects steps of the optimiser in between
@@ -184,35 +191,35 @@ class ResumedSettings(Callback):
 
 
 def batch_size(trainer: Trainer) -> int | None:
-    """Batch size of the run's data module, if it has one."""
+    """Return the batch size of the run's data module; None if there is none."""
     return getattr(getattr(trainer, "datamodule", None), "batch_size", None)
 
 
 def base_rate(group: Mapping[str, Any]) -> Any:
-    """Learning rate of an optimiser's group before any schedule."""
+    """Return the learning rate of an optimiser's parameter group before any schedule."""
     return group.get("initial_lr", group["lr"])
 
 
 def plain(value: Any) -> Any:
-    """A setting of an optimiser without tensors."""
+    """Return an optimiser's setting with tensors turned into numbers or lists."""
     if isinstance(value, Tensor):
         return value.tolist()
     return [plain(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def schedule_settings(state: Mapping[str, Any]) -> dict[str, Any]:
-    """What a schedule's state holds, by name; the state of schedules inside it as ``schedulers.0.NAME``."""
+    """Return the public values of a schedule's state by name; those of nested schedules as ``schedulers.0.NAME``."""
     values = {name: value for name, value in state.items() if not name.startswith("_")}
     for number, inner in enumerate(state.get("_schedulers", ())):
         values |= {f"schedulers.{number}.{name}": value for name, value in schedule_settings(inner).items()}
     if "_milestones" in state:
         values["milestones"] = state["_milestones"]
-    # MultiStepLR keeps a count of each milestone.
+    # MultiStepLR keeps its milestones in a Counter.
     return {name: sorted(value.elements()) if isinstance(value, Counter) else value for name, value in values.items()}
 
 
 def setting_names(scheduler: LRScheduler) -> set[str]:
-    """Which values of :func:`schedule_settings` are settings: what the constructors take; the rest is progress."""
+    """Return the names in :func:`schedule_settings` that are constructor arguments; other values are progress."""
     names = set(signature(type(scheduler)).parameters) - {"last_epoch", "verbose"}
     for number, inner in enumerate(getattr(scheduler, "_schedulers", ())):
         names |= {f"schedulers.{number}.{name}" for name in setting_names(inner)}
@@ -220,7 +227,7 @@ def setting_names(scheduler: LRScheduler) -> set[str]:
 
 
 def set_base_rates(scheduler: LRScheduler) -> None:
-    """Have a schedule, and those inside it, start from its optimiser's groups."""
+    """Set ``base_lrs`` of a schedule, and of schedules nested in it, to each group's rate before any schedule."""
     scheduler.base_lrs = [base_rate(group) for group in scheduler.optimizer.param_groups]
     for inner in getattr(scheduler, "_schedulers", ()):
         set_base_rates(inner)

@@ -1,4 +1,4 @@
-"""How far a run is, and when it ends."""
+"""Callback that shows the progress of a run and the time left."""
 
 import logging
 import math
@@ -18,18 +18,18 @@ from latentreward.storage.progress import Progress
 
 
 class RunProgress(ProgressBar):
-    """Show optimiser steps done of those of the whole run, and the time left until it ends, on standard error.
+    """Callback that shows optimiser steps done, steps of the whole run, and the time left, on standard error.
 
-    A bar on a terminal, otherwise a line at the start, every ``every_s`` seconds and at the end; on global rank 0
-    alone. Beside them stand epoch and metrics that are logged with ``prog_bar=True``. Validation, test and prediction
-    have a bar of their own, or lines if they take long. The run ends by ``max_steps``, ``max_epochs`` or ``max_time``,
-    whichever comes first. The time left follows from the mean time of a step since this process began to train, with
-    its share of rollouts and validations. A stop for other reasons, such as ``EarlyStopping`` or ``data.max_prompts``,
-    is not foreseen. The command line adds one to every run, unless ``trainer.callbacks`` has a progress bar or
-    ``trainer.enable_progress_bar`` is false.
+    On a terminal the callback shows a bar; otherwise it prints a line at the start, every ``every_s`` seconds and at
+    the end. Only global rank 0 shows progress. Epoch and metrics logged with ``prog_bar=True`` are included.
+    Validation, test and prediction have a bar of their own, or lines if they take longer than ``every_s``. The run is
+    taken to end by ``max_steps``, ``max_epochs`` or ``max_time``, whichever comes first. The time left is computed from
+    the mean time of a step since this process began to train, rollouts and validations included. Stops for other
+    reasons, such as ``EarlyStopping`` or ``data.max_prompts``, are not foreseen. The command line adds this callback
+    to every run, unless ``trainer.callbacks`` has a progress bar or ``trainer.enable_progress_bar`` is false.
 
     Args:
-        every_s: Seconds between lines where there is no terminal.
+        every_s: Seconds between lines where standard error is not a terminal.
 
     Raises:
         InputError: If ``every_s`` is not above 0.
@@ -66,10 +66,10 @@ class RunProgress(ProgressBar):
         tqdm.write(sep.join(map(str, args)), **kwargs)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin at the optimiser step of the checkpoint, if there is one."""
+        """Start to count at the present optimiser step: 0, or that of the checkpoint."""
         if not self.is_enabled:
             return
-        if sys.stderr.isatty():  # messages would be written into the bar
+        if sys.stderr.isatty():  # else messages would be written into the bar
             loggers = [logging.getLogger(name) for name in (None, "lightning.pytorch", "lightning.fabric")]
             self._redirected.enter_context(logging_redirect_tqdm(loggers))
             logging.captureWarnings(True)
@@ -87,41 +87,41 @@ class RunProgress(ProgressBar):
         )
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take up an epoch of another length."""
+        """Update the number of steps of the run, because epochs may differ in length."""
         if self._run is not None:
             self._run.expect(total_steps(trainer))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count the optimiser step, if the batch ended one."""
+        """Count the optimiser step, if the batch ended with one."""
         if self._run is not None and trainer.global_step > self._shown_step:
             self._run.add(trainer.global_step - self._shown_step, **self._values(trainer, pl_module))
             self._shown_step = trainer.global_step
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the last state, with the metrics of a validation at the end."""
+        """Show the final step with the metrics of a last validation, and close the bar."""
         if self._run is not None:
             self._run.add(0, **self._values(trainer, pl_module))
         self._close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the bar before the error is printed."""
+        """Close the bar before the error is printed."""
         self._close()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin a validation, or a sanity check."""
+        """Start the progress of a validation or a sanity check."""
         if trainer.sanity_checking:
             self._begin("sanity check", trainer.num_sanity_val_batches)
         else:
             self._begin("validation", trainer.num_val_batches)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin a test."""
+        """Start the progress of a test."""
         self._begin("test", trainer.num_test_batches)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin a prediction."""
+        """Start the progress of a prediction."""
         self._begin("prediction", trainer.num_predict_batches)
 
     def on_validation_batch_end(
@@ -140,7 +140,7 @@ class RunProgress(ProgressBar):
     on_test_batch_end = on_predict_batch_end = on_validation_batch_end
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """End it."""
+        """Close the progress of the evaluation."""
         if self._evaluation is not None:
             self._evaluation.close()
             self._evaluation = None
@@ -165,15 +165,16 @@ class RunProgress(ProgressBar):
 
 
 def total_steps(trainer: Trainer) -> int | None:
-    """Optimiser step at which ``max_steps`` or ``max_epochs`` ends a run, where it or an epoch begins; None if neither.
+    """Return the optimiser step at which ``max_steps`` or ``max_epochs`` ends the run; None if neither does.
 
-    Lightning's ``estimated_stepping_batches`` takes all epochs for as long as the present one, which is wrong after a
-    resume with another batch size, and refuses an accumulation that changes from epoch to epoch.
+    Valid when training or an epoch begins. Lightning's ``estimated_stepping_batches`` assumes that all epochs are as
+    long as the present one, which is wrong after a resume with another batch size. It also raises if the gradient
+    accumulation changes from epoch to epoch.
     """
     batches, accumulated = trainer.num_training_batches, trainer.accumulate_grad_batches
     total = math.inf if trainer.max_steps == -1 else float(trainer.max_steps)
     if trainer.max_epochs not in (None, -1) and math.isfinite(batches):
-        # Where an epoch begins, the counters are still those of the one before.
+        # When an epoch begins, the counters are still those of the previous epoch.
         used = batch_progress(trainer).current.processed if trainer.fit_loop.restarted_mid_epoch else 0
         later = max(0, trainer.max_epochs - trainer.current_epoch - 1) * math.ceil(batches / accumulated)
         total = min(total, trainer.global_step + math.ceil((batches - used) / accumulated) + later)

@@ -1,4 +1,4 @@
-"""Pictures before and after, side by side."""
+"""Callback that draws samples from before and after alignment side by side."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,14 +19,15 @@ from latentreward.storage.durable import replacing
 
 
 class SampleGrid(PromptMonitor):
-    """Draw what the policy makes of fixed prompts beside what the reference makes of them, from the same noise.
+    """Callback that draws the policy's samples for fixed prompts beside the reference's from the same noise.
 
-    Image ``samples`` in TensorBoard, and ``samples/step_{optimiser step}.png`` beside the log.
+    The picture is the image ``samples`` in TensorBoard and the file ``samples/step_{optimiser step}.png`` in the run's
+    log folder.
 
     Args:
         prompts: See :class:`~latentreward.callbacks.prompt_monitor.PromptMonitor`.
         num_prompts: Prompts to take from the start of the list.
-        image_size: Pixels of a side at which a picture is shown.
+        image_size: Longer side of a drawn sample, in pixels.
         columns: Prompts side by side.
         options: See :class:`~latentreward.callbacks.prompt_monitor.PromptMonitor`.
 
@@ -57,12 +58,12 @@ class SampleGrid(PromptMonitor):
         self._before: list[Image.Image] = []
 
     def begin(self, trainer: Trainer, pl_module: AlignmentModule) -> None:
-        """Draw the reference's pictures."""
+        """Draw the reference's samples."""
         self._before = self._draw(trainer, pl_module, reference=True)
 
     def look(self, trainer: Trainer, pl_module: AlignmentModule) -> None:
-        """Write the picture."""
-        folder = Path(trainer.log_dir or trainer.default_root_dir) / "samples"  # asks all ranks
+        """Sample the fixed prompts now, and write one picture of all samples beside the reference's."""
+        folder = Path(trainer.log_dir or trainer.default_root_dir) / "samples"  # log_dir is a collective call
         after = self._draw(trainer, pl_module, reference=False)
         if not trainer.is_global_zero:
             return
@@ -81,5 +82,5 @@ class SampleGrid(PromptMonitor):
 
 
 def to_bytes(pixels: Tensor, size: int) -> Tensor:
-    """``(B, h, w, 3)`` bytes on the CPU, the longer side ``size``, of ``(B, 3, H, W)`` in [-1, 1]."""
+    """Convert pixels ``(B, 3, H, W)`` in [-1, 1] to bytes ``(B, h, w, 3)`` on the CPU, the longer side ``size``."""
     return torch.stack([torch.from_numpy(np.array(to_image(image, size))) for image in pixels])

@@ -1,4 +1,4 @@
-"""How fast a run is, and what it waits for."""
+"""Callback that measures training speed and the wait for data."""
 
 from time import perf_counter
 from typing import Any
@@ -9,12 +9,13 @@ from latentreward.errors import InputError
 
 
 class Throughput(Callback):
-    """Log ``train/pairs_per_second`` over all ranks and ``train/data_wait``, the share of time spent waiting for data.
+    """Callback that logs training speed and the share of time spent waiting for data.
 
-    Time stands still in validation. A ``data_wait`` above a few per cent asks for more loader workers.
+    The values are ``train/pairs_per_second``, over all ranks, and ``train/data_wait``. Validation time is left out. A
+    ``data_wait`` above a few per cent means that more loader workers would help.
 
     Args:
-        every_n_batches: Batches per measurement.
+        every_n_batches: Batches per measurement; values are logged after each.
 
     Raises:
         InputError: If ``every_n_batches`` is below 1.
@@ -35,22 +36,22 @@ class Throughput(Callback):
         self._since = perf_counter()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start afresh: the first batch of an epoch pays for starting workers."""
+        """Restart the measurement, so that it begins with each epoch."""
         self._restart()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start afresh after validation inside an epoch."""
+        """Restart the measurement after a validation inside an epoch."""
         self._restart()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """The batch is here: what passed since the last one was waiting."""
+        """Count the time since the last batch ended as waiting for data."""
         now = perf_counter()
         self._waiting, self._since = self._waiting + now - self._since, now
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log every so many batches."""
+        """Count the batch, and log after every ``every_n_batches`` batches."""
         now = perf_counter()
         self._working, self._since = self._working + now - self._since, now
         self._pairs, self._batches = self._pairs + len(batch), self._batches + 1

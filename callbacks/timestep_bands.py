@@ -1,4 +1,4 @@
-"""At which timesteps a policy finds something to learn, and learns it."""
+"""Callback that logs rollouts and training steps by timestep."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -13,13 +13,14 @@ from latentreward.modules.lpo import StepRatios
 
 
 class TimestepBands(Callback):
-    """Log rollouts and training steps by bands of the timestep; bands without a row are left out.
+    """Callback that logs rollouts and training steps by bands of the timestep; bands without rows are left out.
 
-    Of every rollout of a module that learns from its own: ``rollout/kept_share_t_{low}_{high}``, and the quartiles of
-    the candidates' score gaps tanh(Δ/2), ``rollout/gap_25_t_...``, ``gap_50`` and ``gap_75``: what thresholds are
-    chosen by. Of training on pairs (LPO, SPO): ``train/implicit_accuracy_t_...``, the share of pairs whose better state
-    has become more likely, relative to the reference, than the worse one; and ``train/margin_t_...``, the mean
-    difference of the two log-probability ratios.
+    For each rollout of a module that learns from its own rollouts: ``rollout/kept_share_t_{low}_{high}``, the share of
+    candidate groups that are kept for training, and the quartiles of the score gaps tanh(Δ/2) between best and worst
+    candidate, ``rollout/gap_25_t_...``, ``gap_50`` and ``gap_75``, which help to choose selection thresholds. For
+    training on pairs (LPO, SPO): ``train/implicit_accuracy_t_...``, the share of pairs whose better state has gained
+    more log-probability over the reference than the worse state, and ``train/margin_t_...``, the mean difference of
+    the two gains.
 
     Args:
         edges: Ascending timesteps; bands are [low, high), the last one closed.
@@ -43,7 +44,7 @@ class TimestepBands(Callback):
         self._seen: RolloutStatistics | None = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Log a rollout at the first batch after it."""
+        """Log the last rollout at the first batch after it."""
         statistics = getattr(pl_module, "rollout_statistics", None)
         if statistics is None or statistics is self._seen:
             return
@@ -57,7 +58,7 @@ class TimestepBands(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log a training step on pairs."""
+        """Log implicit accuracy and margin of a training step on pairs."""
         ratios = outputs.get("ratios") if isinstance(outputs, dict) else None
         if not isinstance(ratios, StepRatios):
             return
@@ -69,7 +70,7 @@ class TimestepBands(Callback):
         pl_module.log_dict(values, batch_size=len(batch))
 
     def _bands(self, timesteps: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Name and rows of each band that has some."""
+        """Yield name and row indices of each band that has rows."""
         for low, high in zip(self.edges[:-1], self.edges[1:], strict=True):
             upper = timesteps <= high if high == self.edges[-1] else timesteps < high
             rows = ((timesteps >= low) & upper).nonzero().flatten()

@@ -1,4 +1,4 @@
-"""An average of the weights that train, and of nothing else."""
+"""Callback that keeps a moving average of the trainable weights."""
 
 from typing import Any
 
@@ -14,28 +14,30 @@ from latentreward.errors import InputError
 
 
 class TrainableEMA(Callback):
-    """Exponential moving average of the trainable parameters, in float32; validation and test see the average.
+    """Callback that keeps an exponential moving average of the trainable parameters, in float32.
 
-    ``average ← decay · average + (1 − decay) · weights`` after each optimiser step. Training goes on with the raw
-    weights; they are back before a checkpoint is written. The average is part of the checkpoint (under this callback's
-    state), so a resumed run equals the uninterrupted one; ``latentreward consolidate --average=true`` writes a
-    checkpoint whose weights it is.
+    Validation, test and prediction use the average.
 
-    Where weights are sharded (FSDP2), so is the average. It is saved whole, from rank 0, in single-file and sharded
-    checkpoints alike, and so loads on any number of devices.
+    ``average ← decay · average + (1 − decay) · weights`` after each optimiser step. Training uses the raw weights,
+    which are restored before a checkpoint is written. The average is saved in the checkpoint, in this callback's state,
+    so a resumed run equals an uninterrupted one. ``latentreward consolidate --average=true`` writes a checkpoint whose
+    weights are the average.
+
+    Where weights are sharded (FSDP2), the average is sharded too. Rank 0 saves the whole average, in single-file and
+    sharded checkpoints alike, so that it can be loaded on any number of devices.
 
     Args:
         decay: In [0, 1); DiNa-LRM's config has 0.995 (arXiv:2602.11146; its released code never applied it).
-        warm_up: Whether decay is limited to (1 + n) / (10 + n) at the n-th step, so that the initial weights fade at
-            once; false takes ``decay`` throughout, as DiNa-LRM's released code would.
+        warm_up: Whether the decay is limited to (1 + n) / (10 + n) at the n-th step, so that the initial weights fade
+            quickly; false uses ``decay`` from the first step, as DiNa-LRM's released code would.
 
     Raises:
         InputError: If ``decay`` is out of range, a checkpoint's average belongs to other weights, or the strategy is
-            FSDP1, whose flat shards it cannot average.
+            FSDP1, whose flat shards cannot be averaged.
 
     Note:
-        Lightning's ``WeightAveraging`` copies the whole module, frozen network included, and a run shorter than its
-        start-up leaves the *initial* weights behind; hence this one.
+        Lightning's ``WeightAveraging`` is not used: it copies the whole module, frozen network included, and a run
+        shorter than its start-up ends with the *initial* weights.
 
     Example:
         .. code-block:: yaml
@@ -67,14 +69,14 @@ class TrainableEMA(Callback):
             )
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what would lose the average."""
+        """Raise InputError under FSDP1, whose shards cannot be averaged; warn of checkpoints without the average."""
         if isinstance(trainer.strategy, FSDPStrategy):
             raise InputError("TrainableEMA does not work with the strategy fsdp; use fsdp2 or ddp")
         if any(getattr(callback, "save_weights_only", False) for callback in trainer.checkpoint_callbacks):
             rank_zero_warn("TrainableEMA: checkpoints with save_weights_only hold the raw weights and no average")
 
     def _place(self, pl_module: LightningModule) -> dict[str, Parameter]:
-        """Put the average where the weights are, starting it from them if there is none; returns the weights."""
+        """Place the average on the weights' devices, or start it from the weights; return the trainable weights."""
         weights = self._trained(pl_module)
         self._check_names(weights)
         for name, weight in weights.items():
@@ -82,13 +84,13 @@ class TrainableEMA(Callback):
         return weights
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start from the initial weights or go on from the checkpoint's average; steps of before it are in it."""
+        """Start the average from the initial weights, or continue the checkpoint's average."""
         self._place(pl_module)
         self._last_step = trainer.global_step
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Update once per optimiser step, not per accumulated batch."""
+        """Update the average once per optimiser step, not per accumulated batch."""
         if trainer.global_step == self._last_step:
             return
         self._last_step = trainer.global_step
@@ -118,7 +120,7 @@ class TrainableEMA(Callback):
         self._swap_in(pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Go on with the raw weights; ``ModelCheckpoint`` saves after this."""
+        """Restore the raw weights; ``ModelCheckpoint`` saves after this hook."""
         self._swap_out(pl_module)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -126,7 +128,7 @@ class TrainableEMA(Callback):
         self._swap_in(pl_module)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give the raw weights back."""
+        """Restore the raw weights."""
         self._swap_out(pl_module)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -134,15 +136,15 @@ class TrainableEMA(Callback):
         self._swap_in(pl_module)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give the raw weights back."""
+        """Restore the raw weights."""
         self._swap_out(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Never leave the average behind in the module that trains."""
+        """Restore the raw weights, so that the average never stays in the module."""
         self._swap_out(pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        """The average, whole, on rank 0, which saves it, and its count; a collective call where it is sharded."""
+        """Return the whole average (on rank 0 only) and the number of updates; collective if it is sharded."""
         average = {}
         for name, value in self.average.items():
             whole = whole_tensor(value)
@@ -151,5 +153,5 @@ class TrainableEMA(Callback):
         return {"average": average, "updates": self.updates}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what :meth:`state_dict` gave."""
+        """Restore the average and the number of updates that :meth:`state_dict` returned."""
         self.average, self.updates = dict(state_dict["average"]), state_dict["updates"]

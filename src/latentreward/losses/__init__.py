@@ -1,4 +1,4 @@
-"""Losses: scores of pairs, log-probabilities of steps or predictions in, one number out."""
+"""Losses on scores of pairs, log-probabilities of sampler steps, rewards or predictions."""
 
 from latentreward.losses.base import PreferenceLoss, weighted_mean
 from latentreward.losses.bradley_terry import BradleyTerryLoss, bradley_terry_nll

@@ -1,4 +1,4 @@
-"""What every preference loss shares: the global weighted mean, outputs of several columns, and the base class."""
+"""Base class of preference losses, and helpers for weighted means and for heads with several outputs."""
 
 from abc import ABC, abstractmethod
 
@@ -9,7 +9,7 @@ from latentreward.contracts import PairScores
 
 
 def beside(values: Tensor, margin: Tensor) -> Tensor:
-    """View one value per pair, ``(B,)``, so that it broadcasts against a margin ``(B,)`` or ``(B, out_dim)``."""
+    """Reshape one value per pair, ``(B,)``, to broadcast against a margin ``(B,)`` or ``(B, out_dim)``."""
     return values.reshape(-1, *(1,) * (margin.ndim - 1))
 
 
@@ -19,11 +19,11 @@ def mean_over_outputs(values: Tensor) -> Tensor:
 
 
 def weighted_mean(values: Tensor, weight: Tensor) -> Tensor:
-    r"""Mean over pairs, :math:`\sum_i w_i l_i / \sum_i w_i`; 0 if every weight is 0.
+    r"""Compute the weighted mean over pairs, :math:`\sum_i w_i l_i / \sum_i w_i`; 0 if every weight is 0.
 
     Args:
         values: One value per pair, ``(B,)``.
-        weight: Weights not yet normalised, ``(B,)``.
+        weight: Weights, ``(B,)``, which need not sum to 1.
 
     Returns:
         A scalar in the dtype of ``values``.
@@ -33,44 +33,44 @@ def weighted_mean(values: Tensor, weight: Tensor) -> Tensor:
 
 
 class SetLoss(nn.Module):
-    """A loss that shows its settings."""
+    """Base class of losses that show their settings in ``print(model)``."""
 
     def extra_repr(self) -> str:
-        """Numbers and choices, for ``print(model)``."""
+        """Return the loss's numbers and choices, for ``print(model)``."""
         settings = {name: value for name, value in vars(self).items() if not name.startswith("_")}
         return ", ".join(f"{name}={value}" for name, value in settings.items() if not isinstance(value, bool))
 
 
 class PreferenceLoss(SetLoss, ABC):
-    """A loss over preference pairs.
+    """Base class of losses over preference pairs.
 
-    ``forward`` treats its input as the whole batch: under several processes pass it through
-    :func:`latentreward.losses.gather_pair_scores` first. Then the weights are normalised over the batch of all ranks,
-    and averaging the ranks' gradients, as DDP does, gives the gradient of one process with all pairs.
+    ``forward`` takes its input for the whole batch: under several processes, gather the pairs of all ranks with
+    :func:`latentreward.losses.gather_pair_scores` first. Weights are then normalised over the pairs of all ranks, and
+    the average of the ranks' gradients, as in DDP, equals the gradient of a single process with all pairs.
 
-    Pairs are computed in float64: they are B numbers, and with soft labels the gradient is a difference of nearly
-    equal terms, of which float32 keeps few digits. The scalar is float32, also under autocast.
+    The loss per pair is computed in float64, which costs little for B numbers: with soft labels the gradient is a
+    difference of nearly equal terms, of which float32 keeps few digits. The result is float32, also under autocast.
 
     Attributes:
-        needs_cross_scores: Whether ``scores.cross`` must be given, so that the head must score every image against
-            every prompt of the batch.
+        needs_cross_scores: Whether ``scores.cross`` must be given: scores of every image with every prompt of the
+            batch.
     """
 
     needs_cross_scores: bool = False
 
     @abstractmethod
     def per_pair(self, scores: PairScores) -> Tensor:
-        """Loss of each pair, unweighted, averaged over the outputs of the head: ``(B,)``, float64."""
+        """Compute the unweighted loss of each pair, averaged over the outputs of the head: ``(B,)``, float64."""
 
     @abstractmethod
     def win_probability(self, scores: PairScores) -> Tensor:
-        """Probability that chosen wins as the model of this loss sees it, in the shape of the scores, float32."""
+        """Predict the probability that chosen wins, by this loss's model: shape of the scores, float32."""
 
     def forward(self, scores: PairScores) -> Tensor:
-        """Weighted mean over the pairs.
+        """Compute the weighted mean of :meth:`per_pair`.
 
         Args:
-            scores: Pairs of all ranks; chosen and rejected rewards ``(B,)`` or ``(B, out_dim)``.
+            scores: Pairs of all ranks; rewards ``(B,)`` or ``(B, out_dim)``.
 
         Returns:
             Scalar, float32.

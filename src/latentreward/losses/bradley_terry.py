@@ -1,4 +1,4 @@
-"""Bradley–Terry: the reward difference is the log-odds of winning."""
+"""Bradley–Terry loss, by which the reward difference is the log-odds that the chosen image wins."""
 
 import math
 
@@ -12,11 +12,11 @@ from latentreward.losses.base import PreferenceLoss, beside, mean_over_outputs
 
 
 def bradley_terry_nll(margin: Tensor, label: Tensor) -> Tensor:
-    r"""Negative log-likelihood of a soft label under Bradley–Terry.
+    r"""Compute the negative log-likelihood of a soft label under Bradley–Terry.
 
     .. math:: l = -y \log\sigma(d) - (1 - y) \log\sigma(-d), \qquad \partial l / \partial d = \sigma(d) - y
 
-    Finite, with a finite gradient, for every finite float32 margin.
+    Loss and gradient are finite for every finite float32 margin.
 
     Args:
         margin: Chosen minus rejected reward d, ``(B,)`` or ``(B, out_dim)``.
@@ -34,12 +34,12 @@ class BradleyTerryLoss(PreferenceLoss):
 
     .. math:: l = \mathrm{NLL}\bigl(d - (2y - 1)\,m,\; y\bigr)
 
-    A certain pair (y = 1) then gives :math:`-\log\sigma(d - m)`, the released form. The margin shrinks with the
-    label's certainty and vanishes for a tie (y = ½), which has no side that could be asked to lead; exchanging the
-    sides changes nothing.
+    A certain label (y = 1) gives :math:`-\log\sigma(d - m)`, the released form. The required margin shrinks as the
+    label gets less certain, and is 0 for a tie (y = ½), which has no winner. The loss is symmetric: exchanging chosen
+    and rejected changes nothing.
 
     Args:
-        margin: Lead m that a certain winner must have before its gradient fades, in reward units, at least 0.
+        margin: Margin m that a certain winner must lead by before its gradient fades, in reward units, at least 0.
 
     Raises:
         InputError: If ``margin`` is negative or not finite.
@@ -52,11 +52,11 @@ class BradleyTerryLoss(PreferenceLoss):
         self.margin = margin
 
     def per_pair(self, scores: PairScores) -> Tensor:
-        """See the class."""
+        """See :meth:`PreferenceLoss.per_pair`; the formula is in the class docstring."""
         margin = scores.margin.double()
         label = beside(scores.label.double(), margin)
         return mean_over_outputs(bradley_terry_nll(margin - (2 * label - 1) * self.margin, label))
 
     def win_probability(self, scores: PairScores) -> Tensor:
-        """``sigmoid(d)``; the margin belongs to training, not to the model of the choice."""
+        """Return ``sigmoid(d)``, without the margin, which only shapes the training loss."""
         return torch.sigmoid(scores.margin)

@@ -1,11 +1,11 @@
-r"""Clipped policy gradient on sampled steps, with a penalty on leaving the reference (GRPO for diffusion).
+r"""Clipped policy-gradient loss on sampled steps, with a KL penalty towards the reference (GRPO for diffusion).
 
 .. math:: l = \frac1B \sum_i \max\bigl(-A_i \rho_i,\; -A_i\,\mathrm{clamp}(\rho_i, 1 \pm \epsilon)\bigr)
     + \beta\,\frac1B \sum_i \mathrm{KL}_i, \qquad
     \rho = \frac{p_\theta(x_{t-1} \mid x_t, c)}{p_{\mathrm{old}}(x_{t-1} \mid x_t, c)}
 
-PPO's objective (arXiv:1707.06347, eq. 7) with group-relative advantages (arXiv:2402.03300), on the steps of a sampler
-as in Flow-GRPO (arXiv:2505.05470, eq. 5) and DanceGRPO (arXiv:2505.07818).
+This is PPO's objective (arXiv:1707.06347, eq. 7) with group-relative advantages (arXiv:2402.03300), applied to the
+steps of a sampler as in Flow-GRPO (arXiv:2505.05470, eq. 5) and DanceGRPO (arXiv:2505.07818).
 """
 
 import math
@@ -19,12 +19,14 @@ from latentreward.losses.base import SetLoss
 
 
 def gaussian_step_kl(mean: Tensor, ref_mean: Tensor, spread: Tensor) -> Tensor:
-    r"""KL divergence of two steps of equal spread, per element: :math:`(\mu - \mu_{\mathrm{ref}})^2 / 2 s^2`, averaged.
+    r"""Compute the KL divergence of two Gaussian steps of equal spread, averaged over elements.
+
+    .. math:: (\mu - \mu_{\mathrm{ref}})^2 / 2 s^2
 
     Args:
-        mean: ``(B, C, ...)`` of the policy's step.
-        ref_mean: ``(B, C, ...)`` of the reference's.
-        spread: ``(B,)``, positive; :attr:`latentreward.rollout.Transition.spread`.
+        mean: ``(B, C, ...)`` mean μ of the policy's step.
+        ref_mean: ``(B, C, ...)`` mean of the reference's step.
+        spread: ``(B,)`` standard deviation s, positive; :attr:`latentreward.rollout.Transition.spread`.
 
     Returns:
         ``(B,)`` float32.
@@ -39,7 +41,7 @@ class ClippedPolicyResult(NamedTuple):
     Attributes:
         loss: ``policy + kl_weight · kl``.
         policy: The clipped policy term.
-        kl: Mean divergence from the reference; 0 where it was not asked for.
+        kl: Mean KL divergence from the reference; 0 if ``kl`` was not given.
         clipped: Share of steps whose ratio lies outside 1 ± ε.
         ratio: Mean ratio.
     """
@@ -54,14 +56,14 @@ class ClippedPolicyResult(NamedTuple):
 class ClippedPolicyLoss(SetLoss):
     """GRPO's clipped objective.
 
-    Rows are computed in float64: the ratio is that of two densities which differ by some 1e-4. The results are float32,
-    also under autocast.
+    The loss is computed in float64, because the two densities in a ratio differ by some 1e-4 only. The results are
+    float32, also under autocast.
 
     Args:
-        clip_range: ε, in (0, 1); log-probabilities are means over elements, so that ratios stay close to 1: Flow-GRPO
+        clip_range: ε, in (0, 1). Ratios stay close to 1 because log-probabilities are means over elements; Flow-GRPO
             takes 1e-4 (SD3.5-M, released configuration).
-        kl_weight: β; 0 leaves the term out. Flow-GRPO takes 0.04 and 0.01.
-        max_advantage: Advantages are cut off at ±this.
+        kl_weight: β; 0 leaves the KL term out. Flow-GRPO takes 0.04 and 0.01.
+        max_advantage: Bound: advantages are clamped to [−``max_advantage``, ``max_advantage``].
 
     Raises:
         InputError: If an argument is out of range.
@@ -79,19 +81,19 @@ class ClippedPolicyLoss(SetLoss):
 
     @property
     def needs_reference(self) -> bool:
-        """Whether :meth:`forward` must be given ``kl``."""
+        """Tell whether :meth:`forward` must be given ``kl``."""
         return self.kl_weight > 0
 
     def forward(
         self, log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, kl: Tensor | None = None
     ) -> ClippedPolicyResult:
-        """Loss of B steps.
+        """Compute the loss of B sampled steps.
 
         Args:
-            log_prob: ``(B,)`` log-probabilities under the policy.
-            old_log_prob: ``(B,)`` under the policy that drew them.
-            advantage: ``(B,)``.
-            kl: ``(B,)`` divergence from the reference, e.g. of :func:`gaussian_step_kl`; must be given if
+            log_prob: ``(B,)`` log-probabilities of the steps under the present policy.
+            old_log_prob: ``(B,)`` log-probabilities of the steps under the policy that sampled them.
+            advantage: ``(B,)`` advantages of the steps.
+            kl: ``(B,)`` KL divergence from the reference, e.g. of :func:`gaussian_step_kl`; must be given if
                 :attr:`needs_reference`.
 
         Raises:

@@ -1,8 +1,9 @@
-"""The batch of all ranks on every rank, with gradient, so that a loss can be written for one process.
+"""All-gather of rows with gradient, so that a loss can be written for a single process with the global batch.
 
-Each rank then computes the same loss over the global batch. The backward of the gather sums what all ranks want from a
-row and hands it to the rank that owns it; the gradient of a rank's own rows is world size times that of one process,
-and averaging gradients over ranks (DDP, FSDP) brings every parameter back to exactly the one-process gradient.
+Each rank computes the same loss over the rows of all ranks. The backward of the gather sums the gradients that all
+ranks have for a row, and gives the sum to the rank that owns the row. Gradients of a rank's own rows are then world
+size times those of a single process; averaging over ranks (DDP, FSDP) gives exactly the single-process gradient of
+every parameter.
 """
 
 from dataclasses import replace
@@ -21,7 +22,7 @@ def _world_size() -> int:
 
 
 class _GatherRows(torch.autograd.Function):
-    """All-gather of ``(sizes[rank], ...)`` to ``(sum(sizes), ...)``; backward is an all-reduce and a cut."""
+    """All-gather of ``(sizes[rank], ...)`` to ``(sum(sizes), ...)``; backward is an all-reduce, cut to the own rows."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, sizes: list[int]) -> Tensor:
@@ -43,11 +44,11 @@ class _GatherRows(torch.autograd.Function):
 def gather_with_grad(rows: Tensor) -> Tensor:
     """Concatenate the rows of all ranks, in rank order; gradients flow back to the rank that owns a row.
 
-    A collective call: every rank must make it, and if gradients are needed, every rank must run backward. Ranks may
-    bring different numbers of rows (batches of different aspect buckets).
+    This is a collective call: every rank must make it, and if gradients are needed, every rank must run backward. Ranks
+    may have different numbers of rows (batches of different aspect buckets).
 
     Args:
-        rows: ``(B_rank, ...)``; the same dtype and trailing shape on every rank.
+        rows: ``(B_rank, ...)``; dtype and trailing shape must be equal on all ranks.
 
     Returns:
         ``(sum of B_rank, ...)``; ``rows`` itself if there is one process.
@@ -61,10 +62,10 @@ def gather_with_grad(rows: Tensor) -> Tensor:
 
 
 def gather_pair_scores(scores: PairScores) -> PairScores:
-    """The pairs of all ranks, in rank order, float32, in one collective.
+    """Gather the pairs of all ranks, in rank order, float32, in one collective call.
 
-    ``cross`` passes through: scores across the batch are made from features that were gathered before
-    (:func:`gather_with_grad`), so they span all ranks already.
+    ``scores.cross`` is returned as given: these scores are computed from embeddings that are gathered already
+    (:func:`gather_with_grad`), so they span all ranks.
 
     Args:
         scores: The pairs of this rank; rewards ``(B,)`` or ``(B, out_dim)``.

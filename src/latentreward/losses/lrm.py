@@ -1,7 +1,7 @@
-r"""LRM's preference loss: the pair against each other, and against the rest of the batch (arXiv:2502.01051).
+r"""LRM's preference loss (arXiv:2502.01051): cross-entropy within a pair, and against the other pairs of the batch.
 
-Scores are temperature-scaled similarities :math:`s = e^\tau \cos(T, V)`; a prompt's two images compete as the two
-classes of a softmax. The batch form adds in-batch negatives as CLIP does, in both directions.
+Scores are temperature-scaled similarities :math:`s = e^\tau \cos(T, V)` of text and image embeddings. The pair form is
+a softmax over a prompt's two images. The batch form uses in-batch negatives as CLIP does, in both directions.
 """
 
 import math
@@ -19,12 +19,12 @@ Mode = Literal["pair", "batch", "both"]
 
 
 def _tie_offset(label: Tensor) -> Tensor:
-    """``log ½`` where y = ½ exactly, else 0: the least loss of a tie becomes 0."""
+    """Return ``log ½`` where y = ½ exactly, else 0; adding this value makes the lowest loss of a tie 0."""
     return (label == 0.5).to(label.dtype) * math.log(0.5)
 
 
 def lrm_pair_loss(margin: Tensor, label: Tensor) -> Tensor:
-    r"""Cross-entropy of the two images of a prompt.
+    r"""Compute the cross-entropy over the two images of a prompt.
 
     .. math:: l = -y\log\sigma(d) - (1-y)\log\sigma(-d) + [y = ½] \log ½
 
@@ -33,16 +33,16 @@ def lrm_pair_loss(margin: Tensor, label: Tensor) -> Tensor:
         label: Probability y that chosen wins, broadcastable to ``margin``.
 
     Returns:
-        In the shape of ``margin``, float64; 0 at best for certain pairs and for ties.
+        Loss in the shape of ``margin``, float64; its minimum is 0 for certain pairs and for ties.
     """
     return bradley_terry_nll(margin, label) + _tie_offset(label.double())
 
 
 def lrm_batch_loss(cross: CrossScores, label: Tensor) -> Tensor:
-    r"""Cross-entropies of each pair against the other prompts and images of the batch.
+    r"""Compute the cross-entropy of each pair against the other prompts and images of the batch.
 
-    With :math:`S^{c}_{ij}` the score of prompt i and the chosen image of pair j, :math:`S^{r}` likewise, half the sum
-    of
+    Let :math:`S^{c}_{ij}` be the score of prompt i and the chosen image of pair j, and :math:`S^{r}_{ij}` that of
+    prompt i and the rejected image of pair j. The loss of pair i is half the sum of
 
     * image to text: :math:`y\,\mathrm{CE}_j(S^c_{ji}, i) + (1-y)\,\mathrm{CE}_j(S^r_{ji}, i)` over the N prompts, and
     * text to image: :math:`y\,\mathrm{CE}([S^c_i, S^r_i], i) + (1-y)\,\mathrm{CE}([S^c_i, S^r_i], N + i)` over the 2N
@@ -53,7 +53,7 @@ def lrm_batch_loss(cross: CrossScores, label: Tensor) -> Tensor:
         label: Probability y that chosen wins, ``(N,)``.
 
     Returns:
-        ``(N,)``, float64.
+        Loss per pair, ``(N,)``, float64.
     """
     label, chosen, rejected = label.double(), cross.chosen.double(), cross.rejected.double()
     image_to_text = -(
@@ -66,19 +66,19 @@ def lrm_batch_loss(cross: CrossScores, label: Tensor) -> Tensor:
 
 
 class LRMLoss(PreferenceLoss):
-    """LRM's criterion. ``pair`` works with any head; ``batch`` and ``both`` need scores across the whole batch.
+    """LRM's loss; ``pair`` works with any head, ``batch`` and ``both`` need every image scored with every prompt.
 
     Args:
         mode: ``pair``, ``batch`` (in-batch negatives alone) or ``both``.
-        batch_coeff: Factor on the batch term in ``both``, at least 0.
-        aux_loss_coeff: Factor on pairs whose two images were scored at different noise levels, at least 0. It is
-            applied after the weights are normalised, so it does not lift the other pairs.
+        batch_coeff: Factor on the batch term in mode ``both``, at least 0.
+        aux_loss_coeff: Factor on the loss of pairs whose two images are scored at different noise levels, at least 0.
+            The factor is applied after the weights are normalised, so it does not change the weight of other pairs.
 
     Raises:
         InputError: If an argument is out of range.
 
     Note:
-        The released code weighs a pair by 1 / (rows of its prompt); that is ``PairScores.weight``.
+        The released code weights a pair by 1 / (number of rows of its prompt); here ``PairScores.weight`` does that.
     """
 
     def __init__(self, mode: Mode = "pair", batch_coeff: float = 1.0, aux_loss_coeff: float = 1.0) -> None:
@@ -92,11 +92,11 @@ class LRMLoss(PreferenceLoss):
         self.needs_cross_scores = mode != "pair"
 
     def per_pair(self, scores: PairScores) -> Tensor:
-        """Loss of each pair, ``aux_loss_coeff`` included.
+        """Compute the loss of each pair, ``aux_loss_coeff`` included: ``(B,)``, float64.
 
         Raises:
-            InputError: If the mode needs scores across the batch and there are none.
-            ValueError: If they do not cover these pairs.
+            InputError: If the mode needs ``scores.cross`` and that is None.
+            ValueError: If ``scores.cross`` does not have a row and a column for each pair.
         """
         differ = (scores.chosen_sigmas != scores.rejected_sigmas).double()
         factor = 1 + (self.aux_loss_coeff - 1) * differ
@@ -111,7 +111,7 @@ class LRMLoss(PreferenceLoss):
         if scores.cross is None:
             raise InputError(
                 f"mode = {self.mode!r} needs the score of every image with every prompt, which this head does not "
-                "give; use mode 'pair' or a head that projects images and prompts apart"
+                "give; use mode 'pair' or a head that embeds images and prompts separately"
             )
         pairs = len(scores.label)
         if scores.cross.chosen.shape != (pairs, pairs):
@@ -122,5 +122,5 @@ class LRMLoss(PreferenceLoss):
         return scores.cross
 
     def win_probability(self, scores: PairScores) -> Tensor:
-        """``sigmoid(d)``: the softmax over the two images of a prompt."""
+        """Return ``sigmoid(d)``, the softmax over the two images of a prompt."""
         return torch.sigmoid(scores.margin)

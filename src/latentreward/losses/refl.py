@@ -1,10 +1,11 @@
-r"""Reward feedback learning: the reward of a sample, and what keeps the policy from exploiting it.
+r"""Reward feedback learning: loss on a sample's reward, and drift from the reference as a regulariser.
 
 .. math:: L = \lambda\,\mathbb E\,\varphi(r) + w_{\mathrm{pre}} L_{\mathrm{pre}} + w_{\mathrm{KL}}
     \lVert f_\theta - f_{\mathrm{ref}}\rVert^2
 
-ReFL (ImageReward, arXiv:2304.05977, algorithm 1); DRaFT (arXiv:2309.17400) maximises the reward itself. The
-pre-training term is :func:`~latentreward.losses.denoising_error`, the last one :func:`prediction_drift`.
+The loss is that of ReFL (ImageReward, arXiv:2304.05977, algorithm 1); DRaFT (arXiv:2309.17400) maximises the reward
+itself. The first term is :class:`RewardLoss`, the second :func:`~latentreward.losses.denoising_error`, the third
+:func:`prediction_drift`.
 """
 
 import math
@@ -18,21 +19,21 @@ from latentreward.losses.diffusion_dpo import denoising_error
 
 
 def prediction_drift(prediction: Tensor, reference: Tensor) -> Tensor:
-    """How far the policy's output ``(N, C, ...)`` has left the reference's: ``(N,)`` float32, mean squares.
+    """Compute the mean squared difference of policy and reference outputs ``(N, C, ...)``: ``(N,)`` float32.
 
-    Up to a factor that depends on the noise level alone it is the KL divergence of the two policies' steps, both
-    Gaussian with the same spread.
+    Up to a factor that depends only on the noise level, the result is the KL divergence between the policy's and the
+    reference's step, two Gaussians of equal spread.
     """
     return denoising_error(prediction, reference)
 
 
 class RewardLoss(SetLoss):
-    r"""Reward to loss, λ·φ(r).
+    r"""Loss of a reward r, λ·φ(r).
 
     Args:
-        scale: λ.
-        ceiling: None: φ(r) = −r, as in DRaFT. A number c: φ(r) = max(0, c − r), as in ReFL's released code, where
-            samples that score above c teach nothing; in the reward's own unit.
+        scale: λ, positive.
+        ceiling: None gives φ(r) = −r, as in DRaFT. A number c, in reward units, gives φ(r) = max(0, c − r), as in
+            ReFL's released code: samples that score above c then have no gradient.
 
     Raises:
         InputError: If an argument is out of range.
@@ -46,11 +47,11 @@ class RewardLoss(SetLoss):
         if not (math.isfinite(scale) and scale > 0):
             raise InputError(f"scale = {scale} must be positive and finite")
         if ceiling is not None and not math.isfinite(ceiling):
-            raise InputError(f"ceiling = {ceiling} must be finite; null does without")
+            raise InputError(f"ceiling = {ceiling} must be finite; null sets no ceiling")
         self.scale, self.ceiling = scale, ceiling
 
     def forward(self, rewards: Tensor) -> Tensor:
-        """Scalar, float32, of rewards ``(B,)``."""
+        """Compute the mean loss of rewards ``(B,)``: a scalar, float32."""
         rewards = rewards.float()
         loss = -rewards if self.ceiling is None else relu(self.ceiling - rewards)
         return self.scale * loss.mean()

@@ -1,4 +1,4 @@
-r"""Step-level DPO: the better of two next states, drawn from one state of a sampler, shall become likelier.
+r"""Step-level DPO: raise the probability of the better of two next states that a sampler drew from one state.
 
 .. math:: l = -\log\sigma(\beta \log r_w - \beta \log r_l), \qquad
     r = \mathrm{clamp}\Bigl(\frac{p_\theta(x_{t-1} \mid x_t, c)}{p_{\mathrm{ref}}(x_{t-1} \mid x_t, c)},
@@ -19,13 +19,14 @@ from latentreward.losses.base import SetLoss
 
 
 def clamped_log_ratio(log_prob: Tensor, reference: Tensor, clip_range: float) -> Tensor:
-    r"""Logarithm of :math:`\mathrm{clamp}(\exp(\log p - \log p_{\mathrm{ref}}), 1 \pm \epsilon)`, ``(B,)`` float64.
+    r"""Compute :math:`\log\mathrm{clamp}(\exp(\log p - \log p_{\mathrm{ref}}), 1 \pm \epsilon)`, ``(B,)`` float64.
 
-    Clamped as a logarithm, which is the same and cannot overflow; a clamped row has no gradient.
+    The logarithm is clamped instead of the ratio: the result is the same, and exp cannot overflow. A clamped row has no
+    gradient.
 
     Args:
         log_prob: ``(B,)`` log-probabilities under the policy.
-        reference: ``(B,)`` under the reference.
+        reference: ``(B,)`` log-probabilities under the reference.
         clip_range: ε, in (0, 1).
     """
     difference = log_prob.double() - reference.double()
@@ -33,13 +34,13 @@ def clamped_log_ratio(log_prob: Tensor, reference: Tensor, clip_range: float) ->
 
 
 class StepDPOResult(NamedTuple):
-    """Loss and what tells how it fares; all scalars, float32.
+    """Loss and training statistics; all scalars, float32.
 
     Attributes:
         loss: Mean over the pairs.
         implicit_accuracy: Share of pairs with r_w > r_l.
         margin: Mean of r_w − r_l.
-        clamped: Share of pairs of which at least one ratio is clamped.
+        clamped: Share of pairs with at least one clamped ratio.
     """
 
     loss: Tensor
@@ -51,8 +52,8 @@ class StepDPOResult(NamedTuple):
 class StepDPO(SetLoss):
     """Step-level DPO with clamped ratios.
 
-    Pairs are computed in float64: a log-ratio of some 1e-4 is the difference of two numbers around 1, and β
-    multiplies its rounding. The results are float32, also under autocast.
+    The loss is computed in float64: a log-ratio of some 1e-4 is the difference of two numbers near 1, and β magnifies
+    the rounding error of that difference. The results are float32, also under autocast.
 
     Args:
         beta: β; 500 in LPO, 10 in SPO.
@@ -62,8 +63,8 @@ class StepDPO(SetLoss):
         InputError: If an argument is out of range.
 
     Note:
-        The released code takes the logarithm of a sigmoid, in float32 infinite below −88.7, which β = 500 and ε = 0.1
-        reach (−100.3). Here that pair has a finite loss and, being clamped on both sides, no gradient.
+        The released code computes log(sigmoid(x)) in float32, which is infinite for x below −88.7; β = 500 and ε = 0.1
+        reach −100.3. Here such a pair has a finite loss, and no gradient because both ratios are clamped.
     """
 
     def __init__(self, beta: float = 500.0, clip_range: float = 0.1) -> None:
@@ -75,13 +76,13 @@ class StepDPO(SetLoss):
         self.beta, self.clip_range = beta, clip_range
 
     def forward(self, chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor) -> StepDPOResult:
-        """Compare B pairs.
+        """Compute the loss of B pairs.
 
         Args:
             chosen: ``(B,)`` log-probability of the better next state under the policy.
-            rejected: ``(B,)`` of the worse one.
-            ref_chosen: ``(B,)`` of the better one under the reference, without gradient.
-            ref_rejected: ``(B,)`` of the worse one under the reference.
+            rejected: ``(B,)`` log-probability of the worse next state under the policy.
+            ref_chosen: ``(B,)`` log-probability of the better next state under the reference, without gradient.
+            ref_rejected: ``(B,)`` log-probability of the worse next state under the reference, without gradient.
         """
         if chosen.device.type == "mps":  # has no float64
             chosen, rejected, ref_chosen, ref_rejected = (x.cpu() for x in (chosen, rejected, ref_chosen, ref_rejected))

@@ -3,9 +3,9 @@ r"""Thurstone's model with noise-calibrated comparison variance (DiNa-LRM, arXiv
 .. math:: P(\text{chosen wins}) = \Phi(z), \qquad
     z = \frac{r^+ - r^-}{\sqrt{\sigma_u^2(t_c) + \sigma_u^2(t_r)}}, \qquad \sigma_u^2(t) = k\,\sigma(t)^2 + \sigma_u^2
 
-With one timestep for both images the denominator is :math:`\sqrt{2\,\sigma_u^2(t)}`. Everything goes through
-:math:`\log\Phi`: the released form :math:`1 - \sqrt{\Phi(z) + 10^{-6}}` has lost half of its gradient at z ≈ -5 and all
-of it at -14.5, so the pairs that are most wrong teach nothing.
+With one timestep for both images the denominator is :math:`\sqrt{2\,\sigma_u^2(t)}`. All losses are computed from
+:math:`\log\Phi`. The released form :math:`1 - \sqrt{\Phi(z) + 10^{-6}}` loses half of its gradient at z ≈ -5 and all of
+the gradient at -14.5, so that the most wrongly ranked pairs would not be learned from.
 """
 
 import math
@@ -24,7 +24,7 @@ FidelityForm = Literal["mixture", "bhattacharyya"]
 
 
 class _LogNdtr(torch.autograd.Function):
-    """``log Φ`` with a derivative that holds in the tail.
+    """``log Φ`` with a derivative that stays accurate in the left tail.
 
     The backward of ``torch.special.log_ndtr`` is 4 % off at z = -1000 and 51 % at -4000 in float32 (torch 2.13).
     """
@@ -38,21 +38,21 @@ class _LogNdtr(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> Tensor:
         (z,) = ctx.saved_tensors
-        # φ(z) / Φ(z). Far right erfcx overflows to infinity and the quotient to 0, where the exact one is below 1e-38.
+        # φ(z) / Φ(z). For large z erfcx overflows and the quotient is 0, where the exact value is below 1e-38.
         return grad_output * (math.sqrt(2 / math.pi) / torch.special.erfcx(-z * math.sqrt(0.5)))
 
 
 def log_ndtr(z: Tensor) -> Tensor:
-    r"""Logarithm of the standard normal distribution function, any shape, float32 or float64.
+    r"""Compute the logarithm of the standard normal distribution function; any shape, float32 or float64.
 
-    Its gradient :math:`\sqrt{2/\pi} / \mathrm{erfcx}(-z/\sqrt 2)` is right to rounding from the left tail to where
-    :math:`\varphi(z)` underflows. First derivatives only.
+    The gradient :math:`\sqrt{2/\pi} / \mathrm{erfcx}(-z/\sqrt 2)` is exact up to rounding, from the left tail to where
+    :math:`\varphi(z)` underflows. There are no second derivatives.
     """
     return _LogNdtr.apply(z)
 
 
 def comparison_std(chosen_sigmas: Tensor, rejected_sigmas: Tensor, k: float = 2.0, sigma_u: float = 0.1) -> Tensor:
-    r"""Standard deviation of a comparison, :math:`\sqrt{\sigma_u^2(t_c) + \sigma_u^2(t_r)}`.
+    r"""Compute the standard deviation of a comparison, :math:`\sqrt{\sigma_u^2(t_c) + \sigma_u^2(t_r)}`.
 
     Args:
         chosen_sigmas: Noise level of the chosen image, ``(B,)`` in [0, 1].
@@ -68,14 +68,14 @@ def comparison_std(chosen_sigmas: Tensor, rejected_sigmas: Tensor, k: float = 2.
 
 
 def thurstone_log_probability(margin: Tensor, std: Tensor) -> Tensor:
-    r"""Log-probability that the chosen image wins, :math:`\log\Phi(d / s)`.
+    r"""Compute the log-probability that the chosen image wins, :math:`\log\Phi(d / s)`.
 
     Args:
         margin: Chosen minus rejected reward d, ``(B,)`` or ``(B, out_dim)``.
         std: Standard deviation s of the comparison, broadcastable to ``margin`` (:func:`comparison_std`).
 
     Returns:
-        In the shape of ``margin``, float64.
+        Log-probabilities in the shape of ``margin``, float64.
 
     Note:
         arXiv:2602.11146 gives sigma_u = 0.1 (variance 0.01); the released code uses variance 0.05, sigma_u = 0.2236.
@@ -84,58 +84,58 @@ def thurstone_log_probability(margin: Tensor, std: Tensor) -> Tensor:
 
 
 def thurstone_nll(z: Tensor, label: Tensor) -> Tensor:
-    r"""Negative log-likelihood of a soft label, :math:`-y\log\Phi(z) - (1-y)\log\Phi(-z)`.
+    r"""Compute the negative log-likelihood of a soft label, :math:`-y\log\Phi(z) - (1-y)\log\Phi(-z)`.
 
-    Quadratic in a wrong margin, so it leaves float32 only past :math:`|z|` ≈ 2e19.
+    The loss is quadratic in the margin of a wrongly ranked pair, and exceeds float32 only past :math:`|z|` ≈ 2e19.
 
     Args:
         z: Margin in units of the comparison's standard deviation, any shape.
         label: Probability y that chosen wins, broadcastable to ``z``, in [0, 1].
 
     Returns:
-        In the shape of ``z``, float64.
+        Loss in the shape of ``z``, float64.
     """
     z, label = z.double(), label.double()
     return -label * log_ndtr(z) - (1 - label) * log_ndtr(-z)
 
 
 def mixture_fidelity(z: Tensor, label: Tensor) -> Tensor:
-    r"""Fidelity loss as DiNa-LRM writes it (arXiv:2602.11146), with :math:`p = \Phi(z)`.
+    r"""Compute the fidelity loss as DiNa-LRM defines it (arXiv:2602.11146), with :math:`p = \Phi(z)`.
 
     .. math:: l = 1 - \sqrt{y p + (1 - y)(1 - p)}, \qquad
         \frac{\partial l}{\partial z} = -\frac{(2y - 1)\,\varphi(z)}{2\sqrt{y p + (1 - y)(1 - p)}}
 
-    Its gradient is exactly zero at y = ½, whatever the margin: a tie teaches nothing, and a soft label between is
-    pushed to the extremes (the minimum for y > ½ lies at z → ∞). Use :func:`bhattacharyya_fidelity` if ties shall
-    pull rewards together.
+    The gradient is exactly 0 at y = ½, whatever the margin: nothing is learned from ties. Other soft labels act
+    like certain ones, because the minimum for y > ½ lies at z → ∞. Use :func:`bhattacharyya_fidelity` if ties
+    should pull rewards together.
 
     Args:
         z: Margin in units of the comparison's standard deviation, any shape.
         label: Probability y that chosen wins, broadcastable to ``z``, in [0, 1].
 
     Returns:
-        In [0, 1), in the shape of ``z``, float64.
+        Loss in [0, 1), in the shape of ``z``, float64.
     """
     z, label = _towards_likelier_side(z.double(), label.double())
     # q = (1-y) + (2y-1) p in logarithms: p may underflow, and at y = ½ the term with z is exactly log 0.
     log_q = torch.logaddexp(torch.log1p(-label), torch.log(2 * label - 1) + log_ndtr(z))
-    # Not expm1: torch differentiates it as its result + 1, which is 0 as soon as the loss rounds to 1.
+    # Not -expm1: torch computes its derivative from the result, which is 0 once the loss rounds to 1.
     return 1 - torch.exp(0.5 * log_q)
 
 
 def bhattacharyya_fidelity(z: Tensor, label: Tensor) -> Tensor:
-    r"""Fidelity loss in its classical form (one minus the Bhattacharyya coefficient), with :math:`p = \Phi(z)`.
+    r"""Compute the classical fidelity loss (one minus the Bhattacharyya coefficient), with :math:`p = \Phi(z)`.
 
     .. math:: l = 1 - \sqrt{y p} - \sqrt{(1 - y)(1 - p)}
 
-    The minimum, 0, lies at p = y: a tie pulls the margin to 0. Equal to :func:`mixture_fidelity` for y = 1.
+    The minimum, 0, lies at p = y, so a tie pulls the margin to 0. For y = 1 the loss equals :func:`mixture_fidelity`.
 
     Args:
         z: Margin in units of the comparison's standard deviation, any shape.
         label: Probability y that chosen wins, broadcastable to ``z``, in [0, 1].
 
     Returns:
-        In [0, 1], in the shape of ``z``, float64.
+        Loss in [0, 1], in the shape of ``z``, float64.
     """
     z, label = _towards_likelier_side(z.double(), label.double())
     agreement = torch.exp(0.5 * (torch.log(label) + log_ndtr(z)))
@@ -143,27 +143,27 @@ def bhattacharyya_fidelity(z: Tensor, label: Tensor) -> Tensor:
 
 
 def _towards_likelier_side(z: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-    """Exchange the sides of pairs with y < ½, so that y is in [½, 1] and its logarithm finite."""
+    """Exchange the sides of pairs with y < ½, so that y is in [½, 1] and log y is finite."""
     return torch.where(label < 0.5, -z, z), torch.where(label < 0.5, 1 - label, label)
 
 
 class ThurstoneLoss(PreferenceLoss):
-    r"""Fidelity or negative log-likelihood of Thurstone's model, less certain at higher noise.
+    r"""Loss of Thurstone's model, whose comparisons are less certain at higher noise.
 
-    Finite with a finite gradient: fidelity for every finite float32 margin, nll for :math:`|d|` ≤ 1e6.
+    Loss and gradient are finite: ``fidelity`` for every finite float32 margin d, ``nll`` for :math:`|d|` ≤ 1e6.
 
     Args:
-        objective: ``fidelity`` (the published recipe) or ``nll``.
-        form: Of the fidelity: ``mixture`` (the paper's, ties teach nothing) or ``bhattacharyya`` (ties pull the margin
-            to 0). Without effect on ``nll``.
-        k: Growth of a judgement's variance with the noise variance, at least 0.
+        objective: ``fidelity`` (the published recipe) or ``nll``, the negative log-likelihood.
+        form: Form of the fidelity loss: ``mixture`` (the paper's, in which ties have no gradient) or ``bhattacharyya``
+            (ties pull the margin to 0). Without effect on ``nll``.
+        k: Growth of the variance of judging one image with the noise variance, at least 0.
         sigma_u: Standard deviation of judging one clean image, in reward units, positive.
 
     Raises:
         InputError: If an argument is out of range.
 
     Note:
-        arXiv:2602.11146 gives sigma_u = 0.1; the released code uses variance 0.05, reached by
+        arXiv:2602.11146 gives sigma_u = 0.1; the released code uses variance 0.05, which is
         ``sigma_u = 0.2236068``.
     """
 
@@ -193,15 +193,15 @@ class ThurstoneLoss(PreferenceLoss):
         return mean_over_outputs(fidelity(z, label))
 
     def win_probability(self, scores: PairScores) -> Tensor:
-        """``Φ(z)``, which falls towards ½ as the noise rises."""
+        """Return ``Φ(z)``, which tends to ½ as the noise rises."""
         return torch.special.ndtr(self._z(scores)).float()
 
 
 class ConstantVarianceThurstoneLoss(ThurstoneLoss):
-    r"""Thurstone's loss that ignores the noise level: :math:`\sigma_u^2(t)` is one constant (an ablation of the paper).
+    r"""Thurstone's loss without the noise level: :math:`\sigma_u^2(t)` is a constant (an ablation of the paper).
 
     Args:
-        variance: Variance of one judgement, in squared reward units; 0.5 as released makes z equal to the margin.
+        variance: Variance of judging one image, in squared reward units; 0.5, as released, makes z equal to the margin.
         objective: As in :class:`ThurstoneLoss`.
         form: As in :class:`ThurstoneLoss`.
 

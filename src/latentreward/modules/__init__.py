@@ -1,4 +1,4 @@
-"""LightningModules: wiring, logging, optimisers."""
+"""LightningModules that train reward models and align policies."""
 
 from latentreward.modules.diffusion_dpo import DiffusionDPOModule
 from latentreward.modules.dina_lrm import DiNaLRMModule

@@ -1,4 +1,4 @@
-"""What every way of aligning a policy shares: loading it, its optimiser, its checkpoints; no formula."""
+"""Base classes of the alignment modules: loading, optimiser, checkpoints and rollouts of a policy; no formula."""
 
 import time
 from abc import abstractmethod
@@ -23,11 +23,11 @@ Experience = TypeVar("Experience", StepPairs, StepSamples)
 
 
 class AlignmentModule(BasedModule):
-    """A policy whose adapter trains.
+    """Base module that trains a policy's adapter.
 
     Args:
         policy: The generator.
-        guidance_scale: Classifier-free guidance in sampling and in training; 1 switches it off.
+        guidance_scale: Classifier-free guidance scale in sampling and in training, at least 1; 1 switches guidance off.
         options: See :class:`~latentreward.modules.based.BasedModule`.
 
     Attributes:
@@ -43,28 +43,28 @@ class AlignmentModule(BasedModule):
         self.guidance_scale, self.based_on = guidance_scale, (self.policy, self.policy.source)
 
     def configure_model(self) -> None:
-        """Under Lightning's ``ModelParallelStrategy``, share the weights out over the ranks; see :mod:`.sharding`."""
+        """Shard the policy over the ranks under Lightning's ``ModelParallelStrategy`` (FSDP2); see :mod:`.sharding`."""
         if self.device_mesh is not None:
             shard_policy(self.policy, self.device_mesh["data_parallel"])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note where the policy came from, so that the checkpoint alone makes it again."""
+        """Save where the policy was loaded from, so that the checkpoint alone is enough to load it again."""
         checkpoint[SOURCE] = asdict(self.policy_source)
         checkpoint["base"] = self._base.record(())
 
     def encode_uncond(self) -> Conditioning | None:
-        """The empty prompt, one row, if guidance asks for it."""
+        """Encode the empty prompt, one row; None without guidance."""
         return None if self.guidance_scale == 1.0 else self.policy.encode_uncond()
 
 
 class RewardedModule(AlignmentModule):
-    """A policy and a reward for its states.
+    """Base module that trains a policy with a reward for its latents.
 
-    Latent spaces are compared from configs before any weight is loaded.
+    The latent spaces of policy and reward are compared from their configs, before any weight is loaded.
 
     Args:
         policy: See :class:`AlignmentModule`.
-        reward: Scores states of the policy.
+        reward: Source of the reward, which scores latents of the policy.
         options: See :class:`AlignmentModule`.
 
     Raises:
@@ -77,16 +77,17 @@ class RewardedModule(AlignmentModule):
         self.reward = reward.load(self.policy)
 
     def configure_model(self) -> None:
-        """Share out the reward's own weights too."""
+        """Under FSDP2, shard the policy, then the reward's blocks and text encoders that are not the policy's."""
         super().configure_model()
         if self.device_mesh is not None:
             shard_reward(self.reward, self.device_mesh["data_parallel"])
 
     def on_fit_start(self) -> None:
-        """Have the reward score one random state at three noise levels, so that a faulty one shows at once.
+        """Let the reward score random latents at three noise levels, so that a faulty reward fails before training.
 
-        Statistics that a reward keeps of its scores are as before, so that a resumed run has them as it left them.
-        The policy's network comes first: FSDP2 wants it called whole before a reward that shares it calls its parts.
+        The reward's running statistics are restored afterwards, because a resumed run must find them unchanged. The
+        policy's network is called first: FSDP2 needs one call of the whole network before a reward that shares the
+        network calls its blocks.
         """
         super().on_fit_start()
         shape = self.policy.latent_shape()
@@ -103,18 +104,19 @@ class RewardedModule(AlignmentModule):
             buffer.copy_(value)
 
     def compute_precision(self) -> AbstractContextManager[Any]:
-        """The trainer's autocast, for work outside its steps."""
+        """Return the context of the trainer's precision (autocast), for work outside training steps."""
         return self.trainer.precision_plugin.forward_context()
 
 
 class RolloutModule(RewardedModule, Generic[Experience]):
-    """A policy that learns from its own rollouts.
+    """Base module of a policy that learns from its own rollouts.
 
-    ``PromptDataModule`` calls :meth:`roll_out` whenever its store of rows has run dry, and hands the rows of all ranks
-    out in batches, of equal size on every rank.
+    ``PromptDataModule`` calls :meth:`roll_out` when fewer rows are left than the next optimiser step needs. The rows of
+    all ranks are then split into batches of equal size on every rank.
 
     Attributes:
-        rollout_statistics: Of the last rollout, over all ranks once its first batch is there; callbacks may read them.
+        rollout_statistics: Statistics of the last rollout, for callbacks: of this rank until the first batch of the
+            rollout's rows, of all ranks from then on.
     """
 
     rollout_statistics: RolloutStatistics | None = None
@@ -128,34 +130,34 @@ class RolloutModule(RewardedModule, Generic[Experience]):
 
     @abstractmethod
     def make_experience(self, prompts: PromptBatch) -> Experience | None:
-        """Roll out this rank's ``prompts`` and return what is worth learning from, on the CPU; None if nothing is.
+        """Roll out this rank's ``prompts`` and return the rows to train on, on the CPU; None if no row is kept.
 
-        It also sets :attr:`rollout_statistics`, on the CPU. :meth:`roll_out` calls it without gradients, in the
-        trainer's precision and with dropout off, on all ranks at once with equally many prompts; under FSDP2 ranks
-        must call networks equally often.
+        Implementations also set :attr:`rollout_statistics`, on the CPU. :meth:`roll_out` calls this method on all ranks
+        at once with equally many prompts, without gradients, in evaluation mode and in the trainer's precision. Under
+        FSDP2 all ranks must call the networks equally often.
         """
 
     def candidate_steps(self, prompts: PromptBatch) -> Iterator[CandidateStep]:
-        """Roll out and score candidates, for derived classes that set ``sampler``, ``sampling`` and ``candidates``."""
+        """Sample and score candidates, in derived classes that set ``sampler``, ``sampling`` and ``candidates``."""
         draws = RolloutDraws(self.seed, prompts.keys)
         settings = (self.candidates, self.sampling, self.guidance_scale)
         yield from candidate_steps(self.policy, self.sampler, self.reward, prompts, *settings, draws)
 
     def transition(self, batch: Experience) -> Transition:
-        """Distribution of the next states of a batch's states, under the network as it is switched now."""
+        """Return the distribution of the next latents of a batch, under the adapter that is active now."""
         conditioning, uncond = self.conditioning(batch.prompts)
         output = self.policy.predict_guided(batch.latents, batch.timesteps, conditioning, uncond, self.guidance_scale)
         return self.sampler.transition(batch.latents, output, batch.timesteps)
 
     def describe_rollouts(self) -> str:
-        """What the last rollout looked like, in one line: part of the message of a run that keeps nothing."""
+        """Summarise the score gaps of the last rollout in one line, for the error of a run that keeps no rows."""
         statistics = self.rollout_statistics
         return gap_quantiles(
             () if statistics is None else zip(statistics.timesteps.tolist(), statistics.gap, strict=True)
         )
 
     def roll_out(self, prompts: PromptBatch) -> Experience | None:
-        """:meth:`make_experience` as it is promised; its time is measured."""
+        """Call :meth:`make_experience` in evaluation mode without gradients, with autocast, and measure its time."""
         wall, process = time.perf_counter(), time.process_time()
         with evaluating(self), torch.no_grad(), self.compute_precision():
             found = self.make_experience(prompts)
@@ -165,12 +167,13 @@ class RolloutModule(RewardedModule, Generic[Experience]):
         return found
 
     def prepare_prompts(self, prompts: Sequence[str]) -> None:
-        """Encode the distinct prompts that the next batches have; held in the host's memory.
+        """Encode the prompts of the next batches, and keep the result in CPU memory in place of the previous one.
 
-        All ranks have the same prompts, which is what encoders that FSDP2 shares out need.
+        All ranks pass the same list, without repeats, and each encodes the whole list: encoders that FSDP2 shards must
+        be called equally often on every rank.
         """
         with torch.no_grad(), self.compute_precision():
-            # One by one: last bits can depend on how many are encoded at once, and a resumed run has fewer left.
+            # One by one: the last bits can depend on the batch size, and a resumed run has fewer prompts left.
             parts = [self.policy.encode_prompts([prompt]).to("cpu") for prompt in prompts]
             uncond = self.encode_uncond()
         columns = [(part.prompt_embeds, part.pooled_prompt_embeds) for part in parts]
@@ -178,18 +181,18 @@ class RolloutModule(RewardedModule, Generic[Experience]):
         self._encoded = Conditioning(*(torch.cat(column) for column in zip(*columns, strict=True))), uncond
 
     def conditioning(self, prompts: Sequence[str]) -> tuple[Conditioning, Conditioning | None]:
-        """Encoded prompts and, if guidance asks for it, the empty one, on the module's device."""
+        """Return the encoded prompts and, under guidance, the encoded empty prompt, on the module's device."""
         if self._encoded is None or not self._rows.keys() >= set(prompts):
             return self.policy.encode_prompts(prompts), self.encode_uncond()
         encoded, uncond = self._encoded
         return encoded.select([self._rows[prompt] for prompt in prompts]).to(self.device), uncond
 
     def on_train_start(self) -> None:
-        """Start the clock against which rollouts are measured."""
+        """Start the clock from which the share of time spent in rollouts is computed."""
         self._began, self._rollout_seconds = time.perf_counter(), 0.0
 
     def on_train_batch_start(self, batch: Experience, batch_idx: int) -> None:
-        """Log the last rollout: its time and that of all so far, mean score and gap, and the share that was kept."""
+        """Log the last rollout: time, share of the run's time in rollouts, mean score, mean gap, share of rows kept."""
         values = dict(self._times)
         if values:
             values["time_share"] = self._rollout_seconds / (time.perf_counter() - self._began)
@@ -201,7 +204,7 @@ class RolloutModule(RewardedModule, Generic[Experience]):
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """A module in evaluation mode; afterwards every part of it is in its own mode again."""
+    """Run a block with ``module`` in evaluation mode; afterwards restore the mode of each submodule."""
     training = [part for part in module.modules() if part.training]
     module.eval()
     try:

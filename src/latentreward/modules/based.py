@@ -1,4 +1,4 @@
-"""Training on top of a base: what trains stays float32, and checkpoints say which base their weights belong to."""
+"""Base class of all modules: trainable weights stay float32, and checkpoints record which base model they belong to."""
 
 from typing import Any, Self
 
@@ -15,20 +15,22 @@ from latentreward.seeding import run_seed
 
 
 class BasedModule(LightningModule):
-    """Weights that train on top of a frozen base.
+    """LightningModule that trains weights on top of a frozen base model.
 
     Derived classes set :attr:`based_on` in their constructor.
 
     Args:
-        optimizer: Gets the parameters that train; vectors among them, unless the module says otherwise, without weight
-            decay.
-        lr_scheduler: Counted in optimiser steps; None keeps the rate constant.
-        seed: Seed of every draw; None takes the run's ``seed_everything``.
+        optimizer: Optimiser of the trainable parameters. Vectors and scalars get no weight decay, unless the module
+            has ``decay_vectors``.
+        lr_scheduler: Learning rate schedule, stepped after each optimiser step; None keeps the rate constant.
+        seed: Seed of all random numbers; None takes the run's ``seed_everything``.
 
     Attributes:
-        based_on: What holds the base's weights, and where they come from.
-        lr: Learning rate in place of the optimiser's own; None keeps that. Lightning's learning rate finder sets it.
+        based_on: Module that holds the base's weights, and the folder or hub id that they come from.
+        lr: Learning rate that replaces the optimiser's own; None keeps the optimiser's. Lightning's learning rate
+            finder sets this attribute.
         frozen_dtype: Name of the setting that stores frozen weights in bfloat16, for messages.
+        decay_vectors: Whether vectors and scalars get weight decay too.
     """
 
     based_on: tuple[nn.Module, str]
@@ -48,32 +50,35 @@ class BasedModule(LightningModule):
         self._base: BaseSample | None = None
 
     def setup(self, stage: str) -> None:
-        """Refuse a precision under which small updates of the weights would be lost.
+        """Check that trainable weights stay float32, in which small updates are not lost.
 
         Raises:
-            InputError: If it is not 32-true, 16-mixed or bf16-mixed.
+            InputError: If ``trainer.precision`` is not 32-true, 16-mixed or bf16-mixed.
         """
         if self.trainer.precision not in ("32-true", "16-mixed", "bf16-mixed"):
             raise InputError(
                 f"trainer.precision={self.trainer.precision}: what trains must be float32; use bf16-mixed (with "
                 f"{self.frozen_dtype}: bfloat16 for the frozen weights), 16-mixed or 32-true"
             )
-        if self._base is None:  # while weights are whole
+        if self._base is None:  # before weights are sharded
             self._base = BaseSample.of(*self.based_on)
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, weights_only: bool = True, **kwargs: Any) -> Self:  # type: ignore[override]
-        """Load a module, built from ``kwargs``, with a checkpoint's weights; see ``LightningModule``.
+        """Build a module from ``kwargs`` and load a checkpoint's weights; see ``LightningModule``.
 
-        By default nothing but tensors and plain values is read, where Lightning would unpickle anything.
+        By default only tensors and plain values are read, whereas Lightning would unpickle any object.
         """
         return super().load_from_checkpoint(checkpoint_path, weights_only=weights_only, **kwargs)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint that belongs to another base.
+        """Check that a checkpoint belongs to this base.
 
-        Outside a Trainer, where ``load_from_checkpoint`` calls this, frozen weights that the checkpoint leaves out stay
-        those of the base, which is the same one.
+        Outside a Trainer, where ``load_from_checkpoint`` calls this hook, frozen weights that the checkpoint leaves out
+        are filled in from this module's base.
+
+        Raises:
+            InputError: If the checkpoint belongs to another base.
         """
         if "base" in checkpoint:
             (self._base or BaseSample.of(*self.based_on)).check(checkpoint["base"])
@@ -86,14 +91,14 @@ class BasedModule(LightningModule):
             checkpoint["state_dict"] = {**left_out, **checkpoint["state_dict"]}
 
     def configure_optimizers(self) -> Any:
-        """One optimiser over what trains; its schedule steps with it."""
+        """Build one optimiser over the trainable parameters, and its schedule, stepped after each optimiser step."""
         self._configured_lr = self.lr
         return single_optimizer(self.parameters(), self.optimizer, self.lr_scheduler, self.decay_vectors, self.lr)
 
     def on_fit_start(self) -> None:
-        """Make the optimiser again if the callback ``LearningRateFinder`` has found a rate for it.
+        """Rebuild the optimiser and its schedule if the callback ``LearningRateFinder`` has found a learning rate.
 
-        Lightning tells the optimiser alone; a schedule made before would bring back the old rate at its next step.
+        Lightning sets the new rate in the optimiser only; the old schedule would set the old rate at its next step.
         """
         if self.lr != self._configured_lr:
             self.trainer.strategy.setup_optimizers(self.trainer)

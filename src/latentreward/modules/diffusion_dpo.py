@@ -1,4 +1,4 @@
-"""Diffusion-DPO (arXiv:2311.12908): a policy learns from pairs of finished images; no reward, no sampling."""
+"""Diffusion-DPO (arXiv:2311.12908): align a policy with pairs of finished images, without reward or sampling."""
 
 import math
 from collections.abc import Sequence
@@ -26,10 +26,10 @@ from latentreward.policies import PolicySource
 
 
 class ImplicitPairs(NamedTuple):
-    """Pairs as the policy sees them at one noise level.
+    """Implicit rewards of pairs at one noise level.
 
     Attributes:
-        scores: Implicit rewards of chosen and rejected images; ties weigh nothing.
+        scores: Implicit rewards of chosen and rejected images; ties have weight 0.
         drift: ``(2B,)`` mean squared difference of the predictions of policy and reference, chosen images first.
     """
 
@@ -38,25 +38,25 @@ class ImplicitPairs(NamedTuple):
 
 
 class DiffusionDPOModule(AlignmentModule):
-    """Diffusion-DPO on any policy: noise, v and velocity prediction, U-Net and DiT.
+    """Diffusion-DPO for any policy: noise, v and velocity prediction, U-Net and DiT.
 
-    Takes :class:`~latentreward.contracts.PreferenceBatch` from ``PreferenceDataModule`` (pixels) or
-    ``CachedPreferenceDataModule`` (latents, perhaps with encoded prompts). The two images of a pair are noised to the
-    same timestep with the same noise and pass the policy in one batch; the reference is the same network without its
+    Trains on :class:`~latentreward.contracts.PreferenceBatch` from ``PreferenceDataModule`` (pixels) or
+    ``CachedPreferenceDataModule`` (latents, perhaps with encoded prompts). The two images of a pair get the same
+    timestep and the same noise, and pass the policy in one batch. The reference is the same network without its
     adapter.
 
-    The paper leaves ties out, and so does this: they have no part in loss and metrics, as pairs of weight 0 (unlabelled
-    ones, placeholders). A soft label y weighs both orders: −y log σ(m) − (1 − y) log σ(−m).
+    As in the paper, ties (label ½) have no part in loss and metrics, nor have pairs of weight 0 (unlabelled pairs, and
+    rows kept in place of unusable ones). A soft label y with margin m gives −y log σ(m) − (1 − y) log σ(−m).
 
     Args:
         policy: The generator.
         beta: β of :func:`~latentreward.losses.implicit_rewards`.
-        levels: Timestep of a training pair; None draws uniformly from 0, 1, …, 999, as the released code does, for a
-            flow the nearest of its table.
-        posterior: Latents of pixels from a ``sample`` of the VAE's posterior, drawn for each image and epoch, or from
-            its ``mode``.
-        eval_timesteps: Validation compares every pair at these, with noise that never changes.
-        options: See :class:`AlignmentModule`. Training is without guidance, as the paper's; ``guidance_scale`` is for
+        levels: Sampler of a training pair's timestep; None samples uniformly from 0, 1, …, 999, as the released code
+            does. Flow matching uses the nearest timestep of its table.
+        posterior: Whether the VAE's latents of pixels are a ``sample`` of its posterior, new for each image and epoch,
+            or the posterior's ``mode``.
+        eval_timesteps: Timesteps at which validation compares every pair, with the same noise in each epoch.
+        options: See :class:`AlignmentModule`. Training uses no guidance, as in the paper; ``guidance_scale`` is for
             callbacks that sample.
 
     Raises:
@@ -84,7 +84,7 @@ class DiffusionDPOModule(AlignmentModule):
         self.val_accuracy, self.val_margin = PairwiseAccuracy("half"), MeanMargin()
 
     def encode(self, batch: PreferenceBatch, draws: PairDraws) -> tuple[Tensor, Conditioning]:
-        """Latents ``(2B, C, ...)`` float32, chosen first, and conditioning of 2B rows; see :func:`latents_of`."""
+        """Encode images and prompts: latents ``(2B, C, ...)`` float32, chosen first, and conditioning of 2B rows."""
         latents = latents_of(self.policy, batch, draws, self.posterior)
         conditioning = self.policy.encode_prompts(batch.prompts) if batch.conditioning is None else batch.conditioning
         return latents, conditioning.select([*range(len(batch))] * 2)
@@ -97,7 +97,7 @@ class DiffusionDPOModule(AlignmentModule):
         noise: Tensor,
         timesteps: Tensor,
     ) -> ImplicitPairs:
-        """Implicit rewards at ``timesteps`` ``(2B,)``; ``latents`` and ``noise`` ``(2B, C, ...)``, chosen first."""
+        """Compute implicit rewards at ``timesteps`` ``(2B,)`` from latents and noise ``(2B, C, ...)``, chosen first."""
         process = self.policy.noise_process
         noisy = process.add_noise(latents, noise, timesteps)
         target = process.target(latents, noise, timesteps)
@@ -111,7 +111,7 @@ class DiffusionDPOModule(AlignmentModule):
         return ImplicitPairs(scores, prediction_drift(prediction.detach(), reference))
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
-        """Loss of one batch, at a random timestep for each pair; weights are normalised over all ranks."""
+        """Return the loss of a batch, at a random timestep for each pair; weights are normalised over all ranks."""
         draws = PairDraws(batch, self.seed, self.current_epoch)
         latents, conditioning = self.encode(batch, draws)
         noise = draws.normal("noise", latents.shape[1:], per_image=False).to(latents.device)
@@ -125,14 +125,14 @@ class DiffusionDPOModule(AlignmentModule):
         accuracy = weighted_mean((margin > 0).float() + 0.5 * (margin == 0).float(), weight)
         self.log("train/implicit_accuracy", accuracy, prog_bar=True, batch_size=size)
         self.log("train/margin", weighted_mean(margin, weight), batch_size=size)
-        for side in ("chosen", "rejected"):  # both fall where the policy forgets how to denoise
+        for side in ("chosen", "rejected"):  # both fall if the policy unlearns to denoise
             rewards = getattr(scores, side).detach().float()
             self.log(f"train/{side}_reward", weighted_mean(rewards, weight), batch_size=size)
         self.log("train/drift", pairs.drift.mean(), batch_size=len(batch))
         return loss
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
-        """Compare held-out pairs at every timestep of ``eval_timesteps``, with the draws of epoch 0."""
+        """Compare held-out pairs at every timestep of ``eval_timesteps``, with the random numbers of epoch 0."""
         draws = PairDraws(batch, self.seed, epoch=0)
         latents, conditioning = self.encode(batch, draws)
         noise = draws.normal("noise", latents.shape[1:], per_image=False).to(latents.device)

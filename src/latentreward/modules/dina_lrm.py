@@ -1,4 +1,4 @@
-"""DiNa-LRM (arXiv:2602.11146): what it sets on the shared reward module."""
+"""DiNa-LRM (arXiv:2602.11146): the reward module with DiNa-LRM's defaults."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,13 +12,15 @@ from latentreward.noise import LevelSampler, UniformSigma
 
 
 class DiNaLRMModule(RewardModule):
-    """DiNa-LRM's training: a uniform noise level per pair, the same noise for both images, evaluation by ensemble too.
+    """Reward module with DiNa-LRM's training: a uniform noise level per pair, and the same noise for its images.
+
+    Evaluation also uses the head's ensemble over several noise levels.
 
     Args:
-        backbone: A DiT in the paper; any will do.
+        backbone: Any backbone; a DiT in the paper.
         head: See :class:`RewardModule`.
         loss: None takes the paper's ``ThurstoneLoss()``.
-        levels: None takes uniform target sigmas.
+        levels: Sampler of noise levels; None takes uniform target sigmas.
         eval_sigmas: See :class:`RewardModule`.
         ensemble_sigmas: See :class:`RewardModule`.
         options: See :class:`RewardModule`.

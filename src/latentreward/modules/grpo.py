@@ -1,7 +1,7 @@
-"""Group-relative policy optimisation (GRPO): samples of one prompt are judged against each other; no pairs, no critic.
+"""Group-relative policy optimisation (GRPO): a sample's advantage is its reward relative to others of its prompt.
 
-What is sampled are a diffusion sampler's steps (Flow-GRPO, arXiv:2505.05470; DanceGRPO, arXiv:2505.07818). The reward
-either judges each step by itself (:class:`StepwiseGRPOModule`) or the finished picture
+The policy's actions are the steps of a diffusion sampler (Flow-GRPO, arXiv:2505.05470; DanceGRPO, arXiv:2505.07818).
+The reward scores each step by itself (:class:`StepwiseGRPOModule`) or the finished image
 (:class:`TrajectoryGRPOModule`).
 """
 
@@ -30,20 +30,20 @@ from latentreward.rollout import (
 )
 
 LEAST_ADVANTAGE = 1e-6
-"""Advantages this small come from rounding: those of different scores are near 1, at any scale above 1e-4."""
+"""Largest absolute advantage that counts as rounding; scores that differ by more than 1e-4 give advantages near 1."""
 
 
 class GRPOModule(RolloutModule[StepSamples]):
-    """What both forms share: the training step on sampled steps.
+    """Base of both GRPO modules: the training step on sampled steps.
 
-    Log-probabilities are means over latent elements, as in Flow-GRPO. All steps from one state are learned from in one
-    evaluation of the policy, and one of the reference if the loss weighs the divergence from it.
+    Log-probabilities are means over latent elements, as in Flow-GRPO. All K steps from one state need one evaluation of
+    the policy, and one of the reference if the loss has a KL term.
 
     Args:
         policy: The generator.
-        reward: Its judge.
-        sampling: Sampler settings of rollouts; its noise is what is explored.
-        loss: Clip range ε, weight of the divergence from the reference, bound of advantages.
+        reward: Source of the reward.
+        sampling: Sampler settings of rollouts; the sampler's noise is the exploration.
+        loss: Clip range ε, weight of the KL divergence from the reference, bound of advantages.
         options: See :class:`~latentreward.modules.alignment.AlignmentModule`; guidance applies in sampling and in
             training.
 
@@ -66,7 +66,7 @@ class GRPOModule(RolloutModule[StepSamples]):
         self.sampling, self.sampler, self.loss = sampling, sampler, loss or ClippedPolicyLoss()
 
     def training_step(self, batch: StepSamples, batch_idx: int) -> Tensor:
-        """Loss of one batch of states with K steps each."""
+        """Return the loss of a batch of states with K sampled steps each."""
         kl = reference = None
         if self.loss.needs_reference:
             with torch.no_grad(), self.policy.reference():
@@ -83,16 +83,16 @@ class GRPOModule(RolloutModule[StepSamples]):
 
 
 class StepwiseGRPOModule(GRPOModule):
-    """Step-wise GRPO: K candidates of each state, advantages among them from the reward of the step itself.
+    """Step-wise GRPO: K candidate next states per state, with advantages from the rewards of these candidates.
 
-    The reward judges noisy states, so that each step has its own credit (LPO's GRPO form, arXiv:2502.01051; Step-GRPO
-    of DRM, arXiv:2605.25661). States whose candidates all score the same are left out.
+    The reward scores noisy states, so that each step has its own advantage (LPO's GRPO form, arXiv:2502.01051;
+    Step-GRPO of DRM, arXiv:2605.25661). States whose candidates all score equally are left out.
 
     Args:
         policy: The generator.
-        reward: Scores states.
+        reward: Source of a reward that scores noisy states.
         sampling: See :class:`GRPOModule`.
-        candidates: Number of candidates K, timestep window, and which of them a rollout goes on with.
+        candidates: Number of candidates K, timestep window, and the candidate with which a rollout goes on.
         loss: See :class:`GRPOModule`.
         options: See :class:`GRPOModule`.
 
@@ -125,21 +125,21 @@ class StepwiseGRPOModule(GRPOModule):
 
 
 class TrajectoryGRPOModule(GRPOModule):
-    """GRPO on whole trajectories: their steps share the advantage that the finished picture has among its prompt's.
+    """GRPO on whole trajectories: every step gets the advantage of its finished image among the K of its prompt.
 
-    As in Flow-GRPO (arXiv:2505.05470) for flow matching; for DDPM's noise process the same with DDIM steps, in the
-    manner of DDPO (arXiv:2305.13301).
+    Flow matching follows Flow-GRPO (arXiv:2505.05470). DDPM's noise process uses DDIM steps, as DDPO
+    (arXiv:2305.13301) does.
 
     Args:
         policy: The generator.
-        reward: Scores finished latents.
+        reward: Source of a reward that scores finished latents.
         sampling: See :class:`GRPOModule`.
         num_trajectories: Trajectories K per prompt.
-        low: Least timestep at which a step is learned from.
-        high: Greatest such timestep; steps outside are sampled alike.
-        reward_sigmas: Noise levels at which a reward on latents scores them; without effect on one of pixels.
+        low: Lowest timestep of the steps that are trained on.
+        high: Highest timestep of the steps that are trained on. Steps outside are sampled, but not trained on.
+        reward_sigmas: Noise levels at which a latent reward scores; without effect on rewards of pixels.
         global_std: Divide advantages by the standard deviation of all rewards of a rollout, over all ranks, instead of
-            the prompt's own: prompts on which the reward hardly differs then weigh little (Flow-GRPO's setting).
+            the prompt's own (Flow-GRPO's setting). Prompts whose rewards hardly differ then have small advantages.
         loss: See :class:`GRPOModule`.
         options: See :class:`GRPOModule`.
 
@@ -185,7 +185,7 @@ class TrajectoryGRPOModule(GRPOModule):
         return worth_learning(trajectory_samples(trajectories, self.trained_steps, repeated, advantage))
 
     def _advantages(self, rewards: Tensor) -> Tensor:
-        """``(P, K)`` of this rank's rewards ``(P, K)``, by the spread over all ranks' if it is asked for."""
+        """Compute advantages ``(P, K)`` of this rank's rewards; ``global_std`` divides by the spread over all ranks."""
         every = self.all_gather(rewards).reshape(-1, self.num_trajectories)
         groups = torch.arange(len(every), device=every.device).repeat_interleave(self.num_trajectories)
         advantages = tracked_advantages(every.flatten(), groups, self.global_std).view_as(every)
@@ -194,7 +194,7 @@ class TrajectoryGRPOModule(GRPOModule):
 
 
 def candidate_samples(step: CandidateStep, prompts: PromptBatch) -> StepSamples:
-    """One step's states with their candidates, on the CPU."""
+    """Make a training record of one step's states and their K candidates, on the CPU."""
     return StepSamples(
         keys=tuple(f"{key}/{step.index}" for key in prompts.keys),
         prompts=prompts.prompts,
@@ -209,7 +209,7 @@ def candidate_samples(step: CandidateStep, prompts: PromptBatch) -> StepSamples:
 def trajectory_samples(
     trajectories: Trajectories, steps: Sequence[int], prompts: PromptBatch, advantage: Tensor
 ) -> list[StepSamples]:
-    """Some steps of B trajectories, on the CPU, each with the ``advantage`` ``(B,)`` of its trajectory."""
+    """Make a training record of each step in ``steps``, on the CPU, with its trajectory's ``advantage`` ``(B,)``."""
     return [
         StepSamples(
             keys=tuple(f"{key}/{index}" for key in prompts.keys),
@@ -225,13 +225,13 @@ def trajectory_samples(
 
 
 def worth_learning(samples: Sequence[StepSamples]) -> StepSamples | None:
-    """The rows with an advantage that is not 0, rounding aside; None if there are none."""
+    """Return the rows with an advantage above :data:`LEAST_ADVANTAGE`; None if there are none."""
     joined = join_rows(samples)
     rows = (joined.advantage.abs() > LEAST_ADVANTAGE).any(dim=1).nonzero().flatten().tolist()
     return take_rows(joined, rows) if rows else None
 
 
 def group_statistics(timesteps: Tensor, scores: Tensor) -> RolloutStatistics:
-    """Statistics from scores ``(S, K, P)`` of K candidates each; groups of equal scores are not kept."""
+    """Compute gaps and kept groups from scores ``(S, K, P)`` of K candidates; a group of equal scores is not kept."""
     gap = ((scores.amax(dim=1) - scores.amin(dim=1)) / 2).tanh()
     return RolloutStatistics(timesteps, scores, gap, gap > 0)

@@ -1,4 +1,4 @@
-"""Images of a batch to latents, whether they come as pixels or from a cache."""
+"""Latents of a batch's images: from pixels through the VAE, or from a cache."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -23,17 +23,17 @@ def latents_of(
     posterior: Posterior,
     sides: Sequence[Side] = ("chosen", "rejected"),
 ) -> Tensor:
-    """Latents of ``sides`` of a batch, one side after the other: ``(len(sides) · B, C, ...)`` float32.
+    """Return the latents of ``sides`` of a batch, one side after the other: ``(len(sides) · B, C, ...)`` float32.
 
     Args:
-        network: Takes the latents; its VAE encodes pixels.
+        network: Policy or backbone that will take the latents; its VAE encodes pixels.
         batch: B pairs.
-        draws: Their random numbers.
-        posterior: A ``sample`` of the VAE's posterior, or its ``mode``.
-        sides: Which images.
+        draws: Random numbers of the batch.
+        posterior: Whether to take a ``sample`` of the VAE's posterior or its ``mode``.
+        sides: Images to encode: ``chosen``, ``rejected`` or both.
 
     Raises:
-        InputError: If the batch holds latents of another space than the network's, or pixels and there is no VAE.
+        InputError: If the batch holds latents of another space than the network's, or pixels without a VAE.
     """
     images = torch.cat([getattr(batch, side) for side in sides])
     kind = "policy" if isinstance(network, Policy) else "backbone"

@@ -1,4 +1,4 @@
-"""LPO: a policy learns, at every step of a sampler, to prefer the next state that a reward scores higher."""
+"""LPO: train a policy to prefer, at every sampler step, the next state that a reward scores higher."""
 
 from typing import Any, NamedTuple
 
@@ -21,12 +21,12 @@ from latentreward.rollout import (
 
 
 class StepRatios(NamedTuple):
-    """How far the policy has moved on B pairs, for callbacks.
+    """Log-probability ratios of policy to reference on B pairs, for callbacks.
 
     Attributes:
         timesteps: ``(B,)``.
         chosen: ``(B,)`` log-probability of the better next state, policy minus reference.
-        rejected: ``(B,)`` of the worse one.
+        rejected: ``(B,)`` log-probability of the worse next state, policy minus reference.
     """
 
     timesteps: Tensor
@@ -35,21 +35,23 @@ class StepRatios(NamedTuple):
 
 
 class LPOModule(RolloutModule[StepPairs]):
-    """Latent Preference Optimisation (arXiv:2502.01051), on any policy with any reward.
+    """Latent Preference Optimisation (arXiv:2502.01051), for any policy and any reward.
 
-    A rollout draws K candidates for the next state at each step inside the window; the best and the worst are a pair if
-    their scores lie far enough apart. The loss is :class:`~latentreward.losses.StepDPO`. The two states of a pair come
-    from the same state, timestep and prompt, so one evaluation of the policy and one of the reference give all four
-    log-probabilities (the released code evaluates each twice).
+    A rollout samples K candidates for the next state at each step inside a window of timesteps. The best and the worst
+    candidate become a training pair if their scores differ enough. The loss is
+    :class:`~latentreward.losses.StepDPO`. The two states of a pair follow the same state, timestep and prompt, so one
+    evaluation of the policy and one of the reference give all four log-probabilities (the released code evaluates each
+    network twice).
 
     Logs ``train/loss``, ``train/implicit_accuracy``, ``train/margin``, ``train/clamped``.
 
     Args:
         policy: The generator.
-        reward: Scores states of the policy.
-        selection: Which pairs are kept; None takes LPO's thresholds for SD1.5.
-        sampling: Steps of the rollouts, and of the training pairs; None takes LPO's 20 of DDIM with eta 1.
-        candidates: Candidates, window, and how rollouts go on; None takes LPO's 4 at every step.
+        reward: Source of the reward, which scores the candidates.
+        selection: Rule that keeps pairs; None takes LPO's thresholds for SD1.5.
+        sampling: Sampler settings of the rollouts, also used in training; None takes LPO's 20 DDIM steps with eta 1.
+        candidates: Number of candidates, window, and the candidate with which rollouts go on; None takes LPO's 4
+            candidates at every step.
         beta: β of the loss.
         clip_range: ε of the loss.
         options: See :class:`~latentreward.modules.alignment.AlignmentModule`.
@@ -77,7 +79,7 @@ class LPOModule(RolloutModule[StepPairs]):
         self.sampling, self.candidates = sampling, candidates
 
     def make_experience(self, prompts: PromptBatch) -> StepPairs | None:
-        """Pairs of the prompts' rollouts, step by step."""
+        """See :meth:`RolloutModule.make_experience`; returns the kept pairs of all steps."""
         found, seen = [], []
         for step in self.candidate_steps(prompts):
             selected = self.selection.select(step, self.sampler)
@@ -89,17 +91,17 @@ class LPOModule(RolloutModule[StepPairs]):
         return pairs if len(pairs) else None
 
     def describe_rollouts(self) -> str:
-        """Quantiles of the score gaps, and what to do about them."""
+        """Summarise the score gaps of the last rollout, and say which setting to change."""
         return f"{super().describe_rollouts()}; set model.selection to thresholds below them, or to QuantileThreshold"
 
     def transitions(self, batch: StepPairs) -> tuple[Transition, Transition]:
-        """Distributions of the next states under the policy, with a gradient, and under the reference."""
+        """Return the distributions of the next states under policy (with gradient) and reference (without)."""
         with torch.no_grad(), self.policy.reference():
             reference = self.transition(batch)
         return self.transition(batch), reference
 
     def compare(self, batch: StepPairs) -> tuple[StepDPOResult, StepRatios]:
-        """Loss of a batch of pairs, and how far the policy has moved on each."""
+        """Compute the loss of a batch of pairs, and each pair's log-probability ratios of policy to reference."""
         policy, reference = self.transitions(batch)
         chosen, rejected = policy.log_prob(batch.chosen), policy.log_prob(batch.rejected)
         ref_chosen, ref_rejected = reference.log_prob(batch.chosen), reference.log_prob(batch.rejected)
@@ -107,7 +109,7 @@ class LPOModule(RolloutModule[StepPairs]):
         return self.loss(chosen, rejected, ref_chosen, ref_rejected), ratios
 
     def training_step(self, batch: StepPairs, batch_idx: int) -> dict[str, Any]:
-        """Loss of one batch; ``ratios`` in the result is a :class:`StepRatios`."""
+        """Return the ``loss`` of a batch, and as ``ratios`` a :class:`StepRatios` for callbacks."""
         result, ratios = self.compare(batch)
         for name, value in result._asdict().items():
             self.log(f"train/{name}", value, prog_bar=name == "loss", batch_size=len(batch), sync_dist=True)

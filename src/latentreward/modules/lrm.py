@@ -1,4 +1,4 @@
-"""LRM (arXiv:2502.01051): what it sets on the shared reward module."""
+"""LRM (arXiv:2502.01051): the reward module with LRM's defaults."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,13 +12,13 @@ from latentreward.noise import LevelSampler, TimestepGrid
 
 
 class LRMModule(RewardModule):
-    """LRM's training: one timestep per pair from {1, 51, …, 951}, noise of its own for each image.
+    """Reward module with LRM's training: one timestep per pair of {1, 51, …, 951}, different noise for its images.
 
     Args:
-        backbone: A U-Net in the paper; any will do.
+        backbone: Any backbone; a U-Net in the paper.
         head: See :class:`RewardModule`.
         loss: None takes ``LRMLoss(mode="pair")``.
-        levels: None takes LRM's grid.
+        levels: Sampler of timesteps; None takes LRM's grid.
         noise_per_image: See :class:`RewardModule`.
         eval_timesteps: See :class:`RewardModule`.
         options: See :class:`RewardModule`.

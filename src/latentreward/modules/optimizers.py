@@ -1,4 +1,4 @@
-"""One optimiser over what trains; its schedule steps with it."""
+"""Construction of a module's optimiser and learning rate schedule."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -16,14 +16,14 @@ def single_optimizer(
     decay_vectors: bool = False,
     lr: float | None = None,
 ) -> Any:
-    """Build what ``configure_optimizers`` returns.
+    """Build one optimiser over the trainable parameters and its schedule, as ``configure_optimizers`` returns them.
 
     Args:
-        parameters: Those that require a gradient are taken.
-        optimizer: Makes the optimiser of parameter groups.
-        lr_scheduler: Makes the schedule, stepped with the optimiser; None for a constant rate.
+        parameters: Parameters of the module; those that require no gradient are left out.
+        optimizer: Function that makes the optimiser from parameter groups.
+        lr_scheduler: Function that makes the schedule, stepped after each optimiser step; None for a constant rate.
         decay_vectors: Whether vectors and scalars (biases, norms) get the optimiser's weight decay too.
-        lr: Learning rate in place of the optimiser's own, before any schedule.
+        lr: Learning rate before any schedule; None keeps the optimiser's own.
 
     Raises:
         InputError: If the optimiser refuses its settings.

@@ -1,4 +1,4 @@
-"""The random numbers of a batch of pairs, each from its pair's own generator."""
+"""Random numbers of a batch of pairs, from one seeded generator per pair."""
 
 from collections.abc import Sequence
 
@@ -11,9 +11,9 @@ from latentreward.seeding import pair_generator
 
 
 class PairDraws:
-    """Draws for a batch of pairs; they depend on seed, epoch, purpose, pair and, where said, image: on nothing else.
+    """Random numbers for a batch of pairs that depend only on seed, epoch, purpose, pair and, if asked for, image.
 
-    So results depend neither on the number of processes or workers nor on where a run was resumed.
+    Results therefore depend neither on the number of processes or workers nor on where a run was resumed.
 
     Args:
         batch: The pairs.
@@ -36,12 +36,12 @@ class PairDraws:
         return [self.batch.chosen_keys, self.batch.rejected_keys] if per_image else [None]
 
     def normal(self, purpose: str, shape: Sequence[int], per_image: bool) -> Tensor:
-        """Standard normal numbers ``(2B, *shape)`` on the CPU, chosen images first.
+        """Draw standard normal numbers ``(2B, *shape)`` on the CPU, chosen images first.
 
         Args:
-            purpose: What they are for.
-            shape: Of one image's numbers.
-            per_image: Whether the two images of a pair get their own numbers or share theirs.
+            purpose: Name of the use, e.g. ``"noise"``; numbers for different purposes are independent.
+            shape: Shape of one image's numbers.
+            per_image: True for different numbers for the two images of a pair, false for the same.
         """
         sides = [
             torch.stack([torch.randn(*shape, generator=generator) for generator in self._generators(purpose, keys)])
@@ -50,7 +50,7 @@ class PairDraws:
         return torch.cat([sides[0], sides[-1]])
 
     def timesteps(self, sampler: LevelSampler, process: NoiseProcess, per_image: bool) -> Tensor:
-        """Timesteps ``(2B,)`` on the CPU, chosen images first; ``per_image`` as in :meth:`normal`."""
+        """Draw timesteps ``(2B,)`` on the CPU, chosen images first; ``per_image`` as in :meth:`normal`."""
         sides = [
             torch.cat([sampler.draw(generator, process) for generator in self._generators("timestep", keys)])
             for keys in self._sides(per_image)

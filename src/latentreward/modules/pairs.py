@@ -1,4 +1,4 @@
-"""What training a scorer on preference pairs shares, whatever it looks at: draws, evaluation by level, logging."""
+"""Base class for training a scorer on preference pairs: random levels, evaluation at fixed levels, logging."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -23,19 +23,19 @@ if TYPE_CHECKING:
 
 
 class ScoredPairs(NamedTuple):
-    """What a step of :class:`PairModule` hands to callbacks; N = pairs × noise levels, all detached.
+    """Scores that a step of :class:`PairModule` returns for callbacks; N = pairs × noise levels, all detached.
 
     Attributes:
-        pair_ids: N names.
-        chosen_keys: N image keys.
-        rejected_keys: N image keys.
+        pair_ids: N pair names.
+        chosen_keys: N keys of the chosen images.
+        rejected_keys: N keys of the rejected images.
         timesteps: ``(N,)`` timestep of the chosen image.
         chosen: ``(N,)`` or ``(N, out_dim)`` rewards.
         rejected: Same shape.
         label: ``(N,)`` probability that chosen wins.
-        weight: ``(N,)``.
-        chosen_sigmas: ``(N,)`` noise levels.
-        rejected_sigmas: ``(N,)``.
+        weight: ``(N,)`` weights, not normalised.
+        chosen_sigmas: ``(N,)`` noise levels in [0, 1] of the chosen images.
+        rejected_sigmas: ``(N,)`` noise levels of the rejected images.
     """
 
     pair_ids: tuple[str, ...]
@@ -50,14 +50,14 @@ class ScoredPairs(NamedTuple):
     rejected_sigmas: Tensor
 
     def pair_scores(self, rows: slice) -> PairScores:
-        """Rows as a loss or metric takes them."""
+        """Return ``rows`` in the form that losses and metrics take."""
         columns = (self.chosen, self.rejected, self.label, self.weight, self.chosen_sigmas, self.rejected_sigmas)
         return PairScores(*(column[rows] for column in columns))
 
 
 @dataclass(frozen=True)
 class EncodedPairs(TensorRecord):
-    """A batch after the encoders: latents and noise ``(2B, C, ...)``, chosen first, and 2B rows of conditioning."""
+    """Encoded batch: latents and noise ``(2B, C, ...)``, chosen first, and conditioning of 2B rows."""
 
     latents: Tensor
     noise: Tensor
@@ -66,7 +66,7 @@ class EncodedPairs(TensorRecord):
 
 
 class LevelMetrics(nn.Module):
-    """Accuracy, margin and calibration at one noise level, and copies of the user's metrics by their class names."""
+    """Accuracy, margin, calibration and copies of the user's metrics, for one noise level."""
 
     def __init__(self, equal_scores: Equal, extra: Sequence[Metric]) -> None:
         super().__init__()
@@ -79,14 +79,19 @@ class LevelMetrics(nn.Module):
         self.calibration = PairCalibration()
 
     def update(self, scores: PairScores, win_probability: Tensor) -> None:
-        """Add pairs; those of weight 0 (unlabelled, or placeholders) take no part."""
+        """Add pairs of one noise level, without those of weight 0 (unlabelled, or in place of unusable rows).
+
+        Args:
+            scores: Rewards and labels of B pairs.
+            win_probability: The loss's prediction that chosen wins, in the shape of the rewards.
+        """
         counts = scores.weight > 0
         for metric in self.pair_metrics.values():
             metric.update(scores.chosen[counts], scores.rejected[counts], scores.label[counts])
         self.calibration.update(win_probability[counts], scores.label[counts])
 
     def values(self) -> dict[str, Tensor]:
-        """Value of each metric by name; all start afresh."""
+        """Compute each metric by name, and reset all metrics."""
         metrics = {**self.pair_metrics, "calibration": self.calibration}
         values = {name: metric.compute() for name, metric in metrics.items()}
         for metric in metrics.values():
@@ -95,27 +100,28 @@ class LevelMetrics(nn.Module):
 
 
 class PairModule(BasedModule):
-    """A scorer of images at a noise level, trained with a preference loss.
+    """Base module that trains a scorer of noised images with a preference loss.
 
-    A training pair gets one random noise level; validation, test and prediction score each pair at every level of
-    ``eval_timesteps`` or ``eval_sigmas``, with noise that never changes. Derived classes say in :meth:`encode` and
-    :meth:`score` how.
+    In training each pair gets a random noise level. Validation, test and prediction score each pair at every level of
+    ``eval_timesteps`` and ``eval_sigmas``, with the same noise in each epoch. Derived classes implement :meth:`encode`
+    and :meth:`score`.
 
     Args:
         process: Noise process of the latents.
-        base: Where frozen weights come from.
+        base: Folder or hub id that the frozen weights come from.
         loss: Preference loss.
-        levels: Where in the noise a training pair is compared.
-        noise_per_image: Whether the two images of a training pair get noise of their own (LRM) or the same (DiNa-LRM).
-            In evaluation they share it, as the candidates that a reward compares in sampling share most of theirs.
-        timestep_per_image: Whether they get timesteps of their own.
-        posterior: Latents from a ``sample`` of the VAE's posterior, drawn for each image and epoch, or from its
-            ``mode``.
+        levels: Sampler of a training pair's timestep.
+        noise_per_image: Whether the two images of a training pair get different noise (LRM) or the same (DiNa-LRM). In
+            evaluation the two always get the same noise, because candidates that a reward compares during sampling
+            share most of their noise.
+        timestep_per_image: Whether the two images of a training pair get different timesteps.
+        posterior: Whether the VAE's latents of pixels are a ``sample`` of its posterior, new for each image and epoch,
+            or the posterior's ``mode``.
         eval_timesteps: Timesteps at which evaluation scores.
-        eval_sigmas: Noise levels at which evaluation scores; the nearest of the noise process are used.
+        eval_sigmas: Noise levels at which evaluation scores; for each, the nearest level of the process is used.
         equal_scores: Whether a pair with equal scores counts as ``wrong`` or as ``half`` right.
-        metrics: More torchmetrics metrics, whose ``update`` takes chosen rewards, rejected rewards and labels; each is
-            logged like the built-in ones, under its class name.
+        metrics: Further torchmetrics metrics, whose ``update`` takes chosen rewards, rejected rewards and labels; each
+            is logged like the built-in metrics, under its class name.
         decay_vectors: Whether vectors and scalars (biases, norms, temperature) get weight decay too, as in the released
             code of LRM and DiNa-LRM.
         options: See :class:`~latentreward.modules.based.BasedModule`.
@@ -159,13 +165,13 @@ class PairModule(BasedModule):
             self._add_metrics(name)
 
     def _add_metrics(self, name: str) -> None:
-        """Metrics of one more evaluation, logged with its name."""
+        """Create the metrics of one more evaluation, logged under ``name``."""
         self._metric_keys[name] = name.replace(".", "_")
         self.metrics[self._metric_keys[name]] = LevelMetrics(*self._metric_settings)
 
     @abstractmethod
     def encode(self, batch: PreferenceBatch, draws: PairDraws, noise_per_image: bool = False) -> EncodedPairs:
-        """Encode images and prompts on the module's device, and draw the noise.
+        """Encode images and prompts on the module's device, and draw the noise with ``draws``.
 
         Raises:
             InputError: If the batch holds latents of another space.
@@ -175,35 +181,35 @@ class PairModule(BasedModule):
     def score(
         self, batch: PreferenceBatch, encoded: EncodedPairs, timesteps: Tensor, with_cross: bool = False
     ) -> PairScores:
-        """Rewards of both images of each pair at ``timesteps`` ``(2B,)``.
+        """Score both images of each pair at ``timesteps`` ``(2B,)``.
 
-        ``with_cross`` adds the scores across the batch. Under several processes that is a collective call, which only
-        training can make: batches of an evaluation need not be equally many on all ranks.
+        ``with_cross`` adds the scores of every image with every prompt. Under several processes that is a collective
+        call, which only training can make: in evaluation, ranks may have different numbers of batches.
         """
 
     @property
     def latent_decoder(self) -> "LatentEncoder | None":
-        """What makes pictures of latents, for callbacks; None if nothing here does."""
+        """Return the VAE that decodes latents, for callbacks; None without a VAE."""
         return None
 
     @property
     def cross_spans_ranks(self) -> bool:
-        """Whether scores across the batch are those of the batch of all ranks."""
+        """Tell whether scores with ``with_cross`` span the batches of all ranks or only this rank's."""
         return True
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note which base the weights belong to that the checkpoint leaves out."""
+        """Save which base model the checkpoint's weights belong to, as far as frozen weights are left out."""
         checkpoint["base"] = self._base.record(checkpoint["state_dict"])
 
     def add_noise(self, encoded: EncodedPairs, timesteps: Tensor) -> Tensor:
-        """Noisy latents ``(2B, C, ...)`` at ``timesteps`` ``(2B,)``."""
+        """Return noisy latents ``(2B, C, ...)`` at ``timesteps`` ``(2B,)``."""
         return self.noise_process.add_noise(encoded.latents, encoded.noise, timesteps)
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> dict[str, Any]:
-        """Loss of one batch at random noise levels; ``scored`` in the result is a :class:`ScoredPairs`.
+        """Return the ``loss`` of a batch at random noise levels, and as ``scored`` a :class:`ScoredPairs`.
 
-        Logged loss, accuracy and margin are those of the batch of all ranks, which the loss gathers anyway; only with
-        in-batch scores of a head that reads image and prompt together are they this rank's.
+        Logged loss, accuracy and margin are those of the batches of all ranks, which the loss gathers anyway. They are
+        this rank's only if the loss has in-batch negatives and :attr:`cross_spans_ranks` is false.
         """
         draws = PairDraws(batch, self.seed, self.current_epoch)
         encoded = self.encode(batch, draws, self.noise_per_image)
@@ -214,17 +220,17 @@ class PairModule(BasedModule):
         size, decided = len(of_all.label), of_all.label != 0.5
         margin = of_all.margin.detach().reshape(size, -1).mean(dim=1)
         self.log("train/loss", loss, prog_bar=True, batch_size=size)
-        # Divided by a count that stays on the device; NaN in a batch of ties.
+        # Dividing by a count on the device avoids a wait for the device; a batch of ties gives NaN.
         self.log("train/accuracy", ((margin > 0) & decided).sum() / decided.sum(), prog_bar=True, batch_size=size)
         self.log("train/margin", (margin * decided).sum() / decided.sum(), batch_size=size)
         return {"loss": loss, "scored": scored_pairs(batch, timesteps, scores)}
 
     def evaluation_step(self, batch: PreferenceBatch) -> ScoredPairs:
-        """Scores at every evaluation level, with the draws of epoch 0."""
-        return self._score_levels(batch, self._encode_as_ever(batch))
+        """Score at every evaluation level, with the random numbers of epoch 0."""
+        return self._score_levels(batch, self._encode_for_evaluation(batch))
 
-    def _encode_as_ever(self, batch: PreferenceBatch) -> EncodedPairs:
-        """Encode with the draws of epoch 0, so that evaluation never changes."""
+    def _encode_for_evaluation(self, batch: PreferenceBatch) -> EncodedPairs:
+        """Encode with the random numbers of epoch 0, so that every evaluation uses the same noise."""
         return self.encode(batch, PairDraws(batch, self.seed, epoch=0))
 
     def _score_levels(self, batch: PreferenceBatch, encoded: EncodedPairs) -> ScoredPairs:
@@ -238,7 +244,7 @@ class PairModule(BasedModule):
         self.metrics[self._metric_keys[name]].update(scores, self.loss.win_probability(scores))
 
     def _evaluate(self, batch: PreferenceBatch, stage: str) -> ScoredPairs:
-        encoded = self._encode_as_ever(batch)
+        encoded = self._encode_for_evaluation(batch)
         scored = self._score_levels(batch, encoded)
         self._evaluate_more(batch, encoded)
         for index, name in enumerate(self.eval_levels):
@@ -250,7 +256,7 @@ class PairModule(BasedModule):
         return scored
 
     def _evaluate_more(self, batch: PreferenceBatch, encoded: EncodedPairs) -> None:
-        """Evaluations beyond the levels."""
+        """Update the metrics of further evaluations; derived classes may override this method."""
 
     def _log_metrics(self, stage: str) -> None:
         for name, key in self._metric_keys.items():
@@ -260,11 +266,11 @@ class PairModule(BasedModule):
                 self.log(f"{stage}/{kind}{suffix}", value, prog_bar=shown, sync_dist=True)
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> ScoredPairs:
-        """Score at every evaluation level."""
+        """Score at every evaluation level, and update the metrics."""
         return self._evaluate(batch, "val")
 
     def test_step(self, batch: PreferenceBatch, batch_idx: int) -> ScoredPairs:
-        """Score at every evaluation level."""
+        """Score at every evaluation level, and update the metrics."""
         return self._evaluate(batch, "test")
 
     def predict_step(self, batch: PreferenceBatch, batch_idx: int) -> ScoredPairs:
@@ -272,11 +278,11 @@ class PairModule(BasedModule):
         return self.evaluation_step(batch)
 
     def on_validation_epoch_end(self) -> None:
-        """Log ``val/accuracy``, ``val/margin``, ``val/calibration``: over all levels, and for each."""
+        """Log ``val/accuracy``, ``val/margin``, ``val/calibration`` and other metrics, over all levels and for each."""
         self._log_metrics("val")
 
     def on_test_epoch_end(self) -> None:
-        """As in validation, under ``test/``."""
+        """Log the metrics of the test as in validation, under ``test/``."""
         self._log_metrics("test")
 
 
@@ -289,21 +295,21 @@ def check_sigmas(**fields: Sequence[float]) -> None:
 
 
 def snap_timesteps(process: NoiseProcess, eval_timesteps: Sequence[float]) -> Tensor:
-    """Timesteps of ``process`` nearest to those of evaluation; raises InputError for one outside it."""
-    with torch.device("cpu"), errors_at(f"eval_timesteps={list(eval_timesteps)}: "):  # levels are looked up there
+    """Return the timesteps of ``process`` nearest to ``eval_timesteps``; raise InputError for one out of range."""
+    with torch.device("cpu"), errors_at(f"eval_timesteps={list(eval_timesteps)}: "):  # where the process has its tables
         timesteps = torch.tensor([float(timestep) for timestep in eval_timesteps])
         process.sigma(timesteps)
         return process.snap(timesteps)
 
 
 def scored_pairs(batch: PreferenceBatch, timesteps: Tensor, scores: PairScores) -> ScoredPairs:
-    """Result of one level, for callbacks; ``timesteps`` ``(2B,)``."""
+    """Make the detached record of one level's scores, for callbacks; ``timesteps`` ``(2B,)``."""
     names = batch.pair_ids, batch.chosen_keys, batch.rejected_keys
     pairs = scores.label, scores.weight, scores.chosen_sigmas, scores.rejected_sigmas
     return ScoredPairs(*names, timesteps[: len(batch)], scores.chosen.detach(), scores.rejected.detach(), *pairs)
 
 
 def join_scored(levels: Sequence[ScoredPairs]) -> ScoredPairs:
-    """Several levels as one record, level by level."""
+    """Join the records of several levels into one, level by level."""
     columns = zip(*levels, strict=True)
     return ScoredPairs(*(torch.cat(c) if isinstance(c[0], Tensor) else sum(c, ()) for c in columns))

@@ -1,4 +1,4 @@
-"""Reward feedback learning (ReFL, arXiv:2304.05977): the gradient of a reward, through the last steps of sampling."""
+"""Reward feedback learning (ReFL, arXiv:2304.05977): train a policy by the reward's gradient through late steps."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -23,13 +23,13 @@ from latentreward.seeding import pair_generator
 
 
 class LateSample(NamedTuple):
-    """Where a sampler was stopped.
+    """Result of sampling up to a random late step.
 
     Attributes:
-        clean: ``(B, C, ...)`` float32: the finished latents as predicted there, with the policy's graph.
-        drift: ``(B,)`` mean squared difference from the reference's predictions in the steps with a graph; None if it
-            was not asked for.
-        step: Number of the step.
+        clean: ``(B, C, ...)`` float32: finished latents as predicted at that step, with the policy's graph.
+        drift: ``(B,)`` mean squared difference between the predictions of policy and reference in the steps with a
+            graph; None if ``kl_weight`` is 0.
+        step: Index of the step.
     """
 
     clean: Tensor
@@ -38,42 +38,43 @@ class LateSample(NamedTuple):
 
 
 class ReFLModule(RewardedModule):
-    r"""ReFL in latents: no VAE in the graph, and a graph of the last steps only.
+    r"""ReFL for latents: the graph covers the last sampling steps only, and a latent reward needs no VAE.
 
-    For each batch of prompts the sampler is stopped at a random late step; what it predicts there for the finished
-    latents is scored, and the gradient goes back through ``gradient_steps`` steps. A latent reward scores them at noise
-    levels of its own (``reward_sigmas``): one, or several for DiNa-LRM's ensemble (arXiv:2602.11146). A reward that
-    scores pixels decodes them, with gradient; in a mixture of rewards it is the pixel-space term.
+    For each batch of prompts the sampler stops at a random late step. The reward scores the finished latents that are
+    predicted at that step, and the gradient flows back through ``gradient_steps`` steps. A latent reward noises the
+    latents to ``reward_sigmas`` first: one level, or several for DiNa-LRM's ensemble (arXiv:2602.11146). A reward of
+    pixels decodes the latents, with gradient.
 
-    The reward is differentiated at once and the policy afterwards, so that the reward's activations are gone by then,
-    and so that a reward may be an adapter of the policy's own network under gradient checkpointing.
+    The reward is differentiated first, and the policy afterwards. So the reward's activations are freed early, and a
+    reward may be an adapter of the policy's own network under gradient checkpointing.
 
-    Rewards that are maximised this directly are exploited soon: use a term that keeps the policy in place, and the
+    A reward that is maximised this directly is soon exploited: use ``kl_weight`` or ``pretraining_weight``, and the
     callback ``HackingMonitor``.
 
     Args:
         policy: The generator.
-        reward: Differentiable.
+        reward: Source of a differentiable reward.
         sampling: Steps and noise of the sampler. ReFL: 40 steps of DDPM (``eta: 1``).
-        stop_range: The sampler is stopped when so many steps are left, drawn uniformly from [low, high] for each batch,
-            on all ranks alike. ReFL: [1, 10] of 40. [1, 1] finishes the samples, as DRaFT (arXiv:2309.17400) does.
-        gradient_steps: Steps that the gradient passes, the one stopped at included: 1 in ReFL, K in DRaFT-K. Memory
-            grows with it.
+        stop_range: Range [low, high] of the number of steps that are left when the sampler stops, sampled uniformly for
+            each batch, equal on all ranks. ReFL: [1, 10] of 40. [1, 1] finishes the samples, as DRaFT
+            (arXiv:2309.17400) does.
+        gradient_steps: Number of steps that the gradient passes, the last one included: 1 in ReFL, K in DRaFT-K.
+            Memory grows with the number.
         reward_sigmas: Noise levels at which a latent reward scores; without effect on rewards of pixels.
-        loss: What becomes of the reward.
-        kl_weight: Weight of the mean squared difference of the predictions of policy and reference, in the steps with a
-            graph. Each costs a pass of the reference, and each after the first also a backward pass with respect to its
-            input, whose activations are freed before the next step.
-        pretraining_weight: Weight of the denoising error on images, which the batches must then hold: see
-            :class:`~latentreward.data.PromptsAndImages`. The chosen images of its pairs are taken.
+        loss: Loss as a function of the reward.
+        kl_weight: Weight of the mean squared difference between the predictions of policy and reference, in the steps
+            with a graph. Each such step costs a forward pass of the reference. Each after the first also costs a
+            backward pass with respect to the reference's input; its activations are freed before the next step.
+        pretraining_weight: Weight of the denoising error on images. Above 0, batches must hold images (see
+            :class:`~latentreward.data.PromptsAndImages`); the chosen images of the pairs are used.
         options: See :class:`AlignmentModule`. ReFL's released code samples without guidance.
 
     Raises:
         InputError: If an argument is out of range, or the reward has no gradient.
 
     Note:
-        ReFL's released code gives the network the step's number (30 to 39) as its timestep; here it gets the step's
-        timestep. Its pre-training term, in the paper, is not in the released code.
+        ReFL's released code gives the network the step's index (30 to 39) as its timestep; here the network gets the
+        step's timestep. The paper's pre-training term is not in the released code.
     """
 
     def __init__(
@@ -116,19 +117,19 @@ class ReFLModule(RewardedModule):
         self.levels = TimestepGrid(0, 999, 1)
 
     def setup(self, stage: str) -> None:
-        """Also refuse float16, in which the gradients inside the reward, unscaled, would be lost."""
+        """Check the precision; raise InputError for float16 too, where the reward's unscaled gradients vanish."""
         super().setup(stage)
         if self.trainer.precision == "16-mixed":
             raise InputError("trainer.precision=16-mixed: the reward's gradients vanish in float16; use bf16-mixed")
 
     def stop_index(self, batch_idx: int) -> int:
-        """Number of the step at which the sampler is stopped, the same on all ranks."""
+        """Return the index of the step at which the sampler stops, equal on all ranks."""
         low, high = self.stop_range
         generator = pair_generator(self.seed, "stop", self.current_epoch, str(batch_idx))
         return len(self.sampler) - int(torch.randint(low, high + 1, (), generator=generator))
 
     def sample(self, prompts: PromptBatch, stop: int) -> LateSample:
-        """Sample up to step ``stop``, the last ``gradient_steps`` steps with a graph."""
+        """Sample up to the step of index ``stop``, the last ``gradient_steps`` steps with a graph."""
         network = PromptedPolicy.of(self.policy, prompts, self.guidance_scale)
         draws = RolloutDraws(self.seed, prompts.keys)
         shape = self.policy.latent_shape(self.sampling.height, self.sampling.width)
@@ -150,11 +151,11 @@ class ReFLModule(RewardedModule):
         return LateSample(clean, torch.stack(drifts).mean(dim=0) if drifts else None, stop)
 
     def _drift(self, network: PromptedPolicy, latents: Tensor, timestep: float, output: Tensor) -> Tensor:
-        """Mean squared difference ``(B,)`` of the policy's ``output`` from the reference's, with its whole gradient.
+        """Return the mean squared difference ``(B,)`` of the policy's ``output`` from the reference's, with gradient.
 
-        From the second step with a graph on, ``latents`` depend on the policy, and so does what the reference makes of
-        them. The reference is differentiated here and now with respect to its input: its activations are freed before
-        the next step, and gradient checkpointing recomputes its blocks while no adapter is at work.
+        From the second step with a graph on, ``latents`` depend on the policy, and so does the reference's output for
+        ``latents``. The reference is differentiated here, with respect to its input: its activations are freed before
+        the next step, and gradient checkpointing recomputes its blocks while the adapter is still off.
         """
         if not latents.requires_grad:
             with torch.no_grad(), self.policy.reference():
@@ -177,7 +178,7 @@ class ReFLModule(RewardedModule):
         return transition.sample(draws.noise(index, 1, latents.shape[1:])[0])
 
     def reward_term(self, prompts: PromptBatch, clean: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss of the reward, ready to go back through ``clean``, and the rewards ``(B,)`` themselves."""
+        """Return the reward's loss, with a gradient to ``clean``, and the rewards ``(B,)``, detached."""
         rewards = []
 
         def loss(latents: Tensor) -> Tensor:
@@ -188,7 +189,7 @@ class ReFLModule(RewardedModule):
         return surrogate(clean, loss), rewards[0]
 
     def pretraining_term(self, batch: PreferenceBatch) -> Tensor:
-        """Denoising error of the policy on the chosen images, at uniform timesteps."""
+        """Return the policy's mean denoising error on the chosen images, at uniform random timesteps."""
         draws = PairDraws(batch, self.seed, self.current_epoch)
         latents = latents_of(self.policy, batch, draws, "sample", ("chosen",))
         process, count = self.policy.noise_process, len(batch)
@@ -199,10 +200,10 @@ class ReFLModule(RewardedModule):
         return denoising_error(output, process.target(latents, noise, timesteps)).mean()
 
     def training_step(self, batch: PromptBatch | Mapping[str, Any], batch_idx: int) -> Tensor:
-        """Loss of a batch of prompts, or of ``{"prompts": ..., "images": ...}`` with the pre-training term.
+        """Return the loss of a batch of prompts, or of ``{"prompts": ..., "images": ...}`` for the pre-training term.
 
         Raises:
-            InputError: If that term has a weight and the batch no images.
+            InputError: If ``pretraining_weight`` is above 0 and the batch has no images.
         """
         prompts, images = (batch, None) if isinstance(batch, PromptBatch) else (batch["prompts"], batch["images"])
         sample, size = self.sample(prompts, self.stop_index(batch_idx)), len(prompts)

@@ -1,4 +1,4 @@
-"""Training of a latent reward model on preference pairs: wiring; no formula."""
+"""Training of a latent reward model on preference pairs; no formula."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 
 
 class RewardModule(PairModule):
-    """A reward model, any backbone with any head, trained with any preference loss.
+    """Module that trains a reward model, any backbone with any head, with any preference loss.
 
     Args:
-        backbone: Reads features; owns the encoders and the noise process.
-        head: Makes the head from the backbone's feature spec.
+        backbone: Backbone that gives features; it owns the encoders and the noise process.
+        head: Function that makes the head from the backbone's feature spec.
         loss: Preference loss.
-        levels: Where in the noise a training pair is compared.
-        ensemble_sigmas: Noise levels of one more evaluation, by the head's ensemble score; empty for none.
+        levels: Sampler of a training pair's timestep.
+        ensemble_sigmas: Noise levels of an additional evaluation with the head's ensemble score; empty for none.
         options: See :class:`~latentreward.modules.pairs.PairModule`.
 
     Raises:
@@ -62,7 +62,7 @@ class RewardModule(PairModule):
             backbone.drop_text_taps()
         if not self.model.head.reads_temb:
             backbone.drop_time_embedding()
-        with suppress(InputError):  # which saving the model raises
+        with suppress(InputError):  # raised when the model is saved instead
             self.model.recipe = recipe_in_python(backbone, self.model.head)
         check_sigmas(ensemble_sigmas=ensemble_sigmas)
         with torch.device("cpu"):
@@ -71,12 +71,12 @@ class RewardModule(PairModule):
             self._add_metrics("ensemble")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take over how the images were turned that the weights were trained on; earlier versions ignored EXIF."""
+        """Restore whether EXIF orientation was applied to the training images; earlier versions ignored EXIF."""
         super().on_load_checkpoint(checkpoint)
         self.model.exif = checkpoint.get("exif", "ignore")
 
     def on_train_start(self) -> None:
-        """Learn from the training data whether EXIF orientation is applied."""
+        """Record whether the training data apply EXIF orientation; warn if a resumed run changes that."""
         exif = getattr(getattr(self.trainer.train_dataloader, "dataset", None), "exif", None)
         if exif is None:
             return
@@ -90,12 +90,12 @@ class RewardModule(PairModule):
         self.model.exif = exif
 
     def configure_model(self) -> None:
-        """Under Lightning's ``ModelParallelStrategy``, share the weights out over the ranks; see :mod:`.sharding`."""
+        """Shard weights over the ranks under Lightning's ``ModelParallelStrategy`` (FSDP2); see :mod:`.sharding`."""
         if self.device_mesh is not None:
             shard(self, self.model.backbone, self.device_mesh["data_parallel"])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note whether EXIF was applied, and how the model is built where no ``config.yaml`` will tell it."""
+        """Save the EXIF setting and, if the run writes no ``config.yaml``, how to build the model."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["exif"] = self.model.exif
         built = {"backbone": self.model.backbone.built_by, "head": self.model.head.built_by}
@@ -117,7 +117,7 @@ class RewardModule(PairModule):
     def score(
         self, batch: PreferenceBatch, encoded: EncodedPairs, timesteps: Tensor, with_cross: bool = False
     ) -> PairScores:
-        """See :meth:`PairModule.score`; one forward pass."""
+        """See :meth:`PairModule.score`; ``with_cross`` takes B forward passes with a head that has no embeddings."""
         noisy, head = self.add_noise(encoded, timesteps), self.model.head
         cross = None
         if with_cross and not isinstance(head, EmbeddingHead):
@@ -136,16 +136,16 @@ class RewardModule(PairModule):
         return PairScores(chosen, rejected, batch.label, batch.weight, chosen_sigmas, rejected_sigmas, cross)
 
     def _gathered_similarities(self, image_embeds: Tensor, text_embeds: Tensor) -> CrossScores:
-        """Similarities over the global batch; the gradient reaches the rank that owns a row."""
+        """Compute similarities over the batches of all ranks, with gradient to the rank that owns a row."""
         chosen, rejected = (gather_with_grad(half) for half in image_embeds.chunk(2))
         text = gather_with_grad(text_embeds.chunk(2)[0])
         matrix = self.model.head.similarity_matrix
         return CrossScores(matrix(text, chosen), matrix(text, rejected))
 
     def _every_prompt_with_every_image(self, noisy: Tensor, timesteps: Tensor, encoded: EncodedPairs) -> CrossScores:
-        """In-batch scores of a head that reads image and prompt together: B passes over this rank's 2B images.
+        """Score every image with every prompt for a head that reads both together: B passes over this rank's 2B images.
 
-        Negatives and the normalisation of weights stay within the rank.
+        Negatives come from this rank only, and weights are normalised over this rank only.
         """
         pairs = len(noisy) // 2
         rows = []
@@ -164,11 +164,11 @@ class RewardModule(PairModule):
 
     @property
     def cross_spans_ranks(self) -> bool:
-        """Not for a head that reads image and prompt together: it would score all ranks' images on each rank."""
+        """See :attr:`PairModule.cross_spans_ranks`; false for heads that read image and prompt together."""
         return isinstance(self.model.head, EmbeddingHead)
 
     def score_ensemble(self, batch: PreferenceBatch, encoded: EncodedPairs) -> PairScores:
-        """Rewards of each pair by the head's ensemble over ``ensemble_sigmas``; the sigmas hold their mean."""
+        """Score each pair with the head's ensemble over ``ensemble_sigmas``; the returned sigmas are their mean."""
         levels = []
         for timestep in self.ensemble_timesteps:
             timesteps = timestep.repeat(2 * len(batch))

@@ -12,10 +12,10 @@ Decay = Literal["none", "linear", "cosine"]
 
 
 class WarmupSchedule(LambdaLR):
-    """Linear warm-up, then constant, or decay to 0 at ``total_steps``.
+    """Learning rate schedule: linear warm-up, then constant, or decay to 0 at ``total_steps``.
 
     Args:
-        optimizer: What is scheduled.
+        optimizer: Optimiser whose learning rate is scheduled.
         warmup_steps: Optimiser steps until the full rate.
         decay: ``none``, ``linear`` or ``cosine``.
         total_steps: Optimiser steps of the run, needed for a decay: ``"${trainer.max_steps}"`` in YAML.

@@ -1,10 +1,11 @@
-"""FSDP2: each rank keeps a share of every weight, and whole ones only of the block that is at work.
+"""FSDP2: each rank keeps a shard of every weight, and gathers whole weights only for the block that is computed.
 
-Groups that are gathered together: each block of the network; each layer of the text encoder, and its rest; the VAE;
-and what remains (embeddings, norms, head, temperature): in a reward's training whole for the length of a step, in a
-policy a group for each part, because rollouts, callbacks and rewards that share the network call it at any time. Frozen
-weights are sharded like the others; a group may hold frozen bfloat16 beside float32 that trains, because FSDP2 asks for
-one dtype among those that train only.
+Weights are gathered by groups. Groups are: each block of the network; each layer of the text encoder, and the rest of
+the text encoder; the VAE; and the remaining modules (embeddings, norms, head, temperature). When a reward is trained,
+the remaining modules are one group, whole for the length of a step. In a policy each is a group of its own, because
+rollouts, callbacks and rewards that share the network call its parts at any time. Frozen weights are sharded too. A
+group may hold frozen bfloat16 weights beside trainable float32 weights, because FSDP2 requires one dtype among
+trainable weights only.
 """
 
 from __future__ import annotations
@@ -27,21 +28,21 @@ if TYPE_CHECKING:
     from latentreward.policies import Policy
 
 STEPS = ("training_step", "validation_step", "test_step", "predict_step")
-"""What Lightning calls where PyTorch would call ``forward``."""
+"""Methods that Lightning calls in place of ``forward``; FSDP2 must gather weights for these too."""
 
 
 def shard(module: nn.Module, backbone: DiffusionBackbone, mesh: DeviceMesh) -> None:
     """Apply ``fully_shard`` to a reward module, in place; a second call changes nothing.
 
-    The module was built whole, so each process needs host memory for all of it once.
+    The module is built whole first, so each process needs CPU memory for the whole module once.
 
     Args:
-        module: On any device; all ranks must hold the same weights.
-        backbone: The part of it whose blocks are groups of their own.
-        mesh: One axis, over which weights are shared out.
+        module: Module on any device; all ranks must hold the same weights.
+        backbone: Backbone inside ``module``, whose blocks become groups of their own.
+        mesh: Device mesh with one axis, over which weights are sharded.
 
     Raises:
-        InputError: If a parameter has no axis to cut.
+        InputError: If a parameter is a scalar, which has no axis to shard.
     """
     if isinstance(module, FSDPModule):
         return
@@ -49,7 +50,7 @@ def shard(module: nn.Module, backbone: DiffusionBackbone, mesh: DeviceMesh) -> N
     for block in backbone.blocks():
         fully_shard(block, mesh=mesh)
     shard_encoders(backbone.text_encoder, backbone.vae, mesh)
-    fully_shard(module, mesh=mesh, reshard_after_forward=True)  # else whole between evaluation steps, and in a swap
+    fully_shard(module, mesh=mesh, reshard_after_forward=True)  # else whole between evaluation steps and in an EMA swap
     for step in STEPS:
         register_fsdp_forward_method(module, step)
 
@@ -57,12 +58,12 @@ def shard(module: nn.Module, backbone: DiffusionBackbone, mesh: DeviceMesh) -> N
 def shard_policy(policy: Policy, mesh: DeviceMesh) -> None:
     """Apply ``fully_shard`` to a policy, in place; a second call changes nothing.
 
-    Network, text encoder and VAE work by themselves afterwards, whoever calls them; so do the parts of the network,
-    once it has been called whole. All ranks must call them equally often.
+    Afterwards network, text encoder and VAE can be called separately; parts of the network can too, once the whole
+    network has been called. All ranks must call each equally often.
 
     Args:
-        policy: As for :func:`shard`.
-        mesh: As for :func:`shard`.
+        policy: Policy on any device; all ranks must hold the same weights.
+        mesh: Device mesh with one axis, over which weights are sharded.
     """
     if isinstance(policy.network, FSDPModule):
         return
@@ -78,13 +79,13 @@ def shard_policy(policy: Policy, mesh: DeviceMesh) -> None:
 
 
 def shard_reward(reward: Reward, mesh: DeviceMesh) -> None:
-    """Share out the large parts that are a reward's own: blocks of networks, and text encoders.
+    """Shard the large modules that belong to a reward and not to the policy: blocks of networks, and text encoders.
 
-    What remains is frozen, and whole on every rank.
+    The reward's other modules are frozen, and stay whole on every rank.
 
     Args:
-        reward: One that is not yet sharded, or several as one.
-        mesh: As for :func:`shard`.
+        reward: Reward that is not yet sharded; it may combine several rewards.
+        mesh: Device mesh with one axis, over which weights are sharded.
     """
     own = set(reward.modules())
     for scorer in [part for part in own if isinstance(part, LatentScorer)]:
@@ -96,15 +97,15 @@ def shard_reward(reward: Reward, mesh: DeviceMesh) -> None:
 
 
 def shard_encoders(text_encoder: PromptEncoder | None, vae: LatentEncoder | None, mesh: DeviceMesh) -> None:
-    """Share out text towers by layer, and a VAE as a whole.
+    """Shard text encoders by layer, and a VAE as a whole.
 
-    Called by themselves, as a policy's are, they would stay whole without ``reshard_after_forward``: a checkpoint that
-    Lightning loads after such a call would not fit.
+    Without ``reshard_after_forward`` an encoder that is called by itself, as in a policy, would stay whole after the
+    call, and a checkpoint that Lightning loads afterwards would not fit.
     """
     if text_encoder is not None:
         for layer in repeated_layers(text_encoder):
             fully_shard(layer, mesh=mesh)
-        # Not its towers: fully_shard changes a module's class, by which transformers finds what to record.
+        # Not its text towers: fully_shard changes a module's class, by which transformers finds the outputs to record.
         fully_shard(text_encoder, mesh=mesh, reshard_after_forward=True)
     if vae is not None:
         fully_shard(vae, mesh=mesh, reshard_after_forward=True)
@@ -113,14 +114,14 @@ def shard_encoders(text_encoder: PromptEncoder | None, vae: LatentEncoder | None
 
 
 def check_axes(module: nn.Module) -> None:
-    """Raise InputError if a parameter has no axis to cut."""
+    """Raise InputError if a parameter is a scalar, which has no axis to shard."""
     for name, parameter in module.named_parameters():
         if parameter.ndim == 0:
-            raise InputError(f"parameter {name} is a scalar, which FSDP2 cannot share out; give it the shape (1,)")
+            raise InputError(f"parameter {name} is a scalar, which FSDP2 cannot shard; give it the shape (1,)")
 
 
 def repeated_layers(module: nn.Module) -> Iterator[nn.Module]:
-    """Members of the outermost module lists of ``module``: the layers of its text towers."""
+    """Yield the members of the outermost module lists in ``module``: the layers of its text towers."""
     for child in module.children():
         if isinstance(child, nn.ModuleList):
             yield from child
@@ -136,15 +137,15 @@ WRAPPED_BY_FSDP1 = (
     "CLIPEncoderLayer",
     "T5Block",
 )
-"""Classes of diffusers and transformers that our backbones' blocks and text layers have."""
+"""Class names, in diffusers and transformers, of the blocks and text layers that FSDP1 wraps as units."""
 
 
 def wraps_block(module: nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:
-    """Auto-wrap policy of FSDP1, which decides by the module alone: a unit per block, as :func:`shard` makes groups.
+    """Tell FSDP1's auto-wrap whether ``module`` becomes a unit of its own: one unit per block, as in :func:`shard`.
 
     Args:
-        module: Candidate.
-        recurse: Whether it is asked if the children are to be looked at.
-        nonwrapped_numel: Parameters that would be wrapped.
+        module: Module to decide on.
+        recurse: True if FSDP1 asks whether to descend into the module's children, which is always answered with yes.
+        nonwrapped_numel: Number of parameters not wrapped yet; not used.
     """
     return recurse or type(module).__name__ in WRAPPED_BY_FSDP1

@@ -1,4 +1,4 @@
-"""SPO: LPO's predecessor, with a reward that sees decoded pictures."""
+"""SPO: LPO's predecessor, with a reward that scores decoded images."""
 
 from typing import Any
 
@@ -11,21 +11,21 @@ from latentreward.rollout import Branching, FixedThreshold, PairSelection
 class SPOModule(LPOModule):
     """Step-aware Preference Optimisation (arXiv:2406.04314).
 
-    :class:`LPOModule` with SPO's settings: one threshold of 0.3 for all steps, candidates from timestep 750 on (of 20
-    DDIM steps the first four draw one state), scored at the timestep at which they lie, and β = 10. The reward that
-    belongs to it, the step-aware preference model, scores the decoded x̂_0 of each candidate
+    :class:`LPOModule` with SPO's settings: one threshold of 0.3 for all steps; candidates only at timesteps up to 751,
+    so that the first four of 20 DDIM steps sample a single state; rewards at the candidates' own timestep; and β = 10.
+    SPO's reward, the step-aware preference model, scores the decoded x̂_0 of each candidate
     (:class:`~latentreward.rewards.PixelReward`).
 
     Args:
         policy: See :class:`LPOModule`.
         reward: See :class:`LPOModule`.
-        selection: None takes SPO's threshold.
-        candidates: None takes SPO's window and timestep of scoring.
+        selection: Rule that keeps pairs; None takes SPO's threshold.
+        candidates: See :class:`LPOModule`; None takes SPO's window and timestep of scoring.
         beta: β of the loss.
         options: See :class:`LPOModule`.
 
     Note:
-        The paper says t ≤ 750; the step that the released code begins with starts from 751, which is inside here.
+        The paper says t ≤ 750; the first step with candidates in the released code starts from 751, as here.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""SPO's step-aware preference model (arXiv:2406.04314): a pixel scorer of what a generator predicts at a timestep."""
+"""SPO's step-aware preference model (arXiv:2406.04314): a pixel scorer of a generator's predictions at a timestep."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -22,22 +22,25 @@ if TYPE_CHECKING:
 
 
 class StepAwarePixelModule(PairModule):
-    """Training of SPO's scorer: noise both images of a pair, let the generator predict them, compare what it decodes.
+    """Module that trains SPO's scorer on a generator's predictions of noised images.
 
-    Both images get the same timestep and the same noise. Everything of the scorer trains, nothing of the generator.
-    The checkpoint is the ``weights`` of a :class:`~latentreward.scorers.StepAwareScorer` with the same ``source``.
+    The latents of both images of a pair get the same timestep and the same noise. The generator predicts the clean
+    latents, the VAE decodes them, and the scorer compares the two decoded images. All weights of the scorer train, none
+    of the generator. The checkpoint serves as ``weights`` of a :class:`~latentreward.scorers.StepAwareScorer` with the
+    same ``source``.
 
     Args:
-        generator: Predicts the clean latents; its adapter stays switched off.
+        generator: Generator that predicts the clean latents; its adapter stays switched off.
         source: Folder or hub id of the CLIP model to start from, or ``spm_tiny`` or ``held_out_tiny``.
-        processor: Folder or hub id of its tokenizer and preprocessing; for PickScore that of OpenCLIP's ViT-H,
+        processor: Folder or hub id of the tokenizer and preprocessing; None takes OpenCLIP's ViT-H for PickScore,
             otherwise ``source``.
         revision: Branch, tag or commit of a hub id; pin it.
         guidance_scale: Classifier-free guidance of the prediction.
-        decode_batch_size: Latents that the VAE decodes at once.
+        decode_batch_size: Number of latents that the VAE decodes at once.
         gradient_checkpointing: Recompute the scorer's vision blocks in the backward pass.
-        loss: None takes ``LRMLoss(mode="pair")``, which is SPO's; its in-batch negatives are ``mode="batch"``.
-        levels: None draws each of the timesteps 0, 1, …, 999 as likely.
+        loss: Preference loss; None takes ``LRMLoss(mode="pair")``, SPO's loss. SPO's loss with in-batch
+            negatives is ``mode="batch"``.
+        levels: Sampler of a training pair's timestep; None samples uniformly from 0, 1, …, 999.
         eval_timesteps: See :class:`PairModule`.
         options: See :class:`PairModule`.
 
@@ -45,8 +48,9 @@ class StepAwarePixelModule(PairModule):
         InputError: If a setting is out of range, or the generator has no VAE.
 
     Note:
-        The released validation at timestep 0 scores the images themselves; here they pass VAE and generator there too.
-        For SDXL the released labels are PickScore's, not the data set's: score the pairs first, and read those.
+        The released validation scores the images themselves at timestep 0; here images pass VAE and generator at
+        timestep 0 too. For SDXL the released labels are PickScore's, not the data set's: score the pairs with PickScore
+        first, and train on these labels.
     """
 
     def __init__(
@@ -97,7 +101,7 @@ class StepAwarePixelModule(PairModule):
 
     @torch.no_grad()
     def predict_pixels(self, encoded: EncodedPairs, timesteps: Tensor) -> Tensor:
-        """What the generator sees in the noised images at ``timesteps`` ``(2B,)``, decoded: ``(2B, 3, H, W)``."""
+        """Decode the generator's prediction of the noised images at ``timesteps`` ``(2B,)``: ``(2B, 3, H, W)``."""
         noisy = self.add_noise(encoded, timesteps)
         with self.generator.reference():
             output = self.generator.predict_guided(

@@ -1,4 +1,4 @@
-"""Latents → noisy latents."""
+"""Noise processes (latents to noisy latents) and samplers of noise levels."""
 
 import torch
 
@@ -36,14 +36,14 @@ __all__ = [
 
 
 def process_from_scheduler(config: dict) -> NoiseProcess:
-    """The noise process that a saved diffusers scheduler config describes: flow matching by its class name, else DDPM.
+    """Build the noise process of a saved diffusers scheduler config: flow matching by its class name, else DDPM.
 
     Raises:
-        InputError: If the config names no class, as a live scheduler's ``config`` does not, or the class predicts what
-            no known process does.
+        InputError: If the config has no ``_class_name`` (the ``config`` of a scheduler object has none), or its
+            ``prediction_type`` is unknown.
     """
     if "_class_name" not in config:
         raise InputError("the scheduler config has no _class_name; give the one saved in scheduler_config.json")
     family = FlowMatching if "FlowMatch" in config["_class_name"] else DDPM
-    with torch.device("cpu"):  # whatever the default device: the tables are looked up on the CPU
+    with torch.device("cpu"):  # the tables stay on the CPU, whatever the default device
         return family.from_config(config)

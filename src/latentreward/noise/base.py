@@ -1,4 +1,4 @@
-"""The forward process under one interface: latents and noise in, noisy latents out."""
+"""Interface of the forward processes, which mix latents with noise."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -11,19 +11,19 @@ from latentreward.errors import InputError
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
-    """Reshape ``(B,)`` so that it broadcasts over ``like`` ``(B, ...)`` of any rank, in at least float32."""
+    """Reshape ``values`` ``(B,)`` to broadcast over ``like`` ``(B, ...)``, on the device of ``like``."""
     return values.to(like.device).view(-1, *[1] * (like.ndim - 1))
 
 
 class NoiseProcess(ABC):
-    """A table of noise levels and the rule that mixes latents with noise.
+    """Table of noise levels, and the rule that mixes latents with noise.
 
-    The noise level ``sigma`` is the standard deviation of the noise in the mixture, in [0, 1] for both families: 1 − α
-    of flow matching, √(1 − ᾱ) of DDPM. Heads and losses see sigmas, networks see timesteps.
+    The noise level ``sigma`` is the standard deviation of the noise in the mixture, in [0, 1] for both families: σ in
+    flow matching, √(1 − ᾱ) in DDPM. Heads and losses get sigmas, networks get timesteps.
 
     Attributes:
-        timesteps: ``(T,)`` float32, descending: what the network takes, 0..1000.
-        sigmas: ``(T,)`` float32, descending: the level at each timestep.
+        timesteps: ``(T,)`` float32, descending: the network's timesteps, 0..1000.
+        sigmas: ``(T,)`` float32, descending: the noise level at each timestep.
     """
 
     timesteps: Tensor
@@ -32,37 +32,37 @@ class NoiseProcess(ABC):
     @classmethod
     @abstractmethod
     def from_config(cls, config: Mapping[str, Any]) -> "NoiseProcess":
-        """Build from a diffusers scheduler's config."""
+        """Build the process from a diffusers scheduler's config."""
 
     @abstractmethod
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Noisy latents at ``timesteps`` ``(B,)``; ``latents`` and ``noise`` ``(B, C, ...)``."""
+        """Mix ``latents`` and ``noise`` ``(B, C, ...)`` to noisy latents at ``timesteps`` ``(B,)``."""
 
     @abstractmethod
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What a network of this process should predict for what :meth:`add_noise` makes of the same arguments."""
+        """Return the network's training target for the noisy latents ``add_noise(latents, noise, timesteps)``."""
 
     @abstractmethod
     def clean(self, noisy: Tensor, output: Tensor, timesteps: Tensor) -> Tensor:
-        """Clean latents that a network sees in ``noisy`` latents, from its ``output`` at ``timesteps`` ``(B,)``."""
+        """Predict clean latents x̂_0 from ``noisy`` latents and the network's ``output`` at ``timesteps`` ``(B,)``."""
 
     def nearest(self, u: Tensor) -> Tensor:
-        """Index into the tables of the level nearest to the target sigma ``u`` ``(B,)``; the first one on a draw.
+        """Return the index ``(B,)`` of the level nearest to each target sigma ``u`` ``(B,)``.
 
-        Values outside [0, 1] go to the ends.
+        Of two equally near levels the first, noisier one is taken. Values outside [0, 1] give the ends of the table.
         """
         return (self.sigmas - u.to(torch.float32).cpu()[:, None]).abs().argmin(dim=1)
 
     def timesteps_at(self, u: Tensor) -> Tensor:
-        """Timesteps ``(B,)`` float32 whose level is nearest to the target sigmas ``u`` ``(B,)``."""
+        """Return the timesteps ``(B,)`` float32 with the levels nearest to the target sigmas ``u`` ``(B,)``."""
         return self.timesteps[self.nearest(u)]
 
     def snap(self, timesteps: Tensor) -> Tensor:
-        """Timesteps of the table nearest to ``timesteps`` ``(B,)``, e.g. of a grid written for another process."""
+        """Return the timesteps of the table nearest to ``timesteps`` ``(B,)``, e.g. of a grid for another process."""
         return self.timesteps[self._index(timesteps)]
 
     def sigma(self, timesteps: Tensor) -> Tensor:
-        """Noise levels ``(B,)`` float32 at ``timesteps`` ``(B,)``, on their device.
+        """Return the noise levels ``(B,)`` float32 at ``timesteps`` ``(B,)``, on the device of ``timesteps``.
 
         Raises:
             InputError: If a timestep lies outside the table.

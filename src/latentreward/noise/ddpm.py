@@ -1,4 +1,4 @@
-"""Variance-preserving diffusion: SD1.5, SD2.1, SDXL."""
+"""Variance-preserving diffusion, the forward process of SD1.5, SD2.1 and SDXL."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,10 +12,10 @@ from latentreward.noise.predictions import predicted_clean
 
 
 class DDPM(NoiseProcess):
-    r"""``x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε`` (arXiv:2006.11239, eq. 4), with ``sigma = √(1 − ᾱ_t)``.
+    r"""DDPM's process ``x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε`` (arXiv:2006.11239, eq. 4), with ``sigma = √(1 − ᾱ_t)``.
 
     Args:
-        alphas_cumprod: ``(T,)`` cumulative products ᾱ, t ascending.
+        alphas_cumprod: ``(T,)`` cumulative products ᾱ_t, in the order of ascending t.
         prediction_type: What the network predicts: ``epsilon`` or ``v_prediction`` (arXiv:2202.00512).
     """
 
@@ -29,7 +29,7 @@ class DDPM(NoiseProcess):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "DDPM":
-        """Build from the config of a diffusers DDPM-family scheduler (DDIM, PNDM, Euler, ...)."""
+        """Build the process from the config of a diffusers DDPM-family scheduler (DDIM, PNDM, Euler, ...)."""
         from diffusers import DDPMScheduler
 
         scheduler = DDPMScheduler.from_config({**config, "_class_name": "DDPMScheduler", "thresholding": False})
@@ -41,18 +41,18 @@ class DDPM(NoiseProcess):
         return signal * latents + spread * noise
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """The noise ε, or v = √ᾱ ε − √(1 − ᾱ) x_0; see :meth:`NoiseProcess.target`."""
+        """See :meth:`NoiseProcess.target`; returns the noise ε, or v = √ᾱ ε − √(1 − ᾱ) x_0."""
         if self.prediction_type == "epsilon":
             return noise
         signal, spread = self._factors(latents, timesteps)
         return signal * noise - spread * latents
 
     def clean(self, noisy: Tensor, output: Tensor, timesteps: Tensor) -> Tensor:
-        """(x_t − √(1 − ᾱ) ε) / √ᾱ, or √ᾱ x_t − √(1 − ᾱ) v; see :meth:`NoiseProcess.clean`."""
+        """See :meth:`NoiseProcess.clean`; returns (x_t − √(1 − ᾱ) ε) / √ᾱ, or √ᾱ x_t − √(1 − ᾱ) v."""
         return predicted_clean(self.prediction_type, noisy, output, *self._factors(noisy, timesteps))
 
     def _factors(self, latents: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """√ᾱ and √(1 − ᾱ) at ``timesteps``, to multiply ``latents`` with."""
+        """Return √ᾱ and √(1 − ᾱ) at ``timesteps``, shaped to multiply ``latents``."""
         alpha_bar = self.alphas_cumprod[len(self.timesteps) - 1 - self._index(timesteps)]
         signal, spread = per_sample(alpha_bar.sqrt(), latents), per_sample((1.0 - alpha_bar).sqrt(), latents)
         return signal.to(latents.dtype), spread.to(latents.dtype)

@@ -1,4 +1,4 @@
-"""Rectified flow: SD3 and SD3.5."""
+"""Rectified flow, the forward process of SD3 and SD3.5."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,10 +11,10 @@ from latentreward.noise.predictions import predicted_clean
 
 
 class FlowMatching(NoiseProcess):
-    """``x_σ = (1 − σ) x_0 + σ ε`` (arXiv:2209.03003; SD3: arXiv:2403.03206), over a shifted table of levels.
+    """Flow matching ``x_σ = (1 − σ) x_0 + σ ε`` (arXiv:2209.03003; SD3: arXiv:2403.03206), with shifted levels.
 
-    With ``shift`` s the j-th of T levels is ``s·r / (1 + (s − 1)·r)``, r = j / T. The least one is not 0 (0.002994 for
-    shift 3 and 1000 levels): a latent is never scored perfectly clean.
+    With ``shift`` s the j-th of T levels is ``s·r / (1 + (s − 1)·r)``, r = j / T, j = 1, …, T. The lowest level is not
+    0 (0.002994 for shift 3 and 1000 levels): latents are never scored without any noise.
 
     Args:
         num_train_timesteps: Number of levels T; timesteps are T·σ.
@@ -28,7 +28,7 @@ class FlowMatching(NoiseProcess):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "FlowMatching":
-        """Build from the config of a ``FlowMatchEulerDiscreteScheduler``."""
+        """Build the process from the config of a ``FlowMatchEulerDiscreteScheduler``."""
         return cls(config.get("num_train_timesteps", 1000), config.get("shift", 1.0))
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -37,10 +37,10 @@ class FlowMatching(NoiseProcess):
         return (1.0 - sigma) * latents + sigma * noise
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """The velocity dx/dσ = ε − x_0; see :meth:`NoiseProcess.target`."""
+        """See :meth:`NoiseProcess.target`; returns the velocity dx/dσ = ε − x_0."""
         return noise - latents
 
     def clean(self, noisy: Tensor, output: Tensor, timesteps: Tensor) -> Tensor:
-        """x_σ − σ v; see :meth:`NoiseProcess.clean`."""
+        """See :meth:`NoiseProcess.clean`; returns x_σ − σ v."""
         sigma = per_sample(self.sigma(timesteps), noisy).to(noisy.dtype)
         return predicted_clean("flow", noisy, output, 1.0 - sigma, sigma)

@@ -1,7 +1,6 @@
-"""Where in the noise a training pair is compared.
+"""Samplers of the timestep, and so of the noise level, at which a training pair is compared.
 
-A sampler turns one uniform and one normal number into a timestep, so that a draw is a pure function of the pair's own
-generator, whatever the batch.
+A sampler draws from the pair's own generator alone, so that a pair's timestep does not depend on the rest of the batch.
 """
 
 import math
@@ -15,15 +14,15 @@ from latentreward.noise.base import NoiseProcess
 
 
 class LevelSampler(ABC):
-    """Draws the timestep of one pair (or of one image, if the two of a pair are to differ)."""
+    """Sampler of the timestep of one pair, or of one image where the two images of a pair get different timesteps."""
 
     @abstractmethod
     def draw(self, generator: Generator, process: NoiseProcess) -> Tensor:
-        """One timestep of ``process``, ``(1,)`` float32, from ``generator`` alone."""
+        """Draw one timestep of ``process``, ``(1,)`` float32, with random numbers from ``generator`` alone."""
 
 
 class TargetSigma(LevelSampler):
-    """Base of samplers that draw a target sigma u in [0, 1]; the nearest level of the process is used.
+    """Base class of samplers that draw a target sigma u in [0, 1]; the nearest level of the process is used.
 
     Note:
         u is a *noise level*, not a fraction of the schedule (released DiNa-LRM code; arXiv:2602.11146).
@@ -31,7 +30,7 @@ class TargetSigma(LevelSampler):
 
     @abstractmethod
     def transform(self, uniform: Tensor, normal: Tensor) -> Tensor:
-        """Target sigmas from numbers uniform in [0, 1) and standard normal, same shape."""
+        """Compute target sigmas from random numbers: uniform in [0, 1) and standard normal, of equal shape."""
 
     def draw(self, generator: Generator, process: NoiseProcess) -> Tensor:
         """See :meth:`LevelSampler.draw`."""
@@ -40,11 +39,11 @@ class TargetSigma(LevelSampler):
 
 
 class UniformSigma(TargetSigma):
-    """u uniform in [low, high]; the whole range is DiNa-LRM's choice.
+    """Sampler of target sigmas uniform in [low, high]; DiNa-LRM uses [0, 1].
 
     Args:
-        low: Least target sigma.
-        high: Greatest target sigma.
+        low: Lowest target sigma.
+        high: Highest target sigma.
     """
 
     def __init__(self, low: float = 0.0, high: float = 1.0) -> None:
@@ -58,7 +57,7 @@ class UniformSigma(TargetSigma):
 
 
 class ConstantSigma(TargetSigma):
-    """u is always ``sigma``; 0 is the papers' ablation "clean latents only".
+    """Sampler of a constant target sigma; 0 is the papers' ablation "clean latents only".
 
     Args:
         sigma: Target sigma in [0, 1].
@@ -75,7 +74,7 @@ class ConstantSigma(TargetSigma):
 
 
 class LogitNormalSigma(TargetSigma):
-    """u = sigmoid(mean + std·z) (SD3, arXiv:2403.03206, eq. 19).
+    """Sampler of target sigmas u = sigmoid(mean + std·z), z standard normal (SD3, arXiv:2403.03206, eq. 19).
 
     Args:
         mean: Location before the sigmoid.
@@ -93,10 +92,10 @@ class LogitNormalSigma(TargetSigma):
 
 
 class ModeSigma(TargetSigma):
-    """u = 1 − U − a·(cos²(πU/2) − 1 + U) (SD3, arXiv:2403.03206, eq. 20).
+    """Sampler of target sigmas u = 1 − U − a·(cos²(πU/2) − 1 + U), U uniform (SD3, arXiv:2403.03206, eq. 20).
 
     Args:
-        scale: a, in [−1, 2/(π − 2)], where the map stays monotone; 1.29 is SD3's value.
+        scale: Factor a in [−1, 2/(π − 2)], for which u is monotone in U; SD3 uses 1.29.
     """
 
     def __init__(self, scale: float = 1.29) -> None:
@@ -111,7 +110,7 @@ class ModeSigma(TargetSigma):
 
 
 class PowerSigma(TargetSigma):
-    """u = U^power: above 1 prefers low noise, below 1 high noise.
+    """Sampler of target sigmas u = U^power, U uniform: a power above 1 favours low noise, below 1 high noise.
 
     Args:
         power: Exponent, > 0.
@@ -128,21 +127,22 @@ class PowerSigma(TargetSigma):
 
 
 class BetaSigma(TargetSigma):
-    """u from the Beta(a, b) distribution, by inverting its distribution function.
+    """Sampler of target sigmas from the Beta(a, b) distribution, by inverting its distribution function.
 
     Args:
-        a: First shape, > 0.
-        b: Second shape, > 0.
+        a: First shape parameter, > 0; a smaller a favours low noise.
+        b: Second shape parameter, > 0; a smaller b favours high noise.
     """
 
     def __init__(self, a: float, b: float) -> None:
         if not (a > 0 and b > 0):
             raise InputError(f"a={a:g} and b={b:g} must be positive")
         self.a, self.b = a, b
-        grid = torch.linspace(0, 1, 20_001, dtype=torch.float64, device="cpu")  # as the draws
+        grid = torch.linspace(0, 1, 20_001, dtype=torch.float64, device="cpu")  # as random numbers
         low, high = grid[:-1], grid[1:]
         middle = (low + high) / 2
-        # the factor that may be infinite at its end of [0, 1] is integrated exactly, the other taken at the middle
+        # The density has two factors, each perhaps infinite at one end of [0, 1]. In each half, the factor of that end
+        # is integrated exactly, and the other factor is taken at the middle of a cell.
         mass = torch.where(
             middle < 0.5,
             (high**a - low**a) / a * (1 - middle) ** (b - 1),
@@ -160,20 +160,20 @@ class BetaSigma(TargetSigma):
 
 
 class TimestepGrid(LevelSampler):
-    """One timestep of {start, start + step, …, stop}, each as likely; LRM's default is the 20 DDIM steps {1, …, 951}.
+    """Sampler of a timestep, uniform on {start, start + step, …, stop}; the default, {1, 51, …, 951}, is LRM's.
 
     On a flow-matching process the nearest timestep of its table is used.
 
     Args:
         start: First timestep.
         stop: Last timestep, included.
-        step: Distance.
+        step: Distance between timesteps.
     """
 
     def __init__(self, start: int = 1, stop: int = 951, step: int = 50) -> None:
         if step < 1 or stop < start or start < 0:
             raise InputError(f"start={start}, stop={stop}, step={step} must satisfy 0 <= start <= stop and step >= 1")
-        self.grid = torch.arange(start, stop + 1, step, dtype=torch.float32, device="cpu")  # as the draws
+        self.grid = torch.arange(start, stop + 1, step, dtype=torch.float32, device="cpu")  # as random numbers
 
     def draw(self, generator: Generator, process: NoiseProcess) -> Tensor:
         """See :meth:`LevelSampler.draw`."""

@@ -1,4 +1,4 @@
-"""Prompt → states → candidates → scores → what is learned from."""
+"""Rollouts of a policy: sample prompts step by step, score candidates or finished latents, select training rows."""
 
 from latentreward.rollout.advantages import group_advantages, tracked_advantages
 from latentreward.rollout.base import StepSampler

@@ -1,18 +1,18 @@
-"""Rewards relative to those of the same group."""
+"""Group-relative advantages (GRPO): rewards normalised within the samples of one state or prompt."""
 
 import torch
 from torch import Tensor
 
 
 def group_advantages(scores: Tensor, epsilon: float = 1e-4) -> Tensor:
-    """Advantages among K candidates of one state: (score − mean) / (standard deviation + ε), population formula.
+    """Compute advantages among K candidates of a state: (score − mean) / (std + ε), with the population std.
 
     Args:
-        scores: ``(K, B)``, one column per state.
-        epsilon: Keeps groups of equal scores finite, at advantage 0.
+        scores: ``(K, B)`` scores, one column per state.
+        epsilon: ε, which gives groups of equal scores the advantage 0 instead of 0 / 0.
 
     Returns:
-        ``(K, B)`` float32.
+        Advantages ``(K, B)``, float32.
     """
     values = scores.double()
     std, mean = torch.std_mean(values, dim=0, correction=0)
@@ -20,16 +20,16 @@ def group_advantages(scores: Tensor, epsilon: float = 1e-4) -> Tensor:
 
 
 def tracked_advantages(rewards: Tensor, groups: Tensor, global_std: bool = False, epsilon: float = 1e-4) -> Tensor:
-    """Advantages among samples of one prompt, wherever in the batch they lie (arXiv:2505.05470).
+    """Compute advantages among the samples of each prompt, in any order of the rows (arXiv:2505.05470).
 
     Args:
         rewards: ``(N,)`` or ``(N, T)``, one row per sample; columns are independent.
-        groups: ``(N,)`` int64: prompt of each sample.
+        groups: ``(N,)`` int64: index of the prompt of each sample.
         global_std: Divide by the standard deviation over all rows instead of the group's.
-        epsilon: Keeps groups of equal rewards finite, at advantage 0.
+        epsilon: ε, which gives groups of equal rewards the advantage 0 instead of 0 / 0.
 
     Returns:
-        Shape of ``rewards``, float32.
+        Advantages in the shape of ``rewards``, float32.
     """
     values, advantages = rewards.double(), torch.empty_like(rewards, dtype=torch.float32)
     overall = values.std(dim=0, correction=0)

@@ -1,4 +1,4 @@
-"""What rollouts ask of a sampler, whatever the noise process."""
+"""Interface of the samplers that rollouts use, for every noise process."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -12,11 +12,11 @@ from latentreward.noise.base import per_sample
 from latentreward.rollout.transition import Transition
 
 TIMESTEP_TOLERANCE = 1e-2
-"""A timestep that lies this near to a sampler's is taken for it: rounding, never a neighbour."""
+"""Largest difference, from rounding, at which two timesteps count as equal; neighbours lie further apart."""
 
 
 def make_scheduler(family: Any, config: Mapping[str, Any], num_inference_steps: int) -> Any:
-    """A diffusers scheduler, on the CPU, whose timesteps are set.
+    """Make a diffusers scheduler on the CPU, and set its timesteps.
 
     Args:
         family: Class of the scheduler.
@@ -24,7 +24,7 @@ def make_scheduler(family: Any, config: Mapping[str, Any], num_inference_steps: 
         num_inference_steps: Number of steps.
 
     Raises:
-        InputError: If it cannot make so many steps.
+        InputError: If the scheduler cannot make ``num_inference_steps`` steps.
     """
     with torch.device("cpu"):
         scheduler = family.from_config({**config, "_class_name": family.__name__})
@@ -38,14 +38,14 @@ def make_scheduler(family: Any, config: Mapping[str, Any], num_inference_steps: 
 
 
 class StepSampler(ABC):
-    """A diffusers scheduler's timesteps, and the Gaussian step between neighbours among them.
+    """Sampler on a diffusers scheduler's timesteps, whose steps are Gaussian transitions with a log-probability.
 
-    Every method takes rows at different timesteps in one batch; arithmetic is float32, also under autocast.
+    In every method the rows of a batch may be at different timesteps. Arithmetic is float32, also under autocast.
 
     Attributes:
-        timesteps: ``(T,)`` float32 on the CPU, descending: what the network takes at each step.
-        noise_std: ``(T,)`` float32: standard deviation of each step's noise; selection thresholds follow it.
-        noise_setting: Setting that scales the noise and its value, for messages.
+        timesteps: ``(T,)`` float32 on the CPU, descending: the network's timestep at each step.
+        noise_std: ``(T,)`` float32: standard deviation of each step's noise, on which selection thresholds depend.
+        noise_setting: Name and value of the setting that scales the noise, for messages.
     """
 
     timesteps: Tensor
@@ -58,30 +58,30 @@ class StepSampler(ABC):
 
     @abstractmethod
     def transition(self, latents: Tensor, model_output: Tensor, timesteps: Tensor) -> Transition:
-        """Distribution of the next states of ``latents`` ``(B, C, ...)`` at ``timesteps`` ``(B,)``.
+        """Return the distribution of the next states after ``latents`` ``(B, C, ...)`` at ``timesteps`` ``(B,)``.
 
         Args:
             latents: States x_t, any dtype.
-            model_output: What the (guided) network predicted for them.
-            timesteps: Members of :attr:`timesteps`; on the CPU they cost no wait for an accelerator.
+            model_output: Output of the (guided) network for ``latents``.
+            timesteps: Members of :attr:`timesteps`; tensors on the CPU avoid a wait for the accelerator.
 
         Raises:
-            InputError: If a timestep is none of this sampler's.
+            InputError: If a timestep is not one of this sampler's.
         """
 
     @abstractmethod
     def clean(self, latents: Tensor, model_output: Tensor, timesteps: Tensor) -> Tensor:
-        """Predicted clean latents x̂_0 ``(B, C, ...)`` float32."""
+        """Predict clean latents x̂_0 ``(B, C, ...)``, float32; arguments as in :meth:`transition`."""
 
     def next_timestep(self, index: int) -> float:
-        """Timestep at which the states after step ``index`` lie; 0 after the last."""
+        """Return the timestep of the states after step ``index``; 0 after the last step."""
         return float(self.timesteps[index + 1]) if index + 1 < len(self.timesteps) else 0.0
 
     def require_noise(self) -> None:
-        """Refuse a sampler all of whose steps are deterministic.
+        """Check that at least one step adds noise.
 
         Raises:
-            InputError: If no step adds noise, so that no log-probability exists and candidates would all be equal.
+            InputError: If all steps are deterministic: then there is no log-probability, and all candidates are equal.
         """
         if not (self.noise_std > 0).any():
             raise InputError(
@@ -90,10 +90,10 @@ class StepSampler(ABC):
             )
 
     def step_index(self, timesteps: Tensor) -> Tensor:
-        """Number of the step at each of ``timesteps`` ``(B,)``, int64 on the CPU.
+        """Return the index of the step at each of ``timesteps`` ``(B,)``, int64 on the CPU.
 
         Raises:
-            InputError: If a timestep is none of this sampler's.
+            InputError: If a timestep is not one of this sampler's.
         """
         values = timesteps.detach().to("cpu", torch.float32)
         distance, index = (self.timesteps - values[:, None]).abs().min(dim=1)
@@ -106,6 +106,10 @@ class StepSampler(ABC):
         return index
 
     def _columns(self, table: Tensor, timesteps: Tensor, like: Tensor) -> tuple[Tensor, ...]:
-        """Columns of a ``(T, n)`` table of constants at ``timesteps``, each shaped to broadcast over ``like``."""
+        """Look up the rows of a ``(T, n)`` table, one row per step, at ``timesteps`` ``(B,)``.
+
+        Returns:
+            n columns, each shaped to broadcast over ``like`` ``(B, ...)``.
+        """
         rows = table[self.step_index(timesteps)].to(like.device)
         return tuple(per_sample(column, like) for column in rows.unbind(dim=1))

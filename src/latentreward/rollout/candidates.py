@@ -1,4 +1,4 @@
-"""Several next states from one state, scored, step by step."""
+"""Rollouts that sample and score several candidates for the next state, step by step."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from latentreward.rollout.settings import Sampling
 
 @dataclass
 class Branching:
-    """Where a rollout draws several candidates, and with which of them it goes on.
+    """Settings for the candidates of a rollout: their number, the timesteps that have them, and how to go on.
 
     Attributes:
-        num_candidates: Candidates K for the next state.
-        low: Least timestep at which candidates are drawn and scored; below it one state is drawn.
-        high: Greatest such timestep.
-        continue_from: Candidate that the rollout goes on with: a random one, the best or the worst.
-        score_at: Timestep that the reward is told: ``step``, the one that the step starts from (LPO), or ``candidate``,
-            the one at which candidates lie (SPO).
+        num_candidates: Number K of candidates for the next state.
+        low: Lowest timestep of the steps that sample and score candidates; other steps sample one state.
+        high: Highest timestep of the steps that sample and score candidates.
+        continue_from: Candidate with which the rollout goes on: a ``random`` one, the ``best`` or the ``worst``.
+        score_at: Timestep that the reward gets: that of the state before the ``step`` (LPO), or the ``candidate``'s own
+            (SPO).
     """
 
     num_candidates: int = 4
@@ -39,17 +39,17 @@ class Branching:
     score_at: Literal["step", "candidate"] = "step"
 
     def __post_init__(self) -> None:
-        """Refuse impossible settings."""
+        """Raise InputError for settings that are out of range."""
         if self.num_candidates < 2:
             raise InputError(f"num_candidates={self.num_candidates} leaves nothing to compare; use at least 2")
         if not self.low <= self.high:
             raise InputError(f"low={self.low:g} lies above high={self.high:g}; exchange them")
 
     def steps(self, sampler: StepSampler) -> list[int]:
-        """Numbers of the steps with candidates: inside the window, and with noise that tells candidates apart.
+        """Return the indices of the steps with candidates: inside the window [low, high], and with noise.
 
         Raises:
-            InputError: If there is none.
+            InputError: If there is no such step.
         """
         sampler.require_noise()
         inside = (sampler.timesteps >= self.low) & (sampler.timesteps <= self.high) & (sampler.noise_std > 0)
@@ -63,15 +63,15 @@ class Branching:
 
 @dataclass(frozen=True)
 class CandidateStep:
-    """One step with candidates.
+    """Step of a rollout with K scored candidates for each of B prompts.
 
     Attributes:
-        index: Number of the step.
-        timestep: Timestep that it starts from.
-        latents: ``(B, C, ...)`` the states x_t, float32.
-        candidates: ``(K, B, C, ...)`` the next states, float32.
-        scores: ``(K, B)`` float32.
-        log_prob: ``(K, B)`` under the policy that drew them, float32.
+        index: Index of the step.
+        timestep: Timestep of the states before the step.
+        latents: ``(B, C, ...)`` states x_t before the step, float32.
+        candidates: ``(K, B, C, ...)`` candidates for the next state, float32.
+        scores: ``(K, B)`` the candidates' rewards, float32.
+        log_prob: ``(K, B)`` log-probabilities under the policy that sampled the candidates, float32.
     """
 
     index: int
@@ -94,28 +94,28 @@ def candidate_steps(
 ) -> Generator[CandidateStep, None, Tensor]:
     """Sample from noise to the finished latents, with K scored candidates at each step of the window.
 
-    Outside the window one next state is drawn and nothing scored. A reward with ``needs_clean`` is given the policy's
-    x̂_0 of each candidate (of the last step's candidates: themselves); the network's output for the candidate that the
-    rollout goes on with is then the output of its next step, so that each state is evaluated once.
+    Steps outside the window sample one next state and score nothing. A reward with ``needs_clean`` also gets the
+    policy's x̂_0 of each candidate; candidates of the last step are clean already. The network's output for the
+    candidate with which the rollout goes on is reused in the next step, so that the policy evaluates each state once.
 
     Args:
-        policy: Generator; ``policy.eval()`` and autocast are the caller's.
+        policy: Generator; the caller sets ``policy.eval()`` and autocast.
         sampler: ``sampling.sampler(policy.scheduler_config)``.
-        reward: Scores candidates.
+        reward: Reward that scores candidates.
         prompts: B prompts.
-        branching: Window, K, and how to go on.
-        sampling: Size of the samples.
+        branching: Number of candidates, window, and the candidate with which to go on.
+        sampling: Settings of ``sampler``; image height and width are read here.
         guidance_scale: 1 for no guidance.
-        draws: Initial latents, noise of the steps and choices among candidates.
+        draws: Random numbers for initial latents, noise of the steps, and choices among candidates.
 
     Yields:
-        The steps of the window, in order.
+        A :class:`CandidateStep` for each step of the window, in order.
 
     Returns:
         The finished latents ``(B, C, ...)``, float32.
 
     Raises:
-        InputError: If no step of the window has noise, or the reward returns what is no score.
+        InputError: If no step of the window has noise, or a score has the wrong shape or is not finite.
     """
     window = branching.steps(sampler)
     with torch.no_grad():
@@ -124,7 +124,7 @@ def candidate_steps(
     latents = draws.initial(shape).to(network.device)
     output: Tensor | None = None
     for index, timestep in enumerate(sampler.timesteps.tolist()):
-        with torch.no_grad():  # left before each yield: the caller's grad mode is the caller's
+        with torch.no_grad():  # left before each yield, so that the caller's gradient mode is unchanged
             if output is None:
                 output = network(latents, timestep)
             transition = sampler.transition(latents, output, torch.full((len(prompts),), timestep))
@@ -149,7 +149,7 @@ def candidate_steps(
 def _finished(
     network: PromptedPolicy, sampler: StepSampler, candidates: Tensor, index: int
 ) -> tuple[Tensor, Tensor | None]:
-    """Clean latents ``(K·B, C, ...)`` that the policy sees in the candidates, and its output ``(K, B, C, ...)``."""
+    """Predict the candidates' clean latents ``(K·B, C, ...)``; also return the output ``(K, B, C, ...)`` for reuse."""
     flat = candidates.flatten(0, 1)
     if index + 1 == len(sampler):
         return flat, None
@@ -159,7 +159,7 @@ def _finished(
 
 
 def _score(reward: Reward, encoded: Any, candidates: Tensor, clean: Tensor | None, timestep: float) -> Tensor:
-    """Scores ``(K, B)``; candidates go to the reward in one batch, prompts innermost."""
+    """Score all candidates in one batch, prompts innermost: ``(K, B)``."""
     count, prompts = candidates.shape[:2]
     timesteps = torch.full((count * prompts,), timestep, device=candidates.device)
     rows = torch.arange(prompts, device=candidates.device).repeat(count)

@@ -1,4 +1,4 @@
-"""DDIM with noise: SD1.5, SD2.1, SDXL, and any other variance-preserving pipeline."""
+"""DDIM sampler with noise, for SD1.5, SD2.1, SDXL and other variance-preserving pipelines."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +13,7 @@ from latentreward.rollout.transition import Transition
 
 
 class DDIMSampler(StepSampler):
-    r"""A step of DDIM (arXiv:2010.02502, eq. 12 and 16) as a Gaussian.
+    r"""DDIM sampler (arXiv:2010.02502, eq. 12 and 16), each step of which is a Gaussian transition.
 
     With a = ᾱ_t, a' = ᾱ of the state that follows, and x̂_0, ε̂ from the network's output,
 
@@ -21,17 +21,18 @@ class DDIMSampler(StepSampler):
         s^2 = \eta^2 \frac{1 - a'}{1 - a}\Bigl(1 - \frac{a}{a'}\Bigr), \qquad
         x_{t-1} \sim \mathcal N\bigl(\sqrt{a'}\,\hat x_0 + \sqrt{1 - a' - s^2}\,\hat\varepsilon,\; s^2\bigr).
 
-    Timesteps, ᾱ and what follows the last step are those of diffusers' ``DDIMScheduler`` with the pipeline's config;
-    eta 1 is DDPM's ancestral sampling on those timesteps, eta 0 is deterministic.
+    Timesteps, ᾱ and the ᾱ after the last step are those of diffusers' ``DDIMScheduler`` with the pipeline's config.
+    η = 1 is DDPM's ancestral sampling on these timesteps, η = 0 is deterministic.
 
     Args:
         scheduler_config: The pipeline's saved scheduler config, of any class of the DDPM family.
         num_inference_steps: Number of steps T.
-        eta: Share of the ancestral noise.
+        eta: η in [0, 1]: factor on the standard deviation of the ancestral noise.
 
     Raises:
-        InputError: If the scheduler cannot make so many steps, ``eta`` is more noise than a step has room for, or the
-            config asks for what latents do not bear (clipping, thresholding, a prediction of the sample).
+        InputError: If the scheduler cannot make ``num_inference_steps`` steps, ``eta`` is so large that the mean's
+            noise term would be imaginary, or the config has a setting that does not suit latents (``clip_sample``,
+            ``thresholding``, ``prediction_type`` ``sample``).
     """
 
     def __init__(self, scheduler_config: Mapping[str, Any], num_inference_steps: int, eta: float = 1.0) -> None:
@@ -73,7 +74,7 @@ class DDIMSampler(StepSampler):
 
 
 def _schedule(config: Mapping[str, Any], num_inference_steps: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Timesteps of diffusers' scheduler, and ᾱ there and after each step, all ``(T,)``, ᾱ in float64."""
+    """Return the timesteps of diffusers' scheduler, and ᾱ before and after each step, all ``(T,)``, ᾱ in float64."""
     from diffusers import DDIMScheduler
 
     scheduler = make_scheduler(DDIMScheduler, {**config, "clip_sample": False}, num_inference_steps)
@@ -84,6 +85,6 @@ def _schedule(config: Mapping[str, Any], num_inference_steps: int) -> tuple[Tens
             f"num_inference_steps={num_inference_steps} with the scheduler's steps_offset reaches timestep "
             f"{timesteps[0]} of {levels}; use fewer steps"
         )
-    following = timesteps - levels // num_inference_steps  # as DDIMScheduler.step, whatever the spacing
+    following = timesteps - levels // num_inference_steps  # as in DDIMScheduler.step, for every timestep_spacing
     after = torch.where(following >= 0, table[following.clamp(min=0)], scheduler.final_alpha_cumprod.double())
     return timesteps, table[timesteps], after

@@ -1,4 +1,4 @@
-"""Scores of what sampling gave in the end."""
+"""Scores of finished latents."""
 
 from collections.abc import Sequence
 
@@ -12,23 +12,23 @@ from latentreward.seeding import pair_generator
 
 
 def check_sigmas(reward_sigmas: Sequence[float]) -> None:
-    """Raise InputError for noise levels at which no reward can score."""
+    """Raise InputError if there are no noise levels, or one lies outside [0, 1]."""
     if not reward_sigmas or not all(0.0 <= sigma <= 1.0 for sigma in reward_sigmas):
         raise InputError(f"reward_sigmas={list(reward_sigmas)} must be at least one noise level in [0, 1]")
 
 
 def score_finished(reward: Reward, latents: Tensor, prompts: PromptBatch, seed: int, sigmas: Sequence[float]) -> Tensor:
-    """Scores ``(N,)``, float32, of finished latents.
+    """Score finished latents: ``(N,)``, float32.
 
-    A reward that scores noisy latents noises them at levels ``sigmas``, with noise that all samples of a prompt share,
-    so that they differ by themselves alone.
+    A reward that scores noisy latents adds noise at the levels ``sigmas``. All samples of a prompt share that noise, so
+    that their scores differ only because of the samples.
 
     Args:
-        reward: The judge.
-        latents: ``(N, C, ...)``, N / P in succession for each of P prompts.
+        reward: Reward that scores the latents.
+        latents: ``(N, C, ...)``, first the N / P samples of the first prompt, then those of the second, and so on.
         prompts: P prompts.
         seed: Seed of the noise.
-        sigmas: Noise levels of a reward on latents; without effect on one of pixels.
+        sigmas: Noise levels for a latent reward; without effect on rewards of pixels.
     """
     generators = [pair_generator(seed, "reward noise", 0, key) for key in prompts.keys]
     noise = torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in generators])

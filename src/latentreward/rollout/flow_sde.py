@@ -1,4 +1,4 @@
-"""Flow matching with noise: SD3 and SD3.5."""
+"""Flow-matching sampler with noise, for SD3 and SD3.5."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,27 +13,29 @@ from latentreward.rollout.transition import Transition
 
 
 class FlowSDESampler(StepSampler):
-    r"""A step of Flow-GRPO's stochastic differential equation for a rectified flow (arXiv:2505.05470).
+    r"""Sampler of Flow-GRPO's stochastic differential equation for a rectified flow (arXiv:2505.05470).
 
-    With σ and σ' the noise levels before and after, d = σ' − σ < 0, v the predicted velocity and noise level a,
+    With σ and σ' the levels before and after a step, d = σ' − σ < 0, v the predicted velocity and a = ``noise_level``,
 
     .. math::
         w = a\sqrt{\sigma / (1 - \sigma)}, \qquad x' \sim \mathcal N\Bigl(
         x\bigl(1 + \tfrac{w^2}{2\sigma} d\bigr) + v\bigl(1 + \tfrac{w^2 (1 - \sigma)}{2\sigma}\bigr) d,\; w^2 |d|\Bigr).
 
-    Where σ = 1 the denominator takes the next level (as Flow-GRPO's code does). The equation has the flow's marginals;
-    its published steps have them for small d only. With a perfect prediction of a single picture, a = 0.7 and shift 3,
-    10 to 40 steps leave a standard deviation 3 to 6 % above σ' in the first two steps (σ near 1), up to 4 % in the
-    middle, and 20 % and more in the last steps before a picture. Timesteps and levels are those of
-    diffusers' ``FlowMatchEulerDiscreteScheduler`` with the pipeline's config; noise level 0 is its Euler step.
+    Where σ = 1, the denominator 1 − σ uses the next level instead, as in Flow-GRPO's code. The equation has the flow's
+    marginals, but its published steps have these marginals only for small d. For example, with a perfect prediction of
+    a single image, a = 0.7, shift 3 and 10 to 40 steps, the noise's standard deviation is 3 to 6 % above σ' after the
+    first two steps (σ near 1), up to 4 % above in the middle, and 20 % and more above in the last steps. Timesteps and
+    levels are those of diffusers' ``FlowMatchEulerDiscreteScheduler`` with the pipeline's config; a = 0 gives that
+    scheduler's Euler step.
 
     Args:
         scheduler_config: The pipeline's saved scheduler config.
         num_inference_steps: Number of steps T.
-        noise_level: a; Flow-GRPO takes 0.7.
+        noise_level: Factor a on the noise, at least 0; Flow-GRPO uses 0.7.
 
     Raises:
-        InputError: If the scheduler cannot make so many steps, or its timesteps depend on the image's size.
+        InputError: If the scheduler cannot make ``num_inference_steps`` steps, or its config has
+            ``use_dynamic_shifting`` (timesteps depend on the image size) or ``invert_sigmas``.
     """
 
     def __init__(self, scheduler_config: Mapping[str, Any], num_inference_steps: int, noise_level: float = 0.7) -> None:
@@ -60,7 +62,7 @@ class FlowSDESampler(StepSampler):
 
 
 def _schedule(config: Mapping[str, Any], num_inference_steps: int) -> tuple[Tensor, Tensor]:
-    """Timesteps ``(T,)`` and noise levels ``(T + 1,)`` of diffusers' scheduler."""
+    """Return the timesteps ``(T,)`` and noise levels ``(T + 1,)`` of diffusers' scheduler."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     for name in ("use_dynamic_shifting", "invert_sigmas"):

@@ -1,4 +1,4 @@
-"""Which of a step's candidates become a pair to learn from."""
+"""Selection of training pairs among the candidates of a step."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -14,18 +14,19 @@ from latentreward.rollout.base import StepSampler
 from latentreward.rollout.candidates import CandidateStep
 
 SHOWN_TIMESTEPS = 5
-"""Timesteps that a message shows, spread over those seen."""
+"""Number of timesteps that a message shows, spread evenly over all timesteps of a rollout."""
 
 
 @dataclass(frozen=True)
 class SelectedPairs:
-    """The best and the worst candidate of each prompt.
+    """Best and worst candidate of each prompt at one step.
 
     Attributes:
-        winner: ``(B,)`` int64, the candidate with the greatest score.
-        loser: ``(B,)`` int64, the one with the least.
-        gap: ``(B,)`` float32 in [0, 1]: softmax of the two scores, first minus second, which is tanh(Δ/2).
-        kept: ``(B,)`` bool.
+        winner: ``(B,)`` int64: index of the candidate with the highest score.
+        loser: ``(B,)`` int64: index of the candidate with the lowest score.
+        gap: ``(B,)`` float32 in [0, 1]: difference of the softmax probabilities of the two scores, which is tanh(Δ/2)
+            for a score difference Δ.
+        kept: ``(B,)`` bool: whether the pair is trained on.
     """
 
     winner: Tensor
@@ -35,21 +36,21 @@ class SelectedPairs:
 
 
 class PairSelection(ABC):
-    """Pairs the best candidate with the worst, and keeps the pair if their scores lie far enough apart."""
+    """Base class of rules that pair the best with the worst candidate, and keep pairs with a large score gap."""
 
     def select(self, step: CandidateStep, sampler: StepSampler) -> SelectedPairs:
-        """Pairs of one step; every rank calls it at the same steps with equally many prompts."""
+        """Select the pairs of one step; every rank must call this at the same steps, with equally many prompts."""
         best, worst = step.scores.float().max(dim=0), step.scores.float().min(dim=0)
         gap = ((best.values - worst.values) / 2).tanh()
         return SelectedPairs(best.indices, worst.indices, gap, self.keep(gap, step.index, sampler))
 
     @abstractmethod
     def keep(self, gap: Tensor, index: int, sampler: StepSampler) -> Tensor:
-        """Which of the gaps ``(B,)`` at step ``index`` are great enough: ``(B,)`` bool."""
+        """Tell which of the gaps ``(B,)`` at step ``index`` are large enough to keep: ``(B,)`` bool."""
 
 
 class ThresholdSelection(PairSelection):
-    """Keeps gaps above a threshold that depends on the step alone."""
+    """Base class of rules that keep gaps above a threshold, which depends only on the step."""
 
     def keep(self, gap: Tensor, index: int, sampler: StepSampler) -> Tensor:
         """See :meth:`PairSelection.keep`."""
@@ -57,17 +58,17 @@ class ThresholdSelection(PairSelection):
 
     @abstractmethod
     def threshold(self, index: int, sampler: StepSampler) -> float:
-        """Threshold of step ``index``."""
+        """Return the threshold of step ``index``, in [0, 1]."""
 
 
 class FixedThreshold(ThresholdSelection):
-    """One threshold for all steps (SPO, arXiv:2406.04314).
+    """Rule that keeps gaps above one threshold at all steps (SPO, arXiv:2406.04314).
 
     Args:
-        threshold: In [0, 1].
+        threshold: Threshold of the gap tanh(Δ/2), in [0, 1].
 
     Raises:
-        InputError: If it lies outside.
+        InputError: If ``threshold`` is out of range.
     """
 
     def __init__(self, threshold: float) -> None:
@@ -79,16 +80,17 @@ class FixedThreshold(ThresholdSelection):
 
 
 class ScheduledThreshold(ThresholdSelection):
-    """From ``low`` at the step where a quantity is least to ``high`` where it is greatest, linear in that quantity.
+    """Base class of rules whose threshold is linear in a quantity of the step, see :meth:`quantity`.
 
-    Deterministic steps do not count.
+    Among the steps with noise, the one with the lowest quantity has the threshold ``low``, the one with the highest
+    quantity ``high``.
 
     Args:
-        low: Threshold of the step with the least, in [0, 1].
-        high: Threshold of the step with the greatest, in [0, 1].
+        low: Threshold of the gap tanh(Δ/2) where the quantity is lowest, in [0, 1].
+        high: Threshold of the gap where the quantity is highest, in [0, 1].
 
     Raises:
-        InputError: If one lies outside, or ``low`` above ``high``.
+        InputError: If a threshold is out of range, or ``low`` is above ``high``.
     """
 
     def __init__(self, low: float, high: float) -> None:
@@ -106,11 +108,14 @@ class ScheduledThreshold(ThresholdSelection):
 
     @abstractmethod
     def quantity(self, sampler: StepSampler) -> Tensor:
-        """What the threshold follows, ``(T,)``."""
+        """Return the quantity of each step in which the threshold is linear, ``(T,)``."""
 
 
 class SigmaThreshold(ScheduledThreshold):
-    """Linear in the standard deviation of a step's noise (LPO, arXiv:2502.01051: SD1.5 .35 to .5, SDXL .45 to .6)."""
+    """Rule with a threshold linear in the standard deviation of a step's noise (LPO, arXiv:2502.01051).
+
+    LPO uses 0.35 to 0.5 for SD1.5 and 0.45 to 0.6 for SDXL.
+    """
 
     def quantity(self, sampler: StepSampler) -> Tensor:
         """See :meth:`ScheduledThreshold.quantity`."""
@@ -118,7 +123,7 @@ class SigmaThreshold(ScheduledThreshold):
 
 
 class VarianceThreshold(ScheduledThreshold):
-    """Linear in the variance of a step's noise (an option of LPO's code)."""
+    """Rule with a threshold linear in the variance of a step's noise (an option of LPO's code)."""
 
     def quantity(self, sampler: StepSampler) -> Tensor:
         """See :meth:`ScheduledThreshold.quantity`."""
@@ -126,7 +131,7 @@ class VarianceThreshold(ScheduledThreshold):
 
 
 class LinearThreshold(ScheduledThreshold):
-    """Linear in the timestep (an option of LPO's code)."""
+    """Rule with a threshold linear in the timestep (an option of LPO's code)."""
 
     def quantity(self, sampler: StepSampler) -> Tensor:
         """See :meth:`ScheduledThreshold.quantity`."""
@@ -134,17 +139,17 @@ class LinearThreshold(ScheduledThreshold):
 
 
 class QuantileThreshold(PairSelection):
-    """Keeps, at each step, the pairs whose gap reaches a quantile of the gaps that all ranks have at that step now.
+    """Rule that keeps the pairs whose gap reaches a quantile of all ranks' gaps at the same step of the rollout.
 
-    A reward of any scale keeps the same share, 1 − ``quantile``, at every timestep. Nothing is remembered from one
-    rollout to the next, so a run resumes as it would have gone on; the more prompts a rollout has, the steadier the
-    quantile. Pairs without a gap are never kept.
+    At every timestep the share 1 − ``quantile`` of pairs is kept, whatever the scale of the reward. The quantile is
+    computed anew in each rollout, so a resumed run needs no saved state. The more prompts a rollout has, the less the
+    quantile varies. Pairs of equal scores are never kept.
 
     Args:
-        quantile: In [0, 1]; 0 keeps all.
+        quantile: Quantile in [0, 1]; 0 keeps all pairs of different scores.
 
     Raises:
-        InputError: If it lies outside.
+        InputError: If ``quantile`` is out of range.
     """
 
     def __init__(self, quantile: float = 0.5) -> None:
@@ -156,7 +161,7 @@ class QuantileThreshold(PairSelection):
 
 
 def step_pairs(step: CandidateStep, selected: SelectedPairs, prompts: PromptBatch) -> StepPairs:
-    """The kept pairs of a step, on the CPU; possibly none."""
+    """Make a training record of the kept pairs of a step, on the CPU; the record may have no rows."""
     rows = selected.kept.nonzero().flatten()
     chosen, rejected = (step.candidates[side[rows], rows] for side in (selected.winner, selected.loser))
     index = rows.tolist()
@@ -167,10 +172,10 @@ def step_pairs(step: CandidateStep, selected: SelectedPairs, prompts: PromptBatc
 
 
 def gap_quantiles(gaps: Iterable[tuple[float, Tensor]], levels: tuple[float, ...] = (0.1, 0.5, 0.9)) -> str:
-    """One line with quantiles of score gaps at some of the timesteps, for messages.
+    """Summarise quantiles of score gaps at some of the timesteps in one line, for messages.
 
     Args:
-        gaps: Timestep and gaps ``(n,)`` of any number of rollout steps.
+        gaps: Pairs of timestep and gaps ``(n,)``, for any number of rollout steps.
         levels: Quantiles to show.
     """
     by_timestep: dict[float, list[Tensor]] = {}
@@ -179,9 +184,9 @@ def gap_quantiles(gaps: Iterable[tuple[float, Tensor]], levels: tuple[float, ...
     seen = sorted(by_timestep, reverse=True)
     if not seen:
         return "no score gaps seen"
-    places = torch.linspace(0, len(seen) - 1, min(len(seen), SHOWN_TIMESTEPS)).round().long().tolist()
+    indices = torch.linspace(0, len(seen) - 1, min(len(seen), SHOWN_TIMESTEPS)).round().long().tolist()
     parts = []
-    for timestep in (seen[place] for place in places):
+    for timestep in (seen[index] for index in indices):
         quantiles = torch.cat(by_timestep[timestep]).quantile(torch.tensor(levels))
         parts.append(f"t={timestep:g}: " + "/".join(f"{value:.3g}" for value in quantiles.tolist()))
     return f"score gaps ({'/'.join(f'{100 * level:g}' for level in levels)} % quantiles) " + ", ".join(parts)

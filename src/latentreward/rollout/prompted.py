@@ -1,4 +1,4 @@
-"""A policy with the prompts of a rollout encoded once for all its steps."""
+"""Policy with a rollout's encoded prompts, for use at all steps."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from latentreward.policies import Policy
 
 @dataclass(frozen=True)
 class PromptedPolicy:
-    """The guided network for B prompts.
+    """Guided network of a policy for B prompts, which are encoded once.
 
     Attributes:
         policy: The generator.
-        conditioning: B rows.
-        uncond: The empty prompt, one row; None without guidance.
-        guidance_scale: 1 for no guidance.
+        conditioning: Encoded prompts, B rows.
+        uncond: Encoded empty prompt, one row; None without guidance.
+        guidance_scale: Classifier-free guidance scale; 1 for no guidance.
     """
 
     policy: Policy
@@ -29,17 +29,17 @@ class PromptedPolicy:
 
     @classmethod
     def of(cls, policy: Policy, prompts: PromptBatch, guidance_scale: float) -> PromptedPolicy:
-        """Encode the prompts, and the empty one if guidance needs it."""
+        """Encode the prompts, and the empty prompt if ``guidance_scale`` is not 1."""
         uncond = None if guidance_scale == 1.0 else policy.encode_uncond()
         return cls(policy, policy.encode_prompts(prompts.prompts), uncond, guidance_scale)
 
     @property
     def device(self) -> torch.device:
-        """Where the network runs."""
+        """Return the device of the network."""
         return next(self.policy.network.parameters()).device
 
     def __call__(self, latents: Tensor, timestep: float) -> Tensor:
-        """Output for ``latents`` ``(N, C, ...)`` all at one timestep; N is a multiple of B, prompts innermost."""
+        """Predict for ``latents`` ``(N, C, ...)``, all at one timestep; N is a multiple of B, prompts innermost."""
         prompts = len(self.conditioning.prompt_embeds)
         repeats = len(latents) // prompts
         conditioning = self.conditioning if repeats == 1 else self.conditioning.select([*range(prompts)] * repeats)

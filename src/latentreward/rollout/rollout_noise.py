@@ -1,4 +1,4 @@
-"""Every random draw of a rollout."""
+"""Random numbers of a rollout."""
 
 from collections.abc import Sequence
 
@@ -9,27 +9,27 @@ from latentreward.seeding import pair_generator
 
 
 class RolloutDraws:
-    """Draws that depend on the seed, a prompt's key and the step, never on the batch, the rank or the device.
+    """Random numbers that depend only on seed, a prompt's key and step, not on batch, rank or device.
 
     Args:
         seed: Seed of the run.
-        keys: One name for each of B prompts.
+        keys: Keys of the B prompts; equal keys give equal numbers.
     """
 
     def __init__(self, seed: int, keys: Sequence[str]) -> None:
         self._seed, self._keys = seed, tuple(keys)
 
     def initial(self, shape: tuple[int, ...]) -> Tensor:
-        """Standard normal ``(B, *shape)``, float32 on the CPU."""
+        """Draw standard normal initial latents ``(B, *shape)``, float32 on the CPU."""
         return torch.stack([torch.randn(shape, generator=g) for g in self._generators("rollout start")])
 
     def noise(self, index: int, count: int, shape: tuple[int, ...]) -> Tensor:
-        """Standard normal ``(count, B, *shape)`` for step ``index``, float32 on the CPU."""
+        """Draw standard normal noise ``(count, B, *shape)`` for step ``index``, float32 on the CPU."""
         generators = self._generators("rollout noise", index)
         return torch.stack([torch.randn((count, *shape), generator=g) for g in generators], dim=1)
 
     def choice(self, index: int, count: int) -> Tensor:
-        """One of ``count`` candidates for each prompt after step ``index``: ``(B,)`` int64 on the CPU."""
+        """Draw the index of one of ``count`` candidates per prompt after step ``index``: ``(B,)`` int64 on the CPU."""
         return torch.cat([torch.randint(count, (1,), generator=g) for g in self._generators("rollout choice", index)])
 
     def _generators(self, purpose: str, index: int = 0) -> list[torch.Generator]:

@@ -1,4 +1,4 @@
-"""How a policy is sampled from."""
+"""Sampler settings."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -12,17 +12,19 @@ from latentreward.rollout.flow_sde import FlowSDESampler
 
 @dataclass
 class Sampling:
-    """Steps, noise and size of samples.
+    """Number of steps, noise and image size of samples.
 
-    Where no noise is given, pictures are sampled without, as ``generate`` does, and the rollouts of training with LPO's
-    and Flow-GRPO's.
+    ``eta`` applies to DDIM, ``noise_level`` to flow matching. None means deterministic steps when images are generated
+    (the command ``generate``), and the noise of LPO and Flow-GRPO in training's rollouts.
 
     Attributes:
         num_inference_steps: Steps from noise to image.
-        eta: Noise of a DDIM step (SD1.5, SD2.1, SDXL): 0 deterministic, 1 ancestral. None: 0, in rollouts 1.
-        noise_level: Noise of a flow-matching step (SD3): 0 deterministic. None: 0, in rollouts 0.7.
-        height: Image height in pixels; None for the network's native one.
-        width: Image width in pixels; None for the network's native one.
+        eta: Noise of a DDIM step (SD1.5, SD2.1, SDXL), in [0, 1]: 0 deterministic, 1 ancestral. None gives 0, and 1 in
+            rollouts.
+        noise_level: Noise of a flow-matching step (SD3), at least 0: 0 deterministic. None gives 0, and 0.7 in
+            rollouts.
+        height: Image height in pixels; None for the network's native height.
+        width: Image width in pixels; None for the network's native width.
     """
 
     num_inference_steps: int = 20
@@ -32,7 +34,7 @@ class Sampling:
     width: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse impossible settings."""
+        """Raise InputError for settings that are out of range."""
         if self.num_inference_steps < 1:
             raise InputError(f"num_inference_steps={self.num_inference_steps} must be at least 1")
         if self.eta is not None and not 0 <= self.eta <= 1:
@@ -41,15 +43,15 @@ class Sampling:
             raise InputError(f"noise_level={self.noise_level:g} must be 0 or above; Flow-GRPO takes 0.7")
 
     def with_noise(self) -> Self:
-        """A copy for rollouts: eta 1 (LPO) and noise level 0.7 (Flow-GRPO) where none is given."""
+        """Return a copy for rollouts, with ``eta`` 1 (LPO) and ``noise_level`` 0.7 (Flow-GRPO) in place of None."""
         eta, noise_level = self.eta, self.noise_level
         return replace(self, eta=1.0 if eta is None else eta, noise_level=0.7 if noise_level is None else noise_level)
 
     def sampler(self, scheduler_config: Mapping[str, Any]) -> StepSampler:
-        """The sampler for a pipeline with this saved scheduler config: flow matching by its class name, else DDIM.
+        """Make the sampler for a pipeline's saved scheduler config: flow matching by its class name, else DDIM.
 
         Raises:
-            InputError: If the scheduler cannot make these steps.
+            InputError: If the scheduler cannot make these steps; see the samplers.
         """
         if "FlowMatch" in scheduler_config.get("_class_name", ""):
             return FlowSDESampler(scheduler_config, self.num_inference_steps, self.noise_level or 0.0)

@@ -1,4 +1,4 @@
-"""Whole trajectories, one state per step."""
+"""Sampling of whole trajectories, with one state per step."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from latentreward.rollout.settings import Sampling
 
 @dataclass(frozen=True)
 class Trajectories:
-    """B trajectories of T steps.
+    """States and log-probabilities of B trajectories of T steps.
 
     Attributes:
         latents: ``(T + 1, B, C, ...)`` float32: initial noise first, finished latents last.
-        timesteps: ``(T,)`` float32 on the CPU: where each step starts.
-        log_prob: ``(T, B)`` float32 of each step under the policy that drew it; 0 where it has none.
-        stochastic: ``(T,)`` bool on the CPU: whether the step has noise, and so a log-probability to learn from.
+        timesteps: ``(T,)`` float32 on the CPU: timestep of the state before each step.
+        log_prob: ``(T, B)`` float32: log-probability of each step under the policy that sampled the step; 0 for
+            deterministic steps.
+        stochastic: ``(T,)`` bool on the CPU: whether the step has noise, and so a log-probability to train on.
     """
 
     latents: Tensor
@@ -34,7 +35,7 @@ class Trajectories:
 
     @property
     def finished(self) -> Tensor:
-        """``(B, C, ...)`` what came out."""
+        """Return the finished latents ``(B, C, ...)``."""
         return self.latents[-1]
 
 
@@ -50,20 +51,20 @@ def sample_trajectories(
     draws: RolloutDraws | None = None,
     needs_noise: bool = True,
 ) -> Trajectories:
-    """Sample from noise to the finished latents, keeping every state.
+    """Sample from noise to the finished latents, and keep every state.
 
     Args:
-        policy: Generator; ``policy.eval()`` and autocast are the caller's.
+        policy: Generator; the caller sets ``policy.eval()`` and autocast.
         sampler: ``sampling.sampler(policy.scheduler_config)``.
         prompts: B prompts.
-        sampling: Size of the samples.
+        sampling: Settings of ``sampler``; image height and width are read here.
         guidance_scale: 1 for no guidance.
-        seed: Seed of every draw.
-        draws: Draws to use instead of those of ``seed``.
-        needs_noise: Whether there must be a log-probability to learn from.
+        seed: Seed of all random numbers.
+        draws: Random numbers to use in place of those from ``seed``.
+        needs_noise: Whether at least one step must have noise, and so a log-probability to train on.
 
     Raises:
-        InputError: If no step has noise, but must have.
+        InputError: If ``needs_noise`` and no step has noise.
     """
     if needs_noise:
         sampler.require_noise()
@@ -93,16 +94,16 @@ def sample_latents(
     *,
     draws: RolloutDraws | None = None,
 ) -> Tensor:
-    """Finished latents ``(B, C, ...)``, float32; deterministic but for the initial noise with eta or noise level 0.
+    """Sample finished latents ``(B, C, ...)``, float32; with noise 0 or None, only the initial noise is random.
 
     Args:
-        policy: Generator; ``policy.eval()`` and autocast are the caller's.
+        policy: Generator; the caller sets ``policy.eval()`` and autocast.
         prompts: B prompts.
         sampling: Steps, noise and size.
         guidance_scale: 1 for no guidance.
-        seed: Seed of every draw.
+        seed: Seed of all random numbers.
         reference: Sample from the network as it was before alignment.
-        draws: Draws to use instead of those of ``seed``.
+        draws: Random numbers to use in place of those from ``seed``.
     """
     sampler = sampling.sampler(policy.scheduler_config)
     with policy.reference() if reference else nullcontext():

@@ -1,4 +1,4 @@
-"""One stochastic step of a sampler as a Gaussian: its mean, its spread, and the log-probability of where it went."""
+"""Stochastic step of a sampler as a Gaussian, with sampling and log-probability of the next state."""
 
 import math
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ from latentreward.noise.base import per_sample
 
 @dataclass(frozen=True)
 class Transition(TensorRecord):
-    """Distribution of the next state given the present one, in float32.
+    """Gaussian distribution of the next state given the present state, in float32.
 
     Attributes:
-        mean: ``(B, C, ...)``.
+        mean: ``(B, C, ...)`` mean of the next state.
         std: ``(B,)`` standard deviation of each element; 0 for a deterministic step.
-        spread: ``(B,)`` the standard deviation that a KL divergence between two policies is measured in; ``std``
-            unless the source of the method says otherwise (flow: without the factor √−dt, arXiv:2505.05470).
+        spread: ``(B,)`` standard deviation in the KL divergence between two policies. Equals ``std`` for DDIM; for
+            flow matching the factor √−dt is left out, as in Flow-GRPO (arXiv:2505.05470).
     """
 
     mean: Tensor
@@ -25,13 +25,13 @@ class Transition(TensorRecord):
     spread: Tensor
 
     def sample(self, noise: Tensor) -> Tensor:
-        """Next states ``mean + std·noise``; ``noise`` ``(B, C, ...)``, or ``(K, B, C, ...)`` for K candidates."""
+        """Return next states ``mean + std·noise`` for noise ``(B, C, ...)``, or ``(K, B, C, ...)`` for K candidates."""
         return self.mean + per_sample(self.std, self.mean) * noise.to(self.mean)
 
     def log_prob(self, next_latents: Tensor) -> Tensor:
-        """Log density of next states, **averaged** over their elements (as SPO, LPO and Flow-GRPO do), float32.
+        """Compute the log density of next states, **averaged** over elements (as SPO, LPO and Flow-GRPO do), float32.
 
-        Undefined where ``std`` is 0. No gradient goes into ``next_latents``.
+        The result is undefined where ``std`` is 0. ``next_latents`` gets no gradient.
 
         Args:
             next_latents: ``(B, C, ...)``, or ``(K, B, C, ...)`` for K candidates.
