@@ -159,8 +159,8 @@ class LatentReward(RewardSource):
     """A trained LRM, DiNa-LRM or other reward model of latentreward, as a reward for alignment.
 
     Args:
-        path: Any of: a checkpoint of a reward's training; the folder of a run (takes the newest
-            ``reward*.ckpt``, else the newest ``last*.ckpt``, else the newest checkpoint); a model folder (``RewardModel.save_pretrained``,
+        path: Any of: a checkpoint of a reward's training; the folder of a run (takes the newest ``reward*.ckpt``, else
+            the newest ``last*.ckpt``, else the newest checkpoint); a model folder (``RewardModel.save_pretrained``,
             ``latentreward publish``); a folder in the published layout of ``casiatao/LRM`` or
             ``liuhuohuo/DiNa-LRM-SD35M-12layers``. Folders may also be given as hub ids.
         config: Settings file of the training run; None takes the ``config.yaml`` beside the checkpoint.
