@@ -227,7 +227,7 @@ class ListedScoring:
         self.seconds += time.perf_counter() - start
         if scores.ndim != 2:
             raise InputError(
-                f"model: {self.model.source} gives {scores.shape[-1]} scores per image; choose a model with a single score"
+                f"model: {self.model.source} gives {scores.shape[-1]} scores per image; choose a model that gives one"
             )
         return scores[:, [different.index(noise) for noise in self.levels.values()]]
 

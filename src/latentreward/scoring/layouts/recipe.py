@@ -153,8 +153,8 @@ def built_from_plain_values(part: str, module: DiffusionBackbone | RewardHead) -
     if module.built_by is None or "<locals>" in module.built_by.class_path:
         raise InputError(
             f"how the {part} {type(module).__qualname__} was made cannot be written to a file; make it from numbers, "
-            "texts, lists and dictionaries, by a class or function of a module, which for a backbone has "
-            "@register_backbone"
+            "texts, lists and dictionaries, with a class or function that can be imported from a module (for a "
+            "backbone: one with @register_backbone)"
         )
     return module.built_by
 
