@@ -158,7 +158,7 @@ def test_damaged_data_is_one_line(
         [
             ("--model.backbone=sd_tinny", ["sd_tinny", "did you mean 'sd_tiny'"]),
             ("--model.backbone.source=/nowhere/at/all", ["/nowhere/at/all", "does not exist"]),
-            (f"--model.backbone.source={CONFIGS}", ["is no diffusers pipeline"]),
+            (f"--model.backbone.source={CONFIGS}", ["is not a diffusers pipeline"]),
             ("--model.backbone.visual_taps=[1,9]", ["visual_taps=[1, 9]", "block 9", "blocks 1 to 5"]),
             ("--model.backbone.tuning=halff", ["tuning", "halff"]),
             ("--model.backbone.lora.rank=4", ["lora", "tuning: lora"]),

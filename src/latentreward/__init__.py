@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
-import latentreward.moved  # noqa: F401  so that earlier import paths resolve
+import latentreward.moved  # noqa: F401  makes import paths of earlier releases work
 
 __version__ = "0.1.0"
 
-# In a source tree that was not installed (PYTHONPATH=src), callbacks/ and configs/ at its top are ours too.
+# setup.cfg maps callbacks/ and configs/, which lie beside src/, into this package. Without an installation
+# (PYTHONPATH=src) that mapping is missing, and extending __path__ has the same effect.
 _root = Path(__file__).resolve().parents[2]
 if (_root / "setup.cfg").is_file() and (_root / "callbacks" / "__init__.py").is_file():
     __path__.append(str(_root))

@@ -1,4 +1,4 @@
-"""``python -m latentreward``, the command line under the name that no other package can take."""
+"""Entry point of ``python -m latentreward``: the command line where the script ``latentreward`` is not on the path."""
 
 from latentreward.cli import main
 

@@ -1,6 +1,7 @@
-"""The command line: finds the subcommand, runs it, and turns bad input into one line and an exit status.
+"""The command line: finds and runs a subcommand, and turns an :class:`InputError` into one line and exit status 2.
 
-Only the standard library is imported here, so that ``--help``, ``--version`` and misspelt subcommands answer at once.
+This module imports only the standard library and small modules of this package. ``--help``, ``--version`` and the
+message about an unknown subcommand therefore appear without the seconds that importing torch takes.
 """
 
 import gc
@@ -24,25 +25,52 @@ from latentreward.interrupts import (
 )
 
 COMMANDS = {
-    "fit": ("latentreward.commands.fit:run", "train, from a checkpoint if --ckpt_path is given"),
-    "validate": ("latentreward.commands.fit:run", "metrics on the validation split"),
-    "test": ("latentreward.commands.fit:run", "metrics on the test split"),
-    "predict": ("latentreward.commands.fit:run", "score pairs and write them to parquet"),
-    "configs": ("latentreward.commands.configs:run", "the YAML files that come with the package, or one of them"),
-    "inspect": ("latentreward.commands.inspect:run", "what is in a data set: labels, sizes, bad rows, leakage"),
-    "score-pairs": ("latentreward.commands.score_pairs:run", "scores of images in pixels, to filter pairs by"),
-    "cache": ("latentreward.commands.cache:run", "encode a data set's images once, and its prompts if wanted"),
-    "consolidate": ("latentreward.commands.consolidate:run", "one file from a sharded checkpoint, or of averages"),
-    "generate": ("latentreward.commands.generate:run", "pictures of prompts, with any reward choosing among samples"),
-    "evaluate-policy": ("latentreward.commands.evaluate_policy:run", "scores of one or two generators' pictures"),
-    "publish": ("latentreward.commands.publish:run", "a reward model as a folder for others, or on the hub"),
-    "export": ("latentreward.commands.export:run", "an aligned generator's LoRA, for diffusers or ComfyUI, or merged"),
-    "score": ("latentreward.commands.score:run", "scores of a folder or list of images, and a page sorted by them"),
-    "benchmark": ("latentreward.commands.benchmark:run", "reward models against people's choices, with a report"),
-    "serve": ("latentreward.commands.serve:run", "a reward model behind HTTP, for latents or images"),
-    "ui": ("latentreward.commands.ui:run", "a page in the browser to try a reward model by hand"),
+    "fit": ("latentreward.commands.fit:run", "train a reward model, or align a generator; --ckpt_path resumes a run"),
+    "validate": ("latentreward.commands.fit:run", "compute the metrics of the validation split"),
+    "test": ("latentreward.commands.fit:run", "compute the metrics of the test split"),
+    "predict": ("latentreward.commands.fit:run", "score pairs of images and write the scores to parquet"),
+    "configs": ("latentreward.commands.configs:run", "list the YAML files of the package, or print one of them"),
+    "inspect": ("latentreward.commands.inspect:run", "report a data set's labels, image sizes, bad rows and leakage"),
+    "score-pairs": (
+        "latentreward.commands.score_pairs:run",
+        "score the images of pairs with pixel-space scorers, to filter pairs",
+    ),
+    "cache": (
+        "latentreward.commands.cache:run",
+        "write the latents of a data set's images, and prompt embeddings if set",
+    ),
+    "consolidate": (
+        "latentreward.commands.consolidate:run",
+        "turn a sharded checkpoint into one file, with EMA weights if set",
+    ),
+    "generate": (
+        "latentreward.commands.generate:run",
+        "sample pictures for prompts; a reward may choose the best of several",
+    ),
+    "evaluate-policy": (
+        "latentreward.commands.evaluate_policy:run",
+        "score the pictures of one generator, or compare two",
+    ),
+    "publish": (
+        "latentreward.commands.publish:run",
+        "write a reward model as a folder for others, or upload it to the hub",
+    ),
+    "export": (
+        "latentreward.commands.export:run",
+        "write an aligned generator's LoRA, or a reward, in other programs' formats",
+    ),
+    "score": ("latentreward.commands.score:run", "score a folder or list of images, and write a page sorted by score"),
+    "benchmark": (
+        "latentreward.commands.benchmark:run",
+        "compare reward models with people's choices, and write a report",
+    ),
+    "serve": ("latentreward.commands.serve:run", "answer HTTP requests for scores of latents or images"),
+    "ui": ("latentreward.commands.ui:run", "serve a page on this machine to try a reward model in the browser"),
 }
-"""Subcommand -> (function that takes the subcommand and its arguments, one line of help)."""
+"""Subcommand → (import path of the function that runs it, one line of help).
+
+The function is called with the name of the subcommand and the list of arguments after that name.
+"""
 
 HELP = """\
 usage: latentreward COMMAND [--config FILE ...] [--SETTING=VALUE ...]
@@ -55,18 +83,18 @@ examples:
   latentreward fit --config runs/1/config.yaml --model.backbone sd15 --trainer.max_steps 1000 --print_config
   latentreward predict --config runs/1/config.yaml --ckpt_path runs/1/last.ckpt --predictions.output_dir scores
 
-Later files and settings win; trainer.callbacks add up (null or [] clears them). A file configs/... that is not here is
-taken from the installed package, see `latentreward configs`. Class paths may name your own modules in the current
-folder.
+A later file or setting overrides an earlier one; lists of trainer.callbacks are joined (null or [] clears the list).
+A file configs/... that is not in the current folder is read from the installed package: `latentreward configs` lists them. Class paths
+may name your own modules in the current folder.
 
-options, anywhere on the line:
-  --help, --version       `COMMAND --help` lists all settings
-  --debug                 keep the traceback of an error (or set LATENTREWARD_DEBUG=1)
+options, at any position:
+  --help, --version       `COMMAND --help` lists all settings of COMMAND
+  --debug                 show the traceback of an error (or set LATENTREWARD_DEBUG=1)
   --restrict-imports[=MODULE,...]
-                          settings may name only classes of latentreward, torch, lightning, torchmetrics, and what is
-                          in these modules; no program runs
+                          let settings name only classes of latentreward, torch, lightning, torchmetrics and the given
+                          modules, and start no program
   --allow-programs=PATH,...
-                          programs that may run all the same; a shell or an interpreter may run anything
+                          with --restrict-imports: programs that may start; a shell or interpreter can start others
 """
 
 
@@ -74,7 +102,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run one subcommand.
 
     Args:
-        args: Arguments without the program's name; the process's own by default.
+        args: Arguments without the program's name; None takes those of the process.
 
     Raises:
         SystemExit: With status 2 after bad input, 130 after Ctrl-C, 143 after SIGTERM.
@@ -84,7 +112,7 @@ def main(args: Sequence[str] | None = None) -> None:
     arguments = [argument for argument in arguments if argument != "--debug"]
     arguments.sort(
         key=lambda argument: argument.startswith(("--restrict-imports", "--allow-programs"))
-    )  # behind the rest, whose order stays
+    )  # a stable sort: these two move to the end, so that the subcommand is the first argument
     try:
         _dispatch(arguments)
     except (InputError, OSError) as error:
@@ -96,7 +124,7 @@ def main(args: Sequence[str] | None = None) -> None:
         stop = interrupt_behind(error)
         if stop is None or debug:
             raise
-        if args is None:  # the process ends: another Ctrl-C must not raise while threads are waited for
+        if args is None:  # the process is about to end: a second Ctrl-C must not raise while threads are joined
             signal.signal(signal.SIGINT, signal.SIG_DFL)
         tell_interrupt(stop)
         sys.exit(TERMINATED if isinstance(stop, Terminated) else INTERRUPTED)
@@ -116,13 +144,13 @@ def _dispatch(arguments: list[str]) -> None:
         raise InputError(f"{problem}{did_you_mean(arguments[0] if arguments else '', COMMANDS)}")
     module, function = COMMANDS[arguments[0]][0].split(":")
     collects = gc.isenabled()
-    gc.disable()  # while importing, each collection would go through all that stays: a tenth of the start
+    gc.disable()  # imported objects stay alive, so that collections during the import free nothing and cost 10 % of it
     try:
         with exit_while_importing():
             run = getattr(importlib.import_module(module), function)
     finally:
         if collects:
             gc.enable()
-    trains = COMMANDS[arguments[0]][0] == COMMANDS["fit"][0]  # Lightning and GracefulStop have handlers of their own
+    trains = COMMANDS[arguments[0]][0] == COMMANDS["fit"][0]  # Lightning and GracefulStop set SIGTERM handlers
     with nullcontext() if trains else sigterm_interrupts():
         run(arguments[0], arguments[1:])

@@ -1,4 +1,4 @@
-"""How a backbone or head was made: which class or function was called, and with what, so that a file can tell it."""
+"""Record of the call that built a backbone or head, so that the call can be written to a file and repeated."""
 
 import dataclasses
 import json
@@ -10,11 +10,11 @@ from typing import Any, Self
 
 @dataclass(frozen=True)
 class Construction:
-    """A call in plain values.
+    """A call of a class or function, recorded as values that JSON can hold.
 
     Attributes:
-        class_path: Import path of the class or function.
-        init_args: Arguments by name, as JSON reads them: lists for tuples, mappings for dataclasses.
+        class_path: Import path of the class or function that was called.
+        init_args: Arguments by name, in JSON types: tuples became lists, dataclasses became mappings.
     """
 
     class_path: str
@@ -24,20 +24,21 @@ class Construction:
     def of(
         cls, target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], skip: int = 0
     ) -> Self | None:
-        """Describe the call ``target(*args, **kwargs)``; None if an argument is not a plain value.
+        """Record the call ``target(*args, **kwargs)``; return None if an argument cannot be written as JSON.
 
         Args:
             target: Class or function.
             args: Positional arguments.
             kwargs: Named arguments.
-            skip: First parameters that are no settings, such as a head's feature spec.
+            skip: Number of leading parameters to leave out because they are not settings, e.g. 1 for a head, whose
+                first parameter is the feature spec.
         """
         function, first = (target.__init__, (None,)) if isinstance(target, type) else (target, ())  # type: ignore[misc]
         parameters = signature(function).parameters.values()
         try:
             given = dict(signature(function).bind(*first, *args, **kwargs).arguments)
         except TypeError:
-            return None  # and the call itself says what is wrong
+            return None  # the arguments do not fit the signature; the call itself raises the error
         for parameter in [*parameters][: len(first) + skip]:
             given.pop(parameter.name, None)
         for parameter in parameters:

@@ -1,8 +1,8 @@
-"""Frozen records that pass between the subpackages: pair, batch, conditioning, features, scores.
+"""Frozen dataclasses that the subpackages pass to each other: pair, batch, conditioning, features, scores.
 
-Data flows one way: ``PreferencePair`` (readers) → ``PreferenceBatch`` (collate) → latents, noise and ``Conditioning``
-(encoders) → ``Features`` (backbone) → scores (head) → ``PairScores`` → loss. In alignment: ``PromptBatch`` (prompts)
-→ ``NoisyStates`` (candidates that a reward scores) → ``StepPairs`` or ``StepSamples`` (what is learned from) → loss.
+Training of a reward: ``PreferencePair`` (readers) → ``PreferenceBatch`` (collate) → latents, noise and ``Conditioning``
+(encoders) → ``Features`` (backbone) → scores (head) → ``PairScores`` → loss. Alignment of a policy: ``PromptBatch``
+(prompts) → ``NoisyStates`` (candidates to score) → ``StepPairs`` or ``StepSamples`` (training samples) → loss.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,10 @@ from torch import Tensor
 
 
 def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """Apply ``function`` to every tensor of a record, through nested records and tuples; anything else stays."""
+    """Return a copy of ``value`` with ``function`` applied to every tensor, also inside nested records and tuples.
+
+    Values of other types are returned unchanged.
+    """
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, TensorRecord):
@@ -27,10 +30,10 @@ def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
 
 class TensorRecord:
-    """Mix-in for frozen dataclasses of tensors: Lightning moves a batch by calling ``to``."""
+    """Mix-in for frozen dataclasses of tensors that gives them ``to``, which Lightning calls to move a batch."""
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Return a copy whose tensors went through ``Tensor.to`` with the same arguments."""
+        """Return a copy with ``Tensor.to(*args, **kwargs)`` applied to every tensor."""
         return map_tensors(self, lambda tensor: tensor.to(*args, **kwargs))
 
     def pin_memory(self) -> Self:
@@ -40,16 +43,18 @@ class TensorRecord:
 
 @dataclass(frozen=True)
 class ImageRef:
-    """One image of a data set, not yet decoded: its bytes, or the file they lie in.
+    """Reference to one image of a data set that is not yet decoded: the encoded bytes, or the file that holds them.
 
-    A published cache holds latents instead: then ``data`` are the bytes of an ``np.save`` file, ``(C, h, w)``, scaled.
+    With ``holds="latents"`` the bytes are those of an ``np.save`` file with scaled latents ``(C, h, w)``.
 
     Attributes:
-        image_key: Stable name of the *image* (uid, relative path or content hash), never of the pair: images recur.
-        data: Encoded bytes, when the reader already holds them.
-        path: File with the encoded bytes, otherwise.
-        root: Folder that ``path`` must stay in, also through symbolic links, where the path comes from a data file.
-        holds: What is encoded: an image, or latents.
+        image_key: Stable name of the *image* (uid, relative path or content hash). An image may be in several pairs
+            and has one key in all of them.
+        data: Encoded bytes; None if ``path`` is given.
+        path: File with the encoded bytes; None if ``data`` is given.
+        root: Folder that must contain ``path`` after symbolic links are resolved; set where the path comes from a data
+            file.
+        holds: Content of the bytes: an image, or latents.
     """
 
     image_key: str
@@ -61,20 +66,20 @@ class ImageRef:
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """One comparison of two images for a prompt, with the sides in the order its reader gives them.
+    """One comparison of two images for a prompt; a and b follow the order in the source.
 
     Attributes:
-        pair_id: Stable name of the comparison, unique in its source; every random draw of the pair is seeded with it.
-        prompt: Raw text; truncation belongs to the tokenizer.
-        image_a: First image of the file.
-        image_b: Second image of the file.
-        label_a: Probability that ``image_a`` is preferred, in [0, 1] (½ is a tie); None is unlabelled.
-        weight: Weight in the loss before normalisation over the batch, e.g. 1 / rows of the same prompt.
-        group_id: Prompt group of the source, if it has one.
-        votes: Votes for (a, b), if published.
-        confidence: Annotators' confidence in [0, 1], if published.
-        model_a: Generator of ``image_a``.
-        model_b: Generator of ``image_b``.
+        pair_id: Stable name of the comparison, unique in its source; seeds all random numbers of the pair.
+        prompt: Raw text, not truncated: the tokenizer truncates.
+        image_a: First image in the source.
+        image_b: Second image in the source.
+        label_a: Probability that ``image_a`` is preferred, in [0, 1] (½ is a tie); None if the pair has no label.
+        weight: Weight in the loss before normalisation over the batch, e.g. 1 / number of pairs of the prompt.
+        group_id: Name of the prompt group in the source; None if the source has no groups.
+        votes: Numbers of votes for (a, b); None if the source does not publish them.
+        confidence: Annotators' confidence in [0, 1]; None if the source does not publish it.
+        model_a: Name of the generator of ``image_a``.
+        model_b: Name of the generator of ``image_b``.
         source: Name of the data set.
         split: Name of the split.
     """
@@ -94,7 +99,7 @@ class PreferencePair:
     split: str = ""
 
     def swapped(self) -> "PreferencePair":
-        """The same comparison with its two sides exchanged."""
+        """Return the pair with a and b exchanged: images, label, votes and generators."""
         return replace(
             self,
             image_a=self.image_b,
@@ -108,15 +113,15 @@ class PreferencePair:
 
 @dataclass(frozen=True)
 class LatentSpace:
-    """What tells one VAE's latents from another's; equal spaces can share latents and rewards.
+    """Properties of the latents of one VAE; models with equal latent spaces can use each other's latents.
 
-    Read from the VAE's config alone, so two spaces are compared before any weight is loaded.
+    All values come from the VAE's config, so that two spaces can be compared before any weight is loaded.
 
     Attributes:
-        channels: Latent channels.
+        channels: Number of latent channels.
         downscale: Pixels per latent along each spatial axis.
-        scaling_factor: Factor on (posterior sample − shift).
-        shift_factor: Shift before scaling; 0 where the config has none.
+        scaling_factor: Factor s of scaled latents ``s · (posterior sample − shift_factor)``.
+        shift_factor: Value subtracted before scaling; 0 if the config has none.
     """
 
     channels: int
@@ -125,7 +130,7 @@ class LatentSpace:
     shift_factor: float = 0.0
 
     def __str__(self) -> str:
-        """One line for error messages."""
+        """Return the four values in one line for messages."""
         return (
             f"{self.channels} channels, 1/{self.downscale} size, scale {self.scaling_factor:g}, "
             f"shift {self.shift_factor:g}"
@@ -134,23 +139,22 @@ class LatentSpace:
 
 @dataclass(frozen=True)
 class PreferenceBatch(TensorRecord):
-    """Pairs oriented to chosen and rejected; images as pixels or as latents.
+    """Batch of pairs, each with a chosen and a rejected image, as pixels or as latents.
 
-    A tie (label ½) has no better side; the image with the smaller key stands first, so that exchanging the sides of
-    the source changes nothing.
+    In a tie (label ½) the image with the smaller key counts as chosen, so that the order in the source does not matter.
 
     Attributes:
-        pair_ids: B names.
+        pair_ids: B names of pairs.
         prompts: B raw prompts.
-        chosen: ``(B, 3, H, W)`` pixels in [-1, 1], or latents ``(B, C, ...)`` already scaled.
+        chosen: ``(B, 3, H, W)`` pixels in [-1, 1], or scaled latents ``(B, C, ...)``.
         rejected: As ``chosen``.
         chosen_keys: B image keys.
         rejected_keys: B image keys.
         label: ``(B,)`` probability that the chosen image wins, in [½, 1].
         weight: ``(B,)`` weights, not yet normalised.
-        latent_space: None for pixels; the space of the latents otherwise.
-        conditioning: Encoded prompts, B rows, where they come from a cache; None has the module encode ``prompts``.
-        uncond: The encoded empty prompt, one row, likewise.
+        latent_space: Space of the latents; None for pixels.
+        conditioning: Encoded prompts from a cache, B rows; with None the training module encodes ``prompts``.
+        uncond: Encoded empty prompt from a cache, one row; None if there is none.
     """
 
     pair_ids: tuple[str, ...]
@@ -166,37 +170,37 @@ class PreferenceBatch(TensorRecord):
     uncond: "Conditioning | None" = None
 
     def __len__(self) -> int:
-        """Number of pairs."""
+        """Return the number of pairs."""
         return len(self.pair_ids)
 
 
 @dataclass(frozen=True)
 class Conditioning(TensorRecord):
-    """Encoded prompts, as a diffusion network takes them.
+    """Encoded prompts in the form that a diffusion network takes.
 
     Attributes:
         prompt_embeds: ``(B, L, D)`` token embeddings.
-        pooled_prompt_embeds: ``(B, P)`` one vector per prompt: what the network takes beside the tokens (SDXL, SD3),
-            or the text encoder's EOS feature (SD1.5, SD2.1).
+        pooled_prompt_embeds: ``(B, P)``, one vector per prompt: the network's pooled input (SDXL, SD3), or the text
+            encoder's EOS feature where the network takes none (SD1.5, SD2.1).
     """
 
     prompt_embeds: Tensor
     pooled_prompt_embeds: Tensor
 
     def select(self, index: Tensor | Sequence[int]) -> "Conditioning":
-        """Rows ``index``, repeats allowed: one encoded prompt serves several images."""
+        """Return the rows ``index``; an index may repeat, so that one encoded prompt serves several images."""
         rows = torch.as_tensor(index, device=self.prompt_embeds.device)
         return map_tensors(self, lambda tensor: tensor[rows])
 
 
 @dataclass(frozen=True)
 class TapSpec:
-    """Width and token grid of one tap.
+    """Width and token grid of one tap: an intermediate output of the network that is read as a feature.
 
     Attributes:
         width: Features per token.
-        grid: Tokens along each axis at the network's native size: (H, W) for images, (T, H, W) for video, (L,) for
-            text.
+        grid: Number of tokens along each axis at the network's native size: (H, W) for images, (T, H, W) for video,
+            (L,) for text.
     """
 
     width: int
@@ -205,7 +209,7 @@ class TapSpec:
 
 @dataclass(frozen=True)
 class FeatureSpec:
-    """What a backbone will give to a head: everything a head needs to size itself.
+    """Widths and grids of the features that a backbone returns, from which a head derives its layer sizes.
 
     Attributes:
         visual: One entry per visual tap.
@@ -222,15 +226,16 @@ class FeatureSpec:
 
 @dataclass(frozen=True)
 class Features(TensorRecord):
-    """What a backbone read from noisy latents.
+    """Features that a backbone computed from noisy latents.
 
     Attributes:
-        visual: One ``(B, N_i, D_i)`` per visual tap; N_i is the product of ``visual_grids[i]``, row-major.
+        visual: One tensor ``(B, N_i, D_i)`` per visual tap; N_i is the product of ``visual_grids[i]``, tokens in
+            row-major order.
         visual_grids: Token grid of each visual tap for these latents.
-        text: One ``(B, L, D_i)`` per text tap.
-        pooled_text: ``(B, P)``.
+        text: One tensor ``(B, L, D_i)`` per text tap.
+        pooled_text: ``(B, P)`` pooled text vector.
         temb: ``(B, E)`` timestep embedding as the network computed it.
-        uncond: The same for the empty prompt, if it was asked for.
+        uncond: Features of the same latents for the empty prompt; None if only the prompt was read.
     """
 
     visual: tuple[Tensor, ...]
@@ -243,11 +248,11 @@ class Features(TensorRecord):
 
 @dataclass(frozen=True)
 class CrossScores(TensorRecord):
-    """Scores of every image against every prompt of the batch, for losses with in-batch negatives.
+    """Scores of every image for every prompt of the batch, for losses with in-batch negatives.
 
     Attributes:
-        chosen: ``(N, N)``; row i is prompt i, column j the chosen image of pair j.
-        rejected: ``(N, N)`` likewise.
+        chosen: ``(N, N)``; entry (i, j) is the score of the chosen image of pair j for prompt i.
+        rejected: ``(N, N)``; entry (i, j) is the score of the rejected image of pair j for prompt i.
     """
 
     chosen: Tensor
@@ -256,16 +261,17 @@ class CrossScores(TensorRecord):
 
 @dataclass(frozen=True)
 class PairScores(TensorRecord):
-    """What a preference loss sees.
+    """Input of a preference loss: the scores, labels and noise levels of B pairs.
 
     Attributes:
         chosen: ``(B,)``, or ``(B, out_dim)``: rewards of the chosen images.
-        rejected: Same shape.
+        rejected: Rewards of the rejected images, in the shape of ``chosen``.
         label: ``(B,)`` probability that chosen wins, in [½, 1].
         weight: ``(B,)`` weights, not yet normalised.
         chosen_sigmas: ``(B,)`` noise level in [0, 1] at which the chosen image was scored.
-        rejected_sigmas: ``(B,)``; equals ``chosen_sigmas`` unless the two images of a pair have their own timesteps.
-        cross: Only for losses whose ``needs_cross_scores`` is true.
+        rejected_sigmas: ``(B,)`` noise level of the rejected image; equals ``chosen_sigmas`` unless the two images of a
+            pair have timesteps of their own.
+        cross: Scores of every image for every prompt; None unless the loss's ``needs_cross_scores`` is true.
     """
 
     chosen: Tensor
@@ -278,37 +284,39 @@ class PairScores(TensorRecord):
 
     @property
     def margin(self) -> Tensor:
-        """Chosen minus rejected in float32: ``(B,)`` or ``(B, out_dim)``."""
+        """Chosen minus rejected reward in float32: ``(B,)`` or ``(B, out_dim)``."""
         return self.chosen.float() - self.rejected.float()
 
 
 @dataclass(frozen=True)
 class PromptBatch(TensorRecord):
-    """Prompts to sample from.
+    """Batch of prompts for which a policy samples latents.
 
     Attributes:
         prompts: B raw prompts.
-        keys: B names, unique among all occurrences of prompts in a run (pass and place); every random draw for an
-            occurrence is seeded with its key.
+        keys: B names; each occurrence of a prompt in a run (pass over the list, index in the list) has a key of its
+            own, which seeds all random numbers for that occurrence.
     """
 
     prompts: tuple[str, ...]
     keys: tuple[str, ...]
 
     def __len__(self) -> int:
-        """Number of prompts."""
+        """Return the number of prompts."""
         return len(self.prompts)
 
 
 @dataclass(frozen=True)
 class NoisyStates(TensorRecord):
-    """States of a sampler, for a reward to score.
+    """States of a sampler (noisy latents with their timesteps) for a reward to score.
 
     Attributes:
         latents: ``(N, C, ...)`` in the policy's latent space and noise process.
-        timesteps: ``(N,)`` of the policy's noise process at which they count as lying; 0 for finished latents.
-        rows: ``(N,)`` int64: prompt of each state, a row of what the reward's ``encode_prompts`` gave.
-        clean: ``(N, C, ...)`` the policy's prediction of the clean latents, for rewards that ask for it.
+        timesteps: ``(N,)`` timesteps of the policy's noise process at which the states are scored; 0 for finished
+            latents.
+        rows: ``(N,)`` int64, the prompt of each state as a row index into the result of the reward's
+            ``encode_prompts``.
+        clean: ``(N, C, ...)`` the policy's prediction of the clean latents; None for rewards that do not need it.
     """
 
     latents: Tensor
@@ -319,14 +327,14 @@ class NoisyStates(TensorRecord):
 
 @dataclass(frozen=True)
 class SampledStates(TensorRecord):
-    """States that a policy's sampler passed through.
+    """States that a policy's sampler visited during a rollout.
 
     Attributes:
-        keys: N names, unique in a run: a prompt's key and the number of the step. They give rollouts of several
-            processes one order.
+        keys: N names, unique in a run, made of the prompt's key and the number of the sampling step. Sorting by key
+            puts the states of several ranks into one order.
         prompts: N raw prompts.
         latents: ``(N, C, ...)`` the states x_t.
-        timesteps: ``(N,)`` their timesteps, float32.
+        timesteps: ``(N,)`` timesteps of the states, float32.
     """
 
     keys: tuple[str, ...]
@@ -335,18 +343,18 @@ class SampledStates(TensorRecord):
     timesteps: Tensor
 
     def __len__(self) -> int:
-        """Number of states."""
+        """Return the number of states."""
         return len(self.prompts)
 
 
 @dataclass(frozen=True)
 class StepPairs(SampledStates):
-    """Pairs of candidates for the next state of each state (LPO, SPO).
+    """States x_t, each with two candidates for the next state: the preferred and the rejected one (LPO, SPO).
 
     Attributes:
-        chosen: ``(N, C, ...)`` the better next state.
-        rejected: ``(N, C, ...)`` the worse one.
-        gap: ``(N,)`` tanh(Δ/2) of their scores.
+        chosen: ``(N, C, ...)`` the next state with the higher score.
+        rejected: ``(N, C, ...)`` the next state with the lower score.
+        gap: ``(N,)`` tanh(Δ/2), where Δ is the difference of the two scores.
     """
 
     chosen: Tensor
@@ -356,12 +364,14 @@ class StepPairs(SampledStates):
 
 @dataclass(frozen=True)
 class StepSamples(SampledStates):
-    """Sampled steps with their advantages (GRPO); K of them start from one state, which a policy evaluates once.
+    """States x_t, each with K sampled next states and their advantages (GRPO).
+
+    The policy evaluates each state once for all of its K steps.
 
     Attributes:
-        next_latents: ``(N, K, C, ...)`` the states after it.
-        log_prob: ``(N, K)`` log-probabilities of the steps under the policy that drew them.
-        advantage: ``(N, K)``.
+        next_latents: ``(N, K, C, ...)`` the K next states of each state.
+        log_prob: ``(N, K)`` log-probabilities of the steps under the policy that sampled them.
+        advantage: ``(N, K)`` advantages of the steps.
     """
 
     next_latents: Tensor
@@ -374,7 +384,7 @@ Rows = TypeVar("Rows", StepPairs, StepSamples, Conditioning)
 
 
 def take_rows(record: StepRecord, index: Sequence[int]) -> StepRecord:
-    """Rows ``index`` of a record of steps."""
+    """Return the rows ``index`` of a record of steps; all its tensors and names are indexed alike."""
     rows = torch.as_tensor(index, dtype=torch.int64)
     values = {field.name: getattr(record, field.name) for field in fields(record)}
     return type(record)(
@@ -386,7 +396,7 @@ def take_rows(record: StepRecord, index: Sequence[int]) -> StepRecord:
 
 
 def join_rows(records: Sequence[Rows]) -> Rows:
-    """Several records, at least one, as one."""
+    """Concatenate the rows of at least one record into a single record."""
     names = [field.name for field in fields(records[0])]
     columns = {name: [getattr(record, name) for record in records] for name in names}
     return type(records[0])(
@@ -396,13 +406,13 @@ def join_rows(records: Sequence[Rows]) -> Rows:
 
 @dataclass(frozen=True)
 class RolloutStatistics(TensorRecord):
-    """What one rollout of all ranks looked like, for logs, callbacks and messages.
+    """Scores of one rollout over all ranks, for logs, callbacks and messages.
 
     Attributes:
-        timesteps: ``(S,)`` steps at which candidates were scored, float32; 0 for finished latents.
+        timesteps: ``(S,)`` timesteps at which candidates were scored, float32; 0 for finished latents.
         scores: ``(S, K, P)`` scores of the K candidates of each of P prompts.
-        gap: ``(S, P)`` tanh(Δ/2) of the best and the worst candidate.
-        kept: ``(S, P)`` bool: whether something is learned from these candidates.
+        gap: ``(S, P)`` tanh(Δ/2), where Δ is the best minus the worst score of the candidates.
+        kept: ``(S, P)`` bool: whether these candidates become training samples.
     """
 
     timesteps: Tensor

@@ -1,4 +1,4 @@
-"""The device that a setting names."""
+"""Look-up of the device that a setting names."""
 
 import torch
 
@@ -6,10 +6,10 @@ from latentreward.errors import InputError, first_line
 
 
 def find_device(name: str | torch.device) -> torch.device:
-    """Find the device of that name; ``auto`` is the accelerator, or the CPU if there is none.
+    """Return the torch device called ``name``; ``auto`` is the accelerator, or the CPU if there is none.
 
     Raises:
-        InputError: If this machine has no such device.
+        InputError: If this machine does not have the device.
     """
     if name == "auto":
         found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None

@@ -1,4 +1,4 @@
-"""Errors for what a user can put right: shown as one line, without a traceback."""
+"""Errors that a user can correct: the command line shows them as one line without a traceback."""
 
 import difflib
 import re
@@ -6,20 +6,21 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 LONGEST_LIST = 30
+"""Number of valid names up to which an error message lists all of them."""
 
 
 class InputError(ValueError):
-    """Bad input: a setting, a file or a column that the user can change.
+    """Bad input that the user can correct: a setting, a file or a column.
 
-    Raise it with one line that names the field, the value and the remedy. The command line prints that line and exits
-    with status 2, as it does for an OSError and for what constructors say against a setting; any other exception counts
-    as a bug and keeps its traceback.
+    The message should be one line that names the field, the value and the remedy. The command line prints that line and
+    exits with status 2. An OSError, or a ValueError that a constructor raises about a setting, ends in the same way.
+    Any other exception counts as a bug and keeps its traceback.
     """
 
 
 @contextmanager
 def errors_at(place: str) -> Iterator[None]:
-    """Say ``place`` before what is wrong."""
+    """Prefix the message of an InputError raised inside the block with ``place``, e.g. ``"head: "``."""
     try:
         yield
     except InputError as error:
@@ -27,22 +28,27 @@ def errors_at(place: str) -> Iterator[None]:
 
 
 def check_at_least_one(place: str = "", /, **settings: float | None) -> None:
-    """Raise InputError, with ``place`` before the name, for a setting that is given and below 1."""
+    """Raise InputError for the first setting below 1; None is accepted.
+
+    Args:
+        place: Prefix of the setting's name in the message, e.g. ``"cache."``.
+        settings: Values by name.
+    """
     for name, value in settings.items():
         if value is not None and not value >= 1:  # NaN too
             raise InputError(f"{place}{name} is {value:g}; it must be at least 1")
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
-    """Tail for an error message about an unknown name.
+    """Return the end of an error message about an unknown name: a suggestion, or the list of valid names.
 
     Args:
-        name: What the user wrote.
-        choices: Names that would have been accepted.
+        name: Name that the user wrote.
+        choices: Valid names.
 
     Returns:
-        ``"; did you mean 'x'?"`` for the closest choice, the list of choices if none is close, and an empty string
-        if there are no choices or too many to read.
+        ``"; did you mean 'x'?"`` with the closest valid name; ``"; choose from ..."`` if none is close; an empty string
+        if there are no valid names or more than :data:`LONGEST_LIST`.
     """
     known = sorted(set(choices))
     by_lower_case = {choice.lower(): choice for choice in known}
@@ -53,17 +59,20 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message without line breaks; from a loader's worker process, the message it had there."""
+    """Return an error's message without line breaks.
+
+    Of an error that a DataLoader worker process raised, the original message is returned.
+    """
     text = str(error)
-    if re.match(r"Caught \w+ in DataLoader worker", text):  # torch puts the worker's traceback before it
+    if re.match(r"Caught \w+ in DataLoader worker", text):  # torch puts the worker's traceback before the message
         text = text.rstrip().splitlines()[-1].partition(": ")[2]
     return " ".join(text.split()) or type(error).__name__
 
 
 def first_line(error: BaseException) -> str:
-    """First line of an error's message, or its type where it has none."""
+    """Return the first line of an error's message, or the name of its type if the message is empty."""
     text = str(error).strip()
-    if "weights_only" in text:  # torch refuses what could run code, and advises how to run it all the same
+    if "weights_only" in text:  # torch.load's message advises weights_only=False, which would run the file's code
         name = re.search(r"GLOBAL (\S+)", text)
         return f"it names {name[1]}" if name else "it holds more than tensors and plain values"
     return text.splitlines()[0] if text else type(error).__name__

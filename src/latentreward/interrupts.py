@@ -1,4 +1,8 @@
-"""Ctrl-C and SIGTERM: an end at once while modules are loaded, with a message later, after a write in its midst."""
+"""Handling of Ctrl-C and SIGTERM.
+
+While modules are imported, Ctrl-C ends the process at once. Later, both end a command with a message about what is
+kept. Inside :func:`interrupts_held`, both wait until a write is complete.
+"""
 
 import os
 import signal
@@ -15,12 +19,15 @@ TERMINATED = 143
 
 
 class Terminated(KeyboardInterrupt):
-    """A SIGTERM, by which batch systems, ``timeout`` and ``kill`` ask for what a Ctrl-C asks for."""
+    """A SIGTERM, which batch systems, ``timeout`` and ``kill`` send; handled in the same way as a Ctrl-C."""
 
 
 @contextmanager
 def sigterm_interrupts() -> Iterator[None]:
-    """Let SIGTERM inside the block raise :class:`Terminated`, unless it has a handler or is ignored."""
+    """Let SIGTERM raise :class:`Terminated` inside the block.
+
+    Nothing changes if SIGTERM already has a handler or is ignored, or outside the main thread.
+    """
     main = threading.current_thread() is threading.main_thread()
     if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
@@ -37,14 +44,21 @@ def sigterm_interrupts() -> Iterator[None]:
 
 
 def interrupt_behind(error: BaseException) -> KeyboardInterrupt | None:
-    """Find the Ctrl-C or SIGTERM that ``error`` is, or that Lightning turned into an exit with status 1."""
+    """Return the Ctrl-C or SIGTERM behind ``error``, or None if there is none.
+
+    ``error`` may be that interrupt itself, or the SystemExit into which Lightning turned it.
+    """
     found = error.__context__ if isinstance(error, SystemExit) else error
     return found if isinstance(found, KeyboardInterrupt) else None
 
 
 @contextmanager
 def interrupts_told(kept: Callable[[], str]) -> Iterator[None]:
-    """Have a Ctrl-C or SIGTERM inside the block say what is kept and how to go on."""
+    """Give a Ctrl-C or SIGTERM inside the block the message that ``kept`` returns.
+
+    Args:
+        kept: Returns a text on what is kept and how to go on; called when the interrupt arrives.
+    """
     try:
         yield
     except (KeyboardInterrupt, SystemExit) as error:
@@ -56,7 +70,7 @@ def interrupts_told(kept: Callable[[], str]) -> Iterator[None]:
 
 @contextmanager
 def interrupts_held() -> Iterator[None]:
-    """Let a Ctrl-C or SIGTERM inside the block take effect at its end, so that a write is done whole."""
+    """Delay a Ctrl-C or SIGTERM until the end of the block, so that a write inside the block is completed."""
     held: list[tuple[int, FrameType | None]] = []
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     before = {number: handler for number, handler in handlers.items() if callable(handler)}
@@ -76,9 +90,9 @@ def interrupts_held() -> Iterator[None]:
 
 @contextmanager
 def exit_while_importing() -> Iterator[None]:
-    """End the process at a Ctrl-C inside the block.
+    """End the process at once on a Ctrl-C inside the block.
 
-    An exception would not do: compiled modules that are being imported replace it by an ``ImportError``.
+    A KeyboardInterrupt would be lost: compiled modules that are being imported replace it by an ImportError.
     """
     before = signal.getsignal(signal.SIGINT)
     if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
@@ -97,7 +111,7 @@ def exit_while_importing() -> Iterator[None]:
 
 
 def tell_interrupt(stop: KeyboardInterrupt) -> None:
-    """Print the line about a Ctrl-C or SIGTERM; of several processes of a run, which all get it, the first one does."""
+    """Print one line about a Ctrl-C or SIGTERM on stderr; only the process of local rank 0 prints."""
     if int(os.environ.get("LOCAL_RANK") or 0) == 0:
         by, kept = "SIGTERM" if isinstance(stop, Terminated) else "Ctrl-C", str(stop)
         print(f"latentreward: stopped by {by}{kept and '; '}{kept}", file=sys.stderr, flush=True)

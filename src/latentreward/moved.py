@@ -1,4 +1,4 @@
-"""Earlier import paths, which saved configs and users' own code still name."""
+"""Import paths of earlier releases, which saved configs and users' own code may still contain."""
 
 import sys
 from collections.abc import Sequence
@@ -17,25 +17,25 @@ MOVED = {
     "latentreward.scoring.stored": "latentreward.scoring.layouts.find",
     "latentreward.strategies": "latentreward.checkpoints.fsdp2",
 }
-"""Module or package of an earlier release → the one that took its place."""
+"""Import path of a module or package in an earlier release → its present import path."""
 
 
 class MovedModules(MetaPathFinder, Loader):
-    """Import the module that took an earlier one's place, as the same object under both names."""
+    """Import hook that resolves an earlier import path to the present module, one module object under both names."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Recognise an earlier module, or one inside an earlier package."""
+        """Return a spec if ``fullname`` is an earlier import path, or lies inside an earlier package; else None."""
         return ModuleSpec(fullname, self) if today(fullname) != fullname else None
 
     def exec_module(self, module: ModuleType) -> None:
-        """Put today's module in the place of the empty one that the import system made."""
+        """Import the present module and register it in ``sys.modules`` under the earlier name too."""
         sys.modules[module.__name__] = import_module(today(module.__name__))
 
 
 def today(name: str) -> str:
-    """Translate a module's earlier name; other names come back unchanged."""
+    """Return the present import path of an earlier one; any other name is returned unchanged."""
     parts = name.split(".")
     for length in range(len(parts), 1, -1):
         if new := MOVED.get(".".join(parts[:length])):
@@ -43,6 +43,6 @@ def today(name: str) -> str:
     return name
 
 
-# First: an earlier package is today's, whose folder holds its modules under their present names, and a second copy of
-# one of them would have classes of its own.
+# At the front of the list: an earlier package name is an alias of a present package. Python's own finder would look
+# into that package's folder and load a second copy of a module, whose classes differ from those of the first copy.
 sys.meta_path.insert(0, MovedModules())

@@ -1,6 +1,6 @@
-"""The user's own modules, which Python finds in the current folder, and programs that this process may start.
+"""Imports from the current folder, and programs that this process may start.
 
-Those are any, until ``--restrict-imports`` leaves those of ``--allow-programs``.
+Any program may start until ``--restrict-imports`` is given; then only those of ``--allow-programs``.
 """
 
 import os
@@ -15,16 +15,19 @@ from typing import Any
 from latentreward.errors import InputError
 
 _ALLOWED: list[frozenset[str]] = []
-"""The last entry holds the programs that may start; empty as long as any may."""
+"""Absolute paths of the programs that may start, in the last entry; an empty list allows any program."""
 STARTING = ("subprocess.Popen", "os.exec", "os.posix_spawn", "os.spawn", "os.system", "pty.spawn")
-"""Events of Python's own auditing (PEP 578) before a program starts, whoever starts it."""
+"""Names of Python's audit events (PEP 578) that announce the start of a program, by whatever library."""
 
 
 def find_modules_here(settings: Iterable[Any]) -> None:
-    """Let Python find modules in the current folder, behind all others, if one of ``settings`` names one there.
+    """Append the current folder to ``sys.path`` if a class path in ``settings`` names a module in that folder.
 
-    Not otherwise: libraries try to import packages that are not installed, and would find those that lie beside a
-    model or data of other people's.
+    Otherwise ``sys.path`` stays unchanged. Libraries try to import optional packages, and would otherwise import a
+    file of that name that somebody put beside a downloaded model or data set.
+
+    Args:
+        settings: Values of settings; only texts such as ``my_module.MyClass`` matter.
     """
     here = str(Path.cwd())
     for package, _, rest in {value.partition(".") for value in settings if isinstance(value, str) and len(value) < 999}:
@@ -34,10 +37,10 @@ def find_modules_here(settings: Iterable[Any]) -> None:
 
 
 def allow_only(programs: Sequence[str]) -> None:
-    """Let this process start no program but ``programs`` from now on; it cannot be undone.
+    """Let this process start only ``programs`` from now on; this cannot be undone within the process.
 
     Raises:
-        InputError: If one is not the absolute path of a file, or is a link: a link's name says little about what runs.
+        InputError: If a program is not the absolute path of a file, or is a link, whose target could change.
     """
     for program in programs:
         if not Path(program).is_absolute() or not Path(program).is_file():
@@ -50,10 +53,10 @@ def allow_only(programs: Sequence[str]) -> None:
 
 
 def check_program(program: str | os.PathLike[str]) -> None:
-    """Refuse a program that this process may not start.
+    """Check that this process may start ``program``, a path or a name to look up in ``PATH``.
 
     Raises:
-        InputError: If it is none of those allowed.
+        InputError: If :func:`allow_only` was called without ``program``.
     """
     if not _ALLOWED:
         return
@@ -68,7 +71,10 @@ def check_program(program: str | os.PathLike[str]) -> None:
 
 
 def _refuse_others(event: str, arguments: tuple[Any, ...]) -> None:
-    """Refuse what reaches for a program by another way than ours; libraries expect an OSError."""
+    """Audit hook: raise PermissionError for a program that may not start, whichever library starts it.
+
+    PermissionError is an OSError, which libraries expect when a program cannot start.
+    """
     if event not in STARTING:
         return
     program = arguments[1 if event == "os.spawn" else 0]
@@ -83,8 +89,8 @@ def _refuse_others(event: str, arguments: tuple[Any, ...]) -> None:
 
 
 def _starts_another_rank(command: Any) -> bool:
-    """Whether a command is this process's own over again, as Lightning starts the other ranks of DDP."""
-    module = sys.modules["__main__"].__spec__  # of `python -m latentreward`
+    """Tell whether ``command`` is this process's own command line, which Lightning uses to start DDP's other ranks."""
+    module = sys.modules["__main__"].__spec__  # set for `python -m latentreward`
     start = [os.path.abspath(sys.argv[0])] if module is None else ["-m", module.name]  # noqa: PTH100 - as Lightning
     own = [sys.executable, *start, *sys.argv[1:]]
     return isinstance(command, list | tuple) and [os.fspath(part) for part in command] == own

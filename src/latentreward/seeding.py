@@ -1,4 +1,7 @@
-"""Random draws that depend on what is drawn for, never on rank, batch, worker or the state of a global generator."""
+"""Random generators seeded by the name of the item that the numbers are for.
+
+The numbers do not depend on rank, batch, worker process or the state of a global generator.
+"""
 
 import json
 import os
@@ -10,22 +13,23 @@ import torch
 
 
 def pair_generator(seed: int, purpose: str, epoch: int, pair_id: str, image_key: str | None = None) -> torch.Generator:
-    """A fresh CPU generator for one kind of draw for one pair.
+    """Return a new CPU generator for the random numbers of one purpose and one pair.
 
     Args:
         seed: Seed of the run.
-        purpose: What is drawn, e.g. ``"noise"``, ``"timestep"``, ``"posterior"``, ``"side"``; draws of different
+        purpose: Use of the numbers, e.g. ``"noise"``, ``"timestep"``, ``"posterior"``, ``"side"``; numbers of different
             purposes are independent.
-        epoch: Epoch number; a constant for what must not change between epochs.
-        pair_id: Name of the pair; empty for draws that belong to no pair, such as the order of an epoch.
-        image_key: Name of one image, for draws that its pairs share or that differ between the two sides.
+        epoch: Epoch number; a constant for numbers that must not change between epochs.
+        pair_id: Name of the pair; empty for numbers that belong to no pair, such as the order of an epoch.
+        image_key: Name of one image, for numbers that all pairs with this image share, or that differ between the two
+            images of a pair.
 
     Returns:
-        A generator on the CPU. Equal arguments give equal draws on every machine of the same torch version.
+        A generator on the CPU. Equal arguments give equal numbers on every machine with the same torch version.
 
     Note:
-        The seed has 63 bits, of which torch's CPU generator uses the low 32: among n pairs about n² / 2³³ share
-        their draws by chance (some 40 couples in 600,000).
+        The seed has 63 bits, but torch's CPU generator uses only the low 32. Among n pairs about n² / 2³³ couples get
+        the same numbers by chance (about 40 couples in 600,000 pairs).
     """
     return _generator([seed, purpose, epoch, pair_id, image_key])
 
@@ -33,14 +37,16 @@ def pair_generator(seed: int, purpose: str, epoch: int, pair_id: str, image_key:
 def scoring_generator(
     prompt: str, seed: int, sigma: float, shape: Sequence[int], image_key: str | None = None
 ) -> torch.Generator:
-    """A fresh CPU generator for the noise under which latents are scored, whatever batch they are in.
+    """Return a new CPU generator for the noise that is added to latents before they are scored.
+
+    Equal arguments give equal noise, whatever other latents are in the batch.
 
     Args:
-        prompt: What they are scored for; all its images share the draw.
-        seed: Number of the draw.
-        sigma: Noise level, of which six decimals count.
+        prompt: Prompt of the latents; without ``image_key`` all images of a prompt get the same noise.
+        seed: Seed of the noise.
+        sigma: Noise level in [0, 1], rounded to six decimals.
         shape: Shape ``(C, ...)`` of the latents of one image.
-        image_key: Name of the image's content, for noise of its own.
+        image_key: Hash of the image's content, to give each image noise of its own.
     """
     return _generator(["score", prompt, seed, f"{sigma:.6f}", list(shape), image_key])
 
@@ -51,5 +57,5 @@ def _generator(name: list[Any]) -> torch.Generator:
 
 
 def run_seed(seed: int | None) -> int:
-    """``seed``, or where it is None that of the run, which ``seed_everything`` leaves in the environment; else 0."""
+    """Return ``seed``; if it is None, the run's seed that ``seed_everything`` put into the environment, or else 0."""
     return int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed

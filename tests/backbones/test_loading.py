@@ -71,10 +71,10 @@ def test_path_that_is_no_pipeline(tmp_path: Path) -> None:
     refused(
         "sd15", tmp_path / "nowhere", "source='.*nowhere' does not exist; give a diffusers pipeline folder or a hub id"
     )
-    refused("sd15", tmp_path, "is no diffusers pipeline: .* give the folder that holds them")
+    refused("sd15", tmp_path, "is not a diffusers pipeline: .* give the folder that holds them")
     (tmp_path / "model.safetensors").write_bytes(b"")
     refused("sd15", tmp_path / "model.safetensors", "lacks model_index.json")
-    refused("sd15", "not a/hub id", "is neither a folder here nor to be had from the hub")
+    refused("sd15", "not a/hub id", "is not a local folder and cannot be fetched from the hub")
 
 
 @pytest.mark.slow
@@ -86,7 +86,7 @@ def test_hub_id_without_network_fails_fast() -> None:
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=20, check=False
     )
     last = done.stderr.strip().splitlines()[-1]
-    assert "InputError: source='nobody/nothing' is neither a folder here nor to be had from the hub" in last
+    assert "InputError: source='nobody/nothing' is not a local folder and cannot be fetched from the hub" in last
     assert "Retrying" not in done.stderr
 
 

@@ -240,7 +240,7 @@ def test_without_a_hub_the_folder_stays(
 
 def test_a_file_that_is_no_checkpoint(run: Path, tmp_path: Path, capsys: Any) -> None:
     said = refused(capsys, run / "config.yaml", tmp_path / "out")
-    assert "config.yaml' is no checkpoint; give one (.ckpt), or the folder" in said
+    assert "config.yaml' is not a checkpoint; give one (.ckpt), or the folder" in said
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ def test_a_folder_of_a_repository(hub: StubHub, tmp_path: Path) -> None:
 
 
 def test_no_such_repository(hub: StubHub) -> None:
-    with pytest.raises(InputError, match=r"'owner/none' is neither here nor .*hub .RepositoryNotFoundError.") as caught:
+    with pytest.raises(InputError, match=r"'owner/none' is not a local path .*hub .RepositoryNotFoundError.") as caught:
         RewardModel.from_pretrained("owner/none")
     assert "\n" not in str(caught.value)
 
@@ -123,7 +123,7 @@ def test_a_hub_that_says_nothing_is_given_up_in_time(monkeypatch: pytest.MonkeyP
 
 def test_names_and_tokens_that_the_hub_refuses(monkeypatch: pytest.MonkeyPatch, hub: StubHub, tmp_path: Path) -> None:
     model = trained(tmp_path)
-    with pytest.raises(InputError, match=r"'no/hub/id' is no hub id .*; give owner/name"):
+    with pytest.raises(InputError, match=r"'no/hub/id' is not a hub id .*; give owner/name"):
         model.push_to_hub("no/hub/id", token="hf_secret")
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", refuse)
     with pytest.raises(InputError, match="'owner/reward': the hub refuses"):

@@ -347,7 +347,7 @@ def test_models_that_cannot_be_saved(tmp_path: Path) -> None:
         model.save_pretrained(tmp_path / "saved")
     model = RewardModel.from_pretrained(tmp_path / "dina")
     built = RewardModel(model.backbone, model.head)
-    with pytest.raises(InputError, match="put together in Python"):
+    with pytest.raises(InputError, match="built in Python"):
         built.save_pretrained(tmp_path / "saved")
     model.recipe = replace(model.recipe, head=replace(model.recipe.head, init_args={"width": object()}))
     with pytest.raises(InputError, match=r"head\.init_args: .* give plain values"):

@@ -1,6 +1,6 @@
-"""Noisy latents → features.
+"""Backbones: parts of diffusion networks that compute features from noisy latents.
 
-Each factory is usable from YAML by its name alone: ``sd15``, ``sd21``, ``sdxl``, ``sd_tiny``, ``sd3_medium``,
+YAML may name a factory without its import path: ``sd15``, ``sd21``, ``sdxl``, ``sd_tiny``, ``sd3_medium``,
 ``sd35_medium``, ``sd35_tiny``.
 """
 

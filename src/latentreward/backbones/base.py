@@ -1,4 +1,4 @@
-"""What every backbone promises, and how its weights are tuned."""
+"""Base class of all backbones, and checks of their taps and features."""
 
 from __future__ import annotations
 
@@ -22,23 +22,26 @@ if TYPE_CHECKING:
 
 
 class DiffusionBackbone(nn.Module, ABC):
-    """The part of a diffusion network that a reward head reads, with the encoders and the noise it was trained with.
+    """Part of a diffusion network that computes features for a reward head, with its encoders and noise process.
 
-    A subclass implements :meth:`read` and the properties below; nothing here assumes images: latents may have any
-    number of axes after the channels.
+    A feature is read at a *tap*: the output of one block of the network. A subclass implements :meth:`read`,
+    :attr:`feature_spec` and :meth:`blocks`. Latents may have any number of axes after the channels, for example a time
+    axis for video.
 
     Args:
         noise_process: Forward process of the network.
-        latent_space: Latents the network takes.
+        latent_space: Latents that the network takes.
         text_encoder: Prompt encoder; None if conditioning comes from elsewhere.
-        vae: Pixels → latents; None if latents come from elsewhere.
+        vae: Encoder of pixels into latents; None if latents come from elsewhere.
 
     Attributes:
         source: Folder or hub id of the weights, with the revision, as the user gave it; for messages.
-        network_name: Attribute that holds the diffusers network, where :meth:`with_network` is implemented.
-        takes_aspects: Whether the network was trained on images of other shapes than its native one.
-        max_side: Largest side of latents that the network has positions for; None for any.
-        built_by: Factory, or class, and the plain values that it was called with; None if it was given anything else.
+        network_name: Name of the attribute that holds the diffusers network; set where :meth:`with_network` is
+            implemented.
+        takes_aspects: Whether the network was trained on images of several aspect ratios.
+        max_side: Largest side of the latents for which the network has position embeddings; None for any.
+        built_by: Record of the factory or class call that made the backbone; None if an argument cannot be written as
+            JSON.
     """
 
     source: str = ""
@@ -49,9 +52,10 @@ class DiffusionBackbone(nn.Module, ABC):
     _compared: bool = False
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Note the arguments; a registered factory then notes its own."""
+        """Record the arguments in :attr:`built_by`, which a registered factory replaces by its own call."""
         backbone = super().__new__(cls)
-        object.__setattr__(backbone, "built_by", Construction.of(cls, args, kwargs))  # nn.Module's is not set up yet
+        # nn.Module.__setattr__ works only after nn.Module.__init__.
+        object.__setattr__(backbone, "built_by", Construction.of(cls, args, kwargs))
         return backbone
 
     def __init__(
@@ -70,21 +74,21 @@ class DiffusionBackbone(nn.Module, ABC):
     @property
     @abstractmethod
     def feature_spec(self) -> FeatureSpec:
-        """Widths and grids of what :meth:`read` returns."""
+        """Widths and token grids of the features that :meth:`read` returns."""
 
     @property
     def native_size(self) -> tuple[int, int] | None:
-        """(height, width) in pixels of the images that the network was trained on; None if it does not tell."""
+        """(height, width) in pixels of the images that the network was trained on; None if unknown."""
         return None
 
     @property
     def side_multiple(self) -> int:
-        """Sides of an image, in pixels, must be multiples of this."""
+        """Number of pixels of which both sides of an image must be multiples."""
         return self.latent_space.downscale
 
     @abstractmethod
     def read(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Features:
-        """Features of ``latents`` ``(B, C, ...)`` at ``timesteps`` ``(B,)``, ``uncond`` left None."""
+        """Compute the features of ``latents`` ``(B, C, ...)`` at ``timesteps`` ``(B,)``, with ``uncond`` None."""
 
     def forward(
         self,
@@ -93,16 +97,18 @@ class DiffusionBackbone(nn.Module, ABC):
         conditioning: Conditioning,
         uncond: Conditioning | None = None,
     ) -> Features:
-        """Read features, for the empty prompt too if ``uncond`` is given, in one pass of twice the batch.
+        """Compute features for the prompts and, if ``uncond`` is given, for the empty prompt too.
+
+        Both are computed in one forward pass with a batch of 2 B.
 
         Args:
             latents: ``(B, C, ...)`` scaled noisy latents.
-            timesteps: ``(B,)`` of :attr:`noise_process`.
+            timesteps: ``(B,)`` timesteps of :attr:`noise_process`.
             conditioning: Encoded prompts, B rows.
             uncond: Encoded empty prompt, one row.
 
         Raises:
-            InputError: If the latents have another number of channels than the network takes.
+            InputError: If the latents do not have the number of channels that the network takes.
         """
         if latents.shape[1] != self.latent_space.channels:
             raise InputError(
@@ -118,14 +124,18 @@ class DiffusionBackbone(nn.Module, ABC):
         return replace(rows_of(both, slice(size)), uncond=rows_of(both, slice(size, None)))
 
     def _as_promised(self, features: Features) -> Features:
-        """Return ``features``; the first ones are compared with :attr:`feature_spec`, by which the head was made."""
+        """Return ``features`` unchanged; in the first call, check them against :attr:`feature_spec`."""
         if not self._compared:
             check_features(features, self.feature_spec, type(self).__name__)
             self._compared = True
         return features
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """Conditioning of B prompts; each distinct prompt is encoded once."""
+        """Encode B prompts to B rows; repeated prompts are encoded once.
+
+        Raises:
+            InputError: If the backbone has no text encoder.
+        """
         if self.text_encoder is None:
             raise InputError("this backbone was built without a text encoder; load it from a full pipeline folder")
         distinct = list(dict.fromkeys(prompts))
@@ -136,38 +146,47 @@ class DiffusionBackbone(nn.Module, ABC):
         return encoded.select([row[prompt] for prompt in prompts])
 
     def drop_text_taps(self) -> None:
-        """Read no text tokens from now on, for a head that takes none; what only they needed stops training.
+        """Stop reading text taps, for a head that uses none, and freeze parameters that only text taps need.
 
-        DDP would wait for the gradients of such parameters.
+        Without gradients such parameters would make DDP fail. The base class does nothing.
         """
 
     def drop_time_embedding(self) -> None:
-        """Stop training what only the timestep embedding among the features needs, for a head that takes none."""
+        """Freeze parameters that only the timestep embedding in the features needs, for a head that does not use it.
+
+        The base class does nothing.
+        """
 
     def with_network(self, network: nn.Module, text_encoder: PromptEncoder | None) -> DiffusionBackbone | None:
-        """The same taps on ``network``, of which no block is dropped, without a VAE; None if this class cannot.
+        """Return a backbone without a VAE that reads the taps of this one from ``network``; None if not possible.
 
         Args:
-            network: Whole diffusers network of the same config, which others use too.
-            text_encoder: Encoder of prompts for it.
+            network: Whole diffusers network with the config of this backbone's network. Other code uses it too, so that
+                no block is dropped.
+            text_encoder: Prompt encoder of the new backbone.
         """
         return None
 
     @abstractmethod
     def blocks(self) -> Iterator[nn.Module]:
-        """The kept blocks of the network, in order: what is compiled, checkpointed or sharded one by one."""
+        """Yield the kept blocks of the network in order: the units of compilation, checkpointing and sharding."""
 
 
 def rows_of(features: Features, rows: slice) -> Features:
-    """Part of a batch of features."""
+    """Return the given rows of a batch of features."""
     return map_tensors(features, lambda tensor: tensor[rows])
 
 
 def check_features(features: Features, spec: FeatureSpec, backbone: str) -> None:
-    """Compare what a backbone read with what its ``feature_spec`` says.
+    """Check that features have the taps, widths and grids that ``spec`` states.
+
+    Args:
+        features: Features that a backbone returned.
+        spec: The backbone's ``feature_spec``, from which the head was built.
+        backbone: Name of the backbone for messages.
 
     Raises:
-        InputError: Naming the first tap of another number, width or grid.
+        InputError: If the number of taps, a width or a number of tokens differs; names the first difference.
     """
     for kind, taps, promised in (("visual", features.visual, spec.visual), ("text", features.text, spec.text)):
         if len(taps) != len(promised):
@@ -195,10 +214,16 @@ def check_features(features: Features, spec: FeatureSpec, backbone: str) -> None
 
 
 def check_taps(name: str, taps: Sequence[int], last: int, least: int = 0) -> tuple[int, ...]:
-    """Ascending block numbers 0..``last`` (0 is before the first block).
+    """Check block numbers to read features at, and return them as a tuple.
+
+    Args:
+        name: Name of the setting, for messages.
+        taps: Block numbers in ascending order, from 0 (before the first block) to ``last``.
+        last: Number of the last block.
+        least: Smallest number of taps.
 
     Raises:
-        InputError: If fewer than ``least`` taps are given, they do not ascend, or one lies past the blocks.
+        InputError: If there are fewer than ``least`` taps, they do not ascend, or one is not in 0..``last``.
     """
     taps = tuple(taps)
     if len(taps) < least:

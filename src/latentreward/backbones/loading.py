@@ -1,4 +1,4 @@
-"""From a diffusers pipeline, in a folder or on the hub, to the parts of a backbone."""
+"""Loading the parts of a diffusers pipeline, from a folder or the hub, and applying settings to a new backbone."""
 
 from __future__ import annotations
 
@@ -28,36 +28,34 @@ if TYPE_CHECKING:
     from latentreward.encoders.vae import LatentEncoder
 
 TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj", "q", "k", "v", "o")
-"""Attention projections of CLIP and of T5."""
+"""Name endings of the attention projections in CLIP and T5."""
 
 OWN_ATTENTION = (None, "eager", "sdpa")
-"""Attention of transformers that needs no code but PyTorch's."""
+"""Values of transformers' ``attn_implementation`` that need PyTorch alone."""
 
 Backbone = TypeVar("Backbone", bound="DiffusionBackbone")
 
 
 def tiny_pipeline(name: str) -> str:
-    """Folder of a shipped tiny pipeline: ``sd_tiny`` or ``sd35_tiny``."""
+    """Return the folder of a shipped tiny pipeline, ``sd_tiny`` or ``sd35_tiny``."""
     return str(files("latentreward.tinyworld") / "pipelines" / name)
 
 
 class PipelineSource:
-    """A diffusers pipeline whose parts are loaded one by one, configs first.
+    """A diffusers pipeline in a folder or on the hub, whose parts are loaded one at a time.
 
-    Only safetensors are read, never pickles. ``from_pretrained`` of diffusers and transformers takes folders and hub
-    ids alike, so this class does too.
+    Weights are read from safetensors files only, never from pickles. Under ``torch.device("meta")`` only configs are
+    read: the parts then have shapes but no weights, and no weights are downloaded.
 
-    Under ``torch.device("meta")`` no weights are read: parts have the shapes of their configs and nothing else, which
-    shows what a setting builds, and how large, before anything is downloaded.
+    A folder that has ``unet/`` or ``transformer/`` but no ``model_index.json`` counts as a pipeline without encoders.
 
     Args:
         source: Folder or hub id.
         revision: Branch, tag or commit of a hub id.
-        variant: File variant of the weights.
+        variant: File variant of the weights, such as ``fp16``.
 
     Raises:
-        InputError: If ``source`` looks like a folder but is none, or is no pipeline. A folder with a bare ``unet/`` or
-            ``transformer/`` and ``scheduler/`` counts as a pipeline without encoders.
+        InputError: If ``source`` looks like a path but does not exist, or is not a diffusers pipeline.
     """
 
     def __init__(self, source: str, revision: str | None = None, variant: str | None = None) -> None:
@@ -71,15 +69,15 @@ class PipelineSource:
             self.index = {part: ["diffusers", ""] for part in ("unet", "transformer") if (folder / part).is_dir()}
             if not self.index:
                 raise InputError(
-                    f"source={self.source!r} is no diffusers pipeline: it has neither model_index.json nor unet/ nor "
-                    "transformer/; give the folder that holds them"
+                    f"source={self.source!r} is not a diffusers pipeline: it has neither model_index.json nor unet/ "
+                    "nor transformer/; give the folder that holds them"
                 )
             self.index["scheduler"] = ["diffusers", ""]
         else:
             self.index = self._json("model_index.json")
 
     def __str__(self) -> str:
-        """Source and revision."""
+        """Return ``source`` or ``source@revision``."""
         return self.source if self.revision is None else f"{self.source}@{self.revision}"
 
     def _file(self, name: str) -> Path:
@@ -95,8 +93,8 @@ class PipelineSource:
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             reason = "the hub does not answer" if self._offline else type(error).__name__
             raise InputError(
-                f"source={self.source!r} is neither a folder here nor to be had from the hub ({reason}); check the "
-                "name, the network and your access, or give a local folder"
+                f"source={self.source!r} is not a local folder and cannot be fetched from the hub ({reason}); check "
+                "the name, the network and your access, or give a local folder"
             ) from error
 
     def _json(self, name: str) -> dict[str, Any]:
@@ -109,16 +107,16 @@ class PipelineSource:
             raise InputError(f"source={self.source!r}: {name} is damaged ({error}); download it again") from error
 
     def config(self, part: str) -> dict[str, Any]:
-        """Config of ``part``, such as ``unet`` or ``vae``.
+        """Read the config of ``part``, such as ``unet``, ``vae`` or ``scheduler``.
 
         Raises:
-            InputError: If the pipeline has no such part.
+            InputError: If the pipeline does not have ``part``, or the file is missing or damaged.
         """
         self._require(part)
         return self._json(f"{part}/{'scheduler_config' if part == 'scheduler' else 'config'}.json")
 
     def has(self, part: str) -> bool:
-        """Whether the pipeline holds ``part``."""
+        """Tell whether the pipeline has ``part``."""
         return bool(self.index.get(part) and self.index[part][0])
 
     def _require(self, part: str) -> None:
@@ -137,29 +135,29 @@ class PipelineSource:
         return from_config(family, self.source, dtype, **place)
 
     def unet(self, pretrained: bool = True) -> UNet2DConditionModel:
-        """The U-Net, in float32."""
+        """Load the U-Net in float32; with ``pretrained=False`` it has initial weights."""
         from diffusers import UNet2DConditionModel
 
         return self._load(UNet2DConditionModel, "unet", pretrained)
 
     def transformer(self, pretrained: bool = True) -> SD3Transformer2DModel:
-        """The SD3 transformer, in float32."""
+        """Load the SD3 transformer in float32; with ``pretrained=False`` it has initial weights."""
         from diffusers import SD3Transformer2DModel
 
         return self._load(SD3Transformer2DModel, "transformer", pretrained)
 
     def noise_process(self) -> NoiseProcess:
-        """The forward process of the pipeline's scheduler."""
+        """Return the forward noise process that the pipeline's scheduler config describes."""
         return process_from_scheduler(self.config("scheduler"))
 
     def latent_space(self) -> LatentSpace:
-        """Read from the VAE's config."""
+        """Return the latent space that the VAE's config describes."""
         from latentreward.encoders.vae import latent_space_of
 
         return latent_space_of(self.config("vae"))
 
     def latent_encoder(self, dtype: StorageDtype = "float32") -> LatentEncoder:
-        """The VAE in ``dtype``."""
+        """Load the VAE in ``dtype``."""
         from diffusers import AutoencoderKL
 
         from latentreward.encoders.vae import LatentEncoder
@@ -167,7 +165,11 @@ class PipelineSource:
         return LatentEncoder(self._load(AutoencoderKL, "vae", dtype=getattr(torch, dtype)))
 
     def tokenizer(self, part: str) -> Any:
-        """The tokenizer ``part``, such as ``tokenizer_2``."""
+        """Load the tokenizer ``part``, such as ``tokenizer_2``.
+
+        Raises:
+            InputError: If the pipeline does not have ``part``, or the vocabulary does not fit the text encoder.
+        """
         from transformers import CLIPTokenizer, T5TokenizerFast
 
         self._require(part)
@@ -181,7 +183,7 @@ class PipelineSource:
         return tokenizer
 
     def clip_prompts(self, pretrained: bool = True) -> CLIPPromptEncoder:
-        """The prompt encoder of SD1.5 and SD2.1."""
+        """Load the prompt encoder of SD1.5 or SD2.1."""
         from transformers import CLIPTextModel
 
         from latentreward.encoders.clip import CLIPPromptEncoder
@@ -189,7 +191,7 @@ class PipelineSource:
         return CLIPPromptEncoder(self._load(CLIPTextModel, "text_encoder", pretrained), self.tokenizer("tokenizer"))
 
     def sdxl_prompts(self, pretrained: bool = True) -> SDXLPromptEncoder:
-        """The prompt encoder of SDXL."""
+        """Load the prompt encoder of SDXL."""
         from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
         from latentreward.encoders.clip import SDXLPromptEncoder
@@ -202,7 +204,13 @@ class PipelineSource:
         )
 
     def sd3_prompts(self, token_dim: int, t5_length: int, load_t5: bool = True) -> SD3PromptEncoder:
-        """The prompt encoder of SD3 and SD3.5; T5 is left out if the pipeline has none or ``load_t5`` is false."""
+        """Load the prompt encoder of SD3 or SD3.5, without T5 if the pipeline has none or ``load_t5`` is False.
+
+        Args:
+            token_dim: Width of the token embeddings that the transformer takes.
+            t5_length: Number of T5 tokens per prompt; without T5 the number of zero tokens in their place.
+            load_t5: Whether to load T5 if the pipeline has it.
+        """
         from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
         from latentreward.encoders.sd3 import SD3PromptEncoder
@@ -223,18 +231,20 @@ class PipelineSource:
 def load_weights(
     family: type[Any], source: str, refused: Sequence[str] = ("missing", "unexpected", "mismatched"), **options: Any
 ) -> Any:
-    """``family.from_pretrained`` from safetensors, float32 unless said, in which every tensor must be there and fit.
+    """Call ``family.from_pretrained`` and check that the files' tensors match those of the model.
 
-    Under ``torch.device("meta")`` only the config is read: the network has shapes and no weights.
+    Weights are read from safetensors, by default in float32. Under ``torch.device("meta")`` only the config is read:
+    the model then has shapes but no weights.
 
     Args:
         family: diffusers or transformers model class.
         source: Folder or hub id.
-        refused: Kinds of tensors that may not be.
+        refused: Kinds of mismatch that are errors: tensors ``missing`` in the files, ``unexpected`` ones in the files,
+            and ``mismatched`` shapes.
         options: Further arguments of ``from_pretrained``.
 
     Raises:
-        InputError: If the files cannot be read, or a tensor is missing, left over or of another shape.
+        InputError: If the files cannot be read, or have a mismatch of a kind in ``refused``.
     """
     where = f"{source}/{options['subfolder']}" if options.get("subfolder") else source
     if options.get("variant") is None:
@@ -242,7 +252,7 @@ def load_weights(
     place = {name: options[name] for name in ("subfolder", "revision", "local_files_only") if name in options}
     if torch.get_default_device().type == "meta":
         return from_config(family, source, options.get("torch_dtype", options.get("dtype")), **place).eval()
-    if not hasattr(family, "load_config"):  # transformers, unlike diffusers, does not name what does not fit
+    if not hasattr(family, "load_config"):  # so that transformers, like diffusers, reports mismatched shapes by name
         options |= {"ignore_mismatched_sizes": True, "config": encoder_config(family, source, **place)}
     try:
         with no_progress_bar():
@@ -259,13 +269,22 @@ def load_weights(
                 f"cannot load {where}: {kind} tensor {names[0]} ({len(names)} in all); get the files again"
             )
     for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.data_ptr() % 64:  # in a mapped file: last bits on the CPU would depend on the length of its header
+        # The address in a memory-mapped file depends on the length of its header, and CPU kernels round differently at
+        # addresses that are not aligned.
+        if tensor.data_ptr() % 64:
             tensor.data = tensor.data.clone()
     return model
 
 
 def from_config(family: type[Any], source: str, dtype: torch.dtype | str | None, **place: Any) -> Any:
-    """A network with initial weights, of the config in ``source``, in ``dtype`` if it is one of torch's."""
+    """Build a model with initial weights from the config in ``source``.
+
+    Args:
+        family: diffusers or transformers model class.
+        source: Folder or hub id.
+        dtype: Type of the weights; None or a text leaves float32.
+        place: ``subfolder``, ``revision`` and ``local_files_only``.
+    """
     if hasattr(family, "load_config"):
         network = family.from_config(family.load_config(source, **place))
     else:
@@ -274,13 +293,20 @@ def from_config(family: type[Any], source: str, dtype: torch.dtype | str | None,
 
 
 def check_tokenizer(tokenizer: Any, rows: int, name: str, remedy: str) -> None:
-    """Raise InputError for a tokenizer that does not fit a text encoder of ``rows`` tokens."""
-    if not rows // 2 <= len(tokenizer) <= rows:  # transformers 5 makes an empty one where the files are missing
+    """Raise InputError if the tokenizer's vocabulary does not fit a text encoder with ``rows`` token embeddings.
+
+    Args:
+        tokenizer: Tokenizer of transformers.
+        rows: Rows of the text encoder's embedding table.
+        name: Name of the tokenizer, with which the message begins.
+        remedy: End of the message.
+    """
+    if not rows // 2 <= len(tokenizer) <= rows:  # transformers 5 returns an empty tokenizer if its files are missing
         raise InputError(f"{name} has {len(tokenizer)} tokens, but its text encoder has {rows}; {remedy}")
 
 
 def encoder_config(family: type[Any], source: str, **place: Any) -> Any:
-    """Config of a transformers model, which may not name an attention whose code transformers would download.
+    """Read the config of a transformers model, and refuse an ``attn_implementation`` whose code would be downloaded.
 
     Args:
         family: transformers model class.
@@ -288,7 +314,7 @@ def encoder_config(family: type[Any], source: str, **place: Any) -> Any:
         place: ``subfolder``, ``revision`` and ``local_files_only``.
 
     Raises:
-        InputError: If the config cannot be read, or names another attention than PyTorch's own.
+        InputError: If the config cannot be read, or names an attention that is not in :data:`OWN_ATTENTION`.
     """
     where = f"{source}/{place['subfolder']}" if place.get("subfolder") else source
     try:
@@ -306,7 +332,7 @@ def encoder_config(family: type[Any], source: str, **place: Any) -> Any:
 
 @contextmanager
 def no_progress_bar() -> Iterator[None]:
-    """Without transformers' bar, which stands two lines long in every log for milliseconds of work."""
+    """Switch off transformers' loading bar inside the block: it fills two lines of a log for milliseconds of work."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -319,7 +345,14 @@ def no_progress_bar() -> Iterator[None]:
 
 
 def check_channels(source: str, network: str, config: Mapping[str, Any], space: LatentSpace) -> None:
-    """Raise InputError if a network takes other latents than its pipeline's VAE makes."""
+    """Raise InputError if a network's number of input channels differs from that of its pipeline's latents.
+
+    Args:
+        source: Pipeline, for the message.
+        network: Name of the network, for the message.
+        config: Config of the network.
+        space: Latent space of the pipeline's VAE.
+    """
     if config["in_channels"] != space.channels:
         raise InputError(
             f"source={source!r}: the {network} takes {config['in_channels']} channels, but the VAE makes latents of "
@@ -337,20 +370,20 @@ def finish(
     frozen_dtype: StorageDtype = "float32",
     **execution: Any,
 ) -> Backbone:
-    """Apply the settings that every factory shares to a freshly built backbone.
+    """Apply the settings that all factories share to a newly built backbone, and return the backbone.
 
     Args:
-        backbone: Backbone to return.
-        network: Its diffusers network.
-        unread: Names of the network's modules whose output nobody reads.
-        tuning: How the network trains: ``full``, ``lora`` or ``frozen``.
+        backbone: New backbone.
+        network: diffusers network of the backbone.
+        unread: Names of the network's modules that no tap depends on.
+        tuning: Weights of the network that train: ``full`` (all), ``lora`` (adapters) or ``frozen`` (none).
         lora: Adapter settings for ``tuning: lora``; the default is DiNa-LRM's rank 64, alpha 128.
-        text_encoder_tuning: How the text encoders train: ``full``, ``lora`` or ``frozen``.
-        frozen_dtype: Storage of frozen weights; ``bfloat16`` goes with ``precision: bf16-mixed``.
+        text_encoder_tuning: Weights of the text encoders that train: ``full``, ``lora`` or ``frozen``.
+        frozen_dtype: Type in which frozen weights are stored; use ``bfloat16`` with ``precision: bf16-mixed``.
         execution: See :func:`set_execution`.
 
     Raises:
-        InputError: If ``lora`` is set and nothing is tuned by it, or an execution setting does not fit.
+        InputError: If ``lora`` is set but neither tuning is ``lora``, or the attention backend cannot be used.
     """
     if lora is not None and "lora" not in (tuning, text_encoder_tuning):
         raise InputError(f"lora is set, but tuning is {tuning!r}; set tuning: lora or leave lora out")
@@ -361,7 +394,7 @@ def finish(
         text_lora = LoRA(lora.rank, lora.alpha, lora.dropout, TEXT_ATTENTION)
         tune(backbone.text_encoder, text_encoder_tuning, text_lora, backbone.text_encoder.unread)
         backbone.text_encoder.train(text_encoder_tuning != "frozen")
-    if tuning != "full":  # else only modules that nobody reads are frozen, amid float32 ones
+    if tuning != "full":  # with "full" only unread modules are frozen, and all stay float32
         store_frozen(network, frozen_dtype)
     if text_encoder_tuning != "full" and backbone.text_encoder is not None:
         store_frozen(backbone.text_encoder, frozen_dtype)
@@ -376,11 +409,11 @@ def set_execution(
     attention_backend: str | None = None,
     compile_blocks: bool = False,
 ) -> None:
-    """Set how a network computes.
+    """Set gradient checkpointing, attention kernels and compilation of a network.
 
     Args:
-        blocks: What is compiled, block by block.
-        network: The diffusers network that they are in.
+        blocks: Blocks to compile, each by itself.
+        network: diffusers network with these blocks.
         gradient_checkpointing: Recompute block activations in the backward pass: less memory, about a third slower.
         attention_backend: Name of a diffusers attention backend, such as ``flash``; None keeps PyTorch's own.
         compile_blocks: Compile each block with ``torch.compile``.
@@ -397,4 +430,4 @@ def set_execution(
             raise InputError(f"attention_backend={attention_backend!r}: {first_line(error)}") from error
     if compile_blocks:
         for block in blocks:
-            block.compile(dynamic=False)  # Inductor (torch 2.13, CPU) fails on a U-Net of dynamic sizes
+            block.compile(dynamic=False)  # Inductor (torch 2.13, CPU) fails on a U-Net with dynamic shapes

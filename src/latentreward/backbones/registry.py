@@ -1,7 +1,8 @@
-"""Short names of ready-made backbones.
+"""Registry of backbone factories by short name.
 
-A backbone is made by a factory function, annotated with its return type, so that YAML can name it by class path. Names
-registered here work without the path. This module imports neither torch nor diffusers: the command line reads it.
+A factory is a function that returns a backbone and is annotated with its return type, so that YAML can name the
+function in ``class_path``. A registered factory may be named without its import path. This module imports neither torch
+nor diffusers, because the command line imports it at every start.
 """
 
 from collections.abc import Callable
@@ -24,12 +25,13 @@ _PATHS: dict[str, str] = {
 
 
 def register_backbone(factory: Factory) -> Factory:
-    """Make a factory function known by its own name; use as a decorator in a plug-in.
+    """Register a factory function under its own name; a decorator.
 
-    The backbone notes how it was made, so that a reward put together in Python can be saved.
+    The returned function also records its call in the backbone's ``built_by``. A reward that was built in Python can be
+    saved only with that record.
 
     Raises:
-        InputError: If the name is taken by another function.
+        InputError: If another function is registered under the name.
     """
     name, path = factory.__name__, f"{factory.__module__}.{factory.__qualname__}"
     if _PATHS.setdefault(name, path) != path:
@@ -46,15 +48,15 @@ def register_backbone(factory: Factory) -> Factory:
 
 
 def backbone_names() -> dict[str, str]:
-    """Short name → import path of every known backbone."""
+    """Return the import path of every registered factory by short name."""
     return dict(_PATHS)
 
 
 def create_backbone(name: str, /, **options: Any) -> Any:
-    """Call the factory registered as ``name``.
+    """Build a backbone with the factory registered as ``name``.
 
     Raises:
-        InputError: If no factory has that name.
+        InputError: If no factory is registered under ``name``.
     """
     from importlib import import_module
 

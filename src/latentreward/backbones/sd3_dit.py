@@ -1,4 +1,4 @@
-"""The transformer of SD3 and SD3.5 as a backbone: its first blocks."""
+"""Backbone from the transformer of SD3 or SD3.5: its first blocks."""
 
 from __future__ import annotations
 
@@ -26,34 +26,38 @@ if TYPE_CHECKING:
 
 _TEXT_OUTPUT = ("attn.add_q_proj", "attn.norm_added_q", "attn.to_add_out", "ff_context")
 _VISUAL_OUTPUT = ("attn.to_q", "attn.norm_q", "attn.to_out", "attn2", "ff")
-"""Parts of a block that serve one of its two outputs alone; keys, values and norms serve both."""
+"""Submodules of a block that only its text output, or only its visual output, depends on; both need all others."""
 
 
 class SD3DiTBackbone(DiffusionBackbone):
     """First ``num_layers`` blocks of an SD3 or SD3.5 transformer (DiNa-LRM, arXiv:2602.11146, section 3.2).
 
-    Tap k reads after block k; tap 0 reads the embedded tokens before the first block. The timestep embedding contains
-    the pooled text, as the network's does.
+    Tap k is the output of block k; tap 0 is the embedded tokens before the first block. The timestep embedding in the
+    features contains the pooled CLIP text, because SD3 adds the two.
 
     Args:
-        transformer: diffusers transformer; later blocks are dropped from it.
+        transformer: diffusers transformer; blocks after the first ``num_layers`` are removed from this object.
         noise_process: See :class:`DiffusionBackbone`.
         latent_space: See :class:`DiffusionBackbone`.
-        num_layers: Blocks to keep; None keeps those that a tap reads. Kept blocks past the last tap are not run.
-        visual_taps: Blocks whose visual tokens are read, ascending.
-        text_taps: Blocks whose text tokens are read; may be empty.
-        pooled_text: ``clip`` is the pooled CLIP text; ``t5`` the mean of T5's tokens, padding included.
-        cut: False leaves ``transformer`` whole, for one that others use too; later blocks are not run either way.
+        num_layers: Number of blocks to keep; None keeps the blocks up to the last tap. Blocks after the last tap are
+            not run.
+        visual_taps: Numbers of the blocks whose visual tokens are read, ascending.
+        text_taps: Numbers of the blocks whose text tokens are read, ascending; may be empty.
+        pooled_text: Pooled text vector in the features: ``clip`` is the pooled CLIP text, ``t5`` the mean of T5's
+            tokens including padding.
+        cut: Whether to remove blocks from ``transformer``. Set False for a network that other code uses too; blocks
+            after the last tap are not run then.
         encoders: ``text_encoder`` and ``vae``, see :class:`DiffusionBackbone`.
 
     Raises:
-        InputError: If a tap lies past ``num_layers``, or a text tap at the last block of the whole network, which has
-            no text output.
+        InputError: If a tap is greater than ``num_layers``, or a text tap is the last block of the whole network, which
+            has no text output.
 
     Note:
-        For an LRM on SD3 the source (arXiv:2502.01051, appendix) says only: features of block 18 of 24 and of all text
-        encoders, "the rest similar". Open there, decided here: the visual tokens are mean-pooled, block 18 stands as
-        mid, T comes from the pooled CLIP text (``pooled_text: t5`` as option), VFE encodes the empty prompt.
+        On an LRM with SD3 the paper (arXiv:2502.01051, appendix) says only that features come from block 18 of 24 and
+        from all text encoders, "the rest similar". This implementation mean-pools the visual tokens, uses block 18 as
+        the mid feature, computes T from the pooled CLIP text (or from T5 with ``pooled_text: t5``), and encodes the
+        empty prompt for visual feature enhancement.
     """
 
     network_name = "transformer"
@@ -100,10 +104,10 @@ class SD3DiTBackbone(DiffusionBackbone):
         return SD3DiTBackbone(network, *process, *taps, self.pooled_text, cut=False, text_encoder=text_encoder)
 
     def unread(self) -> tuple[str, ...]:
-        """Modules whose output no tap reads: they must neither train nor get adapters.
+        """Return names of the transformer's modules that no tap depends on; they must not train or get adapters.
 
-        These are the output layers, blocks past the last tap, and in the last block that is read what only its visual
-        or only its text output needs, if that one is not read.
+        These are the output layers and the blocks after the last tap. If only one of the two outputs of the last tapped
+        block is read, the submodules that only the other output needs are included.
         """
         last, kept = self._last_tap, len(self.transformer.transformer_blocks)
         names = ["norm_out", "proj_out", *(f"transformer_blocks.{index}" for index in range(last, kept))]
@@ -123,7 +127,7 @@ class SD3DiTBackbone(DiffusionBackbone):
             self.transformer.get_submodule(name).requires_grad_(False)
 
     def drop_time_embedding(self) -> None:
-        """See :meth:`DiffusionBackbone.drop_time_embedding`; any block that runs needs it."""
+        """See :meth:`DiffusionBackbone.drop_time_embedding`; nothing is frozen if any block runs."""
         if self._last_tap == 0:
             self.transformer.time_text_embed.requires_grad_(False)
 
@@ -133,7 +137,7 @@ class SD3DiTBackbone(DiffusionBackbone):
 
     @property
     def feature_spec(self) -> FeatureSpec:
-        """See :class:`DiffusionBackbone`; grids at the transformer's native latent size."""
+        """See :attr:`DiffusionBackbone.feature_spec`; grids are for the transformer's native latent size."""
         config = self.transformer.config
         width = config.num_attention_heads * config.attention_head_dim
         side = config.sample_size // config.patch_size
@@ -153,11 +157,14 @@ class SD3DiTBackbone(DiffusionBackbone):
 
     @property
     def side_multiple(self) -> int:
-        """See :attr:`DiffusionBackbone.side_multiple`: one token."""
+        """See :attr:`DiffusionBackbone.side_multiple`; the side of one token in pixels."""
         return self.transformer.config.patch_size * self.latent_space.downscale
 
     def read(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Features:
-        """See :meth:`DiffusionBackbone.read`; latents ``(B, C, h, w)``, an odd rest of h or w is dropped."""
+        """See :meth:`DiffusionBackbone.read`; latents ``(B, C, h, w)``.
+
+        The patch embedding ignores rows and columns beyond a multiple of the patch size.
+        """
         dit = self.transformer
         dtype = dit.pos_embed.proj.weight.dtype
         visual = dit.pos_embed(latents.to(dtype)).contiguous()
@@ -201,15 +208,16 @@ def load_sd3_dit(
 
     Args:
         source: Diffusers pipeline folder, or hub id.
-        family: Family the pipeline must belong to: ``SD3``, ``SD3.5`` or ``any``.
+        family: Family that the pipeline must belong to: ``SD3``, ``SD3.5`` or ``any``.
         revision: Branch, tag or commit of a hub id.
         variant: File variant of the weights, such as ``fp16``.
-        load_t5: False leaves T5 out: 9.5 GB less in bfloat16, at some loss for long prompts.
-        t5_length: T5 tokens per prompt (zeros without T5).
+        load_t5: False leaves T5 out, which saves 9.5 GB in bfloat16 and loses detail of long prompts.
+        t5_length: Number of T5 tokens per prompt; without T5 the number of zero tokens in their place.
         options: See :func:`cut_sd3_dit`.
 
     Raises:
-        InputError: If the source is no such pipeline, its parts do not fit, or a tap lies past the blocks.
+        InputError: If the source is not a pipeline of that family, its parts do not fit together, or a tap is not one
+            of the network's blocks.
     """
     pipeline = PipelineSource(source, revision, variant)
     config = pipeline.config("transformer")
@@ -241,21 +249,21 @@ def cut_sd3_dit(
     vae_dtype: StorageDtype = "float32",
     **options: Any,
 ) -> SD3DiTBackbone:
-    """Load a pipeline's transformer and VAE, and keep the transformer's first blocks.
+    """Load a pipeline's transformer and VAE, and build a backbone from the transformer's first blocks.
 
     Args:
         pipeline: Stable Diffusion 3 or 3.5.
         text_encoder: Prompt encoder of the pipeline.
-        pretrained: False draws random weights for the transformer instead, as a control.
-        num_layers: Blocks to keep; None keeps those that a tap reads.
-        visual_taps: Blocks whose visual tokens are read; 0 is before the first.
-        text_taps: Blocks whose text tokens are read; may be empty.
-        pooled_text: Pooled text vector for heads: ``clip`` or ``t5``.
+        pretrained: False initialises the transformer at random, as a control.
+        num_layers: Number of blocks to keep; None keeps the blocks up to the last tap.
+        visual_taps: Numbers of the blocks whose visual tokens are read; 0 is before the first block.
+        text_taps: Numbers of the blocks whose text tokens are read; may be empty.
+        pooled_text: Pooled text vector for heads: ``clip`` or ``t5``; see :class:`SD3DiTBackbone`.
         vae_dtype: Precision of the VAE.
         options: See :func:`~latentreward.backbones.loading.finish`.
 
     Raises:
-        InputError: If a tap lies past the blocks.
+        InputError: If a tap is not one of the network's blocks.
     """
     backbone = SD3DiTBackbone(
         pipeline.transformer(pretrained),
@@ -274,7 +282,7 @@ def cut_sd3_dit(
 
 @register_backbone
 def sd3_medium(source: str, **options: Any) -> SD3DiTBackbone:
-    """Stable Diffusion 3 Medium (Stability AI Community License): 24 blocks, no normalised queries and keys.
+    """Load Stable Diffusion 3 Medium (Stability AI Community License): 24 blocks without QK normalisation.
 
     Args:
         source: Diffusers pipeline folder, or hub id.
@@ -285,7 +293,7 @@ def sd3_medium(source: str, **options: Any) -> SD3DiTBackbone:
 
 @register_backbone
 def sd35_medium(source: str, **options: Any) -> SD3DiTBackbone:
-    """Stable Diffusion 3.5 Medium (Stability AI Community License): the backbone of DiNa-LRM, 12 of 24 blocks.
+    """Load Stable Diffusion 3.5 Medium (Stability AI Community License); DiNa-LRM uses 12 of its 24 blocks.
 
     Args:
         source: Diffusers pipeline folder, or hub id.
@@ -303,14 +311,14 @@ def sd35_tiny(
     t5_length: int = 0,
     **options: Any,
 ) -> SD3DiTBackbone:
-    """The SD3.5-like generator of the tiny world, shipped with the package: 4 blocks, no T5.
+    """Load the tiny SD3.5-like pipeline that is shipped with the package for tests and tutorials: 4 blocks, no T5.
 
     Args:
-        source: None takes the shipped pipeline.
-        num_layers: Blocks to keep; None keeps those that a tap reads.
-        visual_taps: Blocks whose visual tokens are read; 0 is before the first.
-        text_taps: Blocks whose text tokens are read; may be empty.
-        t5_length: Zero tokens in T5's place; the tiny generator was trained with none.
+        source: Pipeline folder; None takes the shipped one.
+        num_layers: Number of blocks to keep; None keeps the blocks up to the last tap.
+        visual_taps: Numbers of the blocks whose visual tokens are read; 0 is before the first block.
+        text_taps: Numbers of the blocks whose text tokens are read; may be empty.
+        t5_length: Number of zero tokens in the place of T5's; the shipped pipeline was trained with none.
         options: See :func:`load_sd3_dit`.
     """
     return load_sd3_dit(

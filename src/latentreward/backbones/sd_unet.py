@@ -1,4 +1,4 @@
-"""The U-Net of SD1.5, SD2.1 and SDXL as a backbone: down and mid blocks only."""
+"""Backbone from the U-Net of SD1.5, SD2.1 or SDXL: its down and mid blocks."""
 
 from __future__ import annotations
 
@@ -22,23 +22,24 @@ if TYPE_CHECKING:
 
 
 class SDUNetBackbone(DiffusionBackbone):
-    """Down path and mid block of a Stable Diffusion U-Net; the up path is neither computed nor kept.
+    """Down path and mid block of a Stable Diffusion U-Net; the up path is dropped.
 
-    Visual tap 0 is the input convolution, tap i the i-th down block after its last layer and before its downsampler,
-    the last tap the mid block (LRM, arXiv:2502.01051, section 3.1). The U-Net does not change its text tokens, so the
-    only text tap is 0: the prompt embeddings themselves.
+    Visual tap 0 is the output of the input convolution. Tap i is the i-th down block's output after its last layer and
+    before its downsampler. The last tap is the mid block's output (LRM, arXiv:2502.01051, section 3.1). The U-Net does
+    not change its text tokens, so that the only text tap is 0: the prompt embeddings themselves.
 
     Args:
-        unet: diffusers U-Net; blocks that no tap reads are dropped from it.
+        unet: diffusers U-Net; the up path and blocks after the last tap are removed from this object.
         noise_process: See :class:`DiffusionBackbone`.
         latent_space: See :class:`DiffusionBackbone`.
-        visual_taps: Blocks to read, ascending; None reads every down block and the mid block.
+        visual_taps: Numbers of the blocks to read, ascending; None reads every down block and the mid block.
         text_taps: ``(0,)`` or empty.
-        cut: False leaves ``unet`` whole, for one that others use too; what no tap reads is not computed either way.
+        cut: Whether to remove blocks from ``unet``. Set False for a network that other code uses too; blocks after the
+            last tap are not run then.
         encoders: ``text_encoder`` and ``vae``, see :class:`DiffusionBackbone`.
 
     Raises:
-        InputError: If a tap lies past the blocks.
+        InputError: If a tap is not one of the network's blocks.
     """
 
     network_name = "unet"
@@ -69,7 +70,7 @@ class SDUNetBackbone(DiffusionBackbone):
 
     @property
     def feature_spec(self) -> FeatureSpec:
-        """See :class:`DiffusionBackbone`; grids at the U-Net's native latent size."""
+        """See :attr:`DiffusionBackbone.feature_spec`; grids are for the U-Net's native latent size."""
         config, encoder = self.unet.config, self.text_encoder
         width, size = config.cross_attention_dim, self._native_size()
         length, pooled = (77, width) if encoder is None else (encoder.num_tokens, encoder.pooled_dim)
@@ -99,7 +100,7 @@ class SDUNetBackbone(DiffusionBackbone):
                 self.text_encoder.get_submodule(name).requires_grad_(False)
 
     def drop_time_embedding(self) -> None:
-        """See :meth:`DiffusionBackbone.drop_time_embedding`; any block that is kept needs it."""
+        """See :meth:`DiffusionBackbone.drop_time_embedding`; nothing is frozen if any block is kept."""
         if not any(True for _ in self.blocks()):
             self.unet.time_embedding.requires_grad_(False)
             if self.unet.config.addition_embed_type == "text_time":
@@ -117,7 +118,8 @@ class SDUNetBackbone(DiffusionBackbone):
         temb = unet.time_embedding(unet.get_time_embed(sample=sample, timestep=timesteps))
         if unet.config.addition_embed_type == "text_time":
             height, width = (float(side) for side in self.native_size)
-            sizes = [height, width, 0.0, 0.0, height, width]  # native, no crop, native, as LRM-SDXL was trained
+            # original size, crop and target size of SDXL's conditioning: native, none, native, as LRM-SDXL was trained
+            sizes = [height, width, 0.0, 0.0, height, width]
             temb = temb + unet.get_aug_embed(
                 emb=temb,
                 encoder_hidden_states=tokens,
@@ -151,9 +153,9 @@ class SDUNetBackbone(DiffusionBackbone):
 
 
 def cut_unet(unet: UNet2DConditionModel, last_tap: int) -> UNet2DConditionModel:
-    """Drop, in place, what lies behind block ``last_tap``: the output path, and blocks that nobody reads.
+    """Remove, in place, the up path and all blocks after block ``last_tap``.
 
-    Every parameter that stays contributes to a feature, so DDP finds none unused.
+    Every remaining parameter contributes to a feature, so that DDP finds no unused parameters.
     """
     unet.up_blocks = nn.ModuleList()
     unet.conv_norm_out, unet.conv_act, unet.conv_out = None, None, nn.Identity()
@@ -178,14 +180,15 @@ def load_sd_unet(
 
     Args:
         source: Diffusers pipeline folder, or hub id.
-        family: Family the pipeline must belong to: ``SD1.5``, ``SD2.1``, ``SDXL`` or ``any``.
+        family: Family that the pipeline must belong to: ``SD1.5``, ``SD2.1``, ``SDXL`` or ``any``.
         revision: Branch, tag or commit of a hub id.
         variant: File variant of the weights, such as ``fp16``.
-        pretrained: False draws random weights for network and text encoder instead, as a control.
+        pretrained: False initialises network and text encoder at random, as a control.
         options: See :func:`cut_sd_unet`.
 
     Raises:
-        InputError: If the source is no such pipeline, its parts do not fit, or a tap lies past the blocks.
+        InputError: If the source is not a pipeline of that family, its parts do not fit together, or a tap is not one
+            of the network's blocks.
     """
     pipeline = PipelineSource(source, revision, variant)
     config = pipeline.config("unet")
@@ -216,21 +219,21 @@ def cut_sd_unet(
     text_encoder_tuning: Tuning = "full",
     **options: Any,
 ) -> SDUNetBackbone:
-    """Load a pipeline's VAE, and keep the U-Net's down and mid blocks.
+    """Build a backbone from a pipeline's U-Net and text encoder, and load the pipeline's VAE.
 
     Args:
         pipeline: Stable Diffusion 1.5, 2.1 or XL.
         unet: U-Net of the pipeline.
         text_encoder: Prompt encoder of the pipeline.
-        visual_taps: Blocks to read; None reads all down blocks and the mid block.
-        text_taps: ``[0]`` reads the prompt embeddings; ``[]`` reads none.
+        visual_taps: Numbers of the blocks to read; None reads all down blocks and the mid block.
+        text_taps: ``[0]`` reads the prompt embeddings; ``[]`` reads no text.
         vae_dtype: Precision of the VAE.
-        tuning: How the U-Net trains: ``full``, ``lora`` or ``frozen``.
-        text_encoder_tuning: How the text encoder trains: ``full``, ``lora`` or ``frozen``.
+        tuning: Weights of the U-Net that train: ``full`` (all), ``lora`` (adapters) or ``frozen`` (none).
+        text_encoder_tuning: Weights of the text encoder that train: ``full``, ``lora`` or ``frozen``.
         options: See :func:`~latentreward.backbones.loading.finish`.
 
     Raises:
-        InputError: If a tap lies past the blocks.
+        InputError: If a tap is not one of the network's blocks.
     """
     backbone = SDUNetBackbone(
         unet,
@@ -246,7 +249,7 @@ def cut_sd_unet(
 
 
 def unet_family(config: dict[str, Any]) -> str:
-    """``SDXL``, ``SD2.1`` or ``SD1.5``, from a U-Net's config."""
+    """Return the model family of a U-Net config: ``SDXL``, ``SD2.1`` or ``SD1.5``."""
     if config.get("addition_embed_type") == "text_time":
         return "SDXL"
     return "SD2.1" if config.get("cross_attention_dim") == 1024 else "SD1.5"
@@ -254,7 +257,7 @@ def unet_family(config: dict[str, Any]) -> str:
 
 @register_backbone
 def sd15(source: str, **options: Any) -> SDUNetBackbone:
-    """Stable Diffusion 1.5 (CreativeML OpenRAIL-M): the backbone of LRM-SD1.5.
+    """Load Stable Diffusion 1.5 (CreativeML OpenRAIL-M), the backbone of LRM-SD1.5.
 
     Args:
         source: Diffusers pipeline folder, or hub id.
@@ -265,21 +268,22 @@ def sd15(source: str, **options: Any) -> SDUNetBackbone:
 
 @register_backbone
 def sd21(source: str, **options: Any) -> SDUNetBackbone:
-    """Stable Diffusion 2.1 (CreativeML OpenRAIL++-M) with its own OpenCLIP-H text tower; v- or ε-prediction.
+    """Load Stable Diffusion 2.1 (CreativeML OpenRAIL++-M) with its OpenCLIP-H text encoder; v- or ε-prediction.
 
     Args:
         source: Diffusers pipeline folder, or hub id.
         options: See :func:`load_sd_unet`.
 
     Note:
-        LPO's published SD2.1 runs use the SD1.5 reward, which shares the VAE; this is the reward of SD2.1 itself.
+        LPO's published SD2.1 runs use the reward trained on SD1.5, which has the same VAE; this factory is for a reward
+        trained on SD2.1 itself.
     """
     return load_sd_unet(source, "SD2.1", **options)
 
 
 @register_backbone
 def sdxl(source: str, **options: Any) -> SDUNetBackbone:
-    """Stable Diffusion XL base (CreativeML OpenRAIL++-M): the backbone of LRM-SDXL.
+    """Load Stable Diffusion XL base (CreativeML OpenRAIL++-M), the backbone of LRM-SDXL.
 
     Args:
         source: Diffusers pipeline folder, or hub id.
@@ -290,10 +294,10 @@ def sdxl(source: str, **options: Any) -> SDUNetBackbone:
 
 @register_backbone
 def sd_tiny(source: str | None = None, **options: Any) -> SDUNetBackbone:
-    """The Stable Diffusion of the tiny world, shipped with the package.
+    """Load the tiny Stable Diffusion that is shipped with the package for tests and tutorials.
 
     Args:
-        source: None takes the shipped pipeline.
+        source: Pipeline folder; None takes the shipped one.
         options: See :func:`load_sd_unet`.
     """
     return load_sd_unet(source or tiny_pipeline("sd_tiny"), **options)

@@ -1,4 +1,4 @@
-"""Which weights of a backbone train: all, none, or low-rank adapters."""
+"""Choice of the weights of a backbone that train: all, none, or low-rank adapters."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,23 +10,23 @@ from torch import nn
 from latentreward.errors import InputError
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-"""Attention projections of diffusers' networks."""
+"""Name endings of the attention projections in diffusers' networks."""
 PEFT_SETTINGS = (
     "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern",
     "use_rslora", "fan_in_fan_out", "layers_to_transform", "layers_pattern", "bias",
 )  # fmt: skip
-"""Settings of PEFT's LoRA that are read: none of them imports, downloads or computes anything."""
+"""Entries of an ``adapter_config.json`` that are passed to PEFT: none of them imports or downloads anything."""
 
 
 @dataclass
 class LoRA:
-    """Low-rank adapters (arXiv:2106.09685) by peft.
+    """Settings of low-rank adapters (arXiv:2106.09685), made by peft.
 
     Attributes:
-        rank: Inner width r.
-        alpha: Scale; the update is alpha / rank · B A x.
-        dropout: Dropout before A.
-        target_modules: Name endings of the layers that get adapters; the default is every attention projection.
+        rank: Rank r of the matrices A and B.
+        alpha: Scale; a layer's output gets alpha / rank · B A x added.
+        dropout: Dropout probability of the input of A.
+        target_modules: Name endings of the linear layers that get adapters; by default all attention projections.
     """
 
     rank: int = 64
@@ -40,13 +40,13 @@ StorageDtype = Literal["float32", "bfloat16"]
 
 
 def tune(network: nn.Module, tuning: Tuning, lora: LoRA, unread: Sequence[str] = ()) -> None:
-    """Set which weights of ``network`` train.
+    """Set which weights of ``network`` train, and add adapters with ``tuning="lora"``.
 
     Args:
-        network: diffusers network, already cut to the blocks that are read.
-        tuning: ``full``, ``lora`` (adapters train, the rest is frozen) or ``frozen``.
+        network: diffusers network, already without the blocks that no tap needs.
+        tuning: ``full``, ``lora`` (only adapters train) or ``frozen``.
         lora: Adapter settings, used with ``lora``.
-        unread: Names of modules whose output nobody reads: they never train, and get no adapter.
+        unread: Names of modules that no feature depends on; they are frozen and get no adapter.
 
     Raises:
         InputError: If no layer matches ``lora.target_modules``.
@@ -79,9 +79,9 @@ def tune(network: nn.Module, tuning: Tuning, lora: LoRA, unread: Sequence[str] =
 
 
 def store_frozen(module: nn.Module, dtype: StorageDtype) -> None:
-    """Keep frozen weights in ``dtype``; what trains stays float32.
+    """Convert frozen weights to ``dtype``, and trainable ones to float32.
 
-    With pure bfloat16 parameters and a learning rate of 5e-5, weights above 0.016 never move.
+    Trainable bfloat16 weights would lose small updates: at a learning rate of 5e-5, weights above 0.016 never change.
     """
     for parameter in module.parameters():
         parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else getattr(torch, dtype))

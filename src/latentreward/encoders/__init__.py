@@ -1,4 +1,5 @@
-"""Pixels and words → latents and embeddings.
+"""Encoders of pixels into latents and of prompts into embeddings.
 
-Import from the modules (``latentreward.encoders.vae`` …): they load diffusers and transformers, which takes seconds.
+This package exports nothing: import from its modules, e.g. ``latentreward.encoders.vae``. They import diffusers and
+transformers, which takes seconds.
 """

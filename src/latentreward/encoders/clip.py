@@ -1,4 +1,4 @@
-"""Prompts of SD1.5, SD2.1 and SDXL."""
+"""Prompt encoders of SD1.5, SD2.1 and SDXL."""
 
 from collections.abc import Sequence
 
@@ -11,11 +11,14 @@ from latentreward.encoders.prompts import PromptEncoder, token_ids
 
 
 class CLIPPromptEncoder(PromptEncoder):
-    """One CLIP text tower (SD1.5, SD2.1): last hidden states after the final norm, and the row at the EOS token.
+    """Prompt encoder with one CLIP text encoder (SD1.5, SD2.1).
+
+    Token embeddings are the last hidden states after the final norm. The pooled vector is their row at the EOS token.
+    No attention mask is used: padding tokens take part, as in training of the base models.
 
     Args:
-        text_encoder: Text tower, without attention mask: padding takes part, as in training of the base models.
-        tokenizer: Its tokenizer; None if only token ids will come.
+        text_encoder: CLIP text encoder.
+        tokenizer: Tokenizer of ``text_encoder``; None if only token ids are encoded.
     """
 
     def __init__(self, text_encoder: CLIPTextModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
@@ -35,13 +38,16 @@ class CLIPPromptEncoder(PromptEncoder):
 
 
 class SDXLPromptEncoder(PromptEncoder):
-    """SDXL's two towers: second-to-last hidden states side by side, and the second tower's projected EOS feature.
+    """Prompt encoder with SDXL's two CLIP text encoders.
+
+    Token embeddings are the second-to-last hidden states of both, concatenated along the features. The pooled vector is
+    the second encoder's projected EOS feature.
 
     Args:
-        text_encoder: CLIP-L; its last layer and final norm are never read, so they never train.
+        text_encoder: CLIP-L; no output depends on its last layer and final norm, which therefore do not train.
         text_encoder_2: CLIP-G with projection.
-        tokenizer: Tokenizer of the first (pads with EOS).
-        tokenizer_2: Tokenizer of the second (pads with id 0).
+        tokenizer: Tokenizer of ``text_encoder`` (pads with EOS).
+        tokenizer_2: Tokenizer of ``text_encoder_2`` (pads with id 0).
     """
 
     tokens_only = ("text_encoder",)

@@ -1,6 +1,7 @@
-"""Short hashes that tell whether two encoders give the same latents or embeddings.
+"""Hashes of encoders: two encoders with equal hashes compute equal latents or embeddings.
 
-A cache names the encoders that made it; training compares them with the reward model's own.
+A cache records the hashes of the encoders that wrote it. Training compares them with those of the reward model's own
+encoders.
 """
 
 import json
@@ -30,15 +31,16 @@ VAE_FIELDS = (
     "scaling_factor",
     "shift_factor",
 )
-"""What of a VAE's config changes its latents."""
+"""Entries of a VAE's config on which its latents depend."""
 CHUNK = 2**22
+"""Number of values of a tensor that are converted and hashed at a time, to limit memory."""
 
 
 def vae_fingerprint(vae: "AutoencoderKL") -> str:
-    """Hash (32 hexadecimal digits) of the encoder half of a VAE: its weights as float32, and its config.
+    """Return a hash (32 hexadecimal digits) of a VAE's encoder: weights as float32, and config.
 
-    VAEs that differ in their decoders alone share it: their latents are the same. One VAE loaded in float32 and in
-    bfloat16 does not: rounded weights give other latents.
+    VAEs that differ only in their decoders have equal hashes, because their latents are equal. One VAE loaded in
+    float32 and in bfloat16 has two hashes, because rounded weights change the latents.
 
     Args:
         vae: diffusers VAE, on any device.
@@ -49,10 +51,10 @@ def vae_fingerprint(vae: "AutoencoderKL") -> str:
 
 
 def text_fingerprint(encoder: "PromptEncoder") -> str:
-    """Hash (32 hexadecimal digits) of text encoders: weights as bfloat16, sizes of the tokenizers, length of prompts.
+    """Return a hash (32 hexadecimal digits) of text encoders: weights, sizes of the vocabularies, length of prompts.
 
-    Weights are rounded first, so that a frozen text encoder has one fingerprint in float32 and in bfloat16: it may be
-    stored either way in training, and the embeddings of one stand for those of the other.
+    Weights are rounded to bfloat16 before they are hashed. A frozen text encoder therefore has one hash, whether
+    training stores it in float32 or in bfloat16, and cached embeddings of one are used for the other.
 
     Args:
         encoder: Text encoders with their tokenizers, on any device.
@@ -69,7 +71,10 @@ def text_fingerprint(encoder: "PromptEncoder") -> str:
 
 
 def _fingerprint(modules: Iterable[nn.Module], config: dict[str, Any], dtype: torch.dtype) -> str:
-    """Hash over the tensors without their names and order, which change with the version of a library."""
+    """Hash the floating point tensors of ``modules`` and ``config``.
+
+    Names and order of the tensors do not count, because they change with the versions of diffusers and transformers.
+    """
     tensors = [tensor for module in modules for tensor in module.state_dict().values() if tensor.is_floating_point()]
     hashes = []
     for tensor in tensors:

@@ -1,4 +1,4 @@
-"""What every prompt encoder promises."""
+"""Base class of all prompt encoders."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -12,16 +12,17 @@ from latentreward.errors import InputError
 
 
 class PromptEncoder(nn.Module, ABC):
-    """Words → token embeddings and a pooled vector, the way one diffusion network wants them.
+    """Encoder of prompts into token embeddings and a pooled vector, as one diffusion network takes them.
 
-    Tokenising and encoding are two steps, so that token ids can be kept, or come from elsewhere.
+    Tokenising and encoding are separate methods, so that token ids can be stored or come from elsewhere.
 
     Attributes:
-        num_tokens: Token embeddings per prompt.
+        num_tokens: Number of token embeddings per prompt.
         token_dim: Width of a token embedding.
         pooled_dim: Width of the pooled vector.
-        unread: Names of submodules whose output nobody uses; training them would leave DDP waiting for gradients.
-        tokens_only: Names of submodules that only the token embeddings need, not the pooled vector.
+        unread: Names of submodules that no output depends on. They are frozen, because DDP fails on trainable
+            parameters without a gradient.
+        tokens_only: Names of submodules that the token embeddings depend on, but not the pooled vector.
     """
 
     num_tokens: int
@@ -32,14 +33,14 @@ class PromptEncoder(nn.Module, ABC):
 
     @abstractmethod
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
-        """Token ids, one ``(B, length)`` per text encoder, on the CPU; longer prompts are cut."""
+        """Return token ids on the CPU, one tensor ``(B, length)`` per text encoder; longer prompts are truncated."""
 
     @abstractmethod
     def encode_ids(self, *input_ids: Tensor) -> Conditioning:
-        """Embeddings of what :meth:`tokenize` gives."""
+        """Encode the token ids that :meth:`tokenize` returned, on the encoder's device."""
 
     def forward(self, prompts: Sequence[str]) -> Conditioning:
-        """Embeddings of ``prompts``; without a graph where no parameter trains."""
+        """Tokenise and encode ``prompts``; builds no autograd graph if no parameter is trainable."""
         device = next(self.parameters()).device
         ids = [tensor.to(device) for tensor in self.tokenize(prompts)]
         trains = any(parameter.requires_grad for parameter in self.parameters())
@@ -48,10 +49,10 @@ class PromptEncoder(nn.Module, ABC):
 
 
 def token_ids(tokenizer: Any, prompts: Sequence[str], length: int) -> Tensor:
-    """Ids ``(B, length)`` int64, padded and cut to ``length``.
+    """Return token ids ``(B, length)``, int64, padded and truncated to ``length``.
 
     Raises:
-        InputError: If there is no tokenizer.
+        InputError: If ``tokenizer`` is None.
     """
     if tokenizer is None:
         raise InputError("prompts were given as text, but there is no tokenizer; load it with its base pipeline")

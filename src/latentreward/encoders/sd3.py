@@ -1,4 +1,4 @@
-"""Prompts of SD3 and SD3.5."""
+"""Prompt encoder of SD3 and SD3.5."""
 
 from collections.abc import Sequence
 
@@ -12,22 +12,25 @@ from latentreward.encoders.prompts import PromptEncoder, token_ids
 
 
 class SD3PromptEncoder(PromptEncoder):
-    """SD3's three towers: [CLIP-L ⊕ CLIP-G on features, zero-padded to T5's width] then T5, along the tokens.
+    """Prompt encoder with SD3's three text encoders: CLIP-L, CLIP-G and T5.
 
-    The pooled vector is CLIP-L's and CLIP-G's projected EOS features side by side. No mask is used: padding takes part.
+    The CLIP tokens are the second-to-last hidden states of CLIP-L and CLIP-G, concatenated along the features and
+    zero-padded to ``token_dim``. T5's tokens follow along the token axis. The pooled vector is the projected EOS
+    features of CLIP-L and CLIP-G, concatenated. No attention mask is used: padding tokens take part.
 
     Args:
         text_encoder: CLIP-L with projection.
         text_encoder_2: CLIP-G with projection.
-        text_encoder_3: T5 encoder; None leaves it out.
+        text_encoder_3: T5 encoder; None replaces T5's tokens by zeros.
         tokenizer: Tokenizer of CLIP-L.
         tokenizer_2: Tokenizer of CLIP-G.
         tokenizer_3: Tokenizer of T5.
-        token_dim: Width the network takes (``joint_attention_dim``).
-        t5_length: T5 tokens per prompt; without T5 that many zero tokens, as SD3 saw when T5 was dropped in training.
+        token_dim: Width of the token embeddings that the network takes (``joint_attention_dim``).
+        t5_length: Number of T5 tokens per prompt; without T5 the number of zero tokens, which SD3 saw in training
+            whenever T5 was dropped.
 
     Note:
-        DiNa-LRM trained with 128 T5 tokens; its published example scores with 256.
+        DiNa-LRM was trained with 128 T5 tokens; its published example scores with 256.
     """
 
     def __init__(

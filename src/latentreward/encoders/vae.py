@@ -1,4 +1,4 @@
-"""Pixels ↔ latents, and what tells one latent space from another."""
+"""VAE encoder and decoder with scaled latents, and the latent space of a VAE config."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,7 @@ from latentreward.contracts import LatentSpace
 
 
 def latent_space_of(vae_config: Mapping[str, Any]) -> LatentSpace:
-    """The latent space that a diffusers VAE config describes; no weight is needed."""
+    """Return the latent space that a diffusers VAE config describes."""
     return LatentSpace(
         channels=vae_config["latent_channels"],
         downscale=2 ** (len(vae_config["block_out_channels"]) - 1),
@@ -21,10 +21,10 @@ def latent_space_of(vae_config: Mapping[str, Any]) -> LatentSpace:
 
 
 class LatentEncoder(nn.Module):
-    """A frozen VAE that speaks scaled latents: ``z = (posterior sample − shift) · scale``.
+    """Frozen VAE that returns and takes scaled latents ``z = (posterior sample − shift) · scale``.
 
     Args:
-        vae: diffusers VAE. It keeps its own dtype and runs outside autocast: SDXL's overflows in float16.
+        vae: diffusers VAE. The VAE keeps its dtype and runs outside autocast, because SDXL's overflows in float16.
     """
 
     def __init__(self, vae: AutoencoderKL) -> None:
@@ -33,17 +33,17 @@ class LatentEncoder(nn.Module):
         self.space = latent_space_of(vae.config)
 
     def latent_shape(self, pixels: Tensor) -> tuple[int, int, int]:
-        """Shape ``(C, h, w)`` of the latents of one image of ``pixels`` ``(B, 3, H, W)``."""
+        """Return the shape ``(C, h, w)`` of the latents of one image of ``pixels`` ``(B, 3, H, W)``."""
         height, width = pixels.shape[-2:]
         return self.space.channels, height // self.space.downscale, width // self.space.downscale
 
     def encode(self, pixels: Tensor, noise: Tensor | None = None, *, differentiable: bool = False) -> Tensor:
-        """Latents ``(B, C, h, w)``, at least float32, of ``pixels`` ``(B, 3, H, W)`` in [-1, 1].
+        """Encode pixels into scaled latents ``(B, C, h, w)`` in float32 or a wider type.
 
         Args:
-            pixels: Images.
+            pixels: ``(B, 3, H, W)`` in [-1, 1].
             noise: ``(B, C, h, w)`` standard normal numbers for the posterior sample; None takes the posterior mean.
-            differentiable: Whether gradients reach ``pixels``.
+            differentiable: Whether gradients flow back to ``pixels``.
         """
         with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
             with torch.autocast(pixels.device.type, enabled=False):
@@ -54,7 +54,10 @@ class LatentEncoder(nn.Module):
             return (sample - self.space.shift_factor) * self.space.scaling_factor
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Pixels ``(B, 3, H, W)`` float32, about [-1, 1], of scaled ``latents`` ``(B, C, h, w)``; differentiable."""
+        """Decode scaled latents ``(B, C, h, w)`` into float32 pixels ``(B, 3, H, W)``, differentiably.
+
+        Pixels lie in [-1, 1] but for small overshoots.
+        """
         latents = latents / self.space.scaling_factor + self.space.shift_factor
         with torch.autocast(latents.device.type, enabled=False):
             return self.vae.decode(latents.to(self.vae.dtype)).sample.float()

@@ -1,4 +1,4 @@
-"""Features → a score."""
+"""Heads: networks that compute a score from a backbone's features."""
 
 from latentreward.heads.base import EmbeddingHead, RewardHead
 from latentreward.heads.clip_projection import CLIPProjectionHead

@@ -1,4 +1,4 @@
-"""What every reward head promises."""
+"""Base classes of all reward heads."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -11,16 +11,18 @@ from latentreward.contracts import Features
 
 
 class RewardHead(nn.Module, ABC):
-    """Features → a score per image, higher is better.
+    """Network that computes a score per image from a backbone's features; a higher score is better.
 
-    A head is built from a :class:`~latentreward.contracts.FeatureSpec` first, then its own settings, so that YAML
-    states each width once.
+    The first parameter of a subclass's constructor is a :class:`~latentreward.contracts.FeatureSpec`, which holds the
+    widths of the features. YAML sets only the other parameters, so that no width is written twice.
 
     Attributes:
-        needs_uncond: Whether the backbone must read the empty prompt too.
-        reads_text: Whether it reads text taps; where not, what only they need in the backbone does not train.
-        reads_temb: Whether it reads the timestep embedding; likewise.
-        built_by: Class and settings that it was made with; None if one of them is not a plain value.
+        needs_uncond: Whether ``forward`` needs ``features.uncond``, the features for the empty prompt.
+        reads_text: Whether ``forward`` uses ``features.text``. If False, backbone parameters that only text taps need
+            are frozen.
+        reads_temb: Whether ``forward`` uses ``features.temb``. If False, backbone parameters that only the timestep
+            embedding needs are frozen.
+        built_by: Record of the constructor call; None if a setting cannot be written as JSON.
     """
 
     needs_uncond: bool = False
@@ -29,40 +31,39 @@ class RewardHead(nn.Module, ABC):
     built_by: Construction | None = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Note the settings."""
+        """Record the settings in :attr:`built_by`."""
         head = super().__new__(cls)
-        object.__setattr__(
-            head, "built_by", Construction.of(cls, args, kwargs, skip=1)
-        )  # nn.Module's is not set up yet
+        # nn.Module.__setattr__ works only after nn.Module.__init__.
+        object.__setattr__(head, "built_by", Construction.of(cls, args, kwargs, skip=1))
         return head
 
     @abstractmethod
     def forward(self, features: Features) -> Tensor:
-        """Scores ``(B,)``, or ``(B, out_dim)`` for a head with several outputs."""
+        """Compute scores ``(B,)``, or ``(B, out_dim)`` for a head with several outputs."""
 
     def score_ensemble(self, levels: Sequence[Features]) -> Tensor:
-        """One score per image from features at several noise levels; the mean of the scores unless a head knows better.
+        """Compute one score per image from features at several noise levels; the base class averages the scores.
 
         Args:
-            levels: The same images at K noise levels.
+            levels: Features of the same images at K noise levels.
         """
         return sum(self(features) for features in levels) / len(levels)
 
 
 class EmbeddingHead(RewardHead):
-    """A head whose score is an inner product of an image embedding and a text embedding.
+    """Head whose score is a similarity of an image embedding and a text embedding.
 
-    It can compare any image of a batch with any prompt, which losses with in-batch negatives use.
+    Such a head can score any image of a batch for any prompt, which losses with in-batch negatives need.
     """
 
     @abstractmethod
     def embed(self, features: Features) -> tuple[Tensor, Tensor]:
-        """Image and text embeddings ``(B, D)``, not normalised."""
+        """Compute image and text embeddings, each ``(B, D)`` and not normalised."""
 
     @abstractmethod
     def similarity(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
-        """Score of row i of one against row i of the other: ``(N, D)``, ``(N, D)`` → ``(N,)``."""
+        """Compute the score of each image for the prompt of the same row: ``(N, D)``, ``(N, D)`` → ``(N,)``."""
 
     @abstractmethod
     def similarity_matrix(self, text_embeds: Tensor, image_embeds: Tensor) -> Tensor:
-        """Score of every prompt against every image: ``(N, D)``, ``(M, D)`` → ``(N, M)``."""
+        """Compute the score of every image for every prompt: texts ``(N, D)``, images ``(M, D)`` → ``(N, M)``."""

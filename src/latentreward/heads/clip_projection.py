@@ -1,4 +1,4 @@
-"""LRM's head: visual feature enhancement, projections, a temperature, a cosine."""
+"""LRM's head: visual feature enhancement, two linear projections, and a cosine with a temperature."""
 
 from typing import Literal
 
@@ -17,26 +17,31 @@ MultiScale = Literal["plain", "single", "enhanced"]
 class CLIPProjectionHead(EmbeddingHead):
     r"""Score ``exp(logit_scale) · cos(V, T)`` (LRM, arXiv:2502.01051, eqs. 4–6).
 
-    ``V = W_v [pooled taps …, m]`` and ``T = W_t · pooled text``, where the last visual tap is the mid feature and
+    ``V = W_v [pooled taps …, m]`` and ``T = W_t · pooled text``. All visual taps are averaged over their tokens. The
+    last one is the mid feature, which visual feature enhancement (VFE) with guidance g turns into
 
     .. math:: m = m_\text{uncond} + g\,(m_\text{cond} - m_\text{uncond})
 
-    is its visual feature enhancement (VFE) by guidance g; taps are mean-pooled over their tokens. On a DiT the tapped
-    blocks stand for the down levels and the last of them for mid.
+    where uncond is the feature of the same latents for the empty prompt. On a DiT the last tapped block is the mid
+    feature, and the other tapped blocks take the place of the U-Net's down levels.
 
     Args:
         spec: Widths of the backbone's features.
-        guidance: g; at 1 or below VFE is off and the empty prompt is not read. Larger g: more text alignment, less
-            aesthetics.
-        multi_scale: ``plain`` joins the other taps as they are; ``enhanced`` enhances them too (in the published SDXL
-            variant all but the first); ``single`` leaves them out.
-        enhance_first: With ``enhanced``: whether the first tap is enhanced as well (SD1.5 yes, SDXL no).
-        embed_dim: Width of V and T; None takes the pooled text's, or CLIP's if ``text_projection_source`` is given.
-        project_text: Whether T has a projection of its own; LRM-SDXL has none, as SDXL's pooled text is already
+        guidance: g; at 1 or below VFE is off and the empty prompt is not encoded. A larger g gives text alignment more
+            weight and aesthetics less.
+        multi_scale: Use of the taps before the last: ``plain`` appends them without VFE, ``enhanced`` applies VFE to
+            them too (see ``enhance_first``), ``single`` leaves them out.
+        enhance_first: With ``enhanced``: whether VFE is applied to the first tap (published SD1.5: yes, SDXL: no).
+        embed_dim: Width of V and T; None takes the width of the pooled text, or of CLIP's projection if
+            ``text_projection_source`` is given.
+        project_text: Whether T has a trained projection; LRM-SDXL has none, because SDXL's pooled text is already
             projected.
-        text_projection_source: Folder or hub id of a CLIP model whose text projection starts ours (LRM-SD1.5:
-            CLIP-L); None starts it at N(0, 0.02²).
-        logit_scale: Initial log temperature.
+        text_projection_source: Folder or hub id of a CLIP model whose text projection initialises ``W_t`` (LRM-SD1.5:
+            CLIP-L); None initialises with N(0, 0.02²).
+        logit_scale: Initial value of the log temperature.
+
+    Raises:
+        InputError: If ``embed_dim`` or the projection of ``text_projection_source`` does not fit.
     """
 
     reads_text = False
@@ -83,11 +88,11 @@ class CLIPProjectionHead(EmbeddingHead):
         self.logit_scale = nn.Parameter(torch.tensor([float(logit_scale)]))  # one element: FSDP2 takes no scalars
 
     def enhance(self, cond: Tensor, uncond: Tensor) -> Tensor:
-        """``uncond + g · (cond − uncond)``."""
+        """Apply visual feature enhancement: ``uncond + g · (cond − uncond)``."""
         return uncond + self.guidance * (cond - uncond)
 
     def visual_input(self, features: Features) -> Tensor:
-        """Pooled, enhanced and joined taps, ``(B, width of visual_projection's input)``."""
+        """Return the pooled, enhanced and concatenated taps: ``(B, D)``, the input of ``visual_projection``."""
         pooled = [pool(tokens) for tokens in features.visual]
         if self.needs_uncond:
             empty = [pool(tokens) for tokens in features.uncond.visual]
@@ -115,31 +120,31 @@ class CLIPProjectionHead(EmbeddingHead):
             return self.logit_scale.exp() * unit(text_embeds) @ unit(image_embeds).T
 
     def forward(self, features: Features) -> Tensor:
-        """See :meth:`RewardHead.forward`; scores in ±exp(logit_scale)."""
+        """See :meth:`RewardHead.forward`; scores lie between -exp(logit_scale) and exp(logit_scale)."""
         return self.similarity(*self.embed(features))
 
 
 def pool(tokens: Tensor) -> Tensor:
-    """Mean over the tokens in float32: guidance multiplies what a half-precision mean would round off."""
+    """Average over the tokens in float32, because guidance would multiply the rounding error of a lower precision."""
     return tokens.mean(dim=1, dtype=torch.float32)
 
 
 def unit(embeds: Tensor) -> Tensor:
-    """Rows scaled to length 1, in float32."""
+    """Scale rows to Euclidean length 1, in float32."""
     return F.normalize(embeds.float(), dim=-1)
 
 
 def clip_text_projection(source: str) -> Tensor:
-    """Text projection weight ``(projection_dim, hidden_size)`` of a CLIP model.
+    """Read the text projection weight ``(projection_dim, hidden_size)`` of a CLIP model.
 
     Raises:
-        InputError: If ``source`` is no folder or hub id of a CLIP model with a text projection.
+        InputError: If ``source`` is not a folder or hub id of a CLIP model with a text projection.
     """
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
     try:
         local = read_locally(source)
-        if torch.get_default_device().type == "meta":  # shapes alone, as the backbones' loaders do
+        if torch.get_default_device().type == "meta":  # only the shape is needed, as in backbones.loading
             config = CLIPTextConfig.from_pretrained(source, local_files_only=local)
             return torch.empty(config.projection_dim, config.hidden_size)
         model, report = CLIPTextModelWithProjection.from_pretrained(
@@ -148,7 +153,7 @@ def clip_text_projection(source: str) -> Tensor:
             use_safetensors=True,
             torch_dtype=torch.float32,
             output_loading_info=True,
-            attn_implementation="eager",  # else its config.json may name one whose code is downloaded; it never runs
+            attn_implementation="eager",  # overrides config.json, which could name code that transformers downloads
         )
     except (OSError, ValueError) as error:
         raise InputError(f"text_projection_source={source!r}: {first_line(error)}") from error

@@ -1,4 +1,4 @@
-"""DiNa-LRM's head: FiLM by timestep, gated query attention, a scalar per query."""
+"""DiNa-LRM's head: FiLM modulation by timestep, gated attention of learned queries, and a scalar per query."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -14,15 +14,17 @@ from latentreward.heads.grids import common_grid, resample_tokens
 
 
 class LogisticSquash(nn.Module):
-    r"""``4 / (1 + exp(−(x − η₃) / (|η₄| + 10⁻⁶))) − 2``, in (−2, 2): DiNa-LRM's ``use_logistic``.
+    r"""Logistic squashing of scores into (−2, 2), DiNa-LRM's ``use_logistic``.
+
+    Computes ``4 / (1 + exp(−(x − η₃) / (|η₄| + 10⁻⁶))) − 2``.
 
     Args:
-        eta3: Initial midpoint; trains.
-        eta4: Initial width; trains.
+        eta3: Initial value of the trained midpoint η₃.
+        eta4: Initial value of the trained width η₄.
 
     Note:
-        The published files do not hold η₃ and η₄, so a loaded model has the initial values. The released form's
-        gradient is NaN for x far below η₃ (exp overflows); this one uses the sigmoid.
+        The published files do not contain η₃ and η₄, so that a loaded model has the initial values. The released code
+        has a NaN gradient for x far below η₃, where exp overflows; the sigmoid used here does not.
     """
 
     def __init__(self, eta3: float = 0.0, eta4: float = 0.15) -> None:
@@ -31,16 +33,16 @@ class LogisticSquash(nn.Module):
         self.eta4 = nn.Parameter(torch.tensor(eta4))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Squash any shape."""
+        """Squash scores of any shape."""
         return 4 * torch.sigmoid((x - self.eta3) / (self.eta4.abs() + 1e-6)) - 2
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over features, computed in float32, with its epsilon stated.
+    """Root-mean-square norm over the features, computed in float32, with an explicit epsilon.
 
     Args:
-        width: Features.
-        eps: Added to the mean square.
+        width: Number of features.
+        eps: Epsilon added to the mean square.
     """
 
     def __init__(self, width: int, eps: float) -> None:
@@ -53,16 +55,17 @@ class RMSNorm(nn.Module):
 
 
 class FiLMAdapter(nn.Module):
-    """Tokens of one tap, modulated by the timestep (FiLM, arXiv:1709.07871) and narrowed.
+    """FiLM modulation (arXiv:1709.07871) of one tap's tokens by the timestep, followed by a projection.
 
-    ``proj(x · (1 + γ) + β + layer_embed)`` with ``γ, β`` from the timestep embedding; γ = β = 0 at the start.
+    Computes ``proj(x · (1 + γ) + β + layer_embed)``, where an MLP computes ``γ, β`` from the timestep embedding. Both
+    are 0 at initialisation.
 
     Args:
         in_dim: Width of the tap's tokens.
-        width: Width of the head; tokens of another width are projected first.
-        out_dim: Width after narrowing.
+        width: Width of the head; tokens of another width are projected to ``width`` first.
+        out_dim: Width of the output.
         temb_dim: Width of the timestep embedding.
-        use_proj_in: Project first even if the widths agree.
+        use_proj_in: Whether to project to ``width`` first even if ``in_dim`` equals ``width``.
     """
 
     def __init__(self, in_dim: int, width: int, out_dim: int, temb_dim: int, use_proj_in: bool) -> None:
@@ -76,27 +79,27 @@ class FiLMAdapter(nn.Module):
         self.proj = nn.Linear(width, out_dim)
 
     def modulate(self, tokens: Tensor, temb: Tensor) -> Tensor:
-        """``(B, N, in_dim)`` → ``(B, N, width)``."""
+        """Modulate tokens ``(B, N, in_dim)`` by ``temb`` ``(B, temb_dim)``; returns ``(B, N, width)``."""
         if hasattr(self, "proj_in"):
             tokens = self.proj_in(tokens)
         gamma, beta = self.cond_mlp(temb).unsqueeze(1).chunk(2, dim=-1)
         return tokens * (1 + gamma) + beta + self.layer_embed
 
     def forward(self, tokens: Tensor, temb: Tensor) -> Tensor:
-        """``(B, N, in_dim)``, ``(B, temb_dim)`` → ``(B, N, out_dim)``."""
+        """Modulate and project tokens: ``(B, N, in_dim)``, ``(B, temb_dim)`` → ``(B, N, out_dim)``."""
         return self.proj(self.modulate(tokens, temb))
 
 
 class QueryAttention(nn.Module):
-    """Queries attend to visual tokens and, if it has a text side, to text tokens by a second softmax.
+    """Cross-attention of queries to visual tokens and, optionally, to text tokens with a softmax of its own.
 
-    With gates, each value is scaled by a sigmoid of its own normalised token; ½ at the start. The residual is the
-    un-normalised query.
+    The results of the two attentions are added. With ``gated``, each token's value is multiplied by a gate: the sigmoid
+    of an MLP on the normalised token, ½ at initialisation. The residual connection adds the queries before their norm.
 
     Args:
         width: Width of queries and tokens.
-        num_heads: Attention heads.
-        with_text: Whether there is a text side.
+        num_heads: Number of attention heads.
+        with_text: Whether the queries also attend to text tokens.
         gated: Whether values are gated.
         eps: Epsilon of the norms.
     """
@@ -121,7 +124,7 @@ class QueryAttention(nn.Module):
         return F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
 
     def forward(self, queries: Tensor, visual: Tensor, text: Tensor | None = None) -> Tensor:
-        """``(B, Q, width)``, ``(B, N, width)``, ``(B, M, width)`` → ``(B, Q, width)``."""
+        """Attend: queries ``(B, Q, width)``, visual ``(B, N, width)``, text ``(B, M, width)`` → ``(B, Q, width)``."""
         query, tokens = self.to_q(self.norm_q(queries)), self.norm_v(visual)
         value = self.to_v_vis(tokens)
         hidden = self._attend(
@@ -137,7 +140,7 @@ class QueryAttention(nn.Module):
 
 
 def gate(width: int) -> nn.Sequential:
-    """One logit per token, 0 at the start."""
+    """Build an MLP that computes one gate logit per token, 0 at initialisation."""
     layers = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1))
     nn.init.zeros_(layers[2].weight)
     nn.init.zeros_(layers[2].bias)
@@ -147,25 +150,28 @@ def gate(width: int) -> nn.Sequential:
 class GatedQFormerHead(RewardHead):
     """DiNa-LRM's head (arXiv:2602.11146, section 3.3); parameter names are those of the published files.
 
-    Each tap goes through a FiLM adapter of its own; taps of a stream are joined on features and mixed; a few learned
-    queries attend to them; each query gives a scalar, and the mean is the score.
+    Each tap has a FiLM adapter. The adapted visual taps are concatenated along the features and mixed by a linear
+    layer; the adapted text taps are concatenated and mixed by another. Learned queries attend to the mixed tokens. Each
+    query yields a scalar, and the mean of the scalars is the score.
 
     Args:
         spec: Widths of the backbone's features.
-        width: Width of the head; None takes the taps' common width, or the widest tap's.
-        num_queries: Learned queries.
-        num_heads: Attention heads; must divide ``width``.
-        out_dim: Scores per image.
-        use_proj_in: Project every tap first, even if the widths agree.
-        rms_eps: Epsilon of the RMS norms. The published weights were made where PyTorch's default in bfloat16 was
-            2⁻⁷ = 0.0078125; newer PyTorch has 1.19e-7.
-        dropout: Dropout on the mixed tokens.
-        use_logistic: Squash the score into (−2, 2).
-        grid: Visual grid on which taps of different grids are joined: ``smallest``, ``largest`` or its sides.
-        ensemble: A score at several noise levels from all levels' ``tokens`` at once, or the mean of their ``scores``.
+        width: Width of the head; None takes the width of the widest visual tap.
+        num_queries: Number of learned queries.
+        num_heads: Number of attention heads; must divide ``width``.
+        out_dim: Number of scores per image.
+        use_proj_in: Whether to project each tap to ``width`` first even if its width equals ``width``.
+        rms_eps: Epsilon of the RMS norms. The published weights were trained with a PyTorch whose default in bfloat16
+            was 2⁻⁷ = 0.0078125; newer PyTorch uses 1.19e-7.
+        dropout: Dropout probability of the mixed tokens.
+        use_logistic: Whether to squash the score into (−2, 2), see :class:`LogisticSquash`.
+        grid: Token grid to which visual taps are resampled before they are concatenated: ``smallest`` or ``largest``
+            grid among the taps, or its sides.
+        ensemble: Computation of a score from several noise levels: ``tokens`` lets the queries attend to the tokens of
+            all levels at once, ``scores`` averages the levels' scores.
 
     Raises:
-        InputError: If ``num_heads`` does not divide the width.
+        InputError: If ``num_heads`` does not divide the width, or ``grid`` is not valid.
     """
 
     def __init__(
@@ -208,7 +214,7 @@ class GatedQFormerHead(RewardHead):
         self.logistic = LogisticSquash() if use_logistic else None
 
     def tokens(self, features: Features) -> tuple[Tensor, Tensor | None]:
-        """Mixed visual tokens ``(B, N, width)`` and text tokens ``(B, M, width)``, None if no text was read."""
+        """Compute mixed visual tokens ``(B, N, width)`` and text tokens ``(B, M, width)``, None without text taps."""
         dtype = self.query_tokens.dtype
         temb = features.temb.to(dtype)
         target = common_grid(features.visual_grids, self.grid)
@@ -228,12 +234,12 @@ class GatedQFormerHead(RewardHead):
         return mixed, self.token_dropout(self.agg_text(torch.cat(text, dim=-1)))
 
     def pool(self, visual: Tensor, text: Tensor | None) -> Tensor:
-        """Scores ``(B, out_dim)`` of mixed tokens; see :meth:`tokens`."""
+        """Compute scores ``(B, out_dim)`` from mixed tokens; see :meth:`tokens`."""
         queries = self.query_tokens.expand(len(visual), -1, -1)
         queries = self.attn1(queries, visual, text)
         queries = self.attn2(queries, visual)
         queries = queries + self.ff(self.norm_ff(queries))
-        with torch.autocast(queries.device.type, enabled=False):  # bfloat16 scores would tie from about 1 / 100 apart
+        with torch.autocast(queries.device.type, enabled=False):  # bfloat16 would round scores 0.01 apart to one value
             score = self.head(queries.to(self.head.weight.dtype)).mean(dim=1)
         return score if self.logistic is None else self.logistic(score)
 
@@ -242,10 +248,13 @@ class GatedQFormerHead(RewardHead):
         return squeeze_single(self.pool(*self.tokens(features)))
 
     def score_ensemble(self, levels: Sequence[Features]) -> Tensor:
-        """One score from the tokens of all levels, joined along the tokens after each was modulated by its timestep.
+        """Compute one score per image from several noise levels; see ``ensemble``.
+
+        With ``ensemble="tokens"`` each level's tokens are modulated by their timestep, then concatenated along the
+        token axis.
 
         Args:
-            levels: The same images at K noise levels.
+            levels: Features of the same images at K noise levels.
         """
         if self.ensemble == "scores":
             return super().score_ensemble(levels)
@@ -254,5 +263,5 @@ class GatedQFormerHead(RewardHead):
 
 
 def squeeze_single(score: Tensor) -> Tensor:
-    """``(B, 1)`` → ``(B,)``; several outputs stay ``(B, out_dim)``."""
+    """Remove the last axis of ``(B, 1)``; ``(B, out_dim)`` with several outputs is returned unchanged."""
     return score.squeeze(-1) if score.shape[-1] == 1 else score

@@ -1,4 +1,4 @@
-"""Bring tokens of different grids onto one."""
+"""Resampling of tokens from one grid to another."""
 
 from collections.abc import Sequence
 from math import prod
@@ -12,9 +12,17 @@ _POOL = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_p
 
 
 def resample_tokens(tokens: Tensor, grid: tuple[int, ...], target: tuple[int, ...]) -> Tensor:
-    """Average ``tokens`` ``(B, prod(grid), D)``, row-major, into ``target``'s cells: ``(B, prod(target), D)``.
+    """Resample tokens from ``grid`` to the grid ``target`` by adaptive average pooling.
 
-    Works for one to three axes (text, image, video), also from a coarse grid to a finer one, where cells repeat.
+    A finer ``target`` is possible too; tokens then repeat.
+
+    Args:
+        tokens: ``(B, prod(grid), D)``, in row-major order.
+        grid: Present number of tokens along each of one to three axes (text, image, video).
+        target: New number of tokens along each axis.
+
+    Returns:
+        ``(B, prod(target), D)``.
     """
     if grid == target:
         return tokens
@@ -23,14 +31,14 @@ def resample_tokens(tokens: Tensor, grid: tuple[int, ...], target: tuple[int, ..
 
 
 def common_grid(grids: Sequence[tuple[int, ...]], choice: str | Sequence[int] = "smallest") -> tuple[int, ...]:
-    """The grid on which taps are joined.
+    """Return the grid to which all taps are resampled.
 
     Args:
-        grids: One per tap.
-        choice: ``smallest``, ``largest``, or the grid itself.
+        grids: Grid of each tap.
+        choice: ``smallest`` or ``largest`` of ``grids``, or the grid itself.
 
     Raises:
-        InputError: If ``choice`` is none of these, or has another number of axes.
+        InputError: If ``choice`` is another text, or a grid with the wrong number of axes or a side below 1.
     """
     if choice == "smallest":
         return min(grids, key=prod)

@@ -1,4 +1,4 @@
-"""A backbone and a head as one reward model, and the loaders of published checkpoints."""
+"""Reward models (a backbone with a head) that load from files and score images, and loaders of the papers' models."""
 
 from latentreward.scoring.calibration import Calibration
 from latentreward.scoring.layouts.card import Card

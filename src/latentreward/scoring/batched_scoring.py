@@ -1,4 +1,4 @@
-"""Scoring, batch by batch: prompts and latents in, scores under one or several settings of noise out."""
+"""Scoring of images or latents in batches, under one or several noise settings."""
 
 from __future__ import annotations
 
@@ -17,22 +17,25 @@ from latentreward.scoring.network import RewardNetwork
 from latentreward.scoring.scoring_noise import ScoringNoise, draw_noise, timesteps_of
 
 ROWS = 4
-"""Rows of a CPU's even passes; numbers of features are multiples of 8, vectors at most 32 wide."""
+"""Number of rows of which a batch on a CPU holds a multiple, see :func:`~latentreward.scoring.images.even_parts`.
+
+Widths of features are multiples of 8 and CPU vectors hold at most 32 numbers, so that 4 rows fill them evenly.
+"""
 PROMPTS_KEPT = 32
-"""Encoded prompts that are kept for batches to come; one of SD3's takes 5 MB."""
+"""Number of encoded prompts that are kept for later batches; an encoded prompt of SD3 takes 5 MB."""
 
 
 @dataclass(frozen=True)
 class EncodedBatch:
-    """Images and prompts as a reward model's network takes them.
+    """Encoded images and prompts of one batch.
 
     Attributes:
-        latents: ``(B, C, ...)`` clean and scaled.
-        prompts: B prompts, by which noise is drawn.
-        conditioning: B rows.
-        uncond: The empty prompt, one row, if the head asks for it.
-        image_keys: Names of the images' contents, where noise is drawn by them.
-        draws: ``(B, C, ...)`` noise for all levels, instead of drawn noise.
+        latents: ``(B, C, ...)`` clean, scaled latents.
+        prompts: B prompts, which seed the noise.
+        conditioning: Encoded prompts, B rows.
+        uncond: Encoded empty prompt, one row; None if the head does not need it.
+        image_keys: B hashes of the images, which seed the noise with ``noise_key="image"``; None hashes the latents.
+        draws: ``(B, C, ...)`` noise to add at all levels in place of seeded noise.
     """
 
     latents: Tensor
@@ -44,11 +47,13 @@ class EncodedBatch:
 
 
 class PromptMemory:
-    """Encodes prompts one at a time, so that none depends on its company, and keeps the last ones.
+    """Least-recently-used cache of encoded prompts.
+
+    Prompts are encoded one at a time, so that rounding does not depend on the other prompts of a batch.
 
     Args:
-        model: Whose text encoder it is.
-        capacity: Prompts kept.
+        model: Model whose text encoder is used.
+        capacity: Number of encoded prompts to keep.
     """
 
     def __init__(self, model: RewardNetwork, capacity: int) -> None:
@@ -57,13 +62,13 @@ class PromptMemory:
         self._uncond: Conditioning | None = None
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """One row per prompt."""
+        """Return the encoded prompts, one row per prompt."""
         rows = {prompt: self._encoded(prompt) for prompt in dict.fromkeys(prompts)}
         return join_rows([rows[prompt] for prompt in prompts])
 
     @property
     def uncond(self) -> Conditioning | None:
-        """The empty prompt, one row, if the head asks for it."""
+        """Encoded empty prompt, one row; None if the head does not need it."""
         if self._uncond is None and self._model.head.needs_uncond:
             self._uncond = self._model.backbone.encode_prompts([""])
         return self._uncond
@@ -81,8 +86,12 @@ class PromptMemory:
 def score_images(
     model: RewardNetwork, prompts: Sequence[str], images: Images, levels: Sequence[ScoringNoise], batch_size: int
 ) -> Tensor:
-    """Scores ``(N, K)``, or ``(N, K, out_dim)``, at least float32 on the CPU; see :meth:`RewardModel.score_levels`."""
-    for noise in levels:  # a level that is out of range shows before anything is decoded
+    """Encode and score N images under K noise settings; see :meth:`RewardModel.score_levels`.
+
+    Returns:
+        ``(N, K)``, or ``(N, K, out_dim)`` for a head with several outputs, at least float32, on the CPU.
+    """
+    for noise in levels:  # raises for a level out of range before images are decoded
         timesteps_of(noise, model.backbone.noise_process)
     memory = PromptMemory(model, max(batch_size, PROMPTS_KEPT))
     by_content = any(noise.noise_key == "image" for noise in levels)
@@ -112,7 +121,7 @@ def score_images(
         model.warn_once(
             "aspect",
             f"{len(unfitting)} of {len(rows)} images, first number {min(unfitting)}, have an aspect ratio that the "
-            "model was not trained on; they are cropped to the nearest",
+            "model was not trained on; they are cropped to the nearest trained one",
         )
     place = torch.tensor(rows).argsort()
     return torch.cat(scores)[place]
@@ -127,7 +136,11 @@ def score_given_latents(
     conditioning: tuple[Conditioning, Conditioning | None] | None,
     batch_size: int,
 ) -> Tensor:
-    """Scores ``(N,)`` or ``(N, out_dim)``, at least float32; see :meth:`RewardModel.score_latents`."""
+    """Add noise to N clean latents and score them; see :meth:`RewardModel.score_latents`.
+
+    Returns:
+        ``(N,)``, or ``(N, out_dim)`` for a head with several outputs, at least float32.
+    """
     memory, scores = PromptMemory(model, max(batch_size, PROMPTS_KEPT)), []
     with torch.set_grad_enabled(torch.is_grad_enabled() and latents.requires_grad):
         for part in even_parts(len(latents), batch_size, even_step(model)):
@@ -147,7 +160,7 @@ def score_given_latents(
 
 
 def score_encoded(model: RewardNetwork, batch: EncodedBatch, noise: ScoringNoise) -> Tensor:
-    """Scores ``(B,)``, or ``(B, out_dim)``, at least float32: the mean over the seeds.
+    """Score one encoded batch: ``(B,)`` or ``(B, out_dim)``, at least float32, averaged over the seeds.
 
     Raises:
         InputError: If a level lies outside the model's noise process.
@@ -170,7 +183,14 @@ def score_encoded(model: RewardNetwork, batch: EncodedBatch, noise: ScoringNoise
 
 
 def _score_draw(model: RewardNetwork, batch: EncodedBatch, timesteps: Tensor, draws: Sequence[Tensor]) -> Tensor:
-    """One score from one draw per level; features reach the head in float32."""
+    """Score a batch with one noise tensor per level; the head gets features in float32.
+
+    Args:
+        model: Reward model.
+        batch: B images.
+        timesteps: ``(K,)`` timesteps of the levels.
+        draws: K noise tensors ``(B, C, ...)``.
+    """
     process, levels = model.backbone.noise_process, []
     for timestep, draw in zip(timesteps.to(batch.latents.device), draws, strict=True):
         repeated = timestep.repeat(len(batch.latents))
@@ -184,18 +204,19 @@ def _score_draw(model: RewardNetwork, batch: EncodedBatch, timesteps: Tensor, dr
 
 
 def even_step(model: RewardNetwork) -> int:
-    """Rows of which a pass holds a multiple, or one; see :func:`~latentreward.scoring.images.even_parts`.
+    """Return the number of rows of which a batch should hold a multiple on the model's device.
 
-    A head's arrays, such as one number per token, may have a rest even so; on a CPU it takes one row at a time.
+    See :func:`~latentreward.scoring.images.even_parts`. It is 1 on an accelerator. A head has arrays, such as one
+    number per token, for which :data:`ROWS` rows are not enough; on a CPU heads therefore score one row at a time.
     """
     return ROWS if model.device.type == "cpu" else 1
 
 
 def prompt_of_each(prompts: str | Sequence[str], count: int) -> Sequence[str]:
-    """One prompt for each of ``count`` images.
+    """Return one prompt for each of ``count`` images; a single text is repeated.
 
     Raises:
-        InputError: If there are neither as many prompts, nor a single text.
+        InputError: If the number of prompts is not ``count``, or a prompt is not a valid text.
     """
     if isinstance(prompts, str):
         prompts = [prompts] * count
@@ -215,7 +236,13 @@ def prompt_of_each(prompts: str | Sequence[str], count: int) -> Sequence[str]:
 
 
 def check_finite(scores: Tensor, prompts: Sequence[str], rows: Sequence[int]) -> None:
-    """Raise InputError naming the first image with a score that is no number."""
+    """Raise InputError if a score is NaN or infinite; names the first such image.
+
+    Args:
+        scores: ``(B,)`` or ``(B, ...)``.
+        prompts: B prompts, for the message.
+        rows: B numbers of the images, for the message.
+    """
     finite = scores.detach().isfinite().flatten(1).all(dim=1) if scores.ndim > 1 else scores.detach().isfinite()
     if not finite.all():
         first = int((~finite).nonzero()[0])

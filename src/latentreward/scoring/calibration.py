@@ -1,4 +1,4 @@
-"""Where a raw score stands among the scores of a stored reference set."""
+"""Calibration of raw scores: z-score and quantile relative to the scores of a reference set."""
 
 from __future__ import annotations
 
@@ -13,29 +13,30 @@ from latentreward.errors import InputError
 from latentreward.scoring.scoring_noise import ScoringNoise
 
 GRID = 1001
-"""Quantiles that are kept."""
+"""Number of quantiles that a calibration stores."""
 FEWEST = 20
-"""Scores below which mean and quantiles say too little."""
+"""Smallest number of reference scores for a calibration."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Mean, spread and quantiles of a model's raw scores on a reference set, under one setting of noise.
+    """Mean, standard deviation and quantiles of a model's raw scores on a reference set, at one noise setting.
 
-    A raw score has no unit, and another model's has another; a z-score or a quantile says how an image compares with
-    the reference set's.
+    Raw scores have no unit, and the scales of two models differ. A z-score or quantile compares an image with the
+    images of the reference set.
 
     Attributes:
-        mean: Of the raw scores.
-        std: Of the raw scores, with the number − 1 as divisor.
+        mean: Mean of the raw scores.
+        std: Standard deviation of the raw scores, with divisor ``number - 1``.
         quantiles: Raw scores at evenly spaced quantiles from 0 to 1, ascending.
         reference: Name of the reference set.
-        number: Scores in it.
-        noise: Noise levels and draws under which they were made.
-        seed: Seed by which the reference set was drawn from a larger one.
+        number: Number of scores in the reference set.
+        noise: Noise levels and seeds at which the reference set was scored.
+        seed: Seed with which the reference set was sampled from a larger data set.
 
     Raises:
-        InputError: If the spread is not positive, or the quantiles are too few, not finite or do not ascend.
+        InputError: If ``std`` is not positive, or there are fewer than two quantiles, or quantiles are not finite or do
+            not ascend.
     """
 
     mean: float
@@ -57,12 +58,12 @@ class Calibration:
 
     @classmethod
     def fit(cls, scores: Tensor, reference: str, noise: ScoringNoise, seed: int = 0) -> Self:
-        """Calibrate on raw ``scores`` ``(N,)``.
+        """Compute a calibration from the raw scores of a reference set.
 
         Args:
-            scores: Of the reference set.
-            reference: Its name.
-            noise: Noise levels and draws under which they were made.
+            scores: ``(N,)`` raw scores of the reference set.
+            reference: Name of the reference set.
+            noise: Noise levels and seeds at which the reference set was scored.
             seed: See :class:`Calibration`.
 
         Raises:
@@ -81,38 +82,39 @@ class Calibration:
                 f"calibration on {reference!r}: all {len(scores)} scores are {scores[0]:g}; give images that the model "
                 "tells apart"
             )
-        ordered, places = scores.sort().values, torch.linspace(0, len(scores) - 1, GRID, dtype=torch.float64)
-        below, rest = places.floor().long(), places.frac()
-        grid = ordered[below] + rest * (ordered[places.ceil().long()] - ordered[below])
-        # rounding of the interpolation must not break the order
+        ordered, positions = scores.sort().values, torch.linspace(0, len(scores) - 1, GRID, dtype=torch.float64)
+        below, rest = positions.floor().long(), positions.frac()
+        grid = ordered[below] + rest * (ordered[positions.ceil().long()] - ordered[below])
+        # Rounding in the interpolation can make a quantile smaller than the one before.
         grid = grid.cummax(dim=0).values
         return cls(float(scores.mean()), float(scores.std()), tuple(grid.tolist()), reference, len(scores), noise, seed)
 
     def z_score(self, scores: Tensor, noise: ScoringNoise | None = None) -> Tensor:
-        """``(score − mean) / std``, the shape of ``scores``, float32.
+        """Return ``(score − mean) / std`` of each score, float32, in the shape of ``scores``.
 
         Args:
             scores: Raw scores.
-            noise: What they were made under, which is then compared.
+            noise: Noise setting of ``scores``, to check that the calibration applies; None skips the check.
 
         Raises:
-            InputError: If ``noise`` has other levels than the calibration.
+            InputError: If the levels of ``noise`` differ from those of the calibration.
         """
         self.check(noise)
         return ((scores.double() - self.mean) / self.std).float()
 
     def quantile(self, scores: Tensor, noise: ScoringNoise | None = None) -> Tensor:
-        """Share of the reference set that scores lower: in [0, 1], the shape of ``scores``, float32.
+        """Return the share of the reference set with a lower score, in [0, 1], float32, in the shape of ``scores``.
 
-        Linear between the stored quantiles, 0 below the smallest and 1 above the largest; a value that many reference
-        scores share gets the middle of the range of quantiles that it spans. NaN stays NaN.
+        The share is interpolated linearly between the stored quantiles. It is 0 up to the smallest and 1 from the
+        largest reference score. A score that equals several stored quantiles gets the middle of their range. NaN stays
+        NaN.
 
         Args:
             scores: Raw scores.
             noise: See :meth:`z_score`.
 
         Raises:
-            InputError: As :meth:`z_score`.
+            InputError: As in :meth:`z_score`.
         """
         self.check(noise)
         raw = scores.detach().double()
@@ -123,16 +125,16 @@ class Calibration:
         low, high = (left - 1).clamp(0, last), left.clamp(0, last)
         gap = grid[high] - grid[low]
         between = low + torch.where(gap > 0, (raw - grid[low]) / gap.clamp_min(torch.finfo(raw.dtype).tiny), 0)
-        place = torch.where(right > left, (left + right - 1) / 2, between)
-        place = torch.where(raw <= grid[0], 0, torch.where(raw >= grid[-1], last, place))
-        return torch.where(raw.isnan(), raw, place / last).float()
+        index = torch.where(right > left, (left + right - 1) / 2, between)
+        index = torch.where(raw <= grid[0], 0, torch.where(raw >= grid[-1], last, index))
+        return torch.where(raw.isnan(), raw, index / last).float()
 
     def fits(self, noise: ScoringNoise) -> bool:
-        """Whether scores under ``noise`` may be calibrated: the levels must agree, the draws need not."""
+        """Tell whether the calibration applies to scores at ``noise``: the levels must be equal, seeds may differ."""
         return (self.noise.sigmas, self.noise.timesteps) == (noise.sigmas, noise.timesteps)
 
     def check(self, noise: ScoringNoise | None) -> None:
-        """Raise InputError if scores under ``noise`` may not be calibrated; None is not compared."""
+        """Raise InputError if the calibration does not apply to scores at ``noise``; None passes."""
         if noise is not None and not self.fits(noise):
             raise InputError(
                 f"the model was calibrated at {self.noise}, but scored at {noise}; score at that level, or use raw "
@@ -140,15 +142,15 @@ class Calibration:
             )
 
     def record(self) -> dict[str, Any]:
-        """Plain values for JSON, from which :meth:`of_record` makes an equal calibration."""
+        """Return the calibration as values for JSON; the inverse of :meth:`of_record`."""
         return asdict(self)
 
     @classmethod
     def of_record(cls, record: Mapping[str, Any]) -> Self:
-        """The calibration behind a :meth:`record`.
+        """Build a calibration from the values that :meth:`record` returned.
 
         Raises:
-            InputError: If an entry is missing, unknown or of another kind.
+            InputError: If an entry is missing or unknown, or has a value of the wrong type.
         """
         names = {field.name for field in fields(cls)}
         if not isinstance(record, Mapping) or set(record) != names:

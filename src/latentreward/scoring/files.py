@@ -1,4 +1,4 @@
-"""Files of reward models: read whole or refused in one line."""
+"""Readers of reward model files (JSON, safetensors, ``torch.save``) that raise one-line errors."""
 
 import json
 from collections.abc import Mapping
@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from latentreward.errors import InputError, first_line
 
 POINTER = b"version https://git-lfs"
-"""How a file begins that git-lfs left in place of a large one."""
+"""First bytes of a git-lfs pointer, which stands in place of a large file that was not downloaded."""
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object.
+    """Read a JSON file that holds an object.
 
     Raises:
-        InputError: If it is none.
+        InputError: If the file is not valid JSON, or does not hold an object.
     """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -33,16 +33,17 @@ def read_config(path: Path) -> dict[str, Any]:
 def load_exactly(
     module: nn.Module, state: Mapping[str, Tensor], path: Path, absent_by_design: tuple[str, ...] = ()
 ) -> None:
-    """Fill ``module`` from ``state``; both must hold the same tensors.
+    """Load ``state`` into ``module``, after checking that names and shapes match.
 
     Args:
-        module: What is filled.
+        module: Module to fill.
         state: Name → tensor.
-        path: File they came from, for the message.
-        absent_by_design: Names of ``module`` that the layout never holds; they keep their initial values.
+        path: File that held the tensors, for messages.
+        absent_by_design: Names of tensors of ``module`` that may be missing from ``state`` and then keep their initial
+            values.
 
     Raises:
-        InputError: Naming the first tensor that is missing, left over or of another shape.
+        InputError: If a tensor is missing, unexpected or has the wrong shape; names the first one.
     """
     own = module.state_dict().items()
     compare_tensors(
@@ -52,7 +53,7 @@ def load_exactly(
 
 
 def compare_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], path: Path) -> None:
-    """Raise InputError naming the first tensor whose name or shape in a file is not as expected."""
+    """Raise InputError if names or shapes of the tensors found in ``path`` differ from the expected ones."""
     for kind, names in (("missing", expected.keys() - found.keys()), ("unexpected", found.keys() - expected.keys())):
         if names:
             raise InputError(f"cannot load {path}: {kind} tensor {sorted(names)[0]} ({len(names)} in all)")
@@ -63,14 +64,14 @@ def compare_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor],
 
 
 def read_tensors(path: Path) -> dict[str, Any]:
-    """A state dict from a ``torch.save`` file, tensors and plain values only.
+    """Read a state dict from a ``torch.save`` file with ``weights_only=True``, which runs no code of the file.
 
     Raises:
-        InputError: If the file is no such file or holds anything else.
+        InputError: If the file is damaged, or holds anything but named tensors and plain values.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # on garbage the unpickler raises nearly anything
+    except Exception as error:  # the unpickler raises errors of many types on damaged files
         raise InputError(f"cannot load {path}: {first_line(error)}; download it again") from error
     if not isinstance(state, Mapping):
         raise InputError(f"cannot load {path}: it holds a {type(state).__name__}, not named tensors; download it again")
@@ -78,10 +79,10 @@ def read_tensors(path: Path) -> dict[str, Any]:
 
 
 def existing_folder(folder: str | Path, *files: str) -> Path:
-    """``folder`` as a path, if it holds ``files``.
+    """Return ``folder`` as a path, after checking that it holds ``files``.
 
     Raises:
-        InputError: Naming what is missing.
+        InputError: If the folder or a file is missing, or a file is only a git-lfs pointer.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -97,10 +98,10 @@ def existing_folder(folder: str | Path, *files: str) -> Path:
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file, on the CPU.
+    """Read the tensors of a safetensors file onto the CPU.
 
     Raises:
-        InputError: If the file is damaged.
+        InputError: If the file is missing or damaged.
     """
     from safetensors.torch import load_file
 

@@ -1,4 +1,4 @@
-"""The page of ``latentreward score``: pictures sorted by score."""
+"""HTML page of ``latentreward score``: thumbnails sorted by score."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -17,24 +17,24 @@ from latentreward.reports import picture_uri, write_page
 from latentreward.scoring.network import name_of
 
 SIDE, QUALITY = 224, 75
-"""Of a thumbnail: 500 of photographs make 4 to 8 MB, of the finest noise 17 MB."""
+"""Longest side of a thumbnail in pixels, and its JPEG quality: 500 photographs make a page of 4 to 8 MB."""
 LISTED = 1000
-"""Most images without a score that are named."""
+"""Largest number of images without a score that the page lists."""
 LEVEL = "score_"
-"""Start of the names of columns with scores at one noise level."""
+"""Prefix of the columns with scores at one noise level."""
 
 
 class Gallery:
-    """One HTML file that shows a scored list; thumbnails lie in it, and link to the images.
+    """HTML file that shows scored images as embedded thumbnails, each with a link to its image file.
 
     Args:
-        path: The file.
-        limit: Most images shown; of more, the best and the worst.
-        threads: Threads that read images.
-        max_pixels: Images with more are not read.
+        path: File to write.
+        limit: Largest number of images to show. Of a longer list the best and the worst are shown, half each.
+        threads: Number of threads that read images.
+        max_pixels: Largest number of pixels of an image; a larger one is shown without a thumbnail.
 
     Raises:
-        InputError: If the file has another ending, or is a folder.
+        InputError: If ``path`` does not end in ``.html`` or ``.htm``, or is a folder.
     """
 
     def __init__(self, path: Path, limit: int, threads: int, max_pixels: int) -> None:
@@ -43,13 +43,13 @@ class Gallery:
         self.path, self.limit, self.threads, self.max_pixels = path, limit, threads, max_pixels
 
     def write(self, listed: ImageList, table: pa.Table, model: str, exif: ExifOrientation = "ignore") -> int:
-        """Write the page; returns how many images it shows.
+        """Write the page and return the number of images on it.
 
         Args:
             listed: N images.
-            table: N rows, as :class:`~latentreward.scoring.image_lists.ListedScoring` makes them.
-            model: What scored them, as the user named it.
-            exif: Whether they were turned upright by their EXIF orientation.
+            table: N rows of scores, from :class:`~latentreward.scoring.image_lists.ListedScoring`.
+            model: Reward model, as the user named it.
+            exif: Whether thumbnails are turned upright by their EXIF orientation, as the scored images were.
         """
         scores = table["score"].to_numpy()
         order = np.argsort(-scores, kind="stable")[: int(np.isfinite(scores).sum())]
@@ -80,7 +80,7 @@ class Gallery:
         return len(shown)
 
     def _chosen(self, order: np.ndarray) -> tuple[list[int], int]:
-        """Rows to show, best first, and how many of them are the best; the others are the worst."""
+        """Return the rows to show, best first, and how many of them belong to the best; the others are the worst."""
         if len(order) <= self.limit:
             return order.tolist(), len(order)
         best = (self.limit + 1) // 2
@@ -102,7 +102,7 @@ class Gallery:
         }
 
     def _picture(self, row: ListedImage, exif: ExifOrientation) -> str | None:
-        """A thumbnail; None if the image can be read no more."""
+        """Return a thumbnail as a data URI; None if the image cannot be read any more."""
         try:
             return picture_uri(decode_image(row.ref(), self.max_pixels, exif), SIDE, QUALITY)
         except ImageError:

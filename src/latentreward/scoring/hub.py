@@ -1,4 +1,4 @@
-"""Reward models on the hub: fetched, and uploaded."""
+"""Download and upload of reward models on the hub."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from latentreward.errors import InputError, first_line
 from latentreward.storage.hub import TIMEOUT, model_info
 
 MARKS = ("head.safetensors", "state_dict.pt", "checkpoint/rm_head.pt")
-"""One file of each layout."""
+"""Path of a file that identifies each layout: model folder, LRM, DiNa-LRM."""
 
 
 def downloaded(name: str, revision: str | None = None) -> Path:
-    """Folder of a hub id, or of a folder in it (``owner/name/folder``); from the local cache if the hub is silent.
+    """Download a reward model from the hub and return its local folder; the local cache serves if the hub is offline.
 
     Args:
-        name: Hub id.
+        name: Hub id ``owner/name``, or with a folder in the repository ``owner/name/folder``.
         revision: Branch, tag or commit.
 
     Raises:
-        InputError: If ``name`` looks like none, or the hub does not have it.
+        InputError: If ``name`` does not look like a hub id, or neither hub nor cache has the model.
     """
     parts = name.rstrip("/").split("/")
     if Path(name).is_absolute() or name.startswith((".", "~")) or name.endswith(".ckpt") or len(parts) < 2:
@@ -45,8 +45,8 @@ def downloaded(name: str, revision: str | None = None) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = type(error).__name__ if online or isinstance(error, HfHubHTTPError | HFValidationError) else SILENT
         raise InputError(
-            f"reward model {name!r} is neither here nor to be had from the hub{at} ({reason}); check the name, the "
-            "network and your access"
+            f"reward model {name!r} is not a local path and cannot be fetched from the hub{at} ({reason}); check the "
+            "name, the network and your access"
         ) from error
     return Path(root) / folder
 
@@ -55,22 +55,31 @@ SILENT = "the hub does not answer, and the local cache does not have it"
 
 
 def check_folder(name: str, folder: str, files: Iterable[str]) -> None:
-    """Before gigabytes are fetched: raise InputError if a repository has no model in ``folder``, but has in others."""
+    """Check, before gigabytes are downloaded, that a repository has a model in ``folder``.
+
+    Args:
+        name: Name that the user gave, for messages.
+        folder: Folder in the repository; empty for its root.
+        files: Paths of all files in the repository.
+
+    Raises:
+        InputError: If the folder does not exist, or holds no model while other folders do.
+    """
     inside = [PurePosixPath(file) for file in files]
     if folder and not any(path.is_relative_to(folder) for path in inside):
         raise InputError(f"reward model {name!r}: the repository has no folder {folder!r}; {others(inside)}")
     own = {str(path.relative_to(folder)) for path in inside if path.is_relative_to(folder)}
     if not own.intersection(MARKS) and not any(path.endswith(".ckpt") for path in own) and models_in(inside):
-        raise InputError(f"reward model {name!r} has no model at that place; {others(inside)}")
+        raise InputError(f"reward model {name!r} does not point to a model; {others(inside)}")
 
 
 def models_in(files: Iterable[PurePosixPath]) -> list[str]:
-    """Folders of a repository that hold a model."""
+    """Return the folders of a repository that hold a model, from the paths of its files."""
     return sorted({str(path).removesuffix(f"/{mark}") for path in files for mark in MARKS if path.match(f"?*/{mark}")})
 
 
 def others(files: Iterable[PurePosixPath]) -> str:
-    """Tail of a message: where the models are."""
+    """Return the end of an error message: a list of the repository's folders that hold models."""
     found = models_in(files)
     return f"add one of its folders: {', '.join(found)}" if found else "check the name"
 
@@ -84,18 +93,18 @@ def upload(
     revision: str | None = None,
     commit_message: str = "Upload reward model",
 ) -> str:
-    """Put a model folder on the hub as a commit of a repository, which is made if it is not there; returns its address.
+    """Upload a model folder to the hub as one commit, and return the commit's URL.
 
     Args:
-        folder: As :func:`~latentreward.scoring.layouts.saving.save_pretrained` writes it.
-        repository: ``owner/name``.
+        folder: Model folder that :func:`~latentreward.scoring.layouts.saving.save_pretrained` wrote.
+        repository: ``owner/name``; the repository is created if it does not exist.
         private: Whether a new repository is private; None takes the owner's default.
         token: Access token; None takes that of ``huggingface-cli login`` or ``HF_TOKEN``.
-        revision: Branch, which is made if it is not there; None is the main one.
-        commit_message: Of the commit.
+        revision: Branch, created if it does not exist; None is the main branch.
+        commit_message: Message of the commit.
 
     Raises:
-        InputError: If the hub does not answer or refuses.
+        InputError: If the hub does not answer or rejects the upload.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
@@ -109,11 +118,11 @@ def upload(
             repo_id=repository, folder_path=folder, revision=revision, commit_message=commit_message
         )
     except HFValidationError as error:
-        raise InputError(f"{repository!r} is no hub id ({first_line(error)}); give owner/name") from error
+        raise InputError(f"{repository!r} is not a hub id ({first_line(error)}); give owner/name") from error
     except (HfHubHTTPError, LocalTokenNotFoundError) as error:
         raise InputError(
             f"{repository!r}: the hub refuses ({first_line(error)}); check the name and your token"
         ) from error
-    except Exception as error:  # whatever the HTTP client of the day raises without a network
+    except Exception as error:  # without a network the error's type depends on the HTTP client of huggingface_hub
         raise InputError(f"{repository!r}: the hub does not answer ({first_line(error)}); check the network") from error
     return str(commit.commit_url)

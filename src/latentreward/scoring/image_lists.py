@@ -1,4 +1,4 @@
-"""Rows of an image list through a reward model: decoded ahead in threads, scored in batches of one size."""
+"""Scoring of image lists: images are decoded in threads ahead of the model and scored in batches of one size."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,19 +18,20 @@ from latentreward.errors import InputError, one_line
 from latentreward.scoring import RewardModel, ScoringNoise
 
 HELD_BATCHES = 4
-"""Batches of decoded images that wait for others of their size."""
+"""Number of batches of decoded images that may wait until a batch of one size is full."""
 NO_SCORE = "no finite score"
+"""Start of the text in column ``problem`` for an image whose score is NaN or infinite."""
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """An image at the model's size, or why there is none.
+    """Decoded image at the model's size, or the reason why the image cannot be used.
 
     Attributes:
-        pixels: ``(3, H, W)`` in [-1, 1].
-        size: Height and width of the image, as it is decoded.
-        problem: Why it cannot be used.
-        rotated: Whether it has an EXIF orientation other than upright.
+        pixels: ``(3, H, W)`` in [-1, 1]; None if there is a problem.
+        size: Height and width of the decoded image before resizing.
+        problem: Reason why the image cannot be used; None if it can.
+        rotated: Whether the image has an EXIF orientation other than upright.
     """
 
     pixels: Tensor | None = None
@@ -41,13 +42,13 @@ class Loaded:
 
 @dataclass
 class ScoredRows:
-    """What is known of some rows.
+    """Results so far for one part of the list.
 
     Attributes:
-        rows: The rows.
-        scores: ``(rows, K)`` float32, NaN where there is none.
-        sizes: Height and width by row.
-        problems: Why a row has no score.
+        rows: N rows of the list.
+        scores: ``(N, K)`` float32; NaN for a row without a score.
+        sizes: Index of a row → height and width of its image.
+        problems: Index of a row → reason why the row has no score.
     """
 
     rows: Sequence[ListedImage]
@@ -56,7 +57,7 @@ class ScoredRows:
     problems: dict[int, str] = field(default_factory=dict)
 
     def finished(self) -> list[range]:
-        """Runs of rows that have a score, or a reason why there is none."""
+        """Return ranges of consecutive rows that have a score or a problem."""
         scored = self.scores.isfinite().all(dim=1).tolist()
         known = groupby(range(len(self.rows)), lambda row: scored[row] or row in self.problems)
         runs = [list(rows) for done, rows in known if done]
@@ -64,25 +65,25 @@ class ScoredRows:
 
 
 class ListedScoring:
-    """Scores the rows of an image list.
+    """Scorer of the rows of an image list.
 
-    What a row gets depends on the rows scored in the same part, by the last bits alone: which images share a batch.
+    The last bits of a score depend on which images share a batch, and so on the other rows of the same part.
 
     Args:
         model: Loaded model.
         rows: All rows of the list.
-        levels: Settings of noise, by the name of their column; the first is ``score``.
-        batch_size: Images per pass.
-        decode_threads: Threads that decode ahead.
-        max_pixels: Images with more are recorded as unreadable.
+        levels: Name of a column → noise setting of its scores; the first name is ``score``.
+        batch_size: Largest number of images per forward pass.
+        decode_threads: Number of threads that decode images ahead of the model.
+        max_pixels: Largest number of pixels of an image; a larger image is recorded as unreadable.
 
     Attributes:
-        seconds: Time spent in the model.
-        rotated: Images with an EXIF orientation other than upright.
-        progress: Called with the number of rows that were finished.
+        seconds: Time spent in the model so far, in seconds.
+        rotated: Number of images so far with an EXIF orientation other than upright.
+        progress: Function that is called with the number of rows just finished.
 
     Raises:
-        InputError: If the model does not tell its image size, or a level lies outside its noise process.
+        InputError: If the model has no rule for image sizes, or a level lies outside the model's noise process.
     """
 
     def __init__(
@@ -110,8 +111,14 @@ class ListedScoring:
         self.progress: Callable[[int], None] = lambda number: None
 
     def tables(self, parts: Sequence[range]) -> Iterator[tuple[range, pa.Table]]:
-        """Yield rows of each part with their table, see :meth:`table`; at Ctrl-C, those that are scored already."""
-        listed = (self.rows[place] for place in chain.from_iterable(parts))
+        """Score the parts one by one; yield each part's range of rows with its table, see :meth:`table`.
+
+        After a Ctrl-C, the rows of the current part that are finished are yielded before KeyboardInterrupt is raised.
+
+        Args:
+            parts: Ranges of row indices.
+        """
+        listed = (self.rows[index] for index in chain.from_iterable(parts))
         ahead = 2 * self.batch_size + self.decode_threads
         with closing(map_ahead(self._load, listed, ahead, self.decode_threads)) as loaded:
             for rows in parts:
@@ -128,18 +135,18 @@ class ListedScoring:
                 yield rows, self.table(part)
 
     def table(self, part: ScoredRows) -> pa.Table:
-        """The table of a part.
+        """Convert the results of a part to a table.
 
-        Columns are ``image``, ``prompt``, a score for each level, of which the first is ``score``, ``z_score`` and
-        ``quantile`` (empty unless the model is calibrated at that level), ``width`` and ``height`` of the image,
-        and ``problem``: why there is no score.
+        Columns are ``image``, ``prompt``, ``score`` and a score for each further level, ``z_score`` and ``quantile``
+        of ``score`` (empty unless the model is calibrated at that level), ``width`` and ``height`` of the image, and
+        ``problem``: the reason why there is no score.
         """
         rows = range(len(part.rows))
         columns: dict[str, Any] = {
             "image": pa.array([row.name for row in part.rows], pa.string()),
             "prompt": pa.array([row.prompt for row in part.rows], pa.string()),
         }
-        columns |= {name: _numbers(part.scores[:, place]) for place, name in enumerate(self.levels)}
+        columns |= {name: _numbers(part.scores[:, index]) for index, name in enumerate(self.levels)}
         columns |= self._calibrated(part.scores[:, 0])
         for axis, name in ((1, "width"), (0, "height")):
             sides = [part.sizes[row][axis] if row in part.sizes else None for row in rows]
@@ -165,7 +172,11 @@ class ListedScoring:
         return Loaded(self._sizes.loader(*size).pixels(image), size, rotated=rotated)
 
     def _score(self, part: ScoredRows, loaded: Iterable[Loaded]) -> None:
-        """Score a part; images wait for others of their size, the commonest of which go first when many wait."""
+        """Score a part in batches of images of one size.
+
+        Decoded images wait until :data:`HELD_BATCHES` batches are held; then all images of the commonest size are
+        scored. The rest is scored at the end of the part.
+        """
         waiting: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}
         for row, image in enumerate(loaded):
             if image.pixels is None:
@@ -191,7 +202,11 @@ class ListedScoring:
         self.progress(len(images))
 
     def _score_singly(self, part: ScoredRows, images: Sequence[tuple[int, Tensor]]) -> None:
-        """One image had no finite score, which must not cost the others theirs; before any had one, it is fatal."""
+        """Score images one by one after a batch failed, and record a problem for each that fails.
+
+        Raises:
+            InputError: If no image of the list has had a score so far: then the model is at fault, not an image.
+        """
         for row, pixels in images:
             try:
                 part.scores[row] = self._call(part, [(row, pixels)])[0]
@@ -203,7 +218,7 @@ class ListedScoring:
             raise last
 
     def _call(self, part: ScoredRows, images: Sequence[tuple[int, Tensor]]) -> Tensor:
-        """Scores ``(N, K)`` of images of one size."""
+        """Score N images of one size under K noise settings; returns ``(N, K)``."""
         start = time.perf_counter()
         pixels = torch.stack([image for _, image in images])
         prompts = [part.rows[row].prompt for row, _ in images]
@@ -212,7 +227,7 @@ class ListedScoring:
         self.seconds += time.perf_counter() - start
         if scores.ndim != 2:
             raise InputError(
-                f"model: {self.model.source} gives {scores.shape[-1]} scores of an image; take one with one"
+                f"model: {self.model.source} gives {scores.shape[-1]} scores per image; choose a model that gives one"
             )
         return scores[:, [different.index(noise) for noise in self.levels.values()]]
 

@@ -1,4 +1,4 @@
-"""From an image of any size to the size that a reward model looks at."""
+"""Rules by which a reward model resizes images of any size."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ if TYPE_CHECKING:
     from latentreward.backbones.base import DiffusionBackbone
 
 PUBLISHED_SIDE = 1024
-"""Native side, in pixels, of the network that the published buckets are for."""
+"""Native side, in pixels, of the network for which DiNa-LRM's buckets were published."""
 
 
 class ImageSizes(ABC):
-    """A model's own rule for the sizes of images."""
+    """Base class of the rules by which a reward model resizes images."""
 
     @abstractmethod
     def loader(self, height: int, width: int) -> PixelLoader:
-        """What brings an image of ``height`` × ``width`` pixels to the model's size."""
+        """Return the transform that resizes an image of ``height`` × ``width`` pixels to the model's size."""
 
     def fits(self, height: int, width: int) -> bool:
-        """Whether training has a size for images of this shape; others come to the size of the nearest one."""
+        """Tell whether training accepts images of this shape; scoring resizes others to the nearest training size."""
         return True
 
 
 @dataclass(frozen=True)
 class OneSize(ImageSizes):
-    """Every image stretched to one size, bilinear, as LRM was trained (released code).
+    """Rule that stretches every image to one size, with bilinear interpolation, as LRM's released code does.
 
     Attributes:
-        height: Pixels.
-        width: Pixels.
+        height: Height in pixels.
+        width: Width in pixels.
     """
 
     height: int
     width: int
 
     def __str__(self) -> str:
-        """Height × width."""
+        """Return the size as ``HEIGHTxWIDTH``."""
         return f"{self.height}x{self.width}"
 
     def loader(self, height: int, width: int) -> PixelLoader:
@@ -52,19 +52,20 @@ class OneSize(ImageSizes):
 
 @dataclass(frozen=True)
 class NearestBucket(ImageSizes):
-    """The aspect bucket that training puts an image into; what hangs over is cut (DiNa-LRM's training sizes).
+    """Rule that resizes an image to cover the size of its aspect ratio bucket, and center-crops the rest (DiNa-LRM).
 
-    See :func:`~latentreward.data.buckets.assign_bucket`. An image whose aspect ratio no bucket has, which training
-    leaves out, comes to the bucket nearest in aspect. Images of any area have a bucket.
+    The bucket is the one that training uses, see :func:`~latentreward.data.buckets.assign_bucket`. Training leaves out
+    an image whose aspect ratio is too far from all buckets; scoring takes the bucket with the nearest aspect ratio.
+    Unlike training, scoring accepts images of any area.
 
     Attributes:
-        buckets: (height, width) of each, in pixels.
+        buckets: (height, width) of each bucket, in pixels.
     """
 
     buckets: Sequence[tuple[int, int]] = tuple((*bucket,) for bucket in PUBLISHED_BUCKETS)
 
     def __str__(self) -> str:
-        """The buckets."""
+        """Return the buckets, separated by spaces, each as ``HEIGHTxWIDTH``."""
         return " ".join(f"{height}x{width}" for height, width in self.buckets)
 
     def loader(self, height: int, width: int) -> PixelLoader:
@@ -80,10 +81,11 @@ class NearestBucket(ImageSizes):
 
 
 def own_sizes(backbone: DiffusionBackbone) -> ImageSizes | None:
-    """What images a backbone's network was trained on; None if it does not tell.
+    """Return the default rule for a backbone's image sizes; None if its native size is unknown.
 
-    A network that takes several shapes gets the published buckets, scaled from 1024 pixels to its native side and
-    rounded to what VAE and patches divide; of buckets that become equal one stays.
+    A network trained on one aspect ratio gets :class:`OneSize` with its native size. Any other network gets DiNa-LRM's
+    buckets, scaled from 1024 pixels to the network's native side and rounded to multiples of ``side_multiple``; buckets
+    that become equal are merged.
     """
     if backbone.native_size is None:
         return None

@@ -1,4 +1,4 @@
-"""From images, as users have them, to batches of pixels of one size."""
+"""Conversion of users' images (PIL, paths, bytes, arrays, tensors) into batches of pixels of one size."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from latentreward.scoring.image_sizes import ImageSizes
 from latentreward.storage.digests import digest
 
 ImageInput = Image.Image | str | Path | bytes | ImageRef | np.ndarray
-"""An image in memory, a file, encoded bytes, a reader's reference, or a uint8 array ``(H, W, 3)``."""
+"""Type of one image: a PIL image, a path, encoded bytes, a reader's reference, or a uint8 array ``(H, W, 3)``."""
 Images = Sequence[ImageInput] | Tensor
 FORMS = "a PIL image, a path, encoded bytes, an ImageRef or a uint8 array (H, W, 3)"
 LARGEST_PIXEL = 4.0
-"""Beyond this, pixels cannot have been meant to lie in [-1, 1]: decoders overshoot by some tenths."""
+"""Largest magnitude of pixels accepted as lying in [-1, 1]; VAE decoders overshoot that range by some tenths."""
 
 
 class PixelBatch(NamedTuple):
-    """Images of one size.
+    """Batch of B images of one size.
 
     Attributes:
-        rows: Their places among the images given.
+        rows: Index of each image among all images to score.
         pixels: ``(B, 3, H, W)`` in [-1, 1].
-        unfitting: Those of ``rows`` whose aspect ratio the model was not trained on.
+        unfitting: Subset of ``rows``: images with an aspect ratio that the model was not trained on.
     """
 
     rows: list[int]
@@ -41,10 +41,15 @@ class PixelBatch(NamedTuple):
 
 
 def even_parts(count: int, size: int, step: int) -> Iterator[slice]:
-    """Rows 0 to ``count`` in slices of at most ``size`` rows: multiples of ``step`` as long as they last, then singles.
+    """Yield slices that cover rows 0 to ``count``, each with a multiple of ``step`` rows or a single row.
 
-    On a CPU, vectorised kernels compute the last few numbers of an array by other instructions than those before, so
-    that in a batch of 3 the last bits of a score depend on the row; in one of 4, 8, ... arrays have no such rest.
+    On a CPU, vectorised kernels handle the last few numbers of an array with different instructions. In a batch of 3
+    rows the last bits of a score therefore depend on the row; with a multiple of 4 rows, arrays have no such rest.
+
+    Args:
+        count: Number of rows.
+        size: Largest number of rows in a slice.
+        step: Number of rows of which slices hold a multiple; the rows that remain at the end come singly.
     """
     start = 0
     while start < count:
@@ -55,14 +60,15 @@ def even_parts(count: int, size: int, step: int) -> Iterator[slice]:
 
 
 def as_images(images: ImageInput | Images, value_range: tuple[float, float] | None = None) -> Images:
-    """Bring images to a list, a single one to a list of one; a tensor to ``(N, 3, H, W)`` about [-1, 1].
+    """Return images as a list, or as a tensor ``(N, 3, H, W)`` in [-1, 1] if they are a tensor.
 
     Args:
-        images: As :meth:`~latentreward.scoring.RewardModel.score` takes them.
-        value_range: Lowest and highest value of a tensor's pixels; None for [-1, 1].
+        images: Images as :meth:`~latentreward.scoring.RewardModel.score` takes them; a single image becomes a list of
+            one.
+        value_range: Lowest and highest value of a tensor's pixels; None means (-1, 1).
 
     Raises:
-        InputError: If they are neither images nor a tensor of pixels.
+        InputError: If ``images`` is neither images nor a tensor of pixels.
     """
     if isinstance(images, Tensor):
         return as_pixels(images, value_range)
@@ -80,10 +86,15 @@ def as_images(images: ImageInput | Images, value_range: tuple[float, float] | No
 
 
 def as_pixels(images: Tensor, value_range: tuple[float, float] | None) -> Tensor:
-    """Pixels ``(N, 3, H, W)`` about [-1, 1] of a tensor with values in ``value_range``, of N images or a single one.
+    """Convert a tensor of pixels to ``(N, 3, H, W)`` in [-1, 1].
+
+    Args:
+        images: ``(N, 3, H, W)`` or ``(3, H, W)``, floating point.
+        value_range: Lowest and highest value of ``images``; None means (-1, 1).
 
     Raises:
-        InputError: If it is not such a tensor.
+        InputError: If shape or type differ, ``value_range`` is not ascending, or a converted pixel has a magnitude
+            above :data:`LARGEST_PIXEL`.
     """
     pixels = images[None] if images.ndim == 3 else images
     if pixels.ndim != 4 or pixels.shape[1] != 3 or not pixels.is_floating_point():
@@ -107,11 +118,11 @@ def as_pixels(images: Tensor, value_range: tuple[float, float] | None) -> Tensor
 
 
 def doubts_of_pixels(pixels: Tensor, sizes: ImageSizes | None) -> dict[str, str]:
-    """What looks wrong with a tensor ``(N, 3, H, W)`` that should lie in [-1, 1], by kind.
+    """Return warnings about a tensor that should hold pixels in [-1, 1], by kind: ``range`` and ``size``.
 
     Args:
-        pixels: The tensor.
-        sizes: The model's rule for sizes.
+        pixels: ``(N, 3, H, W)``.
+        sizes: The model's rule for image sizes; None skips the check of the size.
     """
     doubts = {}
     if pixels.numel() and pixels.detach().min() >= 0 and pixels.detach().max() <= 1:
@@ -136,17 +147,17 @@ def pixel_batches(
     step: int = 1,
     exif: ExifOrientation = "apply",
 ) -> Iterator[PixelBatch]:
-    """Batches of one size each, in the order in which they fill up; no more than one per size is held.
+    """Yield batches of images of one size, each as soon as it is full; incomplete batches come last.
 
     Args:
-        images: Images, each brought to its size; or pixels ``(N, 3, H, W)``, which are taken as they are.
-        sizes: The model's rule.
-        batch_size: Images per batch.
+        images: Images, which are decoded and resized; or pixels ``(N, 3, H, W)``, which are only cut into batches.
+        sizes: The model's rule for image sizes.
+        batch_size: Largest number of images per batch.
         step: See :func:`even_parts`.
         exif: Whether images are turned upright by their EXIF orientation.
 
     Raises:
-        InputError: If an image cannot be read, or ``images`` are no images.
+        InputError: If an image cannot be read, an item is not an image, or ``sizes`` is None and images need resizing.
     """
     if isinstance(images, Tensor):
         for part in even_parts(len(images), batch_size, step):
@@ -177,11 +188,16 @@ def _joined(batch: list[tuple[int, Tensor, bool]], step: int) -> Iterator[PixelB
 
 
 def decode_any(image: Any, row: int, exif: ExifOrientation) -> Image.Image:
-    """One image, in any of its forms, as 8-bit RGB.
+    """Decode one image of any type in :data:`ImageInput` to 8-bit RGB.
+
+    Args:
+        image: The image.
+        row: Index of the image, for messages.
+        exif: Whether the image is turned upright by its EXIF orientation.
 
     Raises:
-        ImageError: If it cannot be read.
-        InputError: If it is nothing that holds an image.
+        ImageError: If the image cannot be decoded.
+        InputError: If ``image`` is of another type, or an array of the wrong shape or dtype.
     """
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
@@ -202,7 +218,7 @@ def decode_any(image: Any, row: int, exif: ExifOrientation) -> Image.Image:
 
 
 def check_sides(pixels: Tensor, multiple: int) -> None:
-    """Raise InputError for sides that VAE and patches do not divide."""
+    """Raise InputError if a side of the images is not a multiple of ``multiple`` pixels."""
     height, width = pixels.shape[-2:]
     if min(height, width) < multiple or height % multiple or width % multiple:
         raise InputError(
@@ -212,7 +228,7 @@ def check_sides(pixels: Tensor, multiple: int) -> None:
 
 
 def content_key(values: Tensor) -> str:
-    """Name of what a tensor holds: equal values of equal shape and type have the same."""
+    """Return a hash of a tensor's values, shape and dtype."""
     name = f"{values.dtype} {tuple(values.shape)} ".encode()
     content = values.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
     return digest([name, content])

@@ -1,6 +1,7 @@
 """Identifiers of licences on the hub (huggingface.co/docs/hub/repositories-licenses)."""
 
 AS_OF = 2025
+"""Year in which the list of identifiers was copied from the hub's documentation."""
 
 _NAMES = """
 afl-3.0 agpl-3.0 apache-2.0 apple-amlr apple-ascl artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0

@@ -1,4 +1,4 @@
-"""A backbone and a head as one network: noisy latents and a prompt in, a score out."""
+"""Module that joins a backbone and a head: noisy latents and a prompt in, a score out."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ logger = logging.getLogger(__name__)
 
 
 class RewardNetwork(nn.Module):
-    """Scores latents at any noise level.
+    """Network that scores latents at any noise level, with the settings that scoring images needs.
 
     Args:
-        backbone: Reads features.
-        head: Scores them.
+        backbone: Network that computes features from noisy latents.
+        head: Network that computes scores from features.
 
     Attributes:
-        noise: Levels and draws of a score where none are given: timestep 1 for DDPM (LRM on clean images), noise level
-            0.4 for flow matching (DiNa-LRM's published example).
-        image_sizes: To which size images are brought; None where the network does not tell its own.
-        exif: Whether images are turned upright by their EXIF orientation, as in training.
-        source: Where it came from, as the user gave it.
+        noise: Default noise levels and seeds of a score: timestep 1 for DDPM (LRM on clean images), noise level 0.4 for
+            flow matching (DiNa-LRM's published example).
+        image_sizes: Rule by which images are resized; None if the backbone's native size is unknown.
+        exif: Whether images are turned upright by their EXIF orientation (``apply`` or ``ignore``), as in training.
+        source: Path or hub id that the model was loaded from, as the user gave it.
         dtype: Precision of the backbone's matrix products; see :meth:`set_precision`.
-        calibration: Where a raw score stands in a reference set; None if it was not calibrated.
-        recipe: How it is built again from files; None for one put together in Python.
+        calibration: Mean and quantiles of scores on a reference set; None if the model was not calibrated.
+        recipe: Record from which the model is built again when it is loaded; None for a model built in Python.
         published: Settings in use that the files of a published layout do not hold; empty for any other model.
     """
 
@@ -64,17 +64,19 @@ class RewardNetwork(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """Device of the parameters."""
         return next(self.parameters()).device
 
     def set_precision(self, dtype: torch.dtype) -> Self:
-        """Choose the precision of the backbone, once, on its device; VAE, head and scores are float32 either way.
+        """Set the precision of the backbone, and return the model; VAE, head and scores are always float32.
+
+        Call this once, after the model was moved to its device.
 
         Args:
-            dtype: float32, or bfloat16: see :mod:`~latentreward.scoring.precision`.
+            dtype: ``torch.float32`` or ``torch.bfloat16``; see :mod:`~latentreward.scoring.precision`.
 
         Raises:
-            InputError: If it is another one.
+            InputError: If ``dtype`` is another type.
         """
         if dtype not in (torch.float32, torch.bfloat16):
             raise InputError(f"dtype is {dtype}; a reward model scores in torch.float32 or torch.bfloat16")
@@ -87,16 +89,16 @@ class RewardNetwork(nn.Module):
         return self
 
     def warn_once(self, kind: str, message: str) -> None:
-        """Log a warning, unless one of its kind was logged for this model before."""
+        """Log a warning, unless a warning of this ``kind`` was logged for this model before."""
         if kind not in self._warned:
             self._warned.add(kind)
             logger.warning("%s (further ones are not logged)", message)
 
     @property
     def identity(self) -> str:
-        """What tells its scores from another's, in one line: source, base, settings, noise, sizes, EXIF and precision.
+        """Line that names all that the scores depend on: source, base, settings, noise, sizes, EXIF and precision.
 
-        Of files and folders here, the names without their places.
+        Scores with different identities are not comparable. Local paths appear as their last part only.
         """
         base = name_of(self.backbone.source or "a network given")
         parts = [name_of(self.source or type(self.head).__name__), f"on {base}"]
@@ -106,11 +108,15 @@ class RewardNetwork(nn.Module):
         return ", ".join(parts)
 
     def encode_images(self, pixels: Tensor, noise: Tensor | None = None, *, differentiable: bool = False) -> Tensor:
-        """Scaled latents ``(B, C, ...)`` of ``pixels`` ``(B, 3, H, W)`` in [-1, 1]; see ``LatentEncoder.encode``."""
+        """Encode ``pixels`` ``(B, 3, H, W)`` in [-1, 1] into scaled latents; see ``LatentEncoder.encode``.
+
+        Raises:
+            InputError: If the backbone has no VAE.
+        """
         return self._vae().encode(pixels, noise, differentiable=differentiable)
 
     def latent_shape(self, pixels: Tensor) -> tuple[int, ...]:
-        """Shape of the latents of one image of ``pixels``, without the batch axis."""
+        """Return the shape of the latents of one image of ``pixels``, without the batch axis."""
         return self._vae().latent_shape(pixels)
 
     def _vae(self) -> LatentEncoder:
@@ -119,7 +125,7 @@ class RewardNetwork(nn.Module):
         return self.backbone.vae
 
     def encode_prompts(self, prompts: Sequence[str]) -> tuple[Conditioning, Conditioning | None]:
-        """Conditioning of the prompts, and of the empty prompt (one row) if the head asks for it."""
+        """Encode prompts to B rows, and the empty prompt to one row if the head needs it (None otherwise)."""
         if not self.head.needs_uncond:
             return self.backbone.encode_prompts(prompts), None
         encoded = self.backbone.encode_prompts([*prompts, ""])
@@ -128,7 +134,10 @@ class RewardNetwork(nn.Module):
     def take_prompts(
         self, conditioning: Conditioning, uncond: Conditioning | None
     ) -> tuple[Conditioning, Conditioning | None]:
-        """Prompts that were encoded before, in the network's precision; the empty one only if the head asks for it."""
+        """Convert cached encoded prompts to the network's dtype.
+
+        The empty prompt is dropped if the head does not need it, and encoded here if it is needed but None.
+        """
         dtype = next(next(self.backbone.blocks()).parameters()).dtype
         if not self.head.needs_uncond:
             return conditioning.to(dtype), None
@@ -137,18 +146,28 @@ class RewardNetwork(nn.Module):
     def read(
         self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, uncond: Conditioning | None = None
     ) -> Features:
-        """Features of ``noisy_latents`` ``(B, C, ...)`` at ``timesteps`` ``(B,)``."""
+        """Compute the features of ``noisy_latents`` ``(B, C, ...)`` at ``timesteps`` ``(B,)``."""
         return self.backbone(noisy_latents, timesteps, conditioning, uncond)
 
     def forward(
         self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, uncond: Conditioning | None = None
     ) -> Tensor:
-        """Scores ``(B,)`` or ``(B, out_dim)`` of latents that already are at ``timesteps``."""
+        """Score noisy latents; no noise is added here.
+
+        Args:
+            noisy_latents: ``(B, C, ...)`` latents with the noise of ``timesteps``.
+            timesteps: ``(B,)`` timesteps of the backbone's noise process.
+            conditioning: Encoded prompts, B rows.
+            uncond: Encoded empty prompt, one row; needed if the head's ``needs_uncond`` is true.
+
+        Returns:
+            Scores ``(B,)``, or ``(B, out_dim)`` for a head with several outputs.
+        """
         return self.head(self.read(noisy_latents, timesteps, conditioning, uncond))
 
 
 def name_of(source: str) -> str:
-    """The last part of a path of this machine; a hub id as it is."""
+    """Return the last part of a local path; a hub id is returned unchanged."""
     path = Path(source)
-    # os.path.exists, unlike pathlib's, answers for a name that is too long for a file.
+    # os.path.exists returns False for a name that is too long for a file; pathlib's exists raises.
     return path.absolute().name if path.is_absolute() or os.path.exists(source) else source  # noqa: PTH110

@@ -1,7 +1,8 @@
-"""Matrix products in bfloat16, all between them in float32: the precision in which a reward model may score.
+"""Mixed precision for scoring: linear and convolution layers in bfloat16, everything between them in float32.
 
-Weights and products take half the memory and the fast units; the residual stream, norms and what is added to it stay
-float32, whose rounding would otherwise add up over the blocks. No autocast: what each layer computes in is fixed here.
+The weights take half the memory, and the products run on the accelerator's bfloat16 units. The residual stream and the
+norms stay float32, because their rounding errors would add up over the blocks. Autocast is not used: forward hooks fix
+the type of each layer.
 """
 
 import re
@@ -12,17 +13,22 @@ from torch import Tensor, nn
 
 PRODUCTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 EXACT = re.compile(r"(^|\.)(pos_embed|context_embedder|time_\w+|add_embedding|norm\d(_context)?)(\.|$)")
-"""Products on one vector per image (time embedding, modulation), cheap and felt everywhere, and a DiT's first ones."""
+"""Names of layers that stay float32: those of time embedding and modulation, which are cheap (one vector per image) and
+affect all tokens, and a DiT's patch and context embeddings."""
 ATTENTION = re.compile(r"\.(to_[qkv]|add_[qkv]_proj)(\.|$)")
-"""Queries, keys and values: on an accelerator attention between them stays in bfloat16, which fused kernels take."""
+"""Names of query, key and value layers; on an accelerator their outputs stay bfloat16, which fused attention takes."""
 ATTENTION_NORM = re.compile(r"\.norm_(added_)?[qk]$")
+"""Names of the norms of queries and keys."""
 
 
 def halve_products(network: nn.Module) -> None:
-    """Have the linear and convolution layers of ``network`` hold bfloat16 weights and compute in it.
+    """Convert the linear and convolution layers of ``network`` to bfloat16, in place.
 
-    Each takes what it is given and gives back float32. Layers of :data:`EXACT` names stay float32; so does attention
-    on a CPU, elsewhere it is bfloat16 from queries, keys and values on.
+    Hooks cast the input of each converted layer to bfloat16 and its output to float32. Layers with names in
+    :data:`EXACT` stay float32. Attention is computed in float32 on a CPU, and in bfloat16 on an accelerator.
+
+    Args:
+        network: Network on its final device; call once.
     """
     on_cpu = all(parameter.device.type == "cpu" for parameter in network.parameters())
     for name, module in network.named_modules():

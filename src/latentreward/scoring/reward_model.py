@@ -1,4 +1,4 @@
-"""A trained reward model: loads from files, scores images and latents, and is saved for others."""
+"""The reward model that users load, score images and latents with, and save."""
 
 from __future__ import annotations
 
@@ -25,11 +25,14 @@ from latentreward.scoring.scoring_noise import ScoringNoise, check_noise
 
 
 class RewardModel(RewardNetwork):
-    """Scores images and latents, at the noise levels of its own or at given ones; see :class:`RewardNetwork`."""
+    """Reward model that scores images or latents for prompts; see :class:`RewardNetwork` for its attributes.
+
+    Scores are computed at the model's noise levels (:attr:`noise`) or at given ones.
+    """
 
     @classmethod
     def of(cls, network: RewardNetwork) -> Self:
-        """The reward model of a loaded network: the same parts and settings."""
+        """Build a reward model from a loaded network; the two share backbone, head and settings."""
         model = cls(network.backbone, network.head)
         for name in ("noise", "image_sizes", "exif", "source", "dtype", "calibration", "recipe", "published"):
             setattr(model, name, getattr(network, name))
@@ -48,25 +51,26 @@ class RewardModel(RewardNetwork):
         trust_remote_code: bool = False,
         published: PublishedSettings | None = None,
     ) -> Self:
-        """Load a reward model, frozen and ready to score.
+        """Load a reward model, frozen and in evaluation mode.
 
         Args:
-            source: Folder or hub id of a model that :meth:`save_pretrained` wrote, or of a published layout
-                (``casiatao/LRM``, ``liuhuohuo/DiNa-LRM-SD35M-12layers``), or a checkpoint or run of this
-                program. A hub id may go on with a folder in the repository.
+            source: One of: folder or hub id of a model that :meth:`save_pretrained` wrote; folder or hub id of a
+                published layout (``casiatao/LRM``, ``liuhuohuo/DiNa-LRM-SD35M-12layers``); checkpoint or folder of a
+                training run. A hub id may be followed by a folder in the repository: ``owner/name/folder``.
             revision: Branch, tag or commit of a hub id.
-            base: Pipeline of the frozen weights, if not the one that the model names.
-            config: Settings of a run, if not beside its checkpoint.
-            device: Where it goes.
-            dtype: Precision of the backbone; head and score are always float32.
+            base: Diffusers pipeline (folder or hub id) for the pretrained weights that the model does not store; None
+                takes the one that the model names.
+            config: ``config.yaml`` of a training run; None looks for it beside the checkpoint.
+            device: Device of the model, e.g. ``cuda``; ``auto`` takes an accelerator if there is one.
+            dtype: Precision of the backbone; head and scores are always float32.
             trust_remote_code: Whether the model's settings may name classes that are not registered, which are then
                 imported; see :mod:`~latentreward.scoring.layouts.trust`.
-            published: Settings that the files of a published layout do not hold; None takes the defaults. Those in use
-                are logged, and are in :attr:`published` and :attr:`identity`.
+            published: Settings that the files of a published layout do not hold; None takes the defaults. The values in
+                use are logged, and appear in :attr:`published` and :attr:`identity`.
 
         Raises:
-            InputError: If a file is missing or damaged, or does not fit, the hub does not have it, or there is no such
-                device.
+            InputError: If a file is missing or damaged, weights do not fit, the hub cannot provide the files, or the
+                device does not exist.
         """
         from latentreward.scoring.layouts.find import find_reward
 
@@ -79,37 +83,38 @@ class RewardModel(RewardNetwork):
         return model
 
     def save_pretrained(self, folder: str | Path, card: Card | None = None, *, base: str | None = None) -> None:
-        """Write the model's own weights, settings and model card.
+        """Write the trained weights, settings and model card into a folder that :meth:`from_pretrained` loads.
 
-        ``folder`` gets its name when it is whole, and loads to the same scores, bit for bit. The files are described
-        in :mod:`~latentreward.scoring.layouts.model_folder`.
+        The loaded model gives bitwise equal scores. The folder is written under a temporary name and renamed when it is
+        complete. Its files are described in :mod:`~latentreward.scoring.layouts.model_folder`.
 
         Args:
-            folder: Made; an empty folder, or an older model folder, gives way.
-            card: What the model card says beside what the model itself tells.
-            base: Name of the base for others, e.g. a hub id (``owner/name@revision``), where this model was loaded on
-                a local copy; by default the name of the copy's folder, which must then be given to load the model.
+            folder: Folder to create. An empty folder or a model folder of that name is replaced.
+            card: Contents of the model card that the model itself does not know, e.g. the licence.
+            base: Name under which others find the pretrained pipeline, e.g. a hub id (``owner/name@revision``). None
+                keeps the hub id, or takes the last part of a local path; whoever loads the model must then pass
+                ``base=`` a local copy.
 
         Raises:
-            InputError: If the model was put together in Python and has no recipe, cannot score images for want of a
-                VAE or text encoder, holds weights that are not finite, or ``folder`` holds anything else.
+            InputError: If the model cannot be rebuilt from files, has no VAE or no text encoder, was loaded in
+                bfloat16, or has weights that are not finite; or if ``folder`` holds anything but a model.
         """
         from latentreward.scoring.layouts.saving import save_pretrained
 
         save_pretrained(self, Path(folder), card or Card(), base)
 
     def push_to_hub(self, repo_id: str, card: Card | None = None, *, base: str | None = None, **options: Any) -> str:
-        """Put what :meth:`save_pretrained` writes on the hub, as one commit; returns its address.
+        """Upload the files that :meth:`save_pretrained` writes to the hub as one commit; return the commit's URL.
 
         Args:
-            repo_id: ``owner/name``; made if it is not there.
+            repo_id: ``owner/name``; the repository is created if it does not exist.
             card: See :meth:`save_pretrained`.
             base: See :meth:`save_pretrained`.
             options: ``private``, ``token``, ``revision`` and ``commit_message``: see
                 :func:`~latentreward.scoring.hub.upload`.
 
         Raises:
-            InputError: As :meth:`save_pretrained`, or if the hub does not answer or refuses.
+            InputError: As :meth:`save_pretrained`, or if the hub does not answer or rejects the upload.
         """
         card = card or Card()
         with TemporaryDirectory() as place:
@@ -126,28 +131,29 @@ class RewardModel(RewardNetwork):
         batch_size: int = 8,
         value_range: tuple[float, float] | None = None,
     ) -> Tensor:
-        """Scores ``(N,)``, float32 on the CPU, of N images, each for its own prompt: N scores, never N × N.
+        """Score N images, image i for prompt i; returns ``(N,)``, float32 on the CPU.
 
-        A score depends on neither the batch nor the order but for rounding (about 2e-5 on a CPU in float32; the same
-        bits in batches of one shape): prompts are encoded one by one, and noise is drawn by prompt, seed, level and
-        shape. It carries a gradient if ``images`` is a tensor that requires one.
+        A score depends on the rest of the batch and on the order of images only by rounding (about 2e-5 on a CPU in
+        float32; bitwise equal in batches of equal shape). Prompts are encoded one at a time, and the noise is seeded
+        with prompt, seed, noise level and shape of the latents. Gradients flow back if ``images`` is a tensor that
+        requires a gradient.
 
-        What looks wrong is logged, once for each model: a tensor that seems to lie in [0, 1] or has a size that the
-        model was not trained on, images that fit none of its buckets, and empty prompts.
+        A warning is logged, once per model and kind, for a tensor whose values all lie in [0, 1] or whose size differs
+        from the training size, for images whose aspect ratio fits none of the model's buckets, and for empty prompts.
 
         Args:
-            prompts: N prompts; a single text is the prompt of all images.
+            prompts: N prompts, or a single text for all images.
             images: N images of any size: PIL images of any mode, paths, encoded bytes, ``ImageRef`` or uint8 arrays
-                ``(H, W, 3)``, also as one array ``(N, H, W, 3)``; each is turned as ``exif`` says and brought to the
-                model's size by ``image_sizes``. Or a floating point tensor ``(N, 3, H, W)``, which is scored at its
-                own size. A single image, ``(3, H, W)`` of a tensor, gives one score, ``(1,)``.
-            noise: Levels and draws; the model's own by default.
-            batch_size: Images per pass; images of one size make a batch.
-            value_range: Lowest and highest value of a tensor's pixels, e.g. ``(0, 1)``; None takes (-1, 1), and warns
-                of a tensor that seems to lie in [0, 1].
+                ``(H, W, 3)``, also as one array ``(N, H, W, 3)``. Their EXIF orientation is applied if ``exif`` is
+                ``apply``, and ``image_sizes`` resizes each. Or a floating point tensor ``(N, 3, H, W)``, which is
+                scored at its own size. A single image (``(3, H, W)`` as a tensor) gives one score, ``(1,)``.
+            noise: Noise levels and seeds; None takes those of the model.
+            batch_size: Largest number of images per forward pass; a batch holds images of one size.
+            value_range: Lowest and highest value of a tensor's pixels, e.g. ``(0, 1)``. None takes (-1, 1) and warns if
+                all values lie in [0, 1].
 
         Raises:
-            InputError: If the numbers differ, an image cannot be read, or a score is not finite.
+            InputError: If the numbers of prompts and images differ, an image cannot be read, or a score is not finite.
         """
         levels = [self.noise if noise is None else noise]
         return self.score_levels(prompts, images, levels, batch_size=batch_size, value_range=value_range)[:, 0]
@@ -161,17 +167,19 @@ class RewardModel(RewardNetwork):
         batch_size: int = 8,
         value_range: tuple[float, float] | None = None,
     ) -> Tensor:
-        """Scores ``(N, K)``, float32 on the CPU, under each of K settings of noise; images are encoded once.
+        """Score N images under each of K noise settings; returns ``(N, K)``, float32 on the CPU.
+
+        Each image is encoded only once for all settings.
 
         Args:
-            prompts: As :meth:`score`.
-            images: As :meth:`score`.
-            levels: K settings.
-            batch_size: Images per pass.
-            value_range: As :meth:`score`.
+            prompts: As in :meth:`score`.
+            images: As in :meth:`score`.
+            levels: K noise settings.
+            batch_size: As in :meth:`score`.
+            value_range: As in :meth:`score`.
 
         Raises:
-            InputError: As :meth:`score`, or if there are no levels.
+            InputError: As in :meth:`score`, or if ``levels`` is empty.
         """
         if isinstance(levels, ScoringNoise) or not levels:
             raise InputError(f"levels is {levels!r}; give a list of at least one ScoringNoise")
@@ -201,21 +209,23 @@ class RewardModel(RewardNetwork):
         conditioning: tuple[Conditioning, Conditioning | None] | None = None,
         batch_size: int | None = None,
     ) -> Tensor:
-        """Scores ``(N,)``, float32, of clean latents, noised here, each for its own prompt.
+        """Add noise to N clean latents and score them, latent i for prompt i; returns ``(N,)``, at least float32.
 
-        They carry a gradient if ``latents`` requires one; without, no graph is built.
+        Gradients flow back if ``latents`` requires a gradient; otherwise no autograd graph is built.
 
         Args:
-            prompts: N prompts, or a single text for all; with ``conditioning`` they only name the noise.
-            latents: ``(N, C, ...)`` clean and scaled, of any spatial shape that the network takes.
-            noise: Levels and draws; the model's own by default.
-            draws: ``(N, C, ...)`` noise to use at every level instead of drawn noise, as the released DiNa-LRM does in
-                an ensemble; zeros leave the latents clean but for their scale.
-            conditioning: N encoded prompts, and the empty prompt in one row (None encodes it if the head asks for it).
-            batch_size: Latents per pass; None takes all at once.
+            prompts: N prompts, or a single text for all; with ``conditioning`` they only seed the noise.
+            latents: ``(N, C, ...)`` clean, scaled latents of any spatial shape that the network takes.
+            noise: Noise levels and seeds; None takes those of the model.
+            draws: ``(N, C, ...)`` noise to add at every level in place of seeded noise, as the released DiNa-LRM does
+                in an ensemble; zeros add no noise, and only the noise process's scale is applied.
+            conditioning: N encoded prompts, and the encoded empty prompt in one row (with None it is encoded here if
+                the head needs it).
+            batch_size: Largest number of latents per forward pass; None takes all at once.
 
         Raises:
-            InputError: If numbers or shapes differ, a level lies outside the noise process, or a score is not finite.
+            InputError: If numbers or shapes do not fit, a level lies outside the noise process, or a score is not
+                finite.
         """
         check_at_least_one(batch_size=batch_size)
         if noise is not None:
@@ -242,20 +252,20 @@ def load_lrm(
     guidance: float = 7.5,
     multi_scale: MultiScale | None = None,
 ) -> RewardModel:
-    """Load an LRM checkpoint of the layout of ``casiatao/LRM`` (MIT), ready to score.
+    """Load an LRM checkpoint in the layout of ``casiatao/LRM`` (MIT), frozen and in evaluation mode.
 
-    The layout holds ``unet/``, ``text_encoder/`` (SDXL: ``text_encoder_2/`` too) and ``state_dict.pt``; tokenizers,
-    VAE and scheduler come from the base pipeline, and so do text encoders that were frozen in training.
+    The layout has ``unet/``, ``text_encoder/`` (SDXL: ``text_encoder_2/`` too) and ``state_dict.pt``. Tokenizers, VAE,
+    scheduler, and text encoders that were frozen in training come from the base pipeline.
 
     Args:
         folder: Folder of the checkpoint.
-        base: Diffusers pipeline folder or hub id of the base model; without it only token ids and latents can be
-            scored.
+        base: Diffusers pipeline folder or hub id of the base model. With None the model has neither tokenizers nor a
+            VAE, and takes only token ids and latents.
         guidance: See :class:`~latentreward.scoring.PublishedSettings`.
         multi_scale: See :class:`~latentreward.scoring.PublishedSettings`.
 
     Raises:
-        InputError: If a file is missing, or a tensor is missing, left over or of another shape.
+        InputError: If a file is missing, or a tensor is missing, unexpected or has the wrong shape.
     """
     settings = PublishedSettings(guidance=guidance, multi_scale=multi_scale)
     return RewardModel.of(PublishedLRM(folder, base, settings).network())
@@ -267,25 +277,25 @@ def load_dina_lrm(
     rms_eps: float = PUBLISHED_RMS_EPS,
     t5_length: int = 256,
 ) -> RewardModel:
-    """Load a DiNa-LRM checkpoint of the layout of ``liuhuohuo/DiNa-LRM-SD35M-12layers`` (Apache-2.0), ready to score.
+    """Load a DiNa-LRM checkpoint in the layout of ``liuhuohuo/DiNa-LRM-SD35M-12layers`` (Apache-2.0), frozen.
 
-    The layout holds ``config.json``, ``checkpoint/backbone_lora/`` (peft) and ``checkpoint/rm_head.pt``.
+    The layout has ``config.json``, ``checkpoint/backbone_lora/`` (peft) and ``checkpoint/rm_head.pt``.
 
     Args:
         folder: Folder of the checkpoint.
         base: Diffusers folder or hub id of the base model; None takes the one that ``config.json`` names. A folder
-            with nothing but ``transformer/`` and ``scheduler/`` will do for latents and embeddings.
+            with only ``transformer/`` and ``scheduler/`` is enough to score latents with encoded prompts.
         rms_eps: See :class:`~latentreward.scoring.PublishedSettings`.
         t5_length: See :class:`~latentreward.scoring.PublishedSettings`.
 
     Raises:
-        InputError: If a file is missing, or a tensor is missing, left over or of another shape, or the config asks for
-            something this loader does not know.
+        InputError: If a file is missing, a tensor is missing, unexpected or has the wrong shape, or ``config.json`` has
+            a value that this loader does not support.
     """
     settings = PublishedSettings(rms_eps=rms_eps, t5_length=t5_length)
     return RewardModel.of(PublishedDiNaLRM(folder, base, settings).network())
 
 
 def normalise_score(raw: Tensor) -> Tensor:
-    """``(raw + 10) / 10``: the scale on which DiNa-LRM reports its scores."""
+    """Convert raw scores to the scale on which DiNa-LRM reports them: ``(raw + 10) / 10``."""
     return (torch.as_tensor(raw) + 10) / 10

@@ -1,4 +1,4 @@
-"""What a run of ``latentreward score`` depends on, told without opening an image or loading a model."""
+"""Check and identity of the images of ``latentreward score``, without opening an image or loading a model."""
 
 from collections import Counter
 from pathlib import Path
@@ -11,10 +11,10 @@ from latentreward.storage.digests import digest
 
 
 def require_some(listed: ImageList) -> None:
-    """Stop before a model is loaded for nothing.
+    """Check, before a model is loaded, that at least one image of the list can be scored.
 
     Raises:
-        InputError: If no row has a file and a prompt.
+        InputError: If every row has a problem or lacks its file.
     """
     if all(row.problem or not Path(row.path).is_file() for row in listed.rows):
         reasons = Counter(row.problem or MISSING for row in listed.rows)
@@ -25,13 +25,16 @@ def require_some(listed: ImageList) -> None:
 
 
 def images_identity(listed: ImageList) -> str:
-    """What tells these images and prompts from others, by names, sizes and times of the files."""
+    """Return a text with a hash of names, prompts, file sizes and modification times.
+
+    ``latentreward score`` compares it with that of an interrupted run, which continues only with the same inputs.
+    """
     rows = (repr((row.name, row.prompt, row.problem, _stat(Path(row.path)))) for row in listed.rows)
     return f"{len(listed.rows)} images, {digest(rows)}"
 
 
 def _stat(path: Path) -> tuple[int, int] | None:
-    """Bytes and time of the last change; None without such a file."""
+    """Return a file's size in bytes and time of last modification in ns; None if it cannot be read."""
     try:
         status = path.stat()
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""The table that ``latentreward score`` wrote."""
+"""Reading and summarising the table that ``latentreward score`` wrote."""
 
 from collections import Counter
 from functools import partial
@@ -17,16 +17,18 @@ from latentreward.errors import InputError, first_line
 
 TEXTS, SIDES = ("image", "prompt", "problem"), ("width", "height")
 BLOCK = 1 << 26
-"""Longest row, in bytes."""
+"""Largest length of a row, in bytes."""
 NAMED = 5
-"""Images without a score that are named."""
+"""Largest number of images without a score, and of remarks, that a summary lists."""
 
 
 def read_scores(path: Path) -> pa.Table:
-    """The table in a ``.csv``, ``.jsonl`` or ``.parquet`` file; every column that is no text or side is float32.
+    """Read a ``.csv``, ``.jsonl`` or ``.parquet`` file of scores.
+
+    Columns in :data:`TEXTS` are strings, columns in :data:`SIDES` are int32, all others are float32.
 
     Raises:
-        InputError: If it is damaged, or no such table.
+        InputError: If the file is damaged, or is not a table of scores.
     """
     try:
         read_jsonl = partial(pa_json.read_json, read_options=pa_json.ReadOptions(block_size=BLOCK))
@@ -46,7 +48,12 @@ def _read_csv(path: Path) -> pa.Table:
 
 
 def summarise(listed: ImageList, table: pa.Table) -> str:
-    """One line on what is there, and a few of the names of what cannot be read."""
+    """Return a text for the user: number and range of scores, reasons and names of images without one, and remarks.
+
+    Args:
+        listed: Images that were to be scored.
+        table: Their scores, with a row for each image.
+    """
     problems = [(row, problem) for row, problem in enumerate(table["problem"].to_pylist()) if problem is not None]
     good = len(listed.rows) - len(problems)
     text = f"{good} of {len(listed.rows)} images have a score"

@@ -1,4 +1,4 @@
-"""The noise levels at which a model scores, and the noise drawn for them."""
+"""Noise levels at which a reward model scores, and the seeded noise that is added to the latents."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,22 +16,23 @@ NoiseKey = Literal["prompt", "image"]
 
 @dataclass(frozen=True)
 class ScoringNoise:
-    """Noise levels and draws behind one score.
+    """Noise levels and seeds at which a score is computed.
 
-    Levels are noise levels or timesteps, not both; several make an ensemble (the head's ``score_ensemble``). Several
-    seeds are averaged. The draw is seeded by blake2b(prompt, seed, noise level, shape of the latents), so that a score
-    depends on neither batch nor order, and all images of a prompt share it (DiNa-LRM compares them under the same
-    noise, arXiv:2602.11146).
+    Levels are given as ``sigmas`` or as ``timesteps``. Several levels make an ensemble: the head computes one score
+    from all of them (``score_ensemble``). With several seeds, the scores of the seeds are averaged. The noise is seeded
+    with a hash of prompt, seed, noise level and shape of the latents. A score therefore does not depend on batch or
+    order, and all images of a prompt get the same noise, as in DiNa-LRM (arXiv:2602.11146).
 
     Attributes:
-        sigmas: Noise levels in [0, 1]; the nearest of the model's noise process are used.
+        sigmas: Noise levels in [0, 1]; each is replaced by the nearest level of the model's noise process.
         timesteps: Timesteps of the model's noise process.
-        seeds: One draw each; the mean of their scores counts.
-        noise_key: ``prompt``: images of one prompt share the draw. ``image``: each image has one of its own, by the
-            hash of its pixels.
+        seeds: Seeds; each gives one noise sample per level.
+        noise_key: ``prompt``: images of one prompt get the same noise. ``image``: each image gets noise of its own,
+            seeded also with the hash of its pixels (of its latents, if latents are scored).
 
     Raises:
-        InputError: If there is no level, there are both kinds, one is out of range, or there is no seed.
+        InputError: If neither or both of ``sigmas`` and ``timesteps`` are given, a sigma lies outside [0, 1], or seeds
+            are missing or repeated.
     """
 
     sigmas: tuple[float, ...] = ()
@@ -54,7 +55,7 @@ class ScoringNoise:
             raise InputError(f"noise.seeds={list(self.seeds)}; give at least one seed, each once")
 
     def __str__(self) -> str:
-        """Short name for tables: ``sigma 0.4``, ``t 1, 3 seeds``."""
+        """Return a short name for tables, e.g. ``sigma 0.4`` or ``t 1, 3 seeds``."""
         levels = self.sigmas or self.timesteps
         text = f"{'sigma' if self.sigmas else 't'} {'+'.join(f'{level:g}' for level in levels)}"
         if self.seeds != (0,):
@@ -63,7 +64,7 @@ class ScoringNoise:
 
 
 def check_noise(noise: Any) -> None:
-    """Raise InputError for what is not a :class:`ScoringNoise`."""
+    """Raise InputError if ``noise`` is not a :class:`ScoringNoise`."""
     if isinstance(noise, ScoringNoise):
         return
     example = "ScoringNoise(sigmas=(0.4,))"
@@ -73,10 +74,10 @@ def check_noise(noise: Any) -> None:
 
 
 def timesteps_of(noise: ScoringNoise, process: NoiseProcess) -> Tensor:
-    """Timesteps ``(K,)`` float32 of the table of ``process`` nearest to the levels of ``noise``.
+    """Return the timesteps ``(K,)``, float32, of ``process`` that are nearest to the K levels of ``noise``.
 
     Raises:
-        InputError: If a timestep lies outside the process.
+        InputError: If a timestep lies outside the range of ``process``.
     """
     if noise.sigmas:
         return process.timesteps_at(torch.tensor(noise.sigmas, dtype=torch.float32))
@@ -86,13 +87,15 @@ def timesteps_of(noise: ScoringNoise, process: NoiseProcess) -> Tensor:
 def draw_noise(
     prompts: Sequence[str], image_keys: Sequence[str] | None, seed: int, sigma: float, shape: Sequence[int]
 ) -> Tensor:
-    """Standard normal numbers ``(B, *shape)``, float32 on the CPU, for one level; equal prompts get equal ones.
+    """Return standard normal noise ``(B, *shape)``, float32 on the CPU, for one seed and noise level.
+
+    Rows with equal prompt and image key get equal noise.
 
     Args:
         prompts: B prompts.
-        image_keys: Names of the images' contents, if each is to have noise of its own.
-        seed: Number of the draw.
-        sigma: Noise level.
+        image_keys: B hashes of the images' contents, to give each image noise of its own; None for noise by prompt.
+        seed: Seed of the noise.
+        sigma: Noise level in [0, 1].
         shape: Shape ``(C, ...)`` of the latents of one image.
     """
     keys = [None] * len(prompts) if image_keys is None else image_keys

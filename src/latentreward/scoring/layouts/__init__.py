@@ -1,1 +1,1 @@
-"""A reward model on disk: how each layout is recognised, read and written."""
+"""Layouts of reward models on disk: detection, reading and writing of each."""

@@ -1,4 +1,4 @@
-"""LoRA adapters in PEFT's own files: ``adapter_config.json`` and ``adapter_model.safetensors``."""
+"""Reading and writing of LoRA adapters in PEFT's format: ``adapter_config.json`` and ``adapter_model.safetensors``."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ from latentreward.scoring.files import compare_tensors, existing_folder, read_co
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-"""What PEFT puts before the network's own names."""
+"""Prefix that PEFT adds to the names of the network's tensors in its file."""
 ADAPTER = "default"
+"""Name of the adapter in the network's LoRA layers."""
 
 
 def lora_layers(network: nn.Module) -> dict[str, Any]:
-    """Layers of ``network`` that have the adapter, by name."""
+    """Return the layers of ``network`` that have the adapter :data:`ADAPTER`, by name."""
     from peft.tuners.lora import LoraLayer
 
     return {
@@ -35,18 +36,18 @@ def lora_layers(network: nn.Module) -> dict[str, Any]:
 
 
 def names_in_file(network: nn.Module) -> dict[str, str]:
-    """Name in the file → name in the network, of every tensor of the adapter."""
+    """Return, for every tensor of the adapter, its name in PEFT's file → its name in ``network``."""
     names = (name for name, _ in network.named_parameters() if ".lora_" in name and f".{ADAPTER}." in name)
     return {PREFIX + name.replace(f".{ADAPTER}.", "."): name for name in names}
 
 
 def write_adapter(network: nn.Module, folder: Path, base: str) -> None:
-    """Write the adapter of ``network`` into ``folder``, which is made; PEFT's ``from_pretrained`` reads it.
+    """Write the adapter of ``network`` in the format that PEFT's ``from_pretrained`` reads.
 
     Args:
-        network: Has an adapter.
-        folder: Where the two files go.
-        base: Name of the base model, for readers.
+        network: Network with an adapter.
+        folder: Folder to create for the two files.
+        base: Name of the base model, for people who read the config.
     """
     folder.mkdir(parents=True)
     state = {
@@ -57,7 +58,10 @@ def write_adapter(network: nn.Module, folder: Path, base: str) -> None:
 
 
 def adapter_settings(network: nn.Module, base: str) -> dict[str, Any]:
-    """PEFT's settings of the adapter of ``network``, as its layers have them; few, so that any version reads them."""
+    """Return the contents of ``adapter_config.json`` for the adapter of ``network``, derived from its LoRA layers.
+
+    Only few entries are written, so that any version of PEFT reads the file.
+    """
     layers = lora_layers(network)
     ranks = {name: layer.r[ADAPTER] for name, layer in layers.items()}
     alphas = {name: layer.lora_alpha[ADAPTER] for name, layer in layers.items()}
@@ -79,12 +83,12 @@ def adapter_settings(network: nn.Module, base: str) -> dict[str, Any]:
 
 
 def inject_adapter(network: nn.Module, folder: Path) -> None:
-    """Give ``network`` the adapter that the config in ``folder`` describes, not yet filled, in float32.
+    """Add the LoRA layers that the config in ``folder`` describes to ``network``, in float32 with initial values.
 
-    Its tensors train; the rest of the network does not.
+    The new tensors are trainable; all other parameters of the network are frozen.
 
     Raises:
-        InputError: If a file is missing or damaged, or no layer of the network fits.
+        InputError: If a file is missing or damaged, or the config does not fit the network.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -104,10 +108,14 @@ def inject_adapter(network: nn.Module, folder: Path) -> None:
 
 
 def read_lora(folder: Path, network: nn.Module) -> dict[str, Tensor]:
-    """Tensors of the adapter in ``folder``, by their names in ``network``, which has it.
+    """Read the tensors of the adapter in ``folder``, by their names in ``network``.
+
+    Args:
+        folder: Folder in PEFT's format.
+        network: Network to which :func:`inject_adapter` added the adapter.
 
     Raises:
-        InputError: If the file is missing or damaged, or a tensor is missing, left over or of another shape.
+        InputError: If the file is missing or damaged, or a tensor is missing, unexpected or has the wrong shape.
     """
     path = existing_folder(folder, WEIGHTS) / WEIGHTS
     state = {name.removeprefix(PREFIX): tensor for name, tensor in read_safetensors(path).items()}
@@ -117,7 +125,7 @@ def read_lora(folder: Path, network: nn.Module) -> dict[str, Tensor]:
 
 
 def fill_adapter(folder: Path, network: nn.Module) -> None:
-    """Load the adapter in ``folder`` into ``network``, which has it; see :func:`read_lora`."""
+    """Copy the tensors of the adapter in ``folder`` into the LoRA layers of ``network``; see :func:`read_lora`."""
     with torch.no_grad():
         for name, tensor in read_lora(folder, network).items():
             network.get_parameter(name).copy_(tensor)

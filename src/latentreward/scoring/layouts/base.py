@@ -1,4 +1,4 @@
-"""What every trained reward model on disk promises."""
+"""Base classes of the layouts in which a trained reward model lies on disk."""
 
 from __future__ import annotations
 
@@ -17,53 +17,63 @@ from latentreward.scoring.network import RewardNetwork
 
 
 class StoredReward(ABC):
-    """A trained reward model on disk, of which only small files are read until its weights are asked for."""
+    """Trained reward model on disk; constructing an object reads only small files.
+
+    In alignment, a reward that was trained as a LoRA adapter on the policy's base can run on the policy's own network.
+    :attr:`on_meta_device`, :meth:`same_base`, :meth:`head` and :meth:`adapter` serve that case: they show whether the
+    reward fits the policy, and load the reward's head and adapter without its base.
+    """
 
     on_meta_device: DiffusionBackbone | None = None
-    """Its backbone without any weight, if its network might be somebody else's as well."""
+    """Backbone on the meta device (shapes without weights); None if this layout cannot run on a policy's network."""
 
     @property
     def exif(self) -> ExifOrientation:
-        """Whether it takes images turned upright by their EXIF orientation; the published layouts' authors did not."""
+        """Whether images are turned upright by their EXIF orientation; the published layouts ignore the orientation."""
         return "ignore"
 
     @abstractmethod
     def latent_space(self) -> LatentSpace:
-        """The latents it takes, from configs alone."""
+        """Return the latent space of the latents that the model scores, from config files alone."""
 
     @abstractmethod
     def load(self) -> RewardNetwork:
-        """The whole model, frozen, in evaluation mode.
+        """Load the whole model, frozen and in evaluation mode.
 
         Raises:
-            InputError: If a file is missing or damaged, or its weights do not fit.
+            InputError: If a file is missing or damaged, or the weights do not fit.
         """
 
     def head(self) -> RewardHead:
-        """The trained head alone, for features of :attr:`on_meta_device`."""
+        """Load only the trained head, built for the features of :attr:`on_meta_device`."""
         raise NotImplementedError
 
     def adapter(self) -> dict[str, Tensor]:
-        """The trained adapter alone, by its names in the outline's network."""
+        """Read only the trained LoRA tensors, by their names in the network of :attr:`on_meta_device`."""
         raise NotImplementedError
 
     def same_base(self, part: str, weights: Mapping[str, Tensor], source: str) -> bool:
-        """Whether a part was trained on these very frozen weights.
+        """Tell whether the model was trained on the given pretrained weights.
+
+        A few values of each weight are compared with the values that were recorded in training; the result is False if
+        none were recorded.
 
         Args:
-            part: ``text_encoder``, or the name of the outline's network.
-            weights: Weights by the names that they have without adapters.
-            source: Where they come from.
+            part: Part of the backbone that ``weights`` belong to: ``text_encoder``, or the ``network_name`` of
+                :attr:`on_meta_device`.
+            weights: Pretrained weights, by their names in the part without adapters.
+            source: Folder or hub id of the weights. The published DiNa-LRM layout, which records no values, compares
+                this name instead.
         """
         return False
 
 
 class SharingReward(StoredReward):
-    """A stored reward whose network, but for its adapter, may be that of others."""
+    """Stored reward that can run on the network of a policy, with the reward's adapter added."""
 
     @abstractmethod
     def _backbone(self) -> DiffusionBackbone:
-        """Build the backbone, with adapters that are not yet filled; on the meta device it has shapes alone."""
+        """Build the backbone with initialised adapters; under ``torch.device("meta")`` it has shapes but no weights."""
 
     @cached_property
     def on_meta_device(self) -> DiffusionBackbone:  # type: ignore[override]

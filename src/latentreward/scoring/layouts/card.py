@@ -1,4 +1,4 @@
-"""``README.md`` of a model folder: what a reader of the hub wants to know before trusting a score."""
+"""Model card (``README.md``) of a model folder: use, meaning of the scores, training, metrics and licence."""
 
 from __future__ import annotations
 
@@ -22,24 +22,25 @@ logger = logging.getLogger(__name__)
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 LICENCE_ID = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9.+-]*")
-"""What is meant as an identifier."""
+"""Pattern of a licence that is treated as an identifier of the hub, not as a text."""
 TAGS = ("reward-model", "latent-reward", "text-to-image", "human-preference")
 MOST_METRICS = 60
+"""Largest number of metrics in a card."""
 LEVELS = {"sigmas": "noise levels", "timesteps": "timesteps"}
 
 
 @dataclass(frozen=True)
 class Card:
-    """What a model card says that the model itself cannot tell.
+    """Contents of a model card that the model itself does not know.
 
     Attributes:
         name: Hub id or title; empty takes the folder's name.
-        licence: Of the weights: an identifier of the hub such as ``apache-2.0``, ``openrail++`` or ``other``, or a text
-            of several words. A word that is not among the identifiers known here is warned of: it may be newer.
-        description: Markdown.
-        datasets: Training data: hub ids, or names; empty takes the names of the run's readers.
-        training: More rows of the table of training, e.g. pairs, learning rate, hardware.
-        metrics: Numbers, perhaps in nested mappings.
+        licence: Licence of the weights: an identifier of the hub such as ``apache-2.0``, ``openrail++`` or ``other``,
+            or a text of several words. A single word that is not a known identifier logs a warning.
+        description: Description of the model, Markdown.
+        datasets: Training data, as hub ids or names; empty takes the names of the run's readers.
+        training: Further rows of the card's table on training, e.g. number of pairs, learning rate, hardware.
+        metrics: Numbers to list, by name; mappings may be nested.
     """
 
     name: str = ""
@@ -60,12 +61,12 @@ class Card:
 
 
 def model_card(config: FolderConfig, card: Card, name: str) -> str:
-    """The text of ``README.md``.
+    """Return the text of ``README.md``.
 
     Args:
-        config: Of the model folder.
-        card: The rest.
-        name: Title where ``card`` has none.
+        config: Config of the model folder.
+        card: Contents that the config does not have.
+        name: Title if ``card`` has none.
     """
     title = card.name or name
     sections = [
@@ -84,7 +85,7 @@ def model_card(config: FolderConfig, card: Card, name: str) -> str:
 
 
 def front_matter(config: FolderConfig, card: Card) -> str:
-    """The hub's metadata, YAML."""
+    """Return the metadata that the hub reads, as YAML."""
     identified = LICENCE_ID.fullmatch(card.licence)
     name = re.sub(r"[^a-z0-9.+-]+", "-", card.licence.lower()).strip("-") or "other"
     return ModelCardData(
@@ -98,14 +99,14 @@ def front_matter(config: FolderConfig, card: Card) -> str:
 
 
 def base_on_hub(config: FolderConfig) -> str | None:
-    """Hub id of the base, if it is one."""
+    """Return the hub id of the base pipeline; None if the base is a local folder or unnamed."""
     source = config.recipe.backbone.init_args.get("source")
     is_id = isinstance(source, str) and HUB_ID.fullmatch(source) and not Path(source).exists()
     return str(source) if is_id else None
 
 
 def usage(source: str, config: FolderConfig) -> str:
-    """Section that shows how to score an image."""
+    """Return the section that shows how to score an image."""
     calibrated = "\nreward.calibration.quantile(scores)  # share of the reference set that scores lower\n"
     return (
         "## Use\n\n```python\nfrom latentreward.scoring import RewardModel\n\n"
@@ -116,7 +117,7 @@ def usage(source: str, config: FolderConfig) -> str:
 
 
 def score_rows(config: FolderConfig) -> Iterator[tuple[str, Any]]:
-    """Rows on what a score means."""
+    """Yield the rows of the table on scores: noise, image sizes and calibration."""
     noise = config.noise
     levels = "sigmas" if noise.sigmas else "timesteps"
     yield LEVELS[levels], ", ".join(f"{level:g}" for level in getattr(noise, levels))
@@ -137,7 +138,7 @@ def score_rows(config: FolderConfig) -> Iterator[tuple[str, Any]]:
 
 
 def training_rows(config: FolderConfig, card: Card) -> Iterator[tuple[str, Any]]:
-    """Rows on where the weights come from."""
+    """Yield the rows of the table on training: base, data, backbone, head and trained modules."""
     recipe = config.recipe
     yield "base", config.trained_on or f"that of {recipe.backbone.name}, shipped with latentreward"
     yield "data", ", ".join(card.datasets) or recipe.training.get("data") or "not stated"
@@ -150,7 +151,7 @@ def training_rows(config: FolderConfig, card: Card) -> Iterator[tuple[str, Any]]
 
 
 def metrics_section(card: Card) -> str:
-    """Section of numbers, if there are any."""
+    """Return the section on metrics; empty if there are none."""
     rows = list(flat(card.metrics))
     if not rows:
         return ""
@@ -159,13 +160,18 @@ def metrics_section(card: Card) -> str:
 
 
 def section(title: str, rows: Iterable[tuple[str, Any]]) -> str:
-    """Write a table of two columns under its title; a later row of the same name counts, and None is left out."""
+    """Return a section with a table of two columns.
+
+    Args:
+        title: Title of the section.
+        rows: Pairs of name and value. Of several rows with one name the last counts; rows with None are left out.
+    """
     shown = tuple((name, str(value)) for name, value in dict(rows).items() if value is not None)
     return f"## {title}\n\n{markdown_table(Table(('', ''), shown))}"
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Numbers and texts of nested mappings, by dotted names; lists are left out."""
+    """Yield the numbers and texts in nested mappings by dotted name; lists are left out."""
     for name, value in values.items():
         if isinstance(value, Mapping):
             yield from flat(value, f"{prefix}{name}.")
@@ -176,7 +182,7 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def licence_text(config: FolderConfig, card: Card) -> str:
-    """Section on terms."""
+    """Return the text of the section on licences."""
     own = f"Weights in this folder: {plain(card.licence)}." if card.licence else "The author stated no licence."
     base = base_on_hub(config) or config.recipe.backbone.name
     return f"{own} The weights work only with their base, {plain(base)}, whose own terms hold as well."

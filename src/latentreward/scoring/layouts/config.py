@@ -1,4 +1,4 @@
-"""``config.json`` of a model folder."""
+"""Reading and writing of a model folder's ``config.json``."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from latentreward.scoring.scoring_noise import ScoringNoise
 FORMAT = "latentreward-reward-model"
 VERSION = 1
 PACKAGES = ("latentreward", "torch", "diffusers", "transformers", "peft")
-"""Packages whose versions are noted."""
+"""Packages whose versions ``config.json`` records."""
 IMAGE_SIZES: dict[str, type[ImageSizes]] = {"OneSize": OneSize, "NearestBucket": NearestBucket}
 NEEDED = ("backbone", "head", "own_weights", "adapters", "base", "noise", "image_sizes", "calibration", "training")
 
 
 @dataclass(frozen=True)
 class FolderConfig:
-    """What a model folder says beside its weights.
+    """Contents of a model folder's ``config.json``.
 
     Attributes:
-        recipe: Backbone and head.
-        adapters: Parts of the backbone that have an adapter, by their names in it.
-        noise: Levels and draws of a score where none are given.
-        image_sizes: To which size images are brought; None leaves it to the backbone.
-        calibration: On a reference set, if there is one.
-        exif: Whether images are turned upright by EXIF; folders of earlier versions do not say, and were trained
-            ignoring it.
-        trained_on: Base that the model was trained on, with its revision; for messages.
+        recipe: Classes and settings of backbone and head.
+        adapters: Names of the backbone's modules that have a LoRA adapter.
+        noise: Default noise levels and seeds of a score.
+        image_sizes: Rule by which images are resized; None takes the backbone's default.
+        calibration: Mean and quantiles of scores on a reference set; None if the model was not calibrated.
+        trained_on: Base pipeline that the model was trained on, with its revision; for messages.
+        exif: Whether images are turned upright by their EXIF orientation. Folders of earlier versions have no such
+            entry and mean ``ignore``.
     """
 
     recipe: ModelRecipe
@@ -48,11 +48,11 @@ class FolderConfig:
     exif: ExifOrientation = "ignore"
 
     def record(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return the contents as values for JSON; the inverse of :meth:`of_record`."""
         sizes = self.image_sizes
         if sizes is not None and IMAGE_SIZES.get(type(sizes).__name__) is not type(sizes):
             raise InputError(
-                f"image_sizes={sizes} is no {' or '.join(IMAGE_SIZES)} and cannot be saved; set one of them"
+                f"image_sizes={sizes} is not a {' or '.join(IMAGE_SIZES)} and cannot be saved; set one of them"
             )
         return {
             "format": FORMAT,
@@ -71,16 +71,20 @@ class FolderConfig:
         }
 
     def text(self) -> str:
-        """The file: a line for each entry."""
+        """Return the text of the file, with one entry per line."""
         lines = (f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in self.record().items())
         return "{\n" + ",\n".join(lines) + "\n}\n"
 
     @classmethod
     def of_record(cls, record: Mapping[str, Any], base: str | None = None) -> Self:
-        """The config behind a :meth:`record`, on another copy of the base if ``base`` is given.
+        """Build the config from the contents of a ``config.json``.
+
+        Args:
+            record: Contents of the file.
+            base: Base pipeline to use in place of the one in ``record``; None keeps that one.
 
         Raises:
-            InputError: If it is of another format or a newer version, or an entry is missing or of another kind.
+            InputError: If the format is unknown or the version newer than this one, or an entry is missing or invalid.
         """
         check_version(record)
         missing = [name for name in NEEDED if name not in record]
@@ -105,9 +109,11 @@ class FolderConfig:
 
 
 def check_version(record: Mapping[str, Any]) -> None:
-    """Raise InputError if this version cannot read the format."""
+    """Raise InputError if the file has another format, or a version that this program cannot read."""
     if record.get("format") != FORMAT:
-        raise InputError(f"format is {record.get('format')!r}, not {FORMAT!r}: this is no reward model of latentreward")
+        raise InputError(
+            f"format is {record.get('format')!r}, not {FORMAT!r}: this is not a reward model of latentreward"
+        )
     number = record.get("format_version")
     if not isinstance(number, int) or number < 1:
         raise InputError(f"format_version is {number!r}; download it again")
@@ -118,10 +124,10 @@ def check_version(record: Mapping[str, Any]) -> None:
 
 
 def exif_of(value: Any) -> ExifOrientation:
-    """The entry ``exif``.
+    """Check and return the value of the entry ``exif``.
 
     Raises:
-        InputError: If it is neither ``apply`` nor ``ignore``.
+        InputError: If the value is neither ``apply`` nor ``ignore``.
     """
     if value not in get_args(ExifOrientation):
         raise InputError(f"exif is {value!r}, neither apply nor ignore")
@@ -129,22 +135,27 @@ def exif_of(value: Any) -> ExifOrientation:
 
 
 def names(entry: str, value: Any, pattern: str) -> tuple[str, ...]:
-    """A list of names, each of which matches ``pattern``.
+    """Check and return an entry that holds a list of names.
+
+    Args:
+        entry: Name of the entry, for messages.
+        value: Value of the entry.
+        pattern: Regular expression that each name must match.
 
     Raises:
-        InputError: If it is none.
+        InputError: If the value is not a list of different names that match ``pattern``.
     """
     known = isinstance(value, list) and all(isinstance(name, str) and re.fullmatch(pattern, name) for name in value)
     if not known or len({*value}) < len(value):
-        raise InputError(f"{entry} is {value!r}, no list of names, each once")
+        raise InputError(f"{entry} is {value!r}, not a list of names, each once")
     return tuple(value)
 
 
 def sizes_of(record: Any) -> ImageSizes | None:
-    """The rule for image sizes behind a record.
+    """Build the rule for image sizes from its entry in ``config.json``; None for null.
 
     Raises:
-        InputError: If it is of no known class.
+        InputError: If the class is unknown or the settings are invalid.
     """
     if record is None:
         return None
@@ -153,19 +164,28 @@ def sizes_of(record: Any) -> ImageSizes | None:
         raise InputError(f"image_sizes: unknown class {part.name!r}{did_you_mean(part.name, IMAGE_SIZES)}")
     settings = {name: frozen(value) for name, value in part.init_args.items()}
     sizes = settings_of("image_sizes", IMAGE_SIZES[part.name], settings)
-    settings_of("image_sizes", sizes.loader, {"height": 100, "width": 100})  # shows that the numbers are some
+    settings_of("image_sizes", sizes.loader, {"height": 100, "width": 100})  # raises if the sizes are not valid numbers
     return sizes
 
 
 def frozen(value: Any) -> Any:
-    """Lists as tuples, all the way down."""
+    """Convert a list to a tuple, and nested lists too; other values are returned unchanged."""
     return tuple(map(frozen, value)) if isinstance(value, list) else value
 
 
 def settings_of(entry: str, kind: Any, settings: Any) -> Any:
-    """``kind`` called with the settings of an entry, in which whatever does not fit becomes one line."""
+    """Call ``kind`` with the settings of an entry, and turn any error about the settings into an InputError.
+
+    Args:
+        entry: Name of the entry, for messages.
+        kind: Class or function.
+        settings: Value of the entry.
+
+    Raises:
+        InputError: If the value is not a mapping, or ``kind`` rejects the settings.
+    """
     if not isinstance(settings, Mapping):
-        raise InputError(f"{entry} is {settings!r}, no settings")
+        raise InputError(f"{entry} is {settings!r}, not a mapping of settings")
     try:
         return kind(**settings)
     except (TypeError, ValueError, ArithmeticError) as error:

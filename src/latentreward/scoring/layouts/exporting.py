@@ -1,4 +1,4 @@
-"""Write a reward model in the layout of one of the two papers, for their authors' code."""
+"""Writing of a reward model in the layout of one of the two papers, for use with their authors' code."""
 
 from __future__ import annotations
 
@@ -27,25 +27,29 @@ from latentreward.storage.durable import replacing
 
 RewardFormat = Literal["diffusion-rm", "lpo"]
 OF_THE_BASE = {"revision": None, "variant": None, "vae_dtype": "float32"}
-"""Settings that concern the base, which the layouts do not hold, and what they are once a layout is loaded."""
+"""Settings of the base that the layouts do not hold → the values that they have after a layout is loaded."""
 
 
 def export_reward(model: RewardNetwork, folder: Path, layout: RewardFormat, base_name: str | None = None) -> list[str]:
-    """Write ``model`` in float32 in one of the two layouts; ``folder`` gets its name when it is whole.
+    """Write ``model`` in float32 in one of the two layouts.
+
+    The folder is written under a temporary name and renamed when it is complete.
 
     Args:
-        model: Loaded from files, in float32.
-        folder: Replaced if it is there.
-        layout: ``diffusion-rm`` is that of ``liuhuohuo/DiNa-LRM-SD35M-12layers``: ``config.json``,
-            ``checkpoint/backbone_lora/`` and ``checkpoint/rm_head.pt``. ``lpo`` is that of ``casiatao/LRM``: ``unet/``,
-            ``text_encoder/`` (SDXL: ``text_encoder_2/`` too) and ``state_dict.pt``; adapters are added to the weights.
-        base_name: Name of the base in ``config.json``, e.g. a hub id; by default its hub id, or its folder's name.
+        model: Model that was loaded from files in float32.
+        folder: Folder to write; an existing one is replaced.
+        layout: ``diffusion-rm`` is the layout of ``liuhuohuo/DiNa-LRM-SD35M-12layers``: ``config.json``,
+            ``checkpoint/backbone_lora/`` and ``checkpoint/rm_head.pt``. ``lpo`` is the layout of ``casiatao/LRM``:
+            ``unet/``, ``text_encoder/`` (SDXL: ``text_encoder_2/`` too) and ``state_dict.pt``; LoRA adapters are merged
+            into the weights.
+        base_name: Name of the base in ``config.json`` of ``diffusion-rm``, e.g. a hub id; None takes the hub id, or the
+            last part of a local path.
 
     Returns:
-        Lines for the user: how the folder loads to the same scores, and what it does not hold.
+        Lines for the user: flags with which the folder gives equal scores, and settings that the layout does not hold.
 
     Raises:
-        InputError: If the layout cannot hold the model, or the model was put together in Python.
+        InputError: If the layout cannot hold the model, or the model was not loaded from files in float32.
     """
     recipe = model.recipe
     if recipe is None or model.dtype != torch.float32:
@@ -69,25 +73,25 @@ def export_reward(model: RewardNetwork, folder: Path, layout: RewardFormat, base
 
 
 def base_of(model: RewardNetwork, recipe: ModelRecipe) -> PipelineSource:
-    """The pipeline that the model was loaded on.
+    """Return the base pipeline that the model was loaded on.
 
     Raises:
-        InputError: If it was loaded without one.
+        InputError: If the model was loaded without a base.
     """
     settings = recipe.backbone.init_args
     source = settings.get("source") or model.backbone.source
     if not source:
-        raise InputError("the reward was loaded without its base, of which the layout holds a part; give base")
+        raise InputError("the reward was loaded without its base, which the export needs; give base")
     return PipelineSource(source, settings.get("revision"), settings.get("variant"))
 
 
 def not_held(model: RewardNetwork, settings: Mapping[str, Any], unheld: Mapping[str, Any]) -> Iterator[str]:
-    """Name what differs once the layout is loaded.
+    """Yield a text for each setting of the model that the layout does not hold and that differs after loading.
 
     Args:
         model: The model.
-        settings: Those of its backbone.
-        unheld: Settings that the layout does not hold, and what they are once it is loaded.
+        settings: Settings of its backbone.
+        unheld: Settings that the layout does not hold → the values that they have after the layout is loaded.
     """
     default = RewardNetwork(model.backbone, model.head)
     if model.noise != default.noise:
@@ -102,7 +106,7 @@ def not_held(model: RewardNetwork, settings: Mapping[str, Any], unheld: Mapping[
 
 
 def diffusion_rm_problems(model: RewardNetwork, recipe: ModelRecipe) -> Iterator[str]:
-    """Name what the layout of DiNa-LRM cannot hold."""
+    """Yield a text for each property of the model that the layout of DiNa-LRM cannot hold."""
     backbone, head = model.backbone, model.head
     if type(backbone) is not SD3DiTBackbone or type(head) is not GatedQFormerHead:
         found = f"{type(head).__name__} on {type(backbone).__name__}"
@@ -129,7 +133,7 @@ def diffusion_rm_problems(model: RewardNetwork, recipe: ModelRecipe) -> Iterator
 
 
 def lpo_problems(model: RewardNetwork, recipe: ModelRecipe) -> Iterator[str]:
-    """Name what the layout of LRM cannot hold."""
+    """Yield a text for each property of the model that the layout of LRM cannot hold."""
     backbone, head = model.backbone, model.head
     if type(backbone) is not SDUNetBackbone or type(head) is not CLIPProjectionHead:
         found = f"{type(head).__name__} on {type(backbone).__name__}"
@@ -149,7 +153,7 @@ def lpo_problems(model: RewardNetwork, recipe: ModelRecipe) -> Iterator[str]:
 
 
 def write_diffusion_rm(model: RewardNetwork, base: str, folder: Path) -> None:
-    """Write the layout of DiNa-LRM; ``base`` is the name of the base."""
+    """Write the layout of DiNa-LRM into ``folder``; ``base`` is the name of the base in its configs."""
     write_adapter(model.backbone.get_submodule("transformer"), folder / DINA_ADAPTER, base)
     state = model.head.state_dict().items()
     held = {name: tensor.detach().cpu() for name, tensor in state if not name.startswith("logistic.")}
@@ -158,7 +162,7 @@ def write_diffusion_rm(model: RewardNetwork, base: str, folder: Path) -> None:
 
 
 def diffusion_rm_config(model: RewardNetwork, base: str) -> dict[str, Any]:
-    """``config.json`` of DiNa-LRM's layout; null is what is not known of the training."""
+    """Return the contents of ``config.json`` in DiNa-LRM's layout; unknown settings of the training are None."""
     backbone: Any = model.backbone
     head: Any = model.head
     lora = adapter_settings(backbone.transformer, base)
@@ -199,13 +203,13 @@ def diffusion_rm_config(model: RewardNetwork, base: str) -> dict[str, Any]:
 
 
 def t5_length(model: RewardNetwork, recipe: ModelRecipe) -> int:
-    """T5 tokens per prompt."""
+    """Return the number of T5 tokens per prompt, from the text encoder or else from the recipe."""
     encoder: Any = model.backbone.text_encoder
     return recipe.backbone.init_args.get("t5_length", 256) if encoder is None else encoder.t5_length
 
 
 def write_lpo(model: RewardNetwork, base: PipelineSource, folder: Path) -> None:
-    """Write the layout of LRM; the U-Net's up path, which no reward keeps, is that of ``base``."""
+    """Write the layout of LRM into ``folder``; the U-Net's up path, which rewards do not keep, comes from ``base``."""
     backbone: Any = model.backbone
     head: Any = model.head
     unet = base.unet()
@@ -227,10 +231,10 @@ def write_lpo(model: RewardNetwork, base: PipelineSource, folder: Path) -> None:
 
 
 def clip_weights(encoder: nn.Module) -> dict[str, Tensor]:
-    """Weights of a text encoder by the names of the transformers that the authors' code needs.
+    """Return a CLIP text encoder's weights under the names of the transformers version that the authors' code needs.
 
-    Newer ones leave out the prefix ``text_model.`` of ``CLIPTextModel``, with which every version loads, and
-    ``position_ids``.
+    Newer versions of transformers save ``CLIPTextModel`` without the prefix ``text_model.`` and without
+    ``position_ids``. This function adds both; every version loads names with the prefix.
     """
     config: Any = encoder.config
     state = {"text_model.embeddings.position_ids": torch.arange(config.max_position_embeddings)[None]}
@@ -240,7 +244,7 @@ def clip_weights(encoder: nn.Module) -> dict[str, Tensor]:
 
 
 def merged_weights(network: nn.Module) -> dict[str, Tensor]:
-    """Weights of ``network`` in float32, its adapter added to them, by the names that they have without it."""
+    """Return the weights of ``network`` in float32 with its LoRA adapter merged, by their names without the adapter."""
     state = {name: tensor.detach().cpu().float() for name, tensor in without_adapters(network.state_dict().items())}
     for name, layer in lora_layers(network).items():
         state[f"{name}.weight"] = state[f"{name}.weight"] + layer.get_delta_weight(ADAPTER).detach().cpu().float()

@@ -1,4 +1,4 @@
-"""What lies at a path: a model folder of this program, one of the two papers' layouts, or a run of this program."""
+"""Detection of a reward model's layout from a path: model folder, published layout of a paper, or training run."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ logger = logging.getLogger(__name__)
 __all__ = ["PublishedDiNaLRM", "PublishedLRM", "StoredReward", "checkpoint_of", "find_reward"]
 
 PREFERRED = (r"reward(-v\d+)?\.ckpt", r"last(-v\d+)?\.ckpt")
-"""Names of checkpoints that are taken before others of a run; Lightning numbers those of a later run."""
+"""Names of checkpoints that are preferred over all others of a run, in this order; Lightning numbers a later run's."""
 NO_CHECKPOINT = (".yaml", ".yml", ".json", ".safetensors", ".md", ".txt")
-"""Endings of files that are none."""
+"""Endings of files that are not checkpoints."""
 
 
 def find_reward(
@@ -35,19 +35,20 @@ def find_reward(
     trusted: bool = False,
     published: PublishedSettings | None = None,
 ) -> StoredReward:
-    """What lies at ``path``, in a folder or on the hub.
+    """Detect the layout of the reward model at ``path``, a local path or a hub id; weights are not read yet.
 
     Args:
-        path: Checkpoint, folder of a run, model folder, published layout, or hub id.
-        config: Settings of a run, if not beside its checkpoint.
-        base: Pipeline of the frozen weights, if not the one that the model names.
-        average: Whether the moving average of ``TrainableEMA`` stands for the weights, if a checkpoint has one.
+        path: Checkpoint, folder of a training run, model folder, folder of a published layout, or hub id.
+        config: ``config.yaml`` of a training run; None looks for it beside the checkpoint.
+        base: Diffusers pipeline for the pretrained weights that the model does not store; None takes the one that the
+            model names.
+        average: Whether to take the weights that the callback ``TrainableEMA`` averaged, if a checkpoint has them.
         revision: Branch, tag or commit of a hub id.
-        trusted: Whether the model may name any class; see :mod:`.trust`.
-        published: What the files of a published layout do not hold; None takes the defaults.
+        trusted: Whether the model may name classes that are not registered; see :mod:`.trust`.
+        published: Settings that the files of a published layout do not hold; None takes the defaults.
 
     Raises:
-        InputError: If it is none of them, or a setting was given for one that takes none.
+        InputError: If no layout is found, or ``config``, ``revision`` or ``published`` does not apply to the layout.
     """
     here = Path(path).exists()
     if here and revision is not None:
@@ -56,14 +57,14 @@ def find_reward(
     layout = published_layout(place, base, published)
     if layout is None and published is not None:
         raise InputError(
-            f"published is set, but reward model {path!r} has none of the two published layouts and holds its settings "
-            "itself; leave it out"
+            f"published is set, but reward model {path!r} has neither published layout and holds its settings itself; "
+            "leave it out"
         )
     if layout is None and is_model_folder(place):
         layout = PretrainedReward(place, base, trusted)
     if layout is not None:
         if config is not None:
-            raise InputError(f"config is set, but reward model {path!r} is no run and needs none; leave it out")
+            raise InputError(f"config is set, but reward model {path!r} is not a run and needs none; leave it out")
         return layout
     if config is not None and not Path(config).is_file():
         raise InputError(f"config={config!r} does not exist; give the config.yaml of the reward's run")
@@ -72,7 +73,10 @@ def find_reward(
 
 
 def published_layout(place: Path, base: str | None, settings: PublishedSettings | None = None) -> StoredReward | None:
-    """One of the two papers' layouts, perhaps incomplete, if ``place`` is one."""
+    """Return the published layout (LRM or DiNa-LRM) in the folder ``place``, or None if there is neither.
+
+    One characteristic file is enough; loading reports files that are missing.
+    """
     if (place / "state_dict.pt").is_file() or (place / "unet" / "config.json").is_file():
         return PublishedLRM(place, base, settings)
     if (place / "checkpoint" / "rm_head.pt").is_file() or (place / "checkpoint" / "backbone_lora").is_dir():
@@ -81,14 +85,18 @@ def published_layout(place: Path, base: str | None, settings: PublishedSettings 
 
 
 def checkpoint_of(place: Path) -> Path:
-    """``place`` itself, or the checkpoint of the run in the folder ``place``: by preferred name, the newest of those.
+    """Return the checkpoint at ``place``, or inside it if ``place`` is the folder of a training run.
+
+    Of several checkpoints, those with the first name in :data:`PREFERRED` that occurs count; of these (or of all, if
+    no name occurs) the newest is returned.
 
     Raises:
-        InputError: If it is a file of another kind, or the folder holds none.
+        InputError: If ``place`` is a file that is not a checkpoint, or a folder without one.
     """
     if place.suffix.lower() in NO_CHECKPOINT and place.is_file():
         raise InputError(
-            f"reward model {str(place)!r} is no checkpoint; give one (.ckpt), or the folder of the model or of the run"
+            f"reward model {str(place)!r} is not a checkpoint; give one (.ckpt), or the folder of the model or of the "
+            "run"
         )
     if place.is_file() or is_sharded(place):
         return place
@@ -96,7 +104,7 @@ def checkpoint_of(place: Path) -> Path:
     if not found:
         raise InputError(
             f"reward model {str(place)!r} holds no checkpoint (*.ckpt), no head.safetensors, and neither published "
-            "layout; give the folder of a model or of a run, or a checkpoint"
+            "layout; give a checkpoint, or the folder of a model or of a run"
         )
     named = ([path for path in found if re.fullmatch(name, path.name)] for name in PREFERRED)
     candidates = newest_first(next(filter(None, named), found))

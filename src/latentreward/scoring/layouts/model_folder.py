@@ -1,17 +1,17 @@
-"""This program's own layout of a reward model: what is the model's own, apart from its base.
+"""Model folder, this program's own layout of a reward model: all weights but the pretrained ones of the base pipeline.
 
 =====================================  ================================================================================
 ``config.json``                        classes and settings of backbone and head, base, noise, image sizes, calibration
-``head.safetensors``                   the head
-``adapter/``                           LoRA of the network, in PEFT's own files
-``adapter_text_encoder[_2|_3]/``       LoRA of a text encoder, likewise
-``backbone.safetensors``               parts of the backbone that were trained as a whole
-``base.safetensors``                   a few values of each weight that comes from the base, to know it again
+``head.safetensors``                   weights of the head
+``adapter/``                           LoRA of the network, in PEFT's format
+``adapter_text_encoder[_2|_3]/``       LoRA of a text encoder, in PEFT's format
+``backbone.safetensors``               modules of the backbone that were trained in full
+``base.safetensors``                   four values of each weight that comes from the base, to recognise the base
 ``README.md``                          model card
 =====================================  ================================================================================
 
-Nothing in a folder is ever run: safetensors and JSON are read, and :mod:`.trust` says which classes ``config.json`` may
-name.
+Loading runs no code from the folder: it holds only safetensors and JSON, and :mod:`.trust` decides which classes
+``config.json`` may name.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ CONFIG, HEAD, BACKBONE, BASE = "config.json", "head.safetensors", "backbone.safe
 
 
 def is_model_folder(place: Path) -> bool:
-    """Whether ``place`` is a folder of this layout, perhaps incomplete."""
+    """Tell whether ``place`` is a model folder; one of its files is enough, and loading reports missing files."""
     if (place / HEAD).is_file():
         return True
     if not (place / CONFIG).is_file() or any(place.glob("*.ckpt")):
@@ -47,19 +47,20 @@ def is_model_folder(place: Path) -> bool:
     try:
         return read_config(place / CONFIG).get("format") == FORMAT
     except InputError:
-        return True  # and loading it says what is wrong
+        return True  # a damaged config.json: loading reports the damage
 
 
 class PretrainedReward(SharingReward):
-    """A folder that :func:`~latentreward.scoring.layouts.saving.save_pretrained` wrote.
+    """Stored reward in a folder that :func:`~latentreward.scoring.layouts.saving.save_pretrained` wrote.
 
     Args:
-        folder: Folder.
-        base: Pipeline to take in place of the one that ``config.json`` names; its weights must be the same.
-        trusted: Whether ``config.json`` may name any class; see :mod:`.trust`.
+        folder: Model folder.
+        base: Base pipeline to load in place of the one that ``config.json`` names; its weights must be equal.
+        trusted: Whether ``config.json`` may name classes that are not registered; see :mod:`.trust`.
 
     Raises:
-        InputError: If a file is missing or damaged, was written by a newer version, or names other classes.
+        InputError: If a file is missing, damaged, unexpected or of a newer version, or names a class that is not
+            allowed.
     """
 
     def __init__(self, folder: Path, base: str | None = None, trusted: bool = False) -> None:
@@ -87,14 +88,14 @@ class PretrainedReward(SharingReward):
         return self.config.exif
 
     def _backbone(self) -> DiffusionBackbone:
-        """See :meth:`SharingReward._backbone`; it has the base's weights, and trains what was trained."""
+        """See :meth:`SharingReward._backbone`; parameters that were trained are trainable, all others are frozen."""
         recipe = self.config.recipe
         self._check_base_is_here()
         with errors_at(f"{self.folder / CONFIG}: "):
             for name in ONLY_IN_TRAINING:
                 if is_ours(recipe.backbone) and name in recipe.backbone.init_args:
                     raise InputError(f"backbone.init_args.{name} is for training alone; remove it")
-            # Where network and text encoders are the model's own, those of the base are not even read.
+            # If the folder stores network and text encoders in full, the base's weights are not read.
             own = is_ours(recipe.backbone) and {"text_encoder"} < {*recipe.own}
             backbone = build_backbone(recipe.backbone, self.folder, **({"pretrained": False} if own else {}))
         backbone.requires_grad_(False)
@@ -118,7 +119,7 @@ class PretrainedReward(SharingReward):
         return backbone
 
     def _check_base_is_here(self) -> None:
-        """Raise InputError if the base was a folder where the model was published, of which the name alone is known."""
+        """Raise InputError if the base is the name of a folder on the author's machine, which does not exist here."""
         source = self.config.recipe.source
         if is_ours(self.config.recipe.backbone) and source and "/" not in source and not Path(source).exists():
             raise InputError(
@@ -127,7 +128,7 @@ class PretrainedReward(SharingReward):
             )
 
     def _head(self, backbone: DiffusionBackbone) -> RewardHead:
-        """The trained head for a backbone that still has all its taps."""
+        """Load the trained head for ``backbone``, whose text taps must not be dropped yet."""
         with errors_at(f"{self.folder / CONFIG}: "):
             head = build_head(self.config.recipe.head, backbone.feature_spec, self.folder)
         load_exactly(head, read_safetensors(self.folder / HEAD), self.folder / HEAD)
@@ -135,7 +136,7 @@ class PretrainedReward(SharingReward):
 
     def load(self) -> RewardNetwork:
         """See :meth:`StoredReward.load`."""
-        with torch.random.fork_rng(devices=[]):  # initial values that are overwritten
+        with torch.random.fork_rng(devices=[]):  # initial values are random but overwritten below
             backbone = self._backbone()
             model = RewardNetwork(backbone, self._head(backbone))
         self._check_base(backbone)
@@ -157,7 +158,11 @@ class PretrainedReward(SharingReward):
         return model.requires_grad_(False).eval()
 
     def _check_base(self, backbone: DiffusionBackbone) -> None:
-        """Compare the weights that come from the base with the stored values."""
+        """Compare the weights that come from the base with the values in ``base.safetensors``.
+
+        Raises:
+            InputError: If a weight is missing, unexpected or differs.
+        """
         recorded, path = read_safetensors(self.folder / BASE), self.folder / BASE
         ours, factory = dict(base_weights(backbone, self.config.recipe.own)), self.config.recipe.backbone
         random = "" if is_ours(factory) else f", unless {factory.name} draws it at random at each start"
@@ -192,13 +197,19 @@ class PretrainedReward(SharingReward):
 
 
 def adapter_folders(parts: Sequence[str]) -> dict[str, str]:
-    """Folder of each part's adapter: ``adapter`` for the first module of the backbone, ``adapter_NAME`` for others."""
+    """Return the folder name of each module's adapter.
+
+    It is ``adapter`` for the first of the backbone's own modules, and ``adapter_NAME`` for others.
+
+    Args:
+        parts: Names of modules of the backbone, from :func:`adapters_of`.
+    """
     networks = [part for part in parts if "." not in part]
     return {part: "adapter" if part in networks[:1] else f"adapter_{part.rpartition('.')[2]}" for part in parts}
 
 
 def adapters_of(backbone: DiffusionBackbone) -> tuple[str, ...]:
-    """Parts that have an adapter, by their names in the backbone: its modules, and text encoders one by one."""
+    """Return the names of the backbone's modules that have a LoRA adapter; text encoders are listed one by one."""
     parts = [name for name, _ in backbone.named_children() if name not in ("vae", "text_encoder")]
     if backbone.text_encoder is not None:
         parts += [f"text_encoder.{name}" for name, _ in backbone.text_encoder.named_children()]
@@ -206,10 +217,20 @@ def adapters_of(backbone: DiffusionBackbone) -> tuple[str, ...]:
 
 
 def own_weights(backbone: DiffusionBackbone, own: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and persistent buffers of the parts that belong to the model as a whole, by name in the backbone."""
+    """Yield parameters and persistent buffers that the model stores in full, by their names in the backbone.
+
+    Args:
+        backbone: The backbone.
+        own: Names of modules; see :attr:`ModelRecipe.own`.
+    """
     return (item for item in backbone.state_dict().items() if item[0].partition(".")[0] in own)
 
 
 def base_weights(backbone: DiffusionBackbone, own: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
-    """Parameters that come from the base, by the names that they have without adapters."""
+    """Yield parameters that come from the base pipeline, by the names that they have without adapters.
+
+    Args:
+        backbone: The backbone.
+        own: Names of modules that do not come from the base; see :attr:`ModelRecipe.own`.
+    """
     return (item for item in without_adapters(backbone.named_parameters()) if item[0].partition(".")[0] not in own)

@@ -1,4 +1,4 @@
-"""Load the two papers' published checkpoints, in the layout their authors chose."""
+"""Loading of the two papers' published checkpoints (LRM and DiNa-LRM) in their authors' layouts."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PUBLISHED_RMS_EPS = 2.0**-7
+"""Epsilon of the RMS norms with which DiNa-LRM's published weights were trained."""
 DINA_ADAPTER = "checkpoint/backbone_lora"
 _HEAD_KEYS = ("width", "num_queries", "num_attn_heads", "out_dim", "use_proj_in")
 _STABLE_DIFFUSION_SCHEDULER = {
@@ -54,13 +55,14 @@ class PublishedSettings:
     """Settings of a published checkpoint that its files do not hold.
 
     Attributes:
-        guidance: LRM: visual feature enhancement g; at 1 or below it is off. The authors' ``guidance_scale``.
+        guidance: LRM: guidance g of visual feature enhancement, the authors' ``guidance_scale``; at 1 or below visual
+            feature enhancement is off.
         multi_scale: LRM: see :class:`~latentreward.heads.CLIPProjectionHead`. The authors' ``multi_scale: False`` is
-            ``single``, their ``multi_scale_cfg: True`` is ``enhanced``. None takes ``single`` where the file's
-            projection reads the mid block alone, and ``plain`` otherwise.
-        rms_eps: DiNa-LRM: epsilon of the head's RMS norms. The published weights were made with 2⁻⁷; the authors' code
-            under today's PyTorch computes with 1.19e-7.
-        t5_length: DiNa-LRM: T5 tokens per prompt: 256 in the published example, 128 in training.
+            ``single``, their ``multi_scale_cfg: True`` is ``enhanced``. None takes ``single`` if the width of the
+            stored projection is that of the mid block alone, and ``plain`` otherwise.
+        rms_eps: DiNa-LRM: epsilon of the head's RMS norms. The published weights were trained with 2⁻⁷; the authors'
+            code computes with 1.19e-7 under newer PyTorch.
+        t5_length: DiNa-LRM: number of T5 tokens per prompt; 256 in the published example, 128 in training.
     """
 
     guidance: float = 7.5
@@ -70,18 +72,18 @@ class PublishedSettings:
 
 
 class PublishedLayout(StoredReward):
-    """One of the papers' layouts.
+    """Base class of the two papers' layouts.
 
     Args:
         folder: Folder of the checkpoint.
         base: Diffusers pipeline folder or hub id of the base model.
-        settings: What the files do not hold; None takes the defaults.
+        settings: Settings that the files do not hold; None takes the defaults.
 
     Attributes:
-        takes: Names of the settings that concern the layout.
+        takes: Names of the fields of :class:`PublishedSettings` that apply to the layout.
 
     Raises:
-        InputError: If a setting of the other layout is set.
+        InputError: If a setting that does not apply to the layout differs from its default.
     """
 
     takes: tuple[str, ...] = ()
@@ -98,26 +100,27 @@ class PublishedLayout(StoredReward):
 
     @abstractmethod
     def network(self) -> RewardNetwork:
-        """The network with the checkpoint's weights, ready to score."""
+        """Load the network with the checkpoint's weights, frozen and in evaluation mode."""
 
     def load(self) -> RewardNetwork:
-        """See :meth:`StoredReward.load`; names the settings in use that the files do not hold."""
-        with torch.random.fork_rng(devices=[]):  # initial values that are overwritten
+        """See :meth:`StoredReward.load`; logs the settings in use that the files do not hold."""
+        with torch.random.fork_rng(devices=[]):  # initial values are random but overwritten
             model = self.network()
         self._report(model.published)
         return model
 
     def _report(self, used: Mapping[str, Any]) -> None:
-        """Name settings in use, in one line."""
+        """Log a line with the settings in use that the files do not hold."""
         told = ", ".join(f"{name} {value}" for name, value in used.items())
         names = ", ".join(f"published.{name}" for name in used)
         logger.warning("%s: scored with %s, which its files do not hold; set %s for others", self.folder, told, names)
 
 
 class PublishedLRM(PublishedLayout):
-    """The layout of ``casiatao/LRM``; without a ``base`` it has no tokenizers and no VAE.
+    """Stored reward in the layout of ``casiatao/LRM``.
 
-    A text encoder that was frozen in training is not in the files; it is the base's.
+    Tokenizers and VAE come from ``base``; without a ``base`` the model has none. A text encoder that was frozen in
+    training is not in the files and comes from ``base`` too.
     """
 
     takes = ("guidance", "multi_scale")
@@ -126,7 +129,7 @@ class PublishedLRM(PublishedLayout):
         """See :meth:`StoredReward.latent_space`.
 
         Raises:
-            InputError: If a config is missing, or ``base`` belongs to another family.
+            InputError: If a config is missing, or ``base`` belongs to another model family.
         """
         existing_folder(self.folder, "unet/config.json")
         if self.base is not None:
@@ -135,7 +138,7 @@ class PublishedLRM(PublishedLayout):
         return _LATENT_SPACES["SDXL" if family == "SDXL" else "SD1.5"]
 
     def _pipeline(self) -> PipelineSource:
-        """The base, whose tokenizers and VAE must be those of the checkpoint's U-Net."""
+        """Open the base pipeline, and check that its U-Net is of the checkpoint's model family."""
         pipeline = PipelineSource(self.base)
         family = unet_family(read_config(self.folder / "unet" / "config.json"))
         found = unet_family(pipeline.config("unet"))
@@ -150,7 +153,7 @@ class PublishedLRM(PublishedLayout):
         """See :meth:`PublishedLayout.network`.
 
         Raises:
-            InputError: If a file is missing, or a tensor is missing, left over or of another shape.
+            InputError: If a file is missing, or a tensor is missing, unexpected or has the wrong shape.
         """
         from diffusers import UNet2DConditionModel
 
@@ -187,7 +190,7 @@ class PublishedLRM(PublishedLayout):
         return model
 
     def _prompts(self, family: str, source: PipelineSource | None) -> tuple[PromptEncoder, tuple[str, ...]]:
-        """The prompt encoder, and which parts of the backbone are the checkpoint's own."""
+        """Load the prompt encoder; return it with the names of the backbone's modules that the checkpoint stores."""
         from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
         from latentreward.encoders.clip import CLIPPromptEncoder, SDXLPromptEncoder
@@ -211,7 +214,7 @@ class PublishedLRM(PublishedLayout):
         return SDXLPromptEncoder(first, second, *tokenizers), ("unet", "text_encoder")
 
     def _multi_scale(self, state: Mapping[str, Tensor], spec: FeatureSpec) -> MultiScale:
-        """The setting, which the width that ``visual_projection`` reads must allow."""
+        """Return ``multi_scale``, after checking that it fits the width of the stored ``visual_projection``."""
         single = state["visual_projection.weight"].shape[-1] == spec.visual[-1].width
         wanted = self.settings.multi_scale
         if wanted is not None and (wanted == "single") != single:
@@ -226,10 +229,12 @@ class PublishedLRM(PublishedLayout):
 
 
 def lrm_head_state(published: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
-    """Head state of a published ``state_dict.pt``; the log temperature is a number in some files, a tensor in others.
+    """Convert the contents of a published ``state_dict.pt`` to a state dict of :class:`CLIPProjectionHead`.
+
+    The log temperature is a number in some published files and a tensor in others.
 
     Raises:
-        InputError: If a part is missing or unknown.
+        InputError: If an entry is missing or unknown.
     """
     unknown = sorted(set(published) - {"visual_projection", "text_projection", "logit_scale"})
     missing = [name for name in ("visual_projection", "logit_scale") if name not in published]
@@ -245,7 +250,10 @@ def lrm_head_state(published: Mapping[str, Any], path: Path) -> dict[str, Tensor
 
 
 class PublishedDiNaLRM(PublishedLayout, SharingReward):
-    """The layout of ``liuhuohuo/DiNa-LRM-SD35M-12layers``; without a ``base``, on the one that its config names."""
+    """Stored reward in the layout of ``liuhuohuo/DiNa-LRM-SD35M-12layers``.
+
+    Without ``base``, the pipeline that ``config.json`` names is loaded.
+    """
 
     takes = ("rms_eps", "t5_length")
 
@@ -266,8 +274,8 @@ class PublishedDiNaLRM(PublishedLayout, SharingReward):
         """See :meth:`PublishedLayout.network`.
 
         Raises:
-            InputError: If a file is missing, or a tensor is missing, left over or of another shape, or the config asks
-                for something that this class does not know.
+            InputError: If a file is missing, a tensor is missing, unexpected or has the wrong shape, or the config has
+                a value that this class does not support.
         """
         existing_folder(self.folder, "config.json", "checkpoint/rm_head.pt")
         backbone = self._backbone()
@@ -290,7 +298,7 @@ class PublishedDiNaLRM(PublishedLayout, SharingReward):
         return {name: getattr(self.settings, name) for name in self.takes}
 
     def head(self) -> RewardHead:
-        """See :meth:`StoredReward.head`; names the settings in use that the files do not hold."""
+        """See :meth:`StoredReward.head`; logs the settings in use that the files do not hold."""
         self._report(self._used)
         return self._head(self.on_meta_device.feature_spec).requires_grad_(False).eval()
 
@@ -299,14 +307,15 @@ class PublishedDiNaLRM(PublishedLayout, SharingReward):
         return read_lora(self.folder / DINA_ADAPTER, self.on_meta_device.transformer)
 
     def same_base(self, part: str, weights: Mapping[str, Tensor], source: str) -> bool:
-        """See :meth:`StoredReward.same_base`; the layout notes nothing of its base but where it came from."""
+        """See :meth:`StoredReward.same_base`; this layout records only the source of its base, which is compared."""
         return self.on_meta_device.source == source
 
     def _taps(self) -> dict[str, Any]:
-        """Blocks that are kept and read.
+        """Return the backbone's settings on blocks to keep and taps to read.
 
-        The authors' ``use_text_features`` says nothing of them: their network reads ``text_head_idx`` either way, and
-        only leaves the text side of the last block without LoRA, which ``adapter_config.json`` tells.
+        The authors' ``use_text_features`` is not needed here: their network reads the text tokens of ``text_head_idx``
+        whatever its value. It only decides whether the text side of the last block has LoRA, which
+        ``adapter_config.json`` states.
         """
         config = self._config
         return {
@@ -329,7 +338,7 @@ class PublishedDiNaLRM(PublishedLayout, SharingReward):
         }
 
     def _backbone(self) -> SD3DiTBackbone:
-        """See :meth:`SharingReward._backbone`; nothing of it trains."""
+        """See :meth:`SharingReward._backbone`; all parameters are frozen."""
         source = self._pipeline
         complete = source.has("text_encoder")
         token_dim = source.config("transformer")["joint_attention_dim"]
@@ -346,7 +355,7 @@ class PublishedDiNaLRM(PublishedLayout, SharingReward):
         return backbone.requires_grad_(False)
 
     def _head(self, spec: FeatureSpec) -> GatedQFormerHead:
-        """The trained head."""
+        """Load the trained head."""
         head = GatedQFormerHead(spec, **self._head_settings())
         path = self.folder / "checkpoint" / "rm_head.pt"
         load_exactly(head, read_tensors(path), path, absent_by_design=("logistic.eta3", "logistic.eta4"))
@@ -354,10 +363,10 @@ class PublishedDiNaLRM(PublishedLayout, SharingReward):
 
 
 def model_section(path: Path) -> dict[str, Any]:
-    """Section ``model`` of a published ``config.json``, with every key that the loader reads.
+    """Read the section ``model`` of a published ``config.json``, and check the keys that the loader needs.
 
     Raises:
-        InputError: If one is missing, or asks for what the loader does not know.
+        InputError: If a key is missing, or has a value that the loader does not support.
     """
     config = read_config(path).get("model", {})
     for key, expected in (("use_t_embed", True), ("use_lora", True)):

@@ -1,6 +1,6 @@
-"""How a reward model is put together: which backbone and head, by what settings, and what of the weights is its own.
+"""Recipe of a reward model: classes and settings of backbone and head, from which the model is built again.
 
-Registered classes are called with plain values; others are imported, which :mod:`.trust` must have allowed.
+Callers must check with :mod:`.trust` that a class is allowed before it is built here.
 """
 
 from __future__ import annotations
@@ -23,50 +23,55 @@ from latentreward.settings.functions import check_functions, input_error_behind
 from latentreward.settings.ranges import leaves
 
 ONLY_IN_TRAINING = ("lora", "gradient_checkpointing", "attention_backend", "compile_blocks")
-"""Settings of our own factories that do not change what a trained backbone reads."""
+"""Settings of this package's factories that do not change the features of a trained backbone."""
 BUILD_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError, ImportError, OSError)
-"""What constructors raise over settings that do not fit."""
+"""Errors by which constructors reject settings."""
 
 
 @dataclass(frozen=True)
 class ModelPart:
-    """A class or factory, and its settings.
+    """Class or factory with its settings.
 
     Attributes:
-        name: Short name of what is registered, class path of anything else.
-        init_args: Settings, plain values.
+        name: Short name of a registered class or factory; import path of any other.
+        init_args: Settings, in types that JSON has.
     """
 
     name: str
     init_args: dict[str, Any] = field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return the part as values for JSON."""
         return {"class": self.name, "init_args": self.init_args}
 
     @classmethod
     def of_record(cls, name: str, record: Any) -> Self:
-        """The part ``name`` of a model folder's ``config.json``.
+        """Build a part from an entry of a model folder's ``config.json``.
+
+        Args:
+            name: Name of the entry, for messages.
+            record: Value of the entry.
 
         Raises:
-            InputError: If it is none.
+            InputError: If the value does not have the form that :meth:`record` returns.
         """
         known = isinstance(record, Mapping) and isinstance(record.get("class"), str)
         if not known or not isinstance(record.get("init_args", {}), dict) or set(record) - {"class", "init_args"}:
-            raise InputError(f'{name} is no {{"class": ..., "init_args": {{...}}}}')
+            raise InputError(f'{name} is not of the form {{"class": ..., "init_args": {{...}}}}')
         return cls(record["class"], record.get("init_args", {}))
 
 
 @dataclass(frozen=True)
 class ModelRecipe:
-    """What must be known of a reward model beside its weights to build it again.
+    """All that is needed beside the weights to build a reward model again.
 
     Attributes:
-        backbone: Factory of the backbone, with the base in ``source`` and ``revision``.
+        backbone: Factory of the backbone; ``source`` and ``revision`` in its settings name the base pipeline.
         head: Class of the head.
-        own: Parts of the backbone (``unet``, ``transformer``, ``text_encoder``, or a parameter or buffer of its own)
-            whose every weight belongs to the model; of the others only adapters do, and the rest comes from the base.
-        training: What is known of its training: data, steps, versions.
+        own: Names of the backbone's modules, parameters and buffers that the model stores in full (``unet``,
+            ``transformer``, ``text_encoder``, ...). Of all other modules the model stores only LoRA adapters; their
+            pretrained weights come from the base pipeline.
+        training: Information on the training for the model card: module, data, steps.
     """
 
     backbone: ModelPart
@@ -76,12 +81,12 @@ class ModelRecipe:
 
     @property
     def source(self) -> str:
-        """Base, with its revision; empty where the factory has one of its own."""
+        """Base pipeline as ``source`` or ``source@revision``; empty if the factory's settings name none."""
         source, revision = (self.backbone.init_args.get(name) for name in ("source", "revision"))
         return "" if source is None else str(source) if revision is None else f"{source}@{revision}"
 
     def with_own(self, own: Iterable[str]) -> Self:
-        """The same where more parts of the backbone are found to be the model's own."""
+        """Return a recipe with more names in :attr:`own`, and the backbone's tuning settings changed accordingly."""
         if not {*own} - {*self.own}:
             return self
         parts = in_order({*self.own, *own})
@@ -90,24 +95,34 @@ class ModelRecipe:
         return replace(self, backbone=backbone, own=parts)
 
     def on(self, base: str, revision: str | None = None) -> Self:
-        """The same on another copy of the base."""
+        """Return a recipe with another name of the base pipeline."""
         settings = {**self.backbone.init_args, "source": base, "revision": revision}
-        if revision is None and not is_ours(self.backbone):  # a factory from elsewhere may not know the setting
+        if revision is None and not is_ours(self.backbone):  # another package's factory may lack this parameter
             del settings["revision"]
         return replace(self, backbone=replace(self.backbone, init_args=settings))
 
 
 def backbone_part(class_path: str, init_args: Mapping[str, Any], own: tuple[str, ...]) -> ModelPart:
-    """The factory of a trained backbone, by settings that read its weights and train nothing."""
+    """Return factory and settings that rebuild a trained backbone for scoring.
+
+    Args:
+        class_path: Import path of the factory that built the backbone for training.
+        init_args: Settings of that call.
+        own: See :attr:`ModelRecipe.own`.
+    """
     factory = imported(class_path)
     path = f"{factory.__module__}.{factory.__qualname__}"
-    name = registered_name("backbone", path) if path.startswith("latentreward.") else path  # others' need an import
+    # A plug-in's short name is known only after its module was imported; its path works in any process.
+    name = registered_name("backbone", path) if path.startswith("latentreward.") else path
     ours = path.startswith("latentreward.backbones.")
     return ModelPart(name, without_training(init_args, own) if ours else dict(init_args))
 
 
 def without_training(init_args: Mapping[str, Any], own: tuple[str, ...]) -> dict[str, Any]:
-    """Settings of our own factories without what concerns training alone."""
+    """Return settings of one of this package's factories without LoRA and other settings for training.
+
+    ``tuning`` and ``text_encoder_tuning`` become ``full`` for modules in ``own`` and ``frozen`` for others.
+    """
     settings = {name: value for name, value in init_args.items() if name not in ONLY_IN_TRAINING}
     settings["tuning"] = "full" if {"unet", "transformer"} & {*own} else "frozen"
     settings["text_encoder_tuning"] = "full" if "text_encoder" in own else "frozen"
@@ -115,49 +130,59 @@ def without_training(init_args: Mapping[str, Any], own: tuple[str, ...]) -> dict
 
 
 def recipe_in_python(backbone: DiffusionBackbone, head: RewardHead) -> ModelRecipe:
-    """How to build a model again that was put together in Python, from how its backbone and head were made.
+    """Return the recipe of a model that was built in Python, from the recorded calls of its backbone and head.
 
     Raises:
-        InputError: If one of the two was not made from plain values.
+        InputError: If one of the two has no record that can be written to a file.
     """
     built, made = built_from_plain_values("backbone", backbone), built_from_plain_values("head", head)
-    own = own_parts(backbone, built.init_args.get("pretrained") is False)  # of which no base has any
+    own = own_parts(backbone, built.init_args.get("pretrained") is False)
     return ModelRecipe(backbone_part(built.class_path, built.init_args, own), head_part(head, made.init_args), own)
 
 
 def built_from_plain_values(part: str, module: DiffusionBackbone | RewardHead) -> Construction:
-    """How a backbone or head was made.
+    """Return the recorded call that built a backbone or head.
+
+    Args:
+        part: ``backbone`` or ``head``, for messages.
+        module: The backbone or head.
 
     Raises:
-        InputError: If a file cannot tell it.
+        InputError: If there is no record, or the class or function cannot be imported by name.
     """
     if module.built_by is None or "<locals>" in module.built_by.class_path:
         raise InputError(
             f"how the {part} {type(module).__qualname__} was made cannot be written to a file; make it from numbers, "
-            "texts, lists and dictionaries, by a class or function of a module, which for a backbone has "
-            "@register_backbone"
+            "texts, lists and dictionaries, with a class or function that can be imported from a module (for a "
+            "backbone: one with @register_backbone)"
         )
     return module.built_by
 
 
 def head_part(head: RewardHead, init_args: Mapping[str, Any]) -> ModelPart:
-    """The class of a trained head, by settings that need nothing but its own weights."""
+    """Return class and settings that rebuild a trained head without reading other files than its own weights."""
     kind, settings = type(head), dict(init_args)
-    if settings.pop("text_projection_source", None) is not None:  # it gave the width, and the initial weights
+    if settings.pop("text_projection_source", None) is not None:  # it set the width and the initial weights
         settings["embed_dim"] = len(head.get_submodule("visual_projection").weight)
     registered = registered_heads().get(kind.__name__) is kind
     return ModelPart(kind.__name__ if registered else f"{kind.__module__}.{kind.__qualname__}", settings)
 
 
 def is_ours(backbone: ModelPart) -> bool:
-    """Whether a backbone is made by a factory of this package, whose settings are known."""
+    """Tell whether a backbone's factory belongs to this package, so that its settings are known here."""
     return backbone_names().get(backbone.name, "").startswith("latentreward.backbones.")
 
 
 def own_parts(backbone: DiffusionBackbone, untrained: bool = False) -> tuple[str, ...]:
-    """Parts of a backbone, not yet frozen, that train as a whole, or all; see :attr:`ModelRecipe.own`.
+    """Return the names of a backbone's modules that the model must store in full; see :attr:`ModelRecipe.own`.
 
-    Parameters and persistent buffers of the backbone itself, outside its networks, are among them: no base has them.
+    These are the modules with trainable weights other than LoRA, so that this must be called before the backbone is
+    frozen. Parameters and persistent buffers of the backbone itself are included, because no base pipeline has them.
+
+    Args:
+        backbone: Backbone that is not yet frozen.
+        untrained: Whether the backbone started without pretrained weights (``pretrained=False``). Then no base pipeline
+            has its weights, and every module but the VAE is included.
     """
     named = [name for name, weight in backbone.named_parameters() if untrained or weight.requires_grad]
     own = {name.partition(".")[0] for name in named if ".lora_" not in name} - ({"vae"} if untrained else set())
@@ -166,20 +191,22 @@ def own_parts(backbone: DiffusionBackbone, untrained: bool = False) -> tuple[str
 
 
 def in_order(parts: Iterable[str]) -> tuple[str, ...]:
-    """Names of parts, text encoders last."""
+    """Return names of modules in alphabetical order, with ``text_encoder`` last."""
     return tuple(sorted(parts, key=lambda part: (part == "text_encoder", part)))
 
 
 def build_backbone(part: ModelPart, folder: Path | None = None, **overrides: Any) -> DiffusionBackbone:
-    """The backbone of a recipe, with the base's weights; under ``torch.device("meta")`` it has shapes alone.
+    """Build the backbone of a recipe with the base pipeline's weights.
+
+    Under ``torch.device("meta")`` the backbone has shapes but no weights.
 
     Args:
-        part: Its factory.
-        folder: Published folder, from which nothing is imported.
-        overrides: Settings that replace those of a registered factory.
+        part: Factory and settings.
+        folder: Model folder, from which nothing may be imported.
+        overrides: Settings that replace those in ``part``; only for a registered factory.
 
     Raises:
-        InputError: If the settings do not fit, or the base is not to be had.
+        InputError: If the factory rejects the settings, or the base pipeline cannot be loaded.
     """
     path = backbone_names().get(part.name)
     settings = {**part.init_args, **overrides}
@@ -193,15 +220,15 @@ def build_backbone(part: ModelPart, folder: Path | None = None, **overrides: Any
 
 
 def build_head(part: ModelPart, spec: FeatureSpec, folder: Path | None = None) -> RewardHead:
-    """The head of a recipe for features of ``spec``, with initial weights.
+    """Build the head of a recipe with initial weights.
 
     Args:
-        part: Its class.
-        spec: Features that it reads.
-        folder: Published folder, from which nothing is imported.
+        part: Class and settings.
+        spec: Widths of the backbone's features.
+        folder: Model folder, from which nothing may be imported.
 
     Raises:
-        InputError: If the settings do not fit.
+        InputError: If the class rejects the settings.
     """
     kind = registered_heads().get(part.name)
     with errors_at("head: "):
@@ -211,7 +238,7 @@ def build_head(part: ModelPart, spec: FeatureSpec, folder: Path | None = None) -
 
 
 def called(target: Callable[..., Any], settings: Mapping[str, Any]) -> Any:
-    """``target(**settings)``, in which whatever does not fit becomes one line."""
+    """Call ``target(**settings)``, and turn an error about the settings into a one-line InputError."""
     try:
         return target(**settings)
     except InputError:
@@ -221,10 +248,15 @@ def called(target: Callable[..., Any], settings: Mapping[str, Any]) -> Any:
 
 
 def instantiated(kind: Any, part: ModelPart, folder: Path | None) -> Any:
-    """An object of type ``kind`` from a class that is imported, by jsonargparse, as a run's ``config.yaml`` names it.
+    """Import and build a class that is not registered, with jsonargparse, as from a run's ``config.yaml``.
+
+    Args:
+        kind: Type that the object must have.
+        part: Import path and settings.
+        folder: Model folder, from which nothing may be imported.
 
     Raises:
-        InputError: If it lies in ``folder`` or the hub's cache, or the settings do not fit.
+        InputError: If the class lies in ``folder`` or the hub's cache, or rejects the settings.
     """
     from jsonargparse import ArgumentError, ArgumentParser
 
@@ -242,13 +274,13 @@ def instantiated(kind: Any, part: ModelPart, folder: Path | None) -> Any:
 
 
 def imported(path: str) -> Any:
-    """What a dotted path names.
+    """Import the class or function with the import path ``path``.
 
     Raises:
-        InputError: If it names nothing.
+        InputError: If ``path`` cannot be imported.
     """
     module, _, name = path.rpartition(".")
     try:
         return getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise InputError(f"class path {path!r} names nothing that can be imported ({first_line(error)})") from error
+        raise InputError(f"class path {path!r} cannot be imported ({first_line(error)})") from error

@@ -1,4 +1,4 @@
-"""Open a model folder that was just written, and compare it with the model in memory."""
+"""Check of a model folder that was just written: load it and compare it with the model in memory."""
 
 from __future__ import annotations
 
@@ -19,20 +19,21 @@ from latentreward.scoring.network import RewardNetwork
 
 PROMPTS = ("a red cube on a blue sphere", "")
 SIDE = 256
+"""Side, in pixels, of the square images whose latent size the check uses."""
 OTHER_SEED = 1
-"""Of the second load: what a factory draws without a seed of its own is equal in two loads from one state."""
+"""Global seed while the folder is loaded, to detect weights that a factory draws from the global generator."""
 RELATIVE, ABSOLUTE = 1e-4, 1e-5
-"""How far scores may differ: an accelerator may choose other kernels for a second copy of the model."""
+"""Tolerances for scores: an accelerator may choose other kernels for the second copy of the model."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What tells a model from another, small enough to keep once the model itself is freed.
+    """Sampled weights and two scores of a model, small enough to keep after the model itself is freed.
 
     Attributes:
-        recipe: How the model was built, with the base that it was loaded on.
+        recipe: Recipe of the model, with the base that it was loaded on.
         weights: A few values of each parameter and buffer, by name.
-        scores: Of two latents drawn from a fixed seed; None where the model does not tell the size of its images.
+        scores: Scores of two random latents with a fixed seed; None if the model has no rule for image sizes.
     """
 
     recipe: ModelRecipe
@@ -41,12 +42,16 @@ class Probe:
 
     @property
     def told(self) -> str:
-        """What :meth:`compare` compares, in words."""
+        """Description of a successful comparison, for messages."""
         return "equal weights" if self.scores is None else "equal weights and scores"
 
     @classmethod
     def of(cls, model: RewardNetwork) -> Self:
-        """Sample the weights of ``model``, which has a recipe, and score."""
+        """Sample the weights of ``model`` and compute its scores.
+
+        Raises:
+            ValueError: If the model has no recipe.
+        """
         if model.recipe is None:
             raise ValueError("the model has no recipe")
         named = chain(model.named_parameters(), model.named_buffers())
@@ -54,15 +59,15 @@ class Probe:
         return cls(model.recipe, weights, scores_of(model))
 
     def compare(self, folder: Path, device: torch.device, trusted: bool) -> None:
-        """Load ``folder`` as others will, on the base of this machine, and compare weights and scores.
+        """Load ``folder`` as another user would, but on this machine's copy of the base; compare weights and scores.
 
         Args:
             folder: Model folder.
-            device: Where the first scores were computed.
+            device: Device on which the first scores were computed.
             trusted: Whether classes that are not registered may be imported.
 
         Raises:
-            InputError: If it does not load, or a weight or a score differs.
+            InputError: If the folder does not load, or a weight or a score differs.
         """
         stored = PretrainedReward(folder, None, trusted)
         built = self.recipe.backbone
@@ -95,7 +100,11 @@ class Probe:
 
 
 def scores_of(model: RewardNetwork) -> Tensor | None:
-    """Scores ``(2,)`` or ``(2, out_dim)`` of random latents, at the size to which a small square image is brought."""
+    """Score two random latents with a fixed seed, in the size of a square image that the model has resized.
+
+    Returns:
+        ``(2,)`` or ``(2, out_dim)``; None if the model has no rule for image sizes.
+    """
     if model.image_sizes is None:
         return None
     loader, space = model.image_sizes.loader(SIDE, SIDE), model.backbone.latent_space

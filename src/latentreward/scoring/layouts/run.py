@@ -1,4 +1,4 @@
-"""Checkpoints of this program's own training as reward models."""
+"""Reading of a training checkpoint of this program as a reward model."""
 
 from __future__ import annotations
 
@@ -37,20 +37,21 @@ from latentreward.settings.rewriting import rewrite_settings
 from latentreward.settings.yaml_text import check_yaml
 
 PARTS = ("backbone", "head")
-"""Classes that a run's settings name for a reward model."""
+"""Names of the settings of a run that describe the reward model."""
 SETTINGS = "reward_settings"
-"""Key of a checkpoint under which its module notes them, where no ``config.yaml`` does."""
+"""Key of a checkpoint under which the training module stores these settings, for runs without a ``config.yaml``."""
 
 
 @dataclass(frozen=True)
 class Content:
-    """What a checkpoint of a reward holds.
+    """Contents of a training checkpoint that the reward model needs.
 
     Attributes:
-        weights: Of the model, named as in its training module.
-        base: Record of the frozen weights that it leaves out, if there is one.
-        steps: Optimiser steps behind it.
-        exif: Whether training images were turned by EXIF; earlier versions, which did not record it, ignored it.
+        weights: Weights of the model, by their names in the training module.
+        base: Sampled values of the frozen weights that the checkpoint leaves out; None if it has no such record.
+        steps: Number of optimiser steps at the time of the checkpoint.
+        exif: Whether training images were turned upright by their EXIF orientation; ``ignore`` for checkpoints of
+            earlier versions, which have no such entry.
     """
 
     weights: dict[str, Tensor]
@@ -60,21 +61,22 @@ class Content:
 
 
 class TrainedReward(SharingReward):
-    """A checkpoint of a reward module, with the settings it was trained with.
+    """Stored reward in a checkpoint of a reward's training run, together with the settings of the run.
 
-    Backbone and head alone are built from the settings; weights that the checkpoint leaves out come from the
+    Of the settings only backbone and head are used. Weights that the checkpoint leaves out are loaded from the
     backbone's ``source``.
 
     Args:
-        checkpoint: File, or folder of shards.
-        config: Settings of the run; None looks for ``config.yaml`` beside the checkpoint and one folder up, then in the
-            checkpoint itself, where a script without ``latentreward fit`` has them.
-        average: Whether the moving average of ``TrainableEMA`` stands for the weights, if the checkpoint has one.
-        base: Pipeline to take in place of the one that the settings name.
-        trusted: Whether the settings may name any class, and what OmegaConf resolves here; see :mod:`.trust`.
+        checkpoint: Checkpoint file, or folder of a sharded checkpoint.
+        config: ``config.yaml`` of the run. None looks for the file beside the checkpoint and one folder up, then reads
+            the settings that the checkpoint of a Python script without ``latentreward fit`` contains.
+        average: Whether to take the weights that the callback ``TrainableEMA`` averaged, if the checkpoint has them.
+        base: Base pipeline to load in place of the one that the settings name.
+        trusted: Whether the settings may name classes that are not registered, and contain ``${...}`` for OmegaConf to
+            resolve; see :mod:`.trust`.
 
     Raises:
-        InputError: If there are no settings, or they are not those of a reward, or need trust.
+        InputError: If no settings are found, they do not describe a reward, or they need ``trusted``.
     """
 
     def __init__(
@@ -100,9 +102,9 @@ class TrainedReward(SharingReward):
             self._parts[kind] = ModelPart(name, self._settings[kind]["init_args"])
 
     def _backbone(self) -> DiffusionBackbone:
-        """See :meth:`SharingReward._backbone`; the settings alone tell what trained, and in which latent space."""
+        """See :meth:`SharingReward._backbone`; the settings decide which parameters are trainable, as in the run."""
         part = self._parts["backbone"]
-        if is_ours(part):  # attention and compilation are this machine's
+        if is_ours(part):  # attention backend and compilation were chosen for the machine of the run
             settings = {n: v for n, v in part.init_args.items() if n == "lora" or n not in ONLY_IN_TRAINING}
             part = ModelPart(part.name, settings)
         with errors_at(f"{self.config}: model."):
@@ -110,7 +112,11 @@ class TrainedReward(SharingReward):
 
     @cached_property
     def _content(self) -> Content:
-        """What the checkpoint holds."""
+        """Contents of the checkpoint, read once.
+
+        Raises:
+            InputError: If the checkpoint is damaged, or not that of a reward.
+        """
         content = read_checkpoint(self.checkpoint)
         state = dict(content["state_dict"])
         if not any(name.startswith("model.head.") for name in state):
@@ -131,7 +137,11 @@ class TrainedReward(SharingReward):
         return self._content.exif
 
     def _fitting(self, backbone: DiffusionBackbone) -> tuple[RewardNetwork, nn.ModuleDict]:
-        """The model with initial weights, which the checkpoint fits; and under the names that it has there."""
+        """Build the model with initial weights, and check that the checkpoint's names and shapes fit.
+
+        Returns:
+            The model, and a module that contains it under the name that the checkpoint's keys begin with.
+        """
         state = self._content.weights
         with errors_at(f"{self.config}: model."):
             head = build_head(self._parts["head"], backbone.feature_spec)
@@ -148,7 +158,7 @@ class TrainedReward(SharingReward):
     def load(self) -> RewardNetwork:
         """See :meth:`StoredReward.load`."""
         state, base = self._content.weights, self._content.base
-        with torch.random.fork_rng(devices=[]):  # initial values that are overwritten
+        with torch.random.fork_rng(devices=[]):  # initial values are random but overwritten below
             model, as_trained = self._fitting(self._backbone())
         model.recipe, model.exif = self._recipe(model), self.exif
         if base is not None:
@@ -158,9 +168,9 @@ class TrainedReward(SharingReward):
         return model.requires_grad_(False).eval()
 
     def _recipe(self, model: RewardNetwork) -> ModelRecipe:
-        """How to build the model again; it must not be frozen yet."""
+        """Return the recipe of the model, which must not be frozen yet."""
         backbone, head = self._settings["backbone"], self._settings["head"]
-        own = own_parts(model.backbone, backbone["init_args"].get("pretrained") is False)  # of which no base has any
+        own = own_parts(model.backbone, backbone["init_args"].get("pretrained") is False)
         return ModelRecipe(
             backbone_part(backbone["class_path"], backbone["init_args"], own),
             head_part(model.head, head["init_args"]),
@@ -172,7 +182,7 @@ class TrainedReward(SharingReward):
         """See :meth:`StoredReward.head`."""
         head, prefix = self._fitting(self.on_meta_device)[0].head, "model.head."
         state = {name.removeprefix(prefix): t for name, t in self._content.weights.items() if name.startswith(prefix)}
-        head.load_state_dict(state, strict=False)  # names and shapes were compared
+        head.load_state_dict(state, strict=False)  # _fitting has compared names and shapes
         return head.requires_grad_(False).eval()
 
     def adapter(self) -> dict[str, Tensor]:
@@ -196,9 +206,9 @@ class TrainedReward(SharingReward):
 
 
 def settings_beside(checkpoint: Path) -> Path | None:
-    """Settings of the run that wrote ``checkpoint``, beside it or one folder up; None if there are none.
+    """Return the ``config*.yaml`` of the run that wrote ``checkpoint``, in its folder or one folder up, or None.
 
-    Of several, each from a run into the same folder, the last one written before the checkpoint.
+    If several runs wrote into one folder, the last file that is not newer than the checkpoint is returned.
     """
     for folder in (checkpoint.parent, checkpoint.parent.parent):
         if found := sorted(folder.glob("config*.yaml"), key=lambda path: path.stat().st_mtime):
@@ -208,10 +218,12 @@ def settings_beside(checkpoint: Path) -> Path | None:
 
 
 def noted_settings(checkpoint: Path) -> dict[str, Any]:
-    """What :func:`model_settings` reads, from the checkpoint itself; plain values, which are not resolved.
+    """Read the settings of a reward from the checkpoint itself, in the form that :func:`model_settings` returns.
+
+    Interpolations ``${...}`` are not resolved.
 
     Raises:
-        InputError: If it is damaged, or does not tell.
+        InputError: If the checkpoint is damaged or contains no settings.
     """
     noted = read_checkpoint(checkpoint, with_tensors=False).get(SETTINGS)
     if noted is None:
@@ -227,12 +239,20 @@ def noted_settings(checkpoint: Path) -> dict[str, Any]:
 
 
 def model_settings(path: Path, trusted: bool = False) -> dict[str, Any]:
-    """Settings of ``backbone`` and ``head`` from the settings of a run, or a file such as ``configs/model/*.yaml``.
+    """Read the settings of a reward from a run's ``config.yaml``, or from a file such as ``configs/model/*.yaml``.
 
-    ``training`` tells the classes of module and data, and the readers of training pairs, without their paths.
+    Args:
+        path: YAML file.
+        trusted: Whether ``${...}`` in the settings of backbone and head is resolved.
+
+    Returns:
+        A dict with three keys. ``backbone`` and ``head`` hold ``class_path`` and ``init_args``. ``training`` holds
+        ``module`` and ``data_module``, the class paths of the run's module and data module, and ``data``, the names of
+        the readers of training pairs.
 
     Raises:
-        InputError: If the file is damaged or its model is no reward, or ``trusted`` is false and it calls resolvers.
+        InputError: If the file is damaged, its model is not a reward, or backbone or head contain ``${...}`` and
+            ``trusted`` is False.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -266,7 +286,7 @@ def model_settings(path: Path, trusted: bool = False) -> dict[str, Any]:
 
 
 def class_names(settings: Any) -> Iterator[str]:
-    """Names of the classes in settings, from the outside in; nothing of their arguments."""
+    """Yield the names of all classes in nested settings, outer classes first, without their packages."""
     if isinstance(settings, Mapping):
         name = str(settings.get("class_path") or "").rpartition(".")[2]
         if name.isidentifier():
@@ -279,7 +299,7 @@ def class_names(settings: Any) -> Iterator[str]:
 
 
 def class_and_arguments(settings: Any) -> dict[str, Any]:
-    """Class path and resolved settings of a class that a config names, perhaps by its path alone."""
+    """Return class path and resolved arguments of a class in OmegaConf settings; a text is taken as the class path."""
     from omegaconf import OmegaConf
 
     if isinstance(settings, str):

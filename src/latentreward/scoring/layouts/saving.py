@@ -1,4 +1,4 @@
-"""Write a reward model as a folder that loads to the same scores, bit for bit."""
+"""Writing of a reward model as a model folder; the loaded model gives bitwise equal scores."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from latentreward.storage.durable import (
 
 README = "README.md"
 OURS = (CONFIG, HEAD, BACKBONE, BASE, README)
-"""Files of a model folder; beside them stand folders of adapters."""
+"""Names of the files in a model folder; folders whose names begin with ``adapter`` lie beside them."""
 
 
 def save_pretrained(model: RewardNetwork, folder: Path, card: Card, base: str | None = None) -> None:
@@ -56,13 +56,14 @@ def save_pretrained(model: RewardNetwork, folder: Path, card: Card, base: str | 
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Yield a folder to write a model into, which takes the place of ``folder`` when the block ends without an error.
+    """Yield a temporary folder to write a model into; it replaces ``folder`` if the block ends without an error.
 
-    Of a link, the folder that it leads to is replaced. The current folder stays the same one and is filled,
-    ``config.json`` last: without it nothing loads.
+    If ``folder`` is a link, the folder that the link points to is replaced. If it is the current folder, the folder
+    itself stays and its files are replaced, ``config.json`` last, because a folder without ``config.json`` does not
+    load.
 
     Raises:
-        InputError: If ``folder`` holds anything but a model folder, or cannot be written.
+        InputError: If ``folder`` holds anything but a model, or cannot be written.
     """
     folder = folder.resolve()
     check_target(folder)
@@ -85,13 +86,13 @@ def write_model(model: RewardNetwork, folder: Path, card: Card, base: str | None
 
     Args:
         model: The model.
-        folder: Exists.
-        card: What the model card says beside what the model itself tells.
-        base: Name of the base for others; see :meth:`RewardModel.save_pretrained`.
-        name: Title of the model card, where ``card`` has none.
+        folder: Existing, empty folder.
+        card: Contents of the model card that the model itself does not know.
+        base: Name under which others find the base; see :meth:`RewardModel.save_pretrained`.
+        name: Title of the model card if ``card`` has none.
 
     Raises:
-        InputError: As :func:`config_of`, or if a weight is not finite.
+        InputError: As in :func:`config_of`, or if a weight is not finite.
     """
     config = config_of(model, base)
     require_finite(dict(model.named_parameters()), "the reward model")
@@ -101,15 +102,19 @@ def write_model(model: RewardNetwork, folder: Path, card: Card, base: str | None
 
 
 def config_of(model: RewardNetwork, base: str | None = None) -> FolderConfig:
-    """What the folder of ``model`` will say.
+    """Build the contents of ``config.json`` for ``model``.
+
+    Args:
+        model: The model.
+        base: Name under which others find the base; see :meth:`RewardModel.save_pretrained`.
 
     Raises:
-        InputError: If the model cannot be built again from files.
+        InputError: If the model cannot be rebuilt from files, has no VAE or text encoder, or was loaded in bfloat16.
     """
     if model.recipe is None and not any(weight.requires_grad for weight in model.parameters()):
         raise InputError(
-            "the model was put together in Python and nothing of it trains, so which weights are its own cannot be "
-            "told from its base's; save it before you freeze it"
+            "the model was built in Python and has no trainable weights, so its trained weights cannot be told from "
+            "those of its base; save it before you freeze it"
         )
     recipe = model.recipe or recipe_in_python(model.backbone, model.head)
     recipe = recipe.with_own(own_parts(model.backbone))
@@ -122,7 +127,7 @@ def config_of(model: RewardNetwork, base: str | None = None) -> FolderConfig:
     if backbone.vae is None or backbone.text_encoder is None:
         part = "VAE" if backbone.vae is None else "text encoder"
         raise InputError(
-            f"the model has no {part} and could score no image once it is loaded again; load it with base=a whole "
+            f"the model has no {part} and could not score images after it is loaded again; load it with base=a whole "
             "pipeline, then save it"
         )
     if base is not None:
@@ -130,7 +135,7 @@ def config_of(model: RewardNetwork, base: str | None = None) -> FolderConfig:
         source, _, revision = base.partition("@")
         recipe = recipe.on(source, revision or None)
     elif (place := recipe.backbone.init_args.get("source")) and Path(place).exists():
-        recipe = recipe.on(name_of(place))  # others have no use for a path of this machine
+        recipe = recipe.on(name_of(place))  # a path of this machine would mean nothing to others
     settings = {"backbone.init_args": recipe.backbone.init_args, "head.init_args": recipe.head.init_args}
     for name, value in settings.items():
         try:
@@ -143,7 +148,7 @@ def config_of(model: RewardNetwork, base: str | None = None) -> FolderConfig:
 
 
 def check_takes_source(recipe: ModelRecipe) -> None:
-    """Raise InputError if the factory of the backbone has no setting ``source``, which would name another base."""
+    """Raise InputError if the backbone's factory has no parameter ``source``, with which to name another base."""
     if "source" in recipe.backbone.init_args or is_ours(recipe.backbone):
         return
     parameters = signature(imported(recipe.backbone.name)).parameters.values()
@@ -155,7 +160,11 @@ def check_takes_source(recipe: ModelRecipe) -> None:
 
 
 def check_adapter_folders(adapters: Sequence[str]) -> None:
-    """Raise InputError if two parts would write their adapters into one folder."""
+    """Raise InputError if the adapters of two modules would be written into one folder.
+
+    Args:
+        adapters: Names of the backbone's modules that have adapters.
+    """
     owner: dict[str, str] = {}
     for part, place in adapter_folders(adapters).items():
         if place in owner:
@@ -167,7 +176,7 @@ def check_adapter_folders(adapters: Sequence[str]) -> None:
 
 
 def paths_here(recipe: ModelRecipe) -> dict[str, str]:
-    """Settings of the backbone and head, but for the base, that are paths of this machine."""
+    """Return settings of backbone and head that are absolute paths, by name; the base pipeline is left out."""
     settings = {"backbone.init_args": recipe.backbone.init_args, "head.init_args": recipe.head.init_args}
     values = ((f"{part}.{name}", value) for part, record in settings.items() for name, value in leaves(record))
     return {
@@ -178,7 +187,7 @@ def paths_here(recipe: ModelRecipe) -> dict[str, str]:
 
 
 def check_target(folder: Path) -> None:
-    """Raise InputError if writing to ``folder`` would replace anything but a model folder."""
+    """Raise InputError if ``folder`` is a file, or a folder that is neither empty nor a model folder."""
     if not folder.exists():
         return
     if not folder.is_dir():
@@ -189,13 +198,13 @@ def check_target(folder: Path) -> None:
     foreign = [name for name in found if name not in OURS and not name.startswith("adapter")]
     if foreign or CONFIG not in found or read_config(folder / CONFIG).get("format") != FORMAT:
         raise InputError(
-            f"folder {str(folder)!r} holds {(foreign or found)[0]} and is no model folder that may be replaced; choose "
-            "an empty or a new one"
+            f"folder {str(folder)!r} holds {(foreign or found)[0]} and is not a model folder that may be replaced; "
+            "choose an empty or a new one"
         )
 
 
 def fill(folder: Path, partial: Path) -> None:
-    """Put what lies in ``partial`` into ``folder`` instead of the model there."""
+    """Replace the files in ``folder`` by those in ``partial``, ``config.json`` last."""
     settle(partial)
     (folder / CONFIG).unlink(missing_ok=True)
     for path in folder.iterdir():
@@ -206,7 +215,7 @@ def fill(folder: Path, partial: Path) -> None:
 
 
 def write_weights(model: RewardNetwork, config: FolderConfig, folder: Path) -> None:
-    """Head, adapters, whole parts, and what tells the base."""
+    """Write the head, the adapters, the modules that the model stores in full, and samples of the base's weights."""
     backbone, own = model.backbone, config.recipe.own
     write_tensors(model.head.state_dict().items(), folder / HEAD)
     for name, place in adapter_folders(config.adapters).items():
@@ -218,7 +227,7 @@ def write_weights(model: RewardNetwork, config: FolderConfig, folder: Path) -> N
 
 
 def write_tensors(tensors: Iterable[tuple[str, Tensor]], path: Path) -> None:
-    """A safetensors file; tensors that share memory are written each."""
+    """Write named tensors to a safetensors file; tensors that share memory are copied, which safetensors requires."""
     state: dict[str, Tensor] = {}
     places = set()
     for name, tensor in tensors:

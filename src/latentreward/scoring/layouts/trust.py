@@ -1,9 +1,9 @@
-"""Which classes the files of a reward model may name: one rule for every place that loads one.
+"""Rule on which classes the files of a reward model may name.
 
-Registered classes (backbones of :func:`~latentreward.backbones.backbone_names`, heads that ``latentreward.heads``
-exports) always load. Any other class, and any text that OmegaConf would resolve on this machine, is refused before
-anything is imported, unless the user trusts the model; a class is then imported from what is installed or lies in the
-current folder, but never from a published folder or the hub's cache.
+Registered classes always load: backbones of :func:`~latentreward.backbones.backbone_names`, and heads that
+``latentreward.heads`` exports. Any other class, and any ``${...}`` that OmegaConf would resolve on this machine, raises
+InputError before anything is imported, unless the user trusts the model. A trusted class is imported from an installed
+package or the current folder, but never from the model's own folder or the hub's cache.
 """
 
 from __future__ import annotations
@@ -30,22 +30,31 @@ REMEDY = (
 )
 REEXPORTED = re.compile(r"latentreward\.(?:heads|backbones)\.(?:\w+\.)?(\w+)")
 MASK = "$\0{"
-"""What stands for the start of an interpolation that is not to be resolved."""
+"""Replacement of ``${``, the start of an OmegaConf interpolation, in settings that must not be resolved."""
 
 
 def registered_heads() -> dict[str, type[RewardHead]]:
-    """Heads that ``latentreward.heads`` exports, by name."""
+    """Return the head classes that ``latentreward.heads`` exports, by name."""
     exported = {name: getattr(latentreward.heads, name) for name in latentreward.heads.__all__}
     return {name: kind for name, kind in exported.items() if issubclass(kind, RewardHead) and not isabstract(kind)}
 
 
 def known_names(kind: str) -> Mapping[str, Any]:
-    """Registered names of a ``backbone`` or ``head``."""
+    """Return the registered names of backbones or heads, as the keys of a mapping.
+
+    Args:
+        kind: ``backbone`` or ``head``.
+    """
     return backbone_names() if kind == "backbone" else registered_heads()
 
 
 def registered_name(kind: str, class_path: str) -> str:
-    """The registered name behind any of a class's paths; other paths stay as they are."""
+    """Return the registered name for an import path of a registered class; any other path is returned unchanged.
+
+    Args:
+        kind: ``backbone`` or ``head``.
+        class_path: Import path, from the package or the module of the class.
+    """
     known = known_names(kind)
     ours = REEXPORTED.fullmatch(class_path)
     if ours and ours[1] in known:
@@ -54,10 +63,15 @@ def registered_name(kind: str, class_path: str) -> str:
 
 
 def check_class(kind: str, name: str, trusted: bool) -> None:
-    """Compare the class of a ``backbone`` or ``head`` with the registered ones; nothing is imported.
+    """Check that a class may be used, without importing anything.
+
+    Args:
+        kind: ``backbone`` or ``head``.
+        name: Registered name or import path.
+        trusted: Whether classes that are not registered are allowed.
 
     Raises:
-        InputError: If it is not registered and ``trusted`` is false, or is no class path.
+        InputError: If ``name`` is neither registered nor an import path, or is an import path and ``trusted`` is False.
     """
     known = known_names(kind)
     if name in known:
@@ -69,7 +83,10 @@ def check_class(kind: str, name: str, trusted: bool) -> None:
 
 
 def masked(settings: Any) -> Any:
-    """Settings in which no text is an interpolation: resolvers read this machine, references can double without end."""
+    """Return a copy of settings in which OmegaConf finds no interpolation: each ``${`` is replaced by :data:`MASK`.
+
+    Resolvers could read environment variables of this machine, and nested references could grow exponentially.
+    """
     if isinstance(settings, Mapping):
         return {name: masked(value) for name, value in settings.items()}
     if isinstance(settings, list):
@@ -78,7 +95,7 @@ def masked(settings: Any) -> Any:
 
 
 def check_masked(settings: Any) -> None:
-    """Raise InputError if settings hold what :func:`masked` has left unresolved."""
+    """Raise InputError if settings contain an interpolation that :func:`masked` replaced."""
     if isinstance(settings, Mapping | list):
         for value in settings.values() if isinstance(settings, Mapping) else settings:
             check_masked(value)
@@ -88,13 +105,13 @@ def check_masked(settings: Any) -> None:
 
 
 class FolderGuard:
-    """A finder of modules that refuses those of some folders and leaves the rest to Python's own finders."""
+    """Import hook that refuses modules in the given folders and leaves all others to Python's own finders."""
 
     def __init__(self, folders: Iterable[Path]) -> None:
         self.folders = [folder.resolve() for folder in folders]
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> None:
-        """Raise InputError if ``name`` would come from one of the folders."""
+        """Raise InputError if the module ``name`` would be imported from one of the folders."""
         spec = PathFinder.find_spec(name, path, target)
         files = (
             [] if spec is None else [spec.origin, *(f"{place}/*" for place in spec.submodule_search_locations or ())]
@@ -106,7 +123,7 @@ class FolderGuard:
 
 @contextmanager
 def guarded_imports(folder: Path | None = None) -> Iterator[None]:
-    """Refuse imports from ``folder`` and from the hub's cache, wherever ``sys.path`` leads."""
+    """Refuse imports from ``folder`` and the hub's cache inside the block, even if they are on ``sys.path``."""
     from huggingface_hub import constants
 
     guard = FolderGuard([Path(constants.HF_HUB_CACHE), *([] if folder is None else [folder])])
