@@ -1,4 +1,4 @@
-"""Preference pairs: from files to batches of chosen and rejected pixels. Prompts, and what a policy makes of them."""
+"""Data: preference pairs from files to batches of chosen and rejected pixels, and prompts for alignment."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -8,7 +8,7 @@ from latentreward.data.collate import collate_pairs
 from latentreward.data.dataset import LoadedPair, PairDataset, SkippedPair
 from latentreward.data.images import ImageError, PixelLoader, decode_image
 from latentreward.data.mpcf import MPCF, FilteredReader, select_consistent
-from latentreward.data.readers import *  # noqa: F403 - every reader, under the names that it lists
+from latentreward.data.readers import *  # noqa: F403 - every reader in readers.__all__
 from latentreward.data.sampling import PairBatchSampler, PairSampler
 from latentreward.data.score_table import PairGaps, ScoreTable
 from latentreward.data.splits import normalise_prompt, select_rows
@@ -41,7 +41,7 @@ __all__ = [
 ]
 __all__ += readers.__all__
 
-# Imported on first use: readers alone do not need Lightning, which takes seconds to import.
+# These are imported on first use: readers alone do not need Lightning, which takes seconds to import.
 DATA_MODULES = {
     "PreferenceDataModule": "latentreward.data.datamodules",
     "PromptDataModule": "latentreward.data.alignment.prompts",

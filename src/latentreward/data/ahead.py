@@ -1,4 +1,4 @@
-"""Work that is done by threads before it is asked for."""
+"""A map that computes results in threads ahead of their use."""
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
@@ -12,13 +12,13 @@ Result = TypeVar("Result")
 def map_ahead(
     function: Callable[[Item], Result], items: Iterable[Item], ahead: int, threads: int = 1
 ) -> Generator[Result, None, None]:
-    """Yield ``function`` of each item, in order.
+    """Yield ``function(item)`` of each item in order, computed in threads ahead of its use.
 
     Args:
-        function: Called in a thread, such as one that decodes an image.
-        items: Arguments; taken by the calling thread.
-        ahead: Results to compute before the one that is asked for.
-        threads: Threads that compute.
+        function: Called in a worker thread, e.g. to decode an image.
+        items: Arguments of ``function``; the calling thread iterates over them.
+        ahead: Results to compute beyond the one that the caller waits for.
+        threads: Number of worker threads.
     """
     with ThreadPoolExecutor(threads) as pool:
         pending: deque[Future[Result]] = deque()

@@ -1,4 +1,4 @@
-"""Aspect buckets: the few image sizes that stand for all others, so that a batch has one shape."""
+"""Aspect buckets: a few fixed image sizes; each image is resized to one of them, so that batches have one shape."""
 
 import math
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ ASPECT_TOLERANCE = 0.03
 
 
 class Bucket(NamedTuple):
-    """One size, in pixels.
+    """An image size in pixels.
 
     Attributes:
         height: Pixels, positive.
@@ -23,27 +23,27 @@ class Bucket(NamedTuple):
 
     @property
     def area(self) -> int:
-        """Pixels."""
+        """Return height × width in pixels."""
         return self.height * self.width
 
     @property
     def log_aspect(self) -> float:
-        """Natural logarithm of width / height."""
+        """Return the natural logarithm of width / height."""
         return math.log(self.width / self.height)
 
     def __str__(self) -> str:
-        """Height × width, as in ``1248x832``."""
+        """Return ``HEIGHTxWIDTH``, e.g. ``1248x832``."""
         return f"{self.height}x{self.width}"
 
 
 def sort_buckets(sizes: Sequence[tuple[int, int]]) -> tuple[Bucket, ...]:
-    """Buckets by ascending area; of equal areas, the one given first stands first.
+    """Return buckets sorted by ascending area; buckets of equal area keep their given order.
 
     Args:
         sizes: (height, width) of each bucket, in pixels.
 
     Raises:
-        InputError: If there is none, one is not positive, or one occurs twice.
+        InputError: If ``sizes`` is empty, a size is not positive, or a size occurs twice.
     """
     if not sizes:
         raise InputError("buckets: none given; give at least one [height, width]")
@@ -72,7 +72,7 @@ PUBLISHED_BUCKETS = sort_buckets(
         (832, 1152),
     ]
 )
-"""The buckets of the released diffusion-rm cache (DiNa-LRM, arXiv:2602.11146)."""
+"""Buckets of the released diffusion-rm cache (DiNa-LRM, arXiv:2602.11146), by ascending area."""
 
 
 def assign_bucket(
@@ -81,16 +81,18 @@ def assign_bucket(
     buckets: Sequence[Bucket] = PUBLISHED_BUCKETS,
     min_pixels: int = MIN_PIXELS,
 ) -> Bucket | None:
-    """The bucket that an image is resized to: of those with its aspect ratio, the one nearest in log area.
+    """Find the bucket to resize an image to: among buckets with its aspect ratio, the one nearest in log area.
+
+    Aspect ratios count as equal if their natural logarithms differ by at most ``ASPECT_TOLERANCE``.
 
     Args:
-        height: Pixels of the image.
-        width: Pixels of the image.
-        buckets: Candidates, ascending by area; of two equally near ones the first is taken.
-        min_pixels: Smaller images have no bucket.
+        height: Height of the image in pixels.
+        width: Width of the image in pixels.
+        buckets: Candidates by ascending area; of two equally near buckets the first is taken.
+        min_pixels: Least height × width; a smaller image has no bucket.
 
     Returns:
-        None if no bucket has the aspect ratio, or the image is too small.
+        The bucket; None if no bucket has the image's aspect ratio or the image is too small.
     """
     if min(height, width) < 1 or height * width < min_pixels:
         return None
@@ -100,12 +102,15 @@ def assign_bucket(
 
 
 def nearest_bucket(height: int, width: int, buckets: Sequence[Bucket] = PUBLISHED_BUCKETS) -> Bucket:
-    """The bucket of an image that must have one: :func:`assign_bucket`'s, else the one nearest in aspect, then in area.
+    """Find a bucket for any image, also one for which :func:`assign_bucket` finds none.
+
+    If :func:`assign_bucket` (without a least size) finds none, the bucket nearest in log aspect ratio is taken; of
+    equally near buckets, the one nearest in log area.
 
     Args:
-        height: Pixels of the image.
-        width: Pixels of the image.
-        buckets: Candidates, ascending by area.
+        height: Height of the image in pixels.
+        width: Width of the image in pixels.
+        buckets: Candidates by ascending area.
     """
     assigned = assign_bucket(height, width, buckets, min_pixels=0)
     if assigned is not None:
@@ -114,7 +119,7 @@ def nearest_bucket(height: int, width: int, buckets: Sequence[Bucket] = PUBLISHE
     return min(
         buckets,
         key=lambda bucket: (
-            round(abs(bucket.log_aspect - image.log_aspect), 6),  # 3:2 and 6:4 are as near, but for rounding
+            round(abs(bucket.log_aspect - image.log_aspect), 6),  # else rounding errors tell 3:2 and 6:4 apart
             abs(math.log(bucket.area / image.area)),
         ),
     )

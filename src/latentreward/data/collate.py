@@ -1,4 +1,4 @@
-"""Pairs to a batch: the only place where the sides of a file become chosen and rejected."""
+"""Collation of pairs to a batch; images a and b become chosen and rejected here and nowhere else."""
 
 from collections.abc import Sequence
 
@@ -13,17 +13,17 @@ NAMED = 5
 
 
 def collate_pairs(items: Sequence[LoadedPair | SkippedPair]) -> PreferenceBatch:
-    """Stack pairs, each turned so that its label is in [½, 1].
+    """Stack pairs to a batch, each with its preferred image as ``chosen``, so that labels are in [½, 1].
 
-    A tie has no better side, and an unlabelled pair none that is known: the image with the smaller key stands first.
-    So exchanging the sides of the source changes nothing. An unlabelled pair (only prediction sees them, and
-    placeholders) gets label ½ and weight 0: it has scores, but no part in a loss or a metric.
+    In a tie or an unlabelled pair the image with the smaller ``image_key`` becomes ``chosen``. The batch is therefore
+    the same if images a and b of the source are exchanged. An unlabelled pair gets label ½ and weight 0: it is scored,
+    but losses and metrics ignore it. Unlabelled pairs occur only in prediction and as placeholders.
 
     Args:
-        items: Pairs of one image size; skipped ones make the batch smaller.
+        items: Pairs of one image size; each :class:`SkippedPair` makes the batch one pair smaller.
 
     Raises:
-        ImageError: If every pair was skipped.
+        ImageError: If every item is a :class:`SkippedPair`.
     """
     pairs = [orient(item) for item in items if isinstance(item, LoadedPair)]
     if not pairs:
@@ -47,14 +47,17 @@ def collate_pairs(items: Sequence[LoadedPair | SkippedPair]) -> PreferenceBatch:
 
 
 def orient(item: LoadedPair) -> LoadedPair:
-    """The pair with the better image as a, or the one with the smaller key if none is better."""
+    """Return the pair with its chosen image as image a, see :func:`is_turned`."""
     pair = item.pair
     turn = is_turned(pair.label_a, pair.image_a.image_key, pair.image_b.image_key)
     return LoadedPair(pair.swapped(), item.pixels_b, item.pixels_a) if turn else item
 
 
 def is_turned(label_a: float | None, key_a: str, key_b: str) -> bool:
-    """Whether image b of a pair becomes the chosen one: it is better, or neither is and its key is the smaller."""
+    """Tell whether image b becomes the chosen image.
+
+    Image b is chosen if the label prefers it. For a tie or an unlabelled pair, it is chosen if its key is the smaller.
+    """
     if label_a is None or label_a == 0.5:
         return key_b < key_a
     return label_a < 0.5

@@ -1,4 +1,4 @@
-"""Readers in, loaders of preference batches out."""
+"""Lightning data modules that turn pair readers into loaders of preference batches."""
 
 import logging
 from typing import Any
@@ -23,22 +23,23 @@ logger = logging.getLogger(__name__)
 
 
 class PairLoaders(LightningDataModule):
-    """Loaders of up to four splits of pairs, whatever their batches hold.
+    """Base class of data modules with up to four splits of pairs, for pixels or for cached latents.
 
-    A subclass fills :attr:`datasets`, makes the loader for training, and says how evaluation deals out its pairs.
+    A subclass fills :attr:`datasets`, implements ``train_dataloader``, and implements ``_deal``, which chooses the
+    evaluation batches of each rank.
 
     Args:
-        batch_size: Pairs per batch and rank. A batch is smaller by its unreadable pairs, and over uneven shares of
-            ranks evaluation may use another size near it.
+        batch_size: Pairs per batch and rank. A batch has fewer pairs if some are unreadable. Evaluation may use a
+            nearby size if the pairs do not divide evenly among the ranks.
         num_workers: Loader processes per rank; 0 loads in the training process.
-        prefetch_factor: Batches that each worker holds ready.
-        pin_memory: Hand batches over in page-locked memory, where there is an accelerator.
-        shuffle: New order of ``train`` each epoch, the same for every world size.
-        seed: Seed of that order; None takes the run's ``seed_everything``.
+        prefetch_factor: Batches that each worker loads in advance.
+        pin_memory: Put batches in page-locked memory if there is an accelerator.
+        shuffle: Use a new order of ``train`` in each epoch. The order does not depend on the world size.
+        seed: Seed of the order of ``train``; None takes the run's ``seed_everything``.
 
     Attributes:
-        datasets: Pairs of the splits that are given: ``train``, ``val``, ``test``, ``predict``.
-        remedy: What to give a split that is not set.
+        datasets: Data set of each split that is set: ``train``, ``val``, ``test``, ``predict``.
+        remedy: End of the message about a split that is not set; says what to set the split to.
     """
 
     datasets: dict[str, Any]
@@ -61,25 +62,25 @@ class PairLoaders(LightningDataModule):
         self.seed = run_seed(seed)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """Batches of ``val``, each pair once over all ranks; in training, none without ``val``."""
+        """Return batches of ``val``, each pair once over all ranks; in training, an empty list if ``val`` is not set."""
         if "val" in self.datasets or (self.trainer is not None and self.trainer.state.fn == TrainerFn.VALIDATING):
             return self._evaluation_loader("val")
         return []
 
     def test_dataloader(self) -> DataLoader[Any]:
-        """Batches of ``test``, each pair once over all ranks."""
+        """Return batches of ``test``, each pair once over all ranks."""
         return self._evaluation_loader("test")
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """Batches of ``predict``, each pair once over all ranks."""
+        """Return batches of ``predict``, each pair once over all ranks."""
         return self._evaluation_loader("predict")
 
     def _overfits(self) -> bool:
-        """Whether Lightning wants the same few pairs in a fixed order."""
+        """Tell whether the trainer's ``overfit_batches`` is set, so that ``train`` needs a fixed order."""
         return bool(getattr(self.trainer, "overfit_batches", 0))
 
     def _dataset(self, name: str) -> Any:
-        """The split's pairs, at least one for each rank."""
+        """Return the data set of a split; raise InputError if it is not set or has fewer pairs than ranks."""
         if name not in self.datasets:
             raise InputError(f"data.{name} is not set; {self.remedy}")
         dataset, ranks = self.datasets[name], shares_of(self.trainer)["num_replicas"]
@@ -88,7 +89,7 @@ class PairLoaders(LightningDataModule):
         return dataset
 
     def _worker_settings(self) -> dict[str, Any]:
-        """What training and evaluation loaders have in common."""
+        """Return the ``DataLoader`` arguments that training and evaluation share."""
         return {
             "num_workers": self.num_workers,
             "prefetch_factor": self.prefetch_factor if self.num_workers else None,
@@ -96,7 +97,7 @@ class PairLoaders(LightningDataModule):
         }
 
     def _deal(self, dataset: Any) -> dict[str, Any]:
-        """Arguments of the ``DataLoader`` that say which pairs of an evaluation make a batch on this rank, and how."""
+        """Return the ``DataLoader`` arguments for evaluation on this rank: sampler, batch size and ``collate_fn``."""
         raise NotImplementedError
 
     def _evaluation_loader(self, name: str) -> DataLoader[Any]:
@@ -111,26 +112,27 @@ class PairLoaders(LightningDataModule):
 
 
 class PreferenceDataModule(PairLoaders):
-    """Pairs for training, validation, test and prediction, decoded to one size.
+    """Pairs for training, validation, test and prediction, decoded from images to one size.
 
-    Unlabelled rows are left out, except in prediction. Unless ``shared_prompts`` is ``"keep"``, no prompt is in two
-    splits: a row of ``train`` gives way to ``val`` and ``test``, a row of ``val`` to ``test``. Rows and prompts are
-    known when the object is constructed; images are read by the loaders' workers. Checkpoints hold the place in the
-    training epoch. The command line opens only what a subcommand needs.
+    Unlabelled rows are left out, except in ``predict``. By default no prompt is in two of ``train``, ``val`` and
+    ``test``: rows of ``train`` whose prompt is also in ``val`` or ``test`` are left out, and rows of ``val`` whose
+    prompt is also in ``test``. Readers read their rows and prompts when they are constructed; the loaders' workers
+    read the images. Checkpoints hold the position in the training epoch. On the command line a subcommand opens only
+    the splits that it needs.
 
     Args:
-        size: Pixels of a side, or (height, width), as the network takes them.
-        train: Pairs to learn from.
+        size: Side in pixels, or (height, width), of the images that the network takes.
+        train: Pairs to train on.
         val: Pairs to validate on.
         test: Pairs to test on.
-        predict: Pairs to score, labelled or not; they may share prompts with the others.
-        resize: How images come to ``size``, see :class:`PixelLoader`.
-        shared_prompts: ``"drop"`` leaves out rows that give way to another split; ``"keep"`` keeps them, so that
-            metrics also count prompts that were trained on; ``"raise"`` stops if there are any.
-        on_error: What readers without an ``on_error`` of their own do with bad rows and images, see
-            :class:`PairReader`. From YAML it reaches them before they are opened; readers made in Python have read
-            their rows by then, so it holds for their images alone.
-        max_pixels: Images with more pixels are refused before they are decoded.
+        predict: Pairs to score, labelled or not. They may share prompts with other splits.
+        resize: How images are resized to ``size``, see :class:`PixelLoader`.
+        shared_prompts: ``"drop"`` leaves out rows whose prompt is in a later split (see above). ``"keep"`` keeps them,
+            so that metrics also count prompts that were trained on. ``"raise"`` raises InputError if there are any.
+        on_error: ``on_error`` of readers that set none themselves, see :class:`PairReader`. In YAML it applies to bad
+            rows and to unreadable images. Readers made in Python have read their rows before, so that it applies to
+            their images only.
+        max_pixels: Largest width × height of an image; images with more pixels are refused before decoding.
         loading: See :class:`PairLoaders`.
 
     Raises:
@@ -166,7 +168,7 @@ class PreferenceDataModule(PairLoaders):
         }
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Batches of ``train``; every rank gets equally many pairs."""
+        """Return batches of ``train``; every rank gets equally many pairs."""
         if self._overfits():
             return self._evaluation_loader("train")
         dataset = self._dataset("train")
@@ -176,7 +178,7 @@ class PreferenceDataModule(PairLoaders):
         return ResumableLoader(dataset, sampler, collate_fn=collate_pairs, **self._worker_settings())
 
     def teardown(self, stage: str) -> None:
-        """Log one line per split with pairs whose images could not be read."""
+        """Log, for each split with unreadable images, the number of such pairs by reason."""
         for name, dataset in self.datasets.items():
             if skipped := dataset.skipped():
                 logger.warning("data.%s: images not read on this rank: %s", name, count_text(skipped))

@@ -1,4 +1,4 @@
-"""A reader's rows as decoded pairs, with bad images handled as the reader's ``on_error`` says."""
+"""A data set that decodes the image pairs of a reader and applies ``on_error`` to unreadable images."""
 
 import logging
 from collections import Counter
@@ -26,12 +26,12 @@ REMEDY = {
 
 @dataclass(frozen=True)
 class LoadedPair:
-    """A pair with its pixels.
+    """A preference pair with its decoded pixels.
 
     Attributes:
-        pair: The reader's record.
-        pixels_a: ``(3, H, W)`` in [-1, 1].
-        pixels_b: Same shape.
+        pair: Record that the reader returned.
+        pixels_a: Pixels of image a, ``(3, H, W)``, float32 in [-1, 1].
+        pixels_b: Pixels of image b, ``(3, H, W)``, float32 in [-1, 1].
     """
 
     pair: PreferencePair
@@ -41,11 +41,11 @@ class LoadedPair:
 
 @dataclass(frozen=True)
 class SkippedPair:
-    """What stands for a pair whose image could not be read: the batch is one pair smaller.
+    """Marker for a pair with an unreadable image; ``collate_pairs`` leaves the pair out of the batch.
 
     Attributes:
         pair_id: Name of the pair.
-        problem: One line.
+        problem: Description of the problem, in one line.
     """
 
     pair_id: str
@@ -56,14 +56,14 @@ class PairDataset(Dataset[LoadedPair | SkippedPair]):
     """Map-style data set over rows of a reader.
 
     Args:
-        reader: Where pairs come from; its ``on_error`` also rules over images that cannot be read.
-        loader: Decodes and resizes one image; EXIF orientation is treated as the reader says.
-        rows: Row numbers of the reader to offer; all by default.
-        on_error: For a reader that has no ``on_error`` of its own.
-        name: Of the split in a data module, for messages.
+        reader: Source of the pairs. Its ``on_error``, if set, also applies to images that cannot be read.
+        loader: Decodes and resizes one image. Its ``exif`` is replaced by the reader's ``exif``.
+        rows: Row numbers of the reader to use; all rows by default.
+        on_error: Default for a reader whose own ``on_error`` is None.
+        name: Name of the split in a data module, for messages; empty outside a data module.
 
     Raises:
-        InputError: If the reader has no images.
+        InputError: If the reader's rows hold latents or nothing instead of images.
     """
 
     def __init__(
@@ -81,20 +81,24 @@ class PairDataset(Dataset[LoadedPair | SkippedPair]):
         self.reader, self.loader, self.name = reader, replace(loader, exif=reader.exif), name
         self.on_error = reader.own_on_error or on_error
         self.rows = np.arange(len(reader)) if rows is None else np.asarray(rows)
-        # 0 or 1 + number of the problem, per row; in shared memory, since images are decoded in worker processes
+        # Per row: 0, or 1 + index of the problem in IMAGE_PROBLEMS. Shared memory, because worker processes write it.
         self._problems = torch.zeros(len(self.rows), dtype=torch.uint8).share_memory_()
         self._warned = False
 
     @property
     def exif(self) -> ExifOrientation:
-        """Whether images are turned upright by their EXIF orientation."""
+        """Return ``"apply"`` if images are turned upright by their EXIF orientation, else ``"ignore"``."""
         return self.loader.exif
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> LoadedPair | SkippedPair:
-        """Fetch, decode and resize the pair at position ``index`` of ``rows``.
+        """Read, decode and resize the pair at position ``index`` of ``rows``.
+
+        Returns:
+            A :class:`SkippedPair` if an image cannot be read and ``on_error`` is ``"skip"``. Under ``"placeholder"``
+            the pair has no label and both images are mid-grey.
 
         Raises:
             ImageError: If an image cannot be read and ``on_error`` is ``"raise"``.
@@ -106,7 +110,7 @@ class PairDataset(Dataset[LoadedPair | SkippedPair]):
             return self._replace(index, pair, error)
 
     def skipped(self) -> Counter[str]:
-        """Pairs left out, or replaced by a placeholder, by reason; seen so far by this process and its workers."""
+        """Count, by reason, the pairs that this process and its workers skipped or replaced by a placeholder so far."""
         counts = torch.bincount(self._problems, minlength=len(IMAGE_PROBLEMS) + 1).tolist()[1:]
         return Counter({problem: count for problem, count in zip(IMAGE_PROBLEMS, counts, strict=True) if count})
 

@@ -1,4 +1,4 @@
-"""Which reader fits a folder or file, told from names, columns and keys."""
+"""Detection of a data set's format, and of its splits, from file names, columns and JSON keys."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -12,10 +12,10 @@ from latentreward.data.readers.parquet_store import ParquetPart, open_part
 from latentreward.errors import InputError, did_you_mean
 
 Splits = dict[str, Callable[..., PairReader]]
-"""Split -> what constructs its reader; takes the reader's further options."""
+"""Split -> function that constructs the split's reader; takes further options of the reader."""
 
 CACHE_PLAN = "plan.json"
-"""What `latentreward cache` writes, and no data set that is known here."""
+"""File that `latentreward cache` writes; marks a cache of latents, which is not a data set of images."""
 PARQUET_FOLDERS = ("data", "image_generation", ".")
 PART = re.compile(r"(.+?)-\d{5}-of-\d{5}.*\.parquet")
 HEAD = 1 << 16
@@ -26,13 +26,13 @@ EXPECTED = (
 
 
 def recognise(data: str) -> Splits:
-    """Readers of what lies in a folder or file, by split, in the order train, val…, test…, others.
+    """Find the readers for a folder or file, by split, in the order train…, val…, test…, others.
 
     Args:
         data: Folder of a data set, or one of its files.
 
     Raises:
-        InputError: If there is nothing, or nothing known.
+        InputError: If ``data`` does not exist or has no known format.
     """
     path = Path(data)
     if not path.exists():
@@ -49,10 +49,10 @@ def recognise(data: str) -> Splits:
 
 
 def choose_splits(splits: Splits, names: Iterable[str]) -> Splits:
-    """The named splits in the order of the names.
+    """Return the named splits in the order of ``names``.
 
     Raises:
-        InputError: If there is none of a name.
+        InputError: If a name is not a split.
     """
     for name in names:
         if name not in splits:
@@ -126,7 +126,7 @@ def _is_imagereward(file: Path) -> bool:
 
 
 def _keys(file: Path) -> set[str]:
-    """What looks like keys of JSON objects in the first bytes of a file."""
+    """Return all ``"word":`` words, likely JSON keys, in the first ``HEAD`` bytes; empty if ``file`` is not a file."""
     if not file.is_file():
         return set()
     with file.open("rb") as stream:

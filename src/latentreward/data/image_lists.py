@@ -1,4 +1,4 @@
-"""Images with prompts, from what people have: a folder, a pattern of names, or a list as JSON lines or CSV."""
+"""Reading of images with prompts from a folder, a glob pattern, or a list in JSON lines or CSV."""
 
 import glob
 import os
@@ -18,10 +18,10 @@ from latentreward.errors import InputError
 
 LISTS = (".jsonl", ".csv")
 PICTURES = (*SUFFIXES, ".jfif", ".tif", ".tiff", ".avif", ".heic")
-"""Endings of what counts as a picture in a folder; those that cannot be decoded are then said to be none."""
+"""Suffixes of image files to look for in a folder; files that cannot be decoded are reported as such later."""
 FOLDER_TABLES = ("metadata.jsonl", "metadata.csv", "captions.jsonl")
 GENERATED = "generate.json"
-"""Lies beside the table ``images.csv`` or ``images.jsonl`` of a folder that ``latentreward generate`` wrote."""
+"""File that marks a folder written by ``latentreward generate``, with a table ``images.csv`` or ``images.jsonl``."""
 
 NO_PROMPT = "no prompt"
 BAD_ROW = "unreadable row"
@@ -30,15 +30,15 @@ LONG_PROMPT = "prompt too long"
 
 @dataclass(frozen=True, slots=True)
 class ListedImage:
-    """An image to look at, with its prompt.
+    """An image with its prompt, as a folder or a list gives it; not opened yet.
 
     Attributes:
-        name: What its source calls it: its path in the folder, or as the list has it; empty where the list has none.
+        name: Path of the image below the folder, or as written in the list; empty if the list's row has no path.
         prompt: Raw text.
-        path: The file; empty where there is none.
-        root: Folder that ``path`` must stay in, links included; empty for none.
-        problem: Why the row cannot be used, in words to count by; None if nothing is known against it.
-        detail: Where and what the problem is.
+        path: Path of the image file; empty if the row has none.
+        root: Folder that ``path`` must lie in after links are followed; empty for no such limit.
+        problem: Reason why the row cannot be used, in short words without values; None if no problem is known.
+        detail: The problem with its line number and value.
     """
 
     name: str
@@ -49,18 +49,18 @@ class ListedImage:
     detail: str = ""
 
     def ref(self) -> ImageRef:
-        """The image, not yet decoded."""
+        """Return a reference to the image file, for decoding."""
         return ImageRef(self.name, path=Path(self.path), root=Path(self.root) if self.root else None)
 
 
 @dataclass(frozen=True)
 class ImageList:
-    """Images of one source, in its order.
+    """Images of one source, in the source's order.
 
     Attributes:
-        source: As the user wrote it.
-        rows: One per file or per line of a list; copies stay.
-        remarks: What was found wrong beside the rows, such as lines about files that are not there.
+        source: Folder, pattern or list, as the user wrote it.
+        rows: One entry per image file or per line of a list; duplicates are kept.
+        remarks: Problems that belong to no row, e.g. a table's line about a missing picture.
     """
 
     source: str
@@ -76,28 +76,30 @@ def read_images(
     allow_outside: bool = False,
     max_prompt_chars: int = MAX_PROMPT_CHARS,
 ) -> ImageList:
-    """What ``source`` names, of which no image is opened yet.
+    """List images with their prompts from a folder, a pattern, a file or a list; no image is opened.
 
-    - A folder: the pictures in it and below, sorted by path. The prompt of each is the text of ``NAME.txt`` beside
-      ``NAME.png``, or comes from ``metadata.jsonl``, ``metadata.csv`` (Hugging Face's imagefolder) or
-      ``captions.jsonl`` in a folder at or above the picture, of which the nearest wins. Of a folder that
-      ``latentreward generate`` wrote, its table.
-    - A pattern such as ``pics/**/*.png`` (``**``: any folders), or the name of a file: the same, for the pictures that
-      match.
-    - A list, ``.jsonl`` or ``.csv``: a row per image, whose path is relative to the list's folder.
+    - Folder: the pictures in the folder and its subfolders, sorted by path. A picture ``NAME.png`` gets its prompt
+      from ``NAME.txt`` beside it. Without such a file, tables in the picture's folder and in the folders above it, up
+      to the source, are searched: ``metadata.jsonl``, ``metadata.csv`` (Hugging Face's imagefolder) and
+      ``captions.jsonl``; the nearest table that names the picture is used. A folder written by
+      ``latentreward generate`` is read by its table ``images.csv`` or ``images.jsonl``.
+    - Pattern such as ``pics/**/*.png`` (``**`` matches any subfolders), or one image file: the matching pictures, with
+      prompts found as for a folder.
+    - List, ``.jsonl`` or ``.csv``: one row per image; paths are relative to the list's folder.
 
     Args:
-        source: See above.
-        prompt: The prompt of all images, whatever the source says.
-        image_column: Name of the column with paths; by default the first that there is of
-            ``list_rows.IMAGE_COLUMNS``.
-        prompt_column: Name of the column with prompts; by default the first that there is
-            of ``list_rows.PROMPT_COLUMNS``.
+        source: Folder, pattern, image file or list, see above.
+        prompt: Prompt of all images; replaces the prompts of the source.
+        image_column: Name of the column with paths; by default the first name in ``list_rows.IMAGE_COLUMNS`` that is a
+            column.
+        prompt_column: Name of the column with prompts; by default the first name in ``list_rows.PROMPT_COLUMNS`` that
+            is a column.
         allow_outside: Whether a list may name files outside its folder.
-        max_prompt_chars: Characters that a prompt may have; a row with more cannot be used.
+        max_prompt_chars: Largest number of characters in a prompt; a row with a longer one gets a ``problem``.
 
     Raises:
-        InputError: If there is nothing, a column is missing, or no image has a prompt.
+        InputError: If there are no images or rows, a column is missing, or no picture of a folder or pattern has a
+            prompt.
     """
     found, rows = _read(source, prompt, (image_column, prompt_column), allow_outside), []
     for row in found.rows:
@@ -145,7 +147,7 @@ def _read_list(
 def _listed(
     file: Path, line: int, row: Mapping[str, Any] | str, image: str, text: str, prompt: str | None, root: str
 ) -> ListedImage:
-    """The image of one line."""
+    """Return the image of one line of a list, with its ``problem`` if it cannot be used."""
     place = f"line {line}"
     if isinstance(row, str):
         return ListedImage("", problem=BAD_ROW, detail=f"{place}: {row}")
@@ -161,10 +163,13 @@ def _listed(
 
 
 def _pictures(source: str) -> tuple[Path, list[Path], list[str]]:
-    """The folder that names are relative to, the files, sorted, and folders that could not be read.
+    """Find the pictures of a folder, pattern or file name.
+
+    Returns:
+        The folder that names are relative to, the sorted files, and messages about folders that could not be read.
 
     Raises:
-        InputError: If there are none.
+        InputError: If there are no pictures.
     """
     place, remarks = Path(source), list[str]()
     if place.is_dir():
@@ -185,7 +190,7 @@ def _pictures(source: str) -> tuple[Path, list[Path], list[str]]:
 
 
 def _walk(root: Path, remarks: list[str]) -> Iterator[Path]:
-    """Every file at or below ``root``; links to folders are not followed."""
+    """Yield every file in ``root`` and its subfolders; links to folders are not followed."""
 
     def note(error: OSError) -> None:
         remarks.append(f"{error.filename}: {error.strerror}")
@@ -195,16 +200,16 @@ def _walk(root: Path, remarks: list[str]) -> Iterator[Path]:
 
 
 def _is_picture(file: Path) -> bool:
-    return file.suffix.lower() in PICTURES and not file.name.startswith("._")  # macOS's side files
+    return file.suffix.lower() in PICTURES and not file.name.startswith("._")  # macOS writes ._NAME beside NAME
 
 
 def _name(file: Path, root: Path) -> str:
-    """``file`` below ``root``, as text that can be written."""
+    """Return the path of ``file`` relative to ``root``, with characters replaced that UTF-8 cannot encode."""
     return file.relative_to(root).as_posix().encode("utf-8", "replace").decode()
 
 
 def _captioned(file: Path, root: Path, captions: "_Captions") -> ListedImage:
-    """A picture with the prompt beside it."""
+    """Return a picture with the prompt of its text file or of the nearest table."""
     prompt, name = _text_beside(file), _name(file, root)
     if prompt is None:
         prompt = captions.find(file)
@@ -215,7 +220,7 @@ def _captioned(file: Path, root: Path, captions: "_Captions") -> ListedImage:
 
 
 def _text_beside(file: Path) -> str | None:
-    """Text of ``NAME.txt``, but for one line break at its end."""
+    """Return the text of ``NAME.txt`` without one line break at its end; None if there is no such file."""
     text = file.with_suffix(".txt")
     if not text.is_file():
         return None
@@ -223,11 +228,11 @@ def _text_beside(file: Path) -> str | None:
 
 
 class _Captions:
-    """Tables of prompts in the folders of pictures, each read once.
+    """Tables of prompts in the folders of pictures; each table is read once.
 
     Args:
-        root: Topmost folder to look in.
-        columns: Names of the columns with paths and prompts, if not the usual ones.
+        root: Topmost folder in which tables are looked for.
+        columns: Names of the columns with paths and with prompts; None for the usual names.
     """
 
     def __init__(self, root: Path, columns: Sequence[str | None]) -> None:
@@ -237,7 +242,10 @@ class _Captions:
         self._used: set[tuple[Path, str]] = set()
 
     def find(self, picture: Path) -> str | None:
-        """Prompt of a picture in the table nearest to it, by its path below that folder, with its ending or without."""
+        """Find a picture's prompt in the nearest table that names it; None if no table does.
+
+        A table may name the picture by its path below the table's folder, with or without the suffix.
+        """
         for folder in picture.parents:
             if folder not in self._tables:
                 self._tables[folder] = dict(self._read(folder))
@@ -251,13 +259,13 @@ class _Captions:
         return None
 
     def unused(self) -> list[str]:
-        """What was wrong in the tables, pictures that are not there included."""
+        """Return messages about unusable lines of the tables and about lines whose picture does not exist."""
         names = [(folder, name) for folder, table in self._tables.items() for name in table]
         lost = [f"{folder}: no picture {short(name)}" for folder, name in names if (folder, name) not in self._used]
         return self.remarks + lost
 
     def _read(self, folder: Path) -> Iterator[tuple[str, str]]:
-        """Paths, relative to ``folder``, with their prompts."""
+        """Yield (path relative to ``folder``, prompt) for every usable line of the tables in ``folder``."""
         for file in (folder / name for name in FOLDER_TABLES if (folder / name).is_file()):
             lines = read_rows(file)
             image, text = find_columns(file, lines, self.columns)

@@ -1,4 +1,4 @@
-"""Encoded images to pixels: one decode policy, two resize policies, one error per thing that can be wrong."""
+"""Decoding and resizing of images, with one kind of :class:`ImageError` for each problem that an image can have."""
 
 import stat
 import struct
@@ -20,7 +20,7 @@ from latentreward.errors import InputError
 
 ResizePolicy = Literal["stretch", "center_crop"]
 ExifOrientation = Literal["apply", "ignore"]
-"""Whether an image is turned upright as its EXIF orientation says, or taken as its pixels are stored."""
+"""``"apply"`` turns an image upright by its EXIF orientation; ``"ignore"`` takes the pixels as they are stored."""
 UPRIGHT = 1
 TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -31,19 +31,19 @@ TRANSPOSITIONS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""EXIF orientation → what turns the stored pixels upright; from 5 on, height and width change places."""
+"""EXIF orientation → transposition that turns the stored pixels upright; 5 to 8 exchange height and width."""
 ORIENTATION_TAGS = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
-"""Entries of ``Image.info`` that Pillow finds an orientation in."""
+"""Keys of ``Image.info`` in which Pillow looks for an orientation."""
 MAX_PIXELS = 64 * 1024 * 1024
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 EIGHT_BITS = tuple((level + 128) // 257 for level in range(65536))
-"""16-bit level → 8-bit level."""
+"""Table of 8-bit levels, indexed by 16-bit level."""
 RGB_BYTES = 4
-"""Per pixel, in Pillow's memory."""
+"""Bytes per pixel of an RGB image in Pillow's memory."""
 EXTRA_BYTES = {"WEBP": 12, "1": 1, "L": 1, "P": 1, "I": 5, "I;16": 3}
-"""Format or mode → bytes per pixel beside the result while it is decoded, as measured; 8 of others at most."""
+"""Format or mode → measured bytes per pixel that decoding needs beside the decoded image; at most 8 for others."""
 BROKEN_FILE = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error, zlib.error)
-"""What Pillow's decoders raise on damaged bytes."""
+"""Exceptions that Pillow's decoders raise on damaged bytes."""
 BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 NO_IMAGE = "no image"
@@ -54,15 +54,16 @@ UNKNOWN = "unknown image format"
 DAMAGED = "truncated or damaged image"
 TOO_LARGE = "too many pixels"
 ALPHA, DEEP, CMYK = "alpha, which is dropped", "16 bits per channel, which become 8", "CMYK, which becomes RGB"
-"""Names of what decoding changes."""
+"""Descriptions of changes that decoding to 8-bit RGB makes."""
 IMAGE_PROBLEMS = (NO_IMAGE, EMPTY, MISSING, OUTSIDE, UNKNOWN, DAMAGED, TOO_LARGE)
 
 
 class ImageError(InputError):
-    """An image that cannot be used.
+    """Error about an image that cannot be used.
 
     Args:
-        message: One line. Of a traceback, which is what a ``DataLoader`` worker makes of a message, the last line.
+        message: One line. Of several lines the last is kept: a ``DataLoader`` worker raises the error again with its
+            whole traceback as the message.
         problem: One of ``IMAGE_PROBLEMS``.
     """
 
@@ -73,15 +74,16 @@ class ImageError(InputError):
 
 @dataclass(frozen=True)
 class PixelLoader:
-    """Decode an image and bring it to the size that a network takes.
+    """Decoder that also resizes an image to the size that a network takes.
 
     Attributes:
-        height: Pixels.
-        width: Pixels.
-        resize: ``"stretch"`` resizes both axes on their own, bilinear (what LRM was trained with); ``"center_crop"``
-            keeps the aspect ratio, cuts what hangs over at both ends and resizes with a Lanczos filter.
-        max_pixels: Images with more are refused from their header, before they are decoded.
-        exif: Whether images are turned upright by their EXIF orientation.
+        height: Height of the result in pixels.
+        width: Width of the result in pixels.
+        resize: ``"stretch"`` resizes to ``height`` × ``width`` with a bilinear filter and ignores the aspect ratio (as
+            LRM was trained). ``"center_crop"`` crops the longer axis around the centre to the wanted aspect ratio and
+            resizes with a Lanczos filter.
+        max_pixels: Largest width × height of an image. Larger images raise :class:`ImageError` before decoding.
+        exif: ``"apply"`` turns images upright by their EXIF orientation; ``"ignore"`` does not.
     """
 
     height: int
@@ -91,7 +93,7 @@ class PixelLoader:
     exif: ExifOrientation = "ignore"
 
     def __call__(self, image: ImageRef) -> Tensor:
-        """Pixels ``(3, height, width)``, float32 in [-1, 1].
+        """Decode and resize an image to pixels ``(3, height, width)``, float32 in [-1, 1].
 
         Raises:
             ImageError: If the image cannot be read.
@@ -99,7 +101,7 @@ class PixelLoader:
         return self.pixels(decode_image(image, self.max_pixels, self.exif))
 
     def pixels(self, decoded: Image.Image) -> Tensor:
-        """Pixels ``(3, height, width)``, float32 in [-1, 1], of an 8-bit RGB image."""
+        """Resize an 8-bit RGB image to pixels ``(3, height, width)``, float32 in [-1, 1]."""
         if self.resize == "stretch":
             resized = decoded.resize((self.width, self.height), Image.Resampling.BILINEAR)
         else:
@@ -108,25 +110,26 @@ class PixelLoader:
         return (levels.float() / 255 - 0.5) / 0.5
 
     def blank(self) -> Tensor:
-        """Mid-grey pixels ``(3, height, width)``, what stands in for an image under ``on_error: placeholder``."""
+        """Return mid-grey pixels ``(3, height, width)``, which replace an image under ``on_error: placeholder``."""
         return torch.zeros(3, self.height, self.width)
 
 
 def decode_image(image: ImageRef, max_pixels: int = MAX_PIXELS, exif: ExifOrientation = "ignore") -> Image.Image:
-    """Decode to 8-bit RGB.
+    """Decode an image to 8-bit RGB.
 
-    Alpha is dropped, not composited; the first frame of an animation is taken; 16-bit grey levels are divided by 257.
-    These, with EXIF orientation ignored, are the rules under which the published reward models saw their data. The
-    result has no EXIF orientation any more.
+    Alpha is dropped, not composited. Of an animation the first frame is taken. 16-bit grey levels are divided by 257.
+    The published reward models were trained on images decoded by these rules, with EXIF orientation ignored. The
+    result carries no EXIF orientation.
 
     Args:
-        image: Its bytes, or a file.
+        image: Reference to the image's bytes or file.
         max_pixels: Limit on width × height, checked before decoding.
-        exif: Whether the image is turned upright by its EXIF orientation.
+        exif: ``"apply"`` turns the image upright by its EXIF orientation; ``"ignore"`` does not.
 
     Raises:
-        ImageError: If there are no bytes, no such file, or the bytes are no whole image of a known format.
-        InputError: If it holds latents.
+        ImageError: If there are no bytes, the file does not exist or lies outside its root, the image has too many
+            pixels, or the bytes are not a whole image in one of ``FORMATS``.
+        InputError: If ``image`` refers to latents.
     """
     with _opened(image, max_pixels) as opened:
         return _to_rgb(opened, exif)
@@ -135,16 +138,16 @@ def decode_image(image: ImageRef, max_pixels: int = MAX_PIXELS, exif: ExifOrient
 def convert_image(
     image: Image.Image, name: str, max_pixels: int = MAX_PIXELS, exif: ExifOrientation = "ignore"
 ) -> Image.Image:
-    """To 8-bit RGB by the rules of :func:`decode_image`, from an image of any mode that Pillow has opened already.
+    """Convert an image that Pillow has opened to 8-bit RGB by the rules of :func:`decode_image`.
 
     Args:
-        image: The image.
-        name: What messages call it.
+        image: Image of any mode.
+        name: Name of the image in messages.
         max_pixels: Limit on width × height.
-        exif: Whether the image is turned upright by its EXIF orientation.
+        exif: ``"apply"`` turns the image upright by its EXIF orientation; ``"ignore"`` does not.
 
     Raises:
-        ImageError: If it has no pixels or too many, or its file turns out to be damaged.
+        ImageError: If the image has no pixels or more than ``max_pixels``, or its file is damaged.
     """
     ref = ImageRef(name)
     if not image.width * image.height:
@@ -157,13 +160,13 @@ def convert_image(
 
 
 class ImageHeader(NamedTuple):
-    """What the header of an image file says.
+    """Size and properties of an image, read from its header.
 
     Attributes:
-        height: Pixels, as the image is decoded.
-        width: Pixels, likewise.
-        rotated: Whether it has an EXIF orientation other than upright.
-        oddities: What decoding changes beside the orientation.
+        height: Height in pixels after decoding, thus after an EXIF orientation that is applied.
+        width: Width in pixels after decoding.
+        rotated: Whether the image has an EXIF orientation other than upright.
+        oddities: Changes that decoding makes beside the orientation: ``ALPHA``, ``DEEP`` or ``CMYK``.
     """
 
     height: int
@@ -173,15 +176,15 @@ class ImageHeader(NamedTuple):
 
 
 def read_header(image: ImageRef, max_pixels: int = MAX_PIXELS, exif: ExifOrientation = "ignore") -> ImageHeader:
-    """Read the header alone; whether the rest can be decoded remains to be seen.
+    """Read the header of an image without decoding it; the rest of the file may still be damaged.
 
     Args:
-        image: Its bytes, or a file.
+        image: Reference to the image's bytes or file.
         max_pixels: Limit on width × height.
-        exif: Whether decoding turns the image upright by its EXIF orientation.
+        exif: ``"apply"`` exchanges height and width if the EXIF orientation asks for it.
 
     Raises:
-        ImageError: As :func:`decode_image`, for what the header shows.
+        ImageError: As :func:`decode_image`, except for damage behind the header.
     """
     with _opened(image, max_pixels) as opened:
         width, height = opened.size
@@ -194,15 +197,15 @@ def read_header(image: ImageRef, max_pixels: int = MAX_PIXELS, exif: ExifOrienta
 
 
 def image_size(image: ImageRef, max_pixels: int = MAX_PIXELS, exif: ExifOrientation = "ignore") -> tuple[int, int]:
-    """(height, width) in pixels of the decoded image, from its header; see :func:`read_header`."""
+    """Return (height, width) in pixels of the decoded image, read from its header by :func:`read_header`."""
     header = read_header(image, max_pixels, exif)
     return header.height, header.width
 
 
 def exif_orientation(image: Image.Image) -> int:
-    """EXIF orientation, 1 to 8, of an opened image; 1, which is upright, if it has none that can be read."""
+    """Return the EXIF orientation of an opened image, 1 to 8; 1 (upright) if it has none or none that can be read."""
     try:
-        # PNG's own getexif decodes all pixels in search of a tag behind them, where a header should do.
+        # The getexif of Pillow's PNG class decodes all pixels to find a tag behind them; the base class's does not.
         found = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
     except (*BROKEN_FILE, LookupError, ArithmeticError):
         return UPRIGHT
@@ -210,10 +213,10 @@ def exif_orientation(image: Image.Image) -> int:
 
 
 def decoding_bytes(image: ImageRef, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """Memory from the header alone: what the decoded image takes, and what decoding it takes beside.
+    """Estimate memory in bytes from an image's header: for the decoded image, and beside it while decoding.
 
     Raises:
-        ImageError: As :func:`image_size`.
+        ImageError: As :func:`read_header`.
     """
     with _opened(image, max_pixels) as opened:
         pixels = opened.width * opened.height
@@ -223,7 +226,7 @@ def decoding_bytes(image: ImageRef, max_pixels: int = MAX_PIXELS) -> tuple[int, 
 
 @contextmanager
 def _opened(image: ImageRef, max_pixels: int) -> Iterator[Image.Image]:
-    """The image with its header read and its size checked; what Pillow raises inside becomes an ImageError."""
+    """Open an image, check its size, and turn Pillow's errors inside the ``with`` block into ImageError."""
     source = _open_source(image)
     try:
         with Image.open(source, formats=FORMATS) as opened:
@@ -246,7 +249,7 @@ def _check_pixels(image: ImageRef, opened: Image.Image, max_pixels: int) -> None
 
 
 def resolve_inside(root: Path, path: Path) -> Path | None:
-    """The real path of ``path``, or None if it leads out of ``root``; symbolic links are followed."""
+    """Return the real path of ``path`` with symbolic links followed, or None if it lies outside ``root``."""
     try:
         resolved = path.resolve()
         return resolved if resolved.is_relative_to(root.resolve()) else None
@@ -287,7 +290,7 @@ def _to_rgb(image: Image.Image, exif: ExifOrientation) -> Image.Image:
     if _is_16_bit(image.mode):  # Pillow's own conversion clips 16 bits to white
         image = image.convert("I").point(EIGHT_BITS, "L")
     decoded = image.convert("RGB")
-    for tag in ORIENTATION_TAGS:  # else who gets the image would turn it a second time, or against the setting
+    for tag in ORIENTATION_TAGS:  # else code that gets the image could turn it again, or despite exif="ignore"
         decoded.info.pop(tag, None)
     return decoded
 
@@ -297,6 +300,6 @@ def _is_16_bit(mode: str) -> bool:
 
 
 def image_error(image: ImageRef, problem: str, detail: str) -> ImageError:
-    """One line about an image, or latents, that cannot be used; ``problem`` is one of ``IMAGE_PROBLEMS``."""
+    """Return an ImageError with a one-line message; ``problem`` is one of ``IMAGE_PROBLEMS``."""
     what = "latents" if image.holds == "latents" else "image"
     return ImageError(f"{what} {image.image_key!r}: {problem} ({' '.join(detail.split())})", problem)

@@ -1,4 +1,4 @@
-"""Latents of a published cache, as the bytes of an ``np.save`` file."""
+"""Decoding of latents that a published cache stores as bytes of an ``np.save`` file."""
 
 from io import BytesIO
 
@@ -11,16 +11,16 @@ DTYPES = ("float16", "float32")
 
 
 def decode_latents(image: ImageRef) -> np.ndarray:
-    """The array of a reference that holds latents.
+    """Decode the latents of one image.
 
     Args:
         image: Reference with ``holds="latents"``.
 
     Returns:
-        ``(C, h, w)``, float16 or float32, scaled as the cache has it.
+        Latents ``(C, h, w)``, float16 or float32, with the scale and shift that the cache's writer applied.
 
     Raises:
-        ImageError: If the bytes are no such array, or it has values that are not finite.
+        ImageError: If the bytes are missing or not such an array, or if a value is not finite.
     """
     if image.data is None:
         raise image_error(image, NO_IMAGE, "the row has none")

@@ -1,4 +1,4 @@
-"""Lists of images as JSON lines or CSV: every line with its number, and which columns hold paths and prompts."""
+"""Reading of lists of images in JSON lines or CSV, and choice of the columns with paths and prompts."""
 
 import csv
 import io
@@ -12,18 +12,21 @@ from latentreward.data.readers.json_rows import short
 from latentreward.errors import InputError, did_you_mean, first_line
 
 IMAGE_COLUMNS = ("file_name", "file", "path", "image", "name")
-"""``image`` comes after ``file``: in the table of ``latentreward generate`` it is a number."""
+"""Usual names of the column with paths, in order of preference.
+
+``image`` comes after ``file``, because ``image`` is a number in the table of ``latentreward generate``.
+"""
 PROMPT_COLUMNS = ("prompt", "caption", "text")
 
 Line = tuple[int, dict[str, Any] | str]
-"""Number of a line, and its row or what is wrong with it."""
+"""Number of a line, with its row as a dict or, for an unreadable line, a description of the problem."""
 
 
 def read_rows(file: Path) -> list[Line]:
-    """Number of every line that is not blank, with its row, or with what is wrong with it.
+    """Read every line that is not blank, as its number with its row or a description of the problem.
 
     Raises:
-        InputError: If there is no such file, nothing in it, or no line that can be read.
+        InputError: If the file does not exist, is empty, or has no readable line.
     """
     lines = list(_json_lines(file) if file.suffix.lower() == ".jsonl" else _csv_lines(file))
     if not lines:
@@ -63,10 +66,16 @@ def find_columns(
     asked: Sequence[str | None],
     with_prompts: bool = True,
 ) -> tuple[str, str]:
-    """Names of the columns with paths and with prompts.
+    """Choose the columns with paths and with prompts.
+
+    Args:
+        file: The list, for messages.
+        lines: Lines of the list, see :func:`read_rows`.
+        asked: Names that the user gave for the two columns; None takes the first of the usual names that is a column.
+        with_prompts: Whether a column with prompts is needed; without it the second name is empty.
 
     Raises:
-        InputError: If one is missing.
+        InputError: If a column is missing.
     """
     rows = (row for _, row in lines if not isinstance(row, str))
     names = list(dict.fromkeys(name for row in rows for name in row if isinstance(name, str)))

@@ -1,6 +1,6 @@
-"""A loader of training batches that can stop after any batch and go on from there, on other machines if need be."""
+"""A loader of training batches that can resume after any batch, also with another number of ranks."""
 
-# Why our own loader: torchdata's StatefulDataLoader keeps one state per rank, and a resumed run may have other ranks.
+# torchdata's StatefulDataLoader keeps one state per rank, which does not fit a resumed run with other ranks.
 import atexit
 import multiprocessing
 import re
@@ -14,64 +14,70 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torch.utils.data._utils import signal_handling
 
 DEAD_WORKER = re.compile(r"RuntimeError: (DataLoader worker \(pid|Pin memory)|(Connection\w+|EOF)Error: (?!Caught)")
-"""Start of errors about a worker process that was killed; torch's about one that raised begin with "Caught"."""
+"""Start of errors about a killed worker process; torch's errors about a worker that raised begin with "Caught"."""
 WORKER_REMEDY = "perhaps memory ran out: set num_workers lower, or give the job more memory"
 
 
 class ResumableBatchSampler(Protocol):
-    """What :class:`ResumableLoader` asks of a batch sampler.
+    """Interface of a batch sampler for :class:`ResumableLoader`.
 
-    An epoch's batches are a pure function of the data, the seed, the epoch, the sizing (batch size, world size, token
-    budget: whatever shapes batches) and, after a resume, of the pairs that this epoch has used already. All ranks
-    agree on them without talking, and each takes its share; every rank gets equally many.
+    An epoch's batches depend only on the data, the seed, the epoch, the settings that shape batches (batch size, world
+    size, token budget) and, after a resume, on the pairs that this epoch has used already. All ranks therefore compute
+    the same batches without communication. Each rank yields its own part, equally many batches on every rank.
 
-    The state belongs to no rank: rank 0's, saved in a checkpoint, serves every rank of the resumed run, whose sizing
-    may be another. So it says which *pairs* are used, directly (``{"epoch": 3, "used": 512}``, the head of an order
-    that no sizing changes) or as the batches taken under each sizing in turn
-    (``{"epoch": 3, "spans": [{"batch_size": 4, "world_size": 2, "batches": 64}, ...]}``, from which the sampler
-    derives them anew); plain numbers, strings, lists and dicts. What is left of the epoch is then batched under the
-    present sizing, and no pair of the epoch comes twice or is lost.
+    The state does not depend on the rank: a checkpoint holds the state of rank 0, and every rank of the resumed run
+    loads it. Batch size and world size of the resumed run may differ. The state therefore says which *pairs* of the
+    epoch are used. Either it counts them, in an order that does not depend on batch size or world size
+    (``{"epoch": 3, "used": 512}``). Or it lists the batches taken under each combination of settings
+    (``{"epoch": 3, "spans": [{"batch_size": 4, "world_size": 2, "batches": 64}, ...]}``), from which the sampler
+    computes the used pairs again. It consists of plain numbers, strings, lists and dicts. The remaining pairs of the
+    epoch are batched under the new settings; none is repeated or lost.
 
     Attributes:
-        epoch: Number of the epoch that the next iteration belongs to.
+        epoch: Number of the epoch of the next iteration.
     """
 
     epoch: int
 
     def set_epoch(self, epoch: int) -> None:
-        """Turn to an epoch. Another one than ``epoch`` starts from its first batch; the same one changes nothing."""
+        """Set the epoch. A new epoch starts at its first batch; setting the current epoch again changes nothing."""
 
     def __iter__(self) -> Iterator[list[int]]:
-        """This rank's batches of indices that are left of the epoch; reads the state, and never changes it."""
+        """Yield this rank's remaining batches of indices in the epoch; iterating does not change the saved state."""
 
     def __len__(self) -> int:
-        """Batches per rank of a *whole* epoch, also after a resume in its middle: Lightning counts the used ones in."""
+        """Return the batches per rank of a *whole* epoch, also after a resume; Lightning subtracts those used itself."""
 
     def remaining(self) -> int:
-        """Batches per rank that an iteration begun now yields; ``len(self)`` at the start of an epoch, at most that."""
+        """Return the batches per rank that an iteration started now yields, from 0 to ``len(self)``."""
 
     def state_dict(self, batches: int) -> dict[str, Any]:
-        """State once each rank was handed ``batches`` batches of an iteration begun now, 0 to :meth:`remaining`."""
+        """Return the state after each rank has received ``batches`` batches of the current iteration.
+
+        Args:
+            batches: From 0 to :meth:`remaining`.
+        """
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go to that place: of that epoch, the next iteration yields what is left."""
+        """Restore a state; the next iteration yields the remaining batches of the state's epoch."""
 
 
 class CountedBatches:
-    """Count the batches of an epoch that holds a fixed number of them, for a :class:`ResumableBatchSampler`.
+    """Base of :class:`ResumableBatchSampler` classes whose epochs have a fixed number of batches; counts the batches.
 
     Args:
         batch_size: Rows per batch and rank.
         batches_per_epoch: Batches per rank in an epoch.
-        max_prompts: Prompts to use in all; None for no end.
-        finish: Called as the last batch that these prompts give is dealt out; the run is to stop after it.
+        max_prompts: Prompts to use in the whole run, over all ranks; None for no limit.
+        finish: Called before the last batch that ``max_prompts`` prompts allow is yielded; should make the run stop
+            after this batch.
         num_replicas: World size.
         rank: Number of this rank.
 
     Attributes:
-        global_batch: Rows of a batch on all ranks.
-        epoch: Number of the epoch.
-        batches: Batches per rank that were taken of it before the current iteration.
+        global_batch: Rows of a batch over all ranks.
+        epoch: Number of the current epoch.
+        batches: Batches per rank of this epoch that were taken before the current iteration.
         taken: Batches that the current iteration has yielded.
     """
 
@@ -91,7 +97,7 @@ class CountedBatches:
         self.epoch = self.batches = self.taken = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Begin ``epoch``; the same one again changes nothing."""
+        """Start ``epoch`` at its first batch; setting the current epoch again changes nothing."""
         if epoch != self.epoch:
             self.epoch, self.batches, self.taken = epoch, 0, 0
 
@@ -99,26 +105,26 @@ class CountedBatches:
         return self.batches_per_epoch
 
     def remaining(self) -> int:
-        """Batches per rank that are left of the epoch."""
+        """Return the number of batches per rank that are left in the epoch."""
         return max(self.batches_per_epoch - self.batches, 0)
 
     def state_dict(self, batches: int) -> dict[str, Any]:
-        """Epoch, and batches taken of it after ``batches`` more."""
+        """Return the epoch and the batches taken in it, ``batches`` batches of the current iteration included."""
         return {"epoch": self.epoch, "batches": self.batches + batches}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the epoch and the batches taken of it."""
+        """Restore the epoch and the number of batches taken in it."""
         self.epoch, self.batches, self.taken = state_dict["epoch"], state_dict["batches"], 0
 
 
 class EpochOfBatches(DistributedSampler[int]):
-    """Stands in the loader's ``sampler`` and passes the epoch on to its batch sampler.
+    """Placeholder for a loader's ``sampler`` that passes ``set_epoch`` on to the batch sampler.
 
-    Lightning calls ``set_epoch`` of a loader's ``sampler`` alone, and puts a sampler of its own in the place of all
-    but a ``DistributedSampler``, because it cannot know that a batch sampler deals out shares itself.
+    Lightning calls ``set_epoch`` only on a loader's ``sampler``. Lightning also replaces any sampler but a
+    ``DistributedSampler``, because it cannot know that the batch sampler already divides the rows among ranks.
 
     Args:
-        batch_sampler: Whose epoch it is.
+        batch_sampler: Batch sampler that receives the epoch.
     """
 
     def __init__(self, batch_sampler: ResumableBatchSampler) -> None:
@@ -126,15 +132,16 @@ class EpochOfBatches(DistributedSampler[int]):
         self.batch_sampler = batch_sampler
 
     def set_epoch(self, epoch: int) -> None:
-        """Tell the batch sampler."""
+        """Set the epoch of the batch sampler."""
         self.batch_sampler.set_epoch(epoch)
 
 
 class WorkerLoader(DataLoader[Any]):
-    """A ``DataLoader`` that ends in one line when one of its worker processes was killed, or goes on without them.
+    """A ``DataLoader`` that raises a one-line error if a worker process is killed, or continues without workers.
 
     Attributes:
-        goes_on: Whether this process then loads the batches itself, for a run that saves and stops soon.
+        goes_on: If true, this process itself loads the remaining batches after a worker was killed. Set for a run that
+            should still save and stop.
         worker_died: Whether a worker was killed.
 
     Raises:
@@ -149,8 +156,8 @@ class WorkerLoader(DataLoader[Any]):
         try:
             batches = super().__iter__()
             if self.num_workers and threading.current_thread() is threading.main_thread():
-                # torch's handler raises anywhere, even halfway through an optimiser step; the next batch tells as well.
-                # Another loader of this process may have set it before.
+                # torch's SIGCHLD handler raises anywhere, even in the middle of an optimiser step. It is not needed:
+                # reading the next batch raises too. Another loader of this process may have installed it before.
                 torchs = getattr(before, "__module__", "") == signal_handling.__name__
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL if torchs else before)
             for batch in batches:
@@ -167,18 +174,18 @@ class WorkerLoader(DataLoader[Any]):
 
 
 class ResumableLoader(WorkerLoader):
-    """A ``DataLoader`` whose place in the epoch is part of Lightning's checkpoints.
+    """A ``DataLoader`` whose position in the epoch is saved in Lightning's checkpoints.
 
-    Lightning saves :meth:`state_dict` with its loops and loads it before the first batch. Batches count once they are
-    handed over, not when workers prefetch them. Nothing is drawn or fetched before the first batch is asked for, so
-    Lightning may create iterators before it knows the epoch.
+    Lightning saves :meth:`state_dict` with its loops and loads it before the first batch. A batch counts as used when
+    the trainer receives it, not when a worker prefetches it. Nothing is sampled or loaded before the first batch is
+    requested, because Lightning may create iterators before it sets the epoch.
 
     Args:
         dataset: Map-style data set; one with ``__getitems__`` gets a batch's indices in one call.
-        batch_sampler: Decides this rank's batches and holds the state.
-        collate_fn: Makes a batch of what the data set returned.
+        batch_sampler: Chooses this rank's batches and holds the state.
+        collate_fn: Makes a batch of the items that the data set returned.
         num_workers: Loader processes; 0 loads in the training process.
-        settings: Further settings of ``DataLoader``.
+        settings: Further arguments of ``DataLoader``.
     """
 
     def __init__(
@@ -199,7 +206,7 @@ class ResumableLoader(WorkerLoader):
             worker_init_fn=ignore_signals,
             **settings,
         )
-        # torch puts an unused SequentialSampler here and then locks the attribute.
+        # torch sets an unused SequentialSampler and then forbids assigning to the attribute.
         object.__setattr__(self, "sampler", EpochOfBatches(batch_sampler))
         self.places: ResumableBatchSampler = batch_sampler
         self._delivered, self._delivered_epoch = 0, batch_sampler.epoch
@@ -211,38 +218,38 @@ class ResumableLoader(WorkerLoader):
             yield batch
 
     def delivered(self) -> int:
-        """Batches handed over in this process since the epoch began, or since it was resumed."""
+        """Return the number of batches that the trainer received since the epoch began or was resumed."""
         return self._delivered if self._delivered_epoch == self.places.epoch else 0
 
     def state_dict(self, undo: int = 0) -> dict[str, Any]:
-        """Place in the epoch, the same on every rank.
+        """Return the position in the epoch, which is equal on all ranks.
 
         Args:
-            undo: Give the place of so many batches ago; at most :meth:`delivered`.
+            undo: Number of batches to go back from the current position; at most :meth:`delivered`.
         """
         return self.places.state_dict(self.delivered() - undo)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a place; call it before iterating."""
+        """Restore a position in the epoch; to be called before iterating."""
         self.places.load_state_dict(state_dict)
         self._delivered, self._delivered_epoch = 0, self.places.epoch
 
 
 def shares_of(trainer: Any) -> dict[str, int]:
-    """Look up ``num_replicas`` and ``rank`` of this process in Lightning's trainer; without one, it is alone."""
+    """Return ``num_replicas`` and ``rank`` from Lightning's trainer; 1 and 0 if ``trainer`` is None."""
     return (trainer.distributed_sampler_kwargs if trainer else None) or {"num_replicas": 1, "rank": 0}
 
 
 def as_is(batch: Any) -> Any:
-    """``collate_fn`` for a data set that gives whole batches."""
+    """Return the batch unchanged; ``collate_fn`` for a data set whose ``__getitems__`` returns whole batches."""
     return batch
 
 
 def ignore_signals(worker_id: int) -> None:
-    """In a loader's worker process: leave signals that ask for an end to the training process.
+    """Make a loader's worker process ignore SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2; a ``worker_init_fn``.
 
-    Batch systems and terminals send them to every process of a job; a worker that obeyed would take the batches along
-    that the training process still needs. Workers end when told to, or when their parent is gone.
+    Batch systems and terminals send these signals to every process of a job. A worker that obeyed would lose batches
+    that the training process still needs. Workers end when the loader tells them to, or when their parent has ended.
     """
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
@@ -250,11 +257,11 @@ def ignore_signals(worker_id: int) -> None:
 
 @atexit.register
 def end_workers() -> None:
-    """Kill the daemon processes that are left when the interpreter exits, loaders' workers among them.
+    """Kill the daemon processes that are still alive when the interpreter exits, such as loaders' workers.
 
-    ``multiprocessing`` itself would send them a SIGTERM, which workers ignore, and then wait for them forever.
+    ``multiprocessing`` itself would send SIGTERM, which workers ignore, and then wait forever for the workers to end.
     """
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes a killed worker for a failure
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report the killed workers as failures
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()

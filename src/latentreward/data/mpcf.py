@@ -1,4 +1,4 @@
-"""Multi-preference consistent filtering: keep the pairs whose winner also wins by other scores (arXiv:2502.01051)."""
+"""Multi-preference consistent filtering: keep pairs whose winner also wins by other scores (MPCF, arXiv:2502.01051)."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -18,30 +18,34 @@ Comparison = Literal["code", "paper"]
 Ties = Literal["limits", "drop", "keep"]
 
 AESTHETIC_FLOORS: dict[int, float] = {1: 0.0, 2: -0.5, 3: -1.0}
-"""Least aesthetic gap by strategy; the other two scores must not prefer the loser in any of them."""
+"""Strategy → floor of the aesthetic gap; the floor of the CLIP and VQA gaps is 0 in all strategies."""
 TIE_LIMITS = {"aesthetic": 0.2, "clipscore": 0.03, "vqascore": 0.07}
-"""Gaps below which the released code keeps a tie: aesthetic points, cosine, probability."""
+"""Scorer → gap below which the released code keeps a tie; in aesthetic points, cosine similarity and probability."""
 
 
 @dataclass(frozen=True)
 class MPCF:
-    """When a pair is kept.
+    """Rule by which multi-preference consistent filtering keeps a pair.
+
+    A decided pair is kept if each scorer's gap (score of the winner minus score of the loser) is above a floor. The
+    scorers of the published strategies are ``aesthetic``, ``clipscore`` and ``vqascore``.
 
     Attributes:
-        strategy: Published preset: 1, 2 (what the released models were trained with) or 3 asks for an aesthetic gap of
-            0, -0.5 or -1, and for a CLIP and a VQA gap of 0.
-        comparison: ``"code"`` keeps gaps above these floors, as the released code does; ``"paper"`` also gaps equal to
-            them.
-        ties: ``"limits"`` keeps a tie whose gaps all lie below ``tie_limits``, ``"drop"`` none, ``"keep"`` all.
-        floors: Floor by scorer, in place of the strategy's: which scorers apply, and from where on.
-        tie_limits: Limit by scorer for ties; by default those of the released code for the scorers of ``floors``.
+        strategy: Published preset. The floor of the aesthetic gap is 0 (strategy 1), -0.5 (strategy 2, used for the
+            released models) or -1 (strategy 3); the floor of the CLIP and VQA gaps is 0.
+        comparison: ``"code"`` keeps gaps above the floor, as the released code does; ``"paper"`` also keeps gaps equal
+            to the floor.
+        ties: ``"limits"`` keeps a tie if all its gaps are below ``tie_limits``; ``"drop"`` drops all ties; ``"keep"``
+            keeps all ties.
+        floors: Scorer → floor, in place of the strategy's floors; only these scorers apply.
+        tie_limits: Scorer → limit for the gap of a tie; by default the released code's limits for the scorers in use.
 
     Raises:
-        InputError: If a setting is out of range, or a scorer of ``floors`` has no limit for ties.
+        InputError: If a setting is out of range, or ``ties`` is ``"limits"`` and a scorer in use has no limit.
 
     Note:
-        The paper states the floors with ≥ and no rule for ties; the released code compares with >, and looks at the
-        gaps of ties as they stand in its table, which are presumably absolute differences.
+        The paper compares with ≥ and states no rule for ties. The released code compares with >, and uses the gaps of
+        ties from its table, which presumably are absolute differences.
     """
 
     strategy: Strategy = 2
@@ -61,27 +65,28 @@ class MPCF:
             raise InputError(f"tie_limits lacks {sorted(lacking)[0]!r}; add its limit, or set ties to drop or keep")
 
     def floors_in_use(self) -> dict[str, float]:
-        """Floor by scorer."""
+        """Return scorer → floor: ``floors`` if set, else those of the strategy."""
         if self.floors is not None:
             return dict(self.floors)
         return {"aesthetic": AESTHETIC_FLOORS[self.strategy], "clipscore": 0.0, "vqascore": 0.0}
 
     def limits_in_use(self) -> dict[str, float]:
-        """Limit for ties by scorer."""
+        """Return scorer → limit for ties: ``tie_limits`` if set, else those of the released code."""
         if self.tie_limits is not None:
             return dict(self.tie_limits)
         return {name: TIE_LIMITS[name] for name in self.floors_in_use() if name in TIE_LIMITS}
 
 
 def select_consistent(gaps: PairGaps, rule: MPCF) -> tuple[np.ndarray, Counter[str]]:
-    """Which pairs a rule keeps.
+    """Select the pairs that a rule keeps.
 
     Args:
         gaps: Gaps of N pairs.
-        rule: The rule.
+        rule: Floors, and treatment of ties.
 
     Returns:
-        ``(N,)`` bool, and the number of dropped pairs by the first reason that applied: kept and dropped make N.
+        ``(N,)`` bool, true for kept pairs; and the number of dropped pairs by reason, each pair counted under the
+        first reason that applies.
 
     Raises:
         InputError: If ``gaps`` lacks a scorer of the rule.
@@ -115,16 +120,17 @@ def select_consistent(gaps: PairGaps, rule: MPCF) -> tuple[np.ndarray, Counter[s
 
 
 class FilteredReader(PairReader):
-    """The rows of another reader that multi-preference consistent filtering keeps, in their order.
+    """Reader of the rows of another reader that multi-preference consistent filtering keeps, in their order.
 
-    Which rows stay is known when the object is constructed; ``skipped`` counts the others by reason. Nothing is
-    decoded for it.
+    The constructor selects the rows from labels and scores, without decoding images. ``skipped`` counts the dropped
+    rows by reason.
 
     Args:
-        reader: Where pairs come from. If the table has no ``pair_id``, it must keep every row of its files.
-        scores: Table of scores, see :class:`ScoreTable`.
-        on_error: What happens to images that cannot be read, see :class:`PairReader`; as ``reader`` has it by default.
-        rule: See :class:`MPCF`.
+        reader: Source of the pairs. If the table has no column ``pair_id``, the reader must keep every row of its
+            files.
+        scores: Path of the table of scores, see :class:`ScoreTable`.
+        on_error: What happens to images that cannot be read, see :class:`PairReader`; by default as ``reader`` has it.
+        rule: Settings of :class:`MPCF`.
 
     Raises:
         InputError: If the table does not fit the reader or the settings, or no row is left.
@@ -148,24 +154,24 @@ class FilteredReader(PairReader):
         return self.reader[int(self.rows[index])]
 
     def labels(self) -> np.ndarray:
-        """``(len,)`` float: ``label_a`` of every row that is left."""
+        """Return ``label_a`` of every kept row, ``(len,)`` float64."""
         return self.reader.labels()[self.rows]
 
     def prompts(self) -> list[str]:
-        """Raw prompt of every row that is left."""
+        """Return the raw prompt of every kept row."""
         prompts = self.reader.prompts()
         return [prompts[row] for row in self.rows]
 
     def pair_ids(self) -> list[str]:
-        """Name of every row that is left."""
+        """Return the ``pair_id`` of every kept row."""
         pair_ids = self.reader.pair_ids()
         return [pair_ids[row] for row in self.rows]
 
     def groups(self) -> list[str]:
-        """Group of every row that is left."""
+        """Return the group of every kept row."""
         groups = self.reader.groups()
         return [groups[row] for row in self.rows]
 
     def facts(self) -> dict[str, list[Any]]:
-        """Facts of every row that is left."""
+        """Return the facts of every kept row, see :meth:`PairReader.facts`."""
         return {name: [values[row] for row in self.rows] for name, values in self.reader.facts().items()}

@@ -1,4 +1,4 @@
-"""Which pairs a rank sees, and in which order."""
+"""Samplers that choose the pairs of each rank and their order."""
 
 from collections.abc import Iterator
 from itertools import chain, count
@@ -12,10 +12,10 @@ from latentreward.seeding import pair_generator
 
 
 class PairSampler(DistributedSampler[int]):
-    """A rank's share of the rows for evaluation: every world-size-th, from its own number on.
+    """Sampler of one rank's rows for evaluation: every ``num_replicas``-th row, starting with row ``rank``.
 
-    No row is repeated: Lightning leaves a ``DistributedSampler`` as it is, where its own would fill ranks up with
-    rows that metrics then count twice.
+    No row is repeated. Lightning's own distributed sampler repeats rows until all ranks have equally many, and metrics
+    would count the repeated rows twice. Lightning does not replace a ``DistributedSampler``, hence the base class.
 
     Args:
         rows: Number of pairs.
@@ -35,19 +35,22 @@ class PairSampler(DistributedSampler[int]):
 
 
 class PairBatchSampler:
-    """A rank's training batches, from an order of the pairs that depends on the seed and the epoch alone.
+    """Sampler of one rank's training batches, from an order of the pairs that depends on seed and epoch alone.
 
-    A step takes the next batch size × world size pairs of the order, and rank r every world-size-th of them from r
-    on: the same pairs meet in a step for every split of one global batch size into ranks. The last batch is smaller,
-    by equally many pairs on all ranks; the pairs that then remain, fewer than the world size, sit this epoch out.
-    A :class:`~latentreward.data.loading.ResumableBatchSampler`, whose state is the number of pairs used.
+    Each step takes the next ``batch_size * num_replicas`` pairs of the order. Rank r takes every ``num_replicas``-th
+    of these pairs, starting with pair r. A step therefore has the same pairs for every world size, as long as the
+    global batch size is equal. The last batch of an epoch may be smaller, with equally many pairs on all ranks. Fewer
+    than ``num_replicas`` pairs may remain after the last batch; they are not used in this epoch.
+
+    Implements :class:`~latentreward.data.loading.ResumableBatchSampler`; the state is the epoch and the number of
+    pairs used.
 
     Args:
         rows: Number of pairs.
         batch_size: Pairs per batch and rank.
         num_replicas: World size.
         rank: Number of this rank.
-        shuffle: New order each epoch; the order of the rows otherwise.
+        shuffle: Whether each epoch has a new random order; without it the order is that of the rows.
         seed: Seed of the order.
     """
 
@@ -66,12 +69,12 @@ class PairBatchSampler:
         self.epoch = self.used = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Turn to an epoch; another one starts with its first pair."""
+        """Set the epoch; an epoch other than the current one starts at its first pair."""
         if epoch != self.epoch:
             self.epoch, self.used = epoch, 0
 
     def order(self) -> list[int]:
-        """The epoch's order over all ranks, used pairs included."""
+        """Return the order of all pairs in the current epoch, over all ranks, used pairs included."""
         if not self.shuffle:
             return list(range(self.rows))
         generator = pair_generator(self.seed, "order", self.epoch, "")
@@ -87,19 +90,19 @@ class PairBatchSampler:
         return self._batches(self.rows)
 
     def remaining(self) -> int:
-        """Batches per rank that are left of the epoch."""
+        """Return the number of batches per rank that are left in the epoch."""
         return self._batches(self.rows - self.used)
 
     def state_dict(self, batches: int) -> dict[str, Any]:
-        """Epoch and pairs used, after ``batches`` batches of an iteration begun now."""
+        """Return the epoch and the number of pairs used after ``batches`` batches of an iteration started now."""
         taken = min(batches * self.batch_size, (self.rows - self.used) // self.num_replicas) * self.num_replicas
         return {"epoch": self.epoch, "used": self.used + taken, "rows": self.rows}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go to a place in an epoch, whatever the batch and world size it was left with.
+        """Restore the epoch and the number of pairs used; batch size and world size may differ from those at saving.
 
         Raises:
-            InputError: If it belongs to data of another size.
+            InputError: If the state was saved with another number of pairs.
         """
         if state_dict["rows"] != self.rows:
             raise InputError(
@@ -113,10 +116,16 @@ class PairBatchSampler:
 
 
 def even_batch_size(rows: int, num_replicas: int, batch_size: int) -> int:
-    """A batch size near ``batch_size`` with which all ranks run equally many batches over unequal shares.
+    """Return a batch size near ``batch_size`` that gives all ranks equally many evaluation batches.
 
-    Shares differ by one pair at most. That is an extra batch only if the smaller share fills its batches exactly, and
-    a rank with an extra batch would wait forever in the first collective call of it.
+    Numbers of pairs per rank differ by at most one. The extra pair makes an extra batch only if the other ranks' pairs
+    fill their batches exactly. A rank with an extra batch would wait forever in that batch's first collective call.
+    Sizes below ``batch_size`` are tried first.
+
+    Args:
+        rows: Number of pairs over all ranks.
+        num_replicas: World size.
+        batch_size: Wanted pairs per batch and rank.
     """
     share, extra = divmod(rows, num_replicas)
     if not extra or share % batch_size:

@@ -1,4 +1,4 @@
-"""Scores of pairs from a file: the gap between the preferred image and the other, for a reader's rows."""
+"""Tables of scores of pairs, and each scorer's gap between winner and loser for the rows of a reader."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,12 +24,12 @@ CONTRADICTED = f"{FLAG} contradicts the label"
 
 @dataclass(frozen=True)
 class PairGaps:
-    """Score gaps of pairs: winner minus loser, and the absolute difference for ties.
+    """Score gaps of N pairs: score of the winner minus score of the loser; for ties the absolute difference.
 
     Attributes:
-        decided: ``(N,)`` bool: one image won.
-        values: ``(N,)`` float64 by scorer, in that scorer's unit; NaN where a score is missing.
-        problems: ``(N,)`` bool by reason: pairs of which nothing can be said.
+        decided: ``(N,)`` bool; true where one image won, false for ties and unlabelled pairs.
+        values: Scorer → ``(N,)`` float64 gaps in the scorer's unit; NaN where a score is missing.
+        problems: Reason → ``(N,)`` bool; true for pairs that have no usable gap for this reason.
     """
 
     decided: np.ndarray
@@ -37,25 +37,27 @@ class PairGaps:
     problems: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        """Number of pairs."""
+        """Return the number of pairs."""
         return len(self.decided)
 
 
 class ScoreTable:
-    """A CSV or parquet file with a row per pair, such as ``latentreward score-pairs`` writes.
+    """A CSV or parquet file with scores and one row per pair, such as ``latentreward score-pairs`` writes.
 
-    For a scorer NAME it has a column ``NAME_gap`` (winner minus loser; for ties the absolute difference), or the two
-    columns ``NAME_a`` and ``NAME_b`` with the scores of a reader's image a and image b, from which gaps are made by
-    the reader's labels. ``different_flag``, if there, is 1 for a decided pair and 0 for a tie. An empty or NaN score
-    stays NaN. With a column ``pair_id`` rows are found by it; without one the table must have the reader's rows in
-    their order, as the published ``different_flag, aesthetic_gap, clipscore_gap, vqascore_gap`` file of LRM has those
-    of the training set of Pick-a-Pic v1.
+    For each scorer NAME the file has either a column ``NAME_gap`` (winner minus loser; for ties the absolute
+    difference), or two columns ``NAME_a`` and ``NAME_b`` with the scores of images a and b. From two columns the gap is
+    computed with the reader's labels. The optional column ``different_flag`` is 1 for a decided pair and 0 for a tie.
+    An empty or NaN score stays NaN.
+
+    With a column ``pair_id``, rows are matched to the reader's rows by name. Without it, the table must have exactly
+    the reader's rows in their order. An example is LRM's published file for the training set of Pick-a-Pic v1, with
+    columns ``different_flag, aesthetic_gap, clipscore_gap, vqascore_gap``.
 
     Args:
         path: File that ends in ``.csv`` or ``.parquet``.
 
     Raises:
-        InputError: If the file is absent, no table, has no score columns, or names a pair twice.
+        InputError: If the file is missing or not a table, has no score columns, or has two rows with one ``pair_id``.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -72,18 +74,18 @@ class ScoreTable:
             self._refuse_repeated_pairs()
 
     def __len__(self) -> int:
-        """Number of rows."""
+        """Return the number of rows."""
         return self._table.num_rows
 
     def gaps(self, reader: PairReader | None = None) -> PairGaps:
-        """Gaps for every row of ``reader``; without one, for the rows of the table itself.
+        """Return the gaps of every row of ``reader``; without a reader, of every row of the table.
 
-        A pair that the table lacks, an unlabelled one, and one whose ``different_flag`` contradicts its label (the
-        table may belong to other rows) are told by ``problems``.
+        ``problems`` marks pairs that are not in the table, unlabelled pairs, and pairs whose ``different_flag``
+        contradicts the reader's label (a sign that the table belongs to other rows).
 
         Raises:
-            InputError: If the table has no ``pair_id`` and another number of rows than the reader, if no row of the
-                reader is in it, or if there is no reader and no ``different_flag`` or no gap to go by.
+            InputError: If the table has no ``pair_id`` and not as many rows as the reader; if no pair of the reader is
+                in the table; or if ``reader`` is None and the table has no ``different_flag``.
         """
         if reader is None:
             return self._own_gaps()
@@ -117,7 +119,7 @@ class ScoreTable:
         return oriented_gap(first, second, labels)
 
     def _rows_of(self, reader: PairReader) -> np.ndarray:
-        """``(len(reader),)`` row numbers of the table, -1 where a pair is not in it."""
+        """Return the table's row number of every pair of the reader, ``(len(reader),)``; -1 for pairs not in the table."""
         if PAIR_ID not in self._table.column_names:
             if len(reader) != len(self):
                 raise InputError(
@@ -148,17 +150,24 @@ class ScoreTable:
 
 
 def oriented_gap(first: np.ndarray, second: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Winner minus loser of scores a and b, all ``(N,)``; ``|a - b|`` for label ½ and NaN for label NaN."""
+    """Return the gap of scores ``(N,)``: winner minus loser, ``|a - b|`` for label ½, NaN for label NaN.
+
+    Args:
+        first: Scores of image a, ``(N,)``.
+        second: Scores of image b, ``(N,)``.
+        labels: ``label_a``, ``(N,)``; above ½ image a is the winner.
+    """
     gap = np.where(labels > 0.5, first - second, second - first)
     gap = np.where(labels == 0.5, np.abs(gap), gap)
     return np.where(np.isnan(labels), np.nan, gap)
 
 
 def read_table(path: Path) -> pa.Table:
-    """A CSV or parquet file; ``pair_id`` comes as text.
+    """Read a CSV or parquet file; a column ``pair_id`` is read as text.
 
     Raises:
-        InputError: If there is no such file, its ending is another, it is damaged, or names a column twice.
+        InputError: If the file does not exist, does not end in ``.csv`` or ``.parquet``, is damaged, or has two columns
+            of one name.
     """
     if path.suffix not in (".csv", ".parquet"):
         raise InputError(f"{path}: a table of scores ends in .csv or .parquet")
@@ -184,10 +193,10 @@ def read_table(path: Path) -> pa.Table:
 
 
 def numbers(table: pa.Table, name: str, path: Path) -> np.ndarray:
-    """Column ``name`` as ``(rows,)`` float64, NaN for nulls.
+    """Return column ``name`` as ``(rows,)`` float64, with NaN for nulls.
 
     Raises:
-        InputError: If there is no such column, or it holds something else than numbers.
+        InputError: If the column does not exist or does not hold numbers.
     """
     if name not in table.column_names:
         raise InputError(f"{path}: no column {name}; it has {', '.join(table.column_names)}")
@@ -199,5 +208,5 @@ def numbers(table: pa.Table, name: str, path: Path) -> np.ndarray:
 
 
 def _take(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """``values[rows]``, NaN where a row is -1."""
+    """Return ``values[rows]``, with NaN where a row is -1."""
     return np.where(rows >= 0, values[rows], np.nan) if len(values) else np.full(len(rows), np.nan)

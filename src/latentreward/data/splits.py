@@ -1,4 +1,4 @@
-"""Keeping splits apart: no prompt in two of them."""
+"""Selection of rows so that no prompt is in two splits."""
 
 import logging
 from functools import cache
@@ -15,19 +15,21 @@ logger = logging.getLogger(__name__)
 SharedPrompts = Literal["drop", "keep", "raise"]
 REMEDY = "to keep them, set data.shared_prompts: keep"
 MUCH = 0.2
-"""Share of a split's labelled rows beyond which the line about rows left out says how to keep them."""
+"""Fraction of a split's labelled rows; if more are left out, the log line also says how to keep them."""
 
 
 def select_rows(splits: dict[str, PairReader], shared_prompts: SharedPrompts = "drop") -> dict[str, np.ndarray]:
-    """Labelled rows of each split, by default those whose prompt is in no later split.
+    """Select the labelled rows of each split, by default only those whose prompt is not in a later split.
+
+    Prompts are compared after :func:`normalise_prompt`.
 
     Args:
-        splits: Readers by the name of their split, e.g. train, val, test: a later split keeps its rows.
-        shared_prompts: ``"drop"`` leaves rows of the earlier split out and logs how many; ``"keep"`` keeps them;
-            ``"raise"`` stops.
+        splits: Readers by name of split, in the order train, val, test. The last split keeps all its labelled rows.
+        shared_prompts: What happens to rows whose prompt is in a later split. ``"drop"`` leaves them out and logs their
+            number; ``"keep"`` keeps them; ``"raise"`` raises InputError.
 
     Returns:
-        Row numbers by split, ascending.
+        Ascending row numbers, ``(rows,)``, by split.
 
     Raises:
         InputError: If a prompt is shared and ``shared_prompts`` is ``"raise"``, or if a split has no rows left.
@@ -65,5 +67,5 @@ def select_rows(splits: dict[str, PairReader], shared_prompts: SharedPrompts = "
 
 
 def tell_unopened(problem: object) -> None:
-    """Log that ``test``, which another split was to be kept apart from, could not be opened."""
+    """Log that ``test`` could not be opened, so that other splits may keep rows with its prompts."""
     logger.warning("data.test is not opened (%s): the other splits keep rows whose prompt it has", problem)

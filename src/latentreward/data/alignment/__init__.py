@@ -1,1 +1,1 @@
-"""Prompts for alignment, and the rows that a policy's rollouts leave to learn from."""
+"""Data modules for alignment: batches of prompts, and training batches made from a policy's rollouts."""

@@ -1,7 +1,8 @@
-"""What a policy's rollouts gave, dealt out as training batches.
+"""Training batches made from a policy's rollouts.
 
-A rollout happens when Lightning asks for a batch, so that its loops need not know of it: steps are optimiser steps, and
-accumulation, clipping, precision and the intervals of checkpoints mean what they always do.
+A rollout runs inside the data loader, when Lightning requests a batch and too few rows are in store. Lightning's loops
+are unchanged: a step is an optimiser step, and gradient accumulation, clipping, precision and checkpoint intervals work
+as in any training.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -27,69 +28,85 @@ from latentreward.seeding import pair_generator
 
 Experience = StepPairs | StepSamples
 RECORDS: dict[str, type[Any]] = {kind.__name__: kind for kind in (StepPairs, StepSamples, RolloutStatistics)}
-"""Records that a checkpoint may hold, by name."""
+"""Class name → class of the records that a checkpoint may hold."""
 
 
 class Learner(Protocol):
-    """What is asked of a module that learns from its own rollouts; all calls come on all ranks at once.
+    """Interface of a module that learns from its own rollouts; every method is called on all ranks at the same time.
 
     Attributes:
-        rollout_statistics: Of this rank's last rollout, set by :meth:`roll_out`; of all ranks' afterwards.
+        rollout_statistics: Statistics of the last rollout. :meth:`roll_out` sets those of this rank; the sampler then
+            replaces them by those of all ranks.
     """
 
     rollout_statistics: RolloutStatistics | None
 
     def roll_out(self, prompts: PromptBatch) -> Experience | None:
-        """What is worth learning from this rank's prompts, equally many on every rank, on the CPU; None if nothing."""
+        """Sample from this rank's prompts and return the rows to learn from, on the CPU; None if there are none.
+
+        Args:
+            prompts: Prompts of this rank; every rank gets equally many.
+        """
 
     def prepare_prompts(self, prompts: Sequence[str]) -> None:
-        """Encode the distinct prompts, the same on all ranks, that the next batches have."""
+        """Encode all ``prompts`` on this rank, and keep the result in place of that of the last call.
+
+        Args:
+            prompts: Distinct prompts of all rows that are in store and not yet used; the same list on every rank.
+        """
 
     def describe_rollouts(self) -> str:
-        """What the last rollouts looked like, in one line."""
+        """Describe the last rollout in one line, for messages."""
 
 
 class Prompts(Protocol):
-    """An endless series of prompts."""
+    """Interface of an endless sequence of prompts."""
 
     def __getitems__(self, places: Sequence[int]) -> PromptBatch:
-        """The prompts at some places."""
+        """Return the prompts at the given indices of the sequence."""
 
 
 class ExperienceRows(Dataset[Any]):
-    """The rows in store, the same on every rank, on the CPU; None before the first."""
+    """Data set of the rows in store from rollouts, equal on all ranks and on the CPU.
+
+    Attributes:
+        record: The rows; None before the first rollout that kept some.
+    """
 
     record: Any = None
 
     def __len__(self) -> int:
-        """Number of rows."""
+        """Return the number of rows."""
         return 0 if self.record is None else len(self.record)
 
     def __getitems__(self, index: Sequence[int]) -> Any:
-        """A batch of them."""
+        """Return the rows at the given indices as a batch."""
         return take_rows(self.record, index)
 
 
 class ExperienceSampler(CountedBatches):
-    """A rank's batches of rows, and the rollouts that make rows.
+    """Sampler of one rank's training batches from rollouts; runs a rollout when too few rows are in store.
 
-    Before the first batch of an optimiser step, if fewer rows are in store than the step takes on all ranks, every rank
-    rolls out the next prompts; then all ranks get all rows, in an order by their keys that the seed shuffles. A step
-    takes the next batch size × world size × accumulated batches of them, and rank r every world-size-th: the same for
-    every split of one global batch size into ranks. Since no rollout falls into the middle of a step, a checkpoint can
-    go back to the step's first batch. What a step cannot use is there for the next.
+    Before the first batch of an optimiser step, the rows in store are compared with the rows that the step takes on all
+    ranks. While there are too few, every rank rolls out its part of the next prompts. All ranks then exchange their
+    rows, sort them by key and shuffle them with the seed, so that every rank holds the same rows in the same order.
 
-    A :class:`~latentreward.data.loading.ResumableBatchSampler`, whose state holds the rows that are not used yet, with
-    the number of prompts used; beyond plain values it has tensors.
+    An optimiser step takes the next ``batch_size * num_replicas * accumulated()`` rows. Rank r takes every
+    ``num_replicas``-th of them, starting with row r. A step therefore has the same rows for every world size, as long
+    as the global batch size is equal. Rows that a step does not take stay in store for the next step. No rollout runs
+    in the middle of a step, so that a checkpoint can go back to the step's first batch.
+
+    Implements :class:`~latentreward.data.loading.ResumableBatchSampler`. The state holds the rows that are not used
+    yet (tensors, beside plain values) and the number of prompts used.
 
     Args:
-        prompts: Where prompts come from.
-        learner: Who rolls them out.
+        prompts: Sequence from which each rollout takes its prompts.
+        learner: Module that rolls out the prompts.
         prompts_per_rollout: Prompts per rollout and rank.
-        max_empty_rollouts: Rollouts in succession that may keep nothing before the run stops.
-        accumulated: Returns the number of batches per optimiser step.
+        max_empty_rollouts: Raise InputError after this many rollouts in succession that kept no row.
+        accumulated: Function that returns the number of batches per optimiser step.
         seed: Seed of the order of rows.
-        settings: See :class:`~latentreward.data.loading.CountedBatches`.
+        settings: Arguments of :class:`~latentreward.data.loading.CountedBatches`.
     """
 
     def __init__(
@@ -124,7 +141,7 @@ class ExperienceSampler(CountedBatches):
             yield list(range(start + self.rank, self.cursor, self.num_replicas))
 
     def _provide(self, rows: int) -> None:
-        """Have so many rows in store."""
+        """Run rollouts until ``rows`` unused rows are in store; let the learner encode new rows' prompts."""
         while len(self.rows) - self.cursor < rows:
             self._roll_out()
         if not self._prepared:
@@ -151,14 +168,14 @@ class ExperienceSampler(CountedBatches):
             )
 
     def _left(self) -> Any:
-        """Rows from the cursor on, in memory of their own; None if there are none."""
+        """Return a copy of the rows from the cursor on; None if there are none."""
         left = range(self.cursor, len(self.rows))
         return take_rows(self.rows.record, left) if left else None
 
     def state_dict(self, batches: int) -> dict[str, Any]:
-        """Place in the epoch after ``batches`` batches of an iteration begun now, and what is in store there.
+        """Return the state after ``batches`` batches of the current iteration: counts, unused rows and statistics.
 
-        Of the batches that were taken, only those of the present optimiser step can be given back.
+        ``batches`` may be smaller than the number of batches taken, but not go back before the current optimiser step.
         """
         now, self.cursor = self.cursor, self.cursor - (self.taken - batches) * self.global_batch
         left, self.cursor = self._left(), now
@@ -172,7 +189,7 @@ class ExperienceSampler(CountedBatches):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go to that place, whatever the batch and world size it was left with."""
+        """Restore counts, unused rows and statistics; batch size and world size may differ from those at saving."""
         super().load_state_dict(state_dict)
         self.rows.record, self.cursor = from_plain(state_dict["rows"]), 0
         self.learner.rollout_statistics = from_plain(state_dict["statistics"])
@@ -182,7 +199,10 @@ class ExperienceSampler(CountedBatches):
 
 
 def of_all_ranks(value: Any) -> list[Any]:
-    """A picklable value of every rank, in their order; one at a time, so that of large ones only one is in transit."""
+    """Gather a picklable value from every rank, as a list by rank.
+
+    Ranks broadcast in turn, so that only one value is in transit at a time; values may be large.
+    """
     if not (distributed.is_available() and distributed.is_initialized()):
         return [value]
     values = []
@@ -194,13 +214,13 @@ def of_all_ranks(value: Any) -> list[Any]:
 
 
 def shuffled(record: Any, generator: torch.Generator) -> Any:
-    """The rows in an order that depends on their keys and the generator alone."""
+    """Shuffle rows into an order that depends only on their keys and the generator, not on their present order."""
     by_key = sorted(range(len(record)), key=lambda row: record.keys[row])
     return take_rows(record, [by_key[place] for place in torch.randperm(len(by_key), generator=generator).tolist()])
 
 
 def join_statistics(ranks: Sequence[RolloutStatistics]) -> RolloutStatistics | None:
-    """Those of several ranks, which took the same steps, as one; None if there are none."""
+    """Join the rollout statistics of several ranks, which scored the same timesteps; None if ``ranks`` is empty."""
     if not ranks:
         return None
     names = ("scores", "gap", "kept")
@@ -209,7 +229,7 @@ def join_statistics(ranks: Sequence[RolloutStatistics]) -> RolloutStatistics | N
 
 
 def as_plain(record: TensorRecord | None) -> dict[str, Any] | None:
-    """A record as a dictionary of tensors and lists, which ``torch.load(weights_only=True)`` takes."""
+    """Convert a record to a dict of tensors and lists, which ``torch.load(weights_only=True)`` accepts."""
     if record is None:
         return None
     values = {field.name: getattr(record, field.name) for field in fields(record)}  # type: ignore[arg-type]
@@ -218,7 +238,7 @@ def as_plain(record: TensorRecord | None) -> dict[str, Any] | None:
 
 
 def from_plain(values: dict[str, Any] | None) -> Any:
-    """The record that :func:`as_plain` took apart, in memory of its own."""
+    """Rebuild a record from the dict that :func:`as_plain` made; tensors are copied."""
     if values is None:
         return None
     own = {name: value.clone() if isinstance(value, Tensor) else tuple(value) for name, value in values.items()}

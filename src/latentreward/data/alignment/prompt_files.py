@@ -1,4 +1,4 @@
-"""Files of prompts: one per line, or a column; and sets of them, with groups, for evaluation."""
+"""Reading of prompt files, and of sets of prompt files with groups for evaluation."""
 
 import csv
 import glob
@@ -16,9 +16,9 @@ from latentreward.data.readers.json_rows import short
 from latentreward.errors import InputError, first_line
 
 COLUMNS = ("prompt", "caption", "Prompt")
-"""Names of the column, in the order of preference: ours, Pick-a-Pic's and LPO's, PartiPrompts'."""
+"""Names of the prompt column in order of preference: this project's, that of Pick-a-Pic and LPO, PartiPrompts'."""
 GROUPS = ("tag", "Category")
-"""Columns that tell kinds of prompts apart: GenEval's, PartiPrompts'."""
+"""Names of the column with the group of a prompt: GenEval's and PartiPrompts'."""
 FORMATS = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet")
 
 Row = Mapping[str, Any]
@@ -30,8 +30,8 @@ class PromptRow:
 
     Attributes:
         prompt: Raw text.
-        group: Kind of prompt, by which results are told apart; empty where there is none.
-        fields: The whole row of the file, as GenEval's own program wants it back.
+        group: Kind of prompt; evaluation reports results by group. Empty if the file has none.
+        fields: Whole row of the file, which GenEval's own program needs; empty for a line of text.
     """
 
     prompt: str
@@ -40,27 +40,28 @@ class PromptRow:
 
 
 def read_prompts(path: str, setting: str = "data.prompts", max_prompt_chars: int = MAX_PROMPT_CHARS) -> tuple[str, ...]:
-    """Distinct prompts of a file, in its order; blank ones are left aside.
+    """Read the distinct prompts of a file, in the file's order, without blank ones.
 
     Args:
-        path: Text with a prompt per line; JSON lines, a JSON list, CSV, TSV or parquet with a column ``prompt`` or
-            ``caption``.
+        path: Text with one prompt per line; or JSON lines, a JSON list, CSV, TSV or parquet with a column ``prompt``,
+            ``caption`` or ``Prompt``.
         setting: Name of the setting, for messages.
-        max_prompt_chars: Characters that a prompt may have.
+        max_prompt_chars: Largest number of characters in a prompt.
 
     Raises:
-        InputError: If there is no such file, it is of no such format or not UTF-8, a prompt is too long, none is left.
+        InputError: If the file does not exist, has another format, is not UTF-8, has a prompt that is too long, or has
+            no prompt.
     """
     return tuple(dict.fromkeys(row.prompt for row in read_prompt_rows(path, setting, max_prompt_chars)))
 
 
 def read_prompt_rows(path: str, setting: str = "prompts", max_prompt_chars: int = MAX_PROMPT_CHARS) -> list[PromptRow]:
-    """All prompts of a file, repeated ones too, with their groups; blank ones are left aside.
+    """Read all prompts of a file with their groups, repeated prompts included, without blank ones.
 
     Args:
         path: As for :func:`read_prompts`. A column ``tag`` (GenEval) or ``Category`` (PartiPrompts) is the group.
         setting: Name of the setting, for messages.
-        max_prompt_chars: Characters that a prompt may have.
+        max_prompt_chars: Largest number of characters in a prompt.
 
     Raises:
         InputError: As :func:`read_prompts`.
@@ -84,7 +85,13 @@ def read_prompt_rows(path: str, setting: str = "prompts", max_prompt_chars: int 
 
 
 def check_lengths(rows: list[PromptRow], name: str, max_prompt_chars: int) -> list[PromptRow]:
-    """Raise InputError if a prompt that comes from ``name`` is longer than the limit; return the rows."""
+    """Return the rows; raise InputError if a prompt is longer than ``max_prompt_chars``.
+
+    Args:
+        rows: Rows to check.
+        name: Source of the rows, for messages.
+        max_prompt_chars: Largest number of characters in a prompt.
+    """
     if long := next((row.prompt for row in rows if len(row.prompt) > max_prompt_chars), None):
         problem = f"a prompt of {len(long)} characters, more than max_prompt_chars={max_prompt_chars}: {short(long)}"
         raise InputError(f"{name} holds {problem}; shorten it, or set a higher limit")
@@ -92,21 +99,23 @@ def check_lengths(rows: list[PromptRow], name: str, max_prompt_chars: int) -> li
 
 
 def read_prompt_set(path: str, max_prompt_chars: int = MAX_PROMPT_CHARS) -> list[PromptRow]:
-    """Prompts of one file, or of all files that a pattern matches; then each file without groups of its own is a group.
+    """Read the prompts of one file, or of all files that a pattern matches, with their groups.
 
-    T2I-CompBench++ is ``examples/dataset/*_val.txt`` with groups ``color``, ``shape``, ...; the benchmark of HPSv2 is
-    ``benchmark/[!d]*.json`` with groups ``anime``, ``concept-art``, ``paintings`` and ``photo``.
+    Under a pattern, a prompt without a group of its own gets its file's name, without suffix and ``_val``, as group.
+    For T2I-CompBench++ the pattern is ``examples/dataset/*_val.txt``, with groups ``color``, ``shape``, ...; for the
+    benchmark of HPSv2 it is ``benchmark/[!d]*.json``, with groups ``anime``, ``concept-art``, ``paintings`` and
+    ``photo``.
 
     Args:
-        path: File, or a pattern with ``*``, ``?`` or ``[]``; files are taken by name.
-        max_prompt_chars: Characters that a prompt may have.
+        path: File, or a pattern with ``*``, ``?`` or ``[]``; files are read in the order of their names.
+        max_prompt_chars: Largest number of characters in a prompt.
 
     Raises:
-        InputError: As :func:`read_prompts`; and if the pattern matches nothing.
+        InputError: As :func:`read_prompts`, and if the pattern matches no file.
     """
     if Path(path).exists() or not glob.has_magic(path):
         return read_prompt_rows(path, max_prompt_chars=max_prompt_chars)
-    files = sorted(glob.glob(path))  # noqa: PTH207, an absolute pattern is none for Path.glob
+    files = sorted(glob.glob(path))  # noqa: PTH207, Path.glob refuses absolute patterns
     if not files:
         raise InputError(f"prompts: no file is like {path}; give a file of prompts, or a pattern that matches some")
     return [

@@ -1,4 +1,4 @@
-"""Prompts in; batches of prompts, or of what a policy made of them, out."""
+"""Lightning data modules that give batches of prompts, or batches of rows from rollouts of prompts."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -17,7 +17,7 @@ from latentreward.seeding import pair_generator, run_seed
 
 
 class PromptOrder(Dataset[PromptBatch]):
-    """An endless series of prompts: pass after pass over all of them, each in an order of its own.
+    """Endless sequence of prompts: pass after pass over all prompts, each pass in a new random order.
 
     Args:
         prompts: Distinct prompts.
@@ -29,7 +29,7 @@ class PromptOrder(Dataset[PromptBatch]):
         self._orders: dict[int, list[int]] = {}
 
     def __getitems__(self, places: Sequence[int]) -> PromptBatch:
-        """The prompts at some places of the series."""
+        """Return the prompts at the given indices of the sequence, with keys ``PASS/ROW``."""
         rows = [(place // len(self.prompts), self._row(place)) for place in places]
         return PromptBatch(
             tuple(self.prompts[row] for _, row in rows), tuple(f"{number}/{row}" for number, row in rows)
@@ -45,12 +45,14 @@ class PromptOrder(Dataset[PromptBatch]):
 
 
 class PromptSampler(CountedBatches):
-    """A rank's places in the series of prompts, batch by batch: of each step's, every world-size-th.
+    """Sampler of one rank's batches of indices into the sequence of prompts.
 
-    A :class:`~latentreward.data.loading.ResumableBatchSampler`, whose state is the number of prompts used.
+    A global batch is the next ``batch_size * num_replicas`` indices. Rank r takes every ``num_replicas``-th of them,
+    starting with index r. Implements :class:`~latentreward.data.loading.ResumableBatchSampler`; the state adds the
+    number of prompts used to that of ``CountedBatches``.
 
     Args:
-        settings: See :class:`~latentreward.data.loading.CountedBatches`.
+        settings: Arguments of :class:`~latentreward.data.loading.CountedBatches`.
     """
 
     def __init__(self, *settings: Any, **named: Any) -> None:
@@ -58,7 +60,7 @@ class PromptSampler(CountedBatches):
         self.used = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Turn to an epoch; another one goes on with the prompts that follow."""
+        """Set the epoch; a new epoch continues with the prompts after those used."""
         if epoch != self.epoch:
             self.used += self.taken * self.global_batch
         super().set_epoch(epoch)
@@ -72,34 +74,34 @@ class PromptSampler(CountedBatches):
             yield list(range(start + self.rank, start + self.global_batch, self.num_replicas))
 
     def state_dict(self, batches: int) -> dict[str, Any]:
-        """Place in the epoch and prompts used, after ``batches`` batches of an iteration begun now."""
+        """Return the batches and prompts used, ``batches`` batches of the current iteration included."""
         return {**super().state_dict(batches), "used": self.used + batches * self.global_batch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go to that place, whatever the batch and world size it was left with."""
+        """Restore the batches and prompts used; batch size and world size may differ from those at saving."""
         super().load_state_dict(state_dict)
         self.used = state_dict["used"]
 
 
 class PromptLoaders(LightningDataModule):
-    """Training batches for alignment, from prompts.
+    """Data module of training batches for alignment, from a list of prompts.
 
-    A module that makes its own experience (LPO, SPO, GRPO; :class:`~latentreward.data.alignment.experience.Learner`) is
-    asked for rollouts whenever fewer rows are left than an optimiser step takes, and gets batches of their rows. Any
-    other module (ReFL) gets batches of prompts.
+    A module with rollouts of its own (LPO, SPO, GRPO; :class:`~latentreward.data.alignment.experience.Learner`) gets
+    batches of rollout rows. A rollout runs whenever fewer rows are left than an optimiser step takes. Any other module
+    (ReFL) gets batches of prompts.
 
-    An epoch is a number of batches. Prompts go round in passes, independent of it; every pass has its own order, the
-    same for every world size. Checkpoints hold the place in it, and the rows of rollouts that are not used yet.
+    An epoch is a fixed number of batches and independent of passes over the prompts. Each pass has a new random order,
+    which does not depend on the world size. Checkpoints hold the position in the pass and the unused rollout rows.
 
     Args:
-        prompts: Distinct prompts to learn from.
+        prompts: Distinct prompts to train on.
         batch_size: Rows per batch and rank.
-        batches_per_epoch: Batches per rank in an epoch: when checkpoints by epoch and validation come.
+        batches_per_epoch: Batches per rank in an epoch; sets when epoch checkpoints and validation happen.
         prompts_per_rollout: Prompts per rollout and rank.
-        passes: End the run once the prompts were used so often and the rows left do for no further step, as papers
-            count; None leaves the end to the trainer.
-        max_empty_rollouts: Rollouts in succession that may keep nothing before the run stops.
-        seed: Seed of orders; None takes the run's ``seed_everything``.
+        passes: End the run after this many passes over the prompts, once the rows left are too few for an optimiser
+            step. None leaves the end to the trainer. Papers give their training length in such passes.
+        max_empty_rollouts: Stop the run with an error after this many rollouts in succession that kept no row.
+        seed: Seed of the orders of prompts and rows; None takes the run's ``seed_everything``.
 
     Raises:
         InputError: If a number is below 1.
@@ -132,10 +134,10 @@ class PromptLoaders(LightningDataModule):
         self.seed = run_seed(seed)
 
     def train_dataloader(self) -> ResumableLoader:
-        """Batches of experience or of prompts; every rank gets equally many rows.
+        """Return batches of rollout rows or of prompts; every rank gets equally many rows.
 
         Raises:
-            InputError: If there are fewer prompts than ranks, or the trainer overfits to some batches.
+            InputError: If there are fewer prompts than ranks, or the trainer's ``overfit_batches`` is set.
         """
         shares, order = shares_of(self.trainer), PromptOrder(self.prompts, self.seed)
         if len(self.prompts) < shares["num_replicas"]:
@@ -170,19 +172,20 @@ class PromptLoaders(LightningDataModule):
         return ResumableLoader(experience.rows, experience, collate_fn=as_is)
 
     def _stop(self) -> None:
-        """End the run after the present batch."""
+        """Make the trainer stop after the current batch."""
         if self.trainer:
             self.trainer.should_stop = True
 
 
 class PromptDataModule(PromptLoaders):
-    """Prompts from a file, for alignment; each distinct prompt counts once.
+    """Data module of prompts from a file, for alignment; repeated prompts count once.
 
-    It is text with one prompt per line, or JSON lines, a JSON list, CSV or parquet with a column ``prompt``.
+    The file is text with one prompt per line, or JSON lines, a JSON list, CSV, TSV or parquet with a column
+    ``prompt``, ``caption`` or ``Prompt``.
 
     Args:
-        prompts: File of prompts to learn from.
-        max_prompt_chars: Characters that a prompt may have; text encoders read some hundred.
+        prompts: File of prompts to train on.
+        max_prompt_chars: Largest number of characters in a prompt; text encoders read a few hundred.
         options: See :class:`PromptLoaders`.
 
     Raises:

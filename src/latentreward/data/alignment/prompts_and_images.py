@@ -1,4 +1,4 @@
-"""Prompts beside images: what alignment with a pre-training term trains on."""
+"""Data module of prompts and image pairs together, for alignment with a pre-training loss term."""
 
 from typing import Any
 
@@ -9,13 +9,14 @@ from latentreward.data.alignment.prompts import PromptLoaders
 
 
 class PromptsAndImages(LightningDataModule):
-    """Training batches ``{"prompts": PromptBatch, "images": PreferenceBatch}``.
+    """Data module of training batches ``{"prompts": PromptBatch, "images": PreferenceBatch}``.
 
-    Each keeps its own batch size, order and place in checkpoints. An epoch is as long as the shorter of the two.
+    Prompts and images keep their own batch sizes, orders and positions in checkpoints. An epoch ends with the shorter
+    of the two.
 
     Args:
-        prompts: Prompts to sample from; its validation prompts are validated on.
-        images: ``PreferenceDataModule``, or ``CachedPreferenceDataModule``, of which ``train`` is used.
+        prompts: Data module of prompts to sample from; validation uses its validation loader.
+        images: ``PreferenceDataModule`` or ``CachedPreferenceDataModule``; only its ``train`` split is used.
     """
 
     def __init__(self, prompts: PromptLoaders, images: LightningDataModule) -> None:
@@ -23,21 +24,21 @@ class PromptsAndImages(LightningDataModule):
         self.prompts, self.images = prompts, images
 
     def prepare_data(self) -> None:
-        """Let both prepare their data."""
+        """Call ``prepare_data`` of both data modules."""
         for part in (self.prompts, self.images):
             part.prepare_data()
 
     def setup(self, stage: str) -> None:
-        """Set both up under the same trainer."""
+        """Give both data modules the trainer and set them up."""
         for part in (self.prompts, self.images):
             part.trainer = self.trainer
             part.setup(stage)
 
     def train_dataloader(self) -> CombinedLoader:
-        """Both loaders, side by side."""
+        """Return both training loaders combined; an epoch ends with the shorter one."""
         loaders = {"prompts": self.prompts.train_dataloader(), "images": self.images.train_dataloader()}
         return CombinedLoader(loaders, "min_size")
 
     def val_dataloader(self) -> Any:
-        """Of the prompts."""
+        """Return the validation loader of the prompts."""
         return self.prompts.val_dataloader()

@@ -1,1 +1,1 @@
-"""Counts over data sets and score tables, as text and as JSON."""
+"""Inspection of data sets and score tables: counts, and reports as text and JSON."""

@@ -1,4 +1,4 @@
-"""Counts over a data set: labels, prompts, image sizes, rows left out, and what two splits share."""
+"""Counts of labels, prompts, image sizes and left-out rows of a data set, and of items that two splits share."""
 
 import math
 from collections import Counter
@@ -26,21 +26,21 @@ ROTATED = {
 }
 
 Seen = tuple[tuple[int, int] | str, int]
-"""Of one image: (height, width), or what is wrong with it; and a hash of its bytes, 0 if they were not read."""
+"""Result for one image: (height, width) or the name of its problem; and a hash of its bytes, 0 if not read."""
 
 
 @dataclass
 class ImageCounts:
-    """What the images of a split are, each counted once however many pairs it is in.
+    """Counts of the images of a split; an image that occurs in several pairs is counted once.
 
     Attributes:
-        rows: Rows whose images were looked at.
-        distinct: Images of different names.
-        sizes: Images by (height, width) in pixels; latents count as 8 × 8 pixels each.
-        buckets: Images by bucket, or by why they have none.
-        odd: Images by what is odd about them, as their headers show it.
+        rows: Rows whose images were examined.
+        distinct: Images with different names.
+        sizes: Number of images by (height, width) in pixels; a latent element counts as 8 × 8 pixels.
+        buckets: Number of images by bucket, or by the reason why they have no bucket.
+        odd: Number of images by unusual property found in the header, e.g. alpha or EXIF orientation.
         mixed_rows: Rows whose two images have different buckets.
-        unreadable_rows: Rows by what is wrong with the first of their images that has a problem.
+        unreadable_rows: Number of rows with an unreadable image, by the problem of the row's first such image.
     """
 
     rows: int = 0
@@ -54,19 +54,19 @@ class ImageCounts:
 
 @dataclass
 class SplitCounts:
-    """What is known of one split.
+    """Counts of one split.
 
     Attributes:
         name: Name of the split.
-        reader: Class of its reader.
-        rows: Rows that the reader offers.
-        labels: Rows in which a wins, b wins, neither (ties), and unlabelled ones.
-        distinct_prompts: Different prompts, as they stand.
-        prompt_lengths: Characters of a row's prompt, by quantile.
-        images: See :class:`ImageCounts`; None if the reader has none, or they were not to be looked at.
-        skipped: Rows that the reader left out, by reason.
-        remarks: Rows that the reader kept with something set aside, by reason.
-        complete: Whether all rows that were to be looked at were.
+        reader: Class name of its reader.
+        rows: Number of rows of the reader.
+        labels: Number of rows by winner: a, b, tie, or unlabelled.
+        distinct_prompts: Number of different prompts, compared as raw text.
+        prompt_lengths: Quantile → number of characters of a row's prompt.
+        images: Counts of images; None if the reader has no images or no rows were to be examined.
+        skipped: Number of rows that the reader left out, by reason.
+        remarks: Number of rows that the reader kept with a remark, e.g. without their label, by reason.
+        complete: False if an interrupt ended the count early.
     """
 
     name: str
@@ -83,12 +83,12 @@ class SplitCounts:
 
 @dataclass
 class SplitContents:
-    """What a split is compared with others by.
+    """Prompts and images of a split, for comparison with other splits.
 
     Attributes:
         prompts: Normalised prompt of every row.
-        keys: ``(image key of a, of b)`` of the rows that were looked at.
-        hashes: ``(rows, 2)`` hash of the bytes of their images, 0 where they were not read.
+        keys: ``image_key`` of images a and b of every examined row.
+        hashes: ``(examined rows, 2)`` int64, hashes of the bytes of images a and b; 0 if the bytes were not read.
     """
 
     prompts: list[str]
@@ -98,14 +98,16 @@ class SplitContents:
 
 @dataclass(frozen=True)
 class Leakage:
-    """What two splits share.
+    """Numbers of prompts and images that two splits share.
+
+    The keys of the dicts are ``prompts``, ``image names`` and ``image contents``.
 
     Attributes:
-        first: Name of a split.
-        second: Name of another.
-        shared: Distinct prompts, image names and image contents that both have.
-        first_rows: Rows of the first split with such a prompt, image name or content.
-        second_rows: Likewise.
+        first: Name of the first split.
+        second: Name of the second split.
+        shared: Number of distinct prompts, image names and image contents that occur in both splits.
+        first_rows: Number of rows of the first split with a shared prompt, image name or image content.
+        second_rows: Number of rows of the second split with a shared prompt, image name or image content.
     """
 
     first: str
@@ -116,14 +118,14 @@ class Leakage:
 
 
 class ImageCensus:
-    """Counts images, row by row.
+    """Counter of a split's images, to which rows are added one by one.
 
     Args:
-        buckets: Sizes to sort them into.
-        decode: Decode every image; otherwise its header is read, which does not tell whether the rest is whole.
-        hash_bytes: Read all bytes of every image, for their hash.
-        min_pixels: Smaller images have no bucket.
-        exif: Whether the images' EXIF orientation is applied.
+        buckets: Buckets to sort image sizes into.
+        decode: Decode every image. Without it only headers are read, so that truncated images are not found.
+        hash_bytes: Read all bytes of every image to compute its hash.
+        min_pixels: Least height × width; a smaller image has no bucket.
+        exif: Whether the EXIF orientation of images is applied, see :class:`PixelLoader`.
     """
 
     def __init__(
@@ -142,7 +144,7 @@ class ImageCensus:
         self._seen: dict[str, Seen] = {}
 
     def add(self, pair: PreferencePair) -> None:
-        """Count a row and those of its images that no row before had."""
+        """Count a row, and those of its images that occurred in no earlier row."""
         seen = [self._look_at(image) for image in (pair.image_a, pair.image_b)]
         self.counts.rows += 1
         self.keys.append((pair.image_a.image_key, pair.image_b.image_key))
@@ -193,7 +195,7 @@ class ImageCensus:
 
 
 def hash_image(image: ImageRef) -> int:
-    """64 bits of a hash of an image's bytes, as a signed number other than 0."""
+    """Return a 64-bit hash of an image's bytes as a signed integer other than 0; 0 if there are no bytes."""
     if image.data is not None:
         data = image.data
     elif image.path is not None:
@@ -209,13 +211,13 @@ def inspect_reader(
     census: ImageCensus,
     limit: int | None = None,
 ) -> tuple[SplitCounts, SplitContents]:
-    """Count everything in a split; an interrupt (Ctrl-C) ends it with what was counted so far.
+    """Count labels, prompts and images of a split; an interrupt (Ctrl-C) ends counting and keeps the counts so far.
 
     Args:
         name: Name of the split.
-        reader: Its rows.
-        census: What counts its images; a new one for each split.
-        limit: Look at the images of the first so many rows only; 0 for none.
+        reader: Reader of the split.
+        census: Counter of images; give a new one for each split.
+        limit: Examine only the images of the first ``limit`` rows; 0 for none, None for all.
 
     Raises:
         InputError: If ``limit`` is negative.
@@ -250,7 +252,7 @@ def inspect_reader(
 
 
 def count_labels(labels: np.ndarray) -> dict[str, int]:
-    """Rows by winner, for labels of image a with NaN for none."""
+    """Count rows by winner, from ``label_a`` ``(N,)`` with NaN for unlabelled rows."""
     return {
         "a wins": int((labels > 0.5).sum()),
         "b wins": int((labels < 0.5).sum()),
@@ -260,7 +262,7 @@ def count_labels(labels: np.ndarray) -> dict[str, int]:
 
 
 def quantiles(values: Sequence[int]) -> dict[str, int]:
-    """Values at ``QUANTILES``, each one that occurs; empty without values."""
+    """Return the quantiles ``QUANTILES``, each an element of ``values``; empty if there are no values."""
     if not values:
         return {}
     found = np.quantile(np.array(values), list(QUANTILES.values()), method="inverted_cdf")
@@ -268,7 +270,10 @@ def quantiles(values: Sequence[int]) -> dict[str, int]:
 
 
 def find_leakage(first: str, second: str, contents: tuple[SplitContents, SplitContents]) -> Leakage:
-    """What two splits have in common; an image without name or hash is like no other."""
+    """Count prompts, image names and image contents that two splits share.
+
+    Images without a name are left out of the names, images without a hash out of the contents.
+    """
     shared: dict[str, int] = {}
     rows: tuple[dict[str, int], dict[str, int]] = ({}, {})
     for what, unknown, values in (

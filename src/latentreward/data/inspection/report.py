@@ -1,4 +1,4 @@
-"""An inspection as text and as JSON."""
+"""Report of a data set's inspection, as text tables and as JSON."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -8,24 +8,25 @@ from latentreward.data.inspection.counts import ImageCounts, Leakage, SplitCount
 from latentreward.data.inspection.score_tables import ScoreCounts
 
 MOST_SIZES = 8
+"""Image sizes to list by themselves; the others are summed up."""
 ORDER = ("train", "val", "test")
-"""How names of splits begin, those first that give way to later ones."""
+"""Starts of split names; of rows with a shared prompt, training leaves out those of the earlier split in this order."""
 Cells = Mapping[str, Sequence[str]]
 
 
 @dataclass
 class Report:
-    """Everything found in a data set.
+    """Results of the inspection of a data set.
 
     Attributes:
-        data: What was inspected.
-        splits: Counts by split.
-        unread: Splits that no reader could be made for, with the error.
-        leakage: What each two splits share.
-        scores: Counts by split over the score table.
-        scores_note: Why a split has no such counts.
-        decoded: Whether images were decoded, not just their headers read.
-        complete: Whether the inspection went to its end.
+        data: Folder, file or data set that was inspected.
+        splits: Counts of each split.
+        unread: Split → error, for splits whose reader could not be constructed.
+        leakage: Prompts and images that each two splits share.
+        scores: Split → counts over the score table.
+        scores_note: Split → reason why it has no counts over the score table.
+        decoded: Whether images were decoded; otherwise only their headers were read.
+        complete: False if an interrupt ended the inspection early.
     """
 
     data: str
@@ -38,11 +39,11 @@ class Report:
     complete: bool = True
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; sizes as ``HEIGHTxWIDTH``."""
+        """Return the report as dicts, lists and plain values; image sizes become keys ``HEIGHTxWIDTH``."""
         return _plain(self)
 
     def to_text(self) -> str:
-        """Tables, one column per split."""
+        """Return the report as text tables with one column per split."""
         sections = [
             f"{self.data} ({', '.join(dict.fromkeys(split.reader for split in self.splits))})",
             *(f"split {name} was not read: {problem}" for name, problem in self.unread.items()),
@@ -66,7 +67,7 @@ class Report:
         return table(title, [split.name for split in self.splits], rows)
 
     def _by(self, counts_of: Callable[[SplitCounts], Mapping[str, int]]) -> Cells:
-        """A row for each reason that any split has, most frequent first."""
+        """Return table rows of counts by reason, for every reason in any split, most frequent first."""
         found = [counts_of(split) for split in self.splits]
         reasons = dict.fromkeys(reason for counts in found for reason in counts)
         ordered = sorted(reasons, key=lambda reason: -sum(counts.get(reason, 0) for counts in found))
@@ -87,7 +88,7 @@ class Report:
 
 
 def _plain(value: Any) -> Any:
-    """Records and mappings as dicts with text keys, sequences as lists."""
+    """Convert dataclasses and mappings to dicts with text keys, and sequences to lists."""
     if is_dataclass(value):
         return {item.name: _plain(getattr(value, item.name)) for item in fields(value)}
     if isinstance(value, Mapping):
@@ -96,7 +97,7 @@ def _plain(value: Any) -> Any:
 
 
 def table(title: str, columns: Sequence[str], rows: Cells) -> str:
-    """Right-aligned columns under a title; empty without rows."""
+    """Format a text table with a title and right-aligned columns; empty text if there are no rows."""
     if not rows:
         return ""
     first = max(map(len, rows))
@@ -152,7 +153,10 @@ def _leakage_table(leaks: Sequence[Leakage]) -> str:
 
 
 def _dropped_table(leaks: Sequence[Leakage], rows: Mapping[str, int]) -> str:
-    """Rows that a split would lose to a later one with their prompts, where the names tell which is later."""
+    """Return the table of rows that training leaves out because a later split has their prompt.
+
+    Pairs of splits whose order ``ORDER`` does not give are left out.
+    """
     dropped = {}
     for leak in leaks:
         sides = [(leak.first, leak.first_rows["prompts"]), (leak.second, leak.second_rows["prompts"])]

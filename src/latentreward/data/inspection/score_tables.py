@@ -1,4 +1,4 @@
-"""Counts over a score table: how often a scorer contradicts the label, and what each filter strategy keeps."""
+"""Counts over a score table: how often a scorer contradicts the label, and how many pairs each MPCF strategy keeps."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -13,14 +13,14 @@ from latentreward.errors import InputError
 
 @dataclass(frozen=True)
 class ScorerCounts:
-    """One scorer against the labels.
+    """Agreement of one scorer with the labels.
 
     Attributes:
-        pairs: Pairs that one image won and that have a gap.
-        below: Those whose chosen image scores below the rejected one.
-        equal: Those whose images score the same.
+        pairs: Decided pairs (not ties) that have a score gap.
+        below: Pairs of these whose chosen image scores below the rejected image.
+        equal: Pairs of these whose images have equal scores.
         missing: Decided pairs and ties without a score.
-        share_below: ``below`` / ``pairs``; None without pairs.
+        share_below: ``below / pairs``; None if ``pairs`` is 0.
     """
 
     pairs: int
@@ -32,14 +32,14 @@ class ScorerCounts:
 
 @dataclass(frozen=True)
 class StrategyCounts:
-    """What one filter keeps.
+    """Numbers of pairs that one filter keeps and drops, see :class:`~latentreward.data.mpcf.MPCF`.
 
     Attributes:
-        strategy: Published strategy.
-        comparison: ``code`` (gaps above the floors) or ``paper`` (also gaps equal to them).
-        decided: Pairs kept that one image won.
-        ties: Ties kept, by the limits of the released code.
-        dropped: Pairs dropped, by reason.
+        strategy: Number of the published strategy.
+        comparison: ``code`` keeps gaps above the floors; ``paper`` also keeps gaps equal to the floors.
+        decided: Decided pairs (not ties) that are kept.
+        ties: Ties that are kept, by the limits of the released code.
+        dropped: Number of dropped pairs by reason.
     """
 
     strategy: int
@@ -51,14 +51,14 @@ class StrategyCounts:
 
 @dataclass
 class ScoreCounts:
-    """A score table for the rows of one split.
+    """Counts over a score table for the rows of one split.
 
     Attributes:
-        rows: Rows of the split.
-        problems: Rows of which the table says nothing, by reason.
-        scorers: Counts by scorer.
-        strategies: What each strategy keeps; empty if the table lacks a scorer of theirs.
-        note: Why ``strategies`` is empty.
+        rows: Number of rows of the split.
+        problems: Number of rows for which the table has no usable gap, by reason.
+        scorers: Scorer → agreement with the labels.
+        strategies: Counts for each strategy and comparison; empty if the table lacks a scorer of the strategies.
+        note: Reason why ``strategies`` is empty.
     """
 
     rows: int
@@ -69,7 +69,7 @@ class ScoreCounts:
 
 
 def inspect_scores(gaps: PairGaps) -> ScoreCounts:
-    """Count what a table's gaps say about the labels, and what each strategy of MPCF keeps of the pairs.
+    """Count how each scorer agrees with the labels, and how many pairs each MPCF strategy keeps.
 
     Args:
         gaps: Gaps of the rows of one split.
