@@ -84,8 +84,8 @@ examples:
   latentreward predict --config runs/1/config.yaml --ckpt_path runs/1/last.ckpt --predictions.output_dir scores
 
 A later file or setting overrides an earlier one; lists of trainer.callbacks are joined (null or [] clears the list).
-A file configs/... that is not in the current folder is read from the installed package: `latentreward configs` lists them. Class paths
-may name your own modules in the current folder.
+A file configs/... that is not in the current folder is read from the installed package; `latentreward configs` lists
+these files. Class paths may name your own modules in the current folder.
 
 options, at any position:
   --help, --version       `COMMAND --help` lists all settings of COMMAND
