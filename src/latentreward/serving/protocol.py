@@ -102,7 +102,9 @@ class Accepted:
         if height % self.patch or width % self.patch:
             raise RequestError(f"latents of {height} × {width} must have sides divisible by {self.patch}", 422)
         if max(height, width) > (self.max_side or max(height, width)):
-            raise RequestError(f"latents of {height} × {width} have a side over the network's {self.max_side}", 422)
+            raise RequestError(
+                f"latents of {height} × {width} have a side over {self.max_side}, the limit of this network", 422
+            )
         for name, found, most in (
             ("latents: h · w", height * width, self.max_pixels),
             ("prompt_embeds: tokens", tokens, self.max_tokens),
