@@ -76,7 +76,7 @@ def test_finite_for_large_scores(mode: str, size: float) -> None:
 
 def test_only_batch_modes_need_cross_scores() -> None:
     assert [LRMLoss(mode).needs_cross_scores for mode in ("pair", "batch", "both")] == [False, True, True]
-    with pytest.raises(InputError, match=re.escape("use mode 'pair' or a head that projects")):
+    with pytest.raises(InputError, match=re.escape("use mode 'pair' or a head that embeds")):
         LRMLoss("both")(scores_of(torch.ones(3)))
 
 
