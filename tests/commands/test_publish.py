@@ -268,5 +268,5 @@ def test_bad_input(arguments: list[str], message: str, run: Path, pictures: Path
 
 
 def test_an_output_that_holds_anything_else(run: Path, pictures: Path, capsys: Any) -> None:
-    assert "no model folder that may be replaced" in refused(capsys, run, pictures)
+    assert "not a model folder that may be replaced" in refused(capsys, run, pictures)
     assert (pictures / "00.jpg").is_file()

@@ -371,7 +371,7 @@ def test_only_model_folders_and_empty_ones_are_replaced(tmp_path: Path) -> None:
         model.save_pretrained(tmp_path / "file")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text('{"model_type": "clip"}')
-    with pytest.raises(InputError, match="no model folder"):
+    with pytest.raises(InputError, match="not a model folder"):
         model.save_pretrained(tmp_path / "other")
     assert (saved / "notes.txt").read_text() == "mine"
 

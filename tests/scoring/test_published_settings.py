@@ -116,9 +116,7 @@ def test_a_saved_folder_keeps_the_settings_and_takes_no_others(tmp_path: Path) -
     model.save_pretrained(tmp_path / "saved")
     again = RewardModel.from_pretrained(tmp_path / "saved", base=BASE)
     assert torch.equal(scores_of(again), scores_of(model))
-    with pytest.raises(
-        InputError, match=r"published is set, but reward model .* has neither published layout"
-    ):
+    with pytest.raises(InputError, match=r"published is set, but reward model .* has neither published layout"):
         RewardModel.from_pretrained(tmp_path / "saved", base=BASE, published=settings)
 
 

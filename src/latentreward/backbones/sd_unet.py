@@ -118,7 +118,7 @@ class SDUNetBackbone(DiffusionBackbone):
         temb = unet.time_embedding(unet.get_time_embed(sample=sample, timestep=timesteps))
         if unet.config.addition_embed_type == "text_time":
             height, width = (float(side) for side in self.native_size)
-            # original size, crop and target size of SDXL's conditioning: native, none, native, as LRM-SDXL was trained
+            # SDXL's size conditioning as in training of LRM-SDXL: original size native, no crop, target size native.
             sizes = [height, width, 0.0, 0.0, height, width]
             temb = temb + unet.get_aug_embed(
                 emb=temb,

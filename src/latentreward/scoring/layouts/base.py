@@ -29,7 +29,7 @@ class StoredReward(ABC):
 
     @property
     def exif(self) -> ExifOrientation:
-        """Whether images are turned upright by their EXIF orientation; the published layouts ignore the orientation."""
+        """Handling of images' EXIF orientation, ``apply`` or ``ignore``; ``ignore`` for the published layouts."""
         return "ignore"
 
     @abstractmethod

@@ -116,7 +116,7 @@ class FolderGuard:
         files = (
             [] if spec is None else [spec.origin, *(f"{place}/*" for place in spec.submodule_search_locations or ())]
         )
-        for place in (Path(file).parent.resolve() for file in files if file):  # files of the hub's cache are links
+        for place in (Path(file).parent.resolve() for file in files if file):  # resolve: the hub's cache holds links
             if any(place.is_relative_to(folder) for folder in self.folders):
                 raise InputError(f"module {name!r} lies in {place}, beside a model that came from others; install it")
 
