@@ -119,7 +119,7 @@ class ScoreTable:
         return oriented_gap(first, second, labels)
 
     def _rows_of(self, reader: PairReader) -> np.ndarray:
-        """Return the table's row number of every pair of the reader, ``(len(reader),)``; -1 for pairs not in the table."""
+        """Return the table's row number of each of the reader's pairs, ``(len(reader),)``; -1 if not in the table."""
         if PAIR_ID not in self._table.column_names:
             if len(reader) != len(self):
                 raise InputError(
