@@ -61,7 +61,7 @@ def check_ranges(settings: Any, place: str = "") -> None:
         *_, owner, last = re.sub(r"\[\d+\]", "", f".{name}").split(".")
         interval = RANGES.get(f"{owner}.{last}") or RANGES.get(last) or f"[-{LARGEST}, {LARGEST}]"
         if value == {} and last in RANGES:  # Lightning would read {} as a time of zero
-            raise InputError(f"{name}: {{}} is no number; give one in {interval}")
+            raise InputError(f"{name}: {{}} is not a number; give one in {interval}")
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
         if not math.isfinite(value):

@@ -54,7 +54,7 @@ def rewrite_settings(settings: Any, short_names: Mapping[str, str]) -> Any:
     if isinstance(settings, dict) and "trainer" in settings:
         settings = {**settings, "trainer": _append_callbacks(settings["trainer"])}
     for section in SECTIONS if isinstance(settings, dict) else ():
-        if not isinstance(given := settings.get(section, {}), dict):  # jsonargparse drops anything else
+        if not isinstance(given := settings.get(section, {}), dict):  # jsonargparse would silently drop other values
             raise InputError(f"{section}: expected a mapping of settings, got {as_text(given)}; set {section}.NAME")
     return settings
 

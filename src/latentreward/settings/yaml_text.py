@@ -48,7 +48,9 @@ def _size(node: yaml.Node, sizes: dict[int, int]) -> int:
     """
     if id(node) in sizes:
         if not sizes[id(node)]:
-            raise yaml.YAMLError(f"line {_line(node)}: an alias stands inside what it repeats; write it out")
+            raise yaml.YAMLError(
+                f"line {_line(node)}: an alias is inside the value that it repeats; write the value out"
+            )
         return sizes[id(node)]
     if node.tag not in PLAIN_TAGS and not node.tag.endswith(":timestamp") and not node.tag.endswith(":value"):
         raise yaml.YAMLError(f"line {_line(node)}: the tag {node.tag!r} is not accepted; write a plain value")
@@ -67,7 +69,7 @@ def _check_keys(node: yaml.MappingNode) -> None:
     lines: dict[str, int] = {}
     for key, _ in node.value:
         if not isinstance(key, yaml.ScalarNode):
-            raise yaml.YAMLError(f"line {_line(key)}: a list or mapping is no key; write a name")
+            raise yaml.YAMLError(f"line {_line(key)}: a list or mapping is not a key; write a name")
         if key.value in lines:
             raise yaml.YAMLError(
                 f"line {_line(key)}: {key.value!r} is given twice, first in line {lines[key.value]}; keep one of them"

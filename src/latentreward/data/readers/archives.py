@@ -95,7 +95,7 @@ class ImageArchives:
         bites: list[bytes] = []
         try:
             with cast(zipfile.ZipExtFile, self._open(part).open(name)) as stream:
-                stream.MIN_READ_SIZE = BITE  # 4096 otherwise, more than a small image
+                stream.MIN_READ_SIZE = BITE  # the default of 4096 may be more than a whole image
                 while bite := stream.read(BITE):
                     bites.append(bite)
         except DAMAGE:

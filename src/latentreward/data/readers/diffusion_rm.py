@@ -192,7 +192,7 @@ class DiffusionRMReader(SideExchangingReader):
         numbers = {name: _integer(row[name]) for name in INDEX_COLUMNS[2:]}
         for name, number in numbers.items():
             if number is None:
-                self.refuse(pair_id, f"{name} is {row[name]!r:.40}, no count", "index row not readable")
+                self.refuse(pair_id, f"{name} is {row[name]!r:.40}, not a count", "index row not readable")
                 return None
         group, inner, width, height = (int(number) for number in numbers.values() if number is not None)
         path = row["parquet_path"]
@@ -205,7 +205,7 @@ class DiffusionRMReader(SideExchangingReader):
             self.refuse(pair_id, f"{file} has no row {inner} in row group {group}", "row beyond the parquet part")
             return None
         if Bucket(height, width) not in self._buckets:
-            self.refuse(pair_id, f"size {height}x{width} is no bucket", "size is no bucket")
+            self.refuse(pair_id, f"size {height}x{width} is not a bucket", "size is no bucket")
             return None
         place = int(table.starts[group]) + inner
         size = [height // DOWNSCALE, width // DOWNSCALE]
@@ -255,7 +255,7 @@ def _read_index(index: Path) -> Iterator[tuple[int, dict[str, str]]]:
             for row in rows:
                 yield rows.line_num, row
         except csv.Error as error:
-            raise InputError(f"{index}: line {rows.line_num} is no CSV ({error}); write the index again") from error
+            raise InputError(f"{index}: line {rows.line_num} is not CSV ({error}); write the index again") from error
 
 
 def _integer(text: str) -> int | None:

@@ -48,7 +48,9 @@ class FolderPairReader(JSONReader):
         self._folder = Path(root, split) if split else Path(root)
         for side in SIDES:
             if not (self._folder / side).is_dir():
-                raise InputError(f"root: no folder {self._folder / side}; pairs lie in chosen/ and rejected/")
+                raise InputError(
+                    f"root: no folder {self._folder / side}; put the images of pairs into chosen/ and rejected/"
+                )
         files = {side: _find_images(self._folder / side) for side in SIDES}
         captions = self._read_captions_file() if (self._folder / CAPTIONS_FILE).is_file() else None
         rows = [
@@ -99,7 +101,7 @@ class FolderPairReader(JSONReader):
             if isinstance(name, str) and prompt is not None:
                 captions[name] = prompt
             else:
-                problem = 'the line is no object with the texts "name" and "prompt"'
+                problem = 'the line is not an object with the texts "name" and "prompt"'
                 self.refuse(f"{CAPTIONS_FILE}:{line}", problem, "caption line not readable")
         return captions
 

@@ -167,7 +167,7 @@ class ImageRewardDBReader(GroupReader):
         if isinstance(path, str) and path and part is not None:
             return f"{part}/{PurePosixPath(parse_text(path) or '').name}"
         if self.on_error == "raise":
-            self.refuse(name, f"image_path is {short(path)}, no path to a part", NO_IMAGE)
+            self.refuse(name, f"image_path is {short(path)}, not a path to a part", NO_IMAGE)
         return None
 
 
@@ -186,7 +186,7 @@ def _find_places(source: str, split: str, parts: Sequence[int] | None, revision:
         numbers = range(1, PARTS[split] + 1) if parts is None else parts
         return fetch_files(source, [f"images/{split}/{split}_{number}.zip" for number in numbers], revision)
     found: dict[int, Path] = {}
-    for path in sorted(folder.glob(f"{split}_*"), reverse=True):  # folders come last and win over their zip files
+    for path in sorted(folder.glob(f"{split}_*"), reverse=True):  # a folder comes after its zip file and replaces it
         number = re.fullmatch(rf"{re.escape(split)}_(\d+)(\.zip)?", path.name)
         if number and (path.is_dir() or number[2]):
             found[int(number[1])] = path

@@ -164,7 +164,7 @@ class JSONLPairReader(JSONReader):
         """Return whether the row has broken no rule so far, and its weight, 1 by default."""
         weight = 1.0 if value is None else parse_number(value)
         if sound and (weight is None or weight < 0):
-            self.refuse(name, f"weight is {short(value)}, no number of 0 or more", "weight not readable")
+            self.refuse(name, f"weight is {short(value)}, not a number of 0 or more", "weight not readable")
             return False, 1.0
         return sound, weight if sound and weight is not None else 1.0
 

@@ -270,7 +270,7 @@ class RowGroupColumns:
         self._start()
 
     def read(self, part: int, row: int, columns: Sequence[str] | None = None) -> tuple[Any, ...]:
-        """Values of the columns, or of some of them, in row ``row`` of part number ``part``."""
+        """Return the values of ``columns`` (all by default) in row ``row`` of part number ``part``."""
         if self._process != os.getpid():
             self._start()
         file, ends = self._open(part)
@@ -331,6 +331,6 @@ class ArrowColumns:
         self._rows = self._rows.with_format("arrow")
 
     def read(self, part: int, row: int, columns: Sequence[str] | None = None) -> tuple[Any, ...]:
-        """Values of the columns, or of some of them, in row ``row`` of part number ``part``."""
+        """Return the values of ``columns`` (all by default) in row ``row`` of part number ``part``."""
         table = self._rows[int(self.starts[part]) + row]
         return tuple(table.column(name)[0].as_py() for name in columns or self.columns)

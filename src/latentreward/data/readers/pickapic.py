@@ -39,7 +39,9 @@ COLUMNS = {
 }
 LARGE_ROW_GROUP = 64 * 2**20
 TOLERANCE = 1e-6
-WITHOUT_IMAGES = "this is the copy without images: take the one with them, or set images to none for prompts and labels"
+WITHOUT_IMAGES = (
+    "this is the copy without images: take the copy with images, or set images to none for prompts and labels"
+)
 SCHEMA_HINT = "give the published parquet files, or write a PairReader for your own"
 
 

@@ -208,7 +208,7 @@ def _scan(tar: Path) -> tuple[list[tuple[str, Extent]], str | None]:
             # tarfile stops without an error both at a damaged header and at the zeros that end a whole tar
             end = archive.offset
     except tarfile.TarError as error:
-        return members, f"{'the tar ends early' if members else 'no uncompressed tar'} ({error})"
+        return members, f"{'the tar ends early' if members else 'not an uncompressed tar'} ({error})"
     with tar.open("rb", buffering=0) as file:
         whole = _read(file, (end, tarfile.BLOCKSIZE)) == bytes(tarfile.BLOCKSIZE)
     return members, None if whole else f"the tar ends early (at byte {end} of {size})"
