@@ -359,7 +359,7 @@ def test_lpos_published_policy_is_a_unet_in_the_folder_of_its_base(
         ([SD_TINY, "--num_prompts=0"], "num_prompts: 0 is outside"),
         ([SD_TINY, "--images_scored=second"], "images_scored"),
         ([SD_TINY, "--device=tpu9"], "device is 'tpu9'"),
-        ([SD_TINY, "--prompts=nothing*.txt"], "no file is like nothing*.txt"),
+        ([SD_TINY, "--prompts=nothing*.txt"], "no file matches nothing*.txt"),
         ([SD_TINY, "--prompts=null"], "set prompts"),
         ([SD_TINY, f"--scorers=[{GENEVAL}]"], "evaluation_metadata.jsonl"),
     ],

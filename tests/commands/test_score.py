@@ -435,7 +435,7 @@ def test_a_complete_table_is_not_made_again(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["nowhere", "s.csv"], "'nowhere' is no folder, no file, and no pattern"),
+        (["nowhere", "s.csv"], "'nowhere' is neither a folder, a file, nor a pattern"),
         (["pics", "s.txt"], "output is s.txt; it must end in .parquet, .csv or .jsonl"),
         (["pics", "s.csv", "--gallery=page.pdf"], "gallery is page.pdf; give a file that ends in .html"),
         (["pics", "s.csv", "--batch_size=0"], "batch_size: 0 is outside"),

@@ -51,7 +51,7 @@ def test_custom_buckets_and_smallest_size() -> None:
 
 @pytest.mark.parametrize(
     ("sizes", "message"),
-    [([], "none given"), ([(64, 0)], r"\[64, 0\] is no size"), ([(64, 32), (64, 32)], "twice")],
+    [([], "none given"), ([(64, 0)], r"\[64, 0\] is not a size"), ([(64, 32), (64, 32)], "twice")],
 )
 def test_bad_bucket_lists_are_refused(sizes: list[tuple[int, int]], message: str) -> None:
     with pytest.raises(InputError, match=message):

@@ -168,5 +168,5 @@ def test_a_set_keeps_repeated_prompts_and_names_what_is_missing(tmp_path: Path) 
     (tmp_path / "c.txt").write_text("")
     with pytest.raises(InputError, match=r"c.txt holds no prompt"):
         read_prompt_set(f"{tmp_path}/*.txt")
-    with pytest.raises(InputError, match=r"no file is like .*x\*; give a file"):
+    with pytest.raises(InputError, match=r"no file matches .*x\*; give a file"):
         read_prompt_set(f"{tmp_path}/x*")

@@ -86,7 +86,7 @@ def test_pairs_of_the_reference_reader(case: Case) -> None:
 
 @dataset
 def test_rows_that_match_no_bucket(case: Case) -> None:
-    with pytest.raises(InputError, match="is no bucket"):
+    with pytest.raises(InputError, match="is not a bucket"):
         open_reader(case, "bucket_index_unmatched.csv")
     reader = open_reader(case, "bucket_index_unmatched.csv", on_error="skip")
     with case.file("bucket_index_unmatched.csv").open(newline="") as stream:

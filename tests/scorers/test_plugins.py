@@ -93,7 +93,7 @@ def test_a_column_by_image(tmp_path: Path) -> None:
         ("vqa_a,vqa_b\n1,2\n", "no column pair_id or image_key; it has vqa_a, vqa_b"),
         ("pair_id,vqa_a\nx,1\n", "no column vqa_b; it has pair_id, vqa_a"),
         ("image_key,vqa\nx,1\nx,2\n", "1 rows repeat an earlier image_key"),
-        ("image_key,vqa\nx,word\n", "column vqa is string, no numbers"),
+        ("image_key,vqa\nx,word\n", "column vqa is string, not numbers"),
     ],
 )
 def test_files_that_are_refused(tmp_path: Path, text: str, message: str) -> None:

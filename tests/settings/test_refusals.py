@@ -101,9 +101,9 @@ def test_null_on_the_command_line_is_refused_where_the_type_does_not_allow_it(va
     [
         ("trainer:\n  max_steps: 3\n  max_steps: 4\n", "line 3: 'max_steps' is given twice, first in line 2"),
         ("trainer: {callbacks: !!set {a, b}}", "line 1: the tag 'tag:yaml.org,2002:set' is not accepted"),
-        ("a: &a [*a]", "line 1: an alias stands inside what it repeats"),
+        ("a: &a [*a]", "line 1: an alias is inside the value that it repeats"),
         ("[" * 200 + "]" * 200, "more than 100 lists and mappings inside each other"),
-        ("{[1]: 2}", "line 1: a list or mapping is no key"),
+        ("{[1]: 2}", "line 1: a list or mapping is not a key"),
         ("trainer: []", "trainer: expected a mapping of settings, got []"),
         ("nan_guard: 5", "nan_guard: expected a mapping of settings, got 5"),
         ("trainer: {callbacks: [{}]}", "trainer.callbacks: {} in a list names nothing"),
@@ -132,7 +132,7 @@ def test_aliases_that_multiply_are_refused_before_they_are_built(capsys) -> None
             ("model: {init_args: {eval_timesteps: [1, .nan]}}", "model.eval_timesteps[1]: nan"),
             ("model: {init_args: {backbone: {init_args: {lora: {alpha: -1}}}}}", "model.backbone.lora.alpha: -1.0"),
             ("model: {init_args: {backbone: {init_args: {lora: {dropout: 1.0}}}}}", "model.backbone.lora.dropout: 1.0"),
-            ("trainer: {val_check_interval: {}}", "trainer.val_check_interval: {} is no number"),
+            ("trainer: {val_check_interval: {}}", "trainer.val_check_interval: {} is not a number"),
             ("trainer: {accumulate_grad_batches: -3}", "trainer.accumulate_grad_batches: -3"),
             ("trainer: {accumulate_grad_batches: 0}", "trainer.accumulate_grad_batches: 0"),
             ("trainer: {limit_train_batches: 0}", "trainer.limit_train_batches: 0"),
@@ -146,7 +146,7 @@ def test_aliases_that_multiply_are_refused_before_they_are_built(capsys) -> None
 def test_numbers_outside_their_range(text: str, field: str, capsys) -> None:
     line = refusal_of(text, capsys)
     assert line.startswith(field)
-    assert "is not finite" in line or "is outside" in line or "is no number; give one in" in line
+    assert "is not finite" in line or "is outside" in line or "is not a number; give one in" in line
 
 
 def test_a_file_that_is_no_text_is_refused_by_name(capsys) -> None:

@@ -49,7 +49,7 @@ def sort_buckets(sizes: Sequence[tuple[int, int]]) -> tuple[Bucket, ...]:
         raise InputError("buckets: none given; give at least one [height, width]")
     for number, (height, width) in enumerate(sizes):
         if height < 1 or width < 1:
-            raise InputError(f"buckets: [{height}, {width}] is no size; give positive pixels as [height, width]")
+            raise InputError(f"buckets: [{height}, {width}] is not a size; give positive pixels as [height, width]")
         if (height, width) in [(*size,) for size in sizes[:number]]:
             raise InputError(f"buckets: [{height}, {width}] is given twice; leave one out")
     return tuple(sorted((Bucket(height, width) for height, width in sizes), key=lambda bucket: bucket.area))

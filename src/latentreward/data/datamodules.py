@@ -62,7 +62,7 @@ class PairLoaders(LightningDataModule):
         self.seed = run_seed(seed)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """Return batches of ``val``, each pair once over all ranks; in training, an empty list if ``val`` is not set."""
+        """Return batches of ``val``, each pair once over all ranks; in training, an empty list if ``val`` is unset."""
         if "val" in self.datasets or (self.trainer is not None and self.trainer.state.fn == TrainerFn.VALIDATING):
             return self._evaluation_loader("val")
         return []

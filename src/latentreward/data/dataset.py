@@ -76,7 +76,7 @@ class PairDataset(Dataset[LoadedPair | SkippedPair]):
     ) -> None:
         if reader.holds != "images":
             raise InputError(
-                f"{type(reader).__name__}: its rows hold {reader.holds}, no images; {REMEDY[reader.holds]}"
+                f"{type(reader).__name__}: its rows hold {reader.holds}, not images; {REMEDY[reader.holds]}"
             )
         self.reader, self.loader, self.name = reader, replace(loader, exif=reader.exif), name
         self.on_error = reader.own_on_error or on_error

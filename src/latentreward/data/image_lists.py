@@ -183,7 +183,7 @@ def _pictures(source: str) -> tuple[Path, list[Path], list[str]]:
     files = sorted(file for file in matches if _is_picture(file) and not file.is_dir())
     if not files:
         raise InputError(
-            f"images: {source!r} is no folder, no file, and no pattern that a picture matches; give a folder, a "
+            f"images: {source!r} is neither a folder, a file, nor a pattern that matches a picture; give a folder, a "
             "pattern such as 'pics/**/*.png', or a list that ends in .jsonl or .csv"
         )
     return Path(*takewhile(lambda part: not glob.has_magic(part), place.parts[:-1])), files, []

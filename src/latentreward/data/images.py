@@ -253,13 +253,15 @@ def resolve_inside(root: Path, path: Path) -> Path | None:
     try:
         resolved = path.resolve()
         return resolved if resolved.is_relative_to(root.resolve()) else None
-    except (OSError, RuntimeError, ValueError):  # a loop of links, a name that is too long or holds a null byte
+    except (OSError, RuntimeError, ValueError):  # a loop of links, or a name that is too long or has a null byte
         return None
 
 
 def _open_source(image: ImageRef) -> BytesIO | Path:
     if image.holds == "latents":
-        raise InputError(f"image {image.image_key!r} holds latents, no image; import them with `latentreward cache`")
+        raise InputError(
+            f"image {image.image_key!r} holds latents, not an image; import them with `latentreward cache`"
+        )
     if image.data is not None:
         if not image.data:
             raise image_error(image, EMPTY, "0 bytes")

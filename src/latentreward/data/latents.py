@@ -29,10 +29,10 @@ def decode_latents(image: ImageRef) -> np.ndarray:
     try:
         array = np.load(BytesIO(image.data), allow_pickle=False)
     except (ValueError, OSError, EOFError, TypeError, SyntaxError) as error:  # what numpy raises on damaged bytes
-        raise image_error(image, DAMAGED, f"no whole np.save array: {error}") from error
+        raise image_error(image, DAMAGED, f"not a whole np.save array: {error}") from error
     if not isinstance(array, np.ndarray) or array.ndim != 3 or str(array.dtype) not in DTYPES:
         found = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
-        raise image_error(image, DAMAGED, f"{found} is no (C, h, w) of {' or '.join(DTYPES)}")
+        raise image_error(image, DAMAGED, f"{found} is not a (C, h, w) array of {' or '.join(DTYPES)}")
     if not np.isfinite(array).all():
         raise image_error(image, DAMAGED, "values that are not finite")
     return array

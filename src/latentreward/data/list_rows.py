@@ -44,7 +44,7 @@ def _json_lines(file: Path) -> Iterator[Line]:
         except (ValueError, RecursionError) as error:
             row = f"not JSON ({first_line(error)})"
         else:
-            row = row if isinstance(row, dict) else f"{short(row)} is no object"
+            row = row if isinstance(row, dict) else f"{short(row)} is not an object"
         yield number, row
 
 

@@ -46,7 +46,7 @@ class ResumableBatchSampler(Protocol):
         """Yield this rank's remaining batches of indices in the epoch; iterating does not change the saved state."""
 
     def __len__(self) -> int:
-        """Return the batches per rank of a *whole* epoch, also after a resume; Lightning subtracts those used itself."""
+        """Return the batches per rank of a *whole* epoch, also after a resume: Lightning counts used batches too."""
 
     def remaining(self) -> int:
         """Return the batches per rank that an iteration started now yields, from 0 to ``len(self)``."""

@@ -119,7 +119,7 @@ class ScoreTable:
         return oriented_gap(first, second, labels)
 
     def _rows_of(self, reader: PairReader) -> np.ndarray:
-        """Return the table's row number of every pair of the reader, ``(len(reader),)``; -1 for pairs not in the table."""
+        """Return the table's row number of each of the reader's pairs, ``(len(reader),)``; -1 if not in the table."""
         if PAIR_ID not in self._table.column_names:
             if len(reader) != len(self):
                 raise InputError(
@@ -144,7 +144,7 @@ class ScoreTable:
         repeated = counts.filter(pc.greater(counts.field("counts"), 1))
         if len(repeated):
             raise InputError(
-                f"{self.path}: {PAIR_ID} {repeated[0]['values'].as_py()!r} stands in {repeated[0]['counts'].as_py()} "
+                f"{self.path}: {PAIR_ID} {repeated[0]['values'].as_py()!r} is in {repeated[0]['counts'].as_py()} "
                 f"rows ({len(repeated)} such pairs); leave one row per pair"
             )
 
@@ -182,7 +182,7 @@ def read_table(path: Path) -> pa.Table:
             table = pa_csv.read_csv(path, parse_options=lines, convert_options=text)
     except (pa.ArrowException, OSError) as error:
         raise InputError(
-            f"{path}: no whole {path.suffix[1:]} file ({first_line(error)}); get or make it anew"
+            f"{path}: not a whole {path.suffix[1:]} file ({first_line(error)}); get or make it anew"
         ) from error
     names = table.column_names
     if repeated := [name for name in names if names.count(name) > 1]:
@@ -204,7 +204,7 @@ def numbers(table: pa.Table, name: str, path: Path) -> np.ndarray:
     try:
         return column.cast(pa.float64()).to_numpy().astype(np.float64)
     except pa.ArrowException as error:
-        raise InputError(f"{path}: column {name} is {column.type}, no numbers ({first_line(error)})") from error
+        raise InputError(f"{path}: column {name} is {column.type}, not numbers ({first_line(error)})") from error
 
 
 def _take(values: np.ndarray, rows: np.ndarray) -> np.ndarray:

@@ -1,1 +1,1 @@
-"""Settings: how YAML files and command lines are read, checked and, where wrong, refused in one line."""
+"""Reading and checking of settings from YAML files and command lines, with one-line errors."""

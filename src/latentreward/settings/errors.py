@@ -1,6 +1,6 @@
-"""jsonargparse's and OmegaConf's messages, cut down to one line: the setting, what is wrong with it, the remedy.
+"""Rewording of jsonargparse's and OmegaConf's messages to one line: setting, problem and remedy.
 
-The originals are trees of alternatives over many lines. Wording that is not recognised here stays, on one line.
+The original messages list all alternatives of a type over many lines. An unknown message keeps its words, on one line.
 """
 
 import re
@@ -26,8 +26,9 @@ TAKEN_FROM = {
     "lightning.pytorch.loggers": "logger",
     "torch.optim": "optimizer",
 }
-"""Module -> last parts of the names of settings that take its classes."""
+"""Module -> last parts of the dotted names of settings whose values are classes of this module."""
 CLASS_MODULES = {name: module for module, names in TAKEN_FROM.items() for name in names.split()}
+"""Last part of a setting's dotted name -> module with its classes."""
 
 WRAPPERS = (
     r'Parser key "(?P<key>[^"]+)"[^:\n]*:(?P<inner>.*)',
@@ -48,17 +49,17 @@ UNKNOWN_SETTING = re.compile(
 )
 
 INTERPOLATED = r" full_key: (?:(?:fit|validate|test|predict)\.)?(\S+).*"
-"""What OmegaConf writes behind a message: the setting, under the subcommand of a trainer."""
+"""End of OmegaConf's messages, with the setting's name, which follows the subcommand for a trainer's settings."""
 UNSET = "is not set; name a setting in full, e.g. ${data.init_args.batch_size}, or a variable, ${oc.env:NAME}"
-"""What messages say of an interpolation that leads nowhere."""
+"""Message about an interpolation of a setting or variable that does not exist."""
 WORDS = {"NoneType": "null", "Sequence": "list", "Iterable": "list", "tuple": "list"}
-"""Name of a type -> what it is in YAML, where that is not the same word."""
+"""Name of a Python type -> its name in YAML, if the two differ."""
 LONGEST_VALUE = 200
-"""Characters of a wrong value that a message repeats."""
+"""Largest number of characters of a wrong value that a message repeats."""
 
 
 def summarise(message: str) -> str:
-    """One line for a message of jsonargparse or OmegaConf."""
+    """Reword a message of jsonargparse or OmegaConf to one line."""
     keys, text = [], dedent(message).strip()
     while wrapper := _unwrap(text):
         parts = wrapper.groupdict()
@@ -74,7 +75,12 @@ def summarise(message: str) -> str:
 
 
 def unknown_setting_hint(message: str, settings: Iterable[str]) -> str:
-    """Suggestion for a message about a setting that is none of ``settings``; empty for any other message."""
+    """Suggest a setting for a message about an unknown setting; empty for any other message.
+
+    Args:
+        message: Message of jsonargparse.
+        settings: Names of the settings that exist.
+    """
     match = UNKNOWN_SETTING.match(message)
     if match is None or "did you mean" in message:
         return ""
@@ -89,7 +95,10 @@ def _unwrap(text: str) -> re.Match[str] | None:
 
 
 def _telling_alternative(union: re.Match[str]) -> str:
-    """The first alternative that is more than a mismatch of types; failing that, all types in one sentence."""
+    """Return the first error of a Union's alternatives that is not a mere type mismatch.
+
+    If all are type mismatches, the result is one sentence with all types.
+    """
     alternatives = re.split(r"^  - ", union["errors"], flags=re.MULTILINE)[1:]
     alternatives = [re.sub(r"^ {4}", "", alternative, flags=re.MULTILINE) for alternative in alternatives]
     mismatch = ("Expected a <", "Expected a typing", "Not a valid subclass")
@@ -113,7 +122,7 @@ def _wrong_type(match: re.Match[str], setting: str) -> str:
 
 
 def names_for(setting: str) -> list[str]:
-    """Names that a setting which takes one of our classes may have; empty for any other."""
+    """Return the names of our classes, or backbones, that a setting accepts; empty if it accepts none of them."""
     last = setting.rpartition(".")[2]
     path = CLASS_MODULES.get(last, "")
     found = vars(sys.modules[path]) if path in sys.modules else {}
@@ -157,4 +166,4 @@ REWORDINGS: dict[str, str | Callable[[re.Match[str], str], str]] = {
     ),
     r"InputError raised while resolving interpolation: (.*)": r"\1",
 }
-"""Start of an innermost message -> how we put it, given the setting."""
+"""Regular expression for a message's start -> new text, or a function of the match and the setting that returns it."""

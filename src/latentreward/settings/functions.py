@@ -1,4 +1,7 @@
-"""Parsers of settings for subcommands that are one function; Lightning is loaded only where settings name classes."""
+"""Parsers of settings for subcommands that are plain functions.
+
+Lightning is imported only by commands whose settings may name classes, because its import takes seconds.
+"""
 
 import importlib
 import inspect
@@ -32,15 +35,15 @@ from latentreward.settings.yaml_text import check_yaml
 MODE = "omegaconf+"
 TRUSTED = ("latentreward", "torch", "lightning", "torchmetrics")
 UNTRUSTED = ("torch.hub", "torch.jit", "torch.ops", "torch.package", "torch.serialization", "torch.utils.cpp_extension")
-"""Parts of trusted packages that run code from elsewhere."""
+"""Modules of trusted packages that can run code from files or other packages; never allowed in settings."""
 RESTRICTED: list[tuple[str, ...]] = []
-"""The last entry holds the modules that ``--restrict-imports`` names; empty if it is not given."""
+"""Modules named in ``--restrict-imports``, in the last entry; the list is empty without the option."""
 TRAINER_COMMAND = r"^(fit|validate|test|predict)\."
-"""What Lightning's command line puts before the name of each setting."""
+"""Subcommand that Lightning's command line puts before the name of each setting, as a regular expression."""
 
 
 class ConfigFile(ActionConfigFile):
-    """``--config``: also finds the files installed with the package, and names the file in its errors."""
+    """Action of ``--config`` that also finds files installed with the package, and names the file in errors."""
 
     @override
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
@@ -52,13 +55,13 @@ class ConfigFile(ActionConfigFile):
 
 
 VALIDATING = ContextVar("VALIDATING", default=False)
-"""Whether a parser is inside the validation of another, whose class or section it reads."""
+"""True while a parser validates: a parser of a nested class or section then skips the checks of the outer one."""
 
 
 class SettingsParser(ArgumentParser):
-    """Parser with one-line errors that suggest the closest name.
+    """Parser of settings with one-line errors that suggest the closest name.
 
-    Null is a value like any other, and a flag without a value is true.
+    A null is checked against the setting's type like any other value. A flag without a value is true.
     """
 
     @override
@@ -66,14 +69,17 @@ class SettingsParser(ArgumentParser):
         for action in self._actions:
             if str(action.metavar).startswith("{true,false"):
                 action.nargs, action.const = "?", True
-        if args is not None and not self.exit_on_error:  # a class's own setting arrives as text made from its value
+        if args is not None and not self.exit_on_error:  # jsonargparse parses a class's own settings again, as texts
             args = [re.sub(r"=None$", "=null", argument) for argument in args]
         elif args is not None and self._subcommands_action is None:
             self._check_values(args)
         return super().parse_args(args, *more, **options)
 
     def _check_values(self, args: Sequence[str]) -> None:
-        """Refuse a class's own setting that has no value: only the class knows which of them are flags."""
+        """Raise InputError for an argument of a nested class without a value.
+
+        The parser cannot know whether such an argument is a flag, because only the class states its type.
+        """
         for option, following in zip_longest(args, args[1:], fillvalue="--"):
             owner = re.fullmatch(r"(--\w+)(\.\w+)*\.(?!help$)\w+", option)
             inside = owner is not None and owner[1] in self._option_string_actions
@@ -90,16 +96,19 @@ class SettingsParser(ArgumentParser):
         try:
             self._validate_command(namespace, *more, **options)
             if NULLS:
-                set_parsing_settings(unset_sentinel=True)  # else None is "not given" to jsonargparse: fits every type
+                set_parsing_settings(unset_sentinel=True)  # else jsonargparse accepts None for every type, as "not set"
                 self._validate_command(namespace, *more, **{**options, "skip_required": True})
         finally:
             set_parsing_settings(unset_sentinel=False)
             VALIDATING.reset(token)
 
     def _validate_command(self, namespace: Namespace, *more: Any, **options: Any) -> None:
-        """Validate a subcommand's settings once; jsonargparse would do so as a whole, and then one by one."""
+        """Validate a subcommand's settings once; jsonargparse would do so twice, as a whole and one by one.
+
+        If validation fails, jsonargparse validates again, for its message about the subcommand.
+        """
         command = namespace.get("subcommand")
-        with suppress(Exception):  # what is wrong is found again, and said of the subcommand
+        with suppress(Exception):  # super().validate raises the error again, with the subcommand's name
             self._subcommands_action._name_parser_map[command].validate(namespace[command], *more, **options)
             return
         super().validate(namespace, *more, **options)
@@ -107,7 +116,7 @@ class SettingsParser(ArgumentParser):
     @override
     def dump(self, namespace: Namespace, *more: Any, **options: Any) -> str:
         text = super().dump(namespace, *more, **{**options, "skip_validation": True})  # parsing has checked it
-        # With link targets it is jsonargparse's own copy, which OmegaConf reads: there the variable must not resolve.
+        # With link targets the dump is jsonargparse's internal copy, which OmegaConf resolves: secrets stay hidden.
         return show_secrets(text) if options.get("skip_link_targets", True) else text
 
     @override
@@ -121,13 +130,19 @@ class SettingsParser(ArgumentParser):
         message += unknown_setting_hint(
             message, [name for name in names if not re.search(r"(^|\.)(help|print_\w+)$", name)]
         )
-        if not self.exit_on_error:  # parser of a class's own settings: its caller adds where it was
+        if not self.exit_on_error:  # parser of a nested class's arguments: its caller adds the setting's name
             super().error(message, ex)
         raise InputError(summarise(message)) from ex
 
 
 def with_secrets(value: Any, place: str = "") -> Any:
-    """Copy settings with the values of the variables that only constructors may know, which stay out of saved files.
+    """Copy settings with secret environment variables, ``${secret:NAME}``, replaced by their values.
+
+    Only constructors get this copy. Saved files keep the variables' names.
+
+    Args:
+        value: Settings, possibly nested.
+        place: Dotted name of ``value``, for messages.
 
     Raises:
         InputError: If a variable is not set.
@@ -146,21 +161,24 @@ def with_secrets(value: Any, place: str = "") -> Any:
 
 
 def input_error_behind(error: BaseException | None) -> str | None:
-    """Message of our own error from which jsonargparse made ``error``, if it is one."""
+    """Return the message of the InputError among the causes of ``error``; None if there is none."""
     while error is not None and not isinstance(error, InputError):
         error = error.__cause__ or error.__context__
     return None if error is None else str(error)
 
 
 NULLS: list[str] = []
-"""Nulls among the settings, and interpolations that may become some."""
+"""Nulls among the settings, and interpolations that may resolve to null; validated a second time if there are any."""
 STAND_INS: dict[str, str] = {}
-"""Value in YAML that stands in for a variable of the environment -> the variable's name."""
+"""Default value of an environment variable, as in ``${oc.env:NAME,DEFAULT}`` -> the variable's name."""
 
 
 @contextmanager
 def naming_variables() -> Iterator[None]:
-    """Name, in an error about a value that stood in for a variable which is not set, the variable too."""
+    """Add a remedy to an InputError that contains the default of an environment variable which is not set.
+
+    The remedy names the variable to set.
+    """
     try:
         yield
     except InputError as error:
@@ -171,11 +189,11 @@ def naming_variables() -> Iterator[None]:
 
 
 def install_loader(short_names: Mapping[str, str], modules_here: bool) -> None:
-    """Make jsonargparse pass every YAML text it loads through :func:`rewrite_settings`.
+    """Make jsonargparse check and rewrite every YAML text that it loads, see :func:`rewrite_settings`.
 
     Args:
-        short_names: Of backbones.
-        modules_here: Whether the text may name modules of the current folder.
+        short_names: Short name of a backbone -> dotted path.
+        modules_here: Whether settings may name modules of the current folder.
     """
     ArgumentParser(parser_mode=MODE).parse_string("{}")  # jsonargparse registers this mode's own loader on first use
     load = getattr(get_loader(MODE), "__wrapped__", get_loader(MODE))
@@ -194,7 +212,11 @@ def install_loader(short_names: Mapping[str, str], modules_here: bool) -> None:
 
 
 def resolve_setting(key: str, *, _root_: DictConfig) -> Any:
-    """OmegaConf resolver ``${setting:fit.data.root}``, which :func:`rewrite_arguments` writes."""
+    """Return the value of a setting; resolver of ``${setting:fit.data.root}``, which :func:`rewrite_arguments` writes.
+
+    Raises:
+        InputError: If the setting does not exist.
+    """
     value = OmegaConf.select(_root_, key, default=_root_)
     if value is _root_:
         raise InputError(f"${{{re.sub(TRAINER_COMMAND, '', key)}}} {UNSET}")
@@ -202,14 +224,19 @@ def resolve_setting(key: str, *, _root_: DictConfig) -> Any:
 
 
 def kept_secret(*variable: Any) -> str:
-    """OmegaConf resolver ``${secret:NAME,default}``, which :func:`hide_secrets` writes: stays what it is."""
+    """Return the interpolation itself; resolver of ``${secret:NAME,default}``, which :func:`hide_secrets` writes."""
     return f"${{secret:{','.join('null' if part is None else str(part) for part in variable)}}}"
 
 
 def restrict_imports(modules: Sequence[str], programs: Sequence[str]) -> None:
-    """Let settings name nothing but the modules we trust and ``modules``, and start no program but ``programs``.
+    """Restrict the modules that settings may name and the programs that may be started, for the rest of the process.
 
-    It holds for the rest of the process.
+    Args:
+        modules: Modules that settings may name beside those in ``TRUSTED``.
+        programs: Absolute paths of the programs that may be started.
+
+    Raises:
+        InputError: If a name in ``modules`` is invalid, or a program is not the absolute path of a file.
     """
     try:
         set_parsing_settings(import_path_denylist=["*", *UNTRUSTED], import_path_allowlist=[*TRUSTED, *modules])
@@ -220,13 +247,14 @@ def restrict_imports(modules: Sequence[str], programs: Sequence[str]) -> None:
 
 
 def check_functions(settings: Any) -> None:
-    """Under ``--restrict-imports``, refuse functions that it does not name and that are no registered backbones.
+    """Raise InputError under ``--restrict-imports`` for a function among the settings that is not allowed.
 
-    The type of a setting says what a class is, but not what a function does: one that unpickles a file or imports a
-    module would do for a setting that takes any callable.
+    Allowed are registered backbones, and functions in the modules that ``--restrict-imports`` names. Classes need no
+    such check, because a setting's type limits them. But a setting that takes any callable would also take a function
+    that unpickles a file or imports a module.
 
     Raises:
-        InputError: If there is one.
+        InputError: If there is such a function.
     """
     if not RESTRICTED:
         return
@@ -244,17 +272,23 @@ def check_functions(settings: Any) -> None:
 
 
 def values_of(option: str, arguments: Sequence[str]) -> list[str] | None:
-    """Values of ``--OPTION=A,B`` in all its places together; None if it is nowhere."""
+    """Collect the values of every ``--OPTION=A,B`` among the arguments; None if the option is not given."""
     given = [argument for argument in arguments if re.fullmatch(rf"{option}(=.*)?", argument)]
     return [name for text in given for name in text.partition("=")[2].split(",") if name] if given else None
 
 
 def prepare_parsing(arguments: Sequence[str], classes: bool = False) -> list[str]:
-    """What every parser of settings needs beforehand; returns the arguments without those that restrict it.
+    """Set up jsonargparse and OmegaConf for parsing settings; to be called before any parser of settings is made.
 
     Args:
-        arguments: Of the command line.
-        classes: Whether settings may name classes of the user's own, in modules of the current folder.
+        arguments: Arguments of the command line.
+        classes: Whether settings may name the user's own classes, in modules of the current folder.
+
+    Returns:
+        The arguments without ``--restrict-imports`` and ``--allow-programs``, which are applied here.
+
+    Raises:
+        InputError: If ``--allow-programs`` is given without ``--restrict-imports``, or a value of either is invalid.
     """
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     OmegaConf.register_resolver("setting", resolve_setting, replace=True)
@@ -272,13 +306,21 @@ def prepare_parsing(arguments: Sequence[str], classes: bool = False) -> list[str
 def parse_function(
     function: Callable[..., None], command: str, settings: Sequence[str], bare: int = 1
 ) -> dict[str, Any]:
-    """Values of a function's typed arguments, from ``--config`` files and from the command line.
+    """Parse the values of a function's typed arguments from ``--config`` files and the command line.
 
-    Up to ``bare`` leading arguments that are no options are the values of the function's first arguments. Classes among
-    the settings are instantiated in the order of the function's arguments.
+    Classes among the settings are instantiated in the order of the function's arguments.
+
+    Args:
+        function: Function whose arguments are the settings.
+        command: Name of the subcommand, for the usage message.
+        settings: Arguments of the command line after the subcommand, see :func:`prepare_parsing`.
+        bare: Largest number of leading arguments without ``--``; they are the values of the function's first arguments.
+
+    Returns:
+        Argument name -> value.
 
     Raises:
-        InputError: If a setting, or what it leads to in a constructor, is wrong.
+        InputError: If a setting is wrong or a constructor refuses it.
     """
     parameters = inspect.signature(function, eval_str=True).parameters
     names = list(parameters)[:bare]
@@ -304,7 +346,7 @@ def parse_function(
 
 
 def run_plain_function(function: Callable[..., None], command: str, arguments: Sequence[str], bare: int = 1) -> None:
-    """Run a subcommand none of whose settings is a class to be named, see :func:`parse_function`.
+    """Run a subcommand whose settings name no classes; Lightning is not imported. See :func:`parse_function`.
 
     Raises:
         InputError: If a setting is wrong.
@@ -315,30 +357,34 @@ def run_plain_function(function: Callable[..., None], command: str, arguments: S
 
 
 def import_class_modules() -> None:
-    """Import our classes, so that settings may name them by their bare names."""
+    """Import this package's classes, so that settings may name them without their modules."""
     importlib.import_module("latentreward.checkpoints.fsdp2")  # registers its short names
     for path in set(CLASS_MODULES.values()):
         module = importlib.import_module(path)
         for name in getattr(module, "__all__", ()):
             getattr(module, name)  # some packages load a class at its first use
     if Path("callbacks").resolve() in map(Path, sys.modules["latentreward.callbacks"].__path__):
-        sys.modules.setdefault("callbacks", None)  # type: ignore[arg-type]  # in our own clone it would be a second copy
+        sys.modules.setdefault("callbacks", None)  # type: ignore[arg-type]  # in a clone of the repository, `callbacks` would be a second copy
 
 
 def prepare(arguments: Sequence[str]) -> list[str]:
-    """Prepare parsing of settings that name classes, see :func:`prepare_parsing`: import ours, quieten libraries."""
+    """Prepare parsing of settings that may name classes: import our classes, silence libraries, set up the parsers.
+
+    Returns:
+        The arguments that :func:`prepare_parsing` returns.
+    """
     import_class_modules()
     silence_libraries()
     return prepare_parsing(arguments, classes=True)
 
 
 def run_function(function: Callable[..., None], command: str, arguments: Sequence[str], bare: int = 1) -> None:
-    """Run a subcommand that is a plain function: its typed arguments are the settings, its docstring their help.
+    """Run a subcommand that is a plain function; its typed arguments are the settings, its docstring is the help.
 
-    Its settings may name our classes by their bare names; see :func:`parse_function`.
+    Settings may name this package's classes without their modules. See :func:`parse_function`.
 
     Raises:
-        InputError: If a setting, or what it leads to in a constructor, is wrong.
+        InputError: If a setting is wrong or a constructor refuses it.
     """
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 

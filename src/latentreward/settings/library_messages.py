@@ -1,4 +1,4 @@
-"""Messages of libraries that tell a user of this program nothing; whatever is not named here is shown."""
+"""Suppression of library messages that are useless to users; messages that are not listed here are shown."""
 
 import logging
 import warnings
@@ -11,23 +11,24 @@ LOGGED = {
         "Restored all states from the checkpoint",  # the line "Restoring states" above it names the file
     ),
     "lightning.fabric.utilities.seed": ("Seed set to",),  # config.yaml has seed_everything
-    # An empty list: nothing has to be kept in float32.
+    # The empty list [] says that no part must be kept in float32.
     "diffusers.models.modeling_utils": ("should be kept in float32: [].",),
 }
-"""Logger -> texts of which a line has one."""
+"""Logger -> texts; a message that contains one of them is suppressed."""
 
 WARNED = (
-    r".isinstance\(treespec, LeafSpec\). is deprecated",  # Lightning's own business with a newer torch
-    r"Found \d+ module\(s\) in eval mode at the start of training",  # frozen networks and encoders are meant to be
-    # Our data modules return an empty list where the data has no such split; an empty loader has another class's name.
+    r".isinstance\(treespec, LeafSpec\). is deprecated",  # caused by Lightning's own use of a newer torch
+    r"Found \d+ module\(s\) in eval mode at the start of training",  # frozen networks and encoders are in eval mode
+    # Our data modules return an empty list for a split that is not set. For an empty loader, the message names the
+    # loader's class instead of `list` and is still shown.
     "Total length of `list` across ranks is zero",
     "Grad strides do not match bucket view strides",  # DDP copies gradients of 1 x 1 convolutions, which is cheap
 )
-"""Starts of warnings, as regular expressions."""
+"""Regular expressions for the beginnings of suppressed warnings."""
 
 
 def silence_libraries() -> None:
-    """Leave these messages out from now on."""
+    """Suppress the messages of ``LOGGED`` and ``WARNED`` for the rest of the process."""
     for name in LOGGED:
         logging.getLogger(name).addFilter(is_shown)
     for start in WARNED:
@@ -35,5 +36,5 @@ def silence_libraries() -> None:
 
 
 def is_shown(record: logging.LogRecord) -> bool:
-    """Logging filter: whether none of the logger's texts is in the message."""
+    """Tell whether a log message contains none of its logger's texts in ``LOGGED``; a logging filter."""
     return not any(text in record.getMessage() for text in LOGGED[record.name])

@@ -1,4 +1,4 @@
-"""Ranges of numbers that types do not express, above all for settings of Lightning's Trainer and torch's optimizers."""
+"""Ranges of numeric settings that their types do not state, above all of Lightning's Trainer and torch's optimizers."""
 
 import math
 import re
@@ -35,26 +35,33 @@ NAMES = {
     "(0, 1e9]": "timeout",
     "[0, 65535]": "port",
 }
-"""Interval -> last parts of the names of settings, or their last two (``.parts``: of a command itself); a list's
-numbers must each lie in it."""
+"""Interval -> settings whose numbers must lie in it, separated by blanks.
+
+A setting is given by the last part of its dotted name, or by the last two parts. A name that begins with a dot, such as
+``.parts``, is a setting of a command itself. In a list, every number must lie in the interval.
+"""
 RANGES = {name: interval for interval, names in NAMES.items() for name in names.split()}
 LARGEST = 10**15
-"""Largest whole number of a setting without a range of its own; torch and Python's iterators fail beyond 2⁶³."""
+"""Largest absolute value of a setting without a range in ``NAMES``; torch and Python's iterators fail beyond 2⁶³."""
 MISSING = object()
-"""Default of what has none."""
+"""Placeholder for the default of a parameter that has none."""
 
 
 def check_ranges(settings: Any, place: str = "") -> None:
-    """Refuse numbers that are not finite, or outside the range of their setting.
+    """Check that every number among the settings is finite and in the range of its setting.
+
+    Args:
+        settings: Settings, possibly nested.
+        place: Dotted name of ``settings``, for messages; empty for all settings of a command.
 
     Raises:
-        InputError: If there is one.
+        InputError: If a number is not finite or out of range.
     """
     for name, value in leaves(settings, place):
         *_, owner, last = re.sub(r"\[\d+\]", "", f".{name}").split(".")
         interval = RANGES.get(f"{owner}.{last}") or RANGES.get(last) or f"[-{LARGEST}, {LARGEST}]"
-        if value == {} and last in RANGES:  # no time at all, to Lightning
-            raise InputError(f"{name}: {{}} is no number; give one in {interval}")
+        if value == {} and last in RANGES:  # Lightning would read {} as a time of zero
+            raise InputError(f"{name}: {{}} is not a number; give one in {interval}")
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
         if not math.isfinite(value):
@@ -65,7 +72,10 @@ def check_ranges(settings: Any, place: str = "") -> None:
 
 
 def leaves(settings: Any, place: str = "") -> Iterator[tuple[str, Any]]:
-    """Walk through settings; yield each value that holds no others, under its name as on the command line."""
+    """Walk through nested settings; yield (name as on the command line, value) for every value that is not nested.
+
+    Arguments of a class that equal the class's defaults are left out.
+    """
     if isinstance(settings, list | tuple):
         for index, item in enumerate(settings):
             yield from leaves(item, f"{place}[{index}]")
@@ -77,7 +87,7 @@ def leaves(settings: Any, place: str = "") -> Iterator[tuple[str, Any]]:
                 yield from leaves(value, f"{place}.{name}".strip("."))
                 continue
             given = vars(value) if isinstance(value, Namespace) else value
-            # What a class of the user's own sets itself is right, whatever its name.
+            # A default that a class sets itself is allowed, even if its name has a range in NAMES.
             changed = {key: item for key, item in given.items() if repr(item) != repr(defaults.get(key, MISSING))}
             yield from leaves(changed, place)
     else:
@@ -85,10 +95,10 @@ def leaves(settings: Any, place: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def defaults_of(class_path: Any) -> dict[str, Any]:
-    """Look up the defaults of a class or function that parsing has imported; empty for anything else."""
+    """Return the default arguments of a class or function that parsing has imported; empty for anything else."""
     module, _, name = str(class_path).rpartition(".")
     found = getattr(sys.modules.get(module), name, None)
     try:
         return {name: parameter.default for name, parameter in signature(found).parameters.items()}
-    except (TypeError, ValueError):  # nothing that is called, or of compiled code
+    except (TypeError, ValueError):  # not callable, or compiled code without a signature
         return {}

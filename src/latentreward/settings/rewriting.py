@@ -1,6 +1,6 @@
-"""What happens to settings before jsonargparse reads them: short names, callbacks that add up, packaged files.
+"""Rewriting of settings before jsonargparse reads them: short names, added callbacks, secrets and packaged files.
 
-Plain functions on mappings and argument lists; nothing here imports torch or Lightning.
+These are plain functions on mappings and argument lists. They import neither torch nor Lightning.
 """
 
 import json
@@ -13,53 +13,55 @@ from typing import Any
 from latentreward.errors import InputError, did_you_mean
 
 SECTIONS = ("trainer", "nan_guard", "exact_resume", "graceful_stop", "predictions")
-"""Sections of a trainer's settings that are no class to be named."""
+"""Sections of a trainer command's settings that are mappings of plain settings, without a ``class_path``."""
 
 CLEARED: tuple[Any, ...] = (None, [])
-"""Values of ``trainer.callbacks`` that drop earlier callbacks instead of adding to them."""
+"""Values of ``trainer.callbacks`` that drop all earlier callbacks; any other value adds callbacks."""
 
 ABSOLUTE = re.compile(r"\$\{([a-zA-Z][\w.\[\]]*)\}")
-"""An interpolation that names a setting from the top: neither ``${.x}`` nor ``${oc.env:X}``."""
+"""An interpolation with the full name of a setting, e.g. ``${data.root}``; neither ``${.x}`` nor ``${oc.env:X}``."""
 
 SECRET = re.compile(r"\$\{\s*oc\.env\s*:(?=\s*['\"]?\w*(TOKEN|KEY|SECRET|PASSWORD))")
-"""Begins a variable of the environment whose value must not be written into a config.yaml."""
+"""Start of an interpolation of an environment variable whose value must not be written into a config.yaml."""
 
 
 def hide_secrets(text: str) -> str:
-    """Rename interpolations of secret variables, so that OmegaConf leaves them as they are."""
+    """Rename ``${oc.env:NAME}`` of secret variables to ``${secret:NAME}``, which OmegaConf leaves as text."""
     return SECRET.sub("${secret:", text)
 
 
 def show_secrets(text: str) -> str:
-    """Undo :func:`hide_secrets`: ``${oc.env:NAME}``, as the user's file has it."""
+    """Undo :func:`hide_secrets`: rename ``${secret:NAME}`` back to ``${oc.env:NAME}``, as in the user's file."""
     return text.replace("${secret:", "${oc.env:")
 
 
 def rewrite_settings(settings: Any, short_names: Mapping[str, str]) -> Any:
-    """Bring one loaded YAML mapping into the form jsonargparse merges the way we promise.
+    """Rewrite the settings of one YAML text so that jsonargparse merges them with other files as documented.
 
-    Short names of backbones become the dotted paths of their factories, and a plain ``trainer.callbacks`` becomes
-    ``callbacks+``, so that stacked files add callbacks; ``null`` and ``[]`` still clear them.
+    Short names of backbones become the dotted paths of their factories. ``trainer.callbacks`` becomes ``callbacks+``,
+    so that a later file adds callbacks to those of earlier files; ``null`` and ``[]`` still drop earlier callbacks.
+    Interpolations of secret variables are renamed, see :func:`hide_secrets`.
 
     Args:
-        settings: Whatever the YAML held; returned unchanged unless it is a mapping or a list.
-        short_names: Short name -> dotted path.
+        settings: Content of the YAML text. Values other than mappings, lists and texts are returned unchanged.
+        short_names: Short name of a backbone -> dotted path.
 
     Raises:
-        InputError: If ``trainer`` names a file, whose callbacks would replace the earlier ones.
+        InputError: If ``trainer`` is the path of a file, whose callbacks would replace earlier ones; if a section is
+            not a mapping; or if a ``class_path``, ``init_args`` or list item has the wrong form.
     """
     settings = _expand_short_names(settings, short_names)
     if isinstance(settings, dict) and "trainer" in settings:
         settings = {**settings, "trainer": _append_callbacks(settings["trainer"])}
     for section in SECTIONS if isinstance(settings, dict) else ():
-        if not isinstance(given := settings.get(section, {}), dict):  # jsonargparse drops anything else
+        if not isinstance(given := settings.get(section, {}), dict):  # jsonargparse would silently drop other values
             raise InputError(f"{section}: expected a mapping of settings, got {as_text(given)}; set {section}.NAME")
     return settings
 
 
 def _expand_short_names(node: Any, short_names: Mapping[str, str], place: str = "") -> Any:
     if isinstance(node, list):
-        if {} in node:  # jsonargparse takes an empty mapping for no class at all
+        if {} in node:  # jsonargparse would silently build no object from an empty mapping
             raise InputError(f"{place[:-1]}: {{}} in a list names nothing; give a class_path or a value")
         return [_expand_short_names(item, short_names, f"{place[:-1]}[{index}].") for index, item in enumerate(node)]
     if isinstance(node, str):
@@ -79,7 +81,7 @@ def _expand_short_names(node: Any, short_names: Mapping[str, str], place: str = 
 
 
 def as_text(value: Any) -> str:
-    """Write a value as YAML has it, on one line."""
+    """Format a value as in YAML, on one line."""
     return json.dumps(value, default=str)
 
 
@@ -96,13 +98,19 @@ def _append_callbacks(trainer: Any) -> Any:
 
 
 def rewrite_arguments(arguments: Sequence[str], short_names: Mapping[str, str], root: str = "") -> list[str]:
-    """The same for options: ``--model.backbone sd15`` and ``--trainer.callbacks X``, with a blank or an ``=``.
+    """Rewrite command-line options like :func:`rewrite_settings`: ``--model.backbone sd15``, ``--trainer.callbacks X``.
 
-    Interpolations such as ``${data.root}`` become ``${setting:fit.data.root}``: jsonargparse keeps a trainer's
-    settings under the subcommand (``root``), and would take a plain name as relative to the class whose argument it is.
+    Option and value may be separated by a blank or ``=``. Interpolations such as ``${data.root}`` become
+    ``${setting:fit.data.root}``, because jsonargparse keeps a trainer command's settings under the subcommand, and
+    would look up a plain name relative to the class whose argument contains it.
+
+    Args:
+        arguments: Arguments of the command line.
+        short_names: Short name of a backbone -> dotted path.
+        root: Prefix of setting names in interpolations: the subcommand with a dot, e.g. ``fit.``, or empty.
 
     Raises:
-        InputError: For ``--trainer FILE``, whose callbacks would replace the earlier ones.
+        InputError: For ``--trainer FILE``, because the file's callbacks would replace earlier ones.
     """
     rewritten: list[str] = []
     arguments = list(arguments)
@@ -123,13 +131,14 @@ def rewrite_arguments(arguments: Sequence[str], short_names: Mapping[str, str], 
 
 
 def find_config(name: str) -> str:
-    """Path of a ``--config`` value.
+    """Resolve the value of ``--config`` to a path that can be read.
 
     Args:
-        name: A file, a URL, or YAML text; ``configs/...`` may also name a file that was installed with the package.
+        name: Path of a file, or a URL or YAML text, which are returned unchanged. ``configs/...`` may also name a file
+            that was installed with the package; a file in the current folder has priority.
 
     Raises:
-        InputError: If there is no such file.
+        InputError: If the file does not exist.
     """
     if Path(name).is_file() or any(mark in name for mark in (":", "{", "\n")):
         return name
@@ -142,6 +151,6 @@ def find_config(name: str) -> str:
 
 
 def shipped_configs() -> dict[str, Path]:
-    """Find the YAML files that come with the package: name such as ``model/lrm_sd15.yaml`` -> file."""
+    """Find the YAML files installed with the package: name, e.g. ``model/lrm_sd15.yaml`` -> path."""
     packaged = Path(import_module("latentreward.configs").__path__[0])
     return {path.relative_to(packaged).as_posix(): path for path in sorted(packaged.rglob("*.yaml"))}

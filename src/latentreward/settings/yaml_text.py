@@ -1,6 +1,6 @@
-"""Checks of YAML text before jsonargparse builds values from it: duplicate keys, tags, and texts that grow when built.
+"""Checks of YAML text before jsonargparse parses it: duplicate keys, tags, depth, and size with aliases expanded.
 
-PyYAML keeps the last of two equal keys without a word, and builds what aliases repeat at its full size.
+PyYAML silently keeps the last of two equal keys. It also expands aliases, so that a short text can fill the memory.
 """
 
 from itertools import chain
@@ -8,17 +8,17 @@ from itertools import chain
 import yaml
 
 LARGEST = 100_000
-"""Values that one YAML text may hold once its aliases are replaced by what they stand for."""
+"""Largest number of values in one YAML text after its aliases are expanded."""
 DEEPEST = 100
-"""Levels of lists and mappings inside each other."""
+"""Largest number of levels of nested lists and mappings."""
 PLAIN_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("map", "seq", "str", "int", "float", "bool", "null", "merge")}
 
 
 def check_yaml(text: str) -> None:
-    """Refuse YAML that would be read otherwise than it looks, or that would not fit memory.
+    """Check YAML for duplicate keys, keys that are not texts, tags, deep nesting, and too many values.
 
     Raises:
-        yaml.YAMLError: In one line, with the number of the line in ``text``.
+        yaml.YAMLError: If a check fails; the message is one line with the line number in ``text``, except for nesting.
     """
     if depth(text) > DEEPEST:
         raise yaml.YAMLError(f"more than {DEEPEST} lists and mappings inside each other; write a flatter file")
@@ -28,7 +28,7 @@ def check_yaml(text: str) -> None:
 
 
 def depth(text: str) -> int:
-    """Count the levels of lists and mappings inside each other."""
+    """Count the levels of nested lists and mappings."""
     deepest = level = 0
     for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
         level += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
@@ -37,10 +37,20 @@ def depth(text: str) -> int:
 
 
 def _size(node: yaml.Node, sizes: dict[int, int]) -> int:
-    """Count the values that ``node`` stands for once aliases are replaced; ``sizes`` holds those counted before."""
+    """Count the values of ``node`` after its aliases are expanded.
+
+    Args:
+        node: Node to count.
+        sizes: ``id`` of each node seen before -> its count, or 0 while the node is being counted.
+
+    Raises:
+        yaml.YAMLError: If there are too many values, a tag or a bad key, or an alias inside its own anchor.
+    """
     if id(node) in sizes:
         if not sizes[id(node)]:
-            raise yaml.YAMLError(f"line {_line(node)}: an alias stands inside what it repeats; write it out")
+            raise yaml.YAMLError(
+                f"line {_line(node)}: an alias is inside the value that it repeats; write the value out"
+            )
         return sizes[id(node)]
     if node.tag not in PLAIN_TAGS and not node.tag.endswith(":timestamp") and not node.tag.endswith(":value"):
         raise yaml.YAMLError(f"line {_line(node)}: the tag {node.tag!r} is not accepted; write a plain value")
@@ -59,7 +69,7 @@ def _check_keys(node: yaml.MappingNode) -> None:
     lines: dict[str, int] = {}
     for key, _ in node.value:
         if not isinstance(key, yaml.ScalarNode):
-            raise yaml.YAMLError(f"line {_line(key)}: a list or mapping is no key; write a name")
+            raise yaml.YAMLError(f"line {_line(key)}: a list or mapping is not a key; write a name")
         if key.value in lines:
             raise yaml.YAMLError(
                 f"line {_line(key)}: {key.value!r} is given twice, first in line {lines[key.value]}; keep one of them"

@@ -144,7 +144,7 @@ def test_further_rows_beyond_a_group_and_repeated_ids(write_cache) -> None:
 
 def test_own_buckets(write_cache) -> None:
     root = write_cache([[cache_row(0)]], [index_row(0)])
-    with pytest.raises(InputError, match="size 256x256 is no bucket"):
+    with pytest.raises(InputError, match="size 256x256 is not a bucket"):
         DiffusionRMReader(root, buckets=[(512, 512)])
     assert len(DiffusionRMReader(root, buckets=[(256, 256)])) == 1
 
@@ -193,7 +193,7 @@ def test_wrong_folders_and_columns(write_cache, tmp_path) -> None:
 def test_training_on_it_is_refused(write_cache) -> None:
     reader = DiffusionRMReader(write_cache([[cache_row(0, prompt=None)]]), None, on_error="skip")
     assert (reader.prompts(), dict(reader.remarks)) == ([""], {"null prompt read as empty": 1})
-    with pytest.raises(InputError, match="its rows hold latents, no images; import them with `latentreward cache`"):
+    with pytest.raises(InputError, match="its rows hold latents, not images; import them with `latentreward cache`"):
         PairDataset(reader, PixelLoader(8, 8))
 
 
@@ -208,12 +208,12 @@ def pickled() -> bytes:
     [
         (None, "no image", "the row has none"),
         (b"", "empty image", "0 bytes"),
-        (b"\x93NUMPY", "truncated or damaged image", "no whole"),
-        (to_bytes(latents(0))[:-4], "truncated or damaged image", "no whole"),
-        (b"not an array at all", "truncated or damaged image", "no whole"),
-        (pickled(), "truncated or damaged image", "no whole"),
-        (to_bytes(np.zeros((1, 16, 4, 4), "float32")), "truncated or damaged image", "no (C, h, w)"),
-        (to_bytes(np.zeros((16, 4, 4), "int64")), "truncated or damaged image", "no (C, h, w)"),
+        (b"\x93NUMPY", "truncated or damaged image", "not a whole"),
+        (to_bytes(latents(0))[:-4], "truncated or damaged image", "not a whole"),
+        (b"not an array at all", "truncated or damaged image", "not a whole"),
+        (pickled(), "truncated or damaged image", "not a whole"),
+        (to_bytes(np.zeros((1, 16, 4, 4), "float32")), "truncated or damaged image", "not a (C, h, w)"),
+        (to_bytes(np.zeros((16, 4, 4), "int64")), "truncated or damaged image", "not a (C, h, w)"),
         (to_bytes(np.full((16, 4, 4), np.nan, "float16")), "truncated or damaged image", "not finite"),
     ],
 )

@@ -84,7 +84,7 @@ def test_incomplete_names_follow_on_error(write, extra, name, reason, caplog) ->
 @pytest.mark.parametrize("line", ["{", "[1]", '{"name": "2"}', '{"name": 2, "prompt": "x"}', '{"prompt": "x"}'])
 def test_odd_caption_lines(write, line) -> None:
     root = write(*PAIRS[:2], **{"captions.jsonl": line + '\n{"name": "2", "prompt": "two"}'})
-    with pytest.raises(InputError, match=r"captions.jsonl:1: the line is no object"):
+    with pytest.raises(InputError, match=r"captions.jsonl:1: the line is not an object"):
         FolderPairReader(root)
     reader = FolderPairReader(root, on_error="skip")
     assert (reader.prompts(), dict(reader.skipped)) == (["two"], {"caption line not readable": 1})

@@ -242,7 +242,7 @@ def test_copy_without_images_is_read_on_demand(write_pickapic, pickapic_rows) ->
     assert reader.labels().tolist() == [0.0, 1.0]
     assert (reader[0].image_a.image_key, reader[1].image_a.image_key) == ("image-0-0", "")
     assert (reader[0].image_a.data, reader[0].image_a.path) == (None, None)
-    with pytest.raises(InputError, match="PickAPicReader: its rows hold nothing, no images; give a copy"):
+    with pytest.raises(InputError, match="PickAPicReader: its rows hold nothing, not images; give a copy"):
         PairDataset(reader, PixelLoader(8, 8))
 
 

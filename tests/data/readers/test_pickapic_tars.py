@@ -136,7 +136,7 @@ def test_not_a_tar(write_tar, sample, tmp_path) -> None:
     root = write_tar("00000.tar", sample(0)).parent
     (root / "00001.tar").write_bytes(b"garbage" * 999)
     (root / "00002.tar").write_bytes(b"")
-    with pytest.raises(InputError, match=r"00001.tar: no uncompressed tar"):
+    with pytest.raises(InputError, match=r"00001.tar: not an uncompressed tar"):
         PickAPicTarReader(str(root))
     reader = PickAPicTarReader(str(root), on_error="skip")
     assert (len(reader), dict(reader.skipped)) == (1, {"tar not readable to its end": 2})

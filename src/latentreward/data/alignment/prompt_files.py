@@ -77,7 +77,8 @@ def read_prompt_rows(path: str, setting: str = "prompts", max_prompt_chars: int 
         raise InputError(f"{name} is not UTF-8 (byte {error.start}: {error.reason}); convert it") from error
     except (ValueError, KeyError, TypeError, csv.Error, RecursionError, pa.ArrowException) as error:
         raise InputError(
-            f"{name} has no texts in a column 'prompt' or 'caption' ({first_line(error)}); name the column so"
+            f"{name} has no texts in a column 'prompt' or 'caption' ({first_line(error)}); rename the column to one of "
+            "these"
         ) from error
     if not rows:
         raise InputError(f"{name} holds no prompt; write one per line")
@@ -117,7 +118,7 @@ def read_prompt_set(path: str, max_prompt_chars: int = MAX_PROMPT_CHARS) -> list
         return read_prompt_rows(path, max_prompt_chars=max_prompt_chars)
     files = sorted(glob.glob(path))  # noqa: PTH207, Path.glob refuses absolute patterns
     if not files:
-        raise InputError(f"prompts: no file is like {path}; give a file of prompts, or a pattern that matches some")
+        raise InputError(f"prompts: no file matches {path}; give a file of prompts, or a pattern that matches some")
     return [
         PromptRow(row.prompt, row.group or Path(file).stem.removesuffix("_val"), row.fields)
         for file in files
@@ -142,7 +143,7 @@ def _read(file: Path) -> Iterable[str | Row]:
 
 
 def _parquet(file: Path) -> Iterator[Row]:
-    names = pq.read_schema(file).names  # Pick-a-Pic's other columns are pictures
+    names = pq.read_schema(file).names  # other columns, such as Pick-a-Pic's images, are not read
     kept = [name for name in (*COLUMNS, *GROUPS) if name in names]
     yield from pq.read_table(file, columns=kept).to_pylist() if kept else [{}]
 
@@ -154,6 +155,6 @@ def _rows(rows: Iterable[str | Row]) -> Iterator[PromptRow]:
         text = named[column]
         if not isinstance(text, str):
             raise ValueError(f"row {number} holds {type(text).__name__}")
-        text.encode()  # a lone surrogate, which no tokenizer takes, is a UnicodeEncodeError: a ValueError
+        text.encode()  # raises UnicodeEncodeError (a ValueError) for a lone surrogate, which tokenizers refuse
         group = next((str(named[name]) for name in GROUPS if named.get(name)), "")
         yield PromptRow(text, group, {} if isinstance(row, str) else named)

@@ -1,4 +1,4 @@
-"""Sources of preference pairs: one module per published format, all behind :class:`PairReader`."""
+"""Readers of preference pairs: one module per data format; every reader is a :class:`PairReader`."""
 
 from latentreward.data.readers.base import OnError, PairReader, count_text
 from latentreward.data.readers.diffusion_rm import DiffusionRMReader

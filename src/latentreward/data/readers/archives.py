@@ -1,4 +1,4 @@
-"""Images in zip files, read one at a time, each process with file handles of its own."""
+"""Access to single images in zip files, with open files of each process's own."""
 
 import os
 import zipfile
@@ -13,22 +13,22 @@ from latentreward.errors import InputError
 
 BITE = 64
 DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError)
-"""What ``zipfile`` raises on a member that is damaged, encrypted or compressed in a way it does not know."""
+"""Exceptions that ``zipfile`` raises on a member that is damaged, encrypted or compressed by an unknown method."""
 
 
 class ImageArchives:
-    """Flat zip files, or the folders these were unpacked to.
+    """Images in zip files without subfolders, or in the folders that such files were unpacked to.
 
-    Open zip files belong to a process: they do not travel to workers, and a forked worker opens its own.
+    Open zip files are not pickled; a forked worker process opens its own.
 
     Args:
-        places: Zip files and folders; a part is called by its name without ``.zip``.
+        places: Paths of zip files and folders ("parts"); the name of a part is its file name without ``.zip``.
 
     Attributes:
-        parts: Place of each part.
+        parts: Name of each part → its path.
 
     Raises:
-        ImageError: If one is no whole zip file.
+        ImageError: If a file is not a whole zip file.
     """
 
     def __init__(self, places: Sequence[Path]) -> None:
@@ -39,22 +39,22 @@ class ImageArchives:
                 self._open(part)
 
     def image(self, part: str, name: str) -> ImageRef:
-        """An image by its name in a part, with its bytes if it lies in a zip file.
+        """Return a reference to image ``name`` of a part: with its bytes for a zip file, with its path for a folder.
 
-        Of a damaged member the bytes before the damage are given, for the decoder to judge.
+        Of a damaged member of a zip file, the bytes before the damage are returned; decoding then reports the damage.
         """
         place = self.parts[part]
         if place.is_dir():
             return ImageRef(name, path=place / name, root=place)
         if name not in self._open(part).NameToInfo:
-            return ImageRef(name, path=place / name)  # a zip file is no folder: decoding reports a missing file
+            return ImageRef(name, path=place / name)  # path below a zip file: decoding reports a missing file
         return ImageRef(name, self._read(part, name))
 
     def read_rows(self, part: str) -> tuple[bytes, str]:
-        """Content and name of the JSON file that a part holds under its own name.
+        """Return content and name (for messages) of the file ``{part}.json`` in a part.
 
         Raises:
-            InputError: If it holds none.
+            InputError: If the part has no such file or it cannot be read.
         """
         place, name = self.parts[part], f"{part}.json"
         try:
@@ -91,11 +91,11 @@ class ImageArchives:
             return self._salvage(part, name)
 
     def _salvage(self, part: str, name: str) -> bytes:
-        """What can be read of a damaged member; small bites, since the one with the damage is lost whole."""
+        """Read a damaged member up to the damage, in small chunks, since the damaged chunk is lost as a whole."""
         bites: list[bytes] = []
         try:
             with cast(zipfile.ZipExtFile, self._open(part).open(name)) as stream:
-                stream.MIN_READ_SIZE = BITE  # 4096 otherwise, more than a small image
+                stream.MIN_READ_SIZE = BITE  # the default of 4096 may be more than a whole image
                 while bite := stream.read(BITE):
                     bites.append(bite)
         except DAMAGE:

@@ -1,4 +1,4 @@
-"""What every source of preference pairs offers: rows by number, and what was left out of them and why."""
+"""Base classes of readers of preference pairs: access to rows by number, and treatment of bad rows."""
 
 import logging
 import unicodedata
@@ -21,38 +21,40 @@ logger = logging.getLogger(__name__)
 OnError = Literal["raise", "skip", "placeholder"]
 Contents = Literal["images", "latents", "nothing"]
 MAX_PROMPT_CHARS, MAX_VOTES = 10_000, 10**9
-"""Characters of a prompt, and votes for an image, beyond which a row is odd."""
+"""Largest number of characters in a prompt, and of votes for an image; rows with more fall under ``on_error``."""
 OWN_ON_ERROR, DATA_ON_ERROR = "the reader's on_error", "data.on_error (or the reader's own, which wins)"
-"""What messages call the setting, where a reader stands alone and in a data module."""
+"""Names of the setting in messages: for a reader used alone, and for one in a data module."""
 ON_ERROR_REMEDY = f"correct the row, or set {OWN_ON_ERROR} to skip or placeholder"
 
 
 class PairReader(ABC):
-    """Rows of one split of a preference data set; images are fetched only when a row is asked for.
+    """Reader of the rows of one split of a preference data set; images are read only when a row is accessed.
 
-    Derive from it to read a data set of your own; a reader must pickle, since worker processes get a copy.
+    Subclass :class:`PairReader` to read a data set of your own. A reader must be picklable, since worker processes get
+    a copy.
 
     Args:
-        on_error: What happens to a row that breaks the rules of its format. ``"raise"`` stops. ``"skip"`` leaves the
-            row out and counts it; no other row takes its place. ``"placeholder"`` keeps the row, unlabelled, so that
-            row numbers and batch sizes stay; an image that cannot be read becomes mid-grey. Whether an image can be
-            read shows only when it is decoded, so its rows count in ``len`` and are left out by the data set. None
-            takes the ``on_error`` of the data module, ``"raise"`` elsewhere.
-        max_prompt_chars: Characters of a prompt; a row with more breaks the rules. Text encoders read some hundred, and
-            a prompt of megabytes costs minutes and gigabytes.
-        exif: ``apply`` turns images upright by their EXIF orientation, ``ignore`` takes the pixels as they are stored;
-            null takes what the class has: ``apply`` for data of your own, ``ignore`` for published data sets, which
-            the published models saw so.
+        on_error: What happens to a row that breaks the rules of its format. ``"raise"`` raises InputError. ``"skip"``
+            leaves the row out and counts it; no other row takes its place. ``"placeholder"`` keeps the row without
+            label, so that row numbers and batch sizes do not change; an image that cannot be read becomes mid-grey.
+            Unreadable images are found only when they are decoded: their rows count in ``len``, and under ``"skip"``
+            the data set leaves them out. None takes the ``on_error`` of the data module, and ``"raise"`` outside one.
+        max_prompt_chars: Largest number of characters in a prompt; a row with a longer one breaks the rules. Text
+            encoders read a few hundred, and tokenizing a prompt of megabytes costs minutes and gigabytes.
+        exif: ``apply`` turns images upright by their EXIF orientation; ``ignore`` takes the pixels as they are stored.
+            null takes the default of the class: ``apply`` for data of your own, ``ignore`` for published data sets,
+            because the published models were trained without applying it.
 
     Raises:
         InputError: If ``max_prompt_chars`` is below 1.
 
     Attributes:
-        exif: See above; a class for a published data set says ``exif = "ignore"``.
-        holds: What the references of the rows lead to; only images can be trained on directly.
-        own_on_error: ``on_error`` as it was given, perhaps None.
-        skipped: Rows left out, by reason.
-        remarks: Rows kept with something set aside, such as their label, by reason.
+        exif: Treatment of EXIF orientation, see above; a subclass for a published data set sets ``exif = "ignore"``.
+        holds: Kind of content of the rows' ``image_a`` and ``image_b``: images, latents or nothing. A data module of
+            pixels takes only readers of images.
+        own_on_error: ``on_error`` as given to the constructor; may be None.
+        skipped: Number of rows left out, by reason.
+        remarks: Number of rows kept with a remark, e.g. without their label, by reason.
     """
 
     holds: Contents = "images"
@@ -73,38 +75,57 @@ class PairReader(ABC):
 
     @abstractmethod
     def __len__(self) -> int:
-        """Number of rows."""
+        """Return the number of rows."""
 
     @abstractmethod
     def __getitem__(self, index: int) -> PreferencePair:
-        """Row ``index``, with sides in the order of the file or as randomised by the reader."""
+        """Return row ``index``; images a and b are in the order of the file, or exchanged at random by the reader."""
 
     def labels(self) -> np.ndarray:
-        """``(len,)`` float: ``label_a`` of every row, NaN for none. Override it where no row need be fetched for it."""
+        """Return ``label_a`` of every row, ``(len,)`` float64, NaN for unlabelled rows.
+
+        Override this method if labels are known without reading whole rows.
+        """
         labels = (self[index].label_a for index in range(len(self)))
         return np.array([np.nan if label is None else label for label in labels], dtype=np.float64)
 
     def labelled(self) -> np.ndarray:
-        """``(len,)`` bool: whether a row has a label. Override it where that is known without fetching rows."""
+        """Return whether each row has a label, ``(len,)`` bool.
+
+        Override this method if that is known without reading whole rows.
+        """
         return ~np.isnan(self.labels())
 
     def prompts(self) -> list[str]:
-        """Raw prompt of every row. Override it where that is known without fetching rows."""
+        """Return the raw prompt of every row.
+
+        Override this method if prompts are known without reading whole rows.
+        """
         return [self[index].prompt for index in range(len(self))]
 
     def pair_ids(self) -> list[str]:
-        """``pair_id`` of every row. Override it where that is known without fetching rows."""
+        """Return the ``pair_id`` of every row.
+
+        Override this method if names are known without reading whole rows.
+        """
         return [self[index].pair_id for index in range(len(self))]
 
     def groups(self) -> list[str]:
-        """Group of every row: rows of a group are no independent evidence. By default rows of the same prompt."""
+        """Return the group of every row, by default its normalised prompt.
+
+        Rows of one group are not statistically independent; bootstrap intervals resample whole groups.
+        """
         return [normalise_prompt(prompt) for prompt in self.prompts()]
 
     def facts(self) -> dict[str, list[Any]]:
-        """More about every row, without fetching images: name → ``len`` values, None where not published.
+        """Return further fields of every row without reading images.
 
-        Names in use: ``model_a``, ``model_b``, ``votes_a``, ``votes_b``, ``confidence`` as in a row; ``vote`` and
-        ``label_0`` as published, where they hold more than the label; ``tags``, a list of texts.
+        Names in use are ``model_a``, ``model_b``, ``votes_a``, ``votes_b`` and ``confidence``, as in
+        :class:`PreferencePair`; ``vote`` and ``label_0``, as published, if they hold more than the label; ``tags``,
+        a list of texts per row.
+
+        Returns:
+            Name → list with one value per row, None where the data set does not publish it. Empty by default.
         """
         return {}
 
@@ -113,9 +134,9 @@ class PairReader(ABC):
 
         Args:
             pair_id: Name of the first such row.
-            problem: The field and its value in that row.
-            reason: Short words to count under; no values.
-            rows: How many rows have the problem.
+            problem: Field and value that break the rule in the first such row.
+            reason: Short name of the problem, without values, under which rows are counted.
+            rows: Number of rows with the problem.
 
         Raises:
             InputError: If ``on_error`` is ``"raise"``.
@@ -126,25 +147,35 @@ class PairReader(ABC):
         (self.skipped if self.on_error == "skip" else self.remarks)[reason] += rows
 
     def refuse_long_prompt(self, pair_id: str, length: int, rows: int = 1) -> None:
-        """Apply ``on_error`` to rows whose prompt is too long, the first with ``length`` characters."""
+        """Apply ``on_error`` to rows whose prompt is too long.
+
+        Args:
+            pair_id: Name of the first such row.
+            length: Number of characters in the first such row's prompt.
+            rows: Number of such rows.
+        """
         problem = f"prompt has {length} characters, more than max_prompt_chars={self.max_prompt_chars}"
         self.refuse(pair_id, problem, "prompt too long", rows)
 
     def report(self, name: str) -> None:
-        """Log one line about rows left out or kept with a remark, if there are any."""
+        """Log one line with the numbers of rows left out and kept with a remark, if there are any.
+
+        Args:
+            name: Name of the data set or file in the log line.
+        """
         counts = {"left out": self.skipped, "kept with a remark": self.remarks}
         if told := [f"{what}: {count_text(count)}" for what, count in counts.items() if count]:
             logger.warning("%s: %d rows kept; %s", name, len(self), "; ".join(told))
 
 
 class SideExchangingReader(PairReader):
-    """Rows whose order in the file may tell the winner, so their sides are exchanged by chance.
+    """Base class of readers that exchange images a and b at random, because a file's order may reveal the winner.
 
     Args:
-        randomise_sides: Exchange the sides of every other row, by a draw from ``seed`` and the row's name; without it
-            an image that the file names first is always a, and if that is the preferred one, a model that answers "the
-            first" is always right.
-        seed: Seed of that draw.
+        randomise_sides: Exchange images a and b of each row with probability ½, by a random number that depends on
+            ``seed`` and the row's ``pair_id``. Without it, the image that the file names first is always a. In files
+            that name the preferred image first, a model that always prefers a would then always be right.
+        seed: Seed of the random exchange.
         options: ``on_error``, ``max_prompt_chars`` and ``exif``, see :class:`PairReader`.
     """
 
@@ -153,18 +184,23 @@ class SideExchangingReader(PairReader):
         self.randomise_sides, self.seed = randomise_sides, seed
 
     def is_exchanged(self, pair_id: str) -> bool:
-        """Whether the sides of a row are exchanged."""
+        """Tell whether images a and b of a row are exchanged."""
         if not self.randomise_sides:
             return False
         return bool(torch.randint(2, (), generator=pair_generator(self.seed, "side", 0, pair_id)))
 
     def exchanged(self) -> list[bool]:
-        """The same of every row."""
+        """Return whether images a and b are exchanged, for every row."""
         return [self.is_exchanged(name) for name in self.pair_ids()] if self.randomise_sides else [False] * len(self)
 
 
 def exchange_sides(facts: dict[str, list[Any]], exchanged: Sequence[bool]) -> dict[str, list[Any]]:
-    """The facts with what belongs to a and to b exchanged in some rows."""
+    """Exchange the values of ``NAME_a`` and ``NAME_b`` in some rows; other names keep their values.
+
+    Args:
+        facts: Name → list with one value per row; each ``NAME_a`` has its ``NAME_b``.
+        exchanged: Whether to exchange, for every row.
+    """
     swapped = {}
     for name, values in facts.items():
         other = {"_a": f"{name[:-2]}_b", "_b": f"{name[:-2]}_a"}.get(name[-2:], name)
@@ -174,15 +210,15 @@ def exchange_sides(facts: dict[str, list[Any]], exchanged: Sequence[bool]) -> di
 
 
 def normalise_prompt(prompt: str) -> str:
-    """The prompt without differences that are none to a reader: Unicode form, case, white space."""
+    """Return the prompt with Unicode form (NFKC), case and white space made uniform, for comparison of prompts."""
     return " ".join(unicodedata.normalize("NFKC", prompt).casefold().split())
 
 
 def content_key(data: bytes | None) -> str:
-    """Name of an image that its data set gives none: a hash of its bytes; empty where there are none to hash."""
+    """Return a hash of an image's bytes, as name of an image to which its data set gives none; empty for None."""
     return "" if data is None else digest([data])
 
 
 def count_text(counts: Counter[str]) -> str:
-    """``"3 empty image, 1 missing file"``, most frequent first; ``"none"`` if there are none."""
+    """Format counts as ``"3 empty image, 1 missing file"``, most frequent first; ``"none"`` if empty."""
     return ", ".join(f"{number} {reason}" for reason, number in counts.most_common()) or "none"

@@ -1,4 +1,4 @@
-"""The released cache of DiNa-LRM ("diffusion-rm"): latents of pairs, the chosen one first, in parquet."""
+"""Reader of the released cache of DiNa-LRM ("diffusion-rm"): parquet files with latents of pairs, chosen first."""
 
 import ast
 import csv
@@ -23,7 +23,13 @@ NOWHERE = -1
 
 
 class _Entry(NamedTuple):
-    """One row to offer: its name, and where it lies; ``part`` is ``NOWHERE`` for the placeholder of a refused one."""
+    """Position of one row to read.
+
+    Attributes:
+        pair_id: Name of the row.
+        part: Number of its parquet file; ``NOWHERE`` for the placeholder of a bad row.
+        row: Row number in the parquet file.
+    """
 
     pair_id: str
     part: int
@@ -31,7 +37,14 @@ class _Entry(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """What is known of a parquet file without its latents; ``starts`` are the first rows of its row groups."""
+    """Content of a parquet file without latents.
+
+    Attributes:
+        columns: Names of its columns.
+        starts: First row number of each row group, and the number of rows.
+        prompts: Prompt of every row.
+        shapes: Stated shapes of both latents of every row; None if the file does not state them.
+    """
 
     columns: tuple[str, ...]
     starts: np.ndarray
@@ -40,27 +53,29 @@ class _Part(NamedTuple):
 
 
 class DiffusionRMReader(SideExchangingReader):
-    """Pairs of latents, (posterior sample − shift) · scale of the VAE of SD3, as ``np.save`` bytes.
+    """Reader of pairs of latents, (posterior sample − shift) · scale of SD3's VAE, stored as ``np.save`` bytes.
 
-    The references hold latents, not images: training takes them through ``latentreward cache``. ``latent1`` is the
-    chosen one. A null prompt is read as an empty one. Votes and confidence are read where ``detailed_results`` has
-    them; 0 to 0 votes are what the published files write for none.
+    The rows hold latents, not images; to train on them, import them first with ``latentreward cache``. ``latent1`` is
+    the chosen one. A null prompt is read as an empty prompt. Votes and confidence come from ``detailed_results``; the
+    published files write 0 to 0 votes where there are none.
 
-    With an index, its rows are found by the file name of ``parquet_path``, the row group, and the row inside that
-    group; ``bucket_id`` is not used, since it depends on the writer's list of buckets. They are offered in the order in
-    which they lie in the files, placeholders last: in the order of the index each row could cost its row group. A row
-    falls under ``on_error`` if its size is no bucket, differs from the shape that the cache states, or if it points
-    to a file or row that is not there. Whether the bytes of latents are whole shows when they are decoded.
+    An index row names its pair by the file name in ``parquet_path``, the row group, and the row inside the group.
+    ``bucket_id`` is not used, because it depends on the writer's list of buckets. Rows are ordered as in the parquet
+    files, with placeholders last, because reading in the order of the index could decode a row group for every row.
+
+    A row falls under ``on_error`` if its size is not a bucket or differs from the shape stated in the parquet file, if
+    it points to a missing file or row, or if its prompt is too long. Damaged latents are found when they are decoded.
 
     Args:
         root: Folder with the parquet files and the index; or one parquet file, with ``index`` null.
-        index: Name of the index file in ``root``; null offers every row of every parquet file, of any size.
+        index: Name of the index file in ``root``; null reads every row of every parquet file, of any size.
         split: Name of the split.
-        buckets: (height, width) in pixels of the sizes that are accepted; the published 13 by default.
+        buckets: (height, width) in pixels of the accepted sizes; by default the 13 published buckets.
         options: See :class:`~latentreward.data.readers.base.SideExchangingReader`.
 
     Raises:
-        InputError: If there are no such files, a column is missing, no row is left, or one breaks a rule above.
+        InputError: If a file or column is missing, no row is left, or a row breaks a rule above under
+            ``on_error: raise``.
     """
 
     holds: Contents = "latents"
@@ -127,29 +142,32 @@ class DiffusionRMReader(SideExchangingReader):
         return pair.swapped() if self.is_exchanged(pair.pair_id) else pair
 
     def labels(self) -> np.ndarray:
-        """``(len,)`` float: 1 where the chosen latents are a, 0 where they are b, NaN for placeholders."""
+        """Return ``label_a`` of every row, ``(len,)`` float64: 1 if a is chosen, 0 if b is, NaN for placeholders."""
         return np.where(self.labelled(), 1.0 - np.array(self.exchanged(), dtype=np.float64), np.nan)
 
     def labelled(self) -> np.ndarray:
-        """``(len,)`` bool: all but placeholders of refused rows."""
+        """Return whether each row has a label, ``(len,)`` bool; false only for placeholders of bad rows."""
         return self._places[:, 0] != NOWHERE
 
     def prompts(self) -> list[str]:
-        """Raw prompt of every row."""
+        """Return the raw prompt of every row."""
         return list(self._prompts)
 
     def pair_ids(self) -> list[str]:
-        """Index and ``global_id``, or file and row, of every row."""
+        """Return the ``pair_id`` of every row: ``INDEX:global_id`` with an index, else ``FILE:ROW``."""
         return list(self._ids)
 
     def _latents(self, part: int, number: int, column: str, row: dict[str, Any]) -> ImageRef:
-        """Latents under a name of their own: the same image may be there twice, sampled anew or in another size."""
+        """Return a reference to one latent, named ``FILE:ROW:COLUMN``.
+
+        The name is not a hash: an image may occur twice with other latents, sampled again or in another size.
+        """
         if not row:
             return ImageRef("", holds="latents")
         return ImageRef(f"{self._names[part]}:{number}:{column}", row[column], holds="latents")
 
     def _follow(self, index: Path, tables: dict[str, _Part]) -> Iterator[_Entry]:
-        """Rows of the index that point to a row, and placeholders for others where they are wanted."""
+        """Yield an entry for every row of the index; bad rows become placeholders or are left out, by ``on_error``."""
         seen: set[str] = set()
         for line, row in _read_index(index):
             name = row["global_id"]
@@ -162,7 +180,7 @@ class DiffusionRMReader(SideExchangingReader):
                 yield _Entry(pair_id, NOWHERE, 0)
 
     def _without_long_prompt(self, entry: _Entry, tables: dict[str, _Part]) -> _Entry | None:
-        """The entry; for one whose prompt is too long a placeholder, or None if it is left out."""
+        """Return the entry; if its prompt is too long, a placeholder or, if ``on_error`` leaves it out, None."""
         prompt = None if entry.part == NOWHERE else tables[self._names[entry.part]].prompts[entry.row]
         if len(prompt or "") <= self.max_prompt_chars:
             return entry
@@ -170,11 +188,11 @@ class DiffusionRMReader(SideExchangingReader):
         return None if self.on_error == "skip" else _Entry(entry.pair_id, NOWHERE, 0)
 
     def _locate(self, pair_id: str, row: dict[str, str], tables: dict[str, _Part]) -> tuple[int, int] | None:
-        """Part and row there; None after a refusal."""
+        """Return part and row number of an index row; None if it breaks a rule, after applying ``on_error``."""
         numbers = {name: _integer(row[name]) for name in INDEX_COLUMNS[2:]}
         for name, number in numbers.items():
             if number is None:
-                self.refuse(pair_id, f"{name} is {row[name]!r:.40}, no count", "index row not readable")
+                self.refuse(pair_id, f"{name} is {row[name]!r:.40}, not a count", "index row not readable")
                 return None
         group, inner, width, height = (int(number) for number in numbers.values() if number is not None)
         path = row["parquet_path"]
@@ -187,7 +205,7 @@ class DiffusionRMReader(SideExchangingReader):
             self.refuse(pair_id, f"{file} has no row {inner} in row group {group}", "row beyond the parquet part")
             return None
         if Bucket(height, width) not in self._buckets:
-            self.refuse(pair_id, f"size {height}x{width} is no bucket", "size is no bucket")
+            self.refuse(pair_id, f"size {height}x{width} is not a bucket", "size is no bucket")
             return None
         place = int(table.starts[group]) + inner
         size = [height // DOWNSCALE, width // DOWNSCALE]
@@ -212,7 +230,7 @@ def _find_files(root: Path, index: str | None) -> list[Path]:
 
 
 def _read_part(part: ParquetPart) -> _Part:
-    """Row groups, prompts and, where they are stated, shapes of a part."""
+    """Read columns, row groups, prompts and, if the file states them, shapes of a parquet file."""
     with open_part(part) as file:
         names = tuple(file.schema_arrow.names)
         if missing := [name for name in ("prompt", *LATENTS) if name not in names]:
@@ -228,7 +246,7 @@ def _read_part(part: ParquetPart) -> _Part:
 
 
 def _read_index(index: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """Line number and columns of every row of the index; a short row has empty columns."""
+    """Yield line number and columns of every row of the index; missing columns at a row's end are empty texts."""
     with index.open(newline="", encoding="utf-8", errors="replace") as stream:
         rows = csv.DictReader(stream, restval="")
         if missing := [name for name in INDEX_COLUMNS if name not in (rows.fieldnames or ())]:
@@ -237,11 +255,11 @@ def _read_index(index: Path) -> Iterator[tuple[int, dict[str, str]]]:
             for row in rows:
                 yield rows.line_num, row
         except csv.Error as error:
-            raise InputError(f"{index}: line {rows.line_num} is no CSV ({error}); write the index again") from error
+            raise InputError(f"{index}: line {rows.line_num} is not CSV ({error}); write the index again") from error
 
 
 def _integer(text: str) -> int | None:
-    """A count of 0 or more, also as ``3.0``."""
+    """Convert a text with a whole number of 0 or more, e.g. ``3`` or ``3.0``, to int; None for anything else."""
     try:
         number = float(text)
     except ValueError:
@@ -250,7 +268,11 @@ def _integer(text: str) -> int | None:
 
 
 def _parse_details(text: str | None) -> tuple[tuple[int, int] | None, float | None]:
-    """Votes for (chosen, rejected) and confidence; None where they are not published."""
+    """Parse votes (chosen, rejected) and confidence from the text of ``detailed_results``.
+
+    The text is a Python dict literal, not JSON, with ``votes_chosen``, ``votes_rejected`` and ``confidence``. Both
+    results are None if there are no usable votes or both votes are 0.
+    """
     try:
         details = ast.literal_eval(text or "{}")
     except (ValueError, SyntaxError, RecursionError, MemoryError):

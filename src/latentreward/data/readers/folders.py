@@ -1,4 +1,4 @@
-"""Plain folders: ``chosen/`` and ``rejected/`` with images of equal names, and a caption for each name."""
+"""Reader of folders ``chosen/`` and ``rejected/`` with images of equal names, and a caption for each name."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,27 +18,28 @@ CAPTIONS_FILE = "captions.jsonl"
 
 
 class FolderPairReader(JSONReader):
-    """Pairs of image files, one row per name that ``chosen/`` and ``rejected/`` have in common.
+    """Reader of pairs of image files, one row per name that occurs in both ``chosen/`` and ``rejected/``.
 
-    A name is the path below ``chosen/`` or ``rejected/`` without its ending, so ``chosen/cats/1.jpg`` and
-    ``rejected/cats/1.png`` are the pair ``cats/1``; other files are left aside. Its caption is looked for in
+    A name is the path below ``chosen/`` or ``rejected/`` without suffix: ``chosen/cats/1.jpg`` and
+    ``rejected/cats/1.png`` are the pair ``cats/1``. Files that are not images are ignored. The caption of ``cats/1``
+    comes from
 
-    1. ``captions.jsonl``, lines ``{"name": "cats/1", "prompt": "a cat"}``, if there is such a file;
+    1. ``captions.jsonl`` with lines ``{"name": "cats/1", "prompt": "a cat"}``; if it exists, 2 and 3 are ignored;
     2. ``captions/cats/1.txt``;
     3. ``chosen/cats/1.txt``.
 
-    A text file is taken whole, but for one line break at its end. A name with one image, several images on one side,
-    no caption or one that is too long falls under ``on_error``, as does a line of ``captions.jsonl``
-    that is no such object.
+    A text file is read whole, without one line break at its end. A name falls under ``on_error`` if it has an image on
+    one side only, several images on one side, no caption, or a caption that is too long. A line of ``captions.jsonl``
+    falls under ``on_error`` if it is not an object with the texts ``name`` and ``prompt``.
 
     Args:
-        root: Folder with ``chosen/`` and ``rejected/``, or with a folder per split that has them; no image outside it
-            is opened.
-        split: Name of the split's folder; null if ``root`` has the pairs itself.
+        root: Folder with ``chosen/`` and ``rejected/``, or with one subfolder per split that holds both. Images outside
+            it are not opened.
+        split: Name of the split's subfolder; null if ``root`` itself holds ``chosen/`` and ``rejected/``.
         options: See :class:`~latentreward.data.readers.base.SideExchangingReader`.
 
     Raises:
-        InputError: If a folder is missing, no row is left, or one breaks a rule above.
+        InputError: If a folder is missing, no row is left, or a row breaks a rule above under ``on_error: raise``.
     """
 
     def __init__(self, root: str, split: str | None = None, **options: Any) -> None:
@@ -47,7 +48,9 @@ class FolderPairReader(JSONReader):
         self._folder = Path(root, split) if split else Path(root)
         for side in SIDES:
             if not (self._folder / side).is_dir():
-                raise InputError(f"root: no folder {self._folder / side}; pairs lie in chosen/ and rejected/")
+                raise InputError(
+                    f"root: no folder {self._folder / side}; put the images of pairs into chosen/ and rejected/"
+                )
         files = {side: _find_images(self._folder / side) for side in SIDES}
         captions = self._read_captions_file() if (self._folder / CAPTIONS_FILE).is_file() else None
         rows = [
@@ -75,16 +78,16 @@ class FolderPairReader(JSONReader):
         return pair.swapped() if self.is_exchanged(pair.pair_id) else pair
 
     def labels(self) -> np.ndarray:
-        """``(len,)`` float: 1 where the chosen image is a, 0 where it is b, NaN for placeholders."""
+        """Return ``label_a`` of every row, ``(len,)`` float64: 1 if a is chosen, 0 if b is, NaN for placeholders."""
         sound = [row[4] for row in self._rows]
         return np.where(sound, 1.0 - np.array(self.exchanged(), dtype=np.float64), np.nan)
 
     def prompts(self) -> list[str]:
-        """Caption of every row."""
+        """Return the caption of every row."""
         return [row[1] for row in self._rows]
 
     def pair_ids(self) -> list[str]:
-        """Split and name of every row."""
+        """Return the ``pair_id`` of every row: ``SPLIT/NAME``, or ``NAME`` without a split."""
         return [self._pair_id(row[0]) for row in self._rows]
 
     def _pair_id(self, name: str) -> str:
@@ -98,14 +101,19 @@ class FolderPairReader(JSONReader):
             if isinstance(name, str) and prompt is not None:
                 captions[name] = prompt
             else:
-                problem = 'the line is no object with the texts "name" and "prompt"'
+                problem = 'the line is not an object with the texts "name" and "prompt"'
                 self.refuse(f"{CAPTIONS_FILE}:{line}", problem, "caption line not readable")
         return captions
 
     def _check(
         self, name: str, files: dict[str, dict[str, list[str]]], captions: dict[str, str] | None
     ) -> tuple[str, str, str, str, bool] | None:
-        """Name, caption, two paths and whether all is there; None leaves the row out."""
+        """Check one name, applying ``on_error``.
+
+        Returns:
+            Name, caption, path of the chosen image, path of the rejected image, and whether no rule was broken; None if
+            the row is left out.
+        """
         sound, paths = True, []
         for side in SIDES:
             found = files[side].get(name, [])
@@ -136,10 +144,10 @@ class FolderPairReader(JSONReader):
 
 
 def read_lines(file: Path) -> Iterator[tuple[int, str]]:
-    """Number, from 1 on, and text of every line that is not blank.
+    """Yield (line number from 1, text) of every line that is not blank.
 
     Raises:
-        InputError: If there is no such file.
+        InputError: If the file cannot be opened.
     """
     try:
         with file.open("rb") as stream:
@@ -151,7 +159,7 @@ def read_lines(file: Path) -> Iterator[tuple[int, str]]:
 
 
 def _find_images(folder: Path) -> dict[str, list[str]]:
-    """Paths below the folder's parent by name."""
+    """Find the images in a folder and its subfolders: name → paths relative to the folder's parent."""
     found: dict[str, list[str]] = {}
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() in SUFFIXES and not path.is_dir():

@@ -1,4 +1,4 @@
-"""GenAI-Bench of TIGER-Lab: votes on pairs of generated images, in parquet."""
+"""Reader of TIGER-Lab's GenAI-Bench: parquet files with votes on pairs of generated images."""
 
 from typing import Any, Literal
 
@@ -23,25 +23,26 @@ HINT = "give the published files of image_generation, or write a PairReader for 
 
 
 class GenAIBenchReader(ParquetPairReader):
-    """Votes of TIGER-Lab's GenAI-Bench on pairs of generated images; the left image is a, the right one is b.
+    """Reader of TIGER-Lab's GenAI-Bench, votes on pairs of generated images; the left image is a, the right one b.
 
-    A row of another or no vote is unlabelled, a null prompt is read as an empty one, and a null image cannot be read.
-    An image is named by a hash of its bytes, so it keeps its name in all its rows. Duplicate rows are kept.
+    A row is unlabelled if its ``vote_type`` is null or not a known vote. A null prompt is read as an empty prompt, and
+    a null image counts as unreadable. A row whose prompt is too long falls under ``on_error``. An image is named by a
+    hash of its bytes, so that its name is equal in all rows. Duplicate rows are kept.
 
-    Constructing a reader reads all columns but the images.
+    The constructor reads all columns but the images.
 
     Args:
-        source: Folder with ``{split}-*.parquet``, itself or in ``image_generation/``; otherwise the id of a data set
-            on the hub, whose configuration ``image_generation`` is downloaded.
+        source: Folder that holds ``{split}-*.parquet``, directly or in ``image_generation/``; otherwise the id of a hub
+            data set, whose configuration ``image_generation`` is downloaded.
         split: ``test`` or ``test_v1``.
-        revision: Commit, tag or branch of the hub data set; pin it.
-        both_bad: What ``bothbad_vote`` becomes: no image is preferred, so it is a ``tie`` (½) like ``tievote``, or
-            it is left ``unlabelled``. :meth:`vote_types` tells the two kinds of tie apart.
-        options: ``on_error``, ``max_prompt_chars`` and ``exif``, see :class:`PairReader`; under ``skip`` and
-            ``placeholder`` a split with missing parts is read without them.
+        revision: Commit, tag or branch of the hub data set; give one, so that the data cannot change.
+        both_bad: Label for the vote ``bothbad_vote``: ``tie`` gives ½, as for ``tievote``; ``unlabelled`` gives no
+            label. :meth:`vote_types` returns the votes themselves.
+        options: ``on_error``, ``max_prompt_chars`` and ``exif``, see :class:`PairReader`. Under ``skip`` and
+            ``placeholder`` a split with missing files is read without them.
 
     Raises:
-        InputError: If the split cannot be found, or lacks a part, a column or rows.
+        InputError: If the split cannot be found, or lacks a file, a column or rows.
     """
 
     exif = "ignore"
@@ -89,14 +90,14 @@ class GenAIBenchReader(ParquetPairReader):
         )
 
     def facts(self) -> dict[str, list[Any]]:
-        """Models, and the vote as published, which tells good ties from bad ones."""
+        """Return models and the published ``vote_type`` of every row, see :meth:`PairReader.facts`."""
         names = {"model_a": "left_model", "model_b": "right_model", "vote": "vote_type"}
         return {name: self._index.column(column).to_pylist() for name, column in names.items()}
 
     def vote_types(self) -> list[str | None]:
-        """``vote_type`` of every row as published: what a protocol needs that tells good ties from bad ones."""
+        """Return the published ``vote_type`` of every row, for protocols that distinguish good from bad ties."""
         return self._index.column("vote_type").to_pylist()
 
     def prompts(self) -> list[str]:
-        """Raw prompt of every row."""
+        """Return the raw prompt of every row."""
         return [prompt or "" for prompt in self._index.column("prompt").to_pylist()]

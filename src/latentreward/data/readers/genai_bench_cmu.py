@@ -1,4 +1,4 @@
-"""GenAI-Bench of CMU: images of six models for each prompt, rated by people, in parquet."""
+"""Reader of CMU's GenAI-Bench: parquet files with images of six models for each prompt, rated by people."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,28 +32,31 @@ SKILLS = ("basic", "advanced")
 
 
 class GenAIBenchCMUReader(GroupReader):
-    """Pairs of CMU's GenAI-Bench: images of several models for a prompt, compared by the mean of their human ratings.
+    """Reader of CMU's GenAI-Bench: pairs of images of several models for a prompt, compared by mean human rating.
 
-    A row of n models, six as published, gives n (n − 1) / 2 pairs, in the order of the models' names, all with the
-    row's ``Index`` as ``group_id``; equal means are a tie (½), and kept. An image without ratings leaves its pairs
-    unlabelled, a rater's null is left out of the mean. A null prompt is read as an empty one, and a null image
-    cannot be read. A row with a rating outside 1 to 5 falls under ``on_error``. An image is named by a hash of its
-    bytes. The older revision, with a text column ``{model}_HumanRating`` for each model, is read as well.
+    A row with n models (six as published) gives n (n − 1) / 2 pairs, in the order of the models' names, with the row's
+    ``Index`` as ``group_id``. Equal means are a tie (½) and are kept. Pairs of an image without ratings are unlabelled;
+    a null rating is left out of the mean. A null prompt is read as an empty prompt, and a null image counts as
+    unreadable. A row falls under ``on_error`` if a rating is not a number from 1 to 5 or its prompt is too long. An
+    image is named by a hash of its bytes. The older revision, with a text column ``{model}_HumanRating`` for each
+    model, can be read too.
 
-    Constructing a reader reads all columns but the images. A random row costs its row group, hundreds of MiB in the
-    published file; rows in order cost each group once.
+    The constructor reads all columns but the images. Reading a row in random order decodes its whole row group,
+    hundreds of MiB in the published file; reading rows in order decodes each row group once.
 
     Args:
-        source: Folder with ``{split}-*.parquet``, itself or in ``data/``, or with ``GenAI-Bench.parquet``; otherwise
-            the id of a data set on the hub.
-        split: ``train``, the only one published, although it is a benchmark.
-        revision: Commit, tag or branch of the hub data set; pin it.
-        memory_map: Copy the images once into the cache of ``datasets``, where a random row costs only itself.
-        options: See :class:`~latentreward.data.readers.base.SideExchangingReader`; under ``skip`` and ``placeholder`` a
-            split with missing parts is read without them.
+        source: Folder that holds ``{split}-*.parquet``, directly or in ``data/``, or ``GenAI-Bench.parquet``; otherwise
+            the id of a hub data set.
+        split: Name of the split; only ``train`` is published, although the data set is a benchmark.
+        revision: Commit, tag or branch of the hub data set; give one, so that the data cannot change.
+        memory_map: Copy the images once into the cache of ``datasets``. Reading a row in random order then reads only
+            this row.
+        options: See :class:`~latentreward.data.readers.base.SideExchangingReader`. Under ``skip`` and ``placeholder`` a
+            split with missing files is read without them.
 
     Raises:
-        InputError: If the split cannot be found, lacks a part, a column or rows, or breaks a rule above.
+        InputError: If the split cannot be found, lacks a file, a column or rows, or breaks a rule above under
+            ``on_error: raise``.
     """
 
     exif = "ignore"
@@ -84,16 +87,16 @@ class GenAIBenchCMUReader(GroupReader):
         self.report(f"{source} {split}")
 
     def find_image(self, group: int, position: int) -> ImageRef:
-        """Bytes out of the parquet file."""
+        """Return a reference to an image with its bytes from the parquet file."""
         (image,) = self._images.read(*locate(self._starts, self._rows[group]), [self.models[position]])
         return embedded_image(image)
 
     def facts(self) -> dict[str, list[Any]]:
-        """Models, and the ``tags`` of the row: skills that its prompt asks for."""
+        """Return models and ``tags`` of every row; tags are the skills that the prompt needs, a list of texts."""
         return {**super().facts(), "tags": [self._tags[group] for group in self._index.group]}
 
     def find_model(self, position: int) -> str | None:
-        """Models by name."""
+        """Return the name of the model of the images at ``position``."""
         return self.models[position]
 
     def _parse(self, index: pa.Table) -> Iterator[ImageGroup]:
@@ -125,7 +128,7 @@ class GenAIBenchCMUReader(GroupReader):
 
 
 def _columns(part: ParquetPart) -> tuple[list[str], dict[str, pa.DataType | None]]:
-    """Rated models by name, and the small columns of either revision: number, prompt, ratings."""
+    """Return the sorted names of rated models, and the columns without images to read; for either revision."""
     with open_part(part) as file:
         schema = file.schema_arrow
     tags = {name: None for name in ("Tags", *(f"{kind}_skills" for kind in SKILLS)) if name in schema.names}
@@ -140,7 +143,7 @@ def _columns(part: ParquetPart) -> tuple[list[str], dict[str, pa.DataType | None
 
 
 def _parse_tags(row: dict[str, Any]) -> list[str]:
-    """Basic and advanced skills of either revision; an advanced one among them makes the prompt ``advanced``."""
+    """Return the skills of a row of either revision, after ``advanced`` if it has an advanced skill, else ``basic``."""
     found = row.get("Tags") or {name: row.get(f"{name}_skills") for name in SKILLS}
     named = {kind: _texts(found.get(kind)) for kind in SKILLS}
     if not any(named.values()):
@@ -149,14 +152,14 @@ def _parse_tags(row: dict[str, Any]) -> list[str]:
 
 
 def _texts(value: Any) -> list[str]:
-    """A list of texts, or a text that is one in JSON or separated by commas."""
+    """Convert a list of texts, or a text with a JSON list or words separated by commas, to a list of texts."""
     if isinstance(value, str):
         value = parse_json(value, [part.strip(" '\"[]") for part in value.split(",")])
     return [item for item in value if isinstance(item, str) and item] if isinstance(value, list) else []
 
 
 def _fields(row: dict[str, Any], models: list[str]) -> tuple[str | None, str | None, list[Any]]:
-    """Number, prompt and the models' ratings of a row of either revision."""
+    """Return index, prompt and the models' ratings of a row of either revision."""
     if "HumanRatings" not in row:
         return row["id"], row["prompt"], [row[model + RATED] for model in models]
     ratings = row["HumanRatings"] or {}
@@ -164,7 +167,7 @@ def _fields(row: dict[str, Any], models: list[str]) -> tuple[str | None, str | N
 
 
 def _mean(ratings: Any) -> float | None:
-    """Mean over the raters, NaN without any; None if the ratings are not readable."""
+    """Return the mean over raters, NaN if there are no ratings; None if a rating is not a number from 1 to 5."""
     if isinstance(ratings, str):
         ratings = parse_json(ratings, ratings)
     if ratings is None:

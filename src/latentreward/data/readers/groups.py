@@ -1,4 +1,4 @@
-"""Prompts with several ranked images: every pair of a prompt's images is a row."""
+"""Base of readers of prompts with several ranked images; every pair of a prompt's images is a row."""
 
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
@@ -18,14 +18,14 @@ UNRANKED = float("nan")
 
 @dataclass(frozen=True)
 class ImageGroup:
-    """Images of one prompt, in the order of the file.
+    """Ranked images of one prompt, in the order of the file.
 
     Attributes:
-        name: Stable name, from which the names of its pairs are made.
+        name: Stable name of the group; the ``pair_id`` of each of its pairs begins with this name.
         prompt: Raw text.
-        images: What the reader finds each image by; None where the file does not say.
-        ranks: One number per image, the lowest for the best; NaN leaves the image's pairs unlabelled.
-        group_id: The source's own name of the group, if it has one.
+        images: Path or name by which the reader finds each image; None where the file gives none.
+        ranks: One number per image, the lowest for the best image; NaN leaves the image's pairs unlabelled.
+        group_id: Name of the group in the data set; None if the data set gives none.
     """
 
     name: str
@@ -36,10 +36,10 @@ class ImageGroup:
 
 
 class GroupIndex:
-    """All pairs i < j of all groups, group by group, in compact arrays.
+    """Compact arrays of all pairs of images (positions i < j) in all groups, group by group.
 
     Args:
-        groups: A group of n images gives n (n − 1) / 2 pairs.
+        groups: Groups; one of n images gives n (n − 1) / 2 pairs.
     """
 
     def __init__(self, groups: Iterable[ImageGroup]) -> None:
@@ -60,19 +60,20 @@ class GroupIndex:
         self.labels = _compare(np.array(ranks, dtype=np.float64), self.starts[self.group], self.a, self.b)
 
     def places(self) -> list[tuple[int, int, int]]:
-        """Group and two positions of every pair."""
+        """Return (group number, position of image a, position of image b) of every pair."""
         return list(zip(self.group.tolist(), self.a.tolist(), self.b.tolist(), strict=True))
 
     def image(self, group: int, position: int) -> str | None:
-        """What image ``position`` of a group is found by."""
+        """Return the path or name of the image at ``position`` of a group, see :class:`ImageGroup`."""
         return self.images[int(self.starts[group]) + position].as_py()
 
 
 class GroupReader(JSONReader):
-    """Pairs of images of the same prompt, labelled by comparing their ranks; equal ranks are a tie (½), and kept.
+    """Base of readers of pairs of images of one prompt, labelled by comparing the images' ranks.
 
-    Fill it with :meth:`fill`, then give :meth:`find_image`. A group that breaks a rule is refused, and counted, as a
-    whole; as a placeholder it keeps its pairs, unlabelled.
+    Equal ranks are a tie (label ½) and are kept. A subclass calls :meth:`fill` and implements :meth:`find_image`. A
+    group that breaks a rule falls under ``on_error`` as a whole and counts once; as a placeholder its pairs are kept
+    without labels.
 
     Args:
         source: Name of the data set.
@@ -80,8 +81,8 @@ class GroupReader(JSONReader):
         options: See :class:`~latentreward.data.readers.base.SideExchangingReader`.
 
     Attributes:
-        num_groups: Groups kept.
-        num_images: Images in them.
+        num_groups: Number of groups kept.
+        num_images: Number of images in the kept groups.
     """
 
     def __init__(self, source: str, split: str, **options: Any) -> None:
@@ -89,7 +90,7 @@ class GroupReader(JSONReader):
         self.source, self.split = source, split
 
     def fill(self, groups: Iterable[ImageGroup]) -> None:
-        """Take the groups in."""
+        """Build the index of pairs from the groups; to be called once, in the subclass's constructor."""
         self._index = GroupIndex(groups)
         self.num_groups, self.num_images = len(self._index.names), len(self._index.images)
 
@@ -115,30 +116,33 @@ class GroupReader(JSONReader):
         return pair.swapped() if self.is_exchanged(pair.pair_id) else pair
 
     def labels(self) -> np.ndarray:
-        """``(len,)`` float: ``label_a`` of every row, NaN for none."""
+        """Return ``label_a`` of every row, ``(len,)`` float64, NaN for unlabelled rows."""
         return np.where(self.exchanged(), 1 - self._index.labels, self._index.labels)
 
     def labelled(self) -> np.ndarray:
-        """``(len,)`` bool: whether both images of a row have a rank."""
+        """Return whether both images of each row have a rank, ``(len,)`` bool."""
         return ~np.isnan(self._index.labels)
 
     def prompts(self) -> list[str]:
-        """Raw prompt of every row."""
+        """Return the raw prompt of every row."""
         prompts = self._index.prompts.to_pylist()
         return [prompts[group] for group in self._index.group]
 
     def pair_ids(self) -> list[str]:
-        """Group and positions of every row."""
+        """Return the ``pair_id`` of every row, see :meth:`name_pair`."""
         names = self._index.names.to_pylist()
         return [self.name_pair(names[group], a, b) for group, a, b in self._index.places()]
 
     def groups(self) -> list[str]:
-        """Name of the row's group in its file."""
+        """Return the name of every row's group, see :class:`ImageGroup`."""
         names = self._index.names.to_pylist()
         return [names[group] for group in self._index.group]
 
     def facts(self) -> dict[str, list[Any]]:
-        """Models and votes, where published."""
+        """Return ``model_a``, ``model_b``, ``votes_a`` and ``votes_b``, each a list with one value per row.
+
+        A value is None where the data set does not publish it.
+        """
         places = self._index.places()
         votes = [self.count_votes(*place) or (None, None) for place in places]
         facts: dict[str, list[Any]] = {
@@ -151,31 +155,31 @@ class GroupReader(JSONReader):
 
     @abstractmethod
     def find_image(self, group: int, position: int) -> ImageRef:
-        """The image at a position of a group."""
+        """Return a reference to the image at ``position`` of group number ``group``."""
 
     def name_pair(self, name: str, a: int, b: int) -> str:
-        """``pair_id`` of the images at positions ``a`` and ``b`` of the group ``name``."""
+        """Return the ``pair_id`` of the images at positions ``a`` and ``b`` of the group ``name``."""
         return f"{name}:{a}-{b}"
 
     def count_votes(self, group: int, a: int, b: int) -> tuple[int, int] | None:
-        """Votes for the images at positions ``a`` and ``b``, if published."""
+        """Return the votes for the images at positions ``a`` and ``b``; None if not published."""
         return None
 
     def find_model(self, position: int) -> str | None:
-        """Generator of the images at a position, if published."""
+        """Return the name of the model that generated the images at ``position``; None if not published."""
         return None
 
     def parse_ranked(self, name: str, row: Any, fields: tuple[str, str], folder: Path) -> ImageGroup | None:
-        """A group from a JSON object.
+        """Check a row of a JSON file and make a group of ranked images from it.
 
         Args:
-            name: Its name.
-            row: What stands in the file.
-            fields: Names of the list of paths and of the list of ranks.
-            folder: Where the paths start from.
+            name: Name of the group.
+            row: Row of the file; a JSON object, unless the file is damaged.
+            fields: Names of the row's fields with the list of paths and with the list of ranks.
+            folder: Folder that the paths are relative to.
 
         Returns:
-            None if it is left out.
+            The group; None if ``on_error`` leaves it out.
         """
         row, sound = self.check_row(name, row)
         paths = row.get(fields[0])
@@ -192,13 +196,22 @@ class GroupReader(JSONReader):
         return ImageGroup(name, parse_text(row.get("prompt")) or "", images, ranks or [UNRANKED] * len(images), name)
 
     def check_paths(self, name: str, field: str, paths: list[Any], folder: Path) -> list[str | None]:
-        """The paths of a group's images; None stands for what is no text, if that does not stop."""
+        """Check the paths of a group's images and return them; None replaces a path that is not text.
+
+        Raises:
+            InputError: If ``on_error`` is ``"raise"`` and a path is missing or leads out of ``folder``.
+        """
         for path in paths:
             self.check_path(name, field, path, folder)
         return [parse_text(path) for path in paths]
 
     def check_ranks(self, name: str, field: str, value: Any, count: int) -> list[float] | None:
-        """Ranks of ``count`` images: unranked if all are null, and None if they break the rule and are refused."""
+        """Check the ranks of ``count`` images and return them.
+
+        Returns:
+            ``UNRANKED`` (NaN) for all images if the value or all ranks are null. None if the value is not one number
+            for each image, after applying ``on_error``.
+        """
         if value is None or (value and value == [None] * count):
             self.remarks[f"unlabelled (no {field})"] += 1
             return [UNRANKED] * count
@@ -212,14 +225,20 @@ class GroupReader(JSONReader):
 
 
 def file_image(folder: Path, path: str | None, prefix: str = "") -> ImageRef:
-    """A file of a folder, which it must not leave; ``prefix`` comes before its path in the key."""
+    """Return a reference to an image file that must lie inside ``folder``.
+
+    Args:
+        folder: Folder that ``path`` is relative to.
+        path: Path of the file; empty or None for an image that is missing.
+        prefix: Text before the path in ``image_key``.
+    """
     if not path:
         return ImageRef("")
     return ImageRef(prefix + str(PurePosixPath(path)), path=folder / path, root=folder)
 
 
 def _all_pairs(sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Group number and the two positions of all pairs, each ``(pairs,)``, ordered by group, then by position."""
+    """Return group numbers and both positions of all pairs, each ``(pairs,)``, ordered by group, then by position."""
     columns: list[tuple[np.ndarray, ...]] = [(np.empty(0, np.int64),) * 3]
     for size in np.unique(sizes):
         groups = np.flatnonzero(sizes == size)
@@ -231,7 +250,7 @@ def _all_pairs(sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _compare(ranks: np.ndarray, starts: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Labels of the first image of each pair: 1, ½, 0, or NaN where a rank is."""
+    """Return the label of the first image of each pair: 1, ½ or 0, or NaN where a rank is NaN."""
     rank_a, rank_b = ranks[starts + a], ranks[starts + b]
     labels = np.where(rank_a < rank_b, 1.0, np.where(rank_a > rank_b, 0.0, 0.5))
     return np.where(np.isnan(rank_a) | np.isnan(rank_b), np.nan, labels)

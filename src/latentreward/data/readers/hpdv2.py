@@ -1,4 +1,4 @@
-"""HPDv2: compared pairs for training and ranked groups for testing, image files named in JSON."""
+"""Reader of HPDv2: JSON files with compared pairs for training and ranked groups of images for testing."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,31 +16,34 @@ CHOICES = {(1.0, 0.0), (0.0, 1.0), (0.5, 0.5)}
 
 
 class HPDv2Reader(GroupReader):
-    """Pairs of one split of HPDv2, with sides in the order of the file, which does not tell the winner.
+    """Reader of one split of HPDv2; images a and b keep the order of the file, which does not reveal the winner.
 
-    ``train.json`` holds pairs with a choice each, ``test.json`` groups with a rank for each image; a group of n
-    images gives its n (n − 1) / 2 pairs, in the order of its images, all with its ``group_id``. Equal ranks, and the
-    choice (½, ½), are ties and kept. A choice is unlabelled if it is null or missing, or if it is neither for one
-    image nor a tie, as in (1, 1). The annotators' own rankings, where given, become the votes of a pair, without
-    those who rank its images equally; the label follows the published rank also against their majority.
+    ``train.json`` holds pairs, each with a choice such as (1, 0). ``test.json`` holds groups of images with a rank for
+    each image. A group of n images gives n (n − 1) / 2 pairs, in the order of its images and with one ``group_id``.
+    Equal ranks and the choice (½, ½) are ties and are kept. A pair is unlabelled if its choice is null or missing, or
+    is neither a preference nor a tie, e.g. (1, 1). If the file gives the annotators' own rankings, they become the
+    votes of a pair; annotators who rank both images equally are not counted. The label follows the published rank,
+    even where the majority of votes contradicts it.
 
-    A null or missing prompt is read as an empty one. A path that is none or leads out of the folder of images is
-    found at once, an absent file when it is decoded. A row that is no object, a prompt that is no text, paths that
-    are no list (of two in training), and choices or ranks that are no numbers fall under ``on_error``, groups as a
-    whole. Duplicate rows and pairs of unequal sizes are kept.
+    A null or missing prompt is read as an empty prompt. A row falls under ``on_error`` if it is not an object, its
+    prompt is not text or too long, its paths are not a list (of two paths in training), or its choice or ranks are not
+    numbers; a group falls under ``on_error`` as a whole. A path that is missing or leads out of the folder of images
+    raises InputError in the constructor under ``on_error: raise``. Missing files are found when they are decoded.
+    Duplicate rows, and pairs of images of different sizes, are kept.
 
-    Constructing a reader parses the whole JSON file and keeps it in a compact form.
+    The constructor parses the whole JSON file and keeps it in a compact form.
 
     Args:
-        root: Folder with ``{split}.json`` and, in ``{split}/``, the images of the unpacked ``{split}.tar.gz``; no
-            image outside that is opened. Otherwise the id of a data set on the hub with those files.
+        root: Folder with ``{split}.json`` and, in ``{split}/``, the images of the unpacked ``{split}.tar.gz``; images
+            outside ``{split}/`` are not opened. Otherwise the id of a hub data set with those files.
         split: ``train`` or ``test``.
-        images: Folder of the images, if it is another, e.g. for a split of your own cut out of ``train.json``.
-        revision: Commit, tag or branch of the hub data set; pin it.
+        images: Folder of the images if it is not ``{split}/``, e.g. for a split of your own made from ``train.json``.
+        revision: Commit, tag or branch of the hub data set; give one, so that the data cannot change.
         options: ``on_error``, ``max_prompt_chars`` and ``exif``, see :class:`PairReader`.
 
     Raises:
-        InputError: If the file is absent, is no JSON list, has no pairs left, or breaks a rule above.
+        InputError: If the file is missing, is not a JSON list, has no pairs left, or breaks a rule above under
+            ``on_error: raise``.
     """
 
     exif = "ignore"
@@ -67,15 +70,15 @@ class HPDv2Reader(GroupReader):
         self.report(str(file))
 
     def find_image(self, group: int, position: int) -> ImageRef:
-        """A reference to a file."""
+        """Return a reference to the file of the image at ``position`` of a group."""
         return file_image(self._folder, self._index.image(group, position), self._prefix)
 
     def name_pair(self, name: str, a: int, b: int) -> str:
-        """File and row, with the positions of the images in a group."""
+        """Return ``FILE:ROW`` for a pair of ``train.json``, and ``FILE:ROW:A-B`` for positions a and b of a group."""
         return super().name_pair(name, a, b) if self._ranked else name
 
     def count_votes(self, group: int, a: int, b: int) -> tuple[int, int] | None:
-        """How many annotators rank each of two images above the other."""
+        """Count the annotators who rank image a above b, and b above a; None if the file gives no rankings."""
         rankings = self._rankings[group] if self._ranked else None
         if rankings is None:
             return None
@@ -96,7 +99,7 @@ class HPDv2Reader(GroupReader):
             yield ImageGroup(name, parse_text(row.get("prompt")) or "", images, ranks or [UNRANKED] * 2)
 
     def _parse_choice(self, name: str, value: Any) -> list[float] | None:
-        """Ranks of two images from the choice between them; None if it is refused."""
+        """Convert the choice between two images to ranks; None if it is unreadable, after applying ``on_error``."""
         choice = self.check_ranks(name, "human_preference", value, 2)
         if choice is None or np.isnan(choice).any():
             return choice
@@ -114,7 +117,7 @@ class HPDv2Reader(GroupReader):
                 yield group
 
     def _parse_rankings(self, value: Any, count: int) -> np.ndarray | None:
-        """``(annotators, count)`` ranks; None where there are none."""
+        """Return the annotators' ranks, ``(annotators, count)`` float64; None if there are none that can be read."""
         if value is None:
             return None
         items = value if isinstance(value, list) else [value]
@@ -127,7 +130,7 @@ class HPDv2Reader(GroupReader):
 
 
 def _locate(root: str, split: str, revision: str | None) -> tuple[Path, Path]:
-    """The JSON file and the folder of images of a split; an archive of the hub is unpacked in the download cache."""
+    """Find the JSON file and the folder of images of a split; a hub archive is unpacked in the download cache."""
     if Path(root).is_dir() or not is_hub_id(root):
         return Path(root, f"{split}.json"), Path(root, split)
     (file,) = fetch_files(root, [f"{split}.json"], revision)

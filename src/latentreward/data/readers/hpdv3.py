@@ -1,4 +1,4 @@
-"""HPDv3: pairs of image files, the preferred one first, with votes and confidence, in JSON."""
+"""Reader of HPDv3: JSON files with pairs of image files, the preferred one first, with votes and confidence."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -31,27 +31,28 @@ NULL_TEXTS = ("", "null", "none", "nan")
 
 
 class HPDv3Reader(JSONReader):
-    """Rows of one JSON file of HPDv3.
+    """Reader of one JSON file of HPDv3.
 
-    ``path1`` is the preferred image, as published; the votes do not override that, since the annotators behind them
-    were weighed by ability. A null or missing prompt is read as an empty one. Votes that are not two counts, and a
-    confidence that is no number, are read as not published. A row without a path, with a path out of ``root`` or
-    with an absent file is a row whose image cannot be read; the first two are found at once. A row that is no JSON
-    object, whose prompt is no text or too long, or with more than a billion votes, falls under ``on_error``. Duplicate
-    rows are kept.
+    ``path1`` is the preferred image, as published, even where the majority of votes contradicts it: the authors
+    weighted annotators by ability. A null or missing prompt is read as an empty prompt. Unreadable votes and
+    confidences are read as not published. A row falls under ``on_error`` if it is not a JSON object, its prompt is not
+    text or too long, or an image has more than a billion votes. A path that is missing or leads out of ``root`` raises
+    InputError in the constructor under ``on_error: raise``; otherwise the problem is found when the image is decoded,
+    as is a missing file. Duplicate rows are kept.
 
-    Constructing a reader parses the whole JSON file and keeps it in a compact form.
+    The constructor parses the whole JSON file and keeps it in a compact form.
 
     Args:
-        root: Folder with the JSON files and ``images/``; no image outside it is opened.
-        split: Name of the JSON file without its ending: ``all``, ``train``, ``test``.
-        min_confidence: Leave out rows whose confidence is lower, e.g. 0.95; rows without confidence stay.
-        label: ``"hard"`` gives 1 to the image of ``path1``; ``"votes"`` gives each image its share of the votes, and
-            is hard where there are no votes.
+        root: Folder with the JSON files and ``images/``; images outside it are not opened.
+        split: Name of the JSON file without suffix: ``all``, ``train`` or ``test``.
+        min_confidence: Leave out rows with a lower confidence than this, e.g. 0.95; rows without confidence are kept.
+        label: ``"hard"`` labels the image of ``path1`` with 1. ``"votes"`` uses its fraction of the votes as the label,
+            and 1 for a row without votes.
         options: See :class:`~latentreward.data.readers.base.SideExchangingReader`.
 
     Raises:
-        InputError: If the file is absent, is no JSON list, has no rows left, or breaks a rule above.
+        InputError: If the file is missing, is not a JSON list, has no rows left, or breaks a rule above under
+            ``on_error: raise``.
     """
 
     exif = "ignore"
@@ -95,19 +96,19 @@ class HPDv3Reader(JSONReader):
         return pair.swapped() if self.is_exchanged(pair.pair_id) else pair
 
     def labelled(self) -> np.ndarray:
-        """``(len,)`` bool: all but placeholders of refused rows."""
+        """Return whether each row has a label, ``(len,)`` bool; false only for placeholders of bad rows."""
         return self._table.column("labelled").to_numpy()
 
     def prompts(self) -> list[str]:
-        """Raw prompt of every row."""
+        """Return the raw prompt of every row."""
         return self._table.column("prompt").to_pylist()
 
     def pair_ids(self) -> list[str]:
-        """File and row of every row."""
+        """Return the ``pair_id`` of every row, ``FILE:ROW``."""
         return [self._pair_id(row) for row in self._table.column("row").to_pylist()]
 
     def facts(self) -> dict[str, list[Any]]:
-        """Models, votes and confidence."""
+        """Return models, votes and confidence of every row, see :meth:`PairReader.facts`."""
         names = {"model_a": "model1", "model_b": "model2", "votes_a": "votes1", "votes_b": "votes2"}
         facts = {name: self._table.column(column).to_pylist() for name, column in names.items()}
         return {**exchange_sides(facts, self.exchanged()), "confidence": self._table.column("confidence").to_pylist()}
@@ -127,7 +128,7 @@ class HPDv3Reader(JSONReader):
         return pa.table(columns, schema=INDEX).combine_chunks()
 
     def _parse(self, number: int, row: Any) -> dict[str, Any] | None:
-        """One entry of the index; None leaves the row out."""
+        """Parse one row, applying ``on_error``, to values by column of ``INDEX``; None leaves the row out."""
         row, sound = self._check(number, row)
         if not sound and self.on_error == "skip":
             return None
@@ -144,7 +145,7 @@ class HPDv3Reader(JSONReader):
         }
 
     def _check(self, number: int, row: Any) -> tuple[dict[str, Any], bool]:
-        """The row with what breaks a rule taken out, and whether nothing was."""
+        """Return the row with fields that break a rule set to None, and whether no rule was broken."""
         row, sound = self.check_row(self._pair_id(number), row)
         for name in ("path1", "path2") if sound else ():
             self.check_path(self._pair_id(number), name, row.get(name), self.root)

@@ -1,4 +1,4 @@
-"""Files of a hub data set as they are, through the download cache of ``datasets``."""
+"""Download of single files of a hub data set through the download cache of ``datasets``."""
 
 import re
 from collections.abc import Sequence
@@ -10,21 +10,21 @@ LOCATION = "hf://datasets/{}@{}"
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether a source has the form ``owner/name``."""
+    """Tell whether a source has the form ``owner/name`` of a hub id."""
     return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source) is not None
 
 
 def fetch_files(source: str, names: Sequence[str], revision: str | None = None, extract: bool = False) -> list[Path]:
-    """Download files, or find them in the cache.
+    """Download files of a hub data set, or find them in the cache; return their local paths.
 
     Args:
         source: Id of the data set.
-        names: Paths of the files in its repository.
-        revision: Commit, tag or branch.
-        extract: Unpack archives, and give the folders they were unpacked to.
+        names: Paths of the files in the data set's repository.
+        revision: Commit, tag or branch; ``main`` by default.
+        extract: Unpack archives and return the folders with their contents.
 
     Raises:
-        InputError: If there is no such data set or file, or the hub cannot be reached.
+        InputError: If the data set or a file does not exist, or the hub cannot be reached.
     """
     from datasets import DownloadManager  # slow to import
 
@@ -40,17 +40,20 @@ def fetch_files(source: str, names: Sequence[str], revision: str | None = None, 
 def fetch_split(
     source: str, split: str, ending: str, revision: str | None = None, config: str | None = None
 ) -> list[tuple[str, Path]]:
-    """Published name and place here of all files of a split, by name; a download cache renames files.
+    """Download all files of a split of a hub data set.
 
     Args:
         source: Id of the data set.
         split: Name of the split.
-        ending: What the files' names must end with, e.g. ``".parquet"``.
+        ending: Suffix that all files of the split must have, e.g. ``".parquet"``.
         revision: Commit, tag or branch.
-        config: Name of the configuration, where the data set has several.
+        config: Name of the configuration, if the data set has several.
+
+    Returns:
+        (published file name, local path) of each file, ordered by URL; the download cache renames files.
 
     Raises:
-        InputError: If there is no such data set or split, or the hub cannot be reached.
+        InputError: If the data set or split does not exist, a file has another suffix, or the hub cannot be reached.
     """
     from datasets import DownloadManager, load_dataset_builder  # slow to import
 

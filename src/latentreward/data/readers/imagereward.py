@@ -1,4 +1,4 @@
-"""ImageReward: the ranked test set as published with its code, and ImageRewardDB, ranked images in zip files."""
+"""Readers of ImageReward's ranked test set, as published with its code, and of ImageRewardDB, as zip files."""
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,26 +18,28 @@ from latentreward.data.readers.parquet_store import ParquetPart, damage_named
 from latentreward.errors import InputError
 
 PARTS = {"train": 32, "validation": 2, "test": 2}
-"""Zip files of each published split."""
+"""Number of zip files of each published split."""
 COLUMNS = ("image_path", "prompt_id", "prompt", "rank")
 
 
 class ImageRewardReader(GroupReader):
-    """Pairs of ImageReward's test set, 4 to 9 ranked images for each prompt; equal ranks are a tie (½), and kept.
+    """Reader of pairs from ImageReward's test set, with 4 to 9 ranked images for each prompt.
 
-    A row of the file gives all pairs of its images, with the row's ``id`` as ``group_id``. A null or missing ranking
-    leaves them unlabelled, a null or missing prompt is read as an empty one. A path that is none or leads out of
-    ``test_images/`` is found at once, an absent file when it is decoded. A row that is no object, a prompt that is no
-    text, generations that are no list and a ranking that is not one number for each of them fall under ``on_error``,
-    groups as a whole.
+    A row of the file gives all pairs of its images, with the row's ``id`` as ``group_id``. Equal ranks are a tie (½)
+    and are kept. Pairs of a row with a null or missing ranking are unlabelled. A null or missing prompt is read as an
+    empty prompt. A row falls under ``on_error`` as a whole if it is not an object, its prompt is not text or too long,
+    its ``generations`` are not a list, or its ``ranking`` is not one number for each of them. A path that is missing
+    or leads out of ``test_images/`` raises InputError in the constructor under ``on_error: raise``. Missing files are
+    found when they are decoded.
 
     Args:
-        root: Folder with ``test.json`` and ``test_images/``, itself or in ``data/`` as in the repository; no image
-            outside ``test_images/`` is opened.
+        root: Folder that holds ``test.json`` and ``test_images/``, directly or in ``data/`` as in the repository;
+            images outside ``test_images/`` are not opened.
         options: See :class:`~latentreward.data.readers.base.SideExchangingReader`.
 
     Raises:
-        InputError: If the file is absent, is no JSON list, has no pairs left, or breaks a rule above.
+        InputError: If the file is missing, is not a JSON list, has no pairs left, or breaks a rule above under
+            ``on_error: raise``.
     """
 
     exif = "ignore"
@@ -53,7 +55,7 @@ class ImageRewardReader(GroupReader):
         self.report(str(file))
 
     def find_image(self, group: int, position: int) -> ImageRef:
-        """A reference to a file."""
+        """Return a reference to the file of the image at ``position`` of a group."""
         return file_image(self._folder, self._index.image(group, position))
 
     def _parse(self, rows: list[Any]) -> Iterator[ImageGroup]:
@@ -65,27 +67,28 @@ class ImageRewardReader(GroupReader):
 
 
 class ImageRewardDBReader(GroupReader):
-    """Pairs of one split of ImageRewardDB: all pairs of a prompt's images, compared by ``rank``, ties (½) kept.
+    """Reader of one split of ImageRewardDB: all pairs of a prompt's images, compared by their ``rank``.
 
-    The rows come from ``metadata-{split}.parquet``, or, without it, from the JSON file in each part. The prompt's
-    ``prompt_id`` is the ``group_id``. Images are read from the zip files when they are asked for; a part may be
-    unpacked beside its zip file and is then read from there. A prompt without any rank is unlabelled; a null or
-    missing prompt is read as an empty one. A row without path, or one that its part does not hold, is an image that
-    cannot be read. A row that is no object or has no ``prompt_id``, a prompt that is no text and ranks of which some
-    are no numbers fall under ``on_error``, prompts as a whole.
+    Rows come from ``metadata-{split}.parquet``; without this file, from the JSON file in each zip file ("part"). The
+    ``group_id`` is the ``prompt_id``. Images are read from the zip files when a row is accessed. A part that is
+    unpacked beside its zip file is read from the folder.
+
+    Equal ranks are a tie (½) and are kept. Pairs of a prompt whose ranks are all null are unlabelled. A null or missing
+    prompt is read as an empty prompt. A path that is missing, or that its part does not hold, counts as an unreadable
+    image. A row falls under ``on_error`` if it is not an object or has no ``prompt_id``. All images of a prompt fall
+    under ``on_error`` together if the prompt is not text or too long, or some of its ranks are not numbers.
 
     Args:
-        source: Folder with ``images/{split}/{split}_{i}.zip``; otherwise the id of a data set on the hub with those
-            files.
+        source: Folder with ``images/{split}/{split}_{i}.zip``; otherwise the id of a hub data set with those files.
         split: ``train``, ``validation`` or ``test``.
-        parts: Numbers of the parts to read, e.g. ``[1, 2]`` of train's 1 to 32 for a smaller training set; by
-            default all, and one that the metadata name and the folder lacks falls under ``on_error``.
-        revision: Commit, tag or branch of the hub data set; pin it.
+        parts: Numbers of the parts to read, e.g. ``[1, 2]`` of train's 1 to 32 for a smaller training set. By default
+            all parts are read, and parts that the metadata name but the folder lacks fall under ``on_error``.
+        revision: Commit, tag or branch of the hub data set; give one, so that the data cannot change.
         options: See :class:`~latentreward.data.readers.base.SideExchangingReader`.
 
     Raises:
-        InputError: If the split or a part cannot be found or opened, there are no pairs left, or a rule above is
-            broken.
+        InputError: If the split or a part cannot be found or opened, no pairs are left, or a rule above is broken under
+            ``on_error: raise``.
     """
 
     exif = "ignore"
@@ -114,7 +117,7 @@ class ImageRewardDBReader(GroupReader):
         self.report(f"{source} {split}")
 
     def find_image(self, group: int, position: int) -> ImageRef:
-        """Bytes out of a zip file, or a reference to an unpacked file."""
+        """Return a reference to an image, with its bytes from a zip file or its path in an unpacked folder."""
         name = self._index.image(group, position)
         if name is None:
             return ImageRef("")
@@ -122,7 +125,7 @@ class ImageRewardDBReader(GroupReader):
         return self._archives.image(part, file)
 
     def _read_metadata(self, file: Path, parts: Sequence[int] | None) -> Iterator[tuple[str, str | None, Any]]:
-        """(name for messages, part, row) of every row of the parts to read."""
+        """Yield (name for messages, part, row) of every row of the metadata that belongs to the parts to read."""
         with damage_named(ParquetPart(file.name, file)):
             table = pq.read_table(file)
         if missing := [name for name in COLUMNS if name not in table.column_names]:
@@ -160,22 +163,22 @@ class ImageRewardDBReader(GroupReader):
             yield ImageGroup(prompt_id, prompt, images, ranks or [UNRANKED] * len(images), prompt_id)
 
     def _name_image(self, name: str, part: str | None, path: Any) -> str | None:
-        """``{part}/{file}``; the parts are flat, whatever folders the path names."""
+        """Return ``{part}/{file}``, without the folders that the path names, because parts have no subfolders."""
         if isinstance(path, str) and path and part is not None:
             return f"{part}/{PurePosixPath(parse_text(path) or '').name}"
         if self.on_error == "raise":
-            self.refuse(name, f"image_path is {short(path)}, no path to a part", NO_IMAGE)
+            self.refuse(name, f"image_path is {short(path)}, not a path to a part", NO_IMAGE)
         return None
 
 
 def _part_of(path: Any, split: str) -> str | None:
-    """``train_7`` of ``images/train/train_7/x.webp``."""
+    """Return the part of a path, e.g. ``train_7`` of ``images/train/train_7/x.webp``; None if the path names none."""
     part = PurePosixPath(path).parent.name if isinstance(path, str) else ""
     return part if re.fullmatch(rf"{re.escape(split)}_\d+", part) else None
 
 
 def _find_places(source: str, split: str, parts: Sequence[int] | None, revision: str | None) -> list[Path]:
-    """Zip files of a split, or folders of their names that they were unpacked to, in the order of their numbers."""
+    """Find the parts of a split, in the order of their numbers: zip files, or the folders they were unpacked to."""
     folder = Path(source, "images", split)
     if not Path(source).is_dir() and is_hub_id(source):
         if split not in PARTS:
@@ -183,7 +186,7 @@ def _find_places(source: str, split: str, parts: Sequence[int] | None, revision:
         numbers = range(1, PARTS[split] + 1) if parts is None else parts
         return fetch_files(source, [f"images/{split}/{split}_{number}.zip" for number in numbers], revision)
     found: dict[int, Path] = {}
-    for path in sorted(folder.glob(f"{split}_*"), reverse=True):  # folders come last and win over their zip files
+    for path in sorted(folder.glob(f"{split}_*"), reverse=True):  # a folder comes after its zip file and replaces it
         number = re.fullmatch(rf"{re.escape(split)}_(\d+)(\.zip)?", path.name)
         if number and (path.is_dir() or number[2]):
             found[int(number[1])] = path

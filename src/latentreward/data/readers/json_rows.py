@@ -1,4 +1,4 @@
-"""Rows of JSON files: a list of objects, whose texts, numbers and paths are looked at before they are believed."""
+"""Reading of JSON files with a list of objects, and checks of the objects' texts, numbers and paths."""
 
 import json
 import math
@@ -14,13 +14,17 @@ ARRAY_REMEDY = "give the published file, one JSON list of objects"
 
 
 class JSONReader(SideExchangingReader):
-    """A reader of JSON objects: what is refused in them, whatever the format."""
+    """Base of readers of JSON objects, with checks of prompts, votes and paths that all formats share."""
 
     def check_row(self, pair_id: str, row: Any) -> tuple[dict[str, Any], bool]:
-        """The row, without what breaks a rule, and whether nothing did.
+        """Check that a row is an object with a sound ``prompt``.
 
-        A row that is no object, or whose ``prompt`` is no text or too long, falls under ``on_error``; a null or missing
-        prompt is remarked.
+        A row falls under ``on_error`` if it is not an object, or if its ``prompt`` is not text or too long. A null or
+        missing prompt only counts as a remark.
+
+        Returns:
+            The row, with a bad ``prompt`` set to None, or an empty dict if it is not an object; and whether no rule was
+            broken.
         """
         if not isinstance(row, dict):
             self.refuse(pair_id, f"the row is {short(row)}, not an object", "row is no object")
@@ -37,14 +41,17 @@ class JSONReader(SideExchangingReader):
         return row, True
 
     def check_votes(self, pair_id: str, field: str, votes: tuple[int, int] | None) -> bool:
-        """Whether there are no more than ``MAX_VOTES`` for an image; more fall under ``on_error``."""
+        """Tell whether no image has more than ``MAX_VOTES`` votes; a row with more falls under ``on_error``."""
         if votes is None or max(votes) <= MAX_VOTES:
             return True
         self.refuse(pair_id, f"{field} is {short(list(votes))}, more than {MAX_VOTES} for an image", "too many votes")
         return False
 
     def check_path(self, pair_id: str, field: str, path: Any, folder: Path) -> None:
-        """Stop at a path that is none, or leads out of ``folder``; without ``on_error="raise"`` decoding counts it."""
+        """Raise InputError for a path that is not text, is empty, or leads out of ``folder``, if ``on_error`` is raise.
+
+        Under other values of ``on_error`` nothing happens here: such an image is counted when it is decoded.
+        """
         if self.on_error != "raise":
             return
         if not isinstance(path, str) or not path:
@@ -54,10 +61,10 @@ class JSONReader(SideExchangingReader):
 
 
 def load_rows(file: Path) -> list[Any]:
-    """The list that a JSON file holds.
+    """Read a JSON file that holds a list.
 
     Raises:
-        InputError: If there is no such file, or it holds something else.
+        InputError: If the file does not exist or does not hold a JSON list.
     """
     if not file.is_file():
         raise InputError(f"split: no file {file}; set root to the unpacked data set, and split to a file in it")
@@ -65,10 +72,10 @@ def load_rows(file: Path) -> list[Any]:
 
 
 def parse_rows(data: bytes, name: str) -> list[Any]:
-    """The list that JSON bytes hold; ``name`` is for the error message.
+    """Parse JSON bytes that hold a list; ``name`` names the file in messages.
 
     Raises:
-        InputError: If they hold something else.
+        InputError: If the bytes do not hold a JSON list.
     """
     try:
         rows = json.loads(data)
@@ -80,7 +87,7 @@ def parse_rows(data: bytes, name: str) -> list[Any]:
 
 
 def parse_json(text: str, otherwise: Any) -> Any:
-    """The value that a text holds as JSON, or ``otherwise`` if it holds none."""
+    """Parse a JSON text; return ``otherwise`` if the text is not valid JSON."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -88,7 +95,7 @@ def parse_json(text: str, otherwise: Any) -> Any:
 
 
 def parse_number(value: Any) -> float | None:
-    """A finite number, or a text that is one; None for anything else."""
+    """Convert a finite number, or a text with one, to float; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:
@@ -99,7 +106,7 @@ def parse_number(value: Any) -> float | None:
 
 
 def parse_votes(value: Any) -> tuple[int, int] | None:
-    """Two counts, also as texts; None for anything else."""
+    """Convert a list of two counts, given as numbers or texts, to integers; None for anything else."""
     counts = [parse_number(item) for item in value] if isinstance(value, list) else []
     if len(counts) != 2 or not all(count is not None and count >= 0 and count % 1 == 0 for count in counts):
         return None
@@ -107,18 +114,18 @@ def parse_votes(value: Any) -> tuple[int, int] | None:
 
 
 def parse_text(value: Any) -> str | None:
-    """The text with lone surrogates, which no tokenizer takes, replaced; None for anything else."""
+    """Return a text with lone surrogates replaced, which tokenizers refuse; None if ``value`` is not a text."""
     if not isinstance(value, str):
         return None
     return value if value.isascii() else value.encode("utf-8", "replace").decode()
 
 
 def escapes(path: str) -> bool:
-    """Whether a path leads out of its folder by itself, links aside."""
+    """Tell whether a path is absolute or leads out of its folder by ``..``; links are not followed."""
     return path.startswith("/") or (".." in path and Path(os.path.normpath(path)).parts[:1] == ("..",))
 
 
 def short(value: Any) -> str:
-    """A value for an error message, at most 60 characters."""
+    """Format a value for an error message, in at most 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

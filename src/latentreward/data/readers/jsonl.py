@@ -1,4 +1,4 @@
-"""JSON lines: pairs of image files of your own, one object per line."""
+"""Reader of JSON lines: pairs of image files of your own, one object per line."""
 
 from pathlib import Path
 from typing import Any
@@ -32,32 +32,33 @@ WORDS = {"a": 1.0, "b": 0.0, "tie": 0.5}
 
 
 class JSONLPairReader(JSONReader):
-    """Pairs of a file of JSON lines.
+    """Reader of pairs of image files from a file of JSON lines.
 
     A line has a ``prompt`` and either ``chosen`` and ``rejected``, or ``image_a``, ``image_b`` and ``label``::
 
         {"prompt": "a cat", "chosen": "images/1.jpg", "rejected": "images/2.jpg"}
         {"prompt": "a cat", "image_a": "images/1.jpg", "image_b": "images/2.jpg", "label": 0.5}
 
-    ``label`` is the probability that a is preferred (1, 0, ½ for a tie, or between), or ``"a"``, ``"b"``, ``"tie"``;
-    null or missing is unlabelled. Also read, where they are there: ``votes`` ([a, b] or [chosen, rejected]),
-    ``confidence`` in [0, 1], ``weight`` in the loss, and ``pair_id``; a line without one is named by its number.
+    ``label`` is the probability in [0, 1] that a is preferred (½ for a tie), or ``"a"``, ``"b"`` or ``"tie"``. A line
+    with a null or missing label is unlabelled. Optional fields are ``votes`` ([a, b] or [chosen, rejected]),
+    ``confidence`` in [0, 1], ``weight`` (of the pair in the loss, 0 or more) and ``pair_id`` (default ``FILE:LINE``).
 
-    Paths are relative to ``root``. A null or missing prompt is read as an empty one, votes and a confidence that are
-    none as not published. A line that is no object, a prompt that is no text or too long, a label or weight out of
-    range, more than a billion votes and a ``pair_id`` that occurred before fall under ``on_error``. A path that is none
-    or leads out of ``root`` is found at once under ``raise``, else, like an absent file, when the image is decoded.
-    Blank lines are left aside.
+    Paths are relative to ``root``. A null or missing prompt is read as an empty prompt. Unreadable ``votes`` and
+    ``confidence`` are ignored. Blank lines are ignored. A line falls under ``on_error`` if it is not an object, if its
+    prompt is not text or too long, if its label or weight is out of range, if an image has more than a billion votes,
+    or if its ``pair_id`` occurred before. A path that is missing or leads out of ``root`` raises InputError in the
+    constructor under ``on_error: raise``; otherwise the problem is found when the image is decoded, as is a missing
+    file.
 
     Args:
-        file: The file.
-        root: Folder that paths are relative to, and that no image lies out of; the file's by default.
+        file: Path of the file.
+        root: Folder that paths are relative to and that all images must lie in; by default the file's folder.
         split: Name of the split.
-        options: See :class:`~latentreward.data.readers.base.SideExchangingReader`; only lines with ``chosen`` and
-            ``rejected`` are exchanged.
+        options: See :class:`~latentreward.data.readers.base.SideExchangingReader`. Images are exchanged only in lines
+            with ``chosen`` and ``rejected``.
 
     Raises:
-        InputError: If the file is absent, no line is left, or one breaks a rule above.
+        InputError: If the file is missing, no line is left, or a line breaks a rule above under ``on_error: raise``.
     """
 
     def __init__(self, file: str, root: str | None = None, split: str = "train", **options: Any) -> None:
@@ -92,34 +93,34 @@ class JSONLPairReader(JSONReader):
         return pair.swapped() if row["winner_first"] and self.is_exchanged(row["pair_id"]) else pair
 
     def labels(self) -> np.ndarray:
-        """``(len,)`` float: label of image a as ``reader[n]`` gives it, NaN for none."""
+        """Return ``label_a`` of every row after any exchange of images, ``(len,)`` float64, NaN for unlabelled rows."""
         labels = np.array(self._table.column("label").to_pylist(), dtype=np.float64)
         return np.where(self.exchanged(), 1.0 - labels, labels)
 
     def labelled(self) -> np.ndarray:
-        """``(len,)`` bool: whether a row has a label."""
+        """Return whether each row has a label, ``(len,)`` bool."""
         return self._table.column("label").is_valid().to_numpy()
 
     def prompts(self) -> list[str]:
-        """Raw prompt of every row."""
+        """Return the raw prompt of every row."""
         return self._table.column("prompt").to_pylist()
 
     def pair_ids(self) -> list[str]:
-        """``pair_id`` of every row, or file and line."""
+        """Return the ``pair_id`` of every row, ``FILE:LINE`` if its line has none."""
         return self._table.column("pair_id").to_pylist()
 
     def facts(self) -> dict[str, list[Any]]:
-        """Votes and confidence."""
+        """Return ``votes_a``, ``votes_b`` and ``confidence``, each a list with one value per row, None if not given."""
         facts = {name: self._table.column(name).to_pylist() for name in ("votes_a", "votes_b")}
         return {**exchange_sides(facts, self.exchanged()), "confidence": self._table.column("confidence").to_pylist()}
 
     def exchanged(self) -> list[bool]:
-        """Of every row whether its sides are exchanged: none whose line names no winner."""
+        """Return whether images a and b are exchanged, for every row; false for lines without ``chosen``."""
         first = self._table.column("winner_first").to_pylist()
         return [winner and other for winner, other in zip(first, super().exchanged(), strict=True)]
 
     def _parse(self, line: int, text: str, seen: set[str]) -> tuple[Any, ...] | None:
-        """One entry of the index, in the order of its columns; None leaves the line out."""
+        """Parse one line, applying ``on_error``, to values in the order of ``INDEX``; None leaves the line out."""
         name = f"{self._file.name}:{line}"
         row, sound = self.check_row(name, parse_json(text, text.strip()))
         pair_id = parse_text(row.get("pair_id")) or name
@@ -146,7 +147,7 @@ class JSONLPairReader(JSONReader):
     def _parse_label(
         self, name: str, row: dict[str, Any], fields: tuple[str, str], sound: bool
     ) -> tuple[bool, float | None]:
-        """Whether the row is sound so far, and the label of its first image."""
+        """Return whether the row has broken no rule so far, and the label of its first image; None if unlabelled."""
         if not sound or fields == WINNER_FIRST:
             return sound, 1.0
         value = row.get("label")
@@ -160,10 +161,10 @@ class JSONLPairReader(JSONReader):
         return sound, label
 
     def _parse_weight(self, name: str, value: Any, sound: bool) -> tuple[bool, float]:
-        """Whether the row is sound so far, and its weight, 1 where it has none."""
+        """Return whether the row has broken no rule so far, and its weight, 1 by default."""
         weight = 1.0 if value is None else parse_number(value)
         if sound and (weight is None or weight < 0):
-            self.refuse(name, f"weight is {short(value)}, no number of 0 or more", "weight not readable")
+            self.refuse(name, f"weight is {short(value)}, not a number of 0 or more", "weight not readable")
             return False, 1.0
         return sound, weight if sound and weight is not None else 1.0
 

@@ -1,4 +1,4 @@
-"""Files and random access of data sets stored as parquet shards, through ``datasets`` and ``pyarrow``."""
+"""Access to data sets stored as several parquet files, through ``datasets`` and ``pyarrow``."""
 
 import os
 import re
@@ -25,24 +25,29 @@ MAX_OPEN_FILES = 32
 
 @dataclass(frozen=True)
 class ParquetPart:
-    """One parquet file of a split: its published name, and where it lies (a download cache renames files)."""
+    """One parquet file of a split.
+
+    Attributes:
+        name: Published file name; a download cache renames files.
+        path: Path of the file on this machine.
+    """
 
     name: str
     path: Path
 
 
 def find_parts(source: str, split: str, revision: str | None = None, config: str | None = None) -> list[ParquetPart]:
-    """The files of a split, in the order of their names.
+    """Find the parquet files of a split, in the order of their names.
 
     Args:
-        source: Folder with ``{split}-*.parquet``, itself or in ``data/`` (in a folder named ``config``, if that is
-            given); otherwise the id of a data set on the hub, whose files of this split are downloaded as they are.
+        source: Folder that holds ``{split}-*.parquet``, directly or in its subfolder ``data/`` (or the subfolder
+            ``config``, if given); otherwise the id of a hub data set, whose files of this split are downloaded.
         split: Name of the split.
         revision: Commit, tag or branch of the hub data set.
         config: Name of the configuration, where the hub data set has several.
 
     Raises:
-        InputError: If there is no such folder, data set or split.
+        InputError: If the folder, data set or split does not exist.
     """
     folder = Path(source)
     if folder.is_dir():
@@ -59,17 +64,17 @@ def find_parts(source: str, split: str, revision: str | None = None, config: str
 
 
 def missing_parts(parts: Sequence[ParquetPart]) -> list[str]:
-    """What the names ``…-00003-of-00012…`` say is lacking, as ``"00003-of-00012"``."""
+    """Return the parts, e.g. ``"00003-of-00012"``, that are missing according to the numbers in the other names."""
     found = {match[0] for part in parts for match in re.finditer(r"\d{5}-of-\d{5}", part.name)}
     totals = {name[-5:] for name in found}
     return sorted({f"{n:05d}-of-{total}" for total in totals for n in range(int(total))} - found)
 
 
 def open_part(part: ParquetPart) -> pq.ParquetFile:
-    """Open a part; only its footer is read.
+    """Open a parquet file; only its footer is read.
 
     Raises:
-        ImageError: If it is no whole parquet file.
+        ImageError: If the file is not a whole parquet file.
     """
     with damage_named(part):
         return pq.ParquetFile(part.path)
@@ -78,19 +83,19 @@ def open_part(part: ParquetPart) -> pq.ParquetFile:
 def read_index(
     parts: Sequence[ParquetPart], columns: dict[str, pa.DataType | None], hint: str
 ) -> tuple[pa.Table, np.ndarray]:
-    """The small columns of all parts, whatever their order in the files.
+    """Read columns without images from all parts, into one table in the order of ``columns``.
 
     Args:
         parts: Files of a split.
-        columns: Columns to read with the types to cast them to; None keeps a type.
-        hint: What to do about a file that lacks a column or holds another type.
+        columns: Column → type to cast to; None keeps the file's type.
+        hint: Remedy in the message about a file that lacks a column or has another type.
 
     Returns:
-        The table, and ``(parts,)`` number of rows before each part.
+        The table, and the number of rows before each part, ``(parts,)``.
 
     Raises:
-        ImageError: If a part is no whole parquet file.
-        InputError: If a column is missing or of another type.
+        ImageError: If a part is not a whole parquet file.
+        InputError: If a column is missing or cannot be cast.
     """
     tables = []
     for part in parts:
@@ -111,7 +116,7 @@ def read_index(
 
 
 def refuse_missing(reader: PairReader, source: str, split: str, parts: Sequence[ParquetPart]) -> None:
-    """Apply the reader's ``on_error`` to parts that the names of the others say exist."""
+    """Apply the reader's ``on_error`` to missing parts, see :func:`missing_parts`."""
     if missing := missing_parts(parts):
         names = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
         problem = f"{split} lacks {len(missing)} of its parquet parts ({names}); download them"
@@ -119,10 +124,16 @@ def refuse_missing(reader: PairReader, source: str, split: str, parts: Sequence[
 
 
 def check_image_columns(parts: Sequence[ParquetPart], columns: Sequence[str], hint: str, absent: str = "") -> None:
-    """Stop if a part lacks a column of images, as bytes or as the structs that ``datasets`` writes.
+    """Check that every part has the columns of images, as bytes or as the structs that ``datasets`` writes.
+
+    Args:
+        parts: Files of a split.
+        columns: Names of the columns of images.
+        hint: Remedy at the end of the message.
+        absent: Remedy if all the columns are missing; ``hint`` if empty.
 
     Raises:
-        InputError: With ``hint`` at its end, or with ``absent`` where all columns are missing.
+        InputError: If a column is missing or does not hold images.
     """
     for part in parts:
         with open_part(part) as file:
@@ -139,7 +150,7 @@ def check_image_columns(parts: Sequence[ParquetPart], columns: Sequence[str], hi
 
 
 def largest_row_group(parts: Sequence[ParquetPart], columns: Sequence[str]) -> int:
-    """Bytes, once decompressed, of ``columns`` in the largest row group of all parts."""
+    """Return the decompressed size in bytes of ``columns`` in the largest row group of all parts."""
     largest = 0
     for part in parts:
         with open_part(part) as file:
@@ -152,20 +163,28 @@ def largest_row_group(parts: Sequence[ParquetPart], columns: Sequence[str]) -> i
 
 
 def embedded_image(value: Any) -> ImageRef:
-    """An image from a column of bytes or of structs with bytes, named by its content."""
+    """Return a reference to an image from a column of bytes, or of structs with bytes, named by a hash of its bytes."""
     data = value.get("bytes") if isinstance(value, dict) else value
     return ImageRef(content_key(data), data)
 
 
 def locate(starts: np.ndarray, row: int) -> tuple[int, int]:
-    """Number of the part that a row of the split lies in, and its number there; ``starts`` as of :func:`read_index`."""
+    """Return the number of the part that holds a row of the split, and the row's number in the part.
+
+    Args:
+        starts: Number of rows before each part, ``(parts,)``, from :func:`read_index`.
+        row: Row number in the split.
+    """
     part = int(np.searchsorted(starts, row, side="right")) - 1
     return part, row - int(starts[part])
 
 
 @contextmanager
 def damage_named(part: ParquetPart) -> Iterator[None]:
-    """Turn pyarrow's errors over a damaged file into one line that names it; it reaches the user from workers too."""
+    """Turn pyarrow's errors about a damaged file into an ImageError of one line that names the file.
+
+    ImageError keeps its one line also when a loader's worker process raises it.
+    """
     try:
         yield
     except (pa.ArrowException, OSError) as error:
@@ -175,7 +194,16 @@ def damage_named(part: ParquetPart) -> Iterator[None]:
 def empty_long_prompts(
     reader: PairReader, prompts: pa.ChunkedArray, name_of: Callable[[int], str]
 ) -> tuple[pa.Array, np.ndarray]:
-    """Apply the reader's ``on_error`` to prompts that are too long; all prompts, those empty, and which they are."""
+    """Apply the reader's ``on_error`` to prompts that are too long, and empty these prompts.
+
+    Args:
+        reader: Reader with ``on_error`` and ``max_prompt_chars``.
+        prompts: Prompt of every row.
+        name_of: Function that returns the ``pair_id`` of a row number.
+
+    Returns:
+        All prompts, with the long ones empty; and ``(rows,)`` bool, true for the long ones.
+    """
     texts = prompts.combine_chunks()
     lengths = pc.utf8_length(texts).fill_null(0).to_numpy(zero_copy_only=False)
     long = lengths > reader.max_prompt_chars
@@ -186,9 +214,10 @@ def empty_long_prompts(
 
 
 class ParquetPairReader(PairReader):
-    """Pairs in the parquet files of a split, named by file and row.
+    """Base of readers of pairs in the parquet files of a split; a ``pair_id`` is ``FILE:ROW``.
 
-    A subclass calls :meth:`open_split` and says which rows of it are offered, and their labels.
+    A subclass calls :meth:`open_split` in its constructor and sets ``_rows``, the row numbers to use, and ``_labels``,
+    their labels.
     """
 
     _rows: np.ndarray
@@ -203,7 +232,7 @@ class ParquetPairReader(PairReader):
         hint: str,
         config: str | None = None,
     ) -> pa.Table:
-        """Small columns of all parts of a split, see :func:`find_parts` and :func:`read_index`."""
+        """Find the parts of a split and read ``columns``, see :func:`find_parts` and :func:`read_index`."""
         self.split, self._parts = split, find_parts(source, split, revision, config)
         refuse_missing(self, source, split, self._parts)
         table, self._starts = read_index(self._parts, columns, hint)
@@ -213,11 +242,11 @@ class ParquetPairReader(PairReader):
         return len(self._rows)
 
     def labels(self) -> np.ndarray:
-        """``(len,)`` float: label of the first image, NaN for none."""
+        """Return the label of image a of every row, ``(len,)`` float64, NaN for unlabelled rows."""
         return self._labels.copy()
 
     def pair_ids(self) -> list[str]:
-        """File and row of every row."""
+        """Return the ``pair_id`` of every row, ``FILE:ROW``."""
         return [self._pair_id(int(row)) for row in self._rows]
 
     def _pair_id(self, row: int) -> str:
@@ -226,10 +255,10 @@ class ParquetPairReader(PairReader):
 
 
 class RowGroupColumns:
-    """Random access to columns of parquet parts, one decoded row group at a time.
+    """Random access to columns of parquet files; one decoded row group is kept at a time.
 
-    A row costs its whole row group, unless the row before came from the same group. Open files and the last group
-    belong to a process: they do not travel to workers, and a forked worker opens its own.
+    Reading a row decodes its whole row group, unless the last row read was in the same group. Open files and the
+    decoded group are not pickled; a forked worker process opens its own.
 
     Args:
         parts: Files with equal columns.
@@ -241,7 +270,7 @@ class RowGroupColumns:
         self._start()
 
     def read(self, part: int, row: int, columns: Sequence[str] | None = None) -> tuple[Any, ...]:
-        """Values of the columns, or of some of them, in row ``row`` of part number ``part``."""
+        """Return the values of ``columns`` (all by default) in row ``row`` of part number ``part``."""
         if self._process != os.getpid():
             self._start()
         file, ends = self._open(part)
@@ -274,7 +303,7 @@ class RowGroupColumns:
 
     def _read_group(self, file: pq.ParquetFile, part: int, number: int) -> pa.Table:
         if self._group is None or self._group[:2] != (part, number):
-            self._group = None  # lets go of the old group before the new one is decoded
+            self._group = None  # frees the memory of the old group before the new one is decoded
             with damage_named(self.parts[part]):
                 table = file.read_row_group(number, columns=self.columns, use_threads=False)
             self._group = part, number, table
@@ -283,12 +312,14 @@ class RowGroupColumns:
 
 
 class ArrowColumns:
-    """The same access after a one-time copy into the memory-mapped cache of ``datasets``: a row costs only itself.
+    """Random access to columns of parquet files, copied once into the memory-mapped cache of ``datasets``.
+
+    Reading a row then reads only this row, not its row group.
 
     Args:
         parts: Files with equal columns.
-        columns: Columns to copy; the cache takes as much disk as they do.
-        starts: ``(parts,)`` number of rows before each part.
+        columns: Columns to copy; the copy takes as much disk space as these columns.
+        starts: Number of rows before each part, ``(parts,)``.
     """
 
     def __init__(self, parts: Sequence[ParquetPart], columns: Sequence[str], starts: np.ndarray) -> None:
@@ -300,6 +331,6 @@ class ArrowColumns:
         self._rows = self._rows.with_format("arrow")
 
     def read(self, part: int, row: int, columns: Sequence[str] | None = None) -> tuple[Any, ...]:
-        """Values of the columns, or of some of them, in row ``row`` of part number ``part``."""
+        """Return the values of ``columns`` (all by default) in row ``row`` of part number ``part``."""
         table = self._rows[int(self.starts[part]) + row]
         return tuple(table.column(name)[0].as_py() for name in columns or self.columns)

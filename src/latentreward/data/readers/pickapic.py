@@ -1,4 +1,4 @@
-"""Pick-a-Pic v1 and v2: pairs of JPEGs with the users' choices, in parquet."""
+"""Reader of Pick-a-Pic v1 and v2: parquet files with pairs of JPEGs and the users' choices."""
 
 import logging
 from dataclasses import replace
@@ -39,40 +39,44 @@ COLUMNS = {
 }
 LARGE_ROW_GROUP = 64 * 2**20
 TOLERANCE = 1e-6
-WITHOUT_IMAGES = "this is the copy without images: take the one with them, or set images to none for prompts and labels"
+WITHOUT_IMAGES = (
+    "this is the copy without images: take the copy with images, or set images to none for prompts and labels"
+)
 SCHEMA_HINT = "give the published parquet files, or write a PairReader for your own"
 
 
 class PickAPicReader(ParquetPairReader):
-    """Rows of one split of Pick-a-Pic; image 0 is a, image 1 is b.
+    """Reader of one split of Pick-a-Pic; image 0 is a, image 1 is b.
 
-    The label is ``label_0`` (1, 0, or ½ for a tie; ties are kept). A row is unlabelled, and never trained on or
-    counted, if ``has_label`` is not true, a label is null, or the two labels do not add up to 1, as in (1, 1).
-    ``best_image_uid`` is not used: what it holds for ties and nulls is not documented. A labelled row with a label
-    outside [0, 1] or NaN, and one whose caption is too long, falls under ``on_error``. A null caption
-    is read as an empty one. Duplicate rows are kept. An image without uid is named by a hash of its bytes.
+    The label is ``label_0`` (1, 0, or ½ for a tie; ties are kept). A row is unlabelled, and ignored in training and
+    metrics, if ``has_label`` is not true, a label is null, or the two labels do not add up to 1, e.g. (1, 1).
+    ``best_image_uid`` is not used, because its values for ties and nulls are not documented. A row falls under
+    ``on_error`` if it has a label that is NaN or outside [0, 1], or a caption that is too long. A null caption is read
+    as an empty prompt. Duplicate rows are kept. An image without uid is named by a hash of its bytes.
 
-    Constructing a reader reads all columns but the images.
+    The constructor reads all columns but the images.
 
     Args:
-        source: Folder with ``{split}-*.parquet``, itself or in ``data/``; otherwise the id of a data set on the hub,
+        source: Folder that holds ``{split}-*.parquet``, directly or in ``data/``; otherwise the id of a hub data set,
             which is then downloaded.
-        split: E.g. ``train``, ``validation_unique``, ``test_unique``.
-        revision: Commit, tag or branch of the hub data set; pin it.
-        drop_identical: Leave out rows whose two images are the same (``are_different`` false, or equal uids); wanted
+        split: Name of the split, e.g. ``train``, ``validation_unique`` or ``test_unique``.
+        revision: Commit, tag or branch of the hub data set; give one, so that the data cannot change.
+        drop_identical: Leave out rows with two identical images (``are_different`` false, or equal uids); recommended
             for training.
-        weight: ``per_prompt`` gives a row 1 / ``num_example_per_prompt``, the number of rows with its prompt, so that
-            each prompt counts once, as PickScore and LRM train (1 where it is null or not positive); ``equal`` gives 1.
-        memory_map: Copy the images once into the cache of ``datasets`` (as large as the download), where a random
-            row costs only itself. Without it a random row costs the row group it lies in: fine for groups of few
-            rows, but the published files have hundreds of rows in one.
-        images: ``none`` leaves the images aside, also where the files have them: for score tables and ``latentreward
-            inspect``, and the only way to read the copy published without images. Training needs ``read``.
-        options: ``on_error``, ``max_prompt_chars`` and ``exif``, see :class:`PairReader`; under ``skip`` and
-            ``placeholder`` a split with missing parts is read without them.
+        weight: Weight of a row in the loss. ``per_prompt`` is 1 / ``num_example_per_prompt`` (the number of rows with
+            the row's prompt), so that each prompt counts once, as in the training of PickScore and LRM; 1 if this
+            number is null or not positive. ``equal`` is 1 for every row.
+        memory_map: Copy the images once into the cache of ``datasets``, which takes as much disk space as the download.
+            Reading a row in random order then reads only this row. Without the copy, its whole row group is read, which
+            is slow for the published files with hundreds of rows in a group.
+        images: ``read``, which training needs, reads the images. ``none`` does not, for score tables, for
+            ``latentreward inspect``, and for the copy of the data set that is published without images.
+        options: ``on_error``, ``max_prompt_chars`` and ``exif``, see :class:`PairReader`. Under ``skip`` and
+            ``placeholder`` a split with missing files is read without them.
 
     Raises:
-        InputError: If the split cannot be found, lacks a part, a column or rows, or breaks a rule above.
+        InputError: If the split cannot be found, lacks a file, a column or rows, or breaks a rule above under
+            ``on_error: raise``.
     """
 
     exif = "ignore"
@@ -136,17 +140,24 @@ class PickAPicReader(ParquetPairReader):
         )
 
     def prompts(self) -> list[str]:
-        """Raw prompt of every row."""
+        """Return the raw prompt of every row."""
         return [prompt or "" for prompt in self._index["caption"].take(pa.array(self._rows)).to_pylist()]
 
     def facts(self) -> dict[str, list[Any]]:
-        """Models, and ``label_0`` as published, also where the row is unlabelled."""
+        """Return models and the published ``label_0`` of every row, unlabelled rows included."""
         names = {"model_a": "model_0", "model_b": "model_1", "label_0": "label_0"}
         rows = pa.array(self._rows)
         return {name: self._index[column].take(rows).to_pylist() for name, column in names.items()}
 
     def _judge_labels(self, refused: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Labels of image 0 with NaN for unlabelled, and which rows to keep; some are refused already."""
+        """Check labels, applying ``on_error``.
+
+        Args:
+            refused: Rows to which ``on_error`` was applied before, ``(rows,)`` bool; rows with bad labels are added.
+
+        Returns:
+            Label of image 0, NaN for unlabelled rows, and whether to keep each row; both ``(rows,)``.
+        """
         has_label = _flags(self._index["has_label"], null=False)
         null = _is_null(self._index["label_0"]) | _is_null(self._index["label_1"])
         label_0, label_1 = (self._index[name].fill_null(0.5).to_numpy() for name in LABELS)
@@ -166,7 +177,7 @@ class PickAPicReader(ParquetPairReader):
         return labels, ~refused if self.on_error == "skip" else np.ones_like(refused)
 
     def _find_different(self, keep: np.ndarray) -> np.ndarray:
-        """Which rows have two images; the others among ``keep`` are counted."""
+        """Return which rows have two different images, ``(rows,)`` bool; count the others among the rows ``keep``."""
         same_uid = _flags(pc.equal(self._index["image_0_uid"], self._index["image_1_uid"]), null=False)
         different = _flags(self._index["are_different"], null=True) & ~same_uid
         if dropped := int((keep & ~different).sum()):

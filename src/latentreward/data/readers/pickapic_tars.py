@@ -1,4 +1,4 @@
-"""Pick-a-Pic v2 as webdataset tars: members ``KEY.jpg_0.jpg``, ``KEY.label_0.txt`` and so on, read at their offsets."""
+"""Reader of Pick-a-Pic v2 as webdataset tars, with members ``KEY.jpg_0.jpg``, ``KEY.label_0.txt`` and so on."""
 
 import math
 import os
@@ -24,12 +24,18 @@ MAX_TEXT = 1 << 20
 TOLERANCE = 1e-6
 
 Extent = tuple[int, int]
-"""Offset and length in bytes."""
+"""Offset and length of a member in its tar, in bytes."""
 
 
 @dataclass
 class _Sample:
-    """One sample while its tar is indexed: where its images lie, and its texts."""
+    """One sample of a tar during indexing.
+
+    Attributes:
+        key: Path of its members, up to the first dot of the file name.
+        images: Rest of the file name of each image, e.g. ``jpg_0.jpg`` → offset and length.
+        texts: Rest of the file name of each text, e.g. ``label_0.txt`` → text.
+    """
 
     key: str
     images: dict[str, Extent] = field(default_factory=dict)
@@ -37,30 +43,30 @@ class _Sample:
 
 
 class PickAPicTarReader(PairReader):
-    """Rows of Pick-a-Pic tars; image 0 is a, image 1 is b.
+    """Reader of Pick-a-Pic tars; image 0 is a, image 1 is b.
 
-    A sample is what consecutive members with one name before the first dot make; members of other names are left
-    aside. The label is ``label_0`` (1, 0, or ½ for a tie). A row is unlabelled if a label is absent or no number, or
-    if the two do not add up to 1; a label outside [0, 1] falls under ``on_error``. An absent prompt is read as an
-    empty one; an absent image is an image that cannot be read. Images are named by a hash of their bytes, since the
-    tars give no uid.
+    A sample consists of consecutive members with one file name up to the first dot; members with suffixes other than
+    ``MEMBERS`` are ignored. The label is ``label_0`` (1, 0, or ½ for a tie). A row is unlabelled if a label is missing
+    or not a number, or if the two labels do not add up to 1. A row falls under ``on_error`` if a label is NaN or
+    outside [0, 1], or its prompt is too long. A missing prompt is read as an empty prompt; a missing image counts as
+    unreadable. Images are named by a hash of their bytes, because the tars give no uid.
 
-    Constructing a reader goes once through the headers and texts of all tars, which takes minutes for the whole data
-    set; rows are then read at their offsets, in any order. Tars must be uncompressed.
+    The constructor reads the headers and texts of all tars once, which takes minutes for the whole data set. Rows are
+    then read at their offsets, in any order. Tars must be uncompressed.
 
     Args:
-        root: Folder with ``*.tar``, itself or in a folder named after the split; or one tar; otherwise the id of a data
-            set on the hub, whose tars of this split are then downloaded.
+        root: Folder that holds ``*.tar``, directly or in a subfolder named after the split; or one tar; otherwise the
+            id of a hub data set, whose tars of this split are then downloaded.
         split: Name of the split.
-        revision: Commit, tag or branch of the hub data set; pin it.
-        drop_identical: Leave out rows whose two images are the same bytes; wanted for training.
-        weight: ``per_prompt`` gives a row 1 / number of rows with its prompt among those read, so that each prompt
-            counts once, as PickScore and LRM train; ``equal`` gives 1.
-        options: ``on_error``, ``max_prompt_chars`` and ``exif``, see :class:`PairReader`. Of a tar that ends
-            early, the samples that are whole are kept under ``skip`` and ``placeholder``.
+        revision: Commit, tag or branch of the hub data set; give one, so that the data cannot change.
+        drop_identical: Leave out rows whose two images have identical bytes; recommended for training.
+        weight: Weight of a row in the loss. ``per_prompt`` is 1 / (number of rows read with the row's prompt), so that
+            each prompt counts once, as in the training of PickScore and LRM. ``equal`` is 1 for every row.
+        options: ``on_error``, ``max_prompt_chars`` and ``exif``, see :class:`PairReader`. Of a truncated tar, the whole
+            samples are kept under ``skip`` and ``placeholder``.
 
     Raises:
-        InputError: If there are no tars, no samples in them, or one breaks a rule above.
+        InputError: If there are no tars or no samples in them, or a rule above is broken under ``on_error: raise``.
     """
 
     exif = "ignore"
@@ -121,15 +127,15 @@ class PickAPicTarReader(PairReader):
         )
 
     def labels(self) -> np.ndarray:
-        """``(len,)`` float: label of image 0, NaN for none."""
+        """Return the label of image 0 of every row, ``(len,)`` float64, NaN for unlabelled rows."""
         return self._labels.copy()
 
     def prompts(self) -> list[str]:
-        """Raw prompt of every row."""
+        """Return the raw prompt of every row."""
         return list(self._prompts)
 
     def pair_ids(self) -> list[str]:
-        """Tar and sample of every row."""
+        """Return the ``pair_id`` of every row, ``TAR:KEY``."""
         return [self._pair_id(index) for index in range(len(self))]
 
     def _pair_id(self, index: int) -> str:
@@ -137,7 +143,7 @@ class PickAPicTarReader(PairReader):
         return f"{self._names[number]}:{key}"
 
     def _read_samples(self, tar: Path) -> list[_Sample]:
-        """Samples of one tar; of one that ends early, the last sample only if it is whole."""
+        """Read the samples of one tar; the last sample of a truncated tar is left out unless it is whole."""
         members, problem = _scan(tar)
         with tar.open("rb", buffering=0) as file:
             samples = _group(members, file)
@@ -148,7 +154,7 @@ class PickAPicTarReader(PairReader):
         return samples
 
     def _judge(self, tar: Path, sample: _Sample) -> float | None:
-        """Label of image 0, NaN for none; None leaves the row out."""
+        """Return the label of image 0, NaN if unlabelled; None if ``on_error`` leaves the row out."""
         if PROMPT not in sample.texts:
             self.remarks["no prompt, read as empty"] += 1
         elif len(sample.texts[PROMPT]) > self.max_prompt_chars:
@@ -180,7 +186,7 @@ class PickAPicTarReader(PairReader):
 
 
 def _find_tars(root: Path, split: str, revision: str | None) -> list[tuple[str, Path]]:
-    """Published names and places of the tars."""
+    """Find the tars of a split, as (published name, local path)."""
     if root.is_file():
         return [(root.name, root)]
     if not root.is_dir() and is_hub_id(str(root)):
@@ -192,24 +198,24 @@ def _find_tars(root: Path, split: str, revision: str | None) -> list[tuple[str, 
 
 
 def _scan(tar: Path) -> tuple[list[tuple[str, Extent]], str | None]:
-    """Names and places of the whole members of a tar, and what is wrong with it, if anything is."""
+    """List the whole members of a tar, as (name, extent), and describe the damage of the tar; None if it has none."""
     members, size = [], tar.stat().st_size
     try:
         with tarfile.open(tar, "r:") as archive:
             for member in archive:
                 if member.isreg() and member.offset_data + member.size <= size:
                     members.append((member.name, (member.offset_data, member.size)))
-            # tarfile stops at a damaged header as quietly as at the zeros that a whole tar ends with
+            # tarfile stops without an error both at a damaged header and at the zeros that end a whole tar
             end = archive.offset
     except tarfile.TarError as error:
-        return members, f"{'the tar ends early' if members else 'no uncompressed tar'} ({error})"
+        return members, f"{'the tar ends early' if members else 'not an uncompressed tar'} ({error})"
     with tar.open("rb", buffering=0) as file:
         whole = _read(file, (end, tarfile.BLOCKSIZE)) == bytes(tarfile.BLOCKSIZE)
     return members, None if whole else f"the tar ends early (at byte {end} of {size})"
 
 
 def _group(members: list[tuple[str, Extent]], file: BinaryIO) -> list[_Sample]:
-    """Consecutive members of one key as samples, with their texts read."""
+    """Group consecutive members with one key into samples, and read the texts."""
     samples: list[_Sample] = []
     for path, extent in members:
         folder, _, base = path.removeprefix("./").rpartition("/")
@@ -227,7 +233,7 @@ def _group(members: list[tuple[str, Extent]], file: BinaryIO) -> list[_Sample]:
 
 
 def _read(file: BinaryIO, extent: Extent | list[int]) -> bytes | None:
-    """Bytes of a member, fewer if the file has become shorter; None if it is absent."""
+    """Read the bytes of a member, fewer if the file was shortened since; None if the extent is ``ABSENT``."""
     offset, size = extent
     return None if offset < 0 else os.pread(file.fileno(), size, offset)
 
