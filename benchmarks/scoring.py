@@ -102,7 +102,7 @@ def mixed(encoded: Sequence[bytes]) -> list[Image.Image]:
 
 
 def invariance(name: str, count: int) -> Iterator[list[str]]:
-    """Rows of the table of one model."""
+    """Yield the rows of one model, for images of one shape and of mixed shapes."""
     model, (prompts, encoded) = load_model(name), pictures(name, count)
     for kind, images in (("one shape", list(encoded)), ("mixed shapes", mixed(encoded))):
         reference = model.score(prompts, images, batch_size=8)

@@ -110,7 +110,7 @@ def conditioning(embeds: list[Tensor], pooled: list[Tensor]) -> Conditioning:
 
 
 def measure_load(count: int) -> list[str]:
-    """Row of the table."""
+    """Send ``count`` requests to a server, and return the table row of ``load``."""
     bodies = requests_of(accepted_by(random_model(SMALLEST), ServiceSettings()), 16, 16, 154)
     with server_process(command(SMALLEST, 1)) as server:
         load(server.address, bodies, 100, CLIENTS)
@@ -121,7 +121,7 @@ def measure_load(count: int) -> list[str]:
 
 
 def measure_fuzz(count: int) -> list[str]:
-    """Row of the table."""
+    """Send ``count`` mutated requests to a server, and return the table row of ``fuzz``."""
     accepted = accepted_by(random_model(SMALLEST), ServiceSettings())
     good = requests_of(accepted, 1, 8, 5)[0]
     with server_process(command(SMALLEST, 1)) as server:

@@ -84,9 +84,9 @@ def evaluate_policy(
             latentreward.scorers.tools.GenEvalScorer.
         policy: Policy to evaluate: a generator (pipeline, checkpoint, lora) or a folder of existing images.
         against: Second policy to compare with; none by default.
-        prompts: File of prompts, or a glob pattern of several files, of which each becomes a group: text, JSON, JSON
-            lines, CSV, TSV or parquet with a column ``prompt`` or ``caption``; ``tinyworld`` stands for the tiny
-            world's held-out captions. By default the prompts of the folder ``images``.
+        prompts: File of prompts: text, JSON, JSON lines, CSV, TSV or parquet with a column ``prompt`` or ``caption``.
+            Or a glob pattern of several files; each file without a column of groups becomes a group. Or ``tinyworld``
+            for the tiny world's held-out captions. By default the prompts of the folder ``images``.
         num_prompts: Number of prompts to take from the start; all by default.
         max_prompt_chars: Most characters of a prompt; longer ones are refused. Text encoders read a few hundred.
         images_per_prompt: Pictures of each prompt; by default as many as a folder of images has, or 1.

@@ -153,7 +153,7 @@ def publish(
         del loaded  # frees memory before the written model is loaded
         probe.compare(partial, target, trust_remote_code)
     for setting, path in paths_here(probe.recipe).items():
-        print(f"{setting} is {path}, a path of this machine, which config.json tells others", file=sys.stderr)
+        print(f"{setting} is {path}, a path on this machine; config.json publishes it", file=sys.stderr)
     if replaced:
         print(replaced)
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())

@@ -73,8 +73,8 @@ def serve(
     with bind(host, port) as bound:
         if settings.token is None and not ip_address(bound.getsockname()[0].partition("%")[0]).is_loopback:
             print(
-                f"latentreward serve: {host} can be reached from other machines, and there is no token: whoever "
-                f"reaches it may ask; set token_file or {TOKEN_VARIABLE}",
+                f"latentreward serve: {host} can be reached from other machines, and there is no token: anybody who "
+                f"reaches it may send requests; set token_file or {TOKEN_VARIABLE}",
                 file=sys.stderr,
             )
         reward = RewardModel.from_pretrained(

@@ -93,7 +93,7 @@ class PairCalibration(Metric):
         self.add_state("outcome_sum", torch.zeros(bins), dist_reduce_fx="sum")
 
     def update(self, win_probability: Tensor, label: Tensor) -> None:
-        """Add pairs.
+        """Add B pairs.
 
         Args:
             win_probability: Predicted probability that chosen wins, ``(B,)`` or ``(B, out_dim)``, in [0, 1].

@@ -74,7 +74,7 @@ def calibration_figures(report: BenchmarkReport) -> Iterator[Drawn]:
 
 
 def agreement_figures(report: BenchmarkReport) -> Iterator[Drawn]:
-    """Shares of the same choice as a matrix, one figure per data set."""
+    """Draw a matrix of the shares of pairs on which two models agree, one figure per data set and split."""
     for (name,), results in grouped(report.agreement, "benchmark").items():
         scorers = list(dict.fromkeys([one for result in results for one in (result.first, result.second)]))
         shares = {frozenset((result.first, result.second)): 100 * result.pair.value for result in results}

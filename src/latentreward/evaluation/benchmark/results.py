@@ -81,7 +81,7 @@ class ProtocolResult:
 
 @dataclass(frozen=True)
 class AverageResult:
-    """One scorer's mean of the four benchmarks of :mod:`~latentreward.evaluation.benchmark.four_benchmarks`."""
+    """Mean accuracy of one scorer over the benchmarks of :mod:`~latentreward.evaluation.benchmark.four_benchmarks`."""
 
     scorer: str
     estimate: Interval
@@ -137,7 +137,11 @@ class DifferenceResult:
 
 @dataclass(frozen=True)
 class LevelResult:
-    """Accuracy of a latent reward at one noise level; ``sigma`` in [0, 1], ``benchmark`` the data set and split."""
+    """Accuracy of a latent reward at one noise level.
+
+    ``sigma`` is the noise level in [0, 1], ``timestep`` the timestep of the model's noise process at that level, and
+    ``benchmark`` the name of data set and split.
+    """
 
     protocol: str
     scorer: str

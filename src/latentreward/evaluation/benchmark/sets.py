@@ -39,10 +39,10 @@ class _PublishedBenchmark(Benchmark):
 
 
 class ImageRewardBenchmark(_PublishedBenchmark):
-    """ImageReward's test set, 466 items of 4 to 9 ranked images: ``imagereward/micro`` and ``imagereward/macro``.
+    """ImageReward's test set, 466 prompts of 4 to 9 ranked images: ``imagereward/micro`` and ``imagereward/macro``.
 
     Args:
-        root: Folder with ``test.json`` and ``test_images/``, itself or in ``data/``.
+        root: Folder that holds ``test.json`` and ``test_images/``, directly or in ``data/``.
         on_error: See :class:`Benchmark`.
     """
 
@@ -128,8 +128,8 @@ class PickAPicBenchmark(_PublishedBenchmark):
     """Pick-a-Pic v1 or v2: ``pickapic/pickscore``, ``pickapic/lrm``, ``pickapic/strict``.
 
     Args:
-        root: Folder with ``test_unique-*.parquet`` and ``validation_unique-*.parquet``, itself or in ``data/``, or a
-            hub id.
+        root: Folder that holds ``test_unique-*.parquet`` and ``validation_unique-*.parquet``, directly or in ``data/``;
+            or a hub id.
         split: Split on which the protocols are computed.
         fitting_split: Split on which PickScore's threshold is fitted; null leaves ``pickapic/pickscore`` out.
         temperatures: Name of a scorer → temperature of its softmax in PickScore's protocol; null fits the temperature
@@ -172,7 +172,7 @@ class GenAIBenchTigerBenchmark(_PublishedBenchmark):
     """GenAI-Bench of TIGER-Lab: ``genai_bench_tiger/no_tie`` and ``genai_bench_tiger/4way`` on each split.
 
     Args:
-        root: Folder with ``{split}-*.parquet``, itself or in ``image_generation/``, or a hub id.
+        root: Folder that holds ``{split}-*.parquet``, directly or in ``image_generation/``; or a hub id.
         splits: ``test``, ``test_v1`` or both. Papers that leave out ties report ``test``; the leaderboard of four-way
             answers uses ``test_v1``.
         on_error: See :class:`Benchmark`.
@@ -197,7 +197,7 @@ class GenAIBenchCMUBenchmark(_PublishedBenchmark):
     """GenAI-Bench of CMU, 1,600 prompts of six rated images: ``genai_bench_cmu``.
 
     Args:
-        root: Folder with ``train-*.parquet``, itself or in ``data/``, or with ``GenAI-Bench.parquet``, or a hub id.
+        root: Folder that holds ``train-*.parquet``, directly or in ``data/``, or ``GenAI-Bench.parquet``; or a hub id.
         on_error: See :class:`Benchmark`.
     """
 
