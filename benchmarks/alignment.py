@@ -1,13 +1,14 @@
-"""What alignment costs: passes, memory, rewards, rollouts. Everything in one run, as Markdown tables of ratios.
+"""Measure the costs of alignment: forward passes, memory, rewards and rollouts; prints Markdown tables.
 
-Usage: ``python benchmarks/alignment.py [PART ...] [--repeats 5] [--batch 4] [--threads 1]``; all parts but ``gpu`` by
-default, some ten minutes. Weights are random; only shapes and time matter.
+Usage: ``python benchmarks/alignment.py [PART ...] [--repeats 5] [--batch 4] [--threads 1]``. By default all parts but
+``gpu`` run, which takes about ten minutes. Weights are random, because only shapes and times matter.
 
-``passes``   LPO's optimisation with one policy and one reference pass per pair, against two of each (mid size)
+``passes``   time of LPO's optimisation with one policy pass and one reference pass per pair, against two of each (mid
+             size)
 ``weights``  weights in memory against three copies of the network (mid size, and full sizes on the meta device)
-``scoring``  a reward on latents against x̂_0, VAE decoder and a CLIP-H: FLOPs at full size, time at mid size
-``rollout``  the share of rollouts in LPO's training (mid size)
-``vlm``      FLOPs of DiNa-LRM against a Qwen2-VL-7B scorer of decoded images, 1024² (counted and by formula)
+``scoring``  a reward on latents against predicting x̂_0, VAE decoder and CLIP-H: FLOPs at full size, time at mid size
+``rollout``  share of rollouts in the time of LPO's training (mid size)
+``vlm``      FLOPs of DiNa-LRM against a Qwen2-VL-7B scorer of decoded 1024² images (DiNa-LRM counted, Qwen by formula)
 ``gpu``      LPO steps at full size, and ReFL on SD3.5-Medium at 1024²: time, FLOPs, peak memory; needs a GPU
 """
 
@@ -57,7 +58,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> 
 
 
 def seconds(work: Callable[[], Any], device: torch.device | None = None) -> float:
-    """Wall time of one call."""
+    """Measure the wall time of one call."""
     synchronise = torch.cuda.synchronize if device is not None and device.type == "cuda" else lambda: None
     synchronise()
     began = time.perf_counter()
@@ -67,19 +68,22 @@ def seconds(work: Callable[[], Any], device: torch.device | None = None) -> floa
 
 
 def interleaved(works: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Wall times of each of ``works``, run in turn so that a busy moment meets all of them; the first round is left."""
+    """Measure the wall times of functions that are run in turn, so that load on the machine affects all alike.
+
+    The first round is a warm-up and left out.
+    """
     rounds = [{name: seconds(work) for name, work in works.items()} for _ in range(repeats + 1)][1:]
     return {name: [times[name] for times in rounds] for name in works}
 
 
 def ratio_of(above: Sequence[float], below: Sequence[float]) -> str:
-    """Median and range of the rounds' ratios."""
+    """Format median and range of the ratios of two lists of times, round by round."""
     ratios = sorted(a / b for a, b in zip(above, below, strict=True))
     return f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}–{ratios[-1]:.2f})"
 
 
 def lpo_module(size: str, share: bool, guidance_scale: float = 1.0, **policy: Any) -> LPOModule:
-    """LPO with random weights at ``size``; prompts cost nothing."""
+    """Return an LPO module with random weights at ``size``, whose text encoders cost no time and memory."""
     source = RandomPolicy(source=size, lora=LoRA(rank=4, alpha=4.0), **policy)
     module = LPOModule(
         source,
@@ -93,12 +97,12 @@ def lpo_module(size: str, share: bool, guidance_scale: float = 1.0, **policy: An
 
 
 def replace_prompts(size: str, policy: Policy, reward: LatentScorer, device: torch.device | str = "cpu") -> None:
-    """Have prompts cost nothing, neither time nor memory."""
+    """Replace the text encoders of policy and reward by precomputed embeddings, which cost no time and memory."""
     policy.text_encoder = reward.model.backbone.text_encoder = prompts_for(size).to(device)
 
 
 def random_pairs(module: LPOModule, count: int) -> StepPairs:
-    """Pairs at a middle step, at a distance from the policy's mean that leaves ratios unclamped."""
+    """Sample pairs at the middle step from the policy's own transition, where the loss clamps no ratio."""
     device = module.device
     timesteps = module.sampler.timesteps[[len(module.sampler) // 2] * count]
     latents = random_states(module.policy, count, device)
@@ -120,7 +124,7 @@ def random_pairs(module: LPOModule, count: int) -> StepPairs:
 
 
 def two_passes(module: LPOModule, batch: StepPairs) -> StepDPOResult:
-    """LPO's loss as the released loop computes it: policy and reference once for each side."""
+    """Compute LPO's loss like the released loop: one policy and one reference pass for each side of the pair."""
     policy, reference = module.transitions(batch)
     chosen, ref_chosen = policy.log_prob(batch.chosen), reference.log_prob(batch.chosen)
     policy, reference = module.transitions(batch)
@@ -129,13 +133,13 @@ def two_passes(module: LPOModule, batch: StepPairs) -> StepDPOResult:
 
 
 def adapter_gradients(module: LPOModule, loss: Tensor) -> list[Tensor]:
-    """Gradients of the policy's adapter."""
+    """Return the gradients of the policy's adapter."""
     weights = [p for name, p in module.policy.named_parameters() if f".{POLICY}." in name and p.requires_grad]
     return list(torch.autograd.grad(loss, weights))
 
 
 def measure_passes(size: str, batch: int, repeats: int) -> None:
-    """Time of forward and backward, and whether loss and gradients agree."""
+    """Print the times of forward and backward pass, and the differences of loss and gradients."""
     rows = []
     for guidance in (1.0, 5.0):
         module = lpo_module(size, share=True, guidance_scale=guidance)
@@ -143,7 +147,8 @@ def measure_passes(size: str, batch: int, repeats: int) -> None:
         one, two = module.compare(pairs)[0].loss, two_passes(module, pairs).loss
         first, second = adapter_gradients(module, one), adapter_gradients(module, two)
         error = max(float((a - b).norm()) for a, b in zip(first, second, strict=True))
-        error /= max(float(gradient.norm()) for gradient in second)  # of some tensors rounding is all there is
+        # relative to the largest gradient, because some gradients consist of rounding errors alone
+        error /= max(float(gradient.norm()) for gradient in second)
         times = interleaved(
             {
                 "one": lambda module=module, pairs=pairs: adapter_gradients(module, module.compare(pairs)[0].loss),
@@ -170,7 +175,7 @@ def measure_passes(size: str, batch: int, repeats: int) -> None:
 
 @dataclass(frozen=True)
 class Weights:
-    """Numbers of parameters, each counted once."""
+    """Numbers of parameters of the parts of an alignment run; a shared parameter is counted once."""
 
     network: int
     reward: int
@@ -180,7 +185,7 @@ class Weights:
 
     @classmethod
     def of(cls, module: LPOModule, text: nn.Module | None) -> "Weights":
-        """Count what a training holds."""
+        """Count the parameters of a module and, if given, of a text encoder."""
         adapters, network, reward, vae = set[int](), set[int](), set[int](), set[int]()
         sizes: dict[int, int] = {}
         for part, names in ((module.policy.network, network), (module.policy.vae, vae), (module.reward, reward)):
@@ -194,7 +199,7 @@ class Weights:
 
 
 def count_weights(size: str, share: bool, device: str) -> Weights:
-    """Build an alignment run and count it."""
+    """Build an alignment run on ``device``, and count its parameters."""
     with torch.device(device):
         source = RandomPolicy(source=size)
         module = LPOModule(source, RandomLatentReward(size, share), QuantileThreshold(0.0), seed=0)
@@ -202,7 +207,7 @@ def count_weights(size: str, share: bool, device: str) -> Weights:
 
 
 def measure_weights(sizes: Sequence[tuple[str, str]]) -> None:
-    """Weights against policy, reference and reward as three whole networks."""
+    """Print the weights in memory against three copies of the network (policy, reference and reward)."""
 
     def rows() -> Iterator[list[str]]:
         for size, device in sizes:
@@ -222,13 +227,13 @@ def measure_weights(sizes: Sequence[tuple[str, str]]) -> None:
 
 
 class Scoring:
-    """The works that scoring one step is made of.
+    """Parts of scoring one sampling step, one method each.
 
     Args:
-        size: Of the policy and its LRM.
-        count: States.
-        device: Where; ``meta`` to count FLOPs.
-        guidance: Of LRM's visual feature enhancement.
+        size: Size of the policy and its LRM.
+        count: Number of noisy states.
+        device: Device; ``meta`` to count FLOPs.
+        guidance: Guidance of LRM's visual feature enhancement.
     """
 
     def __init__(self, size: str, count: int, device: str = "cpu", guidance: float = 7.5) -> None:
@@ -245,23 +250,23 @@ class Scoring:
 
     @torch.no_grad()
     def lrm(self) -> None:
-        """The reward on latents."""
+        """Score the latents by the LRM."""
         self.reward(NoisyStates(self.latents, self.timesteps, self.rows), self.encoded)
 
     @torch.no_grad()
     def prediction(self) -> None:
-        """The policy's guided prediction, from which x̂_0 follows."""
+        """Compute the policy's guided prediction, from which x̂_0 follows."""
         self.policy.predict_guided(self.latents, self.timesteps, self.conditioning, self.uncond, 5.0)
 
     @torch.no_grad()
     def decoding(self) -> None:
-        """VAE decoder."""
+        """Decode the latents by the VAE."""
         assert self.policy.vae is not None
         self.policy.vae.decode(self.latents)
 
 
 def clip_h(device: str) -> Callable[[int], None]:
-    """Vision tower of CLIP-H on 224² images."""
+    """Return a function that runs CLIP-H's vision tower on N images of 224²."""
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     with torch.device(device):
@@ -275,7 +280,7 @@ def clip_h(device: str) -> Callable[[int], None]:
 
 
 def flops(work: Callable[[], Any]) -> float:
-    """FLOPs of one call: twice the multiplications."""
+    """Count the FLOPs of one call, two for each multiply-accumulate operation."""
     with FlopCounterMode(display=False) as counter:
         work()
     return float(counter.get_total_flops())
@@ -283,7 +288,7 @@ def flops(work: Callable[[], Any]) -> float:
 
 @contextmanager
 def without_values() -> Iterator[None]:
-    """For the meta device: no check that scores are finite, and no autocast, which does not know the device."""
+    """Switch off what the meta device does not support: the check that scores are finite, and autocast."""
     with (
         patch.object(Reward, "checked", lambda self, scores, timesteps: scores),
         patch.object(torch, "autocast", lambda *args, **options: nullcontext()),
@@ -292,7 +297,7 @@ def without_values() -> Iterator[None]:
 
 
 def count_scoring(size: str, guidance: float = 7.5) -> dict[str, float]:
-    """FLOPs per state of reward, prediction, decoder and CLIP-H."""
+    """Count the FLOPs per state of reward, prediction, decoder and CLIP-H."""
     scoring, tower = Scoring(size, 1, "meta", guidance), clip_h("meta")
     with without_values():
         counted = {name: flops(getattr(scoring, name)) for name in ("lrm", "prediction", "decoding")}
@@ -300,7 +305,7 @@ def count_scoring(size: str, guidance: float = 7.5) -> dict[str, float]:
 
 
 def measure_scoring(sizes: Sequence[str], timed: str, batch: int, repeats: int) -> None:
-    """FLOPs at ``sizes``, and time at the size ``timed``."""
+    """Print FLOPs at ``sizes``, and times at the size ``timed``."""
     counted = {size: count_scoring(size) for size in (*sizes, timed)}
 
     def counts() -> Iterator[list[str]]:
@@ -344,14 +349,14 @@ def measure_scoring(sizes: Sequence[str], timed: str, batch: int, repeats: int) 
 
 @torch.no_grad()
 def roll_out(module: LPOModule, prompts: PromptBatch) -> None:
-    """As :meth:`LPOModule.roll_out`, without a trainer."""
+    """Do the work of :meth:`LPOModule.roll_out` without a trainer."""
     module.eval()
     module.make_experience(prompts)
     module.train()
 
 
 def measure_rollout(size: str, batch: int, steps: int, repeats: int) -> None:
-    """Time of one rollout step and of the optimisation of one pair, and what share that makes of training."""
+    """Print the times of one rollout step and of optimising one pair, and the share of rollouts in training."""
     rows = []
     for share in (True, False):
         module = lpo_module(size, share, guidance_scale=5.0)
@@ -381,10 +386,10 @@ def measure_rollout(size: str, batch: int, steps: int, repeats: int) -> None:
 
 
 def qwen2_vl_7b_flops(image_tokens: int = 256, text_tokens: int = 400) -> tuple[float, float]:
-    """FLOPs of the vision tower and of the language model of Qwen2-VL-7B (arXiv:2409.12191) for one image and prompt.
+    """Compute the FLOPs of Qwen2-VL-7B's vision tower and language model for one image and prompt (arXiv:2409.12191).
 
-    Sizes are those of its published config; 4 patches of 14² make an image token. Attention in the language model is
-    causal, of which half is counted.
+    Sizes are those of the published config; an image token is made of 4 patches of 14². Attention in the language
+    model is causal, so half of the full attention is counted.
     """
     patches, width, depth = 4 * image_tokens, 1280, 32
     linear = 2 * width**2 * (4 + 8)  # queries, keys, values, output; MLP of ratio 4
@@ -400,10 +405,10 @@ class DiNaWork:
     """FLOPs of DiNa-LRM for one image.
 
     Attributes:
-        backbone: At one noise level.
-        head: At one noise level.
-        ensemble_head: Of the ensemble of three.
-        decoding: VAE decoder.
+        backbone: FLOPs of the backbone at one noise level.
+        head: FLOPs of the head at one noise level.
+        ensemble_head: FLOPs of the head for the ensemble of three noise levels.
+        decoding: FLOPs of the VAE decoder.
     """
 
     backbone: float
@@ -413,7 +418,7 @@ class DiNaWork:
 
 
 def count_dina(size: str = "sd35") -> DiNaWork:
-    """Count on the meta device, at the policy's native size."""
+    """Count the FLOPs of DiNa-LRM on the meta device, at the policy's native image size."""
     with torch.device("meta"), without_values(), torch.no_grad():
         policy = RandomPolicy(source=size).load()
         reward = RandomLatentReward(size).load(policy)
@@ -431,7 +436,7 @@ def count_dina(size: str = "sd35") -> DiNaWork:
 
 
 def measure_vlm(size: str = "sd35") -> None:
-    """FLOPs of DiNa-LRM beside those of a vision-language model that scores the decoded image."""
+    """Print the FLOPs of DiNa-LRM beside those of a vision-language model that scores the decoded image."""
     work, (vision, language) = count_dina(size), qwen2_vl_7b_flops()
     scorer = vision + language
     parts = f"{vision / TERA:.2f} vision + {language / TERA:.2f} language + {work.decoding / TERA:.2f} decoder"
@@ -458,13 +463,13 @@ def measure_vlm(size: str = "sd35") -> None:
 
 @dataclass(frozen=True)
 class FullSize:
-    """A training step at full size.
+    """Settings of a training step at full size.
 
     Attributes:
-        name: For the table.
-        size: Of the policy.
-        batch: Pairs, or prompts.
-        refl: ReFL in place of LPO's optimisation.
+        name: Name in the table.
+        size: Size of the policy.
+        batch: Number of pairs (LPO) or prompts (ReFL).
+        refl: Whether the step is ReFL's instead of LPO's optimisation.
     """
 
     name: str
@@ -481,7 +486,7 @@ FULL_SIZE = (
 
 
 def refl_module(size: str, **policy: Any) -> ReFLModule:
-    """ReFL with random weights, its reward on the policy's network."""
+    """Return a ReFL module with random weights, whose reward is an adapter on the policy's network."""
     source = RandomPolicy(source=size, lora=LoRA(rank=32, alpha=32.0), **policy)
     module = ReFLModule(source, RandomLatentReward(size, share=True), Sampling(4), stop_range=(1, 1), seed=0)
     replace_prompts(size, module.policy, module.reward)
@@ -489,7 +494,7 @@ def refl_module(size: str, **policy: Any) -> ReFLModule:
 
 
 def full_size_step(step: FullSize, device: torch.device) -> Callable[[], Any]:
-    """The work of one training step, bfloat16 weights, checkpointing, no text encoders."""
+    """Return a function that runs a training step in bfloat16 with gradient checkpointing and without text encoders."""
     options = {"frozen_dtype": "bfloat16", "gradient_checkpointing": True}
     with torch.device("meta"):
         module: Any = refl_module(step.size, **options) if step.refl else lpo_module(step.size, True, 5.0, **options)
@@ -516,7 +521,7 @@ def full_size_step(step: FullSize, device: torch.device) -> Callable[[], Any]:
 
 
 def measure_gpu(repeats: int) -> None:
-    """Time, FLOPs and peak memory of full-size steps."""
+    """Print time, FLOPs and peak memory of full-size steps; only a note without a GPU."""
     if not torch.cuda.is_available():
         print("\n**Full size: not measured (no GPU here)**")
         return
@@ -540,14 +545,14 @@ def measure_gpu(repeats: int) -> None:
 
 
 def machine(threads: int) -> str:
-    """What measured."""
+    """Describe the machine and the versions of a measurement."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     load = os.getloadavg()[0]
     return f"{name}, {threads} thread(s) of {os.cpu_count()} cores, load {load:.1f}, torch {torch.__version__}, seed 0"
 
 
 def main() -> None:
-    """Run what is asked for and print the tables."""
+    """Run the chosen parts and print their tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", choices=(*PARTS, "gpu", []), metavar="PART")
     parser.add_argument("--repeats", type=int, default=5)

@@ -1,9 +1,10 @@
-"""Whether two versions of the program compute the same, to the last bit, on this machine, as a Markdown table.
+"""Compare two versions of the program bit by bit on this machine; prints a Markdown table.
 
-Usage: ``python benchmarks/bit_equal.py OLD_PYTHON NEW_PYTHON``: the interpreters of two checkouts, each with its own
-editable installation, the same torch and the same dependencies. About two minutes on one core; status 1 if anything
-differs. Both run what ``tests/compatibility/make.py`` makes (LRM, DiNa-LRM from a cache, LPO, published folders),
-go on with its interrupted runs, and train, evaluate and score with the shipped tiny configs.
+Usage: ``python benchmarks/bit_equal.py OLD_PYTHON NEW_PYTHON``: the Python interpreters of two checkouts, each with its
+own editable installation and with equal versions of torch and all dependencies. Takes about two minutes on one core;
+the exit status is 1 if anything differs. Both versions make the files of ``tests/compatibility/make.py`` (LRM, DiNa-LRM
+from a cache, LPO, published folders), resume its interrupted runs, and train, evaluate and score with the shipped tiny
+configs.
 """
 
 import argparse
@@ -29,15 +30,15 @@ TINY = {
     "lrm_dit_tiny": "pickapic",
     "spm_tiny": "pickapic",
 }
-"""Shipped model config → layout of the pairs that it trains on."""
+"""Name of a shipped model config → layout of the pairs for its training."""
 QUIET = ("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false")
 SHORT = ("--data.train_pairs=24", "--data.val_pairs=12", "--data.batch_size=8", "--trainer.max_steps=3")
 SCORING = {"lrm_tiny": "{timesteps: [1, 401]}", "dina_lrm_tiny": "{sigmas: [0.2, 0.5, 0.7]}"}
-"""Model → noise of an ensemble's scores."""
+"""Name of a model config → noise of the ensemble by which ``score`` scores."""
 
 
 def run(folder: Path) -> None:
-    """Make everything that is compared, in ``folder``, by the version that this interpreter has."""
+    """Make all files to compare in ``folder``, with the version that this interpreter imports."""
     sys.path.insert(0, str(ROOT))
     torch.set_num_threads(1)
     os.chdir(folder)
@@ -62,7 +63,7 @@ def run(folder: Path) -> None:
 
 
 def tensors(value: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """All numbers of nested containers, by where they are."""
+    """Yield all tensors and floats of nested containers, each with its path in the containers."""
     if isinstance(value, torch.Tensor):
         yield name, value
     elif isinstance(value, dict):
@@ -76,7 +77,7 @@ def tensors(value: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def read(path: Path) -> dict[str, torch.Tensor]:
-    """Weights, moments, averages or scores of a file."""
+    """Read the tensors of a file: weights, optimiser state and average of a checkpoint, or scores of a table."""
     if path.suffix == ".ckpt":
         content = torch.load(path, weights_only=True)
         kept = {part: content.get(part) for part in ("state_dict", "optimizer_states", "global_step")}
@@ -87,7 +88,7 @@ def read(path: Path) -> dict[str, torch.Tensor]:
 
 
 def compare(old: Path, new: Path) -> bool:
-    """Print one line for each file that holds numbers; returns whether all of them are equal."""
+    """Print one line for each file with numbers, and return whether all numbers are equal."""
     patterns = ("*.ckpt", "*.safetensors", "predicted/*.parquet", "tiny/*.parquet")
     files = {path.relative_to(side) for side in (old, new) for name in patterns for path in side.rglob(name)}
     print("| file | tensors | equal | largest difference |\n|---|---|---|---|")
@@ -113,7 +114,7 @@ def compare(old: Path, new: Path) -> bool:
 
 
 def main() -> None:
-    """Run both and compare."""
+    """Run both versions and compare their files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("python", nargs="*", help="interpreters of the old and of the new version")
     parser.add_argument("--run", type=Path, help="only make what is compared, in this folder, by this interpreter")

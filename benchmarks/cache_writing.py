@@ -1,11 +1,11 @@
-"""What caching costs over the bare VAE, and how it grows with the number of pairs.
+"""Measure the cost of writing a cache against the bare VAE, and its growth with the number of pairs.
 
-    python benchmarks/cache_writing.py encode           JPEGs to latents, against the same VAE on pixels in memory
-    python benchmarks/cache_writing.py scale            1k, 10k and 100k pairs of ready 4 KiB latents: seconds, memory
+    python benchmarks/cache_writing.py encode     encode JPEGs to latents, against the same VAE on pixels in memory
+    python benchmarks/cache_writing.py scale      write 1k, 10k and 100k pairs of given 4 KiB latents: seconds, memory
 
-``encode`` takes a VAE of channels (64, 128, 256) on images of 128 × 128; goal: at most 1.15 times the bare encode.
-Times are of the loop over batches, to the last manifest, without imports and loading. ``scale`` runs each size in a
-process of its own.
+``encode`` uses a VAE of channels (64, 128, 256) on images of 128 × 128; the goal is at most 1.15 times the bare encode.
+Times cover the loop over batches up to the last manifest, without imports and loading. ``scale`` runs each size in its
+own process.
 """
 
 import argparse
@@ -38,11 +38,11 @@ SIDE = 128
 BATCH = 8
 SPACE = LatentSpace(channels=8, downscale=8, scaling_factor=1.0)
 LATENTS = (8, 16, 16)
-"""2,048 numbers: 4 KiB in 16 bits."""
+"""Shape of a latent: 2,048 numbers, which are 4 KiB in 16 bits."""
 
 
 class DrawnPairs(PairReader):
-    """Pairs of JPEGs in memory, of soft colours and a little noise."""
+    """Reader of pairs of random JPEGs in memory: smooth colours with a little noise."""
 
     def __init__(self, pairs: int) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class DrawnPairs(PairReader):
 
 
 class ReadyLatents(PairReader):
-    """Pairs of latents that cost next to nothing to make."""
+    """Reader of pairs of random latents that take almost no time to generate."""
 
     holds = "latents"
 
@@ -81,7 +81,7 @@ class ReadyLatents(PairReader):
 
 
 def draw_jpeg(number: int) -> bytes:
-    """A JPEG of ``SIDE`` × ``SIDE`` pixels, some 10 kB."""
+    """Return a JPEG of ``SIDE`` × ``SIDE`` pixels, about 10 kB."""
     draw = np.random.default_rng(number)
     colours = Image.fromarray(draw.integers(0, 255, (8, 8, 3), dtype=np.uint8)).resize((SIDE, SIDE))
     noisy = np.asarray(colours).astype(int) + draw.integers(-12, 12, (SIDE, SIDE, 3))
@@ -91,7 +91,7 @@ def draw_jpeg(number: int) -> bytes:
 
 
 def write_pipeline(folder: Path) -> Path:
-    """A pipeline folder with the mid-size VAE; of the network, nothing but its config is needed."""
+    """Write a pipeline folder with a mid-size VAE of random weights; only the network's config is used."""
     from diffusers import AutoencoderKL
 
     shutil.copytree(tiny_pipeline("sd_tiny"), folder)
@@ -111,24 +111,24 @@ def write_pipeline(folder: Path) -> Path:
 
 
 class Stopwatch(Callback):
-    """Wall and processor seconds of the loop over batches."""
+    """Callback that measures wall time and processor time of the loop over batches, in seconds."""
 
     def on_predict_start(self, *_: object) -> None:
-        """Start."""
+        """Start the clock."""
         self.begun = now()
 
     def on_predict_end(self, *_: object) -> None:
-        """Stop."""
+        """Stop the clock."""
         self.seconds = now() - self.begun
 
 
 def now() -> np.ndarray:
-    """Seconds on the wall, and of this process's processor time."""
+    """Return wall time and this process's processor time, in seconds."""
     return np.array([time.perf_counter(), time.process_time()])
 
 
 def seconds_of_caching(output: Path, reader: PairReader, encoder: PipelineEncoders, workers: int) -> np.ndarray:
-    """Seconds from the fetching of the first batch to the last manifest."""
+    """Write a cache, and return wall and processor seconds from the first batch's fetch to the last manifest."""
     encoders, images = encoder.load(), ImageSettings(size=SIDE, resize="stretch")
     spec = make_spec(encoder, encoders, images, "float16", seed=0, per_shard=1024)
     data, watch = EncodingDataModule(output, reader, images, spec, workers), Stopwatch()
@@ -172,7 +172,7 @@ def run_scale(sizes: list[int]) -> None:
 
 
 def run_one(pairs: int) -> None:
-    """Plan and write ready latents; print one row."""
+    """Plan and write a cache of given latents, and print one row."""
     encoder, images = PublishedLatents(SPACE, batch_size=64), ImageSettings(size=SIDE)
     reader, encoders = ReadyLatents(pairs), encoder.load()
     spec = make_spec(encoder, encoders, images, "float16", seed=0, per_shard=1024)
@@ -190,7 +190,7 @@ def run_one(pairs: int) -> None:
 
 
 def main() -> None:
-    """Command line."""
+    """Parse the command line and run the chosen measurement."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("encode", "scale", "one"), help="'one' is a row of 'scale'")
     parser.add_argument("--pairs", type=int, default=64)

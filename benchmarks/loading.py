@@ -1,10 +1,10 @@
-"""How fast batches of cached latents come, side by side with other stores of the same pairs, as Markdown tables.
+"""Measure the loading of cached latents, against other stores of the same pairs; prints Markdown tables.
 
-Usage: ``python benchmarks/loading.py [compare] [scale] [wait] [--repeats 5] [--folder DIR]``; all three by default,
-some five minutes and 4 GB below the folder. ``compare``: pairs per second of this project's cache, of ``datasets``
-(Arrow, binary columns), and of a reader in the manner of the released diffusion-rm code (parquet, zstd, a file reopened
-for each row), at 64 and 512 KiB per latent, files in the page cache. ``scale``: 1 000 to 100 000 pairs of 4 KiB
-latents. ``wait``: the share of a tiny model's training steps that waits for data.
+Usage: ``python benchmarks/loading.py [compare] [scale] [wait] [--repeats 5] [--folder DIR]``. By default all three
+parts run, which takes about five minutes and 4 GB below the folder. ``compare``: pairs per second of this project's
+cache, of ``datasets`` (Arrow, binary columns), and of a reader like the released diffusion-rm code (parquet, zstd,
+reopens a file for each row), at 64 and 512 KiB per latent, with files in the page cache. ``scale``: 1 000 to 100 000
+pairs of 4 KiB latents. ``wait``: share of a tiny model's training time that is spent waiting for data.
 """
 
 import argparse
@@ -43,7 +43,7 @@ from latentreward.cache.layout import (
 from latentreward.contracts import LatentSpace
 
 SHAPES = {4: (16, 8, 16), 64: (16, 32, 64), 512: (16, 128, 128)}
-"""float16 latents by KiB."""
+"""Size of a float16 latent in KiB → its shape."""
 PAIRS_OF = {64: 4000, 512: 500}
 BATCH = 16
 PER_SHARD = 256
@@ -52,14 +52,14 @@ SPACE = LatentSpace(channels=16, downscale=8, scaling_factor=1.5305, shift_facto
 
 
 def latents_of(start: int, count: int, shape: Sequence[int]) -> np.ndarray:
-    """float16 latents of images ``start`` … of normal numbers, each image its own cut of one long draw."""
+    """Return random normal float16 latents of images ``start``, ``start`` + 1, …; each is a slice of one long array."""
     size = int(np.prod(shape))
     pool = np.random.default_rng(0).standard_normal(size + 65_537, dtype=np.float32).astype(np.float16)
     return np.stack([pool[n * 7919 % 65_537 :][:size].reshape(shape) for n in range(start, start + count)])
 
 
 def write_cache(folder: Path, pairs: int, shape: Sequence[int], space: LatentSpace = SPACE) -> Path:
-    """This project's layout: image 2n and 2n + 1 are those of pair n."""
+    """Write pairs in this project's cache layout; pair n has the images 2n and 2n + 1."""
     size, images = (shape[1] * space.downscale, shape[2] * space.downscale), 2 * pairs
     starts = range(0, images, PER_SHARD)
     counts = [min(PER_SHARD, images - start) for start in starts]
@@ -110,13 +110,13 @@ def write_cache(folder: Path, pairs: int, shape: Sequence[int], space: LatentSpa
 
 
 def cache_loader(folder: Path, workers: int) -> DataLoader[Any]:
-    """The training loader."""
+    """Return the training loader of a cache."""
     data = CachedPreferenceDataModule(train=CachedSplit(str(folder)), batch_size=BATCH, num_workers=workers)
     return data.train_dataloader()
 
 
 def write_arrow(folder: Path, pairs: int, shape: Sequence[int]) -> Path:
-    """``datasets``' own files: one row per pair, latents as bytes."""
+    """Write pairs in the Arrow files of ``datasets``: one row per pair, latents as bytes."""
     from datasets import Dataset as ArrowDataset
 
     def rows() -> Iterator[dict[str, Any]]:
@@ -134,7 +134,7 @@ def write_arrow(folder: Path, pairs: int, shape: Sequence[int]) -> Path:
 
 
 class ArrowPairs(Dataset[Any]):
-    """A batch of rows, each latent a view of its bytes, stacked."""
+    """Dataset on Arrow files that reads a batch of rows at once, and stacks views of the latents' bytes."""
 
     def __init__(self, folder: Path, shape: Sequence[int]) -> None:
         from datasets import load_from_disk
@@ -155,7 +155,7 @@ class ArrowPairs(Dataset[Any]):
 
 
 def write_diffusion_rm(folder: Path, pairs: int, shape: Sequence[int]) -> Path:
-    """The released cache: one parquet file per rank, ``np.save`` bytes in float32, row groups of 100, zstd."""
+    """Write pairs like the released cache: parquet, float32 bytes of ``np.save``, row groups of 100 rows, zstd."""
     folder.mkdir()
     schema = pa.schema({"prompt": pa.string(), "latent1": pa.binary(), "latent2": pa.binary()})
     with parquet.ParquetWriter(folder / "part_rank00.parquet", schema, compression="zstd") as writer:
@@ -168,14 +168,14 @@ def write_diffusion_rm(folder: Path, pairs: int, shape: Sequence[int]) -> Path:
 
 
 def saved(array: np.ndarray) -> bytes:
-    """As ``np.save`` writes it."""
+    """Return the bytes that ``np.save`` writes for an array."""
     file = BytesIO()
     np.save(file, array)
     return file.getvalue()
 
 
 class ReopenedParquet(Dataset[Any]):
-    """A row at a time, its file opened and its row group read anew, as the released reader does."""
+    """Dataset that opens a file and reads a row group for each row, like the released reader."""
 
     def __init__(self, folder: Path, pairs: int) -> None:
         self.path, self.pairs = folder / "part_rank00.parquet", pairs
@@ -192,7 +192,10 @@ class ReopenedParquet(Dataset[Any]):
 
 
 def pairs_per_second(loader: DataLoader[Any], most: float = 20.0) -> float:
-    """Over an epoch, or ``most`` seconds of it, from the first batch on; every page of the latents is looked at."""
+    """Measure pairs per second from the first batch on, over an epoch or at most ``most`` seconds.
+
+    Every memory page of the latents is read.
+    """
     pairs, started = 0, 0.0
     for batch in loader:
         sides = (batch["chosen"], batch["rejected"]) if isinstance(batch, dict) else (batch.chosen, batch.rejected)
@@ -208,7 +211,7 @@ def pairs_per_second(loader: DataLoader[Any], most: float = 20.0) -> float:
 
 
 def compare(folder: Path, kib: int, repeats: int) -> None:
-    """Print pairs per second of each store, medians over repeats in turn, and the ratio to Arrow."""
+    """Print pairs per second of each store and the ratio to Arrow: medians over repeats, stores run in turn."""
     shape, pairs = SHAPES[kib], PAIRS_OF[kib]
     cache = write_cache(folder / f"cache{kib}", pairs, shape)
     arrow = ArrowPairs(write_arrow(folder / f"arrow{kib}", pairs, shape), shape)
@@ -244,7 +247,7 @@ def compare(folder: Path, kib: int, repeats: int) -> None:
 
 
 def resident(pid: int | str = "self") -> float:
-    """MiB of a process; what it shares with its fork counts half in each."""
+    """Return a process's memory in MiB; memory shared by a process and its fork counts half in each."""
     fields = dict(line.split(":") for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
     return int(fields["Pss"].split()[0]) / 1024
 
@@ -270,7 +273,7 @@ def scale(folder: Path) -> None:
 
 
 def wait(folder: Path) -> None:
-    """Print the share of time that training the tiny DiNa-LRM waits for data, from a cache of the tiny world."""
+    """Print the share of its training time that the tiny DiNa-LRM waits for data, on a cache of the tiny world."""
     from latentreward.callbacks import Throughput
     from lightning.pytorch import Trainer, seed_everything
 

@@ -1,8 +1,8 @@
-"""Policies and rewards of real architectures with random weights, or with none at all (on the meta device).
+"""Policies and rewards of real architectures with random weights, or without values on the meta device.
 
-Sizes: ``sd15``, ``sdxl``, ``sd35`` as published; ``mid`` is SD1.5's layout with channels (96, 192, 384, 384), latents
-of 32 × 32 and VAE channels (64, 128, 256); ``mid_sd35`` is SD3.5's with 13 blocks of width 512, the same latents and
-VAE; ``toy`` and ``toy_sd35`` are for tests of them.
+Sizes: ``sd15``, ``sdxl`` and ``sd35`` are as published. ``mid`` has SD1.5's layout with channels (96, 192, 384, 384),
+latents of 32 × 32 and VAE channels (64, 128, 256). ``mid_sd35`` has SD3.5's layout with 13 blocks of width 512, and
+latents and VAE like ``mid``. ``toy`` and ``toy_sd35`` are for tests of the benchmarks.
 """
 
 import sys
@@ -96,7 +96,7 @@ SIZES = {
         },
     },
 }
-"""Name → part → its config."""
+"""Name of a size → part of the pipeline → config of the part."""
 CLIP_H_VISION = {
     "hidden_size": 1280,
     "intermediate_size": 5120,
@@ -114,18 +114,18 @@ _STORE = tempfile.TemporaryDirectory(prefix="random_pipelines_")
 
 @cache
 def pipeline_folders() -> dict[str, str]:
-    """Folders with the configs and stand-in tokenizers of all sizes."""
+    """Write a folder with configs and stand-in tokenizers for every size; return the folders by name of the size."""
     full_size.PIPELINES = SIZES
     return full_size.write_pipelines(Path(_STORE.name))
 
 
 def pipeline_folder(size: str) -> str:
-    """Folder of a size."""
+    """Return the pipeline folder of a size."""
     return pipeline_folders()[size]
 
 
 class RandomPipeline(PipelineSource):
-    """Parts as their configs say, with random weights."""
+    """Pipeline whose parts are built from their configs with random weights."""
 
     def _load(self, family: type[Any], part: str, pretrained: bool = True, dtype: torch.dtype = torch.float32) -> Any:
         return super()._load(family, part, False, dtype)
@@ -144,9 +144,9 @@ class RandomLatentReward(RewardSource):
 
     Args:
         size: Key of :data:`SIZES`.
-        share: Whether it is an adapter on the policy's network; otherwise it has its own down and mid blocks, or first
-            12 transformer blocks.
-        guidance: Of the visual feature enhancement (LRM); 1 switches it off.
+        share: Whether the reward is an adapter on the policy's network; otherwise the reward has its own down and mid
+            blocks (U-Net) or its own first 12 transformer blocks (SD3.5).
+        guidance: Guidance of the visual feature enhancement (LRM); 1 switches the enhancement off.
     """
 
     def __init__(self, size: str, share: bool = False, guidance: float = 7.5) -> None:
@@ -183,7 +183,7 @@ class RandomLatentReward(RewardSource):
 
 
 class PrecomputedPrompts(nn.Module):
-    """Stands for text encoders: embeddings of the right shape for any prompt, without computing anything."""
+    """Stand-in for text encoders that returns embeddings of the right shape for any prompt."""
 
     def __init__(self, tokens: int, width: int, pooled_width: int) -> None:
         super().__init__()
@@ -191,7 +191,7 @@ class PrecomputedPrompts(nn.Module):
         self.register_buffer("place", torch.zeros(1), persistent=False)
 
     def forward(self, prompts: Sequence[str]) -> Conditioning:
-        """One row per prompt, always the same ones."""
+        """Return one row of random embeddings per prompt; equal numbers of prompts give equal embeddings."""
         generator = torch.Generator().manual_seed(0)
         with torch.device("cpu"):
             tokens = torch.randn(len(prompts), *self.shape, generator=generator)
@@ -200,7 +200,7 @@ class PrecomputedPrompts(nn.Module):
 
 
 def prompts_for(size: str) -> PrecomputedPrompts:
-    """Embeddings for a size."""
+    """Return the stand-in for the text encoders of a size."""
     with torch.device("cpu"):
         if "transformer" in SIZES[size]:
             return PrecomputedPrompts(SD35_TOKENS, 4096, 2048)
@@ -209,7 +209,7 @@ def prompts_for(size: str) -> PrecomputedPrompts:
 
 
 def materialise(module: nn.Module, device: torch.device, seed: int = 0) -> nn.Module:
-    """Give a module from the meta device memory on ``device``, filled with numbers of N(0, 0.02²)."""
+    """Allocate a module of the meta device on ``device``, and fill its floats with random numbers of N(0, 0.02²)."""
     module.to_empty(device=device)
     generator = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():
@@ -218,11 +218,11 @@ def materialise(module: nn.Module, device: torch.device, seed: int = 0) -> nn.Mo
                 tensor.normal_(0, 0.02, generator=generator)
             else:
                 tensor.zero_()
-    return module.to(device)  # a LightningModule remembers it
+    return module.to(device)  # so that a LightningModule updates its ``device``
 
 
 def random_states(policy: Policy, count: int, device: torch.device | str = "cpu") -> Tensor:
-    """Standard normal latents ``(count, C, ...)`` of the native size."""
+    """Return standard normal latents ``(count, C, ...)`` of the policy's native size."""
     if torch.device(device).type == "meta":
         return torch.empty(count, *policy.latent_shape(), device=device)
     noise = torch.randn(count, *policy.latent_shape(), generator=torch.Generator().manual_seed(0), device="cpu")

@@ -1,13 +1,13 @@
-"""What ``latentreward score`` costs beside the bare model loop, with start-up and gallery apart; a Markdown table.
+"""Measure ``latentreward score`` against a bare model loop, and its start-up and gallery; prints a Markdown table.
 
     python benchmarks/score_command.py [--images 1000] [--rounds 8] [--batch_size 8] [--size mid]
 
-A reward model of random weights (a size of ``random_pipelines.py``) lies on disk as a training run leaves it, beside
-JPEGs of 160 × 128 pixels, each with its prompt in a text file. In every round the command scores its share of the
-images, in this process, and then the loop of ``scoring.py`` (decode, VAE, text encoder, network, head) the same ones:
-the ratio is that of the command's own time for scoring to the loop's. Then the command runs once on all images in a
-process of its own: start-up is the time from its start to the first image, imports and model included; the page is
-made by a second run, which finds the table complete. One thread.
+The reward model has random weights (a size of ``random_pipelines.py``) and lies in a run folder. The images are JPEGs
+of 160 × 128 pixels, each with its prompt in a text file. In every round, the command scores some of the images in this
+process; then the loop of ``scoring.py`` (decode, VAE, text encoder, network, head) scores the same images. The ratio
+divides the scoring time that the command reports by the loop's time. Then the command runs once on all images in its
+own process: start-up is the time to the first image, including imports and loading of the model. A second run, which
+finds the table complete, writes the page. Everything runs in one thread.
 """
 
 import argparse
@@ -45,7 +45,7 @@ WIDTH, HEIGHT = 160, 128
 
 
 def write_model(folder: Path, size: str) -> Path:
-    """A pipeline with random weights, and a run whose checkpoint holds a reward on it."""
+    """Write a pipeline with random weights, and a run whose checkpoint holds a reward on that pipeline."""
     pipeline, run = folder / "pipeline", folder / "run"
     shutil.copytree(pipeline_folder(size), pipeline)
     torch.manual_seed(0)
@@ -68,7 +68,7 @@ def write_model(folder: Path, size: str) -> Path:
 
 
 def write_images(folder: Path, count: int) -> list[Path]:
-    """JPEGs of smooth noise with prompts beside them, two images to a prompt."""
+    """Write JPEGs of smooth noise and text files with their prompts, two images per prompt."""
     folder.mkdir()
     rng, files = np.random.default_rng(0), []
     for number in range(count):
@@ -80,7 +80,7 @@ def write_images(folder: Path, count: int) -> list[Path]:
 
 
 def command_seconds(files: Sequence[Path], folder: Path, run: Path, batch_size: int) -> float:
-    """The command's own time for scoring, without loading."""
+    """Run the command in this process; return the seconds of scoring that the command reports, without loading."""
     listed, printed = folder / "list.csv", io.StringIO()
     with listed.open("w", newline="") as stream:
         rows = [(file.relative_to(folder), file.with_suffix(".txt").read_text()) for file in files]
@@ -94,7 +94,7 @@ def command_seconds(files: Sequence[Path], folder: Path, run: Path, batch_size: 
 
 
 def loop_seconds(model: RewardModel, files: Sequence[Path], batch_size: int) -> float:
-    """The same for the bare loop, which reads the files too."""
+    """Return the seconds that the bare loop takes, including the reading of files."""
     start = time.perf_counter()
     prompts = [file.with_suffix(".txt").read_text() for file in files]
     bare_loop(model, prompts, [file.read_bytes() for file in files], batch_size)
@@ -102,7 +102,11 @@ def loop_seconds(model: RewardModel, files: Sequence[Path], batch_size: int) -> 
 
 
 def whole_run(folder: Path, run: Path, batch_size: int) -> tuple[str, float]:
-    """What a process prints that scores the folder of images, and then one that only makes the page."""
+    """Score the folder of images in a process, then write the page in another.
+
+    Returns:
+        Output of both processes, and wall seconds of the first one.
+    """
     command = [sys.executable, "-m", "latentreward", "score", "images", "scores.csv", f"--model={run}", "--device=cpu"]
     command += [f"--batch_size={batch_size}"]
     environment, printed, walls = {**os.environ, "OMP_NUM_THREADS": "1"}, "", []
@@ -117,14 +121,14 @@ def whole_run(folder: Path, run: Path, batch_size: int) -> tuple[str, float]:
 
 
 def seconds_in(pattern: str, printed: str) -> float:
-    """The number that ``pattern`` finds."""
+    """Return the number that ``pattern`` captures in the command's output."""
     match = re.search(pattern, printed)
     assert match is not None, printed
     return float(match[1])
 
 
 def main() -> None:
-    """Measure and print."""
+    """Run the measurements and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=8)

@@ -1,14 +1,16 @@
-"""Whether scores depend on batch, order, process count or precision, and how fast they come; Markdown tables.
+"""Measure how scores depend on batch, order, processes and precision, and the throughput; prints Markdown tables.
 
     python benchmarks/scoring.py [invariance] [bfloat16] [throughput] [--reward PATH ...] [--sizes mid mid_sd35]
 
-``invariance``  float32: largest difference to batches of 8 for other batch sizes, images of mixed shapes; and whether
-                every bit is the same when repeated, in another order, and from two processes
-``bfloat16``    difference to float32 in shares of the scores' standard deviation, and pairs ranked the other way round
-``throughput``  images per second of ``RewardModel.score`` beside a bare loop over the same parts, interleaved
+``invariance``  in float32, for images of one shape and of mixed shapes: largest difference between batches of 8 and
+                other batch sizes, and whether scores are bit-equal when repeated, in another order, and from two
+                processes
+``bfloat16``    difference between bfloat16 and float32 relative to the scores' standard deviation, and number of pairs
+                whose order changes
+``throughput``  images per second of ``RewardModel.score`` and of a bare loop over the same parts, run in turn
 
-Each ``--reward`` is a trained reward (a checkpoint or run) with pictures of the tiny world; ``--sizes`` are networks of
-``random_pipelines.py`` with random weights, with pictures of noise. One thread.
+Each ``--reward`` is a trained reward (a checkpoint or run), which scores pictures of the tiny world; ``--sizes`` are
+networks of ``random_pipelines.py`` with random weights, which score pictures of noise. Everything runs in one thread.
 """
 
 import argparse
@@ -36,11 +38,11 @@ from latentreward.tinyworld.pairs import draw_pairs
 
 BATCH_SIZES = (1, 3, 7, 16, 64)
 GAP = 0.05
-"""In standard deviations of the scores: pairs further apart must keep their order."""
+"""Least gap of a pair whose order is compared, in standard deviations of the scores."""
 
 
 def random_model(size: str) -> RewardModel:
-    """LRM on a U-Net or DiNa-LRM on SD3.5 with random weights, the same in every process."""
+    """Return an LRM on a U-Net or a DiNa-LRM on SD3.5 with random weights that are equal in every process."""
     pipeline = RandomPipeline(pipeline_folder(size))
     parts = (pipeline.noise_process(), pipeline.latent_space())
     torch.manual_seed(0)
@@ -55,7 +57,7 @@ def random_model(size: str) -> RewardModel:
 
 
 def ready(model: RewardModel) -> RewardModel:
-    """Frozen, with a spread on what initialisation makes zero."""
+    """Freeze a model, and add noise to the weights of its head, some of which are initialised to zero."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.head.parameters():
@@ -64,14 +66,14 @@ def ready(model: RewardModel) -> RewardModel:
 
 
 def load_model(name: str, dtype: torch.dtype = torch.float32) -> RewardModel:
-    """A size of :data:`SIZES`, or what ``RewardModel.from_pretrained`` takes."""
+    """Load a reward model: ``name`` is a size of :data:`SIZES`, or a path that ``from_pretrained`` takes."""
     if name in SIZES:
         return random_model(name).set_precision(dtype)
     return RewardModel.from_pretrained(name, dtype=dtype)
 
 
 def pictures(name: str, count: int) -> tuple[list[str], list[bytes]]:
-    """Prompts and encoded images: of the tiny world for a trained reward, else smooth noise."""
+    """Return prompts and encoded images: pictures of the tiny world for a trained reward, else smooth noise."""
     if name not in SIZES:
         pairs = draw_pairs("test", count // 2, np.random.default_rng(0))
         return [pair.caption for pair in pairs for _ in range(2)], [
@@ -87,7 +89,7 @@ def pictures(name: str, count: int) -> tuple[list[str], list[bytes]]:
 
 
 def mixed(encoded: Sequence[bytes]) -> list[Image.Image]:
-    """Every third image cut to a landscape, every third to a portrait."""
+    """Crop every third image to a landscape and every third to a portrait."""
     images = [Image.open(BytesIO(data)).convert("RGB") for data in encoded]
     cuts = [(1.0, 1.0), (1.0, 0.75), (0.6, 1.0)]
     return [
@@ -100,7 +102,7 @@ def mixed(encoded: Sequence[bytes]) -> list[Image.Image]:
 
 
 def invariance(name: str, count: int) -> Iterator[list[str]]:
-    """Rows of the table of one model."""
+    """Yield the rows of one model, for images of one shape and of mixed shapes."""
     model, (prompts, encoded) = load_model(name), pictures(name, count)
     for kind, images in (("one shape", list(encoded)), ("mixed shapes", mixed(encoded))):
         reference = model.score(prompts, images, batch_size=8)
@@ -114,7 +116,7 @@ def invariance(name: str, count: int) -> Iterator[list[str]]:
 
 
 def in_processes(name: str, count: int, kind: str, processes: int = 2) -> Tensor:
-    """Scores from several processes, each with a contiguous share of the images."""
+    """Score images in several processes, each with a contiguous share of the images."""
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / f"{rank}.pt" for rank in range(processes)]
         command = [sys.executable, __file__, "share", "--reward", name, "--images", str(count), "--kind", kind]
@@ -128,7 +130,7 @@ def in_processes(name: str, count: int, kind: str, processes: int = 2) -> Tensor
 
 
 def score_share(options: argparse.Namespace) -> None:
-    """What one process of :func:`in_processes` does."""
+    """Score the share of one process of :func:`in_processes`, and save the scores."""
     name, share = options.reward[0], options.images // options.processes
     prompts, encoded = pictures(name, options.images)
     images = list(encoded) if options.kind == "one shape" else mixed(encoded)
@@ -140,7 +142,7 @@ def score_share(options: argparse.Namespace) -> None:
 
 
 def bfloat16(name: str, count: int) -> Iterator[list[str]]:
-    """Rows of the table of one model, one per setting of noise."""
+    """Yield the rows of one model, one per setting of noise."""
     prompts, images = pictures(name, count)
     exact = load_model(name)
     settings = [exact.noise, ScoringNoise(sigmas=(0.2, 0.5, 0.7)), ScoringNoise(sigmas=(0.7,))]
@@ -165,7 +167,7 @@ def bfloat16(name: str, count: int) -> Iterator[list[str]]:
 
 
 def throughput(name: str, count: int, repeats: int, batch_size: int = 8) -> list[str]:
-    """Row of one model."""
+    """Return the row of one model."""
     model, (prompts, images) = load_model(name), pictures(name, count)
     ways: dict[str, Callable[[], Tensor]] = {
         "score": lambda: model.score(prompts, images, batch_size=batch_size),
@@ -184,7 +186,7 @@ def throughput(name: str, count: int, repeats: int, batch_size: int = 8) -> list
 
 @torch.no_grad()
 def bare_loop(model: RewardModel, prompts: Sequence[str], images: Sequence[bytes], batch_size: int) -> Tensor:
-    """Decode, encode, add noise, read, score: nothing else, noise from one generator."""
+    """Score images by the bare steps (decode, encode, add noise, network, head), with noise from one generator."""
     backbone, generator = model.backbone, torch.Generator().manual_seed(0)
     assert backbone.native_size is not None and backbone.vae is not None and model.image_sizes is not None
     loader = model.image_sizes.loader(*backbone.native_size)
@@ -203,12 +205,12 @@ def bare_loop(model: RewardModel, prompts: Sequence[str], images: Sequence[bytes
 
 
 def short(name: str) -> str:
-    """Folder of a reward, or a size."""
+    """Return the name of a size, or the name of the folder that holds a reward."""
     return name if name in SIZES else Path(name).parent.name
 
 
 def main() -> None:
-    """Run what is asked for and print the tables."""
+    """Run the chosen parts and print their tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", default=["invariance", "bfloat16", "throughput"], metavar="PART")
     parser.add_argument("--reward", nargs="*", default=[])

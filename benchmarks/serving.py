@@ -1,14 +1,14 @@
-"""What HTTP costs a reward model, and what it bears; Markdown tables.
+"""Measure the overhead of serving a reward model over HTTP, and its behaviour under load; prints Markdown tables.
 
     python benchmarks/serving.py [throughput] [load] [fuzz] [--size mid_sd35] [--threads 1]
 
-``throughput``  rows per second that 32 clients get from a server, beside ``RewardModel.score_latents`` on the same rows
-                in batches of the same size in this process; in turns, while the other one rests
+``throughput``  rows per second that 32 clients get from a server, and rows per second of ``RewardModel.score_latents``
+                in this process on the same rows in batches of equal size; measured in turn
 ``load``        1 000 requests, 32 at a time: statuses, rate, the server's memory
-``fuzz``        10 000 mutated requests: statuses, answers other than they should be, the server's memory
+``fuzz``        10 000 mutated requests: statuses, unexpected answers, the server's memory
 
-The server is a process of its own; requests are those of verl-omni's client: one row, 154 tokens of width 4096.
-``--size`` is a network of ``random_pipelines.py`` with random weights; ``load`` and ``fuzz`` take the smallest.
+The server runs in its own process. Requests are like those of verl-omni's client: one row, 154 tokens of width 4096.
+``--size`` is a network of ``random_pipelines.py`` with random weights; ``load`` and ``fuzz`` use the smallest one.
 """
 
 import argparse
@@ -40,19 +40,19 @@ MIB = 2**20
 
 
 def run_server(size: str, batch_size: int) -> None:
-    """What the server's process does."""
+    """Serve a random model; runs in the server's process."""
     with bind("127.0.0.1", 0) as bound:
         serve(ScoringService(random_model(size), ServiceSettings(batch_size=batch_size, timeout=600.0)), bound)
 
 
 def command(size: str, threads: int, batch_size: int = 8) -> list[str]:
-    """Starts the server's process."""
+    """Return the command that starts the server's process."""
     options = [f"--serve={size}", f"--threads={threads}", f"--batch_size={batch_size}"]
     return [sys.executable, __file__, *options]
 
 
 def requests_of(accepted: Accepted, count: int, side: int, tokens: int) -> list[bytes]:
-    """Bodies of distinct requests."""
+    """Return the bodies of ``count`` distinct requests."""
     return [save(tensors_of(accepted, seed=seed, side=side, tokens=tokens)) for seed in range(count)]
 
 
@@ -60,7 +60,7 @@ def requests_of(accepted: Accepted, count: int, side: int, tokens: int) -> list[
 
 
 def throughput(size: str, threads: int, count: int, repeats: int, batch_size: int) -> list[list[str]]:
-    """Rows of the table: each turn, and the median."""
+    """Measure rows per second in process and over HTTP; return a table row for each turn and one for the median."""
     model = random_model(size)
     accepted = accepted_by(model, ServiceSettings())
     side = model.backbone.native_size[0] // model.backbone.latent_space.downscale
@@ -83,7 +83,7 @@ def throughput(size: str, threads: int, count: int, repeats: int, batch_size: in
 
 
 def in_process(model: RewardModel, bodies: list[bytes], accepted: Accepted, count: int, batch_size: int) -> float:
-    """Seconds for ``count`` rows of the requests, which are parsed beforehand."""
+    """Score ``count`` rows in this process, and return the seconds; requests are parsed before the clock starts."""
     rows = [parse_request(body, accepted)[0] for body in bodies]
     rows = [rows[number % len(rows)] for number in range(count)]
     start = time.perf_counter()
@@ -102,7 +102,7 @@ def in_process(model: RewardModel, bodies: list[bytes], accepted: Accepted, coun
 
 
 def conditioning(embeds: list[Tensor], pooled: list[Tensor]) -> Conditioning:
-    """Encoded prompts, row by row."""
+    """Stack the encoded prompts of several rows."""
     return Conditioning(torch.stack(embeds), torch.stack(pooled))
 
 
@@ -110,7 +110,7 @@ def conditioning(embeds: list[Tensor], pooled: list[Tensor]) -> Conditioning:
 
 
 def measure_load(count: int) -> list[str]:
-    """Row of the table."""
+    """Send ``count`` requests to a server, and return the table row of ``load``."""
     bodies = requests_of(accepted_by(random_model(SMALLEST), ServiceSettings()), 16, 16, 154)
     with server_process(command(SMALLEST, 1)) as server:
         load(server.address, bodies, 100, CLIENTS)
@@ -121,7 +121,7 @@ def measure_load(count: int) -> list[str]:
 
 
 def measure_fuzz(count: int) -> list[str]:
-    """Row of the table."""
+    """Send ``count`` mutated requests to a server, and return the table row of ``fuzz``."""
     accepted = accepted_by(random_model(SMALLEST), ServiceSettings())
     good = requests_of(accepted, 1, 8, 5)[0]
     with server_process(command(SMALLEST, 1)) as server:
@@ -132,7 +132,7 @@ def measure_fuzz(count: int) -> list[str]:
 
 
 def described(answers: Answers) -> list[str]:
-    """Cells of a table."""
+    """Format answers as cells of a table: statuses, unexpected answers, requests per second, memory."""
     statuses = ", ".join(f"{status}: {count}" for status, count in sorted(answers.statuses.items()))
     memory = f"{answers.rss[0] / MIB:.0f} → {answers.rss[-1] / MIB:.0f}, at most {max(answers.rss) / MIB:.0f}"
     rate = sum(answers.statuses.values()) / answers.seconds
@@ -140,7 +140,7 @@ def described(answers: Answers) -> list[str]:
 
 
 def main() -> None:
-    """Run what is asked for and print the tables."""
+    """Run the chosen parts and print their tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", default=["throughput", "load", "fuzz"], metavar="PART")
     parser.add_argument("--size", default="mid_sd35")

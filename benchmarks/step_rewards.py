@@ -1,13 +1,14 @@
-"""Rewards at the steps of a sampler, in the tiny world: how right they are, and what choosing by them is worth.
+"""Measure rewards at the steps of a sampler in the tiny world: their accuracy, and the gain of choosing by them.
 
     python benchmarks/step_rewards.py [agreement] [search] [--seeds 3] [--pairs 600] [--prompts 192]
 
-``agreement``  share of held-out pairs that the LRM on noisy latents, and SPO's scorer on decoded predictions x̂_0, rank
-               as the noiseless utility does, by timestep; and how often a ranking differs from the one without noise
+``agreement``  by timestep: share of held-out pairs that are ranked like the noiseless utility, by the LRM on noisy
+               latents and by SPO's scorer on decoded predictions x̂_0; and how often a ranking differs from the ranking
+               at t = 1
 ``search``     utility of the shipped tiny SD's pictures of held-out captions: plain, best of N, and step-wise search
 
-LRMs are those of ``tiny_alignment.py``, one per seed, trained if they are not there; the scorer of pixels is the
-shipped one. Utilities are the judge's, which is no reward. Intervals resample seeds and captions (95 %).
+LRMs are those of ``tiny_alignment.py``, one per seed; missing ones are trained. The pixel scorer is the shipped one.
+Utilities are given by the tiny world's judge, which is never a reward. Intervals (95 %) resample seeds and captions.
 """
 
 import argparse
@@ -44,7 +45,7 @@ CAPTION_SEED = 11
 
 
 def load_rewards(policy: Policy, output: Path, seeds: int) -> dict[str, list[Reward]]:
-    """One LRM per seed, and the shipped scorer of pixels."""
+    """Load one LRM per seed, training missing ones, and the shipped pixel scorer."""
     lrms = [train_reward(output, "lrm_tiny", "pickapic", seed) for seed in range(seeds)]
     latent: list[Reward] = [LatentReward(str(path)).load(policy).eval() for path in lrms]
     return {"LRM": latent, "pixels": [PixelReward(StepAwareScorer("spm_tiny")).load(policy).eval()]}
@@ -55,7 +56,7 @@ def load_rewards(policy: Policy, output: Path, seeds: int) -> dict[str, list[Rew
 
 @torch.no_grad()
 def predict_clean(policy: Policy, noisy: Tensor, timesteps: Tensor, prompts: Sequence[str]) -> Tensor:
-    """The policy's guided x̂_0 of noisy latents at one timestep."""
+    """Predict x̂_0 from noisy latents at one timestep by the policy with guidance."""
     network = PromptedPolicy.of(policy, PromptBatch(tuple(prompts), tuple(prompts)), GUIDANCE)
     output = network(noisy, float(timesteps[0]))
     alpha_bar = 1 - policy.noise_process.sigma(timesteps[:1]).item() ** 2
@@ -65,7 +66,11 @@ def predict_clean(policy: Policy, noisy: Tensor, timesteps: Tensor, prompts: Seq
 def margins(
     policy: Policy, rewards: dict[str, list[Reward]], pairs: Sequence[Pair], timestep: int, seed: int
 ) -> dict[str, np.ndarray]:
-    """First minus second score of each pair at a timestep, ``(rewards, pairs)`` by kind, and of the judge on x̂_0."""
+    """Compute each pair's first minus second score at a timestep, by kind of reward and by the judge on x̂_0.
+
+    Returns:
+        Kind → ``(rewards, pairs)`` margins.
+    """
     assert policy.vae is not None
     images = [Image.open(io.BytesIO(picture.jpeg)) for pair in pairs for picture in (pair.first, pair.second)]
     prompts = [pair.caption for pair in pairs for _ in range(2)]
@@ -93,7 +98,7 @@ def margins(
 def agreement(
     policy: Policy, rewards: dict[str, list[Reward]], pairs: Sequence[Pair], seed: int
 ) -> Iterator[list[str]]:
-    """Rows of the table of one set of pairs."""
+    """Yield a table row per timestep for one set of pairs."""
     gaps = np.array([pair.first.utility - pair.second.utility for pair in pairs])
     pairs = [pair for pair, gap in zip(pairs, gaps, strict=True) if abs(gap) > LEAST_GAP]
     gaps = gaps[abs(gaps) > LEAST_GAP]
@@ -111,12 +116,12 @@ def agreement(
 
 
 def spread(values: Sequence[float]) -> str:
-    """Mean, and standard deviation if there are several."""
+    """Format the mean of values, and their standard deviation if there are several."""
     return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
 
 
 def measure_agreement(policy: Policy, rewards: dict[str, list[Reward]], count: int) -> None:
-    """Tables of drawn and of generated pairs."""
+    """Print tables for rendered pairs ("drawn") and for pairs sampled by the tiny pipelines ("generated")."""
     columns = ("timestep", "LRM", "x̂_0, decoder, SPO's scorer", "LRM differs from t = 1", "SPO's scorer differs")
     judged = ("judge on x̂_0 turns round", "judge on x̂_0 sees no difference")
     sets = {"drawn": draw_pairs("test", count, np.random.default_rng([0, 3])), "generated": generate_pairs(count, 0)}
@@ -129,21 +134,21 @@ def measure_agreement(policy: Policy, rewards: dict[str, list[Reward]], count: i
 
 
 def utilities(policy: Policy, latents: Tensor, captions: Sequence[str]) -> np.ndarray:
-    """The judge's utilities of finished latents."""
+    """Decode finished latents, and return the judge's utilities."""
     assert policy.vae is not None
     pictures = ((policy.vae.decode(latents).clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
     return utility_scores(captions, list(pictures.numpy())).numpy()
 
 
 def in_chunks(work: Callable[[PromptBatch], Tensor], captions: Sequence[str]) -> Tensor:
-    """Finished latents of all captions."""
+    """Return finished latents of all captions, sampled ``CHUNK`` captions at a time."""
     keys = [str(place) for place in range(len(captions))]
     chunks = [slice(start, start + CHUNK) for start in range(0, len(captions), CHUNK)]
     return torch.cat([work(PromptBatch(tuple(captions[c]), tuple(keys[c]))) for c in chunks])
 
 
 def through_diffusers(reward: Reward, prompts: PromptBatch, count: int, steps: int, guidance: float) -> Tensor:
-    """Step-wise search inside diffusers' own pipeline."""
+    """Sample with step-wise search inside diffusers' own pipeline."""
     pipeline = load_pipeline(PIPELINE_FOLDERS["sd_tiny"])
     search = StepSearch(policy_of(pipeline), reward, prompts.prompts, num_candidates=count)
     return pipeline(
@@ -156,7 +161,7 @@ def through_diffusers(reward: Reward, prompts: PromptBatch, count: int, steps: i
 
 
 def measure_search(policy: Policy, rewards: dict[str, list[Reward]], prompts: int, steps: int = 20) -> None:
-    """What each way of choosing does to the utility, beside plain sampling of the same kind."""
+    """Print the change of utility by each way of choosing, against plain sampling with the same eta."""
     captions = held_out_captions(prompts, CAPTION_SEED)
     still, lively = Sampling(steps, eta=0.0), Sampling(steps, eta=1.0)
     rows: list[list[str]] = []
@@ -195,7 +200,7 @@ def measure_search(policy: Policy, rewards: dict[str, list[Reward]], prompts: in
 
 
 def main() -> None:
-    """Run what is asked for and print the tables."""
+    """Run the chosen parts and print their tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", default=["agreement", "search"], metavar="PART")
     parser.add_argument("--seeds", type=int, default=3)

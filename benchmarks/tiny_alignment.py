@@ -1,9 +1,9 @@
-"""What alignment does to the tiny generators: several seeds, controls, and methods at equal processor time.
+"""Measure the effect of alignment on the tiny generators: several seeds, controls, methods at equal processor time.
 
-Every run goes through ``latentreward fit`` with the shipped configs/align/*_tiny.yaml. Afterwards diffusers samples one
-picture for each of 192 held-out captions with the exported LoRA, and the tiny world's judge scores them; the judge is
-never a reward. Differences are paired by caption and noise; the first interval resamples seeds and captions, the second
-is Student's over the means of the seeds.
+Every run is started by ``latentreward fit`` with the shipped configs/align/*_tiny.yaml. Then diffusers samples one
+picture for each of 192 held-out captions with the exported LoRA, and the tiny world's judge scores the pictures; the
+judge is never a reward. Differences are paired by caption and noise. The first interval resamples seeds and captions;
+the second is Student's t interval over the means of the seeds.
 
     python benchmarks/tiny_alignment.py --seeds 3 --jobs 2
     python benchmarks/tiny_alignment.py --only "LPO" --seeds 1
@@ -28,10 +28,10 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 
 class ProcessTimeBudget(Callback):
-    """Ends the training after so many seconds of this process's time, rollouts and rewards included.
+    """Callback that ends training after a budget of processor time, rollouts and rewards included.
 
     Args:
-        seconds: The budget, counted from the start of the training.
+        seconds: Budget in seconds of this process's processor time, from the start of training.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -42,7 +42,7 @@ class ProcessTimeBudget(Callback):
         self._started = time.process_time()
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        """Look at it."""
+        """Stop training if the budget is used up."""
         used = time.process_time() - self._started
         if used > self.seconds or trainer.global_step >= trainer.max_steps > 0:
             print(f"process time {used:.1f} s, optimiser steps {trainer.global_step}", flush=True)
@@ -51,15 +51,16 @@ class ProcessTimeBudget(Callback):
 
 @dataclass(frozen=True)
 class Run:
-    """One kind of run.
+    """Settings of an experiment, which is run once per seed.
 
     Attributes:
-        name: For the table.
-        group: Table it belongs to.
-        config: Of configs/align.
-        guidance: Guidance in training and in the judged samples.
-        options: More settings; ``{lrm}`` and ``{dina}`` stand for the rewards of the run's seed.
-        pipeline: What is aligned.
+        name: Name in the table.
+        group: Table that the experiment belongs to.
+        config: Name of a config in configs/align.
+        guidance: Guidance scale in training and in the judged samples.
+        options: Further arguments. ``{seed}`` stands for the seed, ``{lrm}`` and ``{dina}`` for the rewards of that
+            seed, ``{pairs}`` for the folder of pairs.
+        pipeline: Pipeline to align.
     """
 
     name: str
@@ -75,7 +76,7 @@ NOISE = ("--model.reward=RandomReward", "--model.reward.seed={seed}")
 READOUT = (*NOISE, "--model.reward.kind=readout", "--model.selection=QuantileThreshold")
 OFFLINE = ("--data.root={pairs}", "--trainer.limit_val_batches=0")
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}
-"""97.5 % quantile of Student's t by the number of seeds: for intervals that hold the noise of training too."""
+"""Number of seeds → 97.5 % quantile of Student's t, for intervals that include the variation between trainings."""
 EQUAL = 40.0
 """Processor time of each run in the comparison of methods, in seconds."""
 BUDGET = (
@@ -107,7 +108,7 @@ RUNS = (
 
 
 def latentreward(log: Path, *arguments: str) -> None:
-    """Run the command line with one thread; its output goes to ``log``."""
+    """Run ``latentreward`` in a process with one thread, and append its output to ``log``."""
     command = [sys.executable, "-m", "latentreward", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -118,7 +119,7 @@ def latentreward(log: Path, *arguments: str) -> None:
 
 
 def train_reward(output: Path, model: str, layout: str, seed: int) -> Path:
-    """Train a tiny reward model; one that is there already is not trained again."""
+    """Train a tiny reward model, unless it has been trained before; return its checkpoint."""
     folder = output / f"{model}_seed{seed}"
     if not (folder / "trained").exists():
         latentreward(
@@ -137,7 +138,7 @@ def train_reward(output: Path, model: str, layout: str, seed: int) -> Path:
 
 
 def judge(pipeline: str, lora: Path | None, guidance: float, result: Path) -> dict[str, Any]:
-    """Utilities of a policy's pictures, in a process of its own; kept in ``result``."""
+    """Sample and judge a policy's pictures in a new process; keep the utilities in the file ``result``."""
     if not result.is_file():
         code = (
             "import json, sys, torch; torch.set_num_threads(1); from pathlib import Path\n"
@@ -153,12 +154,12 @@ def judge(pipeline: str, lora: Path | None, guidance: float, result: Path) -> di
 
 
 def slug(run: Run) -> str:
-    """Folder name."""
+    """Return a folder name for an experiment."""
     return "_".join("".join(c if c.isalnum() else " " for c in f"{run.group} {run.name}".lower()).split())
 
 
 def measure(run: Run, seed: int, output: Path, rewards: dict[str, Path]) -> np.ndarray:
-    """Align and judge; differences of utility to the pipeline as it ships."""
+    """Align and judge a pipeline; return each picture's utility minus that of the pipeline before alignment."""
     folder = output / f"{slug(run)}_seed{seed}"
     before = judge(run.pipeline, None, run.guidance, output / f"before_{run.pipeline}_{run.guidance:g}.json")
     if not (folder / "trained").exists():
@@ -177,7 +178,7 @@ def measure(run: Run, seed: int, output: Path, rewards: dict[str, Path]) -> np.n
 
 
 def student_interval(means: list[float]) -> str:
-    """95 % interval of the mean over seeds, as text; a dash for one seed."""
+    """Format the 95 % interval of the mean over seeds; a dash for one seed or for more than six."""
     if len(means) not in STUDENT:
         return "–"
     spread = STUDENT[len(means)] * float(np.std(means, ddof=1)) / len(means) ** 0.5
@@ -185,7 +186,7 @@ def student_interval(means: list[float]) -> str:
 
 
 def markdown(results: dict[Run, list[np.ndarray]], output: Path) -> Iterable[str]:
-    """One table for each group."""
+    """Yield the lines of one Markdown table per group."""
     from latentreward.metrics.bootstrap import bootstrap_interval
 
     for group in dict.fromkeys(run.group for run in results):
@@ -204,7 +205,7 @@ def markdown(results: dict[Run, list[np.ndarray]], output: Path) -> Iterable[str
 
 
 def main() -> None:
-    """Run everything that is not there yet, and print the tables."""
+    """Run the experiments without results so far, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/tiny_alignment"))
     parser.add_argument("--seeds", type=int, default=3)

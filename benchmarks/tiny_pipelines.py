@@ -1,7 +1,7 @@
-"""How well the shipped tiny pipelines draw what captions ask for, by the pixel oracle, as a Markdown table.
+"""Measure by the pixel oracle how well the shipped tiny pipelines follow captions; prints a Markdown table.
 
-Usage: ``python benchmarks/tiny_pipelines.py [--prompts 256] [--seed 0] [--steps 20] [--guidance 3]``. About a minute on
-one core.
+Usage: ``python benchmarks/tiny_pipelines.py [--prompts 256] [--seed 0] [--steps 20] [--guidance 3]``. Takes about a
+minute on one core.
 """
 
 import argparse

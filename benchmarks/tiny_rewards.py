@@ -1,8 +1,8 @@
-"""How well the tiny reward models learn: several seeds, beside their targets, through the command line alone.
+"""Measure the accuracies of the tiny reward models over several seeds, beside targets, through the command line alone.
 
-Each model is trained by ``latentreward fit`` and scores held-out pairs by ``latentreward predict``: drawn pairs (DRAWN)
-and pairs made by the two tiny generators (GEN), which no model was trained on. Accuracy is against the noiseless
-utility, on pairs whose utilities differ by more than 0.3.
+Each model is trained by ``latentreward fit`` and scores held-out pairs by ``latentreward predict``: pairs rendered by
+the tiny world (DRAWN), and pairs sampled by the two tiny generators (GEN), a kind that no model was trained on.
+Accuracy is the share of pairs ranked like the noiseless utility, among pairs whose utilities differ by more than 0.3.
 
     python benchmarks/tiny_rewards.py --seeds 3 --jobs 2
 """
@@ -27,7 +27,7 @@ HELD_OUT = 3000
 
 @dataclass(frozen=True)
 class Experiment:
-    """A configuration and the accuracies it is measured at: (name, set, noise level column, value)."""
+    """A configuration and the accuracies to measure: (set of pairs, column of the noise level, noise level) each."""
 
     name: str
     model: str
@@ -66,7 +66,7 @@ TARGETS = (
 
 
 def latentreward(log: Path, *arguments: str) -> None:
-    """Run the command line with one thread; its output goes to ``log``."""
+    """Run ``latentreward`` in a process with one thread, and append its output to ``log``."""
     command = [sys.executable, "-m", "latentreward", *arguments]
     with log.open("a") as stream:
         stream.write("$ " + " ".join(command) + "\n")
@@ -77,7 +77,7 @@ def latentreward(log: Path, *arguments: str) -> None:
 
 
 def accuracy(scores: Path, oracle: Path, column: str, level: float) -> float:
-    """Share of clearly different pairs that are ranked as their true utilities, at the level nearest ``level``."""
+    """Compute the share of clearly different pairs ranked like their utilities, at the level nearest ``level``."""
     table = parquet.read_table(scores).to_pylist()
     rows = parquet.read_table(oracle).to_pylist()
     utilities = {row["pair_id"]: {row["key_a"]: row["utility_a"], row["key_b"]: row["utility_b"]} for row in rows}
@@ -93,7 +93,7 @@ def accuracy(scores: Path, oracle: Path, column: str, level: float) -> float:
 
 
 def run(experiment: Experiment, seed: int, output: Path) -> list[float]:
-    """Train, score both sets, and return one accuracy per column; finished runs are not run again."""
+    """Train a model, score both sets of pairs, and return one accuracy per column; finished runs are reused."""
     folder = output / f"{experiment.model}{'_random' if 'random' in experiment.name else ''}_seed{seed}"
     result = folder / "accuracies.json"
     if result.is_file():
@@ -126,7 +126,7 @@ def run(experiment: Experiment, seed: int, output: Path) -> list[float]:
 
 
 def markdown(results: dict[str, list[list[float]]]) -> Iterable[str]:
-    """Tables of means and standard deviations over seeds, and of targets."""
+    """Yield the lines of tables with means and standard deviations over seeds, and of the table of targets."""
     for experiment in EXPERIMENTS:
         if experiment.name not in results:
             continue
@@ -148,7 +148,7 @@ def markdown(results: dict[str, list[list[float]]]) -> Iterable[str]:
 
 
 def main() -> None:
-    """Run what is asked for and print the tables."""
+    """Run the chosen experiments and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/tiny_rewards"))
     parser.add_argument("--seeds", type=int, default=3)
@@ -166,7 +166,7 @@ def main() -> None:
 
 
 def prepare(output: Path) -> None:
-    """Write the pairs that all runs share, and the data config of GEN."""
+    """Write the sets of pairs that all runs share, and the data config of GEN."""
     from latentreward.tinyworld.writers import write_generated, write_hpdv3, write_pickapic
 
     write_pickapic(output / "data" / "pickapic", {"train": 6000, "validation": HELD_OUT})

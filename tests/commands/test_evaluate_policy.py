@@ -168,7 +168,7 @@ def test_the_first_picture_alone_or_all(evaluate: Run, tmp_path: Path) -> None:
         np.mean([float(row["red"]) for row in rows if row["image"] == "0"])
     )
     assert len(pictures(tmp_path / "first" / "pictures" / "policy")) == 3
-    assert "the first alone is made and scored" in first["notes"][0]
+    assert "only the first is sampled and scored" in first["notes"][0]
 
 
 @pytest.mark.slow
@@ -178,7 +178,7 @@ def test_shared_noise_is_the_same_for_all_prompts(evaluate: Run, tmp_path: Path)
     evaluate(SD_TINY, "--images_per_prompt=2", "--shared_noise=true", folder="shared", file=tmp_path / "twice.txt")
     assert len(set(pictures(tmp_path / "own" / "pictures" / "policy").values())) == 4
     assert len(set(pictures(tmp_path / "shared" / "pictures" / "policy").values())) == 2
-    assert own["notes"] == ["1 prompts repeat an earlier one; each has pictures of its own."]
+    assert own["notes"] == ["1 prompts repeat an earlier prompt; each one gets its own pictures."]
 
 
 def test_nothing_is_done_twice(evaluate: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,7 +256,7 @@ def test_a_folder_from_elsewhere_is_judged_by_its_table(evaluate: Run, prompts: 
     assert "whether their noise was equal is unknown" in report["notes"][0]
     alone = evaluate(f"--policy.images={tmp_path / 'made'}", "--images_per_prompt=1", folder="alone")
     assert alone["scores"][0]["pictures"] == 3
-    assert alone["notes"] == ["policy has 3 pictures besides, of other prompts or numbers."]
+    assert alone["notes"] == ["policy has 3 more pictures, of other prompts or numbers; they are ignored."]
 
 
 @pytest.mark.slow
@@ -346,7 +346,7 @@ def test_lpos_published_policy_is_a_unet_in_the_folder_of_its_base(
         ([SD_TINY, "--scorers=[]"], "there is no scorer"),
         ([SD_TINY, f"--scorers=[{toy()}, {toy()}]"], "several are called 'red'"),
         ([SD_TINY, f"--scorers=[{toy('not_a_number', 'odd')}]"], "scorer 'odd' returned nan for the prompt 'two blue"),
-        ([SD_TINY, "--policy.images=."], "images and a generator both say"),
+        ([SD_TINY, "--policy.images=."], "images and a generator are both given"),
         ([SD_TINY, "--policy.table=x.csv"], "set images"),
         ([SD_TINY, "--policy.name=a/b"], "name of a policy is 'a/b'"),
         ([SD_TINY, "--policy.name=x", "--against.pipeline=sd_tiny", "--against.name=x"], "are called 'x'"),

@@ -1,1 +1,1 @@
-"""Subcommands beside the trainer's, one module each: a typed function, and ``run`` that gives it to the parser."""
+"""Subcommands of the command line, one module each: a typed function, and ``run``, which parses its arguments."""

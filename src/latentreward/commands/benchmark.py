@@ -1,4 +1,4 @@
-"""``latentreward benchmark``: reward models by published protocols, and a report on them."""
+"""``latentreward benchmark``: evaluate reward models by published protocols and write a report."""
 
 import json
 from collections.abc import Sequence
@@ -22,6 +22,7 @@ from latentreward.scorers.reward_model import reward_names
 from latentreward.settings.functions import run_function
 
 LEVELS = (0.1, 0.2, 0.4, 0.6, 0.8)
+"""Default noise levels, in [0, 1], at which latent rewards are evaluated one by one."""
 
 
 def run(command: str, arguments: Sequence[str]) -> None:
@@ -48,31 +49,33 @@ def benchmark(
     decode_threads: int = 4,
     trust_remote_code: bool = False,
 ) -> None:
-    """Score pairs of images that people judged, and report how often each model prefers what they preferred.
+    """Score pairs of images that people judged, and report how often each model prefers the image people preferred.
 
-    OUTPUT_DIR gets ``report.html`` to look at, ``report.md`` and ``report.json``, and ``scores/`` with a table per
-    split and model: a run that was stopped goes on there, and a model that is added later is the only one to run.
-    Images that cannot be read take their pairs out of the numbers, and are counted.
+    OUTPUT_DIR gets ``report.html``, ``report.md`` and ``report.json``, and the folder ``scores`` with a table for each
+    split and model. The same command resumes a stopped run; if a model is added later, only that model is run. Pairs
+    with an image that cannot be read are left out of the numbers and counted.
 
     Args:
-        output_dir: Folder for report and scores.
+        output_dir: Folder for the report and the scores.
         benchmarks: Data sets with their protocols, e.g. latentreward.evaluation.benchmark.HPDv3Benchmark.
-        scorers: Models to compare, each with a name of its own, e.g. latentreward.scorers.RewardModelScorer.
-        data: Folder or file of one more data set, which is recognised.
-        model: One more reward model, or several: what RewardModelScorer takes as its path. Each is named after its
+        scorers: Models to compare, with distinct names, e.g. latentreward.scorers.RewardModelScorer.
+        data: Folder or file of one more data set, whose format is detected.
+        model: One or several more reward models, given like the path of RewardModelScorer. Each is named after its
             run or folder; ``--model A --model B`` compares two.
-        levels: Noise levels in [0, 1] at each of which latent rewards are judged as well; ``[]`` for none.
-        draws: Draws of noise by which latent rewards are judged; numbers are of the first, mean and deviation of all
-            stand beside it.
-        limit: Only the first so many pairs of each split, for a first look; the report says so.
-        telling_pairs: How many pairs of each split to show on which models disagree most.
-        flush_every: Pairs per part of a table: what a kill can lose; Ctrl-C loses none that is scored.
-        decode_threads: Threads that decode images ahead.
-        trust_remote_code: Whether the settings of ``model`` may name classes that are not registered, which are
-            imported; each of ``scorers`` has a setting of that name.
+        levels: Noise levels in [0, 1]; latent rewards are also evaluated at each single level. ``[]`` for none.
+        draws: Number of noise draws with which latent rewards are evaluated, at least 1. Accuracies are those of the
+            first draw; mean and standard deviation over all draws are reported beside them.
+        limit: Number of pairs to score at the start of each split, for a first look; all by default. The report says
+            that a limit was set.
+        telling_pairs: Most pairs per split to show on which models disagree most.
+        flush_every: Pairs per part of a table: a killed process loses at most one part; Ctrl-C loses no scored pair.
+        decode_threads: Threads that decode images ahead of the models.
+        trust_remote_code: Whether to import classes that the settings of ``model`` name and that are not registered;
+            importing runs their code. Each of ``scorers`` has its own setting of this name.
 
     Raises:
-        InputError: If a setting is wrong, data cannot be read, or scores in OUTPUT_DIR belong to something else.
+        InputError: If a setting is wrong, data cannot be read, or scores in OUTPUT_DIR belong to other pairs or another
+            scorer.
     """
     check_at_least_one(limit=limit)
     sets = _with_more("benchmarks", "data", benchmarks, [] if data is None else [recognise_benchmark(data)])
@@ -94,7 +97,7 @@ def benchmark(
 
 
 def _models_together(arguments: Sequence[str]) -> list[str]:
-    """Several ``--model PATH`` as one list, of which the parser would keep the last alone."""
+    """Join several ``--model PATH`` into one list, because the parser would keep the last one only."""
     rest, paths, left = list[str](), list[str](), iter(arguments)
     for argument in left:
         option, equals, value = argument.partition("=")
@@ -134,7 +137,7 @@ def _introduction(limit: int | None, levels: Sequence[float], draws: int, sets: 
 
 
 def _summary(report: BenchmarkReport) -> str:
-    """One line per protocol and model, and per split with images that could not be read."""
+    """Return the notes, a line for each split with unreadable images, and a table row per protocol and model."""
     rows = [
         (
             f"{result.benchmark}: {result.protocol}",

@@ -1,4 +1,4 @@
-"""``latentreward cache``: latents, and text embeddings if wanted, of any data set, once and for all."""
+"""``latentreward cache``: encode the images, and optionally the prompts, of a data set once and store the results."""
 
 import sys
 import warnings
@@ -24,16 +24,18 @@ from latentreward.interrupts import interrupts_told
 from latentreward.settings.functions import run_function
 
 LINES = 20
+"""Most problems that ``--check`` prints one by one."""
 
 
 @dataclass(frozen=True)
 class TrainerSettings:
-    """Which processes encode, as for ``latentreward fit``.
+    """Settings of the processes that encode, as for the trainer of ``latentreward fit``.
 
     Args:
         accelerator: ``cpu``, ``gpu`` or ``auto``.
-        devices: Devices per node, or their numbers; ``auto`` takes all. On CPUs, processes of one thread each.
-        num_nodes: Nodes, started by torchrun or SLURM.
+        devices: Number of devices per node, or a list of device indices; ``auto`` takes all. With ``cpu``, the number
+            of processes, each with one thread.
+        num_nodes: Number of nodes; start the processes by torchrun or SLURM.
         strategy: ``auto``, or ``ddp`` for several processes.
     """
 
@@ -57,20 +59,23 @@ def cache(
 ) -> None:
     """Write the latents of a data set's images, and optionally embeddings of its prompts, to a folder.
 
-    The same command resumes a run that was stopped in any way, and encodes damaged files again.
+    The same command resumes a run that was stopped in any way, and writes damaged files again.
 
     Args:
         output: Folder of the cache.
-        reader: Pairs to cache; rows without a label are cached too.
-        encoder: What makes latents of them: ``PipelineEncoders`` or ``PublishedLatents``.
-        images: Sizes that images come to.
-        dtype: Stored type of latents and embeddings.
-        seed: Seed of the posterior samples, one per image.
-        images_per_shard: Most images of one file; a stopped run loses a file's worth per process at most.
+        reader: Reader of the pairs to cache; rows without a label are cached too.
+        encoder: Source of the latents: ``PipelineEncoders`` (encodes images) or ``PublishedLatents`` (copies latents).
+        images: Sizes to which images are resized.
+        dtype: Data type of the stored latents and embeddings.
+        seed: Seed for sampling each image's latents from the VAE posterior.
+        images_per_shard: Most images in one file; a stopped run loses at most one unfinished file per process.
         num_workers: Processes per device that read and decode images; 0 decodes in the encoding process.
-        trainer: Which processes encode.
-        check: Only verify every file of ``output``, say what is missing or damaged, and exit with status 1 if
-            anything is.
+        trainer: Settings of the processes that encode.
+        check: Whether to verify every file of ``output`` instead of writing; prints missing and damaged files, and
+            exits with status 1 if there are any.
+
+    Raises:
+        InputError: If a setting is wrong, or reader and encoder do not fit each other.
     """
     folder = Path(output)
     if check:
@@ -100,7 +105,7 @@ def cache(
 
 
 def make_trainer(settings: TrainerSettings, callbacks: list[Callback]) -> Trainer:
-    """A trainer that only runs batches; precision is the encoders' own business."""
+    """Return a trainer for prediction alone; the trainer leaves precision to the encoders."""
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     return Trainer(
         **vars(settings),
@@ -123,7 +128,7 @@ def make_spec(
     per_shard: int,
     exif: ExifOrientation,
 ) -> CacheSpec:
-    """Everything that decides the bytes, apart from the data."""
+    """Collect every setting that determines the bytes of the cache, apart from the data."""
     buckets = None if images.size is not None else tuple((b.height, b.width) for b in images.bucket_sizes())
     encodes = encoders.vae is not None
     return CacheSpec(
@@ -166,7 +171,7 @@ def verify(folder: Path) -> None:
 
 
 def report(folder: Path, rate: EncodingRate, processes: int) -> None:
-    """Print what the cache holds, what was left out, and how fast it went."""
+    """Print what the cache holds, what was left out, and the encoding rate."""
     plan, shards = read_plan(folder), read_shards(folder)
     size = sum((folder / shard.name).stat().st_size for shard in shards)
     manifests = {shard.number: read_manifest(folder / manifest_name(shard.name)) for shard in shards}
@@ -184,10 +189,10 @@ def report(folder: Path, rate: EncodingRate, processes: int) -> None:
 
 
 def pairs_with(folder: Path, lost: set[tuple[int, int]]) -> int:
-    """Number of pairs with an image among ``lost``, given as (shard, row)."""
+    """Count the pairs with an image among ``lost``, which holds (number of the shard, row in the shard)."""
     images = pq.read_table(folder / IMAGES, columns=["shard", "row"])
-    places = zip(images["shard"].to_pylist(), images["row"].to_pylist(), strict=True)
-    bad = {number for number, place in enumerate(places) if place in lost}
+    stored = zip(images["shard"].to_pylist(), images["row"].to_pylist(), strict=True)
+    bad = {number for number, shard_and_row in enumerate(stored) if shard_and_row in lost}
     pairs = pq.read_table(folder / PAIRS, columns=["image_a", "image_b"])
     return sum(
         a in bad or b in bad for a, b in zip(pairs["image_a"].to_pylist(), pairs["image_b"].to_pylist(), strict=True)

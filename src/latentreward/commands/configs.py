@@ -1,4 +1,4 @@
-"""``latentreward configs``: the YAML files that come with the package."""
+"""``latentreward configs``: list or print the YAML files that come with the package."""
 
 import re
 from functools import partial
@@ -10,17 +10,17 @@ from latentreward.settings.functions import run_plain_function
 from latentreward.settings.rewriting import shipped_configs
 
 LONGEST = 110
-"""Characters of a sentence of which what follows a colon is shown too."""
+"""Most characters of a summary that is shown whole; a longer summary is cut at its first colon."""
 
 
 def configs(name: str | None = None) -> None:
     """List the YAML files that come with the package, by kind, or print one.
 
-    Any command takes them by ``--config configs/NAME``, wherever it is called. The list names the variables of the
-    environment that a file needs.
+    Any command accepts a listed file as ``--config configs/NAME``, from any working directory. The list shows the
+    environment variables that a file needs in brackets.
 
     Args:
-        name: File to print, e.g. model/lrm_sd15.yaml, or kind to list, e.g. model.
+        name: File to print, e.g. model/lrm_sd15.yaml, or folder to list, e.g. model; all files are listed by default.
 
     Raises:
         InputError: If there is no such file or kind.
@@ -44,7 +44,7 @@ def configs(name: str | None = None) -> None:
 
 
 def summary(text: str) -> str:
-    """First sentence of a file's leading comment, without its sources, and the variables that the file needs."""
+    """Return the first sentence of a file's head comment, without sources in parentheses, and variables it needs."""
     lines = [line.lstrip("# ") for line in takewhile(lambda line: line.startswith("#"), text.splitlines())]
     comment = re.sub(r"\s\([^()]*[A-Za-z]{2}[^()]*\)", "", "\n".join(lines))
     sentence = " ".join(re.split(r"[.;](?:\s|$)|:(?:\n|$)", comment, maxsplit=1)[0].split())

@@ -1,4 +1,4 @@
-"""``latentreward consolidate``: one file from a sharded checkpoint, or from any with its average as the weights."""
+"""``latentreward consolidate``: write a sharded checkpoint as one file, or a checkpoint's average as its weights."""
 
 from functools import partial
 from pathlib import Path
@@ -11,20 +11,20 @@ from latentreward.settings.functions import run_plain_function
 
 
 def consolidate(checkpoint: Path, output: Path, average: bool = False, overwrite: bool = False) -> None:
-    """Write a checkpoint as one file, which trains on and evaluates on any number of devices.
+    """Write a checkpoint as one file, from which training and evaluation can start on any number of devices.
 
-    Needs host memory for the whole checkpoint. Nothing is put in the file's place before it is complete.
+    The whole checkpoint has to fit into host memory. ``output`` appears only once it is complete.
 
     Args:
         checkpoint: Folder of a sharded checkpoint, or a file.
         output: File to write.
-        average: Whether the average of ``TrainableEMA`` becomes the weights; the file is then for evaluation, without
-            optimiser and callbacks.
-        overwrite: Whether ``output`` may exist.
+        average: Whether to write the average of ``TrainableEMA`` as the weights. The file then holds no state of
+            optimiser and callbacks: it is for evaluation, not for resuming.
+        overwrite: Whether to replace ``output`` if it exists.
 
     Raises:
-        InputError: If the checkpoint is incomplete or damaged, holds no average that is asked for, or ``output``
-            exists.
+        InputError: If the checkpoint is incomplete or damaged, ``average`` is set and the checkpoint holds no average,
+            or ``output`` exists and ``overwrite`` is not set.
     """
     if output.exists() and not overwrite:
         raise InputError(f"output: {output} exists; set overwrite: true or choose another name")
@@ -36,10 +36,10 @@ def consolidate(checkpoint: Path, output: Path, average: bool = False, overwrite
 
 
 def averaged(content: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The part of a checkpoint that evaluation needs, with the average in place of the weights it belongs to.
+    """Return a checkpoint's content for evaluation, with weights replaced by their average where one is kept.
 
     Raises:
-        InputError: If it holds no average.
+        InputError: If the checkpoint holds no average.
     """
     states = [state for name, state in content.get("callbacks", {}).items() if name.startswith("TrainableEMA")]
     if not states or not states[0]["updates"]:

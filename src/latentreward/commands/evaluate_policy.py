@@ -1,4 +1,4 @@
-"""``latentreward evaluate-policy``: scores of one or two generators' pictures, for the same prompts and noise."""
+"""``latentreward evaluate-policy``: score pictures of one or two generators, made from the same prompts and noise."""
 
 import json
 import sys
@@ -41,12 +41,13 @@ from latentreward.storage.locks import locked
 from latentreward.tinyworld.captions import held_out_captions
 
 MARKER = "evaluate.json"
+"""File by which an output folder of an earlier evaluation is recognised; it holds the settings."""
 SLOTS, NAMES = ("policy", "against"), ("policy", "baseline")
-"""Folders of the two policies, and what they are called if they have no names."""
+"""Names of the folders of the two policies, and default names of the policies in reports."""
 TINY_WORLD, TINY_PROMPTS, TINY_SEED = "tinyworld", 192, 11
-"""Name of the tiny world's held-out captions as prompts, how many, and which."""
+"""Value of ``prompts`` for the tiny world's held-out captions, their number, and the seed that chooses them."""
 CLIP_WORDS = 75
-"""Tokens of a prompt that CLIP sees; a word is at least one."""
+"""Number of tokens of a prompt that CLIP reads; since a word has at least one token, longer prompts are cut."""
 
 
 def evaluate_policy(
@@ -71,37 +72,40 @@ def evaluate_policy(
     cards: int = 400,
     device: str = "auto",
 ) -> None:
-    """Sample one or two policies, score their pictures, and write means, win rates and a page to look at.
+    """Sample pictures from one or two policies, score them, and report means, win rates and the pictures themselves.
 
-    Both policies see the same prompts and start from the same noise, so that pictures compare one by one. A run that
-    was stopped goes on where it was; pictures and scores that are there already are kept. ``report.json``,
-    ``report.md``, ``report.html`` and ``scores.csv`` appear in the output folder.
+    Both policies get the same prompts and start from the same noise, so their pictures are compared in pairs. The
+    same command resumes a stopped run; existing pictures and scores are kept. The output folder gets ``report.json``,
+    ``report.md``, ``report.html`` and ``scores.csv``.
 
     Args:
         output_dir: Folder for pictures, scores and reports.
-        scorers: What scores pictures, e.g. latentreward.scorers.PickScorer or latentreward.scorers.tools.GenEvalScorer.
-        policy: What is judged: pipeline, checkpoint, lora, or images made elsewhere.
-        against: What it is compared with; nothing by default.
-        prompts: File of prompts, or a pattern of several, each a group: text, JSON, JSON lines, CSV, TSV or parquet
-            with a column ``prompt`` or ``caption``; ``tinyworld`` for the tiny world's held-out captions. By default
-            those of the table of ``images``.
-        num_prompts: The first so many are taken; all by default.
-        max_prompt_chars: Characters that a prompt may have; text encoders read some hundred.
+        scorers: Scorers of the pictures, e.g. latentreward.scorers.PickScorer or
+            latentreward.scorers.tools.GenEvalScorer.
+        policy: Policy to evaluate: a generator (pipeline, checkpoint, lora) or a folder of existing images.
+        against: Second policy to compare with; none by default.
+        prompts: File of prompts: text, JSON, JSON lines, CSV, TSV or parquet with a column ``prompt`` or ``caption``.
+            Or a glob pattern of several files; each file without a column of groups becomes a group. Or ``tinyworld``
+            for the tiny world's held-out captions. By default the prompts of the folder ``images``.
+        num_prompts: Number of prompts to take from the start; all by default.
+        max_prompt_chars: Most characters of a prompt; longer ones are refused. Text encoders read a few hundred.
         images_per_prompt: Pictures of each prompt; by default as many as a folder of images has, or 1.
-        images_scored: ``all``, or the ``first`` of each prompt, the others not even being made. LPO's released script
-            makes four, and by a slip of ``zip`` scores the first alone, so its published means are over 500 pictures.
+        images_scored: Pictures of each prompt to sample and score: ``all`` or only the ``first``. LPO's released script
+            samples four and, by a slip of ``zip``, scores the first, so its published means are over 500 pictures.
         sampling: Steps, noise and size.
-        guidance_scale: Classifier-free guidance of policies that have none of their own; 1 switches it off.
-        shared_noise: Start the n-th pictures of all prompts from the same noise, as LPO's released script does by
-            setting its seed anew for each prompt; the noise itself is drawn otherwise, so pictures differ from its own.
-        seed: Fixes all noise.
+        guidance_scale: Classifier-free guidance scale of policies without their own; 1 switches guidance off.
+        shared_noise: Whether the n-th pictures of all prompts start from the same noise. LPO's released script does so
+            by resetting its seed for each prompt; our noise is generated differently, so pictures differ from theirs.
+        seed: Seed of all noise.
         batch_size: Pictures sampled at once.
-        missing: What to do if a folder lacks pictures or some cannot be read: refuse, or leave them out for both
-            policies and say so.
-        parts: Successive parts of each group of prompts, whose means' spread is reported; HPSv2's benchmark has 10.
-        published: Numbers of LPO's authors to show beside ours, by their protocol for that base model.
-        cards: Most pictures of a policy on the page.
-        device: ``cpu``, ``cuda``, ...; ``auto`` takes a GPU if there is one. Scorers have their own.
+        missing: Treatment of pictures that a folder lacks or that cannot be read: ``refuse`` stops with an error,
+            ``leave_out`` leaves them out for both policies and adds a note to the report.
+        parts: Number of consecutive parts into which each group of prompts is cut; the standard deviation of the parts'
+            means is reported. HPSv2's benchmark uses 10.
+        published: Protocol of LPO's authors whose published numbers are shown beside ours.
+        cards: Most pictures of each policy on the page.
+        device: Device of the generators: ``cpu``, ``cuda``, ...; ``auto`` takes a GPU if there is one. Scorers have a
+            setting of their own.
 
     Raises:
         InputError: If a setting or a file is wrong.
@@ -115,7 +119,7 @@ def evaluate_policy(
 
     @cache
     def prepare() -> None:
-        """Load the scorers of images, once."""
+        """Load the scorers of images, at the first call only."""
         for scorer in scorers:
             if isinstance(scorer, ImageScorer):
                 scorer.prepare()
@@ -204,7 +208,7 @@ def _prompt_rows(
 
 
 def _claim(output_dir: Path, settings: Mapping[str, Any]) -> None:
-    """Take an empty folder, or one that an evaluation was written to before."""
+    """Mark the output folder as an evaluation's; refuse a folder with other files."""
     ours = (output_dir / MARKER).is_file()
     if not ours and output_dir.exists() and (not output_dir.is_dir() or contents(output_dir)):
         raise InputError(f"output_dir: {output_dir} holds other files; choose an empty folder")
@@ -221,10 +225,10 @@ def _notes(
     notes = []
     if images_scored == "first" and count > 1:
         notes.append(
-            f"Of {count} pictures for each prompt the first alone is made and scored, as LPO's released script does."
+            f"Of {count} pictures for each prompt only the first is sampled and scored, as LPO's released script does."
         )
     if repeated := sum(number - 1 for number in Counter(row.prompt for row in rows).values()):
-        notes.append(f"{repeated} prompts repeat an earlier one; each has pictures of its own.")
+        notes.append(f"{repeated} prompts repeat an earlier prompt; each one gets its own pictures.")
     if long := sum(len(row.prompt.split()) > CLIP_WORDS for row in rows):
         notes.append(f"{long} prompts have more than {CLIP_WORDS} words: CLIP text encoders and CLIP scorers cut them.")
     if len(policies) > 1 and any(judged.images is not None for judged in policies.values()):
@@ -239,9 +243,7 @@ def _noise_notes(policies: Mapping[str, JudgedPolicy], sampling: Sampling) -> li
     if len(set(starts.values())) < 2:
         return []
     told = "; ".join(f"{name}: {start}" for name, start in starts.items())
-    return [
-        f"The policies differ in latents or noise process ({told}), so what pairs their pictures is the prompt alone."
-    ]
+    return [f"The policies differ in latents or noise process ({told}), so their pictures share prompts but not noise."]
 
 
 run = partial(run_function, evaluate_policy)

@@ -1,4 +1,4 @@
-"""``latentreward export``: what a run has trained, in the formats of other programs."""
+"""``latentreward export``: write a trained policy or reward in the format of another program."""
 
 from functools import partial
 from pathlib import Path
@@ -28,30 +28,30 @@ def export(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> None:
-    """Write what an alignment run has trained, or a reward, in the format of other programs.
+    """Write a policy trained by an alignment run, or a reward model, in the format of another program.
 
     Args:
-        checkpoint: File or folder of any alignment run. To export the average of TrainableEMA, first write it with
-            ``latentreward consolidate --average=true``. Of a reward: checkpoint or folder of a run, model folder, or
-            hub id.
+        checkpoint: Policy: checkpoint file or folder of any alignment run. To export the average of TrainableEMA, first
+            write it with ``latentreward consolidate --average=true``. Reward: checkpoint or folder of a run, model
+            folder, or hub id.
         output: Folder to write.
-        format: Of a policy: ``diffusers`` is a LoRA for ``load_lora_weights``; ``kohya`` one for ComfyUI and programs
-            that read kohya's names; ``merged`` a whole pipeline for ``from_pretrained``, which needs no LoRA: the call
-            that loads it is printed. Of a reward: ``diffusion-rm`` is the layout of DiNa-LRM's authors, ``lpo`` that
+        format: Policy: ``diffusers`` writes a LoRA for ``load_lora_weights``; ``kohya`` a LoRA for ComfyUI and other
+            programs that read kohya's names; ``merged`` a whole pipeline with the LoRA merged into its weights, and
+            prints the call that loads it. Reward: ``diffusion-rm`` is the layout of DiNa-LRM's authors, ``lpo`` that
             of LRM's authors.
-        dtype: Precision of a policy's weights; a reward's are float32.
-        overwrite: Whether ``output`` may exist.
-        base: Of a reward: pipeline of the frozen weights, if not the one that the model names.
-        base_name: Of a reward: name of the base for others in diffusion-rm's config.json, e.g. a hub id; by default
-            its hub id, or the name of its folder.
-        run_config: Of a reward: settings of its run, if not beside its checkpoint.
-        revision: Of a reward: branch, tag or commit of a hub id.
-        trust_remote_code: Of a reward: whether its settings may name classes that are not registered, which are
-            imported.
+        dtype: Policy: precision of the written weights. A reward is written in float32.
+        overwrite: Whether to replace ``output`` if it exists.
+        base: Reward: pipeline with the frozen base weights; by default the one that the model names.
+        base_name: Reward: name of the base that is written to diffusion-rm's config.json, e.g. a hub id; by default the
+            hub id of the base, or the name of its folder.
+        run_config: Reward: config file of its training run; by default the one beside the checkpoint.
+        revision: Reward: branch, tag or commit of a hub id.
+        trust_remote_code: Reward: whether to import classes that its settings name and that are not registered;
+            importing runs their code.
 
     Raises:
-        InputError: If the checkpoint is damaged or not of the format's kind, the format cannot hold the reward, or
-            ``output`` exists.
+        InputError: If the checkpoint is damaged or of the wrong kind for ``format``, the format cannot hold the reward,
+            or ``output`` exists and ``overwrite`` is not set.
     """
     if output.exists() and not overwrite:
         raise InputError(f"output: {output} exists; set overwrite: true or choose another name")
@@ -76,10 +76,10 @@ def export(
 
 
 def export_policy(checkpoint: Path, output: Path, format: PolicyFormat, precision: torch.dtype) -> Path:
-    """Write the LoRA of an alignment run; returns the file or folder.
+    """Write the policy of an alignment run, and return the written file or folder.
 
     Raises:
-        InputError: If the checkpoint is damaged or not of an alignment run.
+        InputError: If the checkpoint is damaged or is not one of an alignment run.
     """
     from latentreward.export import TrainedLoRA, write_kohya, write_merged
     from latentreward.policies.checkpoint import read_policy_adapter
@@ -99,7 +99,7 @@ def export_policy(checkpoint: Path, output: Path, format: PolicyFormat, precisio
 
 
 def is_reward(place: Path) -> bool:
-    """Whether a reward lies here; only small files are read."""
+    """Tell whether a path holds a reward; only small files are read."""
     try:
         return place.exists() and find_reward(str(place)) is not None
     except InputError:

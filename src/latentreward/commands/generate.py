@@ -1,4 +1,4 @@
-"""``latentreward generate``: pictures of prompts, with any reward choosing among samples or at each step."""
+"""``latentreward generate``: sample pictures of prompts, optionally chosen by a reward (best of N, step search)."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -43,33 +43,34 @@ def generate(
     table: Literal["csv", "jsonl"] = "csv",
     device: str = "auto",
 ) -> None:
-    """Write a picture of each prompt, a grid of them, and a table with their seeds and scores.
+    """Write pictures of each prompt, a grid of all pictures, and a table with their seeds and scores.
 
-    Pictures that are there already are kept, so a run that was stopped goes on where it was; what a picture looks like
-    depends on its prompt, its place in the file, the seed and the settings alone.
+    The same command resumes a stopped run; existing pictures are kept. A picture depends only on its prompt, the
+    prompt's position in the file, the number of the picture, the seed and the settings.
 
     Args:
         prompts: Text file with a prompt per line; or .json, .jsonl, .csv, .parquet with a column ``prompt``.
         output_dir: Folder for pictures, ``grid.png`` and ``images.csv``.
-        policy: Generator; what the checkpoint notes by default.
-        checkpoint: Checkpoint of an alignment run, whose adapter is put to work.
-        lora: LoRA file or folder to put to work, as ``latentreward export`` writes it.
-        reward: Scores pictures, and chooses among them.
+        policy: Generator; by default the one recorded in the checkpoint.
+        checkpoint: Checkpoint of an alignment run, whose adapter is loaded.
+        lora: LoRA file or folder to load, as ``latentreward export`` writes it.
+        reward: Reward that scores the pictures, and by which best_of and step_search choose.
         sampling: Steps, noise and size. Step search needs noise: ``eta`` (SD1.5, SD2.1, SDXL) or ``noise_level`` (SD3).
-        guidance_scale: Classifier-free guidance; 1 switches it off.
+        guidance_scale: Classifier-free guidance scale; 1 switches guidance off.
         images_per_prompt: Pictures to write for each prompt.
-        best_of: Samples for each picture, of which the one with the highest score is written.
-        step_search: Candidates for the next state at each sampling step, of which the best goes on.
-        score_sigmas: Noise levels in [0, 1] at which a latent reward scores finished pictures; several make an
-            ensemble. Rewards that look at pixels need none.
-        seed: Fixes everything.
+        best_of: Number of samples per picture; the sample with the highest score is written.
+        step_search: Number of candidates at each sampling step and the steps to search at; the candidate with the
+            highest score is kept.
+        score_sigmas: Noise levels in [0, 1] at which a latent reward scores finished pictures; several levels make an
+            ensemble. Pixel rewards ignore this setting.
+        seed: Seed of all random numbers.
         batch_size: Pictures sampled at once.
-        max_prompt_chars: Characters that a prompt may have; text encoders read some hundred.
+        max_prompt_chars: Most characters of a prompt; longer ones are refused. Text encoders read a few hundred.
         table: Format of the table.
         device: ``cpu``, ``cuda``, ...; ``auto`` takes a GPU if there is one.
 
     Raises:
-        InputError: If a setting is wrong, or ``output_dir`` holds something else.
+        InputError: If a setting is wrong, or ``output_dir`` holds other files or pictures made with other settings.
     """
     trained = TrainedPolicy(policy, checkpoint, lora)
     settings = trained.identity() | plain(
@@ -123,7 +124,7 @@ def _draw(
     sigmas: Sequence[float],
     prompts: PromptBatch,
 ) -> tuple[Tensor, Tensor | None]:
-    """Finished latents ``(B, C, ...)``, and the scores ``(N, B)`` that chose them."""
+    """Sample finished latents ``(B, C, ...)``; with a reward, also return the scores ``(N, B)`` of all N samples."""
     if reward is None:
         return sample(prompts), None
     best = best_of_n(sample, reward, prompts, best_of, seed=seed, sigmas=sigmas)
@@ -131,7 +132,7 @@ def _draw(
 
 
 def _try(reward: Reward, policy: Policy, best_of: int, sigmas: Sequence[float]) -> None:
-    """Score noise as pictures will be scored, so that a reward that cannot do it shows before anything is sampled."""
+    """Score random latents with the settings of the run, so that an unfit reward fails before anything is sampled."""
     device = next(policy.network.parameters()).device
     noise = torch.randn(best_of, 1, *policy.latent_shape(), generator=torch.Generator().manual_seed(0)).to(device)
     drawn = iter(noise)

@@ -1,4 +1,4 @@
-"""``latentreward inspect``: what is in a data set, before anything is trained on it."""
+"""``latentreward inspect``: print what a data set holds, before anything is trained on it."""
 
 import json
 import logging
@@ -34,22 +34,25 @@ def inspect(
     scores: Path | None = None,
     output: Path | None = None,
 ) -> None:
-    """Print rows, labels, prompts, image sizes, rows left out and why, and what splits share.
+    """Print counts of rows, labels, prompts, image sizes, rows left out by reason, and overlap between splits.
 
-    A folder or file of a known format is recognised, with all its splits; rows that break a rule of the format are
-    left out and counted. Ctrl-C prints what was counted so far.
+    The format of DATA and its splits are detected. Rows that break a rule of the format are left out and counted.
+    Ctrl-C prints the counts so far and exits with status 130.
 
     Args:
         data: Folder of a data set, or one of its files.
-        reader: Readers to inspect in place of what DATA would be recognised as, with any settings.
+        reader: One or several readers to inspect, instead of DATA.
         splits: Splits of DATA to read, e.g. ``train,test``; all by default.
-        limit: Look at the images of the first so many rows of each split only; 0 for none.
-        decode: Decode every image, which also finds truncated ones; otherwise only headers are read.
-        hash_images: Compare the images of the splits also by their bytes, which are all read for it.
-        buckets: (height, width) of each aspect bucket; those of the released diffusion-rm cache by default.
-        scores: Score table, .csv or .parquet: how often each scorer puts the chosen image below the rejected one, and
-            what each strategy of multi-preference consistent filtering keeps.
-        output: JSON file for the same counts.
+        limit: Number of rows at the start of each split whose images are inspected; 0 inspects none. All by default.
+        decode: Whether to decode every image, which also finds truncated images; otherwise only headers are read.
+        hash_images: Whether to find images shared by two splits also by a hash of their bytes; reads all files.
+        buckets: (height, width) of each aspect bucket; by default those of the released diffusion-rm cache.
+        scores: Score table, .csv or .parquet. Adds how often each scorer scores the chosen image below the rejected
+            one, and how many pairs each strategy of multi-preference consistent filtering keeps.
+        output: JSON file to write the counts to.
+
+    Raises:
+        InputError: If a setting is wrong, the format is not recognised, or no split can be read.
     """
     sources = list(_find_sources(data, reader, splits))
     score_table = None if scores is None else ScoreTable(scores)
@@ -86,7 +89,7 @@ def inspect(
 def _find_sources(
     data: str | None, reader: PairReader | list[PairReader] | None, splits: str | None
 ) -> Iterator[tuple[str, PairReader | Callable[[], PairReader]]]:
-    """Names, and of each the reader or what builds it."""
+    """Yield the name of each split, and its reader or a function that builds the reader."""
     if (data is None) == (reader is None):
         raise InputError("data: give either a folder or file, or --reader CLASS with its settings")
     if data is not None:
@@ -109,7 +112,7 @@ def _find_sources(
 def _build(name: str, found: PairReader | Callable[[], PairReader], report: Report, only: bool) -> PairReader | None:
     logger = logging.getLogger("latentreward.data.readers")
     level = logger.level
-    logger.setLevel(logging.ERROR)  # what they say of their rows is in the report
+    logger.setLevel(logging.ERROR)  # the report repeats the readers' warnings about rows
     try:
         return found if isinstance(found, PairReader) else found()
     except InputError as error:

@@ -1,4 +1,4 @@
-"""``latentreward publish``: a checkpoint as a model folder for others, calibrated and with a card, and on the hub."""
+"""``latentreward publish``: write a reward model as a folder with calibration and model card; upload it to the hub."""
 
 import json
 import sys
@@ -29,18 +29,18 @@ from latentreward.settings.functions import run_plain_function
 
 DECODE_THREADS = 4
 FEW = 200
-"""Different images of a reference below which one of its quantiles is off by some hundredths."""
+"""Number of distinct reference images below which quantiles have errors of a few hundredths, and a warning is shown."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Images with prompts on which raw scores are calibrated.
+    """Reference images with prompts, on which raw scores are calibrated.
 
     Attributes:
         images: Folder, pattern or list (.jsonl, .csv), as ``latentreward score`` takes them.
-        name: What the model card calls them; by default the last part of ``images``.
-        limit: Most images; of more, some are drawn.
-        seed: Of the draw.
+        name: Name of the reference in the model card; by default the last part of ``images``.
+        limit: Most images to score; from more images a random subset is taken.
+        seed: Seed of the random subset.
         prompt: One prompt for all images.
         allow_outside: Whether a list may name images outside its folder.
     """
@@ -57,10 +57,10 @@ class Reference:
             raise InputError(f"reference.limit is {self.limit}; a calibration needs at least {FEWEST} images")
 
     def listed(self) -> ImageList:
-        """The images, of which none is opened yet.
+        """List the images without opening them.
 
         Raises:
-            InputError: If there are none, or fewer than a calibration needs.
+            InputError: If there are no images, or fewer than a calibration needs.
         """
         found = read_images(self.images, self.prompt, allow_outside=self.allow_outside)
         require_some(found)
@@ -72,7 +72,7 @@ class Reference:
             )
         if len(rows) > self.limit:
             order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.seed))
-            rows = [rows[place] for place in sorted(order[: self.limit].tolist())]
+            rows = [rows[index] for index in sorted(order[: self.limit].tolist())]
         return ImageList(found.source, tuple(rows))
 
 
@@ -100,33 +100,34 @@ def publish(
 ) -> None:
     """Write a reward model as a folder that RewardModel.from_pretrained loads to the same scores, bit for bit.
 
-    The folder holds the head, adapters, and what else of the weights is the model's own; the base's weights are not
-    copied. It is loaded again, and its weights and the scores of two random latents are compared with those of the
-    model, before it gets its name. A model folder that is already there is replaced then.
+    The folder holds the head, adapters, and other weights that training changed or added; the weights of the frozen
+    base are not copied. Before the folder gets its name, it is loaded again: its weights and the scores of two random
+    latents must equal those of the model. An existing model folder is replaced only then.
 
     Args:
-        model: Checkpoint or folder of a run, a published layout, or a model folder, here or as a hub id.
-        output: Folder to write: new, empty or a model folder.
+        model: Checkpoint or folder of a run, folder or hub id in a published layout, or model folder or its hub id.
+        output: Folder to write: a new or empty folder, or a model folder to replace.
         reference: Images with prompts on which raw scores are calibrated, e.g. --reference.images pics/list.csv.
-        noise: At which noise the model is to score where none is given; what is left out stays as it is.
-        licence: Of the weights: an identifier of the hub such as apache-2.0, openrail++ or other, or a text of several
-            words.
-        datasets: Training data: hub ids, or names; otherwise the card names the readers of the run.
-        description: Markdown for the model card, or a file .md with it.
+        noise: Default noise of the written model; a setting that is left out keeps the model's value.
+        licence: Licence of the weights: an identifier of the hub such as apache-2.0, openrail++ or other, or a text of
+            several words.
+        datasets: Training data for the model card: hub ids or names; by default the card names the run's readers.
+        description: Markdown for the model card, or path of a .md file.
         metrics: JSON file with numbers for the model card, e.g. of latentreward benchmark.
         name: Title of the model card; by default the hub id, or the folder's name.
-        base: Pipeline of the frozen weights, if not the one that the model names.
-        base_name: Name of the base for others, e.g. owner/name@revision, where the model was trained on a local copy;
-            by default the name of the copy's folder, which must then be given as base to load the model.
-        run_config: Settings of the model's run, if not beside its checkpoint.
-        revision: Branch, tag or commit, where model is a hub id.
-        trust_remote_code: Whether the model's settings may name classes that are not registered, which are imported.
+        base: Pipeline with the frozen base weights; by default the one that the model names.
+        base_name: Name under which others find the base, e.g. owner/name@revision, if the model was trained on a local
+            copy. By default the name of the copy's folder is written, and base must be given to load the model.
+        run_config: Config file of the model's training run; by default the one beside the checkpoint.
+        revision: Branch, tag or commit, if model is a hub id.
+        trust_remote_code: Whether to import classes that the model's settings name and that are not registered;
+            importing runs their code.
         published: Settings that the files of a published layout do not hold, e.g. --published.guidance 1.
-        push_to_hub: Hub id owner/name to upload to; the token is that of this machine's login, or HF_TOKEN.
-        branch: Branch there; by default the main one.
-        private: Whether a repository that is made for it is private; by default what the owner has set.
-        batch_size: Images per pass of the model.
-        device: On which the reference is scored, e.g. cuda:1; auto takes the accelerator if there is one.
+        push_to_hub: Hub id owner/name to upload to, with the token of this machine's login or of HF_TOKEN.
+        branch: Branch to upload to; by default the main branch.
+        private: Whether the repository is private if the upload creates it; by default the owner's setting.
+        batch_size: Images per forward pass.
+        device: Device that scores the reference, e.g. cuda:1; auto takes an accelerator if there is one.
 
     Raises:
         InputError: If a setting is wrong, the model cannot be saved, or the reference cannot be scored.
@@ -138,7 +139,7 @@ def publish(
     loading: dict[str, Any] = {"base": base, "config": run_config, "revision": revision, "published": published}
     target = find_device(device)
     loaded = RewardModel.from_pretrained(model, device=target, trust_remote_code=trust_remote_code, **loading)
-    config_of(loaded, base_name)  # what cannot be saved is not scored first
+    config_of(loaded, base_name)  # refuses a model that cannot be saved before the reference is scored
     if noise is not None:
         loaded.noise = noise.over(loaded.noise)
         if loaded.calibration is not None and not loaded.calibration.fits(loaded.noise):
@@ -149,10 +150,10 @@ def publish(
     with new_folder(output) as partial:
         write_model(loaded, partial, card, base_name, output.resolve().name)
         probe = Probe.of(loaded)
-        del loaded  # or two models would be in memory
+        del loaded  # frees memory before the written model is loaded
         probe.compare(partial, target, trust_remote_code)
     for setting, path in paths_here(probe.recipe).items():
-        print(f"{setting} is {path}, a path of this machine, which config.json tells others", file=sys.stderr)
+        print(f"{setting} is {path}, a path on this machine; config.json publishes it", file=sys.stderr)
     if replaced:
         print(replaced)
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
@@ -168,7 +169,7 @@ def publish(
 
 
 def replaced_text(output: Path) -> str:
-    """One line about the model in the folder that is to be replaced; empty if there is none."""
+    """Return one line about the model in ``output`` that is going to be replaced; empty if there is none."""
     path = output / CONFIG
     if not path.is_file():
         return ""
@@ -180,10 +181,12 @@ def replaced_text(output: Path) -> str:
 
 
 def calibrate(model: RewardModel, reference: Reference, listed: ImageList, batch_size: int) -> Calibration:
-    """Score the reference images; those that cannot be read are left out, and counted on stderr.
+    """Fit a calibration to the scores of the reference images.
+
+    Images that cannot be read are left out, and their number is printed to stderr.
 
     Raises:
-        InputError: If too few remain, or their scores calibrate nothing.
+        InputError: If too few images are left, or their scores cannot be calibrated.
     """
     scoring = ListedScoring(model, listed.rows, {"score": model.noise}, batch_size, DECODE_THREADS)
     tables = [table for _, table in scoring.tables([range(len(listed.rows))])]
@@ -200,7 +203,7 @@ def calibrate(model: RewardModel, reference: Reference, listed: ImageList, batch
 
 
 def calibration_text(calibration: Calibration | None) -> str:
-    """One line about a calibration."""
+    """Describe a calibration in one line."""
     if calibration is None:
         return "not calibrated"
     spread = f"{calibration.mean:.4g} ± {calibration.std:.4g}"
@@ -208,10 +211,10 @@ def calibration_text(calibration: Calibration | None) -> str:
 
 
 def text_of(description: str) -> str:
-    """The text itself, or that of the file it names.
+    """Return a description, or the text of the .md file that it names.
 
     Raises:
-        InputError: If there is no such file.
+        InputError: If the file cannot be read.
     """
     if not description.endswith(".md") or "\n" in description:
         return description
@@ -224,10 +227,10 @@ def text_of(description: str) -> str:
 
 
 def read_metrics(path: Path | None) -> Mapping[str, Any]:
-    """Numbers for the model card.
+    """Read numbers for the model card from a JSON file; empty without a file.
 
     Raises:
-        InputError: If the file is no JSON object.
+        InputError: If the file cannot be read or does not hold a JSON object.
     """
     if path is None:
         return {}

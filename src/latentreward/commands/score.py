@@ -1,4 +1,4 @@
-"""``latentreward score``: scores of a folder or list of images, as a table and as a page."""
+"""``latentreward score``: score a folder or list of images, and write a table and optionally an HTML page."""
 
 import dataclasses
 import time
@@ -29,13 +29,13 @@ from latentreward.storage.progress import Progress
 
 @dataclass(frozen=True)
 class NoiseSettings:
-    """At which noise to score; what is left out is the model's own.
+    """Noise that is added to images before scoring; a setting that is left out keeps the model's value.
 
     Attributes:
-        sigmas: Noise levels in [0, 1]; several make one ensemble score.
+        sigmas: Noise levels in [0, 1]; several levels make one ensemble score.
         timesteps: Timesteps of the model's noise process, instead of noise levels.
-        seeds: Draws of noise, whose scores are averaged.
-        noise_key: ``prompt``: images of one prompt share the noise; ``image``: each has its own.
+        seeds: Seeds of the noise; the scores of all seeds are averaged.
+        noise_key: ``prompt``: images of one prompt share the noise; ``image``: each image has its own noise.
     """
 
     sigmas: tuple[float, ...] = ()
@@ -47,10 +47,10 @@ class NoiseSettings:
         self.over(ScoringNoise(timesteps=(1.0,)))
 
     def over(self, own: ScoringNoise) -> ScoringNoise:
-        """The settings, with ``own`` for what they leave out.
+        """Override the given settings in ``own``, the model's noise.
 
         Raises:
-            InputError: As :class:`ScoringNoise`.
+            InputError: If the result is not a valid :class:`ScoringNoise`.
         """
         given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         given = {name: value for name, value in given.items() if value}
@@ -85,40 +85,41 @@ def score(
     dtype: Literal["float32", "bfloat16"] = "float32",
     device: str = "auto",
 ) -> None:
-    """Score images for their prompts and write a table, and a page sorted by score if asked.
+    """Score images for their prompts, and write a table and, with --gallery, an HTML page sorted by score.
 
-    The table has the columns image, prompt, score, z_score and quantile (where the model is calibrated), width, height
-    and problem, which says why an image has no score. It grows in ``OUTPUT.parts/``: a run that was killed goes on
-    there when it is started again, and is refused with other images, another model or other noise. A table that is
-    complete is not made again, so a page can be asked for later.
+    The table has the columns image, prompt, score, z_score and quantile (empty if the model is not calibrated), width,
+    height and problem (why an image has no score). Finished parts are kept in ``OUTPUT.parts/``: the same command
+    resumes a killed run, and refuses other images, another model or other noise. A complete table is not computed
+    again, so a page can be added later.
 
     Args:
-        images: Folder, pattern such as 'pics/**/*.png', or list that ends in .jsonl or .csv. The prompts of a folder
-            come from NAME.txt beside NAME.png, or from metadata.jsonl, metadata.csv or captions.jsonl in it.
+        images: Folder, glob pattern such as 'pics/**/*.png', or list that ends in .jsonl or .csv. The prompts of a
+            folder come from NAME.txt beside NAME.png, or from metadata.jsonl, metadata.csv or captions.jsonl in it.
         output: File to write: .csv, .jsonl or .parquet.
         model: Folder or hub id of a reward model, or a checkpoint, or the folder of a run.
         prompt: One prompt for all images.
-        noise: At which noise to score.
-        each_level: Also write a column for each noise level, e.g. score_sigma_0.4.
-        gallery: Page to write, .html.
-        gallery_images: Most images on the page; of more, the best and the worst are shown.
+        noise: Noise that is added to images before scoring.
+        each_level: Whether to write also a column for each noise level, e.g. score_sigma_0.4.
+        gallery: HTML page to write.
+        gallery_images: Most images on the page; if there are more, the best and the worst are shown.
         image_column: Column of a list with the paths; by default file_name, file, path, image or name.
         prompt_column: Column of a list with the prompts; by default prompt, caption or text.
         allow_outside: Whether a list may name images outside its folder.
-        max_prompt_chars: Characters that a prompt may have; an image with more is recorded without a score.
-        base: Pipeline of the frozen weights, if not the one that the model names.
-        run_config: Settings of the model's run, if not beside its checkpoint.
+        max_prompt_chars: Most characters of a prompt; an image with a longer prompt gets no score.
+        base: Pipeline with the frozen base weights; by default the one that the model names.
+        run_config: Config file of the model's training run; by default the one beside the checkpoint.
         revision: Branch, tag or commit of a hub id.
-        trust_remote_code: Whether the model's settings may name classes that are not registered, which are imported.
+        trust_remote_code: Whether to import classes that the model's settings name and that are not registered;
+            importing runs their code.
         published: Settings that the files of a published layout do not hold, e.g. --published.guidance 1.
-        batch_size: Images per pass of the model.
-        decode_threads: Threads that decode images ahead.
-        flush_every: Images per part: what a kill can lose; Ctrl-C loses none that is scored.
-        max_pixels: Images with more pixels are recorded as unreadable.
-        exif: apply turns images upright by their EXIF orientation, ignore takes the pixels as they are stored; by
-            default as the model's training did.
+        batch_size: Images per forward pass.
+        decode_threads: Threads that decode images ahead of the model.
+        flush_every: Images per part of the table: a killed process loses at most one part; Ctrl-C loses no score.
+        max_pixels: Most pixels of an image; larger images are recorded as unreadable.
+        exif: apply rotates images by their EXIF orientation, ignore takes the stored pixels; by default the model
+            treats images as in its training.
         dtype: Precision of the model's backbone.
-        device: E.g. cuda:1; auto takes the accelerator if there is one.
+        device: Device, e.g. cuda:1; auto takes an accelerator if there is one.
 
     Raises:
         InputError: If a setting is wrong, the output belongs to another run, or no image can be scored.
@@ -170,7 +171,7 @@ def score(
 
 
 def _levels(noise: ScoringNoise, each: bool) -> dict[str, ScoringNoise]:
-    """Settings of noise by the names of their columns."""
+    """Return the noise of each column of scores, by name of the column."""
     kind = "sigmas" if noise.sigmas else "timesteps"
     levels: tuple[float, ...] = getattr(noise, kind)
     columns = {"score": noise}
@@ -190,7 +191,7 @@ def _make_table(
     exif: ExifOrientation | None,
     **reading: int,
 ) -> list[str]:
-    """Score what is missing and put the table together; says how long each took."""
+    """Score the missing images, write the complete table, and return remarks on times and images."""
     notes, parts = [], files.missing(flush_every)
     if parts:
         require_some(listed)
@@ -218,7 +219,7 @@ def _make_table(
 
 
 def _remarks_on_images(model: RewardModel, rotated: int, files: PartFiles) -> list[str]:
-    """Images of this and earlier runs that no training size fits, and of this run those with an EXIF orientation."""
+    """Return remarks on images with an untrained aspect ratio (all runs) and an EXIF orientation (this run)."""
     remarks, sizes = [], model.image_sizes
     assert sizes is not None  # ListedScoring refuses a model without
     unfitting = 0
@@ -235,7 +236,7 @@ def _remarks_on_images(model: RewardModel, rotated: int, files: PartFiles) -> li
 
 
 def _score_missing(scoring: ListedScoring, files: PartFiles, parts: Sequence[range]) -> str:
-    """Score the parts; says how long it took."""
+    """Score the given parts, and return a remark on the time taken."""
     start, total = time.monotonic(), sum(map(len, parts))
     with Progress("score", files.rows, "images", files.rows - total) as progress:
         scoring.progress = progress.add

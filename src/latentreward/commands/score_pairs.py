@@ -1,4 +1,4 @@
-"""``latentreward score-pairs``: a table of scores of both images of every pair, for filtering."""
+"""``latentreward score-pairs``: write a table with scores of both images of every pair, for filtering."""
 
 import time
 from collections import Counter
@@ -24,21 +24,22 @@ def score_pairs(
     flush_every: int = 512,
     **options: Any,
 ) -> None:
-    """Score both images of every pair and write a table that FilteredReader takes.
+    """Score both images of every pair and write a table, by which FilteredReader filters pairs.
 
-    The table grows in ``OUTPUT.parts/``. A run that was killed goes on there when it is started again; with another
-    reader or other scorers it is refused. An image is scored once for each prompt. An image that cannot be read has
-    NaN scores and its reason in ``problem_a`` or ``problem_b``. Devices and batch sizes are settings of the scorers.
+    Finished parts of the table are kept in ``OUTPUT.parts/``. The same command resumes a killed run, and refuses
+    another reader or other scorers. An image that recurs with the same prompt is scored once. An image that cannot be
+    read gets NaN scores, and the reason in ``problem_a`` or ``problem_b``. Devices and batch sizes are settings of the
+    scorers.
 
     Args:
         output: File to write, .parquet or .csv.
-        reader: Where pairs come from.
-        scorers: What scores them, e.g. latentreward.scorers.CLIPScorer.
-        flush_every: Pairs per part: what a kill can lose; Ctrl-C loses none that is scored.
+        reader: Reader of the pairs.
+        scorers: Scorers of the images, e.g. latentreward.scorers.CLIPScorer.
+        flush_every: Pairs per part of the table: a killed process loses at most one part; Ctrl-C loses no scored pair.
         options: See :class:`~latentreward.scorers.pair_scoring.PairScoring`.
 
     Raises:
-        InputError: If a setting is wrong, the output belongs to another run, or a scorer returns nonsense.
+        InputError: If a setting is wrong, the output belongs to another run, or a scorer returns invalid scores.
     """
     scoring = PairScoring(reader, scorers, **options)
     with PartFiles(output, scoring.spec(), len(reader)) as files:
@@ -56,7 +57,7 @@ def score_pairs(
 
 
 def _score_missing(scoring: PairScoring, files: PartFiles, flush_every: int) -> tuple[float, int]:
-    """Seconds and number of pairs scored."""
+    """Score the missing pairs; return the seconds taken and the number of pairs scored."""
     missing = files.missing(flush_every)
     if not missing:
         return 0.0, 0

@@ -1,4 +1,4 @@
-"""``latentreward serve``: a reward model behind HTTP."""
+"""``latentreward serve``: serve a reward model over HTTP."""
 
 import os
 import sys
@@ -30,25 +30,28 @@ def serve(
     device: str = "auto",
     **limits: Any,
 ) -> None:
-    """Answer requests for scores until SIGTERM or Ctrl-C, which let what is under way finish.
+    """Serve scores of a reward model over HTTP until SIGTERM or Ctrl-C; requests in progress are finished first.
 
     POST /v1/score takes latents and prompt embeddings by verl-omni's latent-reward protocol version 1; POST
-    /v1/score_images takes images and prompts, as a form or as JSON. GET /v1/model, /healthz and /metrics tell about
-    the server. Requests share passes of the model; a score does not depend on them.
+    /v1/score_images takes images and prompts, as a form or as JSON. GET /v1/model describes the model, /healthz tells
+    whether the server is ready, /metrics has counters for Prometheus. Requests are batched into shared forward passes;
+    a score does not depend on the other requests of its batch.
 
     Args:
         model: Folder or hub id of a reward model, or a checkpoint, or the folder of a run.
-        host: Address to serve at; the default is reachable from this machine alone.
-        port: Port; 0 takes a free one, which is printed.
-        base: Pipeline of the frozen weights, if not the one that the model names.
-        run_config: Settings of the model's run, if not beside its checkpoint.
+        host: Address to listen on; the default accepts connections from this machine only.
+        port: Port to listen on; 0 takes a free port and prints it.
+        base: Pipeline with the frozen base weights; by default the one that the model names.
+        run_config: Config file of the model's training run; by default the one beside the checkpoint.
         revision: Branch, tag or commit of a hub id.
-        trust_remote_code: Whether the model's settings may name classes that are not registered, which are imported.
+        trust_remote_code: Whether to import classes that the model's settings name and that are not registered;
+            importing runs their code.
         published: Settings that the files of a published layout do not hold, e.g. --published.guidance 1.
-        token_file: File with a token that clients must send as Authorization: Bearer. Otherwise the environment
-            variable LATENTREWARD_TOKEN gives it; without either, anybody who reaches the port may ask.
+        token_file: File with a token that clients must send in the header Authorization: Bearer. By default the token
+            is the value of the environment variable LATENTREWARD_TOKEN; without file and variable, everybody who
+            reaches the port may send requests.
         dtype: Precision of the model's backbone.
-        device: E.g. cuda:1; auto takes the accelerator if there is one.
+        device: Device, e.g. cuda:1; auto takes an accelerator if there is one.
         limits: See :class:`~latentreward.serving.settings.ServiceSettings`.
 
     Raises:
@@ -70,8 +73,8 @@ def serve(
     with bind(host, port) as bound:
         if settings.token is None and not ip_address(bound.getsockname()[0].partition("%")[0]).is_loopback:
             print(
-                f"latentreward serve: {host} can be reached from other machines, and there is no token: whoever "
-                f"reaches it may ask; set token_file or {TOKEN_VARIABLE}",
+                f"latentreward serve: {host} can be reached from other machines, and there is no token: anybody who "
+                f"reaches it may send requests; set token_file or {TOKEN_VARIABLE}",
                 file=sys.stderr,
             )
         reward = RewardModel.from_pretrained(

@@ -1,4 +1,4 @@
-"""``latentreward ui``: a page in the browser to try a reward model by hand."""
+"""``latentreward ui``: open a browser page to try a reward model by hand."""
 
 import os
 from functools import partial
@@ -21,18 +21,19 @@ def ui(
     dtype: Literal["float32", "bfloat16"] = "float32",
     device: str = "auto",
 ) -> None:
-    """Show a page, for this machine's browsers alone, that scores images for a prompt at all noise levels.
+    """Serve a web page that scores images for a prompt at all noise levels; only this machine can open the page.
 
     Args:
         model: Folder or hub id of a reward model, or a checkpoint, or the folder of a run.
-        port: Port; 0 takes a free one, which is printed.
-        base: Pipeline of the frozen weights, if not the one that the model names.
-        run_config: Settings of the model's run, if not beside its checkpoint.
+        port: Port to listen on; 0 takes a free port and prints it.
+        base: Pipeline with the frozen base weights; by default the one that the model names.
+        run_config: Config file of the model's training run; by default the one beside the checkpoint.
         revision: Branch, tag or commit of a hub id.
-        trust_remote_code: Whether the model's settings may name classes that are not registered, which are imported.
+        trust_remote_code: Whether to import classes that the model's settings name and that are not registered;
+            importing runs their code.
         published: Settings that the files of a published layout do not hold, e.g. --published.guidance 1.
         dtype: Precision of the model's backbone.
-        device: E.g. cuda:1; auto takes the accelerator if there is one.
+        device: Device, e.g. cuda:1; auto takes an accelerator if there is one.
 
     Raises:
         InputError: If a setting is wrong, the port is taken, or the model cannot be loaded.
@@ -48,7 +49,8 @@ def ui(
     from latentreward.serving.ui import launch
 
     target = find_device(device)
-    with bind("127.0.0.1", port) as bound:  # gradio binds by itself, after the model is loaded
+    # gradio binds only after the model is loaded, so this checks early that the port is free.
+    with bind("127.0.0.1", port) as bound:
         free_port = bound.getsockname()[1]
     loading: dict[str, Any] = {
         "revision": revision,

@@ -1,1 +1,1 @@
-"""How good a reward is (``benchmark``), and how good a generator is by rewards (``policy``)."""
+"""Evaluation of reward models on labelled pairs (``benchmark``) and of generators by scorers (``policy``)."""

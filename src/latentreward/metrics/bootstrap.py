@@ -1,4 +1,4 @@
-"""Percentile bootstrap: how far a number would move with other prompts; whole groups of dependent rows are drawn."""
+"""Percentile bootstrap that resamples whole groups of dependent rows, such as the pairs of one prompt."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -9,21 +9,21 @@ import numpy as np
 RESAMPLES = 10_000
 ENDS = (0.025, 0.975)
 FEW = 30
-"""Groups below which an interval is too narrow to be shown without their number."""
+"""Number of groups below which reports show that number beside an interval, because the interval is too narrow."""
 BLOCK = 1 << 23
-"""Most random numbers in memory at a time."""
+"""Largest number of random integers in memory at a time."""
 
 
 class Interval(NamedTuple):
-    """A number with the ends of its 95 % bootstrap interval.
+    """Number with the ends of its 95 % bootstrap interval.
 
-    All are NaN where no row counts; the ends alone where there is one group, which cannot tell a spread.
+    Value and ends are NaN without any group. The ends are NaN with one group, which shows no spread.
 
     Attributes:
-        value: The number.
+        value: Number computed from all groups.
         low: Lower end.
         high: Upper end.
-        groups: Groups that were resampled; None if that is not known.
+        groups: Number of groups that were resampled; None if unknown.
     """
 
     value: float
@@ -33,45 +33,45 @@ class Interval(NamedTuple):
 
     @property
     def few(self) -> bool:
-        """Whether there are so few groups that the interval is too narrow."""
+        """Tell whether the interval is too narrow because there are fewer than ``FEW`` groups."""
         return self.groups is not None and 0 < self.groups < FEW
 
 
 Statistic = Callable[[np.ndarray], np.ndarray]
-"""Sums ``(..., K)`` to values ``(...)``."""
+"""Function from sums ``(..., K)`` to values ``(...)``."""
 
 
 def ratio(sums: np.ndarray) -> np.ndarray:
-    """First sum over second, e.g. hits over pairs; NaN where the second is 0."""
+    """Divide the first sum by the second, e.g. hits by pairs; NaN where the second is 0."""
     with np.errstate(invalid="ignore", divide="ignore"):
         return sums[..., 0] / sums[..., 1]
 
 
 def ratio_difference(sums: np.ndarray) -> np.ndarray:
-    """First over second, minus third over fourth: two models' accuracies on the same groups."""
+    """Subtract two ratios: first sum by second, minus third by fourth, e.g. the accuracies of two models."""
     return ratio(sums[..., :2]) - ratio(sums[..., 2:])
 
 
 def group_codes(groups: Sequence[str] | np.ndarray) -> np.ndarray:
-    """``(N,)`` int64: the place of each row's group among the sorted names.
+    """Return the ``(N,)`` int64 index of each row's group among the sorted names of groups.
 
-    Names are prompts of any length, which an array of text would all pad to the longest.
+    Names are handled in Python, because a NumPy array of text would pad every prompt to the length of the longest.
     """
     if isinstance(groups, np.ndarray) and groups.dtype.kind in "iu":
         return np.unique(groups, return_inverse=True)[1]
-    places = {name: place for place, name in enumerate(sorted(set(groups)))}
-    return np.fromiter((places[name] for name in groups), np.int64, len(groups))
+    index = {name: number for number, name in enumerate(sorted(set(groups)))}
+    return np.fromiter((index[name] for name in groups), np.int64, len(groups))
 
 
 def group_sums(groups: Sequence[str] | np.ndarray, *columns: np.ndarray) -> np.ndarray:
-    """Sums of columns over the rows of each group.
+    """Sum columns over the rows of each group.
 
     Args:
-        groups: N names.
+        groups: N names of groups.
         columns: K arrays ``(N,)``.
 
     Returns:
-        ``(G, K)`` float64, groups by name.
+        ``(G, K)`` float64, groups in the order of their names.
     """
     codes = group_codes(groups)
     number = codes.max(initial=-1) + 1
@@ -85,22 +85,21 @@ def clustered_interval(
     seed: int = 0,
     centred: bool = False,
 ) -> Interval:
-    """Value of all groups, and its 95 % interval over resampled groups.
+    """Compute a statistic of all groups and its 95 % interval over resampled groups.
 
-    The groups are the units of the draw, so that rows of one group, such as the pairs of a prompt's images, may
-    depend on each other.
+    Groups are resampled as a whole, so rows of one group, such as the pairs of a prompt's images, may depend on each
+    other.
 
     Args:
-        sums: ``(G, K)`` what ``statistic`` needs of each group, additive over groups.
-        statistic: What is made of the K sums over all groups.
+        sums: ``(G, K)`` sums of each group that ``statistic`` needs; the sums of all groups are their total.
+        statistic: Function from the K total sums to the value.
         resamples: Number of resamples of G groups, drawn with replacement.
-        seed: Seed of the draw.
-        centred: Shift the resampled values so that their mean is the value: for statistics that resampling inflates,
-            such as sums of absolute deviations, whose plain interval may lie above the value.
+        seed: Seed of the resampling.
+        centred: Whether to shift the resampled values so that their mean is the value. Needed for statistics that
+            resampling inflates, such as sums of absolute deviations: their plain interval may lie above the value.
 
     Returns:
-        Ends are quantiles of the resampled values (Efron's percentile method), NaN with fewer than two groups; all is
-        NaN without any.
+        Value and interval. The ends are quantiles of the resampled values (Efron's percentile method).
     """
     if not len(sums):
         return Interval(np.nan, np.nan, np.nan, 0)
@@ -112,7 +111,7 @@ def clustered_interval(
 
 
 def percentile_ends(values: np.ndarray) -> tuple[float, float]:
-    """Ends of the middle 95 % of values; those that are NaN, such as ratios of nothing, are left out."""
+    """Return the 2.5 % and 97.5 % quantiles of values; NaN values, such as ratios with divisor 0, are left out."""
     values = values[~np.isnan(values)]
     if not len(values):
         return np.nan, np.nan
@@ -121,12 +120,12 @@ def percentile_ends(values: np.ndarray) -> tuple[float, float]:
 
 
 def resample_sums(sums: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
-    """Sums over G groups drawn with replacement.
+    """Draw G of G groups with replacement, repeatedly, and return the total sums of each resample.
 
     Args:
-        sums: ``(G, K)``.
-        resamples: How often.
-        seed: Seed of the draw.
+        sums: ``(G, K)`` sums of each group.
+        resamples: Number of resamples.
+        seed: Seed of the resampling.
 
     Returns:
         ``(resamples, K)`` float64.
@@ -134,7 +133,7 @@ def resample_sums(sums: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -
     rng = np.random.default_rng(seed)
     sums = np.asarray(sums, dtype=np.float64)
     kinds, counts = np.unique(sums, axis=0, return_counts=True)
-    if 8 * len(kinds) < len(sums):  # how often each kind of group is drawn is multinomial: far fewer numbers to draw
+    if 8 * len(kinds) < len(sums):  # counts of equal groups are multinomial: far fewer random numbers are needed
         return rng.multinomial(len(sums), counts / len(sums), size=resamples) @ kinds
     rows = max(1, BLOCK // len(sums))
     return np.concatenate([_draw(sums, min(rows, resamples - n), rng) for n in range(0, resamples, rows)])
@@ -149,17 +148,22 @@ def _draw(sums: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndar
 
 
 def clustered_mean(values: np.ndarray, groups: Sequence[str] | np.ndarray) -> Interval:
-    """Mean of ``(N,)`` values, with an interval by resampling their N groups; NaN values are left out."""
+    """Compute the mean of ``(N,)`` values and its interval by resampling groups; NaN values are left out.
+
+    Args:
+        values: ``(N,)`` values.
+        groups: N names of the values' groups.
+    """
     known = ~np.isnan(values)
     sums = group_sums(group_codes(groups)[known], values[known], np.ones(known.sum()))
     return clustered_interval(sums)
 
 
 def bootstrap_interval(differences: Sequence[np.ndarray]) -> Interval:
-    """Mean of paired differences and its 95 % interval, by resampling runs and, within each, prompts.
+    """Compute the mean of paired differences and its 95 % interval by resampling runs, and prompts within each run.
 
     Args:
-        differences: One ``(N,)`` array of differences per run (training seed); with one run, only prompts vary.
+        differences: One ``(N,)`` array of differences per run (training seed); with one run only prompts are resampled.
     """
     rng = np.random.default_rng(0)
     runs = np.stack(differences)

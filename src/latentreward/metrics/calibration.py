@@ -1,4 +1,4 @@
-"""Whether a predicted win probability of 0.7 wins seven times in ten."""
+"""Calibration of predicted win probabilities: whether a probability of 0.7 wins seven times in ten."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,30 +12,33 @@ from latentreward.errors import InputError
 from latentreward.metrics.bootstrap import group_codes
 
 RESOLUTION = 1e-4
-"""Temperatures are sought down to this share of the root mean square gap, where all pairs are certain."""
+"""Smallest temperature of a fit, as a share of the root mean square gap; all pairs are certain at that temperature."""
 
 
 def bin_by_confidence(win_probability: Tensor, label: Tensor, bins: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Bin, confidence and outcome of pairs; arguments as in :meth:`PairCalibration.update`, each returned flat."""
+    """Return index of the bin, confidence and outcome of each pair, as flat tensors.
+
+    Arguments are those of :meth:`PairCalibration.update`, and the number of bins.
+    """
     probability = win_probability.detach().float()
     label = label.float().reshape(-1, *[1] * (probability.ndim - 1)).expand_as(probability).flatten()
     lean = probability.flatten() - 0.5
-    # The small lift keeps p and 1 - p, equal up to rounding, on one side of an edge.
+    # Without 1e-4, rounding could put p and 1 - p, which have the same confidence, into different bins.
     index = (2 * lean.abs() * bins + 1e-4).long().clamp(0, bins - 1)
     return index, 0.5 + lean.abs(), 0.5 + torch.sign(lean) * (label - 0.5)
 
 
 def fit_temperature(gap: np.ndarray, label: np.ndarray) -> float:
-    r"""Temperature T ≥ 0 at which win probabilities :math:`\sigma(d/T)` are likeliest.
+    r"""Fit the temperature T > 0 of win probabilities :math:`\sigma(d/T)` by maximum likelihood.
 
-    The log-likelihood is concave in 1/T, whose root is found by bisection.
+    The log-likelihood is concave in 1/T; the root of its derivative is found by bisection.
 
     Args:
-        gap: ``(N,)`` score of a minus score of b; NaN is left out.
-        label: ``(N,)`` probability that a wins; NaN is left out.
+        gap: ``(N,)`` score gap d of a minus b; pairs with NaN or 0 are left out.
+        label: ``(N,)`` probability that a wins; pairs with NaN are left out.
 
     Returns:
-        inf if larger gaps do not win more often, or all gaps are 0.
+        Temperature in units of the scores; inf if larger gaps do not win more often, or no pair is left.
     """
     known = ~np.isnan(gap) & ~np.isnan(label) & (gap != 0)
     gap, label = gap[known], label[known]
@@ -51,7 +54,7 @@ def fit_temperature(gap: np.ndarray, label: np.ndarray) -> float:
 
 
 def two_folds(groups: Sequence[str] | np.ndarray) -> np.ndarray:
-    """``(N,)`` bool: which half of the groups, chosen by chance but always alike, each row is in."""
+    """Return ``(N,)`` bool, whether each row belongs to the second half of the groups; the split has a fixed seed."""
     codes = group_codes(groups)
     return (np.random.default_rng(0).permutation(codes.max(initial=-1) + 1) % 2 == 1)[codes]
 
@@ -90,7 +93,7 @@ class PairCalibration(Metric):
         self.add_state("outcome_sum", torch.zeros(bins), dist_reduce_fx="sum")
 
     def update(self, win_probability: Tensor, label: Tensor) -> None:
-        """Add pairs.
+        """Add B pairs.
 
         Args:
             win_probability: Predicted probability that chosen wins, ``(B,)`` or ``(B, out_dim)``, in [0, 1].
@@ -102,9 +105,12 @@ class PairCalibration(Metric):
         self.outcome_sum.index_add_(0, index, outcome)
 
     def compute(self) -> Tensor:
-        """The error in [0, 1]; NaN if no pair was seen."""
+        """Return the expected calibration error in [0, 1]; NaN if no pair was seen."""
         return (self.outcome_sum - self.confidence_sum).abs().sum() / self.count.sum()
 
     def curve(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Pairs, mean confidence and mean outcome of each bin on this process, each ``(bins,)``; NaN in empty bins."""
+        """Return number of pairs, mean confidence and mean outcome of each bin, each ``(bins,)``.
+
+        Only pairs seen by this process count. Means of empty bins are NaN.
+        """
         return self.count, self.confidence_sum / self.count, self.outcome_sum / self.count

@@ -1,4 +1,4 @@
-"""Accuracy over rankings: all pairs of images that share a prompt."""
+"""Pairwise accuracy on rankings, over all pairs of images that share a prompt."""
 
 import torch
 from torch import Tensor
@@ -6,7 +6,7 @@ from torchmetrics import MeanMetric
 
 
 class GroupPairAccuracy(MeanMetric):
-    """Share of image pairs within a prompt group that scores order as human ranks do.
+    """Share of image pairs within a prompt group whose scores have the same order as the human ranks.
 
     A pair whose scores or whose ranks are equal counts as wrong, as in DiNa-LRM's released evaluation
     (arXiv:2602.11146). NaN if no group has two images.
@@ -19,8 +19,8 @@ class GroupPairAccuracy(MeanMetric):
 
         Args:
             scores: ``(N,)`` rewards.
-            ranks: ``(N,)``, lower is better.
-            groups: ``(N,)`` equal numbers for images of one prompt; None takes all N as one group.
+            ranks: ``(N,)`` human ranks, lower is better.
+            groups: ``(N,)`` number of the image's prompt group; None treats all N images as one group.
         """
         groups = torch.zeros_like(ranks) if groups is None else groups
         first, second = torch.triu_indices(len(scores), len(scores), offset=1, device=scores.device)

@@ -1,4 +1,4 @@
-"""Any metric, split by the noise level at which a pair was scored."""
+"""Wrapper that computes a metric separately for bands of noise levels."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -13,14 +13,14 @@ from latentreward.errors import InputError
 class ByNoiseLevel(WrapperMetric):
     """One copy of a metric per band of noise levels.
 
-    Bands are [low, high), the last one closed. Pairs outside all bands are left out.
+    Bands are [low, high); the last band includes its upper edge. Pairs outside all bands are left out.
 
     Args:
-        metric: Template; its ``update`` takes tensors with one row per pair.
+        metric: Metric to copy; its ``update`` takes tensors with one row per pair.
         edges: At least two ascending noise levels in [0, 1].
 
     Raises:
-        InputError: If ``edges`` are not that.
+        InputError: If ``edges`` are fewer than two, do not ascend, or leave [0, 1].
 
     Note:
         A pair scored at two levels belongs to the band of their mean: pass ``(chosen_sigmas + rejected_sigmas) / 2``.
@@ -42,11 +42,11 @@ class ByNoiseLevel(WrapperMetric):
         return [f"sigma_{low:g}_{high:g}" for low, high in self.bands]
 
     def update(self, sigmas: Tensor, *columns: Tensor) -> None:
-        """Give each band its rows.
+        """Update the metric of each band with the rows in the band.
 
         Args:
-            sigmas: ``(B,)`` noise levels.
-            columns: What the metric's ``update`` takes, each ``(B, ...)``.
+            sigmas: ``(B,)`` noise levels of the rows.
+            columns: Arguments of the metric's ``update``, each ``(B, ...)``.
         """
         for (low, high), metric in zip(self.bands, self.metrics, strict=True):
             last = high == self.bands[-1][1]
@@ -54,16 +54,16 @@ class ByNoiseLevel(WrapperMetric):
             metric.update(*(column[inside] for column in columns))
 
     def forward(self, sigmas: Tensor, *columns: Tensor) -> dict[str, Tensor]:
-        """Update, and return the values of all rows seen so far."""
+        """Call :meth:`update`, and return the values over all rows seen so far, not over this batch alone."""
         self.update(sigmas, *columns)
         return self.compute()
 
     def compute(self) -> dict[str, Tensor]:
-        """Value of each band by name; what the metric says about no pair (NaN here) in empty bands."""
+        """Return the value of each band by name; an empty band has the metric's value for no pairs, usually NaN."""
         return {name: metric.compute() for name, metric in zip(self.names, self.metrics, strict=True)}
 
     def reset(self) -> None:
-        """Forget all pairs."""
+        """Reset the metric of every band."""
         for metric in self.metrics:
             metric.reset()
         super().reset()

@@ -1,4 +1,4 @@
-"""How often, and by how much, the preferred image of a pair scores higher."""
+"""Accuracy and mean margin on preference pairs."""
 
 from typing import Any, Literal, get_args
 
@@ -12,15 +12,15 @@ Equal = Literal["wrong", "half"]
 
 
 def preferred_margin(chosen_rewards: Tensor, rejected_rewards: Tensor, label: Tensor) -> Tensor:
-    """Reward lead of the preferred image, pairs without one (label ½) left out.
+    """Compute the reward of the preferred image minus that of the other; pairs labelled ½ are left out.
 
     Args:
-        chosen_rewards: ``(B,)`` or ``(B, out_dim)``; every column counts as a comparison.
-        rejected_rewards: Same shape.
+        chosen_rewards: ``(B,)`` or ``(B, out_dim)`` rewards; every column counts as a comparison.
+        rejected_rewards: Rewards of the rejected images, with the shape of ``chosen_rewards``.
         label: ``(B,)`` probability that chosen wins; below ½ the rejected image is the preferred one.
 
     Returns:
-        Flat float32, one lead per decided pair and column.
+        Flat float32 tensor with one margin for each column of each pair that is not labelled ½.
     """
     margin = chosen_rewards.detach().float() - rejected_rewards.detach().float()
     side = torch.sign(label.float() - 0.5)
@@ -29,14 +29,14 @@ def preferred_margin(chosen_rewards: Tensor, rejected_rewards: Tensor, label: Te
 
 
 class PairwiseAccuracy(MeanMetric):
-    """Share of pairs whose preferred image scores higher; pairs labelled ½ are left out, NaN if there are no others.
+    """Share of pairs whose preferred image scores higher; pairs labelled ½ are left out. NaN without any other pair.
 
     Args:
-        equal: Equal rewards count as ``wrong``, so that a constant reward has accuracy 0, or as ``half`` a hit.
+        equal: Credit of equal rewards: ``wrong`` counts 0, so that a constant reward has accuracy 0; ``half`` counts ½.
         kwargs: For ``torchmetrics.Metric``.
 
     Raises:
-        InputError: If ``equal`` is neither.
+        InputError: If ``equal`` is neither ``wrong`` nor ``half``.
     """
 
     is_differentiable, higher_is_better = False, True  # type: ignore[assignment]  # None of all means
@@ -55,7 +55,7 @@ class PairwiseAccuracy(MeanMetric):
 
 
 class MeanMargin(MeanMetric):
-    """Mean reward lead of the preferred image, in reward units; pairs labelled ½ are left out, NaN without others."""
+    """Mean margin of the preferred image in reward units; pairs labelled ½ are left out. NaN without any other pair."""
 
     is_differentiable, higher_is_better = False, True  # type: ignore[assignment]  # None of all means
 

@@ -1,4 +1,4 @@
-"""Whether two scores agree: rank correlation, linear correlation, and the share of pairs that they order alike."""
+"""Agreement of two scores: rank correlation, linear correlation, and share of pairs that both order the same way."""
 
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
@@ -16,14 +16,14 @@ Kind = Literal["spearman", "pearson"]
 
 
 def average_ranks(values: np.ndarray) -> np.ndarray:
-    """``(N,)`` ranks from 1 on; equal values share the mean of theirs."""
+    """Return ``(N,)`` ranks from 1; equal values all get the mean of their ranks."""
     _, index, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     return (last - (counts - 1) / 2)[index]
 
 
 def correlation(moments: np.ndarray) -> np.ndarray:
-    """Pearson's r from sums of 1, x, y, x², y², xy ``(..., 6)``; NaN where x or y does not vary."""
+    """Compute Pearson's r from sums of 1, x, y, x², y², xy ``(..., 6)``; NaN where x or y does not vary."""
     count, x, y, xx, yy, xy = np.moveaxis(moments, -1, 0)
     with np.errstate(invalid="ignore", divide="ignore"):
         variances = (xx - x * x / count).clip(0) * (yy - y * y / count).clip(0)
@@ -36,14 +36,14 @@ def clustered_correlation(
     groups: Sequence[str] | np.ndarray,
     kind: Kind = "spearman",
 ) -> Interval:
-    """Correlation of two scores with a 95 % interval by resampling groups.
+    """Compute the correlation of two scores with a 95 % interval by resampling groups.
 
     Args:
         x: ``(N,)`` scores.
-        y: ``(N,)`` scores of the same things; a row where either is NaN is left out.
+        y: ``(N,)`` scores of the same items; rows where ``x`` or ``y`` is NaN are left out.
         groups: N names of the groups that are resampled.
-        kind: ``spearman`` takes ranks, ties sharing their mean rank; they stay as they are among all rows when groups
-            are resampled, which differs from ranking anew by O(1/N).
+        kind: ``pearson``, or ``spearman`` for ranks, where equal scores get their mean rank. Ranks are computed once
+            among all rows and not within each resample; the difference is O(1/N).
     """
     known = ~(np.isnan(x) | np.isnan(y))
     x, y = x[known].astype(np.float64), y[known].astype(np.float64)
@@ -55,7 +55,7 @@ def clustered_correlation(
 
 
 def _standardise(values: np.ndarray) -> np.ndarray:
-    """Mean 0 and deviation 1, so that sums of squares lose no digits; all 0 where values do not vary."""
+    """Scale values to mean 0 and standard deviation 1, so that sums of squares keep precision; 0 if all are equal."""
     if not len(values) or np.ptp(values) == 0:
         return np.zeros(len(values))
     centred = values - values.mean()
@@ -63,21 +63,21 @@ def _standardise(values: np.ndarray) -> np.ndarray:
 
 
 def same_order(gap: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """``(N,)`` 1 where two gaps have the same sign, both being 0 included; NaN where either is."""
+    """Return ``(N,)`` 1 where two gaps have the same sign or are both 0, else 0; NaN where either gap is NaN."""
     return np.where(np.isnan(gap) | np.isnan(other), np.nan, np.sign(gap) == np.sign(other))
 
 
 class ScoreCorrelation(Metric):
     """Correlation of two scores of the same images, over all images seen.
 
-    Keeps all scores, since ranks need them: a list per batch, and one tensor once torchmetrics has synchronised.
+    All scores are kept in memory, because ranks need them.
 
     Args:
-        kind: ``spearman``, equal scores sharing their mean rank, or ``pearson``.
+        kind: ``pearson``, or ``spearman``, where equal scores get their mean rank.
         kwargs: For ``torchmetrics.Metric``.
 
     Raises:
-        InputError: If ``kind`` is neither.
+        InputError: If ``kind`` is neither ``pearson`` nor ``spearman``.
     """
 
     is_differentiable, higher_is_better, full_state_update = False, None, False
@@ -93,12 +93,12 @@ class ScoreCorrelation(Metric):
         self.add_state("second", [], dist_reduce_fx="cat")
 
     def update(self, first: Tensor, second: Tensor) -> None:
-        """Add images: ``(B,)`` scores of one and of the other kind."""
+        """Add B images with their ``(B,)`` first and ``(B,)`` second scores."""
         self.first.append(first.detach().double())
         self.second.append(second.detach().double())
 
     def compute(self) -> Tensor:
-        """Correlation in [-1, 1]; NaN with fewer than two images, or where a score does not vary."""
+        """Return the correlation in [-1, 1]; NaN with fewer than two images, or if a score does not vary."""
         x, y = (dim_zero_cat(s).cpu().numpy() if len(s) else np.empty(0) for s in (self.first, self.second))
         value = clustered_correlation(x, y, np.zeros(len(x), dtype=int), self.kind).value
         return torch.tensor(value, dtype=torch.float32)

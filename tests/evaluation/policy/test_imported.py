@@ -106,7 +106,7 @@ def test_layouts_of_t2i_compbench_and_hps(tmp_path: Path) -> None:
     found = load(tmp_path / "hps", rows, 1)
     assert files(found) == {(0, 0): "anime/00000.jpg", (1, 0): "photo/00000.jpg", (2, 0): "photo/00001.jpg"}
     assert found.left_aside == 1
-    with pytest.raises(InputError, match="does not tell its prompts; set prompts"):
+    with pytest.raises(InputError, match="does not hold the prompts of its pictures; set prompts"):
         prompts_of(find_pictures(tmp_path / "hps", None), tmp_path)
 
 
@@ -130,7 +130,7 @@ def test_what_cannot_be_read_is_counted_by_reason(tmp_path: Path) -> None:
         (None, "holds no images.csv and no pictures"),
         ("file,prompt\n", "holds no images.csv and no pictures"),
         ("path,prompt\na.png,x", "row 1 of .* has no file and prompt"),
-        ("file,prompt,place\na.png,x,first", "place 'first' .* is no whole number"),
+        ("file,prompt,place\na.png,x,first", "place 'first' .* is not a whole number"),
     ],
 )
 def test_bad_folders_are_one_line(content: str | None, message: str, tmp_path: Path) -> None:

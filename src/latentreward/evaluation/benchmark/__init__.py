@@ -1,4 +1,4 @@
-"""Preference benchmarks of reward models, by their published protocols."""
+"""Preference benchmarks of reward models, evaluated by their published protocols."""
 
 from latentreward.evaluation.benchmark.base import Benchmark
 from latentreward.evaluation.benchmark.sets import (

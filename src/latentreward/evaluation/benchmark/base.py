@@ -1,4 +1,4 @@
-"""What every benchmark offers: readers, protocols, and scores put in the form that protocols take."""
+"""Base class of benchmarks: it opens readers, lists protocols, and joins labels and scores for the protocols."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -17,12 +17,12 @@ from latentreward.evaluation.benchmark.results import BenchmarkPairs
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A protocol and the split that it counts.
+    """A protocol and the split on which its number is computed.
 
     Attributes:
-        protocol: Key.
-        split: Split that counts.
-        fitting: Split whose scores it needs as well.
+        protocol: Key of the protocol in :data:`~latentreward.evaluation.benchmark.protocols.PROTOCOLS`.
+        split: Split whose pairs give the protocol's number.
+        fitting: Second split on which the protocol fits its threshold; None if the protocol fits none there.
     """
 
     protocol: str
@@ -30,22 +30,22 @@ class Evaluation:
     fitting: str | None = None
 
     def judge(self, splits: Mapping[str, BenchmarkPairs]) -> Judgement:
-        """Credit of every pair of the split, from the scores of all splits."""
+        """Judge every pair of the split; ``splits`` maps names of splits to scored pairs of one scorer."""
         return judge(self.protocol, splits[self.split], splits[self.fitting] if self.fitting else None)
 
 
 class Benchmark(ABC):
-    """Preference data with the protocols that it is known by.
+    """Base class of preference data sets with their evaluation protocols.
 
-    Rows that break a rule of the format and images that cannot be read are left out and counted by reason, unless
-    ``on_error`` is ``"raise"``.
+    Images that cannot be read are left out and counted by reason. Rows that break a rule of the file format are left
+    out and counted too, or raise InputError if ``on_error`` is ``"raise"``.
 
     Args:
-        root: Folder of the data set, or the id of one on the hub where its reader takes one.
-        on_error: What happens to bad rows, see :class:`~latentreward.data.PairReader`.
+        root: Folder of the data set; a hub id if the data set's reader accepts hub ids.
+        on_error: Treatment of rows that break the format, see :class:`~latentreward.data.PairReader`.
 
     Attributes:
-        name: Name in reports.
+        name: Name of the data set in reports.
     """
 
     name: str
@@ -58,25 +58,28 @@ class Benchmark(ABC):
     @property
     @abstractmethod
     def evaluations(self) -> tuple[Evaluation, ...]:
-        """Protocols with their splits."""
+        """Protocols to compute, each with its splits."""
 
     @abstractmethod
     def open(self, split: str) -> PairReader:
-        """A reader of a split, whose rows tell a and b by chance or by the file, never by who won."""
+        """Open the reader of a split.
+
+        The reader should assign the sides a and b by chance or by the order in the file, never by the label.
+        """
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """Splits that must be scored."""
+        """Names of the splits that must be scored, each once."""
         names = [name for item in self.evaluations for name in (item.split, item.fitting) if name]
         return tuple(dict.fromkeys(names))
 
     @property
     def protocols(self) -> tuple[str, ...]:
-        """Keys of its protocols."""
+        """Keys of the benchmark's protocols, each once."""
         return tuple(dict.fromkeys(item.protocol for item in self.evaluations))
 
     def readers(self) -> dict[str, PairReader]:
-        """Split → its reader; each is opened once.
+        """Return the reader of each split by name; readers are opened once and kept.
 
         Raises:
             InputError: If a split cannot be found or has no rows.
@@ -85,18 +88,21 @@ class Benchmark(ABC):
         return self._opened
 
     def scored(self, split: str, table: pa.Table, column: str, *, scorer: str | None = None) -> BenchmarkPairs:
-        """A split's pairs with the scores of one column, for any protocol.
+        """Join a split's labels and groups with the scores in one column of a table.
 
         Args:
             split: Name of the split.
-            table: What :class:`~latentreward.scorers.pair_scoring.PairScoring` gives for the first rows of the
-                split's reader: ``pair_id``, ``image_a``, ``image_b``, ``COLUMN_a``, ``COLUMN_b``, ``problem_a``,
-                ``problem_b``.
+            table: Table written by :class:`~latentreward.scorers.pair_scoring.PairScoring` for the first rows of the
+                split's reader. Columns: ``pair_id``, ``image_a``, ``image_b``, ``COLUMN_a``, ``COLUMN_b``,
+                ``problem_a``, ``problem_b``.
             column: Name of the scores without ``_a`` and ``_b``.
-            scorer: Name in results; ``column`` by default.
+            scorer: Name of the scorer in results; ``column`` by default.
+
+        Returns:
+            Pairs of the table's rows, as every protocol takes them.
 
         Raises:
-            InputError: If the table's rows are others than the reader's.
+            InputError: If the pair ids of the table differ from those of the reader's first rows.
         """
         pairs, rows = self.pairs(split), table.num_rows
         if pairs.pair_ids[:rows] != tuple(table.column("pair_id").to_pylist()):
@@ -121,7 +127,7 @@ class Benchmark(ABC):
         )
 
     def pairs(self, split: str) -> BenchmarkPairs:
-        """All pairs of a split without scores."""
+        """Return all pairs of a split with NaN in place of scores."""
         if split not in self._unscored:
             reader = self.readers()[split]
             nothing = np.full(len(reader), np.nan)
@@ -139,9 +145,12 @@ class Benchmark(ABC):
         return self._unscored[split]
 
     def columns(self, reader: PairReader) -> dict[str, Texts]:
-        """What sub-groups of the pairs are made by."""
+        """Return the columns by which the report splits the pairs into sub-groups."""
         return subgroup_columns(reader.prompts(), reader.labels(), reader.facts())
 
     def temperature(self, scorer: str) -> float | None:
-        """Temperature of a scorer's win probabilities where a protocol needs it; None fits it."""
+        """Return the temperature T of a scorer's win probability σ(gap / T), which only PickScore's protocol reads.
+
+        None means that the protocol fits T on its fitting split. The default is 1.
+        """
         return 1.0

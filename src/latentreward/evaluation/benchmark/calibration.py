@@ -11,17 +11,17 @@ BINS = 10
 
 
 def calibration_result(key: str, pairs: BenchmarkPairs) -> CalibrationResult:
-    """Expected calibration error over all pairs with a label and two scores, ties included.
+    """Compute the expected calibration error over all pairs with a label and two scores, ties included.
 
-    Each half of the prompt groups has its probabilities from the temperature that is likeliest on the other half, so
-    the error is one on unseen prompts. Bins and error are those of
-    :class:`~latentreward.metrics.calibration.PairCalibration`; the interval resamples prompt groups with the
-    temperatures as they are, and is centred, since resampling inflates the error. An error of finitely many pairs is
-    positive even for a calibrated scorer.
+    The prompt groups are cut into two halves. The temperature for one half is fitted on the other half by maximum
+    likelihood, so the error is measured on unseen prompts. Bins and error are those of
+    :class:`~latentreward.metrics.calibration.PairCalibration`. The interval resamples prompt groups and does not refit
+    the temperatures; it is centred on the error, because resampling inflates the error. With finitely many pairs the
+    error is positive even for a calibrated scorer.
 
     Args:
-        key: Protocol under which it is reported.
-        pairs: Scores.
+        key: Key of the protocol under which the result is reported.
+        pairs: Scored pairs of one scorer.
     """
     known = ~(np.isnan(pairs.labels) | np.isnan(pairs.first) | np.isnan(pairs.second))
     gap, label = (pairs.first - pairs.second)[known], pairs.labels[known]
@@ -44,7 +44,7 @@ def calibration_result(key: str, pairs: BenchmarkPairs) -> CalibrationResult:
 
 
 def cross_fitted_probability(gap: np.ndarray, label: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """``(N,)`` probability that a wins, with the temperature of the other half of the groups."""
+    """Return the ``(N,)`` probability that image a wins; each half of the groups uses the other half's temperature."""
     second_half, probability = two_folds(groups), np.full(len(gap), 0.5)
     for half in (False, True):
         rows = second_half == half

@@ -1,4 +1,4 @@
-"""What pairs are told apart by in tables of sub-groups, from what readers publish."""
+"""Columns by which the report splits pairs into sub-groups, computed from what readers publish about each pair."""
 
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -8,27 +8,33 @@ import numpy as np
 
 Texts = tuple[str | None, ...]
 SUBGROUP_COLUMNS = ("models", "model", "prompt length", "vote share", "confidence", "skill", "style")
-"""Columns that make sub-groups; others, such as ``vote``, are there for protocols."""
+"""Columns that define sub-groups; other columns, such as ``vote``, are read by protocols only."""
 
 WORDS = {0: "no words", 1: "1 to 5 words", 6: "6 to 15 words", 16: "16 to 40 words", 41: "41 to 100 words"}
 WORDS |= {101: "over 100 words"}
 SHARES = {0.0: "below 0.5", 0.5: "0.5 to 0.6", 0.6: "0.6 to 0.7", 0.7: "0.7 to 0.8", 0.8: "0.8 to 0.9", 0.9: "0.9 to 1"}
 CONFIDENCES = {0.0: "below 0.8", 0.8: "0.8 to 0.9", 0.9: "0.9 to 0.95", 0.95: "0.95 to 0.99", 0.99: "0.99 to 1"}
-"""Bands by their lowest value, which belongs to them."""
+"""Bands of annotators' confidence: lowest value of a band, inclusive → name of the band.
+
+``WORDS`` (number of words in a prompt) and ``SHARES`` (share of votes for the preferred image) have the same form.
+"""
 
 
 def subgroup_columns(prompts: Sequence[str], labels: np.ndarray, facts: dict[str, list[Any]]) -> dict[str, Texts]:
-    """Columns of :class:`~latentreward.evaluation.benchmark.results.BenchmarkPairs`, without those that no pair has.
+    """Compute the ``columns`` of :class:`~latentreward.evaluation.benchmark.results.BenchmarkPairs`.
+
+    A column without a value for any pair is left out.
 
     Args:
         prompts: N raw prompts.
-        labels: ``(N,)`` probability that image a is preferred, NaN without.
-        facts: What :meth:`~latentreward.data.PairReader.facts` gives: N values each.
+        labels: ``(N,)`` probability that image a is preferred, NaN without a label.
+        facts: Published facts from :meth:`~latentreward.data.PairReader.facts`: name → N values.
 
     Returns:
-        ``models`` (both, whatever the side), ``model`` (a line for each), ``prompt length`` in words, ``vote share``
-        (of the votes those for the preferred image), ``confidence`` of the annotators, ``skill`` (a line for each
-        tag), and ``model_a``, ``model_b``, ``vote``, ``label_0`` as published.
+        Name → N values: ``models`` (names of both models in alphabetical order), ``model`` (one line per model),
+        ``prompt length`` (band of the number of words), ``vote share`` (band of the share of votes for the preferred
+        image), ``confidence`` (band of the annotators' confidence), ``skill`` (one line per tag), and ``model_a``,
+        ``model_b``, ``vote``, ``label_0`` as published.
     """
     unknown = [None] * len(prompts)
     sides = list(zip(facts.get("model_a", unknown), facts.get("model_b", unknown), strict=True))
@@ -47,12 +53,17 @@ def subgroup_columns(prompts: Sequence[str], labels: np.ndarray, facts: dict[str
 
 
 def band(value: float, bands: dict[Any, str]) -> str:
-    """Name of the band that holds a value."""
+    """Return the name of the band that holds a value.
+
+    Args:
+        value: Value to look up; a value below the first key falls into the first band.
+        bands: Lowest value of each band, inclusive and ascending → name.
+    """
     return list(bands.values())[max(0, bisect_right(list(bands), value) - 1)]
 
 
 def _share(votes_a: int | None, votes_b: int | None, label: float) -> str | None:
-    """Band of the share of votes for the preferred image; None without votes, or where none is preferred."""
+    """Return the band of the share of votes for the preferred image; None without votes or without a preference."""
     if votes_a is None or votes_b is None or not votes_a + votes_b or np.isnan(label) or label == 0.5:
         return None
     return band((votes_a if label > 0.5 else votes_b) / (votes_a + votes_b), SHARES)

@@ -8,16 +8,17 @@ from latentreward.evaluation.benchmark.results import BenchmarkPairs, Disagreeme
 
 
 def most_disputed(benchmark: str, scored: Sequence[BenchmarkPairs], count: int) -> list[Disagreement]:
-    """Pairs on which two scorers are most surely of opposite opinion; of one scorer alone, its surest mistakes.
+    """Return the pairs on which two scorers disagree most; with one scorer, the pairs on which it errs most.
 
-    Gaps are measured in units of a scorer's root mean square gap. With the gaps g of all scorers a pair tells
-    min(max g, −min g), which is positive where two disagree; one scorer is wrong by its gap towards the image that
-    people did not prefer. Of the pairs of a prompt group one is taken.
+    A gap g is the score of image a minus that of image b, in units of the scorer's root mean square gap. With several
+    scorers, pairs are ranked by min(max g, −min g) over the scorers, which is positive where two scorers prefer
+    different images. With one scorer, pairs are ranked by its gap in favour of the image that people did not prefer.
+    At most one pair of each prompt group is returned.
 
     Args:
-        benchmark: Name of the data set.
-        scored: The same pairs through each scorer.
-        count: At most so many pairs.
+        benchmark: Name of data set and split.
+        scored: Scores of the same pairs, one item per scorer.
+        count: Most pairs to return.
     """
     gaps = np.stack([_unit_gaps(pairs) for pairs in scored])
     first = scored[0]

@@ -1,4 +1,4 @@
-"""From tables of scores to all that a report shows."""
+"""Computation of everything that a report shows from the tables of scores."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -35,20 +35,20 @@ LOOKED_INTO = (
     "genai_bench_cmu",
     "pairs/strict",
 )
-"""Of a data set's protocols the one that differences, sub-groups, noise levels and calibration are shown by."""
+"""Protocols for which differences, sub-groups, noise levels and calibration are computed: one of each data set."""
 Tables = Mapping[tuple[str, str], pa.Table]
-"""(split, scorer) → scores."""
+"""(name of the split, name of the scorer) → table of scores."""
 Result = TypeVar("Result", bound=Any)
 
 
 @dataclass(frozen=True)
 class BenchmarkScores:
-    """A benchmark through all scorers.
+    """Scores of one benchmark by all scorers.
 
     Attributes:
-        benchmark: The data.
-        scorers: What scored them.
-        tables: Scores.
+        benchmark: The benchmark.
+        scorers: Scorers that scored its pairs.
+        tables: Table of scores of each split and scorer.
     """
 
     benchmark: Benchmark
@@ -56,26 +56,30 @@ class BenchmarkScores:
     tables: Tables
 
     def pairs(self, split: str, scorer: Scorer, column: str | None = None) -> BenchmarkPairs:
-        """Pairs of a split with a scorer's own scores, or with another column of them under the scorer's name."""
+        """Return the pairs of a split with a scorer's scores.
+
+        ``column`` selects another column of the scorer's table, e.g. that of one noise level; results still carry the
+        scorer's name.
+        """
         return self.benchmark.scored(split, self.tables[split, scorer.name], column or scorer.name, scorer=scorer.name)
 
     def judge(self, evaluation: Evaluation, scorer: Scorer, column: str | None = None) -> Judged:
-        """The pairs that count, and what the protocol says of each."""
+        """Return the pairs of the evaluation's split and the protocol's judgement of each; see :meth:`pairs`."""
         splits = [evaluation.split, *([evaluation.fitting] if evaluation.fitting else [])]
         scored = {split: self.pairs(split, scorer, column) for split in splits}
         return scored[evaluation.split], evaluation.judge(scored)
 
     def name(self, split: str) -> str:
-        """Name of a split in the report."""
+        """Return the name of data set and split in the report, e.g. ``hpdv3 test``."""
         return f"{self.benchmark.name} {split}"
 
 
 def evaluate(scores: BenchmarkScores, shown: int) -> BenchmarkReport:
-    """The report on one benchmark.
+    """Compute the report on one benchmark.
 
     Args:
-        scores: All scores.
-        shown: How many disagreements of each split to show.
+        scores: Scores of all scorers.
+        shown: Most pairs per split to show on which scorers disagree.
     """
     report = BenchmarkReport(
         scorers={scorer.name: public_identity(scorer) for scorer in scores.scorers},
@@ -97,7 +101,7 @@ def evaluate(scores: BenchmarkScores, shown: int) -> BenchmarkReport:
 
 
 def merged(reports: Sequence[BenchmarkReport]) -> BenchmarkReport:
-    """One report of several."""
+    """Merge several reports into one; repeated published numbers are kept once."""
     first, *others = reports
     for other in others:
         added = {
@@ -138,7 +142,7 @@ def _look_into(scores: BenchmarkScores, evaluation: Evaluation, shown: int) -> B
 
 
 def _of(name: str, results: Iterable[Result]) -> tuple[Result, ...]:
-    """Results with the name of the data set and split."""
+    """Set the name of data set and split on results."""
     return tuple(replace(result, benchmark=name) for result in results)
 
 

@@ -1,4 +1,4 @@
-"""Which benchmark a folder is."""
+"""Detection of the benchmark that a folder or file holds."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,19 +11,21 @@ from latentreward.evaluation.benchmark import sets
 from latentreward.evaluation.benchmark.base import Benchmark
 
 EVALUATED = ("test_unique", "test", "validation_unique", "validation", "val")
-"""Splits that are evaluated, the best first; others are for training."""
+"""Names of splits for evaluation, in order of preference; other splits are meant for training."""
 
 
 def recognise_benchmark(data: str) -> Benchmark:
-    """The benchmark that lies in a folder or file.
+    """Return the benchmark for the data set in a folder or file.
 
-    Published data sets get their protocols; pairs in any other known layout are pairs of your own.
+    A published data set gets its own protocols. Pairs in any other known layout become a
+    :class:`~latentreward.evaluation.benchmark.PairsBenchmark`. The first split of ``EVALUATED`` that exists is
+    evaluated, else the first split found.
 
     Args:
         data: Folder of a data set, or one of its files.
 
     Raises:
-        InputError: If nothing known is there, or latents instead of images.
+        InputError: If the layout is not recognised, or the data set holds latents instead of images.
     """
     splits = recognise(data)
     split = next((name for name in EVALUATED if name in splits), next(iter(splits)))
@@ -53,4 +55,4 @@ PUBLISHED: dict[Any, Callable[[str, str, Splits], Benchmark]] = {
     ),
     readers.GenAIBenchCMUReader: lambda root, split, splits: sets.GenAIBenchCMUBenchmark(root),
 }
-"""Reader of a folder -> its benchmark; takes the folder, the split, and all splits that are there."""
+"""Reader class → function ``(root, split, splits)`` that builds the benchmark; ``splits`` are all splits found."""

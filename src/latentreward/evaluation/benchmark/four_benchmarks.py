@@ -1,4 +1,4 @@
-"""The mean of four benchmarks, by which DiNa-LRM's ablations are told apart (arXiv:2602.11146)."""
+"""Mean accuracy over four benchmarks, the number that DiNa-LRM's ablations report (arXiv:2602.11146)."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,9 +15,9 @@ FOUR_BENCHMARKS = {
     "hpdv3 test": "hpdv3",
     "genai_bench_tiger test": "genai_bench_tiger/no_tie",
 }
-"""Data set and split → protocol whose number is averaged."""
+"""Data set and split → key of the protocol whose accuracy is averaged."""
 KEY = "four_benchmarks"
-"""Stands for a protocol's key with published averages."""
+"""Key of published averages, in the place of a protocol's key."""
 PUBLISHED_AVERAGES = tuple(
     PublishedNumber(KEY, model, value, DINA)
     for model, value in {
@@ -30,7 +30,7 @@ PUBLISHED_AVERAGES = tuple(
 
 
 def with_averages(report: BenchmarkReport) -> BenchmarkReport:
-    """The report with the mean of every model that has been through all four benchmarks."""
+    """Add the mean accuracy of every scorer that was evaluated on all four benchmarks; otherwise return ``report``."""
     averages = tuple(_averages(report))
     if not averages:
         return report
@@ -38,7 +38,11 @@ def with_averages(report: BenchmarkReport) -> BenchmarkReport:
 
 
 def _averages(report: BenchmarkReport) -> Iterator[AverageResult]:
-    """Unweighted means of accuracies; intervals as if the four were independent, their widths added as squares."""
+    """Yield unweighted means of four accuracies.
+
+    Intervals assume that the four accuracies are independent: the squared distances of their ends from the accuracies
+    are added.
+    """
     for scorer in report.scorers:
         found = [
             result.estimate

@@ -1,4 +1,4 @@
-"""Four answers of GenAI-Bench (left, right, both good, both bad) from two scores."""
+"""Four-way answers of GenAI-Bench (left, right, both good, both bad) computed from two scores."""
 
 from typing import Any
 
@@ -13,24 +13,24 @@ GAP_QUANTILES = np.linspace(0, 1, 101)
 
 
 def four_way_credit(pairs: BenchmarkPairs, votes: np.ndarray, counted: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
-    r"""Credit of every pair by a rule of ours for the four classes of GenAI-Bench's leaderboard (arXiv:2406.04485).
+    r"""Compute the credit of every pair for the four classes of GenAI-Bench's leaderboard (arXiv:2406.04485).
 
-    The leaderboard asks models that answer in words; for scores no rule was published. Here, with gap
-    :math:`d = s_a - s_b` and mean :math:`m = (s_a + s_b)/2`, the answer is left where :math:`d > \tau`, right where
-    :math:`d < -\tau`, and otherwise both good where :math:`m > \mu`, both bad elsewhere. The thresholds τ ≥ 0 and μ
-    maximise the share of right answers on one half of the prompt groups and are used on the other, and the other way
-    round, so that none is fitted on a pair that it judges. τ is sought among 0 and the percentiles of |d|, μ among all
-    midpoints of means; of equally good ones the smallest τ, then the smallest μ. That μ is one number supposes
-    scores that compare across prompts.
+    The leaderboard evaluates models that answer in words and publishes no rule for scores, so this rule is ours. With
+    gap :math:`d = s_a - s_b` and mean :math:`m = (s_a + s_b)/2`, the answer is left where :math:`d > \tau`, right where
+    :math:`d < -\tau`, and otherwise both good where :math:`m > \mu`, both bad elsewhere. The prompt groups are cut into
+    two halves; the thresholds τ ≥ 0 and μ for one half maximise the share of right answers on the other half, so no
+    threshold is fitted on a pair that it judges. Candidates for τ are 0 and the percentiles of |d|, candidates for μ
+    the midpoints between neighbouring means; among equally good candidates the smallest τ is taken, then the smallest
+    μ. One μ for all prompts assumes that scores are comparable across prompts.
 
     Args:
-        pairs: Scores.
-        votes: ``(N,)`` names of the votes, of ``VOTES`` where the pair counts.
-        counted: ``(N,)`` bool.
+        pairs: Scored pairs of one scorer.
+        votes: ``(N,)`` names of the votes; one of ``VOTES`` for every pair that counts.
+        counted: ``(N,)`` bool, whether the pair counts.
 
     Returns:
-        ``(N,)`` credit, 1 or 0, and details: ``thresholds`` (gap, mean) of either half, ``votes`` of each kind,
-        ``most_frequent`` the share of the most frequent vote: what a constant answer reaches.
+        ``(N,)`` credit, 1 or 0, and a dict of details: ``thresholds`` (τ, μ) of each half, ``votes`` (number of each
+        kind), and ``most_frequent`` (share of the most frequent vote, which a constant answer would reach).
     """
     gap, mean = pairs.first - pairs.second, (pairs.first + pairs.second) / 2
     classes = np.array([VOTES.index(vote) if vote in VOTES else -1 for vote in votes.tolist()], dtype=np.int64)
@@ -51,12 +51,12 @@ def four_way_credit(pairs: BenchmarkPairs, votes: np.ndarray, counted: np.ndarra
 
 
 def answers(gap: np.ndarray, mean: np.ndarray, tau: float, mu: float) -> np.ndarray:
-    """``(N,)`` number of the answer to each pair."""
+    """Return the ``(N,)`` index in ``VOTES`` of the answer to each pair."""
     return np.where(gap > tau, LEFT, np.where(gap < -tau, RIGHT, np.where(mean > mu, GOOD, BAD)))
 
 
 def fit_thresholds(gap: np.ndarray, mean: np.ndarray, classes: np.ndarray) -> tuple[float, float]:
-    """τ and μ with most right answers; 0 and -inf without pairs."""
+    """Return the thresholds τ and μ that give the most right answers; 0 and -inf without pairs."""
     if not len(gap):
         return 0.0, -np.inf
     order = np.argsort(mean, kind="stable")

@@ -1,4 +1,4 @@
-"""Whether two scorers like the same images; with CLIP or aesthetic scores, LRM's CLIP-Corr and Aes-Corr."""
+"""Agreement of two scorers on the same images; with CLIP or aesthetic scorers, LRM's CLIP-Corr and Aes-Corr."""
 
 from collections.abc import Mapping
 
@@ -10,22 +10,22 @@ from latentreward.metrics.bootstrap import clustered_mean
 from latentreward.metrics.rank_correlation import clustered_correlation, same_order
 
 REFERENCES = {"CLIPScorer": "clip_corr", "AestheticScorer": "aes_corr"}
-"""Class of a scorer → what agreement with it is called."""
+"""Class name of a scorer → prefix of the names under which agreement with that scorer is reported."""
 
 
 def agreement_result(benchmark: str, pairs: BenchmarkPairs, others: BenchmarkPairs) -> AgreementResult:
-    """Share of pairs with gaps of the same sign, and correlations of the scores of all images.
+    """Compute the share of pairs with score gaps of the same sign, and the correlations of the scores of all images.
 
-    Labels play no part. An image that recurs with the same prompt counts once in the correlations, in the group of
-    the first pair that has it, if the pairs name their images.
+    Labels are not used. If the pairs have image keys, an image that recurs with the same prompt counts once in the
+    correlations, in the prompt group of the first pair that contains it.
 
     Args:
-        benchmark: Name of the data set.
-        pairs: One scorer's scores.
-        others: The other's, of the same pairs.
+        benchmark: Name of data set and split.
+        pairs: Scored pairs of one scorer.
+        others: The same pairs, scored by the other scorer.
 
     Raises:
-        InputError: If the pairs are others.
+        InputError: If the two scorers scored different pairs.
     """
     if pairs.pair_ids != others.pair_ids:
         raise InputError(f"{pairs.scorer} and {others.scorer} scored other pairs; score both on the same split")
@@ -45,14 +45,15 @@ def agreement_result(benchmark: str, pairs: BenchmarkPairs, others: BenchmarkPai
 
 
 def correlation_results(result: AgreementResult, identities: Mapping[str, str]) -> list[CorrelationResult]:
-    """CLIP-Corr and Aes-Corr of a reward, where the other scorer is one of ``REFERENCES``.
+    """Return CLIP-Corr and Aes-Corr of a reward; the list is empty if neither scorer is one of ``REFERENCES``.
 
-    The LRM paper (arXiv:2502.01051) names them without a definition, so these are variants, and no figure of the
-    paper can be compared with them. Nearest to it are ``validation_unique`` of Pick-a-Pic and LRM at timestep 1.
+    The LRM paper (arXiv:2502.01051) names both numbers without defining them. The three variants here are our own and
+    cannot be compared with the paper's figures. Closest to the paper are the split ``validation_unique`` of Pick-a-Pic
+    and an LRM at timestep 1.
 
     Args:
-        result: Two scorers on the same pairs.
-        identities: Scorer → identity, which begins with its class.
+        result: Agreement of two scorers on the same pairs.
+        identities: Name of a scorer → identity, whose first word is the class name.
     """
     found = []
     for scorer, reference in ((result.first, result.second), (result.second, result.first)):
@@ -64,12 +65,12 @@ def correlation_results(result: AgreementResult, identities: Mapping[str, str]) 
 
 
 def _distinct_images(pairs: BenchmarkPairs) -> np.ndarray:
-    """Places, in all images a followed by all images b, of the first occurrence of every image with its prompt."""
+    """Return the index of the first occurrence of every (image, prompt), in all images a followed by all images b."""
     total = 2 * len(pairs.pair_ids)
     keys = pairs.first_images + pairs.second_images
     if len(keys) != total:
         return np.arange(total)
     seen: dict[tuple[str, str], int] = {}
-    for place, item in enumerate(zip(keys, pairs.prompts * 2, strict=True)):
-        seen.setdefault(item, place)
+    for index, item in enumerate(zip(keys, pairs.prompts * 2, strict=True)):
+        seen.setdefault(item, index)
     return np.fromiter(seen.values(), dtype=np.int64)

@@ -1,4 +1,4 @@
-"""A latent reward as several scores of an image: under further draws of its noise, and at single noise levels."""
+"""Several scores of an image by one latent reward: with different noise, and at single noise levels."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,15 +13,17 @@ from latentreward.scoring import ScoringNoise
 
 
 class NoiseColumns(ImageScorer):
-    """Its own score, the same with other draws, and the score at each level with its seeds; images are encoded once.
+    """Scorer with several columns: the latent reward's own score, that score with other noise, and one per noise level.
+
+    Images are encoded once for all columns.
 
     Args:
         scorer: The latent reward.
-        levels: Noise levels in [0, 1].
-        draws: How many draws of the scorer's own noise; the first is its score.
+        levels: Noise levels in [0, 1]; each is scored with the seeds of the reward's own noise.
+        draws: Number of noise draws at the reward's own noise levels, at least 1; the first one gives its own score.
 
     Raises:
-        InputError: If a level is out of range or there is no draw.
+        InputError: If a level is out of range or given twice, or ``draws`` is below 1.
     """
 
     def __init__(self, scorer: RewardModelScorer, levels: Sequence[float], draws: int) -> None:
@@ -35,21 +37,21 @@ class NoiseColumns(ImageScorer):
 
     @property
     def draw_columns(self) -> tuple[str, ...]:
-        """Names of the scores with further draws."""
+        """Names of the scores with the second and further noise draws."""
         return tuple(f"{self.name} draw {draw}" for draw in range(1, self.draws))
 
     @property
     def level_columns(self) -> tuple[str, ...]:
-        """Names of the scores at the levels."""
+        """Names of the scores at the single noise levels."""
         return tuple(f"{self.name} sigma {level:g}" for level in self.levels)
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Its own name, then further draws, then levels."""
+        """Name of the reward's own score, then :attr:`draw_columns`, then :attr:`level_columns`."""
         return self.name, *self.draw_columns, *self.level_columns
 
     def identity(self) -> str:
-        """That of the scorer, levels and draws."""
+        """Return the reward's identity with the number of draws and the noise levels."""
         return f"{self.scorer.identity()}, {self.draws} draws, levels {list(self.levels)}"
 
     def prepare(self) -> None:
@@ -57,12 +59,12 @@ class NoiseColumns(ImageScorer):
         self.scorer.prepare()
 
     def timesteps(self) -> list[float]:
-        """What the levels are to the model's network."""
+        """Return the timestep of the model's noise process for each noise level."""
         process = self.scorer.model.backbone.noise_process
         return process.timesteps_at(torch.tensor(self.levels)).tolist()
 
     def score(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> Tensor:
-        """See :meth:`ImageScorer.score`: ``(B, K)``, or ``(B,)`` if there is but one column."""
+        """Score B images: ``(B, K)`` for K columns, or ``(B,)`` for one; see :meth:`ImageScorer.score`."""
         scores = self.scorer.score_levels(prompts, images, self._settings())
         return scores if len(self.columns) > 1 else scores[:, 0]
 

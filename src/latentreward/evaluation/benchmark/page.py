@@ -1,4 +1,4 @@
-"""The report as one HTML page."""
+"""Writer of a benchmark report as one HTML page."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,17 +23,17 @@ from latentreward.reports import figure_uri, picture_uri, write_page
 from latentreward.reports.tables import grouped
 
 LONGEST_PROMPT = 400
-"""Characters of a prompt that are shown."""
+"""Most characters of a prompt shown on the page."""
 Pictures = Mapping[tuple[str, int], tuple[Image.Image | None, Image.Image | None]]
-"""(data set, row) → its two images, None where one cannot be read."""
+"""(data set, row) → the pair's two images, None for an image that cannot be read."""
 
 
 def disagreement_pictures(report: BenchmarkReport, readers: Mapping[str, PairReader]) -> Pictures:
-    """Images of the pairs of ``report.telling``.
+    """Read the images of the pairs in ``report.telling``.
 
     Args:
-        report: The report.
-        readers: Reader of each data set.
+        report: Report with the pairs on which scorers disagree most.
+        readers: Name of data set and split, as in the report → reader.
     """
     pictures = {}
     for one in report.telling:
@@ -47,9 +47,9 @@ def write_benchmark_page(path: Path, report: BenchmarkReport, pictures: Pictures
     """Write the page.
 
     Args:
-        path: HTML file.
-        report: What it shows.
-        pictures: Images of the pairs of ``report.telling``.
+        path: HTML file to write.
+        report: Report to show.
+        pictures: Images of the pairs in ``report.telling``.
     """
     parts = list(sections(report))
     figures: dict[str, list[dict[str, str]]] = {part.key: [] for part in parts}
@@ -72,7 +72,7 @@ def write_benchmark_page(path: Path, report: BenchmarkReport, pictures: Pictures
 
 
 def _figures(report: BenchmarkReport) -> Iterator[tuple[str, Drawn]]:
-    """Section and figure."""
+    """Yield the key of a section and a figure for that section."""
     published = grouped(report.published, "protocol")
     for (protocol, benchmark), results in grouped(report.protocols, "protocol", "benchmark").items():
         if any(np.isfinite(result.estimate.value) for result in results):

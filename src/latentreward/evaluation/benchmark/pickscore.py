@@ -1,4 +1,4 @@
-"""PickScore's protocol of Pick-a-Pic: left, right or tie, with a threshold fitted on another split."""
+"""PickScore's protocol on Pick-a-Pic: answers left, right or tie, with a tie threshold fitted on another split."""
 
 from typing import Any
 
@@ -12,22 +12,23 @@ FIRST, TIE, SECOND = 1, 0, -1
 
 
 def pickscore_credit(pairs: BenchmarkPairs, fitting: BenchmarkPairs) -> tuple[np.ndarray, dict[str, Any]]:
-    r"""Credit of every pair by the evaluation of PickScore's released code (arXiv:2305.01569).
+    r"""Compute the credit of every pair by the evaluation of PickScore's released code (arXiv:2305.01569).
 
     With :math:`p = \mathrm{softmax}(s / T)` of a pair's two scores, the answer is a tie where
-    :math:`|p_0 - p_1| \le \theta`, else the image of the higher score. It gets 1 if people say the same, ½ if exactly
-    one of both is a tie, else 0. The threshold θ is the first of 0, 0.1, … 1 with the highest mean credit on the
-    fitting split. All rows count: ``label_0`` = ½ is a tie, 1 the first image, and anything else, null included, the
-    second, as published.
+    :math:`|p_0 - p_1| \le \theta`, else the image with the higher score. An answer gets credit 1 if it equals the
+    people's answer, ½ if exactly one of the two answers is a tie, else 0. The threshold θ is the first of 0, 0.1, … 1
+    with the highest mean credit on the fitting split. All rows count, as in the released code: ``label_0`` = ½ means a
+    tie, 1 the first image, and any other value, null included, the second image.
 
     Args:
-        pairs: Scores of the split that counts; ``columns["label_0"]`` are the labels as published, where labels are
-            null. ``temperature`` is T: 1 for scores that are logits, as PickScore's; None fits it on the other split.
-        fitting: Scores of the other split.
+        pairs: Scored pairs of the split that is evaluated. ``columns["label_0"]`` holds the published labels; without
+            that column ``labels`` are used. ``temperature`` is T: 1 for scores that are logits, such as PickScore's;
+            None fits T on the fitting split.
+        fitting: Scored pairs of the fitting split.
 
     Returns:
-        ``(N,)`` credit, 0 for a pair without scores, and details: ``threshold``, ``temperature``,
-        ``credit_by_threshold`` on the fitting split, ``credit_without_threshold`` on this one.
+        ``(N,)`` credit, 0 for a pair without scores, and a dict of details: ``threshold``, ``temperature``,
+        ``credit_by_threshold`` (on the fitting split) and ``credit_without_threshold`` (on the evaluated split).
     """
     fitted = ~np.isnan(_gap(fitting))
     temperature = pairs.temperature
@@ -49,7 +50,7 @@ def pickscore_credit(pairs: BenchmarkPairs, fitting: BenchmarkPairs) -> tuple[np
 
 
 def credit_at(pairs: BenchmarkPairs, temperature: float, threshold: float) -> np.ndarray:
-    """``(N,)`` credit with a given threshold."""
+    """Return the ``(N,)`` credit with a given temperature and threshold."""
     with np.errstate(invalid="ignore"):
         lead = np.tanh(_gap(pairs) / (2 * temperature))  # p0 - p1
         answer = np.where(np.abs(lead) <= threshold, TIE, np.sign(lead))

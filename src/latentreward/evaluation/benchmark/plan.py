@@ -1,4 +1,4 @@
-"""Everything that a run has to score: all splits of all data sets through all models."""
+"""Plan of a benchmark run: the splits of all data sets, each scored by all models."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -14,17 +14,20 @@ from latentreward.storage.progress import Progress
 
 
 class ScoringPlan:
-    """Opens all data and all tables, so that a wrong folder or setting shows before any model is loaded.
+    """Tables of scores of all splits and scorers of a run.
+
+    Constructing the plan opens all data sets and tables, so that wrong folders and settings are refused before any
+    model is loaded.
 
     Args:
-        folder: Where tables of scores lie.
-        benchmarks: Data sets of different names.
-        scorers: Models of different names.
-        limit: Only the first so many pairs of each split.
+        folder: Folder of the tables of scores.
+        benchmarks: Benchmarks with distinct names.
+        scorers: Scorers with distinct names.
+        limit: Number of pairs to score at the start of each split; None scores all.
         options: Further settings of :class:`~latentreward.evaluation.benchmark.scoring.SplitScores`.
 
     Raises:
-        InputError: If a split or its images cannot be read, or a table belongs to something else.
+        InputError: If a split or its images cannot be read, or a table belongs to other pairs or another scorer.
     """
 
     def __init__(
@@ -46,23 +49,23 @@ class ScoringPlan:
                     self._tables[one.name, split, scorer.name] = table
 
     def complete(self) -> None:
-        """Score what no table holds yet, after all the models that it takes were loaded."""
+        """Score the pairs that are missing in the tables; all models needed for that are loaded first."""
         wanted = {one.scorer.name: one.scorer for one in self._tables.values() if one.missing}
         for scorer in wanted.values():
             if isinstance(scorer, ImageScorer):
                 scorer.prepare()
-        for place, one in self._tables.items():
-            with Progress(" ".join(place), one.missing, "pairs") as progress:
+        for key, one in self._tables.items():
+            with Progress(" ".join(key), one.missing, "pairs") as progress:
                 one.complete(progress.add)
 
     def scores(self) -> list[BenchmarkScores]:
-        """All scores by data set, after :meth:`complete`."""
+        """Return the scores of each benchmark; call :meth:`complete` first."""
         return [BenchmarkScores(one, self.scorers, self._of(one)) for one in self.benchmarks]
 
     def _of(self, benchmark: Benchmark) -> dict[tuple[str, str], pa.Table]:
-        places = [place for place in self._tables if place[0] == benchmark.name]
-        return {place[1:]: self._tables[place].table() for place in places}
+        keys = [key for key in self._tables if key[0] == benchmark.name]
+        return {key[1:]: self._tables[key].table() for key in keys}
 
     def seconds(self) -> dict[str, float]:
-        """Time spent in this process, by model and for reading."""
+        """Return the seconds that this process spent on scoring, by model, and on reading images."""
         return dict(sum((one.seconds for one in self._tables.values()), Counter()))

@@ -1,4 +1,4 @@
-"""Figures of the report, each with a sentence that says what it shows."""
+"""Figures of the report, each with a sentence of alternative text."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -9,17 +9,17 @@ from latentreward.evaluation.benchmark.results import BenchmarkReport, ProtocolR
 from latentreward.reports.tables import few_groups, grouped, percent
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe and Ito's, which colour-blind people tell apart; yellow left out, which white swallows."""
+"""Okabe and Ito's palette for colour-blind readers, without its yellow, which is too pale on white."""
 MARKERS = "osD^vPX"
 THEIRS = "#767676"
 GUESSING = {"genai_bench_tiger/4way": 25, "pickapic/pickscore": None}
-"""Per cent that guessing gives, where it is not one half; PickScore's protocol has no one value."""
+"""Accuracy of guessing in per cent, by protocol; others have 50. None: PickScore's protocol has no single value."""
 Drawn = tuple[Figure, str]
-"""A figure, and its text for who cannot see it."""
+"""Figure and its alternative text."""
 
 
 def accuracy_figure(results: Sequence[ProtocolResult], published: Sequence[PublishedNumber]) -> Drawn:
-    """Ours with their intervals above what others measured."""
+    """Draw the accuracies of this run with their intervals, and published accuracies below."""
     names = [_label(result.scorer) + few_groups(result.estimate) for result in results]
     names += [f"{_label(one.model, 28)} (published)" for one in published]
     figure, axes = _axes(6.4, 0.9 + 0.28 * len(names))
@@ -43,7 +43,7 @@ def accuracy_figure(results: Sequence[ProtocolResult], published: Sequence[Publi
 
 
 def level_figures(report: BenchmarkReport) -> Iterator[Drawn]:
-    """Accuracy over noise levels, one figure per protocol."""
+    """Draw accuracy over the noise level, one figure per data set and protocol."""
     for (benchmark, protocol), results in grouped(report.levels, "benchmark", "protocol").items():
         labels = {"xlabel": "noise level (0 clean, 1 noise)", "ylabel": "accuracy in %"}
         figure, axes = _axes(6.4, 3.6, f"{benchmark}: {protocol}", **labels, xlim=(0, 1))
@@ -60,7 +60,7 @@ def level_figures(report: BenchmarkReport) -> Iterator[Drawn]:
 
 
 def calibration_figures(report: BenchmarkReport) -> Iterator[Drawn]:
-    """Reliability curves, one figure per protocol."""
+    """Draw reliability curves, one figure per data set and protocol."""
     for (benchmark, protocol), results in grouped(report.calibration, "benchmark", "protocol").items():
         labels = {"xlabel": "how sure the model is, in %", "ylabel": "how often it is right, in %"}
         figure, axes = _axes(4.6, 4.2, f"{benchmark}: {protocol}", **labels, xlim=(49, 101), ylim=(-2, 102))
@@ -74,7 +74,7 @@ def calibration_figures(report: BenchmarkReport) -> Iterator[Drawn]:
 
 
 def agreement_figures(report: BenchmarkReport) -> Iterator[Drawn]:
-    """Shares of the same choice as a matrix, one figure per data set."""
+    """Draw a matrix of the shares of pairs on which two models agree, one figure per data set and split."""
     for (name,), results in grouped(report.agreement, "benchmark").items():
         scorers = list(dict.fromkeys([one for result in results for one in (result.first, result.second)]))
         shares = {frozenset((result.first, result.second)): 100 * result.pair.value for result in results}
@@ -99,7 +99,7 @@ def _axes(width: float, height: float, title: str = "", **properties: Any) -> tu
 
 
 def _label(text: str, length: int = 40) -> str:
-    """A name as matplotlib draws it literally: without mathematics, which starts with a dollar, and not too long."""
+    """Shorten a name, and escape ``$`` so that matplotlib does not read the name as a formula."""
     short = text if len(text) <= length else f"{text[: length - 1]}…"
     return short.replace("$", r"\$")
 

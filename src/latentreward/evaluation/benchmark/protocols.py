@@ -1,9 +1,10 @@
-"""How pairs of scores become a published number: one protocol per key, each with its own idea of ties.
+"""Evaluation protocols: rules that turn pairs of scores into a benchmark's number; each treats ties in its own way.
 
-A protocol gives every pair a credit in [0, 1], or leaves it out; the number is the mean credit over pairs (micro), or
-the mean over prompt groups of the mean over a group's pairs (macro). Intervals resample prompt groups; thresholds that
-a protocol fits stay as fitted. Unreadable images and missing labels leave a pair out and are counted by reason. No
-protocol lets a scorer win by equal scores: what each makes of them stands in its ``summary``.
+A protocol gives every pair a credit in [0, 1] or leaves the pair out. The protocol's number is the mean credit over
+pairs (micro), or the mean over prompt groups of the mean credit within a group (macro). Intervals resample prompt
+groups and do not refit a protocol's thresholds. Pairs with an unreadable image or without a label are left out and
+counted by reason; PickScore's protocol counts pairs without a label. In no protocol does a constant score win: each
+``summary`` says how equal scores count.
 """
 
 from collections import Counter
@@ -24,12 +25,12 @@ NO_SCORE, NO_LABEL, TIE, NO_VOTE = "no score", "no label", "tie", "no vote"
 
 @dataclass(frozen=True)
 class Judgement:
-    """What a protocol says of every pair.
+    """Judgement of a protocol on every pair.
 
     Attributes:
-        credit: ``(N,)`` in [0, 1]; NaN where the pair does not count.
-        excluded: Reason → pairs that do not count.
-        details: What else the protocol tells.
+        credit: ``(N,)`` in [0, 1]; NaN for a pair that does not count.
+        excluded: Reason → number of pairs that do not count.
+        details: Further results of the protocol, e.g. a fitted threshold.
     """
 
     credit: np.ndarray
@@ -39,13 +40,14 @@ class Judgement:
 
 @dataclass(frozen=True)
 class Protocol:
-    """A rule of evaluation.
+    """Rule of evaluation.
 
     Attributes:
-        summary: In one line: which pairs, ties of people, equal scores; whose code it follows.
-        judge: ``(pairs, fitting)`` to a judgement.
-        macro: Whether prompt groups, not pairs, weigh the same.
-        fitting_split: Split whose scores it fits a threshold on, if it does.
+        summary: One line for reports: which pairs count, how labelled ties and equal scores count, whose code the
+            protocol follows.
+        judge: Function ``(pairs, fitting)`` that returns a judgement.
+        macro: Whether all prompt groups have the same weight; otherwise all pairs have the same weight.
+        fitting_split: Name of the split on which the protocol fits a threshold; None if it fits none there.
     """
 
     summary: str
@@ -55,15 +57,15 @@ class Protocol:
 
 
 def judge(key: str, pairs: BenchmarkPairs, fitting: BenchmarkPairs | None = None) -> Judgement:
-    """Credit of every pair by a protocol.
+    """Judge every pair by a protocol.
 
     Args:
-        key: One of ``PROTOCOLS``.
-        pairs: Scores of the split that counts.
-        fitting: Scores of the same scorer on the protocol's ``fitting_split``, if it has one.
+        key: Key of ``PROTOCOLS``.
+        pairs: Scored pairs of the split that is evaluated.
+        fitting: Scored pairs of the same scorer on the protocol's ``fitting_split``, if the protocol has one.
 
     Raises:
-        InputError: If there is no such protocol, or ``fitting`` is missing.
+        InputError: If there is no such protocol, or the protocol needs ``fitting`` and it is None.
     """
     if key not in PROTOCOLS:
         raise InputError(f"protocol {key!r} is not known{did_you_mean(key, PROTOCOLS)}")
@@ -76,7 +78,7 @@ def judge(key: str, pairs: BenchmarkPairs, fitting: BenchmarkPairs | None = None
 
 
 def protocol_result(key: str, pairs: BenchmarkPairs, judgement: Judgement) -> ProtocolResult:
-    """The protocol's number, from what :func:`judge` gave."""
+    """Compute the protocol's number, its interval and counts from the judgement of :func:`judge`."""
     counted = ~np.isnan(judgement.credit)
     sums = credit_sums(key, pairs, judgement.credit)
     return ProtocolResult(
@@ -93,12 +95,15 @@ def protocol_result(key: str, pairs: BenchmarkPairs, judgement: Judgement) -> Pr
 
 
 def credit_sums(key: str, pairs: BenchmarkPairs, credit: np.ndarray) -> np.ndarray:
-    """``(groups, 2)`` credit and weight of the groups that count; their ratio over all groups is the number."""
+    """Return ``(groups, 2)`` sums of credit and weight of each group that counts.
+
+    The protocol's number is the credit of all groups divided by their weight.
+    """
     return _credit_sums(pairs, credit, PROTOCOLS[key].macro)
 
 
 def protocol_value(key: str, pairs: BenchmarkPairs, judgement: Judgement) -> float:
-    """The protocol's number alone, without its interval."""
+    """Compute the protocol's number without its interval."""
     return float(ratio(_credit_sums(pairs, judgement.credit, PROTOCOLS[key].macro).sum(axis=0)))
 
 
@@ -109,9 +114,13 @@ def _credit_sums(pairs: BenchmarkPairs, credit: np.ndarray, macro: bool) -> np.n
 
 
 def leave_out(pairs: BenchmarkPairs, *rules: tuple[str, np.ndarray]) -> np.ndarray:
-    """``(N,)`` why each pair does not count, the first rule that holds; empty where it counts.
+    """Return ``(N,)`` reasons why pairs do not count; the reason is empty for a pair that counts.
 
-    A pair without both scores never counts; ``columns["problem"]`` says why it has none.
+    A pair that lacks a score never counts; ``columns["problem"]`` holds the reason.
+
+    Args:
+        pairs: Scored pairs.
+        rules: (reason, ``(N,)`` bool of the pairs to leave out); of several reasons for a pair the first is kept.
     """
     unscored = np.isnan(pairs.first) | np.isnan(pairs.second)
     problems = pairs.columns.get("problem", (None,) * len(unscored))
@@ -129,24 +138,24 @@ def _judged(credit: np.ndarray, reasons: np.ndarray, details: dict[str, Any] | N
 
 
 def judge_strict(pairs: BenchmarkPairs, _: BenchmarkPairs | None = None) -> Judgement:
-    """1 if the preferred image scores higher; ties of people are left out, equal scores are wrong."""
+    """Give credit 1 if the preferred image scores higher, else 0; pairs labelled as ties are left out."""
     reasons = leave_out(pairs, (NO_LABEL, np.isnan(pairs.labels)), (TIE, pairs.labels == 0.5))
     return _judged(_agreement(pairs) > 0, reasons)
 
 
 def judge_soft(pairs: BenchmarkPairs, _: BenchmarkPairs | None = None) -> Judgement:
-    """The label's share of the image that scores higher: a tie gives ½ to either choice, equal scores get nothing."""
+    """Give the label of the image that scores higher as credit: ½ for a labelled tie; equal scores get 0."""
     reasons = leave_out(pairs, (NO_LABEL, np.isnan(pairs.labels)))
     chosen = np.where(pairs.first > pairs.second, pairs.labels, 1 - pairs.labels)
     return _judged(np.where(pairs.first == pairs.second, 0, chosen), reasons)
 
 
 def judge_inversions(pairs: BenchmarkPairs, _: BenchmarkPairs | None = None) -> Judgement:
-    """1 unless people and scores order the two images against each other; a tie of people agrees with any order.
+    """Give credit 0 if label and scores order the two images in opposite ways, else 1; equal scores get ½.
 
-    HPSv2 orders images by argsort, which leaves the order of equal scores to chance; ½ is what that expects. MPS
-    counts equal scores as agreeing, by which a constant score is always right: ``equal_scores_agree`` among the
-    details is the number by that rule.
+    A labelled tie gets 1 with any scores, equal ones included. HPSv2 orders images by argsort, which leaves the order
+    of equal scores to chance; ½ is the expected credit. MPS counts equal scores as right, so that a constant score
+    would always be right; ``equal_scores_agree`` in the details is the protocol's number by MPS's rule.
     """
     reasons = leave_out(pairs, (NO_LABEL, np.isnan(pairs.labels)))
     agreeing = _agreement(pairs) >= 0
@@ -157,14 +166,14 @@ def judge_inversions(pairs: BenchmarkPairs, _: BenchmarkPairs | None = None) -> 
 
 
 def judge_pickscore(pairs: BenchmarkPairs, fitting: BenchmarkPairs | None) -> Judgement:
-    """See :func:`~latentreward.evaluation.benchmark.pickscore.pickscore_credit`."""
+    """Judge by :func:`~latentreward.evaluation.benchmark.pickscore.pickscore_credit`."""
     assert fitting is not None
     credit, details = pickscore_credit(pairs, fitting)
     return _judged(credit, leave_out(pairs), details)
 
 
 def judge_four_way(pairs: BenchmarkPairs, _: BenchmarkPairs | None = None) -> Judgement:
-    """See :func:`~latentreward.evaluation.benchmark.four_way.four_way_credit`."""
+    """Judge by :func:`~latentreward.evaluation.benchmark.four_way.four_way_credit`."""
     votes = np.array(pairs.columns.get("vote", (None,) * len(pairs.pair_ids)), dtype=object)
     reasons = leave_out(pairs, (NO_VOTE, ~np.isin(votes, VOTES)))
     credit, details = four_way_credit(pairs, votes, reasons == "")
@@ -172,7 +181,7 @@ def judge_four_way(pairs: BenchmarkPairs, _: BenchmarkPairs | None = None) -> Ju
 
 
 def _agreement(pairs: BenchmarkPairs) -> np.ndarray:
-    """1, 0 or -1 where people and scores order two images alike, one of them does not order them, or they differ."""
+    """Return 1 where label and scores order two images alike, -1 where opposite, 0 where either one is a tie."""
     return np.sign(pairs.first - pairs.second) * np.sign(pairs.labels - 0.5)
 
 
@@ -188,36 +197,36 @@ PROTOCOLS = {
         macro=True,
     ),
     "hpdv2/macro": Protocol(
-        "mean over prompts of 1 - inversions / pairs; ties of people agree, equal scores agree by half (HPSv2's "
-        "evaluate, whose argsort orders them by chance)",
+        "mean over prompts of 1 - inversions / pairs; a labelled tie counts as right, equal scores count one half "
+        "(HPSv2's evaluate, whose argsort orders equal scores by chance)",
         judge_inversions,
         macro=True,
     ),
     "hpdv2/micro": Protocol(f"share of all pairs of different rank; {WRONG}", judge_strict),
     "hpdv3": Protocol(f"share of all rows; {WRONG} (HPSv3's evaluate.py)", judge_strict),
     "pickapic/pickscore": Protocol(
-        "mean credit of left, right or tie, a tie where |p0 - p1| is within a threshold fitted on "
-        "validation_unique; ½ if one of both is a tie; equal scores are a tie (PickScore's evaluation)",
+        "mean credit of the answers left, right or tie; the answer is a tie where |p0 - p1| is within a threshold "
+        "fitted on validation_unique; credit ½ if either the answer or the label, not both, is a tie; equal scores are "
+        "a tie (PickScore's evaluation)",
         judge_pickscore,
         fitting_split="validation_unique",
     ),
     "pickapic/lrm": Protocol(
-        "mean label of the image that scores higher, ½ for a tie of people; equal scores get nothing (LRM's "
-        "evaluation)",
+        "mean label of the image that scores higher, ½ for a labelled tie; equal scores get nothing (LRM's evaluation)",
         judge_soft,
     ),
     "pickapic/strict": Protocol(f"share of pairs without ties; {WRONG} (SPO)", judge_strict),
     "genai_bench_tiger/no_tie": Protocol(f"share of left and right votes; {WRONG} (UnifiedReward)", judge_strict),
     "genai_bench_tiger/4way": Protocol(
-        "share of votes left, right, both good, both bad told from gap and mean of two scores, with cross-fitted "
-        "thresholds; the leaderboard publishes no rule for scores, so this one is ours",
+        "share of votes (left, right, both good, both bad) that are predicted from gap and mean of two scores, with "
+        "cross-fitted thresholds; the leaderboard publishes no rule for scores, so this rule is ours",
         judge_four_way,
     ),
     "genai_bench_cmu": Protocol(
-        f"share of a prompt's pairs whose mean ratings differ, all prompts together; {WRONG}",
+        f"share of all pairs of a prompt's images whose mean ratings differ; {WRONG}",
         judge_strict,
     ),
     "pairs/strict": Protocol(f"share of pairs without ties whose likelier image scores higher; {WRONG}", judge_strict),
     "pairs/soft": Protocol("mean label of the image that scores higher; equal scores get nothing", judge_soft),
 }
-"""Name in formats and reports -> rule."""
+"""Key of a protocol → protocol."""

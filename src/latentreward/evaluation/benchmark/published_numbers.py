@@ -1,7 +1,7 @@
-"""Numbers that others published, to stand beside ours; each with the protocol it is nearest to.
+"""Accuracies that others published, shown beside ours; each belongs to the protocol closest to the paper's.
 
-Measured again elsewhere, the same model differs by about a point: image sizes, precision and ties of people or scores
-are treated in other ways. Where a paper does not state its protocol, the source says so.
+The same model measured by two code bases differs by about a percentage point, because image sizes, precision and ties
+are treated differently. Where a paper does not state its protocol, the source says so.
 """
 
 from collections.abc import Mapping
@@ -99,7 +99,7 @@ PERCENT: dict[tuple[str, str], Mapping[str, float]] = {
     },
     ("genai_bench_tiger/4way", "chance: four equally likely answers"): {"random": 25.0},
 }
-"""(protocol, source) → model → per cent."""
+"""(key of the protocol, source) → name of the model → accuracy in per cent."""
 
 
 PUBLISHED = tuple(
@@ -110,5 +110,5 @@ PUBLISHED = tuple(
 
 
 def published_for(protocols: tuple[str, ...]) -> tuple[PublishedNumber, ...]:
-    """Numbers that stand beside those of given protocols, in the order of the protocols."""
+    """Return the published numbers of the given protocols, in the order of the protocols."""
     return tuple(number for key in protocols for number in PUBLISHED if number.protocol == key)

@@ -1,4 +1,4 @@
-"""The report in three files: for programs, for a README, and to look at."""
+"""Writer of a benchmark report as JSON, Markdown and HTML."""
 
 import platform
 from importlib.metadata import version
@@ -17,14 +17,14 @@ COMPUTED_WITH = ("latentreward", "torch", "diffusers", "transformers", "numpy", 
 
 
 def write_report(folder: Path, report: BenchmarkReport, pictures: Pictures) -> None:
-    """Write ``report.json``, ``report.md`` and ``report.html``; each appears whole or stays as it was.
+    """Write ``report.json``, ``report.md`` and ``report.html``; each file is replaced only by a complete new one.
 
-    No date, time or path of the machine gets in: what was computed alike is written alike.
+    The files hold no date, time or path of the machine, so equal results give equal files.
 
     Args:
-        folder: Where to.
-        report: What to write.
-        pictures: Images of the telling pairs.
+        folder: Folder to write to.
+        report: Report to write.
+        pictures: Images of the pairs in ``report.telling``.
     """
     write_file(folder / JSON, json_report(report))
     write_file(folder / MARKDOWN, markdown(report))
@@ -32,7 +32,7 @@ def write_report(folder: Path, report: BenchmarkReport, pictures: Pictures) -> N
 
 
 def markdown(report: BenchmarkReport) -> str:
-    """Write all sections, and the pairs of ``report.telling`` without their images; no text becomes markup."""
+    """Return the report as Markdown, with the pairs of ``report.telling`` but without images; all text is escaped."""
     title, text, by_data = disagreement_section(report)
     tables = tuple(_disagreement_table(name, pairs, list(report.scorers)) for name, pairs in by_data.items())
     telling = [Section("telling", title, text, tables)] if tables else []
@@ -53,5 +53,5 @@ def _disagreement_table(name: str, pairs: list[Disagreement], scorers: list[str]
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that numbers depend on."""
+    """Return the versions of Python and of the packages that the numbers depend on."""
     return {"python": platform.python_version(), **{name: version(name) for name in COMPUTED_WITH}}

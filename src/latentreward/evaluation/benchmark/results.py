@@ -1,4 +1,4 @@
-"""What a benchmark finds, as plain values: what JSON, Markdown and HTML show alike."""
+"""Results of a benchmark as dataclasses, from which JSON, Markdown and HTML reports are written."""
 
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,24 +11,24 @@ from latentreward.metrics.bootstrap import Interval, group_codes
 
 @dataclass(frozen=True)
 class BenchmarkPairs:
-    """Pairs of one split with the scores of one scorer, ready for any protocol.
+    """Pairs of one split with the scores of one scorer.
 
     Attributes:
         scorer: Name of the scorer.
-        pair_ids: N names.
+        pair_ids: N unique names of the pairs.
         prompts: N raw prompts.
-        groups: N names of the prompt group; pairs of one group are resampled together.
-        labels: ``(N,)`` probability that image a is preferred; NaN without label.
-        first: ``(N,)`` scores of image a; NaN where it could not be read.
-        second: ``(N,)`` of image b.
-        columns: More about each pair, for tables of sub-groups: name → N values, None where unknown; a value of
-            several lines puts the pair into a sub-group for each line. ``problem`` says why a score is NaN,
-            ``vote`` and ``label_0`` are as published where a protocol needs them so.
-        first_images: N keys of the images a, by which images that recur are known; may be left empty.
-        second_images: N keys of the images b.
+        groups: N names of prompt groups; pairs of one group are resampled together.
+        labels: ``(N,)`` probability that image a is preferred; NaN without a label.
+        first: ``(N,)`` scores of image a; NaN if the image could not be read.
+        second: ``(N,)`` scores of image b; NaN if the image could not be read.
+        columns: Further facts about each pair: name → N values, None where unknown. In columns of sub-groups, a value
+            of several lines puts the pair into one sub-group per line. ``problem`` says why a score is NaN; ``vote``
+            and ``label_0`` are published values that some protocols read.
+        first_images: N keys of the images a, by which recurring images are recognised; may be empty.
+        second_images: N keys of the images b; may be empty.
         split: Name of the split.
-        temperature: What the scorer's win probability σ(gap / temperature) takes; None has it fitted. Only PickScore's
-            protocol and calibration curves depend on it.
+        temperature: Temperature of the scorer's win probability σ(gap / temperature) in PickScore's protocol, the only
+            protocol that reads it; None has the protocol fit it.
     """
 
     scorer: str
@@ -46,23 +46,23 @@ class BenchmarkPairs:
 
     @cached_property
     def group_codes(self) -> np.ndarray:
-        """``(N,)`` int64: the place of each pair's group among the sorted names."""
+        """``(N,)`` int64 index of each pair's group among the sorted names of groups."""
         return group_codes(self.groups)
 
 
 @dataclass(frozen=True)
 class ProtocolResult:
-    """One scorer by one protocol.
+    """Result of one scorer by one protocol.
 
     Attributes:
-        protocol: Key, e.g. ``imagereward/micro``.
+        protocol: Key of the protocol, e.g. ``imagereward/micro``.
         scorer: Name of the scorer.
-        estimate: The protocol's number, in [0, 1].
-        pairs: Pairs that count.
-        groups: Prompt groups that count.
-        equal_scores: Pairs among them whose two scores are equal.
-        excluded: Reason → pairs left out (ties, no label, an image that could not be read).
-        details: What else the protocol tells, e.g. the threshold that PickScore's fits.
+        estimate: The protocol's number, in [0, 1], with its interval.
+        pairs: Number of pairs that count.
+        groups: Number of prompt groups that count.
+        equal_scores: Number of pairs that count and have two equal scores.
+        excluded: Reason → number of pairs left out (ties, no label, an image that could not be read).
+        details: Further results of the protocol, e.g. the threshold that PickScore's protocol fits.
         split: Name of the split.
         benchmark: Data set and split, e.g. ``hpdv3 test``.
     """
@@ -81,7 +81,7 @@ class ProtocolResult:
 
 @dataclass(frozen=True)
 class AverageResult:
-    """One scorer's mean of the four benchmarks of :mod:`~latentreward.evaluation.benchmark.four_benchmarks`."""
+    """Mean accuracy of one scorer over the benchmarks of :mod:`~latentreward.evaluation.benchmark.four_benchmarks`."""
 
     scorer: str
     estimate: Interval
@@ -89,15 +89,15 @@ class AverageResult:
 
 @dataclass(frozen=True)
 class SubgroupResult:
-    """A protocol's number over some of its pairs.
+    """A protocol's number on one sub-group of the pairs.
 
     Attributes:
-        protocol: Key.
+        protocol: Key of the protocol.
         scorer: Name of the scorer.
-        column: What the pairs are told apart by, e.g. ``models`` or ``prompt length``.
-        value: Which of them, e.g. ``flux against sdxl``.
-        pairs: How many.
-        estimate: The number.
+        column: Column that defines the sub-groups, e.g. ``models`` or ``prompt length``.
+        value: Value of the column in this sub-group, e.g. ``flux against sdxl``.
+        pairs: Number of pairs that count.
+        estimate: The protocol's number on these pairs, with its interval.
         split: Name of the split.
         benchmark: Data set and split, e.g. ``hpdv3 test``.
     """
@@ -114,14 +114,14 @@ class SubgroupResult:
 
 @dataclass(frozen=True)
 class DifferenceResult:
-    """One scorer against another by one protocol, on the pairs that count for both.
+    """Difference of two scorers by one protocol, on the pairs that count for both scorers.
 
     Attributes:
-        protocol: Key.
-        first: Name of one scorer.
-        second: Name of the other.
-        pairs: Pairs that count for both.
-        estimate: Number of the first minus number of the second, with the interval of the paired difference.
+        protocol: Key of the protocol.
+        first: Name of the first scorer.
+        second: Name of the second scorer.
+        pairs: Number of pairs that count for both scorers.
+        estimate: Number of the first scorer minus that of the second, with the interval of the paired difference.
         split: Name of the split.
         benchmark: Data set and split, e.g. ``hpdv3 test``.
     """
@@ -137,7 +137,11 @@ class DifferenceResult:
 
 @dataclass(frozen=True)
 class LevelResult:
-    """Accuracy of a latent reward at one noise level; ``sigma`` in [0, 1], ``benchmark`` the data set and split."""
+    """Accuracy of a latent reward at one noise level.
+
+    ``sigma`` is the noise level in [0, 1], ``timestep`` the timestep of the model's noise process at that level, and
+    ``benchmark`` the name of data set and split.
+    """
 
     protocol: str
     scorer: str
@@ -149,14 +153,14 @@ class LevelResult:
 
 @dataclass(frozen=True)
 class CalibrationResult:
-    """Whether a predicted win probability of 0.7 wins seven times in ten.
+    """Calibration of a scorer's win probabilities σ(gap / temperature): whether 0.7 wins seven times in ten.
 
     Attributes:
-        protocol: Key of the protocol whose pairs are used.
+        protocol: Key of the protocol under which the result is reported.
         scorer: Name of the scorer.
-        temperature: Fitted on all pairs, so that σ(gap / temperature) is likeliest; inf if larger gaps do not win.
-        error: Expected calibration error in [0, 1], out of sample (cross-fitted temperature).
-        curve: (pairs, mean confidence, mean outcome) of each bin that holds pairs.
+        temperature: Maximum-likelihood temperature on all pairs; inf if larger gaps do not win more often.
+        error: Expected calibration error in [0, 1], with temperatures fitted on other prompt groups.
+        curve: (number of pairs, mean confidence, mean outcome) of each bin that holds pairs.
         benchmark: Data set and split, e.g. ``hpdv3 test``.
     """
 
@@ -170,16 +174,16 @@ class CalibrationResult:
 
 @dataclass(frozen=True)
 class AgreementResult:
-    """Two scorers on the same pairs: share with the same sign of gap, and correlations of their scores.
+    """Agreement of two scorers on the same pairs; labels are not used.
 
     Attributes:
-        benchmark: Data set.
-        first: Name of one scorer.
-        second: Name of the other.
-        pairs: Pairs both scored.
-        pair: Share of pairs where the signs of the gaps agree.
+        benchmark: Data set and split.
+        first: Name of the first scorer.
+        second: Name of the second scorer.
+        pairs: Number of pairs that both scorers scored.
+        pair: Share of pairs on which the two score gaps have the same sign.
         spearman: Rank correlation of the scores of all images.
-        pearson: Linear correlation likewise.
+        pearson: Linear correlation of the scores of all images.
     """
 
     benchmark: str
@@ -193,14 +197,15 @@ class AgreementResult:
 
 @dataclass(frozen=True)
 class CorrelationResult:
-    """Agreement of a reward with a CLIP or aesthetic score, under a name that says how it was computed.
+    """Agreement of a reward with a CLIP or aesthetic scorer (CLIP-Corr, Aes-Corr).
 
     Attributes:
         benchmark: Data set and split.
-        name: ``clip_corr_`` or ``aes_corr_``, and ``pearson``, ``spearman`` or ``pair``.
+        name: ``clip_corr_`` or ``aes_corr_`` followed by ``pearson``, ``spearman`` or ``pair``, as in
+            :class:`AgreementResult`.
         scorer: Name of the reward.
         reference: Name of the CLIP or aesthetic scorer.
-        estimate: The number.
+        estimate: Correlation or share of pairs, with its interval.
     """
 
     benchmark: str
@@ -212,13 +217,13 @@ class CorrelationResult:
 
 @dataclass(frozen=True)
 class PublishedNumber:
-    """A number from elsewhere, to stand beside ours.
+    """Accuracy published by others, shown beside ours.
 
     Attributes:
-        protocol: Key of the protocol it is comparable with.
+        protocol: Key of the protocol that the accuracy is comparable with.
         model: Name of the model.
-        value: In [0, 1].
-        source: Where it was published, and by whom it was measured.
+        value: Accuracy in [0, 1].
+        source: Publication, and who measured the number.
     """
 
     protocol: str
@@ -229,14 +234,14 @@ class PublishedNumber:
 
 @dataclass(frozen=True)
 class Disagreement:
-    """A pair on which scorers differ most, or on which the only one is most surely wrong.
+    """Pair on which scorers disagree most; with one scorer, a pair on which it errs most.
 
     Attributes:
         benchmark: Data set and split.
-        row: Row of its reader.
-        pair_id: Its name.
-        prompt: Raw text.
-        label: Probability that image a is preferred; None without label.
+        row: Row of the pair in the reader.
+        pair_id: Name of the pair.
+        prompt: Raw prompt.
+        label: Probability that image a is preferred; None without a label.
         scores: Scorer → scores of image a and b.
         gaps: Scorer → score of a minus that of b, in units of the scorer's root mean square gap over the split.
     """
@@ -252,10 +257,10 @@ class Disagreement:
 
 @dataclass(frozen=True)
 class BenchmarkReport:
-    """All of one run of ``latentreward benchmark``."""
+    """Results of one run of ``latentreward benchmark``."""
 
     scorers: dict[str, str]
-    """Name → identity, in one line."""
+    """Name of a scorer → its identity, in one line."""
     protocols: tuple[ProtocolResult, ...] = ()
     averages: tuple[AverageResult, ...] = ()
     differences: tuple[DifferenceResult, ...] = ()
@@ -266,10 +271,10 @@ class BenchmarkReport:
     correlations: tuple[CorrelationResult, ...] = ()
     published: tuple[PublishedNumber, ...] = ()
     data: dict[str, Any] = field(default_factory=dict)
-    """Data set → rows, pairs, images, missing and unreadable images by reason."""
+    """Data set and split → counts from :func:`~latentreward.evaluation.benchmark.scoring.data_counts`."""
     telling: tuple[Disagreement, ...] = ()
     """Pairs on which scorers disagree most."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """Of the run, with versions of what computed it."""
+    """Settings of the run, and versions of the packages that computed it."""
     notes: tuple[str, ...] = ()
-    """What a reader must know before all numbers, e.g. that only the first pairs were scored."""
+    """Remarks shown before all numbers, e.g. that only the first pairs were scored."""

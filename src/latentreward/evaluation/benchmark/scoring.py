@@ -1,4 +1,4 @@
-"""Scores of a split's pairs in files: a run that was stopped goes on, and a later one adds scorers to them."""
+"""Scoring of a split's pairs into one table per scorer; a stopped run resumes, and finished tables are reused."""
 
 import json
 import re
@@ -23,28 +23,29 @@ from latentreward.scorers.pair_scoring import PairScoring
 from latentreward.storage.part_tables import PartFiles
 
 TRIED_PAIRS = 8
-"""Pairs whose images are looked at before any model is loaded."""
+"""Number of pairs whose images are tried before any model is loaded."""
 TIMESTEPS = b"timesteps"
 
 
 @dataclass
 class SplitScores:
-    """One split through one scorer.
+    """Table with the scores of one split by one scorer.
 
-    Constructing it reads no image and loads no model, but refuses a table that was made from something else:
-    other files of the scorer, or other pairs, labels or prompts. Contents of images are not compared, of which there
-    may be millions in archives; where images are replaced under the same names, delete the table.
+    The constructor reads no image and loads no model, but refuses an existing table that was made with other files of
+    the scorer, or with other pairs, labels or prompts. Contents of images are not compared, because archives may hold
+    millions of them: delete the table if images were replaced under the same names.
 
     Args:
-        folder: Where the split's tables lie, one per scorer.
-        reader: Pairs.
-        scorer: What scores them.
-        limit: Only the first so many pairs; a later run without it goes on behind them.
-        flush_every: Pairs per part: what a kill can lose.
-        decode_threads: Threads that decode images ahead.
+        folder: Folder of the split's tables, one per scorer.
+        reader: Reader of the split.
+        scorer: Scorer of the pairs.
+        limit: Number of pairs to score at the start of the split; None scores all. A later run without a limit keeps
+            the scores and adds those of the other pairs.
+        flush_every: Pairs per part of the table; a killed process loses at most one part.
+        decode_threads: Threads that decode images ahead of the scorer.
 
     Attributes:
-        seconds: Time that scoring took in this process.
+        seconds: Seconds that this process spent, by model and on reading.
 
     Raises:
         InputError: If the table belongs to other pairs or another scorer, or is being written by another process.
@@ -69,10 +70,10 @@ class SplitScores:
             self.missing = sum(map(len, self._missing(files)))
 
     def complete(self, progress: Callable[[int], None]) -> None:
-        """Score what is missing; the scorer is prepared already.
+        """Score the missing pairs; call the scorer's ``prepare`` first.
 
         Args:
-            progress: Called with the number of pairs that were scored.
+            progress: Function called with the number of newly scored pairs after each part.
         """
         with self._files as files:
             if files.finished():
@@ -87,7 +88,7 @@ class SplitScores:
         self.seconds.update(self._scoring.seconds)
 
     def table(self) -> pa.Table:
-        """Rows up to the limit, after :meth:`complete`."""
+        """Return the table's rows up to the limit; call :meth:`complete` first."""
         if self._files.finished():
             return pq.read_table(self._files.output).slice(0, self.rows)
         return pa.concat_tables(table for _, table in self._files.read()).slice(0, self.rows)
@@ -105,12 +106,12 @@ class SplitScores:
 
 
 def table_timesteps(table: pa.Table) -> list[float]:
-    """Timesteps of the levels of a :class:`NoiseColumns` scorer."""
+    """Read the timesteps of a :class:`NoiseColumns` scorer's noise levels from its table; empty for other scorers."""
     return json.loads((table.schema.metadata or {}).get(TIMESTEPS, b"[]"))
 
 
 def data_counts(table: pa.Table, reader: PairReader) -> dict[str, Any]:
-    """How much there is in a split, and what could not be read."""
+    """Count a split's pairs, prompts and images, and the images and rows that were left out by reason."""
     images, unread = ([table.column(f"{kind}_{side}").to_pylist() for side in "ab"] for kind in ("image", "problem"))
     reasons = zip(chain(*images), chain(*unread), strict=True)
     problems = {image: reason for image, reason in reasons if reason is not None}
@@ -127,13 +128,18 @@ def data_counts(table: pa.Table, reader: PairReader) -> dict[str, Any]:
 
 
 def require_images(name: str, reader: PairReader, rows: int) -> None:
-    """Look for an image that can be read, so that a wrong folder shows before a model is loaded.
+    """Check that some image of a split can be read, so that a wrong folder is refused before a model is loaded.
+
+    Args:
+        name: Name of the split in messages.
+        reader: Reader of the split.
+        rows: Number of rows that are going to be scored; up to ``TRIED_PAIRS`` of them are tried.
 
     Raises:
-        InputError: If the split has no pair, or none of these images can be read.
+        InputError: If the split has no pair, or none of the tried images can be read.
     """
     if not rows:
-        raise InputError(f"{name}: there are no pairs; {count_text(reader.skipped)} were left out by the reader")
+        raise InputError(f"{name}: there are no pairs; rows left out by the reader: {count_text(reader.skipped)}")
     problems = []
     for row in np.linspace(0, rows - 1, min(rows, TRIED_PAIRS)).astype(int).tolist():
         pair = reader[row]
@@ -150,5 +156,5 @@ def require_images(name: str, reader: PairReader, rows: int) -> None:
 
 
 def folder_name(split: str) -> str:
-    """A file name that is safe for any name of a split."""
+    """Return the name of a split with characters that are unsafe in file names replaced by ``_``."""
     return re.sub(r"[^\w.-]+", "_", split).strip(".") or "_"

@@ -1,4 +1,4 @@
-"""The report in words: what each part shows and how it was computed, with its tables."""
+"""Sections of the report: for each, a text that explains what was computed and how, and its tables."""
 
 from collections.abc import Iterator
 
@@ -22,67 +22,72 @@ from latentreward.evaluation.benchmark.tables import (
 from latentreward.reports.tables import Section, Table, grouped
 
 INTRODUCTION = (
-    "Each model scores two images of a prompt; it is right where it gives the higher score to the image that people "
-    "preferred. An interval is the middle 95 % of what the number would be on other prompts of the same kind "
-    "(bootstrap over prompts). Of few prompts it is too narrow: where pairs are of fewer than 30 groups, prompts as a "
-    "rule, their number stands behind it, as (12 groups). Two models whose interval of the difference holds 0 are not "
-    "told apart by this data."
+    "Each model scores two images of a prompt. The model is right if it gives the higher score to the image that "
+    "people preferred. Intervals are 95 % bootstrap intervals: they say how far a number would vary with other prompts "
+    "of the same kind. With few prompts an interval is too narrow; if the pairs come from fewer than 30 groups (as a "
+    "rule, a group is a prompt), the number of groups follows the interval, as in (12 groups). If the interval of the "
+    "difference of two models contains 0, this data does not show which model is better."
 )
-OVERVIEW = "Accuracy in %, with 95 % intervals. Each protocol has its own idea of ties, told further down."
+OVERVIEW = "Accuracy in %, with 95 % intervals. Protocols treat ties differently; each is explained below."
 DATA = (
-    "Pairs and images that were scored. An image that cannot be read takes its pairs out of every number; rows left "
-    "out are those that break a rule of their file format."
+    "Pairs and images that were scored. Pairs with an image that cannot be read are left out of every number. Rows "
+    "left out are rows that break a rule of their file format."
 )
-SCORERS = "Models, with what fixes their numbers."
+SCORERS = "Models, with the files and settings that determine their scores."
 FOUR = (
-    "Mean of four accuracies that weigh the same, however many pairs each data set has: ImageReward "
-    "(imagereward/micro), HPDv2 (hpdv2/micro), HPDv3 (hpdv3) and TIGER-Lab's GenAI-Bench (genai_bench_tiger/no_tie), "
-    "test splits. Intervals take the four for independent."
+    "Unweighted mean of the accuracies on four test splits: ImageReward (imagereward/micro), HPDv2 (hpdv2/micro), "
+    "HPDv3 (hpdv3) and TIGER-Lab's GenAI-Bench (genai_bench_tiger/no_tie). Intervals assume that the four accuracies "
+    "are independent."
 )
 PUBLISHED = (
-    " Numbers in italics are not of this run: others published them, see their source. Image sizes and precision may "
-    "differ, and the same model measured by two code bases is usually a point apart."
+    " Numbers in italics were not measured in this run but published by others, see the column source. Image sizes and "
+    "precision may differ; the same model measured by two code bases usually differs by about one percentage point."
 )
 DIFFERENCES = (
-    "Accuracy of one model minus that of another on the pairs that count for both, in points, with the interval of the "
-    "paired difference; it is narrower than the two intervals of the models suggest."
+    "Accuracy of one model minus that of another on the pairs that count for both, in percentage points, with the "
+    "interval of the paired difference. This interval is usually narrower than the models' own intervals suggest."
 )
 SUBGROUPS = (
-    "Accuracy over parts of the pairs, in %, with 95 % intervals; the largest first, small ones of many in "
-    "report.json alone. Some differ by chance: with twenty parts, expect one interval that misses its true value."
+    "Accuracy on sub-groups of the pairs, in %, with 95 % intervals. The largest sub-groups come first; tables show at "
+    "most 25, report.json holds all. Some sub-groups differ by chance: of twenty intervals, expect one that misses the "
+    "true value."
 )
 LEVELS = (
-    "Latent rewards score images that were noised first. Here is their accuracy at each noise level alone (standard "
-    "deviation of the noise in the mixture: 0 is the clean image, 1 nothing but noise), with 95 % intervals: where a "
-    "reward is right says at which steps of a sampler it can be trusted."
+    "Latent rewards score images to which noise was added. This section shows their accuracy at single noise levels "
+    "(standard deviation of the noise in the mixture: 0 is the clean image, 1 is pure noise), with 95 % intervals. A "
+    "reward can be trusted at those steps of a sampler whose noise levels it judges accurately."
 )
 CALIBRATION = (
     "Scores become win probabilities as σ(gap / temperature). A calibrated model is right 7 times in 10 where it says "
-    "0.7: its curve lies on the diagonal. The error is the mean distance from it, weighed by pairs (10 bins), with "
-    "temperatures that were fitted on other pairs."
+    "0.7, so its curve lies on the diagonal. The calibration error is the mean distance of the curve from the diagonal "
+    "(10 bins, weighted by pairs), with temperatures that were fitted on other pairs."
 )
 AGREEMENT = (
     "How often two models prefer the same image of a pair, and the correlation of their scores over all images of the "
     "data set. Models that agree with each other more than with people share their mistakes."
 )
 CORRELATION = (
-    "Agreement with a CLIP score (does the image show the prompt?) and with an aesthetic score (is it pretty?), by the "
-    "names of the LRM paper (arXiv:2502.01051), which defines neither exactly: share of pairs with the same sign of "
-    "gap, and rank and linear correlation over all images. Not comparable with the paper's figures."
+    "Agreement of a reward with a CLIP score (does the image show the prompt?) and with an aesthetic score (is the "
+    "image pretty?): share of pairs whose two gaps have the same sign, and rank and linear correlation over all "
+    "images. The names are those of the LRM paper (arXiv:2502.01051), which does not define the numbers exactly, so "
+    "they cannot be compared with the paper's figures."
 )
 TELLING = (
-    "Pairs on which two models are most surely of opposite opinion, at most one per prompt. A gap is the score of the "
-    "left image minus that of the right one, in units of the model's typical (root mean square) gap."
+    "Pairs on which two models prefer different images by the largest gaps, at most one pair per prompt. A gap is the "
+    "score of the left image minus that of the right image, in units of the model's root mean square gap."
 )
 MISTAKES = (
-    "Pairs on which the model is most surely wrong, at most one per prompt. A gap is the score of the left image minus "
-    "that of the right one, in units of the model's typical (root mean square) gap."
+    "Pairs on which the model prefers the wrong image by the largest gaps, at most one pair per prompt. A gap is the "
+    "score of the left image minus that of the right image, in units of the model's root mean square gap."
 )
-SETTINGS = "What was asked for, and what computed it. Random draws are seeded: the same settings give the same report."
+SETTINGS = (
+    "Settings of the run, and versions of the packages that computed it. Random numbers are seeded: the same settings "
+    "give the same report."
+)
 
 
 def sections(report: BenchmarkReport) -> Iterator[Section]:
-    """All parts that hold something, in their order."""
+    """Yield all sections that are not empty, in the order of the report."""
     if len(report.protocols) > 1:
         yield Section("overview", "Overview", OVERVIEW, (overview_table(report),))
     if report.averages:
@@ -109,7 +114,7 @@ def sections(report: BenchmarkReport) -> Iterator[Section]:
 
 
 def disagreement_section(report: BenchmarkReport) -> tuple[str, str, dict[str, list[Disagreement]]]:
-    """Title, text, and the pairs by data set."""
+    """Return title, text, and the pairs of ``report.telling`` by data set and split."""
     by_data = {name: pairs for (name,), pairs in grouped(report.telling, "benchmark").items()}
     if len(report.scorers) > 1:
         return "Where the models disagree most", TELLING, by_data
@@ -117,7 +122,7 @@ def disagreement_section(report: BenchmarkReport) -> tuple[str, str, dict[str, l
 
 
 def preferred(label: float | None) -> str:
-    """Which image people preferred, in words."""
+    """Return in words which image people preferred; ``label`` is the probability of the left image."""
     if label is None:
         return "no label"
     if label == 0.5:

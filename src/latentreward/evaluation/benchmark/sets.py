@@ -1,4 +1,4 @@
-"""Benchmarks by name: which reader opens the folder, which splits are scored, which protocols follow."""
+"""Benchmarks of published data sets and of your own pairs: for each, its reader, splits and protocols."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -14,13 +14,13 @@ from latentreward.evaluation.benchmark.columns import Texts
 
 
 class _PublishedBenchmark(Benchmark):
-    """A published data set, of which protocols count one split.
+    """Published data set whose protocols are all computed on one split.
 
     Attributes:
-        keys: Protocols.
-        reader: What opens a split.
+        keys: Keys of the protocols.
+        reader: Class of the reader that opens a split.
         settings: Further settings of the reader.
-        split: The split that counts.
+        split: Name of the split.
     """
 
     keys: tuple[str, ...]
@@ -30,19 +30,19 @@ class _PublishedBenchmark(Benchmark):
 
     @property
     def evaluations(self) -> tuple[Evaluation, ...]:
-        """See :class:`Benchmark`."""
+        """Every protocol on the one split."""
         return tuple(Evaluation(key, self.split) for key in self.keys)
 
     def open(self, split: str) -> PairReader:
-        """See :meth:`Benchmark.open`."""
+        """Open the reader of a split."""
         return self.reader(self.root, split, on_error=self.on_error, **self.settings)
 
 
 class ImageRewardBenchmark(_PublishedBenchmark):
-    """ImageReward's test set, 466 items of 4 to 9 ranked images: ``imagereward/micro`` and ``imagereward/macro``.
+    """ImageReward's test set, 466 prompts of 4 to 9 ranked images: ``imagereward/micro`` and ``imagereward/macro``.
 
     Args:
-        root: Folder with ``test.json`` and ``test_images/``, itself or in ``data/``.
+        root: Folder that holds ``test.json`` and ``test_images/``, directly or in ``data/``.
         on_error: See :class:`Benchmark`.
     """
 
@@ -50,12 +50,12 @@ class ImageRewardBenchmark(_PublishedBenchmark):
     keys = "imagereward/micro", "imagereward/macro"
 
     def open(self, split: str) -> PairReader:
-        """See :class:`~latentreward.data.ImageRewardReader`."""
+        """Open the test set by :class:`~latentreward.data.ImageRewardReader`, which has no other split."""
         return readers.ImageRewardReader(self.root, on_error=self.on_error)
 
 
 class ImageRewardDBBenchmark(_PublishedBenchmark):
-    """A split of ImageRewardDB by ImageReward's protocols.
+    """A split of ImageRewardDB, evaluated by ``imagereward/micro`` and ``imagereward/macro``.
 
     Args:
         root: Folder with ``images/{split}/{split}_{i}.zip``, or a hub id.
@@ -76,7 +76,8 @@ class ImageRewardDBBenchmark(_PublishedBenchmark):
 class HPDv2Benchmark(_PublishedBenchmark):
     """HPDv2's test set, 400 groups of 9 or 10 ranked images: ``hpdv2/macro`` and ``hpdv2/micro``.
 
-    Prompts that stand in one of the lists ``benchmark/{anime,concept-art,…}.json`` have its name as ``style``.
+    Prompts listed in one of the files ``benchmark/{anime,concept-art,…}.json`` get the file's name as sub-group
+    ``style``.
 
     Args:
         root: Folder with ``test.json`` and ``test/``, or a hub id.
@@ -86,7 +87,7 @@ class HPDv2Benchmark(_PublishedBenchmark):
     name, keys, reader = "hpdv2", ("hpdv2/macro", "hpdv2/micro"), readers.HPDv2Reader
 
     def columns(self, reader: PairReader) -> dict[str, Texts]:
-        """With the style of the prompts that have one."""
+        """Return the columns of sub-groups, with ``style`` if the prompts of any pair have a style."""
         style = tuple(self._styles.get(prompt) for prompt in reader.prompts())
         return {**super().columns(reader), **({"style": style} if any(style) else {})}
 
@@ -109,7 +110,8 @@ class HPDv3Benchmark(_PublishedBenchmark):
     Args:
         root: Folder with ``test.json`` and ``images/``.
         split: Name of the JSON file without its ending; ``train`` and ``all`` have votes and confidences.
-        min_confidence: Leave out rows of lower confidence, which the test set does not state.
+        min_confidence: Lowest confidence of a row, in [0, 1]; rows below are left out. The test set has no
+            confidences.
         on_error: See :class:`Benchmark`.
     """
 
@@ -126,13 +128,13 @@ class PickAPicBenchmark(_PublishedBenchmark):
     """Pick-a-Pic v1 or v2: ``pickapic/pickscore``, ``pickapic/lrm``, ``pickapic/strict``.
 
     Args:
-        root: Folder with ``test_unique-*.parquet`` and ``validation_unique-*.parquet``, itself or in ``data/``, or a
-            hub id.
-        split: Split that counts.
+        root: Folder that holds ``test_unique-*.parquet`` and ``validation_unique-*.parquet``, directly or in ``data/``;
+            or a hub id.
+        split: Split on which the protocols are computed.
         fitting_split: Split on which PickScore's threshold is fitted; null leaves ``pickapic/pickscore`` out.
-        temperatures: Scorer → temperature of its softmax in PickScore's protocol, null to fit it on the other split.
-            ``others`` stands for all that are not named. Without it they have 1, as published: right for scores that
-            are logits, and too high for cosines and the like, which are then never called ties.
+        temperatures: Name of a scorer → temperature of its softmax in PickScore's protocol; null fits the temperature
+            on ``fitting_split``. The key ``others`` stands for all scorers that are not named. The default is 1, as
+            published, which suits scores that are logits but not cosine similarities.
         on_error: See :class:`Benchmark`.
     """
 
@@ -156,13 +158,13 @@ class PickAPicBenchmark(_PublishedBenchmark):
 
     @property
     def evaluations(self) -> tuple[Evaluation, ...]:
-        """With and without ties."""
+        """All three protocols; without a fitting split, ``pickapic/lrm`` and ``pickapic/strict`` alone."""
         if self.fitting_split is None:
             return super().evaluations
         return Evaluation("pickapic/pickscore", self.split, self.fitting_split), *super().evaluations
 
     def temperature(self, scorer: str) -> float | None:
-        """As set for the scorer, else for others, otherwise 1."""
+        """Return the temperature set for the scorer, else that set for ``others``, else 1."""
         return self.temperatures.get(scorer, self.temperatures.get("others", 1.0))
 
 
@@ -170,9 +172,9 @@ class GenAIBenchTigerBenchmark(_PublishedBenchmark):
     """GenAI-Bench of TIGER-Lab: ``genai_bench_tiger/no_tie`` and ``genai_bench_tiger/4way`` on each split.
 
     Args:
-        root: Folder with ``{split}-*.parquet``, itself or in ``image_generation/``, or a hub id.
-        splits: ``test``, ``test_v1`` or both. Papers mean ``test`` where they leave out ties, the leaderboard of four
-            answers is on ``test_v1``.
+        root: Folder that holds ``{split}-*.parquet``, directly or in ``image_generation/``; or a hub id.
+        splits: ``test``, ``test_v1`` or both. Papers that leave out ties report ``test``; the leaderboard of four-way
+            answers uses ``test_v1``.
         on_error: See :class:`Benchmark`.
     """
 
@@ -187,7 +189,7 @@ class GenAIBenchTigerBenchmark(_PublishedBenchmark):
 
     @property
     def evaluations(self) -> tuple[Evaluation, ...]:
-        """Two and four answers on every split."""
+        """Both protocols on every split."""
         return tuple(Evaluation(key, split) for split in self._names for key in self.keys)
 
 
@@ -195,12 +197,12 @@ class GenAIBenchCMUBenchmark(_PublishedBenchmark):
     """GenAI-Bench of CMU, 1,600 prompts of six rated images: ``genai_bench_cmu``.
 
     Args:
-        root: Folder with ``train-*.parquet``, itself or in ``data/``, or with ``GenAI-Bench.parquet``, or a hub id.
+        root: Folder that holds ``train-*.parquet``, directly or in ``data/``, or ``GenAI-Bench.parquet``; or a hub id.
         on_error: See :class:`Benchmark`.
     """
 
     name, keys, reader = "genai_bench_cmu", ("genai_bench_cmu",), readers.GenAIBenchCMUReader
-    split = "train"  # the only one there is
+    split = "train"  # the data set's only split
 
 
 class PairsBenchmark(Benchmark):
@@ -217,11 +219,11 @@ class PairsBenchmark(Benchmark):
 
     @property
     def evaluations(self) -> tuple[Evaluation, ...]:
-        """Without ties, and by probability."""
+        """``pairs/strict`` and ``pairs/soft`` on the reader's split."""
         return Evaluation("pairs/strict", self._split), Evaluation("pairs/soft", self._split)
 
     def open(self, split: str) -> PairReader:
-        """The reader that was given."""
+        """Return the reader given to the constructor."""
         return self.reader
 
     @property

@@ -1,4 +1,4 @@
-"""A protocol's number over parts of its pairs, at each noise level, and of one scorer against another."""
+"""A protocol's number on sub-groups of the pairs, at each noise level, and as difference of two scorers."""
 
 from collections.abc import Iterable, Sequence
 
@@ -25,14 +25,14 @@ def subgroup_results(
     columns: Sequence[str] = SUBGROUP_COLUMNS,
     least: int = 1,
 ) -> list[SubgroupResult]:
-    """The number over the pairs of each value of each column, larger sub-groups first.
+    """Compute the protocol's number on each sub-group, larger sub-groups of a column first.
 
     Args:
-        key: Protocol.
-        pairs: Scores.
-        judgement: What :func:`~latentreward.evaluation.benchmark.protocols.judge` gave for all pairs.
-        columns: Columns to go by; those that the pairs lack are passed over.
-        least: Least number of pairs that count.
+        key: Key of the protocol.
+        pairs: Scored pairs of one scorer.
+        judgement: Result of :func:`~latentreward.evaluation.benchmark.protocols.judge` for all pairs.
+        columns: Columns whose values define the sub-groups; columns that the pairs lack are skipped.
+        least: Least number of counted pairs of a sub-group; smaller sub-groups are left out.
     """
     results = []
     for column in (name for name in columns if name in pairs.columns):
@@ -42,7 +42,7 @@ def subgroup_results(
 
 
 def _members(values: Sequence[str | None]) -> dict[str, np.ndarray]:
-    """Rows of each value; a value of several lines counts for each."""
+    """Return the rows of each value; a row whose value has several lines belongs to each line."""
     rows: dict[str, list[int]] = {}
     for row, value in enumerate(values):
         for line in value.split("\n") if value else ():
@@ -61,15 +61,15 @@ def _subgroup(
 
 
 def paired_difference(key: str, first: Judged, second: Judged) -> DifferenceResult:
-    """One scorer against another on the pairs that count for both; its interval is that of the difference.
+    """Compute the difference of two scorers on the pairs that count for both, with the interval of the difference.
 
     Args:
-        key: Protocol.
-        first: One scorer's pairs and judgement.
-        second: The other's, on the same pairs.
+        key: Key of the protocol.
+        first: Pairs and judgement of the first scorer.
+        second: The same pairs scored by the second scorer, and their judgement.
 
     Raises:
-        InputError: If the pairs are others.
+        InputError: If the two scorers scored different pairs.
     """
     (pairs, judgement), (others, other) = first, second
     if pairs.pair_ids != others.pair_ids:
@@ -82,11 +82,11 @@ def paired_difference(key: str, first: Judged, second: Judged) -> DifferenceResu
 
 
 def level_results(key: str, levels: Iterable[tuple[float, float, BenchmarkPairs]]) -> list[LevelResult]:
-    """The number at each noise level.
+    """Compute the protocol's number at each noise level.
 
     Args:
-        key: Protocol.
-        levels: σ in [0, 1], timestep, and pairs scored at that level.
+        key: Key of the protocol.
+        levels: For each level its σ in [0, 1], its timestep, and the pairs scored at the level.
     """
     results = []
     for sigma, timestep, pairs in levels:

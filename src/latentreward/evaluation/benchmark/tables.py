@@ -1,4 +1,4 @@
-"""A report's tables as text, which Markdown, HTML and the terminal show alike."""
+"""Tables of a report as text, for Markdown, HTML and the terminal."""
 
 import math
 from collections.abc import Sequence
@@ -21,16 +21,16 @@ from latentreward.reports.tables import (
 )
 
 LARGEST = 25
-"""Rows of a table of sub-groups."""
+"""Most rows of a table of sub-groups."""
 
 
 def count_list(counts: dict[str, int]) -> str:
-    """``3 truncated, 1 missing file``."""
+    """Format counts by reason, e.g. ``3 truncated, 1 missing file``; ``0`` if all counts are 0."""
     return ", ".join(f"{number} {reason}" for reason, number in sorted(counts.items()) if number) or "0"
 
 
 def data_table(report: BenchmarkReport) -> Table:
-    """What was scored."""
+    """Build the table of data sets: what was scored and what was left out."""
     rows = [
         (
             name,
@@ -48,13 +48,13 @@ def data_table(report: BenchmarkReport) -> Table:
 
 
 def scorer_table(report: BenchmarkReport) -> Table:
-    """Which models."""
+    """Build the table of models with their identities."""
     rows = tuple((name, without_unset(identity)) for name, identity in report.scorers.items())
     return Table(("model", "what it is"), rows)
 
 
 def overview_table(report: BenchmarkReport) -> Table:
-    """A row per protocol, a column per model."""
+    """Build the overview: a row per data set and protocol, a column per model."""
     rows = []
     for (benchmark, protocol), results in grouped(report.protocols, "benchmark", "protocol").items():
         found = {result.scorer: with_interval(result.estimate) for result in results}
@@ -63,13 +63,13 @@ def overview_table(report: BenchmarkReport) -> Table:
 
 
 def average_table(report: BenchmarkReport) -> Table:
-    """Means of four benchmarks."""
+    """Build the table of mean accuracies over four benchmarks."""
     rows = tuple((one.scorer, percent(one.estimate.value), interval(one.estimate)) for one in report.averages)
     return Table(("model", "mean accuracy %", "95 % interval"), rows, caption="Measured in this run")
 
 
 def protocol_table(results: Sequence[ProtocolResult]) -> Table:
-    """All models by one protocol."""
+    """Build the table of all models by one protocol."""
     rows = [
         (
             result.scorer,
@@ -88,13 +88,13 @@ def protocol_table(results: Sequence[ProtocolResult]) -> Table:
 
 
 def published_table(published: Sequence[PublishedNumber]) -> Table:
-    """What others measured by a protocol."""
+    """Build the table of numbers that others published for one protocol."""
     rows = tuple((one.model, percent(one.value), one.source) for one in published)
     return Table(("model", "accuracy %", "source"), rows, caption="Published by others", theirs=True)
 
 
 def difference_table(report: BenchmarkReport) -> Table:
-    """Pairs of models on the same pairs of images."""
+    """Build the table of differences between every two models."""
     rows = [
         (
             one.benchmark,
@@ -112,7 +112,7 @@ def difference_table(report: BenchmarkReport) -> Table:
 
 
 def subgroup_tables(report: BenchmarkReport) -> list[Table]:
-    """One table for each protocol and kind of sub-group: a row per sub-group, a column per model."""
+    """Build a table for each protocol and column of sub-groups: a row per sub-group, a column per model."""
     tables = []
     for (benchmark, protocol, column), results in grouped(report.subgroups, "benchmark", "protocol", "column").items():
         scorers = list(dict.fromkeys(result.scorer for result in results))
@@ -123,7 +123,7 @@ def subgroup_tables(report: BenchmarkReport) -> list[Table]:
 
 
 def level_table(report: BenchmarkReport) -> Table:
-    """Accuracy by noise level."""
+    """Build the table of accuracy by noise level."""
     rows = [
         (
             one.benchmark,
@@ -139,7 +139,7 @@ def level_table(report: BenchmarkReport) -> Table:
 
 
 def calibration_table(report: BenchmarkReport) -> Table:
-    """Calibration errors."""
+    """Build the table of calibration errors."""
     rows = [
         (one.benchmark, one.protocol, one.scorer, _temperature(one.temperature), with_interval(one.error))
         for one in report.calibration
@@ -148,7 +148,7 @@ def calibration_table(report: BenchmarkReport) -> Table:
 
 
 def agreement_table(report: BenchmarkReport) -> Table:
-    """Every two models."""
+    """Build the table of agreement between every two models."""
     rows = []
     for one in report.agreement:
         correlations = with_interval(one.spearman, _number), with_interval(one.pearson, _number)
@@ -158,7 +158,7 @@ def agreement_table(report: BenchmarkReport) -> Table:
 
 
 def correlation_table(report: BenchmarkReport) -> Table:
-    """CLIP-Corr and Aes-Corr: a reward against a CLIP score or an aesthetic score."""
+    """Build the table of CLIP-Corr and Aes-Corr: agreement of rewards with CLIP and aesthetic scorers."""
     rows = [
         (one.benchmark, one.scorer, one.name, one.reference, with_interval(one.estimate, _number))
         for one in report.correlations
@@ -189,7 +189,7 @@ def _details(details: dict[str, Any]) -> str:
 
 
 def _temperature(value: float) -> str:
-    """Three digits; of a fit that found none, larger gaps do not win more often."""
+    """Format a temperature with three digits; inf means that larger gaps do not win more often."""
     return f"{value:.3g}" if math.isfinite(value) else "none (larger gaps do not win)"
 
 

@@ -1,1 +1,1 @@
-"""Two generators, or one, judged by scorers."""
+"""Evaluation of one generator, or comparison of two, by scorers of their pictures."""

@@ -1,4 +1,4 @@
-"""Pictures that were made before or elsewhere: a folder with a table, or laid out as a benchmark has it."""
+"""Import of existing pictures: folders with a table, or folders in the layout of a published benchmark."""
 
 import csv
 import json
@@ -21,19 +21,19 @@ from latentreward.scorers.tools import JudgedPicture
 TABLES = ("images.csv", "images.jsonl", "images.parquet")
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 NUMBERED = re.compile(r"(.*)_(\d{6})")
-"""T2I-CompBench++'s names: prompt and number."""
+"""File names of T2I-CompBench++: prompt and number."""
 
 
 @dataclass(frozen=True)
 class FoundPicture:
-    """A picture in a folder, not yet matched with a set of prompts.
+    """Picture in a folder, not yet matched with a set of prompts.
 
     Attributes:
-        file: Name in the folder.
-        prompt: Raw text, None where the layout does not tell it.
-        place: Number of its prompt, in its group or in all, if known.
-        image: Number of the picture of that prompt, if known.
-        group: Kind of prompt, if the layout tells it.
+        file: Path relative to the folder.
+        prompt: Raw prompt; None where the layout does not hold the prompt.
+        place: Number of the prompt from 0; within ``group`` where ``prompt`` is None. None if unknown.
+        image: Number of the picture among those of its prompt, from 0; None if unknown.
+        group: Group of the prompt; empty if the layout has no groups.
     """
 
     file: str
@@ -45,12 +45,13 @@ class FoundPicture:
 
 @dataclass(frozen=True)
 class ImportedPictures:
-    """A folder's pictures of a set of prompts.
+    """Pictures of a folder, matched with a set of prompts.
 
     Attributes:
-        pictures: By place and number.
-        left_aside: Pictures that are not wanted: of other prompts, or further ones.
-        problems: Reason → pictures that could not be read.
+        pictures: (index of the prompt, number of the picture of that prompt) → picture.
+        left_aside: Number of pictures that are not wanted, because their prompt is not in the set or because the prompt
+            has more pictures than are wanted.
+        problems: Reason → number of wanted pictures that could not be read.
     """
 
     pictures: dict[tuple[int, int], JudgedPicture]
@@ -59,17 +60,17 @@ class ImportedPictures:
 
 
 def find_pictures(folder: Path, table: Path | None) -> list[FoundPicture]:
-    """What a folder holds.
+    """List the pictures of a folder.
 
     Args:
-        folder: With ``images.csv``, ``images.jsonl`` or ``images.parquet``, as ``latentreward generate`` writes it:
-            columns ``file`` and ``prompt``, and, if wanted, ``place`` and ``image``. Or laid out for GenEval
-            (``00000/metadata.jsonl``, ``00000/samples/0000.png``), T2I-CompBench++
-            (``CATEGORY/samples/PROMPT_000000.png``) or HPSv2 (``STYLE/00000.jpg``).
-        table: The table, if it lies elsewhere or has another name.
+        folder: Folder of one of two kinds. With a table ``images.csv``, ``images.jsonl`` or ``images.parquet``, as
+            ``latentreward generate`` writes it: columns ``file`` and ``prompt``, optionally ``place``, ``image`` and
+            ``group``. Or in the layout of GenEval (``00000/metadata.jsonl``, ``00000/samples/0000.png``),
+            T2I-CompBench++ (``CATEGORY/samples/PROMPT_000000.png``) or HPSv2 (``STYLE/00000.jpg``).
+        table: File of the table, if it lies elsewhere or has another name.
 
     Raises:
-        InputError: If there is no such folder or table, or neither a table nor a layout is recognised.
+        InputError: If there is no such folder or table, or neither a table nor a known layout is found.
     """
     if not folder.is_dir():
         raise InputError(f"images: no folder {folder}; give the folder of the pictures")
@@ -84,13 +85,13 @@ def find_pictures(folder: Path, table: Path | None) -> list[FoundPicture]:
 
 
 def prompts_of(found: Sequence[FoundPicture], folder: Path) -> list[PromptRow]:
-    """The distinct prompts of pictures, in their order.
+    """Return the distinct prompts of pictures, in order of first occurrence.
 
     Raises:
-        InputError: If the layout does not tell them.
+        InputError: If the folder's layout does not hold the prompts, or all prompts are empty.
     """
     if any(picture.prompt is None for picture in found):
-        raise InputError(f"images: {folder} does not tell its prompts; set prompts")
+        raise InputError(f"images: {folder} does not hold the prompts of its pictures; set prompts")
     keys = dict.fromkeys((picture.group, picture.prompt) for picture in found if (picture.prompt or "").strip())
     if not keys:
         raise InputError(f"images: all prompts of {folder} are empty; set prompts")
@@ -98,17 +99,24 @@ def prompts_of(found: Sequence[FoundPicture], folder: Path) -> list[PromptRow]:
 
 
 def pictures_per_prompt(found: Iterable[FoundPicture], rows: Sequence[PromptRow]) -> int:
-    """Most pictures of one prompt."""
+    """Return the largest number of pictures of one prompt: the highest number of a matched picture, plus 1."""
     return max((image for _, image in _match(found, rows)[0]), default=0) + 1
 
 
 def import_pictures(
     folder: Path, found: Iterable[FoundPicture], rows: Sequence[PromptRow], wanted: Sequence[tuple[int, int]]
 ) -> ImportedPictures:
-    """Match a folder's pictures with prompts, by their text or, where that is not told, by group and number.
+    """Match a folder's pictures with a set of prompts, and decode the wanted ones to find damaged files.
 
-    Pictures of a prompt that occurs several times in the set go to its places in turn. Those that are wanted are read,
-    so that a damaged one shows now.
+    Pictures are matched by the text of their prompt. Pictures without a text are matched by group and by number of the
+    prompt within the group. If a prompt occurs k times in the set, its pictures are cut into k runs of equal length,
+    the first for the first occurrence. Damaged pictures are left out and counted in ``problems``.
+
+    Args:
+        folder: Folder of the pictures.
+        found: Pictures from :func:`find_pictures`.
+        rows: Set of prompts.
+        wanted: (index in ``rows``, number of the picture of that prompt) of each wanted picture.
     """
     matched, left_aside = _match(found, rows)
     asked = set(wanted)
@@ -129,7 +137,7 @@ def import_pictures(
 
 
 def _match(found: Iterable[FoundPicture], rows: Sequence[PromptRow]) -> tuple[dict[tuple[int, int], str], int]:
-    """Files by place and number, and the number of pictures that are of none of the prompts."""
+    """Return (index of the prompt, number of the picture) → file, and the number of pictures of other prompts."""
     kept = defaultdict(list)
     for picture in found:
         kept[picture.group, picture.place if picture.prompt is None else picture.prompt].append(picture)
@@ -148,7 +156,10 @@ def _match(found: Iterable[FoundPicture], rows: Sequence[PromptRow]) -> tuple[di
 
 
 def _places(group: str, key: str | int | None, rows: Sequence[PromptRow]) -> list[int]:
-    """Places of a prompt's text, or of its number in a group; of the group alone, if the text is in it."""
+    """Return the indices in ``rows`` of a prompt's text, or of the prompt with number ``key`` in the group.
+
+    A text that occurs in the group is looked up within the group only.
+    """
     if not isinstance(key, str):
         return [place for place, row in enumerate(rows) if row.group == group][key : (key or 0) + 1]
     places = [place for place, row in enumerate(rows) if row.prompt == key]
@@ -156,7 +167,7 @@ def _places(group: str, key: str | int | None, rows: Sequence[PromptRow]) -> lis
 
 
 def _shares(pictures: list[FoundPicture], number: int) -> list[list[FoundPicture]]:
-    """Pictures of one text, by place and number, dealt out to as many places."""
+    """Sort the pictures of one prompt, and cut them into ``number`` runs of equal length."""
     pictures = sorted(pictures, key=lambda picture: (picture.place or 0, picture.image or 0))
     size = -(-len(pictures) // max(number, 1))
     return [pictures[start : start + size] for start in range(0, len(pictures), size)]
@@ -189,7 +200,7 @@ def _whole(row: dict[str, Any], column: str, path: Path) -> int | None:
     try:
         return int(value)  # type: ignore[arg-type]
     except (TypeError, ValueError) as error:
-        raise InputError(f"table: {column} {value!r} in {path} is no whole number; write numbers from 0") from error
+        raise InputError(f"table: {column} {value!r} in {path} is not a whole number; write numbers from 0") from error
 
 
 def _of_layout(folder: Path) -> Iterator[FoundPicture]:

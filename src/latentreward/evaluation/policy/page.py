@@ -1,4 +1,4 @@
-"""The page on which pictures of both policies stand side by side."""
+"""Writer of the HTML page that shows the pictures of both policies side by side."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,13 +29,13 @@ def write_policy_page(
     """Write the page.
 
     Args:
-        path: Where to.
-        report: Whose names, notes and numbers it shows.
-        introduction: How they came about.
-        sections: With tables.
-        scored: One policy, or two with the same places and numbers.
-        cards: Most pictures of a policy. They are spread evenly over the differences of the first score (of one policy,
-            over its scores), so that nothing is picked by hand.
+        path: HTML file to write.
+        report: Report with the names of the policies and notes.
+        introduction: Text above the sections.
+        sections: Sections with the report's tables.
+        scored: One policy, or two policies with pictures of the same prompts and numbers.
+        cards: Most pictures of each policy on the page. Pictures are chosen at evenly spaced ranks of the difference of
+            the two policies' first score (with one policy, of the first score).
     """
     names = list(scored[0].scores)
     rows = shown_rows(scored, cards)
@@ -56,7 +56,7 @@ def write_policy_page(
 
 
 def shown_rows(scored: Sequence[ScoredPictures], cards: int) -> list[int]:
-    """Rows of pictures that are shown, in the order of the set."""
+    """Return the rows of the pictures to show, in ascending order."""
     count = len(scored[0].pictures)
     order = np.argsort(_sort_values(scored, next(iter(scored[0].scores))), kind="stable")
     chosen = np.linspace(0, count - 1, min(cards, count)).round().astype(int)
@@ -64,7 +64,7 @@ def shown_rows(scored: Sequence[ScoredPictures], cards: int) -> list[int]:
 
 
 def _sort_values(scored: Sequence[ScoredPictures], name: str) -> np.ndarray:
-    """``(N,)`` difference of two policies, score of one."""
+    """Return the ``(N,)`` difference of two policies in one score; with one policy, the score itself."""
     first = scored[0].scores[name]
     return first - scored[1].scores[name] if len(scored) > 1 else first
 

@@ -1,4 +1,4 @@
-"""Numbers that LPO's authors report, by the protocol of the preset that shows them."""
+"""Scores that LPO's authors report, for each base model's evaluation protocol."""
 
 from typing import Literal
 
@@ -7,7 +7,7 @@ from latentreward.evaluation.policy.results import PublishedScore
 Protocol = Literal["lpo_sd15", "lpo_sdxl"]
 SOURCE = "arXiv:2502.01051 (LPO), measured by its authors"
 SCORES = ("pickscore", "imagereward", "aesthetic", "geneval")
-"""Names of scorers that they are comparable with; GenEval as a share, at 20 steps."""
+"""Names of our scores that the numbers are comparable with; GenEval is a share in [0, 1], at 20 sampling steps."""
 NUMBERS: dict[Protocol, dict[str, tuple[float, ...]]] = {
     "lpo_sd15": {
         "SD1.5": (20.56, 0.008, 5.468, 0.4256),
@@ -23,7 +23,7 @@ NUMBERS: dict[Protocol, dict[str, tuple[float, ...]]] = {
 
 
 def published_scores(protocol: Protocol) -> tuple[PublishedScore, ...]:
-    """All numbers of one base model."""
+    """Return all published scores for the protocol of one base model."""
     return tuple(
         PublishedScore(model, score, value, SOURCE)
         for model, values in NUMBERS[protocol].items()

@@ -1,4 +1,4 @@
-"""The report in four files: for programs, for a README, to look at, and every score of every picture."""
+"""Writer of a policy report as JSON, Markdown and HTML, and of a CSV file with every score of every picture."""
 
 import csv
 import io
@@ -15,21 +15,23 @@ from latentreward.storage.durable import write_file
 
 JSON, MARKDOWN, HTML, SCORES = "report.json", "report.md", "report.html", "scores.csv"
 INTRODUCTION = (
-    "Means over pictures, with 95 % intervals by resampling prompts (percentile bootstrap). Of few prompts they are "
-    "too narrow: where there are fewer than 30, their number stands behind the interval, as (12 groups). Pictures of "
-    "two policies are compared one by one, same prompt and number; the win rate is the share of pictures where the "
-    "first policy scores higher, ties counting one half, and 50 % is no difference."
+    "Means over pictures, with 95 % intervals by resampling prompts (percentile bootstrap). With few prompts an "
+    "interval is too narrow; if there are fewer than 30, their number follows the interval, as in (12 groups). "
+    "Pictures of two policies are compared in pairs with the same prompt and number. The win rate is the share of "
+    "pairs in which the first policy scores higher; a tie counts one half, so 50 % means no difference."
 )
 
 
 def write_report(folder: Path, report: PolicyReport, scored: Sequence[ScoredPictures], cards: int) -> None:
-    """Write ``report.json``, ``report.md``, ``report.html`` and ``scores.csv``; each appears whole or stays as it was.
+    """Write ``report.json``, ``report.md``, ``report.html`` and ``scores.csv``.
+
+    Each file is replaced only by a complete new one.
 
     Args:
-        folder: Where to.
-        report: What to write.
-        scored: Pictures of the policies, paired.
-        cards: Most pictures on the page.
+        folder: Folder to write to.
+        report: Report to write.
+        scored: Scored pictures of each policy, paired by :func:`~latentreward.evaluation.policy.statistics.in_common`.
+        cards: Most pictures of each policy on the HTML page.
     """
     write_file(folder / JSON, json_report(report))
     write_file(folder / MARKDOWN, markdown(report))
@@ -38,7 +40,7 @@ def write_report(folder: Path, report: PolicyReport, scored: Sequence[ScoredPict
 
 
 def sections(report: PolicyReport) -> list[Section]:
-    """List all parts that hold something, in their order."""
+    """List all sections that have tables, in the order of the report."""
     what = [
         *(("policy", *item) for item in report.policies.items()),
         *(("score", name, without_unset(identity)) for name, identity in report.scorers.items()),
@@ -53,7 +55,7 @@ def sections(report: PolicyReport) -> list[Section]:
 
 
 def markdown(report: PolicyReport) -> str:
-    """Write all tables."""
+    """Return the report as Markdown."""
     return markdown_report(" against ".join(report.policies), report.notes, INTRODUCTION, sections(report))
 
 

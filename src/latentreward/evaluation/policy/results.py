@@ -1,4 +1,4 @@
-"""What an evaluation of generators finds, as plain values: what JSON, Markdown and HTML show alike."""
+"""Results of an evaluation of generators as dataclasses, from which JSON, Markdown and HTML reports are written."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +15,7 @@ class ScoredPictures:
 
     Attributes:
         policy: Name of the policy.
-        pictures: N pictures, by place and number.
+        pictures: N pictures, in order of prompts and of numbers within a prompt.
         scores: Name of a score → ``(N,)`` float64.
     """
 
@@ -26,13 +26,13 @@ class ScoredPictures:
 
 @dataclass(frozen=True)
 class GroupMean:
-    """A score over the prompts of one group.
+    """Mean score over the prompts of one group.
 
     Attributes:
-        group: Which.
-        prompts: How many.
-        estimate: Mean.
-        parts_sd: Standard deviation of the means of successive parts of the group; NaN with one part.
+        group: Name of the group.
+        prompts: Number of prompts.
+        estimate: Mean over the group's pictures, with an interval over prompts.
+        parts_sd: Standard deviation of the means of consecutive parts of the group's prompts; NaN with one part.
     """
 
     group: str
@@ -43,17 +43,17 @@ class GroupMean:
 
 @dataclass(frozen=True)
 class PolicyScore:
-    """One score of one policy.
+    """Result of one policy by one score.
 
     Attributes:
         policy: Name of the policy.
         score: Name of the score.
-        headline: ``mean`` or ``mean_of_groups``: which of the two is the number of the score's own protocol.
-        mean: Over all pictures, with an interval over prompts.
+        headline: Attribute that the score's own protocol reports: ``mean`` or ``mean_of_groups``.
+        mean: Mean over all pictures, with an interval over prompts.
         mean_of_groups: Mean of the groups' means; None with one group.
-        groups: Each group by itself; none with one group.
-        pictures: How many.
-        prompts: How many.
+        groups: Result of each group; empty with one group that is not cut into parts.
+        pictures: Number of pictures.
+        prompts: Number of prompts.
     """
 
     policy: str
@@ -67,23 +67,23 @@ class PolicyScore:
 
     @property
     def estimate(self) -> Interval:
-        """The number of the score's own protocol."""
+        """Number that the score's own protocol reports: ``mean_of_groups`` or ``mean``."""
         return self.mean_of_groups if self.headline == "mean_of_groups" and self.mean_of_groups else self.mean
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two policies by one score, picture by picture.
+    """Comparison of two policies by one score, over pairs of pictures with the same prompt and number.
 
     Attributes:
         score: Name of the score.
-        group: Over which prompts; empty for all.
-        win_rate: Share of pictures of the first policy with the higher score, ties counting ½.
-        difference: Mean of first minus second.
-        wins: Pictures where the first is higher.
-        ties: Pictures where both are equal.
-        losses: Pictures where the second is higher.
-        prompts: How many.
+        group: Name of the group of prompts; empty for all prompts.
+        win_rate: Share of pairs in which the first policy scores higher; ties count ½.
+        difference: Mean of the first policy's score minus the second's.
+        wins: Number of pairs in which the first policy scores higher.
+        ties: Number of pairs with equal scores.
+        losses: Number of pairs in which the second policy scores higher.
+        prompts: Number of prompts.
     """
 
     score: str
@@ -98,7 +98,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class PublishedScore:
-    """A number from elsewhere, to stand beside ours."""
+    """Score published by others, shown beside ours."""
 
     model: str
     score: str
@@ -108,16 +108,16 @@ class PublishedScore:
 
 @dataclass(frozen=True)
 class PolicyReport:
-    """All of one run of ``latentreward evaluate-policy``.
+    """Results of one run of ``latentreward evaluate-policy``.
 
     Attributes:
-        policies: Name → what it is, in one line.
-        scorers: Name → identity, in one line.
+        policies: Name of a policy → description in one line.
+        scorers: Name of a scorer → identity in one line.
         scores: All scores of all policies.
-        comparisons: Between the two policies; none with one.
-        published: Numbers of the protocol's authors.
-        settings: Of the run, with versions of what computed it.
-        notes: What a reader must know before all numbers.
+        comparisons: Comparisons of the two policies; empty with one policy.
+        published: Scores published by the authors of the protocol.
+        settings: Settings of the run, and versions of the packages that computed it.
+        notes: Remarks shown before all numbers.
     """
 
     policies: dict[str, str]

@@ -1,4 +1,4 @@
-"""A policy that is judged: sampled from, or by pictures that it made before."""
+"""Policies under evaluation, and their pictures: sampled from a generator or read from a folder."""
 
 import re
 from collections import Counter
@@ -26,23 +26,22 @@ from latentreward.scoring.network import name_of
 
 NAME = re.compile(r"[\w .,+=-]{1,60}")
 PER_PROMPT, SHARED = "{}/{}", "{1}"
-"""Names, from place and number, under which the noise of a picture is drawn."""
+"""Formats of the name that seeds a picture's noise, from index of the prompt and number of the picture."""
 
 
 @dataclass
 class JudgedPolicy:
-    """A generator, or a folder of pictures.
+    """Policy under evaluation: a generator, or a folder of existing pictures.
 
     Attributes:
-        name: What reports call it; ``policy``, or ``baseline`` for what it is compared with, by default.
-        pipeline: Diffusers pipeline folder, hub id, or ``sd_tiny`` or ``sd35_tiny``; or all settings of a
-            ``PolicySource``. What the checkpoint notes by default.
-        checkpoint: Checkpoint of an alignment run, whose adapter is put to work.
-        lora: LoRA file or folder to put to work, as ``latentreward export`` writes it.
-        guidance_scale: Classifier-free guidance of this policy; that of the run by default.
-        images: Folder of pictures made before or elsewhere, instead of a generator: with ``images.csv`` (columns
-            ``file`` and ``prompt``) as ``latentreward generate`` writes it, or laid out for GenEval, T2I-CompBench++ or
-            HPSv2.
+        name: Name in reports; by default ``policy``, or ``baseline`` for the policy given as ``against``.
+        pipeline: Diffusers pipeline folder, hub id, ``sd_tiny`` or ``sd35_tiny``; or all settings of a
+            ``PolicySource``. By default the pipeline recorded in the checkpoint.
+        checkpoint: Checkpoint of an alignment run, whose adapter is loaded.
+        lora: LoRA file or folder to load, as ``latentreward export`` writes it.
+        guidance_scale: Classifier-free guidance scale of this policy; by default that of the run.
+        images: Folder of existing pictures, instead of a generator: with ``images.csv`` (columns ``file`` and
+            ``prompt``) as ``latentreward generate`` writes it, or in the layout of GenEval, T2I-CompBench++ or HPSv2.
         table: Table of ``images``, if it has another name or lies elsewhere: CSV, JSON lines or parquet.
     """
 
@@ -55,34 +54,37 @@ class JudgedPolicy:
     table: Path | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what says too much or too little."""
+        """Raise InputError for a bad name, and unless exactly one of a generator and a folder of pictures is given."""
         if self.name is not None and not NAME.fullmatch(self.name):
             raise InputError(f"name of a policy is {self.name!r}; use up to 60 letters, digits, spaces and . , + = - _")
         check_at_least_one(guidance_scale=self.guidance_scale)
         made = any(value is not None for value in (self.pipeline, self.checkpoint, self.lora))
         if self.images is not None and made:
-            raise InputError("images and a generator both say what is judged; give one of them")
+            raise InputError("images and a generator are both given; give one of them")
         if self.images is None and self.table is not None:
-            raise InputError("table tells of images; set images to the folder of the pictures")
+            raise InputError("table is given without images; set images to the folder of the pictures")
         if self.images is None and self.pipeline is None and self.checkpoint is None:
             raise InputError("there is nothing to judge; set pipeline, checkpoint or images of the policy")
 
     @cached_property
     def trained(self) -> TrainedPolicy:
-        """The generator, not yet loaded."""
+        """Settings of the generator, whose weights are not loaded yet."""
         source = self.pipeline
         if isinstance(source, str):
             source = PolicySource(source)
-            if self.checkpoint is not None:  # which knows the shape of its adapter
+            if self.checkpoint is not None:  # the checkpoint records the shape of its adapter
                 source = replace(source, lora=read_policy_adapter(self.checkpoint).source.lora)
         return TrainedPolicy(source, self.checkpoint, self.lora)
 
     def found(self) -> list[FoundPicture] | None:
-        """Pictures of the folder, None for a generator."""
+        """List the pictures of the folder; None for a generator."""
         return None if self.images is None else find_pictures(self.images, self.table)
 
     def start(self, sampling: Sampling) -> str:
-        """What noise a generator starts from and how it goes on, from its configs; empty for a folder of pictures."""
+        """Describe size and space of a generator's latents and its noise process, as read from its config files.
+
+        Two generators with equal descriptions start from the same noise. The text is empty for a folder of pictures.
+        """
         if self.images is not None:
             return ""
         pipeline = self.trained.source().pipeline()
@@ -94,7 +96,7 @@ class JudgedPolicy:
         return f"{sides[0]} × {sides[1]} latents of {space}, {type(pipeline.noise_process()).__name__}"
 
     def describe(self) -> str:
-        """In one line; files and folders by their names alone."""
+        """Describe the policy in one line, with names of files and folders instead of full paths."""
         if self.images is not None:
             return f"pictures of {name_of(str(self.images))}"
         parts = [name_of(str(self.trained.source().source))]
@@ -105,15 +107,15 @@ class JudgedPolicy:
 
 @dataclass(frozen=True)
 class SamplingPlan:
-    """How generators are sampled from.
+    """Settings for sampling from generators.
 
     Attributes:
         sampling: Steps, noise and size.
-        guidance_scale: Of policies that have none of their own.
-        seed: Fixes all noise.
+        guidance_scale: Guidance scale of policies without a guidance scale of their own.
+        seed: Seed of all noise.
         shared_noise: Whether the n-th pictures of all prompts start from the same noise.
         batch_size: Pictures sampled at once.
-        device: Where.
+        device: Device of the generators.
     """
 
     sampling: Sampling
@@ -124,22 +126,24 @@ class SamplingPlan:
     device: torch.device
 
     def guidance_of(self, policy: JudgedPolicy) -> float:
-        """Guidance scale of a policy."""
+        """Return the guidance scale of a policy: its own, or else that of the plan."""
         return self.guidance_scale if policy.guidance_scale is None else policy.guidance_scale
 
 
 class SampledPictures:
-    """Pictures of a generator in a folder, where those of an earlier run are kept.
+    """Pictures of a generator in a folder; pictures of an earlier run with equal settings are kept.
+
+    The constructor compares the folder's settings and lists the missing pictures; :meth:`make` samples them.
 
     Args:
-        policy: The generator.
-        plan: How it is sampled from.
-        rows: The set of prompts.
-        wanted: Places and numbers of pictures.
-        folder: Where they go.
+        policy: Policy with a generator.
+        plan: Settings for sampling.
+        rows: Set of prompts.
+        wanted: (index in ``rows``, number of the picture of that prompt) of each wanted picture.
+        folder: Folder of the pictures.
 
     Raises:
-        InputError: If the folder holds pictures made otherwise.
+        InputError: If the folder holds pictures made with other settings.
     """
 
     def __init__(
@@ -153,7 +157,7 @@ class SampledPictures:
         self.missing = [name for name in wanted if not self._folder.has(*name, rows[name[0]].prompt)]
 
     def make(self) -> None:
-        """Sample what is missing."""
+        """Load the generator and sample the missing pictures; does nothing if none is missing."""
         if not self.missing:
             return
         plan = self._plan
@@ -175,7 +179,7 @@ class SampledPictures:
         )
 
     def pictures(self) -> dict[Name, JudgedPicture]:
-        """All of them, by place and number."""
+        """Return (index of the prompt, number of the picture) → picture; call :meth:`make` first."""
         files = {name: str(self._folder.rows[name]["file"]) for name in self._wanted}
         return {
             (place, image): _judged(place, image, file, self._folder.folder / file, self._rows[place])
@@ -184,13 +188,13 @@ class SampledPictures:
 
 
 class FolderPictures:
-    """Pictures that were made before or elsewhere.
+    """Existing pictures in a folder, with the interface of :class:`SampledPictures`.
 
     Args:
-        policy: With its folder.
-        found: What the folder holds.
-        rows: The set of prompts.
-        wanted: Places and numbers of pictures.
+        policy: Policy with a folder ``images``.
+        found: All pictures of the folder.
+        rows: Set of prompts.
+        wanted: (index in ``rows``, number of the picture of that prompt) of each wanted picture.
     """
 
     def __init__(
@@ -201,10 +205,10 @@ class FolderPictures:
         self.folder, self.imported = policy.images, import_pictures(policy.images, found, rows, wanted)
 
     def make(self) -> None:
-        """They are there."""
+        """Do nothing: the pictures exist already."""
 
     def pictures(self) -> dict[Name, JudgedPicture]:
-        """Those that are wanted and can be read, by place and number."""
+        """Return (index of the prompt, number of the picture) → picture, for wanted pictures that can be read."""
         return self.imported.pictures
 
 
@@ -219,7 +223,7 @@ def make_source(
     wanted: Sequence[Name],
     folder: Path,
 ) -> Source:
-    """Where a policy's pictures come from; those of a generator go to ``folder``."""
+    """Return the source of a policy's pictures; a generator, for which ``found`` is None, writes to ``folder``."""
     if found is None:
         return SampledPictures(policy, plan, rows, wanted, folder)
     return FolderPictures(policy, found, rows, wanted)
@@ -228,10 +232,11 @@ def make_source(
 def complete_or_refuse(
     sources: Mapping[str, Source], wanted: Sequence[Name], missing: Literal["refuse", "leave_out"]
 ) -> list[str]:
-    """What is not as it should be with pictures from folders, a line for each.
+    """Check the pictures that were read from folders; return one note per problem.
 
     Raises:
-        InputError: If pictures are missing, and that is to be refused, or no prompt would be left.
+        InputError: If pictures are missing and ``missing`` is ``"refuse"``, or if no picture is left that all policies
+            have.
     """
     notes, left = [], set(wanted)
     for name, source in sources.items():
@@ -242,11 +247,11 @@ def complete_or_refuse(
                 place, image = lacking[0]
                 raise InputError(
                     f"images: {source.folder} lacks {len(lacking)} of {len(wanted)} pictures, first number {image} of "
-                    f"prompt {place}{_because(source)}; complete it, or set images_per_prompt or missing=leave_out"
+                    f"prompt {place}{_because(source)}; add them, or set images_per_prompt or missing=leave_out"
                 )
             left -= set(lacking)
     if not left:
-        raise InputError("no picture is left of which all policies have one; compare folders for the same prompts")
+        raise InputError("no picture is left that all policies have; compare folders for the same prompts")
     return notes
 
 
@@ -262,12 +267,12 @@ def _folder_notes(name: str, source: FolderPictures, wanted: int) -> list[str]:
             f"{name} lacks {lacking} of {wanted} pictures{_because(source)}; they are left out for all policies."
         )
     if imported.left_aside:
-        notes.append(f"{name} has {imported.left_aside} pictures besides, of other prompts or numbers.")
+        notes.append(f"{name} has {imported.left_aside} more pictures, of other prompts or numbers; they are ignored.")
     return notes
 
 
 def planned(rows: Sequence[PromptRow], wanted: Sequence[Name]) -> list[JudgedPicture]:
-    """Pictures as they will be, with no files yet, for scorers to look at their prompts."""
+    """Return the wanted pictures without files, so that scorers can check prompts before anything is sampled."""
     return [_judged(place, image, "", Path(), rows[place]) for place, image in wanted]
 
 

@@ -1,4 +1,4 @@
-"""All pictures of a policy by all scorers."""
+"""Scoring of a policy's pictures by all scorers; scores are kept in files and reused."""
 
 import json
 import sys
@@ -20,21 +20,20 @@ from latentreward.storage.durable import write_file
 from latentreward.storage.progress import Progress
 
 CHUNK = 64
-"""Pictures in memory at a time, and what a kill can lose of their scores."""
+"""Number of pictures decoded at a time; a killed process loses the scores of at most this many pictures."""
 
 
 Scores = tuple[float, ...]
 
 
 class ScoreStore:
-    """Scores of one scorer for one policy, by the content of pictures and by their prompts.
+    """File of one scorer's scores for one policy, keyed by the content of a picture and its prompt.
 
-    A score counts only for the same bytes, prompt and scorer; whatever else the file holds is forgotten, as is a
-    damaged file.
+    A file that is damaged or was written by another scorer is ignored, and replaced at the next :meth:`add`.
 
     Args:
-        path: JSON lines, the first of which says which scorer it was.
-        identity: Of the scorer and its files.
+        path: File of JSON lines; the first line holds the identity of the scorer.
+        identity: Identity of the scorer and its files.
     """
 
     def __init__(self, path: Path, identity: str) -> None:
@@ -48,27 +47,27 @@ class ScoreStore:
             self._known = {}
 
     def get(self, key: str) -> Scores | None:
-        """Scores of a picture, None if they are not known."""
+        """Return the scores of a picture, by its :func:`picture_key`; None if the picture has not been scored."""
         return self._known.get(key)
 
     @interrupts_held()
     def add(self, scores: Mapping[str, Scores]) -> None:
-        """Remember scores; the file is whole at any moment."""
+        """Add scores and rewrite the file; the old file stays until the new one is complete."""
         self._known |= scores
         rows = [{"scorer": self.identity}, *({"picture": key, "scores": row} for key, row in self._known.items())]
         write_file(self.path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def picture_key(picture: JudgedPicture) -> str:
-    """Name of a picture's bytes and prompt, and of its place in the set, which whole-set scorers go by."""
+    """Return a hash of a picture's bytes and prompt, and of prompt index and number, which whole-set scorers use."""
     return digest([picture.path.read_bytes(), json.dumps([picture.prompt, picture.place, picture.image])])
 
 
 def score_names(scorers: Sequence[Scorer]) -> list[str]:
-    """Names of all scores.
+    """Return the names of all scores.
 
     Raises:
-        InputError: If there is no scorer, two share a name, or one scores pairs alone.
+        InputError: If there is no scorer, two scores share a name, or a scorer accepts pairs only.
     """
     if not scorers:
         raise InputError("there is no scorer; set scorers, e.g. to latentreward.scorers.PickScorer")
@@ -83,13 +82,13 @@ def score_names(scorers: Sequence[Scorer]) -> list[str]:
 
 
 class PictureScoring:
-    """Scores of one policy's pictures, remembered in ``folder``.
+    """Scoring of one policy's pictures, with scores kept in ``folder``.
 
     Args:
         policy: Name of the policy.
-        pictures: All of them, by place and number.
-        scorers: What scores them; :func:`score_names` has found nothing wrong with them.
-        folder: Where scores are kept, and where whole-set scorers work.
+        pictures: Pictures of the policy, in order of prompts and of numbers within a prompt.
+        scorers: Scorers that passed :func:`score_names`.
+        folder: Folder of the files of scores, and of the working folders of whole-set scorers.
     """
 
     def __init__(self, policy: str, pictures: Sequence[JudgedPicture], scorers: Sequence[Scorer], folder: Path) -> None:
@@ -100,15 +99,15 @@ class PictureScoring:
         }
 
     def missing(self, scorer: Scorer) -> list[int]:
-        """Rows of pictures that it has not scored yet."""
+        """Return the rows of the pictures that a scorer has not scored yet."""
         store = self._stores[scorer.name]
         return [row for row, key in enumerate(self._keys) if store.get(key) is None]
 
     def score(self) -> ScoredPictures:
-        """Score what is missing.
+        """Score the missing pictures and return all scores.
 
         Raises:
-            InputError: If a scorer fails, or returns what is no finite number.
+            InputError: If a scorer fails or returns a number that is not finite.
         """
         images = [scorer for scorer in self.scorers if isinstance(scorer, ImageScorer)]
         missing, total = sorted({row for scorer in images for row in self.missing(scorer)}), len(self.pictures)
@@ -149,6 +148,6 @@ class PictureScoring:
 
 
 def told_apart(scorer: Scorer, policy: str) -> str:
-    """Identity of a scorer with what its files hold, so that one trained or measured again is scored anew."""
+    """Return a scorer's identity with fingerprints of its files, so that changed files invalidate kept scores."""
     files = scorer_fingerprints(scorer, policy)
     return f"{scorer.identity()}, files {json.dumps(files)}" if files else scorer.identity()

@@ -1,4 +1,4 @@
-"""Means, win rates and differences with intervals; prompts are what is resampled."""
+"""Means, win rates and differences with bootstrap intervals that resample prompts."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,12 +9,13 @@ from latentreward.metrics.bootstrap import Interval, clustered_interval, cluster
 
 
 def policy_scores(scored: ScoredPictures, headlines: Mapping[str, str], parts: int = 1) -> list[PolicyScore]:
-    """Each score of a policy.
+    """Compute the means of each score of a policy.
 
     Args:
-        scored: Its pictures.
-        headlines: Name of a score → ``mean`` or ``mean_of_groups``.
-        parts: Successive parts of each group, whose means' spread is told: HPSv2 reports ten parts of 80 prompts.
+        scored: Scored pictures of the policy.
+        headlines: Name of a score → ``mean`` or ``mean_of_groups``, as in :class:`PolicyScore`.
+        parts: Number of consecutive parts into which the prompts of each group are cut; the standard deviation of the
+            parts' means is reported. HPSv2 reports ten parts of 80 prompts.
     """
     prompts, groups = prompt_numbers(scored), np.array([picture.group for picture in scored.pictures])
     places = np.array([picture.place for picture in scored.pictures])
@@ -40,7 +41,10 @@ def policy_scores(scored: ScoredPictures, headlines: Mapping[str, str], parts: i
 
 
 def prompt_numbers(scored: ScoredPictures) -> np.ndarray:
-    """``(N,)`` number of each picture's prompt; equal texts have one number, as their pictures depend on each other."""
+    """Return the ``(N,)`` number of each picture's prompt.
+
+    Equal texts share a number, because their pictures are not independent.
+    """
     numbers: dict[str, int] = {}
     return np.array([numbers.setdefault(picture.prompt, len(numbers)) for picture in scored.pictures])
 
@@ -53,12 +57,14 @@ def _group_mean(group: str, values: np.ndarray, prompts: np.ndarray, places: np.
 
 
 def mean_of_groups(values: np.ndarray, prompts: np.ndarray, groups: np.ndarray) -> Interval:
-    """Mean of the groups' means, as GenEval has it; a resample that misses a group averages the others.
+    """Compute the mean of the groups' means, as GenEval reports it, with an interval by resampling prompts.
+
+    A resample without prompts of some group averages the other groups.
 
     Args:
-        values: ``(N,)`` one for each picture.
-        prompts: ``(N,)`` its prompt, which is what is resampled.
-        groups: ``(N,)`` the prompt's group.
+        values: ``(N,)`` score of each picture.
+        prompts: ``(N,)`` number of each picture's prompt; prompts are resampled.
+        groups: ``(N,)`` name of the prompt's group.
     """
     members = [groups == kind for kind in np.unique(groups)]
     columns = [column for member in members for column in (np.where(member, values, 0.0), member.astype(float))]
@@ -73,7 +79,10 @@ def _mean_of_ratios(sums: np.ndarray) -> np.ndarray:
 
 
 def compare(first: ScoredPictures, second: ScoredPictures) -> list[Comparison]:
-    """Both policies by each score, over all prompts and group by group; :func:`in_common` pairs their pictures."""
+    """Compare two policies by each score, over all prompts and over each group.
+
+    The two arguments should come from :func:`in_common`, so that equal rows hold pictures of one prompt and number.
+    """
     prompts, groups = prompt_numbers(first), np.array([picture.group for picture in first.pictures])
     kinds = list(dict.fromkeys(groups.tolist()))
     chosen = [("", np.ones(len(prompts), bool)), *((kind, groups == kind) for kind in kinds if len(kinds) > 1)]
@@ -99,7 +108,7 @@ def _comparison(score: str, group: str, gaps: np.ndarray, prompts: np.ndarray) -
 
 
 def in_common(policies: Sequence[ScoredPictures]) -> list[ScoredPictures]:
-    """The policies with those pictures alone that all of them have, in one order."""
+    """Keep the pictures whose prompt and number all policies have, in the same order for every policy."""
     names = [{(picture.place, picture.image) for picture in scored.pictures} for scored in policies]
     common = set.intersection(*names)
     return [_only(scored, common) for scored in policies]

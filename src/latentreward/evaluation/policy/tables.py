@@ -1,4 +1,4 @@
-"""A report's tables as text, which Markdown, HTML and the terminal show alike."""
+"""Tables of a report as text, for Markdown, HTML and the terminal."""
 
 import math
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from latentreward.reports.tables import NOTHING, Table, with_interval
 
 
 def number(value: float) -> str:
-    """Four significant digits, and at least two after the point: ``21.69``, ``0.2816``, ``-0.008``."""
+    """Format a score with 2, 3 or 4 digits after the point, the more the smaller: ``21.69``, ``5.468``, ``-0.0080``."""
     if math.isnan(value):
         return NOTHING
     digits = 4 if abs(value) < 1 else 3 if abs(value) < 10 else 2
@@ -16,12 +16,12 @@ def number(value: float) -> str:
 
 
 def signed(value: float) -> str:
-    """As :func:`number`, with its sign."""
+    """Format a difference like :func:`number`, with ``+`` before a positive value."""
     return f"+{number(value)}" if value > 0 else number(value)
 
 
 def score_table(report: PolicyReport) -> Table:
-    """A row per score: each policy, the difference and the win rate."""
+    """Build the main table: a row per score; columns for each policy, the difference and the win rate."""
     names = list(report.policies)
     whole = {result.score: result for result in report.comparisons if not result.group}
     rows = []
@@ -47,7 +47,7 @@ def _compared(result: Comparison | None) -> tuple[str, ...]:
 
 
 def group_tables(report: PolicyReport) -> Iterator[Table]:
-    """One table for each score: a row per group of prompts."""
+    """Yield a table for each score, with a row per group of prompts."""
     names = list(report.policies)
     for score in dict.fromkeys(result.score for result in report.scores if result.groups):
         own = {result.policy: result for result in report.scores if result.score == score}
@@ -74,7 +74,7 @@ def _group_cells(own: dict[str, PolicyScore], names: list[str], place: int) -> I
 
 
 def published_tables(report: PolicyReport) -> Iterator[Table]:
-    """What the protocol's authors report, if anything, beside our numbers of the same scores."""
+    """Yield a table of scores that the protocol's authors published, beside ours; nothing if there are none."""
     if not report.published:
         return
     scores = list(dict.fromkeys(one.score for one in report.published))
