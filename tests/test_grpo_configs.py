@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from latentreward.cli import main
 from latentreward.modules import StepwiseGRPOModule, TrajectoryGRPOModule
-from tests.full_size import write_pipelines
+from latentreward.estimate.pipelines import write_pipelines
 from tests.marks import slow_after
 from tests.test_recipes import parse
 

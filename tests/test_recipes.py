@@ -24,7 +24,7 @@ from latentreward.modules import RewardModule
 from latentreward.seeding import pair_generator
 from latentreward.settings.functions import prepare
 from latentreward.settings.rewriting import rewrite_arguments
-from tests.full_size import write_pipelines
+from latentreward.estimate.pipelines import write_pipelines
 from tests.marks import slow_after
 from tests.tiny_pipelines import pipeline_folder
 

@@ -11,7 +11,7 @@ from pydoc import locate
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-from jsonargparse import Namespace
+from jsonargparse import ActionYesNo, Namespace
 from jsonargparse.typing import PositiveFloat
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
@@ -96,7 +96,7 @@ class TrainingCLI(LightningCLI):
     """
 
     def __init__(self, command: str, arguments: Sequence[str], folder: Path, held: ExitStack) -> None:
-        self.command, self.folder, self.held = command, folder, held
+        self.command, self.folder, self.held, self.estimates = command, folder, held, False
         super().__init__(
             save_config_callback=SaveConfig,
             seed_everything_default=0,
@@ -153,6 +153,14 @@ class TrainingCLI(LightningCLI):
         parser.link_arguments("resume_override", "resumed_settings.override")
         if self.command == "predict":
             parser.add_lightning_class_args(PairScoreWriter, "predictions")
+        if self.command == "fit":
+            parser.add_argument(
+                "--estimate",
+                action=ActionYesNo,
+                nargs="?",
+                default=False,
+                help="Compute the memory and computation that the run needs, print them, and end; from configs alone.",
+            )
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -160,6 +168,8 @@ class TrainingCLI(LightningCLI):
             self.config = parser.parse_args(args)
         except OmegaConfBaseException as error:
             raise InputError(summarise(str(error))) from error
+        if self.command == "fit":
+            self.estimates = self.config[self.command].pop("estimate")  # no setting of a run
         check_ranges(self.config[self.command])
         self.config[self.command] = without_repeated_callbacks(self.config[self.command])
 
@@ -171,6 +181,8 @@ class TrainingCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         settings = self.config[self.command]
         check_data(self.command, settings)
+        if self.estimates:
+            return
         given = local = settings.get("ckpt_path")
         if "://" in (given or ""):
             local, given = str(fetched(given, self.folder)), without_password(given)
@@ -200,6 +212,18 @@ class TrainingCLI(LightningCLI):
         strategy: Any = self.trainer.strategy
         if getattr(strategy, "_timeout", None) == default_pg_timeout:
             strategy._timeout = timedelta(seconds=self.config[self.command]["rank_timeout_s"])
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        if not self.estimates:
+            super()._run_subcommand(subcommand)
+            return
+        from latentreward.estimate.settings import estimate
+
+        print(estimate(self.config[subcommand], self._build_module))
+
+    def _build_module(self, settings: Namespace) -> LightningModule:
+        """The module alone, as ``fit`` makes it."""
+        return self.parser.instantiate(Namespace(subcommand="fit", fit=Namespace(model=settings.model)))["fit"].model
 
     def before_fit(self) -> None:
         """Lock the run folder once the ranks are there; a job that SLURM started again goes on unasked."""
