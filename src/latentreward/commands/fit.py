@@ -2,8 +2,8 @@
 
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -191,19 +191,8 @@ class TrainingCLI(LightningCLI):
             raise InputError("weights_only: false would let a checkpoint run code; leave it out")
         if local not in (None, "last", "hpc"):  # which are Lightning's to resolve
             check_checkpoint(local, given)
-        try:
+        with constructor_errors():
             super().instantiate_classes()
-        except (ValueError, ImportError, OSError, MisconfigurationException) as error:
-            raise InputError(input_error_behind(error) or summarise(str(error))) from error
-        except (RuntimeError, TypeError) as error:
-            if str(error).startswith("`devices`"):
-                raise InputError(f"trainer.devices: {summarise(str(error))}") from error
-            if "stateful callback" not in str(error):
-                raise
-            raise InputError(
-                "trainer.callbacks: of two alike the states cannot be told apart; for two ModelCheckpoint, let "
-                "monitor, mode, every_n_train_steps or every_n_epochs differ"
-            ) from error
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             self.trainer.strategy.checkpoint_io = DurableCheckpointIO()
         self.config_init[self.command]["ckpt_path"] = local
@@ -223,7 +212,8 @@ class TrainingCLI(LightningCLI):
 
     def _build_module(self, settings: Namespace) -> LightningModule:
         """The module alone, as ``fit`` makes it."""
-        return self.parser.instantiate(Namespace(subcommand="fit", fit=Namespace(model=settings.model)))["fit"].model
+        with constructor_errors():
+            return self.parser.instantiate(Namespace(subcommand="fit", fit=Namespace(model=settings.model)))["fit"].model
 
     def before_fit(self) -> None:
         """Lock the run folder once the ranks are there; a job that SLURM started again goes on unasked."""
@@ -240,6 +230,28 @@ class TrainingCLI(LightningCLI):
             settings["ckpt_path"] = str(path)
 
     before_validate = before_test = before_predict = _find_last
+
+
+@contextmanager
+def constructor_errors() -> Iterator[None]:
+    """Say in one line what constructors have against their settings.
+
+    Raises:
+        InputError: In place of their own errors.
+    """
+    try:
+        yield
+    except (ValueError, ImportError, OSError, MisconfigurationException) as error:
+        raise InputError(input_error_behind(error) or summarise(str(error))) from error
+    except (RuntimeError, TypeError) as error:
+        if str(error).startswith("`devices`"):
+            raise InputError(f"trainer.devices: {summarise(str(error))}") from error
+        if "stateful callback" not in str(error):
+            raise
+        raise InputError(
+            "trainer.callbacks: of two alike the states cannot be told apart; for two ModelCheckpoint, let "
+            "monitor, mode, every_n_train_steps or every_n_epochs differ"
+        ) from error
 
 
 def check_data(command: str, settings: Namespace) -> None:
@@ -332,6 +344,10 @@ def run(command: str, arguments: Sequence[str]) -> None:
     try:
         with TemporaryDirectory(prefix="latentreward-") as folder, ExitStack() as held:
             rewritten = rewrite_arguments(settings, backbone_names(), root=f"{command}.")
+            if any(argument.startswith("--estimate") for argument in settings):
+                from latentreward.estimate.sources import unset_variables
+
+                held.enter_context(unset_variables())
             with naming_variables():
                 TrainingCLI(command, rewritten, Path(folder), held)
     except MisconfigurationException as error:

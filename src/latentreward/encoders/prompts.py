@@ -48,13 +48,14 @@ class PromptEncoder(nn.Module, ABC):
 
 
 def token_ids(tokenizer: Any, prompts: Sequence[str], length: int) -> Tensor:
-    """Ids ``(B, length)`` int64, padded and cut to ``length``.
+    """Ids ``(B, length)`` int64 on the CPU, padded and cut to ``length``.
 
     Raises:
         InputError: If there is no tokenizer.
     """
     if tokenizer is None:
         raise InputError("prompts were given as text, but there is no tokenizer; load it with its base pipeline")
-    return tokenizer(
-        list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
-    ).input_ids
+    with torch.device("cpu"):
+        return tokenizer(
+            list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+        ).input_ids

@@ -20,7 +20,7 @@ from latentreward.encoders.prompts import PromptEncoder
 from latentreward.encoders.vae import LatentEncoder
 from latentreward.errors import InputError
 from latentreward.estimate.batches import make_batch
-from latentreward.estimate.shapes import GPUAutocast, SavedTensors, ShapesOnly, is_stand_in
+from latentreward.estimate.shapes import CPU, GPUAutocast, SavedTensors, ShapesOnly, is_stand_in
 from latentreward.heads import RewardHead
 from latentreward.modules import ReFLModule
 from latentreward.modules.alignment import RolloutModule
@@ -168,6 +168,7 @@ def step_costs(module: LightningModule, data: Namespace, accumulated: int = 1, g
     meter, live = Meter(shapes), shapes.live
     module.log = module.log_dict = lambda *_, **__: None  # type: ignore[method-assign, assignment]
     shapes.replace_weights(module.train())
+    module._device = CPU  # a LightningModule remembers where it was made, and its `to` would copy the weights
     watch_sampling(module, meter)
     trained = [weight for weight in module.parameters() if weight.requires_grad]
     with ExitStack() as stack:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from importlib import import_module
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from latentreward.scoring.layouts.model_folder import PretrainedReward, is_model
 from latentreward.scoring.layouts.recipe import ModelPart, build_head
 from latentreward.scoring.layouts.run import TrainedReward, settings_beside
 from latentreward.scoring.network import RewardNetwork
+from latentreward.settings.rewriting import find_config
 from latentreward.storage.hub import cached_files
 
 USUAL = {
@@ -71,6 +72,11 @@ class Unread(SharingReward):
 class UnreadRun(Unread, TrainedReward):
     """A run's settings, or those of a shipped model file."""
 
+    @property
+    def parts(self) -> tuple[ModelPart, ...]:
+        """Backbone and head."""
+        return (*self._parts.values(),)
+
     def _part(self) -> ModelPart:
         return self._parts["head"]
 
@@ -86,63 +92,61 @@ class UnreadReward(LatentReward):
     """A :class:`LatentReward` from settings alone.
 
     Args:
-        stored: Its settings.
-        settings: Arguments of the :class:`LatentReward`.
+        path: See :class:`LatentReward`.
+        usual: Name of the shipped model file that stands for it where there is nothing at ``path``.
+        kept: Folder of a :class:`ConfigSources`.
+        options: See :class:`LatentReward`.
     """
 
-    def __init__(self, stored: Unread, settings: Namespace) -> None:
-        super().__init__(settings.path, share=settings.share, batch_size=settings.batch_size)
-        self._stored = stored
+    def __init__(self, path: str, usual: str, kept: str, **options: Any) -> None:
+        super().__init__(path, **options)
+        self._stored = find_settings(Namespace(path=path, usual=usual, **options), ConfigSources(Path(kept)))
 
 
-def replace_rewards(settings: Any, policy: PolicySource, sources: ConfigSources) -> None:
-    """Put an :class:`UnreadReward` in the place of each :class:`LatentReward` that settings name.
+def replace_rewards(settings: Namespace, policy: PolicySource, sources: ConfigSources) -> None:
+    """Turn each :class:`LatentReward` that settings name into an :class:`UnreadReward`.
 
     Args:
         settings: Of a module; changed in place.
         policy: The module's policy.
         sources: Finds configs, and notes what it found.
     """
-    for name, value in vars(settings).items():
-        for index, item in enumerate(value if isinstance(value, list) else [value]):
-            if not isinstance(item, Namespace):
-                continue
-            kind = str(item.get("class_path")).rpartition(".")[2]
-            if kind == "StepAwareScorer":
-                item.init_args.weights = None
-            if kind != "LatentReward":
+    kind = str(settings.get("class_path")).rpartition(".")[2]
+    if kind == "StepAwareScorer":
+        settings.init_args.weights = None
+    if kind == "LatentReward":
+        settings.init_args.usual = USUAL[family_of(policy)]
+        find_settings(settings.init_args, sources)
+        settings.init_args.kept = str(sources.folder)
+        settings.class_path = f"{UnreadReward.__module__}.{UnreadReward.__qualname__}"
+        return
+    for value in vars(settings).values():
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, Namespace):
                 replace_rewards(item, policy, sources)
-            elif isinstance(value, list):
-                value[index] = UnreadReward(find_settings(item.init_args, policy, sources), item.init_args)
-            else:
-                settings[name] = UnreadReward(find_settings(item.init_args, policy, sources), item.init_args)
 
 
-def find_settings(reward: Namespace, policy: PolicySource, sources: ConfigSources) -> Unread:
-    """Settings of a reward from its folder, else the shipped ones of the reward that is usual for the policy."""
-    place = Path(reward.path) if Path(reward.path).exists() else cached_files(reward.path, reward.revision)
-    found: UnreadRun | UnreadFolder | None = None
-    options = {"base": reward.base, "trusted": reward.trust_remote_code}
+def find_settings(reward: Namespace, sources: ConfigSources) -> Unread:
+    """Settings of a reward from its folder, else of the shipped model file ``reward.usual``."""
+    path, base = reward.path, reward.get("base")
+    place = Path(path) if Path(path).exists() else cached_files(path, reward.get("revision"))
+    trusted = bool(reward.get("trust_remote_code"))
+    sources.used[path] = "its own settings"
     if place is not None and is_model_folder(place):
-        found = UnreadFolder(place, **options)
-        sources.replace(found.config.recipe.backbone.init_args)
-    elif place is not None:
-        try:
+        folder = UnreadFolder(place, base, trusted)
+        sources.replace(folder.config.recipe.backbone.init_args)
+        return folder
+    run = None
+    if place is not None:
+        with suppress(InputError):  # of one of the papers' layouts
             checkpoint = checkpoint_of(place)
-            found = UnreadRun(checkpoint, Path(reward.config or settings_beside(checkpoint)), **options)
-        except InputError:  # one of the papers' layouts
-            found = None
-    if found is None:
-        name = f"configs/model/{USUAL[family_of(policy)]}.yaml"
-        shipped = Path(import_module("latentreward.configs").__path__[0]) / name.removeprefix("configs/")
-        found = UnreadRun(Path(), shipped, base=reward.base, trusted=True)
-        sources.used[reward.path] = name
-    else:
-        sources.used[reward.path] = "its own settings"
-    if isinstance(found, UnreadRun):
-        for part in found._parts.values():
-            sources.replace(part.init_args)
-    return found
+            run = UnreadRun(checkpoint, Path(reward.get("config") or settings_beside(checkpoint)), True, base, trusted)
+    if run is None:
+        name = f"configs/model/{reward.usual}.yaml"
+        run, sources.used[path] = UnreadRun(Path(), Path(find_config(name)), True, base, trusted=True), name
+    for part in run.parts:
+        sources.replace(part.init_args)
+    return run
 
 
 def family_of(policy: PolicySource) -> str:

@@ -62,7 +62,7 @@ class ShapesOnly(TorchDispatchMode):
 
     def stand_in(self, shape: Iterable[int], dtype: torch.dtype = torch.float32) -> Tensor:
         """A tensor without numbers."""
-        tensor = FakeTensor(self._fake, torch.empty(*shape, dtype=dtype, device="meta"), CPU)
+        tensor = FakeTensor(self._fake, torch.empty(tuple(shape), dtype=dtype, device="meta"), CPU)
         self.live.add(tensor)
         return tensor
 
