@@ -15,18 +15,19 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
-from latentreward.contracts import NoisyStates, TensorRecord
+from latentreward.contracts import NoisyStates, TensorRecord, map_tensors
 from latentreward.encoders.prompts import PromptEncoder
 from latentreward.encoders.vae import LatentEncoder
 from latentreward.errors import InputError
 from latentreward.estimate.batches import make_batch
-from latentreward.estimate.shapes import CPU, GPUAutocast, SavedTensors, ShapesOnly, is_stand_in
+from latentreward.estimate.shapes import CPU, SavedTensors, ShapesOnly, gpu_autocast, is_stand_in
 from latentreward.heads import RewardHead
 from latentreward.modules import ReFLModule
 from latentreward.modules.alignment import RolloutModule
 from latentreward.policies import Policy
 from latentreward.rewards import Reward
-from latentreward.rewards.pixel import ImageReward
+from latentreward.rewards.latent import LatentScorer
+from latentreward.rewards.pixel import DecodingReward, ImageReward
 from latentreward.scorers.step_aware_clip import StepAwareCLIP
 
 PARTS = {
@@ -117,27 +118,29 @@ class Meter:
         """FLOPs so far."""
         return self.counter.get_total_flops() + self._repeated
 
-    def watch(self, owner: Any, method: str, state: Callable[[], Any] = lambda: None) -> None:
+    def watch(self, owner: Any, method: str, state: Callable[[], Any] = tuple) -> None:
         """Compute ``owner.method`` once for arguments of one layout, as long as ``state`` is the same."""
         original, live = getattr(owner, method), self.shapes.live
 
         def call(*arguments: Any) -> Any:
             if torch.is_grad_enabled():
                 return original(*arguments)
-            key = method, (working := state()), layout_of(arguments)
+            key = id(owner), (working := state()), layout_of(arguments)
             if key in self._seen:
-                flops, extra, (shape, dtype) = self._seen[key]
+                flops, extra, layout = self._seen[key]
                 self._repeated += flops
                 live.peak = max(live.peak, live.now + extra)
-                result = self.shapes.stand_in(shape, dtype)
+                result = map_tensors(layout, lambda tensor: self.shapes.stand_in(tensor.shape, tensor.dtype))
             else:
                 flops, before, peak = self.flops, live.now, live.peak
                 live.peak = before
                 result = original(*arguments)
                 flops = self.flops - flops
-                self._seen[key] = flops, live.peak - before, (result.shape, result.dtype)
+                layout = map_tensors(result, lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))
+                self._seen[key] = flops, live.peak - before, layout
                 live.peak = max(live.peak, peak)
-            self.sampled += flops if working else 0
+            if isinstance(owner, Policy) and working:
+                self.sampled += flops
             return result
 
         setattr(owner, method, call)
@@ -172,7 +175,7 @@ def step_costs(module: LightningModule, data: Namespace, accumulated: int = 1, g
     watch_sampling(module, meter)
     trained = [weight for weight in module.parameters() if weight.requires_grad]
     with ExitStack() as stack:
-        for context in (shapes, meter.counter, *([GPUAutocast()] if gpu else [])):
+        for context in (shapes, meter.counter, *([gpu_autocast()] if gpu else [])):
             stack.enter_context(context)
         optimizer = optimizer_of(module, foreach=gpu)
         for weight in trained:
@@ -215,13 +218,16 @@ def step_costs(module: LightningModule, data: Namespace, accumulated: int = 1, g
 def watch_sampling(module: LightningModule, meter: Meter) -> None:
     """Have the policy and the reward of an alignment module counted, and repeated calls left out."""
     policy, reward = getattr(module, "policy", None), getattr(module, "reward", None)
-    if isinstance(policy, Policy):
-        meter.watch(policy, "predict", lambda: policy.adapters.working)
-    if isinstance(reward, Reward):
-        for part in reward.modules():
-            if isinstance(part, ImageReward):  # its scorer takes pictures, which have no shapes alone
-                part.score = partial(decode_alone, part)  # type: ignore[method-assign]
-        meter.watch(reward, "score")
+    if not isinstance(policy, Policy):
+        return
+    meter.watch(policy, "predict", lambda: policy.adapters.working)
+    for part in () if reward is None else reward.modules():
+        if isinstance(part, ImageReward):  # its scorer takes pictures, which have no shapes alone
+            part.score = partial(decode_alone, part)  # type: ignore[method-assign]
+        if isinstance(part, DecodingReward):
+            meter.watch(part, "score")
+        if isinstance(part, LatentScorer):
+            meter.watch(part.model.backbone, "read", lambda: policy.adapters.working)
 
 
 def decode_alone(reward: ImageReward, states: NoisyStates, encoded: Any) -> Tensor:

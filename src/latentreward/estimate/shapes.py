@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 import torch
@@ -11,13 +13,16 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 CPU = torch.device("cpu")
 NUMBERS = {torch.bool: True, torch.float32: 1.0, torch.float64: 1.0, torch.bfloat16: 1.0, torch.float16: 1.0}
 """Type → value that Python code gets where it asks a tensor without numbers for one; 0 for others."""
+
+
+INDEXING = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default)
+"""Operations that take a list of indices after the tensor."""
 
 
 class LiveBytes:
@@ -90,13 +95,25 @@ class ShapesOnly(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default:
             return NUMBERS.get(args[0].dtype, 0)
         if func is torch.ops.aten.nonzero.default:
-            return self.stand_in((args[0].numel(), args[0].ndim), torch.int64)
-        with self._fake:
-            result = func(*args, **kwargs)
+            return self._nonzero(args[0])
+        if func in INDEXING:
+            args = (args[0], self._without_masks(args[1]), *args[2:])
+        result = self._fake.dispatch(func, types, args, kwargs)  # entering the mode would look for GPUs each time
         for leaf in tree_leaves(result):
             if is_stand_in(leaf):
                 self.live.add(leaf)
         return result
+
+    def _nonzero(self, tensor: Tensor) -> Tensor:
+        return self.stand_in((tensor.numel(), tensor.ndim), torch.int64) if is_stand_in(tensor) else tensor.nonzero()
+
+    def _without_masks(self, indices: Iterable[Tensor | None]) -> list[Tensor | None]:
+        """Indices in which places stand for masks."""
+        places: list[Tensor | None] = []
+        for index in indices:
+            is_mask = index is not None and index.dtype == torch.bool
+            places += self._nonzero(index).unbind(1) if is_mask else [index]
+        return places
 
 
 def is_stand_in(value: Any) -> bool:
@@ -122,30 +139,46 @@ class SavedTensors(saved_tensors_hooks):
         return tensor
 
 
-IN_FLOAT32: dict[Callable[..., Any], str] = {
-    F.layer_norm: "layer_norm",
-    F.group_norm: "group_norm",
-    F.rms_norm: "rms_norm",
-    F.softmax: "softmax.int",
-    torch.softmax: "softmax.int",
-    Tensor.softmax: "softmax.int",
-    F.interpolate: "upsample_nearest2d",
-}
-"""Function → operation of it that autocast computes in float32 on GPUs but not on CPUs, of those that hold much."""
+IN_FLOAT32 = (
+    (F, "layer_norm", "layer_norm"),
+    (F, "group_norm", "group_norm"),
+    (F, "rms_norm", "rms_norm"),
+    (F, "softmax", "softmax.int"),
+    (torch, "softmax", "softmax.int"),
+    (Tensor, "softmax", "softmax.int"),
+    (F, "interpolate", "upsample_nearest2d"),
+)
+"""Where a function lies, its name, and the operation of it that autocast computes in float32 on GPUs alone; those of
+them whose tensors are large."""
 
 
-class GPUAutocast(TorchFunctionMode):
-    """Autocast of CPUs made to hold as much memory as that of GPUs, which computes more in float32."""
+@contextmanager
+def gpu_autocast() -> Iterator[None]:
+    """Make autocast on the CPU hold as much memory as on a GPU.
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        """See :class:`TorchFunctionMode`."""
-        kwargs = kwargs or {}
-        if func in IN_FLOAT32 and torch.is_autocast_enabled("cpu"):
-            args = tuple(as_float32(value) for value in args)
-            kwargs = {name: as_float32(value) for name, value in kwargs.items()}
-        return func(*args, **kwargs)
+    Functions are replaced, since a mode of PyTorch's for functions is off in the backward pass, which computes
+    checkpointed blocks again.
+    """
+    originals = [getattr(owner, name) for owner, name, _ in IN_FLOAT32]
+    try:
+        for (owner, name, _), original in zip(IN_FLOAT32, originals, strict=True):
+            setattr(owner, name, in_float32(original))
+        yield
+    finally:
+        for (owner, name, _), original in zip(IN_FLOAT32, originals, strict=True):
+            setattr(owner, name, original)
+
+
+def in_float32(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` that takes its tensors in float32 under autocast."""
+
+    @wraps(function)
+    def call(*arguments: Any, **named: Any) -> Any:
+        if torch.is_autocast_enabled("cpu"):
+            arguments, named = tuple(map(as_float32, arguments)), {key: as_float32(v) for key, v in named.items()}
+        return function(*arguments, **named)
+
+    return call
 
 
 def as_float32(value: Any) -> Any:

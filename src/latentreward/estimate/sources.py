@@ -83,7 +83,7 @@ def value_or_name(name: str, *default: Any) -> Any:
 @contextmanager
 def unset_variables() -> Iterator[None]:
     """Let settings name variables of the environment that are not set: paths of data that nobody reads."""
-    replace = partial(OmegaConf.register_new_resolver, "oc.env", replace=True)
+    replace = partial(OmegaConf.register_resolver, "oc.env", replace=True)
     replace(value_or_name)
     try:
         yield
