@@ -13,7 +13,6 @@ from jsonargparse import Namespace
 from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.flop_counter import FlopCounterMode
 
 from latentreward.contracts import NoisyStates, TensorRecord, map_tensors
 from latentreward.encoders.prompts import PromptEncoder
@@ -98,8 +97,8 @@ class StepCosts:
         return max(self.batch_peak, self.update_peak, self.rollout_peak)
 
 
-class Meter:
-    """Counts memory and FLOPs; calls without gradients that repeat an earlier one are not computed again.
+class RepeatedCalls:
+    """Leaves out calls without gradients that repeat an earlier one, and counts them all the same.
 
     Args:
         shapes: Where everything runs.
@@ -109,18 +108,12 @@ class Meter:
     """
 
     def __init__(self, shapes: ShapesOnly) -> None:
-        self.shapes, self.counter = shapes, FlopCounterMode(display=False)
-        self.sampled = self._repeated = 0
+        self.shapes, self.sampled = shapes, 0
         self._seen: dict[Any, tuple[int, int, Any]] = {}
-
-    @property
-    def flops(self) -> int:
-        """FLOPs so far."""
-        return self.counter.get_total_flops() + self._repeated
 
     def watch(self, owner: Any, method: str, state: Callable[[], Any] = tuple) -> None:
         """Compute ``owner.method`` once for arguments of one layout, as long as ``state`` is the same."""
-        original, live = getattr(owner, method), self.shapes.live
+        original, shapes, live = getattr(owner, method), self.shapes, self.shapes.live
 
         def call(*arguments: Any) -> Any:
             if torch.is_grad_enabled():
@@ -128,14 +121,14 @@ class Meter:
             key = id(owner), (working := state()), layout_of(arguments)
             if key in self._seen:
                 flops, extra, layout = self._seen[key]
-                self._repeated += flops
+                shapes.flops += flops
                 live.peak = max(live.peak, live.now + extra)
-                result = map_tensors(layout, lambda tensor: self.shapes.stand_in(tensor.shape, tensor.dtype))
+                result = map_tensors(layout, lambda tensor: shapes.stand_in(tensor.shape, tensor.dtype))
             else:
-                flops, before, peak = self.flops, live.now, live.peak
+                flops, before, peak = shapes.flops, live.now, live.peak
                 live.peak = before
                 result = original(*arguments)
-                flops = self.flops - flops
+                flops = shapes.flops - flops
                 layout = map_tensors(result, lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))
                 self._seen[key] = flops, live.peak - before, layout
                 live.peak = max(live.peak, peak)
@@ -168,14 +161,14 @@ def step_costs(module: LightningModule, data: Namespace, accumulated: int = 1, g
         InputError: If the module or its optimiser is of a kind that is not known here.
     """
     shapes = ShapesOnly()
-    meter, live = Meter(shapes), shapes.live
+    calls, live = RepeatedCalls(shapes), shapes.live
     module.log = module.log_dict = lambda *_, **__: None  # type: ignore[method-assign, assignment]
     shapes.replace_weights(module.train())
     module._device = CPU  # a LightningModule remembers where it was made, and its `to` would copy the weights
-    watch_sampling(module, meter)
+    watch_sampling(module, calls)
     trained = [weight for weight in module.parameters() if weight.requires_grad]
     with ExitStack() as stack:
-        for context in (shapes, meter.counter, *([gpu_autocast()] if gpu else [])):
+        for context in (shapes, *([gpu_autocast()] if gpu else [])):
             stack.enter_context(context)
         optimizer = optimizer_of(module, foreach=gpu)
         for weight in trained:
@@ -185,20 +178,20 @@ def step_costs(module: LightningModule, data: Namespace, accumulated: int = 1, g
         update_peak = live.peak
         if accumulated == 1:
             optimizer.zero_grad()
-        live.peak, before = live.now, meter.flops
+        live.peak, before = live.now, shapes.flops
         batch = make_batch(module, data, shapes)
-        rollout_peak, rollout = live.peak, meter.flops - before
-        live.peak, before, sampled = live.now, meter.flops, meter.sampled
+        rollout_peak, rollout = live.peak, shapes.flops - before
+        live.peak, before, sampled = live.now, shapes.flops, calls.sampled
         with (saved := SavedTensors([*module.parameters(), *module.buffers()])):
             with module.trainer.precision_plugin.train_step_context():
                 result = module.training_step(batch, 0)
             loss = (result["loss"] if isinstance(result, Mapping) else result) / accumulated
             del result, batch
-        forward = meter.flops - before
+        forward = shapes.flops - before
         loss.backward()
-        backward = meter.flops - before - forward
+        backward = shapes.flops - before - forward
     if isinstance(module, ReFLModule):
-        rollout = meter.sampled - sampled
+        rollout = calls.sampled - sampled
         forward -= rollout
     return StepCosts(
         parts=part_costs(module),
@@ -215,19 +208,19 @@ def step_costs(module: LightningModule, data: Namespace, accumulated: int = 1, g
     )
 
 
-def watch_sampling(module: LightningModule, meter: Meter) -> None:
+def watch_sampling(module: LightningModule, calls: RepeatedCalls) -> None:
     """Have the policy and the reward of an alignment module counted, and repeated calls left out."""
     policy, reward = getattr(module, "policy", None), getattr(module, "reward", None)
     if not isinstance(policy, Policy):
         return
-    meter.watch(policy, "predict", lambda: policy.adapters.working)
+    calls.watch(policy, "predict", lambda: policy.adapters.working)
     for part in () if reward is None else reward.modules():
         if isinstance(part, ImageReward):  # its scorer takes pictures, which have no shapes alone
             part.score = partial(decode_alone, part)  # type: ignore[method-assign]
         if isinstance(part, DecodingReward):
-            meter.watch(part, "score")
+            calls.watch(part, "score")
         if isinstance(part, LatentScorer):
-            meter.watch(part.model.backbone, "read", lambda: policy.adapters.working)
+            calls.watch(part.model.backbone, "read", lambda: policy.adapters.working)
 
 
 def decode_alone(reward: ImageReward, states: NoisyStates, encoded: Any) -> Tensor:

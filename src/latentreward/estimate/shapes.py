@@ -15,6 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 CPU = torch.device("cpu")
 NUMBERS = {torch.bool: True, torch.float32: 1.0, torch.float64: 1.0, torch.bfloat16: 1.0, torch.float16: 1.0}
@@ -56,14 +57,17 @@ class ShapesOnly(TorchDispatchMode):
     Stand-ins say that they are on the CPU, so that a module's own tables and generators, which are, work as they do in
     training. Where code asks for a number, it gets a constant; where it looks for elements that are not zero, all are.
 
+    FLOPs are counted by the formulas of ``FlopCounterMode``, which itself would keep tensors of checkpointed blocks.
+
     Attributes:
         live: Bytes of the stand-ins that exist.
+        flops: FLOPs of the operations on them.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self.live = LiveBytes()
+        self.live, self.flops = LiveBytes(), 0
 
     def stand_in(self, shape: Iterable[int], dtype: torch.dtype = torch.float32) -> Tensor:
         """A tensor without numbers."""
@@ -99,6 +103,8 @@ class ShapesOnly(TorchDispatchMode):
         if func in INDEXING:
             args = (args[0], self._without_masks(args[1]), *args[2:])
         result = self._fake.dispatch(func, types, args, kwargs)  # entering the mode would look for GPUs each time
+        if (formula := flop_registry.get(func._overloadpacket)) is not None:
+            self.flops += formula(*args, **kwargs, out_val=result)
         for leaf in tree_leaves(result):
             if is_stand_in(leaf):
                 self.live.add(leaf)
