@@ -129,7 +129,9 @@ class RepeatedCalls:
                 live.peak = before
                 result = original(*arguments)
                 flops = shapes.flops - flops
-                layout = map_tensors(result, lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))
+                layout = map_tensors(
+                    result, lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+                )
                 self._seen[key] = flops, live.peak - before, layout
                 live.peak = max(live.peak, peak)
             if isinstance(owner, Policy) and working:
@@ -214,6 +216,9 @@ def watch_sampling(module: LightningModule, calls: RepeatedCalls) -> None:
     if not isinstance(policy, Policy):
         return
     calls.watch(policy, "predict", lambda: policy.adapters.working)
+    for part in module.modules():
+        if isinstance(part, PromptEncoder):
+            calls.watch(part, "forward")
     for part in () if reward is None else reward.modules():
         if isinstance(part, ImageReward):  # its scorer takes pictures, which have no shapes alone
             part.score = partial(decode_alone, part)  # type: ignore[method-assign]
@@ -259,9 +264,7 @@ def part_costs(module: LightningModule) -> tuple[PartCosts, ...]:
             for weights in (module.parameters(), module.buffers())
         )
         trained = sum(weight.numel() for weight in parameters if weight.requires_grad)
-        found.append(
-            PartCosts(name, sum(w.numel() for w in parameters), trained, bytes_of([*parameters, *buffers]))
-        )
+        found.append(PartCosts(name, sum(w.numel() for w in parameters), trained, bytes_of([*parameters, *buffers])))
     return tuple(part for part in found if part.bytes)
 
 
