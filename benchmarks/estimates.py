@@ -72,7 +72,12 @@ def row(name: str, options: list[str]) -> str:
         key: sum(map(float, re.findall(pattern, shown.stdout, flags=re.MULTILINE))) for key, pattern in NUMBERS.items()
     }
     cells = [f"`{name}`", f"{sums['trained']:.1f}", f"{sums['peak']:.1f}", f"{sums['kept']:.1f}"]
-    cells += [f"{sums['rollout']:.0f}" if sums["rollout"] else "–", f"{sums['batch']:.0f}", f"{seconds:.0f}", f"{computing:.0f}"]
+    cells += [
+        f"{sums['rollout']:.0f}" if sums["rollout"] else "–",
+        f"{sums['batch']:.0f}",
+        f"{seconds:.0f}",
+        f"{computing:.0f}",
+    ]
     return f"| {' | '.join(cells)} |"
 
 

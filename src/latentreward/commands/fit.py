@@ -212,10 +212,9 @@ class TrainingCLI(LightningCLI):
 
     def _build_module(self, settings: Namespace) -> LightningModule:
         """The module alone, as ``fit`` makes it."""
+        alone = Namespace(subcommand="fit", fit=Namespace(model=settings.model))
         with constructor_errors():
-            return self.parser.instantiate(Namespace(subcommand="fit", fit=Namespace(model=settings.model)))[
-                "fit"
-            ].model
+            return self.parser.instantiate(alone)["fit"].model
 
     def before_fit(self) -> None:
         """Lock the run folder once the ranks are there; a job that SLURM started again goes on unasked."""

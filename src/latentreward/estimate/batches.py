@@ -49,7 +49,7 @@ def make_batch(module: LightningModule, data: Namespace, shapes: ShapesOnly) -> 
 def rows_of_rollout(module: RolloutModule[Any], data: Namespace, shapes: ShapesOnly) -> Any:
     """Roll out as many prompts as ``data`` does, and take a batch of the rows."""
     prompts = prompt_batch(data.init_args.prompts_per_rollout)
-    rows = module.roll_out(prompts)
+    rows: Any = module.roll_out(prompts)
     index = [number % len(rows) for number in range(batch_size(data))]
     batch = take_rows(rows, index)
     module.prepare_prompts(prompts.prompts)

@@ -46,12 +46,14 @@ def unread_module(
         replace_rewards(arguments, PolicySource(policy.source, policy.revision), sources)
     with torch.device("meta"):
         module = build(settings)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # which devices it found is of no interest
-    with torch.device("cpu"):
-        module.trainer = Trainer(
-            accelerator="cpu", devices=1, precision=settings.trainer.precision, logger=False,
-            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        )  # fmt: skip
+    told = logging.getLogger("lightning.pytorch")
+    level = told.level
+    told.setLevel(logging.WARNING)  # which devices it finds is of no interest
+    module.trainer = Trainer(
+        accelerator="cpu", devices=1, precision=settings.trainer.precision, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    told.setLevel(level)
     module.setup("fit")
     return module
 
@@ -60,9 +62,14 @@ def notes_on(settings: Namespace, costs: StepCosts, sources: ConfigSources, gpu:
     """What the tables are about, in a line each."""
     trainer = settings.trainer
     device = "a GPU" if gpu else "the CPU"
-    notes = [f"{settings.model.class_path.rpartition('.')[2]} on {device}, precision {trainer.precision or '32-true'}."]
+    data, name = settings.data.init_args, settings.model.class_path.rpartition(".")[2]
+    notes = [f"{name} on {device}, precision {trainer.precision or '32-true'}."]
+    size = f"images of {data.size}" if data.get("size") else "the network's own size unless the settings say another"
+    notes.append(f"Batch size per process {data.get('batch_size')}, {size}.")
     if costs.rollout_peak:
-        notes.append(f"A rollout is of {settings.data.init_args.prompts_per_rollout} prompts.")
+        notes.append(f"A rollout is of {data.prompts_per_rollout} prompts.")
+    elif costs.rollout:
+        notes.append("Rollout means sampling without gradients, here up to the latest stop of model.stop_range.")
     strategy = str(trainer.strategy)
     if "fsdp" in strategy.lower():
         notes.append("Counted as if one process held all: FSDP shares weights, gradients and optimiser state out.")

@@ -20,8 +20,6 @@ from torch.utils.flop_counter import flop_registry
 CPU = torch.device("cpu")
 NUMBERS = {torch.bool: True, torch.float32: 1.0, torch.float64: 1.0, torch.bfloat16: 1.0, torch.float16: 1.0}
 """Type → value that Python code gets where it asks a tensor without numbers for one; 0 for others."""
-
-
 INDEXING = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default)
 """Operations that take a list of indices after the tensor."""
 
@@ -77,7 +75,7 @@ class ShapesOnly(TorchDispatchMode):
 
     def replace_weights(self, module: nn.Module) -> None:
         """Put stand-ins in the place of a module's parameters and buffers; those that are shared stay so."""
-        made: dict[int, Tensor] = {}
+        made: dict[int, Any] = {}
         for part in module.modules():
             for tensors in (part._parameters, part._buffers):
                 for name, old in tensors.items():
