@@ -28,9 +28,9 @@ NUMBERS = {
     "peak": r"^  peak +([\d.]+)$",
     "kept": r"^  kept for the backward pass +([\d.]+)$",
     "rollout": r"^  rollout +(\S+)$",
-    "batch": r"^  (?:forward|backward) pass of a batch +(\S+)$",
+    "step": r"^  optimiser step of \d+ batch.* +(\S+)$",
 }
-HEADER = "| file | trained, M | peak, GB | kept for backward, GB | a rollout, TFLOP | a batch, TFLOP | seconds | CPU seconds |"
+HEADER = ("file", "trained, M", "peak, GB", "kept for backward, GB", "rollout, TFLOP", "step, TFLOP", "s", "CPU s")
 
 
 def config(room: str, name: str) -> list[str]:
@@ -74,7 +74,7 @@ def row(name: str, options: list[str]) -> str:
     cells = [f"`{name}`", f"{sums['trained']:.1f}", f"{sums['peak']:.1f}", f"{sums['kept']:.1f}"]
     cells += [
         f"{sums['rollout']:.0f}" if sums["rollout"] else "–",
-        f"{sums['batch']:.0f}",
+        f"{sums['step']:.0f}",
         f"{seconds:.0f}",
         f"{computing:.0f}",
     ]
@@ -86,8 +86,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--all", action="store_true", help="every shipped file")
     every = parser.parse_args().all
-    print(HEADER)
-    print("|---|" + "---:|" * (HEADER.count("|") - 2))
+    print(f"| {' | '.join(HEADER)} |")
+    print("|---|" + "---:|" * (len(HEADER) - 1), flush=True)
     for name, options in runs(every).items():
         print(row(name, options), flush=True)
 
