@@ -26,7 +26,6 @@ from unittest.mock import patch
 
 import torch
 from random_pipelines import (
-    CLIP_H_VISION,
     RandomLatentReward,
     RandomPolicy,
     materialise,
@@ -38,6 +37,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from latentreward.backbones.tuning import LoRA
 from latentreward.contracts import NoisyStates, PromptBatch, StepPairs
+from latentreward.estimate.pipelines import CLIP_H_VISION
 from latentreward.losses import StepDPOResult
 from latentreward.modules import LPOModule, ReFLModule
 from latentreward.policies import POLICY, Policy

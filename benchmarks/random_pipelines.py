@@ -22,6 +22,7 @@ from latentreward.backbones import SD3DiTBackbone, SDUNetBackbone
 from latentreward.backbones.loading import PipelineSource
 from latentreward.backbones.tuning import LoRA
 from latentreward.contracts import Conditioning, LatentSpace
+from latentreward.estimate import pipelines as published
 from latentreward.heads import CLIPProjectionHead, GatedQFormerHead
 from latentreward.policies import DiTPolicy, Policy, PolicySource
 from latentreward.policies.loading import add_lora
@@ -29,22 +30,21 @@ from latentreward.rewards import RewardSource
 from latentreward.rewards.latent import LatentScorer
 from latentreward.rewards.shared_base import share_adapter
 from latentreward.scoring import RewardModel
-from tests import full_size
 
 _VAE = {"_class_name": "AutoencoderKL", "latent_channels": 4, "scaling_factor": 0.18215, "layers_per_block": 2}
 _LEVELS = {
     "down_block_types": ("DownEncoderBlock2D",) * 3,
     "up_block_types": ("UpDecoderBlock2D",) * 3,
 }
-_SMALL_TEXT = {**full_size.CLIP_L, "num_hidden_layers": 1}
-_SMALL_T5 = {**full_size.T5_XXL, "num_layers": 1}
+_SMALL_TEXT = {**published.CLIP_L, "num_hidden_layers": 1}
+_SMALL_T5 = {**published.T5_XXL, "num_layers": 1}
 SIZES = {
-    **full_size.PIPELINES,
+    **published.PIPELINES,
     "mid": {
-        **full_size.PIPELINES["sd15"],
+        **published.PIPELINES["sd15"],
         "unet": {
             "_class_name": "UNet2DConditionModel",
-            **full_size.SD15,
+            **published.SD15,
             "sample_size": 32,
             "block_out_channels": (96, 192, 384, 384),
         },
@@ -52,14 +52,14 @@ SIZES = {
         "text_encoder": _SMALL_TEXT,
     },
     "mid_sd35": {
-        **full_size.PIPELINES["sd35"],
+        **published.PIPELINES["sd35"],
         "vae": {**_VAE, **_LEVELS, "block_out_channels": (64, 128, 256), "latent_channels": 16},
         "text_encoder": _SMALL_TEXT,
-        "text_encoder_2": {**full_size.CLIP_G, "num_hidden_layers": 1},
+        "text_encoder_2": {**published.CLIP_G, "num_hidden_layers": 1},
         "text_encoder_3": _SMALL_T5,
         "transformer": {
             "_class_name": "SD3Transformer2DModel",
-            **full_size.SD35_MEDIUM,
+            **published.SD35_MEDIUM,
             "sample_size": 32,
             "num_layers": 13,
             "num_attention_heads": 8,
@@ -68,10 +68,10 @@ SIZES = {
         },
     },
     "toy": {
-        **full_size.PIPELINES["sd15"],
+        **published.PIPELINES["sd15"],
         "unet": {
             "_class_name": "UNet2DConditionModel",
-            **full_size.SD15,
+            **published.SD15,
             "sample_size": 8,
             "block_out_channels": (32, 32, 32, 32),
         },
@@ -79,13 +79,13 @@ SIZES = {
         "text_encoder": _SMALL_TEXT,
     },
     "toy_sd35": {
-        **full_size.PIPELINES["sd35"],
+        **published.PIPELINES["sd35"],
         "text_encoder": _SMALL_TEXT,
-        "text_encoder_2": {**full_size.CLIP_G, "num_hidden_layers": 1},
+        "text_encoder_2": {**published.CLIP_G, "num_hidden_layers": 1},
         "text_encoder_3": _SMALL_T5,
         "transformer": {
             "_class_name": "SD3Transformer2DModel",
-            **full_size.SD35_MEDIUM,
+            **published.SD35_MEDIUM,
             "sample_size": 16,
             "num_layers": 13,
             "attention_head_dim": 16,
@@ -97,16 +97,6 @@ SIZES = {
     },
 }
 """Name of a size → part of the pipeline → config of the part."""
-CLIP_H_VISION = {
-    "hidden_size": 1280,
-    "intermediate_size": 5120,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 16,
-    "patch_size": 14,
-    "image_size": 224,
-    "projection_dim": 1024,
-    "hidden_act": "gelu",
-}
 SD35_TOKENS = 77 + 256
 
 _STORE = tempfile.TemporaryDirectory(prefix="random_pipelines_")
@@ -115,8 +105,7 @@ _STORE = tempfile.TemporaryDirectory(prefix="random_pipelines_")
 @cache
 def pipeline_folders() -> dict[str, str]:
     """Write a folder with configs and stand-in tokenizers for every size; return the folders by name of the size."""
-    full_size.PIPELINES = SIZES
-    return full_size.write_pipelines(Path(_STORE.name))
+    return published.write_pipelines(Path(_STORE.name), SIZES)
 
 
 def pipeline_folder(size: str) -> str:

@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 from latentreward.cli import main
+from latentreward.estimate.pipelines import write_pipelines
 from latentreward.modules import DiffusionDPOModule, ReFLModule
 from latentreward.noise import FlowMatching
-from tests.full_size import write_pipelines
 from tests.marks import slow_after
 from tests.test_recipes import parse
 

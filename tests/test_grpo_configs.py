@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from latentreward.cli import main
+from latentreward.estimate.pipelines import write_pipelines
 from latentreward.modules import StepwiseGRPOModule, TrajectoryGRPOModule
-from tests.full_size import write_pipelines
 from tests.marks import slow_after
 from tests.test_recipes import parse
 

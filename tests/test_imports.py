@@ -82,6 +82,9 @@ MAY_IMPORT = {
     "reports": BASE | {"metrics"},
     "evaluation": BASE
     | {"data", "metrics", "noise", "scoring", "scorers", "policies", "rollout", "reports", "generation"},
+    "estimate": BASE
+    | {"encoders", "backbones", "heads", "data", "cache", "scoring", "scorers", "settings"}
+    | {"policies", "rewards", "modules"},
     "serving": BASE | {"data", "noise", "scoring"},
     "tinyworld": BASE | {"data", "scorers", "metrics"},
 }

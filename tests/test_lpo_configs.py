@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 
 from latentreward.cli import main
 from latentreward.data import PromptDataModule
+from latentreward.estimate.pipelines import write_pipelines
 from latentreward.modules import LPOModule
 from latentreward.rollout import SigmaThreshold
 from latentreward.tinyworld import TinyWorldPromptDataModule
-from tests.full_size import write_pipelines
 from tests.marks import slow_after
 from tests.test_recipes import ParsedCLI, parse
 

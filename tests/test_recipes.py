@@ -18,13 +18,13 @@ from latentreward.backbones import backbone_names
 from latentreward.cli import main
 from latentreward.commands.fit import TrainingCLI
 from latentreward.data import PreferenceDataModule
+from latentreward.estimate.pipelines import write_pipelines
 from latentreward.heads import CLIPProjectionHead
 from latentreward.losses import BradleyTerryLoss
 from latentreward.modules import RewardModule
 from latentreward.seeding import pair_generator
 from latentreward.settings.functions import prepare
 from latentreward.settings.rewriting import rewrite_arguments
-from tests.full_size import write_pipelines
 from tests.marks import slow_after
 from tests.tiny_pipelines import pipeline_folder
 

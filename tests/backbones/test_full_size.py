@@ -7,9 +7,9 @@ from torch import nn
 
 from latentreward.backbones import SD3DiTBackbone, SDUNetBackbone
 from latentreward.contracts import LatentSpace
+from latentreward.estimate.pipelines import SD15, SD35_MEDIUM, SDXL
 from latentreward.heads import CLIPProjectionHead
 from latentreward.noise import FlowMatching, process_from_scheduler
-from tests.full_size import SD15, SD35_MEDIUM, SDXL
 
 DDPM = process_from_scheduler({"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear"})
 SPACE_4, SPACE_16 = LatentSpace(4, 8, 0.18215), LatentSpace(16, 8, 1.5305, 0.0609)

@@ -90,8 +90,8 @@ def test_buckets_at_full_size_are_the_published_ones() -> None:
     import tempfile
 
     from latentreward.backbones import create_backbone
+    from latentreward.estimate.pipelines import write_pipelines
     from latentreward.scoring.image_sizes import own_sizes
-    from tests.full_size import write_pipelines
 
     with tempfile.TemporaryDirectory() as folder:
         folders = write_pipelines(Path(folder))

@@ -289,7 +289,8 @@ def from_config(family: type[Any], source: str, dtype: torch.dtype | str | None,
         network = family.from_config(family.load_config(source, **place))
     else:
         network = family(encoder_config(family, source, **place))
-    return network.to(dtype) if isinstance(dtype, torch.dtype) else network
+    # Not its own `to`: diffusers' warns, whether a type changes or not.
+    return nn.Module.to(network, dtype) if isinstance(dtype, torch.dtype) else network
 
 
 def check_tokenizer(tokenizer: Any, rows: int, name: str, remedy: str) -> None:

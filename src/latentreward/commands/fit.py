@@ -4,8 +4,8 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from functools import partial
 from itertools import chain, count
@@ -14,7 +14,7 @@ from pydoc import locate
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-from jsonargparse import Namespace
+from jsonargparse import ActionYesNo, Namespace
 from jsonargparse.typing import PositiveFloat
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
@@ -161,7 +161,7 @@ class TrainingCLI(LightningCLI):
     """
 
     def __init__(self, command: str, arguments: Sequence[str], folder: Path, held: ExitStack) -> None:
-        self.command, self.folder, self.held = command, folder, held
+        self.command, self.folder, self.held, self.estimates = command, folder, held, False
         super().__init__(
             save_config_callback=SaveConfig,
             seed_everything_default=0,
@@ -218,6 +218,14 @@ class TrainingCLI(LightningCLI):
         parser.link_arguments("resume_override", "resumed_settings.override")
         if self.command == "predict":
             parser.add_lightning_class_args(PairScoreWriter, "predictions")
+        if self.command == "fit":
+            parser.add_argument(
+                "--estimate",
+                action=ActionYesNo,
+                nargs="?",
+                default=False,
+                help="Compute the memory and computation that the run needs, print them, and end; from configs alone.",
+            )
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -225,6 +233,8 @@ class TrainingCLI(LightningCLI):
             self.config = parser.parse_args(args)
         except OmegaConfBaseException as error:
             raise InputError(summarise(str(error))) from error
+        if self.command == "fit":
+            self.estimates = self.config[self.command].pop("estimate")  # no setting of a run
         check_ranges(self.config[self.command])
         self.config[self.command] = without_repeated_callbacks(self.config[self.command])
 
@@ -236,6 +246,8 @@ class TrainingCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         settings = self.config[self.command]
         check_data(self.command, settings)
+        if self.estimates:
+            return
         given = local = settings.get("ckpt_path")
         if "://" in (given or ""):
             local, given = str(fetched(given, self.folder)), without_password(given)
@@ -244,19 +256,8 @@ class TrainingCLI(LightningCLI):
             raise InputError("weights_only: false would let a checkpoint run code; leave it out")
         if local not in (None, "last", "hpc"):  # which are Lightning's to resolve
             check_checkpoint(local, given)
-        try:
+        with constructor_errors():
             super().instantiate_classes()
-        except (ValueError, ImportError, OSError, MisconfigurationException) as error:
-            raise InputError(input_error_behind(error) or summarise(str(error))) from error
-        except (RuntimeError, TypeError) as error:
-            if str(error).startswith("`devices`"):
-                raise InputError(f"trainer.devices: {summarise(str(error))}") from error
-            if "stateful callback" not in str(error):
-                raise
-            raise InputError(
-                "trainer.callbacks: of two alike the states cannot be told apart; for two ModelCheckpoint, let "
-                "monitor, mode, every_n_train_steps or every_n_epochs differ"
-            ) from error
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             self.trainer.strategy.checkpoint_io = DurableCheckpointIO()
         self.config_init[self.command]["ckpt_path"] = local
@@ -288,6 +289,20 @@ class TrainingCLI(LightningCLI):
         trainer.callbacks = callbacks  # type: ignore[attr-defined]
         return trainer
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        if not self.estimates:
+            super()._run_subcommand(subcommand)
+            return
+        from latentreward.estimate.settings import estimate
+
+        print(estimate(self.config[subcommand], self._build_module))
+
+    def _build_module(self, settings: Namespace) -> LightningModule:
+        """The module alone, as ``fit`` makes it."""
+        alone = Namespace(subcommand="fit", fit=Namespace(model=settings.model))
+        with constructor_errors():
+            return self.parser.instantiate(alone)["fit"].model
+
     def before_fit(self) -> None:
         """Lock the run folder once the ranks are there; a job that SLURM started again goes on unasked."""
         self.trainer.strategy.setup_environment = partial(lock_run, self.trainer, self.held)  # type: ignore[method-assign]
@@ -307,6 +322,28 @@ class TrainingCLI(LightningCLI):
             settings["ckpt_path"] = str(path)
 
     before_validate = before_test = before_predict = _find_last
+
+
+@contextmanager
+def constructor_errors() -> Iterator[None]:
+    """Say in one line what constructors have against their settings.
+
+    Raises:
+        InputError: In place of their own errors.
+    """
+    try:
+        yield
+    except (ValueError, ImportError, OSError, MisconfigurationException) as error:
+        raise InputError(input_error_behind(error) or summarise(str(error))) from error
+    except (RuntimeError, TypeError) as error:
+        if str(error).startswith("`devices`"):
+            raise InputError(f"trainer.devices: {summarise(str(error))}") from error
+        if "stateful callback" not in str(error):
+            raise
+        raise InputError(
+            "trainer.callbacks: of two alike the states cannot be told apart; for two ModelCheckpoint, let "
+            "monitor, mode, every_n_train_steps or every_n_epochs differ"
+        ) from error
 
 
 def check_data(command: str, settings: Namespace) -> None:
@@ -467,6 +504,10 @@ def run(command: str, arguments: Sequence[str]) -> None:
     try:
         with TemporaryDirectory(prefix="latentreward-") as folder, ExitStack() as held:
             rewritten = rewrite_arguments(settings, backbone_names(), root=f"{command}.")
+            if any(argument.startswith("--estimate") for argument in settings):
+                from latentreward.estimate.sources import unset_variables
+
+                held.enter_context(unset_variables())
             with naming_variables():
                 TrainingCLI(command, rewritten, Path(folder), held)
     except MisconfigurationException as error:

@@ -49,13 +49,14 @@ class PromptEncoder(nn.Module, ABC):
 
 
 def token_ids(tokenizer: Any, prompts: Sequence[str], length: int) -> Tensor:
-    """Return token ids ``(B, length)``, int64, padded and truncated to ``length``.
+    """Return token ids ``(B, length)``, int64 on the CPU, padded and truncated to ``length``.
 
     Raises:
         InputError: If ``tokenizer`` is None.
     """
     if tokenizer is None:
         raise InputError("prompts were given as text, but there is no tokenizer; load it with its base pipeline")
-    return tokenizer(
-        list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
-    ).input_ids
+    with torch.device("cpu"):
+        return tokenizer(
+            list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+        ).input_ids

@@ -33,6 +33,12 @@ class AdapterSwitch:
         for layer in self._layers:
             layer._active_adapter, layer._disable_adapters = list(self._default), False
 
+    @property
+    def working(self) -> tuple[str, ...]:
+        """Adapters that are at work."""
+        layer = next(iter(self._layers), None)
+        return () if layer is None or layer._disable_adapters else tuple(layer._active_adapter)
+
     @contextmanager
     def use(self, name: str | None) -> Iterator[None]:
         """Activate adapter ``name`` alone, or no adapter if ``name`` is None; on exit restore what was active before.

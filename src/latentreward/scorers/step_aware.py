@@ -63,7 +63,7 @@ class StepAwareScorer(CLIPImageScorer):
             InputError: If the weights cannot be loaded, or are those of a plain CLIP model, not trained with timesteps.
         """
         network, trained = load_step_aware(self.source, self.processor, self.revision, self.weights)
-        if not trained:
+        if not (trained or network.mean.is_meta):  # which has shapes alone
             raise InputError(
                 f"source {self.source!r} of {self.name} is a CLIP model that knows no timestep; train one with "
                 "configs/model/spm_sd15.yaml, and give its checkpoint as weights"

@@ -94,3 +94,21 @@ def commit_on_hub(name: str, revision: str | None = None) -> str | None:
         return Path(snapshot_download(repository, revision=revision, local_files_only=True)).name
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError):
         return None
+
+
+def cached_files(name: str, revision: str | None = None) -> Path | None:
+    """Folder of what the local cache has of a hub id, or of a folder in it; None if that is nothing.
+
+    Args:
+        name: Hub id.
+        revision: Branch, tag or commit.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    repository, folder = "/".join(name.split("/")[:2]), "/".join(name.split("/")[2:])
+    try:
+        found = Path(snapshot_download(repository, revision=revision, local_files_only=True)) / folder
+    except (LocalEntryNotFoundError, HFValidationError, OSError):
+        return None
+    return found if found.is_dir() else None

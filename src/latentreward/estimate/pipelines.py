@@ -1,11 +1,14 @@
-"""Pipeline folders of the real families at full size: configs and stand-in tokenizers, no weights."""
+"""Configs of the published pipelines, as their hub pages give them, and folders of them: no weights are needed.
+
+Only what sets shapes is kept; diffusers and transformers fill in the rest. Tokenizers are stand-ins of the right size.
+"""
 
 import json
 import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, models
 from transformers import CLIPTokenizer, T5TokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -44,6 +47,13 @@ SD35_MEDIUM = {
     "qk_norm": "rms_norm",
 }
 SD3_MEDIUM = {**SD35_MEDIUM, "pos_embed_max_size": 192, "dual_attention_layers": (), "qk_norm": None}
+SD21 = {
+    **SD15,
+    "sample_size": 96,
+    "cross_attention_dim": 1024,
+    "attention_head_dim": (5, 10, 20, 20),
+    "use_linear_projection": True,
+}
 CLIP_L = {
     "model_type": "clip_text_model",
     "hidden_size": 768,
@@ -60,6 +70,25 @@ CLIP_G = {
     "num_hidden_layers": 32,
     "num_attention_heads": 20,
     "projection_dim": 1280,
+    "hidden_act": "gelu",
+}
+CLIP_H = {
+    **CLIP_L,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "projection_dim": 1024,
+    "hidden_act": "gelu",
+}
+CLIP_H_VISION = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 16,
+    "patch_size": 14,
+    "image_size": 224,
+    "projection_dim": 1024,
     "hidden_act": "gelu",
 }
 T5_XXL = {
@@ -80,6 +109,7 @@ _VAE = {
     "layers_per_block": 2,
 }
 _BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+_V_PREDICTION = {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction", **_BETAS}
 _FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
 _SD3_PARTS: dict[str, dict[str, Any]] = {
     "vae": {**_VAE, "latent_channels": 16, "scaling_factor": 1.5305, "shift_factor": 0.0609, "use_quant_conv": False},
@@ -95,6 +125,18 @@ PIPELINES: dict[str, dict[str, dict[str, Any]]] = {
         "scheduler": {"_class_name": "PNDMScheduler", **_BETAS},
         "text_encoder": CLIP_L,
     },
+    "sd21": {
+        "unet": {"_class_name": "UNet2DConditionModel", **SD21},
+        "vae": {**_VAE, "latent_channels": 4, "scaling_factor": 0.18215},
+        "scheduler": _V_PREDICTION,
+        "text_encoder": {**CLIP_H, "num_hidden_layers": 23},  # Stability AI left out the last layer
+    },
+    "sd21_base": {
+        "unet": {"_class_name": "UNet2DConditionModel", **SD21, "sample_size": 64},
+        "vae": {**_VAE, "latent_channels": 4, "scaling_factor": 0.18215},
+        "scheduler": {"_class_name": "PNDMScheduler", **_BETAS},
+        "text_encoder": {**CLIP_H, "num_hidden_layers": 23},
+    },
     "sdxl": {
         "unet": {"_class_name": "UNet2DConditionModel", **SDXL},
         "vae": {**_VAE, "latent_channels": 4, "scaling_factor": 0.13025},
@@ -106,31 +148,62 @@ PIPELINES: dict[str, dict[str, dict[str, Any]]] = {
     "sd35": {"transformer": {"_class_name": "SD3Transformer2DModel", **SD35_MEDIUM}, **_SD3_PARTS},
 }
 """Family → part → its config.json."""
+CLIP_MODELS: dict[str, dict[str, Any]] = {
+    "clip_l": {"model_type": "clip", "projection_dim": 768, "text_config": CLIP_L},
+    "clip_h": {"model_type": "clip", "projection_dim": 1024, "text_config": CLIP_H, "vision_config": CLIP_H_VISION},
+}
+"""Name → config.json of a CLIP model that is no part of a pipeline."""
+HUB_IDS = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",
+    "stabilityai/stable-diffusion-2-1": "sd21",
+    "stabilityai/stable-diffusion-2-1-base": "sd21_base",
+    "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
+    "stabilityai/stable-diffusion-3-medium-diffusers": "sd3",
+    "stabilityai/stable-diffusion-3.5-medium": "sd35",
+    "openai/clip-vit-large-patch14": "clip_l",
+    "yuvalkirstain/PickScore_v1": "clip_h",
+    "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": "clip_h",
+}
+"""Hub id from which configs were taken → their name here."""
 
 
-def write_pipelines(root: Path) -> dict[str, str]:
-    """Write every pipeline of :data:`PIPELINES`, and ``clip_l``, into ``root``; their folders by name."""
+def write_pipelines(
+    root: Path, pipelines: Mapping[str, Mapping[str, Any]] = PIPELINES, clip_models: Iterable[str] = CLIP_MODELS
+) -> dict[str, str]:
+    """Write folders as the hub has them, without weights.
+
+    Args:
+        root: Where the folders go.
+        pipelines: Name → part → its config.
+        clip_models: Names in :data:`CLIP_MODELS`.
+
+    Returns:
+        Folder by name.
+    """
     clip, t5 = root / "clip_tokenizer", root / "t5_tokenizer"
     clip_tokenizer().save_pretrained(clip)
-    t5_tokenizer().save_pretrained(t5)
-    for name, parts in PIPELINES.items():
+    if any("text_encoder_3" in parts for parts in pipelines.values()):
+        t5_tokenizer().save_pretrained(t5)
+    for name, parts in pipelines.items():
         index: dict[str, Any] = {"_class_name": "DiffusionPipeline"}
         for part, config in parts.items():
             index[part] = ["library", "class"]  # what a loader asks is only whether the part is there
             write_json(root / name / part / ("scheduler_config.json" if part == "scheduler" else "config.json"), config)
             if part.startswith("text_encoder"):
                 tokenizer = part.replace("text_encoder", "tokenizer")
-                index[tokenizer] = [
-                    "transformers",
-                    "T5TokenizerFast" if config["model_type"] == "t5" else "CLIPTokenizer",
-                ]
-                shutil.copytree(t5 if config["model_type"] == "t5" else clip, root / name / tokenizer)
+                kind, files = ("T5TokenizerFast", t5) if config["model_type"] == "t5" else ("CLIPTokenizer", clip)
+                index[tokenizer] = ["transformers", kind]
+                shutil.copytree(files, root / name / tokenizer)
         write_json(root / name / "model_index.json", index)
-    write_json(root / "clip_l" / "config.json", {"model_type": "clip", "projection_dim": 768, "text_config": CLIP_L})
-    return {name: str(root / name) for name in [*PIPELINES, "clip_l"]}
+    for name in clip_models:
+        shutil.copytree(clip, root / name)
+        write_json(root / name / "config.json", CLIP_MODELS[name])
+        write_json(root / name / "preprocessor_config.json", {"image_processor_type": "CLIPImageProcessor"})
+    return {name: str(root / name) for name in [*pipelines, *clip_models]}
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a file, and the folders above it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content))
 
@@ -149,4 +222,4 @@ def t5_tokenizer() -> T5TokenizerFast:
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -1.0)]
     pieces += [(chr(code), -2.0) for code in range(33, 127)]
     pieces += [(f"<filler {number}>", -9.0) for number in range(32100 - len(pieces))]
-    return T5TokenizerFast(tokenizer_object=Tokenizer(models.Unigram(pieces, unk_id=2)), extra_ids=0, vocab=pieces)
+    return T5TokenizerFast(vocab=pieces, extra_ids=0)

@@ -1,0 +1,132 @@
+"""Batches of the configured size, without reading any data."""
+
+from __future__ import annotations
+
+from pydoc import locate
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
+from lightning.pytorch import LightningModule
+
+from latentreward.cache.datamodule import CachedPreferenceDataModule
+from latentreward.contracts import Conditioning, PreferenceBatch, PromptBatch, map_tensors, take_rows
+from latentreward.data import PromptsAndImages
+from latentreward.errors import InputError
+from latentreward.estimate.shapes import ShapesOnly, is_stand_in
+from latentreward.modules import DiffusionDPOModule, ReFLModule, StepAwarePixelModule
+from latentreward.modules.alignment import RolloutModule
+from latentreward.modules.reward import RewardModule
+
+
+def make_batch(module: LightningModule, data: Namespace, shapes: ShapesOnly) -> Any:
+    """A training batch for ``module``; one that learns from rollouts makes one first.
+
+    Args:
+        module: Its weights are stand-ins.
+        data: Class and settings of the data module.
+        shapes: Makes the tensors.
+
+    Raises:
+        InputError: If the module is of a kind that is not known here, or the settings have no batch size.
+    """
+    prompts, images = prompts_and_images(data)
+    if isinstance(module, RolloutModule):
+        return rows_of_rollout(module, data, shapes)
+    if isinstance(module, ReFLModule):
+        module.stop_range = (module.stop_range[0],) * 2  # the latest stop, which takes the most steps
+        batch = prompt_batch(batch_size(prompts))
+        return batch if images is None else {"prompts": batch, "images": pair_batch(module.policy, images, shapes)}
+    if isinstance(module, DiffusionDPOModule):
+        return pair_batch(module.policy, data, shapes)
+    if isinstance(module, StepAwarePixelModule):
+        return pair_batch(module.generator, data, shapes)
+    if isinstance(module, RewardModule):
+        return pair_batch(module.model.backbone, data, shapes)
+    raise InputError(f"--estimate does not know what batches a {type(module).__name__} takes; it knows our own modules")
+
+
+def rows_of_rollout(module: RolloutModule[Any], data: Namespace, shapes: ShapesOnly) -> Any:
+    """Roll out as many prompts as ``data`` does, and take a batch of the rows."""
+    prompts = prompt_batch(data.init_args.prompts_per_rollout)
+    rows: Any = module.roll_out(prompts)
+    index = [number % len(rows) for number in range(batch_size(data))]
+    batch = take_rows(rows, index)
+    module.prepare_prompts(prompts.prompts)
+    return map_tensors(batch, lambda t: shapes.stand_in(t.shape, t.dtype) if is_stand_in(t) else t)
+
+
+def pair_batch(network: Any, data: Namespace, shapes: ShapesOnly) -> PreferenceBatch:
+    """Pairs as ``data`` would hand them out, each with its own prompt.
+
+    Args:
+        network: Backbone or policy that takes them.
+        data: Class and settings of the data module.
+        shapes: Makes the images.
+
+    Raises:
+        InputError: If the settings have no batch size.
+    """
+    settings, space = data.init_args, network.latent_space
+    height, width = native_pixels(network)
+    if (size := settings.get("size")) is not None:
+        height, width = (size, size) if isinstance(size, int) else size
+    latents = issubclass(locate(data.class_path), CachedPreferenceDataModule)
+    shape = (space.channels, height // space.downscale, width // space.downscale) if latents else (3, height, width)
+    count = batch_size(data)
+    if latents and settings.tokens_per_batch is not None:
+        count = max(1, settings.tokens_per_batch // (shape[1] * shape[2]))
+    names = tuple(str(number) for number in range(count))
+    encoder, conditioning, uncond = network.text_encoder, None, None
+    if latents and settings.cached_text:
+        conditioning, uncond = (
+            Conditioning(
+                shapes.stand_in((rows, encoder.num_tokens, encoder.token_dim)),
+                shapes.stand_in((rows, encoder.pooled_dim)),
+            )
+            for rows in (count, 1)
+        )
+    return PreferenceBatch(
+        pair_ids=names,
+        prompts=tuple(f"prompt {name}" for name in names),
+        chosen=shapes.stand_in((count, *shape)),
+        rejected=shapes.stand_in((count, *shape)),
+        chosen_keys=tuple(f"{name} chosen" for name in names),
+        rejected_keys=tuple(f"{name} rejected" for name in names),
+        label=torch.ones(count),
+        weight=torch.ones(count),
+        latent_space=space if latents else None,
+        conditioning=conditioning,
+        uncond=uncond,
+    )
+
+
+def prompt_batch(count: int) -> PromptBatch:
+    """Distinct prompts."""
+    return PromptBatch(tuple(f"prompt {n}" for n in range(count)), tuple(f"0/{n}" for n in range(count)))
+
+
+def batch_size(data: Namespace) -> int:
+    """Size of a batch of ``data``.
+
+    Raises:
+        InputError: If the settings have none.
+    """
+    if (count := data.init_args.get("batch_size")) is None:
+        raise InputError(f"data: {data.class_path} has no setting batch_size, which --estimate needs")
+    return count
+
+
+def prompts_and_images(data: Namespace) -> tuple[Namespace, Namespace | None]:
+    """Settings of the prompts of ``data``, and of its images if it has some."""
+    if issubclass(locate(data.class_path), PromptsAndImages):
+        return data.init_args.prompts, data.init_args.images
+    return data, None
+
+
+def native_pixels(network: Any) -> tuple[int, int]:
+    """Height and width in pixels of what a backbone or a policy was trained on."""
+    if callable(network.native_size):  # a policy's, in latents
+        height, width = network.native_size()
+        return height * network.latent_space.downscale, width * network.latent_space.downscale
+    return network.native_size

@@ -1,0 +1,159 @@
+"""Rewards of an alignment run whose settings are read, and whose weights are not."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
+from torch import Tensor
+
+from latentreward.backbones.sd_unet import unet_family
+from latentreward.contracts import FeatureSpec
+from latentreward.errors import InputError
+from latentreward.estimate.sources import ConfigSources
+from latentreward.heads import RewardHead
+from latentreward.policies import PolicySource
+from latentreward.rewards import LatentReward
+from latentreward.scoring.layouts.base import SharingReward
+from latentreward.scoring.layouts.find import checkpoint_of
+from latentreward.scoring.layouts.model_folder import PretrainedReward, is_model_folder
+from latentreward.scoring.layouts.recipe import ModelPart, build_head
+from latentreward.scoring.layouts.run import TrainedReward, settings_beside
+from latentreward.scoring.network import RewardNetwork
+from latentreward.settings.rewriting import find_config
+from latentreward.storage.hub import cached_files
+
+USUAL = {
+    "sd_tiny": "lrm_tiny",
+    "sd35_tiny": "dina_lrm_tiny",
+    "SD1.5": "lrm_sd15",
+    "SD2.1": "lrm_sd15",
+    "SDXL": "lrm_sdxl",
+    "SD3": "lrm_sd3",
+    "SD3.5": "dina_lrm_sd35",
+}
+"""Family of a policy → the shipped settings of the reward that is trained for it: configs/model/NAME.yaml."""
+
+
+class Unread(SharingReward):
+    """A stored reward on the meta device, of which no weight is read."""
+
+    def _part(self) -> ModelPart:
+        """Class and settings of the head."""
+        raise NotImplementedError
+
+    def _new_head(self, spec: FeatureSpec) -> RewardHead:
+        with torch.device("meta"):
+            return build_head(self._part(), spec).requires_grad_(False).eval()
+
+    def load(self) -> RewardNetwork:
+        """See :meth:`StoredReward.load`."""
+        with torch.device("meta"):
+            backbone = self._backbone()
+        return RewardNetwork(backbone, self._new_head(backbone.feature_spec)).requires_grad_(False).eval()
+
+    def head(self) -> RewardHead:
+        """See :meth:`StoredReward.head`."""
+        return self._new_head(self.on_meta_device.feature_spec)
+
+    def adapter(self) -> dict[str, Tensor]:
+        """See :meth:`StoredReward.adapter`."""
+        network = self.on_meta_device.get_submodule(self.on_meta_device.network_name)
+        return {name: weight for name, weight in network.named_parameters() if ".lora_" in name}
+
+    def same_base(self, part: str, weights: Any, source: str) -> bool:
+        """Whether both name the same base: what its weights would tell is not read."""
+        return source == self.on_meta_device.source
+
+
+class UnreadRun(Unread, TrainedReward):
+    """A run's settings, or those of a shipped model file."""
+
+    @property
+    def parts(self) -> tuple[ModelPart, ...]:
+        """Backbone and head."""
+        return (*self._parts.values(),)
+
+    def _part(self) -> ModelPart:
+        return self._parts["head"]
+
+
+class UnreadFolder(Unread, PretrainedReward):
+    """A model folder's settings."""
+
+    def _part(self) -> ModelPart:
+        return self.config.recipe.head
+
+
+class UnreadReward(LatentReward):
+    """A :class:`LatentReward` from settings alone.
+
+    Args:
+        path: See :class:`LatentReward`.
+        usual: Name of the shipped model file that stands for it where there is nothing at ``path``.
+        kept: Folder of a :class:`ConfigSources`.
+        options: See :class:`LatentReward`.
+    """
+
+    def __init__(self, path: str, usual: str, kept: str, **options: Any) -> None:
+        super().__init__(path, **options)
+        self._stored = find_settings(Namespace(path=path, usual=usual, **options), ConfigSources(Path(kept)))
+
+
+def replace_rewards(settings: Namespace, policy: PolicySource, sources: ConfigSources) -> None:
+    """Turn each :class:`LatentReward` that settings name into an :class:`UnreadReward`.
+
+    Args:
+        settings: Of a module; changed in place.
+        policy: The module's policy.
+        sources: Finds configs, and notes what it found.
+    """
+    kind = str(settings.get("class_path")).rpartition(".")[2]
+    if kind == "StepAwareScorer":
+        settings.init_args.weights = None
+    if kind == "LatentReward":
+        settings.init_args.usual = USUAL[family_of(policy)]
+        find_settings(settings.init_args, sources)
+        settings.init_args.kept = str(sources.folder)
+        settings.class_path = f"{UnreadReward.__module__}.{UnreadReward.__qualname__}"
+        return
+    for value in vars(settings).values():
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, Namespace):
+                replace_rewards(item, policy, sources)
+
+
+def find_settings(reward: Namespace, sources: ConfigSources) -> Unread:
+    """Settings of a reward from its folder, else of the shipped model file ``reward.usual``."""
+    path, base = reward.path, reward.get("base")
+    place = Path(path) if Path(path).exists() else cached_files(path, reward.get("revision"))
+    trusted = bool(reward.get("trust_remote_code"))
+    sources.used[path] = "its own settings"
+    if place is not None and is_model_folder(place):
+        folder = UnreadFolder(place, base, trusted)
+        sources.replace(folder.config.recipe.backbone.init_args)
+        return folder
+    run = None
+    if place is not None:
+        with suppress(InputError):  # of one of the papers' layouts
+            checkpoint = checkpoint_of(place)
+            run = UnreadRun(checkpoint, Path(reward.get("config") or settings_beside(checkpoint)), True, base, trusted)
+    if run is None:
+        name = f"configs/model/{reward.usual}.yaml"
+        run, sources.used[path] = UnreadRun(Path(), Path(find_config(name)), True, base, trusted=True), name
+    for part in run.parts:
+        sources.replace(part.init_args)
+    return run
+
+
+def family_of(policy: PolicySource) -> str:
+    """Key of :data:`USUAL`."""
+    pipeline = policy.pipeline()
+    if policy.source in USUAL:
+        return policy.source
+    if pipeline.has("unet"):
+        return unet_family(pipeline.config("unet"))
+    return "SD3.5" if pipeline.config("transformer").get("qk_norm") else "SD3"

@@ -1,0 +1,79 @@
+"""From the settings of ``fit`` to a module without weights, and to its costs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from jsonargparse import Namespace
+from lightning.pytorch import LightningModule, Trainer
+
+from latentreward.estimate.costs import StepCosts, step_costs
+from latentreward.estimate.report import as_text
+from latentreward.estimate.rewards import replace_rewards
+from latentreward.estimate.sources import ConfigSources
+from latentreward.policies import PolicySource
+
+
+def estimate(settings: Namespace, build: Callable[[Namespace], LightningModule]) -> str:
+    """Tables of what a run of ``fit`` needs.
+
+    Args:
+        settings: Of the run; ``model`` is changed.
+        build: Makes the module of its settings.
+
+    Raises:
+        InputError: If configs are not to be had, or the module is of a kind that is not known.
+    """
+    with TemporaryDirectory(prefix="latentreward-") as folder:
+        sources, accumulated = ConfigSources(Path(folder)), settings.trainer.accumulate_grad_batches
+        gpu = settings.trainer.accelerator != "cpu"
+        module = unread_module(settings, build, sources)
+        costs = step_costs(module, settings.data, accumulated, gpu)
+    return as_text(costs, accumulated, notes_on(settings, costs, sources, gpu))
+
+
+def unread_module(
+    settings: Namespace, build: Callable[[Namespace], LightningModule], sources: ConfigSources
+) -> LightningModule:
+    """The module on the meta device, with a trainer of the configured precision."""
+    arguments = settings.model.init_args
+    sources.replace(arguments)
+    if isinstance(policy := arguments.get("policy"), Namespace):
+        replace_rewards(arguments, PolicySource(policy.source, policy.revision), sources)
+    with torch.device("meta"):
+        module = build(settings)
+    told = logging.getLogger("lightning.pytorch")
+    level = told.level
+    told.setLevel(logging.WARNING)  # which devices it finds is of no interest
+    module.trainer = Trainer(
+        accelerator="cpu", devices=1, precision=settings.trainer.precision, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    told.setLevel(level)
+    module.setup("fit")
+    return module
+
+
+def notes_on(settings: Namespace, costs: StepCosts, sources: ConfigSources, gpu: bool) -> list[str]:
+    """What the tables are about, in a line each."""
+    trainer = settings.trainer
+    device = "a GPU" if gpu else "the CPU"
+    data, name = settings.data.init_args, settings.model.class_path.rpartition(".")[2]
+    notes = [f"{name} on {device}, precision {trainer.precision or '32-true'}."]
+    size = f"images of {data.size}" if data.get("size") else "the network's own size unless the settings say another"
+    notes.append(f"Batch size per process {data.get('batch_size')}, {size}.")
+    if costs.rollout_peak:
+        notes.append(f"A rollout is of {data.prompts_per_rollout} prompts.")
+    elif costs.rollout:
+        notes.append("Rollout means sampling without gradients, here up to the latest stop of model.stop_range.")
+    strategy = str(trainer.strategy)
+    if "fsdp" in strategy.lower():
+        notes.append("Counted as if one process held all: FSDP shares weights, gradients and optimiser state out.")
+    elif gpu and trainer.devices not in (1, "1"):
+        notes.append(f"With several processes, DDP's buckets take {costs.gradients / 1e9:.2f} GB more.")
+    notes += [f"Configs of {source}: {origin}." for source, origin in sources.used.items()]
+    return notes

@@ -1,0 +1,93 @@
+"""``latentreward fit … --estimate``: what it reads, what it prints, and that it does nothing else."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from latentreward.cli import main
+from latentreward.estimate.sources import ConfigSources
+from tests.marks import slow_after
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+VARIABLES = (
+    "SD15_PATH",
+    "SDXL_PATH",
+    "SD35_PATH",
+    "CLIP_L_PATH",
+    "PICKAPIC_ROOT",
+    "MPCF_SCORES",
+    "LRM_PATH",
+    "PROMPTS",
+)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder and a cache of the hub without files, no variables, and no network."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("latentreward.storage.hub._asked_once", lambda question: pytest.fail("asked the hub"))
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+
+def shown(capsys: pytest.CaptureFixture[str], *options: str) -> str:
+    main(["fit", *options, "--estimate"])
+    return capsys.readouterr().out
+
+
+def number(text: str, name: str) -> float:
+    found = re.search(rf"^  {name} +(\S+)$", text, flags=re.MULTILINE)
+    assert found, name
+    return float(found[1])
+
+
+def test_tiny_alignment_needs_no_trained_reward(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    text = shown(capsys, "--config", str(CONFIGS / "align" / "lpo_tiny.yaml"), "--data.batch_size=4")
+    assert "Configs of runs/lrm_tiny: configs/model/lrm_tiny.yaml." in text
+    assert number(text, "rollout") > 0
+    assert number(text, "peak") >= number(text, "peak in the passes of a batch") > number(text, "weights")
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("files", "trained", "kept"),
+    slow_after(
+        0,
+        [
+            (["recipes/lrm_sd15.yaml"], 348.7, 30),
+            (["align/lpo_sd15.yaml"], 0.8, 23),
+        ],
+    ),
+)
+def test_full_size_from_configs_in_the_package(
+    files: list[str], trained: float, kept: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = shown(capsys, *(f"--config={CONFIGS / file}" for file in files))
+    network = re.search(r"^  network +[\d.]+ +([\d.]+)", text, flags=re.MULTILINE)
+    assert network is not None
+    assert float(network[1]) == trained
+    assert number(text, "kept for the backward pass") == pytest.approx(kept, rel=0.05)
+    assert "Configs of stable-diffusion-v1-5/stable-diffusion-v1-5: configs kept in the package." in text
+
+
+def test_unknown_model_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    config = f"--config={CONFIGS / 'align' / 'lpo_tiny.yaml'}"
+    with pytest.raises(SystemExit):
+        main(["fit", config, "--model.policy.source=someone/model", "--estimate=true"])
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert re.match(r"latentreward: error: source='someone/model' is not in the local cache of the hub", last)
+
+
+def test_configs_come_from_the_cache_of_the_hub_first(tmp_path: Path) -> None:
+    repository = tmp_path / "hub" / "models--stabilityai--stable-diffusion-3.5-medium"
+    snapshot = repository / "snapshots" / ("a" * 40)
+    for folder in (snapshot, repository / "refs"):
+        folder.mkdir(parents=True)
+    (repository / "refs" / "main").write_text("a" * 40)
+    (snapshot / "model_index.json").write_text("{}")
+    sources, settings = ConfigSources(tmp_path / "kept"), {"source": "stabilityai/stable-diffusion-3.5-medium"}
+    sources.replace(settings)
+    assert settings == {"source": str(snapshot)}
+    assert sources.used == {"stabilityai/stable-diffusion-3.5-medium": "the local cache of the hub"}
