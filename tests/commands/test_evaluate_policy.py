@@ -267,7 +267,7 @@ def test_missing_pictures_are_refused_or_left_out(
         options = ["--policy.source=sd_tiny", f"--images_per_prompt={count}", *FAST]
         main(["generate", str(prompts), str(tmp_path / name), *options])
     both = [f"--policy.images={tmp_path / 'four'}", f"--against.images={tmp_path / 'two'}"]
-    assert "two lacks 6 of 12 pictures, first number 2 of prompt 0; complete it" in refused(*both)
+    assert "two lacks 6 of 12 pictures, first number 2 of prompt 0; add them" in refused(*both)
     gone, broken, *_ = sorted((tmp_path / "four").glob("00001_*.png"))
     gone.unlink()
     broken.write_bytes(broken.read_bytes()[:200])
