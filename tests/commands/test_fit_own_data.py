@@ -41,6 +41,7 @@ def refusal(capsys: pytest.CaptureFixture[str], command: str, *settings: str) ->
     return capsys.readouterr().err.splitlines()[-1].removeprefix("latentreward: error: ")
 
 
+@pytest.mark.slow
 def test_json_lines(root, caplog) -> None:
     write(root / "val.jsonl", "ONE", "five", "six")
     run("fit")
@@ -65,6 +66,7 @@ def test_folders(root) -> None:
     assert list(root.rglob("last.ckpt"))
 
 
+@pytest.mark.slow
 def test_only_the_readers_of_the_command_are_opened(root, caplog, capsys) -> None:
     test = ["--data.test=JSONLPairReader", "--data.test.file=test.jsonl"]
     run("fit", "--data.predict.file=absent.jsonl", *test, "--trainer.fast_dev_run=true")
@@ -96,6 +98,7 @@ def test_on_error_of_the_data_holds_for_readers_without_their_own(root, caplog, 
     assert "data.train: 1 of 4 rows have a prompt that test has too" in caplog.text
 
 
+@pytest.mark.slow
 def test_on_error_reaches_a_reader_inside_another(root, capsys) -> None:
     write(root / "train.jsonl", "one", "two", more="no object")
     (root / "scores.csv").write_text("pair_id,clip_a,clip_b\ntrain.jsonl:1,1,0\ntrain.jsonl:2,1,0\n")

@@ -77,7 +77,7 @@ def check(build: Callable[[], LightningModule], data: Namespace, batch: Any = No
 
 
 @pytest.mark.parametrize("kind", ["lrm", "dina"])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", slow_after(1, [False, True]))
 def test_reward_module(kind: str, checkpointing: bool) -> None:
     options = {"backbone": {"gradient_checkpointing": checkpointing}}
     costs = check(lambda: batches.MODULES[kind](**options), PAIRS, pairs())
@@ -109,7 +109,7 @@ def grpo(name: str, reward: RewardSource) -> TrajectoryGRPOModule:
 MORE = [(lpo, "sd35"), (refl, "sd15"), (grpo, "sd15"), (grpo, "sd35")]
 
 
-@pytest.mark.parametrize(("build", "name"), slow_after(2, [(lpo, "sd15"), (refl, "sd35"), *MORE]))
+@pytest.mark.parametrize(("build", "name"), slow_after(1, [(lpo, "sd15"), (refl, "sd35"), *MORE]))
 def test_alignment(build: Any, name: str, tmp_path: Path) -> None:
     """On SD3.5 the reward is an adapter of the policy's own network, of which blocks are computed again."""
     options = {"tuning": "lora", "lora": {"rank": 2, "alpha": 2.0}} if name == "sd35" else {}

@@ -43,6 +43,7 @@ def number(text: str, name: str) -> float:
     return float(found[1])
 
 
+@pytest.mark.slow
 def test_tiny_alignment_needs_no_trained_reward(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     text = shown(capsys, "--config", str(CONFIGS / "align" / "lpo_tiny.yaml"), "--data.batch_size=4")
     assert "Configs of runs/lrm_tiny: configs/model/lrm_tiny.yaml." in text
