@@ -231,7 +231,7 @@ def test_training_goes_on_without_the_cache_that_it_is_only_kept_apart_from(
     assert list(CachedPreferenceDataModule(train=train, test=absent, num_workers=0).datasets) == ["train"]
     assert "data.test is not opened" in caplog.text
     for splits in ({"test": absent}, {"train": absent}, {"train": train, "test": absent, "shared_prompts": "raise"}):
-        with pytest.raises(InputError, match=r"data\.(test|train): .* is no cache"):
+        with pytest.raises(InputError, match=r"data\.(test|train): .* is not a cache"):
             CachedPreferenceDataModule(**splits, num_workers=0)
 
 
