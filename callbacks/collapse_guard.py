@@ -81,7 +81,7 @@ class CollapseGuard(PromptMonitor):
         self._start = self._measure(trainer, pl_module, reference=True)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Remember the spread of the first rollout's scores."""
+        """Record the first rollout's standard deviation of scores among one prompt's candidates (mean over prompts)."""
         if self._first_spread is None:
             self._first_spread = score_spread(pl_module)
 
@@ -101,7 +101,7 @@ class CollapseGuard(PromptMonitor):
             self._act(f"optimiser step {trainer.global_step}: {', '.join(problems)}", trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the spread of the first rollout's scores."""
+        """Return the first rollout's standard deviation of scores."""
         return {"first_spread": self._first_spread}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -123,7 +123,10 @@ class CollapseGuard(PromptMonitor):
 
 
 def score_spread(pl_module: LightningModule) -> float | None:
-    """Return the standard deviation of scores among a prompt's candidates in the last rollout; None without one."""
+    """Return the last rollout's standard deviation of scores among one prompt's candidates, averaged over prompts.
+
+    None without a rollout.
+    """
     statistics: RolloutStatistics | None = getattr(pl_module, "rollout_statistics", None)
     if statistics is None or not statistics.scores.numel():
         return None

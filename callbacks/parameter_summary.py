@@ -8,9 +8,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 
 class ParameterSummary(ModelSummary):
-    """Callback that prints in one line the parameters of each part of the model, and how many in all are trainable.
+    """Callback that prints one line: the number of parameters of each part of the model, and how many are trainable.
 
-    Takes the place of Lightning's table, whose FLOPs are 0 without an ``example_input_array``. The command line adds
+    The line replaces Lightning's table, whose FLOPs are 0 without an ``example_input_array``. The command line adds
     this callback to every fit, unless ``trainer.callbacks`` has a ``ModelSummary`` or ``trainer.enable_model_summary``
     is false.
 
@@ -33,7 +33,7 @@ class ParameterSummary(ModelSummary):
         *_: Any,
         **__: Any,
     ) -> None:
-        """Print the line; see Lightning's ``ModelSummary``."""
+        """Print the line on rank 0; Lightning's ``ModelSummary`` calls this method with the columns of its table."""
         columns = dict(summary_data)
         rows = zip(columns["Name"], columns["Type"], columns["Params"], strict=True)
         parts = [f"{name} ({kind}) {number.strip()}" for name, kind, number in rows if number.strip() != "0"]

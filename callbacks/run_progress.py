@@ -21,12 +21,15 @@ class RunProgress(ProgressBar):
     """Callback that shows optimiser steps done, steps of the whole run, and the time left, on standard error.
 
     On a terminal the callback shows a bar; otherwise it prints a line at the start, every ``every_s`` seconds and at
-    the end. Only global rank 0 shows progress. Epoch and metrics logged with ``prog_bar=True`` are included.
-    Validation, test and prediction have a bar of their own, or lines if they take longer than ``every_s``. The run is
-    taken to end by ``max_steps``, ``max_epochs`` or ``max_time``, whichever comes first. The time left is computed from
-    the mean time of a step since this process began to train, rollouts and validations included. Stops for other
-    reasons, such as ``EarlyStopping`` or ``data.max_prompts``, are not foreseen. The command line adds this callback
-    to every run, unless ``trainer.callbacks`` has a progress bar or ``trainer.enable_progress_bar`` is false.
+    the end. Only global rank 0 shows progress. Epoch and metrics logged with ``prog_bar=True`` are shown too.
+    Validation, test and prediction have a bar of their own, or lines if they take longer than ``every_s``.
+
+    The time left assumes that the run ends by ``max_steps``, ``max_epochs`` or ``max_time``, whichever comes first; it
+    does not foresee other ends, such as ``EarlyStopping`` or ``data.max_prompts``. It is computed from the mean time of
+    a step since this process began to train, rollouts and validations included.
+
+    The command line adds this callback to every run, unless ``trainer.callbacks`` has a progress bar or
+    ``trainer.enable_progress_bar`` is false.
 
     Args:
         every_s: Seconds between lines where standard error is not a terminal.
@@ -66,10 +69,10 @@ class RunProgress(ProgressBar):
         tqdm.write(sep.join(map(str, args)), **kwargs)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start to count at the present optimiser step: 0, or that of the checkpoint."""
+        """Start to count at the present optimiser step: 0, or the step of the resumed checkpoint."""
         if not self.is_enabled:
             return
-        if sys.stderr.isatty():  # else messages would be written into the bar
+        if sys.stderr.isatty():  # otherwise log messages would be written into the bar
             loggers = [logging.getLogger(name) for name in (None, "lightning.pytorch", "lightning.fabric")]
             self._redirected.enter_context(logging_redirect_tqdm(loggers))
             logging.captureWarnings(True)
@@ -110,18 +113,18 @@ class RunProgress(ProgressBar):
         self._close()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the progress of a validation or a sanity check."""
+        """Start the progress display of a validation or a sanity check."""
         if trainer.sanity_checking:
             self._begin("sanity check", trainer.num_sanity_val_batches)
         else:
             self._begin("validation", trainer.num_val_batches)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the progress of a test."""
+        """Start the progress display of a test."""
         self._begin("test", trainer.num_test_batches)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the progress of a prediction."""
+        """Start the progress display of a prediction."""
         self._begin("prediction", trainer.num_predict_batches)
 
     def on_validation_batch_end(
@@ -133,14 +136,14 @@ class RunProgress(ProgressBar):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Count the batch."""
+        """Count the batch of a validation, test or prediction."""
         if self._evaluation is not None:
             self._evaluation.add()
 
     on_test_batch_end = on_predict_batch_end = on_validation_batch_end
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Close the progress of the evaluation."""
+        """Close the progress display of a validation, test or prediction."""
         if self._evaluation is not None:
             self._evaluation.close()
             self._evaluation = None

@@ -283,7 +283,7 @@ class EncodingRate(Callback):
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: EncodeBatch, *_: Any
     ) -> None:
-        """Count a batch; rank 0 shows its own count times the number of ranks, as an estimate."""
+        """Add the batch's images and prompts to ``done``; rank 0 shows its ``done`` times the number of ranks."""
         before = self.done * trainer.world_size
         self.done, self.seconds = self.done + len(batch), time.monotonic() - self._begun
         self._progress.add(max(0, min(self.done * trainer.world_size, self.total) - before))

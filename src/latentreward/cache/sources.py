@@ -26,7 +26,7 @@ RELEASED_SPACE = LatentSpace(channels=16, downscale=8, scaling_factor=1.5305, sh
 
 @dataclass(frozen=True)
 class Encoders:
-    """Encoders of images and prompts, on the CPU, with their entries in the spec.
+    """Encoders of images and prompts, on the CPU, with their records for the cache's settings (:class:`CacheSpec`).
 
     Attributes:
         space: Space of the latents.

@@ -66,7 +66,7 @@ class EncodingDataModule(LightningDataModule):
 
     @property
     def total(self) -> int:
-        """Number of images and prompts that have to be encoded, over all ranks."""
+        """Number of images and prompts in the unfinished shards, over all ranks; finished shards do not count."""
         return sum(shard.count for shard in self.todo or ())
 
     def prepare_data(self) -> None:
@@ -168,7 +168,7 @@ class StopOnSigterm(Callback):
     """
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Replace Lightning's signal handler; Lightning restores the original handler when the run ends."""
+        """Install a SIGTERM handler that ends the process at once; Lightning restores its original at the end."""
 
         def stop(signum: int, frame: Any) -> None:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)

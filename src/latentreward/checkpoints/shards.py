@@ -100,7 +100,8 @@ def read_sharded(path: Path, with_tensors: bool = True) -> dict[str, Any]:
 
     Args:
         path: Folder of the checkpoint.
-        with_tensors: False reads only the other values, which checks that the checkpoint cannot run code.
+        with_tensors: Whether to read tensors. False leaves them out, to check quickly that all else is plain values, so
+            that loading the checkpoint runs no code.
 
     Raises:
         InputError: If the checkpoint is incomplete, damaged, or holds more than tensors and plain values.

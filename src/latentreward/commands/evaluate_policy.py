@@ -86,12 +86,12 @@ def evaluate_policy(
         against: Second policy to compare with; none by default.
         prompts: File of prompts: text, JSON, JSON lines, CSV, TSV or parquet with a column ``prompt`` or ``caption``.
             Or a glob pattern of several files; each file without a column of groups becomes a group. Or ``tinyworld``
-            for the tiny world's held-out captions. By default the prompts of the folder ``images``.
+            for the tiny world's held-out captions. By default the prompts listed in a policy's folder ``images``.
         num_prompts: Number of prompts to take from the start; all by default.
         max_prompt_chars: Most characters of a prompt; longer ones are refused. Text encoders read a few hundred.
         images_per_prompt: Pictures of each prompt; by default as many as a folder of images has, or 1.
         images_scored: Pictures of each prompt to sample and score: ``all`` or only the ``first``. LPO's released script
-            samples four and, by a slip of ``zip``, scores the first, so its published means are over 500 pictures.
+            samples four for each of 500 prompts but, by a slip of ``zip``, scores only the first.
         sampling: Steps, noise and size.
         guidance_scale: Classifier-free guidance scale of policies without their own; 1 switches guidance off.
         shared_noise: Whether the n-th pictures of all prompts start from the same noise. LPO's released script does so
@@ -103,7 +103,7 @@ def evaluate_policy(
         parts: Number of consecutive parts into which each group of prompts is cut; the standard deviation of the parts'
             means is reported. HPSv2's benchmark uses 10.
         published: Protocol of LPO's authors whose published numbers are shown beside ours.
-        cards: Most pictures of each policy on the page.
+        cards: Largest number of pictures of each policy in ``report.html``.
         device: Device of the generators: ``cpu``, ``cuda``, ...; ``auto`` takes a GPU if there is one. Scorers have a
             setting of their own.
 

@@ -65,15 +65,16 @@ from latentreward.storage.locks import lock_run
 
 CONFIG = "config.yaml"
 LOADERS = {"fit": "train", "validate": "val"}
-"""Subcommand -> what Lightning calls its data, where that is not the same word."""
+"""Subcommand -> prefix of Lightning's ``*_dataloader`` method, where the prefix differs from the subcommand."""
 USED = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
-"""Subcommand -> splits that it reads; the first must be there."""
+"""Subcommand -> splits that the subcommand reads; the first split must be set."""
 
 
 class Parser(SettingsParser, LightningArgumentParser):
-    """Lightning's parser with our errors, in which callbacks add up.
+    """Lightning's parser with this package's error messages.
 
-    It opens of the data no more than the subcommand needs.
+    Callbacks of several config files are joined, and repeated callbacks are dropped. Only readers of the splits that
+    the subcommand needs are opened.
     """
 
     @override
@@ -90,10 +91,11 @@ class Parser(SettingsParser, LightningArgumentParser):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Write ``config.yaml`` beside the logs; one that is there already stays, and the new one gets a number.
+    """Callback that writes the run's settings to ``config.yaml`` beside the logs.
 
-    A checkpoint's settings are looked for beside it and one folder up, so a copy goes to checkpoint folders elsewhere.
-    A run that fails before its first optimiser step leaves no such file.
+    If an earlier run left a ``config.yaml`` there, the new file is called ``config_1.yaml``, and so on. Commands that
+    load a checkpoint look for its settings in the checkpoint's folder and one folder up; checkpoint folders elsewhere
+    get a copy. If a run fails before its first optimiser step, its files are removed.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -103,7 +105,7 @@ class SaveConfig(SaveConfigCallback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        folder = Path(trainer.log_dir or ".")  # asks all ranks, so it stands outside the condition
+        folder = Path(trainer.log_dir or ".")  # a collective call, so all ranks must make it
         begins = not self.already_saved and trainer.is_global_zero
         if begins:
             self.config_filename = free_name(folder)
@@ -114,7 +116,10 @@ class SaveConfig(SaveConfigCallback):
                 print(f"settings are in {self._written[0]}: {CONFIG} is an earlier run's", file=sys.stderr)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put settings that the checkpoint replaced into the file, which was written before it was read; copy it."""
+        """Rewrite the file with the values that a resumed checkpoint replaced, and copy the file to checkpoint folders.
+
+        Lightning writes the file before it reads the checkpoint.
+        """
         self._first_step = trainer.global_step
         if not trainer.is_global_zero:
             return
@@ -123,7 +128,7 @@ class SaveConfig(SaveConfigCallback):
             self.config[name.replace(".", ".init_args.")] = value
         if resumed.in_force:
             self.parser.save(self.config, self._written[0], skip_none=False, overwrite=True)
-        # Not in setup: ModelCheckpoint would find its folder not empty, and warn of an earlier run.
+        # Copied here and not in setup: ModelCheckpoint would warn that its folder is not empty.
         for keeper in trainer.checkpoint_callbacks:
             folder = str(getattr(keeper, "dirpath", None) or "")
             found = [path.parent.resolve() for path in self._written]
@@ -137,14 +142,14 @@ class SaveConfig(SaveConfigCallback):
                 self.parser.save(self.config, self._written[-1], skip_none=False)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Remove the file of a run of which nothing else is left: the next one would take it for an earlier run's."""
+        """Remove the settings files of a run that failed before its first optimiser step."""
         if trainer.global_step == self._first_step:
             for path in self._written:
                 path.unlink(missing_ok=True)
 
 
 def free_name(folder: Path) -> str:
-    """Name of a file of settings that ``folder`` does not have yet."""
+    """Return ``config.yaml``, or the first ``config_N.yaml`` that ``folder`` does not have yet."""
     names = chain([CONFIG], (f"config_{number}.yaml" for number in count(1)))
     return next(name for name in names if not (folder / name).exists())
 
@@ -153,11 +158,11 @@ class TrainingCLI(LightningCLI):
     """Lightning's command line for one subcommand.
 
     Args:
-        command: Name of the subcommand; parsers of the others are not built.
-        arguments: What follows it.
-        folder: For a checkpoint that is fetched from an address; each process fetches its own copy, because those of a
-            run may be on several machines.
-        held: Holds the lock of the run folder.
+        command: Name of the subcommand; parsers of other subcommands are not built.
+        arguments: Arguments after the subcommand.
+        folder: Temporary folder for a checkpoint that is fetched from an address. Each process fetches its own copy,
+            because the processes of a run may be on several machines.
+        held: Stack that keeps the lock of the run folder until the command ends.
     """
 
     def __init__(self, command: str, arguments: Sequence[str], folder: Path, held: ExitStack) -> None:
@@ -191,14 +196,14 @@ class TrainingCLI(LightningCLI):
 
     @override
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """As Lightning's, but data before model: a wrong path is known before any weights are loaded."""
+        """Add Lightning's arguments, with data before model, so a wrong path is found before weights are loaded."""
         parser.add_lightning_class_args(Trainer, "trainer")
         parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True, required=False)
         parser.add_lightning_class_args(LightningModule, "model", subclass_mode=True)
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        # They act in training alone, but config.yaml of a run names them, and its checkpoints are evaluated with that.
+        # The callbacks act only in training, but validate, test and predict must accept the config.yaml of fit.
         parser.add_lightning_class_args(NaNGuard, "nan_guard")
         parser.add_lightning_class_args(ExactResume, "exact_resume")
         parser.add_lightning_class_args(GracefulStop, "graceful_stop")
@@ -234,13 +239,13 @@ class TrainingCLI(LightningCLI):
         except OmegaConfBaseException as error:
             raise InputError(summarise(str(error))) from error
         if self.command == "fit":
-            self.estimates = self.config[self.command].pop("estimate")  # no setting of a run
+            self.estimates = self.config[self.command].pop("estimate")  # not a setting of the run
         check_ranges(self.config[self.command])
         self.config[self.command] = without_repeated_callbacks(self.config[self.command])
 
     @override
     def _parse_ckpt_path(self) -> None:
-        """Settings come from files and the command line, never from a checkpoint."""
+        """Do nothing: Lightning would read settings from the checkpoint."""
 
     @override
     def instantiate_classes(self) -> None:
@@ -251,10 +256,10 @@ class TrainingCLI(LightningCLI):
         given = local = settings.get("ckpt_path")
         if "://" in (given or ""):
             local, given = str(fetched(given, self.folder)), without_password(given)
-            settings["ckpt_path"] = given  # which config.yaml holds
+            settings["ckpt_path"] = given  # the address without its password, which config.yaml records
         if settings.get("weights_only") is False:
             raise InputError("weights_only: false would let a checkpoint run code; leave it out")
-        if local not in (None, "last", "hpc"):  # which are Lightning's to resolve
+        if local not in (None, "last", "hpc"):  # Lightning resolves these two words
             check_checkpoint(local, given)
         with constructor_errors():
             super().instantiate_classes()
@@ -262,14 +267,17 @@ class TrainingCLI(LightningCLI):
             self.trainer.strategy.checkpoint_io = DurableCheckpointIO()
         self.config_init[self.command]["ckpt_path"] = local
         guard_loading(self.trainer, self.model)
-        # Strategies given by name have no settings; one given by class keeps a timeout of its own.
+        # A strategy with the default timeout gets rank_timeout_s; one given by class with its own timeout keeps it.
         strategy: Any = self.trainer.strategy
         if getattr(strategy, "_timeout", None) == default_pg_timeout:
             strategy._timeout = timedelta(seconds=self.config[self.command]["rank_timeout_s"])
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """As Lightning's, with our progress and summary for its own; without a logger, no rate is logged."""
+        """Make the trainer, with :class:`RunProgress` and :class:`ParameterSummary` in place of Lightning's own.
+
+        Without a logger, ``LearningRateMonitor`` is left out.
+        """
         settings = self.config_init[self.command]["trainer"]
         given = settings["callbacks"] or []
         given = given if isinstance(given, list) else [given]
@@ -298,25 +306,29 @@ class TrainingCLI(LightningCLI):
         print(estimate(self.config[subcommand], self._build_module))
 
     def _build_module(self, settings: Namespace) -> LightningModule:
-        """The module alone, as ``fit`` makes it."""
+        """Build the Lightning module, without trainer and data."""
         alone = Namespace(subcommand="fit", fit=Namespace(model=settings.model))
         with constructor_errors():
             return self.parser.instantiate(alone)["fit"].model
 
     def before_fit(self) -> None:
-        """Lock the run folder once the ranks are there; a job that SLURM started again goes on unasked."""
+        """Prepare ``fit``: lock the run folder when all ranks have started, and find the checkpoint to resume from.
+
+        A job that SLURM restarted resumes from ``last`` if ``ckpt_path`` is not set. Lightning's warning about a
+        non-empty checkpoint folder is suppressed for a resumed run.
+        """
         self.trainer.strategy.setup_environment = partial(lock_run, self.trainer, self.held)  # type: ignore[method-assign]
         settings = self.config_init[self.command]
         if settings["ckpt_path"] is None and int(os.environ.get("SLURM_RESTART_COUNT") or 0):
             settings["ckpt_path"] = "last"
         self._find_last()
-        if path := settings["ckpt_path"]:  # a resumed run goes on where its checkpoints are
+        if path := settings["ckpt_path"]:  # a resumed run writes to the folder that it resumes from
             folder = Path(path).resolve().parent
             either = "|".join(re.escape(str(name)) for name in (folder, os.path.relpath(folder)))
             warnings.filterwarnings("ignore", message=f"Checkpoint directory ({either}) exists and is not empty")
 
     def _find_last(self) -> None:
-        """Find the checkpoint that ``last`` stands for."""
+        """Replace ``ckpt_path: last`` by the path of the newest ``last`` checkpoint, if there is one."""
         settings = self.config_init[self.command]
         if settings["ckpt_path"] == "last" and (path := last_checkpoint(self.trainer)):
             settings["ckpt_path"] = str(path)
@@ -326,10 +338,10 @@ class TrainingCLI(LightningCLI):
 
 @contextmanager
 def constructor_errors() -> Iterator[None]:
-    """Say in one line what constructors have against their settings.
+    """Convert errors that constructors raise about their settings to InputError with a one-line message.
 
     Raises:
-        InputError: In place of their own errors.
+        InputError: In place of ValueError, ImportError, OSError and Lightning's errors about settings.
     """
     try:
         yield
@@ -347,10 +359,10 @@ def constructor_errors() -> Iterator[None]:
 
 
 def check_data(command: str, settings: Namespace) -> None:
-    """Refuse settings without data, which Lightning would miss once the model is loaded.
+    """Check that settings have data; Lightning would check only after the model was loaded.
 
     Raises:
-        InputError: If there is no data and the model's class brings none.
+        InputError: If no data module is set and the module's class has no dataloader method of its own.
     """
     loader = f"{LOADERS.get(command, command)}_dataloader"
     model = getattr(locate(settings["model"]["class_path"]), loader, None)
@@ -361,18 +373,19 @@ def check_data(command: str, settings: Namespace) -> None:
 
 
 def open_readers(command: str, data: Namespace) -> Namespace:
-    """Open the readers of a data module that a subcommand needs, in place of their settings.
+    """Replace the settings of a data module's readers by open readers, for the splits that a subcommand needs.
 
-    ``fit`` and ``validate`` need ``test`` for its prompts alone, to keep their own pairs apart from it; they go on if
-    it cannot be opened.
+    Other splits are set to None. ``fit`` and ``validate`` also open ``test``, whose prompts are kept out of their own
+    splits (see ``shared_prompts``). If ``test`` cannot be opened, they warn and go on, except under
+    ``shared_prompts: raise``.
 
     Args:
         command: Subcommand.
-        data: Settings of any data module; those that are no :class:`PairLoaders` stay as they are, and one with loaders
-            of its own gets all its readers.
+        data: Settings of any data module. Settings of classes other than :class:`PairLoaders` stay unchanged. A
+            subclass that overrides the loaders of ``val`` or ``test`` gets all its readers.
 
     Raises:
-        InputError: If the subcommand's own split is not set, or one cannot be opened.
+        InputError: If the subcommand's own split is not set, or a split that it needs cannot be opened.
     """
     kind, given = locate(data["class_path"]), data.get("init_args") or Namespace()
     if not (isinstance(kind, type) and issubclass(kind, PairLoaders)):
@@ -390,7 +403,7 @@ def open_readers(command: str, data: Namespace) -> Namespace:
         if name not in (*used, *apart):
             given[name] = None
         elif isinstance(reader, Namespace) and "class_path" in reader:
-            # A bad row of a split that is only kept apart has a prompt all the same.
+            # For a split of which only the prompts are needed, bad rows are no reason to stop.
             lenient = name not in used and on_error == "raise"
             try:
                 given[name] = open_reader(reader, "placeholder" if lenient else on_error)
@@ -403,10 +416,10 @@ def open_readers(command: str, data: Namespace) -> Namespace:
 
 
 def open_reader(settings: Namespace, on_error: str) -> PairReader:
-    """Construct a reader; ``on_error`` is for what has none of its own.
+    """Construct a reader from its settings; ``on_error`` applies if the settings have none.
 
     Raises:
-        InputError: If it cannot read its files, or a row breaks a rule of theirs.
+        InputError: If the reader cannot read its files, or a row breaks a rule of their format.
     """
     parser = SettingsParser(parser_mode=MODE)
     parser.add_argument("--reader", type=PairReader)
@@ -418,7 +431,7 @@ def open_reader(settings: Namespace, on_error: str) -> PairReader:
 
 
 def with_on_error(reader: Namespace, on_error: str) -> Namespace:
-    """Fill in a reader's ``on_error``; one that wraps another takes it from there."""
+    """Set ``on_error`` in a reader's settings if it is null; of a reader that wraps others, in the inner readers."""
     given = reader.get("init_args") or Namespace()
     inner = [value for value in vars(given).values() if isinstance(value, Namespace) and "class_path" in value]
     for one in inner:
@@ -429,7 +442,10 @@ def with_on_error(reader: Namespace, on_error: str) -> Namespace:
 
 
 def last_checkpoint(trainer: Trainer) -> Path | None:
-    """The newest checkpoint called ``last`` where this run keeps its own, or what :func:`newest_intact` puts for it."""
+    """Return the newest checkpoint called ``last`` in the run's checkpoint folders; None if there is none.
+
+    If the newest is damaged, :func:`newest_intact` chooses another checkpoint.
+    """
     candidates = [fallback_folder(trainer) / "last.ckpt"]
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint):
@@ -438,19 +454,19 @@ def last_checkpoint(trainer: Trainer) -> Path | None:
 
 
 def guard_loading(trainer: Trainer, model: LightningModule) -> None:
-    """Have whatever checkpoint ``trainer`` loads checked, and compared with the weights of ``model``.
+    """Make ``trainer`` check every checkpoint that it loads, and compare its weights with those of ``model``.
 
-    Lightning chooses files too, for ``hpc`` or in a job that SLURM started again, and not all of its strategies say
-    ``weights_only``. Its strategies' ``load_checkpoint`` is where all ways meet.
+    Lightning chooses some checkpoints itself (``hpc``, a job that SLURM restarted), and some of its strategies do not
+    set ``weights_only``. All of them load through the strategy's ``load_checkpoint``, which is wrapped here.
     """
     strategy = trainer.strategy
     strategy.load_checkpoint = partial(load_checked, strategy.load_checkpoint)  # type: ignore[method-assign]
-    if not strategy.restore_checkpoint_after_setup:  # else weights are sharded by then: FSDP2Strategy compares them
+    if not strategy.restore_checkpoint_after_setup:  # otherwise FSDP2Strategy compares them, already sharded
         model.register_load_state_dict_pre_hook(partial(compare_weights, trainer))
 
 
 def load_checked(load: Callable[..., dict[str, Any]], path: str | Path, weights_only: bool | None = None) -> Any:
-    """Load a checkpoint by a strategy's method ``load`` as tensors and plain values, whatever ``weights_only``."""
+    """Load a checkpoint by a strategy's method ``load``, always with ``weights_only=True``."""
     check_checkpoint(path, path)
     content = load(path, weights_only=True)
     if not isinstance(content, Mapping) or "pytorch-lightning_version" not in content:
@@ -459,21 +475,24 @@ def load_checked(load: Callable[..., dict[str, Any]], path: str | Path, weights_
 
 
 def compare_weights(trainer: Trainer, model: LightningModule, state_dict: Mapping[str, Any], *_: Any) -> None:
-    """Hook before ``load_state_dict``, which would name thousands of weights if they are of another model."""
+    """Compare a checkpoint's weights with the model's before ``load_state_dict``; a hook.
+
+    Raises a short InputError if they differ. PyTorch's own error would list every weight of a wrong model.
+    """
     with errors_at(f"ckpt_path: {trainer.ckpt_path}: "):
         shapes = {name: getattr(value, "shape", ()) for name, value in state_dict.items()}
         check_weights(model, shapes, model.strict_loading)
 
 
 def check_checkpoint(path: str | Path, given: str | Path) -> None:
-    """Look at a checkpoint before anything is loaded for it.
+    """Check a checkpoint before anything is loaded from it.
 
     Args:
         path: File or folder.
-        given: What messages call it: the address that it was fetched from, for example.
+        given: Name of the checkpoint in messages, for example the address from which it was fetched.
 
     Raises:
-        InputError: If it holds more than tensors and plain values, which could run code, or is damaged.
+        InputError: If the checkpoint is missing, damaged, or holds objects that could run code when loaded.
     """
     if Path(path).is_dir():
         read_sharded(Path(path), with_tensors=False)
@@ -485,7 +504,10 @@ def check_checkpoint(path: str | Path, given: str | Path) -> None:
 
 
 def without_repeated_callbacks(settings: Namespace) -> Namespace:
-    """A copy in which equal callbacks are one: a saved config stacked on the files it came from changes nothing."""
+    """Return a copy of the settings in which callbacks of equal class and settings occur once.
+
+    Callbacks repeat if a saved ``config.yaml`` is given together with the files that it was made from.
+    """
     settings = settings.clone()
     callbacks = settings.get("trainer.callbacks")
     if isinstance(callbacks, list):
@@ -497,7 +519,7 @@ def run(command: str, arguments: Sequence[str]) -> None:
     """Run one trainer subcommand.
 
     Raises:
-        InputError: If a setting, or what it leads to in a constructor, is wrong.
+        InputError: If a setting is wrong, or a constructor raises an error because of a setting.
         SystemExit: With the status of :class:`GracefulStop`, 143 after SIGTERM (Lightning itself would exit with 0).
     """
     settings = prepare(arguments)

@@ -1,4 +1,4 @@
-"""Memory and computation of a training run from its settings alone: no weights, no data, no GPU.
+"""Estimate of a training run's memory and computation from its settings, without weights, data or a GPU.
 
-The configured Lightning module runs its own training step on tensors that have shapes and no numbers.
+The configured Lightning module runs its own training step on tensors that have a shape and dtype but no values.
 """

@@ -1,4 +1,4 @@
-"""Batches of the configured size, without reading any data."""
+"""Construction of training batches of the configured size from stand-in tensors; no data is read."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from latentreward.modules.reward import RewardModule
 
 
 def make_batch(module: LightningModule, data: Namespace, shapes: ShapesOnly) -> Any:
-    """A training batch for ``module``; one that learns from rollouts makes one first.
+    """Make a training batch for ``module``; a module that learns from rollouts makes a rollout first.
 
     Args:
-        module: Its weights are stand-ins.
+        module: Module whose weights are stand-in tensors. ReFL's ``stop_range`` is set to the latest stop.
         data: Class and settings of the data module.
-        shapes: Makes the tensors.
+        shapes: Mode that makes the stand-in tensors.
 
     Raises:
-        InputError: If the module is of a kind that is not known here, or the settings have no batch size.
+        InputError: If the module's class is not supported by ``--estimate``, or the settings have no batch size.
     """
     prompts, images = prompts_and_images(data)
     if isinstance(module, RolloutModule):
@@ -47,7 +47,7 @@ def make_batch(module: LightningModule, data: Namespace, shapes: ShapesOnly) -> 
 
 
 def rows_of_rollout(module: RolloutModule[Any], data: Namespace, shapes: ShapesOnly) -> Any:
-    """Roll out as many prompts as ``data`` does, and take a batch of the rows."""
+    """Make a rollout of ``prompts_per_rollout`` prompts, and return a batch of its rows."""
     prompts = prompt_batch(data.init_args.prompts_per_rollout)
     rows: Any = module.roll_out(prompts)
     index = [number % len(rows) for number in range(batch_size(data))]
@@ -57,12 +57,12 @@ def rows_of_rollout(module: RolloutModule[Any], data: Namespace, shapes: ShapesO
 
 
 def pair_batch(network: Any, data: Namespace, shapes: ShapesOnly) -> PreferenceBatch:
-    """Pairs as ``data`` would hand them out, each with its own prompt.
+    """Make a batch of pairs as the data module ``data`` would: images or cached latents, each pair with its own prompt.
 
     Args:
-        network: Backbone or policy that takes them.
+        network: Backbone or policy that takes the batch.
         data: Class and settings of the data module.
-        shapes: Makes the images.
+        shapes: Mode that makes the stand-in tensors.
 
     Raises:
         InputError: If the settings have no batch size.
@@ -102,15 +102,15 @@ def pair_batch(network: Any, data: Namespace, shapes: ShapesOnly) -> PreferenceB
 
 
 def prompt_batch(count: int) -> PromptBatch:
-    """Distinct prompts."""
+    """Make a batch of ``count`` different prompts."""
     return PromptBatch(tuple(f"prompt {n}" for n in range(count)), tuple(f"0/{n}" for n in range(count)))
 
 
 def batch_size(data: Namespace) -> int:
-    """Size of a batch of ``data``.
+    """Return the batch size in the settings of a data module.
 
     Raises:
-        InputError: If the settings have none.
+        InputError: If the settings have no ``batch_size``.
     """
     if (count := data.init_args.get("batch_size")) is None:
         raise InputError(f"data: {data.class_path} has no setting batch_size, which --estimate needs")
@@ -118,15 +118,15 @@ def batch_size(data: Namespace) -> int:
 
 
 def prompts_and_images(data: Namespace) -> tuple[Namespace, Namespace | None]:
-    """Settings of the prompts of ``data``, and of its images if it has some."""
+    """Return the settings of the prompts' data module, and of the images' data module if ``data`` has both."""
     if issubclass(locate(data.class_path), PromptsAndImages):
         return data.init_args.prompts, data.init_args.images
     return data, None
 
 
 def native_pixels(network: Any) -> tuple[int, int]:
-    """Height and width in pixels of what a backbone or a policy was trained on."""
-    if callable(network.native_size):  # a policy's, in latents
+    """Return height and width, in pixels, of the images that a backbone or a policy was pretrained on."""
+    if callable(network.native_size):  # a policy's method, which returns the size of latents
         height, width = network.native_size()
         return height * network.latent_space.downscale, width * network.latent_space.downscale
     return network.native_size

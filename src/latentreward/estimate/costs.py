@@ -1,4 +1,4 @@
-"""Memory and computation of one training step of a module, and of what it samples before."""
+"""Memory and computation of one training step of a module, and of the rollout or sampling before the step."""
 
 from __future__ import annotations
 
@@ -36,7 +36,10 @@ PARTS = {
     PromptEncoder: "text encoders",
     LatentEncoder: "VAE",
 }
-"""Class → name of its weights, those in a part of another class aside; weights of no such class are the network's."""
+"""Class → name under which the tables list the weights of its modules.
+
+A module inside a module of another of these classes counts to the outer one. All other weights count as ``network``.
+"""
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,8 @@ class PartCosts:
     Attributes:
         name: Name.
         parameters: Number of parameters.
-        trained: Number of those that train.
-        bytes: Size of parameters and buffers, as they are stored.
+        trained: Number of trainable parameters.
+        bytes: Size of parameters and buffers in their dtypes.
     """
 
     name: str
@@ -58,20 +61,20 @@ class PartCosts:
 
 @dataclass(frozen=True)
 class StepCosts:
-    """What a training step needs; sizes in bytes, computation in FLOPs.
+    """Memory and computation of a training step; sizes in bytes, computation in FLOPs.
 
     Attributes:
-        parts: Weights.
+        parts: Weights of each part of the module.
         gradients: Size of the gradients.
         optimizer: Class of the optimiser.
-        state: Size of its state.
-        saved: Most that autograd keeps at any one time for the backward pass of one batch.
-        batch_peak: Most that is alive in the passes of one batch, weights and optimiser state included.
-        update_peak: Likewise while the optimiser changes the weights.
-        rollout_peak: Likewise in a rollout; 0 without one.
-        forward: Computation of one batch up to the loss, sampling aside.
-        backward: Computation of its backward pass, blocks that are computed again included.
-        rollout: Computation of a rollout; in ReFL, of sampling a batch up to where gradients begin.
+        state: Size of the optimiser's state.
+        saved: Peak size of the tensors that autograd keeps for the backward pass of one batch.
+        batch_peak: Peak memory in the forward and backward pass of one batch, with weights and optimiser state.
+        update_peak: Peak memory in the optimiser's step, with weights and optimiser state.
+        rollout_peak: Peak memory in a rollout, with weights and optimiser state; 0 without rollouts.
+        forward: Computation of one batch up to the loss, without sampling.
+        backward: Computation of the backward pass of one batch, with the blocks that checkpointing recomputes.
+        rollout: Computation of a rollout; in ReFL, of the sampling steps before the first step with a graph.
     """
 
     parts: tuple[PartCosts, ...]
@@ -88,23 +91,26 @@ class StepCosts:
 
     @property
     def weights(self) -> int:
-        """Size of all weights."""
+        """Size of all weights in bytes."""
         return sum(part.bytes for part in self.parts)
 
     @property
     def peak(self) -> int:
-        """Most that is alive at any time."""
+        """Peak memory of the whole step in bytes."""
         return max(self.batch_peak, self.update_peak, self.rollout_peak)
 
 
 class RepeatedCalls:
-    """Leaves out calls without gradients that repeat an earlier one, and counts them all the same.
+    """Shortcut for methods that are called many times without gradients, such as the policy's in sampling.
+
+    A call with arguments of the same shapes and dtypes as an earlier call is not run. Its FLOPs and memory are counted
+    as those of the earlier call, and stand-ins of the earlier result's shapes are returned.
 
     Args:
-        shapes: Where everything runs.
+        shapes: Mode that runs the operations and counts.
 
     Attributes:
-        sampled: FLOPs of the policy in calls without gradients, those of the reference aside.
+        sampled: FLOPs of the policy in calls without gradients; calls with the adapter off (reference) do not count.
     """
 
     def __init__(self, shapes: ShapesOnly) -> None:
@@ -112,7 +118,14 @@ class RepeatedCalls:
         self._seen: dict[Any, tuple[int, int, Any]] = {}
 
     def watch(self, owner: Any, method: str, state: Callable[[], Any] = tuple) -> None:
-        """Compute ``owner.method`` once for arguments of one layout, as long as ``state`` is the same."""
+        """Replace ``owner.method`` by a version that skips repeated calls without gradients.
+
+        Args:
+            owner: Object whose method is replaced.
+            method: Name of the method.
+            state: Function of the owner's state on which the costs depend, e.g. whether the adapter is on. A call is
+                skipped only if this state is equal too.
+        """
         original, shapes, live = getattr(owner, method), self.shapes, self.shapes.live
 
         def call(*arguments: Any) -> Any:
@@ -142,7 +155,7 @@ class RepeatedCalls:
 
 
 def layout_of(value: Any) -> Any:
-    """Shapes and types of all tensors in a value."""
+    """Return the shapes and dtypes of all tensors in a value, as nested tuples; None for anything else."""
     if isinstance(value, Tensor):
         return tuple(value.shape), value.dtype
     if isinstance(value, TensorRecord):
@@ -151,16 +164,16 @@ def layout_of(value: Any) -> Any:
 
 
 def step_costs(module: LightningModule, data: Namespace, accumulated: int = 1, gpu: bool = True) -> StepCosts:
-    """Run one step of ``module`` without numbers.
+    """Run one training step of ``module`` on stand-in tensors, and return its memory and computation.
 
     Args:
-        module: On the meta device; it knows its trainer, on the CPU, and cannot be used afterwards.
+        module: Module on the meta device, with a CPU trainer attached. It cannot be used afterwards.
         data: Class and settings of the data module.
         accumulated: Batches per optimiser step.
-        gpu: Whether autocast and optimiser should hold as much memory as on a GPU.
+        gpu: Whether autocast and optimiser count with the memory that they need on a GPU; otherwise on the CPU.
 
     Raises:
-        InputError: If the module or its optimiser is of a kind that is not known here.
+        InputError: If the module's class is not supported by ``--estimate``, or the module has not one optimiser.
     """
     shapes = ShapesOnly()
     calls, live = RepeatedCalls(shapes), shapes.live
@@ -211,7 +224,7 @@ def step_costs(module: LightningModule, data: Namespace, accumulated: int = 1, g
 
 
 def watch_sampling(module: LightningModule, calls: RepeatedCalls) -> None:
-    """Have the policy and the reward of an alignment module counted, and repeated calls left out."""
+    """Let ``calls`` count the policy and reward of an alignment module, and skip their repeated calls."""
     policy, reward = getattr(module, "policy", None), getattr(module, "reward", None)
     if not isinstance(policy, Policy):
         return
@@ -220,7 +233,7 @@ def watch_sampling(module: LightningModule, calls: RepeatedCalls) -> None:
         if isinstance(part, PromptEncoder):
             calls.watch(part, "forward")
     for part in () if reward is None else reward.modules():
-        if isinstance(part, ImageReward):  # its scorer takes pictures, which have no shapes alone
+        if isinstance(part, ImageReward):  # its scorer takes PIL images, which stand-ins cannot become
             part.score = partial(decode_alone, part)  # type: ignore[method-assign]
         if isinstance(part, DecodingReward):
             calls.watch(part, "score")
@@ -229,15 +242,15 @@ def watch_sampling(module: LightningModule, calls: RepeatedCalls) -> None:
 
 
 def decode_alone(reward: ImageReward, states: NoisyStates, encoded: Any) -> Tensor:
-    """Decode the pictures that ``reward`` would score, and give a number for each."""
+    """Decode the pictures that ``reward`` would score, without scoring; return each picture's mean as its score."""
     return torch.cat(reward.decode(states)).mean(dim=(1, 2, 3))
 
 
 def optimizer_of(module: LightningModule, foreach: bool) -> Optimizer:
-    """The module's optimiser; ``foreach`` has it work on many weights at once, as it does by default on a GPU.
+    """Return the module's optimiser; ``foreach`` selects PyTorch's multi-tensor update, which is the default on a GPU.
 
     Raises:
-        InputError: If it has several, or none.
+        InputError: If the module has no optimiser, or several.
     """
     built: Any = module.configure_optimizers()
     optimizer = built.get("optimizer") if isinstance(built, Mapping) else built
@@ -250,7 +263,7 @@ def optimizer_of(module: LightningModule, foreach: bool) -> Optimizer:
 
 
 def part_costs(module: LightningModule) -> tuple[PartCosts, ...]:
-    """Weights by part, each once."""
+    """Return the weights by part; a weight shared by several parts counts once."""
     owners: dict[int, str] = {}
     for part in module.modules():  # outer ones first
         name = next((name for kind, name in PARTS.items() if isinstance(part, kind)), None)
@@ -269,5 +282,5 @@ def part_costs(module: LightningModule) -> tuple[PartCosts, ...]:
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
-    """Size of some tensors."""
+    """Return the size of all tensors together in bytes."""
     return sum(tensor.nbytes for tensor in tensors)

@@ -1,6 +1,7 @@
-"""Configs of the published pipelines, as their hub pages give them, and folders of them: no weights are needed.
+"""Configs of the published pipelines, copied from the hub, and functions that write them as pipeline folders.
 
-Only what sets shapes is kept; diffusers and transformers fill in the rest. Tokenizers are stand-ins of the right size.
+Only fields that set shapes are kept; diffusers and transformers fill in defaults. The folders have no weights. Their
+tokenizers are stand-ins with the published vocabulary size.
 """
 
 import json
@@ -147,12 +148,12 @@ PIPELINES: dict[str, dict[str, dict[str, Any]]] = {
     "sd3": {"transformer": {"_class_name": "SD3Transformer2DModel", **SD3_MEDIUM}, **_SD3_PARTS},
     "sd35": {"transformer": {"_class_name": "SD3Transformer2DModel", **SD35_MEDIUM}, **_SD3_PARTS},
 }
-"""Family → part → its config.json."""
+"""Family of pipelines → part of the pipeline → content of the part's config.json."""
 CLIP_MODELS: dict[str, dict[str, Any]] = {
     "clip_l": {"model_type": "clip", "projection_dim": 768, "text_config": CLIP_L},
     "clip_h": {"model_type": "clip", "projection_dim": 1024, "text_config": CLIP_H, "vision_config": CLIP_H_VISION},
 }
-"""Name → config.json of a CLIP model that is no part of a pipeline."""
+"""Name → content of config.json, for CLIP models outside of pipelines."""
 HUB_IDS = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",
     "stabilityai/stable-diffusion-2-1": "sd21",
@@ -164,21 +165,21 @@ HUB_IDS = {
     "yuvalkirstain/PickScore_v1": "clip_h",
     "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": "clip_h",
 }
-"""Hub id from which configs were taken → their name here."""
+"""Hub id from which configs were copied → key of :data:`PIPELINES` or :data:`CLIP_MODELS`."""
 
 
 def write_pipelines(
     root: Path, pipelines: Mapping[str, Mapping[str, Any]] = PIPELINES, clip_models: Iterable[str] = CLIP_MODELS
 ) -> dict[str, str]:
-    """Write folders as the hub has them, without weights.
+    """Write folders of pipelines and CLIP models in the layout of the hub, without weights.
 
     Args:
-        root: Where the folders go.
-        pipelines: Name → part → its config.
-        clip_models: Names in :data:`CLIP_MODELS`.
+        root: Folder in which a folder for each name is made.
+        pipelines: Name → part → content of the part's config.
+        clip_models: Keys of :data:`CLIP_MODELS`.
 
     Returns:
-        Folder by name.
+        Name → path of its folder.
     """
     clip, t5 = root / "clip_tokenizer", root / "t5_tokenizer"
     clip_tokenizer().save_pretrained(clip)
@@ -187,7 +188,7 @@ def write_pipelines(
     for name, parts in pipelines.items():
         index: dict[str, Any] = {"_class_name": "DiffusionPipeline"}
         for part, config in parts.items():
-            index[part] = ["library", "class"]  # what a loader asks is only whether the part is there
+            index[part] = ["library", "class"]  # loaders check only whether the part is listed
             write_json(root / name / part / ("scheduler_config.json" if part == "scheduler" else "config.json"), config)
             if part.startswith("text_encoder"):
                 tokenizer = part.replace("text_encoder", "tokenizer")
@@ -203,13 +204,13 @@ def write_pipelines(
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a file, and the folders above it."""
+    """Write ``content`` to a JSON file; missing parent folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content))
 
 
 def clip_tokenizer() -> CLIPTokenizer:
-    """As many words as CLIP's, most of which no text holds."""
+    """Make a stand-in for CLIP's tokenizer: equal vocabulary size, single characters as words, fillers as the rest."""
     symbols = list(bytes_to_unicode().values())
     words = [*symbols, *(f"{symbol}</w>" for symbol in symbols)]
     words += [f"<filler {number}>" for number in range(CLIP_L["vocab_size"] - len(words) - 2)]
@@ -218,7 +219,7 @@ def clip_tokenizer() -> CLIPTokenizer:
 
 
 def t5_tokenizer() -> T5TokenizerFast:
-    """As many words as T5's, single letters and fillers."""
+    """Make a stand-in for T5's tokenizer: equal vocabulary size, single characters as words, fillers as the rest."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -1.0)]
     pieces += [(chr(code), -2.0) for code in range(33, 127)]
     pieces += [(f"<filler {number}>", -9.0) for number in range(32100 - len(pieces))]

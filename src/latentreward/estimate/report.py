@@ -1,4 +1,4 @@
-"""An estimate as text."""
+"""Text of an estimate for the terminal."""
 
 from latentreward.estimate.costs import StepCosts
 
@@ -10,12 +10,12 @@ ASSUMED = (
 
 
 def as_text(costs: StepCosts, accumulated: int, notes: list[str]) -> str:
-    """Write tables for the terminal.
+    """Return an estimate as tables of weights, memory and computation.
 
     Args:
-        costs: What is shown.
+        costs: Memory and computation of a training step.
         accumulated: Batches per optimiser step.
-        notes: Lines below the tables.
+        notes: Lines to print below the tables.
     """
     lines = [f"{'weights':<38}{'million':>10}{'trained':>10}{'GB':>10}"]
     for part in costs.parts:
@@ -46,5 +46,5 @@ def as_text(costs: StepCosts, accumulated: int, notes: list[str]) -> str:
 
 
 def gigabytes(size: int) -> str:
-    """A size in a column of ten characters."""
+    """Format a size in bytes as GB, in ten characters."""
     return f"{size / 1e9:>10.3f}" if size < 1e9 else f"{size / 1e9:>10.2f}"

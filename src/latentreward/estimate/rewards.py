@@ -1,4 +1,4 @@
-"""Rewards of an alignment run whose settings are read, and whose weights are not."""
+"""Rewards for the estimate of an alignment run: built from stored settings, without reading weights."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ USUAL = {
     "SD3": "lrm_sd3",
     "SD3.5": "dina_lrm_sd35",
 }
-"""Family of a policy → the shipped settings of the reward that is trained for it: configs/model/NAME.yaml."""
+"""Family of a policy → NAME of the shipped file ``configs/model/NAME.yaml`` of the reward usually trained for it."""
 
 
 class Unread(SharingReward):
-    """A stored reward on the meta device, of which no weight is read."""
+    """Base class of stored rewards that are built on the meta device from settings; their weights are never read."""
 
     def _part(self) -> ModelPart:
-        """Class and settings of the head."""
+        """Return class and settings of the head."""
         raise NotImplementedError
 
     def _new_head(self, spec: FeatureSpec) -> RewardHead:
@@ -65,16 +65,19 @@ class Unread(SharingReward):
         return {name: weight for name, weight in network.named_parameters() if ".lora_" in name}
 
     def same_base(self, part: str, weights: Any, source: str) -> bool:
-        """Whether both name the same base: what its weights would tell is not read."""
+        """Tell whether the reward's settings name ``source`` as their base.
+
+        :meth:`StoredReward.same_base` compares values of the weights; here only the two names are compared.
+        """
         return source == self.on_meta_device.source
 
 
 class UnreadRun(Unread, TrainedReward):
-    """A run's settings, or those of a shipped model file."""
+    """Reward built from the settings of a training run, or from a shipped model file."""
 
     @property
     def parts(self) -> tuple[ModelPart, ...]:
-        """Backbone and head."""
+        """Classes and settings of backbone and head."""
         return (*self._parts.values(),)
 
     def _part(self) -> ModelPart:
@@ -82,19 +85,19 @@ class UnreadRun(Unread, TrainedReward):
 
 
 class UnreadFolder(Unread, PretrainedReward):
-    """A model folder's settings."""
+    """Reward built from the settings in a model folder (``publish``)."""
 
     def _part(self) -> ModelPart:
         return self.config.recipe.head
 
 
 class UnreadReward(LatentReward):
-    """A :class:`LatentReward` from settings alone.
+    """Replacement for :class:`LatentReward` in an estimate; built from settings, without reading weights.
 
     Args:
         path: See :class:`LatentReward`.
-        usual: Name of the shipped model file that stands for it where there is nothing at ``path``.
-        kept: Folder of a :class:`ConfigSources`.
+        usual: Name of the shipped model file to use if nothing is stored at ``path``; a value of :data:`USUAL`.
+        kept: Folder of :class:`ConfigSources`, for configs that ship with the package.
         options: See :class:`LatentReward`.
     """
 
@@ -104,12 +107,14 @@ class UnreadReward(LatentReward):
 
 
 def replace_rewards(settings: Namespace, policy: PolicySource, sources: ConfigSources) -> None:
-    """Turn each :class:`LatentReward` that settings name into an :class:`UnreadReward`.
+    """Replace each :class:`LatentReward` in a module's settings by :class:`UnreadReward`.
+
+    ``StepAwareScorer`` loses its file of weights.
 
     Args:
-        settings: Of a module; changed in place.
-        policy: The module's policy.
-        sources: Finds configs, and notes what it found.
+        settings: Settings of the module; changed in place.
+        policy: Source of the module's policy.
+        sources: Finder of the models' configs, which records where each was found.
     """
     kind = str(settings.get("class_path")).rpartition(".")[2]
     if kind == "StepAwareScorer":
@@ -127,7 +132,7 @@ def replace_rewards(settings: Namespace, policy: PolicySource, sources: ConfigSo
 
 
 def find_settings(reward: Namespace, sources: ConfigSources) -> Unread:
-    """Settings of a reward from its folder, else of the shipped model file ``reward.usual``."""
+    """Build a reward from the settings stored at its path, or else from the shipped model file ``reward.usual``."""
     path, base = reward.path, reward.get("base")
     place = Path(path) if Path(path).exists() else cached_files(path, reward.get("revision"))
     trusted = bool(reward.get("trust_remote_code"))
@@ -138,7 +143,7 @@ def find_settings(reward: Namespace, sources: ConfigSources) -> Unread:
         return folder
     run = None
     if place is not None:
-        with suppress(InputError):  # of one of the papers' layouts
+        with suppress(InputError):  # raised for the layouts of the papers' released files
             checkpoint = checkpoint_of(place)
             run = UnreadRun(checkpoint, Path(reward.get("config") or settings_beside(checkpoint)), True, base, trusted)
     if run is None:
@@ -150,7 +155,7 @@ def find_settings(reward: Namespace, sources: ConfigSources) -> Unread:
 
 
 def family_of(policy: PolicySource) -> str:
-    """Key of :data:`USUAL`."""
+    """Return the family of a policy, a key of :data:`USUAL`."""
     pipeline = policy.pipeline()
     if policy.source in USUAL:
         return policy.source

@@ -1,4 +1,4 @@
-"""From the settings of ``fit`` to a module without weights, and to its costs."""
+"""Entry point of ``fit --estimate``: builds the module without weights and computes the costs of a training step."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from latentreward.policies import PolicySource
 
 
 def estimate(settings: Namespace, build: Callable[[Namespace], LightningModule]) -> str:
-    """Tables of what a run of ``fit`` needs.
+    """Return, as tables, the memory and computation that a run of ``fit`` needs.
 
     Args:
-        settings: Of the run; ``model`` is changed.
-        build: Makes the module of its settings.
+        settings: Settings of the run; ``model`` is changed in place.
+        build: Function that makes the module from settings.
 
     Raises:
-        InputError: If configs are not to be had, or the module is of a kind that is not known.
+        InputError: If a model's configs are not found on this machine, or the module's class is not supported.
     """
     with TemporaryDirectory(prefix="latentreward-") as folder:
         sources, accumulated = ConfigSources(Path(folder)), settings.trainer.accumulate_grad_batches
@@ -39,7 +39,7 @@ def estimate(settings: Namespace, build: Callable[[Namespace], LightningModule])
 def unread_module(
     settings: Namespace, build: Callable[[Namespace], LightningModule], sources: ConfigSources
 ) -> LightningModule:
-    """The module on the meta device, with a trainer of the configured precision."""
+    """Build the module on the meta device, with a CPU trainer of the configured precision attached."""
     arguments = settings.model.init_args
     sources.replace(arguments)
     if isinstance(policy := arguments.get("policy"), Namespace):
@@ -48,7 +48,7 @@ def unread_module(
         module = build(settings)
     told = logging.getLogger("lightning.pytorch")
     level = told.level
-    told.setLevel(logging.WARNING)  # which devices it finds is of no interest
+    told.setLevel(logging.WARNING)  # hides its lines about the devices found
     module.trainer = Trainer(
         accelerator="cpu", devices=1, precision=settings.trainer.precision, logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
@@ -59,7 +59,7 @@ def unread_module(
 
 
 def notes_on(settings: Namespace, costs: StepCosts, sources: ConfigSources, gpu: bool) -> list[str]:
-    """What the tables are about, in a line each."""
+    """Return lines on what the tables assume: module, device, batch size, rollout, strategy, origin of configs."""
     trainer = settings.trainer
     device = "a GPU" if gpu else "the CPU"
     data, name = settings.data.init_args, settings.model.class_path.rpartition(".")[2]

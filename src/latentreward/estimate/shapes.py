@@ -1,4 +1,4 @@
-"""Tensors with shapes and no numbers, and what is counted while a module runs on them."""
+"""Stand-in tensors, which have a shape and dtype but no values, and counters of memory and FLOPs."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from torch.utils.flop_counter import flop_registry
 
 CPU = torch.device("cpu")
 NUMBERS = {torch.bool: True, torch.float32: 1.0, torch.float64: 1.0, torch.bfloat16: 1.0, torch.float16: 1.0}
-"""Type → value that Python code gets where it asks a tensor without numbers for one; 0 for others."""
+"""Dtype → value that ``item()`` of a stand-in returns; 0 for other dtypes."""
 INDEXING = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default)
-"""Operations that take a list of indices after the tensor."""
+"""Operations with a list of index tensors as second argument."""
 
 
 class LiveBytes:
-    """Bytes of the storages that exist, each counted once.
+    """Counter of the bytes of live tensor storages; a storage shared by several tensors counts once.
 
     Attributes:
         now: Bytes at present.
-        peak: Greatest number so far; may be set.
+        peak: Greatest number of bytes so far; callers may set it, to measure a new section.
     """
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class LiveBytes:
         self._sizes: dict[int, int] = {}
 
     def add(self, tensor: Tensor) -> None:
-        """Count a tensor's storage until it is freed."""
+        """Count a tensor's storage until the storage is freed."""
         storage = tensor.untyped_storage()
         if storage._cdata not in self._sizes:
             self._sizes[storage._cdata] = storage.nbytes()
@@ -50,16 +50,18 @@ class LiveBytes:
 
 
 class ShapesOnly(TorchDispatchMode):
-    """Runs operations on stand-in tensors by shape, type and device alone; ordinary tensors compute as ever.
+    """Dispatch mode that computes only shape, dtype and device of operations on stand-in tensors.
 
-    Stand-ins say that they are on the CPU, so that a module's own tables and generators, which are, work as they do in
-    training. Where code asks for a number, it gets a constant; where it looks for elements that are not zero, all are.
+    Operations on ordinary tensors run normally. Stand-ins report the CPU as their device, so they can be combined with
+    a module's ordinary tensors and generators. ``item()`` of a stand-in returns a constant (:data:`NUMBERS`), and
+    ``nonzero()`` treats all elements as non-zero.
 
-    FLOPs are counted by the formulas of ``FlopCounterMode``, which itself would keep tensors of checkpointed blocks.
+    FLOPs are counted by the formulas of ``FlopCounterMode``. That mode itself is not used, because it would keep the
+    tensors of checkpointed blocks alive.
 
     Attributes:
-        live: Bytes of the stand-ins that exist.
-        flops: FLOPs of the operations on them.
+        live: Counter of the bytes of live stand-ins.
+        flops: FLOPs of all operations on stand-ins so far.
     """
 
     def __init__(self) -> None:
@@ -68,13 +70,13 @@ class ShapesOnly(TorchDispatchMode):
         self.live, self.flops = LiveBytes(), 0
 
     def stand_in(self, shape: Iterable[int], dtype: torch.dtype = torch.float32) -> Tensor:
-        """A tensor without numbers."""
+        """Return a new stand-in tensor."""
         tensor = FakeTensor(self._fake, torch.empty(tuple(shape), dtype=dtype, device="meta"), CPU)
         self.live.add(tensor)
         return tensor
 
     def replace_weights(self, module: nn.Module) -> None:
-        """Put stand-ins in the place of a module's parameters and buffers; those that are shared stay so."""
+        """Replace a module's parameters and buffers by stand-ins; a shared tensor gets one shared stand-in."""
         made: dict[int, Any] = {}
         for part in module.modules():
             for tensors in (part._parameters, part._buffers):
@@ -90,7 +92,7 @@ class ShapesOnly(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """See :class:`TorchDispatchMode`."""
+        """Run one operation; see :class:`TorchDispatchMode`."""
         kwargs = kwargs or {}
         if not any(map(is_stand_in, tree_leaves((args, kwargs)))):
             return func(*args, **kwargs)
@@ -100,7 +102,7 @@ class ShapesOnly(TorchDispatchMode):
             return self._nonzero(args[0])
         if func in INDEXING:
             args = (args[0], self._without_masks(args[1]), *args[2:])
-        result = self._fake.dispatch(func, types, args, kwargs)  # entering the mode would look for GPUs each time
+        result = self._fake.dispatch(func, types, args, kwargs)  # to enter the mode each time would look for GPUs
         if (formula := flop_registry.get(func._overloadpacket)) is not None:
             self.flops += formula(*args, **kwargs, out_val=result)
         for leaf in tree_leaves(result):
@@ -112,24 +114,26 @@ class ShapesOnly(TorchDispatchMode):
         return self.stand_in((tensor.numel(), tensor.ndim), torch.int64) if is_stand_in(tensor) else tensor.nonzero()
 
     def _without_masks(self, indices: Iterable[Tensor | None]) -> list[Tensor | None]:
-        """Indices in which places stand for masks."""
-        places: list[Tensor | None] = []
+        """Return the indices with each bool mask replaced by index tensors, one per dimension of the mask."""
+        replaced: list[Tensor | None] = []
         for index in indices:
             is_mask = index is not None and index.dtype == torch.bool
-            places += self._nonzero(index).unbind(1) if is_mask else [index]
-        return places
+            replaced += self._nonzero(index).unbind(1) if is_mask else [index]
+        return replaced
 
 
 def is_stand_in(value: Any) -> bool:
-    """Whether a value is a tensor without numbers."""
+    """Tell whether a value is a stand-in tensor."""
     return isinstance(value, FakeTensor)
 
 
 class SavedTensors(saved_tensors_hooks):
-    """Counts what autograd keeps for the backward pass: each storage once, those of ``weights`` not.
+    """Context in which the tensors that autograd keeps for the backward pass are counted.
+
+    A storage counts once; the storages of ``weights`` do not count.
 
     Attributes:
-        bytes: As :class:`LiveBytes` counts them.
+        bytes: Counter of the kept bytes.
     """
 
     def __init__(self, weights: Iterable[Tensor]) -> None:
@@ -152,16 +156,18 @@ IN_FLOAT32 = (
     (Tensor, "softmax", "softmax.int"),
     (F, "interpolate", "upsample_nearest2d"),
 )
-"""Where a function lies, its name, and the operation of it that autocast computes in float32 on GPUs alone; those of
-them whose tensors are large."""
+"""Functions that autocast computes in float32 on GPUs but not on CPUs, as (owner, name, ATen operation).
+
+Only functions on large tensors are listed.
+"""
 
 
 @contextmanager
 def gpu_autocast() -> Iterator[None]:
-    """Make autocast on the CPU hold as much memory as on a GPU.
+    """Let autocast on the CPU compute the functions of :data:`IN_FLOAT32` in float32, so memory is that of a GPU.
 
-    Functions are replaced, since a mode of PyTorch's for functions is off in the backward pass, which computes
-    checkpointed blocks again.
+    The functions are replaced for the duration of the context. A ``TorchFunctionMode`` would not do: it is off in the
+    backward pass, where checkpointed blocks are recomputed.
     """
     originals = [getattr(owner, name) for owner, name, _ in IN_FLOAT32]
     try:
@@ -174,7 +180,7 @@ def gpu_autocast() -> Iterator[None]:
 
 
 def in_float32(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` that takes its tensors in float32 under autocast."""
+    """Return ``function`` with its floating-point tensors converted to float32 under autocast."""
 
     @wraps(function)
     def call(*arguments: Any, **named: Any) -> Any:
@@ -186,5 +192,5 @@ def in_float32(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def as_float32(value: Any) -> Any:
-    """A tensor of floating-point numbers in float32; anything else as it is."""
+    """Convert a floating-point tensor to float32; return any other value unchanged."""
     return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value

@@ -1,4 +1,4 @@
-"""Where the configs of an estimate come from: what is at hand, else what the package keeps."""
+"""Finder of the models' configs for an estimate: local folder, local hub cache, or configs that ship here."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from latentreward.estimate.pipelines import CLIP_MODELS, HUB_IDS, PIPELINES, wri
 from latentreward.storage.hub import cached_files
 
 SOURCES = ("source", "processor", "text_projection_source", "base")
-"""Settings that name a model."""
+"""Names of settings whose value is a model: a folder or a hub id."""
 
 
 class ConfigSources:
-    """Replaces the models that settings name by folders with their configs; nothing is downloaded.
+    """Finder that replaces the models named in settings by local folders with their configs; downloads nothing.
 
     Args:
-        folder: Where configs that the package keeps are written.
+        folder: Folder into which configs that ship with the package are written.
 
     Attributes:
-        used: Model as the settings name it → where its configs came from.
+        used: Model as named in the settings → origin of its configs, in words.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.used = folder, dict[str, str]()
 
     def replace(self, settings: Any) -> None:
-        """Replace every model in settings, in place."""
+        """Replace every model in nested settings, in place."""
         items = vars(settings) if isinstance(settings, Namespace) else settings
         for name, value in list(items.items()):
             if name in SOURCES and isinstance(value, str):
@@ -48,10 +48,10 @@ class ConfigSources:
                         self.replace(item)
 
     def find(self, source: str, revision: str | None = None) -> str:
-        """Folder with the configs of ``source``; names that are no hub ids stay.
+        """Return the folder with the configs of ``source``; a name that is not a hub id is returned unchanged.
 
         Raises:
-            InputError: If it is a hub id that is neither cached here nor kept in the package.
+            InputError: If ``source`` is a hub id that is not in the local cache and whose configs do not ship here.
         """
         if Path(source).exists() or source.count("/") != 1 or source.startswith((".", "/", "~")):
             if Path(source).exists():
@@ -76,13 +76,13 @@ class ConfigSources:
 
 
 def value_or_name(name: str, *default: Any) -> Any:
-    """OmegaConf resolver ``oc.env`` that gives a variable's name where it is not set and has no default."""
+    """Return an environment variable as ``oc.env`` does, or ``$NAME`` if it is not set and has no default."""
     return oc.env(name, *default) if default or name in os.environ else f"${name}"
 
 
 @contextmanager
 def unset_variables() -> Iterator[None]:
-    """Let settings name variables of the environment that are not set: paths of data that nobody reads."""
+    """Allow ``${oc.env:NAME}`` of unset environment variables in settings: an estimate does not read these paths."""
     replace = partial(OmegaConf.register_resolver, "oc.env", replace=True)
     replace(value_or_name)
     try:

@@ -77,8 +77,8 @@ def levels_of(scheduler: SchedulerMixin, timestep: float) -> Levels:
     """Return the noise levels before and after the step that ``scheduler`` has just taken from ``timestep``.
 
     Raises:
-        InputError: If the scheduler is not one of DDIM, Euler and flow-matching Euler, or if it clips predictions or
-            samples stochastically.
+        InputError: If the scheduler is not one of DDIM, Euler and flow-matching Euler, or if its settings turn on
+            clipping of predictions or stochastic sampling.
     """
     family, config = type(scheduler).__name__, scheduler.config
     if config.get("clip_sample") or config.get("thresholding") or config.get("stochastic_sampling"):

@@ -45,8 +45,9 @@ class ReFLModule(RewardedModule):
     latents to ``reward_sigmas`` first: one level, or several for DiNa-LRM's ensemble (arXiv:2602.11146). A reward of
     pixels decodes the latents, with gradient.
 
-    The reward is differentiated first, and the policy afterwards. So the reward's activations are freed early, and a
-    reward may be an adapter of the policy's own network under gradient checkpointing.
+    The backward pass has two parts: first through the reward, then through the policy. The reward's activations are
+    freed in between. A reward may therefore be a second adapter on the policy's network, even with gradient
+    checkpointing: no block has to be recomputed while the wrong adapter is active.
 
     A reward that is maximised this directly is soon exploited: use ``kl_weight`` or ``pretraining_weight``, and the
     callback ``HackingMonitor``.
@@ -62,9 +63,9 @@ class ReFLModule(RewardedModule):
             Memory grows with the number.
         reward_sigmas: Noise levels at which a latent reward scores; without effect on rewards of pixels.
         loss: Loss as a function of the reward.
-        kl_weight: Weight of the mean squared difference between the predictions of policy and reference, in the steps
-            with a graph. Each such step costs a forward pass of the reference. Each after the first also costs a
-            backward pass with respect to the reference's input; its activations are freed before the next step.
+        kl_weight: Weight of the mean squared difference between the predictions of policy and reference, in the
+            last ``gradient_steps`` steps. Each of these steps costs a forward pass of the reference. From the second
+            on, each also costs a backward pass through the reference, because its input depends on the policy.
         pretraining_weight: Weight of the denoising error on images. Above 0, batches must hold images (see
             :class:`~latentreward.data.PromptsAndImages`); the chosen images of the pairs are used.
         options: See :class:`AlignmentModule`. ReFL's released code samples without guidance.

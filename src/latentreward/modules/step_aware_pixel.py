@@ -101,7 +101,11 @@ class StepAwarePixelModule(PairModule):
 
     @torch.no_grad()
     def predict_pixels(self, encoded: EncodedPairs, timesteps: Tensor) -> Tensor:
-        """Decode the generator's prediction of the noised images at ``timesteps`` ``(2B,)``: ``(2B, 3, H, W)``."""
+        """Noise the images to ``timesteps`` ``(2B,)``, predict clean latents by the generator, and decode them.
+
+        Returns:
+            Pixels ``(2B, 3, H, W)``, about [-1, 1].
+        """
         noisy = self.add_noise(encoded, timesteps)
         with self.generator.reference():
             output = self.generator.predict_guided(

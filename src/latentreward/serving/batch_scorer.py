@@ -71,7 +71,9 @@ AnyRow = LatentRow | ImageRow
 
 
 class RowScorer:
-    """Scores batches of rows of one group with a reward model.
+    """Scorer of batches of rows with a reward model.
+
+    All rows of a batch have one ``group``, which is an attribute of the rows: equal shapes and noise level.
 
     Args:
         reward: Reward model in evaluation mode.

@@ -381,7 +381,13 @@ def prepare(arguments: Sequence[str]) -> list[str]:
 def run_function(function: Callable[..., None], command: str, arguments: Sequence[str], bare: int = 1) -> None:
     """Run a subcommand that is a plain function; its typed arguments are the settings, its docstring is the help.
 
-    Settings may name this package's classes without their modules. See :func:`parse_function`.
+    Settings may name this package's classes without their modules.
+
+    Args:
+        function: Function whose arguments are the settings.
+        command: Name of the subcommand, for the usage message.
+        arguments: Arguments of the command line after the subcommand.
+        bare: Largest number of leading values without ``--NAME``; they become the function's first arguments.
 
     Raises:
         InputError: If a setting is wrong or a constructor refuses it.

@@ -14,7 +14,7 @@ LOGGED = {
     # The empty list [] says that no part must be kept in float32.
     "diffusers.models.modeling_utils": ("should be kept in float32: [].",),
 }
-"""Logger -> texts; a message that contains one of them is suppressed."""
+"""Name of a logger -> texts; a message of this logger that contains one of the texts is suppressed."""
 
 WARNED = (
     r".isinstance\(treespec, LeafSpec\). is deprecated",  # caused by Lightning's own use of a newer torch
@@ -36,5 +36,5 @@ def silence_libraries() -> None:
 
 
 def is_shown(record: logging.LogRecord) -> bool:
-    """Tell whether a log message contains none of its logger's texts in ``LOGGED``; a logging filter."""
+    """Tell whether a log message is shown: it contains none of its logger's texts in ``LOGGED``. A logging filter."""
     return not any(text in record.getMessage() for text in LOGGED[record.name])

@@ -69,7 +69,7 @@ class Progress:
 
 
 class _Bar(tqdm):
-    """A tqdm bar with a field ``left``: the time until all items are done or ``limit`` ends the work."""
+    """A tqdm bar with a field ``left``: time until all items are done, or seconds of ``limit`` if fewer."""
 
     def __init__(self, limit: Callable[[], float] | None, **settings: Any) -> None:
         self.limit = limit

@@ -45,7 +45,7 @@ class Verdict:
     Attributes:
         alignment: Share of the caption's attributes that the picture gets right, in [0, 1].
         all_right: Whether the picture gets all attributes right.
-        quality: 1 minus the penalty for nuisances, in [0, 1].
+        quality: 1 minus a weighted sum of the defects (low contrast, background gradient, blobs), in [0, 1].
         utility: ``4 * alignment + 2 * quality``.
     """
 
@@ -81,7 +81,10 @@ def mean_verdict(captions: Sequence[str], pictures: Sequence[np.ndarray | Image.
 
 
 def detect_scene(picture: np.ndarray | Image.Image) -> Scene:
-    """Detect the scene in a picture ``(32, 32, 3)``, uint8 or PIL; colours of blobs are not read but set to red."""
+    """Detect the scene in a picture ``(32, 32, 3)``, uint8 or PIL.
+
+    Blobs (small dots that no caption asks for) are returned with position and size; their colour is always ``red``.
+    """
     pixels = np.asarray(picture.convert("RGB") if isinstance(picture, Image.Image) else picture)
     if pixels.shape != (IMAGE_SIZE, IMAGE_SIZE, 3) or pixels.dtype != np.uint8:
         raise ValueError(f"expected a ({IMAGE_SIZE}, {IMAGE_SIZE}, 3) uint8 picture, got {pixels.shape} {pixels.dtype}")

@@ -184,13 +184,13 @@ class SideExchangingReader(PairReader):
         self.randomise_sides, self.seed = randomise_sides, seed
 
     def is_exchanged(self, pair_id: str) -> bool:
-        """Tell whether images a and b of a row are exchanged."""
+        """Tell whether the image that the file names first becomes b, and the other image a."""
         if not self.randomise_sides:
             return False
         return bool(torch.randint(2, (), generator=pair_generator(self.seed, "side", 0, pair_id)))
 
     def exchanged(self) -> list[bool]:
-        """Return whether images a and b are exchanged, for every row."""
+        """Return :meth:`is_exchanged` of every row."""
         return [self.is_exchanged(name) for name in self.pair_ids()] if self.randomise_sides else [False] * len(self)
 
 

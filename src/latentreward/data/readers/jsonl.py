@@ -54,8 +54,8 @@ class JSONLPairReader(JSONReader):
         file: Path of the file.
         root: Folder that paths are relative to and that all images must lie in; by default the file's folder.
         split: Name of the split.
-        options: See :class:`~latentreward.data.readers.base.SideExchangingReader`. Images are exchanged only in lines
-            with ``chosen`` and ``rejected``.
+        options: See :class:`~latentreward.data.readers.base.SideExchangingReader`. In lines with ``chosen`` and
+            ``rejected``, the chosen image is a or b at random; lines with ``image_a`` and ``image_b`` stay as written.
 
     Raises:
         InputError: If the file is missing, no line is left, or a line breaks a rule above under ``on_error: raise``.
@@ -115,7 +115,7 @@ class JSONLPairReader(JSONReader):
         return {**exchange_sides(facts, self.exchanged()), "confidence": self._table.column("confidence").to_pylist()}
 
     def exchanged(self) -> list[bool]:
-        """Return whether images a and b are exchanged, for every row; false for lines without ``chosen``."""
+        """Return for every row whether the chosen image is b, not a; always false for lines with ``image_a``."""
         first = self._table.column("winner_first").to_pylist()
         return [winner and other for winner, other in zip(first, super().exchanged(), strict=True)]
 

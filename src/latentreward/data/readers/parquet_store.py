@@ -116,7 +116,7 @@ def read_index(
 
 
 def refuse_missing(reader: PairReader, source: str, split: str, parts: Sequence[ParquetPart]) -> None:
-    """Apply the reader's ``on_error`` to missing parts, see :func:`missing_parts`."""
+    """Raise InputError or log a warning, by the reader's ``on_error``, if parts are missing (:func:`missing_parts`)."""
     if missing := missing_parts(parts):
         names = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
         problem = f"{split} lacks {len(missing)} of its parquet parts ({names}); download them"
@@ -232,7 +232,18 @@ class ParquetPairReader(PairReader):
         hint: str,
         config: str | None = None,
     ) -> pa.Table:
-        """Find the parts of a split and read ``columns``, see :func:`find_parts` and :func:`read_index`."""
+        """Find the parquet files of a split and read columns from them into one table.
+
+        Missing parts are handled by :func:`refuse_missing`.
+
+        Args:
+            source: Folder or hub id, see :func:`find_parts`.
+            split: Name of the split.
+            revision: Revision on the hub.
+            columns: Column → Arrow type to cast to; None keeps the file's type.
+            hint: Remedy in the message about a file that lacks a column or has another type.
+            config: Configuration of the data set on the hub.
+        """
         self.split, self._parts = split, find_parts(source, split, revision, config)
         refuse_missing(self, source, split, self._parts)
         table, self._starts = read_index(self._parts, columns, hint)

@@ -44,12 +44,12 @@ def disagreement_pictures(report: BenchmarkReport, readers: Mapping[str, PairRea
 
 
 def write_benchmark_page(path: Path, report: BenchmarkReport, pictures: Pictures) -> None:
-    """Write the page.
+    """Write the benchmark report as an HTML page.
 
     Args:
         path: HTML file to write.
         report: Report to show.
-        pictures: Images of the pairs in ``report.telling``.
+        pictures: Images of the pairs on which scorers disagree most (``report.telling``).
     """
     parts = list(sections(report))
     figures: dict[str, list[dict[str, str]]] = {part.key: [] for part in parts}

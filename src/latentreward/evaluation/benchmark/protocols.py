@@ -95,9 +95,9 @@ def protocol_result(key: str, pairs: BenchmarkPairs, judgement: Judgement) -> Pr
 
 
 def credit_sums(key: str, pairs: BenchmarkPairs, credit: np.ndarray) -> np.ndarray:
-    """Return ``(groups, 2)`` sums of credit and weight of each group that counts.
+    """Return ``(groups, 2)``: sums of credit and weight of each prompt group that has a pair that counts.
 
-    The protocol's number is the credit of all groups divided by their weight.
+    The protocol's number is the credit of all groups divided by the weight of all groups.
     """
     return _credit_sums(pairs, credit, PROTOCOLS[key].macro)
 

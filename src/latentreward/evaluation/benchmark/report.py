@@ -24,7 +24,7 @@ def write_report(folder: Path, report: BenchmarkReport, pictures: Pictures) -> N
     Args:
         folder: Folder to write to.
         report: Report to write.
-        pictures: Images of the pairs in ``report.telling``.
+        pictures: Images of the pairs on which scorers disagree most (``report.telling``).
     """
     write_file(folder / JSON, json_report(report))
     write_file(folder / MARKDOWN, markdown(report))

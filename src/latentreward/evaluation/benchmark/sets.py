@@ -206,7 +206,10 @@ class GenAIBenchCMUBenchmark(_PublishedBenchmark):
 
 
 class PairsBenchmark(Benchmark):
-    """Pairs of your own: ``pairs/strict`` and ``pairs/soft``.
+    """Pairs of your own.
+
+    Protocol ``pairs/strict`` is the accuracy on pairs without ties. ``pairs/soft`` is the mean label of the image that
+    scores higher, ties included.
 
     Args:
         reader: Any reader of pairs with images, e.g. of JSON lines or of ``chosen/`` and ``rejected/``.
@@ -219,7 +222,7 @@ class PairsBenchmark(Benchmark):
 
     @property
     def evaluations(self) -> tuple[Evaluation, ...]:
-        """``pairs/strict`` and ``pairs/soft`` on the reader's split."""
+        """Accuracy without ties (``pairs/strict``) and mean label (``pairs/soft``) on the reader's split."""
         return Evaluation("pairs/strict", self._split), Evaluation("pairs/soft", self._split)
 
     def open(self, split: str) -> PairReader:

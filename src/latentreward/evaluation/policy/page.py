@@ -34,8 +34,8 @@ def write_policy_page(
         introduction: Text above the sections.
         sections: Sections with the report's tables.
         scored: One policy, or two policies with pictures of the same prompts and numbers.
-        cards: Most pictures of each policy on the page. Pictures are chosen at evenly spaced ranks of the difference of
-            the two policies' first score (with one policy, of the first score).
+        cards: Largest number of pictures of each policy on the page. Pictures are chosen at evenly spaced ranks of the
+            difference of the two policies' first score (with one policy, of the first score).
     """
     names = list(scored[0].scores)
     rows = shown_rows(scored, cards)
@@ -64,7 +64,7 @@ def shown_rows(scored: Sequence[ScoredPictures], cards: int) -> list[int]:
 
 
 def _sort_values(scored: Sequence[ScoredPictures], name: str) -> np.ndarray:
-    """Return the ``(N,)`` difference of two policies in one score; with one policy, the score itself."""
+    """Return ``(N,)``: the first policy's score minus the second's; with one policy, the score itself."""
     first = scored[0].scores[name]
     return first - scored[1].scores[name] if len(scored) > 1 else first
 

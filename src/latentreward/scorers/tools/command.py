@@ -67,7 +67,7 @@ class CommandScorer(ToolScorer):
 
 
 class _PackageScorer(CommandScorer):
-    """Base class of scorers by a Python package in another environment, where a script of :data:`DRIVERS` calls it."""
+    """Base class of scorers by Python packages in another environment, called there by a script of :data:`DRIVERS`."""
 
     packages: tuple[str, ...]
     driver: str
@@ -80,7 +80,7 @@ class _PackageScorer(CommandScorer):
     identity = ToolScorer.identity
 
     def prepare(self) -> None:
-        """Check that the packages are installed in the environment, and record their versions."""
+        """Check that ``packages`` are installed for the interpreter ``python``, and record their versions."""
         self.versions = package_versions(self.name, self.python, self.packages)
 
 

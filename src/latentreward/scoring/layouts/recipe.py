@@ -95,7 +95,7 @@ class ModelRecipe:
         return replace(self, backbone=backbone, own=parts)
 
     def on(self, base: str, revision: str | None = None) -> Self:
-        """Return a recipe with another name of the base pipeline."""
+        """Return a copy whose base pipeline is the folder or hub id ``base`` at ``revision`` (None: default)."""
         settings = {**self.backbone.init_args, "source": base, "revision": revision}
         if revision is None and not is_ours(self.backbone):  # another package's factory may lack this parameter
             del settings["revision"]
