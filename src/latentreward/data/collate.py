@@ -47,7 +47,7 @@ def collate_pairs(items: Sequence[LoadedPair | SkippedPair]) -> PreferenceBatch:
 
 
 def orient(item: LoadedPair) -> LoadedPair:
-    """Return the pair with its chosen image as image a, see :func:`is_turned`."""
+    """Return the pair with its chosen image as image a; of a tie, the image with the smaller key."""
     pair = item.pair
     turn = is_turned(pair.label_a, pair.image_a.image_key, pair.image_b.image_key)
     return LoadedPair(pair.swapped(), item.pixels_b, item.pixels_a) if turn else item

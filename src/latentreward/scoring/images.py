@@ -118,7 +118,9 @@ def as_pixels(images: Tensor, value_range: tuple[float, float] | None) -> Tensor
 
 
 def doubts_of_pixels(pixels: Tensor, sizes: ImageSizes | None) -> dict[str, str]:
-    """Return warnings about a tensor that should hold pixels in [-1, 1], by kind: ``range`` and ``size``.
+    """Return warnings about a tensor that should hold pixels in [-1, 1]; an empty mapping if there is no doubt.
+
+    The key ``range`` stands for values that all lie in [0, 1], ``size`` for a size that the model was not trained at.
 
     Args:
         pixels: ``(N, 3, H, W)``.

@@ -105,7 +105,7 @@ def check_masked(settings: Any) -> None:
 
 
 class FolderGuard:
-    """Import hook that refuses modules in the given folders and leaves all others to Python's own finders."""
+    """Import hook that raises InputError for modules in the given folders and leaves all others to Python's finders."""
 
     def __init__(self, folders: Iterable[Path]) -> None:
         self.folders = [folder.resolve() for folder in folders]
@@ -123,7 +123,7 @@ class FolderGuard:
 
 @contextmanager
 def guarded_imports(folder: Path | None = None) -> Iterator[None]:
-    """Refuse imports from ``folder`` and the hub's cache inside the block, even if they are on ``sys.path``."""
+    """Raise InputError for imports from ``folder`` or the hub's cache inside the block, even if ``sys.path`` has them."""
     from huggingface_hub import constants
 
     guard = FolderGuard([Path(constants.HF_HUB_CACHE), *([] if folder is None else [folder])])
