@@ -532,7 +532,7 @@ def test_photographs_are_turned_as_in_training_or_as_told(
     torch.testing.assert_close(
         torch.tensor(table["score"].to_pylist()), model.score("a cat", stored), rtol=0, atol=2e-5
     )
-    told = "3 images have an EXIF orientation, ignored as in training: --exif apply turns them"
+    told = "3 images have an EXIF orientation, which this model ignores: --exif apply turns them"
     assert told in capsys.readouterr().out
     table = score("pics", "told.csv", lrm, "--prompt=a cat", "--exif=apply", "--gallery=told.html")
     seen = model.score("a cat", [upright(content) for content in data])

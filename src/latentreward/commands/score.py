@@ -229,7 +229,7 @@ def _remarks_on_images(model: RewardModel, rotated: int, files: PartFiles) -> li
     if unfitting:
         remarks.append(f"{unfitting} images have an aspect ratio the model was not trained on: cropped to the nearest")
     if rotated and model.exif == "ignore":
-        remarks.append(f"{rotated} images have an EXIF orientation, ignored as in training: --exif apply turns them")
+        remarks.append(f"{rotated} images have an EXIF orientation, which this model ignores: --exif apply turns them")
     elif rotated:
         remarks.append(f"{rotated} images turned upright by their EXIF orientation")
     return remarks

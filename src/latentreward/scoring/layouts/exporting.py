@@ -98,6 +98,8 @@ def not_held(model: RewardNetwork, settings: Mapping[str, Any], unheld: Mapping[
         yield f"noise {model.noise} (will be {default.noise})"
     if model.image_sizes != default.image_sizes:
         yield f"image sizes {model.image_sizes} (will be {default.image_sizes})"
+    if model.exif == "apply":
+        yield "EXIF orientation applied (will be ignored; `latentreward score` takes --exif apply)"
     if model.calibration is not None:
         yield "the calibration"
     for name, later in unheld.items():

@@ -123,7 +123,7 @@ class FolderGuard:
 
 @contextmanager
 def guarded_imports(folder: Path | None = None) -> Iterator[None]:
-    """Raise InputError for imports from ``folder`` or the hub's cache inside the block, even if ``sys.path`` has them."""
+    """Raise InputError for imports from ``folder`` or the hub's cache inside the block, wherever ``sys.path`` leads."""
     from huggingface_hub import constants
 
     guard = FolderGuard([Path(constants.HF_HUB_CACHE), *([] if folder is None else [folder])])
