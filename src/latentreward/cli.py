@@ -23,6 +23,7 @@ from latentreward.interrupts import (
     sigterm_interrupts,
     tell_interrupt,
 )
+from latentreward.settings.library_messages import silence_libraries
 
 COMMANDS = {
     "fit": ("latentreward.commands.fit:run", "train a reward model, or align a generator; --ckpt_path resumes a run"),
@@ -151,6 +152,7 @@ def _dispatch(arguments: list[str]) -> None:
     finally:
         if collects:
             gc.enable()
+    silence_libraries()
     trains = COMMANDS[arguments[0]][0] == COMMANDS["fit"][0]  # Lightning and GracefulStop set SIGTERM handlers
     with nullcontext() if trains else sigterm_interrupts():
         run(arguments[0], arguments[1:])

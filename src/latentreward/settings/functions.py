@@ -27,7 +27,6 @@ from latentreward.backbones.registry import backbone_names
 from latentreward.errors import InputError
 from latentreward.programs import allow_only, find_modules_here
 from latentreward.settings.errors import CLASS_MODULES, UNSET, summarise, unknown_setting_hint
-from latentreward.settings.library_messages import silence_libraries
 from latentreward.settings.ranges import check_ranges, leaves
 from latentreward.settings.rewriting import find_config, rewrite_arguments, rewrite_settings, show_secrets
 from latentreward.settings.yaml_text import check_yaml
@@ -368,13 +367,12 @@ def import_class_modules() -> None:
 
 
 def prepare(arguments: Sequence[str]) -> list[str]:
-    """Prepare parsing of settings that may name classes: import our classes, silence libraries, set up the parsers.
+    """Prepare parsing of settings that may name classes: import our classes, set up the parsers.
 
     Returns:
         The arguments that :func:`prepare_parsing` returns.
     """
     import_class_modules()
-    silence_libraries()
     return prepare_parsing(arguments, classes=True)
 
 
