@@ -40,7 +40,7 @@ MAY_BE_NEGATIVE = {
 }  # fmt: skip
 MAY_BE_NULL = {
     "filename", "save_on_train_epoch_end", "save_last", "limit_val_batches", "log_every_n_steps", "gradient_clip_val",
-    "version", "default_root_dir", "revision",
+    "version", "default_root_dir", "revision", "name",
 }  # fmt: skip
 """Settings with a value in a shipped file whose type has None too."""
 LIMIT_S, HANG_S = 120, 30

@@ -12,7 +12,7 @@ from fsspec.implementations.local import LocalFileSystem
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from typing_extensions import override
 
-from latentreward.checkpoints.shards import INDEX, REST, UNREADABLE, read_sharded
+from latentreward.checkpoints.shards import INDEX, REST, UNREADABLE, newest_first, read_sharded
 from latentreward.errors import InputError, first_line
 from latentreward.storage.durable import replacing
 
@@ -129,8 +129,3 @@ def newest_intact(candidates: Iterable[Path]) -> Path | None:
     raise InputError(
         f"ckpt_path: {found[0]} is damaged ({problem}), and no checkpoint beside it is intact; remove it to start anew"
     )
-
-
-def newest_first(paths: Iterable[Path]) -> list[Path]:
-    """Sort paths by the time of their last modification, newest first."""
-    return sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True)

@@ -8,7 +8,7 @@ cannot run code.
 import pickle
 import struct
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +158,11 @@ def read_checkpoint(path: Path, with_tensors: bool = True) -> dict[str, Any]:
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), Mapping):
         raise InputError(f"checkpoint: {path} is not a Lightning checkpoint; give one that `fit` wrote")
     return content
+
+
+def newest_first(paths: Iterable[Path]) -> list[Path]:
+    """Sort paths by the time of their last modification, newest first."""
+    return sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True)
 
 
 def damaged(path: str | Path, problem: str) -> str:

@@ -27,7 +27,7 @@ from latentreward.scoring.scoring_noise import ScoringNoise, check_noise
 class RewardModel(RewardNetwork):
     """Reward model that scores images or latents for prompts; see :class:`RewardNetwork` for its attributes.
 
-    Scores are computed at the model's noise levels (:attr:`noise`) or at given ones.
+    Scores are computed at the model's noise levels (attribute ``noise``) or at given ones.
     """
 
     @classmethod

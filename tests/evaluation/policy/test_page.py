@@ -82,6 +82,8 @@ def test_one_policy_and_narrow_screens(width: int, tmp_path: Path, browser_page:
     assert page.locator("#sign").count() == page.locator("#group").count() == 0
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     page.keyboard.press("Tab")
+    while page.evaluate("document.activeElement.className") == "scroll":  # a table wider than the screen
+        page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.id") == "by"
 
 

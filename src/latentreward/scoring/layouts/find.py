@@ -6,8 +6,7 @@ import logging
 import re
 from pathlib import Path
 
-from latentreward.checkpoints.files import newest_first
-from latentreward.checkpoints.shards import is_sharded
+from latentreward.checkpoints.shards import is_sharded, newest_first
 from latentreward.errors import InputError
 from latentreward.scoring.hub import downloaded
 from latentreward.scoring.layouts.base import StoredReward
