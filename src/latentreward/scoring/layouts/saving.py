@@ -188,19 +188,34 @@ def paths_here(recipe: ModelRecipe) -> dict[str, str]:
 
 def check_target(folder: Path) -> None:
     """Raise InputError if ``folder`` is a file, or a folder that is neither empty nor a model folder."""
+    problem = target_problem(folder)
+    while problem is not None:
+        # Another process may have replaced the folder while it was read: then a half removed one was seen.
+        seen, problem = problem, target_problem(folder)
+        if seen == problem:
+            raise InputError(problem)
+
+
+def target_problem(folder: Path) -> str | None:
+    """Tell why ``folder`` may not be replaced; None if it may."""
     if not folder.exists():
-        return
+        return None
     if not folder.is_dir():
-        raise InputError(f"folder {str(folder)!r} is a file; choose another name")
-    found = contents(folder)
-    if not found:
-        return
-    foreign = [name for name in found if name not in OURS and not name.startswith("adapter")]
-    if foreign or CONFIG not in found or read_config(folder / CONFIG).get("format") != FORMAT:
-        raise InputError(
-            f"folder {str(folder)!r} holds {(foreign or found)[0]} and is not a model folder that may be replaced; "
-            "choose an empty or a new one"
-        )
+        return f"folder {str(folder)!r} is a file; choose another name"
+    try:
+        found = contents(folder)
+        foreign = [name for name in found if name not in OURS and not name.startswith("adapter")]
+        ours = not foreign and CONFIG in found and read_config(folder / CONFIG).get("format") == FORMAT
+        if ours or not found:
+            return None
+    except InputError as error:
+        return str(error)
+    except FileNotFoundError as error:
+        return f"folder {str(folder)!r} cannot be read ({error}); choose another one"
+    return (
+        f"folder {str(folder)!r} holds {(foreign or found)[0]} and is not a model folder that may be replaced; choose "
+        "an empty or a new one"
+    )
 
 
 def fill(folder: Path, partial: Path) -> None:
