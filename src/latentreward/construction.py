@@ -34,14 +34,14 @@ class Construction:
                 first parameter is the feature spec.
         """
         function, first = (target.__init__, (None,)) if isinstance(target, type) else (target, ())  # type: ignore[misc]
-        parameters = signature(function).parameters.values()
+        taken = signature(function)
         try:
-            given = dict(signature(function).bind(*first, *args, **kwargs).arguments)
+            given = dict(taken.bind(*first, *args, **kwargs).arguments)
         except TypeError:
             return None  # the arguments do not fit the signature; the call itself raises the error
-        for parameter in [*parameters][: len(first) + skip]:
-            given.pop(parameter.name, None)
-        for parameter in parameters:
+        for name in [*taken.parameters][: len(first) + skip]:
+            given.pop(name, None)
+        for parameter in taken.parameters.values():
             if parameter.kind is Parameter.VAR_KEYWORD:
                 given |= given.pop(parameter.name, {})
         try:

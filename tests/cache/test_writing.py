@@ -45,7 +45,7 @@ from tests.cache.writing import (
     write_image,
     write_rows,
 )
-from tests.data.rotated import photograph, upright
+from tests.data.rotated import photograph, upright, write_jsonl
 from tests.marks import slow_after
 from tests.processes import start_ranks
 
@@ -298,18 +298,6 @@ def test_other_settings_are_refused(
     assert f"{cache} was begun with {field}" in error
     assert error.endswith("set it back, or choose another output")
     assert contents(cache) == before
-
-
-def write_jsonl(root: Path) -> Path:
-    """Four pairs of photographs that lie on their side, of one's own."""
-    rows = []
-    for number in range(4):
-        names = [f"{number}{side}.jpg" for side in "ab"]
-        for place, name in enumerate(names):
-            (root / name).write_bytes(photograph(seed=2 * number + place))
-        rows.append({"prompt": f"a cat {number}", "image_a": names[0], "image_b": names[1], "label": 1})
-    (root / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return root / "own.jsonl"
 
 
 def own_cache(output: Path, file: Path, *settings: str) -> None:

@@ -1,6 +1,8 @@
 """Photographs as cameras write them: pixels as the sensor saw them, and an EXIF tag that says how they are held."""
 
 import io
+import json
+from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
@@ -25,3 +27,15 @@ def photograph(
 def upright(data: bytes) -> Image.Image:
     """The photograph as it should be seen, stored so, by Pillow's own function."""
     return ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+
+
+def write_jsonl(root: Path) -> Path:
+    """Four pairs of photographs that lie on their side, of one's own."""
+    rows = []
+    for number in range(4):
+        names = [f"{number}{side}.jpg" for side in "ab"]
+        for place, name in enumerate(names):
+            (root / name).write_bytes(photograph(seed=2 * number + place))
+        rows.append({"prompt": f"a cat {number}", "image_a": names[0], "image_b": names[1], "label": 1})
+    (root / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return root / "own.jsonl"

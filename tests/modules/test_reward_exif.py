@@ -13,7 +13,7 @@ from PIL import Image
 from latentreward.data import JSONLPairReader, PreferenceDataModule
 from latentreward.errors import InputError
 from latentreward.scoring import RewardModel
-from tests.data.rotated import photograph, upright
+from tests.data.rotated import photograph, upright, write_jsonl
 from tests.modules.test_reward_module import lrm, trainer
 from tests.rewards.stored import write_run
 from tests.tiny_pipelines import PIXELS, pipeline_folder
@@ -21,14 +21,7 @@ from tests.tiny_pipelines import PIXELS, pipeline_folder
 
 @pytest.fixture
 def own(tmp_path: Path) -> Path:
-    rows = []
-    for number in range(4):
-        names = [f"{number}{side}.jpg" for side in "ab"]
-        for place, name in enumerate(names):
-            (tmp_path / name).write_bytes(photograph(seed=2 * number + place))
-        rows.append({"prompt": f"a cat {number}", "image_a": names[0], "image_b": names[1], "label": 1})
-    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return tmp_path / "own.jsonl"
+    return write_jsonl(tmp_path)
 
 
 def data(own: Path, exif: Any) -> PreferenceDataModule:

@@ -107,12 +107,20 @@ def not_held(model: RewardNetwork, settings: Mapping[str, Any], unheld: Mapping[
             yield f"{name} {value} of the base"
 
 
+def of_other_classes(model: RewardNetwork, backbone: type, head: type) -> str | None:
+    """Return a text if the model's backbone or head is of another class than the layout holds, else None."""
+    if type(model.backbone) is backbone and type(model.head) is head:
+        return None
+    found = f"{type(model.head).__name__} on {type(model.backbone).__name__}"
+    return f"it takes a {head.__name__} on {backbone.__name__}, and this is a {found}"
+
+
 def diffusion_rm_problems(model: RewardNetwork, recipe: ModelRecipe) -> Iterator[str]:
     """Yield a text for each property of the model that the layout of DiNa-LRM cannot hold."""
-    backbone, head = model.backbone, model.head
-    if type(backbone) is not SD3DiTBackbone or type(head) is not GatedQFormerHead:
-        found = f"{type(head).__name__} on {type(backbone).__name__}"
-        yield f"it takes a GatedQFormerHead on SD3DiTBackbone, and this is a {found}"
+    backbone: Any = model.backbone
+    head: Any = model.head
+    if problem := of_other_classes(model, SD3DiTBackbone, GatedQFormerHead):
+        yield problem
         return
     trained = (*recipe.own, *(f"LoRA of {part}" for part in adapters_of(backbone)))
     if trained != ("LoRA of transformer",):
@@ -136,10 +144,10 @@ def diffusion_rm_problems(model: RewardNetwork, recipe: ModelRecipe) -> Iterator
 
 def lpo_problems(model: RewardNetwork, recipe: ModelRecipe) -> Iterator[str]:
     """Yield a text for each property of the model that the layout of LRM cannot hold."""
-    backbone, head = model.backbone, model.head
-    if type(backbone) is not SDUNetBackbone or type(head) is not CLIPProjectionHead:
-        found = f"{type(head).__name__} on {type(backbone).__name__}"
-        yield f"it takes a CLIPProjectionHead on SDUNetBackbone, and this is a {found}"
+    backbone: Any = model.backbone
+    head: Any = model.head
+    if problem := of_other_classes(model, SDUNetBackbone, CLIPProjectionHead):
+        yield problem
         return
     trained = {*recipe.own, *(part.partition(".")[0] for part in adapters_of(backbone))}
     if foreign := sorted(trained - {"unet", "text_encoder"}):

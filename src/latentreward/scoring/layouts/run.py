@@ -50,14 +50,11 @@ class Content:
         weights: Weights of the model, by their names in the training module.
         base: Sampled values of the frozen weights that the checkpoint leaves out; None if it has no such record.
         steps: Number of optimiser steps at the time of the checkpoint.
-        exif: Whether training images were turned upright by their EXIF orientation; ``ignore`` for checkpoints of
-            earlier versions, which have no such entry.
     """
 
     weights: dict[str, Tensor]
     base: dict[str, Any] | None
     steps: int | None
-    exif: ExifOrientation
 
 
 class TrainedReward(SharingReward):
@@ -129,12 +126,12 @@ class TrainedReward(SharingReward):
                 if isinstance(callback, Mapping) and callback.get("updates") and "average" in callback:
                     state |= callback["average"]
         weights = {name: tensor for name, tensor in state.items() if name.startswith("model.")}
-        return Content(weights, content.get("base"), content.get("global_step"), content.get("exif", "ignore"))
+        return Content(weights, content.get("base"), content.get("global_step"))
 
     @property
     def exif(self) -> ExifOrientation:
-        """See :attr:`StoredReward.exif`."""
-        return self._content.exif
+        """See :attr:`StoredReward.exif`; earlier versions, which recorded nothing, ignored it. No tensor is read."""
+        return read_checkpoint(self.checkpoint, with_tensors=False).get("exif", "ignore")
 
     def _fitting(self, backbone: DiffusionBackbone) -> tuple[RewardNetwork, nn.ModuleDict]:
         """Build the model with initial weights, and check that the checkpoint's names and shapes fit.
