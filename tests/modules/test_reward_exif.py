@@ -84,5 +84,5 @@ def test_a_run_resumed_with_another_setting_says_so(own: Path, tmp_path: Path, c
     assert not any("exif" in record.message for record in caplog.records)
     trainer(max_steps=2, max_epochs=9).fit(module, data(own, None), ckpt_path=tmp_path / "a.ckpt")
     [record] = [record for record in caplog.records if "exif" in record.message]
-    assert "trained with exif: ignore, the training data now have exif: apply" in record.message
+    assert "trained with exif: ignore, the data now have exif: apply" in record.message
     assert module.model.exif == "apply"

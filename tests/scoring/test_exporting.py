@@ -10,9 +10,9 @@ import yaml
 from peft.tuners.lora import LoraLayer
 
 from latentreward.cli import main
+from latentreward.data.image_sizes import OneSize
 from latentreward.errors import InputError
 from latentreward.scoring import PublishedSettings, RewardModel, ScoringNoise
-from latentreward.scoring.image_sizes import OneSize
 from latentreward.scoring.layouts.exporting import export_reward
 from tests.marks import slow_after
 from tests.rewards.stored import write_run

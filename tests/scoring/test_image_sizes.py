@@ -5,7 +5,7 @@ import pytest
 
 from latentreward.cache.sizing import ImageSettings
 from latentreward.data.buckets import Bucket
-from latentreward.scoring.image_sizes import ImageSizes, NearestBucket, OneSize
+from latentreward.data.image_sizes import ImageSizes, NearestBucket, OneSize
 
 OWN = ((64, 64), (96, 64), (64, 96), (128, 192), (32, 32))
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 import yaml
 
+from latentreward.data.image_sizes import OneSize
 from latentreward.scoring import Calibration, Card, ScoringNoise
-from latentreward.scoring.image_sizes import OneSize
 from latentreward.scoring.layouts.card import model_card
 from latentreward.scoring.layouts.config import FolderConfig
 from latentreward.scoring.layouts.recipe import ModelPart, ModelRecipe

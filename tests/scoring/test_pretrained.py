@@ -21,12 +21,12 @@ from transformers import CLIPTextModel
 
 from latentreward.backbones import LoRA as BackboneLoRA
 from latentreward.backbones import SD3DiTBackbone, register_backbone, sd35_medium
+from latentreward.data.image_sizes import NearestBucket, OneSize
 from latentreward.errors import InputError
 from latentreward.heads import GatedQFormerHead
 from latentreward.rewards import LatentReward
 from latentreward.scoring import RewardModel, ScoringNoise
 from latentreward.scoring.calibration import Calibration
-from latentreward.scoring.image_sizes import NearestBucket, OneSize
 from latentreward.scoring.layouts import saving
 from latentreward.scoring.layouts.card import Card
 from latentreward.scoring.layouts.find import find_reward

@@ -11,10 +11,10 @@ import torch
 from PIL import ExifTags, Image
 
 from latentreward.contracts import ImageRef
+from latentreward.data.image_sizes import NearestBucket, OneSize
 from latentreward.data.images import ImageError
 from latentreward.errors import InputError
 from latentreward.scoring import RewardModel, ScoringNoise
-from latentreward.scoring.image_sizes import NearestBucket, OneSize
 from latentreward.scoring.images import pixel_batches
 from tests.scoring.models import PROMPTS, picture, pictures, png, scoring_model
 from tests.tiny_pipelines import PIXELS
@@ -91,7 +91,7 @@ def test_buckets_at_full_size_are_the_published_ones() -> None:
 
     from latentreward.backbones import create_backbone
     from latentreward.estimate.pipelines import write_pipelines
-    from latentreward.scoring.image_sizes import own_sizes
+    from latentreward.scoring.network import own_sizes
 
     with tempfile.TemporaryDirectory() as folder:
         folders = write_pipelines(Path(folder))

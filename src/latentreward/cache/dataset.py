@@ -14,6 +14,7 @@ from latentreward.cache.index import CacheIndex
 from latentreward.cache.layout import LATENTS, POOLED_PROMPT_EMBEDS, PROMPT_EMBEDS
 from latentreward.contracts import Conditioning, PreferenceBatch
 from latentreward.data.collate import is_turned
+from latentreward.data.image_sizes import ImageSizes, NearestBucket, OneSize
 from latentreward.data.images import ExifOrientation
 
 
@@ -41,6 +42,14 @@ class CachedPairDataset(Dataset[PreferenceBatch]):
     def exif(self) -> ExifOrientation:
         """Whether the images were turned upright by their EXIF orientation."""
         return self.index.spec.exif or "ignore"
+
+    @property
+    def image_sizes(self) -> ImageSizes | None:
+        """Return the rule by which images were resized; None if the cache was copied from one that does not say."""
+        spec = self.index.spec
+        if spec.resize is None:
+            return None
+        return NearestBucket(spec.buckets, spec.resize) if spec.size is None else OneSize(*spec.size, spec.resize)
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from latentreward.contracts import PreferencePair
+from latentreward.data.image_sizes import OneSize
 from latentreward.data.images import IMAGE_PROBLEMS, ExifOrientation, ImageError, PixelLoader
 from latentreward.data.readers import PairReader
 from latentreward.data.readers.base import DATA_ON_ERROR, OWN_ON_ERROR, OnError
@@ -89,6 +90,11 @@ class PairDataset(Dataset[LoadedPair | SkippedPair]):
     def exif(self) -> ExifOrientation:
         """Return ``"apply"`` if images are turned upright by their EXIF orientation, else ``"ignore"``."""
         return self.loader.exif
+
+    @property
+    def image_sizes(self) -> OneSize:
+        """Return the rule by which images are resized."""
+        return OneSize(self.loader.height, self.loader.width, self.loader.resize)
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -1,7 +1,7 @@
 """Training of a latent reward model on preference pairs; no formula."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from latentreward.backbones.base import DiffusionBackbone
 from latentreward.contracts import CrossScores, FeatureSpec, PairScores, PreferenceBatch
+from latentreward.data.image_sizes import ImageSizes
 from latentreward.errors import InputError
 from latentreward.heads import EmbeddingHead, RewardHead
 from latentreward.losses import PreferenceLoss, gather_with_grad
@@ -21,10 +22,14 @@ from latentreward.modules.pairs import EncodedPairs, PairModule, check_sigmas
 from latentreward.modules.sharding import shard
 from latentreward.noise import LevelSampler
 from latentreward.scoring import RewardModel
+from latentreward.scoring.layouts.config import exif_of, sizes_of, sizes_record
 from latentreward.scoring.layouts.recipe import recipe_in_python
 from latentreward.scoring.layouts.run import SETTINGS
 
 logger = logging.getLogger(__name__)
+
+SIZE_SETTINGS = "data.size and data.resize, or the cache's images,"
+"""Names of the settings that decide the size of images, for messages."""
 
 if TYPE_CHECKING:
     from latentreward.encoders.vae import LatentEncoder
@@ -58,6 +63,7 @@ class RewardModule(PairModule):
             raise InputError(f"backbone is {backbone!r}, not a DiffusionBackbone; let its function return one")
         super().__init__(backbone.noise_process, backbone.source, loss, levels, **options)
         self.model = RewardModel(backbone, head(backbone.feature_spec))
+        self._trained_sizes: ImageSizes | None = None
         if not self.model.head.reads_text:
             backbone.drop_text_taps()
         if not self.model.head.reads_temb:
@@ -71,23 +77,57 @@ class RewardModule(PairModule):
             self._add_metrics("ensemble")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore whether EXIF orientation was applied to the training images; earlier versions ignored EXIF."""
+        """Restore how the training images were turned and resized.
+
+        Checkpoints of earlier versions do not say: they ignored EXIF, and the rule for image sizes stays the
+        backbone's.
+        """
         super().on_load_checkpoint(checkpoint)
-        self.model.exif = checkpoint.get("exif", "ignore")
+        self.model.exif = exif_of(checkpoint.get("exif", "ignore"))
+        self._trained_sizes = sizes_of(checkpoint.get("image_sizes"))
+        self.model.image_sizes = self._trained_sizes or self.model.image_sizes
 
     def on_train_start(self) -> None:
-        """Record whether the training data apply EXIF orientation; warn if a resumed run changes that."""
-        exif = getattr(getattr(self.trainer.train_dataloader, "dataset", None), "exif", None)
-        if exif is None:
-            return
-        if self.trainer.ckpt_path is not None and exif != self.model.exif:
+        """Record how the training data turn and resize images; warn if a resumed run changes that."""
+        dataset = next(datasets_of(self.trainer.train_dataloader), None)
+        exif, sizes = getattr(dataset, "exif", None), getattr(dataset, "image_sizes", None)
+        sizes_record(sizes)  # raises if the rule cannot be saved
+        if self.trainer.ckpt_path is not None:
+            self._warn_if_other("resume", "exif", self.model.exif, exif, "the reader's exif")
+            self._warn_if_other("resume", "image sizes", self._trained_sizes, sizes, SIZE_SETTINGS)
+        self.model.exif = exif or self.model.exif
+        self._trained_sizes = sizes or self._trained_sizes
+        self.model.image_sizes = self._trained_sizes or self.model.image_sizes
+
+    def on_validation_start(self) -> None:
+        """Warn if a validation without training resizes images otherwise than the training did."""
+        if self.trainer.state.fn == "validate":
+            self._compare_sizes("validate", self.trainer.val_dataloaders)
+
+    def on_test_start(self) -> None:
+        """Warn if the test data's images are resized otherwise than the training's."""
+        self._compare_sizes("test", self.trainer.test_dataloaders)
+
+    def on_predict_start(self) -> None:
+        """Warn if the images are resized otherwise than the training's."""
+        self._compare_sizes("predict", self.trainer.predict_dataloaders)
+
+    def _compare_sizes(self, command: str, loaders: Any) -> None:
+        for dataset in datasets_of(loaders):
+            sizes = getattr(dataset, "image_sizes", None)
+            self._warn_if_other(command, "image sizes", self._trained_sizes, sizes, SIZE_SETTINGS)
+
+    def _warn_if_other(self, command: str, name: str, trained: Any, now: Any, setting: str) -> None:
+        if None not in (trained, now) and trained != now:
             logger.warning(
-                "resume: the checkpoint was trained with exif: %s, the training data now have exif: %s; set the "
-                "reader's exif to go on as before",
-                self.model.exif,
-                exif,
+                "%s: the reward was trained with %s: %s, the data now have %s: %s; set %s to keep to the training",
+                command,
+                name,
+                trained,
+                name,
+                now,
+                setting,
             )
-        self.model.exif = exif
 
     def configure_model(self) -> None:
         """Shard weights over the ranks under Lightning's ``ModelParallelStrategy`` (FSDP2); see :mod:`.sharding`."""
@@ -95,9 +135,10 @@ class RewardModule(PairModule):
             shard(self, self.model.backbone, self.device_mesh["data_parallel"])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the EXIF setting and, if the run writes no ``config.yaml``, how to build the model."""
+        """Save how images were turned and resized and, if the run writes no ``config.yaml``, how to build the model."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["exif"] = self.model.exif
+        checkpoint["image_sizes"] = sizes_record(self._trained_sizes)
         built = {"backbone": self.model.backbone.built_by, "head": self.model.head.built_by}
         saved = any(isinstance(callback, SaveConfigCallback) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
         if not saved and None not in built.values():
@@ -182,3 +223,10 @@ class RewardModule(PairModule):
     def _evaluate_more(self, batch: PreferenceBatch, encoded: EncodedPairs) -> None:
         if len(self.ensemble_timesteps):
             self._update("ensemble", self.score_ensemble(batch, encoded))
+
+
+def datasets_of(loaders: Any) -> Iterator[Any]:
+    """Yield the data set of each loader that has one; a trainer holds one loader or a list."""
+    for loader in loaders if isinstance(loaders, list | tuple) else [loaders]:
+        if (dataset := getattr(loader, "dataset", None)) is not None:
+            yield dataset

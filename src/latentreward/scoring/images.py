@@ -13,9 +13,9 @@ from torch import Tensor
 
 from latentreward.contracts import ImageRef
 from latentreward.data.ahead import map_ahead
+from latentreward.data.image_sizes import ImageSizes
 from latentreward.data.images import ExifOrientation, convert_image, decode_image
 from latentreward.errors import InputError
-from latentreward.scoring.image_sizes import ImageSizes
 from latentreward.storage.digests import digest
 
 ImageInput = Image.Image | str | Path | bytes | ImageRef | np.ndarray

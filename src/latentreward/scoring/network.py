@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from latentreward.backbones.base import DiffusionBackbone
 from latentreward.contracts import Conditioning, Features
+from latentreward.data.buckets import PUBLISHED_BUCKETS
+from latentreward.data.image_sizes import ImageSizes, NearestBucket, OneSize
 from latentreward.data.images import ExifOrientation
 from latentreward.errors import InputError
 from latentreward.heads import RewardHead
 from latentreward.noise import FlowMatching
 from latentreward.scoring.calibration import Calibration
-from latentreward.scoring.image_sizes import ImageSizes, own_sizes
 from latentreward.scoring.layouts.recipe import ModelRecipe
 from latentreward.scoring.precision import halve_products
 from latentreward.scoring.scoring_noise import ScoringNoise
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from latentreward.encoders.vae import LatentEncoder
 
 logger = logging.getLogger(__name__)
+
+PUBLISHED_SIDE = 1024
+"""Native side, in pixels, of the network for which DiNa-LRM's buckets were published."""
 
 
 class RewardNetwork(nn.Module):
@@ -39,7 +43,8 @@ class RewardNetwork(nn.Module):
     Attributes:
         noise: Default noise levels and seeds of a score: timestep 1 for DDPM (LRM on clean images), noise level 0.4 for
             flow matching (DiNa-LRM's published example).
-        image_sizes: Rule by which images are resized; None if the backbone's native size is unknown.
+        image_sizes: Rule by which images are resized: that of the training, see :class:`RewardModule`; by default that
+            of :func:`own_sizes`. None if the backbone's native size is unknown.
         exif: Whether images are turned upright by their EXIF orientation (``apply`` or ``ignore``), as in training.
         source: Path or hub id that the model was loaded from, as the user gave it.
         dtype: Precision of the backbone's matrix products; see :meth:`set_precision`.
@@ -171,3 +176,19 @@ def name_of(source: str) -> str:
     path = Path(source)
     # os.path.exists returns False for a name that is too long for a file; pathlib's exists raises.
     return path.absolute().name if path.is_absolute() or os.path.exists(source) else source  # noqa: PTH110
+
+
+def own_sizes(backbone: DiffusionBackbone) -> ImageSizes | None:
+    """Return the default rule for a backbone's image sizes; None if its native size is unknown.
+
+    A network trained on one aspect ratio gets :class:`OneSize` with its native size. Any other network gets DiNa-LRM's
+    buckets, scaled from 1024 pixels to the network's native side and rounded to multiples of ``side_multiple``; buckets
+    that become equal are merged.
+    """
+    if backbone.native_size is None:
+        return None
+    if not backbone.takes_aspects:
+        return OneSize(*backbone.native_size)
+    scale, multiple = max(backbone.native_size) / PUBLISHED_SIDE, backbone.side_multiple
+    sizes = [tuple(max(round(side * scale / multiple), 1) * multiple for side in size) for size in PUBLISHED_BUCKETS]
+    return NearestBucket(tuple(dict.fromkeys(sizes)))  # type: ignore[arg-type]

@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any, Self, get_args
 
+from latentreward.data.image_sizes import ImageSizes, NearestBucket, OneSize
 from latentreward.data.images import ExifOrientation
 from latentreward.errors import InputError, did_you_mean
 from latentreward.scoring.calibration import Calibration
-from latentreward.scoring.image_sizes import ImageSizes, NearestBucket, OneSize
 from latentreward.scoring.layouts.recipe import ModelPart, ModelRecipe
 from latentreward.scoring.scoring_noise import ScoringNoise
 
@@ -49,11 +49,6 @@ class FolderConfig:
 
     def record(self) -> dict[str, Any]:
         """Return the contents as values for JSON; the inverse of :meth:`of_record`."""
-        sizes = self.image_sizes
-        if sizes is not None and IMAGE_SIZES.get(type(sizes).__name__) is not type(sizes):
-            raise InputError(
-                f"image_sizes={sizes} is not a {' or '.join(IMAGE_SIZES)} and cannot be saved; set one of them"
-            )
         return {
             "format": FORMAT,
             "format_version": VERSION,
@@ -63,7 +58,7 @@ class FolderConfig:
             "adapters": list(self.adapters),
             "base": self.trained_on,
             "noise": asdict(self.noise),
-            "image_sizes": None if sizes is None else ModelPart(type(sizes).__name__, asdict(sizes)).record(),  # type: ignore[call-overload]
+            "image_sizes": sizes_record(self.image_sizes),
             "exif": self.exif,
             "calibration": None if self.calibration is None else self.calibration.record(),
             "training": self.recipe.training,
@@ -149,6 +144,21 @@ def names(entry: str, value: Any, pattern: str) -> tuple[str, ...]:
     if not known or len({*value}) < len(value):
         raise InputError(f"{entry} is {value!r}, not a list of names, each once")
     return tuple(value)
+
+
+def sizes_record(sizes: ImageSizes | None) -> dict[str, Any] | None:
+    """Return the rule for image sizes as values for JSON; the inverse of :func:`sizes_of`.
+
+    Raises:
+        InputError: If the rule is of a class that cannot be saved.
+    """
+    if sizes is None:
+        return None
+    if IMAGE_SIZES.get(type(sizes).__name__) is not type(sizes):
+        raise InputError(
+            f"image_sizes={sizes} is not a {' or '.join(IMAGE_SIZES)} and cannot be saved; set one of them"
+        )
+    return ModelPart(type(sizes).__name__, asdict(sizes)).record()  # type: ignore[call-overload]
 
 
 def sizes_of(record: Any) -> ImageSizes | None:

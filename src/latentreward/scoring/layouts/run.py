@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from latentreward.backbones import DiffusionBackbone, backbone_names
 from latentreward.checkpoints.base_weights import BaseSample, same_values, sample, without_adapters
 from latentreward.checkpoints.shards import check_weights, read_checkpoint
+from latentreward.data.image_sizes import ImageSizes
 from latentreward.data.images import ExifOrientation
 from latentreward.errors import InputError, errors_at, first_line
 from latentreward.heads import RewardHead
 from latentreward.scoring.layouts.base import SharingReward
+from latentreward.scoring.layouts.config import exif_of, sizes_of
 from latentreward.scoring.layouts.recipe import (
     ONLY_IN_TRAINING,
     ModelPart,
@@ -128,10 +130,22 @@ class TrainedReward(SharingReward):
         weights = {name: tensor for name, tensor in state.items() if name.startswith("model.")}
         return Content(weights, content.get("base"), content.get("global_step"))
 
+    @cached_property
+    def _recorded(self) -> dict[str, Any]:
+        """Entries of the checkpoint, read without its tensors' values."""
+        return read_checkpoint(self.checkpoint, with_tensors=False)
+
     @property
     def exif(self) -> ExifOrientation:
         """See :attr:`StoredReward.exif`; earlier versions, which recorded nothing, ignored it. No tensor is read."""
-        return read_checkpoint(self.checkpoint, with_tensors=False).get("exif", "ignore")
+        with errors_at(f"{self.checkpoint}: "):
+            return exif_of(self._recorded.get("exif", "ignore"))
+
+    @property
+    def image_sizes(self) -> ImageSizes | None:
+        """Rule by which the training images were resized; None if not recorded, as in earlier versions."""
+        with errors_at(f"{self.checkpoint}: "):
+            return sizes_of(self._recorded.get("image_sizes"))
 
     def _fitting(self, backbone: DiffusionBackbone) -> tuple[RewardNetwork, nn.ModuleDict]:
         """Build the model with initial weights, and check that the checkpoint's names and shapes fit.
@@ -158,6 +172,7 @@ class TrainedReward(SharingReward):
         with torch.random.fork_rng(devices=[]):  # initial values are random but overwritten below
             model, as_trained = self._fitting(self._backbone())
         model.recipe, model.exif = self._recipe(model), self.exif
+        model.image_sizes = self.image_sizes or model.image_sizes
         if base is not None:
             with errors_at(f"{self.checkpoint} with {self.config}: "):
                 BaseSample.of(as_trained, model.backbone.source).check(base)

@@ -1,24 +1,17 @@
-"""Rules by which a reward model resizes images of any size."""
+"""Rules by which images of any size are resized, in training and in scoring."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from latentreward.data.buckets import PUBLISHED_BUCKETS, Bucket, assign_bucket, nearest_bucket, sort_buckets
-from latentreward.data.images import PixelLoader
-
-if TYPE_CHECKING:
-    from latentreward.backbones.base import DiffusionBackbone
-
-PUBLISHED_SIDE = 1024
-"""Native side, in pixels, of the network for which DiNa-LRM's buckets were published."""
+from latentreward.data.images import PixelLoader, ResizePolicy
 
 
 class ImageSizes(ABC):
-    """Base class of the rules by which a reward model resizes images."""
+    """Base class of the rules by which images are resized."""
 
     @abstractmethod
     def loader(self, height: int, width: int) -> PixelLoader:
@@ -31,28 +24,31 @@ class ImageSizes(ABC):
 
 @dataclass(frozen=True)
 class OneSize(ImageSizes):
-    """Rule that stretches every image to one size, with bilinear interpolation, as LRM's released code does.
+    """Rule that resizes every image to one size.
 
     Attributes:
         height: Height in pixels.
         width: Width in pixels.
+        resize: How images are resized, see :class:`~latentreward.data.images.PixelLoader`. LRM's released code
+            stretches them.
     """
 
     height: int
     width: int
+    resize: ResizePolicy = "stretch"
 
     def __str__(self) -> str:
-        """Return the size as ``HEIGHTxWIDTH``."""
-        return f"{self.height}x{self.width}"
+        """Return the size as ``HEIGHTxWIDTH``, followed by ``center-cropped`` if images are not stretched."""
+        return f"{self.height}x{self.width}" + ("" if self.resize == "stretch" else " center-cropped")
 
     def loader(self, height: int, width: int) -> PixelLoader:
         """See :meth:`ImageSizes.loader`."""
-        return PixelLoader(self.height, self.width, "stretch")
+        return PixelLoader(self.height, self.width, self.resize)
 
 
 @dataclass(frozen=True)
 class NearestBucket(ImageSizes):
-    """Rule that resizes an image to cover the size of its aspect ratio bucket, and center-crops the rest (DiNa-LRM).
+    """Rule that resizes an image to the size of its aspect ratio bucket (DiNa-LRM).
 
     The bucket is the one that training uses, see :func:`~latentreward.data.buckets.assign_bucket`. Training leaves out
     an image whose aspect ratio is too far from all buckets; scoring takes the bucket with the nearest aspect ratio.
@@ -60,17 +56,20 @@ class NearestBucket(ImageSizes):
 
     Attributes:
         buckets: (height, width) of each bucket, in pixels.
+        resize: How images are resized, see :class:`~latentreward.data.images.PixelLoader`.
     """
 
     buckets: Sequence[tuple[int, int]] = tuple((*bucket,) for bucket in PUBLISHED_BUCKETS)
+    resize: ResizePolicy = "center_crop"
 
     def __str__(self) -> str:
-        """Return the buckets, separated by spaces, each as ``HEIGHTxWIDTH``."""
-        return " ".join(f"{height}x{width}" for height, width in self.buckets)
+        """Return the buckets as ``HEIGHTxWIDTH``, followed by ``stretched`` if images are not cropped."""
+        sizes = " ".join(f"{height}x{width}" for height, width in self.buckets)
+        return sizes + ("" if self.resize == "center_crop" else " stretched")
 
     def loader(self, height: int, width: int) -> PixelLoader:
         """See :meth:`ImageSizes.loader`."""
-        return PixelLoader(*nearest_bucket(height, width, self._sorted()), "center_crop")
+        return PixelLoader(*nearest_bucket(height, width, self._sorted()), self.resize)
 
     def fits(self, height: int, width: int) -> bool:
         """See :meth:`ImageSizes.fits`."""
@@ -78,19 +77,3 @@ class NearestBucket(ImageSizes):
 
     def _sorted(self) -> tuple[Bucket, ...]:
         return sort_buckets(tuple(dict.fromkeys((height, width) for height, width in self.buckets)))
-
-
-def own_sizes(backbone: DiffusionBackbone) -> ImageSizes | None:
-    """Return the default rule for a backbone's image sizes; None if its native size is unknown.
-
-    A network trained on one aspect ratio gets :class:`OneSize` with its native size. Any other network gets DiNa-LRM's
-    buckets, scaled from 1024 pixels to the network's native side and rounded to multiples of ``side_multiple``; buckets
-    that become equal are merged.
-    """
-    if backbone.native_size is None:
-        return None
-    if not backbone.takes_aspects:
-        return OneSize(*backbone.native_size)
-    scale, multiple = max(backbone.native_size) / PUBLISHED_SIDE, backbone.side_multiple
-    sizes = [tuple(max(round(side * scale / multiple), 1) * multiple for side in size) for size in PUBLISHED_BUCKETS]
-    return NearestBucket(tuple(dict.fromkeys(sizes)))  # type: ignore[arg-type]
