@@ -18,11 +18,20 @@ from latentreward.estimate.batches import prompt_batch
 from latentreward.estimate.costs import StepCosts, step_costs
 from latentreward.estimate.rewards import UnreadReward
 from latentreward.estimate.shapes import IN_FLOAT32, SavedTensors, ShapesOnly, gpu_autocast
-from latentreward.modules import DiffusionDPOModule, LPOModule, ReFLModule, TrajectoryGRPOModule
+from latentreward.modules import (
+    DiffusionDPOModule,
+    LPOModule,
+    ReFLModule,
+    SPOModule,
+    StepAwarePixelModule,
+    StepwiseGRPOModule,
+    TrajectoryGRPOModule,
+)
 from latentreward.modules.alignment import RolloutModule
 from latentreward.policies import PolicySource
-from latentreward.rewards import LatentReward, RewardSource
+from latentreward.rewards import LatentReward, PixelReward, RewardSource
 from latentreward.rollout import Branching, QuantileThreshold, Sampling
+from latentreward.scorers import StepAwareScorer
 from tests.marks import slow_after
 from tests.modules import batches
 from tests.rewards.stored import write_run
@@ -106,7 +115,12 @@ def grpo(name: str, reward: RewardSource) -> TrajectoryGRPOModule:
     return TrajectoryGRPOModule(policy(name), reward, steps, 2, guidance_scale=1.0, seed=0)
 
 
-MORE = [(lpo, "sd35"), (refl, "sd15"), (grpo, "sd15"), (grpo, "sd35")]
+def stepwise_grpo(name: str, reward: RewardSource) -> StepwiseGRPOModule:
+    steps, candidates = Sampling(num_inference_steps=3), Branching(num_candidates=3)
+    return StepwiseGRPOModule(policy(name), reward, steps, candidates, guidance_scale=2.0, seed=0)
+
+
+MORE = [(lpo, "sd35"), (refl, "sd15"), (grpo, "sd15"), (grpo, "sd35"), (stepwise_grpo, "sd15")]
 
 
 @pytest.mark.parametrize(("build", "name"), slow_after(1, [(lpo, "sd15"), (refl, "sd35"), *MORE]))
@@ -123,6 +137,21 @@ def test_alignment(build: Any, name: str, tmp_path: Path) -> None:
 def test_diffusion_dpo() -> None:
     costs = check(lambda: DiffusionDPOModule(policy("sd15"), seed=0), PAIRS, pairs())
     assert costs.rollout == costs.rollout_peak == 0
+
+
+@pytest.mark.slow
+def test_step_aware_scorer_on_pixels() -> None:
+    """SPO's training of its scorer, and its alignment."""
+    check(lambda: StepAwarePixelModule(policy("sd15"), "spm_tiny", decode_batch_size=4, seed=0), PAIRS, pairs())
+    steps, candidates = Sampling(num_inference_steps=3), Branching(num_candidates=3, score_at="candidate")
+    reward = PixelReward(StepAwareScorer("spm_tiny", device="cpu"))
+    options = {"sampling": steps, "guidance_scale": 2.0, "seed": 0}
+    costs = check(
+        lambda: SPOModule(policy("sd15"), reward, QuantileThreshold(0.0), candidates, **options),
+        PROMPTS,
+        prompt_batch(4),
+    )
+    assert "reward" in [part.name for part in costs.parts]
 
 
 def test_live_memory_is_that_of_tensors_that_exist() -> None:

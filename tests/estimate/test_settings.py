@@ -92,3 +92,11 @@ def test_configs_come_from_the_cache_of_the_hub_first(tmp_path: Path) -> None:
     sources.replace(settings)
     assert settings == {"source": str(snapshot)}
     assert sources.used == {"stabilityai/stable-diffusion-3.5-medium": "the local cache of the hub"}
+
+
+@pytest.mark.slow
+def test_a_scorer_of_finished_images_is_named_as_not_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    config = CONFIGS / "align" / "grpo_trajectory_tiny.yaml"
+    reward = "{class_path: PixelReward, init_args: {scorer: {class_path: PickScorer}}}"
+    text = shown(capsys, f"--config={config}", f"--model.reward={reward}", "--data.batch_size=4")
+    assert "Not counted: weights and computation of PickScorer;" in text

@@ -235,6 +235,7 @@ def watch_sampling(module: LightningModule, calls: RepeatedCalls) -> None:
     for part in () if reward is None else reward.modules():
         if isinstance(part, ImageReward):  # its scorer takes PIL images, which stand-ins cannot become
             part.score = partial(decode_alone, part)  # type: ignore[method-assign]
+            part.encode_prompts = tuple  # type: ignore[method-assign, assignment]
         if isinstance(part, DecodingReward):
             calls.watch(part, "score")
         if isinstance(part, LatentScorer):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -16,6 +16,7 @@ from latentreward.estimate.report import as_text
 from latentreward.estimate.rewards import replace_rewards
 from latentreward.estimate.sources import ConfigSources
 from latentreward.policies import PolicySource
+from latentreward.rewards.pixel import ImageReward
 
 
 def estimate(settings: Namespace, build: Callable[[Namespace], LightningModule]) -> str:
@@ -33,7 +34,7 @@ def estimate(settings: Namespace, build: Callable[[Namespace], LightningModule])
         gpu = settings.trainer.accelerator != "cpu"
         module = unread_module(settings, build, sources)
         costs = step_costs(module, settings.data, accumulated, gpu)
-    return as_text(costs, accumulated, notes_on(settings, costs, sources, gpu))
+    return as_text(costs, accumulated, [*notes_on(settings, costs, sources, gpu), *notes_on_scorers(module)])
 
 
 def unread_module(
@@ -56,6 +57,14 @@ def unread_module(
     told.setLevel(level)
     module.setup("fit")
     return module
+
+
+def notes_on_scorers(module: LightningModule) -> Iterator[str]:
+    """Yield a line for each scorer of images that :func:`step_costs` does not run."""
+    for part in module.modules():
+        if isinstance(part, ImageReward):
+            name = type(part.scorer).__name__
+            yield f"Not counted: weights and computation of {name}; decoding of the images that it scores is counted."
 
 
 def notes_on(settings: Namespace, costs: StepCosts, sources: ConfigSources, gpu: bool) -> list[str]:
