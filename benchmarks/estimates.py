@@ -1,8 +1,8 @@
 """Computed memory and computation of the shipped runs, as a Markdown table: ``latentreward fit … --estimate`` for each.
 
-Usage: ``python benchmarks/estimates.py [--all]``; some ten minutes. Without ``--all`` the recipes and the alignment of
-full-size generators; with it every model file and the tiny ones too. The last columns are the time of the command, by
-the clock and on the processor.
+Usage: ``python benchmarks/estimates.py [--all]``; some ten minutes, with ``--all`` half an hour. Without ``--all`` the
+recipes and the alignment of full-size generators; with it the ablations, every model file and the tiny ones too. The
+last columns are the time of the command, by the clock and on the processor.
 """
 
 import argparse
@@ -43,6 +43,9 @@ def runs(every: bool) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for name in names("recipes"):
         found[f"recipes/{name}"] = [*(config("recipes", OVER[name]) if name in OVER else []), *config("recipes", name)]
+    for name in names("recipes/ablations") if every else []:
+        base = "lrm_sd15" if name.startswith("lrm") else "dina_lrm_sd35"
+        found[f"ablations/{name}"] = [*config("recipes", base), *config("recipes/ablations", name)]
     for name in names("align"):
         if every or not name.endswith("tiny"):
             found[f"align/{name}"] = config("align", name)
