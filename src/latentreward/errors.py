@@ -51,7 +51,9 @@ def check_multiples(field: str, sides: Iterable[int], multiple: int) -> None:
         if side < 1 or side % multiple:
             below = side // multiple * multiple
             nearest = f"{below} or {below + multiple}" if below > 0 else str(multiple)
-            raise InputError(f"{field}: {side} is not a multiple of the network's {multiple} pixels; set {nearest}")
+            raise InputError(
+                f"{field}: {side} is no multiple of the {multiple} pixels that the model needs; set {nearest}"
+            )
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
