@@ -39,6 +39,23 @@ def check_at_least_one(place: str = "", /, **settings: float | None) -> None:
             raise InputError(f"{place}{name} is {value:g}; it must be at least 1")
 
 
+def check_multiples(field: str, sides: Iterable[int], multiple: int) -> None:
+    """Raise InputError if a side of an image size is not a positive multiple of ``multiple`` pixels.
+
+    Args:
+        field: Setting that gives the size.
+        sides: Height and width in pixels.
+        multiple: Pixels.
+    """
+    for side in sides:
+        if side < 1 or side % multiple:
+            below = side // multiple * multiple
+            nearest = f"{below} or {below + multiple}" if below > 0 else str(multiple)
+            raise InputError(
+                f"{field}: {side} is no multiple of the {multiple} pixels that the model needs; set {nearest}"
+            )
+
+
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """Return the end of an error message about an unknown name: a suggestion, or the list of valid names.
 

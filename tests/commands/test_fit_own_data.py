@@ -79,8 +79,19 @@ def test_only_the_readers_of_the_command_are_opened(root, caplog, capsys) -> Non
     line = refusal(capsys, "fit", *test)
     assert line.startswith("data.val: none of 2 rows left: 0 are unlabelled, 2 have a prompt that test has too")
     assert "set data.shared_prompts: keep" in line
-    assert refusal(capsys, "test").startswith("data.test is not set; give it a reader")
+    line = refusal(capsys, "test")
+    assert line.startswith("data.test is not set; give it a reader")
+    assert line.endswith("e.g. --data.test JSONLPairReader --data.test.file FILE")
     assert refusal(capsys, "fit", "--data.val.file=absent.jsonl").startswith("data.val: absent.jsonl: No such file")
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "fit --estimate"])
+@pytest.mark.parametrize(
+    ("size", "message", "nearest"), [("33", "33 is no multiple", "32 or 36"), ("[32,2]", "2 is no multiple", "4")]
+)
+def test_a_size_that_the_network_does_not_take_is_refused(root, capsys, command, size, message, nearest) -> None:
+    line = refusal(capsys, *command.split(), f"--data.size={size}")
+    assert line == f"data.size: {message} of the 4 pixels that the model needs; set {nearest}"
 
 
 def test_on_error_of_the_data_holds_for_readers_without_their_own(root, caplog, capsys) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import signal
 import textwrap
@@ -9,18 +10,41 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
+from PIL import Image
 
 from latentreward.cli import main
+from latentreward.contracts import PreferencePair
+from latentreward.data import PickAPicReader
+from latentreward.data.inspection.report import NO_TEST
+from latentreward.interrupts import Terminated
 from latentreward.tinyworld.writers import write_hpdv3, write_pickapic
 from tests.processes import start
 
 SAMPLES = Path(__file__).parents[1] / "formats" / "data"
+ROOT = Path(__file__).parents[2]
 EXPECTED = json.loads((SAMPLES / "EXPECTED.json").read_text())
 
 
 def inspect(tmp_path: Path, *arguments: str) -> dict:
     main(["inspect", *arguments, f"--output={tmp_path / 'report.json'}"])
     return json.loads((tmp_path / "report.json").read_text())
+
+
+class StoppedReader(PickAPicReader):
+    """Reader that a SIGTERM interrupts at its third row."""
+
+    def __getitem__(self, index: int) -> PreferencePair:
+        if index == 2:
+            raise Terminated
+        return super().__getitem__(index)
+
+
+def write_pairs(file: Path, *prompts: str) -> None:
+    rows = [{"prompt": prompt, "chosen": f"{n}.jpg", "rejected": f"{n + 1}.jpg"} for n, prompt in enumerate(prompts)]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    for number in range(len(prompts) + 1):
+        Image.new("RGB", (20, 12), (9 * number, 80, 0)).save(file.parent / f"{number}.jpg")
 
 
 def rows_of(report: dict) -> dict[str, int]:
@@ -138,6 +162,77 @@ def test_bad_input_is_one_line(arguments, message, capsys) -> None:
     assert message in line
 
 
+def test_the_prompts_of_a_test_split_that_the_shipped_file_does_not_set(tmp_path, capsys) -> None:
+    write_pairs(tmp_path / "test.jsonl", "Two", "five")
+    write_pairs(tmp_path / "train.jsonl", "one", "two", "two", "three")
+    main(["inspect", str(tmp_path)])
+    text = capsys.readouterr().out
+    assert "fit leaves them out if its config also sets the later split, as data.val or data.test" in text
+    assert re.search(r"train beside test +2 of 4\n", text)
+    assert "1 prompts of test are also in train. configs/data/jsonl.yaml sets no data.test: fit then trains on" in text
+    assert "--data.test JSONLPairReader --data.test.file FILE" in text
+    write_pairs(tmp_path / "test.jsonl", "four")
+    main(["inspect", str(tmp_path)])
+    assert "data.test" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("reader", NO_TEST)
+def test_the_shipped_file_of_a_reader_sets_no_test_split(reader) -> None:
+    settings = yaml.safe_load((ROOT / NO_TEST[reader][0]).read_text())["data"]["init_args"]
+    assert settings["train"]["class_path"] == f"latentreward.data.{reader}"
+    assert "test" not in settings
+
+
+def test_the_first_unreadable_images_are_named(tmp_path, capsys) -> None:
+    write_pairs(tmp_path / "train.jsonl", *map(str, range(9)))
+    for number in range(2, 9):
+        picture = tmp_path / f"{number}.jpg"
+        picture.write_bytes(picture.read_bytes()[:-20])
+    images = inspect(tmp_path, str(tmp_path), "--decode")["splits"][0]["images"]
+    assert (images["unreadable"], len(images["first_unreadable"])) == (7, 5)
+    lines = capsys.readouterr().out.splitlines()
+    named = lines[lines.index("Unreadable images (rows count from 0)") + 1 :][:6]
+    assert named[0].startswith("train, row 1, pair train.jsonl:2: image '2.jpg': truncated or damaged image")
+    assert named[4].startswith("train, row 5, pair train.jsonl:6: image '6.jpg'")
+    assert named[5] == "train: and 2 more images"
+
+
+def test_another_format_in_the_folder_is_named_with_the_flags_that_read_it(tmp_path, capsys) -> None:
+    root = tmp_path / "own pairs"
+    shutil.copytree(SAMPLES / "pickapic_v1", root)
+    write_pairs(root / "train.jsonl", "one", "two")
+    main(["inspect", str(root)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("(PickAPicReader)")
+    start, flags = lines[2].split("; read it with ")
+    assert start == "also found, not read: JSONLPairReader (train)"
+    assert rows_of(inspect(tmp_path, *shlex.split(flags))) == {"train": 2}
+
+
+def test_what_the_report_means(capsys, tmp_path) -> None:
+    table = SAMPLES / "lrm_mpcf" / "pseudo_preference.csv"
+    source = [str(SAMPLES / "pickapic_v1"), "--splits=train"]
+    main(["inspect", *source, f"--scores={table}"])
+    text = capsys.readouterr().out
+    assert "a and b are the two images of a row; %: of the split's rows." in text
+    assert "only `latentreward cache` uses buckets, if its images.size is not set" in text
+    assert "for aesthetic 0 in strategy 1, -0.5 in strategy 2, -1 in strategy 3" in text
+    pair_ids = PickAPicReader(source[0], "train").pair_ids()
+    own = tmp_path / "own.csv"
+    own.write_text("\n".join(["pair_id,clip_a,clip_b", *(f"{name},1,0" for name in pair_ids)]))
+    main(["inspect", *source, f"--scores={own}"])
+    assert "set FilteredReader's floors to the scorers that should count" in capsys.readouterr().out
+
+
+def test_sigterm_prints_what_was_counted(capsys) -> None:
+    source = [f"--reader.source={SAMPLES / 'pickapic_v1'}", "--reader.split=train"]
+    with pytest.raises(SystemExit, match="143"):
+        main(["inspect", f"--reader={__name__}.StoppedReader", *source])
+    output, errors = capsys.readouterr()
+    assert output.endswith("Interrupted: the counts above are those of the rows looked at so far.\n")
+    assert errors == "latentreward: stopped by SIGTERM\n"
+
+
 @pytest.mark.slow
 def test_ctrl_c_prints_what_was_counted(tmp_path) -> None:
     (tmp_path / "slow.py").write_text(
@@ -163,6 +258,6 @@ def test_ctrl_c_prints_what_was_counted(tmp_path) -> None:
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert not errors
+    assert errors == "latentreward: stopped by Ctrl-C\n"
     assert "Interrupted: the counts above are those of the rows looked at so far." in output
     assert any(line.split()[-2:] == ["at", "3"] for line in output.splitlines())

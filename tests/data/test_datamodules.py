@@ -1,3 +1,4 @@
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -150,11 +151,26 @@ def test_settings_out_of_range(options, message) -> None:
         PreferenceDataModule(**{"size": 8, **options})
 
 
+@pytest.mark.parametrize("name", ["backbone", "policy", "generator"])
+def test_the_size_must_fit_the_network_of_the_module(readers, name) -> None:
+    module, network = Recorder(), SimpleNamespace(side_multiple=16)
+    if name == "backbone":
+        module.model = SimpleNamespace(backbone=network)
+    else:
+        setattr(module, name, network)
+    for size in (32, (48, 16)):
+        trainer().predict(module, PreferenceDataModule(size, predict=readers["test"], num_workers=0))
+    with pytest.raises(InputError, match=r"^data.size: 24 is no multiple of the 16 pixels .* set 16 or 32$"):
+        trainer().predict(module, PreferenceDataModule((32, 24), predict=readers["test"], num_workers=0))
+
+
 def test_missing_split_is_named() -> None:
     data = PreferenceDataModule(8)
     assert data.val_dataloader() == []
     for stage in ("train", "test", "predict"):
-        with pytest.raises(InputError, match=rf"data\.{stage} is not set; give it a reader"):
+        with pytest.raises(
+            InputError, match=rf"data\.{stage} is not set; give it a reader.*--data\.{stage} JSONLPairReader"
+        ):
             getattr(data, f"{stage}_dataloader")()
 
 

@@ -91,7 +91,7 @@ class CachedPreferenceDataModule(PairLoaders):
         InputError: If a setting is out of range, a cache is damaged or unfinished, or a split has no pairs left.
     """
 
-    remedy = "give it a cache, e.g. {cache: FOLDER, split: NAME}"
+    remedy = "give it a cache, e.g. --data.{split}.cache FOLDER --data.{split}.split NAME"
 
     def __init__(
         self,

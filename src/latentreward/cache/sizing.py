@@ -7,7 +7,7 @@ from typing import Literal
 from latentreward.contracts import LatentSpace
 from latentreward.data.buckets import MIN_PIXELS, PUBLISHED_BUCKETS, Bucket, assign_bucket, sort_buckets
 from latentreward.data.images import MAX_PIXELS, ResizePolicy
-from latentreward.errors import InputError, check_at_least_one
+from latentreward.errors import InputError, check_at_least_one, check_multiples
 
 CROSS_BUCKET_ASPECT = 0.05
 """Relative difference of two aspect ratios from which two images cannot share a bucket."""
@@ -82,9 +82,8 @@ class ImageSettings:
         """
         sizes = self.bucket_sizes() if self.size is None else (self.one_size(),)
         for bucket in sizes:
-            if bucket.height % space.downscale or bucket.width % space.downscale:
-                name = "buckets" if self.size is None else "size"
-                raise InputError(f"images.{name}: {bucket} is not a multiple of the VAE's {space.downscale} pixels")
+            name = f"images.buckets: {bucket}" if self.size is None else "images.size"
+            check_multiples(name, bucket, space.downscale)
 
     def sizes_of_pair(self, a: Bucket | None, b: Bucket | None) -> tuple[Bucket, Bucket] | str:
         """Return the sizes at which the two images of a pair are cached, or the reason why the pair is left out.

@@ -395,7 +395,7 @@ def open_readers(command: str, data: Namespace) -> Namespace:
     plain = all(getattr(kind, name) is getattr(PairLoaders, name) for name in ("val_dataloader", "test_dataloader"))
     used = USED[command] if plain else (*names,)
     if names and used[0] in given and given[used[0]] is None:
-        raise InputError(f"data.{used[0]} is not set; {kind.remedy}")
+        raise kind.unset(used[0])
     apart = () if shared_prompts == "keep" or "val" not in used else ("test",)
     on_error = given.get("on_error", "raise")
     for name in names:

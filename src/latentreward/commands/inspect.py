@@ -2,14 +2,13 @@
 
 import json
 import logging
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import combinations
 from pathlib import Path
 
 from latentreward.data.buckets import MIN_PIXELS, PUBLISHED_BUCKETS, sort_buckets
-from latentreward.data.format_detection import choose_splits, recognise
+from latentreward.data.format_detection import choose_splits, other_formats, recognise
 from latentreward.data.inspection.counts import ImageCensus, SplitContents, find_leakage, inspect_reader
 from latentreward.data.inspection.report import Report
 from latentreward.data.inspection.score_tables import inspect_scores
@@ -18,8 +17,6 @@ from latentreward.data.score_table import ScoreTable
 from latentreward.errors import InputError
 from latentreward.settings.functions import run_function
 from latentreward.storage.durable import write_file
-
-INTERRUPTED_STATUS = 130
 
 
 def inspect(
@@ -37,7 +34,7 @@ def inspect(
     """Print counts of rows, labels, prompts, image sizes, rows left out by reason, and overlap between splits.
 
     The format of DATA and its splits are detected. Rows that break a rule of the format are left out and counted.
-    Ctrl-C prints the counts so far and exits with status 130.
+    Ctrl-C and SIGTERM print the counts so far.
 
     Args:
         data: Folder of a data set, or one of its files.
@@ -46,19 +43,24 @@ def inspect(
         limit: Number of rows at the start of each split whose images are inspected; 0 inspects none. All by default.
         decode: Whether to decode every image, which also finds truncated images; otherwise only headers are read.
         hash_images: Whether to find images shared by two splits also by a hash of their bytes; reads all files.
-        buckets: (height, width) of each aspect bucket; by default those of the released diffusion-rm cache.
+        buckets: (height, width) of each aspect bucket to sort image sizes into; by default those of the released
+            diffusion-rm cache. Only ``cache`` uses buckets, see its ``images.buckets``.
         scores: Score table, .csv or .parquet. Adds how often each scorer scores the chosen image below the rejected
-            one, and how many pairs each strategy of multi-preference consistent filtering keeps.
+            one, and how many pairs each published strategy of multi-preference consistent filtering keeps. Floors of
+            your own are settings of ``FilteredReader``.
         output: JSON file to write the counts to.
 
     Raises:
         InputError: If a setting is wrong, the format is not recognised, or no split can be read.
+        KeyboardInterrupt: After the report, if Ctrl-C or SIGTERM ended the inspection early.
     """
     sources = list(_find_sources(data, reader, splits))
     score_table = None if scores is None else ScoreTable(scores)
     sizes = PUBLISHED_BUCKETS if buckets is None else sort_buckets(buckets)
     report = Report(data or ", ".join(name for name, _ in sources), decoded=decode)
+    report.others = {} if data is None else other_formats(data)
     contents: dict[str, SplitContents] = {}
+    stop: KeyboardInterrupt | None = None
     try:
         for name, build in sources:
             found = _build(name, build, report, only=len(sources) == 1)
@@ -67,23 +69,23 @@ def inspect(
             census = ImageCensus(sizes, decode, hash_images, MIN_PIXELS if buckets is None else 0, found.exif)
             counts, contents[name] = inspect_reader(name, found, census, limit)
             report.splits.append(counts)
-            if not counts.complete:
-                raise KeyboardInterrupt
+            if census.interrupt is not None:
+                raise census.interrupt
             if score_table is not None:
                 try:
                     report.scores[name] = inspect_scores(score_table.gaps(found))
                 except InputError as error:
                     report.scores_note[name] = str(error)
-    except KeyboardInterrupt:
-        report.complete = False
+    except KeyboardInterrupt as error:
+        stop, report.complete = error, False
     if not report.splits and report.unread:
         raise InputError(next(iter(report.unread.values())))
     report.leakage = [find_leakage(*pair, (contents[pair[0]], contents[pair[1]])) for pair in combinations(contents, 2)]
     print(report.to_text())
     if output is not None:
         write_file(output, json.dumps(report.to_json(), indent=1, ensure_ascii=False) + "\n")
-    if not report.complete:
-        sys.exit(INTERRUPTED_STATUS)
+    if stop is not None:
+        raise stop
 
 
 def _find_sources(

@@ -16,7 +16,7 @@ from latentreward.data.readers import PairReader, count_text
 from latentreward.data.readers.base import OnError
 from latentreward.data.sampling import PairBatchSampler, PairSampler, even_batch_size
 from latentreward.data.splits import SharedPrompts, select_rows
-from latentreward.errors import InputError, check_at_least_one
+from latentreward.errors import InputError, check_at_least_one, check_multiples
 from latentreward.seeding import run_seed
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ class PairLoaders(LightningDataModule):
 
     Attributes:
         datasets: Data set of each split that is set: ``train``, ``val``, ``test``, ``predict``.
-        remedy: End of the message about a split that is not set; says what to set the split to.
+        remedy: End of the message about a split that is not set; says what to set ``{split}`` to.
     """
 
     datasets: dict[str, Any]
@@ -75,6 +75,11 @@ class PairLoaders(LightningDataModule):
         """Return batches of ``predict``, each pair once over all ranks."""
         return self._evaluation_loader("predict")
 
+    @classmethod
+    def unset(cls, name: str) -> InputError:
+        """Return the error about a split that is needed but not set."""
+        return InputError(f"data.{name} is not set; {cls.remedy.format(split=name)}")
+
     def _overfits(self) -> bool:
         """Tell whether the trainer's ``overfit_batches`` is set, so that ``train`` needs a fixed order."""
         return bool(getattr(self.trainer, "overfit_batches", 0))
@@ -82,7 +87,7 @@ class PairLoaders(LightningDataModule):
     def _dataset(self, name: str) -> Any:
         """Return the data set of a split; raise InputError if it is not set or has fewer pairs than ranks."""
         if name not in self.datasets:
-            raise InputError(f"data.{name} is not set; {self.remedy}")
+            raise self.unset(name)
         dataset, ranks = self.datasets[name], shares_of(self.trainer)["num_replicas"]
         if len(dataset) < ranks:
             raise InputError(f"data.{name} has {len(dataset)} pairs for {ranks} ranks; use fewer devices or more pairs")
@@ -139,7 +144,10 @@ class PreferenceDataModule(PairLoaders):
         InputError: If a setting is out of range or a split has no rows left.
     """
 
-    remedy = "give it a reader, e.g. latentreward.data.PickAPicReader"
+    remedy = (
+        "give it a reader, with the class of your other splits and its own file or split, e.g. --data.{split} "
+        "JSONLPairReader --data.{split}.file FILE"
+    )
 
     def __init__(
         self,
@@ -158,6 +166,7 @@ class PreferenceDataModule(PairLoaders):
         super().__init__(**loading)
         height, width = (size, size) if isinstance(size, int) else size
         check_at_least_one("data.", size=min(height, width))
+        self._sides = height, width
         loader = PixelLoader(height, width, resize, max_pixels)
         readers = {"train": train, "val": val, "test": test}
         given = {name: reader for name, reader in readers.items() if reader is not None}
@@ -166,6 +175,18 @@ class PreferenceDataModule(PairLoaders):
         self.datasets = {
             name: PairDataset(reader, loader, rows.get(name), on_error, name) for name, reader in given.items()
         }
+
+    def setup(self, stage: str) -> None:
+        """Check that the module's backbone, policy or generator takes images of ``size``.
+
+        Raises:
+            InputError: If a side is not a multiple of the network's ``side_multiple``.
+        """
+        module = self.trainer.lightning_module if self.trainer else None
+        owners = (getattr(module, "model", None), "backbone"), (module, "policy"), (module, "generator")
+        for owner, name in owners:
+            if (multiple := getattr(getattr(owner, name, None), "side_multiple", None)) is not None:
+                check_multiples("data.size", self._sides, multiple)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return batches of ``train``; every rank gets equally many pairs."""

@@ -1,9 +1,13 @@
 """Detection of a data set's format, and of its splits, from file names, columns and JSON keys."""
 
 import re
-from collections.abc import Callable, Iterable
+import shlex
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from inspect import signature
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from latentreward.data import readers
 from latentreward.data.readers import PairReader
@@ -37,15 +41,38 @@ def recognise(data: str) -> Splits:
     path = Path(data)
     if not path.exists():
         raise InputError(f"data: no folder or file {data!r}; name a data set of the hub as --reader CLASS with its id")
-    for find in FORMATS:
-        if splits := find(path):
-            return {name: splits[name] for name in sorted(splits, key=_split_order)}
+    for splits in _found(path):
+        return splits
     if (path / CACHE_PLAN).is_file():
         raise InputError(
             f"data: {data} is a cache of latents; verify it with `latentreward cache {data} --check`, and inspect the "
             "data set it was written from"
         )
     raise InputError(f"data: {data} is none of {EXPECTED}; check the folder, or name your class with --reader CLASS")
+
+
+def other_formats(data: str) -> dict[str, str]:
+    """Return the formats that also fit a folder but that :func:`recognise` does not take.
+
+    Returns:
+        Reader and splits -> flags of ``latentreward inspect`` that read the first of the splits.
+    """
+    others = {}
+    for splits in islice(_found(Path(data)), 1, None):
+        build: Any = next(iter(splits.values()))
+        given = signature(build.func).bind_partial(*build.args, **build.keywords).arguments
+        given |= given.pop("options", {})
+        settings = [f"--reader.{key} {shlex.quote(str(value))}" for key, value in given.items() if value is not None]
+        reader = build.func.__name__
+        others[f"{reader} ({', '.join(splits)})"] = " ".join([f"--reader {reader}", *settings])
+    return others
+
+
+def _found(path: Path) -> Iterator[Splits]:
+    """Yield the splits of each format that fits ``path``, in the order train…, val…, test…, others."""
+    for find in FORMATS:
+        if splits := find(path):
+            yield {name: splits[name] for name in sorted(splits, key=_split_order)}
 
 
 def choose_splits(splits: Splits, names: Iterable[str]) -> Splits:

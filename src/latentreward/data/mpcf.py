@@ -96,7 +96,7 @@ def select_consistent(gaps: PairGaps, rule: MPCF) -> tuple[np.ndarray, Counter[s
         if name not in gaps.values:
             raise InputError(
                 f"the score table has no {name!r}{did_you_mean(name, gaps.values)}; "
-                "set floors to the scorers that should count"
+                "set FilteredReader's floors to the scorers that should count"
             )
     keep, dropped = np.ones(len(gaps), dtype=bool), Counter[str]()
 

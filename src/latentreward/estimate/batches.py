@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule
 from latentreward.cache.datamodule import CachedPreferenceDataModule
 from latentreward.contracts import Conditioning, PreferenceBatch, PromptBatch, map_tensors, take_rows
 from latentreward.data import PromptsAndImages
-from latentreward.errors import InputError
+from latentreward.errors import InputError, check_multiples
 from latentreward.estimate.shapes import ShapesOnly, is_stand_in
 from latentreward.modules import DiffusionDPOModule, ReFLModule, StepAwarePixelModule
 from latentreward.modules.alignment import RolloutModule
@@ -71,6 +71,7 @@ def pair_batch(network: Any, data: Namespace, shapes: ShapesOnly) -> PreferenceB
     height, width = native_pixels(network)
     if (size := settings.get("size")) is not None:
         height, width = (size, size) if isinstance(size, int) else size
+        check_multiples("data.size", (height, width), network.side_multiple)
     latents = issubclass(locate(data.class_path), CachedPreferenceDataModule)
     shape = (space.channels, height // space.downscale, width // space.downscale) if latents else (3, height, width)
     count = batch_size(data)

@@ -128,6 +128,11 @@ class Policy(nn.Module, ABC):
             return encoded
         return Conditioning(torch.zeros_like(encoded.prompt_embeds), torch.zeros_like(encoded.pooled_prompt_embeds))
 
+    @property
+    def side_multiple(self) -> int:
+        """Number of pixels of which both sides of an image must be multiples."""
+        return self.latent_space.downscale * self.patch_size()
+
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
         """Return the shape ``(C, h, w)`` of one image's latents.
 
@@ -138,7 +143,7 @@ class Policy(nn.Module, ABC):
         Raises:
             InputError: If a side is not a multiple of the VAE's downscale factor times :meth:`patch_size`.
         """
-        sides, unit = [], self.latent_space.downscale * self.patch_size()
+        sides, unit = [], self.side_multiple
         for name, side, native in zip(("height", "width"), (height, width), self.native_size(), strict=True):
             pixels = native * self.latent_space.downscale if side is None else side
             if pixels < 1 or pixels % unit:

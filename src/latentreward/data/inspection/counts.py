@@ -18,6 +18,8 @@ from latentreward.errors import InputError
 from latentreward.storage.progress import Progress
 
 LATENT_PIXELS = 8
+MOST_UNREADABLE = 5
+"""Unreadable images of a split to name; the others are counted."""
 QUANTILES = {"min": 0.0, "25%": 0.25, "median": 0.5, "75%": 0.75, "95%": 0.95, "max": 1.0}
 NO_BUCKET = "no bucket of this aspect ratio"
 ROTATED = {
@@ -41,6 +43,8 @@ class ImageCounts:
         odd: Number of images by unusual property found in the header, e.g. alpha or EXIF orientation.
         mixed_rows: Rows whose two images have different buckets.
         unreadable_rows: Number of rows with an unreadable image, by the problem of the row's first such image.
+        unreadable: Number of unreadable images.
+        first_unreadable: Row (counted from 0), pair and error of the first few unreadable images.
     """
 
     rows: int = 0
@@ -50,6 +54,8 @@ class ImageCounts:
     odd: Counter[str] = field(default_factory=Counter)
     mixed_rows: int = 0
     unreadable_rows: Counter[str] = field(default_factory=Counter)
+    unreadable: int = 0
+    first_unreadable: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -126,7 +132,12 @@ class ImageCensus:
         hash_bytes: Read all bytes of every image to compute its hash.
         min_pixels: Least height × width; a smaller image has no bucket.
         exif: Whether the EXIF orientation of images is applied, see :class:`PixelLoader`.
+
+    Attributes:
+        interrupt: Ctrl-C or SIGTERM that ended the count early; None if there was none.
     """
+
+    interrupt: KeyboardInterrupt | None = None
 
     def __init__(
         self,
@@ -145,7 +156,7 @@ class ImageCensus:
 
     def add(self, pair: PreferencePair) -> None:
         """Count a row, and those of its images that occurred in no earlier row."""
-        seen = [self._look_at(image) for image in (pair.image_a, pair.image_b)]
+        seen = [self._look_at(image, pair.pair_id) for image in (pair.image_a, pair.image_b)]
         self.counts.rows += 1
         self.keys.append((pair.image_a.image_key, pair.image_b.image_key))
         self.hashes.append((seen[0][1], seen[1][1]))
@@ -155,7 +166,7 @@ class ImageCensus:
         elif len({self._bucket(size) for size in sizes}) > 1:
             self.counts.mixed_rows += 1
 
-    def _look_at(self, image: ImageRef) -> Seen:
+    def _look_at(self, image: ImageRef, pair_id: str) -> Seen:
         if image.image_key in self._seen and image.image_key:
             return self._seen[image.image_key]
         seen: Seen
@@ -163,6 +174,9 @@ class ImageCensus:
             seen = self._size(image), hash_image(image) if self.hash_bytes else 0
         except ImageError as error:
             seen = error.problem, 0
+            self.counts.unreadable += 1
+            if len(self.counts.first_unreadable) < MOST_UNREADABLE:
+                self.counts.first_unreadable.append(f"row {self.counts.rows}, pair {pair_id}: {error}")
         if image.image_key:
             self._seen[image.image_key] = seen
             self.counts.distinct += 1
@@ -211,7 +225,9 @@ def inspect_reader(
     census: ImageCensus,
     limit: int | None = None,
 ) -> tuple[SplitCounts, SplitContents]:
-    """Count labels, prompts and images of a split; an interrupt (Ctrl-C) ends counting and keeps the counts so far.
+    """Count labels, prompts and images of a split.
+
+    Ctrl-C or SIGTERM ends counting and keeps the counts so far.
 
     Args:
         name: Name of the split.
@@ -227,14 +243,13 @@ def inspect_reader(
     prompts, labels = reader.prompts(), reader.labels()
     total = len(reader) if limit is None else min(len(reader), limit)
     total = 0 if reader.holds == "nothing" else total
-    complete = True
     try:
         with Progress(f"inspect {name}", total, "rows") as progress:
             for row in range(total):
                 census.add(reader[row])
                 progress.add()
-    except KeyboardInterrupt:
-        complete = False
+    except KeyboardInterrupt as stop:
+        census.interrupt = stop
     counts = SplitCounts(
         name=name,
         reader=type(reader).__name__,
@@ -245,7 +260,7 @@ def inspect_reader(
         images=census.counts if total else None,
         skipped=Counter(reader.skipped),
         remarks=Counter(reader.remarks),
-        complete=complete,
+        complete=census.interrupt is None,
     )
     normalised = [normalise_prompt(prompt) for prompt in prompts]
     return counts, SplitContents(normalised, census.keys, np.array(census.hashes, dtype=np.int64).reshape(-1, 2))

@@ -6,12 +6,37 @@ from typing import Any
 
 from latentreward.data.inspection.counts import ImageCounts, Leakage, SplitCounts
 from latentreward.data.inspection.score_tables import ScoreCounts
+from latentreward.data.mpcf import AESTHETIC_FLOORS
 
 MOST_SIZES = 8
 """Image sizes to list by themselves; the others are summed up."""
 ORDER = ("train", "val", "test")
-"""Starts of split names; of rows with a shared prompt, training leaves out those of the earlier split in this order."""
+"""Starts of split names, from the earliest split to the latest."""
+NO_TEST = {
+    "JSONLPairReader": ("configs/data/jsonl.yaml", "--data.test JSONLPairReader --data.test.file FILE"),
+    "FolderPairReader": (
+        "configs/data/folders.yaml",
+        "--data.test FolderPairReader --data.test.root FOLDER --data.test.split test",
+    ),
+}
+"""Reader of pairs of one's own → its YAML file, which sets no ``data.test``, and the flags that set it."""
 Cells = Mapping[str, Sequence[str]]
+
+SIDES = (
+    "a and b are the two images of a row; %: of the split's rows. Readers of data that names the chosen image first "
+    "make it a or b at random."
+)
+BUCKETS = (
+    "Images by aspect bucket (height x width); only `latentreward cache` uses buckets, if its images.size is not set"
+)
+DROPPED = (
+    "Rows whose prompt a later split has; fit leaves them out if its config also sets the later split, as data.val or "
+    "data.test (data.shared_prompts: drop; keep keeps them)"
+)
+STRATEGIES = (
+    "multi-preference consistent filtering (floors of the gap chosen - rejected: 0 for clipscore and vqascore; for "
+    f"aesthetic {', '.join(f'{floor:g} in strategy {n}' for n, floor in AESTHETIC_FLOORS.items())})"
+)
 
 
 @dataclass
@@ -27,6 +52,7 @@ class Report:
         scores_note: Split → reason why it has no counts over the score table.
         decoded: Whether images were decoded; otherwise only their headers were read.
         complete: False if an interrupt ended the inspection early.
+        others: Reader and splits of each format that was also found but not read → flags that read it.
     """
 
     data: str
@@ -37,6 +63,7 @@ class Report:
     scores_note: dict[str, str] = field(default_factory=dict)
     decoded: bool = False
     complete: bool = True
+    others: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as dicts, lists and plain values; image sizes become keys ``HEIGHTxWIDTH``."""
@@ -46,16 +73,20 @@ class Report:
         """Return the report as text tables with one column per split."""
         sections = [
             f"{self.data} ({', '.join(dict.fromkeys(split.reader for split in self.splits))})",
+            *(f"also found, not read: {reader}; read it with {flags}" for reader, flags in self.others.items()),
             *(f"split {name} was not read: {problem}" for name, problem in self.unread.items()),
             self._table("", _overview(self.splits)),
+            SIDES,
             self._table("Sizes (height x width, most frequent)", self._by(_most_frequent_sizes)),
-            self._table("Images by aspect bucket (height x width)", self._by(lambda split: _images(split).buckets)),
+            self._table(BUCKETS, self._by(lambda split: _images(split).buckets)),
             self._odd(),
             self._table("Rows left out", self._by(lambda split: split.skipped)) or "Rows left out: none",
             self._table("Rows kept with a remark", self._by(lambda split: split.remarks)),
             self._unreadable(),
+            self._first_unreadable(),
             _leakage_table(self.leakage),
             _dropped_table(self.leakage, {split.name: split.rows for split in self.splits}),
+            self._trained_test_prompts(),
             *(_score_tables(name, counts) for name, counts in self.scores.items()),
             *(f"split {name} has no scores: {note}" for name, note in self.scores_note.items()),
         ]
@@ -85,6 +116,35 @@ class Report:
         how = "all were decoded" if self.decoded else "by their headers; --decode also finds truncated ones"
         title = f"Rows with unreadable images ({how})"
         return self._table(title, self._by(lambda split: _images(split).unreadable_rows)) or f"{title}: none"
+
+    def _first_unreadable(self) -> str:
+        lines = []
+        for split in self.splits:
+            images = _images(split)
+            lines += [f"{split.name}, {line}" for line in images.first_unreadable]
+            if rest := images.unreadable - len(images.first_unreadable):
+                lines.append(f"{split.name}: and {rest} more images")
+        return "\n".join(["Unreadable images (rows count from 0)", *lines]) if lines else ""
+
+    def _trained_test_prompts(self) -> str:
+        """Return a line on test prompts that training would use, for readers whose YAML file sets no test split."""
+        readers = {split.name: split.reader for split in self.splits}
+        lines = []
+        for leak in self.leakage:
+            name, test = sorted((leak.first, leak.second), key=lambda split: split.startswith("test"))
+            if (
+                name.startswith("train")
+                and test.startswith("test")
+                and leak.shared["prompts"]
+                and readers[test] in NO_TEST
+            ):
+                config, flags = NO_TEST[readers[test]]
+                lines.append(
+                    f"{leak.shared['prompts']} prompts of {test} are also in {name}. {config} sets no data.test: fit "
+                    f"then trains on these prompts, and numbers on {test} are too good. Set data.test, so that fit "
+                    f"leaves their rows out: {flags}"
+                )
+        return "\n".join(lines)
 
 
 def _plain(value: Any) -> Any:
@@ -153,7 +213,7 @@ def _leakage_table(leaks: Sequence[Leakage]) -> str:
 
 
 def _dropped_table(leaks: Sequence[Leakage], rows: Mapping[str, int]) -> str:
-    """Return the table of rows that training leaves out because a later split has their prompt.
+    """Return the table of rows whose prompt a later split has, which training may leave out.
 
     Pairs of splits whose order ``ORDER`` does not give are left out.
     """
@@ -164,8 +224,7 @@ def _dropped_table(leaks: Sequence[Leakage], rows: Mapping[str, int]) -> str:
         if len(set(places)) == len(sides) and leak.shared["prompts"]:
             (name, lost), (later, _) = sides if places == sorted(places) else sides[::-1]
             dropped[f"{name} beside {later}"] = [f"{lost} of {rows[name]}"]
-    title = "Rows whose prompt a later split has: training leaves them out (data.shared_prompts: drop; keep keeps them)"
-    return table(title, ["left out"], dropped)
+    return table(DROPPED, ["rows"], dropped)
 
 
 def _score_tables(name: str, counts: ScoreCounts) -> str:
@@ -185,9 +244,11 @@ def _score_tables(name: str, counts: ScoreCounts) -> str:
     parts = [
         table(f"Scores of {name}", columns, scorers),
         table(
-            f"Rows of {name} that table says nothing of", ["rows"], {k: [str(n)] for k, n in counts.problems.items()}
+            f"Rows of {name} that the table says nothing of",
+            ["rows"],
+            {k: [str(n)] for k, n in counts.problems.items()},
         ),
-        table(f"Kept of {name} by multi-preference consistent filtering", ["rows", "decided", "ties"], strategies),
+        table(f"Kept of {name} by {STRATEGIES}", ["rows", "decided", "ties"], strategies),
         f"Filter strategies were not tried: {counts.note}" if counts.note else "",
     ]
     return "\n\n".join(part for part in parts if part)
