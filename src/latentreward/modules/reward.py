@@ -21,6 +21,7 @@ from latentreward.modules.pairs import EncodedPairs, PairModule, check_sigmas
 from latentreward.modules.sharding import shard
 from latentreward.noise import LevelSampler
 from latentreward.scoring import RewardModel
+from latentreward.scoring.layouts.config import exif_of
 from latentreward.scoring.layouts.recipe import recipe_in_python
 from latentreward.scoring.layouts.run import SETTINGS
 
@@ -73,7 +74,7 @@ class RewardModule(PairModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore whether EXIF orientation was applied to the training images; earlier versions ignored EXIF."""
         super().on_load_checkpoint(checkpoint)
-        self.model.exif = checkpoint.get("exif", "ignore")
+        self.model.exif = exif_of(checkpoint.get("exif", "ignore"))
 
     def on_train_start(self) -> None:
         """Record whether the training data apply EXIF orientation; warn if a resumed run changes that."""

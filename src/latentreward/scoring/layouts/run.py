@@ -20,6 +20,7 @@ from latentreward.data.images import ExifOrientation
 from latentreward.errors import InputError, errors_at, first_line
 from latentreward.heads import RewardHead
 from latentreward.scoring.layouts.base import SharingReward
+from latentreward.scoring.layouts.config import exif_of
 from latentreward.scoring.layouts.recipe import (
     ONLY_IN_TRAINING,
     ModelPart,
@@ -131,7 +132,8 @@ class TrainedReward(SharingReward):
     @property
     def exif(self) -> ExifOrientation:
         """See :attr:`StoredReward.exif`; earlier versions, which recorded nothing, ignored it. No tensor is read."""
-        return read_checkpoint(self.checkpoint, with_tensors=False).get("exif", "ignore")
+        with errors_at(f"{self.checkpoint}: "):
+            return exif_of(read_checkpoint(self.checkpoint, with_tensors=False).get("exif", "ignore"))
 
     def _fitting(self, backbone: DiffusionBackbone) -> tuple[RewardNetwork, nn.ModuleDict]:
         """Build the model with initial weights, and check that the checkpoint's names and shapes fit.
