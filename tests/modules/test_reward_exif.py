@@ -83,7 +83,7 @@ def test_another_value_in_a_checkpoint_is_refused(value: Any, tmp_path: Path) ->
     with pytest.raises(InputError, match=f"{checkpoint.name}: exif is .*, neither apply nor ignore$") as error:
         RewardModel.from_pretrained(tmp_path / "run")
     assert "\n" not in str(error.value)
-    with pytest.raises(InputError, match="exif is .*, neither apply nor ignore$"):
+    with pytest.raises(InputError, match="neither apply nor ignore"):
         lrm().on_load_checkpoint(torch.load(checkpoint))
 
 

@@ -277,7 +277,8 @@ class TrainingCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer, with :class:`RunProgress` and :class:`ParameterSummary` in place of Lightning's own.
 
-        ``test`` gets an :class:`AccuracyInterval`, unless the settings name one. Without a logger, ``LearningRateMonitor`` is left out.
+        ``test`` gets an :class:`AccuracyInterval`, unless the settings name one. Without a logger,
+        ``LearningRateMonitor`` is left out.
         """
         settings = self.config_init[self.command]["trainer"]
         given = settings["callbacks"] or []
