@@ -1,5 +1,6 @@
 """Lightning callbacks of this package; YAML names one as ``latentreward.callbacks.Name`` or by its bare class name."""
 
+from latentreward.callbacks.accuracy_interval import AccuracyInterval
 from latentreward.callbacks.collapse_guard import CollapseGuard
 from latentreward.callbacks.exact_resume import ExactResume
 from latentreward.callbacks.graceful_stop import GracefulStop
@@ -20,6 +21,7 @@ from latentreward.callbacks.trainable_checkpoint import TrainableCheckpoint
 from latentreward.callbacks.trainable_ema import TrainableEMA
 
 __all__ = [
+    "AccuracyInterval",
     "CollapseGuard",
     "ExactResume",
     "GracefulStop",

@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from latentreward.cli import main
 from latentreward.contracts import ImageRef
 from latentreward.data import HPDv3Reader, PixelLoader
 from latentreward.seeding import pair_generator
+from latentreward.storage.progress import Progress
 from tests.cache.writing import (
     LARGE,
     SETTINGS,
@@ -48,6 +50,7 @@ from tests.cache.writing import (
 from tests.data.rotated import photograph, upright, write_jsonl
 from tests.marks import slow_after
 from tests.processes import start_ranks
+from tests.storage.test_progress import Terminal
 
 
 @pytest.fixture(scope="module")
@@ -225,11 +228,20 @@ def test_ctrl_c_keeps_finished_shards(
             signal.raise_signal(signal.SIGINT)
         return own(*arguments)
 
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
     with monkeypatch.context() as patch:
         patch.setattr(ShardEncoder, "predict_step", interrupted)
         with pytest.raises(SystemExit) as stop:
             run_cache(tmp_path / "cache", data, *settings)
     assert stop.value.code == 130
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(threads)
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.stderr", Terminal())
+        with Progress("score", 2, "images"):
+            pass
+        assert "0/2" in sys.stderr.getvalue().split("\r")[-1]  # a nested display would be cleared at its end
     kept = f"finished shards are kept in {tmp_path / 'cache'}: the same command goes on there"
     assert f"latentreward: stopped by Ctrl-C; {kept}\n" in capsys.readouterr().err
     assert list((tmp_path / "cache").rglob("*.json"))

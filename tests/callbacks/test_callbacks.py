@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from latentreward.callbacks import (
+    AccuracyInterval,
     NaNGuard,
     NoiseBandAccuracy,
     PairScoreWriter,
@@ -26,6 +27,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from latentreward.contracts import PreferenceBatch
 from latentreward.errors import InputError
+from latentreward.metrics.bootstrap import clustered_accuracy
 from latentreward.modules import DiNaLRMModule
 from tests.callbacks.small_run import fit
 from tests.callbacks.small_run import make_trainer as small_trainer
@@ -49,6 +51,43 @@ def test_nan_guard_names_step_and_pairs_and_saves_the_weights(module, batches, l
     after = trained(module)
     assert len(seen) == 3
     assert all(torch.equal(after[name], seen[-1][name]) for name in after)
+
+
+def test_a_test_prints_its_accuracy_with_interval_and_pairs(module, batches, loader, make_trainer, caplog):
+    caplog.set_level("INFO")
+    batches = [
+        replace(batch, prompts=("A cat", "a  cat ", "a dog", f"fox {number % 3}"))
+        for number, batch in enumerate(batches)
+    ]
+    batches[0] = replace(batches[0], weight=torch.tensor([1.0, 0.0, 1.0, 1.0]))
+    sums = {}
+
+    class Count(Callback):
+        def on_test_batch_end(self, trainer, pl_module, outputs, batch, *args):
+            for row, prompt in enumerate(("cat", "cat", "dog", batch.prompts[3]) * 2):
+                if outputs.weight[row] and outputs.label[row] != 0.5:
+                    right, number = sums.get(prompt, (0, 0))
+                    sums[prompt] = right + (outputs.chosen[row] > outputs.rejected[row]).item(), number + 1
+
+    trainer = make_trainer(callbacks=[AccuracyInterval(), Count()])
+    for _ in range(2):
+        sums.clear()
+        caplog.clear()
+        trainer.test(module, loader(batches), verbose=False)
+        (line,) = [record.message for record in caplog.records if record.message.startswith("test: ")]
+        found = re.search(r"prompts: ([\d.]+) \[([\d.]+), ([\d.]+)\] \(4 groups\); (\d+) pairs of 4 prompts$", line)
+        value, low, high, pairs = map(float, found.groups())
+        expected = clustered_accuracy(np.array([sums[prompt] for prompt in sorted(sums)]))
+        assert (value, low, high) == pytest.approx([100 * end for end in expected[:3]], abs=0.051)
+        assert value == pytest.approx(100 * trainer.callback_metrics["test/accuracy"].item(), abs=0.051)
+        assert pairs == 17
+
+
+def test_a_test_without_a_preference_has_no_accuracy(module, batches, loader, make_trainer, caplog):
+    caplog.set_level("INFO")
+    tied = replace(batches[0], label=torch.full((4,), 0.5))
+    make_trainer(callbacks=[AccuracyInterval()]).test(module, loader([tied]), verbose=False)
+    assert "over prompts: – [–, –]; 0 pairs of 0 prompts" in caplog.text
 
 
 def test_noise_bands_agree_with_a_count_by_hand(module, batches, loader, make_trainer):

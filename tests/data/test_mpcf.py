@@ -233,6 +233,7 @@ def test_gap_of_a_tie_is_absolute(tmp_path: Path, write_pickapic, pickapic_rows)
         ("scores.csv", b"pair_id,a_gap\nx,1\nx,2\n", "pair_id 'x' is in 2 rows"),
         ("scores.csv", b"different_flag,a_gap\n1,word\n", "column a_gap is string, not numbers"),
         ("scores.csv", b"a_gap\n1\n", "no column different_flag"),
+        ("scores.csv", b"different_flag,x_a,x_b\n1,2,3\n", "no column NAME_gap; give the reader whose labels"),
     ],
 )
 def test_tables_that_are_refused(tmp_path: Path, name: str, content: bytes, message: str) -> None:

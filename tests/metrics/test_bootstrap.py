@@ -8,6 +8,7 @@ import pytest
 from latentreward.metrics.bootstrap import (
     Interval,
     bootstrap_interval,
+    clustered_accuracy,
     clustered_interval,
     clustered_mean,
     group_codes,
@@ -119,6 +120,25 @@ def test_few_groups_are_those_below_thirty() -> None:
     assert [number for number, interval in found.items() if interval.few] == [1, 2, 29]
     assert clustered_mean(np.ones(90), np.arange(90) % 9).groups == 9
     assert not Interval(0.5, 0.4, 0.6).few
+
+
+@pytest.mark.parametrize(
+    ("share", "groups", "low", "high"),
+    [(1.0, 6, 0.6097, 1.0), (0.0, 6, 0.0, 0.3903), (0.5, 10, 0.2366, 0.7634), (1.0, 500, 0.9924, 1.0)],
+)
+def test_equal_groups_have_the_score_interval_of_as_many_answers(
+    share: float, groups: int, low: float, high: float
+) -> None:
+    """Ends from Newcombe's tables of Wilson's interval; several pairs of a group are one answer."""
+    sums = np.array([[share * pairs, pairs] for pairs in np.arange(groups) % 3 + 1.0])
+    assert clustered_accuracy(sums) == pytest.approx((share, low, high, groups), abs=1e-4)
+    assert clustered_interval(sums)[:3] == (share, share, share)
+
+
+def test_groups_that_differ_have_the_interval_of_the_bootstrap() -> None:
+    for sums in (np.array([[1.0, 1.0]] * 5 + [[0.0, 1.0]]), np.array([[3.0, 3.0], [1.0, 2.0]]), np.ones((1, 2))):
+        np.testing.assert_array_equal(clustered_accuracy(sums), clustered_interval(sums))
+    np.testing.assert_array_equal(clustered_accuracy(np.empty((0, 2))), clustered_interval(np.empty((0, 2))))
 
 
 def test_rows_that_are_nan_are_left_out() -> None:

@@ -75,6 +75,18 @@ def test_what_earlier_versions_wrote_scores_as_it_did(tmp_path: Path) -> None:
         RewardModel.from_pretrained(tmp_path / "folder", base=pipeline_folder("sd15"))
 
 
+@pytest.mark.parametrize("value", ["perhaps", None, ["apply"], torch.zeros(2)], ids=str)
+def test_another_value_in_a_checkpoint_is_refused(value: Any, tmp_path: Path) -> None:
+    write_run(tmp_path / "run", "lrm", "sd15")
+    checkpoint = tmp_path / "run" / "reward.ckpt"
+    torch.save({**torch.load(checkpoint), "exif": value}, checkpoint)
+    with pytest.raises(InputError, match=f"{checkpoint.name}: exif is .*, neither apply nor ignore$") as error:
+        RewardModel.from_pretrained(tmp_path / "run")
+    assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match="neither apply nor ignore"):
+        lrm().on_load_checkpoint(torch.load(checkpoint))
+
+
 def test_a_run_resumed_with_another_setting_says_so(own: Path, tmp_path: Path, caplog: Any) -> None:
     run = trainer(max_steps=1)
     run.fit(lrm(), data(own, "ignore"))

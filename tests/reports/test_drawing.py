@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from PIL import Image
 
-from latentreward.reports.drawing import to_image
+from latentreward.reports.drawing import PLAIN, draw_pair, to_image
 
 
 def test_pixels_become_the_bytes_of_an_image() -> None:
@@ -16,3 +17,23 @@ def test_pixels_become_the_bytes_of_an_image() -> None:
 @pytest.mark.parametrize(("size", "expected"), [(None, (6, 3)), (4, (4, 2)), (12, (12, 6))])
 def test_the_longer_side_has_the_size_that_is_asked_for(size: int | None, expected: tuple[int, int]) -> None:
     assert to_image(torch.zeros(3, 3, 6), size).size == expected
+
+
+def drawn(prompt: str, caption: str = "") -> bytes:
+    return draw_pair([Image.new("RGB", (128, 32))], [caption], prompt, PLAIN).tobytes()
+
+
+@pytest.mark.parametrize("letter", "–—…é×−“ßЖλع")
+def test_letters_of_prompts_and_captions_are_no_boxes(letter: str) -> None:
+    box = "\uffff"
+    assert drawn(letter) != drawn(box)
+    assert drawn("", letter) != drawn("", box)
+
+
+def test_letters_that_the_font_lacks_are_boxes() -> None:
+    assert drawn("狐") == drawn("\uffff") != drawn("")
+
+
+def test_a_long_prompt_ends_in_dots_within_the_cell() -> None:
+    cells = [draw_pair([Image.new("RGB", (128, 32))], ["0.1"], "a red fox " * times, PLAIN) for times in (10, 20)]
+    assert cells[0].tobytes() == cells[1].tobytes()

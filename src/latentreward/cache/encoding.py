@@ -252,6 +252,9 @@ class OneThread(Callback):
     On a CPU, the number of threads changes the last bits of the results, and so the files' bytes.
     """
 
+    def __init__(self) -> None:
+        self._threads: int | None = None
+
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set one thread, in place of Lightning's number, which depends on the number of processes."""
         self._threads = torch.get_num_threads()
@@ -259,7 +262,12 @@ class OneThread(Callback):
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Restore the previous number of threads."""
-        torch.set_num_threads(self._threads)
+        if self._threads is not None:
+            torch.set_num_threads(self._threads)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Restore the previous number of threads."""
+        self.on_predict_end(trainer, pl_module)
 
 
 class EncodingRate(Callback):
@@ -273,6 +281,7 @@ class EncodingRate(Callback):
 
     def __init__(self) -> None:
         self.total, self.done, self.seconds = 0, 0, 0.0
+        self._progress: Progress | None = None
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock and the progress display."""
@@ -286,11 +295,17 @@ class EncodingRate(Callback):
         """Add the batch's images and prompts to ``done``; rank 0 shows its ``done`` times the number of ranks."""
         before = self.done * trainer.world_size
         self.done, self.seconds = self.done + len(batch), time.monotonic() - self._begun
+        assert self._progress is not None
         self._progress.add(max(0, min(self.done * trainer.world_size, self.total) - before))
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the progress display."""
-        self._progress.close()
+        if self._progress is not None:
+            self._progress.close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Stop the progress display, so that later displays of this process are not nested in it."""
+        self.on_predict_end(trainer, pl_module)
 
 
 def _by_shard(shard: np.ndarray, row: np.ndarray) -> dict[int, np.ndarray]:

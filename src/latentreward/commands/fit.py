@@ -27,6 +27,7 @@ from typing_extensions import override
 
 from latentreward.backbones.registry import backbone_names
 from latentreward.callbacks import (
+    AccuracyInterval,
     ExactResume,
     GracefulStop,
     NaNGuard,
@@ -276,7 +277,8 @@ class TrainingCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer, with :class:`RunProgress` and :class:`ParameterSummary` in place of Lightning's own.
 
-        Without a logger, ``LearningRateMonitor`` is left out.
+        ``test`` gets an :class:`AccuracyInterval`, unless the settings name one. Without a logger,
+        ``LearningRateMonitor`` is left out.
         """
         settings = self.config_init[self.command]["trainer"]
         given = settings["callbacks"] or []
@@ -290,6 +292,8 @@ class TrainingCLI(LightningCLI):
             if not off and not any(isinstance(callback, kind) for callback in given):
                 kwargs[flag] = False
                 added.append(ours())
+        if self.command == "test" and not any(isinstance(callback, AccuracyInterval) for callback in given):
+            added.append(AccuracyInterval())
         trainer = super().instantiate_trainer(**kwargs)
         callbacks: list[Callback] = [*trainer.callbacks, *added]  # type: ignore[attr-defined]
         if not trainer.loggers:  # LearningRateMonitor would raise, and shipped files have one

@@ -78,14 +78,14 @@ class ScoreTable:
         return self._table.num_rows
 
     def gaps(self, reader: PairReader | None = None) -> PairGaps:
-        """Return the gaps of every row of ``reader``; without a reader, of every row of the table.
+        """Return the gaps of every row of ``reader``; without a reader, of every row and gap column of the table.
 
         ``problems`` marks pairs that are not in the table, unlabelled pairs, and pairs whose ``different_flag``
         contradicts the reader's label (a sign that the table belongs to other rows).
 
         Raises:
             InputError: If the table has no ``pair_id`` and not as many rows as the reader; if no pair of the reader is
-                in the table; or if ``reader`` is None and the table has no ``different_flag``.
+                in the table; or if ``reader`` is None and the table has no ``different_flag`` or no ``NAME_gap``.
         """
         if reader is None:
             return self._own_gaps()
@@ -107,6 +107,8 @@ class ScoreTable:
         names = self._table.column_names
         if FLAG not in names:
             raise InputError(f"{self.path}: no column {FLAG}; give the reader whose labels belong to the table")
+        if not any(name.endswith(GAP) for name in names):
+            raise InputError(f"{self.path}: no column NAME{GAP}; give the reader whose labels turn scores into gaps")
         flag = numbers(self._table, FLAG, self.path)
         rows = np.arange(len(self))
         values = {name: self._gap(name, rows, None) for name in self.scorers if f"{name}{GAP}" in names}

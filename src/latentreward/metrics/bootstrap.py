@@ -1,6 +1,7 @@
 """Percentile bootstrap that resamples whole groups of dependent rows, such as the pairs of one prompt."""
 
 from collections.abc import Callable, Sequence
+from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +16,7 @@ BLOCK = 1 << 23
 
 
 class Interval(NamedTuple):
-    """Number with the ends of its 95 % bootstrap interval.
+    """Number with the ends of its 95 % interval.
 
     Value and ends are NaN without any group. The ends are NaN with one group, which shows no spread.
 
@@ -108,6 +109,39 @@ def clustered_interval(
         return Interval(value, np.nan, np.nan, 1)
     values = statistic(resample_sums(sums, resamples, seed))
     return Interval(value, *percentile_ends(values + (value - values.mean()) if centred else values), len(sums))
+
+
+def clustered_accuracy(sums: np.ndarray) -> Interval:
+    """Compute the share of right answers and its 95 % interval over groups.
+
+    The interval is that of :func:`clustered_interval`, unless all groups have the same share, e.g. all answers are
+    right. Resampling equal groups shows no spread, so the ends are then those of :func:`wilson_ends`.
+
+    Args:
+        sums: ``(G, 2)`` sums of credit, from 0 to 1 for each answer, and of answers.
+    """
+    estimate = clustered_interval(sums)
+    if len(sums) < 2 or np.ptp(ratio(sums)) > 0:
+        return estimate
+    low, high = wilson_ends(estimate.value, len(sums))
+    return estimate._replace(low=low, high=high)
+
+
+def wilson_ends(share: float, count: int) -> tuple[float, float]:
+    r"""Return the ends of the 95 % score interval of a share (Wilson 1927, doi:10.1080/01621459.1927.10502953).
+
+    .. math:: \frac{p + z^2/2n \pm z\sqrt{p(1-p)/n + z^2/4n^2}}{1 + z^2/n}
+
+    Brown, Cai and DasGupta (2001, doi:10.1214/ss/1009213286) recommend the interval for small n.
+
+    Args:
+        share: Share p of successes, in [0, 1].
+        count: Number n of independent trials.
+    """
+    z = NormalDist().inv_cdf(ENDS[1])
+    centre, spread = share + z**2 / (2 * count), z * np.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
+    low, high = ((centre + side) / (1 + z**2 / count) for side in (-spread, spread))
+    return max(0.0, min(float(low), share)), min(1.0, max(float(high), share))
 
 
 def percentile_ends(values: np.ndarray) -> tuple[float, float]:

@@ -49,9 +49,12 @@ class PairwiseAccuracy(MeanMetric):
 
     def update(self, chosen_rewards: Tensor, rejected_rewards: Tensor, label: Tensor) -> None:
         """Count pairs; arguments as in :func:`preferred_margin`."""
-        margin = preferred_margin(chosen_rewards, rejected_rewards, label)
+        super().update(self.credit(preferred_margin(chosen_rewards, rejected_rewards, label)))
+
+    def credit(self, margin: Tensor) -> Tensor:
+        """Return the credit of each margin: 1 above zero, 0 below zero, and at zero that of ``equal``."""
         hits = (margin > 0).float()
-        super().update(hits + 0.5 * (margin == 0) if self.equal == "half" else hits)
+        return hits + 0.5 * (margin == 0) if self.equal == "half" else hits
 
 
 class MeanMargin(MeanMetric):

@@ -1,6 +1,8 @@
 """Drawing of images side by side with captions, and of grids of images."""
 
 from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -20,8 +22,11 @@ def to_image(pixels: Tensor, size: int | None = None) -> Image.Image:
 
 
 def draw_pair(images: Sequence[Image.Image], captions: Sequence[str], prompt: str, colour: str) -> Image.Image:
-    """Draw one cell of a grid: the prompt, images side by side with a caption below each, and a frame of ``colour``."""
-    font = ImageFont.load_default(11)
+    """Draw one cell of a grid: the prompt, images side by side with a caption below each, and a frame of ``colour``.
+
+    The font has Latin, Greek, Cyrillic and Arabic letters. Other letters, such as Chinese ones, become boxes.
+    """
+    font = _font()
     width = sum(image.width for image in images) + (len(images) + 1) * MARGIN
     height = max(image.height for image in images) + 52 + MARGIN
     cell = Image.new("RGB", (width, height), "white")
@@ -37,6 +42,14 @@ def draw_pair(images: Sequence[Image.Image], captions: Sequence[str], prompt: st
         left += image.width + MARGIN
     draw.rectangle((1, 1, width - 2, height - 2), outline=colour, width=3)
     return cell
+
+
+@cache
+def _font() -> ImageFont.FreeTypeFont:
+    """Load DejaVu Sans, which matplotlib contains; Pillow's own font lacks even the dash ``–`` and the letter ``é``."""
+    import matplotlib
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), 10)
 
 
 def tile(cells: list[Image.Image], columns: int) -> Image.Image:

@@ -136,7 +136,7 @@ class RewardModel(RewardNetwork):
         A score depends on the rest of the batch and on the order of images only by rounding (about 2e-5 on a CPU in
         float32; bitwise equal in batches of equal shape). Prompts are encoded one at a time, and the noise is seeded
         with prompt, seed, noise level and shape of the latents. Gradients flow back if ``images`` is a tensor that
-        requires a gradient.
+        requires a gradient. Empty lists give an empty tensor.
 
         A warning is logged, once per model and kind, for a tensor whose values all lie in [0, 1] or whose size differs
         from the training size, for images whose aspect ratio fits none of the model's buckets, and for empty prompts.
@@ -169,7 +169,7 @@ class RewardModel(RewardNetwork):
     ) -> Tensor:
         """Score N images under each of K noise settings; returns ``(N, K)``, float32 on the CPU.
 
-        Each image is encoded only once for all settings.
+        Each image is encoded only once for all settings. Without images the result is empty, ``(0, K)``.
 
         Args:
             prompts: As in :meth:`score`.
@@ -211,7 +211,8 @@ class RewardModel(RewardNetwork):
     ) -> Tensor:
         """Add noise to N clean latents and score them, latent i for prompt i; returns ``(N,)``, at least float32.
 
-        Gradients flow back if ``latents`` requires a gradient; otherwise no autograd graph is built.
+        Gradients flow back if ``latents`` requires a gradient; otherwise no autograd graph is built. No latents give an
+        empty tensor.
 
         Args:
             prompts: N prompts, or a single text for all; with ``conditioning`` they only seed the noise.

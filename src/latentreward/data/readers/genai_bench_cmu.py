@@ -20,7 +20,7 @@ from latentreward.data.readers.parquet_store import (
     locate,
     open_part,
     read_index,
-    refuse_missing,
+    refuse_missing_parts,
 )
 from latentreward.errors import InputError
 
@@ -73,7 +73,7 @@ class GenAIBenchCMUReader(GroupReader):
         super().__init__("genai_bench_cmu", split, **options)
         older = Path(source, OLDER_FILE)
         parts = [ParquetPart(OLDER_FILE, older)] if older.is_file() else find_parts(source, split, revision)
-        refuse_missing(self, source, split, parts)
+        refuse_missing_parts(self, source, split, parts)
         self.models, columns = _columns(parts[0])
         check_image_columns(parts, self.models, HINT)
         index, self._starts = read_index(parts, columns, HINT)

@@ -115,8 +115,8 @@ def read_index(
     return pa.concat_tables(tables).combine_chunks(), starts
 
 
-def refuse_missing(reader: PairReader, source: str, split: str, parts: Sequence[ParquetPart]) -> None:
-    """Raise InputError or log a warning, by the reader's ``on_error``, if parts are missing (:func:`missing_parts`)."""
+def refuse_missing_parts(reader: PairReader, source: str, split: str, parts: Sequence[ParquetPart]) -> None:
+    """Apply the reader's ``on_error`` (:meth:`PairReader.refuse`) if parts of the split are missing."""
     if missing := missing_parts(parts):
         names = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
         problem = f"{split} lacks {len(missing)} of its parquet parts ({names}); download them"
@@ -234,7 +234,7 @@ class ParquetPairReader(PairReader):
     ) -> pa.Table:
         """Find the parquet files of a split and read columns from them into one table.
 
-        Missing parts are handled by :func:`refuse_missing`.
+        Missing parts are handled by :func:`refuse_missing_parts`.
 
         Args:
             source: Folder or hub id, see :func:`find_parts`.
@@ -245,7 +245,7 @@ class ParquetPairReader(PairReader):
             config: Configuration of the data set on the hub.
         """
         self.split, self._parts = split, find_parts(source, split, revision, config)
-        refuse_missing(self, source, split, self._parts)
+        refuse_missing_parts(self, source, split, self._parts)
         table, self._starts = read_index(self._parts, columns, hint)
         return table
 

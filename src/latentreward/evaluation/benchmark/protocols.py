@@ -18,7 +18,7 @@ from latentreward.errors import InputError, did_you_mean
 from latentreward.evaluation.benchmark.four_way import VOTES, four_way_credit
 from latentreward.evaluation.benchmark.pickscore import pickscore_credit
 from latentreward.evaluation.benchmark.results import BenchmarkPairs, ProtocolResult
-from latentreward.metrics.bootstrap import clustered_interval, group_sums, ratio
+from latentreward.metrics.bootstrap import clustered_accuracy, group_sums, ratio
 
 NO_SCORE, NO_LABEL, TIE, NO_VOTE = "no score", "no label", "tie", "no vote"
 
@@ -84,7 +84,7 @@ def protocol_result(key: str, pairs: BenchmarkPairs, judgement: Judgement) -> Pr
     return ProtocolResult(
         protocol=key,
         scorer=pairs.scorer,
-        estimate=clustered_interval(sums),
+        estimate=clustered_accuracy(sums),
         pairs=int(counted.sum()),
         groups=len(sums),
         equal_scores=int((pairs.first == pairs.second)[counted].sum()),

@@ -24,9 +24,10 @@ from latentreward.reports.tables import Section, Table, grouped
 INTRODUCTION = (
     "Each model scores two images of a prompt. The model is right if it gives the higher score to the image that "
     "people preferred. Intervals are 95 % bootstrap intervals: they say how far a number would vary with other prompts "
-    "of the same kind. With few prompts an interval is too narrow; if the pairs come from fewer than 30 groups (as a "
-    "rule, a group is a prompt), the number of groups follows the interval, as in (12 groups). If the interval of the "
-    "difference of two models contains 0, this data does not show which model is better."
+    "of the same kind. Where all prompts have the same share of right answers, the interval is Wilson's, because a "
+    "bootstrap has no width. With few prompts an interval is too narrow; if the pairs come from fewer than 30 groups "
+    "(as a rule, a group is a prompt), the number of groups follows the interval, as in (12 groups). If the interval "
+    "of the difference of two models contains 0, this data does not show which model is better."
 )
 OVERVIEW = "Accuracy in %, with 95 % intervals. Protocols treat ties differently; each is explained below."
 DATA = (

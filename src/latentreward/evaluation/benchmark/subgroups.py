@@ -13,7 +13,7 @@ from latentreward.evaluation.benchmark.results import (
     LevelResult,
     SubgroupResult,
 )
-from latentreward.metrics.bootstrap import clustered_interval, ratio_difference
+from latentreward.metrics.bootstrap import clustered_accuracy, clustered_interval, ratio_difference
 
 Judged = tuple[BenchmarkPairs, Judgement]
 
@@ -55,7 +55,7 @@ def _subgroup(
 ) -> SubgroupResult:
     credit = np.full(len(judgement.credit), np.nan)
     credit[rows] = judgement.credit[rows]
-    estimate = clustered_interval(credit_sums(key, pairs, credit))
+    estimate = clustered_accuracy(credit_sums(key, pairs, credit))
     number = int((~np.isnan(credit)).sum())
     return SubgroupResult(key, pairs.scorer, column, value, number, estimate, pairs.split)
 
@@ -90,6 +90,6 @@ def level_results(key: str, levels: Iterable[tuple[float, float, BenchmarkPairs]
     """
     results = []
     for sigma, timestep, pairs in levels:
-        estimate = clustered_interval(credit_sums(key, pairs, judge(key, pairs).credit))
+        estimate = clustered_accuracy(credit_sums(key, pairs, judge(key, pairs).credit))
         results.append(LevelResult(key, pairs.scorer, sigma, timestep, estimate))
     return results

@@ -119,7 +119,7 @@ def check_version(record: Mapping[str, Any]) -> None:
 
 
 def exif_of(value: Any) -> ExifOrientation:
-    """Check and return the value of the entry ``exif``.
+    """Check and return the value of the entry ``exif`` of a ``config.json`` or of a training checkpoint.
 
     Raises:
         InputError: If the value is neither ``apply`` nor ``ignore``.
