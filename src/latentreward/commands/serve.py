@@ -77,6 +77,7 @@ def serve(
                 f"reaches it may send requests; set token_file or {TOKEN_VARIABLE}",
                 file=sys.stderr,
             )
+        print(f"loading {model} on {target}", flush=True)
         reward = RewardModel.from_pretrained(
             model,
             revision=revision,

@@ -52,6 +52,7 @@ def ui(
     # gradio binds only after the model is loaded, so this checks early that the port is free.
     with bind("127.0.0.1", port) as bound:
         free_port = bound.getsockname()[1]
+    print(f"loading {model} on {target}", flush=True)
     loading: dict[str, Any] = {
         "revision": revision,
         "base": base,
