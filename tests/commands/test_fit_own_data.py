@@ -83,6 +83,12 @@ def test_only_the_readers_of_the_command_are_opened(root, caplog, capsys) -> Non
     assert refusal(capsys, "fit", "--data.val.file=absent.jsonl").startswith("data.val: absent.jsonl: No such file")
 
 
+def test_a_split_without_rows_is_refused_before_the_model_is_loaded(root, capsys) -> None:
+    write(root / "test.jsonl", "five", "six")
+    options = ["--data.test=JSONLPairReader", "--data.test.file=test.jsonl", "--model.backbone.source=absent"]
+    assert refusal(capsys, "fit", *options).startswith("data.val: none of 2 rows left")
+
+
 def test_on_error_of_the_data_holds_for_readers_without_their_own(root, caplog, capsys) -> None:
     write(root / "train.jsonl", "one", "two", "three", "four", more="no object")
     write(root / "val.jsonl", "five", "six", more="no object")

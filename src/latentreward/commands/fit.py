@@ -84,6 +84,7 @@ class Parser(SettingsParser, LightningArgumentParser):
         if command in USED and namespace[command].get("data") is not None:
             namespace = namespace.clone()
             namespace[command]["data"] = open_readers(command, namespace[command]["data"])
+            self.add_instantiator(partial(with_rows, USED[command]), PairLoaders)  # checked before the model is loaded
         return super().instantiate(namespace, *args, **kwargs)
 
     @override
@@ -419,6 +420,13 @@ def open_readers(command: str, data: Namespace) -> Namespace:
                     raise InputError(f"data.{name}: {error}") from error
                 tell_unopened(error)
                 given[name] = None
+    return data
+
+
+def with_rows(names: Sequence[str], kind: type[PairLoaders], *args: Any, **options: Any) -> PairLoaders:
+    """Construct a data module, and raise InputError if one of the named splits has no rows left."""
+    data = kind(*args, **options)
+    data.require_rows(names)
     return data
 
 
