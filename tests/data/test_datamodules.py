@@ -110,7 +110,9 @@ def test_test_does_not_look_at_emptied_splits(readers) -> None:
     module = Recorder()
     trainer().test(module, data, verbose=False)
     assert [len(ids) for ids in module.seen["test"]] == [2]
-    with pytest.raises(InputError, match=r"data\.train: none of 3 rows left: .* have a prompt that val or test has too"):
+    with pytest.raises(
+        InputError, match=r"data\.train: none of 3 rows left: .* have a prompt that val or test has too"
+    ):
         trainer(max_epochs=1).fit(module, data)
 
 
