@@ -49,6 +49,10 @@ PLUGIN = """
             self.width = width
 
 
+    def unannotated(width: int = 3):
+        return Backbone(width)
+
+
     def narrow(width: int = 3) -> Backbone:
         if width > 12:
             raise InputError(f"width: {width} is above 12; take fewer")
@@ -178,6 +182,9 @@ TRAINER = """
         - {class_path: plugin.Note, init_args: {text: trainer file}}
 """
 NOTE = "model.backbone: Import path plugin.Note does not correspond to a subclass of Backbone"
+UNANNOTATED = "the function 'plugin.unannotated' does not state that it returns Backbone; write def unannotated(...) ->"
+SAY_NONE = "is not set; say NONE=VALUE latentreward ..., or export it"
+SAY_NONE_OF = f"refers to, {SAY_NONE}"
 CPUU = "--config configs/trainer/cpuu.yaml does not exist; did you mean 'configs/trainer/cpu.yaml'?"
 FIT = ["fit", "--config=model.yaml", "--config", "trainer.yaml"]
 
@@ -364,9 +371,10 @@ def test_saved_config_reproduces_the_run(folder: Path, capsys: pytest.CaptureFix
     assert notes(saved) == ["model file", "trainer file", "option"]
     assert saved["model"]["init_args"]["root"] == "here"
     assert saved["seed_everything"] == 0
-    main(["fit", "--config=first/config.yaml"])
-    assert yaml.safe_load((folder / "first" / "config_1.yaml").read_text()) == saved
-    assert "settings are in first/config_1.yaml: config.yaml is an earlier run's\n" in capsys.readouterr().err
+    main(["fit", "--config=first/config.yaml", "--trainer.default_root_dir=again"])
+    again = yaml.safe_load((folder / "again" / "config.yaml").read_text())
+    assert again["trainer"].pop("default_root_dir") == "again"
+    assert again == {**saved, "trainer": {key: saved["trainer"][key] for key in again["trainer"]}}
     assert notes(settings(capsys, "--config=first/config.yaml")) == notes(saved)  # equal callbacks are one
     lines = (folder / "notes.txt").read_text().splitlines()
     assert lines[:3] == lines[3:6]
@@ -407,6 +415,25 @@ def test_one_fit_in_a_folder_at_a_time(folder: Path, capsys: pytest.CaptureFixtu
     assert logged.startswith("trainer.logger.save_dir: taken is being written by another run (process ")
     main([*FIT, "--trainer.default_root_dir=taken"])
     assert (folder / "taken" / "config.yaml").is_file()
+
+
+def test_settings_are_written_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """To a folder that has them as its newest file they are not written again, nor those of an evaluation."""
+
+    def run(command: str, *options: str) -> list[str]:
+        keeper = ["--trainer.enable_checkpointing=true", "--trainer.callbacks+={class_path: ModelCheckpoint}"]
+        main([command, *FIT[1:], *keeper, "--trainer.default_root_dir=once", *options])
+        return sorted(path.name for path in (folder / "once").glob("config*.yaml"))
+
+    assert run("fit") == ["config.yaml"]
+    first = (folder / "once" / "config.yaml").read_bytes()
+    (checkpoint,) = (folder / "once").rglob("*.ckpt")
+    assert run("fit", f"--ckpt_path={checkpoint}") == run("fit") == run("validate", "--model.lr=0.5") == ["config.yaml"]
+    assert (folder / "once" / "config.yaml").read_bytes() == first
+    assert "settings are in" not in capsys.readouterr().err
+    assert run("fit", "--model.lr=0.5") == ["config.yaml", "config_1.yaml"]
+    assert "settings are in once/config_1.yaml: config.yaml is an earlier run's\n" in capsys.readouterr().err
+    assert run("fit") == ["config.yaml", "config_1.yaml", "config_2.yaml"]  # the newest file is that of a checkpoint
 
 
 @pytest.mark.parametrize("command", slow_after(1, ["validate", "predict"]))
@@ -558,7 +585,9 @@ def test_ctrl_c_while_modules_are_imported(tmp_path: Path) -> None:
         ("--model=latentreward.module.X", "model: module 'latentreward' has no attribute 'module'"),
         ("--trainer.callbacks=plugin.Note", "text: '' is empty; write something"),
         ("--data.note=plugin.Note", "text: '' is empty; write something"),
-        ("--model.root=${oc.env:NONE}", "model.init_args.root: the environment variable NONE is not set"),
+        ("--model.root=${oc.env:NONE}", f"model.init_args.root: the environment variable NONE {SAY_NONE}"),
+        ("--config=none.yaml", f"model.init_args.root: the environment variable NONE, which none.yaml {SAY_NONE_OF}"),
+        ("--model.backbone=plugin.unannotated", f"model.backbone: {UNANNOTATED} Backbone"),
         ("--trainer.logger=CSVLoger", "trainer.logger: unknown name 'CSVLoger'; did you mean 'CSVLogger'?"),
         ("--trainer.max_epochs=x", "trainer.max_epochs: expected int or null, got 'x'"),
         ("--trainer=trainer.yaml", "--trainer trainer.yaml: set --trainer.NAME=VALUE, or give a file as --config"),
@@ -584,6 +613,7 @@ def test_bad_input_is_one_line(
     (folder / "extra.yaml").write_text("model: {init_args: {lrr: 1}}\n")
     (folder / "broken.yaml").write_text("model: {lr: 1\n  x: 2\n")
     (folder / "text.yaml").write_text("just text\n")
+    (folder / "none.yaml").write_text("model: {init_args: {root: '${oc.env:NONE}'}}\n")
     (folder / "rot.yaml").write_text("model: {init_args: {root: '${data.rot}'}}\n")
     got = error_line(capsys, *FIT, *options.split())
     assert line is None or got == line

@@ -94,6 +94,12 @@ def test_a_size_that_the_network_does_not_take_is_refused(root, capsys, command,
     assert line == f"data.size: {message} of the 4 pixels that the model needs; set {nearest}"
 
 
+def test_a_split_without_rows_is_refused_before_the_model_is_loaded(root, capsys) -> None:
+    write(root / "test.jsonl", "five", "six")
+    options = ["--data.test=JSONLPairReader", "--data.test.file=test.jsonl", "--model.backbone.source=absent"]
+    assert refusal(capsys, "fit", *options).startswith("data.val: none of 2 rows left")
+
+
 def test_on_error_of_the_data_holds_for_readers_without_their_own(root, caplog, capsys) -> None:
     write(root / "train.jsonl", "one", "two", "three", "four", more="no object")
     write(root / "val.jsonl", "five", "six", more="no object")

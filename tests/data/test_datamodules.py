@@ -106,6 +106,17 @@ def test_test_and_predict(readers, write_pickapic, pickapic_rows) -> None:
     assert [int(pair.split(":")[1]) for pair in predicted] == list(range(5))
 
 
+def test_test_does_not_look_at_emptied_splits(readers) -> None:
+    data = PreferenceDataModule(8, train=readers["val"], val=readers["val"], test=readers["test"], num_workers=0)
+    module = Recorder()
+    trainer().test(module, data, verbose=False)
+    assert [len(ids) for ids in module.seen["test"]] == [2]
+    with pytest.raises(
+        InputError, match=r"data\.train: none of 3 rows left: .* have a prompt that val or test has too"
+    ):
+        trainer(max_epochs=1).fit(module, data)
+
+
 def test_batches_have_the_contracts_form(readers) -> None:
     data = PreferenceDataModule((8, 12), **readers, batch_size=4, num_workers=0, resize="center_crop")
     batch = next(iter(data.train_dataloader()))

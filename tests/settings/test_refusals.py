@@ -1,5 +1,6 @@
 """Nulls, numbers out of range and YAML that would be misread, through the command line."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -205,8 +206,9 @@ def test_callbacks_that_lightning_cannot_tell_apart(capsys) -> None:
 @pytest.mark.parametrize(
     ("setting", "line"),
     slow_after(
-        3,
+        4,
         [
+            ("--model.optimizer.lr=abc", "model.optimizer.lr: expected float, got 'abc'"),
             (
                 "--model.backbone=null",
                 "model: backbone is missing; give it in a --config file or as --model.backbone; choose",
@@ -233,3 +235,24 @@ def test_a_wrong_value_says_what_to_write(setting: str, line: str, capsys) -> No
 def test_an_interpolation_behind_a_blank_names_the_setting_from_the_top(capsys) -> None:
     line = refusal(capsys, *FIT, "--model.backbone", "${data.steps}")
     assert line.startswith("model.init_args.backbone: ${data.steps} is not set")
+
+
+def test_a_factory_without_return_type_is_told_to_state_it(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    Path("loss_factories.py").write_text("def smooth(width: float = 1.0):\n    return None\n")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    remedy = "model.loss: the function 'loss_factories.smooth' does not state that it returns PreferenceLoss; write def"
+    assert refusal(capsys, *FIT, "--model.loss=loss_factories.smooth").startswith(remedy)
+    text = "model: {init_args: {loss: {class_path: loss_factories.smooth, init_args: {width: 2}}}}"
+    assert refusal_of(text, capsys).startswith(remedy)
+
+
+def test_prompts_of_a_file_for_a_run_on_the_tiny_world(capsys) -> None:
+    align = ["fit", "--config=configs/align/lpo_tiny.yaml"]
+    line = refusal(capsys, *align, "--data.prompts=prompts.txt")
+    assert line.startswith("data: Option 'prompts' is not accepted; choose from batch_size, ")
+    assert line.endswith("; for prompts from a file say --data PromptDataModule too")
+    with pytest.raises(SystemExit) as stop:
+        main([*align, "--data=PromptDataModule", "--data.prompts=prompts.txt", "--print_config"])
+    assert stop.value.code == 0
+    given = yaml.safe_load(capsys.readouterr().out)["data"]["init_args"]
+    assert (given["prompts"], given["batch_size"]) == ("prompts.txt", 64)

@@ -16,7 +16,7 @@ from latentreward.cache.index import CachedPairs, CacheIndex, OnMissing
 from latentreward.cache.sampling import BucketBatchSampler, EvaluationBatches, Sizing, SmallBuckets
 from latentreward.data.datamodules import PairLoaders
 from latentreward.data.loading import ResumableLoader, as_is, shares_of
-from latentreward.data.splits import SharedPrompts, select_rows, tell_unopened
+from latentreward.data.splits import SharedPrompts, select_or_explain, tell_unopened
 from latentreward.errors import InputError, check_at_least_one
 
 logger = logging.getLogger(__name__)
@@ -88,7 +88,8 @@ class CachedPreferenceDataModule(PairLoaders):
         loading: See :class:`~latentreward.data.datamodules.PairLoaders`.
 
     Raises:
-        InputError: If a setting is out of range, a cache is damaged or unfinished, or a split has no pairs left.
+        InputError: If a setting is out of range, or a cache is damaged or unfinished. If a split has no pairs left, its
+            loader raises InputError.
     """
 
     remedy = "give it a cache, e.g. --data.{split}.cache FOLDER --data.{split}.split NAME"
@@ -122,7 +123,8 @@ class CachedPreferenceDataModule(PairLoaders):
         self.spec = check_caches(specs, self.cached_text)
         for name, reader in pairs.items():
             reader.report(f"data.{name}")
-        kept = select_rows({name: reader for name, reader in pairs.items() if name != "predict"}, shared_prompts)
+        labelled = {name: reader for name, reader in pairs.items() if name != "predict"}
+        kept, self.emptied = select_or_explain(labelled, shared_prompts)
         self.datasets = {
             name: CachedPairDataset(
                 reader.index, reader.rows[kept[name]] if name in kept else reader.rows, self.cached_text

@@ -41,7 +41,8 @@ def export(
             of LRM's authors.
         dtype: Policy: precision of the written weights. A reward is written in float32.
         overwrite: Whether to replace ``output`` if it exists.
-        base: Reward: pipeline with the frozen base weights; by default the one that the model names.
+        base: Reward: pipeline with the frozen base weights, a folder or hub id; by default the one that the model
+            names.
         base_name: Reward: name of the base that is written to diffusion-rm's config.json, e.g. a hub id; by default the
             hub id of the base, or the name of its folder.
         run_config: Reward: config file of its training run; by default the one beside the checkpoint.

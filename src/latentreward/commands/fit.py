@@ -21,6 +21,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from omegaconf.errors import OmegaConfBaseException
 from typing_extensions import override
@@ -44,7 +45,7 @@ from latentreward.checkpoints.files import (
     newest_intact,
     without_password,
 )
-from latentreward.checkpoints.shards import check_weights, damaged, read_sharded
+from latentreward.checkpoints.shards import check_weights, damaged, newest_first, read_sharded
 from latentreward.data import PairReader
 from latentreward.data.datamodules import PairLoaders
 from latentreward.data.readers.base import DATA_ON_ERROR, OWN_ON_ERROR
@@ -64,7 +65,7 @@ from latentreward.settings.ranges import check_ranges
 from latentreward.settings.rewriting import rewrite_arguments
 from latentreward.storage.locks import lock_run
 
-CONFIG = "config.yaml"
+CONFIG, SAVED = "config.yaml", "config*.yaml"
 LOADERS = {"fit": "train", "validate": "val"}
 """Subcommand -> prefix of Lightning's ``*_dataloader`` method, where the prefix differs from the subcommand."""
 USED = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
@@ -84,6 +85,7 @@ class Parser(SettingsParser, LightningArgumentParser):
         if command in USED and namespace[command].get("data") is not None:
             namespace = namespace.clone()
             namespace[command]["data"] = open_readers(command, namespace[command]["data"])
+            self.add_instantiator(partial(with_rows, USED[command]), PairLoaders)  # checked before the model is loaded
         return super().instantiate(namespace, *args, **kwargs)
 
     @override
@@ -94,9 +96,11 @@ class Parser(SettingsParser, LightningArgumentParser):
 class SaveConfig(SaveConfigCallback):
     """Callback that writes the run's settings to ``config.yaml`` beside the logs.
 
-    If an earlier run left a ``config.yaml`` there, the new file is called ``config_1.yaml``, and so on. Commands that
-    load a checkpoint look for its settings in the checkpoint's folder and one folder up; checkpoint folders elsewhere
-    get a copy. If a run fails before its first optimiser step, its files are removed.
+    If an earlier run left other settings there, the new file is called ``config_1.yaml``, and so on. If the newest file
+    there has the same settings, apart from ``ckpt_path``, nothing is written. Commands that load a checkpoint look for
+    its settings in the checkpoint's folder and one folder up; checkpoint folders elsewhere get a copy. If a run fails
+    before its first optimiser step, its files are removed. ``validate``, ``test`` and ``predict`` write their settings
+    only to a folder without any, because those of ``fit`` belong to the checkpoints.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -106,47 +110,51 @@ class SaveConfig(SaveConfigCallback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write the settings of ``validate``, ``test`` or ``predict``."""
         folder = Path(trainer.log_dir or ".")  # a collective call, so all ranks must make it
-        begins = not self.already_saved and trainer.is_global_zero
-        if begins:
-            self.config_filename = free_name(folder)
-        super().setup(trainer, pl_module, stage)
-        if begins:
-            self._written = [folder / self.config_filename]
-            if self.config_filename != CONFIG:
-                print(f"settings are in {self._written[0]}: {CONFIG} is an earlier run's", file=sys.stderr)
+        if trainer.is_global_zero and trainer.state.fn != TrainerFn.FITTING and not any(folder.glob(SAVED)):
+            self._write(folder)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Rewrite the file with the values that a resumed checkpoint replaced, and copy the file to checkpoint folders.
-
-        Lightning writes the file before it reads the checkpoint.
-        """
+        """Write the settings of ``fit``, with the values that a resumed checkpoint replaced."""
         self._first_step = trainer.global_step
+        folder = Path(trainer.log_dir or ".")
         if not trainer.is_global_zero:
             return
         (resumed,) = [callback for callback in trainer.callbacks if isinstance(callback, ResumedSettings)]  # type: ignore[attr-defined]
         for name, value in resumed.in_force.items():
             self.config[name.replace(".", ".init_args.")] = value
-        if resumed.in_force:
-            self.parser.save(self.config, self._written[0], skip_none=False, overwrite=True)
-        # Copied here and not in setup: ModelCheckpoint would warn that its folder is not empty.
+        self._write(folder)
+        if self._written and self._written[0].name != CONFIG:
+            print(f"settings are in {self._written[0]}: {CONFIG} is an earlier run's", file=sys.stderr)
         for keeper in trainer.checkpoint_callbacks:
-            folder = str(getattr(keeper, "dirpath", None) or "")
-            found = [path.parent.resolve() for path in self._written]
-            if (
-                folder
-                and "://" not in folder
-                and not {Path(folder).resolve(), Path(folder).resolve().parent} & {*found}
-            ):
-                Path(folder).mkdir(parents=True, exist_ok=True)
-                self._written.append(Path(folder) / free_name(Path(folder)))
-                self.parser.save(self.config, self._written[-1], skip_none=False)
+            kept = str(getattr(keeper, "dirpath", None) or "")
+            near = {Path(kept).resolve(), Path(kept).resolve().parent}
+            if kept and "://" not in kept and folder.resolve() not in near:
+                self._write(Path(kept))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Remove the settings files of a run that failed before its first optimiser step."""
         if trainer.global_step == self._first_step:
             for path in self._written:
                 path.unlink(missing_ok=True)
+
+    def _write(self, folder: Path) -> None:
+        """Write the settings, unless the newest file in the folder has the same apart from ``ckpt_path``."""
+        folder.mkdir(parents=True, exist_ok=True)
+        text = self.parser.dump(self.config, skip_none=False)
+        files = newest_first(folder.glob(SAVED))
+        if files and same_run(files[0].read_text(encoding="utf-8"), text):
+            return
+        self._written.append(folder / free_name(folder))
+        self._written[-1].write_text(text, encoding="utf-8")
+
+
+def same_run(one: str, other: str) -> bool:
+    """Tell whether two files of settings differ at most in comments and ``ckpt_path``."""
+    left_out = ("#", "ckpt_path:")
+    first, second = ([line for line in text.splitlines() if not line.startswith(left_out)] for text in (one, other))
+    return first == second
 
 
 def free_name(folder: Path) -> str:
@@ -416,6 +424,13 @@ def open_readers(command: str, data: Namespace) -> Namespace:
                     raise InputError(f"data.{name}: {error}") from error
                 tell_unopened(error)
                 given[name] = None
+    return data
+
+
+def with_rows(names: Sequence[str], kind: type[PairLoaders], *args: Any, **options: Any) -> PairLoaders:
+    """Construct a data module, and raise InputError if one of the named splits has no rows left."""
+    data = kind(*args, **options)
+    data.require_rows(names)
     return data
 
 

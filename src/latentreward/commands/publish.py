@@ -115,7 +115,7 @@ def publish(
         description: Markdown for the model card, or path of a .md file.
         metrics: JSON file with numbers for the model card, e.g. of latentreward benchmark.
         name: Title of the model card; by default the hub id, or the folder's name.
-        base: Pipeline with the frozen base weights; by default the one that the model names.
+        base: Pipeline with the frozen base weights, a folder or hub id; by default the one that the model names.
         base_name: Name under which others find the base, e.g. owner/name@revision, if the model was trained on a local
             copy. By default the name of the copy's folder is written, and base must be given to load the model.
         run_config: Config file of the model's training run; by default the one beside the checkpoint.

@@ -106,7 +106,7 @@ def score(
         prompt_column: Column of a list with the prompts; by default prompt, caption or text.
         allow_outside: Whether a list may name images outside its folder.
         max_prompt_chars: Most characters of a prompt; an image with a longer prompt gets no score.
-        base: Pipeline with the frozen base weights; by default the one that the model names.
+        base: Pipeline with the frozen base weights, a folder or hub id; by default the one that the model names.
         run_config: Config file of the model's training run; by default the one beside the checkpoint.
         revision: Branch, tag or commit of a hub id.
         trust_remote_code: Whether to import classes that the model's settings name and that are not registered;

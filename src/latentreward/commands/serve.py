@@ -41,7 +41,7 @@ def serve(
         model: Folder or hub id of a reward model, or a checkpoint, or the folder of a run.
         host: Address to listen on; the default accepts connections from this machine only.
         port: Port to listen on; 0 takes a free port and prints it.
-        base: Pipeline with the frozen base weights; by default the one that the model names.
+        base: Pipeline with the frozen base weights, a folder or hub id; by default the one that the model names.
         run_config: Config file of the model's training run; by default the one beside the checkpoint.
         revision: Branch, tag or commit of a hub id.
         trust_remote_code: Whether to import classes that the model's settings name and that are not registered;
@@ -77,6 +77,7 @@ def serve(
                 f"reaches it may send requests; set token_file or {TOKEN_VARIABLE}",
                 file=sys.stderr,
             )
+        print(f"loading {model} on {target}", flush=True)
         reward = RewardModel.from_pretrained(
             model,
             revision=revision,

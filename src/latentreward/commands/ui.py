@@ -26,7 +26,7 @@ def ui(
     Args:
         model: Folder or hub id of a reward model, or a checkpoint, or the folder of a run.
         port: Port to listen on; 0 takes a free port and prints it.
-        base: Pipeline with the frozen base weights; by default the one that the model names.
+        base: Pipeline with the frozen base weights, a folder or hub id; by default the one that the model names.
         run_config: Config file of the model's training run; by default the one beside the checkpoint.
         revision: Branch, tag or commit of a hub id.
         trust_remote_code: Whether to import classes that the model's settings name and that are not registered;
@@ -52,6 +52,7 @@ def ui(
     # gradio binds only after the model is loaded, so this checks early that the port is free.
     with bind("127.0.0.1", port) as bound:
         free_port = bound.getsockname()[1]
+    print(f"loading {model} on {target}", flush=True)
     loading: dict[str, Any] = {
         "revision": revision,
         "base": base,

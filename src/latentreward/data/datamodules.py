@@ -1,6 +1,8 @@
 """Lightning data modules that turn pair readers into loaders of preference batches."""
 
 import logging
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from latentreward.data.loading import ResumableLoader, WorkerLoader, ignore_sign
 from latentreward.data.readers import PairReader, count_text
 from latentreward.data.readers.base import OnError
 from latentreward.data.sampling import PairBatchSampler, PairSampler, even_batch_size
-from latentreward.data.splits import SharedPrompts, select_rows
+from latentreward.data.splits import SharedPrompts, select_or_explain
 from latentreward.errors import InputError, check_at_least_one, check_multiples
 from latentreward.seeding import run_seed
 
@@ -39,10 +41,12 @@ class PairLoaders(LightningDataModule):
 
     Attributes:
         datasets: Data set of each split that is set: ``train``, ``val``, ``test``, ``predict``.
+        emptied: Error message of each split that has no rows left.
         remedy: End of the message about a split that is not set; says what to set ``{split}`` to.
     """
 
     datasets: dict[str, Any]
+    emptied: Mapping[str, str] = MappingProxyType({})
     remedy: str
 
     def __init__(
@@ -80,12 +84,19 @@ class PairLoaders(LightningDataModule):
         """Return the error about a split that is needed but not set."""
         return InputError(f"data.{name} is not set; {cls.remedy.format(split=name)}")
 
+    def require_rows(self, names: Iterable[str]) -> None:
+        """Raise InputError if one of the named splits has no rows left."""
+        for name in names:
+            if name in self.emptied:
+                raise InputError(self.emptied[name])
+
     def _overfits(self) -> bool:
         """Tell whether the trainer's ``overfit_batches`` is set, so that ``train`` needs a fixed order."""
         return bool(getattr(self.trainer, "overfit_batches", 0))
 
     def _dataset(self, name: str) -> Any:
         """Return the data set of a split; raise InputError if it is not set or has fewer pairs than ranks."""
+        self.require_rows([name])
         if name not in self.datasets:
             raise self.unset(name)
         dataset, ranks = self.datasets[name], shares_of(self.trainer)["num_replicas"]
@@ -141,7 +152,7 @@ class PreferenceDataModule(PairLoaders):
         loading: See :class:`PairLoaders`.
 
     Raises:
-        InputError: If a setting is out of range or a split has no rows left.
+        InputError: If a setting is out of range. If a split has no rows left, its loader raises InputError.
     """
 
     remedy = (
@@ -170,7 +181,7 @@ class PreferenceDataModule(PairLoaders):
         loader = PixelLoader(height, width, resize, max_pixels)
         readers = {"train": train, "val": val, "test": test}
         given = {name: reader for name, reader in readers.items() if reader is not None}
-        rows = select_rows(given, shared_prompts)
+        rows, self.emptied = select_or_explain(given, shared_prompts)
         given |= {} if predict is None else {"predict": predict}
         self.datasets = {
             name: PairDataset(reader, loader, rows.get(name), on_error, name) for name, reader in given.items()

@@ -19,6 +19,23 @@ MUCH = 0.2
 
 
 def select_rows(splits: dict[str, PairReader], shared_prompts: SharedPrompts = "drop") -> dict[str, np.ndarray]:
+    """Select rows as :func:`select_or_explain` does, and require that each split has rows left.
+
+    Returns:
+        Ascending row numbers, ``(rows,)``, by split.
+
+    Raises:
+        InputError: If a prompt is shared and ``shared_prompts`` is ``"raise"``, or if a split has no rows left.
+    """
+    selected, emptied = select_or_explain(splits, shared_prompts)
+    for problem in emptied.values():
+        raise InputError(problem)
+    return selected
+
+
+def select_or_explain(
+    splits: dict[str, PairReader], shared_prompts: SharedPrompts = "drop"
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Select the labelled rows of each split, by default only those whose prompt is not in a later split.
 
     Prompts are compared after :func:`normalise_prompt`.
@@ -29,13 +46,14 @@ def select_rows(splits: dict[str, PairReader], shared_prompts: SharedPrompts = "
             number; ``"keep"`` keeps them; ``"raise"`` raises InputError.
 
     Returns:
-        Ascending row numbers, ``(rows,)``, by split.
+        Ascending row numbers, ``(rows,)``, by split; and the error message of each split that has no rows left.
 
     Raises:
-        InputError: If a prompt is shared and ``shared_prompts`` is ``"raise"``, or if a split has no rows left.
+        InputError: If a prompt is shared and ``shared_prompts`` is ``"raise"``.
     """
     taken: set[str] = set()
     selected: dict[str, np.ndarray] = {}
+    emptied: dict[str, str] = {}
     later: list[str] = []
     normalise = cache(normalise_prompt)
     for name in reversed(splits):
@@ -54,16 +72,16 @@ def select_rows(splits: dict[str, PairReader], shared_prompts: SharedPrompts = "
         selected[name] = np.flatnonzero(labelled & ~shared)
         if not len(selected[name]):
             lost = f", {int(shared.sum())} {have}: {REMEDY}, or" if shared.any() else ":"
-            raise InputError(
+            emptied[name] = (
                 f"data.{name}: none of {len(reader)} rows left: {int((~labelled).sum())} are unlabelled{lost} give "
                 "other splits"
             )
-        if shared.any():
+        elif shared.any():
             remedy = f"; {REMEDY}" if (labelled & shared).sum() > MUCH * labelled.sum() else ""
             logger.warning("data.%s: %d of %d rows %s; left out%s", name, shared.sum(), len(reader), have, remedy)
         taken.update(prompts)
         later.append(name)
-    return selected
+    return selected, emptied
 
 
 def tell_unopened(problem: object) -> None:

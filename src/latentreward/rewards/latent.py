@@ -164,15 +164,15 @@ class LatentReward(RewardSource):
             ``latentreward publish``); a folder in the published layout of ``casiatao/LRM`` or
             ``liuhuohuo/DiNa-LRM-SD35M-12layers``. Folders may also be given as hub ids.
         config: Settings file of the training run; None takes the ``config.yaml`` beside the checkpoint.
-        base: Folder or hub id of the pipeline with the frozen weights; None takes the pipeline that the model names.
-            The layout of ``casiatao/LRM`` names none.
+        base: Pipeline with the frozen base weights, a folder or hub id; by default the one that the model names. The
+            layout of ``casiatao/LRM`` names none.
         share: ``auto`` runs the reward on the policy's network if the reward is an adapter on the same base weights,
             which saves memory; ``never`` loads a second network.
         average: Whether to load the moving average of ``TrainableEMA`` in place of the last weights, if the checkpoint
             has one.
         batch_size: States per forward pass, to bound memory; None takes all at once.
         revision: Branch, tag or commit of a hub id.
-        trust_remote_code: Whether classes that the model's settings name may be imported if they are not registered;
+        trust_remote_code: Whether to import classes that the model's settings name and that are not registered;
             importing runs their code.
         published: Settings that the files of a published layout do not hold, such as ``guidance: 1``.
 

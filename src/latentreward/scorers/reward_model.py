@@ -62,13 +62,13 @@ class RewardModelScorer(ImageScorer):
             checkpoint, or the folder of a run.
         name: Name of the scores in tables; :func:`reward_name` of ``path`` by default.
         noise: Noise levels and seeds; those of the model by default.
-        base: Folder or hub id of the base pipeline; by default the pipeline that the model names.
+        base: Pipeline with the frozen base weights, a folder or hub id; by default the one that the model names.
         config: Settings file of the run; by default the ``config.yaml`` beside the checkpoint.
         device: Device such as ``cuda:1``; ``auto`` takes the accelerator if there is one.
         dtype: Dtype of the backbone; VAE, head and score are float32.
         batch_size: Images per forward pass.
         revision: Branch, tag or commit of a hub id.
-        trust_remote_code: Whether classes that the model's settings name may be imported if they are not registered;
+        trust_remote_code: Whether to import classes that the model's settings name and that are not registered;
             importing runs their code.
         published: Settings that the files of a published layout do not hold, such as ``guidance: 1``.
     """

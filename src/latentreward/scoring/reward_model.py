@@ -58,13 +58,12 @@ class RewardModel(RewardNetwork):
                 published layout (``casiatao/LRM``, ``liuhuohuo/DiNa-LRM-SD35M-12layers``); checkpoint or folder of a
                 training run. A hub id may be followed by a folder in the repository: ``owner/name/folder``.
             revision: Branch, tag or commit of a hub id.
-            base: Diffusers pipeline (folder or hub id) for the pretrained weights that the model does not store; None
-                takes the one that the model names.
+            base: Pipeline with the frozen base weights, a folder or hub id; by default the one that the model names.
             config: ``config.yaml`` of a training run; None looks for it beside the checkpoint.
             device: Device of the model, e.g. ``cuda``; ``auto`` takes an accelerator if there is one.
             dtype: Precision of the backbone; head and scores are always float32.
-            trust_remote_code: Whether the model's settings may name classes that are not registered, which are then
-                imported; see :mod:`~latentreward.scoring.layouts.trust`.
+            trust_remote_code: Whether to import classes that the model's settings name and that are not registered;
+                importing runs their code. See :mod:`~latentreward.scoring.layouts.trust`.
             published: Settings that the files of a published layout do not hold; None takes the defaults. The values in
                 use are logged, and appear in :attr:`published` and :attr:`identity`.
 

@@ -3,6 +3,7 @@
 The original messages list all alternatives of a type over many lines. An unknown message keeps its words, on one line.
 """
 
+import inspect
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -56,6 +57,10 @@ WORDS = {"NoneType": "null", "Sequence": "list", "Iterable": "list", "tuple": "l
 """Name of a Python type -> its name in YAML, if the two differ."""
 LONGEST_VALUE = 200
 """Largest number of characters of a wrong value that a message repeats."""
+NUMBER_OR_TENSOR = "<class 'float'>, <class 'torch.Tensor'>"
+"""Types of an optimiser's learning rate in jsonargparse's messages; settings give it as a number."""
+NAMED_IN: dict[str, str] = {}
+"""Environment variable -> config file that refers to it; filled as the files are read."""
 
 
 def summarise(message: str) -> str:
@@ -99,11 +104,16 @@ def _telling_alternative(union: re.Match[str]) -> str:
 
     If all are type mismatches, the result is one sentence with all types.
     """
+    if union["types"] == NUMBER_OR_TENSOR:  # else the message would be about the import path of a tensor
+        return f"Expected a <class 'float'>. Got value: {union['value']}"
     alternatives = re.split(r"^  - ", union["errors"], flags=re.MULTILINE)[1:]
     alternatives = [re.sub(r"^ {4}", "", alternative, flags=re.MULTILINE) for alternative in alternatives]
     mismatch = ("Expected a <", "Expected a typing", "Not a valid subclass")
     telling = [alternative for alternative in alternatives if not alternative.startswith(mismatch)]
-    return telling[0] if telling else f"Expected a {union['types']}. Got value: {union['value']}"
+    if not telling:
+        return f"Expected a {union['types']}. Got value: {union['value']}"
+    name = re.match(r"(?:\{'class_path': ')?([\w.]+)", union["value"])
+    return re.sub(r"^Import path(?= does not)", f"Import path {name[1]}" if name else "Import path", telling[0])
 
 
 def _wrong_type(match: re.Match[str], setting: str) -> str:
@@ -139,6 +149,23 @@ def _no_class(match: re.Match[str], setting: str) -> str:
     return f"expected the name of a class, got {shown}{did_you_mean('', names_for(setting))}"
 
 
+def _not_a_subclass(match: re.Match[str], setting: str) -> str:
+    path, kind = match.groups()
+    module, _, name = path.rpartition(".")
+    if not inspect.isroutine(getattr(sys.modules.get(module), name, None)):
+        return match[0]
+    return f"the function {path!r} does not state that it returns {kind}; write def {name}(...) -> {kind}"
+
+
+def _unknown_prompts(match: re.Match[str], setting: str) -> str:
+    return match[0] + ("; for prompts from a file say --data PromptDataModule too" if setting == "data" else "")
+
+
+def _unset_variable(match: re.Match[str], setting: str) -> str:
+    place = f", which {NAMED_IN[match[1]]} refers to," if match[1] in NAMED_IN else ""
+    return f"the environment variable {match[1]}{place} is not set; say {match[1]}=VALUE latentreward ..., or export it"
+
+
 def _missing(match: re.Match[str], setting: str) -> str:
     place = f"{setting}{setting and '.'}{match[1]}"
     choices = did_you_mean("", backbone_names()) if match[1] == "backbone" else ""
@@ -155,9 +182,10 @@ REWORDINGS: dict[str, str | Callable[[re.Match[str], str], str]] = {
         r"--restrict-imports does not allow \1; if you trust it, say --restrict-imports=\2"
     ),
     r"Interpolation key '(?:.+' not found \(resolved to '\w+\.)?(.+?)'": rf"${{\1}} {UNSET}",
-    r"KeyError raised while resolving interpolation: .Environment variable '(\w+)'": (
-        r"the environment variable \1 is not set"
-    ),
+    r"Import path (\S+) does not correspond to a subclass of (\w+)": _not_a_subclass,
+    r"Expected '(\S+)' to be a function that returns <class '(\w+)'>": _not_a_subclass,
+    r"Option 'prompts' is not accepted.*": _unknown_prompts,
+    r"KeyError raised while resolving interpolation: .Environment variable '(\w+)'": _unset_variable,
     "no viable alternative at input|token recognition error|mismatched input|missing": (
         "the interpolation is not closed; write ${NAME}, ${oc.env:VARIABLE}, or a value"
     ),

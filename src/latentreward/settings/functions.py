@@ -26,7 +26,7 @@ from typing_extensions import override
 from latentreward.backbones.registry import backbone_names
 from latentreward.errors import InputError
 from latentreward.programs import allow_only, find_modules_here
-from latentreward.settings.errors import CLASS_MODULES, UNSET, summarise, unknown_setting_hint
+from latentreward.settings.errors import CLASS_MODULES, NAMED_IN, UNSET, summarise, unknown_setting_hint
 from latentreward.settings.ranges import check_ranges, leaves
 from latentreward.settings.rewriting import find_config, rewrite_arguments, rewrite_settings, show_secrets
 from latentreward.settings.yaml_text import check_yaml
@@ -47,6 +47,9 @@ class ConfigFile(ActionConfigFile):
     @override
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         path = find_config(values)
+        if Path(path).is_file():
+            text = Path(path).read_text(errors="replace")
+            NAMED_IN.update(dict.fromkeys(re.findall(r"\$\{\s*oc\.env\s*:\s*['\"]?(\w+)", text), values))
         try:
             super().__call__(parser, cfg, path, option_string)
         except (InputError, UnicodeDecodeError) as error:

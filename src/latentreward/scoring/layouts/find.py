@@ -39,8 +39,7 @@ def find_reward(
     Args:
         path: Checkpoint, folder of a training run, model folder, folder of a published layout, or hub id.
         config: ``config.yaml`` of a training run; None looks for it beside the checkpoint.
-        base: Diffusers pipeline for the pretrained weights that the model does not store; None takes the one that the
-            model names.
+        base: Pipeline with the frozen base weights, a folder or hub id; by default the one that the model names.
         average: Whether to take the weights that the callback ``TrainableEMA`` averaged, if a checkpoint has them.
         revision: Branch, tag or commit of a hub id.
         trusted: Whether the model may name classes that are not registered; see :mod:`.trust`.
