@@ -75,3 +75,9 @@ def test_an_open_address_without_a_token_is_warned_of(
     assert warning not in error_of(capsys, "no-such-model", "--port=0")
     monkeypatch.setenv(command.TOKEN_VARIABLE, "s3cret")
     assert warning not in error_of(capsys, "no-such-model", "--host=0.0.0.0", "--port=0")
+
+
+def test_it_says_what_it_loads(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["serve", "no-such-model", "--port=0", "--device=cpu"])
+    assert capsys.readouterr().out == "loading no-such-model on cpu\n"
