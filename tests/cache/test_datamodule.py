@@ -223,6 +223,17 @@ def test_splits_of_one_cache_share_no_prompt_and_only_prediction_sees_unlabelled
     assert [len(kept.datasets[name]) for name in ("train", "val")] == [2, 1]
 
 
+def test_splits_without_pairs_left_do_not_stop_the_others(tmp_path: Path) -> None:
+    folder = write_cache(tmp_path / "cache", [{"image_a": 0, "image_b": 1}], [(16, 16)] * 2)
+    every = dict.fromkeys(("train", "val", "test", "predict"), CachedSplit(str(folder)))
+    data = CachedPreferenceDataModule(**every, batch_size=2, num_workers=0)
+    for loader in (data.test_dataloader(), data.predict_dataloader()):
+        assert [pair for batch in loader for pair in batch.pair_ids] == ["pair00"]
+    for name, later in (("train", "val or test"), ("val", "test")):
+        with pytest.raises(InputError, match=rf"data\.{name}: none of 1 rows left: .* have a prompt that {later} has"):
+            getattr(data, f"{name}_dataloader")()
+
+
 def test_training_goes_on_without_the_cache_that_it_is_only_kept_apart_from(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import LearningRateFinder
 from PIL import Image
 
 from latentreward.data import JSONLPairReader, PreferenceDataModule
@@ -98,3 +99,11 @@ def test_a_run_resumed_with_another_setting_says_so(own: Path, tmp_path: Path, c
     [record] = [record for record in caplog.records if "exif" in record.message]
     assert "trained with exif: ignore, the data now have exif: apply" in record.message
     assert module.model.exif == "apply"
+
+
+def test_a_search_for_the_learning_rate_is_no_resume(own: Path, tmp_path: Path, caplog: Any) -> None:
+    finder = LearningRateFinder(num_training_steps=2, update_attr=False)
+    module = lrm()
+    trainer(max_steps=1, default_root_dir=tmp_path, callbacks=[finder]).fit(module, data(own, "ignore"))
+    assert not any(record.message.startswith("resume: ") for record in caplog.records)
+    assert module.model.exif == "ignore"

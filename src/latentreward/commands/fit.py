@@ -80,13 +80,14 @@ class Parser(SettingsParser, LightningArgumentParser):
     """
 
     @override
-    def instantiate(self, namespace: Namespace, *args: Any, **kwargs: Any) -> Any:
+    def instantiate(self, namespace: Namespace, *args: Any, **options: Any) -> Any:
         command = namespace.get("subcommand")
         if command in USED and namespace[command].get("data") is not None:
             namespace = namespace.clone()
             namespace[command]["data"] = open_readers(command, namespace[command]["data"])
-            self.add_instantiator(partial(with_rows, USED[command]), PairLoaders)  # checked before the model is loaded
-        return super().instantiate(namespace, *args, **kwargs)
+            # Checked here, before the model is loaded.
+            options["instantiators"] = [(partial(with_rows, USED[command]), PairLoaders, True)]
+        return super().instantiate(namespace, *args, **options)
 
     @override
     def dump(self, namespace: Namespace, *args: Any, **kwargs: Any) -> str:

@@ -88,11 +88,14 @@ class RewardModule(PairModule):
         self.model.image_sizes = self._trained_sizes or self.model.image_sizes
 
     def on_train_start(self) -> None:
-        """Record how the training data turn and resize images; warn if a resumed run changes that."""
+        """Record how the training data turn and resize images; warn if a resumed run changes that.
+
+        A learning rate finder also sets the trainer's ``ckpt_path``, but goes back to step 0.
+        """
         dataset = next(datasets_of(self.trainer.train_dataloader), None)
         exif, sizes = getattr(dataset, "exif", None), getattr(dataset, "image_sizes", None)
         sizes_record(sizes)  # raises if the rule cannot be saved
-        if self.trainer.ckpt_path is not None:
+        if self.trainer.global_step:
             self._warn_if_other("resume", "exif", self.model.exif, exif, "the reader's exif")
             self._warn_if_other("resume", "image sizes", self._trained_sizes, sizes, SIZE_SETTINGS)
         self.model.exif = exif or self.model.exif
