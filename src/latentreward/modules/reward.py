@@ -121,7 +121,7 @@ class RewardModule(PairModule):
             self._warn_if_other(command, "image sizes", self._trained_sizes, sizes, SIZE_SETTINGS)
 
     def _warn_if_other(self, command: str, name: str, trained: Any, now: Any, setting: str) -> None:
-        if None not in (trained, now) and trained != now:
+        if None not in (trained, now) and trained != now and self.trainer.is_global_zero:
             logger.warning(
                 "%s: the reward was trained with %s: %s, the data now have %s: %s; set %s to keep to the training",
                 command,
