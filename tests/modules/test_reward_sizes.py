@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, Subset
 
 from latentreward.cache.dataset import CachedPairDataset
 from latentreward.cache.index import CacheIndex
 from latentreward.contracts import ImageRef
 from latentreward.data import JSONLPairReader, PreferenceDataModule
+from latentreward.data.collate import collate_pairs
 from latentreward.data.image_sizes import ImageSizes, NearestBucket, OneSize
 from latentreward.data.images import PixelLoader
 from latentreward.errors import InputError
@@ -115,6 +117,14 @@ def test_another_size_is_said(own: Path, tmp_path: Path, caplog: Any) -> None:
     trainer(max_steps=2, max_epochs=9).fit(module, data(own, 16), ckpt_path=checkpoint)
     assert said(caplog)[0].startswith("resume: ")
     assert module.model.image_sizes == OneSize(16, 16, "center_crop")
+
+
+def test_a_part_of_a_data_set_has_its_sizes(own: Path) -> None:
+    module, source = lrm(), data(own)
+    source.setup("fit")
+    part = Subset(source.datasets["train"], [0, 1])
+    trainer(max_steps=1).fit(module, DataLoader(part, batch_size=2, collate_fn=collate_pairs))
+    assert module.model.image_sizes == OneSize(*SIZE, "center_crop")
 
 
 def test_a_run_of_an_earlier_version_goes_on_without_a_warning(own: Path, tmp_path: Path, caplog: Any) -> None:

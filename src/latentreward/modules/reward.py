@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch.cli import SaveConfigCallback
 from torch import Tensor
+from torch.utils.data import Subset
 
 from latentreward.backbones.base import DiffusionBackbone
 from latentreward.contracts import CrossScores, FeatureSpec, PairScores, PreferenceBatch
@@ -231,5 +232,8 @@ class RewardModule(PairModule):
 def datasets_of(loaders: Any) -> Iterator[Any]:
     """Yield the data set of each loader that has one; a trainer holds one loader or a list."""
     for loader in loaders if isinstance(loaders, list | tuple) else [loaders]:
-        if (dataset := getattr(loader, "dataset", None)) is not None:
+        dataset = getattr(loader, "dataset", None)
+        while isinstance(dataset, Subset):  # of random_split, in a script of one's own
+            dataset = dataset.dataset
+        if dataset is not None:
             yield dataset
