@@ -1,6 +1,7 @@
 """LPO: what rollouts give, what a step does with it, and whole runs."""
 
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,19 @@ import pytest
 import torch
 from torch import nn
 
+from latentreward.backbones import LoRA
 from latentreward.contracts import NoisyStates, PromptBatch, StepPairs, take_rows
+from latentreward.data.image_sizes import OneSize
 from latentreward.errors import InputError
 from latentreward.modules import LPOModule, SPOModule
 from latentreward.policies import PolicySource
+from latentreward.rewards import LatentReward
 from latentreward.rollout import Branching, FixedThreshold, Sampling
+from latentreward.scoring.layouts.config import sizes_record
 from tests.marks import slow_after
 from tests.modules.lpo_runs import PROMPTS, BrightnessSource, loaders, lpo, make_trainer, weights
+from tests.rewards.stored import write_run
+from tests.tiny_pipelines import source_of
 
 SHOWN = PromptBatch(PROMPTS[:3], ("0/0", "0/1", "0/2"))
 
@@ -215,3 +222,28 @@ def test_spo_is_lpo_with_other_settings() -> None:
     steps = module.candidates.steps(module.sampler)
     assert [module.sampler.timesteps[step].item() for step in steps[:1]] == [751.0]
     assert module.candidates.score_at == "candidate"
+
+
+@pytest.mark.parametrize(("size", "warned"), slow_after(1, [((8, 24), True), ((16, 16), False), (None, False)]))
+def test_a_reward_of_another_size_is_said(size: Any, warned: bool, tmp_path: Path) -> None:
+    write_run(tmp_path / "run", "lrm", "sd15")
+    content = torch.load(tmp_path / "run" / "reward.ckpt", weights_only=True)
+    content["image_sizes"] = sizes_record(size and OneSize(*size, "center_crop"))
+    torch.save(content, tmp_path / "run" / "reward.ckpt")
+    module = LPOModule(
+        PolicySource(source_of("sd15"), lora=LoRA(rank=2, alpha=2.0)),
+        LatentReward(str(tmp_path / "run")),
+        FixedThreshold(0.0),
+        Sampling(num_inference_steps=3),
+        Branching(num_candidates=2),
+        guidance_scale=1.0,
+        seed=0,
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make_trainer(tmp_path, max_steps=1).fit(module, loaders())
+    said = [str(one.message) for one in caught if "trained on images" in str(one.message)]
+    assert said == warned * [
+        "model.reward: trained on images of 8x24 center-cropped, but the policy samples 16x16; set "
+        "model.sampling.height and width, or train a reward at this size"
+    ]

@@ -20,17 +20,17 @@ from torch import Tensor
 from transformers import CLIPTextModel
 
 from latentreward.backbones import LoRA as BackboneLoRA
-from latentreward.backbones import SD3DiTBackbone, register_backbone, sd35_medium
+from latentreward.backbones import SD3DiTBackbone, register_backbone, sd35_medium, sd_tiny
 from latentreward.data.image_sizes import NearestBucket, OneSize
 from latentreward.errors import InputError
-from latentreward.heads import GatedQFormerHead
+from latentreward.heads import CLIPProjectionHead, GatedQFormerHead
 from latentreward.rewards import LatentReward
 from latentreward.scoring import RewardModel, ScoringNoise
 from latentreward.scoring.calibration import Calibration
 from latentreward.scoring.layouts import saving
 from latentreward.scoring.layouts.card import Card
 from latentreward.scoring.layouts.find import find_reward
-from latentreward.scoring.layouts.recipe import ModelPart, ModelRecipe
+from latentreward.scoring.layouts.recipe import ModelPart, ModelRecipe, recipe_in_python
 from tests.marks import slow_after
 from tests.rewards.stored import scores_by, states_of, tiny_policy, write_run
 from tests.scoring.test_published import write_dina, write_lrm
@@ -251,6 +251,16 @@ def test_another_name_of_the_base_for_others(tmp_path: Path) -> None:
     assert torch.equal(scores(again), scores(model))
 
 
+def test_the_name_of_a_shipped_pipeline_is_a_base(tmp_path: Path) -> None:
+    backbone = sd_tiny(tuning="frozen")
+    model = RewardModel(backbone, CLIPProjectionHead(backbone.feature_spec))
+    model.recipe = recipe_in_python(backbone, model.head)
+    model.save_pretrained(tmp_path / "saved")
+    again = RewardModel.from_pretrained(tmp_path / "saved", base="sd_tiny")
+    assert again.backbone.source == backbone.source
+    assert torch.equal(again.score("a cat", pictures(1)), model.score("a cat", pictures(1)))
+
+
 @pytest.mark.parametrize("name", slow_after(1, ["sd35", "sd15"]))
 @pytest.mark.parametrize("text", ["frozen", "lora"])
 def test_a_saved_adapter_runs_on_the_policys_network(name: str, text: str, tmp_path: Path) -> None:
@@ -260,6 +270,7 @@ def test_a_saved_adapter_runs_on_the_policys_network(name: str, text: str, tmp_p
     own = LatentReward(str(saved), share="never").load(policy)
     expected = own(states, own.encode_prompts(PROMPTS[:2]))
     shared = LatentReward(str(saved)).load(policy)
+    assert shared.model.image_sizes == own.model.image_sizes
     assert shared.model.backbone.get_submodule(policy_network(name)) is policy.network
     assert (shared.model.backbone.text_encoder is policy.text_encoder) == (text == "frozen")
     torch.testing.assert_close(shared(states, shared.encode_prompts(PROMPTS[:2])), expected, rtol=1e-5, atol=1e-5)

@@ -250,6 +250,9 @@ def test_the_range_of_a_tensor_can_be_given_and_is_doubted(lrm: RewardModel, cap
     assert "value_range=(0, 1)" in record.message
     RewardModel.of(lrm).score("a cat", pixels, value_range=(-1, 1))
     assert len(caplog.records) == 1
+    larger = to_tensor(picture(3, PIXELS, 2 * PIXELS))
+    model.score("a cat", larger, value_range=(0, 1))
+    assert f"{PIXELS}×{2 * PIXELS} pixels and scored at that size" in caplog.records[1].message
     with pytest.raises(InputError, match=r"value_range is \(1, 0\); give the lowest and the highest value"):
         model.score("a cat", pixels, value_range=(1, 0))
     with pytest.raises(InputError, match=r"magnitude 255, not within value_range=\(0, 1\)"):

@@ -33,11 +33,14 @@ TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj", "q", "k", "v", "o")
 OWN_ATTENTION = (None, "eager", "sdpa")
 """Values of transformers' ``attn_implementation`` that need PyTorch alone."""
 
+SHIPPED = ("sd_tiny", "sd35_tiny")
+"""Names of the tiny pipelines that come with the package."""
+
 Backbone = TypeVar("Backbone", bound="DiffusionBackbone")
 
 
 def tiny_pipeline(name: str) -> str:
-    """Return the folder of a shipped tiny pipeline, ``sd_tiny`` or ``sd35_tiny``."""
+    """Return the folder of a shipped tiny pipeline, one of :data:`SHIPPED`."""
     return str(files("latentreward.tinyworld") / "pipelines" / name)
 
 
@@ -50,7 +53,7 @@ class PipelineSource:
     A folder that has ``unet/`` or ``transformer/`` but no ``model_index.json`` counts as a pipeline without encoders.
 
     Args:
-        source: Folder or hub id.
+        source: Folder, hub id, or name of a shipped pipeline (:data:`SHIPPED`).
         revision: Branch, tag or commit of a hub id.
         variant: File variant of the weights, such as ``fp16``.
 
@@ -59,7 +62,8 @@ class PipelineSource:
     """
 
     def __init__(self, source: str, revision: str | None = None, variant: str | None = None) -> None:
-        self.source, self.revision, self.variant = str(source), revision, variant
+        self.source = tiny_pipeline(source) if source in SHIPPED else str(source)
+        self.revision, self.variant = revision, variant
         self._offline: bool | None = None
         folder = Path(self.source)
         looks_local = folder.is_absolute() or self.source.startswith((".", "~")) or self.source.count("/") > 1

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from latentreward.encoders.prompts import PromptEncoder
     from latentreward.encoders.vae import LatentEncoder
 
-SHIPPED = ("sd_tiny", "sd35_tiny")
-"""Names of the pipelines that ship with the package."""
 RELEASED_SPACE = LatentSpace(channels=16, downscale=8, scaling_factor=1.5305, shift_factor=0.0609)
 """Latent space of Stable Diffusion 3 and 3.5, which DiNa-LRM's released cache uses."""
 
@@ -117,11 +115,10 @@ class PipelineEncoders(LatentSource):
         Raises:
             InputError: If the source is not a pipeline with these parts.
         """
-        from latentreward.backbones.loading import PipelineSource, tiny_pipeline
+        from latentreward.backbones.loading import PipelineSource
         from latentreward.encoders.fingerprint import text_fingerprint, vae_fingerprint
 
-        source = tiny_pipeline(self.source) if self.source in SHIPPED else self.source
-        pipeline = PipelineSource(source, self.revision, self.variant)
+        pipeline = PipelineSource(self.source, self.revision, self.variant)
         vae = pipeline.latent_encoder(self.vae_dtype)
         if not self.text:
             return Encoders(vae.space, vae, vae_fingerprint(vae.vae))

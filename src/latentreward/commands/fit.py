@@ -328,15 +328,19 @@ class TrainingCLI(LightningCLI):
         """Prepare ``fit``: lock the run folder when all ranks have started, and find the checkpoint to resume from.
 
         A job that SLURM restarted resumes from ``last`` if ``ckpt_path`` is not set. Lightning's warning about a
-        non-empty checkpoint folder is suppressed for a resumed run.
+        non-empty checkpoint folder is suppressed for a resumed run, and for a folder that holds no checkpoint.
         """
         self.trainer.strategy.setup_environment = partial(lock_run, self.trainer, self.held)  # type: ignore[method-assign]
         settings = self.config_init[self.command]
         if settings["ckpt_path"] is None and int(os.environ.get("SLURM_RESTART_COUNT") or 0):
             settings["ckpt_path"] = "last"
         self._find_last()
+        callbacks = self.trainer.checkpoint_callbacks
+        folders = [Path(given) for saving in callbacks if (given := getattr(saving, "dirpath", None))]
+        known = [folder for folder in folders if not any(folder.glob("*.ckpt"))]
         if path := settings["ckpt_path"]:  # a resumed run writes to the folder that it resumes from
-            folder = Path(path).resolve().parent
+            known.append(Path(path).resolve().parent)
+        for folder in known:
             either = "|".join(re.escape(str(name)) for name in (folder, os.path.relpath(folder)))
             warnings.filterwarnings("ignore", message=f"Checkpoint directory ({either}) exists and is not empty")
 

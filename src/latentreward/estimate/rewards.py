@@ -49,6 +49,10 @@ class Unread(SharingReward):
         with torch.device("meta"):
             return build_head(self._part(), spec).requires_grad_(False).eval()
 
+    @property
+    def image_sizes(self) -> None:
+        """Return None: no checkpoint is read."""
+
     def load(self) -> RewardNetwork:
         """See :meth:`StoredReward.load`."""
         with torch.device("meta"):

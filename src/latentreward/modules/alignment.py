@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any, Generic, TypeVar
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from latentreward.contracts import Conditioning, NoisyStates, PromptBatch, RolloutStatistics, StepPairs, StepSamples
@@ -17,7 +18,8 @@ from latentreward.modules.sharding import shard_policy, shard_reward
 from latentreward.policies import PolicySource
 from latentreward.policies.checkpoint import SOURCE
 from latentreward.rewards import RewardSource
-from latentreward.rollout import CandidateStep, RolloutDraws, Transition, candidate_steps, gap_quantiles
+from latentreward.rewards.latent import LatentScorer
+from latentreward.rollout import CandidateStep, RolloutDraws, Sampling, Transition, candidate_steps, gap_quantiles
 
 Experience = TypeVar("Experience", StepPairs, StepSamples)
 
@@ -67,9 +69,14 @@ class RewardedModule(AlignmentModule):
         reward: Source of the reward, which scores latents of the policy.
         options: See :class:`AlignmentModule`.
 
+    Attributes:
+        sampling: Settings of the sampler; a derived class sets its own.
+
     Raises:
         InputError: If the reward takes latents of another space than the policy makes.
     """
+
+    sampling = Sampling()
 
     def __init__(self, policy: PolicySource, reward: RewardSource, **options: Any) -> None:
         reward.require_latents_of(policy)
@@ -90,7 +97,8 @@ class RewardedModule(AlignmentModule):
         network calls its blocks.
         """
         super().on_fit_start()
-        shape = self.policy.latent_shape()
+        shape = self.policy.latent_shape(self.sampling.height, self.sampling.width)
+        self._compare_sizes(shape)
         noise = torch.randn(3, *shape, generator=torch.Generator().manual_seed(self.seed)).to(self.device)
         levels = self.policy.noise_process.timesteps
         timesteps = levels[[0, len(levels) // 2, -1]].to(self.device)
@@ -102,6 +110,18 @@ class RewardedModule(AlignmentModule):
             self.reward(NoisyStates(noise, timesteps, torch.zeros(3, dtype=torch.int64), noise), encoded)
         for buffer, value in before:
             buffer.copy_(value)
+
+    def _compare_sizes(self, shape: tuple[int, int, int]) -> None:
+        """Warn if the policy samples latents of a ``shape`` that a latent reward was not trained at."""
+        height, width = (side * self.policy.latent_space.downscale for side in shape[1:])
+        for part in self.reward.modules():
+            if isinstance(part, LatentScorer) and (sizes := part.model.image_sizes) is not None:
+                loader = sizes.loader(height, width)
+                if (loader.height, loader.width) != (height, width):
+                    rank_zero_warn(
+                        f"model.reward: trained on images of {sizes}, but the policy samples {height}x{width}; set "
+                        "model.sampling.height and width, or train a reward at this size"
+                    )
 
     def compute_precision(self) -> AbstractContextManager[Any]:
         """Return the context of the trainer's precision (autocast), for work outside training steps."""

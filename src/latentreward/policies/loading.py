@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from latentreward.backbones.loading import PipelineSource, check_channels, set_execution, tiny_pipeline
+from latentreward.backbones.loading import SHIPPED, PipelineSource, check_channels, set_execution
 from latentreward.backbones.tuning import LoRA, StorageDtype, store_frozen
 from latentreward.contracts import LatentSpace
 from latentreward.errors import InputError, first_line
@@ -17,9 +17,6 @@ from latentreward.seeding import pair_generator
 
 if TYPE_CHECKING:
     from latentreward.encoders.prompts import PromptEncoder
-
-SHIPPED = ("sd_tiny", "sd35_tiny")
-"""Names of the pipelines that the package ships for tests and demos."""
 
 
 @dataclass
@@ -56,8 +53,7 @@ class PolicySource:
 
     def pipeline(self) -> PipelineSource:
         """Return the reader of the pipeline's configs and parts."""
-        source = tiny_pipeline(self.source) if self.source in SHIPPED else self.source
-        return PipelineSource(source, self.revision, self.variant)
+        return PipelineSource(self.source, self.revision, self.variant)
 
     def latent_space(self) -> LatentSpace:
         """Return the latent space of the pipeline's VAE, read from configs only."""

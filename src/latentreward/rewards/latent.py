@@ -242,4 +242,5 @@ class LatentReward(RewardSource):
             whole = stored.load()
             encoder, head = whole.backbone.text_encoder, whole.head
         model = RewardNetwork(outline.with_network(policy.network, encoder), head)
+        model.image_sizes = stored.image_sizes or model.image_sizes
         return LatentScorer(model, policy.noise_process, self.batch_size, policy, partial(policy.adapters.use, adapter))

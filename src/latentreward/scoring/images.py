@@ -117,7 +117,7 @@ def as_pixels(images: Tensor, value_range: tuple[float, float] | None) -> Tensor
     return pixels
 
 
-def doubts_of_pixels(pixels: Tensor, sizes: ImageSizes | None) -> dict[str, str]:
+def doubts_of_pixels(pixels: Tensor, sizes: ImageSizes | None, range_given: bool) -> dict[str, str]:
     """Return warnings about a tensor that should hold pixels in [-1, 1]; an empty mapping if there is no doubt.
 
     The key ``range`` stands for values that all lie in [0, 1], ``size`` for a size that the model was not trained at.
@@ -125,9 +125,10 @@ def doubts_of_pixels(pixels: Tensor, sizes: ImageSizes | None) -> dict[str, str]
     Args:
         pixels: ``(N, 3, H, W)``.
         sizes: The model's rule for image sizes; None skips the check of the size.
+        range_given: Whether the user named the range of values, which is then not checked.
     """
     doubts = {}
-    if pixels.numel() and pixels.detach().min() >= 0 and pixels.detach().max() <= 1:
+    if not range_given and pixels.numel() and pixels.detach().min() >= 0 and pixels.detach().max() <= 1:
         doubts["range"] = (
             "all values of the image tensor lie in [0, 1], but [-1, 1] is expected; give value_range=(0, 1), or "
             "value_range=(-1, 1) if they are right"

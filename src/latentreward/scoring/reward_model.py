@@ -187,8 +187,8 @@ class RewardModel(RewardNetwork):
         check_at_least_one(batch_size=batch_size)
         given = as_images(images, value_range)
         texts = prompt_of_each(prompts, len(given))
-        if isinstance(given, Tensor) and value_range is None:
-            for kind, doubt in doubts_of_pixels(given, self.image_sizes).items():
+        if isinstance(given, Tensor):
+            for kind, doubt in doubts_of_pixels(given, self.image_sizes, value_range is not None).items():
                 self.warn_once(kind, doubt)
         self._doubt_empty(texts)
         return score_images(self, texts, given, levels, batch_size)

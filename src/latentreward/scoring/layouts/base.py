@@ -11,6 +11,7 @@ from torch import Tensor
 
 from latentreward.backbones import DiffusionBackbone
 from latentreward.contracts import LatentSpace
+from latentreward.data.image_sizes import ImageSizes
 from latentreward.data.images import ExifOrientation
 from latentreward.heads import RewardHead
 from latentreward.scoring.network import RewardNetwork
@@ -31,6 +32,11 @@ class StoredReward(ABC):
     def exif(self) -> ExifOrientation:
         """Handling of images' EXIF orientation, ``apply`` or ``ignore``; ``ignore`` for the published layouts."""
         return "ignore"
+
+    @property
+    def image_sizes(self) -> ImageSizes | None:
+        """Rule by which the training images were resized; None if not recorded, as in the published layouts."""
+        return None
 
     @abstractmethod
     def latent_space(self) -> LatentSpace:

@@ -23,7 +23,9 @@ import torch
 from torch import Tensor
 
 from latentreward.backbones import DiffusionBackbone
+from latentreward.backbones.loading import SHIPPED
 from latentreward.checkpoints.base_weights import same_values, sample, without_adapters
+from latentreward.data.image_sizes import ImageSizes
 from latentreward.data.images import ExifOrientation
 from latentreward.errors import InputError, errors_at
 from latentreward.heads import RewardHead
@@ -87,6 +89,11 @@ class PretrainedReward(SharingReward):
         """See :attr:`StoredReward.exif`."""
         return self.config.exif
 
+    @property
+    def image_sizes(self) -> ImageSizes | None:
+        """See :attr:`StoredReward.image_sizes`."""
+        return self.config.image_sizes
+
     def _backbone(self) -> DiffusionBackbone:
         """See :meth:`SharingReward._backbone`; parameters that were trained are trainable, all others are frozen."""
         recipe = self.config.recipe
@@ -121,7 +128,8 @@ class PretrainedReward(SharingReward):
     def _check_base_is_here(self) -> None:
         """Raise InputError if the base is the name of a folder on the author's machine, which does not exist here."""
         source = self.config.recipe.source
-        if is_ours(self.config.recipe.backbone) and source and "/" not in source and not Path(source).exists():
+        named = source and source not in SHIPPED and "/" not in source
+        if is_ours(self.config.recipe.backbone) and named and not Path(source).exists():
             raise InputError(
                 f"{self.folder / CONFIG}: the base {source!r} is the name of a folder of whoever published the model; "
                 "give your copy of it as base"
@@ -153,8 +161,7 @@ class PretrainedReward(SharingReward):
             backbone.drop_text_taps()
         model.recipe, model.calibration = self.config.recipe, self.config.calibration
         model.noise, model.exif = self.config.noise, self.exif
-        if self.config.image_sizes is not None:
-            model.image_sizes = self.config.image_sizes
+        model.image_sizes = self.image_sizes or model.image_sizes
         return model.requires_grad_(False).eval()
 
     def _check_base(self, backbone: DiffusionBackbone) -> None:

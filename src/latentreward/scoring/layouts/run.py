@@ -143,7 +143,7 @@ class TrainedReward(SharingReward):
 
     @property
     def image_sizes(self) -> ImageSizes | None:
-        """Rule by which the training images were resized; None if not recorded, as in earlier versions."""
+        """See :attr:`StoredReward.image_sizes`; earlier versions recorded nothing. No tensor is read."""
         with errors_at(f"{self.checkpoint}: "):
             return sizes_of(self._recorded.get("image_sizes"))
 
