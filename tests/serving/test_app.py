@@ -349,6 +349,7 @@ def test_an_unknown_field_of_a_form_is_named(address: str) -> None:
 def test_health_model_and_metrics(address: str) -> None:
     assert httpx.get(f"{address}/healthz").json() == {"live": True, "ready": True}
     model = httpx.get(f"{address}/v1/model").json()
+    assert model["u"] == pytest.approx([0.4], abs=1e-3)
     assert model["model"] == tiny_reward().identity and model["latent_space"]["channels"] == 4
     reply = httpx.get(f"{address}/metrics")
     text = reply.text

@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from latentreward.errors import InputError, one_line
 from latentreward.scoring import RewardModel
+from latentreward.scoring.scoring_noise import timesteps_of
 from latentreward.serving.batch_scorer import AnyRow, LatentRow, RowScorer, standing
 from latentreward.serving.batching import MicroBatcher
 from latentreward.serving.bodies import BodyReader, MemoryBudget
@@ -119,13 +120,14 @@ class ScoringService:
 
     def describe(self) -> dict[str, Any]:
         """Describe the model and the server's limits, as values for JSON."""
-        accepted = self.accepted
+        accepted, backbone = self.accepted, self.reward.backbone
         return {
             "model": self.reward.identity,
-            "latent_space": asdict(self.reward.backbone.latent_space),
+            "latent_space": asdict(backbone.latent_space),
             "prompt_embeds_width": accepted.text_width,
             "pooled_prompt_embeds_width": accepted.pooled_width,
             "noise": str(self.reward.noise),
+            "u": backbone.noise_process.sigma(timesteps_of(self.reward.noise, backbone.noise_process)).tolist(),
             "fresh_noise": self.settings.fresh_noise,
             "calibrated": standing(self.reward, torch.zeros(1)) is not None,
             "batch_size": self.settings.batch_size,
