@@ -105,7 +105,7 @@ class PipelineSource:
         path = self._file(name)
         if not path.is_file():
             raise InputError(f"source={self.source!r} lacks {name}; download the whole pipeline again")
-        return read_mapping(path, f"source={self.source!r}")
+        return read_mapping(path, f"source={self.source!r}: {name}")
 
     def config(self, part: str) -> dict[str, Any]:
         """Read the config of ``part``, such as ``unet``, ``vae`` or ``scheduler``.
@@ -256,7 +256,7 @@ def load_weights(
     if not hasattr(family, "load_config"):  # so that transformers, like diffusers, reports mismatched shapes by name
         options |= {"ignore_mismatched_sizes": True, "config": encoder_config(family, source, **place)}
     elif (path := Path(source) / options.get("subfolder", "") / "config.json").is_file():
-        check_depth(read_mapping(path, where), where)
+        check_depth(read_mapping(path, f"{where}: {path.name}"), where)
     try:
         with no_progress_bar():
             model, report = family.from_pretrained(
@@ -346,12 +346,12 @@ def numbers_in(value: Any) -> Iterator[float]:
         yield value
 
 
-def read_mapping(path: Path, where: str) -> dict[str, Any]:
+def read_mapping(path: Path, name: str) -> dict[str, Any]:
     """Read a JSON file that holds an object.
 
     Args:
         path: File.
-        where: Place of the file, for the message.
+        name: Name of the file, for the message.
 
     Raises:
         InputError: If the file is damaged.
@@ -359,9 +359,9 @@ def read_mapping(path: Path, where: str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: {path.name} is damaged ({first_line(error)}); download it again") from error
+        raise InputError(f"{name} is damaged ({first_line(error)}); download it again") from error
     if not isinstance(content, dict):
-        raise InputError(f"{where}: {path.name} is damaged (it holds a {type(content).__name__}); download it again")
+        raise InputError(f"{name} is damaged (it holds a {type(content).__name__}); download it again")
     return content
 
 

@@ -375,7 +375,7 @@ class PublishedDiNaLRM(PublishedLayout, SharingReward):
         inject_adapter(backbone.transformer, self.folder / DINA_ADAPTER)
         return backbone.requires_grad_(False)
 
-    def _head(self, spec: FeatureSpec) -> GatedQFormerHead:
+    def _head(self, spec: FeatureSpec) -> RewardHead:
         """Load the trained head."""
         path = self.folder / "checkpoint" / "rm_head.pt"
         state = read_tensors(path)
