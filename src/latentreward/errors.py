@@ -2,11 +2,16 @@
 
 import difflib
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 LONGEST_LIST = 30
 """Number of valid names up to which an error message lists all of them."""
+
+
+UNSEEN = ("Cc", "Cf", "Cs")
+"""Unicode categories of characters that a terminal does not draw but may obey."""
 
 
 class InputError(ValueError):
@@ -83,7 +88,16 @@ def one_line(error: BaseException) -> str:
     text = str(error)
     if re.match(r"Caught \w+ in DataLoader worker", text):  # torch puts the worker's traceback before the message
         text = text.rstrip().splitlines()[-1].partition(": ")[2]
-    return " ".join(text.split()) or type(error).__name__
+    return printable(" ".join(text.split())) or type(error).__name__
+
+
+def printable(text: str) -> str:
+    """Escape characters by which a file's name or a prompt could steer a terminal; line breaks stay.
+
+    These are control characters, and those that change the direction of writing.
+    """
+    shown = (c if c == "\n" or unicodedata.category(c) not in UNSEEN else ascii(c)[1:-1] for c in text)
+    return text if text.isascii() and text.replace("\n", "").isprintable() else "".join(shown)
 
 
 def first_line(error: BaseException) -> str:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from latentreward.backbones.tuning import LoRA, StorageDtype, Tuning, store_frozen, tune
@@ -35,6 +34,10 @@ OWN_ATTENTION = (None, "eager", "sdpa")
 
 SHIPPED = ("sd_tiny", "sd35_tiny")
 """Names of the tiny pipelines that come with the package."""
+LARGEST_SAMPLE = 1024
+"""Largest side, in latent pixels, of the images that a network may name as its own size."""
+MOST_LAYERS = 100
+"""Largest number of layers that a config may name; the deepest block of Stable Diffusion XL has 10, SD3 38."""
 
 Backbone = TypeVar("Backbone", bound="DiffusionBackbone")
 
@@ -105,10 +108,7 @@ class PipelineSource:
         path = self._file(name)
         if not path.is_file():
             raise InputError(f"source={self.source!r} lacks {name}; download the whole pipeline again")
-        try:
-            return json.loads(path.read_text())
-        except ValueError as error:
-            raise InputError(f"source={self.source!r}: {name} is damaged ({error}); download it again") from error
+        return read_mapping(path, f"source={self.source!r}: {name}")
 
     def config(self, part: str) -> dict[str, Any]:
         """Read the config of ``part``, such as ``unet``, ``vae`` or ``scheduler``.
@@ -258,12 +258,14 @@ def load_weights(
         return from_config(family, source, options.get("torch_dtype", options.get("dtype")), **place).eval()
     if not hasattr(family, "load_config"):  # so that transformers, like diffusers, reports mismatched shapes by name
         options |= {"ignore_mismatched_sizes": True, "config": encoder_config(family, source, **place)}
+    elif (path := Path(source) / options.get("subfolder", "") / "config.json").is_file():
+        check_depth(read_mapping(path, f"{where}: {path.name}"), where)
     try:
         with no_progress_bar():
             model, report = family.from_pretrained(
                 source, **{"torch_dtype": torch.float32, **options}, use_safetensors=True, output_loading_info=True
             )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # for wrong values in a config the libraries raise errors of many types
         raise InputError(f"cannot load {where}: {first_line(error)}") from error
     for kind in refused:
         names = sorted(str(name[0] if isinstance(name, tuple) else name) for name in report[f"{kind}_keys"])
@@ -288,13 +290,82 @@ def from_config(family: type[Any], source: str, dtype: torch.dtype | str | None,
         source: Folder or hub id.
         dtype: Type of the weights; None or a text leaves float32.
         place: ``subfolder``, ``revision`` and ``local_files_only``.
+
+    Raises:
+        InputError: If the config cannot be read, or the class rejects it.
     """
-    if hasattr(family, "load_config"):
-        network = family.from_config(family.load_config(source, **place))
-    else:
-        network = family(encoder_config(family, source, **place))
+    where = f"{source}/{place['subfolder']}" if place.get("subfolder") else source
+    try:
+        if hasattr(family, "load_config"):
+            check_depth(config := family.load_config(source, **place), where)
+            network = family.from_config(config)
+        else:
+            network = family(encoder_config(family, source, **place))
+    except InputError:
+        raise
+    except Exception as error:  # for wrong values the libraries raise errors of many types
+        raise InputError(f"cannot load {where}: {first_line(error)}") from error
     # Not its own `to`: diffusers' warns, whether a type changes or not.
     return nn.Module.to(network, dtype) if isinstance(dtype, torch.dtype) else network
+
+
+def check_depth(config: Mapping[str, Any], where: str) -> None:
+    """Refuse a config that names more layers than any network has; making them would take hours.
+
+    Args:
+        config: Config of a network; entries whose names contain ``layers`` are numbers of layers or lists of them.
+        where: Place of the config, for the message.
+
+    Raises:
+        InputError: If a number of layers is above :data:`MOST_LAYERS`.
+    """
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            check_depth(value, where)
+        elif "layers" in str(name) and any(number > MOST_LAYERS for number in numbers_in(value)):
+            raise InputError(f"cannot load {where}: its config.json names more than {MOST_LAYERS} layers ({name})")
+
+
+def check_sample_size(size: Any) -> None:
+    """Refuse a ``sample_size`` of a network, to which images are resized, that would fill any machine's memory.
+
+    Args:
+        size: Side in latent pixels, or height and width.
+
+    Raises:
+        InputError: If a side is not a whole number from 1 to :data:`LARGEST_SAMPLE`.
+    """
+    sides = size if isinstance(size, list | tuple) else [size, size]
+    if len(sides) != 2 or not all(type(side) is int and 1 <= side <= LARGEST_SAMPLE for side in sides):
+        raise InputError(f"the network's sample_size is {size!r}, not a size from 1 to {LARGEST_SAMPLE}")
+
+
+def numbers_in(value: Any) -> Iterator[float]:
+    """Yield the numbers in a value and in nested lists."""
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from numbers_in(item)
+    elif isinstance(value, int | float):
+        yield value
+
+
+def read_mapping(path: Path, name: str) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Args:
+        path: File.
+        name: Name of the file, for the message.
+
+    Raises:
+        InputError: If the file is damaged.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{name} is damaged ({first_line(error)}); download it again") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{name} is damaged (it holds a {type(content).__name__}); download it again")
+    return content
 
 
 def check_tokenizer(tokenizer: Any, rows: int, name: str, remedy: str) -> None:
@@ -324,8 +395,9 @@ def encoder_config(family: type[Any], source: str, **place: Any) -> Any:
     where = f"{source}/{place['subfolder']}" if place.get("subfolder") else source
     try:
         config = family.config_class.from_pretrained(source, **place)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except Exception as error:  # for wrong values the library raises errors of many types
         raise InputError(f"cannot load {where}: {first_line(error)}") from error
+    check_depth(config.to_dict(), where)
     attention = config._attn_implementation
     if attention not in OWN_ATTENTION:
         raise InputError(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from latentreward.backbones.base import DiffusionBackbone, check_taps
-from latentreward.backbones.loading import PipelineSource, check_channels, finish, tiny_pipeline
+from latentreward.backbones.loading import PipelineSource, check_channels, check_sample_size, finish, tiny_pipeline
 from latentreward.backbones.registry import register_backbone
 from latentreward.backbones.tuning import StorageDtype
 from latentreward.contracts import Conditioning, Features, FeatureSpec, LatentSpace, TapSpec
@@ -76,6 +76,7 @@ class SD3DiTBackbone(DiffusionBackbone):
         **encoders: Any,
     ) -> None:
         super().__init__(noise_process, latent_space, **encoders)
+        check_sample_size(transformer.config.sample_size)
         depth = len(transformer.transformer_blocks)
         num_layers = max([*visual_taps, *text_taps, 1]) if num_layers is None else num_layers
         if not 1 <= num_layers <= depth:

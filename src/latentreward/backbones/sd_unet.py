@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from latentreward.backbones.base import DiffusionBackbone, check_taps
-from latentreward.backbones.loading import PipelineSource, check_channels, finish, tiny_pipeline
+from latentreward.backbones.loading import PipelineSource, check_channels, check_sample_size, finish, tiny_pipeline
 from latentreward.backbones.registry import register_backbone
 from latentreward.backbones.tuning import StorageDtype, Tuning
 from latentreward.contracts import Conditioning, Features, FeatureSpec, LatentSpace, TapSpec
@@ -39,7 +39,7 @@ class SDUNetBackbone(DiffusionBackbone):
         encoders: ``text_encoder`` and ``vae``, see :class:`DiffusionBackbone`.
 
     Raises:
-        InputError: If a tap is not one of the network's blocks.
+        InputError: If a tap is not one of the network's blocks, or the network's ``sample_size`` is not valid.
     """
 
     network_name = "unet"
@@ -55,6 +55,7 @@ class SDUNetBackbone(DiffusionBackbone):
         **encoders: Any,
     ) -> None:
         super().__init__(noise_process, latent_space, **encoders)
+        check_sample_size(unet.config.sample_size)
         self._mid = len(unet.down_blocks) + 1
         taps = range(1, self._mid + 1) if visual_taps is None else visual_taps
         self.visual_taps = check_taps("visual_taps", taps, self._mid, least=1)

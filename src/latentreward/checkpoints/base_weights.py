@@ -3,7 +3,7 @@
 The checkpoint records a few values of each frozen tensor, which are compared with the base when it is loaded.
 """
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
@@ -61,6 +61,8 @@ class BaseSample:
         Raises:
             InputError: If a weight that is in both has other values.
         """
+        if problem := problem_of_record(record):
+            raise InputError(f"the checkpoint's record of its base is damaged: {problem}; get the checkpoint again")
         for name, theirs in zip(record["names"], record["values"], strict=True):
             ours = self.values.get(name)
             if ours is not None and not same_values(ours, theirs):
@@ -68,6 +70,18 @@ class BaseSample:
                     f"the checkpoint belongs to the base {record['source'] or 'of another module'}, whose {name} "
                     f"differs from that of {self.source or 'this one'}; set source to the base it was trained on"
                 )
+
+
+def problem_of_record(record: Any) -> str | None:
+    """Tell why a value is not what :meth:`BaseSample.record` returns; None if it is."""
+    if not isinstance(record, Mapping) or not {"source", "names", "values"} <= {*record}:
+        return "it lacks source, names or values"
+    names, values = record["names"], record["values"]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return "names is not a list of names"
+    if not isinstance(values, Tensor) or values.shape != (len(names), VALUES) or values.is_meta:
+        return f"values is not a tensor of {VALUES} numbers for each name"
+    return None
 
 
 def same_values(ours: Tensor, theirs: Tensor) -> bool:

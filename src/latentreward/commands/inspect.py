@@ -14,7 +14,7 @@ from latentreward.data.inspection.report import Report
 from latentreward.data.inspection.score_tables import inspect_scores
 from latentreward.data.readers import PairReader
 from latentreward.data.score_table import ScoreTable
-from latentreward.errors import InputError
+from latentreward.errors import InputError, printable
 from latentreward.settings.functions import run_function
 from latentreward.storage.durable import write_file
 
@@ -81,7 +81,7 @@ def inspect(
     if not report.splits and report.unread:
         raise InputError(next(iter(report.unread.values())))
     report.leakage = [find_leakage(*pair, (contents[pair[0]], contents[pair[1]])) for pair in combinations(contents, 2)]
-    print(report.to_text())
+    print(printable(report.to_text()))
     if output is not None:
         write_file(output, json.dumps(report.to_json(), indent=1, ensure_ascii=False) + "\n")
     if stop is not None:

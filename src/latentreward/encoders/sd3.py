@@ -9,6 +9,10 @@ from transformers import CLIPTextModelWithProjection, PreTrainedTokenizerBase, T
 
 from latentreward.contracts import Conditioning
 from latentreward.encoders.prompts import PromptEncoder, token_ids
+from latentreward.errors import InputError
+
+MOST_TOKENS = 4096
+"""Largest number of T5 tokens per prompt."""
 
 
 class SD3PromptEncoder(PromptEncoder):
@@ -29,6 +33,9 @@ class SD3PromptEncoder(PromptEncoder):
         t5_length: Number of T5 tokens per prompt; without T5 the number of zero tokens, which SD3 saw in training
             whenever T5 was dropped.
 
+    Raises:
+        InputError: If ``t5_length`` is not a whole number from 0 to :data:`MOST_TOKENS`.
+
     Note:
         DiNa-LRM was trained with 128 T5 tokens; its published example scores with 256.
     """
@@ -46,6 +53,8 @@ class SD3PromptEncoder(PromptEncoder):
         t5_length: int = 256,
     ) -> None:
         super().__init__()
+        if type(t5_length) is not int or not 0 <= t5_length <= MOST_TOKENS:
+            raise InputError(f"t5_length is {t5_length!r}; give a whole number from 0 to {MOST_TOKENS}")
         self.text_encoder, self.tokenizer = text_encoder, tokenizer
         self.text_encoder_2, self.tokenizer_2 = text_encoder_2, tokenizer_2
         self.text_encoder_3, self.tokenizer_3 = text_encoder_3, tokenizer_3

@@ -23,7 +23,7 @@ from latentreward.scoring.layouts.model_folder import PretrainedReward, is_model
 from latentreward.scoring.layouts.recipe import ModelPart, build_head
 from latentreward.scoring.layouts.run import TrainedReward, settings_beside
 from latentreward.scoring.network import RewardNetwork
-from latentreward.settings.rewriting import find_config
+from latentreward.settings.rewriting import shipped_configs
 from latentreward.storage.hub import cached_files
 
 USUAL = {
@@ -151,8 +151,11 @@ def find_settings(reward: Namespace, sources: ConfigSources) -> Unread:
             checkpoint = checkpoint_of(place)
             run = UnreadRun(checkpoint, Path(reward.get("config") or settings_beside(checkpoint)), True, base, trusted)
     if run is None:
-        name = f"configs/model/{reward.usual}.yaml"
-        run, sources.used[path] = UnreadRun(Path(), Path(find_config(name)), True, base, trusted=True), name
+        name = f"model/{reward.usual}.yaml"
+        shipped = shipped_configs()  # not find_config, which prefers a file of the current folder
+        if name not in shipped:
+            raise InputError(f"usual={reward.usual!r} is not a model file of the package")
+        run, sources.used[path] = UnreadRun(Path(), shipped[name], True, base, trusted=True), f"configs/{name}"
     for part in run.parts:
         sources.replace(part.init_args)
     return run

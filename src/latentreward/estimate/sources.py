@@ -13,6 +13,7 @@ from jsonargparse import Namespace
 from omegaconf import OmegaConf
 from omegaconf.resolvers import oc
 
+from latentreward.cache.sources import SHIPPED
 from latentreward.errors import InputError
 from latentreward.estimate.pipelines import CLIP_MODELS, HUB_IDS, PIPELINES, write_pipelines
 from latentreward.storage.hub import cached_files
@@ -56,6 +57,8 @@ class ConfigSources:
         if Path(source).exists() or source.count("/") != 1 or source.startswith((".", "/", "~")):
             if Path(source).exists():
                 self.used[source] = "its folder"
+            elif "/" not in source and source not in SHIPPED:  # a hub id of the old kind, such as gpt2
+                raise InputError(f"source={source!r} is not a folder; give a folder with its configs, or OWNER/NAME")
             return source
         if (cached := cached_files(source, revision)) is not None:
             self.used[source] = "the local cache of the hub"

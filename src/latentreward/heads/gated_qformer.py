@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from latentreward.contracts import Features, FeatureSpec
-from latentreward.errors import InputError
+from latentreward.errors import InputError, check_at_least_one
 from latentreward.heads.base import RewardHead
 from latentreward.heads.grids import common_grid, resample_tokens
 
@@ -171,7 +171,7 @@ class GatedQFormerHead(RewardHead):
             all levels at once, ``scores`` averages the levels' scores.
 
     Raises:
-        InputError: If ``num_heads`` does not divide the width, or ``grid`` is not valid.
+        InputError: If a number is below 1, ``num_heads`` does not divide the width, or ``grid`` is not valid.
     """
 
     def __init__(
@@ -190,6 +190,7 @@ class GatedQFormerHead(RewardHead):
     ) -> None:
         super().__init__()
         width = width or max(tap.width for tap in spec.visual)
+        check_at_least_one(width=width, num_queries=num_queries, num_heads=num_heads, out_dim=out_dim)
         if width % num_heads:
             raise InputError(f"num_heads={num_heads} must divide the head's width {width}")
         narrow = max(width // 4, 1)

@@ -56,11 +56,22 @@ def compare_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor],
     """Raise InputError if names or shapes of the tensors found in ``path`` differ from the expected ones."""
     for kind, names in (("missing", expected.keys() - found.keys()), ("unexpected", found.keys() - expected.keys())):
         if names:
-            raise InputError(f"cannot load {path}: {kind} tensor {sorted(names)[0]} ({len(names)} in all)")
+            raise InputError(f"cannot load {path}: {kind} tensor {sorted(map(str, names))[0]} ({len(names)} in all)")
+    if name := not_dense(found):
+        raise InputError(f"cannot load {path}: {name} is not a dense tensor; download it again")
     for name, tensor in expected.items():
         shape, wanted = tuple(found[name].shape), tuple(tensor.shape)
         if shape != wanted:
             raise InputError(f"cannot load {path}: tensor {name} has shape {shape}, expected {wanted}")
+
+
+def not_dense(state: Mapping[str, Any]) -> str | None:
+    """Return the name of the first value that is not a dense tensor with values, or None.
+
+    ``torch.load`` also reads sparse tensors, and tensors on the meta device, which have no values.
+    """
+    values = state.items()
+    return next((n for n, v in values if not isinstance(v, Tensor) or v.layout != torch.strided or v.is_meta), None)
 
 
 def read_tensors(path: Path) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -31,8 +31,8 @@ class ScoringNoise:
             seeded also with the hash of its pixels (of its latents, if latents are scored).
 
     Raises:
-        InputError: If neither or both of ``sigmas`` and ``timesteps`` are given, a sigma lies outside [0, 1], or seeds
-            are missing or repeated.
+        InputError: If neither or both of ``sigmas`` and ``timesteps`` are given, a sigma lies outside [0, 1], seeds are
+            missing, repeated or not whole numbers, or ``noise_key`` is unknown.
     """
 
     sigmas: tuple[float, ...] = ()
@@ -53,6 +53,10 @@ class ScoringNoise:
             raise InputError(f"noise.sigmas holds {outside[0]}; noise levels lie in [0, 1]")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise InputError(f"noise.seeds={list(self.seeds)}; give at least one seed, each once")
+        if not all(type(seed) is int for seed in self.seeds):
+            raise InputError(f"noise.seeds={list(self.seeds)}; seeds are whole numbers")
+        if self.noise_key not in get_args(NoiseKey):
+            raise InputError(f"noise.noise_key is {self.noise_key!r}; give {' or '.join(get_args(NoiseKey))}")
 
     def __str__(self) -> str:
         """Return a short name for tables, e.g. ``sigma 0.4`` or ``t 1, 3 seeds``."""

@@ -10,11 +10,12 @@ from importlib.metadata import version
 from typing import Any, Self, get_args
 
 from latentreward.data.image_sizes import ImageSizes, NearestBucket, OneSize
-from latentreward.data.images import ExifOrientation
-from latentreward.errors import InputError, did_you_mean
+from latentreward.data.images import MAX_PIXELS, ExifOrientation
+from latentreward.errors import InputError, did_you_mean, errors_at
 from latentreward.scoring.calibration import Calibration
 from latentreward.scoring.layouts.recipe import ModelPart, ModelRecipe
 from latentreward.scoring.scoring_noise import ScoringNoise
+from latentreward.settings.argument_types import check_types
 
 FORMAT = "latentreward-reward-model"
 VERSION = 1
@@ -150,7 +151,7 @@ def sizes_record(sizes: ImageSizes | None) -> dict[str, Any] | None:
     """Return the rule for image sizes as values for JSON; the inverse of :func:`sizes_of`.
 
     Raises:
-        InputError: If the rule is of a class that cannot be saved.
+        InputError: If the rule is of a class that cannot be saved, or :func:`sizes_of` would refuse it.
     """
     if sizes is None:
         return None
@@ -158,14 +159,16 @@ def sizes_record(sizes: ImageSizes | None) -> dict[str, Any] | None:
         raise InputError(
             f"image_sizes={sizes} is not a {' or '.join(IMAGE_SIZES)} and cannot be saved; set one of them"
         )
-    return ModelPart(type(sizes).__name__, asdict(sizes)).record()  # type: ignore[call-overload]
+    record = ModelPart(type(sizes).__name__, asdict(sizes)).record()  # type: ignore[call-overload]
+    sizes_of(record)
+    return record
 
 
 def sizes_of(record: Any) -> ImageSizes | None:
     """Build the rule for image sizes from its entry in ``config.json``; None for null.
 
     Raises:
-        InputError: If the class is unknown or the settings are invalid.
+        InputError: If the class is unknown, the settings are invalid, or a size has more than ``MAX_PIXELS`` pixels.
     """
     if record is None:
         return None
@@ -174,7 +177,10 @@ def sizes_of(record: Any) -> ImageSizes | None:
         raise InputError(f"image_sizes: unknown class {part.name!r}{did_you_mean(part.name, IMAGE_SIZES)}")
     settings = {name: frozen(value) for name, value in part.init_args.items()}
     sizes = settings_of("image_sizes", IMAGE_SIZES[part.name], settings)
-    settings_of("image_sizes", sizes.loader, {"height": 100, "width": 100})  # raises if the sizes are not valid numbers
+    for height, width in sizes.buckets if isinstance(sizes, NearestBucket) else [(sizes.height, sizes.width)]:
+        if min(height, width) < 1 or height * width > MAX_PIXELS:
+            raise InputError(f"image_sizes: {height}x{width} is not a size from 1 to {MAX_PIXELS} pixels")
+    settings_of("image_sizes", sizes.loader, {"height": 100, "width": 100})  # raises if there is no bucket
     return sizes
 
 
@@ -196,6 +202,8 @@ def settings_of(entry: str, kind: Any, settings: Any) -> Any:
     """
     if not isinstance(settings, Mapping):
         raise InputError(f"{entry} is {settings!r}, not a mapping of settings")
+    with errors_at(f"{entry}: "):
+        check_types(kind, settings)
     try:
         return kind(**settings)
     except (TypeError, ValueError, ArithmeticError) as error:

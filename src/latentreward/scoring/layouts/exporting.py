@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from shlex import quote
 from typing import Any, Literal
 
 import torch
@@ -67,7 +68,7 @@ def export_reward(model: RewardNetwork, folder: Path, layout: RewardFormat, base
             write_diffusion_rm(model, base_name or name_of(base.source), partial)
             unheld = {**OF_THE_BASE, "frozen_dtype": "float32"}
             settings = {"rms_eps": head.norm_ff.eps, "t5_length": t5_length(model, recipe)}
-    flags = [f"--base {base.source}", *(f"--published.{name} {value}" for name, value in settings.items())]
+    flags = [f"--base {quote(base.source)}", *(f"--published.{name} {value}" for name, value in settings.items())]
     lost = [*not_held(model, recipe.backbone.init_args, unheld)]
     return [f"load it with {' '.join(flags)}", *([f"not held by this layout: {'; '.join(lost)}"] if lost else [])]
 

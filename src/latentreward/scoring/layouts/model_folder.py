@@ -137,9 +137,10 @@ class PretrainedReward(SharingReward):
 
     def _head(self, backbone: DiffusionBackbone) -> RewardHead:
         """Load the trained head for ``backbone``, whose text taps must not be dropped yet."""
+        stored = read_safetensors(self.folder / HEAD)
         with errors_at(f"{self.folder / CONFIG}: "):
-            head = build_head(self.config.recipe.head, backbone.feature_spec, self.folder)
-        load_exactly(head, read_safetensors(self.folder / HEAD), self.folder / HEAD)
+            head = build_head(self.config.recipe.head, backbone.feature_spec, self.folder, stored)
+        load_exactly(head, stored, self.folder / HEAD)
         return head
 
     def load(self) -> RewardNetwork:

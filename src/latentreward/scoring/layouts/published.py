@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -17,15 +17,22 @@ from latentreward.backbones import SD3DiTBackbone, SDUNetBackbone
 from latentreward.backbones.loading import PipelineSource, load_weights
 from latentreward.backbones.sd_unet import unet_family
 from latentreward.contracts import FeatureSpec, LatentSpace
-from latentreward.errors import InputError
+from latentreward.errors import InputError, errors_at
 from latentreward.heads import CLIPProjectionHead, GatedQFormerHead, RewardHead
 from latentreward.heads.clip_projection import MultiScale
 from latentreward.noise import DDPM
-from latentreward.scoring.files import existing_folder, load_exactly, read_config, read_tensors
+from latentreward.scoring.files import existing_folder, load_exactly, not_dense, read_config, read_tensors
 from latentreward.scoring.layouts.adapters import fill_adapter, inject_adapter, read_lora
 from latentreward.scoring.layouts.base import SharingReward, StoredReward
-from latentreward.scoring.layouts.recipe import ModelPart, ModelRecipe, head_part
+from latentreward.scoring.layouts.recipe import (
+    ModelPart,
+    ModelRecipe,
+    build_errors,
+    build_head,
+    head_part,
+)
 from latentreward.scoring.network import RewardNetwork
+from latentreward.settings.argument_types import described, fits
 
 if TYPE_CHECKING:
     from latentreward.encoders.prompts import PromptEncoder
@@ -35,6 +42,14 @@ logger = logging.getLogger(__name__)
 PUBLISHED_RMS_EPS = 2.0**-7
 """Epsilon of the RMS norms with which DiNa-LRM's published weights were trained."""
 DINA_ADAPTER = "checkpoint/backbone_lora"
+TYPES = {
+    "backbone_model_id": str,
+    "num_transformer_layers": int,
+    "visual_head_idx": Sequence[int],
+    "text_head_idx": Sequence[int],
+    "use_logistic": bool,
+}
+"""Entry of the section ``model`` of DiNa-LRM's ``config.json`` → its type."""
 _HEAD_KEYS = ("width", "num_queries", "num_attn_heads", "out_dim", "use_proj_in")
 _STABLE_DIFFUSION_SCHEDULER = {
     "num_train_timesteps": 1000,
@@ -179,7 +194,7 @@ class PublishedLRM(PublishedLayout):
             "embed_dim": len(state["visual_projection.weight"]) if projects_text else None,
             "project_text": projects_text,
         }
-        head = CLIPProjectionHead(backbone.feature_spec, **settings)  # type: ignore[arg-type]
+        head = build_head(ModelPart(CLIPProjectionHead.__name__, settings), backbone.feature_spec, stored=state)
         load_exactly(head, state, path)
         model = RewardNetwork(backbone, head).eval().requires_grad_(False)
         model.exif = self.exif
@@ -246,7 +261,12 @@ def lrm_head_state(published: Mapping[str, Any], path: Path) -> dict[str, Tensor
         if not isinstance(entries, Mapping) or "weight" not in entries:
             raise InputError(f"cannot load {path}: missing tensor {part}.weight; is this an LRM state_dict.pt?")
     state = {f"{part}.{name}": tensor for part, entries in parts.items() for name, tensor in entries.items()}
-    return {**state, "logit_scale": torch.as_tensor(published["logit_scale"], dtype=torch.float32).reshape(1)}
+    with build_errors(f"cannot load {path}: logit_scale: "):
+        state["logit_scale"] = torch.as_tensor(published["logit_scale"], dtype=torch.float32).reshape(1)
+    for name, tensor in state.items():
+        if not_dense({name: tensor}) or (name.endswith(".weight") and tensor.ndim != 2):
+            raise InputError(f"cannot load {path}: {name} is not a dense matrix; download it again")
+    return state
 
 
 class PublishedDiNaLRM(PublishedLayout, SharingReward):
@@ -320,14 +340,14 @@ class PublishedDiNaLRM(PublishedLayout, SharingReward):
         config = self._config
         return {
             "num_layers": config["num_transformer_layers"],
-            "visual_taps": list(config["visual_head_idx"]),
-            "text_taps": list(config["text_head_idx"]),
+            "visual_taps": config["visual_head_idx"],
+            "text_taps": config["text_head_idx"],
         }
 
     def _head_settings(self) -> dict[str, Any]:
         options = self._config["reward_head"]
         return {
-            "width": options["width"] if options["width"] > 0 else None,
+            "width": None if options["width"] in (-1, 0) else options["width"],
             "num_queries": options["num_queries"],
             "num_heads": options["num_attn_heads"],
             "out_dim": options["out_dim"],
@@ -341,24 +361,29 @@ class PublishedDiNaLRM(PublishedLayout, SharingReward):
         """See :meth:`SharingReward._backbone`; all parameters are frozen."""
         source = self._pipeline
         complete = source.has("text_encoder")
-        token_dim = source.config("transformer")["joint_attention_dim"]
-        backbone = SD3DiTBackbone(
-            source.transformer(),
-            source.noise_process(),
-            self.latent_space(),
-            **self._taps(),
-            text_encoder=source.sd3_prompts(token_dim, self.settings.t5_length) if complete else None,
-            vae=source.latent_encoder() if source.has("vae") else None,
-        )
+        with build_errors(f"{self.folder / 'config.json'} on {source}: "):
+            token_dim = source.config("transformer")["joint_attention_dim"]
+            backbone = SD3DiTBackbone(
+                source.transformer(),
+                source.noise_process(),
+                self.latent_space(),
+                **self._taps(),
+                text_encoder=source.sd3_prompts(token_dim, self.settings.t5_length) if complete else None,
+                vae=source.latent_encoder() if source.has("vae") else None,
+            )
         backbone.source = str(source)
         inject_adapter(backbone.transformer, self.folder / DINA_ADAPTER)
         return backbone.requires_grad_(False)
 
-    def _head(self, spec: FeatureSpec) -> GatedQFormerHead:
+    def _head(self, spec: FeatureSpec) -> RewardHead:
         """Load the trained head."""
-        head = GatedQFormerHead(spec, **self._head_settings())
         path = self.folder / "checkpoint" / "rm_head.pt"
-        load_exactly(head, read_tensors(path), path, absent_by_design=("logistic.eta3", "logistic.eta4"))
+        state = read_tensors(path)
+        if name := not_dense(state):
+            raise InputError(f"cannot load {path}: {name} is not a dense tensor; download it again")
+        with errors_at(f"{self.folder / 'config.json'}: model.reward_"):
+            head = build_head(ModelPart(GatedQFormerHead.__name__, self._head_settings()), spec, stored=state)
+        load_exactly(head, state, path, absent_by_design=("logistic.eta3", "logistic.eta4"))
         return head
 
 
@@ -369,6 +394,8 @@ def model_section(path: Path) -> dict[str, Any]:
         InputError: If a key is missing, or has a value that the loader does not support.
     """
     config = read_config(path).get("model", {})
+    if not isinstance(config, dict) or not isinstance(config.get("reward_head", {}), dict):
+        raise InputError(f"{path}: model and model.reward_head must be mappings; download it again")
     for key, expected in (("use_t_embed", True), ("use_lora", True)):
         if config.get(key, expected) != expected:
             raise InputError(f"{path}: model.{key}={config[key]} is not supported, only {expected}")
@@ -377,4 +404,7 @@ def model_section(path: Path) -> dict[str, Any]:
     lacks += [f"reward_head.{key}" for key in _HEAD_KEYS if key not in config.get("reward_head", _HEAD_KEYS)]
     if lacks:
         raise InputError(f"{path} lacks model.{lacks[0]}; is this a DiNa-LRM checkpoint? Download it again")
+    for key, kind in TYPES.items():
+        if key in config and not fits(config[key], kind):
+            raise InputError(f"{path}: model.{key} is not {described(kind)}; download it again")
     return config

@@ -5,11 +5,15 @@ Callers must check with :mod:`.trust` that a class is allowed before it is built
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Self
+
+import torch
+from torch import Tensor
 
 from latentreward.backbones import DiffusionBackbone, LoRA, backbone_names
 from latentreward.construction import Construction
@@ -18,6 +22,7 @@ from latentreward.errors import InputError, errors_at, first_line
 from latentreward.heads import RewardHead
 from latentreward.programs import find_modules_here
 from latentreward.scoring.layouts.trust import guarded_imports, registered_heads, registered_name
+from latentreward.settings.argument_types import check_types
 from latentreward.settings.errors import summarise
 from latentreward.settings.functions import check_functions, input_error_behind
 from latentreward.settings.ranges import leaves
@@ -26,6 +31,8 @@ ONLY_IN_TRAINING = ("lora", "gradient_checkpointing", "attention_backend", "comp
 """Settings of this package's factories that do not change the features of a trained backbone."""
 BUILD_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError, ImportError, OSError)
 """Errors by which constructors reject settings."""
+SMALL = 10_000_000
+"""Number of weights up to which a head is built whatever its file holds; comparing names and shapes refuses it."""
 
 
 @dataclass(frozen=True)
@@ -219,13 +226,17 @@ def build_backbone(part: ModelPart, folder: Path | None = None, **overrides: Any
         return called(imported(path), settings)
 
 
-def build_head(part: ModelPart, spec: FeatureSpec, folder: Path | None = None) -> RewardHead:
+def build_head(
+    part: ModelPart, spec: FeatureSpec, folder: Path | None = None, stored: Mapping[str, Tensor] | None = None
+) -> RewardHead:
     """Build the head of a recipe with initial weights.
 
     Args:
         part: Class and settings.
         spec: Widths of the backbone's features.
         folder: Model folder, from which nothing may be imported.
+        stored: Weights that the head is going to load, by name; None if there are none yet. A registered class then
+            allocates no memory for a head that is far larger than these.
 
     Raises:
         InputError: If the class rejects the settings.
@@ -234,17 +245,31 @@ def build_head(part: ModelPart, spec: FeatureSpec, folder: Path | None = None) -
     with errors_at("head: "):
         if kind is None:
             return instantiated(Callable[[FeatureSpec], RewardHead], part, folder)(spec)
-        return called(kind, {"spec": spec, **part.init_args})
+        settings = {"spec": spec, **part.init_args}
+        if stored is not None:
+            with torch.device("meta"):
+                numbers = sum(weight.numel() for weight in called(kind, settings).state_dict().values())
+            if numbers > SMALL + 4 * (held := sum(weight.numel() for weight in stored.values())):
+                raise InputError(f"its settings make {numbers} weights, but the file holds {held}")
+        return called(kind, settings)
 
 
 def called(target: Callable[..., Any], settings: Mapping[str, Any]) -> Any:
     """Call ``target(**settings)``, and turn an error about the settings into a one-line InputError."""
-    try:
+    with build_errors():
+        check_types(target, settings)
         return target(**settings)
+
+
+@contextmanager
+def build_errors(place: str = "") -> Iterator[None]:
+    """Turn an error about settings inside the block into a one-line InputError that begins with ``place``."""
+    try:
+        yield
     except InputError:
         raise
     except BUILD_ERRORS as error:
-        raise InputError(first_line(error)) from error
+        raise InputError(f"{place}{first_line(error)}") from error
 
 
 def instantiated(kind: Any, part: ModelPart, folder: Path | None) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,12 +15,20 @@ import yaml
 from torch import Tensor, nn
 
 from latentreward.backbones import DiffusionBackbone, backbone_names
-from latentreward.checkpoints.base_weights import BaseSample, same_values, sample, without_adapters
-from latentreward.checkpoints.shards import check_weights, read_checkpoint
+from latentreward.checkpoints.base_weights import (
+    BaseSample,
+    problem_of_record,
+    same_values,
+    sample,
+    without_adapters,
+)
+from latentreward.checkpoints.shards import check_weights, damaged, read_checkpoint
 from latentreward.data.image_sizes import ImageSizes
 from latentreward.data.images import ExifOrientation
 from latentreward.errors import InputError, errors_at, first_line
 from latentreward.heads import RewardHead
+from latentreward.scoring.files import not_dense
+from latentreward.scoring.layouts.adapters import check_ranks
 from latentreward.scoring.layouts.base import SharingReward
 from latentreward.scoring.layouts.config import exif_of, sizes_of
 from latentreward.scoring.layouts.recipe import (
@@ -118,17 +127,22 @@ class TrainedReward(SharingReward):
         """
         content = read_checkpoint(self.checkpoint)
         state = dict(content["state_dict"])
-        if not any(name.startswith("model.head.") for name in state):
+        if not any(str(name).startswith("model.head.") for name in state):
             raise InputError(
                 f"checkpoint {self.checkpoint} holds no weights of a reward (model.head.…); give one that training of "
                 "a reward wrote"
             )
-        if self.average:
-            for callback in content.get("callbacks", {}).values():
-                if isinstance(callback, Mapping) and callback.get("updates") and "average" in callback:
-                    state |= callback["average"]
-        weights = {name: tensor for name, tensor in state.items() if name.startswith("model.")}
-        return Content(weights, content.get("base"), content.get("global_step"))
+        callbacks, steps, base = (content.get(name) for name in ("callbacks", "global_step", "base"))
+        for callback in callbacks.values() if self.average and isinstance(callbacks, Mapping) else ():
+            if isinstance(callback, Mapping) and isinstance(callback.get("average"), Mapping):
+                updates = callback.get("updates")
+                state |= callback["average"] if isinstance(updates, int) and updates else {}
+        weights = {name: tensor for name, tensor in state.items() if str(name).startswith("model.")}
+        if name := not_dense(weights):
+            raise InputError(damaged(self.checkpoint, f"{name} is not a dense tensor"))
+        if base is not None and (problem := problem_of_record(base)):
+            raise InputError(damaged(self.checkpoint, f"base: {problem}"))
+        return Content(weights, base, steps if type(steps) is int else None)
 
     @cached_property
     def _recorded(self) -> dict[str, Any]:
@@ -155,7 +169,7 @@ class TrainedReward(SharingReward):
         """
         state = self._content.weights
         with errors_at(f"{self.config}: model."):
-            head = build_head(self._parts["head"], backbone.feature_spec)
+            head = build_head(self._parts["head"], backbone.feature_spec, stored=state)
         model = RewardNetwork(backbone, head)
         if not head.reads_text:
             backbone.drop_text_taps()
@@ -169,6 +183,9 @@ class TrainedReward(SharingReward):
     def load(self) -> RewardNetwork:
         """See :meth:`StoredReward.load`."""
         state, base = self._content.weights, self._content.base
+        lora = self._parts["backbone"].init_args.get("lora")
+        if is_ours(self._parts["backbone"]) and isinstance(lora, Mapping) and "rank" in lora:
+            check_ranks([lora["rank"]], (tuple(tensor.shape) for tensor in state.values()), self.config)
         with torch.random.fork_rng(devices=[]):  # initial values are random but overwritten below
             model, as_trained = self._fitting(self._backbone())
         model.recipe, model.exif = self._recipe(model), self.exif
@@ -245,8 +262,8 @@ def noted_settings(checkpoint: Path) -> dict[str, Any]:
         )
     try:
         parts = {p: {"class_path": noted[p]["class_path"], "init_args": dict(noted[p]["init_args"])} for p in PARTS}
-        return {"training": dict(noted["training"]), **parts}
-    except (TypeError, KeyError, ValueError) as error:
+        return json.loads(json.dumps({"training": dict(noted["training"]), **parts}))
+    except (TypeError, LookupError, ValueError, RuntimeError, RecursionError) as error:
         raise InputError(f"{checkpoint}: {SETTINGS} is of another version ({first_line(error)})") from error
 
 
