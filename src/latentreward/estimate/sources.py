@@ -13,7 +13,7 @@ from jsonargparse import Namespace
 from omegaconf import OmegaConf
 from omegaconf.resolvers import oc
 
-from latentreward.cache.sources import SHIPPED
+from latentreward.backbones.loading import SHIPPED
 from latentreward.errors import InputError
 from latentreward.estimate.pipelines import CLIP_MODELS, HUB_IDS, PIPELINES, write_pipelines
 from latentreward.storage.hub import cached_files
