@@ -55,6 +55,16 @@ def test_json_lines(root, caplog) -> None:
     assert "left out" not in caplog.text
 
 
+def test_labels_under_unknown_keys_are_named(root, capsys) -> None:
+    row = {"image_a": "a.jpg", "image_b": "b.jpg", "votes_a": 3, "votes_b": 1}
+    (root / "train.jsonl").write_text("\n".join(json.dumps({"prompt": f"p{n}", **row}) for n in range(5)))
+    write(root / "val.jsonl", "p0", "p1")
+    assert refusal(capsys, "fit") == (
+        "data.train: none of 5 rows left: 5 are unlabelled (a label is read from 'label', or from 'chosen' and "
+        "'rejected', not from 'votes_a' (5 rows), 'votes_b' (5 rows)); label rows, or give other splits"
+    )
+
+
 def test_folders(root) -> None:
     for split in ("train", "val"):
         for side, image in (("chosen", "a"), ("rejected", "b")):
@@ -77,7 +87,7 @@ def test_only_the_readers_of_the_command_are_opened(root, caplog, capsys) -> Non
     run("predict", "--data.train.file=absent.jsonl", "--data.test=JSONLPairReader", "--data.test.file=absent.jsonl")
     assert "absent.jsonl" not in caplog.text
     line = refusal(capsys, "fit", *test)
-    assert line.startswith("data.val: none of 2 rows left: 0 are unlabelled, 2 have a prompt that test has too")
+    assert line.startswith("data.val: none of 2 rows left: 2 have a prompt that test has too; set data.shared_prompts")
     assert "set data.shared_prompts: keep" in line
     line = refusal(capsys, "test")
     assert line.startswith("data.test is not set; give it a reader")

@@ -202,6 +202,19 @@ def test_reasons_of_all_splits_share_a_table(jpeg) -> None:
     assert report.to_json()["splits"][0]["images"]["sizes"] == {"12x20": 1}
 
 
+def test_other_sizes_are_last(jpeg) -> None:
+    report = Report("data")
+    for name, largest in (("train", 40), ("test", 50)):
+        images = [jpeg(size=(20, side)) for side in range(20, largest)]
+        reader = Pairs(*(("a", image, image, 1.0) for image in images))
+        report.splits.append(inspect_reader(name, reader, ImageCensus())[0])
+    lines = report.to_text().splitlines()
+    first = next(number for number, line in enumerate(lines) if line.startswith("Sizes"))
+    names = [line[: line.index("  ")] for line in lines[first + 3 : lines.index("", first)]]
+    assert names[-2:] == ["22 other sizes", "12 other sizes"]
+    assert not any("other" in name for name in names[:-2])
+
+
 @pytest.mark.parametrize("exif", ["apply", "ignore"])
 def test_odd_images_are_counted_once_each(jpeg, exif) -> None:
     plain, small, single = jpeg(size=(512, 512)), jpeg(size=(20, 20)), jpeg(size=(1, 1))

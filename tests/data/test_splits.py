@@ -66,12 +66,28 @@ def test_unlabelled_rows_are_left_out_but_their_prompts_count() -> None:
 def test_nothing_left_is_an_error() -> None:
     with pytest.raises(
         InputError,
-        match=r"data\.train: none of 2 rows left: 1 are unlabelled, 1 have a prompt that val has too: to keep them, "
+        match=r"data\.train: none of 2 rows left: 1 are unlabelled, 1 have a prompt that val has too; label rows, "
         r"set data\.shared_prompts: keep, or give other splits",
     ):
         select_rows({"train": Prompts("a", "b", unlabelled=(1,)), "val": Prompts("a")})
-    with pytest.raises(InputError, match=r"none of 1 rows left: 1 are unlabelled: give other splits"):
+    with pytest.raises(InputError, match=r"none of 1 rows left: 1 are unlabelled; label rows, or give other splits"):
         select_rows({"train": Prompts("a", unlabelled=(0,))})
+
+
+def test_the_remedy_of_the_most_frequent_cause_comes_first() -> None:
+    with pytest.raises(InputError, match=r"left: 2 have a prompt that val has too, 1 are unlabelled; set data\.shared"):
+        select_rows({"train": Prompts("a", "b", "c", unlabelled=(2,)), "val": Prompts("a", "b")})
+
+
+def test_keeping_shared_prompts_is_proposed_only_if_rows_would_remain() -> None:
+    unlabelled = Prompts("a", "b", unlabelled=(0, 1))
+    unlabelled.remarks["unlabelled (no label (at all))"] += 2
+    unlabelled.remarks["null prompt read as empty"] += 1
+    with pytest.raises(InputError) as caught:
+        select_rows({"train": unlabelled, "val": Prompts("a", "b")})
+    assert str(caught.value) == (
+        "data.train: none of 2 rows left: 2 are unlabelled (no label (at all)); label rows, or give other splits"
+    )
 
 
 def test_shared_prompts_may_be_kept(caplog) -> None:

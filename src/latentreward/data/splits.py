@@ -1,6 +1,7 @@
 """Selection of rows so that no prompt is in two splits."""
 
 import logging
+import re
 from functools import cache
 from typing import Literal
 
@@ -13,7 +14,7 @@ from latentreward.errors import InputError
 logger = logging.getLogger(__name__)
 
 SharedPrompts = Literal["drop", "keep", "raise"]
-REMEDY = "to keep them, set data.shared_prompts: keep"
+KEEP = "set data.shared_prompts: keep"
 MUCH = 0.2
 """Fraction of a split's labelled rows; if more are left out, the log line also says how to keep them."""
 
@@ -71,17 +72,30 @@ def select_or_explain(
             )
         selected[name] = np.flatnonzero(labelled & ~shared)
         if not len(selected[name]):
-            lost = f", {int(shared.sum())} {have}: {REMEDY}, or" if shared.any() else ":"
-            emptied[name] = (
-                f"data.{name}: none of {len(reader)} rows left: {int((~labelled).sum())} are unlabelled{lost} give "
-                "other splits"
-            )
+            causes = [
+                (int((~labelled).sum()), "are unlabelled" + _why_unlabelled(reader), "label rows"),
+                (int((labelled & shared).sum()), have, KEEP),
+            ]
+            emptied[name] = f"data.{name}: none of {len(reader)} rows left{_explain(causes)}"
         elif shared.any():
-            remedy = f"; {REMEDY}" if (labelled & shared).sum() > MUCH * labelled.sum() else ""
+            remedy = f"; to keep them, {KEEP}" if (labelled & shared).sum() > MUCH * labelled.sum() else ""
             logger.warning("data.%s: %d of %d rows %s; left out%s", name, shared.sum(), len(reader), have, remedy)
         taken.update(prompts)
         later.append(name)
     return selected, emptied
+
+
+def _why_unlabelled(reader: PairReader) -> str:
+    """Return the reader's remarks on unlabelled rows, in brackets; empty without such remarks."""
+    why = [match[1] for remark in reader.remarks if (match := re.fullmatch(r"unlabelled \((.*)\)", remark))]
+    return f" ({'; '.join(why)})" if why else ""
+
+
+def _explain(causes: list[tuple[int, str, str]]) -> str:
+    """Format the causes why no row is left, (number of rows, description, remedy) each, the most frequent first."""
+    found = sorted((cause for cause in causes if cause[0]), key=lambda cause: -cause[0])
+    told = ", ".join(f"{rows} {what}" for rows, what, _ in found)
+    return f"{': ' if told else ''}{told}; {', '.join([*(remedy for *_, remedy in found), 'or give other splits'])}"
 
 
 def tell_unopened(problem: object) -> None:

@@ -161,6 +161,13 @@ def _unknown_prompts(match: re.Match[str], setting: str) -> str:
     return match[0] + ("; for prompts from a file say --data PromptDataModule too" if setting == "data" else "")
 
 
+def _help_of_unknown_class(match: re.Match[str], setting: str) -> str:
+    if not setting:  # no setting has this name
+        return match[0]
+    option = f"--{setting}.{match[1]}help {match[2]}"
+    return f"the class is not known yet; say --{setting} CLASS {option}, or give a --config file before it"
+
+
 def _unset_variable(match: re.Match[str], setting: str) -> str:
     place = f", which {NAMED_IN[match[1]]} refers to," if match[1] in NAMED_IN else ""
     return f"the environment variable {match[1]}{place} is not set; say {match[1]}=VALUE latentreward ..., or export it"
@@ -184,6 +191,7 @@ REWORDINGS: dict[str, str | Callable[[re.Match[str], str], str]] = {
     r"Interpolation key '(?:.+' not found \(resolved to '\w+\.)?(.+?)'": rf"${{\1}} {UNSET}",
     r"Import path (\S+) does not correspond to a subclass of (\w+)": _not_a_subclass,
     r"Expected '(\S+)' to be a function that returns <class '(\w+)'>": _not_a_subclass,
+    r"unrecognized arguments: --((?:\w+\.)+)help=(\S+).*": _help_of_unknown_class,
     r"Option 'prompts' is not accepted.*": _unknown_prompts,
     r"KeyError raised while resolving interpolation: .Environment variable '(\w+)'": _unset_variable,
     "no viable alternative at input|token recognition error|mismatched input|missing": (

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import wraps
-from itertools import takewhile, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 from pydoc import locate
 from typing import Any, NoReturn
@@ -37,6 +37,8 @@ UNTRUSTED = ("torch.hub", "torch.jit", "torch.ops", "torch.package", "torch.seri
 """Modules of trusted packages that can run code from files or other packages; never allowed in settings."""
 RESTRICTED: list[tuple[str, ...]] = []
 """Modules named in ``--restrict-imports``, in the last entry; the list is empty without the option."""
+FLAGS = "{true,false", "\b[="
+"""Starts of the metavars of options that need no value: flags, and ``--print_config``."""
 TRAINER_COMMAND = r"^(fit|validate|test|predict)\."
 """Subcommand that Lightning's command line puts before the name of each setting, as a regular expression."""
 
@@ -69,7 +71,7 @@ class SettingsParser(ArgumentParser):
     @override
     def parse_args(self, args: Sequence[str] | None = None, *more: Any, **options: Any) -> Any:
         for action in self._actions:
-            if str(action.metavar).startswith("{true,false"):
+            if str(action.metavar).startswith(FLAGS[0]):
                 action.nargs, action.const = "?", True
         if args is not None and not self.exit_on_error:  # jsonargparse parses a class's own settings again, as texts
             args = [re.sub(r"=None$", "=null", argument) for argument in args]
@@ -83,10 +85,12 @@ class SettingsParser(ArgumentParser):
         The parser cannot know whether such an argument is a flag, because only the class states its type.
         """
         for option, following in zip_longest(args, args[1:], fillvalue="--"):
-            owner = re.fullmatch(r"(--\w+)(\.\w+)*\.(?!help$)\w+", option)
-            inside = owner is not None and owner[1] in self._option_string_actions
-            if inside and option not in self._option_string_actions and following.startswith("--"):
-                raise InputError(f"{option} has no value; write {option}=VALUE, which is true or false for a flag")
+            owner = re.fullmatch(r"(--\w+)(\.\w+)*\.(\w+)", option)
+            if owner is None or owner[1] not in self._option_string_actions or option in self._option_string_actions:
+                continue
+            if following.startswith("--"):
+                value = "CLASS" if owner[3] == "help" else "VALUE, which is true or false for a flag"
+                raise InputError(f"{option} has no value; write {option}={value}")
 
     @override
     def validate(self, namespace: Namespace, *more: Any, **options: Any) -> None:
@@ -316,7 +320,7 @@ def parse_function(
         function: Function whose arguments are the settings.
         command: Name of the subcommand, for the usage message.
         settings: Arguments of the command line after the subcommand, see :func:`prepare_parsing`.
-        bare: Largest number of leading arguments without ``--``; they are the values of the function's first arguments.
+        bare: Number of the function's first arguments whose values may be given without ``--NAME``, in this order.
 
     Returns:
         Argument name -> value.
@@ -326,16 +330,13 @@ def parse_function(
     """
     parameters = inspect.signature(function, eval_str=True).parameters
     names = list(parameters)[:bare]
-    settings = list(settings)
-    leading = takewhile(lambda pair: not pair[1].startswith("-"), zip(names, settings, strict=False))
-    named = [f"--{name}={value}" for name, value in leading]
-    settings[: len(named)] = named
     shown = " ".join(f"[{name.upper()}]" for name in names)
     usage = f"latentreward {command} {shown} [--config FILE ...] [--SETTING=VALUE ...]"
     parser = SettingsParser(usage=usage, parser_mode=MODE, allow_abbrev=False, prog="latentreward", description=None)
     parser.add_argument("-c", "--config", action=ConfigFile, help="YAML file; may be given several times.")
     parser.add_function_arguments(function, as_positional=False, fail_untyped=True)
     try:
+        settings = name_bare_values(settings, names, parser)
         config = parser.parse_args(rewrite_arguments(settings, backbone_names()))
     except OmegaConfBaseException as error:
         raise InputError(summarise(str(error))) from error
@@ -345,6 +346,31 @@ def parse_function(
     except (ValueError, ImportError, OSError) as error:
         raise InputError(input_error_behind(error) or summarise(str(error))) from error
     return {name: value for name, value in vars(values).items() if name != "config"}
+
+
+def name_bare_values(arguments: Sequence[str], names: Sequence[str], parser: ArgumentParser) -> list[str]:
+    """Write arguments that are neither options nor values of options as ``--NAME=VALUE``.
+
+    An argument after an option without ``=`` is the option's value; after a flag only if it is true or false.
+
+    Args:
+        arguments: Arguments of the command line.
+        names: Names to be used, in this order; a name whose option is among the arguments is left out.
+        parser: Parser of the arguments, which tells flags from other options.
+    """
+    options = [argument.partition("=")[0] for argument in arguments]
+    free = iter([name for name in names if f"--{name}" not in options])
+    named: list[str] = []
+    option = ""  # the option that the next argument may be a value of
+    for argument in arguments:
+        action = parser._option_string_actions.get(option)
+        flag = str(getattr(action, "metavar", None)).startswith(FLAGS) or getattr(action, "nargs", None) == 0
+        is_option = argument.startswith("-")
+        is_value = option and (not flag or argument.lower() in ("true", "false"))
+        name = None if is_option or is_value else next(free, None)
+        named.append(argument if name is None else f"--{name}={argument}")
+        option = argument if is_option and "=" not in argument else ""
+    return named
 
 
 def run_plain_function(function: Callable[..., None], command: str, arguments: Sequence[str], bare: int = 1) -> None:
@@ -388,7 +414,7 @@ def run_function(function: Callable[..., None], command: str, arguments: Sequenc
         function: Function whose arguments are the settings.
         command: Name of the subcommand, for the usage message.
         arguments: Arguments of the command line after the subcommand.
-        bare: Largest number of leading values without ``--NAME``; they become the function's first arguments.
+        bare: See :func:`parse_function`.
 
     Raises:
         InputError: If a setting is wrong or a constructor refuses it.

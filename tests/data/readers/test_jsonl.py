@@ -66,6 +66,18 @@ def test_labels(write, value, label) -> None:
     assert dict(reader.remarks) == ({"unlabelled (no label)": 1} if label is None else {})
 
 
+def test_other_keys_of_unlabelled_rows_are_named(write) -> None:
+    bare = {key: value for key, value in PLAIN.items() if key != "label"}
+    counted = {**bare, "votes_a": 3, "votes_b": 1}
+    reader = JSONLPairReader(write(counted, {**counted, "votes": [3, 1], "winner": "a"}, bare, {**PLAIN, "model": "x"}))
+    (remark,) = reader.remarks
+    assert reader.remarks[remark] == 3
+    assert remark == (
+        "unlabelled (a label is read from 'label', or from 'chosen' and 'rejected', not from 'votes_a' (2 rows), "
+        "'votes_b' (2 rows), 'votes' (1 rows), 1 other keys)"
+    )
+
+
 @pytest.mark.parametrize(
     ("line", "reason"),
     [

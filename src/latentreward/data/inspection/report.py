@@ -10,6 +10,8 @@ from latentreward.data.mpcf import AESTHETIC_FLOORS
 
 MOST_SIZES = 8
 """Image sizes to list by themselves; the others are summed up."""
+OTHER_SIZES = " other sizes"
+"""End of the name of the row that sums up sizes, which is the last row of its table."""
 ORDER = ("train", "val", "test")
 """Starts of split names, from the earliest split to the latest."""
 NO_TEST = {
@@ -98,10 +100,11 @@ class Report:
         return table(title, [split.name for split in self.splits], rows)
 
     def _by(self, counts_of: Callable[[SplitCounts], Mapping[str, int]]) -> Cells:
-        """Return table rows of counts by reason, for every reason in any split, most frequent first."""
+        """Return table rows of counts by reason, for every reason in any split: frequent first, other sizes last."""
         found = [counts_of(split) for split in self.splits]
         reasons = dict.fromkeys(reason for counts in found for reason in counts)
-        ordered = sorted(reasons, key=lambda reason: -sum(counts.get(reason, 0) for counts in found))
+        totals = {reason: sum(counts.get(reason, 0) for counts in found) for reason in reasons}
+        ordered = sorted(reasons, key=lambda reason: (reason.endswith(OTHER_SIZES), -totals[reason]))
         return {reason: [str(counts.get(reason, 0)) for counts in found] for reason in ordered}
 
     def _odd(self) -> str:
@@ -200,7 +203,7 @@ def _most_frequent_sizes(split: SplitCounts) -> dict[str, int]:
     sizes = _images(split).sizes
     frequent = {f"{height}x{width}": count for (height, width), count in sizes.most_common(MOST_SIZES)}
     rest = sizes.total() - sum(frequent.values())
-    return frequent | ({f"{len(sizes) - MOST_SIZES} other sizes": rest} if rest else {})
+    return frequent | ({f"{len(sizes) - MOST_SIZES}{OTHER_SIZES}": rest} if rest else {})
 
 
 def _leakage_table(leaks: Sequence[Leakage]) -> str:

@@ -1,5 +1,6 @@
 """Reader of JSON lines: pairs of image files of your own, one object per line."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,11 @@ INDEX = pa.schema(
 )
 WINNER_FIRST, BY_LABEL = ("chosen", "rejected"), ("image_a", "image_b")
 WORDS = {"a": 1.0, "b": 0.0, "tie": 0.5}
+NOT_LABELS = (*WINNER_FIRST, *BY_LABEL, "prompt", "label", "confidence", "weight", "pair_id")
+"""Keys under which nobody looks for a label, beside the keys of labels themselves."""
+NO_LABEL = "unlabelled (no label)"
+MOST_KEYS = 3
+"""Other keys of unlabelled rows that a remark names; the rest are counted."""
 
 
 class JSONLPairReader(JSONReader):
@@ -40,8 +46,9 @@ class JSONLPairReader(JSONReader):
         {"prompt": "a cat", "image_a": "images/1.jpg", "image_b": "images/2.jpg", "label": 0.5}
 
     ``label`` is the probability in [0, 1] that a is preferred (½ for a tie), or ``"a"``, ``"b"`` or ``"tie"``. A line
-    with a null or missing label is unlabelled. Optional fields are ``votes`` ([a, b] or [chosen, rejected]),
-    ``confidence`` in [0, 1], ``weight`` (of the pair in the loss, 0 or more) and ``pair_id`` (default ``FILE:LINE``).
+    with a null or missing label is unlabelled, also if it has ``votes``; other keys are not read. Optional fields are
+    ``votes`` ([a, b] or [chosen, rejected]), ``confidence`` in [0, 1], ``weight`` (of the pair in the loss, 0 or more)
+    and ``pair_id`` (default ``FILE:LINE``).
 
     Paths are relative to ``root``. A null or missing prompt is read as an empty prompt. Unreadable ``votes`` and
     ``confidence`` are ignored. Blank lines are ignored. A line falls under ``on_error`` if it is not an object, if its
@@ -51,7 +58,9 @@ class JSONLPairReader(JSONReader):
     file.
 
     Args:
-        file: Path of the file.
+        file: Path of the file. Keys of a line: ``prompt``; ``chosen`` and ``rejected`` (paths), or ``image_a``,
+            ``image_b`` (paths) and ``label`` (probability that a is preferred, or ``a``, ``b``, ``tie``); optionally
+            ``votes``, ``confidence``, ``weight``, ``pair_id``.
         root: Folder that paths are relative to and that all images must lie in; by default the file's folder.
         split: Name of the split.
         options: See :class:`~latentreward.data.readers.base.SideExchangingReader`. In lines with ``chosen`` and
@@ -65,12 +74,14 @@ class JSONLPairReader(JSONReader):
         super().__init__(**options)
         self.split, self._file = split, Path(file)
         self._root = Path(root) if root else self._file.parent
+        self._other_keys: Counter[str] = Counter()
         seen: set[str] = set()
         entries = (self._parse(line, text, seen) for line, text in read_lines(self._file))
         columns = list(zip(*filter(None, entries), strict=True)) or [()] * len(INDEX)
         self._table = pa.table(dict(zip(INDEX.names, columns, strict=True)), schema=INDEX)
         if not len(self):
             raise InputError(f"file: {file} has no lines left; give one JSON object per line")
+        self._name_other_keys()
         self.report(str(file))
 
     def __len__(self) -> int:
@@ -153,12 +164,21 @@ class JSONLPairReader(JSONReader):
         value = row.get("label")
         label = WORDS[value] if isinstance(value, str) and value in WORDS else parse_number(value)
         if value is None:
-            self.remarks["unlabelled (no label)"] += 1
+            self.remarks[NO_LABEL] += 1
+            self._other_keys.update(key for key in row if key not in NOT_LABELS)
         elif label is None or not 0 <= label <= 1:
             problem = f"label is {short(value)}, neither in [0, 1] nor a, b or tie"
             self.refuse(name, problem, "label not readable")
             return False, None
         return sound, label
+
+    def _name_other_keys(self) -> None:
+        """Name other keys of unlabelled rows in the remark on these rows: the label may stand under one of them."""
+        if self._other_keys:
+            keys = [f"{short(key)} ({rows} rows)" for key, rows in self._other_keys.most_common(MOST_KEYS)]
+            keys += [f"{more} other keys"] if (more := len(self._other_keys) - MOST_KEYS) > 0 else []
+            told = f"a label is read from 'label', or from 'chosen' and 'rejected', not from {', '.join(keys)}"
+            self.remarks[f"unlabelled ({told})"] = self.remarks.pop(NO_LABEL)
 
     def _parse_weight(self, name: str, value: Any, sound: bool) -> tuple[bool, float]:
         """Return whether the row has broken no rule so far, and its weight, 1 by default."""
