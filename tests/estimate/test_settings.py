@@ -81,6 +81,11 @@ def test_unknown_model_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert re.match(r"latentreward: error: source='someone/model' is not in the local cache of the hub", last)
 
 
+@pytest.mark.parametrize("name", ["sd_tiny", "sd35_tiny", "spm_tiny", "held_out_tiny"])
+def test_names_of_shipped_models_stay(name: str, tmp_path: Path) -> None:
+    assert ConfigSources(tmp_path).find(name) == name
+
+
 def test_configs_come_from_the_cache_of_the_hub_first(tmp_path: Path) -> None:
     repository = tmp_path / "hub" / "models--stabilityai--stable-diffusion-3.5-medium"
     snapshot = repository / "snapshots" / ("a" * 40)

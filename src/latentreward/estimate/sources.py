@@ -13,9 +13,10 @@ from jsonargparse import Namespace
 from omegaconf import OmegaConf
 from omegaconf.resolvers import oc
 
-from latentreward.backbones.loading import SHIPPED
+from latentreward.backbones import loading
 from latentreward.errors import InputError
 from latentreward.estimate.pipelines import CLIP_MODELS, HUB_IDS, PIPELINES, write_pipelines
+from latentreward.scorers import clip
 from latentreward.storage.hub import cached_files
 
 SOURCES = ("source", "processor", "text_projection_source", "base")
@@ -57,7 +58,7 @@ class ConfigSources:
         if Path(source).exists() or source.count("/") != 1 or source.startswith((".", "/", "~")):
             if Path(source).exists():
                 self.used[source] = "its folder"
-            elif "/" not in source and source not in SHIPPED:  # a hub id of the old kind, such as gpt2
+            elif "/" not in source and source not in (*loading.SHIPPED, *clip.SHIPPED):  # a hub id of the old kind, such as gpt2
                 raise InputError(f"source={source!r} is not a folder; give a folder with its configs, or OWNER/NAME")
             return source
         if (cached := cached_files(source, revision)) is not None:
