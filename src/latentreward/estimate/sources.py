@@ -58,7 +58,7 @@ class ConfigSources:
         if Path(source).exists() or source.count("/") != 1 or source.startswith((".", "/", "~")):
             if Path(source).exists():
                 self.used[source] = "its folder"
-            elif "/" not in source and source not in (*loading.SHIPPED, *clip.SHIPPED):  # a hub id of the old kind, such as gpt2
+            elif "/" not in source and source not in (*loading.SHIPPED, *clip.SHIPPED):  # an old hub id, such as gpt2
                 raise InputError(f"source={source!r} is not a folder; give a folder with its configs, or OWNER/NAME")
             return source
         if (cached := cached_files(source, revision)) is not None:

@@ -95,7 +95,7 @@ def to_pixels(image: Image.Image) -> Tensor:
 def load_step_aware(
     source: str, processor: str | None = None, revision: str | None = None, weights: str | None = None
 ) -> tuple[StepAwareCLIP, bool]:
-    """Load a step-aware CLIP model in float32, without gradients.
+    """Load a step-aware CLIP model in float32, without gradients; under ``torch.device("meta")`` only its shapes.
 
     Args:
         source: Folder or hub id of a CLIP model, or the name of a shipped one.
@@ -105,7 +105,7 @@ def load_step_aware(
             the folder ``source``, if there is one.
 
     Returns:
-        The network, and whether trained weights were found. Without them the timestep does not change the embeddings.
+        The network, and whether trained weights were loaded. Without them the timestep does not change the embeddings.
 
     Raises:
         InputError: If a part cannot be loaded, or the weights are those of another network.
@@ -117,7 +117,7 @@ def load_step_aware(
     network = StepAwareCLIP(clip, tokenizer, preprocess.image_mean, preprocess.image_std)
     beside = Path(folder) / STEP_FILE
     file = beside if weights is None else Path(weights)
-    if weights is None and not beside.is_file():
+    if network.mean.is_meta or (weights is None and not beside.is_file()):
         return network.requires_grad_(False), False
     put_weights(network, read_tensors(file), file)
     return network.requires_grad_(False), True
