@@ -82,7 +82,7 @@ examples:
   latentreward fit --config configs/model/lrm_tiny.yaml --config configs/data/tinyworld_hpdv3.yaml \\
       --config configs/trainer/cpu.yaml
   latentreward fit --config runs/1/config.yaml --model.backbone sd15 --trainer.max_steps 1000 --print_config
-  latentreward predict --config runs/1/config.yaml --ckpt_path runs/1/checkpoints/last.ckpt
+  latentreward predict --config runs/1/config.yaml --ckpt_path runs/1/checkpoints/last.ckpt \\
       --predictions.output_dir scores
 
 A later file or setting overrides an earlier one; lists of trainer.callbacks are joined (null or [] clears the list).
