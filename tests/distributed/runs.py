@@ -142,7 +142,7 @@ def all_cases(folder: Path) -> dict[str, Any]:
     }
 
 
-def tested(folder: Path, strategy: Any = "ddp") -> list[str]:
+def lines_of_a_test(folder: Path, strategy: Any = "ddp") -> list[str]:
     """What a rank prints of a test, of which rank 0 has two batches and rank 1 one."""
     write_pipelines()
     lines: list[str] = []

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.distributed.ranks import on_ranks
-from tests.distributed.runs import CASES, MODELS, tested, train_case
+from tests.distributed.runs import CASES, MODELS, lines_of_a_test, train_case
 
 pytestmark = pytest.mark.slow
 
@@ -37,6 +37,6 @@ def test_two_processes_equal_one(name: str, setting: str, ranks: list[dict[str, 
 
 
 def test_the_accuracy_that_a_test_prints_is_that_of_all_ranks(tmp_path: Path) -> None:
-    (line,) = tested(tmp_path, "auto")
+    (line,) = lines_of_a_test(tmp_path, "auto")
     assert line.endswith("; 5 pairs of 3 prompts")
-    assert on_ranks("tests.distributed.runs:tested", tmp_path) == [[line], []]
+    assert on_ranks("tests.distributed.runs:lines_of_a_test", tmp_path) == [[line], []]
