@@ -417,6 +417,7 @@ def test_one_fit_in_a_folder_at_a_time(folder: Path, capsys: pytest.CaptureFixtu
     assert (folder / "taken" / "config.yaml").is_file()
 
 
+@pytest.mark.slow
 def test_settings_are_written_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """To a folder that has them as its newest file they are not written again, nor those of an evaluation."""
 

@@ -69,6 +69,7 @@ def test_the_total_is_where_the_run_ends(tmp_path: Path, options: dict[str, Any]
     assert (totals, trainer.global_step) == ({total}, total)
 
 
+@pytest.mark.slow
 def test_without_a_limit_in_steps_only_those_done_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The run ends by its time, which the lines count down from 2 s."""
     trainer, totals = run(tmp_path, max_epochs=-1, max_time=timedelta(seconds=2), val_check_interval=1.0)

@@ -8,6 +8,7 @@ import yaml
 from PIL import Image
 
 from latentreward.cli import main
+from tests.marks import slow_after
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--data.size=32", "--data.num_workers=0", "--data.batch_size=2", "--trainer.limit_val_batches=1"]
@@ -95,7 +96,7 @@ def test_only_the_readers_of_the_command_are_opened(root, caplog, capsys) -> Non
     assert refusal(capsys, "fit", "--data.val.file=absent.jsonl").startswith("data.val: absent.jsonl: No such file")
 
 
-@pytest.mark.parametrize("command", ["fit", "validate", "fit --estimate"])
+@pytest.mark.parametrize("command", slow_after(1, ["fit", "validate", "fit --estimate"]))
 @pytest.mark.parametrize(
     ("size", "message", "nearest"), [("33", "33 is no multiple", "32 or 36"), ("[32,2]", "2 is no multiple", "4")]
 )
@@ -110,6 +111,7 @@ def test_a_split_without_rows_is_refused_before_the_model_is_loaded(root, capsys
     assert refusal(capsys, "fit", *options).startswith("data.val: none of 2 rows left")
 
 
+@pytest.mark.slow
 def test_on_error_of_the_data_holds_for_readers_without_their_own(root, caplog, capsys) -> None:
     write(root / "train.jsonl", "one", "two", "three", "four", more="no object")
     write(root / "val.jsonl", "five", "six", more="no object")
@@ -136,6 +138,7 @@ def test_on_error_reaches_a_reader_inside_another(root, capsys) -> None:
     run("fit", f"--data.train={filtered}", "--data.on_error=skip", "--trainer.fast_dev_run=true")
 
 
+@pytest.mark.slow
 def test_an_image_that_cannot_be_read_names_split_and_setting(root, capsys) -> None:
     (root / "b.jpg").write_bytes(b"no image")
     line = refusal(capsys, "fit")

@@ -344,7 +344,7 @@ def test_stopped_half_way_it_goes_on(
 
 @pytest.mark.parametrize(
     ("call", "sent", "name"),
-    slow_after(2, [(1, signal.SIGINT, "Ctrl-C"), (3, signal.SIGTERM, "SIGTERM"), (3, signal.SIGINT, "Ctrl-C")]),
+    slow_after(1, [(1, signal.SIGINT, "Ctrl-C"), (3, signal.SIGTERM, "SIGTERM"), (3, signal.SIGINT, "Ctrl-C")]),
 )
 def test_a_signal_keeps_what_was_scored_of_a_part(
     here: Path,

@@ -85,7 +85,7 @@ def check(build: Callable[[], LightningModule], data: Namespace, batch: Any = No
     return costs
 
 
-@pytest.mark.parametrize("kind", ["lrm", "dina"])
+@pytest.mark.parametrize("kind", slow_after(1, ["lrm", "dina"]))
 @pytest.mark.parametrize("checkpointing", slow_after(1, [False, True]))
 def test_reward_module(kind: str, checkpointing: bool) -> None:
     options = {"backbone": {"gradient_checkpointing": checkpointing}}
@@ -123,7 +123,7 @@ def stepwise_grpo(name: str, reward: RewardSource) -> StepwiseGRPOModule:
 MORE = [(lpo, "sd35"), (refl, "sd15"), (grpo, "sd15"), (grpo, "sd35"), (stepwise_grpo, "sd15")]
 
 
-@pytest.mark.parametrize(("build", "name"), slow_after(1, [(lpo, "sd15"), (refl, "sd35"), *MORE]))
+@pytest.mark.parametrize(("build", "name"), slow_after(0, [(lpo, "sd15"), (refl, "sd35"), *MORE]))
 def test_alignment(build: Any, name: str, tmp_path: Path) -> None:
     """On SD3.5 the reward is an adapter of the policy's own network, of which blocks are computed again."""
     options = {"tuning": "lora", "lora": {"rank": 2, "alpha": 2.0}} if name == "sd35" else {}

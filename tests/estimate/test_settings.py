@@ -73,6 +73,7 @@ def test_full_size_from_configs_in_the_package(
     assert "Configs of stable-diffusion-v1-5/stable-diffusion-v1-5: configs kept in the package." in text
 
 
+@pytest.mark.slow
 def test_unknown_model_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     config = f"--config={CONFIGS / 'align' / 'lpo_tiny.yaml'}"
     with pytest.raises(SystemExit):

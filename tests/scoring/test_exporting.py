@@ -61,7 +61,7 @@ RUNS: list[tuple[str, str, str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("layout", "method", "name", "options"), slow_after(3, RUNS))
+@pytest.mark.parametrize(("layout", "method", "name", "options"), slow_after(2, RUNS))
 def test_a_run_loads_again_to_its_scores(
     layout: str, method: str, name: str, options: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

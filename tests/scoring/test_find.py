@@ -36,6 +36,7 @@ def test_the_newest_of_the_preferred_names(names: list[str], taken: str, told: s
     assert bool(told) == bool(caplog.text)
 
 
+@pytest.mark.slow
 def test_commands_take_the_checkpoint_of_the_second_run(tmp_path: Path, monkeypatch, caplog) -> None:
     monkeypatch.chdir(tmp_path)
     for steps in (1, 2):

@@ -208,6 +208,7 @@ def test_names_do_not_steer_the_terminal(
     assert printable("日本 é\n½") == "日本 é\n½"
 
 
+@pytest.mark.slow
 def test_an_estimate_reads_the_shipped_files_and_asks_no_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

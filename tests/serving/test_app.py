@@ -195,6 +195,7 @@ def test_a_score_does_not_depend_on_what_it_shares_a_batch_with(address: str, ac
         assert found == pytest.approx(wanted, abs=2e-5)
 
 
+@pytest.mark.slow
 def test_a_queue_of_n_rows_takes_n_clients_at_once() -> None:
     with serving(tiny_reward(), queue=300) as (address, service):
 
