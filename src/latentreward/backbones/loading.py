@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
@@ -17,6 +16,7 @@ from latentreward.contracts import LatentSpace
 from latentreward.errors import InputError, first_line
 from latentreward.noise import NoiseProcess, process_from_scheduler
 from latentreward.storage.hub import hub_answers
+from latentreward.storage.json_files import read_config
 
 if TYPE_CHECKING:
     from diffusers import SD3Transformer2DModel, UNet2DConditionModel
@@ -108,7 +108,7 @@ class PipelineSource:
         path = self._file(name)
         if not path.is_file():
             raise InputError(f"source={self.source!r} lacks {name}; download the whole pipeline again")
-        return read_mapping(path, f"source={self.source!r}: {name}")
+        return read_config(path, f"source={self.source!r}: {name}")
 
     def config(self, part: str) -> dict[str, Any]:
         """Read the config of ``part``, such as ``unet``, ``vae`` or ``scheduler``.
@@ -259,7 +259,7 @@ def load_weights(
     if not hasattr(family, "load_config"):  # so that transformers, like diffusers, reports mismatched shapes by name
         options |= {"ignore_mismatched_sizes": True, "config": encoder_config(family, source, **place)}
     elif (path := Path(source) / options.get("subfolder", "") / "config.json").is_file():
-        check_depth(read_mapping(path, f"{where}: {path.name}"), where)
+        check_depth(read_config(path, f"{where}: {path.name}"), where)
     try:
         with no_progress_bar():
             model, report = family.from_pretrained(
@@ -347,25 +347,6 @@ def numbers_in(value: Any) -> Iterator[float]:
             yield from numbers_in(item)
     elif isinstance(value, int | float):
         yield value
-
-
-def read_mapping(path: Path, name: str) -> dict[str, Any]:
-    """Read a JSON file that holds an object.
-
-    Args:
-        path: File.
-        name: Name of the file, for the message.
-
-    Raises:
-        InputError: If the file is damaged.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{name} is damaged ({first_line(error)}); download it again") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{name} is damaged (it holds a {type(content).__name__}); download it again")
-    return content
 
 
 def check_tokenizer(tokenizer: Any, rows: int, name: str, remedy: str) -> None:

@@ -17,7 +17,6 @@ from latentreward.errors import InputError
 from latentreward.interrupts import interrupts_told
 from latentreward.scoring import Calibration, Card, PublishedSettings, RewardModel
 from latentreward.scoring.calibration import FEWEST
-from latentreward.scoring.files import read_config
 from latentreward.scoring.hub import upload
 from latentreward.scoring.image_lists import ListedScoring
 from latentreward.scoring.layouts.config import FolderConfig
@@ -26,6 +25,7 @@ from latentreward.scoring.layouts.reopening import Probe
 from latentreward.scoring.layouts.saving import check_target, config_of, new_folder, paths_here, write_model
 from latentreward.scoring.score_inputs import require_some
 from latentreward.settings.functions import run_plain_function
+from latentreward.storage.json_files import read_config
 
 DECODE_THREADS = 4
 FEW = 200

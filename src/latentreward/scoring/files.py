@@ -1,6 +1,5 @@
-"""Readers of reward model files (JSON, safetensors, ``torch.save``) that raise one-line errors."""
+"""Readers of reward model files (safetensors, ``torch.save``) that raise one-line errors."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,21 +12,6 @@ from latentreward.errors import InputError, first_line
 
 POINTER = b"version https://git-lfs"
 """First bytes of a git-lfs pointer, which stands in place of a large file that was not downloaded."""
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """Read a JSON file that holds an object.
-
-    Raises:
-        InputError: If the file is not valid JSON, or does not hold an object.
-    """
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is damaged ({first_line(error)}); download it again") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{path} is damaged (it holds a {type(config).__name__}); download it again")
-    return config
 
 
 def load_exactly(

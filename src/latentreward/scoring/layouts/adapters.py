@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from latentreward.backbones.tuning import PEFT_SETTINGS
 from latentreward.errors import InputError
-from latentreward.scoring.files import compare_tensors, existing_folder, read_config, read_safetensors
+from latentreward.scoring.files import compare_tensors, existing_folder, read_safetensors
+from latentreward.storage.json_files import read_config
 from latentreward.storage.safetensors_header import read_header
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

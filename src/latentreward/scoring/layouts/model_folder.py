@@ -29,13 +29,14 @@ from latentreward.data.image_sizes import ImageSizes
 from latentreward.data.images import ExifOrientation
 from latentreward.errors import InputError, errors_at
 from latentreward.heads import RewardHead
-from latentreward.scoring.files import compare_tensors, existing_folder, load_exactly, read_config, read_safetensors
+from latentreward.scoring.files import compare_tensors, existing_folder, load_exactly, read_safetensors
 from latentreward.scoring.layouts.adapters import fill_adapter, inject_adapter, lora_layers, names_in_file, read_lora
 from latentreward.scoring.layouts.base import SharingReward
 from latentreward.scoring.layouts.config import FORMAT, FolderConfig
 from latentreward.scoring.layouts.recipe import ONLY_IN_TRAINING, build_backbone, build_head, is_ours
 from latentreward.scoring.layouts.trust import check_class
 from latentreward.scoring.network import RewardNetwork
+from latentreward.storage.json_files import read_config
 
 CONFIG, HEAD, BACKBONE, BASE = "config.json", "head.safetensors", "backbone.safetensors", "base.safetensors"
 

@@ -21,7 +21,7 @@ from latentreward.errors import InputError, errors_at
 from latentreward.heads import CLIPProjectionHead, GatedQFormerHead, RewardHead
 from latentreward.heads.clip_projection import MultiScale
 from latentreward.noise import DDPM
-from latentreward.scoring.files import existing_folder, load_exactly, not_dense, read_config, read_tensors
+from latentreward.scoring.files import existing_folder, load_exactly, not_dense, read_tensors
 from latentreward.scoring.layouts.adapters import fill_adapter, inject_adapter, read_lora
 from latentreward.scoring.layouts.base import SharingReward, StoredReward
 from latentreward.scoring.layouts.recipe import (
@@ -33,6 +33,7 @@ from latentreward.scoring.layouts.recipe import (
 )
 from latentreward.scoring.network import RewardNetwork
 from latentreward.settings.argument_types import described, fits
+from latentreward.storage.json_files import read_config
 
 if TYPE_CHECKING:
     from latentreward.encoders.prompts import PromptEncoder

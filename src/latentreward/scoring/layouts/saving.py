@@ -16,7 +16,6 @@ from latentreward.checkpoints.base_weights import sample
 from latentreward.checkpoints.shards import require_finite
 from latentreward.errors import InputError
 from latentreward.interrupts import interrupts_held
-from latentreward.scoring.files import read_config
 from latentreward.scoring.layouts.adapters import write_adapter
 from latentreward.scoring.layouts.card import Card, model_card
 from latentreward.scoring.layouts.config import FORMAT, FolderConfig
@@ -42,6 +41,7 @@ from latentreward.storage.durable import (
     temporary_name,
     write_errors_named,
 )
+from latentreward.storage.json_files import read_config
 
 README = "README.md"
 OURS = (CONFIG, HEAD, BACKBONE, BASE, README)
