@@ -141,6 +141,15 @@ PLUGIN = """
                 os.kill(os.getpid(), signal.Signals[self.name])
 
 
+    class Fail(Callback):
+        def __init__(self, step: int) -> None:
+            self.step = step
+
+        def on_train_batch_start(self, trainer, *args) -> None:
+            if trainer.global_step == self.step:
+                raise InputError("an image is damaged")
+
+
     class Freeze(Callback):
         def __init__(self, signal: str = "SIGSTOP") -> None:
             self.signal = signal
@@ -515,6 +524,20 @@ def test_a_run_that_fails_before_its_first_step_leaves_no_settings(
     assert not list((folder / "failed").glob("config*.yaml"))
     main([*FIT, "--trainer.default_root_dir=failed"])
     assert [path.name for path in (folder / "failed").glob("config*.yaml")] == ["config.yaml"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("step", "kept"), [(1, []), (3, ["config.yaml"])])
+def test_settings_stay_if_a_checkpoint_was_saved(
+    step: int, kept: list[str], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The next start of a run that failed before is then no run with other settings."""
+    keeper = "{class_path: ModelCheckpoint, init_args: {every_n_train_steps: 2}}"
+    options = ["--trainer.enable_checkpointing=true", f"--trainer.callbacks+={keeper}", "--trainer.max_steps=4"]
+    fault = ["--trainer.callbacks+=plugin.Fail", f"--trainer.callbacks.step={step}"]
+    run = f"--trainer.default_root_dir=failed_at_{step}"
+    assert "an image is damaged" in error_line(capsys, *FIT, *options, *fault, run)
+    assert [path.name for path in (folder / f"failed_at_{step}").glob("config*.yaml")] == kept
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])

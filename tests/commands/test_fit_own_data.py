@@ -66,6 +66,7 @@ def test_labels_under_unknown_keys_are_named(root, capsys) -> None:
     )
 
 
+@pytest.mark.slow
 def test_folders(root) -> None:
     for split in ("train", "val"):
         for side, image in (("chosen", "a"), ("rejected", "b")):
@@ -98,13 +99,15 @@ def test_only_the_readers_of_the_command_are_opened(root, caplog, capsys) -> Non
 
 @pytest.mark.parametrize("command", slow_after(1, ["fit", "validate", "fit --estimate"]))
 @pytest.mark.parametrize(
-    ("size", "message", "nearest"), [("33", "33 is no multiple", "32 or 36"), ("[32,2]", "2 is no multiple", "4")]
+    ("size", "message", "nearest"),
+    slow_after(1, [("33", "33 is no multiple", "32 or 36"), ("[32,2]", "2 is no multiple", "4")]),
 )
 def test_a_size_that_the_network_does_not_take_is_refused(root, capsys, command, size, message, nearest) -> None:
     line = refusal(capsys, *command.split(), f"--data.size={size}")
     assert line == f"data.size: {message} of the 4 pixels that the model needs; set {nearest}"
 
 
+@pytest.mark.slow
 def test_a_split_without_rows_is_refused_before_the_model_is_loaded(root, capsys) -> None:
     write(root / "test.jsonl", "five", "six")
     options = ["--data.test=JSONLPairReader", "--data.test.file=test.jsonl", "--model.backbone.source=absent"]

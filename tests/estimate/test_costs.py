@@ -32,7 +32,6 @@ from latentreward.policies import PolicySource
 from latentreward.rewards import LatentReward, PixelReward, RewardSource
 from latentreward.rollout import Branching, QuantileThreshold, Sampling
 from latentreward.scorers import StepAwareScorer
-from tests.marks import slow_after
 from tests.modules import batches
 from tests.rewards.stored import write_run
 from tests.tiny_pipelines import PIXELS, source_of
@@ -85,8 +84,9 @@ def check(build: Callable[[], LightningModule], data: Namespace, batch: Any = No
     return costs
 
 
-@pytest.mark.parametrize("kind", slow_after(1, ["lrm", "dina"]))
-@pytest.mark.parametrize("checkpointing", slow_after(1, [False, True]))
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lrm", "dina"])
+@pytest.mark.parametrize("checkpointing", [False, True])
 def test_reward_module(kind: str, checkpointing: bool) -> None:
     options = {"backbone": {"gradient_checkpointing": checkpointing}}
     costs = check(lambda: batches.MODULES[kind](**options), PAIRS, pairs())
@@ -120,10 +120,19 @@ def stepwise_grpo(name: str, reward: RewardSource) -> StepwiseGRPOModule:
     return StepwiseGRPOModule(policy(name), reward, steps, candidates, guidance_scale=2.0, seed=0)
 
 
-MORE = [(lpo, "sd35"), (refl, "sd15"), (grpo, "sd15"), (grpo, "sd35"), (stepwise_grpo, "sd15")]
-
-
-@pytest.mark.parametrize(("build", "name"), slow_after(0, [(lpo, "sd15"), (refl, "sd35"), *MORE]))
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("build", "name"),
+    [
+        (lpo, "sd15"),
+        (lpo, "sd35"),
+        (refl, "sd15"),
+        (refl, "sd35"),
+        (grpo, "sd15"),
+        (grpo, "sd35"),
+        (stepwise_grpo, "sd15"),
+    ],
+)
 def test_alignment(build: Any, name: str, tmp_path: Path) -> None:
     """On SD3.5 the reward is an adapter of the policy's own network, of which blocks are computed again."""
     options = {"tuning": "lora", "lora": {"rank": 2, "alpha": 2.0}} if name == "sd35" else {}
@@ -134,6 +143,7 @@ def test_alignment(build: Any, name: str, tmp_path: Path) -> None:
     assert costs.rollout > 0
 
 
+@pytest.mark.slow
 def test_diffusion_dpo() -> None:
     costs = check(lambda: DiffusionDPOModule(policy("sd15"), seed=0), PAIRS, pairs())
     assert costs.rollout == costs.rollout_peak == 0

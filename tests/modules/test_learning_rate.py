@@ -54,7 +54,7 @@ def lrm_data() -> dict[str, Any]:
     return {"train_dataloaders": DataLoader([pixel_batch(2)] * 40, batch_size=None)}  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("as_callback", [False, True])
+@pytest.mark.parametrize("as_callback", slow_after(1, [False, True]))
 @pytest.mark.parametrize(
     ("make", "data"), slow_after(1, [(lrm, lrm_data), (lpo, lambda: {"datamodule": loaders()})]), ids=["lrm", "lpo"]
 )
@@ -74,6 +74,7 @@ def test_a_found_rate_trains(
     assert {group["lr"] for group in trainer.optimizers[0].param_groups} == {module.lr}
 
 
+@pytest.mark.slow
 def test_a_found_rate_trains_under_the_command_line(tmp_path: Path) -> None:
     module = run(
         "fit",

@@ -112,6 +112,7 @@ def test_load_from_checkpoint(small: bool, tmp_path: Path) -> None:
         LRMModule.load_from_checkpoint(path, backbone=other, head=head)
 
 
+@pytest.mark.slow
 def test_a_policy_by_load_from_checkpoint(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, max_epochs=1)
     trainer.fit(lpo(), datamodule=loaders())

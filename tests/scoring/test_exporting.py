@@ -78,6 +78,7 @@ def test_a_run_loads_again_to_its_scores(
     assert not any(str(tmp_path) in path.read_text() for path in output.rglob("*.json"))
 
 
+@pytest.mark.slow
 def test_a_model_folder_and_another_layout_can_be_exported(tmp_path: Path) -> None:
     base = pipeline_folder("sd15")
     write_lrm(tmp_path / "published", "sd15")
@@ -138,7 +139,7 @@ PROBLEMS: list[tuple[str, str, dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("method", "name", "options", "message"), PROBLEMS)
+@pytest.mark.parametrize(("method", "name", "options", "message"), slow_after(2, PROBLEMS))
 def test_a_part_that_the_layout_has_no_place_for(
     method: str, name: str, options: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
@@ -148,6 +149,7 @@ def test_a_part_that_the_layout_has_no_place_for(
         export_reward(model, tmp_path / "new", layout)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_settings_of_a_head_that_the_layouts_have_no_place_for(tmp_path: Path) -> None:
     write_run(tmp_path / "dina", "dina", "sd35", **SMALL)
     write_run(tmp_path / "lrm", "lrm", "sd15")
@@ -169,6 +171,7 @@ def test_settings_of_a_head_that_the_layouts_have_no_place_for(tmp_path: Path) -
         export_reward(dina, tmp_path / "new", "diffusion-rm")
 
 
+@pytest.mark.slow
 def test_trained_constants_of_the_logistic_are_not_lost_in_silence(tmp_path: Path) -> None:
     write_dina(tmp_path / "published")
     config = json.loads((tmp_path / "published" / "config.json").read_text())

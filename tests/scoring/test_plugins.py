@@ -17,6 +17,7 @@ from latentreward.scoring import RewardModel
 from latentreward.scoring.layouts.model_folder import adapter_folders
 from latentreward.scoring.layouts.recipe import ModelPart, ModelRecipe, backbone_part, head_part, own_parts
 from latentreward.scoring.layouts.saving import check_adapter_folders, paths_here
+from tests.marks import slow_after
 from tests.scoring import plugin_backbone
 from tests.tiny_pipelines import pipeline_folder
 
@@ -98,11 +99,20 @@ def publish(tmp_path: Path, *options: str) -> None:
 
 @pytest.mark.parametrize(
     ("drawn", "message"),
-    [
-        ("buffer", r"backbone\.shift differs once the model is saved and loaded again; \S+two_networks must give it"),
-        ("attribute", r"the score is \S+ instead of \S+ once the model is saved and loaded again"),
-        ("weight", r"shifter\.bias differs from that of .* give that base as base, unless \S+two_networks draws it"),
-    ],
+    slow_after(
+        1,
+        [
+            (
+                "buffer",
+                r"backbone\.shift differs once the model is saved and loaded again; \S+two_networks must give it",
+            ),
+            ("attribute", r"the score is \S+ instead of \S+ once the model is saved and loaded again"),
+            (
+                "weight",
+                r"shifter\.bias differs from that of .* give that base as base, unless \S+two_networks draws it",
+            ),
+        ],
+    ),
 )
 def test_publish_refuses_what_it_draws_at_random(drawn: str, message: str, tmp_path: Path, capsys: Any) -> None:
     """The folder that was there before stays."""
@@ -115,6 +125,7 @@ def test_publish_refuses_what_it_draws_at_random(drawn: str, message: str, tmp_p
     assert (tmp_path / "out" / "config.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_buffer_of_the_backbones_own_is_saved(tmp_path: Path, capsys: Any) -> None:
     model = trained(drawn="saved")
     model.save_pretrained(tmp_path / "saved")
@@ -125,6 +136,7 @@ def test_a_buffer_of_the_backbones_own_is_saved(tmp_path: Path, capsys: Any) -> 
     assert torch.equal(scores(again), scores(model))
 
 
+@pytest.mark.slow
 def test_a_base_that_no_setting_names(tmp_path: Path, capsys: Any) -> None:
     trained("fixed").save_pretrained(tmp_path / "saved")
     publish(tmp_path)

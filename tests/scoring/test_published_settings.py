@@ -66,6 +66,7 @@ def test_settings_of_lrm(settings: dict[str, Any], head: dict[str, Any], tmp_pat
     assert f"scored with {told}, which its files do not hold" in line
 
 
+@pytest.mark.slow
 def test_settings_of_dina_lrm(tmp_path: Path) -> None:
     written = write_dina(tmp_path)
     model = RewardModel.from_pretrained(tmp_path, published=PublishedSettings(rms_eps=1e-7, t5_length=9))
@@ -141,6 +142,7 @@ def test_serve_and_publish_take_them(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert "published.guidance=1.0 does not concern" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_score_notes_them_and_does_not_go_on_with_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_lrm(tmp_path / "lrm", "sd15")
     (tmp_path / "pics").mkdir()
@@ -171,7 +173,7 @@ def test_score_notes_them_and_does_not_go_on_with_others(tmp_path: Path, capsys:
     assert torch.equal(score(), own)  # of a version before the setting, which had the defaults
 
 
-@pytest.mark.parametrize("share", ["auto", "never"])
+@pytest.mark.parametrize("share", slow_after(1, ["auto", "never"]))
 def test_latent_reward_takes_and_tells_them(share: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_dina(tmp_path)
     policy, prompts = tiny_policy("sd35", t5_length=256), ["a cat", "two dogs"]

@@ -19,7 +19,14 @@ from jsonargparse.typing import PositiveFloat
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, ModelSummary, ProgressBar
+from lightning.pytorch.callbacks import (
+    Callback,
+    Checkpoint,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    ModelSummary,
+    ProgressBar,
+)
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
@@ -100,8 +107,8 @@ class SaveConfig(SaveConfigCallback):
     If an earlier run left other settings there, the new file is called ``config_1.yaml``, and so on. If the newest file
     there has the same settings, apart from ``ckpt_path``, nothing is written. Commands that load a checkpoint look for
     its settings in the checkpoint's folder and one folder up; checkpoint folders elsewhere get a copy. If a run fails
-    before its first optimiser step, its files are removed. ``validate``, ``test`` and ``predict`` write their settings
-    only to a folder without any, because those of ``fit`` belong to the checkpoints.
+    before its first optimiser step or its first checkpoint, its files are removed. ``validate``, ``test`` and
+    ``predict`` write their settings only to a folder without any, because those of ``fit`` belong to the checkpoints.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -135,8 +142,8 @@ class SaveConfig(SaveConfigCallback):
                 self._write(Path(kept))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Remove the settings files of a run that failed before its first optimiser step."""
-        if trainer.global_step == self._first_step:
+        """Remove the settings files of a run that failed before its first optimiser step or its first checkpoint."""
+        if trainer.global_step == self._first_step or saved_nothing(trainer.checkpoint_callbacks):
             for path in self._written:
                 path.unlink(missing_ok=True)
 
@@ -149,6 +156,15 @@ class SaveConfig(SaveConfigCallback):
             return
         self._written.append(folder / free_name(folder))
         self._written[-1].write_text(text, encoding="utf-8")
+
+
+def saved_nothing(keepers: Sequence[Checkpoint]) -> bool:
+    """Tell whether a run whose callbacks save checkpoints has none yet and will save none because of an error."""
+    return bool(keepers) and all(
+        isinstance(keeper, ModelCheckpoint)
+        and not (keeper.best_model_path or keeper.last_model_path or keeper.save_on_exception)
+        for keeper in keepers
+    )
 
 
 def same_run(one: str, other: str) -> bool:
