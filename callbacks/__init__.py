@@ -5,6 +5,7 @@ from latentreward.callbacks.collapse_guard import CollapseGuard
 from latentreward.callbacks.exact_resume import ExactResume
 from latentreward.callbacks.graceful_stop import GracefulStop
 from latentreward.callbacks.hacking_monitor import HackingMonitor
+from latentreward.callbacks.last_checkpoint import LastCheckpoint
 from latentreward.callbacks.nan_guard import NaNGuard
 from latentreward.callbacks.noise_band_accuracy import NoiseBandAccuracy
 from latentreward.callbacks.pair_grid import ScoredPairGrid
@@ -26,6 +27,7 @@ __all__ = [
     "ExactResume",
     "GracefulStop",
     "HackingMonitor",
+    "LastCheckpoint",
     "NaNGuard",
     "NoiseBandAccuracy",
     "PairScoreWriter",

@@ -151,8 +151,8 @@ def read_checkpoint(path: Path, with_tensors: bool = True) -> dict[str, Any]:
         if path.is_dir():
             content = read_sharded(path, with_tensors)
         else:
-            device = "cpu" if with_tensors else "meta"
-            content = torch.load(path, map_location=device, weights_only=True, mmap=not with_tensors)
+            # Mapped into memory, so that the optimiser's state is not read.
+            content = torch.load(path, "cpu" if with_tensors else "meta", weights_only=True, mmap=True)
     except UNREADABLE as error:
         raise InputError(damaged(path, first_line(error))) from error
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), Mapping):

@@ -49,6 +49,7 @@ from latentreward.checkpoints.files import (
     DurableCheckpointIO,
     checkpoint_problem,
     fetched,
+    holds_weights_alone,
     newest_intact,
     without_password,
 )
@@ -287,6 +288,11 @@ class TrainingCLI(LightningCLI):
             raise InputError("weights_only: false would let a checkpoint run code; leave it out")
         if local not in (None, "last", "hpc"):  # Lightning resolves these two words
             check_checkpoint(local, given)
+            if self.command == "fit" and holds_weights_alone(Path(local)):
+                raise InputError(
+                    f"ckpt_path: {given} holds weights alone, without the state of the optimiser (save_weights_only); "
+                    "resume from another checkpoint of the run, such as last.ckpt"
+                )
         with constructor_errors():
             super().instantiate_classes()
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:

@@ -1,0 +1,82 @@
+"""``last.ckpt`` is at most n steps old, is there at the end of a run, and no state is written twice."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from latentreward.callbacks import LastCheckpoint
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.demos.boring_classes import BoringModel
+from torch.utils.data import DataLoader
+
+from latentreward.errors import InputError
+
+
+class Saves(Callback):
+    """Number of optimiser steps at each save."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def on_save_checkpoint(self, trainer: Trainer, *_: Any) -> None:
+        self.steps.append(trainer.global_step)
+
+
+def fit(
+    folder: Path, every: int, steps: int, batches: int = 5, resumed: Path | None = None, **options: Any
+) -> list[int]:
+    saves = Saves()
+    trainer = Trainer(
+        accelerator="cpu",
+        default_root_dir=folder,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        max_steps=steps,
+        callbacks=[LastCheckpoint(every), saves],
+        **options,
+    )
+    trainer.fit(BoringModel(), DataLoader(torch.randn(batches, 32)), DataLoader(torch.randn(2, 32)), ckpt_path=resumed)
+    return saves.steps
+
+
+@pytest.mark.parametrize(
+    ("every", "steps", "saved"),
+    [
+        (2, 12, [2, 4, 5, 6, 8, 10, 12]),
+        (3, 7, [3, 5, 6, 7]),
+        (5, 10, [5, 10]),
+        (100, 7, [5, 7]),
+        (1, 3, [1, 2, 3]),
+    ],
+)
+def test_each_state_is_written_once(every: int, steps: int, saved: list[int], tmp_path: Path) -> None:
+    assert fit(tmp_path, every, steps) == saved
+    (file,) = tmp_path.rglob("*.ckpt")
+    assert file.name == "last.ckpt"
+    assert torch.load(file, weights_only=True)["global_step"] == steps
+
+
+def test_validation_within_an_epoch_and_accumulation(tmp_path: Path) -> None:
+    assert fit(tmp_path, 2, 5, batches=6, val_check_interval=2, accumulate_grad_batches=2) == [2, 3, 4, 5]
+
+
+def test_a_resumed_run_goes_on_in_its_file(tmp_path: Path) -> None:
+    fit(tmp_path, 2, 7)
+    (file,) = tmp_path.rglob("*.ckpt")
+    assert fit(tmp_path, 3, 9, resumed=file) == [9]
+    assert [*tmp_path.rglob("*.ckpt")] == [file]
+    assert torch.load(file, weights_only=True)["global_step"] == 9
+
+
+def test_a_new_run_keeps_the_file_of_an_earlier_one(tmp_path: Path) -> None:
+    fit(tmp_path, 2, 7)
+    fit(tmp_path, 2, 3)
+    steps = {path.name: torch.load(path, weights_only=True)["global_step"] for path in tmp_path.rglob("*.ckpt")}
+    assert steps == {"last.ckpt": 7, "last-v1.ckpt": 3}
+
+
+def test_an_interval_below_one_is_refused() -> None:
+    with pytest.raises(InputError, match="every_n_train_steps is 0; it must be at least 1"):
+        LastCheckpoint(0)
