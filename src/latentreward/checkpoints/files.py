@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -112,8 +112,10 @@ def checkpoint_problem(path: Path) -> str | None:
 
 
 def holds_weights_alone(path: Path) -> bool:
-    """Tell whether an intact checkpoint file has no state of an optimiser, as one of ``save_weights_only: true``."""
-    return path.is_file() and "optimizer_states" not in torch.load(path, "meta", weights_only=True, mmap=True)
+    """Tell whether an intact file is a Lightning checkpoint without state of an optimiser (``save_weights_only``)."""
+    content = torch.load(path, "meta", weights_only=True, mmap=True) if path.is_file() else None
+    ours = isinstance(content, Mapping) and "pytorch-lightning_version" in content
+    return ours and "optimizer_states" not in content
 
 
 def newest_intact(candidates: Iterable[Path]) -> Path | None:
