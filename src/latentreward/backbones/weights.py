@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from latentreward.errors import InputError, first_line
 from latentreward.storage.json_files import read_config
+from latentreward.storage.shared_weights import processes_here, shared
 from latentreward.storage.weight_files import ALIGNMENT, MappedWeights, StoredTensor, find_weights, map_weights
 
 OWN_ATTENTION = (None, "eager", "sdpa")
@@ -169,7 +170,9 @@ def settle(network: nn.Module, dtype: torch.dtype, trained: torch.dtype | None =
     """Store the weights of a model in their final types, in place, reading those that are still mapped.
 
     A mapped weight is read from its file straight into the new type. One that has the type already, and lies at an
-    aligned address, stays mapped. Inside :func:`settling_later` nothing happens before the end of the block.
+    aligned address, stays mapped. If several processes of the machine load the same weights, one of them converts the
+    rest into a file that all map (:mod:`~latentreward.storage.shared_weights`). Inside :func:`settling_later` nothing
+    happens before the end of the block.
 
     Args:
         network: Module, mapped or not.
@@ -183,24 +186,22 @@ def settle(network: nn.Module, dtype: torch.dtype, trained: torch.dtype | None =
     places: dict[int, StoredTensor] = {}
     for module in network.modules():
         places |= module.__dict__.pop(PLACES, {})
-    for parameter in network.parameters():
-        _settle_tensor(parameter, (trained or dtype) if parameter.requires_grad else dtype, places)
-    for buffer in network.buffers():
-        _settle_tensor(buffer, trained or dtype, places)
-
-
-def _settle_tensor(tensor: Tensor, dtype: torch.dtype, places: Mapping[int, StoredTensor]) -> None:
-    data = tensor.data
-    dtype = dtype if data.is_floating_point() else data.dtype
-    # The address in a mapped file depends on the length of its header, and CPU kernels round differently at addresses
-    # that are not aligned.
-    aligned = data.is_meta or data.data_ptr() % ALIGNMENT == 0
-    if data.dtype == dtype and aligned:
-        return
-    place = None if data.is_meta else places.get(data.data_ptr())
-    known = place is not None and (place.shape, place.dtype) == (data.shape, data.dtype)
-    values = place.read() if place is not None and known else data
-    tensor.data = values.to(dtype, copy=values is data)
+    stored: list[tuple[Tensor, StoredTensor, torch.dtype]] = []
+    for tensor in (*network.parameters(), *network.buffers()):
+        frozen = isinstance(tensor, nn.Parameter) and not tensor.requires_grad
+        wanted = (dtype if frozen else trained or dtype) if tensor.is_floating_point() else tensor.dtype
+        # The address in a mapped file depends on the length of its header, and CPU kernels round differently at
+        # addresses that are not aligned.
+        if tensor.dtype == wanted and (tensor.is_meta or tensor.data_ptr() % ALIGNMENT == 0):
+            continue
+        place = None if tensor.is_meta else places.get(tensor.data_ptr())
+        if place is not None and (place.shape, place.dtype) == (tensor.shape, tensor.dtype):
+            stored.append((tensor, place, wanted))
+        else:
+            tensor.data = tensor.data.to(wanted, copy=True)
+    values = shared([(place, wanted) for _, place, wanted in stored]) if stored and processes_here() > 1 else None
+    for number, (tensor, place, wanted) in enumerate(stored):
+        tensor.data = place.read().to(wanted) if values is None else values[number]
 
 
 @contextmanager

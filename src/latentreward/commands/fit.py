@@ -14,6 +14,7 @@ from pydoc import locate
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
+import torch
 from jsonargparse import ActionYesNo, Namespace
 from jsonargparse.typing import PositiveFloat
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
@@ -72,6 +73,7 @@ from latentreward.settings.functions import (
 from latentreward.settings.ranges import check_ranges
 from latentreward.settings.rewriting import rewrite_arguments
 from latentreward.storage.locks import lock_run
+from latentreward.storage.shared_weights import sharing_between
 
 CONFIG, SAVED = "config.yaml", "config*.yaml"
 LOADERS = {"fit": "train", "validate": "val"}
@@ -293,7 +295,7 @@ class TrainingCLI(LightningCLI):
                     f"ckpt_path: {given} holds weights alone, without the state of the optimiser (save_weights_only); "
                     "resume from another checkpoint of the run, such as last.ckpt"
                 )
-        with constructor_errors():
+        with constructor_errors(), sharing_between(ranks_per_machine(settings["trainer"])):
             super().instantiate_classes()
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             self.trainer.strategy.checkpoint_io = DurableCheckpointIO()
@@ -373,6 +375,18 @@ class TrainingCLI(LightningCLI):
             settings["ckpt_path"] = str(path)
 
     before_validate = before_test = before_predict = _find_last
+
+
+def ranks_per_machine(trainer: Namespace) -> int:
+    """Return the number of processes that a trainer's settings start on each machine."""
+    devices = trainer.get("devices")
+    if isinstance(devices, str) and devices.lstrip("-").isdigit():
+        devices = int(devices)
+    if isinstance(devices, int) and devices >= 0:
+        return devices
+    if isinstance(devices, list | str) and devices != "auto":
+        return len(devices.split(",") if isinstance(devices, str) else devices)
+    return 1 if trainer.get("accelerator") == "cpu" else torch.cuda.device_count()  # "auto" and -1
 
 
 @contextmanager
