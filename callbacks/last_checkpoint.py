@@ -48,12 +48,28 @@ class LastCheckpoint(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save after every n-th optimiser step, but for an epoch's last batch: :meth:`on_train_epoch_end` follows."""
-        if not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+        """Save after every n-th optimiser step, and when the run ends within an epoch.
+
+        From there a run with a raised limit takes the other batches of that epoch; from Lightning's later hooks it
+        would begin the next epoch. After the last batch of an epoch, :meth:`on_train_epoch_end` saves.
+        """
+        loop = trainer.fit_loop
+        if loop.epoch_loop.batch_progress.is_last_batch:
+            return
+        if loop.epoch_loop.done and not loop._should_accumulate():
+            self._save(trainer)
+        else:
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save at the end of an epoch; Lightning calls this hook also when the run ends within an epoch."""
+        """Save at the end of an epoch, and if the run ends where :meth:`on_train_batch_end` cannot save."""
+        self._save(trainer)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Do nothing; Lightning would save here even under ``fast_dev_run``."""
+
+    def _save(self, trainer: Trainer) -> None:
         if not self._should_skip_saving_checkpoint(trainer):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))

@@ -11,6 +11,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from torch.utils.data import DataLoader
 
 from latentreward.errors import InputError
+from tests.small_user import SEEN, run
 
 
 class Saves(Callback):
@@ -68,6 +69,28 @@ def test_a_resumed_run_goes_on_in_its_file(tmp_path: Path) -> None:
     assert fit(tmp_path, 3, 9, resumed=file) == [9]
     assert [*tmp_path.rglob("*.ckpt")] == [file]
     assert torch.load(file, weights_only=True)["global_step"] == 9
+
+
+def test_a_run_with_a_raised_limit_takes_the_batches_that_it_would_have_taken_at_once(tmp_path: Path) -> None:
+    folders = {"at once": tmp_path / "at_once", "in turns": tmp_path / "in_turns"}
+    seen: dict[str, list[list[int]]] = {"at once": [], "in turns": []}
+    for kind, steps in (("at once", 12), ("in turns", 8), ("in turns", 12)):
+        limits = ("--data.batch_size=4", f"--trainer.max_steps={steps}", "--trainer.val_check_interval=2")
+        run("fit", folders[kind], "--trainer.callbacks+=LastCheckpoint", *limits, "--ckpt_path=last")
+        seen[kind] += SEEN
+    assert seen["in turns"] == seen["at once"]
+    whole, parts = (torch.load(next(folder.rglob("last.ckpt")), weights_only=True) for folder in folders.values())
+    torch.testing.assert_close(parts["state_dict"], whole["state_dict"], rtol=0, atol=0)
+
+
+def test_a_finished_run_is_not_saved_again(tmp_path: Path) -> None:
+    fit(tmp_path, 2, 7)
+    (file,) = tmp_path.rglob("*.ckpt")
+    assert fit(tmp_path, 2, 7, resumed=file) == []
+
+
+def test_a_trial_run_saves_nothing(tmp_path: Path) -> None:
+    assert fit(tmp_path, 1, 7, fast_dev_run=3) == []
 
 
 def test_a_new_run_keeps_the_file_of_an_earlier_one(tmp_path: Path) -> None:

@@ -290,11 +290,8 @@ class TrainingCLI(LightningCLI):
             raise InputError("weights_only: false would let a checkpoint run code; leave it out")
         if local not in (None, "last", "hpc"):  # Lightning resolves these two words
             check_checkpoint(local, given)
-            if self.command == "fit" and holds_weights_alone(Path(local)):
-                raise InputError(
-                    f"ckpt_path: {given} holds weights alone, without the state of the optimiser (save_weights_only); "
-                    "resume from another checkpoint of the run, such as last.ckpt"
-                )
+            if self.command == "fit":
+                check_resumable(local, given)
         with constructor_errors(), sharing_between(ranks_per_machine(settings["trainer"])):
             super().instantiate_classes()
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
@@ -359,6 +356,8 @@ class TrainingCLI(LightningCLI):
         if settings["ckpt_path"] is None and int(os.environ.get("SLURM_RESTART_COUNT") or 0):
             settings["ckpt_path"] = "last"
         self._find_last()
+        if path := settings["ckpt_path"]:
+            check_resumable(path, path)
         callbacks = self.trainer.checkpoint_callbacks
         folders = [Path(given) for saving in callbacks if (given := getattr(saving, "dirpath", None))]
         known = [folder for folder in folders if not any(folder.glob("*.ckpt"))]
@@ -561,6 +560,15 @@ def check_checkpoint(path: str | Path, given: str | Path) -> None:
         raise InputError(f"ckpt_path: {path} does not exist")
     if problem := checkpoint_problem(Path(path)):
         raise InputError(f"ckpt_path: {damaged(given, problem)}")
+
+
+def check_resumable(path: str | Path, given: str | Path) -> None:
+    """Raise InputError if the checkpoint file at ``path``, called ``given`` in the message, holds weights alone."""
+    if holds_weights_alone(Path(path)):
+        raise InputError(
+            f"ckpt_path: {given} holds weights alone, without the state of the optimiser (save_weights_only); resume "
+            "from a checkpoint that has the optimiser's state, such as the last.ckpt of LastCheckpoint"
+        )
 
 
 def without_repeated_callbacks(settings: Namespace) -> Namespace:
