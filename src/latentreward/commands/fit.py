@@ -39,6 +39,7 @@ from latentreward.callbacks import (
     AccuracyInterval,
     ExactResume,
     GracefulStop,
+    LastCheckpoint,
     NaNGuard,
     PairScoreWriter,
     ParameterSummary,
@@ -574,12 +575,15 @@ def check_resumable(path: str | Path, given: str | Path) -> None:
 def without_repeated_callbacks(settings: Namespace) -> Namespace:
     """Return a copy of the settings in which callbacks of equal class and settings occur once.
 
-    Callbacks repeat if a saved ``config.yaml`` is given together with the files that it was made from.
+    Callbacks repeat if a saved ``config.yaml`` is given together with the files that it was made from. Of several
+    ``LastCheckpoint``, for example of a recipe and of a file of configs/trainer after it, the last one is kept.
     """
     settings = settings.clone()
     callbacks = settings.get("trainer.callbacks")
     if isinstance(callbacks, list):
-        settings["trainer.callbacks"] = [one for index, one in enumerate(callbacks) if one not in callbacks[:index]]
+        callbacks = [one for index, one in enumerate(callbacks) if one not in callbacks[:index]]
+        keepers = [one for one in callbacks if one.class_path.endswith(f".{LastCheckpoint.__name__}")]
+        settings["trainer.callbacks"] = [one for one in callbacks if one not in keepers[:-1]]
     return settings
 
 
