@@ -362,11 +362,9 @@ def test_backbone_by_short_name(options: list[str], folder: Path, capsys: pytest
 def test_packaged_trainers_are_found_from_any_folder(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     config = settings(capsys, f"--config=configs/trainer/{name}.yaml")
     assert config["trainer"]["gradient_clip_val"] == 1.0
-    assert [callback["class_path"].rsplit(".")[-1] for callback in config["trainer"]["callbacks"]][:3] == [
-        "Note",
-        "Note",
-        "ModelCheckpoint",
-    ]
+    callbacks = [callback["class_path"].rsplit(".")[-1] for callback in config["trainer"]["callbacks"]]
+    assert callbacks[:2] == ["Note", "Note"]  # of the files before
+    assert "LastCheckpoint" in callbacks[2:]
 
 
 # ---- runs

@@ -15,7 +15,8 @@ from tests.processes import Forked
 
 
 def write(path: Path, age: float = 0.0, number: int = 0, whole: bool = True) -> Path:
-    content = {"number": number, "weights": torch.arange(1000.0), **({"optimizer_states": []} if whole else {})}
+    content = {"number": number, "weights": torch.arange(1000.0), "pytorch-lightning_version": "2.6.0"}
+    content |= {"optimizer_states": []} if whole else {}
     DurableCheckpointIO().save_checkpoint(content, path)
     os.utime(path, times=(time.time() - age,) * 2)
     return path
