@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from latentreward.cli import main
@@ -236,15 +235,3 @@ def test_a_run_goes_on_from_its_last_ckpt(file: str) -> None:
     before, now = run.checkpoints["last.ckpt"]["state_dict"], kept["state_dict"]
     assert before.keys() == now.keys()
     assert any(not torch.equal(before[name], now[name]) for name in now)
-
-
-TRAINERS = sorted(path.stem for path in (CONFIGS / "trainer").glob("*.yaml"))
-
-
-@pytest.mark.parametrize("name", TRAINERS)
-def test_every_trainer_keeps_last_ckpt_without_frozen_weights(name: str) -> None:
-    """Only the one of CPUs runs here; the demo keeps what scoring needs, and FSDP1 has flat parameters."""
-    callbacks = yaml.safe_load((CONFIGS / "trainer" / f"{name}.yaml").read_text())["trainer"]["callbacks"]
-    kept = {callback["class_path"].rpartition(".")[2] for callback in callbacks}
-    assert ("LastCheckpoint" in kept) == (name != "demo")
-    assert ("TrainableCheckpoint" in kept) == (name != "fsdp1")
