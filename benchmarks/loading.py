@@ -1,21 +1,26 @@
-"""Measure the loading of cached latents, against other stores of the same pairs; prints Markdown tables.
+"""Measure the loading of cached latents, against other stores of the same pairs, and of images; prints Markdown tables.
 
-Usage: ``python benchmarks/loading.py [compare] [scale] [wait] [--repeats 5] [--folder DIR]``. By default all three
-parts run, which takes about five minutes and 4 GB below the folder. ``compare``: pairs per second of this project's
+Usage: ``python benchmarks/loading.py [compare] [scale] [wait] [tiny] [rows] [--repeats 5] [--folder DIR]``. By default
+all parts run, which takes about ten minutes and 4 GB below the folder. ``compare``: pairs per second of this project's
 cache, of ``datasets`` (Arrow, binary columns), and of a reader like the released diffusion-rm code (parquet, zstd,
 reopens a file for each row), at 64 and 512 KiB per latent, with files in the page cache. ``scale``: 1 000 to 100 000
-pairs of 4 KiB latents. ``wait``: share of a tiny model's training time that is spent waiting for data.
+pairs of 4 KiB latents. ``wait``: share of a tiny model's training time that is spent waiting for data. ``tiny``: share
+of data in the CPU time of a training step of ``configs/model/lrm_tiny.yaml`` on the tiny world's pictures. ``rows``:
+CPU time and memory of opening JSON lines and of planning an epoch, at 100 000 and 1 000 000 pairs.
 """
 
 import argparse
 import hashlib
 import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 from typing import Any
 
 import numpy as np
@@ -308,12 +313,108 @@ def wait(folder: Path) -> None:
         )
 
 
+def tiny(folder: Path, repeats: int) -> None:
+    """Print the share of data in the CPU time of the tiny LRM's training steps, by layout of the tiny world's files."""
+    from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+
+    from latentreward.backbones import sd_tiny
+    from latentreward.heads import CLIPProjectionHead
+    from latentreward.losses import LRMLoss
+    from latentreward.modules import LRMModule
+    from latentreward.tinyworld import TinyWorldDataModule
+
+    class Clock(Callback):
+        """Callback that sums CPU seconds between batches and inside them."""
+
+        def __init__(self) -> None:
+            self.seconds, self.now = [0.0, 0.0], time.process_time()
+
+        def lap(self, kind: int) -> None:
+            """Count the time since the last call as data (0) or as work (1)."""
+            self.now, last = time.process_time(), self.now
+            self.seconds[kind] += self.now - last
+
+        def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
+            """Count data, but for the first batches, while caches fill."""
+            self.lap(0)
+            if batch_idx == 10:
+                self.seconds = [0.0, 0.0]
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            """Count work."""
+            self.lap(1)
+
+    print("\n| layout | data, ms per step | whole step, ms | share of data (range) |\n|---|---|---|---|")
+    for layout in ("pickapic", "hpdv3"):
+        found = []
+        for _ in range(repeats):
+            seed_everything(0, verbose=False)
+            data = TinyWorldDataModule(str(folder / layout), layout, 1500, 32, batch_size=32, num_workers=0)
+            backbone, clock = sd_tiny(), Clock()
+            module = LRMModule(backbone, CLIPProjectionHead(backbone.feature_spec, guidance=7.5), LRMLoss())
+            trainer = Trainer(
+                accelerator="cpu",
+                max_steps=60,
+                limit_val_batches=0,
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                callbacks=[clock],
+            )
+            trainer.fit(module, data)
+            found.append(clock.seconds)
+        steps, shares = 50, [data / (data + work) for data, work in found]
+        loading = 1000 * statistics.median(data for data, _ in found) / steps
+        whole = 1000 * statistics.median(map(sum, found)) / steps
+        share = f"{statistics.median(shares):.1%} ({min(shares):.1%} to {max(shares):.1%})"
+        print(f"| {layout} | {loading:.1f} | {whole:.1f} | {share} |", flush=True)
+
+
+def rows(folder: Path) -> None:
+    """Print CPU time and memory of a reader of JSON lines and of the bucket sampler, by number of pairs."""
+    columns = ("pairs", "open, s", "its peak, MiB", "labels(), s", "again, s", "an epoch in batches of 4, s")
+    print(f"\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
+    for pairs in (100_000, 1_000_000):
+        file = folder / f"{pairs}.jsonl"
+        with file.open("w") as stream:
+            for number in range(pairs):
+                images = f'"chosen": "images/{number}_a.jpg", "rejected": "images/{number}_b.jpg"'
+                stream.write(f'{{"prompt": "a photograph of thing number {number // 3} on a table", {images}}}\n')
+        printed = subprocess.run(
+            [sys.executable, __file__, "--file", str(file)], check=True, stdout=subprocess.PIPE, text=True
+        ).stdout
+        print(f"| {pairs:,} | {' | '.join(printed.split())} |", flush=True)
+
+
+def measure_rows(file: Path) -> None:
+    """Print the figures of :func:`rows` for one file; in a process of its own, whose peak of memory counts."""
+    from latentreward.cache.sampling import BucketBatchSampler, Sizing
+    from latentreward.data import JSONLPairReader
+
+    def cpu(work: Callable[[], Any]) -> tuple[Any, str]:
+        began = time.process_time()
+        return work(), f"{time.process_time() - began:.2f}"
+
+    start = getrusage(RUSAGE_SELF).ru_maxrss
+    reader, opened = cpu(lambda: JSONLPairReader(str(file)))
+    peak = (getrusage(RUSAGE_SELF).ru_maxrss - start) / 1024
+    first, again = (cpu(reader.labels)[1] for _ in range(2))
+    sizes = np.random.default_rng(0).integers(8, 13, (len(reader), 2))
+    planned = cpu(lambda: sum(1 for _ in BucketBatchSampler(sizes, Sizing(4))))[1]
+    print(opened, f"{peak:.0f}", first, again, planned)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", default=["compare", "scale", "wait"], metavar="PART")
+    parser.add_argument("parts", nargs="*", default=["compare", "scale", "wait", "tiny", "rows"], metavar="PART")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="for the files; a temporary one by default")
+    parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.file:
+        measure_rows(options.file)
+        return
     torch.set_num_threads(1)
     disable_progress_bars()
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
@@ -335,6 +436,10 @@ def main() -> None:
             scale(folder)
         if "wait" in options.parts:
             wait(folder)
+        if "tiny" in options.parts:
+            tiny(folder, options.repeats)
+        if "rows" in options.parts:
+            rows(folder)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,15 @@ RESAMPLES = 10_000
 ENDS = (0.025, 0.975)
 FEW = 30
 """Number of groups below which reports show that number beside an interval, because the interval is too narrow."""
-BLOCK = 1 << 23
-"""Largest number of random integers in memory at a time."""
+BLOCK, DRAWN = 1 << 23, 1 << 17
+"""Largest number of counts of drawn groups in memory at a time, and of random integers; these should fit in a cache."""
+MANY, BUNDLES = 10_000, 4_000
+"""Number of groups above which random bundles of groups are resampled in their place, and number of bundles.
+
+The work no longer grows with the number of groups. Bundles of independent groups are independent, and the variance of
+their total is that of the groups' total: interval ends vary by 1 % of the interval's half with the bundles, less than
+with the resamples.
+"""
 
 
 class Interval(NamedTuple):
@@ -167,18 +174,23 @@ def resample_sums(sums: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -
     rng = np.random.default_rng(seed)
     sums = np.asarray(sums, dtype=np.float64)
     kinds, counts = np.unique(sums, axis=0, return_counts=True)
-    if 8 * len(kinds) < len(sums):  # counts of equal groups are multinomial: far fewer random numbers are needed
+    if 8 * len(kinds) < min(len(sums), MANY):  # counts of equal groups are multinomial: far fewer random numbers
         return rng.multinomial(len(sums), counts / len(sums), size=resamples) @ kinds
+    if len(sums) > MANY:
+        starts = np.arange(BUNDLES) * len(sums) // BUNDLES
+        sums = np.add.reduceat(rng.permutation(sums), starts)
     rows = max(1, BLOCK // len(sums))
     return np.concatenate([_draw(sums, min(rows, resamples - n), rng) for n in range(0, resamples, rows)])
 
 
 def _draw(sums: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
     groups = len(sums)
-    drawn = rng.integers(groups, size=(resamples, groups), dtype=np.int64)
-    drawn += groups * np.arange(resamples)[:, None]
-    times = np.bincount(drawn.ravel(), minlength=resamples * groups).reshape(resamples, groups)
-    return times.astype(np.float64) @ sums
+    times = np.empty((resamples, groups))
+    for some in np.array_split(times, -(-times.size // DRAWN)):
+        drawn = rng.integers(groups, size=some.shape, dtype=np.int64)
+        drawn += groups * np.arange(len(some))[:, None]
+        some[:] = np.bincount(drawn.ravel(), minlength=some.size).reshape(some.shape)
+    return times @ sums
 
 
 def clustered_mean(values: np.ndarray, groups: Sequence[str] | np.ndarray) -> Interval:
