@@ -1,6 +1,5 @@
 """Steps of rows in forked processes, which need not import everything again."""
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ class ForkedSteps(Workshop):
     """A workshop whose processes are forked from one that has imported torch and Lightning."""
 
     def _call(self, command: Sequence[str], log: int) -> int:
-        printed = Path(os.readlink(f"/proc/self/fd/{log}"))
+        printed = Path(f"/proc/self/fd/{log}").readlink()
         running = Forked(run_step, [tuple(command[3:])], output=printed)
         try:
             return running.wait(600)
