@@ -21,7 +21,7 @@ ROWS = list(all_rows().values())
 def result(row: Row, seed: int, means: dict[str, float]) -> Result:
     """A result whose arms rank a share of 100 pairs right."""
     values = {arm: Values("ab", (np.arange(100) < 100 * mean).astype(float)).packed() for arm, mean in means.items()}
-    measured = {arm: {name: packed for name in row.metrics} for arm, packed in values.items()}
+    measured = {arm: dict.fromkeys(row.metrics, packed) for arm, packed in values.items()}
     facts = {"source": "s", "modules": {"": "latentreward"}, "commit": "0123456789", "machine": {}, "versions": {}}
     return Result(config=row.config_digest(seed), measured=measured, tasks={f"t{seed}": 10.0}, **facts)
 

@@ -65,8 +65,7 @@ def measure(metric: Metric, scores: Path, pairs: Path | None) -> Values:
         return _pictures(metric, scores / PICTURES)
     (oracle,) = pairs.rglob("oracle.parquet")
     truth = {row["pair_id"]: row for row in parquet.read_table(oracle).to_pylist()}
-    margins = _predicted(metric, scores / PREDICTED, truth) if metric.timestep or metric.sigma else None
-    margins = _scored(metric, scores / SCORED) if margins is None else margins
+    margins = _scored(metric, scores / SCORED) if metric.column else _predicted(metric, scores / PREDICTED, truth)
     if metric.kind == "turned":
         first = _predicted(metric, scores / PREDICTED, truth, first=True)
         return _named({name: float(margin * first[name] < 0) for name, margin in margins.items()})
@@ -78,13 +77,13 @@ def measure(metric: Metric, scores: Path, pairs: Path | None) -> Values:
 
 def _named(values: Mapping[str, float]) -> Values:
     names = sorted(values)
-    return Values(digest("\n".join(names).splitlines(keepends=True), 4), np.array([values[name] for name in names]))
+    return Values(digest(["\n".join(names)], 4), np.array([values[name] for name in names]))
 
 
 def _predicted(
     metric: Metric, path: Path, truth: Mapping[str, Mapping[str, Any]], first: bool = False
 ) -> dict[str, float]:
-    """Read margins, first minus second image, of predicted pairs; averaged over the levels nearest to the metric's.
+    """Read margins, first minus second image, of predicted pairs; summed over the levels nearest to the metric's.
 
     Args:
         metric: Metric with the levels.
@@ -117,8 +116,7 @@ def _scored(metric: Metric, path: Path) -> dict[str, float]:
 
 def _pictures(metric: Metric, path: Path) -> Values:
     table = csv.read_csv(path)
-    names = [
-        f"{place}/{image}" for place, image in zip(*(table[c].to_pylist() for c in ("place", "image")), strict=True)
-    ]
+    places, images = table["place"].to_pylist(), table["image"].to_pylist()
+    names = [f"{place}/{image}" for place, image in zip(places, images, strict=True)]
     values = np.mean([table[name].to_numpy() for name in metric.column], axis=0)
     return _named(dict(zip(names, values.tolist(), strict=True)))

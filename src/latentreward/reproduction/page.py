@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 from matplotlib import rc_context
@@ -162,7 +162,7 @@ def claims_figure(rows: Sequence[Row], found: Mapping[str, Sequence[Result]]) ->
     return figure
 
 
-def _draw(axes: object, place: int, verdict: Verdict, more_than: float) -> None:
+def _draw(axes: Any, place: int, verdict: Verdict, more_than: float) -> None:
     colour = COLOURS[verdict.word]
     for one, width in ((verdict.over_seeds, 1), (verdict.difference, 3)):
         axes.plot([one.low - more_than, one.high - more_than], [place] * 2, color=colour, linewidth=width)

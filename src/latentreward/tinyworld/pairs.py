@@ -17,7 +17,7 @@ from latentreward.tinyworld.drawing import draw_scene
 from latentreward.tinyworld.oracle import judge
 from latentreward.tinyworld.rendering import render
 from latentreward.tinyworld.sampling import PIPELINE_FOLDERS, load_pipeline, sample_pictures
-from latentreward.tinyworld.scenes import Scene, draw_label, picture_utility, scene_alignment
+from latentreward.tinyworld.scenes import Scene, draw_label, picture_utility, scene_alignment, scene_utility
 
 JPEG_QUALITY = 95
 GENERATED_GAP = 0.3
@@ -125,12 +125,12 @@ def _draw_mixed(caption: Caption, mixed: Mixed, rng: np.random.Generator) -> tup
     """Draw pairs of scenes until the winner is worse in just the parts drawn for it; return the pictures and label."""
     worse = rng.random() < mixed.quality, rng.random() < mixed.alignment
     while True:
-        scenes = [draw_scene(caption, rng), draw_scene(caption, rng)]
-        parts = [(scene.nuisances.quality, scene_alignment(caption, scene)) for scene in scenes]
-        label = draw_label(*(picture_utility(alignment, quality) for quality, alignment in parts), rng)
+        first, second = draw_scene(caption, rng), draw_scene(caption, rng)
+        parts = [(scene.nuisances.quality, scene_alignment(caption, scene)) for scene in (first, second)]
+        label = draw_label(scene_utility(caption, first), scene_utility(caption, second), rng)
         winner, loser = parts if label == 1.0 else parts[::-1]
         if label != 0.5 and tuple(one < other for one, other in zip(winner, loser, strict=True)) == worse:
-            return *(_picture(caption, scene, rng) for scene in scenes), label
+            return _picture(caption, first, rng), _picture(caption, second, rng), label
 
 
 def _draw_uid(rng: np.random.Generator) -> str:
