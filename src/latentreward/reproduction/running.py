@@ -172,7 +172,7 @@ def run_jobs(jobs: Sequence[Job], output: Path, work: Path, processes: int) -> N
             write_result(result_path(output, job.row, job.seed), collect(job, shop))
             print(f"measured {node}", flush=True)
         elif node not in known:
-            print(f"  {tasks[node].name}, seed {tasks[node].seed}", flush=True)
+            print(f"  {tasks[node].output(work).parent.name}", flush=True)
             shop.run(tasks[node])
 
     sorter = TopologicalSorter(graph)
