@@ -13,7 +13,7 @@ lint: .venv/.dev ; $(VENV_PYTHON) -m ruff check . && $(VENV_PYTHON) -m ruff form
 types: .venv/.dev ; $(VENV_PYTHON) -m mypy
 docs: .venv/.docs ; NO_MKDOCS_2_WARNING=1 $(VENV_PYTHON) -m mkdocs build --strict
 tinyworld: .venv/.test ; $(VENV_PYTHON) -m latentreward.tinyworld.pretrain --output runs/pipelines && $(VENV_PYTHON) -m latentreward.tinyworld.pixel_scorers_pretraining --output runs/scorers
-reproduce: .venv/.test ; $(VENV_PYTHON) benchmarks/tiny_rewards.py
+reproduce: .venv/.test ; $(VENV_PYTHON) -m latentreward reproduce --jobs 2 --page docs/reproduction.md
 bench: .venv/.test ; $(VENV_PYTHON) benchmarks/tiny_pipelines.py
 
 # .venv/.test, .venv/.dev, .venv/.docs mark an installed extra; older than setup.cfg, they are to be installed again.

@@ -85,6 +85,7 @@ MAY_IMPORT = {
     "estimate": BASE
     | {"encoders", "backbones", "heads", "data", "cache", "scoring", "scorers", "settings"}
     | {"policies", "rewards", "modules"},
+    "reproduction": BASE | {"metrics", "reports", "settings", "evaluation"},
     "serving": BASE | {"data", "noise", "scoring"},
     "tinyworld": BASE | {"data", "scorers", "metrics"},
 }

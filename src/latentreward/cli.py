@@ -49,6 +49,10 @@ COMMANDS = {
         "latentreward.commands.generate:run",
         "sample pictures for prompts; a reward may choose the best of several",
     ),
+    "reproduce": (
+        "latentreward.commands.reproduce:run",
+        "measure claims and ablations of the papers in the tiny world",
+    ),
     "evaluate-policy": (
         "latentreward.commands.evaluate_policy:run",
         "score the pictures of one generator, or compare two",
