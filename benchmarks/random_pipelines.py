@@ -116,8 +116,8 @@ def pipeline_folder(size: str) -> str:
 class RandomPipeline(PipelineSource):
     """Pipeline whose parts are built from their configs with random weights."""
 
-    def _load(self, family: type[Any], part: str, pretrained: bool = True, dtype: torch.dtype = torch.float32) -> Any:
-        return super()._load(family, part, False, dtype)
+    def _load(self, family: type[Any], part: str, pretrained: bool = True, mapped: bool = False) -> Any:
+        return super()._load(family, part, pretrained=False)
 
 
 class RandomPolicy(PolicySource):

@@ -2,6 +2,7 @@
 
 from latentreward.callbacks.accuracy_interval import AccuracyInterval
 from latentreward.callbacks.collapse_guard import CollapseGuard
+from latentreward.callbacks.encode_once import EncodeOnce
 from latentreward.callbacks.exact_resume import ExactResume
 from latentreward.callbacks.graceful_stop import GracefulStop
 from latentreward.callbacks.hacking_monitor import HackingMonitor
@@ -24,6 +25,7 @@ from latentreward.callbacks.trainable_ema import TrainableEMA
 __all__ = [
     "AccuracyInterval",
     "CollapseGuard",
+    "EncodeOnce",
     "ExactResume",
     "GracefulStop",
     "HackingMonitor",

@@ -16,7 +16,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderMo
 
 from latentreward.backbones import create_backbone
 from latentreward.backbones.tuning import LoRA
-from latentreward.backbones.weights import load_weights, map_model, settle, settling_later
+from latentreward.backbones.weights import assign, load_weights, map_model, settle, settling_later
 from latentreward.errors import InputError
 from latentreward.heads.clip_projection import clip_text_projection
 from latentreward.policies import PolicySource
@@ -254,3 +254,12 @@ def test_on_the_meta_device_configs_alone_are_read(tmp_path: Path) -> None:
     }
     with pytest.raises(InputError, match=r"cannot load \S+unet: no file named diffusion_pytorch_model\.safetensors or"):
         map_model(UNet2DConditionModel, str(tmp_path), subfolder="unet")
+
+
+def test_tied_parameters_stay_tied() -> None:
+    layers = torch.nn.ModuleDict({"a": torch.nn.Embedding(3, 2), "b": torch.nn.Embedding(3, 2)})
+    layers["b"].weight = layers["a"].weight
+    new = torch.ones(3, 2)
+    assign(layers, {"b.weight": new})
+    assert layers["a"].weight is layers["b"].weight
+    assert layers["a"].weight.data_ptr() == new.data_ptr()

@@ -225,9 +225,25 @@ def settling_later(undrawn: bool = False) -> Iterator[None]:
 
 def fill(module: nn.Module, weights: MappedWeights) -> None:
     """Replace weights of ``module`` by mapped ones of the same names and shapes; :func:`settle` must follow."""
-    module.load_state_dict(weights.tensors, strict=False, assign=True)
+    assign(module, weights.tensors)
     for part in (module, *module.children()):  # of which settle gets one
         part.__dict__[PLACES] = part.__dict__.get(PLACES, {}) | weights.places
+
+
+def assign(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Make ``tensors`` the weights of the same names in ``module``, without a copy; tied parameters stay tied.
+
+    ``load_state_dict(assign=True)`` would give each name of a tied parameter a tensor of its own, as T5's embedding.
+    """
+    names: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    module.load_state_dict(tensors, strict=False, assign=True)
+    for tied in (group for group in names.values() if len(group) > 1):
+        taken = next((name for name in tied if name in tensors), tied[0])
+        for name in tied:
+            owner, _, last = name.rpartition(".")
+            setattr(module.get_submodule(owner), last, module.get_parameter(taken))
 
 
 def from_config(family: type[Any], source: str, dtype: torch.dtype | None, **place: Any) -> Any:

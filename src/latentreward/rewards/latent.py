@@ -23,6 +23,7 @@ from latentreward.scoring.layouts.published import PublishedSettings
 from latentreward.scoring.network import RewardNetwork
 
 if TYPE_CHECKING:
+    from latentreward.encoders.prompts import PromptEncoder
     from latentreward.policies import Policy
 
 Share = Literal["auto", "never"]
@@ -92,6 +93,18 @@ class LatentScorer(Reward):
     def _autocast(self, own: bool) -> AbstractContextManager[Any]:
         """Return a context that switches autocast off for a part with a precision of its own."""
         return torch.autocast(self.model.device.type, enabled=False) if own else nullcontext()
+
+    def set_text_encoder(self, encoder: PromptEncoder) -> None:
+        """Replace the text encoder, such as by :class:`~latentreward.encoders.stored_prompts.StoredPrompts`."""
+        self.model.backbone.text_encoder = encoder
+        if "text_encoder" in self._owned:
+            self._owned["text_encoder"] = encoder
+
+    @torch.no_grad()
+    def encode_text(self, prompts: Sequence[str]) -> Conditioning:
+        """Encode ``prompts`` by the text encoder alone, in the precision of the run."""
+        with self._autocast(self._own_text):
+            return self.model.backbone.encode_prompts(prompts)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> EncodedPrompts:

@@ -44,7 +44,7 @@ class StoredTensor:
                 values = memoryview(tensor.view(-1).view(torch.uint8).numpy())
                 while values:
                     if not (count := file.readinto(values)):
-                        raise InputError(f"cannot load {self.path}: the file ends too early; get it again")
+                        raise InputError(f"cannot load {self.path}: the file ends too early; download it again")
                     values = values[count:]
         return tensor
 
@@ -94,7 +94,7 @@ def map_weights(paths: Iterable[Path]) -> MappedWeights:
             entries, start, _ = read_header(path)
             mapped = load_file(path)
         except (SafetensorError, ValueError, OSError, RecursionError) as error:
-            raise InputError(f"cannot load {path}: {first_line(error)}; get it again") from error
+            raise InputError(f"cannot load {path}: {first_line(error)}; download it again") from error
         for name, tensor in mapped.items():
             if tensor.numel():
                 place = StoredTensor(path, start + entries[name]["data_offsets"][0], tensor.dtype, tensor.shape)
@@ -151,7 +151,7 @@ def shard_names(index: Path) -> list[str]:
     places = read_config(index).get("weight_map")
     names = {*places.values()} if isinstance(places, dict) and all(map(is_name, places.values())) else None
     if not names:
-        raise InputError(f"cannot load {index}: its weight_map does not name files beside it; get it again")
+        raise InputError(f"cannot load {index}: its weight_map does not name files beside it; download it again")
     return sorted(names)
 
 

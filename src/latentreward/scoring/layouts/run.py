@@ -15,7 +15,7 @@ import yaml
 from torch import Tensor, nn
 
 from latentreward.backbones import DiffusionBackbone, backbone_names
-from latentreward.backbones.weights import settling_later
+from latentreward.backbones.weights import assign, settling_later
 from latentreward.checkpoints.base_weights import (
     BaseSample,
     problem_of_record,
@@ -194,7 +194,7 @@ class TrainedReward(SharingReward):
         with settling_later():
             with torch.random.fork_rng(devices=[]):  # initial values are random but overwritten below
                 model, as_trained = self._fitting(self._backbone())
-            as_trained.load_state_dict(state, strict=False, assign=True)
+            assign(as_trained, state)
         model.recipe, model.exif = self._recipe(model), self.exif
         model.image_sizes = self.image_sizes or model.image_sizes
         if base is not None:
