@@ -1,8 +1,9 @@
 """Policies and rewards of real architectures with random weights, or without values on the meta device.
 
-Sizes: ``sd15``, ``sdxl`` and ``sd35`` are as published. ``mid`` has SD1.5's layout with channels (96, 192, 384, 384),
-latents of 32 × 32 and VAE channels (64, 128, 256). ``mid_sd35`` has SD3.5's layout with 13 blocks of width 512, and
-latents and VAE like ``mid``. ``toy`` and ``toy_sd35`` are for tests of the benchmarks.
+Sizes: ``sd15``, ``sdxl`` and ``sd35`` are as published. ``sd15_side32`` is SD1.5 with latents of 32 × 32. ``mid`` has
+SD1.5's layout with channels (96, 192, 384, 384), latents of 32 × 32 and VAE channels (64, 128, 256). ``mid_sd35`` has
+SD3.5's layout with 13 blocks of width 512, and latents and VAE like ``mid``. ``toy`` and ``toy_sd35`` are for tests of
+the benchmarks.
 """
 
 import sys
@@ -49,6 +50,11 @@ SIZES = {
             "block_out_channels": (96, 192, 384, 384),
         },
         "vae": {**_VAE, **_LEVELS, "block_out_channels": (64, 128, 256)},
+        "text_encoder": _SMALL_TEXT,
+    },
+    "sd15_side32": {
+        **published.PIPELINES["sd15"],
+        "unet": {"_class_name": "UNet2DConditionModel", **published.SD15, "sample_size": 32},
         "text_encoder": _SMALL_TEXT,
     },
     "mid_sd35": {
@@ -116,8 +122,8 @@ def pipeline_folder(size: str) -> str:
 class RandomPipeline(PipelineSource):
     """Pipeline whose parts are built from their configs with random weights."""
 
-    def _load(self, family: type[Any], part: str, pretrained: bool = True, dtype: torch.dtype = torch.float32) -> Any:
-        return super()._load(family, part, False, dtype)
+    def _load(self, family: type[Any], part: str, pretrained: bool = True, mapped: bool = False) -> Any:
+        return super()._load(family, part, pretrained=False)
 
 
 class RandomPolicy(PolicySource):
