@@ -24,6 +24,7 @@ from measuring import TERA, Goal, Spread, flops, interleaved, ratio, seconds, ta
 from random_pipelines import (
     RandomLatentReward,
     RandomPolicy,
+    materialise,
     prompts_for,
     random_states,
 )
@@ -194,17 +195,28 @@ class Scoring:
     """Parts of scoring one sampling step, one method each.
 
     Args:
-        size: Size of the policy and its LRM.
+        size: Size of the policy and its latent reward (LRM, or DiNa-LRM on SD3.5).
         count: Number of noisy states.
         device: Device; ``meta`` to count FLOPs.
         guidance: Guidance of LRM's visual feature enhancement.
+        dtype: Type of the weights.
     """
 
-    def __init__(self, size: str, count: int, device: str = "cpu", guidance: float = 7.5) -> None:
-        with torch.device(device):
+    def __init__(
+        self,
+        size: str,
+        count: int,
+        device: str = "cpu",
+        guidance: float = 7.5,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        with torch.device("meta"):
             self.policy = RandomPolicy(source=size).load().eval()
             self.reward = RandomLatentReward(size, guidance=guidance).load(self.policy).eval()
-            replace_prompts(size, self.policy, self.reward, device)
+        replace_prompts(size, self.policy, self.reward, device)
+        if device != "meta":
+            materialise(nn.ModuleList([self.policy, self.reward]), device, dtype)
+        with torch.device(device):
             self.latents = random_states(self.policy, count, device)
             self.timesteps = torch.full((count,), 501.0, device=device)
             self.rows = torch.zeros(count, dtype=torch.int64, device=device)
@@ -229,16 +241,18 @@ class Scoring:
         self.policy.vae.decode(self.latents)
 
 
-def clip_h(device: str) -> Callable[[int], None]:
+def clip_h(device: str, dtype: torch.dtype = torch.float32, layers: int = 32) -> Callable[[int], None]:
     """Return a function that runs CLIP-H's vision tower on N images of 224²."""
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-    with torch.device(device):
-        tower = CLIPVisionModelWithProjection(CLIPVisionConfig(**CLIP_H_VISION)).eval()
+    with torch.device("meta"):
+        tower = CLIPVisionModelWithProjection(CLIPVisionConfig(**CLIP_H_VISION | {"num_hidden_layers": layers})).eval()
+    if device != "meta":
+        materialise(tower, device, dtype)
 
     @torch.no_grad()
     def embed(count: int) -> None:
-        tower(torch.zeros(count, 3, 224, 224, device=device))
+        tower(torch.zeros(count, 3, 224, 224, device=device, dtype=dtype))
 
     return embed
 

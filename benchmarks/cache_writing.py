@@ -135,7 +135,7 @@ def now() -> np.ndarray:
 def seconds_of_caching(output: Path, reader: PairReader, encoder: PipelineEncoders, workers: int) -> np.ndarray:
     """Write a cache, and return wall and processor seconds from the first batch's fetch to the last manifest."""
     encoders, images = encoder.load(), ImageSettings(size=SIDE, resize="stretch")
-    spec = make_spec(encoder, encoders, images, "float16", seed=0, per_shard=1024)
+    spec = make_spec(encoder, encoders, images, "float16", seed=0, per_shard=1024, exif=reader.exif)
     data, watch = EncodingDataModule(output, reader, images, spec, workers), Stopwatch()
     trainer = make_trainer(TrainerSettings("cpu", 1), [ShardsToDisk(output), watch])
     run_predict(trainer, ShardEncoder(encoders, torch.float16), data)
@@ -161,7 +161,7 @@ def run_encode(pairs: int, workers: int, repeats: int) -> Iterator[list[Any]]:
             bare.append(now() - begun)
             cached.append(seconds_of_caching(Path(folder) / f"cache{repeat}", reader, encoder, workers))
     for name, ours, theirs in zip(
-        ("wall", "processor"), np.transpose(cached).tolist(), np.transpose(bare).tolist(), strict=True
+        ("wall", "processor"), *(np.transpose(times).tolist() for times in (cached, bare)), strict=True
     ):
         found = ratio(ours, theirs)
         yield [name, Spread(theirs), Spread(ours), found, Goal(found.median, most=1.15)]
@@ -178,7 +178,7 @@ def run_one(pairs: int) -> None:
     """Plan and write a cache of given latents, and print one row as JSON."""
     encoder, images = PublishedLatents(SPACE, batch_size=64), ImageSettings(size=SIDE)
     reader, encoders = ReadyLatents(pairs), encoder.load()
-    spec = make_spec(encoder, encoders, images, "float16", seed=0, per_shard=1024)
+    spec = make_spec(encoder, encoders, images, "float16", seed=0, per_shard=1024, exif=reader.exif)
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "cache"
         data = EncodingDataModule(output, reader, images, spec, num_workers=0)

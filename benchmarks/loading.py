@@ -17,8 +17,10 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from io import BytesIO, StringIO
 from itertools import chain
 from pathlib import Path
@@ -359,7 +361,7 @@ def tiny(folder: Path, repeats: int) -> Iterator[list[Any]]:
             seed_everything(0, verbose=False)
             data = TinyWorldDataModule(str(folder / layout), layout, 1500, 32, batch_size=32, num_workers=0)
             backbone, clock = sd_tiny(), Clock()
-            module = LRMModule(backbone, CLIPProjectionHead(backbone.feature_spec, guidance=7.5), LRMLoss())
+            module = LRMModule(backbone, partial(CLIPProjectionHead, guidance=7.5), LRMLoss())
             trainer = Trainer(
                 accelerator="cpu",
                 max_steps=60,
@@ -445,6 +447,7 @@ def main() -> None:
         measure_rows(options.file)
         return
     torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")
     disable_progress_bars()
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)

@@ -27,7 +27,7 @@ MIB = 2**20
 class Spread:
     """Values of several rounds, shown as median and range."""
 
-    values: Sequence[float]
+    values: list[float]
     digits: str = ".2f"
 
     @property
@@ -46,7 +46,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Goal:
-    """Bound for a measured value: at least ``least``, or at most ``most``."""
+    """Bounds of a measured value: at least ``least``, at most ``most``."""
 
     value: float
     least: float | None = None
@@ -58,7 +58,8 @@ class Goal:
         return (self.least is None or self.value >= self.least) and (self.most is None or self.value <= self.most)
 
     def __str__(self) -> str:
-        bound = f"≥ {self.least:.3g}" if self.most is None else f"≤ {self.most:.3g}"
+        bounds = (("≥", self.least), ("≤", self.most))
+        bound = " and ".join(f"{sign} {one:.3g}" for sign, one in bounds if one is not None)
         return f"{bound}, {'reached' if self.reached else '**missed**'}"
 
     def entries(self) -> dict[str, Any]:
@@ -132,7 +133,7 @@ def interleaved(works: dict[str, Callable[[], Any]], repeats: int) -> dict[str, 
     return {name: Spread([times[name] for times in rounds], ".3f") for name in works}
 
 
-def ratio(above: Spread | Sequence[float], below: Spread | Sequence[float], digits: str = ".2f") -> Spread:
+def ratio(above: Spread | list[float], below: Spread | list[float], digits: str = ".2f") -> Spread:
     """Divide the values of two measurements, round by round."""
     first, second = (one.values if isinstance(one, Spread) else one for one in (above, below))
     return Spread([a / b for a, b in zip(first, second, strict=True)], digits)
