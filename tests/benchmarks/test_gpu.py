@@ -11,8 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from tests.marks import slow_after
-
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = {"scoring": 6, "vlm": 9, "rewards": 2, "alignment": 3, "execution": 5}
 """Block → rows of its tiny form."""
