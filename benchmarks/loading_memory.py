@@ -11,14 +11,13 @@ import argparse
 import json
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from alignment import table
+from measuring import Goal, PeakMemory, table
 
 from latentreward.backbones import create_backbone
 from latentreward.backbones.tuning import LoRA
@@ -69,38 +68,21 @@ def write_weights(folder: Path) -> None:
             torch.nn.Module.to(network, dtype).save_pretrained(place)
 
 
-def proportional() -> int:
-    """Return the proportional set size of this process in bytes."""
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:"))
-
-
-def measure(load: Callable[[], Any]) -> dict[str, float]:
+def measure(load: Callable[[], Any]) -> dict[str, int]:
     """Load a model in this process; return bytes of its weights, held afterwards, and at the peak."""
     import transformers.models.clip.modeling_clip  # noqa: F401
 
     import latentreward.encoders.clip
     import latentreward.encoders.sd3  # noqa: F401
 
-    before, peak, done = proportional(), 0, threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.02):
-            peak = max(peak, proportional())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    model = load()
-    for tensor in (*model.parameters(), *model.buffers()):
-        tensor.detach().view(-1)[:: max(1, 1024 // tensor.element_size())].float().sum()  # touch each mapped page
-    done.set()
-    watcher.join()
-    after = proportional()
+    with PeakMemory() as memory:
+        model = load()
+        for tensor in (*model.parameters(), *model.buffers()):  # touch each mapped page
+            tensor.detach().view(-1)[:: max(1, 1024 // tensor.element_size())].float().sum()
     return {
-        "weights": float(sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))),
-        "after": float(after - before),
-        "peak": float(max(peak, after) - before),
+        "weights": sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
+        "after": memory.after - memory.before,
+        "peak": memory.peak - memory.before,
     }
 
 
@@ -121,8 +103,9 @@ def main() -> None:
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         found = json.loads(done.stdout.splitlines()[-1])
         sizes = [f"{found[kind] / 1e9:.2f}" for kind in ("weights", "after", "peak")]
-        rows.append([name, *sizes, f"{found['peak'] / found['after']:.2f}"])
-    table("Memory of loading, GB", ("model", "weights", "held afterwards", "peak", "peak / held"), rows)
+        peak = found["peak"] / found["after"]
+        rows.append([name, *sizes, f"{peak:.2f}", Goal(peak, most=1.15)])
+    table("Memory of loading, GB", ("model", "weights", "held afterwards", "peak", "peak / held", "goal"), rows)
 
 
 if __name__ == "__main__":

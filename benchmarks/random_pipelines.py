@@ -1,8 +1,9 @@
 """Policies and rewards of real architectures with random weights, or without values on the meta device.
 
-Sizes: ``sd15``, ``sdxl`` and ``sd35`` are as published. ``mid`` has SD1.5's layout with channels (96, 192, 384, 384),
-latents of 32 × 32 and VAE channels (64, 128, 256). ``mid_sd35`` has SD3.5's layout with 13 blocks of width 512, and
-latents and VAE like ``mid``. ``toy`` and ``toy_sd35`` are for tests of the benchmarks.
+Sizes: ``sd15``, ``sdxl`` and ``sd35`` are as published. ``sd15_side32`` is SD1.5 with latents of 32 × 32. ``mid`` has
+SD1.5's layout with channels (96, 192, 384, 384), latents of 32 × 32 and VAE channels (64, 128, 256). ``mid_sd35`` has
+SD3.5's layout with 13 blocks of width 512, and latents and VAE like ``mid``. ``toy`` and ``toy_sd35`` are for tests of
+the benchmarks.
 """
 
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -49,6 +51,11 @@ SIZES = {
             "block_out_channels": (96, 192, 384, 384),
         },
         "vae": {**_VAE, **_LEVELS, "block_out_channels": (64, 128, 256)},
+        "text_encoder": _SMALL_TEXT,
+    },
+    "sd15_side32": {
+        **published.PIPELINES["sd15"],
+        "unet": {"_class_name": "UNet2DConditionModel", **published.SD15, "sample_size": 32},
         "text_encoder": _SMALL_TEXT,
     },
     "mid_sd35": {
@@ -197,17 +204,32 @@ def prompts_for(size: str) -> PrecomputedPrompts:
         return PrecomputedPrompts(77, unet["cross_attention_dim"], 1280 if "addition_embed_type" in unet else 768)
 
 
-def materialise(module: nn.Module, device: torch.device, seed: int = 0) -> nn.Module:
-    """Allocate a module of the meta device on ``device``, and fill its floats with random numbers of N(0, 0.02²)."""
-    module.to_empty(device=device)
-    generator = torch.Generator(device).manual_seed(seed)
-    with torch.no_grad():
-        for tensor in (*module.parameters(), *module.buffers()):
-            if tensor.is_floating_point():
-                tensor.normal_(0, 0.02, generator=generator)
-            else:
-                tensor.zero_()
-    return module.to(device)  # so that a LightningModule updates its ``device``
+def materialise(module: nn.Module, device: torch.device | str, dtype: torch.dtype | None = None) -> nn.Module:
+    """Give a module of the meta device values on ``device``; tensors that modules share stay shared.
+
+    Matrices are random numbers of N(0, 0.02²), other weights 1, and all else, such as biases, 0.
+
+    Args:
+        module: Module whose parameters and buffers are replaced.
+        device: Device.
+        dtype: Type of all floats; None keeps the types.
+    """
+    generator, made = torch.Generator(device).manual_seed(0), dict[int, Tensor]()
+    for part in module.modules():
+        for tensors in (part._parameters, part._buffers):
+            for name, old in tensors.items():
+                if old is None:
+                    continue
+                if id(old) not in made:
+                    wanted = dtype if dtype and old.is_floating_point() else old.dtype
+                    new = torch.full(old.shape, float(name == "weight"), dtype=wanted, device=device)
+                    if old.ndim > 1 and old.is_floating_point():
+                        new.normal_(0, 0.02, generator=generator)
+                    made[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+                tensors[name] = made[id(old)]
+    if isinstance(module, LightningModule):
+        module._device = torch.device(device)  # ``to`` would fail on the states of metrics
+    return module
 
 
 def random_states(policy: Policy, count: int, device: torch.device | str = "cpu") -> Tensor:

@@ -3,8 +3,8 @@
     python benchmarks/start_up.py [--rounds 7]
 
 Every round starts each process once, one after the other: ``score --help`` and ``import torch``, ``fit --help`` and
-``import lightning.pytorch.cli``. Files are in the page cache, and all modules compiled, as pip leaves them. Ratios are
-medians over the rounds of the ratio within a round. CPU seconds do not depend on what else runs, wall seconds do.
+``import lightning.pytorch.cli``. Files are in the page cache, and all modules compiled, as pip leaves them. CPU seconds
+do not depend on what else runs, wall seconds do.
 """
 
 import argparse
@@ -13,9 +13,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from statistics import median
 
-from alignment import machine, table
+from measuring import Goal, Spread, ratio, table
 
 PROCESSES = {
     "score --help": ["-m", "latentreward", "score", "--help"],
@@ -51,14 +50,13 @@ def main() -> None:
         ]
     rows = []
     for (ours, theirs), goal in PAIRS.items():
-        cells = []
+        cells: list[Spread] = []
         for kind in (0, 1):
-            ratios = [one[ours][kind] / one[theirs][kind] for one in rounds]
-            cells += [f"{median(one[name][kind] for one in rounds):.2f}" for name in (ours, theirs)]
-            cells += [f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"]
-        rows.append([f"{ours} / {theirs}", *cells, f"{goal}"])
-    columns = ("processes", "CPU s", "CPU s", "ratio (range)", "wall s", "wall s", "ratio (range)", "goal")
-    table(f"Start-up, {options.rounds} rounds; {machine(1)}", columns, rows)
+            both = [Spread([one[name][kind] for one in rounds]) for name in (ours, theirs)]
+            cells += [*both, ratio(*both)]
+        rows.append([f"{ours} / {theirs}", *cells, Goal(cells[2].median, most=goal)])
+    columns = ("processes", "CPU s", "CPU s", "ratio", "wall s", "wall s", "ratio", "goal of CPU s")
+    table(f"Start-up, {options.rounds} rounds, one thread", columns, rows)
 
 
 if __name__ == "__main__":

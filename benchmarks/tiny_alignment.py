@@ -14,13 +14,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from measuring import table
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -151,14 +151,12 @@ def measure(run: Run, seed: int, output: Path, rewards: dict[str, Path]) -> np.n
     return np.array(after["utility"]) - np.array(before["utility"])
 
 
-def markdown(results: dict[Run, list[np.ndarray]], output: Path) -> Iterable[str]:
-    """Yield the lines of one Markdown table per group."""
+def print_tables(results: dict[Run, list[np.ndarray]], output: Path) -> None:
+    """Print one table per group."""
     from latentreward.metrics.bootstrap import bootstrap_interval, student_interval
 
     for group in dict.fromkeys(run.group for run in results):
-        yield f"\n{group}\n"
-        yield "| run | utility before | after | change [95 %] | 95 % over seeds | of each seed |"
-        yield "|---|---|---|---|---|---|"
+        rows = []
         for run, differences in results.items():
             if run.group == group:
                 before = output / f"before_{run.pipeline}_{run.guidance:g}.json"
@@ -168,7 +166,9 @@ def markdown(results: dict[Run, list[np.ndarray]], output: Path) -> Iterable[str
                 interval = f"{change:+.3f} [{low:+.3f}, {high:+.3f}]"
                 student = student_interval([difference.mean() for difference in differences])
                 over_seeds = f"[{student.low:+.3f}, {student.high:+.3f}]" if len(differences) > 1 else "–"
-                yield f"| {run.name} | {start:.3f} | {start + change:.3f} | {interval} | {over_seeds} | {seeds} |"
+                rows.append([run.name, f"{start:.3f}", f"{start + change:.3f}", interval, over_seeds, seeds])
+        columns = ("run", "utility before", "after", "change [95 %]", "95 % over seeds", "of each seed")
+        table(group, columns, rows)
 
 
 def main() -> None:
@@ -194,7 +194,7 @@ def main() -> None:
             for seed in seeds
         }
         results = {run: [runs[run, seed].result() for seed in seeds] for run in chosen}
-    print("\n".join(markdown(results, output)))
+    print_tables(results, output)
 
 
 if __name__ == "__main__":
