@@ -97,7 +97,7 @@ def check_needs(found: Pilot, tasks: Mapping[str, Task], folder: Path, pairs: in
     fetched = {hub_cache(): int(sum(one.gigabytes for one in missing.values()) * GB)} if missing else {}
     check_disk({**fetched, folder: 0})
 
-    # What follows imports torch.
+    # What follows imports Lightning and diffusers.
     from latentreward.commands.fit import estimate_fit
     from latentreward.pilot.needs import check_gpu, check_hours, check_memory, training_needs
     from latentreward.pilot.running import unfinished, workshop

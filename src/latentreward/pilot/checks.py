@@ -1,4 +1,4 @@
-"""Checks of what a pilot needs, made before anything is downloaded; torch is not imported."""
+"""Checks of what a pilot needs, made before anything is downloaded or the libraries of models are imported."""
 
 import os
 import shutil

@@ -106,11 +106,11 @@ def find_pilot(name: str) -> Pilot:
     Raises:
         InputError: If there is no such pilot, or its file is wrong.
     """
-    if name.endswith((".yaml", ".yml")):
+    if name.endswith((".yaml", ".yml")) and Path(name).is_file():
         return read_pilot(name)
     shipped = [Path(one).stem for one in shipped_configs() if one.startswith(FOLDER) and one.count("/") == 1]
     if name not in shipped:
-        raise InputError(f"name: there is no pilot {name!r}{did_you_mean(name, shipped)}")
+        raise InputError(f"name: there is neither a pilot nor a YAML file {name!r}{did_you_mean(name, shipped)}")
     return read_pilot(f"configs/{FOLDER}{name}.yaml")
 
 

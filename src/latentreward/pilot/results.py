@@ -33,7 +33,7 @@ class PilotResult:
     Attributes:
         version: Version of this schema.
         pilot: Name of the pilot.
-        settings: ``digest`` of all, without folders of this machine; ``pairs``, ``seed``, and whether the run was a ``quick`` trial.
+        settings: ``digest`` of all but folders of this machine, ``pairs``, ``seed``, and ``quick`` (a trial).
         cut: Number of ``pairs`` of the cut that were cached, and ``digest`` of their names.
         accuracy: Results of the benchmark: ``model`` (``pilot`` or the name of another), ``benchmark``, ``protocol``,
             ``estimate``, ``pairs``.

@@ -42,4 +42,4 @@ def run_stages(tasks: Mapping[str, Task], shop: Workshop) -> None:
 def starts(log: Path) -> int:
     """Return how often a stage's process was started, from its log."""
     text = log.read_text(errors="replace") if log.is_file() else ""
-    return sum(line.startswith(f"{START}latentreward ") for line in text.splitlines())
+    return sum(line.startswith(START) for line in text.splitlines())
