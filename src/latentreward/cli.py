@@ -53,6 +53,10 @@ COMMANDS = {
         "latentreward.commands.reproduce:run",
         "measure claims and ablations of the papers in the tiny world",
     ),
+    "pilot": (
+        "latentreward.commands.pilot:run",
+        "train a reward on a cut of a data set, benchmark it, align with it: one card",
+    ),
     "evaluate-policy": (
         "latentreward.commands.evaluate_policy:run",
         "score the pictures of one generator, or compare two",

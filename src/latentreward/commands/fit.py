@@ -12,7 +12,7 @@ from itertools import chain, count
 from pathlib import Path
 from pydoc import locate
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jsonargparse import ActionYesNo, Namespace
@@ -75,6 +75,9 @@ from latentreward.settings.ranges import check_ranges
 from latentreward.settings.rewriting import rewrite_arguments
 from latentreward.storage.locks import lock_run
 from latentreward.storage.shared_weights import sharing_between
+
+if TYPE_CHECKING:
+    from latentreward.estimate.settings import Estimate
 
 CONFIG, SAVED = "config.yaml", "config*.yaml"
 LOADERS = {"fit": "train", "validate": "val"}
@@ -193,10 +196,14 @@ class TrainingCLI(LightningCLI):
         folder: Temporary folder for a checkpoint that is fetched from an address. Each process fetches its own copy,
             because the processes of a run may be on several machines.
         held: Stack that keeps the lock of the run folder until the command ends.
+
+    Attributes:
+        estimated: Memory and computation of the run, under ``--estimate``.
     """
 
     def __init__(self, command: str, arguments: Sequence[str], folder: Path, held: ExitStack) -> None:
         self.command, self.folder, self.held, self.estimates = command, folder, held, False
+        self.estimated: Estimate | None = None
         super().__init__(
             save_config_callback=SaveConfig,
             seed_everything_default=0,
@@ -338,7 +345,7 @@ class TrainingCLI(LightningCLI):
             return
         from latentreward.estimate.settings import estimate
 
-        print(estimate(self.config[subcommand], self._build_module))
+        self.estimated = estimate(self.config[subcommand], self._build_module)
 
     def _build_module(self, settings: Namespace) -> LightningModule:
         """Build the Lightning module, without trainer and data."""
@@ -594,6 +601,22 @@ def run(command: str, arguments: Sequence[str]) -> None:
         InputError: If a setting is wrong, or a constructor raises an error because of a setting.
         SystemExit: With the status of :class:`GracefulStop`, 143 after SIGTERM (Lightning itself would exit with 0).
     """
+    if (found := _run(command, arguments)) is not None:
+        print(found.as_text())
+
+
+def estimate_fit(arguments: Sequence[str]) -> "Estimate":
+    """Compute the memory and computation that ``latentreward fit`` with these arguments needs.
+
+    Raises:
+        InputError: If a setting is wrong, or a model's configs are not found on this machine.
+    """
+    found = _run("fit", [*arguments, "--estimate"])
+    assert found is not None
+    return found
+
+
+def _run(command: str, arguments: Sequence[str]) -> "Estimate | None":
     settings = prepare(arguments)
     try:
         with TemporaryDirectory(prefix="latentreward-") as folder, ExitStack() as held:
@@ -603,7 +626,7 @@ def run(command: str, arguments: Sequence[str]) -> None:
 
                 held.enter_context(unset_variables())
             with naming_variables():
-                TrainingCLI(command, rewritten, Path(folder), held)
+                return TrainingCLI(command, rewritten, Path(folder), held).estimated
     except MisconfigurationException as error:
         raise InputError(str(error)) from error
     except SIGTERMException as stop:

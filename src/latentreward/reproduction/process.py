@@ -1,4 +1,4 @@
-"""Process of one step: runs the command line, or a module, and records processor time and imported source files.
+"""Process of one step: runs the command line, or a module, and records time, memory and imported source files.
 
 ``python -m latentreward.reproduction.process RECORD MODULE ARGUMENT...``; an empty MODULE stands for the command line
 of ``latentreward``. The record is written only if the command succeeds.
@@ -8,12 +8,14 @@ import json
 import os
 import runpy
 import sys
+import time
 from pathlib import Path
 
 
 def main() -> None:
     """Run the process."""
     record, module, *arguments = sys.argv[1:]
+    began = time.monotonic()
     sys.argv = [module or "latentreward", *arguments]
     try:
         runpy.run_module(module or "latentreward", run_name="__main__", alter_sys=True)
@@ -21,9 +23,16 @@ def main() -> None:
         if error.code:
             raise
     times = os.times()
-    seconds = times.user + times.system + times.children_user + times.children_system
+    told = {"cpu_seconds": round(times.user + times.system + times.children_user + times.children_system, 1)}
+    told |= {"seconds": round(time.monotonic() - began, 1), "gpu_bytes": gpu_bytes()}
     found = [name for name, one in sys.modules.items() if _is_ours(name, getattr(one, "__file__", None))]
-    Path(record).write_text(json.dumps({"cpu_seconds": round(seconds, 1), "modules": sorted(found)}))
+    Path(record).write_text(json.dumps({**told, "modules": sorted(found)}))
+
+
+def gpu_bytes() -> int:
+    """Return the peak memory that PyTorch allocated on the first GPU; 0 if the process used none."""
+    torch = sys.modules.get("torch")
+    return torch.cuda.max_memory_allocated() if torch is not None and torch.cuda.is_initialized() else 0
 
 
 def _is_ours(name: str, file: str | None) -> bool:

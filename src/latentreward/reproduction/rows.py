@@ -1,47 +1,20 @@
 """Rows of the reproduction, read from YAML: what runs for each arm and seed, what is measured, and what is claimed."""
 
-import re
-import shlex
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml
-
 from latentreward.errors import InputError, did_you_mean
-from latentreward.settings.rewriting import find_config, shipped_configs
-from latentreward.settings.yaml_text import check_yaml
+from latentreward.reproduction.steps import Step, Task, load_yaml, record, resolve
+from latentreward.settings.rewriting import shipped_configs
 from latentreward.storage.digests import digest
 
 FOLDER, SHARED = "reproduce/", "reproduce/shared/steps.yaml"
-PLACEHOLDER = re.compile(r"\{(\w+)\}")
-"""Placeholder in a step's arguments: ``{out}``, ``{seed}``, or the name of the step whose output folder it stands for.
-
-Braces around anything else, such as those of JSON, stay.
-"""
-OWN = ("out", "seed")
 Kind = Literal["accuracy", "alignment", "quality", "turned", "column"]
 Paper = Literal["LRM", "LPO", "DiNa-LRM", "Tiny world"]
 MOST_SEEDS = 10
-
-
-@dataclass(frozen=True)
-class Step:
-    """Command that the arms of rows have in common.
-
-    Attributes:
-        run: Arguments of the process, starting with a subcommand of ``latentreward``.
-        module: Module to run as a program instead of the command line; empty for the command line.
-        quick: Arguments added for a trial of two steps.
-        pairs: Name of the step that wrote the pairs which the step scores; empty if it scores no pairs.
-    """
-
-    run: str
-    module: str = ""
-    quick: str = ""
-    pairs: str = ""
 
 
 @dataclass(frozen=True)
@@ -89,46 +62,6 @@ class Claim:
     higher: Side
     lower: Side | None = None
     more_than: float = 0.0
-
-
-@dataclass(frozen=True)
-class Task:
-    """Step of an arm and a seed, with its placeholders resolved.
-
-    Attributes:
-        name: Name of the step.
-        module: See :class:`Step`.
-        arguments: Arguments that may contain placeholders.
-        inputs: Placeholder → task whose output it stands for.
-        seed: Seed that ``{seed}`` stands for.
-        key: Digest of all that the output depends on apart from source files; equal tasks have equal keys.
-    """
-
-    name: str
-    module: str
-    arguments: tuple[str, ...]
-    inputs: Mapping[str, "Task"] = field(hash=False)
-    seed: int
-    key: str
-
-    def __lt__(self, other: "Task") -> bool:
-        return self.key < other.key
-
-    def command(self, folder: Path) -> list[str]:
-        """Return the arguments with placeholders replaced by the seed and by folders below ``folder``."""
-        places = {name: str(task.output(folder)) for name, task in self.inputs.items()}
-        places |= {"out": str(self.output(folder)), "seed": str(self.seed)}
-        return [PLACEHOLDER.sub(lambda found: places.get(found[1], found[0]), text) for text in self.arguments]
-
-    def output(self, folder: Path) -> Path:
-        """Return the folder of the task's output, below ``folder``."""
-        return folder / f"{self.name}-{self.key[:16]}" / "out"
-
-    def needed(self) -> Iterator["Task"]:
-        """Yield the task and all that it depends on, dependencies first, possibly repeatedly."""
-        for task in self.inputs.values():
-            yield from task.needed()
-        yield self
 
 
 @dataclass(frozen=True)
@@ -183,16 +116,7 @@ class Row:
             seed: Number of the seed.
             quick: Whether to add the arguments of a trial of two steps.
         """
-        found = self.all_steps[step]
-        options = shlex.split(self.arms[arm].get(step, ""))
-        arguments = [*shlex.split(found.run), *options, *(shlex.split(found.quick) if quick else ())]
-        names = {name for text in arguments for name in PLACEHOLDER.findall(text)} & self.all_steps.keys()
-        inputs = {name: self.task(arm, name, seed, quick) for name in sorted(names)}
-        known = {name: task.key for name, task in inputs.items()} | {"seed": str(seed)}
-        resolved = [PLACEHOLDER.sub(lambda place: known.get(place[1], place[0]), text) for text in arguments]
-        files = [config_digest(text) for text in arguments if text.startswith("--config=configs/")]
-        key = digest(["\0".join((found.module, *resolved, "", *files))])
-        return Task(step, found.module, tuple(arguments), inputs, seed, key)
+        return resolve(self.all_steps, step, seed, self.arms[arm], quick)
 
     def tables(self, seed: int, quick: bool = False) -> dict[tuple[str, str], tuple[Task, Task | None]]:
         """Return (arm, step of a metric) → task that writes the scores, and task that wrote the scored pairs if any."""
@@ -211,26 +135,16 @@ class Row:
         return digest([repr((sorted(tables.items()), sorted(self.metrics.items())))])
 
 
-def config_digest(argument: str) -> str:
-    """Digest the settings in a shipped file that ``--config=configs/…`` names; comments and layout do not count."""
-    return _file_digest(find_config(argument.removeprefix("--config=")))
-
-
-@cache
-def _file_digest(path: str) -> str:
-    return digest([repr(yaml.safe_load(Path(path).read_text(encoding="utf-8")))])
-
-
 @cache
 def shared_steps() -> dict[str, Step]:
     """Read the steps that all rows may use."""
-    return {name: _record(Step, f"{SHARED}: {name}", value) for name, value in _load(SHARED).items()}
+    return {name: record(Step, f"{SHARED}: {name}", value) for name, value in load_yaml(f"configs/{SHARED}").items()}
 
 
 def all_rows() -> dict[str, Row]:
     """Read all shipped rows by name."""
     names = [name for name in shipped_configs() if name.startswith(FOLDER) and name.count("/") == 1]
-    rows = [read_row(Path(name).stem, _load(name)) for name in names]
+    rows = [read_row(Path(name).stem, load_yaml(f"configs/{name}")) for name in names]
     return {row.name: row for row in rows}
 
 
@@ -256,16 +170,16 @@ def read_row(name: str, content: Mapping[str, Any]) -> Row:
     given = dict(content)
     records = {
         "metrics": lambda value: {
-            key: _record(Metric, f"{name}: metrics.{key}", _listed(one)) for key, one in value.items()
+            key: record(Metric, f"{name}: metrics.{key}", _listed(one)) for key, one in value.items()
         },
         "claims": lambda value: [_claim(f"{name}: claims[{index}]", one) for index, one in enumerate(value)],
-        "steps": lambda value: {key: _record(Step, f"{name}: steps.{key}", one) for key, one in value.items()},
+        "steps": lambda value: {key: record(Step, f"{name}: steps.{key}", one) for key, one in value.items()},
         "arms": lambda value: {str(key): one or {} for key, one in value.items()},
     }
     for key, convert in records.items():
         if key in given:
             given[key] = convert(given[key])
-    row = _record(Row, name, {"name": name, **given})
+    row = record(Row, name, {"name": name, **given})
     _check(row)
     return row
 
@@ -305,8 +219,8 @@ def _claim(place: str, value: Mapping[str, Any]) -> Claim:
         if name in given:
             side = given[name]
             side = side if isinstance(side, Mapping) else {"arm": str(side), "metric": metric}
-            given[name] = _record(Side, f"{place}.{name}", side)
-    return _record(Claim, place, given)
+            given[name] = record(Side, f"{place}.{name}", side)
+    return record(Claim, place, given)
 
 
 def _listed(value: Mapping[str, Any]) -> dict[str, Any]:
@@ -315,23 +229,3 @@ def _listed(value: Mapping[str, Any]) -> dict[str, Any]:
         key: tuple(one) if isinstance(one, list) else (one,) if key in ("timestep", "sigma", "column") else one
         for key, one in value.items()
     }
-
-
-def _record(kind: type[Any], place: str, value: Any) -> Any:
-    """Make a dataclass from a mapping, whose keys are checked."""
-    if not isinstance(value, Mapping):
-        raise InputError(f"{place}: expected a mapping, got {value!r}")
-    known = {one.name for one in fields(kind)}
-    for name in value:
-        if name not in known:
-            raise InputError(f"{place}: there is no setting {name!r}{did_you_mean(str(name), known)}")
-    try:
-        return kind(**value)
-    except TypeError as error:
-        raise InputError(f"{place}: {str(error).partition('() ')[2]}") from error
-
-
-def _load(name: str) -> Any:
-    text = Path(find_config(f"configs/{name}")).read_text(encoding="utf-8")
-    check_yaml(text)
-    return yaml.safe_load(text)

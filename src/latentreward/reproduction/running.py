@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from graphlib import TopologicalSorter
@@ -15,13 +15,17 @@ from latentreward.errors import InputError
 from latentreward.reproduction import process
 from latentreward.reproduction.measuring import measure
 from latentreward.reproduction.results import Result, read_results, result_path, write_result
-from latentreward.reproduction.rows import Row, Task
+from latentreward.reproduction.rows import Row
 from latentreward.reproduction.sources import commit, computed_with, grouped_modules, machine, source_digest
+from latentreward.reproduction.steps import Task
 from latentreward.storage.durable import discard, write_file
 
 MEASURING = "latentreward.reproduction.measuring"
 """Module that turns scores into values of items: results depend on it beside the modules of their processes."""
 RECORD, LOG = "record.json", "log.txt"
+START = "$ "
+"""Beginning of the line that a log gets at each start of a process."""
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
 @dataclass(frozen=True)
@@ -33,12 +37,16 @@ class Done:
         modules: Modules of this package that its process imported.
         source: Digest of their source files at that time.
         inputs: Key of an input → its ``source``.
+        seconds: Time of its last process by the clock.
+        gpu_bytes: Peak memory that PyTorch allocated on a GPU in its last process.
     """
 
     cpu_seconds: float
     modules: tuple[str, ...]
     source: str
     inputs: dict[str, str]
+    seconds: float = 0.0
+    gpu_bytes: int = 0
 
 
 @dataclass
@@ -47,9 +55,14 @@ class Workshop:
 
     Args:
         folder: Folder of all outputs.
+        resumes: Whether a command that was stopped goes on in the output that it left, and an output stays finished
+            when source files change. Otherwise, the output is discarded and the command starts again.
+        environment: Variables of the processes beyond those here.
     """
 
     folder: Path
+    resumes: bool = False
+    environment: Mapping[str, str] = field(default_factory=lambda: ONE_THREAD)
     _running: set[subprocess.Popen[bytes]] = field(default_factory=set)
     _lock: Lock = field(default_factory=Lock)
     _closed: bool = False
@@ -60,25 +73,26 @@ class Workshop:
         if not path.is_file():
             return None
         found = Done(**json.loads(path.read_text()))
-        if source_digest(found.modules) != found.source:
+        if not self.resumes and source_digest(found.modules) != found.source:
             return None
         inputs = {one.key: self.done(one) for one in task.inputs.values()}
         current = {key: None if one is None else one.source for key, one in inputs.items()}
         return found if current == found.inputs else None
 
     def run(self, task: Task) -> None:
-        """Run a task's process, with one thread; its output is in ``log.txt`` beside the task's output.
+        """Run a task's process; what it prints is in ``log.txt`` beside the task's output.
 
         Raises:
             InputError: If the process fails.
         """
         folder = task.output(self.folder).parent
-        discard(folder)
-        task.output(self.folder).mkdir(parents=True)
+        if not self.resumes:
+            discard(folder)
+        task.output(self.folder).mkdir(parents=True, exist_ok=True)
         arguments = task.command(self.folder)
         inputs = {one.key: found.source for one in task.inputs.values() if (found := self.done(one))}
-        with (folder / LOG).open("w") as log:
-            log.write(f"$ {task.module or 'latentreward'} {' '.join(arguments)}\n")
+        with (folder / LOG).open("a") as log:
+            log.write(f"{START}{task.module or 'latentreward'} {' '.join(arguments)}\n")
             log.flush()
             command = [sys.executable, "-m", process.__name__, str(folder / "process.json"), task.module, *arguments]
             code = self._call(command, log.fileno())
@@ -86,11 +100,11 @@ class Workshop:
             last = (folder / LOG).read_text(errors="replace").strip().splitlines()[-1]
             raise InputError(f"{task.name} failed: {last} (all of it is in {folder / LOG})")
         told = json.loads((folder / "process.json").read_text())
-        found = Done(told["cpu_seconds"], tuple(told["modules"]), source_digest(told["modules"]), inputs)
+        found = Done(**told, source=source_digest(told["modules"]), inputs=inputs)
         write_file(folder / RECORD, json.dumps(vars(found)))
 
     def _call(self, command: Sequence[str], log: int) -> int:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        environment = {**os.environ, **self.environment}
         with self._lock:
             if self._closed:
                 raise KeyboardInterrupt
