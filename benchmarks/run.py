@@ -68,6 +68,7 @@ BENCHMARKS = {
     "scoring": Benchmark(
         "scoring", "--reward lrm_tiny dina_lrm_tiny", "throughput --sizes toy --images=8 --repeats=1", 20
     ),
+    "frozen_precision": Benchmark("frozen_precision", "--reward lrm_tiny dina_lrm_tiny --pairs=3000", "--help", 12),
     "score_command": Benchmark("score_command", "--images=400", "--images=4 --rounds=1 --size=toy", 8),
     "serving": Benchmark("serving", "", "throughput --size=toy_sd35 --rows=8 --repeats=1", 9),
     "loading_memory": Benchmark("loading_memory", "", "--help", 4),

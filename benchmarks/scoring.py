@@ -99,6 +99,13 @@ def mixed(encoded: Sequence[bytes]) -> list[Image.Image]:
     ]
 
 
+def trained_rewards(names: Sequence[str]) -> list[str]:
+    """Return paths of rewards; ``lrm_tiny`` and ``dina_lrm_tiny`` are trained first unless they were before."""
+    layouts = {"lrm_tiny": "pickapic", "dina_lrm_tiny": "hpdv3"}
+    folder = Path("runs/tiny_alignment").resolve()
+    return [str(train_reward(folder, name, layouts[name], 0)) if name in layouts else name for name in names]
+
+
 # --- invariance ----------------------------------------------------------------------------------------------------
 
 
@@ -224,12 +231,7 @@ def main() -> None:
     if options.parts == ["share"]:
         score_share(options)
         return
-    layouts = {"lrm_tiny": "pickapic", "dina_lrm_tiny": "hpdv3"}
-    trained = [
-        str(train_reward(Path("runs/tiny_alignment").resolve(), name, layouts[name], 0)) if name in layouts else name
-        for name in options.reward
-    ]
-    names = [*trained, *options.sizes]
+    names = [*trained_rewards(options.reward), *options.sizes]
     if "invariance" in options.parts:
         columns = ("model", "images", "sd of scores", "largest difference, batches of 1 to 64", "goal")
         exact = ("repeated", "other order: same bits", "two processes: same bits")

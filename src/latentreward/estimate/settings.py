@@ -12,7 +12,7 @@ import torch
 from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
 
-from latentreward.estimate.costs import StepCosts, step_costs
+from latentreward.estimate.costs import TEXT, StepCosts, step_costs
 from latentreward.estimate.report import as_text
 from latentreward.estimate.rewards import replace_rewards
 from latentreward.estimate.sources import ConfigSources
@@ -58,7 +58,15 @@ def estimate(settings: Namespace, build: Callable[[Namespace], LightningModule])
         sources, gpu = ConfigSources(Path(folder)), settings.trainer.accelerator != "cpu"
         module = unread_module(settings, build, sources)
         costs = step_costs(module, settings.data, settings.trainer.accumulate_grad_batches, gpu)
-    return Estimate(costs, settings, (*notes_on(settings, costs, sources, gpu), *notes_on_scorers(module)))
+    notes = [*notes_on(settings, costs, sources, gpu), *notes_on_scorers(module)]
+    callbacks = settings.trainer.get("callbacks") or []
+    if any(str(callback.get("class_path")).endswith(".EncodeOnce") for callback in callbacks):
+        kept = costs.without(TEXT)
+        notes.append(
+            f"EncodeOnce frees text encoders of {(costs.weights - kept.weights) / 1e9:.2f} GB before the first step."
+        )
+        costs = kept
+    return Estimate(costs, settings, tuple(notes))
 
 
 def unread_module(
