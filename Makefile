@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV_PYTHON = .venv/bin/python
 PARALLEL = --numprocesses=auto --maxprocesses=4
 
-.PHONY: demo test lint types docs tinyworld reproduce bench
+.PHONY: demo test lint types docs tinyworld reproduce bench fullsize
 
 demo: .venv/.test ; $(VENV_PYTHON) -m latentreward.tinyworld.demo
 test: .venv/.test ; $(VENV_PYTHON) -m pytest -m "not slow and not gpu and not browser" $(PARALLEL)
@@ -15,6 +15,7 @@ docs: .venv/.docs ; NO_MKDOCS_2_WARNING=1 $(VENV_PYTHON) -m mkdocs build --stric
 tinyworld: .venv/.test ; $(VENV_PYTHON) -m latentreward.tinyworld.pretrain --output runs/pipelines && $(VENV_PYTHON) -m latentreward.tinyworld.pixel_scorers_pretraining --output runs/scorers
 reproduce: .venv/.test ; $(VENV_PYTHON) -m latentreward reproduce --jobs 2 --page docs/reproduction.md
 bench: .venv/.test ; $(VENV_PYTHON) benchmarks/tiny_pipelines.py
+fullsize: .venv/.test ; $(VENV_PYTHON) benchmarks/fullsize
 
 # .venv/.test, .venv/.dev, .venv/.docs mark an installed extra; older than setup.cfg, they are to be installed again.
 .venv/.%: setup.cfg pyproject.toml | .venv/bin/pip

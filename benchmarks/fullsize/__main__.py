@@ -55,6 +55,7 @@ class Runner:
         self.folder, self.sizes, self.tiny = folder.absolute(), sizes, tiny
         self.results = self.folder / "results"
         self.results.mkdir(parents=True, exist_ok=True)
+        self._estimates: dict[tuple[str, ...], str] = {}
 
     def run_group(self, group: str, names: Sequence[str]) -> None:
         """Run the jobs of a group that have no result, or of which ``names`` has the name; then remove its files.
@@ -115,14 +116,14 @@ class Runner:
         """Return what ``fit --estimate`` computes of a job: the peak, or the size of the weights."""
         options = self.sizes.of(job.estimated) if job.estimated else self.sizes.of(job.command)[1:]
         options = [option for option in options if not option.startswith("--ckpt_path")]
-        command = [sys.executable, "-m", "latentreward", "fit", *options, "--estimate"]
-        shown = subprocess.run(command, cwd=place, env=variables, capture_output=True, text=True, check=False)
-        if shown.returncode:
-            raise SystemExit(f"{job.name}: {shown.stderr}")
-        if job.needs == "peak":
-            sizes = re.findall(r"^  peak +([\d.]+)$", shown.stdout, flags=re.MULTILINE)
-        else:
-            sizes = re.findall(r"^  \D+ +[\d.]+ +[\d.]+ +([\d.]+)$", shown.stdout, flags=re.MULTILINE)
+        if (text := self._estimates.get((*options,))) is None:
+            command = [sys.executable, "-m", "latentreward", "fit", *options, "--estimate"]
+            shown = subprocess.run(command, cwd=place, env=variables, capture_output=True, text=True, check=False)
+            if shown.returncode:
+                raise SystemExit(f"{job.name}: {shown.stderr}")
+            text = self._estimates[*options,] = shown.stdout
+        number = r"peak +([\d.]+)" if job.needs == "peak" else r"\D+ +[\d.]+ +[\d.]+ +([\d.]+)"
+        sizes = re.findall(rf"^  {number}$", text, flags=re.MULTILINE)
         return {"estimate": 1e9 * sum(map(float, sizes))}
 
     def watch(self, job: Job, arguments: list[str], place: Path, variables: dict[str, str]) -> dict[str, float]:
@@ -191,8 +192,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help="jobs, with those before them in a group")
     parser.add_argument("--tiny", action="store_true", help="tiny networks, to try the script")
     parser.add_argument("--accelerator", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("--rounds", type=int, default=6, help="training steps that are timed, in runs that time them")
     options = parser.parse_args()
-    sizes = Sizes(64, 2, options.accelerator) if options.tiny else Sizes(accelerator=options.accelerator)
+    sizes = Sizes(64 if options.tiny else 128, 1 + options.rounds, options.accelerator)
     runner = Runner(options.folder, sizes, options.tiny)
     for group, jobs in GROUPS.items():
         if not options.only or any(job.name in options.only for job in jobs):

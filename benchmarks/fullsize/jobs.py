@@ -18,9 +18,9 @@ class Sizes:
         accelerator: Lightning's name of the device.
     """
 
-    pixels: int = 128
-    steps: int = 7
-    accelerator: Literal["cpu", "gpu"] = "cpu"
+    pixels: int
+    steps: int
+    accelerator: Literal["cpu", "gpu"]
 
     def of(self, command: str) -> list[str]:
         """Return the arguments of a command, which no argument has spaces in."""
