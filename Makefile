@@ -7,7 +7,7 @@ VENV_PYTHON = .venv/bin/python
 BENCH ?=
 PARALLEL = --numprocesses=auto --maxprocesses=4
 
-.PHONY: demo test lint types docs tinyworld reproduce bench bench-gpu
+.PHONY: demo test lint types docs tinyworld reproduce bench bench-gpu fullsize
 
 demo: .venv/.test ; $(VENV_PYTHON) -m latentreward.tinyworld.demo
 test: .venv/.test ; $(VENV_PYTHON) -m pytest -m "not slow and not gpu and not browser" $(PARALLEL)
@@ -18,6 +18,7 @@ tinyworld: .venv/.test ; $(VENV_PYTHON) -m latentreward.tinyworld.pretrain --out
 reproduce: .venv/.test ; $(VENV_PYTHON) -m latentreward reproduce --jobs 2 --page docs/reproduction.md
 bench: .venv/.test ; $(VENV_PYTHON) benchmarks/run.py $(BENCH)
 bench-gpu: .venv/.test ; $(VENV_PYTHON) benchmarks/gpu.py $(BENCH)
+fullsize: .venv/.test ; $(VENV_PYTHON) benchmarks/fullsize
 
 # .venv/.test, .venv/.dev, .venv/.docs mark an installed extra; older than setup.cfg, they are to be installed again.
 .venv/.%: setup.cfg pyproject.toml | .venv/bin/pip

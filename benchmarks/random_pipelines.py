@@ -6,6 +6,7 @@ SD3.5's layout with 13 blocks of width 512, and latents and VAE like ``mid``. ``
 the benchmarks.
 """
 
+import json
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -230,6 +232,57 @@ def materialise(module: nn.Module, device: torch.device | str, dtype: torch.dtyp
     if isinstance(module, LightningModule):
         module._device = torch.device(device)  # ``to`` would fail on the states of metrics
     return module
+
+
+def write_weights(folder: Path, dtype: torch.dtype, shard: int = 2 * 10**9) -> None:
+    """Write random weights of every network of a pipeline folder, shard by shard: no network is held as a whole.
+
+    Norms get the weight 1, biases 0, and matrices numbers of N(0, 0.02²), which repeat every few million.
+
+    Args:
+        folder: Folder of configs.
+        dtype: Type of the weights.
+        shard: Most bytes of a file; larger networks get several files and an index.
+    """
+    import diffusers
+    import transformers
+
+    drawn = 0.02 * torch.randn(2**22 + 3, generator=torch.Generator().manual_seed(0))
+    for place in sorted(path.parent for path in folder.glob("*/config.json")):
+        config = json.loads((place / "config.json").read_text())
+        with torch.device("meta"):
+            if diffusers_name := config.get("_class_name"):
+                family: Any = getattr(diffusers, diffusers_name)
+                network = family.from_config(family.load_config(place))
+            else:
+                clip = transformers.CLIPTextModel
+                if (folder / "transformer").is_dir() or place.name == "text_encoder_2":
+                    clip = transformers.CLIPTextModelWithProjection
+                family = {"clip_text_model": clip, "t5": transformers.T5EncoderModel}[config["model_type"]]
+                network = family(family.config_class.from_pretrained(place))
+        stem = "diffusion_pytorch_model" if diffusers_name else "model"
+        outlines = {id(value): (name, value) for name, value in network.state_dict(keep_vars=True).items()}
+        files: list[list[tuple[str, Tensor]]] = [[]]
+        for name, outline in outlines.values():
+            if sum(one.numel() for _, one in files[-1]) * dtype.itemsize > shard:
+                files.append([])
+            files[-1].append((name, outline))
+        names = [f"{stem}-{number:05}-of-{len(files):05}.safetensors" for number in range(1, len(files) + 1)]
+        if len(files) == 1:
+            names = [f"{stem}.safetensors"]
+        else:
+            index = {name: file for file, members in zip(names, files, strict=True) for name, _ in members}
+            (place / f"{stem}.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+        for file, members in zip(names, files, strict=True):
+            save_file({name: draw(name, outline, drawn).to(dtype) for name, outline in members}, place / file)
+
+
+def draw(name: str, outline: Tensor, drawn: Tensor) -> Tensor:
+    """Return values for a parameter of the shape of ``outline``: constants for vectors, else from the row ``drawn``."""
+    if outline.ndim < 2:
+        return torch.full(outline.shape, float(name.endswith("weight")))
+    size = outline.numel()
+    return drawn.repeat(size // len(drawn) + 1)[:size].view(outline.shape)
 
 
 def random_states(policy: Policy, count: int, device: torch.device | str = "cpu") -> Tensor:
