@@ -134,12 +134,12 @@ def encoded(owner: Policy | LatentScorer, prompts: Sequence[str], path: Path, tr
     try:
         for number in range(math.ceil(len(prompts) / ranks)):
             place = min(number * ranks + rank, len(prompts) - 1)  # past the end the last prompt is repeated
-            for file, row in zip(files, encode(prompts[place]), strict=True):
-                file.seek(place * row.nbytes)
-                file.write(memoryview(row.contiguous().view(-1).view(torch.uint8).numpy()))
+            for opened, row in zip(files, encode(prompts[place]), strict=True):
+                opened.seek(place * row.nbytes)
+                opened.write(memoryview(row.contiguous().view(-1).view(torch.uint8).numpy()))
     finally:
-        for file in files:
-            file.close()
+        for opened in files:
+            opened.close()
     barrier()
     columns = []
     for file, sample in zip(paths, samples, strict=True):
