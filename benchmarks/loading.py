@@ -418,7 +418,7 @@ def measurements(folder: Path, options: argparse.Namespace) -> Iterator[tuple[st
         released = bool(options.released and add_released(options.released, "diffusion-rm"))
         columns = ["latent", "workers", "this cache, pairs/s", "Arrow", f"diffusion-rm ({heading(released)})"]
         ratios = ("ratio to Arrow", "goal", "to diffusion-rm")
-        rows_of = (compare(folder, kib, options.repeats, options.most, released) for kib in PAIRS_OF)
+        rows_of = (compare(folder, kib, options.repeats, options.most, released) for kib in options.kib)
         yield "Pairs per second", (*columns, *ratios), chain.from_iterable(rows_of)
     if "scale" in options.parts:
         columns = ["pairs", "open s", "epoch s", "µs per pair", "trainer MiB", "worker MiB"]
@@ -438,6 +438,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", default=["compare", "scale", "wait", "tiny", "rows"], metavar="PART")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--kib", type=int, nargs="+", choices=PAIRS_OF, default=[*PAIRS_OF], help="size of a latent")
     parser.add_argument("--most", type=float, default=20.0, help="seconds of reading a store in one round")
     parser.add_argument("--folder", type=Path, help="for the files; a temporary one by default")
     parser.add_argument("--released", type=Path, help="folder with the clone diffusion-rm")

@@ -115,17 +115,20 @@ def circumstances() -> dict[str, Any]:
 
 
 def seconds(work: Callable[[], Any]) -> float:
-    """Measure the wall time of one call; work on a GPU is waited for."""
-    synchronise = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
-    synchronise()
+    """Measure one call: processor time of this process, which other jobs hardly change; wall time with a GPU."""
+    if not torch.cuda.is_initialized():
+        began = time.process_time()
+        work()
+        return time.process_time() - began
+    torch.cuda.synchronize()
     began = time.perf_counter()
     work()
-    synchronise()
+    torch.cuda.synchronize()
     return time.perf_counter() - began
 
 
 def interleaved(works: dict[str, Callable[[], Any]], repeats: int) -> dict[str, Spread]:
-    """Measure the wall times of functions that are run in turn, so that load on the machine affects all alike.
+    """Measure functions that are run in turn, so that load on the machine affects all alike; see :func:`seconds`.
 
     The first round is a warm-up and left out.
     """

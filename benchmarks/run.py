@@ -60,7 +60,7 @@ BENCHMARKS = {
     "start_up": Benchmark("start_up", "", "--rounds=1", 3),
     "report_statistics": Benchmark("report_statistics", "", "--groups=100", 4),
     "data": Benchmark("loading", "wait tiny rows", "tiny --repeats=1", 6),
-    "stores": Benchmark("loading", "compare scale", "compare --repeats=1 --most=0.1", 9, released=True),
+    "stores": Benchmark("loading", "compare scale", "compare --kib 64 --repeats=1 --most=0.1", 9, released=True),
     "cache_writing": Benchmark("cache_writing", "", "--pairs=8 --repeats=1 --sizes=100", 3),
     "alignment": Benchmark("alignment", "", "passes rollout --size=toy --batch=2 --repeats=1", 12),
     "true_width": Benchmark("alignment", "scoring --size=sd15_side32 --repeats=3", "scoring --size=toy --batch=1", 8),
