@@ -9,6 +9,8 @@ proportional set size (PSS) minus that after imports, read every 20 ms. Linux on
 
 import argparse
 import json
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,17 +20,16 @@ from typing import Any
 
 import torch
 from measuring import Goal, PeakMemory, table
+from random_pipelines import write_weights
 
 from latentreward.backbones import create_backbone
 from latentreward.backbones.tuning import LoRA
 from latentreward.estimate.pipelines import write_pipelines
 from latentreward.policies import PolicySource
 
-PARTS = {
-    "sd15": (torch.float32, ("unet", "vae", "text_encoder")),
-    "sd35": (torch.bfloat16, ("transformer", "vae", "text_encoder", "text_encoder_2")),
-}
-"""Pipeline -> type of its files, and the parts that get weights."""
+TYPES = {"sd15": torch.float32, "sd35": torch.bfloat16}
+"""Pipeline -> type of its files."""
+RANKS = 2
 
 
 def jobs(folder: Path) -> dict[str, Callable[[], Any]]:
@@ -45,31 +46,8 @@ def jobs(folder: Path) -> dict[str, Callable[[], Any]]:
     }
 
 
-def write_weights(folder: Path) -> None:
-    """Write the pipelines, part by part, with the initial weights of diffusers and transformers."""
-    import diffusers
-    import transformers
-
-    families: dict[str, Any] = {
-        "unet": diffusers.UNet2DConditionModel,
-        "transformer": diffusers.SD3Transformer2DModel,
-        "vae": diffusers.AutoencoderKL,
-    }
-    write_pipelines(folder)
-    for name, (dtype, parts) in PARTS.items():
-        for part in parts:
-            place = folder / name / part
-            text = transformers.CLIPTextModelWithProjection if name == "sd35" else transformers.CLIPTextModel
-            family = families.get(part, text)
-            if part in families:
-                network = family.from_config(family.load_config(place))
-            else:
-                network = family(family.config_class.from_pretrained(place))
-            torch.nn.Module.to(network, dtype).save_pretrained(place)
-
-
 def measure(load: Callable[[], Any]) -> dict[str, int]:
-    """Load a model in this process; return bytes of its weights, held afterwards, and at the peak."""
+    """Load a model in this process; return bytes of its weights, held once all ranks have loaded, and at the peak."""
     import transformers.models.clip.modeling_clip  # noqa: F401
 
     import latentreward.encoders.clip
@@ -79,6 +57,8 @@ def measure(load: Callable[[], Any]) -> dict[str, int]:
         model = load()
         for tensor in (*model.parameters(), *model.buffers()):  # touch each mapped page
             tensor.detach().view(-1)[:: max(1, 1024 // tensor.element_size())].float().sum()
+        print("loaded", flush=True)
+        sys.stdin.readline()
     return {
         "weights": sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
         "after": memory.after - memory.before,
@@ -93,19 +73,45 @@ def main() -> None:
     parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.job:
-        print(json.dumps(measure(jobs(options.folder)[options.job])))
+        print(json.dumps(measure(jobs(options.folder)[options.job])), flush=True)
+        sys.stdin.readline()  # the others measure while this process still maps the weights
         return
     if not (options.folder / "sd35" / "vae" / "diffusion_pytorch_model.safetensors").is_file():
-        write_weights(options.folder)
-    rows = []
+        write_pipelines(options.folder)
+        shutil.rmtree(options.folder / "sd35" / "text_encoder_3")  # T5 is not loaded
+        for name, dtype in TYPES.items():
+            write_weights(options.folder / name, dtype)
+    rows, together = [], []
     for name in jobs(options.folder):
-        command = [sys.executable, __file__, "--folder", str(options.folder), "--job", name]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        found = json.loads(done.stdout.splitlines()[-1])
+        (found,) = on_ranks(1, options.folder, name)
         sizes = [f"{found[kind] / 1e9:.2f}" for kind in ("weights", "after", "peak")]
         peak = found["peak"] / found["after"]
         rows.append([name, *sizes, f"{peak:.2f}", Goal(peak, most=1.15)])
+        held = sum(rank["after"] for rank in on_ranks(RANKS, options.folder, name))
+        once = held / found["after"]
+        together.append([name, sizes[1], f"{held / 1e9:.2f}", f"{once:.2f}"])
     table("Memory of loading, GB", ("model", "weights", "held afterwards", "peak", "peak / held", "goal"), rows)
+    columns = ("model", "one process", f"{RANKS} processes together", "ratio")
+    table("Memory of several processes that load the same model, GB; what trains is not shared", columns, together)
+
+
+def on_ranks(ranks: int, folder: Path, name: str) -> list[dict[str, int]]:
+    """Measure a job in several processes at once, as ranks of one machine."""
+    command = [sys.executable, __file__, "--folder", str(folder), "--job", name]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    environment = {**os.environ, "LOCAL_WORLD_SIZE": str(ranks)}
+    processes = [subprocess.Popen(command, env=environment, **pipes) for _ in range(ranks)]
+    for process in processes:
+        if not any(line == "loaded\n" for line in process.stdout):
+            raise SystemExit(f"{name}: a process failed")
+    for process in processes:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    found = [json.loads(process.stdout.readline()) for process in processes]
+    for process in processes:
+        process.stdin.close()
+        process.wait()
+    return found
 
 
 if __name__ == "__main__":
