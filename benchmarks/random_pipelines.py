@@ -89,6 +89,7 @@ SIZES = {
     },
     "toy_sd35": {
         **published.PIPELINES["sd35"],
+        "vae": {**_VAE, **_LEVELS, "block_out_channels": (32, 32, 32), "latent_channels": 16},
         "text_encoder": _SMALL_TEXT,
         "text_encoder_2": {**published.CLIP_G, "num_hidden_layers": 1},
         "text_encoder_3": _SMALL_T5,
