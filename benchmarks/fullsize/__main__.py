@@ -134,18 +134,20 @@ class Runner:
         """
         note, log = place / "process.json", (self.results / job.file).with_suffix(".log")
         note.unlink(missing_ok=True)
-        peak, least = 0, available()
+        peak = 0
         with log.open("w") as stream:
             command = [sys.executable, HERE / "process.py", note, *arguments]
             process = subprocess.Popen(command, cwd=place, env=variables, stdout=stream, stderr=subprocess.STDOUT)
-            while process.poll() is None:
-                began = time.perf_counter()
-                peak, least = max(peak, proportional(family(process.pid))), min(least, available())
-                if least < SPARE:
-                    process.kill()
-                    process.wait()
-                    raise SystemExit(f"{job.name}: ended, since less than {SPARE / 1e9:.0f} GB of memory were left")
-                time.sleep(max(PAUSE, 3 * (time.perf_counter() - began)))
+            try:
+                while process.poll() is None:
+                    began = time.perf_counter()
+                    peak = max(peak, proportional(family(process.pid)))
+                    if available() < SPARE:
+                        raise SystemExit(f"{job.name}: ended, since less than {SPARE / 1e9:.0f} GB of memory were left")
+                    time.sleep(max(PAUSE, 15 * (time.perf_counter() - began)))
+            finally:
+                process.kill()
+                process.wait()
         if process.returncode:
             raise SystemExit(f"{job.name} failed: {log}\n" + "".join(log.read_text().splitlines(True)[-5:]))
         noted = json.loads(note.read_text())

@@ -64,10 +64,11 @@ class Job:
 
 
 FIT = (
-    "--trainer.accelerator={accelerator} --trainer.devices=1 --trainer.strategy=auto --data.num_workers=0 "
+    "--trainer.accelerator={accelerator} --trainer.devices=1 --trainer.strategy=auto "
     "--trainer.accumulate_grad_batches=1 --trainer.enable_progress_bar=false --trainer.enable_model_summary=false"
 )
-PAIRS = "--data.size={pixels} --data.batch_size=2 --data.shared_prompts=keep --trainer.limit_val_batches=1"
+LOADED = "--data.batch_size=2 --data.num_workers=0"
+PAIRS = f"{LOADED} --data.size={{pixels}} --data.shared_prompts=keep --trainer.limit_val_batches=1"
 ROUNDS = "--trainer.callbacks+=bare_rounds.BareRounds"
 VALIDATED = "--trainer.val_check_interval={steps}"
 ROLLOUTS = (
@@ -83,7 +84,7 @@ FORWARD = (
     "--model.backbone.gradient_checkpointing=false"
 )
 DINA = "--config=configs/recipes/dina_lrm_sd35.yaml"
-CACHED = f"{DINA} --config=configs/recipes/dina_lrm_sd35_cached.yaml {{fit}} --data.batch_size=2 --data.val=null"
+CACHED = f"{DINA} --config=configs/recipes/dina_lrm_sd35_cached.yaml {{fit}} {LOADED} --data.val=null"
 LPO = (
     "--config=configs/align/lpo_sd15.yaml {fit} --data.batch_size=2 --data.prompts_per_rollout=2 --data.passes=null "
     f"--trainer.max_steps={{steps}} --model.reward.base=sd15 --model.candidates.num_candidates=2 {ROLLOUTS} "
