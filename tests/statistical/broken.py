@@ -65,9 +65,10 @@ def idle_lora(module: LightningModule) -> AbstractContextManager[Any]:
 
 
 FAULTS: dict[str, tuple[str, Fault]] = {
-    "sign of the loss": ("lpo", flipped_loss),
-    "half exchanged": ("dina_lrm", half_exchanged),
-    "wrong timestep": ("lpo", wrong_timestep),
-    "no reference": ("lpo", no_reference),
+    "LPO, sign of the loss": ("lpo", flipped_loss),
+    "LPO, half of the pairs exchanged": ("lpo", half_exchanged),
+    "LPO, wrong timestep": ("lpo", wrong_timestep),
+    "LPO, reference not switched off": ("lpo", no_reference),
+    "DiNa-LRM, sign of the loss": ("dina_lrm", flipped_loss),
 }
-"""Faults that statistics should show: name → training that shows it soonest, and the fault."""
+"""Broken trainers that statistics should show: name → training and fault."""

@@ -46,11 +46,14 @@ def student_quantile(probability: float, degrees: int) -> float:
     return float(mpmath.findroot(lambda t: mpmath.log(above(t) / probability), (3, 4)))
 
 
+def reach(runs: int, statistics: int) -> float:
+    """Compute how many standard deviations of the pilot's ``runs`` a threshold lies below their mean."""
+    return SAFETY * student_quantile(FALSE_ALARMS / statistics, runs - 1) * (1 + 1 / runs) ** 0.5
+
+
 def threshold(values: Sequence[float], statistics: int) -> float:
     """Compute the threshold of one of ``statistics`` statistics from its pilot values."""
-    n = len(values)
-    quantile = student_quantile(FALSE_ALARMS / statistics, n - 1)
-    return float(np.mean(values) - SAFETY * quantile * np.std(values, ddof=1) * (1 + 1 / n) ** 0.5)
+    return float(np.mean(values) - reach(len(values), statistics) * np.std(values, ddof=1))
 
 
 def caught(statistics: Mapping[str, float], thresholds: Mapping[str, float]) -> list[str]:
@@ -60,9 +63,9 @@ def caught(statistics: Mapping[str, float], thresholds: Mapping[str, float]) -> 
 
 def planned() -> Iterator[tuple[str, str, int]]:
     """Yield the runs: group (``pilot``, ``new`` or a fault), training, seed."""
-    yield from (("pilot", training, seed) for seed in SEEDS["pilot"] for training in TRAININGS)
-    yield from ((fault, training, seed) for seed in SEEDS["broken"] for fault, (training, _) in FAULTS.items())
-    yield from (("new", training, seed) for seed in SEEDS["new"] for training in TRAININGS)
+    for group in ("pilot", "new"):
+        yield from ((group, training, seed) for seed in SEEDS[group] for training in TRAININGS)
+    yield from ((fault, training, seed) for fault, (training, _) in FAULTS.items() for seed in SEEDS["broken"])
 
 
 def measured(lines: Path) -> dict[tuple[str, str, int], dict[str, float]]:

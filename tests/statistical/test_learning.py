@@ -4,13 +4,24 @@ All tests of ``test_it_learns`` together fail for a working trainer once in 1 00
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.statistical.broken import FAULTS, idle_lora
-from tests.statistical.pilot import PILOT, caught, caught_seeds, student_quantile, tables, threshold
+from tests.statistical.pilot import (
+    FALSE_ALARMS,
+    PILOT,
+    caught,
+    caught_seeds,
+    reach,
+    student_quantile,
+    tables,
+    threshold,
+)
 from tests.statistical.trainings import TRAININGS
 
 MEASURED: dict[str, Any] = json.loads(PILOT.read_text())
@@ -47,6 +58,22 @@ def test_thresholds_are_those_of_the_pilot() -> None:
     expected = {name: threshold(values, len(pilot)) for name, values in pilot.items()}
     assert MEASURED["thresholds"] == pytest.approx(expected, abs=1e-4)
     assert student_quantile(0.025, 10) == pytest.approx(2.228, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda rng, shape: rng.standard_normal(shape),
+        lambda rng, shape: rng.standard_t(8, shape),
+        lambda rng, shape: -rng.gamma(8, size=shape),
+    ],
+    ids=["normal", "heavy tails", "skewed"],
+)
+def test_a_working_trainer_fails_once_in_a_thousand(draw: Callable[..., np.ndarray]) -> None:
+    rng, count = np.random.default_rng(0), len(MEASURED["thresholds"])
+    pilot, new = draw(rng, (150_000, 30)), draw(rng, 150_000)
+    alarms = new < pilot.mean(axis=1) - reach(30, count) * pilot.std(axis=1, ddof=1)
+    assert count * alarms.mean() < FALSE_ALARMS
 
 
 def test_the_pilot_passed_new_seeds_caught_broken_trainers_and_is_in_the_docs() -> None:
