@@ -1,12 +1,15 @@
 """`make bench-gpu` runs unattended: each block at tiny size on the CPU, time limits, and going on after a stop."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from zipfile import ZipFile
 
 import pytest
 import torch
@@ -83,6 +86,22 @@ def test_blocks_without_time_are_named_and_done_ones_skipped(tmp_path: Path) -> 
     assert "scoring: no time left" in stopped.stdout
     assert stopped.returncode == 1
     assert "not measured to the end: scoring, rewards, alignment, execution" in stopped.stderr
+
+
+def test_wheels_are_unpacked_and_imported_from(load: Callable[[str], ModuleType], tmp_path: Path) -> None:
+    with ZipFile(tmp_path / "library-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("library.py", "number = 5")
+    script = load("gpu")
+    places = script.import_path(tmp_path).split(os.pathsep)
+    assert (tmp_path / "unpacked" / "library.py").read_text() == "number = 5"
+    assert places[:3] == [str(ROOT / "src"), str(ROOT), str(tmp_path / "unpacked")]
+    assert script.import_path(tmp_path).split(os.pathsep) == places
+
+
+def test_the_oldest_pytorch_is_that_of_the_package(load: Callable[[str], ModuleType]) -> None:
+    floor = re.search(r"^ +torch >= (\d+)\.(\d+)$", (ROOT / "setup.cfg").read_text(), re.MULTILINE)
+    assert floor
+    assert tuple(map(int, floor.groups())) == load("gpu").FLOOR
 
 
 @pytest.mark.slow
