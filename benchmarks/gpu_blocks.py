@@ -468,11 +468,11 @@ def measure(name: str, path: Path, device: str, tiny: bool) -> None:
         found = {**facts, "seconds": round(time.perf_counter() - began), "tables": tables}
         write_file(path, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
 
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     torch.manual_seed(0)
     BLOCKS[name](Setting(device, tiny, 1 if tiny else 5, write))
     write(complete=True)
 
 
 if __name__ == "__main__":
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     measure(sys.argv[1], Path(sys.argv[2]), sys.argv[3], tiny="tiny" in sys.argv[4:])

@@ -82,11 +82,13 @@ def unread_module(
     told = logging.getLogger("lightning.pytorch")
     level = told.level
     told.setLevel(logging.WARNING)  # hides its lines about the devices found
-    module.trainer = Trainer(
-        accelerator="cpu", devices=1, precision=settings.trainer.precision, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
-    told.setLevel(level)
+    try:
+        module.trainer = Trainer(
+            accelerator="cpu", devices=1, precision=settings.trainer.precision, logger=False,
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+    finally:
+        told.setLevel(level)
     module.setup("fit")
     return module
 
