@@ -59,7 +59,7 @@ def test_bfloat16_autocast_halves_the_products_and_not_the_weights(encoder: Late
         latents = encoder.encode(pixels)
     assert seen == [torch.bfloat16]
     assert latents.dtype == torch.float32
-    torch.testing.assert_close(latents, expected, rtol=0, atol=0.03 * expected.std().item())
+    assert (latents - expected).abs().mean() < 0.02 * expected.std()
     assert {weight.dtype for weight in encoder.parameters()} == {torch.float32}
 
 
