@@ -32,6 +32,13 @@ def test_crossed_interval_of_items_alone_is_that_of_one_run() -> None:
     assert (found.high - found.low) / 2 == pytest.approx(spread, rel=0.05)
 
 
+def test_crossed_interval_of_many_items() -> None:
+    """More than 10 000 items are resampled in bundles, here of 2 and of 3 items."""
+    items = np.random.default_rng(0).normal(5.0, 1.0, (1, 10_001))
+    found = crossed_interval(items)
+    assert (found.high - found.low) / 2 == pytest.approx(Z * items.std() / math.sqrt(items.size), rel=0.05)
+
+
 def test_crossed_interval_of_runs_alone_is_that_of_their_means() -> None:
     """Of two runs both are drawn once half of the time, and one of them twice a quarter of the time each."""
     found = crossed_interval(np.array([[0.0] * 50, [1.0] * 50]))
