@@ -38,8 +38,9 @@ class EncodeOnce(Callback):
         folder: Folder for the file while it is written; null takes the run's ``trainer.default_root_dir``.
 
     Raises:
-        InputError: If the module does not align a policy, a text encoder trains, ``TrainableCheckpoint`` is missing,
-            FSDP1 has flattened the encoders, or the disk has no room for the file.
+        InputError: If the module does not align a policy, the data does not list its prompts (as pairs of images do
+            not), a text encoder trains, ``TrainableCheckpoint`` is missing, FSDP1 has flattened the encoders, or the
+            disk has no room for the file.
 
     Example:
         ``--trainer.callbacks+=EncodeOnce``
@@ -61,6 +62,12 @@ class EncodeOnce(Callback):
             raise InputError(
                 "EncodeOnce: without text encoders a run cannot resume from checkpoints of all weights; add "
                 "TrainableCheckpoint to trainer.callbacks"
+            )
+        data = getattr(trainer, "datamodule", None)
+        if not isinstance(getattr(data, "prompts", None), tuple):
+            raise InputError(
+                f"EncodeOnce: {type(data).__name__ if data else 'the data'} does not list its prompts before the run, as PromptDataModule does; "
+                "leave EncodeOnce out"
             )
         encoders = [encoder_of(owner) for owner in owners(pl_module)]
         if any(weight.requires_grad for encoder in encoders if encoder for weight in encoder.parameters()):

@@ -13,6 +13,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from latentreward.contracts import Conditioning
+from latentreward.data import PromptsAndImages
+from latentreward.data.datamodules import PairLoaders
 from latentreward.encoders.stored_prompts import StoredPrompts
 from latentreward.errors import InputError
 from latentreward.modules import LPOModule
@@ -96,6 +98,14 @@ def test_checkpoints_of_all_weights_are_refused(tmp_path: Path) -> None:
     trainer = Trainer(accelerator="cpu", default_root_dir=tmp_path, logger=False, callbacks=[EncodeOnce()])
     with pytest.raises(InputError, match=r"EncodeOnce: .* add TrainableCheckpoint to trainer.callbacks"):
         EncodeOnce().setup(trainer, lpo(), "fit")
+
+
+def test_data_whose_captions_are_unknown_is_refused(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, callbacks=[EncodeOnce()])
+    for name, data in (("the data", None), ("PromptsAndImages", PromptsAndImages(loaders(), PairLoaders()))):
+        trainer.datamodule = data
+        with pytest.raises(InputError, match=rf"EncodeOnce: {name} does not list its prompts"):
+            EncodeOnce().setup(trainer, lpo(), "fit")
 
 
 def test_a_full_disk_is_named_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
