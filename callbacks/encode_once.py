@@ -65,9 +65,9 @@ class EncodeOnce(Callback):
             )
         data = getattr(trainer, "datamodule", None)
         if not isinstance(getattr(data, "prompts", None), tuple):
+            name = type(data).__name__ if data else "the data"
             raise InputError(
-                f"EncodeOnce: {type(data).__name__ if data else 'the data'} does not list its prompts before the run, as PromptDataModule does; "
-                "leave EncodeOnce out"
+                f"EncodeOnce: {name} does not list its prompts before the run, as PromptDataModule does; leave it out"
             )
         encoders = [encoder_of(owner) for owner in owners(pl_module)]
         if any(weight.requires_grad for encoder in encoders if encoder for weight in encoder.parameters()):

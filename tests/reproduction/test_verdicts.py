@@ -6,6 +6,7 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 
+from latentreward.errors import InputError
 from latentreward.metrics.bootstrap import crossed_interval, student_interval
 from latentreward.reproduction.measuring import Values
 from latentreward.reproduction.verdicts import judge
@@ -87,3 +88,9 @@ def test_values_survive_packing(values: np.ndarray) -> None:
 def test_bits_are_small() -> None:
     packed = Values("ab", (np.arange(3000) % 3 == 0).astype(float)).packed()
     assert len(packed["bits"]) <= 500
+
+
+@pytest.mark.parametrize("value", [math.nan, 33.0])
+def test_values_that_do_not_fit_are_refused(value: float) -> None:
+    with pytest.raises(InputError, match=r"values from \S+ to \S+: give finite ones below 32\.7"):
+        Values("ab", np.array([0.5, value])).packed()
