@@ -135,7 +135,7 @@ def encoded(owner: Policy | LatentScorer, prompts: Sequence[str], path: Path, tr
         return row.prompt_embeds.cpu(), row.pooled_prompt_embeds.cpu()
 
     samples = encode(prompts[0])
-    paths = [path.with_name(f"{path.name}-{column}") for column in range(len(samples))]
+    places = [path.with_name(f"{path.name}-{column}") for column in range(len(samples))]
     path.parent.mkdir(parents=True, exist_ok=True)
     size, free = len(prompts) * sum(sample.nbytes for sample in samples), shutil.disk_usage(path.parent).free
     barrier()  # before a rank writes, all ranks see how much room there is
@@ -145,21 +145,21 @@ def encoded(owner: Policy | LatentScorer, prompts: Sequence[str], path: Path, tr
             f"{free / 1e9:.1f} GB left; set its folder, use fewer prompts, or leave EncodeOnce out"
         )
     if rank == 0:
-        for file, sample in zip(paths, samples, strict=True):
-            with file.open("wb") as created:
+        for place, sample in zip(places, samples, strict=True):
+            with place.open("wb") as created:
                 created.truncate(len(prompts) * sample.nbytes)
     barrier()
-    files = [file.open("r+b") for file in paths]
+    files = [place.open("r+b") for place in places]
     barrier()
     if rank == 0:  # at once, so that a killed run leaves no file
-        for file in paths:
-            file.unlink()
+        for place in places:
+            place.unlink()
     try:
         for number in range(math.ceil(len(prompts) / ranks)):
-            place = min(number * ranks + rank, len(prompts) - 1)  # past the end the last prompt is repeated
-            for file, row in zip(files, encode(prompts[place]), strict=True):
-                file.seek(place * row.nbytes)
-                file.write(memoryview(row.contiguous().view(-1).view(torch.uint8).numpy()))
+            row = min(number * ranks + rank, len(prompts) - 1)  # past the end the last prompt is repeated
+            for file, values in zip(files, encode(prompts[row]), strict=True):
+                file.seek(row * values.nbytes)
+                file.write(memoryview(values.contiguous().view(-1).view(torch.uint8).numpy()))
         for file in files:
             file.flush()
         barrier()
@@ -168,5 +168,5 @@ def encoded(owner: Policy | LatentScorer, prompts: Sequence[str], path: Path, tr
         for file in files:
             file.close()
     return Conditioning(
-        *(values.view(one.dtype).view(len(prompts), *one.shape[1:]) for values, one in zip(maps, samples, strict=True))
+        *(table.view(one.dtype).view(len(prompts), *one.shape[1:]) for table, one in zip(maps, samples, strict=True))
     )
