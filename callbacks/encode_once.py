@@ -1,11 +1,15 @@
 """Callback that encodes the prompts of an alignment run at its start, and frees the text encoders."""
 
 import math
+import os
 import shutil
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from latentreward.callbacks.trainable_checkpoint import TrainableCheckpoint
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
@@ -23,18 +27,20 @@ from latentreward.rewards.latent import LatentScorer
 class EncodeOnce(Callback):
     """Callback that encodes all prompts before the first step, and frees the text encoders of policy and reward.
 
-    Encoded prompts lie in a file, which the ranks of a machine write together, map, and remove at once: the disk holds
-    it until the run ends. A row takes 1.7 MB for SD3.5 with 128 T5 tokens in bfloat16, and 0.1 MB for SD1.5. T5 then no
-    longer takes 9.5 GB of each GPU. A resumed run encodes again. The encoded prompts are those of ``data.prompts``,
-    those of callbacks with ``prompts`` (``SampleGrid``, ``HackingMonitor``, ``CollapseGuard``), and the empty prompt.
+    Encoded prompts lie in a file without a name, which the ranks of a machine write together and map: the disk holds it
+    until the run ends or is killed. A row takes 1.7 MB for SD3.5 with 128 T5 tokens in bfloat16, and 0.1 MB
+    for SD1.5. T5 then no longer takes 9.5 GB of each GPU. A resumed run encodes again. The encoded prompts are those of
+    ``data.prompts``, those of callbacks with ``prompts`` (``SampleGrid``, ``HackingMonitor``, ``CollapseGuard``), and
+    the empty prompt.
     Results equal those without this callback, except in the last bits, because prompts are encoded one by one.
 
     Args:
         folder: Folder for the file while it is written; null takes the run's ``trainer.default_root_dir``.
 
     Raises:
-        InputError: If the module does not align a policy, a text encoder trains, FSDP1 has flattened the encoders, or
-            the disk has no room for the file.
+        InputError: If the module does not align a policy, the data does not list its prompts (as pairs of images do
+            not), a text encoder trains, ``TrainableCheckpoint`` is missing, FSDP1 has flattened the encoders, or the
+            disk has no room for the file.
 
     Example:
         ``--trainer.callbacks+=EncodeOnce``
@@ -52,6 +58,17 @@ class EncodeOnce(Callback):
             )
         if isinstance(trainer.strategy, FSDPStrategy):
             raise InputError("EncodeOnce: trainer.strategy fsdp (FSDP1) flattens the text encoders; use fsdp2 or ddp")
+        if not any(isinstance(one, TrainableCheckpoint) for one in trainer.callbacks):  # type: ignore[attr-defined]
+            raise InputError(
+                "EncodeOnce: without text encoders a run cannot resume from checkpoints of all weights; add "
+                "TrainableCheckpoint to trainer.callbacks"
+            )
+        data = getattr(trainer, "datamodule", None)
+        if not isinstance(getattr(data, "prompts", None), tuple):
+            name = type(data).__name__ if data else "the data"
+            raise InputError(
+                f"EncodeOnce: {name} does not list its prompts before the run, as PromptDataModule does; leave it out"
+            )
         encoders = [encoder_of(owner) for owner in owners(pl_module)]
         if any(weight.requires_grad for encoder in encoders if encoder for weight in encoder.parameters()):
             raise InputError("EncodeOnce: a text encoder trains, so that its results change; leave EncodeOnce out")
@@ -62,13 +79,15 @@ class EncodeOnce(Callback):
         prompts = list(
             dict.fromkeys(["", *(prompt for holder in holders for prompt in getattr(holder, "prompts", ()))])
         )
+        # Runs with one folder must not write to each other's files.
+        run = trainer.strategy.broadcast(f"{socket.gethostname()}-{os.getpid()}")
         folder, stored = Path(self.folder or trainer.default_root_dir), dict[PromptEncoder, StoredPrompts]()
         for owner in owners(pl_module):
             encoder = encoder_of(owner)
             if encoder is None or isinstance(encoder, StoredPrompts):
                 continue
             if encoder not in stored:
-                path = folder / f".prompts-{trainer.node_rank}-{len(stored)}"
+                path = folder / f".prompts-{run}-{trainer.node_rank}-{len(stored)}"
                 table = encoded(owner, prompts, path, trainer)
                 stored[encoder] = StoredPrompts(encoder, prompts, table, pl_module.device)
                 size = table.prompt_embeds.nbytes + table.pooled_prompt_embeds.nbytes
@@ -116,7 +135,7 @@ def encoded(owner: Policy | LatentScorer, prompts: Sequence[str], path: Path, tr
         return row.prompt_embeds.cpu(), row.pooled_prompt_embeds.cpu()
 
     samples = encode(prompts[0])
-    paths = [path.with_name(f"{path.name}-{column}") for column in range(len(samples))]
+    places = [path.with_name(f"{path.name}-{column}") for column in range(len(samples))]
     path.parent.mkdir(parents=True, exist_ok=True)
     size, free = len(prompts) * sum(sample.nbytes for sample in samples), shutil.disk_usage(path.parent).free
     barrier()  # before a rank writes, all ranks see how much room there is
@@ -126,28 +145,28 @@ def encoded(owner: Policy | LatentScorer, prompts: Sequence[str], path: Path, tr
             f"{free / 1e9:.1f} GB left; set its folder, use fewer prompts, or leave EncodeOnce out"
         )
     if rank == 0:
-        for file, sample in zip(paths, samples, strict=True):
-            with file.open("wb") as created:
+        for place, sample in zip(places, samples, strict=True):
+            with place.open("wb") as created:
                 created.truncate(len(prompts) * sample.nbytes)
     barrier()
-    files = [file.open("r+b") for file in paths]
+    files = [place.open("r+b") for place in places]
+    barrier()
+    if rank == 0:  # at once, so that a killed run leaves no file
+        for place in places:
+            place.unlink()
     try:
         for number in range(math.ceil(len(prompts) / ranks)):
-            place = min(number * ranks + rank, len(prompts) - 1)  # past the end the last prompt is repeated
-            for opened, row in zip(files, encode(prompts[place]), strict=True):
-                opened.seek(place * row.nbytes)
-                opened.write(memoryview(row.contiguous().view(-1).view(torch.uint8).numpy()))
+            row = min(number * ranks + rank, len(prompts) - 1)  # past the end the last prompt is repeated
+            for file, values in zip(files, encode(prompts[row]), strict=True):
+                file.seek(row * values.nbytes)
+                file.write(memoryview(values.contiguous().view(-1).view(torch.uint8).numpy()))
+        for file in files:
+            file.flush()
+        barrier()
+        maps = [torch.from_numpy(np.memmap(file, np.uint8, mode="c")) for file in files]  # pages are read when used
     finally:
-        for opened in files:
-            opened.close()
-    barrier()
-    columns = []
-    for file, sample in zip(paths, samples, strict=True):
-        storage = torch.UntypedStorage.from_file(str(file), shared=False, nbytes=len(prompts) * sample.nbytes)
-        values = torch.empty(0, dtype=sample.dtype).set_(storage)  # type: ignore[call-overload]
-        columns.append(values.view(len(prompts), *sample.shape[1:]))
-    barrier()
-    if rank == 0:
-        for file in paths:
-            file.unlink()
-    return Conditioning(*columns)
+        for file in files:
+            file.close()
+    return Conditioning(
+        *(table.view(one.dtype).view(len(prompts), *one.shape[1:]) for table, one in zip(maps, samples, strict=True))
+    )

@@ -51,12 +51,13 @@ class LastCheckpoint(ModelCheckpoint):
         """Save after every n-th optimiser step, and when the run ends within an epoch.
 
         From there a run with a raised limit takes the other batches of that epoch; from Lightning's later hooks it
-        would begin the next epoch. After the last batch of an epoch, :meth:`on_train_epoch_end` saves.
+        would begin the next epoch. After the last batch of an epoch, :meth:`on_train_epoch_end` saves. Nothing is saved
+        between optimiser steps, as after the first batch of a resumed run: accumulated gradients would be lost.
         """
         loop = trainer.fit_loop
-        if loop.epoch_loop.batch_progress.is_last_batch:
+        if loop.epoch_loop.batch_progress.is_last_batch or loop._should_accumulate():
             return
-        if loop.epoch_loop.done and not loop._should_accumulate():
+        if loop.epoch_loop.done:
             self._save(trainer)
         else:
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)

@@ -21,7 +21,7 @@ from latentreward.errors import InputError
 from latentreward.heads.clip_projection import clip_text_projection
 from latentreward.policies import PolicySource
 from latentreward.scoring import RewardModel
-from latentreward.storage.weight_files import StoredTensor
+from latentreward.storage.weight_files import StoredTensor, find_weights, map_weights
 from tests.backbones.networks import FACTORIES
 from tests.rewards.stored import write_run
 from tests.tiny_pipelines import pipeline_folder
@@ -109,6 +109,37 @@ def test_shards_and_variants(tmp_path: Path) -> None:
     index.write_text(json.dumps({"weight_map": {"x": "absent.safetensors"}}))
     with pytest.raises(InputError, match=r"a shard that .* names is missing"):
         load_weights(UNet2DConditionModel, str(tmp_path), subfolder="unet")
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "family"), PARTS[4:], ids=lambda value: value if isinstance(value, str) else ""
+)
+@pytest.mark.parametrize("wanted", [torch.float32, torch.bfloat16], ids=str)
+def test_a_file_of_several_types(name: str, part: str, family: Any, wanted: torch.dtype, tmp_path: Path) -> None:
+    """As T5 in float16, of which transformers stores one layer of each block in float32."""
+    tensors = copied(name, part, tmp_path, torch.float16)
+    (file,) = (tmp_path / part).glob("*.safetensors")
+    wide = load_file(Path(pipeline_folder(name)) / part / file.name)
+    mixed = {key: wide[key] if re.search(r"\.(wo|fc2)\.", key) else tensor for key, tensor in tensors.items()}
+    assert {torch.float16, torch.float32} <= {tensor.dtype for tensor in mixed.values()}
+    save_file(mixed, file, metadata={"format": "pt"})
+    ours = load_weights(family, str(tmp_path), subfolder=part, torch_dtype=wanted)
+    theirs = family.from_pretrained(str(tmp_path), subfolder=part, torch_dtype=torch.float32)
+    assert equal(ours, theirs.to(wanted))
+
+
+@pytest.mark.parametrize("size", ["20KB", "1GB"])
+def test_a_cached_model_without_network(size: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a hub id, in shards or not; the tests run with HF_HUB_OFFLINE."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    commit, model = "0" * 40, tmp_path / "models--owner--sharded"
+    (model / "refs").mkdir(parents=True)
+    (model / "refs" / "main").write_text(commit)
+    network = UNet2DConditionModel.from_pretrained(pipeline_folder("sd15"), subfolder="unet")
+    network.save_pretrained(model / "snapshots" / commit / "unet", max_shard_size=size)
+    paths = find_weights("owner/sharded", "diffusion_pytorch_model", "unet")
+    assert (len(paths) > 1) == (size == "20KB")
+    assert map_weights(paths).tensors.keys() == network.state_dict().keys()
 
 
 def test_attention_of_old_vaes(tmp_path: Path) -> None:

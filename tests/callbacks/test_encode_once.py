@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,16 @@ from latentreward.callbacks import EncodeOnce, SampleGrid
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from latentreward.contracts import Conditioning
+from latentreward.data import PromptsAndImages
+from latentreward.data.datamodules import PairLoaders
 from latentreward.encoders.stored_prompts import StoredPrompts
 from latentreward.errors import InputError
 from latentreward.modules import LPOModule
+from latentreward.policies import Policy
 from latentreward.rewards import LatentReward
 from latentreward.rollout import FixedThreshold, Sampling
-from tests.modules.lpo_runs import loaders, lpo, make_trainer, weights
+from tests.modules.lpo_runs import PROMPTS, loaders, lpo, make_trainer, weights
 from tests.rewards.stored import write_run
 
 
@@ -60,6 +65,47 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path: Path) -> None:
     trainer.fit(rest, datamodule=loaders(), ckpt_path=tmp_path / "step=2.ckpt", weights_only=True)
     for name, value in weights(whole).items():
         assert torch.equal(weights(rest)[name], value)
+
+
+def test_runs_in_one_folder_do_not_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second run begins and ends while the first one encodes; no file of either has a name while it is written."""
+    module, other, calls = lpo(), lpo(), []
+    encode = Policy.encode_prompts
+
+    def interrupted(policy: Policy, prompts: Sequence[str]) -> Conditioning:
+        calls.append(policy)
+        if len(calls) == 4:
+            assert not [*tmp_path.glob(".prompts*")]
+            EncodeOnce().on_fit_start(trainer(other), other)
+        return encode(policy, prompts)
+
+    def trainer(module: LPOModule) -> Trainer:
+        made = make_trainer(tmp_path, callbacks=[EncodeOnce()])
+        made.datamodule = loaders()
+        return made
+
+    expected = [encode(module.policy, [prompt]).prompt_embeds for prompt in PROMPTS]
+    monkeypatch.setattr(Policy, "encode_prompts", interrupted)
+    EncodeOnce().on_fit_start(trainer(module), module)
+    monkeypatch.undo()
+    for one in (module, other):
+        for prompt, embeds in zip(PROMPTS, expected, strict=True):
+            torch.testing.assert_close(one.policy.encode_prompts([prompt]).prompt_embeds, embeds)
+
+
+def test_checkpoints_of_all_weights_are_refused(tmp_path: Path) -> None:
+    """They would lack the text encoders, and nothing could resume from them."""
+    trainer = Trainer(accelerator="cpu", default_root_dir=tmp_path, logger=False, callbacks=[EncodeOnce()])
+    with pytest.raises(InputError, match=r"EncodeOnce: .* add TrainableCheckpoint to trainer.callbacks"):
+        EncodeOnce().setup(trainer, lpo(), "fit")
+
+
+def test_data_whose_captions_are_unknown_is_refused(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, callbacks=[EncodeOnce()])
+    for name, data in (("the data", None), ("PromptsAndImages", PromptsAndImages(loaders(), PairLoaders()))):
+        trainer.datamodule = data
+        with pytest.raises(InputError, match=rf"EncodeOnce: {name} does not list its prompts"):
+            EncodeOnce().setup(trainer, lpo(), "fit")
 
 
 def test_a_full_disk_is_named_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

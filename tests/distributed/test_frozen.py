@@ -4,12 +4,17 @@ import os
 import re
 import resource
 import signal
+import subprocess
+import sys
 import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
@@ -106,6 +111,37 @@ def test_without_room_each_process_has_its_own(tmp_path: Path, monkeypatch: pyte
         signal.signal(signal.SIGXFSZ, handler)
     assert re.fullmatch(r"\S+: File too large; each process holds 0.0 GB of its own instead", caplog.messages[0])
     assert [path.suffix for path in own_folder().iterdir()] in ([".lock"], [])
+
+
+def test_a_program_without_a_trainer_leaves_no_file(tmp_path: Path) -> None:
+    """Nor does a run that fails before training; what a killed process has left is removed by the next one."""
+    save_file({"a": torch.randn(9)}, tmp_path / "x.safetensors")
+    folder = tmp_path / f"latentreward-{os.getuid()}"
+    folder.mkdir(mode=0o700)
+    for name, age in (("old", 7200), ("old.partial", 7200), ("fresh", 0)):
+        (folder / name).write_bytes(b"")
+        os.utime(folder / name, (0, time.time() - age))
+    code = "from tests.distributed.test_frozen import *; shared(whole(Path(sys.argv[1])))"
+    code += "; print(*os.listdir(own_folder()))"
+    command = [sys.executable, "-c", code, str(tmp_path / "x.safetensors")]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert len(done.stdout.split()) == 3  # the file, its lock, and the fresh one
+    assert [path.name for path in folder.iterdir()] == ["fresh"]
+
+
+def test_files_are_removed_under_their_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another run that is writing the same file keeps its lock."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    save_file({"a": torch.randn(9)}, tmp_path / "x.safetensors")
+    shared(whole(tmp_path / "x.safetensors"))
+    (lock,) = own_folder().glob("*.lock")
+    with ThreadPoolExecutor(1) as pool, FileLock(lock):  # the lock is freed before the pool waits
+        released = pool.submit(release_shared, remove=True)
+        time.sleep(0.2)
+        assert lock.exists()
+        assert not released.done()
+    assert [*own_folder().iterdir()] == []
 
 
 def test_a_folder_of_another_user_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,3 +83,12 @@ def test_sides_measured_on_different_items_are_refused() -> None:
     found[0].measured["one"]["t 1"]["items"] = "other"  # type: ignore[index]
     with pytest.raises(InputError, match="compares different items"):
         page([row], {"toy": found})
+
+
+def test_seeds_measured_on_different_items_are_refused() -> None:
+    row = read_row("toy", TOY)
+    found = [result(row, seed, {"one": 0.8, "other": 0.5}) for seed in range(3)]
+    for arm in ("one", "other"):
+        found[0].measured[arm]["t 1"]["items"] = "other"  # type: ignore[index]
+    with pytest.raises(InputError, match="its seeds were measured on different items"):
+        page([row], {"toy": found})

@@ -6,6 +6,7 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 
+from latentreward.errors import InputError
 from latentreward.metrics.bootstrap import crossed_interval, student_interval
 from latentreward.reproduction.measuring import Values
 from latentreward.reproduction.verdicts import judge
@@ -30,6 +31,13 @@ def test_crossed_interval_of_items_alone_is_that_of_one_run() -> None:
     spread = Z * items.std() / math.sqrt(len(items))
     assert found.value == pytest.approx(items.mean())
     assert (found.high - found.low) / 2 == pytest.approx(spread, rel=0.05)
+
+
+def test_crossed_interval_of_many_items() -> None:
+    """More than 10 000 items are resampled in bundles, here of 2 and of 3 items."""
+    items = np.random.default_rng(0).normal(5.0, 1.0, (1, 10_001))
+    found = crossed_interval(items)
+    assert (found.high - found.low) / 2 == pytest.approx(Z * items.std() / math.sqrt(items.size), rel=0.05)
 
 
 def test_crossed_interval_of_runs_alone_is_that_of_their_means() -> None:
@@ -80,3 +88,9 @@ def test_values_survive_packing(values: np.ndarray) -> None:
 def test_bits_are_small() -> None:
     packed = Values("ab", (np.arange(3000) % 3 == 0).astype(float)).packed()
     assert len(packed["bits"]) <= 500
+
+
+@pytest.mark.parametrize("value", [math.nan, 33.0])
+def test_values_that_do_not_fit_are_refused(value: float) -> None:
+    with pytest.raises(InputError, match=r"values from \S+ to \S+: give finite ones below 32\.7"):
+        Values("ab", np.array([0.5, value])).packed()

@@ -143,6 +143,10 @@ def _fill_encoder(
             ignore_mismatched_sizes=True,  # they are reported by name
             output_loading_info=True,
         )
+    for name, weight in model.named_parameters():  # of files with several types, the library has rounded some
+        stored = tensors.get(name, tensors.get(f"{model.base_model_prefix}.{name}"))
+        if stored is not None and stored.dtype != weight.dtype and stored.shape == weight.shape:
+            weight.data = stored
     kinds = ("missing", "unexpected", "mismatched")
     return model, {
         kind: {str(name[0] if isinstance(name, tuple) else name) for name in report[f"{kind}_keys"]} for kind in kinds

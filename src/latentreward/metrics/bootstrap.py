@@ -233,7 +233,9 @@ def crossed_interval(differences: np.ndarray) -> Interval:
         differences: ``(runs, items)`` differences; with one run only items are resampled.
     """
     runs, items = differences.shape
-    means = resample_sums(differences.T) / items
+    # The number of drawn items is counted, because bundles of items may differ in size.
+    sums = resample_sums(np.column_stack([differences.T, np.ones(items)]))
+    means = sums[:, :-1] / sums[:, -1:]
     drawn = np.random.default_rng(1).integers(runs, size=(RESAMPLES, runs))
     means = np.take_along_axis(means, drawn, axis=1).mean(axis=1)
     return Interval(float(differences.mean()), *percentile_ends(means), items)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from pyarrow import csv, parquet
 
+from latentreward.errors import InputError
 from latentreward.reproduction.rows import Metric
 from latentreward.storage.digests import digest
 
@@ -33,11 +34,18 @@ class Values:
     values: np.ndarray
 
     def packed(self) -> dict[str, Any]:
-        """Return the values as entries for JSON: bits if all are 0 or 1, else integers of 16 bits, in base 64."""
+        """Return the values as entries for JSON: bits if all are 0 or 1, else integers of 16 bits, in base 64.
+
+        Raises:
+            InputError: If a value is NaN or does not fit.
+        """
         shape = {"items": self.items, "number": len(self.values), "mean": round(float(self.values.mean()), 4)}
         if np.isin(self.values, (0, 1)).all():
             return shape | {"bits": _text(np.packbits(self.values.astype(bool)))}
-        return shape | {"thousandths": _text(np.round(self.values * SCALE).astype("<i2"))}
+        thousandths = np.round(self.values * SCALE)
+        if not (np.abs(thousandths) < 2**15).all():  # NaN is not
+            raise InputError(f"values from {self.values.min():g} to {self.values.max():g}: give finite ones below 32.7")
+        return shape | {"thousandths": _text(thousandths.astype("<i2"))}
 
     @classmethod
     def unpacked(cls, entries: Mapping[str, Any]) -> "Values":

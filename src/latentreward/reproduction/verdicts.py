@@ -38,11 +38,11 @@ def judge_claim(claim: Claim, results: Sequence[Result], row: Row) -> Verdict:
     """Judge a claim by the results of a row's seeds.
 
     Raises:
-        InputError: If the two sides were measured on different items.
+        InputError: If the two sides, or the seeds, were measured on different items.
     """
     if len(results) < 2:
         return Verdict("not measured", UNKNOWN, UNKNOWN)
-    differences = []
+    differences, items = [], set()
     for result in results:
         higher = result.values(claim.higher)
         lower = (
@@ -51,7 +51,8 @@ def judge_claim(claim: Claim, results: Sequence[Result], row: Row) -> Verdict:
         if lower.items != higher.items:
             raise InputError(f"{row.name}: {claim.says!r} compares different items; give both sides the same ones")
         differences.append(higher.values - lower.values)
-    if len({len(one) for one in differences}) > 1:
+        items.add(higher.items)
+    if len(items) > 1:
         raise InputError(f"{row.name}: its seeds were measured on different items; measure them again with --stale")
     return judge(np.stack(differences), claim.more_than)
 

@@ -5,10 +5,12 @@ Processes that have no way yet to talk to each other agree by the file's name, a
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import stat
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -24,6 +26,8 @@ from latentreward.storage.weight_files import ALIGNMENT, StoredTensor
 
 logger = logging.getLogger(__name__)
 
+LEFT_OVER_S = 3600.0
+"""Age in seconds from which a file counts as left by a killed process; a file is needed while a run's ranks load."""
 _processes: ContextVar[int] = ContextVar("processes", default=1)
 _mapped: set[Path] = set()
 """Files that this process has mapped and not yet released."""
@@ -48,7 +52,7 @@ def shared(wanted: Sequence[tuple[StoredTensor, torch.dtype]]) -> list[Tensor] |
     """Convert stored tensors once per machine, and map them.
 
     The first process to come writes the file, to the folder for temporary files, and the others wait for it.
-    :func:`release_shared` removes the file; what is mapped stays.
+    :func:`release_shared` removes the file, at the latest at the end of the process; what is mapped stays.
 
     Args:
         wanted: Tensors, each with the type that it needs.
@@ -66,6 +70,7 @@ def shared(wanted: Sequence[tuple[StoredTensor, torch.dtype]]) -> list[Tensor] |
     path = own_folder() / key
     with FileLock(path.with_suffix(".lock")):
         if not path.is_file():
+            _remove_left_over(path.parent)
             partial = path.with_suffix(".partial")
             try:
                 _write(partial, wanted, offsets, size)
@@ -77,6 +82,8 @@ def shared(wanted: Sequence[tuple[StoredTensor, torch.dtype]]) -> list[Tensor] |
                 return None
             partial.rename(path)
         storage = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
+    atexit.unregister(release_shared)
+    atexit.register(release_shared, remove=True)  # for programs without a trainer, and for runs that fail before it
     _mapped.add(path)
     values = torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[call-overload]
     return [
@@ -116,5 +123,16 @@ def release_shared(remove: bool) -> None:
     while _mapped:
         path = _mapped.pop()
         if remove:
-            path.unlink(missing_ok=True)
-            path.with_suffix(".lock").unlink(missing_ok=True)
+            lock = path.with_suffix(".lock")
+            with FileLock(lock):  # another run may be writing the same file
+                path.unlink(missing_ok=True)
+                lock.unlink(missing_ok=True)  # before the release: filelock takes no lock on a deleted file
+
+
+def _remove_left_over(folder: Path) -> None:
+    for path in folder.iterdir():
+        try:
+            if path.suffix != ".lock" and time.time() - path.stat().st_mtime > LEFT_OVER_S:
+                path.unlink()
+        except FileNotFoundError:  # another process has removed it
+            continue

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from latentreward.errors import InputError, first_line
+from latentreward.storage.hub import read_locally
 from latentreward.storage.json_files import read_config
 from latentreward.storage.safetensors_header import read_header
 
@@ -128,6 +129,8 @@ def find_weights(
     place = f"{subfolder}/" if subfolder else ""
     single, index = f"{stem}{suffix}.safetensors", f"{stem}.safetensors.index{suffix}.json"
     where = f"{source}/{subfolder}" if subfolder else source
+    # Without an answer of the hub, the cache alone tells whether the weights are in one file or in shards.
+    local_files_only = local_files_only or read_locally(source, revision)
 
     def file(name: str) -> Path | None:
         return stored_file(source, place + name, revision, local_files_only)
