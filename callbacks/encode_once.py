@@ -3,6 +3,7 @@
 import math
 import shutil
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -18,6 +19,10 @@ from latentreward.errors import InputError
 from latentreward.modules.alignment import AlignmentModule
 from latentreward.policies import Policy
 from latentreward.rewards.latent import LatentScorer
+from latentreward.storage.durable import remove_leftovers, temporary_name, write_errors_named
+
+KEPT = "nothing is lost: free some space, or set EncodeOnce's folder"
+"""End of the error message on a full disk."""
 
 
 class EncodeOnce(Callback):
@@ -68,8 +73,7 @@ class EncodeOnce(Callback):
             if encoder is None or isinstance(encoder, StoredPrompts):
                 continue
             if encoder not in stored:
-                path = folder / f".prompts-{trainer.node_rank}-{len(stored)}"
-                table = encoded(owner, prompts, path, trainer)
+                table = encoded(owner, prompts, folder / f"prompts-{trainer.node_rank}-{len(stored)}", trainer)
                 stored[encoder] = StoredPrompts(encoder, prompts, table, pl_module.device)
                 size = table.prompt_embeds.nbytes + table.pooled_prompt_embeds.nbytes
                 freed = sum(weight.nbytes for weight in encoder.parameters())
@@ -100,7 +104,7 @@ def encoded(owner: Policy | LatentScorer, prompts: Sequence[str], path: Path, tr
     Args:
         owner: Owner of the text encoder, which may be sharded over all ranks: they call it equally often.
         prompts: Distinct prompts.
-        path: Start of the files' names, the same for all ranks of the machine.
+        path: Start of the files' names, the same for all ranks of the machine; a part that no other run has follows.
         trainer: Trainer of the run.
 
     Returns:
@@ -116,8 +120,11 @@ def encoded(owner: Policy | LatentScorer, prompts: Sequence[str], path: Path, tr
         return row.prompt_embeds.cpu(), row.pooled_prompt_embeds.cpu()
 
     samples = encode(prompts[0])
-    paths = [path.with_name(f"{path.name}-{column}") for column in range(len(samples))]
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with write_errors_named(path.parent, KEPT):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    targets = [path.with_name(f"{path.name}-{column}") for column in range(len(samples))]
+    mark = trainer.strategy.broadcast(temporary_name(path).name.removeprefix(f".{path.name}"))
+    paths = [target.with_name(f".{target.name}{mark}") for target in targets]
     size, free = len(prompts) * sum(sample.nbytes for sample in samples), shutil.disk_usage(path.parent).free
     barrier()  # before a rank writes, all ranks see how much room there is
     if size > free:
@@ -125,29 +132,30 @@ def encoded(owner: Policy | LatentScorer, prompts: Sequence[str], path: Path, tr
             f"EncodeOnce: {len(prompts)} encoded prompts take {size / 1e9:.1f} GB, and {path.parent} has "
             f"{free / 1e9:.1f} GB left; set its folder, use fewer prompts, or leave EncodeOnce out"
         )
-    if rank == 0:
-        for file, sample in zip(paths, samples, strict=True):
-            with file.open("wb") as created:
-                created.truncate(len(prompts) * sample.nbytes)
-    barrier()
-    files = [file.open("r+b") for file in paths]
     try:
-        for number in range(math.ceil(len(prompts) / ranks)):
-            place = min(number * ranks + rank, len(prompts) - 1)  # past the end the last prompt is repeated
-            for file, row in zip(files, encode(prompts[place]), strict=True):
-                file.seek(place * row.nbytes)
-                file.write(memoryview(row.contiguous().view(-1).view(torch.uint8).numpy()))
+        with write_errors_named(path.parent, KEPT):
+            if rank == 0:
+                for target, file, sample in zip(targets, paths, samples, strict=True):
+                    remove_leftovers(target)
+                    with file.open("wb") as created:
+                        created.truncate(len(prompts) * sample.nbytes)
+            barrier()
+            with ExitStack() as opened:
+                files = [opened.enter_context(file.open("r+b")) for file in paths]
+                for number in range(math.ceil(len(prompts) / ranks)):
+                    place = min(number * ranks + rank, len(prompts) - 1)  # past the end the last prompt is repeated
+                    for file, row in zip(files, encode(prompts[place]), strict=True):
+                        file.seek(place * row.nbytes)
+                        file.write(memoryview(row.contiguous().view(-1).view(torch.uint8).numpy()))
+        barrier()
+        columns = []
+        for mapped, sample in zip(paths, samples, strict=True):
+            storage = torch.UntypedStorage.from_file(str(mapped), shared=False, nbytes=len(prompts) * sample.nbytes)
+            values = torch.empty(0, dtype=sample.dtype).set_(storage)  # type: ignore[call-overload]
+            columns.append(values.view(len(prompts), *sample.shape[1:]))
+        barrier()
     finally:
-        for file in files:
-            file.close()
-    barrier()
-    columns = []
-    for file, sample in zip(paths, samples, strict=True):
-        storage = torch.UntypedStorage.from_file(str(file), shared=False, nbytes=len(prompts) * sample.nbytes)
-        values = torch.empty(0, dtype=sample.dtype).set_(storage)  # type: ignore[call-overload]
-        columns.append(values.view(len(prompts), *sample.shape[1:]))
-    barrier()
-    if rank == 0:
-        for file in paths:
-            file.unlink()
+        if rank == 0:
+            for written in paths:
+                written.unlink(missing_ok=True)
     return Conditioning(*columns)
