@@ -5,6 +5,7 @@ import os
 import shutil
 import socket
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,10 @@ from latentreward.errors import InputError
 from latentreward.modules.alignment import AlignmentModule
 from latentreward.policies import Policy
 from latentreward.rewards.latent import LatentScorer
+from latentreward.storage.durable import write_errors_named
+
+KEPT = "free some space, or set EncodeOnce's folder"
+"""Remedy in messages about the file of encoded prompts."""
 
 
 class EncodeOnce(Callback):
@@ -136,7 +141,8 @@ def encoded(owner: Policy | LatentScorer, prompts: Sequence[str], path: Path, tr
 
     samples = encode(prompts[0])
     places = [path.with_name(f"{path.name}-{column}") for column in range(len(samples))]
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with write_errors_named(path.parent, KEPT):
+        path.parent.mkdir(parents=True, exist_ok=True)
     size, free = len(prompts) * sum(sample.nbytes for sample in samples), shutil.disk_usage(path.parent).free
     barrier()  # before a rank writes, all ranks see how much room there is
     if size > free:
@@ -144,17 +150,18 @@ def encoded(owner: Policy | LatentScorer, prompts: Sequence[str], path: Path, tr
             f"EncodeOnce: {len(prompts)} encoded prompts take {size / 1e9:.1f} GB, and {path.parent} has "
             f"{free / 1e9:.1f} GB left; set its folder, use fewer prompts, or leave EncodeOnce out"
         )
-    if rank == 0:
-        for place, sample in zip(places, samples, strict=True):
-            with place.open("wb") as created:
-                created.truncate(len(prompts) * sample.nbytes)
-    barrier()
-    files = [place.open("r+b") for place in places]
-    barrier()
-    if rank == 0:  # at once, so that a killed run leaves no file
-        for place in places:
-            place.unlink()
-    try:
+    with write_errors_named(path.parent, KEPT), ExitStack() as opened:
+        if rank == 0:
+            for place, sample in zip(places, samples, strict=True):
+                with place.open("wb") as created:
+                    opened.callback(place.unlink, missing_ok=True)
+                    created.truncate(len(prompts) * sample.nbytes)
+        barrier()
+        files = [opened.enter_context(place.open("r+b")) for place in places]
+        barrier()
+        if rank == 0:  # at once, so that a killed run leaves no file
+            for place in places:
+                place.unlink()
         for number in range(math.ceil(len(prompts) / ranks)):
             row = min(number * ranks + rank, len(prompts) - 1)  # past the end the last prompt is repeated
             for file, values in zip(files, encode(prompts[row]), strict=True):
@@ -164,9 +171,6 @@ def encoded(owner: Policy | LatentScorer, prompts: Sequence[str], path: Path, tr
             file.flush()
         barrier()
         maps = [torch.from_numpy(np.memmap(file, np.uint8, mode="c")) for file in files]  # pages are read when used
-    finally:
-        for file in files:
-            file.close()
     return Conditioning(
         *(table.view(one.dtype).view(len(prompts), *one.shape[1:]) for table, one in zip(maps, samples, strict=True))
     )

@@ -294,3 +294,16 @@ def test_tied_parameters_stay_tied() -> None:
     assign(layers, {"b.weight": new})
     assert layers["a"].weight is layers["b"].weight
     assert layers["a"].weight.data_ptr() == new.data_ptr()
+
+
+@pytest.mark.parametrize(("part", "family"), [("text_encoder", CLIPTextModel), ("unet", UNet2DConditionModel)])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64])
+def test_weights_that_are_not_floating_point_are_refused(
+    part: str, family: type[Any], dtype: torch.dtype, tmp_path: Path
+) -> None:
+    tensors = copied("sd15", part, tmp_path, torch.float32)
+    name = max(tensors, key=lambda name: tensors[name].numel())
+    (file,) = (tmp_path / part).glob("*.safetensors")
+    save_file({**tensors, name: tensors[name].to(dtype)}, file)
+    with pytest.raises(InputError, match=rf"tensor {re.escape(name)} has type {str(dtype)[6:]}; get files with"):
+        load_weights(family, str(tmp_path), subfolder=part)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from latentreward.callbacks import EncodeOnce, SampleGrid
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from latentreward.contracts import Conditioning
@@ -21,6 +21,7 @@ from latentreward.modules import LPOModule
 from latentreward.policies import Policy
 from latentreward.rewards import LatentReward
 from latentreward.rollout import FixedThreshold, Sampling
+from tests.limits import largest_file
 from tests.modules.lpo_runs import PROMPTS, loaders, lpo, make_trainer, weights
 from tests.rewards.stored import write_run
 
@@ -121,3 +122,36 @@ def test_the_training_of_a_reward_is_referred_to_the_cache(tmp_path: Path) -> No
     module = write_run(tmp_path, "lrm", "sd15")
     with pytest.raises(InputError, match=r"LRMModule aligns no policy; .*latentreward cache"):
         EncodeOnce().setup(make_trainer(tmp_path), module, "fit")
+
+
+def test_a_second_run_in_the_folder_writes_files_of_its_own(tmp_path: Path) -> None:
+    module, begun = lpo(), False
+    encode = module.policy.encode_prompts
+
+    def other_run_first(prompts: list[str]) -> Any:
+        nonlocal begun
+        if not begun and prompts != [""]:
+            begun = True
+            run(tmp_path, lpo(), [EncodeOnce()])
+        return encode(prompts)
+
+    expected = encode(["a red circle"])
+    module.policy.encode_prompts = other_run_first  # type: ignore[method-assign]
+    run(tmp_path, module, [EncodeOnce(), PromptsOf(["a red circle"])])
+    assert begun
+    stored = module.policy.text_encoder(["a red circle"])
+    torch.testing.assert_close(stored.prompt_embeds, expected.prompt_embeds, rtol=1e-5, atol=1e-6)
+
+
+def test_a_disk_that_fills_meanwhile_is_named(tmp_path: Path) -> None:
+    full = pytest.raises(InputError, match=r"no space left for .*free some space, or set EncodeOnce's folder")
+    with full, largest_file(1 << 16):
+        run(tmp_path, lpo(), [EncodeOnce(), PromptsOf([f"prompt {number}" for number in range(99)])])
+    assert not [*tmp_path.glob(".prompts*")]
+
+
+class PromptsOf(Callback):
+    """Callback that samples nothing but has prompts."""
+
+    def __init__(self, prompts: list[str]) -> None:
+        self.prompts = prompts

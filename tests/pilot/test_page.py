@@ -91,3 +91,34 @@ def test_a_result_of_another_schema_is_refused(change: dict[str, Any], message: 
     (tmp_path / "one.json").write_text(json.dumps({**vars(result("sd15")), **change}))
     with pytest.raises(InputError, match=message):
         read_results(tmp_path)
+
+
+def change(content: dict[str, Any], place: str, value: Any) -> None:
+    *parents, last = place.split(".")
+    for name in parents:
+        content = content[int(name) if name.isdigit() else name]
+    content[last] = value
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "named"),
+    [
+        ("settings", {}, "settings.digest"),
+        ("settings.quick", "no", "settings.quick"),
+        ("cut", [], "cut"),
+        ("accuracy", {"a": 1}, "accuracy"),
+        ("accuracy.0.estimate.value", "high", r"accuracy\[0\].estimate.value"),
+        ("pictures.0.difference.evil", 1, r"pictures\[0\].difference"),
+        ("pictures.0.before", None, r"pictures\[0\].before"),
+        ("stages", {}, "stages"),
+        ("stages.train.starts", "2", "stages.train.starts"),
+        ("machine", {}, "machine.processor"),
+        ("commit", None, "commit"),
+    ],
+)
+def test_a_strangers_result_of_another_form_is_one_line(place: str, value: Any, named: str, tmp_path: Path) -> None:
+    write_result(path := tmp_path / "one.json", result("sd15"))
+    change(content := json.loads(path.read_text()), place, value)
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=rf"one.json: {named} is missing or has another form"):
+        read_results(tmp_path)

@@ -2,8 +2,10 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from latentreward.cli import main
 from latentreward.commands.fit import estimate_fit
@@ -153,3 +155,28 @@ def test_a_wrong_command_is_refused(arguments: list[str], message: str, capsys: 
         main(["pilot", *arguments])
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stages": {"../../up": {"run": "fit"}}}, r"stages: '../../up' is not a name"),
+        ({"stages": {"evil": {"run": "-s 'import os'", "module": "timeit"}}}, r"stages.evil.module is 'timeit'"),
+        ({"stages": {"evil": {"run": "fit 'open"}}}, r"stages.evil: No closing quotation"),
+        ({"stages": {"evil": {"run": 1}}}, r"stages.evil: expected texts"),
+        ({"stages": {"a": {"run": "fit {b}"}, "b": {"run": "fit {a}"}}}, r"stages: . needs . needs ."),
+        ({"stages": None}, r"stages: expected a mapping, got None"),
+        ({"sources": [1]}, r"sources: expected a mapping, got \[1\]"),
+        ({"pairs": "many"}, "pairs and image_bytes must be whole numbers"),
+        ({"name": "../../up"}, "name is that of the file"),
+    ],
+)
+def test_a_strangers_file_runs_no_code_and_stays_in_its_folder(
+    change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    content = load_yaml("configs/pilot/sd_tiny.yaml")
+    if isinstance(change.get("stages"), dict):
+        change = {"stages": {**content["stages"], **change["stages"]}}
+    (path := tmp_path / "theirs.yaml").write_text(yaml.safe_dump({**content, **change}))
+    with pytest.raises(InputError, match=message):
+        find_pilot(str(path)).tasks(64, 0, quick=True)

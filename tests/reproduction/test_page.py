@@ -1,7 +1,9 @@
 """The committed page is what the committed results give."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 from xml.etree import ElementTree
 
 import numpy as np
@@ -92,3 +94,26 @@ def test_seeds_measured_on_different_items_are_refused() -> None:
         found[0].measured[arm]["t 1"]["items"] = "other"  # type: ignore[index]
     with pytest.raises(InputError, match="its seeds were measured on different items"):
         page([row], {"toy": found})
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda content: content.pop("tasks"),
+        lambda content: content.update(more=1),
+        lambda content: content.update(measured={}),
+        lambda content: content.update(tasks={"a": "b"}),
+        lambda content: content.update(commit="` <script>"),
+        lambda content: content.update(modules=["os"]),
+        lambda content: next(iter(next(iter(content["measured"].values())).values())).update(number=10**12),
+        lambda content: next(iter(next(iter(content["measured"].values())).values())).update(bits="?"),
+    ],
+)
+def test_a_damaged_result_is_one_line(harm: Callable[[dict[str, Any]], Any], tmp_path: Path) -> None:
+    row = read_row("toy", TOY)
+    write_result(path := result_path(tmp_path, row, 0), result(row, 0, dict.fromkeys(row.arms, 0.5)))
+    assert read_results(tmp_path, row)
+    harm(content := json.loads(path.read_text()))
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"seed0.json is damaged.*; remove it to measure again"):
+        read_results(tmp_path, row)

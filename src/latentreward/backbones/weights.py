@@ -28,6 +28,8 @@ MOST_LAYERS = 100
 """Largest number of layers that a config may name; the deepest block of Stable Diffusion XL has 10, SD3 38."""
 REFUSED = ("missing", "unexpected", "mismatched")
 """Kinds of mismatch between a model and its files that are errors."""
+POSITIONS = ".position_ids"
+"""End of the name of a tensor of integers that old CLIP files hold."""
 PLACES = "_stored_places"
 """Name of the attribute in which a mapped model keeps the places of its values; :func:`settle` removes it."""
 _postponed: ContextVar[list[Callable[[], None]] | None] = ContextVar("postponed", default=None)
@@ -90,13 +92,19 @@ def map_model(
     config = network_config(family, source, **place) if of_diffusers else encoder_config(family, source, **place)
     stem = "diffusion_pytorch_model" if of_diffusers else "model"
     weights = map_weights(find_weights(source, stem, variant=variant, **place))
+    for name, tensor in weights.tensors.items():
+        if not tensor.is_floating_point() and not name.endswith(POSITIONS):
+            raise InputError(
+                f"cannot load {where}: tensor {name} has type {str(tensor.dtype).removeprefix('torch.')}; get files "
+                "with weights in floating point, not quantised ones"
+            )
     try:
         fill = _fill_network if of_diffusers else _fill_encoder
         model, report = fill(family, config, {**weights.tensors}, weights.dtype)
     except Exception as error:  # for wrong values in a config the libraries raise errors of many types
         raise InputError(f"cannot load {where}: {first_line(error)}") from error
     for kind in refused:
-        names = sorted(name for name in report[kind] if not name.endswith(".position_ids"))  # in old CLIP files
+        names = sorted(name for name in report[kind] if not name.endswith(POSITIONS))
         if names:
             raise InputError(
                 f"cannot load {where}: {kind} tensor {names[0]} ({len(names)} in all); get the files again"

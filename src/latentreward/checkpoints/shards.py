@@ -116,7 +116,9 @@ def read_checkpoint(path: Path, with_tensors: bool = True) -> dict[str, Any]:
         else:
             # Mapped into memory, so that the optimiser's state is not read.
             content = torch.load(path, "cpu" if with_tensors else "meta", weights_only=True, mmap=True)
-    except UNREADABLE as error:
+    except (*UNREADABLE, OSError) as error:
+        if isinstance(error, OSError) and error.filename:  # it says what is wrong with the file
+            raise
         raise InputError(damaged(path, first_line(error))) from error
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), Mapping):
         raise InputError(f"checkpoint: {path} is not a Lightning checkpoint; give one that `fit` wrote")

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from latentreward.errors import InputError, did_you_mean
-from latentreward.reproduction.steps import Step, Task, load_yaml, record, resolve
+from latentreward.reproduction.steps import Step, Task, check_steps, load_yaml, record, resolve
 from latentreward.settings.rewriting import shipped_configs
 from latentreward.storage.digests import digest
 
-FOLDER = "pilot/"
+FOLDER, OURS = "pilot/", "latentreward."
 CUT, TRAINED, BESIDE, MEASURED, ALIGNED, JUDGED = STAGES = (
     "cache", "train", "published", "benchmark", "align", "judged",
 )  # fmt: skip
@@ -123,11 +123,15 @@ def read_pilot(path: str) -> Pilot:
     content, name = load_yaml(path), Path(path).stem
     if not isinstance(content, Mapping):
         raise InputError(f"{path}: expected a mapping, got {content!r}")
+    if "name" in content:
+        raise InputError(f"{path}: name is that of the file; remove it")
     given: dict[str, Any] = {"name": name, **content}
     for key, kind in (("stages", Step), ("sources", Source)):
-        if isinstance(given.get(key), Mapping):
-            given[key] = {one: record(kind, f"{name}: {key}.{one}", value) for one, value in given[key].items()}
+        if not isinstance(entries := given.get(key), Mapping):
+            raise InputError(f"{name}: {key}: expected a mapping, got {entries!r}")
+        given[key] = {str(one): record(kind, f"{name}: {key}.{one}", value) for one, value in entries.items()}
     pilot: Pilot = record(Pilot, name, given)
+    check_steps(f"{name}: stages", pilot.stages)
     _check(pilot)
     return pilot
 
@@ -135,6 +139,11 @@ def read_pilot(path: str) -> Pilot:
 def _check(pilot: Pilot) -> None:
     if pilot.device not in get_args(Device):
         raise InputError(f"{pilot.name}: device is {pilot.device!r}; choose from {', '.join(get_args(Device))}")
+    if not isinstance(pilot.pairs, int) or not isinstance(pilot.image_bytes, int):
+        raise InputError(f"{pilot.name}: pairs and image_bytes must be whole numbers")
+    for name, step in pilot.stages.items():
+        if step.module and not step.module.startswith(OURS):  # `timeit` would run whatever text the file gives it
+            raise InputError(f"{pilot.name}: stages.{name}.module is {step.module!r}; a stage runs modules of {OURS}*")
     if lacking := [name for name in STAGES if name not in pilot.stages]:
         raise InputError(f"{pilot.name}: stages lacks {', '.join(lacking)}")
     for name, source in pilot.sources.items():

@@ -22,6 +22,22 @@ from latentreward.storage.durable import write_file
 from latentreward.storage.json_files import read_config
 
 VERSION = 1
+ESTIMATE = {"value": float, "low": float, "high": float, "groups": int}
+ENTRIES = {
+    "pilot": str,
+    "settings": {"digest": str, "pairs": int, "seed": int, "quick": bool},
+    "cut": {"pairs": int, "digest": str},
+    "accuracy": [{"model": str, "benchmark": str, "protocol": str, "estimate": ESTIMATE, "pairs": int}],
+    "averages": [{"model": str, "estimate": ESTIMATE}],
+    "pictures": [
+        {"score": str, "prompts": int, **dict.fromkeys(("before", "after", "difference", "win_rate"), ESTIMATE)}
+    ],
+    "stages": {...: {"key": str, "starts": int, "seconds": float, "cpu_seconds": float, "gpu_gb": float}},
+    "machine": {"processor": str},
+    "versions": {"latentreward": str, "torch": str, "diffusers": str},
+    "commit": str,
+}
+"""Form of a result's entries: ``...`` stands for any name, and a mapping may have further ones."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +160,25 @@ def read_result(path: Path) -> PilotResult:
     if (names := {field.name for field in fields(PilotResult)}) != content.keys():
         differing = ", ".join(sorted(names ^ content.keys()))
         raise InputError(f"{path}: entries are missing or unknown: {differing}; give a file that `pilot` wrote")
+    if place := misfit(content, ENTRIES) or ("" if content["stages"] else "stages"):
+        raise InputError(f"{path}: {place} is missing or has another form; give a file that `pilot` wrote")
     return PilotResult(**content)
+
+
+def misfit(value: Any, form: Any, place: str = "") -> str | None:
+    """Return the place of the first part of a value from JSON that does not have a form like :data:`ENTRIES`."""
+    if not isinstance(form, dict | list):
+        kinds = (int, float) if form is float else form
+        unknown = value is None and place.endswith(".groups")
+        return None if unknown or (isinstance(value, kinds) and isinstance(value, bool) == (form is bool)) else place
+    if not isinstance(value, type(form)) or (form is ESTIMATE and value.keys() != form.keys()):
+        return place
+    if isinstance(form, list):
+        parts = [(f"{place}[{index}]", one, form[0]) for index, one in enumerate(value)]
+    else:
+        forms = dict.fromkeys(value, form[...]) if ... in form else form
+        parts = [(f"{place}.{name}".lstrip("."), value.get(name), one) for name, one in forms.items()]
+    return next((found for inside, one, kind in parts if (found := misfit(one, kind, inside))), None)
 
 
 def read_results(folder: Path) -> list[PilotResult]:

@@ -51,7 +51,10 @@ class Values:
     def unpacked(cls, entries: Mapping[str, Any]) -> "Values":
         """Undo :meth:`packed`, up to rounding."""
         if "bits" in entries:
-            bits = np.unpackbits(np.frombuffer(base64.b64decode(entries["bits"]), np.uint8), count=entries["number"])
+            packed = np.frombuffer(base64.b64decode(entries["bits"]), np.uint8)
+            if len(packed) != -(-entries["number"] // 8):
+                raise ValueError(f"{entries['number']} values in {len(packed)} bytes")
+            bits = np.unpackbits(packed, count=entries["number"])
             return cls(entries["items"], bits.astype(np.float64))
         values = np.frombuffer(base64.b64decode(entries["thousandths"]), "<i2")
         return cls(entries["items"], values.astype(np.float64) / SCALE)

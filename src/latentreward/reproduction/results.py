@@ -1,16 +1,20 @@
 """Results of a row for one seed: JSON files that are small enough to be committed."""
 
 import json
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from latentreward.errors import InputError, first_line
 from latentreward.reproduction.measuring import Values
 from latentreward.reproduction.rows import Row, Side
 from latentreward.reproduction.sources import module_names, source_digest
 from latentreward.storage.durable import write_file
 from latentreward.storage.json_files import read_config
+
+COMMIT = re.compile(r"[0-9a-f]*\+?")
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,27 @@ def read_results(folder: Path, row: Row) -> dict[int, Result]:
     for seed in range(row.seeds):
         path = result_path(folder, row, seed)
         if path.is_file():
-            result = Result(**read_config(path))
+            content = read_config(path)
+            if content.keys() != {one.name for one in fields(Result)}:
+                raise InputError(f"{path} is damaged: entries are missing or unknown; remove it to measure again")
+            result = Result(**content)
             if result.config == row.config_digest(seed):
+                _check(result, row, path)
                 found[seed] = result
     return found
+
+
+def _check(result: Result, row: Row, path: Path) -> None:
+    """Check what the page and the verdicts read of a result, which may have been sent by somebody else."""
+    try:
+        for arm in row.arms:
+            for metric in row.metrics:
+                result.values(Side(arm, metric))
+                float(result.measured[arm][metric]["mean"])
+        sum(result.tasks.values())
+        module_names(result.modules)
+        sound = COMMIT.fullmatch(result.commit)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path} is damaged ({first_line(error)}); remove it to measure again") from error
+    if not sound:
+        raise InputError(f"{path} is damaged: commit is {result.commit!r}; remove it to measure again")

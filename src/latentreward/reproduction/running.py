@@ -72,7 +72,10 @@ class Workshop:
         path = task.output(self.folder).parent / RECORD
         if not path.is_file():
             return None
-        found = Done(**json.loads(path.read_text()))
+        try:
+            found = Done(**json.loads(path.read_text()))
+        except (TypeError, ValueError):  # damaged
+            return None
         if not self.resumes and source_digest(found.modules) != found.source:
             return None
         inputs = {one.key: self.done(one) for one in task.inputs.values()}

@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,30 @@ def resolve(
     files = [config_digest(text) for text in arguments if text.startswith("--config=configs/")]
     key = digest(["\0".join((found.module, *resolved, "", *files, *context))])
     return Task(name, found.module, tuple(arguments), inputs, seed, key)
+
+
+def check_steps(place: str, steps: Mapping[str, Step]) -> None:
+    """Check steps that come from a file: their names become names of folders.
+
+    Raises:
+        InputError: If a name holds more than letters, digits and ``_``, a command is not a text or has an open quote,
+            or steps need each other.
+    """
+    needs = {}
+    for name, step in steps.items():
+        if not re.fullmatch(r"\w+", name):
+            raise InputError(f"{place}: {name!r} is not a name; use letters, digits and _")
+        if not all(isinstance(value, str) for value in vars(step).values()):
+            raise InputError(f"{place}.{name}: expected texts, got {vars(step)}")
+        try:
+            texts = shlex.split(step.run) + shlex.split(step.quick)
+        except ValueError as error:
+            raise InputError(f"{place}.{name}: {error}") from error
+        needs[name] = {found for text in texts for found in PLACEHOLDER.findall(text)} & steps.keys()
+    try:
+        TopologicalSorter(needs).prepare()
+    except CycleError as error:
+        raise InputError(f"{place}: {' needs '.join(error.args[1])}") from error
 
 
 def config_digest(argument: str) -> str:

@@ -12,7 +12,7 @@ import stat
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 
@@ -21,13 +21,13 @@ from filelock import FileLock
 from torch import Tensor
 
 from latentreward.storage.digests import digest
-from latentreward.storage.durable import disk_full
+from latentreward.storage.durable import LOCK, disk_full
 from latentreward.storage.weight_files import ALIGNMENT, StoredTensor
 
 logger = logging.getLogger(__name__)
 
-LEFT_OVER_S = 3600.0
-"""Age in seconds from which a file counts as left by a killed process; a file is needed while a run's ranks load."""
+ABANDONED_S = 3600.0
+"""Seconds after which a file is taken for one that a killed process left; a run needs it while its ranks load."""
 _processes: ContextVar[int] = ContextVar("processes", default=1)
 _mapped: set[Path] = set()
 """Files that this process has mapped and not yet released."""
@@ -52,7 +52,7 @@ def shared(wanted: Sequence[tuple[StoredTensor, torch.dtype]]) -> list[Tensor] |
     """Convert stored tensors once per machine, and map them.
 
     The first process to come writes the file, to the folder for temporary files, and the others wait for it.
-    :func:`release_shared` removes the file, at the latest at the end of the process; what is mapped stays.
+    :func:`release_shared` removes the file; what is mapped stays.
 
     Args:
         wanted: Tensors, each with the type that it needs.
@@ -68,20 +68,17 @@ def shared(wanted: Sequence[tuple[StoredTensor, torch.dtype]]) -> list[Tensor] |
     files = (f"{path} {found.st_ino} {found.st_size} {found.st_mtime_ns}" for path, found in stats.items())
     key = digest([*files, *(f"{place.path} {place.offset} {tuple(place.shape)} {dtype}" for place, dtype in wanted)])
     path = own_folder() / key
-    with FileLock(path.with_suffix(".lock")):
-        if not path.is_file():
-            _remove_left_over(path.parent)
-            partial = path.with_suffix(".partial")
-            try:
-                _write(partial, wanted, offsets, size)
-            except OSError as error:
-                partial.unlink(missing_ok=True)
-                if not (reason := disk_full(error)):
-                    raise
-                logger.warning("%s: %s; each process holds %.1f GB of its own instead", path, reason, size / 1e9)
-                return None
-            partial.rename(path)
-        storage = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
+    try:
+        with FileLock(path.with_suffix(LOCK)):
+            if not _is_complete(path, size):
+                remove_abandoned(path.parent)
+                _write(path, wanted, offsets, size)
+            storage = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
+    except OSError as error:
+        if not (reason := disk_full(error)):
+            raise
+        logger.warning("%s: %s; each process holds %.1f GB of its own instead", path, reason, size / 1e9)
+        return None
     atexit.unregister(release_shared)
     atexit.register(release_shared, remove=True)  # for programs without a trainer, and for runs that fail before it
     _mapped.add(path)
@@ -92,12 +89,31 @@ def shared(wanted: Sequence[tuple[StoredTensor, torch.dtype]]) -> list[Tensor] |
     ]
 
 
+def _is_complete(path: Path, size: int) -> bool:
+    """Tell whether a file has its size and is of this boot: after a power cut a renamed file may lack its contents."""
+    found = path.stat() if path.is_file() else None
+    return found is not None and found.st_size == size and found.st_mtime > time.time() - time.monotonic()
+
+
 def _write(path: Path, wanted: Sequence[tuple[StoredTensor, torch.dtype]], offsets: Sequence[int], size: int) -> None:
-    with path.open("wb") as file:
-        for offset, (place, dtype) in zip(offsets, wanted, strict=True):
-            file.seek(offset)
-            file.write(memoryview(place.read().to(dtype).view(-1).view(torch.uint8).numpy()))
-        file.truncate(size)
+    partial = path.with_suffix(".partial")
+    try:
+        with partial.open("wb") as file:
+            for offset, (place, dtype) in zip(offsets, wanted, strict=True):
+                file.seek(offset)
+                file.write(memoryview(place.read().to(dtype).view(-1).view(torch.uint8).numpy()))
+            file.truncate(size)
+        partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove files that killed processes left; all others are removed when training starts."""
+    for path in folder.iterdir():
+        with suppress(FileNotFoundError):  # another process removed it
+            if path.stat().st_mtime < time.time() - ABANDONED_S:
+                path.unlink()
 
 
 def own_folder() -> Path:
@@ -107,7 +123,8 @@ def own_folder() -> Path:
         PermissionError: If the folder belongs to another user.
     """
     folder = Path(tempfile.gettempdir()) / f"latentreward-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
+    with suppress(FileExistsError):  # of a file or a broken link, which is refused below
+        folder.mkdir(mode=0o700)
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
         raise PermissionError(f"{folder} can be written to by others; remove it, or set TMPDIR to another folder")
@@ -123,16 +140,6 @@ def release_shared(remove: bool) -> None:
     while _mapped:
         path = _mapped.pop()
         if remove:
-            lock = path.with_suffix(".lock")
-            with FileLock(lock):  # another run may be writing the same file
+            with FileLock(lock := path.with_suffix(LOCK)):  # another run of the same models may be writing the file
                 path.unlink(missing_ok=True)
                 lock.unlink(missing_ok=True)  # before the release: filelock takes no lock on a deleted file
-
-
-def _remove_left_over(folder: Path) -> None:
-    for path in folder.iterdir():
-        try:
-            if path.suffix != ".lock" and time.time() - path.stat().st_mtime > LEFT_OVER_S:
-                path.unlink()
-        except FileNotFoundError:  # another process has removed it
-            continue

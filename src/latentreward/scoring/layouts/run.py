@@ -194,6 +194,11 @@ class TrainedReward(SharingReward):
         with settling_later():
             with torch.random.fork_rng(devices=[]):  # initial values are random but overwritten below
                 model, as_trained = self._fitting(self._backbone())
+            own = as_trained.state_dict()
+            for name in state.keys() & own.keys():
+                if own[name].is_floating_point() and not state[name].is_floating_point():
+                    problem = f"{name} is {state[name].dtype}, expected floating point"
+                    raise InputError(damaged(self.checkpoint, problem))
             assign(as_trained, state)
         model.recipe, model.exif = self._recipe(model), self.exif
         model.image_sizes = self.image_sizes or model.image_sizes
