@@ -29,8 +29,8 @@ from memory import available, family, proportional
 HERE = Path(__file__).resolve().parent
 SPARE = 2 * 10**9
 """Bytes of memory that must stay available; a job that takes more is ended."""
-PAUSE = 0.1
-"""Least seconds between two looks at the memory."""
+PAUSE, LONGEST = 0.1, 2.0
+"""Least and most seconds between two looks at the memory."""
 PIPELINES = {"sd15": "SD15_PATH", "sdxl": "SDXL_PATH", "sdxl_cut": "SDXL_PATH"}
 """Group → variable of the configs that names its pipeline; SD35_PATH for others."""
 
@@ -144,7 +144,7 @@ class Runner:
                     peak = max(peak, proportional(family(process.pid)))
                     if available() < SPARE:
                         raise SystemExit(f"{job.name}: ended, since less than {SPARE / 1e9:.0f} GB of memory were left")
-                    time.sleep(max(PAUSE, 15 * (time.perf_counter() - began)))
+                    time.sleep(min(max(PAUSE, 15 * (time.perf_counter() - began)), LONGEST))
             finally:
                 process.kill()
                 process.wait()
