@@ -582,6 +582,16 @@ SPEED = 400.0
 """TFLOP/s that a GPU computes: an example, not a measured figure."""
 
 
+PART_COLUMNS = (
+    *("recipe", "batch × batches", "gradients, GB", "weights, GB", "cache read, MB"),
+    *("prompts rolled out", "row, kB", "rollouts, TFLOP", "training, TFLOP"),
+)
+SENT_COLUMNS = (
+    *("recipe", "GPUs", "global batch", "DDP, GB", "FSDP2, GB", "rows, GB"),
+    *("computing, s", "DDP, s", "FSDP2, s", "rows, s", "rows held, GB"),
+)
+
+
 def cell(value: float, unit: float = 1.0) -> str:
     """Format a number in a unit with three digits; a dash for 0."""
     return f"{value / unit:.3g}" if value else "–"
@@ -634,14 +644,12 @@ def recipes() -> None:
 
     table(
         "One GPU and optimiser step",
-        ("recipe", "batch × batches", "gradients, GB", "weights, GB", "cache read, MB", "prompts rolled out")
-        + ("row, kB", "rollouts, TFLOP", "training, TFLOP"),
+        PART_COLUMNS,
         computed(),
     )
     table(
         f"Sent by each GPU in an optimiser step; s at {SPEED:g} TFLOP/s and {BANDWIDTH:g} GB/s, both assumed",
-        ("recipe", "GPUs", "global batch", "DDP, GB", "FSDP2, GB", "rows, GB")
-        + ("computing, s", "DDP, s", "FSDP2, s", "rows, s", "rows held, GB"),
+        SENT_COLUMNS,
         (sent_row(name, parts, ranks) for name, parts in found.items() for ranks in GPUS),
     )
     kept = [f"{ranks} GPUs, {share:.0%} kept" for ranks in (8, 512) for share in KEPT]
