@@ -18,7 +18,7 @@ import struct
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,13 +84,11 @@ class Group:
 
     Attributes:
         weights: The weights.
-        encodes: Whether they belong to a text encoder.
         gathers: Phase (``rollout``, ``prompts``, ``batch``) → all-gathers.
         reductions: Reduce-scatters of a batch.
     """
 
     weights: tuple[Weight, ...]
-    encodes: bool
     gathers: Mapping[str, int]
     reductions: int
 
@@ -110,7 +108,7 @@ class Parts:
     Attributes:
         gradients: Bytes of the gradients.
         buffers: Bytes of the buffers that DDP sends before each step.
-        groups: Groups of FSDP2.
+        groups: Groups of FSDP2; without text encoders under ``EncodeOnce``.
         costs: Costs of a batch and of a rollout.
         batch: Rows of a batch.
         accumulated: Batches.
@@ -152,7 +150,7 @@ class Parts:
         total = 0.0
         for group in self.groups:
             total += self.accumulated * (group.gathered("batch", ranks) + reduce(group.reduced(ranks), ranks))
-            prompts = ranks * group.gathered("prompts", ranks) if self.prompt_flops or not group.encodes else 0.0
+            prompts = ranks * group.gathered("prompts", ranks)
             total += self.rollouts(kept) * (group.gathered("rollout", ranks) + prompts)
         return total
 
@@ -188,7 +186,7 @@ class Gathers:
         self.phase = ""
         self.count: Counter[tuple[int, str]] = Counter()
         self.reductions: Counter[int] = Counter()
-        self.weights: list[tuple[tuple[Weight, ...], bool]] = []
+        self.weights: list[tuple[Weight, ...]] = []
         self._seen: set[nn.Parameter] = set()
         self._modules: list[nn.Module] = []
         self._held: set[int] = set()
@@ -202,8 +200,7 @@ class Gathers:
         number = len(self.weights)
         self._modules.append(module)
         module.group_number = number  # type: ignore[assignment]
-        described = tuple(Weight(tuple(one.shape), one.itemsize, one.requires_grad) for one in own)
-        self.weights.append((described, isinstance(module, PromptEncoder)))
+        self.weights.append(tuple(Weight(tuple(one.shape), one.itemsize, one.requires_grad) for one in own))
         module.register_forward_pre_hook(lambda *_: self.enter(number))
         module.register_forward_hook(
             lambda _, args, kwargs, result: self.leave(number, (args, kwargs), result), with_kwargs=True
@@ -260,17 +257,17 @@ class Gathers:
         yield
         self.phase = after or before
 
-    def groups(self) -> tuple[Group, ...]:
-        """Return the groups with their counts."""
+    def groups(self, without: Collection[nn.Module] = ()) -> tuple[Group, ...]:
+        """Return the groups with their counts, but for the groups of the modules in ``without``."""
         count = self.count + Counter({(number, "batch"): 1 for number in self.ahead()})
         return tuple(
             Group(
                 weights,
-                encodes,
                 {phase: times for (group, phase), times in count.items() if group == number},
                 self.reductions[number],
             )
-            for number, (weights, encodes) in enumerate(self.weights)
+            for number, weights in enumerate(self.weights)
+            if self._modules[number] not in without
         )
 
 
@@ -321,7 +318,8 @@ def parts_of(options: list[str]) -> Parts:
     gathers, found = Gathers(), dict[str, Any]()
 
     def watched(module: LightningModule, data: Namespace, accumulated: int, gpu: bool) -> StepCosts:
-        found.update(buffers=buffer_bytes(module))
+        encoders = [part for part in module.modules() if isinstance(part, PromptEncoder)]
+        found.update(buffers=buffer_bytes(module), encoders={part for one in encoders for part in one.modules()})
         count_gathers(module, gathers)
         watch_phases(module, gathers, found, stack)
         return original(module, data, accumulated, gpu)
@@ -341,7 +339,7 @@ def parts_of(options: list[str]) -> Parts:
     return Parts(
         gradients=estimate.costs.gradients,
         buffers=found["buffers"],
-        groups=gathers.groups(),
+        groups=gathers.groups(without=found["encoders"] if once else ()),
         costs=estimate.costs,
         batch=data.batch_size,
         accumulated=estimate.accumulated,
@@ -564,11 +562,12 @@ def check() -> None:
 
 # --- the shipped recipes -------------------------------------------------------------------------------------------
 
-RECIPES = {
+RECIPES = {  # name → config files, and options
     "lrm_sd15": ("recipes/lrm_sd15",),
     "lrm_sdxl": ("recipes/lrm_sdxl",),
     "dina_lrm_sd35": ("recipes/dina_lrm_sd35",),
-    "dina_lrm_sd35_cached": ("recipes/dina_lrm_sd35", "recipes/dina_lrm_sd35_cached"),
+    # configs/cache/hpdv3_sd35.yaml leaves prompts text
+    "dina_lrm_sd35_cached": ("recipes/dina_lrm_sd35", "recipes/dina_lrm_sd35_cached", "--data.cached_text=false"),
     "lpo_sd15": ("align/lpo_sd15",),
     "lpo_sdxl": ("align/lpo_sdxl",),
     "grpo_stepwise_sd35": ("align/grpo_stepwise_sd35",),
@@ -639,7 +638,8 @@ def recipes() -> None:
 
     def computed() -> Iterator[list[str]]:
         for name, files in RECIPES.items():
-            found[name] = parts_of([f"--config={ROOT / 'configs' / one}.yaml" for one in files])
+            options = [one if one.startswith("--") else f"--config={ROOT / 'configs' / one}.yaml" for one in files]
+            found[name] = parts_of(options)
             yield part_row(name, found[name])
 
     table(
