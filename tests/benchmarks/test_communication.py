@@ -83,7 +83,7 @@ def test_gathers_of_a_group(communication: ModuleType) -> None:
 
 @pytest.mark.slow
 def test_two_processes_send_what_the_formula_says(communication: ModuleType, tmp_path: Path) -> None:
-    wanted = {("LRM, all weights", "ddp"), ("LPO with rollouts", "ddp"), ("LRM, all weights", "fsdp2")}
+    wanted = {("LRM, all weights", "ddp"), ("LPO with rollouts", "ddp"), ("LPO with rollouts", "fsdp2")}
     for name, strategy, options in communication.cases(tmp_path):
         if (name, strategy) in wanted:
             counted, computed, _ = communication.compared(name, strategy, options, tmp_path)
