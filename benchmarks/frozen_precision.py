@@ -2,10 +2,11 @@
 
     python benchmarks/frozen_precision.py --reward PATH ... [--pairs 800] [--prompts 64]
 
-Each ``--reward`` is a trained reward on a shipped tiny generator, given as for ``scoring.py``. ``set_precision`` is what
-alignment uses under bf16-mixed, "autocast" what it would use otherwise. The first table ranks held-out pairs of drawn
-pictures, whose images share their noise. The second is of rollouts by the policy of ``configs/align/lpo_tiny.yaml`` in
-float32, which pass the same states whatever the reward's precision, because they go on with a random candidate.
+Each ``--reward`` is a trained reward on a shipped tiny generator, given as for ``scoring.py``. ``set_precision`` is
+what alignment uses under bf16-mixed, "autocast" what it would use otherwise. The first table ranks held-out pairs of
+drawn pictures, whose images share their noise. The second is of rollouts by the policy of
+``configs/align/lpo_tiny.yaml`` in float32, which pass the same states whatever the reward's precision, because they go
+on with a random candidate.
 """
 
 import argparse
