@@ -144,8 +144,7 @@ def encoded(owner: Policy | LatentScorer, prompts: Sequence[str], path: Path, tr
     with write_errors_named(path.parent, KEPT):
         path.parent.mkdir(parents=True, exist_ok=True)
     size, free = len(prompts) * sum(sample.nbytes for sample in samples), shutil.disk_usage(path.parent).free
-    barrier()  # before a rank writes, all ranks see how much room there is
-    if size > free:
+    if not trainer.strategy.reduce_boolean_decision(size <= free, all=True):  # all ranks stop, or none
         raise InputError(
             f"EncodeOnce: {len(prompts)} encoded prompts take {size / 1e9:.1f} GB, and {path.parent} has "
             f"{free / 1e9:.1f} GB left; set its folder, use fewer prompts, or leave EncodeOnce out"

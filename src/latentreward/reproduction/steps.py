@@ -60,9 +60,6 @@ class Task:
     seed: int
     key: str
 
-    def __lt__(self, other: "Task") -> bool:
-        return self.key < other.key
-
     def command(self, folder: Path) -> list[str]:
         """Return the arguments with placeholders replaced by the seed and by folders below ``folder``."""
         places = {name: str(task.output(folder)) for name, task in self.inputs.items()}
