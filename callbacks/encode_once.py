@@ -144,9 +144,9 @@ def encoded(owner: Policy | LatentScorer, prompts: Sequence[str], path: Path, tr
                 files = [opened.enter_context(file.open("r+b")) for file in paths]
                 for number in range(math.ceil(len(prompts) / ranks)):
                     place = min(number * ranks + rank, len(prompts) - 1)  # past the end the last prompt is repeated
-                    for file, row in zip(files, encode(prompts[place]), strict=True):
-                        file.seek(place * row.nbytes)
-                        file.write(memoryview(row.contiguous().view(-1).view(torch.uint8).numpy()))
+                    for writer, row in zip(files, encode(prompts[place]), strict=True):
+                        writer.seek(place * row.nbytes)
+                        writer.write(memoryview(row.contiguous().view(-1).view(torch.uint8).numpy()))
         barrier()
         columns = []
         for mapped, sample in zip(paths, samples, strict=True):
