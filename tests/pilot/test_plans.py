@@ -180,3 +180,12 @@ def test_a_strangers_file_runs_no_code_and_stays_in_its_folder(
     (path := tmp_path / "theirs.yaml").write_text(yaml.safe_dump({**content, **change}))
     with pytest.raises(InputError, match=message):
         find_pilot(str(path)).tasks(64, 0, quick=True)
+
+
+@pytest.mark.parametrize(
+    "text", [b"a: [", b"\xff\xfe", b"a: !!python/object/apply:os.system [id]", b"a: 2001-99-99", b"1"]
+)
+def test_a_file_that_is_not_plain_yaml_is_one_line(text: bytes, tmp_path: Path) -> None:
+    (path := tmp_path / "theirs.yaml").write_bytes(text)
+    with pytest.raises(InputError, match=r"^[^\n]*theirs.yaml: [^\n]+$"):
+        find_pilot(str(path))

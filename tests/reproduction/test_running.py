@@ -159,3 +159,14 @@ def test_an_interrupt_ends_the_processes_and_keeps_what_is_done(tmp_path: Path) 
     assert len(list(tmp_path.glob("work/toy_pairs-*/record.json"))) == 1
     ran = measure(tmp_path, read_row("toy", TOY))
     assert not any(name.startswith("toy_pairs") for name in ran)
+
+
+def test_a_step_ends_with_the_command_that_was_killed(tmp_path: Path) -> None:
+    step = [sys.executable, "-m", "latentreward.reproduction.process", str(tmp_path / "record"), MODULE, "wait", "."]
+    killed = "import subprocess, sys; subprocess.run(sys.argv[1:])"
+    command = subprocess.Popen([sys.executable, "-c", killed, *step], stdout=subprocess.PIPE, text=True)
+    assert command.stdout is not None
+    assert command.stdout.readline() == "toy step wait\n"
+    command.kill()
+    assert command.stdout.read() == ""  # waits until the step has ended, too: it holds the pipe
+    command.wait()

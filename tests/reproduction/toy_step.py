@@ -36,7 +36,7 @@ def write_scores(folder: Path, pairs: Path, seed: int, skill: float) -> None:
 
 if __name__ == "__main__":
     kind, folder, *rest = sys.argv[1:]
-    print(f"toy step {kind}")
+    print(f"toy step {kind}", flush=True)
     if kind == "pairs":
         write_pairs(Path(folder))
     elif kind == "scores":

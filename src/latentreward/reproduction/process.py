@@ -7,15 +7,18 @@ of ``latentreward``. The record is written only if the command succeeds.
 import json
 import os
 import runpy
+import signal
 import sys
 import time
 from pathlib import Path
+from threading import Thread
 
 
 def main() -> None:
     """Run the process."""
     record, module, *arguments = sys.argv[1:]
     began = time.monotonic()
+    Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
     sys.argv = [module or "latentreward", *arguments]
     try:
         runpy.run_module(module or "latentreward", run_name="__main__", alter_sys=True)
@@ -27,6 +30,17 @@ def main() -> None:
     told |= {"seconds": round(time.monotonic() - began, 1), "gpu_bytes": gpu_bytes()}
     found = [name for name, one in sys.modules.items() if _is_ours(name, getattr(one, "__file__", None))]
     Path(record).write_text(json.dumps({**told, "modules": sorted(found)}))
+
+
+def end_with(parent: int) -> None:
+    """Send this process SIGTERM once ``parent`` has died by a kill: the next command would run the same step beside it.
+
+    Args:
+        parent: ID of the process that waits for this one.
+    """
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def gpu_bytes() -> int:

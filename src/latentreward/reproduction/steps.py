@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from latentreward.errors import InputError, did_you_mean
+from latentreward.errors import InputError, did_you_mean, one_line
 from latentreward.settings.rewriting import find_config
 from latentreward.settings.yaml_text import check_yaml
 from latentreward.storage.digests import digest
@@ -156,7 +156,16 @@ def record(kind: type[Any], place: str, value: Any) -> Any:
 
 
 def load_yaml(path: str) -> Any:
-    """Read a YAML file, by its path or by the name ``configs/...`` of one that ships with the package."""
-    text = Path(find_config(path)).read_text(encoding="utf-8")
-    check_yaml(text)
-    return yaml.safe_load(text)
+    """Read a YAML file, by its path or by the name ``configs/...`` of one that ships with the package.
+
+    Raises:
+        InputError: If the file is not YAML, or fails :func:`~latentreward.settings.yaml_text.check_yaml`.
+    """
+    try:
+        text = Path(find_config(path)).read_text(encoding="utf-8")
+        check_yaml(text)
+        return yaml.safe_load(text)
+    except InputError:
+        raise
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that does not exist
+        raise InputError(f"{path}: {one_line(error)}") from error
