@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.marks import slow_after
 from tests.statistical.broken import FAULTS, idle_lora
 from tests.statistical.pilot import (
     FALSE_ALARMS,
@@ -29,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SEED = 0
 
 
-@pytest.mark.parametrize("training", TRAININGS)
+@pytest.mark.parametrize("training", slow_after(1, TRAININGS))
 def test_it_learns(training: str) -> None:
     trained = TRAININGS[training](SEED)
     assert not caught(trained.statistics, MEASURED["thresholds"]), trained.statistics

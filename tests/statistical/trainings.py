@@ -196,4 +196,4 @@ def lpo(seed: int, fault: Callable[[Any], AbstractContextManager[Any]] = nullcon
     return Trained(statistics, before, weights(module))
 
 
-TRAININGS: dict[str, Callable[..., Trained]] = {"dina_lrm": dina_lrm, "lpo": lpo}
+TRAININGS: dict[str, Callable[..., Trained]] = {"lpo": lpo, "dina_lrm": dina_lrm}
