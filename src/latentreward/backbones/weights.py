@@ -26,6 +26,8 @@ OWN_ATTENTION = (None, "eager", "sdpa")
 """Values of transformers' ``attn_implementation`` that need PyTorch alone."""
 MOST_LAYERS = 100
 """Largest number of layers that a config may name; the deepest block of Stable Diffusion XL has 10, SD3 38."""
+MOST_POSITIONS = {"max_position_embeddings": 4096, "pos_embed_max_size": 1024}
+"""Largest values of a config; SD3.5 has 384 positions along a side, CLIP 77 tokens."""
 REFUSED = ("missing", "unexpected", "mismatched")
 """Kinds of mismatch between a model and its files that are errors."""
 POSITIONS = ".position_ids"
@@ -310,20 +312,22 @@ def network_config(family: type[Any], source: str, **place: Any) -> dict[str, An
 
 
 def check_depth(config: Mapping[str, Any], where: str) -> None:
-    """Refuse a config that names more layers than any network has; making them would take hours.
+    """Refuse a config that names more layers or positions than any network has; making them would take hours, or GBs.
 
     Args:
         config: Config of a network; entries whose names contain ``layers`` are numbers of layers or lists of them.
         where: Place of the config, for the message.
 
     Raises:
-        InputError: If a number of layers is above :data:`MOST_LAYERS`.
+        InputError: If a number of layers is above :data:`MOST_LAYERS`, or of positions above :data:`MOST_POSITIONS`.
     """
     for name, value in config.items():
         if isinstance(value, Mapping):
             check_depth(value, where)
         elif "layers" in str(name) and any(number > MOST_LAYERS for number in numbers_in(value)):
             raise InputError(f"cannot load {where}: its config.json names more than {MOST_LAYERS} layers ({name})")
+        elif name in MOST_POSITIONS and any(number > MOST_POSITIONS[name] for number in numbers_in(value)):
+            raise InputError(f"cannot load {where}: its config.json has a {name} above {MOST_POSITIONS[name]}")
 
 
 def numbers_in(value: Any) -> Iterator[float]:

@@ -71,7 +71,7 @@ def read_results(folder: Path, row: Row) -> dict[int, Result]:
     for seed in range(row.seeds):
         path = result_path(folder, row, seed)
         if path.is_file():
-            content = read_config(path)
+            content = read_config(path, remedy="remove it to measure again")
             if content.keys() != {one.name for one in fields(Result)}:
                 raise InputError(f"{path} is damaged: entries are missing or unknown; remove it to measure again")
             result = Result(**content)
