@@ -105,8 +105,9 @@ def test_compiled_blocks_give_the_features_and_gradients_of_plain_ones(checkpoin
         sum(tokens.square().mean() for tokens in visual).backward()
     torch.testing.assert_close(compiled(*inputs).visual, plain(*inputs).visual, rtol=1e-3, atol=1e-4)
     gradients = {name: weight.grad for name, weight in plain.named_parameters()}
-    for name, weight in compiled.named_parameters():
-        torch.testing.assert_close(weight.grad, gradients[name], rtol=1e-2, atol=1e-4, msg=name)
+    for name, weight in compiled.named_parameters():  # a compiled block gives weights that no feature reads zeros
+        found, expected = (torch.zeros_like(weight) if one is None else one for one in (weight.grad, gradients[name]))
+        torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-4)
 
 
 @pytest.mark.parametrize("device", DEVICES)
