@@ -3,9 +3,11 @@
 # PYTHON has is used.
 PYTHON ?= python3
 VENV_PYTHON = .venv/bin/python
+# Arguments of benchmarks/run.py or gpu.py, such as BENCH="scoring --released DIR".
+BENCH ?=
 PARALLEL = --numprocesses=auto --maxprocesses=4
 
-.PHONY: demo test lint types docs tinyworld reproduce bench
+.PHONY: demo test lint types docs tinyworld reproduce bench bench-gpu fullsize
 
 demo: .venv/.test ; $(VENV_PYTHON) -m latentreward.tinyworld.demo
 test: .venv/.test ; $(VENV_PYTHON) -m pytest -m "not slow and not gpu and not browser" $(PARALLEL)
@@ -13,8 +15,10 @@ lint: .venv/.dev ; $(VENV_PYTHON) -m ruff check . && $(VENV_PYTHON) -m ruff form
 types: .venv/.dev ; $(VENV_PYTHON) -m mypy
 docs: .venv/.docs ; NO_MKDOCS_2_WARNING=1 $(VENV_PYTHON) -m mkdocs build --strict
 tinyworld: .venv/.test ; $(VENV_PYTHON) -m latentreward.tinyworld.pretrain --output runs/pipelines && $(VENV_PYTHON) -m latentreward.tinyworld.pixel_scorers_pretraining --output runs/scorers
-reproduce: .venv/.test ; $(VENV_PYTHON) benchmarks/tiny_rewards.py
-bench: .venv/.test ; $(VENV_PYTHON) benchmarks/tiny_pipelines.py
+reproduce: .venv/.test ; $(VENV_PYTHON) -m latentreward reproduce --jobs 2 --page docs/reproduction.md
+bench: .venv/.test ; $(VENV_PYTHON) benchmarks/run.py $(BENCH)
+bench-gpu: .venv/.test ; $(VENV_PYTHON) benchmarks/gpu.py $(BENCH)
+fullsize: .venv/.test ; $(VENV_PYTHON) benchmarks/fullsize
 
 # .venv/.test, .venv/.dev, .venv/.docs mark an installed extra; older than setup.cfg, they are to be installed again.
 .venv/.%: setup.cfg pyproject.toml | .venv/bin/pip

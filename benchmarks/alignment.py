@@ -1,7 +1,7 @@
 """Measure the costs of alignment: forward passes, memory, rewards and rollouts; prints Markdown tables.
 
-Usage: ``python benchmarks/alignment.py [PART ...] [--repeats 5] [--batch 4] [--threads 1]``. By default all parts but
-``gpu`` run, which takes about ten minutes. Weights are random, because only shapes and times matter.
+Usage: ``python benchmarks/alignment.py [PART ...] [--repeats 5] [--batch 4] [--threads 1]``. By default all parts
+run, which takes about ten minutes. Weights are random, because only shapes and times matter. ``gpu.py`` measures a GPU.
 
 ``passes``   time of LPO's optimisation with one policy pass and one reference pass per pair, against two of each (mid
              size)
@@ -9,22 +9,18 @@ Usage: ``python benchmarks/alignment.py [PART ...] [--repeats 5] [--batch 4] [--
 ``scoring``  a reward on latents against predicting x̂_0, VAE decoder and CLIP-H: FLOPs at full size, time at mid size
 ``rollout``  share of rollouts in the time of LPO's training (mid size)
 ``vlm``      FLOPs of DiNa-LRM against a Qwen2-VL-7B scorer of decoded 1024² images (DiNa-LRM counted, Qwen by formula)
-``gpu``      LPO steps at full size, and ReFL on SD3.5-Medium at 1024²: time, FLOPs, peak memory; needs a GPU
 """
 
 import argparse
-import os
-import platform
-import statistics
-import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from measuring import TERA, Goal, Spread, flops, interleaved, ratio, seconds, table
 from random_pipelines import (
     RandomLatentReward,
     RandomPolicy,
@@ -33,53 +29,19 @@ from random_pipelines import (
     random_states,
 )
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from latentreward.backbones.tuning import LoRA
 from latentreward.contracts import NoisyStates, PromptBatch, StepPairs
 from latentreward.estimate.pipelines import CLIP_H_VISION
 from latentreward.losses import StepDPOResult
-from latentreward.modules import LPOModule, ReFLModule
+from latentreward.modules import LPOModule
 from latentreward.policies import POLICY, Policy
 from latentreward.rewards import Reward
 from latentreward.rewards.latent import LatentScorer
 from latentreward.rewards.shared_base import REWARD
 from latentreward.rollout import QuantileThreshold, Sampling
 
-TERA = 1e12
 PARTS = ("passes", "weights", "scoring", "rollout", "vlm")
-
-
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print one Markdown table."""
-    print(f"\n**{title}**\n\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
-    for row in rows:
-        print(f"| {' | '.join(row)} |", flush=True)
-
-
-def seconds(work: Callable[[], Any], device: torch.device | None = None) -> float:
-    """Measure the wall time of one call."""
-    synchronise = torch.cuda.synchronize if device is not None and device.type == "cuda" else lambda: None
-    synchronise()
-    began = time.perf_counter()
-    work()
-    synchronise()
-    return time.perf_counter() - began
-
-
-def interleaved(works: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Measure the wall times of functions that are run in turn, so that load on the machine affects all alike.
-
-    The first round is a warm-up and left out.
-    """
-    rounds = [{name: seconds(work) for name, work in works.items()} for _ in range(repeats + 1)][1:]
-    return {name: [times[name] for times in rounds] for name in works}
-
-
-def ratio_of(above: Sequence[float], below: Sequence[float]) -> str:
-    """Format median and range of the ratios of two lists of times, round by round."""
-    ratios = sorted(a / b for a, b in zip(above, below, strict=True))
-    return f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}–{ratios[-1]:.2f})"
 
 
 def lpo_module(size: str, share: bool, guidance_scale: float = 1.0, **policy: Any) -> LPOModule:
@@ -156,18 +118,21 @@ def measure_passes(size: str, batch: int, repeats: int) -> None:
             },
             repeats,
         )
+        gain = ratio(times["two"], times["one"])
         rows.append(
             [
                 f"{guidance:g}",
-                f"{statistics.median(times['one']):.3f}",
-                f"{statistics.median(times['two']):.3f}",
-                ratio_of(times["two"], times["one"]),
+                times["one"],
+                times["two"],
+                gain,
+                Goal(gain.median, least=1.9),
                 f"{abs(float(one.detach() - two.detach())):.1e}",
                 f"{error:.1e}",
             ]
         )
-    columns = ("guidance", "1 + 1, s", "2 + 2, s", "ratio", "difference of the loss", "of gradients, to the largest")
-    table(f"Optimisation of LPO, {size} size, {batch} pairs, LoRA policy: goal 1.9", columns, rows)
+    columns = ("guidance", "1 + 1, s", "2 + 2, s (our rewrite of the released loop)", "ratio", "goal")
+    title = f"Optimisation of LPO, {size} size, {batch} pairs, LoRA policy"
+    table(title, (*columns, "difference of the loss", "of gradients, to the largest"), rows)
 
 
 # --- weights in memory ---------------------------------------------------------------------------------------------
@@ -213,10 +178,10 @@ def measure_weights(sizes: Sequence[tuple[str, str]]) -> None:
         for size, device in sizes:
             for share, goal in ((True, 0.36), (False, 0.50)):
                 found = count_weights(size, share, device)
-                ratio = (found.network + found.reward) / (3 * found.network)
+                part = (found.network + found.reward) / (3 * found.network)
                 millions = [found.network, found.reward, 3 * found.network, found.adapters, found.text, found.vae]
                 kind = "adapter" if share else "full LRM"
-                yield [size, kind, *(f"{n / 1e6:.1f}" for n in millions), f"{ratio:.3f}", f"{goal:.2f}"]
+                yield [size, kind, *(f"{n / 1e6:.1f}" for n in millions), f"{part:.3f}", Goal(part, most=goal)]
 
     columns = ("size", "reward", "network, M", "reward's own, M", "three copies, M")
     apart = ("apart: adapters, M", "text encoders, M", "VAE, M")
@@ -230,17 +195,28 @@ class Scoring:
     """Parts of scoring one sampling step, one method each.
 
     Args:
-        size: Size of the policy and its LRM.
+        size: Size of the policy and its latent reward (LRM, or DiNa-LRM on SD3.5).
         count: Number of noisy states.
         device: Device; ``meta`` to count FLOPs.
         guidance: Guidance of LRM's visual feature enhancement.
+        dtype: Type of the weights.
     """
 
-    def __init__(self, size: str, count: int, device: str = "cpu", guidance: float = 7.5) -> None:
-        with torch.device(device):
+    def __init__(
+        self,
+        size: str,
+        count: int,
+        device: str = "cpu",
+        guidance: float = 7.5,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        with torch.device("meta"):
             self.policy = RandomPolicy(source=size).load().eval()
             self.reward = RandomLatentReward(size, guidance=guidance).load(self.policy).eval()
-            replace_prompts(size, self.policy, self.reward, device)
+        replace_prompts(size, self.policy, self.reward, device)
+        if device != "meta":
+            materialise(nn.ModuleList([self.policy, self.reward]), device, dtype)
+        with torch.device(device):
             self.latents = random_states(self.policy, count, device)
             self.timesteps = torch.full((count,), 501.0, device=device)
             self.rows = torch.zeros(count, dtype=torch.int64, device=device)
@@ -265,25 +241,20 @@ class Scoring:
         self.policy.vae.decode(self.latents)
 
 
-def clip_h(device: str) -> Callable[[int], None]:
+def clip_h(device: str, dtype: torch.dtype = torch.float32, layers: int = 32) -> Callable[[int], None]:
     """Return a function that runs CLIP-H's vision tower on N images of 224²."""
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-    with torch.device(device):
-        tower = CLIPVisionModelWithProjection(CLIPVisionConfig(**CLIP_H_VISION)).eval()
+    with torch.device("meta"):
+        tower = CLIPVisionModelWithProjection(CLIPVisionConfig(**CLIP_H_VISION | {"num_hidden_layers": layers})).eval()
+    if device != "meta":
+        materialise(tower, device, dtype)
 
     @torch.no_grad()
     def embed(count: int) -> None:
-        tower(torch.zeros(count, 3, 224, 224, device=device))
+        tower(torch.zeros(count, 3, 224, 224, device=device, dtype=dtype))
 
     return embed
-
-
-def flops(work: Callable[[], Any]) -> float:
-    """Count the FLOPs of one call, two for each multiply-accumulate operation."""
-    with FlopCounterMode(display=False) as counter:
-        work()
-    return float(counter.get_total_flops())
 
 
 @contextmanager
@@ -306,7 +277,7 @@ def count_scoring(size: str, guidance: float = 7.5) -> dict[str, float]:
 
 def measure_scoring(sizes: Sequence[str], timed: str, batch: int, repeats: int) -> None:
     """Print FLOPs at ``sizes``, and times at the size ``timed``."""
-    counted = {size: count_scoring(size) for size in (*sizes, timed)}
+    counted = {size: count_scoring(size) for size in dict.fromkeys((*sizes, timed))}
 
     def counts() -> Iterator[list[str]]:
         for size, work in counted.items():
@@ -323,22 +294,21 @@ def measure_scoring(sizes: Sequence[str], timed: str, batch: int, repeats: int) 
     works = {"lrm": scoring.lrm, "prediction": scoring.prediction, "decoding": scoring.decoding}
     times = interleaved(works, repeats)
     tower(1)
-    times["clip_h"] = [seconds(lambda: tower(batch))] * repeats
+    times["clip_h"] = Spread([seconds(lambda: tower(batch))] * repeats)
     work = counted[timed]
 
     def timings() -> Iterator[list[str]]:
         for name, parts in (("fresh x̂_0", ("prediction", "decoding")), ("reused x̂_0", ("decoding",))):
             for with_tower in (False, True):
                 parts_now = (*parts, "clip_h") if with_tower else parts
-                spent = [sum(each) for each in zip(*(times[part] for part in parts_now), strict=True)]
-                share = sum(work[part] for part in parts_now) / work["lrm"]
-                goal = f"{0.8 * share:.1f}" if not with_tower else ""
+                spent = [sum(each) for each in zip(*(times[part].values for part in parts_now), strict=True)]
+                share, measured = sum(work[part] for part in parts_now) / work["lrm"], ratio(spent, times["lrm"])
                 label = f"{name}{', with CLIP-H' if with_tower else ''}"
-                yield [label, f"{share:.1f}", ratio_of(spent, times["lrm"]), goal]
+                yield [label, f"{share:.1f}", measured, "" if with_tower else Goal(measured.median, least=0.8 * share)]
 
     table(
-        f"Scoring {batch} states, {timed} size: LRM {statistics.median(times['lrm']):.3f} s, CLIP-H alone "
-        f"{statistics.median(times['clip_h']):.3f} s",
+        f"Scoring {batch} states, {timed} size: LRM {times['lrm'].median:.3f} s, CLIP-H alone "
+        f"{times['clip_h'].median:.3f} s",
         ("pixels against LRM", "counted", "measured, median (range)", "goal"),
         timings(),
     )
@@ -373,8 +343,8 @@ def measure_rollout(size: str, batch: int, steps: int, repeats: int) -> None:
             },
             repeats,
         )
-        rollout = statistics.median(times["rollout"]) / (batch * steps)
-        optimisation = statistics.median(times["optimisation"]) / batch
+        rollout = times["rollout"].median / (batch * steps)
+        optimisation = times["optimisation"].median / batch
         shares = [f"{rollout / (rollout + kept * optimisation):.0%}" for kept in (1.0, 0.5, 0.25)]
         rows.append(["adapter" if share else "full LRM", f"{rollout:.3f}", f"{optimisation:.3f}", *shares])
     columns = ("reward", "rollout, s per state", "optimisation, s per pair")
@@ -458,103 +428,10 @@ def measure_vlm(size: str = "sd35") -> None:
     )
 
 
-# --- full size -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class FullSize:
-    """Settings of a training step at full size.
-
-    Attributes:
-        name: Name in the table.
-        size: Size of the policy.
-        batch: Number of pairs (LPO) or prompts (ReFL).
-        refl: Whether the step is ReFL's instead of LPO's optimisation.
-    """
-
-    name: str
-    size: str
-    batch: int
-    refl: bool = False
-
-
-FULL_SIZE = (
-    FullSize("LPO, SD1.5 512²", "sd15", 10),
-    FullSize("LPO, SDXL 1024²", "sdxl", 4),
-    FullSize("ReFL, SD3.5-Medium 1024²", "sd35", 1, refl=True),
-)
-
-
-def refl_module(size: str, **policy: Any) -> ReFLModule:
-    """Return a ReFL module with random weights, whose reward is an adapter on the policy's network."""
-    source = RandomPolicy(source=size, lora=LoRA(rank=32, alpha=32.0), **policy)
-    module = ReFLModule(source, RandomLatentReward(size, share=True), Sampling(4), stop_range=(1, 1), seed=0)
-    replace_prompts(size, module.policy, module.reward)
-    return module
-
-
-def full_size_step(step: FullSize, device: torch.device) -> Callable[[], Any]:
-    """Return a function that runs a training step in bfloat16 with gradient checkpointing and without text encoders."""
-    options = {"frozen_dtype": "bfloat16", "gradient_checkpointing": True}
-    with torch.device("meta"):
-        module: Any = refl_module(step.size, **options) if step.refl else lpo_module(step.size, True, 5.0, **options)
-    module.policy.vae = None
-    materialise(module, device)
-    module.train()
-    if not step.refl:
-        pairs = random_pairs(module, step.batch)
-
-        def work() -> None:
-            with torch.autocast(device.type, torch.bfloat16):
-                loss = module.compare(pairs)[0].loss
-            loss.backward()
-
-        return work
-    prompts = PromptBatch(("a",) * step.batch, tuple(map(str, range(step.batch))))
-
-    def work() -> None:
-        with torch.autocast(device.type, torch.bfloat16):
-            loss = module.training_step(prompts, 0)
-        loss.backward()
-
-    return work
-
-
-def measure_gpu(repeats: int) -> None:
-    """Print time, FLOPs and peak memory of full-size steps; only a note without a GPU."""
-    if not torch.cuda.is_available():
-        print("\n**Full size: not measured (no GPU here)**")
-        return
-    device, rows = torch.device("cuda"), []
-    for step in FULL_SIZE:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        work = full_size_step(step, device)
-        seconds(work, device)
-        times = [seconds(work, device) for _ in range(repeats)]
-        peak, counted = torch.cuda.max_memory_allocated() / 1e9, flops(work)
-        median = statistics.median(times)
-        goal = "19.4" if step.refl else ""
-        rate = counted / TERA / median
-        rows.append(
-            [step.name, str(step.batch), f"{median:.3f}", f"{counted / TERA:.1f}", f"{rate:.0f}", f"{peak:.1f}", goal]
-        )
-        del work
-    columns = ("step", "batch", "s", "TFLOP", "TFLOP/s", "peak memory, GB", "goal, below")
-    table(f"Full size, bfloat16, {torch.cuda.get_device_name()}", columns, rows)
-
-
-def machine(threads: int) -> str:
-    """Describe the machine and the versions of a measurement."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    load = os.getloadavg()[0]
-    return f"{name}, {threads} thread(s) of {os.cpu_count()} cores, load {load:.1f}, torch {torch.__version__}, seed 0"
-
-
 def main() -> None:
     """Run the chosen parts and print their tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=(*PARTS, "gpu", []), metavar="PART")
+    parser.add_argument("parts", nargs="*", choices=(*PARTS, []), metavar="PART")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--threads", type=int, default=1)
@@ -564,7 +441,6 @@ def main() -> None:
     warnings.filterwarnings("ignore", message=".*self.log.*")
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    print(machine(options.threads))
     if "passes" in options.parts:
         measure_passes(options.size, options.batch, options.repeats)
     if "weights" in options.parts:
@@ -575,8 +451,6 @@ def main() -> None:
         measure_rollout(options.size, options.batch, 4, max(1, options.repeats // 2))
     if "vlm" in options.parts:
         measure_vlm()
-    if "gpu" in options.parts:
-        measure_gpu(options.repeats)
 
 
 if __name__ == "__main__":

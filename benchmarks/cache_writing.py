@@ -1,7 +1,9 @@
 """Measure the cost of writing a cache against the bare VAE, and its growth with the number of pairs.
 
-    python benchmarks/cache_writing.py encode     encode JPEGs to latents, against the same VAE on pixels in memory
-    python benchmarks/cache_writing.py scale      write 1k, 10k and 100k pairs of given 4 KiB latents: seconds, memory
+    python benchmarks/cache_writing.py [encode] [scale]
+
+``encode``  encode JPEGs to latents, against the same VAE on pixels in memory
+``scale``   write 1k, 10k and 100k pairs of given 4 KiB latents: seconds, memory
 
 ``encode`` uses a VAE of channels (64, 128, 256) on images of 128 × 128; the goal is at most 1.15 times the bare encode.
 Times cover the loop over batches up to the last manifest, without imports and loading. ``scale`` runs each size in its
@@ -10,19 +12,22 @@ own process.
 
 import argparse
 import io
+import json
 import logging
-import resource
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch import Callback
+from measuring import MIB, Goal, PeakMemory, Spread, ratio, table
 from PIL import Image
 
 from latentreward.backbones.loading import tiny_pipeline
@@ -130,7 +135,7 @@ def now() -> np.ndarray:
 def seconds_of_caching(output: Path, reader: PairReader, encoder: PipelineEncoders, workers: int) -> np.ndarray:
     """Write a cache, and return wall and processor seconds from the first batch's fetch to the last manifest."""
     encoders, images = encoder.load(), ImageSettings(size=SIDE, resize="stretch")
-    spec = make_spec(encoder, encoders, images, "float16", seed=0, per_shard=1024)
+    spec = make_spec(encoder, encoders, images, "float16", seed=0, per_shard=1024, exif=reader.exif)
     data, watch = EncodingDataModule(output, reader, images, spec, workers), Stopwatch()
     trainer = make_trainer(TrainerSettings("cpu", 1), [ShardsToDisk(output), watch])
     run_predict(trainer, ShardEncoder(encoders, torch.float16), data)
@@ -138,8 +143,8 @@ def seconds_of_caching(output: Path, reader: PairReader, encoder: PipelineEncode
     return watch.seconds
 
 
-def run_encode(pairs: int, workers: int, repeats: int) -> None:
-    """Print the bare encode and caching in turn, and the ratio of their medians."""
+def run_encode(pairs: int, workers: int, repeats: int) -> Iterator[list[Any]]:
+    """Run the bare encode and caching in turn; yield a row in wall time and one in processor time."""
     reader = DrawnPairs(pairs)
     with tempfile.TemporaryDirectory() as folder:
         encoder = PipelineEncoders(str(write_pipeline(Path(folder) / "pipeline")), batch_size=BATCH)
@@ -155,44 +160,44 @@ def run_encode(pairs: int, workers: int, repeats: int) -> None:
                 vae.encode(pixels, noise)
             bare.append(now() - begun)
             cached.append(seconds_of_caching(Path(folder) / f"cache{repeat}", reader, encoder, workers))
-            both = zip(bare[-1], cached[-1], ("wall", "processor"), strict=True)
-            print("; ".join(f"{name}: bare {one:.2f} s, cached {two:.2f} s" for one, two, name in both), flush=True)
-        wall, processor = np.median(cached, axis=0) / np.median(bare, axis=0)
-        print(
-            f"{2 * pairs} images, {workers} workers: {wall:.3f} of the bare encode, {processor:.3f} in processor time"
-        )
+    for name, ours, theirs in zip(
+        ("wall", "processor"), *(np.transpose(times).tolist() for times in (cached, bare)), strict=True
+    ):
+        found = ratio(ours, theirs)
+        yield [name, Spread(theirs), Spread(ours), found, Goal(found.median, most=1.15)]
 
 
-def run_scale(sizes: list[int]) -> None:
-    """Print a row for each number of pairs, measured in a process of its own."""
-    print("| pairs | seconds | seconds per 1k pairs | memory beyond the imports, MiB | MiB written |")
-    print("|---|---|---|---|---|")
+def run_scale(sizes: list[int]) -> Iterator[list[Any]]:
+    """Yield a row for each number of pairs, measured in a process of its own."""
     for pairs in sizes:
-        subprocess.run([sys.executable, __file__, "one", f"--pairs={pairs}"], check=True)
+        command = [sys.executable, __file__, "one", f"--pairs={pairs}"]
+        yield json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
 def run_one(pairs: int) -> None:
-    """Plan and write a cache of given latents, and print one row."""
+    """Plan and write a cache of given latents, and print one row as JSON."""
     encoder, images = PublishedLatents(SPACE, batch_size=64), ImageSettings(size=SIDE)
     reader, encoders = ReadyLatents(pairs), encoder.load()
-    spec = make_spec(encoder, encoders, images, "float16", seed=0, per_shard=1024)
+    spec = make_spec(encoder, encoders, images, "float16", seed=0, per_shard=1024, exif=reader.exif)
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "cache"
         data = EncodingDataModule(output, reader, images, spec, num_workers=0)
         trainer = make_trainer(TrainerSettings("cpu", 1), [ShardsToDisk(output)])
-        before, begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-        run_predict(trainer, ShardEncoder(encoders, torch.float16), data)
-        seconds = time.perf_counter() - begun
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-        written = sum(path.stat().st_size for path in output.rglob("*.safetensors")) / 2**20
+        with PeakMemory() as memory:
+            begun = time.perf_counter()
+            run_predict(trainer, ShardEncoder(encoders, torch.float16), data)
+            seconds = time.perf_counter() - begun
+        written = sum(path.stat().st_size for path in output.rglob("*.safetensors")) / MIB
         data.release()
-    print(f"| {pairs} | {seconds:.1f} | {1000 * seconds / pairs:.2f} | {peak / 1024:.0f} | {written:.0f} |", flush=True)
+    peak = (memory.peak - memory.before) / MIB
+    row = (f"{pairs:,}", f"{seconds:.1f}", f"{1000 * seconds / pairs:.2f}", f"{peak:.0f}", f"{written:.0f}")
+    print(json.dumps(row), flush=True)
 
 
 def main() -> None:
     """Parse the command line and run the chosen measurement."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("encode", "scale", "one"), help="'one' is a row of 'scale'")
+    parser.add_argument("parts", nargs="*", default=["encode", "scale"], help="'one' prints a row of 'scale'")
     parser.add_argument("--pairs", type=int, default=64)
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--repeats", type=int, default=5)
@@ -201,12 +206,15 @@ def main() -> None:
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*LeafSpec")
-    if options.what == "encode":
-        run_encode(options.pairs, options.workers, options.repeats)
-    elif options.what == "scale":
-        run_scale(options.sizes)
-    else:
+    if options.parts == ["one"]:
         run_one(options.pairs)
+    if "encode" in options.parts:
+        title = f"{2 * options.pairs} JPEGs through a VAE, {options.workers} workers"
+        columns = ("time", "bare encode, s", "`latentreward cache`, s", "ratio", "goal")
+        table(title, columns, run_encode(options.pairs, options.workers, options.repeats))
+    if "scale" in options.parts:
+        columns = ("pairs", "seconds", "seconds per 1k pairs", "memory beyond the imports, MiB", "MiB written")
+        table("Writing given latents of 4 KiB", columns, run_scale(options.sizes))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 from resource import RUSAGE_CHILDREN, getrusage
 
+from measuring import table
+
 ROOT = Path(__file__).resolve().parents[1]
 OVER = {"lrm_hpdv2": "lrm_sd15", "dina_lrm_sd35_cached": "dina_lrm_sd35", "dina_lrm_sd35_code": "dina_lrm_sd35"}
 """Recipe → the one that it is stacked over."""
@@ -62,8 +64,8 @@ def names(room: str) -> list[str]:
     return sorted(path.stem for path in (ROOT / "configs" / room).glob("*.yaml"))
 
 
-def row(name: str, options: list[str]) -> str:
-    """Run the command, and write its numbers."""
+def row(name: str, options: list[str]) -> list[str]:
+    """Run the command, and return its numbers."""
     began, before = time.perf_counter(), getrusage(RUSAGE_CHILDREN)
     command = [sys.executable, "-m", "latentreward", "fit", *options, "--estimate"]
     shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -81,7 +83,7 @@ def row(name: str, options: list[str]) -> str:
         f"{seconds:.0f}",
         f"{computing:.0f}",
     ]
-    return f"| {' | '.join(cells)} |"
+    return cells
 
 
 def main() -> None:
@@ -89,10 +91,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--all", action="store_true", help="every shipped file")
     every = parser.parse_args().all
-    print(f"| {' | '.join(HEADER)} |")
-    print("|---|" + "---:|" * (len(HEADER) - 1), flush=True)
-    for name, options in runs(every).items():
-        print(row(name, options), flush=True)
+    table("Computed costs of the shipped runs", HEADER, (row(name, options) for name, options in runs(every).items()))
 
 
 if __name__ == "__main__":

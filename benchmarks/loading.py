@@ -1,29 +1,41 @@
-"""Measure the loading of cached latents, against other stores of the same pairs; prints Markdown tables.
+"""Measure the loading of cached latents, against other stores of the same pairs, and of images; prints Markdown tables.
 
-Usage: ``python benchmarks/loading.py [compare] [scale] [wait] [--repeats 5] [--folder DIR]``. By default all three
-parts run, which takes about five minutes and 4 GB below the folder. ``compare``: pairs per second of this project's
-cache, of ``datasets`` (Arrow, binary columns), and of a reader like the released diffusion-rm code (parquet, zstd,
-reopens a file for each row), at 64 and 512 KiB per latent, with files in the page cache. ``scale``: 1 000 to 100 000
-pairs of 4 KiB latents. ``wait``: share of a tiny model's training time that is spent waiting for data.
+Usage: ``python benchmarks/loading.py [compare] [scale] [wait] [tiny] [rows] [--repeats 5] [--folder DIR]``. By default
+all parts run, which takes about ten minutes and 4 GB below the folder. ``compare``: pairs per second of this project's
+cache, of ``datasets`` (Arrow, binary columns), and of DiNa-LRM's released loader (parquet, zstd, reopens a file for
+each row), at 64 and 512 KiB per latent, with files in the page cache; the released loader is that of a clone in the
+folder ``--released``, or a reader that is written here after it. ``scale``: 1 000 to 100 000
+pairs of 4 KiB latents. ``wait``: share of a tiny model's training time that is spent waiting for data. ``tiny``: share
+of data in the CPU time of a training step of ``configs/model/lrm_tiny.yaml`` on the tiny world's pictures. ``rows``:
+CPU time and memory of opening JSON lines and of planning an epoch, at 100 000 and 1 000 000 pairs.
 """
 
 import argparse
 import hashlib
 import shutil
-import statistics
+import subprocess
+import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from io import BytesIO
+from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
+from io import BytesIO, StringIO
+from itertools import chain
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 from datasets import disable_progress_bars
+from measuring import MIB, Goal, PeakMemory, Spread, proportional, ratio, table
 from pyarrow import parquet
+from released import add_released, heading
 from safetensors.torch import save_file
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from latentreward.cache.datamodule import CachedPreferenceDataModule, CachedSplit
@@ -40,7 +52,7 @@ from latentreward.cache.layout import (
     latents_name,
     manifest_name,
 )
-from latentreward.contracts import LatentSpace
+from latentreward.contracts import LatentSpace, PreferenceBatch
 
 SHAPES = {4: (16, 8, 16), 64: (16, 32, 64), 512: (16, 128, 128)}
 """Size of a float16 latent in KiB → its shape."""
@@ -198,7 +210,7 @@ def pairs_per_second(loader: DataLoader[Any], most: float = 20.0) -> float:
     """
     pairs, started = 0, 0.0
     for batch in loader:
-        sides = (batch["chosen"], batch["rejected"]) if isinstance(batch, dict) else (batch.chosen, batch.rejected)
+        sides = (batch.chosen, batch.rejected) if isinstance(batch, PreferenceBatch) else sides_of(batch)
         for side in sides:
             side.view(torch.int16).view(-1)[::2048].sum()
         if not started:
@@ -210,12 +222,32 @@ def pairs_per_second(loader: DataLoader[Any], most: float = 20.0) -> float:
     return pairs / (time.perf_counter() - started)
 
 
-def compare(folder: Path, kib: int, repeats: int) -> None:
-    """Print pairs per second of each store and the ratio to Arrow: medians over repeats, stores run in turn."""
+def sides_of(batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Return both sides of a batch of another loader than ours."""
+    chosen, rejected = (value for name, value in batch.items() if "chosen" in name or "reject" in name)
+    return chosen, rejected
+
+
+def released_loader(folder: Path, pairs: int, workers: int) -> DataLoader[Any]:
+    """Return the loader of DiNa-LRM's released code; its index says that all pairs have one size."""
+    from diffusion_rm.data.bucket_dataset import BucketDataLoader
+
+    (file,), index = folder.glob("*.parquet"), folder / "bucket_index.csv"
+    rows = (f"{n},{file},{n // ROW_GROUP},{n % ROW_GROUP},1024,1024,0" for n in range(pairs))
+    index.write_text("\n".join(["global_id,parquet_path,row_group,row_index,width,height,bucket_id", *rows]))
+    with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+        return BucketDataLoader(
+            [str(file)], str(index), bsz=BATCH, num_workers=workers, use_dynamic_bsz=False
+        ).dataloader
+
+
+def compare(folder: Path, kib: int, repeats: int, most: float, released: bool) -> Iterator[list[Any]]:
+    """Yield pairs per second of each store and the ratios to the others; stores run in turn."""
     shape, pairs = SHAPES[kib], PAIRS_OF[kib]
     cache = write_cache(folder / f"cache{kib}", pairs, shape)
     arrow = ArrowPairs(write_arrow(folder / f"arrow{kib}", pairs, shape), shape)
-    published = ReopenedParquet(write_diffusion_rm(folder / f"published{kib}", pairs, shape), pairs)
+    published = write_diffusion_rm(folder / f"published{kib}", pairs, shape)
+    rewritten = ReopenedParquet(published, pairs)
 
     def plain(dataset: Dataset[Any], workers: int, collate: Callable[[Any], Any]) -> DataLoader[Any]:
         options = {"prefetch_factor": 4, "persistent_workers": True} if workers else {}
@@ -225,55 +257,43 @@ def compare(folder: Path, kib: int, repeats: int) -> None:
         loaders = {
             "this cache": cache_loader(cache, workers),
             "Arrow": plain(arrow, workers, lambda batch: batch),
-            "diffusion-rm": plain(published, workers, default_collate),
+            "diffusion-rm": released_loader(published, pairs, workers)
+            if released
+            else plain(rewritten, workers, default_collate),
         }
         rates: dict[str, list[float]] = {name: [] for name in loaders}
         for repeat in range(repeats + 1):
             for name, loader in loaders.items():
                 if name == "diffusion-rm" and repeat > 1:
                     continue
-                rate = pairs_per_second(loader, 5.0 if name == "diffusion-rm" else 20.0)
+                rate = pairs_per_second(loader, most / 4 if name == "diffusion-rm" else most)
                 if repeat or name == "diffusion-rm":  # the first round fills the page cache
                     rates[name].append(rate)
-        ratios = [ours / theirs for ours, theirs in zip(rates["this cache"], rates["Arrow"], strict=True)]
-        ours, theirs, slow = (statistics.median(rates[name]) for name in loaders)
-        spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
-        print(
-            f"| {kib} KiB | {workers} | {ours:,.0f} | {theirs:,.0f} | {slow:,.1f} | {statistics.median(ratios):.2f} "
-            f"({spread}) | {ours / slow:,.0f} |",
-            flush=True,
-        )
+        gain, slow = ratio(rates["this cache"], rates["Arrow"]), median(rates["diffusion-rm"])
+        goal = Goal(gain.median, least=1.5 if workers else 1.4)
+        found = (Spread(rates[name], digits) for name, digits in zip(loaders, (",.0f", ",.0f", ",.1f"), strict=True))
+        yield [f"{kib} KiB", workers, *found, gain, goal, f"{median(rates['this cache']) / slow:,.0f}"]
         del loaders
 
 
-def resident(pid: int | str = "self") -> float:
-    """Return a process's memory in MiB; memory shared by a process and its fork counts half in each."""
-    fields = dict(line.split(":") for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
-    return int(fields["Pss"].split()[0]) / 1024
-
-
-def scale(folder: Path) -> None:
-    """Print the time of an epoch and the memory of trainer and worker, by number of pairs."""
-    print("\n| pairs | open s | epoch s | µs per pair | trainer MiB | worker MiB |\n|---|---|---|---|---|---|")
+def scale(folder: Path) -> Iterator[list[Any]]:
+    """Yield the time of an epoch and the memory of trainer and worker, by number of pairs."""
     for pairs in (1_000, 3_000, 10_000, 30_000, 100_000):
         cache = write_cache(folder / f"scale{pairs}", pairs, SHAPES[4])
         started = time.perf_counter()
         loader = cache_loader(cache, workers=1)
         opened = time.perf_counter() - started
         pairs_per_second(loader)
-        rate = statistics.median(pairs_per_second(loader) for _ in range(3))
+        rate = median(pairs_per_second(loader) for _ in range(3))
         worker = loader._iterator._workers[0].pid  # type: ignore[union-attr]
-        print(
-            f"| {pairs:,} | {opened:.2f} | {pairs / rate:.2f} | {1e6 / rate:.1f} | {resident():.0f} "
-            f"| {resident(worker):.0f} |",
-            flush=True,
-        )
+        sizes = [f"{proportional(pid) / MIB:.0f}" for pid in ("self", worker)]
+        yield [f"{pairs:,}", f"{opened:.2f}", f"{pairs / rate:.2f}", f"{1e6 / rate:.1f}", *sizes]
         del loader
         shutil.rmtree(cache)
 
 
-def wait(folder: Path) -> None:
-    """Print the share of its training time that the tiny DiNa-LRM waits for data, on a cache of the tiny world."""
+def wait(folder: Path) -> Iterator[list[Any]]:
+    """Yield the share of its training time that the tiny DiNa-LRM waits for data, on a cache of the tiny world."""
     from latentreward.callbacks import Throughput
     from lightning.pytorch import Trainer, seed_everything
 
@@ -284,7 +304,6 @@ def wait(folder: Path) -> None:
     from latentreward.modules import DiNaLRMModule
 
     seed_everything(0, verbose=False)
-    print("\n| workers | batch | pairs/s | share of time waiting |\n|---|---|---|---|")
     for workers in (0, 1):
         backbone = sd35_tiny(tuning="lora", lora=LoRA(16, 32))
         space = backbone.latent_space
@@ -302,39 +321,139 @@ def wait(folder: Path) -> None:
         )
         trainer.fit(module, data)
         figures = trainer.callback_metrics
-        print(
-            f"| {workers} | 32 | {figures['train/pairs_per_second']:,.0f} | {figures['train/data_wait']:.2%} |",
-            flush=True,
-        )
+        yield [workers, 32, f"{figures['train/pairs_per_second']:,.0f}", f"{figures['train/data_wait']:.2%}"]
+
+
+def tiny(folder: Path, repeats: int) -> Iterator[list[Any]]:
+    """Yield the share of data in the CPU time of the tiny LRM's training steps, by layout of the tiny world's files."""
+    from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+
+    from latentreward.backbones import sd_tiny
+    from latentreward.heads import CLIPProjectionHead
+    from latentreward.losses import LRMLoss
+    from latentreward.modules import LRMModule
+    from latentreward.tinyworld import TinyWorldDataModule
+
+    class Clock(Callback):
+        """Callback that sums CPU seconds between batches and inside them."""
+
+        def __init__(self) -> None:
+            self.seconds, self.now = [0.0, 0.0], time.process_time()
+
+        def lap(self, kind: int) -> None:
+            """Count the time since the last call as data (0) or as work (1)."""
+            self.now, last = time.process_time(), self.now
+            self.seconds[kind] += self.now - last
+
+        def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
+            """Count data, but for the first batches, while caches fill."""
+            self.lap(0)
+            if batch_idx == 10:
+                self.seconds = [0.0, 0.0]
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            """Count work."""
+            self.lap(1)
+
+    for layout in ("pickapic", "hpdv3"):
+        found = []
+        for _ in range(repeats):
+            seed_everything(0, verbose=False)
+            data = TinyWorldDataModule(str(folder / layout), layout, 1500, 32, batch_size=32, num_workers=0)
+            backbone, clock = sd_tiny(), Clock()
+            module = LRMModule(backbone, partial(CLIPProjectionHead, guidance=7.5), LRMLoss())
+            trainer = Trainer(
+                accelerator="cpu",
+                max_steps=60,
+                limit_val_batches=0,
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                callbacks=[clock],
+            )
+            trainer.fit(module, data)
+            found.append(clock.seconds)
+        share = Spread([data / (data + work) for data, work in found], ".1%")
+        of_data = Spread([20 * data for data, _ in found], ".1f")  # ms per step, of 50
+        of_steps = Spread([20 * sum(parts) for parts in found], ".1f")
+        yield [layout, of_data, of_steps, share, Goal(share.median, most=0.15)]
+
+
+def rows(folder: Path) -> Iterator[list[Any]]:
+    """Yield CPU time and memory of a reader of JSON lines and of the bucket sampler, by number of pairs."""
+    for pairs in (100_000, 1_000_000):
+        file = folder / f"{pairs}.jsonl"
+        with file.open("w") as stream:
+            for number in range(pairs):
+                images = f'"chosen": "images/{number}_a.jpg", "rejected": "images/{number}_b.jpg"'
+                stream.write(f'{{"prompt": "a photograph of thing number {number // 3} on a table", {images}}}\n')
+        printed = subprocess.run(
+            [sys.executable, __file__, "--file", str(file)], check=True, stdout=subprocess.PIPE, text=True
+        ).stdout
+        yield [f"{pairs:,}", *printed.split()]
+
+
+def measure_rows(file: Path) -> None:
+    """Print the figures of :func:`rows` for one file; in a process of its own, whose peak of memory counts."""
+    from latentreward.cache.sampling import BucketBatchSampler, Sizing
+    from latentreward.data import JSONLPairReader
+
+    def cpu(work: Callable[[], Any]) -> tuple[Any, str]:
+        began = time.process_time()
+        return work(), f"{time.process_time() - began:.2f}"
+
+    with PeakMemory() as memory:
+        reader, opened = cpu(lambda: JSONLPairReader(str(file)))
+    peak = (memory.peak - memory.before) / MIB
+    first, again = (cpu(reader.labels)[1] for _ in range(2))
+    sizes = np.random.default_rng(0).integers(8, 13, (len(reader), 2))
+    planned = cpu(lambda: sum(1 for _ in BucketBatchSampler(sizes, Sizing(4))))[1]
+    print(opened, f"{peak:.0f}", first, again, planned)
+
+
+def measurements(folder: Path, options: argparse.Namespace) -> Iterator[tuple[str, Sequence[str], Iterator[list[Any]]]]:
+    """Yield title, columns and rows of each table that the options ask for."""
+    if "compare" in options.parts:
+        released = bool(options.released and add_released(options.released, "diffusion-rm"))
+        columns = ["latent", "workers", "this cache, pairs/s", "Arrow", f"diffusion-rm ({heading(released)})"]
+        ratios = ("ratio to Arrow", "goal", "to diffusion-rm")
+        rows_of = (compare(folder, kib, options.repeats, options.most, released) for kib in options.kib)
+        yield "Pairs per second", (*columns, *ratios), chain.from_iterable(rows_of)
+    if "scale" in options.parts:
+        columns = ["pairs", "open s", "epoch s", "µs per pair", "trainer MiB", "worker MiB"]
+        yield "Epochs over latents of 4 KiB, one worker", columns, scale(folder)
+    if "wait" in options.parts:
+        yield "Waiting for cached data", ("workers", "batch", "pairs/s", "share of time waiting"), wait(folder)
+    if "tiny" in options.parts:
+        columns = ["layout", "data, ms per step", "whole step, ms", "share of data", "goal"]
+        yield "Processor time of training a tiny LRM on pictures", columns, tiny(folder, options.repeats)
+    if "rows" in options.parts:
+        columns = ["pairs", "open, s", "its peak, MiB", "labels(), s", "again, s", "an epoch in batches of 4, s"]
+        yield "Many rows", columns, rows(folder)
 
 
 def main() -> None:
+    """Run the chosen parts and print their tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", default=["compare", "scale", "wait"], metavar="PART")
+    parser.add_argument("parts", nargs="*", default=["compare", "scale", "wait", "tiny", "rows"], metavar="PART")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--kib", type=int, nargs="+", choices=PAIRS_OF, default=[*PAIRS_OF], help="size of a latent")
+    parser.add_argument("--most", type=float, default=20.0, help="seconds of reading a store in one round")
     parser.add_argument("--folder", type=Path, help="for the files; a temporary one by default")
+    parser.add_argument("--released", type=Path, help="folder with the clone diffusion-rm")
+    parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.file:
+        measure_rows(options.file)
+        return
     torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")
     disable_progress_bars()
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
-        if "compare" in options.parts:
-            columns = (
-                "latent",
-                "workers",
-                "this cache, pairs/s",
-                "Arrow",
-                "diffusion-rm",
-                "ratio to Arrow",
-                "to the last",
-            )
-            print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
-            for kib in PAIRS_OF:
-                compare(folder, kib, options.repeats)
-        if "scale" in options.parts:
-            scale(folder)
-        if "wait" in options.parts:
-            wait(folder)
+        for title, columns, part in measurements(folder, options):
+            table(title, columns, part)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """Policies and rewards of real architectures with random weights, or without values on the meta device.
 
-Sizes: ``sd15``, ``sdxl`` and ``sd35`` are as published. ``mid`` has SD1.5's layout with channels (96, 192, 384, 384),
-latents of 32 × 32 and VAE channels (64, 128, 256). ``mid_sd35`` has SD3.5's layout with 13 blocks of width 512, and
-latents and VAE like ``mid``. ``toy`` and ``toy_sd35`` are for tests of the benchmarks.
+Sizes: ``sd15``, ``sdxl`` and ``sd35`` are as published. ``sd15_side32`` is SD1.5 with latents of 32 × 32. ``mid`` has
+SD1.5's layout with channels (96, 192, 384, 384), latents of 32 × 32 and VAE channels (64, 128, 256). ``mid_sd35`` has
+SD3.5's layout with 13 blocks of width 512, and latents and VAE like ``mid``. ``toy`` and ``toy_sd35`` are for tests of
+the benchmarks.
 """
 
+import json
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -14,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -51,6 +55,11 @@ SIZES = {
         "vae": {**_VAE, **_LEVELS, "block_out_channels": (64, 128, 256)},
         "text_encoder": _SMALL_TEXT,
     },
+    "sd15_side32": {
+        **published.PIPELINES["sd15"],
+        "unet": {"_class_name": "UNet2DConditionModel", **published.SD15, "sample_size": 32},
+        "text_encoder": _SMALL_TEXT,
+    },
     "mid_sd35": {
         **published.PIPELINES["sd35"],
         "vae": {**_VAE, **_LEVELS, "block_out_channels": (64, 128, 256), "latent_channels": 16},
@@ -80,6 +89,7 @@ SIZES = {
     },
     "toy_sd35": {
         **published.PIPELINES["sd35"],
+        "vae": {**_VAE, **_LEVELS, "block_out_channels": (32, 32, 32), "latent_channels": 16},
         "text_encoder": _SMALL_TEXT,
         "text_encoder_2": {**published.CLIP_G, "num_hidden_layers": 1},
         "text_encoder_3": _SMALL_T5,
@@ -116,8 +126,8 @@ def pipeline_folder(size: str) -> str:
 class RandomPipeline(PipelineSource):
     """Pipeline whose parts are built from their configs with random weights."""
 
-    def _load(self, family: type[Any], part: str, pretrained: bool = True, dtype: torch.dtype = torch.float32) -> Any:
-        return super()._load(family, part, False, dtype)
+    def _load(self, family: type[Any], part: str, pretrained: bool = True, mapped: bool = False) -> Any:
+        return super()._load(family, part, pretrained=False)
 
 
 class RandomPolicy(PolicySource):
@@ -197,17 +207,83 @@ def prompts_for(size: str) -> PrecomputedPrompts:
         return PrecomputedPrompts(77, unet["cross_attention_dim"], 1280 if "addition_embed_type" in unet else 768)
 
 
-def materialise(module: nn.Module, device: torch.device, seed: int = 0) -> nn.Module:
-    """Allocate a module of the meta device on ``device``, and fill its floats with random numbers of N(0, 0.02²)."""
-    module.to_empty(device=device)
-    generator = torch.Generator(device).manual_seed(seed)
-    with torch.no_grad():
-        for tensor in (*module.parameters(), *module.buffers()):
-            if tensor.is_floating_point():
-                tensor.normal_(0, 0.02, generator=generator)
+def materialise(module: nn.Module, device: torch.device | str, dtype: torch.dtype | None = None) -> nn.Module:
+    """Give a module of the meta device values on ``device``; tensors that modules share stay shared.
+
+    Matrices are random numbers of N(0, 0.02²), other weights 1, and all else, such as biases, 0.
+
+    Args:
+        module: Module whose parameters and buffers are replaced.
+        device: Device.
+        dtype: Type of all floats; None keeps the types.
+    """
+    generator, made = torch.Generator(device).manual_seed(0), dict[int, Tensor]()
+    for part in module.modules():
+        for tensors in (part._parameters, part._buffers):
+            for name, old in tensors.items():
+                if old is None:
+                    continue
+                if id(old) not in made:
+                    wanted = dtype if dtype and old.is_floating_point() else old.dtype
+                    new = torch.full(old.shape, float(name == "weight"), dtype=wanted, device=device)
+                    if old.ndim > 1 and old.is_floating_point():
+                        new.normal_(0, 0.02, generator=generator)
+                    made[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+                tensors[name] = made[id(old)]
+    if isinstance(module, LightningModule):
+        module._device = torch.device(device)  # ``to`` would fail on the states of metrics
+    return module
+
+
+def write_weights(folder: Path, dtype: torch.dtype, shard: int = 2 * 10**9) -> None:
+    """Write random weights of every network of a pipeline folder, shard by shard: no network is held as a whole.
+
+    Norms get the weight 1, biases 0, and matrices numbers of N(0, 0.02²), which repeat every few million.
+
+    Args:
+        folder: Folder of configs.
+        dtype: Type of the weights.
+        shard: Most bytes of a file; larger networks get several files and an index.
+    """
+    import diffusers
+    import transformers
+
+    drawn = 0.02 * torch.randn(2**22 + 3, generator=torch.Generator().manual_seed(0))
+    for place in sorted(path.parent for path in folder.glob("*/config.json")):
+        config = json.loads((place / "config.json").read_text())
+        with torch.device("meta"):
+            if diffusers_name := config.get("_class_name"):
+                family: Any = getattr(diffusers, diffusers_name)
+                network = family.from_config(family.load_config(place))
             else:
-                tensor.zero_()
-    return module.to(device)  # so that a LightningModule updates its ``device``
+                clip = transformers.CLIPTextModel
+                if (folder / "transformer").is_dir() or place.name == "text_encoder_2":
+                    clip = transformers.CLIPTextModelWithProjection
+                family = {"clip_text_model": clip, "t5": transformers.T5EncoderModel}[config["model_type"]]
+                network = family(family.config_class.from_pretrained(place))
+        stem = "diffusion_pytorch_model" if diffusers_name else "model"
+        outlines = {id(value): (name, value) for name, value in network.state_dict(keep_vars=True).items()}
+        files: list[list[tuple[str, Tensor]]] = [[]]
+        for name, outline in outlines.values():
+            if sum(one.numel() for _, one in files[-1]) * dtype.itemsize > shard:
+                files.append([])
+            files[-1].append((name, outline))
+        names = [f"{stem}-{number:05}-of-{len(files):05}.safetensors" for number in range(1, len(files) + 1)]
+        if len(files) == 1:
+            names = [f"{stem}.safetensors"]
+        else:
+            index = {name: file for file, members in zip(names, files, strict=True) for name, _ in members}
+            (place / f"{stem}.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+        for file, members in zip(names, files, strict=True):
+            save_file({name: draw(name, outline, drawn).to(dtype) for name, outline in members}, place / file)
+
+
+def draw(name: str, outline: Tensor, drawn: Tensor) -> Tensor:
+    """Return values for a parameter of the shape of ``outline``: constants for vectors, else from the row ``drawn``."""
+    if outline.ndim < 2:
+        return torch.full(outline.shape, float(name.endswith("weight")))
+    size = outline.numel()
+    return drawn.repeat(size // len(drawn) + 1)[:size].view(outline.shape)
 
 
 def random_states(policy: Policy, count: int, device: torch.device | str = "cpu") -> Tensor:

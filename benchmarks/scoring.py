@@ -9,7 +9,8 @@
                 whose order changes
 ``throughput``  images per second of ``RewardModel.score`` and of a bare loop over the same parts, run in turn
 
-Each ``--reward`` is a trained reward (a checkpoint or run), which scores pictures of the tiny world; ``--sizes`` are
+Each ``--reward`` is a trained reward (a checkpoint or run; ``lrm_tiny`` and ``dina_lrm_tiny`` are trained first, below
+runs/tiny_alignment), which scores pictures of the tiny world; ``--sizes`` are
 networks of ``random_pipelines.py`` with random weights, which score pictures of noise. Everything runs in one thread.
 """
 
@@ -17,17 +18,17 @@ import argparse
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
-from statistics import median
+from typing import Any
 
 import numpy as np
 import torch
-from alignment import table
+from measuring import Goal, Spread, interleaved, ratio, table
 from PIL import Image
 from random_pipelines import SIZES, RandomPipeline, pipeline_folder
+from tiny_alignment import train_reward
 from torch import Tensor
 
 from latentreward.backbones import SD3DiTBackbone, SDUNetBackbone
@@ -98,10 +99,17 @@ def mixed(encoded: Sequence[bytes]) -> list[Image.Image]:
     ]
 
 
+def trained_rewards(names: Sequence[str]) -> list[str]:
+    """Return paths of rewards; ``lrm_tiny`` and ``dina_lrm_tiny`` are trained first unless they were before."""
+    layouts = {"lrm_tiny": "pickapic", "dina_lrm_tiny": "hpdv3"}
+    folder = Path("runs/tiny_alignment").resolve()
+    return [str(train_reward(folder, name, layouts[name], 0)) if name in layouts else name for name in names]
+
+
 # --- invariance ----------------------------------------------------------------------------------------------------
 
 
-def invariance(name: str, count: int) -> Iterator[list[str]]:
+def invariance(name: str, count: int) -> Iterator[list[Any]]:
     """Yield the rows of one model, for images of one shape and of mixed shapes."""
     model, (prompts, encoded) = load_model(name), pictures(name, count)
     for kind, images in (("one shape", list(encoded)), ("mixed shapes", mixed(encoded))):
@@ -112,7 +120,8 @@ def invariance(name: str, count: int) -> Iterator[list[str]]:
         shuffled = model.score([prompts[i] for i in order], [images[i] for i in order], batch_size=8)
         same = (shuffled == reference[order]).float().mean().item()
         halves = torch.equal(in_processes(name, count, kind), reference)
-        yield [short(name), kind, f"{reference.std():.3f}", f"{worst:.1e}", str(repeated), f"{same:.0%}", str(halves)]
+        row = [short(name), kind, f"{reference.std():.3f}", f"{worst:.1e}", Goal(worst, most=2e-5)]
+        yield [*row, str(repeated), f"{same:.0%}", str(halves)]
 
 
 def in_processes(name: str, count: int, kind: str, processes: int = 2) -> Tensor:
@@ -166,22 +175,18 @@ def bfloat16(name: str, count: int) -> Iterator[list[str]]:
 # --- throughput ----------------------------------------------------------------------------------------------------
 
 
-def throughput(name: str, count: int, repeats: int, batch_size: int = 8) -> list[str]:
+def throughput(name: str, count: int, repeats: int, batch_size: int = 8) -> list[Any]:
     """Return the row of one model."""
     model, (prompts, images) = load_model(name), pictures(name, count)
-    ways: dict[str, Callable[[], Tensor]] = {
-        "score": lambda: model.score(prompts, images, batch_size=batch_size),
-        "loop": lambda: bare_loop(model, prompts, images, batch_size),
-    }
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
-    for _ in range(repeats):
-        for way, work in ways.items():
-            start = time.perf_counter()
-            work()
-            seconds[way].append(time.perf_counter() - start)
-    ratio = median(ours / theirs for ours, theirs in zip(seconds["score"], seconds["loop"], strict=True))
-    rates = [f"{count / median(seconds[way]):.1f}" for way in ways]
-    return [short(name), str(batch_size), *rates, f"{ratio:.3f}"]
+    times = interleaved(
+        {
+            "score": lambda: model.score(prompts, images, batch_size=batch_size),
+            "loop": lambda: bare_loop(model, prompts, images, batch_size),
+        },
+        repeats,
+    )
+    rates = [Spread([count / n for n in spent.values]) for spent in times.values()]
+    return [short(name), batch_size, *rates, ratio(times["score"], times["loop"])]
 
 
 @torch.no_grad()
@@ -226,9 +231,9 @@ def main() -> None:
     if options.parts == ["share"]:
         score_share(options)
         return
-    names = [*options.reward, *options.sizes]
+    names = [*trained_rewards(options.reward), *options.sizes]
     if "invariance" in options.parts:
-        columns = ("model", "images", "sd of scores", "largest difference, batches of 1 to 64")
+        columns = ("model", "images", "sd of scores", "largest difference, batches of 1 to 64", "goal")
         exact = ("repeated", "other order: same bits", "two processes: same bits")
         rows = [row for name in names for row in invariance(name, options.images)]
         table(f"Invariance, float32, {options.images} images, batches of 8", (*columns, *exact), rows)

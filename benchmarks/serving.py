@@ -15,10 +15,10 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from statistics import median
+from typing import Any
 
 import torch
-from alignment import table
+from measuring import MIB, Goal, Spread, ratio, table
 from safetensors.torch import save
 from scoring import random_model
 from torch import Tensor
@@ -36,7 +36,6 @@ from tests.serving.processes import Answers, fuzz, load, server_process
 
 SMALLEST = "toy_sd35"
 CLIENTS = 32
-MIB = 2**20
 
 
 def run_server(size: str, batch_size: int) -> None:
@@ -59,8 +58,8 @@ def requests_of(accepted: Accepted, count: int, side: int, tokens: int) -> list[
 # --- throughput ----------------------------------------------------------------------------------------------------
 
 
-def throughput(size: str, threads: int, count: int, repeats: int, batch_size: int) -> list[list[str]]:
-    """Measure rows per second in process and over HTTP; return a table row for each turn and one for the median."""
+def throughput(size: str, threads: int, count: int, repeats: int, batch_size: int) -> list[Any]:
+    """Measure rows per second in process and over HTTP, in turn; return a table row."""
     model = random_model(size)
     accepted = accepted_by(model, ServiceSettings())
     side = model.backbone.native_size[0] // model.backbone.latent_space.downscale
@@ -74,12 +73,9 @@ def throughput(size: str, threads: int, count: int, repeats: int, batch_size: in
             if answers.unexpected:
                 raise RuntimeError(answers.unexpected[0])
             rates.append((within, count / answers.seconds))
-    rates.append((median(within for within, _ in rates), median(over for _, over in rates)))
-    names = [*map(str, range(1, repeats + 1)), "median"]
-    return [
-        [name, f"{within:.2f}", f"{over:.2f}", f"{over / within:.2f}"]
-        for name, (within, over) in zip(names, rates, strict=True)
-    ]
+    within, over = (Spread(values) for values in zip(*rates, strict=True))
+    share = ratio(over, within)
+    return [within, over, share, Goal(share.median, least=0.8)]
 
 
 def in_process(model: RewardModel, bodies: list[bytes], accepted: Accepted, count: int, batch_size: int) -> float:
@@ -157,9 +153,10 @@ def main() -> None:
         run_server(options.serve, options.batch_size)
         return
     if "throughput" in options.parts:
-        rows = throughput(options.size, options.threads, options.rows, options.repeats, options.batch_size)
+        row = throughput(options.size, options.threads, options.rows, options.repeats, options.batch_size)
         title = f"Throughput, {options.size}, batches of {options.batch_size}, {options.threads} threads"
-        table(title, ("turn", "in process, rows/s", f"server, {CLIENTS} clients, rows/s", "server / in process"), rows)
+        columns = ("in process, rows/s", f"server, {CLIENTS} clients, rows/s", "server / in process", "goal")
+        table(title, columns, [row])
     measures = [("load", measure_load, options.requests), ("fuzz", measure_fuzz, options.mutations)]
     if rows := [measure(count) for part, measure, count in measures if part in options.parts]:
         columns = ("part", "statuses", "unexpected", "requests/s", "server's memory, MiB", "exit status")

@@ -20,7 +20,7 @@ from statistics import mean, stdev
 
 import numpy as np
 import torch
-from alignment import table
+from measuring import table
 from PIL import Image
 from tiny_alignment import train_reward
 from torch import Tensor

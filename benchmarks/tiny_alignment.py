@@ -14,39 +14,15 @@ import json
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lightning.pytorch import Callback, LightningModule, Trainer
+from measuring import table
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-
-
-class ProcessTimeBudget(Callback):
-    """Callback that ends training after a budget of processor time, rollouts and rewards included.
-
-    Args:
-        seconds: Budget in seconds of this process's processor time, from the start of training.
-    """
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
-        self._started = time.process_time()
-
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        """Stop training if the budget is used up."""
-        used = time.process_time() - self._started
-        if used > self.seconds or trainer.global_step >= trainer.max_steps > 0:
-            print(f"process time {used:.1f} s, optimiser steps {trainer.global_step}", flush=True)
-            trainer.should_stop = used > self.seconds or trainer.should_stop
 
 
 @dataclass(frozen=True)
@@ -75,12 +51,10 @@ LRM = ("--model.reward.path={lrm}",)
 NOISE = ("--model.reward=RandomReward", "--model.reward.seed={seed}")
 READOUT = (*NOISE, "--model.reward.kind=readout", "--model.selection=QuantileThreshold")
 OFFLINE = ("--data.root={pairs}", "--trainer.limit_val_batches=0")
-STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}
-"""Number of seeds → 97.5 % quantile of Student's t, for intervals that include the variation between trainings."""
 EQUAL = 40.0
 """Processor time of each run in the comparison of methods, in seconds."""
 BUDGET = (
-    "--trainer.callbacks+=tiny_alignment.ProcessTimeBudget",
+    "--trainer.callbacks+=latentreward.reproduction.process_time.ProcessTimeBudget",
     f"--trainer.callbacks.seconds={EQUAL:g}",
     "--trainer.max_steps=-1",
 )
@@ -110,7 +84,7 @@ RUNS = (
 def latentreward(log: Path, *arguments: str) -> None:
     """Run ``latentreward`` in a process with one thread, and append its output to ``log``."""
     command = [sys.executable, "-m", "latentreward", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as stream:
         stream.write("$ " + " ".join(command) + "\n")
@@ -177,22 +151,12 @@ def measure(run: Run, seed: int, output: Path, rewards: dict[str, Path]) -> np.n
     return np.array(after["utility"]) - np.array(before["utility"])
 
 
-def student_interval(means: list[float]) -> str:
-    """Format the 95 % interval of the mean over seeds; a dash for one seed or for more than six."""
-    if len(means) not in STUDENT:
-        return "–"
-    spread = STUDENT[len(means)] * float(np.std(means, ddof=1)) / len(means) ** 0.5
-    return f"[{np.mean(means) - spread:+.3f}, {np.mean(means) + spread:+.3f}]"
-
-
-def markdown(results: dict[Run, list[np.ndarray]], output: Path) -> Iterable[str]:
-    """Yield the lines of one Markdown table per group."""
-    from latentreward.metrics.bootstrap import bootstrap_interval
+def print_tables(results: dict[Run, list[np.ndarray]], output: Path) -> None:
+    """Print one table per group."""
+    from latentreward.metrics.bootstrap import bootstrap_interval, student_interval
 
     for group in dict.fromkeys(run.group for run in results):
-        yield f"\n{group}\n"
-        yield "| run | utility before | after | change [95 %] | 95 % over seeds | of each seed |"
-        yield "|---|---|---|---|---|---|"
+        rows = []
         for run, differences in results.items():
             if run.group == group:
                 before = output / f"before_{run.pipeline}_{run.guidance:g}.json"
@@ -200,8 +164,11 @@ def markdown(results: dict[Run, list[np.ndarray]], output: Path) -> Iterable[str
                 change, low, high, _ = bootstrap_interval(differences)
                 seeds = ", ".join(f"{difference.mean():+.3f}" for difference in differences)
                 interval = f"{change:+.3f} [{low:+.3f}, {high:+.3f}]"
-                over_seeds = student_interval([difference.mean() for difference in differences])
-                yield f"| {run.name} | {start:.3f} | {start + change:.3f} | {interval} | {over_seeds} | {seeds} |"
+                student = student_interval([difference.mean() for difference in differences])
+                over_seeds = f"[{student.low:+.3f}, {student.high:+.3f}]" if len(differences) > 1 else "–"
+                rows.append([run.name, f"{start:.3f}", f"{start + change:.3f}", interval, over_seeds, seeds])
+        columns = ("run", "utility before", "after", "change [95 %]", "95 % over seeds", "of each seed")
+        table(group, columns, rows)
 
 
 def main() -> None:
@@ -227,7 +194,7 @@ def main() -> None:
             for seed in seeds
         }
         results = {run: [runs[run, seed].result() for seed in seeds] for run in chosen}
-    print("\n".join(markdown(results, output)))
+    print_tables(results, output)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
 from latentreward.callbacks.accuracy_interval import AccuracyInterval
 from latentreward.callbacks.collapse_guard import CollapseGuard
+from latentreward.callbacks.encode_once import EncodeOnce
 from latentreward.callbacks.exact_resume import ExactResume
 from latentreward.callbacks.graceful_stop import GracefulStop
 from latentreward.callbacks.hacking_monitor import HackingMonitor
+from latentreward.callbacks.last_checkpoint import LastCheckpoint
 from latentreward.callbacks.nan_guard import NaNGuard
 from latentreward.callbacks.noise_band_accuracy import NoiseBandAccuracy
 from latentreward.callbacks.pair_grid import ScoredPairGrid
@@ -23,9 +25,11 @@ from latentreward.callbacks.trainable_ema import TrainableEMA
 __all__ = [
     "AccuracyInterval",
     "CollapseGuard",
+    "EncodeOnce",
     "ExactResume",
     "GracefulStop",
     "HackingMonitor",
+    "LastCheckpoint",
     "NaNGuard",
     "NoiseBandAccuracy",
     "PairScoreWriter",

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from latentreward.callbacks.graceful_stop import GracefulStop, checkpoint_path
+from latentreward.callbacks.last_checkpoint import LastCheckpoint
 from latentreward.callbacks.prompt_monitor import SEED, PromptMonitor, log_now
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint
@@ -103,8 +104,9 @@ class HackingMonitor(PromptMonitor):
         message = f"optimiser step {trainer.global_step}: {figures}; the policy hacks its reward"
         if self.action == "stop":
             path = checkpoint_path(trainer)
-            trainer.save_checkpoint(path, weights_only=False)  # with None Lightning prints a line
             trainer.should_stop = True
+            if not any(isinstance(keeper, LastCheckpoint) for keeper in trainer.checkpoint_callbacks):  # saves next
+                trainer.save_checkpoint(path, weights_only=False)  # with None Lightning prints a line
             message += f". Stopped, saved to {path}; use an earlier checkpoint, fewer steps or a lower learning rate"
         if trainer.is_global_zero:
             logger.warning(message)

@@ -359,14 +359,15 @@ def test_backbone_by_short_name(options: list[str], folder: Path, capsys: pytest
 
 
 @pytest.mark.parametrize("name", slow_after(2, ["cpu", "one_gpu", "eight_gpus", "fsdp2", "fsdp1", "slurm"]))
-def test_packaged_trainers_are_found_from_any_folder(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_packaged_trainers_are_found_from_any_folder_and_keep_last_ckpt(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = settings(capsys, f"--config=configs/trainer/{name}.yaml")
     assert config["trainer"]["gradient_clip_val"] == 1.0
-    assert [callback["class_path"].rsplit(".")[-1] for callback in config["trainer"]["callbacks"]][:3] == [
-        "Note",
-        "Note",
-        "ModelCheckpoint",
-    ]
+    callbacks = [callback["class_path"].rsplit(".")[-1] for callback in config["trainer"]["callbacks"]]
+    assert callbacks[:2] == ["Note", "Note"]  # of the files before
+    assert "LastCheckpoint" in callbacks[2:]
+    assert ("TrainableCheckpoint" in callbacks) == (name != "fsdp1")  # whose parameters are flat
 
 
 # ---- runs

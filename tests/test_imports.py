@@ -85,6 +85,8 @@ MAY_IMPORT = {
     "estimate": BASE
     | {"encoders", "backbones", "heads", "data", "cache", "scoring", "scorers", "settings"}
     | {"policies", "rewards", "modules"},
+    "reproduction": BASE | {"metrics", "reports", "settings", "evaluation"},
+    "pilot": BASE | {"estimate", "evaluation", "metrics", "reports", "reproduction", "settings"},
     "serving": BASE | {"data", "noise", "scoring"},
     "tinyworld": BASE | {"data", "scorers", "metrics"},
 }

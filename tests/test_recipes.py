@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from jsonargparse import Namespace
+from latentreward.callbacks import LastCheckpoint
 from torch import nn
 
 from latentreward.backbones import backbone_names
@@ -221,6 +222,12 @@ def test_levels_stay_in_their_range(name: str, low: float, high: float) -> None:
     drawn = [module.levels.draw(pair_generator(0, "timestep", 0, str(pair)), process).item() for pair in range(50)]
     assert low <= min(drawn) <= max(drawn) <= high
     assert len(set(drawn)) > 1 or high - low < 3
+
+
+def test_of_two_last_checkpoints_the_later_files_is_taken() -> None:
+    callbacks = parse("configs/recipes/lrm_sd15.yaml", "configs/trainer/cpu.yaml").build("trainer").callbacks
+    (keeper,) = [callback for callback in callbacks if isinstance(callback, LastCheckpoint)]
+    assert keeper._every_n_train_steps == 100
 
 
 def rows(name: str, *options: str) -> int:

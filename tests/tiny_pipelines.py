@@ -204,7 +204,7 @@ def sdxl() -> DiffusionPipeline:
     )
 
 
-def sd3_like(sd35: bool, with_t5: bool) -> DiffusionPipeline:
+def sd3_like(sd35: bool, with_t5: bool, **options: Any) -> DiffusionPipeline:
     tokenizer, tokenizer_2 = clip_tokenizer(), clip_tokenizer(pad_token="!")
     t5, t5_words = None, None
     if with_t5:
@@ -214,7 +214,7 @@ def sd3_like(sd35: bool, with_t5: bool) -> DiffusionPipeline:
         )
     return StableDiffusion3Pipeline(
         vae=vae(1.5305, shift_factor=0.0609),
-        transformer=sd3_transformer(sd35),
+        transformer=sd3_transformer(sd35, **options),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         text_encoder=CLIPTextModelWithProjection(clip_config(tokenizer)),
         text_encoder_2=CLIPTextModelWithProjection(clip_config(tokenizer_2)),
@@ -232,6 +232,8 @@ BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {
     "sdxl": sdxl,
     "sd3": lambda: sd3_like(sd35=False, with_t5=True),
     "sd35": lambda: sd3_like(sd35=True, with_t5=True),
+    "sd3_deep": lambda: sd3_like(sd35=False, with_t5=True, num_layers=18),
+    "sd35_deep": lambda: sd3_like(sd35=True, with_t5=True, num_layers=13),
     "sd35_no_t5": lambda: sd3_like(sd35=True, with_t5=False),
 }
 

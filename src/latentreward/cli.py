@@ -4,6 +4,7 @@ This module imports only the standard library and small modules of this package.
 message about an unknown subcommand therefore appear without the seconds that importing torch takes.
 """
 
+import atexit
 import gc
 import importlib
 import os
@@ -47,6 +48,14 @@ COMMANDS = {
     "generate": (
         "latentreward.commands.generate:run",
         "sample pictures for prompts; a reward may choose the best of several",
+    ),
+    "reproduce": (
+        "latentreward.commands.reproduce:run",
+        "measure claims and ablations of the papers in the tiny world",
+    ),
+    "pilot": (
+        "latentreward.commands.pilot:run",
+        "train a reward on a cut of a data set, benchmark it, align with it: one card",
     ),
     "evaluate-policy": (
         "latentreward.commands.evaluate_policy:run",
@@ -116,7 +125,7 @@ def main(args: Sequence[str] | None = None) -> None:
         key=lambda argument: argument.startswith(("--restrict-imports", "--allow-programs"))
     )  # a stable sort: these two move to the end, so that the subcommand is the first argument
     try:
-        _dispatch(arguments)
+        _dispatch(arguments, alone=args is None)
     except (InputError, OSError) as error:
         if debug:
             raise
@@ -132,7 +141,8 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.exit(TERMINATED if isinstance(stop, Terminated) else INTERRUPTED)
 
 
-def _dispatch(arguments: list[str]) -> None:
+def _dispatch(arguments: list[str], alone: bool) -> None:
+    """Run the subcommand that ``arguments`` name; ``alone`` says that the process does nothing else."""
     if arguments and arguments[0] in ("-h", "--help"):
         width = max(map(len, COMMANDS))
         lines = (f"  {name:{width}}  {summary}" for name, (_, summary) in COMMANDS.items())
@@ -150,6 +160,9 @@ def _dispatch(arguments: list[str]) -> None:
     try:
         with exit_while_importing():
             run = getattr(importlib.import_module(module), function)
+        if alone:
+            gc.freeze()  # nor do later collections look through them: up to a second before the first step
+            atexit.register(gc.unfreeze)  # libraries complain of objects that the collection at the exit misses
     finally:
         if collects:
             gc.enable()

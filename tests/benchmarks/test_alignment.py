@@ -1,25 +1,15 @@
 """The benchmarks of alignment run, at toy size, and count what is known."""
 
-import sys
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
-
-FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
-def benchmark() -> Iterator[Any]:
-    sys.path.insert(0, str(FOLDER))
-    try:
-        import alignment
-
-        yield alignment
-    finally:
-        sys.path.remove(str(FOLDER))
+def benchmark(load: Callable[[str], ModuleType]) -> ModuleType:
+    return load("alignment")
 
 
 def cells(text: str, first: str) -> list[str]:
@@ -31,8 +21,8 @@ def cells(text: str, first: str) -> list[str]:
 def test_passes_compare_equal_losses(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
     benchmark.measure_passes("toy", batch=2, repeats=1)
     row = cells(capsys.readouterr().out, "1 |")
-    assert float(row[4]) < 1e-6
-    assert float(row[5]) < 1e-3
+    assert float(row[5]) < 1e-6
+    assert float(row[6]) < 1e-3
 
 
 @pytest.mark.slow
@@ -60,7 +50,7 @@ def test_flops_of_scoring_a_step_of_sd15(benchmark: Any) -> None:
 def test_scoring_is_timed_at_toy_size(
     benchmark: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = {**benchmark.CLIP_H_VISION, "num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32}
+    small = {**benchmark.CLIP_H_VISION, "hidden_size": 32, "intermediate_size": 32}
     monkeypatch.setattr(benchmark, "CLIP_H_VISION", small)
     benchmark.measure_scoring((), "toy", batch=2, repeats=1)
     assert "| reused x̂_0, with CLIP-H |" in capsys.readouterr().out
@@ -83,10 +73,3 @@ def test_flops_of_dina(benchmark: Any) -> None:
     work = benchmark.count_dina()
     assert work.backbone / 1e12 == pytest.approx(6.63, abs=0.01)
     assert work.head < 0.03 * work.backbone
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("size", "refl"), [("toy", False), ("toy_sd35", True)])
-def test_steps_at_full_size_would_run(benchmark: Any, size: str, refl: bool) -> None:
-    work = benchmark.full_size_step(benchmark.FullSize("toy", size, 1, refl), torch.device("cpu"))
-    assert benchmark.flops(work) > 0

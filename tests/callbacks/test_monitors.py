@@ -10,6 +10,7 @@ from latentreward.callbacks import (
     CollapseGuard,
     ExactResume,
     HackingMonitor,
+    LastCheckpoint,
     NaNGuard,
     ReferenceDrift,
     SampleGrid,
@@ -19,7 +20,7 @@ from latentreward.callbacks import (
 from latentreward.callbacks.collapse_guard import collapse_figures
 from latentreward.callbacks.hacking_monitor import PairedChange
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -149,6 +150,17 @@ def test_hacking_stops_the_run_with_a_checkpoint_that_has_all(make_trainer, tmp_
     assert (
         trainer.callback_metrics["hacking/held_out_change"] < -3 < 0 < trainer.callback_metrics["hacking/reward_change"]
     )
+
+
+def test_hacking_stops_a_run_whose_last_checkpoint_is_written_once(make_trainer, tmp_path):
+    saved: list[int] = []
+    saves = LambdaCallback(on_save_checkpoint=lambda trainer, *_: saved.append(trainer.global_step))
+    monitor, keeper = HackingMonitor(PROMPTS, FallingScorer(), every_n_steps=2), LastCheckpoint(2, str(tmp_path))
+    make_trainer(callbacks=[monitor, keeper, saves], enable_checkpointing=True, max_epochs=-1, max_steps=8).fit(
+        grpo(), datamodule=prompts()
+    )
+    assert saved == [2]
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 2
 
 
 @pytest.mark.slow

@@ -9,13 +9,15 @@ from typing import Any, BinaryIO
 import pytest
 import torch
 
-from latentreward.checkpoints.files import DurableCheckpointIO, checkpoint_problem, newest_intact
+from latentreward.checkpoints.files import DurableCheckpointIO, checkpoint_problem, holds_weights_alone, newest_intact
 from latentreward.errors import InputError
 from tests.processes import Forked
 
 
-def write(path: Path, age: float = 0.0, number: int = 0) -> Path:
-    DurableCheckpointIO().save_checkpoint({"number": number, "weights": torch.arange(1000.0)}, path)
+def write(path: Path, age: float = 0.0, number: int = 0, whole: bool = True) -> Path:
+    content = {"number": number, "weights": torch.arange(1000.0), "pytorch-lightning_version": "2.6.0"}
+    content |= {"optimizer_states": []} if whole else {}
+    DurableCheckpointIO().save_checkpoint(content, path)
     os.utime(path, times=(time.time() - age,) * 2)
     return path
 
@@ -74,6 +76,17 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_previous_one(how: str, tmp
     for path in tmp_path.glob("step*"):
         path.unlink()
     with pytest.raises(InputError, match="no checkpoint beside it is intact; remove it to start anew"):
+        newest_intact([last])
+
+
+def test_weights_alone_are_passed_over_by_a_run_that_goes_on(tmp_path: Path) -> None:
+    previous = write(tmp_path / "step=10.ckpt", age=60)
+    best, last = write(tmp_path / "best.ckpt", age=30, whole=False), write(tmp_path / "last.ckpt", age=10)
+    assert [holds_weights_alone(path) for path in (previous, best, last)] == [False, True, False]
+    damage(last, "torn")
+    assert newest_intact([last]) == previous
+    previous.unlink()
+    with pytest.raises(InputError, match="no checkpoint beside it is intact"):
         newest_intact([last])
 
 

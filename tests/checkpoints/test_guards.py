@@ -14,7 +14,7 @@ from latentreward.cli import main
 from latentreward.commands.consolidate import consolidate
 from latentreward.errors import InputError
 from tests.marks import slow_after
-from tests.small_user import refusal, run
+from tests.small_user import RUNS, refusal, run
 
 EACH_STEP = (
     "--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint",
@@ -39,6 +39,20 @@ def test_another_models_checkpoint_is_one_line(
     said = refusal(capsys, command, tmp_path, f"--ckpt_path={path}")
     names = "it lacks net.0.bias (4 in all), it has the unknown weight other.bias (2 in all)"
     assert said == f"ckpt_path: {path}: the checkpoint does not fit: {names}; {same}"
+
+
+def test_fit_refuses_weights_alone_before_the_model_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("fit", tmp_path, "--trainer.max_steps=2", *EACH_STEP, "--trainer.callbacks.save_weights_only=true")
+    path = tmp_path / "run" / "checkpoints" / "epoch=0-step=2.ckpt"
+    without = "holds weights alone, without the state of the optimiser (save_weights_only); resume from"
+    made = len(RUNS)
+    assert refusal(capsys, "fit", tmp_path, f"--ckpt_path={path}").startswith(f"ckpt_path: {path} {without}")
+    assert len(RUNS) == made
+    said = refusal(capsys, "fit", tmp_path, *EACH_STEP, "--ckpt_path=last")  # whose folder the callbacks tell
+    assert said.startswith(f"ckpt_path: {path.with_name('last.ckpt')} {without}")
+    run("validate", tmp_path, f"--ckpt_path={path}")
 
 
 @pytest.mark.parametrize("value", slow_after(1, ["nan", "inf", "-inf"]))

@@ -95,8 +95,6 @@ class Norms(Callback):
 def make_trainer(folder: Path, strategy: Any = "auto", **options: Any) -> Trainer:
     """One process, or two where a strategy is named; one epoch, nothing printed, nothing saved."""
     return Trainer(
-        accelerator="cpu",
-        devices=1 if strategy == "auto" else 2,
         strategy=strategy,
         num_sanity_val_steps=0,
         logger=False,
@@ -105,7 +103,13 @@ def make_trainer(folder: Path, strategy: Any = "auto", **options: Any) -> Traine
         use_distributed_sampler=False,
         default_root_dir=folder,
         plugins=[DurableCheckpointIO()],
-        **{"max_epochs": 1, "enable_checkpointing": False, **options},
+        **{
+            "accelerator": "cpu",
+            "devices": 1 if strategy == "auto" else 2,
+            "max_epochs": 1,
+            "enable_checkpointing": False,
+            **options,
+        },
     )
 
 
@@ -160,14 +164,14 @@ def small_model() -> RewardModule:
     return dina("sd35_no_t5", optimizer=adamw, levels=None)
 
 
-def saved_run(folder: Path, strategy: Any = "auto", resume: Path | None = None) -> dict[str, Any]:
+def saved_run(folder: Path, strategy: Any = "auto", resume: Path | None = None, **options: Any) -> dict[str, Any]:
     """Two epochs with average and checkpoints ``epoch=N`` in ``folder``, and what is left in the end."""
     module, average = small_model(), TrainableEMA(decay=0.5)
     saver = ModelCheckpoint(
         folder, "{epoch}", monitor="val/margin", mode="max", save_top_k=-1, enable_version_counter=False
     )
     callbacks = [average, saver, TrainableCheckpoint()]
-    trainer = make_trainer(folder, strategy, max_epochs=2, callbacks=callbacks, enable_checkpointing=True)
+    trainer = make_trainer(folder, strategy, max_epochs=2, callbacks=callbacks, enable_checkpointing=True, **options)
     fit(module, trainer, resume)
     return {
         **outcome(module, trainer),

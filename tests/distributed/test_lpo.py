@@ -42,6 +42,14 @@ def test_two_processes_equal_one(strategy: str, ranks: list[dict[str, Any]], one
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
+def test_prompts_encoded_once_change_nothing(strategy: str, ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert rank[f"{strategy} encoded once"]["keys"] == rank[strategy]["keys"]
+        for name, value in rank[strategy]["weights"].items():
+            torch.testing.assert_close(rank[f"{strategy} encoded once"]["weights"][name], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_resumed_run_ends_with_the_same_weights(strategy: str, ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         whole, rest = rank[strategy], rank[f"{strategy} resumed"]

@@ -51,6 +51,18 @@ def test_vae_stays_frozen_and_in_its_dtype_under_autocast() -> None:
     assert not any(parameter.requires_grad for parameter in encoder.parameters())
 
 
+def test_bfloat16_autocast_halves_the_products_and_not_the_weights(encoder: LatentEncoder) -> None:
+    pixels, seen = torch.rand(2, 3, PIXELS, PIXELS) * 2 - 1, []
+    expected = encoder.encode(pixels)
+    encoder.vae.encoder.conv_in.register_forward_hook(lambda *args: seen.append(args[-1].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        latents = encoder.encode(pixels)
+    assert seen == [torch.bfloat16]
+    assert latents.dtype == torch.float32
+    assert (latents - expected).abs().mean() < 0.02 * expected.std()
+    assert {weight.dtype for weight in encoder.parameters()} == {torch.float32}
+
+
 def test_space_comes_from_the_config_alone() -> None:
     space = latent_space_of(
         {"latent_channels": 16, "block_out_channels": [1, 2, 3, 4], "scaling_factor": 1.5305, "shift_factor": 0.0609}

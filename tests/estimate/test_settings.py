@@ -37,6 +37,9 @@ def shown(capsys: pytest.CaptureFixture[str], *options: str) -> str:
     return capsys.readouterr().out
 
 
+CALLBACK = "--trainer.callbacks+=EncodeOnce"
+
+
 def number(text: str, name: str) -> float:
     found = re.search(rf"^  {name} +(\S+)$", text, flags=re.MULTILINE)
     assert found, name
@@ -50,6 +53,11 @@ def test_tiny_alignment_needs_no_trained_reward(capsys: pytest.CaptureFixture[st
     assert number(text, "rollout") > 0
     assert number(text, "peak") >= number(text, "peak in the passes of a batch") > number(text, "weights")
     assert not [*tmp_path.iterdir()]
+    once = shown(capsys, "--config", str(CONFIGS / "align" / "lpo_tiny.yaml"), "--data.batch_size=4", CALLBACK)
+    encoders = re.search(r"^  text encoders .* (\S+)$", text, flags=re.MULTILINE)
+    assert encoders is not None and "text encoders  " not in once
+    assert number(once, "peak") == pytest.approx(number(text, "peak") - float(encoders[1]), abs=2e-3)
+    assert f"EncodeOnce frees text encoders of {float(encoders[1]):.2f} GB before the first step." in once
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from latentreward.metrics.bootstrap import (
+    MANY,
     Interval,
     bootstrap_interval,
     clustered_accuracy,
@@ -184,3 +185,24 @@ def test_groups_are_numbered_by_name_however_they_are_given() -> None:
         np.testing.assert_array_equal(group_codes(given), expected)
     assert group_codes([]).tolist() == group_codes(np.zeros(0, dtype=int)).tolist() == []
     assert group_sums([], np.zeros(0), np.zeros(0)).shape == (0, 2)
+
+
+def test_many_groups_are_resampled_in_bundles_with_the_same_spread() -> None:
+    """The interval of a ratio whose groups differ in size, against its normal approximation."""
+    rng = np.random.default_rng(9)
+    weight = rng.integers(1, 4, MANY + 1)
+    values = rng.exponential(size=MANY + 1)
+    estimate = clustered_interval(np.stack([values * weight, weight], axis=1))
+    assert estimate.value == pytest.approx((values * weight).sum() / weight.sum())
+    assert estimate.groups == MANY + 1
+    half = Z * np.linalg.norm((values - estimate.value) * weight) / weight.sum()
+    assert (estimate.low, estimate.high) == pytest.approx(
+        (estimate.value - half, estimate.value + half), abs=0.1 * half
+    )
+
+
+def test_totals_of_resamples_are_those_of_plain_draws() -> None:
+    """The order of the random numbers is promised: reports of earlier versions keep their intervals."""
+    sums = np.random.default_rng(10).normal(size=(700, 3))
+    drawn = np.random.default_rng(4).integers(700, size=(200, 700))
+    np.testing.assert_allclose(resample_sums(sums, 200, seed=4), sums[drawn].sum(axis=1), atol=1e-10)

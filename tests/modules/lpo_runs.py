@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from latentreward.callbacks import ExactResume, TrainableCheckpoint
+from latentreward.callbacks import EncodeOnce, ExactResume, TrainableCheckpoint
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, distributed
@@ -118,22 +118,28 @@ def weights(module: LPOModule) -> dict[str, Tensor]:
 
 
 def saved_run(
-    folder: Path, strategy: Any = "auto", resume: Path | None = None, options: dict[str, Any] | None = None
+    folder: Path,
+    strategy: Any = "auto",
+    resume: Path | None = None,
+    options: dict[str, Any] | None = None,
+    encode_once: bool = False,
 ) -> dict[str, Any]:
     """Two epochs of four steps, with a checkpoint after every third: weights, and the keys of this rank's batches."""
     module, seen = lpo(**(options or {})), SeenKeys()
+    once = [EncodeOnce()] if encode_once else []
     saver = ModelCheckpoint(folder, "{step}", every_n_train_steps=3, save_top_k=-1, enable_version_counter=False)
-    trainer = make_trainer(folder, strategy, [seen, saver], enable_checkpointing=True)
+    trainer = make_trainer(folder, strategy, [seen, saver, *once], enable_checkpointing=True)
     trainer.fit(module, datamodule=loaders(trainer.world_size), ckpt_path=resume, weights_only=True)
     return {"weights": weights(module), "keys": seen.batches, "steps": trainer.global_step}
 
 
 def cases_of_two(folder: Path) -> dict[str, Any]:
-    """On ranks: a run, the rest of it from a checkpoint in its middle, and one that only rank 0 keeps pairs in."""
+    """On ranks: a run, the rest of it, one in which only rank 0 keeps pairs, and one with prompts encoded once."""
     results: dict[str, Any] = {}
     for name, strategy in (("ddp", lambda: "ddp"), ("fsdp2", FSDP2Strategy)):
         own = folder / name
         results[name] = saved_run(own, strategy())
         results[f"{name} resumed"] = saved_run(folder / "again", strategy(), own / "step=3.ckpt")
         results[f"{name} one rank"] = saved_run(folder / "one", strategy(), None, {"selection": FirstRankOnly(0.3)})
+        results[f"{name} encoded once"] = saved_run(folder / "once", strategy(), encode_once=True)
     return results

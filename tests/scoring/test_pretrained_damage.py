@@ -270,3 +270,11 @@ def test_published_layouts_half_downloaded(tmp_path: Path) -> None:
 def test_settings_that_do_not_go_with_what_lies_there(copies: dict[str, Path]) -> None:
     refused(copies["lora"], "config is set, but .* needs none", config="run.yaml")
     refused(copies["lora"], "revision='v1' is for hub ids", revision="v1")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64])
+def test_weights_that_are_not_floating_point(dtype: torch.dtype, copies: dict[str, Path]) -> None:
+    tensors = load_file(path := copies["full"] / "backbone.safetensors")
+    name = max(tensors, key=lambda name: tensors[name].numel())
+    save_file({**tensors, name: tensors[name].to(dtype)}, path)
+    refused(copies["full"], rf"tensor {name} is {dtype}, expected floating point")

@@ -19,9 +19,12 @@ import torch
 from torch.distributed import checkpoint as distributed_checkpoint
 
 from latentreward.checkpoints import files
-from latentreward.checkpoints.shards import INDEX, REST
+from latentreward.checkpoints.shards import INDEX, REST, read_checkpoint
 from latentreward.commands.fit import guard_loading
+from latentreward.errors import InputError
+from latentreward.scoring import RewardModel
 from tests.marks import slow_after
+from tests.rewards.stored import write_run
 from tests.small_user import refusal, run
 
 COMMANDS = ("fit", "validate", "test", "predict")
@@ -275,3 +278,21 @@ def test_what_lightning_did_not_write_is_one_line(
     torch.save(content, tmp_path / "weights.ckpt")
     said = refusal(capsys, "fit", tmp_path, f"--ckpt_path={tmp_path}/weights.ckpt")
     assert said == f"ckpt_path: {tmp_path}/weights.ckpt is not a Lightning checkpoint; give one that `fit` wrote"
+
+
+def test_a_checkpoint_that_is_cut_short_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "cut.ckpt"
+    torch.save({"state_dict": {"weight": torch.ones(1000)}}, path)
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(InputError, match=r"checkpoint .*cut.ckpt is damaged"):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64])
+def test_weights_that_are_not_floating_point_are_refused(dtype: torch.dtype, tmp_path: Path) -> None:
+    write_run(tmp_path, "lrm", "sd15")
+    content = torch.load(path := tmp_path / "reward.ckpt", weights_only=True)
+    content["state_dict"]["model.head.logit_scale"] = content["state_dict"]["model.head.logit_scale"].to(dtype)
+    torch.save(content, path)
+    with pytest.raises(InputError, match=rf"model.head.logit_scale is {dtype}, expected floating point"):
+        RewardModel.from_pretrained(str(tmp_path))

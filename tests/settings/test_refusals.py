@@ -199,7 +199,7 @@ def test_so_is_one_in_a_command_without_classes(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_callbacks_that_lightning_cannot_tell_apart(capsys) -> None:
-    text = "trainer: {callbacks: [{class_path: ModelCheckpoint, init_args: {save_last: false}}]}"
+    text = "trainer: {callbacks: [{class_path: ModelCheckpoint, init_args: {save_last: false}}, ModelCheckpoint]}"
     assert "every_n_train_steps or every_n_epochs differ" in refusal_of(FEW_PAIRS + text, capsys)
 
 

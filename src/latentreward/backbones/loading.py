@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -11,7 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 
-from latentreward.backbones.tuning import LoRA, StorageDtype, Tuning, store_frozen, tune
+from latentreward.backbones.tuning import LoRA, StorageDtype, Tuning, tune
+from latentreward.backbones.weights import from_config, load_weights, map_model, settle
 from latentreward.contracts import LatentSpace
 from latentreward.errors import InputError, first_line
 from latentreward.noise import NoiseProcess, process_from_scheduler
@@ -29,15 +29,11 @@ if TYPE_CHECKING:
 TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj", "q", "k", "v", "o")
 """Name endings of the attention projections in CLIP and T5."""
 
-OWN_ATTENTION = (None, "eager", "sdpa")
-"""Values of transformers' ``attn_implementation`` that need PyTorch alone."""
 
 SHIPPED = ("sd_tiny", "sd35_tiny")
 """Names of the tiny pipelines that come with the package."""
 LARGEST_SAMPLE = 1024
 """Largest side, in latent pixels, of the images that a network may name as its own size."""
-MOST_LAYERS = 100
-"""Largest number of layers that a config may name; the deepest block of Stable Diffusion XL has 10, SD3 38."""
 
 Backbone = TypeVar("Backbone", bound="DiffusionBackbone")
 
@@ -131,24 +127,30 @@ class PipelineSource:
                 f"(it has {', '.join(parts)}); choose a backbone that fits it"
             )
 
-    def _load(self, family: type[Any], part: str, pretrained: bool = True, dtype: torch.dtype = torch.float32) -> Any:
+    def _load(self, family: type[Any], part: str, pretrained: bool = True, mapped: bool = False) -> Any:
         self._require(part)
         place = {"subfolder": part, "revision": self.revision}
-        if pretrained:
-            return load_weights(family, self.source, variant=self.variant, torch_dtype=dtype, **place)
-        return from_config(family, self.source, dtype, **place)
+        if not pretrained:
+            return from_config(family, self.source, torch.float32, **place)
+        return (map_model if mapped else load_weights)(family, self.source, variant=self.variant, **place)
 
-    def unet(self, pretrained: bool = True) -> UNet2DConditionModel:
-        """Load the U-Net in float32; with ``pretrained=False`` it has initial weights."""
+    def unet(self, pretrained: bool = True, mapped: bool = False) -> UNet2DConditionModel:
+        """Load the U-Net.
+
+        Args:
+            pretrained: False gives initial weights.
+            mapped: Whether to leave the weights in the files' type, unread, for
+                :func:`~latentreward.backbones.weights.settle`; otherwise they are float32.
+        """
         from diffusers import UNet2DConditionModel
 
-        return self._load(UNet2DConditionModel, "unet", pretrained)
+        return self._load(UNet2DConditionModel, "unet", pretrained, mapped)
 
-    def transformer(self, pretrained: bool = True) -> SD3Transformer2DModel:
-        """Load the SD3 transformer in float32; with ``pretrained=False`` it has initial weights."""
+    def transformer(self, pretrained: bool = True, mapped: bool = False) -> SD3Transformer2DModel:
+        """Load the SD3 transformer; for the arguments see :meth:`unet`."""
         from diffusers import SD3Transformer2DModel
 
-        return self._load(SD3Transformer2DModel, "transformer", pretrained)
+        return self._load(SD3Transformer2DModel, "transformer", pretrained, mapped)
 
     def noise_process(self) -> NoiseProcess:
         """Return the forward noise process that the pipeline's scheduler config describes."""
@@ -166,7 +168,9 @@ class PipelineSource:
 
         from latentreward.encoders.vae import LatentEncoder
 
-        return LatentEncoder(self._load(AutoencoderKL, "vae", dtype=getattr(torch, dtype)))
+        vae = self._load(AutoencoderKL, "vae", mapped=True)
+        settle(vae, getattr(torch, dtype))
+        return LatentEncoder(vae)
 
     def tokenizer(self, part: str) -> Any:
         """Load the tokenizer ``part``, such as ``tokenizer_2``.
@@ -186,34 +190,38 @@ class PipelineSource:
         check_tokenizer(tokenizer, rows, f"source={self.source!r}: {part}", f"download {part} again")
         return tokenizer
 
-    def clip_prompts(self, pretrained: bool = True) -> CLIPPromptEncoder:
-        """Load the prompt encoder of SD1.5 or SD2.1."""
+    def clip_prompts(self, pretrained: bool = True, mapped: bool = False) -> CLIPPromptEncoder:
+        """Load the prompt encoder of SD1.5 or SD2.1; for the arguments see :meth:`unet`."""
         from transformers import CLIPTextModel
 
         from latentreward.encoders.clip import CLIPPromptEncoder
 
-        return CLIPPromptEncoder(self._load(CLIPTextModel, "text_encoder", pretrained), self.tokenizer("tokenizer"))
+        text_encoder = self._load(CLIPTextModel, "text_encoder", pretrained, mapped)
+        return CLIPPromptEncoder(text_encoder, self.tokenizer("tokenizer"))
 
-    def sdxl_prompts(self, pretrained: bool = True) -> SDXLPromptEncoder:
-        """Load the prompt encoder of SDXL."""
+    def sdxl_prompts(self, pretrained: bool = True, mapped: bool = False) -> SDXLPromptEncoder:
+        """Load the prompt encoder of SDXL; for the arguments see :meth:`unet`."""
         from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
         from latentreward.encoders.clip import SDXLPromptEncoder
 
         return SDXLPromptEncoder(
-            self._load(CLIPTextModel, "text_encoder", pretrained),
-            self._load(CLIPTextModelWithProjection, "text_encoder_2", pretrained),
+            self._load(CLIPTextModel, "text_encoder", pretrained, mapped),
+            self._load(CLIPTextModelWithProjection, "text_encoder_2", pretrained, mapped),
             self.tokenizer("tokenizer"),
             self.tokenizer("tokenizer_2"),
         )
 
-    def sd3_prompts(self, token_dim: int, t5_length: int, load_t5: bool = True) -> SD3PromptEncoder:
+    def sd3_prompts(
+        self, token_dim: int, t5_length: int, load_t5: bool = True, mapped: bool = False
+    ) -> SD3PromptEncoder:
         """Load the prompt encoder of SD3 or SD3.5, without T5 if the pipeline has none or ``load_t5`` is False.
 
         Args:
             token_dim: Width of the token embeddings that the transformer takes.
             t5_length: Number of T5 tokens per prompt; without T5 the number of zero tokens in their place.
             load_t5: Whether to load T5 if the pipeline has it.
+            mapped: See :meth:`unet`.
         """
         from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
@@ -221,109 +229,15 @@ class PipelineSource:
 
         with_t5 = load_t5 and self.has("text_encoder_3")
         return SD3PromptEncoder(
-            self._load(CLIPTextModelWithProjection, "text_encoder"),
-            self._load(CLIPTextModelWithProjection, "text_encoder_2"),
-            self._load(T5EncoderModel, "text_encoder_3") if with_t5 else None,
+            self._load(CLIPTextModelWithProjection, "text_encoder", mapped=mapped),
+            self._load(CLIPTextModelWithProjection, "text_encoder_2", mapped=mapped),
+            self._load(T5EncoderModel, "text_encoder_3", mapped=mapped) if with_t5 else None,
             self.tokenizer("tokenizer"),
             self.tokenizer("tokenizer_2"),
             self.tokenizer("tokenizer_3") if with_t5 else None,
             token_dim=token_dim,
             t5_length=t5_length,
         )
-
-
-def load_weights(
-    family: type[Any], source: str, refused: Sequence[str] = ("missing", "unexpected", "mismatched"), **options: Any
-) -> Any:
-    """Call ``family.from_pretrained`` and check that the files' tensors match those of the model.
-
-    Weights are read from safetensors, by default in float32. Under ``torch.device("meta")`` only the config is read:
-    the model then has shapes but no weights.
-
-    Args:
-        family: diffusers or transformers model class.
-        source: Folder or hub id.
-        refused: Kinds of mismatch that are errors: tensors ``missing`` in the files, ``unexpected`` ones in the files,
-            and ``mismatched`` shapes.
-        options: Further arguments of ``from_pretrained``.
-
-    Raises:
-        InputError: If the files cannot be read, or have a mismatch of a kind in ``refused``.
-    """
-    where = f"{source}/{options['subfolder']}" if options.get("subfolder") else source
-    if options.get("variant") is None:
-        options.pop("variant", None)
-    place = {name: options[name] for name in ("subfolder", "revision", "local_files_only") if name in options}
-    if torch.get_default_device().type == "meta":
-        return from_config(family, source, options.get("torch_dtype", options.get("dtype")), **place).eval()
-    if not hasattr(family, "load_config"):  # so that transformers, like diffusers, reports mismatched shapes by name
-        options |= {"ignore_mismatched_sizes": True, "config": encoder_config(family, source, **place)}
-    elif (path := Path(source) / options.get("subfolder", "") / "config.json").is_file():
-        check_depth(read_config(path, f"{where}: {path.name}"), where)
-    try:
-        with no_progress_bar():
-            model, report = family.from_pretrained(
-                source, **{"torch_dtype": torch.float32, **options}, use_safetensors=True, output_loading_info=True
-            )
-    except Exception as error:  # for wrong values in a config the libraries raise errors of many types
-        raise InputError(f"cannot load {where}: {first_line(error)}") from error
-    for kind in refused:
-        names = sorted(str(name[0] if isinstance(name, tuple) else name) for name in report[f"{kind}_keys"])
-        names = [name for name in names if not name.endswith(".position_ids")]  # a constant that old CLIP files hold
-        if names:
-            raise InputError(
-                f"cannot load {where}: {kind} tensor {names[0]} ({len(names)} in all); get the files again"
-            )
-    for tensor in (*model.parameters(), *model.buffers()):
-        # The address in a memory-mapped file depends on the length of its header, and CPU kernels round differently at
-        # addresses that are not aligned.
-        if tensor.data_ptr() % 64:
-            tensor.data = tensor.data.clone()
-    return model
-
-
-def from_config(family: type[Any], source: str, dtype: torch.dtype | str | None, **place: Any) -> Any:
-    """Build a model with initial weights from the config in ``source``.
-
-    Args:
-        family: diffusers or transformers model class.
-        source: Folder or hub id.
-        dtype: Type of the weights; None or a text leaves float32.
-        place: ``subfolder``, ``revision`` and ``local_files_only``.
-
-    Raises:
-        InputError: If the config cannot be read, or the class rejects it.
-    """
-    where = f"{source}/{place['subfolder']}" if place.get("subfolder") else source
-    try:
-        if hasattr(family, "load_config"):
-            check_depth(config := family.load_config(source, **place), where)
-            network = family.from_config(config)
-        else:
-            network = family(encoder_config(family, source, **place))
-    except InputError:
-        raise
-    except Exception as error:  # for wrong values the libraries raise errors of many types
-        raise InputError(f"cannot load {where}: {first_line(error)}") from error
-    # Not its own `to`: diffusers' warns, whether a type changes or not.
-    return nn.Module.to(network, dtype) if isinstance(dtype, torch.dtype) else network
-
-
-def check_depth(config: Mapping[str, Any], where: str) -> None:
-    """Refuse a config that names more layers than any network has; making them would take hours.
-
-    Args:
-        config: Config of a network; entries whose names contain ``layers`` are numbers of layers or lists of them.
-        where: Place of the config, for the message.
-
-    Raises:
-        InputError: If a number of layers is above :data:`MOST_LAYERS`.
-    """
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            check_depth(value, where)
-        elif "layers" in str(name) and any(number > MOST_LAYERS for number in numbers_in(value)):
-            raise InputError(f"cannot load {where}: its config.json names more than {MOST_LAYERS} layers ({name})")
 
 
 def check_sample_size(size: Any) -> None:
@@ -340,15 +254,6 @@ def check_sample_size(size: Any) -> None:
         raise InputError(f"the network's sample_size is {size!r}, not a size from 1 to {LARGEST_SAMPLE}")
 
 
-def numbers_in(value: Any) -> Iterator[float]:
-    """Yield the numbers in a value and in nested lists."""
-    if isinstance(value, list | tuple):
-        for item in value:
-            yield from numbers_in(item)
-    elif isinstance(value, int | float):
-        yield value
-
-
 def check_tokenizer(tokenizer: Any, rows: int, name: str, remedy: str) -> None:
     """Raise InputError if the tokenizer's vocabulary does not fit a text encoder with ``rows`` token embeddings.
 
@@ -360,46 +265,6 @@ def check_tokenizer(tokenizer: Any, rows: int, name: str, remedy: str) -> None:
     """
     if not rows // 2 <= len(tokenizer) <= rows:  # transformers 5 returns an empty tokenizer if its files are missing
         raise InputError(f"{name} has {len(tokenizer)} tokens, but its text encoder has {rows}; {remedy}")
-
-
-def encoder_config(family: type[Any], source: str, **place: Any) -> Any:
-    """Read the config of a transformers model, and refuse an ``attn_implementation`` whose code would be downloaded.
-
-    Args:
-        family: transformers model class.
-        source: Folder or hub id.
-        place: ``subfolder``, ``revision`` and ``local_files_only``.
-
-    Raises:
-        InputError: If the config cannot be read, or names an attention that is not in :data:`OWN_ATTENTION`.
-    """
-    where = f"{source}/{place['subfolder']}" if place.get("subfolder") else source
-    try:
-        config = family.config_class.from_pretrained(source, **place)
-    except Exception as error:  # for wrong values the library raises errors of many types
-        raise InputError(f"cannot load {where}: {first_line(error)}") from error
-    check_depth(config.to_dict(), where)
-    attention = config._attn_implementation
-    if attention not in OWN_ATTENTION:
-        raise InputError(
-            f"cannot load {where}: its config.json names attn_implementation {attention!r}, whose code may be "
-            "downloaded and run; remove the entry"
-        )
-    return config
-
-
-@contextmanager
-def no_progress_bar() -> Iterator[None]:
-    """Switch off transformers' loading bar inside the block: it fills two lines of a log for milliseconds of work."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def check_channels(source: str, network: str, config: Mapping[str, Any], space: LatentSpace) -> None:
@@ -452,10 +317,9 @@ def finish(
         text_lora = LoRA(lora.rank, lora.alpha, lora.dropout, TEXT_ATTENTION)
         tune(backbone.text_encoder, text_encoder_tuning, text_lora, backbone.text_encoder.unread)
         backbone.text_encoder.train(text_encoder_tuning != "frozen")
-    if tuning != "full":  # with "full" only unread modules are frozen, and all stay float32
-        store_frozen(network, frozen_dtype)
-    if text_encoder_tuning != "full" and backbone.text_encoder is not None:
-        store_frozen(backbone.text_encoder, frozen_dtype)
+    for module, kind in ((network, tuning), (backbone.text_encoder, text_encoder_tuning)):
+        if module is not None:  # with "full" only unread modules are frozen, and all stay float32
+            settle(module, torch.float32 if kind == "full" else getattr(torch, frozen_dtype), torch.float32)
     set_execution(backbone.blocks(), network, **execution)
     return backbone
 

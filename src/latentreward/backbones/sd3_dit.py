@@ -229,7 +229,7 @@ def load_sd3_dit(
             "that family or another source"
         )
     check_channels(source, "transformer", config, pipeline.latent_space())
-    text_encoder = pipeline.sd3_prompts(config["joint_attention_dim"], t5_length, load_t5)
+    text_encoder = pipeline.sd3_prompts(config["joint_attention_dim"], t5_length, load_t5, mapped=True)
     if text_encoder.pooled_dim != config["pooled_projection_dim"]:
         raise InputError(
             f"source={source!r}: the text encoders' pooled vector is {text_encoder.pooled_dim} wide, but the "
@@ -267,7 +267,7 @@ def cut_sd3_dit(
         InputError: If a tap is not one of the network's blocks.
     """
     backbone = SD3DiTBackbone(
-        pipeline.transformer(pretrained),
+        pipeline.transformer(pretrained, mapped=True),
         pipeline.noise_process(),
         pipeline.latent_space(),
         num_layers,

@@ -200,13 +200,14 @@ def load_sd_unet(
             f"this backbone is {family}; choose the backbone of that family or another source"
         )
     check_channels(source, "U-Net", config, pipeline.latent_space())
-    text_encoder = pipeline.sdxl_prompts(pretrained) if found == "SDXL" else pipeline.clip_prompts(pretrained)
+    load_prompts = pipeline.sdxl_prompts if found == "SDXL" else pipeline.clip_prompts
+    text_encoder = load_prompts(pretrained, mapped=True)
     if text_encoder.token_dim != config["cross_attention_dim"]:
         raise InputError(
             f"source={source!r}: the text encoder is {text_encoder.token_dim} wide, but the U-Net takes "
             f"{config['cross_attention_dim']}; network and text encoder must come from one pipeline"
         )
-    return cut_sd_unet(pipeline, pipeline.unet(pretrained), text_encoder, **options)
+    return cut_sd_unet(pipeline, pipeline.unet(pretrained, mapped=True), text_encoder, **options)
 
 
 def cut_sd_unet(

@@ -176,7 +176,8 @@ class BucketBatchSampler:
         for number, tokens in enumerate(self.tokens):
             step = sizing.pairs_per_rank(tokens) * sizing.world_size
             groups += _cut(order[buckets == number], step, sizing)
-        return sorted(groups, key=lambda group: position[group[0]])
+        firsts = np.fromiter((group[0] for group in groups), np.int64, len(groups))
+        return [groups[number] for number in np.argsort(position[firsts]).tolist()]
 
 
 def _cut(order: np.ndarray, step: int, sizing: Sizing) -> list[np.ndarray]:

@@ -116,6 +116,7 @@ class PipelineEncoders(LatentSource):
             InputError: If the source is not a pipeline with these parts.
         """
         from latentreward.backbones.loading import PipelineSource
+        from latentreward.backbones.weights import settle
         from latentreward.encoders.fingerprint import text_fingerprint, vae_fingerprint
 
         pipeline = PipelineSource(self.source, self.revision, self.variant)
@@ -123,7 +124,7 @@ class PipelineEncoders(LatentSource):
         if not self.text:
             return Encoders(vae.space, vae, vae_fingerprint(vae.vae))
         text = self._prompt_encoder(pipeline).eval().requires_grad_(False)
-        text = text.to(getattr(torch, self.text_dtype))
+        settle(text, getattr(torch, self.text_dtype))  # T5 in float32 would take 19 GB before it is rounded
         spec = TextSpec(
             fingerprint=text_fingerprint(text),
             num_tokens=text.num_tokens,
@@ -138,8 +139,9 @@ class PipelineEncoders(LatentSource):
     def _prompt_encoder(self, pipeline: PipelineSource) -> PromptEncoder:
         if pipeline.has("transformer"):
             width = pipeline.config("transformer")["joint_attention_dim"]
-            return pipeline.sd3_prompts(width, self.t5_length, self.load_t5)
-        return pipeline.sdxl_prompts() if pipeline.has("text_encoder_2") else pipeline.clip_prompts()
+            return pipeline.sd3_prompts(width, self.t5_length, self.load_t5, mapped=True)
+        load = pipeline.sdxl_prompts if pipeline.has("text_encoder_2") else pipeline.clip_prompts
+        return load(mapped=True)
 
 
 class PublishedLatents(LatentSource):

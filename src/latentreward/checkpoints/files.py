@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,10 @@ class DurableCheckpointIO(TorchCheckpointIO):
         """
         if Path(path).is_dir():
             return read_sharded(Path(path))
-        return super().load_checkpoint(path, map_location, weights_only=True)
+        if "://" in str(path):
+            return super().load_checkpoint(path, map_location, weights_only=True)
+        # Mapped into memory, so that evaluation does not read the optimiser's state.
+        return torch.load(path, map_location, weights_only=True, mmap=True)
 
 
 def fetched(address: str, folder: Path) -> Path:
@@ -108,10 +111,18 @@ def checkpoint_problem(path: Path) -> str | None:
     return None
 
 
+def holds_weights_alone(path: Path) -> bool:
+    """Tell whether an intact file is a Lightning checkpoint without state of an optimiser (``save_weights_only``)."""
+    content = torch.load(path, "meta", weights_only=True, mmap=True) if path.is_file() else None
+    ours = isinstance(content, Mapping) and "pytorch-lightning_version" in content
+    return ours and "optimizer_states" not in content
+
+
 def newest_intact(candidates: Iterable[Path]) -> Path | None:
     """Return the newest of ``candidates``; None if none of them exists.
 
-    If the newest candidate is damaged, return the newest intact checkpoint in the candidates' folders, with a warning.
+    If the newest candidate is damaged, return the newest intact checkpoint in the candidates' folders that a run can
+    resume from, with a warning.
 
     Raises:
         InputError: If the newest candidate is damaged and the folders hold no intact checkpoint.
@@ -123,7 +134,7 @@ def newest_intact(candidates: Iterable[Path]) -> Path | None:
     if problem is None:
         return found[0]
     for path in newest_first({path for folder in {path.parent for path in found} for path in folder.glob("*.ckpt")}):
-        if path != found[0] and checkpoint_problem(path) is None:
+        if path != found[0] and checkpoint_problem(path) is None and not holds_weights_alone(path):
             logger.warning("ckpt_path: %s is damaged (%s); going on from the previous one, %s", found[0], problem, path)
             return path
     raise InputError(

@@ -4,24 +4,24 @@ A file and a folder of shards give equal dictionaries. Only tensors and plain va
 cannot run code.
 """
 
-# Why our own reader: torch.distributed.checkpoint unpickles its metadata, which can run code.
+from __future__ import annotations
+
+# Functions import torch.distributed where they need it: it takes a second, and commands such as `score` do without.
 import pickle
 import struct
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import checkpoint as distributed_checkpoint
-from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
-from typing_extensions import override
 
 from latentreward.errors import InputError, first_line
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import Metadata
 
 INDEX, REST = ".metadata", "meta.pt"
 """Files of a sharded checkpoint: the index of tensors, and the values that are not sharded."""
@@ -30,50 +30,6 @@ UNREADABLE = (
     MemoryError, pickle.UnpicklingError, struct.error,
 )  # fmt: skip
 """Exceptions that PyTorch's readers raise for bytes that are not a checkpoint."""
-_INDEX_NAMES = {
-    "torch.distributed.checkpoint.metadata": [
-        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
-        "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
-    ],
-    "torch.distributed.checkpoint.filesystem": ["_StorageInfo"],
-    "torch.serialization": ["_get_layout"],
-    "torch": ["Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))],
-    "collections": ["OrderedDict"],
-    "pathlib": ["PosixPath", "WindowsPath"],
-    "pathlib._local": ["PosixPath", "WindowsPath"],
-}  # fmt: skip
-"""Module → names that PyTorch's index of shards takes from it; none of them can run code given in the pickle."""
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    """Unpickler of the index of shards that allows the names of ``_INDEX_NAMES`` alone, so that no code runs."""
-
-    @override
-    def find_class(self, module: str, name: str) -> Any:
-        if name in _INDEX_NAMES.get(module, ()):  # exact names: a dotted name could reach what a module imports
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{INDEX} names {module}.{name}")
-
-
-class _ShardReader(FileSystemReader):
-    """Reader of shards that loads the index with :class:`_IndexUnpickler` and refuses files outside the folder."""
-
-    @override
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with (Path(self.path) / INDEX).open("rb") as file:
-            index = _IndexUnpickler(file).load()
-        names = {info.relative_path for info in index.storage_data.values()}
-        if elsewhere := next((name for name in names if Path(name).name != name), None):
-            raise pickle.UnpicklingError(f"{INDEX} names {elsewhere!r}, which lies elsewhere")
-        return index
-
-
-class _PlainValues(DefaultLoadPlanner):
-    """Load planner that reads values other than tensors with ``weights_only=True``, so that no code runs."""
-
-    @override
-    def load_bytes(self, read_item: Any, value: Any) -> None:
-        self.state_dict[read_item.dest_index.fqn] = torch.load(value, weights_only=True)
 
 
 def is_sharded(path: Path) -> bool:
@@ -89,8 +45,10 @@ def shard_index(path: Path) -> Metadata:
     """
     if not is_sharded(path):
         raise InputError(f"checkpoint {path} is a folder without {INDEX} and {REST}: not a complete sharded checkpoint")
+    from latentreward.checkpoints.shard_reader import ShardReader
+
     try:
-        return _ShardReader(path).read_metadata()
+        return ShardReader(path).read_metadata()
     except UNREADABLE as error:
         raise InputError(damaged(path, first_line(error))) from error
 
@@ -106,6 +64,11 @@ def read_sharded(path: Path, with_tensors: bool = True) -> dict[str, Any]:
     Raises:
         InputError: If the checkpoint is incomplete, damaged, or holds more than tensors and plain values.
     """
+    from torch.distributed import checkpoint as distributed_checkpoint
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    from latentreward.checkpoints.shard_reader import PlainValues, ShardReader
+
     index = shard_index(path)
     flat: dict[str, Any] = {}
     nested: dict[str, Any] = {}
@@ -116,10 +79,10 @@ def read_sharded(path: Path, with_tensors: bool = True) -> dict[str, Any]:
             elif with_tensors:
                 flat[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
         if flat:
-            planner = _PlainValues(flatten_state_dict=False, flatten_sharded_tensors=False)
+            planner = PlainValues(flatten_state_dict=False, flatten_sharded_tensors=False)
             with warnings.catch_warnings():  # torch warns that there is only one process
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-                distributed_checkpoint.load(flat, storage_reader=_ShardReader(path), planner=planner, no_dist=True)
+                distributed_checkpoint.load(flat, storage_reader=ShardReader(path), planner=planner, no_dist=True)
         rest = torch.load(path / REST, map_location="cpu" if with_tensors else "meta", weights_only=True, mmap=True)
         for name, value in flat.items():
             *parents, last = index.planner_data[name]
@@ -151,9 +114,11 @@ def read_checkpoint(path: Path, with_tensors: bool = True) -> dict[str, Any]:
         if path.is_dir():
             content = read_sharded(path, with_tensors)
         else:
-            device = "cpu" if with_tensors else "meta"
-            content = torch.load(path, map_location=device, weights_only=True, mmap=not with_tensors)
-    except UNREADABLE as error:
+            # Mapped into memory, so that the optimiser's state is not read.
+            content = torch.load(path, "cpu" if with_tensors else "meta", weights_only=True, mmap=True)
+    except (*UNREADABLE, OSError) as error:
+        if isinstance(error, OSError) and error.filename:  # it says what is wrong with the file
+            raise
         raise InputError(damaged(path, first_line(error))) from error
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), Mapping):
         raise InputError(f"checkpoint: {path} is not a Lightning checkpoint; give one that `fit` wrote")
@@ -266,6 +231,8 @@ def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     are, and ``aminmax`` takes one pass over the tensor. ``isfinite`` on the tensor itself makes copies (30 times as
     slow on a CPU), and the sum of finite 16-bit values may overflow.
     """
+    from torch.distributed.tensor import DTensor
+
     for name, tensor in tensors.items():
         values = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
         if not values.is_floating_point() or values.is_meta or not values.numel():
@@ -284,12 +251,16 @@ def require_finite(tensors: Mapping[str, Tensor], owner: str) -> None:
 
 def whole_tensor(tensor: Tensor) -> Tensor:
     """Return a detached copy of a tensor on the CPU; a tensor sharded over ranks is gathered in a collective call."""
+    from torch.distributed.tensor import DTensor
+
     tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return tensor.detach().to("cpu", copy=True)
 
 
 def placed_like(whole: Tensor, like: Tensor) -> Tensor:
     """Copy ``whole``, which every rank holds, to float32, with the device and the sharding over ranks of ``like``."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
     whole = whole.to(like.device, torch.float32, copy=True)
     if not isinstance(like, DTensor) or isinstance(whole, DTensor):
         return whole

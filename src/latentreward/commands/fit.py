@@ -12,8 +12,9 @@ from itertools import chain, count
 from pathlib import Path
 from pydoc import locate
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from jsonargparse import ActionYesNo, Namespace
 from jsonargparse.typing import PositiveFloat
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
@@ -38,6 +39,7 @@ from latentreward.callbacks import (
     AccuracyInterval,
     ExactResume,
     GracefulStop,
+    LastCheckpoint,
     NaNGuard,
     PairScoreWriter,
     ParameterSummary,
@@ -49,6 +51,7 @@ from latentreward.checkpoints.files import (
     DurableCheckpointIO,
     checkpoint_problem,
     fetched,
+    holds_weights_alone,
     newest_intact,
     without_password,
 )
@@ -71,6 +74,10 @@ from latentreward.settings.functions import (
 from latentreward.settings.ranges import check_ranges
 from latentreward.settings.rewriting import rewrite_arguments
 from latentreward.storage.locks import lock_run
+from latentreward.storage.shared_weights import sharing_between
+
+if TYPE_CHECKING:
+    from latentreward.estimate.settings import Estimate
 
 CONFIG, SAVED = "config.yaml", "config*.yaml"
 LOADERS = {"fit": "train", "validate": "val"}
@@ -189,10 +196,14 @@ class TrainingCLI(LightningCLI):
         folder: Temporary folder for a checkpoint that is fetched from an address. Each process fetches its own copy,
             because the processes of a run may be on several machines.
         held: Stack that keeps the lock of the run folder until the command ends.
+
+    Attributes:
+        estimated: Memory and computation of the run, under ``--estimate``.
     """
 
     def __init__(self, command: str, arguments: Sequence[str], folder: Path, held: ExitStack) -> None:
         self.command, self.folder, self.held, self.estimates = command, folder, held, False
+        self.estimated: Estimate | None = None
         super().__init__(
             save_config_callback=SaveConfig,
             seed_everything_default=0,
@@ -287,7 +298,9 @@ class TrainingCLI(LightningCLI):
             raise InputError("weights_only: false would let a checkpoint run code; leave it out")
         if local not in (None, "last", "hpc"):  # Lightning resolves these two words
             check_checkpoint(local, given)
-        with constructor_errors():
+            if self.command == "fit":
+                check_resumable(local, given)
+        with constructor_errors(), sharing_between(ranks_per_machine(settings["trainer"])):
             super().instantiate_classes()
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             self.trainer.strategy.checkpoint_io = DurableCheckpointIO()
@@ -332,7 +345,7 @@ class TrainingCLI(LightningCLI):
             return
         from latentreward.estimate.settings import estimate
 
-        print(estimate(self.config[subcommand], self._build_module))
+        self.estimated = estimate(self.config[subcommand], self._build_module)
 
     def _build_module(self, settings: Namespace) -> LightningModule:
         """Build the Lightning module, without trainer and data."""
@@ -351,6 +364,8 @@ class TrainingCLI(LightningCLI):
         if settings["ckpt_path"] is None and int(os.environ.get("SLURM_RESTART_COUNT") or 0):
             settings["ckpt_path"] = "last"
         self._find_last()
+        if path := settings["ckpt_path"]:
+            check_resumable(path, path)
         callbacks = self.trainer.checkpoint_callbacks
         folders = [Path(given) for saving in callbacks if (given := getattr(saving, "dirpath", None))]
         known = [folder for folder in folders if not any(folder.glob("*.ckpt"))]
@@ -367,6 +382,18 @@ class TrainingCLI(LightningCLI):
             settings["ckpt_path"] = str(path)
 
     before_validate = before_test = before_predict = _find_last
+
+
+def ranks_per_machine(trainer: Namespace) -> int:
+    """Return the number of processes that a trainer's settings start on each machine."""
+    devices = trainer.get("devices")
+    if isinstance(devices, str) and devices.lstrip("-").isdigit():
+        devices = int(devices)
+    if isinstance(devices, int) and devices >= 0:
+        return devices
+    if isinstance(devices, list | str) and devices != "auto":
+        return len(devices.split(",") if isinstance(devices, str) else devices)
+    return 1 if trainer.get("accelerator") == "cpu" else torch.cuda.device_count()  # "auto" and -1
 
 
 @contextmanager
@@ -543,15 +570,27 @@ def check_checkpoint(path: str | Path, given: str | Path) -> None:
         raise InputError(f"ckpt_path: {damaged(given, problem)}")
 
 
+def check_resumable(path: str | Path, given: str | Path) -> None:
+    """Raise InputError if the checkpoint file at ``path``, called ``given`` in the message, holds weights alone."""
+    if holds_weights_alone(Path(path)):
+        raise InputError(
+            f"ckpt_path: {given} holds weights alone, without the state of the optimiser (save_weights_only); resume "
+            "from a checkpoint that has the optimiser's state, such as the last.ckpt of LastCheckpoint"
+        )
+
+
 def without_repeated_callbacks(settings: Namespace) -> Namespace:
     """Return a copy of the settings in which callbacks of equal class and settings occur once.
 
-    Callbacks repeat if a saved ``config.yaml`` is given together with the files that it was made from.
+    Callbacks repeat if a saved ``config.yaml`` is given together with the files that it was made from. Of several
+    ``LastCheckpoint``, for example of a recipe and of a file of configs/trainer after it, the last one is kept.
     """
     settings = settings.clone()
     callbacks = settings.get("trainer.callbacks")
     if isinstance(callbacks, list):
-        settings["trainer.callbacks"] = [one for index, one in enumerate(callbacks) if one not in callbacks[:index]]
+        callbacks = [one for index, one in enumerate(callbacks) if one not in callbacks[:index]]
+        keepers = [one for one in callbacks if one.class_path.endswith(f".{LastCheckpoint.__name__}")]
+        settings["trainer.callbacks"] = [one for one in callbacks if one not in keepers[:-1]]
     return settings
 
 
@@ -562,6 +601,22 @@ def run(command: str, arguments: Sequence[str]) -> None:
         InputError: If a setting is wrong, or a constructor raises an error because of a setting.
         SystemExit: With the status of :class:`GracefulStop`, 143 after SIGTERM (Lightning itself would exit with 0).
     """
+    if (found := _run(command, arguments)) is not None:
+        print(found.as_text())
+
+
+def estimate_fit(arguments: Sequence[str]) -> "Estimate":
+    """Compute the memory and computation that ``latentreward fit`` with these arguments needs.
+
+    Raises:
+        InputError: If a setting is wrong, or a model's configs are not found on this machine.
+    """
+    found = _run("fit", [*arguments, "--estimate"])
+    assert found is not None
+    return found
+
+
+def _run(command: str, arguments: Sequence[str]) -> "Estimate | None":
     settings = prepare(arguments)
     try:
         with TemporaryDirectory(prefix="latentreward-") as folder, ExitStack() as held:
@@ -571,7 +626,7 @@ def run(command: str, arguments: Sequence[str]) -> None:
 
                 held.enter_context(unset_variables())
             with naming_variables():
-                TrainingCLI(command, rewritten, Path(folder), held)
+                return TrainingCLI(command, rewritten, Path(folder), held).estimated
     except MisconfigurationException as error:
         raise InputError(str(error)) from error
     except SIGTERMException as stop:

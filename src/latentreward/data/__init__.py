@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from latentreward.data import readers
 from latentreward.data.collate import collate_pairs
+from latentreward.data.cut import CutReader
 from latentreward.data.dataset import LoadedPair, PairDataset, SkippedPair
 from latentreward.data.images import ImageError, PixelLoader, decode_image
 from latentreward.data.mpcf import MPCF, FilteredReader, select_consistent
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MPCF",
+    "CutReader",
     "FilteredReader",
     "ImageError",
     "LoadedPair",

@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -252,9 +253,16 @@ def resolve_inside(root: Path, path: Path) -> Path | None:
     """Return the real path of ``path`` with symbolic links followed, or None if it lies outside ``root``."""
     try:
         resolved = path.resolve()
-        return resolved if resolved.is_relative_to(root.resolve()) else None
+        inside = resolved.is_relative_to(_resolved(root)) or resolved.is_relative_to(root.resolve())
+        return resolved if inside else None
     except (OSError, RuntimeError, ValueError):  # a loop of links, or a name that is too long or has a null byte
         return None
+
+
+@lru_cache
+def _resolved(root: Path) -> Path:
+    """Resolve a root once for all its images; a root that is moved meanwhile is resolved anew."""
+    return root.resolve()
 
 
 def _open_source(image: ImageRef) -> BytesIO | Path:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from latentreward.contracts import PreferencePair
+from latentreward.data.chosen import ChosenRows
 from latentreward.data.readers import OnError, PairReader, count_text
 from latentreward.data.score_table import PairGaps, ScoreTable
 from latentreward.errors import InputError, did_you_mean
@@ -119,7 +119,7 @@ def select_consistent(gaps: PairGaps, rule: MPCF) -> tuple[np.ndarray, Counter[s
     return keep, dropped
 
 
-class FilteredReader(PairReader):
+class FilteredReader(ChosenRows):
     """Reader of the rows of another reader that multi-preference consistent filtering keeps, in their order.
 
     The constructor selects the rows from labels and scores, without decoding images. ``skipped`` counts the dropped
@@ -137,41 +137,11 @@ class FilteredReader(PairReader):
     """
 
     def __init__(self, reader: PairReader, scores: str | Path, *, on_error: OnError | None = None, **rule: Any) -> None:
-        super().__init__(on_error or reader.own_on_error, exif=reader.exif)
-        self.reader, self.holds = reader, reader.holds
         self.rule = MPCF(**rule)
-        keep, self.skipped = select_consistent(ScoreTable(scores).gaps(reader), self.rule)
-        self.rows = np.flatnonzero(keep)
+        keep, skipped = select_consistent(ScoreTable(scores).gaps(reader), self.rule)
+        super().__init__(reader, np.flatnonzero(keep), on_error)
+        self.skipped = skipped
         if not len(self.rows):
             reasons = count_text(self.skipped)
             raise InputError(f"{scores}: none of {len(reader)} rows left ({reasons}); check the table and the floors")
         self.report(f"filtered by {scores}")
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> PreferencePair:
-        return self.reader[int(self.rows[index])]
-
-    def labels(self) -> np.ndarray:
-        """Return ``label_a`` of every kept row, ``(len,)`` float64."""
-        return self.reader.labels()[self.rows]
-
-    def prompts(self) -> list[str]:
-        """Return the raw prompt of every kept row."""
-        prompts = self.reader.prompts()
-        return [prompts[row] for row in self.rows]
-
-    def pair_ids(self) -> list[str]:
-        """Return the ``pair_id`` of every kept row."""
-        pair_ids = self.reader.pair_ids()
-        return [pair_ids[row] for row in self.rows]
-
-    def groups(self) -> list[str]:
-        """Return the group of every kept row."""
-        groups = self.reader.groups()
-        return [groups[row] for row in self.rows]
-
-    def facts(self) -> dict[str, list[Any]]:
-        """Return the facts of every kept row, see :meth:`PairReader.facts`."""
-        return {name: [values[row] for row in self.rows] for name, values in self.reader.facts().items()}

@@ -24,7 +24,8 @@ class LatentEncoder(nn.Module):
     """Frozen VAE that returns and takes scaled latents ``z = (posterior sample − shift) · scale``.
 
     Args:
-        vae: diffusers VAE. The VAE keeps its dtype and runs outside autocast, because SDXL's overflows in float16.
+        vae: diffusers VAE. Images are encoded under autocast to bfloat16. Otherwise the VAE keeps its dtype and runs
+            outside autocast, because SDXL's overflows in float16.
     """
 
     def __init__(self, vae: AutoencoderKL) -> None:
@@ -46,7 +47,9 @@ class LatentEncoder(nn.Module):
             differentiable: Whether gradients flow back to ``pixels``.
         """
         with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
-            with torch.autocast(pixels.device.type, enabled=False):
+            device = pixels.device.type
+            halved = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
+            with torch.autocast(device, torch.bfloat16, enabled=halved):
                 posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
             sample = posterior.mean.to(torch.promote_types(self.vae.dtype, torch.float32))
             if noise is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -29,11 +29,12 @@ from latentreward.rewards.latent import LatentScorer
 from latentreward.rewards.pixel import DecodingReward, ImageReward
 from latentreward.scorers.step_aware_clip import StepAwareCLIP
 
+TEXT = "text encoders"
 PARTS = {
     Reward: "reward",
     RewardHead: "head",
     StepAwareCLIP: "scorer",
-    PromptEncoder: "text encoders",
+    PromptEncoder: TEXT,
     LatentEncoder: "VAE",
 }
 """Class → name under which the tables list the weights of its modules.
@@ -98,6 +99,17 @@ class StepCosts:
     def peak(self) -> int:
         """Peak memory of the whole step in bytes."""
         return max(self.batch_peak, self.update_peak, self.rollout_peak)
+
+    def without(self, name: str) -> StepCosts:
+        """Return the costs with the weights of the part ``name`` out of memory; its computation still counts."""
+        freed = sum(part.bytes for part in self.parts if part.name == name)
+        return replace(
+            self,
+            parts=tuple(part for part in self.parts if part.name != name),
+            batch_peak=self.batch_peak - freed,
+            update_peak=self.update_peak - freed,
+            rollout_peak=max(0, self.rollout_peak - freed),
+        )
 
 
 class RepeatedCalls:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -11,7 +12,7 @@ import torch
 from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
 
-from latentreward.estimate.costs import StepCosts, step_costs
+from latentreward.estimate.costs import TEXT, StepCosts, step_costs
 from latentreward.estimate.report import as_text
 from latentreward.estimate.rewards import replace_rewards
 from latentreward.estimate.sources import ConfigSources
@@ -19,8 +20,32 @@ from latentreward.policies import PolicySource
 from latentreward.rewards.pixel import ImageReward
 
 
-def estimate(settings: Namespace, build: Callable[[Namespace], LightningModule]) -> str:
-    """Return, as tables, the memory and computation that a run of ``fit`` needs.
+@dataclass(frozen=True)
+class Estimate:
+    """Memory and computation that a run of ``fit`` needs.
+
+    Attributes:
+        costs: Memory and computation of a training step.
+        settings: Settings of the run.
+        notes: Lines on what the numbers assume.
+    """
+
+    costs: StepCosts
+    settings: Namespace
+    notes: tuple[str, ...]
+
+    @property
+    def accumulated(self) -> int:
+        """Number of batches per optimiser step."""
+        return self.settings.trainer.accumulate_grad_batches
+
+    def as_text(self) -> str:
+        """Format the estimate as tables."""
+        return as_text(self.costs, self.accumulated, list(self.notes))
+
+
+def estimate(settings: Namespace, build: Callable[[Namespace], LightningModule]) -> Estimate:
+    """Compute the memory and computation that a run of ``fit`` needs.
 
     Args:
         settings: Settings of the run; ``model`` is changed in place.
@@ -30,11 +55,18 @@ def estimate(settings: Namespace, build: Callable[[Namespace], LightningModule])
         InputError: If a model's configs are not found on this machine, or the module's class is not supported.
     """
     with TemporaryDirectory(prefix="latentreward-") as folder:
-        sources, accumulated = ConfigSources(Path(folder)), settings.trainer.accumulate_grad_batches
-        gpu = settings.trainer.accelerator != "cpu"
+        sources, gpu = ConfigSources(Path(folder)), settings.trainer.accelerator != "cpu"
         module = unread_module(settings, build, sources)
-        costs = step_costs(module, settings.data, accumulated, gpu)
-    return as_text(costs, accumulated, [*notes_on(settings, costs, sources, gpu), *notes_on_scorers(module)])
+        costs = step_costs(module, settings.data, settings.trainer.accumulate_grad_batches, gpu)
+    notes = [*notes_on(settings, costs, sources, gpu), *notes_on_scorers(module)]
+    callbacks = settings.trainer.get("callbacks") or []
+    if any(str(callback.get("class_path")).endswith(".EncodeOnce") for callback in callbacks):
+        kept = costs.without(TEXT)
+        notes.append(
+            f"EncodeOnce frees text encoders of {(costs.weights - kept.weights) / 1e9:.2f} GB before the first step."
+        )
+        costs = kept
+    return Estimate(costs, settings, tuple(notes))
 
 
 def unread_module(
@@ -50,11 +82,13 @@ def unread_module(
     told = logging.getLogger("lightning.pytorch")
     level = told.level
     told.setLevel(logging.WARNING)  # hides its lines about the devices found
-    module.trainer = Trainer(
-        accelerator="cpu", devices=1, precision=settings.trainer.precision, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
-    told.setLevel(level)
+    try:
+        module.trainer = Trainer(
+            accelerator="cpu", devices=1, precision=settings.trainer.precision, logger=False,
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+    finally:
+        told.setLevel(level)
     module.setup("fit")
     return module
 

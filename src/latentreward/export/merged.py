@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from latentreward.backbones.loading import PipelineSource, encoder_config, no_progress_bar
+from latentreward.backbones.loading import PipelineSource
+from latentreward.backbones.weights import encoder_config, no_progress_bar
 from latentreward.errors import InputError, first_line
 from latentreward.export.lora import TrainedLoRA
 from latentreward.storage.durable import discard, replacing

@@ -7,9 +7,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from latentreward.contracts import Features, FeatureSpec
-from latentreward.errors import InputError, first_line
+from latentreward.errors import InputError, errors_at
 from latentreward.heads.base import EmbeddingHead
 from latentreward.storage.hub import read_locally
+from latentreward.storage.weight_files import find_weights, map_weights
 
 MultiScale = Literal["plain", "single", "enhanced"]
 
@@ -135,28 +136,19 @@ def unit(embeds: Tensor) -> Tensor:
 
 
 def clip_text_projection(source: str) -> Tensor:
-    """Read the text projection weight ``(projection_dim, hidden_size)`` of a CLIP model.
+    """Read the text projection weight ``(projection_dim, hidden_size)`` of a CLIP model, and nothing else of it.
 
     Raises:
         InputError: If ``source`` is not a folder or hub id of a CLIP model with a text projection.
     """
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
-
-    try:
+    with errors_at(f"text_projection_source={source!r}: "):
         local = read_locally(source)
-        if torch.get_default_device().type == "meta":  # only the shape is needed, as in backbones.loading
+        if torch.get_default_device().type == "meta":  # only the shape is needed
+            from transformers import CLIPTextConfig
+
             config = CLIPTextConfig.from_pretrained(source, local_files_only=local)
             return torch.empty(config.projection_dim, config.hidden_size)
-        model, report = CLIPTextModelWithProjection.from_pretrained(
-            source,
-            local_files_only=local,
-            use_safetensors=True,
-            torch_dtype=torch.float32,
-            output_loading_info=True,
-            attn_implementation="eager",  # overrides config.json, which could name code that transformers downloads
-        )
-    except (OSError, ValueError) as error:
-        raise InputError(f"text_projection_source={source!r}: {first_line(error)}") from error
-    if "text_projection.weight" in report["missing_keys"]:
+        weight = map_weights(find_weights(source, local_files_only=local)).read("text_projection.weight")
+    if weight is None or weight.ndim != 2:
         raise InputError(f"text_projection_source={source!r} holds no text_projection.weight; give a whole CLIP model")
-    return model.text_projection.weight.detach().clone()
+    return weight.float()

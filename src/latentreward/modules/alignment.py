@@ -83,6 +83,12 @@ class RewardedModule(AlignmentModule):
         super().__init__(policy, **options)
         self.reward = reward.load(self.policy)
 
+    def setup(self, stage: str) -> None:
+        """Under bf16-mixed, store the reward's frozen weights in bfloat16; see :meth:`Reward.set_precision`."""
+        if self.trainer.precision == "bf16-mixed":
+            self.reward.set_precision(torch.bfloat16)
+        super().setup(stage)
+
     def configure_model(self) -> None:
         """Under FSDP2, shard the policy, then the reward's blocks and text encoders that are not the policy's."""
         super().configure_model()

@@ -10,6 +10,7 @@ from torch.optim import AdamW
 from latentreward.checkpoints.base_weights import BaseSample
 from latentreward.checkpoints.shards import check_weights, frozen_names
 from latentreward.errors import InputError
+from latentreward.modules.frozen import share_frozen
 from latentreward.modules.optimizers import single_optimizer
 from latentreward.seeding import run_seed
 
@@ -62,6 +63,7 @@ class BasedModule(LightningModule):
             )
         if self._base is None:  # before weights are sharded
             self._base = BaseSample.of(*self.based_on)
+            share_frozen(self, self.trainer)
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, weights_only: bool = True, **kwargs: Any) -> Self:  # type: ignore[override]

@@ -35,7 +35,8 @@ def latents_of(
     Raises:
         InputError: If the batch holds latents of another space than the network's, or pixels without a VAE.
     """
-    images = torch.cat([getattr(batch, side) for side in sides])
+    # In float32 before `cat`, which raises for float16 under bfloat16 autocast on a CPU.
+    images = torch.cat([getattr(batch, side).float() for side in sides])
     kind = "policy" if isinstance(network, Policy) else "backbone"
     if batch.latent_space is not None:
         if batch.latent_space != network.latent_space:
@@ -43,7 +44,7 @@ def latents_of(
                 f"the data holds latents of the space [{batch.latent_space}], but the {kind} takes "
                 f"[{network.latent_space}]; encode the images with the {kind}'s own VAE"
             )
-        return images.float()
+        return images
     if network.vae is None:
         raise InputError(f"the data holds pixels, but this {kind} has no VAE; load a full pipeline folder")
     noise = None

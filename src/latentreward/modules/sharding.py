@@ -91,8 +91,8 @@ def shard_reward(reward: Reward, mesh: DeviceMesh) -> None:
     for scorer in [part for part in own if isinstance(part, LatentScorer)]:
         backbone = scorer.model.backbone
         for block in backbone.blocks():
-            if block in own:
-                fully_shard(block, mesh=mesh)
+            if block in own:  # called by itself, it would stay whole without reshard_after_forward
+                fully_shard(block, mesh=mesh, reshard_after_forward=True)
         shard_encoders(backbone.text_encoder if backbone.text_encoder in own else None, None, mesh)
 
 

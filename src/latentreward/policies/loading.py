@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from latentreward.backbones.loading import SHIPPED, PipelineSource, check_channels, set_execution
-from latentreward.backbones.tuning import LoRA, StorageDtype, store_frozen
+from latentreward.backbones.tuning import LoRA, StorageDtype, shown_as_float32
+from latentreward.backbones.weights import settle
 from latentreward.contracts import LatentSpace
 from latentreward.errors import InputError, first_line
 from latentreward.policies.policy import POLICY, DiTPolicy, Policy, UNetPolicy
@@ -79,18 +80,18 @@ class PolicySource:
         if pipeline.has("unet"):
             config, family = self._config(pipeline, "unet", "UNet2DConditionModel", latent_space), UNetPolicy
             sdxl = config.get("addition_embed_type") == "text_time"
-            text_encoder = pipeline.sdxl_prompts() if sdxl else pipeline.clip_prompts()
-            network = pipeline.unet()
+            text_encoder = pipeline.sdxl_prompts(mapped=True) if sdxl else pipeline.clip_prompts(mapped=True)
+            network = pipeline.unet(mapped=True)
         else:
             config, family = self._config(pipeline, "transformer", "SD3Transformer2DModel", latent_space), DiTPolicy
             length = (0 if self.source in SHIPPED else 256) if self.t5_length is None else self.t5_length
-            text_encoder = pipeline.sd3_prompts(config["joint_attention_dim"], length, self.load_t5)
-            network = pipeline.transformer()
+            text_encoder = pipeline.sd3_prompts(config["joint_attention_dim"], length, self.load_t5, mapped=True)
+            network = pipeline.transformer(mapped=True)
         network.requires_grad_(False)
         add_lora(network, self.lora, POLICY, seed)
-        store_frozen(network, self.frozen_dtype)
         text_encoder.requires_grad_(False)
-        store_frozen(text_encoder, self.frozen_dtype)
+        for module in (network, text_encoder):
+            settle(module, getattr(torch, self.frozen_dtype), torch.float32)
         policy = family(
             network,
             process,
@@ -130,9 +131,10 @@ def add_lora(network: nn.Module, lora: LoRA, name: str, seed: int) -> None:
 
     config: dict[str, Any] = {"r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout}
     try:
-        network.add_adapter(
-            LoraConfig(**config, target_modules=list(lora.target_modules), init_lora_weights="gaussian"), name
-        )
+        with shown_as_float32(network):
+            network.add_adapter(
+                LoraConfig(**config, target_modules=list(lora.target_modules), init_lora_weights="gaussian"), name
+            )
     except ValueError as error:
         raise InputError(f"lora.target_modules={list(lora.target_modules)}: {first_line(error)}") from error
     for parameter, weight in network.named_parameters():

@@ -67,6 +67,13 @@ class Reward(nn.Module, ABC):
         """
         return self(NoisyStates(latents, torch.zeros(len(latents), device=latents.device), rows, latents), encoded)
 
+    def set_precision(self, dtype: torch.dtype) -> None:
+        """Set the type in which frozen weights are stored and multiplied; scores stay float32.
+
+        Alignment calls this with ``torch.bfloat16`` under ``trainer.precision: bf16-mixed``, before the reward is moved
+        to its device. By default nothing happens: the trainer's autocast decides.
+        """
+
     def forward(self, states: NoisyStates, encoded: Any) -> Tensor:
         """Call :meth:`score` and check the result.
 
@@ -111,8 +118,8 @@ class RewardSource(ABC):
         Raises:
             InputError: If the reward's latent space is not that of the policy.
         """
-        ours, theirs = policy.latent_space(), self.latent_space()
-        if theirs is not None and ours != theirs:
+        theirs = self.latent_space()  # first: a missing checkpoint is named before diffusers is imported
+        if theirs is not None and (ours := policy.latent_space()) != theirs:
             raise InputError(
                 f"the policy {policy.source} makes latents of the space [{ours}], but the reward takes [{theirs}]; use "
                 "a reward trained on latents of the policy's VAE, or one that scores pixels"

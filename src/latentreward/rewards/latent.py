@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from latentreward.scoring.layouts.published import PublishedSettings
 from latentreward.scoring.network import RewardNetwork
 
 if TYPE_CHECKING:
+    from latentreward.encoders.prompts import PromptEncoder
     from latentreward.policies import Policy
 
 Share = Literal["auto", "never"]
@@ -72,6 +73,7 @@ class LatentScorer(Reward):
         self._owned = nn.ModuleDict({"head": model.head})
         self._owned.update({name: part for name, part in model.backbone.named_children() if part not in foreign})
         self.noise_process, self.batch_size, self._switch = noise_process, batch_size, switch
+        self._own_text = self._own_network = False  # whether these have a precision of their own
 
     @property
     def model(self) -> RewardNetwork:
@@ -82,10 +84,34 @@ class LatentScorer(Reward):
         """Keep evaluation mode, also when the surrounding module is set to training mode."""
         return super().train(False)
 
+    def set_precision(self, dtype: torch.dtype) -> None:
+        """See :meth:`Reward.set_precision`; modules shared with the policy keep theirs, and the trainer's autocast."""
+        shared = {name for name, _ in self.model.backbone.named_children()} - {*self._owned}
+        self.model.set_precision(dtype, shared)
+        self._own_text, self._own_network = "text_encoder" not in shared, shared <= {"text_encoder"}
+
+    def _autocast(self, own: bool) -> AbstractContextManager[Any]:
+        """Return a context that switches autocast off for a part with a precision of its own."""
+        return torch.autocast(self.model.device.type, enabled=False) if own else nullcontext()
+
+    def set_text_encoder(self, encoder: PromptEncoder) -> None:
+        """Replace the text encoder, such as by :class:`~latentreward.encoders.stored_prompts.StoredPrompts`."""
+        self.model.backbone.text_encoder = encoder
+        if "text_encoder" in self._owned:
+            self._owned["text_encoder"] = encoder
+
+    @torch.no_grad()
+    def encode_text(self, prompts: Sequence[str]) -> Conditioning:
+        """Encode ``prompts`` by the text encoder alone, in the precision of the run."""
+        with self._autocast(self._own_text):
+            return self.model.backbone.encode_prompts(prompts)
+
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> EncodedPrompts:
         """See :meth:`Reward.encode_prompts`; uses the tokenizers and text encoders of the reward model."""
-        return EncodedPrompts(*self.model.encode_prompts(prompts))
+        with self._autocast(self._own_text):
+            encoded = EncodedPrompts(*self.model.encode_prompts(prompts))
+        return encoded.to(torch.float32) if self._own_network else encoded  # a shared text encoder's may be bfloat16
 
     def score(self, states: NoisyStates, encoded: EncodedPrompts) -> Tensor:
         """See :meth:`Reward.score`."""
@@ -141,7 +167,7 @@ class LatentScorer(Reward):
         size = self.batch_size or max(len(latents), 1)
         scores: list[Tensor] = []
         slopes: list[Tensor] = []
-        with self._switch(), torch.set_grad_enabled(wanted):
+        with self._switch(), self._autocast(self._own_network), torch.set_grad_enabled(wanted):
             for start in range(0, len(latents), size):
                 rows = slice(start, start + size)
                 part = latents[rows].detach().requires_grad_(wanted)

@@ -108,6 +108,11 @@ class MixedReward(Reward):
         if self.changes_buffers:
             self.register_buffer("seen", torch.zeros(len(rewards), 3, dtype=torch.float64))
 
+    def set_precision(self, dtype: torch.dtype) -> None:
+        """Set the precision of each reward."""
+        for reward in self.rewards:
+            reward.set_precision(dtype)
+
     def encode_prompts(self, prompts: Sequence[str]) -> tuple[Any, ...]:
         """Encode the prompts for each reward."""
         return tuple(reward.encode_prompts(prompts) for reward in self.rewards)

@@ -37,7 +37,7 @@ def load_exactly(
 
 
 def compare_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], path: Path) -> None:
-    """Raise InputError if names or shapes of the tensors found in ``path`` differ from the expected ones."""
+    """Raise InputError if names, shapes or kinds of the tensors found in ``path`` differ from the expected ones."""
     for kind, names in (("missing", expected.keys() - found.keys()), ("unexpected", found.keys() - expected.keys())):
         if names:
             raise InputError(f"cannot load {path}: {kind} tensor {sorted(map(str, names))[0]} ({len(names)} in all)")
@@ -47,6 +47,8 @@ def compare_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor],
         shape, wanted = tuple(found[name].shape), tuple(tensor.shape)
         if shape != wanted:
             raise InputError(f"cannot load {path}: tensor {name} has shape {shape}, expected {wanted}")
+        if tensor.is_floating_point() and not found[name].is_floating_point():
+            raise InputError(f"cannot load {path}: tensor {name} is {found[name].dtype}, expected floating point")
 
 
 def not_dense(state: Mapping[str, Any]) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -72,24 +72,30 @@ class RewardNetwork(nn.Module):
         """Device of the parameters."""
         return next(self.parameters()).device
 
-    def set_precision(self, dtype: torch.dtype) -> Self:
+    def set_precision(self, dtype: torch.dtype, kept: Container[str] = ()) -> Self:
         """Set the precision of the backbone, and return the model; VAE, head and scores are always float32.
-
-        Call this once, after the model was moved to its device.
 
         Args:
             dtype: ``torch.float32`` or ``torch.bfloat16``; see :mod:`~latentreward.scoring.precision`.
+            kept: Names of the parts of the backbone that another model shares, and that stay as they are.
 
         Raises:
-            InputError: If ``dtype`` is another type.
+            InputError: If ``dtype`` is another type, or the model is bfloat16 already and ``dtype`` is not.
         """
         if dtype not in (torch.float32, torch.bfloat16):
             raise InputError(f"dtype is {dtype}; a reward model scores in torch.float32 or torch.bfloat16")
-        nn.Module.float(self)  # frozen weights may be stored in bfloat16
-        if dtype == torch.bfloat16:
-            for name, part in self.backbone.named_children():
-                if name != "vae":
-                    halve_products(part)
+        if self.dtype == torch.bfloat16:
+            if dtype != self.dtype:
+                raise InputError("the model's weights were rounded to bfloat16; load the model again for float32")
+            return self
+        for name, part in self.backbone.named_children():
+            if name in kept:
+                continue
+            if dtype == torch.bfloat16 and name != "vae":
+                halve_products(part)
+            else:
+                nn.Module.float(part)  # frozen weights may be stored in bfloat16
+        self.head.float()
         self.dtype = dtype
         return self
 

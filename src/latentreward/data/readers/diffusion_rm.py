@@ -143,7 +143,7 @@ class DiffusionRMReader(SideExchangingReader):
 
     def labels(self) -> np.ndarray:
         """Return ``label_a`` of every row, ``(len,)`` float64: 1 if a is chosen, 0 if b is, NaN for placeholders."""
-        return np.where(self.labelled(), 1.0 - np.array(self.exchanged(), dtype=np.float64), np.nan)
+        return np.where(self.labelled(), 1.0 - self.exchanged(), np.nan)
 
     def labelled(self) -> np.ndarray:
         """Return whether each row has a label, ``(len,)`` bool; false only for placeholders of bad rows."""

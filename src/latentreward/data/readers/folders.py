@@ -80,7 +80,7 @@ class FolderPairReader(JSONReader):
     def labels(self) -> np.ndarray:
         """Return ``label_a`` of every row, ``(len,)`` float64: 1 if a is chosen, 0 if b is, NaN for placeholders."""
         sound = [row[4] for row in self._rows]
-        return np.where(sound, 1.0 - np.array(self.exchanged(), dtype=np.float64), np.nan)
+        return np.where(sound, 1.0 - self.exchanged(), np.nan)
 
     def prompts(self) -> list[str]:
         """Return the caption of every row."""

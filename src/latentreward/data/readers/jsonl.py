@@ -1,6 +1,7 @@
 """Reader of JSON lines: pairs of image files of your own, one object per line."""
 
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ WORDS = {"a": 1.0, "b": 0.0, "tie": 0.5}
 NOT_LABELS = (*WINNER_FIRST, *BY_LABEL, "prompt", "label", "confidence", "weight", "pair_id")
 """Keys under which nobody looks for a label, beside the keys of labels themselves."""
 NO_LABEL = "unlabelled (no label)"
+ROWS = 1 << 14
+"""Rows that are parsed before they are packed into a part of the table."""
 MOST_KEYS = 3
 """Other keys of unlabelled rows that a remark names; the rest are counted."""
 
@@ -77,8 +80,11 @@ class JSONLPairReader(JSONReader):
         self._other_keys: Counter[str] = Counter()
         seen: set[str] = set()
         entries = (self._parse(line, text, seen) for line, text in read_lines(self._file))
-        columns = list(zip(*filter(None, entries), strict=True)) or [()] * len(INDEX)
-        self._table = pa.table(dict(zip(INDEX.names, columns, strict=True)), schema=INDEX)
+        rows, parts = filter(None, entries), [INDEX.empty_table()]
+        while some := list(islice(rows, ROWS)):  # all rows at once would be Python's objects, ten times as large
+            columns = zip(*some, strict=True)
+            parts.append(pa.table(dict(zip(INDEX.names, columns, strict=True)), schema=INDEX))
+        self._table = pa.concat_tables(parts)
         if not len(self):
             raise InputError(f"file: {file} has no lines left; give one JSON object per line")
         self._name_other_keys()
@@ -105,7 +111,7 @@ class JSONLPairReader(JSONReader):
 
     def labels(self) -> np.ndarray:
         """Return ``label_a`` of every row after any exchange of images, ``(len,)`` float64, NaN for unlabelled rows."""
-        labels = np.array(self._table.column("label").to_pylist(), dtype=np.float64)
+        labels = self._table.column("label").to_numpy()
         return np.where(self.exchanged(), 1.0 - labels, labels)
 
     def labelled(self) -> np.ndarray:
@@ -125,10 +131,12 @@ class JSONLPairReader(JSONReader):
         facts = {name: self._table.column(name).to_pylist() for name in ("votes_a", "votes_b")}
         return {**exchange_sides(facts, self.exchanged()), "confidence": self._table.column("confidence").to_pylist()}
 
-    def exchanged(self) -> list[bool]:
+    def exchanged(self) -> np.ndarray:
         """Return for every row whether the chosen image is b, not a; always false for lines with ``image_a``."""
-        first = self._table.column("winner_first").to_pylist()
-        return [winner and other for winner, other in zip(first, super().exchanged(), strict=True)]
+        if self._exchanged is None:
+            rows = zip(self._table.column("winner_first").to_pylist(), self.pair_ids(), strict=True)
+            self._exchanged = np.array([first and self.is_exchanged(name) for first, name in rows], dtype=bool)
+        return self._exchanged
 
     def _parse(self, line: int, text: str, seen: set[str]) -> tuple[Any, ...] | None:
         """Parse one line, applying ``on_error``, to values in the order of ``INDEX``; None leaves the line out."""

@@ -21,6 +21,8 @@ from latentreward.data.readers.hub import fetch_split, is_hub_id
 from latentreward.errors import InputError, first_line
 
 MAX_OPEN_FILES = 32
+KEPT_BYTES = 64 * 2**20
+"""Decoded row groups that :class:`RowGroupColumns` keeps, in bytes; at least the last one is kept."""
 
 
 @dataclass(frozen=True)
@@ -154,18 +156,22 @@ def largest_row_group(parts: Sequence[ParquetPart], columns: Sequence[str]) -> i
     largest = 0
     for part in parts:
         with open_part(part) as file:
-            for number in range(file.num_row_groups):
-                group = file.metadata.row_group(number)
-                chunks = [group.column(n) for n in range(group.num_columns)]
-                sizes = [c.total_uncompressed_size for c in chunks if c.path_in_schema.split(".")[0] in columns]
-                largest = max(largest, sum(sizes))
+            sizes = (row_group_bytes(file, number, columns) for number in range(file.num_row_groups))
+            largest = max(largest, *sizes, 0)
     return largest
 
 
-def embedded_image(value: Any) -> ImageRef:
-    """Return a reference to an image from a column of bytes, or of structs with bytes, named by a hash of its bytes."""
+def row_group_bytes(file: pq.ParquetFile, number: int, columns: Sequence[str]) -> int:
+    """Return the decompressed size in bytes of ``columns`` in row group ``number``."""
+    group = file.metadata.row_group(number)
+    chunks = [group.column(n) for n in range(group.num_columns)]
+    return sum(c.total_uncompressed_size for c in chunks if c.path_in_schema.split(".")[0] in columns)
+
+
+def embedded_image(value: Any, key: str | None = None) -> ImageRef:
+    """Return a reference to an image from a column of bytes, or of structs with bytes; None names it by their hash."""
     data = value.get("bytes") if isinstance(value, dict) else value
-    return ImageRef(content_key(data), data)
+    return ImageRef(key or content_key(data), data)
 
 
 def locate(starts: np.ndarray, row: int) -> tuple[int, int]:
@@ -266,10 +272,11 @@ class ParquetPairReader(PairReader):
 
 
 class RowGroupColumns:
-    """Random access to columns of parquet files; one decoded row group is kept at a time.
+    """Random access to columns of parquet files; the last decoded row groups are kept, up to ``KEPT_BYTES``.
 
-    Reading a row decodes its whole row group, unless the last row read was in the same group. Open files and the
-    decoded group are not pickled; a forked worker process opens its own.
+    Reading a row decodes its whole row group, unless that is kept: small files are decoded once, and of large ones a
+    group for each row in random order. Open files and decoded groups are not pickled; a forked worker process opens
+    its own.
 
     Args:
         parts: Files with equal columns.
@@ -301,7 +308,7 @@ class RowGroupColumns:
         self.row_groups_read = 0
         self._process = os.getpid()
         self._files: OrderedDict[int, tuple[pq.ParquetFile, np.ndarray]] = OrderedDict()
-        self._group: tuple[int, int, pa.Table] | None = None
+        self._groups: OrderedDict[tuple[int, int], pa.Table] = OrderedDict()
 
     def _open(self, part: int) -> tuple[pq.ParquetFile, np.ndarray]:
         if part not in self._files:
@@ -313,13 +320,17 @@ class RowGroupColumns:
         return self._files[part]
 
     def _read_group(self, file: pq.ParquetFile, part: int, number: int) -> pa.Table:
-        if self._group is None or self._group[:2] != (part, number):
-            self._group = None  # frees the memory of the old group before the new one is decoded
+        place = part, number
+        if place not in self._groups:
+            size = row_group_bytes(file, number, self.columns)
+            # Frees the memory of old groups before the new one is decoded.
+            while self._groups and size + sum(table.nbytes for table in self._groups.values()) > KEPT_BYTES:
+                self._groups.popitem(last=False)
             with damage_named(self.parts[part]):
-                table = file.read_row_group(number, columns=self.columns, use_threads=False)
-            self._group = part, number, table
+                self._groups[place] = file.read_row_group(number, columns=self.columns, use_threads=False)
             self.row_groups_read += 1
-        return self._group[2]
+        self._groups.move_to_end(place)
+        return self._groups[place]
 
 
 class ArrowColumns:

@@ -1,14 +1,13 @@
 """Reader of Pick-a-Pic v1 and v2: parquet files with pairs of JPEGs and the users' choices."""
 
 import logging
-from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from latentreward.contracts import ImageRef, PreferencePair
+from latentreward.contracts import PreferencePair
 from latentreward.data.readers.parquet_store import (
     ArrowColumns,
     ParquetPairReader,
@@ -129,8 +128,8 @@ class PickAPicReader(ParquetPairReader):
         return PreferencePair(
             pair_id=self._pair_id(row),
             prompt=self._value("caption", row) or "",
-            image_a=_image(self._value("image_0_uid", row), jpg_0),
-            image_b=_image(self._value("image_1_uid", row), jpg_1),
+            image_a=embedded_image(jpg_0, self._value("image_0_uid", row)),
+            image_b=embedded_image(jpg_1, self._value("image_1_uid", row)),
             label_a=None if np.isnan(label) else float(label),
             weight=1.0 / examples if examples is not None and examples > 0 else 1.0,
             model_a=self._value("model_0", row),
@@ -190,11 +189,6 @@ class PickAPicReader(ParquetPairReader):
 
     def _value(self, name: str, row: int) -> Any:
         return self._index[name][row].as_py()
-
-
-def _image(uid: str | None, value: Any) -> ImageRef:
-    image = embedded_image(value)
-    return replace(image, image_key=uid) if uid else image
 
 
 def _is_null(column: pa.Array) -> np.ndarray:

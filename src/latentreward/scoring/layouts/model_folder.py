@@ -24,6 +24,7 @@ from torch import Tensor
 
 from latentreward.backbones import DiffusionBackbone
 from latentreward.backbones.loading import SHIPPED
+from latentreward.backbones.weights import fill, settling_later
 from latentreward.checkpoints.base_weights import same_values, sample, without_adapters
 from latentreward.data.image_sizes import ImageSizes
 from latentreward.data.images import ExifOrientation
@@ -37,6 +38,7 @@ from latentreward.scoring.layouts.recipe import ONLY_IN_TRAINING, build_backbone
 from latentreward.scoring.layouts.trust import check_class
 from latentreward.scoring.network import RewardNetwork
 from latentreward.storage.json_files import read_config
+from latentreward.storage.weight_files import map_weights
 
 CONFIG, HEAD, BACKBONE, BASE = "config.json", "head.safetensors", "backbone.safetensors", "base.safetensors"
 
@@ -95,6 +97,12 @@ class PretrainedReward(SharingReward):
         """See :attr:`StoredReward.image_sizes`."""
         return self.config.image_sizes
 
+    @property
+    def _stores_networks(self) -> bool:
+        """Whether the folder holds network and text encoders in full."""
+        recipe = self.config.recipe
+        return is_ours(recipe.backbone) and {"text_encoder"} < {*recipe.own}
+
     def _backbone(self) -> DiffusionBackbone:
         """See :meth:`SharingReward._backbone`; parameters that were trained are trainable, all others are frozen."""
         recipe = self.config.recipe
@@ -103,9 +111,9 @@ class PretrainedReward(SharingReward):
             for name in ONLY_IN_TRAINING:
                 if is_ours(recipe.backbone) and name in recipe.backbone.init_args:
                     raise InputError(f"backbone.init_args.{name} is for training alone; remove it")
-            # If the folder stores network and text encoders in full, the base's weights are not read.
-            own = is_ours(recipe.backbone) and {"text_encoder"} < {*recipe.own}
-            backbone = build_backbone(recipe.backbone, self.folder, **({"pretrained": False} if own else {}))
+            # The base's weights are not read, nor need they be there, if the folder stores all networks.
+            given = {"pretrained": False} if self._stores_networks else {}
+            backbone = build_backbone(recipe.backbone, self.folder, **given)
         backbone.requires_grad_(False)
         modules = {name for name, _ in backbone.named_modules()}
         known = modules | {*backbone.state_dict()}
@@ -146,19 +154,17 @@ class PretrainedReward(SharingReward):
 
     def load(self) -> RewardNetwork:
         """See :meth:`StoredReward.load`."""
-        with torch.random.fork_rng(devices=[]):  # initial values are random but overwritten below
+        # Initial values are random but overwritten below.
+        with torch.random.fork_rng(devices=[]), settling_later(undrawn=self._stores_networks):
             backbone = self._backbone()
             model = RewardNetwork(backbone, self._head(backbone))
+            if self.config.recipe.own:
+                weights = map_weights([path := self.folder / BACKBONE])
+                compare_tensors(dict(own_weights(backbone, self.config.recipe.own)), weights.tensors, path)
+                fill(backbone, weights)
         self._check_base(backbone)
         for name, place in adapter_folders(self.config.adapters).items():
             fill_adapter(self.folder / place, backbone.get_submodule(name))
-        if self.config.recipe.own:
-            path = self.folder / BACKBONE
-            state, expected = read_safetensors(path), dict(own_weights(backbone, self.config.recipe.own))
-            compare_tensors(expected, state, path)
-            with torch.no_grad():
-                for name, weight in expected.items():
-                    weight.copy_(state[name])
         if not model.head.reads_text:
             backbone.drop_text_taps()
         model.recipe, model.calibration = self.config.recipe, self.config.calibration

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from latentreward.backbones import SD3DiTBackbone, SDUNetBackbone
-from latentreward.backbones.loading import PipelineSource, load_weights
+from latentreward.backbones.loading import PipelineSource
 from latentreward.backbones.sd_unet import unet_family
+from latentreward.backbones.weights import load_weights, map_model, settle
 from latentreward.contracts import FeatureSpec, LatentSpace
 from latentreward.errors import InputError, errors_at
 from latentreward.heads import CLIPProjectionHead, GatedQFormerHead, RewardHead
@@ -177,7 +178,7 @@ class PublishedLRM(PublishedLayout):
         source = None if self.base is None else self._pipeline()
         path = folder / "state_dict.pt"
         state = lrm_head_state(read_tensors(path), path)
-        unet = load_weights(UNet2DConditionModel, str(folder), subfolder="unet")
+        unet = map_model(UNet2DConditionModel, str(folder), subfolder="unet")
         family = unet_family(unet.config)
         prompts, own = self._prompts(family, source)
         backbone = SDUNetBackbone(
@@ -187,6 +188,7 @@ class PublishedLRM(PublishedLayout):
             text_encoder=prompts,
             vae=None if source is None else source.latent_encoder(),
         )
+        settle(backbone.unet, torch.float32)
         projects_text = "text_projection.weight" in state
         used = {"guidance": self.settings.guidance, "multi_scale": self._multi_scale(state, backbone.feature_spec)}
         settings = {
@@ -365,7 +367,7 @@ class PublishedDiNaLRM(PublishedLayout, SharingReward):
         with build_errors(f"{self.folder / 'config.json'} on {source}: "):
             token_dim = source.config("transformer")["joint_attention_dim"]
             backbone = SD3DiTBackbone(
-                source.transformer(),
+                source.transformer(mapped=True),
                 source.noise_process(),
                 self.latent_space(),
                 **self._taps(),
@@ -374,6 +376,7 @@ class PublishedDiNaLRM(PublishedLayout, SharingReward):
             )
         backbone.source = str(source)
         inject_adapter(backbone.transformer, self.folder / DINA_ADAPTER)
+        settle(backbone.transformer, torch.float32)
         return backbone.requires_grad_(False)
 
     def _head(self, spec: FeatureSpec) -> RewardHead:

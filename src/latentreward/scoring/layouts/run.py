@@ -15,6 +15,7 @@ import yaml
 from torch import Tensor, nn
 
 from latentreward.backbones import DiffusionBackbone, backbone_names
+from latentreward.backbones.weights import assign, settling_later
 from latentreward.checkpoints.base_weights import (
     BaseSample,
     problem_of_record,
@@ -169,7 +170,11 @@ class TrainedReward(SharingReward):
         """
         state = self._content.weights
         with errors_at(f"{self.config}: model."):
-            head = build_head(self._parts["head"], backbone.feature_spec, stored=state)
+            part = self._parts["head"]
+            if part.init_args.get("text_projection_source") is not None:  # its weights are in the checkpoint
+                width = len(state.get("model.head.visual_projection.weight", ()))
+                part = ModelPart(part.name, {**part.init_args, "text_projection_source": None, "embed_dim": width})
+            head = build_head(part, backbone.feature_spec, stored=state)
         model = RewardNetwork(backbone, head)
         if not head.reads_text:
             backbone.drop_text_taps()
@@ -186,14 +191,20 @@ class TrainedReward(SharingReward):
         lora = self._parts["backbone"].init_args.get("lora")
         if is_ours(self._parts["backbone"]) and isinstance(lora, Mapping) and "rank" in lora:
             check_ranks([lora["rank"]], (tuple(tensor.shape) for tensor in state.values()), self.config)
-        with torch.random.fork_rng(devices=[]):  # initial values are random but overwritten below
-            model, as_trained = self._fitting(self._backbone())
+        with settling_later():
+            with torch.random.fork_rng(devices=[]):  # initial values are random but overwritten below
+                model, as_trained = self._fitting(self._backbone())
+            own = as_trained.state_dict()
+            for name in state.keys() & own.keys():
+                if own[name].is_floating_point() and not state[name].is_floating_point():
+                    problem = f"{name} is {state[name].dtype}, expected floating point"
+                    raise InputError(damaged(self.checkpoint, problem))
+            assign(as_trained, state)
         model.recipe, model.exif = self._recipe(model), self.exif
         model.image_sizes = self.image_sizes or model.image_sizes
         if base is not None:
             with errors_at(f"{self.checkpoint} with {self.config}: "):
                 BaseSample.of(as_trained, model.backbone.source).check(base)
-        as_trained.load_state_dict(state, strict=False)
         return model.requires_grad_(False).eval()
 
     def _recipe(self, model: RewardNetwork) -> ModelRecipe:

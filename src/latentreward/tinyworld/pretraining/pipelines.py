@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,8 +25,11 @@ from latentreward.tinyworld.oracle import mean_verdict
 from latentreward.tinyworld.pretraining.denoiser import CaptionedLatents, train_denoiser
 from latentreward.tinyworld.pretraining.recipes import TrainingRecipe
 from latentreward.tinyworld.pretraining.vae import draw_training_pictures, encode_pictures, train_vae
-from latentreward.tinyworld.sampling import load_pipeline, sample_pictures
+from latentreward.tinyworld.sampling import PIPELINE_FOLDERS, load_pipeline, sample_pictures
 from latentreward.tinyworld.tokenizer import tokenize
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 PIPELINES = {"sd_tiny": build_sd, "sd35_tiny": build_sd35}
 README = """# {name}
@@ -98,8 +102,15 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=Recipe.seed)
     parser.add_argument("--scale", type=float, default=1.0, help="factor on steps, pictures, prompts (quick trials)")
     parser.add_argument("--only", choices=PIPELINES, help="train this denoiser on the latents in DIR/pretraining")
+    parser.add_argument("--same-vae", choices=PIPELINES, help="train only this denoiser, with the shipped autoencoder")
     options = parser.parse_args(args)
     recipe = Recipe(seed=options.seed).scaled(options.scale)
+    if options.same_vae:
+        torch.set_num_threads(1)
+        prepare_latents(recipe, options.output / "pretraining", shipped_vae())
+        pretrain_denoiser(options.same_vae, recipe, options.output)
+        shutil.rmtree(options.output / "pretraining")
+        return
     if options.only:
         torch.set_num_threads(1)
         pretrain_denoiser(options.only, recipe, options.output)
@@ -115,10 +126,18 @@ def main(args: Sequence[str] | None = None) -> None:
     shutil.rmtree(options.output / "pretraining")
 
 
-def prepare_latents(recipe: Recipe, folder: Path) -> None:
-    """Train the autoencoder, encode the denoisers' training pictures, and save both in ``folder``."""
+def shipped_vae() -> AutoencoderKL:
+    """Load the autoencoder of the shipped pipelines, to pretrain a generator with the same latent space."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL.from_pretrained(PIPELINE_FOLDERS["sd_tiny"] / "vae")
+
+
+def prepare_latents(recipe: Recipe, folder: Path, vae: AutoencoderKL | None = None) -> None:
+    """Train the autoencoder if none is given, encode the denoisers' training pictures, and save both in ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
-    vae = train_vae(recipe.seed, recipe.vae_pictures, recipe.vae_steps, recipe.decoder_steps)
+    if vae is None:
+        vae = train_vae(recipe.seed, recipe.vae_pictures, recipe.vae_steps, recipe.decoder_steps)
     vae.save_pretrained(folder / "vae")
     for phase, number, clean_share, stream in (
         ("main", recipe.pictures, 0.6, 1),

@@ -1,0 +1,95 @@
+"""Measure full-size scoring and training on one GPU, unattended: ``make bench-gpu``; prints Markdown tables.
+
+    python benchmarks/gpu.py [BLOCK ...] [--output DIR] [--minutes 22] [--wheels DIR] [--device cuda] [--tiny]
+
+Weights are random and made on the card; nothing is downloaded and nothing installed. The script runs from a checkout
+with any PyTorch from the floor in setup.cfg on (an older one is tried, and named) and with the packages of setup.cfg;
+``--wheels DIR`` unpacks the pure-Python wheels in DIR (diffusers, jsonargparse, omegaconf, …) and imports from there.
+
+Each block is a process of at most 8 minutes that writes OUTPUT/BLOCK.json after every row. A block that is done is
+skipped, so the command goes on where it was interrupted. A row that runs out of memory or fails says so.
+
+``scoring``    a step's score by the latent reward (LRM on SD1.5 and SDXL, DiNa-LRM on SD3.5-Medium) against pixels:
+               VAE decoder and CLIP-H, with x̂_0 predicted anew (guided) or reused from the sampler
+``vlm``        DiNa-LRM, one level and an ensemble of 3, against a scorer of Qwen2-VL-7B's size with VAE decoder, on one
+               1024² image: score, gradient with respect to the latents, and step of an SD3.5-Medium policy
+``rewards``    training steps of LRM and DiNa-LRM with the shipped settings
+``alignment``  training steps of LPO, GRPO and ReFL with the shipped settings, rollouts included
+``execution``  float32, bfloat16, checkpointing, torch.compile and attention kernels in a DiNa-LRM step
+
+``--device cpu --tiny`` tries all blocks at tiny sizes with one thread, for tests.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from zipfile import ZipFile
+
+ROOT = Path(__file__).resolve().parents[1]
+BLOCKS = ("scoring", "vlm", "rewards", "alignment", "execution")
+FLOOR = (2, 13)
+"""Oldest PyTorch of setup.cfg."""
+BLOCK_SECONDS = 480
+
+
+def import_path(wheels: Path | None) -> str:
+    """Return the value of PYTHONPATH for a block; wheels are unpacked into a folder beside them."""
+    places = [ROOT / "src", ROOT]
+    if wheels is not None:
+        places.append(unpacked := wheels / "unpacked")
+        for wheel in () if unpacked.is_dir() else sorted(wheels.glob("*.whl")):
+            ZipFile(wheel).extractall(unpacked)
+    return os.pathsep.join([*(str(place.resolve()) for place in places), os.environ.get("PYTHONPATH", "")])
+
+
+def is_done(path: Path) -> bool:
+    """Tell whether a block was measured to its end."""
+    return path.is_file() and json.loads(path.read_text())["complete"]
+
+
+def main() -> None:
+    """Run the blocks that are not done."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("blocks", nargs="*", metavar="BLOCK", help=", ".join(BLOCKS))
+    parser.add_argument("--output", type=Path, default=Path("runs/bench_gpu"))
+    parser.add_argument("--minutes", type=float, default=22, help="time for all blocks")
+    parser.add_argument("--wheels", type=Path, metavar="DIR", help="folder of pure-Python wheels")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--tiny", action="store_true")
+    options = parser.parse_args()
+    if unknown := set(options.blocks) - set(BLOCKS):
+        parser.error(f"there is no block {', '.join(sorted(unknown))}; choose from {', '.join(BLOCKS)}")
+    torch = version("torch")
+    if tuple(map(int, torch.split(".")[:2])) < FLOOR:
+        print(f"PyTorch {torch} is older than the oldest that is tested, {'.'.join(map(str, FLOOR))}")
+    environment = {**os.environ, "PYTHONPATH": import_path(options.wheels), "HF_HUB_OFFLINE": "1"}
+    if options.device == "cpu":
+        environment["OMP_NUM_THREADS"] = "1"
+    ends, missing = time.monotonic() + 60 * options.minutes, []
+    for name in options.blocks or BLOCKS:
+        path = (options.output / f"{name}.json").resolve()
+        if is_done(path):
+            print(f"{name}: done already", flush=True)
+            continue
+        left = min(BLOCK_SECONDS, ends - time.monotonic())
+        print(f"\n## {name}" if left > 0 else f"{name}: no time left", flush=True)
+        script = str(ROOT / "benchmarks" / "gpu_blocks.py")
+        command = [sys.executable, script, name, str(path), options.device, *(["tiny"] if options.tiny else [])]
+        try:
+            if left > 0:
+                subprocess.run(command, cwd=ROOT, env=environment, timeout=left, check=False)
+        except subprocess.TimeoutExpired:
+            print(f"{name}: stopped after {left:.0f} s; its rows so far are in {path}", flush=True)
+        if not is_done(path):
+            missing.append(name)
+    if missing:
+        sys.exit(f"not measured to the end: {', '.join(missing)}; the same command goes on with them")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""``latentreward pilot``: train a reward from a cut of a data set, and align a generator with it, on one card."""
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+from latentreward.errors import InputError, check_at_least_one
+from latentreward.interrupts import interrupts_told
+from latentreward.pilot.checks import GB, check_access, check_disk, check_sources, downloads, hub_cache
+from latentreward.pilot.plans import ALIGNED, BESIDE, CUT, JUDGED, MEASURED, Pilot, all_pilots, find_pilot
+from latentreward.reproduction.steps import Task
+from latentreward.settings.functions import run_plain_function
+from latentreward.storage.durable import write_file
+from latentreward.storage.locks import locked
+
+
+def pilot(
+    name: str | None = None,
+    *,
+    pairs: int | None = None,
+    seed: int = 0,
+    check: bool = False,
+    quick: bool = False,
+    hours: float = 72.0,
+    tflops: float = 30.0,
+    page: Path | None = None,
+    output: Path | None = None,
+    results: Path = Path("pilots"),
+    work: Path = Path("runs/pilot"),
+) -> None:
+    """Cache a cut of a data set, train a reward, benchmark it, align a generator with it, compare before and after.
+
+    First the licences are listed, and the disk, memory and hours that are needed are computed; nothing is downloaded
+    before all of it suffices. The same command goes on after any stop. A changed setting starts the stages that depend
+    on it again, in folders of their own. The result is one JSON file; `latentreward configs pilot` lists the pilots.
+
+    Examples: ``latentreward pilot sd15 --check``, ``latentreward pilot sd35m --pairs 5000``,
+    ``latentreward pilot sd_tiny`` (on a CPU, without any download).
+
+    Args:
+        name: Pilot to run: sd15, sd35m, sd_tiny, sd35_tiny, or a YAML file of your own.
+        pairs: Number of pairs to train on, a fixed random cut of the training set; by default that of the pilot.
+        seed: Seed of the cut, of the trainings and of the pictures.
+        check: Whether to end after the checks.
+        quick: Whether to only try all stages, with a few pairs, steps and pictures.
+        hours: Most hours that the two trainings may take by the computed operations; a longer pilot is refused.
+        tflops: Operations per second that the device sustains, in 10¹²; 30 is some 40 % of an RTX 3090's peak.
+        page: Markdown page of the table of models to write from all files in ``results``.
+        output: File of the result; ``NAME-DIGEST.json`` in ``results`` by default.
+        results: Folder of the results.
+        work: Folder of the stages' outputs.
+
+    Raises:
+        InputError: If something that is needed is missing, or a stage fails.
+    """
+    check_at_least_one(pairs=pairs)
+    if name is not None:
+        found = find_pilot(name)
+        settings = {"pairs": pairs or found.pairs, "seed": seed, "quick": quick}
+        tasks = found.tasks(**settings)
+        folder = work.resolve()
+        check_sources(found)
+        check_needs(found, tasks, folder, settings["pairs"], (tflops, hours))
+        if check:
+            return
+        name_of_result = f"{found.name}-{found.digest(**settings)[:8]}.json"
+        path = output or (work / "quick" if quick else results) / name_of_result  # nobody should send a trial's
+        kept = f"what is done is kept in {work}: the same command goes on"
+        with locked(folder, "work"), interrupts_told(lambda: kept):
+            run_all(found, tasks, folder, settings, path)
+    elif page is None:
+        raise InputError(f"name is missing; give a pilot: {', '.join(all_pilots())}")
+    if page is not None:
+        from latentreward.pilot.page import page as page_text
+        from latentreward.pilot.results import read_results
+
+        full = [one for one in all_pilots().values() if one.device == "gpu"]
+        write_file(page, page_text(full, read_results(results)))
+        print(f"{page} is written")
+
+
+def check_needs(found: Pilot, tasks: Mapping[str, Task], folder: Path, pairs: int, pace: tuple[float, float]) -> None:
+    """Print licences and needs of the stages that have not finished; raise InputError for what is missing.
+
+    Args:
+        found: Pilot.
+        tasks: Its stages.
+        folder: Folder of the stages' outputs.
+        pairs: Number of pairs to train on.
+        pace: Operations per second in 10¹², and most hours.
+    """
+    for variable, value in found.values().items():
+        source = found.sources[variable]
+        print(f"{variable}={value}: {source.data or 'model'}; licence: {source.licence}", flush=True)
+    missing = downloads(found)
+    check_access(found, missing)
+    fetched = {hub_cache(): int(sum(one.gigabytes for one in missing.values()) * GB)} if missing else {}
+    check_disk({**fetched, folder: 0})
+
+    # What follows imports Lightning and diffusers.
+    from latentreward.commands.fit import estimate_fit
+    from latentreward.pilot.needs import check_gpu, check_hours, check_memory, training_needs
+    from latentreward.pilot.running import unfinished, workshop
+
+    if found.device == "gpu":
+        check_gpu()
+    left = {task.name: task for task in unfinished(tasks, workshop(folder))}
+    needs = {}
+    for task in left.values():
+        if task.arguments[0] == "fit":
+            print(f"estimating {task.name}", flush=True)
+            arguments = [one for one in task.command(folder)[1:] if not one.startswith("--ckpt_path")]
+            needs[task.name] = training_needs(estimate_fit(arguments), pairs)
+    written = sum(one.disk for one in needs.values()) + (2 * pairs * found.image_bytes if CUT in left else 0)
+    if needs:
+        print("hours, computed without encoding, benchmark and pictures:", check_hours(needs, *pace))
+        print("memory:", check_memory(needs, found.device == "gpu"))
+    print("disk:", check_disk({**fetched, folder: written}), flush=True)
+
+
+def run_all(found: Pilot, tasks: Mapping[str, Task], folder: Path, settings: Mapping[str, int], output: Path) -> None:
+    """Run the stages that have not finished, and write the result."""
+    from latentreward.evaluation.benchmark.report import HTML
+    from latentreward.pilot.results import collect, write_result
+    from latentreward.pilot.running import run_stages, unfinished, workshop
+
+    shop = workshop(folder)
+    if unfinished(tasks, shop) or not output.is_file():
+        run_stages(tasks, shop)
+        write_result(output, collect(found, tasks, shop, settings))
+    for title, stage, file in (
+        ("published checkpoint", BESIDE, HTML),
+        ("reward", MEASURED, HTML),
+        ("adapter", ALIGNED, "lora"),
+        ("before and after", JUDGED, HTML),
+    ):
+        print(f"{title}: {tasks[stage].output(folder) / file}")
+    print(f"result: {output}")
+
+
+run = partial(run_plain_function, pilot)

@@ -1,0 +1,108 @@
+"""Table of models at full size, written from the results of pilots."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from latentreward.evaluation.benchmark.four_benchmarks import FOUR_BENCHMARKS, PUBLISHED_AVERAGES
+from latentreward.evaluation.benchmark.published_numbers import PUBLISHED
+from latentreward.metrics.bootstrap import Interval
+from latentreward.pilot.plans import BESIDE, Pilot
+from latentreward.pilot.results import PilotResult
+from latentreward.reports.markdown import markdown_table, plain
+from latentreward.reports.tables import NOTHING, Table, percent, with_interval
+
+INTRODUCTION = """\
+`latentreward pilot --page docs/models.md` writes this page from the files in `pilots/`; do not edit it by hand. Each
+file is the result of one run of a [pilot](pilot.md), on the machine of the person who sent it.
+
+Accuracies are in percent with 95 % intervals, on all pairs of the test sets; "mean" is that of the four. "Published
+checkpoint" was measured beside the pilot's reward by the same program. "The paper" is what the authors print. A pilot
+trains on a small cut of the data on one card, so its numbers should lie below the paper's.
+"""
+NOT_MEASURED = "not measured"
+TITLES = {"imagereward test": "ImageReward", "hpdv2 test": "HPDv2", "hpdv3 test": "HPDv3"}
+TITLES["genai_bench_tiger test"] = "GenAI-Bench"
+
+
+def page(pilots: Iterable[Pilot], results: Sequence[PilotResult]) -> str:
+    """Return the page as Markdown; equal pilots and results give equal text.
+
+    Args:
+        pilots: Pilots of full size, each of which gets its rows whether or not it was run.
+        results: Results of all pilots.
+    """
+    parts = ["# Models at full size", INTRODUCTION.rstrip()]
+    for pilot in pilots:
+        found = [result for result in results if result.pilot == pilot.name]
+        parts += [f"## {plain(pilot.title)}", f"`latentreward pilot {pilot.name}`"]
+        header = ("reward", *TITLES.values(), "mean", "trained on")
+        parts.append(markdown_table(Table(header, tuple(_rewards(pilot, found)))))
+        header = ("generator", "score", "before", "after", "difference [95 %]", "preferred, % [95 %]")
+        parts.append(markdown_table(Table(header, tuple(_generators(pilot, found)))))
+        header = ("run", "machine", "hours by stage", "peak GPU memory, GB", "versions", "commit", "settings")
+        parts.append(markdown_table(Table(header, tuple(_runs(found) or [(NOT_MEASURED, *[NOTHING] * 6)]))))
+    return "\n\n".join(parts) + "\n"
+
+
+def _rewards(pilot: Pilot, found: Sequence[PilotResult]) -> list[tuple[str, ...]]:
+    rows = []
+    for number, result in enumerate(found, start=1):
+        trained = f"{result.cut['pairs']} pairs, seed {result.settings['seed']}"
+        rows.append((f"{pilot.reward}, run {number}", *_accuracies(result, "pilot"), trained))
+        rows.append((f"published checkpoint, run {number}", *_accuracies(result, BESIDE), NOTHING))
+    if not rows:
+        rows = [(name, *[NOT_MEASURED] * 5, NOTHING) for name in (pilot.reward, "published checkpoint")]
+    papers = {one.model for one in PUBLISHED if one.model in (pilot.reward, f"{pilot.reward} (ensemble)")}
+    if not papers:
+        rows.append((f"{pilot.reward}, the paper", *["not published"] * 5, NOTHING))
+    for model in sorted(papers):
+        numbers = {(one.protocol, one.model): one.value for one in (*PUBLISHED, *PUBLISHED_AVERAGES)}
+        keys = (*FOUR_BENCHMARKS.values(), PUBLISHED_AVERAGES[0].protocol)
+        cells = [f"{100 * numbers[key, model]:.2f}" if (key, model) in numbers else NOTHING for key in keys]
+        rows.append((f"{model}, the paper", *cells, "all of the training set"))
+    return rows
+
+
+def _accuracies(result: PilotResult, model: str) -> list[str]:
+    measured = {(one["model"], one["benchmark"], one["protocol"]): one["estimate"] for one in result.accuracy}
+    means = {one["model"]: one["estimate"] for one in result.averages}
+    found = [measured.get((model, *place)) for place in FOUR_BENCHMARKS.items()]
+    return [NOT_MEASURED if one is None else _shown(one) for one in (*found, means.get(model))]
+
+
+def _generators(pilot: Pilot, found: Sequence[PilotResult]) -> list[tuple[str, ...]]:
+    rows = [
+        (
+            f"{pilot.policy}, run {number}",
+            one["score"],
+            *(f"{one[name]['value']:.3f}" for name in ("before", "after")),
+            with_interval(Interval(**one["difference"]), "{:+.3f}".format),
+            _shown(one["win_rate"]),
+        )
+        for number, result in enumerate(found, start=1)
+        for one in result.pictures
+    ]
+    return rows or [(pilot.policy, *[NOT_MEASURED] * 5)]
+
+
+def _shown(estimate: Mapping[str, Any]) -> str:
+    return with_interval(Interval(**estimate), percent)
+
+
+def _runs(found: Sequence[PilotResult]) -> list[tuple[str, ...]]:
+    return [
+        (
+            str(number),
+            result.machine.get("gpu") or result.machine["processor"],
+            ", ".join(f"{name} {one['seconds'] / 3600:.1f}{_again(one)}" for name, one in result.stages.items()),
+            f"{max(one['gpu_gb'] for one in result.stages.values()):.1f}",
+            ", ".join(f"{name} {result.versions[name]}" for name in ("latentreward", "torch", "diffusers")),
+            result.commit or NOTHING,
+            result.settings["digest"][:8],
+        )
+        for number, result in enumerate(found, start=1)
+    ]
+
+
+def _again(stage: Mapping[str, Any]) -> str:
+    return f" (last of {stage['starts']} starts)" if stage["starts"] > 1 else ""

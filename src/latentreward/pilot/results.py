@@ -1,0 +1,194 @@
+"""Results of pilots: JSON files that are small enough to be committed."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from pyarrow import parquet
+
+from latentreward.errors import InputError
+from latentreward.evaluation.benchmark.report import JSON
+from latentreward.pilot.checks import GB
+from latentreward.pilot.plans import BESIDE, CUT, JUDGED, MEASURED, Pilot
+from latentreward.pilot.running import starts
+from latentreward.reproduction.running import LOG, Workshop
+from latentreward.reproduction.sources import commit, computed_with, machine
+from latentreward.reproduction.steps import Task
+from latentreward.storage.digests import digest
+from latentreward.storage.durable import write_file
+from latentreward.storage.json_files import read_config
+
+VERSION = 1
+ESTIMATE = {"value": float, "low": float, "high": float, "groups": int}
+ENTRIES = {
+    "pilot": str,
+    "settings": {"digest": str, "pairs": int, "seed": int, "quick": bool},
+    "cut": {"pairs": int, "digest": str},
+    "accuracy": [{"model": str, "benchmark": str, "protocol": str, "estimate": ESTIMATE, "pairs": int}],
+    "averages": [{"model": str, "estimate": ESTIMATE}],
+    "pictures": [
+        {"score": str, "prompts": int, **dict.fromkeys(("before", "after", "difference", "win_rate"), ESTIMATE)}
+    ],
+    "stages": {...: {"key": str, "starts": int, "seconds": float, "cpu_seconds": float, "gpu_gb": float}},
+    "machine": {"processor": str},
+    "versions": {"latentreward": str, "torch": str, "diffusers": str},
+    "commit": str,
+}
+"""Form of a result's entries: ``...`` stands for any name, and a mapping may have further ones."""
+
+
+@dataclass(frozen=True)
+class PilotResult:
+    """Numbers of one run of a pilot, and what they were measured with.
+
+    An estimate is a mapping of ``value``, ``low``, ``high`` (95 % interval) and ``groups`` (independent groups).
+
+    Attributes:
+        version: Version of this schema.
+        pilot: Name of the pilot.
+        settings: ``digest`` of all but folders of this machine, ``pairs``, ``seed``, and ``quick`` (a trial).
+        cut: Number of ``pairs`` of the cut that were cached, and ``digest`` of their names.
+        accuracy: Results of the benchmark: ``model`` (``pilot`` or the name of another), ``benchmark``, ``protocol``,
+            ``estimate``, ``pairs``.
+        averages: Mean accuracy over the four test sets: ``model``, ``estimate``.
+        pictures: Results before and after the alignment by score: ``score``, ``before``, ``after`` (estimates),
+            ``difference`` and ``win_rate`` (estimates, after against before), ``prompts``.
+        stages: Stage → ``key`` (digest of its settings), ``starts`` of its process, and ``seconds``, ``cpu_seconds``
+            and ``gpu_gb`` (peak of PyTorch's allocations) of the last start.
+        machine: Processor, system and GPU.
+        versions: Versions of Python and packages.
+        commit: Commit of the checkout; ``+`` at its end if files differed; empty outside a checkout.
+    """
+
+    version: int
+    pilot: str
+    settings: Mapping[str, Any]
+    cut: Mapping[str, Any]
+    accuracy: Sequence[Mapping[str, Any]]
+    averages: Sequence[Mapping[str, Any]]
+    pictures: Sequence[Mapping[str, Any]]
+    stages: Mapping[str, Mapping[str, Any]]
+    machine: Mapping[str, Any]
+    versions: Mapping[str, str]
+    commit: str
+
+
+def collect(pilot: Pilot, tasks: Mapping[str, Task], shop: Workshop, settings: Mapping[str, Any]) -> PilotResult:
+    """Read the result of a pilot from the outputs of its finished stages.
+
+    Args:
+        pilot: Pilot.
+        tasks: Its stages.
+        shop: Folder of the outputs.
+        settings: Number of pairs, seed, and whether the run was a trial.
+    """
+    outputs = {name: task.output(shop.folder) for name, task in tasks.items()}
+    names = parquet.read_table(outputs[CUT] / "pairs.parquet", columns=["pair_id"])["pair_id"].to_pylist()
+    reports = [read_config(outputs[stage] / JSON) for stage in (BESIDE, MEASURED)]
+    return PilotResult(
+        version=VERSION,
+        pilot=pilot.name,
+        settings={"digest": pilot.digest(**settings), **settings},
+        cut={"pairs": len(names), "digest": digest(["\n".join(names)])},
+        accuracy=[_accuracy(one) for report in reports for one in report["protocols"]],
+        averages=[
+            {"model": one["scorer"], "estimate": one["estimate"]} for report in reports for one in report["averages"]
+        ],
+        pictures=_pictures(read_config(outputs[JUDGED] / JSON)),
+        stages={name: _stage(task, shop) for name, task in tasks.items()},
+        machine={**machine(), **_gpu()},
+        versions=computed_with(),
+        commit=commit(),
+    )
+
+
+def _accuracy(one: Mapping[str, Any]) -> dict[str, Any]:
+    return {"model": one["scorer"], **{key: one[key] for key in ("benchmark", "protocol", "estimate", "pairs")}}
+
+
+def _pictures(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    after, before = report["policies"]
+    means = {(one["policy"], one["score"]): one["mean"] for one in report["scores"]}
+    return [
+        {
+            "score": one["score"],
+            "before": means[before, one["score"]],
+            "after": means[after, one["score"]],
+            **{key: one[key] for key in ("difference", "win_rate", "prompts")},
+        }
+        for one in report["comparisons"]
+        if not one["group"]
+    ]
+
+
+def _stage(task: Task, shop: Workshop) -> dict[str, Any]:
+    done = shop.done(task)
+    assert done is not None
+    return {
+        "key": task.key,
+        "starts": starts(task.output(shop.folder).parent / LOG),
+        "seconds": done.seconds,
+        "cpu_seconds": done.cpu_seconds,
+        "gpu_gb": round(done.gpu_bytes / GB, 2),
+    }
+
+
+def _gpu() -> dict[str, Any]:
+    if not torch.cuda.is_available():
+        return {}
+    found = torch.cuda.get_device_properties(0)
+    return {"gpu": found.name, "gpu_gb": round(found.total_memory / GB, 1)}
+
+
+def write_result(path: Path, result: PilotResult) -> None:
+    """Write a result atomically."""
+    write_file(path, json.dumps(vars(result), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_result(path: Path) -> PilotResult:
+    """Read a result.
+
+    Raises:
+        InputError: If the file is damaged, lacks an entry, or has another version.
+    """
+    content = read_config(path)
+    if content.get("version") != VERSION:
+        raise InputError(f"{path}: its version is {content.get('version')!r}; this program reads {VERSION}")
+    if (names := {field.name for field in fields(PilotResult)}) != content.keys():
+        differing = ", ".join(sorted(names ^ content.keys()))
+        raise InputError(f"{path}: entries are missing or unknown: {differing}; give a file that `pilot` wrote")
+    if place := misfit(content, ENTRIES) or ("" if content["stages"] else "stages"):
+        raise InputError(f"{path}: {place} is missing or has another form; give a file that `pilot` wrote")
+    return PilotResult(**content)
+
+
+def misfit(value: Any, form: Any, place: str = "") -> str | None:
+    """Return the place of the first part of a value from JSON that does not have a form like :data:`ENTRIES`."""
+    if not isinstance(form, dict | list):
+        kinds = (int, float) if form is float else form
+        unknown = value is None and place.endswith(".groups")
+        return None if unknown or (isinstance(value, kinds) and isinstance(value, bool) == (form is bool)) else place
+    if not isinstance(value, type(form)) or (form is ESTIMATE and value.keys() != form.keys()):
+        return place
+    if isinstance(form, list):
+        parts = [(f"{place}[{index}]", one, form[0]) for index, one in enumerate(value)]
+    else:
+        forms = dict.fromkeys(value, form[...]) if ... in form else form
+        parts = [(f"{place}.{name}".lstrip("."), value.get(name), one) for name, one in forms.items()]
+    return next((found for inside, one, kind in parts if (found := misfit(one, kind, inside))), None)
+
+
+def read_results(folder: Path) -> list[PilotResult]:
+    """Read all results of a folder, in the order of their file names.
+
+    Raises:
+        InputError: As :func:`read_result`; or if a file is of a trial.
+    """
+    found = {path: read_result(path) for path in sorted(folder.glob("*.json"))}
+    for path, result in found.items():
+        if result.settings["quick"]:
+            raise InputError(f"{path}: it is of a trial (--quick); give the result of a whole run")
+    return list(found.values())

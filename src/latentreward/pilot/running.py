@@ -1,0 +1,45 @@
+"""Running of a pilot's stages, one process after the other; a stage that was stopped goes on where it was."""
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from latentreward.reproduction.running import LOG, START, Workshop
+from latentreward.reproduction.steps import Task
+
+
+def workshop(folder: Path) -> Workshop:
+    """Return the folder of all stages' outputs, in which commands resume."""
+    return Workshop(folder, resumes=True, environment={})
+
+
+def unfinished(tasks: Mapping[str, Task], shop: Workshop) -> list[Task]:
+    """List the stages that have not finished, or whose inputs were made again, in their order."""
+    return [task for task in tasks.values() if shop.done(task) is None]
+
+
+def run_stages(tasks: Mapping[str, Task], shop: Workshop) -> None:
+    """Run the stages that have not finished.
+
+    Ctrl-C and SIGTERM end the stage's process by SIGTERM and wait for it, so that a training saves a checkpoint.
+
+    Raises:
+        InputError: If a stage fails.
+    """
+    with ThreadPoolExecutor(1) as pool:  # an interrupt reaches the main thread, and leaves the process to the other
+        try:
+            for name, task in tasks.items():
+                log = task.output(shop.folder).parent / LOG
+                if shop.done(task) is not None:
+                    print(f"{name}: done before", flush=True)
+                    continue
+                print(f"{name}: {'goes on' if starts(log) else 'starts'}; its log is {log}", flush=True)
+                pool.submit(shop.run, task).result()
+        finally:
+            shop.close()
+
+
+def starts(log: Path) -> int:
+    """Return how often a stage's process was started, from its log."""
+    text = log.read_text(errors="replace") if log.is_file() else ""
+    return sum(line.startswith(START) for line in text.splitlines())

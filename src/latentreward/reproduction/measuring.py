@@ -1,0 +1,133 @@
+"""Values of each held-out item from the tables that steps write, and their compact form in JSON."""
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pyarrow import csv, parquet
+
+from latentreward.errors import InputError
+from latentreward.reproduction.rows import Metric
+from latentreward.storage.digests import digest
+
+LEAST_GAP = 0.3
+"""Difference of utilities above which a pair counts as clearly different."""
+SCALE = 1000
+"""Values that are not 0 or 1 are kept as integers of a thousandth."""
+PREDICTED, SCORED, PICTURES = "scores_rank0.parquet", "scores.parquet", "scores.csv"
+"""Files that ``predict``, ``score-pairs`` and ``evaluate-policy`` write."""
+
+
+@dataclass(frozen=True)
+class Values:
+    """Value of each of N items.
+
+    Attributes:
+        items: Digest of the items' names; two sets of values can be paired if their digests are equal.
+        values: ``(N,)`` float64.
+    """
+
+    items: str
+    values: np.ndarray
+
+    def packed(self) -> dict[str, Any]:
+        """Return the values as entries for JSON: bits if all are 0 or 1, else integers of 16 bits, in base 64.
+
+        Raises:
+            InputError: If a value is NaN or does not fit.
+        """
+        shape = {"items": self.items, "number": len(self.values), "mean": round(float(self.values.mean()), 4)}
+        if np.isin(self.values, (0, 1)).all():
+            return shape | {"bits": _text(np.packbits(self.values.astype(bool)))}
+        thousandths = np.round(self.values * SCALE)
+        if not (np.abs(thousandths) < 2**15).all():  # NaN is not
+            raise InputError(f"values from {self.values.min():g} to {self.values.max():g}: give finite ones below 32.7")
+        return shape | {"thousandths": _text(thousandths.astype("<i2"))}
+
+    @classmethod
+    def unpacked(cls, entries: Mapping[str, Any]) -> "Values":
+        """Undo :meth:`packed`, up to rounding."""
+        if "bits" in entries:
+            packed = np.frombuffer(base64.b64decode(entries["bits"]), np.uint8)
+            if len(packed) != -(-entries["number"] // 8):
+                raise ValueError(f"{entries['number']} values in {len(packed)} bytes")
+            bits = np.unpackbits(packed, count=entries["number"])
+            return cls(entries["items"], bits.astype(np.float64))
+        values = np.frombuffer(base64.b64decode(entries["thousandths"]), "<i2")
+        return cls(entries["items"], values.astype(np.float64) / SCALE)
+
+
+def _text(values: np.ndarray) -> str:
+    return base64.b64encode(values.tobytes()).decode()
+
+
+def measure(metric: Metric, scores: Path, pairs: Path | None) -> Values:
+    """Compute a metric's value of each item.
+
+    Args:
+        metric: Quantity to compute.
+        scores: Output folder of the step that wrote the scores.
+        pairs: Output folder of the step that wrote the scored pairs; None for pictures.
+    """
+    if pairs is None:
+        return _pictures(metric, scores / PICTURES)
+    (oracle,) = pairs.rglob("oracle.parquet")
+    truth = {row["pair_id"]: row for row in parquet.read_table(oracle).to_pylist()}
+    margins = _scored(metric, scores / SCORED) if metric.column else _predicted(metric, scores / PREDICTED, truth)
+    if metric.kind == "turned":
+        first = _predicted(metric, scores / PREDICTED, truth, first=True)
+        return _named({name: float(margin * first[name] < 0) for name, margin in margins.items()})
+    part = {"accuracy": "utility"}.get(metric.kind, metric.kind)
+    gaps = {name: truth[name][f"{part}_a"] - truth[name][f"{part}_b"] for name in margins}
+    least = LEAST_GAP if metric.kind == "accuracy" else 1e-9
+    return _named({name: float(margins[name] * gap > 0) for name, gap in gaps.items() if abs(gap) > least})
+
+
+def _named(values: Mapping[str, float]) -> Values:
+    names = sorted(values)
+    return Values(digest(["\n".join(names)], 4), np.array([values[name] for name in names]))
+
+
+def _predicted(
+    metric: Metric, path: Path, truth: Mapping[str, Mapping[str, Any]], first: bool = False
+) -> dict[str, float]:
+    """Read margins, first minus second image, of predicted pairs; summed over the levels nearest to the metric's.
+
+    Args:
+        metric: Metric with the levels.
+        path: Table of ``predict``.
+        truth: Pair → row of the oracle's table, which tells which image is the first.
+        first: Whether to read the first level of the table instead.
+    """
+    rows = parquet.read_table(path).to_pylist()
+    column = "timestep" if metric.timestep else "sigma"
+    known = list(dict.fromkeys(row[column] for row in rows))
+    wanted = known[:1] if first else [_nearest(known, level) for level in metric.timestep or metric.sigma]
+    sums = {row["pair_id"]: 0.0 for row in rows}
+    for row in rows:
+        if row[column] in wanted:
+            sign = 1 if row["chosen_key"] == truth[row["pair_id"]]["key_a"] else -1
+            sums[row["pair_id"]] += sign * row["margin"]
+    return sums
+
+
+def _nearest(known: Sequence[float], level: float) -> float:
+    return min(known, key=lambda value: abs(value - level))
+
+
+def _scored(metric: Metric, path: Path) -> dict[str, float]:
+    """Read margins, first minus second image, of a table of ``score-pairs``; summed over the metric's columns."""
+    table = parquet.read_table(path)
+    margins = sum(table[f"{name}_a"].to_numpy() - table[f"{name}_b"].to_numpy() for name in metric.column)
+    return dict(zip(table["pair_id"].to_pylist(), np.asarray(margins).tolist(), strict=True))
+
+
+def _pictures(metric: Metric, path: Path) -> Values:
+    table = csv.read_csv(path)
+    places, images = table["place"].to_pylist(), table["image"].to_pylist()
+    names = [f"{place}/{image}" for place, image in zip(places, images, strict=True)]
+    values = np.mean([table[name].to_numpy() for name in metric.column], axis=0)
+    return _named(dict(zip(names, values.tolist(), strict=True)))

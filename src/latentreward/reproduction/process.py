@@ -1,0 +1,57 @@
+"""Process of one step: runs the command line, or a module, and records time, memory and imported source files.
+
+``python -m latentreward.reproduction.process RECORD MODULE ARGUMENT...``; an empty MODULE stands for the command line
+of ``latentreward``. The record is written only if the command succeeds.
+"""
+
+import json
+import os
+import runpy
+import signal
+import sys
+import time
+from pathlib import Path
+from threading import Thread
+
+
+def main() -> None:
+    """Run the process."""
+    record, module, *arguments = sys.argv[1:]
+    began = time.monotonic()
+    Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
+    sys.argv = [module or "latentreward", *arguments]
+    try:
+        runpy.run_module(module or "latentreward", run_name="__main__", alter_sys=True)
+    except SystemExit as error:
+        if error.code:
+            raise
+    times = os.times()
+    told = {"cpu_seconds": round(times.user + times.system + times.children_user + times.children_system, 1)}
+    told |= {"seconds": round(time.monotonic() - began, 1), "gpu_bytes": gpu_bytes()}
+    found = [name for name, one in sys.modules.items() if _is_ours(name, getattr(one, "__file__", None))]
+    Path(record).write_text(json.dumps({**told, "modules": sorted(found)}))
+
+
+def end_with(parent: int) -> None:
+    """Send this process SIGTERM once ``parent`` has died by a kill: the next command would run the same step beside it.
+
+    Args:
+        parent: ID of the process that waits for this one.
+    """
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def gpu_bytes() -> int:
+    """Return the peak memory that PyTorch allocated on the first GPU; 0 if the process used none."""
+    torch = sys.modules.get("torch")
+    return torch.cuda.max_memory_allocated() if torch is not None and torch.cuda.is_initialized() else 0
+
+
+def _is_ours(name: str, file: str | None) -> bool:
+    return name.split(".", maxsplit=1)[0] == "latentreward" and file is not None and file.endswith(".py")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+"""Rows of the reproduction, read from YAML: what runs for each arm and seed, what is measured, and what is claimed."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from latentreward.errors import InputError, did_you_mean
+from latentreward.reproduction.steps import Step, Task, load_yaml, record, resolve
+from latentreward.settings.rewriting import shipped_configs
+from latentreward.storage.digests import digest
+
+FOLDER, SHARED = "reproduce/", "reproduce/shared/steps.yaml"
+Kind = Literal["accuracy", "alignment", "quality", "turned", "column"]
+Paper = Literal["LRM", "LPO", "DiNa-LRM", "Tiny world"]
+MOST_SEEDS = 10
+
+
+@dataclass(frozen=True)
+class Metric:
+    """Quantity that is measured for each held-out item; its mean over items is the number in tables.
+
+    Attributes:
+        of: Name of the step that wrote the scores.
+        kind: ``accuracy``: 1 for a pair ranked as its utilities rank it, among pairs with clearly different utilities.
+            ``alignment``, ``quality``: 1 for a pair ranked as this part of the utility ranks it, among pairs that
+            differ in it. ``turned``: 1 for a pair whose ranking differs from that at the first level of the table.
+            ``column``: the value of a column of pictures.
+        timestep: Timestep to read; of several, scores are averaged.
+        sigma: Noise level to read; of several, scores are averaged.
+        column: Column to read; of several, scores are averaged.
+    """
+
+    of: str
+    kind: Kind
+    timestep: tuple[float, ...] = ()
+    sigma: tuple[float, ...] = ()
+    column: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Side:
+    """Arm and metric of one side of a claim."""
+
+    arm: str
+    metric: str
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Statement that one number exceeds another.
+
+    Attributes:
+        says: The statement in words.
+        higher: Side that should be higher.
+        lower: Side that should be lower; None compares ``higher`` with ``more_than`` alone.
+        more_than: Difference that should be exceeded.
+    """
+
+    says: str
+    higher: Side
+    lower: Side | None = None
+    more_than: float = 0.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """Row of the reproduction: arms that are compared on the same held-out items, once per seed.
+
+    Attributes:
+        name: Name of the YAML file.
+        title: Heading on the page.
+        paper: Paper that the claims are from; the page has a section for each.
+        source: Where the paper makes the claims: section, table; or that the comparison is ours.
+        claims: Statements to test.
+        metrics: Name → metric; measured for every arm.
+        arms: Name of an arm → name of a step → arguments added to the step.
+        instead: Name of an arm → name of a metric's step → name of the step that the arm has in its place.
+        cpu_seconds: Expected processor time of all seeds, in seconds, without steps that other rows share.
+        miniature_of: Full-size configs that the arms stand for.
+        note: Remark on the page: what differs from the paper, or why the result is as it is.
+        seeds: Number of seeds.
+        steps: Steps of this row alone, in addition to the shared ones.
+    """
+
+    name: str
+    title: str
+    paper: Paper
+    source: str
+    metrics: Mapping[str, Metric]
+    arms: Mapping[str, Mapping[str, str]]
+    cpu_seconds: float
+    claims: Sequence[Claim] = ()
+    instead: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    miniature_of: Sequence[str] = ()
+    note: str = ""
+    seeds: int = 3
+    steps: Mapping[str, Step] = field(default_factory=dict)
+
+    @cached_property
+    def all_steps(self) -> dict[str, Step]:
+        """The row's own steps and the shared ones by name."""
+        return {**shared_steps(), **self.steps}
+
+    def read_step(self, arm: str, metric: Metric) -> str:
+        """Return the name of the step that a metric reads in an arm."""
+        return self.instead.get(arm, {}).get(metric.of, metric.of)
+
+    def task(self, arm: str, step: str, seed: int, quick: bool = False) -> Task:
+        """Resolve a step of an arm for a seed.
+
+        Args:
+            arm: Name of the arm.
+            step: Name of the step.
+            seed: Number of the seed.
+            quick: Whether to add the arguments of a trial of two steps.
+        """
+        return resolve(self.all_steps, step, seed, self.arms[arm], quick)
+
+    def tables(self, seed: int, quick: bool = False) -> dict[tuple[str, str], tuple[Task, Task | None]]:
+        """Return (arm, step of a metric) → task that writes the scores, and task that wrote the scored pairs if any."""
+        found = {}
+        for arm in self.arms:
+            for metric in self.metrics.values():
+                step = self.read_step(arm, metric)
+                pairs = self.all_steps[step].pairs
+                scored = self.task(arm, pairs, seed, quick) if pairs else None
+                found[arm, metric.of] = (self.task(arm, step, seed, quick), scored)
+        return found
+
+    def config_digest(self, seed: int) -> str:
+        """Digest everything but source files that the numbers of a seed depend on; wording and claims do not count."""
+        tables = {place: [task and task.key for task in tasks] for place, tasks in self.tables(seed).items()}
+        return digest([repr((sorted(tables.items()), sorted(self.metrics.items())))])
+
+
+@cache
+def shared_steps() -> dict[str, Step]:
+    """Read the steps that all rows may use."""
+    return {name: record(Step, f"{SHARED}: {name}", value) for name, value in load_yaml(f"configs/{SHARED}").items()}
+
+
+def all_rows() -> dict[str, Row]:
+    """Read all shipped rows by name."""
+    names = [name for name in shipped_configs() if name.startswith(FOLDER) and name.count("/") == 1]
+    rows = [read_row(Path(name).stem, load_yaml(f"configs/{name}")) for name in names]
+    return {row.name: row for row in rows}
+
+
+def choose_rows(names: Sequence[str]) -> list[Row]:
+    """Return the named rows; all rows without names.
+
+    Raises:
+        InputError: If a row does not exist.
+    """
+    rows = all_rows()
+    for name in names:
+        if name not in rows:
+            raise InputError(f"names: there is no row {name!r}{did_you_mean(name, rows)}")
+    return [rows[name] for name in names or rows]
+
+
+def read_row(name: str, content: Mapping[str, Any]) -> Row:
+    """Check the content of a row's YAML file.
+
+    Raises:
+        InputError: If a setting is unknown, missing or wrong, or a name that it uses does not exist.
+    """
+    given = dict(content)
+    records = {
+        "metrics": lambda value: {
+            key: record(Metric, f"{name}: metrics.{key}", _listed(one)) for key, one in value.items()
+        },
+        "claims": lambda value: [_claim(f"{name}: claims[{index}]", one) for index, one in enumerate(value)],
+        "steps": lambda value: {key: record(Step, f"{name}: steps.{key}", one) for key, one in value.items()},
+        "arms": lambda value: {str(key): one or {} for key, one in value.items()},
+    }
+    for key, convert in records.items():
+        if key in given:
+            given[key] = convert(given[key])
+    row = record(Row, name, {"name": name, **given})
+    _check(row)
+    return row
+
+
+def _check(row: Row) -> None:
+    if row.paper not in get_args(Paper):
+        raise InputError(f"{row.name}: paper is {row.paper!r}{did_you_mean(row.paper, get_args(Paper))}")
+    if not 3 <= row.seeds <= MOST_SEEDS:
+        raise InputError(f"{row.name}: seeds={row.seeds}; use 3 to {MOST_SEEDS}, so that intervals exist")
+    for arm, options in row.arms.items():
+        _known(f"{row.name}: arms.{arm}", options, row.all_steps)
+    for arm, steps in row.instead.items():
+        _known(f"{row.name}: instead", [arm], row.arms)
+        _known(f"{row.name}: instead.{arm}", steps.values(), row.all_steps)
+    for name, step in row.all_steps.items():
+        _known(f"{row.name}: steps.{name}.pairs", [step.pairs] if step.pairs else [], row.all_steps)
+    for name, metric in row.metrics.items():
+        _known(f"{row.name}: metrics.{name}.of", [metric.of], row.all_steps)
+        _known(f"{row.name}: metrics.{name}.kind", [metric.kind], get_args(Kind))
+    for index, claim in enumerate(row.claims):
+        for side in (claim.higher, *([claim.lower] if claim.lower else [])):
+            _known(f"{row.name}: claims[{index}]", [side.arm], row.arms)
+            _known(f"{row.name}: claims[{index}]", [side.metric], row.metrics)
+
+
+def _known(place: str, names: Collection[str], choices: Collection[str]) -> None:
+    for name in names:
+        if name not in choices:
+            raise InputError(f"{place}: there is no {name!r}{did_you_mean(str(name), map(str, choices))}")
+
+
+def _claim(place: str, value: Mapping[str, Any]) -> Claim:
+    """Read a claim; ``by`` names the metric of sides that are given as the name of an arm."""
+    given = dict(value)
+    metric = given.pop("by", None)
+    for name in ("higher", "lower"):
+        if name in given:
+            side = given[name]
+            side = side if isinstance(side, Mapping) else {"arm": str(side), "metric": metric}
+            given[name] = record(Side, f"{place}.{name}", side)
+    return record(Claim, place, given)
+
+
+def _listed(value: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn levels and columns into tuples."""
+    return {
+        key: tuple(one) if isinstance(one, list) else (one,) if key in ("timestep", "sigma", "column") else one
+        for key, one in value.items()
+    }

@@ -1,0 +1,171 @@
+"""Steps of long computations: commands that run in processes of their own and read each other's output folders."""
+
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from latentreward.errors import InputError, did_you_mean, one_line
+from latentreward.settings.rewriting import find_config
+from latentreward.settings.yaml_text import check_yaml
+from latentreward.storage.digests import digest
+
+PLACEHOLDER = re.compile(r"\{(\w+)\}")
+"""Placeholder in a step's arguments: ``{out}``, ``{seed}``, or the name of the step whose output folder it stands for.
+
+Braces around anything else, such as those of JSON, stay.
+"""
+
+
+@dataclass(frozen=True)
+class Step:
+    """Command that runs in a process of its own.
+
+    Attributes:
+        run: Arguments of the process, starting with a subcommand of ``latentreward``.
+        module: Module to run as a program instead of the command line; empty for the command line.
+        quick: Arguments added for a trial of two steps.
+        pairs: Name of the step that wrote the pairs which the step scores; empty if it scores no pairs.
+    """
+
+    run: str
+    module: str = ""
+    quick: str = ""
+    pairs: str = ""
+
+
+@dataclass(frozen=True)
+class Task:
+    """Step of an arm and a seed, with its placeholders resolved.
+
+    Attributes:
+        name: Name of the step.
+        module: See :class:`Step`.
+        arguments: Arguments that may contain placeholders.
+        inputs: Placeholder → task whose output it stands for.
+        seed: Seed that ``{seed}`` stands for.
+        key: Digest of all that the output depends on apart from source files; equal tasks have equal keys.
+    """
+
+    name: str
+    module: str
+    arguments: tuple[str, ...]
+    inputs: Mapping[str, "Task"] = field(hash=False)
+    seed: int
+    key: str
+
+    def command(self, folder: Path) -> list[str]:
+        """Return the arguments with placeholders replaced by the seed and by folders below ``folder``."""
+        places = {name: str(task.output(folder)) for name, task in self.inputs.items()}
+        places |= {"out": str(self.output(folder)), "seed": str(self.seed)}
+        return [PLACEHOLDER.sub(lambda found: places.get(found[1], found[0]), text) for text in self.arguments]
+
+    def output(self, folder: Path) -> Path:
+        """Return the folder of the task's output, below ``folder``."""
+        return folder / f"{self.name}-{self.key[:16]}" / "out"
+
+    def needed(self) -> Iterator["Task"]:
+        """Yield the task and all that it depends on, dependencies first, possibly repeatedly."""
+        for task in self.inputs.values():
+            yield from task.needed()
+        yield self
+
+
+def resolve(
+    steps: Mapping[str, Step],
+    name: str,
+    seed: int,
+    added: Mapping[str, str],
+    quick: bool = False,
+    context: Sequence[str] = (),
+) -> Task:
+    """Resolve a step and the steps that its arguments name.
+
+    Args:
+        steps: All steps by name.
+        name: Name of the step.
+        seed: Number that ``{seed}`` stands for.
+        added: Name of a step → arguments added to it.
+        quick: Whether to add the arguments of a trial of two steps.
+        context: Further texts that the outputs depend on, such as paths that the commands read from the environment.
+    """
+    found = steps[name]
+    options = shlex.split(added.get(name, ""))
+    arguments = [*shlex.split(found.run), *options, *(shlex.split(found.quick) if quick else ())]
+    names = {place for text in arguments for place in PLACEHOLDER.findall(text)} & steps.keys()
+    inputs = {one: resolve(steps, one, seed, added, quick, context) for one in sorted(names)}
+    known = {one: task.key for one, task in inputs.items()} | {"seed": str(seed)}
+    resolved = [PLACEHOLDER.sub(lambda place: known.get(place[1], place[0]), text) for text in arguments]
+    files = [config_digest(text) for text in arguments if text.startswith("--config=configs/")]
+    key = digest(["\0".join((found.module, *resolved, "", *files, *context))])
+    return Task(name, found.module, tuple(arguments), inputs, seed, key)
+
+
+def check_steps(place: str, steps: Mapping[str, Step]) -> None:
+    """Check steps that come from a file: their names become names of folders.
+
+    Raises:
+        InputError: If a name holds more than letters, digits and ``_``, a command is not a text or has an open quote,
+            or steps need each other.
+    """
+    needs = {}
+    for name, step in steps.items():
+        if not re.fullmatch(r"\w+", name):
+            raise InputError(f"{place}: {name!r} is not a name; use letters, digits and _")
+        if not all(isinstance(value, str) for value in vars(step).values()):
+            raise InputError(f"{place}.{name}: expected texts, got {vars(step)}")
+        try:
+            texts = shlex.split(step.run) + shlex.split(step.quick)
+        except ValueError as error:
+            raise InputError(f"{place}.{name}: {error}") from error
+        needs[name] = {found for text in texts for found in PLACEHOLDER.findall(text)} & steps.keys()
+    try:
+        TopologicalSorter(needs).prepare()
+    except CycleError as error:
+        raise InputError(f"{place}: {' needs '.join(error.args[1])}") from error
+
+
+def config_digest(argument: str) -> str:
+    """Digest the settings in a shipped file that ``--config=configs/…`` names; comments and layout do not count."""
+    return _file_digest(find_config(argument.removeprefix("--config=")))
+
+
+@cache
+def _file_digest(path: str) -> str:
+    return digest([repr(yaml.safe_load(Path(path).read_text(encoding="utf-8")))])
+
+
+def record(kind: type[Any], place: str, value: Any) -> Any:
+    """Make a dataclass from a mapping, whose keys are checked."""
+    if not isinstance(value, Mapping):
+        raise InputError(f"{place}: expected a mapping, got {value!r}")
+    known = {one.name for one in fields(kind)}
+    for name in value:
+        if name not in known:
+            raise InputError(f"{place}: there is no setting {name!r}{did_you_mean(str(name), known)}")
+    try:
+        return kind(**value)
+    except TypeError as error:
+        raise InputError(f"{place}: {str(error).partition('() ')[2]}") from error
+
+
+def load_yaml(path: str) -> Any:
+    """Read a YAML file, by its path or by the name ``configs/...`` of one that ships with the package.
+
+    Raises:
+        InputError: If the file is not YAML, or fails :func:`~latentreward.settings.yaml_text.check_yaml`.
+    """
+    try:
+        text = Path(find_config(path)).read_text(encoding="utf-8")
+        check_yaml(text)
+        return yaml.safe_load(text)
+    except InputError:
+        raise
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that does not exist
+        raise InputError(f"{path}: {one_line(error)}") from error

@@ -1,0 +1,145 @@
+"""Converted weights in one file that all processes of a machine map, so that the machine holds them once.
+
+Processes that have no way yet to talk to each other agree by the file's name, a hash of what it holds, and by a lock.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import stat
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from latentreward.storage.digests import digest
+from latentreward.storage.durable import LOCK, disk_full
+from latentreward.storage.weight_files import ALIGNMENT, StoredTensor
+
+logger = logging.getLogger(__name__)
+
+ABANDONED_S = 3600.0
+"""Seconds after which a file is taken for one that a killed process left; a run needs it while its ranks load."""
+_processes: ContextVar[int] = ContextVar("processes", default=1)
+_mapped: set[Path] = set()
+"""Files that this process has mapped and not yet released."""
+
+
+@contextmanager
+def sharing_between(processes: int) -> Iterator[None]:
+    """State, inside the block, how many processes of this machine load the same weights."""
+    token = _processes.set(processes)
+    try:
+        yield
+    finally:
+        _processes.reset(token)
+
+
+def processes_here() -> int:
+    """Return the number of processes of this machine that load the same weights."""
+    return max(_processes.get(), int(os.environ.get("LOCAL_WORLD_SIZE") or 1))  # set by torchrun
+
+
+def shared(wanted: Sequence[tuple[StoredTensor, torch.dtype]]) -> list[Tensor] | None:
+    """Convert stored tensors once per machine, and map them.
+
+    The first process to come writes the file, to the folder for temporary files, and the others wait for it.
+    :func:`release_shared` removes the file; what is mapped stays.
+
+    Args:
+        wanted: Tensors, each with the type that it needs.
+
+    Returns:
+        The converted tensors; None if the disk has no room for them.
+    """
+    offsets, size = [], 0
+    for place, dtype in wanted:
+        offsets.append(size)
+        size += -(-place.shape.numel() * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+    stats = {place.path: place.path.stat() for place, _ in wanted}
+    files = (f"{path} {found.st_ino} {found.st_size} {found.st_mtime_ns}" for path, found in stats.items())
+    key = digest([*files, *(f"{place.path} {place.offset} {tuple(place.shape)} {dtype}" for place, dtype in wanted)])
+    path = own_folder() / key
+    try:
+        with FileLock(path.with_suffix(LOCK)):
+            if not _is_complete(path, size):
+                remove_abandoned(path.parent)
+                _write(path, wanted, offsets, size)
+            storage = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
+    except OSError as error:
+        if not (reason := disk_full(error)):
+            raise
+        logger.warning("%s: %s; each process holds %.1f GB of its own instead", path, reason, size / 1e9)
+        return None
+    atexit.unregister(release_shared)
+    atexit.register(release_shared, remove=True)  # for programs without a trainer, and for runs that fail before it
+    _mapped.add(path)
+    values = torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[call-overload]
+    return [
+        values[offset : offset + place.shape.numel() * dtype.itemsize].view(dtype).view(place.shape)
+        for offset, (place, dtype) in zip(offsets, wanted, strict=True)
+    ]
+
+
+def _is_complete(path: Path, size: int) -> bool:
+    """Tell whether a file has its size and is of this boot: after a power cut a renamed file may lack its contents."""
+    found = path.stat() if path.is_file() else None
+    return found is not None and found.st_size == size and found.st_mtime > time.time() - time.monotonic()
+
+
+def _write(path: Path, wanted: Sequence[tuple[StoredTensor, torch.dtype]], offsets: Sequence[int], size: int) -> None:
+    partial = path.with_suffix(".partial")
+    try:
+        with partial.open("wb") as file:
+            for offset, (place, dtype) in zip(offsets, wanted, strict=True):
+                file.seek(offset)
+                file.write(memoryview(place.read().to(dtype).view(-1).view(torch.uint8).numpy()))
+            file.truncate(size)
+        partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove files that killed processes left; all others are removed when training starts."""
+    for path in folder.iterdir():
+        with suppress(FileNotFoundError):  # another process removed it
+            if path.stat().st_mtime < time.time() - ABANDONED_S:
+                path.unlink()
+
+
+def own_folder() -> Path:
+    """Return the folder for shared files, which no other user of the machine can write to.
+
+    Raises:
+        PermissionError: If the folder belongs to another user.
+    """
+    folder = Path(tempfile.gettempdir()) / f"latentreward-{os.getuid()}"
+    with suppress(FileExistsError):  # of a file or a broken link, which is refused below
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise PermissionError(f"{folder} can be written to by others; remove it, or set TMPDIR to another folder")
+    return folder
+
+
+def release_shared(remove: bool) -> None:
+    """Forget the shared files of this process, once all processes of the machine have mapped them.
+
+    Args:
+        remove: Whether to remove the files; one process of the machine should.
+    """
+    while _mapped:
+        path = _mapped.pop()
+        if remove:
+            with FileLock(lock := path.with_suffix(LOCK)):  # another run of the same models may be writing the file
+                path.unlink(missing_ok=True)
+                lock.unlink(missing_ok=True)  # before the release: filelock takes no lock on a deleted file

@@ -1,0 +1,112 @@
+"""`make bench-gpu` runs unattended: each block at tiny size on the CPU, time limits, and going on after a stop."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from zipfile import ZipFile
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+ROWS = {"scoring": 6, "vlm": 9, "rewards": 2, "alignment": 3, "execution": 5}
+"""Block → rows of its tiny form."""
+
+
+@pytest.fixture(scope="module")
+def blocks(load: Callable[[str], ModuleType]) -> ModuleType:
+    return load("gpu_blocks")
+
+
+def cells(path: Path) -> tuple[dict[str, Any], list[list[Any]]]:
+    """A block's file and its rows."""
+    found = json.loads(path.read_text())
+    (table,) = found["tables"]
+    assert all(len(row) == len(table["columns"]) for row in table["rows"])
+    return found, table["rows"]
+
+
+@pytest.mark.parametrize(
+    "name", ["rewards", *(pytest.param(n, marks=pytest.mark.slow) for n in ROWS if n != "rewards")]
+)
+def test_a_block_writes_its_rows(blocks: ModuleType, tmp_path: Path, name: str) -> None:
+    blocks.measure(name, tmp_path / "block.json", "cpu", tiny=True)
+    found, rows = cells(tmp_path / "block.json")
+    assert found["complete"]
+    assert len(rows) == ROWS[name]
+    assert not [row[1] for row in rows if str(row[1]).startswith(("failed", "out of memory"))]
+    assert {"processor", "torch", "diffusers", "lightning", "commit", "load"} <= found.keys()
+
+
+def test_a_row_that_fails_says_so_and_the_rest_goes_on(blocks: ModuleType) -> None:
+    def exhausted() -> Iterator[list[Any]]:
+        yield ["first", 1, 2]
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    def broken() -> Iterator[list[Any]]:
+        raise ValueError("no such | kernel\nsecond line")
+
+    written: list[int] = []
+    setting = blocks.Setting("cpu", True, 1, lambda: written.append(1))
+    works = {"large": exhausted, "broken": broken, "good": lambda: iter([["last", 3, 4]])}
+    assert [*blocks.guarded(("a", "b", "c"), works, setting)] == [
+        ["first", 1, 2],
+        ["large", "out of memory", ""],
+        ["broken", "failed: ValueError: no such / kernel", ""],
+        ["last", 3, 4],
+    ]
+    assert len(written) == 2
+
+
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command outside of the checkout, with nothing of it on the import path."""
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks" / "gpu.py"),
+        "--device=cpu",
+        "--tiny",
+        "--output=out",
+        *arguments,
+    ]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+
+def test_blocks_without_time_are_named_and_done_ones_skipped(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "vlm.json").write_text('{"complete": true}')
+    (tmp_path / "out" / "scoring.json").write_text('{"complete": false}')
+    stopped = run(tmp_path, "--minutes=0")
+    assert "vlm: done already" in stopped.stdout
+    assert "scoring: no time left" in stopped.stdout
+    assert stopped.returncode == 1
+    assert "not measured to the end: scoring, rewards, alignment, execution" in stopped.stderr
+
+
+def test_wheels_are_unpacked_and_imported_from(load: Callable[[str], ModuleType], tmp_path: Path) -> None:
+    with ZipFile(tmp_path / "library-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("library.py", "number = 5")
+    script = load("gpu")
+    places = script.import_path(tmp_path).split(os.pathsep)
+    assert (tmp_path / "unpacked" / "library.py").read_text() == "number = 5"
+    assert places[:3] == [str(ROOT / "src"), str(ROOT), str(tmp_path / "unpacked")]
+    assert script.import_path(tmp_path).split(os.pathsep) == places
+
+
+def test_the_oldest_pytorch_is_that_of_the_package(load: Callable[[str], ModuleType]) -> None:
+    floor = re.search(r"^ +torch >= (\d+)\.(\d+)$", (ROOT / "setup.cfg").read_text(), re.MULTILINE)
+    assert floor
+    assert tuple(map(int, floor.groups())) == load("gpu").FLOOR
+
+
+@pytest.mark.slow
+def test_it_runs_from_anywhere_and_with_wheels_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "wheels").mkdir()
+    done = run(tmp_path, "rewards", "--wheels=wheels")
+    assert done.returncode == 0, done.stderr
+    assert cells(tmp_path / "out" / "rewards.json")[0]["complete"]

@@ -1,0 +1,104 @@
+"""`make bench` skips what is done, runs again what changed, and shows goals."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = '''"""Docstring."""
+import sys
+from measuring import Goal, Spread, table
+table("Times", ("case", "s", "ratio", "goal"), [[sys.argv[1], Spread([1.0, 3.0, 2.0]), 0.5, Goal(0.5, most=0.4)]])
+'''
+
+
+@pytest.fixture
+def runner(load: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    found = load("run")
+    monkeypatch.setattr(found, "FOLDER", tmp_path)
+    (tmp_path / "script.py").write_text(SCRIPT)
+    return found
+
+
+def measure(runner: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch, case: str = "case") -> Path:
+    """What ``script.py`` measured."""
+    monkeypatch.setattr(runner.measuring, "TABLES", [])
+    monkeypatch.setattr(runner.sys, "argv", [])
+    runner.record(folder / "out.json", str(folder / "script.py"), [case])
+    return folder / "out.json"
+
+
+def test_figures_are_numbers_with_median_range_and_goal(
+    runner: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = json.loads(measure(runner, tmp_path, monkeypatch).read_text())
+    (row,) = found["tables"][0]["rows"]
+    assert row[1] == {"median": 2.0, "range": [1.0, 3.0], "rounds": 3}
+    assert row[3] == {"goal": "≤ 0.4, **missed**", "reached": False}
+    assert {"processor", "cores", "load", "torch", "diffusers", "transformers", "lightning", "commit"} <= found.keys()
+    page = "\n".join(runner.tables_page({"name": found}))
+    assert "| name | Times | case | ≤ 0.4, **missed** |" in page
+    assert "| case | 2.00 (1.00–3.00) | 0.5 | ≤ 0.4, **missed** |" in page
+
+
+@pytest.mark.parametrize(
+    ("change", "done"),
+    [
+        (lambda text: text.replace("Docstring", "Other words") + "# a comment\n", True),
+        (lambda text: text.replace("0.5, Goal", "0.6, Goal"), False),
+    ],
+)
+def test_done_until_the_code_changes(
+    runner: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[str], str], done: bool
+) -> None:
+    path = measure(runner, tmp_path, monkeypatch)
+    assert runner.is_done(path, ["case"])
+    assert not runner.is_done(path, ["another"])
+    assert not runner.is_done(tmp_path / "missing.json", ["case"])
+    (tmp_path / "script.py").write_text(change(SCRIPT))
+    assert runner.is_done(path, ["case"]) is done
+
+
+def test_done_until_the_package_changes(runner: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = measure(runner, tmp_path, monkeypatch)
+    monkeypatch.setattr(runner, "package_digest", lambda: "another")
+    assert not runner.is_done(path, ["case"])
+
+
+def test_package_digest_covers_every_module(load: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> None:
+    runner, seen = load("run"), set[str]()
+    monkeypatch.setattr(runner, "source_digest", lambda names: str(seen.update(names)))
+    runner.package_digest.__wrapped__()
+    sources = {path for path in (ROOT / "src/latentreward").rglob("*.py") if path.name not in ("__init__.py",)}
+    names = {".".join(path.relative_to(ROOT / "src").with_suffix("").parts) for path in sources}
+    assert names <= seen
+    assert "latentreward.callbacks.throughput" in seen
+
+
+def test_every_command_of_the_measurements_page_is_a_benchmark(load: Callable[[str], ModuleType]) -> None:
+    named = set(re.findall(r"benchmarks/(\w+)\.py", (ROOT / "docs" / "measurements.md").read_text()))
+    run = {one.script for one in load("run").BENCHMARKS.values()}
+    assert named - run <= {"run", "gpu"}
+    assert run <= {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
+
+
+@pytest.mark.slow
+def test_benchmarks_run_at_their_smallest(load: Callable[[str], ModuleType], tmp_path: Path) -> None:
+    wanted = [
+        name  # alignment has tests of its own
+        for name, one in load("run").BENCHMARKS.items()
+        if one.quick != "--help" and one.script != "alignment"
+    ]
+    command = [sys.executable, str(ROOT / "benchmarks" / "run.py"), *wanted, "--quick", f"--output={tmp_path}"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    found: dict[str, Any] = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "quick").glob("*.json")}
+    assert sorted(found) == sorted(wanted)
+    assert all(one["tables"] for one in found.values())

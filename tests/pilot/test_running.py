@@ -1,0 +1,105 @@
+"""Stages run once, go on where they were, and start again when a setting changes; the whole path in the tiny world."""
+
+import os
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from latentreward.errors import InputError
+from latentreward.pilot.plans import all_pilots, find_pilot
+from latentreward.pilot.results import collect, read_result, read_results, write_result
+from latentreward.pilot.running import run_stages, starts, unfinished, workshop
+from latentreward.reproduction.running import LOG, RECORD
+from latentreward.reproduction.steps import Step, Task, resolve
+from tests.processes import start
+from tests.reproduction.forked_steps import ForkedSteps
+
+ROOT = Path(__file__).resolve().parents[2]
+MODULE = "tests.reproduction.toy_step"
+
+
+def toy(skill: str) -> dict[str, Task]:
+    """Two stages, of which the second reads the first, and fails unless ``skill`` is a number."""
+    steps = {
+        "pairs": Step("pairs {out}", MODULE),
+        "scores": Step(f"scores {{out}} {{pairs}} {{seed}} {skill}", MODULE),
+    }
+    return {name: resolve(steps, name, 0, {}) for name in steps}
+
+
+def test_finished_stages_stay_and_stopped_ones_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "src")]))
+    shop, tasks = workshop(tmp_path), toy("high")
+    with pytest.raises(InputError, match=r"scores failed: ValueError: could not convert string to float: 'high'"):
+        run_stages(tasks, shop)
+    assert [task.name for task in unfinished(tasks, shop)] == ["scores"]
+    left = tasks["scores"].output(tmp_path)
+    (left / "left").touch()
+    with pytest.raises(InputError, match="scores failed"):
+        run_stages(tasks, workshop(tmp_path))
+    assert (left / "left").is_file()
+    assert starts(left.parent / LOG) == 2
+    assert not (left.parent / RECORD).exists()
+    assert "pairs: done before" in capsys.readouterr().out
+    run_stages(changed := toy("2.0"), workshop(tmp_path))
+    assert changed["pairs"].key == tasks["pairs"].key
+    assert changed["scores"].output(tmp_path) != left
+    assert unfinished(changed, shop) == []
+    record = changed["pairs"].output(tmp_path).parent / RECORD
+    record.write_text(record.read_text().replace('"source": "', '"source": "x'))  # as after a change of the source
+    assert [task.name for task in unfinished(changed, shop)] == ["scores"]  # its input was made again
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("name", [pilot.name for pilot in all_pilots().values() if pilot.device == "cpu"])
+def test_the_whole_path_in_the_tiny_world(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command is stopped between stages; then the stages go on in forked processes, which import nothing anew."""
+    monkeypatch.chdir(tmp_path)
+    pilot, work = find_pilot(name), tmp_path / "work"
+    settings = {"pairs": 64, "seed": 3, "quick": True}
+    tasks = pilot.tasks(**settings)
+    stopped = start(["pilot", name, "--quick", "--pairs=64", "--seed=3", f"--work={work}"])
+    log, until = tasks["held_out"].output(work).parent / LOG, time.monotonic() + 900
+    try:
+        while not log.is_file() and stopped.poll() is None and time.monotonic() < until:
+            time.sleep(0.2)
+        stopped.send_signal(signal.SIGTERM)
+        stopped.wait(120)
+    finally:
+        stopped.kill()
+    assert stopped.returncode == 143, stopped.stderr
+    assert "the same command goes on" in stopped.stderr
+    first = {task.name for task in unfinished(tasks, workshop(work))}
+    assert {"cache", "drawn"}.isdisjoint(first)
+    assert {"published", "train", "benchmark", "align", "judged"} <= first
+
+    shop = ForkedSteps(work, resumes=True, environment={})
+    run_stages(tasks, shop)
+    kept = tasks["train"].output(work) / "checkpoints" / "last.ckpt"
+    before = kept.stat().st_mtime_ns
+    (tasks["train"].output(work).parent / RECORD).unlink()  # as if killed between the training's end and its record
+    run_stages(tasks, shop)
+    assert kept.stat().st_mtime_ns == before
+    assert {name: starts(task.output(work).parent / LOG) for name, task in tasks.items()}["cache"] == 1
+
+    result = collect(pilot, tasks, shop, settings)
+    write_result(tmp_path / "results" / "one.json", result)
+    assert read_result(tmp_path / "results" / "one.json") == result
+    assert result.cut["pairs"] == 64
+    assert {one["model"] for one in result.accuracy} == {"pilot", "published"}
+    for one in (*result.accuracy, *result.pictures):
+        estimate = one.get("estimate") or one["difference"]
+        assert estimate["low"] <= estimate["value"] <= estimate["high"]
+    assert result.stages["train"]["starts"] == 2
+    assert (tasks["align"].output(work) / "lora").is_dir()
+    assert (tasks["judged"].output(work) / "report.html").is_file()
+    with pytest.raises(InputError, match=r"it is of a trial"):
+        read_results(tmp_path / "results")
+    write_result(tmp_path / "results" / "one.json", replace(result, settings={**result.settings, "quick": False}))
+    assert len(read_results(tmp_path / "results")) == 1

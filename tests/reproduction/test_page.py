@@ -1,0 +1,119 @@
+"""The committed page is what the committed results give."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from latentreward.errors import InputError
+from latentreward.reproduction.measuring import Values
+from latentreward.reproduction.page import page, plot_name, write_page
+from latentreward.reproduction.results import Result, read_results, result_path, write_result
+from latentreward.reproduction.rows import Paper, Row, all_rows, read_row
+from tests.reproduction.test_rows import TOY
+
+ROOT = Path(__file__).resolve().parents[2]
+ROWS = list(all_rows().values())
+
+
+def result(row: Row, seed: int, means: dict[str, float]) -> Result:
+    """A result whose arms rank a share of 100 pairs right."""
+    values = {arm: Values("ab", (np.arange(100) < 100 * mean).astype(float)).packed() for arm, mean in means.items()}
+    measured = {arm: dict.fromkeys(row.metrics, packed) for arm, packed in values.items()}
+    facts = {"source": "s", "modules": {"": "latentreward"}, "commit": "0123456789", "machine": {}, "versions": {}}
+    return Result(config=row.config_digest(seed), measured=measured, tasks={f"t{seed}": 10.0}, **facts)
+
+
+def test_the_committed_page_is_what_the_results_give() -> None:
+    found = {row.name: list(read_results(ROOT / "reproduction", row).values()) for row in ROWS}
+    expected = page(ROWS, found)
+    again = "run `latentreward reproduce --status --page docs/reproduction.md`"
+    assert (ROOT / "docs" / "reproduction.md").read_text() == expected, again
+
+
+def test_committed_results_are_small_and_belong_to_rows() -> None:
+    known = {result_path(ROOT / "reproduction", row, seed) for row in ROWS for seed in range(row.seeds)}
+    files = set((ROOT / "reproduction").rglob("*.json"))
+    assert files <= known
+    assert all(path.stat().st_size < 20_000 for path in files)
+
+
+@pytest.mark.parametrize(
+    ("means", "word"),
+    [
+        ([(0.8, 0.5), (0.81, 0.5), (0.8, 0.51)], "holds"),
+        ([(0.5, 0.8), (0.5, 0.81), (0.51, 0.8)], "does not hold"),
+        ([(0.5, 0.5), (0.52, 0.5), (0.5, 0.52)], "undecided"),
+        ([(0.8, 0.5)], "not measured"),
+    ],
+)
+def test_a_row_on_the_page(means: list[tuple[float, float]], word: str, tmp_path: Path) -> None:
+    row = read_row("toy", TOY)
+    for seed, (one, other) in enumerate(means):
+        write_result(result_path(tmp_path / "results", row, seed), result(row, seed, {"one": one, "other": other}))
+    write_page(tmp_path / "docs" / "page.md", [row], tmp_path / "results")
+    text = (tmp_path / "docs" / "page.md").read_text()
+    assert f"**1 claims: {', '.join(f'{int(w == word)} {w}' for w in WORDS)}.**" in text
+    (line,) = [line for line in text.splitlines() if line.startswith("| one beats the other")]
+    assert line.endswith(f"| {word} |")
+    assert f"{len(means)} of 3 seeds, 100 held-out items, commit `0123456789`, {10 * len(means)} s" in text
+    plot = tmp_path / "docs" / "images" / plot_name("LRM")
+    assert plot.is_file() == (word != "not measured")
+    if plot.is_file():
+        assert f"images/{plot.name}" in text
+        first = plot.read_bytes()
+        ElementTree.fromstring(first)
+        write_page(tmp_path / "docs" / "page.md", [row], tmp_path / "results")
+        assert plot.read_bytes() == first
+
+
+WORDS = ("holds", "does not hold", "undecided", "not measured")
+
+
+def test_a_row_without_results_is_named() -> None:
+    assert "Not measured yet; expected processor time 1 s." in page([read_row("toy", TOY)], {"toy": []})
+    assert len({plot_name(paper) for paper in get_args(Paper)}) == len(get_args(Paper))
+
+
+def test_sides_measured_on_different_items_are_refused() -> None:
+    row = read_row("toy", TOY)
+    found = [result(row, seed, {"one": 0.8, "other": 0.5}) for seed in range(3)]
+    found[0].measured["one"]["t 1"]["items"] = "other"  # type: ignore[index]
+    with pytest.raises(InputError, match="compares different items"):
+        page([row], {"toy": found})
+
+
+def test_seeds_measured_on_different_items_are_refused() -> None:
+    row = read_row("toy", TOY)
+    found = [result(row, seed, {"one": 0.8, "other": 0.5}) for seed in range(3)]
+    for arm in ("one", "other"):
+        found[0].measured[arm]["t 1"]["items"] = "other"  # type: ignore[index]
+    with pytest.raises(InputError, match="its seeds were measured on different items"):
+        page([row], {"toy": found})
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda content: content.pop("tasks"),
+        lambda content: content.update(more=1),
+        lambda content: content.update(measured={}),
+        lambda content: content.update(tasks={"a": "b"}),
+        lambda content: content.update(commit="` <script>"),
+        lambda content: content.update(modules=["os"]),
+        lambda content: next(iter(next(iter(content["measured"].values())).values())).update(number=10**12),
+        lambda content: next(iter(next(iter(content["measured"].values())).values())).update(bits="?"),
+    ],
+)
+def test_a_damaged_result_is_one_line(harm: Callable[[dict[str, Any]], Any], tmp_path: Path) -> None:
+    row = read_row("toy", TOY)
+    write_result(path := result_path(tmp_path, row, 0), result(row, 0, dict.fromkeys(row.arms, 0.5)))
+    assert read_results(tmp_path, row)
+    harm(content := json.loads(path.read_text()))
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"seed0.json is damaged.*; remove it to measure again"):
+        read_results(tmp_path, row)

@@ -1,0 +1,134 @@
+"""The shipped rows: what they name exists, every arm's command parses, every step runs."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from latentreward.cli import main
+from latentreward.errors import InputError
+from latentreward.reproduction.rows import Row, Side, all_rows, choose_rows, read_row, shared_steps
+from latentreward.reproduction.steps import Task
+from tests.marks import slow_after
+from tests.reproduction.forked_steps import ForkedSteps
+
+ROOT = Path(__file__).resolve().parents[2]
+ROWS = all_rows()
+EIGHT_HOURS = 8 * 3600
+TOY = {
+    "title": "Toy",
+    "paper": "LRM",
+    "source": "Ours",
+    "cpu_seconds": 1,
+    "arms": {"one": {}, "other": {"lrm": "--model.head.guidance=3.0"}},
+    "metrics": {"t 1": {"of": "lrm_drawn", "kind": "accuracy", "timestep": 1}},
+    "claims": [{"says": "one beats the other", "higher": "one", "lower": "other", "by": "t 1"}],
+}
+
+
+def tasks(*rows: Row) -> dict[str, Task]:
+    """All steps of the rows' arms with seed 0, each once, inputs first."""
+    return {
+        task.key: task
+        for row in rows
+        for pair in row.tables(0, quick=True).values()
+        for last in pair
+        if last is not None
+        for task in last.needed()
+    }
+
+
+def test_every_ablation_has_a_row() -> None:
+    ablations = {f"configs/recipes/ablations/{path.name}" for path in (ROOT / "configs/recipes/ablations").iterdir()}
+    named = [name for row in ROWS.values() for name in row.miniature_of]
+    assert ablations <= set(named)
+    assert all((ROOT / name).is_file() for name in named)
+
+
+def test_all_rows_fit_into_the_budget() -> None:
+    assert sum(row.cpu_seconds for row in ROWS.values()) <= EIGHT_HOURS
+
+
+@pytest.mark.parametrize("name", slow_after(1, [name for name in ROWS if name.startswith(("lrm", "lpo", "dina"))]))
+def test_commands_of_all_arms_parse(name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    fits = [task for task in tasks(ROWS[name]).values() if task.arguments[0] == "fit"]
+    for task in fits:
+        with pytest.raises(SystemExit) as ended:
+            main([*task.command(tmp_path), "--print_config"])
+        assert not ended.value.code, capsys.readouterr().err
+    assert fits
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_every_step_runs(tmp_path: Path) -> None:
+    """Two training steps, a few pairs or pictures; of arms that share a step, the first."""
+    shop, seen = ForkedSteps(tmp_path), set[str]()
+    for row in ROWS.values():
+        for task in tasks(row).values():
+            if task.name in seen:
+                continue
+            seen.add(task.name)
+            for one in task.needed():
+                if not shop.done(one):
+                    shop.run(one)
+                assert shop.done(one)
+    assert seen == {*shared_steps(), *(name for row in ROWS.values() for name in row.steps)}
+
+
+def test_equal_steps_are_shared() -> None:
+    row = read_row("toy", TOY)
+    one, other = (row.task(arm, "lrm_drawn", 0) for arm in row.arms)
+    assert one.key != other.key
+    assert one.inputs["lrm"].inputs["pickapic"].key == other.inputs["lrm"].inputs["pickapic"].key
+    assert row.task("one", "lrm", 1).key != one.inputs["lrm"].key
+    assert row.task("one", "pickapic", 1).key == row.task("one", "pickapic", 0).key
+
+
+def test_placeholders_become_folders_and_the_seed(tmp_path: Path) -> None:
+    task = read_row("toy", TOY).task("other", "lrm", 3)
+    command = task.command(tmp_path)
+    assert command[-1] == "--model.head.guidance=3.0"
+    assert "--seed_everything=3" in command
+    assert f"--data.root={task.inputs['pickapic'].output(tmp_path)}/pairs" in command
+    assert not re.search(r"\{(out|seed|pickapic)\}", " ".join(command))
+
+
+def test_wording_changes_no_digest_and_a_setting_does() -> None:
+    row = read_row("toy", TOY)
+    assert read_row("toy", {**TOY, "title": "Other", "claims": []}).config_digest(0) == row.config_digest(0)
+    changed = {**TOY, "arms": {**TOY["arms"], "other": {"lrm": "--model.head.guidance=4.0"}}}
+    assert read_row("toy", changed).config_digest(0) != row.config_digest(0)
+    levels = {"t 1": {"of": "lrm_drawn", "kind": "accuracy", "timestep": 251}}
+    assert read_row("toy", {**TOY, "metrics": levels}).config_digest(0) != row.config_digest(0)
+
+
+def test_a_claim_may_compare_metrics_of_one_arm() -> None:
+    sides = {name: {"arm": "one", "metric": "t 1"} for name in ("higher", "lower")}
+    row = read_row("toy", {**TOY, "claims": [{"says": "", **sides, "more_than": -0.1}]})
+    assert row.claims[0].higher == Side("one", "t 1")
+    assert row.claims[0].more_than == -0.1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"paper": "LRN"}, "toy: paper is 'LRN'; did you mean 'LRM'?"),
+        ({"seeds": 2}, "toy: seeds=2; use 3 to 10, so that intervals exist"),
+        ({"seedz": 3}, "toy: there is no setting 'seedz'; did you mean 'seeds'?"),
+        ({"arms": {"one": {"lrn": ""}}}, "toy: arms.one: there is no 'lrn'; did you mean 'lrm'?"),
+        ({"metrics": {"m": {"of": "lrm_drwn", "kind": "accuracy"}}}, "did you mean 'lrm_drawn'?"),
+        ({"metrics": {"m": {"of": "lrm_drawn", "kind": "acuracy"}}}, "did you mean 'accuracy'?"),
+        ({"claims": [{"says": "", "higher": "two", "lower": "one", "by": "t 1"}]}, "claims[0]: there is no 'two'"),
+        ({"claims": [{"says": "", "higher": "one", "lower": "one", "by": "t 2"}]}, "did you mean 't 1'?"),
+    ],
+)
+def test_mistakes_are_named(change: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        read_row("toy", {**TOY, **change})
+
+
+def test_unknown_rows_are_refused() -> None:
+    with pytest.raises(InputError, match="there is no row 'lrm_scale'; did you mean 'lrm_scales'"):
+        choose_rows(["lrm_scale"])
+    assert [row.name for row in choose_rows(["lrm_scales"])] == ["lrm_scales"]

@@ -1,0 +1,151 @@
+"""What must hold on a GPU: precision, compiled blocks, attention kernels, resuming, FSDP1. Each body runs on a CPU too.
+
+On a machine with a GPU: ``pytest -m gpu``.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.strategies import FSDPStrategy
+from torch import nn
+
+from latentreward.modules.sharding import wraps_block
+from latentreward.scoring import RewardModel
+from tests.backbones.networks import inputs_of, tiny_backbone
+from tests.distributed.runs import fit, make_trainer, outcome, saved_run, sgd
+from tests.distributed.test_checkpoints import assert_equal
+from tests.modules.batches import MODULES, dina, pixel_batch
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # equal bits in each run; read when CUDA starts
+
+GPU = pytest.param(
+    "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
+)
+DEVICES = ["cpu", GPU]
+KERNELS = {"cpu": ("math", "flash"), "cuda": ("math", "flash", "efficient", "cudnn")}
+
+
+@pytest.fixture(autouse=True)
+def exact_float32() -> Iterator[None]:
+    """Convolutions in float32, not in TensorFloat-32, which is cuDNN's default."""
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        yield
+
+
+def on(device: str) -> dict[str, Any]:
+    """Options of a trainer with one device."""
+    return {"accelerator": "gpu" if device == "cuda" else "cpu", "devices": 1}
+
+
+def moved(value: Any, device: str) -> Any:
+    """A batch, or the inputs of a backbone, on a device."""
+    return tuple(part.to(device) for part in value) if isinstance(value, tuple) else value.to(device)
+
+
+def model_of(kind: str) -> RewardModel:
+    """A model whose head, where zero at the start, is not."""
+    model = MODULES[kind]().model.eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.head.parameters():
+        parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", ["lrm", "dina"])
+def test_scores_are_those_of_the_cpu_and_bfloat16_is_near(kind: str, device: str) -> None:
+    prompts, pixels = ["a cat", "a dog", "a cat", "a red car"], pixel_batch(4).chosen
+    images = [*((pixels + 1) * 127.5).byte().permute(0, 2, 3, 1).numpy()]
+    scores = model_of(kind).score(prompts, images)
+    exact = model_of(kind).to(device).score(prompts, images)
+    torch.testing.assert_close(exact, scores, rtol=1e-4, atol=1e-4)
+    narrow = model_of(kind).to(device).set_precision(torch.bfloat16)
+    assert any(weight.dtype == torch.bfloat16 for weight in narrow.parameters())
+    found = narrow.score(prompts, images)
+    assert found.dtype == torch.float32
+    assert (found - scores).abs().max() < 0.05 * scores.abs().max()
+
+
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.slow), GPU])
+@pytest.mark.parametrize("kind", ["lrm", "dina"])
+def test_training_ends_near_that_of_the_cpu(kind: str, device: str, tmp_path: Path) -> None:
+    modules = [MODULES[kind](optimizer=sgd) for _ in range(2)]
+    for module, place in zip(modules, ("cpu", device), strict=True):
+        fit(module, make_trainer(tmp_path, **on(place)))
+    expected, found = ({name: p.cpu() for name, p in one.named_parameters()} for one in modules)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_training_in_bfloat16_keeps_what_trains_in_float32(device: str, tmp_path: Path) -> None:
+    options = {"frozen_dtype": "bfloat16", "vae_dtype": "bfloat16", "gradient_checkpointing": True}
+    module = dina("sd35_no_t5", optimizer=sgd, backbone=options)
+    before = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+    trainer = make_trainer(tmp_path, precision="bf16-mixed", **on(device))
+    fit(module, trainer)
+    after = outcome(module, trainer)["weights"]
+    assert {value.dtype for value in after.values()} == {torch.float32}
+    assert all(value.isfinite().all() for value in after.values())
+    assert any(not torch.equal(after[name].cpu(), value) for name, value in before.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_blocks_give_the_features_and_gradients_of_plain_ones(checkpointing: bool, device: str) -> None:
+    plain = tiny_backbone("sd35", tuning="full").to(device)
+    options = {"tuning": "full", "compile_blocks": True, "gradient_checkpointing": checkpointing}
+    compiled, inputs = tiny_backbone("sd35", **options).to(device), moved(inputs_of(plain), device)
+    for backbone in (plain, compiled):
+        visual = backbone(*inputs).visual
+        sum(tokens.square().mean() for tokens in visual).backward()
+    torch.testing.assert_close(compiled(*inputs).visual, plain(*inputs).visual, rtol=1e-3, atol=1e-4)
+    gradients = {name: weight.grad for name, weight in plain.named_parameters()}
+    for name, weight in compiled.named_parameters():  # a compiled block gives weights that no feature reads zeros
+        found, expected = (torch.zeros_like(weight) if one is None else one for one in (weight.grad, gradients[name]))
+        torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ["sd15", "sd35"])
+def test_attention_kernels_agree(name: str, device: str) -> None:
+    inputs, found = None, {}
+    for kernel in KERNELS[device]:
+        backbone = tiny_backbone(name, attention_backend=f"_native_{kernel}", tuning="full").to(device)
+        inputs = inputs or moved(inputs_of(backbone), device)
+        with torch.autocast(device, torch.bfloat16):
+            tokens = backbone(*inputs).visual[-1].float()
+        tokens.square().mean().backward()
+        found[kernel] = (
+            tokens.detach(),
+            nn.utils.get_total_norm([weight.grad for weight in backbone.parameters() if weight.grad is not None]),
+        )
+    tokens, norm = found["math"]
+    for other, other_norm in found.values():
+        assert (other - tokens).norm() < 0.03 * tokens.norm()
+        torch.testing.assert_close(other_norm, norm, rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_resumed_run_ends_with_the_bits_of_the_uninterrupted_one(device: str, tmp_path: Path) -> None:
+    options = {**on(device), "deterministic": "warn"}
+    whole = saved_run(tmp_path / "whole", **options)
+    resumed = saved_run(tmp_path / "resumed", resume=tmp_path / "whole" / "epoch=0.ckpt", **options)
+    for part in ("weights", "average", "moments", "metrics"):
+        assert_equal(resumed[part], whole[part], 0.0)
+
+
+@pytest.mark.parametrize("device", [GPU])  # PyTorch has no FSDP1 on a CPU; tests/checkpoints test what it wraps
+def test_fsdp1_trains_as_one_device_does_and_saves_whole_weights(device: str, tmp_path: Path) -> None:
+    plain, sharded = (dina("sd35_no_t5", optimizer=sgd, backbone={"tuning": "full"}) for _ in range(2))
+    fit(plain, make_trainer(tmp_path, **on(device)))
+    trainer = make_trainer(tmp_path, FSDPStrategy(auto_wrap_policy=wraps_block, state_dict_type="full"), **on(device))
+    fit(sharded, trainer)
+    trainer.save_checkpoint(tmp_path / "whole.ckpt")
+    saved = torch.load(tmp_path / "whole.ckpt", weights_only=True)["state_dict"]
+    for name, weight in plain.named_parameters():
+        torch.testing.assert_close(saved[name].cpu(), weight.detach().cpu(), rtol=1e-3, atol=1e-4, msg=name)
