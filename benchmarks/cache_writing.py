@@ -27,7 +27,8 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import Callback
-from measuring import MIB, Goal, PeakMemory, Spread, ratio, table
+from measuring import MIB, Goal, Spread, ratio, table
+from memory import PeakMemory
 from PIL import Image
 
 from latentreward.backbones.loading import tiny_pipeline

@@ -12,6 +12,7 @@ CPU time and memory of opening JSON lines and of planning an epoch, at 100 000 a
 
 import argparse
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
@@ -31,7 +32,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 from datasets import disable_progress_bars
-from measuring import MIB, Goal, PeakMemory, Spread, proportional, ratio, table
+from measuring import MIB, Goal, Spread, ratio, table
+from memory import PeakMemory, proportional
 from pyarrow import parquet
 from released import add_released, heading
 from safetensors.torch import save_file
@@ -286,7 +288,7 @@ def scale(folder: Path) -> Iterator[list[Any]]:
         pairs_per_second(loader)
         rate = median(pairs_per_second(loader) for _ in range(3))
         worker = loader._iterator._workers[0].pid  # type: ignore[union-attr]
-        sizes = [f"{proportional(pid) / MIB:.0f}" for pid in ("self", worker)]
+        sizes = [f"{proportional(pid) / MIB:.0f}" for pid in (os.getpid(), worker)]
         yield [f"{pairs:,}", f"{opened:.2f}", f"{pairs / rate:.2f}", f"{1e6 / rate:.1f}", *sizes]
         del loader
         shutil.rmtree(cache)

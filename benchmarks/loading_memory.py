@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import Goal, PeakMemory, table
+from measuring import Goal, table
+from memory import PeakMemory
 from random_pipelines import write_weights
 
 from latentreward.backbones import create_backbone

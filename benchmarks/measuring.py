@@ -1,18 +1,16 @@
-"""What the benchmarks share: interleaved rounds, medians with their range, memory of processes, tables, goals.
+"""What the benchmarks share: interleaved rounds, medians with their range, tables, goals.
 
 Tables are printed as Markdown and kept in :data:`TABLES`, from which ``run.py`` and ``gpu.py`` write JSON. Cells are
 texts, numbers, :class:`Spread` or :class:`Goal`; each is printed by ``str``.
 """
 
 import os
-import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from statistics import median
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -147,39 +145,3 @@ def flops(work: Callable[[], Any]) -> float:
     with FlopCounterMode(display=False) as counter:
         work()
     return float(counter.get_total_flops())
-
-
-# --- memory --------------------------------------------------------------------------------------------------------
-
-
-def proportional(pid: int | str = "self") -> int:
-    """Return a process's proportional set size in bytes: memory that N processes share counts 1/N in each; Linux."""
-    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:"))
-
-
-class PeakMemory:
-    """Context that watches this process's proportional set size, read every 20 ms in a thread.
-
-    Attributes:
-        before: Bytes at the start.
-        after: Bytes at the end.
-        peak: Greatest number of bytes.
-    """
-
-    def __enter__(self) -> Self:
-        self.before = self.peak = proportional()
-        self._done = threading.Event()
-        self._watcher = threading.Thread(target=self._watch)
-        self._watcher.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self._done.wait(0.02):
-            self.peak = max(self.peak, proportional())
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._watcher.join()
-        self.after = proportional()
-        self.peak = max(self.peak, self.after)

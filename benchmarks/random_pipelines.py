@@ -27,6 +27,7 @@ from latentreward.backbones.loading import PipelineSource
 from latentreward.backbones.tuning import LoRA
 from latentreward.contracts import Conditioning, LatentSpace
 from latentreward.estimate import pipelines as published
+from latentreward.estimate.shapes import replace_tensors
 from latentreward.heads import CLIPProjectionHead, GatedQFormerHead
 from latentreward.policies import DiTPolicy, Policy, PolicySource
 from latentreward.policies.loading import add_lora
@@ -217,19 +218,14 @@ def materialise(module: nn.Module, device: torch.device | str, dtype: torch.dtyp
         device: Device.
         dtype: Type of all floats; None keeps the types.
     """
-    generator, made = torch.Generator(device).manual_seed(0), dict[int, Tensor]()
-    for part in module.modules():
-        for tensors in (part._parameters, part._buffers):
-            for name, old in tensors.items():
-                if old is None:
-                    continue
-                if id(old) not in made:
-                    wanted = dtype if dtype and old.is_floating_point() else old.dtype
-                    new = torch.full(old.shape, float(name == "weight"), dtype=wanted, device=device)
-                    if old.ndim > 1 and old.is_floating_point():
-                        new.normal_(0, 0.02, generator=generator)
-                    made[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
-                tensors[name] = made[id(old)]
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw_weight(name: str, old: Tensor) -> Tensor:
+        wanted = dtype if dtype and old.is_floating_point() else old.dtype
+        new = torch.full(old.shape, float(name == "weight"), dtype=wanted, device=device)
+        return new.normal_(0, 0.02, generator=generator) if old.ndim > 1 and old.is_floating_point() else new
+
+    replace_tensors(module, draw_weight)
     if isinstance(module, LightningModule):
         module._device = torch.device(device)  # ``to`` would fail on the states of metrics
     return module

@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from jobs import GROUPS, Job, Sizes
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from memory import available, family, proportional
 
 HERE = Path(__file__).resolve().parent
@@ -141,7 +143,7 @@ class Runner:
             try:
                 while process.poll() is None:
                     began = time.perf_counter()
-                    peak = max(peak, proportional(family(process.pid)))
+                    peak = max(peak, proportional(*family(process.pid)))
                     if available() < SPARE:
                         raise SystemExit(f"{job.name}: ended, since less than {SPARE / 1e9:.0f} GB of memory were left")
                     time.sleep(min(max(PAUSE, 15 * (time.perf_counter() - began)), LONGEST))

@@ -17,6 +17,8 @@ from typing import Any
 from urllib.request import Request, urlopen
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from memory import proportional
 
 from latentreward.cli import COMMANDS, main
@@ -70,7 +72,7 @@ def run(result: Path, arguments: list[str]) -> None:
     """Import what the command needs, note the memory, and run the command."""
     for name in (*USED, COMMANDS[arguments[0]][0].partition(":")[0]):
         importlib.import_module(name)
-    found: dict[str, Any] = {"imports": proportional([os.getpid()])}
+    found: dict[str, Any] = {"imports": proportional()}
     result.write_text(json.dumps(found))
     if arguments[0] == "serve":
         data = Path("..", "data", "hpdv3")

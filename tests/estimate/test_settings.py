@@ -7,6 +7,7 @@ import pytest
 
 from latentreward.cli import main
 from latentreward.estimate.sources import ConfigSources
+from tests.hub_cache import cached_sd35
 from tests.marks import slow_after
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -96,12 +97,7 @@ def test_names_of_shipped_models_stay(name: str, tmp_path: Path) -> None:
 
 
 def test_configs_come_from_the_cache_of_the_hub_first(tmp_path: Path) -> None:
-    repository = tmp_path / "hub" / "models--stabilityai--stable-diffusion-3.5-medium"
-    snapshot = repository / "snapshots" / ("a" * 40)
-    for folder in (snapshot, repository / "refs"):
-        folder.mkdir(parents=True)
-    (repository / "refs" / "main").write_text("a" * 40)
-    (snapshot / "model_index.json").write_text("{}")
+    snapshot = cached_sd35(tmp_path / "hub")
     sources, settings = ConfigSources(tmp_path / "kept"), {"source": "stabilityai/stable-diffusion-3.5-medium"}
     sources.replace(settings)
     assert settings == {"source": str(snapshot)}

@@ -10,6 +10,7 @@ from latentreward.errors import InputError
 from latentreward.pilot.checks import GB, check_access, check_disk, check_sources, downloads
 from latentreward.pilot.needs import TrainingNeeds, check_gpu, check_hours, check_memory
 from latentreward.pilot.plans import Pilot, find_pilot
+from tests.hub_cache import cached_sd35
 
 REFUSED = """
 import sys
@@ -82,12 +83,7 @@ def test_a_hub_that_does_not_answer_is_named(pilot: Pilot, monkeypatch: pytest.M
 
 
 def test_a_model_in_the_cache_of_the_hub_is_not_downloaded(pilot: Pilot, tmp_path: Path) -> None:
-    repository = tmp_path / "hub" / "models--stabilityai--stable-diffusion-3.5-medium"
-    snapshot = repository / "snapshots" / ("a" * 40)
-    for folder in (snapshot, repository / "refs"):
-        folder.mkdir(parents=True)
-    (repository / "refs" / "main").write_text("a" * 40)
-    (snapshot / "model_index.json").write_text("{}")
+    snapshot = cached_sd35(tmp_path / "hub")
     assert "SD35_PATH" in downloads(pilot)  # the configs alone
     with (snapshot / "model.safetensors").open("wb") as file:
         file.truncate(16 * GB)  # takes no space on the disk

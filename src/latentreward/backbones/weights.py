@@ -101,8 +101,10 @@ def map_model(
                 "with weights in floating point, not quantised ones"
             )
     try:
-        fill = _fill_network if of_diffusers else _fill_encoder
-        model, report = fill(family, config, {**weights.tensors}, weights.dtype)
+        if of_diffusers:
+            model, report = _fill_network(family, config, {**weights.tensors})
+        else:
+            model, report = _fill_encoder(family, config, {**weights.tensors}, weights.dtype)
     except Exception as error:  # for wrong values in a config the libraries raise errors of many types
         raise InputError(f"cannot load {where}: {first_line(error)}") from error
     for kind in refused:
@@ -118,7 +120,7 @@ def map_model(
 
 
 def _fill_network(
-    family: type[Any], config: Mapping[str, Any], tensors: dict[str, Tensor], dtype: torch.dtype
+    family: type[Any], config: Mapping[str, Any], tensors: dict[str, Tensor]
 ) -> tuple[Any, dict[str, set[str]]]:
     """Build a diffusers model from ``tensors``; return it with the names of missing and other tensors.
 

@@ -77,17 +77,7 @@ class ShapesOnly(TorchDispatchMode):
 
     def replace_weights(self, module: nn.Module) -> None:
         """Replace a module's parameters and buffers by stand-ins; a shared tensor gets one shared stand-in."""
-        made: dict[int, Any] = {}
-        for part in module.modules():
-            for tensors in (part._parameters, part._buffers):
-                for name, old in tensors.items():
-                    if old is None:
-                        continue
-                    if id(old) not in made:
-                        new = self.stand_in(old.shape, old.dtype)
-                        is_parameter = isinstance(old, nn.Parameter)
-                        made[id(old)] = nn.Parameter(new, old.requires_grad) if is_parameter else new
-                    tensors[name] = made[id(old)]
+        replace_tensors(module, lambda name, old: self.stand_in(old.shape, old.dtype))
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -120,6 +110,25 @@ class ShapesOnly(TorchDispatchMode):
             is_mask = index is not None and index.dtype == torch.bool
             replaced += self._nonzero(index).unbind(1) if is_mask else [index]
         return replaced
+
+
+def replace_tensors(module: nn.Module, make: Callable[[str, Tensor], Tensor]) -> None:
+    """Replace all parameters and buffers of a module; one that modules share gets one shared replacement.
+
+    Args:
+        module: Module, changed in place.
+        make: Function from a tensor's own name, such as ``weight``, and the tensor to its replacement.
+    """
+    made: dict[int, Any] = {}
+    for part in module.modules():
+        for tensors in (part._parameters, part._buffers):
+            for name, old in tensors.items():
+                if old is None:
+                    continue
+                if id(old) not in made:
+                    new = make(name, old)
+                    made[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+                tensors[name] = made[id(old)]
 
 
 def is_stand_in(value: Any) -> bool:

@@ -122,11 +122,6 @@ def put_in_place(partial: Path, target: Path, over: bool = True) -> None:
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                 raise
     sync(target.parent)
-    remove_leftovers(target)
-
-
-def remove_leftovers(target: Path) -> None:
-    """Remove unfinished files that killed processes on this machine left for ``target``."""
     for path in target.parent.iterdir():
         match = TEMPORARY_NAME.fullmatch(path.name)
         if match and match[1] == target.name and match[2] == _this_host() and not _runs(int(match[3])):
