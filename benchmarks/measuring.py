@@ -17,7 +17,7 @@ from typing import Any, Self
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from latentreward.reproduction import sources
+from latentreward.steps import sources
 
 TERA = 1e12
 MIB = 2**20
