@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from latentreward.reproduction import sources
+from latentreward.steps import sources
 
 TERA = 1e12
 MIB = 2**20

@@ -28,7 +28,7 @@ from typing import Any
 import measuring
 
 import latentreward
-from latentreward.reproduction.sources import code_digest, source_digest
+from latentreward.steps.sources import code_digest, source_digest
 from latentreward.storage.digests import digest
 from latentreward.storage.durable import write_file
 

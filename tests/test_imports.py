@@ -85,8 +85,9 @@ MAY_IMPORT = {
     "estimate": BASE
     | {"encoders", "backbones", "heads", "data", "cache", "scoring", "scorers", "settings"}
     | {"policies", "rewards", "modules"},
-    "reproduction": BASE | {"metrics", "reports", "settings", "evaluation"},
-    "pilot": BASE | {"estimate", "evaluation", "metrics", "reports", "reproduction", "settings"},
+    "steps": BASE | {"settings", "evaluation"},
+    "reproduction": BASE | {"metrics", "reports", "settings", "evaluation", "steps"},
+    "pilot": BASE | {"estimate", "evaluation", "metrics", "reports", "settings", "steps"},
     "serving": BASE | {"data", "noise", "scoring"},
     "tinyworld": BASE | {"data", "scorers", "metrics"},
 }

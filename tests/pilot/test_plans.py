@@ -13,7 +13,7 @@ from latentreward.errors import InputError
 from latentreward.evaluation.benchmark.four_benchmarks import FOUR_BENCHMARKS
 from latentreward.pilot.needs import ALLOWANCE, CONTEXT, training_needs
 from latentreward.pilot.plans import BESIDE, STAGES, Pilot, all_pilots, find_pilot, read_pilot
-from latentreward.reproduction.steps import load_yaml
+from latentreward.steps.tasks import load_yaml
 from latentreward.storage.json_files import read_config
 from tests.marks import slow_after
 

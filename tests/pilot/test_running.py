@@ -12,8 +12,8 @@ from latentreward.errors import InputError
 from latentreward.pilot.plans import all_pilots, find_pilot
 from latentreward.pilot.results import collect, read_result, read_results, write_result
 from latentreward.pilot.running import run_stages, starts, unfinished, workshop
-from latentreward.reproduction.running import LOG, RECORD
-from latentreward.reproduction.steps import Step, Task, resolve
+from latentreward.steps.tasks import Step, Task, resolve
+from latentreward.steps.workshop import LOG, RECORD
 from tests.processes import start
 from tests.reproduction.forked_steps import ForkedSteps
 

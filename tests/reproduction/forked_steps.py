@@ -4,8 +4,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from latentreward.reproduction import process
-from latentreward.reproduction.running import Workshop
+from latentreward.steps import process
+from latentreward.steps.workshop import Workshop
 from tests.processes import Forked
 
 
@@ -22,6 +22,6 @@ class ForkedSteps(Workshop):
 
 
 def run_step(arguments: Sequence[str]) -> None:
-    """What ``python -m latentreward.reproduction.process`` does with these arguments."""
+    """What ``python -m latentreward.steps.process`` does with these arguments."""
     sys.argv = ["process", *arguments]
     process.main()

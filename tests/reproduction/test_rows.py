@@ -8,7 +8,7 @@ import pytest
 from latentreward.cli import main
 from latentreward.errors import InputError
 from latentreward.reproduction.rows import Row, Side, all_rows, choose_rows, read_row, shared_steps
-from latentreward.reproduction.steps import Task
+from latentreward.steps.tasks import Task
 from tests.marks import slow_after
 from tests.reproduction.forked_steps import ForkedSteps
 

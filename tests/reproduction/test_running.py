@@ -17,8 +17,9 @@ from latentreward.errors import InputError
 from latentreward.reproduction.page import status_table
 from latentreward.reproduction.results import read_results, result_path, write_result
 from latentreward.reproduction.rows import Row, read_row
-from latentreward.reproduction.running import Workshop, missing, run_jobs
+from latentreward.reproduction.running import missing, run_jobs
 from latentreward.reproduction.verdicts import judge_claim
+from latentreward.steps.workshop import Workshop
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULE = "tests.reproduction.toy_step"
@@ -162,7 +163,7 @@ def test_an_interrupt_ends_the_processes_and_keeps_what_is_done(tmp_path: Path) 
 
 
 def test_a_step_ends_with_the_command_that_was_killed(tmp_path: Path) -> None:
-    step = [sys.executable, "-m", "latentreward.reproduction.process", str(tmp_path / "record"), MODULE, "wait", "."]
+    step = [sys.executable, "-m", "latentreward.steps.process", str(tmp_path / "record"), MODULE, "wait", "."]
     killed = "import subprocess, sys; subprocess.run(sys.argv[1:])"
     command = subprocess.Popen([sys.executable, "-c", killed, *step], stdout=subprocess.PIPE, text=True)
     assert command.stdout is not None

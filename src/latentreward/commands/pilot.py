@@ -8,8 +8,8 @@ from latentreward.errors import InputError, check_at_least_one
 from latentreward.interrupts import interrupts_told
 from latentreward.pilot.checks import GB, check_access, check_disk, check_sources, downloads, hub_cache
 from latentreward.pilot.plans import ALIGNED, BESIDE, CUT, JUDGED, MEASURED, Pilot, all_pilots, find_pilot
-from latentreward.reproduction.steps import Task
 from latentreward.settings.functions import run_plain_function
+from latentreward.steps.tasks import Task
 from latentreward.storage.durable import write_file
 from latentreward.storage.locks import locked
 

@@ -14,9 +14,9 @@ from latentreward.evaluation.benchmark.report import JSON
 from latentreward.pilot.checks import GB
 from latentreward.pilot.plans import BESIDE, CUT, JUDGED, MEASURED, Pilot
 from latentreward.pilot.running import starts
-from latentreward.reproduction.running import LOG, Workshop
-from latentreward.reproduction.sources import commit, computed_with, machine
-from latentreward.reproduction.steps import Task
+from latentreward.steps.sources import commit, computed_with, machine
+from latentreward.steps.tasks import Task
+from latentreward.steps.workshop import LOG, Workshop
 from latentreward.storage.digests import digest
 from latentreward.storage.durable import write_file
 from latentreward.storage.json_files import read_config

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from latentreward.reproduction.running import LOG, START, Workshop
-from latentreward.reproduction.steps import Task
+from latentreward.steps.tasks import Task
+from latentreward.steps.workshop import LOG, START, Workshop
 
 
 def workshop(folder: Path) -> Workshop:

@@ -10,7 +10,7 @@ from typing import Any
 from latentreward.errors import InputError, first_line
 from latentreward.reproduction.measuring import Values
 from latentreward.reproduction.rows import Row, Side
-from latentreward.reproduction.sources import module_names, source_digest
+from latentreward.steps.sources import module_names, source_digest
 from latentreward.storage.durable import write_file
 from latentreward.storage.json_files import read_config
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from latentreward.errors import InputError, did_you_mean
-from latentreward.reproduction.steps import Step, Task, load_yaml, record, resolve
 from latentreward.settings.rewriting import shipped_configs
+from latentreward.steps.tasks import Step, Task, load_yaml, record, resolve
 from latentreward.storage.digests import digest
 
 FOLDER, SHARED = "reproduce/", "reproduce/shared/steps.yaml"

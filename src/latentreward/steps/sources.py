@@ -18,7 +18,7 @@ from latentreward.storage.digests import digest
 PACKAGE = Path(latentreward.__file__).parent
 WEIGHTS = PACKAGE / "tinyworld"
 """Folder of the shipped tiny networks, on which all results depend beside source files."""
-RUNNER = tuple(f"latentreward.reproduction.{name}" for name in ("process", "sources"))
+RUNNER = tuple(f"latentreward.steps.{name}" for name in ("process", "sources"))
 """Modules that every process imports and that no result depends on."""
 
 
