@@ -107,7 +107,8 @@ class HackingMonitor(PromptMonitor):
             trainer.should_stop = True
             if not any(isinstance(keeper, LastCheckpoint) for keeper in trainer.checkpoint_callbacks):  # saves next
                 trainer.save_checkpoint(path, weights_only=False)  # with None Lightning prints a line
-            message += f". Stopped, saved to {path}; use an earlier checkpoint, fewer steps or a lower learning rate"
+            stops = "Stopped" if trainer.fit_loop._can_stop_early else "Stops at min_steps and min_epochs"
+            message += f". {stops}, saved to {path}; use an earlier checkpoint, fewer steps or a lower learning rate"
         if trainer.is_global_zero:
             logger.warning(message)
 

@@ -182,6 +182,7 @@ def test_ranks_with_other_weights_are_refused(tmp_path: Path) -> None:
         ({"devices": "2"}, 2),
         ({"devices": [0, 4]}, 2),
         ({"devices": "0,1,5"}, 3),
+        ({"devices": "2,"}, 1),
         ({"devices": "auto", "accelerator": "cpu"}, 1),
     ],
 )

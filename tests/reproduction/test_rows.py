@@ -8,7 +8,7 @@ import pytest
 from latentreward.cli import main
 from latentreward.errors import InputError
 from latentreward.reproduction.rows import Row, Side, all_rows, choose_rows, read_row, shared_steps
-from latentreward.steps.tasks import Task
+from latentreward.steps.tasks import Task, _file_digest
 from tests.marks import slow_after
 from tests.reproduction.forked_steps import ForkedSteps
 
@@ -103,6 +103,16 @@ def test_wording_changes_no_digest_and_a_setting_does() -> None:
     assert read_row("toy", {**TOY, "metrics": levels}).config_digest(0) != row.config_digest(0)
 
 
+def test_a_config_of_ones_own_counts_by_its_settings(tmp_path: Path) -> None:
+    def digest(text: str) -> str:
+        (tmp_path / "own.yaml").write_text(text)
+        _file_digest.cache_clear()
+        arms = {**TOY["arms"], "other": {"lrm": f"--config={tmp_path}/own.yaml"}}
+        return read_row("toy", {**TOY, "arms": arms}).config_digest(0)
+
+    assert digest("a: 1\n") == digest("a: 1  # a comment\n") != digest("a: 2\n")
+
+
 def test_a_claim_may_compare_metrics_of_one_arm() -> None:
     sides = {name: {"arm": "one", "metric": "t 1"} for name in ("higher", "lower")}
     row = read_row("toy", {**TOY, "claims": [{"says": "", **sides, "more_than": -0.1}]})
@@ -117,6 +127,10 @@ def test_a_claim_may_compare_metrics_of_one_arm() -> None:
         ({"seeds": 2}, "toy: seeds=2; use 3 to 10, so that intervals exist"),
         ({"seedz": 3}, "toy: there is no setting 'seedz'; did you mean 'seeds'?"),
         ({"arms": {"one": {"lrn": ""}}}, "toy: arms.one: there is no 'lrn'; did you mean 'lrm'?"),
+        (
+            {"arms": {"one": {"lrm": "--data.root={pickpic}/pairs"}}},
+            "{pickpic} names no step; did you mean 'pickapic'?",
+        ),
         ({"metrics": {"m": {"of": "lrm_drwn", "kind": "accuracy"}}}, "did you mean 'lrm_drawn'?"),
         ({"metrics": {"m": {"of": "lrm_drawn", "kind": "acuracy"}}}, "did you mean 'accuracy'?"),
         ({"claims": [{"says": "", "higher": "two", "lower": "one", "by": "t 1"}]}, "claims[0]: there is no 'two'"),

@@ -392,7 +392,7 @@ def ranks_per_machine(trainer: Namespace) -> int:
     if isinstance(devices, int) and devices >= 0:
         return devices
     if isinstance(devices, list | str) and devices != "auto":
-        return len(devices.split(",") if isinstance(devices, str) else devices)
+        return len([one for one in devices.split(",") if one.strip()] if isinstance(devices, str) else devices)
     return 1 if trainer.get("accelerator") == "cpu" else torch.cuda.device_count()  # "auto" and -1
 
 

@@ -131,7 +131,7 @@ def read_pilot(path: str) -> Pilot:
             raise InputError(f"{name}: {key}: expected a mapping, got {entries!r}")
         given[key] = {str(one): record(kind, f"{name}: {key}.{one}", value) for one, value in entries.items()}
     pilot: Pilot = record(Pilot, name, given)
-    check_steps(f"{name}: stages", pilot.stages)
+    check_steps(f"{name}: stages", pilot.stages, also=["pairs"])
     _check(pilot)
     return pilot
 

@@ -1,14 +1,14 @@
 """Rows of the reproduction, read from YAML: what runs for each arm and seed, what is measured, and what is claimed."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from latentreward.errors import InputError, did_you_mean
 from latentreward.settings.rewriting import shipped_configs
-from latentreward.steps.tasks import Step, Task, load_yaml, record, resolve
+from latentreward.steps.tasks import Step, Task, check_steps, load_yaml, record, resolve
 from latentreward.storage.digests import digest
 
 FOLDER, SHARED = "reproduce/", "reproduce/shared/steps.yaml"
@@ -191,6 +191,10 @@ def _check(row: Row) -> None:
         raise InputError(f"{row.name}: seeds={row.seeds}; use 3 to {MOST_SEEDS}, so that intervals exist")
     for arm, options in row.arms.items():
         _known(f"{row.name}: arms.{arm}", options, row.all_steps)
+        changed = {
+            one: replace(row.all_steps[one], run=f"{row.all_steps[one].run} {text}") for one, text in options.items()
+        }
+        check_steps(f"{row.name}: arms.{arm}", {**row.all_steps, **changed})
     for arm, steps in row.instead.items():
         _known(f"{row.name}: instead", [arm], row.arms)
         _known(f"{row.name}: instead.{arm}", steps.values(), row.all_steps)

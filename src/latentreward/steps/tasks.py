@@ -2,7 +2,7 @@
 
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
@@ -16,10 +16,11 @@ from latentreward.settings.rewriting import find_config
 from latentreward.settings.yaml_text import check_yaml
 from latentreward.storage.digests import digest
 
-PLACEHOLDER = re.compile(r"\{(\w+)\}")
+CONFIG = "--config="
+PLACEHOLDER = re.compile(r"(?<!\$)\{(\w+)\}")
 """Placeholder in a step's arguments: ``{out}``, ``{seed}``, or the name of the step whose output folder it stands for.
 
-Braces around anything else, such as those of JSON, stay.
+Braces around anything else, such as those of JSON or of ``${SD15_PATH}``, stay.
 """
 
 
@@ -102,17 +103,22 @@ def resolve(
     inputs = {one: resolve(steps, one, seed, added, quick, context) for one in sorted(names)}
     known = {one: task.key for one, task in inputs.items()} | {"seed": str(seed)}
     resolved = [PLACEHOLDER.sub(lambda place: known.get(place[1], place[0]), text) for text in arguments]
-    files = [config_digest(text) for text in arguments if text.startswith("--config=configs/")]
+    files = [config_digest(text) for text in arguments if text.startswith(CONFIG) and not PLACEHOLDER.search(text)]
     key = digest(["\0".join((found.module, *resolved, "", *files, *context))])
     return Task(name, found.module, tuple(arguments), inputs, seed, key)
 
 
-def check_steps(place: str, steps: Mapping[str, Step]) -> None:
+def check_steps(place: str, steps: Mapping[str, Step], also: Collection[str] = ()) -> None:
     """Check steps that come from a file: their names become names of folders.
 
+    Args:
+        place: Name of the place in the file, for messages.
+        steps: Steps by name.
+        also: Placeholders beyond the names of steps, ``{out}`` and ``{seed}``.
+
     Raises:
-        InputError: If a name holds more than letters, digits and ``_``, a command is not a text or has an open quote,
-            or steps need each other.
+        InputError: If a name holds more than letters, digits and ``_``, a command is not a text, has an open quote or a
+            placeholder that names nothing, or steps need each other.
     """
     needs = {}
     for name, step in steps.items():
@@ -124,7 +130,11 @@ def check_steps(place: str, steps: Mapping[str, Step]) -> None:
             texts = shlex.split(step.run) + shlex.split(step.quick)
         except ValueError as error:
             raise InputError(f"{place}.{name}: {error}") from error
-        needs[name] = {found for text in texts for found in PLACEHOLDER.findall(text)} & steps.keys()
+        named = {found for text in texts for found in PLACEHOLDER.findall(text)}
+        known = {*steps, "out", "seed", *also}
+        for one in sorted(named - known):
+            raise InputError(f"{place}.{name}: {{{one}}} names no step{did_you_mean(one, known)}")
+        needs[name] = named & steps.keys()
     try:
         TopologicalSorter(needs).prepare()
     except CycleError as error:
@@ -132,8 +142,8 @@ def check_steps(place: str, steps: Mapping[str, Step]) -> None:
 
 
 def config_digest(argument: str) -> str:
-    """Digest the settings in a shipped file that ``--config=configs/…`` names; comments and layout do not count."""
-    return _file_digest(find_config(argument.removeprefix("--config=")))
+    """Digest the settings in the file that ``--config=…`` names; comments and layout do not count."""
+    return _file_digest(find_config(argument.removeprefix(CONFIG)))
 
 
 @cache
