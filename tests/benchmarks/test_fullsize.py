@@ -1,29 +1,71 @@
-"""``make fullsize`` with tiny networks: every job runs, keeps its result, and is not run again."""
+"""``make fullsize`` with tiny networks: jobs run, keep their results, and are not run again."""
 
+import importlib
 import json
+import os
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+from latentreward.cli import main
+from tests.marks import slow_after
+
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "fullsize"
+RUN = ["LRM-SD1.5 serve", "SD3.5-M cache, T5 whole"]
+
+
+@pytest.fixture
+def jobs() -> Iterator[ModuleType]:
+    """Module that lists the jobs."""
+    sys.path.insert(0, str(SCRIPT))
+    yield importlib.import_module("jobs")
+    sys.path.remove(str(SCRIPT))
 
 
 def run(folder: Path) -> str:
-    command = [sys.executable, SCRIPT, "--tiny", "--rounds=1", "--folder", folder]
+    command = [sys.executable, SCRIPT, "--tiny", "--rounds=1", f"--folder={folder}", "--only", *RUN]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_every_job_runs_once_and_leaves_a_result_alone(tmp_path: Path) -> None:
+def test_jobs_run_once_and_leave_results_alone(tmp_path: Path) -> None:
     printed = run(tmp_path)
     results = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "results").glob("*.json")}
-    assert len(results) == 15
-    assert {path.name for path in tmp_path.iterdir()} == {"data", "results"}
+    assert len(results) == 8
     assert all(result["peak"] > 0 and f"| {result['name']} | " in printed for result in results.values())
-    timed = {name for name, result in results.items() if len(result.get("rounds", ())) == 1}
-    assert timed == {"LRM_SD1.5_fit", "LPO_SD1.5_fit", "DiNa_SD3.5_M_fit__T5_cut"}
-    again = run(tmp_path)
-    assert again == printed[printed.index("\n**Memory") :]
+    assert len(results["LRM_SD1.5_fit"]["rounds"]) == 1
+    assert run(tmp_path) == printed[printed.index("\n**Memory") :]
+
+
+@pytest.mark.slow
+def test_a_group_leaves_no_pipeline_behind(tmp_path: Path) -> None:
+    command = [sys.executable, SCRIPT, "--tiny", f"--folder={tmp_path}", "--only", "LRM-SDXL forward, bf16"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    assert {path.name for path in tmp_path.iterdir()} == {"data", "results"}
+
+
+@pytest.mark.parametrize("subcommand", slow_after(0, ["fit", "validate", "predict", "cache", "generate"]))
+def test_all_commands_parse(
+    subcommand: str,
+    jobs: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPT))
+    for path in (SCRIPT.parents[1] / "configs").rglob("*.yaml"):
+        for name in re.findall(r"\$\{oc\.env:(\w+)", path.read_text()):
+            monkeypatch.setenv(name, os.environ.get(name, str(tmp_path)))
+    commands = [jobs.Sizes(64, 3, "cpu").of(job.command) for _, job in jobs.jobs()]
+    found = [command for command in commands if command[0] == subcommand]
+    assert found
+    for command in found:
+        with pytest.raises(SystemExit) as ended:
+            main([*command, "--print_config"])
+        assert not ended.value.code, capsys.readouterr().err
