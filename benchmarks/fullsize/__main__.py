@@ -198,6 +198,9 @@ def main() -> None:
     parser.add_argument("--accelerator", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--rounds", type=int, default=6, help="training steps that are timed, in runs that time them")
     options = parser.parse_args()
+    names = [job.name for jobs in GROUPS.values() for job in jobs]
+    if unknown := [name for name in options.only if name not in names]:
+        parser.error(f"--only: there is no job {unknown[0]!r}; choose from {', '.join(names)}")
     sizes = Sizes(64 if options.tiny else 128, 1 + options.rounds, options.accelerator)
     runner = Runner(options.folder, sizes, options.tiny)
     for group, jobs in GROUPS.items():

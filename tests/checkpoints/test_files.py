@@ -101,3 +101,21 @@ def test_a_folder_of_shards_needs_its_index(tmp_path: Path) -> None:
     for name in (".metadata", "meta.pt"):
         (folder / name).touch()
     assert checkpoint_problem(folder) is None
+
+
+def mappings(path: Path) -> int:
+    """Number of mappings of a file in this process."""
+    return sum(line.endswith(str(path)) for line in Path("/proc/self/maps").read_text().splitlines())
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="Linux only")
+def test_the_state_of_an_optimiser_does_not_keep_the_weights_in_memory(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    moments = {0: {"exp_avg": torch.ones(5000)}}
+    whole = {"state_dict": {"w": torch.arange(5000.0)}, "optimizer_states": [{"state": moments}]}
+    DurableCheckpointIO().save_checkpoint(whole, path)
+    content = DurableCheckpointIO().load_checkpoint(path)
+    before = mappings(path)
+    assert torch.equal(content.pop("state_dict")["w"], torch.arange(5000.0))
+    assert mappings(path) == before - 1 == 1
+    assert content["optimizer_states"][0]["state"][0]["exp_avg"].sum() == 5000

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from latentreward.cli import main
 from latentreward.errors import InputError
 from latentreward.pilot.checks import GB, check_access, check_disk, check_sources, downloads
 from latentreward.pilot.needs import TrainingNeeds, check_gpu, check_hours, check_memory
@@ -125,3 +126,16 @@ def test_it_is_refused_before_libraries_are_imported(tmp_path: Path, monkeypatch
     assert ended.stdout == "2 []\n", ended.stderr
     assert "not set; export each variable" in ended.stderr
     assert not [*tmp_path.iterdir()]
+
+
+def test_a_check_names_all_that_is_missing_and_every_licence(
+    pilot: Pilot, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("HPDV3_ROOT")
+    monkeypatch.setattr("latentreward.commands.pilot.check_access", lambda *_: None)
+    with pytest.raises(SystemExit):
+        main(["pilot", "sd35m", "--check", f"--work={tmp_path}/work"])
+    found = capsys.readouterr()
+    assert "HPDV3_ROOT (HPDv3): not set" in found.err
+    assert "device: PyTorch" in found.err
+    assert all(f"licence: {source.licence}" in found.out for source in pilot.sources.values())

@@ -46,7 +46,7 @@ def test_push_and_fetch(hub: StubHub, tmp_path: Path) -> None:
     written = {path.relative_to(tmp_path / "saved").as_posix(): path for path in (tmp_path / "saved").rglob("*.*")}
     assert set(files) == set(written)
     assert all(files[name] == path.read_bytes() for name, path in written.items() if name != "README.md")
-    assert b"from_pretrained('owner/reward')" in files["README.md"]
+    assert b"from_pretrained('owner/reward', base=" in files["README.md"]
     assert hub.created[0].get("visibility") == "private" or hub.created[0].get("private")
     assert hub.messages == ["First"]
     assert hub.tokens - {None} == {"Bearer hf_secret"}

@@ -70,6 +70,13 @@ def test_a_licence_that_is_not_known_here_is_warned_of_and_kept(
     assert meant in said and len(said) < 300
 
 
+@pytest.mark.parametrize(("source", "shown"), [("my_sd15", ", base='path/to/my_sd15'"), ("sd_tiny", ""), (None, "")])
+def test_a_base_that_was_a_local_folder_is_to_be_given(source: str | None, shown: str) -> None:
+    assert f"RewardModel.from_pretrained('owner/reward'{shown})" in model_card(
+        config(source), Card(name="owner/reward"), ""
+    )
+
+
 def test_what_a_score_means() -> None:
     text = model_card(config(), Card(name="owner/reward"), "folder")
     assert "RewardModel.from_pretrained('owner/reward')" in text

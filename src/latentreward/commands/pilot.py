@@ -1,6 +1,7 @@
 """``latentreward pilot``: train a reward from a cut of a data set, and align a generator with it, on one card."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -59,8 +60,12 @@ def pilot(
         settings = {"pairs": pairs or found.pairs, "seed": seed, "quick": quick}
         tasks = found.tasks(**settings)
         folder = work.resolve()
-        check_sources(found)
-        check_needs(found, tasks, folder, settings["pairs"], (tflops, hours))
+        lacking: list[str] | None = [] if check else None
+        with collected(lacking):
+            check_sources(found)
+        check_needs(found, tasks, folder, settings["pairs"], (tflops, hours), lacking)
+        if lacking:
+            raise InputError("; ".join(lacking))
         if check:
             return
         name_of_result = f"{found.name}-{found.digest(**settings)[:8]}.json"
@@ -79,7 +84,25 @@ def pilot(
         print(f"{page} is written")
 
 
-def check_needs(found: Pilot, tasks: Mapping[str, Task], folder: Path, pairs: int, pace: tuple[float, float]) -> None:
+@contextmanager
+def collected(lacking: list[str] | None) -> Iterator[None]:
+    """Append the line of an InputError to ``lacking``; raise the error if ``lacking`` is None."""
+    try:
+        yield
+    except InputError as error:
+        if lacking is None:
+            raise
+        lacking.append(str(error))
+
+
+def check_needs(
+    found: Pilot,
+    tasks: Mapping[str, Task],
+    folder: Path,
+    pairs: int,
+    pace: tuple[float, float],
+    lacking: list[str] | None = None,
+) -> None:
     """Print licences and needs of the stages that have not finished; raise InputError for what is missing.
 
     Args:
@@ -88,14 +111,17 @@ def check_needs(found: Pilot, tasks: Mapping[str, Task], folder: Path, pairs: in
         folder: Folder of the stages' outputs.
         pairs: Number of pairs to train on.
         pace: Operations per second in 10¹², and most hours.
+        lacking: List that gets a line about each thing that is missing; None raises the first of them.
     """
-    for variable, value in found.values().items():
-        source = found.sources[variable]
-        print(f"{variable}={value}: {source.data or 'model'}; licence: {source.licence}", flush=True)
+    values = found.values()
+    for variable, source in found.sources.items():
+        print(f"{variable}={values.get(variable, '')}: {source.data or 'model'}; licence: {source.licence}", flush=True)
     missing = downloads(found)
-    check_access(found, missing)
+    with collected(lacking):
+        check_access(found, missing)
     fetched = {hub_cache(): int(sum(one.gigabytes for one in missing.values()) * GB)} if missing else {}
-    check_disk({**fetched, folder: 0})
+    with collected(lacking):
+        check_disk({**fetched, folder: 0})
 
     # What follows imports Lightning and diffusers.
     from latentreward.commands.fit import estimate_fit
@@ -103,7 +129,8 @@ def check_needs(found: Pilot, tasks: Mapping[str, Task], folder: Path, pairs: in
     from latentreward.pilot.running import unfinished, workshop
 
     if found.device == "gpu":
-        check_gpu()
+        with collected(lacking):
+            check_gpu()
     left = {task.name: task for task in unfinished(tasks, workshop(folder))}
     needs = {}
     for task in left.values():
@@ -113,9 +140,12 @@ def check_needs(found: Pilot, tasks: Mapping[str, Task], folder: Path, pairs: in
             needs[task.name] = training_needs(estimate_fit(arguments), pairs)
     written = sum(one.disk for one in needs.values()) + (2 * pairs * found.image_bytes if CUT in left else 0)
     if needs:
-        print("hours, computed without encoding, benchmark and pictures:", check_hours(needs, *pace))
-        print("memory:", check_memory(needs, found.device == "gpu"))
-    print("disk:", check_disk({**fetched, folder: written}), flush=True)
+        with collected(lacking):
+            print("hours, computed without encoding, benchmark and pictures:", check_hours(needs, *pace))
+        with collected(lacking):
+            print("memory:", check_memory(needs, found.device == "gpu"))
+    with collected(lacking):
+        print("disk:", check_disk({**fetched, folder: written}), flush=True)
 
 
 def run_all(found: Pilot, tasks: Mapping[str, Task], folder: Path, settings: Mapping[str, int], output: Path) -> None:

@@ -143,6 +143,7 @@ def find_settings(reward: Namespace, sources: ConfigSources) -> Unread:
     sources.used[path] = "its own settings"
     if place is not None and is_model_folder(place):
         folder = UnreadFolder(place, base, trusted)
+        folder.check_base_is_here()
         sources.replace(folder.config.recipe.backbone.init_args)
         return folder
     run = None

@@ -107,7 +107,10 @@ def notes_on(settings: Namespace, costs: StepCosts, sources: ConfigSources, gpu:
     device = "a GPU" if gpu else "the CPU"
     data, name = settings.data.init_args, settings.model.class_path.rpartition(".")[2]
     notes = [f"{name} on {device}, precision {trainer.precision or '32-true'}."]
-    size = f"images of {data.size}" if data.get("size") else "the network's own size unless the settings say another"
+    sampling = settings.model.init_args.get("sampling") or {}
+    given = data.get("size") or (sampling.get("height"), sampling.get("width"))
+    sides = given if isinstance(given, int) else None if None in given else " x ".join(map(str, given))
+    size = f"images of {sides}" if sides else "the network's own size unless the settings say another"
     notes.append(f"Batch size per process {data.get('batch_size')}, {size}.")
     if costs.rollout_peak:
         notes.append(f"A rollout is of {data.prompts_per_rollout} prompts.")

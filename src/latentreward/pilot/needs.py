@@ -77,7 +77,7 @@ def check_memory(needs: Mapping[str, TrainingNeeds], gpu: bool) -> str:
         InputError: If it is too small.
     """
     told = []
-    card = torch.cuda.get_device_properties(0).total_memory if gpu else 0
+    card = torch.cuda.get_device_properties(0).total_memory if gpu and torch.cuda.is_available() else 0
     for name, one in needs.items():
         host = IMPORTS + (one.weights if gpu else one.memory)
         wanted = [("of memory", host, free_memory())]

@@ -48,9 +48,9 @@ class Calibration:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        grid = torch.tensor(self.quantiles, dtype=torch.float64)
+        grid = torch.tensor(self.quantiles, dtype=torch.float64, device="cpu")
         ascends = len(grid) >= 2 and bool(grid.isfinite().all()) and bool((grid.diff() >= 0).all())
-        if not (ascends and self.std > 0 and torch.tensor([self.mean, self.std]).isfinite().all()):
+        if not (ascends and self.std > 0 and torch.tensor([self.mean, self.std], device="cpu").isfinite().all()):
             raise InputError(
                 f"calibration on {self.reference!r}: mean {self.mean}, std {self.std} and {len(grid)} quantiles are no "
                 "calibration; the spread must be positive and the quantiles ascend"

@@ -12,6 +12,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from latentreward import __version__
+from latentreward.backbones.loading import SHIPPED
 from latentreward.errors import did_you_mean
 from latentreward.reports.markdown import markdown_table, plain
 from latentreward.reports.tables import Table
@@ -107,10 +108,13 @@ def base_on_hub(config: FolderConfig) -> str | None:
 
 def usage(source: str, config: FolderConfig) -> str:
     """Return the section that shows how to score an image."""
+    named = config.recipe.backbone.init_args.get("source")
+    # Elsewhere the name of a local folder means nothing.
+    base = f", base='path/to/{named}'" if named and "/" not in named and named not in SHIPPED else ""
     calibrated = "\nreward.calibration.quantile(scores)  # share of the reference set that scores lower\n"
     return (
         "## Use\n\n```python\nfrom latentreward.scoring import RewardModel\n\n"
-        f"reward = RewardModel.from_pretrained({source!r})\n"
+        f"reward = RewardModel.from_pretrained({source!r}{base})\n"
         'scores = reward.score(["a red fox in the snow"], ["fox.png"])\n'
         f"{calibrated.lstrip() if config.calibration else ''}```"
     )

@@ -106,7 +106,7 @@ class PretrainedReward(SharingReward):
     def _backbone(self) -> DiffusionBackbone:
         """See :meth:`SharingReward._backbone`; parameters that were trained are trainable, all others are frozen."""
         recipe = self.config.recipe
-        self._check_base_is_here()
+        self.check_base_is_here()
         with errors_at(f"{self.folder / CONFIG}: "):
             for name in ONLY_IN_TRAINING:
                 if is_ours(recipe.backbone) and name in recipe.backbone.init_args:
@@ -134,7 +134,7 @@ class PretrainedReward(SharingReward):
             )
         return backbone
 
-    def _check_base_is_here(self) -> None:
+    def check_base_is_here(self) -> None:
         """Raise InputError if the base is the name of a folder on the author's machine, which does not exist here."""
         source = self.config.recipe.source
         named = source and source not in SHIPPED and "/" not in source
