@@ -59,7 +59,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
             return super().load_checkpoint(path, map_location, weights_only=True)
         # Mapped into memory, so that evaluation does not read the optimiser's state.
         content = torch.load(path, map_location, weights_only=True, mmap=True)
-        if content.get("optimizer_states") and "state_dict" in content:
+        if isinstance(content, dict) and {"optimizer_states", "state_dict"} <= content.keys():
             # The weights get a mapping of their own, which ends once they are copied into the model. On a CPU the
             # optimiser goes on with the mapped tensors of its state, which would keep the weights' pages in memory too.
             content["state_dict"] = torch.load(path, map_location, weights_only=True, mmap=True)["state_dict"]
