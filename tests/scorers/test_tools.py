@@ -86,7 +86,8 @@ def test_a_program_that_fails_says_why(tmp_path: Path) -> None:
     def command(source: str, **options: float) -> CommandScorer:
         return CommandScorer([sys.executable, "-c", source, "{pictures}", "{scores}"], "tool", **options)
 
-    failed = refusal(command("import sys; print('begins', flush=True); sys.exit('CUDA out of memory')"), items, tmp_path)
+    source = "import sys; print('begins', flush=True); sys.exit('CUDA out of memory')"
+    failed = refusal(command(source), items, tmp_path)
     assert "tool: python" in failed
     assert "status 1; last line: 'CUDA out of memory', all in " in failed
     assert (tmp_path / "log.txt").read_text().splitlines() == ["begins", "CUDA out of memory"]
