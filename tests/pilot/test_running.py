@@ -15,7 +15,7 @@ from latentreward.pilot.running import run_stages, starts, unfinished, workshop
 from latentreward.steps.tasks import Step, Task, resolve
 from latentreward.steps.workshop import LOG, RECORD
 from tests.processes import start
-from tests.reproduction.forked_steps import ForkedSteps
+from tests.steps.forked_steps import ForkedSteps
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULE = "tests.reproduction.toy_step"

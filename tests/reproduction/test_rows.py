@@ -10,7 +10,7 @@ from latentreward.errors import InputError
 from latentreward.reproduction.rows import Row, Side, all_rows, choose_rows, read_row, shared_steps
 from latentreward.steps.tasks import Task, _file_digest
 from tests.marks import slow_after
-from tests.reproduction.forked_steps import ForkedSteps
+from tests.steps.forked_steps import ForkedSteps
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = all_rows()

@@ -3,6 +3,7 @@
 import re
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,11 +30,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def server(run: Path) -> Iterator[ServerProcess]:
-    with forked_server("serve", str(run), "--port=0", "--device=cpu", "--max_wait_ms=2") as process:
+def server(request: pytest.FixtureRequest, run: Path) -> Iterator[ServerProcess]:
+    with forked_server("serve", str(run), "--port=0", "--device=cpu", *request.param) as process:
         yield process
 
 
+@pytest.mark.parametrize("server", [["--max_wait_ms=2"]], indirect=True)
 def test_1_000_requests_32_at_a_time_and_10_000_malformed_ones(server: ServerProcess) -> None:
     bodies = [save(_tensors(seed)) for seed in range(16)]
     answers = load(server.address, bodies, 1000, 32)
@@ -48,6 +50,8 @@ def test_1_000_requests_32_at_a_time_and_10_000_malformed_ones(server: ServerPro
     assert server.stop() == 0
 
 
+# After the first row, which is scored alone, 63 rows wait 3 s for one more that would fill their batch.
+@pytest.mark.parametrize("server", [["--batch_size=64", "--max_wait_ms=3000", "--max_pass_s=60"]], indirect=True)
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_what_is_under_way_finish(server: ServerProcess, sent: signal.Signals) -> None:
     replies: list[httpx.Response] = []
@@ -58,8 +62,10 @@ def test_a_signal_lets_what_is_under_way_finish(server: ServerProcess, sent: sig
 
     thread = threading.Thread(target=ask)
     thread.start()
-    while _in_queue(server.address) < 16:
-        pass
+    with httpx.Client(base_url=server.address) as client:
+        while not _in_queue(client):
+            assert thread.is_alive(), "all rows were scored before the signal"
+            time.sleep(0.02)
     assert server.stop(sent) == 0
     thread.join(60)
     assert replies[0].status_code == 200 and len(replies[0].json()["raw_scores"]) == 64
@@ -75,6 +81,6 @@ def _tensors(seed: int, rows: int = 1) -> dict[str, Tensor]:
     return tensors_of(_accepted(), rows=rows, seed=seed)
 
 
-def _in_queue(address: str) -> int:
-    text = httpx.get(f"{address}/metrics").text
+def _in_queue(client: httpx.Client) -> int:
+    text = client.get("/metrics").text
     return int(float(re.search(r"^latentreward_queue_rows (\S+)", text, re.MULTILINE)[1]))

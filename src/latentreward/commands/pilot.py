@@ -60,10 +60,10 @@ def pilot(
         settings = {"pairs": pairs or found.pairs, "seed": seed, "quick": quick}
         tasks = found.tasks(**settings)
         folder = work.resolve()
-        lacking: list[str] | None = [] if check else None
-        with collected(lacking):
-            check_sources(found)
-        check_needs(found, tasks, folder, settings["pairs"], (tflops, hours), lacking)
+        lacking: list[str] = []
+        fetched = check_inputs(found, folder, lacking)
+        if check or not lacking:
+            check_trainings(found, tasks, folder, settings["pairs"], (tflops, hours), fetched, lacking)
         if lacking:
             raise InputError("; ".join(lacking))
         if check:
@@ -85,25 +85,50 @@ def pilot(
 
 
 @contextmanager
-def collected(lacking: list[str] | None) -> Iterator[None]:
-    """Append the line of an InputError to ``lacking``; raise the error if ``lacking`` is None."""
+def collected(lacking: list[str]) -> Iterator[None]:
+    """Append the line of an InputError to ``lacking``."""
     try:
         yield
     except InputError as error:
-        if lacking is None:
-            raise
         lacking.append(str(error))
 
 
-def check_needs(
+def check_inputs(found: Pilot, folder: Path, lacking: list[str]) -> dict[Path, int]:
+    """Print the licences; check that data and models are here or can be downloaded.
+
+    Args:
+        found: Pilot.
+        folder: Folder of the stages' outputs.
+        lacking: List that gets a line about each thing that is missing.
+
+    Returns:
+        Folder → bytes that will be downloaded there.
+    """
+    values = found.values()
+    for variable, source in found.sources.items():
+        place = f"{variable}={values[variable]}" if variable in values else f"{variable} (not set)"
+        print(f"{place}: {source.data or 'model'}; licence: {source.licence}", flush=True)
+    with collected(lacking):
+        check_sources(found)
+    missing = downloads(found)
+    with collected(lacking):
+        check_access(found, missing)
+    fetched = {hub_cache(): int(sum(one.gigabytes for one in missing.values()) * GB)} if missing else {}
+    with collected(lacking):
+        check_disk({**fetched, folder: 0})
+    return fetched
+
+
+def check_trainings(
     found: Pilot,
     tasks: Mapping[str, Task],
     folder: Path,
     pairs: int,
     pace: tuple[float, float],
-    lacking: list[str] | None = None,
+    fetched: Mapping[Path, int],
+    lacking: list[str],
 ) -> None:
-    """Print licences and needs of the stages that have not finished; raise InputError for what is missing.
+    """Print and check the time, memory and disk that the trainings need which have not finished.
 
     Args:
         found: Pilot.
@@ -111,19 +136,10 @@ def check_needs(
         folder: Folder of the stages' outputs.
         pairs: Number of pairs to train on.
         pace: Operations per second in 10¹², and most hours.
-        lacking: List that gets a line about each thing that is missing; None raises the first of them.
+        fetched: Folder → bytes that will be downloaded there.
+        lacking: List that gets a line about each thing that is missing.
     """
-    values = found.values()
-    for variable, source in found.sources.items():
-        print(f"{variable}={values.get(variable, '')}: {source.data or 'model'}; licence: {source.licence}", flush=True)
-    missing = downloads(found)
-    with collected(lacking):
-        check_access(found, missing)
-    fetched = {hub_cache(): int(sum(one.gigabytes for one in missing.values()) * GB)} if missing else {}
-    with collected(lacking):
-        check_disk({**fetched, folder: 0})
-
-    # What follows imports Lightning and diffusers.
+    # These import Lightning and diffusers.
     from latentreward.commands.fit import estimate_fit
     from latentreward.pilot.needs import check_gpu, check_hours, check_memory, training_needs
     from latentreward.pilot.running import unfinished, workshop

@@ -76,7 +76,7 @@ def check_memory(needs: Mapping[str, TrainingNeeds], gpu: bool) -> str:
     Raises:
         InputError: If it is too small.
     """
-    told = []
+    told, lacking = [], []
     card = torch.cuda.get_device_properties(0).total_memory if gpu and torch.cuda.is_available() else 0
     for name, one in needs.items():
         host = IMPORTS + (one.weights if gpu else one.memory)
@@ -84,13 +84,14 @@ def check_memory(needs: Mapping[str, TrainingNeeds], gpu: bool) -> str:
         if gpu:
             wanted.append(("of GPU memory", int(one.memory * ALLOWANCE) + CONTEXT, card))
         for what, size, here in wanted:
-            if size > here:
-                raise InputError(
-                    f"memory: {name} needs {size / GB:.1f} GB {what}, {here / GB:.1f} GB are here; take a machine with "
-                    "more, or a copy of the pilot's file with a smaller --data.batch_size and more "
-                    "--trainer.accumulate_grad_batches"
-                )
             told.append(f"{name} {size / GB:.1f} of {here / GB:.1f} GB {what}")
+            if size > here:
+                lacking.append(f"{name} needs {size / GB:.1f} GB {what}, {here / GB:.1f} GB are here")
+    if lacking:
+        raise InputError(
+            f"memory: {', '.join(lacking)}; take a machine with more, or a copy of the pilot's file with a smaller "
+            "--data.batch_size and more --trainer.accumulate_grad_batches"
+        )
     return ", ".join(told)
 
 

@@ -120,7 +120,7 @@ def check_steps(place: str, steps: Mapping[str, Step], also: Collection[str] = (
         InputError: If a name holds more than letters, digits and ``_``, a command is not a text, has an open quote or a
             placeholder that names nothing, or steps need each other.
     """
-    needs = {}
+    needs, known = {}, {*steps, "out", "seed", *also}
     for name, step in steps.items():
         if not re.fullmatch(r"\w+", name):
             raise InputError(f"{place}: {name!r} is not a name; use letters, digits and _")
@@ -131,7 +131,6 @@ def check_steps(place: str, steps: Mapping[str, Step], also: Collection[str] = (
         except ValueError as error:
             raise InputError(f"{place}.{name}: {error}") from error
         named = {found for text in texts for found in PLACEHOLDER.findall(text)}
-        known = {*steps, "out", "seed", *also}
         for one in sorted(named - known):
             raise InputError(f"{place}.{name}: {{{one}}} names no step{did_you_mean(one, known)}")
         needs[name] = named & steps.keys()

@@ -12,7 +12,6 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from latentreward import __version__
-from latentreward.backbones.loading import SHIPPED
 from latentreward.errors import did_you_mean
 from latentreward.reports.markdown import markdown_table, plain
 from latentreward.reports.tables import Table
@@ -108,9 +107,8 @@ def base_on_hub(config: FolderConfig) -> str | None:
 
 def usage(source: str, config: FolderConfig) -> str:
     """Return the section that shows how to score an image."""
-    named = config.recipe.backbone.init_args.get("source")
-    # Elsewhere the name of a local folder means nothing.
-    base = f", base='path/to/{named}'" if named and "/" not in named and named not in SHIPPED else ""
+    named = config.recipe.local_name
+    base = f", base='path/to/{named}'" if named else ""
     calibrated = "\nreward.calibration.quantile(scores)  # share of the reference set that scores lower\n"
     return (
         "## Use\n\n```python\nfrom latentreward.scoring import RewardModel\n\n"

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from latentreward.backbones import DiffusionBackbone
-from latentreward.backbones.loading import SHIPPED
 from latentreward.backbones.weights import fill, settling_later
 from latentreward.checkpoints.base_weights import same_values, sample, without_adapters
 from latentreward.data.image_sizes import ImageSizes
@@ -136,12 +135,11 @@ class PretrainedReward(SharingReward):
 
     def check_base_is_here(self) -> None:
         """Raise InputError if the base is the name of a folder on the author's machine, which does not exist here."""
-        source = self.config.recipe.source
-        named = source and source not in SHIPPED and "/" not in source
-        if is_ours(self.config.recipe.backbone) and named and not Path(source).exists():
+        recipe = self.config.recipe
+        if is_ours(recipe.backbone) and recipe.local_name and not Path(recipe.local_name).exists():
             raise InputError(
-                f"{self.folder / CONFIG}: the base {source!r} is the name of a folder of whoever published the model; "
-                "give your copy of it as base"
+                f"{self.folder / CONFIG}: the base {recipe.local_name!r} is the name of a folder of whoever published "
+                "the model; give your copy of it as base"
             )
 
     def _head(self, backbone: DiffusionBackbone) -> RewardHead:

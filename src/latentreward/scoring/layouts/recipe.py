@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from latentreward.backbones import DiffusionBackbone, LoRA, backbone_names
+from latentreward.backbones.loading import SHIPPED
 from latentreward.construction import Construction
 from latentreward.contracts import FeatureSpec
 from latentreward.errors import InputError, errors_at, first_line
@@ -91,6 +92,12 @@ class ModelRecipe:
         """Base pipeline as ``source`` or ``source@revision``; empty if the factory's settings name none."""
         source, revision = (self.backbone.init_args.get(name) for name in ("source", "revision"))
         return "" if source is None else str(source) if revision is None else f"{source}@{revision}"
+
+    @property
+    def local_name(self) -> str:
+        """Base pipeline if it is the bare name of a local folder, which means nothing elsewhere; otherwise empty."""
+        source = str(self.backbone.init_args.get("source") or "")
+        return "" if "/" in source or source in SHIPPED else source
 
     def with_own(self, own: Iterable[str]) -> Self:
         """Return a recipe with more names in :attr:`own`, and the backbone's tuning settings changed accordingly."""
