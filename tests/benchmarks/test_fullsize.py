@@ -2,11 +2,9 @@
 
 import importlib
 import json
-import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -20,11 +18,10 @@ RUN = ["LRM-SD1.5 serve", "SD3.5-M cache, T5 whole"]
 
 
 @pytest.fixture
-def jobs() -> Iterator[ModuleType]:
+def jobs(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """Module that lists the jobs."""
-    sys.path.insert(0, str(SCRIPT))
-    yield importlib.import_module("jobs")
-    sys.path.remove(str(SCRIPT))
+    monkeypatch.syspath_prepend(str(SCRIPT))
+    return importlib.import_module("jobs")
 
 
 def run(folder: Path) -> str:
@@ -50,6 +47,14 @@ def test_a_group_leaves_no_pipeline_behind(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"data", "results"}
 
 
+def test_a_job_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    command = [sys.executable, SCRIPT, "--tiny", f"--folder={tmp_path / 'work'}", "--only", "LRM-SD1.5 serf"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert "--only: there is no job 'LRM-SD1.5 serf'; choose from LRM-SD1.5 fit, " in ended.stderr
+    assert not (tmp_path / "work").exists()
+
+
 @pytest.mark.parametrize("subcommand", slow_after(0, ["fit", "validate", "predict", "cache", "generate"]))
 def test_all_commands_parse(
     subcommand: str,
@@ -58,10 +63,9 @@ def test_all_commands_parse(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.syspath_prepend(str(SCRIPT))
     for path in (SCRIPT.parents[1] / "configs").rglob("*.yaml"):
         for name in re.findall(r"\$\{oc\.env:(\w+)", path.read_text()):
-            monkeypatch.setenv(name, os.environ.get(name, str(tmp_path)))
+            monkeypatch.setenv(name, str(tmp_path))
     commands = [jobs.Sizes(64, 3, "cpu").of(job.command) for _, job in jobs.jobs()]
     found = [command for command in commands if command[0] == subcommand]
     assert found

@@ -4,11 +4,15 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from latentreward.cli import main
 from latentreward.estimate.sources import ConfigSources
+from latentreward.scoring import RewardModel
+from latentreward.scoring.calibration import Calibration
 from tests.hub_cache import cached_sd35
 from tests.marks import slow_after
+from tests.rewards.stored import write_run
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 VARIABLES = (
@@ -59,6 +63,24 @@ def test_tiny_alignment_needs_no_trained_reward(capsys: pytest.CaptureFixture[st
     assert encoders is not None and "text encoders  " not in once
     assert number(once, "peak") == pytest.approx(number(text, "peak") - float(encoders[1]), abs=2e-3)
     assert f"EncodeOnce frees text encoders of {float(encoders[1]):.2f} GB before the first step." in once
+
+
+@pytest.mark.slow
+def test_alignment_with_a_published_calibrated_reward(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    write_run(tmp_path / "run", "lrm", "sd15")
+    model = RewardModel.from_pretrained(tmp_path / "run")
+    model.calibration = Calibration.fit(torch.randn(50), "some images", model.noise)
+    model.save_pretrained(tmp_path / "reward")
+    options = [f"--config={CONFIGS / 'align' / 'lpo_tiny.yaml'}", f"--model.reward.path={tmp_path / 'reward'}"]
+    with pytest.raises(SystemExit):
+        main(["fit", *options, "--estimate"])
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "the base 'sd15' is the name of a folder of whoever published the model; give your copy" in last
+
+    options += ["--model.reward.base=sd_tiny", "--model.sampling.height=64", "--model.sampling.width=96"]
+    text = shown(capsys, *options, "--data.batch_size=4")
+    assert "Batch size per process 4, images of 64 x 96." in text
+    assert f"Configs of {tmp_path / 'reward'}: its own settings." in text
 
 
 @pytest.mark.parametrize(
