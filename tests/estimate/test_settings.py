@@ -69,7 +69,7 @@ def test_tiny_alignment_needs_no_trained_reward(capsys: pytest.CaptureFixture[st
 def test_alignment_with_a_published_calibrated_reward(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     write_run(tmp_path / "run", "lrm", "sd15")
     model = RewardModel.from_pretrained(tmp_path / "run")
-    model.calibration = Calibration.fit(torch.randn(50), "some images", model.noise)
+    model.calibration = Calibration.fit(torch.linspace(-1, 1, 50), "some images", model.noise)
     model.save_pretrained(tmp_path / "reward")
     options = [f"--config={CONFIGS / 'align' / 'lpo_tiny.yaml'}", f"--model.reward.path={tmp_path / 'reward'}"]
     with pytest.raises(SystemExit):

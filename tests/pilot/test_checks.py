@@ -123,7 +123,9 @@ def test_it_is_refused_before_libraries_are_imported(tmp_path: Path, monkeypatch
     monkeypatch.delenv("HPDV3_ROOT", raising=False)
     command = [sys.executable, "-c", REFUSED, "sd15"]
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert ended.stdout.splitlines()[-1] == "2 []", ended.stderr
+    *licences, last = ended.stdout.splitlines()
+    assert last == "2 []", ended.stderr
+    assert len(licences) == len(find_pilot("sd15").sources) and all("; licence: " in line for line in licences)
     assert "not set; export each variable" in ended.stderr
     assert not [*tmp_path.iterdir()]
 
