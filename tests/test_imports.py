@@ -16,7 +16,7 @@ SOURCE = ROOT / "src" / "latentreward"
 BASE = {"", "construction", "contracts", "errors", "interrupts", "seeding", "storage", "devices"}
 MAY_IMPORT = {
     "construction": set(),
-    "contracts": set(),
+    "contracts": {"errors"},
     "errors": set(),
     "interrupts": set(),
     "seeding": set(),
@@ -30,23 +30,25 @@ MAY_IMPORT = {
     "losses": BASE,
     "metrics": BASE,
     "backbones": BASE | {"noise", "encoders"},
-    "cache": BASE | {"encoders", "data", "backbones", "policies"},
+    "families": BASE | {"noise", "encoders", "backbones"},
+    "cache": BASE | {"encoders", "data", "backbones", "families", "policies"},
     "settings": BASE | {"programs", "backbones"},
     "scoring": BASE
     | {"noise", "encoders", "backbones", "heads", "losses", "metrics", "data", "checkpoints"}
     | {"settings", "programs", "reports"},
-    "policies": BASE | {"noise", "encoders", "backbones", "scoring", "checkpoints"},
-    "export": BASE | {"backbones", "policies", "checkpoints"},
+    "policies": BASE | {"noise", "encoders", "backbones", "families", "scoring", "checkpoints"},
+    "export": BASE | {"backbones", "families", "policies", "checkpoints"},
     "rewards": BASE
     | {"noise", "encoders", "backbones", "heads", "losses", "metrics", "scoring", "policies", "checkpoints"}
     | {"scorers", "reports"},
-    "rollout": BASE | {"noise", "losses", "policies", "rewards"},
-    "generation": BASE | {"noise", "encoders", "backbones", "policies", "rewards", "rollout", "reports"},
+    "rollout": BASE | {"noise", "losses", "families", "policies", "rewards"},
+    "generation": BASE | {"noise", "encoders", "backbones", "families", "policies", "rewards", "rollout", "reports"},
     "modules": BASE
     | {
         "noise",
         "encoders",
         "backbones",
+        "families",
         "heads",
         "losses",
         "metrics",
@@ -83,7 +85,7 @@ MAY_IMPORT = {
     "evaluation": BASE
     | {"data", "metrics", "noise", "scoring", "scorers", "policies", "rollout", "reports", "generation"},
     "estimate": BASE
-    | {"encoders", "backbones", "heads", "data", "cache", "scoring", "scorers", "settings"}
+    | {"encoders", "backbones", "families", "heads", "data", "cache", "scoring", "scorers", "settings"}
     | {"policies", "rewards", "modules"},
     "steps": BASE | {"settings", "evaluation"},
     "reproduction": BASE | {"metrics", "reports", "settings", "evaluation", "steps"},

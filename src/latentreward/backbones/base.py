@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from latentreward.construction import Construction
-from latentreward.contracts import Conditioning, Features, FeatureSpec, LatentSpace, join_rows, map_tensors
+from latentreward.contracts import Conditioning, Features, FeatureSpec, LatentSpace, map_tensors
 from latentreward.errors import InputError
 from latentreward.noise import NoiseProcess
 
@@ -119,7 +119,7 @@ class DiffusionBackbone(nn.Module, ABC):
         if uncond is None:
             return self._as_promised(self.read(latents, timesteps, conditioning))
         size = len(latents)
-        prompts = join_rows([conditioning, uncond.select([0] * size)])
+        prompts = Conditioning.join([conditioning, uncond.select([0] * size)])
         both = self._as_promised(self.read(torch.cat([latents, latents]), torch.cat([timesteps, timesteps]), prompts))
         return replace(rows_of(both, slice(size)), uncond=rows_of(both, slice(size, None)))
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from latentreward.backbones.tuning import LoRA, StorageDtype, Tuning, tune
 from latentreward.backbones.weights import from_config, load_weights, map_model, settle
@@ -17,6 +17,7 @@ from latentreward.errors import InputError, first_line
 from latentreward.noise import NoiseProcess, process_from_scheduler
 from latentreward.storage.hub import hub_answers
 from latentreward.storage.json_files import read_config
+from latentreward.storage.weight_files import find_weights, map_weights
 
 if TYPE_CHECKING:
     from diffusers import SD3Transformer2DModel, UNet2DConditionModel
@@ -61,7 +62,7 @@ class PipelineSource:
     """
 
     def __init__(self, source: str, revision: str | None = None, variant: str | None = None) -> None:
-        self.source = tiny_pipeline(source) if source in SHIPPED else str(source)
+        self.named, self.source = str(source), tiny_pipeline(source) if source in SHIPPED else str(source)
         self.revision, self.variant = revision, variant
         self._offline: bool | None = None
         folder = Path(self.source)
@@ -133,6 +134,28 @@ class PipelineSource:
         if not pretrained:
             return from_config(family, self.source, torch.float32, **place)
         return (map_model if mapped else load_weights)(family, self.source, variant=self.variant, **place)
+
+    def load(self, kind: type[Any], part: str, pretrained: bool = True) -> Any:
+        """Load ``part`` as the class ``kind``; without ``pretrained`` with initial weights.
+
+        The weights are left in the files' type, unread, for :func:`~latentreward.backbones.weights.settle`.
+        """
+        return self._load(kind, part, pretrained, mapped=True)
+
+    def tensors(self, part: str, names: Sequence[str]) -> list[Tensor]:
+        """Read single weights of ``part``.
+
+        Raises:
+            InputError: If the pipeline does not have ``part``, or a weight is missing.
+        """
+        self._require(part)
+        place = {"subfolder": part, "revision": self.revision, "variant": self.variant}
+        weights = map_weights(find_weights(self.source, "diffusion_pytorch_model", **place))
+        found = [weights.read(name) for name in names]
+        for name, tensor in zip(names, found, strict=True):
+            if tensor is None:
+                raise InputError(f"source={self.source!r}: {part} has no weight {name}; download {part} again")
+        return [tensor for tensor in found if tensor is not None]
 
     def unet(self, pretrained: bool = True, mapped: bool = False) -> UNet2DConditionModel:
         """Load the U-Net.

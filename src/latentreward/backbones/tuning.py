@@ -27,13 +27,14 @@ class LoRA:
         rank: Rank r of the matrices A and B.
         alpha: Scale; a layer's output gets alpha / rank · B A x added.
         dropout: Dropout probability of the input of A.
-        target_modules: Name endings of the linear layers that get adapters; by default all attention projections.
+        target_modules: Name endings of the linear layers that get adapters; None takes the attention projections, or
+            what the network's family names.
     """
 
     rank: int = 64
     alpha: float = 128.0
     dropout: float = 0.0
-    target_modules: Sequence[str] = ATTENTION
+    target_modules: Sequence[str] | None = None
 
 
 Tuning = Literal["full", "lora", "frozen"]
@@ -59,7 +60,7 @@ def tune(network: nn.Module, tuning: Tuning, lora: LoRA, unread: Sequence[str] =
     elif tuning == "lora":
         from peft import LoraConfig, inject_adapter_in_model
 
-        endings = tuple(lora.target_modules)
+        endings = tuple(ATTENTION if lora.target_modules is None else lora.target_modules)
         targets = [
             name
             for name, module in network.named_modules()

@@ -134,9 +134,7 @@ def _shape_problem(folder: Path, plan: CachePlan, shard: Shard) -> str | None:
 def tensor_shapes(plan: CachePlan, shard: Shard) -> dict[str, tuple[int, ...]]:
     """Return the name and the shape of each tensor that a shard must hold."""
     if shard.height is not None and shard.width is not None:
-        space = plan.spec.latent_space
-        size = (shard.height // space.downscale, shard.width // space.downscale)
-        return {layout.LATENTS: (shard.count, space.channels, *size)}
+        return {layout.LATENTS: (shard.count, *plan.spec.latent_space.shape(shard.height, shard.width))}
     text = plan.spec.text
     if text is None:
         raise InputError(f"text shard {shard.number} belongs to a cache without text; write the cache anew")

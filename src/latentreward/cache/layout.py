@@ -184,13 +184,14 @@ class CacheSpec:
 
     def record(self) -> dict[str, Any]:
         """Return the fields as plain values, without ``exif`` if None, so that earlier versions' hashes stay valid."""
-        return {name: value for name, value in asdict(self).items() if name != "exif" or value is not None}
+        values = {**asdict(self), "latent_space": self.latent_space.record()}
+        return {name: value for name, value in values.items() if name != "exif" or value is not None}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
         """Create the spec from ``values``, the JSON form of :meth:`record`."""
         values = dict(values)
-        values["latent_space"] = LatentSpace(**values["latent_space"])
+        values["latent_space"] = LatentSpace.from_record(values["latent_space"])
         values["text"] = None if values["text"] is None else TextSpec(**values["text"])
         values["size"] = None if values["size"] is None else tuple(values["size"])
         values["buckets"] = None if values["buckets"] is None else tuple(map(tuple, values["buckets"]))

@@ -14,7 +14,6 @@ from latentreward.data.readers.base import Contents
 from latentreward.errors import check_at_least_one
 
 if TYPE_CHECKING:
-    from latentreward.backbones.loading import PipelineSource
     from latentreward.encoders.prompts import PromptEncoder
     from latentreward.encoders.vae import LatentEncoder
 
@@ -118,12 +117,13 @@ class PipelineEncoders(LatentSource):
         from latentreward.backbones.loading import PipelineSource
         from latentreward.backbones.weights import settle
         from latentreward.encoders.fingerprint import text_fingerprint, vae_fingerprint
+        from latentreward.families import find_family
 
-        pipeline = PipelineSource(self.source, self.revision, self.variant)
-        vae = pipeline.latent_encoder(self.vae_dtype)
+        family = find_family(PipelineSource(self.source, self.revision, self.variant))
+        vae = family.load_latent_encoder(self.vae_dtype)
         if not self.text:
             return Encoders(vae.space, vae, vae_fingerprint(vae.vae))
-        text = self._prompt_encoder(pipeline).eval().requires_grad_(False)
+        text = family.load_prompt_encoder(self.t5_length, self.load_t5).eval().requires_grad_(False)
         settle(text, getattr(torch, self.text_dtype))  # T5 in float32 would take 19 GB before it is rounded
         spec = TextSpec(
             fingerprint=text_fingerprint(text),
@@ -135,13 +135,6 @@ class PipelineEncoders(LatentSource):
             prompts_per_shard=self.prompts_per_shard,
         )
         return Encoders(vae.space, vae, vae_fingerprint(vae.vae), text, spec)
-
-    def _prompt_encoder(self, pipeline: PipelineSource) -> PromptEncoder:
-        if pipeline.has("transformer"):
-            width = pipeline.config("transformer")["joint_attention_dim"]
-            return pipeline.sd3_prompts(width, self.t5_length, self.load_t5, mapped=True)
-        load = pipeline.sdxl_prompts if pipeline.has("text_encoder_2") else pipeline.clip_prompts
-        return load(mapped=True)
 
 
 class PublishedLatents(LatentSource):

@@ -47,8 +47,8 @@ def export(
             hub id of the base, or the name of its folder.
         run_config: Reward: config file of its training run; by default the one beside the checkpoint.
         revision: Reward: branch, tag or commit of a hub id.
-        trust_remote_code: Reward: whether to import classes that its settings name and that are not registered;
-            importing runs their code.
+        trust_remote_code: Whether to import classes outside this package that the reward's settings or the policy's
+            checkpoint name; importing runs their code.
 
     Raises:
         InputError: If the checkpoint is damaged or of the wrong kind for ``format``, the format cannot hold the reward,
@@ -70,13 +70,16 @@ def export(
             raise InputError(f"{given[0]} is for rewards, but format={format} is for policies; leave it out")
         from latentreward.export import loading_call
 
-        written = export_policy(checkpoint, output, cast(PolicyFormat, format), getattr(torch, dtype))
+        precision = getattr(torch, dtype)
+        written = export_policy(checkpoint, output, cast(PolicyFormat, format), precision, trust_remote_code)
         lines = [f"load it by {loading_call(written)}"] if format == "merged" else []
     size = sum(path.stat().st_size for path in (written, *written.rglob("*")) if path.is_file())
     print("\n".join([f"{written}: {size / 1e6:.1f} MB", *lines]))
 
 
-def export_policy(checkpoint: Path, output: Path, format: PolicyFormat, precision: torch.dtype) -> Path:
+def export_policy(
+    checkpoint: Path, output: Path, format: PolicyFormat, precision: torch.dtype, trusted: bool = False
+) -> Path:
     """Write the policy of an alignment run, and return the written file or folder.
 
     Raises:
@@ -86,7 +89,7 @@ def export_policy(checkpoint: Path, output: Path, format: PolicyFormat, precisio
     from latentreward.policies.checkpoint import read_policy_adapter
 
     try:
-        saved = read_policy_adapter(checkpoint)
+        saved = read_policy_adapter(checkpoint, trusted)
     except InputError as error:
         if not is_reward(checkpoint):
             raise

@@ -32,7 +32,7 @@ def generate(
     lora: Path | None = None,
     reward: RewardSource | None = None,
     sampling: Sampling = DETERMINISTIC,
-    guidance_scale: float = 5.0,
+    guidance_scale: float | None = None,
     images_per_prompt: int = 1,
     best_of: int = 1,
     step_search: Candidates | None = None,
@@ -56,7 +56,8 @@ def generate(
         lora: LoRA file or folder to load, as ``latentreward export`` writes it.
         reward: Reward that scores the pictures, and by which best_of and step_search choose.
         sampling: Steps, noise and size. Step search needs noise: ``eta`` (SD1.5, SD2.1, SDXL) or ``noise_level`` (SD3).
-        guidance_scale: Classifier-free guidance scale; 1 switches guidance off.
+        guidance_scale: Guidance scale as the pipeline of the generator's family takes it; by default the family's own:
+            5 for SD and SD3, where 1 switches guidance off.
         images_per_prompt: Pictures to write for each prompt.
         best_of: Number of samples per picture; the sample with the highest score is written.
         step_search: Number of candidates at each sampling step and the steps to search at; the candidate with the
@@ -73,6 +74,9 @@ def generate(
         InputError: If a setting is wrong, or ``output_dir`` holds other files or pictures made with other settings.
     """
     trained = TrainedPolicy(policy, checkpoint, lora)
+    source = trained.source()
+    family = source.resolve_family()
+    guidance_scale = family.guidance(guidance_scale)
     settings = trained.identity() | plain(
         {
             "reward": reward,
@@ -87,11 +91,10 @@ def generate(
     texts = read_prompts(prompts, "prompts", max_prompt_chars)
     if reward is None and (best_of > 1 or step_search is not None):
         raise InputError("best_of and step_search choose by a reward; set reward")
-    source = trained.source()
     if reward is not None:
         reward.require_latents_of(source)
     if step_search is not None:
-        step_search.branching().steps(sampling.sampler(source.pipeline().config("scheduler")))
+        step_search.branching().steps(sampling.sampler(family))
     with locked(output_dir, "output_dir"):
         folder = ImageFolder(output_dir, settings, table)
         wanted = [(place, image) for place in range(len(texts)) for image in range(images_per_prompt)]

@@ -32,6 +32,8 @@ VAE_FIELDS = (
     "shift_factor",
 )
 """Entries of a VAE's config on which its latents depend."""
+OTHER_VAE_FIELDS = ("z_dim", "base_dim", "dim_mult", "num_res_blocks", "latents_mean", "latents_std", "batch_norm_eps")
+"""Entries that only VAEs of other classes than ``AutoencoderKL`` have."""
 CHUNK = 2**22
 """Number of values of a tensor that are converted and hashed at a time, to limit memory."""
 
@@ -45,8 +47,9 @@ def vae_fingerprint(vae: "AutoencoderKL") -> str:
     Args:
         vae: diffusers VAE, on any device.
     """
-    parts = [part for part in (vae.encoder, vae.quant_conv) if part is not None]
+    parts = [part for part in (vae.encoder, vae.quant_conv, getattr(vae, "bn", None)) if part is not None]
     config = {name: vae.config.get(name) for name in VAE_FIELDS}
+    config |= {name: vae.config[name] for name in OTHER_VAE_FIELDS if name in vae.config}
     return _fingerprint(parts, config, torch.float32)
 
 

@@ -19,7 +19,9 @@ class PromptEncoder(nn.Module, ABC):
     Attributes:
         num_tokens: Number of token embeddings per prompt.
         token_dim: Width of a token embedding.
-        pooled_dim: Width of the pooled vector.
+        pooled_dim: Width of the pooled vector; 0 for families without one.
+        masked: Whether encoded prompts have a mask. Then ``num_tokens`` is the greatest number of tokens, the tokens of
+            a prompt come first, and a batch is as long as its longest prompt.
         unread: Names of submodules that no output depends on. They are frozen, because DDP fails on trainable
             parameters without a gradient.
         tokens_only: Names of submodules that the token embeddings depend on, but not the pooled vector.
@@ -28,6 +30,7 @@ class PromptEncoder(nn.Module, ABC):
     num_tokens: int
     token_dim: int
     pooled_dim: int
+    masked: bool = False
     unread: tuple[str, ...] = ()
     tokens_only: tuple[str, ...] = ()
 

@@ -27,6 +27,7 @@ class StoredPrompts(PromptEncoder):
     ) -> None:
         super().__init__()
         self.num_tokens, self.token_dim, self.pooled_dim = encoder.num_tokens, encoder.token_dim, encoder.pooled_dim
+        self.masked = encoder.masked
         self._rows, self._table, self._device = {prompt: row for row, prompt in enumerate(prompts)}, table, device
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
@@ -45,7 +46,7 @@ class StoredPrompts(PromptEncoder):
 
     def encode_ids(self, *input_ids: Tensor) -> Conditioning:
         """Return the rows ``input_ids[0]`` of the table, on the device."""
-        return self._table.select(input_ids[0]).to(self._device)
+        return self._table.select(input_ids[0]).trimmed().to(self._device)
 
     def forward(self, prompts: Sequence[str]) -> Conditioning:
         """Look ``prompts`` up."""

@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule
 from latentreward.cache.datamodule import CachedPreferenceDataModule
 from latentreward.contracts import Conditioning, PreferenceBatch, PromptBatch, map_tensors, take_rows
 from latentreward.data import PromptsAndImages
+from latentreward.encoders.prompts import PromptEncoder
 from latentreward.errors import InputError, check_multiples
 from latentreward.estimate.shapes import ShapesOnly, is_stand_in
 from latentreward.modules import DiffusionDPOModule, ReFLModule, StepAwarePixelModule
@@ -73,20 +74,14 @@ def pair_batch(network: Any, data: Namespace, shapes: ShapesOnly) -> PreferenceB
         height, width = (size, size) if isinstance(size, int) else size
         check_multiples("data.size", (height, width), network.side_multiple)
     latents = issubclass(locate(data.class_path), CachedPreferenceDataModule)
-    shape = (space.channels, height // space.downscale, width // space.downscale) if latents else (3, height, width)
+    shape = space.shape(height, width) if latents else (3, height, width)
     count = batch_size(data)
     if latents and settings.tokens_per_batch is not None:
-        count = max(1, settings.tokens_per_batch // (shape[1] * shape[2]))
+        count = max(1, settings.tokens_per_batch // (shape[-2] * shape[-1]))
     names = tuple(str(number) for number in range(count))
     encoder, conditioning, uncond = network.text_encoder, None, None
     if latents and settings.cached_text:
-        conditioning, uncond = (
-            Conditioning(
-                shapes.stand_in((rows, encoder.num_tokens, encoder.token_dim)),
-                shapes.stand_in((rows, encoder.pooled_dim)),
-            )
-            for rows in (count, 1)
-        )
+        conditioning, uncond = (encoded_prompts(encoder, rows, shapes) for rows in (count, 1))
     return PreferenceBatch(
         pair_ids=names,
         prompts=tuple(f"prompt {name}" for name in names),
@@ -125,9 +120,16 @@ def prompts_and_images(data: Namespace) -> tuple[Namespace, Namespace | None]:
     return data, None
 
 
+def encoded_prompts(encoder: PromptEncoder, rows: int, shapes: ShapesOnly) -> Conditioning:
+    """Make stand-ins of ``rows`` encoded prompts of the greatest length."""
+    tokens, pooled = encoder.num_tokens, encoder.pooled_dim
+    return Conditioning(
+        shapes.stand_in((rows, tokens, encoder.token_dim)),
+        shapes.stand_in((rows, pooled)) if pooled else None,
+        torch.ones(rows, tokens, dtype=torch.bool) if encoder.masked else None,
+    )
+
+
 def native_pixels(network: Any) -> tuple[int, int]:
     """Return height and width, in pixels, of the images that a backbone or a policy was pretrained on."""
-    if callable(network.native_size):  # a policy's method, which returns the size of latents
-        height, width = network.native_size()
-        return height * network.latent_space.downscale, width * network.latent_space.downscale
     return network.native_size

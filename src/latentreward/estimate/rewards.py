@@ -10,7 +10,6 @@ import torch
 from jsonargparse import Namespace
 from torch import Tensor
 
-from latentreward.backbones.sd_unet import unet_family
 from latentreward.contracts import FeatureSpec
 from latentreward.errors import InputError
 from latentreward.estimate.sources import ConfigSources
@@ -164,9 +163,4 @@ def find_settings(reward: Namespace, sources: ConfigSources) -> Unread:
 
 def family_of(policy: PolicySource) -> str:
     """Return the family of a policy, a key of :data:`USUAL`."""
-    pipeline = policy.pipeline()
-    if policy.source in USUAL:
-        return policy.source
-    if pipeline.has("unet"):
-        return unet_family(pipeline.config("unet"))
-    return "SD3.5" if pipeline.config("transformer").get("qk_norm") else "SD3"
+    return policy.source if policy.source in USUAL else policy.resolve_family().model

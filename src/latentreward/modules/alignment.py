@@ -12,7 +12,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from latentreward.contracts import Conditioning, NoisyStates, PromptBatch, RolloutStatistics, StepPairs, StepSamples
-from latentreward.errors import check_at_least_one
 from latentreward.modules.based import BasedModule
 from latentreward.modules.sharding import shard_policy, shard_reward
 from latentreward.policies import PolicySource
@@ -29,7 +28,9 @@ class AlignmentModule(BasedModule):
 
     Args:
         policy: The generator.
-        guidance_scale: Classifier-free guidance scale in sampling and in training, at least 1; 1 switches guidance off.
+        guidance_scale: Guidance scale in sampling and in training, as the pipeline of the policy's family takes it. SD
+            and SD3: at least 1, which switches guidance off. None takes the family's own: 5 for SD and SD3, none for
+            distilled networks.
         options: See :class:`~latentreward.modules.based.BasedModule`.
 
     Attributes:
@@ -38,11 +39,11 @@ class AlignmentModule(BasedModule):
 
     frozen_dtype = "policy.frozen_dtype"
 
-    def __init__(self, policy: PolicySource, guidance_scale: float = 5.0, **options: Any) -> None:
+    def __init__(self, policy: PolicySource, guidance_scale: float | None = None, **options: Any) -> None:
         super().__init__(**options)
-        check_at_least_one(guidance_scale=guidance_scale)
+        self.guidance_scale = policy.resolve_family().guidance(guidance_scale)
         self.policy_source, self.policy = policy, policy.load(self.seed)
-        self.guidance_scale, self.based_on = guidance_scale, (self.policy, self.policy.source)
+        self.based_on = (self.policy, self.policy.source)
 
     def configure_model(self) -> None:
         """Shard the policy over the ranks under Lightning's ``ModelParallelStrategy`` (FSDP2); see :mod:`.sharding`."""
@@ -56,7 +57,7 @@ class AlignmentModule(BasedModule):
 
     def encode_uncond(self) -> Conditioning | None:
         """Encode the empty prompt, one row; None without guidance."""
-        return None if self.guidance_scale == 1.0 else self.policy.encode_uncond()
+        return self.policy.encode_uncond() if self.policy.family.needs_uncond(self.guidance_scale) else None
 
 
 class RewardedModule(AlignmentModule):
@@ -117,9 +118,9 @@ class RewardedModule(AlignmentModule):
         for buffer, value in before:
             buffer.copy_(value)
 
-    def _compare_sizes(self, shape: tuple[int, int, int]) -> None:
+    def _compare_sizes(self, shape: tuple[int, ...]) -> None:
         """Warn if the policy samples latents of a ``shape`` that a latent reward was not trained at."""
-        height, width = (side * self.policy.latent_space.downscale for side in shape[1:])
+        height, width = (side * self.policy.latent_space.downscale for side in shape[-2:])
         for part in self.reward.modules():
             if isinstance(part, LatentScorer) and (sizes := part.model.image_sizes) is not None:
                 loader = sizes.loader(height, width)
@@ -202,9 +203,8 @@ class RolloutModule(RewardedModule, Generic[Experience]):
             # One by one: the last bits can depend on the batch size, and a resumed run has fewer prompts left.
             parts = [self.policy.encode_prompts([prompt]).to("cpu") for prompt in prompts]
             uncond = self.encode_uncond()
-        columns = [(part.prompt_embeds, part.pooled_prompt_embeds) for part in parts]
         self._rows = {prompt: row for row, prompt in enumerate(prompts)}
-        self._encoded = Conditioning(*(torch.cat(column) for column in zip(*columns, strict=True))), uncond
+        self._encoded = Conditioning.join(parts), uncond
 
     def conditioning(self, prompts: Sequence[str]) -> tuple[Conditioning, Conditioning | None]:
         """Return the encoded prompts and, under guidance, the encoded empty prompt, on the module's device."""

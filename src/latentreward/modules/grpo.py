@@ -60,7 +60,7 @@ class GRPOModule(RolloutModule[StepSamples]):
         **options: Any,
     ) -> None:
         sampling = (sampling or Sampling()).with_noise()
-        sampler = sampling.sampler(policy.pipeline().config("scheduler"))
+        sampler = sampling.sampler(policy.resolve_family())
         sampler.require_noise()
         super().__init__(policy, reward, **options)
         self.sampling, self.sampler, self.loss = sampling, sampler, loss or ClippedPolicyLoss()
@@ -111,7 +111,7 @@ class StepwiseGRPOModule(GRPOModule):
     ) -> None:
         super().__init__(policy, reward, sampling, loss, **options)
         self.candidates = candidates or Branching()
-        self.candidates.steps(self.sampler)
+        self.candidates.training_steps(self.sampler)
 
     def make_experience(self, prompts: PromptBatch) -> StepSamples | None:
         """See :meth:`RolloutModule.make_experience`."""
@@ -166,7 +166,7 @@ class TrajectoryGRPOModule(GRPOModule):
         super().__init__(policy, reward, sampling, loss, **options)
         self.num_trajectories, self.global_std = num_trajectories, global_std
         self.reward_sigmas = tuple(reward_sigmas)
-        self.trained_steps = Branching(num_trajectories, low, high).steps(self.sampler)
+        self.trained_steps = Branching(num_trajectories, low, high).training_steps(self.sampler)
 
     def make_experience(self, prompts: PromptBatch) -> StepSamples | None:
         """See :meth:`RolloutModule.make_experience`."""

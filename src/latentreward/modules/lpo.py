@@ -72,8 +72,8 @@ class LPOModule(RolloutModule[StepPairs]):
         **options: Any,
     ) -> None:
         sampling, candidates = (sampling or Sampling()).with_noise(), candidates or Branching()
-        loss, sampler = StepDPO(beta, clip_range), sampling.sampler(policy.pipeline().config("scheduler"))
-        candidates.steps(sampler)
+        loss, sampler = StepDPO(beta, clip_range), sampling.sampler(policy.resolve_family())
+        candidates.training_steps(sampler)
         super().__init__(policy, reward, **options)
         self.loss, self.sampler, self.selection = loss, sampler, selection or SigmaThreshold(0.35, 0.5)
         self.sampling, self.candidates = sampling, candidates

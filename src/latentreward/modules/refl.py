@@ -104,7 +104,7 @@ class ReFLModule(RewardedModule):
         for name, weight in (("kl_weight", kl_weight), ("pretraining_weight", pretraining_weight)):
             if not 0.0 <= weight < float("inf"):
                 raise InputError(f"{name}={weight:g} must be at least 0 and finite; 0 leaves the term out")
-        sampler = sampling.sampler(policy.pipeline().config("scheduler"))
+        sampler = sampling.sampler(policy.resolve_family())
         super().__init__(policy, reward, **options)
         if not self.reward.differentiable:
             raise InputError(

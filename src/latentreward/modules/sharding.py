@@ -11,6 +11,7 @@ trainable weights only.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -19,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 
 from latentreward.backbones.base import DiffusionBackbone
 from latentreward.errors import InputError
+from latentreward.families import families
 from latentreward.rewards import Reward
 from latentreward.rewards.latent import LatentScorer
 
@@ -129,15 +131,21 @@ def repeated_layers(module: nn.Module) -> Iterator[nn.Module]:
             yield from repeated_layers(child)
 
 
-WRAPPED_BY_FSDP1 = (
-    "CrossAttnDownBlock2D",
-    "DownBlock2D",
-    "UNetMidBlock2DCrossAttn",
-    "JointTransformerBlock",
+TEXT_LAYERS = (
     "CLIPEncoderLayer",
     "T5Block",
+    "UMT5Block",
+    "Qwen2_5_VLDecoderLayer",
+    "Qwen3DecoderLayer",
+    "Gemma2DecoderLayer",
 )
-"""Class names, in diffusers and transformers, of the blocks and text layers that FSDP1 wraps as units."""
+"""Class names, in transformers, of the text layers that FSDP1 wraps as units."""
+
+
+@cache
+def wrapped_by_fsdp1() -> frozenset[str]:
+    """Return the class names of the blocks and text layers that FSDP1 wraps as units."""
+    return frozenset([*TEXT_LAYERS, *(name for kind in families().values() for name in kind.block_classes)])
 
 
 def wraps_block(module: nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:
@@ -148,4 +156,4 @@ def wraps_block(module: nn.Module, recurse: bool, nonwrapped_numel: int) -> bool
         recurse: True if FSDP1 asks whether to descend into the module's children, which is always answered with yes.
         nonwrapped_numel: Number of parameters not wrapped yet; not used.
     """
-    return recurse or type(module).__name__ in WRAPPED_BY_FSDP1
+    return recurse or type(module).__name__ in wrapped_by_fsdp1()

@@ -3,7 +3,7 @@
 from latentreward.policies.adapters import AdapterSwitch
 from latentreward.policies.checkpoint import load_policy
 from latentreward.policies.loading import PolicySource
-from latentreward.policies.policy import POLICY, DiTPolicy, Policy, UNetPolicy
+from latentreward.policies.policy import POLICY, Policy
 from latentreward.policies.surrogate_gradient import surrogate
 
-__all__ = ["POLICY", "AdapterSwitch", "DiTPolicy", "Policy", "PolicySource", "UNetPolicy", "load_policy", "surrogate"]
+__all__ = ["POLICY", "AdapterSwitch", "Policy", "PolicySource", "load_policy", "surrogate"]

@@ -40,11 +40,16 @@ class SavedAdapter:
     base: dict[str, Any] | None
 
 
-def read_policy_adapter(checkpoint: Path | str) -> SavedAdapter:
+def read_policy_adapter(checkpoint: Path | str, trusted: bool = False) -> SavedAdapter:
     """Read the adapter from the checkpoint of any alignment module.
 
+    Args:
+        checkpoint: One file or a folder of shards.
+        trusted: Whether the checkpoint may name a family outside this package, whose module would be imported.
+
     Raises:
-        InputError: If the file is damaged, or is not the checkpoint of an alignment run.
+        InputError: If the file is damaged, is not the checkpoint of an alignment run, or names a family outside this
+            package without ``trusted``.
     """
     content = read_checkpoint(Path(checkpoint))
     weights = {name.removeprefix(PREFIX): tensor for name, tensor in content["state_dict"].items() if ADAPTER in name}
@@ -55,6 +60,12 @@ def read_policy_adapter(checkpoint: Path | str) -> SavedAdapter:
         source = PolicySource(**record, lora=LoRA(**content[SOURCE]["lora"]))
     except (TypeError, AttributeError, KeyError) as error:
         raise InputError(f"checkpoint: {checkpoint}: {SOURCE} is of another version ({first_line(error)})") from error
+    if source.family is not None and not trusted:
+        raise InputError(
+            f"checkpoint: {checkpoint} names the family {source.family!r}, which would be imported; give the pipeline "
+            "yourself with its family (policy.source, policy.family), or trust_remote_code: true to a command that "
+            "takes it"
+        )
     return SavedAdapter(weights, source, content.get("base"))
 
 
@@ -71,7 +82,7 @@ def load_policy(checkpoint: Path | str, source: PolicySource | None = None) -> P
         InputError: If the file is not the checkpoint of an alignment run, the base has other weights than the base of
             that run, or the adapter does not fit ``source``.
     """
-    saved = read_policy_adapter(checkpoint)
+    saved = read_policy_adapter(checkpoint, trusted=source is not None)
     policy = (source or saved.source).load()
     if saved.base is not None:
         BaseSample.of(policy, policy.source).check(saved.base)

@@ -1,10 +1,10 @@
 """Sampler settings."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Self
 
 from latentreward.errors import InputError
+from latentreward.families import Family
 from latentreward.rollout.base import StepSampler
 from latentreward.rollout.ddim import DDIMSampler
 from latentreward.rollout.flow_sde import FlowSDESampler
@@ -21,7 +21,7 @@ class Sampling:
         num_inference_steps: Steps from noise to image.
         eta: Noise of a DDIM step (SD1.5, SD2.1, SDXL), in [0, 1]: 0 deterministic, 1 ancestral. None gives 0, and 1 in
             rollouts.
-        noise_level: Noise of a flow-matching step (SD3), at least 0: 0 deterministic. None gives 0, and 0.7 in
+        noise_level: Noise of a flow-matching step, at least 0: 0 deterministic. None gives 0, and 0.7 in
             rollouts.
         height: Image height in pixels; None for the network's native height.
         width: Image width in pixels; None for the network's native width.
@@ -47,12 +47,13 @@ class Sampling:
         eta, noise_level = self.eta, self.noise_level
         return replace(self, eta=1.0 if eta is None else eta, noise_level=0.7 if noise_level is None else noise_level)
 
-    def sampler(self, scheduler_config: Mapping[str, Any]) -> StepSampler:
-        """Make the sampler for a pipeline's saved scheduler config: flow matching by its class name, else DDIM.
+    def sampler(self, family: Family) -> StepSampler:
+        """Make the sampler for a family's pipeline: a flow's SDE at the family's levels, or DDIM.
 
         Raises:
-            InputError: If the scheduler cannot make these steps; see the samplers.
+            InputError: If the scheduler cannot make these steps, or the size does not suit the family.
         """
-        if "FlowMatch" in scheduler_config.get("_class_name", ""):
-            return FlowSDESampler(scheduler_config, self.num_inference_steps, self.noise_level or 0.0)
-        return DDIMSampler(scheduler_config, self.num_inference_steps, self.eta or 0.0)
+        shape = family.latent_shape(self.height, self.width)
+        if family.flow:
+            return FlowSDESampler(*family.levels(self.num_inference_steps, shape), self.noise_level or 0.0)
+        return DDIMSampler(family.pipeline.config("scheduler"), self.num_inference_steps, self.eta or 0.0)

@@ -5,7 +5,6 @@ import math
 import secrets
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from itertools import count, repeat
 from typing import Any
 
@@ -123,7 +122,7 @@ class ScoringService:
         accepted, backbone = self.accepted, self.reward.backbone
         return {
             "model": self.reward.identity,
-            "latent_space": asdict(backbone.latent_space),
+            "latent_space": backbone.latent_space.record(),
             "prompt_embeds_width": accepted.text_width,
             "pooled_prompt_embeds_width": accepted.pooled_width,
             "noise": str(self.reward.noise),
@@ -158,6 +157,7 @@ def _blank_row(reward: RewardModel, accepted: Accepted) -> LatentRow:
     empty, downscale = reward.backbone.encode_prompts([""]), reward.backbone.latent_space.downscale
     height, width = (side // downscale for side in reward.backbone.native_size or (8 * downscale, 8 * downscale))
     latents = torch.zeros(accepted.channels, height, width)
+    assert empty.pooled_prompt_embeds is not None
     embeds, pooled = empty.prompt_embeds[0].float().cpu(), empty.pooled_prompt_embeds[0].float().cpu()
     return LatentRow(latents, embeds, pooled, u=0.5, seed=0, prompt="")
 

@@ -1,0 +1,91 @@
+"""Recognition of the family of a pipeline from its configs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+
+from latentreward.errors import InputError, first_line
+from latentreward.families.base import Family, PipelineConfigs
+
+UNSUPPORTED: Mapping[str, str] = {
+    "FluxKontextPipeline": "it edits a given image",
+    "FluxFillPipeline": "it fills a given image",
+    "FluxControlPipeline": "it takes a control image",
+    "FluxControlNetPipeline": "it takes a control image",
+    "Flux2Pipeline": "the text path of FLUX.2-dev (Mistral, 24 billion parameters) is not supported; use FLUX.2-klein",
+    "ZImageOmniPipeline": "it takes images as conditions",
+    "QwenImageEditPipeline": "it edits a given image",
+    "QwenImageEditPlusPipeline": "it edits given images",
+    "QwenImageLayeredPipeline": "it makes layers instead of one image",
+    "WanImageToVideoPipeline": "it continues a given image",
+    "WanVACEPipeline": "it edits a given video",
+    "SanaPipeline": "SANA is not supported",
+    "SanaSprintPipeline": "SANA is not supported",
+    "SanaTransformer2DModel": "SANA is not supported",
+}
+"""Class of a pipeline or network in diffusers → why it is refused."""
+
+
+@cache
+def families() -> dict[str, type[Family]]:
+    """Return the families of this package by name, found by their files."""
+    found = {}
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        module = import_module(f"{__package__}.{file.stem}") if not file.stem.startswith("_") else None
+        for kind in vars(module).values() if module else ():
+            if isinstance(kind, type) and issubclass(kind, Family) and kind.name and kind.__module__ == module.__name__:
+                found[kind.name] = kind
+    return found
+
+
+def find_family(pipeline: PipelineConfigs, own: type[Family] | None = None) -> Family:
+    """Return the family of a pipeline, checked; no weight is loaded.
+
+    Args:
+        pipeline: Configs of the pipeline.
+        own: Family to use without asking those of this package.
+
+    Raises:
+        InputError: If no family knows the pipeline, or its family refuses the variant.
+    """
+    if own is not None:
+        family = own(pipeline)
+        family.check()
+        return family
+    names = [str(pipeline.index.get("_class_name"))]
+    for part in ("transformer", "unet"):
+        names += [str(pipeline.config(part).get("_class_name"))] if pipeline.has(part) else []
+    for name in names:
+        if reason := UNSUPPORTED.get(name):
+            raise InputError(f"source={pipeline.source!r} is a {name}: {reason}")
+    found = [kind for kind in families().values() if kind.recognises(pipeline)]
+    if len(found) != 1:
+        known = ", ".join(sorted(kind.title for kind in families().values()))
+        raise InputError(
+            f"source={pipeline.source!r} is of no known family (it holds a {names[-1]}); known are {known}; give a "
+            "class of your own as family"
+        )
+    family = found[0](pipeline)
+    family.check()
+    return family
+
+
+def import_family(path: str) -> type[Family]:
+    """Import a family by the import path of its class, such as ``my_module.MyFamily``.
+
+    Raises:
+        InputError: If there is no such class.
+    """
+    module, _, name = path.rpartition(".")
+    try:
+        kind = getattr(import_module(module), name)
+    except (ImportError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"family={path!r} cannot be imported ({first_line(error)}); give the path of a class"
+        ) from error
+    if not (isinstance(kind, type) and issubclass(kind, Family)):
+        raise InputError(f"family={path!r} is not a subclass of latentreward.families.Family")
+    return kind

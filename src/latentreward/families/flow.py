@@ -1,0 +1,207 @@
+"""Base class of the families of rectified-flow transformers."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from latentreward.backbones.loading import check_channels
+from latentreward.backbones.tuning import StorageDtype
+from latentreward.backbones.weights import settle
+from latentreward.contracts import Conditioning, LatentSpace
+from latentreward.encoders.vae import LatentEncoder, latent_space_of
+from latentreward.families.base import Family, PipelineConfigs
+from latentreward.noise import ContinuousFlow, NoiseProcess
+from latentreward.noise.schedules import shifted_levels
+
+
+@dataclass
+class Tokens:
+    """Tokens between two blocks of a network.
+
+    Attributes:
+        visual: ``(B, N, D)`` visual tokens in row-major order.
+        text: ``(B, L, D)`` text tokens.
+        temb: ``(B, E)`` timestep embedding.
+        grid: (height, width), or (frames, height, width), of the visual tokens.
+        text_mask: ``(B, L)`` bool, true for tokens of the prompt; None if all take part.
+        others: What else the family's blocks take, such as position embeddings and masks of joint sequences.
+    """
+
+    visual: Tensor
+    text: Tensor
+    temb: Tensor
+    grid: tuple[int, ...]
+    text_mask: Tensor | None = None
+    others: dict[str, Any] = field(default_factory=dict)
+
+
+class FlowFamily(Family):
+    """Family of transformers that predict the velocity ε − x_0 of a rectified flow.
+
+    A derived class implements :meth:`velocity`, one pass of the whole network as the pipeline makes it, and
+    :meth:`begin` and :meth:`step`, the same pass block by block, for backbones that read features.
+
+    Attributes:
+        network_classes: Class of the network, and those that only a check for other checkpoints needs.
+        lists: Names of the network's lists of blocks, in the order in which they run.
+        tail: Names of the network's modules after the last block.
+        packing: Number of latent pixels along each side that the network joins to one token.
+        embedded_guidance: Whether the network takes ``guidance_scale`` as an input instead of a second pass.
+    """
+
+    lists: ClassVar[Sequence[str]]
+    tail: ClassVar[Sequence[str]] = ("norm_out", "proj_out")
+    packing: ClassVar[int] = 2
+    pixels: ClassVar[tuple[int, int]] = (1024, 1024)
+
+    @classmethod
+    def recognises(cls, pipeline: PipelineConfigs) -> bool:
+        """See :meth:`Family.recognises`."""
+        return pipeline.has(cls.part) and pipeline.config(cls.part).get("_class_name") == cls.network_class
+
+    def check(self) -> None:
+        """See :meth:`Family.check`."""
+        check_channels(self.pipeline.source, self.part, {"in_channels": self.input_channels}, self.latent_space)
+
+    @property
+    def input_channels(self) -> int:
+        """Number of channels of canonical latents that the network takes."""
+        return int(self.config["in_channels"])
+
+    # Latents
+
+    @cached_property
+    def latent_space(self) -> LatentSpace:
+        """See :attr:`Family.latent_space`."""
+        return latent_space_of(self.pipeline.config("vae"))
+
+    @property
+    def native_size(self) -> tuple[int, int]:
+        """See :attr:`Family.native_size`."""
+        return self.pixels
+
+    @property
+    def side_multiple(self) -> int:
+        """See :attr:`Family.side_multiple`; the side of a token in pixels."""
+        return self.latent_space.downscale * self.packing
+
+    @property
+    def vae_class(self) -> Any:
+        """Class of the VAE in diffusers."""
+        from diffusers import AutoencoderKL
+
+        return AutoencoderKL
+
+    def load_latent_encoder(self, dtype: StorageDtype = "float32") -> LatentEncoder:
+        """See :meth:`Family.load_latent_encoder`."""
+        vae = self.pipeline.load(self.vae_class, "vae")
+        settle(vae, getattr(torch, dtype))
+        return self.wrap_vae(vae)
+
+    def wrap_vae(self, vae: Any) -> LatentEncoder:
+        """See :meth:`Family.wrap_vae`."""
+        return LatentEncoder(vae)
+
+    # Noise
+
+    @cached_property
+    def noise_process(self) -> NoiseProcess:
+        """See :attr:`Family.noise_process`."""
+        return ContinuousFlow()
+
+    def mu(self, num_inference_steps: int, shape: Sequence[int]) -> float | None:
+        """Return the logarithm of the shift for a dynamic schedule; arguments as in :meth:`levels`."""
+        return None
+
+    def levels(self, num_inference_steps: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """See :meth:`Family.levels`."""
+        mu = self.mu(num_inference_steps, shape)
+        return shifted_levels(self.pipeline.config("scheduler"), num_inference_steps, mu)
+
+    # Network
+
+    def load_network(self, pretrained: bool = True) -> Any:
+        """See :meth:`Family.load_network`."""
+        import diffusers
+
+        return self.pipeline.load(getattr(diffusers, self.network_class), self.part, pretrained)
+
+    def predict(
+        self, network: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, guidance: float | None
+    ) -> Tensor:
+        """See :meth:`Family.predict`."""
+        scale = self.default_guidance if guidance is None else guidance
+        sigma = timesteps.to(latents.device, torch.float32) / 1000
+        return self.velocity(network, latents, sigma, conditioning, scale)
+
+    @abstractmethod
+    def velocity(
+        self, network: Any, latents: Tensor, sigma: Tensor, conditioning: Conditioning, guidance: float | None
+    ) -> Tensor:
+        """Predict the velocity ε − x_0 ``(B, C, ...)`` by one pass of the network, as the family's pipeline does.
+
+        Args:
+            network: Network of the family.
+            latents: ``(B, C, ...)`` canonical latents.
+            sigma: ``(B,)`` noise levels, float32.
+            conditioning: Encoded prompts, B rows.
+            guidance: ``guidance_scale`` for networks that take it as an input.
+        """
+
+    def blocks(self, network: Any) -> Iterator[nn.Module]:
+        """See :meth:`Family.blocks`."""
+        for name in self.lists:
+            yield from getattr(network, name)
+
+    # Features
+
+    @abstractmethod
+    def begin(self, network: Any, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tokens:
+        """Return the tokens before the first block; arguments as in :meth:`velocity`.
+
+        A network with embedded guidance gets the family's default.
+        """
+
+    @abstractmethod
+    def step(self, block: nn.Module, tokens: Tokens, number: int) -> tuple[Tensor, Tensor]:
+        """Run block ``number``, counted from 1 over all lists, and return its visual and text tokens."""
+
+    @property
+    @abstractmethod
+    def width(self) -> int:
+        """Number of features of a token."""
+
+    @property
+    @abstractmethod
+    def temb_dim(self) -> int:
+        """Number of features of the timestep embedding."""
+
+    def text_tap_width(self) -> int:
+        """Number of features of a text tap."""
+        return self.width
+
+    def grid(self, network_size: tuple[int, int]) -> tuple[int, ...]:
+        """Return the token grid of an image of (height, width) pixels."""
+        time = () if self.latent_space.frame_downscale is None else (1,)
+        return *time, *(side // self.side_multiple for side in network_size)
+
+    def unread(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
+        """Return the names of submodules of block ``number`` that the given outputs of that block do not depend on.
+
+        Args:
+            number: Number of the last tapped block; 0 is before the first block.
+            visual: Whether its visual tokens are read.
+            text: Whether its text tokens are read.
+        """
+        return ()
+
+    def unread_outside(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
+        """Return names of the network's modules outside blocks that taps up to block ``number`` do not depend on."""
+        return ()
