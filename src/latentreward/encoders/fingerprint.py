@@ -33,7 +33,7 @@ VAE_FIELDS = (
 )
 """Entries of a VAE's config on which its latents depend."""
 OTHER_VAE_FIELDS = ("z_dim", "base_dim", "dim_mult", "num_res_blocks", "latents_mean", "latents_std", "batch_norm_eps")
-"""Entries that only VAEs of other classes than ``AutoencoderKL`` have."""
+"""Entries that only VAEs of other classes than ``AutoencoderKL`` set."""
 CHUNK = 2**22
 """Number of values of a tensor that are converted and hashed at a time, to limit memory."""
 
@@ -49,7 +49,7 @@ def vae_fingerprint(vae: "AutoencoderKL") -> str:
     """
     parts = [part for part in (vae.encoder, vae.quant_conv, getattr(vae, "bn", None)) if part is not None]
     config = {name: vae.config.get(name) for name in VAE_FIELDS}
-    config |= {name: vae.config[name] for name in OTHER_VAE_FIELDS if name in vae.config}
+    config |= {name: vae.config[name] for name in OTHER_VAE_FIELDS if vae.config.get(name) is not None}
     return _fingerprint(parts, config, torch.float32)
 
 

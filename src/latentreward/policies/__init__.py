@@ -6,4 +6,7 @@ from latentreward.policies.loading import PolicySource
 from latentreward.policies.policy import POLICY, Policy
 from latentreward.policies.surrogate_gradient import surrogate
 
+UNetPolicy = DiTPolicy = Policy
+"""Names of earlier releases, in which each family had a policy class."""
+
 __all__ = ["POLICY", "AdapterSwitch", "Policy", "PolicySource", "load_policy", "surrogate"]
