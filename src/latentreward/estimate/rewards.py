@@ -25,17 +25,6 @@ from latentreward.scoring.network import RewardNetwork
 from latentreward.settings.rewriting import shipped_configs
 from latentreward.storage.hub import cached_files
 
-USUAL = {
-    "sd_tiny": "lrm_tiny",
-    "sd35_tiny": "dina_lrm_tiny",
-    "SD1.5": "lrm_sd15",
-    "SD2.1": "lrm_sd15",
-    "SDXL": "lrm_sdxl",
-    "SD3": "lrm_sd3",
-    "SD3.5": "dina_lrm_sd35",
-}
-"""Family of a policy → NAME of the shipped file ``configs/model/NAME.yaml`` of the reward usually trained for it."""
-
 
 class Unread(SharingReward):
     """Base class of stored rewards that are built on the meta device from settings; their weights are never read."""
@@ -99,7 +88,7 @@ class UnreadReward(LatentReward):
 
     Args:
         path: See :class:`LatentReward`.
-        usual: Name of the shipped model file to use if nothing is stored at ``path``; a value of :data:`USUAL`.
+        usual: Name of the shipped model file to use if nothing is stored at ``path``.
         kept: Folder of :class:`ConfigSources`, for configs that ship with the package.
         options: See :class:`LatentReward`.
     """
@@ -123,7 +112,7 @@ def replace_rewards(settings: Namespace, policy: PolicySource, sources: ConfigSo
     if kind == "StepAwareScorer":
         settings.init_args.weights = None
     if kind == "LatentReward":
-        settings.init_args.usual = USUAL[family_of(policy)]
+        settings.init_args.usual = policy.resolve_family().usual_reward
         find_settings(settings.init_args, sources)
         settings.init_args.kept = str(sources.folder)
         settings.class_path = f"{UnreadReward.__module__}.{UnreadReward.__qualname__}"
@@ -159,8 +148,3 @@ def find_settings(reward: Namespace, sources: ConfigSources) -> Unread:
     for part in run.parts:
         sources.replace(part.init_args)
     return run
-
-
-def family_of(policy: PolicySource) -> str:
-    """Return the family of a policy, a key of :data:`USUAL`."""
-    return policy.source if policy.source in USUAL else policy.resolve_family().model

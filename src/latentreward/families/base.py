@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from latentreward.backbones.tuning import ATTENTION, StorageDtype
 from latentreward.contracts import Conditioning, LatentSpace
 from latentreward.errors import InputError
+from latentreward.families.published import Published
 from latentreward.noise import NoiseProcess
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ class Family(ABC):
         lora_targets: Default name endings of the layers that get adapters.
         idle: Names of layers whose output never reaches the network's, so that an adapter would not train.
         lora_loader: Class in ``diffusers.loaders`` that reads and writes LoRA files of the family.
+        published: Configs of the family's published pipelines, for estimates without a download.
         kohya_module: Name of the network module of kohya's scripts, for the metadata of their format.
     """
 
@@ -88,6 +90,7 @@ class Family(ABC):
     lora_targets: ClassVar[Sequence[str]] = ATTENTION
     idle: ClassVar[Sequence[str]] = ()
     kohya_module: ClassVar[str] = "networks.lora"
+    published: ClassVar[Sequence[Published]] = ()
 
     def __init__(self, pipeline: PipelineConfigs) -> None:
         self.pipeline: Any = pipeline
@@ -117,6 +120,11 @@ class Family(ABC):
     def model(self) -> str:
         """Name of the model within the family, such as ``SDXL``."""
         return self.title
+
+    @property
+    def usual_reward(self) -> str:
+        """NAME of ``configs/model/NAME.yaml``: the reward usually trained for this model."""
+        return f"dina_lrm_{self.name}"
 
     # Latents
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latentreward.backbones.loading import check_channels
+from latentreward.backbones.loading import SHIPPED, check_channels
 from latentreward.backbones.sd_unet import unet_family
 from latentreward.backbones.tuning import StorageDtype
 from latentreward.contracts import Conditioning, LatentSpace
@@ -49,6 +49,13 @@ class StableDiffusion(Family):
     def model(self) -> str:
         """See :attr:`Family.model`."""
         return unet_family(self.config)
+
+    @property
+    def usual_reward(self) -> str:
+        """See :attr:`Family.usual_reward`; LPO steers SD2.1 with the reward of SD1.5, which has the same VAE."""
+        if self.pipeline.named in SHIPPED:
+            return "lrm_tiny"
+        return "lrm_sdxl" if self.is_xl else "lrm_sd15"
 
     @property
     def is_xl(self) -> bool:

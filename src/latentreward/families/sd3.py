@@ -80,6 +80,13 @@ class StableDiffusion3(Family):
         """See :attr:`Family.model`."""
         return "SD3.5" if self.config.get("qk_norm") else "SD3"
 
+    @property
+    def usual_reward(self) -> str:
+        """See :attr:`Family.usual_reward`."""
+        if self.pipeline.named in SHIPPED:
+            return "dina_lrm_tiny"
+        return "dina_lrm_sd35" if self.config.get("qk_norm") else "lrm_sd3"
+
     @cached_property
     def latent_space(self) -> LatentSpace:
         """See :attr:`Family.latent_space`."""
