@@ -195,8 +195,12 @@ class PipelineSource:
         settle(vae, getattr(torch, dtype))
         return LatentEncoder(vae)
 
-    def tokenizer(self, part: str) -> Any:
-        """Load the tokenizer ``part``, such as ``tokenizer_2``.
+    def tokenizer(self, part: str, kind: type[Any] | None = None) -> Any:
+        """Load the tokenizer ``part``, such as ``tokenizer_2``, by default as CLIP's or T5's.
+
+        Args:
+            part: Name of the tokenizer.
+            kind: Class of the tokenizer in transformers.
 
         Raises:
             InputError: If the pipeline does not have ``part``, or the vocabulary does not fit the text encoder.
@@ -204,12 +208,13 @@ class PipelineSource:
         from transformers import CLIPTokenizer, T5TokenizerFast
 
         self._require(part)
-        family = T5TokenizerFast if self.index[part][1].startswith("T5") else CLIPTokenizer
+        family = kind or (T5TokenizerFast if self.index[part][1].startswith("T5") else CLIPTokenizer)
         try:
             tokenizer = family.from_pretrained(self.source, subfolder=part, revision=self.revision)
         except (OSError, ValueError) as error:
             raise InputError(f"source={self.source!r}: cannot load {part}: {first_line(error)}") from error
-        rows = self.config(part.replace("tokenizer", "text_encoder"))["vocab_size"]
+        config = self.config(part.replace("tokenizer", "text_encoder"))
+        rows = config.get("text_config", config)["vocab_size"]
         check_tokenizer(tokenizer, rows, f"source={self.source!r}: {part}", f"download {part} again")
         return tokenizer
 

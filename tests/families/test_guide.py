@@ -1,0 +1,82 @@
+"""docs/families.md: its family, trained and aligned as a user would."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import (
+    AuraFlowPipeline,
+    AuraFlowTransformer2DModel,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+)
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaTokenizerFast, UMT5Config, UMT5EncoderModel
+
+from latentreward.backbones.tuning import LoRA
+from latentreward.contracts import PromptBatch
+from latentreward.policies import PolicySource
+from latentreward.rollout import Sampling, sample_latents
+from tests.families.twins import PROMPTS, GivenNoise, noise_for
+from tests.processes import finish
+from tests.tiny_pipelines import randomise, vae
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "families.md"
+SHORT = {
+    "aura_flow_reward.yaml": ["--data.train_pairs=16", "--data.val_pairs=8"],
+    "aura_flow_lpo.yaml": ["--model.sampling.num_inference_steps=4", "--data.batches_per_epoch=2"],
+}
+
+
+def words() -> LlamaTokenizerFast:
+    pieces = {token: number for number, token in enumerate(["<unk>", "<s>", "</s>", *map(chr, range(32, 127))])}
+    tokenizer = Tokenizer(models.WordLevel(pieces, "<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return LlamaTokenizerFast(tokenizer_object=tokenizer, pad_token="</s>")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The page's files beside a tiny pipeline."""
+    for name, text in re.findall(r"<!-- (\S+) -->\n```\w+\n(.*?)```", PAGE.read_text(), flags=re.DOTALL):
+        (tmp_path / name).write_text(text)
+    torch.manual_seed(0)
+    tokenizer = words()
+    text = UMT5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    network = AuraFlowTransformer2DModel(
+        sample_size=16, in_channels=4, num_mmdit_layers=2, num_single_dit_layers=2, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=32, caption_projection_dim=32, pos_embed_max_size=64,
+    )  # fmt: skip
+    pipeline = AuraFlowPipeline(
+        tokenizer, UMT5EncoderModel(text), vae(0.13025), network, FlowMatchEulerDiscreteScheduler(shift=1.73)
+    )
+    for part in (pipeline.text_encoder, pipeline.vae, pipeline.transformer):
+        randomise(part)
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    monkeypatch.setenv("AURA_FLOW", str(tmp_path / "pipeline"))
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path
+
+
+def test_its_samples_are_those_of_the_pipeline(folder: Path) -> None:
+    source = PolicySource(str(folder / "pipeline"), lora=LoRA(2, 2.0), family="aura_flow.AuraFlow")
+    policy = source.load().eval()
+    noise = noise_for(policy.latent_shape())
+    pipeline = DiffusionPipeline.from_pretrained(folder / "pipeline")
+    settings = {"num_inference_steps": 4, "guidance_scale": 3.5, "output_type": "latent"}
+    want = pipeline(list(PROMPTS), latents=noise, **settings).images
+    batch = PromptBatch(PROMPTS, PROMPTS)
+    found = sample_latents(policy, batch, Sampling(4, noise_level=0.0), 3.5, 0, draws=GivenNoise(noise))
+    assert (found - want).abs().max() <= 1e-5 * max(1.0, want.abs().max())
+
+
+@pytest.mark.slow
+def test_it_trains_a_reward_and_aligns_a_policy(folder: Path) -> None:
+    commands = [shlex.split(line) for line in (folder / "commands").read_text().splitlines() if "fit" in line]
+    for command in commands:
+        options = ["--trainer.max_steps=2", "--trainer.accelerator=cpu", *SHORT[command[-1]]]
+        run = finish([*command[1:], *options], cwd=folder)
+        assert run.returncode == 0, run.stderr[-3000:]
+    assert list((folder / "runs" / "aura_flow_lpo").rglob("*.ckpt"))
