@@ -1,0 +1,123 @@
+"""Every alignment method trains a policy of every family: adapters move, frozen weights keep their bits."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from latentreward.contracts import LatentSpace, NoisyStates, PreferenceBatch
+from latentreward.data.alignment.prompts import PromptLoaders
+from latentreward.modules import (
+    DiffusionDPOModule,
+    LPOModule,
+    ReFLModule,
+    SPOModule,
+    StepwiseGRPOModule,
+    TrajectoryGRPOModule,
+)
+from latentreward.modules.alignment import AlignmentModule
+from latentreward.policies import Policy, PolicySource
+from latentreward.rewards import Reward, RewardSource
+from latentreward.rollout import Branching, QuantileThreshold, Sampling
+from tests.families.twins import PROMPTS, TWINS, Twin, noise_for
+from tests.modules.lpo_runs import make_trainer
+from tests.modules.simple_reward import FirstChannelReward
+
+PREDICTED = "predicted"
+
+
+class Redness(Reward):
+    """Mean of the first channel of decoded predictions, as rewards on pixels see it."""
+
+    needs_clean = differentiable = True
+
+    def __init__(self, policy: Policy) -> None:
+        super().__init__()
+        self._policy = (policy,)
+
+    def encode_prompts(self, prompts: Any) -> None:
+        return None
+
+    def score(self, states: NoisyStates, encoded: None) -> Tensor:
+        return 10 * self._policy[0].vae.decode(states.clean)[:, 0].flatten(1).mean(dim=1)
+
+
+class RednessSource(RewardSource):
+    def latent_space(self) -> LatentSpace | None:
+        return None
+
+    def load(self, policy: Policy) -> Reward:
+        return Redness(policy)
+
+
+class DifferentiableChannel(FirstChannelReward):
+    def load(self, policy: Policy) -> Reward:
+        reward = super().load(policy)
+        reward.differentiable = True
+        return reward
+
+
+def sgd(groups: Any) -> torch.optim.SGD:
+    return torch.optim.SGD(groups, lr=0.1)
+
+
+def sampling(twin: Twin, steps: int = 4) -> Sampling:
+    return Sampling(steps, height=twin.size[0], width=twin.size[1])
+
+
+def rolled(kind: type[AlignmentModule], reward: Callable[[], RewardSource] = FirstChannelReward, **options: Any) -> Any:
+    def make(twin: Twin, source: PolicySource) -> AlignmentModule:
+        settings = {"sampling": sampling(twin), "optimizer": sgd, "seed": 0, **options}
+        return kind(source, reward(), guidance_scale=twin.guidance, **settings)
+
+    return make
+
+
+PAIRWISE = {"candidates": Branching(2), "selection": QuantileThreshold(0.0)}
+METHODS: dict[str, Any] = {
+    "lpo": rolled(LPOModule, **PAIRWISE),
+    "spo": rolled(SPOModule, RednessSource, **PAIRWISE | {"candidates": Branching(2, score_at="candidate")}),
+    "grpo_stepwise": rolled(StepwiseGRPOModule, candidates=Branching(2)),
+    "grpo_trajectory": rolled(TrajectoryGRPOModule, num_trajectories=2),
+    "refl": rolled(ReFLModule, DifferentiableChannel, stop_range=(1, 2)),
+    "diffusion_dpo": lambda twin, source: DiffusionDPOModule(source, optimizer=sgd, seed=0),
+}
+
+
+def pairs(policy: Policy, twin: Twin) -> PreferenceBatch:
+    """Two pairs of latents."""
+    chosen, rejected = (noise_for(policy.latent_shape(*twin.size), seed=seed) for seed in (1, 2))
+    names = ("a", "b")
+    ones = torch.ones(2)
+    return PreferenceBatch(
+        names, PROMPTS, chosen, rejected, names, ("c", "d"), ones, ones, latent_space=policy.latent_space
+    )
+
+
+def one_per_family() -> list[Twin]:
+    return list({twin.family: twin for twin in TWINS.values()}.values())
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("twin", one_per_family(), ids=lambda twin: twin.family)
+def test_two_steps(twin: Twin, method: str, tmp_path: Path) -> None:
+    module = METHODS[method](twin, twin.source())
+    before = {name: weight.detach().clone() for name, weight in module.policy.named_parameters()}
+    data: Any = PromptLoaders(PROMPTS, batch_size=2, prompts_per_rollout=2, batches_per_epoch=2, seed=1)
+    if method == "diffusion_dpo":
+        data = [pairs(module.policy, twin)] * 2
+    elif method == "refl":
+        from latentreward.data.alignment.prompts import PromptBatch
+
+        data = [PromptBatch(PROMPTS, ("0/0", "0/1"))] * 2
+    keys = {"train_dataloaders": data} if isinstance(data, list) else {"datamodule": data}
+    make_trainer(tmp_path, max_steps=2, max_epochs=-1).fit(module, **keys)
+    for name, weight in module.policy.named_parameters():
+        assert weight.isfinite().all(), name
+        if weight.requires_grad and "lora_B" in name:
+            assert not torch.equal(weight, before[name]), f"{name} has not moved"
+        elif not weight.requires_grad:
+            assert torch.equal(weight, before[name]), name
