@@ -319,6 +319,7 @@ def finish(
     lora: LoRA | None = None,
     text_encoder_tuning: Tuning = "frozen",
     frozen_dtype: StorageDtype = "float32",
+    float32_parts: Sequence[str] = (),
     **execution: Any,
 ) -> Backbone:
     """Apply the settings that all factories share to a newly built backbone, and return the backbone.
@@ -331,6 +332,7 @@ def finish(
         lora: Adapter settings for ``tuning: lora``; the default is DiNa-LRM's rank 64, alpha 128.
         text_encoder_tuning: Weights of the text encoders that train: ``full``, ``lora`` or ``frozen``.
         frozen_dtype: Type in which frozen weights are stored; use ``bfloat16`` with ``precision: bf16-mixed``.
+        float32_parts: Parts of the names of the network's weights that are float32 whatever ``frozen_dtype`` is.
         execution: See :func:`set_execution`.
 
     Raises:
@@ -345,9 +347,9 @@ def finish(
         text_lora = LoRA(lora.rank, lora.alpha, lora.dropout, TEXT_ATTENTION)
         tune(backbone.text_encoder, text_encoder_tuning, text_lora, backbone.text_encoder.unread)
         backbone.text_encoder.train(text_encoder_tuning != "frozen")
-    for module, kind in ((network, tuning), (backbone.text_encoder, text_encoder_tuning)):
+    for module, kind, parts in ((network, tuning, float32_parts), (backbone.text_encoder, text_encoder_tuning, ())):
         if module is not None:  # with "full" only unread modules are frozen, and all stay float32
-            settle(module, torch.float32 if kind == "full" else getattr(torch, frozen_dtype), torch.float32)
+            settle(module, torch.float32 if kind == "full" else getattr(torch, frozen_dtype), torch.float32, parts)
     set_execution(backbone.blocks(), network, **execution)
     return backbone
 

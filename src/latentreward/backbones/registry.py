@@ -20,7 +20,7 @@ _PATHS: dict[str, str] = {
     name: f"latentreward.backbones.{module}.{name}"
     for module, names in (
         ("sd_unet", ("sd15", "sd21", "sdxl", "sd_tiny")),
-        ("sd3_dit", ("sd3_medium", "sd35_medium", "sd35_tiny")),
+        ("sd3_dit", ("sd3_medium", "sd35_medium", "sd35_large", "sd35_tiny")),
     )
     for name in names
 }

@@ -304,6 +304,24 @@ def sd35_medium(source: str, **options: Any) -> SD3DiTBackbone:
 
 
 @register_backbone
+def sd35_large(
+    source: str,
+    visual_taps: Sequence[int] = (6, 13, 19),
+    text_taps: Sequence[int] = (6, 13, 19),
+    **options: Any,
+) -> SD3DiTBackbone:
+    """Load Stable Diffusion 3.5 Large (Stability AI Community License): half of its 38 blocks, as DiNa-LRM of Medium's.
+
+    Args:
+        source: Diffusers pipeline folder, or hub id.
+        visual_taps: Numbers of the blocks whose visual tokens are read; by default thirds of the first 19 blocks.
+        text_taps: Numbers of the blocks whose text tokens are read; may be empty.
+        options: See :func:`load_sd3_dit`.
+    """
+    return load_sd3_dit(source, "SD3.5", visual_taps=visual_taps, text_taps=text_taps, **options)
+
+
+@register_backbone
 def sd35_tiny(
     source: str | None = None,
     num_layers: int | None = 3,

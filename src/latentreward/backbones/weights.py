@@ -28,6 +28,8 @@ MOST_LAYERS = 100
 """Largest number of layers that a config may name; the deepest block of Stable Diffusion XL has 10, SD3 38."""
 MOST_POSITIONS = {"max_position_embeddings": 4096, "pos_embed_max_size": 1024}
 """Largest values of a config; SD3.5 has 384 positions along a side, CLIP 77 tokens."""
+ROTARY = ("Qwen",)
+"""Beginnings of the names of transformers classes that compute positions, so that no table has ``MOST_POSITIONS``."""
 REFUSED = ("missing", "unexpected", "mismatched")
 """Kinds of mismatch between a model and its files that are errors."""
 POSITIONS = ".position_ids"
@@ -182,7 +184,16 @@ def without_float32_layers(family: type[Any]) -> Iterator[None]:
             setattr(kind, name, value)
 
 
-def settle(network: nn.Module, dtype: torch.dtype, trained: torch.dtype | None = None) -> None:
+def part_of(model: Any, name: str) -> Any:
+    """Return the part ``name`` of a mapped model for :func:`settle`, without the rest, whose weights are never read."""
+    part = model.get_submodule(name)
+    part.__dict__[PLACES] = model.__dict__.pop(PLACES, {})
+    return part
+
+
+def settle(
+    network: nn.Module, dtype: torch.dtype, trained: torch.dtype | None = None, float32_parts: Sequence[str] = ()
+) -> None:
     """Store the weights of a model in their final types, in place, reading those that are still mapped.
 
     A mapped weight is read from its file straight into the new type. One that has the type already, and lies at an
@@ -194,18 +205,21 @@ def settle(network: nn.Module, dtype: torch.dtype, trained: torch.dtype | None =
         network: Module, mapped or not.
         dtype: Floating point type of parameters that do not train.
         trained: Type of parameters that train and of buffers; None takes ``dtype``.
+        float32_parts: Parts of the dotted names of parameters that are float32 whatever ``dtype`` is.
     """
     waiting = _postponed.get()
     if waiting is not None:
-        waiting.append(partial(settle, network, dtype, trained))
+        waiting.append(partial(settle, network, dtype, trained, float32_parts))
         return
     places: dict[int, StoredTensor] = {}
     for module in network.modules():
         places |= module.__dict__.pop(PLACES, {})
     stored: list[tuple[Tensor, StoredTensor, torch.dtype]] = []
-    for tensor in (*network.parameters(), *network.buffers()):
+    for name, tensor in (*network.named_parameters(), *network.named_buffers()):
         frozen = isinstance(tensor, nn.Parameter) and not tensor.requires_grad
         wanted = (dtype if frozen else trained or dtype) if tensor.is_floating_point() else tensor.dtype
+        if frozen and not set(float32_parts).isdisjoint(name.split(".")):
+            wanted = torch.float32
         # The address in a mapped file depends on the length of its header, and CPU kernels round differently at
         # addresses that are not aligned.
         if tensor.dtype == wanted and (tensor.is_meta or tensor.data_ptr() % ALIGNMENT == 0):
@@ -313,22 +327,25 @@ def network_config(family: type[Any], source: str, **place: Any) -> dict[str, An
     return config
 
 
-def check_depth(config: Mapping[str, Any], where: str) -> None:
+def check_depth(config: Mapping[str, Any], where: str, rotary: bool = False) -> None:
     """Refuse a config that names more layers or positions than any network has; making them would take hours, or GBs.
 
     Args:
         config: Config of a network; entries whose names contain ``layers`` are numbers of layers or lists of them.
         where: Place of the config, for the message.
+        rotary: Whether the model has no table of positions, so that any number of them will do.
 
     Raises:
         InputError: If a number of layers is above :data:`MOST_LAYERS`, or of positions above :data:`MOST_POSITIONS`.
     """
     for name, value in config.items():
         if isinstance(value, Mapping):
-            check_depth(value, where)
+            check_depth(value, where, rotary)
         elif "layers" in str(name) and any(number > MOST_LAYERS for number in numbers_in(value)):
             raise InputError(f"cannot load {where}: its config.json names more than {MOST_LAYERS} layers ({name})")
-        elif name in MOST_POSITIONS and any(number > MOST_POSITIONS[name] for number in numbers_in(value)):
+        elif rotary or name not in MOST_POSITIONS:
+            continue
+        elif any(number > MOST_POSITIONS[name] for number in numbers_in(value)):
             raise InputError(f"cannot load {where}: its config.json has a {name} above {MOST_POSITIONS[name]}")
 
 
@@ -357,7 +374,7 @@ def encoder_config(family: type[Any], source: str, **place: Any) -> Any:
         config = family.config_class.from_pretrained(source, **place)
     except Exception as error:  # for wrong values the library raises errors of many types
         raise InputError(f"cannot load {where}: {first_line(error)}") from error
-    check_depth(config.to_dict(), where)
+    check_depth(config.to_dict(), where, family.__name__.startswith(ROTARY))
     attention = config._attn_implementation
     if attention not in OWN_ATTENTION:
         raise InputError(

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from latentreward.contracts import LatentSpace
+from latentreward.errors import InputError
 
 
 def latent_space_of(vae_config: Mapping[str, Any]) -> LatentSpace:
@@ -18,6 +19,25 @@ def latent_space_of(vae_config: Mapping[str, Any]) -> LatentSpace:
         scaling_factor=vae_config["scaling_factor"],
         shift_factor=vae_config.get("shift_factor") or 0.0,
     )
+
+
+def channel_space_of(vae_config: Mapping[str, Any]) -> LatentSpace:
+    """Return the latent space that the config of Wan 2.1's or Qwen-Image's VAE describes.
+
+    Raises:
+        InputError: If an entry is missing, or means and standard deviations do not fit the number of channels.
+    """
+    try:
+        channels, halvings = vae_config["z_dim"], vae_config["temperal_downsample"]
+        means, stds = (tuple(map(float, vae_config[f"latents_{name}"])) for name in ("mean", "std"))
+    except KeyError as error:
+        raise InputError(f"the VAE's config lacks {error.args[0]}; download it again") from error
+    if not len(means) == len(stds) == channels:
+        raise InputError(
+            f"the VAE's config has z_dim={channels}, but {len(means)} latents_mean and {len(stds)} latents_std; "
+            "download the VAE again"
+        )
+    return LatentSpace(channels, 2 ** len(halvings), frame_downscale=2 ** sum(halvings), means=means, stds=stds)
 
 
 class LatentEncoder(nn.Module):
@@ -97,11 +117,6 @@ class ChannelLatentEncoder(LatentEncoder):
     gradients pass as if the pixels were not clamped.
     """
 
-    def __init__(self, vae: Any, space: LatentSpace) -> None:
-        super().__init__(vae, space)
-        self._raw: list[Tensor] = []
-        vae.decoder.register_forward_hook(lambda module, args, output: self._raw.append(output))
-
     def to_vae(self, pixels: Tensor) -> Tensor:
         """See :meth:`LatentEncoder.to_vae`."""
         return pixels.unsqueeze(2) if pixels.ndim == 4 else pixels
@@ -122,11 +137,14 @@ class ChannelLatentEncoder(LatentEncoder):
 
     def decode_raw(self, latents: Tensor) -> Tensor:
         """See :meth:`LatentEncoder.decode_raw`."""
-        self._raw.clear()
-        clamped = self.vae.decode(latents).sample  # the decoder is called once per latent frame
-        raw = torch.cat(self._raw, dim=2)
-        self._raw.clear()
-        pixels = raw + (clamped - raw).detach()
+        parts: list[Tensor] = []
+        hook = self.vae.decoder.register_forward_hook(lambda module, args, output: parts.append(output))
+        try:
+            clamped = self.vae.decode(latents).sample  # the decoder is called once per latent frame
+        finally:
+            hook.remove()
+        raw = torch.cat(parts, dim=2)
+        pixels: Tensor = clamped.detach() + (raw - raw.detach())
         return pixels.squeeze(2) if pixels.shape[2] == 1 else pixels
 
 

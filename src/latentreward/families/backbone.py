@@ -37,7 +37,7 @@ class FamilyBackbone(DiffusionBackbone):
         encoders: ``text_encoder`` and ``vae``, see :class:`DiffusionBackbone`.
 
     Raises:
-        InputError: If a tap is not one of the network's blocks.
+        InputError: If a tap is not one of the network's blocks, or would only run blocks that nothing reads.
     """
 
     network_name = "transformer"
@@ -61,6 +61,11 @@ class FamilyBackbone(DiffusionBackbone):
             raise InputError(f"num_layers={num_layers} must lie between 1 and the network's {depth} blocks")
         self.visual_taps = check_taps("visual_taps", visual_taps, num_layers, least=1)
         self.text_taps = check_taps("text_taps", text_taps, num_layers)
+        if family.constant_text and max(self.text_taps, default=0) > self.visual_taps[-1]:
+            raise InputError(
+                f"text_taps={list(self.text_taps)} lie after the last of visual_taps, but {family.title} has the same "
+                "text in all blocks; name earlier blocks"
+            )
         self.transformer = transformer
         if cut:
             cut_network(transformer, family, num_layers)
@@ -231,4 +236,5 @@ def load_family_backbone(
         given = LoRA() if lora is None else lora
         own = LoRA(given.rank, given.alpha, given.dropout, tuple(found.lora_targets))
         lora = own if "lora" in (options.get("tuning", "lora"), options.get("text_encoder_tuning")) else lora
-    return finish(backbone, backbone.transformer, backbone.unread(), lora=lora, **options)
+    options |= {"lora": lora, "float32_parts": found.float32_parts}
+    return finish(backbone, backbone.transformer, backbone.unread(), **options)

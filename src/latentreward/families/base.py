@@ -74,6 +74,8 @@ class Family(ABC):
         uncond_prompt: Prompt that is encoded for classifier-free guidance.
         lora_targets: Default name endings of the layers that get adapters.
         idle: Names of layers whose output never reaches the network's, so that an adapter would not train.
+        float32_parts: Parts of the names of the network's weights that are float32 also where frozen weights are
+            stored in another type, as diffusers loads them.
         lora_loader: Class in ``diffusers.loaders`` that reads and writes LoRA files of the family.
         published: Configs of the family's published pipelines, for estimates without a download.
         kohya_module: Name of the network module of kohya's scripts, for the metadata of their format.
@@ -88,7 +90,8 @@ class Family(ABC):
     no_guidance: ClassVar[float] = 1.0
     uncond_prompt: ClassVar[str] = ""
     lora_targets: ClassVar[Sequence[str]] = ATTENTION
-    idle: ClassVar[Sequence[str]] = ()
+    idle: Sequence[str] = ()
+    float32_parts: ClassVar[Sequence[str]] = ()
     kohya_module: ClassVar[str] = "networks.lora"
     published: ClassVar[Sequence[Published]] = ()
 

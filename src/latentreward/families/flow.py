@@ -53,12 +53,14 @@ class FlowFamily(Family):
         lists: Names of the network's lists of blocks, in the order in which they run.
         tail: Names of the network's modules after the last block.
         packing: Number of latent pixels along each side that the network joins to one token.
+        constant_text: Whether text tokens are the same after all blocks.
         embedded_guidance: Whether the network takes ``guidance_scale`` as an input instead of a second pass.
     """
 
     lists: ClassVar[Sequence[str]]
     tail: ClassVar[Sequence[str]] = ("norm_out", "proj_out")
     packing: ClassVar[int] = 2
+    constant_text: ClassVar[bool] = False
     pixels: ClassVar[tuple[int, int]] = (1024, 1024)
 
     @classmethod

@@ -91,8 +91,9 @@ class PolicySource:
         network.requires_grad_(False)
         add_lora(network, self.lora, POLICY, seed, family)
         text_encoder.requires_grad_(False)
-        for module in (network, text_encoder):
-            settle(module, getattr(torch, self.frozen_dtype), torch.float32)
+        dtype = getattr(torch, self.frozen_dtype)
+        settle(network, dtype, torch.float32, family.float32_parts)
+        settle(text_encoder, dtype, torch.float32)
         policy = Policy(network, family, text_encoder, family.load_latent_encoder(self.vae_dtype)).train()
         policy.source = str(family.pipeline)
         execution = self.gradient_checkpointing, self.attention_backend, self.compile_blocks

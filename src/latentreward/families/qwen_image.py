@@ -1,0 +1,283 @@
+"""Qwen-Image; conventions follow diffusers' ``QwenImagePipeline``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from latentreward.backbones.loading import check_tokenizer
+from latentreward.backbones.registry import register_backbone
+from latentreward.backbones.weights import part_of
+from latentreward.contracts import Conditioning, LatentSpace
+from latentreward.encoders.prompts import PromptEncoder
+from latentreward.encoders.vae import ChannelLatentEncoder, LatentEncoder, channel_space_of
+from latentreward.errors import InputError, first_line
+from latentreward.families.backbone import FamilyBackbone, load_family_backbone
+from latentreward.families.flow import FlowFamily, Tokens
+
+TEMPLATE = (
+    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
+    "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+)
+"""Text that is encoded for a prompt; the tokens before the prompt are dropped afterwards."""
+PREFIX = 34
+"""Number of tokens before the prompt with Qwen's own tokenizer."""
+TEXT_OUTPUT = ("attn.add_q_proj", "attn.norm_added_q", "attn.to_add_out", "txt_mlp")
+VISUAL_OUTPUT = ("attn.to_q", "attn.norm_q", "attn.to_out", "img_mlp")
+"""Submodules of a block that only its text output, or only its visual output, depends on."""
+
+
+class QwenImage(FlowFamily):
+    """Family of Qwen-Image and Qwen-Image-2512: two streams, Qwen2.5-VL with a mask, guidance that keeps the norm."""
+
+    name = "qwen_image"
+    title = "Qwen-Image"
+    network_class = "QwenImageTransformer2DModel"
+    block_classes = ("QwenImageTransformerBlock",)
+    lists = ("transformer_blocks",)
+    uncond_prompt = " "
+    lora_loader = "QwenImageLoraLoaderMixin"
+    default_guidance = 4.0
+
+    def check(self) -> None:
+        """See :meth:`Family.check`."""
+        for field, reason in {
+            "zero_cond_t": "a network of Qwen-Image-Edit, which edits given images",
+            "use_layer3d_rope": "a network of Qwen-Image-Layered, which makes layers instead of one image",
+            "use_additional_t_cond": "a network of Qwen-Image-Layered, which makes layers instead of one image",
+            "guidance_embeds": "a network with embedded guidance, of which no release is known",
+        }.items():
+            if self.config.get(field):
+                raise InputError(
+                    f"source={self.pipeline.source!r} has {field}=true: {reason}; use Qwen-Image or Qwen-Image-2512"
+                )
+        super().check()
+
+    def assumption(self) -> str | None:
+        """See :meth:`Family.assumption`."""
+        text = "Qwen-Image and Qwen-Image-2512 have equal configs and are treated alike"
+        if not self.pipeline.has("tokenizer") or (prefix := prefix_length(self.tokenizer)) == PREFIX:
+            return text
+        return f"{text}; the template begins with {prefix} tokens of this tokenizer instead of {PREFIX}, all dropped"
+
+    @property
+    def input_channels(self) -> int:
+        """See :attr:`FlowFamily.input_channels`; four pixels are joined to a token."""
+        return int(self.config["in_channels"]) // self.packing**2
+
+    # Latents
+
+    @cached_property
+    def latent_space(self) -> LatentSpace:
+        """See :attr:`Family.latent_space`."""
+        return channel_space_of(self.pipeline.config("vae"))
+
+    @property
+    def vae_class(self) -> Any:
+        """See :attr:`FlowFamily.vae_class`."""
+        from diffusers import AutoencoderKLQwenImage
+
+        return AutoencoderKLQwenImage
+
+    def wrap_vae(self, vae: Any) -> LatentEncoder:
+        """See :meth:`Family.wrap_vae`."""
+        return ChannelLatentEncoder(vae, self.latent_space)
+
+    # Text
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Tokenizer of the pipeline.
+
+        Raises:
+            InputError: If it cannot be loaded, or does not fit the text encoder.
+        """
+        from transformers import Qwen2Tokenizer
+
+        pipeline, config = self.pipeline, self.pipeline.config("text_encoder")
+        name = f"source={pipeline.source!r}: tokenizer"
+        try:
+            with torch.device("cpu"):
+                tokenizer = Qwen2Tokenizer.from_pretrained(
+                    pipeline.source, subfolder="tokenizer", revision=pipeline.revision
+                )
+        except (OSError, ValueError) as error:
+            raise InputError(f"{name} cannot be loaded: {first_line(error)}; download it again") from error
+        rows = {**config, **config.get("text_config", {})}["vocab_size"]
+        check_tokenizer(tokenizer, rows, name, "download tokenizer again")
+        return tokenizer
+
+    def load_prompt_encoder(
+        self, t5_length: int | None = None, load_t5: bool = True, pretrained: bool = True
+    ) -> PromptEncoder:
+        """See :meth:`Family.load_prompt_encoder`; of Qwen2.5-VL only the language model is kept."""
+        from transformers import Qwen2_5_VLForConditionalGeneration
+
+        whole = self.pipeline.load(Qwen2_5_VLForConditionalGeneration, "text_encoder", pretrained)
+        encoder = QwenImagePromptEncoder(part_of(whole, "model.language_model"), self.tokenizer)
+        if encoder.token_dim != self.config["joint_attention_dim"]:
+            raise InputError(
+                f"source={self.pipeline.source!r}: the text encoder's tokens are {encoder.token_dim} wide, but the "
+                f"transformer takes {self.config['joint_attention_dim']}; all parts must come from one pipeline"
+            )
+        return encoder
+
+    # Noise
+
+    def mu(self, num_inference_steps: int, shape: Sequence[int]) -> float:
+        """See :meth:`FlowFamily.mu`; linear in the number of tokens."""
+        config = self.pipeline.config("scheduler")
+        short, long = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+        low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+        _, frames, height, width = shape
+        tokens = frames * (height // self.packing) * (width // self.packing)
+        return float(low + (high - low) * (tokens - short) / (long - short))
+
+    # Guidance
+
+    def guide(self, with_prompt: Tensor, without: Tensor, scale: float) -> Tensor:
+        """See :meth:`Family.guide`; each token of 2×2 pixels gets the norm of the prediction with the prompt."""
+        guided = super().guide(with_prompt, without, scale)
+
+        def norm(values: Tensor) -> Tensor:
+            squares = values.square().sum(dim=1, keepdim=True)
+            return 2 * F.avg_pool3d(squares, (1, self.packing, self.packing)).sqrt()
+
+        ratio = norm(with_prompt) / norm(guided)
+        return guided * F.interpolate(ratio, scale_factor=(1.0, self.packing, self.packing), mode="nearest-exact")
+
+    # Network
+
+    def pack(self, latents: Tensor) -> Tensor:
+        """Join 2×2 pixels to a token: ``(B, C, T, h, w)`` to ``(B, T·h/2·w/2, 4·C)``, in the order (c, dy, dx)."""
+        frames = F.pixel_unshuffle(latents.transpose(1, 2), self.packing)
+        return frames.permute(0, 1, 3, 4, 2).flatten(1, 3)
+
+    def unpack(self, tokens: Tensor, grid: Sequence[int]) -> Tensor:
+        """Undo :meth:`pack`; ``grid`` is (T, h/2, w/2)."""
+        frames = tokens.unflatten(1, tuple(grid)).permute(0, 1, 4, 2, 3)
+        return F.pixel_shuffle(frames, self.packing).transpose(1, 2)
+
+    def token_grid(self, latents: Tensor) -> tuple[int, int, int]:
+        """Return (T, h/2, w/2) of latents."""
+        frames, height, width = latents.shape[2:]
+        return frames, height // self.packing, width // self.packing
+
+    def velocity(
+        self, network: Any, latents: Tensor, sigma: Tensor, conditioning: Conditioning, guidance: float | None
+    ) -> Tensor:
+        """See :meth:`FlowFamily.velocity`."""
+        dtype, grid = network.img_in.weight.dtype, self.token_grid(latents)
+        output = network(
+            hidden_states=self.pack(latents).to(dtype),
+            encoder_hidden_states=conditioning.prompt_embeds.to(dtype),
+            encoder_hidden_states_mask=needed_mask(conditioning),
+            timestep=sigma,
+            img_shapes=[[grid]] * len(latents),
+        ).sample
+        return self.unpack(output, grid)
+
+    def begin(self, network: Any, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tokens:
+        """See :meth:`FlowFamily.begin`."""
+        dtype, grid = network.img_in.weight.dtype, self.token_grid(latents)
+        visual = network.img_in(self.pack(latents).to(dtype))
+        text = network.txt_in(network.txt_norm(conditioning.prompt_embeds.to(dtype)))
+        temb = network.time_text_embed(sigma.to(visual.dtype), visual)
+        rotary = network.pos_embed([[grid]] * len(latents), max_txt_seq_len=text.shape[1], device=visual.device)
+        others = {"encoder_hidden_states_mask": needed_mask(conditioning), "temb": temb, "image_rotary_emb": rotary}
+        return Tokens(visual, text, temb, grid, conditioning.prompt_mask, others)
+
+    def step(self, block: nn.Module, tokens: Tokens, number: int) -> tuple[Tensor, Tensor]:
+        """See :meth:`FlowFamily.step`."""
+        text, visual = block(hidden_states=tokens.visual, encoder_hidden_states=tokens.text, **tokens.others)
+        return visual, text
+
+    @property
+    def width(self) -> int:
+        """See :attr:`FlowFamily.width`."""
+        return int(self.config["num_attention_heads"] * self.config["attention_head_dim"])
+
+    @property
+    def temb_dim(self) -> int:
+        """See :attr:`FlowFamily.temb_dim`."""
+        return self.width
+
+    def unread(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
+        """See :meth:`FlowFamily.unread`."""
+        return (() if text else TEXT_OUTPUT) + (() if visual else VISUAL_OUTPUT)
+
+    # Adapters
+
+    @cached_property
+    def idle(self) -> Sequence[str]:
+        """Names of layers whose output never reaches the network's: those of the last block's text output."""
+        last = f"transformer_blocks.{self.config['num_layers'] - 1}"
+        parts = ("attn.add_q_proj", "attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2")
+        return [f"{last}.{part}" for part in parts]
+
+
+def needed_mask(conditioning: Conditioning) -> Tensor | None:
+    """Return the mask of encoded prompts; None if it is true everywhere, for which attention is faster without it."""
+    mask = conditioning.prompt_mask
+    return None if mask is None or (not mask.is_meta and bool(mask.all())) else mask
+
+
+def prefix_length(tokenizer: Any) -> int:
+    """Return the number of tokens that :data:`TEMPLATE` begins with, whatever the prompt."""
+    first, second = (tokenizer(TEMPLATE.format(prompt)).input_ids for prompt in ("a", "1"))
+    return next(place for place, pair in enumerate(zip(first, second, strict=False)) if pair[0] != pair[1])
+
+
+class QwenImagePromptEncoder(PromptEncoder):
+    """Prompt encoder of Qwen-Image: the states of Qwen2.5-VL's language model after its final norm, with a mask.
+
+    Args:
+        text_encoder: Language model of Qwen2.5-VL.
+        tokenizer: Its tokenizer; None if token ids come from elsewhere.
+
+    Attributes:
+        prefix: Number of the template's tokens before the prompt, whose states are dropped.
+    """
+
+    num_tokens = 512
+    pooled_dim = 0
+    masked = True
+
+    def __init__(self, text_encoder: Any, tokenizer: Any) -> None:
+        super().__init__()
+        self.text_encoder, self.tokenizer = text_encoder, tokenizer
+        self.token_dim = text_encoder.config.hidden_size
+        self.prefix = prefix_length(tokenizer)
+
+    def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
+        """See :meth:`PromptEncoder.tokenize`; the ids and the mask of prompts in their template, padded at the end."""
+        rows = self.tokenizer([TEMPLATE.format(prompt) for prompt in prompts]).input_ids
+        rows = [row[: self.prefix + self.num_tokens] for row in rows]
+        longest = max(len(row) for row in rows)
+        with torch.device("cpu"):
+            ids = torch.tensor([row + [self.tokenizer.pad_token_id] * (longest - len(row)) for row in rows])
+            mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+        return ids, mask
+
+    def encode_ids(self, *input_ids: Tensor) -> Conditioning:
+        """See :meth:`PromptEncoder.encode_ids`."""
+        ids, mask = input_ids
+        states = self.text_encoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        states, kept = states[:, self.prefix :], mask[:, self.prefix :] != 0
+        return Conditioning(states.masked_fill(~kept.unsqueeze(-1), 0.0), prompt_mask=kept)
+
+
+@register_backbone
+def qwen_image(source: str, **options: Any) -> FamilyBackbone:
+    """Load Qwen-Image (Apache-2.0): 60 blocks.
+
+    Args:
+        source: Diffusers pipeline folder, or hub id.
+        options: See :func:`~latentreward.families.backbone.load_family_backbone`.
+    """
+    return load_family_backbone(source, "qwen_image", **options)
