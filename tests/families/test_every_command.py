@@ -56,7 +56,8 @@ def align(twin: Twin) -> None:
     sampling = {"num_inference_steps": 3, "height": SIZE, "width": SIZE}
     shown = {"prompts": PROMPTS, "every_n_steps": 1, "sampling": sampling}
     policy = {"source": twin.folder, "lora": {"rank": 2, "alpha": 4}, **twin.options}
-    arguments = {"policy": policy, "reward": {"class_path": "LatentReward", "init_args": {"path": "published", "base": twin.folder}},
+    stored = {"class_path": "LatentReward", "init_args": {"path": "published", "base": twin.folder}}
+    arguments = {"policy": policy, "reward": stored,
                  "sampling": sampling, "candidates": {"num_candidates": 2}, "selection": "QuantileThreshold",
                  "guidance_scale": twin.guidance}  # fmt: skip
     data = {"captions": 8, "batch_size": 2, "prompts_per_rollout": 2, "batches_per_epoch": 2}

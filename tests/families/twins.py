@@ -79,7 +79,7 @@ class Twin:
         """Sample by the pipeline from canonical noise; canonical latents, or what other kinds of output hold."""
         height, width = self.size
         settings = {"height": height, "width": width, "num_inference_steps": steps, "output_type": output}
-        made = pipeline(list(prompts), latents=self.given(noise, self.size), **settings, **self.call)
+        made = pipeline(prompt=list(prompts), latents=self.given(noise, self.size), **settings, **self.call)
         result = made.frames if hasattr(made, "frames") else made.images
         return self.found(result, self.size) if output == "latent" else result
 

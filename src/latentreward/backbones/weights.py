@@ -28,12 +28,12 @@ MOST_LAYERS = 100
 """Largest number of layers that a config may name; the deepest block of Stable Diffusion XL has 10, SD3 38."""
 MOST_POSITIONS = {"max_position_embeddings": 4096, "pos_embed_max_size": 1024}
 """Largest values of a config; SD3.5 has 384 positions along a side, CLIP 77 tokens."""
-ROTARY = ("Qwen",)
-"""Beginnings of the names of transformers classes that compute positions, so that no table has ``MOST_POSITIONS``."""
 REFUSED = ("missing", "unexpected", "mismatched")
 """Kinds of mismatch between a model and its files that are errors."""
 POSITIONS = ".position_ids"
 """End of the name of a tensor of integers that old CLIP files hold."""
+COUNTED = (POSITIONS, ".num_batches_tracked")
+"""Ends of the names of tensors that may be integers; the second is of batch norms, as FLUX.2's VAE has one."""
 PLACES = "_stored_places"
 """Name of the attribute in which a mapped model keeps the places of its values; :func:`settle` removes it."""
 _postponed: ContextVar[list[Callable[[], None]] | None] = ContextVar("postponed", default=None)
@@ -97,7 +97,7 @@ def map_model(
     stem = "diffusion_pytorch_model" if of_diffusers else "model"
     weights = map_weights(find_weights(source, stem, variant=variant, **place))
     for name, tensor in weights.tensors.items():
-        if not tensor.is_floating_point() and not name.endswith(POSITIONS):
+        if not tensor.is_floating_point() and not name.endswith(COUNTED):
             raise InputError(
                 f"cannot load {where}: tensor {name} has type {str(tensor.dtype).removeprefix('torch.')}; get files "
                 "with weights in floating point, not quantised ones"
@@ -110,7 +110,7 @@ def map_model(
     except Exception as error:  # for wrong values in a config the libraries raise errors of many types
         raise InputError(f"cannot load {where}: {first_line(error)}") from error
     for kind in refused:
-        names = sorted(name for name in report[kind] if not name.endswith(POSITIONS))
+        names = sorted(name for name in report[kind] if not name.endswith(COUNTED))
         if names:
             raise InputError(
                 f"cannot load {where}: {kind} tensor {names[0]} ({len(names)} in all); get the files again"
@@ -327,25 +327,22 @@ def network_config(family: type[Any], source: str, **place: Any) -> dict[str, An
     return config
 
 
-def check_depth(config: Mapping[str, Any], where: str, rotary: bool = False) -> None:
+def check_depth(config: Mapping[str, Any], where: str) -> None:
     """Refuse a config that names more layers or positions than any network has; making them would take hours, or GBs.
 
     Args:
         config: Config of a network; entries whose names contain ``layers`` are numbers of layers or lists of them.
         where: Place of the config, for the message.
-        rotary: Whether the model has no table of positions, so that any number of them will do.
 
     Raises:
         InputError: If a number of layers is above :data:`MOST_LAYERS`, or of positions above :data:`MOST_POSITIONS`.
     """
     for name, value in config.items():
         if isinstance(value, Mapping):
-            check_depth(value, where, rotary)
+            check_depth(value, where)
         elif "layers" in str(name) and any(number > MOST_LAYERS for number in numbers_in(value)):
             raise InputError(f"cannot load {where}: its config.json names more than {MOST_LAYERS} layers ({name})")
-        elif rotary or name not in MOST_POSITIONS:
-            continue
-        elif any(number > MOST_POSITIONS[name] for number in numbers_in(value)):
+        elif name in MOST_POSITIONS and any(number > MOST_POSITIONS[name] for number in numbers_in(value)):
             raise InputError(f"cannot load {where}: its config.json has a {name} above {MOST_POSITIONS[name]}")
 
 
@@ -374,7 +371,7 @@ def encoder_config(family: type[Any], source: str, **place: Any) -> Any:
         config = family.config_class.from_pretrained(source, **place)
     except Exception as error:  # for wrong values the library raises errors of many types
         raise InputError(f"cannot load {where}: {first_line(error)}") from error
-    check_depth(config.to_dict(), where, family.__name__.startswith(ROTARY))
+    check_depth(with_tables(config), where)
     attention = config._attn_implementation
     if attention not in OWN_ATTENTION:
         raise InputError(
@@ -382,6 +379,17 @@ def encoder_config(family: type[Any], source: str, **place: Any) -> Any:
             "downloaded and run; remove the entry"
         )
     return config
+
+
+def with_tables(config: Any) -> dict[str, Any]:
+    """Return a transformers config as plain values; without the number of positions where the class has no table.
+
+    Classes with rotary positions name far more of them (Qwen3 40960), and compute each when it is used.
+    """
+    values: dict[str, Any] = config.to_dict()
+    if hasattr(type(config), "rope_parameters"):
+        values.pop("max_position_embeddings", None)
+    return values | {name: with_tables(getattr(config, name)) for name in config.sub_configs}
 
 
 @contextmanager

@@ -1,0 +1,262 @@
+"""FLUX.1: FLUX.1-dev, FLUX.1-schnell and checkpoints with the same networks, such as FLUX.1-Krea-dev.
+
+The network takes 2×2 patches of the latents as tokens. Its blocks first keep image and text apart and then join them.
+FLUX.1-dev was distilled from classifier-free guidance: it takes ``guidance_scale`` as an input and runs once per step.
+FLUX.1-schnell was distilled further and takes none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from latentreward.backbones.registry import register_backbone
+from latentreward.backbones.tuning import ATTENTION
+from latentreward.contracts import Conditioning
+from latentreward.encoders.prompts import PromptEncoder, token_ids
+from latentreward.errors import InputError
+from latentreward.families.backbone import FamilyBackbone, load_family_backbone
+from latentreward.families.flow import FlowFamily, Tokens
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel, PreTrainedTokenizerBase, T5EncoderModel
+
+MOST_TOKENS = 512
+"""Largest number of T5 tokens per prompt that FLUX.1's pipeline takes."""
+
+
+class Flux1PromptEncoder(PromptEncoder):
+    """Prompt encoder of FLUX.1: the last hidden states of T5, and CLIP-L's EOS feature without projection as pooled.
+
+    Prompts are padded to ``t5_length`` tokens. T5 gets no attention mask, and the network no mask: padding tokens take
+    part, as in FLUX.1's pipeline.
+
+    Args:
+        text_encoder: CLIP-L.
+        text_encoder_2: T5 encoder.
+        tokenizer: Tokenizer of CLIP-L; None if only token ids are encoded.
+        tokenizer_2: Tokenizer of T5; None if only token ids are encoded.
+        t5_length: Number of T5 tokens per prompt.
+    """
+
+    tokens_only = ("text_encoder_2",)
+
+    def __init__(
+        self,
+        text_encoder: CLIPTextModel,
+        text_encoder_2: T5EncoderModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        tokenizer_2: PreTrainedTokenizerBase | None = None,
+        *,
+        t5_length: int = MOST_TOKENS,
+    ) -> None:
+        super().__init__()
+        self.text_encoder, self.tokenizer = text_encoder, tokenizer
+        self.text_encoder_2, self.tokenizer_2 = text_encoder_2, tokenizer_2
+        self.clip_length = text_encoder.config.max_position_embeddings
+        self.num_tokens = t5_length
+        self.token_dim = text_encoder_2.config.d_model
+        self.pooled_dim = text_encoder.config.hidden_size
+
+    def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
+        """See :meth:`PromptEncoder.tokenize`."""
+        return (
+            token_ids(self.tokenizer, prompts, self.clip_length),
+            token_ids(self.tokenizer_2, prompts, self.num_tokens),
+        )
+
+    def encode_ids(self, *input_ids: Tensor) -> Conditioning:
+        """See :meth:`PromptEncoder.encode_ids`."""
+        pooled = self.text_encoder(input_ids[0]).pooler_output
+        return Conditioning(self.text_encoder_2(input_ids[1]).last_hidden_state, pooled)
+
+
+class Flux1(FlowFamily):
+    """Family of FLUX.1: dual and single blocks, T5 and a pooled CLIP vector, guidance as an input or none."""
+
+    name = "flux1"
+    title = "FLUX.1"
+    network_class = "FluxTransformer2DModel"
+    block_classes = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
+    lists = ("transformer_blocks", "single_transformer_blocks")
+    # Those of diffusers' training script and of Flow-GRPO for FLUX.1.
+    lora_targets = (*ATTENTION, "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
+    lora_loader = "FluxLoraLoaderMixin"
+
+    def check(self) -> None:
+        """See :meth:`Family.check`."""
+        patches, taken = 4 * self.latent_space.channels, self.config["in_channels"]
+        if taken != patches:
+            raise InputError(
+                f"source={self.pipeline.source!r}: the transformer takes {taken} channels, but patches of the VAE's "
+                f"latents have {patches}; give a text-to-image pipeline (Fill, Canny and Depth take images as well)"
+            )
+
+    @property
+    def input_channels(self) -> int:
+        """See :attr:`FlowFamily.input_channels`."""
+        return int(self.config["in_channels"]) // 4
+
+    @property
+    def takes_guidance(self) -> bool:
+        """Whether the network takes ``guidance_scale`` as an input (FLUX.1-dev)."""
+        return bool(self.config.get("guidance_embeds"))
+
+    @property
+    def model(self) -> str:
+        """See :attr:`Family.model`."""
+        return "FLUX.1-dev" if self.takes_guidance else "FLUX.1-schnell"
+
+    # Text
+
+    def load_prompt_encoder(
+        self, t5_length: int | None = None, load_t5: bool = True, pretrained: bool = True
+    ) -> PromptEncoder:
+        """See :meth:`Family.load_prompt_encoder`; ``t5_length`` None takes 512 for FLUX.1-dev and 256 for schnell."""
+        from transformers import CLIPTextModel, T5EncoderModel
+
+        if not load_t5:
+            raise InputError(f"load_t5=false: {self.title} takes a prompt's tokens from T5; leave load_t5 out")
+        length = (512 if self.takes_guidance else 256) if t5_length is None else t5_length
+        if type(length) is not int or not 1 <= length <= MOST_TOKENS:
+            raise InputError(f"t5_length={length!r} must be a whole number from 1 to {MOST_TOKENS} for {self.title}")
+        return Flux1PromptEncoder(
+            self.pipeline.load(CLIPTextModel, "text_encoder", pretrained),
+            self.pipeline.load(T5EncoderModel, "text_encoder_2", pretrained),
+            self.pipeline.tokenizer("tokenizer"),
+            self.pipeline.tokenizer("tokenizer_2"),
+            t5_length=length,
+        )
+
+    # Noise
+
+    def mu(self, num_inference_steps: int, shape: Sequence[int]) -> float:
+        """See :meth:`FlowFamily.mu`; linear in the number of tokens, which counts for FLUX.1-dev's dynamic schedule."""
+        config = self.pipeline.config("scheduler")
+        low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+        few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+        tokens = shape[-2] // 2 * (shape[-1] // 2)
+        return float(low + (high - low) * (tokens - few) / (many - few))
+
+    # Guidance
+
+    @property
+    def default_guidance(self) -> float | None:
+        """See :attr:`Family.default_guidance`."""
+        return 3.5 if self.takes_guidance else None
+
+    def guidance(self, scale: float | None) -> float | None:
+        """See :meth:`Family.guidance`; any number from 0 is an input that FLUX.1-dev's network takes."""
+        if scale is None or not self.takes_guidance:
+            return super().guidance(scale)
+        if not scale >= 0:
+            raise InputError(f"guidance_scale={scale:g} must be at least 0; {self.model} was made for about 3.5")
+        return scale
+
+    def needs_uncond(self, scale: float | None) -> bool:
+        """See :meth:`Family.needs_uncond`; there is no second pass."""
+        return False
+
+    # Network
+
+    def velocity(
+        self, network: Any, latents: Tensor, sigma: Tensor, conditioning: Conditioning, guidance: float | None
+    ) -> Tensor:
+        """See :meth:`FlowFamily.velocity`."""
+        assert conditioning.pooled_prompt_embeds is not None
+        dtype, (rows, columns) = network.x_embedder.weight.dtype, grid_of(latents)
+        text = conditioning.prompt_embeds.to(dtype)
+        text_ids, image_ids = positions(text.shape[1], rows, columns, latents.device)
+        output = network(
+            hidden_states=pack(latents).to(dtype),
+            encoder_hidden_states=text,
+            pooled_projections=conditioning.pooled_prompt_embeds.to(dtype),
+            timestep=sigma,
+            img_ids=image_ids,
+            txt_ids=text_ids,
+            guidance=self._scales(sigma, guidance),
+        ).sample
+        return F.pixel_shuffle(output.transpose(1, 2).unflatten(2, (rows, columns)), 2)
+
+    def _scales(self, sigma: Tensor, guidance: float | None) -> Tensor | None:
+        """Return the guidance scale of each sample, float32; None for a network without the input."""
+        scale = self.default_guidance if guidance is None else guidance
+        return torch.full_like(sigma, scale) if self.takes_guidance and scale is not None else None
+
+    # Features
+
+    def begin(self, network: Any, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tokens:
+        """See :meth:`FlowFamily.begin`."""
+        assert conditioning.pooled_prompt_embeds is not None
+        dtype, (rows, columns) = network.x_embedder.weight.dtype, grid_of(latents)
+        visual = network.x_embedder(pack(latents).to(dtype))
+        text = network.context_embedder(conditioning.prompt_embeds.to(dtype))
+        scales = self._scales(sigma, None)
+        inputs = [1000 * value.to(visual.dtype) for value in (sigma, scales) if value is not None]
+        temb = network.time_text_embed(*inputs, conditioning.pooled_prompt_embeds.to(dtype))
+        ids = torch.cat(positions(text.shape[1], rows, columns, latents.device))
+        return Tokens(visual, text, temb, (rows, columns), others={"image_rotary_emb": network.pos_embed(ids)})
+
+    def step(self, block: nn.Module, tokens: Tokens, number: int) -> tuple[Tensor, Tensor]:
+        """See :meth:`FlowFamily.step`; both kinds of blocks take and return image and text apart."""
+        text, visual = block(
+            hidden_states=tokens.visual, encoder_hidden_states=tokens.text, temb=tokens.temb, **tokens.others
+        )
+        return visual, text
+
+    @property
+    def width(self) -> int:
+        """See :attr:`FlowFamily.width`."""
+        return int(self.config["num_attention_heads"] * self.config["attention_head_dim"])
+
+    @property
+    def temb_dim(self) -> int:
+        """See :attr:`FlowFamily.temb_dim`."""
+        return self.width
+
+    def unread(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
+        """See :meth:`FlowFamily.unread`."""
+        return unread_of_dual(visual, text) if 1 <= number <= self.config["num_layers"] else ()
+
+    def unread_outside(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
+        """See :meth:`FlowFamily.unread_outside`."""
+        return () if number or text else ("context_embedder",)
+
+
+def grid_of(latents: Tensor) -> tuple[int, int]:
+    """Return the numbers of rows and columns of tokens of canonical latents."""
+    return latents.shape[-2] // 2, latents.shape[-1] // 2
+
+
+def pack(latents: Tensor) -> Tensor:
+    """Return 2×2 patches as tokens ``(B, h·w / 4, 4·C)``, row by row, with channels in the order (c, dy, dx)."""
+    return F.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
+
+
+def positions(length: int, rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the positions ``(n, 3)`` of text and image tokens: all 0 for text, (0, row, column) for the image."""
+    axes = (torch.arange(size, device=device) for size in (1, rows, columns))
+    return torch.zeros(length, 3, device=device), torch.cartesian_prod(*axes).float()
+
+
+def unread_of_dual(visual: bool, text: bool) -> tuple[str, ...]:
+    """Return the modules of a dual block of FLUX.1 or FLUX.2 that its read outputs do not depend on."""
+    if visual and text:
+        return ()
+    of_text = ("attn.add_q_proj", "attn.norm_added_q", "attn.to_add_out", "ff_context")
+    return of_text if visual else ("attn.to_q", "attn.norm_q", "attn.to_out", "ff")
+
+
+@register_backbone
+def flux1(source: str, **options: Any) -> FamilyBackbone:
+    """Load the first blocks of FLUX.1-dev (FLUX.1 [dev] Non-Commercial License) or FLUX.1-schnell (Apache-2.0).
+
+    Args:
+        source: Diffusers pipeline folder, or hub id.
+        options: See :func:`~latentreward.families.backbone.load_family_backbone`.
+    """
+    return load_family_backbone(source, "flux1", **options)

@@ -1,0 +1,290 @@
+"""FLUX.2-klein: the base and distilled models of 4 and 9 billion parameters.
+
+The latents are those of FLUX.2's VAE after its 2×2 patches and its batch norm: 128 channels at 1/16 of the size, of
+which each position is one token. All blocks of a kind share their modulation. Classifier-free guidance takes a second
+pass; the distilled models take none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from latentreward.backbones.registry import register_backbone
+from latentreward.backbones.tuning import ATTENTION, StorageDtype
+from latentreward.backbones.weights import settle
+from latentreward.contracts import Conditioning, LatentSpace
+from latentreward.encoders.prompts import PromptEncoder
+from latentreward.encoders.vae import LatentEncoder, PatchedLatentEncoder
+from latentreward.errors import InputError
+from latentreward.families.backbone import FamilyBackbone, load_family_backbone
+from latentreward.families.flow import FlowFamily, Tokens
+from latentreward.families.flux1 import unread_of_dual
+from latentreward.storage.digests import digest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, Qwen3ForCausalLM
+
+LAYERS = (9, 18, 27)
+"""Numbers of the text encoder's layers whose outputs are joined."""
+TOKENS = 512
+"""Number of tokens per prompt."""
+
+
+class Flux2KleinPromptEncoder(PromptEncoder):
+    """Prompt encoder of FLUX.2-klein: the outputs of the layers :data:`LAYERS` of Qwen3, joined along the features.
+
+    A prompt is one user turn of Qwen3's chat template with thinking switched off, padded to :data:`TOKENS` on the
+    tokenizer's side. The text encoder ignores padding, but the network does not: it gets no mask. Layers after the last
+    one read are removed. Their norm goes with them, but stays in a text encoder that ends with the last one read, as
+    the pipeline then reads it after the norm.
+
+    Args:
+        text_encoder: Qwen3 with its language head, which is removed from this object.
+        tokenizer: Tokenizer with Qwen3's chat template; None if only token ids are encoded.
+
+    Raises:
+        InputError: If the text encoder has fewer layers than :data:`LAYERS` names.
+    """
+
+    def __init__(self, text_encoder: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        super().__init__()
+        model: Any = text_encoder.model
+        if len(model.layers) < LAYERS[-1]:
+            raise InputError(
+                f"FLUX.2-klein reads layer {LAYERS[-1]} of its text encoder, but this one has {len(model.layers)}; "
+                "give the pipeline as published"
+            )
+        if len(model.layers) > LAYERS[-1]:
+            model.layers, model.norm = model.layers[: LAYERS[-1]], nn.Identity()
+        text_encoder.lm_head = nn.Identity()  # type: ignore[assignment]
+        self.text_encoder, self.tokenizer = text_encoder, tokenizer
+        self.num_tokens = TOKENS
+        self.token_dim = len(LAYERS) * text_encoder.config.hidden_size
+        self.pooled_dim = 0
+
+    def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
+        """See :meth:`PromptEncoder.tokenize`; token ids and the attention mask of the text encoder."""
+        if self.tokenizer is None:
+            raise InputError("prompts were given as text, but there is no tokenizer; load it with its base pipeline")
+        turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        template = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
+        texts: Any = [self.tokenizer.apply_chat_template(turn, **template) for turn in turns]
+        size = {"padding": "max_length", "truncation": True, "max_length": self.num_tokens}
+        with torch.device("cpu"):
+            found = self.tokenizer(texts, **size, return_tensors="pt")
+        return found.input_ids, found.attention_mask
+
+    def encode_ids(self, *input_ids: Tensor) -> Conditioning:
+        """See :meth:`PromptEncoder.encode_ids`; takes token ids and attention mask."""
+        ids, mask = input_ids
+        states = self.text_encoder.model(ids, mask, output_hidden_states=True, use_cache=False).hidden_states
+        return Conditioning(torch.cat([states[layer] for layer in LAYERS], dim=-1))
+
+
+class Flux2Klein(FlowFamily):
+    """Family of FLUX.2-klein: dual and single blocks with shared modulation, Qwen3, normalised patches as latents."""
+
+    name = "flux2_klein"
+    title = "FLUX.2-klein"
+    network_class = "Flux2Transformer2DModel"
+    block_classes = ("Flux2TransformerBlock", "Flux2SingleTransformerBlock")
+    lists = ("transformer_blocks", "single_transformer_blocks")
+    packing = 1
+    # Those of diffusers' training script, and the text's projections. A bare `attn.to_out` would also name the dual
+    # blocks' lists of an output layer and a dropout, which peft refuses.
+    lora_targets = (
+        *ATTENTION,
+        "to_qkv_mlp_proj",
+        *(f"single_transformer_blocks.{number}.attn.to_out" for number in range(48)),
+    )
+    lora_loader = "Flux2LoraLoaderMixin"
+
+    def check(self) -> None:
+        """See :meth:`Family.check`."""
+        if self.config.get("guidance_embeds", True):
+            raise InputError(
+                f"source={self.pipeline.source!r} is FLUX.2-dev, whose text path (Mistral, 24 billion parameters) is "
+                "not supported; use FLUX.2-klein"
+            )
+        super().check()
+
+    @property
+    def distilled(self) -> bool:
+        """Whether the model was distilled to sample in few steps without guidance."""
+        return bool(self.pipeline.index.get("is_distilled"))
+
+    @property
+    def model(self) -> str:
+        """See :attr:`Family.model`."""
+        return f"{self.title} (distilled)" if self.distilled else f"{self.title} (base)"
+
+    def assumption(self) -> str | None:
+        """See :meth:`Family.assumption`."""
+        if "is_distilled" in self.pipeline.index:
+            return None
+        return "model_index.json has no is_distilled; taken as a base model of FLUX.2-klein, sampled with guidance"
+
+    # Latents
+
+    @cached_property
+    def latent_space(self) -> LatentSpace:
+        """See :attr:`Family.latent_space`; the statistics are read from the VAE's weights."""
+        config = self.pipeline.config("vae")
+        tensors = self.pipeline.tensors("vae", ["bn.running_mean", "bn.running_var"])
+        values = [tensor.detach().to("cpu", torch.float32).contiguous().numpy() for tensor in tensors]
+        return LatentSpace(
+            channels=4 * config["latent_channels"],
+            downscale=2 ** len(config["block_out_channels"]),
+            statistics=digest([*values, repr(float(config.get("batch_norm_eps", 1e-4)))]),
+        )
+
+    @property
+    def vae_class(self) -> Any:
+        """See :attr:`FlowFamily.vae_class`."""
+        from diffusers import AutoencoderKLFlux2
+
+        return AutoencoderKLFlux2
+
+    def load_latent_encoder(self, dtype: StorageDtype = "float32") -> LatentEncoder:
+        """See :meth:`Family.load_latent_encoder`; the statistics stay float32, as :attr:`latent_space` counts them."""
+        vae = self.pipeline.load(self.vae_class, "vae").requires_grad_(False)
+        settle(vae, getattr(torch, dtype), torch.float32)
+        return self.wrap_vae(vae)
+
+    def wrap_vae(self, vae: Any) -> LatentEncoder:
+        """See :meth:`Family.wrap_vae`."""
+        return PatchedLatentEncoder(vae, self.latent_space)
+
+    # Text
+
+    def load_prompt_encoder(
+        self, t5_length: int | None = None, load_t5: bool = True, pretrained: bool = True
+    ) -> PromptEncoder:
+        """See :meth:`Family.load_prompt_encoder`; there is no T5."""
+        from transformers import Qwen3ForCausalLM
+
+        tokenizer = self.pipeline.tokenizer("tokenizer")
+        if not tokenizer.chat_template:
+            raise InputError(
+                f"source={self.pipeline.source!r}: tokenizer has no chat template, with which {self.title} encodes "
+                "prompts; download tokenizer again"
+            )
+        return Flux2KleinPromptEncoder(self.pipeline.load(Qwen3ForCausalLM, "text_encoder", pretrained), tokenizer)
+
+    # Noise
+
+    def mu(self, num_inference_steps: int, shape: Sequence[int]) -> float:
+        """See :meth:`FlowFamily.mu`; linear in the number of tokens and, up to 4300 of them, in that of steps."""
+        tokens = shape[-2] * shape[-1]
+        of_200 = 0.00016927 * tokens + 0.45666666
+        of_10 = 8.73809524e-05 * tokens + 1.89833333
+        return of_200 if tokens > 4300 else of_200 + (of_200 - of_10) / 190 * (num_inference_steps - 200)
+
+    # Guidance
+
+    @property
+    def default_guidance(self) -> float | None:
+        """See :attr:`Family.default_guidance`."""
+        return None if self.distilled else 4.0
+
+    def needs_uncond(self, scale: float | None) -> bool:
+        """See :meth:`Family.needs_uncond`."""
+        return not self.distilled and super().needs_uncond(scale)
+
+    # Network
+
+    def velocity(
+        self, network: Any, latents: Tensor, sigma: Tensor, conditioning: Conditioning, guidance: float | None
+    ) -> Tensor:
+        """See :meth:`FlowFamily.velocity`."""
+        dtype, text = network.x_embedder.weight.dtype, conditioning.prompt_embeds
+        text_ids, image_ids = positions(text.shape[1], latents)
+        output = network(
+            hidden_states=latents.flatten(2).transpose(1, 2).to(dtype),
+            encoder_hidden_states=text.to(dtype),
+            timestep=sigma,
+            img_ids=image_ids,
+            txt_ids=text_ids,
+            guidance=None,
+        ).sample
+        velocity: Tensor = output.transpose(1, 2).unflatten(2, latents.shape[-2:])
+        return velocity
+
+    # Features
+
+    def begin(self, network: Any, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tokens:
+        """See :meth:`FlowFamily.begin`."""
+        dtype = network.x_embedder.weight.dtype
+        tokens = latents.flatten(2).transpose(1, 2).to(dtype)
+        temb = network.time_guidance_embed(1000 * sigma.to(dtype), None)
+        text = network.context_embedder(conditioning.prompt_embeds.to(dtype))
+        others = {
+            "dual": {
+                "temb_mod_img": network.double_stream_modulation_img(temb),
+                "temb_mod_txt": network.double_stream_modulation_txt(temb),
+            },
+            "single": {"temb_mod": network.single_stream_modulation(temb), "split_hidden_states": True},
+            "rotary": network.pos_embed(torch.cat(positions(text.shape[1], latents))),
+        }
+        rows, columns = latents.shape[-2:]
+        return Tokens(network.x_embedder(tokens), text, temb, (rows, columns), others=others)
+
+    def step(self, block: nn.Module, tokens: Tokens, number: int) -> tuple[Tensor, Tensor]:
+        """See :meth:`FlowFamily.step`."""
+        text, visual = block(
+            hidden_states=tokens.visual,
+            encoder_hidden_states=tokens.text,
+            image_rotary_emb=tokens.others["rotary"],
+            **tokens.others["dual" if self._is_dual(number) else "single"],
+        )
+        return visual, text
+
+    def _is_dual(self, number: int) -> bool:
+        return number <= int(self.config["num_layers"])
+
+    @property
+    def width(self) -> int:
+        """See :attr:`FlowFamily.width`."""
+        return int(self.config["num_attention_heads"] * self.config["attention_head_dim"])
+
+    @property
+    def temb_dim(self) -> int:
+        """See :attr:`FlowFamily.temb_dim`."""
+        return self.width
+
+    def unread(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
+        """See :meth:`FlowFamily.unread`."""
+        return unread_of_dual(visual, text) if number and self._is_dual(number) else ()
+
+    def unread_outside(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
+        """See :meth:`FlowFamily.unread_outside`; the modulation of blocks that are not there."""
+        if not self._is_dual(number):
+            return ()
+        dual = () if number else ("double_stream_modulation_img", "double_stream_modulation_txt")
+        return (*dual, "single_stream_modulation", *(() if number or text else ("context_embedder",)))
+
+
+def positions(length: int, latents: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the positions ``(n, 4)`` of tokens: (0, 0, 0, j) for text, (0, row, column, 0) for canonical latents."""
+    rows, columns = latents.shape[-2:]
+
+    def product(*sizes: int) -> Tensor:
+        return torch.cartesian_prod(*(torch.arange(size, device=latents.device) for size in sizes)).float()
+
+    return product(1, 1, 1, length), product(1, rows, columns, 1)
+
+
+@register_backbone
+def flux2_klein(source: str, **options: Any) -> FamilyBackbone:
+    """Load the first blocks of FLUX.2-klein: 4B (Apache-2.0) or 9B (FLUX Non-Commercial License).
+
+    Args:
+        source: Diffusers pipeline folder, or hub id.
+        options: See :func:`~latentreward.families.backbone.load_family_backbone`.
+    """
+    return load_family_backbone(source, "flux2_klein", **options)

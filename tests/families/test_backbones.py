@@ -1,0 +1,107 @@
+"""Rewards on every family: features as promised, gradients for all that trains, scores of rows by themselves."""
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from latentreward.backbones import LoRA, create_backbone
+from latentreward.errors import InputError
+from latentreward.heads import CLIPProjectionHead, GatedQFormerHead, RewardHead
+from tests.families.twins import PROMPTS, TWINS, Twin, noise_for
+
+every_twin = pytest.mark.parametrize("twin", TWINS.values(), ids=TWINS.keys())
+every_head = pytest.mark.parametrize("kind", ["q_former", "projection"])
+
+
+class Scorer(nn.Module):
+    """A backbone with a head."""
+
+    def __init__(self, twin: Twin, kind: str, **options: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        taps = [*range(1, twin.layers)]
+        settings = {"visual_taps": taps, "text_taps": taps if kind == "q_former" else [], "tuning": "lora", **options}
+        if settings["tuning"] == "lora":
+            settings["lora"] = LoRA(2, 4.0)
+        self.backbone = create_backbone(twin.backbone, source=twin.folder, **settings)
+        spec = self.backbone.feature_spec
+        self.head: RewardHead = (
+            GatedQFormerHead(spec, num_queries=2, num_heads=2)
+            if kind == "q_former"
+            else CLIPProjectionHead(spec, guidance=2.0, embed_dim=8)
+        )
+        if not self.head.reads_text:
+            self.backbone.drop_text_taps()
+        if not self.head.reads_temb:
+            self.backbone.drop_time_embedding()
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if "lora_B" in name or name.startswith("head"):
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+
+    def forward(self, latents: Tensor, sigmas: Tensor, prompts: tuple[str, ...]) -> Tensor:
+        uncond = self.backbone.encode_prompts([""]) if self.head.needs_uncond else None
+        features = self.backbone(latents, 1000 * sigmas, self.backbone.encode_prompts(prompts), uncond)
+        return self.head(features)
+
+
+def inputs(twin: Twin) -> tuple[Tensor, Tensor]:
+    return noise_for(twin.source().resolve_family().latent_shape(*twin.size)), torch.tensor([0.3, 0.7])
+
+
+@every_head
+@every_twin
+def test_a_score_does_not_depend_on_other_rows(twin: Twin, kind: str) -> None:
+    model, (latents, sigmas) = Scorer(twin, kind).eval(), inputs(twin)
+    with torch.no_grad():
+        together = model(latents, sigmas, PROMPTS)
+        alone = [model(latents[[row]], sigmas[[row]], PROMPTS[row : row + 1]) for row in range(2)]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
+    assert together[0] != together[1]
+
+
+@every_head
+@every_twin
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_all_that_trains_has_a_gradient(twin: Twin, kind: str, tuning: str) -> None:
+    """Else DDP would stop at its second step."""
+    model, (latents, sigmas) = Scorer(twin, kind, tuning=tuning).train(), inputs(twin)
+    model(latents, sigmas, PROMPTS).square().sum().backward()
+    missing = [name for name, weight in model.named_parameters() if weight.requires_grad and weight.grad is None]
+    assert not missing
+
+
+@every_twin
+def test_latents_get_a_gradient(twin: Twin) -> None:
+    model, (latents, sigmas) = Scorer(twin, "q_former").eval(), inputs(twin)
+    latents.requires_grad_()
+    model(latents, sigmas, PROMPTS).sum().backward()
+    assert latents.grad is not None and latents.grad.isfinite().all() and latents.grad.flatten(1).any(dim=1).all()
+
+
+@every_twin
+def test_the_meta_device_shows_widths_and_space(twin: Twin) -> None:
+    with torch.device("meta"):
+        model = Scorer(twin, "q_former")
+    real = Scorer(twin, "q_former")
+    assert model.backbone.feature_spec == real.backbone.feature_spec
+    assert model.backbone.latent_space == real.backbone.latent_space
+    assert all(weight.is_meta for weight in model.backbone.transformer.parameters())
+    assert model.backbone.noise_process.timesteps.device.type == "cpu"
+
+
+@every_twin
+def test_taps_beyond_the_network_are_refused(twin: Twin) -> None:
+    with pytest.raises(InputError, match=rf"num_layers={twin.layers + 1} must lie between 1 and the network's"):
+        create_backbone(twin.backbone, source=twin.folder, num_layers=twin.layers + 1, tuning="frozen")
+
+
+def test_a_backbone_of_another_family_is_refused() -> None:
+    twins = {twin.family: twin for twin in TWINS.values()}
+    names = [*twins]
+    for name, other in pairwise(names):
+        with pytest.raises(InputError, match="choose the backbone of that family or another source"):
+            create_backbone(twins[name].backbone, source=twins[other].folder)
