@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-from latentreward.contracts import LatentSpace, NoisyStates, PreferenceBatch
+from latentreward.contracts import LatentSpace, NoisyStates, PreferenceBatch, PromptBatch
 from latentreward.data.alignment.prompts import PromptLoaders
 from latentreward.modules import (
     DiffusionDPOModule,
@@ -25,8 +26,6 @@ from latentreward.rollout import Branching, QuantileThreshold, Sampling
 from tests.families.twins import PROMPTS, TWINS, Twin, noise_for
 from tests.modules.lpo_runs import make_trainer
 from tests.modules.simple_reward import FirstChannelReward
-
-PREDICTED = "predicted"
 
 
 class Redness(Reward):
@@ -108,12 +107,10 @@ def test_two_steps(twin: Twin, method: str, tmp_path: Path) -> None:
     before = {name: weight.detach().clone() for name, weight in module.policy.named_parameters()}
     data: Any = PromptLoaders(PROMPTS, batch_size=2, prompts_per_rollout=2, batches_per_epoch=2, seed=1)
     if method == "diffusion_dpo":
-        data = [pairs(module.policy, twin)] * 2
+        data = DataLoader([pairs(module.policy, twin)] * 2, batch_size=None)
     elif method == "refl":
-        from latentreward.data.alignment.prompts import PromptBatch
-
-        data = [PromptBatch(PROMPTS, ("0/0", "0/1"))] * 2
-    keys = {"train_dataloaders": data} if isinstance(data, list) else {"datamodule": data}
+        data = DataLoader([PromptBatch(PROMPTS, ("0/0", "0/1"))] * 2, batch_size=None)
+    keys = {"train_dataloaders": data} if isinstance(data, DataLoader) else {"datamodule": data}
     make_trainer(tmp_path, max_steps=2, max_epochs=-1).fit(module, **keys)
     for name, weight in module.policy.named_parameters():
         assert weight.isfinite().all(), name
