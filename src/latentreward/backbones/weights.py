@@ -32,6 +32,8 @@ REFUSED = ("missing", "unexpected", "mismatched")
 """Kinds of mismatch between a model and its files that are errors."""
 POSITIONS = ".position_ids"
 """End of the name of a tensor of integers that old CLIP files hold."""
+COUNTED = (POSITIONS, ".num_batches_tracked")
+"""Ends of the names of tensors that may be integers; the second is of batch norms, as FLUX.2's VAE has one."""
 PLACES = "_stored_places"
 """Name of the attribute in which a mapped model keeps the places of its values; :func:`settle` removes it."""
 _postponed: ContextVar[list[Callable[[], None]] | None] = ContextVar("postponed", default=None)
@@ -95,7 +97,7 @@ def map_model(
     stem = "diffusion_pytorch_model" if of_diffusers else "model"
     weights = map_weights(find_weights(source, stem, variant=variant, **place))
     for name, tensor in weights.tensors.items():
-        if not tensor.is_floating_point() and not name.endswith(POSITIONS):
+        if not tensor.is_floating_point() and not name.endswith(COUNTED):
             raise InputError(
                 f"cannot load {where}: tensor {name} has type {str(tensor.dtype).removeprefix('torch.')}; get files "
                 "with weights in floating point, not quantised ones"
@@ -108,7 +110,7 @@ def map_model(
     except Exception as error:  # for wrong values in a config the libraries raise errors of many types
         raise InputError(f"cannot load {where}: {first_line(error)}") from error
     for kind in refused:
-        names = sorted(name for name in report[kind] if not name.endswith(POSITIONS))
+        names = sorted(name for name in report[kind] if not name.endswith(COUNTED))
         if names:
             raise InputError(
                 f"cannot load {where}: {kind} tensor {names[0]} ({len(names)} in all); get the files again"
@@ -357,7 +359,7 @@ def encoder_config(family: type[Any], source: str, **place: Any) -> Any:
         config = family.config_class.from_pretrained(source, **place)
     except Exception as error:  # for wrong values the library raises errors of many types
         raise InputError(f"cannot load {where}: {first_line(error)}") from error
-    check_depth(config.to_dict(), where)
+    check_depth(with_tables(config), where)
     attention = config._attn_implementation
     if attention not in OWN_ATTENTION:
         raise InputError(
@@ -365,6 +367,17 @@ def encoder_config(family: type[Any], source: str, **place: Any) -> Any:
             "downloaded and run; remove the entry"
         )
     return config
+
+
+def with_tables(config: Any) -> dict[str, Any]:
+    """Return a transformers config as plain values; without the number of positions where the class has no table.
+
+    Classes with rotary positions name far more of them (Qwen3 40960), and compute each when it is used.
+    """
+    values: dict[str, Any] = config.to_dict()
+    if hasattr(type(config), "rope_parameters"):
+        values.pop("max_position_embeddings", None)
+    return values | {name: with_tables(getattr(config, name)) for name in config.sub_configs}
 
 
 @contextmanager
