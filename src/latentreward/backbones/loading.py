@@ -201,10 +201,12 @@ class PipelineSource:
         Raises:
             InputError: If the pipeline does not have ``part``, or the vocabulary does not fit the text encoder.
         """
-        from transformers import CLIPTokenizer, T5TokenizerFast
+        from transformers import CLIPTokenizer, Qwen2Tokenizer, T5TokenizerFast
 
         self._require(part)
-        family = T5TokenizerFast if self.index[part][1].startswith("T5") else CLIPTokenizer
+        kinds = {"T5": T5TokenizerFast, "Qwen2": Qwen2Tokenizer}
+        named = str(self.index[part][1])
+        family: Any = next((kind for name, kind in kinds.items() if named.startswith(name)), CLIPTokenizer)
         try:
             tokenizer = family.from_pretrained(self.source, subfolder=part, revision=self.revision)
         except (OSError, ValueError) as error:
