@@ -28,13 +28,19 @@ def test_taps_equal_hooks(twin: Twin) -> None:
         found = {tensor.shape: tensor for tensor in (visual, text)}
         seen = outputs[tap] if isinstance(outputs[tap], tuple | list) else [outputs[tap]]
         for output in seen:
-            joint = any(output.shape[1] >= visual.shape[1] + text.shape[1] for _ in (0,))
-            rows = torch.cat([visual, text], dim=1) if joint else found.get(output.shape)
-            assert rows is not None, f"block {tap} gives {tuple(output.shape)}"
-            if joint:  # the same tokens, in the family's own order and with its padding
-                for tokens in (visual, text):
-                    missing = torch.cdist(tokens.double(), output.double()).amin(dim=2)
-                    mask = features.text_mask if tokens is text and features.text_mask is not None else None
-                    assert (missing if mask is None else missing[mask]).max() < 1e-5
-            else:
+            if output.shape[1] < visual.shape[1] + text.shape[1]:
+                rows = found.get(output.shape)
+                assert rows is not None, f"block {tap} gives {tuple(output.shape)}"
                 torch.testing.assert_close(rows, output, rtol=0, atol=1e-6)
+            else:
+                for row, joint in enumerate(output):
+                    of_prompt = slice(None) if features.text_mask is None else features.text_mask[row]
+                    for tokens in (visual[row], text[row][of_prompt]):
+                        assert_part(tokens, joint)
+
+
+def assert_part(tokens: torch.Tensor, joint: torch.Tensor) -> None:
+    """Assert that tokens lie in a joint sequence, one after another in their own order."""
+    distances, places = torch.cdist(tokens.double(), joint.double()).min(dim=1)
+    assert distances.max() < 1e-5
+    assert (places.diff() == 1).all()

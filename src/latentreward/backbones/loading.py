@@ -205,10 +205,10 @@ class PipelineSource:
         Raises:
             InputError: If the pipeline does not have ``part``, or the vocabulary does not fit the text encoder.
         """
-        from transformers import CLIPTokenizer, Qwen2Tokenizer, T5TokenizerFast
+        from transformers import CLIPTokenizer, GemmaTokenizer, Qwen2Tokenizer, T5TokenizerFast
 
         self._require(part)
-        kinds = {"T5": T5TokenizerFast, "Qwen2": Qwen2Tokenizer}
+        kinds = {"T5": T5TokenizerFast, "Qwen2": Qwen2Tokenizer, "Gemma": GemmaTokenizer}
         named = str(self.index[part][1])
         family: Any = kind or next((one for name, one in kinds.items() if named.startswith(name)), CLIPTokenizer)
         try:

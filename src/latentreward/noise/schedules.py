@@ -63,19 +63,25 @@ def shifted_levels(config: Mapping[str, Any], num_inference_steps: int, mu: floa
     Args:
         config: The pipeline's saved scheduler config.
         num_inference_steps: Number of steps n.
-        mu: Logarithm of the shift, which counts under ``use_dynamic_shifting``.
+        mu: Logarithm of the shift, which counts under ``use_dynamic_shifting``; None for pipelines with a static one.
 
     Returns:
         Timesteps ``(n,)``, 1000·σ, and noise levels ``(n + 1,)``, the last one 0; float32.
 
     Raises:
-        InputError: If the number of steps is out of range, or the config has ``invert_sigmas``.
+        InputError: If the number of steps is out of range, or the config has ``invert_sigmas``, or
+            ``use_dynamic_shifting`` without ``mu``.
     """
     import numpy as np
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     if config.get("invert_sigmas"):
         raise InputError("the scheduler config has invert_sigmas=true, which is not supported; set it to false")
+    if config.get("use_dynamic_shifting") and mu is None:
+        raise InputError(
+            "the scheduler config has use_dynamic_shifting=true, but pipelines of this family have a static shift; set "
+            "it to false, and shift to the one to sample with"
+        )
     if not 1 <= num_inference_steps <= 1000:
         raise InputError(f"num_inference_steps={num_inference_steps} must lie in 1..1000, the scheduler's levels")
     with torch.device("cpu"):
