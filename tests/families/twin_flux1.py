@@ -4,12 +4,13 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPi
 from torch import Tensor
 from transformers import CLIPTextModel, T5Config, T5EncoderModel
 
+from tests.families.flux_vae import flux_vae
 from tests.families.twins import Twin
-from tests.tiny_pipelines import WIDTH, clip_config, clip_tokenizer, t5_tokenizer, vae
+from tests.tiny_pipelines import WIDTH, clip_config, clip_tokenizer, t5_tokenizer
 
-CHANNELS = 4
-DOWNSCALE = 2
-"""Pixels per latent of the tiny VAE."""
+CHANNELS = 16
+DOWNSCALE = 8
+"""Pixels per latent of the VAE."""
 
 
 def flux1(dev: bool) -> DiffusionPipeline:
@@ -20,7 +21,7 @@ def flux1(dev: bool) -> DiffusionPipeline:
     )
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(**shift, base_image_seq_len=256, max_image_seq_len=4096),
-        vae=vae(0.3611, CHANNELS, shift_factor=0.1159),
+        vae=flux_vae(),
         text_encoder=CLIPTextModel(clip_config(tokenizer)),
         tokenizer=tokenizer,
         text_encoder_2=T5EncoderModel(t5),
