@@ -93,7 +93,7 @@ class Flux1(FlowFamily):
         if taken != patches:
             raise InputError(
                 f"source={self.pipeline.source!r}: the transformer takes {taken} channels, but 2×2 patches of the "
-                f"VAE's latents have {patches}; give a text-to-image pipeline (Fill, Canny and Depth take images as well)"
+                f"VAE's latents have {patches}; give a text-to-image pipeline (Fill, Canny and Depth also take images)"
             )
 
     @property
