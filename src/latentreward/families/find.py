@@ -16,6 +16,7 @@ UNSUPPORTED: Mapping[str, str] = {
     "FluxControlPipeline": "it takes a control image",
     "FluxControlNetPipeline": "it takes a control image",
     "Flux2Pipeline": "the text path of FLUX.2-dev (Mistral, 24 billion parameters) is not supported; use FLUX.2-klein",
+    "Flux2KleinKVPipeline": "it edits given images",
     "ZImageOmniPipeline": "it takes images as conditions",
     "QwenImageEditPipeline": "it edits a given image",
     "QwenImageEditPlusPipeline": "it edits given images",

@@ -92,8 +92,8 @@ class Flux1(FlowFamily):
         patches, taken = 4 * self.latent_space.channels, self.config["in_channels"]
         if taken != patches:
             raise InputError(
-                f"source={self.pipeline.source!r}: the transformer takes {taken} channels, but patches of the VAE's "
-                f"latents have {patches}; give a text-to-image pipeline (Fill, Canny and Depth take images as well)"
+                f"source={self.pipeline.source!r}: the transformer takes {taken} channels, but 2×2 patches of the "
+                f"VAE's latents have {patches}; give a text-to-image pipeline (Fill, Canny and Depth also take images)"
             )
 
     @property
