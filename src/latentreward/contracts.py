@@ -53,7 +53,8 @@ class TensorRecord:
 class ImageRef:
     """Reference to one image of a data set that is not yet decoded: the encoded bytes, or the file that holds them.
 
-    With ``holds="latents"`` the bytes are those of an ``np.save`` file with scaled latents ``(C, h, w)``.
+    With ``holds="latents"`` the bytes are those of an ``np.save`` file with scaled latents ``(C, h, w)``, or
+    ``(C, 1, h, w)`` in a space with a time axis.
 
     Attributes:
         image_key: Stable name of the *image* (uid, relative path or content hash). An image may be in several pairs
@@ -279,7 +280,7 @@ class Conditioning(TensorRecord):
         if mask is None:
             mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         missing = length - tokens.shape[1]
-        if missing < 0:
+        if missing <= 0:
             return replace(self, prompt_embeds=tokens[:, :length], prompt_mask=mask[:, :length])
         return replace(self, prompt_embeds=F.pad(tokens, (0, 0, 0, missing)), prompt_mask=F.pad(mask, (0, missing)))
 

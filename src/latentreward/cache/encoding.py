@@ -37,8 +37,8 @@ class EncodeBatch(TensorRecord):
         first: Index of the batch's first row in the shard.
         names: Image keys, or the prompts themselves.
         pixels: ``(n, 3, H, W)`` in [-1, 1]; None for latents and prompts.
-        noise: ``(n, C, h, w)`` standard normal, for a sample of the VAE's posterior; None for its mode.
-        latents: ``(n, C, h, w)`` latents that need no encoding; None for images and prompts.
+        noise: ``(n, C, ...)`` standard normal, for a sample of the VAE's posterior; None for its mode.
+        latents: ``(n, C, ...)`` latents that need no encoding; None for images and prompts.
         unreadable: Index of a row in the shard → why its image could not be read.
     """
 
@@ -177,12 +177,15 @@ class ShardEncoder(LightningModule):
         self.vae, self.text, self.storage = encoders.vae, encoders.text, dtype
 
     def predict_step(self, batch: EncodeBatch, batch_idx: int) -> dict[str, Tensor]:
-        """Encode a batch to the tensors of its shard, ``len(batch)`` rows each, in the stored dtype.
+        """Encode a batch to the tensors of its shard in the stored dtype, ``len(batch)`` rows each.
+
+        Of prompts with a mask the tokens follow each other without padding.
 
         Raises:
             InputError: If a value is not finite, because the encoder or the stored dtype has overflowed.
         """
-        rows = {name: tensor.to(self.storage) for name, tensor in self._encoded(batch).items()}
+        encoded, mask = self._encoded(batch)
+        rows = {name: tensor.to(self.storage) for name, tensor in encoded.items()}
         for tensor in rows.values():
             finite = tensor.isfinite().flatten(1).all(dim=1)
             if not finite.all():
@@ -191,24 +194,31 @@ class ShardEncoder(LightningModule):
                     f"{batch.shard.kind} of {name!r:.80} are not finite in {self.storage}; set dtype and the encoder's "
                     "own to bfloat16 or float32"
                 )
+        if mask is not None:
+            rows[layout.PROMPT_EMBEDS] = rows[layout.PROMPT_EMBEDS][mask]
+            rows[layout.PROMPT_LENGTHS] = mask.sum(dim=1, dtype=torch.int32)
         return rows
 
-    def _encoded(self, batch: EncodeBatch) -> dict[str, Tensor]:
+    def _encoded(self, batch: EncodeBatch) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Return the rows of each tensor, and the mask of prompts with unequal numbers of tokens."""
         if batch.shard.kind == "text":
             assert self.text is not None
             text = self.text(batch.names)
-            return {layout.PROMPT_EMBEDS: text.prompt_embeds, layout.POOLED_PROMPT_EMBEDS: text.pooled_prompt_embeds}
+            rows = {layout.PROMPT_EMBEDS: text.prompt_embeds, layout.POOLED_PROMPT_EMBEDS: text.pooled_prompt_embeds}
+            return {name: tensor for name, tensor in rows.items() if tensor is not None}, text.prompt_mask
         if batch.latents is not None:
-            return {layout.LATENTS: batch.latents}
+            return {layout.LATENTS: batch.latents}, None
         assert self.vae is not None and batch.pixels is not None
         latents = self.vae.encode(batch.pixels, batch.noise)
         for row in batch.unreadable or ():
             latents[row - batch.first] = 0
-        return {layout.LATENTS: latents}
+        return {layout.LATENTS: latents}, None
 
 
 class ShardsToDisk(Callback):
     """Callback that writes the rows from :class:`ShardEncoder` to shards, and a manifest after a shard's last row.
+
+    Prompts with a mask are held in memory until their shard is complete, because a file begins with its tensors' sizes.
 
     Args:
         folder: Folder of the cache, which must hold a plan when prediction starts.
@@ -218,6 +228,7 @@ class ShardsToDisk(Callback):
         self.folder = folder
         self._writer: ShardWriter | None = None
         self._unreadable: dict[int, str] = {}
+        self._held: list[dict[str, Tensor]] = []
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read the plan of the cache."""
@@ -228,13 +239,21 @@ class ShardsToDisk(Callback):
     ) -> None:
         """Write the rows of one batch, and the manifest after the last batch of a shard."""
         with write_errors_named(self.folder, KEPT):
-            if batch.first == 0:
-                shapes, dtype = tensor_shapes(self.plan, batch.shard), getattr(torch, self.plan.spec.dtype)
+            first, last = batch.first, batch.first + len(batch) == batch.shard.count
+            if layout.PROMPT_LENGTHS in outputs:
+                self._held.append({name: tensor.cpu() for name, tensor in outputs.items()})
+                if not last:
+                    return
+                outputs = {name: torch.cat([rows[name] for rows in self._held]) for name in outputs}
+                first, self._held = 0, []
+            if first == 0:
+                shapes = tensor_shapes(self.plan, batch.shard, len(outputs.get(layout.PROMPT_EMBEDS, ())))
+                dtype = getattr(torch, self.plan.spec.dtype)
                 self._writer, self._unreadable = ShardWriter(self.folder / batch.shard.name, shapes, dtype), {}
             assert self._writer is not None
-            self._writer.write(batch.first, outputs)
+            self._writer.write(first, outputs)
             self._unreadable.update(batch.unreadable or {})
-            if batch.first + len(batch) == batch.shard.count:
+            if last:
                 sha256, count, plan = self._writer.finish(), batch.shard.count, self.plan
                 self._writer = None
                 manifest = ShardManifest(count, sha256, plan.spec.hash, plan.hash, self._unreadable)

@@ -8,8 +8,13 @@
     CACHE/prompts.parquet                      one row per distinct prompt: shard and row of its embeddings
     CACHE/shards.parquet                       one row per shard; the row's index is the shard's number
     CACHE/sources.parquet                      one row per cached image: its row and side in the reader, for writing
-    CACHE/latents/HHHHxWWWW-NNNNN.safetensors  one tensor "latents" (N, C, h, w) of images of H × W pixels
+    CACHE/latents/HHHHxWWWW-NNNNN.safetensors  one tensor "latents" (N, C, h, w) of images of H × W pixels, or
+                                               (N, C, 1, h, w) in a latent space with a time axis
     CACHE/text/NNNNN.safetensors               "prompt_embeds" (N, L, D) and "pooled_prompt_embeds" (N, P)
+
+A text encoder without a pooled vector leaves "pooled_prompt_embeds" out. Of a text encoder with a mask only the tokens
+of the prompts are stored, one prompt after the other: "prompt_embeds" is (tokens, D), and "prompt_lengths" (N,) int32
+holds the number of tokens of each prompt.
 
 Each shard has a manifest, named as the shard with ``.json`` appended, which is written last: a shard without a manifest
 is not finished. Files hold no time stamps, so that their bytes depend on the data and the settings alone.
@@ -34,6 +39,7 @@ PAIRS, IMAGES, PROMPTS = "pairs.parquet", "images.parquet", "prompts.parquet"
 SHARDS, SOURCES = "shards.parquet", "sources.parquet"
 LATENTS_FOLDER, TEXT_FOLDER = "latents", "text"
 LATENTS, PROMPT_EMBEDS, POOLED_PROMPT_EMBEDS = "latents", "prompt_embeds", "pooled_prompt_embeds"
+PROMPT_LENGTHS = "prompt_lengths"
 """Names of the tensors in a shard."""
 TEMPORARY = ".tmp"
 """Extension by which an earlier version named unfinished files."""
@@ -117,12 +123,14 @@ class TextSpec:
 
     Attributes:
         fingerprint: See :func:`latentreward.encoders.fingerprint.text_fingerprint`.
-        num_tokens: L of ``prompt_embeds`` (N, L, D).
+        num_tokens: Number of tokens of each prompt; with a mask, the greatest number.
         token_dim: D of ``prompt_embeds``.
-        pooled_dim: P of ``pooled_prompt_embeds`` (N, P).
+        pooled_dim: P of ``pooled_prompt_embeds`` (N, P); 0 if there is none.
         dtype: Dtype that the text encoders ran in.
         batch_size: Number of prompts encoded together.
         prompts_per_shard: Largest number of prompts in a shard.
+        masked: Whether prompts have unequal numbers of tokens, see
+            :attr:`~latentreward.encoders.prompts.PromptEncoder.masked`.
     """
 
     fingerprint: str
@@ -132,6 +140,11 @@ class TextSpec:
     dtype: CacheDtype
     batch_size: int
     prompts_per_shard: int
+    masked: bool = False
+
+    def record(self) -> dict[str, Any]:
+        """Return the fields as plain values, without ``masked`` if False: earlier versions' hashes stay valid."""
+        return {name: value for name, value in asdict(self).items() if name != "masked" or value}
 
 
 @dataclass(frozen=True)
@@ -184,7 +197,8 @@ class CacheSpec:
 
     def record(self) -> dict[str, Any]:
         """Return the fields as plain values, without ``exif`` if None, so that earlier versions' hashes stay valid."""
-        values = {**asdict(self), "latent_space": self.latent_space.record()}
+        text = None if self.text is None else self.text.record()
+        values = {**asdict(self), "latent_space": self.latent_space.record(), "text": text}
         return {name: value for name, value in values.items() if name != "exif" or value is not None}
 
     @classmethod

@@ -4,7 +4,6 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from latentreward.contracts import LatentSpace
 from latentreward.data.buckets import MIN_PIXELS, PUBLISHED_BUCKETS, Bucket, assign_bucket, sort_buckets
 from latentreward.data.images import MAX_PIXELS, ResizePolicy
 from latentreward.errors import InputError, check_at_least_one, check_multiples
@@ -74,16 +73,19 @@ class ImageSettings:
         """Tell whether planning needs the sizes of images, which are read from their headers."""
         return self.size is None or self.smallest() > 0
 
-    def check(self, space: LatentSpace) -> None:
-        """Check that the VAE can encode all sizes.
+    def check(self, multiple: int) -> None:
+        """Check that the model takes all sizes.
+
+        Args:
+            multiple: Number of pixels of which both sides of an image must be multiples.
 
         Raises:
-            InputError: If a side is not a multiple of the VAE's downscale factor.
+            InputError: If a side is not such a multiple.
         """
         sizes = self.bucket_sizes() if self.size is None else (self.one_size(),)
         for bucket in sizes:
             name = f"images.buckets: {bucket}" if self.size is None else "images.size"
-            check_multiples(name, bucket, space.downscale)
+            check_multiples(name, bucket, multiple)
 
     def sizes_of_pair(self, a: Bucket | None, b: Bucket | None) -> tuple[Bucket, Bucket] | str:
         """Return the sizes at which the two images of a pair are cached, or the reason why the pair is left out.

@@ -27,6 +27,7 @@ class Encoders:
 
     Attributes:
         space: Space of the latents.
+        side_multiple: Number of pixels of which both sides of an image must be multiples.
         vae: VAE; None if the reader already holds latents.
         vae_fingerprint: Fingerprint of the VAE; None without a VAE.
         text: Text encoder; None if prompts are not cached.
@@ -34,6 +35,7 @@ class Encoders:
     """
 
     space: LatentSpace
+    side_multiple: int
     vae: LatentEncoder | None = None
     vae_fingerprint: str | None = None
     text: PromptEncoder | None = None
@@ -74,12 +76,14 @@ class PipelineEncoders(LatentSource):
         vae_dtype: Dtype of the VAE; SDXL's VAE overflows in float16.
         posterior: ``sample`` stores one sample of the VAE's posterior per image, ``mode`` stores its mode.
         batch_size: Number of images encoded together.
-        text: Whether to cache the embeddings of each distinct prompt; only for models whose text encoder is frozen.
+        text: ``states`` or True caches the embeddings of each distinct prompt, only for models whose text encoder is
+            frozen; ``none`` or False caches none.
         text_dtype: Dtype of the text encoders.
         text_batch_size: Number of prompts encoded together.
         prompts_per_shard: Largest number of prompts in a file; SD3's embeddings take 2.6 MiB per prompt in 16 bits.
         load_t5: Whether to use T5 (SD3, SD3.5).
-        t5_length: Number of T5 tokens per prompt (SD3, SD3.5), which must be that of the reward model.
+        t5_length: Number of T5 tokens per prompt, which must be that of the reward model; None takes the pipeline's
+            own (256 for SD3 and SD3.5, 0 for ``sd35_tiny``).
     """
 
     holds: Contents = "images"
@@ -93,18 +97,18 @@ class PipelineEncoders(LatentSource):
         vae_dtype: CacheDtype = "float32",
         posterior: Literal["sample", "mode"] = "sample",
         batch_size: int = 8,
-        text: bool = False,
+        text: bool | Literal["none", "states"] = False,
         text_dtype: CacheDtype = "float32",
         text_batch_size: int = 32,
         prompts_per_shard: int = 256,
         load_t5: bool = True,
-        t5_length: int = 256,
+        t5_length: int | None = None,
     ) -> None:
         sizes = {"batch_size": batch_size, "text_batch_size": text_batch_size, "prompts_per_shard": prompts_per_shard}
         check_at_least_one("encoder.", **sizes)
         self.source, self.revision, self.variant = source, revision, variant
         self.vae_dtype, self.posterior, self.batch_size = vae_dtype, posterior, batch_size
-        self.text, self.text_dtype = text, text_dtype
+        self.text, self.text_dtype = text in (True, "states"), text_dtype
         self.text_batch_size, self.prompts_per_shard = text_batch_size, prompts_per_shard
         self.load_t5, self.t5_length = load_t5, t5_length
 
@@ -121,8 +125,9 @@ class PipelineEncoders(LatentSource):
 
         family = find_family(PipelineSource(self.source, self.revision, self.variant))
         vae = family.load_latent_encoder(self.vae_dtype)
+        images = vae.space, family.side_multiple, vae, vae_fingerprint(vae.vae)
         if not self.text:
-            return Encoders(vae.space, vae, vae_fingerprint(vae.vae))
+            return Encoders(*images)
         text = family.load_prompt_encoder(self.t5_length, self.load_t5).eval().requires_grad_(False)
         settle(text, getattr(torch, self.text_dtype))  # T5 in float32 would take 19 GB before it is rounded
         spec = TextSpec(
@@ -133,8 +138,9 @@ class PipelineEncoders(LatentSource):
             dtype=self.text_dtype,
             batch_size=self.text_batch_size,
             prompts_per_shard=self.prompts_per_shard,
+            masked=text.masked,
         )
-        return Encoders(vae.space, vae, vae_fingerprint(vae.vae), text, spec)
+        return Encoders(*images, text, spec)
 
 
 class PublishedLatents(LatentSource):
@@ -156,4 +162,4 @@ class PublishedLatents(LatentSource):
 
     def load(self) -> Encoders:
         """Return the latent space alone; no encoder is loaded."""
-        return Encoders(self.latent_space)
+        return Encoders(self.latent_space, self.latent_space.downscale)

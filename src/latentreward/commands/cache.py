@@ -59,7 +59,8 @@ def cache(
 ) -> None:
     """Write the latents of a data set's images, and optionally embeddings of its prompts, to a folder.
 
-    The same command resumes a run that was stopped in any way, and writes damaged files again.
+    The same command resumes a run that was stopped in any way, and writes damaged files again. Before it encodes, it
+    prints the bytes to write; a disk with too little space is refused.
 
     Args:
         output: Folder of the cache.
@@ -91,9 +92,9 @@ def cache(
     kept = f"finished shards are kept in {folder}: the same command goes on there"
     with interrupts_told(lambda: kept):
         encoders = encoder.load()
-        images.check(encoders.space)
+        images.check(encoders.side_multiple)
         spec = make_spec(encoder, encoders, images, dtype, seed, images_per_shard, reader.exif)
-        data = EncodingDataModule(folder, reader, images, spec, num_workers)
+        data = EncodingDataModule(folder, reader, images, spec, num_workers, encoders.text)
         rate = EncodingRate()
         runner = make_trainer(trainer, [StopOnSigterm(), OneThread(), ShardsToDisk(folder), rate])
         try:

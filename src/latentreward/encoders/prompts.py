@@ -22,6 +22,7 @@ class PromptEncoder(nn.Module, ABC):
         pooled_dim: Width of the pooled vector; 0 for families without one.
         masked: Whether encoded prompts have a mask. Then ``num_tokens`` is the greatest number of tokens, the tokens of
             a prompt come first, and a batch is as long as its longest prompt.
+        dropped_tokens: Number of tokens before the prompt's own whose embeddings a masked encoder drops.
         unread: Names of submodules that no output depends on. They are frozen, because DDP fails on trainable
             parameters without a gradient.
         tokens_only: Names of submodules that the token embeddings depend on, but not the pooled vector.
@@ -31,16 +32,27 @@ class PromptEncoder(nn.Module, ABC):
     token_dim: int
     pooled_dim: int
     masked: bool = False
+    dropped_tokens: int = 0
     unread: tuple[str, ...] = ()
     tokens_only: tuple[str, ...] = ()
 
     @abstractmethod
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
-        """Return token ids on the CPU, one tensor ``(B, length)`` per text encoder; longer prompts are truncated."""
+        """Return token ids on the CPU, one tensor ``(B, length)`` per text encoder; longer prompts are truncated.
+
+        A masked encoder returns the mask of the tokens ``(B, length)`` last.
+        """
 
     @abstractmethod
     def encode_ids(self, *input_ids: Tensor) -> Conditioning:
         """Encode the token ids that :meth:`tokenize` returned, on the encoder's device."""
+
+    def count_tokens(self, prompts: Sequence[str]) -> list[int]:
+        """Return the number of token embeddings of each prompt without encoding it."""
+        if not self.masked:
+            return [self.num_tokens] * len(prompts)
+        counts: list[int] = (self.tokenize(prompts)[-1].sum(dim=1) - self.dropped_tokens).tolist()
+        return counts
 
     def forward(self, prompts: Sequence[str]) -> Conditioning:
         """Tokenise and encode ``prompts``; builds no autograd graph if no parameter is trainable."""
