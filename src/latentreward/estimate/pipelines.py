@@ -203,7 +203,10 @@ def write_pipelines(
                 index[place] = ["transformers", TOKENIZERS[kind][0]]
                 shutil.copytree(tokenizer(kind), root / name / place)
         if parts.get("vae", {}).get("_class_name") == "AutoencoderKLFlux2":
-            norm = {"bn.running_mean": torch.zeros(128), "bn.running_var": torch.ones(128)}  # part of the latent space
+            mean, variance = (
+                value.clone() for value in torch.tensor([0.0, 1.0], device="cpu").repeat(128, 1).unbind(1)
+            )
+            norm = {"bn.running_mean": mean, "bn.running_var": variance}  # part of the latent space
             save_file(norm, root / name / "vae" / "diffusion_pytorch_model.safetensors")
         write_json(root / name / "model_index.json", index)
     for name in clip_models:

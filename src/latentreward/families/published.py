@@ -75,7 +75,7 @@ QWEN25_VL_7B: Mapping[str, Any] = {
     },
     "vision_config": {"model_type": "qwen2_5_vl_vision", "hidden_size": 1280, "out_hidden_size": 3584},
 }
-GEMMA2_2B: Mapping[str, Any] = {"model_type": "gemma2"}  # the sizes are the class's defaults
+GEMMA2_2B: Mapping[str, Any] = {"model_type": "gemma2", "vocab_size": 256000}  # other sizes are the class's defaults
 FLUX_VAE: Mapping[str, Any] = {
     "_class_name": "AutoencoderKL",
     "block_out_channels": (128, 256, 512, 512),
@@ -91,6 +91,9 @@ FLUX_VAE: Mapping[str, Any] = {
 WAN_VAE: Mapping[str, Any] = {
     "z_dim": 16,
     "base_dim": 96,
+    "dim_mult": (1, 2, 4, 4),
+    "num_res_blocks": 2,
+    "temperal_downsample": (False, True, True),
     "latents_mean": (
         -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
         0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,

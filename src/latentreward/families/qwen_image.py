@@ -19,6 +19,7 @@ from latentreward.encoders.vae import ChannelLatentEncoder, LatentEncoder, chann
 from latentreward.errors import InputError, first_line
 from latentreward.families.backbone import FamilyBackbone, load_family_backbone
 from latentreward.families.flow import FlowFamily, Tokens
+from latentreward.families.published import EULER, QWEN25_VL_7B, WAN_VAE, Published
 
 TEMPLATE = (
     "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
@@ -32,6 +33,37 @@ VISUAL_OUTPUT = ("attn.to_q", "attn.norm_q", "attn.to_out", "img_mlp")
 """Submodules of a block that only its text output, or only its visual output, depends on."""
 
 
+PUBLISHED = tuple(
+    Published(
+        model,
+        {
+            "transformer": {
+                "_class_name": "QwenImageTransformer2DModel",
+                "in_channels": 64,
+                "out_channels": 16,
+                "num_layers": 60,
+                "attention_head_dim": 128,
+                "num_attention_heads": 24,
+                "joint_attention_dim": 3584,
+            },
+            "vae": {"_class_name": "AutoencoderKLQwenImage", **WAN_VAE},
+            "scheduler": {
+                "_class_name": EULER,
+                "use_dynamic_shifting": True,
+                "base_shift": 0.5,
+                "max_shift": 0.9,
+                "base_image_seq_len": 256,
+                "max_image_seq_len": 8192,
+                "shift_terminal": 0.02,
+                "time_shift_type": "exponential",
+            },
+            "text_encoder": QWEN25_VL_7B,
+        },
+    )
+    for model in ("Qwen/Qwen-Image", "Qwen/Qwen-Image-2512")
+)
+
+
 class QwenImage(FlowFamily):
     """Family of Qwen-Image and Qwen-Image-2512: two streams, Qwen2.5-VL with a mask, guidance that keeps the norm."""
 
@@ -41,6 +73,7 @@ class QwenImage(FlowFamily):
     block_classes = ("QwenImageTransformerBlock",)
     lists = ("transformer_blocks",)
     uncond_prompt = " "
+    published = PUBLISHED
     lora_loader = "QwenImageLoraLoaderMixin"
     default_guidance = 4.0
 
