@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from latentreward.backbones.quantization import Quantization, check_quantization, quantize
 from latentreward.backbones.tuning import LoRA, StorageDtype, Tuning, tune
 from latentreward.backbones.weights import from_config, load_weights, map_model, settle
 from latentreward.contracts import LatentSpace
@@ -322,6 +323,7 @@ def finish(
     text_encoder_tuning: Tuning = "frozen",
     frozen_dtype: StorageDtype = "float32",
     float32_parts: Sequence[str] = (),
+    quantization: Quantization | None = None,
     **execution: Any,
 ) -> Backbone:
     """Apply the settings that all factories share to a newly built backbone, and return the backbone.
@@ -335,13 +337,17 @@ def finish(
         text_encoder_tuning: Weights of the text encoders that train: ``full``, ``lora`` or ``frozen``.
         frozen_dtype: Type in which frozen weights are stored; use ``bfloat16`` with ``precision: bf16-mixed``.
         float32_parts: Parts of the names of the network's weights that are float32 whatever ``frozen_dtype`` is.
+        quantization: Storage of the frozen linear layers of the blocks: ``int8`` (torchao), ``bnb_int8`` or ``nf4``
+            (bitsandbytes, on a GPU). None keeps ``frozen_dtype``.
         execution: See :func:`set_execution`.
 
     Raises:
-        InputError: If ``lora`` is set but neither tuning is ``lora``, or the attention backend cannot be used.
+        InputError: If ``lora`` is set but neither tuning is ``lora``, the attention backend cannot be used, or the
+            quantisation does not suit the tuning or this machine.
     """
     if lora is not None and "lora" not in (tuning, text_encoder_tuning):
         raise InputError(f"lora is set, but tuning is {tuning!r}; set tuning: lora or leave lora out")
+    check_quantization(quantization, tuning)
     lora = lora or LoRA()
     tune(network, tuning, lora, unread)
     network.train(tuning != "frozen")
@@ -353,6 +359,7 @@ def finish(
         if module is not None:  # with "full" only unread modules are frozen, and all stay float32
             settle(module, torch.float32 if kind == "full" else getattr(torch, frozen_dtype), torch.float32, parts)
     set_execution(backbone.blocks(), network, **execution)
+    quantize(backbone.blocks(), quantization)
     return backbone
 
 

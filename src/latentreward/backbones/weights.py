@@ -253,6 +253,15 @@ def settling_later(undrawn: bool = False) -> Iterator[None]:
         task()
 
 
+def after_settling(task: Callable[[], None]) -> None:
+    """Call ``task`` now, or at the end of :func:`settling_later` once all weights before it are read."""
+    waiting = _postponed.get()
+    if waiting is None:
+        task()
+    else:
+        waiting.append(task)
+
+
 def fill(module: nn.Module, weights: MappedWeights) -> None:
     """Replace weights of ``module`` by mapped ones of the same names and shapes; :func:`settle` must follow."""
     assign(module, weights.tensors)

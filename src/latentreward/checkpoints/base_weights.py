@@ -36,12 +36,13 @@ class BaseSample:
         """Sample the frozen parameters of ``module``, which must not be sharded yet.
 
         LoRA weights are left out, because they do not belong to the base: unused adapters have random weights, and
-        the adapters of rewards are added and removed.
+        the adapters of rewards are added and removed. Quantised weights are left out too: their values are not those
+        of the files.
         """
         frozen = {
             name: weight.detach()
             for name, weight in module.named_parameters()
-            if not weight.requires_grad and ".lora_" not in name
+            if not weight.requires_grad and ".lora_" not in name and not is_quantized(weight)
         }
         return cls(source, {name: sample(weight) for name, weight in frozen.items() if not weight.is_meta})
 
@@ -93,6 +94,11 @@ def sample(weight: Tensor) -> Tensor:
     """Take :data:`VALUES` evenly spaced values of a tensor, first and last included, as float32 on the CPU."""
     index = torch.linspace(0, weight.numel() - 1, VALUES, dtype=torch.float64).long()
     return weight.reshape(-1)[index.to(weight.device)].float().cpu()
+
+
+def is_quantized(weight: Tensor) -> bool:
+    """Tell whether a parameter that is not sharded holds quantised values: of a tensor class of another library."""
+    return type(weight) not in (Tensor, nn.Parameter) or type(weight.data) is not Tensor
 
 
 def without_adapters(named: Iterable[tuple[str, T]]) -> Iterator[tuple[str, T]]:

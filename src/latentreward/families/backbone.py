@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from latentreward.backbones.base import DiffusionBackbone, check_taps
 from latentreward.backbones.loading import PipelineSource, finish
+from latentreward.backbones.quantization import check_quantization
 from latentreward.backbones.tuning import LoRA, StorageDtype
 from latentreward.contracts import Conditioning, Features, FeatureSpec, TapSpec
 from latentreward.errors import InputError
@@ -212,6 +213,7 @@ def load_family_backbone(
         InputError: If the source is not a pipeline of that family, its parts do not fit together, or a tap is not one
             of the network's blocks.
     """
+    check_quantization(options.get("quantization"), options.get("tuning", "lora"))
     pipeline = PipelineSource(source, revision, variant)
     found = find_family(pipeline, None if family is None else import_family(family))
     if not isinstance(found, FlowFamily) or (name is not None and found.name != name):

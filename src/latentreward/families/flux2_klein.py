@@ -88,14 +88,15 @@ class Flux2KleinPromptEncoder(PromptEncoder):
 
 
 def _published(model: str, text: Mapping[str, Any], distilled: bool, **sizes: int) -> Published:
-    network = {
+    network: dict[str, Any] = {
         "_class_name": "Flux2Transformer2DModel",
         "in_channels": 128,
         "attention_head_dim": 128,
         "guidance_embeds": False,
         **sizes,
     }
-    parts = {"transformer": network, "vae": {"_class_name": "AutoencoderKLFlux2"}, "text_encoder": text}
+    parts: dict[str, Mapping[str, Any]] = {"transformer": network, "text_encoder": text}
+    parts["vae"] = {"_class_name": "AutoencoderKLFlux2"}
     scheduler = {"_class_name": EULER, "shift": 3.0, "use_dynamic_shifting": True}
     return Published(model, {**parts, "scheduler": scheduler}, {"is_distilled": distilled})
 

@@ -51,4 +51,11 @@ def frozen_values(module: nn.Module, names: set[str]) -> Iterator[memoryview | s
     for name, tensor in tensors:
         if name in names:
             yield f"{name} {tensor.dtype} {tuple(tensor.shape)}"
-            yield memoryview(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+            for part in stored_parts(tensor.detach()):
+                yield memoryview(part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def stored_parts(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield the plain tensors in which a tensor is stored: itself, or codes and scales of torchao's quantised ones."""
+    names = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else ()
+    yield from [getattr(tensor, name) for name in names] or [tensor]

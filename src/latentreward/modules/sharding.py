@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
 from latentreward.backbones.base import DiffusionBackbone
+from latentreward.checkpoints.base_weights import is_quantized
 from latentreward.errors import InputError
 from latentreward.families import families
 from latentreward.rewards import Reward
@@ -116,8 +117,10 @@ def shard_encoders(text_encoder: PromptEncoder | None, vae: LatentEncoder | None
 
 
 def check_axes(module: nn.Module) -> None:
-    """Raise InputError if a parameter is a scalar, which has no axis to shard."""
+    """Raise InputError if a parameter is a scalar, which has no axis to shard, or quantised."""
     for name, parameter in module.named_parameters():
+        if is_quantized(parameter):
+            raise InputError(f"parameter {name} is quantised, which FSDP2 cannot shard; use ddp, or no quantization")
         if parameter.ndim == 0:
             raise InputError(f"parameter {name} is a scalar, which FSDP2 cannot shard; give it the shape (1,)")
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from latentreward.backbones.loading import PipelineSource, set_execution
+from latentreward.backbones.quantization import Quantization, check_quantization, quantize
 from latentreward.backbones.tuning import LoRA, StorageDtype, shown_as_float32
 from latentreward.backbones.weights import settle
 from latentreward.contracts import LatentSpace
@@ -36,6 +37,8 @@ class PolicySource:
         t5_length: T5 tokens per prompt (SD3, FLUX.1, Wan); zeros stand for SD3's if T5 is not loaded. None takes the
             family's own number: 256 for SD3, 0 for a shipped pipeline.
         compile_blocks: Compile each block with ``torch.compile``.
+        quantization: Storage of the frozen linear layers of the network's blocks: ``int8`` (torchao), ``bnb_int8`` or
+            ``nf4`` (bitsandbytes, on a GPU). None keeps ``frozen_dtype``.
         family: Import path of the pipeline's :class:`~latentreward.families.Family`, for a family of one's own; None
             finds it among those of this package.
     """
@@ -51,6 +54,7 @@ class PolicySource:
     load_t5: bool = True
     t5_length: int | None = None
     compile_blocks: bool = False
+    quantization: Quantization | None = None
     family: str | None = None
 
     def pipeline(self) -> PipelineSource:
@@ -81,6 +85,7 @@ class PolicySource:
         """
         if self.t5_length is not None and self.t5_length < 0:
             raise InputError(f"t5_length={self.t5_length} must be at least 0")
+        check_quantization(self.quantization, "lora")
         family = self.resolve_family()
         if assumption := family.assumption():
             from lightning.pytorch.utilities import rank_zero_info  # takes seconds to import
@@ -98,6 +103,7 @@ class PolicySource:
         policy.source = str(family.pipeline)
         execution = self.gradient_checkpointing, self.attention_backend, self.compile_blocks
         set_execution(policy.blocks(), network, *execution)
+        quantize(policy.blocks(), self.quantization)
         return policy
 
 

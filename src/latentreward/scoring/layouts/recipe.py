@@ -28,7 +28,7 @@ from latentreward.settings.errors import summarise
 from latentreward.settings.functions import check_functions, input_error_behind
 from latentreward.settings.ranges import leaves
 
-ONLY_IN_TRAINING = ("lora", "gradient_checkpointing", "attention_backend", "compile_blocks")
+ONLY_IN_TRAINING = ("lora", "gradient_checkpointing", "attention_backend", "compile_blocks", "quantization")
 """Settings of this package's factories that do not change the features of a trained backbone."""
 BUILD_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError, ImportError, OSError)
 """Errors by which constructors reject settings."""

@@ -1,0 +1,132 @@
+"""Frozen layers in 8 bits: scores near those of bfloat16, gradients for adapters, runs that are saved and loaded."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from latentreward.backbones import LoRA, create_backbone
+from latentreward.checkpoints.base_weights import BaseSample, is_quantized
+from latentreward.errors import InputError
+from latentreward.modules.frozen import frozen_values
+from latentreward.modules.sharding import check_axes
+from latentreward.policies import Policy
+from tests.families.twins import PROMPTS, TWINS, Twin, noise_for
+
+pytest.importorskip("torchao")
+FAMILIES = [twin for twin in TWINS.values() if twin.name in ("z_image", "flux1_dev")]
+some = pytest.mark.parametrize("twin", FAMILIES, ids=lambda twin: twin.name)
+TOLERANCE = 0.05
+"""Largest difference of the output from that of bfloat16 weights, relative to its norm."""
+
+
+def policy_of(twin: Twin, quantization: Any = None) -> Policy:
+    return twin.source(frozen_dtype="bfloat16", quantization=quantization, lora=LoRA(2, 5.0)).load(seed=1)
+
+
+def output(policy: Policy, twin: Twin) -> torch.Tensor:
+    latents = noise_for(policy.latent_shape(*twin.size))
+    with torch.autocast("cpu", torch.bfloat16):
+        return policy.predict(latents, torch.tensor([300.0, 800.0]), policy.encode_prompts(PROMPTS)).float()
+
+
+@some
+def test_linear_layers_of_blocks_are_stored_in_eight_bits(twin: Twin) -> None:
+    policy = policy_of(twin, "int8")
+    stored = {name: is_quantized(weight) for name, weight in policy.network.named_parameters()}
+    inside = {id(layer) for block in policy.blocks() for layer in block.modules()}
+    for name, layer in policy.network.named_modules():
+        if isinstance(layer, nn.Linear):
+            assert stored[f"{name}.weight"] == (id(layer) in inside and "lora_" not in name), name
+
+
+@some
+def test_predictions_stay_near_those_of_bfloat16(twin: Twin) -> None:
+    with torch.no_grad():
+        want, found = (output(policy_of(twin, kind).eval(), twin) for kind in (None, "int8"))
+    difference = (found - want).norm() / want.norm()
+    assert 0 < difference < TOLERANCE
+
+
+@some
+def test_adapters_train_on_a_quantised_base(twin: Twin) -> None:
+    policy = policy_of(twin, "int8")
+    trained = [weight for name, weight in policy.named_parameters() if weight.requires_grad]
+    assert trained and not any(map(is_quantized, trained))
+    optimizer = torch.optim.SGD(trained, lr=1.0)
+    losses = []
+    for _ in range(3):
+        loss = (output(policy, twin) - 1).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert all(weight.grad.isfinite().all() for weight in trained)
+
+
+@some
+def test_rewards_score_near_those_of_bfloat16(twin: Twin) -> None:
+    features = []
+    for kind in (None, "int8"):
+        settings = {"visual_taps": [1, 2], "text_taps": [], "tuning": "frozen", "frozen_dtype": "bfloat16"}
+        backbone = create_backbone(twin.backbone, source=twin.folder, quantization=kind, **settings).eval()
+        latents = noise_for(backbone.family.latent_shape(*twin.size))
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            read = backbone(latents, torch.tensor([300.0, 800.0]), backbone.encode_prompts(PROMPTS))
+        features.append(read.visual[-1].float())
+    want, found = features
+    assert 0 < (found - want).norm() / want.norm() < TOLERANCE
+
+
+def test_a_base_record_and_a_digest_leave_no_quantised_values_unseen() -> None:
+    twin = FAMILIES[0]
+    plain, quantised = policy_of(twin), policy_of(twin, "int8")
+    names = {name for name, weight in quantised.named_parameters() if is_quantized(weight)}
+    assert names and not names & BaseSample.of(quantised, "").values.keys()
+    BaseSample.of(quantised, "").check(BaseSample.of(plain, "").record(()))
+    first, second = (
+        [bytes(part) for part in frozen_values(quantised, names) if not isinstance(part, str)] for _ in "12"
+    )
+    assert first == second and len(first) >= 2 * len(names)
+
+
+def test_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    twin = FAMILIES[0]
+    for options, message in (
+        ({"tuning": "full", "quantization": "int8"}, "quantised weights cannot train"),
+        ({"tuning": "frozen", "quantization": "int4"}, "quantization='int4' is unknown"),
+    ):
+        with pytest.raises(InputError, match=message):
+            create_backbone(twin.backbone, source=twin.folder, **options)
+    with pytest.raises(InputError, match="is quantised, which FSDP2 cannot shard"):
+        check_axes(policy_of(twin, "int8"))
+    for kind in ("nf4", "bnb_int8"):
+        with pytest.raises(InputError, match=rf"quantization={kind} .*(needs a GPU|pip install latentreward\[quant\])"):
+            policy_of(twin, kind)
+    monkeypatch.setattr("latentreward.backbones.quantization.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"quantization=int8 needs torchao; pip install latentreward\[quant\]"):
+        policy_of(twin, "int8")
+
+
+def test_a_run_is_saved_and_its_policy_loaded_again(tmp_path: Path) -> None:
+    from latentreward.modules import LPOModule
+    from latentreward.policies import load_policy
+    from tests.families.test_methods import PAIRWISE, PromptLoaders, sampling, sgd
+    from tests.modules.lpo_runs import make_trainer
+    from tests.modules.simple_reward import FirstChannelReward
+
+    twin = FAMILIES[0]
+    source = twin.source(frozen_dtype="bfloat16", quantization="int8", lora=LoRA(2, 5.0))
+    module = LPOModule(source, FirstChannelReward(), sampling=sampling(twin), optimizer=sgd, seed=0, **PAIRWISE)
+    data = PromptLoaders(PROMPTS, batch_size=2, prompts_per_rollout=2, batches_per_epoch=2, seed=1)
+    trainer = make_trainer(tmp_path, max_steps=2, max_epochs=-1)
+    trainer.fit(module, datamodule=data)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    again = load_policy(tmp_path / "last.ckpt")
+    assert not any(map(is_quantized, again.parameters()))  # only training quantises
+    for name, weight in module.policy.named_parameters():
+        if weight.requires_grad:
+            assert torch.equal(again.get_parameter(name), weight), name
