@@ -186,6 +186,14 @@ class QwenImage(FlowFamily):
 
     # Network
 
+    def load_network(self, pretrained: bool = True) -> Any:
+        """See :meth:`Family.load_network`."""
+        network = super().load_network(pretrained)
+        rope = network.pos_embed
+        with torch.device("cpu"):  # its tables are no buffers: made on the meta device, they would stay there
+            network.pos_embed = type(rope)(rope.theta, rope.axes_dim, rope.scale_rope)
+        return network
+
     def pack(self, latents: Tensor) -> Tensor:
         """Join 2×2 pixels to a token: ``(B, C, T, h, w)`` to ``(B, T·h/2·w/2, 4·C)``, in the order (c, dy, dx)."""
         frames = F.pixel_unshuffle(latents.transpose(1, 2), self.packing)
