@@ -70,8 +70,8 @@ class ZImage(FlowFamily):
         """See :meth:`Family.assumption`."""
         guided = "without guidance" if self.turbo else "with classifier-free guidance"
         return (
-            f"taken for {self.model}, which samples {guided}, because its scheduler's shift is {self.shift:g} (Z-Image has "
-            f"6, Z-Image-Turbo {TURBO_SHIFT:g})"
+            f"taken for {self.model}, which samples {guided}, because its scheduler's shift is {self.shift:g} "
+            f"(Z-Image has 6, Z-Image-Turbo {TURBO_SHIFT:g})"
         )
 
     # Text
