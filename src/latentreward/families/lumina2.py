@@ -51,8 +51,7 @@ PUBLISHED = (
 class Lumina2(FlowFamily):
     """Family of Lumina-Image 2.0: the network takes 1 − σ and returns x_0 − ε.
 
-    Guidance scales each row of latent pixels (the last axis) to the norm that it has with the prompt alone. The empty
-    prompt is encoded without the text that precedes other prompts.
+    Guidance scales each row of latent pixels (the last axis) to the norm that it has with the prompt alone.
     """
 
     name = "lumina2"
@@ -76,14 +75,6 @@ class Lumina2(FlowFamily):
         tokenizer = self.pipeline.tokenizer("tokenizer")
         model = self.pipeline.load(Gemma2Model, "text_encoder", pretrained)
         return Lumina2PromptEncoder(without_last_layer(model), tokenizer, TEXT_LENGTH)
-
-    def encode_uncond(self, encoder: PromptEncoder) -> Conditioning:
-        """See :meth:`Family.encode_uncond`; the empty text."""
-        if not isinstance(encoder, Lumina2PromptEncoder):
-            return super().encode_uncond(encoder)
-        device = next(encoder.parameters()).device
-        with torch.no_grad():
-            return encoder.encode_ids(encoder.token_ids([self.uncond_prompt]).to(device))
 
     # Guidance
 
@@ -151,11 +142,14 @@ class Lumina2(FlowFamily):
 
 
 class Lumina2PromptEncoder(LanguageModelEncoder):
-    """Prompt encoder with Gemma 2, which gets each prompt after :data:`SYSTEM`."""
+    """Prompt encoder with Gemma 2, which gets each prompt after :data:`SYSTEM`.
+
+    The empty prompt stays empty, as the pipeline encodes it for guidance.
+    """
 
     def text(self, prompt: str) -> str:
         """See :meth:`LanguageModelEncoder.text`."""
-        return SYSTEM + prompt
+        return SYSTEM + prompt if prompt else prompt
 
 
 def masked(conditioning: Conditioning) -> tuple[Tensor, Tensor]:
