@@ -125,6 +125,7 @@ class ScoringService:
             "latent_space": backbone.latent_space.record(),
             "prompt_embeds_width": accepted.text_width,
             "pooled_prompt_embeds_width": accepted.pooled_width,
+            "prompt_mask": accepted.masked,
             "noise": str(self.reward.noise),
             "u": backbone.noise_process.sigma(timesteps_of(self.reward.noise, backbone.noise_process)).tolist(),
             "fresh_noise": self.settings.fresh_noise,
@@ -140,26 +141,28 @@ def accepted_by(reward: RewardModel, settings: ServiceSettings) -> Accepted:
     """Determine the shapes that a model takes; the empty prompt is encoded to find the widths of embeddings."""
     backbone = reward.backbone
     empty = backbone.encode_prompts([""])
+    pooled, masked = empty.pooled_prompt_embeds, empty.prompt_mask is not None
     return Accepted(
         channels=backbone.latent_space.channels,
         text_width=empty.prompt_embeds.shape[-1],
-        pooled_width=empty.pooled_prompt_embeds.shape[-1],
+        pooled_width=None if pooled is None else pooled.shape[-1],
         patch=backbone.side_multiple // backbone.latent_space.downscale,
         max_side=backbone.max_side,
-        tokens=empty.prompt_embeds.shape[1] if reward.head.needs_uncond else None,
+        tokens=empty.prompt_embeds.shape[1] if reward.head.needs_uncond and not masked else None,
         max_pixels=settings.max_latent_pixels,
         max_rows=min(64, settings.queue),
+        masked=masked,
+        clips=backbone.latent_space.frame_downscale is not None,
     )
 
 
 def _blank_row(reward: RewardModel, accepted: Accepted) -> LatentRow:
     """Return a row of latents that are 0, in the network's native size, with the empty prompt."""
-    empty, downscale = reward.backbone.encode_prompts([""]), reward.backbone.latent_space.downscale
-    height, width = (side // downscale for side in reward.backbone.native_size or (8 * downscale, 8 * downscale))
-    latents = torch.zeros(accepted.channels, height, width)
-    assert empty.pooled_prompt_embeds is not None
-    embeds, pooled = empty.prompt_embeds[0].float().cpu(), empty.pooled_prompt_embeds[0].float().cpu()
-    return LatentRow(latents, embeds, pooled, u=0.5, seed=0, prompt="")
+    empty, space = reward.backbone.encode_prompts([""]).trimmed().to("cpu", torch.float32), reward.backbone.latent_space
+    height, width = reward.backbone.native_size or (8 * space.downscale, 8 * space.downscale)
+    latents, pooled = torch.zeros(space.shape(height, width)), empty.pooled_prompt_embeds
+    vector = None if pooled is None else pooled[0]
+    return LatentRow(latents, empty.prompt_embeds[0], vector, u=0.5, seed=0, prompt="", masked=accepted.masked)
 
 
 async def _disconnected(request: Request) -> None:
