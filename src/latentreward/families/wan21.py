@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from functools import cached_property
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -276,10 +277,8 @@ class WanPromptEncoder(PromptEncoder):
 
 def cleaned(prompt: str) -> str:
     """Return a prompt without HTML entities and repeated whitespace, and repaired by ftfy where it is installed."""
-    with suppress(ImportError):
-        import ftfy
-
-        prompt = ftfy.fix_text(prompt)
+    if find_spec("ftfy"):  # no requirement: WanPipeline too does without
+        prompt = import_module("ftfy").fix_text(prompt)
     return " ".join(html.unescape(html.unescape(prompt)).split())
 
 
