@@ -3,8 +3,10 @@
 A file ``twin_NAME.py`` of this folder holds the twins of the family NAME; this module finds them.
 """
 
+import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
@@ -97,7 +99,10 @@ def _folder(name: str) -> str:
         if isinstance(part, torch.nn.Module):
             randomise(part)
     folder = Path(_STORE.name) / name
-    pipeline.save_pretrained(folder)
+    own = folder.with_name(f"{name}-{os.getpid()}")
+    pipeline.save_pretrained(own)
+    with suppress(OSError):  # forked ranks share the store, and another one may have written it
+        own.rename(folder)
     return str(folder)
 
 

@@ -73,12 +73,21 @@ def shard_policy(policy: Policy, mesh: DeviceMesh) -> None:
     check_axes(policy)
     blocks = [*policy.blocks()]
     inside = {module for block in blocks for module in block.modules()}
-    rest = [child for child in policy.network.children() if not inside.intersection(child.modules())]
+    rest = [part for part in called_parts(policy.network) if not inside.intersection(part.modules())]
     for group in [*blocks, *rest]:
         if any(True for _ in group.parameters()):
             fully_shard(group, mesh=mesh)
     fully_shard(policy.network, mesh=mesh, reshard_after_forward=True)
     shard_encoders(policy.text_encoder, policy.vae, mesh)
+
+
+def called_parts(network: nn.Module) -> Iterator[nn.Module]:
+    """Yield the children of a network; of a list or dict of modules, which is not called itself, its members."""
+    for child in network.children():
+        if isinstance(child, nn.ModuleList | nn.ModuleDict):
+            yield from called_parts(child)
+        else:
+            yield child
 
 
 def shard_reward(reward: Reward, mesh: DeviceMesh) -> None:
