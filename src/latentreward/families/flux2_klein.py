@@ -87,6 +87,15 @@ class Flux2KleinPromptEncoder(PromptEncoder):
         return Conditioning(torch.cat([states[layer] for layer in LAYERS], dim=-1))
 
 
+_VAE = {
+    "_class_name": "AutoencoderKLFlux2",
+    "latent_channels": 32,
+    "block_out_channels": (128, 256, 512, 512),
+    "patch_size": (2, 2),
+    "batch_norm_eps": 1e-4,
+}
+
+
 def _published(model: str, text: Mapping[str, Any], distilled: bool, **sizes: int) -> Published:
     network: dict[str, Any] = {
         "_class_name": "Flux2Transformer2DModel",
@@ -96,7 +105,7 @@ def _published(model: str, text: Mapping[str, Any], distilled: bool, **sizes: in
         **sizes,
     }
     parts: dict[str, Mapping[str, Any]] = {"transformer": network, "text_encoder": text}
-    parts["vae"] = {"_class_name": "AutoencoderKLFlux2"}
+    parts["vae"] = _VAE
     scheduler = {"_class_name": EULER, "shift": 3.0, "use_dynamic_shifting": True}
     return Published(model, {**parts, "scheduler": scheduler}, {"is_distilled": distilled})
 
