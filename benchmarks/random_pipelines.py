@@ -255,7 +255,8 @@ def write_weights(folder: Path, dtype: torch.dtype, shard: int = 2 * 10**9) -> N
                 clip = transformers.CLIPTextModel
                 if (folder / "transformer").is_dir() or place.name == "text_encoder_2":
                     clip = transformers.CLIPTextModelWithProjection
-                family = {"clip_text_model": clip, "t5": transformers.T5EncoderModel}[config["model_type"]]
+                kinds = {"clip_text_model": clip, "t5": transformers.T5EncoderModel, "qwen3": transformers.Qwen3Model}
+                family = kinds[config["model_type"]]
                 network = family(family.config_class.from_pretrained(place))
         stem = "diffusion_pytorch_model" if diffusers_name else "model"
         outlines = {id(value): (name, value) for name, value in network.state_dict(keep_vars=True).items()}

@@ -33,7 +33,7 @@ SPARE = 2 * 10**9
 """Bytes of memory that must stay available; a job that takes more is ended."""
 PAUSE, LONGEST = 0.1, 2.0
 """Least and most seconds between two looks at the memory."""
-PIPELINES = {"sd15": "SD15_PATH", "sdxl": "SDXL_PATH", "sdxl_cut": "SDXL_PATH"}
+PIPELINES = {"sd15": "SD15_PATH", "sdxl": "SDXL_PATH", "sdxl_cut": "SDXL_PATH", "z_image": "Z_IMAGE_PATH"}
 """Group → variable of the configs that names its pipeline; SD35_PATH for others."""
 
 
