@@ -7,16 +7,14 @@ import pytest
 from latentreward.cache.layout import read_plan
 from latentreward.cli import main
 from tests.cache.writing import write_data
+from tests.families.twins import TWINS
 
 ROOT = Path(__file__).parents[2]
+BUCKETS = ("--images.buckets=[[32,32],[48,32],[32,48]]", "--images.min_pixels=0")
 SAMPLES = ROOT / "tests" / "formats" / "data"
 SMALLER = {
     "sd15_pickapic": ["--encoder.source=sd_tiny", "--images.size=32", "--reader.memory_map=false"],
-    "hpdv3_sd35": [
-        "--encoder.source=sd35_tiny",
-        "--images.buckets=[[32,32],[48,32],[32,48]]",
-        "--images.min_pixels=0",
-    ],
+    "hpdv3_sd35": ["--encoder.source=sd35_tiny", *BUCKETS],
     "diffusion_rm": [],
     "tinyworld": ["--reader.root={data}"],
 }
@@ -28,7 +26,10 @@ def test_config_runs(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("HPDV3_ROOT", str(data))
     monkeypatch.setenv("PICKAPIC_ROOT", str(SAMPLES / "pickapic_v1"))
     monkeypatch.setenv("DIFFUSION_RM_ROOT", str(SAMPLES / "diffusion_rm"))
-    smaller = [setting.format(data=data) for setting in SMALLER[config.stem]]
+    if config.stem in TWINS:
+        smaller = [f"--encoder.source={TWINS[config.stem].folder}", *BUCKETS]
+    else:
+        smaller = [setting.format(data=data) for setting in SMALLER[config.stem]]
     settings = [*smaller, "--trainer.accelerator=cpu", "--num_workers=0"]
     main(["cache", str(tmp_path / "cache"), f"--config={config}", *settings])
     assert read_plan(tmp_path / "cache").pairs > 0

@@ -65,3 +65,12 @@ def test_the_last_layer_of_the_text_encoder_is_not_kept() -> None:
     assert len(encoder.text_encoder.layers) == 2
     encoder(PROMPTS).prompt_embeds.sum().backward()
     assert all(parameter.grad is not None for parameter in encoder.parameters())
+
+
+def test_the_table_of_positions_has_values_on_the_meta_device() -> None:
+    family = TWIN.source().resolve_family()
+    want = family.load_network().rope_embedder.freqs_cis
+    with torch.device("meta"):
+        network = family.load_network()
+    assert {parameter.device.type for parameter in network.parameters()} == {"meta"}
+    torch.testing.assert_close(network.rope_embedder.freqs_cis, want)

@@ -91,6 +91,14 @@ class Lumina2(FlowFamily):
 
     # Network
 
+    def load_network(self, pretrained: bool = True) -> Any:
+        """See :meth:`Family.load_network`."""
+        network = super().load_network(pretrained)
+        rope = network.rope_embedder
+        with torch.device("cpu"):  # estimates build networks on the meta device, where the table would have no values
+            network.rope_embedder = type(rope)(rope.theta, rope.axes_dim, rope.axes_lens, rope.patch_size)
+        return network
+
     def velocity(
         self, network: Any, latents: Tensor, sigma: Tensor, conditioning: Conditioning, guidance: float | None
     ) -> Tensor:
