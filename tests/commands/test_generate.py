@@ -150,7 +150,7 @@ def test_a_checkpoint_and_its_exported_lora_make_the_same_pictures(
         (["--best_of=0"], "best_of: 0 is outside"),
         (["--step_search.num_candidates=1", REWARD], "num_candidates=1"),
         (["--step_search.num_candidates=2", REWARD], "eta"),
-        (["--guidance_scale=0.5"], "guidance_scale: 0.5 is outside"),
+        (["--guidance_scale=0.5"], "guidance_scale=0.5 must be at least 1"),
         (["--policy=null"], "policy.source"),
         (["--lora=nothing.safetensors"], "nothing.safetensors does not exist"),
         (["--checkpoint=nothing.ckpt"], "nothing.ckpt"),

@@ -145,4 +145,4 @@ def test_parts_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="tokens, but its text encoder has"):
         PolicySource(str(folder)).load()
     wrong = QwenImagePromptEncoder(text_encoder(len(tokenizer())).model.language_model, tokenizer())
-    assert wrong.token_dim == 24 and wrong.prefix == 34
+    assert wrong.token_dim == 24 and wrong.dropped_tokens == 34

@@ -323,7 +323,6 @@ def finish(
     text_encoder_tuning: Tuning = "frozen",
     frozen_dtype: StorageDtype = "float32",
     float32_parts: Sequence[str] = (),
-    quantization: Quantization | None = None,
     **execution: Any,
 ) -> Backbone:
     """Apply the settings that all factories share to a newly built backbone, and return the backbone.
@@ -337,8 +336,6 @@ def finish(
         text_encoder_tuning: Weights of the text encoders that train: ``full``, ``lora`` or ``frozen``.
         frozen_dtype: Type in which frozen weights are stored; use ``bfloat16`` with ``precision: bf16-mixed``.
         float32_parts: Parts of the names of the network's weights that are float32 whatever ``frozen_dtype`` is.
-        quantization: Storage of the frozen linear layers of the blocks: ``int8`` (torchao), ``bnb_int8`` or ``nf4``
-            (bitsandbytes, on a GPU). None keeps ``frozen_dtype``.
         execution: See :func:`set_execution`.
 
     Raises:
@@ -347,7 +344,7 @@ def finish(
     """
     if lora is not None and "lora" not in (tuning, text_encoder_tuning):
         raise InputError(f"lora is set, but tuning is {tuning!r}; set tuning: lora or leave lora out")
-    check_quantization(quantization, tuning)
+    check_quantization(execution.get("quantization"), tuning)
     lora = lora or LoRA()
     tune(network, tuning, lora, unread)
     network.train(tuning != "frozen")
@@ -359,7 +356,6 @@ def finish(
         if module is not None:  # with "full" only unread modules are frozen, and all stay float32
             settle(module, torch.float32 if kind == "full" else getattr(torch, frozen_dtype), torch.float32, parts)
     set_execution(backbone.blocks(), network, **execution)
-    quantize(backbone.blocks(), quantization)
     return backbone
 
 
@@ -369,8 +365,9 @@ def set_execution(
     gradient_checkpointing: bool = False,
     attention_backend: str | None = None,
     compile_blocks: bool = False,
+    quantization: Quantization | None = None,
 ) -> None:
-    """Set gradient checkpointing, attention kernels and compilation of a network.
+    """Set gradient checkpointing, attention kernels, compilation and quantisation of a network.
 
     Args:
         blocks: Blocks to compile, each by itself.
@@ -378,6 +375,8 @@ def set_execution(
         gradient_checkpointing: Recompute block activations in the backward pass: less memory, about a third slower.
         attention_backend: Name of a diffusers attention backend, such as ``flash``; None keeps PyTorch's own.
         compile_blocks: Compile each block with ``torch.compile``.
+        quantization: Storage of the frozen linear layers of the blocks: ``int8`` (torchao), ``bnb_int8`` or ``nf4``
+            (bitsandbytes, on a GPU). None keeps ``frozen_dtype``.
 
     Raises:
         InputError: If the attention backend is unknown or its library is missing.
@@ -389,6 +388,8 @@ def set_execution(
             network.set_attention_backend(attention_backend)
         except (ValueError, RuntimeError, ImportError) as error:
             raise InputError(f"attention_backend={attention_backend!r}: {first_line(error)}") from error
+    blocks = list(blocks)
+    quantize(blocks, quantization)
     if compile_blocks:
         for block in blocks:
             block.compile(dynamic=False)  # Inductor (torch 2.13, CPU) fails on a U-Net with dynamic shapes

@@ -40,7 +40,7 @@ class PromptEncoder(nn.Module, ABC):
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
         """Return token ids on the CPU, one tensor ``(B, length)`` per text encoder; longer prompts are truncated.
 
-        A masked encoder returns the mask of the tokens ``(B, length)`` last.
+        A masked encoder returns the mask of the tokens ``(B, length)`` last, or has a :meth:`count_tokens` of its own.
         """
 
     @abstractmethod

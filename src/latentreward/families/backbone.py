@@ -181,14 +181,8 @@ def load_family_backbone(
     family: str | None = None,
     revision: str | None = None,
     variant: str | None = None,
-    pretrained: bool = True,
     t5_length: int | None = None,
     load_t5: bool = True,
-    num_layers: int | None = None,
-    visual_taps: Sequence[int] = (4, 8, 12),
-    text_taps: Sequence[int] = (4, 8, 12),
-    vae_dtype: StorageDtype = "float32",
-    lora: LoRA | None = None,
     **options: Any,
 ) -> FamilyBackbone:
     """Load a backbone from a pipeline of a rectified-flow transformer.
@@ -199,15 +193,9 @@ def load_family_backbone(
         family: Import path of a family of one's own; None finds the family among those of this package.
         revision: Branch, tag or commit of a hub id.
         variant: File variant of the weights, such as ``fp16``.
-        pretrained: False initialises the transformer at random, as a control.
         t5_length: Number of T5 tokens per prompt, for families with T5; None takes the pipeline's own.
         load_t5: False leaves T5 out, for families that allow it.
-        num_layers: Number of blocks to keep; None keeps the blocks up to the last tap.
-        visual_taps: Numbers of the blocks whose visual tokens are read; 0 is before the first block.
-        text_taps: Numbers of the blocks whose text tokens are read; may be empty.
-        vae_dtype: Precision of the VAE.
-        lora: Adapter settings for ``tuning: lora``; without ``target_modules`` the family's own.
-        options: See :func:`~latentreward.backbones.loading.finish`.
+        options: See :func:`cut_family_backbone`.
 
     Raises:
         InputError: If the source is not a pipeline of that family, its parts do not fit together, or a tap is not one
@@ -220,23 +208,53 @@ def load_family_backbone(
         raise InputError(
             f"source={source!r} is a pipeline of {found.title}; choose the backbone of that family or another source"
         )
-    if assumption := found.assumption():
+    return cut_family_backbone(found, found.load_prompt_encoder(t5_length, load_t5), **options)
+
+
+def cut_family_backbone(
+    family: FlowFamily,
+    text_encoder: PromptEncoder,
+    pretrained: bool = True,
+    num_layers: int | None = None,
+    visual_taps: Sequence[int] = (4, 8, 12),
+    text_taps: Sequence[int] = (4, 8, 12),
+    vae_dtype: StorageDtype = "float32",
+    lora: LoRA | None = None,
+    **options: Any,
+) -> FamilyBackbone:
+    """Load a pipeline's transformer and VAE, and build a backbone from the transformer's first blocks.
+
+    Args:
+        family: Family of the pipeline.
+        text_encoder: Prompt encoder of the pipeline.
+        pretrained: False initialises the transformer at random, as a control.
+        num_layers: Number of blocks to keep; None keeps the blocks up to the last tap.
+        visual_taps: Numbers of the blocks whose visual tokens are read; 0 is before the first block.
+        text_taps: Numbers of the blocks whose text tokens are read; may be empty.
+        vae_dtype: Precision of the VAE.
+        lora: Adapter settings for ``tuning: lora``; without ``target_modules`` the family's own.
+        options: See :func:`~latentreward.backbones.loading.finish`.
+
+    Raises:
+        InputError: If a tap is not one of the network's blocks.
+    """
+    if assumption := family.assumption():
         from lightning.pytorch.utilities import rank_zero_info  # takes seconds to import
 
-        rank_zero_info(f"backbone {source}: {assumption}")
+        rank_zero_info(f"backbone {family.pipeline.source}: {assumption}")
     backbone = FamilyBackbone(
-        found.load_network(pretrained),
-        found,
+        family.load_network(pretrained),
+        family,
         num_layers,
         visual_taps,
         text_taps,
-        text_encoder=found.load_prompt_encoder(t5_length, load_t5),
-        vae=found.load_latent_encoder(vae_dtype),
+        text_encoder=text_encoder,
+        vae=family.load_latent_encoder(vae_dtype),
     )
-    backbone.source = str(pipeline)
+    backbone.source = str(family.pipeline)
     if lora is None or lora.target_modules is None:
         given = LoRA() if lora is None else lora
-        own = LoRA(given.rank, given.alpha, given.dropout, tuple(found.lora_targets))
+        own = LoRA(given.rank, given.alpha, given.dropout, tuple(family.lora_targets))
         lora = own if "lora" in (options.get("tuning", "lora"), options.get("text_encoder_tuning")) else lora
-    options |= {"lora": lora, "float32_parts": found.float32_parts}
+    options |= {"lora": lora, "float32_parts": family.float32_parts}
     return finish(backbone, backbone.transformer, backbone.unread(), **options)

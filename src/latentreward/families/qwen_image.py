@@ -293,12 +293,12 @@ class QwenImagePromptEncoder(PromptEncoder):
         super().__init__()
         self.text_encoder, self.tokenizer = text_encoder, tokenizer
         self.token_dim = text_encoder.config.hidden_size
-        self.prefix = prefix_length(tokenizer)
+        self.dropped_tokens = prefix_length(tokenizer)
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
         """See :meth:`PromptEncoder.tokenize`; the ids and the mask of prompts in their template, padded at the end."""
         rows = self.tokenizer([TEMPLATE.format(prompt) for prompt in prompts]).input_ids
-        rows = [row[: self.prefix + self.num_tokens] for row in rows]
+        rows = [row[: self.dropped_tokens + self.num_tokens] for row in rows]
         longest = max(len(row) for row in rows)
         with torch.device("cpu"):
             ids = torch.tensor([row + [self.tokenizer.pad_token_id] * (longest - len(row)) for row in rows])
@@ -309,7 +309,7 @@ class QwenImagePromptEncoder(PromptEncoder):
         """See :meth:`PromptEncoder.encode_ids`."""
         ids, mask = input_ids
         states = self.text_encoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        states, kept = states[:, self.prefix :], mask[:, self.prefix :] != 0
+        states, kept = states[:, self.dropped_tokens :], mask[:, self.dropped_tokens :] != 0
         return Conditioning(states.masked_fill(~kept.unsqueeze(-1), 0.0), prompt_mask=kept)
 
 

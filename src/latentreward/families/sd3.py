@@ -101,7 +101,7 @@ class StableDiffusion3(Family):
     @property
     def side_multiple(self) -> int:
         """See :attr:`Family.side_multiple`; the side of a token in pixels."""
-        return self.latent_space.downscale * int(self.config["patch_size"])
+        return self.latent_space.downscale * int(self.config.get("patch_size", 2))
 
     def load_latent_encoder(self, dtype: StorageDtype = "float32") -> LatentEncoder:
         """See :meth:`Family.load_latent_encoder`."""

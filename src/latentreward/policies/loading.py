@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from latentreward.backbones.loading import PipelineSource, set_execution
-from latentreward.backbones.quantization import Quantization, check_quantization, quantize
+from latentreward.backbones.quantization import Quantization, check_quantization
 from latentreward.backbones.tuning import LoRA, StorageDtype, shown_as_float32
 from latentreward.backbones.weights import settle
 from latentreward.contracts import LatentSpace
@@ -101,9 +101,8 @@ class PolicySource:
         settle(text_encoder, dtype, torch.float32)
         policy = Policy(network, family, text_encoder, family.load_latent_encoder(self.vae_dtype)).train()
         policy.source = str(family.pipeline)
-        execution = self.gradient_checkpointing, self.attention_backend, self.compile_blocks
+        execution = self.gradient_checkpointing, self.attention_backend, self.compile_blocks, self.quantization
         set_execution(policy.blocks(), network, *execution)
-        quantize(policy.blocks(), self.quantization)
         return policy
 
 
