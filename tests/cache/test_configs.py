@@ -27,7 +27,7 @@ def test_config_runs(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("PICKAPIC_ROOT", str(SAMPLES / "pickapic_v1"))
     monkeypatch.setenv("DIFFUSION_RM_ROOT", str(SAMPLES / "diffusion_rm"))
     if twin := {twin.family: twin for twin in TWINS.values()}.get(config.stem):
-        sizes = ("--images.size=32",) if "  size:" in config.read_text() else BUCKETS
+        sizes = ("--images.size=32",) if "{size:" in config.read_text() else BUCKETS
         smaller = [f"--encoder.source={twin.folder}", *sizes]
     else:
         smaller = [setting.format(data=data) for setting in SMALLER[config.stem]]

@@ -1,6 +1,7 @@
 """Published configs of every family on the meta device: parameters, spaces, levels' constants."""
 
 import math
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from latentreward.backbones import create_backbone
+from latentreward.cli import main
 from latentreward.contracts import LatentSpace
 from latentreward.estimate.pipelines import HUB_IDS, PIPELINES, write_pipelines
 from latentreward.families import Family
@@ -43,12 +45,34 @@ def billions(network: torch.nn.Module) -> float:
     return sum(weight.numel() for weight in network.parameters()) / 1e9
 
 
-@pytest.fixture(autouse=True)
+pytestmark = pytest.mark.slow
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+RECIPES = ("flux1", "flux2_klein", "lumina2", "qwen_image", "sd35_large", "wan21", "z_image")
+
+
+@pytest.fixture
 def on_the_meta_device() -> Iterator[None]:
     with torch.device("meta"):
         yield
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_estimates_of_the_shipped_files(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rewards and LPO at full size: computed memory, without a download."""
+    for variable in ("HPDV3_ROOT", "PROMPTS", "DINA_PATH"):
+        monkeypatch.setenv(variable, f"/nowhere/{variable}")
+    reward = [f"--config={CONFIGS / place}" for place in (f"model/dina_lrm_{name}.yaml", "data/hpdv3.yaml")]
+    for options in ([*reward, f"--config={CONFIGS / 'trainer' / 'one_gpu.yaml'}"],
+                    [f"--config={CONFIGS / 'align' / f'lpo_{name}.yaml'}"]):  # fmt: skip
+        main(["fit", *options, "--estimate"])
+        text = capsys.readouterr().out
+        assert float(re.search(r"^  peak +([\d.]+)$", text, flags=re.MULTILINE)[1]) > 1
+        assert "configs kept in the package" in text
+
+
+@pytest.mark.usefixtures("on_the_meta_device")
 @pytest.mark.parametrize("model", BILLIONS)
 def test_whole_networks(model: str) -> None:
     family: Family = PolicySource(folder_of(model)).resolve_family()
@@ -58,6 +82,7 @@ def test_whole_networks(model: str) -> None:
     assert billions(network) == pytest.approx(total, abs=0.0006)
 
 
+@pytest.mark.usefixtures("on_the_meta_device")
 @pytest.mark.parametrize("model", [model for model, row in BILLIONS.items() if row[3]])
 def test_first_blocks(model: str) -> None:
     name, blocks, _, half, third = BILLIONS[model]
@@ -71,6 +96,7 @@ def test_first_blocks(model: str) -> None:
         assert found == pytest.approx(wanted, abs=0.0006)
 
 
+@pytest.mark.usefixtures("on_the_meta_device")
 @pytest.mark.parametrize(
     ("model", "space"),
     [
@@ -82,6 +108,7 @@ def test_spaces(model: str, space: LatentSpace) -> None:
     assert PolicySource(folder_of(model)).latent_space() == space
 
 
+@pytest.mark.usefixtures("on_the_meta_device")
 def test_members_of_a_space() -> None:
     spaces = {model: PolicySource(folder_of(model)).latent_space() for model in BILLIONS}
     flux = spaces["black-forest-labs/FLUX.1-dev"]
