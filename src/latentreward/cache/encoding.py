@@ -152,7 +152,7 @@ class EncodeBatches(Dataset[EncodeBatch]):
     def _load(self, image: ImageRef, shard: Shard) -> Tensor:
         spec = self.plan.spec
         if spec.vae is None:
-            return torch.from_numpy(decode_latents(image)).float()
+            return torch.from_numpy(decode_latents(image, spec.latent_space.frame_downscale is not None)).float()
         assert shard.height is not None and shard.width is not None and spec.resize is not None
         loader = PixelLoader(shard.height, shard.width, spec.resize, self.max_pixels, self.reader.exif)  # type: ignore[arg-type]
         return loader(image)

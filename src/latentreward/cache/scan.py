@@ -73,7 +73,7 @@ class RowScan(Dataset[ScannedRow]):
             return ScannedRow(index, bare, problem=error.problem)
 
     def _latents_size(self, image: ImageRef) -> Bucket:
-        *_, height, width = shape = decode_latents(image).shape
+        *_, height, width = shape = decode_latents(image, self.space.frame_downscale is not None).shape
         size = Bucket(height * self.space.downscale, width * self.space.downscale)
         if shape != self.space.shape(*size):
             problem = f"shape {shape}, but the latent space has [{self.space}]"

@@ -187,7 +187,7 @@ class ImageCensus:
 
     def _size(self, image: ImageRef) -> tuple[int, int]:
         if image.holds == "latents":
-            *_, height, width = decode_latents(image).shape
+            _, height, width = decode_latents(image).shape
             return LATENT_PIXELS * height, LATENT_PIXELS * width
         header = read_header(image, exif=self.exif)
         if self.decode:
