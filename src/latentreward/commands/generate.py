@@ -105,7 +105,7 @@ def generate(
             generator = trained.load(where)
             scorer = None if reward is None else reward.load(generator).eval().to(where)
             if scorer is not None:
-                _try(scorer, generator, best_of, score_sigmas)
+                _try(scorer, generator, sampling, best_of, score_sigmas)
             how: dict[str, Any] = {"sampling": sampling, "guidance_scale": guidance_scale, "seed": seed}
             sample: Callable[[PromptBatch], Tensor] = partial(sample_latents, generator, **how)
             if step_search is not None and scorer is not None:
@@ -134,10 +134,12 @@ def _draw(
     return best.latents, best.scores
 
 
-def _try(reward: Reward, policy: Policy, best_of: int, sigmas: Sequence[float]) -> None:
+def _try(reward: Reward, policy: Policy, sampling: Sampling, best_of: int, sigmas: Sequence[float]) -> None:
     """Score random latents with the settings of the run, so that an unfit reward fails before anything is sampled."""
     device = next(policy.network.parameters()).device
-    noise = torch.randn(best_of, 1, *policy.latent_shape(), generator=torch.Generator().manual_seed(0)).to(device)
+    noise = torch.randn(
+        best_of, 1, *sampling.latent_shape(policy.family), generator=torch.Generator().manual_seed(0)
+    ).to(device)
     drawn = iter(noise)
     best_of_n(lambda prompts: next(drawn), reward, PromptBatch(("",), ("",)), best_of, sigmas=sigmas)
 

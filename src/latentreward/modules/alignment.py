@@ -104,7 +104,7 @@ class RewardedModule(AlignmentModule):
         network calls its blocks.
         """
         super().on_fit_start()
-        shape = self.policy.latent_shape(self.sampling.height, self.sampling.width)
+        shape = self.sampling.latent_shape(self.policy.family)
         self._compare_sizes(shape)
         noise = torch.randn(3, *shape, generator=torch.Generator().manual_seed(self.seed)).to(self.device)
         levels = self.policy.noise_process.timesteps
