@@ -159,7 +159,10 @@ def sizes_record(sizes: ImageSizes | None) -> dict[str, Any] | None:
         raise InputError(
             f"image_sizes={sizes} is not a {' or '.join(IMAGE_SIZES)} and cannot be saved; set one of them"
         )
-    record = ModelPart(type(sizes).__name__, asdict(sizes)).record()  # type: ignore[call-overload]
+    settings = asdict(sizes)  # type: ignore[call-overload]
+    if sizes.frames == 1:  # as earlier versions wrote it
+        settings = {name: value for name, value in settings.items() if name not in ("frames", "fps")}
+    record = ModelPart(type(sizes).__name__, settings).record()
     sizes_of(record)
     return record
 
