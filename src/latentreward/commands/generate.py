@@ -43,7 +43,7 @@ def generate(
     table: Literal["csv", "jsonl"] = "csv",
     device: str = "auto",
 ) -> None:
-    """Write pictures of each prompt, a grid of all pictures, and a table with their seeds and scores.
+    """Write pictures or clips of each prompt, a grid of all pictures, and a table with their seeds and scores.
 
     The same command resumes a stopped run; existing pictures are kept. A picture depends only on its prompt, the
     prompt's position in the file, the number of the picture, the seed and the settings.
@@ -55,7 +55,8 @@ def generate(
         checkpoint: Checkpoint of an alignment run, whose adapter is loaded.
         lora: LoRA file or folder to load, as ``latentreward export`` writes it.
         reward: Reward that scores the pictures, and by which best_of and step_search choose.
-        sampling: Steps, noise and size. Step search needs noise: ``eta`` (SD1.5, SD2.1, SDXL) or ``noise_level`` (SD3).
+        sampling: Steps, noise, size and number of frames; clips become animated WebP files. Step search needs noise:
+            ``eta`` (SD1.5, SD2.1, SDXL) or ``noise_level`` (SD3).
         guidance_scale: Guidance scale as the pipeline of the generator's family takes it; by default the family's own:
             5 for SD and SD3, where 1 switches guidance off.
         images_per_prompt: Pictures to write for each prompt.

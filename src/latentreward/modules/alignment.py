@@ -124,6 +124,11 @@ class RewardedModule(AlignmentModule):
         for part in self.reward.modules():
             if isinstance(part, LatentScorer) and (sizes := part.model.image_sizes) is not None:
                 loader = sizes.loader(height, width)
+                if sizes.frames != self.sampling.frames:
+                    rank_zero_warn(
+                        f"model.reward: trained on {sizes.frames} frames, but the policy samples "
+                        f"{self.sampling.frames}; set model.sampling.frames, or train a reward on as many"
+                    )
                 if (loader.height, loader.width) != (height, width):
                     rank_zero_warn(
                         f"model.reward: trained on images of {sizes}, but the policy samples {height}x{width}; set "
