@@ -6,7 +6,7 @@ from typing import Literal
 
 from latentreward.contracts import LatentSpace
 from latentreward.data.buckets import MIN_PIXELS, PUBLISHED_BUCKETS, Bucket, assign_bucket, sort_buckets
-from latentreward.data.clips import FPS, check_clips
+from latentreward.data.clips import FPS, check_clips, require_pyav
 from latentreward.data.images import MAX_PIXELS, ResizePolicy
 from latentreward.errors import InputError, check_at_least_one, check_multiples, errors_at
 
@@ -56,6 +56,7 @@ class ImageSettings:
 
     def __post_init__(self) -> None:
         check_clips("images.", self.frames, self.fps)
+        require_pyav(self.frames)
         if self.frames > 1 and (self.size is None or self.smallest() > 0):
             raise InputError(
                 f"images.frames={self.frames}: clips come to one size, whatever theirs; set images.size, and leave "

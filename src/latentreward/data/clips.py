@@ -165,7 +165,7 @@ class ClipLoader(PixelLoader):
 
 
 def check_clips(place: str, frames: int, fps: float) -> None:
-    """Check the settings of clips, and that PyAV is installed if there are any.
+    """Check the settings of clips.
 
     Args:
         place: Prefix of the settings' names in messages, such as ``data.``.
@@ -173,11 +173,15 @@ def check_clips(place: str, frames: int, fps: float) -> None:
         fps: Frames per second.
 
     Raises:
-        InputError: If a value is out of range, or PyAV is missing.
+        InputError: If a value is out of range.
     """
     check_at_least_one(place, frames=frames)
     if not 0 < fps <= 1000:
         raise InputError(f"{place}fps={fps:g} must lie in 0 to 1000; Wan 2.1 has {FPS:g}")
+
+
+def require_pyav(frames: int) -> None:
+    """Raise InputError if ``frames`` says that there are clips, and PyAV is missing."""
     if frames > 1:
         _av()
 

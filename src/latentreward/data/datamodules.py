@@ -10,7 +10,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
-from latentreward.data.clips import FPS, ClipLoader, check_clips, check_frames
+from latentreward.data.clips import FPS, ClipLoader, check_clips, check_frames, require_pyav
 from latentreward.data.collate import collate_pairs
 from latentreward.data.dataset import PairDataset
 from latentreward.data.images import MAX_PIXELS, PixelLoader, ResizePolicy
@@ -184,6 +184,7 @@ class PreferenceDataModule(PairLoaders):
         height, width = (size, size) if isinstance(size, int) else size
         check_at_least_one("data.", size=min(height, width))
         check_clips("data.", frames, fps)
+        require_pyav(frames)
         self._sides, self._frames = (height, width), frames
         loader = PixelLoader(height, width, resize, max_pixels)
         if frames > 1:
