@@ -166,6 +166,14 @@ class LatentSpace:
         time = () if self.frame_downscale is None else ((frames - 1) // self.frame_downscale + 1,)
         return self.channels, *time, height // self.downscale, width // self.downscale
 
+    def check_frames(self, frames: int) -> None:
+        """Raise InputError if no clip of this space has ``frames`` frames."""
+        step = self.frame_downscale
+        if step is None and frames != 1:
+            raise InputError(f"frames={frames}: these latents have no time axis; leave frames out")
+        if step is not None and (frames < 1 or (frames - 1) % step):
+            raise InputError(f"frames={frames} must be a multiple of {step} plus 1, such as {20 * step + 1}")
+
     def record(self) -> dict[str, Any]:
         """Return the fields as plain values, without those that only other codecs have: the form in files."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}

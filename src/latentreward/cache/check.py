@@ -150,7 +150,8 @@ def tensor_shapes(plan: CachePlan, shard: Shard, tokens: int = 0) -> dict[str, t
         tokens: Number of tokens of all prompts in a text shard, if the text encoder has a mask.
     """
     if shard.height is not None and shard.width is not None:
-        return {layout.LATENTS: (shard.count, *plan.spec.latent_space.shape(shard.height, shard.width))}
+        shape = plan.spec.latent_space.shape(shard.height, shard.width, plan.spec.frames)
+        return {layout.LATENTS: (shard.count, *shape)}
     text = plan.spec.text
     if text is None:
         raise InputError(f"text shard {shard.number} belongs to a cache without text; write the cache anew")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from latentreward.cache.layout import CacheSpec
+from latentreward.data.clips import check_frames
 from latentreward.encoders.fingerprint import text_fingerprint, vae_fingerprint
 from latentreward.errors import InputError
 
@@ -59,14 +60,16 @@ def check_backbone(spec: CacheSpec, backbone: "DiffusionBackbone | Policy", with
         with_text: Whether prompt embeddings are read from the cache too.
 
     Raises:
-        InputError: If the latent space, the VAE or the text encoder differs, or if embeddings are cached while the
-            model trains its text encoder.
+        InputError: If the latent space, the VAE or the text encoder differs, if embeddings are cached while the model
+            trains its text encoder, or if the cache holds clips and the model takes images.
     """
     if spec.latent_space != backbone.latent_space:
         raise InputError(
             f"the cache holds latents of the space [{spec.latent_space}], but the model takes "
             f"[{backbone.latent_space}]; write the cache with the model's own VAE"
         )
+    if spec.frames > 1:
+        check_frames("the cache has images.", backbone, spec.frames)
     if backbone.vae is not None and spec.vae is not None:
         fingerprint = vae_fingerprint(backbone.vae.vae)
         if fingerprint != spec.vae:

@@ -50,7 +50,9 @@ class CachedPairDataset(Dataset[PreferenceBatch]):
         spec = self.index.spec
         if spec.resize is None:
             return None
-        return NearestBucket(spec.buckets, spec.resize) if spec.size is None else OneSize(*spec.size, spec.resize)
+        if spec.size is None:
+            return NearestBucket(spec.buckets, spec.resize)
+        return OneSize(*spec.size, spec.resize, spec.frames, spec.fps)
 
     def __len__(self) -> int:
         return len(self.rows)

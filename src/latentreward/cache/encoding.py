@@ -19,6 +19,7 @@ from latentreward.cache.layout import CachePlan, ShardManifest, manifest_name, r
 from latentreward.cache.shard_writer import KEPT, ShardWriter
 from latentreward.cache.sources import Encoders
 from latentreward.contracts import ImageRef, PreferencePair, TensorRecord
+from latentreward.data.clips import ClipLoader
 from latentreward.data.images import ImageError, PixelLoader
 from latentreward.data.latents import decode_latents
 from latentreward.data.readers import PairReader
@@ -36,10 +37,11 @@ class EncodeBatch(TensorRecord):
         shard: Shard that the rows belong to.
         first: Index of the batch's first row in the shard.
         names: Image keys, or the prompts themselves.
-        pixels: ``(n, 3, H, W)`` in [-1, 1]; None for latents and prompts.
+        pixels: ``(n, 3, H, W)``, or ``(n, 3, F, H, W)`` for clips, in [-1, 1]; None for latents and prompts.
         noise: ``(n, C, ...)`` standard normal, for a sample of the VAE's posterior; None for its mode.
         latents: ``(n, C, ...)`` latents that need no encoding; None for images and prompts.
         unreadable: Index of a row in the shard → why its image could not be read.
+        unused: Number of frames of the batch's clips that are not used.
     """
 
     shard: Shard
@@ -49,6 +51,7 @@ class EncodeBatch(TensorRecord):
     noise: Tensor | None = None
     latents: Tensor | None = None
     unreadable: Mapping[int, str] | None = None
+    unused: int = 0
 
     def __len__(self) -> int:
         return len(self.names)
@@ -115,7 +118,7 @@ class EncodeBatches(Dataset[EncodeBatch]):
         shape = tensor_shapes(self.plan, shard)[layout.LATENTS][1:]
         images = [self._image(int(row)) for row in rows]
         keys = tuple(image.image_key for image in images)
-        content, unreadable = [], {}
+        content, unreadable, self._unused = [], {}, 0
         for number, image in enumerate(images):
             try:
                 content.append(self._load(image, shard))
@@ -126,11 +129,11 @@ class EncodeBatches(Dataset[EncodeBatch]):
                 content.append(None)
                 unreadable[first + number] = error.problem
         ready = self.plan.spec.vae is None
-        blank = torch.zeros(shape if ready else (3, shard.height or 0, shard.width or 0))
-        loaded = torch.stack([blank if item is None else item for item in content])
+        loaded = torch.stack([self._blank(shard, shape) if item is None else item for item in content])
         if ready:
             return EncodeBatch(shard, first, keys, latents=loaded, unreadable=unreadable)
-        return EncodeBatch(shard, first, keys, loaded, self._noise(keys, shape), unreadable=unreadable)
+        noise = self._noise(keys, shape)
+        return EncodeBatch(shard, first, keys, loaded, noise, unreadable=unreadable, unused=self._unused)
 
     def _batch_size(self, shard: Shard) -> int:
         text = self.plan.spec.text
@@ -153,9 +156,22 @@ class EncodeBatches(Dataset[EncodeBatch]):
         spec = self.plan.spec
         if spec.vae is None:
             return torch.from_numpy(decode_latents(image, spec.latent_space.frame_downscale is not None)).float()
+        loader = self._loader(shard)
+        if not isinstance(loader, ClipLoader):
+            return loader(image)
+        clip = loader.load(image)
+        self._unused += clip.unused
+        return clip.pixels
+
+    def _loader(self, shard: Shard) -> PixelLoader:
+        spec = self.plan.spec
         assert shard.height is not None and shard.width is not None and spec.resize is not None
-        loader = PixelLoader(shard.height, shard.width, spec.resize, self.max_pixels, self.reader.exif)  # type: ignore[arg-type]
-        return loader(image)
+        settings: tuple[Any, ...] = (shard.height, shard.width, spec.resize, self.max_pixels, self.reader.exif)
+        return PixelLoader(*settings) if spec.frames == 1 else ClipLoader(*settings, spec.frames, spec.fps)
+
+    def _blank(self, shard: Shard, shape: tuple[int, ...]) -> Tensor:
+        """Return what stands for an unreadable image, or for unreadable latents of ``shape``."""
+        return torch.zeros(shape) if self.plan.spec.vae is None else self._loader(shard).blank()
 
     def _noise(self, keys: Sequence[str], shape: tuple[int, ...]) -> Tensor | None:
         if self.plan.spec.posterior != "sample":
@@ -296,10 +312,11 @@ class EncodingRate(Callback):
         total: Number of images and prompts to encode, over all ranks.
         done: Number that this rank has encoded.
         seconds: Seconds since encoding began.
+        unused: Number of frames of this rank's clips that were not used.
     """
 
     def __init__(self) -> None:
-        self.total, self.done, self.seconds = 0, 0, 0.0
+        self.total, self.done, self.seconds, self.unused = 0, 0, 0.0, 0
         self._progress: Progress | None = None
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -314,6 +331,7 @@ class EncodingRate(Callback):
         """Add the batch's images and prompts to ``done``; rank 0 shows its ``done`` times the number of ranks."""
         before = self.done * trainer.world_size
         self.done, self.seconds = self.done + len(batch), time.monotonic() - self._begun
+        self.unused += batch.unused
         assert self._progress is not None
         self._progress.add(max(0, min(self.done * trainer.world_size, self.total) - before))
 

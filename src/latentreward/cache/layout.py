@@ -9,7 +9,7 @@
     CACHE/shards.parquet                       one row per shard; the row's index is the shard's number
     CACHE/sources.parquet                      one row per cached image: its row and side in the reader, for writing
     CACHE/latents/HHHHxWWWW-NNNNN.safetensors  one tensor "latents" (N, C, h, w) of images of H × W pixels, or
-                                               (N, C, 1, h, w) in a latent space with a time axis
+                                               (N, C, T, h, w) in a latent space with a time axis
     CACHE/text/NNNNN.safetensors               "prompt_embeds" (N, L, D) and "pooled_prompt_embeds" (N, P)
 
 A text encoder without a pooled vector leaves "pooled_prompt_embeds" out. Of a text encoder with a mask only the tokens
@@ -28,6 +28,7 @@ from typing import Any, Literal, Self
 import pyarrow as pa
 
 from latentreward.contracts import LatentSpace
+from latentreward.data.clips import FPS
 from latentreward.data.images import ExifOrientation
 from latentreward.errors import InputError
 from latentreward.storage import digests
@@ -171,6 +172,8 @@ class CacheSpec:
         text: Settings of the text embeddings; None if prompts are not cached.
         exif: ``apply`` if images were turned upright by their EXIF orientation, else ``ignore``. None for copied
             latents and for caches of earlier versions, which ignored the orientation.
+        frames: Number of frames of clips; 1 for images.
+        fps: Frames per second of clips.
     """
 
     origin: str
@@ -189,6 +192,8 @@ class CacheSpec:
     images_per_shard: int
     text: TextSpec | None = None
     exif: ExifOrientation | None = None
+    frames: int = 1
+    fps: float = FPS
 
     @property
     def hash(self) -> str:
@@ -196,10 +201,14 @@ class CacheSpec:
         return digest(self.record())
 
     def record(self) -> dict[str, Any]:
-        """Return the fields as plain values, without ``exif`` if None, so that earlier versions' hashes stay valid."""
+        """Return the fields as plain values, without those that earlier versions lacked where they say nothing.
+
+        Those are ``exif`` if None, and ``frames`` and ``fps`` for images: hashes of earlier versions stay valid.
+        """
         text = None if self.text is None else self.text.record()
         values = {**asdict(self), "latent_space": self.latent_space.record(), "text": text}
-        return {name: value for name, value in values.items() if name != "exif" or value is not None}
+        absent = {"exif": self.exif is None, "frames": self.frames == 1, "fps": self.frames == 1}
+        return {name: value for name, value in values.items() if not absent.get(name)}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:

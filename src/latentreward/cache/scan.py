@@ -75,7 +75,7 @@ class RowScan(Dataset[ScannedRow]):
     def _latents_size(self, image: ImageRef) -> Bucket:
         *_, height, width = shape = decode_latents(image, self.space.frame_downscale is not None).shape
         size = Bucket(height * self.space.downscale, width * self.space.downscale)
-        if shape != self.space.shape(*size):
+        if shape != self.space.shape(*size, self.images.frames):
             problem = f"shape {shape}, but the latent space has [{self.space}]"
             raise ImageError(f"latents {image.image_key!r}: {problem}; correct encoder.latent_space", DAMAGED)
         return size

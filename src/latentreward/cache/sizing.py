@@ -4,9 +4,11 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from latentreward.contracts import LatentSpace
 from latentreward.data.buckets import MIN_PIXELS, PUBLISHED_BUCKETS, Bucket, assign_bucket, sort_buckets
+from latentreward.data.clips import FPS, check_clips, require_pyav
 from latentreward.data.images import MAX_PIXELS, ResizePolicy
-from latentreward.errors import InputError, check_at_least_one, check_multiples
+from latentreward.errors import InputError, check_at_least_one, check_multiples, errors_at
 
 CROSS_BUCKET_ASPECT = 0.05
 """Relative difference of two aspect ratios from which two images cannot share a bucket."""
@@ -39,6 +41,8 @@ class ImageSettings:
         min_pixels: Smallest number of pixels of an image; pairs with a smaller image are left out. None takes 65,536
             with buckets and no limit with ``size``.
         max_pixels: Largest number of pixels in an image's header; larger images count as unreadable.
+        frames: Number of frames of clips, whose files are mp4 files; needs ``size``. 1 for images.
+        fps: Frames per second of clips, see :class:`~latentreward.data.clips.ClipLoader`.
     """
 
     size: int | tuple[int, int] | None = None
@@ -47,8 +51,17 @@ class ImageSettings:
     cross_bucket: Literal["shared", "drop"] = "shared"
     min_pixels: int | None = None
     max_pixels: int = MAX_PIXELS
+    frames: int = 1
+    fps: float = FPS
 
     def __post_init__(self) -> None:
+        check_clips("images.", self.frames, self.fps)
+        require_pyav(self.frames)
+        if self.frames > 1 and (self.size is None or self.smallest() > 0):
+            raise InputError(
+                f"images.frames={self.frames}: clips come to one size, whatever theirs; set images.size, and leave "
+                "buckets and min_pixels out"
+            )
         if self.size is not None and self.buckets is not None:
             raise InputError("images.size and images.buckets are both set; all images come to one size, or to buckets")
         if self.size is not None:
@@ -73,15 +86,18 @@ class ImageSettings:
         """Tell whether planning needs the sizes of images, which are read from their headers."""
         return self.size is None or self.smallest() > 0
 
-    def check(self, multiple: int) -> None:
+    def check(self, multiple: int, space: LatentSpace) -> None:
         """Check that the model takes all sizes.
 
         Args:
             multiple: Number of pixels of which both sides of an image must be multiples.
+            space: Space of the latents.
 
         Raises:
-            InputError: If a side is not such a multiple.
+            InputError: If a side is not such a multiple, or no clip of the space has :attr:`frames` frames.
         """
+        with errors_at("images."):
+            space.check_frames(self.frames)
         sizes = self.bucket_sizes() if self.size is None else (self.one_size(),)
         for bucket in sizes:
             name = f"images.buckets: {bucket}" if self.size is None else "images.size"

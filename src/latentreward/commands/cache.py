@@ -92,7 +92,7 @@ def cache(
     kept = f"finished shards are kept in {folder}: the same command goes on there"
     with interrupts_told(lambda: kept):
         encoders = encoder.load()
-        images.check(encoders.side_multiple)
+        images.check(encoders.side_multiple, encoders.space)
         spec = make_spec(encoder, encoders, images, dtype, seed, images_per_shard, reader.exif)
         data = EncodingDataModule(folder, reader, images, spec, num_workers, encoders.text)
         rate = EncodingRate()
@@ -149,6 +149,8 @@ def make_spec(
         images_per_shard=per_shard,
         text=encoders.text_spec,
         exif=exif if encodes else None,
+        frames=images.frames,
+        fps=images.fps,
     )
 
 
@@ -182,6 +184,9 @@ def report(folder: Path, rate: EncodingRate, processes: int) -> None:
     print(f"dropped pairs: {count_text(Counter(plan.dropped))}")
     if lost:
         print(f"images not read: {count_text(unreadable)}; {pairs_with(folder, lost)} pairs have such an image")
+    if rate.unused:
+        by = " by this process" if processes > 1 else ""
+        print(f"clips longer than frames={plan.spec.frames}: {rate.unused} frames were not used{by}")
     print(f"{size / 2**20:.1f} MiB", end="")
     if rate.done:
         done = min(rate.done * processes, rate.total)

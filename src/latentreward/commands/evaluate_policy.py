@@ -125,6 +125,7 @@ def evaluate_policy(
             if isinstance(scorer, ImageScorer):
                 scorer.prepare()
 
+    sampling.require_images("evaluate-policy")
     plan = SamplingPlan(sampling, guidance_scale, seed, shared_noise, batch_size, find_device(device))
     settings = {
         "prompts": None if prompts is None else name_of(prompts),

@@ -43,7 +43,7 @@ def generate(
     table: Literal["csv", "jsonl"] = "csv",
     device: str = "auto",
 ) -> None:
-    """Write pictures of each prompt, a grid of all pictures, and a table with their seeds and scores.
+    """Write pictures or clips of each prompt, a grid of all pictures, and a table with their seeds and scores.
 
     The same command resumes a stopped run; existing pictures are kept. A picture depends only on its prompt, the
     prompt's position in the file, the number of the picture, the seed and the settings.
@@ -55,7 +55,8 @@ def generate(
         checkpoint: Checkpoint of an alignment run, whose adapter is loaded.
         lora: LoRA file or folder to load, as ``latentreward export`` writes it.
         reward: Reward that scores the pictures, and by which best_of and step_search choose.
-        sampling: Steps, noise and size. Step search needs noise: ``eta`` (SD1.5, SD2.1, SDXL) or ``noise_level`` (SD3).
+        sampling: Steps, noise, size and number of frames; clips become animated WebP files. Step search needs noise:
+            ``eta`` (SD1.5, SD2.1, SDXL) or ``noise_level`` (SD3).
         guidance_scale: Guidance scale as the pipeline of the generator's family takes it; by default the family's own:
             5 for SD and SD3, where 1 switches guidance off.
         images_per_prompt: Pictures to write for each prompt.
@@ -105,7 +106,7 @@ def generate(
             generator = trained.load(where)
             scorer = None if reward is None else reward.load(generator).eval().to(where)
             if scorer is not None:
-                _try(scorer, generator, best_of, score_sigmas)
+                _try(scorer, generator, sampling, best_of, score_sigmas)
             how: dict[str, Any] = {"sampling": sampling, "guidance_scale": guidance_scale, "seed": seed}
             sample: Callable[[PromptBatch], Tensor] = partial(sample_latents, generator, **how)
             if step_search is not None and scorer is not None:
@@ -134,10 +135,12 @@ def _draw(
     return best.latents, best.scores
 
 
-def _try(reward: Reward, policy: Policy, best_of: int, sigmas: Sequence[float]) -> None:
+def _try(reward: Reward, policy: Policy, sampling: Sampling, best_of: int, sigmas: Sequence[float]) -> None:
     """Score random latents with the settings of the run, so that an unfit reward fails before anything is sampled."""
     device = next(policy.network.parameters()).device
-    noise = torch.randn(best_of, 1, *policy.latent_shape(), generator=torch.Generator().manual_seed(0)).to(device)
+    noise = torch.randn(
+        best_of, 1, *sampling.latent_shape(policy.family), generator=torch.Generator().manual_seed(0)
+    ).to(device)
     drawn = iter(noise)
     best_of_n(lambda prompts: next(drawn), reward, PromptBatch(("",), ("",)), best_of, sigmas=sigmas)
 

@@ -54,9 +54,10 @@ OUTSIDE = "path outside the root"
 UNKNOWN = "unknown image format"
 DAMAGED = "truncated or damaged image"
 TOO_LARGE = "too many pixels"
+SHORT = "clip too short"
 ALPHA, DEEP, CMYK = "alpha, which is dropped", "16 bits per channel, which become 8", "CMYK, which becomes RGB"
 """Descriptions of changes that decoding to 8-bit RGB makes."""
-IMAGE_PROBLEMS = (NO_IMAGE, EMPTY, MISSING, OUTSIDE, UNKNOWN, DAMAGED, TOO_LARGE)
+IMAGE_PROBLEMS = (NO_IMAGE, EMPTY, MISSING, OUTSIDE, UNKNOWN, DAMAGED, TOO_LARGE, SHORT)
 
 
 class ImageError(InputError):
@@ -228,7 +229,7 @@ def decoding_bytes(image: ImageRef, max_pixels: int = MAX_PIXELS) -> tuple[int, 
 @contextmanager
 def _opened(image: ImageRef, max_pixels: int) -> Iterator[Image.Image]:
     """Open an image, check its size, and turn Pillow's errors inside the ``with`` block into ImageError."""
-    source = _open_source(image)
+    source = open_source(image)
     try:
         with Image.open(source, formats=FORMATS) as opened:
             _check_pixels(image, opened, max_pixels)
@@ -265,7 +266,8 @@ def _resolved(root: Path) -> Path:
     return root.resolve()
 
 
-def _open_source(image: ImageRef) -> BytesIO | Path:
+def open_source(image: ImageRef) -> BytesIO | Path:
+    """Return an image's bytes or the path of its file, which exists and is not empty; raise ImageError otherwise."""
     if image.holds == "latents":
         raise InputError(
             f"image {image.image_key!r} holds latents, not an image; import them with `latentreward cache`"

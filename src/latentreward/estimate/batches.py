@@ -74,7 +74,9 @@ def pair_batch(network: Any, data: Namespace, shapes: ShapesOnly) -> PreferenceB
         height, width = (size, size) if isinstance(size, int) else size
         check_multiples("data.size", (height, width), network.side_multiple)
     latents = issubclass(locate(data.class_path), CachedPreferenceDataModule)
-    shape = space.shape(height, width) if latents else (3, height, width)
+    frames = settings.get("frames") or 1
+    clip = (3, height, width) if frames == 1 else (3, frames, height, width)
+    shape = space.shape(height, width) if latents else clip
     count = batch_size(data)
     if latents and settings.tokens_per_batch is not None:
         count = max(1, settings.tokens_per_batch // (shape[-2] * shape[-1]))

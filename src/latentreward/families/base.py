@@ -69,6 +69,7 @@ class Family(ABC):
         network_class: Class of the network in diffusers.
         block_classes: Classes of the network's blocks in diffusers, which FSDP1 wraps as units.
         flow: Whether the network is a rectified flow; else it predicts noise or v of a DDPM process.
+        clips: Whether the network makes clips; others make images, also in a latent space with a time axis.
         default_guidance: ``guidance_scale`` of the family's pipeline; None for networks without guidance.
         no_guidance: ``guidance_scale`` that switches guidance off.
         uncond_prompt: Prompt that is encoded for classifier-free guidance.
@@ -87,6 +88,7 @@ class Family(ABC):
     network_class: ClassVar[str]
     block_classes: ClassVar[Sequence[str]] = ()
     flow: ClassVar[bool] = True
+    clips: ClassVar[bool] = False
     no_guidance: ClassVar[float] = 1.0
     uncond_prompt: ClassVar[str] = ""
     lora_targets: ClassVar[Sequence[str]] = ATTENTION
@@ -146,18 +148,13 @@ class Family(ABC):
         """Number of pixels of which both sides of an image must be multiples."""
         return self.latent_space.downscale
 
-    @property
-    def native_frames(self) -> int:
-        """Number of frames of a sample for which none is given; 1 for images."""
-        return 1
-
     def latent_shape(self, height: int | None = None, width: int | None = None, frames: int = 1) -> tuple[int, ...]:
         """Return the shape ``(C, h, w)``, or ``(C, T, h, w)`` with a time axis, of the latents of one sample.
 
         Args:
             height: Height in pixels; None takes the native height.
             width: Width in pixels; None takes the native width.
-            frames: Number of frames; above 1 only in a space with a time axis.
+            frames: Number of frames; 1 for an image.
 
         Raises:
             InputError: If a side is not a multiple of :attr:`side_multiple`, or the family makes no such clips.
@@ -168,12 +165,9 @@ class Family(ABC):
             if pixels < 1 or pixels % self.side_multiple:
                 raise InputError(f"{name}={side} must be a positive multiple of {self.side_multiple} pixels")
             sides.append(pixels)
-        if frames != 1:
-            step = space.frame_downscale
-            if step is None:
-                raise InputError(f"frames={frames}: {self.title} makes images; leave frames out")
-            if frames < 1 or (frames - 1) % step:
-                raise InputError(f"frames={frames} must be a multiple of {step} plus 1, such as {20 * step + 1}")
+        if frames != 1 and not self.clips:
+            raise InputError(f"frames={frames}: {self.title} makes images; leave frames out")
+        space.check_frames(frames)
         return space.shape(sides[0], sides[1], frames)
 
     @abstractmethod

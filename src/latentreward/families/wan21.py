@@ -82,6 +82,7 @@ class Wan21(FlowFamily):
 
     name = "wan21"
     title = "Wan 2.1"
+    clips = True
     network_class = "WanTransformer3DModel"
     block_classes = ("WanTransformerBlock",)
     lists = ("blocks",)

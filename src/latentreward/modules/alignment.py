@@ -104,7 +104,7 @@ class RewardedModule(AlignmentModule):
         network calls its blocks.
         """
         super().on_fit_start()
-        shape = self.policy.latent_shape(self.sampling.height, self.sampling.width)
+        shape = self.sampling.latent_shape(self.policy.family)
         self._compare_sizes(shape)
         noise = torch.randn(3, *shape, generator=torch.Generator().manual_seed(self.seed)).to(self.device)
         levels = self.policy.noise_process.timesteps
@@ -124,6 +124,11 @@ class RewardedModule(AlignmentModule):
         for part in self.reward.modules():
             if isinstance(part, LatentScorer) and (sizes := part.model.image_sizes) is not None:
                 loader = sizes.loader(height, width)
+                if sizes.frames != self.sampling.frames:
+                    rank_zero_warn(
+                        f"model.reward: trained on {sizes.frames} frames, but the policy samples "
+                        f"{self.sampling.frames}; set model.sampling.frames, or train a reward on as many"
+                    )
                 if (loader.height, loader.width) != (height, width):
                     rank_zero_warn(
                         f"model.reward: trained on images of {sizes}, but the policy samples {height}x{width}; set "

@@ -133,7 +133,7 @@ class ReFLModule(RewardedModule):
         """Sample up to the step of index ``stop``, the last ``gradient_steps`` steps with a graph."""
         network = PromptedPolicy.of(self.policy, prompts, self.guidance_scale)
         draws = RolloutDraws(self.seed, prompts.keys)
-        shape = self.policy.latent_shape(self.sampling.height, self.sampling.width)
+        shape = self.sampling.latent_shape(self.policy.family)
         latents = draws.initial(shape).to(self.device)
         first = max(0, stop + 1 - self.gradient_steps)
         with torch.no_grad(), evaluating(self.policy.network):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from latentreward.contracts import CrossScores, PairScores, PreferenceBatch
-from latentreward.errors import check_at_least_one
+from latentreward.errors import InputError, check_at_least_one
 from latentreward.losses import LRMLoss, PreferenceLoss, gather_with_grad
 from latentreward.modules.images import latents_of
 from latentreward.modules.pair_noise import PairDraws
@@ -92,6 +92,8 @@ class StepAwarePixelModule(PairModule):
     def encode(self, batch: PreferenceBatch, draws: PairDraws, noise_per_image: bool = False) -> EncodedPairs:
         """See :meth:`PairModule.encode`."""
         latents = latents_of(self.generator, batch, draws, self.posterior)
+        if latents.ndim == 5 and latents.shape[2] > 1:
+            raise InputError("the data hold clips, but a reward on pixels scores images; set frames of the data to 1")
         conditioning, uncond = batch.conditioning, batch.uncond
         if conditioning is None:
             conditioning = self.generator.encode_prompts(batch.prompts)

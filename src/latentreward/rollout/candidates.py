@@ -119,7 +119,7 @@ def candidate_steps(
         reward: Reward that scores candidates.
         prompts: B prompts.
         branching: Number of candidates, window, and the candidate with which to go on.
-        sampling: Settings of ``sampler``; image height and width are read here.
+        sampling: Settings of ``sampler``; size and number of frames are read here.
         guidance_scale: Scale as checked by :meth:`Family.guidance`.
         draws: Random numbers for initial latents, noise of the steps, and choices among candidates.
 
@@ -135,7 +135,7 @@ def candidate_steps(
     window = branching.steps(sampler)
     with torch.no_grad():
         network, encoded = PromptedPolicy.of(policy, prompts, guidance_scale), reward.encode_prompts(prompts.prompts)
-    shape, rows = policy.latent_shape(sampling.height, sampling.width), torch.arange(len(prompts))
+    shape, rows = sampling.latent_shape(policy.family), torch.arange(len(prompts))
     latents = draws.initial(shape).to(network.device)
     output: Tensor | None = None
     for index, timestep in enumerate(sampler.timesteps.tolist()):

@@ -57,7 +57,7 @@ def sample_trajectories(
         policy: Generator; the caller sets ``policy.eval()`` and autocast.
         sampler: ``sampling.sampler(policy.family)``.
         prompts: B prompts.
-        sampling: Settings of ``sampler``; image height and width are read here.
+        sampling: Settings of ``sampler``; size and number of frames are read here.
         guidance_scale: Scale as checked by :meth:`Family.guidance`.
         seed: Seed of all random numbers.
         draws: Random numbers to use in place of those from ``seed``.
@@ -69,7 +69,7 @@ def sample_trajectories(
     if needs_noise:
         sampler.require_noise()
     network, draws = PromptedPolicy.of(policy, prompts, guidance_scale), draws or RolloutDraws(seed, prompts.keys)
-    shape = policy.latent_shape(sampling.height, sampling.width)
+    shape = sampling.latent_shape(policy.family)
     states, log_probs, stochastic = [draws.initial(shape).to(network.device)], [], sampler.noise_std > 0
     for index, timestep in enumerate(sampler.timesteps.tolist()):
         output = network(states[-1], timestep)

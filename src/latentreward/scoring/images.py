@@ -86,10 +86,10 @@ def as_images(images: ImageInput | Images, value_range: tuple[float, float] | No
 
 
 def as_pixels(images: Tensor, value_range: tuple[float, float] | None) -> Tensor:
-    """Convert a tensor of pixels to ``(N, 3, H, W)`` in [-1, 1].
+    """Convert a tensor of pixels to ``(N, 3, H, W)``, or of clips to ``(N, 3, F, H, W)``, in [-1, 1].
 
     Args:
-        images: ``(N, 3, H, W)`` or ``(3, H, W)``, floating point.
+        images: ``(N, 3, H, W)``, ``(3, H, W)`` or ``(N, 3, F, H, W)``, floating point.
         value_range: Lowest and highest value of ``images``; None means (-1, 1).
 
     Raises:
@@ -97,7 +97,7 @@ def as_pixels(images: Tensor, value_range: tuple[float, float] | None) -> Tensor
             above :data:`LARGEST_PIXEL`.
     """
     pixels = images[None] if images.ndim == 3 else images
-    if pixels.ndim != 4 or pixels.shape[1] != 3 or not pixels.is_floating_point():
+    if pixels.ndim not in (4, 5) or pixels.shape[1] != 3 or not pixels.is_floating_point():
         raise InputError(
             f"images are a {images.dtype} tensor of shape {tuple(images.shape)}; give floating point (N, 3, H, W) in "
             "[-1, 1], or in the value_range that you name, uint8 arrays (N, H, W, 3), or latents to score_latents"
@@ -115,6 +115,23 @@ def as_pixels(images: Tensor, value_range: tuple[float, float] | None) -> Tensor
             "[-1, 1], or name the range that they have as value_range"
         )
     return pixels
+
+
+def check_frames(images: Images, sizes: ImageSizes | None) -> None:
+    """Check that a model trained on images gets images, and one trained on clips gets clips of as many frames.
+
+    Args:
+        images: Images, or a tensor of pixels.
+        sizes: The model's rule for image sizes; None skips the check.
+
+    Raises:
+        InputError: If it does not.
+    """
+    given = images.shape[2] if isinstance(images, Tensor) and images.ndim == 5 else 1
+    if sizes is not None and len(images) and given != sizes.frames:
+        made, trained = (f"clips of {n} frames" if n > 1 else "images" for n in (given, sizes.frames))
+        form = f"a tensor (N, 3, {sizes.frames}, H, W)" if sizes.frames > 1 else "images"
+        raise InputError(f"{made} are given, but the model was trained on {trained}; give {form}, or another model")
 
 
 def doubts_of_pixels(pixels: Tensor, sizes: ImageSizes | None, range_given: bool) -> dict[str, str]:

@@ -87,7 +87,7 @@ class JudgedPolicy:
         if self.images is not None:
             return ""
         family = self.trained.source().resolve_family()
-        shape = family.latent_shape(sampling.height, sampling.width)
+        shape = sampling.latent_shape(family)
         return f"{shape[-2]} × {shape[-1]} latents of {family.latent_space}, {type(family.noise_process).__name__}"
 
     def describe(self) -> str:

@@ -108,6 +108,6 @@ def scores_of(model: RewardNetwork) -> Tensor | None:
     if model.image_sizes is None:
         return None
     loader, space = model.image_sizes.loader(SIDE, SIDE), model.backbone.latent_space
-    shape = len(PROMPTS), *space.shape(loader.height, loader.width)
+    shape = (len(PROMPTS), *space.shape(loader.height, loader.width, model.image_sizes.frames))
     latents = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     return score_given_latents(model, PROMPTS, latents, model.noise, None, None, len(PROMPTS)).cpu()
