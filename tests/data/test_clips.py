@@ -1,6 +1,7 @@
 """Clips are decoded by the times of their frames, and bad files give one clear line."""
 
 import logging
+import struct
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,33 @@ def test_names_are_no_addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     write_clip(Path("a.mp4"), REDS)
     with pytest.raises(ImageError, match="missing file"):
         ClipLoader(16, 16, frames=5)(ImageRef("x", path=Path("concat:a.mp4")))
+
+
+def refer(clip: bytes, path: str) -> bytes:
+    """Replace the clip's reference to its own data by an alias of another file."""
+    name = path.encode() + bytes(len(path) % 2)
+    body = bytes(130) + struct.pack(">HH", 1, 1) + bytes(16)
+    body += struct.pack(">HH", 2, len(name)) + name + struct.pack(">HH", 0xFFFF, 0)
+    alias = struct.pack(">I", 12 + len(body)) + b"alis" + bytes(4) + body
+    at = clip.index(b"url \0\0\0\1") - 4
+    made = bytearray(clip[:at] + alias + clip[at + 12 :])
+    for box in (b"moov", b"trak", b"mdia", b"minf", b"dinf", b"dref"):
+        place = made.rindex(box, 0, at) - 4
+        (size,) = struct.unpack_from(">I", made, place)
+        struct.pack_into(">I", made, place, size + len(alias) - 12)
+    return bytes(made)
+
+
+def test_files_that_a_clip_refers_to_are_not_read(tmp_path: Path) -> None:
+    import av
+
+    write_clip(tmp_path / "other.mp4", [200] * 6)
+    path = tmp_path / "evil.mp4"
+    path.write_bytes(refer(write_clip(tmp_path / "own.mp4", [0] * 6).read_bytes(), "/x/other.mp4"))
+    with av.open(str(path), options={"enable_drefs": "1"}) as followed:
+        assert next(followed.decode(video=0)).to_ndarray(format="rgb24")[0, 0, 0] > 150
+    with pytest.raises(ImageError, match="the file ends after 0 of its 6 frames"):
+        ClipLoader(16, 16, frames=5)(ref(path))
 
 
 def test_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,14 +76,14 @@ class Source(NamedTuple):
         frames: The frames in the order in which they are shown.
         tick: Length of a tick in seconds.
         length: Length of the clip in ticks, as the file says; None if it does not.
-        count: Number of frames, as the file says; 0 if it does not.
+        total: Number of frames, as the file says; 0 if it does not.
         size: Height and width, as the file says.
     """
 
     frames: Iterator[Frame]
     tick: Fraction
     length: int | None
-    count: int
+    total: int
     size: tuple[int, int]
 
 
@@ -116,7 +116,8 @@ class ClipLoader(PixelLoader):
         """Decode a clip, and count the frames that are not used; see :meth:`__call__`."""
         with _opened(image, self.max_pixels) as source:
             _check_pixels(image, source.size, self.max_pixels)
-            taken, size = [], (0, 0)
+            taken: list[Tensor] = []
+            size = 0, 0
             for frame in self._shown(image, source):
                 size = size if taken else frame.size
                 taken.append(self.pixels(frame.picture()))
@@ -159,8 +160,8 @@ class ClipLoader(PixelLoader):
             if taken == self.frames:
                 return
         wanted = f"{taken} of frames={self.frames} at fps={self.fps:g} can be read"
-        if source.count > decoded:
-            raise image_error(image, DAMAGED, f"the file ends after {decoded} of its {source.count} frames: {wanted}")
+        if source.total > decoded:
+            raise image_error(image, DAMAGED, f"the file ends after {decoded} of its {source.total} frames: {wanted}")
         raise image_error(image, SHORT, f"{wanted}; give longer clips, or set fewer frames")
 
 
@@ -267,10 +268,8 @@ def _rgb(frame: Any) -> Image.Image:
 def _webp(file: BinaryIO) -> Iterator[Source]:
     """Open an animated WebP, whose clock ticks in milliseconds; its length is known only after the last frame."""
     with Image.open(file, formats=["WEBP"]) as animation:
-        count = getattr(animation, "n_frames", 1)
-        yield Source(
-            _webp_frames(animation, count), Fraction(1, 1000), None, count, (animation.height, animation.width)
-        )
+        count, size = getattr(animation, "n_frames", 1), (animation.height, animation.width)
+        yield Source(_webp_frames(animation, count), Fraction(1, 1000), None, count, size)
 
 
 def _webp_frames(animation: Image.Image, count: int) -> Iterator[Frame]:

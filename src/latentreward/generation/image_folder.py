@@ -126,7 +126,8 @@ class ImageFolder:
         """Write ``grid.png`` with the first :data:`GRID_CELLS` images of ``names``; of clips, some frames."""
         cells = []
         for row in [self.rows[name] for name in names[:GRID_CELLS]]:
-            picture, width = Image.open(self.folder / row["file"]), GRID_SIDE
+            picture: Image.Image = Image.open(self.folder / row["file"])
+            width = GRID_SIDE
             if getattr(picture, "n_frames", 1) > 1:
                 frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(picture)]
                 picture, width = strip(frames), SHOWN_FRAMES * GRID_SIDE
