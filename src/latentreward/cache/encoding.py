@@ -166,8 +166,8 @@ class EncodeBatches(Dataset[EncodeBatch]):
     def _loader(self, shard: Shard) -> PixelLoader:
         spec = self.plan.spec
         assert shard.height is not None and shard.width is not None and spec.resize is not None
-        settings: tuple[Any, ...] = (shard.height, shard.width, spec.resize, self.max_pixels, self.reader.exif)
-        return PixelLoader(*settings) if spec.frames == 1 else ClipLoader(*settings, spec.frames, spec.fps)
+        image = PixelLoader(shard.height, shard.width, spec.resize, self.max_pixels, self.reader.exif)  # type: ignore[arg-type]
+        return image if spec.frames == 1 else ClipLoader(**vars(image), frames=spec.frames, fps=spec.fps)
 
     def _blank(self, shard: Shard, shape: tuple[int, ...]) -> Tensor:
         """Return what stands for an unreadable image, or for unreadable latents of ``shape``."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from latentreward.data.ahead import map_ahead
+from latentreward.data.clips import ClipLoader
 from latentreward.data.image_lists import ListedImage
 from latentreward.data.images import MAX_PIXELS, ImageError, decode_image, read_header
 from latentreward.errors import InputError, one_line
@@ -168,7 +169,9 @@ class ListedScoring:
             return Loaded(problem=f"{row.problem} ({row.detail})")
         try:
             if self._sizes.frames > 1:
-                clip = replace(self._sizes.loader(0, 0), max_pixels=self.max_pixels).load(row.ref())
+                loader = self._sizes.loader(0, 0)
+                assert isinstance(loader, ClipLoader)
+                clip = replace(loader, max_pixels=self.max_pixels).load(row.ref())
                 return Loaded(clip.pixels, clip.size, unused=clip.unused)
             rotated = read_header(row.ref(), self.max_pixels).rotated
             image = decode_image(row.ref(), self.max_pixels, self.model.exif)
