@@ -148,7 +148,7 @@ class RepeatedCalls:
                 flops, extra, layout = self._seen[key]
                 shapes.flops += flops
                 live.peak = max(live.peak, live.now + extra)
-                result = map_tensors(layout, lambda tensor: shapes.stand_in(tensor.shape, tensor.dtype))
+                result = map_tensors(layout, self._like)
             else:
                 flops, before, peak = shapes.flops, live.now, live.peak
                 live.peak = before
@@ -164,6 +164,12 @@ class RepeatedCalls:
             return result
 
         setattr(owner, method, call)
+
+    def _like(self, tensor: Tensor) -> Tensor:
+        """Return a stand-in of the shape of ``tensor``; a mask is real, because families count its tokens."""
+        if tensor.dtype == torch.bool:
+            return torch.ones(tensor.shape, dtype=torch.bool, device=CPU)
+        return self.shapes.stand_in(tensor.shape, tensor.dtype)
 
 
 def layout_of(value: Any) -> Any:
