@@ -4,11 +4,10 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from latentreward.contracts import LatentSpace
 from latentreward.data.buckets import MIN_PIXELS, PUBLISHED_BUCKETS, Bucket, assign_bucket, sort_buckets
 from latentreward.data.clips import FPS, check_clips, require_pyav
 from latentreward.data.images import MAX_PIXELS, ResizePolicy
-from latentreward.errors import InputError, check_at_least_one, check_multiples, errors_at
+from latentreward.errors import InputError, check_at_least_one, check_multiples
 
 CROSS_BUCKET_ASPECT = 0.05
 """Relative difference of two aspect ratios from which two images cannot share a bucket."""
@@ -86,18 +85,15 @@ class ImageSettings:
         """Tell whether planning needs the sizes of images, which are read from their headers."""
         return self.size is None or self.smallest() > 0
 
-    def check(self, multiple: int, space: LatentSpace) -> None:
+    def check(self, multiple: int) -> None:
         """Check that the model takes all sizes.
 
         Args:
             multiple: Number of pixels of which both sides of an image must be multiples.
-            space: Space of the latents.
 
         Raises:
-            InputError: If a side is not such a multiple, or no clip of the space has :attr:`frames` frames.
+            InputError: If a side is not such a multiple.
         """
-        with errors_at("images."):
-            space.check_frames(self.frames)
         sizes = self.bucket_sizes() if self.size is None else (self.one_size(),)
         for bucket in sizes:
             name = f"images.buckets: {bucket}" if self.size is None else "images.size"

@@ -19,7 +19,7 @@ from latentreward.cache.sources import Encoders, LatentSource
 from latentreward.cache.writing import EncodingDataModule, StopOnSigterm, run_predict
 from latentreward.data.images import ExifOrientation
 from latentreward.data.readers import PairReader, count_text
-from latentreward.errors import InputError
+from latentreward.errors import InputError, errors_at
 from latentreward.interrupts import interrupts_told
 from latentreward.settings.functions import run_function
 
@@ -92,7 +92,9 @@ def cache(
     kept = f"finished shards are kept in {folder}: the same command goes on there"
     with interrupts_told(lambda: kept):
         encoders = encoder.load()
-        images.check(encoders.side_multiple, encoders.space)
+        images.check(encoders.side_multiple)
+        with errors_at("images."):
+            encoders.space.check_frames(images.frames)
         spec = make_spec(encoder, encoders, images, dtype, seed, images_per_shard, reader.exif)
         data = EncodingDataModule(folder, reader, images, spec, num_workers, encoders.text)
         rate = EncodingRate()
