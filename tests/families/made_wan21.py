@@ -37,7 +37,7 @@ def transformer(**options: Any) -> WanTransformer3DModel:
         "freq_dim": 16,
         "ffn_dim": 48,
         "num_layers": 4,
-        "rope_max_seq_len": 32,
+        "rope_max_seq_len": 64,
     }
     return WanTransformer3DModel(**{**settings, **options})
 

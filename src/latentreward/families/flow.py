@@ -101,6 +101,11 @@ class FlowFamily(Family):
 
         return AutoencoderKL
 
+    @property
+    def max_side(self) -> int | None:
+        """Largest side of the latents for which the network has position embeddings; None for any."""
+        return None
+
     def load_latent_encoder(self, dtype: StorageDtype = "float32") -> LatentEncoder:
         """See :meth:`Family.load_latent_encoder`."""
         vae = self.pipeline.load(self.vae_class, "vae")

@@ -128,6 +128,11 @@ class Wan21(FlowFamily):
         """See :meth:`Family.wrap_vae`."""
         return ChannelLatentEncoder(vae, self.latent_space)
 
+    @property
+    def max_side(self) -> int:
+        """See :attr:`FlowFamily.max_side`; the table of positions has 1024 along each axis."""
+        return self.packing * int(self.config.get("rope_max_seq_len", 1024))
+
     # Text
 
     def load_prompt_encoder(
