@@ -15,7 +15,6 @@ from latentreward.modules.sharding import check_axes
 from latentreward.policies import Policy
 from tests.families.twins import PROMPTS, TWINS, Twin, noise_for
 
-pytest.importorskip("torchao")
 FAMILIES = [twin for twin in TWINS.values() if twin.name in ("z_image", "flux1_dev")]
 some = pytest.mark.parametrize("twin", FAMILIES, ids=lambda twin: twin.name)
 TOLERANCE = 0.05

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from latentreward.encoders.sd3 import SD3PromptEncoder
     from latentreward.encoders.vae import LatentEncoder
 
-TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj", "q", "k", "v", "o")
-"""Name endings of the attention projections in CLIP and T5."""
+TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj", "o_proj", "q", "k", "v", "o")
+"""Name endings of the attention projections in CLIP, language models and T5."""
 
 
 SHIPPED = ("sd_tiny", "sd35_tiny")

@@ -54,7 +54,7 @@ def vae_fingerprint(vae: "AutoencoderKL") -> str:
 
 
 def text_fingerprint(encoder: "PromptEncoder") -> str:
-    """Return a hash (32 hexadecimal digits) of text encoders: weights, sizes of the vocabularies, length of prompts.
+    """Return a hash (32 hexadecimal digits) of text encoders: weights, vocabularies, templates, length of prompts.
 
     Weights are rounded to bfloat16 before they are hashed. A frozen text encoder therefore has one hash, whether
     training stores it in float32 or in bfloat16, and cached embeddings of one are used for the other.
@@ -70,6 +70,9 @@ def text_fingerprint(encoder: "PromptEncoder") -> str:
         "pooled_dim": encoder.pooled_dim,
         "tokenizers": [None if tokenizer is None else len(tokenizer) for tokenizer in tokenizers],
     }
+    templates = [template for tokenizer in tokenizers if (template := getattr(tokenizer, "chat_template", None))]
+    if templates:  # not listed without one, so that fingerprints of stored caches stay
+        config["templates"] = templates
     return _fingerprint([encoder], config, torch.bfloat16)
 
 
