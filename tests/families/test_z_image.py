@@ -1,5 +1,7 @@
 """Facts of Z-Image that the tests of all families cannot see."""
 
+import logging
+
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -33,6 +35,16 @@ def test_base_and_turbo_are_told_by_the_shift() -> None:
         turbo.guidance(4.0)
     with pytest.raises(InputError, match="guidance_scale=-1 must be at least 0, which switches guidance"):
         base.guidance(-1.0)
+
+
+def test_a_run_says_which_variant_it_assumed(caplog: pytest.LogCaptureFixture) -> None:
+    source = TWINS["z_image_turbo"].source()
+    with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
+        source.load()
+        create_backbone("z_image", source=source.source)
+    lines = [record.getMessage() for record in caplog.records if "taken for" in record.getMessage()]
+    assert [line.partition(":")[0] for line in lines] == ["policy of Z-Image-Turbo", "backbone of Z-Image-Turbo"]
+    assert all("because its scheduler's shift is 3 " in line for line in lines)
 
 
 def test_omni_is_refused() -> None:

@@ -238,10 +238,7 @@ def cut_family_backbone(
     Raises:
         InputError: If a tap is not one of the network's blocks.
     """
-    if assumption := family.assumption():
-        from lightning.pytorch.utilities import rank_zero_info  # takes seconds to import
-
-        rank_zero_info(f"backbone {family.pipeline.source}: {assumption}")
+    family.report_assumption("backbone")
     backbone = FamilyBackbone(
         family.load_network(pretrained),
         family,

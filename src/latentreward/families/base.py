@@ -116,6 +116,13 @@ class Family(ABC):
         """Return what is assumed about the variant where the configs do not tell, for a line of the run's output."""
         return None
 
+    def report_assumption(self, part: str) -> None:
+        """Write :meth:`assumption` to the run's output; ``part`` says what the pipeline is loaded for."""
+        if assumption := self.assumption():
+            from lightning.pytorch.utilities import rank_zero_info  # takes seconds to import
+
+            rank_zero_info(f"{part} of {self.model}: {assumption}")
+
     @cached_property
     def config(self) -> dict[str, Any]:
         """Config of the network."""

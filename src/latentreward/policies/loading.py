@@ -87,10 +87,7 @@ class PolicySource:
             raise InputError(f"t5_length={self.t5_length} must be at least 0")
         check_quantization(self.quantization, "lora")
         family = self.resolve_family()
-        if assumption := family.assumption():
-            from lightning.pytorch.utilities import rank_zero_info  # takes seconds to import
-
-            rank_zero_info(f"policy {self.source}: {assumption}")
+        family.report_assumption("policy")
         text_encoder = family.load_prompt_encoder(self.t5_length, self.load_t5)
         network = family.load_network()
         network.requires_grad_(False)
