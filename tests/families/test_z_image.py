@@ -41,7 +41,7 @@ def test_a_run_says_which_variant_it_assumed(caplog: pytest.LogCaptureFixture) -
     source = TWINS["z_image_turbo"].source()
     with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
         source.load()
-        create_backbone("z_image", source=source.source)
+        create_backbone("z_image", source=source.source, visual_taps=[1], text_taps=[1])
     lines = [record.getMessage() for record in caplog.records if "taken for" in record.getMessage()]
     assert [line.partition(":")[0] for line in lines] == ["policy of Z-Image-Turbo", "backbone of Z-Image-Turbo"]
     assert all("because its scheduler's shift is 3 " in line for line in lines)
