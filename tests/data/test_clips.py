@@ -8,8 +8,6 @@ import pytest
 import torch
 from PIL import Image
 
-pytest.importorskip("av")
-
 from latentreward.contracts import ImageRef
 from latentreward.data import JSONLPairReader, PreferenceDataModule
 from latentreward.data.clips import ClipLoader

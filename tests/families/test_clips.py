@@ -13,8 +13,6 @@ import torch
 from PIL import Image, ImageSequence
 from torch.utils.data import DataLoader
 
-pytest.importorskip("av")
-
 from latentreward.backbones import create_backbone
 from latentreward.cache import CachedPreferenceDataModule, CachedSplit
 from latentreward.cache.layout import CacheSpec, read_plan
