@@ -73,8 +73,8 @@ class RandomReward(RewardSource):
     Args:
         kind: ``noise`` scores every state with an independent number from N(0, ``scale``²), so that there is nothing to
             learn. ``readout`` is a fixed random function of the latents, which can be learned but has no meaning: a
-            random convolution, tanh, mean over positions and a random linear layer; it is differentiable. A clip's score
-            is the mean of its frames'.
+            random convolution, tanh, mean over positions and a random linear layer; it is differentiable. The score
+            of a clip is the mean over its frames.
         seed: Seed of the numbers or of the function.
         scale: Standard deviation of the scores: of all scores under ``noise``, of the scores of images of pure noise
             under ``readout``. Candidates drawn from one state differ less than that under ``readout``.
