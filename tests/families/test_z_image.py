@@ -103,7 +103,7 @@ def test_a_tokenizer_without_chat_template_is_refused(monkeypatch: pytest.Monkey
     tokenizer = qwen_tokenizer()
     tokenizer.chat_template = None
     monkeypatch.setattr(one.pipeline, "tokenizer", lambda part: tokenizer)
-    with pytest.raises(InputError, match="the tokenizer has no chat template; download tokenizer again"):
+    with pytest.raises(InputError, match="tokenizer has no chat template, with which Z-Image encodes prompts"):
         one.load_prompt_encoder()
 
 

@@ -16,6 +16,7 @@ from latentreward.backbones.tuning import StorageDtype
 from latentreward.backbones.weights import settle
 from latentreward.contracts import Conditioning, LatentSpace
 from latentreward.encoders.vae import LatentEncoder, latent_space_of
+from latentreward.errors import InputError
 from latentreward.families.base import Family, PipelineConfigs
 from latentreward.noise import ContinuousFlow, NoiseProcess
 from latentreward.noise.schedules import shifted_levels
@@ -118,6 +119,20 @@ class FlowFamily(Family):
 
     # Noise
 
+    def chat_tokenizer(self) -> Any:
+        """Load the pipeline's tokenizer, whose chat template the prompts get.
+
+        Raises:
+            InputError: If the tokenizer has no chat template.
+        """
+        tokenizer = self.pipeline.tokenizer("tokenizer")
+        if not tokenizer.chat_template:
+            raise InputError(
+                f"source={self.pipeline.source!r}: tokenizer has no chat template, with which {self.title} encodes "
+                "prompts; download tokenizer again"
+            )
+        return tokenizer
+
     @cached_property
     def noise_process(self) -> NoiseProcess:
         """See :attr:`Family.noise_process`."""
@@ -181,14 +196,14 @@ class FlowFamily(Family):
         """Run block ``number``, counted from 1 over all lists, and return its visual and text tokens."""
 
     @property
-    @abstractmethod
     def width(self) -> int:
         """Number of features of a token."""
+        return int(self.config["num_attention_heads"] * self.config["attention_head_dim"])
 
     @property
-    @abstractmethod
     def temb_dim(self) -> int:
-        """Number of features of the timestep embedding."""
+        """Number of features of the timestep embedding; the default is that of a token."""
+        return self.width
 
     def text_tap_width(self) -> int:
         """Number of features of a text tap."""

@@ -233,16 +233,6 @@ class Flux1(FlowFamily):
         )
         return visual, text
 
-    @property
-    def width(self) -> int:
-        """See :attr:`FlowFamily.width`."""
-        return int(self.config["num_attention_heads"] * self.config["attention_head_dim"])
-
-    @property
-    def temb_dim(self) -> int:
-        """See :attr:`FlowFamily.temb_dim`."""
-        return self.width
-
     def unread(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
         """See :meth:`FlowFamily.unread`."""
         return unread_of_dual(visual, text) if 1 <= number <= self.config["num_layers"] else ()

@@ -203,12 +203,7 @@ class Flux2Klein(FlowFamily):
         """See :meth:`Family.load_prompt_encoder`; there is no T5."""
         from transformers import Qwen3ForCausalLM
 
-        tokenizer = self.pipeline.tokenizer("tokenizer")
-        if not tokenizer.chat_template:
-            raise InputError(
-                f"source={self.pipeline.source!r}: tokenizer has no chat template, with which {self.title} encodes "
-                "prompts; download tokenizer again"
-            )
+        tokenizer = self.chat_tokenizer()
         return Flux2KleinPromptEncoder(self.pipeline.load(Qwen3ForCausalLM, "text_encoder", pretrained), tokenizer)
 
     # Noise
@@ -281,16 +276,6 @@ class Flux2Klein(FlowFamily):
 
     def _is_dual(self, number: int) -> bool:
         return number <= int(self.config["num_layers"])
-
-    @property
-    def width(self) -> int:
-        """See :attr:`FlowFamily.width`."""
-        return int(self.config["num_attention_heads"] * self.config["attention_head_dim"])
-
-    @property
-    def temb_dim(self) -> int:
-        """See :attr:`FlowFamily.temb_dim`."""
-        return self.width
 
     def unread(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
         """See :meth:`FlowFamily.unread`."""

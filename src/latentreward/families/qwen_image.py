@@ -238,16 +238,6 @@ class QwenImage(FlowFamily):
         text, visual = block(hidden_states=tokens.visual, encoder_hidden_states=tokens.text, **tokens.others)
         return visual, text
 
-    @property
-    def width(self) -> int:
-        """See :attr:`FlowFamily.width`."""
-        return int(self.config["num_attention_heads"] * self.config["attention_head_dim"])
-
-    @property
-    def temb_dim(self) -> int:
-        """See :attr:`FlowFamily.temb_dim`."""
-        return self.width
-
     def unread(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
         """See :meth:`FlowFamily.unread`."""
         return (() if text else TEXT_OUTPUT) + (() if visual else VISUAL_OUTPUT)

@@ -217,16 +217,6 @@ class Wan21(FlowFamily):
         visual = block(hidden_states=tokens.visual, encoder_hidden_states=tokens.text, **tokens.others)
         return visual, tokens.text
 
-    @property
-    def width(self) -> int:
-        """See :attr:`FlowFamily.width`."""
-        return int(self.config["num_attention_heads"] * self.config["attention_head_dim"])
-
-    @property
-    def temb_dim(self) -> int:
-        """See :attr:`FlowFamily.temb_dim`."""
-        return self.width
-
     # Adapters
 
     def kohya_layers(self, layers: Mapping[str, Pair]) -> dict[str, list[Pair | None]]:

@@ -100,11 +100,7 @@ class ZImage(FlowFamily):
         """See :meth:`Family.load_prompt_encoder`."""
         from transformers import Qwen3Model
 
-        tokenizer = self.pipeline.tokenizer("tokenizer")
-        if not tokenizer.chat_template:
-            raise InputError(
-                f"source={self.pipeline.source!r}: the tokenizer has no chat template; download tokenizer again"
-            )
+        tokenizer = self.chat_tokenizer()
         model = self.pipeline.load(Qwen3Model, "text_encoder", pretrained)
         return ZImagePromptEncoder(without_last_layer(model), tokenizer, TEXT_LENGTH)
 
