@@ -45,6 +45,16 @@ def test_levels_run_from_the_noisiest_to_zero(twin: Twin) -> None:
     torch.testing.assert_close(timesteps, 1000 * sigmas[:-1], rtol=0, atol=1.0)
 
 
+@every_twin
+@pytest.mark.parametrize("steps", [10, 40])
+def test_noise_keeps_the_spread_of_the_states(twin: Twin, steps: int) -> None:
+    made = sampler(twin, steps)
+    sigmas = twin.source().resolve_family().noise_process.sigma(made.timesteps)
+    noise = torch.randn(1, 10000, generator=torch.Generator().manual_seed(0))
+    step = made.transition(sigmas[0] * noise, noise, made.timesteps[:1])  # the velocity towards a picture of zeros
+    assert (step.mean.var() + step.std**2).sqrt().item() == pytest.approx(sigmas[1].item(), rel=0.15)
+
+
 def test_timesteps_of_a_continuous_flow_are_not_rounded_to_a_table() -> None:
     process = ContinuousFlow()
     times = torch.tensor([0.0, 123.456, 1000.0])

@@ -17,11 +17,11 @@ class FlowSDESampler(StepSampler):
         w = a\sqrt{\sigma / (1 - \sigma)}, \qquad x' \sim \mathcal N\Bigl(
         x\bigl(1 + \tfrac{w^2}{2\sigma} d\bigr) + v\bigl(1 + \tfrac{w^2 (1 - \sigma)}{2\sigma}\bigr) d,\; w^2 |d|\Bigr).
 
-    Where σ = 1, the denominator 1 − σ uses the next level instead, as in Flow-GRPO's code. The equation has the flow's
-    marginals, but its published steps have these marginals only for small d. For example, with a perfect prediction of
-    a single image, a = 0.7, shift 3 and 10 to 40 steps, the noise's standard deviation is 3 to 6 % above σ' after the
-    first two steps (σ near 1), up to 4 % above in the middle, and 20 % and more above in the last steps. a = 0 gives
-    Euler's step.
+    Where σ = 1, the denominator 1 − σ uses the next level instead, as in Flow-GRPO's code; likewise where 1 − σ is less
+    than half of the step, as at UniPC's first level, 1 − 10⁻⁶. The equation has the flow's marginals, but its published
+    steps have these marginals only for small d. For example, with a perfect prediction of a single image, a = 0.7,
+    shift 3 and 10 to 40 steps, the noise's standard deviation is 3 to 6 % above σ' after the first two steps (σ near
+    1), up to 4 % above in the middle, and 20 % and more above in the last steps. a = 0 gives Euler's step.
 
     Args:
         timesteps: ``(T,)`` timesteps of the family's own schedule, see :meth:`Family.levels
@@ -33,7 +33,7 @@ class FlowSDESampler(StepSampler):
     def __init__(self, timesteps: Tensor, sigmas: Tensor, noise_level: float = 0.7) -> None:
         self.timesteps = timesteps
         sigma, step = sigmas[:-1], sigmas[1:] - sigmas[:-1]
-        spread = noise_level * (sigma / (1 - torch.where(sigma == 1, sigmas[1], sigma))).sqrt()
+        spread = noise_level * (sigma / (1 - torch.where(1 - sigma < -step / 2, sigmas[1:], sigma))).sqrt()
         self.noise_std = spread * (-step).sqrt()
         self.noise_setting = f"noise_level={noise_level:g}"
         growth = spread**2 / (2 * sigma)
