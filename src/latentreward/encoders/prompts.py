@@ -23,6 +23,8 @@ class PromptEncoder(nn.Module, ABC):
         masked: Whether encoded prompts have a mask. Then ``num_tokens`` is the greatest number of tokens, the tokens of
             a prompt come first, and a batch is as long as its longest prompt.
         dropped_tokens: Number of tokens before the prompt's own whose embeddings a masked encoder drops.
+        tokens_in_fingerprint: Whether the encoder's fingerprint covers the tokens of fixed prompts. Encoders of SD and
+            SD3 have fingerprints without, because caches hold them.
         unread: Names of submodules that no output depends on. They are frozen, because DDP fails on trainable
             parameters without a gradient.
         tokens_only: Names of submodules that the token embeddings depend on, but not the pooled vector.
@@ -33,6 +35,7 @@ class PromptEncoder(nn.Module, ABC):
     pooled_dim: int
     masked: bool = False
     dropped_tokens: int = 0
+    tokens_in_fingerprint: bool = True
     unread: tuple[str, ...] = ()
     tokens_only: tuple[str, ...] = ()
 
