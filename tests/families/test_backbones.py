@@ -1,5 +1,6 @@
 """Rewards on every family: features as promised, gradients for all that trains, scores of rows by themselves."""
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from latentreward.backbones import LoRA, create_backbone
 from latentreward.errors import InputError
 from latentreward.heads import CLIPProjectionHead, GatedQFormerHead, RewardHead
+from latentreward.scoring import RewardModel
 from tests.families.twins import PROMPTS, TWINS, Twin, noise_for
 
 every_twin = pytest.mark.parametrize("twin", TWINS.values(), ids=TWINS.keys())
@@ -72,6 +74,14 @@ def test_all_that_trains_has_a_gradient(twin: Twin, kind: str, tuning: str) -> N
     model(latents, sigmas, PROMPTS).square().sum().backward()
     missing = [name for name, weight in model.named_parameters() if weight.requires_grad and weight.grad is None]
     assert not missing
+
+
+def test_encoded_prompts_without_their_mask_are_refused() -> None:
+    twin = TWINS["z_image"]
+    model = Scorer(twin, "q_former").eval()
+    encoded = replace(model.backbone.encode_prompts(PROMPTS), prompt_mask=None)
+    with pytest.raises(InputError, match="conditioning has no prompt_mask"):
+        RewardModel(model.backbone, model.head).score_latents(PROMPTS, inputs(twin)[0], conditioning=(encoded, None))
 
 
 @every_twin

@@ -241,6 +241,9 @@ class RewardModel(RewardNetwork):
         if conditioning is not None and len(conditioning[0].prompt_embeds) != len(latents):
             rows = len(conditioning[0].prompt_embeds)
             raise InputError(f"conditioning has {rows} rows for {len(latents)} latents; give one row for each")
+        text_encoder = self.backbone.text_encoder
+        if conditioning is not None and conditioning[0].prompt_mask is None and getattr(text_encoder, "masked", False):
+            raise InputError("conditioning has no prompt_mask; tell which tokens belong to each prompt")
         texts = prompt_of_each(prompts, len(latents))
         if conditioning is None:
             self._doubt_empty(texts)
