@@ -307,13 +307,14 @@ class Conditioning(TensorRecord):
         )
 
     def pooled(self) -> Tensor:
-        """Return the pooled vectors ``(B, P)``; without them the mean of each prompt's tokens, ``(B, D)``."""
+        """Return the pooled vectors ``(B, P)``; without them the mean of the tokens in the mask, ``(B, D)``."""
         if self.pooled_prompt_embeds is not None:
             return self.pooled_prompt_embeds
         if self.prompt_mask is None:
             return self.prompt_embeds.mean(dim=1)
-        weights = self.prompt_mask.unsqueeze(-1).to(self.prompt_embeds)
-        return (self.prompt_embeds * weights).sum(dim=1) / weights.sum(dim=1)
+        weights = self.prompt_mask.unsqueeze(-1).float()
+        mean = (self.prompt_embeds * weights).sum(dim=1) / weights.sum(dim=1)
+        return mean.to(self.prompt_embeds)
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from latentreward.encoders.vae import PatchedLatentEncoder
 from latentreward.errors import InputError
 from latentreward.families import find_family
 from latentreward.families.flux2_klein import Flux2Klein
+from tests.families.flux2_vae import CHANNELS, statistics
 from tests.families.made_configs import MadeConfigs
-from tests.families.twin_flux2_klein import CHANNELS, statistics
 from tests.families.twins import PROMPTS, TWINS, noise_for
 
 BASE, DISTILLED = TWINS["klein_base"], TWINS["klein_distilled"]
@@ -190,7 +190,9 @@ def test_prompts_are_padded_on_the_tokenizers_side_without_a_mask() -> None:
         assert text == "<|im_start|>user\na cat<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
         encoded = encoder(PROMPTS)
         assert encoded.prompt_embeds.shape == (2, 512, encoder.token_dim)
-        assert encoded.prompt_mask is encoded.pooled_prompt_embeds is None
+        assert encoded.prompt_mask is None
+        own = encoded.prompt_embeds[0][mask[0].bool()]
+        torch.testing.assert_close(encoded.pooled_prompt_embeds[0], own.mean(dim=0))
 
 
 def test_tokenizers_without_their_template_are_refused(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from latentreward.modules import (
     TrajectoryGRPOModule,
 )
 from latentreward.modules.alignment import AlignmentModule
+from latentreward.modules.pair_noise import PairDraws
 from latentreward.policies import Policy, PolicySource
 from latentreward.rewards import Reward, RewardSource
 from latentreward.rollout import Branching, QuantileThreshold, Sampling
@@ -118,3 +119,17 @@ def test_two_steps(twin: Twin, method: str, tmp_path: Path) -> None:
             assert not torch.equal(weight, before[name]), f"{name} has not moved"
         elif not weight.requires_grad:
             assert torch.equal(weight, before[name]), name
+
+
+def test_diffusion_dpo_gives_a_network_its_guidance_scale() -> None:
+    twin, found = TWINS["flux1_dev"], []
+    for scale in (1.0, 10.0):
+        module = DiffusionDPOModule(twin.source(), guidance_scale=scale, optimizer=sgd, seed=0)
+        for name, weight in module.policy.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(weight, std=0.1, generator=torch.Generator().manual_seed(0))
+        batch = pairs(module.policy, twin)
+        latents, conditioning = module.encode(batch, PairDraws(batch, 0, 0))
+        noise = noise_for(latents.shape[1:], count=4, seed=3)
+        found.append(module.compare(batch, latents, conditioning, noise, torch.full((4,), 500.0)).scores.chosen)
+    assert not torch.allclose(*found)

@@ -1,14 +1,23 @@
 """Policies of two families on two processes, resumed, and loaded again in a new process."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 
+from latentreward.backbones import LoRA, create_backbone
 from latentreward.checkpoints.fsdp2 import FSDP2Strategy
+from latentreward.contracts import NoisyStates
+from latentreward.heads import GatedQFormerHead
+from latentreward.modules.sharding import shard_policy, shard_reward
 from latentreward.policies import load_policy
+from latentreward.rewards import LatentReward
 from latentreward.rollout import Sampling
+from latentreward.scoring import RewardModel
 from tests.distributed.ranks import on_ranks
 from tests.families.twins import PROMPTS, TWINS, noise_for
 from tests.modules.lpo_runs import saved_run
@@ -18,6 +27,7 @@ pytestmark = pytest.mark.slow
 FAMILIES = ("z_image", "wan21")
 """One with lists, masks and ragged prompts; one with a time axis, and weights that stay float32."""
 STRATEGIES = ("ddp", "fsdp2")
+BY_FAMILY = {twin.family: twin for twin in TWINS.values()}
 
 
 def options(name: str) -> dict[str, Any]:
@@ -66,6 +76,46 @@ def test_a_resumed_run_ends_with_the_same_weights(name: str, ranks: Any, one: An
         assert all(torch.equal(rest[key], value) for key, value in whole.items())
     rest = saved_run(tmp_path, resume=one[0] / name / "step=3.ckpt", options=options(name))
     assert all(torch.equal(rest["weights"][key], value) for key, value in one[1][name]["weights"].items())
+
+
+def write_rewards(folder: Path) -> None:
+    """Publish a reward of each family whose adapter a policy can share."""
+    for name, twin in BY_FAMILY.items():
+        torch.manual_seed(0)
+        settings = {"visual_taps": [1], "text_taps": [1], "tuning": "lora", "lora": LoRA(2, 4.0)}
+        backbone = create_backbone(twin.backbone, source=twin.folder, **settings)
+        with torch.no_grad():
+            for parameter in backbone.parameters():
+                parameter.add_(0.1 if parameter.requires_grad else 0.0)
+        head = GatedQFormerHead(backbone.feature_spec, num_queries=2, num_heads=2)
+        RewardModel(backbone, head).eval().save_pretrained(folder / name)
+
+
+def scores_of_shared_rewards(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """On ranks: scores by a reward on the policy's network, before and after both are sharded."""
+    policies = {name: twin.source().load().eval() for name, twin in BY_FAMILY.items()}  # see cases_of_two
+    rank = int(os.environ["LOCAL_RANK"])
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=int(os.environ["WORLD_SIZE"]))
+    mesh, found = init_device_mesh("cpu", (2,)), {}
+    for name, policy in policies.items():
+        twin = BY_FAMILY[name]
+        reward = LatentReward(str(folder / name), base=twin.folder).load(policy)
+        latents, timesteps = noise_for(policy.latent_shape(*twin.size)), torch.tensor([300.0, 800.0])
+        states = NoisyStates(latents, timesteps, torch.arange(2))
+        with torch.no_grad():
+            before = reward(states, reward.encode_prompts(PROMPTS))
+            shard_policy(policy, mesh)
+            shard_reward(reward, mesh)
+            policy.predict(latents, timesteps, policy.encode_prompts(PROMPTS))
+            found[name] = before, reward(states, reward.encode_prompts(PROMPTS))
+    return found
+
+
+def test_a_reward_on_a_sharded_policys_network_scores_as_before(tmp_path: Path) -> None:
+    write_rewards(tmp_path)
+    for rank in on_ranks("tests.families.test_processes:scores_of_shared_rewards", tmp_path):
+        for name, (before, after) in rank.items():
+            torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-6, msg=name)
 
 
 def predict(checkpoint: str, name: str, output: str) -> None:

@@ -14,6 +14,7 @@ from latentreward.errors import InputError
 from latentreward.export import TrainedLoRA, write_kohya
 from latentreward.families import find_family
 from latentreward.families.wan21 import Wan21, cleaned
+from latentreward.noise import ContinuousFlow
 from tests.families.made_configs import MadeConfigs
 from tests.families.made_wan21 import transformer, unipc, vae
 from tests.families.twins import PROMPTS, TWINS, noise_for
@@ -57,6 +58,11 @@ def test_levels_and_whole_timesteps_are_unipcs(shift: float) -> None:
         torch.testing.assert_close(timesteps, 1000 * sigmas[:-1])
         assert sigmas[-1] == 0
         assert torch.equal(family.clock(timesteps / 1000).long(), scheduler.timesteps)
+
+
+def test_a_whole_timestep_of_a_window_or_an_evaluation_stays_one() -> None:
+    timesteps = torch.arange(1.0, 1001.0)
+    assert torch.equal(Wan21(configs(unipc())).clock(ContinuousFlow().sigma(timesteps)), timesteps)
 
 
 def test_levels_of_euler_are_not_rounded() -> None:

@@ -1,8 +1,6 @@
 """Twins of FLUX.2-klein, base and distilled."""
 
-import torch
 from diffusers import (
-    AutoencoderKLFlux2,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
@@ -12,10 +10,10 @@ from torch import Tensor
 from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from tests.families.flux2_vae import CHANNELS, flux2_vae, statistics
 from tests.families.twins import Twin
-from tests.tiny_pipelines import PIXELS, WIDTH
+from tests.tiny_pipelines import WIDTH
 
-CHANNELS = 4
 TEMPLATE = """\
 {%- for message in messages %}
     {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
@@ -55,28 +53,6 @@ def qwen3(vocab_size: int, layers: int) -> Qwen3ForCausalLM:
             tie_word_embeddings=True,
         )
     )
-
-
-def flux2_vae() -> AutoencoderKLFlux2:
-    vae = AutoencoderKLFlux2(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=CHANNELS,
-        norm_num_groups=4,
-        sample_size=PIXELS,
-    )
-    mean, variance = statistics()
-    vae.bn.running_mean.copy_(mean)
-    vae.bn.running_var.copy_(variance)
-    return vae
-
-
-def statistics() -> tuple[Tensor, Tensor]:
-    """Means and variances of the tiny VAE's batch norm; one variance is as small as the norm's epsilon."""
-    variance = torch.linspace(0.5, 3.0, 4 * CHANNELS)
-    variance[5] = 1e-4
-    return torch.linspace(-1.0, 1.0, 4 * CHANNELS), variance
 
 
 def klein(distilled: bool, layers: int, padding_side: str) -> DiffusionPipeline:

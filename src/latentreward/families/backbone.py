@@ -26,7 +26,7 @@ class FamilyBackbone(DiffusionBackbone):
     """First blocks of a transformer, with the conventions of its family.
 
     Tap k is the output of block k, counted over all lists of the network; tap 0 is before the first block. A family
-    without a pooled text vector gives the mean of the prompt's tokens in its place.
+    without a pooled text vector gives the mean of the tokens in its place, see :meth:`Conditioning.pooled`.
 
     Args:
         transformer: diffusers transformer; blocks after the last kept one are removed from this object.

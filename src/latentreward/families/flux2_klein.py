@@ -40,9 +40,10 @@ class Flux2KleinPromptEncoder(PromptEncoder):
     """Prompt encoder of FLUX.2-klein: the outputs of the layers :data:`LAYERS` of Qwen3, joined along the features.
 
     A prompt is one user turn of Qwen3's chat template with thinking switched off, padded to :data:`TOKENS` on the
-    tokenizer's side. The text encoder ignores padding, but the network does not: it gets no mask. Layers after the last
-    one read are removed. Their norm goes with them, but stays in a text encoder that ends with the last one read, as
-    the pipeline then reads it after the norm.
+    tokenizer's side. The text encoder ignores padding, but the network does not: it gets no mask. The pooled vector,
+    which the network does not take, is the mean of the prompt's own tokens. Layers after the last one read are removed.
+    Their norm goes with them, but stays in a text encoder that ends with the last one read, as the pipeline then reads
+    it after the norm.
 
     Args:
         text_encoder: Qwen3 with its language head, which is removed from this object.
@@ -65,8 +66,7 @@ class Flux2KleinPromptEncoder(PromptEncoder):
         text_encoder.lm_head = nn.Identity()  # type: ignore[assignment]
         self.text_encoder, self.tokenizer = text_encoder, tokenizer
         self.num_tokens = TOKENS
-        self.token_dim = len(LAYERS) * text_encoder.config.hidden_size
-        self.pooled_dim = 0
+        self.token_dim = self.pooled_dim = len(LAYERS) * text_encoder.config.hidden_size
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
         """See :meth:`PromptEncoder.tokenize`; token ids and the attention mask of the text encoder."""
@@ -84,7 +84,8 @@ class Flux2KleinPromptEncoder(PromptEncoder):
         """See :meth:`PromptEncoder.encode_ids`; takes token ids and attention mask."""
         ids, mask = input_ids
         states = self.text_encoder.model(ids, mask, output_hidden_states=True, use_cache=False).hidden_states
-        return Conditioning(torch.cat([states[layer] for layer in LAYERS], dim=-1))
+        tokens = torch.cat([states[layer] for layer in LAYERS], dim=-1)
+        return Conditioning(tokens, Conditioning(tokens, prompt_mask=mask.bool()).pooled())
 
 
 _VAE = {

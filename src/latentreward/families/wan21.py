@@ -184,7 +184,9 @@ class Wan21(FlowFamily):
 
     def clock(self, sigma: Tensor) -> Tensor:
         """Return the numbers that the network receives for noise levels: 1000·σ, rounded down with UniPC."""
-        return (1000 * sigma).floor() if self.scheduler_class == UNIPC else 1000 * sigma
+        times = 1000 * sigma
+        # float32 has 0.251 · 1000 as 250.99998: a whole timestep stays one.
+        return (times + 1e-4).floor() if self.scheduler_class == UNIPC else times
 
     # Network
 

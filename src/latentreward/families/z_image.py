@@ -145,9 +145,9 @@ class ZImage(FlowFamily):
         temb = network.t_embedder((1 - sigma.to(device)) * network.t_scale).to(dtype)
         patches = latents.to(dtype).unflatten(2, (height, 2)).unflatten(4, (width, 2))
         visual = embedder(network)(patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2))
-        visual = torch.cat([visual, network.x_pad_token.to(visual.dtype).expand(size, spare, -1)], dim=1)
+        visual = torch.cat([visual, whole(network.x_pad_token).to(visual.dtype).expand(size, spare, -1)], dim=1)
         text = network.cap_embedder(conditioning.padded(length).prompt_embeds.to(device, dtype))
-        text = torch.where(of_prompt.unsqueeze(-1), text, network.cap_pad_token)
+        text = torch.where(of_prompt.unsqueeze(-1), text, whole(network.cap_pad_token))
 
         zeros = torch.zeros_like(places)
         text_ids = torch.stack([places + 1, zeros, zeros], dim=-1)
@@ -216,6 +216,15 @@ class ZImagePromptEncoder(LanguageModelEncoder):
 def embedder(network: Any) -> Any:
     """Return the layer that embeds patches of 2×2 latent pixels."""
     return network.all_x_embedder["2-1"]
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """Return a parameter of the network itself, gathered if FSDP2 has sharded it.
+
+    FSDP2 gathers it for calls of the whole network, but a reward that shares the network calls its parts.
+    """
+    gather = getattr(parameter, "full_tensor", None)
+    return parameter if gather is None else gather()
 
 
 def lengths_of(conditioning: Conditioning) -> list[int]:

@@ -216,7 +216,8 @@ class RolloutModule(RewardedModule, Generic[Experience]):
         if self._encoded is None or not self._rows.keys() >= set(prompts):
             return self.policy.encode_prompts(prompts), self.encode_uncond()
         encoded, uncond = self._encoded
-        return encoded.select([self._rows[prompt] for prompt in prompts]).to(self.device), uncond
+        rows = encoded.select([self._rows[prompt] for prompt in prompts]).trimmed()
+        return rows.to(self.device), uncond
 
     def on_train_start(self) -> None:
         """Start the clock from which the share of time spent in rollouts is computed."""
