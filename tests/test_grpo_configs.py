@@ -36,6 +36,22 @@ def test_parses_and_keeps_its_runs_apart(name: str) -> None:
     assert parse(f"configs/align/{name}.yaml").config["fit"]["trainer"].default_root_dir == f"runs/{name}"
 
 
+NEW_FAMILIES = ("z_image", "flux1", "flux2_klein", "lumina2", "qwen_image", "sd35_large", "wan21")
+METHODS = ("StepwiseGRPOModule", "TrajectoryGRPOModule", "ReFLModule", "SPOModule")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", slow_after(1, NEW_FAMILIES))
+def test_one_option_changes_the_method(name: str, method: str) -> None:
+    lpo, other = (
+        parse(f"configs/align/lpo_{name}.yaml", options=options).config["fit"]["model"]
+        for options in ((), (f"--model={method}",))
+    )
+    assert other["class_path"] == f"latentreward.modules.{method}"
+    for setting in ("policy", "reward", "sampling", "optimizer", "guidance_scale"):
+        assert other["init_args"][setting] == lpo["init_args"][setting]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["grpo_stepwise_sd15", "grpo_stepwise_sd35", "grpo_trajectory_sd35"])
 def test_builds_at_full_size(name: str) -> None:
