@@ -32,8 +32,11 @@ def output(policy: Policy, twin: Twin) -> torch.Tensor:
 def test_every_adapter_has_a_gradient(twin: Twin) -> None:
     policy = moved(twin)
     output(policy, twin).square().mean().backward()
+    last = f"{len([*policy.blocks()]) - 1}.attn.add_q_proj" if twin.family == "sd3" else "none"
     for name, weight in policy.named_parameters():
-        if weight.requires_grad:
+        if last in name:  # SD3's last block has no output for text, but earlier releases have adapters there
+            assert weight.grad is None or not weight.grad.any()
+        elif weight.requires_grad:
             assert weight.grad is not None and weight.grad.isfinite().all() and weight.grad.any(), name
         else:
             assert weight.grad is None, name
@@ -65,7 +68,7 @@ def test_the_exported_file_loads_in_diffusers_and_here(twin: Twin, tmp_path: Pat
         torch.testing.assert_close(output(policy, twin), want, rtol=1e-4, atol=1e-5)
 
 
-@every_twin
+@pytest.mark.parametrize("twin", [twin for twin in TWINS.values() if twin.family != "sd3"], ids=lambda twin: twin.name)
 def test_kohyas_format_exists_only_where_programs_need_it(twin: Twin, tmp_path: Path) -> None:
     lora = TrainedLoRA.of_policy(moved(twin))
     if twin.family != "wan21":

@@ -22,7 +22,9 @@ def sampler(twin: Twin, steps: int, noise_level: float = 0.7):
 def test_a_true_velocity_gives_the_latents_back(twin: Twin, sigma: float) -> None:
     family = twin.source().resolve_family()
     clean, noise = (noise_for(family.latent_shape(*twin.size), seed=seed) for seed in (1, 2))
-    process, timesteps = family.noise_process, torch.full((2,), 1000 * sigma)
+    process = family.noise_process
+    timesteps = process.timesteps_at(torch.tensor([sigma, sigma]))  # SD3's are those of its table
+    sigma = process.sigma(timesteps)[0].item()
     noisy, velocity = process.add_noise(clean, noise, timesteps), process.target(clean, noise, timesteps)
     torch.testing.assert_close(process.clean(noisy, velocity, timesteps), clean, rtol=0, atol=2e-6)
     torch.testing.assert_close(noisy + (1 - sigma) * velocity, noise, rtol=0, atol=2e-6)
