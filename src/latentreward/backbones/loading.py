@@ -292,7 +292,7 @@ class PipelineSource:
 
 
 def _names_class(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and (value == [None, None] or all(type(v) is str for v in value))
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(one, str | None) for one in value)
 
 
 def check_sample_size(size: Any) -> None:
