@@ -171,8 +171,8 @@ class LatentSpace:
         step = self.frame_downscale
         if step is None and frames != 1:
             raise InputError(f"frames={frames}: these latents have no time axis; leave frames out")
-        if step is not None and (frames < 1 or (frames - 1) % step):
-            raise InputError(f"frames={frames} must be a multiple of {step} plus 1, such as {20 * step + 1}")
+        if step is not None and (type(frames) is not int or frames < 1 or (frames - 1) % step):
+            raise InputError(f"frames={frames!r} must be a multiple of {step} plus 1, such as {20 * step + 1}")
 
     def record(self) -> dict[str, Any]:
         """Return the fields as plain values, without those that only other codecs have: the form in files."""

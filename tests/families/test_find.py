@@ -71,7 +71,9 @@ def test_a_family_of_ones_own_by_its_import_path() -> None:
     source = PolicySource(pipeline_folder("sd15"), family=path)
     assert type(source.resolve_family()) is OwnFamily
     for wrong, reason in (("nowhere.Family", "cannot be imported"), ("Family", "cannot be imported"),
-                          (f"{__name__}.Path", "not a subclass")):  # fmt: skip
+                          (f"{__name__}.Path", "not a subclass"),
+                          ("latentreward.families.flow.FlowFamily", "is abstract; give a class"),
+                          (".flow.FlowFamily", "is relative; give the whole path")):  # fmt: skip
         with pytest.raises(InputError, match=reason):
             import_family(wrong)
 

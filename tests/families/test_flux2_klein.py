@@ -18,6 +18,7 @@ from latentreward.encoders.vae import PatchedLatentEncoder
 from latentreward.errors import InputError
 from latentreward.families import find_family
 from latentreward.families.flux2_klein import Flux2Klein
+from latentreward.noise.schedules import EULER
 from tests.families.flux2_vae import CHANNELS, statistics
 from tests.families.made_configs import MadeConfigs
 from tests.families.twins import PROMPTS, TWINS, noise_for
@@ -37,7 +38,7 @@ class WithStatistics(MadeConfigs):
 
 def family(index: Mapping[str, Any] | None = None, **network: Any) -> Any:
     transformer = {"_class_name": "Flux2Transformer2DModel", "in_channels": 128, "guidance_embeds": False, **network}
-    parts = {"transformer": transformer, "vae": VAE, "scheduler": DYNAMIC}
+    parts = {"transformer": transformer, "vae": VAE, "scheduler": {"_class_name": EULER, **DYNAMIC}}
     return find_family(WithStatistics(parts, **{"_class_name": "Flux2KleinPipeline", **(index or {})}))
 
 

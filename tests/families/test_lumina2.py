@@ -10,19 +10,19 @@ from tests.families.twins import PROMPTS, TWINS, noise_for
 TWIN = TWINS["lumina2"]
 
 
-def test_the_empty_prompt_is_encoded_without_the_system_sentence() -> None:
+def test_prompts_are_encoded_as_by_the_pipeline_the_negative_one_without_the_system_sentence() -> None:
     policy = TWIN.source().load().eval()
     encoder, pipeline = policy.text_encoder, TWIN.pipeline()
     assert f"{pipeline.system_prompt} <Prompt Start> " == SYSTEM
     with torch.no_grad():
-        found = encoder([*PROMPTS])
-    want, mask, without, mask_without = pipeline.encode_prompt([*PROMPTS])
+        found = encoder([*PROMPTS, ""])
+    want, mask, without, mask_without = pipeline.encode_prompt([*PROMPTS, ""])
     assert found.prompt_mask.sum(dim=1).tolist() == mask.sum(dim=1).tolist()
-    assert mask_without.sum(dim=1).tolist() == [1, 1]
+    assert mask_without.sum(dim=1).tolist() == [1, 1, 1]
     torch.testing.assert_close(found.prompt_embeds[found.prompt_mask], want[mask.bool()].detach(), rtol=0, atol=1e-5)
-    for empty in (policy.encode_uncond(), encoder([""])):  # rewards and callbacks encode it as any prompt
-        assert empty.prompt_mask.tolist() == [[True]]
-        torch.testing.assert_close(empty.prompt_embeds[0, 0].detach(), without[0, 0].detach(), rtol=0, atol=1e-5)
+    for uncond in (policy.encode_uncond(), encoder([policy.family.uncond_prompt])):  # EncodeOnce stores it as a prompt
+        assert uncond.prompt_mask.tolist() == [[True]]
+        torch.testing.assert_close(uncond.prompt_embeds[0, 0].detach(), without[0, 0].detach(), rtol=0, atol=1e-5)
 
 
 def test_a_text_without_any_token_gives_one() -> None:

@@ -15,6 +15,7 @@ from latentreward.contracts import Conditioning
 from latentreward.errors import InputError
 from latentreward.families import find_family
 from latentreward.families.qwen_image import PREFIX, TEMPLATE, QwenImage, QwenImagePromptEncoder, prefix_length
+from latentreward.noise.schedules import EULER
 from latentreward.policies import PolicySource
 from tests.families.made_configs import MadeConfigs
 from tests.families.made_qwen_image import scheduler, text_encoder, tokenizer, transformer
@@ -26,7 +27,7 @@ def configs(**network: Any) -> MadeConfigs:
     parts = {
         "transformer": {**transformer().config, "_class_name": "QwenImageTransformer2DModel", **network},
         "vae": dict(vae().config),
-        "scheduler": dict(scheduler().config),
+        "scheduler": {**scheduler().config, "_class_name": EULER},
     }
     return MadeConfigs(parts, _class_name="QwenImagePipeline")
 
@@ -36,8 +37,9 @@ def test_other_networks_are_refused_by_name(field: str) -> None:
     assert isinstance(find_family(configs()), QwenImage)
     with pytest.raises(InputError, match=f"{field}=true"):
         find_family(configs(**{field: True}))
-    with pytest.raises(InputError, match="takes 12 channels"):
-        find_family(configs(in_channels=48))
+    for channels in (48, 65):
+        with pytest.raises(InputError, match=f"takes {channels} channels, .* 4 positions have 64"):
+            find_family(configs(in_channels=channels))
 
 
 @pytest.mark.parametrize(("size", "steps"), [((1024, 1024), 50), ((1328, 1328), 20), ((512, 768), 8)])
@@ -55,7 +57,7 @@ def test_levels_are_those_of_the_pipeline(size: tuple[int, int], steps: int) -> 
 
 
 def test_levels_without_entries_in_the_config_have_the_pipelines_defaults() -> None:
-    parts = {**configs()._parts, "scheduler": {"use_dynamic_shifting": True}}
+    parts = {**configs()._parts, "scheduler": {"_class_name": EULER, "use_dynamic_shifting": True}}
     family, made = QwenImage(MadeConfigs(parts)), FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     made.set_timesteps(sigmas=np.linspace(1.0, 0.25, 4), mu=calculate_shift(4096))
     assert torch.equal(family.levels(4, family.latent_shape(1024, 1024))[1], made.sigmas)

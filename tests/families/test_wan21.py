@@ -78,10 +78,10 @@ def test_levels_of_euler_are_not_rounded() -> None:
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"prediction_type": "epsilon"}, "prediction_type=epsilon; set it to flow_prediction"),
-        ({"use_flow_sigmas": False}, "use_flow_sigmas=False"),
-        ({"use_karras_sigmas": True}, "use_karras_sigmas=True"),
-        ({"use_dynamic_shifting": True}, "use_dynamic_shifting=True"),
+        ({"prediction_type": "epsilon"}, 'prediction_type="epsilon"; set it to "flow_prediction"'),
+        ({"use_flow_sigmas": False}, "use_flow_sigmas=false; set it to true"),
+        ({"use_karras_sigmas": True}, "use_karras_sigmas=true; set it to false"),
+        ({"use_dynamic_shifting": True}, "use_dynamic_shifting=true; set it to false"),
     ],
 )
 def test_other_settings_of_unipc_are_refused(setting: dict[str, Any], message: str) -> None:

@@ -10,6 +10,7 @@ from latentreward.backbones import create_backbone
 from latentreward.errors import InputError
 from latentreward.families import find_family
 from latentreward.families.z_image import ZImage, ZImagePromptEncoder, lengths_of
+from latentreward.noise.schedules import EULER
 from tests.families.made_configs import MadeConfigs
 from tests.families.qwen3 import qwen, qwen_tokenizer
 from tests.families.twins import PROMPTS, TWINS, noise_for
@@ -18,7 +19,8 @@ from tests.families.twins import PROMPTS, TWINS, noise_for
 def family(shift: float = 6.0, **network: object) -> ZImage:
     twin = TWINS["z_image"].source().pipeline()
     configs = {"transformer": twin.config("transformer") | network, "vae": twin.config("vae")}
-    found = find_family(MadeConfigs({**configs, "scheduler": {"shift": shift}}, _class_name="ZImagePipeline"))
+    configs["scheduler"] = {"_class_name": EULER, "shift": shift}
+    found = find_family(MadeConfigs(configs, _class_name="ZImagePipeline"))
     assert isinstance(found, ZImage)
     return found
 
@@ -70,7 +72,7 @@ def test_levels_of_turbo() -> None:
 
 def test_dynamic_shifting_is_refused() -> None:
     one = family()
-    one.pipeline = MadeConfigs({"scheduler": {"use_dynamic_shifting": True}})
+    one.pipeline = MadeConfigs({"scheduler": {"_class_name": EULER, "use_dynamic_shifting": True}})
     with pytest.raises(InputError, match="use_dynamic_shifting=true, but pipelines of this family have a static shift"):
         one.levels(4, (16, 4, 4))
 
@@ -105,6 +107,10 @@ def test_a_tokenizer_without_chat_template_is_refused(monkeypatch: pytest.Monkey
     monkeypatch.setattr(one.pipeline, "tokenizer", lambda part: tokenizer)
     with pytest.raises(InputError, match="tokenizer has no chat template, with which Z-Image encodes prompts"):
         one.load_prompt_encoder()
+    for template in ("{% if %}", "{{ raise_exception('no') }}", "{{ messages[7].content.text }}"):
+        tokenizer.chat_template = template
+        with pytest.raises(InputError, match=r"has a chat template that cannot be rendered .*; download tokenizer"):
+            one.chat_tokenizer()
 
 
 def test_the_last_layer_of_the_text_encoder_is_not_kept() -> None:

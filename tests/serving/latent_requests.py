@@ -24,7 +24,7 @@ def tensors_of(accepted: Accepted, rows: int = 1, seed: int = 0, side: int = 8, 
     With a mask, row r has r tokens less than ``tokens``, and with a time axis there is one frame.
     """
     generator = torch.Generator().manual_seed(seed)
-    time = (1,) if accepted.clips else ()
+    time = () if accepted.frames is None else (accepted.frames,)
     tensors = {
         "latents": torch.randn(rows, accepted.channels, *time, side, side, generator=generator),
         "prompt_embeds": torch.randn(rows, tokens, accepted.text_width, generator=generator),
@@ -58,7 +58,7 @@ def acceptable(body: bytes, accepted: Accepted) -> bool:
         tensors = load(body)
     except (SafetensorError, ValueError, KeyError):
         return False
-    ranks = {"latents": 5 if accepted.clips else 4, "prompt_embeds": 3, "u": 1, "seeds": 1}
+    ranks = {"latents": 4 if accepted.frames is None else 5, "prompt_embeds": 3, "u": 1, "seeds": 1}
     ranks |= {"pooled_prompt_embeds": 2} if accepted.pooled_width is not None else {}
     ranks |= {"prompt_mask": 2} if accepted.masked else {}
     floats = (torch.float32, torch.float16, torch.bfloat16)
@@ -75,6 +75,7 @@ def acceptable(body: bytes, accepted: Accepted) -> bool:
     return (
         (not accepted.masked or _ones_first(tensors["prompt_mask"], tensors["prompt_embeds"].shape[1]))
         and channels == accepted.channels
+        and (not time or time[0] == accepted.frames)
         and tensors["prompt_embeds"].shape[2] == accepted.text_width
         and accepted.pooled_width in (None, *(tensors.get("pooled_prompt_embeds", torch.zeros(0)).shape[1:]))
         and height % accepted.patch == width % accepted.patch == 0

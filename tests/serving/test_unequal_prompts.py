@@ -29,11 +29,12 @@ ACCEPTED = Accepted(
     pooled_width=None,
     patch=2,
     max_side=16,
+    max_prompt=6,
     max_pixels=128,
     max_tokens=7,
     max_rows=3,
     masked=True,
-    clips=True,
+    frames=1,
 )
 IMAGES = Accepted(channels=4, text_width=6, pooled_width=3)
 
@@ -64,6 +65,8 @@ def test_rows_are_cut_to_their_tokens(dtype: torch.dtype) -> None:
         assert torch.equal(row.latents, tensors["latents"][number]) and row.latents.shape == (4, 1, 8, 8)
         assert torch.equal(row.prompt_embeds, tensors["prompt_embeds"][number, : 5 - number])
         assert row.pooled_prompt_embeds is None
+    padded = {"prompt_embeds": torch.ones(2, 7, 6), "prompt_mask": torch.arange(7).expand(2, 7) < 6}
+    assert len(parse_request(save(tensors | padded), ACCEPTED)) == 2  # padding does not count
     assert parsing_bytes(save(tensors), ACCEPTED) >= sum(row.latents.nbytes + row.prompt_embeds.nbytes for row in rows)
 
 
@@ -96,7 +99,12 @@ def masks(*rows: list[int]) -> torch.Tensor:
         (changed(latents=torch.zeros(2, 4, 8)), "latents: shape must be 4 or 5 whole numbers", 400),
         (changed(latents=torch.zeros(2, 3, 1, 8, 8)), "channels 3 does not fit", 422),
         (changed(latents=torch.zeros(2, 4, 1, 7, 8)), "7 × 8 must have sides divisible by 2", 422),
-        (changed(latents=torch.zeros(2, 4, 3, 8, 8)), "latents: T · h · w 192 is over this server's limit of 128", 413),
+        (changed(latents=torch.zeros(2, 4, 3, 8, 8)), "latents: T 3 does not fit this model, which takes 1", 422),
+        (
+            changed(prompt_embeds=torch.ones(2, 7, 6), prompt_mask=masks([1] * 7, [1] * 7)),
+            "prompt_embeds: a prompt of 7 tokens is over 6, the limit of this network",
+            422,
+        ),
     ],
 )
 def test_bad_requests_are_refused_in_one_line(body: bytes, message: str, status: int) -> None:
@@ -217,7 +225,7 @@ def test_the_description_tells_what_the_model_takes(served: tuple[str, ScoringSe
     assert told["pooled_prompt_embeds_width"] is None and told["prompt_mask"] is True
     assert told["latent_space"]["frame_downscale"] == SPACE.frame_downscale
     accepted = service.accepted
-    assert (accepted.masked, accepted.clips, accepted.pooled_width, accepted.tokens) == (True, True, None, None)
+    assert (accepted.masked, accepted.frames, accepted.pooled_width, accepted.tokens) == (True, 1, None, None)
     images = ScoringService(tiny_reward(), ServiceSettings()).describe()
     assert images["pooled_prompt_embeds_width"] > 0 and images["prompt_mask"] is False
     assert "frame_downscale" not in images["latent_space"]

@@ -40,6 +40,7 @@ class DiffusionBackbone(nn.Module, ABC):
             implemented.
         takes_aspects: Whether the network was trained on images of several aspect ratios.
         max_side: Largest side of the latents for which the network has position embeddings; None for any.
+        max_prompt: Largest number of tokens of a prompt for which the network has them; None for any.
         built_by: Record of the factory or class call that made the backbone; None if an argument cannot be written as
             JSON.
     """
@@ -48,6 +49,7 @@ class DiffusionBackbone(nn.Module, ABC):
     network_name: str = ""
     takes_aspects: bool = False
     max_side: int | None = None
+    max_prompt: int | None = None
     built_by: Construction | None = None
     _compared: bool = False
 

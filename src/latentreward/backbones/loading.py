@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -17,7 +18,7 @@ from latentreward.contracts import LatentSpace
 from latentreward.errors import InputError, first_line
 from latentreward.noise import NoiseProcess, process_from_scheduler
 from latentreward.storage.hub import hub_answers
-from latentreward.storage.json_files import read_config
+from latentreward.storage.json_files import entry, read_config
 from latentreward.storage.weight_files import find_weights, map_weights
 
 if TYPE_CHECKING:
@@ -32,8 +33,12 @@ TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj", "o_proj", "q", "k", 
 """Name endings of the attention projections in CLIP, language models and T5."""
 
 
+TOKENIZERS = {"CLIP": "CLIPTokenizer", "T5": "T5TokenizerFast", "Qwen2": "Qwen2Tokenizer", "Gemma": "GemmaTokenizer"}
+"""Beginning of the name of a tokenizer's class, in any version of transformers → class that it is loaded as."""
 SHIPPED = ("sd_tiny", "sd35_tiny")
 """Names of the tiny pipelines that come with the package."""
+PART = re.compile(r"(unet|transformer|vae|scheduler|text_encoder|tokenizer)(_\d+)?")
+"""Names of the parts of a pipeline that are loaded."""
 LARGEST_SAMPLE = 1024
 """Largest side, in latent pixels, of the images that a network may name as its own size."""
 
@@ -80,6 +85,12 @@ class PipelineSource:
             self.index["scheduler"] = ["diffusers", ""]
         else:
             self.index = self._json("model_index.json")
+            for name, value in self.index.items():
+                if PART.fullmatch(name) and value is not None and not _names_class(value):
+                    raise InputError(
+                        f"source={self.source!r}: model_index.json has {name}={value!r:.80}, which must be null or the "
+                        "names of a library and a class; get the pipeline as published"
+                    )
 
     def __str__(self) -> str:
         """Return ``source`` or ``source@revision``."""
@@ -184,7 +195,7 @@ class PipelineSource:
         """Return the latent space that the VAE's config describes."""
         from latentreward.encoders.vae import latent_space_of
 
-        return latent_space_of(self.config("vae"))
+        return latent_space_of(self.config("vae"), f"source={self.source!r}: vae")
 
     def latent_encoder(self, dtype: StorageDtype = "float32") -> LatentEncoder:
         """Load the VAE in ``dtype``."""
@@ -197,28 +208,37 @@ class PipelineSource:
         return LatentEncoder(vae)
 
     def tokenizer(self, part: str, kind: type[Any] | None = None) -> Any:
-        """Load the tokenizer ``part``, such as ``tokenizer_2``, by default as CLIP's or T5's.
+        """Load the tokenizer ``part``, such as ``tokenizer_2``.
 
         Args:
             part: Name of the tokenizer.
-            kind: Class of the tokenizer in transformers.
+            kind: Class of the tokenizer in transformers; None takes the one that ``model_index.json`` names.
 
         Raises:
-            InputError: If the pipeline does not have ``part``, or the vocabulary does not fit the text encoder.
+            InputError: If the pipeline does not have ``part``, its class is not one of transformers' own, or the
+                vocabulary does not fit the text encoder.
         """
-        from transformers import CLIPTokenizer, GemmaTokenizer, Qwen2Tokenizer, T5TokenizerFast
+        import transformers
 
         self._require(part)
-        kinds = {"T5": T5TokenizerFast, "Qwen2": Qwen2Tokenizer, "Gemma": GemmaTokenizer}
-        named = str(self.index[part][1])
-        family: Any = kind or next((one for name, one in kinds.items() if named.startswith(name)), CLIPTokenizer)
+        named = self.index[part][1] or ""
+        usual = next((one for start, one in TOKENIZERS.items() if named.startswith(start)), named)
+        family: Any = kind or getattr(transformers, usual, None)
+        own = isinstance(family, type) and issubclass(family, transformers.PreTrainedTokenizerBase)
+        if not own:
+            raise InputError(
+                f"source={self.source!r}: {part} is a {named!r} in model_index.json, which is no tokenizer of "
+                "transformers; save it as one of transformers' own"
+            )
         try:
             tokenizer = family.from_pretrained(self.source, subfolder=part, revision=self.revision)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # files that do not fit the class end in errors of any kind
             raise InputError(f"source={self.source!r}: cannot load {part}: {first_line(error)}") from error
-        config = self.config(part.replace("tokenizer", "text_encoder"))
-        rows = config.get("text_config", config)["vocab_size"]
-        check_tokenizer(tokenizer, rows, f"source={self.source!r}: {part}", f"download {part} again")
+        encoder = part.replace("tokenizer", "text_encoder")
+        config = self.config(encoder)
+        rows = entry(config | config.get("text_config", {}), "vocab_size", int, f"source={self.source!r}: {encoder}")
+        remedy = f"download {part} again, or take {part} and {encoder} from one pipeline"
+        check_tokenizer(tokenizer, rows, f"source={self.source!r}: {part}", remedy)
         return tokenizer
 
     def clip_prompts(self, pretrained: bool = True, mapped: bool = False) -> CLIPPromptEncoder:
@@ -271,6 +291,10 @@ class PipelineSource:
         )
 
 
+def _names_class(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(one, str | None) for one in value)
+
+
 def check_sample_size(size: Any) -> None:
     """Refuse a ``sample_size`` of a network, to which images are resized, that would fill any machine's memory.
 
@@ -298,7 +322,9 @@ def check_tokenizer(tokenizer: Any, rows: int, name: str, remedy: str) -> None:
         raise InputError(f"{name} has {len(tokenizer)} tokens, but its text encoder has {rows}; {remedy}")
 
 
-def check_channels(source: str, network: str, config: Mapping[str, Any], space: LatentSpace) -> None:
+def check_channels(
+    source: str, network: str, config: Mapping[str, Any], space: LatentSpace, positions: int = 1
+) -> None:
     """Raise InputError if a network's number of input channels differs from that of its pipeline's latents.
 
     Args:
@@ -306,11 +332,14 @@ def check_channels(source: str, network: str, config: Mapping[str, Any], space: 
         network: Name of the network, for the message.
         config: Config of the network.
         space: Latent space of the pipeline's VAE.
+        positions: Number of positions of the latents whose channels the network takes as those of one token.
     """
-    if config["in_channels"] != space.channels:
+    taken = entry(config, "in_channels", int, f"source={source!r}: {network}")
+    if taken != positions * space.channels:
+        joined = f", of which {positions} positions have {positions * space.channels}" if positions > 1 else ""
         raise InputError(
-            f"source={source!r}: the {network} takes {config['in_channels']} channels, but the VAE makes latents of "
-            f"[{space}]; give a text-to-image pipeline whose parts belong together"
+            f"source={source!r}: the {network} takes {taken} channels, but the VAE makes latents of [{space}]{joined}; "
+            "give a text-to-image pipeline whose parts belong together"
         )
 
 

@@ -9,34 +9,50 @@ from torch.nn import functional as F
 
 from latentreward.contracts import LatentSpace
 from latentreward.errors import InputError
+from latentreward.storage.json_files import entries, entry
 
 
-def latent_space_of(vae_config: Mapping[str, Any]) -> LatentSpace:
-    """Return the latent space that a diffusers VAE config describes."""
-    return LatentSpace(
-        channels=vae_config["latent_channels"],
-        downscale=2 ** (len(vae_config["block_out_channels"]) - 1),
-        scaling_factor=vae_config["scaling_factor"],
-        shift_factor=vae_config.get("shift_factor") or 0.0,
-    )
+def latent_space_of(vae_config: Mapping[str, Any], name: str = "the VAE's config") -> LatentSpace:
+    """Return the latent space that a diffusers VAE config describes.
 
-
-def channel_space_of(vae_config: Mapping[str, Any]) -> LatentSpace:
-    """Return the latent space that the config of Wan 2.1's or Qwen-Image's VAE describes.
+    Args:
+        vae_config: The config.
+        name: Name of the config in messages.
 
     Raises:
-        InputError: If an entry is missing, or means and standard deviations do not fit the number of channels.
+        InputError: If an entry is missing or wrong, or latents would be scaled by 0.
     """
-    try:
-        channels, halvings = vae_config["z_dim"], vae_config["temperal_downsample"]
-        means, stds = (tuple(map(float, vae_config[f"latents_{name}"])) for name in ("mean", "std"))
-    except KeyError as error:
-        raise InputError(f"the VAE's config lacks {error.args[0]}; download it again") from error
+    space = LatentSpace(
+        channels=entry(vae_config, "latent_channels", int, name),
+        downscale=2 ** (len(entries(vae_config, "block_out_channels", int, name)) - 1),
+        scaling_factor=entry(vae_config, "scaling_factor", float, name),
+        shift_factor=entry(vae_config, "shift_factor", float, name, default=0.0),
+    )
+    if not space.scaling_factor:
+        raise InputError(f"{name} has scaling_factor=0, which makes all latents 0; get the pipeline as published")
+    return space
+
+
+def channel_space_of(vae_config: Mapping[str, Any], name: str = "the VAE's config") -> LatentSpace:
+    """Return the latent space that the config of Wan 2.1's or Qwen-Image's VAE describes.
+
+    Args:
+        vae_config: The config.
+        name: Name of the config in messages.
+
+    Raises:
+        InputError: If an entry is missing or wrong, or means and standard deviations do not fit the number of channels.
+    """
+    channels = entry(vae_config, "z_dim", int, name)
+    halvings = entries(vae_config, "temperal_downsample", bool, name)
+    means, stds = (tuple(map(float, entries(vae_config, f"latents_{of}", float, name))) for of in ("mean", "std"))
     if not len(means) == len(stds) == channels:
         raise InputError(
-            f"the VAE's config has z_dim={channels}, but {len(means)} latents_mean and {len(stds)} latents_std; "
-            "download the VAE again"
+            f"{name} has z_dim={channels}, but {len(means)} latents_mean and {len(stds)} latents_std; download the VAE "
+            "again"
         )
+    if 0 in stds:
+        raise InputError(f"{name} has a latents_std of 0, by which latents cannot be divided; download the VAE again")
     return LatentSpace(channels, 2 ** len(halvings), frame_downscale=2 ** sum(halvings), means=means, stds=stds)
 
 

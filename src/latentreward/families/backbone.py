@@ -55,7 +55,7 @@ class FamilyBackbone(DiffusionBackbone):
         **encoders: Any,
     ) -> None:
         super().__init__(family.noise_process, family.latent_space, **encoders)
-        self.family, self.max_side = family, family.max_side
+        self.family, self.max_side, self.max_prompt = family, family.max_side, family.max_prompt
         depth = sum(1 for _ in family.blocks(transformer))
         num_layers = max([*visual_taps, *text_taps, 1]) if num_layers is None else num_layers
         if not 1 <= num_layers <= depth:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -15,6 +16,7 @@ from latentreward.contracts import Conditioning, LatentSpace
 from latentreward.errors import InputError
 from latentreward.families.published import Published
 from latentreward.noise import NoiseProcess
+from latentreward.storage.json_files import Kind, entry
 
 if TYPE_CHECKING:
     from latentreward.encoders.prompts import PromptEncoder
@@ -128,6 +130,14 @@ class Family(ABC):
         """Config of the network."""
         return self.pipeline.config(self.part)
 
+    def named(self, part: str) -> str:
+        """Return the name of the config of ``part`` in messages."""
+        return f"source={self.pipeline.source!r}: {part}"
+
+    def entry(self, part: str, field: str, kind: type[Kind], default: Kind | None = None) -> Kind:
+        """Return an entry of the config of ``part``; see :func:`~latentreward.storage.json_files.entry`."""
+        return entry(self.pipeline.config(part), field, kind, self.named(part), default)
+
     @property
     def model(self) -> str:
         """Name of the model within the family, such as ``SDXL``."""
@@ -155,6 +165,11 @@ class Family(ABC):
         """Number of pixels of which both sides of an image must be multiples."""
         return self.latent_space.downscale
 
+    @property
+    def max_side(self) -> int | None:
+        """Largest side of the latents for which the network has positions; None for any."""
+        return None
+
     def latent_shape(self, height: int | None = None, width: int | None = None, frames: int = 1) -> tuple[int, ...]:
         """Return the shape ``(C, h, w)``, or ``(C, T, h, w)`` with a time axis, of the latents of one sample.
 
@@ -164,13 +179,19 @@ class Family(ABC):
             frames: Number of frames; 1 for an image.
 
         Raises:
-            InputError: If a side is not a multiple of :attr:`side_multiple`, or the family makes no such clips.
+            InputError: If a side is not a multiple of :attr:`side_multiple` or over :attr:`max_side`, or the family
+                makes no such clips.
         """
         sides, space = [], self.latent_space
         for name, side, native in zip(("height", "width"), (height, width), self.native_size, strict=True):
             pixels = native if side is None else side
-            if pixels < 1 or pixels % self.side_multiple:
-                raise InputError(f"{name}={side} must be a positive multiple of {self.side_multiple} pixels")
+            if type(pixels) is not int or pixels < 1 or pixels % self.side_multiple:
+                raise InputError(f"{name}={pixels!r} must be a positive multiple of {self.side_multiple} pixels")
+            if self.max_side is not None and pixels > self.max_side * space.downscale:
+                most = self.max_side * space.downscale
+                raise InputError(
+                    f"{name}={pixels} is over {most} pixels, for which this network has positions; set {most}"
+                )
             sides.append(pixels)
         if frames != 1 and not self.clips:
             raise InputError(f"frames={frames}: {self.title} makes images; leave frames out")
@@ -242,10 +263,10 @@ class Family(ABC):
             raise InputError(
                 f"guidance_scale={scale:g}, but {self.model} was distilled to sample without guidance; leave it out"
             )
-        if scale < self.no_guidance:
+        if not self.no_guidance <= scale < math.inf:
             raise InputError(
                 f"guidance_scale={scale:g} must be at least {self.no_guidance:g}, which switches guidance of "
-                f"{self.title} off"
+                f"{self.title} off, and finite"
             )
         return scale
 

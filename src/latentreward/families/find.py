@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
+from inspect import isabstract
 from pathlib import Path
 
 from latentreward.errors import InputError, first_line
@@ -78,9 +79,11 @@ def import_family(path: str) -> type[Family]:
     """Import a family by the import path of its class, such as ``my_module.MyFamily``.
 
     Raises:
-        InputError: If there is no such class.
+        InputError: If there is no such class, or it is no family or abstract.
     """
     module, _, name = path.rpartition(".")
+    if module.startswith("."):
+        raise InputError(f"family={path!r} is relative; give the whole path of a class")
     try:
         kind = getattr(import_module(module), name)
     except (ImportError, ValueError, AttributeError) as error:
@@ -89,4 +92,6 @@ def import_family(path: str) -> type[Family]:
         ) from error
     if not (isinstance(kind, type) and issubclass(kind, Family)):
         raise InputError(f"family={path!r} is not a subclass of latentreward.families.Family")
+    if isabstract(kind):
+        raise InputError(f"family={path!r} is abstract; give a class that implements all of a family")
     return kind

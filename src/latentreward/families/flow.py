@@ -16,10 +16,11 @@ from latentreward.backbones.tuning import StorageDtype
 from latentreward.backbones.weights import settle
 from latentreward.contracts import Conditioning, LatentSpace
 from latentreward.encoders.vae import LatentEncoder, latent_space_of
-from latentreward.errors import InputError
+from latentreward.errors import InputError, first_line
 from latentreward.families.base import Family, PipelineConfigs
 from latentreward.noise import ContinuousFlow, NoiseProcess
 from latentreward.noise.schedules import shifted_levels
+from latentreward.storage.json_files import entries
 
 
 @dataclass
@@ -54,6 +55,9 @@ class FlowFamily(Family):
         lists: Names of the network's lists of blocks, in the order in which they run.
         tail: Names of the network's modules after the last block.
         packing: Number of latent pixels along each side that the network joins to one token.
+        positions: Number of latent pixels whose channels the network's ``in_channels`` counts together.
+        axes_lens: Default of the config's ``axes_lens``: numbers of positions for tokens of the prompt, rows and
+            columns; empty for networks that compute positions of any number.
         constant_text: Whether text tokens are the same after all blocks.
         embedded_guidance: Whether the network takes ``guidance_scale`` as an input instead of a second pass.
     """
@@ -61,6 +65,8 @@ class FlowFamily(Family):
     lists: ClassVar[Sequence[str]]
     tail: ClassVar[Sequence[str]] = ("norm_out", "proj_out")
     packing: ClassVar[int] = 2
+    positions: ClassVar[int] = 1
+    axes_lens: ClassVar[Sequence[int]] = ()
     constant_text: ClassVar[bool] = False
     pixels: ClassVar[tuple[int, int]] = (1024, 1024)
 
@@ -71,19 +77,14 @@ class FlowFamily(Family):
 
     def check(self) -> None:
         """See :meth:`Family.check`."""
-        check_channels(self.pipeline.source, self.part, {"in_channels": self.input_channels}, self.latent_space)
-
-    @property
-    def input_channels(self) -> int:
-        """Number of channels of canonical latents that the network takes."""
-        return int(self.config["in_channels"])
+        check_channels(self.pipeline.source, self.part, self.config, self.latent_space, self.positions)
 
     # Latents
 
     @cached_property
     def latent_space(self) -> LatentSpace:
         """See :attr:`Family.latent_space`."""
-        return latent_space_of(self.pipeline.config("vae"))
+        return latent_space_of(self.pipeline.config("vae"), self.named("vae"))
 
     @property
     def native_size(self) -> tuple[int, int]:
@@ -102,10 +103,26 @@ class FlowFamily(Family):
 
         return AutoencoderKL
 
+    @cached_property
+    def lens(self) -> tuple[int, ...]:
+        """Numbers of positions of the network, as :attr:`axes_lens`."""
+        lens = entries(self.config, "axes_lens", int, self.named(self.part), self.axes_lens) if self.axes_lens else ()
+        if len(lens) != len(self.axes_lens):
+            raise InputError(
+                f"{self.named(self.part)} has axes_lens={list(lens)}, which must be {len(self.axes_lens)} numbers; get "
+                "the pipeline as published"
+            )
+        return lens
+
     @property
     def max_side(self) -> int | None:
-        """Largest side of the latents for which the network has position embeddings; None for any."""
-        return None
+        """See :attr:`Family.max_side`."""
+        return self.packing * min(self.lens[1:]) if self.lens else None
+
+    @property
+    def max_prompt(self) -> int | None:
+        """Largest number of tokens of a prompt for which the network has positions; None for any."""
+        return self.lens[0] - 1 if self.lens else None  # the image has the position after the prompt
 
     def load_latent_encoder(self, dtype: StorageDtype = "float32") -> LatentEncoder:
         """See :meth:`Family.load_latent_encoder`."""
@@ -123,7 +140,7 @@ class FlowFamily(Family):
         """Load the pipeline's tokenizer, whose chat template the prompts get.
 
         Raises:
-            InputError: If the tokenizer has no chat template.
+            InputError: If the tokenizer has no chat template, or one that cannot be rendered.
         """
         tokenizer = self.pipeline.tokenizer("tokenizer")
         if not tokenizer.chat_template:
@@ -131,6 +148,15 @@ class FlowFamily(Family):
                 f"source={self.pipeline.source!r}: tokenizer has no chat template, with which {self.title} encodes "
                 "prompts; download tokenizer again"
             )
+        try:
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": "a cat"}], tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # a template raises what it likes
+            raise InputError(
+                f"{self.named('tokenizer')} has a chat template that cannot be rendered ({first_line(error)}); "
+                "download tokenizer again"
+            ) from error
         return tokenizer
 
     @cached_property
@@ -142,9 +168,28 @@ class FlowFamily(Family):
         """Return the logarithm of the shift for a dynamic schedule; arguments as in :meth:`levels`."""
         return None
 
+    def linear_mu(self, tokens: int) -> float:
+        """Return the logarithm of the shift that the scheduler config gives linearly in the number of tokens.
+
+        Raises:
+            InputError: If the config does not give one.
+        """
+        few = self.entry("scheduler", "base_image_seq_len", int, 256)
+        many = self.entry("scheduler", "max_image_seq_len", int, 4096)
+        low, high = (
+            self.entry("scheduler", f"{end}_shift", float, usual) for end, usual in (("base", 0.5), ("max", 1.15))
+        )
+        if few == many:
+            raise InputError(
+                f"{self.named('scheduler')} has base_image_seq_len={few} and max_image_seq_len={many}, which must "
+                "differ; get the pipeline as published"
+            )
+        return float(low + (high - low) * (tokens - few) / (many - few))
+
     def levels(self, num_inference_steps: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
         """See :meth:`Family.levels`."""
-        mu = self.mu(num_inference_steps, shape)
+        dynamic = self.entry("scheduler", "use_dynamic_shifting", bool, default=False)
+        mu = self.mu(num_inference_steps, shape) if dynamic else None
         return shifted_levels(self.pipeline.config("scheduler"), num_inference_steps, mu)
 
     # Network
@@ -198,7 +243,8 @@ class FlowFamily(Family):
     @property
     def width(self) -> int:
         """Number of features of a token."""
-        return int(self.config["num_attention_heads"] * self.config["attention_head_dim"])
+        heads, width = (self.entry(self.part, f, int) for f in ("num_attention_heads", "attention_head_dim"))
+        return heads * width
 
     @property
     def temb_dim(self) -> int:

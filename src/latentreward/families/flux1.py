@@ -7,6 +7,7 @@ FLUX.1-schnell was distilled further and takes none.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,8 @@ from latentreward.encoders.prompts import PromptEncoder, token_ids
 from latentreward.errors import InputError
 from latentreward.families.backbone import FamilyBackbone, load_family_backbone
 from latentreward.families.flow import FlowFamily, Tokens
-from latentreward.families.published import CLIP_L, EULER, FLUX_VAE, T5_XXL, Published
+from latentreward.families.published import CLIP_L, FLUX_VAE, T5_XXL, Published
+from latentreward.noise.schedules import EULER
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, PreTrainedTokenizerBase, T5EncoderModel
@@ -107,24 +109,11 @@ class Flux1(FlowFamily):
     network_class = "FluxTransformer2DModel"
     block_classes = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
     lists = ("transformer_blocks", "single_transformer_blocks")
+    positions = 4
     # Those of diffusers' training script and of Flow-GRPO for FLUX.1.
     lora_targets = (*ATTENTION, "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
     published = PUBLISHED
     lora_loader = "FluxLoraLoaderMixin"
-
-    def check(self) -> None:
-        """See :meth:`Family.check`."""
-        patches, taken = 4 * self.latent_space.channels, self.config["in_channels"]
-        if taken != patches:
-            raise InputError(
-                f"source={self.pipeline.source!r}: the transformer takes {taken} channels, but 2×2 patches of the "
-                f"VAE's latents have {patches}; give a text-to-image pipeline (Fill, Canny and Depth also take images)"
-            )
-
-    @property
-    def input_channels(self) -> int:
-        """See :attr:`FlowFamily.input_channels`."""
-        return int(self.config["in_channels"]) // 4
 
     @property
     def takes_guidance(self) -> bool:
@@ -160,12 +149,8 @@ class Flux1(FlowFamily):
     # Noise
 
     def mu(self, num_inference_steps: int, shape: Sequence[int]) -> float:
-        """See :meth:`FlowFamily.mu`; linear in the number of tokens, which counts for FLUX.1-dev's dynamic schedule."""
-        config = self.pipeline.config("scheduler")
-        low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-        few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-        tokens = shape[-2] // 2 * (shape[-1] // 2)
-        return float(low + (high - low) * (tokens - few) / (many - few))
+        """See :meth:`FlowFamily.mu`; linear in the number of tokens."""
+        return self.linear_mu(shape[-2] // 2 * (shape[-1] // 2))
 
     # Guidance
 
@@ -178,8 +163,10 @@ class Flux1(FlowFamily):
         """See :meth:`Family.guidance`; any number from 0 is an input that FLUX.1-dev's network takes."""
         if scale is None or not self.takes_guidance:
             return super().guidance(scale)
-        if not scale >= 0:
-            raise InputError(f"guidance_scale={scale:g} must be at least 0; {self.model} was made for about 3.5")
+        if not 0 <= scale < math.inf:
+            raise InputError(
+                f"guidance_scale={scale:g} must be at least 0 and finite; {self.model} was made for about 3.5"
+            )
         return scale
 
     def needs_uncond(self, scale: float | None) -> bool:
@@ -235,7 +222,7 @@ class Flux1(FlowFamily):
 
     def unread(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
         """See :meth:`FlowFamily.unread`."""
-        return unread_of_dual(visual, text) if 1 <= number <= self.config["num_layers"] else ()
+        return unread_of_dual(visual, text) if 1 <= number <= self.entry(self.part, "num_layers", int) else ()
 
     def unread_outside(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
         """See :meth:`FlowFamily.unread_outside`."""

@@ -24,8 +24,10 @@ from latentreward.errors import InputError
 from latentreward.families.backbone import FamilyBackbone, load_family_backbone
 from latentreward.families.flow import FlowFamily, Tokens
 from latentreward.families.flux1 import unread_of_dual
-from latentreward.families.published import EULER, QWEN3_4B, QWEN3_8B, Published
+from latentreward.families.published import QWEN3_4B, QWEN3_8B, Published
+from latentreward.noise.schedules import EULER
 from latentreward.storage.digests import digest
+from latentreward.storage.json_files import entries, entry
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Qwen3ForCausalLM
@@ -152,7 +154,7 @@ class Flux2Klein(FlowFamily):
     @property
     def distilled(self) -> bool:
         """Whether the model was distilled to sample in few steps without guidance."""
-        return bool(self.pipeline.index.get("is_distilled"))
+        return entry(self.pipeline.index, "is_distilled", bool, self.named("model_index.json"), default=False)
 
     @property
     def model(self) -> str:
@@ -170,14 +172,12 @@ class Flux2Klein(FlowFamily):
     @cached_property
     def latent_space(self) -> LatentSpace:
         """See :attr:`Family.latent_space`; the statistics are read from the VAE's weights."""
-        config = self.pipeline.config("vae")
+        channels = 4 * self.entry("vae", "latent_channels", int)
+        halvings = len(entries(self.pipeline.config("vae"), "block_out_channels", int, self.named("vae")))
+        eps = float(self.entry("vae", "batch_norm_eps", float, 1e-4))
         tensors = self.pipeline.tensors("vae", ["bn.running_mean", "bn.running_var"])
         values = [tensor.detach().to("cpu", torch.float32).contiguous().numpy() for tensor in tensors]
-        return LatentSpace(
-            channels=4 * config["latent_channels"],
-            downscale=2 ** len(config["block_out_channels"]),
-            statistics=digest([*values, repr(float(config.get("batch_norm_eps", 1e-4)))]),
-        )
+        return LatentSpace(channels, 2**halvings, statistics=digest([*values, repr(eps)]))
 
     @property
     def vae_class(self) -> Any:
@@ -276,7 +276,7 @@ class Flux2Klein(FlowFamily):
         return visual, text
 
     def _is_dual(self, number: int) -> bool:
-        return number <= int(self.config["num_layers"])
+        return number <= self.entry(self.part, "num_layers", int)
 
     def unread(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
         """See :meth:`FlowFamily.unread`."""

@@ -13,13 +13,16 @@ from latentreward.encoders.language_model import LanguageModelEncoder, without_l
 from latentreward.encoders.prompts import PromptEncoder
 from latentreward.families.backbone import FamilyBackbone, load_family_backbone
 from latentreward.families.flow import FlowFamily, Tokens
-from latentreward.families.published import EULER, FLUX_VAE, GEMMA2_2B, Published
+from latentreward.families.published import FLUX_VAE, GEMMA2_2B, Published
+from latentreward.noise.schedules import EULER
 
 SYSTEM = (
     "You are an assistant designed to generate superior images with the superior degree of image-text alignment based "
     "on textual prompts or user prompts. <Prompt Start> "
 )
 """Text before each prompt; the network was trained with it."""
+NO_PROMPT = "\0"
+"""Prompt that is encoded as the empty text, without :data:`SYSTEM`: the pipeline's usual negative prompt."""
 TEXT_LENGTH = 256
 """Greatest number of tokens of a prompt with the text before it."""
 
@@ -59,6 +62,8 @@ class Lumina2(FlowFamily):
     network_class = "Lumina2Transformer2DModel"
     block_classes = ("Lumina2TransformerBlock",)
     lists = ("layers",)
+    uncond_prompt = NO_PROMPT
+    axes_lens = (300, 512, 512)
     tail = ("norm_out",)
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
     published = PUBLISHED
@@ -137,7 +142,7 @@ class Lumina2(FlowFamily):
     @property
     def width(self) -> int:
         """See :attr:`FlowFamily.width`."""
-        return int(self.config["hidden_size"])
+        return self.entry(self.part, "hidden_size", int)
 
     @property
     def temb_dim(self) -> int:
@@ -150,14 +155,11 @@ class Lumina2(FlowFamily):
 
 
 class Lumina2PromptEncoder(LanguageModelEncoder):
-    """Prompt encoder with Gemma 2, which gets each prompt after :data:`SYSTEM`.
-
-    The empty prompt stays empty, as the pipeline encodes it for guidance.
-    """
+    """Prompt encoder with Gemma 2, which gets each prompt, also the empty one, after :data:`SYSTEM`."""
 
     def text(self, prompt: str) -> str:
         """See :meth:`LanguageModelEncoder.text`."""
-        return SYSTEM + prompt if prompt else prompt
+        return "" if prompt == NO_PROMPT else SYSTEM + prompt
 
 
 def masked(conditioning: Conditioning) -> tuple[Tensor, Tensor]:

@@ -103,4 +103,3 @@ WAN_VAE: Mapping[str, Any] = {
         3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.916,
     ),
 }  # fmt: skip
-EULER = "FlowMatchEulerDiscreteScheduler"

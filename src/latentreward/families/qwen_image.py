@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from latentreward.backbones.loading import check_tokenizer
 from latentreward.backbones.registry import register_backbone
 from latentreward.backbones.weights import part_of
 from latentreward.contracts import Conditioning, LatentSpace
 from latentreward.encoders.prompts import PromptEncoder
 from latentreward.encoders.vae import ChannelLatentEncoder, LatentEncoder, channel_space_of
-from latentreward.errors import InputError, first_line
+from latentreward.errors import InputError
 from latentreward.families.backbone import FamilyBackbone, load_family_backbone
 from latentreward.families.flow import FlowFamily, Tokens
-from latentreward.families.published import EULER, QWEN25_VL_7B, WAN_VAE, Published
+from latentreward.families.published import QWEN25_VL_7B, WAN_VAE, Published
+from latentreward.noise.schedules import EULER
 
 TEMPLATE = (
     "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
@@ -72,6 +72,7 @@ class QwenImage(FlowFamily):
     network_class = "QwenImageTransformer2DModel"
     block_classes = ("QwenImageTransformerBlock",)
     lists = ("transformer_blocks",)
+    positions = 4
     uncond_prompt = " "
     published = PUBLISHED
     lora_loader = "QwenImageLoraLoaderMixin"
@@ -98,17 +99,12 @@ class QwenImage(FlowFamily):
             return text
         return f"{text}; the template begins with {prefix} tokens of this tokenizer instead of {PREFIX}, all dropped"
 
-    @property
-    def input_channels(self) -> int:
-        """See :attr:`FlowFamily.input_channels`; four pixels are joined to a token."""
-        return int(self.config["in_channels"]) // self.packing**2
-
     # Latents
 
     @cached_property
     def latent_space(self) -> LatentSpace:
         """See :attr:`Family.latent_space`."""
-        return channel_space_of(self.pipeline.config("vae"))
+        return channel_space_of(self.pipeline.config("vae"), self.named("vae"))
 
     @property
     def vae_class(self) -> Any:
@@ -132,18 +128,7 @@ class QwenImage(FlowFamily):
         """
         from transformers import Qwen2Tokenizer
 
-        pipeline, config = self.pipeline, self.pipeline.config("text_encoder")
-        name = f"source={pipeline.source!r}: tokenizer"
-        try:
-            with torch.device("cpu"):
-                tokenizer = Qwen2Tokenizer.from_pretrained(
-                    pipeline.source, subfolder="tokenizer", revision=pipeline.revision
-                )
-        except (OSError, ValueError) as error:
-            raise InputError(f"{name} cannot be loaded: {first_line(error)}; download it again") from error
-        rows = {**config, **config.get("text_config", {})}["vocab_size"]
-        check_tokenizer(tokenizer, rows, name, "download tokenizer again")
-        return tokenizer
+        return self.pipeline.tokenizer("tokenizer", Qwen2Tokenizer)
 
     def load_prompt_encoder(
         self, t5_length: int | None = None, load_t5: bool = True, pretrained: bool = True
@@ -153,10 +138,10 @@ class QwenImage(FlowFamily):
 
         whole = self.pipeline.load(Qwen2_5_VLForConditionalGeneration, "text_encoder", pretrained)
         encoder = QwenImagePromptEncoder(part_of(whole, "model.language_model"), self.tokenizer)
-        if encoder.token_dim != self.config["joint_attention_dim"]:
+        if encoder.token_dim != (taken := self.entry(self.part, "joint_attention_dim", int)):
             raise InputError(
                 f"source={self.pipeline.source!r}: the text encoder's tokens are {encoder.token_dim} wide, but the "
-                f"transformer takes {self.config['joint_attention_dim']}; all parts must come from one pipeline"
+                f"transformer takes {taken}; all parts must come from one pipeline"
             )
         return encoder
 
@@ -164,12 +149,8 @@ class QwenImage(FlowFamily):
 
     def mu(self, num_inference_steps: int, shape: Sequence[int]) -> float:
         """See :meth:`FlowFamily.mu`; linear in the number of tokens."""
-        config = self.pipeline.config("scheduler")
-        short, long = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-        low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
         _, frames, height, width = shape
-        tokens = frames * (height // self.packing) * (width // self.packing)
-        return float(low + (high - low) * (tokens - short) / (long - short))
+        return self.linear_mu(frames * (height // self.packing) * (width // self.packing))
 
     # Guidance
 
@@ -247,7 +228,7 @@ class QwenImage(FlowFamily):
     @cached_property
     def idle(self) -> Sequence[str]:
         """Names of layers whose output never reaches the network's: those of the last block's text output."""
-        last = f"transformer_blocks.{self.config['num_layers'] - 1}"
+        last = f"transformer_blocks.{self.entry(self.part, 'num_layers', int) - 1}"
         parts = ("attn.add_q_proj", "attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2")
         return [f"{last}.{part}" for part in parts]
 

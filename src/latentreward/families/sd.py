@@ -65,7 +65,7 @@ class StableDiffusion(Family):
     @cached_property
     def latent_space(self) -> LatentSpace:
         """See :attr:`Family.latent_space`."""
-        return latent_space_of(self.pipeline.config("vae"))
+        return latent_space_of(self.pipeline.config("vae"), self.named("vae"))
 
     @property
     def native_size(self) -> tuple[int, int]:

@@ -90,18 +90,18 @@ class StableDiffusion3(Family):
     @cached_property
     def latent_space(self) -> LatentSpace:
         """See :attr:`Family.latent_space`."""
-        return latent_space_of(self.pipeline.config("vae"))
+        return latent_space_of(self.pipeline.config("vae"), self.named("vae"))
 
     @property
     def native_size(self) -> tuple[int, int]:
         """See :attr:`Family.native_size`."""
-        side = self.config["sample_size"] * self.latent_space.downscale
+        side = self.entry(self.part, "sample_size", int) * self.latent_space.downscale
         return side, side
 
     @property
     def side_multiple(self) -> int:
         """See :attr:`Family.side_multiple`; the side of a token in pixels."""
-        return self.latent_space.downscale * int(self.config.get("patch_size", 2))
+        return self.latent_space.downscale * self.entry(self.part, "patch_size", int, 2)
 
     def load_latent_encoder(self, dtype: StorageDtype = "float32") -> LatentEncoder:
         """See :meth:`Family.load_latent_encoder`."""
@@ -122,7 +122,7 @@ class StableDiffusion3(Family):
         shipped = self.pipeline.named in SHIPPED
         length = (0 if shipped else 256) if t5_length is None else t5_length
         encoder: PromptEncoder = self.pipeline.sd3_prompts(
-            self.config["joint_attention_dim"], length, load_t5, mapped=True
+            self.entry(self.part, "joint_attention_dim", int), length, load_t5, mapped=True
         )
         return encoder
 

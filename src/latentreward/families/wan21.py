@@ -7,6 +7,7 @@ Wan's own code (``wan/modules/model.py``), which musubi-tuner and ComfyUI use.
 from __future__ import annotations
 
 import html
+import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from importlib import import_module
@@ -25,7 +26,7 @@ from latentreward.families.backbone import FamilyBackbone, load_family_backbone
 from latentreward.families.base import Pair
 from latentreward.families.flow import FlowFamily, Tokens
 from latentreward.families.published import UMT5_XXL, WAN_VAE, Published
-from latentreward.noise.schedules import make_scheduler, static_levels
+from latentreward.noise.schedules import EULER, check_levels, make_scheduler, static_levels
 
 LAYERS = {
     "condition_embedder.time_embedder.linear_1": "time_embedding.0",
@@ -99,7 +100,7 @@ class Wan21(FlowFamily):
     def check(self) -> None:
         """See :meth:`Family.check`."""
         index, source = self.pipeline.index, self.pipeline.source
-        channels, reason = self.config["in_channels"], None
+        channels, reason = self.entry(self.part, "in_channels", int), None
         if self.pipeline.has("transformer_2") or index.get("boundary_ratio") is not None:
             reason = "Wan 2.2 with two networks (A14B)"
         elif index.get("expand_timesteps") or channels == 48:
@@ -115,7 +116,7 @@ class Wan21(FlowFamily):
     @cached_property
     def latent_space(self) -> LatentSpace:
         """See :attr:`Family.latent_space`."""
-        return channel_space_of(self.pipeline.config("vae"))
+        return channel_space_of(self.pipeline.config("vae"), self.named("vae"))
 
     @property
     def vae_class(self) -> Any:
@@ -131,7 +132,7 @@ class Wan21(FlowFamily):
     @property
     def max_side(self) -> int:
         """See :attr:`FlowFamily.max_side`; the table of positions has 1024 along each axis."""
-        return self.packing * int(self.config.get("rope_max_seq_len", 1024))
+        return self.packing * self.entry(self.part, "rope_max_seq_len", int, 1024)
 
     # Text
 
@@ -148,10 +149,10 @@ class Wan21(FlowFamily):
         if not load_t5:
             raise InputError(f"load_t5=false, but {self.title} has no other text encoder; leave load_t5 out")
         encoder = self.pipeline.load(UMT5EncoderModel, "text_encoder", pretrained)
-        if encoder.config.d_model != self.config["text_dim"]:
+        if encoder.config.d_model != (taken := self.entry(self.part, "text_dim", int)):
             raise InputError(
                 f"source={self.pipeline.source!r}: the text encoder's tokens are {encoder.config.d_model} wide, but "
-                f"the transformer takes {self.config['text_dim']}; all parts must come from one pipeline"
+                f"the transformer takes {taken}; all parts must come from one pipeline"
             )
         return WanPromptEncoder(encoder, self.pipeline.tokenizer("tokenizer"), 512 if t5_length is None else t5_length)
 
@@ -165,19 +166,21 @@ class Wan21(FlowFamily):
     def levels(self, num_inference_steps: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
         """See :meth:`Family.levels`."""
         config = self.pipeline.config("scheduler")
-        if self.scheduler_class == "FlowMatchEulerDiscreteScheduler":
+        if self.scheduler_class == EULER:
             return static_levels(config, num_inference_steps)
         if self.scheduler_class != UNIPC:
             raise InputError(f"the scheduler is a {self.scheduler_class}; save the pipeline with {UNIPC}, as published")
         wanted = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
         others = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_dynamic_shifting")
         for name, value in {**wanted, **dict.fromkeys(others, False)}.items():
-            if config.get(name, False) != value:
-                raise InputError(f"the scheduler config has {name}={config.get(name)}; set it to {value} there")
+            if (config.get(name) or False) != value:
+                shown = json.dumps(config.get(name)), json.dumps(value)
+                raise InputError(f"the scheduler config has {name}={shown[0]}; set it to {shown[1]} there")
         from diffusers import UniPCMultistepScheduler
 
         scheduler = make_scheduler(UniPCMultistepScheduler, config, num_inference_steps)
         sigmas = scheduler.sigmas.to(torch.float32)
+        check_levels(sigmas)
         # UniPC rounds timesteps down in float64: keep a level that is a whole number in float32 on its side.
         sigmas[:-1] -= 1e-6 * (self.clock(sigmas[:-1]) - scheduler.timesteps)
         return 1000 * sigmas[:-1], sigmas

@@ -15,7 +15,8 @@ from latentreward.encoders.prompts import PromptEncoder
 from latentreward.errors import InputError
 from latentreward.families.backbone import FamilyBackbone, load_family_backbone
 from latentreward.families.flow import FlowFamily, Tokens
-from latentreward.families.published import EULER, FLUX_VAE, QWEN3_4B, Published
+from latentreward.families.published import FLUX_VAE, QWEN3_4B, Published
+from latentreward.noise.schedules import EULER
 
 TURBO_SHIFT = 3.0
 """Shift of the scheduler of Z-Image-Turbo; the base model has 6."""
@@ -54,6 +55,7 @@ class ZImage(FlowFamily):
     network_class = "ZImageTransformer2DModel"
     block_classes = ("ZImageTransformerBlock",)
     lists = ("layers",)
+    axes_lens = (1024, 512, 512)
     tail = ("all_final_layer",)
     no_guidance = 0.0
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
@@ -77,7 +79,7 @@ class ZImage(FlowFamily):
     @property
     def shift(self) -> float:
         """Shift of the pipeline's scheduler."""
-        return float(self.pipeline.config("scheduler").get("shift", 1.0))
+        return float(self.entry("scheduler", "shift", float, 1.0))
 
     @property
     def model(self) -> str:
@@ -91,6 +93,11 @@ class ZImage(FlowFamily):
             f"taken for {self.model}, which samples {guided}, because its scheduler's shift is {self.shift:g} (Z-Image "
             f"has 6, Z-Image-Turbo {TURBO_SHIFT:g})"
         )
+
+    @property
+    def max_prompt(self) -> int:
+        """See :attr:`FlowFamily.max_prompt`; the image has the position after the padded prompt, which begins at 1."""
+        return (self.lens[0] - 2) // MULTIPLE * MULTIPLE
 
     # Text
 
@@ -189,7 +196,7 @@ class ZImage(FlowFamily):
     @property
     def width(self) -> int:
         """See :attr:`FlowFamily.width`."""
-        return int(self.config["dim"])
+        return self.entry(self.part, "dim", int)
 
     @property
     def temb_dim(self) -> int:

@@ -6,29 +6,54 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentreward.errors import InputError
+from latentreward.errors import InputError, first_line
+from latentreward.storage.json_files import entry
+
+EULER = "FlowMatchEulerDiscreteScheduler"
+NAME = "the scheduler config"
 
 
-def make_scheduler(family: Any, config: Mapping[str, Any], num_inference_steps: int) -> Any:
+def make_scheduler(family: Any, config: Mapping[str, Any], num_inference_steps: int, **options: Any) -> Any:
     """Make a diffusers scheduler on the CPU, and set its timesteps.
 
     Args:
         family: Class of the scheduler.
         config: The pipeline's saved scheduler config, of this class or a related one.
         num_inference_steps: Number of steps.
+        options: Further arguments of the scheduler's ``set_timesteps``.
 
     Raises:
-        InputError: If the scheduler cannot make ``num_inference_steps`` steps.
+        InputError: If the scheduler refuses the config, or cannot make ``num_inference_steps`` steps.
     """
-    with torch.device("cpu"):
-        scheduler = family.from_config({**config, "_class_name": family.__name__})
-        levels = len(scheduler.timesteps)
-        if not 1 <= num_inference_steps <= levels:
-            raise InputError(
-                f"num_inference_steps={num_inference_steps} must lie in 1..{levels}, the scheduler's levels"
-            )
-        scheduler.set_timesteps(num_inference_steps)
+    for field in ("shift", "flow_shift"):
+        entry(config, field, float, NAME, default=1.0)
+    try:
+        with torch.device("cpu"):
+            scheduler = family.from_config({**config, "_class_name": family.__name__})
+            _check_steps(num_inference_steps, len(scheduler.timesteps))
+            scheduler.set_timesteps(num_inference_steps, **options)
+    except InputError:
+        raise
+    except (ArithmeticError, ImportError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{NAME} does not make a {family.__name__} ({first_line(error)}); get the pipeline as published"
+        ) from error
     return scheduler
+
+
+def _check_steps(num_inference_steps: int, levels: int) -> None:
+    if not 1 <= num_inference_steps <= levels:
+        raise InputError(f"num_inference_steps={num_inference_steps} must lie in 1..{levels}, the scheduler's levels")
+
+
+def check_levels(sigmas: Tensor) -> None:
+    """Raise InputError if the noise levels of a flow do not fall from at most 1 to at least 0."""
+    if not (sigmas[0] <= 1 and sigmas[-1] >= 0 and (sigmas.diff() < 0).all()):  # NaN too
+        shown = ", ".join(f"{level:g}" for level in [*sigmas[:3].tolist(), sigmas[-1].item()])
+        raise InputError(
+            f"{NAME} gives the noise levels {shown}, which must fall from at most 1 to 0; set its shift and the other "
+            "entries as published"
+        )
 
 
 def static_levels(config: Mapping[str, Any], num_inference_steps: int) -> tuple[Tensor, Tensor]:
@@ -43,18 +68,19 @@ def static_levels(config: Mapping[str, Any], num_inference_steps: int) -> tuple[
 
     Raises:
         InputError: If the scheduler cannot make ``num_inference_steps`` steps, or its config has
-            ``use_dynamic_shifting`` (timesteps depend on the image size) or ``invert_sigmas``.
+            ``use_dynamic_shifting`` (timesteps depend on the image size), ``invert_sigmas`` or
+            ``stochastic_sampling``, or gives levels that do not fall from 1 to 0.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    for name in ("use_dynamic_shifting", "invert_sigmas"):
-        if config.get(name):
+    for name in ("use_dynamic_shifting", "invert_sigmas", "stochastic_sampling"):
+        if entry(config, name, bool, NAME, default=False):
             raise InputError(
                 f"the scheduler config has {name}=true, which no SD3 policy was trained with; set it to false there, "
                 "and shift to the one to sample with"
             )
     scheduler = make_scheduler(FlowMatchEulerDiscreteScheduler, config, num_inference_steps)
-    return scheduler.timesteps.to(torch.float32), scheduler.sigmas.to(torch.float32)
+    return _levels(scheduler)
 
 
 def shifted_levels(config: Mapping[str, Any], num_inference_steps: int, mu: float | None) -> tuple[Tensor, Tensor]:
@@ -69,25 +95,34 @@ def shifted_levels(config: Mapping[str, Any], num_inference_steps: int, mu: floa
         Timesteps ``(n,)``, 1000·σ, and noise levels ``(n + 1,)``, the last one 0; float32.
 
     Raises:
-        InputError: If the number of steps is out of range, or the config has ``invert_sigmas``, or
-            ``use_dynamic_shifting`` without ``mu``.
+        InputError: If the number of steps is out of range, or the config is of another scheduler, has
+            ``invert_sigmas``, ``stochastic_sampling``, another ``num_train_timesteps`` than 1000 or
+            ``use_dynamic_shifting`` without ``mu``, or gives levels that do not fall from 1 to 0.
     """
     import numpy as np
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    if config.get("invert_sigmas"):
-        raise InputError("the scheduler config has invert_sigmas=true, which is not supported; set it to false")
-    if config.get("use_dynamic_shifting") and mu is None:
+    if config.get("_class_name") != EULER:
         raise InputError(
-            "the scheduler config has use_dynamic_shifting=true, but pipelines of this family have a static shift; set "
-            "it to false, and shift to the one to sample with"
+            f"the scheduler is a {config.get('_class_name')}; save the pipeline with {EULER}, as published"
         )
-    if not 1 <= num_inference_steps <= 1000:
-        raise InputError(f"num_inference_steps={num_inference_steps} must lie in 1..1000, the scheduler's levels")
-    with torch.device("cpu"):
-        scheduler = FlowMatchEulerDiscreteScheduler.from_config(
-            {**config, "_class_name": "FlowMatchEulerDiscreteScheduler"}
+    for name in ("invert_sigmas", "stochastic_sampling"):
+        if entry(config, name, bool, NAME, default=False):
+            raise InputError(f"{NAME} has {name}=true, which is not supported; set it to false")
+    if (count := entry(config, "num_train_timesteps", int, NAME, default=1000)) != 1000:
+        raise InputError(f"{NAME} has num_train_timesteps={count}, but networks take 1000·σ; set it to 1000")
+    if entry(config, "use_dynamic_shifting", bool, NAME, default=False) and mu is None:
+        raise InputError(
+            f"{NAME} has use_dynamic_shifting=true, but pipelines of this family have a static shift; set it to false, "
+            "and shift to the one to sample with"
         )
-        sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
-        scheduler.set_timesteps(sigmas=sigmas, mu=mu)
-    return scheduler.timesteps.to(torch.float32), scheduler.sigmas.to(torch.float32)
+    _check_steps(num_inference_steps, 1000)
+    sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
+    return _levels(make_scheduler(FlowMatchEulerDiscreteScheduler, config, num_inference_steps, sigmas=sigmas, mu=mu))
+
+
+def _levels(scheduler: Any) -> tuple[Tensor, Tensor]:
+    """Return a scheduler's timesteps and checked noise levels, float32."""
+    sigmas = scheduler.sigmas.to(torch.float32)
+    check_levels(sigmas)
+    return scheduler.timesteps.to(torch.float32), sigmas

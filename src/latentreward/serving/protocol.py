@@ -18,7 +18,8 @@ accepts several.
 The served model decides on some tensors. ``pooled_prompt_embeds`` must be given if its text encoder has a pooled
 vector, and ``prompt_mask`` if its prompts have unequal numbers of tokens; otherwise they must be left out. The mask is
 1 for the tokens of a row's prompt, which come first, and 0 for padding, which has no effect on the score. ``latents``
-are ``(B, C, T, h, w)`` if the model's latent space has a time axis, T = 1 for images.
+are ``(B, C, T, h, w)`` if the model's latent space has a time axis, with the T that the model was trained on: 1 for
+images.
 
 The noise of a row depends on its seed, its noise level, the shape of its latents and the prompt in the header
 ``x-prompt``, not on other rows. The header is optional, and verl-omni's client does not send it; without it the prompt
@@ -58,12 +59,13 @@ class Accepted:
         pooled_width: Width P of the pooled embedding; None if the model takes none.
         patch: Number that the sides of latents must be multiples of, in latent pixels.
         max_side: Longest side of latents, in latent pixels; None if the network has no limit.
+        max_prompt: Largest number of tokens of a prompt; None if the network has no limit.
         tokens: Number of tokens L if it is fixed, as for heads that compare with the empty prompt; else None.
         max_pixels: Largest h · w of latents, or T · h · w with a time axis.
         max_tokens: Largest L.
         max_rows: Largest B.
         masked: Whether prompts have unequal numbers of tokens, told by a mask.
-        clips: Whether latents have a time axis.
+        frames: Number of latent frames T; None if latents have no time axis.
     """
 
     channels: int
@@ -71,19 +73,20 @@ class Accepted:
     pooled_width: int | None
     patch: int = 1
     max_side: int | None = None
+    max_prompt: int | None = None
     tokens: int | None = None
     max_pixels: int = 128 * 128
     max_tokens: int = 1024
     max_rows: int = 64
     masked: bool = False
-    clips: bool = False
+    frames: int | None = None
 
     @property
     def tensors(self) -> dict[str, Expected]:
         """Requirements on each tensor of a request, by its name in the protocol."""
         pooled = self.pooled_width is not None
         return {
-            "latents": Expected((4, 5) if self.clips else (4,)),
+            "latents": Expected((4,) if self.frames is None else (4, 5)),
             "prompt_embeds": Expected((3,)),
             "pooled_prompt_embeds": Expected((2,), required=pooled, taken=pooled),
             "prompt_mask": Expected((2,), ("BOOL", "U8"), required=self.masked, taken=self.masked),
@@ -103,13 +106,14 @@ class Accepted:
         """
         rows, channels, *time, height, width = shapes["latents"]
         _, tokens, text_width = shapes["prompt_embeds"]
-        if self.clips and not time:
-            raise RequestError("latents have 4 axes, but this model takes (B, C, T, h, w), T = 1 for images", 422)
+        if self.frames is not None and not time:
+            raise RequestError(f"latents have 4 axes, but this model takes (B, C, T, h, w), T = {self.frames}", 422)
         for name, shape in shapes.items():
             if shape[0] != rows:
                 raise RequestError(f"{name} has {shape[0]} rows, but latents has {rows}; give one row each", 422)
         for name, found, wanted in (
             ("latents: channels", channels, self.channels),
+            ("latents: T", time[0] if time else None, self.frames),
             ("prompt_embeds: width", text_width, self.text_width),
             ("pooled_prompt_embeds: width", shapes.get("pooled_prompt_embeds", (0, None))[1], self.pooled_width),
             ("prompt_embeds: tokens", tokens, self.tokens or tokens),
@@ -201,6 +205,11 @@ def parse_request(
         texts = [row[:length] for row, length in zip(prompts, lengths, strict=True)]
     else:
         texts = list(prompts)
+    longest = max(map(len, texts))
+    if accepted.max_prompt is not None and longest > accepted.max_prompt:
+        raise RequestError(
+            f"prompt_embeds: a prompt of {longest} tokens is over {accepted.max_prompt}, the limit of this network", 422
+        )
     parts = zip(latents, texts, pooled, u.tolist(), used, strict=True)
     return [LatentRow(*part, prompt=prompt, masked=accepted.masked) for part in parts]
 

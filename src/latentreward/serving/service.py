@@ -141,6 +141,8 @@ def accepted_by(reward: RewardModel, settings: ServiceSettings) -> Accepted:
     """Determine the shapes that a model takes; the empty prompt is encoded to find the widths of embeddings."""
     backbone = reward.backbone
     empty = backbone.encode_prompts([""])
+    clip = 1 if reward.image_sizes is None else reward.image_sizes.frames
+    _, *time, _, _ = backbone.latent_space.shape(1, 1, clip)
     pooled, masked = empty.pooled_prompt_embeds, empty.prompt_mask is not None
     return Accepted(
         channels=backbone.latent_space.channels,
@@ -148,11 +150,12 @@ def accepted_by(reward: RewardModel, settings: ServiceSettings) -> Accepted:
         pooled_width=None if pooled is None else pooled.shape[-1],
         patch=backbone.side_multiple // backbone.latent_space.downscale,
         max_side=backbone.max_side,
+        max_prompt=backbone.max_prompt,
         tokens=empty.prompt_embeds.shape[1] if reward.head.needs_uncond and not masked else None,
         max_pixels=settings.max_latent_pixels,
         max_rows=min(64, settings.queue),
         masked=masked,
-        clips=backbone.latent_space.frame_downscale is not None,
+        frames=time[0] if time else None,
     )
 
 
