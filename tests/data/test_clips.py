@@ -1,6 +1,8 @@
 """Clips are decoded by the times of their frames, and bad files give one clear line."""
 
 import logging
+import math
+import random
 import struct
 from pathlib import Path
 
@@ -74,6 +76,13 @@ def test_animated_webp(tmp_path: Path) -> None:
         loader(ref(tmp_path / "b.webp"))
 
 
+def test_still_webp(tmp_path: Path) -> None:
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.webp")
+    with pytest.raises(ImageError, match="its frames have no durations") as caught:
+        ClipLoader(16, 16)(ref(tmp_path / "a.webp"))
+    assert caught.value.problem == SHORT
+
+
 def broken(folder: Path) -> dict[str, tuple[Path, str, str]]:
     """Files that hold no clip of five frames, with the problem and a part of the message."""
     whole = write_clip(folder / "whole.mp4", REDS).read_bytes()
@@ -103,6 +112,26 @@ def test_bad_files(tmp_path: Path) -> None:
         message = str(caught.value)
         assert caught.value.problem == problem, (name, message)
         assert f"{name}.mp4" in message and told in message and "\n" not in message
+
+
+def test_damage_anywhere_is_the_files_fault(tmp_path: Path) -> None:
+    """Whatever FFmpeg raises, the row can be left out; header and sample tables are the richest in cases."""
+    raw = write_clip(tmp_path / "a.mp4", REDS).read_bytes()
+    loader, tables, found = ClipLoader(16, 16, frames=5), raw.index(b"moov"), set()
+    damaged = [raw.replace(b"stsd", b"zzzz")]
+    for seed in range(60):
+        rng, copy = random.Random(seed), bytearray(raw)
+        for _ in range(8):
+            copy[rng.randrange(tables if seed % 2 else 0, len(copy))] = rng.randrange(256)
+        damaged.append(bytes(copy))
+    for data in damaged:
+        try:
+            loader(ImageRef("k", data=data))
+        except ImageError as error:
+            found.add(error.problem)
+    assert {DAMAGED, UNKNOWN} <= found
+    with pytest.raises(ImageError, match="its video track does not name a codec"):
+        loader(ImageRef("k", data=damaged[0]))
 
 
 def test_names_are_no_addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,6 +215,9 @@ def test_a_broken_clip_is_skipped_or_named(tmp_path: Path) -> None:
 
 
 def test_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    for frames, fps, told in ((0, 16, "frames is 0"), (5, math.nan, "fps=nan must lie in"), (5, math.inf, "fps=inf")):
+        with pytest.raises(InputError, match=told):
+            ClipLoader(16, 16, frames=frames, fps=fps)
     for options, told in (({"frames": 0}, "data.frames is 0"), ({"frames": 5, "fps": 0.0}, "data.fps=0 must lie in")):
         with pytest.raises(InputError, match=told):
             PreferenceDataModule(16, **options)

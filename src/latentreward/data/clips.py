@@ -99,10 +99,16 @@ class ClipLoader(PixelLoader):
     Attributes:
         frames: Number of frames F.
         fps: Frames per second.
+
+    Raises:
+        InputError: If ``frames`` or ``fps`` is out of range.
     """
 
     frames: int = 1
     fps: float = FPS
+
+    def __post_init__(self) -> None:
+        check_clips("", self.frames, self.fps)
 
     def __call__(self, image: ImageRef) -> Tensor:
         """Decode a clip to pixels ``(3, F, height, width)``, float32 in [-1, 1].
@@ -159,6 +165,8 @@ class ClipLoader(PixelLoader):
             taken += 1
             if taken == self.frames:
                 return
+        if before is not None and before.end == first:
+            raise image_error(image, SHORT, "its frames have no durations; give an mp4 file, or an animated WebP")
         wanted = f"{taken} of frames={self.frames} at fps={self.fps:g} can be read"
         if source.total > decoded:
             raise image_error(image, DAMAGED, f"the file ends after {decoded} of its {source.total} frames: {wanted}")
@@ -228,24 +236,31 @@ def _opened(image: ImageRef, max_pixels: int) -> Iterator[Source]:
                 yield opened
         except ImageError:
             raise
-        except (*BROKEN_FILE, *BOMB) as error:  # PyAV's errors are OSError or ValueError
+        except (*BROKEN_FILE, *BOMB) as error:
             raise image_error(image, DAMAGED, _reason(error)) from error
 
 
 @contextmanager
 def _mp4(image: ImageRef, file: BinaryIO, max_pixels: int) -> Iterator[Source]:
     """Open an mp4 or mov file; PyAV takes that format as given, so that playlists in such files are not followed."""
+    av = _av()
+    broken = (av.FFmpegError, OSError, ValueError)
     try:
-        container = _av().open(file, format="mov", options={"protocol_whitelist": NOTHING, "enable_drefs": "0"})
-    except (OSError, ValueError) as error:
+        container = av.open(file, format="mov", options={"protocol_whitelist": NOTHING, "enable_drefs": "0"})
+    except broken as error:
         raise image_error(image, UNKNOWN, f"no whole mp4 or mov file: {_reason(error)}") from error
     with container:
         if not container.streams.video:
             raise image_error(image, DAMAGED, "no video track, or cut off before it")
         stream = container.streams.video[0]
+        if stream.codec_context is None:
+            raise image_error(image, DAMAGED, "its video track does not name a codec that is known")
         size = stream.codec_context.height, stream.codec_context.width
         stream.codec_context.options = {"max_pixels": str(max_pixels)}  # the frames may have another size
-        yield Source(_mp4_frames(image, container, stream), stream.time_base, stream.duration, stream.frames, size)
+        try:
+            yield Source(_mp4_frames(image, container, stream), stream.time_base, stream.duration, stream.frames, size)
+        except av.FFmpegError as error:
+            raise image_error(image, DAMAGED, _reason(error)) from error
 
 
 def _mp4_frames(image: ImageRef, container: Any, stream: Any) -> Iterator[Frame]:
