@@ -10,10 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
+from latentreward.cli import main
 from latentreward.contracts import ImageRef
 from latentreward.data import JSONLPairReader, PreferenceDataModule
 from latentreward.data.clips import ClipLoader
-from latentreward.data.images import DAMAGED, EMPTY, SHORT, TOO_LARGE, UNKNOWN, ImageError
+from latentreward.data.images import CLIP, DAMAGED, EMPTY, SHORT, TOO_LARGE, UNKNOWN, ImageError, read_header
+from latentreward.data.inspection.counts import ImageCensus, inspect_reader
+from latentreward.data.inspection.report import Report
 from latentreward.errors import InputError
 from latentreward.reports.drawing import animate
 from tests.clips import write_clip
@@ -212,6 +215,55 @@ def test_a_broken_clip_is_skipped_or_named(tmp_path: Path) -> None:
     data = PreferenceDataModule(16, train=JSONLPairReader(file, on_error="skip"), frames=5, num_workers=0)
     (batch,) = data.train_dataloader()
     assert len(batch) == 3
+
+
+def test_readers_of_images_name_clips(tmp_path: Path) -> None:
+    raw = write_clip(tmp_path / "a.mp4", REDS).read_bytes()
+    for image in (ref(tmp_path / "a.mp4"), ImageRef("a", data=raw)):
+        with pytest.raises(ImageError, match="clip, not an image") as caught:
+            read_header(image)
+        assert caught.value.problem == CLIP
+    with pytest.raises(ImageError, match="unknown image format"):
+        read_header(ImageRef("a", data=raw[:8] + b"heic" + raw[12:]))
+
+
+def test_inspection_of_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = JSONLPairReader(pairs(tmp_path))
+    (tmp_path / "bad1.mp4").write_bytes((tmp_path / "bad1.mp4").read_bytes()[:700])
+    counts, _ = inspect_reader("train", reader, ImageCensus())
+    images = counts.images
+    assert images is not None and not images.buckets and not images.odd
+    assert images.sizes == {(32, 32): 7} and images.clips == {"7 frames at 16 per second": 7}
+    assert images.unreadable_rows == {UNKNOWN: 1} and images.distinct == 8 and images.mixed_rows == 0
+    text = Report("here", [counts]).to_text()
+    assert "Clips (by their headers)" in text and "7 frames at 16 per second  " in text
+    monkeypatch.setitem(__import__("sys").modules, "av", None)
+    images = inspect_reader("train", reader, ImageCensus())[0].images
+    assert images is not None and not images.unreadable
+    assert images.clips == {"not inspected: clips need PyAV; install latentreward[video], or av": 8}
+
+
+SCORERS = (
+    '--scorers=[{"class_path": "CallableScorer", "init_args": {"function": '
+    '"tests.evaluation.policy.toy_scorers.redness", "name": "red"}}]'
+)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["benchmark", "report", "--data=pairs.jsonl", "--model=no/such/model"],
+        ["score-pairs", "scores.csv", "--reader=JSONLPairReader", "--reader.file=pairs.jsonl", SCORERS],
+    ],
+)
+def test_commands_that_compare_images_refuse_clips(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pairs(tmp_path)
+    with pytest.raises(SystemExit):
+        main(command)
+    assert "is a pair of clips, and only images are compared here" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_settings(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,10 +21,10 @@ from latentreward.data.images import (
     BOMB,
     BROKEN_FILE,
     DAMAGED,
+    MAX_PIXELS,
     SHORT,
     TOO_LARGE,
     UNKNOWN,
-    ImageError,
     PixelLoader,
     image_error,
     open_source,
@@ -85,6 +85,27 @@ class Source(NamedTuple):
     length: int | None
     total: int
     size: tuple[int, int]
+
+
+class ClipHeader(NamedTuple):
+    """What the header of a clip says.
+
+    Attributes:
+        height: Height in pixels.
+        width: Width in pixels.
+        frames: Number of frames; 0 if unknown.
+        fps: Mean number of frames per second; None if unknown.
+    """
+
+    height: int
+    width: int
+    frames: int
+    fps: float | None
+
+    def __str__(self) -> str:
+        if not self.frames or self.fps is None:
+            return "length not in the header"
+        return f"{self.frames} frames at {self.fps:.4g} per second"
 
 
 @dataclass(frozen=True)
@@ -173,6 +194,19 @@ class ClipLoader(PixelLoader):
         raise image_error(image, SHORT, f"{wanted}; give longer clips, or set fewer frames")
 
 
+def read_clip_header(image: ImageRef) -> ClipHeader:
+    """Read the header of a clip; the rest of the file may still be damaged.
+
+    Raises:
+        ImageError: As :class:`ClipLoader`, except for damage behind the header.
+        InputError: If PyAV is missing.
+    """
+    with _opened(image, MAX_PIXELS) as source:
+        _check_pixels(image, source.size, MAX_PIXELS)
+        rate = float(source.total / (source.length * source.tick)) if source.length else None
+        return ClipHeader(*source.size, source.total, rate)
+
+
 def check_clips(place: str, frames: int, fps: float) -> None:
     """Check the settings of clips.
 
@@ -234,7 +268,7 @@ def _opened(image: ImageRef, max_pixels: int) -> Iterator[Source]:
         try:
             with _webp(file) if start[:4] + start[8:] == b"RIFFWEBP" else _mp4(image, file, max_pixels) as opened:
                 yield opened
-        except ImageError:
+        except InputError:  # such as a missing PyAV
             raise
         except (*BROKEN_FILE, *BOMB) as error:
             raise image_error(image, DAMAGED, _reason(error)) from error
