@@ -50,8 +50,8 @@ def static_levels(config: Mapping[str, Any], num_inference_steps: int) -> tuple[
     for name in ("use_dynamic_shifting", "invert_sigmas"):
         if config.get(name):
             raise InputError(
-                f"the scheduler config has {name}=true, which no SD3 policy was trained with; set it to false there, "
-                "and shift to the one to sample with"
+                f"the scheduler config has {name}=true, which this family's levels do not follow; set it to false "
+                "there, and shift to the one to sample with"
             )
     scheduler = make_scheduler(FlowMatchEulerDiscreteScheduler, config, num_inference_steps)
     return scheduler.timesteps.to(torch.float32), scheduler.sigmas.to(torch.float32)
