@@ -1,5 +1,6 @@
 """Every shipped configs/cache/*.yaml runs, on small data and with a shipped pipeline."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ SMALLER = {
     "sd15_pickapic": ["--encoder.source=sd_tiny", "--images.size=32", "--reader.memory_map=false"],
     "hpdv3_sd35": ["--encoder.source=sd35_tiny", *BUCKETS],
     "diffusion_rm": [],
+    "jsonl": ["--encoder.source=sd35_tiny", "--images.size=32"],
     "tinyworld": ["--reader.root={data}"],
 }
 
@@ -24,6 +26,9 @@ SMALLER = {
 def test_config_runs(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = write_data(tmp_path / "data")
     monkeypatch.setenv("HPDV3_ROOT", str(data))
+    pictures = sorted(str(path.relative_to(data)) for path in data.rglob("*.jpg"))
+    (data / "train.jsonl").write_text(json.dumps({"prompt": "a", "chosen": pictures[0], "rejected": pictures[1]}))
+    monkeypatch.setenv("PAIRS_ROOT", str(data))
     monkeypatch.setenv("PICKAPIC_ROOT", str(SAMPLES / "pickapic_v1"))
     monkeypatch.setenv("DIFFUSION_RM_ROOT", str(SAMPLES / "diffusion_rm"))
     if twin := {twin.family: twin for twin in TWINS.values()}.get(config.stem):

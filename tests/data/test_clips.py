@@ -1,6 +1,8 @@
 """Clips are decoded by the times of their frames, and bad files give one clear line."""
 
 import logging
+import math
+import random
 import struct
 from pathlib import Path
 
@@ -8,10 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
+from latentreward.cli import main
 from latentreward.contracts import ImageRef
 from latentreward.data import JSONLPairReader, PreferenceDataModule
 from latentreward.data.clips import ClipLoader
-from latentreward.data.images import DAMAGED, EMPTY, SHORT, TOO_LARGE, UNKNOWN, ImageError
+from latentreward.data.images import CLIP, DAMAGED, EMPTY, SHORT, TOO_LARGE, UNKNOWN, ImageError, read_header
+from latentreward.data.inspection.counts import ImageCensus, inspect_reader
+from latentreward.data.inspection.report import Report
 from latentreward.errors import InputError
 from latentreward.reports.drawing import animate
 from tests.clips import write_clip
@@ -74,6 +79,13 @@ def test_animated_webp(tmp_path: Path) -> None:
         loader(ref(tmp_path / "b.webp"))
 
 
+def test_still_webp(tmp_path: Path) -> None:
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.webp")
+    with pytest.raises(ImageError, match="its frames have no durations") as caught:
+        ClipLoader(16, 16)(ref(tmp_path / "a.webp"))
+    assert caught.value.problem == SHORT
+
+
 def broken(folder: Path) -> dict[str, tuple[Path, str, str]]:
     """Files that hold no clip of five frames, with the problem and a part of the message."""
     whole = write_clip(folder / "whole.mp4", REDS).read_bytes()
@@ -103,6 +115,26 @@ def test_bad_files(tmp_path: Path) -> None:
         message = str(caught.value)
         assert caught.value.problem == problem, (name, message)
         assert f"{name}.mp4" in message and told in message and "\n" not in message
+
+
+def test_damage_anywhere_is_the_files_fault(tmp_path: Path) -> None:
+    """Whatever FFmpeg raises, the row can be left out; header and sample tables are the richest in cases."""
+    raw = write_clip(tmp_path / "a.mp4", REDS).read_bytes()
+    loader, tables, found = ClipLoader(16, 16, frames=5), raw.index(b"moov"), set()
+    damaged = [raw.replace(b"stsd", b"zzzz")]
+    for seed in range(60):
+        rng, copy = random.Random(seed), bytearray(raw)
+        for _ in range(8):
+            copy[rng.randrange(tables if seed % 2 else 0, len(copy))] = rng.randrange(256)
+        damaged.append(bytes(copy))
+    for data in damaged:
+        try:
+            loader(ImageRef("k", data=data))
+        except ImageError as error:
+            found.add(error.problem)
+    assert {DAMAGED, UNKNOWN} <= found
+    with pytest.raises(ImageError, match="its video track does not name a codec"):
+        loader(ImageRef("k", data=damaged[0]))
 
 
 def test_names_are_no_addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,7 +217,59 @@ def test_a_broken_clip_is_skipped_or_named(tmp_path: Path) -> None:
     assert len(batch) == 3
 
 
+def test_readers_of_images_name_clips(tmp_path: Path) -> None:
+    raw = write_clip(tmp_path / "a.mp4", REDS).read_bytes()
+    for image in (ref(tmp_path / "a.mp4"), ImageRef("a", data=raw)):
+        with pytest.raises(ImageError, match="clip, not an image") as caught:
+            read_header(image)
+        assert caught.value.problem == CLIP
+    with pytest.raises(ImageError, match="unknown image format"):
+        read_header(ImageRef("a", data=raw[:8] + b"heic" + raw[12:]))
+
+
+def test_inspection_of_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = JSONLPairReader(pairs(tmp_path))
+    (tmp_path / "bad1.mp4").write_bytes((tmp_path / "bad1.mp4").read_bytes()[:700])
+    counts, _ = inspect_reader("train", reader, ImageCensus())
+    images = counts.images
+    assert images is not None and not images.buckets and not images.odd
+    assert images.sizes == {(32, 32): 7} and images.clips == {"7 frames at 16 per second": 7}
+    assert images.unreadable_rows == {UNKNOWN: 1} and images.distinct == 8 and images.mixed_rows == 0
+    text = Report("here", [counts]).to_text()
+    assert "Clips (by their headers)" in text and "7 frames at 16 per second  " in text
+    monkeypatch.setitem(__import__("sys").modules, "av", None)
+    images = inspect_reader("train", reader, ImageCensus())[0].images
+    assert images is not None and not images.unreadable
+    assert images.clips == {"not inspected: clips need PyAV; install latentreward[video], or av": 8}
+
+
+SCORERS = (
+    '--scorers=[{"class_path": "CallableScorer", "init_args": {"function": '
+    '"tests.evaluation.policy.toy_scorers.redness", "name": "red"}}]'
+)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["benchmark", "report", "--data=pairs.jsonl", "--model=no/such/model"],
+        ["score-pairs", "scores.csv", "--reader=JSONLPairReader", "--reader.file=pairs.jsonl", SCORERS],
+    ],
+)
+def test_commands_that_compare_images_refuse_clips(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pairs(tmp_path)
+    with pytest.raises(SystemExit):
+        main(command)
+    assert "is a pair of clips, and only images are compared here" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    for frames, fps, told in ((0, 16, "frames is 0"), (5, math.nan, "fps=nan must lie in"), (5, math.inf, "fps=inf")):
+        with pytest.raises(InputError, match=told):
+            ClipLoader(16, 16, frames=frames, fps=fps)
     for options, told in (({"frames": 0}, "data.frames is 0"), ({"frames": 5, "fps": 0.0}, "data.fps=0 must lie in")):
         with pytest.raises(InputError, match=told):
             PreferenceDataModule(16, **options)

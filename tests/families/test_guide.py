@@ -1,29 +1,25 @@
 """docs/families.md: its family, trained and aligned as a user would."""
 
 import re
+import runpy
 import shlex
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import (
-    AuraFlowPipeline,
-    AuraFlowTransformer2DModel,
-    DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
-)
+from diffusers import AuraFlowPipeline, AuraFlowTransformer2DModel, FlowMatchEulerDiscreteScheduler
+from lightning.pytorch import LightningModule
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from latentreward.backbones.tuning import LoRA
-from latentreward.contracts import PromptBatch
-from latentreward.policies import PolicySource
-from latentreward.rollout import Sampling, sample_latents
-from tests.families.twins import PROMPTS, GivenNoise, noise_for
+from latentreward.commands.fit import Parser
+from latentreward.settings.functions import MODE, prepare
+from tests.families.twins import PROMPTS, TWINS
 from tests.processes import finish
 from tests.tiny_pipelines import randomise, vae
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "families.md"
+BLOCKS = [f"block {number}" for number in range(1, 5)]
 SHORT = {
     "aura_flow_reward.yaml": ["--data.train_pairs=16", "--data.val_pairs=8"],
     "aura_flow_lpo.yaml": ["--model.sampling.num_inference_steps=4", "--data.batches_per_epoch=2"],
@@ -60,16 +56,21 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_its_samples_are_those_of_the_pipeline(folder: Path) -> None:
-    source = PolicySource(str(folder / "pipeline"), lora=LoRA(2, 2.0), family="aura_flow.AuraFlow")
-    policy = source.load().eval()
-    noise = noise_for(policy.latent_shape())
-    pipeline = DiffusionPipeline.from_pretrained(folder / "pipeline")
-    settings = {"num_inference_steps": 4, "guidance_scale": 3.5, "output_type": "latent"}
-    want = pipeline(list(PROMPTS), latents=noise, **settings).images
-    batch = PromptBatch(PROMPTS, PROMPTS)
-    found = sample_latents(policy, batch, Sampling(4, noise_level=0.0), 3.5, 0, draws=GivenNoise(noise))
-    assert (found - want).abs().max() <= 1e-5 * max(1.0, want.abs().max())
+def test_its_check_finds_rounding_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(folder / "check_aura_flow.py"))
+    found = [line.rsplit(": ", 1) for line in capsys.readouterr().out.splitlines() if re.match("latents|block", line)]
+    assert [name for name, _ in found] == [*(f"latents of {prompt!r}" for prompt in PROMPTS), *BLOCKS]
+    assert all(float(difference) <= 1e-5 for _, difference in found)
+
+
+def test_an_lrm_on_flux1_is_built(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLUX1_PATH", TWINS["flux1_dev"].folder)
+    prepare([])
+    parser = Parser(parser_mode=MODE)
+    parser.add_subclass_arguments(LightningModule, "model")
+    text = (folder / "lrm_flux1.yaml").read_text().partition("trainer:")[0]
+    module = parser.instantiate(parser.parse_string(text.replace("[19, 28]", "[2, 4]"))).model
+    assert type(module.model.head).__name__ == "CLIPProjectionHead" and module.model.backbone.visual_taps == (2, 4)
 
 
 @pytest.mark.slow

@@ -21,10 +21,10 @@ from latentreward.data.images import (
     BOMB,
     BROKEN_FILE,
     DAMAGED,
+    MAX_PIXELS,
     SHORT,
     TOO_LARGE,
     UNKNOWN,
-    ImageError,
     PixelLoader,
     image_error,
     open_source,
@@ -87,6 +87,27 @@ class Source(NamedTuple):
     size: tuple[int, int]
 
 
+class ClipHeader(NamedTuple):
+    """What the header of a clip says.
+
+    Attributes:
+        height: Height in pixels.
+        width: Width in pixels.
+        frames: Number of frames; 0 if unknown.
+        fps: Mean number of frames per second; None if unknown.
+    """
+
+    height: int
+    width: int
+    frames: int
+    fps: float | None
+
+    def __str__(self) -> str:
+        if not self.frames or self.fps is None:
+            return "length not in the header"
+        return f"{self.frames} frames at {self.fps:.4g} per second"
+
+
 @dataclass(frozen=True)
 class ClipLoader(PixelLoader):
     """Decoder of clips that resizes each frame as :class:`PixelLoader` does images.
@@ -99,10 +120,16 @@ class ClipLoader(PixelLoader):
     Attributes:
         frames: Number of frames F.
         fps: Frames per second.
+
+    Raises:
+        InputError: If ``frames`` or ``fps`` is out of range.
     """
 
     frames: int = 1
     fps: float = FPS
+
+    def __post_init__(self) -> None:
+        check_clips("", self.frames, self.fps)
 
     def __call__(self, image: ImageRef) -> Tensor:
         """Decode a clip to pixels ``(3, F, height, width)``, float32 in [-1, 1].
@@ -159,10 +186,25 @@ class ClipLoader(PixelLoader):
             taken += 1
             if taken == self.frames:
                 return
+        if before is not None and before.end == first:
+            raise image_error(image, SHORT, "its frames have no durations; give an mp4 file, or an animated WebP")
         wanted = f"{taken} of frames={self.frames} at fps={self.fps:g} can be read"
         if source.total > decoded:
             raise image_error(image, DAMAGED, f"the file ends after {decoded} of its {source.total} frames: {wanted}")
         raise image_error(image, SHORT, f"{wanted}; give longer clips, or set fewer frames")
+
+
+def read_clip_header(image: ImageRef) -> ClipHeader:
+    """Read the header of a clip; the rest of the file may still be damaged.
+
+    Raises:
+        ImageError: As :class:`ClipLoader`, except for damage behind the header.
+        InputError: If PyAV is missing.
+    """
+    with _opened(image, MAX_PIXELS) as source:
+        _check_pixels(image, source.size, MAX_PIXELS)
+        rate = float(source.total / (source.length * source.tick)) if source.length else None
+        return ClipHeader(*source.size, source.total, rate)
 
 
 def check_clips(place: str, frames: int, fps: float) -> None:
@@ -226,26 +268,33 @@ def _opened(image: ImageRef, max_pixels: int) -> Iterator[Source]:
         try:
             with _webp(file) if start[:4] + start[8:] == b"RIFFWEBP" else _mp4(image, file, max_pixels) as opened:
                 yield opened
-        except ImageError:
+        except InputError:  # such as a missing PyAV
             raise
-        except (*BROKEN_FILE, *BOMB) as error:  # PyAV's errors are OSError or ValueError
+        except (*BROKEN_FILE, *BOMB) as error:
             raise image_error(image, DAMAGED, _reason(error)) from error
 
 
 @contextmanager
 def _mp4(image: ImageRef, file: BinaryIO, max_pixels: int) -> Iterator[Source]:
     """Open an mp4 or mov file; PyAV takes that format as given, so that playlists in such files are not followed."""
+    av = _av()
+    broken = (av.FFmpegError, OSError, ValueError)
     try:
-        container = _av().open(file, format="mov", options={"protocol_whitelist": NOTHING, "enable_drefs": "0"})
-    except (OSError, ValueError) as error:
+        container = av.open(file, format="mov", options={"protocol_whitelist": NOTHING, "enable_drefs": "0"})
+    except broken as error:
         raise image_error(image, UNKNOWN, f"no whole mp4 or mov file: {_reason(error)}") from error
     with container:
         if not container.streams.video:
             raise image_error(image, DAMAGED, "no video track, or cut off before it")
         stream = container.streams.video[0]
+        if stream.codec_context is None:
+            raise image_error(image, DAMAGED, "its video track does not name a codec that is known")
         size = stream.codec_context.height, stream.codec_context.width
         stream.codec_context.options = {"max_pixels": str(max_pixels)}  # the frames may have another size
-        yield Source(_mp4_frames(image, container, stream), stream.time_base, stream.duration, stream.frames, size)
+        try:
+            yield Source(_mp4_frames(image, container, stream), stream.time_base, stream.duration, stream.frames, size)
+        except av.FFmpegError as error:
+            raise image_error(image, DAMAGED, _reason(error)) from error
 
 
 def _mp4_frames(image: ImageRef, container: Any, stream: Any) -> Iterator[Frame]:

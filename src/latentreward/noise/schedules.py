@@ -76,8 +76,8 @@ def static_levels(config: Mapping[str, Any], num_inference_steps: int) -> tuple[
     for name in ("use_dynamic_shifting", "invert_sigmas", "stochastic_sampling"):
         if entry(config, name, bool, NAME, default=False):
             raise InputError(
-                f"the scheduler config has {name}=true, which no SD3 policy was trained with; set it to false there, "
-                "and shift to the one to sample with"
+                f"the scheduler config has {name}=true, which this family's levels do not follow; set it to false "
+                "there, and shift to the one to sample with"
             )
     scheduler = make_scheduler(FlowMatchEulerDiscreteScheduler, config, num_inference_steps)
     return _levels(scheduler)
