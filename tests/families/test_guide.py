@@ -16,9 +16,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from latentreward.backbones.tuning import LoRA
+from latentreward.cache.layout import read_plan
+from latentreward.cli import main
 from latentreward.contracts import PromptBatch
 from latentreward.policies import PolicySource
 from latentreward.rollout import Sampling, sample_latents
+from tests.cache.writing import SETTINGS, SQUARE, write_data
 from tests.families.twins import PROMPTS, GivenNoise, noise_for
 from tests.processes import finish
 from tests.tiny_pipelines import randomise, vae
@@ -70,6 +73,16 @@ def test_its_samples_are_those_of_the_pipeline(folder: Path) -> None:
     batch = PromptBatch(PROMPTS, PROMPTS)
     found = sample_latents(policy, batch, Sampling(4, noise_level=0.0), 3.5, 0, draws=GivenNoise(noise))
     assert (found - want).abs().max() <= 1e-5 * max(1.0, want.abs().max())
+
+
+def test_its_latents_and_prompts_are_cached(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    write_data(folder / "pairs", pairs=2, sizes=[SQUARE])
+    source = ["--encoder.source=pipeline", "--encoder.family=aura_flow.AuraFlow", "--encoder.text=true"]
+    main(["cache", "cache", *SETTINGS, "--reader.root=pairs", *source])
+    spec = read_plan(folder / "cache").spec
+    assert spec.text is not None and (spec.text.num_tokens, spec.text.token_dim) == (256, 32)
+    assert spec.latent_space.channels == 4
 
 
 @pytest.mark.slow

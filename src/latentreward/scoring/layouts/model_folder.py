@@ -34,7 +34,7 @@ from latentreward.scoring.layouts.adapters import fill_adapter, inject_adapter, 
 from latentreward.scoring.layouts.base import SharingReward
 from latentreward.scoring.layouts.config import FORMAT, FolderConfig
 from latentreward.scoring.layouts.recipe import ONLY_IN_TRAINING, build_backbone, build_head, is_ours
-from latentreward.scoring.layouts.trust import check_class
+from latentreward.scoring.layouts.trust import check_class, check_family
 from latentreward.scoring.network import RewardNetwork
 from latentreward.storage.json_files import read_config
 from latentreward.storage.weight_files import map_weights
@@ -74,6 +74,7 @@ class PretrainedReward(SharingReward):
             self.config = FolderConfig.of_record(read_config(path), base)
             check_class("backbone", self.config.recipe.backbone.name, trusted)
             check_class("head", self.config.recipe.head.name, trusted)
+            check_family(self.config.recipe.backbone.init_args, trusted)
         except InputError as error:
             raise InputError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
         adapters = {*adapter_folders(self.config.adapters).values()}
@@ -139,7 +140,7 @@ class PretrainedReward(SharingReward):
         if is_ours(recipe.backbone) and recipe.local_name and not Path(recipe.local_name).exists():
             raise InputError(
                 f"{self.folder / CONFIG}: the base {recipe.local_name!r} is the name of a folder of whoever published "
-                "the model; give your copy of it as base"
+                "the model; give your copy as --base FOLDER (in Python base=FOLDER)"
             )
 
     def _head(self, backbone: DiffusionBackbone) -> RewardHead:
