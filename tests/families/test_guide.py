@@ -12,8 +12,11 @@ from lightning.pytorch import LightningModule
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaTokenizerFast, UMT5Config, UMT5EncoderModel
 
+from latentreward.cache.layout import read_plan
+from latentreward.cli import main
 from latentreward.commands.fit import Parser
 from latentreward.settings.functions import MODE, prepare
+from tests.cache.writing import SETTINGS, SQUARE, write_data
 from tests.families.twins import PROMPTS, TWINS
 from tests.processes import finish
 from tests.tiny_pipelines import randomise, vae
@@ -71,6 +74,16 @@ def test_an_lrm_on_flux1_is_built(folder: Path, monkeypatch: pytest.MonkeyPatch)
     text = (folder / "lrm_flux1.yaml").read_text().partition("trainer:")[0]
     module = parser.instantiate(parser.parse_string(text.replace("[19, 28]", "[2, 4]"))).model
     assert type(module.model.head).__name__ == "CLIPProjectionHead" and module.model.backbone.visual_taps == (2, 4)
+
+
+def test_its_latents_and_prompts_are_cached(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    write_data(folder / "pairs", pairs=2, sizes=[SQUARE])
+    source = ["--encoder.source=pipeline", "--encoder.family=aura_flow.AuraFlow", "--encoder.text=true"]
+    main(["cache", "cache", *SETTINGS, "--reader.root=pairs", *source])
+    spec = read_plan(folder / "cache").spec
+    assert spec.text is not None and (spec.text.num_tokens, spec.text.token_dim) == (256, 32)
+    assert spec.latent_space.channels == 4
 
 
 @pytest.mark.slow

@@ -1,19 +1,31 @@
 """Frozen layers in 8 bits: scores near those of bfloat16, gradients for adapters, runs that are saved and loaded."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from latentreward.callbacks import TrainableCheckpoint
+from safetensors.torch import load_file
 from torch import nn
+from torch.utils.data import DataLoader
 
 from latentreward.backbones import LoRA, create_backbone
-from latentreward.checkpoints.base_weights import BaseSample, is_quantized
+from latentreward.checkpoints.base_weights import BaseSample, is_quantized, quantized_names
+from latentreward.checkpoints.shards import read_checkpoint
+from latentreward.cli import main
 from latentreward.errors import InputError
+from latentreward.heads import GatedQFormerHead
+from latentreward.modules import DiNaLRMModule
 from latentreward.modules.frozen import frozen_values
 from latentreward.modules.sharding import check_axes
 from latentreward.policies import Policy
+from latentreward.scoring import RewardModel
+from tests.families.test_methods import pairs, sgd
 from tests.families.twins import PROMPTS, TWINS, Twin, noise_for
+from tests.modules.lpo_runs import make_trainer
 
 FAMILIES = [twin for twin in TWINS.values() if twin.name in ("z_image", "flux1_dev")]
 some = pytest.mark.parametrize("twin", FAMILIES, ids=lambda twin: twin.name)
@@ -84,8 +96,10 @@ def test_a_base_record_and_a_digest_leave_no_quantised_values_unseen() -> None:
     twin = FAMILIES[0]
     plain, quantised = policy_of(twin), policy_of(twin, "int8")
     names = {name for name, weight in quantised.named_parameters() if is_quantized(weight)}
-    assert names and not names & BaseSample.of(quantised, "").values.keys()
-    BaseSample.of(quantised, "").check(BaseSample.of(plain, "").record(()))
+    assert names == quantized_names(quantised) != set()
+    wanted, found = (BaseSample.of(policy, "").values for policy in (plain, quantised))
+    assert wanted.keys() == found.keys() >= names
+    assert all(torch.equal(found[name], wanted[name]) for name in found)  # of the files' weights
     first, second = (
         [bytes(part) for part in frozen_values(quantised, names) if not isinstance(part, str)] for _ in "12"
     )
@@ -113,8 +127,7 @@ def test_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_run_is_saved_and_its_policy_loaded_again(tmp_path: Path) -> None:
     from latentreward.modules import LPOModule
     from latentreward.policies import load_policy
-    from tests.families.test_methods import PAIRWISE, PromptLoaders, sampling, sgd
-    from tests.modules.lpo_runs import make_trainer
+    from tests.families.test_methods import PAIRWISE, PromptLoaders, sampling
     from tests.modules.simple_reward import FirstChannelReward
 
     twin = FAMILIES[0]
@@ -124,8 +137,65 @@ def test_a_run_is_saved_and_its_policy_loaded_again(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, max_steps=2, max_epochs=-1)
     trainer.fit(module, datamodule=data)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
+    for options, message in (
+        ({"quantization": None}, r"trained with policy\.quantization=int8, not None; give policy\.quantization as it"),
+        ({"family": "latentreward.families.flux1.Flux1"}, r"trained with policy\.family=None, not latentreward\."),
+    ):
+        other = replace(source, **options)
+        resumed = LPOModule(other, FirstChannelReward(), sampling=sampling(twin), optimizer=sgd, seed=0, **PAIRWISE)
+        with pytest.raises(InputError, match=message):
+            make_trainer(tmp_path, max_steps=3).fit(resumed, datamodule=data, ckpt_path=tmp_path / "last.ckpt")
     again = load_policy(tmp_path / "last.ckpt")
     assert not any(map(is_quantized, again.parameters()))  # only training quantises
     for name, weight in module.policy.named_parameters():
         if weight.requires_grad:
             assert torch.equal(again.get_parameter(name), weight), name
+
+
+def reward_module(twin: Twin, quantization: Any = "int8") -> DiNaLRMModule:
+    torch.manual_seed(0)
+    taps = {"visual_taps": [1, 2], "text_taps": [1, 2], "lora": LoRA(2, 4.0)}
+    backbone = create_backbone(
+        twin.backbone, source=twin.folder, frozen_dtype="bfloat16", quantization=quantization, **taps
+    )
+    return DiNaLRMModule(backbone, lambda spec: GatedQFormerHead(spec, num_queries=2, num_heads=2), optimizer=sgd)
+
+
+def scores(model: RewardModel, twin: Twin) -> torch.Tensor:
+    latents = noise_for(model.backbone.family.latent_shape(*twin.size), count=4)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        return model.score_latents([*PROMPTS, *PROMPTS], latents)
+
+
+def test_a_trained_reward_is_saved_published_and_resumed(tmp_path: Path) -> None:
+    twin = FAMILIES[0]
+    module = reward_module(twin)
+    data = DataLoader([pairs(module.model.backbone.family, twin)] * 3, batch_size=None)
+    for name in ("trained.ckpt", "all.ckpt"):
+        trainer = make_trainer(tmp_path, max_steps=2, precision="bf16-mixed")
+        if name == "all.ckpt":
+            trainer.callbacks = [one for one in trainer.callbacks if not isinstance(one, TrainableCheckpoint)]
+        last = tmp_path / "trained.ckpt" if name == "all.ckpt" else None
+        trainer.fit(module, data, ckpt_path=last)
+        trainer.save_checkpoint(tmp_path / name)
+        assert not quantized_names(module) & read_checkpoint(tmp_path / name)["state_dict"].keys()
+    trainer = make_trainer(tmp_path, max_steps=3, precision="bf16-mixed")
+    trainer.callbacks = [one for one in trainer.callbacks if not isinstance(one, TrainableCheckpoint)]
+    trainer.fit(reward_module(twin), data, ckpt_path=tmp_path / "all.ckpt")
+    with pytest.raises(InputError, match=r"trained with backbone\.quantization=int8, not None"):
+        make_trainer(tmp_path, max_steps=3).fit(reward_module(twin, None), data, ckpt_path=tmp_path / "trained.ckpt")
+
+    trained = module.model.eval()
+    trained.save_pretrained(tmp_path / "saved")
+    main(["publish", str(tmp_path / "trained.ckpt"), str(tmp_path / "published"), "--device=cpu"])
+    record = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert "quantization" not in record["backbone"]["init_args"]
+    for name in ("base.safetensors", "head.safetensors"):
+        saved, published = (load_file(tmp_path / folder / name) for folder in ("saved", "published"))
+        assert saved.keys() == published.keys()
+        assert all(torch.equal(saved[key], published[key]) for key in saved)
+    for dtype in (torch.bfloat16, torch.float32):
+        loaded = RewardModel.from_pretrained(tmp_path / "saved", base=twin.folder, dtype=dtype)
+        assert not any(map(is_quantized, loaded.parameters()))
+        want, found = scores(trained, twin), scores(loaded, twin)
+        assert 0 < (found - want).norm() / want.norm() < TOLERANCE

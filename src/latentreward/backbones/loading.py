@@ -110,7 +110,8 @@ class PipelineSource:
             reason = "the hub does not answer" if self._offline else type(error).__name__
             raise InputError(
                 f"source={self.source!r} is not a local folder and cannot be fetched from the hub ({reason}); check "
-                "the name, the network and your access, or give a local folder"
+                "the name, the network and your access, or give a local folder; for the base of a published model give "
+                "your copy as --base FOLDER"
             ) from error
 
     def _json(self, name: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from latentreward.backbones.weights import after_settling
+from latentreward.checkpoints.base_weights import keep_sample, sample
 from latentreward.errors import InputError
 
 Quantization = Literal["int8", "bnb_int8", "nf4"]
@@ -57,11 +58,13 @@ def _quantize(blocks: Iterable[nn.Module], kind: str) -> None:
     for block in blocks:
         layers = [(name, layer) for name, layer in block.named_modules() if is_frozen_linear(name, layer)]
         for name, layer in layers:
+            values = sample(layer.weight.detach())
             if kind == "int8":
                 _to_int8(layer)
             else:
                 owner, _, last = name.rpartition(".")
                 setattr(block.get_submodule(owner), last, _to_bitsandbytes(layer, kind))
+            keep_sample(block.get_submodule(name), values)
 
 
 def is_frozen_linear(name: str, layer: nn.Module) -> bool:

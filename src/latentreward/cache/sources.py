@@ -84,6 +84,8 @@ class PipelineEncoders(LatentSource):
         load_t5: Whether to use T5 (SD3, SD3.5).
         t5_length: Number of T5 tokens per prompt, which must be that of the reward model; None takes the pipeline's
             own (256 for SD3 and SD3.5, 0 for ``sd35_tiny``).
+        family: Import path of the pipeline's :class:`~latentreward.families.Family`, for a family of one's own; None
+            finds it among those of this package.
     """
 
     holds: Contents = "images"
@@ -103,6 +105,7 @@ class PipelineEncoders(LatentSource):
         prompts_per_shard: int = 256,
         load_t5: bool = True,
         t5_length: int | None = None,
+        family: str | None = None,
     ) -> None:
         sizes = {"batch_size": batch_size, "text_batch_size": text_batch_size, "prompts_per_shard": prompts_per_shard}
         check_at_least_one("encoder.", **sizes)
@@ -110,7 +113,7 @@ class PipelineEncoders(LatentSource):
         self.vae_dtype, self.posterior, self.batch_size = vae_dtype, posterior, batch_size
         self.text, self.text_dtype = text in (True, "states"), text_dtype
         self.text_batch_size, self.prompts_per_shard = text_batch_size, prompts_per_shard
-        self.load_t5, self.t5_length = load_t5, t5_length
+        self.load_t5, self.t5_length, self.family = load_t5, t5_length, family
 
     def load(self) -> Encoders:
         """Load the encoders and compute their fingerprints.
@@ -123,7 +126,7 @@ class PipelineEncoders(LatentSource):
         from latentreward.encoders.fingerprint import text_fingerprint, vae_fingerprint
         from latentreward.families import find_family
 
-        family = find_family(PipelineSource(self.source, self.revision, self.variant))
+        family = find_family(PipelineSource(self.source, self.revision, self.variant), self.family)
         vae = family.load_latent_encoder(self.vae_dtype)
         images = vae.space, family.side_multiple, vae, vae_fingerprint(vae.vae)
         if not self.text:

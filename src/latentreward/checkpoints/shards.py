@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from latentreward.checkpoints.base_weights import is_quantized
 from latentreward.errors import InputError, first_line
 
 if TYPE_CHECKING:
@@ -225,7 +226,7 @@ def check_weights(module: nn.Module, found: Mapping[str, Any], strict: bool = Fa
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    """Return the name of the first tensor that holds a NaN or an infinity, or None.
+    """Return the name of the first tensor that holds a NaN or an infinity, or None; quantised ones are not read.
 
     Of a sharded tensor, this rank's shard is checked. Minimum and maximum are both finite if and only if all values
     are, and ``aminmax`` takes one pass over the tensor. ``isfinite`` on the tensor itself makes copies (30 times as
@@ -235,7 +236,7 @@ def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
 
     for name, tensor in tensors.items():
         values = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
-        if not values.is_floating_point() or values.is_meta or not values.numel():
+        if is_quantized(values) or not values.is_floating_point() or values.is_meta or not values.numel():
             continue
         values = values.float() if values.itemsize == 1 else values  # aminmax does not support 8-bit floats
         if not torch.stack(torch.aminmax(values)).isfinite().all():

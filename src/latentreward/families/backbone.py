@@ -15,7 +15,7 @@ from latentreward.backbones.quantization import check_quantization
 from latentreward.backbones.tuning import LoRA, StorageDtype
 from latentreward.contracts import Conditioning, Features, FeatureSpec, TapSpec
 from latentreward.errors import InputError
-from latentreward.families.find import find_family, import_family
+from latentreward.families.find import find_family
 from latentreward.families.flow import FlowFamily
 
 if TYPE_CHECKING:
@@ -203,7 +203,7 @@ def load_family_backbone(
     """
     check_quantization(options.get("quantization"), options.get("tuning", "lora"))
     pipeline = PipelineSource(source, revision, variant)
-    found = find_family(pipeline, None if family is None else import_family(family))
+    found = find_family(pipeline, family)
     if not isinstance(found, FlowFamily) or (name is not None and found.name != name):
         raise InputError(
             f"source={source!r} is a pipeline of {found.title}; choose the backbone of that family or another source"

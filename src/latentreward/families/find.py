@@ -7,9 +7,11 @@ from functools import cache
 from importlib import import_module
 from inspect import isabstract
 from pathlib import Path
+from typing import Any
 
 from latentreward.errors import InputError, first_line
 from latentreward.families.base import Family, PipelineConfigs
+from latentreward.programs import check_import, find_modules_here
 
 UNSUPPORTED: Mapping[str, str] = {
     "FluxKontextPipeline": "it edits a given image",
@@ -43,18 +45,18 @@ def families() -> dict[str, type[Family]]:
     return found
 
 
-def find_family(pipeline: PipelineConfigs, own: type[Family] | None = None) -> Family:
+def find_family(pipeline: PipelineConfigs, own: str | None = None) -> Family:
     """Return the family of a pipeline, checked; no weight is loaded.
 
     Args:
         pipeline: Configs of the pipeline.
-        own: Family to use without asking those of this package.
+        own: Import path of a family to use without asking those of this package.
 
     Raises:
-        InputError: If no family knows the pipeline, or its family refuses the variant.
+        InputError: If no family knows the pipeline, its family refuses the variant, or ``own`` cannot be imported.
     """
     if own is not None:
-        family = own(pipeline)
+        family = import_family(own)(pipeline)
         family.check()
         return family
     names = [str(pipeline.index.get("_class_name"))]
@@ -75,12 +77,23 @@ def find_family(pipeline: PipelineConfigs, own: type[Family] | None = None) -> F
     return family
 
 
+def is_foreign(path: Any) -> bool:
+    """Tell whether a setting ``family`` names a class outside this package, whose module would be imported."""
+    return isinstance(path, str) and "." in path and not path.startswith(f"{__package__}.")
+
+
 def import_family(path: str) -> type[Family]:
     """Import a family by the import path of its class, such as ``my_module.MyFamily``.
 
+    The module may lie in the current folder. Whoever reads ``path`` from a file of others must ask :func:`is_foreign`
+    first.
+
     Raises:
-        InputError: If there is no such class, or it is no family or abstract.
+        InputError: If there is no such class, it is no family or abstract, or ``--restrict-imports`` does not allow it.
     """
+    if is_foreign(path):
+        check_import("family", path)
+        find_modules_here([path])
     module, _, name = path.rpartition(".")
     if module.startswith("."):
         raise InputError(f"family={path!r} is relative; give the whole path of a class")

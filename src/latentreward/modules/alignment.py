@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from latentreward.contracts import Conditioning, NoisyStates, PromptBatch, RolloutStatistics, StepPairs, StepSamples
-from latentreward.modules.based import BasedModule
+from latentreward.modules.based import UNSEEN, BasedModule
 from latentreward.modules.sharding import shard_policy, shard_reward
 from latentreward.policies import PolicySource
 from latentreward.policies.checkpoint import SOURCE
@@ -44,6 +44,7 @@ class AlignmentModule(BasedModule):
         self.guidance_scale = policy.resolve_family().guidance(guidance_scale)
         self.policy_source, self.policy = policy, policy.load(self.seed)
         self.based_on = (self.policy, self.policy.source)
+        self.base_settings = {f"policy.{name}": getattr(policy, name) for name in UNSEEN}
 
     def configure_model(self) -> None:
         """Shard the policy over the ranks under Lightning's ``ModelParallelStrategy`` (FSDP2); see :mod:`.sharding`."""
@@ -52,6 +53,7 @@ class AlignmentModule(BasedModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save where the policy was loaded from, so that the checkpoint alone is enough to load it again."""
+        super().on_save_checkpoint(checkpoint)
         checkpoint[SOURCE] = asdict(self.policy_source)
         checkpoint["base"] = self._base.record(())
 

@@ -1,18 +1,23 @@
 """Base class of all modules: trainable weights stay float32, and checkpoints record which base model they belong to."""
 
+from collections.abc import Mapping
 from typing import Any, Self
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 from torch.optim import AdamW
 
-from latentreward.checkpoints.base_weights import BaseSample
+from latentreward.checkpoints.base_weights import BaseSample, quantized_names
 from latentreward.checkpoints.shards import check_weights, frozen_names
 from latentreward.errors import InputError
 from latentreward.modules.frozen import share_frozen
 from latentreward.modules.optimizers import single_optimizer
 from latentreward.seeding import run_seed
+
+UNSEEN = ("quantization", "family")
+"""Settings of a base that are not seen in the samples of its weights."""
 
 
 class BasedModule(LightningModule):
@@ -28,6 +33,8 @@ class BasedModule(LightningModule):
 
     Attributes:
         based_on: Module that holds the base's weights, and the folder or hub id that they come from.
+        base_settings: Settings of the base that are not seen in its weights and that a resumed run must not change, by
+            the names of the run's settings.
         lr: Learning rate that replaces the optimiser's own; None keeps the optimiser's. Lightning's learning rate
             finder sets this attribute.
         frozen_dtype: Name of the setting that stores frozen weights in bfloat16, for messages.
@@ -35,6 +42,7 @@ class BasedModule(LightningModule):
     """
 
     based_on: tuple[nn.Module, str]
+    base_settings: Mapping[str, Any] = {}
     frozen_dtype = "frozen_dtype"
     decay_vectors = False
 
@@ -73,24 +81,43 @@ class BasedModule(LightningModule):
         """
         return super().load_from_checkpoint(checkpoint_path, weights_only=weights_only, **kwargs)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save :attr:`base_settings`, and leave quantised weights out, which only their library can read."""
+        checkpoint["base_settings"] = dict(self.base_settings)
+        for name in quantized_names(self):
+            checkpoint["state_dict"].pop(name, None)
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that a checkpoint belongs to this base.
 
-        Outside a Trainer, where ``load_from_checkpoint`` calls this hook, frozen weights that the checkpoint leaves out
-        are filled in from this module's base.
+        Quantised weights are filled in from this module's base, and so are, outside a Trainer, where
+        ``load_from_checkpoint`` calls this hook, all frozen weights that the checkpoint leaves out.
 
         Raises:
-            InputError: If the checkpoint belongs to another base.
+            InputError: If the checkpoint belongs to another base, or a resumed run has other :attr:`base_settings`.
         """
         if "base" in checkpoint:
             (self._base or BaseSample.of(*self.based_on)).check(checkpoint["base"])
+        if names := quantized_names(self):
+            state = self.state_dict()
+            checkpoint["state_dict"] |= {name: state[name] for name in names & state.keys()}
         try:
-            _ = self.trainer
+            if self.trainer.state.fn == TrainerFn.FITTING:
+                self._check_settings(checkpoint.get("base_settings", {}))
         except RuntimeError:
             check_weights(self, {name: value.shape for name, value in checkpoint["state_dict"].items()})
             frozen, state = frozen_names(self), self.state_dict()
             left_out = {name: state[name] for name in state.keys() & frozen} if "base" in checkpoint else {}
             checkpoint["state_dict"] = {**left_out, **checkpoint["state_dict"]}
+
+    def _check_settings(self, trained: Mapping[str, Any]) -> None:
+        for name, ours in self.base_settings.items():
+            theirs = trained.get(name, ours)
+            if theirs != ours:
+                raise InputError(
+                    f"the checkpoint was trained with {name}={theirs}, not {ours}; give {name} as it was, or start a "
+                    "new run"
+                )
 
     def configure_optimizers(self) -> Any:
         """Build one optimiser over the trainable parameters, and its schedule, stepped after each optimiser step."""

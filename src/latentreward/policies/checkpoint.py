@@ -12,6 +12,7 @@ from latentreward.backbones.tuning import LoRA
 from latentreward.checkpoints.base_weights import BaseSample
 from latentreward.checkpoints.shards import read_checkpoint
 from latentreward.errors import InputError, first_line
+from latentreward.families import is_foreign
 from latentreward.policies.loading import PolicySource
 from latentreward.policies.policy import POLICY, Policy
 from latentreward.scoring.layouts.recipe import ONLY_IN_TRAINING
@@ -60,11 +61,11 @@ def read_policy_adapter(checkpoint: Path | str, trusted: bool = False) -> SavedA
         source = PolicySource(**record, lora=LoRA(**content[SOURCE]["lora"]))
     except (TypeError, AttributeError, KeyError) as error:
         raise InputError(f"checkpoint: {checkpoint}: {SOURCE} is of another version ({first_line(error)})") from error
-    if source.family is not None and not trusted:
+    if not trusted and is_foreign(source.family):
         raise InputError(
-            f"checkpoint: {checkpoint} names the family {source.family!r}, which would be imported; give the pipeline "
-            "yourself with its family (policy.source, policy.family), or trust_remote_code: true to a command that "
-            "takes it"
+            f"checkpoint: {checkpoint} names the family {source.family!r}, which would be imported; if you trust it, "
+            "give it yourself with its pipeline (generate: policy.source and policy.family; evaluate-policy: "
+            "policy.pipeline.source and policy.pipeline.family), or export --trust_remote_code=true"
         )
     return SavedAdapter(weights, source, content.get("base"))
 

@@ -14,7 +14,7 @@ from latentreward.backbones.tuning import LoRA, StorageDtype, shown_as_float32
 from latentreward.backbones.weights import settle
 from latentreward.contracts import LatentSpace
 from latentreward.errors import InputError, first_line
-from latentreward.families import Family, find_family, import_family
+from latentreward.families import Family, find_family
 from latentreward.policies.policy import POLICY, Policy
 from latentreward.seeding import pair_generator
 
@@ -67,7 +67,7 @@ class PolicySource:
         Raises:
             InputError: If the source is not a supported text-to-image pipeline.
         """
-        return find_family(self.pipeline(), None if self.family is None else import_family(self.family))
+        return find_family(self.pipeline(), self.family)
 
     def latent_space(self) -> LatentSpace:
         """Return the latent space of the pipeline's VAE, read without loading the VAE."""

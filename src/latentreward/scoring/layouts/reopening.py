@@ -79,7 +79,7 @@ class Probe:
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(OTHER_SEED)
-                again = Probe.of(stored.load().to(device))
+                again = Probe.of(stored.load().to(device).set_precision(torch.float32))
         except InputError as error:
             raise InputError(f"the model does not load again once it is saved: {error}") from error
         for name in sorted(self.weights.keys() | again.weights.keys()):
