@@ -29,12 +29,12 @@ MAY_IMPORT = {
     "heads": BASE,
     "losses": BASE,
     "metrics": BASE,
-    "backbones": BASE | {"noise", "encoders"},
-    "families": BASE | {"noise", "encoders", "backbones"},
+    "backbones": BASE | {"noise", "encoders", "checkpoints"},
+    "families": BASE | {"programs", "noise", "encoders", "backbones"},
     "cache": BASE | {"encoders", "data", "backbones", "families", "policies"},
     "settings": BASE | {"programs", "backbones"},
     "scoring": BASE
-    | {"noise", "encoders", "backbones", "heads", "losses", "metrics", "data", "checkpoints"}
+    | {"noise", "encoders", "backbones", "families", "heads", "losses", "metrics", "data", "checkpoints"}
     | {"settings", "programs", "reports"},
     "policies": BASE | {"noise", "encoders", "backbones", "families", "scoring", "checkpoints"},
     "export": BASE | {"backbones", "families", "policies", "checkpoints"},
