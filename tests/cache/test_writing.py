@@ -28,6 +28,7 @@ from latentreward.cache.layout import (
     read_manifest,
     read_plan,
 )
+from latentreward.cache.sources import PipelineEncoders
 from latentreward.cli import main
 from latentreward.contracts import ImageRef
 from latentreward.data import HPDv3Reader, PixelLoader
@@ -410,3 +411,12 @@ def test_bad_input_is_one_line(
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("latentreward: error: ")
     assert message in error
+
+
+def test_a_folder_that_holds_the_vae_alone_will_do(tmp_path: Path) -> None:
+    whole = Path(tiny_pipeline("sd35_tiny"))
+    index = json.loads((whole / "model_index.json").read_text())
+    shutil.copytree(whole / "vae", tmp_path / "vae")
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": index["_class_name"], "vae": index["vae"]}))
+    found, want = (PipelineEncoders(str(source)).load() for source in (tmp_path, "sd35_tiny"))
+    assert found.vae_fingerprint == want.vae_fingerprint and found.space == want.space

@@ -126,7 +126,12 @@ class PipelineEncoders(LatentSource):
         from latentreward.encoders.fingerprint import text_fingerprint, vae_fingerprint
         from latentreward.families import find_family
 
-        family = find_family(PipelineSource(self.source, self.revision, self.variant), self.family)
+        pipeline = PipelineSource(self.source, self.revision, self.variant)
+        if self.family is None and not self.text and not any(pipeline.has(part) for part in ("unet", "transformer")):
+            vae = pipeline.latent_encoder(self.vae_dtype)  # a folder that holds the VAE alone
+            return Encoders(vae.space, vae.space.downscale, vae, vae_fingerprint(vae.vae))
+        family = find_family(pipeline, self.family)
+        family.report_assumption("encoder")
         vae = family.load_latent_encoder(self.vae_dtype)
         images = vae.space, family.side_multiple, vae, vae_fingerprint(vae.vae)
         if not self.text:
