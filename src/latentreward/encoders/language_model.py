@@ -45,6 +45,7 @@ class LanguageModelEncoder(PromptEncoder):
     def token_ids(self, texts: Sequence[str]) -> Tensor:
         """Return the token ids ``(B, length)`` of whole texts, padded with −1 to the longest."""
         rows = self.tokenizer(list(texts), truncation=True, max_length=self.num_tokens).input_ids
+        self.tell_cut(self.tokenizer, texts, [len(row) for row in rows], self.num_tokens)
         with torch.device("cpu"):  # the empty text has no token if the tokenizer puts none before a text
             return pad_sequence([torch.tensor(row or [0]) for row in rows], batch_first=True, padding_value=-1)
 

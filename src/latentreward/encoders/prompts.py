@@ -1,5 +1,6 @@
 """Base class of all prompt encoders."""
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 
 from latentreward.contracts import Conditioning
 from latentreward.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 
 class PromptEncoder(nn.Module, ABC):
@@ -38,6 +41,7 @@ class PromptEncoder(nn.Module, ABC):
     tokens_in_fingerprint: bool = True
     unread: tuple[str, ...] = ()
     tokens_only: tuple[str, ...] = ()
+    _told_cut: bool = False
 
     @abstractmethod
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
@@ -56,6 +60,24 @@ class PromptEncoder(nn.Module, ABC):
             return [self.num_tokens] * len(prompts)
         counts: list[int] = (self.tokenize(prompts)[-1].sum(dim=1) - self.dropped_tokens).tolist()
         return counts
+
+    def tell_cut(self, tokenizer: Any, texts: Sequence[str], counts: Sequence[int], limit: int) -> None:
+        """Warn once if a text has more tokens than are read.
+
+        Args:
+            tokenizer: Tokenizer of the texts.
+            texts: N texts as they are tokenised.
+            counts: Number of tokens of each, at most ``limit`` where they were truncated.
+            limit: Number of tokens that are read.
+        """
+        for text, count in zip(texts, counts, strict=True):
+            if (
+                not self._told_cut
+                and count >= limit
+                and (whole := len(tokenizer(text, verbose=False).input_ids)) > limit
+            ):
+                self._told_cut = True
+                logger.warning("a prompt has %d tokens, of which %d are read (others are not reported)", whole, limit)
 
     def forward(self, prompts: Sequence[str]) -> Conditioning:
         """Tokenise and encode ``prompts``; builds no autograd graph if no parameter is trainable."""

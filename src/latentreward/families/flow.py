@@ -15,6 +15,7 @@ from latentreward.backbones.loading import check_channels
 from latentreward.backbones.tuning import StorageDtype
 from latentreward.backbones.weights import settle
 from latentreward.contracts import Conditioning, LatentSpace
+from latentreward.encoders.prompts import PromptEncoder
 from latentreward.encoders.vae import LatentEncoder, latent_space_of
 from latentreward.errors import InputError, first_line
 from latentreward.families.base import Family, PipelineConfigs
@@ -123,6 +124,19 @@ class FlowFamily(Family):
     def max_prompt(self) -> int | None:
         """Largest number of tokens of a prompt for which the network has positions; None for any."""
         return self.lens[0] - 1 if self.lens else None  # the image has the position after the prompt
+
+    def fitting(self, encoder: PromptEncoder, field: str) -> PromptEncoder:
+        """Return a text encoder whose tokens are as wide as ``field`` of the network's config says.
+
+        Raises:
+            InputError: If the tokens have another width.
+        """
+        if encoder.token_dim != (taken := self.entry(self.part, field, int)):
+            raise InputError(
+                f"source={self.pipeline.source!r}: the text encoder's tokens are {encoder.token_dim} wide, but the "
+                f"{self.part} takes {taken}; all parts must come from one pipeline"
+            )
+        return encoder
 
     def load_latent_encoder(self, dtype: StorageDtype = "float32") -> LatentEncoder:
         """See :meth:`Family.load_latent_encoder`."""

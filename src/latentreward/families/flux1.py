@@ -67,10 +67,13 @@ class Flux1PromptEncoder(PromptEncoder):
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
         """See :meth:`PromptEncoder.tokenize`."""
-        return (
+        pooled, tokens = (
             token_ids(self.tokenizer, prompts, self.clip_length),
             token_ids(self.tokenizer_2, prompts, self.num_tokens),
         )
+        used = (tokens != self.tokenizer_2.pad_token_id).sum(dim=1)
+        self.tell_cut(self.tokenizer_2, prompts, used.tolist(), self.num_tokens)
+        return pooled, tokens
 
     def encode_ids(self, *input_ids: Tensor) -> Conditioning:
         """See :meth:`PromptEncoder.encode_ids`."""
@@ -138,13 +141,14 @@ class Flux1(FlowFamily):
         length = (512 if self.takes_guidance else 256) if t5_length is None else t5_length
         if type(length) is not int or not 1 <= length <= MOST_TOKENS:
             raise InputError(f"t5_length={length!r} must be a whole number from 1 to {MOST_TOKENS} for {self.title}")
-        return Flux1PromptEncoder(
+        encoder = Flux1PromptEncoder(
             self.pipeline.load(CLIPTextModel, "text_encoder", pretrained),
             self.pipeline.load(T5EncoderModel, "text_encoder_2", pretrained),
             self.pipeline.tokenizer("tokenizer"),
             self.pipeline.tokenizer("tokenizer_2"),
             t5_length=length,
         )
+        return self.fitting(encoder, "joint_attention_dim")
 
     # Noise
 

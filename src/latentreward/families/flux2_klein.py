@@ -80,6 +80,7 @@ class Flux2KleinPromptEncoder(PromptEncoder):
         size = {"padding": "max_length", "truncation": True, "max_length": self.num_tokens}
         with torch.device("cpu"):
             found = self.tokenizer(texts, **size, return_tensors="pt")
+        self.tell_cut(self.tokenizer, texts, found.attention_mask.sum(dim=1).tolist(), self.num_tokens)
         return found.input_ids, found.attention_mask
 
     def encode_ids(self, *input_ids: Tensor) -> Conditioning:
@@ -204,8 +205,8 @@ class Flux2Klein(FlowFamily):
         """See :meth:`Family.load_prompt_encoder`; there is no T5."""
         from transformers import Qwen3ForCausalLM
 
-        tokenizer = self.chat_tokenizer()
-        return Flux2KleinPromptEncoder(self.pipeline.load(Qwen3ForCausalLM, "text_encoder", pretrained), tokenizer)
+        tokenizer, model = self.chat_tokenizer(), self.pipeline.load(Qwen3ForCausalLM, "text_encoder", pretrained)
+        return self.fitting(Flux2KleinPromptEncoder(model, tokenizer), "joint_attention_dim")
 
     # Noise
 

@@ -79,7 +79,8 @@ class Lumina2(FlowFamily):
 
         tokenizer = self.pipeline.tokenizer("tokenizer")
         model = self.pipeline.load(Gemma2Model, "text_encoder", pretrained)
-        return Lumina2PromptEncoder(without_last_layer(model), tokenizer, TEXT_LENGTH)
+        encoder = Lumina2PromptEncoder(without_last_layer(model), tokenizer, TEXT_LENGTH)
+        return self.fitting(encoder, "cap_feat_dim")
 
     # Guidance
 

@@ -138,12 +138,7 @@ class QwenImage(FlowFamily):
 
         whole = self.pipeline.load(Qwen2_5_VLForConditionalGeneration, "text_encoder", pretrained)
         encoder = QwenImagePromptEncoder(part_of(whole, "model.language_model"), self.tokenizer)
-        if encoder.token_dim != (taken := self.entry(self.part, "joint_attention_dim", int)):
-            raise InputError(
-                f"source={self.pipeline.source!r}: the text encoder's tokens are {encoder.token_dim} wide, but the "
-                f"transformer takes {taken}; all parts must come from one pipeline"
-            )
-        return encoder
+        return self.fitting(encoder, "joint_attention_dim")
 
     # Noise
 
@@ -253,7 +248,7 @@ class QwenImagePromptEncoder(PromptEncoder):
         tokenizer: Its tokenizer; None if token ids come from elsewhere.
 
     Attributes:
-        prefix: Number of the template's tokens before the prompt, whose states are dropped.
+        dropped_tokens: Number of the template's tokens before the prompt, whose states are dropped.
     """
 
     num_tokens = 512
@@ -268,8 +263,10 @@ class QwenImagePromptEncoder(PromptEncoder):
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
         """See :meth:`PromptEncoder.tokenize`; the ids and the mask of prompts in their template, padded at the end."""
-        rows = self.tokenizer([TEMPLATE.format(prompt) for prompt in prompts]).input_ids
-        rows = [row[: self.dropped_tokens + self.num_tokens] for row in rows]
+        texts, most = [TEMPLATE.format(prompt) for prompt in prompts], self.dropped_tokens + self.num_tokens
+        rows = self.tokenizer(texts).input_ids
+        self.tell_cut(self.tokenizer, texts, [len(row) for row in rows], most)
+        rows = [row[:most] for row in rows]
         longest = max(len(row) for row in rows)
         with torch.device("cpu"):
             ids = torch.tensor([row + [self.tokenizer.pad_token_id] * (longest - len(row)) for row in rows])

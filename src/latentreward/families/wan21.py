@@ -148,13 +148,9 @@ class Wan21(FlowFamily):
 
         if not load_t5:
             raise InputError(f"load_t5=false, but {self.title} has no other text encoder; leave load_t5 out")
-        encoder = self.pipeline.load(UMT5EncoderModel, "text_encoder", pretrained)
-        if encoder.config.d_model != (taken := self.entry(self.part, "text_dim", int)):
-            raise InputError(
-                f"source={self.pipeline.source!r}: the text encoder's tokens are {encoder.config.d_model} wide, but "
-                f"the transformer takes {taken}; all parts must come from one pipeline"
-            )
-        return WanPromptEncoder(encoder, self.pipeline.tokenizer("tokenizer"), 512 if t5_length is None else t5_length)
+        model = self.pipeline.load(UMT5EncoderModel, "text_encoder", pretrained)
+        length = 512 if t5_length is None else t5_length
+        return self.fitting(WanPromptEncoder(model, self.pipeline.tokenizer("tokenizer"), length), "text_dim")
 
     # Noise
 
@@ -266,7 +262,9 @@ class WanPromptEncoder(PromptEncoder):
         """See :meth:`PromptEncoder.tokenize`; the ids and the mask of UMT5."""
         options = {"padding": "max_length", "truncation": True, "max_length": self.num_tokens, "return_tensors": "pt"}
         with torch.device("cpu"):
-            tokens = self.tokenizer([cleaned(prompt) for prompt in prompts], return_attention_mask=True, **options)
+            texts = [cleaned(prompt) for prompt in prompts]
+            tokens = self.tokenizer(texts, return_attention_mask=True, **options)
+        self.tell_cut(self.tokenizer, texts, tokens.attention_mask.sum(dim=1).tolist(), self.num_tokens)
         return tokens.input_ids, tokens.attention_mask
 
     def encode_ids(self, *input_ids: Tensor) -> Conditioning:

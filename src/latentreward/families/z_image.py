@@ -109,7 +109,8 @@ class ZImage(FlowFamily):
 
         tokenizer = self.chat_tokenizer()
         model = self.pipeline.load(Qwen3Model, "text_encoder", pretrained)
-        return ZImagePromptEncoder(without_last_layer(model), tokenizer, TEXT_LENGTH)
+        encoder = ZImagePromptEncoder(without_last_layer(model), tokenizer, TEXT_LENGTH)
+        return self.fitting(encoder, "cap_feat_dim")
 
     # Guidance
 
