@@ -52,7 +52,6 @@ class FlowFamily(Family):
     :meth:`begin` and :meth:`step`, the same pass block by block, for backbones that read features.
 
     Attributes:
-        network_classes: Class of the network, and those that only a check for other checkpoints needs.
         lists: Names of the network's lists of blocks, in the order in which they run.
         tail: Names of the network's modules after the last block.
         packing: Number of latent pixels along each side that the network joins to one token.
@@ -60,7 +59,7 @@ class FlowFamily(Family):
         axes_lens: Default of the config's ``axes_lens``: numbers of positions for tokens of the prompt, rows and
             columns; empty for networks that compute positions of any number.
         constant_text: Whether text tokens are the same after all blocks.
-        embedded_guidance: Whether the network takes ``guidance_scale`` as an input instead of a second pass.
+        pixels: Height and width at which the model was trained.
     """
 
     lists: ClassVar[Sequence[str]]
@@ -138,18 +137,6 @@ class FlowFamily(Family):
             )
         return encoder
 
-    def load_latent_encoder(self, dtype: StorageDtype = "float32") -> LatentEncoder:
-        """See :meth:`Family.load_latent_encoder`."""
-        vae = self.pipeline.load(self.vae_class, "vae")
-        settle(vae, getattr(torch, dtype))
-        return self.wrap_vae(vae)
-
-    def wrap_vae(self, vae: Any) -> LatentEncoder:
-        """See :meth:`Family.wrap_vae`."""
-        return LatentEncoder(vae)
-
-    # Noise
-
     def chat_tokenizer(self) -> Any:
         """Load the pipeline's tokenizer, whose chat template the prompts get.
 
@@ -172,6 +159,18 @@ class FlowFamily(Family):
                 "download tokenizer again"
             ) from error
         return tokenizer
+
+    def load_latent_encoder(self, dtype: StorageDtype = "float32") -> LatentEncoder:
+        """See :meth:`Family.load_latent_encoder`."""
+        vae = self.pipeline.load(self.vae_class, "vae")
+        settle(vae, getattr(torch, dtype))
+        return self.wrap_vae(vae)
+
+    def wrap_vae(self, vae: Any) -> LatentEncoder:
+        """See :meth:`Family.wrap_vae`."""
+        return LatentEncoder(vae)
+
+    # Noise
 
     @cached_property
     def noise_process(self) -> NoiseProcess:
