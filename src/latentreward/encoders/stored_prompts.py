@@ -27,6 +27,7 @@ class StoredPrompts(PromptEncoder):
     ) -> None:
         super().__init__()
         self.num_tokens, self.token_dim, self.pooled_dim = encoder.num_tokens, encoder.token_dim, encoder.pooled_dim
+        self.clip_length = getattr(encoder, "clip_length", None)  # of SD3's encoder, whose T5 tokens come after CLIP's
         self._rows, self._table, self._device = {prompt: row for row, prompt in enumerate(prompts)}, table, device
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
@@ -38,7 +39,7 @@ class StoredPrompts(PromptEncoder):
         for prompt in prompts:
             if prompt not in self._rows:
                 raise InputError(
-                    f"the prompt {prompt!r} was not encoded at the start of the run, and EncodeOnce has freed the text "
+                    f"the prompt {prompt!r} was not encoded before the first step, and EncodeOnce has freed the text "
                     "encoders; give it to data.prompts or to a callback's prompts, or leave EncodeOnce out"
                 )
         return (torch.tensor([self._rows[prompt] for prompt in prompts], dtype=torch.int64),)
