@@ -5,7 +5,7 @@ import torch
 from diffusers import AutoencoderKLQwenImage, AutoencoderKLWan
 from torch import Tensor
 
-from latentreward.encoders.vae import ChannelLatentEncoder, channel_space_of
+from latentreward.encoders.vae import ChannelLatentEncoder
 from latentreward.errors import InputError
 from tests.families.made_wan21 import vae
 from tests.families.twins import TWINS
@@ -22,7 +22,7 @@ def encoder(kind: type) -> ChannelLatentEncoder:
     randomise(made)
     with torch.no_grad():
         made.decoder.conv_out.weight *= 8  # so that pixels leave [-1, 1]
-    return ChannelLatentEncoder(made, channel_space_of(made.config))
+    return ChannelLatentEncoder(made, ChannelLatentEncoder.space_of(made.config))
 
 
 def drawn(*shape: int, scale: float = 1.0) -> Tensor:
@@ -32,7 +32,7 @@ def drawn(*shape: int, scale: float = 1.0) -> Tensor:
 def test_the_two_families_share_a_space() -> None:
     wan, qwen = (TWINS[name].source().latent_space() for name in ("wan21", "qwen_image"))
     assert wan == qwen
-    assert all(channel_space_of(vae(kind).config) == wan for kind in KINDS)
+    assert all(ChannelLatentEncoder.space_of(vae(kind).config) == wan for kind in KINDS)
     assert (wan.channels, wan.downscale, wan.frame_downscale, wan.codec) == (16, 8, 4, "channel")
     assert (wan.means[0], wan.means[-1], wan.stds[0], wan.stds[-1]) == (-0.7571, -0.2921, 2.8184, 1.916)
     assert wan.shape(480, 832, 81) == (16, 21, 60, 104)
@@ -77,6 +77,6 @@ def test_decoding_is_clamped_but_its_gradient_is_not(kind: type, frames: int, mo
 def test_configs_that_do_not_fit_are_refused() -> None:
     config = dict(vae().config)
     with pytest.raises(InputError, match="lacks latents_std"):
-        channel_space_of({name: value for name, value in config.items() if name != "latents_std"})
+        ChannelLatentEncoder.space_of({name: value for name, value in config.items() if name != "latents_std"})
     with pytest.raises(InputError, match="z_dim=48, but 16 latents_mean and 16 latents_std"):
-        channel_space_of({**config, "z_dim": 48})
+        ChannelLatentEncoder.space_of({**config, "z_dim": 48})

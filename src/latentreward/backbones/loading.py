@@ -194,9 +194,9 @@ class PipelineSource:
 
     def latent_space(self) -> LatentSpace:
         """Return the latent space that the VAE's config describes."""
-        from latentreward.encoders.vae import latent_space_of
+        from latentreward.encoders.vae import LatentEncoder
 
-        return latent_space_of(self.config("vae"), f"source={self.source!r}: vae")
+        return LatentEncoder.space_of(self.config("vae"), f"source={self.source!r}: vae")
 
     def latent_encoder(self, dtype: StorageDtype = "float32") -> LatentEncoder:
         """Load the VAE in ``dtype``."""

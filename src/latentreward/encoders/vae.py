@@ -12,50 +12,6 @@ from latentreward.errors import InputError
 from latentreward.storage.json_files import entries, entry
 
 
-def latent_space_of(vae_config: Mapping[str, Any], name: str = "the VAE's config") -> LatentSpace:
-    """Return the latent space that a diffusers VAE config describes.
-
-    Args:
-        vae_config: The config.
-        name: Name of the config in messages.
-
-    Raises:
-        InputError: If an entry is missing or wrong, or latents would be scaled by 0.
-    """
-    space = LatentSpace(
-        channels=entry(vae_config, "latent_channels", int, name),
-        downscale=2 ** (len(entries(vae_config, "block_out_channels", int, name)) - 1),
-        scaling_factor=entry(vae_config, "scaling_factor", float, name),
-        shift_factor=entry(vae_config, "shift_factor", float, name, default=0.0),
-    )
-    if not space.scaling_factor:
-        raise InputError(f"{name} has scaling_factor=0, which makes all latents 0; get the pipeline as published")
-    return space
-
-
-def channel_space_of(vae_config: Mapping[str, Any], name: str = "the VAE's config") -> LatentSpace:
-    """Return the latent space that the config of Wan 2.1's or Qwen-Image's VAE describes.
-
-    Args:
-        vae_config: The config.
-        name: Name of the config in messages.
-
-    Raises:
-        InputError: If an entry is missing or wrong, or means and standard deviations do not fit the number of channels.
-    """
-    channels = entry(vae_config, "z_dim", int, name)
-    halvings = entries(vae_config, "temperal_downsample", bool, name)
-    means, stds = (tuple(map(float, entries(vae_config, f"latents_{of}", float, name))) for of in ("mean", "std"))
-    if not len(means) == len(stds) == channels:
-        raise InputError(
-            f"{name} has z_dim={channels}, but {len(means)} latents_mean and {len(stds)} latents_std; download the VAE "
-            "again"
-        )
-    if 0 in stds:
-        raise InputError(f"{name} has a latents_std of 0, by which latents cannot be divided; download the VAE again")
-    return LatentSpace(channels, 2 ** len(halvings), frame_downscale=2 ** sum(halvings), means=means, stds=stds)
-
-
 class LatentEncoder(nn.Module):
     """Frozen VAE that returns and takes scaled latents ``z = (posterior sample − shift) · scale``.
 
@@ -70,7 +26,28 @@ class LatentEncoder(nn.Module):
     def __init__(self, vae: Any, space: LatentSpace | None = None) -> None:
         super().__init__()
         self.vae = vae.eval().requires_grad_(False)
-        self.space = latent_space_of(vae.config) if space is None else space
+        self.space = self.space_of(vae.config) if space is None else space
+
+    @classmethod
+    def space_of(cls, vae_config: Mapping[str, Any], name: str = "the VAE's config") -> LatentSpace:
+        """Return the latent space that a config of the VAE describes.
+
+        Args:
+            vae_config: The config.
+            name: Name of the config in messages.
+
+        Raises:
+            InputError: If an entry is missing or wrong, or latents would be scaled by 0.
+        """
+        space = LatentSpace(
+            channels=entry(vae_config, "latent_channels", int, name),
+            downscale=2 ** (len(entries(vae_config, "block_out_channels", int, name)) - 1),
+            scaling_factor=entry(vae_config, "scaling_factor", float, name),
+            shift_factor=entry(vae_config, "shift_factor", float, name, default=0.0),
+        )
+        if not space.scaling_factor:
+            raise InputError(f"{name} has scaling_factor=0, which makes all latents 0; get the pipeline as published")
+        return space
 
     def latent_shape(self, pixels: Tensor) -> tuple[int, ...]:
         """Return the shape of the latents of one row of ``pixels`` ``(B, 3, H, W)`` or ``(B, 3, F, H, W)``."""
@@ -132,6 +109,23 @@ class ChannelLatentEncoder(LatentEncoder):
     An image is a clip of one frame. The VAEs clamp decoded pixels to [-1, 1], where the gradient would vanish. Here
     gradients pass as if the pixels were not clamped.
     """
+
+    @classmethod
+    def space_of(cls, vae_config: Mapping[str, Any], name: str = "the VAE's config") -> LatentSpace:
+        """See :meth:`LatentEncoder.space_of`; means and standard deviations must fit the number of channels."""
+        channels = entry(vae_config, "z_dim", int, name)
+        halvings = entries(vae_config, "temperal_downsample", bool, name)
+        means, stds = (tuple(map(float, entries(vae_config, f"latents_{of}", float, name))) for of in ("mean", "std"))
+        if not len(means) == len(stds) == channels:
+            raise InputError(
+                f"{name} has z_dim={channels}, but {len(means)} latents_mean and {len(stds)} latents_std; download the "
+                "VAE again"
+            )
+        if 0 in stds:
+            raise InputError(
+                f"{name} has a latents_std of 0, by which latents cannot be divided; download the VAE again"
+            )
+        return LatentSpace(channels, 2 ** len(halvings), frame_downscale=2 ** sum(halvings), means=means, stds=stds)
 
     def to_vae(self, pixels: Tensor) -> Tensor:
         """See :meth:`LatentEncoder.to_vae`."""

@@ -10,13 +10,14 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from latentreward.backbones.loading import check_channels
 from latentreward.backbones.tuning import StorageDtype
 from latentreward.backbones.weights import settle
 from latentreward.contracts import Conditioning, LatentSpace
 from latentreward.encoders.prompts import PromptEncoder
-from latentreward.encoders.vae import LatentEncoder, latent_space_of
+from latentreward.encoders.vae import LatentEncoder
 from latentreward.errors import InputError, first_line
 from latentreward.families.base import Family, PipelineConfigs
 from latentreward.noise import ContinuousFlow, NoiseProcess
@@ -52,6 +53,8 @@ class FlowFamily(Family):
     :meth:`begin` and :meth:`step`, the same pass block by block, for backbones that read features.
 
     Attributes:
+        vae_class: Class of the VAE in diffusers.
+        latent_encoder: Class that encodes and decodes with the VAE.
         lists: Names of the network's lists of blocks, in the order in which they run.
         tail: Names of the network's modules after the last block.
         packing: Number of latent pixels along each side that the network joins to one token.
@@ -62,6 +65,8 @@ class FlowFamily(Family):
         pixels: Height and width at which the model was trained.
     """
 
+    vae_class: ClassVar[str] = "AutoencoderKL"
+    latent_encoder: ClassVar[type[LatentEncoder]] = LatentEncoder
     lists: ClassVar[Sequence[str]]
     tail: ClassVar[Sequence[str]] = ("norm_out", "proj_out")
     packing: ClassVar[int] = 2
@@ -84,7 +89,7 @@ class FlowFamily(Family):
     @cached_property
     def latent_space(self) -> LatentSpace:
         """See :attr:`Family.latent_space`."""
-        return latent_space_of(self.pipeline.config("vae"), self.named("vae"))
+        return self.latent_encoder.space_of(self.pipeline.config("vae"), self.named("vae"))
 
     @property
     def native_size(self) -> tuple[int, int]:
@@ -95,13 +100,6 @@ class FlowFamily(Family):
     def side_multiple(self) -> int:
         """See :attr:`Family.side_multiple`; the side of a token in pixels."""
         return self.latent_space.downscale * self.packing
-
-    @property
-    def vae_class(self) -> Any:
-        """Class of the VAE in diffusers."""
-        from diffusers import AutoencoderKL
-
-        return AutoencoderKL
 
     @cached_property
     def lens(self) -> tuple[int, ...]:
@@ -161,14 +159,16 @@ class FlowFamily(Family):
         return tokenizer
 
     def load_latent_encoder(self, dtype: StorageDtype = "float32") -> LatentEncoder:
-        """See :meth:`Family.load_latent_encoder`."""
-        vae = self.pipeline.load(self.vae_class, "vae")
-        settle(vae, getattr(torch, dtype))
+        """See :meth:`Family.load_latent_encoder`; constants stored beside its weights (FLUX.2) stay float32."""
+        import diffusers
+
+        vae = self.pipeline.load(getattr(diffusers, self.vae_class), "vae").requires_grad_(False)
+        settle(vae, getattr(torch, dtype), torch.float32)
         return self.wrap_vae(vae)
 
     def wrap_vae(self, vae: Any) -> LatentEncoder:
         """See :meth:`Family.wrap_vae`."""
-        return LatentEncoder(vae)
+        return self.latent_encoder(vae, self.latent_space)
 
     # Noise
 
@@ -234,6 +234,25 @@ class FlowFamily(Family):
             conditioning: Encoded prompts, B rows.
             guidance: ``guidance_scale`` for networks that take it as an input.
         """
+
+    def token_grid(self, latents: Tensor) -> tuple[int, ...]:
+        """Return the numbers of tokens of latents ``(B, C, ..., h, w)`` along time, where there is one, and sides."""
+        return *latents.shape[2:-2], *(side // self.packing for side in latents.shape[-2:])
+
+    def pack(self, latents: Tensor) -> Tensor:
+        """Join :attr:`packing` × :attr:`packing` pixels to a token whose features have the order (c, dy, dx).
+
+        Args:
+            latents: ``(B, C, ..., h, w)`` canonical latents.
+
+        Returns:
+            Tokens ``(B, N, C·packing²)``, frame by frame and row by row.
+        """
+        return F.pixel_unshuffle(latents.movedim(1, -3), self.packing).movedim(-3, -1).flatten(1, -2)
+
+    def unpack(self, tokens: Tensor, grid: Sequence[int]) -> Tensor:
+        """Undo :meth:`pack`; ``grid`` is that of :meth:`token_grid`."""
+        return F.pixel_shuffle(tokens.unflatten(1, tuple(grid)).movedim(-1, -3), self.packing).movedim(-3, 1)
 
     def blocks(self, network: Any) -> Iterator[nn.Module]:
         """See :meth:`Family.blocks`."""

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from latentreward.backbones.registry import register_backbone
 from latentreward.backbones.tuning import ATTENTION
@@ -184,11 +183,11 @@ class Flux1(FlowFamily):
     ) -> Tensor:
         """See :meth:`FlowFamily.velocity`."""
         assert conditioning.pooled_prompt_embeds is not None
-        dtype, (rows, columns) = network.x_embedder.weight.dtype, grid_of(latents)
+        dtype, grid = network.x_embedder.weight.dtype, self.token_grid(latents)
         text = conditioning.prompt_embeds.to(dtype)
-        text_ids, image_ids = positions(text.shape[1], rows, columns, latents.device)
+        text_ids, image_ids = positions(text.shape[1], grid, latents.device)
         output = network(
-            hidden_states=pack(latents).to(dtype),
+            hidden_states=self.pack(latents).to(dtype),
             encoder_hidden_states=text,
             pooled_projections=conditioning.pooled_prompt_embeds.to(dtype),
             timestep=sigma,
@@ -196,7 +195,7 @@ class Flux1(FlowFamily):
             txt_ids=text_ids,
             guidance=self._scales(sigma, guidance),
         ).sample
-        return F.pixel_shuffle(output.transpose(1, 2).unflatten(2, (rows, columns)), 2)
+        return self.unpack(output, grid)
 
     def _scales(self, sigma: Tensor, guidance: float | None) -> Tensor | None:
         """Return the guidance scale of each sample, float32; None for a network without the input."""
@@ -208,14 +207,14 @@ class Flux1(FlowFamily):
     def begin(self, network: Any, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tokens:
         """See :meth:`FlowFamily.begin`."""
         assert conditioning.pooled_prompt_embeds is not None
-        dtype, (rows, columns) = network.x_embedder.weight.dtype, grid_of(latents)
-        visual = network.x_embedder(pack(latents).to(dtype))
+        dtype, grid = network.x_embedder.weight.dtype, self.token_grid(latents)
+        visual = network.x_embedder(self.pack(latents).to(dtype))
         text = network.context_embedder(conditioning.prompt_embeds.to(dtype))
         scales = self._scales(sigma, None)
         inputs = [1000 * value.to(visual.dtype) for value in (sigma, scales) if value is not None]
         temb = network.time_text_embed(*inputs, conditioning.pooled_prompt_embeds.to(dtype))
-        ids = torch.cat(positions(text.shape[1], rows, columns, latents.device))
-        return Tokens(visual, text, temb, (rows, columns), others={"image_rotary_emb": network.pos_embed(ids)})
+        ids = torch.cat(positions(text.shape[1], grid, latents.device))
+        return Tokens(visual, text, temb, grid, others={"image_rotary_emb": network.pos_embed(ids)})
 
     def step(self, block: nn.Module, tokens: Tokens, number: int) -> tuple[Tensor, Tensor]:
         """See :meth:`FlowFamily.step`; both kinds of blocks take and return image and text apart."""
@@ -233,19 +232,9 @@ class Flux1(FlowFamily):
         return () if number or text else ("context_embedder",)
 
 
-def grid_of(latents: Tensor) -> tuple[int, int]:
-    """Return the numbers of rows and columns of tokens of canonical latents."""
-    return latents.shape[-2] // 2, latents.shape[-1] // 2
-
-
-def pack(latents: Tensor) -> Tensor:
-    """Return 2×2 patches as tokens ``(B, h·w / 4, 4·C)``, row by row, with channels in the order (c, dy, dx)."""
-    return F.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
-
-
-def positions(length: int, rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def positions(length: int, grid: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the positions ``(n, 3)`` of text and image tokens: all 0 for text, (0, row, column) for the image."""
-    axes = (torch.arange(size, device=device) for size in (1, rows, columns))
+    axes = (torch.arange(size, device=device) for size in (1, *grid))
     return torch.zeros(length, 3, device=device), torch.cartesian_prod(*axes).float()
 
 

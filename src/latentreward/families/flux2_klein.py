@@ -15,11 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from latentreward.backbones.registry import register_backbone
-from latentreward.backbones.tuning import ATTENTION, StorageDtype
-from latentreward.backbones.weights import settle
+from latentreward.backbones.tuning import ATTENTION
 from latentreward.contracts import Conditioning, LatentSpace
 from latentreward.encoders.prompts import PromptEncoder
-from latentreward.encoders.vae import LatentEncoder, PatchedLatentEncoder
+from latentreward.encoders.vae import PatchedLatentEncoder
 from latentreward.errors import InputError
 from latentreward.families.backbone import FamilyBackbone, load_family_backbone
 from latentreward.families.flow import FlowFamily, Tokens
@@ -131,6 +130,8 @@ class Flux2Klein(FlowFamily):
     title = "FLUX.2-klein"
     network_class = "Flux2Transformer2DModel"
     block_classes = ("Flux2TransformerBlock", "Flux2SingleTransformerBlock")
+    vae_class = "AutoencoderKLFlux2"
+    latent_encoder = PatchedLatentEncoder
     lists = ("transformer_blocks", "single_transformer_blocks")
     packing = 1
     # Those of diffusers' training script, and the text's projections. A bare `attn.to_out` would also name the dual
@@ -180,23 +181,6 @@ class Flux2Klein(FlowFamily):
         values = [tensor.detach().to("cpu", torch.float32).contiguous().numpy() for tensor in tensors]
         return LatentSpace(channels, 2**halvings, statistics=digest([*values, repr(eps)]))
 
-    @property
-    def vae_class(self) -> Any:
-        """See :attr:`FlowFamily.vae_class`."""
-        from diffusers import AutoencoderKLFlux2
-
-        return AutoencoderKLFlux2
-
-    def load_latent_encoder(self, dtype: StorageDtype = "float32") -> LatentEncoder:
-        """See :meth:`Family.load_latent_encoder`; the statistics stay float32, as :attr:`latent_space` counts them."""
-        vae = self.pipeline.load(self.vae_class, "vae").requires_grad_(False)
-        settle(vae, getattr(torch, dtype), torch.float32)
-        return self.wrap_vae(vae)
-
-    def wrap_vae(self, vae: Any) -> LatentEncoder:
-        """See :meth:`Family.wrap_vae`."""
-        return PatchedLatentEncoder(vae, self.latent_space)
-
     # Text
 
     def load_prompt_encoder(
@@ -237,22 +221,21 @@ class Flux2Klein(FlowFamily):
         dtype, text = network.x_embedder.weight.dtype, conditioning.prompt_embeds
         text_ids, image_ids = positions(text.shape[1], latents)
         output = network(
-            hidden_states=latents.flatten(2).transpose(1, 2).to(dtype),
+            hidden_states=self.pack(latents).to(dtype),
             encoder_hidden_states=text.to(dtype),
             timestep=sigma,
             img_ids=image_ids,
             txt_ids=text_ids,
             guidance=None,
         ).sample
-        velocity: Tensor = output.transpose(1, 2).unflatten(2, latents.shape[-2:])
-        return velocity
+        return self.unpack(output, self.token_grid(latents))
 
     # Features
 
     def begin(self, network: Any, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tokens:
         """See :meth:`FlowFamily.begin`."""
         dtype = network.x_embedder.weight.dtype
-        tokens = latents.flatten(2).transpose(1, 2).to(dtype)
+        tokens = self.pack(latents).to(dtype)
         temb = network.time_guidance_embed(1000 * sigma.to(dtype), None)
         text = network.context_embedder(conditioning.prompt_embeds.to(dtype))
         others = {
@@ -263,8 +246,7 @@ class Flux2Klein(FlowFamily):
             "single": {"temb_mod": network.single_stream_modulation(temb), "split_hidden_states": True},
             "rotary": network.pos_embed(torch.cat(positions(text.shape[1], latents))),
         }
-        rows, columns = latents.shape[-2:]
-        return Tokens(network.x_embedder(tokens), text, temb, (rows, columns), others=others)
+        return Tokens(network.x_embedder(tokens), text, temb, self.token_grid(latents), others=others)
 
     def step(self, block: nn.Module, tokens: Tokens, number: int) -> tuple[Tensor, Tensor]:
         """See :meth:`FlowFamily.step`."""

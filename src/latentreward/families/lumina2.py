@@ -119,7 +119,6 @@ class Lumina2(FlowFamily):
     def begin(self, network: Any, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tokens:
         """See :meth:`FlowFamily.begin`."""
         dtype = network.x_embedder.weight.dtype
-        height, width = (side // 2 for side in latents.shape[-2:])
         text, mask = masked(conditioning)
         latents, sigma = latents.to(dtype), sigma.to(latents.device)
         temb, text = network.time_caption_embed(latents, 1 - sigma, text.to(dtype))
@@ -131,7 +130,7 @@ class Lumina2(FlowFamily):
             visual = block(visual, None, visual_rope, temb)
         joint_mask = None if bool(mask.all()) else nn.functional.pad(mask, (0, visual.shape[1]), value=True)
         others = {"mask": joint_mask, "rope": torch.cat([text_rope, visual_rope], dim=1)}
-        return Tokens(visual, text, temb, (height, width), mask, others)
+        return Tokens(visual, text, temb, self.token_grid(latents), mask, others)
 
     def step(self, block: nn.Module, tokens: Tokens, number: int) -> tuple[Tensor, Tensor]:
         """See :meth:`FlowFamily.step`; the whole network has the captions' padding behind the image instead."""

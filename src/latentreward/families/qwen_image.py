@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 from latentreward.backbones.registry import register_backbone
 from latentreward.backbones.weights import part_of
-from latentreward.contracts import Conditioning, LatentSpace
+from latentreward.contracts import Conditioning
 from latentreward.encoders.prompts import PromptEncoder
-from latentreward.encoders.vae import ChannelLatentEncoder, LatentEncoder, channel_space_of
+from latentreward.encoders.vae import ChannelLatentEncoder
 from latentreward.errors import InputError
 from latentreward.families.backbone import FamilyBackbone, load_family_backbone
 from latentreward.families.flow import FlowFamily, Tokens
@@ -71,6 +71,8 @@ class QwenImage(FlowFamily):
     title = "Qwen-Image"
     network_class = "QwenImageTransformer2DModel"
     block_classes = ("QwenImageTransformerBlock",)
+    vae_class = "AutoencoderKLQwenImage"
+    latent_encoder = ChannelLatentEncoder
     lists = ("transformer_blocks",)
     positions = 4
     uncond_prompt = " "
@@ -98,24 +100,6 @@ class QwenImage(FlowFamily):
         if not self.pipeline.has("tokenizer") or (prefix := prefix_length(self.tokenizer)) == PREFIX:
             return text
         return f"{text}; the template begins with {prefix} tokens of this tokenizer instead of {PREFIX}, all dropped"
-
-    # Latents
-
-    @cached_property
-    def latent_space(self) -> LatentSpace:
-        """See :attr:`Family.latent_space`."""
-        return channel_space_of(self.pipeline.config("vae"), self.named("vae"))
-
-    @property
-    def vae_class(self) -> Any:
-        """See :attr:`FlowFamily.vae_class`."""
-        from diffusers import AutoencoderKLQwenImage
-
-        return AutoencoderKLQwenImage
-
-    def wrap_vae(self, vae: Any) -> LatentEncoder:
-        """See :meth:`Family.wrap_vae`."""
-        return ChannelLatentEncoder(vae, self.latent_space)
 
     # Text
 
@@ -169,21 +153,6 @@ class QwenImage(FlowFamily):
         with torch.device("cpu"):  # its tables are no buffers: made on the meta device, they would stay there
             network.pos_embed = type(rope)(rope.theta, rope.axes_dim, rope.scale_rope)
         return network
-
-    def pack(self, latents: Tensor) -> Tensor:
-        """Join 2×2 pixels to a token: ``(B, C, T, h, w)`` to ``(B, T·h/2·w/2, 4·C)``, in the order (c, dy, dx)."""
-        frames = F.pixel_unshuffle(latents.transpose(1, 2), self.packing)
-        return frames.permute(0, 1, 3, 4, 2).flatten(1, 3)
-
-    def unpack(self, tokens: Tensor, grid: Sequence[int]) -> Tensor:
-        """Undo :meth:`pack`; ``grid`` is (T, h/2, w/2)."""
-        frames = tokens.unflatten(1, tuple(grid)).permute(0, 1, 4, 2, 3)
-        return F.pixel_shuffle(frames, self.packing).transpose(1, 2)
-
-    def token_grid(self, latents: Tensor) -> tuple[int, int, int]:
-        """Return (T, h/2, w/2) of latents."""
-        frames, height, width = latents.shape[2:]
-        return frames, height // self.packing, width // self.packing
 
     def velocity(
         self, network: Any, latents: Tensor, sigma: Tensor, conditioning: Conditioning, guidance: float | None

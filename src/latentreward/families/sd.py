@@ -14,7 +14,7 @@ from latentreward.backbones.sd_unet import unet_family
 from latentreward.backbones.tuning import StorageDtype
 from latentreward.contracts import Conditioning, LatentSpace
 from latentreward.encoders.prompts import PromptEncoder
-from latentreward.encoders.vae import LatentEncoder, latent_space_of
+from latentreward.encoders.vae import LatentEncoder
 from latentreward.errors import InputError
 from latentreward.families.base import Family, Pair, PipelineConfigs
 from latentreward.noise import NoiseProcess, process_from_scheduler
@@ -65,7 +65,7 @@ class StableDiffusion(Family):
     @cached_property
     def latent_space(self) -> LatentSpace:
         """See :attr:`Family.latent_space`."""
-        return latent_space_of(self.pipeline.config("vae"), self.named("vae"))
+        return LatentEncoder.space_of(self.pipeline.config("vae"), self.named("vae"))
 
     @property
     def native_size(self) -> tuple[int, int]:

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from latentreward.backbones.registry import register_backbone
-from latentreward.contracts import Conditioning, LatentSpace
+from latentreward.contracts import Conditioning
 from latentreward.encoders.prompts import PromptEncoder
-from latentreward.encoders.vae import ChannelLatentEncoder, LatentEncoder, channel_space_of
+from latentreward.encoders.vae import ChannelLatentEncoder
 from latentreward.errors import InputError
 from latentreward.families.backbone import FamilyBackbone, load_family_backbone
 from latentreward.families.base import Pair
@@ -86,6 +86,8 @@ class Wan21(FlowFamily):
     clips = True
     network_class = "WanTransformer3DModel"
     block_classes = ("WanTransformerBlock",)
+    vae_class = "AutoencoderKLWan"
+    latent_encoder = ChannelLatentEncoder
     lists = ("blocks",)
     tail = ("norm_out", "proj_out", "scale_shift_table")
     pixels = (480, 832)
@@ -112,22 +114,6 @@ class Wan21(FlowFamily):
         super().check()
 
     # Latents
-
-    @cached_property
-    def latent_space(self) -> LatentSpace:
-        """See :attr:`Family.latent_space`."""
-        return channel_space_of(self.pipeline.config("vae"), self.named("vae"))
-
-    @property
-    def vae_class(self) -> Any:
-        """See :attr:`FlowFamily.vae_class`."""
-        from diffusers import AutoencoderKLWan
-
-        return AutoencoderKLWan
-
-    def wrap_vae(self, vae: Any) -> LatentEncoder:
-        """See :meth:`Family.wrap_vae`."""
-        return ChannelLatentEncoder(vae, self.latent_space)
 
     @property
     def max_side(self) -> int:

@@ -141,7 +141,7 @@ class ZImage(FlowFamily):
     def begin(self, network: Any, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tokens:
         """See :meth:`FlowFamily.begin`; the padding of the image follows the text tokens, outside the mask."""
         dtype, device, size = embedder(network).weight.dtype, latents.device, len(latents)
-        height, width = (side // 2 for side in latents.shape[-2:])
+        height, width = self.token_grid(latents)
         spare = -height * width % MULTIPLE
         lengths = torch.tensor(lengths_of(conditioning), device=device)
         filled = (lengths + MULTIPLE - 1) // MULTIPLE * MULTIPLE
