@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from measuring import table
 from PIL import Image
-from scoring import trained_rewards
 from torch import Tensor
+from trained_rewards import trained_rewards
 
 from latentreward.contracts import PromptBatch
 from latentreward.noise import FlowMatching

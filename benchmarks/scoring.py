@@ -10,8 +10,8 @@
 ``throughput``  images per second of ``RewardModel.score`` and of a bare loop over the same parts, run in turn
 
 Each ``--reward`` is a trained reward (a checkpoint or run; ``lrm_tiny`` and ``dina_lrm_tiny`` are trained first, below
-runs/tiny_alignment), which scores pictures of the tiny world; ``--sizes`` are
-networks of ``random_pipelines.py`` with random weights, which score pictures of noise. Everything runs in one thread.
+runs/trained_rewards), which scores pictures of the tiny world; ``--sizes`` are networks of ``random_pipelines.py`` with
+random weights, which score pictures of noise. Everything runs in one thread.
 """
 
 import argparse
@@ -28,8 +28,8 @@ import torch
 from measuring import Goal, Spread, interleaved, ratio, table
 from PIL import Image
 from random_pipelines import SIZES, RandomPipeline, pipeline_folder
-from tiny_alignment import train_reward
 from torch import Tensor
+from trained_rewards import trained_rewards
 
 from latentreward.backbones import SD3DiTBackbone, SDUNetBackbone
 from latentreward.contracts import ImageRef
@@ -97,13 +97,6 @@ def mixed(encoded: Sequence[bytes]) -> list[Image.Image]:
         image.crop((0, 0, int(image.width * cuts[n % 3][0]), int(image.height * cuts[n % 3][1])))
         for n, image in enumerate(images)
     ]
-
-
-def trained_rewards(names: Sequence[str]) -> list[str]:
-    """Return paths of rewards; ``lrm_tiny`` and ``dina_lrm_tiny`` are trained first unless they were before."""
-    layouts = {"lrm_tiny": "pickapic", "dina_lrm_tiny": "hpdv3"}
-    folder = Path("runs/tiny_alignment").resolve()
-    return [str(train_reward(folder, name, layouts[name], 0)) if name in layouts else name for name in names]
 
 
 # --- invariance ----------------------------------------------------------------------------------------------------
