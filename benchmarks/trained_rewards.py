@@ -23,8 +23,8 @@ def trained_rewards(names: Sequence[str]) -> list[str]:
 
 
 def _trained(name: str) -> Path:
-    model, _, seed = name.partition(":")
-    folder = (FOLDER / f"{model}_seed{seed or 0}").resolve()
+    model, seed = f"{name}:0".split(":")[:2]
+    folder = (FOLDER / f"{model}_seed{seed}").resolve()
     if not (folder / "trained").exists():
         folder.mkdir(parents=True, exist_ok=True)
         command = [
@@ -35,7 +35,7 @@ def _trained(name: str) -> Path:
             f"--data.root={FOLDER.resolve() / 'data' / LAYOUTS[model]}",
             f"--trainer.default_root_dir={folder}",
             "--trainer.val_check_interval=null",
-            f"--seed_everything={seed or 0}",
+            f"--seed_everything={seed}",
         ]
         with (folder / "run.log").open("a") as stream:
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
