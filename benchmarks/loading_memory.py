@@ -1,8 +1,8 @@
 """Measure the memory that loading a model takes at its peak, beside the memory that it holds afterwards.
 
-Pipelines of the published sizes with random weights are written first (SD1.5 4 GB in float32, SD3.5-Medium without T5
-6 GB in bfloat16), if the folder does not hold them. Each model is loaded in a process of its own. Memory is the
-proportional set size (PSS) minus that after imports, read every 20 ms. Linux only.
+Pipelines of the published sizes and an LRM with random weights are written first (SD1.5 4 GB and LRM 2 GB in float32,
+SD3.5-Medium without T5 6 GB in bfloat16), if the folder does not hold them. Each model is loaded in a process of its
+own. Memory is the proportional set size (PSS) minus that after imports, read every 20 ms. Linux only.
 
     python benchmarks/loading_memory.py --folder /tmp/pipelines
 """
@@ -22,11 +22,19 @@ import torch
 from measuring import Goal, table
 from memory import PeakMemory
 from random_pipelines import write_weights
+from torch import nn
 
 from latentreward.backbones import create_backbone
 from latentreward.backbones.tuning import LoRA
+from latentreward.checkpoints.base_weights import BaseSample
+from latentreward.checkpoints.shards import frozen_names
 from latentreward.estimate.pipelines import write_pipelines
+from latentreward.heads import CLIPProjectionHead
+from latentreward.losses import LRMLoss
+from latentreward.modules import LRMModule
 from latentreward.policies import PolicySource
+from latentreward.rewards import LatentReward
+from latentreward.scoring import RewardModel
 
 TYPES = {"sd15": torch.float32, "sd35": torch.bfloat16}
 """Pipeline -> type of its files."""
@@ -41,10 +49,35 @@ def jobs(folder: Path) -> dict[str, Callable[[], Any]]:
         "LRM-SD1.5, full training": partial(create_backbone, "sd15", source=sd15),
         "LPO-SD1.5, policy in float32": PolicySource(sd15).load,
         "LPO-SD1.5, policy in bfloat16": PolicySource(sd15, frozen_dtype="bfloat16").load,
+        "LPO-SD1.5 with its reward, both in bfloat16": partial(load_lpo, sd15, str(folder / "reward")),
         "DiNa-SD3.5-Medium, 12 blocks": partial(
             create_backbone, "sd35_medium", source=sd35, num_layers=12, load_t5=False, **adapters
         ),
     }
+
+
+def load_lpo(sd15: str, reward: str) -> nn.Module:
+    """Load the policy and the reward of LPO as under bf16-mixed."""
+    policy = PolicySource(sd15, frozen_dtype="bfloat16").load()
+    scorer = LatentReward(reward, base=sd15).load(policy)
+    scorer.set_precision(torch.bfloat16)
+    return nn.ModuleList([policy, scorer])
+
+
+def write_reward(folder: Path) -> None:
+    """Write a published LRM-SD1.5 with random weights."""
+    source, run = str(folder / "sd15"), folder / "run"
+    module = LRMModule(create_backbone("sd15", source=source), CLIPProjectionHead, LRMLoss())
+    state, base = module.state_dict(), BaseSample.of(module, source)
+    saved = {name: state[name] for name in state.keys() - frozen_names(module)}
+    run.mkdir(exist_ok=True)
+    torch.save({"state_dict": saved, "base": base.record(saved)}, run / "reward.ckpt")
+    backbone = {"class_path": "sd15", "init_args": {"source": source}}
+    head = {"class_path": "CLIPProjectionHead"}
+    settings = {"class_path": "LRMModule", "init_args": {"backbone": backbone, "head": head}}
+    (run / "config.yaml").write_text(json.dumps({"model": settings}))  # JSON is YAML
+    RewardModel.from_pretrained(run).save_pretrained(folder / "reward")
+    shutil.rmtree(run)
 
 
 def measure(load: Callable[[], Any]) -> dict[str, int]:
@@ -72,7 +105,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/full_size"))
     parser.add_argument("--job", help=argparse.SUPPRESS)
+    parser.add_argument("--reward", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.reward:
+        write_reward(options.folder)
+        return
     if options.job:
         print(json.dumps(measure(jobs(options.folder)[options.job])), flush=True)
         sys.stdin.readline()  # the others measure while this process still maps the weights
@@ -82,6 +119,8 @@ def main() -> None:
         shutil.rmtree(options.folder / "sd35" / "text_encoder_3")  # T5 is not loaded
         for name, dtype in TYPES.items():
             write_weights(options.folder / name, dtype)
+    if not (options.folder / "reward").is_dir():  # in a process of its own, which maps nothing while others measure
+        subprocess.run([sys.executable, __file__, "--folder", str(options.folder), "--reward"], check=True)
     rows, together = [], []
     for name in jobs(options.folder):
         (found,) = on_ranks(1, options.folder, name)

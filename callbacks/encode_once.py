@@ -1,4 +1,4 @@
-"""Callback that encodes the prompts of an alignment run at its start, and frees the text encoders."""
+"""Callback that frees the text encoders at the start of a run, once its prompts are encoded."""
 
 import math
 import os
@@ -22,6 +22,7 @@ from latentreward.encoders.prompts import PromptEncoder
 from latentreward.encoders.stored_prompts import StoredPrompts
 from latentreward.errors import InputError
 from latentreward.modules.alignment import AlignmentModule
+from latentreward.modules.reward import RewardModule
 from latentreward.policies import Policy
 from latentreward.rewards.latent import LatentScorer
 from latentreward.storage.durable import write_errors_named
@@ -32,6 +33,9 @@ KEPT = "free some space, or set EncodeOnce's folder"
 
 class EncodeOnce(Callback):
     """Callback that encodes all prompts before the first step, and frees the text encoders of policy and reward.
+
+    A reward that trains on cached prompts (``latentreward cache`` with ``encoder.text``) needs no text encoder from the
+    first step on; nothing is encoded then.
 
     Encoded prompts lie in a file without a name, which the ranks of a machine write together and map: the disk holds it
     until the run ends or is killed. A row takes 1.7 MB for SD3.5 with 128 T5 tokens in bfloat16, and 0.1 MB
@@ -44,9 +48,9 @@ class EncodeOnce(Callback):
         folder: Folder for the file while it is written; null takes the run's ``trainer.default_root_dir``.
 
     Raises:
-        InputError: If the module does not align a policy, the data does not list its prompts (as pairs of images do
-            not), a text encoder trains, ``TrainableCheckpoint`` is missing, FSDP1 has flattened the encoders, or the
-            disk has no room for the file.
+        InputError: If the module neither aligns a policy nor trains a reward on cached prompts, the data does not list
+            its prompts (as pairs of images do not), a text encoder trains, ``TrainableCheckpoint`` is missing, FSDP1
+            has flattened the encoders, or the disk has no room for the file.
 
     Example:
         ``--trainer.callbacks+=EncodeOnce``
@@ -57,10 +61,12 @@ class EncodeOnce(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the module and the strategy."""
-        if not isinstance(pl_module, AlignmentModule):
+        data = getattr(trainer, "datamodule", None)
+        cached = isinstance(pl_module, RewardModule) and getattr(data, "cached_text", False)
+        if not cached and not isinstance(pl_module, AlignmentModule):
             raise InputError(
-                f"EncodeOnce: {type(pl_module).__name__} aligns no policy; a reward trains on encoded prompts by "
-                "`latentreward cache`"
+                f"EncodeOnce: {type(pl_module).__name__} trains on prompts that are not encoded yet; cache them by "
+                "`latentreward cache` with encoder.text, or leave it out"
             )
         if isinstance(trainer.strategy, FSDPStrategy):
             raise InputError("EncodeOnce: trainer.strategy fsdp (FSDP1) flattens the text encoders; use fsdp2 or ddp")
@@ -69,18 +75,23 @@ class EncodeOnce(Callback):
                 "EncodeOnce: without text encoders a run cannot resume from checkpoints of all weights; add "
                 "TrainableCheckpoint to trainer.callbacks"
             )
-        data = getattr(trainer, "datamodule", None)
-        if not isinstance(getattr(data, "prompts", None), tuple):
+        if not cached and not isinstance(getattr(data, "prompts", None), tuple):
             name = type(data).__name__ if data else "the data"
             raise InputError(
                 f"EncodeOnce: {name} does not list its prompts before the run, as PromptDataModule does; leave it out"
             )
-        encoders = [encoder_of(owner) for owner in owners(pl_module)]
+        encoders = [] if cached else [encoder_of(owner) for owner in owners(pl_module)]  # caches check theirs
         if any(weight.requires_grad for encoder in encoders if encoder for weight in encoder.parameters()):
             raise InputError("EncodeOnce: a text encoder trains, so that its results change; leave EncodeOnce out")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Encode the prompts, and replace the text encoders."""
+        if isinstance(pl_module, RewardModule):
+            backbone = pl_module.model.backbone
+            if (encoder := backbone.text_encoder) is not None and not isinstance(encoder, StoredPrompts):
+                backbone.text_encoder = StoredPrompts(encoder, (), None, pl_module.device)
+                tell_freed(encoder, "prompts are cached")
+            return
         holders = [getattr(trainer, "datamodule", None), *trainer.callbacks]  # type: ignore[attr-defined]
         uncond = [owner.family.uncond_prompt for owner in owners(pl_module) if isinstance(owner, Policy)]
         prompts = list(
@@ -98,15 +109,17 @@ class EncodeOnce(Callback):
                 table = encoded(owner, prompts, path, trainer)
                 stored[encoder] = StoredPrompts(encoder, prompts, table, pl_module.device)
                 size = sum(tensor.nbytes for tensor in columns_of(table).values())
-                freed = sum(weight.nbytes for weight in encoder.parameters())
-                rank_zero_info(
-                    f"EncodeOnce: {len(prompts)} prompts encoded ({size / 1e9:.2f} GB on disk), text encoders of "
-                    f"{freed / 1e9:.2f} GB freed"
-                )
+                tell_freed(encoder, f"{len(prompts)} prompts encoded ({size / 1e9:.2f} GB on disk)")
             if isinstance(owner, Policy):
                 owner.text_encoder = stored[encoder]
             else:
                 owner.set_text_encoder(stored[encoder])
+
+
+def tell_freed(encoder: PromptEncoder, reason: str) -> None:
+    """Write the size of text encoders that are freed, and why, to the run's output."""
+    freed = sum(weight.nbytes for weight in encoder.parameters())
+    rank_zero_info(f"EncodeOnce: {reason}, text encoders of {freed / 1e9:.2f} GB freed")
 
 
 def owners(module: AlignmentModule) -> list[Policy | LatentScorer]:

@@ -1,4 +1,7 @@
-"""Callback that times training steps against bare calls of diffusers and transformers that do the same passes."""
+"""Callback that times training steps against bare calls of diffusers and transformers that do the same passes.
+
+DiNa-LRM's head, a network of 139 million parameters, is part of both sides.
+"""
 
 import json
 import time
@@ -11,7 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.nn import functional as F
 
-from latentreward.contracts import PreferenceBatch, StepPairs
+from latentreward.contracts import Features, PreferenceBatch, StepPairs
 from latentreward.modules import DiNaLRMModule, LPOModule, LRMModule
 
 
@@ -42,9 +45,10 @@ def bare_lrm(module: LRMModule, batch: PreferenceBatch) -> Tensor:
 
 
 def bare_dina(module: DiNaLRMModule, batch: PreferenceBatch) -> Tensor:
-    """Run VAE, text encoders, and the transformer's blocks."""
+    """Run VAE, text encoders, the transformer's blocks, and the head, which no library has."""
     noisy, device = bare_latents(module, batch), module.device
-    text, dit = module.model.backbone.text_encoder, module.model.backbone.transformer
+    backbone, head = module.model.backbone, module.model.head
+    text, dit = backbone.text_encoder, backbone.transformer
     prompts = list(batch.prompts)
     with torch.no_grad():
         clip_l, clip_g = (
@@ -58,9 +62,19 @@ def bare_dina(module: DiNaLRMModule, batch: PreferenceBatch) -> Tensor:
     dtype = dit.pos_embed.proj.weight.dtype
     visual, context = dit.pos_embed(noisy.to(dtype)), dit.context_embedder(tokens.to(dtype))
     temb = dit.time_text_embed(torch.full((len(noisy),), 501, device=device), pooled.to(dtype))
+    found = [(visual, context)]
     for block in dit.transformer_blocks:
         context, visual = block(hidden_states=visual, encoder_hidden_states=context, temb=temb)
-    return visual.float().mean() + context.float().mean()
+        found.append((visual, context))
+    patch = dit.config.patch_size
+    features = Features(
+        visual=tuple(found[tap][0] for tap in backbone.visual_taps),
+        visual_grids=(tuple(side // patch for side in noisy.shape[2:]),) * len(backbone.visual_taps),
+        text=tuple(found[tap][1] for tap in backbone.text_taps),
+        pooled_text=pooled,
+        temb=temb,
+    )
+    return head(features).mean()
 
 
 def bare_lpo(module: LPOModule, batch: StepPairs) -> Tensor:

@@ -158,7 +158,7 @@ GROUPS: dict[str, tuple[Job, ...]] = {
         Job(
             "DiNa-SD3.5-M fit, cached, T5 whole",
             f"fit {CACHED} --data.predict=null --trainer.limit_val_batches=0 --trainer.val_check_interval=null "
-            "--trainer.max_steps=3",
+            "--trainer.max_steps=3 --trainer.callbacks+=EncodeOnce",
             "peak",
         ),
     ),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from latentreward.callbacks import ExactResume
+from latentreward.callbacks import EncodeOnce, ExactResume, TrainableCheckpoint
 from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -103,6 +103,33 @@ def test_training_from_the_cache_gives_the_losses_of_training_from_images(
     assert got.pairs == wanted.pairs
     assert len(got.values) == 6
     torch.testing.assert_close(torch.tensor(got.values), torch.tensor(wanted.values), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("method", [pytest.param("lrm", marks=pytest.mark.slow), "dina"])
+def test_text_encoders_are_freed_where_prompts_are_cached(method: str, world: Path, tmp_path: Path) -> None:
+    def reward() -> DiNaLRMModule | LRMModule:
+        seed_everything(0)
+        module = dina() if method == "dina" else lrm()
+        module.model.backbone.text_encoder.requires_grad_(False)
+        return module
+
+    modules = []
+    for once in ([], [EncodeOnce()]):
+        module = reward()
+        data = cached(world / ("train" if method == "dina" else "sd"))
+        trainer = Trainer(
+            accelerator="cpu", max_steps=3, callbacks=[TrainableCheckpoint(), *once], **QUIET, num_sanity_val_steps=0
+        )
+        trainer.fit(module, datamodule=data)
+        modules.append(module)
+    whole, freed = (module.model.state_dict() for module in modules)
+    assert freed.keys() == {name for name in whole if not name.startswith("backbone.text_encoder.")} < whole.keys()
+    assert all(torch.equal(value, whole[name]) for name, value in freed.items())
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    reward().on_load_checkpoint(content := torch.load(tmp_path / "last.ckpt", weights_only=True))
+    assert any(name.startswith("model.backbone.text_encoder.") for name in content["base"]["names"])
+    with pytest.raises(InputError, match="'a purple cow' was not encoded before the first step"):
+        modules[1].model.encode_prompts(["a purple cow"])
 
 
 def test_a_head_that_asks_for_the_empty_prompt_takes_it_from_the_cache(world: Path) -> None:

@@ -54,7 +54,7 @@ def test_the_run_is_the_same_and_the_encoders_are_gone(tmp_path: Path) -> None:
     for name, value in weights(expected).items():
         torch.testing.assert_close(weights(module)[name], value, rtol=1e-4, atol=1e-6)
     assert not [*(tmp_path / "b").glob(".prompts*")]
-    with pytest.raises(InputError, match="'a purple cow' was not encoded at the start of the run"):
+    with pytest.raises(InputError, match="'a purple cow' was not encoded before the first step"):
         module.policy.encode_prompts(["a purple cow"])
 
 
@@ -120,7 +120,7 @@ def test_a_full_disk_is_named_before_anything_is_written(tmp_path: Path, monkeyp
 
 def test_the_training_of_a_reward_is_referred_to_the_cache(tmp_path: Path) -> None:
     module = write_run(tmp_path, "lrm", "sd15")
-    with pytest.raises(InputError, match=r"LRMModule aligns no policy; .*latentreward cache"):
+    with pytest.raises(InputError, match=r"LRMModule trains on prompts that are not encoded yet; .*latentreward cache"):
         EncodeOnce().setup(make_trainer(tmp_path), module, "fit")
 
 

@@ -1,5 +1,6 @@
 """A frozen reward under bf16-mixed: its products in bfloat16, its head and scores in float32, outside autocast."""
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from latentreward.policies import PolicySource
 from latentreward.rewards import LatentReward, RewardMixture
 from latentreward.rewards.latent import LatentScorer
 from latentreward.scoring import RewardModel
+from latentreward.storage.weight_files import StoredTensor
 from tests.rewards.stored import PROMPTS, states_of, tiny_policy, write_run
 from tests.tiny_pipelines import source_of
 
@@ -33,6 +35,41 @@ def test_scores_are_those_of_the_model_at_this_precision(method: str, name: str,
     assert {weight.dtype for weight in reward.model.head.parameters()} == {torch.float32}
     halved = sum(weight.numel() for weight in reward.parameters() if weight.dtype == torch.bfloat16)
     assert halved > 0.5 * sum(weight.numel() for weight in reward.model.backbone.parameters())
+
+
+def published(folder: Path) -> str:
+    """A model folder, whose tensors are mapped from safetensors."""
+    write_run(folder / "run", "lrm", "sd15")
+    RewardModel.from_pretrained(str(folder / "run")).save_pretrained(folder / "reward")
+    return str(folder / "reward")
+
+
+def test_weights_are_read_once_and_straight_in_their_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, read, places = published(tmp_path), StoredTensor.read, Counter[StoredTensor]()
+
+    def counted(place: StoredTensor) -> torch.Tensor:
+        places[place] += 1
+        return read(place)
+
+    policy = tiny_policy("sd15")
+    monkeypatch.setattr(StoredTensor, "read", counted)
+    reward = LatentReward(path, base=source_of("sd15"), share="never").load(policy)
+    assert not places
+    reward.set_precision(torch.bfloat16)
+    assert places and {*places.values()} == {1}
+    expected = RewardModel.from_pretrained(path, base=source_of("sd15"), dtype=torch.bfloat16).state_dict()
+    assert reward.model.state_dict().keys() == {name for name in expected if not name.startswith("backbone.vae.")}
+    for name, value in reward.model.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_weights_given_before_the_first_use_stay(tmp_path: Path) -> None:
+    rewards = [LatentReward(published(tmp_path), base=source_of("sd15")).load(tiny_policy("sd15")) for _ in range(2)]
+    given = {name: value + 0.1 for name, value in rewards[0].state_dict().items() if value.is_floating_point()}
+    rewards[1].load_state_dict(given, strict=False)
+    for name, value in rewards[1].model.state_dict().items():
+        if (key := f"_owned.{name.removeprefix('backbone.')}") in given:
+            assert torch.equal(value, given[key]), name
 
 
 def test_gradients_reach_the_latents(tmp_path: Path) -> None:

@@ -7,12 +7,12 @@ straight into its final type. A weight that needs no conversion stays mapped, an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,37 @@ COUNTED = (POSITIONS, ".num_batches_tracked")
 PLACES = "_stored_places"
 """Name of the attribute in which a mapped model keeps the places of its values; :func:`settle` removes it."""
 _postponed: ContextVar[list[Callable[[], None]] | None] = ContextVar("postponed", default=None)
+_unread: ContextVar[list[Reading] | None] = ContextVar("unread", default=None)
 _undrawn: ContextVar[bool] = ContextVar("undrawn", default=False)
+
+
+class Reading(NamedTuple):
+    """Weight that :func:`settle` has listed.
+
+    Attributes:
+        tensor: The weight.
+        place: Place of its values if they are mapped.
+        wanted: Type in which it is to be stored.
+        version: Number of changes in place before it was listed.
+    """
+
+    tensor: Tensor
+    place: StoredTensor | None
+    wanted: torch.dtype
+    version: int
+
+    @property
+    def mapped(self) -> bool:
+        """Whether the weight still has the values of its place."""
+        place, tensor = self.place, self.tensor
+        if place is None or tensor.device.type != "cpu" or changes_of(tensor) != self.version:
+            return False
+        return (place.shape, place.dtype) == (tensor.shape, tensor.dtype)
+
+
+def changes_of(tensor: Tensor) -> int:
+    """Return the number of changes of a tensor in place; PyTorch does not count those of inference tensors."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def load_weights(
@@ -199,7 +229,7 @@ def settle(
     A mapped weight is read from its file straight into the new type. One that has the type already, and lies at an
     aligned address, stays mapped. If several processes of the machine load the same weights, one of them converts the
     rest into a file that all map (:mod:`~latentreward.storage.shared_weights`). Inside :func:`settling_later` nothing
-    happens before the end of the block.
+    happens before the end of the block, and inside :func:`reading_later` the weights are only listed.
 
     Args:
         network: Module, mapped or not.
@@ -214,18 +244,31 @@ def settle(
     places: dict[int, StoredTensor] = {}
     for module in network.modules():
         places |= module.__dict__.pop(PLACES, {})
-    stored: list[tuple[Tensor, StoredTensor, torch.dtype]] = []
+    listed: list[Reading] = []
     for name, tensor in (*network.named_parameters(), *network.named_buffers()):
         frozen = isinstance(tensor, nn.Parameter) and not tensor.requires_grad
         wanted = (dtype if frozen else trained or dtype) if tensor.is_floating_point() else tensor.dtype
         if frozen and not set(float32_parts).isdisjoint(name.split(".")):
             wanted = torch.float32
+        place = None if tensor.is_meta else places.get(tensor.data_ptr())
+        listed.append(Reading(tensor, place, wanted, changes_of(tensor)))
+    unread = _unread.get()
+    if unread is None:
+        read_weights(listed)
+    else:
+        unread += listed
+
+
+def read_weights(listed: Iterable[Reading]) -> None:
+    """Store listed weights in their types, in place; see :func:`settle`."""
+    stored: list[tuple[Tensor, StoredTensor, torch.dtype]] = []
+    for reading in listed:
+        tensor, place, wanted, _ = reading
         # The address in a mapped file depends on the length of its header, and CPU kernels round differently at
         # addresses that are not aligned.
         if tensor.dtype == wanted and (tensor.is_meta or tensor.data_ptr() % ALIGNMENT == 0):
             continue
-        place = None if tensor.is_meta else places.get(tensor.data_ptr())
-        if place is not None and (place.shape, place.dtype) == (tensor.shape, tensor.dtype):
+        if place is not None and reading.mapped:
             stored.append((tensor, place, wanted))
         else:
             tensor.data = tensor.data.to(wanted, copy=True)
@@ -254,12 +297,29 @@ def settling_later(undrawn: bool = False) -> Iterator[None]:
 
 
 def after_settling(task: Callable[[], None]) -> None:
-    """Call ``task`` now, or at the end of :func:`settling_later` once all weights before it are read."""
-    waiting = _postponed.get()
-    if waiting is None:
-        task()
-    else:
-        waiting.append(task)
+    """Call ``task`` now, or at the end of :func:`settling_later`, once all weights before it are read."""
+    waiting, unread = _postponed.get(), _unread.get()
+    if waiting is not None:
+        waiting.append(partial(after_settling, task))
+        return
+    if unread is not None:
+        read_weights(unread)
+        unread.clear()
+    task()
+
+
+@contextmanager
+def reading_later() -> Iterator[list[Reading]]:
+    """List weights instead of reading them in :func:`settle`.
+
+    They stay mapped, in the files' types. :func:`read_weights` must follow once the final types are known.
+    """
+    listed: list[Reading] = []
+    token = _unread.set(listed)
+    try:
+        yield listed
+    finally:
+        _unread.reset(token)
 
 
 def fill(module: nn.Module, weights: MappedWeights) -> None:

@@ -18,16 +18,17 @@ class StoredPrompts(PromptEncoder):
     Args:
         encoder: Encoder that encoded the prompts.
         prompts: Distinct prompts, in the order of the rows of ``table``.
-        table: Encoded prompts on the CPU, which may be mapped from files.
+        table: Encoded prompts on the CPU, which may be mapped from files; None without prompts.
         device: Device that results are moved to.
     """
 
     def __init__(
-        self, encoder: PromptEncoder, prompts: Sequence[str], table: Conditioning, device: torch.device
+        self, encoder: PromptEncoder, prompts: Sequence[str], table: Conditioning | None, device: torch.device
     ) -> None:
         super().__init__()
         self.num_tokens, self.token_dim, self.pooled_dim = encoder.num_tokens, encoder.token_dim, encoder.pooled_dim
         self.masked = encoder.masked
+        self.clip_length = getattr(encoder, "clip_length", None)  # of SD3's encoder, whose T5 tokens come after CLIP's
         self._rows, self._table, self._device = {prompt: row for row, prompt in enumerate(prompts)}, table, device
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
@@ -39,13 +40,14 @@ class StoredPrompts(PromptEncoder):
         for prompt in prompts:
             if prompt not in self._rows:
                 raise InputError(
-                    f"the prompt {prompt!r} was not encoded at the start of the run, and EncodeOnce has freed the text "
+                    f"the prompt {prompt!r} was not encoded before the first step, and EncodeOnce has freed the text "
                     "encoders; give it to data.prompts or to a callback's prompts, or leave EncodeOnce out"
                 )
         return (torch.tensor([self._rows[prompt] for prompt in prompts], dtype=torch.int64),)
 
     def encode_ids(self, *input_ids: Tensor) -> Conditioning:
         """Return the rows ``input_ids[0]`` of the table, on the device."""
+        assert self._table is not None
         return self._table.select(input_ids[0]).trimmed().to(self._device)
 
     def forward(self, prompts: Sequence[str]) -> Conditioning:

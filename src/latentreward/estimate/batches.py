@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from pydoc import locate
 from typing import Any
 
@@ -10,6 +12,7 @@ from jsonargparse import Namespace
 from lightning.pytorch import LightningModule
 
 from latentreward.cache.datamodule import CachedPreferenceDataModule
+from latentreward.cache.layout import PLAN, CacheSpec, read_plan
 from latentreward.contracts import Conditioning, PreferenceBatch, PromptBatch, map_tensors, take_rows
 from latentreward.data import PromptsAndImages
 from latentreward.encoders.prompts import PromptEncoder
@@ -69,7 +72,8 @@ def pair_batch(network: Any, data: Namespace, shapes: ShapesOnly) -> PreferenceB
         InputError: If the settings have no batch size.
     """
     settings, space = data.init_args, network.latent_space
-    height, width = native_pixels(network)
+    cache = written_cache(settings)
+    height, width = (largest_pixels(cache) if cache else None) or native_pixels(network)
     if (size := settings.get("size")) is not None:
         height, width = (size, size) if isinstance(size, int) else size
         check_multiples("data.size", (height, width), network.side_multiple)
@@ -82,7 +86,7 @@ def pair_batch(network: Any, data: Namespace, shapes: ShapesOnly) -> PreferenceB
         count = max(1, settings.tokens_per_batch // (shape[-2] * shape[-1]))
     names = tuple(str(number) for number in range(count))
     encoder, conditioning, uncond = network.text_encoder, None, None
-    if latents and settings.cached_text:
+    if latents and settings.cached_text and (cache is None or cache.text is not None):
         conditioning, uncond = (encoded_prompts(encoder, rows, shapes) for rows in (count, 1))
     return PreferenceBatch(
         pair_ids=names,
@@ -130,6 +134,18 @@ def encoded_prompts(encoder: PromptEncoder, rows: int, shapes: ShapesOnly) -> Co
         shapes.stand_in((rows, pooled)) if pooled else None,
         torch.ones(rows, tokens, dtype=torch.bool) if encoder.masked else None,
     )
+
+
+def written_cache(settings: Namespace) -> CacheSpec | None:
+    """Return the settings of the training cache of a data module; None without a cache, or before it is written."""
+    split = settings.get("train")
+    folder = split.get("cache") if isinstance(split, Namespace) else None
+    return read_plan(Path(folder)).spec if folder is not None and (Path(folder) / PLAN).is_file() else None
+
+
+def largest_pixels(cache: CacheSpec) -> tuple[int, int] | None:
+    """Return (height, width) of the largest images of a cache."""
+    return cache.size if cache.buckets is None else max(cache.buckets, key=math.prod)
 
 
 def native_pixels(network: Any) -> tuple[int, int]:

@@ -76,6 +76,7 @@ class StepCosts:
         forward: Computation of one batch up to the loss, without sampling.
         backward: Computation of the backward pass of one batch, with the blocks that checkpointing recomputes.
         rollout: Computation of a rollout; in ReFL, of the sampling steps before the first step with a graph.
+        freed: Size of weights that are in memory before the first step, and freed then.
     """
 
     parts: tuple[PartCosts, ...]
@@ -89,6 +90,7 @@ class StepCosts:
     forward: int
     backward: int
     rollout: int
+    freed: int = 0
 
     @property
     def weights(self) -> int:
@@ -97,11 +99,19 @@ class StepCosts:
 
     @property
     def peak(self) -> int:
-        """Peak memory of the whole step in bytes."""
-        return max(self.batch_peak, self.update_peak, self.rollout_peak)
+        """Peak memory of the run in bytes."""
+        return max(self.batch_peak, self.update_peak, self.rollout_peak, self.start)
+
+    @property
+    def start(self) -> int:
+        """Memory before the first step in bytes: all weights, also those that are freed then."""
+        return self.weights + self.freed
 
     def without(self, name: str) -> StepCosts:
-        """Return the costs with the weights of the part ``name`` out of memory; its computation still counts."""
+        """Return the costs if the weights of the part ``name`` are freed before the first step.
+
+        The part's computation still counts.
+        """
         freed = sum(part.bytes for part in self.parts if part.name == name)
         return replace(
             self,
@@ -109,6 +119,7 @@ class StepCosts:
             batch_peak=self.batch_peak - freed,
             update_peak=self.update_peak - freed,
             rollout_peak=max(0, self.rollout_peak - freed),
+            freed=self.freed + freed,
         )
 
 

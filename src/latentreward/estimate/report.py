@@ -23,6 +23,7 @@ def as_text(costs: StepCosts, accumulated: int, notes: list[str]) -> str:
         lines.append(f"  {part.name:<36}{millions}{gigabytes(part.bytes)}")
     memory = {
         "weights": costs.weights,
+        "weights before the first step": costs.start if costs.freed else 0,
         "gradients": costs.gradients,
         f"optimiser state ({costs.optimizer})": costs.state,
         "kept for the backward pass": costs.saved,

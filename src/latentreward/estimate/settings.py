@@ -12,6 +12,7 @@ import torch
 from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
 
+from latentreward.estimate.batches import largest_pixels, written_cache
 from latentreward.estimate.costs import TEXT, StepCosts, step_costs
 from latentreward.estimate.report import as_text
 from latentreward.estimate.rewards import replace_rewards
@@ -62,9 +63,7 @@ def estimate(settings: Namespace, build: Callable[[Namespace], LightningModule])
     callbacks = settings.trainer.get("callbacks") or []
     if any(str(callback.get("class_path")).endswith(".EncodeOnce") for callback in callbacks):
         kept = costs.without(TEXT)
-        notes.append(
-            f"EncodeOnce frees text encoders of {(costs.weights - kept.weights) / 1e9:.2f} GB before the first step."
-        )
+        notes.append(f"EncodeOnce frees text encoders of {kept.freed / 1e9:.2f} GB before the first step.")
         costs = kept
     return Estimate(costs, settings, tuple(notes))
 
@@ -111,6 +110,8 @@ def notes_on(settings: Namespace, costs: StepCosts, sources: ConfigSources, gpu:
     given = data.get("size") or (sampling.get("height"), sampling.get("width"))
     sides = given if isinstance(given, int) else None if None in given else " x ".join(map(str, given))
     size = f"images of {sides}" if sides else "the network's own size unless the settings say another"
+    if (cache := written_cache(data)) and (largest := largest_pixels(cache)):
+        size = f"images of {largest[0]} x {largest[1]}, the largest of the cache"
     notes.append(f"Batch size per process {data.get('batch_size')}, {size}.")
     if costs.rollout_peak:
         notes.append(f"A rollout is of {data.prompts_per_rollout} prompts.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from latentreward.backbones.weights import Reading, read_weights, reading_later
 from latentreward.contracts import Conditioning, LatentSpace, NoisyStates, TensorRecord
 from latentreward.errors import InputError
 from latentreward.noise import NoiseProcess
@@ -21,12 +22,14 @@ from latentreward.rewards.shared_base import share_adapter, shares_network, shar
 from latentreward.scoring.layouts.find import StoredReward, find_reward
 from latentreward.scoring.layouts.published import PublishedSettings
 from latentreward.scoring.network import RewardNetwork
+from latentreward.scoring.precision import product_weights
 
 if TYPE_CHECKING:
     from latentreward.encoders.prompts import PromptEncoder
     from latentreward.policies import Policy
 
 Share = Literal["auto", "never"]
+Switch = Callable[[], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,8 @@ class LatentScorer(Reward):
         batch_size: States per forward pass; None takes all at once.
         policy: The policy. Modules that ``model`` shares with the policy are not registered as submodules here.
         switch: Function that returns the context in which a shared network has the reward's adapter active.
+        unread: Weights of ``model`` that are mapped, but not read yet. They are read at the first use of the model, or
+            by :meth:`set_precision` straight into their final types.
     """
 
     differentiable = True
@@ -65,9 +70,12 @@ class LatentScorer(Reward):
         noise_process: NoiseProcess,
         batch_size: int | None = None,
         policy: Policy | None = None,
-        switch: Callable[[], AbstractContextManager[None]] = nullcontext,
+        switch: Switch = nullcontext,
+        unread: Iterable[Reading] = (),
     ) -> None:
         super().__init__()
+        kept = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        self._unread = [reading for reading in unread if id(reading.tensor) in kept]
         self._model = (model,)  # a tuple, so that a shared network is not registered twice
         foreign = set() if policy is None else {*policy.children()}
         self._owned = nn.ModuleDict({"head": model.head})
@@ -78,7 +86,15 @@ class LatentScorer(Reward):
     @property
     def model(self) -> RewardNetwork:
         """Reward model, including modules shared with the policy."""
+        self._read_weights()
         return self._model[0]
+
+    def _read_weights(self, halved: Container[int] = ()) -> None:
+        """Read the weights that are still unread, those with ids in ``halved`` as bfloat16."""
+        unread, self._unread = self._unread, []
+        read_weights(
+            reading._replace(wanted=torch.bfloat16) if id(reading.tensor) in halved else reading for reading in unread
+        )
 
     def train(self, mode: bool = True) -> LatentScorer:
         """Keep evaluation mode, also when the surrounding module is set to training mode."""
@@ -86,7 +102,11 @@ class LatentScorer(Reward):
 
     def set_precision(self, dtype: torch.dtype) -> None:
         """See :meth:`Reward.set_precision`; modules shared with the policy keep theirs, and the trainer's autocast."""
-        shared = {name for name, _ in self.model.backbone.named_children()} - {*self._owned}
+        backbone = self._model[0].backbone
+        shared = {name for name, _ in backbone.named_children()} - {*self._owned}
+        if dtype == torch.bfloat16:
+            own = (part for name, part in backbone.named_children() if name not in shared)
+            self._read_weights(set().union(*map(product_weights, own)))
         self.model.set_precision(dtype, shared)
         self._own_text, self._own_network = "text_encoder" not in shared, shared <= {"text_encoder"}
 
@@ -243,22 +263,24 @@ class LatentReward(RewardSource):
     def load(self, policy: Policy) -> LatentScorer:
         """See :meth:`RewardSource.load`."""
         stored, self._stored = self.stored, None  # free what it has read once the reward is loaded
-        with torch.random.fork_rng(devices=[]):  # initialising weights, which are overwritten, must not change the RNG
-            loaded = self._loaded(stored, policy)
-        if conversion := describe_conversion(policy.noise_process, loaded.model.backbone.noise_process):
+        # Initialising weights, which are overwritten, must not change the RNG.
+        with torch.random.fork_rng(devices=[]), reading_later() as unread:
+            model, switch = self._loaded(stored, policy)
+        if conversion := describe_conversion(policy.noise_process, model.backbone.noise_process):
             from lightning.pytorch.utilities import rank_zero_info  # takes seconds to import
 
             rank_zero_info(f"reward {self.path}: {conversion}")
-        return loaded
+        return LatentScorer(model, policy.noise_process, self.batch_size, policy, switch, unread)
 
-    def _loaded(self, stored: StoredReward, policy: Policy) -> LatentScorer:
+    def _loaded(self, stored: StoredReward, policy: Policy) -> tuple[RewardNetwork, Switch]:
+        """Load the model, and return it with the context in which a network shared with the policy is the reward's."""
         network, text = (self.share == "auto" and shares(stored, policy) for shares in (shares_network, shares_text))
         if not network:
             model = stored.load()
             model.backbone.vae = None  # 84 million parameters that scoring of latents does not need
             if text:
                 model.backbone.text_encoder = policy.text_encoder
-            return LatentScorer(model, policy.noise_process, self.batch_size, policy)
+            return model, nullcontext
         outline = stored.on_meta_device
         adapter = share_adapter(policy, outline.get_submodule(outline.network_name), stored.adapter())
         encoder, head = policy.text_encoder, None
@@ -269,4 +291,4 @@ class LatentReward(RewardSource):
             encoder, head = whole.backbone.text_encoder, whole.head
         model = RewardNetwork(outline.with_network(policy.network, encoder), head)
         model.image_sizes = stored.image_sizes or model.image_sizes
-        return LatentScorer(model, policy.noise_process, self.batch_size, policy, partial(policy.adapters.use, adapter))
+        return model, partial(policy.adapters.use, adapter)

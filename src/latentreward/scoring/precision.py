@@ -21,6 +21,22 @@ ATTENTION_NORM = re.compile(r"\.norm_(added_)?[qk]$")
 """Names of the norms of queries and keys."""
 
 
+def product_weights(network: nn.Module) -> set[int]:
+    """Return the ids of the tensors that :func:`halve_products` converts to bfloat16."""
+    return {
+        id(tensor)
+        for name, module in network.named_modules()
+        if is_halved(name, module)
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
+        if tensor.is_floating_point()
+    }
+
+
+def is_halved(name: str, module: nn.Module) -> bool:
+    """Tell whether :func:`halve_products` converts a layer to bfloat16."""
+    return isinstance(module, PRODUCTS) and not EXACT.search(name)
+
+
 def halve_products(network: nn.Module) -> None:
     """Convert the linear and convolution layers of ``network`` to bfloat16 and all else to float32, in place.
 
@@ -30,12 +46,12 @@ def halve_products(network: nn.Module) -> None:
     Args:
         network: Network, on any device; call once.
     """
+    halved = product_weights(network)
+    for tensor in (*network.parameters(), *network.buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(torch.bfloat16 if id(tensor) in halved else torch.float32)
     for name, module in network.named_modules():
-        halved = isinstance(module, PRODUCTS) and not EXACT.search(name)
-        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-            if tensor.is_floating_point():
-                tensor.data = tensor.data.to(torch.bfloat16 if halved else torch.float32)
-        if halved:
+        if is_halved(name, module):
             module.register_forward_pre_hook(_narrow_input)
             module.register_forward_hook(_widen_output_on_cpu if ATTENTION.search(name) else _widen_output)
         elif isinstance(module, PRODUCTS):
