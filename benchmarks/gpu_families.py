@@ -1,6 +1,6 @@
 """Families of generators on one GPU, for the block ``families`` of ``gpu.py``: reward and policy of each model."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -11,9 +11,9 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from latentreward.backbones.loading import PipelineSource
+from latentreward.backbones.sd3_dit import SD3DiTBackbone
 from latentreward.backbones.tuning import LoRA
 from latentreward.contracts import Conditioning
-from latentreward.encoders.prompts import PromptEncoder
 from latentreward.estimate.pipelines import HUB_IDS, PIPELINES, write_pipelines
 from latentreward.families import find_family
 from latentreward.families.backbone import FamilyBackbone
@@ -26,13 +26,14 @@ MODELS = (
     "black-forest-labs/FLUX.1-dev",
     "Tongyi-MAI/Z-Image",
     "Qwen/Qwen-Image",
+    "stabilityai/stable-diffusion-3.5-large",
     "black-forest-labs/FLUX.2-klein-4B",
     "black-forest-labs/FLUX.2-klein-9B",
     "Alpha-VLLM/Lumina-Image-2.0",
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
     "Wan-AI/Wan2.1-T2V-14B-Diffusers",
 )
-"""Models by hub id; SD3.5 is in the other blocks."""
+"""Models by hub id; SD3.5-Medium is in the other blocks."""
 TINY: Mapping[str, Mapping[str, Any]] = {
     "flux1": {"num_layers": 2, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2,
               "axes_dims_rope": (4, 6, 6)},
@@ -42,27 +43,13 @@ TINY: Mapping[str, Mapping[str, Any]] = {
                     "axes_dims_rope": (4, 4, 4, 4)},
     "lumina2": {"hidden_size": 32, "num_layers": 3, "num_refiner_layers": 1, "num_attention_heads": 2,
                 "num_kv_heads": 1, "axes_dim_rope": (4, 6, 6)},
+    "sd3": {"sample_size": 16, "num_layers": 3, "attention_head_dim": 16, "num_attention_heads": 2,
+            "caption_projection_dim": 32, "pos_embed_max_size": 16},
     "wan21": {"num_layers": 3, "attention_head_dim": 16, "num_attention_heads": 2, "ffn_dim": 64, "freq_dim": 32},
 }  # fmt: skip
 """Family → entries of the network's config that make it tiny."""
 TOKENS = 128
 """Tokens of the prompt; every network takes fewer than its pipeline's most."""
-
-
-class Widths(PromptEncoder):
-    """Widths of encoded prompts, in place of text encoders."""
-
-    def __init__(self, token_dim: int, pooled_dim: int) -> None:
-        super().__init__()
-        self.num_tokens, self.token_dim, self.pooled_dim = TOKENS, token_dim, pooled_dim
-
-    def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
-        """Not used."""
-        raise NotImplementedError
-
-    def encode_ids(self, *input_ids: Tensor) -> Conditioning:
-        """Not used."""
-        raise NotImplementedError
 
 
 class RandomModel:
@@ -81,25 +68,19 @@ class RandomModel:
         folder = Path(mkdtemp())
         write_pipelines(folder, {name: parts}, [])
         family = find_family(PipelineSource(str(folder / name)))
-        assert isinstance(family, FlowFamily)
         if tiny:
             family.config.update(TINY[family.name])
         self.family = family
         size = (32, 32) if tiny else (1024, 1024)
         generator = torch.Generator(device).manual_seed(0)
         self.latents = torch.randn(1, *family.latent_shape(*size), device=device, generator=generator)
-        width, pooled = self.text_widths()
-        embeds = torch.randn(1, TOKENS, width, device=device, generator=generator)
-        masked = family.name in ("z_image", "qwen_image", "lumina2")
-        mask = torch.ones(1, TOKENS, dtype=torch.bool, device=device) if masked else None
-        self.conditioning = Conditioning(embeds, torch.zeros(1, pooled, device=device) if pooled else None, mask)
+        with torch.device("meta"):
+            self.encoder = encoder = family.load_prompt_encoder()  # for its widths
+        embeds = torch.randn(1, TOKENS, encoder.token_dim, device=device, generator=generator)
+        pooled = torch.zeros(1, encoder.pooled_dim, device=device) if encoder.pooled_dim else None
+        mask = torch.ones(1, TOKENS, dtype=torch.bool, device=device) if encoder.masked else None
+        self.conditioning = Conditioning(embeds, pooled, mask)
         self.timesteps = torch.full((1,), 501.0, device=device)
-
-    def text_widths(self) -> tuple[int, int]:
-        """Return the widths of the prompt's tokens and of the pooled vector, 0 without one."""
-        config = self.family.config
-        width = next(config[name] for name in ("joint_attention_dim", "cap_feat_dim", "text_dim") if name in config)
-        return width, config["pooled_projection_dim"] if self.family.name == "flux1" else 0
 
     def network(self) -> Any:
         """Make the network; matrices are random numbers of N(0, 0.02²), other weights 1."""
@@ -128,8 +109,12 @@ class RandomModel:
         network = self.network()
         kept = -(-sum(1 for _ in self.family.blocks(network)) // 2)
         taps = sorted({max(1, kept // 3), max(1, 2 * kept // 3), kept})
-        text = [] if self.family.name == "wan21" else taps
-        backbone = FamilyBackbone(network, self.family, kept, taps, text, text_encoder=Widths(*self.text_widths()))
+        if isinstance(self.family, FlowFamily):
+            text = [] if self.family.constant_text else taps
+            backbone = FamilyBackbone(network, self.family, kept, taps, text, text_encoder=self.encoder)
+        else:
+            process, space = self.family.noise_process, self.family.latent_space
+            backbone = SD3DiTBackbone(network, process, space, kept, taps, taps, text_encoder=self.encoder)
         self.fill(network)
         head = GatedQFormerHead(backbone.feature_spec, num_heads=2).to(self.device).requires_grad_(False)
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
@@ -53,12 +54,12 @@ LEARNERS: dict[str, Any] = {
 }
 
 
-def mean_reward(module: AlignmentModule, twin: Twin, reference: bool = False) -> float:
-    """Mean reward of what the policy makes of 16 fixed noises; the reference's is that of a run with rate 0."""
+def rewards_of(module: AlignmentModule, twin: Twin, reference: bool = False) -> Tensor:
+    """Rewards of what the policy makes of 16 fixed noises; the reference's are those of a run with rate 0."""
     with torch.no_grad():
         plan = sampling(twin, 6)
         latents = sample_latents(module.policy.eval(), FIXED, plan, module.guidance_scale, 0, reference)
-    return 10 * latents[:, 0].flatten(1).mean().item()
+    return 10 * latents[:, 0].flatten(1).mean(dim=1)
 
 
 @pytest.mark.parametrize("method", LEARNERS)
@@ -70,4 +71,5 @@ def test_rewards_rise_above_those_of_a_run_with_rate_zero(twin: Twin, method: st
     if method == "refl":
         keys = {"train_dataloaders": DataLoader([PromptBatch(PROMPTS, ("0/0", "0/1"))] * 15, batch_size=None)}
     make_trainer(tmp_path, max_steps=15, max_epochs=-1).fit(module, **keys)
-    assert mean_reward(module, twin) > mean_reward(module, twin, reference=True)
+    rises = rewards_of(module, twin) - rewards_of(module, twin, reference=True)
+    assert rises.mean() > 3 * rises.std() / len(rises) ** 0.5, rises  # Student's t of 16 noises: p < 0.005

@@ -92,6 +92,25 @@ def test_rewards_score_near_those_of_bfloat16(twin: Twin) -> None:
     assert 0 < (found - want).norm() / want.norm() < TOLERANCE
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("kind", "tolerance"), [("bnb_int8", 0.1), ("nf4", 0.3)])
+@some
+def test_bitsandbytes_predicts_near_bfloat16_and_trains_adapters(twin: Twin, kind: str, tolerance: float) -> None:
+    outputs = []
+    for quantization in (None, kind):
+        policy = policy_of(twin, quantization).to("cuda")
+        latents = noise_for(policy.latent_shape(*twin.size)).cuda()
+        with torch.autocast("cuda", torch.bfloat16):
+            encoded = policy.encode_prompts(PROMPTS)
+            outputs.append(policy.predict(latents, torch.tensor([300.0, 800.0]).cuda(), encoded).float())
+    want, found = outputs
+    assert 0 < (found - want).norm() / want.norm() < tolerance
+    found.square().mean().backward()
+    trained = [weight for weight in policy.parameters() if weight.requires_grad]
+    assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in trained)
+    assert any(weight.grad.any() for weight in trained)
+
+
 def test_a_base_record_and_a_digest_leave_no_quantised_values_unseen() -> None:
     twin = FAMILIES[0]
     plain, quantised = policy_of(twin), policy_of(twin, "int8")

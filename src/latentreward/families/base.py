@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from latentreward.backbones.tuning import ATTENTION, StorageDtype
+from latentreward.backbones.weights import settle
 from latentreward.contracts import Conditioning, LatentSpace
+from latentreward.encoders.vae import LatentEncoder
 from latentreward.errors import InputError
 from latentreward.families.published import Published
 from latentreward.noise import NoiseProcess
@@ -20,7 +22,6 @@ from latentreward.storage.json_files import Kind, entry
 
 if TYPE_CHECKING:
     from latentreward.encoders.prompts import PromptEncoder
-    from latentreward.encoders.vae import LatentEncoder
 
 
 Pair = tuple[Tensor, Tensor]
@@ -70,6 +71,8 @@ class Family(ABC):
         part: Name of the network in a pipeline.
         network_class: Class of the network in diffusers.
         block_classes: Classes of the network's blocks in diffusers, which FSDP1 wraps as units.
+        vae_class: Class of the VAE in diffusers.
+        latent_encoder: Class that encodes and decodes with the VAE.
         flow: Whether the network is a rectified flow; else it predicts noise or v of a DDPM process.
         clips: Whether the network makes clips; others make images, also in a latent space with a time axis.
         default_guidance: ``guidance_scale`` of the family's pipeline; None for networks without guidance.
@@ -89,6 +92,8 @@ class Family(ABC):
     part: ClassVar[str] = "transformer"
     network_class: ClassVar[str]
     block_classes: ClassVar[Sequence[str]] = ()
+    vae_class: ClassVar[str] = "AutoencoderKL"
+    latent_encoder: ClassVar[type[LatentEncoder]] = LatentEncoder
     flow: ClassVar[bool] = True
     clips: ClassVar[bool] = False
     no_guidance: ClassVar[float] = 1.0
@@ -151,9 +156,9 @@ class Family(ABC):
     # Latents
 
     @cached_property
-    @abstractmethod
     def latent_space(self) -> LatentSpace:
-        """Space of the latents."""
+        """Space of the latents, from the VAE's config."""
+        return self.latent_encoder.space_of(self.pipeline.config("vae"), self.named("vae"))
 
     @property
     @abstractmethod
@@ -198,13 +203,17 @@ class Family(ABC):
         space.check_frames(frames)
         return space.shape(sides[0], sides[1], frames)
 
-    @abstractmethod
     def load_latent_encoder(self, dtype: StorageDtype = "float32") -> LatentEncoder:
-        """Load the VAE in ``dtype``."""
+        """Load the VAE in ``dtype``; constants stored beside its weights (FLUX.2) stay float32."""
+        import diffusers
 
-    @abstractmethod
+        vae = self.pipeline.load(getattr(diffusers, self.vae_class), "vae").requires_grad_(False)
+        settle(vae, getattr(torch, dtype), torch.float32)
+        return self.wrap_vae(vae)
+
     def wrap_vae(self, vae: Any) -> LatentEncoder:
         """Return the encoder of a diffusers VAE in memory."""
+        return self.latent_encoder(vae, self.latent_space)
 
     # Text
 

@@ -13,11 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from latentreward.backbones.loading import check_channels
-from latentreward.backbones.tuning import StorageDtype
-from latentreward.backbones.weights import settle
-from latentreward.contracts import Conditioning, LatentSpace
+from latentreward.contracts import Conditioning
 from latentreward.encoders.prompts import PromptEncoder
-from latentreward.encoders.vae import LatentEncoder
 from latentreward.errors import InputError, first_line
 from latentreward.families.base import Family, PipelineConfigs
 from latentreward.noise import ContinuousFlow, NoiseProcess
@@ -53,8 +50,6 @@ class FlowFamily(Family):
     :meth:`begin` and :meth:`step`, the same pass block by block, for backbones that read features.
 
     Attributes:
-        vae_class: Class of the VAE in diffusers.
-        latent_encoder: Class that encodes and decodes with the VAE.
         lists: Names of the network's lists of blocks, in the order in which they run.
         tail: Names of the network's modules after the last block.
         packing: Number of latent pixels along each side that the network joins to one token.
@@ -65,8 +60,6 @@ class FlowFamily(Family):
         pixels: Height and width at which the model was trained.
     """
 
-    vae_class: ClassVar[str] = "AutoencoderKL"
-    latent_encoder: ClassVar[type[LatentEncoder]] = LatentEncoder
     lists: ClassVar[Sequence[str]]
     tail: ClassVar[Sequence[str]] = ("norm_out", "proj_out")
     packing: ClassVar[int] = 2
@@ -85,11 +78,6 @@ class FlowFamily(Family):
         check_channels(self.pipeline.source, self.part, self.config, self.latent_space, self.positions)
 
     # Latents
-
-    @cached_property
-    def latent_space(self) -> LatentSpace:
-        """See :attr:`Family.latent_space`."""
-        return self.latent_encoder.space_of(self.pipeline.config("vae"), self.named("vae"))
 
     @property
     def native_size(self) -> tuple[int, int]:
@@ -157,18 +145,6 @@ class FlowFamily(Family):
                 "download tokenizer again"
             ) from error
         return tokenizer
-
-    def load_latent_encoder(self, dtype: StorageDtype = "float32") -> LatentEncoder:
-        """See :meth:`Family.load_latent_encoder`; constants stored beside its weights (FLUX.2) stay float32."""
-        import diffusers
-
-        vae = self.pipeline.load(getattr(diffusers, self.vae_class), "vae").requires_grad_(False)
-        settle(vae, getattr(torch, dtype), torch.float32)
-        return self.wrap_vae(vae)
-
-    def wrap_vae(self, vae: Any) -> LatentEncoder:
-        """See :meth:`Family.wrap_vae`."""
-        return self.latent_encoder(vae, self.latent_space)
 
     # Noise
 

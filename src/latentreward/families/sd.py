@@ -11,10 +11,8 @@ from torch import Tensor, nn
 
 from latentreward.backbones.loading import SHIPPED, check_channels
 from latentreward.backbones.sd_unet import unet_family
-from latentreward.backbones.tuning import StorageDtype
-from latentreward.contracts import Conditioning, LatentSpace
+from latentreward.contracts import Conditioning
 from latentreward.encoders.prompts import PromptEncoder
-from latentreward.encoders.vae import LatentEncoder
 from latentreward.errors import InputError
 from latentreward.families.base import Family, Pair, PipelineConfigs
 from latentreward.noise import NoiseProcess, process_from_scheduler
@@ -62,26 +60,12 @@ class StableDiffusion(Family):
         """Whether the U-Net takes pooled text and sizes, as SDXL's."""
         return self.config.get("addition_embed_type") == "text_time"
 
-    @cached_property
-    def latent_space(self) -> LatentSpace:
-        """See :attr:`Family.latent_space`."""
-        return LatentEncoder.space_of(self.pipeline.config("vae"), self.named("vae"))
-
     @property
     def native_size(self) -> tuple[int, int]:
         """See :attr:`Family.native_size`."""
         size = self.config["sample_size"]
         height, width = (size, size) if isinstance(size, int) else size
         return height * self.latent_space.downscale, width * self.latent_space.downscale
-
-    def load_latent_encoder(self, dtype: StorageDtype = "float32") -> LatentEncoder:
-        """See :meth:`Family.load_latent_encoder`."""
-        encoder: LatentEncoder = self.pipeline.latent_encoder(dtype)
-        return encoder
-
-    def wrap_vae(self, vae: Any) -> LatentEncoder:
-        """See :meth:`Family.wrap_vae`."""
-        return LatentEncoder(vae)
 
     def load_prompt_encoder(
         self, t5_length: int | None = None, load_t5: bool = True, pretrained: bool = True

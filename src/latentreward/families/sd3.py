@@ -16,10 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from latentreward.backbones.loading import SHIPPED, check_channels
-from latentreward.backbones.tuning import StorageDtype
-from latentreward.contracts import Conditioning, LatentSpace
+from latentreward.contracts import Conditioning
 from latentreward.encoders.prompts import PromptEncoder
-from latentreward.encoders.vae import LatentEncoder
 from latentreward.families.base import Family, Pair, PipelineConfigs
 from latentreward.noise import NoiseProcess, process_from_scheduler
 from latentreward.noise.schedules import static_levels
@@ -87,11 +85,6 @@ class StableDiffusion3(Family):
             return "dina_lrm_tiny"
         return "dina_lrm_sd35" if self.config.get("qk_norm") else "lrm_sd3"
 
-    @cached_property
-    def latent_space(self) -> LatentSpace:
-        """See :attr:`Family.latent_space`."""
-        return LatentEncoder.space_of(self.pipeline.config("vae"), self.named("vae"))
-
     @property
     def native_size(self) -> tuple[int, int]:
         """See :attr:`Family.native_size`."""
@@ -102,15 +95,6 @@ class StableDiffusion3(Family):
     def side_multiple(self) -> int:
         """See :attr:`Family.side_multiple`; the side of a token in pixels."""
         return self.latent_space.downscale * self.entry(self.part, "patch_size", int, 2)
-
-    def load_latent_encoder(self, dtype: StorageDtype = "float32") -> LatentEncoder:
-        """See :meth:`Family.load_latent_encoder`."""
-        encoder: LatentEncoder = self.pipeline.latent_encoder(dtype)
-        return encoder
-
-    def wrap_vae(self, vae: Any) -> LatentEncoder:
-        """See :meth:`Family.wrap_vae`."""
-        return LatentEncoder(vae)
 
     def load_prompt_encoder(
         self, t5_length: int | None = None, load_t5: bool = True, pretrained: bool = True
