@@ -65,7 +65,7 @@ def load_lpo(sd15: str, reward: str) -> nn.Module:
 
 
 def write_reward(folder: Path) -> None:
-    """Write a published LRM-SD1.5 with random weights."""
+    """Write the model folder of an LRM-SD1.5 with random weights."""
     source, run = str(folder / "sd15"), folder / "run"
     module = LRMModule(create_backbone("sd15", source=source), CLIPProjectionHead, LRMLoss())
     state, base = module.state_dict(), BaseSample.of(module, source)

@@ -16,7 +16,15 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderMo
 
 from latentreward.backbones import create_backbone
 from latentreward.backbones.tuning import LoRA
-from latentreward.backbones.weights import assign, load_weights, map_model, settle, settling_later
+from latentreward.backbones.weights import (
+    assign,
+    load_weights,
+    map_model,
+    read_weights,
+    reading_later,
+    settle,
+    settling_later,
+)
 from latentreward.errors import InputError
 from latentreward.heads.clip_projection import clip_text_projection
 from latentreward.policies import PolicySource
@@ -239,6 +247,18 @@ def test_settling_waits_for_the_end_of_the_block(read: list[StoredTensor]) -> No
         network.load_state_dict(own, assign=True)
     assert all(bool((tensor == 1).all()) for tensor in network.state_dict().values())
     assert read == []
+
+
+def test_weights_that_are_read_later_have_the_last_type(read: list[StoredTensor]) -> None:
+    with reading_later() as listed:
+        network = load_weights(UNet2DConditionModel, pipeline_folder("sd15"), subfolder="unet")
+        settle(network, torch.bfloat16)
+    assert read == []
+    read_weights(listed.values())
+    assert len(read) == len({*read})
+    expected = load_weights(UNet2DConditionModel, pipeline_folder("sd15"), subfolder="unet", torch_dtype=torch.bfloat16)
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(network.state_dict()[name], tensor), name
 
 
 @pytest.mark.parametrize("kind", ["run", "folder"])

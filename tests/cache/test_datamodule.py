@@ -23,6 +23,7 @@ from latentreward.heads import CLIPProjectionHead, GatedQFormerHead
 from latentreward.losses import LRMLoss, ThurstoneLoss
 from latentreward.modules import DiffusionDPOModule, DiNaLRMModule, LRMModule
 from latentreward.policies import PolicySource
+from latentreward.scoring import RewardModel
 from latentreward.tinyworld.writers import write_hpdv3
 from tests.cache.written_caches import spec, write_cache
 from tests.distributed.ranks import on_ranks
@@ -128,8 +129,10 @@ def test_text_encoders_are_freed_where_prompts_are_cached(method: str, world: Pa
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     reward().on_load_checkpoint(content := torch.load(tmp_path / "last.ckpt", weights_only=True))
     assert any(name.startswith("model.backbone.text_encoder.") for name in content["base"]["names"])
-    with pytest.raises(InputError, match="'a purple cow' was not encoded before the first step"):
+    with pytest.raises(InputError, match=r"'a purple cow' was not encoded .*; use cached prompts, or"):
         modules[1].model.encode_prompts(["a purple cow"])
+    with pytest.raises(InputError, match="EncodeOnce has freed the model's text encoders; load the model from a check"):
+        RewardModel.of(modules[1].model).save_pretrained(tmp_path / "folder")
 
 
 def test_a_head_that_asks_for_the_empty_prompt_takes_it_from_the_cache(world: Path) -> None:

@@ -20,10 +20,15 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from safetensors.torch import save_file
 
+from latentreward.backbones import sd_tiny
 from latentreward.cli import main
 from latentreward.commands.fit import ranks_per_machine
 from latentreward.errors import InputError
+from latentreward.heads import CLIPProjectionHead
+from latentreward.losses import LRMLoss
+from latentreward.modules import LRMModule
 from latentreward.modules.frozen import share_frozen
+from latentreward.scoring import RewardModel
 from latentreward.storage.shared_weights import own_folder, processes_here, release_shared, shared, sharing_between
 from latentreward.storage.weight_files import StoredTensor, map_weights
 from latentreward.tinyworld.writers import write_pickapic
@@ -63,10 +68,24 @@ def aligned_policy(folder: Path) -> dict[str, Any]:
     return {}
 
 
+def aligned_by_a_reward(folder: Path) -> dict[str, Any]:
+    """On two ranks: LPO with a reward whose files are float32, under bf16-mixed."""
+    options = [f"--model.reward.path={folder / 'reward'}", "--model.reward.share=never", "--data.batch_size=4"]
+    quick = ["--trainer.max_steps=2", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+    two = ["--trainer.devices=2", "--trainer.strategy=ddp", f"--trainer.default_root_dir={folder}"]
+    two += ["--model.policy.frozen_dtype=bfloat16", "--trainer.precision=bf16-mixed"]
+    seen = "--trainer.callbacks+=tests.distributed.test_frozen.MappedMemory"
+    main(["fit", "--config=configs/align/lpo_tiny.yaml", *options, *quick, *two, seen])
+    return {}
+
+
 @pytest.mark.slow
-def test_a_machine_holds_frozen_weights_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("run", ["aligned_policy", "aligned_by_a_reward"])
+def test_a_machine_holds_frozen_weights_once(run: str, tmp_path: Path) -> None:
     write_pickapic(tmp_path / "pairs", {"train": 16, "validation": 8})
-    on_ranks("tests.distributed.test_frozen:aligned_policy", tmp_path)
+    model = LRMModule(sd_tiny(), CLIPProjectionHead, LRMLoss(), seed=0).model
+    RewardModel.of(model).save_pretrained(tmp_path / "reward", base="sd_tiny")
+    on_ranks(f"tests.distributed.test_frozen:{run}", tmp_path)
     found = [torch.load(tmp_path / f"memory{rank}.pt") for rank in range(2)]
     for memory in found:
         assert memory["Private_Dirty"] == 0  # no page was written to

@@ -117,9 +117,14 @@ def test_a_cache_tells_sizes_and_whether_prompts_are_encoded(
         folder = write_cache(tmp_path / str(with_text), [{"image_a": 0, "image_b": 1}], [(32, 32)] * 2, spec=settings)
         cache = f"--data.train.cache={folder}"
         texts.append(shown(capsys, *options, cache, "--data.val=null", "--data.predict=null"))
-    assert all("images of 64 x 32, the largest of the cache." in text for text in texts)
+    assert all("images of 64 x 32, whose batches are the cache's largest." in text for text in texts)
     first, second = (number(text, "forward pass of a batch") for text in texts)
     assert first < second
+    both = [f"--data.train.cache={tmp_path / 'True'}", f"--data.val={{cache: {tmp_path / 'False'}}}"]
+    assert number(shown(capsys, *options, *both, "--data.predict=null"), "forward pass of a batch") == second
+    tokens = "--data.tokens_per_batch=32"  # one pair of 8 x 4 latent pixels, or two of 4 x 4
+    text = shown(capsys, *options, both[0], "--data.val=null", "--data.predict=null", tokens)
+    assert number(text, "forward pass of a batch") < first
 
 
 @pytest.mark.slow

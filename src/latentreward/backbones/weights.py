@@ -12,7 +12,7 @@ from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ COUNTED = (POSITIONS, ".num_batches_tracked")
 PLACES = "_stored_places"
 """Name of the attribute in which a mapped model keeps the places of its values; :func:`settle` removes it."""
 _postponed: ContextVar[list[Callable[[], None]] | None] = ContextVar("postponed", default=None)
-_unread: ContextVar[list[Reading] | None] = ContextVar("unread", default=None)
+_unread: ContextVar[dict[int, Reading] | None] = ContextVar("unread", default=None)
 _undrawn: ContextVar[bool] = ContextVar("undrawn", default=False)
 
 
@@ -48,21 +48,35 @@ class Reading(NamedTuple):
         tensor: The weight.
         place: Place of its values if they are mapped.
         wanted: Type in which it is to be stored.
+        address: Address of the values.
         version: Number of changes in place before it was listed.
     """
 
     tensor: Tensor
     place: StoredTensor | None
     wanted: torch.dtype
+    address: int
     version: int
+
+    @classmethod
+    def of(cls, tensor: Tensor, place: StoredTensor | None, wanted: torch.dtype) -> Self:
+        """List a weight as it is now."""
+        return cls(tensor, place, wanted, address_of(tensor), changes_of(tensor))
 
     @property
     def mapped(self) -> bool:
-        """Whether the weight still has the values of its place."""
+        """Whether the weight still has the values of its place; changes through ``.data`` in place are not seen."""
         place, tensor = self.place, self.tensor
-        if place is None or tensor.device.type != "cpu" or changes_of(tensor) != self.version:
+        if place is None or tensor.device.type != "cpu" or address_of(tensor) != self.address:
+            return False
+        if changes_of(tensor) != self.version:
             return False
         return (place.shape, place.dtype) == (tensor.shape, tensor.dtype)
+
+
+def address_of(tensor: Tensor) -> int:
+    """Return the address of a tensor's values; 0 on the meta device."""
+    return 0 if tensor.is_meta else tensor.data_ptr()
 
 
 def changes_of(tensor: Tensor) -> int:
@@ -250,20 +264,21 @@ def settle(
         wanted = (dtype if frozen else trained or dtype) if tensor.is_floating_point() else tensor.dtype
         if frozen and not set(float32_parts).isdisjoint(name.split(".")):
             wanted = torch.float32
-        place = None if tensor.is_meta else places.get(tensor.data_ptr())
-        listed.append(Reading(tensor, place, wanted, changes_of(tensor)))
+        listed.append(Reading.of(tensor, places.get(address_of(tensor)), wanted))
     unread = _unread.get()
     if unread is None:
         read_weights(listed)
-    else:
-        unread += listed
+        return
+    for reading in listed:
+        first = unread.get(id(reading.tensor), reading)  # which knows the place; the last one knows the type
+        unread[id(reading.tensor)] = first._replace(wanted=reading.wanted)
 
 
 def read_weights(listed: Iterable[Reading]) -> None:
     """Store listed weights in their types, in place; see :func:`settle`."""
     stored: list[tuple[Tensor, StoredTensor, torch.dtype]] = []
     for reading in listed:
-        tensor, place, wanted, _ = reading
+        tensor, place, wanted = reading[:3]
         # The address in a mapped file depends on the length of its header, and CPU kernels round differently at
         # addresses that are not aligned.
         if tensor.dtype == wanted and (tensor.is_meta or tensor.data_ptr() % ALIGNMENT == 0):
@@ -303,18 +318,18 @@ def after_settling(task: Callable[[], None]) -> None:
         waiting.append(partial(after_settling, task))
         return
     if unread is not None:
-        read_weights(unread)
+        read_weights(unread.values())
         unread.clear()
     task()
 
 
 @contextmanager
-def reading_later() -> Iterator[list[Reading]]:
-    """List weights instead of reading them in :func:`settle`.
+def reading_later() -> Iterator[dict[int, Reading]]:
+    """List weights by their ids instead of reading them in :func:`settle`.
 
     They stay mapped, in the files' types. :func:`read_weights` must follow once the final types are known.
     """
-    listed: list[Reading] = []
+    listed: dict[int, Reading] = {}
     token = _unread.set(listed)
     try:
         yield listed

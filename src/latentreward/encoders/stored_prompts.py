@@ -20,15 +20,22 @@ class StoredPrompts(PromptEncoder):
         prompts: Distinct prompts, in the order of the rows of ``table``.
         table: Encoded prompts on the CPU, which may be mapped from files; None without prompts.
         device: Device that results are moved to.
+        remedy: What a user can do about a prompt that is not in the table.
     """
 
     def __init__(
-        self, encoder: PromptEncoder, prompts: Sequence[str], table: Conditioning | None, device: torch.device
+        self,
+        encoder: PromptEncoder,
+        prompts: Sequence[str],
+        table: Conditioning | None,
+        device: torch.device,
+        remedy: str = "give it to data.prompts or to a callback's prompts",
     ) -> None:
         super().__init__()
         self.num_tokens, self.token_dim, self.pooled_dim = encoder.num_tokens, encoder.token_dim, encoder.pooled_dim
         self.masked = encoder.masked
         self.clip_length = getattr(encoder, "clip_length", None)  # of SD3's encoder, whose T5 tokens come after CLIP's
+        self._remedy = remedy
         self._rows, self._table, self._device = {prompt: row for row, prompt in enumerate(prompts)}, table, device
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
@@ -41,7 +48,7 @@ class StoredPrompts(PromptEncoder):
             if prompt not in self._rows:
                 raise InputError(
                     f"the prompt {prompt!r} was not encoded before the first step, and EncodeOnce has freed the text "
-                    "encoders; give it to data.prompts or to a callback's prompts, or leave EncodeOnce out"
+                    f"encoders; {self._remedy}, or leave EncodeOnce out"
                 )
         return (torch.tensor([self._rows[prompt] for prompt in prompts], dtype=torch.int64),)
 

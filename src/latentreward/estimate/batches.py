@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from pydoc import locate
 from typing import Any
@@ -72,21 +73,23 @@ def pair_batch(network: Any, data: Namespace, shapes: ShapesOnly) -> PreferenceB
         InputError: If the settings have no batch size.
     """
     settings, space = data.init_args, network.latent_space
-    cache = written_cache(settings)
-    height, width = (largest_pixels(cache) if cache else None) or native_pixels(network)
-    if (size := settings.get("size")) is not None:
+    latents = issubclass(locate(data.class_path), CachedPreferenceDataModule)
+    (height, width), count, with_text = native_pixels(network), batch_size(data), False
+    frames = settings.get("frames") or 1
+    if latents:
+        caches = written_caches(settings)
+        frames = caches["train"].frames if "train" in caches else 1
+        sizes = sizes_of(caches["train"]) if "train" in caches else [(height, width)]
+        (height, width), count = largest_batch(data, sizes, space.downscale)
+        with_text = settings.cached_text and all(cache.text is not None for cache in caches.values())
+    elif (size := settings.get("size")) is not None:
         height, width = (size, size) if isinstance(size, int) else size
         check_multiples("data.size", (height, width), network.side_multiple)
-    latents = issubclass(locate(data.class_path), CachedPreferenceDataModule)
-    frames = settings.get("frames") or 1
     clip = (3, height, width) if frames == 1 else (3, frames, height, width)
-    shape = space.shape(height, width) if latents else clip
-    count = batch_size(data)
-    if latents and settings.tokens_per_batch is not None:
-        count = max(1, settings.tokens_per_batch // (shape[-2] * shape[-1]))
+    shape = space.shape(height, width, frames) if latents else clip
     names = tuple(str(number) for number in range(count))
     encoder, conditioning, uncond = network.text_encoder, None, None
-    if latents and settings.cached_text and (cache is None or cache.text is not None):
+    if with_text:
         conditioning, uncond = (encoded_prompts(encoder, rows, shapes) for rows in (count, 1))
     return PreferenceBatch(
         pair_ids=names,
@@ -136,16 +139,34 @@ def encoded_prompts(encoder: PromptEncoder, rows: int, shapes: ShapesOnly) -> Co
     )
 
 
-def written_cache(settings: Namespace) -> CacheSpec | None:
-    """Return the settings of the training cache of a data module; None without a cache, or before it is written."""
-    split = settings.get("train")
-    folder = split.get("cache") if isinstance(split, Namespace) else None
-    return read_plan(Path(folder)).spec if folder is not None and (Path(folder) / PLAN).is_file() else None
+def written_caches(settings: Namespace) -> dict[str, CacheSpec]:
+    """Return the settings of a data module's caches by split, of those that are written."""
+    splits = ((name, settings.get(name)) for name in ("train", "val", "test", "predict"))
+    folders = {name: Path(split.cache) for name, split in splits if isinstance(split, Namespace) and "cache" in split}
+    return {name: read_plan(folder).spec for name, folder in folders.items() if (folder / PLAN).is_file()}
 
 
-def largest_pixels(cache: CacheSpec) -> tuple[int, int] | None:
-    """Return (height, width) of the largest images of a cache."""
-    return cache.size if cache.buckets is None else max(cache.buckets, key=math.prod)
+def sizes_of(cache: CacheSpec) -> list[tuple[int, int]]:
+    """Return (height, width) of the images that a cache is written for."""
+    return [*(cache.buckets or ()), *([cache.size] if cache.size else [])]
+
+
+def largest_batch(data: Namespace, sizes: Sequence[tuple[int, int]], downscale: int) -> tuple[tuple[int, int], int]:
+    """Return the size whose batches hold the most pixels, and their number of pairs.
+
+    Args:
+        data: Class and settings of a data module of cached latents.
+        sizes: (height, width) of the images.
+        downscale: Number of pixels along each side of a latent pixel.
+    """
+
+    def pairs(size: tuple[int, int]) -> int:
+        if (tokens := data.init_args.get("tokens_per_batch")) is None:
+            return batch_size(data)
+        return max(1, tokens // math.prod(side // downscale for side in size))
+
+    size = max(sizes, key=lambda size: pairs(size) * math.prod(size))
+    return size, pairs(size)
 
 
 def native_pixels(network: Any) -> tuple[int, int]:

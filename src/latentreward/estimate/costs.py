@@ -104,7 +104,7 @@ class StepCosts:
 
     @property
     def start(self) -> int:
-        """Memory before the first step in bytes: all weights, also those that are freed then."""
+        """Memory before the first step in bytes: all weights, with those that are freed before that step."""
         return self.weights + self.freed
 
     def without(self, name: str) -> StepCosts:

@@ -12,7 +12,7 @@ import torch
 from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
 
-from latentreward.estimate.batches import largest_pixels, written_cache
+from latentreward.estimate.batches import largest_batch, sizes_of, written_caches
 from latentreward.estimate.costs import TEXT, StepCosts, step_costs
 from latentreward.estimate.report import as_text
 from latentreward.estimate.rewards import replace_rewards
@@ -110,8 +110,9 @@ def notes_on(settings: Namespace, costs: StepCosts, sources: ConfigSources, gpu:
     given = data.get("size") or (sampling.get("height"), sampling.get("width"))
     sides = given if isinstance(given, int) else None if None in given else " x ".join(map(str, given))
     size = f"images of {sides}" if sides else "the network's own size unless the settings say another"
-    if (cache := written_cache(data)) and (largest := largest_pixels(cache)):
-        size = f"images of {largest[0]} x {largest[1]}, the largest of the cache"
+    if cache := written_caches(data).get("train"):
+        (height, width), _ = largest_batch(settings.data, sizes_of(cache), cache.latent_space.downscale)
+        size = f"images of {height} x {width}, whose batches are the cache's largest"
     notes.append(f"Batch size per process {data.get('batch_size')}, {size}.")
     if costs.rollout_peak:
         notes.append(f"A rollout is of {data.prompts_per_rollout} prompts.")

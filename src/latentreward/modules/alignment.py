@@ -87,9 +87,12 @@ class RewardedModule(AlignmentModule):
         self.reward = reward.load(self.policy)
 
     def setup(self, stage: str) -> None:
-        """Under bf16-mixed, store the reward's frozen weights in bfloat16; see :meth:`Reward.set_precision`."""
+        """Read the reward's weights, under bf16-mixed in bfloat16; see :meth:`Reward.set_precision`."""
         if self.trainer.precision == "bf16-mixed":
             self.reward.set_precision(torch.bfloat16)
+        for part in self.reward.modules():
+            if isinstance(part, LatentScorer):
+                part.read_weights()
         super().setup(stage)
 
     def configure_model(self) -> None:

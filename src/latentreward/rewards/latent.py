@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +22,7 @@ from latentreward.rewards.shared_base import share_adapter, shares_network, shar
 from latentreward.scoring.layouts.find import StoredReward, find_reward
 from latentreward.scoring.layouts.published import PublishedSettings
 from latentreward.scoring.network import RewardNetwork
-from latentreward.scoring.precision import product_weights
+from latentreward.storage.shared_weights import processes_here, sharing_between
 
 if TYPE_CHECKING:
     from latentreward.encoders.prompts import PromptEncoder
@@ -58,8 +58,8 @@ class LatentScorer(Reward):
         batch_size: States per forward pass; None takes all at once.
         policy: The policy. Modules that ``model`` shares with the policy are not registered as submodules here.
         switch: Function that returns the context in which a shared network has the reward's adapter active.
-        unread: Weights of ``model`` that are mapped, but not read yet. They are read at the first use of the model, or
-            by :meth:`set_precision` straight into their final types.
+        unread: Weights of ``model`` by id that are mapped, but not read yet. Until :meth:`set_precision`,
+            :meth:`read_weights` or the first use of :attr:`model` they have the files' types.
     """
 
     differentiable = True
@@ -71,11 +71,12 @@ class LatentScorer(Reward):
         batch_size: int | None = None,
         policy: Policy | None = None,
         switch: Switch = nullcontext,
-        unread: Iterable[Reading] = (),
+        unread: Mapping[int, Reading] | None = None,
     ) -> None:
         super().__init__()
         kept = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
-        self._unread = [reading for reading in unread if id(reading.tensor) in kept]
+        self._unread = [reading for key, reading in (unread or {}).items() if key in kept]
+        self._processes = processes_here()
         self._model = (model,)  # a tuple, so that a shared network is not registered twice
         foreign = set() if policy is None else {*policy.children()}
         self._owned = nn.ModuleDict({"head": model.head})
@@ -86,15 +87,23 @@ class LatentScorer(Reward):
     @property
     def model(self) -> RewardNetwork:
         """Reward model, including modules shared with the policy."""
-        self._read_weights()
+        self.read_weights()
         return self._model[0]
 
-    def _read_weights(self, halved: Container[int] = ()) -> None:
+    def read_weights(self, halved: Container[int] = ()) -> None:
         """Read the weights that are still unread, those with ids in ``halved`` as bfloat16."""
-        unread, self._unread = self._unread, []
-        read_weights(
-            reading._replace(wanted=torch.bfloat16) if id(reading.tensor) in halved else reading for reading in unread
-        )
+        if self._unread:
+            with sharing_between(self._processes):
+                read_weights(
+                    reading._replace(wanted=torch.bfloat16) if id(reading.tensor) in halved else reading
+                    for reading in self._unread
+                )
+            self._unread = []
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LatentScorer:
+        """Read the weights before they are moved or converted."""
+        self.read_weights()
+        return super()._apply(fn, recurse)
 
     def train(self, mode: bool = True) -> LatentScorer:
         """Keep evaluation mode, also when the surrounding module is set to training mode."""
@@ -102,11 +111,10 @@ class LatentScorer(Reward):
 
     def set_precision(self, dtype: torch.dtype) -> None:
         """See :meth:`Reward.set_precision`; modules shared with the policy keep theirs, and the trainer's autocast."""
-        backbone = self._model[0].backbone
-        shared = {name for name, _ in backbone.named_children()} - {*self._owned}
+        model = self._model[0]
+        shared = {name for name, _ in model.backbone.named_children()} - {*self._owned}
         if dtype == torch.bfloat16:
-            own = (part for name, part in backbone.named_children() if name not in shared)
-            self._read_weights(set().union(*map(product_weights, own)))
+            self.read_weights(model.halved_weights(shared))
         self.model.set_precision(dtype, shared)
         self._own_text, self._own_network = "text_encoder" not in shared, shared <= {"text_encoder"}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -21,7 +21,7 @@ from latentreward.heads import RewardHead
 from latentreward.noise import FlowMatching
 from latentreward.scoring.calibration import Calibration
 from latentreward.scoring.layouts.recipe import ModelRecipe
-from latentreward.scoring.precision import halve_products
+from latentreward.scoring.precision import halve_products, product_weights
 from latentreward.scoring.scoring_noise import ScoringNoise
 
 if TYPE_CHECKING:
@@ -88,16 +88,23 @@ class RewardNetwork(nn.Module):
             if dtype != self.dtype:
                 raise InputError("the model's weights were rounded to bfloat16; load the model again for float32")
             return self
+        halved = [*self._halved_parts(kept)] if dtype == torch.bfloat16 else []
         for name, part in self.backbone.named_children():
-            if name in kept:
-                continue
-            if dtype == torch.bfloat16 and name != "vae":
+            if part in halved:
                 halve_products(part)
-            else:
+            elif name not in kept:
                 nn.Module.float(part)  # frozen weights may be stored in bfloat16
         self.head.float()
         self.dtype = dtype
         return self
+
+    def halved_weights(self, kept: Container[str] = ()) -> set[int]:
+        """Return the ids of the weights that :meth:`set_precision` rounds to bfloat16."""
+        return {key for part in self._halved_parts(kept) for key in product_weights(part)}
+
+    def _halved_parts(self, kept: Container[str]) -> Iterator[nn.Module]:
+        """Yield the parts of the backbone whose products are computed in bfloat16."""
+        return (part for name, part in self.backbone.named_children() if name != "vae" and name not in kept)
 
     def warn_once(self, kind: str, message: str) -> None:
         """Log a warning, unless a warning of this ``kind`` was logged for this model before."""

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from latentreward.checkpoints.shards import require_finite
+from latentreward.encoders.stored_prompts import StoredPrompts
 from latentreward.errors import InputError
 from latentreward.interrupts import interrupts_held
 from latentreward.scoring.layouts.adapters import write_adapter
@@ -123,6 +124,10 @@ def config_of(model: RewardNetwork, base: str | None = None) -> FolderConfig:
             "float32 to save it"
         )
     backbone = model.backbone
+    if isinstance(backbone.text_encoder, StoredPrompts):
+        raise InputError(
+            "EncodeOnce has freed the model's text encoders; load the model from a checkpoint of the run, then save it"
+        )
     if backbone.vae is None or backbone.text_encoder is None:
         part = "VAE" if backbone.vae is None else "text encoder"
         raise InputError(
