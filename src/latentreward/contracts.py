@@ -307,12 +307,14 @@ class Conditioning(TensorRecord):
         )
 
     def pooled(self) -> Tensor:
-        """Return the pooled vectors ``(B, P)``; without them the mean of the tokens in the mask, ``(B, D)``."""
+        """Return the pooled vectors ``(B, P)``; without them the mean ``(B, D)`` of the tokens.
+
+        Padding does not count: tokens outside the mask, or without a mask those that are 0 (Wan).
+        """
         if self.pooled_prompt_embeds is not None:
             return self.pooled_prompt_embeds
-        if self.prompt_mask is None:
-            return self.prompt_embeds.mean(dim=1)
-        weights = self.prompt_mask.unsqueeze(-1).float()
+        used = (self.prompt_embeds != 0).any(dim=-1) if self.prompt_mask is None else self.prompt_mask
+        weights = used.unsqueeze(-1).float()
         mean = (self.prompt_embeds * weights).sum(dim=1) / weights.sum(dim=1)
         return mean.to(self.prompt_embeds)
 

@@ -16,6 +16,7 @@ SAMPLES = ROOT / "tests" / "formats" / "data"
 SMALLER = {
     "sd15_pickapic": ["--encoder.source=sd_tiny", "--images.size=32", "--reader.memory_map=false"],
     "hpdv3_sd35": ["--encoder.source=sd35_tiny", *BUCKETS],
+    "sd35_large": [f"--encoder.source={TWINS['sd35_large'].folder}", *BUCKETS],
     "diffusion_rm": [],
     "jsonl": ["--encoder.source=sd35_tiny", "--images.size=32"],
     "tinyworld": ["--reader.root={data}"],

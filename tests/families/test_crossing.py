@@ -7,11 +7,13 @@ import pytest
 import torch
 
 from latentreward.backbones import create_backbone
+from latentreward.cache.compatibility import check_backbone
 from latentreward.contracts import NoisyStates
 from latentreward.errors import InputError
 from latentreward.heads import GatedQFormerHead
 from latentreward.rewards import LatentReward
 from latentreward.scoring import RewardModel
+from tests.cache.written_caches import spec
 from tests.families.twins import PROMPTS, TWINS, Twin, noise_for
 
 BY_FAMILY = {twin.family: twin for twin in TWINS.values()}
@@ -31,6 +33,13 @@ def reward_of(twin: Twin, folder: Path) -> LatentReward:
 def test_spaces(first: str, second: str) -> None:
     one, two = (BY_FAMILY[name].source().latent_space() for name in (first, second))
     assert (one == two) == (SPACES.get(first, first) == SPACES.get(second, second))
+
+
+def test_a_cache_of_another_space_is_refused() -> None:
+    written, twin = spec(latent_space=BY_FAMILY["wan21"].source().latent_space()), BY_FAMILY["z_image"]
+    backbone = create_backbone(twin.backbone, source=twin.folder, visual_taps=[1], text_taps=[])
+    with pytest.raises(InputError, match=r"the cache holds latents of the space \[16 channels, .*\], but the model"):
+        check_backbone(written, backbone, with_text=False)
 
 
 @pytest.mark.parametrize(("rewarded", "steered"), [("z_image", "flux1"), ("wan21", "qwen_image")])

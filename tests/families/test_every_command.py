@@ -108,6 +108,7 @@ def test_every_command(twin: Twin, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     main(["generate", "prompts.txt", "made", f"--checkpoint={checkpoint}", *sampling, "--best_of=2", reward])
     assert Image.open(next(Path("made").glob("0*.png"))).size == (SIZE, SIZE)
     main(["export", checkpoint, "exported"])
+    main(["export", checkpoint, "merged", "--format=merged"])
     against = [f"--against.pipeline.source={twin.folder}", "--against.lora=exported"]
     main(["evaluate-policy", "judged", "--prompts=prompts.txt", f"--policy.pipeline.source={twin.folder}", *against,
           f"--scorers=[{json.dumps(RED)}]", *sampling, "--device=cpu"])  # fmt: skip

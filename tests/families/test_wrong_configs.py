@@ -118,7 +118,8 @@ def test_entries_of_the_index_are_null_or_two_names(value: Any, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("height", "width", "frames"), [("32", 32, 1), (32, 32.0, 1), (True, 32, 1), (16384, 32, 1), (32, 32, 5.0)]
+    ("height", "width", "frames"),
+    [(40, 32, 1), ("32", 32, 1), (32, 32.0, 1), (True, 32, 1), (16384, 32, 1), (32, 32, 5.0)],
 )
 def test_sides_are_whole_numbers_within_the_positions(height: Any, width: Any, frames: Any) -> None:
     published = FLOWS["wan21"].published[0]

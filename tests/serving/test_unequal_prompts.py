@@ -128,6 +128,26 @@ def test_models_without_mask_and_time_axis_refuse_them_and_name_the_tensors_of_b
     assert caught.value.status == 400 and str(caught.value) == f"{wanted}seeds"
 
 
+def test_models_that_pool_tokens_take_a_mask_in_place_of_the_pooled_vector() -> None:
+    """FLUX.2-klein: its clients have padded tokens, on either side, and a mask, but no pooled vector."""
+    accepted = Accepted(channels=4, text_width=6, pooled_width=6, pools_tokens=True)
+    given = tensors_of(accepted, rows=2)
+    without = {name: value for name, value in given.items() if name != "pooled_prompt_embeds"}
+    mask = masks([0, 0, 1, 1, 1], [1, 1, 0, 0, 0])
+    rows, plain = (parse_request(save(body), accepted) for body in (without | {"prompt_mask": mask}, given))
+    for row, other in zip(rows, plain, strict=True):
+        assert torch.equal(row.prompt_embeds, other.prompt_embeds) and not row.masked
+    torch.testing.assert_close(rows[0].pooled_prompt_embeds, given["prompt_embeds"][0, 2:].float().mean(dim=0))
+    assert torch.equal(plain[1].pooled_prompt_embeds, given["pooled_prompt_embeds"][1].float())
+    for tensors, message, status in (
+        (without, "pooled_prompt_embeds and prompt_mask are missing; give one of them", 400),
+        (without | {"prompt_mask": masks([1] * 5, [0] * 5)}, "prompt_mask: row 1 holds no 1", 422),
+    ):
+        with pytest.raises(RequestError, match=message) as caught:
+            parse_request(save(tensors), accepted)
+        assert caught.value.status == status
+
+
 def test_1_000_mutated_requests_are_judged_as_safetensors_and_the_protocol_judge_them() -> None:
     rng, verdicts = random.Random(0), {True: 0, False: 0}
     good_body = save(tensors_of(ACCEPTED, rows=2))

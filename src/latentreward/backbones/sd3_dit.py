@@ -222,11 +222,13 @@ def load_sd3_dit(
     """
     pipeline = PipelineSource(source, revision, variant)
     config = pipeline.config("transformer")
-    found = "SD3.5" if config.get("qk_norm") else "SD3"
-    if family not in ("any", found):
+    kind = config.get("_class_name", "SD3Transformer2DModel")
+    found = kind if kind != "SD3Transformer2DModel" else "SD3.5" if config.get("qk_norm") else "SD3"
+    taken = ("SD3", "SD3.5") if family == "any" else (family,)
+    if found not in taken:
         raise InputError(
-            f"source={source!r} holds a {found} transformer, but this backbone is {family}; choose the backbone of "
-            "that family or another source"
+            f"source={source!r} holds a {found} transformer, but this backbone is {' or '.join(taken)}; choose the "
+            "backbone of that family or another source"
         )
     check_channels(source, "transformer", config, pipeline.latent_space())
     text_encoder = pipeline.sd3_prompts(config["joint_attention_dim"], t5_length, load_t5, mapped=True)

@@ -25,6 +25,7 @@ class PromptEncoder(nn.Module, ABC):
         pooled_dim: Width of the pooled vector; 0 for families without one.
         masked: Whether encoded prompts have a mask. Then ``num_tokens`` is the greatest number of tokens, the tokens of
             a prompt come first, and a batch is as long as its longest prompt.
+        pools_tokens: Whether the pooled vector is the mean of the prompt's own tokens, which the network does not take.
         dropped_tokens: Number of tokens before the prompt's own whose embeddings a masked encoder drops.
         tokens_in_fingerprint: Whether the encoder's fingerprint covers the tokens of fixed prompts. Encoders of SD and
             SD3 have fingerprints without, because caches hold them.
@@ -37,6 +38,7 @@ class PromptEncoder(nn.Module, ABC):
     token_dim: int
     pooled_dim: int
     masked: bool = False
+    pools_tokens: bool = False
     dropped_tokens: int = 0
     tokens_in_fingerprint: bool = True
     unread: tuple[str, ...] = ()

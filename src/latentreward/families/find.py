@@ -14,23 +14,11 @@ from latentreward.families.base import Family, PipelineConfigs
 from latentreward.programs import check_import, find_modules_here
 
 UNSUPPORTED: Mapping[str, str] = {
-    "FluxKontextPipeline": "it edits a given image",
-    "FluxFillPipeline": "it fills a given image",
-    "FluxControlPipeline": "it takes a control image",
-    "FluxControlNetPipeline": "it takes a control image",
-    "Flux2Pipeline": "the text path of FLUX.2-dev (Mistral, 24 billion parameters) is not supported; use FLUX.2-klein",
-    "Flux2KleinKVPipeline": "it edits given images",
-    "ZImageOmniPipeline": "it takes images as conditions",
-    "QwenImageEditPipeline": "it edits a given image",
-    "QwenImageEditPlusPipeline": "it edits given images",
-    "QwenImageLayeredPipeline": "it makes layers instead of one image",
-    "WanImageToVideoPipeline": "it continues a given image",
-    "WanVACEPipeline": "it edits a given video",
     "SanaPipeline": "SANA is not supported",
     "SanaSprintPipeline": "SANA is not supported",
     "SanaTransformer2DModel": "SANA is not supported",
 }
-"""Class of a pipeline or network in diffusers → why it is refused."""
+"""Class of a pipeline or network in diffusers that belongs to no family → why it is refused."""
 
 
 @cache
@@ -62,8 +50,11 @@ def find_family(pipeline: PipelineConfigs, own: str | None = None) -> Family:
     names = [str(pipeline.index.get("_class_name"))]
     for part in ("transformer", "unet"):
         names += [str(pipeline.config(part).get("_class_name"))] if pipeline.has(part) else []
+    refused = dict(UNSUPPORTED)
+    for kind in families().values():
+        refused |= kind.refused
     for name in names:
-        if reason := UNSUPPORTED.get(name):
+        if reason := refused.get(name):
             raise InputError(f"source={pipeline.source!r} is a {name}: {reason}")
     found = [kind for kind in families().values() if kind.recognises(pipeline)]
     if len(found) != 1:

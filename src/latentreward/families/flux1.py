@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -110,6 +110,13 @@ class Flux1(FlowFamily):
     title = "FLUX.1"
     network_class = "FluxTransformer2DModel"
     block_classes = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
+    text_layers = ("CLIPEncoderLayer", "T5Block")
+    refused: ClassVar[Mapping[str, str]] = {
+        "FluxKontextPipeline": "it edits a given image",
+        "FluxFillPipeline": "it fills a given image",
+        "FluxControlPipeline": "it takes a control image",
+        "FluxControlNetPipeline": "it takes a control image",
+    }
     lists = ("transformer_blocks", "single_transformer_blocks")
     positions = 4
     # Those of diffusers' training script and of Flow-GRPO for FLUX.1.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,8 @@ class Flux2KleinPromptEncoder(PromptEncoder):
     Raises:
         InputError: If the text encoder has fewer layers than :data:`LAYERS` names.
     """
+
+    pools_tokens = True
 
     def __init__(self, text_encoder: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         super().__init__()
@@ -130,6 +132,12 @@ class Flux2Klein(FlowFamily):
     title = "FLUX.2-klein"
     network_class = "Flux2Transformer2DModel"
     block_classes = ("Flux2TransformerBlock", "Flux2SingleTransformerBlock")
+    text_layers = ("Qwen3DecoderLayer",)
+    refused: ClassVar[Mapping[str, str]] = {
+        "Flux2Pipeline": "the text path of FLUX.2-dev (Mistral, 24 billion parameters) is not supported; use "
+        "FLUX.2-klein",
+        "Flux2KleinKVPipeline": "it edits given images",
+    }
     vae_class = "AutoencoderKLFlux2"
     latent_encoder = PatchedLatentEncoder
     lists = ("transformer_blocks", "single_transformer_blocks")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +71,12 @@ class QwenImage(FlowFamily):
     title = "Qwen-Image"
     network_class = "QwenImageTransformer2DModel"
     block_classes = ("QwenImageTransformerBlock",)
+    text_layers = ("Qwen2_5_VLDecoderLayer",)
+    refused: ClassVar[Mapping[str, str]] = {
+        "QwenImageEditPipeline": "it edits a given image",
+        "QwenImageEditPlusPipeline": "it edits given images",
+        "QwenImageLayeredPipeline": "it makes layers instead of one image",
+    }
     vae_class = "AutoencoderKLQwenImage"
     latent_encoder = ChannelLatentEncoder
     lists = ("transformer_blocks",)

@@ -26,6 +26,7 @@ class StableDiffusion(Family):
     part = "unet"
     network_class = "UNet2DConditionModel"
     block_classes = ("CrossAttnDownBlock2D", "DownBlock2D", "UNetMidBlock2DCrossAttn")
+    text_layers = ("CLIPEncoderLayer",)
     flow = False
 
     @classmethod

@@ -60,6 +60,7 @@ class StableDiffusion3(Family):
     network_class = "SD3Transformer2DModel"
     lora_loader = "SD3LoraLoaderMixin"
     block_classes = ("JointTransformerBlock",)
+    text_layers = ("CLIPEncoderLayer", "T5Block")
     kohya_module = "networks.lora_sd3"
 
     @classmethod
@@ -76,13 +77,21 @@ class StableDiffusion3(Family):
     @property
     def model(self) -> str:
         """See :attr:`Family.model`."""
-        return "SD3.5" if self.config.get("qk_norm") else "SD3"
+        large = " Large" if self.is_large else ""
+        return f"SD3.5{large}" if self.config.get("qk_norm") else "SD3"
+
+    @property
+    def is_large(self) -> bool:
+        """Whether the transformer has as many blocks as SD3.5-Large's."""
+        return self.config.get("num_layers") == 38
 
     @property
     def usual_reward(self) -> str:
         """See :attr:`Family.usual_reward`."""
         if self.pipeline.named in SHIPPED:
             return "dina_lrm_tiny"
+        if self.is_large:
+            return "dina_lrm_sd35_large"
         return "dina_lrm_sd35" if self.config.get("qk_norm") else "lrm_sd3"
 
     @property

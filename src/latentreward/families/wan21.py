@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -86,6 +86,11 @@ class Wan21(FlowFamily):
     clips = True
     network_class = "WanTransformer3DModel"
     block_classes = ("WanTransformerBlock",)
+    text_layers = ("UMT5Block",)
+    refused: ClassVar[Mapping[str, str]] = {
+        "WanImageToVideoPipeline": "it continues a given image",
+        "WanVACEPipeline": "it edits a given video",
+    }
     vae_class = "AutoencoderKLWan"
     latent_encoder = ChannelLatentEncoder
     lists = ("blocks",)

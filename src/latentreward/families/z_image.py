@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +55,8 @@ class ZImage(FlowFamily):
     title = "Z-Image"
     network_class = "ZImageTransformer2DModel"
     block_classes = ("ZImageTransformerBlock",)
+    text_layers = ("Qwen3DecoderLayer",)
+    refused: ClassVar[Mapping[str, str]] = {"ZImageOmniPipeline": "it takes images as conditions"}
     lists = ("layers",)
     axes_lens = (1024, 512, 512)
     tail = ("all_final_layer",)

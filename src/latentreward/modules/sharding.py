@@ -143,21 +143,10 @@ def repeated_layers(module: nn.Module) -> Iterator[nn.Module]:
             yield from repeated_layers(child)
 
 
-TEXT_LAYERS = (
-    "CLIPEncoderLayer",
-    "T5Block",
-    "UMT5Block",
-    "Qwen2_5_VLDecoderLayer",
-    "Qwen3DecoderLayer",
-    "Gemma2DecoderLayer",
-)
-"""Class names, in transformers, of the text layers that FSDP1 wraps as units."""
-
-
 @cache
 def wrapped_by_fsdp1() -> frozenset[str]:
     """Return the class names of the blocks and text layers that FSDP1 wraps as units."""
-    return frozenset([*TEXT_LAYERS, *(name for kind in families().values() for name in kind.block_classes)])
+    return frozenset(name for kind in families().values() for name in (*kind.block_classes, *kind.text_layers))
 
 
 def wraps_block(module: nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:

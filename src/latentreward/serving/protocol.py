@@ -17,7 +17,8 @@ accepts several.
 
 The served model decides on some tensors. ``pooled_prompt_embeds`` must be given if its text encoder has a pooled
 vector, and ``prompt_mask`` if its prompts have unequal numbers of tokens; otherwise they must be left out. The mask is
-1 for the tokens of a row's prompt, which come first, and 0 for padding, which has no effect on the score. ``latents``
+1 for the tokens of a row's prompt, which come first, and 0 for padding, which has no effect on the score. For a model
+whose pooled vector is the mean of the tokens (FLUX.2-klein) one of the two must be given. ``latents``
 are ``(B, C, T, h, w)`` if the model's latent space has a time axis, with the T that the model was trained on: 1 for
 images.
 
@@ -36,6 +37,7 @@ from itertools import islice, repeat
 import torch
 from torch import Tensor
 
+from latentreward.contracts import Conditioning
 from latentreward.serving.batch_scorer import LatentRow
 from latentreward.serving.errors import RequestError
 from latentreward.serving.tensor_bytes import Entry, Expected, read_header, read_tensor
@@ -66,6 +68,7 @@ class Accepted:
         max_rows: Largest B.
         masked: Whether prompts have unequal numbers of tokens, told by a mask.
         frames: Number of latent frames T; None if latents have no time axis.
+        pools_tokens: Whether the pooled vector may be left out, and is the mean of the tokens in the mask then.
     """
 
     channels: int
@@ -80,6 +83,7 @@ class Accepted:
     max_rows: int = 64
     masked: bool = False
     frames: int | None = None
+    pools_tokens: bool = False
 
     @property
     def tensors(self) -> dict[str, Expected]:
@@ -88,8 +92,8 @@ class Accepted:
         return {
             "latents": Expected((4,) if self.frames is None else (4, 5)),
             "prompt_embeds": Expected((3,)),
-            "pooled_prompt_embeds": Expected((2,), required=pooled, taken=pooled),
-            "prompt_mask": Expected((2,), ("BOOL", "U8"), required=self.masked, taken=self.masked),
+            "pooled_prompt_embeds": Expected((2,), required=pooled and not self.pools_tokens, taken=pooled),
+            "prompt_mask": Expected((2,), ("BOOL", "U8"), required=self.masked, taken=self.masked or self.pools_tokens),
             "u": Expected((1,), ("F32",)),
             "seeds": Expected((1,), ("I64",), required=False),
         }
@@ -106,6 +110,7 @@ class Accepted:
         """
         rows, channels, *time, height, width = shapes["latents"]
         _, tokens, text_width = shapes["prompt_embeds"]
+        without = (rows, self.pooled_width if self.pools_tokens else None)
         if self.frames is not None and not time:
             raise RequestError(f"latents have 4 axes, but this model takes (B, C, T, h, w), T = {self.frames}", 422)
         for name, shape in shapes.items():
@@ -115,7 +120,7 @@ class Accepted:
             ("latents: channels", channels, self.channels),
             ("latents: T", time[0] if time else None, self.frames),
             ("prompt_embeds: width", text_width, self.text_width),
-            ("pooled_prompt_embeds: width", shapes.get("pooled_prompt_embeds", (0, None))[1], self.pooled_width),
+            ("pooled_prompt_embeds: width", shapes.get("pooled_prompt_embeds", without)[1], self.pooled_width),
             ("prompt_embeds: tokens", tokens, self.tokens or tokens),
         ):
             if found != wanted:
@@ -200,6 +205,10 @@ def parse_request(
         raise RequestError(f"u holds {outside[0]:g}; noise levels lie in [0, 1]", 422)
     used = read_tensor(entries["seeds"], data).tolist() if "seeds" in entries else islice(seeds, len(latents))
     pooled: Iterable[Tensor | None] = floats.get("pooled_prompt_embeds", [None] * len(latents))
+    if accepted.pools_tokens and "pooled_prompt_embeds" not in floats:
+        if "prompt_mask" not in entries:
+            raise RequestError("pooled_prompt_embeds and prompt_mask are missing; give one of them")
+        pooled = _pooled(prompts, read_tensor(entries["prompt_mask"], data))
     if accepted.masked:
         lengths = _lengths(read_tensor(entries["prompt_mask"], data))
         texts = [row[:length] for row, length in zip(prompts, lengths, strict=True)]
@@ -224,12 +233,19 @@ def parsing_bytes(body: bytes | bytearray, accepted: Accepted) -> int:
     return sum(4 * math.prod(entry.shape) for name, entry in entries.items() if name != "seeds")
 
 
+def _pooled(prompts: Tensor, mask: Tensor) -> Tensor:
+    """Return the mean of the tokens in a mask ``(B, L)``, uint8."""
+    used = _checked(mask)
+    if (empty := ~used.any(dim=1)).any():
+        raise RequestError(f"prompt_mask: row {int(empty.nonzero()[0])} holds no 1; a prompt has tokens", 422)
+    return Conditioning(prompts, prompt_mask=used).pooled()
+
+
 def _lengths(mask: Tensor) -> list[int]:
     """Return the number of tokens of each row of a mask ``(B, L)``, uint8."""
-    if mask.max() > 1:
-        raise RequestError(f"prompt_mask holds {mask.max().item()}; give 0 or 1", 422)
-    lengths = mask.sum(dim=1)
-    wrong = ((torch.arange(mask.shape[1]) < lengths[:, None]) != mask.bool()).any(dim=1) | (lengths == 0)
+    used = _checked(mask)
+    lengths = used.sum(dim=1)
+    wrong = ((torch.arange(mask.shape[1]) < lengths[:, None]) != used).any(dim=1) | (lengths == 0)
     if wrong.any():
         raise RequestError(
             f"prompt_mask: row {int(wrong.nonzero()[0])} must begin with a 1 and hold no 1 after a 0; put the tokens "
@@ -237,6 +253,13 @@ def _lengths(mask: Tensor) -> list[int]:
             422,
         )
     return [int(length) for length in lengths]
+
+
+def _checked(mask: Tensor) -> Tensor:
+    """Return a mask of uint8 as bool."""
+    if mask.max() > 1:
+        raise RequestError(f"prompt_mask holds {mask.max().item()}; give 0 or 1", 422)
+    return mask.bool()
 
 
 def _floats(name: str, entry: Entry, data: memoryview) -> Tensor:

@@ -156,6 +156,7 @@ def accepted_by(reward: RewardModel, settings: ServiceSettings) -> Accepted:
         max_rows=min(64, settings.queue),
         masked=masked,
         frames=time[0] if time else None,
+        pools_tokens=backbone.text_encoder is not None and backbone.text_encoder.pools_tokens,
     )
 
 
