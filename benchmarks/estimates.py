@@ -1,8 +1,8 @@
 """Computed memory and computation of the shipped runs, as a Markdown table: ``latentreward fit … --estimate`` for each.
 
-Usage: ``python benchmarks/estimates.py [--all]``; some ten minutes, with ``--all`` half an hour. Without ``--all`` the
-recipes, the rewards on flow families and the alignment of full-size generators; with it the ablations, every model file and the tiny ones too. The
-last columns are the time of the command, by the clock and on the processor.
+Usage: ``python benchmarks/estimates.py [--all]``; some fifteen minutes, with ``--all`` half an hour. Without ``--all``
+the recipes, the rewards on flow families and the alignment of full-size generators; with it the ablations, every model
+file and the tiny ones too. The last columns are the time of the command, by the clock and on the processor.
 """
 
 import argparse
