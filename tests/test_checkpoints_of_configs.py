@@ -31,15 +31,8 @@ PIPELINES = {
     "SD3": "sd3_deep",
     "SD35": "sd35_deep",
 }
-TWIN_OF = {
-    "flux1": "flux1_dev",
-    "flux2_klein": "klein_base",
-    "lumina2": "lumina2",
-    "qwen_image": "qwen_image",
-    "wan21": "wan21",
-    "z_image": "z_image",
-}
-"""Family in a config's name → twin that it runs with here, of which few blocks and heads are."""
+TWIN_OF = {twin.backbone: twin for twin in reversed(TWINS.values())}
+"""Backbone in a config's name → its first twin, which the config runs with here, with few blocks and heads."""
 FEW_BLOCKS = (
     "--data.size=32",
     "--model.backbone.num_layers=3",
@@ -125,8 +118,7 @@ def _places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     clip = write_clip(folder / "clip")
     values = {
         **{f"{name}_PATH": pipeline_folder(pipeline) for name, pipeline in PIPELINES.items()},
-        "SD35_LARGE_PATH": pipeline_folder("sd35_large_deep"),
-        **{f"{name.upper()}_PATH": TWINS[twin].folder for name, twin in TWIN_OF.items()},
+        **{f"{name.upper()}_PATH": twin.folder for name, twin in TWIN_OF.items()},
         **{f"{name}_PATH": clip for name in ("CLIP_L", "CLIP_H", "PICKSCORE")},
         **{f"{name}_ROOT": str(SAMPLES / place) for name, place in FOLDERS.items()},
         "MPCF_SCORES": str(SAMPLES / "lrm_mpcf" / "pseudo_preference.csv"),
@@ -191,7 +183,7 @@ def alignment_options(path: Path) -> list[str]:
 def reward_of(path: Path) -> Path | None:
     """The file of configs/model whose run an alignment takes as its reward."""
     text, family = path.read_text(), path.stem.partition("_")[2]
-    if family not in (*TWIN_OF, "sd35_large"):
+    if family not in TWIN_OF:
         family = family.rpartition("_")[2].replace("sd21", "sd15")  # which has the VAE of SD1.5
     rewards = {"LRM_PATH": f"lrm_{family}", "DINA_PATH": f"dina_lrm_{family}", "SPM_PATH": f"spm_{family}"}
     named = re.search(r"path: runs/(\w+)|oc\.env:(LRM_PATH|DINA_PATH|SPM_PATH)", text)

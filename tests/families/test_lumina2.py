@@ -10,9 +10,11 @@ from tests.families.twins import PROMPTS, TWINS, noise_for
 TWIN = TWINS["lumina2"]
 
 
-def test_prompts_are_encoded_as_by_the_pipeline_the_negative_one_without_the_system_sentence() -> None:
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_prompts_are_encoded_as_by_the_pipeline_the_negative_one_without_the_system_sentence(side: str) -> None:
     policy = TWIN.source().load().eval()
     encoder, pipeline = policy.text_encoder, TWIN.pipeline()
+    encoder.tokenizer.padding_side = side
     assert f"{pipeline.system_prompt} <Prompt Start> " == SYSTEM
     with torch.no_grad():
         found = encoder([*PROMPTS, ""])

@@ -47,7 +47,6 @@ class Twin:
         layers: Number of blocks of the network.
         backbone: Name of the registered backbone.
         options: Settings of the policy's source.
-        method: Settings of alignment modules in tests of methods, such as the number of steps.
     """
 
     name: str

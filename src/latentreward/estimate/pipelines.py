@@ -202,7 +202,7 @@ def write_pipelines(
                 place = part.replace("text_encoder", "tokenizer")
                 index[place] = ["transformers", TOKENIZERS[kind][0]]
                 shutil.copytree(tokenizer(kind), root / name / place)
-        if parts.get("vae", {}).get("_class_name") == "AutoencoderKLFlux2":
+        if "batch_norm_eps" in parts.get("vae", {}):
             mean, variance = (
                 value.clone() for value in torch.tensor([0.0, 1.0], device="cpu").repeat(128, 1).unbind(1)
             )
