@@ -1,6 +1,7 @@
 """The committed page is what the committed results give."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -18,6 +19,8 @@ from tests.reproduction.test_rows import TOY
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = list(all_rows().values())
+DECIMALS = re.compile(r"[+-]?\d\.\d{3}\b")
+"""Numbers with three decimals. Ends of intervals vary with NumPy's release: ``multinomial`` of 2.5 draws otherwise."""
 
 
 def result(row: Row, seed: int, means: dict[str, float]) -> Result:
@@ -32,7 +35,10 @@ def test_the_committed_page_is_what_the_results_give() -> None:
     found = {row.name: list(read_results(ROOT / "reproduction", row).values()) for row in ROWS}
     expected = page(ROWS, found)
     again = "run `latentreward reproduce --status --page docs/reproduction.md`"
-    assert (ROOT / "docs" / "reproduction.md").read_text() == expected, again
+    committed = (ROOT / "docs" / "reproduction.md").read_text()
+    assert DECIMALS.sub("", committed) == DECIMALS.sub("", expected), again
+    ends = [np.array(DECIMALS.findall(text), float) for text in (committed, expected)]
+    np.testing.assert_allclose(*ends, atol=0.003, err_msg=again)
 
 
 def test_committed_results_are_small_and_belong_to_rows() -> None:
