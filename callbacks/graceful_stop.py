@@ -17,14 +17,13 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.plugins.environments import SLURMEnvironment
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from latentreward.data.loading import WORKER_REMEDY, WorkerLoader
 from latentreward.errors import InputError, first_line
-from latentreward.interrupts import INTERRUPTED, TERMINATED
+from latentreward.interrupts import INTERRUPTED, TERMINATED, kill_started_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -153,9 +152,7 @@ class GracefulStop(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Raise a one-line error if another rank has exited or is silent, and kill ranks that this process started."""
         if isinstance(exception, RuntimeError) and trainer.world_size > 1 and SILENT_RANK.search(str(exception)):
-            launcher = trainer.strategy.launcher
-            if isinstance(launcher, _SubprocessScriptLauncher):
-                launcher.kill(signal.SIGKILL)
+            kill_started_ranks(trainer)
             limit = getattr(trainer.strategy, "_timeout", None)
             raise TimeoutError(
                 f"another rank is gone, or has not answered rank {trainer.global_rank} for {limit} (--rank_timeout_s): "

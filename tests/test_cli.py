@@ -30,7 +30,7 @@ from tests.processes import finish
 
 SOURCE = Path(latentreward.__file__).parents[1]
 PLUGIN = """
-    import signal, os
+    import atexit, os, signal, time
     from collections.abc import Callable
     from types import SimpleNamespace
 
@@ -158,6 +158,10 @@ PLUGIN = """
             if trainer.global_rank == 1 and trainer.global_step == 1:
                 print(f"frozen: {os.getpid()}", flush=True)
                 os.kill(os.getpid(), signal.Signals[self.signal])
+
+        def on_train_start(self, trainer, *args) -> None:
+            if trainer.global_rank == 0:  # an end longer than the 5 s after which Lightning looks for dead ranks
+                atexit.register(time.sleep, 6.0)
 
 
     class Large(Module):

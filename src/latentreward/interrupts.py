@@ -11,6 +11,10 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C."""
@@ -115,3 +119,18 @@ def tell_interrupt(stop: KeyboardInterrupt) -> None:
     if int(os.environ.get("LOCAL_RANK") or 0) == 0:
         by, kept = "SIGTERM" if isinstance(stop, Terminated) else "Ctrl-C", str(stop)
         print(f"latentreward: stopped by {by}{kept and '; '}{kept}", file=sys.stderr, flush=True)
+
+
+def kill_started_ranks(trainer: "Trainer") -> bool:
+    """Kill the ranks that this process started through Lightning, and return whether there were any."""
+    from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher  # imports torch
+
+    launcher = trainer.strategy.launcher
+    if not isinstance(launcher, _SubprocessScriptLauncher) or not launcher.procs:
+        return False
+    # Lightning's observer of these processes kills this process too when one has died. It shares the list.
+    ranks, launcher.procs[:] = [*launcher.procs], []
+    for rank in ranks:
+        rank.kill()
+        rank.wait()
+    return True

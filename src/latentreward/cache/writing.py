@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from torch.utils.data import DataLoader
 
 from latentreward.cache.check import Shard, read_shards, shard_states, table_problems
@@ -31,7 +30,7 @@ from latentreward.cache.space import check_space, need_of
 from latentreward.data.loading import WorkerLoader
 from latentreward.data.readers import PairReader
 from latentreward.errors import InputError
-from latentreward.interrupts import TERMINATED
+from latentreward.interrupts import TERMINATED, kill_started_ranks
 from latentreward.storage.durable import contents, write_errors_named
 from latentreward.storage.locks import locked
 from latentreward.storage.progress import Progress
@@ -279,11 +278,5 @@ def wait_for_shards(folder: Path, shards: Sequence[Shard]) -> None:
 
 def end_children(trainer: Trainer, folder: Path) -> None:
     """Kill the processes that this process started, and remove their unfinished files."""
-    launcher = trainer.strategy.launcher
-    if isinstance(launcher, _SubprocessScriptLauncher) and launcher.procs:
-        # The list is emptied, because Lightning's observer of these processes would kill this process too.
-        children, launcher.procs[:] = [*launcher.procs], []
-        for child in children:
-            child.kill()  # on SIGTERM, the child would signal this process, see StopOnSigterm
-            child.wait()
+    if kill_started_ranks(trainer):  # not by SIGTERM, on which a rank would signal this process, see StopOnSigterm
         remove_temporary(folder)
