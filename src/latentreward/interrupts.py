@@ -1,7 +1,7 @@
 """Handling of Ctrl-C and SIGTERM.
 
 While modules are imported, Ctrl-C ends the process at once. Later, both end a command with a message about what is
-kept. Inside :func:`interrupts_held`, both wait until a write is complete.
+kept. Inside :func:`interrupts_held`, both wait until a write is complete. :func:`kill_started_ranks` ends other ranks.
 """
 
 import os

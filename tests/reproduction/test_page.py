@@ -37,8 +37,10 @@ def test_the_committed_page_is_what_the_results_give() -> None:
     again = "run `latentreward reproduce --status --page docs/reproduction.md`"
     committed = (ROOT / "docs" / "reproduction.md").read_text()
     assert DECIMALS.sub("", committed) == DECIMALS.sub("", expected), again
+    if np.lib.NumpyVersion(np.__version__) < "2.5.0":
+        assert committed == expected, again
     ends = [np.array(DECIMALS.findall(text), float) for text in (committed, expected)]
-    np.testing.assert_allclose(*ends, atol=0.003, err_msg=again)
+    np.testing.assert_allclose(*ends, rtol=0, atol=0.003, err_msg=again)
 
 
 def test_committed_results_are_small_and_belong_to_rows() -> None:
