@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from latentreward.estimate.shapes import count_cpu_attention
 from latentreward.steps import sources
 
 TERA = 1e12
@@ -142,6 +143,7 @@ def ratio(above: Spread | list[float], below: Spread | list[float], digits: str 
 
 def flops(work: Callable[[], Any]) -> float:
     """Count the FLOPs of one call, two for each multiply-accumulate operation."""
+    count_cpu_attention()
     with FlopCounterMode(display=False) as counter:
         work()
     return float(counter.get_total_flops())

@@ -10,6 +10,7 @@ import torch
 from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
 from latentreward.backbones.tuning import LoRA
@@ -17,7 +18,7 @@ from latentreward.contracts import take_rows
 from latentreward.estimate.batches import prompt_batch
 from latentreward.estimate.costs import StepCosts, step_costs
 from latentreward.estimate.rewards import UnreadReward
-from latentreward.estimate.shapes import IN_FLOAT32, SavedTensors, ShapesOnly, gpu_autocast
+from latentreward.estimate.shapes import IN_FLOAT32, SavedTensors, ShapesOnly, count_cpu_attention, gpu_autocast
 from latentreward.modules import (
     DiffusionDPOModule,
     LPOModule,
@@ -59,6 +60,7 @@ def pairs() -> Any:
 def measured(module: LightningModule, batch: Any) -> tuple[int, int]:
     """FLOPs of a real step, and bytes that it keeps for its backward pass; ``batch`` if it makes none of a rollout."""
     ready(module)
+    count_cpu_attention()
     with FlopCounterMode(display=False) as counter:
         if isinstance(module, RolloutModule):
             rows = module.roll_out(prompt_batch(2))
@@ -175,6 +177,21 @@ def test_live_memory_is_that_of_tensors_that_exist() -> None:
     assert (shapes.live.now, shapes.live.peak) == (1024, 3072)
     assert shapes.flops == 2 * 16**3
     assert third.shape == (16, 16)
+
+
+def test_attention_counts() -> None:
+    """Two matrix products forward and five backward, by stand-ins and by FlopCounterMode alike, in each release."""
+    product = 2 * 2 * 3 * 16 * 24 * 8
+    with (shapes := ShapesOnly()):
+        queries, keys = (shapes.stand_in((2, 3, length, 8)).requires_grad_() for length in (16, 24))
+        output = scaled_dot_product_attention(queries, keys, keys)
+        assert shapes.flops == 2 * product
+        output.sum().backward()
+    assert shapes.flops == 7 * product
+    queries, keys = (torch.randn(2, 3, length, 8, requires_grad=True) for length in (16, 24))
+    with FlopCounterMode(display=False) as counter:
+        scaled_dot_product_attention(queries, keys, keys).sum().backward()
+    assert counter.get_total_flops() == 7 * product
 
 
 def test_autocast_is_that_of_a_gpu() -> None:

@@ -15,13 +15,23 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 CPU = torch.device("cpu")
 NUMBERS = {torch.bool: True, torch.float32: 1.0, torch.float64: 1.0, torch.bfloat16: 1.0, torch.float16: 1.0}
 """Dtype → value that ``item()`` of a stand-in returns; 0 for other dtypes."""
 INDEXING = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default)
 """Operations with a list of index tensors as second argument."""
+
+
+def count_cpu_attention() -> None:
+    """Let torch count the FLOPs of attention on CPUs too, which ``FlopCounterMode`` leaves out in torch 2.13."""
+    aten = torch.ops.aten
+    for suffix in ("", "_backward"):
+        on_cpu = getattr(aten, f"_scaled_dot_product_flash_attention_for_cpu{suffix}")
+        if on_cpu not in flop_registry:
+            formula = flop_registry[getattr(aten, f"_scaled_dot_product_flash_attention{suffix}")]
+            register_flop_formula(on_cpu, get_raw=True)(formula)
 
 
 class LiveBytes:
@@ -66,6 +76,7 @@ class ShapesOnly(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
+        count_cpu_attention()
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.live, self.flops = LiveBytes(), 0
 
