@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from latentreward.contracts import ImageRef
 from latentreward.data.image_lists import ImageList, read_images
 from latentreward.data.images import ImageError, decode_image
 from latentreward.errors import InputError
@@ -119,6 +121,20 @@ def test_a_source_with_no_picture_is_refused(pics: Path, source: str) -> None:
     with pytest.raises(InputError, match=r"images: ") as error:
         read_images(source)
     assert "\n" not in str(error.value)
+
+
+def test_an_empty_folder_is_told_only_of_formats_that_are_read(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no picture in .* \((.*)\); give a folder that holds some") as error:
+        read_images(str(tmp_path))
+    named = re.search(r"\((.*)\)", str(error.value)).group(1).split(", ")  # type: ignore[union-attr]
+    for suffix in named:
+        Image.new("RGB", (3, 3)).save(path := tmp_path / f"picture{suffix}", None if suffix != ".jfif" else "JPEG")
+        assert decode_image(ImageRef(path.name, path=path)).size == (3, 3)
+    picture(tmp_path / "scan.tiff")  # looked for all the same, so that it is counted as a picture without a score
+    rows = {row.name: row for row in read_images(str(tmp_path), "p").rows}
+    assert len(rows) == len(named) + 1
+    with pytest.raises(ImageError, match="format"):
+        decode_image(rows["scan.tiff"].ref())
 
 
 def test_links_and_names_that_are_no_text(tmp_path: Path) -> None:

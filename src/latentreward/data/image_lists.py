@@ -17,7 +17,9 @@ from latentreward.data.readers.json_rows import parse_text, short
 from latentreward.errors import InputError
 
 LISTS = (".jsonl", ".csv")
-PICTURES = (*SUFFIXES, ".jfif", ".tif", ".tiff", ".avif", ".heic")
+READ = (*SUFFIXES, ".jfif")
+"""Suffixes of image files that can be decoded."""
+PICTURES = (*READ, ".tif", ".tiff", ".avif", ".heic")
 """Suffixes of image files to look for in a folder; files that cannot be decoded are reported as such later."""
 FOLDER_TABLES = ("metadata.jsonl", "metadata.csv", "captions.jsonl")
 GENERATED = "generate.json"
@@ -175,7 +177,7 @@ def _pictures(source: str) -> tuple[Path, list[Path], list[str]]:
     if place.is_dir():
         files = [file for file in _walk(place, remarks) if _is_picture(file)]
         if not files:
-            raise InputError(f"images: no picture in {source} ({', '.join(PICTURES)}); give a folder that holds some")
+            raise InputError(f"images: no picture in {source} ({', '.join(READ)}); give a folder that holds some")
         return place, sorted(files), remarks
     if os.path.lexists(place):
         return place.parent, [place], []
