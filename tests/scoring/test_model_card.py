@@ -77,6 +77,16 @@ def test_a_base_that_was_a_local_folder_is_to_be_given(source: str | None, shown
     )
 
 
+@pytest.mark.parametrize(
+    ("source", "revision", "named"),
+    [("owner/base", "v1", "owner/base"), ("my_sd15", None, r"my\_sd15"), (None, None, r"sd35\_medium")],
+)
+def test_sentences_name_the_base_and_not_its_class(source: str | None, revision: str | None, named: str) -> None:
+    text = model_card(config(source, revision), Card(), "folder")
+    assert f"from noisy latents in {named}'s own latent space" in text
+    assert f"The weights work only with their base, {named}, whose own terms" in text
+
+
 def test_what_a_score_means() -> None:
     text = model_card(config(), Card(name="owner/reward"), "folder")
     assert "RewardModel.from_pretrained('owner/reward')" in text

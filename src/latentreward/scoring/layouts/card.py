@@ -73,7 +73,7 @@ def model_card(config: FolderConfig, card: Card, name: str) -> str:
         f"# {plain(title)}",
         card.description.strip(),
         f"A latent reward model: it scores how well people would like an image for a prompt, from noisy latents in "
-        f"{plain(config.recipe.backbone.name)}'s own latent space. Higher is better. Written by "
+        f"{plain(base_name(config))}'s own latent space. Higher is better. Written by "
         f"latentreward {__version__}.",
         usage(title if HUB_ID.fullmatch(title) else f"path/to/{Path(title).name}", config),
         section("Scores", score_rows(config)),
@@ -103,6 +103,11 @@ def base_on_hub(config: FolderConfig) -> str | None:
     source = config.recipe.backbone.init_args.get("source")
     is_id = isinstance(source, str) and HUB_ID.fullmatch(source) and not Path(source).exists()
     return str(source) if is_id else None
+
+
+def base_name(config: FolderConfig) -> str:
+    """Return the name of the base in sentences: hub id, name of the local folder, or that of a shipped pipeline."""
+    return base_on_hub(config) or config.trained_on or config.recipe.backbone.name
 
 
 def usage(source: str, config: FolderConfig) -> str:
@@ -186,5 +191,4 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 def licence_text(config: FolderConfig, card: Card) -> str:
     """Return the text of the section on licences."""
     own = f"Weights in this folder: {plain(card.licence)}." if card.licence else "The author stated no licence."
-    base = base_on_hub(config) or config.recipe.backbone.name
-    return f"{own} The weights work only with their base, {plain(base)}, whose own terms hold as well."
+    return f"{own} The weights work only with their base, {plain(base_name(config))}, whose own terms hold as well."
