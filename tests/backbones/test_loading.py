@@ -109,6 +109,15 @@ def test_half_downloaded_folder(copied: Callable[[str], Path], missing: str) -> 
     assert str(folder) in refused("sd15", folder, missing.split("/", maxsplit=1)[0])
 
 
+@pytest.mark.parametrize(("factory", "name"), [("sd15", "sd15"), ("sd35", "sd35")])
+def test_a_folder_that_lacks_only_its_index_is_told_so(copied: Callable[[str], Path], factory: str, name: str) -> None:
+    folder = copied(name)
+    (folder / "model_index.json").unlink()
+    refused(factory, folder, "lacks model_index.json, without which its vae/ is not read; download the whole pipeline")
+    shutil.rmtree(folder / "vae")
+    refused(factory, folder, "is a pipeline without a vae")
+
+
 @pytest.mark.parametrize("part", ["unet/diffusion_pytorch_model", "text_encoder/model", "vae/diffusion_pytorch_model"])
 def test_truncated_weights(copied: Callable[[str], Path], part: str) -> None:
     path = copied("sd15") / f"{part}.safetensors"

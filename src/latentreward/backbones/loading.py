@@ -135,6 +135,12 @@ class PipelineSource:
 
     def _require(self, part: str) -> None:
         if not self.has(part):
+            folder = Path(self.source)
+            if (folder / part).is_dir() and not (folder / "model_index.json").is_file():
+                raise InputError(
+                    f"source={self.source!r} lacks model_index.json, without which its {part}/ is not read; download "
+                    "the whole pipeline again"
+                )
             parts = sorted(name for name in self.index if self.has(name) and not name.startswith("_"))
             raise InputError(
                 f"source={self.source!r} is a {self.index.get('_class_name', 'pipeline')} without a {part} "
