@@ -15,7 +15,7 @@ from latentreward.errors import InputError
 from latentreward.policies import PolicySource
 from latentreward.rewards import LatentReward
 from latentreward.rewards.conversion import convert_states
-from latentreward.scoring import ScoringNoise
+from latentreward.scoring import RewardModel, ScoringNoise
 from tests.marks import slow_after
 from tests.rewards.stored import PROMPTS, scores_by, states_of, tiny_policy, write_run
 from tests.scoring.test_published import write_dina, write_lrm
@@ -181,6 +181,23 @@ def test_latent_spaces_of_published_layouts_need_no_base(tmp_path: Path) -> None
     assert LatentReward(str(tmp_path / "lrm")).latent_space().scaling_factor == 0.13025
     write_dina(tmp_path / "dina")
     assert LatentReward(str(tmp_path / "dina")).latent_space() == PolicySource(pipeline_folder("sd35")).latent_space()
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd35"])
+def test_a_pipeline_in_place_of_a_reward_is_told_as_such(name: str, tmp_path: Path) -> None:
+    folder = shutil.copytree(pipeline_folder(name), tmp_path / "base")
+    (folder / "v1-5-pruned.ckpt").touch()  # as the hub's copy of SD1.5 has it
+    message = (
+        r"^reward model '.*base' is a diffusers pipeline, not a reward; give a checkpoint, or the folder of a model"
+    )
+    with pytest.raises(InputError, match=message):
+        LatentReward(str(folder)).latent_space()
+    with pytest.raises(InputError, match=message):
+        RewardModel.from_pretrained(folder)
+    if name == "sd15":  # released files of LRM beside the whole base
+        write_lrm(tmp_path / "lrm", name)
+        shutil.copytree(tmp_path / "lrm", folder, dirs_exist_ok=True)
+        assert LatentReward(str(folder)).latent_space().scaling_factor == 0.18215
 
 
 def test_bad_input_is_named_before_any_weight_is_loaded(tmp_path: Path) -> None:

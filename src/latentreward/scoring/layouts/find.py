@@ -8,7 +8,7 @@ from pathlib import Path
 
 from latentreward.checkpoints.shards import is_sharded, newest_first
 from latentreward.errors import InputError
-from latentreward.scoring.hub import downloaded
+from latentreward.scoring.hub import MARKS, downloaded
 from latentreward.scoring.layouts.base import StoredReward
 from latentreward.scoring.layouts.model_folder import PretrainedReward, is_model_folder
 from latentreward.scoring.layouts.published import PublishedDiNaLRM, PublishedLRM, PublishedSettings
@@ -46,12 +46,18 @@ def find_reward(
         published: Settings that the files of a published layout do not hold; None takes the defaults.
 
     Raises:
-        InputError: If no layout is found, or ``config``, ``revision`` or ``published`` does not apply to the layout.
+        InputError: If no layout is found, ``path`` is a diffusers pipeline, or ``config``, ``revision`` or
+            ``published`` does not apply to the layout.
     """
     here = Path(path).exists()
     if here and revision is not None:
         raise InputError(f"revision={revision!r} is for hub ids, but reward model {path!r} lies here; leave it out")
     place = Path(path) if here else downloaded(path, revision)
+    if (place / "model_index.json").is_file() and not any((place / mark).is_file() for mark in MARKS):
+        raise InputError(
+            f"reward model {path!r} is a diffusers pipeline, not a reward; give a checkpoint, or the folder of a model "
+            "or of a run"
+        )
     layout = published_layout(place, base, published)
     if layout is None and published is not None:
         raise InputError(
