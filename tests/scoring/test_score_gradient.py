@@ -16,7 +16,9 @@ PROMPTS = ["a cat", "a dog"]
 @pytest.mark.parametrize("name", slow_after(2, ["sd15", "sd35"]))
 def test_gradients_equal_finite_differences(name: str, of: str, sigmas: tuple[float, ...]) -> None:
     """Along a random direction, in float64; heads compute norms and means in float32."""
-    model, noise = scoring_model(name).double(), ScoringNoise(sigmas=sigmas)
+    model, noise = scoring_model(name), ScoringNoise(sigmas=sigmas)
+    for part in model.children():  # the whole model refuses to be cast
+        part.double()
     shape = (2, 4, LATENTS, LATENTS) if of == "latents" else (2, 3, PIXELS, PIXELS)
     start, direction = 0.8 * torch.rand(2, *shape, dtype=torch.float64) - 0.4
     start.requires_grad_()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from latentreward.errors import InputError
 from latentreward.scoring import RewardModel, ScoringNoise
@@ -110,6 +111,37 @@ def test_bfloat16_keeps_head_vae_and_scores_in_float32(model: RewardModel) -> No
     for of_float, of_half in zip(expected.T, found.T, strict=True):
         change = (of_half - of_float).abs() / of_float.std()
         assert 0 < change.max() < 0.15  # random weights spread the scores less than training does
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cast_is_refused_and_changes_nothing(dtype: torch.dtype) -> None:
+    """The identity would go on naming the old precision, and rounded weights would be saved."""
+    model = scoring_model("sd15").set_precision(dtype)
+    identity, before = model.identity, {name: weight.clone() for name, weight in model.state_dict().items()}
+    casts = [
+        lambda: model.to(torch.float64),
+        lambda: model.to("cpu", torch.float16),
+        model.half,
+        model.double,
+        lambda: nn.Sequential(model).double(),
+        model.bfloat16 if dtype == torch.float32 else model.float,
+    ]
+    for cast in casts:
+        with pytest.raises(InputError, match=r"is not cast .*dtype=torch.bfloat16 or torch.float32 in from_pretrained"):
+            cast()
+    assert model.identity == identity
+    assert {name: weight.dtype for name, weight in model.state_dict().items()} == {
+        name: weight.dtype for name, weight in before.items()
+    }
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
+def test_a_model_is_moved_as_any_module() -> None:
+    model = scoring_model("sd15")
+    assert model.to("cpu").to("cpu", torch.float32).float().to(memory_format=torch.channels_last) is model
+    assert model.share_memory().head.state_dict()["visual_projection.weight"].is_shared()
+    assert nn.Sequential(model.to("meta"))[0].device.type == "meta"
+    assert model.to_empty(device="cpu").device.type == "cpu"
 
 
 def test_other_precisions_are_refused(model: RewardModel) -> None:

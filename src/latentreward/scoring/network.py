@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -47,7 +47,8 @@ class RewardNetwork(nn.Module):
             of :func:`own_sizes`. None if the backbone's native size is unknown.
         exif: Whether images are turned upright by their EXIF orientation (``apply`` or ``ignore``), as in training.
         source: Path or hub id that the model was loaded from, as the user gave it.
-        dtype: Precision of the backbone's matrix products; see :meth:`set_precision`.
+        dtype: Precision of the backbone's matrix products; see :meth:`set_precision`. Casts such as ``half`` or
+            ``to(torch.bfloat16)`` are refused.
         calibration: Mean and quantiles of scores on a reference set; None if the model was not calibrated.
         recipe: Record from which the model is built again when it is loaded; None for a model built in Python.
         published: Settings in use that the files of a published layout do not hold; empty for any other model.
@@ -97,6 +98,21 @@ class RewardNetwork(nn.Module):
         self.head.float()
         self.dtype = dtype
         return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move the model to another device; refuse a cast, after which :attr:`dtype` and saved weights would be wrong.
+
+        Raises:
+            InputError: If ``fn`` changes the type of a weight, as ``to(torch.bfloat16)``, ``half`` and ``double`` do.
+        """
+        for dtype, device in {(tensor.dtype, tensor.device) for tensor in (*self.parameters(), *self.buffers())}:
+            found = fn(torch.empty(1, dtype=dtype, device=device)).dtype  # before any weight has changed
+            if found != dtype:
+                raise InputError(
+                    f"a reward model is not cast (here from {dtype} to {found}); load it with dtype=torch.bfloat16 or "
+                    "torch.float32 in from_pretrained"
+                )
+        return super()._apply(fn, recurse)
 
     def halved_weights(self, kept: Container[str] = ()) -> set[int]:
         """Return the ids of the weights that :meth:`set_precision` rounds to bfloat16."""
