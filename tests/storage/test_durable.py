@@ -1,8 +1,12 @@
 """Files and folders are whole under their name or not there, and a full disk is one line."""
 
 import os
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,6 +17,7 @@ from torch.distributed import checkpoint as distributed_checkpoint
 from torch.distributed.checkpoint import FileSystemWriter
 
 from latentreward.errors import InputError
+from latentreward.storage import durable
 from latentreward.storage.durable import (
     LOCK,
     contents,
@@ -118,7 +123,12 @@ def folder_with(path: Path, text: str) -> Path:
 
 
 @pytest.mark.parametrize("old", ["nothing", "folder", "file", "link", "dangling link"])
-def test_a_folder_takes_the_place_of_whatever_was_there(old: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("exchanging", [True, False])
+def test_a_folder_takes_the_place_of_whatever_was_there(
+    exchanging: bool, old: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not exchanging:
+        monkeypatch.setattr(durable, "exchange", cannot_exchange)
     target, other = tmp_path / "target", folder_with(tmp_path / "other", "other")
     if old == "folder":
         folder_with(target, "old")
@@ -146,9 +156,46 @@ def test_only_what_dead_processes_left_is_removed(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"target", ".target.partial", alive.name}
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux exchanges two folders in one step")
+def test_a_kill_while_a_folder_is_replaced_leaves_the_old_or_the_new_one(tmp_path: Path) -> None:
+    target, line, found = folder_with(tmp_path / "target", "old"), 0, set()
+    while not replaced_until(line, target):
+        found.add((target / "content").read_text())
+        put_in_place(folder_with(temporary_name(target), "old"), target)
+        line += 1
+    assert found == {"old", "new"}
+
+
+def replaced_until(line: int, target: Path) -> bool:
+    """Replace ``target`` in a process that is killed before this line of the module; False if it was killed."""
+    if (process := os.fork()) == 0:
+        partial, lines = folder_with(temporary_name(target), "new"), 0
+
+        def trace(frame: FrameType, event: str, _: Any) -> Any:
+            nonlocal lines
+            if frame.f_code.co_filename != durable.__file__:
+                return None
+            if event == "line":
+                if lines == line:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                lines += 1
+            return trace
+
+        sys.settrace(trace)
+        put_in_place(partial, target)
+        os._exit(0)
+    return os.waitpid(process, 0)[1] == 0
+
+
+def cannot_exchange(one: Path, other: Path) -> bool:
+    """What a file system without an exchange answers."""
+    return False
+
+
 def test_what_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = folder_with(tmp_path / "target", "old")
     partial = folder_with(tmp_path / "partial", "new")
+    monkeypatch.setattr(durable, "exchange", cannot_exchange)
     monkeypatch.setattr(Path, "replace", no_space)
     with pytest.raises(OSError, match="no space"):
         put_in_place(partial, target)

@@ -1,5 +1,6 @@
 """Atomic writes: a file or folder appears under its name only when complete, even after a kill or a power loss."""
 
+import ctypes
 import errno
 import os
 import re
@@ -20,6 +21,8 @@ REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR}
 """Error numbers of a path where writing is not allowed or not possible."""
 MEANWHILE = {errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR}
 """Error numbers of a rename that failed because another process replaced the target at the same time."""
+CANNOT_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP}
+"""Error numbers of a system or file system without an atomic exchange of two names."""
 ERROR_NUMBER = re.compile(r"\[Errno (\d+)\]|\(os error (\d+)\)")
 """Error number of the operating system, quoted in the message of another error, such as one from safetensors."""
 TORCH_STOPPED = re.compile(r"PytorchStreamWriter failed writing|unexpected pos \d+ vs \d+")
@@ -110,6 +113,9 @@ def put_in_place(partial: Path, target: Path, over: bool = True) -> None:
     An existing ``target`` is replaced if ``over`` is true. A symbolic link is replaced itself, not the file behind the
     link. If several processes write the same target, the result of the last process remains, complete. Unfinished
     files that killed processes on this machine left for ``target`` are removed.
+
+    A kill leaves either the old or the new target. Only where a folder takes the place of something and
+    :func:`exchange` is not available, a kill may leave neither under its name, but both beside it.
     """
     settle(partial)
     if over:
@@ -147,6 +153,9 @@ def _swapped(partial: Path, target: Path) -> bool:
     """Rename ``partial`` to ``target``; return False if another process replaced ``target`` at the same time."""
     old = temporary_name(target, "old")
     try:
+        if os.path.lexists(target) and (target.is_dir() or partial.is_dir()) and exchange(partial, target):
+            discard(partial)
+            return True
         if target.is_dir():
             target.rename(old)
         elif partial.is_dir():
@@ -161,6 +170,23 @@ def _swapped(partial: Path, target: Path) -> bool:
         return False
     discard(old)
     return True
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Exchange the names of two files or folders in one atomic step; return False if that is not possible here.
+
+    Linux with glibc 2.28 or later can do it on most local file systems, but not, for example, on NFS.
+    """
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    at_cwd, rename_exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux's headers
+    if renameat2(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), rename_exchange) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in CANNOT_EXCHANGE:
+        return False
+    raise OSError(number, os.strerror(number), str(one), None, str(other))
 
 
 def temporary_name(target: Path, suffix: str = "partial") -> Path:
