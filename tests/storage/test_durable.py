@@ -162,6 +162,7 @@ def test_a_kill_while_a_folder_is_replaced_leaves_the_old_or_the_new_one(tmp_pat
     while not replaced_until(line, target):
         found.add((target / "content").read_text())
         put_in_place(folder_with(temporary_name(target), "old"), target)
+        assert list(tmp_path.iterdir()) == [target]  # what the kill left is removed
         line += 1
     assert found == {"old", "new"}
 

@@ -117,7 +117,7 @@ def put_in_place(partial: Path, target: Path, over: bool = True) -> None:
     A kill leaves either the old or the new target. Only where a folder takes the place of something and
     :func:`exchange` is not available, a kill may leave neither under its name, but both beside it.
     """
-    settle(partial)
+    settle(partial, target)
     if over:
         while not _swapped(partial, target):
             pass
@@ -134,12 +134,17 @@ def put_in_place(partial: Path, target: Path, over: bool = True) -> None:
             discard(path)
 
 
-def settle(path: Path) -> None:
+def settle(path: Path, target: Path) -> None:
     """Set the umask's default mode on a file, or on all files in a folder, and sync them to disk.
 
     The mode is set because safetensors makes its files readable by their owner alone, whatever the umask is.
+
+    Args:
+        path: File or folder.
+        target: What ``path`` will replace; a kill may leave an empty file, which :func:`put_in_place` removes by this
+            name.
     """
-    sample = temporary_name(path)
+    sample = temporary_name(target)
     sample.touch()
     mode = sample.stat().st_mode
     sample.unlink()

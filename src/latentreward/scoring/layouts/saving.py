@@ -224,7 +224,7 @@ def target_problem(folder: Path) -> str | None:
 
 def fill(folder: Path, partial: Path) -> None:
     """Replace the files in ``folder`` by those in ``partial``, ``config.json`` last."""
-    settle(partial)
+    settle(partial, folder)
     (folder / CONFIG).unlink(missing_ok=True)
     for path in folder.iterdir():
         discard(path)
