@@ -115,6 +115,15 @@ def test_the_place_among_prompts_is_kept_over_epochs_and_batch_sizes() -> None:
     assert list(next(iter(back)).keys) == whole[8:12]
 
 
+def test_the_place_among_prompts_in_another_order_is_refused() -> None:
+    state = PromptSampler(2, 10, seed=1).state_dict(3)
+    with pytest.raises(InputError, match=r"^seed_everything \(or data\.seed\) is 2, but 1 in the checkpoint"):
+        PromptSampler(2, 10, seed=2).load_state_dict(state)
+    resumed = PromptSampler(2, 10, seed=2)
+    resumed.load_state_dict({name: state[name] for name in ("epoch", "batches", "used")})  # of an earlier version
+    assert resumed.used == 6
+
+
 def test_passes_end_a_run_of_prompts() -> None:
     ends: list[int] = []
     sampler = PromptSampler(2, 10, max_prompts=6, finish=lambda: ends.append(sampler.taken))

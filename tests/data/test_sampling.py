@@ -87,6 +87,28 @@ def test_state_of_other_data_is_refused() -> None:
         sampler.load_state_dict({"epoch": 0, "used": 8, "rows": 51})
 
 
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (
+            {"seed": 7},
+            r"^seed_everything \(or data\.seed\) is 7, but 0 in the checkpoint, .*; go on with 0, or start anew$",
+        ),
+        (
+            {"shuffle": False},
+            r"^data\.shuffle is False, but True in the checkpoint, .*; go on with True, or start anew$",
+        ),
+    ],
+)
+def test_state_of_another_order_is_refused(other: dict[str, int], message: str) -> None:
+    state = PairBatchSampler(50, 4).state_dict(2)
+    resumed = PairBatchSampler(50, 4, **other)
+    with pytest.raises(InputError, match=message):
+        resumed.load_state_dict(state)
+    resumed.load_state_dict({name: state[name] for name in ("epoch", "used", "rows")})  # of an earlier version
+    assert resumed.used == 8
+
+
 def test_ranks_run_equally_many_evaluation_batches() -> None:
     for rows in range(2, 200):
         for world in (1, 2, 3, 8):

@@ -6,12 +6,14 @@ import multiprocessing
 import re
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from typing import Any, Protocol
 
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torch.utils.data._utils import signal_handling
+
+from latentreward.errors import InputError
 
 DEAD_WORKER = re.compile(r"RuntimeError: (DataLoader worker \(pid|Pin memory)|(Connection\w+|EOF)Error: (?!Caught)")
 """Start of errors about a killed worker process; torch's errors about a worker that raised begin with "Caught"."""
@@ -31,7 +33,8 @@ class ResumableBatchSampler(Protocol):
     (``{"epoch": 3, "used": 512}``). Or it lists the batches taken under each combination of settings
     (``{"epoch": 3, "spans": [{"batch_size": 4, "world_size": 2, "batches": 64}, ...]}``), from which the sampler
     computes the used pairs again. It consists of plain numbers, strings, lists and dicts. The remaining pairs of the
-    epoch are batched under the new settings; none is repeated or lost.
+    epoch are batched under the new settings; none is repeated or lost. A count means nothing in another order, so a
+    state with one also holds what determines the order, see :func:`check_same_order`.
 
     Attributes:
         epoch: Number of the epoch of the next iteration.
@@ -71,6 +74,7 @@ class CountedBatches:
         max_prompts: Prompts to use in the whole run, over all ranks; None for no limit.
         finish: Called before the last batch that ``max_prompts`` prompts allow is yielded; should make the run stop
             after this batch.
+        seed: Seed of the order in which the batches are taken.
         num_replicas: World size.
         rank: Number of this rank.
 
@@ -88,11 +92,12 @@ class CountedBatches:
         *,
         max_prompts: int | None = None,
         finish: Callable[[], None] = lambda: None,
+        seed: int = 0,
         num_replicas: int = 1,
         rank: int = 0,
     ) -> None:
         self.batches_per_epoch, self.global_batch = batches_per_epoch, batch_size * num_replicas
-        self.max_prompts, self.finish = max_prompts, finish
+        self.max_prompts, self.finish, self.seed = max_prompts, finish, seed
         self.num_replicas, self.rank = num_replicas, rank
         self.epoch = self.batches = self.taken = 0
 
@@ -110,10 +115,15 @@ class CountedBatches:
 
     def state_dict(self, batches: int) -> dict[str, Any]:
         """Return the epoch and the batches taken in it, ``batches`` batches of the current iteration included."""
-        return {"epoch": self.epoch, "batches": self.batches + batches}
+        return {"epoch": self.epoch, "batches": self.batches + batches, "seed": self.seed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the epoch and the number of batches taken in it."""
+        """Restore the epoch and the number of batches taken in it.
+
+        Raises:
+            InputError: If the state was saved with another seed.
+        """
+        check_same_order(state_dict, seed=self.seed)
         self.epoch, self.batches, self.taken = state_dict["epoch"], state_dict["batches"], 0
 
 
@@ -233,6 +243,21 @@ class ResumableLoader(WorkerLoader):
         """Restore a position in the epoch; to be called before iterating."""
         self.places.load_state_dict(state_dict)
         self._delivered, self._delivered_epoch = 0, self.places.epoch
+
+
+def check_same_order(state_dict: Mapping[str, Any], **settings: Any) -> None:
+    """Raise InputError if a batch sampler's state was saved under another ``seed`` or ``shuffle`` than the given ones.
+
+    In another order, the rest of the epoch would repeat some pairs and skip others. States of earlier versions hold
+    neither setting and pass.
+    """
+    for name, value in settings.items():
+        if (saved := state_dict.get(name, value)) != value:
+            field = "seed_everything (or data.seed)" if name == "seed" else f"data.{name}"
+            raise InputError(
+                f"{field} is {value}, but {saved} in the checkpoint, so its epoch would go on in another order; "
+                f"go on with {saved}, or start anew"
+            )
 
 
 def shares_of(trainer: Any) -> dict[str, int]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.utils.data import DistributedSampler
 
+from latentreward.data.loading import check_same_order
 from latentreward.errors import InputError
 from latentreward.seeding import pair_generator
 
@@ -42,8 +43,8 @@ class PairBatchSampler:
     global batch size is equal. The last batch of an epoch may be smaller, with equally many pairs on all ranks. Fewer
     than ``num_replicas`` pairs may remain after the last batch; they are not used in this epoch.
 
-    Implements :class:`~latentreward.data.loading.ResumableBatchSampler`; the state is the epoch and the number of
-    pairs used.
+    Implements :class:`~latentreward.data.loading.ResumableBatchSampler`; the state is the epoch, the number of
+    pairs used, and what determines their order.
 
     Args:
         rows: Number of pairs.
@@ -94,21 +95,23 @@ class PairBatchSampler:
         return self._batches(self.rows - self.used)
 
     def state_dict(self, batches: int) -> dict[str, Any]:
-        """Return the epoch and the number of pairs used after ``batches`` batches of an iteration started now."""
+        """Return the state after ``batches`` batches of an iteration started now."""
         taken = min(batches * self.batch_size, (self.rows - self.used) // self.num_replicas) * self.num_replicas
-        return {"epoch": self.epoch, "used": self.used + taken, "rows": self.rows}
+        order = {"rows": self.rows, "seed": self.seed, "shuffle": self.shuffle}
+        return {"epoch": self.epoch, "used": self.used + taken, **order}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the epoch and the number of pairs used; batch size and world size may differ from those at saving.
 
         Raises:
-            InputError: If the state was saved with another number of pairs.
+            InputError: If the state was saved with another number of pairs, another seed or another ``shuffle``.
         """
         if state_dict["rows"] != self.rows:
             raise InputError(
                 f"data.train has {self.rows} pairs, but the checkpoint stopped in an epoch of {state_dict['rows']}; "
                 "go on with the data it was trained on, or start anew"
             )
+        check_same_order(state_dict, seed=self.seed, shuffle=self.shuffle)
         self.epoch, self.used = state_dict["epoch"], state_dict["used"]
 
     def _batches(self, rows: int) -> int:

@@ -105,8 +105,8 @@ class ExperienceSampler(CountedBatches):
         prompts_per_rollout: Prompts per rollout and rank.
         max_empty_rollouts: Raise InputError after this many rollouts in succession that kept no row.
         accumulated: Function that returns the number of batches per optimiser step.
-        seed: Seed of the order of rows.
-        settings: Arguments of :class:`~latentreward.data.loading.CountedBatches`.
+        settings: Arguments of :class:`~latentreward.data.loading.CountedBatches`; ``seed`` is also that of the order of
+            rows.
     """
 
     def __init__(
@@ -117,11 +117,10 @@ class ExperienceSampler(CountedBatches):
         prompts_per_rollout: int,
         max_empty_rollouts: int = 4,
         accumulated: Callable[[], int] = lambda: 1,
-        seed: int = 0,
         **settings: Any,
     ) -> None:
         super().__init__(**settings)
-        self.prompts, self.learner, self.accumulated, self.seed = prompts, learner, accumulated, seed
+        self.prompts, self.learner, self.accumulated = prompts, learner, accumulated
         self.rollout, self.max_empty_rollouts = prompts_per_rollout * self.num_replicas, max_empty_rollouts
         self.rows, self.cursor = ExperienceRows(), 0
         self.prompts_used = self.rollouts = self.empty_rollouts = 0

@@ -155,6 +155,7 @@ class PromptLoaders(LightningDataModule):
             "batches_per_epoch": self.batches_per_epoch,
             "max_prompts": None if self.passes is None else self.passes * len(self.prompts),
             "finish": self._stop,
+            "seed": self.seed,
             **shares,
         }
         if not hasattr(learner, "roll_out"):
@@ -166,7 +167,6 @@ class PromptLoaders(LightningDataModule):
             prompts_per_rollout=self.prompts_per_rollout,
             max_empty_rollouts=self.max_empty_rollouts,
             accumulated=lambda: self.trainer.accumulate_grad_batches if self.trainer else 1,  # may change by epoch
-            seed=self.seed,
             **settings,
         )
         return ResumableLoader(experience.rows, experience, collate_fn=as_is)
