@@ -12,6 +12,7 @@ from typing import Any, Literal
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from latentreward.errors import InputError
@@ -21,6 +22,8 @@ logger = logging.getLogger(__name__)
 TUNER_FILES = (".lr_find_", ".scale_batch_size_")
 """Prefixes of the files from which Lightning's tuner restores the state before its search, which is not a resume."""
 SAME_SCHEDULE = "give the model.lr_scheduler that it was trained with, or --resume_override=[schedule]"
+SCHEDULE_VALUES = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum"}
+"""Entries that schedules add to an optimiser's parameter groups."""
 
 
 class ResumedSettings(Callback):
@@ -40,8 +43,8 @@ class ResumedSettings(Callback):
             ``model.optimizer.lr``.
 
     Raises:
-        InputError: If the checkpoint's schedule is of another class than the given one, or its optimiser has other
-            parameters, or ``override`` names ``lr`` alone while the schedules differ.
+        InputError: If the checkpoint's schedule or optimiser is of another class than the given one, or its optimiser
+            has other parameters, or ``override`` names ``lr`` alone while the schedules differ.
 
     Example:
         ``--resume_override=[lr,schedule]`` on the command line; ``Trainer(callbacks=[ResumedSettings(["lr"])])``.
@@ -53,10 +56,12 @@ class ResumedSettings(Callback):
         self._groups: list[list[dict[str, Any]]] = []
         self._schedules: list[dict[str, Any]] = []
         self._saved_schedules: list[dict[str, Any]] | None = None
-        self._saved_sizes: list[list[int]] = []
+        self._saved_groups: list[list[dict[str, Any]]] = []
+        self._saved_optimizers: list[str] = []
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Save the batch size, which Lightning does not save."""
+        """Save the batch size and the optimisers' classes, which Lightning does not save."""
+        checkpoint["optimizers"] = [type(optimizer).__name__ for optimizer in trainer.optimizers]
         if (size := batch_size(trainer)) is not None:
             checkpoint["batch_size"] = size
 
@@ -69,8 +74,8 @@ class ResumedSettings(Callback):
         if trainer.state.fn != TrainerFn.FITTING or Path(trainer.ckpt_path or "").name.startswith(TUNER_FILES):
             return
         self._saved_schedules, checkpoint["lr_schedulers"] = checkpoint.get("lr_schedulers", []), []
-        states = checkpoint.get("optimizer_states", [])
-        self._saved_sizes = [[len(group["params"]) for group in state["param_groups"]] for state in states]
+        self._saved_groups = [state["param_groups"] for state in checkpoint.get("optimizer_states", [])]
+        self._saved_optimizers = checkpoint.get("optimizers", [])
         given = batch_size(trainer)
         saved = checkpoint.get("batch_size", given)
         if given != saved:
@@ -82,12 +87,16 @@ class ResumedSettings(Callback):
         """Remember optimisers and schedules as the settings made them; Lightning restores optimisers after this hook.
 
         Raises:
-            InputError: If the checkpoint's optimiser has other parameters.
+            InputError: If the checkpoint's optimiser is of another class, or has other parameters.
         """
+        self._check_classes(trainer.optimizers)
         self._groups = [[dict(group) for group in optimizer.param_groups] for optimizer in trainer.optimizers]
         self._schedules = [deepcopy(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs]
-        sizes = [[len(group["params"]) for group in groups] for groups in self._groups]
-        if self._saved_sizes and self._saved_sizes != sizes:
+        theirs, ours = [
+            [[len(group["params"]) for group in groups] for groups in every]
+            for every in (self._saved_groups, self._groups)
+        ]
+        if theirs and theirs != ours:
             raise InputError("the checkpoint's optimiser has other parameters; tuning and head must be as in training")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -99,7 +108,7 @@ class ResumedSettings(Callback):
             self._restore_schedules(trainer, self._saved_schedules)
         if self.override & {"lr", "schedule"}:
             self._replay(trainer, self._saved_schedules)
-        self._saved_schedules, self._saved_sizes = None, []
+        self._saved_schedules, self._saved_groups, self._saved_optimizers = None, [], []
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn if the checkpoint's run had already reached its limit, and name the limit to raise."""
@@ -126,6 +135,23 @@ class ResumedSettings(Callback):
             line = f"{name} stays {saved} as in the checkpoint, not {given} as given{remedy}"
         if trainer.is_global_zero:
             logger.warning("resume: %s", line)
+
+    def _check_classes(self, optimizers: Sequence[Optimizer]) -> None:
+        """Raise InputError if the checkpoint's optimisers are of other classes.
+
+        Checkpoints of earlier versions hold no classes; there the names of the settings tell.
+        """
+        ours = [type(optimizer).__name__ for optimizer in optimizers]
+        if self._saved_optimizers:
+            others = self._saved_optimizers != ours
+        else:
+            others = any(map(of_another_class, self._saved_groups, optimizers))
+        if others:
+            theirs = ", ".join(self._saved_optimizers or ["another class"])
+            raise InputError(
+                f"model.optimizer is {', '.join(ours)}, but the checkpoint holds the state of {theirs}; give the "
+                "model.optimizer that it was trained with, or start a new run"
+            )
 
     def _compare_optimizers(self, trainer: Trainer) -> None:
         """Log each optimiser setting that differs between given and restored parameter groups, once."""
@@ -188,6 +214,16 @@ class ResumedSettings(Callback):
                     config.scheduler.step()
         if trainer.is_global_zero and "schedule" in self.override:
             logger.warning("resume: model.lr_scheduler is the given one, placed at step %d", trainer.global_step)
+
+
+def of_another_class(saved: Sequence[Mapping[str, Any]], optimizer: Optimizer) -> bool:
+    """Tell whether the names of settings in saved parameter groups show another class than that of ``optimizer``.
+
+    One class has different names in different versions of PyTorch, but one of the versions has all names of the other.
+    """
+    theirs = {name for group in saved for name in group} - SCHEDULE_VALUES
+    ours = {name for group in optimizer.param_groups for name in group} - SCHEDULE_VALUES
+    return not (theirs <= ours or ours <= theirs)
 
 
 def batch_size(trainer: Trainer) -> int | None:
