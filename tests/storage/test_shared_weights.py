@@ -25,7 +25,12 @@ Wanted = Sequence[tuple[StoredTensor, torch.dtype]]
 def wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Wanted:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     save_file({"weight": VALUES.half()}, tmp_path / "model.safetensors")
-    return [(place, torch.float32) for place in map_weights([tmp_path / "model.safetensors"]).places.values()]
+    return weights(tmp_path)
+
+
+def weights(folder: Path) -> Wanted:
+    places = map_weights([folder / "model.safetensors"]).places.values()
+    return [(place, torch.float32) for place in places]
 
 
 def first(tensors: list[Tensor] | None) -> Tensor:
@@ -61,6 +66,21 @@ def test_a_file_that_a_power_cut_may_have_harmed_is_written_again(harm: str, wan
         earlier = time.time() - time.monotonic() - 60
         os.utime(file, (earlier, earlier))
     assert torch.equal(first(shared(wanted)), VALUES)
+    release_shared(remove=True)
+
+
+def test_a_source_that_was_written_in_place_is_converted_again(wanted: Wanted, tmp_path: Path) -> None:
+    assert torch.equal(first(shared(wanted)), VALUES)
+    source = tmp_path / "model.safetensors"
+    before = source.stat()
+    save_file({"weight": -VALUES.half()}, tmp_path / "other")
+    while source.stat().st_ctime_ns == before.st_ctime_ns:  # the file system's clock has steps
+        with source.open("r+b") as file:
+            file.write((tmp_path / "other").read_bytes())
+        os.utime(source, ns=(before.st_atime_ns, before.st_mtime_ns))
+    after = source.stat()
+    assert (after.st_ino, after.st_size, after.st_mtime_ns) == (before.st_ino, before.st_size, before.st_mtime_ns)
+    assert torch.equal(first(shared(weights(tmp_path))), -VALUES)
     release_shared(remove=True)
 
 

@@ -65,7 +65,10 @@ def shared(wanted: Sequence[tuple[StoredTensor, torch.dtype]]) -> list[Tensor] |
         offsets.append(size)
         size += -(-place.shape.numel() * dtype.itemsize // ALIGNMENT) * ALIGNMENT
     stats = {place.path: place.path.stat() for place, _ in wanted}
-    files = (f"{path} {found.st_ino} {found.st_size} {found.st_mtime_ns}" for path, found in stats.items())
+    files = (  # the time of change too: a tool that writes a file in place may set its time of modification back
+        f"{path} {found.st_dev} {found.st_ino} {found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"
+        for path, found in stats.items()
+    )
     key = digest([*files, *(f"{place.path} {place.offset} {tuple(place.shape)} {dtype}" for place, dtype in wanted)])
     path = own_folder() / key
     try:
