@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -30,7 +31,7 @@ from tests.processes import finish
 
 SOURCE = Path(latentreward.__file__).parents[1]
 PLUGIN = """
-    import atexit, os, signal, time
+    import atexit, os, resource, signal, time
     from collections.abc import Callable
     from types import SimpleNamespace
 
@@ -148,6 +149,15 @@ PLUGIN = """
         def on_train_batch_start(self, trainer, *args) -> None:
             if trainer.global_step == self.step:
                 raise InputError("an image is damaged")
+
+
+    class FillDisk(Callback):
+        def __init__(self, step: int) -> None:
+            self.step = step
+
+        def on_train_batch_start(self, trainer, *args) -> None:
+            if trainer.global_step == self.step:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
     class Freeze(Callback):
@@ -543,6 +553,21 @@ def test_settings_stay_if_a_checkpoint_was_saved(
     run = f"--trainer.default_root_dir=failed_at_{step}"
     assert "an image is damaged" in error_line(capsys, *FIT, *options, *fault, run)
     assert [path.name for path in (folder / f"failed_at_{step}").glob("config*.yaml")] == kept
+
+
+@pytest.mark.parametrize("keeper", ["LastCheckpoint", "ModelCheckpoint"])
+@pytest.mark.parametrize(("step", "kept"), [(0, []), (1, ["config.yaml"])])
+def test_settings_stay_only_if_a_checkpoint_was_saved_before_the_disk_was_full(
+    step: int, kept: list[str], keeper: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = f"full_{keeper}_{step}"
+    options = ["--trainer.enable_checkpointing=true", f"--trainer.default_root_dir={run}", "--model=plugin.Large"]
+    saving = [f"--trainer.callbacks+={keeper}", "--trainer.callbacks.every_n_train_steps=1"]
+    full = ["--trainer.callbacks+=plugin.FillDisk", f"--trainer.callbacks.step={step}"]
+    with largest_file(resource.getrlimit(resource.RLIMIT_FSIZE)[0]):  # as before, when the block ends
+        assert "no space left" in error_line(capsys, *FIT, *options, *saving, *full)
+    assert [path.name for path in (folder / run).glob("config*.yaml")] == kept
+    assert len(list((folder / run).rglob("*.ckpt"))) == len(kept)
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])

@@ -168,10 +168,15 @@ class SaveConfig(SaveConfigCallback):
 def saved_nothing(keepers: Sequence[Checkpoint]) -> bool:
     """Tell whether a run whose callbacks save checkpoints has none yet and will save none because of an error."""
     return bool(keepers) and all(
-        isinstance(keeper, ModelCheckpoint)
-        and not (keeper.best_model_path or keeper.last_model_path or keeper.save_on_exception)
+        isinstance(keeper, ModelCheckpoint) and not (saved_files(keeper) or keeper.save_on_exception)
         for keeper in keepers
     )
+
+
+def saved_files(keeper: ModelCheckpoint) -> list[str]:
+    """List paths of checkpoints that a callback has saved; Lightning also sets the paths of those that it could not."""
+    paths = [keeper.best_model_path, keeper.last_model_path, keeper._last_checkpoint_saved]
+    return [path for path in paths if path and ("://" in path or Path(path).exists())]
 
 
 def same_run(one: str, other: str) -> bool:
