@@ -55,6 +55,23 @@ def test_fit_refuses_weights_alone_before_the_model_is_loaded(
     run("validate", tmp_path, f"--ckpt_path={path}")
 
 
+@pytest.mark.parametrize("command", slow_after(1, ["test", "validate", "predict"]))
+def test_no_last_checkpoint_is_one_line_but_for_fit(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("fit", tmp_path, "--trainer.max_steps=1", "--ckpt_path=last", "--trainer.enable_checkpointing=false")
+    said = refusal(capsys, command, tmp_path, "--ckpt_path=last")
+    assert said == (
+        f"ckpt_path: last: the run in {tmp_path / 'run'} has no checkpoint of that name; choose the run by "
+        "trainer.logger.name or trainer.default_root_dir, or give the checkpoint's path"
+    )
+    run("fit", tmp_path, "--trainer.max_steps=1", *EACH_STEP)
+    run("validate", tmp_path, "--ckpt_path=last", *EACH_STEP)
+    error = "--trainer.callbacks=lightning.pytorch.callbacks.OnExceptionCheckpoint"
+    (tmp_path / "run" / "checkpoints" / "last.ckpt").rename(tmp_path / "on_exception.ckpt")
+    run("validate", tmp_path, "--ckpt_path=last", error, f"--trainer.callbacks.dirpath={tmp_path}")
+
+
 @pytest.mark.parametrize("value", slow_after(1, ["nan", "inf", "-inf"]))
 @pytest.mark.parametrize("weights_only", ["false", "true"])
 def test_weights_that_the_last_step_spoilt_are_not_saved(

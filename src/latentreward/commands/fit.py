@@ -26,6 +26,7 @@ from lightning.pytorch.callbacks import (
     LearningRateMonitor,
     ModelCheckpoint,
     ModelSummary,
+    OnExceptionCheckpoint,
     ProgressBar,
 )
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -386,7 +387,21 @@ class TrainingCLI(LightningCLI):
         if settings["ckpt_path"] == "last" and (path := last_checkpoint(self.trainer)):
             settings["ckpt_path"] = str(path)
 
-    before_validate = before_test = before_predict = _find_last
+    def _require_last(self) -> None:
+        """Find ``ckpt_path: last``; without it Lightning would evaluate the model as it was made, untrained.
+
+        Raises:
+            InputError: If there is none.
+        """
+        self._find_last()
+        if self.config_init[self.command]["ckpt_path"] == "last":
+            folder = Path(self.trainer.log_dir or ".")
+            raise InputError(
+                f"ckpt_path: last: the run in {folder} has no checkpoint of that name; choose the run by "
+                "trainer.logger.name or trainer.default_root_dir, or give the checkpoint's path"
+            )
+
+    before_validate = before_test = before_predict = _require_last
 
 
 def ranks_per_machine(trainer: Namespace) -> int:
@@ -522,6 +537,8 @@ def last_checkpoint(trainer: Trainer) -> Path | None:
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint):
             candidates += map(Path, callback._find_last_checkpoints(trainer))
+        elif isinstance(callback, OnExceptionCheckpoint):
+            candidates.append(Path(callback.ckpt_path))
     return newest_intact(candidates)
 
 
