@@ -72,6 +72,18 @@ def test_no_last_checkpoint_is_one_line_but_for_fit(
     run("validate", tmp_path, "--ckpt_path=last", error, f"--trainer.callbacks.dirpath={tmp_path}")
 
 
+@pytest.mark.parametrize("command", slow_after(1, ["fit", "validate"]))
+def test_no_hpc_checkpoint_is_one_line(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = refusal(capsys, command, tmp_path, "--trainer.max_steps=2", "--ckpt_path=hpc")
+    assert said == (
+        f"ckpt_path: hpc: there is no hpc_ckpt_*.ckpt in {tmp_path} (trainer.default_root_dir); give last, or the "
+        "checkpoint's path"
+    )
+    run("fit", tmp_path, "--trainer.max_steps=1", *EACH_STEP)
+    (tmp_path / "run" / "checkpoints" / "last.ckpt").rename(tmp_path / "hpc_ckpt_1.ckpt")
+    run(command, tmp_path, "--trainer.max_steps=2", "--ckpt_path=hpc")
+
+
 @pytest.mark.parametrize("value", slow_after(1, ["nan", "inf", "-inf"]))
 @pytest.mark.parametrize("weights_only", ["false", "true"])
 def test_weights_that_the_last_step_spoilt_are_not_saved(

@@ -369,7 +369,7 @@ class TrainingCLI(LightningCLI):
         settings = self.config_init[self.command]
         if settings["ckpt_path"] is None and int(os.environ.get("SLURM_RESTART_COUNT") or 0):
             settings["ckpt_path"] = "last"
-        self._find_last()
+        self._find_checkpoint()
         if path := settings["ckpt_path"]:
             check_resumable(path, path)
         callbacks = self.trainer.checkpoint_callbacks
@@ -381,9 +381,20 @@ class TrainingCLI(LightningCLI):
             either = "|".join(re.escape(str(name)) for name in (folder, os.path.relpath(folder)))
             warnings.filterwarnings("ignore", message=f"Checkpoint directory ({either}) exists and is not empty")
 
-    def _find_last(self) -> None:
-        """Replace ``ckpt_path: last`` by the path of the newest ``last`` checkpoint, if there is one."""
+    def _find_checkpoint(self) -> None:
+        """Replace ``ckpt_path: last`` by the path of the newest ``last`` checkpoint, if there is one; ``hpc`` likewise.
+
+        Raises:
+            InputError: If there is none for ``hpc``.
+        """
         settings = self.config_init[self.command]
+        if settings["ckpt_path"] == "hpc":
+            settings["ckpt_path"] = self.trainer._checkpoint_connector._hpc_resume_path
+            if settings["ckpt_path"] is None:
+                raise InputError(
+                    f"ckpt_path: hpc: there is no hpc_ckpt_*.ckpt in {self.trainer.default_root_dir} "
+                    "(trainer.default_root_dir); give last, or the checkpoint's path"
+                )
         if settings["ckpt_path"] == "last" and (path := last_checkpoint(self.trainer)):
             settings["ckpt_path"] = str(path)
 
@@ -393,7 +404,7 @@ class TrainingCLI(LightningCLI):
         Raises:
             InputError: If there is none.
         """
-        self._find_last()
+        self._find_checkpoint()
         if self.config_init[self.command]["ckpt_path"] == "last":
             folder = Path(self.trainer.log_dir or ".")
             raise InputError(
