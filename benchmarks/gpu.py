@@ -7,7 +7,8 @@ with any PyTorch from the floor in setup.cfg on (an older one is tried, and name
 ``--wheels DIR`` unpacks the pure-Python wheels in DIR (diffusers, jsonargparse, omegaconf, …) and imports from there.
 
 Each block is a process of at most 8 minutes that writes OUTPUT/BLOCK.json after every row. A block that is done is
-skipped, so the command goes on where it was interrupted. A row that runs out of memory or fails says so.
+skipped, so the command goes on where it was interrupted. A row that runs out of memory or fails says so; a block whose
+rows have all failed is not done.
 
 ``scoring``    a step's score by the latent reward (LRM on SD1.5 and SDXL, DiNa-LRM on SD3.5-Medium) against pixels:
                VAE decoder and CLIP-H, with x̂_0 predicted anew (guided) or reused from the sampler
@@ -18,7 +19,8 @@ skipped, so the command goes on where it was interrupted. A row that runs out of
 ``execution``  float32, bfloat16, checkpointing, torch.compile and attention kernels in a DiNa-LRM step
 ``families``   one 1024² latent of every family: a reward on half of the blocks, and a checkpointed step of the policy
 
-``--device cpu --tiny`` tries all blocks at tiny sizes with one thread, for tests.
+``--device cpu --tiny`` tries all blocks at tiny sizes with one thread, for tests. What is measured with either option
+goes to OUTPUT/trial.
 """
 
 import argparse
@@ -48,9 +50,21 @@ def import_path(wheels: Path | None) -> str:
     return os.pathsep.join([*(str(place.resolve()) for place in places), os.environ.get("PYTHONPATH", "")])
 
 
-def is_done(path: Path) -> bool:
-    """Tell whether a block was measured to its end."""
-    return path.is_file() and json.loads(path.read_text())["complete"]
+def is_done(path: Path, device: str, tiny: bool) -> bool:
+    """Tell whether a block was measured to its end with these settings, and not all of its rows failed."""
+    if not path.is_file():
+        return False
+    found = json.loads(path.read_text())
+    states = [str(row[1]) for table in found["tables"] for row in table["rows"]]
+    failed = all(state.startswith("failed: ") for state in states)
+    return found["complete"] and (found["device"], found["tiny"]) == (device, tiny) and not failed
+
+
+def has_cuda() -> bool:
+    """Tell whether PyTorch can use a CUDA device."""
+    import torch  # takes seconds, and the command needs nothing else of it
+
+    return torch.cuda.is_available()
 
 
 def main() -> None:
@@ -68,13 +82,16 @@ def main() -> None:
     torch = version("torch")
     if tuple(map(int, torch.split(".")[:2])) < FLOOR:
         print(f"PyTorch {torch} is older than the oldest that is tested, {'.'.join(map(str, FLOOR))}")
+    if options.device == "cuda" and not has_cuda():
+        parser.exit(2, f"PyTorch {torch} finds no CUDA device; --device cpu --tiny tries the blocks without one\n")
     environment = {**os.environ, "PYTHONPATH": import_path(options.wheels), "HF_HUB_OFFLINE": "1"}
     if options.device == "cpu":
         environment["OMP_NUM_THREADS"] = "1"
+    output = options.output / "trial" if options.tiny or options.device == "cpu" else options.output
     ends, missing = time.monotonic() + 60 * options.minutes, []
     for name in options.blocks or BLOCKS:
-        path = (options.output / f"{name}.json").resolve()
-        if is_done(path):
+        path = (output / f"{name}.json").resolve()
+        if is_done(path, options.device, options.tiny):
             print(f"{name}: done already", flush=True)
             continue
         left = min(BLOCK_SECONDS, ends - time.monotonic())
@@ -86,7 +103,7 @@ def main() -> None:
                 subprocess.run(command, cwd=ROOT, env=environment, timeout=left, check=False)
         except subprocess.TimeoutExpired:
             print(f"{name}: stopped after {left:.0f} s; its rows so far are in {path}", flush=True)
-        if not is_done(path):
+        if not is_done(path, options.device, options.tiny):
             missing.append(name)
     if missing:
         sys.exit(f"not measured to the end: {', '.join(missing)}; the same command goes on with them")

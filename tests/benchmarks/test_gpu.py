@@ -64,28 +64,59 @@ def test_a_row_that_fails_says_so_and_the_rest_goes_on(blocks: ModuleType) -> No
     assert len(written) == 2
 
 
+TRIAL = ("--device=cpu", "--tiny")
+
+
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the command outside of the checkout, with nothing of it on the import path."""
-    command = [
-        sys.executable,
-        str(ROOT / "benchmarks" / "gpu.py"),
-        "--device=cpu",
-        "--tiny",
-        "--output=out",
-        *arguments,
-    ]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--output=out", *arguments]
+    hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(command, cwd=folder, env=hidden, capture_output=True, text=True, check=False)
+
+
+def write(path: Path, *rows: list[Any], complete: bool = True, device: str = "cpu", tiny: bool = True) -> None:
+    """Write a block's file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found = {"complete": complete, "device": device, "tiny": tiny, "tables": [{"rows": rows}]}
+    path.write_text(json.dumps(found))
 
 
 def test_blocks_without_time_are_named_and_done_ones_skipped(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "vlm.json").write_text('{"complete": true}')
-    (tmp_path / "out" / "scoring.json").write_text('{"complete": false}')
-    stopped = run(tmp_path, "--minutes=0")
+    write(tmp_path / "out" / "trial" / "vlm.json", ["one", 1.0], ["two", "failed: ValueError: x"])
+    write(tmp_path / "out" / "trial" / "scoring.json", ["one", 1.0], complete=False)
+    stopped = run(tmp_path, *TRIAL, "--minutes=0")
     assert "vlm: done already" in stopped.stdout
     assert "scoring: no time left" in stopped.stdout
     assert stopped.returncode == 1
     assert "not measured to the end: scoring, rewards, alignment, execution" in stopped.stderr
+
+
+def test_a_block_is_done_with_its_own_settings_unless_all_rows_failed(
+    load: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    is_done, path = load("gpu").is_done, tmp_path / "vlm.json"
+    write(path, ["one", "out of memory"], ["two", "failed: ValueError: x"])
+    assert is_done(path, "cpu", True)
+    assert not is_done(path, "cuda", True)
+    assert not is_done(path, "cpu", False)
+    write(path, ["one", "failed: ValueError: x"], ["two", "failed: ValueError: y"])
+    assert not is_done(path, "cpu", True)
+
+
+def test_a_trial_leaves_measured_blocks_alone(tmp_path: Path) -> None:
+    write(tmp_path / "out" / "vlm.json", ["one", 1.0], device="cuda", tiny=False)
+    before = (tmp_path / "out" / "vlm.json").read_text()
+    tried = run(tmp_path, *TRIAL, "vlm", "--minutes=0")
+    assert "vlm: no time left" in tried.stdout
+    assert (tmp_path / "out" / "vlm.json").read_text() == before
+
+
+def test_a_missing_gpu_is_told_before_any_block(tmp_path: Path) -> None:
+    refused = run(tmp_path)
+    assert refused.returncode == 2
+    assert re.fullmatch(r"PyTorch \S+ finds no CUDA device; --device cpu --tiny .*\n", refused.stderr)
+    assert "##" not in refused.stdout
+    assert not (tmp_path / "out").exists()
 
 
 def test_wheels_are_unpacked_and_imported_from(load: Callable[[str], ModuleType], tmp_path: Path) -> None:
@@ -107,6 +138,6 @@ def test_the_oldest_pytorch_is_that_of_the_package(load: Callable[[str], ModuleT
 @pytest.mark.slow
 def test_it_runs_from_anywhere_and_with_wheels_beside_it(tmp_path: Path) -> None:
     (tmp_path / "wheels").mkdir()
-    done = run(tmp_path, "rewards", "--wheels=wheels")
+    done = run(tmp_path, *TRIAL, "rewards", "--wheels=wheels")
     assert done.returncode == 0, done.stderr
-    assert cells(tmp_path / "out" / "rewards.json")[0]["complete"]
+    assert cells(tmp_path / "out" / "trial" / "rewards.json")[0]["complete"]
