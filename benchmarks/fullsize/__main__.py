@@ -5,6 +5,7 @@
 Images are small, runs have few steps, and where a name says so blocks or T5 are cut. Jobs run one after the other, each
 in a process of its own; a job whose result lies in ``FOLDER/results`` is not run again. A group's pipeline and runs are
 removed after its last job, so that the disk holds one group at a time: at most 20 GB. ``--tiny`` takes tiny networks.
+All results of a folder are of the same options, which ``FOLDER/settings.json`` keeps.
 
 Memory on a CPU is the proportional set size of all processes of the job, minus that after the imports; on a GPU it is
 the most that torch allocated. Linux only.
@@ -27,6 +28,8 @@ from jobs import GROUPS, Job, Sizes
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from memory import available, family, proportional
+
+from latentreward.storage.durable import write_file
 
 HERE = Path(__file__).resolve().parent
 SPARE = 2 * 10**9
@@ -65,7 +68,7 @@ class Runner:
         A job needs what the jobs before it left: if the group's folder is not there, all jobs up to the last are run.
         """
         place, jobs = self.folder / group, [job for job in GROUPS[group] if not names or job.name in names]
-        if all((self.results / job.file).is_file() for job in jobs):
+        if all(map(self.result, jobs)):
             return
         if not place.is_dir():
             for job in GROUPS[group]:
@@ -76,9 +79,9 @@ class Runner:
             print(f"{group}: files written in {time.perf_counter() - began:.0f} s", flush=True)
         last = max(GROUPS[group].index(job) for job in jobs)
         for job in GROUPS[group][: last + 1]:
-            if not (self.results / job.file).is_file():
+            if not self.result(job):
                 self.run(group, job)
-        if all((self.results / job.file).is_file() for job in GROUPS[group]):
+        if all(map(self.result, GROUPS[group])):
             shutil.rmtree(place)
 
     def run(self, group: str, job: Job) -> None:
@@ -109,7 +112,7 @@ class Runner:
         if (rounds := place / "rounds.json").is_file():
             found["rounds"] = json.loads(rounds.read_text())[1:]
         found |= {"name": job.name, "seconds": time.perf_counter() - began, "disk": self.disk(), "needs": job.needs}
-        (self.results / job.file).write_text(json.dumps(found, indent=1))
+        write_file(self.results / job.file, json.dumps(found, indent=1))
         for name in job.frees:
             shutil.rmtree(place / name)
         print(" | ".join(self.row(found)), flush=True)
@@ -161,8 +164,14 @@ class Runner:
 
     def found(self) -> list[dict[str, Any]]:
         """Return the results, in the order of the jobs."""
-        files = [self.results / job.file for jobs in GROUPS.values() for job in jobs]
-        return [json.loads(file.read_text()) for file in files if file.is_file()]
+        return [result for jobs in GROUPS.values() for job in jobs if (result := self.result(job))]
+
+    def result(self, job: Job) -> dict[str, Any] | None:
+        """Return a job's result; None if there is none that can be read."""
+        try:
+            return json.loads((self.results / job.file).read_text())
+        except (FileNotFoundError, ValueError):
+            return None
 
     def row(self, found: dict[str, Any]) -> list[str]:
         """Return a row of the table of memory."""
@@ -189,6 +198,18 @@ class Runner:
         table("A training step against bare calls of diffusers, in turn; goal 1.05", columns, rows)
 
 
+def keep_settings(folder: Path, settings: dict[str, Any]) -> str | None:
+    """Keep the options of a new folder there; return in words those of a folder that has others, or None."""
+    kept = folder / "settings.json"
+    if kept.is_file():
+        found = json.loads(kept.read_text())
+        return None if found == settings else ", ".join(f"{name} {json.dumps(value)}" for name, value in found.items())
+    if folder.is_dir() and any(folder.iterdir()):
+        return "options that it does not tell"  # an older version of this script did not keep them
+    write_file(kept, json.dumps(settings))
+    return None
+
+
 def main() -> None:
     """Run the jobs without a result, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -200,7 +221,10 @@ def main() -> None:
     options = parser.parse_args()
     names = [job.name for jobs in GROUPS.values() for job in jobs]
     if unknown := [name for name in options.only if name not in names]:
-        parser.error(f"--only: there is no job {unknown[0]!r}; choose from {', '.join(names)}")
+        parser.error(f"--only: there is no job {unknown[0]!r}; choose from {', '.join(map(repr, names))}")
+    settings = {"tiny": options.tiny, "accelerator": options.accelerator, "rounds": options.rounds}
+    if others := keep_settings(options.folder, settings):
+        parser.error(f"{options.folder} has results of {others}; choose another --folder for these options")
     sizes = Sizes(64 if options.tiny else 128, 1 + options.rounds, options.accelerator)
     runner = Runner(options.folder, sizes, options.tiny)
     for group, jobs in GROUPS.items():
