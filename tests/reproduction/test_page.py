@@ -83,7 +83,9 @@ WORDS = ("holds", "does not hold", "undecided", "not measured")
 
 
 def test_a_row_without_results_is_named() -> None:
-    assert "Not measured yet; expected processor time 1 s." in page([read_row("toy", TOY)], {"toy": []})
+    assert "Not measured yet; expected processor time 1 s without shared steps." in page(
+        [read_row("toy", TOY)], {"toy": []}
+    )
     assert len({plot_name(paper) for paper in get_args(Paper)}) == len(get_args(Paper))
 
 

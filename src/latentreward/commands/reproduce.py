@@ -46,7 +46,8 @@ def reproduce(
         names: Rows to measure, in this order; all by default. Write them before the options: ``reproduce ROW ROW``.
         jobs: Number of processes at a time, with one thread each.
         stale: Whether to measure again what was measured with other source files.
-        status: Whether to print only what is measured, without running anything.
+        status: Whether to print only what is measured, without running anything. The expected processor time of a row
+            leaves out steps that other rows share; they are run once, for the first row that needs them.
         quick: Whether to only try all steps, with two training steps each; results go to the work folder.
         page: Markdown page to write from all results, with plots in the folder ``images`` beside it.
         output: Folder of the results.

@@ -43,7 +43,7 @@ def status_table(rows: Sequence[Row], output: Path) -> str:
         stale = sorted({result.commit or "unknown" for result in results.values() if result.stale})
         note = f"source has changed since {', '.join(stale)}; --stale measures again" if stale else ""
         lines.append((row.name, f"{len(results)} of {row.seeds}", f"{row.cpu_seconds:.0f}", note))
-    return as_text(Table(("row", "seeds measured", "expected CPU s", ""), tuple(lines)))
+    return as_text(Table(("row", "seeds measured", "expected CPU s, without shared steps", ""), tuple(lines)))
 
 
 def write_page(path: Path, rows: Sequence[Row], output: Path) -> None:
@@ -96,7 +96,7 @@ def _row(row: Row, results: Sequence[Result]) -> list[str]:
     if row.miniature_of:
         parts.append("At full size: " + ", ".join(f"`{name}`" for name in row.miniature_of) + ".")
     if not results:
-        return [*parts, f"Not measured yet; expected processor time {row.cpu_seconds:.0f} s."]
+        return [*parts, f"Not measured yet; expected processor time {row.cpu_seconds:.0f} s without shared steps."]
     if row.claims:
         header = ("claim", "compared", "difference [95 %]", "95 % over seeds", "verdict")
         parts.append(markdown_table(Table(header, tuple(_claim(claim, results, row) for claim in row.claims))))
