@@ -134,6 +134,13 @@ def test_clip_model_without_a_projection_is_no_source(tmp_path: Path) -> None:
         CLIPProjectionHead(UNET_SPEC, text_projection_source=str(tmp_path))
 
 
+def test_without_weights_a_folder_without_a_config_is_no_source(tmp_path: Path) -> None:
+    """transformers would take its default config, and a wrong width would be named."""
+    refused = pytest.raises(InputError, match=r"^text_projection_source='\S+': no file named config\.json")
+    with refused, torch.device("meta"):
+        CLIPProjectionHead(UNET_SPEC, text_projection_source=str(tmp_path))
+
+
 def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="text_projection_source="):
         CLIPProjectionHead(UNET_SPEC, text_projection_source=str(tmp_path / "nowhere"))

@@ -1,5 +1,6 @@
 """LRM's head: visual feature enhancement, two linear projections, and a cosine with a temperature."""
 
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -146,6 +147,8 @@ def clip_text_projection(source: str) -> Tensor:
         if torch.get_default_device().type == "meta":  # only the shape is needed
             from transformers import CLIPTextConfig
 
+            if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
+                raise InputError("no file named config.json; get the files again")  # transformers takes its defaults
             config = CLIPTextConfig.from_pretrained(source, local_files_only=local)
             return torch.empty(config.projection_dim, config.hidden_size)
         weight = map_weights(find_weights(source, local_files_only=local)).read("text_projection.weight")
