@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from latentreward.backbones.loading import tiny_pipeline
 from latentreward.cli import main
 from latentreward.estimate.sources import ConfigSources
 from latentreward.scoring import RewardModel
@@ -66,6 +67,30 @@ def test_tiny_alignment_needs_no_trained_reward(capsys: pytest.CaptureFixture[st
     assert start == pytest.approx(number(text, "weights"), abs=1e-3)
     assert number(once, "peak") == pytest.approx(max(start, number(text, "peak") - float(encoders[1])), abs=2e-3)
     assert f"EncodeOnce frees text encoders of {float(encoders[1]):.2f} GB before the first step." in once
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["lpo_tiny", "lpo_sd15"])
+def test_the_usual_reward_is_built_on_an_own_generator(
+    config: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """The tiny pipeline in another place is of SD1.5's family, but not of its widths."""
+    options = [f"--config={CONFIGS / 'align' / config}.yaml", f"--model.policy.source={tiny_pipeline('sd_tiny')}"]
+    reward = tmp_path / "reward"
+    text = shown(capsys, *options, f"--model.reward.path={reward}", "--data.batch_size=4")
+    assert f"Configs of {reward}: configs/model/lrm_sd15.yaml." in text
+    assert "Configs of openai/clip-vit-large-patch14" not in text
+    assert number(text, "weights") < 0.1
+
+
+def test_a_usual_reward_that_does_not_fit_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    options = [f"--config={CONFIGS / 'align' / 'lpo_sd35_tiny'}.yaml", "--model.reward.path=runs/mine"]
+    with pytest.raises(SystemExit):
+        main(["fit", *options, f"--model.policy.source={tiny_pipeline('sd35_tiny')}", "--estimate"])
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "error: no reward lies at runs/mine (train it, or give the path of another), and " in last
+    assert "configs/model/dina_lrm_sd35.yaml in its place does not fit the policy: " in last
+    assert "num_layers=12 must lie between 1 and the network's 4 blocks" in last
 
 
 @pytest.mark.slow

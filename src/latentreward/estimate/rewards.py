@@ -11,11 +11,12 @@ from jsonargparse import Namespace
 from torch import Tensor
 
 from latentreward.contracts import FeatureSpec
-from latentreward.errors import InputError
+from latentreward.errors import InputError, errors_at
 from latentreward.estimate.sources import ConfigSources
 from latentreward.heads import RewardHead
-from latentreward.policies import PolicySource
+from latentreward.policies import Policy, PolicySource
 from latentreward.rewards import LatentReward
+from latentreward.rewards.latent import LatentScorer
 from latentreward.scoring.layouts.base import SharingReward
 from latentreward.scoring.layouts.find import checkpoint_of
 from latentreward.scoring.layouts.model_folder import PretrainedReward, is_model_folder
@@ -76,6 +77,22 @@ class UnreadRun(Unread, TrainedReward):
         return self._parts["head"]
 
 
+class UsualReward(UnreadRun):
+    """Reward of a shipped model file, in the place of one that is not stored.
+
+    The head's text projection is not initialised from another model: only its shape counts, which is the same.
+
+    Args:
+        config: Shipped model file.
+        base: Pipeline to build it on; None takes the one that the file names.
+    """
+
+    def __init__(self, config: Path, base: str | None) -> None:
+        super().__init__(Path(), config, base=base, trusted=True)
+        arguments = self._parts["head"].init_args
+        arguments |= dict.fromkeys({"text_projection_source"} & arguments.keys())
+
+
 class UnreadFolder(Unread, PretrainedReward):
     """Reward built from the settings in a model folder (``publish``)."""
 
@@ -89,13 +106,31 @@ class UnreadReward(LatentReward):
     Args:
         path: See :class:`LatentReward`.
         usual: Name of the shipped model file to use if nothing is stored at ``path``.
+        usual_base: Pipeline to build that reward on unless ``base`` is given; None takes the one that the file names.
         kept: Folder of :class:`ConfigSources`, for configs that ship with the package.
         options: See :class:`LatentReward`.
     """
 
-    def __init__(self, path: str, usual: str, kept: str, **options: Any) -> None:
+    def __init__(self, path: str, usual: str, usual_base: str | None, kept: str, **options: Any) -> None:
         super().__init__(path, **options)
-        self._stored = find_settings(Namespace(path=path, usual=usual, **options), ConfigSources(Path(kept)))
+        settings = Namespace(path=path, usual=usual, usual_base=usual_base, **options)
+        self._stored = find_settings(settings, ConfigSources(Path(kept)))
+        self._place = ""
+        if isinstance(self._stored, UsualReward):
+            self._place = (
+                f"no reward lies at {path} (train it, or give the path of another), and configs/model/{usual}.yaml in "
+                "its place does not fit the policy: "
+            )
+
+    def require_latents_of(self, policy: PolicySource) -> None:
+        """See :meth:`RewardSource.require_latents_of`."""
+        with errors_at(self._place):
+            super().require_latents_of(policy)
+
+    def load(self, policy: Policy) -> LatentScorer:
+        """See :meth:`RewardSource.load`."""
+        with errors_at(self._place):
+            return super().load(policy)
 
 
 def replace_rewards(settings: Namespace, policy: PolicySource, sources: ConfigSources) -> None:
@@ -112,7 +147,9 @@ def replace_rewards(settings: Namespace, policy: PolicySource, sources: ConfigSo
     if kind == "StepAwareScorer":
         settings.init_args.weights = None
     if kind == "LatentReward":
-        settings.init_args.usual = policy.resolve_family().usual_reward
+        family = policy.resolve_family()
+        settings.init_args.usual = family.usual_reward
+        settings.init_args.usual_base = policy.source if family.usual_reward_is_own else None
         find_settings(settings.init_args, sources)
         settings.init_args.kept = str(sources.folder)
         settings.class_path = f"{UnreadReward.__module__}.{UnreadReward.__qualname__}"
@@ -144,7 +181,8 @@ def find_settings(reward: Namespace, sources: ConfigSources) -> Unread:
         shipped = shipped_configs()  # not find_config, which prefers a file of the current folder
         if name not in shipped:
             raise InputError(f"usual={reward.usual!r} is not a model file of the package")
-        run, sources.used[path] = UnreadRun(Path(), shipped[name], True, base, trusted=True), f"configs/{name}"
+        run = UsualReward(shipped[name], base or reward.usual_base)
+        sources.used[path] = f"configs/{name}"
     for part in run.parts:
         sources.replace(part.init_args)
     return run

@@ -35,6 +35,7 @@ class ConfigSources:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.used = folder, dict[str, str]()
+        self._found = set[str]()  # folders that replaced models
 
     def replace(self, settings: Any) -> None:
         """Replace every model in nested settings, in place."""
@@ -55,6 +56,8 @@ class ConfigSources:
         Raises:
             InputError: If ``source`` is a hub id that is not in the local cache and whose configs do not ship here.
         """
+        if source in self._found:
+            return source
         if Path(source).exists() or source.count("/") != 1 or source.startswith((".", "/", "~")):
             if Path(source).exists():
                 self.used[source] = "its folder"
@@ -63,6 +66,7 @@ class ConfigSources:
             return source
         if (cached := cached_files(source, revision)) is not None:
             self.used[source] = "the local cache of the hub"
+            self._found.add(str(cached))
             return str(cached)
         if (kept := HUB_IDS.get(source)) is None:
             raise InputError(
@@ -76,6 +80,7 @@ class ConfigSources:
                 {kept: PIPELINES[kept]} if kept in PIPELINES else {},
                 [kept] if kept in CLIP_MODELS else [],
             )
+        self._found.add(str(self.folder / kept))
         return str(self.folder / kept)
 
 

@@ -57,6 +57,11 @@ class StableDiffusion(Family):
         return "lrm_sdxl" if self.is_xl else "lrm_sd15"
 
     @property
+    def usual_reward_is_own(self) -> bool:
+        """See :attr:`Family.usual_reward_is_own`."""
+        return self.model != "SD2.1"
+
+    @property
     def is_xl(self) -> bool:
         """Whether the U-Net takes pooled text and sizes, as SDXL's."""
         return self.config.get("addition_embed_type") == "text_time"
