@@ -141,3 +141,20 @@ def test_a_check_names_all_that_is_missing_and_every_licence(
     assert "HPDV3_ROOT (HPDv3): not set" in found.err
     assert "device: PyTorch" in found.err
     assert all(f"licence: {source.licence}" in found.out for source in pilot.sources.values())
+
+
+def test_a_failed_estimate_is_one_of_the_things_that_are_missing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in find_pilot("sd15").sources:
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setenv("CLIP_L_PATH", str(tmp_path / "empty"))
+    with pytest.raises(SystemExit):
+        main(["pilot", "sd15", "--check", f"--work={tmp_path}/work"])
+    said = capsys.readouterr().err
+    assert "HPDV3_ROOT (HPDv3's test set)" in said
+    assert "; estimate of train: " in said
+    assert "no file named config.json" in said
+    assert "device: PyTorch" in said
+    assert "or set the environment variable" not in said  # the line about SD15_PATH says so already

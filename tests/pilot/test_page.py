@@ -1,6 +1,7 @@
 """The committed table of models is what the committed results give."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,7 @@ def test_a_result_fills_its_rows() -> None:
     ("change", "message"),
     [
         ({"version": 2}, "its version is 2; this program reads 1"),
+        ({"version": True}, "its version is True; this program reads 1"),
         ({"extra": 1}, "entries are missing or unknown: extra"),
     ],
 )
@@ -112,7 +114,12 @@ def change(content: dict[str, Any], place: str, value: Any) -> None:
         ("pictures.0.before", None, r"pictures\[0\].before"),
         ("stages", {}, "stages"),
         ("stages.train.starts", "2", "stages.train.starts"),
+        ("stages.train.seconds", 10**400, "stages.train.seconds"),
+        ("stages.train.gpu_gb", math.nan, "stages.train.gpu_gb"),
+        ("settings.pairs", -1, "settings.pairs"),
         ("machine", {}, "machine.processor"),
+        ("machine.gpu", ["A card"], "machine.gpu"),
+        ("machine.gpu_gb", math.inf, "machine.gpu_gb"),
         ("commit", None, "commit"),
     ],
 )

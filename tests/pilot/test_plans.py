@@ -147,6 +147,7 @@ def test_a_wrong_file_is_refused(change: dict[str, object], message: str, tmp_pa
         ([], "name is missing; give a pilot: sd15, sd35_tiny, sd35m, sd_tiny"),
         (["sd_tiny", "--hours=0"], "hours"),
         (["sd_tiny", "--pairs=0"], "pairs is 0; it must be at least 1"),
+        (["--page=page.md", "--results=typo"], "results=typo does not exist"),
         (["nowhere.yaml"], "there is neither a pilot nor a YAML file 'nowhere.yaml'"),
     ],
 )

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from latentreward.errors import InputError, check_at_least_one
+from latentreward.errors import InputError, check_at_least_one, errors_at
 from latentreward.interrupts import interrupts_told
 from latentreward.pilot.checks import GB, check_access, check_disk, check_sources, downloads, hub_cache
 from latentreward.pilot.plans import ALIGNED, BESIDE, CUT, JUDGED, MEASURED, Pilot, all_pilots, find_pilot
@@ -13,6 +13,9 @@ from latentreward.settings.functions import run_plain_function
 from latentreward.steps.tasks import Task
 from latentreward.storage.durable import write_file
 from latentreward.storage.locks import locked
+
+RESULTS = Path("pilots")
+"""Folder of the results in a clone."""
 
 
 def pilot(
@@ -26,7 +29,7 @@ def pilot(
     tflops: float = 30.0,
     page: Path | None = None,
     output: Path | None = None,
-    results: Path = Path("pilots"),
+    results: Path = RESULTS,
     work: Path = Path("runs/pilot"),
 ) -> None:
     """Cache a cut of a data set, train a reward, benchmark it, align a generator with it, compare before and after.
@@ -76,6 +79,8 @@ def pilot(
     elif page is None:
         raise InputError(f"name is missing; give a pilot: {', '.join(all_pilots())}")
     if page is not None:
+        if results != RESULTS and not results.is_dir():
+            raise InputError(f"results={results} does not exist; give the folder that holds the results")
         from latentreward.pilot.page import page as page_text
         from latentreward.pilot.results import read_results
 
@@ -153,7 +158,8 @@ def check_trainings(
         if task.arguments[0] == "fit":
             print(f"estimating {task.name}", flush=True)
             arguments = [one for one in task.command(folder)[1:] if not one.startswith("--ckpt_path")]
-            needs[task.name] = training_needs(estimate_fit(arguments), pairs)
+            with collected(lacking), errors_at(f"estimate of {task.name}: "):
+                needs[task.name] = training_needs(estimate_fit(arguments), pairs)
     written = sum(one.disk for one in needs.values()) + (2 * pairs * found.image_bytes if CUT in left else 0)
     if needs:
         with collected(lacking):
@@ -167,11 +173,11 @@ def check_trainings(
 def run_all(found: Pilot, tasks: Mapping[str, Task], folder: Path, settings: Mapping[str, int], output: Path) -> None:
     """Run the stages that have not finished, and write the result."""
     from latentreward.evaluation.benchmark.report import HTML
-    from latentreward.pilot.results import collect, write_result
+    from latentreward.pilot.results import collect, is_result_of, write_result
     from latentreward.pilot.running import run_stages, unfinished, workshop
 
     shop = workshop(folder)
-    if unfinished(tasks, shop) or not output.is_file():
+    if unfinished(tasks, shop) or not is_result_of(output, found, tasks, settings):
         run_stages(tasks, shop)
         write_result(output, collect(found, tasks, shop, settings))
     for title, stage, file in (

@@ -1,6 +1,7 @@
 """Results of pilots: JSON files that are small enough to be committed."""
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -33,11 +34,13 @@ ENTRIES = {
         {"score": str, "prompts": int, **dict.fromkeys(("before", "after", "difference", "win_rate"), ESTIMATE)}
     ],
     "stages": {...: {"key": str, "starts": int, "seconds": float, "cpu_seconds": float, "gpu_gb": float}},
-    "machine": {"processor": str},
+    "machine": {"processor": str, "gpu": str, "gpu_gb": float},
     "versions": {"latentreward": str, "torch": str, "diffusers": str},
     "commit": str,
 }
 """Form of a result's entries: ``...`` stands for any name, and a mapping may have further ones."""
+OPTIONAL = ("machine.gpu", "machine.gpu_gb")
+"""Entries that a result from a machine without a GPU lacks."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +158,7 @@ def read_result(path: Path) -> PilotResult:
         InputError: If the file is damaged, lacks an entry, or has another version.
     """
     content = read_config(path)
-    if content.get("version") != VERSION:
+    if type(content.get("version")) is not int or content["version"] != VERSION:
         raise InputError(f"{path}: its version is {content.get('version')!r}; this program reads {VERSION}")
     if (names := {field.name for field in fields(PilotResult)}) != content.keys():
         differing = ", ".join(sorted(names ^ content.keys()))
@@ -168,9 +171,8 @@ def read_result(path: Path) -> PilotResult:
 def misfit(value: Any, form: Any, place: str = "") -> str | None:
     """Return the place of the first part of a value from JSON that does not have a form like :data:`ENTRIES`."""
     if not isinstance(form, dict | list):
-        kinds = (int, float) if form is float else form
-        unknown = value is None and place.endswith(".groups")
-        return None if unknown or (isinstance(value, kinds) and isinstance(value, bool) == (form is bool)) else place
+        unknown = value is None and (place.endswith(".groups") or place in OPTIONAL)
+        return None if unknown or is_of(value, form) else place
     if not isinstance(value, type(form)) or (form is ESTIMATE and value.keys() != form.keys()):
         return place
     if isinstance(form, list):
@@ -179,6 +181,24 @@ def misfit(value: Any, form: Any, place: str = "") -> str | None:
         forms = dict.fromkeys(value, form[...]) if ... in form else form
         parts = [(f"{place}.{name}".lstrip("."), value.get(name), one) for name, one in forms.items()]
     return next((found for inside, one, kind in parts if (found := misfit(one, kind, inside))), None)
+
+
+def is_of(value: Any, kind: type) -> bool:
+    """Tell whether a value from JSON is of a kind: numbers are finite, and whole numbers not negative."""
+    if kind is float:
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max  # compares whole numbers of any length
+    return type(value) is kind and (kind is not int or value >= 0)
+
+
+def is_result_of(path: Path, pilot: Pilot, tasks: Mapping[str, Task], settings: Mapping[str, Any]) -> bool:
+    """Tell whether a file is the result of these settings; arguments as in :func:`collect`."""
+    try:
+        found = read_result(path)
+    except (InputError, OSError):
+        return False
+    keys = {name: one["key"] for name, one in found.stages.items()}
+    of = (found.pilot, found.settings["digest"], keys)
+    return of == (pilot.name, pilot.digest(**settings), {name: task.key for name, task in tasks.items()})
 
 
 def read_results(folder: Path) -> list[PilotResult]:

@@ -181,13 +181,13 @@ STAND_INS: dict[str, str] = {}
 def naming_variables() -> Iterator[None]:
     """Add a remedy to an InputError that contains the default of an environment variable which is not set.
 
-    The remedy names the variable to set.
+    The remedy names the variable to set, unless the message names it already.
     """
     try:
         yield
     except InputError as error:
         for value, name in STAND_INS.items():
-            if value in str(error) and name not in os.environ:
+            if value in str(error) and name not in str(error) and name not in os.environ:
                 raise InputError(f"{error}; or set the environment variable {name}") from error
         raise
 
