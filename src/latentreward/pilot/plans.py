@@ -8,10 +8,11 @@ from typing import Any, Literal, get_args
 
 from latentreward.errors import InputError, did_you_mean
 from latentreward.settings.rewriting import shipped_configs
+from latentreward.steps.process import OURS
 from latentreward.steps.tasks import Step, Task, check_steps, load_yaml, record, resolve
 from latentreward.storage.digests import digest
 
-FOLDER, OURS = "pilot/", "latentreward."
+FOLDER = "pilot/"
 CUT, TRAINED, BESIDE, MEASURED, ALIGNED, JUDGED = STAGES = (
     "cache", "train", "published", "benchmark", "align", "judged",
 )  # fmt: skip

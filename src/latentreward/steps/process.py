@@ -13,6 +13,9 @@ import time
 from pathlib import Path
 from threading import Thread
 
+OURS = "latentreward."
+"""Beginning of the names of this package's modules."""
+
 
 def main() -> None:
     """Run the process."""
@@ -28,7 +31,9 @@ def main() -> None:
     times = os.times()
     told = {"cpu_seconds": round(times.user + times.system + times.children_user + times.children_system, 1)}
     told |= {"seconds": round(time.monotonic() - began, 1), "gpu_bytes": gpu_bytes()}
-    found = [name for name, one in sys.modules.items() if _is_ours(name, getattr(one, "__file__", None))]
+    found = {name for name, one in sys.modules.items() if _is_ours(name, getattr(one, "__file__", None))}
+    if module.startswith(OURS):  # it ran under the name __main__
+        found.add(module)
     Path(record).write_text(json.dumps({**told, "modules": sorted(found)}))
 
 
