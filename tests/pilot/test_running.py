@@ -1,8 +1,12 @@
 """Stages run once, go on where they were, and start again when a setting changes; the whole path in the tiny world."""
 
+import json
 import os
+import shutil
 import signal
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +17,7 @@ from latentreward.pilot.plans import all_pilots, find_pilot
 from latentreward.pilot.results import collect, is_result_of, read_result, read_results, write_result
 from latentreward.pilot.running import run_stages, starts, unfinished, workshop
 from latentreward.steps.tasks import Step, Task, resolve
-from latentreward.steps.workshop import LOG, RECORD
+from latentreward.steps.workshop import INPUTS, LOG, RECORD
 from tests.processes import start
 from tests.steps.forked_steps import ForkedSteps
 
@@ -50,9 +54,52 @@ def test_finished_stages_stay_and_stopped_ones_go_on(
     assert changed["pairs"].key == tasks["pairs"].key
     assert changed["scores"].output(tmp_path) != left
     assert unfinished(changed, shop) == []
-    record = changed["pairs"].output(tmp_path).parent / RECORD
-    record.write_text(record.read_text().replace('"source": "', '"source": "x'))  # as after a change of the source
-    assert [task.name for task in unfinished(changed, shop)] == ["scores"]  # its input was made again
+
+
+def outputs(tasks: Mapping[str, Task], folder: Path) -> Iterator[Path]:
+    """Folders of the stages' logs and records."""
+    return (task.output(folder).parent for task in tasks.values())
+
+
+@pytest.mark.parametrize("skill", ["2.0", "high"], ids=["finished", "stopped"])
+def test_a_stage_whose_input_was_made_again_starts_anew(
+    skill: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "src")]))
+    tasks = toy(skill)
+    ends = nullcontext() if skill == "2.0" else pytest.raises(InputError, match="scores failed")
+    with ends:
+        run_stages(tasks, workshop(tmp_path))
+    pairs, scores = outputs(tasks, tmp_path)
+    (scores / "out" / "left").touch()
+    shutil.rmtree(pairs)
+    capsys.readouterr()
+    with ends:
+        run_stages(tasks, workshop(tmp_path))
+    assert "scores: starts;" in capsys.readouterr().out
+    assert not (scores / "out" / "left").exists()
+    assert starts(scores / LOG) == 1
+
+
+def test_outputs_of_earlier_versions_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their records name inputs by the digest of source files, and only records tell the inputs."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "src")]))
+    shop, tasks = workshop(tmp_path), toy("2.0")
+    run_stages(tasks, workshop(tmp_path))
+    pairs, scores = outputs(tasks, tmp_path)
+    old = {folder: json.loads((folder / RECORD).read_text()) for folder in (pairs, scores)}
+    old[scores]["inputs"] = {tasks["pairs"].key: old[pairs]["source"]}
+    for folder, content in old.items():
+        (folder / INPUTS).unlink()
+        (folder / RECORD).write_text(json.dumps({name: one for name, one in content.items() if name != "identity"}))
+    assert unfinished(tasks, shop) == []
+    (scores / RECORD).rename(tmp_path / RECORD)  # as if it had been stopped
+    assert shop.goes_on(tasks["scores"])
+    (tmp_path / RECORD).rename(scores / RECORD)
+    (pairs / RECORD).unlink()
+    shop.run(tasks["pairs"])
+    assert unfinished(tasks, shop) == [tasks["scores"]]
+    assert not shop.goes_on(tasks["scores"])
 
 
 @pytest.mark.slow

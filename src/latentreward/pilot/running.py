@@ -33,7 +33,7 @@ def run_stages(tasks: Mapping[str, Task], shop: Workshop) -> None:
                 if shop.done(task) is not None:
                     print(f"{name}: done before", flush=True)
                     continue
-                print(f"{name}: {'goes on' if starts(log) else 'starts'}; its log is {log}", flush=True)
+                print(f"{name}: {'goes on' if shop.goes_on(task) else 'starts'}; its log is {log}", flush=True)
                 pool.submit(shop.run, task).result()
         finally:
             shop.close()

@@ -8,14 +8,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
+from uuid import uuid4
 
 from latentreward.errors import InputError
 from latentreward.steps import process
 from latentreward.steps.sources import source_digest
 from latentreward.steps.tasks import Task
 from latentreward.storage.durable import discard, write_file
+from latentreward.storage.json_files import read_config
 
-RECORD, LOG = "record.json", "log.txt"
+RECORD, LOG, INPUTS = "record.json", "log.txt", "inputs.json"
 START = "$ "
 """Beginning of the line that a log gets at each start of a process."""
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -29,17 +31,24 @@ class Done:
         cpu_seconds: Processor time of its process.
         modules: Modules of this package that its process imported.
         source: Digest of their source files at that time.
-        inputs: Key of an input → its ``source``.
+        inputs: Key of an input → its ``output``.
         seconds: Time of its last process by the clock.
         gpu_bytes: Peak memory that PyTorch allocated on a GPU in its last process.
+        identity: Random name of this output; empty in records of earlier versions.
     """
 
     cpu_seconds: float
     modules: tuple[str, ...]
     source: str
-    inputs: dict[str, str]
+    inputs: dict[str, str | None]
     seconds: float = 0.0
     gpu_bytes: int = 0
+    identity: str = ""
+
+    @property
+    def output(self) -> str:
+        """Name by which other tasks' records tell this output from one that was made again."""
+        return self.identity or self.source
 
 
 @dataclass
@@ -48,8 +57,9 @@ class Workshop:
 
     Args:
         folder: Folder of all outputs.
-        resumes: Whether a command that was stopped goes on in the output that it left, and an output stays finished
-            when source files change. Otherwise, the output is discarded and the command starts again.
+        resumes: Whether a command that was stopped goes on in the output that it left, unless an input was made again
+            since; and an output stays finished when source files change. Otherwise, the output is discarded and the
+            command starts again.
         environment: Variables of the processes beyond those here.
     """
 
@@ -61,19 +71,35 @@ class Workshop:
     _closed: bool = False
 
     def done(self, task: Task) -> Done | None:
-        """Return a task's record; None if it has not finished, or it or an input ran with other source files."""
+        """Return a task's record; None if it is unfinished, ran with other source files, or an input was made again."""
+        found, current = self._record(task), self._inputs(task)
+        if found is None or (not self.resumes and source_digest(found.modules) != found.source):
+            return None
+        return found if current == found.inputs and None not in current.values() else None
+
+    def goes_on(self, task: Task) -> bool:
+        """Tell whether :meth:`run` goes on in the output that an earlier process left; otherwise it starts anew."""
+        folder = task.output(self.folder).parent
+        if not self.resumes or not folder.exists():
+            return False
+        current = self._inputs(task)
+        if (folder / INPUTS).is_file():
+            return bool(read_config(folder / INPUTS, remedy=f"remove {folder} to start anew") == current)
+        found = self._record(task)  # earlier versions kept the inputs only at the end
+        return found is None or found.inputs == current
+
+    def _record(self, task: Task) -> Done | None:
         path = task.output(self.folder).parent / RECORD
         if not path.is_file():
             return None
         try:
-            found = Done(**json.loads(path.read_text()))
+            return Done(**json.loads(path.read_text()))
         except (TypeError, ValueError):  # damaged
             return None
-        if not self.resumes and source_digest(found.modules) != found.source:
-            return None
-        inputs = {one.key: self.done(one) for one in task.inputs.values()}
-        current = {key: None if one is None else one.source for key, one in inputs.items()}
-        return found if current == found.inputs else None
+
+    def _inputs(self, task: Task) -> dict[str, str | None]:
+        """Return key of an input → its output's name; None if it has not finished."""
+        return {one.key: found.output if (found := self.done(one)) else None for one in task.inputs.values()}
 
     def run(self, task: Task) -> None:
         """Run a task's process; what it prints is in ``log.txt`` beside the task's output.
@@ -82,11 +108,13 @@ class Workshop:
             InputError: If the process fails.
         """
         folder = task.output(self.folder).parent
-        if not self.resumes:
+        if not self.goes_on(task):
+            discard(task.output(self.folder))  # before the files by which a later start sees what a stop here left
             discard(folder)
         task.output(self.folder).mkdir(parents=True, exist_ok=True)
         arguments = task.command(self.folder)
-        inputs = {one.key: found.source for one in task.inputs.values() if (found := self.done(one))}
+        inputs = self._inputs(task)
+        write_file(folder / INPUTS, json.dumps(inputs))
         with (folder / LOG).open("a") as log:
             log.write(f"{START}{task.module or 'latentreward'} {' '.join(arguments)}\n")
             log.flush()
@@ -96,7 +124,7 @@ class Workshop:
             last = (folder / LOG).read_text(errors="replace").strip().splitlines()[-1]
             raise InputError(f"{task.name} failed: {last} (all of it is in {folder / LOG})")
         told = json.loads((folder / "process.json").read_text())
-        found = Done(**told, source=source_digest(told["modules"]), inputs=inputs)
+        found = Done(**told, source=source_digest(told["modules"]), inputs=inputs, identity=uuid4().hex)
         write_file(folder / RECORD, json.dumps(vars(found)))
 
     def _call(self, command: Sequence[str], log: int) -> int:
