@@ -1,8 +1,10 @@
 """The committed page is what the committed results give."""
 
 import json
+import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 from xml.etree import ElementTree
@@ -92,7 +94,7 @@ def test_a_row_without_results_is_named() -> None:
 def test_sides_measured_on_different_items_are_refused() -> None:
     row = read_row("toy", TOY)
     found = [result(row, seed, {"one": 0.8, "other": 0.5}) for seed in range(3)]
-    found[0].measured["one"]["t 1"]["items"] = "other"  # type: ignore[index]
+    found[0].measured["one"]["t 1"]["items"] = "cd"  # type: ignore[index]
     with pytest.raises(InputError, match="compares different items"):
         page([row], {"toy": found})
 
@@ -101,9 +103,22 @@ def test_seeds_measured_on_different_items_are_refused() -> None:
     row = read_row("toy", TOY)
     found = [result(row, seed, {"one": 0.8, "other": 0.5}) for seed in range(3)]
     for arm in ("one", "other"):
-        found[0].measured[arm]["t 1"]["items"] = "other"  # type: ignore[index]
+        found[0].measured[arm]["t 1"]["items"] = "cd"  # type: ignore[index]
     with pytest.raises(InputError, match="its seeds were measured on different items"):
         page([row], {"toy": found})
+
+
+@pytest.mark.parametrize("thousandths", ["", "AAA=", "?", 5])
+def test_damaged_values_of_thousandths_are_one_line(thousandths: Any, tmp_path: Path) -> None:
+    row = read_row("toy", TOY)
+    packed = Values("ab", np.array([0.25, 1.5])).packed()
+    measured = {arm: dict.fromkeys(row.metrics, packed) for arm in row.arms}
+    whole = replace(result(row, 0, dict.fromkeys(row.arms, 0.5)), measured=measured)
+    write_result(path := result_path(tmp_path, row, 0), whole)
+    assert read_results(tmp_path, row) == {0: whole}
+    path.write_text(path.read_text().replace(json.dumps(packed["thousandths"]), json.dumps(thousandths)))
+    with pytest.raises(InputError, match=r"seed0.json is damaged.*; remove it to measure again"):
+        read_results(tmp_path, row)
 
 
 @pytest.mark.parametrize(
@@ -115,8 +130,30 @@ def test_seeds_measured_on_different_items_are_refused() -> None:
         lambda content: content.update(tasks={"a": "b"}),
         lambda content: content.update(commit="` <script>"),
         lambda content: content.update(modules=["os"]),
-        lambda content: next(iter(next(iter(content["measured"].values())).values())).update(number=10**12),
-        lambda content: next(iter(next(iter(content["measured"].values())).values())).update(bits="?"),
+        lambda content: content.update(tasks={"a": math.nan}),
+        lambda content: content.update(tasks={"a": 10**400}),
+        lambda content: content.update(tasks={"a": -1.0}),
+        lambda content: content.update(measured={"<b>": content["measured"]["one"], **content["measured"]}),
+        lambda content: content["measured"].update(more=[]),
+        lambda content: content["measured"]["one"].update({"<b>": content["measured"]["one"]["t 1"]}),
+        lambda content: content["measured"].update(one=[]),
+        *(
+            lambda content, entries=entries: content["measured"]["one"]["t 1"].update(entries)
+            for entries in (
+                {"number": 10**12},
+                {"number": 99},
+                {"number": "<script>"},
+                {"number": 100.0},
+                {"bits": "?"},
+                {"bits": "", "number": 0},
+                {"mean": math.nan},
+                {"mean": "0.5"},
+                {"mean": True},
+                {"mean": 0.6},
+                {"items": "<b>"},
+                {"items": 5},
+            )
+        ),
     ],
 )
 def test_a_damaged_result_is_one_line(harm: Callable[[dict[str, Any]], Any], tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Values of each held-out item from the tables that steps write, and their compact form in JSON."""
 
 import base64
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,10 @@ LEAST_GAP = 0.3
 """Difference of utilities above which a pair counts as clearly different."""
 SCALE = 1000
 """Values that are not 0 or 1 are kept as integers of a thousandth."""
+DECIMALS = 4
+"""Decimals of a mean."""
+ITEMS = re.compile(r"[0-9a-f]+")
+"""Digest of the items' names."""
 PREDICTED, SCORED, PICTURES = "scores_rank0.parquet", "scores.parquet", "scores.csv"
 """Files that ``predict``, ``score-pairs`` and ``evaluate-policy`` write."""
 
@@ -39,7 +44,7 @@ class Values:
         Raises:
             InputError: If a value is NaN or does not fit.
         """
-        shape = {"items": self.items, "number": len(self.values), "mean": round(float(self.values.mean()), 4)}
+        shape = {"items": self.items, "number": len(self.values), "mean": round(float(self.values.mean()), DECIMALS)}
         if np.isin(self.values, (0, 1)).all():
             return shape | {"bits": _text(np.packbits(self.values.astype(bool)))}
         thousandths = np.round(self.values * SCALE)
@@ -49,15 +54,26 @@ class Values:
 
     @classmethod
     def unpacked(cls, entries: Mapping[str, Any]) -> "Values":
-        """Undo :meth:`packed`, up to rounding."""
+        """Undo :meth:`packed`, up to rounding.
+
+        Raises:
+            ValueError: If an entry has another form, or the mean and the number are not those of the values.
+        """
+        number, mean = entries["number"], entries["mean"]
+        if type(number) is not int or type(mean) is not float or not ITEMS.fullmatch(entries["items"]):
+            raise ValueError(f"number, mean and items are {number!r}, {mean!r}, {entries['items']!r}")
         if "bits" in entries:
             packed = np.frombuffer(base64.b64decode(entries["bits"]), np.uint8)
-            if len(packed) != -(-entries["number"] // 8):
-                raise ValueError(f"{entries['number']} values in {len(packed)} bytes")
-            bits = np.unpackbits(packed, count=entries["number"])
-            return cls(entries["items"], bits.astype(np.float64))
-        values = np.frombuffer(base64.b64decode(entries["thousandths"]), "<i2")
-        return cls(entries["items"], values.astype(np.float64) / SCALE)
+            if not 0 <= 8 * len(packed) - number < 8:
+                raise ValueError(f"{number} values in {len(packed)} bytes")
+            values, rounded = np.unpackbits(packed, count=number).astype(np.float64), 0.0
+        else:
+            values, rounded = np.frombuffer(base64.b64decode(entries["thousandths"]), "<i2") / SCALE, 0.5 / SCALE
+        if not len(values) == number > 0:
+            raise ValueError(f"number is {number}, of {len(values)} values")
+        if not abs(values.mean() - mean) < rounded + 10.0**-DECIMALS:  # NaN is not
+            raise ValueError(f"mean is {mean}, that of the values {values.mean():.{DECIMALS}f}")
+        return cls(entries["items"], values)
 
 
 def _text(values: np.ndarray) -> str:

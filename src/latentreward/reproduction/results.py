@@ -1,8 +1,9 @@
 """Results of a row for one seed: JSON files that are small enough to be committed."""
 
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -84,14 +85,21 @@ def read_results(folder: Path, row: Row) -> dict[int, Result]:
 def _check(result: Result, row: Row, path: Path) -> None:
     """Check what the page and the verdicts read of a result, which may have been sent by somebody else."""
     try:
-        for arm in row.arms:
-            for metric in row.metrics:
+        _check_names("arms", result.measured, row.arms)
+        for arm, metrics in result.measured.items():
+            _check_names(f"metrics of {arm}", metrics, row.metrics)
+            for metric in metrics:
                 result.values(Side(arm, metric))
-                float(result.measured[arm][metric]["mean"])
-        sum(result.tasks.values())
+        for task, seconds in result.tasks.items():
+            if type(seconds) is not float or not 0 <= seconds < math.inf:
+                raise ValueError(f"tasks: {task} took {seconds!r} s")
         module_names(result.modules)
-        sound = COMMIT.fullmatch(result.commit)
+        if not COMMIT.fullmatch(result.commit):
+            raise ValueError(f"commit is {result.commit!r}")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path} is damaged ({first_line(error)}); remove it to measure again") from error
-    if not sound:
-        raise InputError(f"{path} is damaged: commit is {result.commit!r}; remove it to measure again")
+
+
+def _check_names(what: str, found: Mapping[str, Any], known: Iterable[str]) -> None:
+    if differing := found.keys() ^ {*known}:
+        raise ValueError(f"{what}: {', '.join(sorted(differing))} are missing or unknown")
