@@ -14,7 +14,7 @@ import pytest
 
 from latentreward.errors import InputError
 from latentreward.pilot.plans import all_pilots, find_pilot
-from latentreward.pilot.results import collect, is_result_of, read_result, read_results, write_result
+from latentreward.pilot.results import collect, holds, read_result, read_results, write_result
 from latentreward.pilot.running import run_stages, starts, unfinished, workshop
 from latentreward.steps.tasks import Step, Task, resolve
 from latentreward.steps.workshop import INPUTS, LOG, RECORD
@@ -138,11 +138,10 @@ def test_the_whole_path_in_the_tiny_world(name: str, tmp_path: Path, monkeypatch
     result = collect(pilot, tasks, shop, settings)
     write_result(tmp_path / "results" / "one.json", result)
     assert read_result(tmp_path / "results" / "one.json") == result
-    assert is_result_of(tmp_path / "results" / "one.json", pilot, tasks, settings)
-    others = {**settings, "seed": 4}
-    assert not is_result_of(tmp_path / "results" / "one.json", pilot, pilot.tasks(**others), others)
+    assert holds(tmp_path / "results" / "one.json", replace(result, machine={}, commit="another"))
+    assert not holds(tmp_path / "results" / "one.json", replace(result, settings={**result.settings, "seed": 4}))
     (tmp_path / "half.json").write_text('{"half')
-    assert not any(is_result_of(tmp_path / name, pilot, tasks, settings) for name in ("half.json", "missing.json"))
+    assert not any(holds(tmp_path / name, result) for name in ("half.json", "missing.json"))
     assert result.cut["pairs"] == 64
     assert {one["model"] for one in result.accuracy} == {"pilot", "published"}
     for one in (*result.accuracy, *result.pictures):

@@ -173,13 +173,14 @@ def check_trainings(
 def run_all(found: Pilot, tasks: Mapping[str, Task], folder: Path, settings: Mapping[str, int], output: Path) -> None:
     """Run the stages that have not finished, and write the result."""
     from latentreward.evaluation.benchmark.report import HTML
-    from latentreward.pilot.results import collect, is_result_of, write_result
+    from latentreward.pilot.results import collect, holds, write_result
     from latentreward.pilot.running import run_stages, unfinished, workshop
 
     shop = workshop(folder)
-    if unfinished(tasks, shop) or not is_result_of(output, found, tasks, settings):
+    if unfinished(tasks, shop):
         run_stages(tasks, shop)
-        write_result(output, collect(found, tasks, shop, settings))
+    if not holds(output, result := collect(found, tasks, shop, settings)):
+        write_result(output, result)
     for title, stage, file in (
         ("published checkpoint", BESIDE, HTML),
         ("reward", MEASURED, HTML),

@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +151,15 @@ def write_result(path: Path, result: PilotResult) -> None:
     write_file(path, json.dumps(vars(result), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def holds(path: Path, result: PilotResult) -> bool:
+    """Tell whether a file has the result already, whatever machine and versions it names: those were the run's."""
+    try:
+        found = read_result(path)
+    except (InputError, OSError):
+        return False
+    return replace(found, machine=result.machine, versions=result.versions, commit=result.commit) == result
+
+
 def read_result(path: Path) -> PilotResult:
     """Read a result.
 
@@ -188,17 +197,6 @@ def is_of(value: Any, kind: type) -> bool:
     if kind is float:
         return type(value) in (int, float) and abs(value) <= sys.float_info.max  # compares whole numbers of any length
     return type(value) is kind and (kind is not int or value >= 0)
-
-
-def is_result_of(path: Path, pilot: Pilot, tasks: Mapping[str, Task], settings: Mapping[str, Any]) -> bool:
-    """Tell whether a file is the result of these settings; arguments as in :func:`collect`."""
-    try:
-        found = read_result(path)
-    except (InputError, OSError):
-        return False
-    keys = {name: one["key"] for name, one in found.stages.items()}
-    of = (found.pilot, found.settings["digest"], keys)
-    return of == (pilot.name, pilot.digest(**settings), {name: task.key for name, task in tasks.items()})
 
 
 def read_results(folder: Path) -> list[PilotResult]:
