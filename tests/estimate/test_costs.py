@@ -140,7 +140,7 @@ def test_alignment(build: Any, name: str, tmp_path: Path) -> None:
     options = {"tuning": "lora", "lora": {"rank": 2, "alpha": 2.0}} if name == "sd35" else {}
     write_run(tmp_path / "run", "dina" if name == "sd35" else "lrm", name, **options)
     path = str(tmp_path / "run")
-    unread = UnreadReward(path, "lrm_sd15", str(tmp_path / "kept"))
+    unread = UnreadReward(path, "lrm_sd15", None, str(tmp_path / "kept"))
     costs = check(lambda: build(name, unread), PROMPTS, prompt_batch(4), lambda: build(name, LatentReward(path)))
     assert costs.rollout > 0
 

@@ -385,16 +385,17 @@ class TrainingCLI(LightningCLI):
         """Replace ``ckpt_path: last`` by the path of the newest ``last`` checkpoint, if there is one; ``hpc`` likewise.
 
         Raises:
-            InputError: If there is none for ``hpc``.
+            InputError: If there is none for ``hpc``, or it is damaged or could run code.
         """
         settings = self.config_init[self.command]
         if settings["ckpt_path"] == "hpc":
-            settings["ckpt_path"] = self.trainer._checkpoint_connector._hpc_resume_path
-            if settings["ckpt_path"] is None:
+            chosen = settings["ckpt_path"] = self.trainer._checkpoint_connector._hpc_resume_path
+            if chosen is None:
                 raise InputError(
                     f"ckpt_path: hpc: there is no hpc_ckpt_*.ckpt in {self.trainer.default_root_dir} "
                     "(trainer.default_root_dir); give last, or the checkpoint's path"
                 )
+            check_checkpoint(chosen, chosen)
         if settings["ckpt_path"] == "last" and (path := last_checkpoint(self.trainer)):
             settings["ckpt_path"] = str(path)
 
