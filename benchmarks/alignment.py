@@ -331,7 +331,7 @@ def measure_rollout(size: str, batch: int, steps: int, repeats: int) -> None:
     for share in (True, False):
         module = lpo_module(size, share, guidance_scale=5.0)
         module.sampling = Sampling(num_inference_steps=steps).with_noise()
-        module.sampler = module.sampling.sampler(module.policy.scheduler_config)
+        module.sampler = module.sampling.sampler(module.policy.family)
         prompts = PromptBatch(tuple(f"prompt {n}" for n in range(batch)), tuple(str(n) for n in range(batch)))
         pairs = random_pairs(module, batch)
         times = interleaved(

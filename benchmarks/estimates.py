@@ -1,8 +1,8 @@
 """Computed memory and computation of the shipped runs, as a Markdown table: ``latentreward fit … --estimate`` for each.
 
-Usage: ``python benchmarks/estimates.py [--all]``; some ten minutes, with ``--all`` half an hour. Without ``--all`` the
-recipes and the alignment of full-size generators; with it the ablations, every model file and the tiny ones too. The
-last columns are the time of the command, by the clock and on the processor.
+Usage: ``python benchmarks/estimates.py [--all]``; some fifteen minutes, with ``--all`` half an hour. Without ``--all``
+the recipes, the rewards on flow families and the alignment of full-size generators; with it the ablations, every model
+file and the tiny ones too. The last columns are the time of the command, by the clock and on the processor.
 """
 
 import argparse
@@ -15,6 +15,8 @@ from resource import RUSAGE_CHILDREN, getrusage
 
 from measuring import table
 
+from latentreward.families.find import families
+
 ROOT = Path(__file__).resolve().parents[1]
 OVER = {"lrm_hpdv2": "lrm_sd15", "dina_lrm_sd35_cached": "dina_lrm_sd35", "dina_lrm_sd35_code": "dina_lrm_sd35"}
 """Recipe → the one that it is stacked over."""
@@ -24,7 +26,7 @@ DATA = {
     "lrm_sd3": ("pickapic_v1", "--data.size=1024", "--data.batch_size=4"),
     "lrm_sdxl": ("pickapic_v1", "--data.size=1024", "--data.batch_size=4"),
 }
-"""Full-size model file → data file and settings that its head comment names, pickapic_v1 for others."""
+"""Full-size model file → data file and settings that its head comment names; see :func:`runs` for others."""
 NUMBERS = {
     "trained": r"^  (?:network|text encoders|head|scorer|reward) +[\d.]+ +([\d.]+)",
     "peak": r"^  peak +([\d.]+)$",
@@ -51,9 +53,11 @@ def runs(every: bool) -> dict[str, list[str]]:
     for name in names("align"):
         if every or not name.endswith("tiny"):
             found[f"align/{name}"] = config("align", name)
-    for name in names("model") if every else []:
+    of_families = {f"dina_lrm_{name}" for name in (*families(), "sd35_large")}
+    for name in (name for name in names("model") if every or name in of_families):
         tiny = name.endswith("tiny")
-        data, *more = ("tinyworld_pickapic",) if tiny else DATA.get(name, ("pickapic_v1",))
+        usual = ("hpdv3",) if name in of_families else ("pickapic_v1",)
+        data, *more = ("tinyworld_pickapic",) if tiny else DATA.get(name, usual)
         trainer = config("trainer", "cpu" if tiny else "one_gpu")
         found[f"model/{name}"] = [*config("model", name), *config("data", data), *trainer, *more]
     return found

@@ -102,7 +102,7 @@ def kept_pairs(path: str, count: int) -> Iterator[list[str]]:
     ]
     batch = PromptBatch(tuple(f"{number}" for number in range(len(prompts))), prompts)
     sampling, selection = Sampling(num_inference_steps=20, eta=1.0), SigmaThreshold(low=0.05, high=0.15)
-    sampler = sampling.sampler(policy.scheduler_config)
+    sampler = sampling.sampler(policy.family)
 
     def select(reward: Any, context: Callable[[], Any]) -> list[Tensor]:
         with context():

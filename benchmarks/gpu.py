@@ -17,6 +17,7 @@ rows have all failed is not done.
 ``rewards``    training steps of LRM and DiNa-LRM with the shipped settings
 ``alignment``  training steps of LPO, GRPO and ReFL with the shipped settings, rollouts included
 ``execution``  float32, bfloat16, checkpointing, torch.compile and attention kernels in a DiNa-LRM step
+``families``   one 1024² latent of every family: a reward on half of the blocks, and a checkpointed step of the policy
 
 ``--device cpu --tiny`` tries all blocks at tiny sizes with one thread, for tests. What is measured with either option
 goes to OUTPUT/trial.
@@ -33,7 +34,7 @@ from pathlib import Path
 from zipfile import ZipFile
 
 ROOT = Path(__file__).resolve().parents[1]
-BLOCKS = ("scoring", "vlm", "rewards", "alignment", "execution")
+BLOCKS = ("scoring", "vlm", "rewards", "alignment", "execution", "families")
 FLOOR = (2, 13)
 """Oldest PyTorch of setup.cfg."""
 BLOCK_SECONDS = 480

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from alignment import TERA, Scoring, clip_h, flops, replace_prompts
+from gpu_families import MODELS, family_rows
 from measuring import TABLES, Goal, Spread, circumstances, interleaved, ratio, seconds, table
 from random_pipelines import RandomLatentReward, RandomPolicy, materialise, random_states
 from torch import Tensor, nn
@@ -447,6 +448,29 @@ def block_execution(setting: Setting) -> None:
     print_steps("Ways to run one step of DiNa-LRM, 4 pairs of 512²", steps, setting)
 
 
+# --- families ------------------------------------------------------------------------------------------------------
+
+
+def rows_of_family(model: str, setting: Setting) -> Iterator[Row]:
+    """Yield a row for reward and policy of a model."""
+    for name, work in family_rows(model, setting.device, setting.dtype, setting.tiny):
+        with setting.autocast():
+            work()
+            spent = Spread([seconds(work) for _ in range(setting.repeats)], ".4f")
+            peak = peak_of(work, setting.device)
+            counted = flops(work)
+        del work  # and the network in it, before the next one is made
+        yield [name, spent, f"{counted / TERA:.2f}", f"{counted / TERA / spent.median:.0f}", gigabytes(peak)]
+
+
+def block_families(setting: Setting) -> None:
+    """Print the table of all families."""
+    columns = ("model and work", "s", "TFLOP", "TFLOP/s", "peak, GB")
+    works = {model: partial(rows_of_family, model, setting) for model in MODELS}
+    title = "One 1024² latent of every family: reward on half of the blocks, checkpointed step of the policy; bfloat16"
+    table(title, columns, guarded(columns, works, setting))
+
+
 # --- blocks --------------------------------------------------------------------------------------------------------
 
 BLOCKS = {
@@ -455,6 +479,7 @@ BLOCKS = {
     "rewards": block_rewards,
     "alignment": block_alignment,
     "execution": block_execution,
+    "families": block_families,
 }
 
 

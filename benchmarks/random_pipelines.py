@@ -29,7 +29,7 @@ from latentreward.contracts import Conditioning, LatentSpace
 from latentreward.estimate import pipelines as published
 from latentreward.estimate.shapes import replace_tensors
 from latentreward.heads import CLIPProjectionHead, GatedQFormerHead
-from latentreward.policies import DiTPolicy, Policy, PolicySource
+from latentreward.policies import Policy, PolicySource
 from latentreward.policies.loading import add_lora
 from latentreward.rewards import RewardSource
 from latentreward.rewards.latent import LatentScorer
@@ -163,12 +163,12 @@ class RandomLatentReward(RewardSource):
         if self.share:
             with torch.device("meta"):
                 outline = getattr(self._backbone(policy), backbone.network_name)
-                add_lora(outline, LoRA(16, 32), "default", 0)
+                add_lora(outline, LoRA(16, 32), "default", 0, policy.family)
             weights = {name: torch.zeros(weight.shape) for name, weight in outline.named_parameters()}
             switch = partial(policy.adapters.use, share_adapter(policy, outline, weights))
             backbone = backbone.with_network(policy.network, policy.text_encoder)
         head: Any = CLIPProjectionHead(backbone.feature_spec, self.guidance)
-        if isinstance(policy, DiTPolicy):
+        if policy.family.part == "transformer":
             head = GatedQFormerHead(backbone.feature_spec)
         head.requires_grad_(False)
         if not self.share:
@@ -177,7 +177,7 @@ class RandomLatentReward(RewardSource):
 
     def _backbone(self, policy: Policy) -> Any:
         pipeline, around = RandomPipeline(pipeline_folder(self.size)), (policy.noise_process, policy.latent_space)
-        if isinstance(policy, DiTPolicy):
+        if policy.family.part == "transformer":
             return SD3DiTBackbone(pipeline.transformer(), *around, num_layers=12, text_encoder=policy.text_encoder)
         return SDUNetBackbone(pipeline.unet(), *around, text_encoder=policy.text_encoder)
 
@@ -255,7 +255,8 @@ def write_weights(folder: Path, dtype: torch.dtype, shard: int = 2 * 10**9) -> N
                 clip = transformers.CLIPTextModel
                 if (folder / "transformer").is_dir() or place.name == "text_encoder_2":
                     clip = transformers.CLIPTextModelWithProjection
-                family = {"clip_text_model": clip, "t5": transformers.T5EncoderModel}[config["model_type"]]
+                kinds = {"clip_text_model": clip, "t5": transformers.T5EncoderModel, "qwen3": transformers.Qwen3Model}
+                family = kinds[config["model_type"]]
                 network = family(family.config_class.from_pretrained(place))
         stem = "diffusion_pytorch_model" if diffusers_name else "model"
         outlines = {id(value): (name, value) for name, value in network.state_dict(keep_vars=True).items()}

@@ -6,6 +6,7 @@ import shutil
 import socket
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -88,15 +89,13 @@ class EncodeOnce(Callback):
         if isinstance(pl_module, RewardModule):
             backbone = pl_module.model.backbone
             if (encoder := backbone.text_encoder) is not None and not isinstance(encoder, StoredPrompts):
-                none = Conditioning(
-                    torch.empty(0, encoder.num_tokens, encoder.token_dim), torch.empty(0, encoder.pooled_dim)
-                )
-                backbone.text_encoder = StoredPrompts(encoder, (), none, pl_module.device, "use cached prompts")
+                backbone.text_encoder = StoredPrompts(encoder, (), None, pl_module.device, "use cached prompts")
                 tell_freed(encoder, "prompts are cached")
             return
         holders = [getattr(trainer, "datamodule", None), *trainer.callbacks]  # type: ignore[attr-defined]
+        uncond = [owner.family.uncond_prompt for owner in owners(pl_module) if isinstance(owner, Policy)]
         prompts = list(
-            dict.fromkeys(["", *(prompt for holder in holders for prompt in getattr(holder, "prompts", ()))])
+            dict.fromkeys(["", *uncond, *(prompt for holder in holders for prompt in getattr(holder, "prompts", ()))])
         )
         # Runs with one folder must not write to each other's files.
         run = trainer.strategy.broadcast(f"{socket.gethostname()}-{os.getpid()}")
@@ -109,7 +108,7 @@ class EncodeOnce(Callback):
                 path = folder / f".prompts-{run}-{trainer.node_rank}-{len(stored)}"
                 table = encoded(owner, prompts, path, trainer)
                 stored[encoder] = StoredPrompts(encoder, prompts, table, pl_module.device)
-                size = table.prompt_embeds.nbytes + table.pooled_prompt_embeds.nbytes
+                size = sum(tensor.nbytes for tensor in columns_of(table).values())
                 tell_freed(encoder, f"{len(prompts)} prompts encoded ({size / 1e9:.2f} GB on disk)")
             if isinstance(owner, Policy):
                 owner.text_encoder = stored[encoder]
@@ -150,12 +149,15 @@ def encoded(owner: Policy | LatentScorer, prompts: Sequence[str], path: Path, tr
 
     encode_prompts = owner.encode_prompts if isinstance(owner, Policy) else owner.encode_text
 
-    def encode(prompt: str) -> tuple[Tensor, Tensor]:
+    encoder = encoder_of(owner)
+    assert encoder is not None
+
+    def encode(prompt: str) -> dict[str, Tensor]:
         with trainer.precision_plugin.forward_context():
             row = encode_prompts([prompt])
-        return row.prompt_embeds.cpu(), row.pooled_prompt_embeds.cpu()
+        return columns_of((row.padded(encoder.num_tokens) if encoder.masked else row).to("cpu"))
 
-    samples = encode(prompts[0])
+    names, samples = zip(*encode(prompts[0]).items(), strict=True)
     places = [path.with_name(f"{path.name}-{column}") for column in range(len(samples))]
     with write_errors_named(path.parent, KEPT):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -179,13 +181,20 @@ def encoded(owner: Policy | LatentScorer, prompts: Sequence[str], path: Path, tr
                 place.unlink()
         for number in range(math.ceil(len(prompts) / ranks)):
             row = min(number * ranks + rank, len(prompts) - 1)  # past the end the last prompt is repeated
-            for file, values in zip(files, encode(prompts[row]), strict=True):
+            for file, values in zip(files, encode(prompts[row]).values(), strict=True):
                 file.seek(row * values.nbytes)
                 file.write(memoryview(values.contiguous().view(-1).view(torch.uint8).numpy()))
         for file in files:
             file.flush()
         barrier()
         maps = [torch.from_numpy(np.memmap(file, np.uint8, mode="c")) for file in files]  # pages are read when used
-    return Conditioning(
-        *(table.view(one.dtype).view(len(prompts), *one.shape[1:]) for table, one in zip(maps, samples, strict=True))
+    tables = (
+        table.view(one.dtype).view(len(prompts), *one.shape[1:]) for table, one in zip(maps, samples, strict=True)
     )
+    return Conditioning(**dict(zip(names, tables, strict=True)))
+
+
+def columns_of(encoded: Conditioning) -> dict[str, Tensor]:
+    """Return the tensors of encoded prompts by the names of their fields."""
+    tensors = {field.name: getattr(encoded, field.name) for field in fields(encoded)}
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}

@@ -82,7 +82,8 @@ class HackingMonitor(PromptMonitor):
         trainer.callbacks = callbacks  # type: ignore[attr-defined]
 
     def begin(self, trainer: Trainer, pl_module: AlignmentModule) -> None:
-        """Score the reference's samples, with which later samples are compared."""
+        """Score the reference's samples, with which later samples are compared; clips are refused."""
+        self.sampling_of(pl_module).require_images("HackingMonitor")
         self.held_out.prepare()
         self._start = self._scores(trainer, pl_module, reference=True)
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from latentreward.errors import InputError
 from latentreward.modules.pairs import PairModule
-from latentreward.reports.drawing import PLAIN, RIGHT, WRONG, draw_pair, tile, to_image
+from latentreward.reports.drawing import PLAIN, RIGHT, WRONG, draw_pair, strip, tile, to_images
 from latentreward.storage.durable import replacing
 
 logger = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ class ScoredPairGrid(Callback):
             if batch.latent_space is not None:
                 pair = pl_module.latent_decoder.decode(pair)  # type: ignore[operator, union-attr]
             scores = [rewards[row].float().mean().item() for rewards in (outputs.chosen, outputs.rejected)]
-            images = to_image(pair[0], self.image_size), to_image(pair[1], self.image_size)
+            images = [strip(to_images(one, self.image_size)) for one in pair]
             colour = PLAIN if batch.label[row] == 0.5 else RIGHT if scores[0] > scores[1] else WRONG
             captions = [f"{score:+.3f}" for score in scores]
             self._cells.append(draw_pair(images, captions, batch.prompts[row], colour))

@@ -107,6 +107,10 @@ class PromptMonitor(Callback, ABC):
             for start in range(0, len(mine), size)
         ]
 
+    def sampling_of(self, pl_module: AlignmentModule) -> Sampling:
+        """Return the settings of the sampler: own ones, or those of the module's rollouts."""
+        return self.sampling or getattr(pl_module, "sampling", None) or Sampling()
+
     def latents(
         self, trainer: Trainer, pl_module: AlignmentModule, reference: bool
     ) -> Iterator[tuple[PromptBatch, Tensor]]:
@@ -115,7 +119,7 @@ class PromptMonitor(Callback, ABC):
         Raises:
             InputError: If sampled latents are not finite; names the optimiser step and the prompt.
         """
-        sampling = (self.sampling or getattr(pl_module, "sampling", None) or Sampling()).with_noise()
+        sampling = self.sampling_of(pl_module).with_noise()
         for batch in self.share(trainer):
             made = sample_latents(pl_module.policy, batch, sampling, pl_module.guidance_scale, SEED, reference)
             broken = ~made.isfinite().flatten(1).all(dim=1)
@@ -130,7 +134,7 @@ class PromptMonitor(Callback, ABC):
     def pictures(
         self, trainer: Trainer, pl_module: AlignmentModule, reference: bool
     ) -> Iterator[tuple[PromptBatch, Tensor, Tensor]]:
-        """Sample this rank's batches: prompts, latents ``(B, C, ...)`` and pixels ``(B, 3, H, W)``, about [-1, 1].
+        """Sample this rank's batches: prompts, latents ``(B, C, ...)`` and pixels ``(B, 3, ...)``, about [-1, 1].
 
         Raises:
             InputError: If the policy has no VAE.

@@ -14,12 +14,14 @@ from torch import Tensor
 
 from latentreward.errors import InputError
 from latentreward.modules.alignment import AlignmentModule
-from latentreward.reports.drawing import PLAIN, draw_pair, tile, to_image
+from latentreward.reports.drawing import PLAIN, draw_pair, strip, tile, to_images
 from latentreward.storage.durable import replacing
 
 
 class SampleGrid(PromptMonitor):
     """Callback that draws the policy's samples for fixed prompts beside the reference's from the same noise.
+
+    Of clips, four frames are drawn.
 
     The picture is the image ``samples`` in TensorBoard and the file ``samples/step_{optimiser step}.png`` in the run's
     log folder.
@@ -82,5 +84,5 @@ class SampleGrid(PromptMonitor):
 
 
 def to_bytes(pixels: Tensor, size: int) -> Tensor:
-    """Convert pixels ``(B, 3, H, W)`` in [-1, 1] to bytes ``(B, h, w, 3)`` on the CPU, the longer side ``size``."""
-    return torch.stack([torch.from_numpy(np.array(to_image(image, size))) for image in pixels])
+    """Convert images or clips in [-1, 1] to bytes ``(B, h, w, 3)`` on the CPU, the longer side of a frame ``size``."""
+    return torch.stack([torch.from_numpy(np.array(strip(to_images(one, size)))) for one in pixels])

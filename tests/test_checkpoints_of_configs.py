@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from latentreward.cli import main
+from tests.families.twins import TWINS
 from tests.marks import slow_after
 from tests.scorers.tiny_clip import write_clip
 from tests.test_recipes import RECIPES, ROOT, SAMPLES, stack_of
@@ -30,6 +31,15 @@ PIPELINES = {
     "SD3": "sd3_deep",
     "SD35": "sd35_deep",
 }
+TWIN_OF = {twin.backbone: twin for twin in reversed(TWINS.values())}
+"""Backbone in a config's name → its first twin, which the config runs with here, with few blocks and heads."""
+FEW_BLOCKS = (
+    "--data.size=32",
+    "--model.backbone.num_layers=3",
+    "--model.backbone.visual_taps=[1,2,3]",
+    "--model.backbone.text_taps=[1,2,3]",
+    "--model.head.num_heads=2",
+)
 FOLDERS = {"PICKAPIC": "pickapic_v1", "HPDV2": "hpdv2", "HPDV3": "hpdv3"}
 HERE = (
     "--trainer.accelerator=cpu",
@@ -108,6 +118,7 @@ def _places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     clip = write_clip(folder / "clip")
     values = {
         **{f"{name}_PATH": pipeline_folder(pipeline) for name, pipeline in PIPELINES.items()},
+        **{f"{name.upper()}_PATH": twin.folder for name, twin in TWIN_OF.items()},
         **{f"{name}_PATH": clip for name in ("CLIP_L", "CLIP_H", "PICKSCORE")},
         **{f"{name}_ROOT": str(SAMPLES / place) for name, place in FOLDERS.items()},
         "MPCF_SCORES": str(SAMPLES / "lrm_mpcf" / "pseudo_preference.csv"),
@@ -127,6 +138,7 @@ def reward_options(path: Path) -> list[str]:
     data = ("tinyworld_hpdv3" if dina else "tinyworld_pickapic") if tiny else ("hpdv3" if dina else "pickapic_v1")
     files = (path, CONFIGS / "data" / f"{data}.yaml", CONFIGS / "trainer" / "cpu.yaml")
     own = TINY_WORLD if tiny else SAMPLE_FILES if dina else (*SAMPLE_FILES, NO_COPY)
+    own = (*own, *FEW_BLOCKS) if path.stem.removeprefix("dina_lrm_") in TWIN_OF else own
     return [*(f"--config={file}" for file in files), *own, f"--trainer.logger.name={path.stem}"]
 
 
@@ -157,6 +169,8 @@ def alignment_options(path: Path) -> list[str]:
     options += [*ROLLOUTS, "--data.passes=1" if "passes:" in text else f"--trainer.max_steps={STEPS}"]
     if "height:" in text:
         options += [f"--model.sampling.height={PIXELS}", f"--model.sampling.width={PIXELS}"]
+    if path.stem.partition("_")[2] in TWIN_OF:
+        options += ["--model.sampling.height=32", "--model.sampling.width=32"]
     if "stop_range:" in text:
         options += ["--model.stop_range=[1,2]"]
     if few := re.search(r"num_(trajectories|candidates):", text):
@@ -168,7 +182,9 @@ def alignment_options(path: Path) -> list[str]:
 
 def reward_of(path: Path) -> Path | None:
     """The file of configs/model whose run an alignment takes as its reward."""
-    text, family = path.read_text(), path.stem.rpartition("_")[2].replace("sd21", "sd15")  # which has the VAE of SD1.5
+    text, family = path.read_text(), path.stem.partition("_")[2]
+    if family not in TWIN_OF:
+        family = family.rpartition("_")[2].replace("sd21", "sd15")  # which has the VAE of SD1.5
     rewards = {"LRM_PATH": f"lrm_{family}", "DINA_PATH": f"dina_lrm_{family}", "SPM_PATH": f"spm_{family}"}
     named = re.search(r"path: runs/(\w+)|oc\.env:(LRM_PATH|DINA_PATH|SPM_PATH)", text)
     return CONFIGS / "model" / f"{named[1] or rewards[named[2]]}.yaml" if named else None

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from latentreward.cli import main
 from latentreward.estimate.pipelines import write_pipelines
 from latentreward.modules import StepwiseGRPOModule, TrajectoryGRPOModule
+from tests.families.twins import TWINS
 from tests.marks import slow_after
 from tests.test_recipes import parse
 
@@ -34,6 +35,22 @@ def _paths(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.mark.parametrize("name", slow_after(1, FILES))
 def test_parses_and_keeps_its_runs_apart(name: str) -> None:
     assert parse(f"configs/align/{name}.yaml").config["fit"]["trainer"].default_root_dir == f"runs/{name}"
+
+
+FAMILIES = sorted({twin.backbone for twin in TWINS.values()})
+METHODS = ("StepwiseGRPOModule", "TrajectoryGRPOModule", "ReFLModule", "SPOModule")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", slow_after(1, FAMILIES))
+def test_one_option_changes_the_method(name: str, method: str) -> None:
+    lpo, other = (
+        parse(f"configs/align/lpo_{name}.yaml", options=options).config["fit"]["model"]
+        for options in ((), (f"--model={method}",))
+    )
+    assert other["class_path"] == f"latentreward.modules.{method}"
+    for setting in ("policy", "reward", "sampling", "optimizer", "guidance_scale"):
+        assert other["init_args"][setting] == lpo["init_args"][setting]
 
 
 @pytest.mark.slow

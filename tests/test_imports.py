@@ -16,7 +16,7 @@ SOURCE = ROOT / "src" / "latentreward"
 BASE = {"", "construction", "contracts", "errors", "interrupts", "seeding", "storage", "devices"}
 MAY_IMPORT = {
     "construction": set(),
-    "contracts": set(),
+    "contracts": {"errors"},
     "errors": set(),
     "interrupts": set(),
     "seeding": set(),
@@ -29,24 +29,26 @@ MAY_IMPORT = {
     "heads": BASE,
     "losses": BASE,
     "metrics": BASE,
-    "backbones": BASE | {"noise", "encoders"},
-    "cache": BASE | {"encoders", "data", "backbones", "policies"},
+    "backbones": BASE | {"noise", "encoders", "checkpoints"},
+    "families": BASE | {"programs", "noise", "encoders", "backbones"},
+    "cache": BASE | {"encoders", "data", "backbones", "families", "policies"},
     "settings": BASE | {"programs", "backbones"},
     "scoring": BASE
-    | {"noise", "encoders", "backbones", "heads", "losses", "metrics", "data", "checkpoints"}
+    | {"noise", "encoders", "backbones", "families", "heads", "losses", "metrics", "data", "checkpoints"}
     | {"settings", "programs", "reports"},
-    "policies": BASE | {"noise", "encoders", "backbones", "scoring", "checkpoints"},
-    "export": BASE | {"backbones", "policies", "checkpoints"},
+    "policies": BASE | {"noise", "encoders", "backbones", "families", "scoring", "checkpoints"},
+    "export": BASE | {"backbones", "families", "policies", "checkpoints"},
     "rewards": BASE
     | {"noise", "encoders", "backbones", "heads", "losses", "metrics", "scoring", "policies", "checkpoints"}
     | {"scorers", "reports"},
-    "rollout": BASE | {"noise", "losses", "policies", "rewards"},
-    "generation": BASE | {"noise", "encoders", "backbones", "policies", "rewards", "rollout", "reports"},
+    "rollout": BASE | {"noise", "losses", "families", "policies", "rewards"},
+    "generation": BASE | {"noise", "encoders", "backbones", "families", "policies", "rewards", "rollout", "reports"},
     "modules": BASE
     | {
         "noise",
         "encoders",
         "backbones",
+        "families",
         "heads",
         "losses",
         "metrics",
@@ -83,7 +85,7 @@ MAY_IMPORT = {
     "evaluation": BASE
     | {"data", "metrics", "noise", "scoring", "scorers", "policies", "rollout", "reports", "generation"},
     "estimate": BASE
-    | {"encoders", "backbones", "heads", "data", "cache", "scoring", "scorers", "settings"}
+    | {"encoders", "backbones", "families", "heads", "data", "cache", "scoring", "scorers", "settings"}
     | {"policies", "rewards", "modules"},
     "steps": BASE | {"settings", "evaluation"},
     "reproduction": BASE | {"metrics", "reports", "settings", "evaluation", "steps"},
@@ -193,7 +195,7 @@ def requirements(*extras: str) -> dict[str, Requirement]:
 
 def test_what_is_imported_is_required() -> None:
     """What another requirement happens to bring may be gone with its next release."""
-    required = requirements("serve", "ui").keys()
+    required = requirements("quant", "serve", "ui", "video").keys()
     for path in FILES.values():
         if path.parent == DRIVERS:
             continue
@@ -208,7 +210,7 @@ def test_what_is_imported_is_required() -> None:
 def test_each_lower_bound_is_among_the_floors() -> None:
     floors = [Requirement(line) for line in (ROOT / ".ci/floors.txt").read_text().splitlines() if line[0] != "#"]
     pinned = {canonicalize_name(floor.name): str(floor.specifier).removeprefix("==") for floor in floors}
-    for name, requirement in requirements("serve", "test").items():
+    for name, requirement in requirements("serve", "test", "video").items():
         assert name in pinned, name
         bound = next(one.version for one in requirement.specifier if one.operator == ">=")
         assert f"{pinned[name]}.".startswith(f"{bound}."), name

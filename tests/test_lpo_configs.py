@@ -32,6 +32,7 @@ def _paths(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("SD21_BASE_PATH", folders.get("sd21", ""))
         patch.setenv("PROMPTS", str(prompts))
         patch.setenv("LRM_PATH", "lrm")
+        patch.setenv("DINA_PATH", "dina")
         patch.setenv("SPM_PATH", "spm")
         yield
 

@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -36,7 +37,7 @@ SPARE = 2 * 10**9
 """Bytes of memory that must stay available; a job that takes more is ended."""
 PAUSE, LONGEST = 0.1, 2.0
 """Least and most seconds between two looks at the memory."""
-PIPELINES = {"sd15": "SD15_PATH", "sdxl": "SDXL_PATH", "sdxl_cut": "SDXL_PATH"}
+PIPELINES = {"sd15": "SD15_PATH", "sdxl": "SDXL_PATH", "sdxl_cut": "SDXL_PATH", "z_image": "Z_IMAGE_PATH"}
 """Group → variable of the configs that names its pipeline; SD35_PATH for others."""
 
 
@@ -219,6 +220,7 @@ def main() -> None:
     parser.add_argument("--accelerator", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--rounds", type=int, default=6, help="training steps that are timed, in runs that time them")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # watch() then ends its job's process
     names = [job.name for jobs in GROUPS.values() for job in jobs]
     if unknown := [name for name in options.only if name not in names]:
         parser.error(f"--only: there is no job {unknown[0]!r}; choose from {', '.join(map(repr, names))}")

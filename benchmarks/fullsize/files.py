@@ -35,6 +35,7 @@ FULL: dict[str, tuple[str, Parts]] = {
     ),
     "sd35_t5": ("sd35", {}),
     "sd35": ("sd35", FEW_T5),
+    "z_image": ("z-image", {"transformer": {"n_layers": 15}, "text_encoder": {"num_hidden_layers": 2}}),
 }
 """Group → published pipeline, and the entries of its parts' configs that are cut."""
 _CLIP = {
@@ -80,6 +81,24 @@ TINY: dict[str, Parts] = {
         "text_encoder": _CLIP,
         "text_encoder_2": _CLIP,
         "text_encoder_3": {"d_model": 64, "d_kv": 8, "d_ff": 128, "num_layers": 1, "num_heads": 2},
+    },
+    "z-image": {
+        "transformer": {
+            "dim": 32,
+            "n_heads": 2,
+            "n_kv_heads": 2,
+            "n_refiner_layers": 1,
+            "cap_feat_dim": 32,
+            "axes_dims": (4, 6, 6),
+        },
+        "vae": _VAE,
+        "text_encoder": {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 16,
+        },
     },
 }
 """Published pipeline → entries of its parts' configs that make it tiny."""

@@ -90,6 +90,11 @@ LPO = (
     f"--trainer.max_steps={{steps}} --model.reward.base=sd15 --model.candidates.num_candidates=2 {ROLLOUTS} "
     "--model.selection=QuantileThreshold --model.selection.quantile=0.5"
 )
+Z_IMAGE = (
+    "--config=configs/model/dina_lrm_z_image.yaml --config=configs/data/hpdv3.yaml {fit} {pairs} "
+    f"--trainer.precision=bf16-mixed --trainer.max_steps=2 {VALIDATED[:-7]}2 --trainer.logger=false "
+    "--model.backbone.vae_dtype=bfloat16"
+)
 REFL = f"--config=configs/align/refl_sd35.yaml {{fit}} --model.stop_range=[1,2] --trainer.max_steps=2 {ROLLOUTS}"
 
 GROUPS: dict[str, tuple[Job, ...]] = {
@@ -165,6 +170,7 @@ GROUPS: dict[str, tuple[Job, ...]] = {
         ),
         Job("ReFL-SD3.5-M fit, T5 cut", f"fit {REFL}", "peak"),
     ),
+    "z_image": (Job("DiNa-Z-Image fit, text encoder cut", f"fit {Z_IMAGE}", "peak"),),
 }
 """Name of the pipeline → its jobs in order; a group's folder is removed after its last job."""
 

@@ -5,13 +5,16 @@ Training of a reward: ``PreferencePair`` (readers) → ``PreferenceBatch`` (coll
 (prompts) → ``NoisyStates`` (candidates to score) → ``StepPairs`` or ``StepSamples`` (training samples) → loss.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from latentreward.errors import InputError
 
 
 def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
@@ -33,8 +36,13 @@ class TensorRecord:
     """Mix-in for frozen dataclasses of tensors that gives them ``to``, which Lightning calls to move a batch."""
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Return a copy with ``Tensor.to(*args, **kwargs)`` applied to every tensor."""
-        return map_tensors(self, lambda tensor: tensor.to(*args, **kwargs))
+        """Return a copy with ``Tensor.to(*args, **kwargs)`` applied to every tensor; masks keep their type."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            new = tensor.to(*args, **kwargs)
+            return new if tensor.is_floating_point() or new.dtype == tensor.dtype else tensor.to(new.device)
+
+        return map_tensors(self, moved)
 
     def pin_memory(self) -> Self:
         """Return a copy in page-locked memory, for ``DataLoader(pin_memory=True)``."""
@@ -45,7 +53,8 @@ class TensorRecord:
 class ImageRef:
     """Reference to one image of a data set that is not yet decoded: the encoded bytes, or the file that holds them.
 
-    With ``holds="latents"`` the bytes are those of an ``np.save`` file with scaled latents ``(C, h, w)``.
+    With ``holds="latents"`` the bytes are those of an ``np.save`` file with scaled latents ``(C, h, w)``, or
+    ``(C, 1, h, w)`` in a space with a time axis.
 
     Attributes:
         image_key: Stable name of the *image* (uid, relative path or content hash). An image may be in several pairs
@@ -115,26 +124,81 @@ class PreferencePair:
 class LatentSpace:
     """Properties of the latents of one VAE; models with equal latent spaces can use each other's latents.
 
-    All values come from the VAE's config, so that two spaces can be compared before any weight is loaded.
+    All values are read without loading the VAE's weights, so that two spaces can be compared before. Scaled latents are
+    the posterior sample z after one of three codecs: ``scalar``, ``s · (z − shift)``; ``channel``, ``(z − mean) / std``
+    with constants per channel (Wan, Qwen-Image); ``batch_norm``, the same after 2×2 patches were moved into the
+    channels, with means and variances from the VAE's weights (FLUX.2).
 
     Attributes:
         channels: Number of latent channels.
         downscale: Pixels per latent along each spatial axis.
-        scaling_factor: Factor s of scaled latents ``s · (posterior sample − shift_factor)``.
+        scaling_factor: Factor s of the codec ``scalar``.
         shift_factor: Value subtracted before scaling; 0 if the config has none.
+        frame_downscale: Frames per latent along the time axis, the first frame apart; None without a time axis.
+        means: Mean of each channel of the codec ``channel``.
+        stds: Standard deviation of each channel of the codec ``channel``.
+        statistics: Digest of the two tensors of the codec ``batch_norm``.
     """
 
     channels: int
     downscale: int
-    scaling_factor: float
+    scaling_factor: float = 1.0
     shift_factor: float = 0.0
+    frame_downscale: int | None = None
+    means: tuple[float, ...] = ()
+    stds: tuple[float, ...] = ()
+    statistics: str | None = None
+
+    @property
+    def codec(self) -> Literal["scalar", "channel", "batch_norm"]:
+        """Kind of the codec."""
+        return "channel" if self.means else "scalar" if self.statistics is None else "batch_norm"
+
+    def shape(self, height: int, width: int, frames: int = 1) -> tuple[int, ...]:
+        """Return the shape ``(C, h, w)``, or ``(C, T, h, w)`` in a space with a time axis, of one image or clip.
+
+        Args:
+            height: Height in pixels.
+            width: Width in pixels.
+            frames: Number of frames, 1 for an image; in a space with a time axis a multiple of ``frame_downscale``
+                plus 1.
+        """
+        time = () if self.frame_downscale is None else ((frames - 1) // self.frame_downscale + 1,)
+        return self.channels, *time, height // self.downscale, width // self.downscale
+
+    def check_frames(self, frames: int) -> None:
+        """Raise InputError if no clip of this space has ``frames`` frames."""
+        step = self.frame_downscale
+        if step is None and frames != 1:
+            raise InputError(f"frames={frames}: these latents have no time axis; leave frames out")
+        if step is not None and (type(frames) is not int or frames < 1 or (frames - 1) % step):
+            raise InputError(f"frames={frames!r} must be a multiple of {step} plus 1, such as {20 * step + 1}")
+
+    def record(self) -> dict[str, Any]:
+        """Return the fields as plain values, without those that only other codecs have: the form in files."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        always = ("channels", "downscale", "scaling_factor", "shift_factor")
+        return {name: value for name, value in values.items() if name in always or value not in (None, ())}
+
+    @classmethod
+    def from_record(cls, values: Mapping[str, Any]) -> Self:
+        """Create a space from :meth:`record`, or from its JSON form.
+
+        Raises:
+            TypeError: If a field is missing or unknown.
+        """
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
     def __str__(self) -> str:
-        """Return the four values in one line for messages."""
-        return (
-            f"{self.channels} channels, 1/{self.downscale} size, scale {self.scaling_factor:g}, "
-            f"shift {self.shift_factor:g}"
-        )
+        """Describe the space in one line for messages."""
+        size = f"{self.channels} channels, 1/{self.downscale} size"
+        if self.frame_downscale is not None:
+            size += f", 1/{self.frame_downscale} frames"
+        if self.codec == "channel":
+            return f"{size}, means {self.means[0]:g}…{self.means[-1]:g}, stds {self.stds[0]:g}…{self.stds[-1]:g}"
+        if self.codec == "batch_norm":
+            return f"{size}, batch norm {self.statistics}"
+        return f"{size}, scale {self.scaling_factor:g}, shift {self.shift_factor:g}"
 
 
 @dataclass(frozen=True)
@@ -180,17 +244,79 @@ class Conditioning(TensorRecord):
 
     Attributes:
         prompt_embeds: ``(B, L, D)`` token embeddings.
-        pooled_prompt_embeds: ``(B, P)``, one vector per prompt: the network's pooled input (SDXL, SD3), or the text
-            encoder's EOS feature where the network takes none (SD1.5, SD2.1).
+        pooled_prompt_embeds: ``(B, P)``, one vector per prompt: the network's pooled input (SDXL, SD3, FLUX.1), or the
+            text encoder's EOS feature where the network takes none (SD1.5, SD2.1). None for families without one.
+        prompt_mask: ``(B, L)`` bool, true for tokens that belong to the prompt, which come first; at least one per row.
+            None for families whose padding tokens take part.
     """
 
     prompt_embeds: Tensor
-    pooled_prompt_embeds: Tensor
+    pooled_prompt_embeds: Tensor | None = None
+    prompt_mask: Tensor | None = None
+
+    def __len__(self) -> int:
+        """Return the number of prompts."""
+        return len(self.prompt_embeds)
 
     def select(self, index: Tensor | Sequence[int]) -> "Conditioning":
         """Return the rows ``index``; an index may repeat, so that one encoded prompt serves several images."""
         rows = torch.as_tensor(index, device=self.prompt_embeds.device)
         return map_tensors(self, lambda tensor: tensor[rows])
+
+    @classmethod
+    def join(cls, parts: Sequence["Conditioning"]) -> "Conditioning":
+        """Concatenate the rows of at least one record; masked tokens are padded with zeros to the longest part.
+
+        Raises:
+            InputError: If the parts have different numbers of tokens and no mask, or only some have a pooled vector.
+        """
+        if len({part.pooled_prompt_embeds is None for part in parts}) > 1:
+            raise InputError("only some of the encoded prompts have a pooled vector; encode all with one text encoder")
+        lengths = {part.prompt_embeds.shape[1] for part in parts}
+        masked = any(part.prompt_mask is not None for part in parts)
+        if len(lengths) > 1 and not masked:
+            raise InputError(
+                f"encoded prompts have {' and '.join(map(str, sorted(lengths)))} tokens; encode all at one length"
+            )
+        padded = [part.padded(max(lengths)) for part in parts] if masked else list(parts)
+        columns = [[getattr(part, field.name) for part in padded] for field in fields(cls)]
+        return cls(*(None if column[0] is None else torch.cat(column) for column in columns))
+
+    def padded(self, length: int) -> "Conditioning":
+        """Return a copy with a mask and ``length`` tokens: zeros follow, or masked tokens at the end are cut off."""
+        tokens, mask = self.prompt_embeds, self.prompt_mask
+        if mask is None:
+            mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        missing = length - tokens.shape[1]
+        if missing <= 0:
+            return replace(self, prompt_embeds=tokens[:, :length], prompt_mask=mask[:, :length])
+        return replace(self, prompt_embeds=F.pad(tokens, (0, 0, 0, missing)), prompt_mask=F.pad(mask, (0, missing)))
+
+    def trimmed(self) -> "Conditioning":
+        """Return a copy without the tokens at the end that no row's mask contains; a copy as it is without a mask."""
+        if self.prompt_mask is None:
+            return self
+        return self.padded(max(int(self.prompt_mask.sum(dim=1).max()), 1))
+
+    def zeros(self) -> "Conditioning":
+        """Return a copy in which all embeddings are zeros, as some pipelines encode the empty prompt."""
+        return Conditioning(
+            torch.zeros_like(self.prompt_embeds),
+            None if self.pooled_prompt_embeds is None else torch.zeros_like(self.pooled_prompt_embeds),
+            self.prompt_mask,
+        )
+
+    def pooled(self) -> Tensor:
+        """Return the pooled vectors ``(B, P)``; without them the mean ``(B, D)`` of the tokens.
+
+        Padding does not count: tokens outside the mask, or without a mask those that are 0 (Wan).
+        """
+        if self.pooled_prompt_embeds is not None:
+            return self.pooled_prompt_embeds
+        used = (self.prompt_embeds != 0).any(dim=-1) if self.prompt_mask is None else self.prompt_mask
+        weights = used.unsqueeze(-1).float()
+        mean = (self.prompt_embeds * weights).sum(dim=1) / weights.sum(dim=1)
+        return mean.to(self.prompt_embeds)
 
 
 @dataclass(frozen=True)
@@ -236,6 +362,7 @@ class Features(TensorRecord):
         pooled_text: ``(B, P)`` pooled text vector.
         temb: ``(B, E)`` timestep embedding as the network computed it.
         uncond: Features of the same latents for the empty prompt; None if only the prompt was read.
+        text_mask: ``(B, L)`` bool, true for text tokens that belong to the prompt; None if all take part.
     """
 
     visual: tuple[Tensor, ...]
@@ -244,6 +371,7 @@ class Features(TensorRecord):
     pooled_text: Tensor
     temb: Tensor
     uncond: "Features | None" = None
+    text_mask: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -380,7 +508,6 @@ class StepSamples(SampledStates):
 
 
 StepRecord = TypeVar("StepRecord", StepPairs, StepSamples)
-Rows = TypeVar("Rows", StepPairs, StepSamples, Conditioning)
 
 
 def take_rows(record: StepRecord, index: Sequence[int]) -> StepRecord:
@@ -395,7 +522,7 @@ def take_rows(record: StepRecord, index: Sequence[int]) -> StepRecord:
     )
 
 
-def join_rows(records: Sequence[Rows]) -> Rows:
+def join_rows(records: Sequence[StepRecord]) -> StepRecord:
     """Concatenate the rows of at least one record into a single record."""
     names = [field.name for field in fields(records[0])]
     columns = {name: [getattr(record, name) for record in records] for name in names}

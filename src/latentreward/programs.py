@@ -1,6 +1,7 @@
-"""Imports from the current folder, and programs that this process may start.
+"""Imports of modules that settings name, and programs that this process may start.
 
-Any program may start until ``--restrict-imports`` is given; then only those of ``--allow-programs``.
+Any module may be imported and any program may start until ``--restrict-imports`` is given; then only the modules that
+it names, and the programs of ``--allow-programs``.
 """
 
 import os
@@ -14,6 +15,8 @@ from typing import Any
 
 from latentreward.errors import InputError
 
+RESTRICTED: list[tuple[str, ...]] = []
+"""Modules named in ``--restrict-imports``, in the last entry; the list is empty without the option."""
 _ALLOWED: list[frozenset[str]] = []
 """Absolute paths of the programs that may start, in the last entry; an empty list allows any program."""
 STARTING = ("subprocess.Popen", "os.exec", "os.posix_spawn", "os.spawn", "os.system", "pty.spawn")
@@ -34,6 +37,23 @@ def find_modules_here(settings: Iterable[Any]) -> None:
         named = rest and package.isidentifier() and package not in sys.modules and here not in sys.path
         if named and find_spec(package) is None and PathFinder.find_spec(package, [here]):
             sys.path.append(here)
+
+
+def check_import(setting: str, path: str) -> None:
+    """Check that ``--restrict-imports`` lets a setting name a class that is not of this package.
+
+    Args:
+        setting: Name of the setting.
+        path: Import path of the class.
+
+    Raises:
+        InputError: If the option is given and names no module around ``path``.
+    """
+    if RESTRICTED and not f"{path}.".startswith(tuple(f"{module}." for module in RESTRICTED[-1])):
+        raise InputError(
+            f"{setting}: --restrict-imports does not allow {path!r}; if you trust it, say "
+            f"--restrict-imports={path.partition('.')[0]}"
+        )
 
 
 def allow_only(programs: Sequence[str]) -> None:

@@ -14,7 +14,7 @@ from latentreward.cli import main
 from tests.marks import slow_after
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "fullsize"
-RUN = ["LRM-SD1.5 serve", "SD3.5-M cache, T5 whole"]
+RUN = ["LRM-SD1.5 serve", "SD3.5-M cache, T5 whole", "DiNa-Z-Image fit, text encoder cut"]
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def run(folder: Path, *names: str) -> str:
 def test_jobs_run_once_and_leave_results_alone(tmp_path: Path) -> None:
     printed = run(tmp_path, *RUN)
     results = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "results").glob("*.json")}
-    assert len(results) == 8
+    assert len(results) == 9
     assert all(result["peak"] > 0 and f"| {result['name']} | " in printed for result in results.values())
     assert len(results["LRM_SD1.5_fit"]["rounds"]) == 1
     assert run(tmp_path, *RUN) == printed[printed.index("\n**Memory") :]

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-ROWS = {"scoring": 6, "vlm": 9, "rewards": 2, "alignment": 3, "execution": 5}
+ROWS = {"scoring": 6, "vlm": 9, "rewards": 2, "alignment": 3, "execution": 5, "families": 18}
 """Block → rows of its tiny form."""
 
 
@@ -42,6 +43,22 @@ def test_a_block_writes_its_rows(blocks: ModuleType, tmp_path: Path, name: str) 
     assert len(rows) == ROWS[name]
     assert not [row[1] for row in rows if str(row[1]).startswith(("failed", "out of memory"))]
     assert {"processor", "torch", "diffusers", "lightning", "commit", "load"} <= found.keys()
+
+
+def test_a_family_holds_one_network_at_a_time(blocks: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[Any]] = []
+    kind = sys.modules[blocks.family_rows.__module__].RandomModel
+    make = kind.network
+
+    def network(self: Any) -> Any:
+        assert not [one for one in made if one() is not None]
+        found = make(self)
+        made.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(kind, "network", network)
+    setting = blocks.Setting("cpu", True, 1, lambda: None)
+    assert len([*blocks.rows_of_family("Tongyi-MAI/Z-Image", setting)]) == len(made) == 2
 
 
 def test_a_row_that_fails_says_so_and_the_rest_goes_on(blocks: ModuleType) -> None:

@@ -281,6 +281,13 @@ def test_settings_and_caches_are_looked_at_in_the_constructor(tmp_path: Path) ->
     other = write_cache(tmp_path / "other", [{"image_a": 0, "image_b": 1}], [(16, 16)] * 2, spec=spec(vae="vae-2"))
     with pytest.raises(InputError, match="hold latents of different VAEs"):
         CachedPreferenceDataModule(train=CachedSplit(str(one)), val=CachedSplit(str(other)))
+    clips, slower = (
+        write_cache(tmp_path / name, [{"image_a": 0, "image_b": 1}], [(16, 16)] * 2, spec=spec(frames=5, fps=fps))
+        for name, fps in (("clips", 16.0), ("slower", 8.0))
+    )
+    for folder, held in ((one, "images"), (slower, "clips of 5 frames at 8 per second")):
+        with pytest.raises(InputError, match=f"hold {held} and clips of 5 frames at 16 per second; write one of them"):
+            CachedPreferenceDataModule(train=CachedSplit(str(folder)), val=CachedSplit(str(clips)))
     with pytest.raises(InputError, match=r"data.batch_size is 0"):
         cached(one, batch_size=0)
     with pytest.raises(InputError, match="has no split 'test'; it has 'train'"):

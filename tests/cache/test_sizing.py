@@ -10,7 +10,6 @@ from latentreward.cache.sizing import (
     TOO_SMALL,
     ImageSettings,
 )
-from latentreward.contracts import LatentSpace
 from latentreward.data.buckets import Bucket
 from latentreward.errors import InputError
 
@@ -63,7 +62,7 @@ def test_latents_keep_their_size() -> None:
 )
 def test_sizes_that_no_latents_fit_are_refused(settings, field) -> None:
     with pytest.raises(InputError, match=field):
-        ImageSettings(**settings).check(LatentSpace(4, 8, 1.0))
+        ImageSettings(**settings).check(8)
 
 
 def test_size_and_buckets_exclude_each_other() -> None:

@@ -28,9 +28,11 @@ from latentreward.cache.layout import (
     read_manifest,
     read_plan,
 )
+from latentreward.cache.sources import PipelineEncoders
 from latentreward.cli import main
 from latentreward.contracts import ImageRef
 from latentreward.data import HPDv3Reader, PixelLoader
+from latentreward.errors import InputError
 from latentreward.seeding import pair_generator
 from latentreward.storage.progress import Progress
 from tests.cache.writing import (
@@ -48,9 +50,11 @@ from tests.cache.writing import (
     write_rows,
 )
 from tests.data.rotated import photograph, upright, write_jsonl
+from tests.families.twins import TWINS
 from tests.marks import slow_after
 from tests.processes import start_ranks
 from tests.storage.test_progress import Terminal
+from tests.tiny_pipelines import pipeline_folder
 
 
 @pytest.fixture(scope="module")
@@ -410,3 +414,46 @@ def test_bad_input_is_one_line(
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("latentreward: error: ")
     assert message in error
+
+
+def test_a_folder_that_holds_the_vae_alone_will_do(tmp_path: Path) -> None:
+    whole = Path(tiny_pipeline("sd35_tiny"))
+    index = json.loads((whole / "model_index.json").read_text())
+    shutil.copytree(whole / "vae", tmp_path / "vae")
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": index["_class_name"], "vae": index["vae"]}))
+    found, want = (PipelineEncoders(str(source)).load() for source in (tmp_path, "sd35_tiny"))
+    assert found.vae_fingerprint == want.vae_fingerprint and found.space == want.space
+
+
+def with_other(name: str, folder: Path, **classes: str) -> Path:
+    """A copy of a pipeline whose parts have other classes."""
+    shutil.copytree(pipeline_folder(name), folder)
+    for part, kind in classes.items():
+        config = folder / part / "config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), "_class_name": kind}))
+    return folder
+
+
+def without(part: str, source: str, folder: Path) -> Path:
+    """A copy of a pipeline whose index lacks a part."""
+    shutil.copytree(source, folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, part: [None, None]}))
+    return folder
+
+
+def test_a_network_that_is_not_needed_may_be_missing_or_unknown(tmp_path: Path) -> None:
+    unknown = with_other("sd35", tmp_path / "unknown", transformer="PixArtTransformer2DModel")
+    refused = with_other("sdxl", tmp_path / "refused", unet="UNetSpatioTemporalConditionModel")
+    missing = without("unet", pipeline_folder("sd15"), tmp_path / "missing")
+    for source, name, text in ((unknown, "sd35", False), (refused, "sdxl", True), (missing, "sd15", True)):
+        found, want = (PipelineEncoders(str(folder), text=text).load() for folder in (source, pipeline_folder(name)))
+        for field in ("space", "vae_fingerprint", "text_spec"):
+            assert getattr(found, field) == getattr(want, field)
+    with pytest.raises(InputError, match="is of no known family"):
+        PipelineEncoders(str(unknown), text=True).load()
+    with pytest.raises(InputError, match="is of no known family"):  # T5 is no second CLIP
+        PipelineEncoders(str(without("transformer", TWINS["flux1_dev"].folder, tmp_path / "flux")), text=True).load()
+    sana = with_other("sd35", tmp_path / "sana", transformer="SanaTransformer2DModel", vae="AutoencoderDC")
+    with pytest.raises(InputError, match="SANA is not supported"):
+        PipelineEncoders(str(sana)).load()

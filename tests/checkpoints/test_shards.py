@@ -16,6 +16,7 @@ from latentreward.checkpoints.shards import (
     is_sharded,
     named,
     numbered,
+    read_checkpoint,
     read_sharded,
     shard_index,
 )
@@ -92,11 +93,22 @@ def test_incomplete_and_damaged_shards_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="not a complete sharded checkpoint"):
         read_sharded(tmp_path / "empty")
+    with pytest.raises(InputError, match=r"^checkpoint: \S+ is a folder without .*; give a file, or all files"):
+        read_checkpoint(tmp_path / "empty")
     folder = written(tmp_path / "shards")
     (shard,) = folder.glob("*.distcp")
     shard.unlink()
     with pytest.raises(InputError, match="damaged"):
         read_sharded(folder)
+
+
+def test_a_folder_of_a_run_in_place_of_its_checkpoint_is_refused_with_the_name_of_one(tmp_path: Path) -> None:
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    last.parent.mkdir()
+    last.touch()
+    (last.parent / "moved.ckpt").symlink_to(tmp_path / "gone.ckpt")
+    with pytest.raises(InputError, match=f"^checkpoint: .* give one of those in it, such as {last}$"):
+        read_checkpoint(tmp_path)
 
 
 def test_weights_are_compared_by_name() -> None:

@@ -25,6 +25,42 @@ from tests.policies.alignment import perturbed
 
 PROMPTS = ["a large red circle on a white background", "two blue crosss on a gray background", 'a «"/\\: ü, \t|?*']
 FAST = ["--policy.source=sd_tiny", "--sampling.num_inference_steps=3", "--guidance_scale=1", "--device=cpu"]
+EARLIER = {
+    "policy": {
+        "class": "PolicySource",
+        "source": "sd_tiny",
+        "revision": None,
+        "variant": None,
+        "lora": {
+            "class": "LoRA",
+            "rank": 4,
+            "alpha": 4.0,
+            "dropout": 0.0,
+            "target_modules": [
+                "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
+            ],
+        },
+        "gradient_checkpointing": False,
+        "attention_backend": None,
+        "frozen_dtype": "float32",
+        "vae_dtype": "float32",
+        "load_t5": True,
+        "t5_length": None,
+        "compile_blocks": False,
+    },
+    "checkpoint": None,
+    "lora": None,
+    "reward": None,
+    "sampling": {
+        "class": "Sampling", "num_inference_steps": 3, "eta": 0.0, "noise_level": 0.0, "height": None, "width": None,
+    },
+    "guidance_scale": 1.0,
+    "best_of": 1,
+    "step_search": None,
+    "score_sigmas": [0.2],
+    "seed": 0,
+}  # fmt: skip
+"""``generate.json`` of :data:`FAST` as written before policies had families and quantisation (commit bb3c5ab)."""
 REWARD = "--reward=tests.generation.toy_rewards.MeanLatentSource"
 
 
@@ -150,7 +186,7 @@ def test_a_checkpoint_and_its_exported_lora_make_the_same_pictures(
         (["--best_of=0"], "best_of: 0 is outside"),
         (["--step_search.num_candidates=1", REWARD], "num_candidates=1"),
         (["--step_search.num_candidates=2", REWARD], "eta"),
-        (["--guidance_scale=0.5"], "guidance_scale: 0.5 is outside"),
+        (["--guidance_scale=0.5"], "guidance_scale=0.5 must be at least 1"),
         (["--policy=null"], "policy.source"),
         (["--lora=nothing.safetensors"], "nothing.safetensors does not exist"),
         (["--checkpoint=nothing.ckpt"], "nothing.ckpt"),
@@ -204,6 +240,19 @@ def test_other_settings_and_other_files_are_refused(
     with pytest.raises(SystemExit):
         generate(folder="mine")
     assert "holds other files" in capsys.readouterr().err
+
+
+def test_a_folder_of_an_earlier_version_goes_on(
+    generate: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generate()
+    (tmp_path / "out" / "generate.json").write_text(json.dumps(EARLIER, indent=1))
+    generate()
+    assert "3 of 3 pictures are there already" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "generate.json").read_text()) == EARLIER
+    with pytest.raises(SystemExit):
+        generate("--policy.lora.target_modules=[to_q]")
+    assert "made with another policy; choose another folder" in capsys.readouterr().err
 
 
 def test_names_hold_on_every_file_system() -> None:

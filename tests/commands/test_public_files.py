@@ -45,7 +45,7 @@ def test_a_model_folder(home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert not told_places(*(path for path in (home / "model").rglob("*") if path.is_file()))
     assert json.loads((home / "model/config.json").read_text())["base"] == "sd35"
     assert json.loads((home / "model/adapter/adapter_config.json").read_text())["base_model_name_or_path"] == "sd35"
-    with pytest.raises(InputError, match=r"the base 'sd35' is the name of a folder .* give your copy of it as base"):
+    with pytest.raises(InputError, match=r"the base 'sd35' is the name of a folder .* give your copy as --base FOLDER"):
         RewardModel.from_pretrained(home / "model")
     RewardModel.from_pretrained(home / "model", base=pipeline_folder("sd35"))
     (tmp_path / "sd35").symlink_to(pipeline_folder("sd35"))

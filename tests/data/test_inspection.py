@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from io import BytesIO
 
 import numpy as np
 import pytest
@@ -81,6 +82,19 @@ def test_rows_labels_prompts_and_images(jpeg) -> None:
     assert contents.prompts == ["a", "a", "a cat", "", "b", "b"]
     assert contents.hashes[0, 0] == contents.hashes[1, 0] != 0
     assert contents.hashes[4].tolist() == [0, 0]
+
+
+def test_latents_with_a_time_axis_are_whole() -> None:
+    census, images = ImageCensus(), []
+    for shape in ((4, 32, 48), (4, 1, 32, 48), (32, 48)):
+        stream = BytesIO()
+        np.save(stream, np.zeros(shape, np.float16))
+        images.append(ImageRef(str(shape), stream.getvalue(), holds="latents"))
+    for other in images[1:]:
+        census.add(PreferencePair("a", "a cat", images[0], other, 1.0))
+    assert census.counts.sizes == {(256, 384): 2}
+    assert census.counts.unreadable == 1
+    assert "(32, 48) is not a (C, h, w) or (C, T, h, w) array" in census.counts.first_unreadable[0]
 
 
 def test_only_decoding_finds_a_truncated_image(jpeg) -> None:

@@ -8,6 +8,7 @@ import torch
 from latentreward.backbones.loading import PipelineSource
 from latentreward.encoders.fingerprint import text_fingerprint, vae_fingerprint
 from latentreward.encoders.vae import LatentEncoder
+from tests.families.twins import TWINS
 from tests.tiny_pipelines import clip_tokenizer, pipeline_folder
 
 
@@ -57,3 +58,26 @@ def test_text_fingerprint_tells_the_tokenizer_and_the_length() -> None:
     assert text_fingerprint(encoder) != before
     sd3 = PipelineSource(pipeline_folder("sd35"))
     assert text_fingerprint(sd3.sd3_prompts(48, 8)) != text_fingerprint(sd3.sd3_prompts(48, 16))
+
+
+def test_text_fingerprint_tells_the_template_of_a_language_model() -> None:
+    encoder = TWINS["z_image"].source().resolve_family().load_prompt_encoder()
+    before = text_fingerprint(encoder)
+    encoder.tokenizer.chat_template = "be kind; " + encoder.tokenizer.chat_template
+    assert text_fingerprint(encoder) != before
+
+
+@pytest.mark.parametrize("name", ["flux2_klein", "lumina2", "z_image"])
+def test_text_fingerprint_tells_the_side_of_the_padding(name: str) -> None:
+    encoder = next(twin for twin in TWINS.values() if twin.family == name).source().resolve_family()
+    loaded = encoder.load_prompt_encoder()
+    before = text_fingerprint(loaded)
+    loaded.tokenizer.padding_side = {"left": "right", "right": "left"}[loaded.tokenizer.padding_side]
+    assert (text_fingerprint(loaded) != before) == (not loaded.masked)
+
+
+def test_text_fingerprint_tells_what_is_put_before_a_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = TWINS["lumina2"].source().resolve_family().load_prompt_encoder()
+    before = text_fingerprint(encoder)
+    monkeypatch.setattr("latentreward.families.lumina2.SYSTEM", "be kind: ")
+    assert text_fingerprint(encoder) != before

@@ -1,11 +1,14 @@
 """Latents against diffusers' own VAE calls."""
 
+import json
+
 import pytest
 import torch
 
 from latentreward.backbones.loading import PipelineSource
 from latentreward.contracts import LatentSpace
-from latentreward.encoders.vae import LatentEncoder, latent_space_of
+from latentreward.encoders.vae import LatentEncoder
+from latentreward.errors import InputError
 from tests.tiny_pipelines import LATENTS, PIXELS, pipeline_folder
 
 
@@ -64,9 +67,17 @@ def test_bfloat16_autocast_halves_the_products_and_not_the_weights(encoder: Late
 
 
 def test_space_comes_from_the_config_alone() -> None:
-    space = latent_space_of(
+    space = LatentEncoder.space_of(
         {"latent_channels": 16, "block_out_channels": [1, 2, 3, 4], "scaling_factor": 1.5305, "shift_factor": 0.0609}
     )
     assert space == LatentSpace(16, 8, 1.5305, 0.0609)
-    assert latent_space_of({"latent_channels": 4, "block_out_channels": [1], "scaling_factor": 0.5}).shift_factor == 0
+    without_shift = {"latent_channels": 4, "block_out_channels": [1], "scaling_factor": 0.5}
+    assert LatentEncoder.space_of(without_shift).shift_factor == 0
+    records = [
+        json.dumps(LatentEncoder.space_of({**without_shift, "shift_factor": value}).record()) for value in (0, 0.0)
+    ]
+    assert records[0] == records[1]
+    assert LatentEncoder.space_of({"latent_channels": 4, "block_out_channels": [1] * 4}) == LatentSpace(4, 8, 0.18215)
+    with pytest.raises(InputError, match="has latents_mean, a number for each channel, which is not supported"):
+        LatentEncoder.space_of({**without_shift, "latents_mean": [[[[0.1]]]]})
     assert str(space) == "16 channels, 1/8 size, scale 1.5305, shift 0.0609"

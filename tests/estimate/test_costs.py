@@ -29,6 +29,7 @@ from latentreward.modules import (
     TrajectoryGRPOModule,
 )
 from latentreward.modules.alignment import RolloutModule
+from latentreward.modules.frozen import stored_parts
 from latentreward.policies import PolicySource
 from latentreward.rewards import LatentReward, PixelReward, RewardSource
 from latentreward.rollout import Branching, QuantileThreshold, Sampling
@@ -82,7 +83,8 @@ def check(build: Callable[[], LightningModule], data: Namespace, batch: Any = No
     assert costs.rollout + costs.forward + costs.backward == flops
     assert costs.saved == pytest.approx(saved, rel=0.05)
     assert sum(part.parameters for part in costs.parts) == sum(weight.numel() for weight in module.parameters())
-    assert costs.weights == sum(weight.nbytes for weight in (*module.parameters(), *module.buffers()))
+    stored = [part for weight in (*module.parameters(), *module.buffers()) for part in stored_parts(weight.detach())]
+    assert costs.weights == sum(part.nbytes for part in stored)
     return costs
 
 
@@ -149,6 +151,25 @@ def test_alignment(build: Any, name: str, tmp_path: Path) -> None:
 def test_diffusion_dpo() -> None:
     costs = check(lambda: DiffusionDPOModule(policy("sd15"), seed=0), PAIRS, pairs())
     assert costs.rollout == costs.rollout_peak == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_quantised_layers(checkpointing: bool) -> None:
+    """Smaller weights, which torchao unpacks for each product; without checkpointing autograd keeps the copies."""
+
+    def build(kind: Any) -> DiffusionDPOModule:
+        source = replace(policy("sd35"), quantization=kind, gradient_checkpointing=checkpointing)
+        return DiffusionDPOModule(source, seed=0)
+
+    quantised = check(lambda: build("int8"), PAIRS, pairs())
+    with torch.device("meta"):
+        unread = [build(kind) for kind in (None, "nf4", "bnb_int8")]
+    whole, nf4, eight = (step_costs(ready(module), PAIRS, gpu=False) for module in unread)
+    assert nf4.weights < eight.weights < quantised.weights < whole.weights
+    assert eight.batch_peak == whole.batch_peak - (whole.weights - eight.weights)
+    assert eight.saved == whole.saved
+    assert (quantised.saved > whole.saved) == (not checkpointing)
 
 
 @pytest.mark.slow

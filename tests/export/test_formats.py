@@ -77,10 +77,10 @@ def test_diffusers_loads_the_lora(trained: tuple[Policy, str], tmp_path: Path) -
     file = lora.write_diffusers(tmp_path / "lora")
     pipeline = load(pipeline_folder(name))
     pipeline.load_lora_weights(file, weight_name=FILE)
-    torch.testing.assert_close(with_network(policy, pipeline, lora.part), expected)
+    torch.testing.assert_close(with_network(policy, pipeline, lora.family.part), expected)
     with safe_open(file, "pt") as opened:
         noted = json.loads(opened.metadata()["lora_adapter_metadata"])
-    assert noted[f"{lora.part}.lora_alpha"] == 5.0
+    assert noted[f"{lora.family.part}.lora_alpha"] == 5.0
     assert [path.name for path in (tmp_path / "lora").iterdir()] == [file.name]
 
 
@@ -89,11 +89,11 @@ def test_kohya_file_has_the_same_update(trained: tuple[Policy, str], tmp_path: P
     expected, lora = prediction(policy), TrainedLoRA.of_policy(policy)
     write_kohya(lora, tmp_path)
     pipeline = load(pipeline_folder(name))
-    if lora.part == "unet":
+    if lora.family.part == "unet":
         pipeline.load_lora_weights(tmp_path, weight_name=FILE)
     else:
         add_updates(pipeline.transformer, updates_of_sd3(pipeline.transformer, load_file(tmp_path / FILE)))
-    torch.testing.assert_close(with_network(policy, pipeline, lora.part), expected)
+    torch.testing.assert_close(with_network(policy, pipeline, lora.family.part), expected)
 
 
 def add_updates(network: torch.nn.Module, updates: dict[str, Tensor]) -> None:
@@ -106,8 +106,8 @@ def test_merged_pipeline_needs_no_lora(trained: tuple[Policy, str], tmp_path: Pa
     expected, lora = prediction(policy), TrainedLoRA.of_policy(policy)
     write_merged(lora, PipelineSource(pipeline_folder(name)), tmp_path / "merged")
     pipeline = load(tmp_path / "merged")
-    assert not any("lora" in key for key in getattr(pipeline, lora.part).state_dict())
-    torch.testing.assert_close(with_network(policy, pipeline, lora.part), expected)
+    assert not any("lora" in key for key in getattr(pipeline, lora.family.part).state_dict())
+    torch.testing.assert_close(with_network(policy, pipeline, lora.family.part), expected)
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
 
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from latentreward.backbones.tuning import LoRA
 from latentreward.export import TrainedLoRA, write_kohya
 from latentreward.export.kohya import FILE
-from latentreward.export.lora import SD3
+from latentreward.families.sd3 import StableDiffusion3
 from tests.export.mmdit import linears, updates_of_sd3
+from tests.families.made_configs import MadeConfigs
 from tests.tiny_pipelines import sd3_transformer
 
 RANK, ALPHA = 2, 3.0
@@ -28,7 +29,7 @@ def adapter(transformer: SD3Transformer2DModel, ending: tuple[str, ...] = ("",))
             ones = (1,) * (len(inputs) - 1)
             weights[f"{name}.lora_A.weight"] = torch.randn(RANK, *inputs, generator=generator)
             weights[f"{name}.lora_B.weight"] = torch.randn(outputs, RANK, *ones, generator=generator)
-    return TrainedLoRA(weights, LoRA(RANK, ALPHA), SD3)
+    return TrainedLoRA(weights, LoRA(RANK, ALPHA), StableDiffusion3(MadeConfigs({})))
 
 
 def written(lora: TrainedLoRA, folder: Path) -> dict[str, Tensor]:

@@ -112,6 +112,7 @@ def test_nothing_is_said_while_one_is_loaded(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path\n"
         "from latentreward.generation import load_lora\nfrom latentreward.policies import PolicySource\n"
+        "from latentreward.settings.library_messages import silence_libraries\nsilence_libraries()  # as commands do\n"
         "load_lora(PolicySource('sd_tiny').load(), Path(sys.argv[1]))"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)

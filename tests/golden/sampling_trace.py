@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentreward.contracts import Conditioning, LatentSpace, PromptBatch
-from latentreward.noise import process_from_scheduler
-from latentreward.policies import UNetPolicy
+from latentreward.contracts import Conditioning, PromptBatch
+from latentreward.families.sd import StableDiffusion
+from latentreward.policies import Policy
 from latentreward.rollout import RolloutDraws
+from tests.families.made_configs import MadeConfigs
 from tests.golden.catalogue import Case, Tensors
 
 SCHEDULER = {
@@ -70,13 +71,15 @@ def checkpoint_of(case: Case) -> Path:
     return case.path.parent / case.options["checkpoint"]
 
 
-def policy_of(case: Case, data: Tensors) -> UNetPolicy:
+def policy_of(case: Case, data: Tensors) -> Policy:
     """The checkpoint's whole U-Net, with the recorded prompts."""
     from diffusers import UNet2DConditionModel
 
     unet = UNet2DConditionModel.from_pretrained(checkpoint_of(case) / "unet", torch_dtype=torch.float32)
-    space = LatentSpace(unet.config.in_channels, 8, case.options.get("vae_scaling_factor", 0.18215))
-    return UNetPolicy(unet, process_from_scheduler(SCHEDULER), space, SCHEDULER, RecordedPrompts(data)).eval()
+    scale = case.options.get("vae_scaling_factor", 0.18215)
+    vae = {"latent_channels": unet.config.in_channels, "block_out_channels": [1] * 4, "scaling_factor": scale}
+    family = StableDiffusion(MadeConfigs({"unet": dict(unet.config), "vae": vae, "scheduler": SCHEDULER}))
+    return Policy(unet, family, RecordedPrompts(data)).eval()
 
 
 class Calls:

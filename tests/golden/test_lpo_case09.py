@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from latentreward.noise.schedules import static_levels
 from latentreward.rollout import FlowSDESampler, Transition
 from tests.golden.catalogue import Case, Tensors, cases
 from tests.golden.closeness import assert_close
@@ -14,7 +15,9 @@ every_case = pytest.mark.parametrize("case", cases("lpo/09"), ids=lambda case: c
 
 def sampler_of(case: Case, noise_level: str = "noise_level") -> FlowSDESampler:
     options = case.options
-    return FlowSDESampler(options["scheduler_config"], options["num_inference_steps"], options[noise_level])
+    return FlowSDESampler(
+        *static_levels(options["scheduler_config"], options["num_inference_steps"]), options[noise_level]
+    )
 
 
 def step(sampler: FlowSDESampler, data: Tensors, prefix: str, index: Tensor) -> tuple[Transition, Tensor]:

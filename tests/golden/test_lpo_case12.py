@@ -63,7 +63,7 @@ def test_sampling_pass(case: Case) -> None:
     sampling = Sampling(options["num_inference_steps"], options["eta"])
     policy, reward, prompts = policy_of(case, data), reward_of(case, data), prompts_of(case)
     sampling.height, sampling.width = (side * policy.latent_space.downscale for side in options["latent_hw"])
-    sampler = sampling.sampler(policy.scheduler_config)
+    sampler = sampling.sampler(policy.family)
     times = sampler.timesteps.tolist()
     branching = Branching(options["K"], low=times[stop - 1], high=times[start])
     selection = SELECTIONS[options["dynamic_threshold"]](options["threshold_min"], options["threshold_max"])

@@ -47,7 +47,7 @@ def test_sampling_pass(case: Case) -> None:
     reward = StandIn(data["reward_weight"], options["vae_scaling_factor"])
     height, width = data["init_latents"].shape[-2:]
     sampling.height, sampling.width = height * policy.latent_space.downscale, width * policy.latent_space.downscale
-    sampler = sampling.sampler(policy.scheduler_config)
+    sampler = sampling.sampler(policy.family)
     branching = Branching(options["K"], high=sampler.timesteps[start].item(), score_at="candidate")
     selection, kept, calls = FixedThreshold(options["threshold"]), [], Calls(policy.network)
     rollout = candidate_steps(

@@ -37,7 +37,7 @@ class Brightness(Reward):
         return torch.tensor([float(len(prompt)) for prompt in prompts])
 
     def score(self, states: NoisyStates, encoded: Tensor) -> Tensor:
-        return self.scale * states.latents[:, 0].mean(dim=(1, 2)) + encoded.to(states.rows.device)[states.rows]
+        return self.scale * states.latents[:, 0].flatten(1).mean(dim=1) + encoded.to(states.rows.device)[states.rows]
 
 
 @dataclass

@@ -158,7 +158,7 @@ def test_only_steps_of_the_window_are_learned_from() -> None:
         ({"sampling": Sampling(4, eta=0.0)}, "eta"),
         ({"num_trajectories": 1}, "num_trajectories=1"),
         ({"low": 990.0}, "no step with noise lies in the window"),
-        ({"guidance_scale": 0.5}, "guidance_scale is 0.5"),
+        ({"guidance_scale": 0.5}, "guidance_scale=0.5 must be at least 1"),
     ],
 )
 def test_refused(options: dict, message: str) -> None:

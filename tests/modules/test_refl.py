@@ -306,6 +306,6 @@ def test_training_raises_the_reward_and_touches_the_adapter_alone(name: str) -> 
 
 def test_float16_is_refused() -> None:
     module = refl()
-    module._trainer = type("Stub", (), {"precision": "16-mixed", "world_size": 1})()  # float16 autocast needs a GPU
+    module._trainer = type("Stub", (), {"precision": "16-mixed", "world_size": 1, "strategy": None})()  # needs a GPU
     with pytest.raises(InputError, match="use bf16-mixed"):
         module.setup("fit")

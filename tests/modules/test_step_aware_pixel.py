@@ -52,7 +52,7 @@ def test_the_scorer_sees_what_diffusers_own_step_predicts(clip: str, guidance_sc
     policy, timesteps = module.generator, torch.tensor([0, 500, 999] * 2)
     encoded = module.encode(batch, PairDraws(batch, 1, 0))
     found = module.predict_pixels(encoded, timesteps.float())
-    scheduler = DDIMScheduler.from_config({**policy.scheduler_config, "steps_offset": 0})
+    scheduler = DDIMScheduler.from_config({**policy.family.pipeline.config("scheduler"), "steps_offset": 0})
     scheduler.set_timesteps(1000)
     noisy = scheduler.add_noise(encoded.latents, encoded.noise, timesteps)
     for row, timestep in enumerate(timesteps):
@@ -143,7 +143,7 @@ def test_cached_latents_with_encoded_prompts_are_taken_as_they_are(clip: str) ->
 
 def test_refusals(clip: str) -> None:
     for options, message in (
-        ({"guidance_scale": 0.5}, r"guidance_scale is 0\.5; it must be at least 1"),
+        ({"guidance_scale": 0.5}, r"guidance_scale=0\.5 must be at least 1"),
         ({"decode_batch_size": 0}, "decode_batch_size is 0; it must be at least 1"),
         ({"eval_timesteps": [1001]}, r"eval_timesteps=\[1001\]: timestep 1001 is out of range"),
     ):

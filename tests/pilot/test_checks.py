@@ -130,6 +130,7 @@ def test_it_is_refused_before_libraries_are_imported(tmp_path: Path, monkeypatch
     assert not [*tmp_path.iterdir()]
 
 
+@pytest.mark.slow
 def test_a_check_names_all_that_is_missing_and_every_licence(
     pilot: Pilot, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -143,6 +144,7 @@ def test_a_check_names_all_that_is_missing_and_every_licence(
     assert all(f"licence: {source.licence}" in found.out for source in pilot.sources.values())
 
 
+@pytest.mark.slow
 def test_a_failed_estimate_is_one_of_the_things_that_are_missing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -81,6 +81,15 @@ def test_random_scores_have_the_asked_spread(kind: Any, policy: Policy) -> None:
     assert scores(RandomReward(kind, scale=2.0), policy, states).std().item() == pytest.approx(2.0, rel=0.15)
 
 
+def test_the_readout_of_a_clip_is_the_mean_over_its_frames(policy: Policy) -> None:
+    clips, rows = torch.randn(2, 4, 3, 8, 8), torch.zeros(2, dtype=torch.int64)
+    found, *frames = (
+        scores(RandomReward("readout", seed=1), policy, NoisyStates(latents, torch.full((2,), 501.0), rows))
+        for latents in (clips, *clips.unbind(2))
+    )
+    torch.testing.assert_close(found, torch.stack(frames).mean(dim=0))
+
+
 def test_the_readout_has_gradients_and_the_noise_has_none(policy: Policy) -> None:
     states = states_of(policy)
     latents = states.latents.clone().requires_grad_()

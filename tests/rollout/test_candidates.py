@@ -9,7 +9,7 @@ from torch import Tensor
 
 from latentreward.contracts import PromptBatch
 from latentreward.errors import InputError
-from latentreward.rollout import Branching, RolloutDraws, Sampling, StepSampler, candidate_steps
+from latentreward.rollout import Branching, DDIMSampler, RolloutDraws, Sampling, StepSampler, candidate_steps
 from tests.rollout.tiny_rollout import PROMPTS, Brightness, NetworkRows, roll_out, tiny_policy
 
 STEPS = Sampling(num_inference_steps=5).with_noise()
@@ -19,7 +19,7 @@ both_families = pytest.mark.parametrize("name", ["sd15", "sd35_tiny"])
 
 def parts(name: str, sampling: Sampling = STEPS) -> tuple[Any, StepSampler]:
     policy = tiny_policy(name)
-    return policy, sampling.sampler(policy.scheduler_config)
+    return policy, sampling.sampler(policy.family)
 
 
 @both_families
@@ -168,7 +168,11 @@ def test_states_and_log_probabilities_are_float32_under_autocast() -> None:
 
 def test_steps_without_noise_have_no_candidates() -> None:
     policy = tiny_policy("sd15")
-    sampler = STEPS.sampler({**policy.scheduler_config, "set_alpha_to_one": True})
+    sampler = DDIMSampler(
+        {**policy.family.pipeline.config("scheduler"), "set_alpha_to_one": True},
+        STEPS.num_inference_steps,
+        STEPS.eta or 0.0,
+    )
     assert Branching().steps(sampler) == [0, 1, 2, 3]
     steps, finished = roll_out(policy, sampler, Brightness(), PROMPTS, Branching(2), STEPS, 1.0, seed=0)
     assert len(steps) == 4

@@ -8,6 +8,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from latentreward.errors import InputError
+from latentreward.noise.schedules import static_levels
 from latentreward.rollout import FlowSDESampler
 
 CONFIG: dict[str, Any] = {"num_train_timesteps": 1000, "shift": 3.0}
@@ -19,7 +20,7 @@ SHAPE = (2, 4, 3, 3)
 def test_without_noise_it_is_diffusers_euler_step(config: dict[str, Any], steps: int) -> None:
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
     scheduler.set_timesteps(steps)
-    sampler = FlowSDESampler(config, steps, 0.0)
+    sampler = FlowSDESampler(*static_levels(config, steps), 0.0)
     assert torch.equal(sampler.timesteps, scheduler.timesteps)
     for timestep in scheduler.timesteps:
         generator = torch.Generator().manual_seed(int(timestep))
@@ -29,13 +30,13 @@ def test_without_noise_it_is_diffusers_euler_step(config: dict[str, Any], steps:
 
 
 def test_noise_level_scales_the_noise() -> None:
-    one, two = FlowSDESampler(CONFIG, 10, 0.5), FlowSDESampler(CONFIG, 10, 1.0)
+    one, two = FlowSDESampler(*static_levels(CONFIG, 10), 0.5), FlowSDESampler(*static_levels(CONFIG, 10), 1.0)
     torch.testing.assert_close(2 * one.noise_std, two.noise_std)
-    assert not FlowSDESampler(CONFIG, 10, 0.0).noise_std.any()
+    assert not FlowSDESampler(*static_levels(CONFIG, 10), 0.0).noise_std.any()
 
 
 def test_one_step_by_hand() -> None:
-    sampler = FlowSDESampler({"shift": 1.0}, 2, 0.7)
+    sampler = FlowSDESampler(*static_levels({"shift": 1.0}, 2), 0.7)
     before, after = sampler.timesteps[1].item() / 1000, 0.0
     latents, velocity = torch.full((1, 1, 1), 2.0), torch.full((1, 1, 1), -0.5)
     transition = sampler.transition(latents, velocity, sampler.timesteps[1:])
@@ -52,7 +53,7 @@ def test_many_small_steps_keep_the_marginals() -> None:
     deviation at the end is s, with noise as without."""
     spread, draws = 0.5, 20_000
     for noise_level in (0.0, 0.7):
-        sampler = FlowSDESampler({"shift": 1.0}, 200, noise_level)
+        sampler = FlowSDESampler(*static_levels({"shift": 1.0}, 200), noise_level)
         generator = torch.Generator().manual_seed(0)
         latents = torch.randn(1, draws, generator=generator)
         for timestep in sampler.timesteps:
@@ -66,7 +67,7 @@ def test_many_small_steps_keep_the_marginals() -> None:
 
 
 def test_float32_whatever_comes_in() -> None:
-    sampler = FlowSDESampler(CONFIG, 10)
+    sampler = FlowSDESampler(*static_levels(CONFIG, 10))
     generator = torch.Generator().manual_seed(0)
     latents, output = (torch.randn(SHAPE, generator=generator).bfloat16() for _ in range(2))
     expected = sampler.transition(latents.float(), output.float(), sampler.timesteps[[0, 9]])
@@ -87,9 +88,9 @@ def test_float32_whatever_comes_in() -> None:
 )
 def test_refused(config: dict[str, Any], steps: int, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        FlowSDESampler(CONFIG | config, steps)
+        FlowSDESampler(*static_levels(CONFIG | config, steps))
 
 
 def test_deterministic_samplers_have_no_log_probability() -> None:
     with pytest.raises(InputError, match=r"sampling.noise_level=0 none of the 10 steps adds noise"):
-        FlowSDESampler(CONFIG, 10, 0.0).require_noise()
+        FlowSDESampler(*static_levels(CONFIG, 10), 0.0).require_noise()

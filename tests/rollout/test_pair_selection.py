@@ -9,6 +9,7 @@ from torch import Tensor
 
 from latentreward.contracts import PromptBatch
 from latentreward.errors import InputError
+from latentreward.noise.schedules import static_levels
 from latentreward.rollout import (
     CandidateStep,
     DDIMSampler,
@@ -57,7 +58,10 @@ def test_a_gap_equal_to_the_threshold_is_not_kept(sampler: DDIMSampler) -> None:
 @pytest.mark.parametrize("kind", SCHEDULED)
 @pytest.mark.parametrize("steps", [2, 5, 20, 50])
 def test_thresholds_run_from_low_to_high(kind: type[ScheduledThreshold], steps: int) -> None:
-    for sampler in (DDIMSampler(DDIM | {"set_alpha_to_one": False}, steps), FlowSDESampler({"shift": 3.0}, steps)):
+    for sampler in (
+        DDIMSampler(DDIM | {"set_alpha_to_one": False}, steps),
+        FlowSDESampler(*static_levels({"shift": 3.0}, steps)),
+    ):
         thresholds = torch.tensor([kind(0.2, 0.6).threshold(index, sampler) for index in range(steps)])
         order = sampler.timesteps if kind is LinearThreshold else sampler.noise_std
         assert thresholds[order.argmin()].item() == pytest.approx(0.2)
@@ -78,7 +82,7 @@ def test_sigma_threshold_by_hand(sampler: DDIMSampler) -> None:
 
 
 def test_one_step_takes_the_low_threshold() -> None:
-    assert SigmaThreshold(0.2, 0.6).threshold(0, FlowSDESampler({"shift": 3.0}, 1)) == 0.2
+    assert SigmaThreshold(0.2, 0.6).threshold(0, FlowSDESampler(*static_levels({"shift": 3.0}, 1))) == 0.2
 
 
 @pytest.mark.parametrize(("quantile", "kept"), [(0.0, 40), (0.5, 20), (0.75, 10), (1.0, 1)])

@@ -6,18 +6,20 @@ import pytest
 
 from latentreward.backbones import LoRA
 from latentreward.errors import InputError
+from latentreward.families.sd import StableDiffusion
 from latentreward.generation.picture_writing import DETERMINISTIC
 from latentreward.modules import LPOModule
 from latentreward.policies import PolicySource
 from latentreward.rollout import DDIMSampler, FlowSDESampler, Sampling
+from tests.families.made_configs import MadeConfigs
 from tests.modules.simple_reward import FirstChannelReward
 from tests.rollout.tiny_rollout import tiny_policy
 
 
 def test_the_schedulers_class_decides() -> None:
     sampling = Sampling(7, eta=0.5, noise_level=0.3)
-    ddim = sampling.sampler(tiny_policy("sd_tiny").scheduler_config)
-    flow = sampling.sampler(tiny_policy("sd35_tiny").scheduler_config)
+    ddim = sampling.sampler(tiny_policy("sd_tiny").family)
+    flow = sampling.sampler(tiny_policy("sd35_tiny").family)
     assert isinstance(ddim, DDIMSampler)
     assert isinstance(flow, FlowSDESampler)
     assert len(ddim) == len(flow) == 7
@@ -26,11 +28,11 @@ def test_the_schedulers_class_decides() -> None:
 
 @pytest.mark.parametrize("name", ["sd_tiny", "sd35_tiny"])
 def test_pictures_have_no_noise_of_their_own_and_rollouts_do(name: str) -> None:
-    config = tiny_policy(name).scheduler_config
+    family = tiny_policy(name).family
     for sampling in (Sampling(), DETERMINISTIC):
-        assert not sampling.sampler(config).noise_std.any()
+        assert not sampling.sampler(family).noise_std.any()
     assert Sampling().with_noise() == Sampling(eta=1.0, noise_level=0.7)
-    assert Sampling().with_noise().sampler(config).noise_std.any()
+    assert Sampling().with_noise().sampler(family).noise_std.any()
     assert DETERMINISTIC.with_noise() == DETERMINISTIC
     module = LPOModule(PolicySource(name, lora=LoRA(rank=2)), FirstChannelReward(), sampling=Sampling(4), seed=0)
     assert module.sampling == Sampling(4, eta=1.0, noise_level=0.7) and len(module.sampler) == 4
@@ -38,8 +40,10 @@ def test_pictures_have_no_noise_of_their_own_and_rollouts_do(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["PNDMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"])
 def test_any_scheduler_of_the_family_gives_ddim(name: str) -> None:
-    config = {**tiny_policy("sd_tiny").scheduler_config, "_class_name": name}
-    assert Sampling().sampler(config).timesteps.tolist() == [float(t) for t in range(951, 0, -50)]
+    configs = {part: tiny_policy("sd_tiny").family.pipeline.config(part) for part in ("unet", "vae", "scheduler")}
+    configs["scheduler"]["_class_name"] = name
+    sampler = Sampling().sampler(StableDiffusion(MadeConfigs(configs)))
+    assert sampler.timesteps.tolist() == [float(t) for t in range(951, 0, -50)]
 
 
 @pytest.mark.parametrize(
@@ -59,4 +63,4 @@ def test_refused(options: dict[str, Any], message: str) -> None:
 
 def test_too_many_steps_for_the_scheduler() -> None:
     with pytest.raises(InputError, match=r"num_inference_steps=1001 must lie in 1..1000"):
-        Sampling(1001).sampler(tiny_policy("sd35_tiny").scheduler_config)
+        Sampling(1001).sampler(tiny_policy("sd35_tiny").family)

@@ -10,7 +10,7 @@ from latentreward.backbones.loading import tiny_pipeline
 from latentreward.contracts import PromptBatch
 from latentreward.errors import InputError
 from latentreward.policies import Policy, PolicySource
-from latentreward.rollout import RolloutDraws, Sampling, sample_latents, sample_trajectories
+from latentreward.rollout import DDIMSampler, RolloutDraws, Sampling, sample_latents, sample_trajectories
 from tests.marks import slow_after
 from tests.rollout.tiny_rollout import PROMPTS, tiny_policy
 
@@ -53,7 +53,7 @@ def test_without_noise_samples_are_those_of_diffusers(name: str, guidance_scale:
 @both_families
 def test_log_probabilities_are_those_of_the_steps(name: str) -> None:
     policy = tiny_policy(name)
-    sampler = STEPS.sampler(policy.scheduler_config)
+    sampler = STEPS.sampler(policy.family)
     taken = sample_trajectories(policy, sampler, PROMPTS, STEPS, 3.0, seed=0)
     assert taken.latents.shape == (6, 3, *policy.latent_shape())
     assert torch.equal(taken.timesteps, sampler.timesteps)
@@ -70,7 +70,11 @@ def test_log_probabilities_are_those_of_the_steps(name: str) -> None:
 
 def test_steps_without_noise_are_marked() -> None:
     policy = tiny_policy("sd_tiny")
-    sampler = STEPS.sampler({**policy.scheduler_config, "set_alpha_to_one": True})
+    sampler = DDIMSampler(
+        {**policy.family.pipeline.config("scheduler"), "set_alpha_to_one": True},
+        STEPS.num_inference_steps,
+        STEPS.eta or 0.0,
+    )
     taken = sample_trajectories(policy, sampler, PROMPTS, STEPS, 1.0, seed=0)
     assert taken.stochastic.tolist() == [True] * 4 + [False]
     assert taken.log_prob.isfinite().all()
@@ -110,4 +114,4 @@ def test_other_sizes() -> None:
 def test_a_deterministic_sampler_is_refused(name: str) -> None:
     policy, still = tiny_policy(name), Sampling(5, eta=0.0, noise_level=0.0)
     with pytest.raises(InputError, match="adds noise"):
-        sample_trajectories(policy, still.sampler(policy.scheduler_config), PROMPTS, still, 1.0, seed=0)
+        sample_trajectories(policy, still.sampler(policy.family), PROMPTS, still, 1.0, seed=0)

@@ -51,9 +51,9 @@ class NetworkRows:
     def __enter__(self) -> list[tuple[int, float]]:
         predict = type(self.policy).predict
 
-        def counted(latents: Tensor, timesteps: Tensor, conditioning: Any) -> Tensor:
+        def counted(latents: Tensor, timesteps: Tensor, *others: Any) -> Tensor:
             self.calls.append((len(latents), timesteps[0].item()))
-            return predict(self.policy, latents, timesteps, conditioning)
+            return predict(self.policy, latents, timesteps, *others)
 
         self.policy.predict = counted
         return self.calls

@@ -180,6 +180,18 @@ def test_what_is_no_image_is_named(lrm: RewardModel, image: Any, message: str) -
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("frames", [1, 5])
+def test_pixels_with_a_time_axis_need_latents_with_one(
+    lrm: RewardModel, frames: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    message = rf"images are a tensor of shape \(2, 3, {frames}, 16, 16\), .* no time axis; give \(N, 3, H, W\)"
+    with pytest.raises(InputError, match=message):
+        lrm.score("a cat", torch.zeros(2, 3, frames, 16, 16))
+    monkeypatch.setattr(lrm, "image_sizes", None)
+    with pytest.raises(InputError, match=message):
+        lrm.score("a cat", torch.zeros(2, 3, frames, 16, 16))
+
+
 @pytest.mark.parametrize(
     ("prompts", "images", "message"),
     [

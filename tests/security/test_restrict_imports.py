@@ -110,6 +110,7 @@ def malicious(folder: Path) -> dict[str, tuple[list[str], dict]]:
         "unpickling as optimizer": {"model": {"init_args": {"optimizer": unpickle}}},
         "unpickling as function": setup(unpickle),
         "exec as function": setup(class_of("torch.fx.graph_module._exec_with_source", src=python, globals={})),
+        "own family": {"model": {"init_args": {"backbone": class_of("lumina2", source="sd_tiny", family="evil.Head")}}},
         "import as function": setup(class_of("latentreward.scoring.layouts.recipe.imported", path="evil.Head")),
         "function by its path": setup("torch.fx.graph_module._exec_with_source"),
         "resolver": {"trainer": {"default_root_dir": f"${{os.system:{touch}}}"}},

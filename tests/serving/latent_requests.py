@@ -19,12 +19,22 @@ Header = dict[str, dict[str, Any]]
 
 
 def tensors_of(accepted: Accepted, rows: int = 1, seed: int = 0, side: int = 8, tokens: int = 5) -> dict[str, Tensor]:
-    """What verl-omni's client puts into a request, for a model that takes ``accepted``."""
+    """What verl-omni's client puts into a request, for a model that takes ``accepted``.
+
+    With a mask, row r has r tokens less than ``tokens``, and with a time axis there is one frame.
+    """
     generator = torch.Generator().manual_seed(seed)
-    return {
-        "latents": torch.randn(rows, accepted.channels, side, side, generator=generator),
+    time = () if accepted.frames is None else (accepted.frames,)
+    tensors = {
+        "latents": torch.randn(rows, accepted.channels, *time, side, side, generator=generator),
         "prompt_embeds": torch.randn(rows, tokens, accepted.text_width, generator=generator),
-        "pooled_prompt_embeds": torch.randn(rows, accepted.pooled_width, generator=generator),
+    }
+    if accepted.pooled_width is not None:
+        tensors["pooled_prompt_embeds"] = torch.randn(rows, accepted.pooled_width, generator=generator)
+    if accepted.masked:
+        tensors["prompt_mask"] = torch.arange(tokens) < tokens - torch.arange(rows)[:, None]
+    return {
+        **tensors,
         "u": torch.full((rows,), 0.4),
         "seeds": torch.full((rows,), seed, dtype=torch.int64),
     }
@@ -48,9 +58,12 @@ def acceptable(body: bytes, accepted: Accepted) -> bool:
         tensors = load(body)
     except (SafetensorError, ValueError, KeyError):
         return False
-    ranks = {"latents": 4, "prompt_embeds": 3, "pooled_prompt_embeds": 2, "u": 1, "seeds": 1}
+    ranks = {"latents": 4 if accepted.frames is None else 5, "prompt_embeds": 3, "u": 1, "seeds": 1}
+    ranks |= {"pooled_prompt_embeds": 2} if accepted.pooled_width is not None else {}
+    ranks |= {"prompt_mask": 2} if accepted.masked else {}
     floats = (torch.float32, torch.float16, torch.bfloat16)
     dtypes = dict.fromkeys(ranks, floats) | {"u": (torch.float32,), "seeds": (torch.int64,)}
+    dtypes["prompt_mask"] = (torch.bool, torch.uint8)
     if not set(ranks) - {"seeds"} <= set(tensors) <= set(ranks):
         return False
     for name, tensor in tensors.items():
@@ -58,18 +71,26 @@ def acceptable(body: bytes, accepted: Accepted) -> bool:
             return False
         if len(tensor) != len(tensors["latents"]) or not tensor.isfinite().all():
             return False
-    _, channels, height, width = tensors["latents"].shape
+    _, channels, *time, height, width = tensors["latents"].shape
     return (
-        channels == accepted.channels
+        (not accepted.masked or _ones_first(tensors["prompt_mask"], tensors["prompt_embeds"].shape[1]))
+        and channels == accepted.channels
+        and (not time or time[0] == accepted.frames)
         and tensors["prompt_embeds"].shape[2] == accepted.text_width
-        and tensors["pooled_prompt_embeds"].shape[1] == accepted.pooled_width
+        and accepted.pooled_width in (None, *(tensors.get("pooled_prompt_embeds", torch.zeros(0)).shape[1:]))
         and height % accepted.patch == width % accepted.patch == 0
         and max(height, width) <= (accepted.max_side or math.inf)
-        and height * width <= accepted.max_pixels
+        and math.prod((*time, height, width)) <= accepted.max_pixels
         and tensors["prompt_embeds"].shape[1] <= accepted.max_tokens
         and len(tensors["latents"]) <= accepted.max_rows
         and bool(((tensors["u"] >= 0) & (tensors["u"] <= 1)).all())
     )
+
+
+def _ones_first(mask: Tensor, tokens: int) -> bool:
+    rows = [row.tolist() for row in mask.view(torch.uint8)]
+    counts = [row.count(1) for row in rows]
+    return all(row == [1] * n + [0] * (tokens - n) and n for row, n in zip(rows, counts, strict=True))
 
 
 def truncated(rng: random.Random, body: bytes) -> bytes:
@@ -193,9 +214,14 @@ def _with_tensors(
     return mutate
 
 
+def _needed(tensors: dict[str, Tensor], but: str = "") -> list[str]:
+    names = ("latents", "prompt_embeds", "pooled_prompt_embeds", "u", "prompt_mask")
+    return [name for name in names if name in tensors and name != but]
+
+
 @_with_tensors
 def not_finite(rng: random.Random, tensors: dict[str, Tensor]) -> None:
-    tensor = tensors[rng.choice(("latents", "prompt_embeds", "pooled_prompt_embeds", "u"))].view(-1)
+    tensor = tensors[rng.choice(_needed(tensors, but="prompt_mask"))].view(-1)
     tensor[rng.randrange(len(tensor))] = rng.choice((math.nan, math.inf, -math.inf))
 
 
@@ -206,7 +232,7 @@ def outside_levels(rng: random.Random, tensors: dict[str, Tensor]) -> None:
 
 @_with_tensors
 def missing_tensor(rng: random.Random, tensors: dict[str, Tensor]) -> None:
-    del tensors[rng.choice(("latents", "prompt_embeds", "pooled_prompt_embeds", "u"))]
+    del tensors[rng.choice(_needed(tensors))]
 
 
 @_with_tensors
@@ -232,7 +258,18 @@ def other_sizes(rng: random.Random, tensors: dict[str, Tensor]) -> None:
     elif change == 2:
         tensors["prompt_embeds"] = text[..., :-1]
     else:
-        tensors["pooled_prompt_embeds"] = tensors["pooled_prompt_embeds"][:, 1:]
+        name = "pooled_prompt_embeds" if "pooled_prompt_embeds" in tensors else "prompt_mask"
+        tensors[name] = tensors[name][:, 1:]
+
+
+@_with_tensors
+def other_mask(rng: random.Random, tensors: dict[str, Tensor]) -> None:
+    if "prompt_mask" not in tensors:
+        tensors["prompt_mask"] = torch.ones(tensors["prompt_embeds"].shape[:2], dtype=torch.bool)
+        return
+    mask = tensors["prompt_mask"].to(torch.uint8)
+    mask[0, rng.randrange(mask.shape[1])] ^= rng.choice((1, 1, 2))
+    tensors["prompt_mask"] = mask
 
 
 MUTATIONS: tuple[Callable[[random.Random, bytes], bytes], ...] = (
@@ -256,6 +293,7 @@ MUTATIONS: tuple[Callable[[random.Random, bytes], bytes], ...] = (
     renamed_tensor,
     other_rows,
     other_sizes,
+    other_mask,
 )
 STRICTER = {"huge_header", "doubled_key", "other_keys", "deep_header"}
 """Mutations that are refused whatever safetensors itself makes of them."""

@@ -48,6 +48,24 @@ def accepted(running: tuple[str, ScoringService]) -> Accepted:
     return running[1].accepted
 
 
+EARLIER = {
+    ("sd15", "lrm"): (
+        '{"model":"CLIPProjectionHead, on sd15, at t 1, images 16x16, exif apply, float32","latent_space":{"channels"'
+        ':4,"downscale":2,"scaling_factor":0.18215,"shift_factor":0.0},"prompt_embeds_width":16,'
+        '"pooled_prompt_embeds_width":16,"noise":"t 1","u":[U],"fresh_noise":false,"calibrated":false,"batch_size":8,'
+        '"max_body_bytes":67108864,"max_latent_pixels":16384,"max_rows":64}'
+    ),
+    ("sd35", "dina"): (
+        '{"model":"GatedQFormerHead, on sd35, at sigma 0.4, images 4x4 8x8 16x12 12x16 20x12 12x20 16x16 20x16 16x20 '
+        '24x12 12x24, exif apply, float32","latent_space":{"channels":4,"downscale":2,"scaling_factor":1.5305,'
+        '"shift_factor":0.0609},"prompt_embeds_width":48,"pooled_prompt_embeds_width":32,"noise":"sigma 0.4","u":[U],'
+        '"fresh_noise":false,"calibrated":false,"batch_size":8,"max_body_bytes":67108864,"max_latent_pixels":16384,'
+        '"max_rows":64}'
+    ),
+}
+"""Answers of ``/v1/model`` before other families were served (commit bb3c5ab), with U for the noise level."""
+
+
 class Gated:
     """A reward model's ``score_latents`` that starts only when ``free`` is set."""
 
@@ -345,6 +363,24 @@ def test_an_unknown_field_of_a_form_is_named(address: str) -> None:
     reply = httpx.post(f"{address}/v1/score_images", data=data, files=files)
     assert reply.status_code == 400
     assert reply.json()["error"].startswith("the form has the fields 'image', 'prompt', 'promt'; give the text prompt")
+
+
+@pytest.mark.parametrize("model", EARLIER, ids=lambda model: model[0])
+def test_answers_on_sd_and_sd3_are_those_of_earlier_versions(model: tuple[str, str]) -> None:
+    reward = tiny_reward(*model)
+    with serving(reward) as (address, service):
+        told = httpx.get(f"{address}/v1/model")
+        level = json.dumps(told.json()["u"][0])
+        assert told.text == EARLIER[model].replace("U", level)
+        tensors = tensors_of(service.accepted, rows=2, tokens=service.accepted.tokens or 5)
+        reply = ask(address, save(tensors))
+        scores = json.dumps(reply.json()["raw_scores"], separators=(",", ":"))
+        assert reply.text == f'{{"protocol_version":"1","raw_scores":{scores}}}'
+        del tensors["pooled_prompt_embeds"]
+        assert ask(address, save(tensors)).text == (
+            """{"error":"the body lacks 'pooled_prompt_embeds'; the protocol has latents, prompt_embeds, """
+            """pooled_prompt_embeds, u, seeds"}"""
+        )
 
 
 def test_health_model_and_metrics(address: str) -> None:

@@ -1,10 +1,13 @@
 """Settings that one class or function hands on to another are settings like any other."""
 
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import yaml
+from jsonargparse import ArgumentError, ArgumentParser
 
+from latentreward.backbones import backbone_names
 from latentreward.cli import main
 from tests.settings.test_refusals import FIT, refusal, refusal_of
 
@@ -59,3 +62,16 @@ def test_unknown_keys_beside_them_are_refused_by_name(capsys) -> None:
     scorer = "{class_path: CLIPScorer, init_args: {revison: main}}"
     line = refusal(capsys, "score-pairs", "out", "--reader=HPDv3Reader", f"--scorers=[{scorer}]")
     assert "'revison'" in line
+
+
+@pytest.mark.parametrize(
+    ("option", "wrong"),
+    [("tuning", "halff"), ("lora", "{rank: many}"), ("quantization", "int3"), ("gradient_checkpointing", "often")],
+)
+@pytest.mark.parametrize("name", [name for name, path in backbone_names().items() if path.startswith("latentreward.")])
+def test_every_backbone_knows_the_types_of_what_it_hands_on(name: str, option: str, wrong: str) -> None:
+    module, function = backbone_names()[name].rsplit(".", 1)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_function_arguments(getattr(import_module(module), function))
+    with pytest.raises(ArgumentError, match=option):
+        parser.parse_args(["--source=folder", f"--{option}={wrong}"])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from latentreward.construction import Construction
-from latentreward.contracts import Conditioning, Features, FeatureSpec, LatentSpace, join_rows, map_tensors
+from latentreward.contracts import Conditioning, Features, FeatureSpec, LatentSpace, map_tensors
 from latentreward.errors import InputError
 from latentreward.noise import NoiseProcess
 
@@ -40,6 +40,7 @@ class DiffusionBackbone(nn.Module, ABC):
             implemented.
         takes_aspects: Whether the network was trained on images of several aspect ratios.
         max_side: Largest side of the latents for which the network has position embeddings; None for any.
+        max_prompt: Largest number of tokens of a prompt for which the network has them; None for any.
         built_by: Record of the factory or class call that made the backbone; None if an argument cannot be written as
             JSON.
     """
@@ -48,6 +49,7 @@ class DiffusionBackbone(nn.Module, ABC):
     network_name: str = ""
     takes_aspects: bool = False
     max_side: int | None = None
+    max_prompt: int | None = None
     built_by: Construction | None = None
     _compared: bool = False
 
@@ -119,7 +121,7 @@ class DiffusionBackbone(nn.Module, ABC):
         if uncond is None:
             return self._as_promised(self.read(latents, timesteps, conditioning))
         size = len(latents)
-        prompts = join_rows([conditioning, uncond.select([0] * size)])
+        prompts = Conditioning.join([conditioning, uncond.select([0] * size)])
         both = self._as_promised(self.read(torch.cat([latents, latents]), torch.cat([timesteps, timesteps]), prompts))
         return replace(rows_of(both, slice(size)), uncond=rows_of(both, slice(size, None)))
 

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from latentreward.backbones.tuning import LoRA, StorageDtype, Tuning, tune
+from latentreward.backbones.quantization import Quantization, check_quantization, quantize
+from latentreward.backbones.tuning import ATTENTION, LoRA, StorageDtype, Tuning, tune
 from latentreward.backbones.weights import from_config, load_weights, map_model, settle
 from latentreward.contracts import LatentSpace
 from latentreward.errors import InputError, first_line
 from latentreward.noise import NoiseProcess, process_from_scheduler
 from latentreward.storage.hub import hub_answers
-from latentreward.storage.json_files import read_config
+from latentreward.storage.json_files import entry, read_config
+from latentreward.storage.weight_files import find_weights, map_weights
 
 if TYPE_CHECKING:
     from diffusers import SD3Transformer2DModel, UNet2DConditionModel
@@ -26,12 +29,16 @@ if TYPE_CHECKING:
     from latentreward.encoders.sd3 import SD3PromptEncoder
     from latentreward.encoders.vae import LatentEncoder
 
-TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj", "q", "k", "v", "o")
-"""Name endings of the attention projections in CLIP and T5."""
+TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj", "o_proj", "q", "k", "v", "o")
+"""Name endings of the attention projections in CLIP, language models and T5."""
 
 
+TOKENIZERS = {"CLIP": "CLIPTokenizer", "T5": "T5TokenizerFast", "Qwen2": "Qwen2Tokenizer", "Gemma": "GemmaTokenizer"}
+"""Beginning of the name of a tokenizer's class, in any version of transformers → class that it is loaded as."""
 SHIPPED = ("sd_tiny", "sd35_tiny")
 """Names of the tiny pipelines that come with the package."""
+PART = re.compile(r"(unet|transformer|vae|scheduler|text_encoder|tokenizer)(_\d+)?")
+"""Names of the parts of a pipeline that are loaded."""
 LARGEST_SAMPLE = 1024
 """Largest side, in latent pixels, of the images that a network may name as its own size."""
 
@@ -61,7 +68,7 @@ class PipelineSource:
     """
 
     def __init__(self, source: str, revision: str | None = None, variant: str | None = None) -> None:
-        self.source = tiny_pipeline(source) if source in SHIPPED else str(source)
+        self.named, self.source = str(source), tiny_pipeline(source) if source in SHIPPED else str(source)
         self.revision, self.variant = revision, variant
         self._offline: bool | None = None
         folder = Path(self.source)
@@ -78,6 +85,12 @@ class PipelineSource:
             self.index["scheduler"] = ["diffusers", ""]
         else:
             self.index = self._json("model_index.json")
+            for name, value in self.index.items():
+                if PART.fullmatch(name) and value is not None and not _names_class(value):
+                    raise InputError(
+                        f"source={self.source!r}: model_index.json has {name}={value!r:.80}, which must be null or the "
+                        "names of a library and a class; get the pipeline as published"
+                    )
 
     def __str__(self) -> str:
         """Return ``source`` or ``source@revision``."""
@@ -97,7 +110,8 @@ class PipelineSource:
             reason = "the hub does not answer" if self._offline else type(error).__name__
             raise InputError(
                 f"source={self.source!r} is not a local folder and cannot be fetched from the hub ({reason}); check "
-                "the name, the network and your access, or give a local folder"
+                "the name, the network and your access, or give a local folder; for the base of a published model give "
+                "your copy as --base FOLDER"
             ) from error
 
     def _json(self, name: str) -> dict[str, Any]:
@@ -140,6 +154,28 @@ class PipelineSource:
             return from_config(family, self.source, torch.float32, **place)
         return (map_model if mapped else load_weights)(family, self.source, variant=self.variant, **place)
 
+    def load(self, kind: type[Any], part: str, pretrained: bool = True) -> Any:
+        """Load ``part`` as the class ``kind``; without ``pretrained`` with initial weights.
+
+        The weights are left in the files' type, unread, for :func:`~latentreward.backbones.weights.settle`.
+        """
+        return self._load(kind, part, pretrained, mapped=True)
+
+    def tensors(self, part: str, names: Sequence[str]) -> list[Tensor]:
+        """Read single weights of ``part``.
+
+        Raises:
+            InputError: If the pipeline does not have ``part``, or a weight is missing.
+        """
+        self._require(part)
+        place = {"subfolder": part, "revision": self.revision, "variant": self.variant}
+        weights = map_weights(find_weights(self.source, "diffusion_pytorch_model", **place))
+        found = [weights.read(name) for name in names]
+        for name, tensor in zip(names, found, strict=True):
+            if tensor is None:
+                raise InputError(f"source={self.source!r}: {part} has no weight {name}; download {part} again")
+        return [tensor for tensor in found if tensor is not None]
+
     def unet(self, pretrained: bool = True, mapped: bool = False) -> UNet2DConditionModel:
         """Load the U-Net.
 
@@ -164,9 +200,9 @@ class PipelineSource:
 
     def latent_space(self) -> LatentSpace:
         """Return the latent space that the VAE's config describes."""
-        from latentreward.encoders.vae import latent_space_of
+        from latentreward.encoders.vae import LatentEncoder
 
-        return latent_space_of(self.config("vae"))
+        return LatentEncoder.space_of(self.config("vae"), f"source={self.source!r}: vae")
 
     def latent_encoder(self, dtype: StorageDtype = "float32") -> LatentEncoder:
         """Load the VAE in ``dtype``."""
@@ -178,22 +214,40 @@ class PipelineSource:
         settle(vae, getattr(torch, dtype))
         return LatentEncoder(vae)
 
-    def tokenizer(self, part: str) -> Any:
+    def tokenizer(self, part: str, kind: type[Any] | None = None) -> Any:
         """Load the tokenizer ``part``, such as ``tokenizer_2``.
 
+        Args:
+            part: Name of the tokenizer.
+            kind: Class of the tokenizer in transformers; None takes the one that ``model_index.json`` names.
+
         Raises:
-            InputError: If the pipeline does not have ``part``, or the vocabulary does not fit the text encoder.
+            InputError: If the pipeline does not have ``part``, its class is not one of transformers' own, or the
+                vocabulary does not fit the text encoder.
         """
-        from transformers import CLIPTokenizer, T5TokenizerFast
+        import transformers
 
         self._require(part)
-        family = T5TokenizerFast if self.index[part][1].startswith("T5") else CLIPTokenizer
+        named = self.index[part][1] or ""
+        usual = next((one for start, one in TOKENIZERS.items() if named.startswith(start)), named)
+        family: Any = kind or getattr(transformers, usual, None)
+        own = isinstance(family, type) and issubclass(family, transformers.PreTrainedTokenizerBase)
+        if not own:
+            raise InputError(
+                f"source={self.source!r}: {part} is a {named!r} in model_index.json, which is no tokenizer of "
+                "transformers; save it as one of transformers' own"
+            )
         try:
             tokenizer = family.from_pretrained(self.source, subfolder=part, revision=self.revision)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # files that do not fit the class end in errors of any kind
             raise InputError(f"source={self.source!r}: cannot load {part}: {first_line(error)}") from error
-        rows = self.config(part.replace("tokenizer", "text_encoder"))["vocab_size"]
-        check_tokenizer(tokenizer, rows, f"source={self.source!r}: {part}", f"download {part} again")
+        encoder = part.replace("tokenizer", "text_encoder")
+        config = self.config(encoder)
+        nested = config.get("text_config")
+        config = {**config, **nested} if isinstance(nested, dict) else config
+        rows = entry(config, "vocab_size", int, f"source={self.source!r}: {encoder}")
+        remedy = f"download {part} again, or take {part} and {encoder} from one pipeline"
+        check_tokenizer(tokenizer, rows, f"source={self.source!r}: {part}", remedy)
         return tokenizer
 
     def clip_prompts(self, pretrained: bool = True, mapped: bool = False) -> CLIPPromptEncoder:
@@ -246,6 +300,10 @@ class PipelineSource:
         )
 
 
+def _names_class(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(one, str | None) for one in value)
+
+
 def check_sample_size(size: Any) -> None:
     """Refuse a ``sample_size`` of a network, to which images are resized, that would fill any machine's memory.
 
@@ -273,7 +331,9 @@ def check_tokenizer(tokenizer: Any, rows: int, name: str, remedy: str) -> None:
         raise InputError(f"{name} has {len(tokenizer)} tokens, but its text encoder has {rows}; {remedy}")
 
 
-def check_channels(source: str, network: str, config: Mapping[str, Any], space: LatentSpace) -> None:
+def check_channels(
+    source: str, network: str, config: Mapping[str, Any], space: LatentSpace, positions: int = 1
+) -> None:
     """Raise InputError if a network's number of input channels differs from that of its pipeline's latents.
 
     Args:
@@ -281,11 +341,14 @@ def check_channels(source: str, network: str, config: Mapping[str, Any], space: 
         network: Name of the network, for the message.
         config: Config of the network.
         space: Latent space of the pipeline's VAE.
+        positions: Number of positions of the latents whose channels the network takes as those of one token.
     """
-    if config["in_channels"] != space.channels:
+    taken = entry(config, "in_channels", int, f"source={source!r}: {network}")
+    if taken != positions * space.channels:
+        joined = f", of which {positions} positions have {positions * space.channels}" if positions > 1 else ""
         raise InputError(
-            f"source={source!r}: the {network} takes {config['in_channels']} channels, but the VAE makes latents of "
-            f"[{space}]; give a text-to-image pipeline whose parts belong together"
+            f"source={source!r}: the {network} takes {taken} channels, but the VAE makes latents of [{space}]{joined}; "
+            "give a text-to-image pipeline whose parts belong together"
         )
 
 
@@ -297,6 +360,8 @@ def finish(
     lora: LoRA | None = None,
     text_encoder_tuning: Tuning = "frozen",
     frozen_dtype: StorageDtype = "float32",
+    lora_targets: Sequence[str] = ATTENTION,
+    float32_parts: Sequence[str] = (),
     **execution: Any,
 ) -> Backbone:
     """Apply the settings that all factories share to a newly built backbone, and return the backbone.
@@ -309,23 +374,28 @@ def finish(
         lora: Adapter settings for ``tuning: lora``; the default is DiNa-LRM's rank 64, alpha 128.
         text_encoder_tuning: Weights of the text encoders that train: ``full``, ``lora`` or ``frozen``.
         frozen_dtype: Type in which frozen weights are stored; use ``bfloat16`` with ``precision: bf16-mixed``.
+        lora_targets: Name endings of the layers that get adapters where ``lora`` names none.
+        float32_parts: Parts of the names of the network's weights that are float32 whatever ``frozen_dtype`` is.
         execution: See :func:`set_execution`.
 
     Raises:
-        InputError: If ``lora`` is set but neither tuning is ``lora``, or the attention backend cannot be used.
+        InputError: If ``lora`` is set but neither tuning is ``lora``, the attention backend cannot be used, or the
+            quantisation does not suit the tuning or this machine.
     """
     if lora is not None and "lora" not in (tuning, text_encoder_tuning):
         raise InputError(f"lora is set, but tuning is {tuning!r}; set tuning: lora or leave lora out")
+    check_quantization(execution.get("quantization"), tuning)
     lora = lora or LoRA()
-    tune(network, tuning, lora, unread)
+    targets = lora_targets if lora.target_modules is None else lora.target_modules
+    tune(network, tuning, LoRA(lora.rank, lora.alpha, lora.dropout, targets), unread)
     network.train(tuning != "frozen")
     if backbone.text_encoder is not None:
         text_lora = LoRA(lora.rank, lora.alpha, lora.dropout, TEXT_ATTENTION)
         tune(backbone.text_encoder, text_encoder_tuning, text_lora, backbone.text_encoder.unread)
         backbone.text_encoder.train(text_encoder_tuning != "frozen")
-    for module, kind in ((network, tuning), (backbone.text_encoder, text_encoder_tuning)):
+    for module, kind, parts in ((network, tuning, float32_parts), (backbone.text_encoder, text_encoder_tuning, ())):
         if module is not None:  # with "full" only unread modules are frozen, and all stay float32
-            settle(module, torch.float32 if kind == "full" else getattr(torch, frozen_dtype), torch.float32)
+            settle(module, torch.float32 if kind == "full" else getattr(torch, frozen_dtype), torch.float32, parts)
     set_execution(backbone.blocks(), network, **execution)
     return backbone
 
@@ -336,8 +406,9 @@ def set_execution(
     gradient_checkpointing: bool = False,
     attention_backend: str | None = None,
     compile_blocks: bool = False,
+    quantization: Quantization | None = None,
 ) -> None:
-    """Set gradient checkpointing, attention kernels and compilation of a network.
+    """Set gradient checkpointing, attention kernels, compilation and quantisation of a network.
 
     Args:
         blocks: Blocks to compile, each by itself.
@@ -345,6 +416,8 @@ def set_execution(
         gradient_checkpointing: Recompute block activations in the backward pass: less memory, about a third slower.
         attention_backend: Name of a diffusers attention backend, such as ``flash``; None keeps PyTorch's own.
         compile_blocks: Compile each block with ``torch.compile``.
+        quantization: Storage of the frozen linear layers of the blocks: ``int8`` (torchao), ``bnb_int8`` or ``nf4``
+            (bitsandbytes, on a GPU). None keeps ``frozen_dtype``.
 
     Raises:
         InputError: If the attention backend is unknown or its library is missing.
@@ -356,6 +429,8 @@ def set_execution(
             network.set_attention_backend(attention_backend)
         except (ValueError, RuntimeError, ImportError) as error:
             raise InputError(f"attention_backend={attention_backend!r}: {first_line(error)}") from error
+    blocks = list(blocks)
+    quantize(blocks, quantization)
     if compile_blocks:
         for block in blocks:
             block.compile(dynamic=False)  # Inductor (torch 2.13, CPU) fails on a U-Net with dynamic shapes

@@ -5,8 +5,10 @@ function in ``class_path``. A registered factory may be named without its import
 nor diffusers, because the command line imports it at every start.
 """
 
+import re
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from latentreward.construction import Construction
@@ -18,10 +20,24 @@ _PATHS: dict[str, str] = {
     name: f"latentreward.backbones.{module}.{name}"
     for module, names in (
         ("sd_unet", ("sd15", "sd21", "sdxl", "sd_tiny")),
-        ("sd3_dit", ("sd3_medium", "sd35_medium", "sd35_tiny")),
+        ("sd3_dit", ("sd3_medium", "sd35_medium", "sd35_large", "sd35_tiny")),
     )
     for name in names
 }
+_DEFINED = re.compile(r"^@register_backbone\ndef (\w+)\(", re.MULTILINE)
+
+
+def _of_families() -> dict[str, str]:
+    """Find the factories in the files of the families, which are not imported: that takes seconds."""
+    folder = Path(__file__).parents[1] / "families"
+    return {
+        name: f"latentreward.families.{file.stem}.{name}"
+        for file in sorted(folder.glob("*.py"))
+        for name in _DEFINED.findall(file.read_text(encoding="utf-8"))
+    }
+
+
+_PATHS |= _of_families()
 
 
 def register_backbone(factory: Factory) -> Factory:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from latentreward.backbones.base import DiffusionBackbone, check_taps
 from latentreward.backbones.loading import PipelineSource, check_channels, check_sample_size, finish, tiny_pipeline
+from latentreward.backbones.quantization import check_options
 from latentreward.backbones.registry import register_backbone
+from latentreward.backbones.transformer import TransformerBackbone
 from latentreward.backbones.tuning import StorageDtype
 from latentreward.contracts import Conditioning, Features, FeatureSpec, LatentSpace, TapSpec
 from latentreward.errors import InputError
@@ -29,7 +30,7 @@ _VISUAL_OUTPUT = ("attn.to_q", "attn.norm_q", "attn.to_out", "attn2", "ff")
 """Submodules of a block that only its text output, or only its visual output, depends on; both need all others."""
 
 
-class SD3DiTBackbone(DiffusionBackbone):
+class SD3DiTBackbone(TransformerBackbone):
     """First ``num_layers`` blocks of an SD3 or SD3.5 transformer (DiNa-LRM, arXiv:2602.11146, section 3.2).
 
     Tap k is the output of block k; tap 0 is the embedded tokens before the first block. The timestep embedding in the
@@ -60,7 +61,6 @@ class SD3DiTBackbone(DiffusionBackbone):
         empty prompt for visual feature enhancement.
     """
 
-    network_name = "transformer"
     takes_aspects = True
 
     def __init__(
@@ -78,11 +78,7 @@ class SD3DiTBackbone(DiffusionBackbone):
         super().__init__(noise_process, latent_space, **encoders)
         check_sample_size(transformer.config.sample_size)
         depth = len(transformer.transformer_blocks)
-        num_layers = max([*visual_taps, *text_taps, 1]) if num_layers is None else num_layers
-        if not 1 <= num_layers <= depth:
-            raise InputError(f"num_layers={num_layers} must lie between 1 and the network's {depth} blocks")
-        self.visual_taps = check_taps("visual_taps", visual_taps, num_layers, least=1)
-        self.text_taps = check_taps("text_taps", text_taps, num_layers)
+        num_layers = self.choose_taps(depth, num_layers, visual_taps, text_taps)
         last = transformer.transformer_blocks[num_layers - 1]
         if last.context_pre_only and num_layers in self.text_taps:
             raise InputError(
@@ -104,13 +100,13 @@ class SD3DiTBackbone(DiffusionBackbone):
         process, taps = (self.noise_process, self.latent_space), (None, self.visual_taps, self.text_taps)
         return SD3DiTBackbone(network, *process, *taps, self.pooled_text, cut=False, text_encoder=text_encoder)
 
-    def unread(self) -> tuple[str, ...]:
-        """Return names of the transformer's modules that no tap depends on; they must not train or get adapters.
+    def unread_names(self) -> list[str]:
+        """See :meth:`TransformerBackbone.unread_names`.
 
         These are the output layers and the blocks after the last tap. If only one of the two outputs of the last tapped
         block is read, the submodules that only the other output needs are included.
         """
-        last, kept = self._last_tap, len(self.transformer.transformer_blocks)
+        last, kept = self.last_tap, len(self.transformer.transformer_blocks)
         names = ["norm_out", "proj_out", *(f"transformer_blocks.{index}" for index in range(last, kept))]
         if last == 0:
             names += [] if self.text_taps else ["context_embedder"]
@@ -118,23 +114,12 @@ class SD3DiTBackbone(DiffusionBackbone):
             names += [f"transformer_blocks.{last - 1}.{name}" for name in _TEXT_OUTPUT]
         elif last not in self.visual_taps:
             names += [f"transformer_blocks.{last - 1}.{name}" for name in _VISUAL_OUTPUT]
-        present = {name for name, _ in self.transformer.named_modules()}
-        return tuple(name for name in names if name in present)
-
-    def drop_text_taps(self) -> None:
-        """See :meth:`DiffusionBackbone.drop_text_taps`."""
-        self.text_taps = ()
-        for name in self.unread():
-            self.transformer.get_submodule(name).requires_grad_(False)
+        return names
 
     def drop_time_embedding(self) -> None:
         """See :meth:`DiffusionBackbone.drop_time_embedding`; nothing is frozen if any block runs."""
-        if self._last_tap == 0:
+        if self.last_tap == 0:
             self.transformer.time_text_embed.requires_grad_(False)
-
-    @property
-    def _last_tap(self) -> int:
-        return max(*self.visual_taps, *self.text_taps, 0)
 
     @property
     def feature_spec(self) -> FeatureSpec:
@@ -172,7 +157,7 @@ class SD3DiTBackbone(DiffusionBackbone):
         temb = dit.time_text_embed(timesteps, conditioning.pooled_prompt_embeds.to(dtype))
         text = dit.context_embedder(conditioning.prompt_embeds.to(dtype))
         read = [(visual, text)]
-        for block in dit.transformer_blocks[: self._last_tap]:
+        for block in dit.transformer_blocks[: self.last_tap]:
             if dit.gradient_checkpointing and torch.is_grad_enabled():
                 text, visual = checkpoint(block, visual, text, temb, use_reentrant=False)
             else:
@@ -220,13 +205,16 @@ def load_sd3_dit(
         InputError: If the source is not a pipeline of that family, its parts do not fit together, or a tap is not one
             of the network's blocks.
     """
+    check_options(options, "lora")
     pipeline = PipelineSource(source, revision, variant)
     config = pipeline.config("transformer")
-    found = "SD3.5" if config.get("qk_norm") else "SD3"
-    if family not in ("any", found):
+    kind = config.get("_class_name", "SD3Transformer2DModel")
+    found = kind if kind != "SD3Transformer2DModel" else "SD3.5" if config.get("qk_norm") else "SD3"
+    taken = ("SD3", "SD3.5") if family == "any" else (family,)
+    if found not in taken:
         raise InputError(
-            f"source={source!r} holds a {found} transformer, but this backbone is {family}; choose the backbone of "
-            "that family or another source"
+            f"source={source!r} holds a {found} transformer, but this backbone is {' or '.join(taken)}; choose the "
+            "backbone of that family or another source"
         )
     check_channels(source, "transformer", config, pipeline.latent_space())
     text_encoder = pipeline.sd3_prompts(config["joint_attention_dim"], t5_length, load_t5, mapped=True)
@@ -301,6 +289,24 @@ def sd35_medium(source: str, **options: Any) -> SD3DiTBackbone:
         options: See :func:`load_sd3_dit`.
     """
     return load_sd3_dit(source, "SD3.5", **options)
+
+
+@register_backbone
+def sd35_large(
+    source: str,
+    visual_taps: Sequence[int] = (6, 13, 19),
+    text_taps: Sequence[int] = (6, 13, 19),
+    **options: Any,
+) -> SD3DiTBackbone:
+    """Load Stable Diffusion 3.5 Large (Stability AI Community License): half of its 38 blocks, as DiNa-LRM of Medium's.
+
+    Args:
+        source: Diffusers pipeline folder, or hub id.
+        visual_taps: Numbers of the blocks whose visual tokens are read; by default thirds of the first 19 blocks.
+        text_taps: Numbers of the blocks whose text tokens are read; may be empty.
+        options: See :func:`load_sd3_dit`.
+    """
+    return load_sd3_dit(source, "SD3.5", visual_taps=visual_taps, text_taps=text_taps, **options)
 
 
 @register_backbone

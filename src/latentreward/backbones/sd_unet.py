@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from latentreward.backbones.base import DiffusionBackbone, check_taps
 from latentreward.backbones.loading import PipelineSource, check_channels, check_sample_size, finish, tiny_pipeline
+from latentreward.backbones.quantization import check_options
 from latentreward.backbones.registry import register_backbone
-from latentreward.backbones.tuning import StorageDtype, Tuning
+from latentreward.backbones.tuning import StorageDtype, Tuning, freeze
 from latentreward.contracts import Conditioning, Features, FeatureSpec, LatentSpace, TapSpec
 from latentreward.errors import InputError
 from latentreward.noise import NoiseProcess
@@ -97,8 +98,7 @@ class SDUNetBackbone(DiffusionBackbone):
         self.text_taps = ()
         attends = any(getattr(block, "has_cross_attention", False) for block in self.blocks())
         if self.text_encoder is not None and not attends:
-            for name in self.text_encoder.tokens_only:
-                self.text_encoder.get_submodule(name).requires_grad_(False)
+            freeze(self.text_encoder, self.text_encoder.tokens_only)
 
     def drop_time_embedding(self) -> None:
         """See :meth:`DiffusionBackbone.drop_time_embedding`; nothing is frozen if any block is kept."""
@@ -191,6 +191,7 @@ def load_sd_unet(
         InputError: If the source is not a pipeline of that family, its parts do not fit together, or a tap is not one
             of the network's blocks.
     """
+    check_options(options, "full")
     pipeline = PipelineSource(source, revision, variant)
     config = pipeline.config("unet")
     found = unet_family(config)

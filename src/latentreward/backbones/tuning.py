@@ -1,8 +1,9 @@
 """Choice of the weights of a backbone that train: all, none, or low-rank adapters."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Literal
 
 import torch
@@ -27,13 +28,14 @@ class LoRA:
         rank: Rank r of the matrices A and B.
         alpha: Scale; a layer's output gets alpha / rank · B A x added.
         dropout: Dropout probability of the input of A.
-        target_modules: Name endings of the linear layers that get adapters; by default all attention projections.
+        target_modules: Name endings of the linear layers that get adapters; None takes the attention projections, or
+            what the network's family names.
     """
 
     rank: int = 64
     alpha: float = 128.0
     dropout: float = 0.0
-    target_modules: Sequence[str] = ATTENTION
+    target_modules: Sequence[str] | None = None
 
 
 Tuning = Literal["full", "lora", "frozen"]
@@ -47,19 +49,18 @@ def tune(network: nn.Module, tuning: Tuning, lora: LoRA, unread: Sequence[str] =
         network: diffusers network, already without the blocks that no tap needs.
         tuning: ``full``, ``lora`` (only adapters train) or ``frozen``.
         lora: Adapter settings, used with ``lora``.
-        unread: Names of modules that no feature depends on; they are frozen and get no adapter.
+        unread: Names of modules and weights that no feature depends on; they are frozen and get no adapter.
 
     Raises:
         InputError: If no layer matches ``lora.target_modules``.
     """
     network.requires_grad_(tuning == "full")
     if tuning == "full":
-        for name in unread:
-            network.get_submodule(name).requires_grad_(False)
+        freeze(network, unread)
     elif tuning == "lora":
         from peft import LoraConfig, inject_adapter_in_model
 
-        endings = tuple(lora.target_modules)
+        endings = tuple(ATTENTION if lora.target_modules is None else lora.target_modules)
         targets = [
             name
             for name, module in network.named_modules()
@@ -78,6 +79,12 @@ def tune(network: nn.Module, tuning: Tuning, lora: LoRA, unread: Sequence[str] =
         )
         with shown_as_float32(network):
             inject_adapter_in_model(config, network)
+
+
+def freeze(network: nn.Module, names: Iterable[str]) -> None:
+    """Freeze the modules and weights of ``network`` that have these names."""
+    for name in names:
+        attrgetter(name)(network).requires_grad_(False)
 
 
 @contextmanager

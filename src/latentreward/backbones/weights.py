@@ -26,12 +26,24 @@ OWN_ATTENTION = (None, "eager", "sdpa")
 """Values of transformers' ``attn_implementation`` that need PyTorch alone."""
 MOST_LAYERS = 100
 """Largest number of layers that a config may name; the deepest block of Stable Diffusion XL has 10, SD3 38."""
-MOST_POSITIONS = {"max_position_embeddings": 4096, "pos_embed_max_size": 1024}
-"""Largest values of a config; SD3.5 has 384 positions along a side, CLIP 77 tokens."""
+MOST_POSITIONS = {
+    "max_position_embeddings": 4096,
+    "pos_embed_max_size": 1024,
+    "axes_lens": 65536,
+    "rope_max_seq_len": 65536,
+}
+"""Largest values of a config; SD3.5 has 384 positions along a side, CLIP 77 tokens, Z-Image 1536, Wan 1024.
+
+Rotary tables may be longer, as they take little memory: a long one lets the network make larger images.
+"""
 REFUSED = ("missing", "unexpected", "mismatched")
 """Kinds of mismatch between a model and its files that are errors."""
 POSITIONS = ".position_ids"
 """End of the name of a tensor of integers that old CLIP files hold."""
+SPARE = "lm_head.weight"
+"""Tensor of language models that text encoders do not need; transformers leaves it out too."""
+COUNTED = (POSITIONS, ".num_batches_tracked")
+"""Ends of the names of tensors that may be integers; the second is of batch norms, as FLUX.2's VAE has one."""
 PLACES = "_stored_places"
 """Name of the attribute in which a mapped model keeps the places of its values; :func:`settle` removes it."""
 _postponed: ContextVar[list[Callable[[], None]] | None] = ContextVar("postponed", default=None)
@@ -139,7 +151,7 @@ def map_model(
     stem = "diffusion_pytorch_model" if of_diffusers else "model"
     weights = map_weights(find_weights(source, stem, variant=variant, **place))
     for name, tensor in weights.tensors.items():
-        if not tensor.is_floating_point() and not name.endswith(POSITIONS):
+        if not tensor.is_floating_point() and not name.endswith(COUNTED):
             raise InputError(
                 f"cannot load {where}: tensor {name} has type {str(tensor.dtype).removeprefix('torch.')}; get files "
                 "with weights in floating point, not quantised ones"
@@ -152,7 +164,8 @@ def map_model(
     except Exception as error:  # for wrong values in a config the libraries raise errors of many types
         raise InputError(f"cannot load {where}: {first_line(error)}") from error
     for kind in refused:
-        names = sorted(name for name in report[kind] if not name.endswith(POSITIONS))
+        spare = {SPARE} if kind == "unexpected" else set()
+        names = sorted(name for name in report[kind] - spare if not name.endswith(COUNTED))
         if names:
             raise InputError(
                 f"cannot load {where}: {kind} tensor {names[0]} ({len(names)} in all); get the files again"
@@ -226,7 +239,16 @@ def without_float32_layers(family: type[Any]) -> Iterator[None]:
             setattr(kind, name, value)
 
 
-def settle(network: nn.Module, dtype: torch.dtype, trained: torch.dtype | None = None) -> None:
+def part_of(model: Any, name: str) -> Any:
+    """Return the part ``name`` of a mapped model for :func:`settle`, without the rest, whose weights are never read."""
+    part = model.get_submodule(name)
+    part.__dict__[PLACES] = model.__dict__.pop(PLACES, {})
+    return part
+
+
+def settle(
+    network: nn.Module, dtype: torch.dtype, trained: torch.dtype | None = None, float32_parts: Sequence[str] = ()
+) -> None:
     """Store the weights of a model in their final types, in place, reading those that are still mapped.
 
     A mapped weight is read from its file straight into the new type. One that has the type already, and lies at an
@@ -238,18 +260,21 @@ def settle(network: nn.Module, dtype: torch.dtype, trained: torch.dtype | None =
         network: Module, mapped or not.
         dtype: Floating point type of parameters that do not train.
         trained: Type of parameters that train and of buffers; None takes ``dtype``.
+        float32_parts: Parts of the dotted names of parameters that are float32 whatever ``dtype`` is.
     """
     waiting = _postponed.get()
     if waiting is not None:
-        waiting.append(partial(settle, network, dtype, trained))
+        waiting.append(partial(settle, network, dtype, trained, float32_parts))
         return
     places: dict[int, StoredTensor] = {}
     for module in network.modules():
         places |= module.__dict__.pop(PLACES, {})
     listed: list[Reading] = []
-    for tensor in (*network.parameters(), *network.buffers()):
+    for name, tensor in (*network.named_parameters(), *network.named_buffers()):
         frozen = isinstance(tensor, nn.Parameter) and not tensor.requires_grad
         wanted = (dtype if frozen else trained or dtype) if tensor.is_floating_point() else tensor.dtype
+        if frozen and not set(float32_parts).isdisjoint(name.split(".")):
+            wanted = torch.float32
         listed.append(Reading.of(tensor, places.get(address_of(tensor)), wanted))
     unread = _unread.get()
     if unread is None:
@@ -295,6 +320,18 @@ def settling_later(undrawn: bool = False) -> Iterator[None]:
         _undrawn.reset(tokens[1])
     for task in waiting:
         task()
+
+
+def after_settling(task: Callable[[], None]) -> None:
+    """Call ``task`` now, or at the end of :func:`settling_later`, once all weights before it are read."""
+    waiting, unread = _postponed.get(), _unread.get()
+    if waiting is not None:
+        waiting.append(partial(after_settling, task))
+        return
+    if unread is not None:
+        read_weights(unread.values())
+        unread.clear()
+    task()
 
 
 @contextmanager
@@ -372,7 +409,7 @@ def network_config(family: type[Any], source: str, **place: Any) -> dict[str, An
         place: ``subfolder``, ``revision`` and ``local_files_only``.
 
     Raises:
-        InputError: If the config cannot be read, or names too many layers.
+        InputError: If the config cannot be read, names too many layers, or is of quantised weights.
     """
     where = f"{source}/{place['subfolder']}" if place.get("subfolder") else source
     if (path := Path(source) / place.get("subfolder", "") / "config.json").is_file():
@@ -382,6 +419,7 @@ def network_config(family: type[Any], source: str, **place: Any) -> dict[str, An
     except Exception as error:  # for wrong values the library raises errors of many types
         raise InputError(f"cannot load {where}: {first_line(error)}") from error
     check_depth(config, where)
+    check_unquantized(config, where)
     return config
 
 
@@ -413,6 +451,25 @@ def numbers_in(value: Any) -> Iterator[float]:
         yield value
 
 
+def check_unquantized(config: Mapping[str, Any], where: str) -> None:
+    """Refuse the config of quantised weights, before the files are downloaded or a library asks for its own.
+
+    Args:
+        config: Config of a diffusers or transformers model.
+        where: Place of the config, for the message.
+
+    Raises:
+        InputError: If the config has an entry ``quantization_config``.
+    """
+    if (stored := config.get("quantization_config")) is not None:
+        method = stored.get("quant_method") if isinstance(stored, Mapping) else None
+        named = f" of {method!r:.40}" if method is not None else ""
+        raise InputError(
+            f"cannot load {where}: its config.json has a quantization_config{named}; get files with weights in "
+            "floating point, not quantised ones"
+        )
+
+
 def encoder_config(family: type[Any], source: str, **place: Any) -> Any:
     """Read the config of a transformers model, and refuse an ``attn_implementation`` whose code would be downloaded.
 
@@ -422,14 +479,16 @@ def encoder_config(family: type[Any], source: str, **place: Any) -> Any:
         place: ``subfolder``, ``revision`` and ``local_files_only``.
 
     Raises:
-        InputError: If the config cannot be read, or names an attention that is not in :data:`OWN_ATTENTION`.
+        InputError: If the config cannot be read, is of quantised weights, or names an attention that is not in
+            :data:`OWN_ATTENTION`.
     """
     where = f"{source}/{place['subfolder']}" if place.get("subfolder") else source
     try:
         config = family.config_class.from_pretrained(source, **place)
     except Exception as error:  # for wrong values the library raises errors of many types
         raise InputError(f"cannot load {where}: {first_line(error)}") from error
-    check_depth(config.to_dict(), where)
+    check_depth(with_tables(config), where)
+    check_unquantized(config.to_dict(), where)
     attention = config._attn_implementation
     if attention not in OWN_ATTENTION:
         raise InputError(
@@ -437,6 +496,18 @@ def encoder_config(family: type[Any], source: str, **place: Any) -> Any:
             "downloaded and run; remove the entry"
         )
     return config
+
+
+def with_tables(config: Any) -> dict[str, Any]:
+    """Return a transformers config as plain values; without the number of positions where the class has no table.
+
+    Classes with rotary positions name far more of them (Qwen3 40960), and compute each when it is used. Published files
+    of Qwen2.5-VL have the language model's entries beside ``text_config`` too.
+    """
+    values: dict[str, Any] = config.to_dict()
+    if any(hasattr(kind, "rope_parameters") for kind in (type(config), *config.sub_configs.values())):
+        values.pop("max_position_embeddings", None)
+    return values | {name: with_tables(getattr(config, name)) for name in config.sub_configs}
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Verification of a cache: hashes and row counts of every file."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 
 from latentreward.cache import layout
 from latentreward.cache.layout import CachePlan, ShardManifest, manifest_name, read_manifest, read_plan
+from latentreward.cache.shard_reader import TensorBlock, read_header, read_lengths
 from latentreward.cache.shard_writer import file_hash
 from latentreward.errors import InputError
-from latentreward.storage.safetensors_header import read_header
 
 THREADS = 4
 """Number of threads that hash shards; hashing waits for the disk and releases the interpreter lock."""
@@ -122,28 +122,43 @@ def _state(folder: Path, plan: CachePlan, shard: Shard) -> ShardState:
 
 def _shape_problem(folder: Path, plan: CachePlan, shard: Shard) -> str | None:
     try:
-        header, _, _ = read_header(folder / shard.name)
-    except ValueError:
+        blocks = read_header(folder / shard.name)
+    except InputError:
         return f"{shard.name} is not a safetensors file"
-    for name, shape in tensor_shapes(plan, shard).items():
-        if tuple(header.get(name, {}).get("shape", ())) != shape:
+    for name, shape in shapes_with_lengths(plan, shard, folder / shard.name, blocks).items():
+        if name not in blocks or (blocks[name].rows, *blocks[name].shape) != shape:
             return f"{shard.name} holds no {name} of shape {shape}"
     return None
 
 
-def tensor_shapes(plan: CachePlan, shard: Shard) -> dict[str, tuple[int, ...]]:
-    """Return the name and the shape of each tensor that a shard must hold."""
+def shapes_with_lengths(
+    plan: CachePlan, shard: Shard, path: Path, blocks: Mapping[str, TensorBlock]
+) -> dict[str, tuple[int, ...]]:
+    """Return :func:`tensor_shapes` of a written shard, whose file tells the number of tokens where a plan cannot."""
+    text = plan.spec.text
+    if shard.kind != "text" or text is None or not text.masked:
+        return tensor_shapes(plan, shard)
+    return tensor_shapes(plan, shard, int(read_lengths(path, blocks, text.num_tokens).sum()))
+
+
+def tensor_shapes(plan: CachePlan, shard: Shard, tokens: int = 0) -> dict[str, tuple[int, ...]]:
+    """Return the name and the shape of each tensor that a shard must hold.
+
+    Args:
+        plan: Plan of the cache.
+        shard: The shard.
+        tokens: Number of tokens of all prompts in a text shard, if the text encoder has a mask.
+    """
     if shard.height is not None and shard.width is not None:
-        space = plan.spec.latent_space
-        size = (shard.height // space.downscale, shard.width // space.downscale)
-        return {layout.LATENTS: (shard.count, space.channels, *size)}
+        shape = plan.spec.latent_space.shape(shard.height, shard.width, plan.spec.frames)
+        return {layout.LATENTS: (shard.count, *shape)}
     text = plan.spec.text
     if text is None:
         raise InputError(f"text shard {shard.number} belongs to a cache without text; write the cache anew")
-    return {
-        layout.PROMPT_EMBEDS: (shard.count, text.num_tokens, text.token_dim),
-        layout.POOLED_PROMPT_EMBEDS: (shard.count, text.pooled_dim),
-    }
+    pooled = {layout.POOLED_PROMPT_EMBEDS: (shard.count, text.pooled_dim)} if text.pooled_dim else {}
+    if text.masked:
+        return {layout.PROMPT_LENGTHS: (shard.count,), layout.PROMPT_EMBEDS: (tokens, text.token_dim), **pooled}
+    return {layout.PROMPT_EMBEDS: (shard.count, text.num_tokens, text.token_dim), **pooled}
 
 
 def _disagreements(folder: Path, plan: CachePlan) -> Iterator[str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from latentreward.cache.layout import CacheSpec
+from latentreward.data.clips import check_frames
 from latentreward.encoders.fingerprint import text_fingerprint, vae_fingerprint
 from latentreward.errors import InputError
 
@@ -26,12 +27,18 @@ def check_caches(specs: Mapping[Path, CacheSpec], with_text: bool) -> CacheSpec:
         with_text: Whether prompt embeddings are read from the caches too.
 
     Raises:
-        InputError: If two caches hold latents of different VAEs, or embeddings of different text encoders.
+        InputError: If two caches hold latents of different VAEs, clips of different lengths or frame rates, or
+            embeddings of different text encoders.
     """
     (first, spec), *others = specs.items()
     for folder, other in others:
         if (other.latent_space, other.vae) != (spec.latent_space, spec.vae):
             raise InputError(f"caches {first} and {folder} hold latents of different VAEs; write one of them again")
+        if (found := _clips(other)) != (wanted := _clips(spec)):
+            raise InputError(
+                f"caches {first} and {folder} hold {wanted} and {found}; write one of them again, with the "
+                "images.frames and images.fps of the other"
+            )
         if with_text and other.text.fingerprint != spec.text.fingerprint:
             raise InputError(
                 f"caches {first} and {folder} hold embeddings of different text encoders; write one of them again, or "
@@ -48,6 +55,11 @@ def check_caches(specs: Mapping[Path, CacheSpec], with_text: bool) -> CacheSpec:
     return spec
 
 
+def _clips(spec: CacheSpec) -> str:
+    """Describe the length and the frame rate of a cache's clips."""
+    return "images" if spec.frames == 1 else f"clips of {spec.frames} frames at {spec.fps:g} per second"
+
+
 def check_backbone(spec: CacheSpec, backbone: "DiffusionBackbone | Policy", with_text: bool) -> None:
     """Check that a cache was encoded as the backbone of a reward model, or a policy, encodes images and prompts.
 
@@ -59,14 +71,16 @@ def check_backbone(spec: CacheSpec, backbone: "DiffusionBackbone | Policy", with
         with_text: Whether prompt embeddings are read from the cache too.
 
     Raises:
-        InputError: If the latent space, the VAE or the text encoder differs, or if embeddings are cached while the
-            model trains its text encoder.
+        InputError: If the latent space, the VAE or the text encoder differs, if embeddings are cached while the model
+            trains its text encoder, or if the cache holds clips and the model takes images.
     """
     if spec.latent_space != backbone.latent_space:
         raise InputError(
             f"the cache holds latents of the space [{spec.latent_space}], but the model takes "
             f"[{backbone.latent_space}]; write the cache with the model's own VAE"
         )
+    if spec.frames > 1:
+        check_frames("the cache has images.", backbone, spec.frames)
     if backbone.vae is not None and spec.vae is not None:
         fingerprint = vae_fingerprint(backbone.vae.vae)
         if fingerprint != spec.vae:

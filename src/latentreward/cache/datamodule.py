@@ -73,8 +73,9 @@ class CachedPreferenceDataModule(PairLoaders):
         val: Validation pairs.
         test: Test pairs.
         predict: Pairs to score, labelled or not, whose prompts may be in other splits.
-        tokens_per_batch: Instead of ``batch_size``: latent positions (height × width) of the chosen images in a batch
-            and rank, so that batches of small images hold more pairs. A batch holds at least one pair.
+        tokens_per_batch: Instead of ``batch_size``: latent positions (height × width, of clips × latent frames) of the
+            chosen images in a batch and rank, so that batches of small images hold more pairs. A batch holds at least
+            one pair.
         small_buckets: Treatment of the last training pairs of an image size, too few for a batch on every rank.
             ``short`` makes a smaller batch, ``fill`` repeats pairs, ``drop`` leaves the pairs out of the epoch; see
             :class:`~latentreward.cache.sampling.BucketBatchSampler`. Evaluation always takes every pair once.
@@ -162,9 +163,10 @@ class CachedPreferenceDataModule(PairLoaders):
         return super().predict_dataloader()
 
     def _sizing(self) -> Sizing:
+        frames = (self.spec.frames - 1) // (self.spec.latent_space.frame_downscale or 1) + 1
         return Sizing(
             self.batch_size,
-            self.tokens_per_batch,
+            self.tokens_per_batch and max(1, self.tokens_per_batch // frames),
             self.small_buckets,
             shares_of(self.trainer)["num_replicas"],
             self.seed,

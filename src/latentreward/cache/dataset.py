@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, get_worker_info
 from latentreward.cache.buffers import BufferPool, Layout, carve, layout_bytes, own_buffer, pool_of
 from latentreward.cache.index import CacheIndex
 from latentreward.cache.layout import LATENTS, POOLED_PROMPT_EMBEDS, PROMPT_EMBEDS
-from latentreward.contracts import Conditioning, PreferenceBatch
+from latentreward.contracts import Conditioning, PreferenceBatch, map_tensors
 from latentreward.data.collate import is_turned
 from latentreward.data.image_sizes import ImageSizes, NearestBucket, OneSize
 from latentreward.data.images import ExifOrientation
@@ -22,7 +22,8 @@ class CachedPairDataset(Dataset[PreferenceBatch]):
     """Map-style data set of cached pairs, which reads each batch from the shards into a single buffer.
 
     ``__getitems__`` returns complete batches, so a ``DataLoader`` needs :func:`~latentreward.data.loading.as_is` as
-    ``collate_fn``. Latents and embeddings keep their stored dtype.
+    ``collate_fn``. Latents and embeddings keep their stored dtype. Prompts with a mask are padded with zeros to the
+    longest of the batch.
 
     Args:
         index: Index of the cache.
@@ -49,7 +50,9 @@ class CachedPairDataset(Dataset[PreferenceBatch]):
         spec = self.index.spec
         if spec.resize is None:
             return None
-        return NearestBucket(spec.buckets, spec.resize) if spec.size is None else OneSize(*spec.size, spec.resize)
+        if spec.size is None:
+            return NearestBucket(spec.buckets, spec.resize)
+        return OneSize(*spec.size, spec.resize, spec.frames, spec.fps)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -88,7 +91,7 @@ class CachedPairDataset(Dataset[PreferenceBatch]):
             "rejected_keys": tuple(keys[1]),
             "latent_space": index.spec.latent_space,
         }
-        layout = self.layout(len(rows), images[0, 0])
+        layout = self.layout(len(rows), images[0, 0], index.prompt[rows])
         slot = self.pool.take(layout_bytes(layout)) if self.pool else None
         buffer = self._buffer(slot, layout)
         try:
@@ -104,17 +107,33 @@ class CachedPairDataset(Dataset[PreferenceBatch]):
             return SlotBatch(**assemble(tensors, fields), parcel=(self.pool.number, slot, layout, fields))
         return PreferenceBatch(**assemble(tensors, fields))
 
-    def layout(self, pairs: int, image: int) -> Layout:
-        """Return the shapes and dtypes of the tensors in a batch of ``pairs`` pairs of images as large as ``image``."""
-        store = self.index.store
-        block = store.blocks[self.index.images.shard[image]][LATENTS]
-        layout = [((2 * pairs, *block.shape), block.dtype)]
+    def layout(self, pairs: int, image: int, prompts: np.ndarray | None = None) -> Layout:
+        """Return the shapes and dtypes of the tensors in a batch of ``pairs`` pairs of images as large as ``image``.
+
+        Args:
+            pairs: Number of pairs.
+            image: Index of an image.
+            prompts: Index of each pair's prompt; None for prompts as long as the longest in the cache.
+        """
+        index = self.index
+        block = index.store.blocks[index.images.shard[image]][LATENTS]
+        layout: list[tuple[tuple[int, ...], torch.dtype]] = [((2 * pairs, *block.shape), block.dtype)]
         if self.with_text:
-            blocks = store.blocks[self.index.texts.shard[self.index.plan.empty_prompt]]
-            layout += [
-                ((pairs + 1, *blocks[name].shape), blocks[name].dtype) for name in (PROMPT_EMBEDS, POOLED_PROMPT_EMBEDS)
-            ]
+            blocks = index.store.blocks[index.texts.shard[index.plan.empty_prompt]]
+            embeds, pooled = blocks[PROMPT_EMBEDS], blocks.get(POOLED_PROMPT_EMBEDS)
+            longest = () if not index.token_ends else (self._most_tokens(prompts),)
+            layout.append(((pairs + 1, *longest, *embeds.shape), embeds.dtype))
+            layout += [] if pooled is None else [((pairs + 1, *pooled.shape), pooled.dtype)]
+            layout += [((pairs + 1, *longest), torch.bool)] if longest else []
         return [*layout, ((pairs,), torch.float32), ((pairs,), torch.float32)]
+
+    def _most_tokens(self, prompts: np.ndarray | None) -> int:
+        if prompts is None:
+            return self.index.most_tokens
+        return max(count for _, _, count in self.index.tokens(self._with_empty(prompts)))
+
+    def _with_empty(self, prompts: np.ndarray) -> np.ndarray:
+        return np.append(prompts, self.index.plan.empty_prompt)
 
     def _buffer(self, slot: int | None, layout: Layout) -> Tensor:
         if self.pool is None or slot is None:
@@ -128,9 +147,24 @@ class CachedPairDataset(Dataset[PreferenceBatch]):
         store = self.index.store
         store.read(LATENTS, self.index.images.of(images), tensors[0])
         if self.with_text:
-            places = self.index.texts.of(np.append(prompts, self.index.plan.empty_prompt))
-            for name, tensor in zip((PROMPT_EMBEDS, POOLED_PROMPT_EMBEDS), tensors[1:3], strict=True):
-                store.read(name, places, tensor)
+            embeds, pooled, mask = text_tensors(tensors[1:-2])
+            prompts = self._with_empty(prompts)
+            if pooled is not None:
+                store.read(POOLED_PROMPT_EMBEDS, self.index.texts.of(prompts), pooled)
+            if mask is None:
+                store.read(PROMPT_EMBEDS, self.index.texts.of(prompts), embeds)
+                return
+            for row, (file, start, count) in enumerate(self.index.tokens(prompts)):
+                store.read_span(PROMPT_EMBEDS, file, start, embeds[row, :count])
+                embeds[row, count:] = 0
+                mask[row] = torch.arange(mask.shape[1]) < count
+
+
+def text_tensors(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Tell the tensors of a batch's prompts apart: embeddings, pooled vectors, mask; the last two may be missing."""
+    embeds, *others = tensors
+    mask = others.pop() if others and others[-1].dtype == torch.bool else None
+    return embeds, others[0] if others else None, mask
 
 
 def assemble(tensors: Sequence[Tensor], fields: dict[str, Any]) -> dict[str, Any]:
@@ -139,8 +173,9 @@ def assemble(tensors: Sequence[Tensor], fields: dict[str, Any]) -> dict[str, Any
     chosen, rejected = latents.chunk(2)
     fields = {**fields, "chosen": chosen, "rejected": rejected, "label": label, "weight": weight}
     if text:
-        fields["conditioning"] = Conditioning(*(tensor[:-1] for tensor in text))
-        fields["uncond"] = Conditioning(*(tensor[-1:] for tensor in text))
+        prompts = Conditioning(*text_tensors(text))
+        fields["conditioning"] = map_tensors(prompts, lambda tensor: tensor[:-1]).trimmed()
+        fields["uncond"] = map_tensors(prompts, lambda tensor: tensor[-1:]).trimmed()
     return fields
 
 

@@ -19,6 +19,7 @@ from latentreward.cache.layout import CachePlan, ShardManifest, manifest_name, r
 from latentreward.cache.shard_writer import KEPT, ShardWriter
 from latentreward.cache.sources import Encoders
 from latentreward.contracts import ImageRef, PreferencePair, TensorRecord
+from latentreward.data.clips import ClipLoader
 from latentreward.data.images import ImageError, PixelLoader
 from latentreward.data.latents import decode_latents
 from latentreward.data.readers import PairReader
@@ -36,10 +37,11 @@ class EncodeBatch(TensorRecord):
         shard: Shard that the rows belong to.
         first: Index of the batch's first row in the shard.
         names: Image keys, or the prompts themselves.
-        pixels: ``(n, 3, H, W)`` in [-1, 1]; None for latents and prompts.
-        noise: ``(n, C, h, w)`` standard normal, for a sample of the VAE's posterior; None for its mode.
-        latents: ``(n, C, h, w)`` latents that need no encoding; None for images and prompts.
+        pixels: ``(n, 3, H, W)``, or ``(n, 3, F, H, W)`` for clips, in [-1, 1]; None for latents and prompts.
+        noise: ``(n, C, ...)`` standard normal, for a sample of the VAE's posterior; None for its mode.
+        latents: ``(n, C, ...)`` latents that need no encoding; None for images and prompts.
         unreadable: Index of a row in the shard → why its image could not be read.
+        unused: Number of frames of the batch's clips that are not used.
     """
 
     shard: Shard
@@ -49,6 +51,7 @@ class EncodeBatch(TensorRecord):
     noise: Tensor | None = None
     latents: Tensor | None = None
     unreadable: Mapping[int, str] | None = None
+    unused: int = 0
 
     def __len__(self) -> int:
         return len(self.names)
@@ -115,7 +118,7 @@ class EncodeBatches(Dataset[EncodeBatch]):
         shape = tensor_shapes(self.plan, shard)[layout.LATENTS][1:]
         images = [self._image(int(row)) for row in rows]
         keys = tuple(image.image_key for image in images)
-        content, unreadable = [], {}
+        content, unreadable, self._unused = [], {}, 0
         for number, image in enumerate(images):
             try:
                 content.append(self._load(image, shard))
@@ -126,11 +129,11 @@ class EncodeBatches(Dataset[EncodeBatch]):
                 content.append(None)
                 unreadable[first + number] = error.problem
         ready = self.plan.spec.vae is None
-        blank = torch.zeros(shape if ready else (3, shard.height or 0, shard.width or 0))
-        loaded = torch.stack([blank if item is None else item for item in content])
+        loaded = torch.stack([self._blank(shard, shape) if item is None else item for item in content])
         if ready:
             return EncodeBatch(shard, first, keys, latents=loaded, unreadable=unreadable)
-        return EncodeBatch(shard, first, keys, loaded, self._noise(keys, shape), unreadable=unreadable)
+        noise = self._noise(keys, shape)
+        return EncodeBatch(shard, first, keys, loaded, noise, unreadable=unreadable, unused=self._unused)
 
     def _batch_size(self, shard: Shard) -> int:
         text = self.plan.spec.text
@@ -152,10 +155,23 @@ class EncodeBatches(Dataset[EncodeBatch]):
     def _load(self, image: ImageRef, shard: Shard) -> Tensor:
         spec = self.plan.spec
         if spec.vae is None:
-            return torch.from_numpy(decode_latents(image)).float()
+            return torch.from_numpy(decode_latents(image, spec.latent_space.frame_downscale is not None)).float()
+        loader = self._loader(shard)
+        if not isinstance(loader, ClipLoader):
+            return loader(image)
+        clip = loader.load(image)
+        self._unused += clip.unused
+        return clip.pixels
+
+    def _loader(self, shard: Shard) -> PixelLoader:
+        spec = self.plan.spec
         assert shard.height is not None and shard.width is not None and spec.resize is not None
-        loader = PixelLoader(shard.height, shard.width, spec.resize, self.max_pixels, self.reader.exif)  # type: ignore[arg-type]
-        return loader(image)
+        image = PixelLoader(shard.height, shard.width, spec.resize, self.max_pixels, self.reader.exif)  # type: ignore[arg-type]
+        return image if spec.frames == 1 else ClipLoader(**vars(image), frames=spec.frames, fps=spec.fps)
+
+    def _blank(self, shard: Shard, shape: tuple[int, ...]) -> Tensor:
+        """Return what stands for an unreadable image, or for unreadable latents of ``shape``."""
+        return torch.zeros(shape) if self.plan.spec.vae is None else self._loader(shard).blank()
 
     def _noise(self, keys: Sequence[str], shape: tuple[int, ...]) -> Tensor | None:
         if self.plan.spec.posterior != "sample":
@@ -177,12 +193,15 @@ class ShardEncoder(LightningModule):
         self.vae, self.text, self.storage = encoders.vae, encoders.text, dtype
 
     def predict_step(self, batch: EncodeBatch, batch_idx: int) -> dict[str, Tensor]:
-        """Encode a batch to the tensors of its shard, ``len(batch)`` rows each, in the stored dtype.
+        """Encode a batch to the tensors of its shard in the stored dtype, ``len(batch)`` rows each.
+
+        Of prompts with a mask the tokens follow each other without padding.
 
         Raises:
             InputError: If a value is not finite, because the encoder or the stored dtype has overflowed.
         """
-        rows = {name: tensor.to(self.storage) for name, tensor in self._encoded(batch).items()}
+        encoded, mask = self._encoded(batch)
+        rows = {name: tensor.to(self.storage) for name, tensor in encoded.items()}
         for tensor in rows.values():
             finite = tensor.isfinite().flatten(1).all(dim=1)
             if not finite.all():
@@ -191,24 +210,31 @@ class ShardEncoder(LightningModule):
                     f"{batch.shard.kind} of {name!r:.80} are not finite in {self.storage}; set dtype and the encoder's "
                     "own to bfloat16 or float32"
                 )
+        if mask is not None:
+            rows[layout.PROMPT_EMBEDS] = rows[layout.PROMPT_EMBEDS][mask]
+            rows[layout.PROMPT_LENGTHS] = mask.sum(dim=1, dtype=torch.int32)
         return rows
 
-    def _encoded(self, batch: EncodeBatch) -> dict[str, Tensor]:
+    def _encoded(self, batch: EncodeBatch) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Return the rows of each tensor, and the mask of prompts with unequal numbers of tokens."""
         if batch.shard.kind == "text":
             assert self.text is not None
             text = self.text(batch.names)
-            return {layout.PROMPT_EMBEDS: text.prompt_embeds, layout.POOLED_PROMPT_EMBEDS: text.pooled_prompt_embeds}
+            rows = {layout.PROMPT_EMBEDS: text.prompt_embeds, layout.POOLED_PROMPT_EMBEDS: text.pooled_prompt_embeds}
+            return {name: tensor for name, tensor in rows.items() if tensor is not None}, text.prompt_mask
         if batch.latents is not None:
-            return {layout.LATENTS: batch.latents}
+            return {layout.LATENTS: batch.latents}, None
         assert self.vae is not None and batch.pixels is not None
         latents = self.vae.encode(batch.pixels, batch.noise)
         for row in batch.unreadable or ():
             latents[row - batch.first] = 0
-        return {layout.LATENTS: latents}
+        return {layout.LATENTS: latents}, None
 
 
 class ShardsToDisk(Callback):
     """Callback that writes the rows from :class:`ShardEncoder` to shards, and a manifest after a shard's last row.
+
+    Prompts with a mask are held in memory until their shard is complete, because a file begins with its tensors' sizes.
 
     Args:
         folder: Folder of the cache, which must hold a plan when prediction starts.
@@ -218,6 +244,7 @@ class ShardsToDisk(Callback):
         self.folder = folder
         self._writer: ShardWriter | None = None
         self._unreadable: dict[int, str] = {}
+        self._held: list[dict[str, Tensor]] = []
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read the plan of the cache."""
@@ -228,13 +255,21 @@ class ShardsToDisk(Callback):
     ) -> None:
         """Write the rows of one batch, and the manifest after the last batch of a shard."""
         with write_errors_named(self.folder, KEPT):
-            if batch.first == 0:
-                shapes, dtype = tensor_shapes(self.plan, batch.shard), getattr(torch, self.plan.spec.dtype)
+            first, last = batch.first, batch.first + len(batch) == batch.shard.count
+            if layout.PROMPT_LENGTHS in outputs:
+                self._held.append({name: tensor.cpu() for name, tensor in outputs.items()})
+                if not last:
+                    return
+                outputs = {name: torch.cat([rows[name] for rows in self._held]) for name in outputs}
+                first, self._held = 0, []
+            if first == 0:
+                shapes = tensor_shapes(self.plan, batch.shard, len(outputs.get(layout.PROMPT_EMBEDS, ())))
+                dtype = getattr(torch, self.plan.spec.dtype)
                 self._writer, self._unreadable = ShardWriter(self.folder / batch.shard.name, shapes, dtype), {}
             assert self._writer is not None
-            self._writer.write(batch.first, outputs)
+            self._writer.write(first, outputs)
             self._unreadable.update(batch.unreadable or {})
-            if batch.first + len(batch) == batch.shard.count:
+            if last:
                 sha256, count, plan = self._writer.finish(), batch.shard.count, self.plan
                 self._writer = None
                 manifest = ShardManifest(count, sha256, plan.spec.hash, plan.hash, self._unreadable)
@@ -277,10 +312,11 @@ class EncodingRate(Callback):
         total: Number of images and prompts to encode, over all ranks.
         done: Number that this rank has encoded.
         seconds: Seconds since encoding began.
+        unused: Number of frames of this rank's clips that were not used.
     """
 
     def __init__(self) -> None:
-        self.total, self.done, self.seconds = 0, 0, 0.0
+        self.total, self.done, self.seconds, self.unused = 0, 0, 0.0, 0
         self._progress: Progress | None = None
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -295,6 +331,7 @@ class EncodingRate(Callback):
         """Add the batch's images and prompts to ``done``; rank 0 shows its ``done`` times the number of ranks."""
         before = self.done * trainer.world_size
         self.done, self.seconds = self.done + len(batch), time.monotonic() - self._begun
+        self.unused += batch.unused
         assert self._progress is not None
         self._progress.add(max(0, min(self.done * trainer.world_size, self.total) - before))
 

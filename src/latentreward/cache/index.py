@@ -11,9 +11,9 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from latentreward.cache import layout
-from latentreward.cache.check import Shard, tensor_shapes
+from latentreward.cache.check import Shard, shapes_with_lengths
 from latentreward.cache.layout import CacheSpec, manifest_name, read_manifest, read_plan
-from latentreward.cache.shard_reader import REMEDY, ShardStore
+from latentreward.cache.shard_reader import REMEDY, ShardStore, read_lengths
 from latentreward.contracts import ImageRef, PreferencePair
 from latentreward.data.readers import PairReader
 from latentreward.errors import InputError
@@ -88,6 +88,8 @@ class CacheIndex:
         images: Shard and row of each image's latents; ``shard`` is an index of the files in ``store``.
         prompts: T prompts.
         texts: Shard and row of each prompt's embeddings, as in ``images``.
+        token_ends: Index after the last token of each prompt in a shard, by the shard's index in ``store``; empty
+            unless the text encoder has a mask.
 
     Raises:
         InputError: If the plan or a table is missing or damaged, the cache has an unknown version, or a shard is
@@ -145,17 +147,37 @@ class CacheIndex:
             logger.warning("%s; pairs that need them are left out", summary)
         written = [shard for shard, there in zip(shards, present, strict=True) if there]
         self.store = ShardStore([self.folder / shard["name"] for shard in written])
-        unreadable = []
+        self.token_ends: dict[int, np.ndarray] = {}
+        unreadable, text = [], self.spec.text
         for number, shard in enumerate(written):
             manifest = read_manifest(self.folder / manifest_name(shard["name"]))
             if (manifest.count, manifest.plan_hash) != (shard["count"], self.plan.hash):
                 raise InputError(f"shard {shard['name']} of {self.folder} is of another plan; {REMEDY}")
             held = {name: (block.rows, *block.shape) for name, block in self.store.blocks[number].items()}
-            if not tensor_shapes(self.plan, Shard(number, **shard)).items() <= held.items():
+            path, blocks = self.store.paths[number], self.store.blocks[number]
+            if not shapes_with_lengths(self.plan, Shard(number, **shard), path, blocks).items() <= held.items():
                 raise InputError(f"shard {self.store.paths[number]} does not hold what {layout.SHARDS} says; {REMEDY}")
+            if text is not None and text.masked and shard["kind"] == "text":
+                self.token_ends[number] = read_lengths(path, blocks, text.num_tokens).cumsum()
             unreadable += [(number, row) for row in manifest.unreadable]
         file_of_shard = np.where(present, np.cumsum(present) - 1, -1)
         return file_of_shard, np.array(unreadable, dtype=np.int64).reshape(-1, 2)
+
+    def tokens(self, prompts: np.ndarray) -> list[tuple[int, int, int]]:
+        """Return the file, the first token in it and the number of tokens of each of the prompts ``prompts``.
+
+        Only for a text encoder with a mask.
+        """
+        spans = []
+        for file, row in self.texts.of(prompts):
+            start = int(self.token_ends[file][row - 1]) if row else 0
+            spans.append((file, start, int(self.token_ends[file][row]) - start))
+        return spans
+
+    @cached_property
+    def most_tokens(self) -> int:
+        """Greatest number of tokens of a stored prompt, for a text encoder with a mask."""
+        return max(int(np.diff(ends, prepend=0).max()) for ends in self.token_ends.values())
 
     @cached_property
     def unusable(self) -> dict[str, np.ndarray]:

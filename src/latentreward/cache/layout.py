@@ -8,8 +8,13 @@
     CACHE/prompts.parquet                      one row per distinct prompt: shard and row of its embeddings
     CACHE/shards.parquet                       one row per shard; the row's index is the shard's number
     CACHE/sources.parquet                      one row per cached image: its row and side in the reader, for writing
-    CACHE/latents/HHHHxWWWW-NNNNN.safetensors  one tensor "latents" (N, C, h, w) of images of H × W pixels
+    CACHE/latents/HHHHxWWWW-NNNNN.safetensors  one tensor "latents" (N, C, h, w) of images of H × W pixels, or
+                                               (N, C, T, h, w) in a latent space with a time axis
     CACHE/text/NNNNN.safetensors               "prompt_embeds" (N, L, D) and "pooled_prompt_embeds" (N, P)
+
+A text encoder without a pooled vector leaves "pooled_prompt_embeds" out. Of a text encoder with a mask only the tokens
+of the prompts are stored, one prompt after the other: "prompt_embeds" is (tokens, D), and "prompt_lengths" (N,) int32
+holds the number of tokens of each prompt.
 
 Each shard has a manifest, named as the shard with ``.json`` appended, which is written last: a shard without a manifest
 is not finished. Files hold no time stamps, so that their bytes depend on the data and the settings alone.
@@ -23,6 +28,7 @@ from typing import Any, Literal, Self
 import pyarrow as pa
 
 from latentreward.contracts import LatentSpace
+from latentreward.data.clips import FPS
 from latentreward.data.images import ExifOrientation
 from latentreward.errors import InputError
 from latentreward.storage import digests
@@ -34,6 +40,7 @@ PAIRS, IMAGES, PROMPTS = "pairs.parquet", "images.parquet", "prompts.parquet"
 SHARDS, SOURCES = "shards.parquet", "sources.parquet"
 LATENTS_FOLDER, TEXT_FOLDER = "latents", "text"
 LATENTS, PROMPT_EMBEDS, POOLED_PROMPT_EMBEDS = "latents", "prompt_embeds", "pooled_prompt_embeds"
+PROMPT_LENGTHS = "prompt_lengths"
 """Names of the tensors in a shard."""
 TEMPORARY = ".tmp"
 """Extension by which an earlier version named unfinished files."""
@@ -117,12 +124,14 @@ class TextSpec:
 
     Attributes:
         fingerprint: See :func:`latentreward.encoders.fingerprint.text_fingerprint`.
-        num_tokens: L of ``prompt_embeds`` (N, L, D).
+        num_tokens: Number of tokens of each prompt; with a mask, the greatest number.
         token_dim: D of ``prompt_embeds``.
-        pooled_dim: P of ``pooled_prompt_embeds`` (N, P).
+        pooled_dim: P of ``pooled_prompt_embeds`` (N, P); 0 if there is none.
         dtype: Dtype that the text encoders ran in.
         batch_size: Number of prompts encoded together.
         prompts_per_shard: Largest number of prompts in a shard.
+        masked: Whether prompts have unequal numbers of tokens, see
+            :attr:`~latentreward.encoders.prompts.PromptEncoder.masked`.
     """
 
     fingerprint: str
@@ -132,6 +141,11 @@ class TextSpec:
     dtype: CacheDtype
     batch_size: int
     prompts_per_shard: int
+    masked: bool = False
+
+    def record(self) -> dict[str, Any]:
+        """Return the fields as plain values, without ``masked`` if False: earlier versions' hashes stay valid."""
+        return {name: value for name, value in asdict(self).items() if name != "masked" or value}
 
 
 @dataclass(frozen=True)
@@ -158,6 +172,8 @@ class CacheSpec:
         text: Settings of the text embeddings; None if prompts are not cached.
         exif: ``apply`` if images were turned upright by their EXIF orientation, else ``ignore``. None for copied
             latents and for caches of earlier versions, which ignored the orientation.
+        frames: Number of frames of clips; 1 for images.
+        fps: Frames per second of clips.
     """
 
     origin: str
@@ -176,6 +192,8 @@ class CacheSpec:
     images_per_shard: int
     text: TextSpec | None = None
     exif: ExifOrientation | None = None
+    frames: int = 1
+    fps: float = FPS
 
     @property
     def hash(self) -> str:
@@ -183,14 +201,20 @@ class CacheSpec:
         return digest(self.record())
 
     def record(self) -> dict[str, Any]:
-        """Return the fields as plain values, without ``exif`` if None, so that earlier versions' hashes stay valid."""
-        return {name: value for name, value in asdict(self).items() if name != "exif" or value is not None}
+        """Return the fields as plain values, without those that earlier versions lacked where they say nothing.
+
+        Those are ``exif`` if None, and ``frames`` and ``fps`` for images: hashes of earlier versions stay valid.
+        """
+        text = None if self.text is None else self.text.record()
+        values = {**asdict(self), "latent_space": self.latent_space.record(), "text": text}
+        absent = {"exif": self.exif is None, "frames": self.frames == 1, "fps": self.frames == 1}
+        return {name: value for name, value in values.items() if not absent.get(name)}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
         """Create the spec from ``values``, the JSON form of :meth:`record`."""
         values = dict(values)
-        values["latent_space"] = LatentSpace(**values["latent_space"])
+        values["latent_space"] = LatentSpace.from_record(values["latent_space"])
         values["text"] = None if values["text"] is None else TextSpec(**values["text"])
         values["size"] = None if values["size"] is None else tuple(values["size"])
         values["buckets"] = None if values["buckets"] is None else tuple(map(tuple, values["buckets"]))

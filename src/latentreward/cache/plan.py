@@ -20,6 +20,7 @@ from latentreward.cache.scan import ScannedRow
 from latentreward.cache.shard_writer import KEPT, file_hash
 from latentreward.cache.sizing import ImageSettings
 from latentreward.data.buckets import Bucket
+from latentreward.data.clips import FPS
 from latentreward.data.readers import PairReader
 from latentreward.errors import InputError
 from latentreward.storage.durable import replacing, write_file
@@ -27,12 +28,12 @@ from latentreward.storage.durable import replacing, write_file
 ROWS_PER_GROUP = 4096
 SAMPLED_ROWS = 16
 GROUPS = {
-    **dict.fromkeys(("size", "buckets", "resize", "cross_bucket", "min_pixels"), "images"),
+    **dict.fromkeys(("size", "buckets", "resize", "cross_bucket", "min_pixels", "frames", "fps"), "images"),
     "exif": "reader",
     **dict.fromkeys(("origin", "vae", "vae_dtype", "latent_space", "posterior", "batch_size", "text"), "encoder"),
 }
 """Field of a spec → group of the command's settings that the field comes from."""
-UNRECORDED = {"exif": "ignore"}
+UNRECORDED = {"exif": "ignore", "frames": 1, "fps": FPS}
 """Value of each field that earlier versions did not record."""
 
 

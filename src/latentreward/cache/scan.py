@@ -73,11 +73,12 @@ class RowScan(Dataset[ScannedRow]):
             return ScannedRow(index, bare, problem=error.problem)
 
     def _latents_size(self, image: ImageRef) -> Bucket:
-        channels, height, width = decode_latents(image).shape
-        if channels != self.space.channels:
-            problem = f"{channels} channels, but the latent space has [{self.space}]"
+        *_, height, width = shape = decode_latents(image, self.space.frame_downscale is not None).shape
+        size = Bucket(height * self.space.downscale, width * self.space.downscale)
+        if shape != self.space.shape(*size, self.images.frames):
+            problem = f"shape {shape}, but the latent space has [{self.space}]"
             raise ImageError(f"latents {image.image_key!r}: {problem}; correct encoder.latent_space", DAMAGED)
-        return Bucket(height * self.space.downscale, width * self.space.downscale)
+        return size
 
 
 def scan_rows(scan: RowScan, num_workers: int) -> Iterator[ScannedRow]:

@@ -4,19 +4,23 @@ import errno
 import os
 import resource
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from latentreward.cache.layout import PROMPT_LENGTHS
 from latentreward.errors import InputError
 from latentreward.storage import safetensors_header
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+LENGTHS_DTYPES = {"I32": torch.int32}
+"""Dtype of ``prompt_lengths``."""
 MOST_BUFFERS = 512
 """Most buffers passed to one ``preadv``; Linux accepts 1024."""
 REMEDY = "run `latentreward cache --check` on the cache"
@@ -49,7 +53,7 @@ def read_header(path: Path) -> dict[str, TensorBlock]:
     """
     try:
         entries, start, size = safetensors_header.read_header(path)
-        blocks = {name: _block(entry, start) for name, entry in entries.items()}
+        blocks = {name: _block(name, entry, start) for name, entry in entries.items()}
         end = max((start + entry["data_offsets"][1] for entry in entries.values()), default=0)
     except FileNotFoundError as error:
         raise InputError(f"shard {path} is missing; {REMEDY}") from error
@@ -60,16 +64,35 @@ def read_header(path: Path) -> dict[str, TensorBlock]:
     return blocks
 
 
-def _block(entry: dict[str, Any], start: int) -> TensorBlock:
+def _block(name: str, entry: dict[str, Any], start: int) -> TensorBlock:
     begin, end = entry["data_offsets"]
     rows, *shape = entry["shape"]
-    if entry["dtype"] not in DTYPES:
-        raise ValueError(f"dtype {entry['dtype']} is none of {', '.join(DTYPES)}")
-    dtype = DTYPES[entry["dtype"]]
+    dtypes = LENGTHS_DTYPES if name == PROMPT_LENGTHS else DTYPES
+    if entry["dtype"] not in dtypes:
+        raise ValueError(f"dtype {entry['dtype']} is none of {', '.join(dtypes)}")
+    dtype = dtypes[entry["dtype"]]
     row_bytes = dtype.itemsize * torch.Size(shape).numel()
     if rows * row_bytes != end - begin:
         raise ValueError("its offsets do not fit its shapes")
     return TensorBlock(dtype, rows, tuple(shape), start + begin, row_bytes)
+
+
+def read_lengths(path: Path, blocks: Mapping[str, TensorBlock], most: int) -> np.ndarray:
+    """Read the number of tokens ``(N,)`` of each prompt of a text shard.
+
+    Args:
+        path: Shard.
+        blocks: Header of the shard, see :func:`read_header`.
+        most: Greatest number of tokens of a prompt.
+
+    Returns:
+        The numbers; an empty array if the shard has none, or one lies outside 1…``most``.
+    """
+    block = blocks.get(PROMPT_LENGTHS)
+    if block is None or block.shape or not block.rows:
+        return np.zeros(0, np.int32)
+    lengths = np.fromfile(path, np.int32, block.rows, offset=block.offset)
+    return lengths if lengths.min() >= 1 and lengths.max() <= most else lengths[:0]
 
 
 class ShardStore:
@@ -124,6 +147,23 @@ class ShardStore:
             views = [target[position * size : (position + 1) * size] for position in positions]
             if block.row_bytes != size or not _read_into(self._fileno(file), views, block.offset + row * size):
                 raise InputError(f"shard {self.paths[file]} ends before row {row + len(views) - 1}; {REMEDY}")
+
+    def read_span(self, name: str, file: int, row: int, out: Tensor) -> None:
+        """Read consecutive rows of the tensor ``name`` of one file, from ``row`` on, into ``out``.
+
+        Args:
+            name: Name of the tensor.
+            file: Index of the file.
+            row: Index of the first row.
+            out: As for :meth:`read`, at least one row.
+
+        Raises:
+            InputError: As for :meth:`read`.
+        """
+        target, block = memoryview(out.view(torch.uint8).numpy()).cast("B"), self.blocks[file][name]
+        fits = len(target) == len(out) * block.row_bytes
+        if not fits or not _read_into(self._fileno(file), [target], block.offset + row * block.row_bytes):
+            raise InputError(f"shard {self.paths[file]} ends before row {row + len(out) - 1}; {REMEDY}")
 
     def _fileno(self, number: int) -> int:
         file = self._files.get(number)

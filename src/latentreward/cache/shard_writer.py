@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentreward.cache.layout import TEMPORARY
+from latentreward.cache.layout import PROMPT_LENGTHS, TEMPORARY
 from latentreward.storage.durable import TEMPORARY_NAME, replacing
 
 KEPT = "finished shards are kept: free some space and resume with the same command"
 """End of the error message on a full disk."""
-DTYPE_NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
+DTYPE_NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.int32: "I32"}
 """Names of the dtypes in a safetensors header."""
 
 
@@ -33,26 +33,33 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of the tensor ``name`` in a cache that stores latents and embeddings in ``dtype``."""
+    return torch.int32 if name == PROMPT_LENGTHS else dtype
+
+
 class ShardWriter:
     """Writer of a safetensors file, batch by batch, whose memory need is that of one batch.
 
     Args:
         path: Path of the finished file.
         shapes: Name of each tensor → its shape, whose first dimension is the number of rows.
-        dtype: Dtype of all tensors.
+        dtype: Dtype of latents and embeddings.
 
     Raises:
         OSError: If the disk has not enough space for the shard; the space is reserved at construction.
     """
 
     def __init__(self, path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> None:
-        self.path, self.dtype, self.shapes = path, dtype, dict(shapes)
+        self.path, self.shapes = path, dict(shapes)
+        self.dtypes = {name: stored_dtype(name, dtype) for name in shapes}
         header: dict[str, Any] = {}
         end, self._starts, self._row_bytes = 0, {}, {}
         for name, shape in self.shapes.items():
-            row_bytes = torch.Size(shape[1:]).numel() * dtype.itemsize
+            row_bytes = torch.Size(shape[1:]).numel() * self.dtypes[name].itemsize
             start, end = end, end + shape[0] * row_bytes
-            header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+            kind = DTYPE_NAMES[self.dtypes[name]]
+            header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [start, end]}
             self._starts[name], self._row_bytes[name] = start, row_bytes
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
@@ -68,10 +75,10 @@ class ShardWriter:
         """Write ``rows[name]`` ``(n, ...)`` of every tensor, starting at row ``first``."""
         with self._abandoned_on_error():
             for name, tensor in rows.items():
-                if tensor.shape[1:] != self.shapes[name][1:] or tensor.dtype != self.dtype:
+                if tensor.shape[1:] != self.shapes[name][1:] or tensor.dtype != self.dtypes[name]:
                     raise ValueError(
                         f"{self.path.name}: rows of {name} are {tuple(tensor.shape[1:])} {tensor.dtype}, planned "
-                        f"{self.shapes[name][1:]} {self.dtype}"
+                        f"{self.shapes[name][1:]} {self.dtypes[name]}"
                     )
                 content = memoryview(tensor.cpu().contiguous().view(torch.uint8).reshape(-1).numpy())
                 offset = self._data + self._starts[name] + first * self._row_bytes[name]

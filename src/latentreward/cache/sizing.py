@@ -4,8 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from latentreward.contracts import LatentSpace
 from latentreward.data.buckets import MIN_PIXELS, PUBLISHED_BUCKETS, Bucket, assign_bucket, sort_buckets
+from latentreward.data.clips import FPS, check_clips, require_pyav
 from latentreward.data.images import MAX_PIXELS, ResizePolicy
 from latentreward.errors import InputError, check_at_least_one, check_multiples
 
@@ -40,6 +40,8 @@ class ImageSettings:
         min_pixels: Smallest number of pixels of an image; pairs with a smaller image are left out. None takes 65,536
             with buckets and no limit with ``size``.
         max_pixels: Largest number of pixels in an image's header; larger images count as unreadable.
+        frames: Number of frames of clips, whose files are mp4 files; needs ``size``. 1 for images.
+        fps: Frames per second of clips, see :class:`~latentreward.data.clips.ClipLoader`.
     """
 
     size: int | tuple[int, int] | None = None
@@ -48,8 +50,17 @@ class ImageSettings:
     cross_bucket: Literal["shared", "drop"] = "shared"
     min_pixels: int | None = None
     max_pixels: int = MAX_PIXELS
+    frames: int = 1
+    fps: float = FPS
 
     def __post_init__(self) -> None:
+        check_clips("images.", self.frames, self.fps)
+        require_pyav(self.frames)
+        if self.frames > 1 and (self.size is None or self.smallest() > 0):
+            raise InputError(
+                f"images.frames={self.frames}: clips come to one size, whatever theirs; set images.size, and leave "
+                "buckets and min_pixels out"
+            )
         if self.size is not None and self.buckets is not None:
             raise InputError("images.size and images.buckets are both set; all images come to one size, or to buckets")
         if self.size is not None:
@@ -74,16 +85,19 @@ class ImageSettings:
         """Tell whether planning needs the sizes of images, which are read from their headers."""
         return self.size is None or self.smallest() > 0
 
-    def check(self, space: LatentSpace) -> None:
-        """Check that the VAE can encode all sizes.
+    def check(self, multiple: int) -> None:
+        """Check that the model takes all sizes.
+
+        Args:
+            multiple: Number of pixels of which both sides of an image must be multiples.
 
         Raises:
-            InputError: If a side is not a multiple of the VAE's downscale factor.
+            InputError: If a side is not such a multiple.
         """
         sizes = self.bucket_sizes() if self.size is None else (self.one_size(),)
         for bucket in sizes:
             name = f"images.buckets: {bucket}" if self.size is None else "images.size"
-            check_multiples(name, bucket, space.downscale)
+            check_multiples(name, bucket, multiple)
 
     def sizes_of_pair(self, a: Bucket | None, b: Bucket | None) -> tuple[Bucket, Bucket] | str:
         """Return the sizes at which the two images of a pair are cached, or the reason why the pair is left out.

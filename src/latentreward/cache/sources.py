@@ -11,15 +11,18 @@ import torch
 from latentreward.cache.layout import CacheDtype, TextSpec
 from latentreward.contracts import LatentSpace
 from latentreward.data.readers.base import Contents
-from latentreward.errors import check_at_least_one
+from latentreward.errors import InputError, check_at_least_one
 
 if TYPE_CHECKING:
     from latentreward.backbones.loading import PipelineSource
     from latentreward.encoders.prompts import PromptEncoder
     from latentreward.encoders.vae import LatentEncoder
+    from latentreward.families import Family
 
 RELEASED_SPACE = LatentSpace(channels=16, downscale=8, scaling_factor=1.5305, shift_factor=0.0609)
 """Latent space of Stable Diffusion 3 and 3.5, which DiNa-LRM's released cache uses."""
+CLIP = {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"}
+"""Text encoders of Stable Diffusion, the second of SDXL alone, and their classes."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class Encoders:
 
     Attributes:
         space: Space of the latents.
+        side_multiple: Number of pixels of which both sides of an image must be multiples.
         vae: VAE; None if the reader already holds latents.
         vae_fingerprint: Fingerprint of the VAE; None without a VAE.
         text: Text encoder; None if prompts are not cached.
@@ -35,6 +39,7 @@ class Encoders:
     """
 
     space: LatentSpace
+    side_multiple: int
     vae: LatentEncoder | None = None
     vae_fingerprint: str | None = None
     text: PromptEncoder | None = None
@@ -66,7 +71,9 @@ class LatentSource(ABC):
 class PipelineEncoders(LatentSource):
     """Latents from the VAE, and optionally embeddings from the text encoders, of a diffusers pipeline.
 
-    The pipeline's U-Net or transformer is not loaded.
+    The pipeline's U-Net or transformer is not loaded. It may be missing or of no known family if it is not needed to
+    tell how images and prompts are encoded: an ``AutoencoderKL`` encodes images as Stable Diffusion's does, and without
+    a transformer CLIP encodes prompts as Stable Diffusion's does.
 
     Args:
         source: Diffusers pipeline folder, hub id, or a shipped pipeline: ``sd_tiny`` or ``sd35_tiny``.
@@ -75,12 +82,16 @@ class PipelineEncoders(LatentSource):
         vae_dtype: Dtype of the VAE; SDXL's VAE overflows in float16.
         posterior: ``sample`` stores one sample of the VAE's posterior per image, ``mode`` stores its mode.
         batch_size: Number of images encoded together.
-        text: Whether to cache the embeddings of each distinct prompt; only for models whose text encoder is frozen.
+        text: ``states`` or True caches the embeddings of each distinct prompt, only for models whose text encoder is
+            frozen; ``none`` or False caches none.
         text_dtype: Dtype of the text encoders.
         text_batch_size: Number of prompts encoded together.
         prompts_per_shard: Largest number of prompts in a file; SD3's embeddings take 2.6 MiB per prompt in 16 bits.
         load_t5: Whether to use T5 (SD3, SD3.5).
-        t5_length: Number of T5 tokens per prompt (SD3, SD3.5), which must be that of the reward model.
+        t5_length: Number of T5 tokens per prompt, which must be that of the reward model; None takes the pipeline's
+            own (256 for SD3 and SD3.5, 0 for ``sd35_tiny``).
+        family: Import path of the pipeline's :class:`~latentreward.families.Family`, for a family of one's own; None
+            finds it among those of this package.
     """
 
     holds: Contents = "images"
@@ -94,20 +105,21 @@ class PipelineEncoders(LatentSource):
         vae_dtype: CacheDtype = "float32",
         posterior: Literal["sample", "mode"] = "sample",
         batch_size: int = 8,
-        text: bool = False,
+        text: bool | Literal["none", "states"] = False,
         text_dtype: CacheDtype = "float32",
         text_batch_size: int = 32,
         prompts_per_shard: int = 256,
         load_t5: bool = True,
-        t5_length: int = 256,
+        t5_length: int | None = None,
+        family: str | None = None,
     ) -> None:
         sizes = {"batch_size": batch_size, "text_batch_size": text_batch_size, "prompts_per_shard": prompts_per_shard}
         check_at_least_one("encoder.", **sizes)
         self.source, self.revision, self.variant = source, revision, variant
         self.vae_dtype, self.posterior, self.batch_size = vae_dtype, posterior, batch_size
-        self.text, self.text_dtype = text, text_dtype
+        self.text, self.text_dtype = text in (True, "states"), text_dtype
         self.text_batch_size, self.prompts_per_shard = text_batch_size, prompts_per_shard
-        self.load_t5, self.t5_length = load_t5, t5_length
+        self.load_t5, self.t5_length, self.family = load_t5, t5_length, family
 
     def load(self) -> Encoders:
         """Load the encoders and compute their fingerprints.
@@ -119,11 +131,12 @@ class PipelineEncoders(LatentSource):
         from latentreward.backbones.weights import settle
         from latentreward.encoders.fingerprint import text_fingerprint, vae_fingerprint
 
-        pipeline = PipelineSource(self.source, self.revision, self.variant)
-        vae = pipeline.latent_encoder(self.vae_dtype)
+        family = self._find_family(PipelineSource(self.source, self.revision, self.variant))
+        vae = family.load_latent_encoder(self.vae_dtype)
+        images = vae.space, family.side_multiple, vae, vae_fingerprint(vae.vae)
         if not self.text:
-            return Encoders(vae.space, vae, vae_fingerprint(vae.vae))
-        text = self._prompt_encoder(pipeline).eval().requires_grad_(False)
+            return Encoders(*images)
+        text = family.load_prompt_encoder(self.t5_length, self.load_t5).eval().requires_grad_(False)
         settle(text, getattr(torch, self.text_dtype))  # T5 in float32 would take 19 GB before it is rounded
         spec = TextSpec(
             fingerprint=text_fingerprint(text),
@@ -133,15 +146,29 @@ class PipelineEncoders(LatentSource):
             dtype=self.text_dtype,
             batch_size=self.text_batch_size,
             prompts_per_shard=self.prompts_per_shard,
+            masked=text.masked,
         )
-        return Encoders(vae.space, vae, vae_fingerprint(vae.vae), text, spec)
+        return Encoders(*images, text, spec)
 
-    def _prompt_encoder(self, pipeline: PipelineSource) -> PromptEncoder:
-        if pipeline.has("transformer"):
-            width = pipeline.config("transformer")["joint_attention_dim"]
-            return pipeline.sd3_prompts(width, self.t5_length, self.load_t5, mapped=True)
-        load = pipeline.sdxl_prompts if pipeline.has("text_encoder_2") else pipeline.clip_prompts
-        return load(mapped=True)
+    def _find_family(self, pipeline: PipelineSource) -> Family:
+        """Return the pipeline's family; that of Stable Diffusion where the network is not needed and not known."""
+        from lightning.pytorch.utilities import rank_zero_warn
+
+        from latentreward.families import find_family
+        from latentreward.families.sd import StableDiffusion
+
+        try:
+            family = find_family(pipeline, self.family)
+        except InputError as error:
+            usual_vae = pipeline.has("vae") and pipeline.config("vae").get("_class_name") == "AutoencoderKL"
+            text = {part: pipeline.index[part][1] for part in CLIP if pipeline.has(part)}
+            usual_text = "text_encoder" in text and text.items() <= CLIP.items() and not pipeline.has("transformer")
+            if self.family is not None or not usual_vae or (self.text and not usual_text):
+                raise
+            rank_zero_warn(f"encoder: {error}; {'VAE and CLIP are' if self.text else 'the VAE is'} cached all the same")
+            return StableDiffusion(pipeline)
+        family.report_assumption("encoder")
+        return family
 
 
 class PublishedLatents(LatentSource):
@@ -163,4 +190,4 @@ class PublishedLatents(LatentSource):
 
     def load(self) -> Encoders:
         """Return the latent space alone; no encoder is loaded."""
-        return Encoders(self.latent_space)
+        return Encoders(self.latent_space, self.latent_space.downscale)

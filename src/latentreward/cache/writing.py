@@ -1,5 +1,7 @@
 """Run of ``latentreward cache``: plan on one process, encode on all processes, and resume unfinished runs."""
 
+from __future__ import annotations
+
 import logging
 import multiprocessing
 import os
@@ -10,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric.plugins.environments import LightningEnvironment
@@ -24,6 +26,7 @@ from latentreward.cache.plan import check_same, describe_data, write_plan
 from latentreward.cache.scan import RowScan, scan_rows
 from latentreward.cache.shard_writer import KEPT, remove_temporary
 from latentreward.cache.sizing import ImageSettings
+from latentreward.cache.space import check_space, need_of
 from latentreward.data.loading import WorkerLoader
 from latentreward.data.readers import PairReader
 from latentreward.errors import InputError
@@ -31,6 +34,9 @@ from latentreward.interrupts import TERMINATED, kill_started_ranks
 from latentreward.storage.durable import contents, write_errors_named
 from latentreward.storage.locks import locked
 from latentreward.storage.progress import Progress
+
+if TYPE_CHECKING:
+    from latentreward.encoders.prompts import PromptEncoder
 
 logger = logging.getLogger(__name__)
 
@@ -47,19 +53,26 @@ class EncodingDataModule(LightningDataModule):
         images: Settings for the sizes of images.
         spec: Settings of the cache, made from ``images`` and the encoders.
         num_workers: Number of processes per rank that read and decode images.
+        text: Text encoder, whose tokenizer tells the lengths of prompts; None if prompts are not cached.
 
     Attributes:
         todo: Shards that have to be encoded; None before :meth:`prepare_data`.
     """
 
     def __init__(
-        self, folder: Path, reader: PairReader, images: ImageSettings, spec: CacheSpec, num_workers: int
+        self,
+        folder: Path,
+        reader: PairReader,
+        images: ImageSettings,
+        spec: CacheSpec,
+        num_workers: int,
+        text: PromptEncoder | None = None,
     ) -> None:
         super().__init__()
         self.prepare_data_per_node = False
         self.allow_zero_length_dataloader_with_multiple_devices = True
         self.folder, self.reader, self.images = folder, reader, images
-        self.spec, self.num_workers = spec, num_workers
+        self.spec, self.num_workers, self.text = spec, num_workers, text
         self.todo: list[Shard] | None = None
         self._held = ExitStack()
 
@@ -72,8 +85,8 @@ class EncodingDataModule(LightningDataModule):
         """Lock the folder, write or check the plan, and find missing or damaged shards; called on one process only.
 
         Raises:
-            InputError: If another run is writing to the folder, the folder cannot be written to, holds other files, or
-                was begun with other settings or data.
+            InputError: If another run is writing to the folder, the folder cannot be written to, holds other files, was
+                begun with other settings or data, or lies on a disk with too little space.
         """
         if self.todo is not None:
             return
@@ -91,7 +104,18 @@ class EncodingDataModule(LightningDataModule):
                 self._restore_tables(plan, data)
             else:
                 plan = self._plan(data)
-            self.todo = self._unfinished(plan)
+            todo = self._unfinished(plan)
+            need = need_of(self.folder, plan, todo, self.text)
+            try:
+                check_space(self.folder, need)
+            except InputError:
+                if not begun:  # other settings may fit, and the folder is free for them
+                    for name in (PLAN, *SCHEMAS):
+                        (self.folder / name).unlink()
+                raise
+            if todo:
+                print(f"cache: to write: {need}", file=sys.stderr)
+            self.todo = todo
 
     def setup(self, stage: str) -> None:
         """Send the list of unfinished shards to all ranks."""

@@ -16,6 +16,8 @@ VALUES = 4
 """Number of values recorded per tensor."""
 RELATIVE, ABSOLUTE = 0.01, 1e-6
 """Tolerances for equal values: rounding to bfloat16 moves a value by up to 0.4 %, to float16 by up to 3e-8."""
+KEPT = "weight_sample"
+"""Attribute of a quantised layer: sample of the weight that its files hold."""
 T = TypeVar("T")
 
 
@@ -39,11 +41,11 @@ class BaseSample:
         the adapters of rewards are added and removed.
         """
         frozen = {
-            name: weight.detach()
+            name: sample_in(module, name)
             for name, weight in module.named_parameters()
-            if not weight.requires_grad and ".lora_" not in name
+            if not weight.requires_grad and not weight.is_meta and ".lora_" not in name
         }
-        return cls(source, {name: sample(weight) for name, weight in frozen.items() if not weight.is_meta})
+        return cls(source, frozen)
 
     def record(self, saved: Collection[str]) -> dict[str, Any]:
         """Return the record for a checkpoint: source, names and sampled values of the weights that it does not hold.
@@ -93,6 +95,38 @@ def sample(weight: Tensor) -> Tensor:
     """Take :data:`VALUES` evenly spaced values of a tensor, first and last included, as float32 on the CPU."""
     index = torch.linspace(0, weight.numel() - 1, VALUES, dtype=torch.float64).long()
     return weight.reshape(-1)[index.to(weight.device)].float().cpu()
+
+
+def sample_in(module: nn.Module, name: str) -> Tensor:
+    """Sample the parameter ``name`` of a module; a quantised one has the values that :func:`keep_sample` kept."""
+    weight = module.get_parameter(name)
+    if not is_quantized(weight):  # asked before detach, which makes plain tensors of bitsandbytes' weights
+        return sample(weight.detach())
+    kept: Tensor = getattr(module.get_submodule(name.rpartition(".")[0]), KEPT)
+    return kept
+
+
+def keep_sample(layer: nn.Module, values: Tensor) -> None:
+    """Keep ``values``, the sample of a layer's weight, on the layer: its weight is quantised."""
+    setattr(layer, KEPT, values)
+
+
+def quantized_names(module: nn.Module) -> set[str]:
+    """Return the state-dict entries of a module's quantised layers, with those of their library, but for what trains.
+
+    bitsandbytes writes scales and code books beside the weight once it lies on a GPU, and does not read them again.
+    """
+    names = set[str]()
+    for name, layer in module.named_modules():
+        if hasattr(layer, KEPT):
+            trains = {own for own, parameter in layer.named_parameters() if parameter.requires_grad}
+            names |= {f"{name}.{own}" for own in layer.state_dict(keep_vars=True).keys() - trains}
+    return names
+
+
+def is_quantized(weight: Tensor) -> bool:
+    """Tell whether a parameter that is not sharded holds quantised values: of a tensor class of another library."""
+    return type(weight) not in (Tensor, nn.Parameter) or type(weight.data) is not Tensor
 
 
 def without_adapters(named: Iterable[tuple[str, T]]) -> Iterator[tuple[str, T]]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from latentreward.checkpoints.base_weights import is_quantized, quantized_names
 from latentreward.errors import InputError, first_line
 
 if TYPE_CHECKING:
@@ -44,7 +45,12 @@ def shard_index(path: Path) -> Metadata:
         InputError: If ``path`` is not a complete sharded checkpoint, or its index is damaged or could run code.
     """
     if not is_sharded(path):
-        raise InputError(f"checkpoint {path} is a folder without {INDEX} and {REST}: not a complete sharded checkpoint")
+        inside = newest_first(found for found in path.rglob("*.ckpt") if found.exists())  # of a run's folder
+        remedy = f"one of those in it, such as {inside[0]}" if inside else "a file, or all files of the shards"
+        raise InputError(
+            f"checkpoint: {path} is a folder without {INDEX} and {REST}: not a complete sharded checkpoint; "
+            f"give {remedy}"
+        )
     from latentreward.checkpoints.shard_reader import ShardReader
 
     try:
@@ -117,7 +123,7 @@ def read_checkpoint(path: Path, with_tensors: bool = True) -> dict[str, Any]:
             # Mapped into memory, so that the optimiser's state is not read.
             content = torch.load(path, "cpu" if with_tensors else "meta", weights_only=True, mmap=True)
     except (*UNREADABLE, OSError) as error:
-        if isinstance(error, OSError) and error.filename:  # it says what is wrong with the file
+        if isinstance(error, InputError) or (isinstance(error, OSError) and error.filename):  # it names the fault
             raise
         raise InputError(damaged(path, first_line(error))) from error
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), Mapping):
@@ -179,7 +185,9 @@ def named(state: Mapping[str, Any], optimizer: Optimizer, module: nn.Module) -> 
 
 
 def frozen_names(module: nn.Module) -> set[str]:
-    """List the state-dict entries that training never changes: frozen parameters, and buffers of frozen modules.
+    """List the state-dict entries that training never changes: of frozen parameters, and buffers of frozen modules.
+
+    Those of quantised layers are listed with what their library adds to a state dict.
 
     A module counts as frozen for its buffers if none of its own parameters is trained and it has no attribute
     ``changes_buffers`` that is true.
@@ -189,7 +197,8 @@ def frozen_names(module: nn.Module) -> set[str]:
     homes |= {name for name, part in module.named_modules() if getattr(part, "changes_buffers", False)}
     every = module.named_parameters(remove_duplicate=False)  # tied weights have several names in a state dict
     frozen = {name for name, parameter in every if not parameter.requires_grad}
-    return frozen | {name for name, _ in module.named_buffers() if name.rpartition(".")[0] not in homes}
+    frozen |= {name for name, _ in module.named_buffers() if name.rpartition(".")[0] not in homes}
+    return frozen | quantized_names(module)
 
 
 def check_weights(module: nn.Module, found: Mapping[str, Any], strict: bool = False) -> None:
@@ -225,7 +234,7 @@ def check_weights(module: nn.Module, found: Mapping[str, Any], strict: bool = Fa
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    """Return the name of the first tensor that holds a NaN or an infinity, or None.
+    """Return the name of the first tensor that holds a NaN or an infinity, or None; quantised ones are not read.
 
     Of a sharded tensor, this rank's shard is checked. Minimum and maximum are both finite if and only if all values
     are, and ``aminmax`` takes one pass over the tensor. ``isfinite`` on the tensor itself makes copies (30 times as
@@ -235,7 +244,7 @@ def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
 
     for name, tensor in tensors.items():
         values = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
-        if not values.is_floating_point() or values.is_meta or not values.numel():
+        if is_quantized(values) or not values.is_floating_point() or values.is_meta or not values.numel():
             continue
         values = values.float() if values.itemsize == 1 else values  # aminmax does not support 8-bit floats
         if not torch.stack(torch.aminmax(values)).isfinite().all():

@@ -19,7 +19,7 @@ from latentreward.cache.sources import Encoders, LatentSource
 from latentreward.cache.writing import EncodingDataModule, StopOnSigterm, run_predict
 from latentreward.data.images import ExifOrientation
 from latentreward.data.readers import PairReader, count_text
-from latentreward.errors import InputError
+from latentreward.errors import InputError, errors_at
 from latentreward.interrupts import interrupts_told
 from latentreward.settings.functions import run_function
 
@@ -59,7 +59,8 @@ def cache(
 ) -> None:
     """Write the latents of a data set's images, and optionally embeddings of its prompts, to a folder.
 
-    The same command resumes a run that was stopped in any way, and writes damaged files again.
+    The same command resumes a run that was stopped in any way, and writes damaged files again. Before it encodes, it
+    prints the bytes to write; a disk with too little space is refused.
 
     Args:
         output: Folder of the cache.
@@ -91,9 +92,11 @@ def cache(
     kept = f"finished shards are kept in {folder}: the same command goes on there"
     with interrupts_told(lambda: kept):
         encoders = encoder.load()
-        images.check(encoders.space)
+        images.check(encoders.side_multiple)
+        with errors_at("images."):
+            encoders.space.check_frames(images.frames)
         spec = make_spec(encoder, encoders, images, dtype, seed, images_per_shard, reader.exif)
-        data = EncodingDataModule(folder, reader, images, spec, num_workers)
+        data = EncodingDataModule(folder, reader, images, spec, num_workers, encoders.text)
         rate = EncodingRate()
         runner = make_trainer(trainer, [StopOnSigterm(), OneThread(), ShardsToDisk(folder), rate])
         try:
@@ -148,6 +151,8 @@ def make_spec(
         images_per_shard=per_shard,
         text=encoders.text_spec,
         exif=exif if encodes else None,
+        frames=images.frames,
+        fps=images.fps,
     )
 
 
@@ -181,6 +186,9 @@ def report(folder: Path, rate: EncodingRate, processes: int) -> None:
     print(f"dropped pairs: {count_text(Counter(plan.dropped))}")
     if lost:
         print(f"images not read: {count_text(unreadable)}; {pairs_with(folder, lost)} pairs have such an image")
+    if rate.unused:
+        by = " by this process" if processes > 1 else ""
+        print(f"clips longer than frames={plan.spec.frames}: {rate.unused} frames were not used{by}")
     print(f"{size / 2**20:.1f} MiB", end="")
     if rate.done:
         done = min(rate.done * processes, rate.total)

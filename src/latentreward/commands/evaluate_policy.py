@@ -62,7 +62,7 @@ def evaluate_policy(
     images_per_prompt: int | None = None,
     images_scored: Literal["all", "first"] = "all",
     sampling: Sampling = DETERMINISTIC,
-    guidance_scale: float = 5.0,
+    guidance_scale: float | None = None,
     shared_noise: bool = False,
     seed: int = 0,
     batch_size: int = 8,
@@ -93,7 +93,8 @@ def evaluate_policy(
         images_scored: Pictures of each prompt to sample and score: ``all`` or only the ``first``. LPO's released script
             samples four for each of 500 prompts but, by a slip of ``zip``, scores only the first.
         sampling: Steps, noise and size.
-        guidance_scale: Classifier-free guidance scale of policies without their own; 1 switches guidance off.
+        guidance_scale: Guidance scale of policies without their own, as their family's pipeline takes it; by default
+            the family's own: 5 for SD and SD3, where 1 switches guidance off.
         shared_noise: Whether the n-th pictures of all prompts start from the same noise. LPO's released script does so
             by resetting its seed for each prompt; our noise is generated differently, so pictures differ from theirs.
         seed: Seed of all noise.
@@ -124,6 +125,7 @@ def evaluate_policy(
             if isinstance(scorer, ImageScorer):
                 scorer.prepare()
 
+    sampling.require_images("evaluate-policy")
     plan = SamplingPlan(sampling, guidance_scale, seed, shared_noise, batch_size, find_device(device))
     settings = {
         "prompts": None if prompts is None else name_of(prompts),

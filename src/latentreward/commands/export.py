@@ -10,6 +10,7 @@ from latentreward.errors import InputError
 from latentreward.scoring import RewardModel
 from latentreward.scoring.layouts.exporting import RewardFormat, export_reward
 from latentreward.scoring.layouts.find import find_reward
+from latentreward.scoring.layouts.model_folder import is_model_folder
 from latentreward.settings.functions import run_plain_function
 
 PolicyFormat = Literal["diffusers", "kohya", "merged"]
@@ -31,9 +32,9 @@ def export(
     """Write a policy trained by an alignment run, or a reward model, in the format of another program.
 
     Args:
-        checkpoint: Policy: checkpoint file or folder of any alignment run. To export the average of TrainableEMA, first
-            write it with ``latentreward consolidate --average=true``. Reward: checkpoint or folder of a run, model
-            folder, or hub id.
+        checkpoint: Policy: checkpoint of any alignment run, a file or a folder of shards. To export the average of
+            TrainableEMA, first write it with ``latentreward consolidate --average=true``. Reward: checkpoint or folder
+            of a run, model folder, or hub id.
         output: Folder to write.
         format: Policy: ``diffusers`` writes a LoRA for ``load_lora_weights``; ``kohya`` a LoRA for ComfyUI and other
             programs that read kohya's names; ``merged`` a whole pipeline with the LoRA merged into its weights, and
@@ -47,8 +48,8 @@ def export(
             hub id of the base, or the name of its folder.
         run_config: Reward: config file of its training run; by default the one beside the checkpoint.
         revision: Reward: branch, tag or commit of a hub id.
-        trust_remote_code: Reward: whether to import classes that its settings name and that are not registered;
-            importing runs their code.
+        trust_remote_code: Whether to import classes outside this package that the reward's settings or the policy's
+            checkpoint name; importing runs their code.
 
     Raises:
         InputError: If the checkpoint is damaged or of the wrong kind for ``format``, the format cannot hold the reward,
@@ -70,13 +71,16 @@ def export(
             raise InputError(f"{given[0]} is for rewards, but format={format} is for policies; leave it out")
         from latentreward.export import loading_call
 
-        written = export_policy(checkpoint, output, cast(PolicyFormat, format), getattr(torch, dtype))
+        precision = getattr(torch, dtype)
+        written = export_policy(checkpoint, output, cast(PolicyFormat, format), precision, trust_remote_code)
         lines = [f"load it by {loading_call(written)}"] if format == "merged" else []
     size = sum(path.stat().st_size for path in (written, *written.rglob("*")) if path.is_file())
     print("\n".join([f"{written}: {size / 1e6:.1f} MB", *lines]))
 
 
-def export_policy(checkpoint: Path, output: Path, format: PolicyFormat, precision: torch.dtype) -> Path:
+def export_policy(
+    checkpoint: Path, output: Path, format: PolicyFormat, precision: torch.dtype, trusted: bool = False
+) -> Path:
     """Write the policy of an alignment run, and return the written file or folder.
 
     Raises:
@@ -86,7 +90,7 @@ def export_policy(checkpoint: Path, output: Path, format: PolicyFormat, precisio
     from latentreward.policies.checkpoint import read_policy_adapter
 
     try:
-        saved = read_policy_adapter(checkpoint)
+        saved = read_policy_adapter(checkpoint, trusted)
     except InputError as error:
         if not is_reward(checkpoint):
             raise
@@ -102,7 +106,8 @@ def export_policy(checkpoint: Path, output: Path, format: PolicyFormat, precisio
 def is_reward(place: Path) -> bool:
     """Tell whether a path holds a reward; only small files are read."""
     try:
-        return place.exists() and find_reward(str(place)) is not None
+        # find_reward refuses a folder that names classes outside this package, but it is a reward all the same
+        return place.exists() and (is_model_folder(place) or find_reward(str(place)) is not None)
     except InputError:
         return False
 

@@ -32,7 +32,7 @@ def generate(
     lora: Path | None = None,
     reward: RewardSource | None = None,
     sampling: Sampling = DETERMINISTIC,
-    guidance_scale: float = 5.0,
+    guidance_scale: float | None = None,
     images_per_prompt: int = 1,
     best_of: int = 1,
     step_search: Candidates | None = None,
@@ -43,7 +43,7 @@ def generate(
     table: Literal["csv", "jsonl"] = "csv",
     device: str = "auto",
 ) -> None:
-    """Write pictures of each prompt, a grid of all pictures, and a table with their seeds and scores.
+    """Write pictures or clips of each prompt, a grid of all pictures, and a table with their seeds and scores.
 
     The same command resumes a stopped run; existing pictures are kept. A picture depends only on its prompt, the
     prompt's position in the file, the number of the picture, the seed and the settings.
@@ -55,8 +55,10 @@ def generate(
         checkpoint: Checkpoint of an alignment run, whose adapter is loaded.
         lora: LoRA file or folder to load, as ``latentreward export`` writes it.
         reward: Reward that scores the pictures, and by which best_of and step_search choose.
-        sampling: Steps, noise and size. Step search needs noise: ``eta`` (SD1.5, SD2.1, SDXL) or ``noise_level`` (SD3).
-        guidance_scale: Classifier-free guidance scale; 1 switches guidance off.
+        sampling: Steps, noise, size and number of frames; clips become animated WebP files. Step search needs noise:
+            ``eta`` (SD1.5, SD2.1, SDXL) or ``noise_level`` (SD3).
+        guidance_scale: Guidance scale as the pipeline of the generator's family takes it; by default the family's own:
+            5 for SD and SD3, where 1 switches guidance off.
         images_per_prompt: Pictures to write for each prompt.
         best_of: Number of samples per picture; the sample with the highest score is written.
         step_search: Number of candidates at each sampling step and the steps to search at; the candidate with the
@@ -73,6 +75,9 @@ def generate(
         InputError: If a setting is wrong, or ``output_dir`` holds other files or pictures made with other settings.
     """
     trained = TrainedPolicy(policy, checkpoint, lora)
+    source = trained.source()
+    family = source.resolve_family()
+    guidance_scale = family.guidance(guidance_scale)
     settings = trained.identity() | plain(
         {
             "reward": reward,
@@ -87,11 +92,10 @@ def generate(
     texts = read_prompts(prompts, "prompts", max_prompt_chars)
     if reward is None and (best_of > 1 or step_search is not None):
         raise InputError("best_of and step_search choose by a reward; set reward")
-    source = trained.source()
     if reward is not None:
         reward.require_latents_of(source)
     if step_search is not None:
-        step_search.branching().steps(sampling.sampler(source.pipeline().config("scheduler")))
+        step_search.branching().steps(sampling.sampler(family))
     with locked(output_dir, "output_dir"):
         folder = ImageFolder(output_dir, settings, table)
         wanted = [(place, image) for place in range(len(texts)) for image in range(images_per_prompt)]
@@ -102,7 +106,7 @@ def generate(
             generator = trained.load(where)
             scorer = None if reward is None else reward.load(generator).eval().to(where)
             if scorer is not None:
-                _try(scorer, generator, best_of, score_sigmas)
+                _try(scorer, generator, sampling, best_of, score_sigmas)
             how: dict[str, Any] = {"sampling": sampling, "guidance_scale": guidance_scale, "seed": seed}
             sample: Callable[[PromptBatch], Tensor] = partial(sample_latents, generator, **how)
             if step_search is not None and scorer is not None:
@@ -131,10 +135,12 @@ def _draw(
     return best.latents, best.scores
 
 
-def _try(reward: Reward, policy: Policy, best_of: int, sigmas: Sequence[float]) -> None:
+def _try(reward: Reward, policy: Policy, sampling: Sampling, best_of: int, sigmas: Sequence[float]) -> None:
     """Score random latents with the settings of the run, so that an unfit reward fails before anything is sampled."""
     device = next(policy.network.parameters()).device
-    noise = torch.randn(best_of, 1, *policy.latent_shape(), generator=torch.Generator().manual_seed(0)).to(device)
+    noise = torch.randn(
+        best_of, 1, *sampling.latent_shape(policy.family), generator=torch.Generator().manual_seed(0)
+    ).to(device)
     drawn = iter(noise)
     best_of_n(lambda prompts: next(drawn), reward, PromptBatch(("",), ("",)), best_of, sigmas=sigmas)
 

@@ -85,12 +85,12 @@ def score(
     dtype: Literal["float32", "bfloat16"] = "float32",
     device: str = "auto",
 ) -> None:
-    """Score images for their prompts, and write a table and, with --gallery, an HTML page sorted by score.
+    """Score images or clips for their prompts, and write a table and, with --gallery, an HTML page sorted by score.
 
     The table has the columns image, prompt, score, z_score and quantile (empty if the model is not calibrated), width,
     height and problem (why an image has no score). Finished parts are kept in ``OUTPUT.parts/``: the same command
     resumes a killed run, and refuses other images, another model or other noise. A complete table is not computed
-    again, so a page can be added later.
+    again, so a page can be added later. A model trained on clips takes lists of mp4 files.
 
     Args:
         images: Folder, glob pattern such as 'pics/**/*.png', or list that ends in .jsonl or .csv. The prompts of a
@@ -160,9 +160,8 @@ def score(
     print(f"{output}: {summarise(listed, table)}")
     if page is not None:
         start = time.monotonic()
-        if exif is None:
-            exif = find_reward(model, run_config, base, revision=revision, trusted=trust_remote_code).exif
-        shown = page.write(listed, table, model, exif)
+        stored = find_reward(model, run_config, base, revision=revision, trusted=trust_remote_code)
+        shown = page.write(listed, table, model, exif or stored.exif, stored.image_sizes)
         notes.append(f"page of {shown} images written in {time.monotonic() - start:.1f} s: {gallery}")
     if notes:
         print("; ".join(notes))
@@ -214,6 +213,8 @@ def _make_table(
                 f"scored is kept in {files.folder}: set a smaller one"
             ) from error
         notes += _remarks_on_images(model, scoring.rotated, files)
+        if scoring.unused:
+            notes.append(f"{scoring.unused} frames of clips longer than the training's were not used")
     files.finish()
     return notes
 

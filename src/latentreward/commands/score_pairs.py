@@ -10,7 +10,7 @@ import numpy as np
 
 from latentreward.data.readers import PairReader, count_text
 from latentreward.scorers import Scorer
-from latentreward.scorers.pair_scoring import PairScoring
+from latentreward.scorers.pair_scoring import PairScoring, require_images
 from latentreward.settings.functions import run_function
 from latentreward.storage.part_tables import PartFiles
 from latentreward.storage.progress import Progress
@@ -61,6 +61,8 @@ def _score_missing(scoring: PairScoring, files: PartFiles, flush_every: int) -> 
     missing = files.missing(flush_every)
     if not missing:
         return 0.0, 0
+    if scoring.image_scorers:
+        require_images("reader", scoring.reader, len(scoring.reader))
     scoring.prepare()
     for rows, table in files.read():
         scoring.recall(rows, table)

@@ -88,6 +88,7 @@ def serve(
             trust_remote_code=trust_remote_code,
             published=published,
         )
+        reward.require_images("serve")
         serve_until_stopped(ScoringService(reward, settings), bound)
     print("stopped", flush=True)
 

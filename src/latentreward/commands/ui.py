@@ -60,7 +60,9 @@ def ui(
         "trust_remote_code": trust_remote_code,
     }
     loading |= {"device": target, "dtype": getattr(torch, dtype), "published": published}
-    launch(RewardModel.from_pretrained(model, **loading), free_port)
+    reward = RewardModel.from_pretrained(model, **loading)
+    reward.require_images("ui")
+    launch(reward, free_port)
 
 
 run = partial(run_plain_function, ui)

@@ -10,6 +10,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
+from latentreward.data.clips import FPS, ClipLoader, check_clips, check_frames, require_pyav
 from latentreward.data.collate import collate_pairs
 from latentreward.data.dataset import PairDataset
 from latentreward.data.images import MAX_PIXELS, PixelLoader, ResizePolicy
@@ -149,6 +150,9 @@ class PreferenceDataModule(PairLoaders):
             rows and to unreadable images. Readers made in Python have read their rows before, so that it applies to
             their images only.
         max_pixels: Largest width × height of an image; images with more pixels are refused before decoding.
+        frames: Number of frames of clips, for networks that make clips: then the files are mp4 files, of which the
+            first ``frames`` frames are taken. 1 for images.
+        fps: Frames per second of clips, see :class:`~latentreward.data.clips.ClipLoader`.
         loading: See :class:`PairLoaders`.
 
     Raises:
@@ -172,13 +176,19 @@ class PreferenceDataModule(PairLoaders):
         shared_prompts: SharedPrompts = "drop",
         on_error: OnError = "raise",
         max_pixels: int = MAX_PIXELS,
+        frames: int = 1,
+        fps: float = FPS,
         **loading: Any,
     ) -> None:
         super().__init__(**loading)
         height, width = (size, size) if isinstance(size, int) else size
         check_at_least_one("data.", size=min(height, width))
-        self._sides = height, width
+        check_clips("data.", frames, fps)
+        require_pyav(frames)
+        self._sides, self._frames = (height, width), frames
         loader = PixelLoader(height, width, resize, max_pixels)
+        if frames > 1:
+            loader = ClipLoader(height, width, resize, max_pixels, frames=frames, fps=fps)
         readers = {"train": train, "val": val, "test": test}
         given = {name: reader for name, reader in readers.items() if reader is not None}
         rows, self.emptied = select_or_explain(given, shared_prompts)
@@ -188,16 +198,20 @@ class PreferenceDataModule(PairLoaders):
         }
 
     def setup(self, stage: str) -> None:
-        """Check that the module's backbone, policy or generator takes images of ``size``.
+        """Check that the module's backbone, policy or generator takes images of ``size``, or clips of ``frames``.
 
         Raises:
-            InputError: If a side is not a multiple of the network's ``side_multiple``.
+            InputError: If a side is not a multiple of the network's ``side_multiple``, or the network does not take
+                clips of so many frames.
         """
         module = self.trainer.lightning_module if self.trainer else None
         owners = (getattr(module, "model", None), "backbone"), (module, "policy"), (module, "generator")
         for owner, name in owners:
-            if (multiple := getattr(getattr(owner, name, None), "side_multiple", None)) is not None:
+            network = getattr(owner, name, None)
+            if (multiple := getattr(network, "side_multiple", None)) is not None:
                 check_multiples("data.size", self._sides, multiple)
+            if network is not None and self._frames > 1:
+                check_frames("data.", network, self._frames)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return batches of ``train``; every rank gets equally many pairs."""
@@ -210,10 +224,14 @@ class PreferenceDataModule(PairLoaders):
         return ResumableLoader(dataset, sampler, collate_fn=collate_pairs, **self._worker_settings())
 
     def teardown(self, stage: str) -> None:
-        """Log, for each split with unreadable images, the number of such pairs by reason."""
+        """Log, for each split, the numbers of pairs with unreadable images by reason, and of frames not used."""
         for name, dataset in self.datasets.items():
             if skipped := dataset.skipped():
                 logger.warning("data.%s: images not read on this rank: %s", name, count_text(skipped))
+            clips, frames = dataset.unused_frames()
+            if clips:
+                text = "data.%s: %d clips on this rank are longer than frames=%d; %d frames were not used"
+                logger.warning(text, name, clips, self._frames, frames)
 
     def _deal(self, dataset: PairDataset) -> dict[str, Any]:
         shares = shares_of(self.trainer)

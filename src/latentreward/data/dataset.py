@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from latentreward.contracts import PreferencePair
+from latentreward.data.clips import ClipLoader
 from latentreward.data.image_sizes import OneSize
 from latentreward.data.images import IMAGE_PROBLEMS, ExifOrientation, ImageError, PixelLoader
 from latentreward.data.readers import PairReader
@@ -31,8 +32,8 @@ class LoadedPair:
 
     Attributes:
         pair: Record that the reader returned.
-        pixels_a: Pixels of image a, ``(3, H, W)``, float32 in [-1, 1].
-        pixels_b: Pixels of image b, ``(3, H, W)``, float32 in [-1, 1].
+        pixels_a: Pixels of image a, ``(3, H, W)``, or of clip a, ``(3, F, H, W)``; float32 in [-1, 1].
+        pixels_b: Pixels of image or clip b.
     """
 
     pair: PreferencePair
@@ -58,7 +59,7 @@ class PairDataset(Dataset[LoadedPair | SkippedPair]):
 
     Args:
         reader: Source of the pairs. Its ``on_error``, if set, also applies to images that cannot be read.
-        loader: Decodes and resizes one image. Its ``exif`` is replaced by the reader's ``exif``.
+        loader: Decodes and resizes one image or clip. Its ``exif`` is replaced by the reader's ``exif``.
         rows: Row numbers of the reader to use; all rows by default.
         on_error: Default for a reader whose own ``on_error`` is None.
         name: Name of the split in a data module, for messages; empty outside a data module.
@@ -84,6 +85,9 @@ class PairDataset(Dataset[LoadedPair | SkippedPair]):
         self.rows = np.arange(len(reader)) if rows is None else np.asarray(rows)
         # Per row: 0, or 1 + index of the problem in IMAGE_PROBLEMS. Shared memory, because worker processes write it.
         self._problems = torch.zeros(len(self.rows), dtype=torch.uint8).share_memory_()
+        # Per row with clips: number of frames of each side that are not used.
+        clips = len(self.rows) if isinstance(loader, ClipLoader) else 0
+        self._unused = torch.zeros(clips, 2, dtype=torch.int32).share_memory_()
         self._warned = False
 
     @property
@@ -94,7 +98,8 @@ class PairDataset(Dataset[LoadedPair | SkippedPair]):
     @property
     def image_sizes(self) -> OneSize:
         """Return the rule by which images are resized."""
-        return OneSize(self.loader.height, self.loader.width, self.loader.resize)
+        clips = (self.loader.frames, self.loader.fps) if isinstance(self.loader, ClipLoader) else ()
+        return OneSize(self.loader.height, self.loader.width, self.loader.resize, *clips)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -111,6 +116,10 @@ class PairDataset(Dataset[LoadedPair | SkippedPair]):
         """
         pair = self.reader[int(self.rows[index])]
         try:
+            if isinstance(self.loader, ClipLoader):
+                clips = self.loader.load(pair.image_a), self.loader.load(pair.image_b)
+                self._unused[index] = torch.tensor([clip.unused for clip in clips])
+                return LoadedPair(pair, *(clip.pixels for clip in clips))
             return LoadedPair(pair, self.loader(pair.image_a), self.loader(pair.image_b))
         except ImageError as error:
             return self._replace(index, pair, error)
@@ -119,6 +128,10 @@ class PairDataset(Dataset[LoadedPair | SkippedPair]):
         """Count, by reason, the pairs that this process and its workers skipped or replaced by a placeholder so far."""
         counts = torch.bincount(self._problems, minlength=len(IMAGE_PROBLEMS) + 1).tolist()[1:]
         return Counter({problem: count for problem, count in zip(IMAGE_PROBLEMS, counts, strict=True) if count})
+
+    def unused_frames(self) -> tuple[int, int]:
+        """Count the clips read so far that are longer than ``frames``, and the frames of them that are not used."""
+        return int((self._unused > 0).sum()), int(self._unused.sum())
 
     def _replace(self, index: int, pair: PreferencePair, error: ImageError) -> LoadedPair | SkippedPair:
         split, setting = (f"data.{self.name}: ", DATA_ON_ERROR) if self.name else ("", OWN_ON_ERROR)

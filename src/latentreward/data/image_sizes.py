@@ -7,11 +7,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from latentreward.data.buckets import PUBLISHED_BUCKETS, Bucket, assign_bucket, nearest_bucket, sort_buckets
+from latentreward.data.clips import FPS, ClipLoader
 from latentreward.data.images import PixelLoader, ResizePolicy
 
 
 class ImageSizes(ABC):
-    """Base class of the rules by which images are resized."""
+    """Base class of the rules by which images are resized.
+
+    Attributes:
+        frames: Number of frames of clips; 1 for images.
+    """
+
+    frames: int = 1
 
     @abstractmethod
     def loader(self, height: int, width: int) -> PixelLoader:
@@ -31,19 +38,30 @@ class OneSize(ImageSizes):
         width: Width in pixels.
         resize: How images are resized, see :class:`~latentreward.data.images.PixelLoader`. LRM's released code
             stretches them.
+        frames: Number of frames of clips; 1 for images.
+        fps: Frames per second of clips.
     """
 
     height: int
     width: int
     resize: ResizePolicy = "stretch"
+    frames: int = 1
+    fps: float = FPS
 
     def __str__(self) -> str:
-        """Return the size as ``HEIGHTxWIDTH``, followed by ``center-cropped`` if images are not stretched."""
-        return f"{self.height}x{self.width}" + ("" if self.resize == "stretch" else " center-cropped")
+        """Return the size as ``HEIGHTxWIDTH``, ``center-cropped`` if images are not stretched, and that of clips."""
+        resized = "" if self.resize == "stretch" else " center-cropped"
+        return f"{self.height}x{self.width}{resized}{self.clips}"
+
+    @property
+    def clips(self) -> str:
+        """Number of frames and frames per second in words; empty for images."""
+        return "" if self.frames == 1 else f", clips of {self.frames} frames at {self.fps:g} per second"
 
     def loader(self, height: int, width: int) -> PixelLoader:
         """See :meth:`ImageSizes.loader`."""
-        return PixelLoader(self.height, self.width, self.resize)
+        sizes = self.height, self.width, self.resize
+        return PixelLoader(*sizes) if self.frames == 1 else ClipLoader(*sizes, frames=self.frames, fps=self.fps)
 
 
 @dataclass(frozen=True)

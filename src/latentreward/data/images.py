@@ -45,6 +45,10 @@ EXTRA_BYTES = {"WEBP": 12, "1": 1, "L": 1, "P": 1, "I": 5, "I;16": 3}
 """Format or mode → measured bytes per pixel that decoding needs beside the decoded image; at most 8 for others."""
 BROKEN_FILE = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error, zlib.error)
 """Exceptions that Pillow's decoders raise on damaged bytes."""
+MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
+"""Names of the boxes with which mp4 and mov files begin, at their fifth byte."""
+STILL_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"hevc", b"hevx", b"mif1", b"msf1")
+"""Brands of files that begin as mp4 files do, but hold images: AVIF and HEIC."""
 BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 NO_IMAGE = "no image"
@@ -54,9 +58,11 @@ OUTSIDE = "path outside the root"
 UNKNOWN = "unknown image format"
 DAMAGED = "truncated or damaged image"
 TOO_LARGE = "too many pixels"
+SHORT = "clip too short"
+CLIP = "clip, not an image"
 ALPHA, DEEP, CMYK = "alpha, which is dropped", "16 bits per channel, which become 8", "CMYK, which becomes RGB"
 """Descriptions of changes that decoding to 8-bit RGB makes."""
-IMAGE_PROBLEMS = (NO_IMAGE, EMPTY, MISSING, OUTSIDE, UNKNOWN, DAMAGED, TOO_LARGE)
+IMAGE_PROBLEMS = (NO_IMAGE, EMPTY, MISSING, OUTSIDE, UNKNOWN, DAMAGED, TOO_LARGE, SHORT, CLIP)
 
 
 class ImageError(InputError):
@@ -228,7 +234,7 @@ def decoding_bytes(image: ImageRef, max_pixels: int = MAX_PIXELS) -> tuple[int, 
 @contextmanager
 def _opened(image: ImageRef, max_pixels: int) -> Iterator[Image.Image]:
     """Open an image, check its size, and turn Pillow's errors inside the ``with`` block into ImageError."""
-    source = _open_source(image)
+    source = open_source(image)
     try:
         with Image.open(source, formats=FORMATS) as opened:
             _check_pixels(image, opened, max_pixels)
@@ -236,11 +242,21 @@ def _opened(image: ImageRef, max_pixels: int) -> Iterator[Image.Image]:
     except ImageError:
         raise
     except UnidentifiedImageError as error:
+        if _is_clip(source):
+            detail = "mp4 or mov; fit and cache read clips if frames is set, score if the model was trained on clips"
+            raise image_error(image, CLIP, detail) from error
         raise image_error(image, UNKNOWN, f"not one of {', '.join(FORMATS)}") from error
     except BOMB as error:
         raise image_error(image, TOO_LARGE, f"exceeds max_pixels={max_pixels}") from error
     except BROKEN_FILE as error:
         raise image_error(image, DAMAGED, str(error)) from error
+
+
+def _is_clip(source: BytesIO | Path) -> bool:
+    """Tell whether a file begins as mp4 and mov files do."""
+    with BytesIO(source.getvalue()) if isinstance(source, BytesIO) else source.open("rb") as file:
+        start = file.read(12)
+    return start[4:8] in MP4_BOXES and start[8:] not in STILL_BRANDS
 
 
 def _check_pixels(image: ImageRef, opened: Image.Image, max_pixels: int) -> None:
@@ -265,7 +281,8 @@ def _resolved(root: Path) -> Path:
     return root.resolve()
 
 
-def _open_source(image: ImageRef) -> BytesIO | Path:
+def open_source(image: ImageRef) -> BytesIO | Path:
+    """Return an image's bytes or the path of its file, which exists and is not empty; raise ImageError otherwise."""
     if image.holds == "latents":
         raise InputError(
             f"image {image.image_key!r} holds latents, not an image; import them with `latentreward cache`"

@@ -10,14 +10,16 @@ from latentreward.data.images import DAMAGED, EMPTY, NO_IMAGE, image_error
 DTYPES = ("float16", "float32")
 
 
-def decode_latents(image: ImageRef) -> np.ndarray:
+def decode_latents(image: ImageRef, clip: bool | None = False) -> np.ndarray:
     """Decode the latents of one image.
 
     Args:
         image: Reference with ``holds="latents"``.
+        clip: Whether the latents have a time axis; None takes both.
 
     Returns:
-        Latents ``(C, h, w)``, float16 or float32, with the scale and shift that the cache's writer applied.
+        Latents ``(C, h, w)``, or ``(C, T, h, w)`` with a time axis, float16 or float32, with the scale and shift that
+        the cache's writer applied.
 
     Raises:
         ImageError: If the bytes are missing or not such an array, or if a value is not finite.
@@ -30,9 +32,11 @@ def decode_latents(image: ImageRef) -> np.ndarray:
         array = np.load(BytesIO(image.data), allow_pickle=False)
     except (ValueError, OSError, EOFError, TypeError, SyntaxError) as error:  # what numpy raises on damaged bytes
         raise image_error(image, DAMAGED, f"not a whole np.save array: {error}") from error
-    if not isinstance(array, np.ndarray) or array.ndim != 3 or str(array.dtype) not in DTYPES:
+    taken = (3, 4) if clip is None else (3 + clip,)
+    axes = " or ".join("(C, h, w)" if count == 3 else "(C, T, h, w)" for count in taken)
+    if not isinstance(array, np.ndarray) or array.ndim not in taken or str(array.dtype) not in DTYPES:
         found = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
-        raise image_error(image, DAMAGED, f"{found} is not a (C, h, w) array of {' or '.join(DTYPES)}")
+        raise image_error(image, DAMAGED, f"{found} is not a {axes} array of {' or '.join(DTYPES)}")
     if not np.isfinite(array).all():
         raise image_error(image, DAMAGED, "values that are not finite")
     return array

@@ -21,6 +21,8 @@ class CLIPPromptEncoder(PromptEncoder):
         tokenizer: Tokenizer of ``text_encoder``; None if only token ids are encoded.
     """
 
+    tokens_in_fingerprint = False
+
     def __init__(self, text_encoder: CLIPTextModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         super().__init__()
         self.text_encoder, self.tokenizer = text_encoder, tokenizer
@@ -50,6 +52,7 @@ class SDXLPromptEncoder(PromptEncoder):
         tokenizer_2: Tokenizer of ``text_encoder_2`` (pads with id 0).
     """
 
+    tokens_in_fingerprint = False
     tokens_only = ("text_encoder",)
 
     def __init__(

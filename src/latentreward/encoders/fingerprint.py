@@ -6,12 +6,14 @@ encoders.
 
 import json
 from collections.abc import Iterable
+from contextlib import suppress
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from latentreward.errors import InputError
 from latentreward.storage.digests import digest
 
 if TYPE_CHECKING:
@@ -32,6 +34,10 @@ VAE_FIELDS = (
     "shift_factor",
 )
 """Entries of a VAE's config on which its latents depend."""
+OTHER_VAE_FIELDS = ("z_dim", "base_dim", "dim_mult", "num_res_blocks", "latents_mean", "latents_std", "batch_norm_eps")
+"""Entries that only VAEs of other classes than ``AutoencoderKL`` set."""
+PROBES = ("", "A café\u2019s <b>3</b> cats &amp; one dog, 100 % red")
+"""Prompts whose tokens tell templates, dropped and added tokens, padding, and repaired text."""
 CHUNK = 2**22
 """Number of values of a tensor that are converted and hashed at a time, to limit memory."""
 
@@ -45,13 +51,14 @@ def vae_fingerprint(vae: "AutoencoderKL") -> str:
     Args:
         vae: diffusers VAE, on any device.
     """
-    parts = [part for part in (vae.encoder, vae.quant_conv) if part is not None]
+    parts = [part for part in (vae.encoder, vae.quant_conv, getattr(vae, "bn", None)) if part is not None]
     config = {name: vae.config.get(name) for name in VAE_FIELDS}
+    config |= {name: vae.config[name] for name in OTHER_VAE_FIELDS if vae.config.get(name) is not None}
     return _fingerprint(parts, config, torch.float32)
 
 
 def text_fingerprint(encoder: "PromptEncoder") -> str:
-    """Return a hash (32 hexadecimal digits) of text encoders: weights, sizes of the vocabularies, length of prompts.
+    """Return a hash (32 hexadecimal digits) of text encoders: weights, tokens of fixed prompts, length of prompts.
 
     Weights are rounded to bfloat16 before they are hashed. A frozen text encoder therefore has one hash, whether
     training stores it in float32 or in bfloat16, and cached embeddings of one are used for the other.
@@ -67,6 +74,9 @@ def text_fingerprint(encoder: "PromptEncoder") -> str:
         "pooled_dim": encoder.pooled_dim,
         "tokenizers": [None if tokenizer is None else len(tokenizer) for tokenizer in tokenizers],
     }
+    if encoder.tokens_in_fingerprint:
+        with suppress(InputError):  # an encoder that is given token ids has no tokenizer
+            config["tokens"] = [ids.tolist() for ids in encoder.tokenize(PROBES)]
     return _fingerprint([encoder], config, torch.bfloat16)
 
 

@@ -1,5 +1,6 @@
 """Base class of all prompt encoders."""
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from latentreward.contracts import Conditioning
 from latentreward.errors import InputError
 
+logger = logging.getLogger(__name__)
+
 
 class PromptEncoder(nn.Module, ABC):
     """Encoder of prompts into token embeddings and a pooled vector, as one diffusion network takes them.
@@ -19,7 +22,13 @@ class PromptEncoder(nn.Module, ABC):
     Attributes:
         num_tokens: Number of token embeddings per prompt.
         token_dim: Width of a token embedding.
-        pooled_dim: Width of the pooled vector.
+        pooled_dim: Width of the pooled vector; 0 for families without one.
+        masked: Whether encoded prompts have a mask. Then ``num_tokens`` is the greatest number of tokens, the tokens of
+            a prompt come first, and a batch is as long as its longest prompt.
+        pools_tokens: Whether the pooled vector is the mean of the prompt's own tokens, which the network does not take.
+        dropped_tokens: Number of tokens before the prompt's own whose embeddings a masked encoder drops.
+        tokens_in_fingerprint: Whether the encoder's fingerprint covers the tokens of fixed prompts. Encoders of SD and
+            SD3 have fingerprints without, because caches hold them.
         unread: Names of submodules that no output depends on. They are frozen, because DDP fails on trainable
             parameters without a gradient.
         tokens_only: Names of submodules that the token embeddings depend on, but not the pooled vector.
@@ -28,16 +37,49 @@ class PromptEncoder(nn.Module, ABC):
     num_tokens: int
     token_dim: int
     pooled_dim: int
+    masked: bool = False
+    pools_tokens: bool = False
+    dropped_tokens: int = 0
+    tokens_in_fingerprint: bool = True
     unread: tuple[str, ...] = ()
     tokens_only: tuple[str, ...] = ()
+    _told_cut: bool = False
 
     @abstractmethod
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
-        """Return token ids on the CPU, one tensor ``(B, length)`` per text encoder; longer prompts are truncated."""
+        """Return token ids on the CPU, one tensor ``(B, length)`` per text encoder; longer prompts are truncated.
+
+        A masked encoder returns the mask of the tokens ``(B, length)`` last, or has a :meth:`count_tokens` of its own.
+        """
 
     @abstractmethod
     def encode_ids(self, *input_ids: Tensor) -> Conditioning:
         """Encode the token ids that :meth:`tokenize` returned, on the encoder's device."""
+
+    def count_tokens(self, prompts: Sequence[str]) -> list[int]:
+        """Return the number of token embeddings of each prompt without encoding it."""
+        if not self.masked:
+            return [self.num_tokens] * len(prompts)
+        counts: list[int] = (self.tokenize(prompts)[-1].sum(dim=1) - self.dropped_tokens).tolist()
+        return counts
+
+    def tell_cut(self, tokenizer: Any, texts: Sequence[str], counts: Sequence[int], limit: int) -> None:
+        """Warn once if a text has more tokens than are read.
+
+        Args:
+            tokenizer: Tokenizer of the texts.
+            texts: N texts as they are tokenised.
+            counts: Number of tokens of each, at most ``limit`` where they were truncated.
+            limit: Number of tokens that are read.
+        """
+        for text, count in zip(texts, counts, strict=True):
+            if (
+                not self._told_cut
+                and count >= limit
+                and (whole := len(tokenizer(text, verbose=False).input_ids)) > limit
+            ):
+                self._told_cut = True
+                logger.warning("a prompt has %d tokens, of which %d are read (others are not reported)", whole, limit)
 
     def forward(self, prompts: Sequence[str]) -> Conditioning:
         """Tokenise and encode ``prompts``; builds no autograd graph if no parameter is trainable."""

@@ -40,6 +40,8 @@ class SD3PromptEncoder(PromptEncoder):
         DiNa-LRM was trained with 128 T5 tokens; its published example scores with 256.
     """
 
+    tokens_in_fingerprint = False
+
     def __init__(
         self,
         text_encoder: CLIPTextModelWithProjection,

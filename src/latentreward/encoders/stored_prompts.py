@@ -18,7 +18,7 @@ class StoredPrompts(PromptEncoder):
     Args:
         encoder: Encoder that encoded the prompts.
         prompts: Distinct prompts, in the order of the rows of ``table``.
-        table: Encoded prompts on the CPU, which may be mapped from files.
+        table: Encoded prompts on the CPU, which may be mapped from files; None without prompts.
         device: Device that results are moved to.
         remedy: What a user can do about a prompt that is not in the table.
     """
@@ -27,12 +27,13 @@ class StoredPrompts(PromptEncoder):
         self,
         encoder: PromptEncoder,
         prompts: Sequence[str],
-        table: Conditioning,
+        table: Conditioning | None,
         device: torch.device,
         remedy: str = "give it to data.prompts or to a callback's prompts",
     ) -> None:
         super().__init__()
         self.num_tokens, self.token_dim, self.pooled_dim = encoder.num_tokens, encoder.token_dim, encoder.pooled_dim
+        self.masked = encoder.masked
         self.clip_length = getattr(encoder, "clip_length", None)  # of SD3's encoder, whose T5 tokens come after CLIP's
         self._remedy = remedy
         self._rows, self._table, self._device = {prompt: row for row, prompt in enumerate(prompts)}, table, device
@@ -53,7 +54,8 @@ class StoredPrompts(PromptEncoder):
 
     def encode_ids(self, *input_ids: Tensor) -> Conditioning:
         """Return the rows ``input_ids[0]`` of the table, on the device."""
-        return self._table.select(input_ids[0]).to(self._device)
+        assert self._table is not None
+        return self._table.select(input_ids[0]).trimmed().to(self._device)
 
     def forward(self, prompts: Sequence[str]) -> Conditioning:
         """Look ``prompts`` up."""

@@ -14,8 +14,10 @@ from lightning.pytorch import LightningModule
 
 from latentreward.cache.datamodule import CachedPreferenceDataModule
 from latentreward.cache.layout import PLAN, CacheSpec, read_plan
-from latentreward.contracts import Conditioning, PreferenceBatch, PromptBatch, map_tensors, take_rows
+from latentreward.contracts import Conditioning, LatentSpace, PreferenceBatch, PromptBatch, map_tensors, take_rows
 from latentreward.data import PromptsAndImages
+from latentreward.data.clips import FPS, check_clips, check_frames
+from latentreward.encoders.prompts import PromptEncoder
 from latentreward.errors import InputError, check_multiples
 from latentreward.estimate.shapes import ShapesOnly, is_stand_in
 from latentreward.modules import DiffusionDPOModule, ReFLModule, StepAwarePixelModule
@@ -69,30 +71,30 @@ def pair_batch(network: Any, data: Namespace, shapes: ShapesOnly) -> PreferenceB
         shapes: Mode that makes the stand-in tensors.
 
     Raises:
-        InputError: If the settings have no batch size.
+        InputError: If the settings have no batch size, or the network does not take clips of so many frames.
     """
     settings, space = data.init_args, network.latent_space
     latents = issubclass(locate(data.class_path), CachedPreferenceDataModule)
-    (height, width), count, with_text = native_pixels(network), batch_size(data), False
+    (height, width), count, with_text = network.native_size, batch_size(data), False
+    frames = 1 if settings.get("frames") is None else settings.frames
     if latents:
         caches = written_caches(settings)
+        frames = caches["train"].frames if "train" in caches else 1
         sizes = sizes_of(caches["train"]) if "train" in caches else [(height, width)]
-        (height, width), count = largest_batch(data, sizes, space.downscale)
+        (height, width), count = largest_batch(data, sizes, frames, space)
         with_text = settings.cached_text and all(cache.text is not None for cache in caches.values())
     elif (size := settings.get("size")) is not None:
         height, width = (size, size) if isinstance(size, int) else size
         check_multiples("data.size", (height, width), network.side_multiple)
-    shape = (space.channels, height // space.downscale, width // space.downscale) if latents else (3, height, width)
+    check_clips("data.", frames, settings.get("fps") or FPS)
+    if frames > 1:
+        check_frames("the cache has images." if latents else "data.", network, frames)
+    clip = (3, height, width) if frames == 1 else (3, frames, height, width)
+    shape = space.shape(height, width, frames) if latents else clip
     names = tuple(str(number) for number in range(count))
     encoder, conditioning, uncond = network.text_encoder, None, None
     if with_text:
-        conditioning, uncond = (
-            Conditioning(
-                shapes.stand_in((rows, encoder.num_tokens, encoder.token_dim)),
-                shapes.stand_in((rows, encoder.pooled_dim)),
-            )
-            for rows in (count, 1)
-        )
+        conditioning, uncond = (encoded_prompts(encoder, rows, shapes) for rows in (count, 1))
     return PreferenceBatch(
         pair_ids=names,
         prompts=tuple(f"prompt {name}" for name in names),
@@ -131,6 +133,16 @@ def prompts_and_images(data: Namespace) -> tuple[Namespace, Namespace | None]:
     return data, None
 
 
+def encoded_prompts(encoder: PromptEncoder, rows: int, shapes: ShapesOnly) -> Conditioning:
+    """Make stand-ins of ``rows`` encoded prompts of the greatest length."""
+    tokens, pooled = encoder.num_tokens, encoder.pooled_dim
+    return Conditioning(
+        shapes.stand_in((rows, tokens, encoder.token_dim)),
+        shapes.stand_in((rows, pooled)) if pooled else None,
+        torch.ones(rows, tokens, dtype=torch.bool) if encoder.masked else None,
+    )
+
+
 def written_caches(settings: Namespace) -> dict[str, CacheSpec]:
     """Return the settings of a data module's caches by split, of those that are written."""
     splits = ((name, settings.get(name)) for name in ("train", "val", "test", "predict"))
@@ -143,27 +155,22 @@ def sizes_of(cache: CacheSpec) -> list[tuple[int, int]]:
     return [*(cache.buckets or ()), *([cache.size] if cache.size else [])]
 
 
-def largest_batch(data: Namespace, sizes: Sequence[tuple[int, int]], downscale: int) -> tuple[tuple[int, int], int]:
+def largest_batch(
+    data: Namespace, sizes: Sequence[tuple[int, int]], frames: int, space: LatentSpace
+) -> tuple[tuple[int, int], int]:
     """Return the size whose batches hold the most pixels, and their number of pairs.
 
     Args:
         data: Class and settings of a data module of cached latents.
         sizes: (height, width) of the images.
-        downscale: Number of pixels along each side of a latent pixel.
+        frames: Number of frames of clips; 1 for images.
+        space: Space of the latents.
     """
 
     def pairs(size: tuple[int, int]) -> int:
         if (tokens := data.init_args.get("tokens_per_batch")) is None:
             return batch_size(data)
-        return max(1, tokens // math.prod(side // downscale for side in size))
+        return max(1, tokens // math.prod(space.shape(*size, frames)[1:]))
 
     size = max(sizes, key=lambda size: pairs(size) * math.prod(size))
     return size, pairs(size)
-
-
-def native_pixels(network: Any) -> tuple[int, int]:
-    """Return height and width, in pixels, of the images that a backbone or a policy was pretrained on."""
-    if callable(network.native_size):  # a policy's method, which returns the size of latents
-        height, width = network.native_size()
-        return height * network.latent_space.downscale, width * network.latent_space.downscale
-    return network.native_size

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from jsonargparse import Namespace
 from lightning.pytorch import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.optim import Optimizer
 
+from latentreward.backbones.quantization import PLANNED, stored_bytes
 from latentreward.contracts import NoisyStates, TensorRecord, map_tensors
 from latentreward.encoders.prompts import PromptEncoder
 from latentreward.encoders.vae import LatentEncoder
@@ -51,7 +54,7 @@ class PartCosts:
         name: Name.
         parameters: Number of parameters.
         trained: Number of trainable parameters.
-        bytes: Size of parameters and buffers in their dtypes.
+        bytes: Size of parameters and buffers, as quantised layers store theirs.
     """
 
     name: str
@@ -159,7 +162,7 @@ class RepeatedCalls:
                 flops, extra, layout = self._seen[key]
                 shapes.flops += flops
                 live.peak = max(live.peak, live.now + extra)
-                result = map_tensors(layout, lambda tensor: shapes.stand_in(tensor.shape, tensor.dtype))
+                result = map_tensors(layout, self._like)
             else:
                 flops, before, peak = shapes.flops, live.now, live.peak
                 live.peak = before
@@ -175,6 +178,12 @@ class RepeatedCalls:
             return result
 
         setattr(owner, method, call)
+
+    def _like(self, tensor: Tensor) -> Tensor:
+        """Return a stand-in of the shape of ``tensor``; a mask is real, because families count its tokens."""
+        if tensor.dtype == torch.bool:
+            return torch.ones(tensor.shape, dtype=torch.bool, device=CPU)
+        return self.shapes.stand_in(tensor.shape, tensor.dtype)
 
 
 def layout_of(value: Any) -> Any:
@@ -203,6 +212,9 @@ def step_costs(module: LightningModule, data: Namespace, accumulated: int = 1, g
     module.log = module.log_dict = lambda *_, **__: None  # type: ignore[method-assign, assignment]
     shapes.replace_weights(module.train())
     module._device = CPU  # a LightningModule remembers where it was made, and its `to` would copy the weights
+    for layer, kind in planned_layers(module):
+        if kind == "int8":
+            layer.forward = partial(multiply_unpacked, layer)
     watch_sampling(module, calls)
     trained = [weight for weight in module.parameters() if weight.requires_grad]
     with ExitStack() as stack:
@@ -231,15 +243,16 @@ def step_costs(module: LightningModule, data: Namespace, accumulated: int = 1, g
     if isinstance(module, ReFLModule):
         rollout = calls.sampled - sampled
         forward -= rollout
+    packed = bytes_of(module.parameters()) - bytes_of(module.parameters(), quantized_sizes(module))
     return StepCosts(
         parts=part_costs(module),
         gradients=bytes_of(trained),
         optimizer=type(optimizer).__name__,
         state=bytes_of(value for state in optimizer.state.values() for value in state.values() if is_stand_in(value)),
         saved=saved.bytes.peak,
-        batch_peak=live.peak,
-        update_peak=update_peak,
-        rollout_peak=rollout_peak if isinstance(module, RolloutModule) else 0,
+        batch_peak=live.peak - packed,
+        update_peak=update_peak - packed,
+        rollout_peak=rollout_peak - packed if isinstance(module, RolloutModule) else 0,
         forward=forward,
         backward=backward,
         rollout=rollout,
@@ -294,17 +307,33 @@ def part_costs(module: LightningModule) -> tuple[PartCosts, ...]:
         if name is not None:
             for weight in (*part.parameters(), *part.buffers()):
                 owners.setdefault(id(weight), name)
-    found = []
+    found, quantized = [], quantized_sizes(module)
     for name in ("network", *reversed(PARTS.values())):
         parameters, buffers = (
             [weight for weight in weights if owners.get(id(weight), "network") == name]
             for weights in (module.parameters(), module.buffers())
         )
         trained = sum(weight.numel() for weight in parameters if weight.requires_grad)
-        found.append(PartCosts(name, sum(w.numel() for w in parameters), trained, bytes_of([*parameters, *buffers])))
+        size = bytes_of([*parameters, *buffers], quantized)
+        found.append(PartCosts(name, sum(w.numel() for w in parameters), trained, size))
     return tuple(part for part in found if part.bytes)
 
 
-def bytes_of(tensors: Iterable[Tensor]) -> int:
-    """Return the size of all tensors together in bytes."""
-    return sum(tensor.nbytes for tensor in tensors)
+def quantized_sizes(module: nn.Module) -> dict[int, int]:
+    """Return the size in bytes of each weight that a run would quantise, by the id of its stand-in."""
+    return {id(layer.weight): stored_bytes(layer, kind) for layer, kind in planned_layers(module)}
+
+
+def planned_layers(module: nn.Module) -> Iterator[tuple[Any, str]]:
+    """Yield each layer that a run would quantise, and the kind."""
+    yield from ((layer, getattr(layer, PLANNED)) for layer in module.modules() if hasattr(layer, PLANNED))
+
+
+def multiply_unpacked(layer: nn.Linear, inputs: Tensor) -> Tensor:
+    """Compute a layer as torchao does: with an unpacked copy of its weight, which autograd keeps."""
+    return F.linear(inputs, layer.weight.clone(), layer.bias)
+
+
+def bytes_of(tensors: Iterable[Tensor], quantized: Mapping[int, int] = MappingProxyType({})) -> int:
+    """Return the size of all tensors together in bytes; of those in ``quantized``, by their ids, as given there."""
+    return sum(quantized.get(id(tensor), tensor.nbytes) for tensor in tensors)

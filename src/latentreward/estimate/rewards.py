@@ -10,7 +10,6 @@ import torch
 from jsonargparse import Namespace
 from torch import Tensor
 
-from latentreward.backbones.sd_unet import unet_family
 from latentreward.contracts import FeatureSpec
 from latentreward.errors import InputError, errors_at
 from latentreward.estimate.sources import ConfigSources
@@ -26,20 +25,6 @@ from latentreward.scoring.layouts.run import TrainedReward, settings_beside
 from latentreward.scoring.network import RewardNetwork
 from latentreward.settings.rewriting import shipped_configs
 from latentreward.storage.hub import cached_files
-
-USUAL = {
-    "sd_tiny": "lrm_tiny",
-    "sd35_tiny": "dina_lrm_tiny",
-    "SD1.5": "lrm_sd15",
-    "SD2.1": "lrm_sd15",
-    "SDXL": "lrm_sdxl",
-    "SD3": "lrm_sd3",
-    "SD3.5": "dina_lrm_sd35",
-}
-"""Family of a policy → NAME of the shipped file ``configs/model/NAME.yaml`` of the reward usually trained for it."""
-
-OF_OTHER_FAMILY = {"SD2.1"}
-"""Families whose usual reward has the network of another family, and so cannot be built on the policy's."""
 
 
 class Unread(SharingReward):
@@ -120,7 +105,7 @@ class UnreadReward(LatentReward):
 
     Args:
         path: See :class:`LatentReward`.
-        usual: Name of the shipped model file to use if nothing is stored at ``path``; a value of :data:`USUAL`.
+        usual: Name of the shipped model file to use if nothing is stored at ``path``.
         usual_base: Pipeline to build that reward on unless ``base`` is given; None takes the one that the file names.
         kept: Folder of :class:`ConfigSources`, for configs that ship with the package.
         options: See :class:`LatentReward`.
@@ -162,8 +147,9 @@ def replace_rewards(settings: Namespace, policy: PolicySource, sources: ConfigSo
     if kind == "StepAwareScorer":
         settings.init_args.weights = None
     if kind == "LatentReward":
-        settings.init_args.usual = USUAL[family := family_of(policy)]
-        settings.init_args.usual_base = None if family in OF_OTHER_FAMILY else policy.source
+        family = policy.resolve_family()
+        settings.init_args.usual = family.usual_reward
+        settings.init_args.usual_base = policy.source if family.usual_reward_is_own else None
         find_settings(settings.init_args, sources)
         settings.init_args.kept = str(sources.folder)
         settings.class_path = f"{UnreadReward.__module__}.{UnreadReward.__qualname__}"
@@ -200,13 +186,3 @@ def find_settings(reward: Namespace, sources: ConfigSources) -> Unread:
     for part in run.parts:
         sources.replace(part.init_args)
     return run
-
-
-def family_of(policy: PolicySource) -> str:
-    """Return the family of a policy, a key of :data:`USUAL`."""
-    pipeline = policy.pipeline()
-    if policy.source in USUAL:
-        return policy.source
-    if pipeline.has("unet"):
-        return unet_family(pipeline.config("unet"))
-    return "SD3.5" if pipeline.config("transformer").get("qk_norm") else "SD3"

@@ -111,7 +111,7 @@ def notes_on(settings: Namespace, costs: StepCosts, sources: ConfigSources, gpu:
     sides = given if isinstance(given, int) else None if None in given else " x ".join(map(str, given))
     size = f"images of {sides}" if sides else "the network's own size unless the settings say another"
     if cache := written_caches(data).get("train"):
-        (height, width), _ = largest_batch(settings.data, sizes_of(cache), cache.latent_space.downscale)
+        (height, width), _ = largest_batch(settings.data, sizes_of(cache), cache.frames, cache.latent_space)
         size = f"images of {height} x {width}, whose batches are the cache's largest"
     notes.append(f"Batch size per process {data.get('batch_size')}, {size}.")
     if costs.rollout_peak:

@@ -11,14 +11,13 @@ from torch import Tensor
 
 from latentreward.backbones.tuning import LoRA
 from latentreward.checkpoints.shards import require_finite, whole_tensor
-from latentreward.policies import POLICY, DiTPolicy, Policy
+from latentreward.families import Family
+from latentreward.policies import POLICY, Policy
 from latentreward.policies.checkpoint import ADAPTER, SavedAdapter
 from latentreward.storage.durable import replacing
 
 FILE = "pytorch_lora_weights.safetensors"
 """File name that diffusers looks for in a folder."""
-SD3 = "SD3LoraLoaderMixin"
-"""Class of diffusers that saves and loads LoRAs of SD3."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class TrainedLoRA:
         weights: Tensors by the names ``LAYER.lora_A.weight`` and ``LAYER.lora_B.weight``, with LAYER the name of the
             layer in the network.
         settings: Rank, alpha, dropout and target modules of the adapter.
-        loader: Name of the class in ``diffusers.loaders`` that saves and loads LoRAs of this network.
+        family: Family of the network.
 
     Raises:
         InputError: If a weight is not finite.
@@ -37,7 +36,7 @@ class TrainedLoRA:
 
     weights: dict[str, Tensor]
     settings: LoRA
-    loader: str
+    family: Family
 
     def __post_init__(self) -> None:
         require_finite(self.weights, "the adapter")
@@ -52,23 +51,13 @@ class TrainedLoRA:
         }
         config = policy.network.peft_config[POLICY]
         settings = LoRA(config.r, config.lora_alpha, config.lora_dropout, sorted(config.target_modules))
-        if isinstance(policy, DiTPolicy):
-            return cls(weights, settings, SD3)
-        return cls(weights, settings, unet_loader(policy.network.config.addition_embed_type))
+        return cls(weights, settings, policy.family)
 
     @classmethod
     def of_checkpoint(cls, saved: SavedAdapter, dtype: torch.dtype = torch.float32) -> TrainedLoRA:
         """Take the adapter of a checkpoint; only configs of the base pipeline are read."""
         weights = {network_name(name): weight.to(dtype) for name, weight in saved.weights.items()}
-        base = saved.source.pipeline()
-        if not base.has("unet"):
-            return cls(weights, saved.source.lora, SD3)
-        return cls(weights, saved.source.lora, unet_loader(base.config("unet").get("addition_embed_type")))
-
-    @property
-    def part(self) -> str:
-        """Name of the network in a diffusers pipeline, ``unet`` or ``transformer``."""
-        return "transformer" if self.loader == SD3 else "unet"
+        return cls(weights, saved.source.lora, saved.source.resolve_family())
 
     def write_diffusers(self, folder: Path) -> Path:
         """Write :data:`FILE` into ``folder`` atomically, and return its path.
@@ -79,19 +68,20 @@ class TrainedLoRA:
         from diffusers import loaders  # importing the pipeline classes takes seconds and prints warnings
 
         used = self.settings
+        targets = self.family.lora_targets if used.target_modules is None else used.target_modules
         metadata: dict[str, Any] = {"r": used.rank, "lora_alpha": used.alpha, "lora_dropout": used.dropout}
-        metadata |= {"target_modules": list(used.target_modules), "rank_pattern": {}, "alpha_pattern": {}}
-        layers = {f"{self.part}_lora_layers": self.weights, f"{self.part}_lora_adapter_metadata": metadata}
+        metadata |= {"target_modules": list(targets), "rank_pattern": {}, "alpha_pattern": {}}
+        layers = {
+            f"{self.family.part}_lora_layers": self.weights,
+            f"{self.family.part}_lora_adapter_metadata": metadata,
+        }
         with replacing(folder / FILE) as partial:
-            getattr(loaders, self.loader).save_lora_weights(partial.parent, weight_name=partial.name, **layers)
+            getattr(loaders, self.family.lora_loader).save_lora_weights(
+                partial.parent, weight_name=partial.name, **layers
+            )
         return folder / FILE
 
 
 def network_name(name: str) -> str:
     """Convert a parameter's name in a :class:`Policy` to its name in a LoRA file, without prefix and adapter name."""
     return name.removeprefix("network.").replace(ADAPTER, ".")
-
-
-def unet_loader(addition_embed_type: str | None) -> str:
-    """Return :attr:`TrainedLoRA.loader` for a U-Net whose config has this ``addition_embed_type``."""
-    return f"StableDiffusion{'XL' if addition_embed_type == 'text_time' else ''}LoraLoaderMixin"

@@ -99,7 +99,7 @@ def write_merged(lora: TrainedLoRA, base: PipelineSource, folder: Path, dtype: t
         raise InputError(f"source={base.source!r} cannot be loaded as a whole: {first_line(error)}") from error
     with replacing(folder) as partial:
         pipeline.load_lora_weights(file := lora.write_diffusers(partial), weight_name=file.name)
-        pipeline.fuse_lora(components=[lora.part])
+        pipeline.fuse_lora(components=[lora.family.part])
         pipeline.unload_lora_weights()
         discard(partial)
         if dtype != torch.float32:

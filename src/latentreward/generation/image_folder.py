@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from latentreward.errors import InputError
 from latentreward.interrupts import interrupts_held
-from latentreward.reports.drawing import PLAIN, draw_pair, tile, to_image
+from latentreward.reports.drawing import PLAIN, SHOWN_FRAMES, animate, draw_pair, strip, tile, to_images
 from latentreward.storage.durable import contents, write_file
 
 SETTINGS = "generate.json"
@@ -28,14 +28,21 @@ GRID_SIDE = 256
 Row = dict[str, Any]
 
 
-def file_name(place: int, image: int, prompt: str) -> str:
+def file_name(place: int, image: int, prompt: str, suffix: str = ".png") -> str:
     """Return a file name that every file system accepts: index of the prompt, number of the image, words of the prompt.
 
     Only ASCII letters and digits of the prompt are kept, at most 60 characters.
     """
     ascii_only = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode().lower()
     words = re.sub(r"[^a-z0-9]+", "-", ascii_only).strip("-")[:60].rstrip("-")
-    return "_".join([f"{place:05d}", str(image), *([words] if words else [])]) + ".png"
+    return "_".join([f"{place:05d}", str(image), *([words] if words else [])]) + suffix
+
+
+def png(image: Image.Image) -> bytes:
+    """Return the bytes of an image's PNG file."""
+    content = io.BytesIO()
+    image.save(content, "png")
+    return content.getvalue()
 
 
 class ImageFolder:
@@ -96,20 +103,19 @@ class ImageFolder:
         scores: torch.Tensor | None,
         seed: int,
     ) -> None:
-        """Write B images as PNG files, and then the table.
+        """Write B images as PNG files, or B clips as animated WebP without loss, and then the table.
 
         Args:
             names: Index of the prompt and number of the image, for each image.
             prompts: B prompts.
-            pixels: ``(B, 3, H, W)`` in [-1, 1].
+            pixels: ``(B, 3, H, W)``, or ``(B, 3, F, H, W)`` for clips, in [-1, 1].
             scores: ``(N, B)`` scores of the N samples from which each image was chosen as the best, if any.
             seed: Seed of the run.
         """
         for column, ((place, image), prompt) in enumerate(zip(names, prompts, strict=True)):
-            name = file_name(place, image, prompt)
-            content = io.BytesIO()
-            to_image(pixels[column]).save(content, "png")
-            self._write(name, content.getvalue())
+            frames, clip = to_images(pixels[column]), pixels.ndim == 5
+            name = file_name(place, image, prompt, ".webp" if clip else ".png")
+            self._write(name, animate(frames, lossless=True) if clip else png(frames[0]))
             row: Row = {"file": name, "prompt": prompt, "place": place, "image": image, "seed": seed}
             if scores is not None:
                 row |= {"score": scores[:, column].max().item(), "mean_score": scores[:, column].mean().item()}
@@ -117,18 +123,20 @@ class ImageFolder:
         self._write(self.table.name, "".join(self._lines()).encode())
 
     def write_grid(self, names: Sequence[tuple[int, int]]) -> None:
-        """Write ``grid.png`` with the first :data:`GRID_CELLS` images of ``names``."""
+        """Write ``grid.png`` with the first :data:`GRID_CELLS` images of ``names``; of clips, some frames."""
         cells = []
         for row in [self.rows[name] for name in names[:GRID_CELLS]]:
-            picture = Image.open(self.folder / row["file"])
-            picture.thumbnail((GRID_SIDE, GRID_SIDE))
+            picture: Image.Image = Image.open(self.folder / row["file"])
+            width = GRID_SIDE
+            if getattr(picture, "n_frames", 1) > 1:
+                frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(picture)]
+                picture, width = strip(frames), SHOWN_FRAMES * GRID_SIDE
+            picture.thumbnail((width, GRID_SIDE))
             score = row.get("score")
             cells.append(
                 draw_pair([picture], [f"{float(score):.3f}" if score not in (None, "") else ""], row["prompt"], PLAIN)
             )
-        content = io.BytesIO()
-        tile(cells, math.ceil(math.sqrt(len(cells)))).save(content, "png")
-        self._write("grid.png", content.getvalue())
+        self._write("grid.png", png(tile(cells, math.ceil(math.sqrt(len(cells))))))
 
     def summary(self, names: Sequence[tuple[int, int]]) -> str:
         """Return one line for the terminal: the folder, the number of images and their mean score."""

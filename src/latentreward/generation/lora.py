@@ -7,7 +7,7 @@ from typing import Any
 
 from latentreward.backbones.tuning import PEFT_SETTINGS
 from latentreward.errors import InputError, first_line
-from latentreward.policies import POLICY, AdapterSwitch, DiTPolicy, Policy
+from latentreward.policies import POLICY, AdapterSwitch, Policy
 
 LOADED = "lora"
 """Name in peft of an adapter loaded from a file."""
@@ -42,14 +42,16 @@ def load_lora(policy: Policy, path: Path) -> None:
     Raises:
         InputError: If there is no LoRA at ``path``, the LoRA belongs to another network, or it changes text encoders.
     """
+    from diffusers import loaders  # importing the pipeline classes would load image processors and print warnings
+
     check_lora(path)
     network: Any = policy.network
-    family, part = _loader(policy)
+    loader, part = getattr(loaders, policy.family.lora_loader), policy.family.part
     try:
         # Name the only file of a folder: offline, diffusers before 0.40 demands a weight_name.
         file = files[0] if len(files := [*path.glob("*.safetensors")]) == 1 else path
         known = {"weight_name": file.name if file.is_file() else None, "unet_config": network.config}
-        weights, *rest = family.lora_state_dict(str(file), return_lora_metadata=True, **known)
+        weights, *rest = loader.lora_state_dict(str(file), return_lora_metadata=True, **known)
         alphas, metadata = rest if len(rest) == 2 else (None, *rest)
         if others := sorted({name.split(".")[0] for name in weights} - {part}):
             raise InputError(
@@ -67,14 +69,3 @@ def load_lora(policy: Policy, path: Path) -> None:
     if LOADED not in getattr(network, "peft_config", {}):
         raise InputError(f"lora: {path} holds no weight of a LoRA for the {part} of {policy.source}")
     policy.adapters = AdapterSwitch(network, LOADED)
-
-
-def _loader(policy: Policy) -> tuple[Any, str]:
-    """Return the diffusers class that reads LoRA files for ``policy``, and the network's name in a pipeline."""
-    from diffusers import loaders  # importing the pipeline classes would load image processors and print warnings
-
-    if isinstance(policy, DiTPolicy):
-        return loaders.SD3LoraLoaderMixin, "transformer"
-    network: Any = policy.network
-    sdxl = network.config.addition_embed_type == "text_time"
-    return (loaders.StableDiffusionXLLoraLoaderMixin if sdxl else loaders.StableDiffusionLoraLoaderMixin), "unet"

@@ -37,7 +37,7 @@ def write_pictures(
         missing: Images to make, as (index into ``texts``, number of the image).
         draw: Function that samples B prompts: finished latents ``(B, C, ...)``, and scores ``(N, B)`` of the N samples
             per prompt from which they were chosen, or None.
-        decode: Function from latents to pixels ``(B, 3, H, W)`` in [-1, 1] on the CPU.
+        decode: Function from latents to pixels in [-1, 1] on the CPU, see :meth:`ImageFolder.add`.
         seed: Seed written to the table.
         batch_size: Images sampled at once.
         key: Function from index of the prompt and number of the image to the key that seeds the noise of this image.
@@ -52,7 +52,7 @@ def write_pictures(
 
 
 def decode_latents(policy: Policy, latents: Tensor) -> Tensor:
-    """Decode latents to pixels ``(B, 3, H, W)`` in [-1, 1] on the CPU.
+    """Decode latents to pixels ``(B, 3, H, W)``, or ``(B, 3, F, H, W)`` for clips, in [-1, 1] on the CPU.
 
     Raises:
         InputError: If the policy has no VAE.

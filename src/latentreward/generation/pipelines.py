@@ -2,44 +2,64 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from latentreward.errors import InputError
-from latentreward.noise import process_from_scheduler
-from latentreward.policies import AdapterSwitch, DiTPolicy, Policy, UNetPolicy
+from latentreward.families import find_family
+from latentreward.policies import AdapterSwitch, Policy
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 
+class LoadedPipeline:
+    """Configs of a diffusers pipeline in memory, as a :class:`~latentreward.families.PipelineConfigs`.
+
+    Args:
+        pipeline: The pipeline.
+    """
+
+    def __init__(self, pipeline: DiffusionPipeline) -> None:
+        self._pipeline = pipeline
+        self.source = self.named = type(pipeline).__name__
+        self.index: dict[str, Any] = {"_class_name": self.source, **pipeline.config}
+
+    def has(self, part: str) -> bool:
+        """See :meth:`PipelineConfigs.has`."""
+        return getattr(self._pipeline, part, None) is not None
+
+    def config(self, part: str) -> dict[str, Any]:
+        """See :meth:`PipelineConfigs.config`."""
+        if not self.has(part):
+            raise InputError(f"this {self.source} has no {part}; give a whole text-to-image pipeline")
+        loaded = getattr(self._pipeline, part)
+        return {"_class_name": type(loaded).__name__, **loaded.config}
+
+    def tensors(self, part: str, names: Sequence[str]) -> list[Tensor]:
+        """See :meth:`PipelineConfigs.tensors`."""
+        state = getattr(self._pipeline, part).state_dict()
+        return [state[name].detach().cpu() for name in names]
+
+
 def policy_of(pipeline: DiffusionPipeline) -> Policy:
-    """Wrap a Stable Diffusion 1.5, 2.1, XL, 3 or 3.5 pipeline as a policy.
+    """Wrap a pipeline of a known family as a policy.
 
     Network and VAE are shared with the pipeline, and the pipeline's active LoRAs stay active. The policy has no text
     encoder: the pipeline encodes the prompts.
 
     Raises:
-        InputError: If the pipeline has neither a U-Net nor an SD3 transformer.
+        InputError: If the pipeline is of no known family.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    from latentreward.encoders.vae import LatentEncoder
-
-    family: type[Policy]
-    if getattr(pipeline, "unet", None) is not None:
-        family, network = UNetPolicy, pipeline.unet
-    elif type(getattr(pipeline, "transformer", None)).__name__ == "SD3Transformer2DModel":
-        family, network = DiTPolicy, pipeline.transformer
-    else:
-        raise InputError(
-            f"{type(pipeline).__name__} has no U-Net and no SD3 transformer; use a pipeline of SD1.5, SD2.1, SDXL, SD3 "
-            "or SD3.5"
-        )
+    family = find_family(LoadedPipeline(pipeline))
+    network = getattr(pipeline, family.part)
     layers = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
     active = list(dict.fromkeys(name for layer in layers for name in layer.active_adapters))
-    vae, scheduler = LatentEncoder(pipeline.vae), pipeline.scheduler
-    config: dict[str, Any] = {"_class_name": type(scheduler).__name__, **scheduler.config}
-    policy = family(network, process_from_scheduler(config), vae.space, config, vae=vae)
+    policy = Policy(network, family, vae=family.wrap_vae(pipeline.vae))
     if active:
         policy.adapters = AdapterSwitch(network, active)
     policy.source = type(pipeline).__name__

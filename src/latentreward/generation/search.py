@@ -45,7 +45,7 @@ def search_latents(
     prompts: PromptBatch,
     candidates: Candidates,
     sampling: Sampling,
-    guidance_scale: float,
+    guidance_scale: float | None,
     seed: int,
 ) -> Tensor:
     """Sample finished latents ``(B, C, ...)``, float32, with a search by ``reward`` at each step of the window.
@@ -61,13 +61,13 @@ def search_latents(
         candidates: K and the window.
         sampling: Steps, noise and size. A noise of None takes the default of rollouts, ``eta`` 1 or ``noise_level``
             0.7; a noise of 0 is refused.
-        guidance_scale: Scale of classifier-free guidance; 1 for no guidance.
+        guidance_scale: Scale as checked by :meth:`Family.guidance`.
         seed: Seed of all random numbers.
 
     Raises:
         InputError: If no step of the window has noise.
     """
-    sampler, draws = sampling.with_noise().sampler(policy.scheduler_config), RolloutDraws(seed, prompts.keys)
+    sampler, draws = sampling.with_noise().sampler(policy.family), RolloutDraws(seed, prompts.keys)
     steps = candidate_steps(policy, sampler, reward, prompts, candidates.branching(), sampling, guidance_scale, draws)
     while True:
         try:

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from latentreward.contracts import Conditioning, NoisyStates
+from latentreward.contracts import NoisyStates
 from latentreward.errors import InputError
 from latentreward.generation.ancestral import Levels, levels_of
 from latentreward.generation.search import Candidates
-from latentreward.policies import DiTPolicy, Policy
+from latentreward.policies import Policy
 from latentreward.rewards import Reward
 from latentreward.seeding import pair_generator
 
@@ -71,6 +71,7 @@ class StepSearch:
         self.policy, self.reward, self.prompts = policy, reward, tuple(prompts)
         self.candidates, self.eta, self.seed = Candidates(**options), eta, seed
         self.scores: list[Tensor] = []
+        policy.family.search_inputs()  # refuses pipelines whose states are not latents
         with torch.no_grad():
             self._encoded = reward.encode_prompts(self.prompts)
         self._initial: Tensor | None = None
@@ -81,10 +82,7 @@ class StepSearch:
         """Names of tensors that the callback needs from the pipeline (``callback_on_step_end_tensor_inputs``)."""
         if not self.reward.needs_clean:
             return ["latents"]
-        if isinstance(self.policy, DiTPolicy):
-            return ["latents", "prompt_embeds", "pooled_prompt_embeds"]
-        pooled = self.policy.network.config.addition_embed_type == "text_time"
-        return ["latents", "prompt_embeds", *(["add_text_embeds"] if pooled else [])]
+        return ["latents", *self.policy.family.search_inputs()]
 
     def pipeline_arguments(self, height: int | None = None, width: int | None = None) -> dict[str, Any]:
         """Return the arguments for the pipeline's call besides the prompts: initial latents, size and this callback.
@@ -102,8 +100,8 @@ class StepSearch:
         )
         return {
             "latents": self._initial.clone(),
-            "height": shape[1] * self.policy.latent_space.downscale,
-            "width": shape[2] * self.policy.latent_space.downscale,
+            "height": shape[-2] * self.policy.latent_space.downscale,
+            "width": shape[-1] * self.policy.latent_space.downscale,
             "callback_on_step_end": self,
             "callback_on_step_end_tensor_inputs": self.tensor_inputs,
         }
@@ -146,12 +144,11 @@ class StepSearch:
         return candidates[scores.argmax(dim=0), torch.arange(len(latents), device=latents.device)]
 
     def _clean(self, pipeline: DiffusionPipeline, levels: Levels, states: Tensor, inputs: dict[str, Any]) -> Tensor:
-        tokens = inputs["prompt_embeds"]
-        pooled = inputs.get("add_text_embeds", inputs.get("pooled_prompt_embeds", tokens[:, 0]))
+        given = self.policy.family.search_conditioning(inputs)
         guided = pipeline.do_classifier_free_guidance
-        rows = torch.arange(len(tokens), device=tokens.device).view(1 + guided, 1, -1)  # the empty prompts come first
-        prompts = Conditioning(tokens, pooled).select(rows.expand(-1, self.candidates.num_candidates, -1).flatten())
-        timesteps = torch.full((len(prompts.prompt_embeds),), levels.next_timestep, device=states.device)
+        rows = torch.arange(len(given), device=states.device).view(1 + guided, 1, -1)  # the empty prompts come first
+        prompts = given.select(rows.expand(-1, self.candidates.num_candidates, -1).flatten())
+        timesteps = torch.full((len(prompts),), levels.next_timestep, device=states.device)
         output = self.policy.predict(torch.cat([states] * (1 + guided)), timesteps, prompts)
         if guided:
             without, with_prompt = output.chunk(2)

@@ -12,6 +12,7 @@ from latentreward.generation import load_lora
 from latentreward.generation.lora import check_lora
 from latentreward.policies import Policy, PolicySource, load_policy
 from latentreward.policies.checkpoint import read_policy_adapter
+from latentreward.rollout import Sampling
 
 
 @dataclass(frozen=True)
@@ -100,4 +101,5 @@ def plain(value: Any) -> Any:
         return f"{value.__module__}.{value.__qualname__}"
     fields = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
     attributes = {field.name: getattr(value, field.name) for field in fields} or getattr(value, "__dict__", {})
+    attributes = value.record() if isinstance(value, Sampling | PolicySource) else attributes
     return {"class": type(value).__qualname__, **plain(attributes)}

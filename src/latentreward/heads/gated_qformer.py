@@ -119,12 +119,18 @@ class QueryAttention(nn.Module):
                 self.gate_text = gate(width)
         self.to_out = nn.Sequential(nn.Linear(width, width))
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        heads = (tensor.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for tensor in (query, key, value))
-        return F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        q, k, v = (tensor.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for tensor in (query, key, value))
+        keys = None if mask is None else mask[:, None, None]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=keys).transpose(1, 2).flatten(2)
 
-    def forward(self, queries: Tensor, visual: Tensor, text: Tensor | None = None) -> Tensor:
-        """Attend: queries ``(B, Q, width)``, visual ``(B, N, width)``, text ``(B, M, width)`` → ``(B, Q, width)``."""
+    def forward(
+        self, queries: Tensor, visual: Tensor, text: Tensor | None = None, text_mask: Tensor | None = None
+    ) -> Tensor:
+        """Attend: queries ``(B, Q, width)``, visual ``(B, N, width)``, text ``(B, M, width)`` → ``(B, Q, width)``.
+
+        Text tokens where ``text_mask`` ``(B, M)`` is false are ignored.
+        """
         query, tokens = self.to_q(self.norm_q(queries)), self.norm_v(visual)
         value = self.to_v_vis(tokens)
         hidden = self._attend(
@@ -134,7 +140,10 @@ class QueryAttention(nn.Module):
             tokens = self.norm_t(text)
             value = self.to_v_text(tokens)
             hidden = hidden + self._attend(
-                query, self.to_k_text(tokens), torch.sigmoid(self.gate_text(tokens)) * value if self.gated else value
+                query,
+                self.to_k_text(tokens),
+                torch.sigmoid(self.gate_text(tokens)) * value if self.gated else value,
+                text_mask,
             )
         return queries + self.to_out(hidden)
 
@@ -234,10 +243,10 @@ class GatedQFormerHead(RewardHead):
         ]
         return mixed, self.token_dropout(self.agg_text(torch.cat(text, dim=-1)))
 
-    def pool(self, visual: Tensor, text: Tensor | None) -> Tensor:
-        """Compute scores ``(B, out_dim)`` from mixed tokens; see :meth:`tokens`."""
+    def pool(self, visual: Tensor, text: Tensor | None, text_mask: Tensor | None = None) -> Tensor:
+        """Compute scores ``(B, out_dim)`` from mixed tokens and the text tokens' mask; see :meth:`tokens`."""
         queries = self.query_tokens.expand(len(visual), -1, -1)
-        queries = self.attn1(queries, visual, text)
+        queries = self.attn1(queries, visual, text, text_mask)
         queries = self.attn2(queries, visual)
         queries = queries + self.ff(self.norm_ff(queries))
         with torch.autocast(queries.device.type, enabled=False):  # bfloat16 would round scores 0.01 apart to one value
@@ -246,7 +255,7 @@ class GatedQFormerHead(RewardHead):
 
     def forward(self, features: Features) -> Tensor:
         """See :meth:`RewardHead.forward`; unbounded unless ``use_logistic``."""
-        return squeeze_single(self.pool(*self.tokens(features)))
+        return squeeze_single(self.pool(*self.tokens(features), features.text_mask))
 
     def score_ensemble(self, levels: Sequence[Features]) -> Tensor:
         """Compute one score per image from several noise levels; see ``ensemble``.
@@ -260,7 +269,10 @@ class GatedQFormerHead(RewardHead):
         if self.ensemble == "scores":
             return super().score_ensemble(levels)
         visual, text = zip(*(self.tokens(features) for features in levels), strict=True)
-        return squeeze_single(self.pool(torch.cat(visual, dim=1), None if text[0] is None else torch.cat(text, dim=1)))
+        masks = [features.text_mask for features in levels if features.text_mask is not None]
+        mask = torch.cat(masks, dim=1) if masks else None
+        joined = None if text[0] is None else torch.cat(text, dim=1)
+        return squeeze_single(self.pool(torch.cat(visual, dim=1), joined, mask))
 
 
 def squeeze_single(score: Tensor) -> Tensor:

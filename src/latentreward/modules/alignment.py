@@ -12,8 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from latentreward.contracts import Conditioning, NoisyStates, PromptBatch, RolloutStatistics, StepPairs, StepSamples
-from latentreward.errors import check_at_least_one
-from latentreward.modules.based import BasedModule
+from latentreward.modules.based import BasedModule, unseen_settings
 from latentreward.modules.sharding import shard_policy, shard_reward
 from latentreward.policies import PolicySource
 from latentreward.policies.checkpoint import SOURCE
@@ -29,20 +28,26 @@ class AlignmentModule(BasedModule):
 
     Args:
         policy: The generator.
-        guidance_scale: Classifier-free guidance scale in sampling and in training, at least 1; 1 switches guidance off.
+        guidance_scale: Guidance scale in sampling and in training, as the pipeline of the policy's family takes it. SD
+            and SD3: at least 1, which switches guidance off. None takes the family's own: 5 for SD and SD3, none for
+            distilled networks.
         options: See :class:`~latentreward.modules.based.BasedModule`.
 
     Attributes:
         policy: The loaded :class:`~latentreward.policies.Policy`.
+
+    Raises:
+        InputError: If ``guidance_scale`` is out of range for the family, or the policy cannot be loaded.
     """
 
     frozen_dtype = "policy.frozen_dtype"
 
-    def __init__(self, policy: PolicySource, guidance_scale: float = 5.0, **options: Any) -> None:
+    def __init__(self, policy: PolicySource, guidance_scale: float | None = None, **options: Any) -> None:
         super().__init__(**options)
-        check_at_least_one(guidance_scale=guidance_scale)
+        self.guidance_scale = policy.resolve_family().guidance(guidance_scale)
         self.policy_source, self.policy = policy, policy.load(self.seed)
-        self.guidance_scale, self.based_on = guidance_scale, (self.policy, self.policy.source)
+        self.based_on = (self.policy, self.policy.source)
+        self.base_settings = unseen_settings("policy", vars(policy), self.policy.text_encoder)
 
     def configure_model(self) -> None:
         """Shard the policy over the ranks under Lightning's ``ModelParallelStrategy`` (FSDP2); see :mod:`.sharding`."""
@@ -51,12 +56,13 @@ class AlignmentModule(BasedModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save where the policy was loaded from, so that the checkpoint alone is enough to load it again."""
+        super().on_save_checkpoint(checkpoint)
         checkpoint[SOURCE] = asdict(self.policy_source)
         checkpoint["base"] = self._base.record(())
 
     def encode_uncond(self) -> Conditioning | None:
         """Encode the empty prompt, one row; None without guidance."""
-        return None if self.guidance_scale == 1.0 else self.policy.encode_uncond()
+        return self.policy.encode_uncond() if self.policy.family.needs_uncond(self.guidance_scale) else None
 
 
 class RewardedModule(AlignmentModule):
@@ -106,7 +112,7 @@ class RewardedModule(AlignmentModule):
         network calls its blocks.
         """
         super().on_fit_start()
-        shape = self.policy.latent_shape(self.sampling.height, self.sampling.width)
+        shape = self.sampling.latent_shape(self.policy.family)
         self._compare_sizes(shape)
         noise = torch.randn(3, *shape, generator=torch.Generator().manual_seed(self.seed)).to(self.device)
         levels = self.policy.noise_process.timesteps
@@ -120,12 +126,17 @@ class RewardedModule(AlignmentModule):
         for buffer, value in before:
             buffer.copy_(value)
 
-    def _compare_sizes(self, shape: tuple[int, int, int]) -> None:
+    def _compare_sizes(self, shape: tuple[int, ...]) -> None:
         """Warn if the policy samples latents of a ``shape`` that a latent reward was not trained at."""
-        height, width = (side * self.policy.latent_space.downscale for side in shape[1:])
+        height, width = (side * self.policy.latent_space.downscale for side in shape[-2:])
         for part in self.reward.modules():
             if isinstance(part, LatentScorer) and (sizes := part.model.image_sizes) is not None:
                 loader = sizes.loader(height, width)
+                if sizes.frames != self.sampling.frames:
+                    rank_zero_warn(
+                        f"model.reward: trained with frames={sizes.frames}, but the policy samples "
+                        f"frames={self.sampling.frames}; set model.sampling.frames, or train a reward on as many"
+                    )
                 if (loader.height, loader.width) != (height, width):
                     rank_zero_warn(
                         f"model.reward: trained on images of {sizes}, but the policy samples {height}x{width}; set "
@@ -205,16 +216,16 @@ class RolloutModule(RewardedModule, Generic[Experience]):
             # One by one: the last bits can depend on the batch size, and a resumed run has fewer prompts left.
             parts = [self.policy.encode_prompts([prompt]).to("cpu") for prompt in prompts]
             uncond = self.encode_uncond()
-        columns = [(part.prompt_embeds, part.pooled_prompt_embeds) for part in parts]
         self._rows = {prompt: row for row, prompt in enumerate(prompts)}
-        self._encoded = Conditioning(*(torch.cat(column) for column in zip(*columns, strict=True))), uncond
+        self._encoded = Conditioning.join(parts), uncond
 
     def conditioning(self, prompts: Sequence[str]) -> tuple[Conditioning, Conditioning | None]:
         """Return the encoded prompts and, under guidance, the encoded empty prompt, on the module's device."""
         if self._encoded is None or not self._rows.keys() >= set(prompts):
             return self.policy.encode_prompts(prompts), self.encode_uncond()
         encoded, uncond = self._encoded
-        return encoded.select([self._rows[prompt] for prompt in prompts]).to(self.device), uncond
+        rows = encoded.select([self._rows[prompt] for prompt in prompts]).trimmed()
+        return rows.to(self.device), uncond
 
     def on_train_start(self) -> None:
         """Start the clock from which the share of time spent in rollouts is computed."""

@@ -1,18 +1,39 @@
 """Base class of all modules: trainable weights stay float32, and checkpoints record which base model they belong to."""
 
+from collections.abc import Mapping
 from typing import Any, Self
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 from torch.optim import AdamW
 
-from latentreward.checkpoints.base_weights import BaseSample
+from latentreward.checkpoints.base_weights import BaseSample, quantized_names
 from latentreward.checkpoints.shards import check_weights, frozen_names
+from latentreward.encoders.prompts import PromptEncoder
 from latentreward.errors import InputError
-from latentreward.modules.frozen import share_frozen
+from latentreward.modules.frozen import refuse_quantized, share_frozen
 from latentreward.modules.optimizers import single_optimizer
 from latentreward.seeding import run_seed
+
+UNSEEN = ("quantization", "family")
+"""Settings of a base that are not seen in the samples of its weights."""
+
+
+def unseen_settings(place: str, given: Mapping[str, Any], encoder: PromptEncoder | None) -> dict[str, Any]:
+    """Return the settings of a base that are not seen in the samples of its weights, for ``base_settings``.
+
+    Args:
+        place: Name of the base in the run's settings, such as ``policy``.
+        given: The base's settings by name.
+        encoder: Prompt encoder of the base, which knows the ``t5_length`` that null stands for; None if it has none.
+    """
+    found = {f"{place}.{name}": given.get(name) for name in UNSEEN}
+    if encoder is not None:  # encoders whose tokens are T5's alone have no number of their own for T5
+        found[f"{place}.t5_length"] = getattr(encoder, "t5_length", encoder.num_tokens)
+    return found
 
 
 class BasedModule(LightningModule):
@@ -28,6 +49,8 @@ class BasedModule(LightningModule):
 
     Attributes:
         based_on: Module that holds the base's weights, and the folder or hub id that they come from.
+        base_settings: Settings of the base that are not seen in its weights and that a resumed run must not change, by
+            the names of the run's settings.
         lr: Learning rate that replaces the optimiser's own; None keeps the optimiser's. Lightning's learning rate
             finder sets this attribute.
         frozen_dtype: Name of the setting that stores frozen weights in bfloat16, for messages.
@@ -35,6 +58,7 @@ class BasedModule(LightningModule):
     """
 
     based_on: tuple[nn.Module, str]
+    base_settings: Mapping[str, Any] = {}
     frozen_dtype = "frozen_dtype"
     decay_vectors = False
 
@@ -54,13 +78,16 @@ class BasedModule(LightningModule):
         """Check that trainable weights stay float32, in which small updates are not lost.
 
         Raises:
-            InputError: If ``trainer.precision`` is not 32-true, 16-mixed or bf16-mixed.
+            InputError: If ``trainer.precision`` is not 32-true, 16-mixed or bf16-mixed, or FSDP1 is to shard quantised
+                weights.
         """
         if self.trainer.precision not in ("32-true", "16-mixed", "bf16-mixed"):
             raise InputError(
                 f"trainer.precision={self.trainer.precision}: what trains must be float32; use bf16-mixed (with "
                 f"{self.frozen_dtype}: bfloat16 for the frozen weights), 16-mixed or 32-true"
             )
+        if isinstance(self.trainer.strategy, FSDPStrategy):
+            refuse_quantized(self, "FSDP1")
         if self._base is None:  # before weights are sharded
             self._base = BaseSample.of(*self.based_on)
             share_frozen(self, self.trainer)
@@ -73,24 +100,52 @@ class BasedModule(LightningModule):
         """
         return super().load_from_checkpoint(checkpoint_path, weights_only=weights_only, **kwargs)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save :attr:`base_settings`, and leave quantised layers out, which only their library can read."""
+        checkpoint["base_settings"] = dict(self.base_settings)
+        for name in quantized_names(self):
+            checkpoint["state_dict"].pop(name, None)
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that a checkpoint belongs to this base.
 
-        Outside a Trainer, where ``load_from_checkpoint`` calls this hook, frozen weights that the checkpoint leaves out
-        are filled in from this module's base.
+        Quantised layers are filled in from this module's base. So are all frozen weights that the checkpoint leaves
+        out, if it is of a quantised run, or outside a Trainer, where ``load_from_checkpoint`` calls this hook.
 
         Raises:
-            InputError: If the checkpoint belongs to another base.
+            InputError: If the checkpoint belongs to another base, or a resumed run has other :attr:`base_settings`.
         """
         if "base" in checkpoint:
             (self._base or BaseSample.of(*self.based_on)).check(checkpoint["base"])
+        trained = checkpoint.get("base_settings", {})
+        if names := quantized_names(self):
+            checkpoint["state_dict"] |= self._own_values(names)
+        elif any(
+            value and name.endswith("quantization") for name, value in trained.items()
+        ):  # which left those layers out
+            checkpoint["state_dict"] = {**self._own_values(frozen_names(self)), **checkpoint["state_dict"]}
         try:
-            _ = self.trainer
+            if self.trainer.state.fn == TrainerFn.FITTING:
+                self._check_settings(trained)
         except RuntimeError:
             check_weights(self, {name: value.shape for name, value in checkpoint["state_dict"].items()})
-            frozen, state = frozen_names(self), self.state_dict()
-            left_out = {name: state[name] for name in state.keys() & frozen} if "base" in checkpoint else {}
+            left_out = self._own_values(frozen_names(self)) if "base" in checkpoint else {}
             checkpoint["state_dict"] = {**left_out, **checkpoint["state_dict"]}
+
+    def _own_values(self, names: set[str]) -> dict[str, Any]:
+        """Return those of the named entries that ``load_state_dict`` takes: not what a library of quantisation adds."""
+        own = (*self.named_parameters(remove_duplicate=False), *self.named_buffers())
+        state = self.state_dict()
+        return {name: state[name] for name, _ in own if name in names and name in state}
+
+    def _check_settings(self, trained: Mapping[str, Any]) -> None:
+        for name, ours in self.base_settings.items():
+            theirs = trained.get(name, ours)
+            if theirs != ours:
+                raise InputError(
+                    f"the checkpoint was trained with {name}={theirs}, not {ours}; give {name} as it was, or start a "
+                    "new run"
+                )
 
     def configure_optimizers(self) -> Any:
         """Build one optimiser over the trainable parameters, and its schedule, stepped after each optimiser step."""

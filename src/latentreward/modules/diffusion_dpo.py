@@ -56,8 +56,8 @@ class DiffusionDPOModule(AlignmentModule):
         posterior: Whether the VAE's latents of pixels are a ``sample`` of its posterior, new for each image and epoch,
             or the posterior's ``mode``.
         eval_timesteps: Timesteps at which validation compares every pair, with the same noise in each epoch.
-        options: See :class:`AlignmentModule`. Training uses no guidance, as in the paper; ``guidance_scale`` is for
-            callbacks that sample.
+        options: See :class:`AlignmentModule`. Training uses no classifier-free guidance, as in the paper;
+            ``guidance_scale`` is for callbacks that sample, and for networks that take it as an input (FLUX.1-dev).
 
     Raises:
         InputError: If an argument is out of range.
@@ -102,8 +102,8 @@ class DiffusionDPOModule(AlignmentModule):
         noisy = process.add_noise(latents, noise, timesteps)
         target = process.target(latents, noise, timesteps)
         with torch.no_grad(), self.policy.reference():
-            reference = self.policy.predict(noisy, timesteps, conditioning)
-        prediction = self.policy.predict(noisy, timesteps, conditioning)
+            reference = self.policy.predict(noisy, timesteps, conditioning, self.guidance_scale)
+        prediction = self.policy.predict(noisy, timesteps, conditioning, self.guidance_scale)
         chosen, rejected = implicit_rewards(prediction, reference, target, self.beta).chunk(2)
         sigmas = process.sigma(timesteps).to(chosen.device).chunk(2)
         weight = batch.weight * (batch.label != 0.5)

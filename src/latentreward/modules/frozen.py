@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from latentreward.checkpoints.base_weights import is_quantized
 from latentreward.checkpoints.shards import frozen_names
 from latentreward.errors import InputError
 from latentreward.storage.digests import digest
@@ -45,10 +46,26 @@ def share_frozen(module: LightningModule, trainer: Trainer) -> None:
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
 
 
+def refuse_quantized(module: nn.Module, strategy: str) -> None:
+    """Raise InputError if a parameter is quantised, which the named strategy cannot shard."""
+    for name, parameter in module.named_parameters():
+        if is_quantized(parameter):
+            raise InputError(
+                f"parameter {name} is quantised, which {strategy} cannot shard; use ddp, or no quantization"
+            )
+
+
 def frozen_values(module: nn.Module, names: set[str]) -> Iterator[memoryview | str]:
     """Yield names and bytes of the named parameters and buffers of a module, in the module's order."""
     tensors: list[tuple[str, Tensor]] = [*module.named_parameters(), *module.named_buffers()]
     for name, tensor in tensors:
         if name in names:
             yield f"{name} {tensor.dtype} {tuple(tensor.shape)}"
-            yield memoryview(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+            for part in stored_parts(tensor.detach()):
+                yield memoryview(part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def stored_parts(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield the plain tensors in which a tensor is stored: itself, or codes and scales of torchao's quantised ones."""
+    names = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else ()
+    yield from [getattr(tensor, name) for name in names] or [tensor]

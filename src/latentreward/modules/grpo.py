@@ -48,7 +48,8 @@ class GRPOModule(RolloutModule[StepSamples]):
             training.
 
     Raises:
-        InputError: If the sampler has no noise.
+        InputError: If a setting is out of range, the scheduler cannot make the steps, no step has noise, or the reward
+            takes latents of another space.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class GRPOModule(RolloutModule[StepSamples]):
         **options: Any,
     ) -> None:
         sampling = (sampling or Sampling()).with_noise()
-        sampler = sampling.sampler(policy.pipeline().config("scheduler"))
+        sampler = sampling.sampler(policy.resolve_family())
         sampler.require_noise()
         super().__init__(policy, reward, **options)
         self.sampling, self.sampler, self.loss = sampling, sampler, loss or ClippedPolicyLoss()
@@ -97,7 +98,7 @@ class StepwiseGRPOModule(GRPOModule):
         options: See :class:`GRPOModule`.
 
     Raises:
-        InputError: If no step of the window has noise.
+        InputError: As in :class:`GRPOModule`, or if fewer than two steps with noise lie in the window.
     """
 
     def __init__(
@@ -111,7 +112,7 @@ class StepwiseGRPOModule(GRPOModule):
     ) -> None:
         super().__init__(policy, reward, sampling, loss, **options)
         self.candidates = candidates or Branching()
-        self.candidates.steps(self.sampler)
+        self.candidates.training_steps(self.sampler)
 
     def make_experience(self, prompts: PromptBatch) -> StepSamples | None:
         """See :meth:`RolloutModule.make_experience`."""
@@ -144,7 +145,8 @@ class TrajectoryGRPOModule(GRPOModule):
         options: See :class:`GRPOModule`.
 
     Raises:
-        InputError: If there are fewer than 2 trajectories per prompt, or no step of the window has noise.
+        InputError: As in :class:`GRPOModule`, or if there are fewer than 2 trajectories per prompt, ``low`` lies above
+            ``high``, fewer than two steps with noise lie in the window, or ``reward_sigmas`` are no noise levels.
     """
 
     def __init__(
@@ -166,7 +168,7 @@ class TrajectoryGRPOModule(GRPOModule):
         super().__init__(policy, reward, sampling, loss, **options)
         self.num_trajectories, self.global_std = num_trajectories, global_std
         self.reward_sigmas = tuple(reward_sigmas)
-        self.trained_steps = Branching(num_trajectories, low, high).steps(self.sampler)
+        self.trained_steps = Branching(num_trajectories, low, high).training_steps(self.sampler)
 
     def make_experience(self, prompts: PromptBatch) -> StepSamples | None:
         """See :meth:`RolloutModule.make_experience`."""

@@ -57,7 +57,8 @@ class LPOModule(RolloutModule[StepPairs]):
         options: See :class:`~latentreward.modules.alignment.AlignmentModule`.
 
     Raises:
-        InputError: If a setting is out of range, or no step of the window has noise.
+        InputError: If a setting is out of range, the scheduler cannot make the steps, fewer than two steps with noise
+            lie in the window, or the reward takes latents of another space.
     """
 
     def __init__(
@@ -72,8 +73,8 @@ class LPOModule(RolloutModule[StepPairs]):
         **options: Any,
     ) -> None:
         sampling, candidates = (sampling or Sampling()).with_noise(), candidates or Branching()
-        loss, sampler = StepDPO(beta, clip_range), sampling.sampler(policy.pipeline().config("scheduler"))
-        candidates.steps(sampler)
+        loss, sampler = StepDPO(beta, clip_range), sampling.sampler(policy.resolve_family())
+        candidates.training_steps(sampler)
         super().__init__(policy, reward, **options)
         self.loss, self.sampler, self.selection = loss, sampler, selection or SigmaThreshold(0.35, 0.5)
         self.sampling, self.candidates = sampling, candidates

@@ -199,6 +199,7 @@ class PairModule(BasedModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save which base model the checkpoint's weights belong to, as far as frozen weights are left out."""
+        super().on_save_checkpoint(checkpoint)
         checkpoint["base"] = self._base.record(checkpoint["state_dict"])
 
     def add_noise(self, encoded: EncodedPairs, timesteps: Tensor) -> Tensor:

@@ -68,10 +68,12 @@ class ReFLModule(RewardedModule):
             on, each also costs a backward pass through the reference, because its input depends on the policy.
         pretraining_weight: Weight of the denoising error on images. Above 0, batches must hold images (see
             :class:`~latentreward.data.PromptsAndImages`); the chosen images of the pairs are used.
-        options: See :class:`AlignmentModule`. ReFL's released code samples without guidance.
+        options: See :class:`AlignmentModule`. ReFL's released code samples without guidance. The pre-training term
+            uses no classifier-free guidance; networks that take ``guidance_scale`` as an input (FLUX.1-dev) get it.
 
     Raises:
-        InputError: If an argument is out of range, or the reward has no gradient.
+        InputError: If an argument is out of range, the scheduler cannot make the steps, or the reward has no gradient
+            or takes latents of another space.
 
     Note:
         ReFL's released code gives the network the step's index (30 to 39) as its timestep; here the network gets the
@@ -104,7 +106,7 @@ class ReFLModule(RewardedModule):
         for name, weight in (("kl_weight", kl_weight), ("pretraining_weight", pretraining_weight)):
             if not 0.0 <= weight < float("inf"):
                 raise InputError(f"{name}={weight:g} must be at least 0 and finite; 0 leaves the term out")
-        sampler = sampling.sampler(policy.pipeline().config("scheduler"))
+        sampler = sampling.sampler(policy.resolve_family())
         super().__init__(policy, reward, **options)
         if not self.reward.differentiable:
             raise InputError(
@@ -133,7 +135,7 @@ class ReFLModule(RewardedModule):
         """Sample up to the step of index ``stop``, the last ``gradient_steps`` steps with a graph."""
         network = PromptedPolicy.of(self.policy, prompts, self.guidance_scale)
         draws = RolloutDraws(self.seed, prompts.keys)
-        shape = self.policy.latent_shape(self.sampling.height, self.sampling.width)
+        shape = self.sampling.latent_shape(self.policy.family)
         latents = draws.initial(shape).to(self.device)
         first = max(0, stop + 1 - self.gradient_steps)
         with torch.no_grad(), evaluating(self.policy.network):
@@ -197,7 +199,8 @@ class ReFLModule(RewardedModule):
         noise = draws.normal("noise", latents.shape[1:], per_image=False)[:count].to(latents.device)
         timesteps = draws.timesteps(self.levels, process, per_image=False)[:count].to(latents.device)
         conditioning = self.policy.encode_prompts(batch.prompts) if batch.conditioning is None else batch.conditioning
-        output = self.policy.predict(process.add_noise(latents, noise, timesteps), timesteps, conditioning)
+        noisy = process.add_noise(latents, noise, timesteps)
+        output = self.policy.predict(noisy, timesteps, conditioning, self.guidance_scale)
         return denoising_error(output, process.target(latents, noise, timesteps)).mean()
 
     def training_step(self, batch: PromptBatch | Mapping[str, Any], batch_idx: int) -> Tensor:

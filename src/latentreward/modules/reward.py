@@ -17,6 +17,7 @@ from latentreward.data.image_sizes import ImageSizes
 from latentreward.errors import InputError
 from latentreward.heads import EmbeddingHead, RewardHead
 from latentreward.losses import PreferenceLoss, gather_with_grad
+from latentreward.modules.based import unseen_settings
 from latentreward.modules.images import latents_of
 from latentreward.modules.pair_noise import PairDraws
 from latentreward.modules.pairs import EncodedPairs, PairModule, check_sigmas
@@ -64,6 +65,8 @@ class RewardModule(PairModule):
             raise InputError(f"backbone is {backbone!r}, not a DiffusionBackbone; let its function return one")
         super().__init__(backbone.noise_process, backbone.source, loss, levels, **options)
         self.model = RewardModel(backbone, head(backbone.feature_spec))
+        built = {} if backbone.built_by is None else backbone.built_by.init_args
+        self.base_settings = unseen_settings("backbone", built, backbone.text_encoder)
         self._trained_sizes: ImageSizes | None = None
         if not self.model.head.reads_text:
             backbone.drop_text_taps()

@@ -11,6 +11,7 @@ trainable weights only.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -19,6 +20,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 
 from latentreward.backbones.base import DiffusionBackbone
 from latentreward.errors import InputError
+from latentreward.families import families
+from latentreward.modules.frozen import refuse_quantized
 from latentreward.rewards import Reward
 from latentreward.rewards.latent import LatentScorer
 
@@ -70,12 +73,21 @@ def shard_policy(policy: Policy, mesh: DeviceMesh) -> None:
     check_axes(policy)
     blocks = [*policy.blocks()]
     inside = {module for block in blocks for module in block.modules()}
-    rest = [child for child in policy.network.children() if not inside.intersection(child.modules())]
+    rest = [part for part in called_parts(policy.network) if not inside.intersection(part.modules())]
     for group in [*blocks, *rest]:
         if any(True for _ in group.parameters()):
             fully_shard(group, mesh=mesh)
     fully_shard(policy.network, mesh=mesh, reshard_after_forward=True)
     shard_encoders(policy.text_encoder, policy.vae, mesh)
+
+
+def called_parts(network: nn.Module) -> Iterator[nn.Module]:
+    """Yield the children of a network; of a list or dict of modules, which is not called itself, its members."""
+    for child in network.children():
+        if isinstance(child, nn.ModuleList | nn.ModuleDict):
+            yield from called_parts(child)
+        else:
+            yield child
 
 
 def shard_reward(reward: Reward, mesh: DeviceMesh) -> None:
@@ -114,7 +126,8 @@ def shard_encoders(text_encoder: PromptEncoder | None, vae: LatentEncoder | None
 
 
 def check_axes(module: nn.Module) -> None:
-    """Raise InputError if a parameter is a scalar, which has no axis to shard."""
+    """Raise InputError if a parameter is a scalar, which has no axis to shard, or quantised."""
+    refuse_quantized(module, "FSDP2")
     for name, parameter in module.named_parameters():
         if parameter.ndim == 0:
             raise InputError(f"parameter {name} is a scalar, which FSDP2 cannot shard; give it the shape (1,)")
@@ -129,15 +142,10 @@ def repeated_layers(module: nn.Module) -> Iterator[nn.Module]:
             yield from repeated_layers(child)
 
 
-WRAPPED_BY_FSDP1 = (
-    "CrossAttnDownBlock2D",
-    "DownBlock2D",
-    "UNetMidBlock2DCrossAttn",
-    "JointTransformerBlock",
-    "CLIPEncoderLayer",
-    "T5Block",
-)
-"""Class names, in diffusers and transformers, of the blocks and text layers that FSDP1 wraps as units."""
+@cache
+def wrapped_by_fsdp1() -> frozenset[str]:
+    """Return the class names of the blocks and text layers that FSDP1 wraps as units."""
+    return frozenset(name for kind in families().values() for name in (*kind.block_classes, *kind.text_layers))
 
 
 def wraps_block(module: nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:
@@ -148,4 +156,4 @@ def wraps_block(module: nn.Module, recurse: bool, nonwrapped_numel: int) -> bool
         recurse: True if FSDP1 asks whether to descend into the module's children, which is always answered with yes.
         nonwrapped_numel: Number of parameters not wrapped yet; not used.
     """
-    return recurse or type(module).__name__ in WRAPPED_BY_FSDP1
+    return recurse or type(module).__name__ in wrapped_by_fsdp1()

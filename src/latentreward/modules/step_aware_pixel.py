@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from latentreward.contracts import CrossScores, PairScores, PreferenceBatch
-from latentreward.errors import check_at_least_one
+from latentreward.errors import InputError, check_at_least_one
 from latentreward.losses import LRMLoss, PreferenceLoss, gather_with_grad
 from latentreward.modules.images import latents_of
 from latentreward.modules.pair_noise import PairDraws
@@ -35,7 +35,7 @@ class StepAwarePixelModule(PairModule):
         processor: Folder or hub id of the tokenizer and preprocessing; None takes OpenCLIP's ViT-H for PickScore,
             otherwise ``source``.
         revision: Branch, tag or commit of a hub id; pin it.
-        guidance_scale: Classifier-free guidance of the prediction.
+        guidance_scale: Guidance of the prediction; None takes the generator family's own, 5 for SD and SD3.
         decode_batch_size: Number of latents that the VAE decodes at once.
         gradient_checkpointing: Recompute the scorer's vision blocks in the backward pass.
         loss: Preference loss; None takes ``LRMLoss(mode="pair")``, SPO's loss. SPO's loss with in-batch
@@ -59,7 +59,7 @@ class StepAwarePixelModule(PairModule):
         source: str = PICKSCORE,
         processor: str | None = None,
         revision: str | None = None,
-        guidance_scale: float = 5.0,
+        guidance_scale: float | None = None,
         decode_batch_size: int = 8,
         gradient_checkpointing: bool = False,
         loss: PreferenceLoss | None = None,
@@ -67,7 +67,8 @@ class StepAwarePixelModule(PairModule):
         eval_timesteps: Sequence[float] = (0, 251, 501, 701, 951),
         **options: Any,
     ) -> None:
-        check_at_least_one(guidance_scale=guidance_scale, decode_batch_size=decode_batch_size)
+        check_at_least_one(decode_batch_size=decode_batch_size)
+        checked = generator.resolve_family().guidance(guidance_scale)
         policy = generator.load()
         super().__init__(
             policy.noise_process,
@@ -81,7 +82,7 @@ class StepAwarePixelModule(PairModule):
         network, _ = load_step_aware(source, processor, revision)
         self.network = network.requires_grad_(True).train()
         self.network.gradient_checkpointing = gradient_checkpointing
-        self.guidance_scale, self.decode_batch_size = guidance_scale, decode_batch_size
+        self.guidance_scale, self.decode_batch_size = checked, decode_batch_size
 
     @property
     def latent_decoder(self) -> "LatentEncoder | None":
@@ -91,10 +92,12 @@ class StepAwarePixelModule(PairModule):
     def encode(self, batch: PreferenceBatch, draws: PairDraws, noise_per_image: bool = False) -> EncodedPairs:
         """See :meth:`PairModule.encode`."""
         latents = latents_of(self.generator, batch, draws, self.posterior)
+        if latents.ndim == 5 and latents.shape[2] > 1:
+            raise InputError("the data hold clips, but a reward on pixels scores images; set frames of the data to 1")
         conditioning, uncond = batch.conditioning, batch.uncond
         if conditioning is None:
             conditioning = self.generator.encode_prompts(batch.prompts)
-        if self.guidance_scale != 1.0 and uncond is None:
+        if uncond is None and self.generator.family.needs_uncond(self.guidance_scale):
             uncond = self.generator.encode_uncond()
         noise = draws.normal("noise", latents.shape[1:], noise_per_image).to(latents.device)
         return EncodedPairs(latents, noise, conditioning.select([*range(len(batch))] * 2), uncond)

@@ -5,7 +5,7 @@ import torch
 from latentreward.errors import InputError
 from latentreward.noise.base import NoiseProcess
 from latentreward.noise.ddpm import DDPM
-from latentreward.noise.flow import FlowMatching
+from latentreward.noise.flow import ContinuousFlow, FlowMatching
 from latentreward.noise.levels import (
     BetaSigma,
     ConstantSigma,
@@ -22,6 +22,7 @@ __all__ = [
     "DDPM",
     "BetaSigma",
     "ConstantSigma",
+    "ContinuousFlow",
     "FlowMatching",
     "LevelSampler",
     "LogitNormalSigma",

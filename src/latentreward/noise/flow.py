@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from latentreward.errors import InputError
 from latentreward.noise.base import NoiseProcess, per_sample
 from latentreward.noise.predictions import predicted_clean
 
@@ -44,3 +45,31 @@ class FlowMatching(NoiseProcess):
         """See :meth:`NoiseProcess.clean`; returns x_σ − σ v."""
         sigma = per_sample(self.sigma(timesteps), noisy).to(noisy.dtype)
         return predicted_clean("flow", noisy, output, 1.0 - sigma, sigma)
+
+
+class ContinuousFlow(FlowMatching):
+    """Flow matching at any level in [0, 1]: timesteps are 1000·σ, without a table that they are rounded to.
+
+    For networks whose pipelines shift levels by image size or number of steps, so that no table holds them all. The
+    lowest level of :meth:`timesteps_at` and :meth:`snap` is 0.001: latents are never scored without any noise.
+    """
+
+    def __init__(self) -> None:
+        with torch.device("cpu"):  # as all tables, whatever the default device
+            super().__init__(shift=1.0)
+
+    def timesteps_at(self, u: Tensor) -> Tensor:
+        """See :meth:`NoiseProcess.timesteps_at`."""
+        return u.to("cpu", torch.float32).clamp(0.001, 1.0) * 1000
+
+    def snap(self, timesteps: Tensor) -> Tensor:
+        """See :meth:`NoiseProcess.snap`."""
+        return timesteps.to("cpu", torch.float32).clamp(1.0, 1000.0)
+
+    def sigma(self, timesteps: Tensor) -> Tensor:
+        """See :meth:`NoiseProcess.sigma`."""
+        values = timesteps.detach().float()
+        outside = values[~((values >= 0) & (values <= 1000))]
+        if outside.numel():
+            raise InputError(f"timestep {outside[0].item():g} is out of range; use a value from 0 to 1000")
+        return values / 1000

@@ -12,6 +12,7 @@ from latentreward.backbones.tuning import LoRA
 from latentreward.checkpoints.base_weights import BaseSample
 from latentreward.checkpoints.shards import read_checkpoint
 from latentreward.errors import InputError, first_line
+from latentreward.families import is_foreign
 from latentreward.policies.loading import PolicySource
 from latentreward.policies.policy import POLICY, Policy
 from latentreward.scoring.layouts.recipe import ONLY_IN_TRAINING
@@ -40,11 +41,16 @@ class SavedAdapter:
     base: dict[str, Any] | None
 
 
-def read_policy_adapter(checkpoint: Path | str) -> SavedAdapter:
+def read_policy_adapter(checkpoint: Path | str, trusted: bool = False) -> SavedAdapter:
     """Read the adapter from the checkpoint of any alignment module.
 
+    Args:
+        checkpoint: One file or a folder of shards.
+        trusted: Whether the checkpoint may name a family outside this package, whose module would be imported.
+
     Raises:
-        InputError: If the file is damaged, or is not the checkpoint of an alignment run.
+        InputError: If the file is damaged, is not the checkpoint of an alignment run, or names a family outside this
+            package without ``trusted``.
     """
     content = read_checkpoint(Path(checkpoint))
     weights = {name.removeprefix(PREFIX): tensor for name, tensor in content["state_dict"].items() if ADAPTER in name}
@@ -55,6 +61,16 @@ def read_policy_adapter(checkpoint: Path | str) -> SavedAdapter:
         source = PolicySource(**record, lora=LoRA(**content[SOURCE]["lora"]))
     except (TypeError, AttributeError, KeyError) as error:
         raise InputError(f"checkpoint: {checkpoint}: {SOURCE} is of another version ({first_line(error)})") from error
+    if not isinstance(source.family, str | None):
+        raise InputError(
+            f"checkpoint: {checkpoint} has family={source.family!r:.80}, which is no import path; get it again"
+        )
+    if not trusted and is_foreign(source.family):
+        raise InputError(
+            f"checkpoint: {checkpoint} names the family {source.family!r}, which would be imported; if you trust it, "
+            "give it yourself with its pipeline (generate: policy.source and policy.family; evaluate-policy: "
+            "policy.pipeline.source and policy.pipeline.family), or export --trust_remote_code=true"
+        )
     return SavedAdapter(weights, source, content.get("base"))
 
 
@@ -71,7 +87,7 @@ def load_policy(checkpoint: Path | str, source: PolicySource | None = None) -> P
         InputError: If the file is not the checkpoint of an alignment run, the base has other weights than the base of
             that run, or the adapter does not fit ``source``.
     """
-    saved = read_policy_adapter(checkpoint)
+    saved = read_policy_adapter(checkpoint, trusted=source is not None)
     policy = (source or saved.source).load()
     if saved.base is not None:
         BaseSample.of(policy, policy.source).check(saved.base)

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import nn
 
-from latentreward.backbones.loading import SHIPPED, PipelineSource, check_channels, set_execution
+from latentreward.backbones.loading import PipelineSource, set_execution
+from latentreward.backbones.quantization import Quantization, check_quantization
 from latentreward.backbones.tuning import LoRA, StorageDtype, shown_as_float32
 from latentreward.backbones.weights import settle
 from latentreward.contracts import LatentSpace
 from latentreward.errors import InputError, first_line
-from latentreward.policies.policy import POLICY, DiTPolicy, Policy, UNetPolicy
+from latentreward.families import Family, find_family
+from latentreward.policies.policy import POLICY, Policy
 from latentreward.seeding import pair_generator
 
-if TYPE_CHECKING:
-    from latentreward.encoders.prompts import PromptEncoder
+LATER = ("quantization", "family")
+"""Fields of a :class:`PolicySource` that records of earlier versions lack."""
 
 
 @dataclass
@@ -35,9 +37,13 @@ class PolicySource:
             ``precision: bf16-mixed``.
         vae_dtype: Storage dtype of the VAE.
         load_t5: False does not load T5 (SD3): saves 9.5 GB in bfloat16, at some loss for long prompts.
-        t5_length: T5 tokens per prompt (SD3); zeros stand for them if T5 is not loaded. None: 256, or 0 for a shipped
-            pipeline.
+        t5_length: T5 tokens per prompt (SD3, FLUX.1, Wan); zeros stand for SD3's if T5 is not loaded. None takes the
+            family's own number: 256 for SD3, 0 for a shipped pipeline.
         compile_blocks: Compile each block with ``torch.compile``.
+        quantization: Storage of the frozen linear layers of the network's blocks: ``int8`` (torchao), ``bnb_int8`` or
+            ``nf4`` (bitsandbytes, on a GPU). None keeps ``frozen_dtype``.
+        family: Import path of the pipeline's :class:`~latentreward.families.Family`, for a family of one's own; None
+            finds it among those of this package.
     """
 
     source: str = "sd_tiny"
@@ -51,14 +57,34 @@ class PolicySource:
     load_t5: bool = True
     t5_length: int | None = None
     compile_blocks: bool = False
+    quantization: Quantization | None = None
+    family: str | None = None
 
     def pipeline(self) -> PipelineSource:
         """Return the reader of the pipeline's configs and parts."""
         return PipelineSource(self.source, self.revision, self.variant)
 
+    def resolve_family(self) -> Family:
+        """Return the family of the pipeline, found from its configs only.
+
+        Raises:
+            InputError: If the source is not a supported text-to-image pipeline.
+        """
+        return find_family(self.pipeline(), self.family)
+
+    def record(self) -> dict[str, Any]:
+        """Return the fields as earlier versions recorded them, so that equal sources stay equal to their records.
+
+        The adapter's target modules are named, and fields that came later are left out if None.
+        """
+        targets = self.resolve_family().lora_targets if self.lora.target_modules is None else self.lora.target_modules
+        values = {one.name: getattr(self, one.name) for one in fields(self)}
+        values["lora"] = replace(self.lora, target_modules=tuple(targets))
+        return {name: value for name, value in values.items() if value is not None or name not in LATER}
+
     def latent_space(self) -> LatentSpace:
-        """Return the latent space of the pipeline's VAE, read from configs only."""
-        return self.pipeline().latent_space()
+        """Return the latent space of the pipeline's VAE, read without loading the VAE."""
+        return self.resolve_family().latent_space
 
     def load(self, seed: int = 0) -> Policy:
         """Load network, text encoders and VAE frozen, and add the trainable adapter.
@@ -72,57 +98,36 @@ class PolicySource:
         """
         if self.t5_length is not None and self.t5_length < 0:
             raise InputError(f"t5_length={self.t5_length} must be at least 0")
-        pipeline = self.pipeline()
-        latent_space, process, sdxl = pipeline.latent_space(), pipeline.noise_process(), False
-        network: Any
-        text_encoder: PromptEncoder
-        family: type[Policy]
-        if pipeline.has("unet"):
-            config, family = self._config(pipeline, "unet", "UNet2DConditionModel", latent_space), UNetPolicy
-            sdxl = config.get("addition_embed_type") == "text_time"
-            text_encoder = pipeline.sdxl_prompts(mapped=True) if sdxl else pipeline.clip_prompts(mapped=True)
-            network = pipeline.unet(mapped=True)
-        else:
-            config, family = self._config(pipeline, "transformer", "SD3Transformer2DModel", latent_space), DiTPolicy
-            length = (0 if self.source in SHIPPED else 256) if self.t5_length is None else self.t5_length
-            text_encoder = pipeline.sd3_prompts(config["joint_attention_dim"], length, self.load_t5, mapped=True)
-            network = pipeline.transformer(mapped=True)
+        check_quantization(self.quantization, "lora")
+        family = self.resolve_family()
+        family.report_assumption("policy")
+        text_encoder = family.load_prompt_encoder(self.t5_length, self.load_t5)
+        network = family.load_network()
         network.requires_grad_(False)
-        add_lora(network, self.lora, POLICY, seed)
+        add_lora(network, self.lora, POLICY, seed, family)
         text_encoder.requires_grad_(False)
-        for module in (network, text_encoder):
-            settle(module, getattr(torch, self.frozen_dtype), torch.float32)
-        policy = family(
-            network,
-            process,
-            latent_space,
-            pipeline.config("scheduler"),
-            text_encoder,
-            pipeline.latent_encoder(self.vae_dtype),
-            zero_uncond=bool(pipeline.index.get("force_zeros_for_empty_prompt", sdxl)),  # diffusers' defaults
-        ).train()
-        policy.source = str(pipeline)
-        execution = self.gradient_checkpointing, self.attention_backend, self.compile_blocks
+        dtype = getattr(torch, self.frozen_dtype)
+        settle(network, dtype, torch.float32, family.float32_parts)
+        settle(text_encoder, dtype, torch.float32)
+        policy = Policy(network, family, text_encoder, family.load_latent_encoder(self.vae_dtype)).train()
+        policy.source = str(family.pipeline)
+        execution = self.gradient_checkpointing, self.attention_backend, self.compile_blocks, self.quantization
         set_execution(policy.blocks(), network, *execution)
         return policy
 
-    def _config(self, pipeline: PipelineSource, part: str, family: str, space: LatentSpace) -> dict[str, Any]:
-        """Read the network's config, and check its class and channels before any weight is loaded."""
-        config = pipeline.config(part)
-        if config.get("_class_name", family) != family:
-            raise InputError(
-                f"source={self.source!r} has a {config['_class_name']} as {part}; a policy needs a {family}, as SD1.5, "
-                "SD2.1, SDXL, SD3 and SD3.5 have it"
-            )
-        check_channels(self.source, part, config, space)
-        return config
 
-
-def add_lora(network: nn.Module, lora: LoRA, name: str, seed: int) -> None:
+def add_lora(network: nn.Module, lora: LoRA, name: str, seed: int, family: Family) -> None:
     """Add an adapter ``name`` to ``network``; the network's output stays the same until the adapter is trained.
 
     A is drawn from N(0, 1 / rank²) and B is zero, as with peft's ``init_lora_weights="gaussian"``. Unlike peft's, the
     random numbers depend only on ``seed`` and the names of the parameters.
+
+    Args:
+        network: diffusers network.
+        lora: Settings; without ``target_modules`` the family's own.
+        name: Name of the adapter.
+        seed: Seed of A.
+        family: Family of the network.
 
     Raises:
         InputError: If no layer matches ``lora.target_modules``.
@@ -130,13 +135,14 @@ def add_lora(network: nn.Module, lora: LoRA, name: str, seed: int) -> None:
     from peft import LoraConfig
 
     config: dict[str, Any] = {"r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout}
+    endings = list(family.lora_targets if lora.target_modules is None else lora.target_modules)
+    if family.idle:
+        config["exclude_modules"] = list(family.idle)
     try:
         with shown_as_float32(network):
-            network.add_adapter(
-                LoraConfig(**config, target_modules=list(lora.target_modules), init_lora_weights="gaussian"), name
-            )
+            network.add_adapter(LoraConfig(**config, target_modules=endings, init_lora_weights="gaussian"), name)
     except ValueError as error:
-        raise InputError(f"lora.target_modules={list(lora.target_modules)}: {first_line(error)}") from error
+        raise InputError(f"lora.target_modules={endings}: {first_line(error)}") from error
     for parameter, weight in network.named_parameters():
         if parameter.endswith(f".lora_A.{name}.weight"):
             with torch.device("cpu"):

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from latentreward.contracts import Conditioning, LatentSpace, join_rows
+from latentreward.contracts import Conditioning, LatentSpace
 from latentreward.errors import InputError
+from latentreward.families import Family
 from latentreward.noise import NoiseProcess
 from latentreward.policies.adapters import AdapterSwitch
 
@@ -23,17 +23,14 @@ POLICY = "policy"
 """Name of the trainable adapter in peft."""
 
 
-class Policy(nn.Module, ABC):
+class Policy(nn.Module):
     """A text-to-image network with a trainable adapter. Without the adapter, the network is the reference model.
 
     Args:
-        network: diffusers U-Net or transformer, frozen, with an adapter named :data:`POLICY`.
-        noise_process: Forward process that the network was trained with.
-        latent_space: Latent space that the network works in.
-        scheduler_config: The pipeline's saved scheduler config.
+        network: diffusers network, frozen, with an adapter named :data:`POLICY`.
+        family: Family of the network, which knows its conventions.
         text_encoder: Frozen prompt encoder; None if prompts are encoded elsewhere.
         vae: Frozen VAE; None if latents are never decoded.
-        zero_uncond: Whether the empty prompt is encoded as zeros (SDXL's ``force_zeros_for_empty_prompt``).
 
     Attributes:
         source: Folder or hub id of the weights, for messages.
@@ -46,19 +43,24 @@ class Policy(nn.Module, ABC):
     def __init__(
         self,
         network: nn.Module,
-        noise_process: NoiseProcess,
-        latent_space: LatentSpace,
-        scheduler_config: Mapping[str, Any],
+        family: Family,
         text_encoder: PromptEncoder | None = None,
         vae: LatentEncoder | None = None,
-        zero_uncond: bool = False,
     ) -> None:
         super().__init__()
-        self.network = network
-        self.noise_process, self.latent_space = noise_process, latent_space
-        self.scheduler_config = dict(scheduler_config)
-        self.text_encoder, self.vae, self.zero_uncond = text_encoder, vae, zero_uncond
+        self.network, self.family = network, family
+        self.text_encoder, self.vae = text_encoder, vae
         self.adapters = AdapterSwitch(network, POLICY)
+
+    @property
+    def noise_process(self) -> NoiseProcess:
+        """Forward process that the network was trained with."""
+        return self.family.noise_process
+
+    @property
+    def latent_space(self) -> LatentSpace:
+        """Latent space that the network works in."""
+        return self.family.latent_space
 
     def train(self, mode: bool = True) -> Self:
         """Switch the dropout of the trainable adapter; frozen modules stay in evaluation mode (T5 has dropout)."""
@@ -73,9 +75,18 @@ class Policy(nn.Module, ABC):
         """Return a context in which all adapters are off, so that the network predicts as before alignment."""
         return self.adapters.use(None)
 
-    @abstractmethod
-    def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """Predict noise, v or velocity ``(B, C, ...)``, as the network was trained to, at ``timesteps`` ``(B,)``."""
+    def predict(
+        self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, guidance: float | None = None
+    ) -> Tensor:
+        """Predict noise, v or velocity ``(B, C, ...)``, as the network was trained to, at ``timesteps`` ``(B,)``.
+
+        Args:
+            latents: ``(B, C, ...)``.
+            timesteps: ``(B,)``.
+            conditioning: Encoded prompts, B rows.
+            guidance: ``guidance_scale`` for networks that take it as an input (FLUX.1-dev); None takes the family's.
+        """
+        return self.family.predict(self.network, latents, timesteps, conditioning, guidance)
 
     def predict_guided(
         self,
@@ -83,30 +94,31 @@ class Policy(nn.Module, ABC):
         timesteps: Tensor,
         conditioning: Conditioning,
         uncond: Conditioning | None,
-        guidance_scale: float,
+        guidance_scale: float | None,
     ) -> Tensor:
-        """Predict with classifier-free guidance u + s·(c − u), in one forward pass of 2·B rows, or of B rows if s = 1.
+        """Predict with the family's guidance, in one forward pass: of 2·B rows with classifier-free guidance, else B.
 
         Args:
             latents: ``(B, C, ...)``.
             timesteps: ``(B,)``.
             conditioning: Encoded prompts, B rows.
-            uncond: The encoded empty prompt, one row; not used if s = 1.
-            guidance_scale: s.
+            uncond: The encoded empty prompt, one row; not used without classifier-free guidance.
+            guidance_scale: Scale as checked by :meth:`Family.guidance`; None for networks without guidance.
 
         Raises:
-            InputError: If s is not 1 and ``uncond`` is None.
+            InputError: If the guidance needs the empty prompt and ``uncond`` is None.
         """
-        if guidance_scale == 1.0:
-            return self.predict(latents, timesteps, conditioning)
+        if guidance_scale is None or not self.family.needs_uncond(guidance_scale):
+            return self.predict(latents, timesteps, conditioning, guidance_scale)
         if uncond is None:
             raise InputError(
-                f"guidance_scale={guidance_scale:g} needs the encoded empty prompt; give it, or set it to 1"
+                f"guidance_scale={guidance_scale:g} needs the encoded empty prompt; give it, or set it to "
+                f"{self.family.no_guidance:g}"
             )
-        both = join_rows([uncond.select([0] * len(latents)), conditioning])
+        both = Conditioning.join([uncond.select([0] * len(latents)), conditioning])
         output = self.predict(torch.cat([latents, latents]), torch.cat([timesteps, timesteps]), both)
         without, with_prompt = output.chunk(2)
-        return without + guidance_scale * (with_prompt - without)
+        return self.family.guide(with_prompt, without, guidance_scale)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Encode B prompts without gradient, each distinct prompt once.
@@ -114,108 +126,40 @@ class Policy(nn.Module, ABC):
         Raises:
             InputError: If the policy has no text encoder.
         """
-        if self.text_encoder is None:
-            raise InputError("this policy was built without a text encoder; load it from a full pipeline folder")
+        encoder = self.require_text_encoder()
         distinct = list(dict.fromkeys(prompts))
         row = {prompt: index for index, prompt in enumerate(distinct)}
         with torch.no_grad():
-            return self.text_encoder(distinct).select([row[prompt] for prompt in prompts])
+            return encoder(distinct).select([row[prompt] for prompt in prompts])
 
     def encode_uncond(self) -> Conditioning:
-        """Encode the empty prompt, one row, for classifier-free guidance."""
-        encoded = self.encode_prompts([""])
-        if not self.zero_uncond:
-            return encoded
-        return Conditioning(torch.zeros_like(encoded.prompt_embeds), torch.zeros_like(encoded.pooled_prompt_embeds))
+        """Encode the prompt for classifier-free guidance, one row: the empty one, or zeros, as the family does."""
+        return self.family.encode_uncond(self.require_text_encoder())
+
+    def require_text_encoder(self) -> PromptEncoder:
+        """Return the text encoder.
+
+        Raises:
+            InputError: If the policy has none.
+        """
+        if self.text_encoder is None:
+            raise InputError("this policy was built without a text encoder; load it from a full pipeline folder")
+        return self.text_encoder
+
+    @property
+    def native_size(self) -> tuple[int, int]:
+        """(height, width) in pixels of the images that the network was trained on."""
+        return self.family.native_size
 
     @property
     def side_multiple(self) -> int:
         """Number of pixels of which both sides of an image must be multiples."""
-        return self.latent_space.downscale * self.patch_size()
+        return self.family.side_multiple
 
-    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
-        """Return the shape ``(C, h, w)`` of one image's latents.
+    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
+        """Return the shape of one image's latents; see :meth:`Family.latent_shape`."""
+        return self.family.latent_shape(height, width)
 
-        Args:
-            height: Height in pixels; None takes the network's native height.
-            width: Width in pixels; None takes the network's native width.
-
-        Raises:
-            InputError: If a side is not a multiple of the VAE's downscale factor times :meth:`patch_size`.
-        """
-        sides, unit = [], self.side_multiple
-        for name, side, native in zip(("height", "width"), (height, width), self.native_size(), strict=True):
-            pixels = native * self.latent_space.downscale if side is None else side
-            if pixels < 1 or pixels % unit:
-                raise InputError(f"{name}={side} must be a positive multiple of {unit} pixels")
-            sides.append(pixels // self.latent_space.downscale)
-        return self.latent_space.channels, sides[0], sides[1]
-
-    @abstractmethod
-    def native_size(self) -> tuple[int, int]:
-        """Return the height and width of the latents that the network was trained with."""
-
-    def patch_size(self) -> int:
-        """Return the side of the network's patches, in latent pixels; 1 for a U-Net."""
-        return 1
-
-    @abstractmethod
     def blocks(self) -> Iterator[nn.Module]:
         """Yield the network's blocks in order, for compiling, gradient checkpointing and sharding one by one."""
-
-
-class UNetPolicy(Policy):
-    """A policy with a U-Net: SD1.5, SD2.1 or SDXL."""
-
-    def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """See :meth:`Policy.predict`."""
-        unet = self.network
-        dtype = unet.conv_in.weight.dtype
-        extra = {}
-        if unet.config.addition_embed_type == "text_time":
-            height, width = (float(side * self.latent_space.downscale) for side in latents.shape[-2:])
-            time_ids = torch.tensor([height, width, 0.0, 0.0, height, width], device=latents.device, dtype=dtype)
-            extra["added_cond_kwargs"] = {
-                "text_embeds": conditioning.pooled_prompt_embeds.to(dtype),
-                "time_ids": time_ids.expand(len(latents), 6),
-            }
-        return unet(
-            latents.to(dtype), timesteps.to(latents.device), conditioning.prompt_embeds.to(dtype), **extra
-        ).sample
-
-    def native_size(self) -> tuple[int, int]:
-        """See :meth:`Policy.native_size`."""
-        size = self.network.config.sample_size
-        return (size, size) if isinstance(size, int) else tuple(size)
-
-    def blocks(self) -> Iterator[nn.Module]:
-        """See :meth:`Policy.blocks`."""
-        yield from self.network.down_blocks
-        yield self.network.mid_block
-        yield from self.network.up_blocks
-
-
-class DiTPolicy(Policy):
-    """A policy with a diffusion transformer: SD3 or SD3.5."""
-
-    def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """See :meth:`Policy.predict`."""
-        dtype = self.network.pos_embed.proj.weight.dtype
-        return self.network(
-            hidden_states=latents.to(dtype),
-            encoder_hidden_states=conditioning.prompt_embeds.to(dtype),
-            pooled_projections=conditioning.pooled_prompt_embeds.to(dtype),
-            timestep=timesteps.to(latents.device),
-        ).sample
-
-    def native_size(self) -> tuple[int, int]:
-        """See :meth:`Policy.native_size`."""
-        return self.network.config.sample_size, self.network.config.sample_size
-
-    def patch_size(self) -> int:
-        """See :meth:`Policy.patch_size`."""
-        return self.network.config.patch_size
-
-    def blocks(self) -> Iterator[nn.Module]:
-        """See :meth:`Policy.blocks`."""
-        yield from self.network.transformer_blocks
+        return self.family.blocks(self.network)

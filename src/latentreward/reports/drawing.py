@@ -2,13 +2,20 @@
 
 from collections.abc import Sequence
 from functools import cache
+from io import BytesIO
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 RIGHT, WRONG, PLAIN = "#2e9e5b", "#d1495b", "#9aa0a6"
 """Colours of frames: of correctly predicted pairs, of wrongly predicted pairs, and of others."""
+CLIP_FPS = 16
+"""Frames per second at which sampled clips are shown: that of Wan 2.1's training."""
+SHOWN_FRAMES = 4
+"""Number of frames of a clip that a grid shows."""
 MARGIN = 8
 """Space between images, in pixels."""
 
@@ -19,6 +26,38 @@ def to_image(pixels: Tensor, size: int | None = None) -> Image.Image:
     image = Image.fromarray(levels.permute(1, 2, 0).cpu().numpy())
     scale = size / max(image.size) if size else 1
     return image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
+
+
+def to_images(pixels: Tensor, size: int | None = None) -> list[Image.Image]:
+    """Convert a clip ``(3, F, H, W)`` to one image per frame, or an image ``(3, H, W)`` to a list of one."""
+    return [to_image(frame, size) for frame in (pixels.unbind(dim=1) if pixels.ndim == 4 else [pixels])]
+
+
+def strip(frames: Sequence[Image.Image]) -> Image.Image:
+    """Draw :data:`SHOWN_FRAMES` frames of a clip, evenly spaced in time, side by side; an image stays as it is."""
+    last, shown = len(frames) - 1, min(SHOWN_FRAMES, len(frames))
+    chosen = [frames[round(place * last / max(shown - 1, 1))] for place in range(shown)]
+    width, height = chosen[0].size
+    picture = Image.new("RGB", (width * shown, height))
+    for place, frame in enumerate(chosen):
+        picture.paste(frame, (width * place, 0))
+    return picture
+
+
+def animate(frames: Sequence[Image.Image], fps: float = CLIP_FPS, **options: Any) -> bytes:
+    """Return an animated WebP that shows the frames again and again.
+
+    Args:
+        frames: Frames of a clip.
+        fps: Frames per second.
+        options: Settings of Pillow's encoder, such as ``lossless``.
+    """
+    ends = [round(1000 * number / fps) for number in range(len(frames) + 1)]
+    durations = [end - start for start, end in pairwise(ends)]
+    content = BytesIO()
+    first, *others = frames
+    first.save(content, "webp", save_all=True, append_images=others, duration=durations, loop=0, **options)
+    return content.getvalue()
 
 
 def draw_pair(images: Sequence[Image.Image], captions: Sequence[str], prompt: str, colour: str) -> Image.Image:

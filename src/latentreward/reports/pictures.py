@@ -1,10 +1,13 @@
 """Conversion of images and figures to data URIs, to embed them in HTML pages."""
 
 import base64
+from collections.abc import Sequence
 from io import BytesIO
 from typing import TYPE_CHECKING
 
 from PIL import Image
+
+from latentreward.reports.drawing import animate
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -17,6 +20,14 @@ def picture_uri(image: Image.Image, side: int = 256, quality: int = 80) -> str:
     buffer = BytesIO()
     small.save(buffer, "JPEG", quality=quality)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def clip_uri(frames: Sequence[Image.Image], fps: float, side: int = 256, quality: int = 80) -> str:
+    """Convert the frames of a clip to the data URI of an animated WebP, shrunk as by :func:`picture_uri`."""
+    small = [frame.convert("RGB") for frame in frames]
+    for frame in small:
+        frame.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return f"data:image/webp;base64,{base64.b64encode(animate(small, fps, quality=quality)).decode()}"
 
 
 def figure_uri(figure: "Figure") -> str:

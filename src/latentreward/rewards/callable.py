@@ -73,10 +73,11 @@ class RandomReward(RewardSource):
     Args:
         kind: ``noise`` scores every state with an independent number from N(0, ``scale``²), so that there is nothing to
             learn. ``readout`` is a fixed random function of the latents, which can be learned but has no meaning: a
-            random convolution, tanh, mean over positions and a random linear layer; it is differentiable.
+            random convolution, tanh, mean over positions and a random linear layer; it is differentiable. The score
+            of a clip is the mean over its frames.
         seed: Seed of the numbers or of the function.
-        scale: Standard deviation of the scores: of all scores under ``noise``, of the scores of pure noise under
-            ``readout``. Candidates drawn from one state differ less than that under ``readout``.
+        scale: Standard deviation of the scores: of all scores under ``noise``, of the scores of images of pure noise
+            under ``readout``. Candidates drawn from one state differ less than that under ``readout``.
 
     Raises:
         InputError: If ``scale`` is not positive.
@@ -111,8 +112,10 @@ class RandomReward(RewardSource):
 
         def read(latents: Tensor) -> Tensor:
             with torch.autocast(latents.device.type, enabled=False):
-                maps = torch.tanh(F.conv2d(latents.float(), weight.to(latents.device), bias.to(latents.device)))
-                return maps.mean(dim=(2, 3)) @ mix.to(latents.device)
+                frames = latents.float().movedim(1, -3).flatten(0, -4)  # of a clip, each by itself
+                maps = torch.tanh(F.conv2d(frames, weight.to(latents.device), bias.to(latents.device)))
+                read_out = maps.mean(dim=(2, 3)).reshape(len(latents), -1, READOUT_CHANNELS).mean(dim=1)
+                return read_out @ mix.to(latents.device)
 
         spread = read(torch.randn(256, channels, 8, 8, generator=generator)).std()
         return lambda latents, timesteps, prompts: read(latents) * (self.scale / spread.item())

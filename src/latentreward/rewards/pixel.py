@@ -76,12 +76,16 @@ class DecodingReward(Reward):
         """Decode ``states.clean`` to pixels, about [-1, 1], in chunks ``(≤ decode_batch_size, 3, H, W)``.
 
         Raises:
-            InputError: If ``states.clean`` is None.
+            InputError: If ``states.clean`` is None, or the latents are those of clips.
         """
         if states.clean is None:
             raise InputError(
                 "a reward that scores pixels needs the policy's prediction of the finished latents, and got none; use "
                 "it where candidates are drawn from the policy"
+            )
+        if states.clean.ndim == 5 and states.clean.shape[2] > 1:
+            raise InputError(
+                "sampling.frames makes clips, but a reward on pixels scores images; set it to 1, or take a LatentReward"
             )
         return [self.policy.vae.decode(part) for part in states.clean.split(self.decode_batch_size)]
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from latentreward.checkpoints.base_weights import without_adapters
+from latentreward.checkpoints.base_weights import is_quantized, without_adapters
 
 if TYPE_CHECKING:
     from latentreward.policies import Policy
@@ -61,6 +61,8 @@ def same_frozen(
         return False
     found, wanted = (dict(without_adapters(network.named_parameters())) for network in (ours, theirs))
     if any(name not in found or found[name].shape != weight.shape for name, weight in wanted.items()):
+        return False
+    if any(is_quantized(found[name]) for name in wanted):
         return False
     return stored.same_base(part, {name: found[name] for name in wanted}, source)
 

@@ -1,8 +1,6 @@
 """Interface of the samplers that rollouts use, for every noise process."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,28 +11,6 @@ from latentreward.rollout.transition import Transition
 
 TIMESTEP_TOLERANCE = 1e-2
 """Largest difference, from rounding, at which two timesteps count as equal; neighbours lie further apart."""
-
-
-def make_scheduler(family: Any, config: Mapping[str, Any], num_inference_steps: int) -> Any:
-    """Make a diffusers scheduler on the CPU, and set its timesteps.
-
-    Args:
-        family: Class of the scheduler.
-        config: The pipeline's saved scheduler config, of this class or a related one.
-        num_inference_steps: Number of steps.
-
-    Raises:
-        InputError: If the scheduler cannot make ``num_inference_steps`` steps.
-    """
-    with torch.device("cpu"):
-        scheduler = family.from_config({**config, "_class_name": family.__name__})
-        levels = len(scheduler.timesteps)
-        if not 1 <= num_inference_steps <= levels:
-            raise InputError(
-                f"num_inference_steps={num_inference_steps} must lie in 1..{levels}, the scheduler's levels"
-            )
-        scheduler.set_timesteps(num_inference_steps)
-    return scheduler
 
 
 class StepSampler(ABC):

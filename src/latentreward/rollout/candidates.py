@@ -60,6 +60,21 @@ class Branching:
             )
         return inside.nonzero().flatten().tolist()
 
+    def training_steps(self, sampler: StepSampler) -> list[int]:
+        """Return :meth:`steps` for a method that trains on them, of which it needs at least two.
+
+        Raises:
+            InputError: If there are fewer.
+        """
+        steps = self.steps(sampler)
+        if len(steps) < 2:
+            raise InputError(
+                f"only the step at timestep {sampler.timesteps[steps[0]].item():g} has noise and lies in the window "
+                f"low={self.low:g}, high={self.high:g}; training needs at least 2: widen the window, or raise "
+                "sampling.num_inference_steps"
+            )
+        return steps
+
 
 @dataclass(frozen=True)
 class CandidateStep:
@@ -89,7 +104,7 @@ def candidate_steps(
     prompts: PromptBatch,
     branching: Branching,
     sampling: Sampling,
-    guidance_scale: float,
+    guidance_scale: float | None,
     draws: RolloutDraws,
 ) -> Generator[CandidateStep, None, Tensor]:
     """Sample from noise to the finished latents, with K scored candidates at each step of the window.
@@ -100,12 +115,12 @@ def candidate_steps(
 
     Args:
         policy: Generator; the caller sets ``policy.eval()`` and autocast.
-        sampler: ``sampling.sampler(policy.scheduler_config)``.
+        sampler: ``sampling.sampler(policy.family)``.
         reward: Reward that scores candidates.
         prompts: B prompts.
         branching: Number of candidates, window, and the candidate with which to go on.
-        sampling: Settings of ``sampler``; image height and width are read here.
-        guidance_scale: 1 for no guidance.
+        sampling: Settings of ``sampler``; size and number of frames are read here.
+        guidance_scale: Scale as checked by :meth:`Family.guidance`.
         draws: Random numbers for initial latents, noise of the steps, and choices among candidates.
 
     Yields:
@@ -120,7 +135,7 @@ def candidate_steps(
     window = branching.steps(sampler)
     with torch.no_grad():
         network, encoded = PromptedPolicy.of(policy, prompts, guidance_scale), reward.encode_prompts(prompts.prompts)
-    shape, rows = policy.latent_shape(sampling.height, sampling.width), torch.arange(len(prompts))
+    shape, rows = sampling.latent_shape(policy.family), torch.arange(len(prompts))
     latents = draws.initial(shape).to(network.device)
     output: Tensor | None = None
     for index, timestep in enumerate(sampler.timesteps.tolist()):

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from latentreward.errors import InputError
 from latentreward.noise.predictions import ancestral_variance, predicted_clean, predicted_noise
-from latentreward.rollout.base import StepSampler, make_scheduler
+from latentreward.noise.schedules import make_scheduler
+from latentreward.rollout.base import StepSampler
 from latentreward.rollout.transition import Transition
 
 

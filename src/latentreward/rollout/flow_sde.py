@@ -1,14 +1,10 @@
-"""Flow-matching sampler with noise, for SD3 and SD3.5."""
-
-from collections.abc import Mapping
-from typing import Any
+"""Flow-matching sampler with noise, for rectified flows."""
 
 import torch
 from torch import Tensor
 
-from latentreward.errors import InputError
 from latentreward.noise.predictions import predicted_clean
-from latentreward.rollout.base import StepSampler, make_scheduler
+from latentreward.rollout.base import StepSampler
 from latentreward.rollout.transition import Transition
 
 
@@ -21,27 +17,23 @@ class FlowSDESampler(StepSampler):
         w = a\sqrt{\sigma / (1 - \sigma)}, \qquad x' \sim \mathcal N\Bigl(
         x\bigl(1 + \tfrac{w^2}{2\sigma} d\bigr) + v\bigl(1 + \tfrac{w^2 (1 - \sigma)}{2\sigma}\bigr) d,\; w^2 |d|\Bigr).
 
-    Where σ = 1, the denominator 1 − σ uses the next level instead, as in Flow-GRPO's code. The equation has the flow's
-    marginals, but its published steps have these marginals only for small d. For example, with a perfect prediction of
-    a single image, a = 0.7, shift 3 and 10 to 40 steps, the noise's standard deviation is 3 to 6 % above σ' after the
-    first two steps (σ near 1), up to 4 % above in the middle, and 20 % and more above in the last steps. Timesteps and
-    levels are those of diffusers' ``FlowMatchEulerDiscreteScheduler`` with the pipeline's config; a = 0 gives that
-    scheduler's Euler step.
+    Where σ = 1, the denominator 1 − σ uses the next level instead, as in Flow-GRPO's code; likewise where 1 − σ is less
+    than half of the step, as at UniPC's first level, 1 − 10⁻⁶. The equation has the flow's marginals, but its published
+    steps have these marginals only for small d. For example, with a perfect prediction of a single image, a = 0.7,
+    shift 3 and 10 to 40 steps, the noise's standard deviation is 3 to 6 % above σ' after the first two steps (σ near
+    1), up to 4 % above in the middle, and 20 % and more above in the last steps. a = 0 gives Euler's step.
 
     Args:
-        scheduler_config: The pipeline's saved scheduler config.
-        num_inference_steps: Number of steps T.
+        timesteps: ``(T,)`` timesteps of the family's own schedule, see :meth:`Family.levels
+            <latentreward.families.Family.levels>`.
+        sigmas: ``(T + 1,)`` noise levels of that schedule, from the noisiest one to 0.
         noise_level: Factor a on the noise, at least 0; Flow-GRPO uses 0.7.
-
-    Raises:
-        InputError: If the scheduler cannot make ``num_inference_steps`` steps, or its config has
-            ``use_dynamic_shifting`` (timesteps depend on the image size) or ``invert_sigmas``.
     """
 
-    def __init__(self, scheduler_config: Mapping[str, Any], num_inference_steps: int, noise_level: float = 0.7) -> None:
-        self.timesteps, sigmas = _schedule(scheduler_config, num_inference_steps)
+    def __init__(self, timesteps: Tensor, sigmas: Tensor, noise_level: float = 0.7) -> None:
+        self.timesteps = timesteps
         sigma, step = sigmas[:-1], sigmas[1:] - sigmas[:-1]
-        spread = noise_level * (sigma / (1 - torch.where(sigma == 1, sigmas[1], sigma))).sqrt()
+        spread = noise_level * (sigma / (1 - torch.where(1 - sigma < -step / 2, sigmas[1:], sigma))).sqrt()
         self.noise_std = spread * (-step).sqrt()
         self.noise_setting = f"noise_level={noise_level:g}"
         growth = spread**2 / (2 * sigma)
@@ -59,17 +51,3 @@ class FlowSDESampler(StepSampler):
         """See :meth:`StepSampler.clean`."""
         sigma = self._columns(self._table, timesteps, latents)[0]
         return predicted_clean("flow", latents.float(), model_output.float(), 1.0 - sigma, sigma)
-
-
-def _schedule(config: Mapping[str, Any], num_inference_steps: int) -> tuple[Tensor, Tensor]:
-    """Return the timesteps ``(T,)`` and noise levels ``(T + 1,)`` of diffusers' scheduler."""
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    for name in ("use_dynamic_shifting", "invert_sigmas"):
-        if config.get(name):
-            raise InputError(
-                f"the scheduler config has {name}=true, which no SD3 policy was trained with; set it to false there, "
-                "and shift to the one to sample with"
-            )
-    scheduler = make_scheduler(FlowMatchEulerDiscreteScheduler, config, num_inference_steps)
-    return scheduler.timesteps.to(torch.float32), scheduler.sigmas.to(torch.float32)

@@ -19,18 +19,18 @@ class PromptedPolicy:
         policy: The generator.
         conditioning: Encoded prompts, B rows.
         uncond: Encoded empty prompt, one row; None without guidance.
-        guidance_scale: Classifier-free guidance scale; 1 for no guidance.
+        guidance_scale: Scale as checked by :meth:`Family.guidance`; None for networks without guidance.
     """
 
     policy: Policy
     conditioning: Conditioning
     uncond: Conditioning | None
-    guidance_scale: float
+    guidance_scale: float | None
 
     @classmethod
-    def of(cls, policy: Policy, prompts: PromptBatch, guidance_scale: float) -> PromptedPolicy:
-        """Encode the prompts, and the empty prompt if ``guidance_scale`` is not 1."""
-        uncond = None if guidance_scale == 1.0 else policy.encode_uncond()
+    def of(cls, policy: Policy, prompts: PromptBatch, guidance_scale: float | None) -> PromptedPolicy:
+        """Encode the prompts, and the empty prompt if the guidance needs it."""
+        uncond = policy.encode_uncond() if policy.family.needs_uncond(guidance_scale) else None
         return cls(policy, policy.encode_prompts(prompts.prompts), uncond, guidance_scale)
 
     @property
@@ -40,7 +40,7 @@ class PromptedPolicy:
 
     def __call__(self, latents: Tensor, timestep: float) -> Tensor:
         """Predict for ``latents`` ``(N, C, ...)``, all at one timestep; N is a multiple of B, prompts innermost."""
-        prompts = len(self.conditioning.prompt_embeds)
+        prompts = len(self.conditioning)
         repeats = len(latents) // prompts
         conditioning = self.conditioning if repeats == 1 else self.conditioning.select([*range(prompts)] * repeats)
         timesteps = torch.full((len(latents),), timestep, device=latents.device)

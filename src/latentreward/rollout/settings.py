@@ -1,10 +1,10 @@
 """Sampler settings."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
 from latentreward.errors import InputError
+from latentreward.families import Family
 from latentreward.rollout.base import StepSampler
 from latentreward.rollout.ddim import DDIMSampler
 from latentreward.rollout.flow_sde import FlowSDESampler
@@ -12,7 +12,7 @@ from latentreward.rollout.flow_sde import FlowSDESampler
 
 @dataclass
 class Sampling:
-    """Number of steps, noise and image size of samples.
+    """Number of steps, noise and size of samples.
 
     ``eta`` applies to DDIM, ``noise_level`` to flow matching. None means deterministic steps when images are generated
     (the command ``generate``), and the noise of LPO and Flow-GRPO in training's rollouts.
@@ -21,10 +21,11 @@ class Sampling:
         num_inference_steps: Steps from noise to image.
         eta: Noise of a DDIM step (SD1.5, SD2.1, SDXL), in [0, 1]: 0 deterministic, 1 ancestral. None gives 0, and 1 in
             rollouts.
-        noise_level: Noise of a flow-matching step (SD3), at least 0: 0 deterministic. None gives 0, and 0.7 in
+        noise_level: Noise of a flow-matching step, at least 0: 0 deterministic. None gives 0, and 0.7 in
             rollouts.
         height: Image height in pixels; None for the network's native height.
         width: Image width in pixels; None for the network's native width.
+        frames: Number of frames of a clip; 1 for an image.
     """
 
     num_inference_steps: int = 20
@@ -32,6 +33,7 @@ class Sampling:
     noise_level: float | None = None
     height: int | None = None
     width: int | None = None
+    frames: int = 1
 
     def __post_init__(self) -> None:
         """Raise InputError for settings that are out of range."""
@@ -47,12 +49,26 @@ class Sampling:
         eta, noise_level = self.eta, self.noise_level
         return replace(self, eta=1.0 if eta is None else eta, noise_level=0.7 if noise_level is None else noise_level)
 
-    def sampler(self, scheduler_config: Mapping[str, Any]) -> StepSampler:
-        """Make the sampler for a pipeline's saved scheduler config: flow matching by its class name, else DDIM.
+    def record(self) -> dict[str, Any]:
+        """Return the fields as plain values, without ``frames`` if 1: records of earlier versions stay equal."""
+        return {name: value for name, value in asdict(self).items() if name != "frames" or value != 1}
+
+    def latent_shape(self, family: Family) -> tuple[int, ...]:
+        """Return the shape of one sample's latents; see :meth:`Family.latent_shape`."""
+        return family.latent_shape(self.height, self.width, self.frames)
+
+    def require_images(self, reader: str) -> None:
+        """Raise InputError if samples are clips, which ``reader`` does not take."""
+        if self.frames != 1:
+            raise InputError(f"sampling.frames={self.frames}: {reader} takes images, not clips; set it to 1")
+
+    def sampler(self, family: Family) -> StepSampler:
+        """Make the sampler for a family's pipeline: a flow's SDE at the family's levels, or DDIM.
 
         Raises:
-            InputError: If the scheduler cannot make these steps; see the samplers.
+            InputError: If the scheduler cannot make these steps, or the size does not suit the family.
         """
-        if "FlowMatch" in scheduler_config.get("_class_name", ""):
-            return FlowSDESampler(scheduler_config, self.num_inference_steps, self.noise_level or 0.0)
-        return DDIMSampler(scheduler_config, self.num_inference_steps, self.eta or 0.0)
+        shape = self.latent_shape(family)
+        if family.flow:
+            return FlowSDESampler(*family.levels(self.num_inference_steps, shape), self.noise_level or 0.0)
+        return DDIMSampler(family.pipeline.config("scheduler"), self.num_inference_steps, self.eta or 0.0)

@@ -45,7 +45,7 @@ def sample_trajectories(
     sampler: StepSampler,
     prompts: PromptBatch,
     sampling: Sampling,
-    guidance_scale: float,
+    guidance_scale: float | None,
     seed: int,
     *,
     draws: RolloutDraws | None = None,
@@ -55,10 +55,10 @@ def sample_trajectories(
 
     Args:
         policy: Generator; the caller sets ``policy.eval()`` and autocast.
-        sampler: ``sampling.sampler(policy.scheduler_config)``.
+        sampler: ``sampling.sampler(policy.family)``.
         prompts: B prompts.
-        sampling: Settings of ``sampler``; image height and width are read here.
-        guidance_scale: 1 for no guidance.
+        sampling: Settings of ``sampler``; size and number of frames are read here.
+        guidance_scale: Scale as checked by :meth:`Family.guidance`.
         seed: Seed of all random numbers.
         draws: Random numbers to use in place of those from ``seed``.
         needs_noise: Whether at least one step must have noise, and so a log-probability to train on.
@@ -69,7 +69,7 @@ def sample_trajectories(
     if needs_noise:
         sampler.require_noise()
     network, draws = PromptedPolicy.of(policy, prompts, guidance_scale), draws or RolloutDraws(seed, prompts.keys)
-    shape = policy.latent_shape(sampling.height, sampling.width)
+    shape = sampling.latent_shape(policy.family)
     states, log_probs, stochastic = [draws.initial(shape).to(network.device)], [], sampler.noise_std > 0
     for index, timestep in enumerate(sampler.timesteps.tolist()):
         output = network(states[-1], timestep)
@@ -88,7 +88,7 @@ def sample_latents(
     policy: Policy,
     prompts: PromptBatch,
     sampling: Sampling,
-    guidance_scale: float,
+    guidance_scale: float | None,
     seed: int,
     reference: bool = False,
     *,
@@ -100,12 +100,12 @@ def sample_latents(
         policy: Generator; the caller sets ``policy.eval()`` and autocast.
         prompts: B prompts.
         sampling: Steps, noise and size.
-        guidance_scale: 1 for no guidance.
+        guidance_scale: Scale as checked by :meth:`Family.guidance`.
         seed: Seed of all random numbers.
         reference: Sample from the network as it was before alignment.
         draws: Random numbers to use in place of those from ``seed``.
     """
-    sampler = sampling.sampler(policy.scheduler_config)
+    sampler = sampling.sampler(policy.family)
     with policy.reference() if reference else nullcontext():
         sampled = (policy, sampler, prompts, sampling, guidance_scale, seed)
         return sample_trajectories(*sampled, draws=draws, needs_noise=False).finished.clone()

@@ -13,8 +13,8 @@ from PIL import Image
 
 from latentreward.contracts import ImageRef, PreferencePair
 from latentreward.data.ahead import map_ahead
-from latentreward.data.images import MAX_PIXELS, ImageError, decode_image
-from latentreward.data.readers import PairReader
+from latentreward.data.images import CLIP, MAX_PIXELS, ImageError, decode_image
+from latentreward.data.readers import PairReader, count_text
 from latentreward.data.score_table import oriented_gap
 from latentreward.errors import InputError, check_at_least_one
 from latentreward.scorers.base import ImageScorer, Scorer, TableScorer
@@ -28,6 +28,8 @@ Decoded = tuple[Image.Image | None, dict[Side, str]]
 """First copy of an image that could be decoded, or None; and an error message for each copy that could not."""
 READING = "reading and decoding"
 """Key in ``PairScoring.seconds`` of the time that reading and decoding take."""
+TRIED_PAIRS = 8
+"""Number of pairs whose images are tried before any model is loaded."""
 
 
 class PairScoring:
@@ -226,6 +228,41 @@ class PairScoring:
             except ImageError as error:
                 problems[side_index] = error.problem
         return None, problems
+
+
+def require_images(name: str, reader: PairReader, rows: int) -> None:
+    """Check that some image of a split can be read, so that a wrong folder is refused before a model is loaded.
+
+    Args:
+        name: Name of the split in messages.
+        reader: Reader of the split.
+        rows: Number of rows that are going to be scored; up to ``TRIED_PAIRS`` of them are tried.
+
+    Raises:
+        InputError: If the split has no pair, or none of the tried images can be read, such as where they are clips.
+    """
+    if not rows:
+        raise InputError(f"{name}: there are no pairs; rows left out by the reader: {count_text(reader.skipped)}")
+    problems, tried = dict[str, str](), 0
+    for row in np.linspace(0, rows - 1, min(rows, TRIED_PAIRS)).astype(int).tolist():
+        pair = reader[row]
+        for image in (pair.image_a, pair.image_b):
+            try:
+                decode_image(image, exif=reader.exif)
+                return
+            except ImageError as error:
+                tried += 1
+                problems.setdefault(error.problem, pair.pair_id)
+    if CLIP in problems:
+        raise InputError(
+            f"{name}: {problems[CLIP]} is a pair of clips, and only images are compared here; score clips by "
+            "`latentreward score`"
+        )
+    problem, pair_id = next(iter(problems.items()))
+    raise InputError(
+        f"{name}: none of {tried} images that were tried can be read ({pair_id}: {problem}); check where the images of "
+        "this data set lie"
+    )
 
 
 def _sides(pairs: Sequence[PreferencePair]) -> Iterator[tuple[Side, ImageRef, str]]:

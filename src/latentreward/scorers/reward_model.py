@@ -110,11 +110,11 @@ class RewardModelScorer(ImageScorer):
         """Reward model, loaded at the first use.
 
         Raises:
-            InputError: If a file is missing or damaged, or does not fit.
+            InputError: If a file is missing or damaged, or does not fit, or the model was trained on clips.
         """
         from latentreward.scoring import RewardModel
 
-        return RewardModel.from_pretrained(
+        model = RewardModel.from_pretrained(
             self.path,
             revision=self.revision,
             base=self.base,
@@ -124,6 +124,8 @@ class RewardModelScorer(ImageScorer):
             trust_remote_code=self.trust_remote_code,
             published=self.published,
         )
+        model.require_images(type(self).__name__)
+        return model
 
     def score(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> Tensor:
         """See :meth:`ImageScorer.score`."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from latentreward.backbones.base import rows_of
-from latentreward.contracts import Conditioning, join_rows
+from latentreward.contracts import Conditioning
 from latentreward.errors import InputError
 from latentreward.scoring.images import Images, check_sides, content_key, even_parts, pixel_batches
 from latentreward.scoring.network import RewardNetwork
@@ -64,7 +64,7 @@ class PromptMemory:
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Return the encoded prompts, one row per prompt."""
         rows = {prompt: self._encoded(prompt) for prompt in dict.fromkeys(prompts)}
-        return join_rows([rows[prompt] for prompt in prompts])
+        return Conditioning.join([rows[prompt] for prompt in prompts])
 
     @property
     def uncond(self) -> Conditioning | None:

@@ -2,6 +2,7 @@
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,13 @@ from urllib.parse import quote_from_bytes
 import numpy as np
 import pyarrow as pa
 
+from latentreward.data.clips import ClipLoader
 from latentreward.data.image_lists import ImageList, ListedImage
+from latentreward.data.image_sizes import ImageSizes
 from latentreward.data.images import ExifOrientation, ImageError, decode_image
 from latentreward.errors import InputError
-from latentreward.reports import picture_uri, write_page
+from latentreward.reports import clip_uri, picture_uri, write_page
+from latentreward.reports.drawing import to_images
 from latentreward.scoring.network import name_of
 
 SIDE, QUALITY = 224, 75
@@ -42,7 +46,14 @@ class Gallery:
             raise InputError(f"gallery is {path}; give a file that ends in .html")
         self.path, self.limit, self.threads, self.max_pixels = path, limit, threads, max_pixels
 
-    def write(self, listed: ImageList, table: pa.Table, model: str, exif: ExifOrientation = "ignore") -> int:
+    def write(
+        self,
+        listed: ImageList,
+        table: pa.Table,
+        model: str,
+        exif: ExifOrientation = "ignore",
+        sizes: ImageSizes | None = None,
+    ) -> int:
         """Write the page and return the number of images on it.
 
         Args:
@@ -50,6 +61,7 @@ class Gallery:
             table: N rows of scores, from :class:`~latentreward.scoring.image_lists.ListedScoring`.
             model: Reward model, as the user named it.
             exif: Whether thumbnails are turned upright by their EXIF orientation, as the scored images were.
+            sizes: The model's rule for image sizes; that of clips makes thumbnails that play.
         """
         scores = table["score"].to_numpy()
         order = np.argsort(-scores, kind="stable")[: int(np.isfinite(scores).sum())]
@@ -57,7 +69,7 @@ class Gallery:
         ranks = [*range(1, best + 1), *range(len(order) - (len(shown) - best) + 1, len(order) + 1)]
         columns = {name: table[name].to_pylist() for name in table.column_names}
         with ThreadPoolExecutor(self.threads) as pool:
-            pictures = pool.map(partial(self._picture, exif=exif), [listed.rows[row] for row in shown])
+            pictures = pool.map(partial(self._picture, exif=exif, sizes=sizes), [listed.rows[row] for row in shown])
             cards = [
                 self._card(listed.rows[row], {name: values[row] for name, values in columns.items()}, rank, picture)
                 for rank, row, picture in zip(ranks, shown, pictures, strict=True)
@@ -101,9 +113,13 @@ class Gallery:
             "size": f"{values['width']} × {values['height']}",
         }
 
-    def _picture(self, row: ListedImage, exif: ExifOrientation) -> str | None:
-        """Return a thumbnail as a data URI; None if the image cannot be read any more."""
+    def _picture(self, row: ListedImage, exif: ExifOrientation, sizes: ImageSizes | None) -> str | None:
+        """Return a thumbnail as a data URI; None if the image or clip cannot be read any more."""
+        loader = None if sizes is None else sizes.loader(SIDE, SIDE)
         try:
+            if isinstance(loader, ClipLoader):
+                clip = replace(loader, max_pixels=self.max_pixels)(row.ref())
+                return clip_uri(to_images(clip), loader.fps, SIDE, QUALITY)
             return picture_uri(decode_image(row.ref(), self.max_pixels, exif), SIDE, QUALITY)
         except ImageError:
             return None

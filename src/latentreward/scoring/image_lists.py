@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, groupby, islice
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from latentreward.data.ahead import map_ahead
+from latentreward.data.clips import ClipLoader
 from latentreward.data.image_lists import ListedImage
 from latentreward.data.images import MAX_PIXELS, ImageError, decode_image, read_header
 from latentreward.errors import InputError, one_line
@@ -25,19 +26,21 @@ NO_SCORE = "no finite score"
 
 @dataclass(frozen=True)
 class Loaded:
-    """Decoded image at the model's size, or the reason why the image cannot be used.
+    """Decoded image or clip at the model's size, or the reason why it cannot be used.
 
     Attributes:
-        pixels: ``(3, H, W)`` in [-1, 1]; None if there is a problem.
+        pixels: ``(3, H, W)``, or ``(3, F, H, W)`` for a clip, in [-1, 1]; None if there is a problem.
         size: Height and width of the decoded image before resizing.
         problem: Reason why the image cannot be used; None if it can.
         rotated: Whether the image has an EXIF orientation other than upright.
+        unused: Number of frames of a clip that are not used.
     """
 
     pixels: Tensor | None = None
     size: tuple[int, int] | None = None
     problem: str | None = None
     rotated: bool = False
+    unused: int = 0
 
 
 @dataclass
@@ -80,6 +83,7 @@ class ListedScoring:
     Attributes:
         seconds: Time spent in the model so far, in seconds.
         rotated: Number of images so far with an EXIF orientation other than upright.
+        unused: Number of frames of clips so far that were not used.
         progress: Function that is called with the number of rows just finished.
 
     Raises:
@@ -107,7 +111,7 @@ class ListedScoring:
         self.batch_size, self.decode_threads, self.max_pixels = batch_size, decode_threads, max_pixels
         self._sizes = model.image_sizes
         self._scored = False
-        self.seconds, self.rotated = 0.0, 0
+        self.seconds, self.rotated, self.unused = 0.0, 0, 0
         self.progress: Callable[[int], None] = lambda number: None
 
     def tables(self, parts: Sequence[range]) -> Iterator[tuple[range, pa.Table]]:
@@ -164,6 +168,11 @@ class ListedScoring:
         if row.problem is not None:
             return Loaded(problem=f"{row.problem} ({row.detail})")
         try:
+            if self._sizes.frames > 1:
+                loader = self._sizes.loader(0, 0)
+                assert isinstance(loader, ClipLoader)
+                clip = replace(loader, max_pixels=self.max_pixels).load(row.ref())
+                return Loaded(clip.pixels, clip.size, unused=clip.unused)
             rotated = read_header(row.ref(), self.max_pixels).rotated
             image = decode_image(row.ref(), self.max_pixels, self.model.exif)
         except ImageError as error:
@@ -185,6 +194,7 @@ class ListedScoring:
                 continue
             part.sizes[row] = image.size or (0, 0)
             self.rotated += image.rotated
+            self.unused += image.unused
             waiting.setdefault(tuple(image.pixels.shape), []).append((row, image.pixels))
             if sum(map(len, waiting.values())) >= HELD_BATCHES * self.batch_size:
                 fullest = max(waiting, key=lambda shape: len(waiting[shape]))

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from latentreward.contracts import ImageRef
+from latentreward.contracts import ImageRef, LatentSpace
 from latentreward.data.ahead import map_ahead
 from latentreward.data.image_sizes import ImageSizes
 from latentreward.data.images import ExifOrientation, convert_image, decode_image
@@ -31,7 +31,7 @@ class PixelBatch(NamedTuple):
 
     Attributes:
         rows: Index of each image among all images to score.
-        pixels: ``(B, 3, H, W)`` in [-1, 1].
+        pixels: ``(B, 3, H, W)``, or of clips ``(B, 3, F, H, W)``, in [-1, 1].
         unfitting: Subset of ``rows``: images with an aspect ratio that the model was not trained on.
     """
 
@@ -60,7 +60,7 @@ def even_parts(count: int, size: int, step: int) -> Iterator[slice]:
 
 
 def as_images(images: ImageInput | Images, value_range: tuple[float, float] | None = None) -> Images:
-    """Return images as a list, or as a tensor ``(N, 3, H, W)`` in [-1, 1] if they are a tensor.
+    """Return images as a list; a tensor as pixels ``(N, 3, H, W)``, or of clips ``(N, 3, F, H, W)``, in [-1, 1].
 
     Args:
         images: Images as :meth:`~latentreward.scoring.RewardModel.score` takes them; a single image becomes a list of
@@ -86,10 +86,10 @@ def as_images(images: ImageInput | Images, value_range: tuple[float, float] | No
 
 
 def as_pixels(images: Tensor, value_range: tuple[float, float] | None) -> Tensor:
-    """Convert a tensor of pixels to ``(N, 3, H, W)`` in [-1, 1].
+    """Convert a tensor of pixels to ``(N, 3, H, W)``, or of clips to ``(N, 3, F, H, W)``, in [-1, 1].
 
     Args:
-        images: ``(N, 3, H, W)`` or ``(3, H, W)``, floating point.
+        images: ``(N, 3, H, W)``, ``(3, H, W)`` or ``(N, 3, F, H, W)``, floating point.
         value_range: Lowest and highest value of ``images``; None means (-1, 1).
 
     Raises:
@@ -97,7 +97,7 @@ def as_pixels(images: Tensor, value_range: tuple[float, float] | None) -> Tensor
             above :data:`LARGEST_PIXEL`.
     """
     pixels = images[None] if images.ndim == 3 else images
-    if pixels.ndim != 4 or pixels.shape[1] != 3 or not pixels.is_floating_point():
+    if pixels.ndim not in (4, 5) or pixels.shape[1] != 3 or not pixels.is_floating_point():
         raise InputError(
             f"images are a {images.dtype} tensor of shape {tuple(images.shape)}; give floating point (N, 3, H, W) in "
             "[-1, 1], or in the value_range that you name, uint8 arrays (N, H, W, 3), or latents to score_latents"
@@ -117,13 +117,36 @@ def as_pixels(images: Tensor, value_range: tuple[float, float] | None) -> Tensor
     return pixels
 
 
+def check_frames(images: Images, sizes: ImageSizes | None, space: LatentSpace) -> None:
+    """Check that a model trained on images gets images, and one trained on clips gets clips of as many frames.
+
+    Args:
+        images: Images, or a tensor of pixels.
+        sizes: The model's rule for image sizes; None skips the check of the number of frames.
+        space: The model's latent space.
+
+    Raises:
+        InputError: If it does not, or if pixels have a time axis and the model's latents have none.
+    """
+    if isinstance(images, Tensor) and images.ndim == 5 and space.frame_downscale is None:
+        raise InputError(
+            f"images are a tensor of shape {tuple(images.shape)}, but this model's latents have no time axis; give "
+            "(N, 3, H, W)"
+        )
+    given = images.shape[2] if isinstance(images, Tensor) and images.ndim == 5 else 1
+    if sizes is not None and len(images) and given != sizes.frames:
+        made, trained = (f"clips of {n} frames" if n > 1 else "images" for n in (given, sizes.frames))
+        form = f"a tensor (N, 3, {sizes.frames}, H, W)" if sizes.frames > 1 else "images"
+        raise InputError(f"{made} are given, but the model was trained on {trained}; give {form}, or another model")
+
+
 def doubts_of_pixels(pixels: Tensor, sizes: ImageSizes | None, range_given: bool) -> dict[str, str]:
     """Return warnings about a tensor that should hold pixels in [-1, 1]; an empty mapping if there is no doubt.
 
     The key ``range`` stands for values that all lie in [0, 1], ``size`` for a size that the model was not trained at.
 
     Args:
-        pixels: ``(N, 3, H, W)``.
+        pixels: ``(N, 3, H, W)``, or of clips ``(N, 3, F, H, W)``.
         sizes: The model's rule for image sizes; None skips the check of the size.
         range_given: Whether the user named the range of values, which is then not checked.
     """
@@ -153,7 +176,7 @@ def pixel_batches(
     """Yield batches of images of one size, each as soon as it is full; incomplete batches come last.
 
     Args:
-        images: Images, which are decoded and resized; or pixels ``(N, 3, H, W)``, which are only cut into batches.
+        images: Images, which are decoded and resized; or pixels, which are only cut into batches.
         sizes: The model's rule for image sizes.
         batch_size: Largest number of images per batch.
         step: See :func:`even_parts`.

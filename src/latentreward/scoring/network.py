@@ -128,6 +128,14 @@ class RewardNetwork(nn.Module):
             self._warned.add(kind)
             logger.warning("%s (further ones are not logged)", message)
 
+    def require_images(self, reader: str) -> None:
+        """Raise InputError if the model was trained on clips, which ``reader`` does not take."""
+        if self.image_sizes is not None and self.image_sizes.frames > 1:
+            raise InputError(
+                f"model: {self.source or 'the reward'} was trained on clips of {self.image_sizes.frames} frames, but "
+                f"{reader} takes images; score clips by `latentreward score`, or give a reward for images"
+            )
+
     @property
     def identity(self) -> str:
         """Line that names all that the scores depend on: source, base, settings, noise, sizes, EXIF and precision.
@@ -142,7 +150,7 @@ class RewardNetwork(nn.Module):
         return ", ".join(parts)
 
     def encode_images(self, pixels: Tensor, noise: Tensor | None = None, *, differentiable: bool = False) -> Tensor:
-        """Encode ``pixels`` ``(B, 3, H, W)`` in [-1, 1] into scaled latents; see ``LatentEncoder.encode``.
+        """Encode ``pixels`` ``(B, 3, ...)`` in [-1, 1] into scaled latents; see ``LatentEncoder.encode``.
 
         Raises:
             InputError: If the backbone has no VAE.

@@ -12,10 +12,13 @@ import torch
 from torch import Tensor, nn
 
 PRODUCTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-EXACT = re.compile(r"(^|\.)(pos_embed|context_embedder|time_\w+|add_embedding|norm\d(_context)?)(\.|$)")
+EXACT = re.compile(
+    r"(^|\.)(time_\w+|t_embedder|add_embedding|\w+_modulation(_\w+)?|(img|txt)_mod|norm(\d|_out)?(_context)?"
+    r"|pos_embed|(all_)?x_embedder|patch_embedding|img_in|context_embedder|cap_embedder|text_embedder|txt_in)(\.|$)"
+)
 """Names of layers that stay float32: those of time embedding and modulation, which are cheap (one vector per image) and
-affect all tokens, and a DiT's patch and context embeddings."""
-ATTENTION = re.compile(r"\.(to_[qkv]|add_[qkv]_proj)(\.|$)")
+affect all tokens, and a transformer's patch and text embeddings."""
+ATTENTION = re.compile(r"\.(to_[qkv]|to_qkv_mlp_proj|add_[qkv]_proj)(\.|$)")
 """Names of query, key and value layers; on an accelerator their outputs stay bfloat16, which fused attention takes."""
 ATTENTION_NORM = re.compile(r"\.norm_(added_)?[qk]$")
 """Names of the norms of queries and keys."""

@@ -17,7 +17,7 @@ from latentreward.errors import InputError, check_at_least_one
 from latentreward.heads.clip_projection import MultiScale
 from latentreward.scoring.batched_scoring import prompt_of_each, score_given_latents, score_images
 from latentreward.scoring.hub import upload
-from latentreward.scoring.images import ImageInput, Images, as_images, doubts_of_pixels
+from latentreward.scoring.images import ImageInput, Images, as_images, check_frames, doubts_of_pixels
 from latentreward.scoring.layouts.card import Card
 from latentreward.scoring.layouts.published import PUBLISHED_RMS_EPS, PublishedDiNaLRM, PublishedLRM, PublishedSettings
 from latentreward.scoring.network import RewardNetwork
@@ -145,7 +145,8 @@ class RewardModel(RewardNetwork):
             images: N images of any size: PIL images of any mode, paths, encoded bytes, ``ImageRef`` or uint8 arrays
                 ``(H, W, 3)``, also as one array ``(N, H, W, 3)``. Their EXIF orientation is applied if ``exif`` is
                 ``apply``, and ``image_sizes`` resizes each. Or a floating point tensor ``(N, 3, H, W)``, which is
-                scored at its own size. A single image (``(3, H, W)`` as a tensor) gives one score, ``(1,)``.
+                scored at its own size; for a model trained on clips ``(N, 3, F, H, W)``. A single image (``(3, H, W)``
+                as a tensor) gives one score, ``(1,)``.
             noise: Noise levels and seeds; None takes those of the model.
             batch_size: Largest number of images per forward pass; a batch holds images of one size.
             value_range: Lowest and highest value of a tensor's pixels, e.g. ``(0, 1)``. None takes (-1, 1) and warns if
@@ -187,6 +188,7 @@ class RewardModel(RewardNetwork):
         check_at_least_one(batch_size=batch_size)
         given = as_images(images, value_range)
         texts = prompt_of_each(prompts, len(given))
+        check_frames(given, self.image_sizes, self.backbone.latent_space)
         if isinstance(given, Tensor):
             for kind, doubt in doubts_of_pixels(given, self.image_sizes, value_range is not None).items():
                 self.warn_once(kind, doubt)
@@ -239,6 +241,9 @@ class RewardModel(RewardNetwork):
         if conditioning is not None and len(conditioning[0].prompt_embeds) != len(latents):
             rows = len(conditioning[0].prompt_embeds)
             raise InputError(f"conditioning has {rows} rows for {len(latents)} latents; give one row for each")
+        text_encoder = self.backbone.text_encoder
+        if conditioning is not None and conditioning[0].prompt_mask is None and getattr(text_encoder, "masked", False):
+            raise InputError("conditioning has no prompt_mask; tell which tokens belong to each prompt")
         texts = prompt_of_each(prompts, len(latents))
         if conditioning is None:
             self._doubt_empty(texts)

@@ -76,7 +76,7 @@ class Endpoints:
         prompt = protocol.read_prompt(request.headers.getlist(protocol.PROMPT_HEADER))
         _check_type(request, "application/octet-stream")
         async with service.bodies.read(request) as body:
-            with service.memory.hold(protocol.parsing_bytes(body), len(body)):
+            with service.memory.hold(protocol.parsing_bytes(body, service.accepted), len(body)):
                 rows = await asyncio.to_thread(protocol.parse_request, body, service.accepted, prompt, service.seeds)
                 scores = await service.score(request, rows)
         return JSONResponse({"protocol_version": protocol.VERSION, "raw_scores": scores})

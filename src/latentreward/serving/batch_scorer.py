@@ -12,31 +12,49 @@ from latentreward.errors import InputError
 from latentreward.scoring import RewardModel
 from latentreward.scoring.scoring_noise import ScoringNoise, draw_noise, timesteps_of
 
+TOKENS = 64
+"""Number of which the length of padded prompts is a multiple."""
+
 
 @dataclass(frozen=True, eq=False)
 class LatentRow:
     """Clean latents with an encoded prompt, all float32.
 
     Attributes:
-        latents: ``(C, h, w)`` scaled.
-        prompt_embeds: ``(L, D)``.
-        pooled_prompt_embeds: ``(P,)``.
+        latents: ``(C, h, w)`` or ``(C, T, h, w)``, scaled.
+        prompt_embeds: ``(L, D)``, without padding if ``masked``.
+        pooled_prompt_embeds: ``(P,)``; None if the model takes none.
         u: Noise level in [0, 1].
         seed: Seed of the noise.
         prompt: Text that the noise also depends on; the network gets the embeddings only.
+        masked: Whether the prompt is padded in a batch, with a mask.
     """
 
     latents: Tensor
     prompt_embeds: Tensor
-    pooled_prompt_embeds: Tensor
+    pooled_prompt_embeds: Tensor | None
     u: float
     seed: int
     prompt: str
+    masked: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens in a batch, which for a padded prompt does not depend on the other rows."""
+        count = len(self.prompt_embeds)
+        return -(-count // TOKENS) * TOKENS if self.masked else count
 
     @property
     def shape(self) -> Hashable:
         """Key of rows that take the same time: shape of the latents, number of tokens."""
-        return self.latents.shape, len(self.prompt_embeds)
+        return self.latents.shape, self.tokens
+
+    @property
+    def conditioning(self) -> Conditioning:
+        """Encoded prompt in one row, padded for a batch."""
+        pooled = self.pooled_prompt_embeds
+        encoded = Conditioning(self.prompt_embeds[None], None if pooled is None else pooled[None])
+        return encoded.padded(self.tokens) if self.masked else encoded
 
     @property
     def group(self) -> Hashable:
@@ -108,15 +126,12 @@ class RowScorer:
         noise, process = ScoringNoise(sigmas=(rows[0].u,)), self.reward.backbone.noise_process
         sigma = process.sigma(timesteps_of(noise, process)).item()
         draws = [draw_noise([row.prompt], None, row.seed, sigma, row.latents.shape) for row in rows]
-        conditioning = Conditioning(
-            torch.stack([row.prompt_embeds for row in rows]), torch.stack([row.pooled_prompt_embeds for row in rows])
-        )
         return self.reward.score_latents(
             [row.prompt for row in rows],
             torch.stack([row.latents for row in rows]),
             noise=noise,
             draws=torch.cat(draws),
-            conditioning=(conditioning, self._uncond),
+            conditioning=(Conditioning.join([row.conditioning for row in rows]), self._uncond),
             batch_size=self.batch_size,
         )
 

@@ -5,7 +5,6 @@ import math
 import secrets
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from itertools import count, repeat
 from typing import Any
 
@@ -119,13 +118,18 @@ class ScoringService:
             gone.cancel()
 
     def describe(self) -> dict[str, Any]:
-        """Describe the model and the server's limits, as values for JSON."""
+        """Describe the model and the server's limits, as values for JSON.
+
+        ``prompt_mask``, ``pools_tokens`` and ``frames`` are there only for models that take more than SD and SD3 do.
+        """
         accepted, backbone = self.accepted, self.reward.backbone
+        more = {"prompt_mask": accepted.masked, "pools_tokens": accepted.pools_tokens, "frames": accepted.frames}
         return {
             "model": self.reward.identity,
-            "latent_space": asdict(backbone.latent_space),
+            "latent_space": backbone.latent_space.record(),
             "prompt_embeds_width": accepted.text_width,
             "pooled_prompt_embeds_width": accepted.pooled_width,
+            **{name: value for name, value in more.items() if value},
             "noise": str(self.reward.noise),
             "u": backbone.noise_process.sigma(timesteps_of(self.reward.noise, backbone.noise_process)).tolist(),
             "fresh_noise": self.settings.fresh_noise,
@@ -141,25 +145,32 @@ def accepted_by(reward: RewardModel, settings: ServiceSettings) -> Accepted:
     """Determine the shapes that a model takes; the empty prompt is encoded to find the widths of embeddings."""
     backbone = reward.backbone
     empty = backbone.encode_prompts([""])
+    clip = 1 if reward.image_sizes is None else reward.image_sizes.frames
+    _, *time, _, _ = backbone.latent_space.shape(1, 1, clip)
+    pooled, masked = empty.pooled_prompt_embeds, empty.prompt_mask is not None
     return Accepted(
         channels=backbone.latent_space.channels,
         text_width=empty.prompt_embeds.shape[-1],
-        pooled_width=empty.pooled_prompt_embeds.shape[-1],
+        pooled_width=None if pooled is None else pooled.shape[-1],
         patch=backbone.side_multiple // backbone.latent_space.downscale,
         max_side=backbone.max_side,
-        tokens=empty.prompt_embeds.shape[1] if reward.head.needs_uncond else None,
+        max_prompt=backbone.max_prompt,
+        tokens=empty.prompt_embeds.shape[1] if reward.head.needs_uncond and not masked else None,
         max_pixels=settings.max_latent_pixels,
         max_rows=min(64, settings.queue),
+        masked=masked,
+        frames=time[0] if time else None,
+        pools_tokens=backbone.text_encoder is not None and backbone.text_encoder.pools_tokens,
     )
 
 
 def _blank_row(reward: RewardModel, accepted: Accepted) -> LatentRow:
     """Return a row of latents that are 0, in the network's native size, with the empty prompt."""
-    empty, downscale = reward.backbone.encode_prompts([""]), reward.backbone.latent_space.downscale
-    height, width = (side // downscale for side in reward.backbone.native_size or (8 * downscale, 8 * downscale))
-    latents = torch.zeros(accepted.channels, height, width)
-    embeds, pooled = empty.prompt_embeds[0].float().cpu(), empty.pooled_prompt_embeds[0].float().cpu()
-    return LatentRow(latents, embeds, pooled, u=0.5, seed=0, prompt="")
+    empty, space = reward.backbone.encode_prompts([""]).trimmed().to("cpu", torch.float32), reward.backbone.latent_space
+    height, width = reward.backbone.native_size or (8 * space.downscale, 8 * space.downscale)
+    latents, pooled = torch.zeros(space.shape(height, width)), empty.pooled_prompt_embeds
+    vector = None if pooled is None else pooled[0]
+    return LatentRow(latents, empty.prompt_embeds[0], vector, u=0.5, seed=0, prompt="", masked=accepted.masked)
 
 
 async def _disconnected(request: Request) -> None:

@@ -19,7 +19,7 @@ class ServiceSettings:
         queue: Greatest number of waiting rows; requests beyond it are answered 503 with Retry-After.
         timeout: Seconds after which a request is answered 504, or 408 if its body has not arrived.
         max_body_mb: Largest body, in MiB.
-        max_latent_pixels: Largest h · w of latents, in latent pixels.
+        max_latent_pixels: Largest h · w of latents, or T · h · w with a time axis, in latent pixels.
         fresh_noise: Whether latents of a request without a seed get new noise each time; otherwise their seed is 0.
         token: Token that requests must give as ``Authorization: Bearer TOKEN``; None allows requests without a token.
 

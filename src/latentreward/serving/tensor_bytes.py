@@ -17,8 +17,18 @@ from latentreward.serving.errors import RequestError
 
 HEADER_BYTES = 16 * 1024
 """Greatest length of a safetensors header, in bytes; five tensors need less than 500."""
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
-"""Name of a dtype in safetensors → dtype of torch, for the dtypes that requests may use."""
+DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "BOOL": torch.uint8,
+    "U8": torch.uint8,
+}
+"""Name of a dtype in safetensors → dtype of torch to read it as, for the dtypes that requests may use.
+
+Truth values are read as numbers, because torch takes bytes above 1 for them without an error.
+"""
 FLOATS = ("F32", "F16", "BF16")
 """Names of the floating-point dtypes that requests may use."""
 
@@ -28,14 +38,16 @@ class Expected:
     """Requirements of the protocol on a tensor.
 
     Attributes:
-        rank: Number of dimensions.
+        ranks: Allowed numbers of dimensions.
         dtypes: Allowed dtypes, by their names in :data:`DTYPES`.
         required: Whether a request must have the tensor.
+        taken: Whether the served model takes the tensor; if not, a request must not have it.
     """
 
-    rank: int
+    ranks: tuple[int, ...]
     dtypes: tuple[str, ...] = FLOATS
     required: bool = True
+    taken: bool = True
 
 
 @dataclass(frozen=True)
@@ -69,7 +81,8 @@ def read_header(body: bytes | bytearray, expected: Mapping[str, Expected]) -> tu
 
     Raises:
         RequestError: If the body is not in safetensors format, its header is too long, a tensor is missing or unknown
-            or does not meet the requirements, or the tensors overlap, leave gaps or reach past the data.
+            or does not meet the requirements, or the tensors overlap, leave gaps or reach past the data. With status
+            422 if the served model does not take a tensor.
     """
     length = int.from_bytes(body[:8], "little")
     if len(body) < 8 or length > len(body) - 8:
@@ -82,7 +95,11 @@ def read_header(body: bytes | bytearray, expected: Mapping[str, Expected]) -> tu
     unknown = [name for name in header if name not in expected]
     if missing or unknown:
         problem = f"lacks {missing[0]!r}" if missing else f"holds an unknown tensor {unknown[0][:40]!r}"
-        raise RequestError(f"the body {problem}; the protocol has {', '.join(expected)}")
+        names = ", ".join(name for name, wanted in expected.items() if wanted.taken)
+        raise RequestError(f"the body {problem}; the protocol has {names}")
+    for name in header:
+        if not expected[name].taken:
+            raise RequestError(f"{name} is given, but this model takes none; leave it out", 422)
     entries = {name: _entry(name, header[name], expected[name]) for name in header}
     _check_cover(entries.values(), len(data))
     return entries, data
@@ -123,8 +140,9 @@ def _entry(name: str, described: Any, expected: Expected) -> Entry:
     dtype, shape, offsets = described["dtype"], described["shape"], described["data_offsets"]
     if dtype not in expected.dtypes:
         raise RequestError(f"{name}: dtype must be {' or '.join(expected.dtypes)}, not {str(dtype)[:20]!r}")
-    if not _natural(shape, least=1) or len(shape) != expected.rank:
-        raise RequestError(f"{name}: shape must be {expected.rank} whole numbers from 1 on, not {str(shape)[:80]}")
+    if not _natural(shape, least=1) or len(shape) not in expected.ranks:
+        ranks = " or ".join(map(str, expected.ranks))
+        raise RequestError(f"{name}: shape must be {ranks} whole numbers from 1 on, not {str(shape)[:80]}")
     if not _natural(offsets, least=0) or len(offsets) != 2:
         raise RequestError(f"{name}: data_offsets must be two whole numbers from 0 on, not {str(offsets)[:80]}")
     size = math.prod(shape) * DTYPES[dtype].itemsize

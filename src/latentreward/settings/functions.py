@@ -25,7 +25,7 @@ from typing_extensions import override
 
 from latentreward.backbones.registry import backbone_names
 from latentreward.errors import InputError
-from latentreward.programs import allow_only, find_modules_here
+from latentreward.programs import RESTRICTED, allow_only, find_modules_here
 from latentreward.settings.errors import CLASS_MODULES, NAMED_IN, UNSET, summarise, unknown_setting_hint
 from latentreward.settings.ranges import check_ranges, leaves
 from latentreward.settings.rewriting import find_config, rewrite_arguments, rewrite_settings, show_secrets
@@ -35,8 +35,6 @@ MODE = "omegaconf+"
 TRUSTED = ("latentreward", "torch", "lightning", "torchmetrics")
 UNTRUSTED = ("torch.hub", "torch.jit", "torch.ops", "torch.package", "torch.serialization", "torch.utils.cpp_extension")
 """Modules of trusted packages that can run code from files or other packages; never allowed in settings."""
-RESTRICTED: list[tuple[str, ...]] = []
-"""Modules named in ``--restrict-imports``, in the last entry; the list is empty without the option."""
 FLAGS = "{true,false", "\b[="
 """Starts of the metavars of options that need no value: flags, and ``--print_config``."""
 TRAINER_COMMAND = r"^(fit|validate|test|predict)\."

@@ -13,6 +13,10 @@ LOGGED = {
     "lightning.fabric.utilities.seed": ("Seed set to",),  # config.yaml has seed_everything
     # The empty list [] says that no part must be kept in float32.
     "diffusers.models.modeling_utils": ("should be kept in float32: [].",),
+    # diffusers imports torchao where it is installed; the lines are about kernels and tensors that int8 does not use.
+    "torchao": ("Failed to load",),
+    "torch.utils._pytree": ("is an Enum subclass",),
+    "diffusers.quantizers.torchao.torchao_quantizer": ("Unable to import `torchao` Tensor objects",),
 }
 """Name of a logger -> texts; a message of this logger that contains one of the texts is suppressed."""
 

@@ -12,7 +12,7 @@ from jsonargparse import Namespace
 from latentreward.errors import InputError
 
 NAMES = {
-    "[1, 1e6]": "accumulate_grad_batches num_nodes prefetch_factor batch_size decode_batch_size .guidance_scale",
+    "[1, 1e6]": "accumulate_grad_batches num_nodes prefetch_factor batch_size decode_batch_size",
     "[1, 1e9]": "check_val_every_n_epoch train_pairs val_pairs",
     "[0, 1e9]": "gradient_clip_val log_every_n_steps min_epochs every_n_epochs",
     "(0, 1e12]": "limit_train_batches limit_test_batches limit_predict_batches val_check_interval",

@@ -212,7 +212,7 @@ def pickled() -> bytes:
         (to_bytes(latents(0))[:-4], "truncated or damaged image", "not a whole"),
         (b"not an array at all", "truncated or damaged image", "not a whole"),
         (pickled(), "truncated or damaged image", "not a whole"),
-        (to_bytes(np.zeros((1, 16, 4, 4), "float32")), "truncated or damaged image", "not a (C, h, w)"),
+        (to_bytes(np.zeros((1, 1, 16, 4, 4), "float32")), "truncated or damaged image", "not a (C, h, w)"),
         (to_bytes(np.zeros((16, 4, 4), "int64")), "truncated or damaged image", "not a (C, h, w)"),
         (to_bytes(np.full((16, 4, 4), np.nan, "float16")), "truncated or damaged image", "not finite"),
     ],

@@ -10,7 +10,8 @@ import numpy as np
 
 from latentreward.contracts import ImageRef, PreferencePair
 from latentreward.data.buckets import MIN_PIXELS, PUBLISHED_BUCKETS, Bucket, assign_bucket
-from latentreward.data.images import ExifOrientation, ImageError, decode_image, read_header
+from latentreward.data.clips import read_clip_header
+from latentreward.data.images import CLIP, ExifOrientation, ImageError, decode_image, read_header
 from latentreward.data.latents import decode_latents
 from latentreward.data.readers import PairReader
 from latentreward.data.splits import normalise_prompt
@@ -27,8 +28,8 @@ ROTATED = {
     "ignore": "EXIF orientation, not turned (exif: ignore)",
 }
 
-Seen = tuple[tuple[int, int] | str, int]
-"""Result for one image: (height, width) or the name of its problem; and a hash of its bytes, 0 if not read."""
+Seen = tuple[tuple[int, int] | str | None, int]
+"""Result for one image: (height, width), None for a clip, or a problem's name; and a hash of its bytes or 0."""
 
 
 @dataclass
@@ -40,6 +41,7 @@ class ImageCounts:
         distinct: Images with different names.
         sizes: Number of images by (height, width) in pixels; a latent element counts as 8 × 8 pixels.
         buckets: Number of images by bucket, or by the reason why they have no bucket.
+        clips: Number of clips by length and frame rate, as their headers say, or by the reason why no header was read.
         odd: Number of images by unusual property found in the header, e.g. alpha or EXIF orientation.
         mixed_rows: Rows whose two images have different buckets.
         unreadable_rows: Number of rows with an unreadable image, by the problem of the row's first such image.
@@ -51,6 +53,7 @@ class ImageCounts:
     distinct: int = 0
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
     buckets: Counter[str] = field(default_factory=Counter)
+    clips: Counter[str] = field(default_factory=Counter)
     odd: Counter[str] = field(default_factory=Counter)
     mixed_rows: int = 0
     unreadable_rows: Counter[str] = field(default_factory=Counter)
@@ -160,10 +163,10 @@ class ImageCensus:
         self.counts.rows += 1
         self.keys.append((pair.image_a.image_key, pair.image_b.image_key))
         self.hashes.append((seen[0][1], seen[1][1]))
-        sizes = [size for size, _ in seen if not isinstance(size, str)]
-        if len(sizes) < len(seen):
-            self.counts.unreadable_rows[next(size for size, _ in seen if isinstance(size, str))] += 1
-        elif len({self._bucket(size) for size in sizes}) > 1:
+        problems = [size for size, _ in seen if isinstance(size, str)]
+        if problems:
+            self.counts.unreadable_rows[problems[0]] += 1
+        elif len({self._bucket(size) for size, _ in seen if isinstance(size, tuple)}) > 1:
             self.counts.mixed_rows += 1
 
     def _look_at(self, image: ImageRef, pair_id: str) -> Seen:
@@ -180,16 +183,22 @@ class ImageCensus:
         if image.image_key:
             self._seen[image.image_key] = seen
             self.counts.distinct += 1
-        if not isinstance(seen[0], str):
+        if isinstance(seen[0], tuple):
             self.counts.sizes[seen[0]] += 1
             self.counts.buckets[self._bucket(seen[0])] += 1
         return seen
 
-    def _size(self, image: ImageRef) -> tuple[int, int]:
+    def _size(self, image: ImageRef) -> tuple[int, int] | None:
         if image.holds == "latents":
-            _, height, width = decode_latents(image).shape
+            *_, height, width = decode_latents(image, clip=None).shape
             return LATENT_PIXELS * height, LATENT_PIXELS * width
-        header = read_header(image, exif=self.exif)
+        try:
+            header = read_header(image, exif=self.exif)
+        except ImageError as error:
+            if error.problem != CLIP:
+                raise
+            self._add_clip(image)
+            return None
         if self.decode:
             decode_image(image)
         self.counts.odd.update(header.oddities)
@@ -200,6 +209,17 @@ class ImageCensus:
         if header.height * header.width == 1:
             self.counts.odd["a single pixel"] += 1
         return header.height, header.width
+
+    def _add_clip(self, image: ImageRef) -> None:
+        try:
+            header = read_clip_header(image)
+        except ImageError:
+            raise
+        except InputError as error:  # PyAV is missing
+            self.counts.clips[f"not inspected: {error}"] += 1
+        else:
+            self.counts.sizes[header.height, header.width] += 1
+            self.counts.clips[str(header)] += 1
 
     def _bucket(self, size: tuple[int, int]) -> str:
         if math.prod(size) < self.min_pixels:

@@ -81,6 +81,7 @@ class Report:
             SIDES,
             self._table("Sizes (height x width, most frequent)", self._by(_most_frequent_sizes)),
             self._table(BUCKETS, self._by(lambda split: _images(split).buckets)),
+            self._table("Clips (by their headers)", self._by(lambda split: _images(split).clips)),
             self._odd(),
             self._table("Rows left out", self._by(lambda split: split.skipped)) or "Rows left out: none",
             self._table("Rows kept with a remark", self._by(lambda split: split.remarks)),

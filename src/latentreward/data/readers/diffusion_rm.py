@@ -209,7 +209,7 @@ class DiffusionRMReader(SideExchangingReader):
             return None
         place = int(table.starts[group]) + inner
         size = [height // DOWNSCALE, width // DOWNSCALE]
-        if table.shapes is not None and any(shape is None or shape[1:] != size for shape in table.shapes[place]):
+        if table.shapes is not None and any(shape is None or shape[-2:] != size for shape in table.shapes[place]):
             stated = " and ".join(map(str, table.shapes[place]))
             problem = f"size {height}x{width} against latents of {stated}"
             self.refuse(pair_id, problem, "latents of another size than the index says")

@@ -8,8 +8,9 @@ import pyarrow as pa
 
 from latentreward.evaluation.benchmark.base import Benchmark
 from latentreward.evaluation.benchmark.evaluate import BenchmarkScores
-from latentreward.evaluation.benchmark.scoring import SplitScores, folder_name, require_images
+from latentreward.evaluation.benchmark.scoring import SplitScores, folder_name
 from latentreward.scorers import ImageScorer, Scorer
+from latentreward.scorers.pair_scoring import require_images
 from latentreward.storage.progress import Progress
 
 

@@ -9,21 +9,16 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from latentreward.data.images import ImageError, decode_image
-from latentreward.data.readers import PairReader, count_text
-from latentreward.errors import InputError
+from latentreward.data.readers import PairReader
 from latentreward.evaluation.benchmark.noise_columns import NoiseColumns
 from latentreward.scorers import Scorer
 from latentreward.scorers.fingerprints import scorer_fingerprints
 from latentreward.scorers.pair_scoring import PairScoring
 from latentreward.storage.part_tables import PartFiles
 
-TRIED_PAIRS = 8
-"""Number of pairs whose images are tried before any model is loaded."""
 TIMESTEPS = b"timesteps"
 
 
@@ -125,34 +120,6 @@ def data_counts(table: pa.Table, reader: PairReader) -> dict[str, Any]:
         "rows_left_out_by_the_reader": dict(sorted(reader.skipped.items())),
         "remarks_of_the_reader": dict(sorted(reader.remarks.items())),
     }
-
-
-def require_images(name: str, reader: PairReader, rows: int) -> None:
-    """Check that some image of a split can be read, so that a wrong folder is refused before a model is loaded.
-
-    Args:
-        name: Name of the split in messages.
-        reader: Reader of the split.
-        rows: Number of rows that are going to be scored; up to ``TRIED_PAIRS`` of them are tried.
-
-    Raises:
-        InputError: If the split has no pair, or none of the tried images can be read.
-    """
-    if not rows:
-        raise InputError(f"{name}: there are no pairs; rows left out by the reader: {count_text(reader.skipped)}")
-    problems = []
-    for row in np.linspace(0, rows - 1, min(rows, TRIED_PAIRS)).astype(int).tolist():
-        pair = reader[row]
-        for image in (pair.image_a, pair.image_b):
-            try:
-                decode_image(image, exif=reader.exif)
-                return
-            except ImageError as error:
-                problems.append(f"{pair.pair_id}: {error.problem}")
-    raise InputError(
-        f"{name}: none of {len(problems)} images that were tried can be read ({problems[0]}); check where the images "
-        "of this data set lie"
-    )
 
 
 def folder_name(split: str) -> str:

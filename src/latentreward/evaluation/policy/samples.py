@@ -13,7 +13,7 @@ import torch
 from latentreward.contracts import PromptBatch
 from latentreward.data.alignment.prompt_files import PromptRow
 from latentreward.data.readers import count_text
-from latentreward.errors import InputError, check_at_least_one
+from latentreward.errors import InputError
 from latentreward.evaluation.policy.imported import FoundPicture, find_pictures, import_pictures
 from latentreward.generation.image_folder import ImageFolder
 from latentreward.generation.picture_writing import Name, decode_latents, write_pictures
@@ -39,7 +39,7 @@ class JudgedPolicy:
             ``PolicySource``. By default the pipeline recorded in the checkpoint.
         checkpoint: Checkpoint of an alignment run, whose adapter is loaded.
         lora: LoRA file or folder to load, as ``latentreward export`` writes it.
-        guidance_scale: Classifier-free guidance scale of this policy; by default that of the run.
+        guidance_scale: Guidance scale of this policy; by default that of the run.
         images: Folder of existing pictures, instead of a generator: with ``images.csv`` (columns ``file`` and
             ``prompt``) as ``latentreward generate`` writes it, or in the layout of GenEval, T2I-CompBench++ or HPSv2.
         table: Table of ``images``, if it has another name or lies elsewhere: CSV, JSON lines or parquet.
@@ -57,7 +57,6 @@ class JudgedPolicy:
         """Raise InputError for a bad name, and unless exactly one of a generator and a folder of pictures is given."""
         if self.name is not None and not NAME.fullmatch(self.name):
             raise InputError(f"name of a policy is {self.name!r}; use up to 60 letters, digits, spaces and . , + = - _")
-        check_at_least_one(guidance_scale=self.guidance_scale)
         made = any(value is not None for value in (self.pipeline, self.checkpoint, self.lora))
         if self.images is not None and made:
             raise InputError("images and a generator are both given; give one of them")
@@ -87,13 +86,9 @@ class JudgedPolicy:
         """
         if self.images is not None:
             return ""
-        pipeline = self.trained.source().pipeline()
-        space, config = pipeline.latent_space(), pipeline.config("unet" if pipeline.has("unet") else "transformer")
-        size = config.get("sample_size")
-        native = size if isinstance(size, list) else (size, size)
-        asked = (sampling.height, sampling.width)
-        sides = [own if side is None else side // space.downscale for side, own in zip(asked, native, strict=True)]
-        return f"{sides[0]} × {sides[1]} latents of {space}, {type(pipeline.noise_process()).__name__}"
+        family = self.trained.source().resolve_family()
+        shape = sampling.latent_shape(family)
+        return f"{shape[-2]} × {shape[-1]} latents of {family.latent_space}, {type(family.noise_process).__name__}"
 
     def describe(self) -> str:
         """Describe the policy in one line, with names of files and folders instead of full paths."""
@@ -111,7 +106,7 @@ class SamplingPlan:
 
     Attributes:
         sampling: Steps, noise and size.
-        guidance_scale: Guidance scale of policies without a guidance scale of their own.
+        guidance_scale: Guidance scale of policies without one of their own; None takes each family's.
         seed: Seed of all noise.
         shared_noise: Whether the n-th pictures of all prompts start from the same noise.
         batch_size: Pictures sampled at once.
@@ -119,15 +114,22 @@ class SamplingPlan:
     """
 
     sampling: Sampling
-    guidance_scale: float
+    guidance_scale: float | None
     seed: int
     shared_noise: bool
     batch_size: int
     device: torch.device
 
-    def guidance_of(self, policy: JudgedPolicy) -> float:
-        """Return the guidance scale of a policy: its own, or else that of the plan."""
-        return self.guidance_scale if policy.guidance_scale is None else policy.guidance_scale
+    def guidance_of(self, policy: JudgedPolicy) -> float | None:
+        """Return the guidance scale of a generator: its own, else that of the plan, else its family's.
+
+        For a folder of pictures, that of the plan is returned.
+
+        Raises:
+            InputError: If the scale does not suit the generator's family.
+        """
+        scale = self.guidance_scale if policy.guidance_scale is None else policy.guidance_scale
+        return scale if policy.images is not None else policy.trained.source().resolve_family().guidance(scale)
 
 
 class SampledPictures:

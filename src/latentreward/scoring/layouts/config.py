@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any, Self, get_args
 
+from latentreward.data.clips import check_clips
 from latentreward.data.image_sizes import ImageSizes, NearestBucket, OneSize
 from latentreward.data.images import MAX_PIXELS, ExifOrientation
 from latentreward.errors import InputError, did_you_mean, errors_at
@@ -159,7 +160,10 @@ def sizes_record(sizes: ImageSizes | None) -> dict[str, Any] | None:
         raise InputError(
             f"image_sizes={sizes} is not a {' or '.join(IMAGE_SIZES)} and cannot be saved; set one of them"
         )
-    record = ModelPart(type(sizes).__name__, asdict(sizes)).record()  # type: ignore[call-overload]
+    settings = asdict(sizes)  # type: ignore[call-overload]
+    if sizes.frames == 1:  # as earlier versions wrote it
+        settings = {name: value for name, value in settings.items() if name not in ("frames", "fps")}
+    record = ModelPart(type(sizes).__name__, settings).record()
     sizes_of(record)
     return record
 
@@ -180,6 +184,8 @@ def sizes_of(record: Any) -> ImageSizes | None:
     for height, width in sizes.buckets if isinstance(sizes, NearestBucket) else [(sizes.height, sizes.width)]:
         if min(height, width) < 1 or height * width > MAX_PIXELS:
             raise InputError(f"image_sizes: {height}x{width} is not a size from 1 to {MAX_PIXELS} pixels")
+    if isinstance(sizes, OneSize):
+        check_clips("image_sizes.", sizes.frames, sizes.fps)
     settings_of("image_sizes", sizes.loader, {"height": 100, "width": 100})  # raises if there is no bucket
     return sizes
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from latentreward.backbones import DiffusionBackbone
 from latentreward.backbones.weights import fill, settling_later
-from latentreward.checkpoints.base_weights import same_values, sample, without_adapters
+from latentreward.checkpoints.base_weights import same_values, sample, sample_in, without_adapters
 from latentreward.data.image_sizes import ImageSizes
 from latentreward.data.images import ExifOrientation
 from latentreward.errors import InputError, errors_at
@@ -34,7 +34,7 @@ from latentreward.scoring.layouts.adapters import fill_adapter, inject_adapter, 
 from latentreward.scoring.layouts.base import SharingReward
 from latentreward.scoring.layouts.config import FORMAT, FolderConfig
 from latentreward.scoring.layouts.recipe import ONLY_IN_TRAINING, build_backbone, build_head, is_ours
-from latentreward.scoring.layouts.trust import check_class
+from latentreward.scoring.layouts.trust import check_class, check_family
 from latentreward.scoring.network import RewardNetwork
 from latentreward.storage.json_files import read_config
 from latentreward.storage.weight_files import map_weights
@@ -74,6 +74,7 @@ class PretrainedReward(SharingReward):
             self.config = FolderConfig.of_record(read_config(path), base)
             check_class("backbone", self.config.recipe.backbone.name, trusted)
             check_class("head", self.config.recipe.head.name, trusted)
+            check_family(self.config.recipe.backbone.init_args, trusted)
         except InputError as error:
             raise InputError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
         adapters = {*adapter_folders(self.config.adapters).values()}
@@ -139,7 +140,7 @@ class PretrainedReward(SharingReward):
         if is_ours(recipe.backbone) and recipe.local_name and not Path(recipe.local_name).exists():
             raise InputError(
                 f"{self.folder / CONFIG}: the base {recipe.local_name!r} is the name of a folder of whoever published "
-                "the model; give your copy of it as base"
+                "the model; give your copy as --base FOLDER (in Python base=FOLDER)"
             )
 
     def _head(self, backbone: DiffusionBackbone) -> RewardHead:
@@ -177,7 +178,7 @@ class PretrainedReward(SharingReward):
             InputError: If a weight is missing, unexpected or differs.
         """
         recorded, path = read_safetensors(self.folder / BASE), self.folder / BASE
-        ours, factory = dict(base_weights(backbone, self.config.recipe.own)), self.config.recipe.backbone
+        ours, factory = dict(base_samples(backbone, self.config.recipe.own)), self.config.recipe.backbone
         random = "" if is_ours(factory) else f", unless {factory.name} draws it at random at each start"
         for kind, names in (("lacks", recorded.keys() - ours), ("has another weight,", ours.keys() - recorded.keys())):
             if names:
@@ -186,7 +187,7 @@ class PretrainedReward(SharingReward):
                     f"({len(names)} in all); give the base that the model was trained on as base"
                 )
         for name, values in recorded.items():
-            if values.shape != (4,) or not same_values(sample(ours[name]), values):
+            if values.shape != (4,) or not same_values(ours[name], values):
                 raise InputError(
                     f"{path}: the model belongs to the base {self.config.trained_on or 'of its backbone'}, whose "
                     f"{name} differs from that of {backbone.source or 'this one'}; give that base as base{random}"
@@ -239,11 +240,12 @@ def own_weights(backbone: DiffusionBackbone, own: tuple[str, ...]) -> Iterator[t
     return (item for item in backbone.state_dict().items() if item[0].partition(".")[0] in own)
 
 
-def base_weights(backbone: DiffusionBackbone, own: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
-    """Yield parameters that come from the base pipeline, by the names that they have without adapters.
+def base_samples(backbone: DiffusionBackbone, own: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
+    """Yield samples of the parameters that come from the base pipeline, by their names without adapters.
 
     Args:
         backbone: The backbone.
         own: Names of modules that do not come from the base; see :attr:`ModelRecipe.own`.
     """
-    return (item for item in without_adapters(backbone.named_parameters()) if item[0].partition(".")[0] not in own)
+    names = [name for name, _ in backbone.named_parameters() if name.partition(".")[0] not in own]
+    return without_adapters((name, sample_in(backbone, name)) for name in names)

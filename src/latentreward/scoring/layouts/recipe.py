@@ -20,6 +20,7 @@ from latentreward.backbones.loading import SHIPPED
 from latentreward.construction import Construction
 from latentreward.contracts import FeatureSpec
 from latentreward.errors import InputError, errors_at, first_line
+from latentreward.families import import_family, is_foreign
 from latentreward.heads import RewardHead
 from latentreward.programs import find_modules_here
 from latentreward.scoring.layouts.trust import guarded_imports, registered_heads, registered_name
@@ -28,7 +29,7 @@ from latentreward.settings.errors import summarise
 from latentreward.settings.functions import check_functions, input_error_behind
 from latentreward.settings.ranges import leaves
 
-ONLY_IN_TRAINING = ("lora", "gradient_checkpointing", "attention_backend", "compile_blocks")
+ONLY_IN_TRAINING = ("lora", "gradient_checkpointing", "attention_backend", "compile_blocks", "quantization")
 """Settings of this package's factories that do not change the features of a trained backbone."""
 BUILD_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError, ImportError, OSError)
 """Errors by which constructors reject settings."""
@@ -128,8 +129,8 @@ def backbone_part(class_path: str, init_args: Mapping[str, Any], own: tuple[str,
     path = f"{factory.__module__}.{factory.__qualname__}"
     # A plug-in's short name is known only after its module was imported; its path works in any process.
     name = registered_name("backbone", path) if path.startswith("latentreward.") else path
-    ours = path.startswith("latentreward.backbones.")
-    return ModelPart(name, without_training(init_args, own) if ours else dict(init_args))
+    part = ModelPart(name, dict(init_args))
+    return replace(part, init_args=without_training(init_args, own)) if is_ours(part) else part
 
 
 def without_training(init_args: Mapping[str, Any], own: tuple[str, ...]) -> dict[str, Any]:
@@ -184,7 +185,7 @@ def head_part(head: RewardHead, init_args: Mapping[str, Any]) -> ModelPart:
 
 def is_ours(backbone: ModelPart) -> bool:
     """Tell whether a backbone's factory belongs to this package, so that its settings are known here."""
-    return backbone_names().get(backbone.name, "").startswith("latentreward.backbones.")
+    return backbone_names().get(backbone.name, "").startswith("latentreward.")
 
 
 def own_parts(backbone: DiffusionBackbone, untrained: bool = False) -> tuple[str, ...]:
@@ -230,6 +231,9 @@ def build_backbone(part: ModelPart, folder: Path | None = None, **overrides: Any
         if isinstance(settings.get("lora"), Mapping):
             with errors_at("init_args.lora: "):
                 settings["lora"] = called(LoRA, settings["lora"])
+        if is_foreign(family := settings.get("family")):
+            with guarded_imports(folder):
+                import_family(family)
         return called(imported(path), settings)
 
 

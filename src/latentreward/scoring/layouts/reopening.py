@@ -79,7 +79,7 @@ class Probe:
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(OTHER_SEED)
-                again = Probe.of(stored.load().to(device))
+                again = Probe.of(stored.load().to(device).set_precision(torch.float32))
         except InputError as error:
             raise InputError(f"the model does not load again once it is saved: {error}") from error
         for name in sorted(self.weights.keys() | again.weights.keys()):
@@ -108,6 +108,6 @@ def scores_of(model: RewardNetwork) -> Tensor | None:
     if model.image_sizes is None:
         return None
     loader, space = model.image_sizes.loader(SIDE, SIDE), model.backbone.latent_space
-    shape = (len(PROMPTS), space.channels, loader.height // space.downscale, loader.width // space.downscale)
+    shape = (len(PROMPTS), *space.shape(loader.height, loader.width, model.image_sizes.frames))
     latents = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     return score_given_latents(model, PROMPTS, latents, model.noise, None, None, len(PROMPTS)).cpu()

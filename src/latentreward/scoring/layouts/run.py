@@ -43,7 +43,7 @@ from latentreward.scoring.layouts.recipe import (
     is_ours,
     own_parts,
 )
-from latentreward.scoring.layouts.trust import check_class, check_masked, masked, registered_name
+from latentreward.scoring.layouts.trust import check_class, check_family, check_masked, masked, registered_name
 from latentreward.scoring.network import RewardNetwork
 from latentreward.settings.rewriting import rewrite_settings
 from latentreward.settings.yaml_text import check_yaml
@@ -109,6 +109,8 @@ class TrainedReward(SharingReward):
             with errors_at(f"{self.config}: model."):
                 check_class(kind, name, trusted)
             self._parts[kind] = ModelPart(name, self._settings[kind]["init_args"])
+        with errors_at(f"{self.config}: model."):
+            check_family(self._parts["backbone"].init_args, trusted)
 
     def _backbone(self) -> DiffusionBackbone:
         """See :meth:`SharingReward._backbone`; the settings decide which parameters are trainable, as in the run."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from inspect import Parameter, signature
 from pathlib import Path
@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from latentreward.checkpoints.base_weights import sample
 from latentreward.checkpoints.shards import require_finite
 from latentreward.encoders.stored_prompts import StoredPrompts
 from latentreward.errors import InputError
@@ -27,7 +26,7 @@ from latentreward.scoring.layouts.model_folder import (
     HEAD,
     adapter_folders,
     adapters_of,
-    base_weights,
+    base_samples,
     own_weights,
 )
 from latentreward.scoring.layouts.recipe import ModelRecipe, imported, is_ours, own_parts, recipe_in_python
@@ -242,8 +241,7 @@ def write_weights(model: RewardNetwork, config: FolderConfig, folder: Path) -> N
         write_adapter(backbone.get_submodule(name), folder / place, config.trained_on)
     if own:
         write_tensors(own_weights(backbone, own), folder / BACKBONE)
-    samples: Mapping[str, Tensor] = {name: sample(weight.detach()) for name, weight in base_weights(backbone, own)}
-    write_tensors(samples.items(), folder / BASE)
+    write_tensors(base_samples(backbone, own), folder / BASE)
 
 
 def write_tensors(tensors: Iterable[tuple[str, Tensor]], path: Path) -> None:

@@ -1,9 +1,10 @@
 """Rule on which classes the files of a reward model may name.
 
-Registered classes always load: backbones of :func:`~latentreward.backbones.backbone_names`, and heads that
-``latentreward.heads`` exports. Any other class, and any ``${...}`` that OmegaConf would resolve on this machine, raises
-InputError before anything is imported, unless the user trusts the model. A trusted class is imported from an installed
-package or the current folder, but never from the model's own folder or the hub's cache.
+Registered classes always load: backbones of :func:`~latentreward.backbones.backbone_names`, heads that
+``latentreward.heads`` exports, and families of ``latentreward.families``. Any other class, and any ``${...}`` that
+OmegaConf would resolve on this machine, raises InputError before anything is imported, unless the user trusts the
+model. A trusted class is imported from an installed package or the current folder, but never from the model's own
+folder or the hub's cache.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 import latentreward.heads
 from latentreward.backbones import backbone_names
 from latentreward.errors import InputError, did_you_mean
+from latentreward.families import is_foreign
 from latentreward.heads import RewardHead
 from latentreward.settings.rewriting import show_secrets
 
@@ -80,6 +82,23 @@ def check_class(kind: str, name: str, trusted: bool) -> None:
         raise InputError(f"{kind}: unknown class {name!r}{did_you_mean(name, known)}")
     if not trusted:
         raise InputError(f"{kind}: class {name!r} is not registered and would be imported; {REMEDY}")
+
+
+def check_family(settings: Mapping[str, Any], trusted: bool) -> None:
+    """Check that settings of a backbone name no family outside this package, without importing anything.
+
+    Args:
+        settings: Settings of the factory.
+        trusted: Whether such a family is allowed.
+
+    Raises:
+        InputError: If there is one and ``trusted`` is False, or the family is not a text.
+    """
+    family = settings.get("family")
+    if not isinstance(family, str | None):
+        raise InputError(f"backbone: family={family!r:.80} is no import path; get the model again")
+    if not trusted and is_foreign(family):
+        raise InputError(f"backbone: family {family!r} is not of this package and would be imported; {REMEDY}")
 
 
 def masked(settings: Any) -> Any:

@@ -1,0 +1,66 @@
+"""Base class of the backbones from the first blocks of a transformer."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from latentreward.backbones.base import DiffusionBackbone, check_taps
+from latentreward.backbones.tuning import freeze
+from latentreward.errors import InputError
+
+
+class TransformerBackbone(DiffusionBackbone):
+    """Backbone with visual and text taps on numbered blocks of a transformer; tap 0 is before the first block.
+
+    Attributes:
+        transformer: diffusers transformer.
+        visual_taps: Numbers of the blocks whose visual tokens are read, ascending.
+        text_taps: Numbers of the blocks whose text tokens are read, ascending; may be empty.
+    """
+
+    network_name = "transformer"
+    transformer: Any
+    visual_taps: tuple[int, ...]
+    text_taps: tuple[int, ...]
+
+    def choose_taps(
+        self, depth: int, num_layers: int | None, visual_taps: Sequence[int], text_taps: Sequence[int]
+    ) -> int:
+        """Check and set the taps, and return the number of blocks to keep.
+
+        Args:
+            depth: Number of blocks of the network.
+            num_layers: Number of blocks to keep; None keeps the blocks up to the last tap.
+            visual_taps: See :attr:`visual_taps`.
+            text_taps: See :attr:`text_taps`.
+
+        Raises:
+            InputError: If the network has fewer blocks, or a tap is not one of those that are kept.
+        """
+        num_layers = max([*visual_taps, *text_taps, 1]) if num_layers is None else num_layers
+        if not 1 <= num_layers <= depth:
+            raise InputError(f"num_layers={num_layers} must lie between 1 and the network's {depth} blocks")
+        self.visual_taps = check_taps("visual_taps", visual_taps, num_layers, least=1)
+        self.text_taps = check_taps("text_taps", text_taps, num_layers)
+        return num_layers
+
+    @property
+    def last_tap(self) -> int:
+        """Number of the last block that is run."""
+        return max(*self.visual_taps, *self.text_taps, 0)
+
+    def unread(self) -> tuple[str, ...]:
+        """Return names of what no tap depends on in the transformer; it must not train or get adapters."""
+        present = {name for name, _ in (*self.transformer.named_modules(), *self.transformer.named_parameters())}
+        return tuple(name for name in self.unread_names() if name in present)
+
+    @abstractmethod
+    def unread_names(self) -> Iterable[str]:
+        """Return the names of :meth:`unread`, with those of what the network need not have."""
+
+    def drop_text_taps(self) -> None:
+        """See :meth:`DiffusionBackbone.drop_text_taps`."""
+        self.text_taps = ()
+        freeze(self.transformer, self.unread())

@@ -1,0 +1,335 @@
+"""Decoding of clips by the times of their frames: mp4 files by PyAV (extra ``video``), animated WebP by Pillow."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
+from io import BytesIO
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from latentreward.contracts import ImageRef
+from latentreward.data.images import (
+    BOMB,
+    BROKEN_FILE,
+    DAMAGED,
+    MAX_PIXELS,
+    SHORT,
+    TOO_LARGE,
+    UNKNOWN,
+    PixelLoader,
+    image_error,
+    open_source,
+)
+from latentreward.errors import InputError, check_at_least_one, errors_at
+
+FPS = 16.0
+"""Frames per second of Wan 2.1's clips."""
+MAX_DECODED = 20_000
+"""Largest number of frames that are decoded of one clip, for files whose frames follow each other by microseconds."""
+NOTHING = "none"
+"""Name of no protocol of FFmpeg's: files that a clip refers to are not opened."""
+
+
+class Clip(NamedTuple):
+    """Frames of a clip.
+
+    Attributes:
+        pixels: ``(3, F, H, W)``, float32 in [-1, 1].
+        size: Height and width of the first frame before resizing.
+        unused: Number of frames, at the wanted number per second, that follow the frames taken.
+    """
+
+    pixels: Tensor
+    size: tuple[int, int]
+    unused: int
+
+
+class Frame(NamedTuple):
+    """Decoded frame; times are in ticks of the file's clock.
+
+    Attributes:
+        start: Time from which the frame is shown.
+        end: Time until which the frame is shown, as far as known before the next one.
+        size: Height and width.
+        picture: Function that returns the frame as 8-bit RGB.
+    """
+
+    start: int
+    end: int
+    size: tuple[int, int]
+    picture: Callable[[], Image.Image]
+
+
+class Source(NamedTuple):
+    """An opened file.
+
+    Attributes:
+        frames: The frames in the order in which they are shown.
+        tick: Length of a tick in seconds.
+        length: Length of the clip in ticks, as the file says; None if it does not.
+        total: Number of frames, as the file says; 0 if it does not.
+        size: Height and width, as the file says.
+    """
+
+    frames: Iterator[Frame]
+    tick: Fraction
+    length: int | None
+    total: int
+    size: tuple[int, int]
+
+
+class ClipHeader(NamedTuple):
+    """What the header of a clip says.
+
+    Attributes:
+        height: Height in pixels.
+        width: Width in pixels.
+        frames: Number of frames; 0 if unknown.
+        fps: Mean number of frames per second; None if unknown.
+    """
+
+    height: int
+    width: int
+    frames: int
+    fps: float | None
+
+    def __str__(self) -> str:
+        if not self.frames or self.fps is None:
+            return "length not in the header"
+        return f"{self.frames} frames at {self.fps:.4g} per second"
+
+
+@dataclass(frozen=True)
+class ClipLoader(PixelLoader):
+    """Decoder of clips that resizes each frame as :class:`PixelLoader` does images.
+
+    Frame k is the one that is shown at k / ``fps`` seconds after the first frame, whatever the file's own frame rate,
+    which need not be constant. A file must be shown for as long as the frames take; what follows them is not used.
+    Files are mp4, mov, or animated WebP as ``latentreward generate`` writes it. Rotation in a file's header and audio
+    are ignored.
+
+    Attributes:
+        frames: Number of frames F.
+        fps: Frames per second.
+
+    Raises:
+        InputError: If ``frames`` or ``fps`` is out of range.
+    """
+
+    frames: int = 1
+    fps: float = FPS
+
+    def __post_init__(self) -> None:
+        check_clips("", self.frames, self.fps)
+
+    def __call__(self, image: ImageRef) -> Tensor:
+        """Decode a clip to pixels ``(3, F, height, width)``, float32 in [-1, 1].
+
+        Raises:
+            ImageError: If the clip cannot be read, or is too short.
+        """
+        return self.load(image).pixels
+
+    def load(self, image: ImageRef) -> Clip:
+        """Decode a clip, and count the frames that are not used; see :meth:`__call__`."""
+        with _opened(image, self.max_pixels) as source:
+            _check_pixels(image, source.size, self.max_pixels)
+            taken: list[Tensor] = []
+            size = 0, 0
+            for frame in self._shown(image, source):
+                size = size if taken else frame.size
+                taken.append(self.pixels(frame.picture()))
+            unused = 0
+            if source.length is not None:
+                shown = (source.length - Fraction(1, 2)) * source.tick * Fraction(self.fps)
+                unused = max(0, math.ceil(shown) - self.frames)
+            return Clip(torch.stack(taken, dim=1), size, unused)
+
+    def blank(self) -> Tensor:
+        """Return mid-grey pixels ``(3, F, height, width)``; see :meth:`PixelLoader.blank`."""
+        return torch.zeros(3, self.frames, self.height, self.width)
+
+    def _shown(self, image: ImageRef, source: Source) -> Iterator[Frame]:
+        """Yield the frame that is shown at each of the wanted times; half a tick of the file's clock is rounding."""
+        taken = decoded = first = 0
+        before: Frame | None = None
+
+        def due(until: int) -> bool:
+            return (until - first - Fraction(1, 2)) * source.tick > taken / Fraction(self.fps)
+
+        for frame in source.frames:
+            decoded += 1
+            if decoded > MAX_DECODED:
+                raise image_error(image, TOO_LARGE, f"more than {MAX_DECODED} frames in {taken / self.fps:g} s")
+            _check_pixels(image, frame.size, self.max_pixels)
+            if before is None:
+                first = frame.start
+            elif frame.start < before.start:
+                raise image_error(image, DAMAGED, "the times of its frames go back")
+            while before is not None and due(frame.start):
+                yield before
+                taken += 1
+                if taken == self.frames:
+                    return
+            before = frame
+        while before is not None and due(before.end):
+            yield before
+            taken += 1
+            if taken == self.frames:
+                return
+        if before is not None and before.end == first:
+            raise image_error(image, SHORT, "its frames have no durations; give an mp4 file, or an animated WebP")
+        wanted = f"{taken} of frames={self.frames} at fps={self.fps:g} can be read"
+        if source.total > decoded:
+            raise image_error(image, DAMAGED, f"the file ends after {decoded} of its {source.total} frames: {wanted}")
+        raise image_error(image, SHORT, f"{wanted}; give longer clips, or set fewer frames")
+
+
+def read_clip_header(image: ImageRef) -> ClipHeader:
+    """Read the header of a clip; the rest of the file may still be damaged.
+
+    Raises:
+        ImageError: As :class:`ClipLoader`, except for damage behind the header.
+        InputError: If PyAV is missing.
+    """
+    with _opened(image, MAX_PIXELS) as source:
+        _check_pixels(image, source.size, MAX_PIXELS)
+        rate = float(source.total / (source.length * source.tick)) if source.length else None
+        return ClipHeader(*source.size, source.total, rate)
+
+
+def check_clips(place: str, frames: int, fps: float) -> None:
+    """Check the settings of clips.
+
+    Args:
+        place: Prefix of the settings' names in messages, such as ``data.``.
+        frames: Number of frames; 1 for images.
+        fps: Frames per second.
+
+    Raises:
+        InputError: If a value is out of range.
+    """
+    check_at_least_one(place, frames=frames)
+    if not 0 < fps <= 1000:
+        raise InputError(f"{place}fps={fps:g} must lie in 0 to 1000; Wan 2.1 has {FPS:g}")
+
+
+def require_pyav(frames: int) -> None:
+    """Raise InputError if ``frames`` says that there are clips, and PyAV is missing."""
+    if frames > 1:
+        _av()
+
+
+def check_frames(place: str, network: Any, frames: int) -> None:
+    """Check that a backbone or a policy takes clips of ``frames`` frames; ``place`` as in :func:`check_clips`.
+
+    Raises:
+        InputError: If it does not.
+    """
+    with errors_at(place):
+        if (family := getattr(network, "family", None)) is not None:
+            family.latent_shape(frames=frames)
+        network.latent_space.check_frames(frames)
+
+
+def _av() -> Any:
+    try:
+        import av
+    except ImportError as error:
+        raise InputError("clips need PyAV; install latentreward[video], or av") from error
+    return av
+
+
+def _check_pixels(image: ImageRef, size: tuple[int, int], max_pixels: int) -> None:
+    height, width = size
+    if width * height > max_pixels:
+        raise image_error(image, TOO_LARGE, f"{width}×{height} exceeds max_pixels={max_pixels}")
+
+
+@contextmanager
+def _opened(image: ImageRef, max_pixels: int) -> Iterator[Source]:
+    """Open a clip, and turn errors of the decoders inside the block into ImageError.
+
+    Decoders read an open file, so that a name cannot be taken for an address.
+    """
+    source = open_source(image)
+    with source if isinstance(source, BytesIO) else Path(source).open("rb") as file:
+        start = file.read(12)
+        file.seek(0)
+        try:
+            with _webp(file) if start[:4] + start[8:] == b"RIFFWEBP" else _mp4(image, file, max_pixels) as opened:
+                yield opened
+        except InputError:  # such as a missing PyAV
+            raise
+        except (*BROKEN_FILE, *BOMB) as error:
+            raise image_error(image, DAMAGED, _reason(error)) from error
+
+
+@contextmanager
+def _mp4(image: ImageRef, file: BinaryIO, max_pixels: int) -> Iterator[Source]:
+    """Open an mp4 or mov file; PyAV takes that format as given, so that playlists in such files are not followed."""
+    av = _av()
+    broken = (av.FFmpegError, OSError, ValueError)
+    try:
+        container = av.open(file, format="mov", options={"protocol_whitelist": NOTHING, "enable_drefs": "0"})
+    except broken as error:
+        raise image_error(image, UNKNOWN, f"no whole mp4 or mov file: {_reason(error)}") from error
+    with container:
+        if not container.streams.video:
+            raise image_error(image, DAMAGED, "no video track, or cut off before it")
+        stream = container.streams.video[0]
+        if stream.codec_context is None:
+            raise image_error(image, DAMAGED, "its video track does not name a codec that is known")
+        size = stream.codec_context.height, stream.codec_context.width
+        stream.codec_context.options = {"max_pixels": str(max_pixels)}  # the frames may have another size
+        try:
+            yield Source(_mp4_frames(image, container, stream), stream.time_base, stream.duration, stream.frames, size)
+        except av.FFmpegError as error:
+            raise image_error(image, DAMAGED, _reason(error)) from error
+
+
+def _mp4_frames(image: ImageRef, container: Any, stream: Any) -> Iterator[Frame]:
+    ends: dict[int, int] = {}
+    for packet in container.demux(stream):
+        if packet.pts is not None and packet.duration:
+            ends[packet.pts] = packet.pts + packet.duration
+        for frame in packet.decode():
+            if frame.pts is None:
+                raise image_error(image, DAMAGED, "a frame has no time")
+            picture = partial(_rgb, frame)
+            yield Frame(frame.pts, ends.pop(frame.pts, frame.pts + 1), (frame.height, frame.width), picture)
+
+
+def _rgb(frame: Any) -> Image.Image:
+    return Image.fromarray(frame.to_ndarray(format="rgb24"))
+
+
+@contextmanager
+def _webp(file: BinaryIO) -> Iterator[Source]:
+    """Open an animated WebP, whose clock ticks in milliseconds; its length is known only after the last frame."""
+    with Image.open(file, formats=["WEBP"]) as animation:
+        count, size = getattr(animation, "n_frames", 1), (animation.height, animation.width)
+        yield Source(_webp_frames(animation, count), Fraction(1, 1000), None, count, size)
+
+
+def _webp_frames(animation: Image.Image, count: int) -> Iterator[Frame]:
+    start = 0
+    for number in range(count):
+        animation.seek(number)
+        picture = animation.convert("RGB")
+        end = start + int(animation.info.get("duration", 0))
+        yield Frame(start, end, (picture.height, picture.width), picture.copy)
+        start = end
+
+
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error)

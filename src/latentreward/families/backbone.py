@@ -1,0 +1,250 @@
+"""Backbone from the first blocks of a rectified-flow transformer of any family."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from latentreward.backbones.loading import PipelineSource, finish
+from latentreward.backbones.quantization import check_options
+from latentreward.backbones.transformer import TransformerBackbone
+from latentreward.backbones.tuning import StorageDtype, freeze
+from latentreward.contracts import Conditioning, Features, FeatureSpec, TapSpec
+from latentreward.errors import InputError
+from latentreward.families.find import find_family
+from latentreward.families.flow import FlowFamily
+
+if TYPE_CHECKING:
+    from latentreward.encoders.prompts import PromptEncoder
+
+
+class FamilyBackbone(TransformerBackbone):
+    """First blocks of a transformer, with the conventions of its family.
+
+    Tap k is the output of block k, counted over all lists of the network; tap 0 is before the first block. A family
+    without a pooled text vector gives the mean of the tokens in its place, see :meth:`Conditioning.pooled`.
+
+    Args:
+        transformer: diffusers transformer; blocks after the last kept one are removed from this object.
+        family: Family of the transformer.
+        num_layers: Number of blocks to keep; None keeps the blocks up to the last tap.
+        visual_taps: Numbers of the blocks whose visual tokens are read, ascending.
+        text_taps: Numbers of the blocks whose text tokens are read, ascending; may be empty.
+        cut: Whether to remove blocks from ``transformer``. Set False for a network that other code uses too.
+        encoders: ``text_encoder`` and ``vae``, see :class:`DiffusionBackbone`.
+
+    Raises:
+        InputError: If a tap is not one of the network's blocks, or would only run blocks that nothing reads.
+    """
+
+    takes_aspects = True
+
+    def __init__(
+        self,
+        transformer: Any,
+        family: FlowFamily,
+        num_layers: int | None = None,
+        visual_taps: Sequence[int] = (4, 8, 12),
+        text_taps: Sequence[int] = (4, 8, 12),
+        cut: bool = True,
+        **encoders: Any,
+    ) -> None:
+        super().__init__(family.noise_process, family.latent_space, **encoders)
+        self.family, self.max_side, self.max_prompt = family, family.max_side, family.max_prompt
+        depth = sum(1 for _ in family.blocks(transformer))
+        num_layers = self.choose_taps(depth, num_layers, visual_taps, text_taps)
+        if family.constant_text and max(self.text_taps, default=0) > self.visual_taps[-1]:
+            raise InputError(
+                f"text_taps={list(self.text_taps)} lie after the last of visual_taps, but {family.title} has the same "
+                "text in all blocks; name earlier blocks"
+            )
+        self.transformer = transformer
+        if cut:
+            cut_network(transformer, family, num_layers)
+
+    def with_network(self, network: nn.Module, text_encoder: PromptEncoder | None) -> FamilyBackbone | None:
+        """See :meth:`DiffusionBackbone.with_network`."""
+        if type(network) is not type(self.transformer):
+            return None
+        taps = (None, self.visual_taps, self.text_taps)
+        return FamilyBackbone(network, self.family, *taps, cut=False, text_encoder=text_encoder)
+
+    def unread_names(self) -> list[str]:
+        """See :meth:`TransformerBackbone.unread_names`."""
+        last, family = self.last_tap, self.family
+        names = [*family.tail]
+        numbered = [(name, index) for name in family.lists for index in range(len(getattr(self.transformer, name, ())))]
+        names += [f"{name}.{index}" for name, index in numbered[last:]]
+        reads = last in self.visual_taps, last in self.text_taps
+        if last:
+            name, index = numbered[last - 1]
+            names += [f"{name}.{index}.{part}" for part in family.unread(last, *reads)]
+        return [*names, *family.unread_outside(last, *reads)]
+
+    def drop_text_taps(self) -> None:
+        """See :meth:`DiffusionBackbone.drop_text_taps`."""
+        super().drop_text_taps()
+        if self.text_encoder is not None and self.last_tap == 0:
+            freeze(self.text_encoder, self.text_encoder.tokens_only)
+
+    def drop_time_embedding(self) -> None:
+        """See :meth:`DiffusionBackbone.drop_time_embedding`; nothing is frozen if any block runs."""
+        if self.last_tap == 0:
+            freeze(self.transformer, self.family.time_embedding)
+
+    @property
+    def feature_spec(self) -> FeatureSpec:
+        """See :attr:`DiffusionBackbone.feature_spec`; grids are for the family's native size."""
+        family, encoder = self.family, self.text_encoder
+        length = 1 if encoder is None else encoder.num_tokens
+        pooled = family.pooled_dim if encoder is None else encoder.pooled_dim or encoder.token_dim
+        return FeatureSpec(
+            visual=(TapSpec(family.width, family.grid(family.native_size)),) * len(self.visual_taps),
+            text=(TapSpec(family.width, (length,)),) * len(self.text_taps),
+            temb_dim=family.temb_dim,
+            pooled_text_dim=pooled,
+        )
+
+    @property
+    def native_size(self) -> tuple[int, int]:
+        """See :attr:`DiffusionBackbone.native_size`."""
+        return self.family.native_size
+
+    @property
+    def side_multiple(self) -> int:
+        """See :attr:`DiffusionBackbone.side_multiple`; the side of one token in pixels."""
+        return self.family.side_multiple
+
+    def read(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Features:
+        """See :meth:`DiffusionBackbone.read`."""
+        sigma = timesteps.to(torch.float32) / 1000
+        tokens = self.family.begin(self.transformer, latents, sigma, conditioning)
+        recompute = getattr(self.transformer, "gradient_checkpointing", False) and torch.is_grad_enabled()
+        read = [(tokens.visual, tokens.text)]
+        for number, block in enumerate(self.blocks(), start=1):
+            if number > self.last_tap:
+                break
+            if recompute:
+                pair = checkpoint(self._step, block, tokens, number, tokens.visual, tokens.text, use_reentrant=False)
+            else:
+                pair = self.family.step(block, tokens, number)
+            tokens.visual, tokens.text = pair
+            read.append(pair)
+        return Features(
+            visual=tuple(read[tap][0] for tap in self.visual_taps),
+            visual_grids=(tokens.grid,) * len(self.visual_taps),
+            text=tuple(read[tap][1] for tap in self.text_taps),
+            pooled_text=conditioning.pooled(),
+            temb=tokens.temb,
+            text_mask=tokens.text_mask,
+        )
+
+    def _step(self, block: nn.Module, tokens: Any, number: int, visual: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Run a block on its own copy of the record: a recomputation in the backward pass meets the record's end."""
+        from dataclasses import replace
+
+        return self.family.step(block, replace(tokens, visual=visual, text=text), number)
+
+    def blocks(self) -> Iterator[nn.Module]:
+        """See :meth:`DiffusionBackbone.blocks`."""
+        yield from self.family.blocks(self.transformer)
+
+
+def cut_network(transformer: Any, family: FlowFamily, num_layers: int) -> None:
+    """Remove, in place, the blocks after the first ``num_layers`` and the modules after the last block."""
+    left = num_layers
+    for name in family.lists:
+        blocks = getattr(transformer, name)
+        setattr(transformer, name, blocks[:left])
+        left = max(0, left - len(blocks))
+    for name in family.tail:
+        if isinstance(getattr(transformer, name, None), nn.Parameter):
+            delattr(transformer, name)
+        elif hasattr(transformer, name):
+            setattr(transformer, name, nn.Identity())
+
+
+def load_family_backbone(
+    source: str,
+    name: str | None = None,
+    family: str | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
+    t5_length: int | None = None,
+    load_t5: bool = True,
+    **options: Any,
+) -> FamilyBackbone:
+    """Load a backbone from a pipeline of a rectified-flow transformer.
+
+    Args:
+        source: Diffusers pipeline folder, or hub id.
+        name: Name of the family that the pipeline must belong to; None takes any.
+        family: Import path of a family of one's own; None finds the family among those of this package.
+        revision: Branch, tag or commit of a hub id.
+        variant: File variant of the weights, such as ``fp16``.
+        t5_length: Number of T5 tokens per prompt, for families with T5; None takes the pipeline's own.
+        load_t5: False leaves T5 out, for families that allow it.
+        options: See :func:`cut_family_backbone`.
+
+    Raises:
+        InputError: If the source is not a pipeline of that family, its parts do not fit together, or a tap is not one
+            of the network's blocks.
+    """
+    check_options(options, "lora")
+    pipeline = PipelineSource(source, revision, variant)
+    found = find_family(pipeline, family)
+    if not isinstance(found, FlowFamily) or (name is not None and found.name != name):
+        raise InputError(
+            f"source={source!r} is a pipeline of {found.title}; choose the backbone of that family or another source"
+        )
+    return cut_family_backbone(found, found.load_prompt_encoder(t5_length, load_t5), **options)
+
+
+def cut_family_backbone(
+    family: FlowFamily,
+    text_encoder: PromptEncoder,
+    pretrained: bool = True,
+    num_layers: int | None = None,
+    visual_taps: Sequence[int] = (4, 8, 12),
+    text_taps: Sequence[int] = (4, 8, 12),
+    vae_dtype: StorageDtype = "float32",
+    **options: Any,
+) -> FamilyBackbone:
+    """Load a pipeline's transformer and VAE, and build a backbone from the transformer's first blocks.
+
+    Args:
+        family: Family of the pipeline.
+        text_encoder: Prompt encoder of the pipeline.
+        pretrained: False initialises the transformer at random, as a control.
+        num_layers: Number of blocks to keep; None keeps the blocks up to the last tap.
+        visual_taps: Numbers of the blocks whose visual tokens are read; 0 is before the first block.
+        text_taps: Numbers of the blocks whose text tokens are read; may be empty.
+        vae_dtype: Precision of the VAE.
+        options: See :func:`~latentreward.backbones.loading.finish`.
+
+    Raises:
+        InputError: If a tap is not one of the network's blocks.
+    """
+    family.report_assumption("backbone")
+    backbone = FamilyBackbone(
+        family.load_network(pretrained),
+        family,
+        num_layers,
+        visual_taps,
+        text_taps,
+        text_encoder=text_encoder,
+        vae=family.load_latent_encoder(vae_dtype),
+    )
+    backbone.source = str(family.pipeline)
+    return finish(
+        backbone,
+        backbone.transformer,
+        backbone.unread(),
+        lora_targets=family.lora_targets,
+        float32_parts=family.float32_parts,
+        **options,
+    )

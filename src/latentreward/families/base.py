@@ -1,0 +1,363 @@
+"""Interface of the families of generators: the one object that knows the conventions of a family's networks."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from latentreward.backbones.tuning import ATTENTION, StorageDtype
+from latentreward.backbones.weights import settle
+from latentreward.contracts import Conditioning, LatentSpace
+from latentreward.encoders.vae import LatentEncoder
+from latentreward.errors import InputError
+from latentreward.families.published import Published
+from latentreward.noise import NoiseProcess
+from latentreward.storage.json_files import Kind, entry
+
+if TYPE_CHECKING:
+    from latentreward.encoders.prompts import PromptEncoder
+
+
+Pair = tuple[Tensor, Tensor]
+"""A ``(rank, in)`` and B ``(out, rank)`` of a layer's adapter."""
+
+
+class PipelineConfigs(Protocol):
+    """Configs of a pipeline's parts; of a folder, a hub id or a pipeline in memory.
+
+    Attributes:
+        source: Folder, hub id or class name, for messages.
+        index: Content of ``model_index.json``.
+    """
+
+    source: str
+    index: dict[str, Any]
+
+    def has(self, part: str) -> bool:
+        """Tell whether the pipeline has ``part``."""
+        ...
+
+    def config(self, part: str) -> dict[str, Any]:
+        """Return the config of ``part``; raise InputError if it is missing."""
+        ...
+
+    def tensors(self, part: str, names: Sequence[str]) -> list[Tensor]:
+        """Return weights of ``part`` by name; raise InputError if one is missing."""
+        ...
+
+
+class Family(ABC):
+    """Conventions of one family of generators: latents, text, noise levels, guidance, network, adapters.
+
+    Backbones, policies, caches, export, generation and the server ask this object. Outside a family there are latents
+    in canonical form (4-D, or 5-D with a time axis; scaled, never packed), timesteps of :attr:`noise_process` (1000·σ
+    for flows) and :class:`~latentreward.contracts.Conditioning` only.
+
+    An object describes one pipeline. It reads configs only; weights are loaded by the methods ``load_…``.
+
+    Args:
+        pipeline: Configs of the pipeline; a :class:`~latentreward.backbones.loading.PipelineSource` if weights are to
+            be loaded.
+
+    Attributes:
+        name: Name of the family: that of its file and of its settings.
+        title: Name in messages and documents.
+        part: Name of the network in a pipeline.
+        network_class: Class of the network in diffusers.
+        block_classes: Classes of the network's blocks in diffusers, which FSDP1 wraps as units.
+        refused: Classes of pipelines in diffusers with the family's networks that are refused, each with the reason.
+        text_layers: Classes of the text encoders' layers in transformers, which FSDP1 wraps as units.
+        vae_class: Class of the VAE in diffusers.
+        latent_encoder: Class that encodes and decodes with the VAE.
+        flow: Whether the network is a rectified flow; else it predicts noise or v of a DDPM process.
+        clips: Whether the network makes clips; others make images, also in a latent space with a time axis.
+        default_guidance: ``guidance_scale`` of the family's pipeline; None for networks without guidance.
+        no_guidance: ``guidance_scale`` that switches guidance off.
+        uncond_prompt: Prompt that is encoded for classifier-free guidance.
+        lora_targets: Default name endings of the layers that get adapters.
+        idle: Names of layers whose output never reaches the network's, so that an adapter would not train.
+        float32_parts: Parts of the names of the network's weights that are float32 also where frozen weights are
+            stored in another type, as diffusers loads them.
+        lora_loader: Class in ``diffusers.loaders`` that reads and writes LoRA files of the family.
+        published: Configs of the family's published pipelines, for estimates without a download.
+        kohya_module: Name of the network module of kohya's scripts, for the metadata of their format.
+    """
+
+    name: ClassVar[str] = ""
+    title: ClassVar[str] = ""
+    part: ClassVar[str] = "transformer"
+    network_class: ClassVar[str]
+    block_classes: ClassVar[Sequence[str]] = ()
+    refused: ClassVar[Mapping[str, str]] = {}
+    text_layers: ClassVar[Sequence[str]] = ()
+    vae_class: ClassVar[str] = "AutoencoderKL"
+    latent_encoder: ClassVar[type[LatentEncoder]] = LatentEncoder
+    flow: ClassVar[bool] = True
+    clips: ClassVar[bool] = False
+    no_guidance: ClassVar[float] = 1.0
+    uncond_prompt: ClassVar[str] = ""
+    lora_targets: ClassVar[Sequence[str]] = ATTENTION
+    idle: Sequence[str] = ()
+    float32_parts: ClassVar[Sequence[str]] = ()
+    kohya_module: ClassVar[str] = "networks.lora"
+    published: ClassVar[Sequence[Published]] = ()
+
+    def __init__(self, pipeline: PipelineConfigs) -> None:
+        self.pipeline: Any = pipeline
+
+    @classmethod
+    @abstractmethod
+    def recognises(cls, pipeline: PipelineConfigs) -> bool:
+        """Tell whether a pipeline's network is of this family, from its configs."""
+
+    def check(self) -> None:  # noqa: B027 - most families have nothing to refuse
+        """Check that this variant of the family is supported, and that network and VAE belong together.
+
+        Raises:
+            InputError: With the reason if not.
+        """
+
+    def assumption(self) -> str | None:
+        """Return what is assumed about the variant where the configs do not tell, for a line of the run's output."""
+        return None
+
+    def report_assumption(self, part: str) -> None:
+        """Write :meth:`assumption` to the run's output; ``part`` says what the pipeline is loaded for."""
+        if assumption := self.assumption():
+            from lightning.pytorch.utilities import rank_zero_info  # takes seconds to import
+
+            rank_zero_info(f"{part} of {self.model}: {assumption}")
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """Config of the network."""
+        return self.pipeline.config(self.part)
+
+    def named(self, part: str) -> str:
+        """Return the name of the config of ``part`` in messages."""
+        return f"source={self.pipeline.source!r}: {part}"
+
+    def entry(self, part: str, field: str, kind: type[Kind], default: Kind | None = None) -> Kind:
+        """Return an entry of the config of ``part``; see :func:`~latentreward.storage.json_files.entry`."""
+        return entry(self.pipeline.config(part), field, kind, self.named(part), default)
+
+    @property
+    def model(self) -> str:
+        """Name of the model within the family, such as ``SDXL``."""
+        return self.title
+
+    @property
+    def usual_reward(self) -> str:
+        """NAME of ``configs/model/NAME.yaml``: the reward usually trained for this model."""
+        return f"dina_lrm_{self.name}"
+
+    @property
+    def usual_reward_is_own(self) -> bool:
+        """Whether :attr:`usual_reward` is built on this model's own network; otherwise on that of another model."""
+        return True
+
+    # Latents
+
+    @cached_property
+    def latent_space(self) -> LatentSpace:
+        """Space of the latents, from the VAE's config."""
+        return self.latent_encoder.space_of(self.pipeline.config("vae"), self.named("vae"))
+
+    @property
+    @abstractmethod
+    def native_size(self) -> tuple[int, int]:
+        """(height, width) in pixels of the images that the network was trained on."""
+
+    @property
+    def side_multiple(self) -> int:
+        """Number of pixels of which both sides of an image must be multiples."""
+        return self.latent_space.downscale
+
+    @property
+    def max_side(self) -> int | None:
+        """Largest side of the latents for which the network has positions; None for any."""
+        return None
+
+    def latent_shape(self, height: int | None = None, width: int | None = None, frames: int = 1) -> tuple[int, ...]:
+        """Return the shape ``(C, h, w)``, or ``(C, T, h, w)`` with a time axis, of the latents of one sample.
+
+        Args:
+            height: Height in pixels; None takes the native height.
+            width: Width in pixels; None takes the native width.
+            frames: Number of frames; 1 for an image.
+
+        Raises:
+            InputError: If a side is not a multiple of :attr:`side_multiple` or over :attr:`max_side`, or the family
+                makes no such clips.
+        """
+        sides, space = [], self.latent_space
+        for name, side, native in zip(("height", "width"), (height, width), self.native_size, strict=True):
+            pixels = native if side is None else side
+            if type(pixels) is not int or pixels < 1 or pixels % self.side_multiple:
+                raise InputError(f"{name}={pixels!r} must be a positive multiple of {self.side_multiple} pixels")
+            if self.max_side is not None and pixels > self.max_side * space.downscale:
+                most = self.max_side * space.downscale
+                raise InputError(
+                    f"{name}={pixels} is over {most} pixels, for which this network has positions; set {most}"
+                )
+            sides.append(pixels)
+        if frames != 1 and not self.clips:
+            raise InputError(f"frames={frames}: {self.title} makes images; leave frames out")
+        space.check_frames(frames)
+        return space.shape(sides[0], sides[1], frames)
+
+    def load_latent_encoder(self, dtype: StorageDtype = "float32") -> LatentEncoder:
+        """Load the VAE in ``dtype``; constants stored beside its weights (FLUX.2) stay float32."""
+        import diffusers
+
+        vae = self.pipeline.load(getattr(diffusers, self.vae_class), "vae").requires_grad_(False)
+        settle(vae, getattr(torch, dtype), torch.float32)
+        return self.wrap_vae(vae)
+
+    def wrap_vae(self, vae: Any) -> LatentEncoder:
+        """Return the encoder of a diffusers VAE in memory."""
+        return self.latent_encoder(vae, self.latent_space)
+
+    # Text
+
+    @abstractmethod
+    def load_prompt_encoder(
+        self, t5_length: int | None = None, load_t5: bool = True, pretrained: bool = True
+    ) -> PromptEncoder:
+        """Load tokenizers and text encoders, whose weights stay unread for ``settle``.
+
+        Args:
+            t5_length: Number of T5 tokens per prompt, for families with T5; None takes the pipeline's own.
+            load_t5: False leaves T5 out, for families that allow it.
+            pretrained: False initialises the text encoders at random, as a control.
+        """
+
+    def encode_uncond(self, encoder: PromptEncoder) -> Conditioning:
+        """Encode the prompt for classifier-free guidance, one row."""
+        with torch.no_grad():
+            return encoder([self.uncond_prompt])
+
+    # Noise
+
+    @cached_property
+    @abstractmethod
+    def noise_process(self) -> NoiseProcess:
+        """Forward process of the network."""
+
+    def levels(self, num_inference_steps: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return the timesteps ``(n,)`` and noise levels ``(n + 1,)`` of the pipeline's sampler, for flows.
+
+        Args:
+            num_inference_steps: Number of steps n.
+            shape: Shape of one sample's latents, on which some families' levels depend.
+
+        Raises:
+            InputError: If the scheduler cannot make these steps, or its config has settings that are not supported.
+        """
+        raise NotImplementedError(f"{type(self).__name__} is not a flow")
+
+    # Guidance
+
+    @property
+    @abstractmethod
+    def default_guidance(self) -> float | None:
+        """``guidance_scale`` of the family's pipeline; None for networks without guidance."""
+
+    def guidance(self, scale: float | None) -> float | None:
+        """Check a ``guidance_scale`` and return it; None is replaced by the family's own.
+
+        Raises:
+            InputError: If the network takes no guidance, or the value is out of range.
+        """
+        if scale is None:
+            return self.default_guidance
+        if self.default_guidance is None and scale != self.no_guidance:
+            raise InputError(
+                f"guidance_scale={scale:g}, but {self.model} was distilled to sample without guidance; leave it out "
+                "or set it to null"
+            )
+        if not self.no_guidance <= scale < math.inf:
+            raise InputError(
+                f"guidance_scale={scale:g} must be at least {self.no_guidance:g}, which switches guidance of "
+                f"{self.title} off, and finite"
+            )
+        return scale
+
+    def needs_uncond(self, scale: float | None) -> bool:
+        """Tell whether a prediction with this checked ``guidance_scale`` needs the encoded empty prompt."""
+        return scale is not None and scale != self.no_guidance
+
+    def guide(self, with_prompt: Tensor, without: Tensor, scale: float) -> Tensor:
+        """Combine the predictions with and without the prompt: u + s·(c − u)."""
+        return without + scale * (with_prompt - without)
+
+    # Network
+
+    @abstractmethod
+    def load_network(self, pretrained: bool = True) -> Any:
+        """Load the network, whose weights stay unread for ``settle``; initial weights without ``pretrained``."""
+
+    @abstractmethod
+    def predict(
+        self, network: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, guidance: float | None
+    ) -> Tensor:
+        """Predict noise, v or velocity ``(B, C, ...)`` with one pass of the network.
+
+        Args:
+            network: Network of the family.
+            latents: ``(B, C, ...)`` canonical latents.
+            timesteps: ``(B,)`` timesteps of :attr:`noise_process`.
+            conditioning: Encoded prompts, B rows.
+            guidance: Checked ``guidance_scale``, for networks that take it as an input (FLUX.1-dev).
+        """
+
+    @abstractmethod
+    def blocks(self, network: Any) -> Iterator[nn.Module]:
+        """Yield the network's blocks in order: the units of compilation, checkpointing and sharding."""
+
+    # Adapters
+
+    @property
+    @abstractmethod
+    def lora_loader(self) -> str:
+        """Class in ``diffusers.loaders`` that reads and writes LoRA files of the family."""
+
+    def kohya_layers(self, layers: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, list[Pair | None]]:
+        """Group adapters by the layers' names in the programs that read kohya's format.
+
+        Args:
+            layers: A and B by the layers' names in diffusers.
+
+        Returns:
+            For each layer the A and B of its parts in order; a part without a trained adapter is None.
+
+        Raises:
+            InputError: If these programs read diffusers' own names, so that the format does not exist.
+        """
+        raise InputError(
+            f"format=kohya: ComfyUI and other programs read LoRAs of {self.title} in diffusers' own names; use "
+            "format=diffusers"
+        )
+
+    # Search inside diffusers' pipelines
+
+    def search_inputs(self) -> list[str]:
+        """Return the names of the tensors that a callback needs from the pipeline to predict clean latents.
+
+        Raises:
+            InputError: If the pipeline's states are not canonical latents.
+        """
+        raise InputError(
+            f"StepSearch cannot read the states of {self.title}'s pipeline; use `latentreward generate` with a reward, "
+            "or search_latents"
+        )
+
+    def search_conditioning(self, inputs: Mapping[str, Tensor]) -> Conditioning:
+        """Make the conditioning of a pipeline's states from the tensors that :meth:`search_inputs` names."""
+        raise NotImplementedError

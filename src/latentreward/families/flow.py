@@ -1,0 +1,292 @@
+"""Base class of the families of rectified-flow transformers."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from latentreward.backbones.loading import check_channels
+from latentreward.contracts import Conditioning
+from latentreward.encoders.prompts import PromptEncoder
+from latentreward.errors import InputError, first_line
+from latentreward.families.base import Family, PipelineConfigs
+from latentreward.noise import ContinuousFlow, NoiseProcess
+from latentreward.noise.schedules import shifted_levels
+from latentreward.storage.json_files import entries
+
+
+@dataclass
+class Tokens:
+    """Tokens between two blocks of a network.
+
+    Attributes:
+        visual: ``(B, N, D)`` visual tokens in row-major order.
+        text: ``(B, L, D)`` text tokens.
+        temb: ``(B, E)`` timestep embedding.
+        grid: (height, width), or (frames, height, width), of the visual tokens.
+        text_mask: ``(B, L)`` bool, true for tokens of the prompt; None if all take part.
+        others: What else the family's blocks take, such as position embeddings and masks of joint sequences.
+    """
+
+    visual: Tensor
+    text: Tensor
+    temb: Tensor
+    grid: tuple[int, ...]
+    text_mask: Tensor | None = None
+    others: dict[str, Any] = field(default_factory=dict)
+
+
+class FlowFamily(Family):
+    """Family of transformers that predict the velocity ε − x_0 of a rectified flow.
+
+    A derived class implements :meth:`velocity`, one pass of the whole network as the pipeline makes it, and
+    :meth:`begin` and :meth:`step`, the same pass block by block, for backbones that read features.
+
+    Attributes:
+        lists: Names of the network's lists of blocks, in the order in which they run.
+        tail: Names of the network's modules after the last block.
+        packing: Number of latent pixels along each side that the network joins to one token.
+        positions: Number of latent pixels whose channels the network's ``in_channels`` counts together.
+        axes_lens: Default of the config's ``axes_lens``: numbers of positions for tokens of the prompt, rows and
+            columns; empty for networks that compute positions of any number.
+        constant_text: Whether text tokens are the same after all blocks.
+        pixels: Height and width at which the model was trained.
+        time_embedding: Names of the network's modules that before the first block only the timestep embedding needs.
+        text_field: Field of the network's config with the width of the text encoder's tokens.
+    """
+
+    lists: ClassVar[Sequence[str]]
+    tail: ClassVar[Sequence[str]] = ("norm_out", "proj_out")
+    packing: ClassVar[int] = 2
+    positions: ClassVar[int] = 1
+    axes_lens: ClassVar[Sequence[int]] = ()
+    constant_text: ClassVar[bool] = False
+    pixels: ClassVar[tuple[int, int]] = (1024, 1024)
+    time_embedding: ClassVar[Sequence[str]] = ()
+    text_field: ClassVar[str] = "joint_attention_dim"
+
+    @classmethod
+    def recognises(cls, pipeline: PipelineConfigs) -> bool:
+        """See :meth:`Family.recognises`."""
+        return pipeline.has(cls.part) and pipeline.config(cls.part).get("_class_name") == cls.network_class
+
+    def check(self) -> None:
+        """See :meth:`Family.check`."""
+        check_channels(self.pipeline.source, self.part, self.config, self.latent_space, self.positions)
+
+    # Latents
+
+    @property
+    def native_size(self) -> tuple[int, int]:
+        """See :attr:`Family.native_size`."""
+        return self.pixels
+
+    @property
+    def side_multiple(self) -> int:
+        """See :attr:`Family.side_multiple`; the side of a token in pixels."""
+        return self.latent_space.downscale * self.packing
+
+    @cached_property
+    def lens(self) -> tuple[int, ...]:
+        """Numbers of positions of the network, as :attr:`axes_lens`."""
+        lens = entries(self.config, "axes_lens", int, self.named(self.part), self.axes_lens) if self.axes_lens else ()
+        if len(lens) != len(self.axes_lens):
+            raise InputError(
+                f"{self.named(self.part)} has axes_lens={list(lens)}, which must be {len(self.axes_lens)} numbers; get "
+                "the pipeline as published"
+            )
+        return lens
+
+    @property
+    def max_side(self) -> int | None:
+        """See :attr:`Family.max_side`."""
+        return self.packing * min(self.lens[1:]) if self.lens else None
+
+    @property
+    def max_prompt(self) -> int | None:
+        """Largest number of tokens of a prompt for which the network has positions; None for any."""
+        return self.lens[0] - 1 if self.lens else None  # the image has the position after the prompt
+
+    @property
+    def pooled_dim(self) -> int:
+        """Number of features of a pooled prompt; the default is that of a token, see :meth:`Conditioning.pooled`."""
+        return self.entry(self.part, self.text_field, int)
+
+    def fitting(self, encoder: PromptEncoder) -> PromptEncoder:
+        """Return a text encoder whose output is as wide as the network's config says.
+
+        Raises:
+            InputError: If the tokens or the pooled vectors have another width.
+        """
+        for output, given, taken in (
+            ("tokens", encoder.token_dim, self.entry(self.part, self.text_field, int)),
+            ("pooled vectors", encoder.pooled_dim or encoder.token_dim, self.pooled_dim),
+        ):
+            if given != taken:
+                raise InputError(
+                    f"source={self.pipeline.source!r}: the text encoder's {output} are {given} wide, but the "
+                    f"{self.part} takes {taken}; all parts must come from one pipeline"
+                )
+        return encoder
+
+    def chat_tokenizer(self) -> Any:
+        """Load the pipeline's tokenizer, whose chat template the prompts get.
+
+        Raises:
+            InputError: If the tokenizer has no chat template, or one that cannot be rendered.
+        """
+        tokenizer = self.pipeline.tokenizer("tokenizer")
+        if not tokenizer.chat_template:
+            raise InputError(
+                f"source={self.pipeline.source!r}: tokenizer has no chat template, with which {self.title} encodes "
+                "prompts; download tokenizer again"
+            )
+        try:
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": "a cat"}], tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # a template raises what it likes
+            raise InputError(
+                f"{self.named('tokenizer')} has a chat template that cannot be rendered ({first_line(error)}); "
+                "download tokenizer again"
+            ) from error
+        return tokenizer
+
+    # Noise
+
+    @cached_property
+    def noise_process(self) -> NoiseProcess:
+        """See :attr:`Family.noise_process`."""
+        return ContinuousFlow()
+
+    def mu(self, num_inference_steps: int, shape: Sequence[int]) -> float | None:
+        """Return the logarithm of the shift for a dynamic schedule; arguments as in :meth:`levels`."""
+        return None
+
+    def linear_mu(self, tokens: int) -> float:
+        """Return the logarithm of the shift that the scheduler config gives linearly in the number of tokens.
+
+        Raises:
+            InputError: If the config does not give one.
+        """
+        few = self.entry("scheduler", "base_image_seq_len", int, 256)
+        many = self.entry("scheduler", "max_image_seq_len", int, 4096)
+        low, high = (
+            self.entry("scheduler", f"{end}_shift", float, usual) for end, usual in (("base", 0.5), ("max", 1.15))
+        )
+        if few == many:
+            raise InputError(
+                f"{self.named('scheduler')} has base_image_seq_len={few} and max_image_seq_len={many}, which must "
+                "differ; get the pipeline as published"
+            )
+        return float(low + (high - low) * (tokens - few) / (many - few))
+
+    def levels(self, num_inference_steps: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """See :meth:`Family.levels`."""
+        dynamic = self.entry("scheduler", "use_dynamic_shifting", bool, default=False)
+        mu = self.mu(num_inference_steps, shape) if dynamic else None
+        return shifted_levels(self.pipeline.config("scheduler"), num_inference_steps, mu)
+
+    # Network
+
+    def load_network(self, pretrained: bool = True) -> Any:
+        """See :meth:`Family.load_network`."""
+        import diffusers
+
+        return self.pipeline.load(getattr(diffusers, self.network_class), self.part, pretrained)
+
+    def predict(
+        self, network: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, guidance: float | None
+    ) -> Tensor:
+        """See :meth:`Family.predict`."""
+        scale = self.default_guidance if guidance is None else guidance
+        sigma = timesteps.to(latents.device, torch.float32) / 1000
+        return self.velocity(network, latents, sigma, conditioning, scale)
+
+    @abstractmethod
+    def velocity(
+        self, network: Any, latents: Tensor, sigma: Tensor, conditioning: Conditioning, guidance: float | None
+    ) -> Tensor:
+        """Predict the velocity ε − x_0 ``(B, C, ...)`` by one pass of the network, as the family's pipeline does.
+
+        Args:
+            network: Network of the family.
+            latents: ``(B, C, ...)`` canonical latents.
+            sigma: ``(B,)`` noise levels, float32.
+            conditioning: Encoded prompts, B rows.
+            guidance: ``guidance_scale`` for networks that take it as an input.
+        """
+
+    def token_grid(self, latents: Tensor) -> tuple[int, ...]:
+        """Return the numbers of tokens of latents ``(B, C, ..., h, w)`` along time, where there is one, and sides."""
+        return *latents.shape[2:-2], *(side // self.packing for side in latents.shape[-2:])
+
+    def pack(self, latents: Tensor) -> Tensor:
+        """Join :attr:`packing` × :attr:`packing` pixels to a token whose features have the order (c, dy, dx).
+
+        Args:
+            latents: ``(B, C, ..., h, w)`` canonical latents.
+
+        Returns:
+            Tokens ``(B, N, C·packing²)``, frame by frame and row by row.
+        """
+        return F.pixel_unshuffle(latents.movedim(1, -3), self.packing).movedim(-3, -1).flatten(1, -2)
+
+    def unpack(self, tokens: Tensor, grid: Sequence[int]) -> Tensor:
+        """Undo :meth:`pack`; ``grid`` is that of :meth:`token_grid`."""
+        return F.pixel_shuffle(tokens.unflatten(1, tuple(grid)).movedim(-1, -3), self.packing).movedim(-3, 1)
+
+    def blocks(self, network: Any) -> Iterator[nn.Module]:
+        """See :meth:`Family.blocks`."""
+        for name in self.lists:
+            yield from getattr(network, name)
+
+    # Features
+
+    @abstractmethod
+    def begin(self, network: Any, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tokens:
+        """Return the tokens before the first block; arguments as in :meth:`velocity`.
+
+        A network with embedded guidance gets the family's default.
+        """
+
+    @abstractmethod
+    def step(self, block: nn.Module, tokens: Tokens, number: int) -> tuple[Tensor, Tensor]:
+        """Run block ``number``, counted from 1 over all lists, and return its visual and text tokens."""
+
+    @property
+    def width(self) -> int:
+        """Number of features of a token of image or text."""
+        heads, width = (self.entry(self.part, f, int) for f in ("num_attention_heads", "attention_head_dim"))
+        return heads * width
+
+    @property
+    def temb_dim(self) -> int:
+        """Number of features of the timestep embedding; the default is that of a token."""
+        return self.width
+
+    def grid(self, network_size: tuple[int, int]) -> tuple[int, ...]:
+        """Return the token grid of an image of (height, width) pixels."""
+        time = () if self.latent_space.frame_downscale is None else (1,)
+        return *time, *(side // self.side_multiple for side in network_size)
+
+    def unread(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
+        """Return the names of submodules of block ``number`` that the given outputs of that block do not depend on.
+
+        Args:
+            number: Number of the last tapped block; 0 is before the first block.
+            visual: Whether its visual tokens are read.
+            text: Whether its text tokens are read.
+        """
+        return ()
+
+    def unread_outside(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
+        """Return names of modules and weights outside blocks that taps up to block ``number`` do not depend on."""
+        return ()

@@ -1,0 +1,302 @@
+"""FLUX.2-klein: the base and distilled models of 4 and 9 billion parameters.
+
+The latents are those of FLUX.2's VAE after its 2×2 patches and its batch norm: 128 channels at 1/16 of the size, of
+which each position is one token. All blocks of a kind share their modulation. Classifier-free guidance takes a second
+pass; the distilled models take none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from latentreward.backbones.registry import register_backbone
+from latentreward.backbones.tuning import ATTENTION
+from latentreward.contracts import Conditioning, LatentSpace
+from latentreward.encoders.prompts import PromptEncoder
+from latentreward.encoders.vae import PatchedLatentEncoder
+from latentreward.errors import InputError
+from latentreward.families.backbone import FamilyBackbone, load_family_backbone
+from latentreward.families.flow import FlowFamily, Tokens
+from latentreward.families.flux1 import unread_of_dual
+from latentreward.families.published import QWEN3_4B, QWEN3_8B, Published
+from latentreward.noise.schedules import EULER
+from latentreward.storage.digests import digest
+from latentreward.storage.json_files import entries, entry
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, Qwen3ForCausalLM
+
+LAYERS = (9, 18, 27)
+"""Numbers of the text encoder's layers whose outputs are joined."""
+TOKENS = 512
+"""Number of tokens per prompt."""
+
+
+class Flux2KleinPromptEncoder(PromptEncoder):
+    """Prompt encoder of FLUX.2-klein: the outputs of the layers :data:`LAYERS` of Qwen3, joined along the features.
+
+    A prompt is one user turn of Qwen3's chat template with thinking switched off, padded to :data:`TOKENS` on the
+    tokenizer's side. The text encoder ignores padding, but the network does not: it gets no mask. The pooled vector,
+    which the network does not take, is the mean of the prompt's own tokens. Layers after the last one read are removed.
+    Their norm goes with them, but stays in a text encoder that ends with the last one read, as the pipeline then reads
+    it after the norm.
+
+    Args:
+        text_encoder: Qwen3 with its language head, which is removed from this object.
+        tokenizer: Tokenizer with Qwen3's chat template; None if only token ids are encoded.
+
+    Raises:
+        InputError: If the text encoder has fewer layers than :data:`LAYERS` names.
+    """
+
+    pools_tokens = True
+
+    def __init__(self, text_encoder: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        super().__init__()
+        model: Any = text_encoder.model
+        if len(model.layers) < LAYERS[-1]:
+            raise InputError(
+                f"FLUX.2-klein reads layer {LAYERS[-1]} of its text encoder, but this one has {len(model.layers)}; "
+                "give the pipeline as published"
+            )
+        if len(model.layers) > LAYERS[-1]:
+            model.layers, model.norm = model.layers[: LAYERS[-1]], nn.Identity()
+        text_encoder.lm_head = nn.Identity()  # type: ignore[assignment]
+        self.text_encoder, self.tokenizer = text_encoder, tokenizer
+        self.num_tokens = TOKENS
+        self.token_dim = self.pooled_dim = len(LAYERS) * text_encoder.config.hidden_size
+
+    def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
+        """See :meth:`PromptEncoder.tokenize`; token ids and the attention mask of the text encoder."""
+        if self.tokenizer is None:
+            raise InputError("prompts were given as text, but there is no tokenizer; load it with its base pipeline")
+        turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        template = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
+        texts: Any = [self.tokenizer.apply_chat_template(turn, **template) for turn in turns]
+        size = {"padding": "max_length", "truncation": True, "max_length": self.num_tokens}
+        with torch.device("cpu"):
+            found = self.tokenizer(texts, **size, return_tensors="pt")
+        self.tell_cut(self.tokenizer, texts, found.attention_mask.sum(dim=1).tolist(), self.num_tokens)
+        return found.input_ids, found.attention_mask
+
+    def encode_ids(self, *input_ids: Tensor) -> Conditioning:
+        """See :meth:`PromptEncoder.encode_ids`; takes token ids and attention mask."""
+        ids, mask = input_ids
+        states = self.text_encoder.model(ids, mask, output_hidden_states=True, use_cache=False).hidden_states
+        tokens = torch.cat([states[layer] for layer in LAYERS], dim=-1)
+        return Conditioning(tokens, Conditioning(tokens, prompt_mask=mask.bool()).pooled())
+
+
+_VAE = {
+    "_class_name": "AutoencoderKLFlux2",
+    "latent_channels": 32,
+    "block_out_channels": (128, 256, 512, 512),
+    "patch_size": (2, 2),
+    "batch_norm_eps": 1e-4,
+}
+
+
+def _published(model: str, text: Mapping[str, Any], distilled: bool, **sizes: int) -> Published:
+    network: dict[str, Any] = {
+        "_class_name": "Flux2Transformer2DModel",
+        "in_channels": 128,
+        "attention_head_dim": 128,
+        "guidance_embeds": False,
+        **sizes,
+    }
+    parts: dict[str, Mapping[str, Any]] = {"transformer": network, "text_encoder": text}
+    parts["vae"] = _VAE
+    scheduler = {"_class_name": EULER, "shift": 3.0, "use_dynamic_shifting": True}
+    return Published(model, {**parts, "scheduler": scheduler}, {"is_distilled": distilled})
+
+
+_SMALL = {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680}
+_LARGE = {"num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32, "joint_attention_dim": 12288}
+PUBLISHED = (
+    _published("black-forest-labs/FLUX.2-klein-4B", QWEN3_4B, True, **_SMALL),
+    _published("black-forest-labs/FLUX.2-klein-base-4B", QWEN3_4B, False, **_SMALL),
+    _published("black-forest-labs/FLUX.2-klein-9B", QWEN3_8B, True, **_LARGE),
+    _published("black-forest-labs/FLUX.2-klein-base-9B", QWEN3_8B, False, **_LARGE),
+)
+
+
+class Flux2Klein(FlowFamily):
+    """Family of FLUX.2-klein: dual and single blocks with shared modulation, Qwen3, normalised patches as latents."""
+
+    name = "flux2_klein"
+    title = "FLUX.2-klein"
+    network_class = "Flux2Transformer2DModel"
+    block_classes = ("Flux2TransformerBlock", "Flux2SingleTransformerBlock")
+    text_layers = ("Qwen3DecoderLayer",)
+    refused: ClassVar[Mapping[str, str]] = {
+        "Flux2Pipeline": "the text path of FLUX.2-dev (Mistral, 24 billion parameters) is not supported; use "
+        "FLUX.2-klein",
+        "Flux2KleinKVPipeline": "it edits given images",
+    }
+    vae_class = "AutoencoderKLFlux2"
+    latent_encoder = PatchedLatentEncoder
+    lists = ("transformer_blocks", "single_transformer_blocks")
+    packing = 1
+    time_embedding = ("time_guidance_embed",)
+    # Those of diffusers' training script, and the text's projections. A bare `attn.to_out` would also name the dual
+    # blocks' lists of an output layer and a dropout, which peft refuses.
+    lora_targets = (
+        *ATTENTION,
+        "to_qkv_mlp_proj",
+        *(f"single_transformer_blocks.{number}.attn.to_out" for number in range(48)),
+    )
+    published = PUBLISHED
+    lora_loader = "Flux2LoraLoaderMixin"
+
+    def check(self) -> None:
+        """See :meth:`Family.check`."""
+        if self.config.get("guidance_embeds", True):
+            raise InputError(
+                f"source={self.pipeline.source!r} is FLUX.2-dev, whose text path (Mistral, 24 billion parameters) is "
+                "not supported; use FLUX.2-klein"
+            )
+        super().check()
+
+    @property
+    def distilled(self) -> bool:
+        """Whether the model was distilled to sample in few steps without guidance."""
+        return entry(self.pipeline.index, "is_distilled", bool, self.named("model_index.json"), default=False)
+
+    @property
+    def model(self) -> str:
+        """See :attr:`Family.model`."""
+        return f"{self.title} (distilled)" if self.distilled else f"{self.title} (base)"
+
+    def assumption(self) -> str | None:
+        """See :meth:`Family.assumption`."""
+        if "is_distilled" in self.pipeline.index:
+            return None
+        return "model_index.json has no is_distilled; taken as a base model of FLUX.2-klein, sampled with guidance"
+
+    # Latents
+
+    @cached_property
+    def latent_space(self) -> LatentSpace:
+        """See :attr:`Family.latent_space`; the statistics are read from the VAE's weights."""
+        channels = 4 * self.entry("vae", "latent_channels", int)
+        halvings = len(entries(self.pipeline.config("vae"), "block_out_channels", int, self.named("vae")))
+        eps = float(self.entry("vae", "batch_norm_eps", float, 1e-4))
+        tensors = self.pipeline.tensors("vae", ["bn.running_mean", "bn.running_var"])
+        values = [tensor.detach().to("cpu", torch.float32).contiguous().numpy() for tensor in tensors]
+        return LatentSpace(channels, 2**halvings, statistics=digest([*values, repr(eps)]))
+
+    # Text
+
+    def load_prompt_encoder(
+        self, t5_length: int | None = None, load_t5: bool = True, pretrained: bool = True
+    ) -> PromptEncoder:
+        """See :meth:`Family.load_prompt_encoder`; there is no T5."""
+        from transformers import Qwen3ForCausalLM
+
+        tokenizer, model = self.chat_tokenizer(), self.pipeline.load(Qwen3ForCausalLM, "text_encoder", pretrained)
+        return self.fitting(Flux2KleinPromptEncoder(model, tokenizer))
+
+    # Noise
+
+    def mu(self, num_inference_steps: int, shape: Sequence[int]) -> float:
+        """See :meth:`FlowFamily.mu`; linear in the number of tokens and, up to 4300 of them, in that of steps."""
+        tokens = shape[-2] * shape[-1]
+        of_200 = 0.00016927 * tokens + 0.45666666
+        of_10 = 8.73809524e-05 * tokens + 1.89833333
+        return of_200 if tokens > 4300 else of_200 + (of_200 - of_10) / 190 * (num_inference_steps - 200)
+
+    # Guidance
+
+    @property
+    def default_guidance(self) -> float | None:
+        """See :attr:`Family.default_guidance`."""
+        return None if self.distilled else 4.0
+
+    # Network
+
+    def velocity(
+        self, network: Any, latents: Tensor, sigma: Tensor, conditioning: Conditioning, guidance: float | None
+    ) -> Tensor:
+        """See :meth:`FlowFamily.velocity`."""
+        dtype, text = network.x_embedder.weight.dtype, conditioning.prompt_embeds
+        text_ids, image_ids = positions(text.shape[1], latents)
+        output = network(
+            hidden_states=self.pack(latents).to(dtype),
+            encoder_hidden_states=text.to(dtype),
+            timestep=sigma,
+            img_ids=image_ids,
+            txt_ids=text_ids,
+            guidance=None,
+        ).sample
+        return self.unpack(output, self.token_grid(latents))
+
+    # Features
+
+    def begin(self, network: Any, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tokens:
+        """See :meth:`FlowFamily.begin`."""
+        dtype = network.x_embedder.weight.dtype
+        tokens = self.pack(latents).to(dtype)
+        embedding = network.time_guidance_embed
+        # The sinusoids get the type of the timesteps, of which bfloat16 would join several to one.
+        with embedding.timestep_embedder.register_forward_pre_hook(lambda module, inputs: inputs[0].to(dtype)):
+            temb = embedding(1000 * sigma, None)
+        text = network.context_embedder(conditioning.prompt_embeds.to(dtype))
+        others = {
+            "dual": {
+                "temb_mod_img": network.double_stream_modulation_img(temb),
+                "temb_mod_txt": network.double_stream_modulation_txt(temb),
+            },
+            "single": {"temb_mod": network.single_stream_modulation(temb), "split_hidden_states": True},
+            "rotary": network.pos_embed(torch.cat(positions(text.shape[1], latents))),
+        }
+        return Tokens(network.x_embedder(tokens), text, temb, self.token_grid(latents), others=others)
+
+    def step(self, block: nn.Module, tokens: Tokens, number: int) -> tuple[Tensor, Tensor]:
+        """See :meth:`FlowFamily.step`."""
+        text, visual = block(
+            hidden_states=tokens.visual,
+            encoder_hidden_states=tokens.text,
+            image_rotary_emb=tokens.others["rotary"],
+            **tokens.others["dual" if self._is_dual(number) else "single"],
+        )
+        return visual, text
+
+    def _is_dual(self, number: int) -> bool:
+        return number <= self.entry(self.part, "num_layers", int)
+
+    def unread(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
+        """See :meth:`FlowFamily.unread`."""
+        return unread_of_dual(visual, text) if number and self._is_dual(number) else ()
+
+    def unread_outside(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
+        """See :meth:`FlowFamily.unread_outside`; the modulation of blocks that are not there."""
+        if not self._is_dual(number):
+            return ()
+        dual = () if number else ("double_stream_modulation_img", "double_stream_modulation_txt")
+        return (*dual, "single_stream_modulation", *(() if number or text else ("context_embedder",)))
+
+
+def positions(length: int, latents: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the positions ``(n, 4)`` of tokens: (0, 0, 0, j) for text, (0, row, column, 0) for canonical latents."""
+    rows, columns = latents.shape[-2:]
+
+    def product(*sizes: int) -> Tensor:
+        return torch.cartesian_prod(*(torch.arange(size, device=latents.device) for size in sizes)).float()
+
+    return product(1, 1, 1, length), product(1, rows, columns, 1)
+
+
+@register_backbone
+def flux2_klein(source: str, **options: Any) -> FamilyBackbone:
+    """Load the first blocks of FLUX.2-klein: 4B (Apache-2.0) or 9B (FLUX Non-Commercial License).
+
+    Args:
+        source: Diffusers pipeline folder, or hub id.
+        options: See :func:`~latentreward.families.backbone.load_family_backbone`.
+    """
+    return load_family_backbone(source, "flux2_klein", **options)

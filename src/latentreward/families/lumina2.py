@@ -1,0 +1,182 @@
+"""Lumina-Image 2.0: one stream of caption and image tokens, Gemma 2 as text encoder, static shift."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from latentreward.backbones.registry import register_backbone
+from latentreward.contracts import Conditioning
+from latentreward.encoders.language_model import LanguageModelEncoder, without_last_layer
+from latentreward.encoders.prompts import PromptEncoder
+from latentreward.families.backbone import FamilyBackbone, load_family_backbone
+from latentreward.families.flow import FlowFamily, Tokens
+from latentreward.families.published import FLUX_VAE, GEMMA2_2B, Published
+from latentreward.noise.schedules import EULER
+
+SYSTEM = (
+    "You are an assistant designed to generate superior images with the superior degree of image-text alignment based "
+    "on textual prompts or user prompts. <Prompt Start> "
+)
+"""Text before each prompt; the network was trained with it."""
+NO_PROMPT = "\0"
+"""Prompt that is encoded as the empty text, without :data:`SYSTEM`: the pipeline's usual negative prompt."""
+TEXT_LENGTH = 256
+"""Greatest number of tokens of a prompt with the text before it."""
+
+
+PUBLISHED = (
+    Published(
+        "Alpha-VLLM/Lumina-Image-2.0",
+        {
+            "transformer": {
+                "_class_name": "Lumina2Transformer2DModel",
+                "in_channels": 16,
+                "hidden_size": 2304,
+                "num_layers": 26,
+                "num_refiner_layers": 2,
+                "num_attention_heads": 24,
+                "num_kv_heads": 8,
+                "cap_feat_dim": 2304,
+                "axes_dim_rope": (32, 32, 32),
+                "axes_lens": (300, 512, 512),
+            },
+            "vae": FLUX_VAE,
+            "scheduler": {"_class_name": EULER, "shift": 6.0},
+            "text_encoder": GEMMA2_2B,
+        },
+    ),
+)
+
+
+class Lumina2(FlowFamily):
+    """Family of Lumina-Image 2.0: the network takes 1 − σ and returns x_0 − ε.
+
+    Guidance scales each row of latent pixels (the last axis) to the norm that it has with the prompt alone.
+    """
+
+    name = "lumina2"
+    title = "Lumina-Image 2.0"
+    network_class = "Lumina2Transformer2DModel"
+    block_classes = ("Lumina2TransformerBlock",)
+    text_layers = ("Gemma2DecoderLayer",)
+    lists = ("layers",)
+    uncond_prompt = NO_PROMPT
+    axes_lens = (300, 512, 512)
+    text_field = "cap_feat_dim"
+    tail = ("norm_out",)
+    lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
+    published = PUBLISHED
+    lora_loader = "Lumina2LoraLoaderMixin"
+
+    # Text
+
+    def load_prompt_encoder(
+        self, t5_length: int | None = None, load_t5: bool = True, pretrained: bool = True
+    ) -> PromptEncoder:
+        """See :meth:`Family.load_prompt_encoder`."""
+        from transformers import Gemma2Model
+
+        tokenizer = self.pipeline.tokenizer("tokenizer")
+        model = self.pipeline.load(Gemma2Model, "text_encoder", pretrained)
+        encoder = Lumina2PromptEncoder(without_last_layer(model), tokenizer, TEXT_LENGTH)
+        return self.fitting(encoder)
+
+    # Guidance
+
+    @property
+    def default_guidance(self) -> float:
+        """See :attr:`Family.default_guidance`."""
+        return 4.0
+
+    def guide(self, with_prompt: Tensor, without: Tensor, scale: float) -> Tensor:
+        """See :meth:`Family.guide`."""
+        guided = super().guide(with_prompt, without, scale)
+        norm, wanted = (torch.linalg.vector_norm(value, dim=-1, keepdim=True) for value in (guided, with_prompt))
+        return guided * (wanted / norm)
+
+    # Network
+
+    def load_network(self, pretrained: bool = True) -> Any:
+        """See :meth:`Family.load_network`."""
+        network = super().load_network(pretrained)
+        rope = network.rope_embedder
+        with torch.device("cpu"):  # estimates build networks on the meta device, where the table would have no values
+            network.rope_embedder = type(rope)(rope.theta, rope.axes_dim, rope.axes_lens, rope.patch_size)
+        return network
+
+    def velocity(
+        self, network: Any, latents: Tensor, sigma: Tensor, conditioning: Conditioning, guidance: float | None
+    ) -> Tensor:
+        """See :meth:`FlowFamily.velocity`."""
+        dtype = network.x_embedder.weight.dtype
+        tokens, mask = masked(conditioning)
+        output: Tensor = network(latents.to(dtype), 1 - sigma, tokens.to(dtype), mask, return_dict=False)[0]
+        return -output
+
+    # Features
+
+    def begin(self, network: Any, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tokens:
+        """See :meth:`FlowFamily.begin`."""
+        dtype = network.x_embedder.weight.dtype
+        text, mask = masked(conditioning)
+        latents, sigma = latents.to(dtype), sigma.to(latents.device)
+        temb, text = network.time_caption_embed(latents, 1 - sigma, text.to(dtype))
+        patches, text_rope, visual_rope, *_ = network.rope_embedder(latents, mask)
+        visual = network.x_embedder(patches)
+        for block in network.context_refiner:
+            text = block(text, mask, text_rope)
+        for block in network.noise_refiner:
+            visual = block(visual, None, visual_rope, temb)
+        joint_mask = None if bool(mask.all()) else nn.functional.pad(mask, (0, visual.shape[1]), value=True)
+        others = {"mask": joint_mask, "rope": torch.cat([text_rope, visual_rope], dim=1)}
+        return Tokens(visual, text, temb, self.token_grid(latents), mask, others)
+
+    def step(self, block: nn.Module, tokens: Tokens, number: int) -> tuple[Tensor, Tensor]:
+        """See :meth:`FlowFamily.step`; the whole network has the captions' padding behind the image instead."""
+        joint = torch.cat([tokens.text, tokens.visual], dim=1)
+        joint = block(joint, tokens.others["mask"], tokens.others["rope"], tokens.temb)
+        text, visual = joint.split([tokens.text.shape[1], tokens.visual.shape[1]], dim=1)
+        return visual, text
+
+    @property
+    def width(self) -> int:
+        """See :attr:`FlowFamily.width`."""
+        return self.entry(self.part, "hidden_size", int)
+
+    @property
+    def temb_dim(self) -> int:
+        """See :attr:`FlowFamily.temb_dim`."""
+        return min(self.width, 1024)
+
+    def unread_outside(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
+        """See :meth:`FlowFamily.unread_outside`."""
+        return () if number or text else ("time_caption_embed.caption_embedder", "context_refiner")
+
+
+class Lumina2PromptEncoder(LanguageModelEncoder):
+    """Prompt encoder with Gemma 2, which gets each prompt, also the empty one, after :data:`SYSTEM`."""
+
+    def text(self, prompt: str) -> str:
+        """See :meth:`LanguageModelEncoder.text`."""
+        return "" if prompt == NO_PROMPT else SYSTEM + prompt
+
+
+def masked(conditioning: Conditioning) -> tuple[Tensor, Tensor]:
+    """Return token embeddings and mask of encoded prompts, without padding that all rows have."""
+    trimmed = conditioning.padded(conditioning.prompt_embeds.shape[1]).trimmed()
+    assert trimmed.prompt_mask is not None
+    return trimmed.prompt_embeds, trimmed.prompt_mask
+
+
+@register_backbone
+def lumina2(source: str, **options: Any) -> FamilyBackbone:
+    """Lumina-Image 2.0 (Alpha-VLLM, Apache-2.0; text encoder under Gemma's terms), 2.6 billion parameters in 26 blocks.
+
+    Args:
+        source: Diffusers pipeline folder, or hub id.
+        options: See :func:`~latentreward.families.backbone.load_family_backbone`.
+    """
+    return load_family_backbone(source, "lumina2", **options)

@@ -1,0 +1,294 @@
+"""Qwen-Image; conventions follow diffusers' ``QwenImagePipeline``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from latentreward.backbones.registry import register_backbone
+from latentreward.backbones.weights import part_of
+from latentreward.contracts import Conditioning
+from latentreward.encoders.prompts import PromptEncoder
+from latentreward.encoders.vae import ChannelLatentEncoder
+from latentreward.errors import InputError
+from latentreward.families.backbone import FamilyBackbone, load_family_backbone
+from latentreward.families.flow import FlowFamily, Tokens
+from latentreward.families.published import QWEN25_VL_7B, WAN_VAE, Published
+from latentreward.noise.schedules import EULER
+
+TEMPLATE = (
+    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
+    "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+)
+"""Text that is encoded for a prompt; the tokens before the prompt are dropped afterwards."""
+PREFIX = 34
+"""Number of tokens before the prompt with Qwen's own tokenizer."""
+TEXT_OUTPUT = ("attn.add_q_proj", "attn.norm_added_q", "attn.to_add_out", "txt_mlp")
+VISUAL_OUTPUT = ("attn.to_q", "attn.norm_q", "attn.to_out", "img_mlp")
+"""Submodules of a block that only its text output, or only its visual output, depends on."""
+
+
+PUBLISHED = tuple(
+    Published(
+        model,
+        {
+            "transformer": {
+                "_class_name": "QwenImageTransformer2DModel",
+                "in_channels": 64,
+                "out_channels": 16,
+                "num_layers": 60,
+                "attention_head_dim": 128,
+                "num_attention_heads": 24,
+                "joint_attention_dim": 3584,
+            },
+            "vae": {"_class_name": "AutoencoderKLQwenImage", **WAN_VAE},
+            "scheduler": {
+                "_class_name": EULER,
+                "use_dynamic_shifting": True,
+                "base_shift": 0.5,
+                "max_shift": 0.9,
+                "base_image_seq_len": 256,
+                "max_image_seq_len": 8192,
+                "shift_terminal": 0.02,
+                "time_shift_type": "exponential",
+            },
+            "text_encoder": QWEN25_VL_7B,
+        },
+    )
+    for model in ("Qwen/Qwen-Image", "Qwen/Qwen-Image-2512")
+)
+
+
+class QwenImage(FlowFamily):
+    """Family of Qwen-Image and Qwen-Image-2512: two streams, Qwen2.5-VL with a mask, guidance that keeps the norm."""
+
+    name = "qwen_image"
+    title = "Qwen-Image"
+    network_class = "QwenImageTransformer2DModel"
+    block_classes = ("QwenImageTransformerBlock",)
+    text_layers = ("Qwen2_5_VLDecoderLayer",)
+    refused: ClassVar[Mapping[str, str]] = {
+        "QwenImageEditPipeline": "it edits a given image",
+        "QwenImageEditPlusPipeline": "it edits given images",
+        "QwenImageEditInpaintPipeline": "it edits a given image",
+        "QwenImageControlNetPipeline": "it takes a control image",
+        "QwenImageControlNetInpaintPipeline": "it takes a control image",
+        "QwenImageLayeredPipeline": "it makes layers instead of one image",
+    }
+    vae_class = "AutoencoderKLQwenImage"
+    latent_encoder = ChannelLatentEncoder
+    lists = ("transformer_blocks",)
+    positions = 4
+    time_embedding = ("time_text_embed",)
+    uncond_prompt = " "
+    published = PUBLISHED
+    lora_loader = "QwenImageLoraLoaderMixin"
+    default_guidance = 4.0
+
+    def check(self) -> None:
+        """See :meth:`Family.check`."""
+        for field, reason in {
+            "zero_cond_t": "a network of Qwen-Image-Edit, which edits given images",
+            "use_layer3d_rope": "a network of Qwen-Image-Layered, which makes layers instead of one image",
+            "use_additional_t_cond": "a network of Qwen-Image-Layered, which makes layers instead of one image",
+            "guidance_embeds": "a network with embedded guidance, of which no release is known",
+        }.items():
+            if self.config.get(field):
+                raise InputError(
+                    f"source={self.pipeline.source!r} has {field}=true: {reason}; use Qwen-Image or Qwen-Image-2512"
+                )
+        super().check()
+
+    def assumption(self) -> str | None:
+        """See :meth:`Family.assumption`."""
+        text = "Qwen-Image and Qwen-Image-2512 have equal configs and are treated alike"
+        if not self.pipeline.has("tokenizer") or (prefix := prefix_length(self.tokenizer)) == PREFIX:
+            return text
+        return f"{text}; the template begins with {prefix} tokens of this tokenizer instead of {PREFIX}, all dropped"
+
+    # Text
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Tokenizer of the pipeline.
+
+        Raises:
+            InputError: If it cannot be loaded, or does not fit the text encoder.
+        """
+        from transformers import Qwen2Tokenizer
+
+        return self.pipeline.tokenizer("tokenizer", Qwen2Tokenizer)
+
+    def load_prompt_encoder(
+        self, t5_length: int | None = None, load_t5: bool = True, pretrained: bool = True
+    ) -> PromptEncoder:
+        """See :meth:`Family.load_prompt_encoder`; of Qwen2.5-VL only the language model is kept."""
+        from transformers import Qwen2_5_VLForConditionalGeneration
+
+        whole = self.pipeline.load(Qwen2_5_VLForConditionalGeneration, "text_encoder", pretrained)
+        encoder = QwenImagePromptEncoder(part_of(whole, "model.language_model"), self.tokenizer)
+        return self.fitting(encoder)
+
+    # Noise
+
+    def mu(self, num_inference_steps: int, shape: Sequence[int]) -> float:
+        """See :meth:`FlowFamily.mu`; linear in the number of tokens."""
+        _, frames, height, width = shape
+        return self.linear_mu(frames * (height // self.packing) * (width // self.packing))
+
+    # Guidance
+
+    def guide(self, with_prompt: Tensor, without: Tensor, scale: float) -> Tensor:
+        """See :meth:`Family.guide`; each token of 2×2 pixels gets the norm of the prediction with the prompt."""
+        guided = super().guide(with_prompt, without, scale)
+
+        def norm(values: Tensor) -> Tensor:
+            squares = values.float().square().sum(dim=1, keepdim=True)  # pooling on a CPU has no 16 bits
+            return 2 * F.avg_pool3d(squares, (1, self.packing, self.packing)).sqrt()
+
+        ratio = (norm(with_prompt) / norm(guided)).to(guided.dtype)
+        return guided * F.interpolate(ratio, scale_factor=(1.0, self.packing, self.packing), mode="nearest-exact")
+
+    # Network
+
+    def load_network(self, pretrained: bool = True) -> Any:
+        """See :meth:`Family.load_network`."""
+        network = super().load_network(pretrained)
+        rope = network.pos_embed
+        with torch.device("cpu"):  # its tables are no buffers: made on the meta device, they would stay there
+            network.pos_embed = Positions(type(rope)(rope.theta, rope.axes_dim, rope.scale_rope))
+        return network
+
+    def velocity(
+        self, network: Any, latents: Tensor, sigma: Tensor, conditioning: Conditioning, guidance: float | None
+    ) -> Tensor:
+        """See :meth:`FlowFamily.velocity`."""
+        dtype, grid = network.img_in.weight.dtype, self.token_grid(latents)
+        output = network(
+            hidden_states=self.pack(latents).to(dtype),
+            encoder_hidden_states=conditioning.prompt_embeds.to(dtype),
+            encoder_hidden_states_mask=needed_mask(conditioning),
+            timestep=sigma,
+            img_shapes=[[grid]] * len(latents),
+        ).sample
+        return self.unpack(output, grid)
+
+    def begin(self, network: Any, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tokens:
+        """See :meth:`FlowFamily.begin`."""
+        dtype, grid = network.img_in.weight.dtype, self.token_grid(latents)
+        visual = network.img_in(self.pack(latents).to(dtype))
+        text = network.txt_in(network.txt_norm(conditioning.prompt_embeds.to(dtype)))
+        temb = network.time_text_embed(sigma, visual)
+        rotary = network.pos_embed([[grid]] * len(latents), max_txt_seq_len=text.shape[1], device=visual.device)
+        others = {"encoder_hidden_states_mask": needed_mask(conditioning), "temb": temb, "image_rotary_emb": rotary}
+        return Tokens(visual, text, temb, grid, conditioning.prompt_mask, others)
+
+    def step(self, block: nn.Module, tokens: Tokens, number: int) -> tuple[Tensor, Tensor]:
+        """See :meth:`FlowFamily.step`."""
+        text, visual = block(hidden_states=tokens.visual, encoder_hidden_states=tokens.text, **tokens.others)
+        return visual, text
+
+    def unread(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
+        """See :meth:`FlowFamily.unread`."""
+        return (() if text else TEXT_OUTPUT) + (() if visual else VISUAL_OUTPUT)
+
+    def unread_outside(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
+        """See :meth:`FlowFamily.unread_outside`."""
+        return () if number or text else ("txt_in", "txt_norm")
+
+    # Adapters
+
+    @cached_property
+    def idle(self) -> Sequence[str]:
+        """Names of layers whose output never reaches the network's: those of the last block's text output."""
+        last = f"transformer_blocks.{self.entry(self.part, 'num_layers', int) - 1}"
+        parts = ("attn.add_q_proj", "attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2")
+        return [f"{last}.{part}" for part in parts]
+
+
+class Positions(nn.Module):
+    """Rotary positions of a network, which keep tables for each device, made outside inference mode.
+
+    Tables of a validation under inference mode could not serve a backward pass.
+
+    Args:
+        rope: The network's own module.
+    """
+
+    def __init__(self, rope: nn.Module) -> None:
+        super().__init__()
+        self.rope = rope
+
+    def forward(self, *args: Any, **options: Any) -> Any:
+        """Return what the network's own module returns."""
+        with torch.inference_mode(False):
+            return self.rope(*args, **options)
+
+
+def needed_mask(conditioning: Conditioning) -> Tensor | None:
+    """Return the mask of encoded prompts; None if it is true everywhere, for which attention is faster without it."""
+    mask = conditioning.prompt_mask
+    return None if mask is None or (not mask.is_meta and bool(mask.all())) else mask
+
+
+def prefix_length(tokenizer: Any) -> int:
+    """Return the number of tokens that :data:`TEMPLATE` begins with, whatever the prompt."""
+    first, second = (tokenizer(TEMPLATE.format(prompt)).input_ids for prompt in ("a", "1"))
+    return next(place for place, pair in enumerate(zip(first, second, strict=False)) if pair[0] != pair[1])
+
+
+class QwenImagePromptEncoder(PromptEncoder):
+    """Prompt encoder of Qwen-Image: the states of Qwen2.5-VL's language model after its final norm, with a mask.
+
+    Args:
+        text_encoder: Language model of Qwen2.5-VL.
+        tokenizer: Its tokenizer, which also tells how many tokens the template begins with.
+
+    Attributes:
+        dropped_tokens: Number of the template's tokens before the prompt, whose states are dropped.
+    """
+
+    num_tokens = 512
+    pooled_dim = 0
+    masked = True
+
+    def __init__(self, text_encoder: Any, tokenizer: Any) -> None:
+        super().__init__()
+        self.text_encoder, self.tokenizer = text_encoder, tokenizer
+        self.token_dim = text_encoder.config.hidden_size
+        self.dropped_tokens = prefix_length(tokenizer)
+
+    def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
+        """See :meth:`PromptEncoder.tokenize`; the ids and the mask of prompts in their template, padded at the end."""
+        texts, most = [TEMPLATE.format(prompt) for prompt in prompts], self.dropped_tokens + self.num_tokens
+        rows = self.tokenizer(texts).input_ids
+        self.tell_cut(self.tokenizer, texts, [len(row) for row in rows], most)
+        rows = [row[:most] for row in rows]
+        longest = max(len(row) for row in rows)
+        with torch.device("cpu"):
+            ids = torch.tensor([row + [self.tokenizer.pad_token_id] * (longest - len(row)) for row in rows])
+            mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+        return ids, mask
+
+    def encode_ids(self, *input_ids: Tensor) -> Conditioning:
+        """See :meth:`PromptEncoder.encode_ids`."""
+        ids, mask = input_ids
+        states = self.text_encoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        states, kept = states[:, self.dropped_tokens :], mask[:, self.dropped_tokens :] != 0
+        return Conditioning(states.masked_fill(~kept.unsqueeze(-1), 0.0), prompt_mask=kept)
+
+
+@register_backbone
+def qwen_image(source: str, **options: Any) -> FamilyBackbone:
+    """Load Qwen-Image (Apache-2.0): 60 blocks.
+
+    Args:
+        source: Diffusers pipeline folder, or hub id.
+        options: See :func:`~latentreward.families.backbone.load_family_backbone`.
+    """
+    return load_family_backbone(source, "qwen_image", **options)

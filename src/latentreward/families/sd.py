@@ -1,0 +1,145 @@
+"""Stable Diffusion 1.5, 2.1 and XL."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from latentreward.backbones.loading import SHIPPED, check_channels
+from latentreward.backbones.sd_unet import unet_family
+from latentreward.contracts import Conditioning
+from latentreward.encoders.prompts import PromptEncoder
+from latentreward.errors import InputError
+from latentreward.families.base import Family, Pair, PipelineConfigs
+from latentreward.noise import NoiseProcess, process_from_scheduler
+
+
+class StableDiffusion(Family):
+    """Family of SD1.5, SD2.1 and SDXL: a U-Net that predicts noise or v, one or two CLIP text encoders."""
+
+    name = "sd"
+    title = "Stable Diffusion (SD1.5, SD2.1, SDXL)"
+    part = "unet"
+    network_class = "UNet2DConditionModel"
+    block_classes = ("CrossAttnDownBlock2D", "DownBlock2D", "UNetMidBlock2DCrossAttn")
+    text_layers = ("CLIPEncoderLayer",)
+    flow = False
+
+    @classmethod
+    def recognises(cls, pipeline: PipelineConfigs) -> bool:
+        """See :meth:`Family.recognises`."""
+        return pipeline.has("unet")
+
+    def check(self) -> None:
+        """See :meth:`Family.check`."""
+        found = self.config.get("_class_name", self.network_class)
+        if found != self.network_class:
+            raise InputError(
+                f"source={self.pipeline.source!r} has a {found} as unet; this family needs a {self.network_class}, as "
+                "SD1.5, SD2.1 and SDXL have it"
+            )
+        check_channels(self.pipeline.source, "unet", self.config, self.latent_space)
+
+    @property
+    def model(self) -> str:
+        """See :attr:`Family.model`."""
+        return unet_family(self.config)
+
+    @property
+    def usual_reward(self) -> str:
+        """See :attr:`Family.usual_reward`; LPO steers SD2.1 with the reward of SD1.5, which has the same VAE."""
+        if self.pipeline.named in SHIPPED:
+            return "lrm_tiny"
+        return "lrm_sdxl" if self.is_xl else "lrm_sd15"
+
+    @property
+    def usual_reward_is_own(self) -> bool:
+        """See :attr:`Family.usual_reward_is_own`."""
+        return self.model != "SD2.1"
+
+    @property
+    def is_xl(self) -> bool:
+        """Whether the U-Net takes pooled text and sizes, as SDXL's."""
+        return self.config.get("addition_embed_type") == "text_time"
+
+    @property
+    def native_size(self) -> tuple[int, int]:
+        """See :attr:`Family.native_size`."""
+        size = self.config["sample_size"]
+        height, width = (size, size) if isinstance(size, int) else size
+        return height * self.latent_space.downscale, width * self.latent_space.downscale
+
+    def load_prompt_encoder(
+        self, t5_length: int | None = None, load_t5: bool = True, pretrained: bool = True
+    ) -> PromptEncoder:
+        """See :meth:`Family.load_prompt_encoder`."""
+        two = self.pipeline.has("text_encoder_2")
+        encoder: PromptEncoder = (self.pipeline.sdxl_prompts if two else self.pipeline.clip_prompts)(pretrained, True)
+        return encoder
+
+    def encode_uncond(self, encoder: PromptEncoder) -> Conditioning:
+        """See :meth:`Family.encode_uncond`; zeros where the pipeline has ``force_zeros_for_empty_prompt`` (SDXL)."""
+        encoded = super().encode_uncond(encoder)
+        forced = self.pipeline.index.get("force_zeros_for_empty_prompt", self.is_xl)  # diffusers' defaults
+        return encoded.zeros() if forced else encoded
+
+    @cached_property
+    def noise_process(self) -> NoiseProcess:
+        """See :attr:`Family.noise_process`."""
+        return process_from_scheduler(self.pipeline.config("scheduler"))
+
+    @property
+    def default_guidance(self) -> float:
+        """See :attr:`Family.default_guidance`; LPO's 5.0 instead of the pipelines' 7.5."""
+        return 5.0
+
+    def load_network(self, pretrained: bool = True) -> Any:
+        """See :meth:`Family.load_network`."""
+        return self.pipeline.unet(pretrained, mapped=True)
+
+    def predict(
+        self, network: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, guidance: float | None
+    ) -> Tensor:
+        """See :meth:`Family.predict`."""
+        dtype = network.conv_in.weight.dtype
+        extra = {}
+        if self.is_xl:
+            assert conditioning.pooled_prompt_embeds is not None
+            height, width = (float(side * self.latent_space.downscale) for side in latents.shape[-2:])
+            time_ids = torch.tensor([height, width, 0.0, 0.0, height, width], device=latents.device, dtype=dtype)
+            extra["added_cond_kwargs"] = {
+                "text_embeds": conditioning.pooled_prompt_embeds.to(dtype),
+                "time_ids": time_ids.expand(len(latents), 6),
+            }
+        output: Tensor = network(
+            latents.to(dtype), timesteps.to(latents.device), conditioning.prompt_embeds.to(dtype), **extra
+        ).sample
+        return output
+
+    def blocks(self, network: Any) -> Iterator[nn.Module]:
+        """See :meth:`Family.blocks`."""
+        yield from network.down_blocks
+        yield network.mid_block
+        yield from network.up_blocks
+
+    @property
+    def lora_loader(self) -> str:
+        """See :attr:`Family.lora_loader`."""
+        return f"StableDiffusion{'XL' if self.is_xl else ''}LoraLoaderMixin"
+
+    def kohya_layers(self, layers: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, list[Pair | None]]:
+        """See :meth:`Family.kohya_layers`; kohya's scripts use diffusers' names of U-Nets."""
+        return {layer: [pair] for layer, pair in layers.items()}
+
+    def search_inputs(self) -> list[str]:
+        """See :meth:`Family.search_inputs`."""
+        return ["prompt_embeds", *(["add_text_embeds"] if self.is_xl else [])]
+
+    def search_conditioning(self, inputs: Mapping[str, Tensor]) -> Conditioning:
+        """See :meth:`Family.search_conditioning`."""
+        tokens = inputs["prompt_embeds"]
+        return Conditioning(tokens, inputs.get("add_text_embeds", tokens[:, 0]))

@@ -1,0 +1,195 @@
+"""Stable Diffusion 3 and 3.5.
+
+The names of layers in sd-scripts' MMDiT follow ``library/sd3_models.py`` and ``networks/lora_sd3.py`` (Apache-2.0,
+commit 48d368f); ComfyUI reads these names too. This MMDiT has one layer for queries, keys and values, where diffusers
+has three. The three adapters become one, with stacked A and block-diagonal B, as in sd-scripts'
+``LoRANetwork.state_dict`` under ``split_qkv``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from latentreward.backbones.loading import SHIPPED, check_channels
+from latentreward.contracts import Conditioning
+from latentreward.encoders.prompts import PromptEncoder
+from latentreward.families.base import Family, Pair, PipelineConfigs
+from latentreward.noise import NoiseProcess, process_from_scheduler
+from latentreward.noise.schedules import static_levels
+
+LAYERS = {
+    "pos_embed.proj": "x_embedder.proj",
+    "context_embedder": "context_embedder",
+    "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
+    "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
+    "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
+    "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
+    "norm_out.linear": "final_layer.adaLN_modulation.1",
+    "proj_out": "final_layer.linear",
+    "norm1.linear": "x_block.adaLN_modulation.1",
+    "norm1_context.linear": "context_block.adaLN_modulation.1",
+    "attn.to_out.0": "x_block.attn.proj",
+    "attn.to_add_out": "context_block.attn.proj",
+    "attn2.to_out.0": "x_block.attn2.proj",
+    "ff.net.0.proj": "x_block.mlp.fc1",
+    "ff.net.2": "x_block.mlp.fc2",
+    "ff_context.net.0.proj": "context_block.mlp.fc1",
+    "ff_context.net.2": "context_block.mlp.fc2",
+}
+"""Name of a layer in diffusers' SD3 transformer → its name in sd-scripts' MMDiT; within a block, without the block."""
+JOINED = {
+    "x_block.attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "context_block.attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "x_block.attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
+}
+"""Name of an MMDiT layer → the layers of diffusers' SD3 transformer whose outputs, concatenated, are its output."""
+SCALE_FIRST = ("norm_out.linear", "norm1_context.linear")
+"""Layers that, if they output scale and shift only, output scale first in diffusers and shift first in the MMDiT."""
+
+
+class StableDiffusion3(Family):
+    """Family of SD3 and SD3.5: a transformer with two streams, two CLIP text encoders and T5, static shift."""
+
+    name = "sd3"
+    title = "Stable Diffusion 3 (SD3, SD3.5)"
+    network_class = "SD3Transformer2DModel"
+    lora_loader = "SD3LoraLoaderMixin"
+    block_classes = ("JointTransformerBlock",)
+    text_layers = ("CLIPEncoderLayer", "T5Block")
+    kohya_module = "networks.lora_sd3"
+
+    @classmethod
+    def recognises(cls, pipeline: PipelineConfigs) -> bool:
+        """See :meth:`Family.recognises`."""
+        if not pipeline.has("transformer"):
+            return False
+        return pipeline.config("transformer").get("_class_name", cls.network_class) == cls.network_class
+
+    def check(self) -> None:
+        """See :meth:`Family.check`."""
+        check_channels(self.pipeline.source, "transformer", self.config, self.latent_space)
+
+    @property
+    def model(self) -> str:
+        """See :attr:`Family.model`."""
+        large = " Large" if self.is_large else ""
+        return f"SD3.5{large}" if self.config.get("qk_norm") else "SD3"
+
+    @property
+    def is_large(self) -> bool:
+        """Whether the transformer has as many blocks as SD3.5-Large's."""
+        return self.config.get("num_layers") == 38
+
+    @property
+    def usual_reward(self) -> str:
+        """See :attr:`Family.usual_reward`."""
+        if self.pipeline.named in SHIPPED:
+            return "dina_lrm_tiny"
+        if self.is_large:
+            return "dina_lrm_sd35_large"
+        return "dina_lrm_sd35" if self.config.get("qk_norm") else "lrm_sd3"
+
+    @property
+    def native_size(self) -> tuple[int, int]:
+        """See :attr:`Family.native_size`."""
+        side = self.entry(self.part, "sample_size", int) * self.latent_space.downscale
+        return side, side
+
+    @property
+    def side_multiple(self) -> int:
+        """See :attr:`Family.side_multiple`; the side of a token in pixels."""
+        return self.latent_space.downscale * self.entry(self.part, "patch_size", int, 2)
+
+    def load_prompt_encoder(
+        self, t5_length: int | None = None, load_t5: bool = True, pretrained: bool = True
+    ) -> PromptEncoder:
+        """See :meth:`Family.load_prompt_encoder`; zeros stand for T5's tokens without T5.
+
+        ``t5_length`` None takes 256, or 0 for a shipped pipeline.
+        """
+        shipped = self.pipeline.named in SHIPPED
+        length = (0 if shipped else 256) if t5_length is None else t5_length
+        encoder: PromptEncoder = self.pipeline.sd3_prompts(
+            self.entry(self.part, "joint_attention_dim", int), length, load_t5, mapped=True
+        )
+        return encoder
+
+    @cached_property
+    def noise_process(self) -> NoiseProcess:
+        """See :attr:`Family.noise_process`."""
+        return process_from_scheduler(self.pipeline.config("scheduler"))
+
+    def levels(self, num_inference_steps: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """See :meth:`Family.levels`."""
+        return static_levels(self.pipeline.config("scheduler"), num_inference_steps)
+
+    @property
+    def default_guidance(self) -> float:
+        """See :attr:`Family.default_guidance`; Flow-GRPO's and this project's 5.0 instead of the pipeline's 7.0."""
+        return 5.0
+
+    def load_network(self, pretrained: bool = True) -> Any:
+        """See :meth:`Family.load_network`."""
+        return self.pipeline.transformer(pretrained, mapped=True)
+
+    def predict(
+        self, network: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, guidance: float | None
+    ) -> Tensor:
+        """See :meth:`Family.predict`."""
+        assert conditioning.pooled_prompt_embeds is not None
+        dtype = network.pos_embed.proj.weight.dtype
+        output: Tensor = network(
+            hidden_states=latents.to(dtype),
+            encoder_hidden_states=conditioning.prompt_embeds.to(dtype),
+            pooled_projections=conditioning.pooled_prompt_embeds.to(dtype),
+            timestep=timesteps.to(latents.device),
+        ).sample
+        return output
+
+    def blocks(self, network: Any) -> Iterator[nn.Module]:
+        """See :meth:`Family.blocks`."""
+        yield from network.transformer_blocks
+
+    def kohya_layers(self, layers: Mapping[str, Pair]) -> dict[str, list[Pair | None]]:
+        """See :meth:`Family.kohya_layers`; the layers of sd-scripts' MMDiT, of which some join three of diffusers'."""
+        return mmdit_parts(layers)
+
+    def search_inputs(self) -> list[str]:
+        """See :meth:`Family.search_inputs`."""
+        return ["prompt_embeds", "pooled_prompt_embeds"]
+
+    def search_conditioning(self, inputs: Mapping[str, Tensor]) -> Conditioning:
+        """See :meth:`Family.search_conditioning`."""
+        return Conditioning(inputs["prompt_embeds"], inputs["pooled_prompt_embeds"])
+
+
+def mmdit_parts(pairs: Mapping[str, Pair]) -> dict[str, list[Pair | None]]:
+    """Group the adapters of diffusers' SD3 transformer by the layers of sd-scripts' MMDiT.
+
+    Args:
+        pairs: A and B by the layers' names in diffusers' SD3 transformer.
+
+    Returns:
+        For each MMDiT layer the A and B of its parts, in order: three parts (query, key, value) for a joined layer,
+        else one. A part without a trained adapter is None.
+    """
+    found: dict[str, list[Pair | None]] = {}
+    for layer, (down, up) in pairs.items():
+        block, rest = "", layer
+        if layer.startswith("transformer_blocks."):
+            _, number, rest = layer.split(".", 2)
+            block = f"joint_blocks.{number}."
+        swapped = rest in SCALE_FIRST and len(up) == 2 * down.shape[1]
+        pair = down, torch.cat(up.chunk(2)[::-1]) if swapped else up
+        joined = next((name for name, layers in JOINED.items() if rest in layers), None)
+        if joined is None:
+            found[block + LAYERS[rest]] = [pair]
+        else:
+            layers = JOINED[joined]
+            found.setdefault(block + joined, [None] * len(layers))[layers.index(rest)] = pair
+    return found

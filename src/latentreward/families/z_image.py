@@ -1,0 +1,267 @@
+"""Z-Image and Z-Image-Turbo: one stream of image and caption tokens, Qwen3 as text encoder, static shift."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from latentreward.backbones.registry import register_backbone
+from latentreward.contracts import Conditioning
+from latentreward.encoders.language_model import LanguageModelEncoder, without_last_layer
+from latentreward.encoders.prompts import PromptEncoder
+from latentreward.errors import InputError
+from latentreward.families.backbone import FamilyBackbone, load_family_backbone
+from latentreward.families.flow import FlowFamily, Tokens
+from latentreward.families.published import FLUX_VAE, QWEN3_4B, Published
+from latentreward.noise.schedules import EULER
+
+TURBO_SHIFT = 3.0
+"""Shift of the scheduler of Z-Image-Turbo; the base model has 6."""
+MULTIPLE = 32
+"""Number of which the lengths of captions and images are multiples inside the network."""
+TEXT_LENGTH = 512
+"""Greatest number of tokens of a prompt with its template."""
+
+
+def _published(model: str, shift: float) -> Published:
+    network = {
+        "_class_name": "ZImageTransformer2DModel",
+        "in_channels": 16,
+        "dim": 3840,
+        "n_layers": 30,
+        "n_heads": 30,
+        "cap_feat_dim": 2560,
+    }
+    scheduler = {"_class_name": EULER, "shift": shift}
+    return Published(model, {"transformer": network, "vae": FLUX_VAE, "scheduler": scheduler, "text_encoder": QWEN3_4B})
+
+
+PUBLISHED = (_published("Tongyi-MAI/Z-Image", 6.0), _published("Tongyi-MAI/Z-Image-Turbo", 3.0))
+
+
+class ZImage(FlowFamily):
+    """Family of Z-Image: a transformer whose position ids depend on the length of the caption.
+
+    The network takes lists of latents and captions and 1 − σ, and returns x_0 − ε. Base and Turbo have equal configs
+    but for the scheduler's shift. Guidance is p + s·(p − n) of the predictions with (p) and without (n) the prompt, so
+    that a scale of 0 switches it off.
+    """
+
+    name = "z_image"
+    title = "Z-Image"
+    network_class = "ZImageTransformer2DModel"
+    block_classes = ("ZImageTransformerBlock",)
+    text_layers = ("Qwen3DecoderLayer",)
+    refused: ClassVar[Mapping[str, str]] = {
+        "ZImageOmniPipeline": "it takes images as conditions",
+        "ZImageControlNetPipeline": "it takes a control image",
+        "ZImageControlNetInpaintPipeline": "it takes a control image",
+    }
+    lists = ("layers",)
+    axes_lens = (1024, 512, 512)
+    text_field = "cap_feat_dim"
+    tail = ("all_final_layer",)
+    no_guidance = 0.0
+    lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
+    published = PUBLISHED
+    lora_loader = "ZImageLoraLoaderMixin"
+
+    def check(self) -> None:
+        """See :meth:`Family.check`."""
+        if self.config.get("siglip_feat_dim") is not None:
+            raise InputError(
+                f"source={self.pipeline.source!r} is a Z-Image-Omni, which takes images as conditions; use Z-Image or "
+                "Z-Image-Turbo"
+            )
+        super().check()
+
+    @property
+    def turbo(self) -> bool:
+        """Whether the pipeline is taken for Z-Image-Turbo."""
+        return self.shift == TURBO_SHIFT
+
+    @property
+    def shift(self) -> float:
+        """Shift of the pipeline's scheduler."""
+        return float(self.entry("scheduler", "shift", float, 1.0))
+
+    @property
+    def model(self) -> str:
+        """See :attr:`Family.model`."""
+        return "Z-Image-Turbo" if self.turbo else "Z-Image"
+
+    def assumption(self) -> str | None:
+        """See :meth:`Family.assumption`."""
+        guided = "without guidance" if self.turbo else "with classifier-free guidance"
+        return (
+            f"taken for {self.model}, which samples {guided}, because its scheduler's shift is {self.shift:g} (Z-Image "
+            f"has 6, Z-Image-Turbo {TURBO_SHIFT:g})"
+        )
+
+    @property
+    def max_prompt(self) -> int:
+        """See :attr:`FlowFamily.max_prompt`; the image has the position after the padded prompt, which begins at 1."""
+        return (self.lens[0] - 2) // MULTIPLE * MULTIPLE
+
+    # Text
+
+    def load_prompt_encoder(
+        self, t5_length: int | None = None, load_t5: bool = True, pretrained: bool = True
+    ) -> PromptEncoder:
+        """See :meth:`Family.load_prompt_encoder`."""
+        from transformers import Qwen3Model
+
+        tokenizer = self.chat_tokenizer()
+        model = self.pipeline.load(Qwen3Model, "text_encoder", pretrained)
+        encoder = ZImagePromptEncoder(without_last_layer(model), tokenizer, TEXT_LENGTH)
+        return self.fitting(encoder)
+
+    # Guidance
+
+    @property
+    def default_guidance(self) -> float | None:
+        """See :attr:`Family.default_guidance`."""
+        return None if self.turbo else 5.0
+
+    def guide(self, with_prompt: Tensor, without: Tensor, scale: float) -> Tensor:
+        """See :meth:`Family.guide`; p + s·(p − n)."""
+        return with_prompt + scale * (with_prompt - without)
+
+    # Network
+
+    def velocity(
+        self, network: Any, latents: Tensor, sigma: Tensor, conditioning: Conditioning, guidance: float | None
+    ) -> Tensor:
+        """See :meth:`FlowFamily.velocity`."""
+        dtype = embedder(network).weight.dtype
+        rows = zip(conditioning.prompt_embeds.to(dtype), lengths_of(conditioning), strict=True)
+        captions = [tokens[:length] for tokens, length in rows]
+        images = list(latents.to(dtype).unsqueeze(2).unbind())
+        output = network(images, 1 - sigma, captions, return_dict=False)[0]
+        return -torch.stack(output).squeeze(2)
+
+    # Features
+
+    def begin(self, network: Any, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tokens:
+        """See :meth:`FlowFamily.begin`; the padding of the image follows the text tokens, outside the mask."""
+        dtype, device, size = embedder(network).weight.dtype, latents.device, len(latents)
+        height, width = self.token_grid(latents)
+        spare = -height * width % MULTIPLE
+        lengths = torch.tensor(lengths_of(conditioning), device=device)
+        filled = (lengths + MULTIPLE - 1) // MULTIPLE * MULTIPLE
+        length = int(filled.max())
+        places = torch.arange(length, device=device)
+        of_prompt, taken = places < lengths[:, None], places < filled[:, None]
+        uneven = not bool(taken.all())
+
+        temb = network.t_embedder((1 - sigma.to(device)) * network.t_scale).to(dtype)
+        patches = latents.to(dtype).unflatten(2, (height, 2)).unflatten(4, (width, 2))
+        visual = embedder(network)(patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2))
+        visual = torch.cat([visual, whole(network.x_pad_token).to(visual.dtype).expand(size, spare, -1)], dim=1)
+        text = network.cap_embedder(conditioning.padded(length).prompt_embeds.to(device, dtype))
+        text = torch.where(of_prompt.unsqueeze(-1), text, whole(network.cap_pad_token))
+
+        zeros = torch.zeros_like(places)
+        text_ids = torch.stack([places + 1, zeros, zeros], dim=-1)
+        starts = (filled + 1).repeat_interleave(height * width).view(size, -1)
+        rows = torch.arange(height, device=device).repeat_interleave(width).expand(size, -1)
+        columns = torch.arange(width, device=device).repeat(height).expand(size, -1)
+        visual_ids = nn.functional.pad(torch.stack([starts, rows, columns], dim=-1), (0, 0, 0, spare))
+        text_rope = network.rope_embedder(text_ids).expand(size, -1, -1)
+        visual_rope = network.rope_embedder(visual_ids.flatten(0, 1)).unflatten(0, (size, -1))
+
+        for block in network.noise_refiner:
+            visual = run(network, block, visual, None, visual_rope, temb)
+        for block in network.context_refiner:
+            text = run(network, block, text, taken if uneven else None, text_rope)
+        visual, padding = visual.split([height * width, spare], dim=1)
+        image = taken.new_ones(size, height * width + spare)
+        return Tokens(
+            visual,
+            torch.cat([text, padding], dim=1),
+            temb,
+            (height, width),
+            nn.functional.pad(of_prompt, (0, spare)),
+            {
+                "spare": spare,
+                "mask": torch.cat([image, taken], dim=1) if uneven else None,
+                "rope": torch.cat([visual_rope, text_rope], dim=1),
+            },
+        )
+
+    def step(self, block: nn.Module, tokens: Tokens, number: int) -> tuple[Tensor, Tensor]:
+        """See :meth:`FlowFamily.step`; blocks take the image, its padding and the caption, in this order."""
+        spare, count = tokens.others["spare"], tokens.visual.shape[1]
+        text, padding = tokens.text.split([tokens.text.shape[1] - spare, spare], dim=1)
+        joint = torch.cat([tokens.visual, padding, text], dim=1)
+        joint = block(joint, tokens.others["mask"], tokens.others["rope"], tokens.temb)
+        visual, padding, text = joint.split([count, spare, text.shape[1]], dim=1)
+        return visual, torch.cat([text, padding], dim=1)
+
+    @property
+    def width(self) -> int:
+        """See :attr:`FlowFamily.width`."""
+        return self.entry(self.part, "dim", int)
+
+    @property
+    def temb_dim(self) -> int:
+        """See :attr:`FlowFamily.temb_dim`."""
+        return min(self.width, 256)
+
+    def unread_outside(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
+        """See :meth:`FlowFamily.unread_outside`."""
+        return () if number or text else ("cap_embedder", "cap_pad_token", "context_refiner")
+
+
+class ZImagePromptEncoder(LanguageModelEncoder):
+    """Prompt encoder with Qwen3, which gets the prompt as a user's message of its chat template."""
+
+    def text(self, prompt: str) -> str:
+        """See :meth:`LanguageModelEncoder.text`."""
+        message = [{"role": "user", "content": prompt}]
+        text: str = self.tokenizer.apply_chat_template(
+            message, tokenize=False, add_generation_prompt=True, enable_thinking=True
+        )
+        return text
+
+
+def embedder(network: Any) -> Any:
+    """Return the layer that embeds patches of 2×2 latent pixels."""
+    return network.all_x_embedder["2-1"]
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """Return a parameter of the network itself, gathered if FSDP2 has sharded it.
+
+    FSDP2 gathers it for calls of the whole network, but a reward that shares the network calls its parts.
+    """
+    gather = getattr(parameter, "full_tensor", None)
+    return parameter if gather is None else gather()
+
+
+def lengths_of(conditioning: Conditioning) -> list[int]:
+    """Return the number of tokens of each prompt."""
+    tokens, mask = conditioning.prompt_embeds, conditioning.prompt_mask
+    return [tokens.shape[1]] * len(tokens) if mask is None else mask.sum(dim=1).tolist()
+
+
+def run(network: Any, block: nn.Module, *inputs: Tensor | None) -> Tensor:
+    """Run a block before the first tap, with gradient checkpointing if the network has it on."""
+    recompute = getattr(network, "gradient_checkpointing", False) and torch.is_grad_enabled()
+    output: Tensor = checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
+    return output
+
+
+@register_backbone
+def z_image(source: str, **options: Any) -> FamilyBackbone:
+    """Z-Image or Z-Image-Turbo (Tongyi-MAI, Apache-2.0), 6 billion parameters in 30 blocks.
+
+    Args:
+        source: Diffusers pipeline folder, or hub id.
+        options: See :func:`~latentreward.families.backbone.load_family_backbone`.
+    """
+    return load_family_backbone(source, "z_image", **options)

@@ -1,0 +1,134 @@
+"""Timesteps and noise levels of diffusers' schedulers."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentreward.errors import InputError, first_line
+from latentreward.storage.json_files import entry
+
+EULER = "FlowMatchEulerDiscreteScheduler"
+NAME = "the scheduler config"
+
+
+def make_scheduler(family: Any, config: Mapping[str, Any], num_inference_steps: int, **options: Any) -> Any:
+    """Make a diffusers scheduler on the CPU, and set its timesteps.
+
+    Args:
+        family: Class of the scheduler.
+        config: The pipeline's saved scheduler config, of this class or a related one.
+        num_inference_steps: Number of steps.
+        options: Further arguments of the scheduler's ``set_timesteps``.
+
+    Raises:
+        InputError: If the scheduler refuses the config, or cannot make ``num_inference_steps`` steps, such as a single
+            one with ``shift_terminal``.
+    """
+    for field in ("shift", "flow_shift"):
+        entry(config, field, float, NAME, default=1.0)
+    if num_inference_steps == 1 and (last := entry(config, "shift_terminal", float, NAME, default=0.0)):
+        raise InputError(
+            f"num_inference_steps=1, but {NAME} has shift_terminal={last:g}, to which it stretches the levels between "
+            "the first and the last step; take at least 2 steps"
+        )
+    try:
+        with torch.device("cpu"):
+            scheduler = family.from_config({**config, "_class_name": family.__name__})
+            _check_steps(num_inference_steps, len(scheduler.timesteps))
+            scheduler.set_timesteps(num_inference_steps, **options)
+    except InputError:
+        raise
+    except (ArithmeticError, ImportError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{NAME} does not make a {family.__name__} ({first_line(error)}); get the pipeline as published"
+        ) from error
+    return scheduler
+
+
+def _check_steps(num_inference_steps: int, levels: int) -> None:
+    if not 1 <= num_inference_steps <= levels:
+        raise InputError(f"num_inference_steps={num_inference_steps} must lie in 1..{levels}, the scheduler's levels")
+
+
+def check_levels(sigmas: Tensor) -> None:
+    """Raise InputError if the noise levels of a flow do not fall from at most 1 to at least 0."""
+    if not (sigmas[0] <= 1 and sigmas[-1] >= 0 and (sigmas.diff() < 0).all()):  # NaN too
+        shown = ", ".join(f"{level:g}" for level in [*sigmas[:3].tolist(), sigmas[-1].item()])
+        raise InputError(
+            f"{NAME} gives the noise levels {shown}, which must fall from at most 1 to 0; set its shift and the other "
+            "entries as published"
+        )
+
+
+def static_levels(config: Mapping[str, Any], num_inference_steps: int) -> tuple[Tensor, Tensor]:
+    """Return the levels that a ``FlowMatchEulerDiscreteScheduler`` makes by itself, as SD3's pipeline asks for them.
+
+    Args:
+        config: The pipeline's saved scheduler config.
+        num_inference_steps: Number of steps n.
+
+    Returns:
+        Timesteps ``(n,)`` and noise levels ``(n + 1,)``, the last one 0; float32.
+
+    Raises:
+        InputError: If the scheduler cannot make ``num_inference_steps`` steps, or its config has
+            ``use_dynamic_shifting`` (timesteps depend on the image size), ``invert_sigmas`` or
+            ``stochastic_sampling``, or gives levels that do not fall from 1 to 0.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    for name in ("use_dynamic_shifting", "invert_sigmas", "stochastic_sampling"):
+        if entry(config, name, bool, NAME, default=False):
+            raise InputError(
+                f"the scheduler config has {name}=true, which this family's levels do not follow; set it to false "
+                "there, and shift to the one to sample with"
+            )
+    scheduler = make_scheduler(FlowMatchEulerDiscreteScheduler, config, num_inference_steps)
+    return _levels(scheduler)
+
+
+def shifted_levels(config: Mapping[str, Any], num_inference_steps: int, mu: float | None) -> tuple[Tensor, Tensor]:
+    """Return the levels of a pipeline that passes 1, …, 2/n, 1/n to a ``FlowMatchEulerDiscreteScheduler``.
+
+    Args:
+        config: The pipeline's saved scheduler config.
+        num_inference_steps: Number of steps n.
+        mu: Logarithm of the shift, which counts under ``use_dynamic_shifting``; None for pipelines with a static one.
+
+    Returns:
+        Timesteps ``(n,)``, 1000·σ, and noise levels ``(n + 1,)``, the last one 0; float32.
+
+    Raises:
+        InputError: If the number of steps is out of range, or the config is of another scheduler, has
+            ``invert_sigmas``, ``stochastic_sampling``, another ``num_train_timesteps`` than 1000 or
+            ``use_dynamic_shifting`` without ``mu``, or gives levels that do not fall from 1 to 0.
+    """
+    import numpy as np
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    if config.get("_class_name") != EULER:
+        raise InputError(
+            f"the scheduler is a {config.get('_class_name')}; save the pipeline with {EULER}, as published"
+        )
+    for name in ("invert_sigmas", "stochastic_sampling"):
+        if entry(config, name, bool, NAME, default=False):
+            raise InputError(f"{NAME} has {name}=true, which is not supported; set it to false")
+    if (count := entry(config, "num_train_timesteps", int, NAME, default=1000)) != 1000:
+        raise InputError(f"{NAME} has num_train_timesteps={count}, but networks take 1000·σ; set it to 1000")
+    if entry(config, "use_dynamic_shifting", bool, NAME, default=False) and mu is None:
+        raise InputError(
+            f"{NAME} has use_dynamic_shifting=true, but pipelines of this family have a static shift; set it to false, "
+            "and shift to the one to sample with"
+        )
+    _check_steps(num_inference_steps, 1000)
+    sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
+    return _levels(make_scheduler(FlowMatchEulerDiscreteScheduler, config, num_inference_steps, sigmas=sigmas, mu=mu))
+
+
+def _levels(scheduler: Any) -> tuple[Tensor, Tensor]:
+    """Return a scheduler's timesteps and checked noise levels, float32."""
+    sigmas = scheduler.sigmas.to(torch.float32)
+    check_levels(sigmas)
+    return scheduler.timesteps.to(torch.float32), sigmas

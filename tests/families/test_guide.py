@@ -1,0 +1,96 @@
+"""docs/families.md: its family, trained and aligned as a user would."""
+
+import re
+import runpy
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AuraFlowPipeline, AuraFlowTransformer2DModel, FlowMatchEulerDiscreteScheduler
+from lightning.pytorch import LightningModule
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaTokenizerFast, UMT5Config, UMT5EncoderModel
+
+from latentreward.cache.layout import read_plan
+from latentreward.cli import main
+from latentreward.commands.fit import Parser
+from latentreward.settings.functions import MODE, prepare
+from tests.cache.writing import SETTINGS, SQUARE, write_data
+from tests.families.twins import PROMPTS, TWINS
+from tests.processes import finish
+from tests.tiny_pipelines import randomise, vae
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "families.md"
+BLOCKS = [f"block {number}" for number in range(1, 5)]
+SHORT = {
+    "aura_flow_reward.yaml": ["--data.train_pairs=16", "--data.val_pairs=8"],
+    "aura_flow_lpo.yaml": ["--model.sampling.num_inference_steps=4", "--data.batches_per_epoch=2"],
+}
+
+
+def words() -> LlamaTokenizerFast:
+    pieces = {token: number for number, token in enumerate(["<unk>", "<s>", "</s>", *map(chr, range(32, 127))])}
+    tokenizer = Tokenizer(models.WordLevel(pieces, "<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return LlamaTokenizerFast(tokenizer_object=tokenizer, pad_token="</s>")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The page's files beside a tiny pipeline."""
+    for name, text in re.findall(r"<!-- (\S+) -->\n```\w+\n(.*?)```", PAGE.read_text(), flags=re.DOTALL):
+        (tmp_path / name).write_text(text)
+    torch.manual_seed(0)
+    tokenizer = words()
+    text = UMT5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    network = AuraFlowTransformer2DModel(
+        sample_size=16, in_channels=4, num_mmdit_layers=2, num_single_dit_layers=2, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=32, caption_projection_dim=32, pos_embed_max_size=64,
+    )  # fmt: skip
+    pipeline = AuraFlowPipeline(
+        tokenizer, UMT5EncoderModel(text), vae(0.13025), network, FlowMatchEulerDiscreteScheduler(shift=1.73)
+    )
+    for part in (pipeline.text_encoder, pipeline.vae, pipeline.transformer):
+        randomise(part)
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    monkeypatch.setenv("AURA_FLOW", str(tmp_path / "pipeline"))
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path
+
+
+def test_its_check_finds_rounding_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(folder / "check_aura_flow.py"))
+    found = [line.rsplit(": ", 1) for line in capsys.readouterr().out.splitlines() if re.match("latents|block", line)]
+    assert [name for name, _ in found] == [*(f"latents of {prompt!r}" for prompt in PROMPTS), *BLOCKS]
+    assert all(float(difference) <= 1e-5 for _, difference in found)
+
+
+def test_an_lrm_on_flux1_is_built(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLUX1_PATH", TWINS["flux1_dev"].folder)
+    prepare([])
+    parser = Parser(parser_mode=MODE)
+    parser.add_subclass_arguments(LightningModule, "model")
+    text = (folder / "lrm_flux1.yaml").read_text().partition("trainer:")[0]
+    module = parser.instantiate(parser.parse_string(text.replace("[19, 28]", "[2, 4]"))).model
+    assert type(module.model.head).__name__ == "CLIPProjectionHead" and module.model.backbone.visual_taps == (2, 4)
+
+
+def test_its_latents_and_prompts_are_cached(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    write_data(folder / "pairs", pairs=2, sizes=[SQUARE])
+    source = ["--encoder.source=pipeline", "--encoder.family=aura_flow.AuraFlow", "--encoder.text=true"]
+    main(["cache", "cache", *SETTINGS, "--reader.root=pairs", *source])
+    spec = read_plan(folder / "cache").spec
+    assert spec.text is not None and (spec.text.num_tokens, spec.text.token_dim) == (256, 32)
+    assert spec.latent_space.channels == 4
+
+
+@pytest.mark.slow
+def test_it_trains_a_reward_and_aligns_a_policy(folder: Path) -> None:
+    commands = [shlex.split(line) for line in (folder / "commands").read_text().splitlines() if "fit" in line]
+    for command in commands:
+        options = ["--trainer.max_steps=2", "--trainer.accelerator=cpu", *SHORT[command[-1]]]
+        run = finish([*command[1:], *options], cwd=folder)
+        assert run.returncode == 0, run.stderr[-3000:]
+    assert list((folder / "runs" / "aura_flow_lpo").rglob("*.ckpt"))

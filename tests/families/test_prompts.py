@@ -1,0 +1,39 @@
+"""Text encoders of families: prompts beyond the limit, and parts of another pipeline."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+
+from latentreward.errors import InputError
+from latentreward.policies import PolicySource
+from tests.families.twins import PROMPTS, TWINS, Twin
+
+TOLD = [twin for twin in TWINS.values() if twin.family != "sd3"]
+
+
+@pytest.mark.parametrize("twin", TOLD, ids=lambda twin: twin.name)
+def test_a_prompt_beyond_the_limit_is_told_once(twin: Twin, caplog: pytest.LogCaptureFixture) -> None:
+    encoder = twin.source().resolve_family().load_prompt_encoder()
+    with caplog.at_level(logging.WARNING, logger="latentreward"):
+        encoder.tokenize(PROMPTS)
+        assert "are read" not in caplog.text
+        for _ in range(2):
+            encoder.tokenize(["a cat", "two dogs on a hill " * 600])
+    assert caplog.text.count(f"of which {encoder.num_tokens + encoder.dropped_tokens} are read") == 1
+
+
+WIDTHS = ("joint_attention_dim", "cap_feat_dim", "text_dim", "pooled_projection_dim")
+
+
+@pytest.mark.parametrize(("twin", "number"), [*((twin, 0) for twin in TOLD), (TWINS["flux1_dev"], 1)])
+def test_a_text_encoder_of_another_width_is_refused(twin: Twin, number: int, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(twin.folder, tmp_path / "pipeline"))
+    path = folder / "transformer" / "config.json"
+    config = json.loads(path.read_text())
+    field = [name for name in WIDTHS if name in config][number]
+    path.write_text(json.dumps(config | {field: config[field] + 1}))
+    with pytest.raises(InputError, match=f"wide, but the transformer takes {config[field] + 1}; all parts must"):
+        PolicySource(str(folder)).resolve_family().load_prompt_encoder()

@@ -1,0 +1,46 @@
+"""Features at each tap equal what hooks see in the untouched network."""
+
+import pytest
+import torch
+
+from latentreward.backbones import create_backbone
+from tests.families.twins import PROMPTS, TWINS, Twin, noise_for
+
+every_twin = pytest.mark.parametrize("twin", TWINS.values(), ids=TWINS.keys())
+
+
+@every_twin
+def test_taps_equal_hooks(twin: Twin) -> None:
+    """Single-stream blocks give joint sequences, of which the family's test says where the image's tokens lie."""
+    policy = twin.source().load().eval()
+    family, taps = policy.family, [*range(1, twin.layers)]
+    backbone = create_backbone(twin.backbone, source=twin.folder, num_layers=twin.layers - 1, visual_taps=taps,
+                               text_taps=taps, tuning="frozen").eval()  # fmt: skip
+    latents, sigma = noise_for(family.latent_shape(*twin.size)), torch.tensor([0.3, 0.8])
+    outputs: dict[int, object] = {}
+    for number, block in enumerate(family.blocks(policy.network), start=1):
+        block.register_forward_hook(lambda module, args, output, number=number: outputs.update({number: output}))
+    with torch.no_grad():
+        conditioning = policy.encode_prompts(PROMPTS)
+        policy.predict(latents, sigma * 1000, conditioning)
+        features = backbone(latents, sigma * 1000, backbone.encode_prompts(PROMPTS))
+    for tap, visual, text in zip(taps, features.visual, features.text, strict=True):
+        found = {tensor.shape: tensor for tensor in (visual, text)}
+        seen = outputs[tap] if isinstance(outputs[tap], tuple | list) else [outputs[tap]]
+        for output in seen:
+            if output.shape[1] < visual.shape[1] + text.shape[1]:
+                rows = found.get(output.shape)
+                assert rows is not None, f"block {tap} gives {tuple(output.shape)}"
+                torch.testing.assert_close(rows, output, rtol=0, atol=1e-6)
+            else:
+                for row, joint in enumerate(output):
+                    of_prompt = slice(None) if features.text_mask is None else features.text_mask[row]
+                    for tokens in (visual[row], text[row][of_prompt]):
+                        assert_part(tokens, joint)
+
+
+def assert_part(tokens: torch.Tensor, joint: torch.Tensor) -> None:
+    """Assert that tokens lie in a joint sequence, one after another in their own order."""
+    distances, places = torch.cdist(tokens.double(), joint.double()).min(dim=1)
+    assert distances.max() < 1e-5
+    assert (places.diff() == 1).all()
