@@ -12,10 +12,8 @@ from latentreward.export.kohya import FILE, write_kohya
 from latentreward.export.lora import TrainedLoRA
 from latentreward.generation.lora import load_lora
 from latentreward.policies import Policy
-from tests.families.twins import PROMPTS, TWINS, Twin, noise_for
+from tests.families.twins import PROMPTS, Twin, every_network, noise_for, one_per_family
 from tests.policies.alignment import perturbed
-
-every_twin = pytest.mark.parametrize("twin", TWINS.values(), ids=TWINS.keys())
 
 
 def moved(twin: Twin, **options: Any) -> Policy:
@@ -28,7 +26,7 @@ def output(policy: Policy, twin: Twin) -> torch.Tensor:
     return policy.predict(latents, torch.tensor([300.0, 800.0]), policy.encode_prompts(PROMPTS))
 
 
-@every_twin
+@every_network
 def test_every_adapter_has_a_gradient(twin: Twin) -> None:
     policy = moved(twin)
     output(policy, twin).square().mean().backward()
@@ -42,7 +40,7 @@ def test_every_adapter_has_a_gradient(twin: Twin) -> None:
             assert weight.grad is None, name
 
 
-@every_twin
+@every_network
 def test_gradient_checkpointing_changes_no_gradient(twin: Twin) -> None:
     gradients = []
     for checkpointing in (False, True):
@@ -53,7 +51,7 @@ def test_gradient_checkpointing_changes_no_gradient(twin: Twin) -> None:
         torch.testing.assert_close(again, plain)
 
 
-@every_twin
+@every_network
 def test_the_exported_file_loads_in_diffusers_and_here(twin: Twin, tmp_path: Path) -> None:
     policy = moved(twin)
     file = TrainedLoRA.of_policy(policy).write_diffusers(tmp_path)
@@ -68,7 +66,7 @@ def test_the_exported_file_loads_in_diffusers_and_here(twin: Twin, tmp_path: Pat
         torch.testing.assert_close(output(policy, twin), want, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("twin", [twin for twin in TWINS.values() if twin.family != "sd3"], ids=lambda twin: twin.name)
+@pytest.mark.parametrize("twin", one_per_family(), ids=lambda twin: twin.family)
 def test_kohyas_format_exists_only_where_programs_need_it(twin: Twin, tmp_path: Path) -> None:
     lora = TrainedLoRA.of_policy(moved(twin))
     if twin.family != "wan21":

@@ -9,14 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from latentreward.backbones import LoRA, create_backbone
+from latentreward.contracts import Conditioning
 from latentreward.errors import InputError
 from latentreward.heads import CLIPProjectionHead, GatedQFormerHead, RewardHead
 from latentreward.scoring import RewardModel
-from tests.families.test_methods import one_per_family
-from tests.families.twins import PROMPTS, TWINS, Twin, noise_for
+from tests.families.twins import PROMPTS, TWINS, Twin, every_network, every_twin, noise_for, one_per_family
 from tests.marks import slow_after
 
-every_twin = pytest.mark.parametrize("twin", TWINS.values(), ids=TWINS.keys())
 every_head = pytest.mark.parametrize("kind", ["q_former", "projection"])
 
 
@@ -47,9 +46,14 @@ class Scorer(nn.Module):
                     parameter.add_(0.1 * torch.randn_like(parameter))
 
     def forward(self, latents: Tensor, sigmas: Tensor, prompts: tuple[str, ...]) -> Tensor:
+        return self.score(latents, sigmas, *self.encode(prompts))
+
+    def encode(self, prompts: tuple[str, ...]) -> tuple[Conditioning, Conditioning | None]:
         uncond = self.backbone.encode_prompts([""]) if self.head.needs_uncond else None
-        features = self.backbone(latents, 1000 * sigmas, self.backbone.encode_prompts(prompts), uncond)
-        return self.head(features)
+        return self.backbone.encode_prompts(prompts), uncond
+
+    def score(self, latents: Tensor, sigmas: Tensor, cond: Conditioning, uncond: Conditioning | None) -> Tensor:
+        return self.head(self.backbone(latents, 1000 * sigmas, cond, uncond))
 
 
 def inputs(twin: Twin) -> tuple[Tensor, Tensor]:
@@ -68,7 +72,7 @@ def test_a_score_does_not_depend_on_other_rows(twin: Twin, kind: str) -> None:
 
 
 @every_head
-@every_twin
+@every_network
 @pytest.mark.parametrize("tuning", ["lora", "full"])
 def test_all_that_trains_has_a_gradient(twin: Twin, kind: str, tuning: str) -> None:
     """Else DDP would stop at its second step."""
@@ -108,7 +112,7 @@ def test_encoded_prompts_without_their_mask_are_refused() -> None:
         RewardModel(model.backbone, model.head).score_latents(PROMPTS, inputs(twin)[0], conditioning=(encoded, None))
 
 
-@every_twin
+@every_network
 def test_latents_get_a_gradient(twin: Twin) -> None:
     model, (latents, sigmas) = Scorer(twin, "q_former").eval(), inputs(twin)
     latents.requires_grad_()
@@ -127,7 +131,7 @@ def test_bfloat16_does_not_join_noise_levels(twin: Twin) -> None:
     assert not torch.equal(*features.temb)
 
 
-@every_twin
+@every_network
 def test_the_meta_device_shows_widths_and_space(twin: Twin) -> None:
     with torch.device("meta"):
         model = Scorer(twin, "q_former")
@@ -138,7 +142,7 @@ def test_the_meta_device_shows_widths_and_space(twin: Twin) -> None:
     assert model.backbone.noise_process.timesteps.device.type == "cpu"
 
 
-@every_twin
+@every_network
 def test_widths_are_known_without_a_text_encoder(twin: Twin) -> None:
     """The first pass compares the features with what is promised."""
     backbone = create_backbone(twin.backbone, source=twin.folder, visual_taps=[1], text_taps=[1], tuning="frozen")
@@ -151,7 +155,7 @@ def test_widths_are_known_without_a_text_encoder(twin: Twin) -> None:
     assert [tap.width for tap in found.text] == [tap.width for tap in want.text]
 
 
-@every_twin
+@every_network
 def test_taps_beyond_the_network_are_refused(twin: Twin) -> None:
     with pytest.raises(InputError, match=rf"num_layers={twin.layers + 1} must lie between 1 and the network's"):
         create_backbone(twin.backbone, source=twin.folder, num_layers=twin.layers + 1, tuning="frozen")

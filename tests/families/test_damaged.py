@@ -14,8 +14,7 @@ from latentreward.backbones import create_backbone
 from latentreward.backbones.loading import PipelineSource
 from latentreward.errors import InputError
 from latentreward.policies import PolicySource
-from tests.families.test_methods import one_per_family
-from tests.families.twins import TWINS, Twin
+from tests.families.twins import TWINS, Twin, one_per_family
 
 every_family = pytest.mark.parametrize("twin", one_per_family(), ids=lambda twin: twin.family)
 

@@ -15,8 +15,8 @@ from latentreward.modules import LPOModule, ReFLModule, StepwiseGRPOModule
 from latentreward.modules.alignment import AlignmentModule
 from latentreward.rollout import Branching, QuantileThreshold, sample_latents
 from tests.families.test_backbones import Scorer, inputs
-from tests.families.test_methods import DifferentiableChannel, one_per_family, rolled, sampling
-from tests.families.twins import PROMPTS, Twin, noise_for
+from tests.families.test_methods import DifferentiableChannel, rolled, sampling
+from tests.families.twins import PROMPTS, Twin, noise_for, one_per_family
 from tests.modules.lpo_runs import make_trainer
 
 pytestmark = pytest.mark.slow
@@ -30,9 +30,11 @@ def test_thirty_steps_halve_the_loss_of_a_fixed_batch(twin: Twin, kind: str) -> 
     model, (chosen, sigmas) = Scorer(twin, kind).train(), inputs(twin)
     rejected = noise_for(chosen.shape[1:], seed=5)
     optimizer = torch.optim.Adam([weight for weight in model.parameters() if weight.requires_grad], lr=0.01)
+    with torch.no_grad():
+        encoded = model.encode(PROMPTS)
     losses = []
     for _ in range(31):
-        margin = model(chosen, sigmas, PROMPTS) - model(rejected, sigmas, PROMPTS)
+        margin = model.score(chosen, sigmas, *encoded) - model.score(rejected, sigmas, *encoded)
         loss = F.softplus(-margin).mean()
         losses.append(loss.item())
         optimizer.zero_grad()

@@ -28,7 +28,7 @@ from latentreward.modules.pair_noise import PairDraws
 from latentreward.policies import Policy, PolicySource
 from latentreward.rewards import Reward, RewardSource
 from latentreward.rollout import Branching, QuantileThreshold, Sampling
-from tests.families.twins import PROMPTS, TWINS, Twin, noise_for
+from tests.families.twins import PROMPTS, TWINS, Twin, noise_for, one_per_family
 from tests.modules.lpo_runs import make_trainer
 from tests.modules.simple_reward import FirstChannelReward
 
@@ -99,12 +99,6 @@ def pairs(policy: Policy, twin: Twin) -> PreferenceBatch:
     return PreferenceBatch(
         names, PROMPTS, chosen, rejected, names, ("c", "d"), ones, ones, latent_space=policy.latent_space
     )
-
-
-def one_per_family() -> list[Twin]:
-    """Without SD3, whose methods have tests of their own in tests/modules."""
-    first = {twin.family: twin for twin in reversed(TWINS.values())}  # the later twins have less, such as no guidance
-    return [twin for twin in first.values() if twin.family != "sd3"]
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -1,14 +1,12 @@
 """Sampling equals diffusers' own pipelines: text, levels, guidance, network, latents and pictures at once."""
 
 import numpy as np
-import pytest
 import torch
 
 from latentreward.contracts import PromptBatch
 from latentreward.rollout import Sampling, sample_latents
-from tests.families.twins import PROMPTS, TWINS, GivenNoise, Twin, noise_for
+from tests.families.twins import PROMPTS, GivenNoise, Twin, every_network, every_twin, noise_for
 
-every_twin = pytest.mark.parametrize("twin", TWINS.values(), ids=TWINS.keys())
 STEPS = 4
 
 
@@ -42,7 +40,7 @@ def test_prompts_of_unequal_length_in_a_batch_equal_single_ones(twin: Twin) -> N
         assert_near(together[row : row + 1], ours(twin, (prompt,), noise[row : row + 1]))
 
 
-@every_twin
+@every_network
 def test_decoded_pictures(twin: Twin) -> None:
     policy = twin.source().load().eval()
     noise = noise_for(policy.latent_shape(*twin.size))

@@ -8,9 +8,8 @@ import torch
 from latentreward.backbones import create_backbone
 from latentreward.backbones.base import DiffusionBackbone
 from latentreward.scoring.precision import halve_products, is_halved
-from tests.families.twins import PROMPTS, TWINS, Twin, noise_for
+from tests.families.twins import PROMPTS, TWINS, Twin, every_network, noise_for
 
-every_twin = pytest.mark.parametrize("twin", TWINS.values(), ids=TWINS.keys())
 OF_TOKENS = re.compile(
     r"(^|\.)(attn\d?|attention|ff|ff_context|ffn|feed_forward|(img|txt)_mlp|proj_mlp|proj_out)(\.|$)"
 )
@@ -25,7 +24,7 @@ def backbone_of(twin: Twin) -> DiffusionBackbone:
     return create_backbone(twin.backbone, source=twin.folder, visual_taps=taps, text_taps=[1], tuning="frozen").eval()
 
 
-@every_twin
+@every_network
 @torch.no_grad()
 def test_only_attention_and_feed_forward_layers_are_rounded(twin: Twin) -> None:
     backbone, levels = backbone_of(twin), torch.tensor([301.7, 803.3])

@@ -7,9 +7,7 @@ from torch import Tensor
 from latentreward.errors import InputError
 from latentreward.noise import ContinuousFlow
 from latentreward.rollout import Branching, Sampling
-from tests.families.twins import TWINS, Twin, noise_for
-
-every_twin = pytest.mark.parametrize("twin", TWINS.values(), ids=TWINS.keys())
+from tests.families.twins import Twin, every_twin, noise_for
 
 
 def sampler(twin: Twin, steps: int, noise_level: float = 0.7):

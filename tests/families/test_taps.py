@@ -1,15 +1,12 @@
 """Features at each tap equal what hooks see in the untouched network."""
 
-import pytest
 import torch
 
 from latentreward.backbones import create_backbone
-from tests.families.twins import PROMPTS, TWINS, Twin, noise_for
-
-every_twin = pytest.mark.parametrize("twin", TWINS.values(), ids=TWINS.keys())
+from tests.families.twins import PROMPTS, Twin, every_network, noise_for
 
 
-@every_twin
+@every_network
 def test_taps_equal_hooks(twin: Twin) -> None:
     """Single-stream blocks give joint sequences, of which the family's test says where the image's tokens lie."""
     policy = twin.source().load().eval()

@@ -86,5 +86,12 @@ def normalised(latents: Tensor, size: tuple[int, int]) -> Tensor:
 TWINS = [
     Twin("klein_base", "flux2_klein", lambda: klein(False, 28, "right"), found=normalised, backbone="flux2_klein"),
     # As many layers as are read, so that the last of them is normalised, and the other padding side.
-    Twin("klein_distilled", "flux2_klein", lambda: klein(True, 27, "left"), found=normalised, backbone="flux2_klein"),
+    Twin(
+        "klein_distilled",
+        "flux2_klein",
+        lambda: klein(True, 27, "left"),
+        found=normalised,
+        backbone="flux2_klein",
+        same_network=True,
+    ),
 ]

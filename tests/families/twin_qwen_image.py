@@ -20,8 +20,9 @@ def unpacked(latents: Tensor, size: tuple[int, int]) -> Tensor:
 
 GUIDED = {"true_cfg_scale": 4.0, "negative_prompt": [" ", " "]}
 COMMON: dict[str, Any] = {"family": "qwen_image", "given": packed, "found": unpacked, "backbone": "qwen_image"}
+OTHERS = {"same_network": True, **COMMON}
 TWINS = [
     Twin("qwen_image", build=qwen_image, call=GUIDED, **COMMON),
-    Twin("qwen_image_left", build=lambda: qwen_image(padding_side="left"), call=GUIDED, **COMMON),
-    Twin("qwen_image_unguided", build=qwen_image, call={"true_cfg_scale": 1.0}, guidance=1.0, **COMMON),
+    Twin("qwen_image_left", build=lambda: qwen_image(padding_side="left"), call=GUIDED, **OTHERS),
+    Twin("qwen_image_unguided", build=qwen_image, call={"true_cfg_scale": 1.0}, guidance=1.0, **OTHERS),
 ]

@@ -44,5 +44,6 @@ TWINS = [
         call={**CALL, "guidance_scale": 1.0},
         guidance=1.0,
         backbone="wan21",
+        same_network=True,
     ),
 ]

@@ -40,5 +40,6 @@ def pipeline(shift: float, padding_side: str) -> DiffusionPipeline:
 TWINS = [
     Twin("z_image", "z_image", lambda: pipeline(6.0, "right"), call={"guidance_scale": 4.0}, guidance=4.0,
          backbone="z_image"),
-    Twin("z_image_turbo", "z_image", lambda: pipeline(3.0, "left"), call={"guidance_scale": 0.0}, backbone="z_image"),
+    Twin("z_image_turbo", "z_image", lambda: pipeline(3.0, "left"), call={"guidance_scale": 0.0}, backbone="z_image",
+         same_network=True),
 ]  # fmt: skip

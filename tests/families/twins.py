@@ -5,7 +5,7 @@ A file ``twin_NAME.py`` of this folder holds the twins of the family NAME; this 
 
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -13,7 +13,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from _pytest.mark import ParameterSet
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
@@ -47,6 +49,7 @@ class Twin:
         layers: Number of blocks of the network.
         backbone: Name of the registered backbone.
         options: Settings of the policy's source.
+        same_network: Whether an earlier twin of the family has the same network.
     """
 
     name: str
@@ -60,6 +63,7 @@ class Twin:
     layers: int = 4
     backbone: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
+    same_network: bool = False
 
     @property
     def folder(self) -> str:
@@ -127,3 +131,19 @@ def _find() -> dict[str, Twin]:
 
 
 TWINS: dict[str, Twin] = _find()
+
+
+def _cases(twins: Iterable[Twin]) -> list[ParameterSet]:
+    return [pytest.param(twin, id=twin.name, marks=[pytest.mark.slow] * twin.same_network) for twin in twins]
+
+
+every_twin = pytest.mark.parametrize("twin", _cases(TWINS.values()))
+"""Runs a test on every twin; in `.ci/run` alone on those whose network an earlier one has."""
+every_network = pytest.mark.parametrize("twin", _cases(twin for twin in TWINS.values() if not twin.same_network))
+"""Runs a test on every twin with a network of its own."""
+
+
+def one_per_family() -> list[Twin]:
+    """Without SD3, whose methods have tests of their own in tests/modules."""
+    first = {twin.family: twin for twin in reversed(TWINS.values())}  # the later twins have less, such as no guidance
+    return [twin for twin in first.values() if twin.family != "sd3"]
