@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor, nn
 
+from latentreward.backbones.tuning import ATTENTION
 from latentreward.construction import Construction
 from latentreward.contracts import Conditioning, Features, FeatureSpec, LatentSpace, map_tensors
 from latentreward.errors import InputError
@@ -41,6 +42,7 @@ class DiffusionBackbone(nn.Module, ABC):
         takes_aspects: Whether the network was trained on images of several aspect ratios.
         max_side: Largest side of the latents for which the network has position embeddings; None for any.
         max_prompt: Largest number of tokens of a prompt for which the network has them; None for any.
+        lora_targets: Name endings of the layers that get adapters where the settings name none.
         built_by: Record of the factory or class call that made the backbone; None if an argument cannot be written as
             JSON.
     """
@@ -50,6 +52,7 @@ class DiffusionBackbone(nn.Module, ABC):
     takes_aspects: bool = False
     max_side: int | None = None
     max_prompt: int | None = None
+    lora_targets: Sequence[str] = ATTENTION
     built_by: Construction | None = None
     _compared: bool = False
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from latentreward.backbones.quantization import Quantization, check_quantization, quantize
-from latentreward.backbones.tuning import ATTENTION, LoRA, StorageDtype, Tuning, tune
+from latentreward.backbones.tuning import LoRA, StorageDtype, Tuning, tune
 from latentreward.backbones.weights import from_config, load_weights, map_model, settle
 from latentreward.contracts import LatentSpace
 from latentreward.errors import InputError, first_line
@@ -360,7 +360,6 @@ def finish(
     lora: LoRA | None = None,
     text_encoder_tuning: Tuning = "frozen",
     frozen_dtype: StorageDtype = "float32",
-    lora_targets: Sequence[str] = ATTENTION,
     float32_parts: Sequence[str] = (),
     **execution: Any,
 ) -> Backbone:
@@ -374,7 +373,6 @@ def finish(
         lora: Adapter settings for ``tuning: lora``; the default is DiNa-LRM's rank 64, alpha 128.
         text_encoder_tuning: Weights of the text encoders that train: ``full``, ``lora`` or ``frozen``.
         frozen_dtype: Type in which frozen weights are stored; use ``bfloat16`` with ``precision: bf16-mixed``.
-        lora_targets: Name endings of the layers that get adapters where ``lora`` names none.
         float32_parts: Parts of the names of the network's weights that are float32 whatever ``frozen_dtype`` is.
         execution: See :func:`set_execution`.
 
@@ -386,7 +384,7 @@ def finish(
         raise InputError(f"lora is set, but tuning is {tuning!r}; set tuning: lora or leave lora out")
     check_quantization(execution.get("quantization"), tuning)
     lora = lora or LoRA()
-    targets = lora_targets if lora.target_modules is None else lora.target_modules
+    targets = backbone.lora_targets if lora.target_modules is None else lora.target_modules
     tune(network, tuning, LoRA(lora.rank, lora.alpha, lora.dropout, targets), unread)
     network.train(tuning != "frozen")
     if backbone.text_encoder is not None:

@@ -55,6 +55,7 @@ class FamilyBackbone(TransformerBackbone):
     ) -> None:
         super().__init__(family.noise_process, family.latent_space, **encoders)
         self.family, self.max_side, self.max_prompt = family, family.max_side, family.max_prompt
+        self.lora_targets = family.lora_targets
         depth = sum(1 for _ in family.blocks(transformer))
         num_layers = self.choose_taps(depth, num_layers, visual_taps, text_taps)
         if family.constant_text and max(self.text_taps, default=0) > self.visual_taps[-1]:
@@ -244,7 +245,6 @@ def cut_family_backbone(
         backbone,
         backbone.transformer,
         backbone.unread(),
-        lora_targets=family.lora_targets,
         float32_parts=family.float32_parts,
         **options,
     )
