@@ -1,6 +1,6 @@
 """Rollouts of a policy: sample prompts step by step, score candidates or finished latents, select training rows."""
 
-from latentreward.rollout.advantages import group_advantages, tracked_advantages
+from latentreward.rollout.advantages import GDPO, Advantage, GroupAdvantage, group_advantages, tracked_advantages
 from latentreward.rollout.base import StepSampler
 from latentreward.rollout.candidates import Branching, CandidateStep, candidate_steps
 from latentreward.rollout.ddim import DDIMSampler
@@ -26,11 +26,14 @@ from latentreward.rollout.trajectories import Trajectories, sample_latents, samp
 from latentreward.rollout.transition import Transition
 
 __all__ = [
+    "GDPO",
+    "Advantage",
     "Branching",
     "CandidateStep",
     "DDIMSampler",
     "FixedThreshold",
     "FlowSDESampler",
+    "GroupAdvantage",
     "LinearThreshold",
     "PairSelection",
     "PromptedPolicy",

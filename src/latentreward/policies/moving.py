@@ -1,0 +1,46 @@
+"""Older copies of a trained adapter, beside it on the same network."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from latentreward.errors import InputError
+
+
+@dataclass
+class DecayRamp:
+    """Decay d of a moving copy, old ← d · old + (1 − d) · new, as a function of the number of optimiser steps.
+
+    d is 0 up to ``start``, rises by ``slope`` per step from there, and ends at ``most``. With ``most`` 0 the copy is
+    always the newest weights.
+
+    Attributes:
+        slope: Rise per optimiser step, at least 0. DiffusionNFT: 0.001, for text rendering 0.0075.
+        most: Largest decay, in [0, 1). DiffusionNFT: 0.5, for text rendering 0.999. AWM's moving average: 0.3.
+        start: Optimiser step from which the decay rises. DiffusionNFT: 0, for text rendering 75.
+    """
+
+    slope: float = 0.001
+    most: float = 0.5
+    start: int = 0
+
+    def __post_init__(self) -> None:
+        """Raise InputError for numbers that are out of range."""
+        if not (math.isfinite(self.slope) and self.slope >= 0):
+            raise InputError(f"slope={self.slope:g} must be at least 0 and finite; DiffusionNFT uses 0.001")
+        if not 0 <= self.most < 1:
+            raise InputError(f"most={self.most:g} must lie in [0, 1); 0 keeps no older weights")
+        if self.start < 0:
+            raise InputError(f"start={self.start} must be at least 0")
+
+    def decay(self, step: int) -> float:
+        """Return d after ``step`` optimiser steps."""
+        return min(max(step - self.start, 0) * self.slope, self.most)
+
+
+@torch.no_grad()
+def move_towards(old: Tensor, new: Tensor, decay: float) -> None:
+    """Set ``old`` to ``decay · old + (1 − decay) · new``, in place."""
+    old.lerp_(new.to(old.dtype), 1 - decay) if decay else old.copy_(new)
