@@ -1,7 +1,7 @@
 r"""Advantage weighted matching (AWM, arXiv:2509.25050): a clipped policy gradient on the denoising error of a flow.
 
-With m = ⟨(v − u)²⟩ the error of the velocity v at clean latents x₀ and noise ε, u = ε − x₀, the log-probability of x₀ is
-replaced by
+With m = ⟨(v − u)²⟩ the error of the velocity v at clean latents x₀ and noise ε, u = ε − x₀, the log-probability of x₀
+is replaced by
 
 .. math:: \ell = -m\,g(\sigma) \quad\text{or, with } p \text{ the power,}\quad
     \ell = -\frac{(m + 10^{-10})^p - 10^{-10 p}}{p}\,\sigma,
@@ -103,8 +103,8 @@ class MatchingLoss(SetLoss):
     Args:
         weighting: Form of ℓ; see :func:`matching_log_prob`. The released configs have ``ghuber``.
         power: p of ``ghuber``.
-        clip_range: Range of the ratio, in (0, 1]. The released configs have 1, and one optimiser step per rollout, where
-            the ratio is 1 and nothing is clipped.
+        clip_range: Range of the ratio, in (0, 1]. The released configs have 1, and one optimiser step per rollout,
+            where the ratio is 1 and nothing is clipped.
         kl_weight: Weight of the divergence from the reference; 0 leaves it out.
         average_weight: Weight of the divergence from the policy's moving average; 0 leaves it out.
         kl: Weighting by noise level of the divergence from the reference; see :func:`velocity_divergence`.

@@ -1,6 +1,6 @@
 r"""DiffusionNFT (arXiv:2509.16117): reinforcement learning on the forward process of a flow, without log-probabilities.
 
-With clean latents x₀, noise ε, level σ, target velocity u = ε − x₀, the policy's velocity v and that of the older policy
+With clean latents x₀, noise ε, level σ, target velocity u = ε − x₀, the policy's velocity v, that of the older policy
 which sampled x₀, and the optimality r of a sample from its advantage A,
 
 .. math::
