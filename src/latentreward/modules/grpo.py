@@ -20,13 +20,13 @@ from latentreward.rewards import RewardSource
 from latentreward.rollout import (
     Branching,
     CandidateStep,
+    GroupAdvantage,
     Sampling,
     Trajectories,
     check_sigmas,
     group_advantages,
     sample_trajectories,
     score_finished,
-    tracked_advantages,
 )
 
 LEAST_ADVANTAGE = 1e-6
@@ -183,16 +183,9 @@ class TrajectoryGRPOModule(GRPOModule):
         rewards = score_finished(self.reward, trajectories.finished, prompts, self.seed, self.reward_sigmas)
         rewards = rewards.view(len(prompts), count)
         self.rollout_statistics = group_statistics(torch.zeros(1), rewards.T[None].cpu())
-        advantage = self._advantages(rewards).flatten().cpu()
+        rule = GroupAdvantage("all" if self.global_std else "group")
+        advantage = self.advantages(rewards, rule).flatten().cpu()
         return worth_learning(trajectory_samples(trajectories, self.trained_steps, repeated, advantage))
-
-    def _advantages(self, rewards: Tensor) -> Tensor:
-        """Compute advantages ``(P, K)`` of this rank's rewards; ``global_std`` divides by the spread over all ranks."""
-        every = self.all_gather(rewards).reshape(-1, self.num_trajectories)
-        groups = torch.arange(len(every), device=every.device).repeat_interleave(self.num_trajectories)
-        advantages = tracked_advantages(every.flatten(), groups, self.global_std).view_as(every)
-        start = self.trainer.global_rank * len(rewards) if len(every) > len(rewards) else 0
-        return advantages[start : start + len(rewards)]
 
 
 def candidate_samples(step: CandidateStep, prompts: PromptBatch) -> StepSamples:

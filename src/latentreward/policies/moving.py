@@ -1,12 +1,15 @@
 """Older copies of a trained adapter, beside it on the same network."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from latentreward.errors import InputError
+from latentreward.policies.adapters import add_frozen_adapter
+from latentreward.policies.policy import POLICY, Policy
 
 
 @dataclass
@@ -44,3 +47,36 @@ class DecayRamp:
 def move_towards(old: Tensor, new: Tensor, decay: float) -> None:
     """Set ``old`` to ``decay · old + (1 − decay) · new``, in place."""
     old.lerp_(new.to(old.dtype), 1 - decay) if decay else old.copy_(new)
+
+
+class MovingCopy:
+    """A frozen copy of a policy's adapter that follows it, as a second adapter on the policy's network.
+
+    Checkpoints hold the copy, since :attr:`Policy.moving_adapters` names it.
+
+    Args:
+        policy: The policy, not yet sharded.
+        name: Name of the copy's adapter.
+        ramp: How slowly the copy follows.
+    """
+
+    def __init__(self, policy: Policy, name: str, ramp: DecayRamp) -> None:
+        self.policy, self.name, self.ramp = policy, name, ramp
+        settings: Any = policy.network.peft_config
+        config = replace(settings[POLICY], lora_dropout=0.0)
+        with torch.no_grad():
+            for key, weight in add_frozen_adapter(policy.network, config, name).items():
+                weight.data = policy.network.get_parameter(self._trained(key)).detach().clone()
+        policy.adapters.refresh()
+        policy.moving_adapters = (*policy.moving_adapters, name)
+
+    def _trained(self, key: str) -> str:
+        return key.replace(f".{self.name}.", f".{POLICY}.")
+
+    def follow(self, step: int) -> None:
+        """Move the copy towards the policy's adapter after ``step`` optimiser steps."""
+        weights = dict(self.policy.network.named_parameters())
+        decay = self.ramp.decay(step)
+        for key, weight in weights.items():
+            if f".{self.name}." in key:
+                move_towards(weight, weights[self._trained(key)].detach(), decay)

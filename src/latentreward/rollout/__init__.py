@@ -22,6 +22,7 @@ from latentreward.rollout.pair_selection import (
 from latentreward.rollout.prompted import PromptedPolicy
 from latentreward.rollout.rollout_noise import RolloutDraws
 from latentreward.rollout.settings import Sampling
+from latentreward.rollout.step_choice import RandomSteps, StepChoice, StratifiedSteps
 from latentreward.rollout.trajectories import Trajectories, sample_latents, sample_trajectories
 from latentreward.rollout.transition import Transition
 
@@ -38,12 +39,15 @@ __all__ = [
     "PairSelection",
     "PromptedPolicy",
     "QuantileThreshold",
+    "RandomSteps",
     "RolloutDraws",
     "Sampling",
     "ScheduledThreshold",
     "SelectedPairs",
     "SigmaThreshold",
+    "StepChoice",
     "StepSampler",
+    "StratifiedSteps",
     "ThresholdSelection",
     "Trajectories",
     "Transition",
