@@ -1,4 +1,4 @@
-"""GRPO's YAML files parse, build at full size, and the tiny ones train under every guard."""
+"""YAML files of GRPO, DiffusionNFT and AWM parse, build at full size, and the tiny ones train under every guard."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,13 +9,13 @@ from safetensors.torch import load_file
 
 from latentreward.cli import main
 from latentreward.estimate.pipelines import write_pipelines
-from latentreward.modules import StepwiseGRPOModule, TrajectoryGRPOModule
+from latentreward.modules import AWMModule, DiffusionNFTModule, StepwiseGRPOModule, TrajectoryGRPOModule
 from tests.families.twins import TWINS
 from tests.marks import slow_after
 from tests.test_recipes import parse
 
 FOLDER = Path(__file__).parents[1] / "configs" / "align"
-FILES = sorted(path.stem for path in FOLDER.glob("grpo_*.yaml"))
+FILES = sorted(path.stem for kind in ("awm", "grpo", "nft") for path in FOLDER.glob(f"{kind}_*.yaml"))
 TOY = "--model.reward=tests.modules.simple_reward.FirstChannelReward"
 
 
@@ -39,6 +39,13 @@ def test_parses_and_keeps_its_runs_apart(name: str) -> None:
 
 FAMILIES = sorted({twin.backbone for twin in TWINS.values()})
 METHODS = ("StepwiseGRPOModule", "TrajectoryGRPOModule", "ReFLModule", "SPOModule")
+KINDS = {
+    "awm_sd35": AWMModule,
+    "grpo_stepwise_sd15": StepwiseGRPOModule,
+    "grpo_stepwise_sd35": StepwiseGRPOModule,
+    "grpo_trajectory_sd35": TrajectoryGRPOModule,
+    "nft_sd35": DiffusionNFTModule,
+}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -54,20 +61,21 @@ def test_one_option_changes_the_method(name: str, method: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["grpo_stepwise_sd15", "grpo_stepwise_sd35", "grpo_trajectory_sd35"])
+@pytest.mark.parametrize("name", KINDS)
 def test_builds_at_full_size(name: str) -> None:
     with torch.device("meta"):
         module = parse(f"configs/align/{name}.yaml", options=(TOY,)).build("model")
-    assert isinstance(module, TrajectoryGRPOModule if "trajectory" in name else StepwiseGRPOModule)
+    assert isinstance(module, KINDS[name])
     trained = {key for key, value in module.named_parameters() if value.requires_grad}
     assert trained
     assert all("lora" in key for key in trained)
-    assert module.loss.clip_range == 1e-4
-    assert len(module.sampler) == (20 if name.endswith("sd15") else 10)
+    if name.startswith("grpo"):
+        assert module.loss.clip_range == 1e-4
+    assert len(module.sampler) == {"grpo_stepwise_sd15": 20, "awm_sd35": 14}.get(name, 10)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["grpo_trajectory_tiny", "grpo_stepwise_tiny", "grpo_stepwise_sd35_tiny"])
+@pytest.mark.parametrize("name", [name for name in FILES if name.endswith("_tiny")])
 def test_tiny_ones_train_under_guard(name: str, tmp_path: Path) -> None:
     small = ("--data.batch_size=4", "--data.prompts_per_rollout=2", "--model.sampling.num_inference_steps=3")
     quick = ("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.max_steps=2")
@@ -86,7 +94,14 @@ def test_tiny_ones_train_under_guard(name: str, tmp_path: Path) -> None:
         "          class_path: CallableScorer\n"
         "          init_args: {function: tests.test_grpo_configs.size, name: size}\n"
     )
-    options = (f"--trainer.default_root_dir={tmp_path}", TOY, *small, *quick)
+    own_steps = ["--model.steps={class_path: StratifiedSteps, init_args: {count: 1, share: 1.0}}"]
+    options = (
+        f"--trainer.default_root_dir={tmp_path}",
+        TOY,
+        *small,
+        *quick,
+        *(own_steps if name == "awm_tiny" else []),
+    )
     main(["fit", f"--config={FOLDER / name}.yaml", own, *options])
     weights = load_file(tmp_path / "lora" / "pytorch_lora_weights.safetensors")
     assert any(value.any() for key, value in weights.items() if "lora_B" in key or "lora.up" in key)

@@ -20,7 +20,6 @@ def loss_of(options: dict) -> MatchingLoss:
         options["beta"],
         options["ema_beta"],
         options["kl_weight"].lower(),
-        options["kl_ema_weight"].lower(),
         options["adv_clip_max"],
         options["advantage_max"],
     )
@@ -39,8 +38,8 @@ def check_variant(data: Tensors, variant: str, options: dict) -> None:
     velocity = data[variant + "v"].clone().requires_grad_()
     log_prob = loss.log_prob(velocity, target, levels)
     old_log_prob = loss.log_prob(data[variant + "v_old"], target, levels)
-    kl = velocity_divergence(velocity, data[variant + "v_ref"], levels, loss.kl)
-    average_kl = velocity_divergence(velocity, data[variant + "v_ema"], levels, loss.average_kl)
+    kl = velocity_divergence(velocity, data[variant + "v_ref"], levels, loss.divergence)
+    average_kl = velocity_divergence(velocity, data[variant + "v_ema"], levels, options["kl_ema_weight"].lower())
     advantages = data[variant + "advantages"].repeat(steps)
     rows: tuple[Tensor, Tensor, Tensor] = log_prob, old_log_prob, advantages
     if options["loss_type"] == "sum_first":  # one ratio per sample, of its mean log-probability

@@ -15,9 +15,9 @@ from latentreward.data.alignment.prompts import PromptLoaders
 from latentreward.errors import InputError
 from latentreward.losses import MatchingLoss, NFTLoss
 from latentreward.modules import AWMModule, DiffusionNFTModule, TrajectoryGRPOModule
-from latentreward.modules.forward_process import AVERAGE, OLD, ForwardProcessModule
+from latentreward.modules.forward_process import ForwardProcessModule
 from latentreward.policies import PolicySource
-from latentreward.policies.moving import DecayRamp
+from latentreward.policies.moving import AVERAGE, OLD, DecayRamp
 from latentreward.rollout import RandomSteps, Sampling, StratifiedSteps, sample_latents
 from tests.marks import slow_after
 from tests.modules.lpo_runs import make_trainer
@@ -179,7 +179,7 @@ def test_a_checkpoint_without_the_copy_is_refused(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, max_steps=1)
     trainer.fit(other, datamodule=loaders())
     trainer.save_checkpoint(tmp_path / "other.ckpt")
-    with pytest.raises(InputError, match="has no adapter 'old', which DiffusionNFTModule trains with"):
+    with pytest.raises(InputError, match="has no adapter 'old', which this run keeps beside the policy"):
         make_trainer(tmp_path, max_steps=2).fit(make("nft"), datamodule=loaders(), ckpt_path=tmp_path / "other.ckpt")
 
 

@@ -26,7 +26,7 @@ class LinearDPOResult(NamedTuple):
 
     Attributes:
         per_pair: ``(B,)`` loss of each pair.
-        weight: ``(B,)`` u, without gradient.
+        weight: ``(B,)`` u, without gradient; with labels y that of both orders, y u(m) − (1 − y) u(−m).
         margin: ``(B,)`` margin m, without gradient.
     """
 
@@ -52,7 +52,9 @@ class LinearDPO(SetLoss):
             raise InputError(f"eta = {eta} must lie in [0, 0.5); Linear-DPO uses 1e-3 for SD1.5")
         self.eta = eta
 
-    def forward(self, prediction: Tensor, reference: Tensor, target: Tensor, beta: float) -> LinearDPOResult:
+    def forward(
+        self, prediction: Tensor, reference: Tensor, target: Tensor, beta: float, label: Tensor | None = None
+    ) -> LinearDPOResult:
         """Compute the loss of B pairs.
 
         Args:
@@ -60,9 +62,16 @@ class LinearDPO(SetLoss):
             reference: ``(2B, C, ...)`` the reference's output.
             target: ``(2B, C, ...)`` what the network is to predict.
             beta: β of the implicit rewards.
+            label: ``(B,)`` probabilities y that the chosen image wins, None for 1. The loss is y times that of the pair
+                and 1 − y times that of the pair in the other order.
         """
         chosen, rejected = denoising_error(prediction, target).chunk(2)
         won, lost = implicit_rewards(prediction.detach(), reference, target, beta).chunk(2)
         margin = won - lost
-        weight = (0.5 - SLOPE * margin).clamp(self.eta, 1 - self.eta)
+        weight = self._weight(margin)
+        if label is not None:
+            weight = label * weight - (1 - label) * self._weight(-margin)
         return LinearDPOResult(weight * (chosen - rejected), weight, margin)
+
+    def _weight(self, margin: Tensor) -> Tensor:
+        return (0.5 - SLOPE * margin).clamp(self.eta, 1 - self.eta)

@@ -107,8 +107,7 @@ class MatchingLoss(SetLoss):
             where the ratio is 1 and nothing is clipped.
         kl_weight: Weight of the divergence from the reference; 0 leaves it out.
         average_weight: Weight of the divergence from the policy's moving average; 0 leaves it out.
-        kl: Weighting by noise level of the divergence from the reference; see :func:`velocity_divergence`.
-        average_kl: The same for the moving average.
+        divergence: Weighting by noise level of both divergences; see :func:`velocity_divergence`.
         max_advantage: Bound: advantages are clamped to [−``max_advantage``, ``max_advantage``].
         scale_to: Number that ``max_advantage`` is scaled to; None leaves the advantages as they are.
 
@@ -123,8 +122,7 @@ class MatchingLoss(SetLoss):
         clip_range: float = 1.0,
         kl_weight: float = 1e-3,
         average_weight: float = 1.0,
-        kl: Divergence = "uniform",
-        average_kl: Divergence = "uniform",
+        divergence: Divergence = "uniform",
         max_advantage: float = 5.0,
         scale_to: float | None = 1.0,
     ) -> None:
@@ -140,7 +138,7 @@ class MatchingLoss(SetLoss):
             if bound is not None and not (math.isfinite(bound) and bound > 0):
                 raise InputError(f"{name} = {bound} must be positive and finite")
         self.weighting, self.power, self.clip_range = weighting, power, clip_range
-        self.kl_weight, self.average_weight, self.kl, self.average_kl = kl_weight, average_weight, kl, average_kl
+        self.kl_weight, self.average_weight, self.divergence = kl_weight, average_weight, divergence
         self.max_advantage, self.scale_to = max_advantage, scale_to
 
     def log_prob(self, velocity: Tensor, target: Tensor, sigmas: Tensor) -> Tensor:

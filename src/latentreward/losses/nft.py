@@ -23,9 +23,8 @@ import torch
 from torch import Tensor
 
 from latentreward.errors import InputError
-from latentreward.losses.base import SetLoss
+from latentreward.losses.base import SetLoss, beside
 from latentreward.losses.diffusion_dpo import denoising_error
-from latentreward.noise.base import per_sample
 
 LEAST_WEIGHT = 1e-5
 """Least mean absolute error that a squared error is divided by."""
@@ -138,7 +137,7 @@ class NFTLoss(SetLoss):
             raise ValueError(f"kl_weight={self.kl_weight:g} needs the reference's velocity")
         wide = torch.float32 if velocity.device.type == "mps" else torch.float64
         new, older, want = (tensor.to(wide) for tensor in (velocity, old.detach(), target))
-        level = per_sample(sigmas.to(want), want)
+        level = beside(sigmas.to(want), want)
         positive = self._error(level, want, self.beta * new + (1 - self.beta) * older)
         negative = self._error(level, want, (1 + self.beta) * older - self.beta * new)
         share = optimality(advantage, self.max_advantage, self.signs).to(want)

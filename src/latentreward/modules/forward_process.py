@@ -17,14 +17,12 @@ from latentreward.losses import MatchingLoss, NFTLoss, velocity_divergence
 from latentreward.modules.alignment import RolloutModule
 from latentreward.modules.grpo import LEAST_ADVANTAGE, group_statistics
 from latentreward.policies import PolicySource
-from latentreward.policies.moving import DecayRamp, MovingCopy
+from latentreward.policies.moving import AVERAGE, OLD, DecayRamp, MovingCopy
 from latentreward.rewards import RewardSource
 from latentreward.rollout import Advantage, GroupAdvantage, Sampling, check_sigmas, sample_latents, score_finished
 from latentreward.rollout.step_choice import RandomSteps, StepChoice, StratifiedSteps
 from latentreward.seeding import pair_generator
 
-OLD, AVERAGE = "old", "average"
-"""Names of the adapters that follow the trained one: of the policy that samples, and of the moving average."""
 FOLLOWED = "copies_followed"
 """Key of a checkpoint with the optimiser step after which the copies last followed the policy."""
 
@@ -117,11 +115,7 @@ class ForwardProcessModule(RolloutModule[RenoisedSamples]):
             InputError: If a copy is missing, as in the checkpoint of another method.
         """
         for copy in self.copies:
-            if not any(f".{copy.name}." in name for name in checkpoint["state_dict"]):
-                raise InputError(
-                    f"the checkpoint has no adapter {copy.name!r}, which {type(self).__name__} trains with; resume a "
-                    "run of this method, or start a new one"
-                )
+            copy.check(checkpoint["state_dict"])
         super().on_load_checkpoint(checkpoint)
         self.followed = checkpoint.get(FOLLOWED, 0)
 
@@ -224,9 +218,17 @@ class DiffusionNFTModule(ForwardProcessModule):
         loss: NFTLoss | None = None,
         **options: Any,
     ) -> None:
-        copies = {OLD: old or DecayRamp()}
-        rollout = sampling, num_samples, steps or RandomSteps(), reward_sigmas, advantage
-        super().__init__(policy, reward, *rollout, copies, **options)
+        super().__init__(
+            policy,
+            reward,
+            sampling=sampling,
+            num_samples=num_samples,
+            steps=steps or RandomSteps(),
+            reward_sigmas=reward_sigmas,
+            advantage=advantage,
+            copies={OLD: old or DecayRamp()},
+            **options,
+        )
         self.loss = loss or NFTLoss()
 
     def training_step(self, batch: RenoisedSamples, batch_idx: int) -> Tensor:
@@ -281,8 +283,17 @@ class AWMModule(ForwardProcessModule):
         copies = {OLD: DecayRamp(most=0.0)}
         if loss.average_weight:
             copies[AVERAGE] = average or DecayRamp(most=0.3)
-        rollout = sampling or Sampling(14), num_samples, steps or StratifiedSteps(), reward_sigmas, advantage
-        super().__init__(policy, reward, *rollout, copies, **options)
+        super().__init__(
+            policy,
+            reward,
+            sampling=sampling or Sampling(14),
+            num_samples=num_samples,
+            steps=steps or StratifiedSteps(),
+            reward_sigmas=reward_sigmas,
+            advantage=advantage,
+            copies=copies,
+            **options,
+        )
         self.loss = loss
 
     def training_step(self, batch: RenoisedSamples, batch_idx: int) -> Tensor:
@@ -296,9 +307,9 @@ class AWMModule(ForwardProcessModule):
         velocity = self.predict(batch, states)
         log_prob = loss.log_prob(velocity, states.target, states.sigmas)
         if reference is not None:
-            kl = velocity_divergence(velocity, reference, states.sigmas, loss.kl)
+            kl = velocity_divergence(velocity, reference, states.sigmas, loss.divergence)
         if average is not None:
-            average_kl = velocity_divergence(velocity, average, states.sigmas, loss.average_kl)
+            average_kl = velocity_divergence(velocity, average, states.sigmas, loss.divergence)
         result = loss(log_prob, log_prob.detach() if old is None else old, batch.advantage, kl, average_kl)
         self.log("train/loss", result.loss, prog_bar=True, batch_size=len(batch))
         values = {name: getattr(result, name) for name in ("policy", "kl", "average_kl", "clipped", "ratio")}

@@ -1,6 +1,7 @@
 """Older copies of a trained adapter, beside it on the same network."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,6 +11,9 @@ from torch import Tensor
 from latentreward.errors import InputError
 from latentreward.policies.adapters import add_frozen_adapter
 from latentreward.policies.policy import POLICY, Policy
+
+OLD, AVERAGE = "old", "average"
+"""Names of copies: of the policy that samples, and of a moving average."""
 
 
 @dataclass
@@ -72,6 +76,14 @@ class MovingCopy:
 
     def _trained(self, key: str) -> str:
         return key.replace(f".{self.name}.", f".{POLICY}.")
+
+    def check(self, state_dict: Mapping[str, Any]) -> None:
+        """Raise InputError if a checkpoint's ``state_dict`` has no such copy, as that of another method."""
+        if not any(f".{self.name}." in name for name in state_dict):
+            raise InputError(
+                f"the checkpoint has no adapter {self.name!r}, which this run keeps beside the policy; resume a run of "
+                "the same method and settings, or start a new one"
+            )
 
     def follow(self, step: int) -> None:
         """Move the copy towards the policy's adapter after ``step`` optimiser steps."""
