@@ -31,7 +31,7 @@ KINDS: dict[str, Any] = {
     "stepwise": (StepwiseGRPOModule, {"candidates": Branching(3)}),
     "trajectory": (TrajectoryGRPOModule, {"num_trajectories": 3}),
     "nft": (DiffusionNFTModule, {"num_samples": 3, "old": DecayRamp(0.5, 0.5)}),
-    "awm": (AWMModule, {"num_samples": 3, "steps": StratifiedSteps(1, share=1.0)}),
+    "awm": (AWMModule, {"num_samples": 3, "steps": StratifiedSteps(1, share=1.0), "optimizer": partial(SGD, lr=1.0)}),
 }
 CASES = [("stepwise", "sd15"), ("trajectory", "sd35_tiny"), ("nft", "sd35_tiny"), ("awm", "sd35_tiny")]
 METRICS = ("hacking/held_out", "hacking/reward_change", "drift/mean", "collapse/diversity", "rollout/gap_50_t_0_1000")
@@ -46,7 +46,8 @@ def make_module(method: str, pipeline: str) -> RolloutModule:
     kind, own = KINDS[method]
     if issubclass(kind, GRPOModule):
         options |= {"loss": ClippedPolicyLoss(clip_range=1e-2, kl_weight=0.1), "guidance_scale": 2.0}
-    return kind(PolicySource(source_of(pipeline), lora=LoRA(rank=4, alpha=4)), FirstChannelReward(), **options, **own)
+    policy = PolicySource(source_of(pipeline), lora=LoRA(rank=4, alpha=4))
+    return kind(policy, FirstChannelReward(), **{**options, **own})
 
 
 def train(method: str, pipeline: str, strategy: Any, world_size: int, folder: Path) -> dict[str, Any]:
