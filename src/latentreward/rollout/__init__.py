@@ -4,7 +4,7 @@ from latentreward.rollout.advantages import GDPO, Advantage, GroupAdvantage, gro
 from latentreward.rollout.base import StepSampler
 from latentreward.rollout.candidates import Branching, CandidateStep, candidate_steps
 from latentreward.rollout.ddim import DDIMSampler
-from latentreward.rollout.finished import check_sigmas, score_finished
+from latentreward.rollout.finished import check_sigmas, score_finished, score_states
 from latentreward.rollout.flow_sde import FlowSDESampler
 from latentreward.rollout.pair_selection import (
     FixedThreshold,
@@ -59,6 +59,7 @@ __all__ = [
     "sample_latents",
     "sample_trajectories",
     "score_finished",
+    "score_states",
     "step_pairs",
     "tracked_advantages",
 ]
