@@ -1,4 +1,4 @@
-"""``latentreward generate``: sample pictures of prompts, optionally chosen by a reward (best of N, step search)."""
+"""``latentreward generate``: sample pictures of prompts, optionally chosen by a reward (best of N, searches)."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -12,7 +12,7 @@ from latentreward.contracts import PromptBatch
 from latentreward.data.alignment.prompt_files import read_prompts
 from latentreward.devices import find_device
 from latentreward.errors import InputError
-from latentreward.generation import Candidates, best_of_n, search_latents
+from latentreward.generation import Candidates, Population, best_of_n, search_latents, search_population
 from latentreward.generation.image_folder import ImageFolder
 from latentreward.generation.picture_writing import DETERMINISTIC, decode_latents, write_pictures
 from latentreward.generation.trained_policy import TrainedPolicy, plain
@@ -36,6 +36,7 @@ def generate(
     images_per_prompt: int = 1,
     best_of: int = 1,
     step_search: Candidates | None = None,
+    population_search: Population | None = None,
     score_sigmas: Sequence[float] = (0.2,),
     seed: int = 0,
     batch_size: int = 8,
@@ -54,7 +55,7 @@ def generate(
         policy: Generator; by default the one recorded in the checkpoint.
         checkpoint: Checkpoint of an alignment run, whose adapter is loaded.
         lora: LoRA file or folder to load, as ``latentreward export`` writes it.
-        reward: Reward that scores the pictures, and by which best_of and step_search choose.
+        reward: Reward that scores the pictures, and by which best_of, step_search and population_search choose.
         sampling: Steps, noise, size and number of frames; clips become animated WebP files. Step search needs noise:
             ``eta`` (SD1.5, SD2.1, SDXL) or ``noise_level`` (SD3).
         guidance_scale: Guidance scale as the pipeline of the generator's family takes it; by default the family's own:
@@ -63,6 +64,8 @@ def generate(
         best_of: Number of samples per picture; the sample with the highest score is written.
         step_search: Number of candidates at each sampling step and the steps to search at; the candidate with the
             highest score is kept.
+        population_search: Starts near one, of which a latent reward keeps the better ones after some steps, and in the
+            end one. ``batch_size`` times ``size`` states are sampled at once.
         score_sigmas: Noise levels in [0, 1] at which a latent reward scores finished pictures; several levels make an
             ensemble. Pixel rewards ignore this setting.
         seed: Seed of all random numbers.
@@ -87,15 +90,23 @@ def generate(
             "step_search": step_search,
             "score_sigmas": list(score_sigmas),
             "seed": seed,
+            # left out where unused: folders of earlier versions go on
+            **({} if population_search is None else {"population_search": population_search}),
         }
     )
     texts = read_prompts(prompts, "prompts", max_prompt_chars)
-    if reward is None and (best_of > 1 or step_search is not None):
-        raise InputError("best_of and step_search choose by a reward; set reward")
+    searches = {"step_search": step_search, "population_search": population_search}
+    if reward is None and (best_of > 1 or any(searches.values())):
+        raise InputError("best_of, step_search and population_search choose by a reward; set reward")
+    if all(searches.values()):
+        raise InputError("step_search and population_search are both set; leave one out")
     if reward is not None:
         reward.require_latents_of(source)
     if step_search is not None:
         step_search.branching().steps(sampling.sampler(family))
+    if population_search is not None and reward is not None:
+        population_search.check(sampling)
+        reward.require_step_scores("population_search")
     with locked(output_dir, "output_dir"):
         folder = ImageFolder(output_dir, settings, table)
         wanted = [(place, image) for place in range(len(texts)) for image in range(images_per_prompt)]
@@ -111,6 +122,8 @@ def generate(
             sample: Callable[[PromptBatch], Tensor] = partial(sample_latents, generator, **how)
             if step_search is not None and scorer is not None:
                 sample = partial(search_latents, generator, scorer, candidates=step_search, **how)
+            if population_search is not None and scorer is not None:
+                sample = partial(search_population, generator, scorer, population=population_search, **how)
             draw = partial(_draw, sample, scorer, best_of, seed, score_sigmas)
             with interrupts_told(
                 lambda: f"{len(folder.rows)} pictures are kept in {output_dir}: the same command goes on there"

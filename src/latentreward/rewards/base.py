@@ -141,7 +141,7 @@ class RewardSource(ABC):
         if not self.scores_states():
             raise InputError(
                 f"{field} needs the score of a noisy state, which {type(self).__name__} does not give, because it "
-                "scores predicted clean latents; take a LatentReward, or another value"
+                "scores predicted clean latents; take a LatentReward, or leave that setting out"
             )
 
     @abstractmethod
