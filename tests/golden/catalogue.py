@@ -49,6 +49,7 @@ COVERED = (
     "dina/prompt",
     "dina/dataset",
     "algos/awm_loss",
+    "algos/euphonium",
     "algos/latsearch",
     "algos/linear_dpo",
     "algos/nft_loss",

@@ -9,6 +9,7 @@ from latentreward.losses.linear_dpo import LinearDPO, LinearDPOResult
 from latentreward.losses.lrm import LRMLoss, lrm_batch_loss, lrm_pair_loss
 from latentreward.losses.matching import MatchingLoss, MatchingResult, velocity_divergence
 from latentreward.losses.nft import NFTLoss, NFTResult
+from latentreward.losses.outcome_process import OutcomeProcessLoss
 from latentreward.losses.refl import RewardLoss, prediction_drift
 from latentreward.losses.step_dpo import StepDPO, StepDPOResult, clamped_log_ratio
 from latentreward.losses.thurstone import (
@@ -34,6 +35,7 @@ __all__ = [
     "MatchingResult",
     "NFTLoss",
     "NFTResult",
+    "OutcomeProcessLoss",
     "PreferenceLoss",
     "RewardLoss",
     "StepDPO",

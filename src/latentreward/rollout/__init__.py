@@ -20,6 +20,7 @@ from latentreward.rollout.pair_selection import (
     step_pairs,
 )
 from latentreward.rollout.prompted import PromptedPolicy
+from latentreward.rollout.reward_guidance import GuidedSampler, GuidedTransition, RewardGuidance, reward_gradient
 from latentreward.rollout.rollout_noise import RolloutDraws
 from latentreward.rollout.settings import Sampling
 from latentreward.rollout.step_choice import RandomSteps, StepChoice, StratifiedSteps
@@ -35,11 +36,14 @@ __all__ = [
     "FixedThreshold",
     "FlowSDESampler",
     "GroupAdvantage",
+    "GuidedSampler",
+    "GuidedTransition",
     "LinearThreshold",
     "PairSelection",
     "PromptedPolicy",
     "QuantileThreshold",
     "RandomSteps",
+    "RewardGuidance",
     "RolloutDraws",
     "Sampling",
     "ScheduledThreshold",
@@ -56,6 +60,7 @@ __all__ = [
     "check_sigmas",
     "gap_quantiles",
     "group_advantages",
+    "reward_gradient",
     "sample_latents",
     "sample_trajectories",
     "score_finished",
