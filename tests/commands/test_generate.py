@@ -164,6 +164,7 @@ def test_neither_batch_nor_later_prompts_change_a_picture(generate: Callable[...
                 "--population_search.after_steps=[1,2]",
                 "--population_search.temperature=0.01",
             ],
+            ["--reward_guidance.scale=100", "--reward_guidance.high=1000", "--sampling.eta=1"],
         ],
     ),
 )
@@ -204,6 +205,11 @@ def test_a_checkpoint_and_its_exported_lora_make_the_same_pictures(
         (["--population_search.after_steps=[1,3]", REWARD], "after_steps=[1, 3] goes beyond step 2"),
         (["--population_search.after_steps=[1]", f"{REWARD}", "--reward.needs_clean=true"], "population_search needs"),
         (["--population_search.after_steps=[1]", "--step_search.num_candidates=2", REWARD], "leave one out"),
+        (["--reward_guidance.scale=1", REWARD], "none of the 3 steps adds noise"),
+        (
+            ["--reward_guidance.scale=1", "--sampling.eta=1", REWARD, "--reward.needs_clean=true"],
+            "reward_guidance needs",
+        ),
         (["--guidance_scale=0.5"], "guidance_scale=0.5 must be at least 1"),
         (["--policy=null"], "policy.source"),
         (["--lora=nothing.safetensors"], "nothing.safetensors does not exist"),

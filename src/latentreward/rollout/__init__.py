@@ -20,7 +20,13 @@ from latentreward.rollout.pair_selection import (
     step_pairs,
 )
 from latentreward.rollout.prompted import PromptedPolicy
-from latentreward.rollout.reward_guidance import GuidedSampler, GuidedTransition, RewardGuidance, reward_gradient
+from latentreward.rollout.reward_guidance import (
+    GuidedSampler,
+    GuidedTransition,
+    RewardGuidance,
+    reward_gradient,
+    sample_guided,
+)
 from latentreward.rollout.rollout_noise import RolloutDraws
 from latentreward.rollout.settings import Sampling
 from latentreward.rollout.step_choice import RandomSteps, StepChoice, StratifiedSteps
@@ -61,6 +67,7 @@ __all__ = [
     "gap_quantiles",
     "group_advantages",
     "reward_gradient",
+    "sample_guided",
     "sample_latents",
     "sample_trajectories",
     "score_finished",

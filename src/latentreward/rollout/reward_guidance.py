@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentreward.contracts import NoisyStates
+from latentreward.contracts import NoisyStates, PromptBatch
 from latentreward.errors import InputError
 from latentreward.noise.base import per_sample
+from latentreward.policies import Policy
 from latentreward.rewards.base import Reward
 from latentreward.rollout.base import StepSampler
+from latentreward.rollout.settings import Sampling
+from latentreward.rollout.trajectories import sample_trajectories
 from latentreward.rollout.transition import Transition
 
 
@@ -157,3 +160,31 @@ class GuidedSampler(StepSampler):
     def clean(self, latents: Tensor, model_output: Tensor, timesteps: Tensor) -> Tensor:
         """See :meth:`StepSampler.clean`."""
         return self.sampler.clean(latents, model_output, timesteps)
+
+
+def sample_guided(
+    policy: Policy,
+    reward: Reward,
+    prompts: PromptBatch,
+    guidance: RewardGuidance,
+    sampling: Sampling,
+    guidance_scale: float | None,
+    seed: int,
+) -> Tensor:
+    """Sample finished latents ``(B, C, ...)``, float32, with steps that are guided by ``reward``.
+
+    Args:
+        policy: Policy in evaluation mode.
+        reward: Differentiable reward of noisy states.
+        prompts: B prompts.
+        guidance: Strength and window.
+        sampling: Steps, noise and size; a noise of None is 0.
+        guidance_scale: Scale of classifier-free guidance as checked by :meth:`Family.guidance`.
+        seed: Seed of all random numbers.
+
+    Raises:
+        InputError: If no step of the window has noise, or the reward has no gradient.
+    """
+    sampler = sampling.sampler(policy.family)
+    guided = GuidedSampler(sampler, guidance, reward, reward.encode_prompts(prompts.prompts))
+    return sample_trajectories(policy, guided, prompts, sampling, guidance_scale, seed).finished.clone()
