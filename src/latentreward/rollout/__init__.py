@@ -24,6 +24,7 @@ from latentreward.rollout.reward_guidance import (
     GuidedSampler,
     GuidedTransition,
     RewardGuidance,
+    require_gradient,
     reward_gradient,
     sample_guided,
 )
@@ -66,6 +67,7 @@ __all__ = [
     "check_sigmas",
     "gap_quantiles",
     "group_advantages",
+    "require_gradient",
     "reward_gradient",
     "sample_guided",
     "sample_latents",

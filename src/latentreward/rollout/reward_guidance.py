@@ -50,7 +50,7 @@ class RewardGuidance:
 
     .. math:: \mathcal N\bigl(\mu + a\,\Delta\, g,\; s^2 \Delta\bigr), \qquad a = s^2 / 2\beta.
 
-    s is the noise per unit of σ (:attr:`Transition.spread`), which is the constant η in DanceGRPO's sampler. To first
+    s is the noise per √Δ (:attr:`Transition.spread`), which is the constant η in DanceGRPO's sampler. To first
     order, the step is thus the one with the most reward minus 2β times the KL divergence from the unguided step. DDIM's
     transitions have Δ = 1. A step without noise is not guided.
 
@@ -111,6 +111,12 @@ class RewardGuidance:
         return GuidedTransition(transition.mean, transition.std, transition.spread, shift)
 
 
+def require_gradient(reward: Reward) -> None:
+    """Raise InputError if ``reward`` has no gradient to the states."""
+    if not reward.differentiable:
+        raise InputError(f"{type(reward).__name__} gives no gradient, which guidance needs; take a LatentReward")
+
+
 def reward_gradient(reward: Reward, states: NoisyStates, encoded: Any) -> Tensor:
     """Compute the gradient ``(N, C, ...)`` of each state's reward with respect to the state, float32.
 
@@ -141,8 +147,7 @@ class GuidedSampler(StepSampler):
 
     def __init__(self, sampler: StepSampler, guidance: RewardGuidance, reward: Reward, encoded: Any) -> None:
         guidance.check(sampler)
-        if not reward.differentiable:
-            raise InputError(f"{type(reward).__name__} gives no gradient, which guidance needs; take a LatentReward")
+        require_gradient(reward)
         self.sampler, self.guidance, self.reward, self.encoded = sampler, guidance, reward, encoded
         self.timesteps, self.noise_std, self.noise_setting = sampler.timesteps, sampler.noise_std, sampler.noise_setting
 
