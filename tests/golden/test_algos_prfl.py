@@ -1,5 +1,7 @@
 """PRFL: its hinge, and its policy step: one step with gradient, then the reward of the state after the step."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,12 +17,16 @@ ATTENTION = "query_attention.multihead_attn."
 
 
 def pooled(data: Tensors, variant: str, tokens: Tensor, heads: int) -> Tensor:
-    """The learned query's attention to the tokens, plus the query, as released; the library's head is not used."""
+    """The learned queries' attention to the tokens as released, of each variant; the library's head is not used."""
+    norm = partial(nn.functional.layer_norm, normalized_shape=tokens.shape[2:], eps=1e-6) if variant == "norm" else None
     attention = nn.MultiheadAttention(tokens.shape[2], heads, batch_first=True)
     names = ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
     attention.load_state_dict({name: data[f"{variant}.{ATTENTION}{name}"].float() for name in names})
     query = data[f"{variant}.query_attention.queries"].float().expand(len(tokens), -1, -1)
-    return (attention(query, tokens, tokens, need_weights=False)[0] + query).mean(dim=1)
+    tokens = tokens if norm is None else norm(tokens)
+    output = attention(query, tokens, tokens, need_weights=False)[0]
+    output = output if norm is None else norm(output)
+    return (output if variant in ("plain", "two_queries") else output + query).mean(dim=1)
 
 
 def logit(data: Tensors, hidden: Tensor) -> Tensor:
@@ -32,18 +38,17 @@ def logit(data: Tensors, hidden: Tensor) -> Tensor:
 
 @every_case
 def test_hinge(case: Case) -> None:
-    """Loss of the rewards, and its gradient to the tokens where the pooling is that of the policy step."""
     data, heads = case.tensors(), case.options["shape"]["heads"]
-    for name in data.below(""):
-        if not name.endswith(".hinge.loss"):
-            continue
-        variant = name.removesuffix(".hinge.loss")
-        assert_within(HINGE(data[f"{variant}.logit_win"]), data[name], name, 2e-4)
-    tokens = data["shipped.tokens_win"].clone().requires_grad_()
-    score = logit(data, pooled(data, "shipped", tokens, heads))
-    (slope,) = torch.autograd.grad(HINGE(score), tokens)
-    assert_within(score, data["shipped.logit_win"], "shipped.logit_win", 2e-4)
-    assert_within(slope, data["shipped.hinge.grad_tokens_win"], "shipped.hinge.grad_tokens_win", 2e-4)
+    variants = [name.removesuffix(".hinge.loss") for name in data if name.endswith(".hinge.loss")]
+    assert variants
+    for variant in variants:
+        tokens = data[f"{variant}.tokens_win"].clone().requires_grad_()
+        score = logit(data, pooled(data, variant, tokens, heads))
+        loss = HINGE(score)
+        (slope,) = torch.autograd.grad(loss, tokens)
+        found = {"logit_win": score, "hinge.loss": loss, "hinge.grad_tokens_win": slope}
+        for name, value in found.items():
+            assert_within(value, data[f"{variant}.{name}"], f"{variant}.{name}", 2e-4)
 
 
 @every_case
