@@ -196,11 +196,17 @@ SMALL = {"tuning": "lora", "lora": {"rank": 2, "alpha": 4.0}, "text_encoder_tuni
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("method", "name", "sigmas"),
-    [("lrm", "sd15", (0.3,)), ("dina", "sd35", (0.2, 0.5, 0.7)), ("dina", "sd35", (0.4,))],
+    ("method", "name", "options"),
+    [
+        ("lrm", "sd15", {"reward_sigmas": (0.3,)}),
+        ("dina", "sd35", {"reward_sigmas": (0.2, 0.5, 0.7)}),
+        ("dina", "sd35", {"reward_sigmas": (0.4,)}),
+        ("lrm", "sd15", PRFL),
+        ("dina", "sd35", PRFL),
+    ],
 )
 def test_a_reward_on_the_policys_own_network_under_checkpointing(
-    method: str, name: str, sigmas: tuple[float, ...], tmp_path: Path
+    method: str, name: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
     """Its gradient is that of a reward with a network of its own, without checkpointing."""
     write_run(tmp_path, method, name, **SMALL)
@@ -208,7 +214,7 @@ def test_a_reward_on_the_policys_own_network_under_checkpointing(
     for share, checkpointing in (("never", False), ("auto", True)):
         reward = LatentReward(str(tmp_path), share=share)
         policy = {"gradient_checkpointing": checkpointing}
-        module = refl(name, policy, reward, reward_sigmas=sigmas, kl_weight=0.1, gradient_steps=2)
+        module = refl(name, policy, reward, kl_weight=0.1, gradient_steps=2, **options)
         module.training_step(PROMPTS, 0).backward()
         grads.append(torch.cat([parameter.grad.flatten() for parameter in adapter(module)]))
         assert all(p.grad is None for key, p in module.named_parameters() if not p.requires_grad)

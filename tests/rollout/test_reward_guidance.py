@@ -1,5 +1,6 @@
 """Guidance by a reward: what it moves, what it leaves, and that samples rise while log-probabilities are unguided."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,16 +9,21 @@ import torch
 from latentreward.contracts import NoisyStates, PromptBatch
 from latentreward.errors import InputError
 from latentreward.policies import PolicySource
+from latentreward.rewards import LatentReward
 from latentreward.rollout import (
     GuidedSampler,
     RewardGuidance,
     Sampling,
     Transition,
     reward_gradient,
+    sample_guided,
+    sample_latents,
     sample_trajectories,
 )
 from tests.generation.toy_rewards import MeanLatent
 from tests.marks import slow_after
+from tests.policies.alignment import tiny_source
+from tests.rewards.stored import write_run
 
 PROMPTS = PromptBatch(("a large red circle on a white background", "two blue crosss on a gray background"), ("0", "1"))
 
@@ -44,6 +50,20 @@ def test_gradient_is_that_of_each_state() -> None:
     with torch.no_grad():
         slope = reward_gradient(MeanLatent(), states, ("",) * 3)
     torch.testing.assert_close(slope, torch.full_like(slope, 1 / 32))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "name"), [("lrm", "sd15"), ("dina", "sd35")])
+def test_a_trained_reward_on_the_policys_own_network_guides_alike(method: str, name: str, tmp_path: Path) -> None:
+    write_run(tmp_path, method, name, tuning="lora", lora={"rank": 2, "alpha": 4.0}, text_encoder_tuning="frozen")
+    sampling, guidance = Sampling(4).with_noise(), RewardGuidance(scale=5.0, high=1000.0)
+    found = []
+    for share in ("never", "auto"):
+        policy = tiny_source(name).load().eval()
+        reward = LatentReward(str(tmp_path), share=share).load(policy)
+        found.append(sample_guided(policy, reward, PROMPTS, guidance, sampling, 2.0, seed=0))
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(found[0], sample_latents(policy, PROMPTS, sampling, 2.0, seed=0), atol=1e-2)
 
 
 @pytest.mark.parametrize("source", slow_after(1, ["sd35_tiny", "sd_tiny"]))
