@@ -20,7 +20,7 @@ from latentreward.rollout.trajectories import sample_trajectories
 from latentreward.rollout.transition import Transition
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GuidedTransition(Transition):
     """Transition of which samples are drawn around a moved mean; its log-probability is that of the mean as it was.
 
@@ -35,7 +35,7 @@ class GuidedTransition(Transition):
     @property
     def guided(self) -> Transition:
         """Return the distribution that samples are drawn from."""
-        return Transition(self.mean + self.shift, self.std, self.spread)
+        return Transition(self.mean + self.shift, self.std, self.spread, self.density)
 
     def sample(self, noise: Tensor) -> Tensor:
         """See :meth:`Transition.sample`; the mean is the moved one."""
@@ -108,7 +108,7 @@ class RewardGuidance:
         if self.times_step:
             factor = factor * (transition.std / spread) ** 2
         shift = per_sample(factor.where(noisy, 0.0), direction) * direction
-        return GuidedTransition(transition.mean, transition.std, transition.spread, shift)
+        return GuidedTransition(shift=shift, **vars(transition))
 
 
 def require_gradient(reward: Reward) -> None:
