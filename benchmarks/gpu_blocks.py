@@ -442,8 +442,6 @@ def block_execution(setting: Setting) -> None:
     }
     if not setting.tiny:
         ways[f"{plain}, compiled blocks"] = ["--model.backbone.compile_blocks=true"]
-    for kernel in ("flash", "math") if setting.tiny else ("flash", "efficient", "math", "cudnn"):
-        ways[f"{plain}, attention {kernel}"] = [f"--model.backbone.attention_backend=_native_{kernel}"]
     steps = {name: [*base, *options] for name, options in ways.items()}
     print_steps("Ways to run one step of DiNa-LRM, 4 pairs of 512²", steps, setting)
 

@@ -13,11 +13,13 @@ import torch
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import nn
 
+from latentreward.backbones import create_backbone
 from latentreward.modules.sharding import wraps_block
 from latentreward.scoring import RewardModel
 from tests.backbones.networks import inputs_of, tiny_backbone
 from tests.distributed.runs import fit, make_trainer, outcome, saved_run, sgd
 from tests.distributed.test_checkpoints import assert_equal
+from tests.families.twins import PROMPTS, TWINS, noise_for
 from tests.modules.batches import MODULES, dina, pixel_batch
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # equal bits in each run; read when CUDA starts
@@ -111,12 +113,15 @@ def test_compiled_blocks_give_the_features_and_gradients_of_plain_ones(checkpoin
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", ["sd15", "sd35"])
-def test_attention_kernels_agree(name: str, device: str) -> None:
-    inputs, found = None, {}
+def test_attention_kernels_agree(device: str) -> None:
+    twin, found = TWINS["flux1_dev"], {}
+    latents = noise_for(twin.source().resolve_family().latent_shape(*twin.size)).to(device)
+    options = {"visual_taps": [1, twin.layers], "text_taps": [1], "tuning": "full"}
     for kernel in KERNELS[device]:
-        backbone = tiny_backbone(name, attention_backend=f"_native_{kernel}", tuning="full").to(device)
-        inputs = inputs or moved(inputs_of(backbone), device)
+        backbone = create_backbone(
+            twin.backbone, source=twin.folder, attention_backend=f"_native_{kernel}", **options
+        ).to(device)
+        inputs = latents, torch.tensor([300.0, 700.0], device=device), backbone.encode_prompts(list(PROMPTS))
         with torch.autocast(device, torch.bfloat16):
             tokens = backbone(*inputs).visual[-1].float()
         tokens.square().mean().backward()

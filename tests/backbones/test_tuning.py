@@ -4,13 +4,15 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from torch import Tensor, nn
 
-from latentreward.backbones import DiffusionBackbone, LoRA
+from latentreward.backbones import DiffusionBackbone, LoRA, create_backbone
 from latentreward.contracts import Conditioning, Features
 from latentreward.errors import InputError
 from latentreward.heads import CLIPProjectionHead, GatedQFormerHead
 from tests.backbones.networks import inputs_of, network_of, tiny_backbone
+from tests.families.twins import TWINS
 from tests.marks import slow_after
 
 PROMPTS = ["a cat", "two dogs"]
@@ -207,6 +209,19 @@ def test_attention_backend(name: str) -> None:
     )
     with pytest.raises(InputError, match="attention_backend='no_such_backend'"):
         tiny_backbone(name, attention_backend="no_such_backend")
+    line = r"attention_backend='_native_math': \w+ calls PyTorch's attention itself.*remove attention_backend"
+    with pytest.raises(InputError, match=line):
+        tiny_backbone(name, attention_backend="_native_math")
+
+
+def test_an_attention_backend_holds_for_its_network_alone() -> None:
+    twin, default = TWINS["flux1_dev"], _AttentionBackendRegistry.get_active_backend()[0]
+    options = {"source": twin.folder, "visual_taps": [1], "text_taps": [1], "tuning": "frozen"}
+    backbone = create_backbone(twin.backbone, attention_backend="_native_math", **options)
+    processors = [module.processor for module in backbone.transformer.modules() if hasattr(module, "processor")]
+    assert processors
+    assert all(processor._attention_backend == "_native_math" for processor in processors)
+    assert _AttentionBackendRegistry.get_active_backend()[0] == default
 
 
 @pytest.mark.slow

@@ -412,23 +412,42 @@ def set_execution(
         blocks: Blocks to compile, each by itself.
         network: diffusers network with these blocks.
         gradient_checkpointing: Recompute block activations in the backward pass: less memory, about a third slower.
-        attention_backend: Name of a diffusers attention backend, such as ``flash``; None keeps PyTorch's own.
+        attention_backend: Name of a diffusers attention backend, such as ``flash``; None keeps PyTorch's own. Networks
+            that call PyTorch's attention themselves (U-Nets, SD3) have no other.
         compile_blocks: Compile each block with ``torch.compile``.
         quantization: Storage of the frozen linear layers of the blocks: ``int8`` (torchao), ``bnb_int8`` or ``nf4``
             (bitsandbytes, on a GPU). None keeps ``frozen_dtype``.
 
     Raises:
-        InputError: If the attention backend is unknown or its library is missing.
+        InputError: If the attention backend is unknown, its library is missing, or the network cannot use it.
     """
     if gradient_checkpointing:
         network.enable_gradient_checkpointing()
     if attention_backend is not None:
-        try:
-            network.set_attention_backend(attention_backend)
-        except (ValueError, RuntimeError, ImportError) as error:
-            raise InputError(f"attention_backend={attention_backend!r}: {first_line(error)}") from error
+        set_attention_backend(network, attention_backend)
     blocks = list(blocks)
     quantize(blocks, quantization)
     if compile_blocks:
         for block in blocks:
             block.compile(dynamic=False)  # Inductor (torch 2.13, CPU) fails on a U-Net with dynamic shapes
+
+
+def set_attention_backend(network: nn.Module, name: str) -> None:
+    """Let a network compute its attention with another of diffusers' backends; other networks keep theirs.
+
+    Raises:
+        InputError: If the backend is unknown, its library is missing, or the network cannot use it.
+    """
+    from diffusers.models.attention_dispatch import attention_backend
+
+    try:
+        with attention_backend():  # restores the process's default, which diffusers changes too
+            network.set_attention_backend(name)
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise InputError(f"attention_backend={name!r}: {first_line(error)}") from error
+    processors = (getattr(module, "processor", None) for module in network.modules())
+    if name != "native" and not any(hasattr(processor, "_attention_backend") for processor in processors):
+        raise InputError(
+            f"attention_backend={name!r}: {type(network).__name__} calls PyTorch's attention itself, which picks the "
+            "fastest of PyTorch's kernels; remove attention_backend"
+        )
