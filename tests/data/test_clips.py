@@ -204,6 +204,16 @@ def test_pairs_of_clips(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Non
     assert "data.train: 8 clips on this rank are longer than frames=5; 16 frames were not used" in caplog.text
 
 
+@pytest.mark.timeout(120)
+def test_workers_read_clips_after_their_parent(tmp_path: Path) -> None:
+    """What PyAV keeps of a clip that was read before a fork must not stop the workers."""
+    reader = JSONLPairReader(pairs(tmp_path))
+    ClipLoader(16, 16, frames=5).load(ref(tmp_path / "good0.mp4"))
+    data = PreferenceDataModule(16, train=reader, frames=5, batch_size=4, num_workers=1)
+    (batch,) = data.train_dataloader()
+    assert len(batch) == 4
+
+
 def test_a_broken_clip_is_skipped_or_named(tmp_path: Path) -> None:
     file = pairs(tmp_path)
     (tmp_path / "bad1.mp4").write_bytes(b"")

@@ -14,7 +14,7 @@ from tests.families.twins import PROMPTS, TWINS, Twin
 TOLD = [twin for twin in TWINS.values() if twin.family != "sd3"]
 
 
-@pytest.mark.parametrize("twin", TOLD, ids=lambda twin: twin.name)
+@pytest.mark.parametrize("twin", TWINS.values(), ids=lambda twin: twin.name)
 def test_a_prompt_beyond_the_limit_is_told_once(twin: Twin, caplog: pytest.LogCaptureFixture) -> None:
     encoder = twin.source().resolve_family().load_prompt_encoder()
     with caplog.at_level(logging.WARNING, logger="latentreward"):
@@ -22,7 +22,17 @@ def test_a_prompt_beyond_the_limit_is_told_once(twin: Twin, caplog: pytest.LogCa
         assert "are read" not in caplog.text
         for _ in range(2):
             encoder.tokenize(["a cat", "two dogs on a hill " * 600])
-    assert caplog.text.count(f"of which {encoder.num_tokens + encoder.dropped_tokens} are read") == 1
+    read = getattr(encoder, "t5_length", encoder.num_tokens + encoder.dropped_tokens)
+    assert caplog.text.count(f"of which {read} are read") == 1
+
+
+def test_without_t5_it_is_told_of_clip(caplog: pytest.LogCaptureFixture) -> None:
+    encoder = TWINS["sd35_large"].source().resolve_family().load_prompt_encoder(load_t5=False)
+    with caplog.at_level(logging.WARNING, logger="latentreward"):
+        encoder.tokenize(PROMPTS[:1])
+        assert "are read" not in caplog.text
+        encoder.tokenize(["two dogs on a hill " * 600])
+    assert f"of which {encoder.clip_length} are read" in caplog.text
 
 
 WIDTHS = ("joint_attention_dim", "cap_feat_dim", "text_dim", "pooled_projection_dim")

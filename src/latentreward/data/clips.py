@@ -299,18 +299,21 @@ def _mp4(image: ImageRef, file: BinaryIO, max_pixels: int) -> Iterator[Source]:
 
 def _mp4_frames(image: ImageRef, container: Any, stream: Any) -> Iterator[Frame]:
     ends: dict[int, int] = {}
+    # PyAV 19 keeps one reformatter for all frames of a process. Its threads do not survive a fork, so that a loader's
+    # worker would wait for them for ever after its parent has decoded a clip.
+    reformatter = _av().video.reformatter.VideoReformatter()
     for packet in container.demux(stream):
         if packet.pts is not None and packet.duration:
             ends[packet.pts] = packet.pts + packet.duration
         for frame in packet.decode():
             if frame.pts is None:
                 raise image_error(image, DAMAGED, "a frame has no time")
-            picture = partial(_rgb, frame)
+            picture = partial(_rgb, reformatter, frame)
             yield Frame(frame.pts, ends.pop(frame.pts, frame.pts + 1), (frame.height, frame.width), picture)
 
 
-def _rgb(frame: Any) -> Image.Image:
-    return Image.fromarray(frame.to_ndarray(format="rgb24"))
+def _rgb(reformatter: Any, frame: Any) -> Image.Image:
+    return Image.fromarray(reformatter.reformat(frame, format="rgb24").to_ndarray())
 
 
 @contextmanager

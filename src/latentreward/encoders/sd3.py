@@ -71,6 +71,11 @@ class SD3PromptEncoder(PromptEncoder):
         ids = [token_ids(tokenizer, prompts, self.clip_length) for tokenizer in (self.tokenizer, self.tokenizer_2)]
         if self.text_encoder_3 is not None:
             ids.append(token_ids(self.tokenizer_3, prompts, self.t5_length))
+            used = (ids[2] != self.tokenizer_3.pad_token_id).sum(dim=1)
+            self.tell_cut(self.tokenizer_3, prompts, used.tolist(), self.t5_length)
+        else:
+            used = (ids[0] != self.tokenizer.pad_token_id).sum(dim=1) + 1  # CLIP-L pads with its last token
+            self.tell_cut(self.tokenizer, prompts, used.tolist(), self.clip_length)
         return tuple(ids)
 
     def encode_ids(self, *input_ids: Tensor) -> Conditioning:

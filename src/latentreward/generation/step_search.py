@@ -122,7 +122,7 @@ class StepSearch:
             self._latents = None if self._initial is None else self._initial.to(latents.device) * scale
             self._initial = None
         levels = levels_of(pipeline.scheduler, float(timestep))
-        inside = self.candidates.low <= levels.timestep <= self.candidates.high and levels.next_noise > 0
+        inside = self.candidates.branching().inside(levels.timestep) and levels.next_noise > 0
         if inside and self._latents is not None:
             latents = self._search(pipeline, levels, latents, callback_kwargs)
         self._latents = latents

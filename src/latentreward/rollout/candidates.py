@@ -13,7 +13,7 @@ from latentreward.contracts import NoisyStates, PromptBatch
 from latentreward.errors import InputError
 from latentreward.policies import Policy
 from latentreward.rewards.base import Reward
-from latentreward.rollout.base import StepSampler
+from latentreward.rollout.base import TIMESTEP_TOLERANCE, StepSampler
 from latentreward.rollout.prompted import PromptedPolicy
 from latentreward.rollout.rollout_noise import RolloutDraws
 from latentreward.rollout.settings import Sampling
@@ -45,6 +45,13 @@ class Branching:
         if not self.low <= self.high:
             raise InputError(f"low={self.low:g} lies above high={self.high:g}; exchange them")
 
+    def inside(self, timesteps: Any) -> Any:
+        """Tell which of ``timesteps``, a tensor or a number, lie in the window [low, high], up to rounding.
+
+        Shifted levels are rounded, for example to 500.00006 for σ = 0.5.
+        """
+        return (timesteps >= self.low - TIMESTEP_TOLERANCE) & (timesteps <= self.high + TIMESTEP_TOLERANCE)
+
     def steps(self, sampler: StepSampler) -> list[int]:
         """Return the indices of the steps with candidates: inside the window [low, high], and with noise.
 
@@ -52,7 +59,7 @@ class Branching:
             InputError: If there is no such step.
         """
         sampler.require_noise()
-        inside = (sampler.timesteps >= self.low) & (sampler.timesteps <= self.high) & (sampler.noise_std > 0)
+        inside = self.inside(sampler.timesteps) & (sampler.noise_std > 0)
         if not inside.any():
             raise InputError(
                 f"no step with noise lies in the window low={self.low:g}, high={self.high:g}; the {len(sampler)} "
