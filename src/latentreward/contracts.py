@@ -507,7 +507,20 @@ class StepSamples(SampledStates):
     advantage: Tensor
 
 
-StepRecord = TypeVar("StepRecord", StepPairs, StepSamples)
+@dataclass(frozen=True)
+class RenoisedSamples(SampledStates):
+    """Finished latents, each with a timestep that it is noised to again (DiffusionNFT, AWM).
+
+    ``latents`` are the finished ones, ``timesteps`` those to train at. A sample has a row for each of its timesteps.
+
+    Attributes:
+        advantage: ``(N,)`` advantages of the samples.
+    """
+
+    advantage: Tensor
+
+
+StepRecord = TypeVar("StepRecord", StepPairs, StepSamples, RenoisedSamples)
 
 
 def take_rows(record: StepRecord, index: Sequence[int]) -> StepRecord:

@@ -5,7 +5,11 @@ from latentreward.losses.bradley_terry import BradleyTerryLoss, bradley_terry_nl
 from latentreward.losses.clipped_policy import ClippedPolicyLoss, ClippedPolicyResult, gaussian_step_kl
 from latentreward.losses.diffusion_dpo import denoising_error, implicit_rewards
 from latentreward.losses.gather import gather_pair_scores, gather_with_grad
+from latentreward.losses.linear_dpo import LinearDPO, LinearDPOResult
 from latentreward.losses.lrm import LRMLoss, lrm_batch_loss, lrm_pair_loss
+from latentreward.losses.matching import MatchingLoss, MatchingResult, velocity_divergence
+from latentreward.losses.nft import NFTLoss, NFTResult
+from latentreward.losses.outcome_process import OutcomeProcessLoss
 from latentreward.losses.refl import RewardLoss, prediction_drift
 from latentreward.losses.step_dpo import StepDPO, StepDPOResult, clamped_log_ratio
 from latentreward.losses.thurstone import (
@@ -25,6 +29,13 @@ __all__ = [
     "ClippedPolicyResult",
     "ConstantVarianceThurstoneLoss",
     "LRMLoss",
+    "LinearDPO",
+    "LinearDPOResult",
+    "MatchingLoss",
+    "MatchingResult",
+    "NFTLoss",
+    "NFTResult",
+    "OutcomeProcessLoss",
     "PreferenceLoss",
     "RewardLoss",
     "StepDPO",
@@ -46,5 +57,6 @@ __all__ = [
     "prediction_drift",
     "thurstone_log_probability",
     "thurstone_nll",
+    "velocity_divergence",
     "weighted_mean",
 ]

@@ -35,6 +35,22 @@ def gaussian_step_kl(mean: Tensor, ref_mean: Tensor, spread: Tensor) -> Tensor:
     return squares / (2 * spread.to(squares).square())
 
 
+def clipped_objective(log_ratio: Tensor, advantage: Tensor, clip_range: float) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Compute PPO's objective :math:`\max(-A \rho, -A\,\mathrm{clamp}(\rho, 1 \pm \epsilon))` of each row.
+
+    Args:
+        log_ratio: ``(B,)`` log ρ.
+        advantage: ``(B,)`` advantages A.
+        clip_range: ε.
+
+    Returns:
+        The objective ``(B,)``, the ratios ρ ``(B,)``, and whether each lies outside 1 ± ε ``(B,)``.
+    """
+    ratio = log_ratio.exp()
+    bounded = ratio.clamp(1 - clip_range, 1 + clip_range)
+    return torch.maximum(-advantage * ratio, -advantage * bounded), ratio, ratio != bounded
+
+
 class ClippedPolicyResult(NamedTuple):
     """Loss and its parts; all scalars, float32.
 
@@ -105,10 +121,9 @@ class ClippedPolicyLoss(SetLoss):
             log_prob, old_log_prob, advantage = log_prob.cpu(), old_log_prob.cpu(), advantage.cpu()
             kl = None if kl is None else kl.cpu()
         weight = advantage.double().clamp(-self.max_advantage, self.max_advantage)
-        ratio = (log_prob.double() - old_log_prob.double()).exp()
-        bounded = ratio.clamp(1 - self.clip_range, 1 + self.clip_range)
-        policy = torch.maximum(-weight * ratio, -weight * bounded).mean()
+        rows, ratio, clipped = clipped_objective(log_prob.double() - old_log_prob.double(), weight, self.clip_range)
+        policy = rows.mean()
         divergence = policy.new_zeros(()) if kl is None else kl.double().mean()
         loss = policy + self.kl_weight * divergence if self.needs_reference else policy
-        parts = (policy, divergence, (ratio != bounded).double().mean(), ratio.mean())
+        parts = (policy, divergence, clipped.double().mean(), ratio.mean())
         return ClippedPolicyResult(loss.float(), *(part.detach().float() for part in parts))

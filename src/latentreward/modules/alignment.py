@@ -9,18 +9,34 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 
-from latentreward.contracts import Conditioning, NoisyStates, PromptBatch, RolloutStatistics, StepPairs, StepSamples
+from latentreward.contracts import (
+    Conditioning,
+    NoisyStates,
+    PromptBatch,
+    RenoisedSamples,
+    RolloutStatistics,
+    StepPairs,
+    StepSamples,
+)
 from latentreward.modules.based import BasedModule, unseen_settings
 from latentreward.modules.sharding import shard_policy, shard_reward
 from latentreward.policies import PolicySource
 from latentreward.policies.checkpoint import SOURCE
 from latentreward.rewards import RewardSource
 from latentreward.rewards.latent import LatentScorer
-from latentreward.rollout import CandidateStep, RolloutDraws, Sampling, Transition, candidate_steps, gap_quantiles
+from latentreward.rollout import (
+    Advantage,
+    CandidateStep,
+    RolloutDraws,
+    Sampling,
+    Transition,
+    candidate_steps,
+    gap_quantiles,
+)
 
-Experience = TypeVar("Experience", StepPairs, StepSamples)
+Experience = TypeVar("Experience", StepPairs, StepSamples, RenoisedSamples)
 
 
 class AlignmentModule(BasedModule):
@@ -188,6 +204,14 @@ class RolloutModule(RewardedModule, Generic[Experience]):
         conditioning, uncond = self.conditioning(batch.prompts)
         output = self.policy.predict_guided(batch.latents, batch.timesteps, conditioning, uncond, self.guidance_scale)
         return self.sampler.transition(batch.latents, output, batch.timesteps)
+
+    def advantages(self, rewards: Tensor, rule: Advantage) -> Tensor:
+        """Compute advantages ``(P, K)`` of this rank's rewards for K samples of P prompts, among those of all ranks."""
+        every = self.all_gather(rewards).reshape(-1, rewards.shape[1])
+        groups = torch.arange(len(every), device=every.device).repeat_interleave(rewards.shape[1])
+        advantages = rule(every.flatten(), groups).view_as(every)
+        start = self.trainer.global_rank * len(rewards) if len(every) > len(rewards) else 0
+        return advantages[start : start + len(rewards)]
 
     def describe_rollouts(self) -> str:
         """Summarise the score gaps of the last rollout in one line, for the error of a run that keeps no rows."""

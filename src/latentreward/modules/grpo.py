@@ -20,13 +20,16 @@ from latentreward.rewards import RewardSource
 from latentreward.rollout import (
     Branching,
     CandidateStep,
+    GroupAdvantage,
+    GuidedSampler,
+    RewardGuidance,
     Sampling,
     Trajectories,
     check_sigmas,
     group_advantages,
+    require_gradient,
     sample_trajectories,
     score_finished,
-    tracked_advantages,
 )
 
 LEAST_ADVANTAGE = 1e-6
@@ -142,11 +145,14 @@ class TrajectoryGRPOModule(GRPOModule):
         global_std: Divide advantages by the standard deviation of all rewards of a rollout, over all ranks, instead of
             the prompt's own (Flow-GRPO's setting). Prompts whose rewards hardly differ then have small advantages.
         loss: See :class:`GRPOModule`.
+        reward_guidance: Guidance of the rollouts by the reward's gradient (Euphonium, arXiv:2602.04928); the steps'
+            log-probabilities are those of the unguided policy. None samples without it.
         options: See :class:`GRPOModule`.
 
     Raises:
         InputError: As in :class:`GRPOModule`, or if there are fewer than 2 trajectories per prompt, ``low`` lies above
-            ``high``, fewer than two steps with noise lie in the window, or ``reward_sigmas`` are no noise levels.
+            ``high``, fewer than two steps with noise lie in the window, or ``reward_sigmas`` are no noise levels; with
+            ``reward_guidance`` also if the reward scores no noisy states or has no gradient.
     """
 
     def __init__(
@@ -160,15 +166,21 @@ class TrajectoryGRPOModule(GRPOModule):
         reward_sigmas: Sequence[float] = (0.4,),
         global_std: bool = True,
         loss: ClippedPolicyLoss | None = None,
+        reward_guidance: RewardGuidance | None = None,
         **options: Any,
     ) -> None:
         if num_trajectories < 2:
             raise InputError(f"num_trajectories={num_trajectories} leaves nothing to compare; use at least 2")
         check_sigmas(reward_sigmas)
+        if reward_guidance is not None:
+            reward.require_step_scores("reward_guidance")
         super().__init__(policy, reward, sampling, loss, **options)
         self.num_trajectories, self.global_std = num_trajectories, global_std
-        self.reward_sigmas = tuple(reward_sigmas)
+        self.reward_sigmas, self.reward_guidance = tuple(reward_sigmas), reward_guidance
         self.trained_steps = Branching(num_trajectories, low, high).training_steps(self.sampler)
+        if reward_guidance is not None:
+            reward_guidance.check(self.sampler)
+            require_gradient(self.reward)
 
     def make_experience(self, prompts: PromptBatch) -> StepSamples | None:
         """See :meth:`RolloutModule.make_experience`."""
@@ -177,22 +189,19 @@ class TrajectoryGRPOModule(GRPOModule):
             tuple(prompt for prompt in prompts.prompts for _ in range(count)),
             tuple(f"{key}/{number}" for key in prompts.keys for number in range(count)),
         )
+        sampler = self.sampler
+        if self.reward_guidance is not None:
+            encoded = self.reward.encode_prompts(repeated.prompts)
+            sampler = GuidedSampler(sampler, self.reward_guidance, self.reward, encoded)
         trajectories = sample_trajectories(
-            self.policy, self.sampler, repeated, self.sampling, self.guidance_scale, self.seed
+            self.policy, sampler, repeated, self.sampling, self.guidance_scale, self.seed
         )
         rewards = score_finished(self.reward, trajectories.finished, prompts, self.seed, self.reward_sigmas)
         rewards = rewards.view(len(prompts), count)
         self.rollout_statistics = group_statistics(torch.zeros(1), rewards.T[None].cpu())
-        advantage = self._advantages(rewards).flatten().cpu()
+        rule = GroupAdvantage("all" if self.global_std else "group")
+        advantage = self.advantages(rewards, rule).flatten().cpu()
         return worth_learning(trajectory_samples(trajectories, self.trained_steps, repeated, advantage))
-
-    def _advantages(self, rewards: Tensor) -> Tensor:
-        """Compute advantages ``(P, K)`` of this rank's rewards; ``global_std`` divides by the spread over all ranks."""
-        every = self.all_gather(rewards).reshape(-1, self.num_trajectories)
-        groups = torch.arange(len(every), device=every.device).repeat_interleave(self.num_trajectories)
-        advantages = tracked_advantages(every.flatten(), groups, self.global_std).view_as(every)
-        start = self.trainer.global_rank * len(rewards) if len(every) > len(rewards) else 0
-        return advantages[start : start + len(rewards)]
 
 
 def candidate_samples(step: CandidateStep, prompts: PromptBatch) -> StepSamples:

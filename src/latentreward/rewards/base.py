@@ -125,6 +125,25 @@ class RewardSource(ABC):
                 "a reward trained on latents of the policy's VAE, or one that scores pixels"
             )
 
+    def scores_states(self) -> bool:
+        """Tell whether the reward scores a noisy state as it is, without the policy's prediction of clean latents."""
+        return True
+
+    def require_step_scores(self, field: str) -> None:
+        """Check, before any weight is loaded, that the reward scores noisy states for a setting that needs it.
+
+        Args:
+            field: Name and value of the setting, for the message.
+
+        Raises:
+            InputError: If the reward needs clean latents, as rewards of pixels do.
+        """
+        if not self.scores_states():
+            raise InputError(
+                f"{field} needs the score of a noisy state, which {type(self).__name__} does not give, because it "
+                "scores predicted clean latents; take a LatentReward, or leave that setting out"
+            )
+
     @abstractmethod
     def load(self, policy: Policy) -> Reward:
         """Load the reward, frozen, to score states of ``policy``.

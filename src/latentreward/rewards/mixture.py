@@ -77,6 +77,10 @@ class RewardMixture(RewardSource):
             )
         return next(iter(spaces), None)
 
+    def scores_states(self) -> bool:
+        """Tell whether each reward of the mixture scores noisy states as they are."""
+        return all(reward.scores_states() for reward in self.rewards)
+
     def require_latents_of(self, policy: PolicySource) -> None:
         """See :meth:`RewardSource.require_latents_of`; checks each reward of the mixture."""
         for reward in self.rewards:

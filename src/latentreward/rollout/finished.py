@@ -1,11 +1,12 @@
-"""Scores of finished latents."""
+"""Scores of finished latents, and of noisy states at their own noise level."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from latentreward.contracts import PromptBatch
+from latentreward.contracts import NoisyStates, PromptBatch
 from latentreward.errors import InputError
 from latentreward.rewards.base import Reward
 from latentreward.seeding import pair_generator
@@ -15,6 +16,27 @@ def check_sigmas(reward_sigmas: Sequence[float]) -> None:
     """Raise InputError if there are no noise levels, or one lies outside [0, 1]."""
     if not reward_sigmas or not all(0.0 <= sigma <= 1.0 for sigma in reward_sigmas):
         raise InputError(f"reward_sigmas={list(reward_sigmas)} must be at least one noise level in [0, 1]")
+
+
+def score_states(
+    reward: Reward, encoded: Any, latents: Tensor, rows: Tensor, timestep: float, clean: Tensor | None = None
+) -> Tensor:
+    """Score states that are all at one timestep: ``(N,)``, float32.
+
+    Args:
+        reward: Reward that scores the states.
+        encoded: Result of :meth:`Reward.encode_prompts`.
+        latents: ``(N, C, ...)`` states.
+        rows: ``(N,)`` int64 index of each state's prompt in ``encoded``.
+        timestep: Timestep of the policy's noise process that the reward is told.
+        clean: ``(N, C, ...)`` predicted clean latents, for rewards with ``needs_clean``.
+
+    Raises:
+        InputError: If a score has the wrong shape or is not finite.
+    """
+    timesteps = torch.full((len(latents),), timestep, device=latents.device)
+    scores: Tensor = reward(NoisyStates(latents, timesteps, rows.to(latents.device), clean), encoded)
+    return scores
 
 
 def score_finished(reward: Reward, latents: Tensor, prompts: PromptBatch, seed: int, sigmas: Sequence[float]) -> Tensor:

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from latentreward.contracts import (
     PromptBatch,
+    RenoisedSamples,
     RolloutStatistics,
     StepPairs,
     StepSamples,
@@ -27,7 +28,9 @@ from latentreward.errors import InputError
 from latentreward.seeding import pair_generator
 
 Experience = StepPairs | StepSamples
-RECORDS: dict[str, type[Any]] = {kind.__name__: kind for kind in (StepPairs, StepSamples, RolloutStatistics)}
+RECORDS: dict[str, type[Any]] = {
+    kind.__name__: kind for kind in (StepPairs, StepSamples, RenoisedSamples, RolloutStatistics)
+}
 """Class name → class of the records that a checkpoint may hold."""
 
 
