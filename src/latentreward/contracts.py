@@ -500,11 +500,17 @@ class StepSamples(SampledStates):
         next_latents: ``(N, K, C, ...)`` the K next states of each state.
         log_prob: ``(N, K)`` log-probabilities of the steps under the policy that sampled them.
         advantage: ``(N, K)`` advantages of the steps.
+        process: ``(N, K)`` advantages of the steps' own rewards, for losses of two advantages; else None.
+        old_mean: ``(N, C, ...)`` mean of the steps under the policy that sampled them, for trust regions; else None.
+        held: ``(N, K)`` bool: whether the KL term acts on the step, for gates; else None.
     """
 
     next_latents: Tensor
     log_prob: Tensor
     advantage: Tensor
+    process: Tensor | None = None
+    old_mean: Tensor | None = None
+    held: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -526,22 +532,25 @@ StepRecord = TypeVar("StepRecord", StepPairs, StepSamples, RenoisedSamples)
 def take_rows(record: StepRecord, index: Sequence[int]) -> StepRecord:
     """Return the rows ``index`` of a record of steps; all its tensors and names are indexed alike."""
     rows = torch.as_tensor(index, dtype=torch.int64)
-    values = {field.name: getattr(record, field.name) for field in fields(record)}
-    return type(record)(
-        **{
-            name: value[rows.to(value.device)] if isinstance(value, Tensor) else tuple(value[i] for i in index)
-            for name, value in values.items()
-        }
-    )
+
+    def taken(value: Any) -> Any:
+        if value is None:
+            return None
+        return value[rows.to(value.device)] if isinstance(value, Tensor) else tuple(value[i] for i in index)
+
+    return type(record)(**{field.name: taken(getattr(record, field.name)) for field in fields(record)})
 
 
 def join_rows(records: Sequence[StepRecord]) -> StepRecord:
-    """Concatenate the rows of at least one record into a single record."""
+    """Concatenate the rows of at least one record into a single record; a field is None in all of them or in none."""
+
+    def joined(column: list[Any]) -> Any:
+        if column[0] is None:
+            return None
+        return torch.cat(column) if isinstance(column[0], Tensor) else sum(column, ())
+
     names = [field.name for field in fields(records[0])]
-    columns = {name: [getattr(record, name) for record in records] for name in names}
-    return type(records[0])(
-        **{name: torch.cat(c) if isinstance(c[0], Tensor) else sum(c, ()) for name, c in columns.items()}
-    )
+    return type(records[0])(**{name: joined([getattr(record, name) for record in records]) for name in names})
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,13 @@ from latentreward.backbones import LoRA
 from latentreward.checkpoints.fsdp2 import FSDP2Strategy
 from latentreward.checkpoints.shards import changing_names, whole_tensor
 from latentreward.data.alignment.prompts import PromptLoaders
-from latentreward.losses import ClippedPolicyLoss
+from latentreward.losses import ClippedPolicyLoss, GRPOGuard, NormGuard
 from latentreward.modules import AWMModule, DiffusionNFTModule, StepwiseGRPOModule, TrajectoryGRPOModule
 from latentreward.modules.alignment import RolloutModule
 from latentreward.modules.grpo import GRPOModule
 from latentreward.policies import PolicySource
 from latentreward.policies.moving import DecayRamp
-from latentreward.rollout import Branching, Sampling, StratifiedSteps
+from latentreward.rollout import Branching, GainCredit, MovingWindow, Sampling, StratifiedSteps
 from latentreward.scorers import CallableScorer
 from tests.modules.simple_reward import FirstChannelReward
 from tests.tiny_pipelines import source_of
@@ -30,10 +30,26 @@ PROMPTS = ["a red circle on a black background", "two blue squares on a white ba
 KINDS: dict[str, Any] = {
     "stepwise": (StepwiseGRPOModule, {"candidates": Branching(3)}),
     "trajectory": (TrajectoryGRPOModule, {"num_trajectories": 3}),
+    "steps": (
+        TrajectoryGRPOModule,
+        {
+            "num_trajectories": 3,
+            "sampling": Sampling(4),
+            "credit": GainCredit(0.5),
+            "window": MovingWindow(2, every=1),
+            "trust_region": [GRPOGuard(), NormGuard()],
+        },
+    ),
     "nft": (DiffusionNFTModule, {"num_samples": 3, "old": DecayRamp(0.5, 0.5)}),
     "awm": (AWMModule, {"num_samples": 3, "steps": StratifiedSteps(1, share=1.0), "optimizer": partial(SGD, lr=1.0)}),
 }
-CASES = [("stepwise", "sd15"), ("trajectory", "sd35_tiny"), ("nft", "sd35_tiny"), ("awm", "sd35_tiny")]
+CASES = [
+    ("stepwise", "sd15"),
+    ("trajectory", "sd35_tiny"),
+    ("steps", "sd35_tiny"),
+    ("nft", "sd35_tiny"),
+    ("awm", "sd35_tiny"),
+]
 METRICS = ("hacking/held_out", "hacking/reward_change", "drift/mean", "collapse/diversity", "rollout/gap_50_t_0_1000")
 
 

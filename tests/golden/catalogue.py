@@ -48,12 +48,16 @@ COVERED = (
     "dina/metric",
     "dina/prompt",
     "dina/dataset",
+    "algos/advantages",
     "algos/awm_loss",
     "algos/euphonium",
+    "algos/grpo_losses",
     "algos/latsearch",
     "algos/linear_dpo",
     "algos/nft_loss",
     "algos/nft_schedule",
+    "algos/sde_steps",
+    "algos/tp_grpo",
 )
 DINA_CASES = {
     "head": ("*.json",),

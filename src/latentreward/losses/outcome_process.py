@@ -49,6 +49,9 @@ class OutcomeProcessLoss(SetLoss):
         self.term = ClippedPolicyLoss(clip_range, max_advantage=max_advantage)
         self.outcome_weight, self.process_weight = weights
 
+    def step_weights(self, std: Tensor, spread: Tensor) -> None:
+        """Return None: all steps weigh the same."""
+
     @property
     def needs_reference(self) -> bool:
         """Tell whether :meth:`forward` must be given ``kl``."""

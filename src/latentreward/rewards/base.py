@@ -67,6 +67,12 @@ class Reward(nn.Module, ABC):
         """
         return self(NoisyStates(latents, torch.zeros(len(latents), device=latents.device), rows, latents), encoded)
 
+    def score_parts(
+        self, latents: Tensor, rows: Tensor, encoded: Any, noise: Tensor | None = None, sigmas: Sequence[float] = ()
+    ) -> Tensor:
+        """Score finished latents by each reward of a mixture, not weighted: ``(N, R)``; see :meth:`score_clean`."""
+        return self.score_clean(latents, rows, encoded, noise, sigmas)[:, None]
+
     def set_precision(self, dtype: torch.dtype) -> None:
         """Set the type in which frozen weights are stored and multiplied; scores stay float32.
 
@@ -106,7 +112,13 @@ class Reward(nn.Module, ABC):
 
 
 class RewardSource(ABC):
-    """Settings of a reward, as given in YAML. Weights are loaded by :meth:`load` only."""
+    """Settings of a reward, as given in YAML. Weights are loaded by :meth:`load` only.
+
+    Attributes:
+        parts: Number of rewards that a mixture holds; 1 for any other reward.
+    """
+
+    parts: int = 1
 
     @abstractmethod
     def latent_space(self) -> LatentSpace | None:

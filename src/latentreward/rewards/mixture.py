@@ -62,6 +62,7 @@ class RewardMixture(RewardSource):
                 "each, and one that is not 0"
             )
         self.rewards, self.weights, self.normalise = list(rewards), weights, normalise
+        self.parts = len(rewards)
 
     def latent_space(self) -> LatentSpace | None:
         """Return the common latent space of the rewards that need one; None if none does.
@@ -135,6 +136,18 @@ class MixedReward(Reward):
     ) -> Tensor:
         """See :meth:`Reward.score_clean`."""
         return self._mix(rows, encoded, lambda reward, known: reward.score_clean(latents, rows, known, noise, sigmas))
+
+    def score_parts(
+        self,
+        latents: Tensor,
+        rows: Tensor,
+        encoded: tuple[Any, ...],
+        noise: Tensor | None = None,
+        sigmas: Sequence[float] = (),
+    ) -> Tensor:
+        """See :meth:`Reward.score_parts`; one column for each reward, neither weighted nor normalised."""
+        pairs = zip(self.rewards, encoded, strict=True)
+        return torch.stack([reward.score_clean(latents, rows, known, noise, sigmas) for reward, known in pairs], dim=1)
 
     def _mix(self, rows: Tensor, encoded: tuple[Any, ...], score: Callable[[Any, Any], Tensor]) -> Tensor:
         parts = []

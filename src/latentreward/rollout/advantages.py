@@ -12,7 +12,15 @@ from latentreward.errors import InputError
 
 
 class Advantage(ABC):
-    """Rule that turns the rewards of a rollout into advantages."""
+    """Rule that turns the rewards of a rollout into advantages.
+
+    Attributes:
+        takes_parts: Whether the rule takes each reward of a mixture by itself, ``(N, R)``, in place of their sum.
+        takes_features: Whether the rule is called with a third argument, features ``(N, F)`` of the samples.
+    """
+
+    takes_parts = False
+    takes_features = False
 
     @abstractmethod
     def __call__(self, rewards: Tensor, groups: Tensor) -> Tensor:
@@ -86,7 +94,8 @@ class GDPO(Advantage):
     """Advantage of several rewards (GDPO, arXiv:2601.05242): each is normalised in its group before they are added.
 
     The weighted sum of the group-relative advantages is then brought to mean 0 and standard deviation 1 over the
-    rollout. A reward with a large spread does not drown the others, as it does in a sum of rewards.
+    rollout. A reward with a large spread does not drown the others, as it does in a sum of rewards. A
+    :class:`~latentreward.rewards.RewardMixture` gives its rewards one by one; its own weights are not used.
 
     Args:
         weights: Weight of each reward; None weighs all alike.
@@ -95,6 +104,8 @@ class GDPO(Advantage):
     Raises:
         InputError: If a number is out of range.
     """
+
+    takes_parts = True
 
     def __init__(self, weights: Sequence[float] | None = None, epsilon: float = 1e-6) -> None:
         if not (math.isfinite(epsilon) and epsilon > 0):
@@ -122,6 +133,42 @@ class GDPO(Advantage):
     def _standardised(self, values: Tensor) -> Tensor:
         std, mean = torch.std_mean(values, dim=0, correction=0)
         return (values - mean) / std.clamp(min=self.epsilon)
+
+
+class DiversityAdvantage(Advantage):
+    r"""Advantage of GARDO (arXiv:2512.24138): good samples count the more, the less they resemble their group.
+
+    .. math:: A_i = (r_i - \bar r)\, m_i, \qquad m_i = 1 \text{ if } r_i < \bar r, \text{ else } \delta_i / \bar\delta
+
+    with :math:`\delta_i` the least cosine distance of a sample's features to those of another sample of its group, and
+    bars the means over the group. Not divided by a standard deviation. GARDO takes features of pixels (DINOv3); the
+    modules give the finished latents, averaged over areas, which needs no decoding (ours).
+    """
+
+    takes_features = True
+
+    def __call__(self, rewards: Tensor, groups: Tensor, features: Tensor | None = None) -> Tensor:
+        """See :meth:`Advantage.__call__`; ``features`` are ``(N, F)``.
+
+        Raises:
+            ValueError: If ``features`` are missing.
+        """
+        if features is None:
+            raise ValueError("DiversityAdvantage needs features")
+        values = rewards.double()
+        advantages = torch.zeros_like(values)
+        directions = torch.nn.functional.normalize(features.double(), dim=1)
+        for group in groups.unique():
+            rows = (groups == group).nonzero().flatten()
+            if len(rows) < 2:
+                continue
+            distance = 1 - directions[rows] @ directions[rows].T
+            nearest = distance.fill_diagonal_(math.inf).min(dim=1).values.clamp(min=0)
+            mean = nearest.mean()
+            share = nearest / mean if mean > 0 else torch.ones_like(nearest)
+            gain = values[rows] - values[rows].mean(dim=0)
+            advantages[rows] = torch.where(gain < 0, gain, gain * share.view(-1, *[1] * (gain.ndim - 1)))
+        return advantages.float()
 
 
 def group_advantages(scores: Tensor, epsilon: float = 1e-4) -> Tensor:

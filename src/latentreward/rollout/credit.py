@@ -50,6 +50,14 @@ class GainCredit(Credit):
         return credit
 
 
+class StateCredit(Credit):
+    """Credit of a step: the reward of the state before it, as in Euphonium's process advantage (arXiv:2602.04928)."""
+
+    def __call__(self, rewards: Tensor) -> Tensor:
+        """See :meth:`Credit.__call__`."""
+        return rewards[:, :-1].double()
+
+
 class TurningPointCredit(Credit):
     r"""Credit of TP-GRPO (arXiv:2602.06422): a main reward, and a bonus at steps where a trajectory turns to its goal.
 

@@ -39,7 +39,14 @@ def score_states(
     return scores
 
 
-def score_finished(reward: Reward, latents: Tensor, prompts: PromptBatch, seed: int, sigmas: Sequence[float]) -> Tensor:
+def score_finished(
+    reward: Reward,
+    latents: Tensor,
+    prompts: PromptBatch,
+    seed: int,
+    sigmas: Sequence[float],
+    parts: bool = False,
+) -> Tensor:
     """Score finished latents: ``(N,)``, float32.
 
     A reward that scores noisy latents adds noise at the levels ``sigmas``. All samples of a prompt share that noise, so
@@ -51,10 +58,17 @@ def score_finished(reward: Reward, latents: Tensor, prompts: PromptBatch, seed: 
         prompts: P prompts.
         seed: Seed of the noise.
         sigmas: Noise levels for a latent reward; without effect on rewards of pixels.
+        parts: Score by each reward of a mixture: ``(N, R)``; see :meth:`Reward.score_parts`.
     """
     generators = [pair_generator(seed, "reward noise", 0, key) for key in prompts.keys]
     noise = torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in generators])
-    rows = torch.arange(len(prompts)).repeat_interleave(len(latents) // len(prompts)).to(latents.device)
+    rows = rows_of(prompts, latents)
     with torch.no_grad():
         encoded = reward.encode_prompts(prompts.prompts)
-    return reward.score_clean(latents, rows, encoded, noise.to(latents.device)[rows], sigmas).float()
+    score = reward.score_parts if parts else reward.score_clean
+    return score(latents, rows, encoded, noise.to(latents.device)[rows], sigmas).float()
+
+
+def rows_of(prompts: PromptBatch, latents: Tensor) -> Tensor:
+    """Return the index of the prompt of each of ``latents`` ``(N, C, ...)``, of which each prompt has N / P in turn."""
+    return torch.arange(len(prompts)).repeat_interleave(len(latents) // len(prompts)).to(latents.device)

@@ -26,12 +26,15 @@ class Trajectories:
         log_prob: ``(T, B)`` float32: log-probability of each step under the policy that sampled the step; 0 for
             deterministic steps.
         stochastic: ``(T,)`` bool on the CPU: whether the step has noise, and so a log-probability to train on.
+        means: ``(T, B, C, ...)`` mean of each step under the policy that sampled it, without guidance by a reward; None
+            unless they were asked for.
     """
 
     latents: Tensor
     timesteps: Tensor
     log_prob: Tensor
     stochastic: Tensor
+    means: Tensor | None = None
 
     @property
     def finished(self) -> Tensor:
@@ -50,6 +53,7 @@ def sample_trajectories(
     *,
     draws: RolloutDraws | None = None,
     needs_noise: bool = True,
+    keep_means: bool = False,
 ) -> Trajectories:
     """Sample from noise to the finished latents, and keep every state.
 
@@ -62,6 +66,7 @@ def sample_trajectories(
         seed: Seed of all random numbers.
         draws: Random numbers to use in place of those from ``seed``.
         needs_noise: Whether at least one step must have noise, and so a log-probability to train on.
+        keep_means: Whether to keep the mean of each step.
 
     Raises:
         InputError: If ``needs_noise`` and no step has noise.
@@ -70,17 +75,21 @@ def sample_trajectories(
         sampler.require_noise()
     network, draws = PromptedPolicy.of(policy, prompts, guidance_scale), draws or RolloutDraws(seed, prompts.keys)
     shape = sampling.latent_shape(policy.family)
+    means: list[Tensor] = []
     states, log_probs, stochastic = [draws.initial(shape).to(network.device)], [], sampler.noise_std > 0
     for index, timestep in enumerate(sampler.timesteps.tolist()):
         output = network(states[-1], timestep)
         transition = sampler.transition(states[-1], output, torch.full((len(output),), timestep))
+        if keep_means:
+            means.append(transition.mean)
         if stochastic[index]:
             states.append(transition.sample(draws.noise(index, 1, shape)[0]))
             log_probs.append(transition.log_prob(states[-1]))
         else:
             states.append(transition.mean)
             log_probs.append(torch.zeros_like(transition.std))
-    return Trajectories(torch.stack(states), sampler.timesteps, torch.stack(log_probs), stochastic)
+    kept = torch.stack(means) if keep_means else None
+    return Trajectories(torch.stack(states), sampler.timesteps, torch.stack(log_probs), stochastic, kept)
 
 
 @torch.no_grad()
