@@ -48,7 +48,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "turning": {"credit": TurningPointCredit()},
     "window": {"window": MovingWindow(2, every=1)},
     "guard": {"trust_region": GRPOGuard()},
-    "dppo": {"trust_region": [FlowDPPO(), NormGuard(0.1)], "loss": ClippedPolicyLoss(max_advantage=float("inf"))},
+    "dppo": {"trust_region": [FlowDPPO(), NormGuard(0.1)], "loss": ClippedPolicyLoss(max_advantage=None)},
     "uncertain": {"trust_region": UncertaintyGate(), "loss": KL, "reward_sigmas": (0.3, 0.6)},
     "process": {"credit": StateCredit(), "loss": OutcomeProcessLoss(kl_weight=0.1)},
     "diverse": {"advantage": DiversityAdvantage()},

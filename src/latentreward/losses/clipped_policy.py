@@ -87,7 +87,7 @@ class ClippedPolicyLoss(SetLoss):
         clip_range: ε, in (0, 1). Ratios stay close to 1 because log-probabilities are means over elements; Flow-GRPO
             takes 1e-4 (SD3.5-M, released configuration).
         kl_weight: β; 0 leaves the KL term out. Flow-GRPO takes 0.04 and 0.01.
-        max_advantage: Bound: advantages are clamped to [−``max_advantage``, ``max_advantage``].
+        max_advantage: Bound: advantages are clamped to [−``max_advantage``, ``max_advantage``]; None sets no bound.
         step_weight: Weight w of each step's policy term, times 2.25 (TempFlow-GRPO, arXiv:2508.04324): the ``noise`` of
             the step, s√Δ (the paper); its ``spread`` s (recommended by the authors, with ``kl_weight`` ten times as
             large); or ``none``. The KL divergence is then that of a Gaussian of the same w.
@@ -100,7 +100,7 @@ class ClippedPolicyLoss(SetLoss):
         self,
         clip_range: float = 1e-4,
         kl_weight: float = 0.0,
-        max_advantage: float = 5.0,
+        max_advantage: float | None = 5.0,
         step_weight: Literal["none", "noise", "spread"] = "none",
     ) -> None:
         super().__init__()
@@ -108,8 +108,8 @@ class ClippedPolicyLoss(SetLoss):
             raise InputError(f"clip_range = {clip_range} must lie between 0 and 1; Flow-GRPO uses 1e-4")
         if not (math.isfinite(kl_weight) and kl_weight >= 0):
             raise InputError(f"kl_weight = {kl_weight} must be at least 0 and finite; 0 leaves the reference out")
-        if not max_advantage > 0:
-            raise InputError(f"max_advantage = {max_advantage} must be positive; Flow-GRPO uses 5")
+        if max_advantage is not None and not max_advantage > 0:
+            raise InputError(f"max_advantage = {max_advantage} must be positive; Flow-GRPO uses 5, null sets no bound")
         self.clip_range, self.kl_weight, self.max_advantage = clip_range, kl_weight, max_advantage
         self.step_weight = step_weight
 
@@ -152,7 +152,8 @@ class ClippedPolicyLoss(SetLoss):
         if log_prob.device.type == "mps":  # has no float64
             log_prob, old_log_prob, advantage = log_prob.cpu(), old_log_prob.cpu(), advantage.cpu()
             kl, weights = (None if value is None else value.cpu() for value in (kl, weights))
-        bounded = advantage.double().clamp(-self.max_advantage, self.max_advantage)
+        bounded, bound = advantage.double(), self.max_advantage
+        bounded = bounded if bound is None else bounded.clamp(-bound, bound)
         rows, ratio, clipped = objective(log_prob.double() - old_log_prob.double(), bounded, self.clip_range)
         policy = (rows if weights is None else TEMPFLOW * weights.to(rows) * rows).mean()
         divergence = policy.new_zeros(()) if kl is None else mean_of(kl.double(), held)

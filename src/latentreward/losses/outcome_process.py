@@ -22,7 +22,7 @@ class OutcomeProcessLoss(SetLoss):
     Args:
         clip_range: ε, see :class:`ClippedPolicyLoss`; for both terms.
         kl_weight: β; 0 leaves the KL term out.
-        max_advantage: Bound of both advantages.
+        max_advantage: Bound of both advantages; None sets no bound.
         outcome_weight: w_o, at least 0; 1 in Euphonium.
         process_weight: w_p, at least 0; 1 in Euphonium.
 
@@ -34,7 +34,7 @@ class OutcomeProcessLoss(SetLoss):
         self,
         clip_range: float = 1e-4,
         kl_weight: float = 0.0,
-        max_advantage: float = 5.0,
+        max_advantage: float | None = 5.0,
         outcome_weight: float = 1.0,
         process_weight: float = 1.0,
     ) -> None:

@@ -123,7 +123,7 @@ class FlowDPPO(RatioRule):
     A step has moved too far if :math:`\langle(\mu - \mu_{\mathrm{old}})^2\rangle / 2 s^2\Delta` reaches the threshold.
     It would move further if its ratio is above 1 and its advantage positive, or below 1 and negative. The loss is the
     mean over all steps of −A·ρ, with 0 for those left out. The loss's ``clip_range`` is not used; the paper does not
-    bound advantages either (``max_advantage: .inf``).
+    bound advantages either (``max_advantage: null``).
 
     Args:
         threshold: Least divergence that counts as too far; 1e-5 in the released settings.
