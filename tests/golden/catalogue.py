@@ -50,6 +50,7 @@ COVERED = (
     "dina/dataset",
     "algos/advantages",
     "algos/awm_loss",
+    "algos/drm_head",
     "algos/euphonium",
     "algos/grpo_losses",
     "algos/latsearch",
@@ -58,6 +59,8 @@ COVERED = (
     "algos/nft_schedule",
     "algos/sde_steps",
     "algos/tp_grpo",
+    "algos/pavrm_head",
+    "algos/tie_losses",
 )
 DINA_CASES = {
     "head": ("*.json",),

@@ -209,6 +209,12 @@ def check_features(features: Features, spec: FeatureSpec, backbone: str) -> None
     for index, (tap, grid) in enumerate(zip(features.visual, features.visual_grids, strict=True)):
         if tap.shape[1] != math.prod(grid):
             raise InputError(f"{backbone}: visual tap {index} has {tap.shape[1]} tokens for the grid {tuple(grid)}")
+    channels = None if features.output is None else features.output.shape[1]
+    if channels != (None if spec.output is None else spec.output.width):
+        raise InputError(
+            f"{backbone}: read gives an output map of {channels} channels, but feature_spec says {spec.output}; let "
+            "them agree"
+        )
     for name, vector, width in (
         ("temb", features.temb, spec.temb_dim),
         ("pooled_text", features.pooled_text, spec.pooled_text_dim),

@@ -48,6 +48,8 @@ class SD3DiTBackbone(TransformerBackbone):
             tokens including padding.
         cut: Whether to remove blocks from ``transformer``. Set False for a network that other code uses too; blocks
             after the last tap are not run then.
+        output_map: Whether to apply the network's output layers to the visual tokens of the last tapped block, and to
+            return the map ``(B, C, h, w)`` in the features (DRM).
         encoders: ``text_encoder`` and ``vae``, see :class:`DiffusionBackbone`.
 
     Raises:
@@ -73,6 +75,7 @@ class SD3DiTBackbone(TransformerBackbone):
         text_taps: Sequence[int] = (4, 8, 12),
         pooled_text: Literal["clip", "t5"] = "clip",
         cut: bool = True,
+        output_map: bool = False,
         **encoders: Any,
     ) -> None:
         super().__init__(noise_process, latent_space, **encoders)
@@ -87,7 +90,7 @@ class SD3DiTBackbone(TransformerBackbone):
             )
         if pooled_text == "t5" and (self.text_encoder is None or self.text_encoder.text_encoder_3 is None):
             raise InputError("pooled_text='t5' needs the T5 text encoder; set load_t5: true or pooled_text: clip")
-        self.pooled_text = pooled_text
+        self.pooled_text, self.output_map = pooled_text, output_map
         self.transformer = transformer
         self.max_side = transformer.config.pos_embed_max_size * transformer.config.patch_size
         if cut:
@@ -98,27 +101,29 @@ class SD3DiTBackbone(TransformerBackbone):
         if type(network) is not type(self.transformer):
             return None
         process, taps = (self.noise_process, self.latent_space), (None, self.visual_taps, self.text_taps)
-        return SD3DiTBackbone(network, *process, *taps, self.pooled_text, cut=False, text_encoder=text_encoder)
+        options = {"cut": False, "output_map": self.output_map}
+        return SD3DiTBackbone(network, *process, *taps, self.pooled_text, **options, text_encoder=text_encoder)
 
     def unread_names(self) -> list[str]:
         """See :meth:`TransformerBackbone.unread_names`.
 
-        These are the output layers and the blocks after the last tap. If only one of the two outputs of the last tapped
-        block is read, the submodules that only the other output needs are included.
+        These are the blocks after the last tap and, unless the output map is read, the output layers. If only one of
+        the two outputs of the last tapped block is read, the submodules that only the other output needs are included.
         """
         last, kept = self.last_tap, len(self.transformer.transformer_blocks)
-        names = ["norm_out", "proj_out", *(f"transformer_blocks.{index}" for index in range(last, kept))]
+        names = [f"transformer_blocks.{index}" for index in range(last, kept)]
+        names += [] if self.output_map else ["norm_out", "proj_out"]
         if last == 0:
             names += [] if self.text_taps else ["context_embedder"]
         elif last not in self.text_taps:
             names += [f"transformer_blocks.{last - 1}.{name}" for name in _TEXT_OUTPUT]
-        elif last not in self.visual_taps:
+        elif last not in self.visual_taps and not self.output_map:
             names += [f"transformer_blocks.{last - 1}.{name}" for name in _VISUAL_OUTPUT]
         return names
 
     def drop_time_embedding(self) -> None:
         """See :meth:`DiffusionBackbone.drop_time_embedding`; nothing is frozen if any block runs."""
-        if self.last_tap == 0:
+        if self.last_tap == 0 and not self.output_map:
             self.transformer.time_text_embed.requires_grad_(False)
 
     @property
@@ -133,6 +138,7 @@ class SD3DiTBackbone(TransformerBackbone):
             text=(TapSpec(width, (length,)),) * len(self.text_taps),
             temb_dim=width,
             pooled_text_dim=config.pooled_projection_dim if self.pooled_text == "clip" else config.joint_attention_dim,
+            output=TapSpec(config.out_channels, (config.sample_size,) * 2) if self.output_map else None,
         )
 
     @property
@@ -174,7 +180,14 @@ class SD3DiTBackbone(TransformerBackbone):
             text=tuple(read[tap][1] for tap in self.text_taps),
             pooled_text=pooled,
             temb=temb,
+            output=self._output(visual, temb, grid) if self.output_map else None,
         )
+
+    def _output(self, visual: Tensor, temb: Tensor, grid: tuple[int, ...]) -> Tensor:
+        """Apply the output layers to visual tokens ``(B, N, D)``; returns ``(B, C, h, w)``."""
+        dit, patch = self.transformer, self.transformer.config.patch_size
+        patches = dit.proj_out(dit.norm_out(visual, temb)).unflatten(2, (patch, patch, -1)).unflatten(1, grid)
+        return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
     def blocks(self) -> Iterator[nn.Module]:
         """See :meth:`DiffusionBackbone.blocks`."""
@@ -236,6 +249,7 @@ def cut_sd3_dit(
     text_taps: Sequence[int] = (4, 8, 12),
     pooled_text: Literal["clip", "t5"] = "clip",
     vae_dtype: StorageDtype = "float32",
+    output_map: bool = False,
     **options: Any,
 ) -> SD3DiTBackbone:
     """Load a pipeline's transformer and VAE, and build a backbone from the transformer's first blocks.
@@ -249,6 +263,8 @@ def cut_sd3_dit(
         text_taps: Numbers of the blocks whose text tokens are read; may be empty.
         pooled_text: Pooled text vector for heads: ``clip`` or ``t5``; see :class:`SD3DiTBackbone`.
         vae_dtype: Precision of the VAE.
+        output_map: Whether to return the network's output after the last tapped block too; see
+            :class:`SD3DiTBackbone`.
         options: See :func:`~latentreward.backbones.loading.finish`.
 
     Raises:
@@ -262,6 +278,7 @@ def cut_sd3_dit(
         visual_taps,
         text_taps,
         pooled_text,
+        output_map=output_map,
         text_encoder=text_encoder,
         vae=pipeline.latent_encoder(vae_dtype),
     )

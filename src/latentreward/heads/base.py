@@ -22,12 +22,14 @@ class RewardHead(nn.Module, ABC):
             are frozen.
         reads_temb: Whether ``forward`` uses ``features.temb``. If False, backbone parameters that only the timestep
             embedding needs are frozen.
+        reads_output: Whether ``forward`` uses ``features.output``, which the backbone's ``output_map`` switches on.
         built_by: Record of the constructor call; None if a setting cannot be written as JSON.
     """
 
     needs_uncond: bool = False
     reads_text: bool = True
     reads_temb: bool = True
+    reads_output: bool = False
     built_by: Construction | None = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:

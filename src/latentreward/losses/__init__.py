@@ -12,6 +12,15 @@ from latentreward.losses.nft import NFTLoss, NFTResult
 from latentreward.losses.outcome_process import OutcomeProcessLoss
 from latentreward.losses.refl import RewardLoss, prediction_drift
 from latentreward.losses.step_dpo import StepDPO, StepDPOResult, clamped_log_ratio
+from latentreward.losses.targets import (
+    LabelLoss,
+    RankingDistillation,
+    RegressionDistillation,
+    TargetLoss,
+    gaussian_nll,
+    label_nll,
+    teacher_preference,
+)
 from latentreward.losses.thurstone import (
     ConstantVarianceThurstoneLoss,
     ThurstoneLoss,
@@ -33,6 +42,7 @@ from latentreward.losses.trust_region import (
     TrustRegion,
     UncertaintyGate,
 )
+from latentreward.losses.ties import TieLoss
 
 __all__ = [
     "BradleyTerryLoss",
@@ -43,6 +53,7 @@ __all__ = [
     "GRPOGuard",
     "KLGate",
     "LRMLoss",
+    "LabelLoss",
     "LinearDPO",
     "LinearDPOResult",
     "MatchingLoss",
@@ -53,12 +64,16 @@ __all__ = [
     "OutcomeProcessLoss",
     "PreferenceLoss",
     "RankGate",
+    "RankingDistillation",
     "RatioRule",
+    "RegressionDistillation",
     "RewardLoss",
     "StepDPO",
     "StepDPOResult",
     "StepDrift",
+    "TargetLoss",
     "ThurstoneLoss",
+    "TieLoss",
     "TrustRegion",
     "UncertaintyGate",
     "bhattacharyya_fidelity",
@@ -68,13 +83,16 @@ __all__ = [
     "denoising_error",
     "gather_pair_scores",
     "gather_with_grad",
+    "gaussian_nll",
     "gaussian_step_kl",
     "implicit_rewards",
+    "label_nll",
     "log_ndtr",
     "lrm_batch_loss",
     "lrm_pair_loss",
     "mixture_fidelity",
     "prediction_drift",
+    "teacher_preference",
     "thurstone_log_probability",
     "thurstone_nll",
     "velocity_divergence",

@@ -68,6 +68,9 @@ class RewardModule(PairModule):
         built = {} if backbone.built_by is None else backbone.built_by.init_args
         self.base_settings = unseen_settings("backbone", built, backbone.text_encoder)
         self._trained_sizes: ImageSizes | None = None
+        if backbone.feature_spec.output is not None and not self.model.head.reads_output:
+            name = type(self.model.head).__name__
+            raise InputError(f"backbone.output_map is true, but {name} does not read the output map; set it to false")
         if not self.model.head.reads_text:
             backbone.drop_text_taps()
         if not self.model.head.reads_temb:
