@@ -184,7 +184,8 @@ class RewardModule(PairModule):
                 rewards = head(features)
         chosen, rejected = rewards.float().chunk(2)
         chosen_sigmas, rejected_sigmas = self.noise_process.sigma(timesteps).to(rewards.device).chunk(2)
-        return PairScores(chosen, rejected, batch.label, batch.weight, chosen_sigmas, rejected_sigmas, cross)
+        pairs = batch.label, batch.weight, chosen_sigmas, rejected_sigmas
+        return PairScores(chosen, rejected, *pairs, cross, batch.targets)
 
     def _gathered_similarities(self, image_embeds: Tensor, text_embeds: Tensor) -> CrossScores:
         """Compute similarities over the batches of all ranks, with gradient to the rank that owns a row."""
