@@ -25,6 +25,7 @@ HEADS = {
     "dina": {"class_path": "GatedQFormerHead", "init_args": {"num_heads": 2}},
     "drm": {"class_path": "DRMHead", "init_args": {"widths": [8, 16], "groups": 4, "hidden": 8}},
     "layer_mix": {"class_path": "LayerMixHead", "init_args": {"width": 8}},
+    "two_axes": {"class_path": "LayerMixHead", "init_args": {"width": 8, "axes": [0.25, 0.75]}},
     "pavrm": {"class_path": "PAVRMHead", "init_args": {"num_heads": 2, "widths": [8]}},
 }
 

@@ -34,6 +34,9 @@ class DiffusionBackbone(nn.Module, ABC):
         latent_space: Latents that the network takes.
         text_encoder: Prompt encoder; None if conditioning comes from elsewhere.
         vae: Encoder of pixels into latents; None if latents come from elsewhere.
+        output_map: Whether the features have the network's output too, ``(B, C, ...)``, for a head that reads it (DRM).
+            Of a transformer the output layers read the visual tokens of the last tapped block, the last block or not; a
+            U-Net is run as a whole.
 
     Attributes:
         source: Folder or hub id of the weights, with the revision, as the user gave it; for messages.
@@ -69,12 +72,14 @@ class DiffusionBackbone(nn.Module, ABC):
         latent_space: LatentSpace,
         text_encoder: PromptEncoder | None = None,
         vae: LatentEncoder | None = None,
+        output_map: bool = False,
     ) -> None:
         super().__init__()
         self.noise_process = noise_process
         self.latent_space = latent_space
         self.text_encoder = text_encoder
         self.vae = vae
+        self.output_map = output_map
 
     @property
     @abstractmethod

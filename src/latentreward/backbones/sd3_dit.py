@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from diffusers import SD3Transformer2DModel
 
     from latentreward.encoders.prompts import PromptEncoder
-    from latentreward.encoders.sd3 import SD3PromptEncoder
 
 
 _TEXT_OUTPUT = ("attn.add_q_proj", "attn.norm_added_q", "attn.to_add_out", "ff_context")
@@ -48,9 +47,7 @@ class SD3DiTBackbone(TransformerBackbone):
             tokens including padding.
         cut: Whether to remove blocks from ``transformer``. Set False for a network that other code uses too; blocks
             after the last tap are not run then.
-        output_map: Whether to apply the network's output layers to the visual tokens of the last tapped block, and to
-            return the map ``(B, C, h, w)`` in the features (DRM).
-        encoders: ``text_encoder`` and ``vae``, see :class:`DiffusionBackbone`.
+        options: ``text_encoder``, ``vae`` and ``output_map``, see :class:`DiffusionBackbone`.
 
     Raises:
         InputError: If a tap is greater than ``num_layers``, or a text tap is the last block of the whole network, which
@@ -75,10 +72,9 @@ class SD3DiTBackbone(TransformerBackbone):
         text_taps: Sequence[int] = (4, 8, 12),
         pooled_text: Literal["clip", "t5"] = "clip",
         cut: bool = True,
-        output_map: bool = False,
-        **encoders: Any,
+        **options: Any,
     ) -> None:
-        super().__init__(noise_process, latent_space, **encoders)
+        super().__init__(noise_process, latent_space, **options)
         check_sample_size(transformer.config.sample_size)
         depth = len(transformer.transformer_blocks)
         num_layers = self.choose_taps(depth, num_layers, visual_taps, text_taps)
@@ -90,7 +86,7 @@ class SD3DiTBackbone(TransformerBackbone):
             )
         if pooled_text == "t5" and (self.text_encoder is None or self.text_encoder.text_encoder_3 is None):
             raise InputError("pooled_text='t5' needs the T5 text encoder; set load_t5: true or pooled_text: clip")
-        self.pooled_text, self.output_map = pooled_text, output_map
+        self.pooled_text = pooled_text
         self.transformer = transformer
         self.max_side = transformer.config.pos_embed_max_size * transformer.config.patch_size
         if cut:
@@ -201,6 +197,8 @@ def load_sd3_dit(
     variant: str | None = None,
     load_t5: bool = True,
     t5_length: int = 256,
+    pretrained: bool = True,
+    vae_dtype: StorageDtype = "float32",
     **options: Any,
 ) -> SD3DiTBackbone:
     """Load a transformer backbone from a Stable Diffusion 3 or 3.5 pipeline.
@@ -212,6 +210,8 @@ def load_sd3_dit(
         variant: File variant of the weights, such as ``fp16``.
         load_t5: False leaves T5 out, which saves 9.5 GB in bfloat16 and loses detail of long prompts.
         t5_length: Number of T5 tokens per prompt; without T5 the number of zero tokens in their place.
+        pretrained: False initialises the transformer at random, as a control.
+        vae_dtype: Precision of the VAE.
         options: See :func:`cut_sd3_dit`.
 
     Raises:
@@ -237,41 +237,40 @@ def load_sd3_dit(
             f"transformer takes {config['pooled_projection_dim']}; network and text encoders must come from one "
             "pipeline"
         )
-    return cut_sd3_dit(pipeline, text_encoder, **options)
+    transformer = pipeline.transformer(pretrained, mapped=True)
+    encoders = {"text_encoder": text_encoder, "vae": pipeline.latent_encoder(vae_dtype)}
+    return cut_sd3_dit(pipeline, transformer, encoders, **options)
 
 
 def cut_sd3_dit(
     pipeline: PipelineSource,
-    text_encoder: SD3PromptEncoder,
-    pretrained: bool = True,
+    transformer: SD3Transformer2DModel,
+    encoders: Mapping[str, Any],
     num_layers: int | None = None,
     visual_taps: Sequence[int] = (4, 8, 12),
     text_taps: Sequence[int] = (4, 8, 12),
     pooled_text: Literal["clip", "t5"] = "clip",
-    vae_dtype: StorageDtype = "float32",
     output_map: bool = False,
     **options: Any,
 ) -> SD3DiTBackbone:
-    """Load a pipeline's transformer and VAE, and build a backbone from the transformer's first blocks.
+    """Build a backbone from the first blocks of a pipeline's transformer and from its encoders.
 
     Args:
         pipeline: Stable Diffusion 3 or 3.5.
-        text_encoder: Prompt encoder of the pipeline.
-        pretrained: False initialises the transformer at random, as a control.
+        transformer: Transformer of the pipeline.
+        encoders: ``text_encoder`` and ``vae`` of the pipeline.
         num_layers: Number of blocks to keep; None keeps the blocks up to the last tap.
         visual_taps: Numbers of the blocks whose visual tokens are read; 0 is before the first block.
         text_taps: Numbers of the blocks whose text tokens are read; may be empty.
         pooled_text: Pooled text vector for heads: ``clip`` or ``t5``; see :class:`SD3DiTBackbone`.
-        vae_dtype: Precision of the VAE.
-        output_map: Whether to return the network's output after the last tapped block too; see
-            :class:`SD3DiTBackbone`.
+        output_map: Whether to return the network's output after the last tapped block too, for a head that reads it.
         options: See :func:`~latentreward.backbones.loading.finish`.
 
     Raises:
         InputError: If a tap is not one of the network's blocks.
     """
     backbone = SD3DiTBackbone(
-        pipeline.transformer(pretrained, mapped=True),
+        transformer,
         pipeline.noise_process(),
         pipeline.latent_space(),
         num_layers,
@@ -279,8 +278,7 @@ def cut_sd3_dit(
         text_taps,
         pooled_text,
         output_map=output_map,
-        text_encoder=text_encoder,
-        vae=pipeline.latent_encoder(vae_dtype),
+        **encoders,
     )
     backbone.source = str(pipeline)
     return finish(backbone, backbone.transformer, backbone.unread(), **options)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -37,8 +37,7 @@ class SDUNetBackbone(DiffusionBackbone):
         text_taps: ``(0,)`` or empty.
         cut: Whether to remove blocks from ``unet``. Set False for a network that other code uses too; blocks after the
             last tap are not run then.
-        output_map: Whether to run the whole network and to return its output, after ``conv_out``, in the features.
-        encoders: ``text_encoder`` and ``vae``, see :class:`DiffusionBackbone`.
+        options: ``text_encoder``, ``vae`` and ``output_map``, see :class:`DiffusionBackbone`.
 
     Raises:
         InputError: If a tap is not one of the network's blocks, or the network's ``sample_size`` is not valid.
@@ -54,17 +53,15 @@ class SDUNetBackbone(DiffusionBackbone):
         visual_taps: Sequence[int] | None = None,
         text_taps: Sequence[int] = (0,),
         cut: bool = True,
-        output_map: bool = False,
-        **encoders: Any,
+        **options: Any,
     ) -> None:
-        super().__init__(noise_process, latent_space, **encoders)
+        super().__init__(noise_process, latent_space, **options)
         check_sample_size(unet.config.sample_size)
         self._mid = len(unet.down_blocks) + 1
         taps = range(1, self._mid + 1) if visual_taps is None else visual_taps
         self.visual_taps = check_taps("visual_taps", taps, self._mid, least=1)
         self.text_taps = check_taps("text_taps", text_taps, 0)
-        self.output_map = output_map
-        self.unet = cut_unet(unet, self.visual_taps[-1]) if cut and not output_map else unet
+        self.unet = cut_unet(unet, self.visual_taps[-1]) if cut and not self.output_map else unet
 
     def with_network(self, network: nn.Module, text_encoder: PromptEncoder | None) -> SDUNetBackbone | None:
         """See :meth:`DiffusionBackbone.with_network`."""
@@ -198,6 +195,7 @@ def load_sd_unet(
     revision: str | None = None,
     variant: str | None = None,
     pretrained: bool = True,
+    vae_dtype: StorageDtype = "float32",
     **options: Any,
 ) -> SDUNetBackbone:
     """Load a U-Net backbone from a Stable Diffusion pipeline.
@@ -208,6 +206,7 @@ def load_sd_unet(
         revision: Branch, tag or commit of a hub id.
         variant: File variant of the weights, such as ``fp16``.
         pretrained: False initialises network and text encoder at random, as a control.
+        vae_dtype: Precision of the VAE.
         options: See :func:`cut_sd_unet`.
 
     Raises:
@@ -231,30 +230,30 @@ def load_sd_unet(
             f"source={source!r}: the text encoder is {text_encoder.token_dim} wide, but the U-Net takes "
             f"{config['cross_attention_dim']}; network and text encoder must come from one pipeline"
         )
-    return cut_sd_unet(pipeline, pipeline.unet(pretrained, mapped=True), text_encoder, **options)
+    unet = pipeline.unet(pretrained, mapped=True)
+    encoders = {"text_encoder": text_encoder, "vae": pipeline.latent_encoder(vae_dtype)}
+    return cut_sd_unet(pipeline, unet, encoders, **options)
 
 
 def cut_sd_unet(
     pipeline: PipelineSource,
     unet: UNet2DConditionModel,
-    text_encoder: PromptEncoder,
+    encoders: Mapping[str, Any],
     visual_taps: Sequence[int] | None = None,
     text_taps: Sequence[int] = (0,),
-    vae_dtype: StorageDtype = "float32",
     tuning: Tuning = "full",
     text_encoder_tuning: Tuning = "full",
     output_map: bool = False,
     **options: Any,
 ) -> SDUNetBackbone:
-    """Build a backbone from a pipeline's U-Net and text encoder, and load the pipeline's VAE.
+    """Build a backbone from a pipeline's U-Net and encoders.
 
     Args:
         pipeline: Stable Diffusion 1.5, 2.1 or XL.
         unet: U-Net of the pipeline.
-        text_encoder: Prompt encoder of the pipeline.
+        encoders: ``text_encoder`` and ``vae`` of the pipeline.
         visual_taps: Numbers of the blocks to read; None reads all down blocks and the mid block.
         text_taps: ``[0]`` reads the prompt embeddings; ``[]`` reads no text.
-        vae_dtype: Precision of the VAE.
         tuning: Weights of the U-Net that train: ``full`` (all), ``lora`` (adapters) or ``frozen`` (none).
         text_encoder_tuning: Weights of the text encoder that train: ``full``, ``lora`` or ``frozen``.
         output_map: Whether to run the whole U-Net and return its output too, for a head that reads it.
@@ -270,8 +269,7 @@ def cut_sd_unet(
         visual_taps,
         text_taps,
         output_map=output_map,
-        text_encoder=text_encoder,
-        vae=pipeline.latent_encoder(vae_dtype),
+        **encoders,
     )
     backbone.source = str(pipeline)
     return finish(backbone, backbone.unet, (), tuning=tuning, text_encoder_tuning=text_encoder_tuning, **options)

@@ -35,9 +35,7 @@ class FamilyBackbone(TransformerBackbone):
         visual_taps: Numbers of the blocks whose visual tokens are read, ascending.
         text_taps: Numbers of the blocks whose text tokens are read, ascending; may be empty.
         cut: Whether to remove blocks from ``transformer``. Set False for a network that other code uses too.
-        output_map: Whether to apply the network's output layers to the visual tokens of the last tapped block, and to
-            return the map ``(B, C, ...)`` in the features (DRM).
-        encoders: ``text_encoder`` and ``vae``, see :class:`DiffusionBackbone`.
+        options: ``text_encoder``, ``vae`` and ``output_map``, see :class:`DiffusionBackbone`.
 
     Raises:
         InputError: If a tap is not one of the network's blocks, or would only run blocks that nothing reads.
@@ -53,10 +51,9 @@ class FamilyBackbone(TransformerBackbone):
         visual_taps: Sequence[int] = (4, 8, 12),
         text_taps: Sequence[int] = (4, 8, 12),
         cut: bool = True,
-        output_map: bool = False,
-        **encoders: Any,
+        **options: Any,
     ) -> None:
-        super().__init__(family.noise_process, family.latent_space, **encoders)
+        super().__init__(family.noise_process, family.latent_space, **options)
         self.family, self.max_side, self.max_prompt = family, family.max_side, family.max_prompt
         self.lora_targets = family.lora_targets
         depth = sum(1 for _ in family.blocks(transformer))
@@ -66,9 +63,9 @@ class FamilyBackbone(TransformerBackbone):
                 f"text_taps={list(self.text_taps)} lie after the last of visual_taps, but {family.title} has the same "
                 "text in all blocks; name earlier blocks"
             )
-        self.transformer, self.output_map = transformer, output_map
+        self.transformer = transformer
         if cut:
-            cut_network(transformer, family, num_layers, keep_tail=output_map)
+            cut_network(transformer, family, num_layers, keep_tail=self.output_map)
 
     def with_network(self, network: nn.Module, text_encoder: PromptEncoder | None) -> FamilyBackbone | None:
         """See :meth:`DiffusionBackbone.with_network`."""
@@ -235,8 +232,7 @@ def cut_family_backbone(
         visual_taps: Numbers of the blocks whose visual tokens are read; 0 is before the first block.
         text_taps: Numbers of the blocks whose text tokens are read; may be empty.
         vae_dtype: Precision of the VAE.
-        output_map: Whether to return the network's output after the last tapped block too; see
-            :class:`FamilyBackbone`.
+        output_map: Whether to return the network's output after the last tapped block too, for a head that reads it.
         options: See :func:`~latentreward.backbones.loading.finish`.
 
     Raises:

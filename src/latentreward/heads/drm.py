@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from latentreward.contracts import Features, FeatureSpec
 from latentreward.errors import InputError, check_at_least_one
-from latentreward.heads.base import RewardHead
+from latentreward.heads.axes import AXES, check_axes
+from latentreward.heads.base import RewardHead, squeeze_single
 
 
 class DRMHead(RewardHead):
@@ -22,6 +23,7 @@ class DRMHead(RewardHead):
         groups: Number of groups of the group norms; must divide each of ``widths``.
         hidden: Width of the MLP's hidden layer.
         dropout: Dropout probability of the hidden layer.
+        axes: Weights of fidelity and aesthetics in the score, for a head with these two outputs; None for one output.
 
     Raises:
         InputError: If the backbone returns no output map, a number is below 1, or ``groups`` does not divide a width.
@@ -42,6 +44,7 @@ class DRMHead(RewardHead):
         groups: int = 32,
         hidden: int = 512,
         dropout: float = 0.1,
+        axes: tuple[float, float] | None = None,
     ) -> None:
         super().__init__()
         if spec.output is None:
@@ -49,13 +52,17 @@ class DRMHead(RewardHead):
         check_at_least_one(widths=min(widths, default=0), groups=groups, hidden=hidden)
         if uneven := [width for width in widths if width % groups]:
             raise InputError(f"groups={groups} must divide each of widths={list(widths)}; {uneven[0]} is no multiple")
+        self.axis_weights = check_axes(axes)
         channels = [spec.output.width, *widths]
         stages = [
             nn.Sequential(nn.Conv2d(before, after, 3, stride=2, padding=1), nn.GroupNorm(groups, after), nn.ReLU())
             for before, after in itertools.pairwise(channels)
         ]
         self.stages = nn.Sequential(*stages)
-        self.mlp = nn.Sequential(nn.Linear(channels[-1], hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, 1))
+        outputs = 1 if self.axis_weights is None else len(AXES)
+        self.mlp = nn.Sequential(
+            nn.Linear(channels[-1], hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, outputs)
+        )
 
     def forward(self, features: Features) -> Tensor:
         """See :meth:`RewardHead.forward`; unbounded."""
@@ -64,4 +71,4 @@ class DRMHead(RewardHead):
         frames = output.movedim(1, -3).flatten(0, -4)  # (B, C, h, w) stays as it is
         pooled = self.stages(frames).mean(dim=(2, 3)).unflatten(0, (len(output), -1)).mean(dim=1)
         with torch.autocast(pooled.device.type, enabled=False):  # bfloat16 would round close scores to one value
-            return self.mlp(pooled.to(self.mlp[0].weight.dtype)).squeeze(-1)
+            return squeeze_single(self.mlp(pooled.to(self.mlp[0].weight.dtype)))

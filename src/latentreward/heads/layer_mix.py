@@ -5,7 +5,8 @@ from torch import Tensor, nn
 
 from latentreward.contracts import Features, FeatureSpec
 from latentreward.errors import check_at_least_one
-from latentreward.heads.base import RewardHead
+from latentreward.heads.axes import AXES, check_axes
+from latentreward.heads.base import RewardHead, squeeze_single
 
 
 class LayerMixHead(RewardHead):
@@ -16,6 +17,7 @@ class LayerMixHead(RewardHead):
     Args:
         spec: Widths of the backbone's features.
         width: Width of the MLP's hidden layer.
+        axes: Weights of fidelity and aesthetics in the score, for a head with these two outputs; None for one output.
 
     Raises:
         InputError: If a number is below 1.
@@ -28,14 +30,15 @@ class LayerMixHead(RewardHead):
     reads_text = False
     reads_temb = False
 
-    def __init__(self, spec: FeatureSpec, width: int = 1024) -> None:
+    def __init__(self, spec: FeatureSpec, width: int = 1024, axes: tuple[float, float] | None = None) -> None:
         super().__init__()
         check_at_least_one(width=width)
-        total = sum(tap.width for tap in spec.visual)
-        self.mlp = nn.Sequential(nn.LayerNorm(total), nn.Linear(total, width), nn.SiLU(), nn.Linear(width, 1))
+        self.axis_weights = check_axes(axes)
+        total, outputs = sum(tap.width for tap in spec.visual), 1 if self.axis_weights is None else len(AXES)
+        self.mlp = nn.Sequential(nn.LayerNorm(total), nn.Linear(total, width), nn.SiLU(), nn.Linear(width, outputs))
 
     def forward(self, features: Features) -> Tensor:
         """See :meth:`RewardHead.forward`; unbounded."""
         pooled = torch.cat([tokens.float().mean(dim=1) for tokens in features.visual], dim=-1)
         with torch.autocast(pooled.device.type, enabled=False):  # bfloat16 would round close scores to one value
-            return self.mlp(pooled).squeeze(-1)
+            return squeeze_single(self.mlp(pooled))

@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from latentreward.contracts import Features, FeatureSpec
 from latentreward.errors import InputError, check_at_least_one
-from latentreward.heads.base import RewardHead
+from latentreward.heads.axes import AXES, check_axes
+from latentreward.heads.base import RewardHead, squeeze_single
 
 
 class PAVRMHead(RewardHead):
@@ -27,6 +28,7 @@ class PAVRMHead(RewardHead):
         normalise: Whether to apply a layer norm without weights to the tokens and to what the queries attended to.
         widths: Widths of the MLP's hidden layers.
         dropout: Dropout probability of the attention weights.
+        axes: Weights of fidelity and aesthetics in the score, for a head with these two outputs; None for one output.
 
     Raises:
         InputError: If a number is below 1, or ``num_heads`` does not divide the width of the tokens.
@@ -48,16 +50,17 @@ class PAVRMHead(RewardHead):
         normalise: bool = False,
         widths: tuple[int, ...] = (1024, 512),
         dropout: float = 0.0,
+        axes: tuple[float, float] | None = None,
     ) -> None:
         super().__init__()
         width = spec.visual[-1].width
         check_at_least_one(num_queries=num_queries, num_heads=num_heads, widths=min(widths, default=1))
         if width % num_heads:
             raise InputError(f"num_heads={num_heads} must divide {width}, the width of the last visual tap")
-        self.add_query, self.normalise = add_query, normalise
+        self.add_query, self.normalise, self.axis_weights = add_query, normalise, check_axes(axes)
         self.queries = nn.Parameter(nn.init.xavier_uniform_(torch.empty(num_queries, width)))
         self.attention = nn.MultiheadAttention(width, num_heads, dropout, batch_first=True)
-        sizes = [width, *widths, 1]
+        sizes = [width, *widths, 1 if self.axis_weights is None else len(AXES)]
         layers = [nn.Linear(before, after) for before, after in itertools.pairwise(sizes)]
         for layer in layers:
             nn.init.xavier_uniform_(layer.weight)
@@ -75,7 +78,7 @@ class PAVRMHead(RewardHead):
         """See :meth:`RewardHead.forward`; the logit, unbounded."""
         pooled = self.pool(features.visual[-1])
         with torch.autocast(pooled.device.type, enabled=False):  # bfloat16 would round close scores to one value
-            return self.mlp(pooled.to(self.queries.dtype)).squeeze(-1)
+            return squeeze_single(self.mlp(pooled.to(self.queries.dtype)))
 
     def _norm(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], eps=1e-6) if self.normalise else x

@@ -203,7 +203,7 @@ class RewardModule(PairModule):
         rows = []
         for prompt in range(pairs):
             conditioning = encoded.conditioning.select([prompt] * len(noisy))
-            rewards = self.model(noisy, timesteps, conditioning, encoded.uncond).float()
+            rewards = self.model.head(self.model.read(noisy, timesteps, conditioning, encoded.uncond)).float()
             if rewards.ndim > 1:
                 raise InputError("in-batch negatives need a head with one output; set out_dim: 1 or mode: pair")
             rows.append(rewards)
