@@ -31,6 +31,7 @@ from latentreward.losses.thurstone import (
     thurstone_log_probability,
     thurstone_nll,
 )
+from latentreward.losses.ties import TieLoss
 from latentreward.losses.trust_region import (
     FlowDPPO,
     GRPOGuard,
@@ -42,7 +43,6 @@ from latentreward.losses.trust_region import (
     TrustRegion,
     UncertaintyGate,
 )
-from latentreward.losses.ties import TieLoss
 
 __all__ = [
     "BradleyTerryLoss",
