@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from latentreward.callbacks import TrainableEMA
 
-from callbacks.trainable_ema import TrainableEMA
 from latentreward.losses.nft import NFTLoss, optimality, self_normaliser
 from latentreward.policies.moving import DecayRamp, move_towards
 from latentreward.rollout.advantages import GroupAdvantage

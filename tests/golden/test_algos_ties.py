@@ -14,7 +14,7 @@ from tests.losses.pairs import scores_of
 
 @pytest.mark.parametrize("case", cases("algos/tie_losses"), ids=lambda case: case.name)
 def test_loss(case: Case) -> None:
-    """The files' second term has a value for every pair, tie or not; the factor on pairs is 1 in all variants."""
+    """The files' second term has a value for every pair, tie or not; ours has factors beside that on pairs."""
     data = case.tensors()
     qualities = data["in.quality_win"], data["in.quality_lose"]
     targets = PairTargets(*((quality > 0).float() for quality in qualities))
@@ -22,9 +22,8 @@ def test_loss(case: Case) -> None:
         chosen, rejected = (data[f"in.{side}"].clone().requires_grad_() for side in ("chosen", "rejected"))
         label = torch.where(qualities[0] == qualities[1], 0.5, 1.0)
         scores = replace(scores_of(chosen, label), rejected=rejected, targets=targets)
-        margin, smoothing, labels = settings["margin"], settings["label_smoothing"], settings["bce"]
-        assert settings["bt"] == 1
-        loss = TieLoss(margin, settings["btt"], smoothing, labels)(scores)
+        margin, smoothing, factor = settings["margin"], settings["label_smoothing"], settings["bt"]
+        loss = factor * TieLoss(margin, settings["btt"] / factor, smoothing, settings["bce"] / factor)(scores)
         loss.backward()
         pairs, ties = (replace(scores, label=torch.full_like(chosen, value)) for value in (1.0, 0.5))
         found = {
