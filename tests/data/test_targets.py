@@ -92,6 +92,23 @@ def test_several_columns_as_given_and_images_without_a_value(reader: PairReader,
     assert sums[:, 1].isnan().all()
 
 
+def test_a_table_of_score_pairs_with_several_columns_serves(
+    reader: PairReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = {
+        "reader": {"class_path": "PickAPicReader", "init_args": {"source": str(reader.source), "split": "train"}}
+    }
+    settings["scorers"] = [{"class_path": "latentreward.tinyworld.judge.TinyWorldJudge"}]
+    Path("settings.yaml").write_text(yaml.safe_dump(settings))
+    main(["score-pairs", "judged.parquet", "--config=settings.yaml"])
+    values = ScoreTargets({"train": "judged.parquet"}, ["alignment", "quality"]).values("train", reader)
+    assert values.shape == (8, 2, 1, 2)
+    flat = values.flatten(0, 2)
+    torch.testing.assert_close(flat.mean(dim=0), torch.zeros(2), atol=1e-5, rtol=0)
+    torch.testing.assert_close(flat.std(dim=0, correction=0), torch.ones(2), atol=1e-5, rtol=0)
+
+
 def test_a_split_without_a_table_has_none(reader: PairReader, tmp_path: Path) -> None:
     table = write_table(tmp_path / "teacher.csv", reader.pair_ids(), teacher=numbers(8))
     targets = ScoreTargets({"train": table}, ["teacher"])
