@@ -32,6 +32,7 @@ def every(case: str) -> Any:
 def test_noise_of_a_step(case: Case) -> None:
     data = case.tensors()
     sigmas = data["sigmas"]
+    assert {*data} == {*case.options["tensors"]}
     for prefix in sorted({name.rpartition(".")[0] for name in data if "." in name}):
         kind, level = prefix.split(".step")[0].split(".last")[0].rsplit("_", 1)
         sampler = FlowSDESampler(1000 * sigmas[:-1], sigmas, float(level), KINDS[kind])
@@ -69,6 +70,7 @@ def check_loss(found: dict[str, Tensor], data: Tensors, prefix: str) -> None:
 @every("grpo_losses")
 def test_losses(case: Case) -> None:
     data = case.tensors()
+    assert data["in.prev_sample"].shape == data["in.mean"].shape  # log-probabilities are given
     for variant, options in case.options["variants"].items():
         clip, bound = options["clip_ratio"], options["adv_clip_max"]
         dppo = FlowDPPO(options["kl_mask_threshold"], scaled=options["add_kl_coefficient"])

@@ -52,7 +52,6 @@ def sample_trajectories(
     seed: int,
     *,
     draws: RolloutDraws | None = None,
-    needs_noise: bool = True,
     keep_means: bool = False,
 ) -> Trajectories:
     """Sample from noise to the finished latents, and keep every state.
@@ -65,14 +64,8 @@ def sample_trajectories(
         guidance_scale: Scale as checked by :meth:`Family.guidance`.
         seed: Seed of all random numbers.
         draws: Random numbers to use in place of those from ``seed``.
-        needs_noise: Whether at least one step must have noise, and so a log-probability to train on.
         keep_means: Whether to keep the mean of each step.
-
-    Raises:
-        InputError: If ``needs_noise`` and no step has noise.
     """
-    if needs_noise:
-        sampler.require_noise()
     network, draws = PromptedPolicy.of(policy, prompts, guidance_scale), draws or RolloutDraws(seed, prompts.keys)
     shape = sampling.latent_shape(policy.family)
     means: list[Tensor] = []
@@ -117,4 +110,4 @@ def sample_latents(
     sampler = sampling.sampler(policy.family)
     with policy.reference() if reference else nullcontext():
         sampled = (policy, sampler, prompts, sampling, guidance_scale, seed)
-        return sample_trajectories(*sampled, draws=draws, needs_noise=False).finished.clone()
+        return sample_trajectories(*sampled, draws=draws).finished.clone()
