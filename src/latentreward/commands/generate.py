@@ -15,7 +15,7 @@ from latentreward.errors import InputError
 from latentreward.generation import Candidates, Population, best_of_n, search_latents, search_population
 from latentreward.generation.image_folder import ImageFolder
 from latentreward.generation.picture_writing import DETERMINISTIC, decode_latents, write_pictures
-from latentreward.generation.trained_policy import TrainedPolicy, plain
+from latentreward.generation.trained_policy import TrainedPolicy, offload_text_encoders, plain
 from latentreward.interrupts import interrupts_told
 from latentreward.policies import Policy, PolicySource
 from latentreward.rewards import Reward, RewardSource
@@ -124,6 +124,7 @@ def generate(
             scorer = None if reward is None else reward.load(generator).eval().to(where)
             if scorer is not None:
                 _try(scorer, generator, sampling, best_of, score_sigmas)
+            offload_text_encoders(generator, scorer, [texts[place] for place, _ in missing], where)
             how: dict[str, Any] = {"sampling": sampling, "guidance_scale": guidance_scale, "seed": seed}
             sample: Callable[[PromptBatch], Tensor] = partial(sample_latents, generator, **how)
             if step_search is not None and scorer is not None:

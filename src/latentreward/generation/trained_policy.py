@@ -1,17 +1,22 @@
 """The policy that a command samples from: a pipeline alone, or with the adapter of an alignment run, or with a LoRA."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from latentreward.encoders.offloaded import OffloadedEncoder
+from latentreward.encoders.prompts import PromptEncoder
 from latentreward.errors import InputError
 from latentreward.generation import load_lora
 from latentreward.generation.lora import check_lora
 from latentreward.policies import Policy, PolicySource, load_policy
 from latentreward.policies.checkpoint import read_policy_adapter
+from latentreward.rewards import Reward
+from latentreward.rewards.latent import LatentScorer
 from latentreward.rollout import Sampling
 
 
@@ -75,6 +80,33 @@ class TrainedPolicy:
             if self.lora is not None:
                 load_lora(policy, self.lora)
         return policy.eval().requires_grad_(False).to(device)
+
+
+def offload_text_encoders(policy: Policy, reward: Reward | None, prompts: Sequence[str], device: torch.device) -> None:
+    """Keep the text encoders of a policy and its latent rewards in CPU memory, except while they encode.
+
+    Nothing is done if ``device`` is the CPU.
+
+    Args:
+        policy: Policy on ``device``.
+        reward: Reward on ``device``, which may share the policy's text encoder.
+        prompts: Prompts of the run, in order.
+        device: Device of the networks.
+    """
+    if device.type == "cpu":
+        return
+    moved: dict[PromptEncoder, OffloadedEncoder] = {}
+
+    def offloaded(encoder: PromptEncoder) -> OffloadedEncoder:
+        if encoder not in moved:
+            moved[encoder] = OffloadedEncoder(encoder, prompts, device)
+        return moved[encoder]
+
+    for part in () if reward is None else reward.modules():
+        if isinstance(part, LatentScorer) and (encoder := part.model.backbone.text_encoder) is not None:
+            part.set_text_encoder(offloaded(encoder))
+    if policy.text_encoder is not None:
+        policy.text_encoder = offloaded(policy.text_encoder)
 
 
 def _files(setting: str, path: Path | None) -> list[Any] | None:

@@ -17,7 +17,7 @@ from latentreward.errors import InputError
 from latentreward.evaluation.policy.imported import FoundPicture, find_pictures, import_pictures
 from latentreward.generation.image_folder import ImageFolder
 from latentreward.generation.picture_writing import Name, decode_latents, write_pictures
-from latentreward.generation.trained_policy import TrainedPolicy, plain
+from latentreward.generation.trained_policy import TrainedPolicy, offload_text_encoders, plain
 from latentreward.policies import PolicySource
 from latentreward.policies.checkpoint import read_policy_adapter
 from latentreward.rollout import Sampling, sample_latents
@@ -164,6 +164,7 @@ class SampledPictures:
             return
         plan = self._plan
         generator = self._trained.load(plan.device)
+        offload_text_encoders(generator, None, [self._rows[place].prompt for place, _ in self.missing], plan.device)
         how: dict[str, Any] = {"guidance_scale": self._guidance, "seed": plan.seed}
 
         def draw(prompts: PromptBatch) -> tuple[torch.Tensor, None]:

@@ -1,0 +1,45 @@
+"""Text encoders that are on the device only while they encode."""
+
+import pytest
+import torch
+
+from latentreward.contracts import Conditioning
+from latentreward.encoders.offloaded import OffloadedEncoder
+from latentreward.encoders.prompts import PromptEncoder
+from latentreward.generation import trained_policy
+from tests.families.twins import TWINS
+
+PROMPTS = [f"{number} dogs on a hill" * (1 + number % 2) for number in range(7)]
+
+
+@pytest.mark.parametrize("name", ["sd35_large", "z_image"])
+def test_prompts_are_encoded_once_ahead_and_as_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = TWINS[name].source().load().text_encoder
+    alone = {prompt: encoder([prompt]) for prompt in [*PROMPTS, ""]}
+    calls, moves = [], []
+    encode, to = type(encoder).forward, PromptEncoder.to
+    monkeypatch.setattr(type(encoder), "forward", lambda self, prompts: calls.extend(prompts) or encode(self, prompts))
+    monkeypatch.setattr(type(encoder), "to", lambda self, device: moves.append(str(device)) or to(self, device))
+    offloaded = OffloadedEncoder(encoder, PROMPTS, torch.device("cpu"), ahead=4)
+    assert not [*offloaded.parameters()]
+    for start in range(0, len(PROMPTS), 2):
+        batch = PROMPTS[start : start + 2]
+        for asked in (batch, [""]):
+            found, wanted = offloaded(asked), Conditioning.join([alone[prompt] for prompt in asked])
+            for field in ("prompt_embeds", "pooled_prompt_embeds", "prompt_mask"):
+                ours, theirs = getattr(found, field), getattr(wanted, field)
+                assert ours is theirs or torch.equal(ours, theirs)
+        assert len(offloaded._rows) <= 4 + 3
+    assert sorted(calls) == sorted([*PROMPTS, ""])
+    assert moves.count("cpu") >= 4
+    assert offloaded([PROMPTS[0]]).prompt_embeds.shape == alone[PROMPTS[0]].prompt_embeds.shape  # again, if forgotten
+
+
+def test_a_shared_encoder_is_moved_once_and_nothing_on_a_cpu() -> None:
+    policy = TWINS["sd35_large"].source().load()
+    encoder = policy.text_encoder
+    trained_policy.offload_text_encoders(policy, None, PROMPTS, torch.device("cpu"))
+    assert policy.text_encoder is encoder
+    trained_policy.offload_text_encoders(policy, None, PROMPTS, torch.device("meta"))
+    assert isinstance(policy.text_encoder, OffloadedEncoder)
+    assert next(encoder.parameters()).device.type == "cpu"
