@@ -568,10 +568,19 @@ def take_rows(record: StepRecord, index: Sequence[int]) -> StepRecord:
 
 
 def join_rows(records: Sequence[StepRecord]) -> StepRecord:
-    """Concatenate the rows of at least one record into a single record; a field is None in all of them or in none."""
+    """Concatenate the rows of at least one record into a single record.
+
+    Raises:
+        InputError: If a field is None in some records alone.
+    """
 
     def joined(column: list[Any]) -> Any:
-        if column[0] is None:
+        if any(value is None for value in column):
+            if any(value is not None for value in column):
+                raise InputError(
+                    "the rows left of earlier rollouts were made with another loss or trust_region; resume with the "
+                    "settings of before, or start a new run"
+                )
             return None
         return torch.cat(column) if isinstance(column[0], Tensor) else sum(column, ())
 

@@ -33,6 +33,13 @@ def test_two_outputs_and_their_weighted_sum(make) -> None:
     torch.testing.assert_close(head.total(levels)[:, 1], 2 * head.total(outputs))
 
 
+def test_a_weighted_sum_is_not_rounded_under_autocast() -> None:
+    outputs = torch.tensor([[1.5005, 1.5005], [1.5010, 1.5010]])
+    with torch.autocast("cpu", torch.bfloat16):
+        found = HEADS["pavrm"](AXES).total(outputs)
+    torch.testing.assert_close(found, outputs[:, 0])
+
+
 @every_head
 def test_one_output_is_the_score(make) -> None:
     head = make(None)

@@ -113,6 +113,13 @@ def test_the_rank_gate_opens_where_rewards_disagree_and_continues_from_a_checkpo
     assert again.state() == released.state()
 
 
+def test_equal_rewards_share_a_rank() -> None:
+    main = torch.tensor([1.0, 1.0, 0.0, 0.0])
+    others = torch.tensor([1.0, 0.0, 0.0, 0.0])
+    found = RankGate().uncertainty(torch.stack([main, others], dim=1))
+    assert found.tolist() == [0.5, -1.5, 0.5, 0.5]
+
+
 def test_the_divergence_acts_on_held_rows_alone_and_is_0_without_any() -> None:
     log_prob, kl = 0.01 * normal(6), normal(6, seed=1).square()
     loss = ClippedPolicyLoss(kl_weight=0.5)

@@ -18,7 +18,7 @@ from latentreward.modules import AWMModule, DiffusionNFTModule, TrajectoryGRPOMo
 from latentreward.modules.forward_process import ForwardProcessModule
 from latentreward.policies import PolicySource
 from latentreward.policies.moving import AVERAGE, OLD, DecayRamp
-from latentreward.rollout import RandomSteps, Sampling, StratifiedSteps, sample_latents
+from latentreward.rollout import GDPO, RandomSteps, Sampling, StratifiedSteps, sample_latents
 from tests.marks import slow_after
 from tests.modules.lpo_runs import make_trainer
 from tests.modules.simple_reward import FirstChannelReward
@@ -190,6 +190,7 @@ def test_a_checkpoint_without_the_copy_is_refused(tmp_path: Path) -> None:
         ({"sampling": Sampling(4, noise_level=0.7)}, "sampling.noise_level=0.7: DiffusionNFTModule samples without"),
         ({"num_samples": 1}, "num_samples=1 leaves nothing to compare"),
         ({"name": "sd15"}, "no rectified flow; DiffusionNFTModule needs a flow"),
+        ({"advantage": GDPO()}, "advantage: GDPO is for TrajectoryGRPOModule"),
         ({"reward_sigmas": ()}, "reward_sigmas=\\[\\] must be at least one"),
         ({"steps": RandomSteps(0.1)}, "share=0.1 of 4 steps leaves none"),
         ({"steps": StratifiedSteps()}, "count=6: of 4 steps only those from 1 to 2"),

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from latentreward.contracts import StepSamples
+from latentreward.contracts import StepSamples, join_rows
 from latentreward.data.alignment.experience import as_plain, from_plain
 from latentreward.data.alignment.prompts import PromptLoaders
 from latentreward.errors import InputError
@@ -66,6 +66,8 @@ class OtherChannels(FirstChannel):
 
 
 class OtherChannelsReward(FirstChannelReward):
+    uses_sigmas = True
+
     def load(self, policy: Policy) -> Reward:
         return OtherChannels(self.scale)
 
@@ -80,7 +82,8 @@ def test_every_setting_learns_from_its_rows(name: str, setting: str) -> None:
     options = SETTINGS[setting]
     if name == "sd15" and setting == "cps":
         pytest.skip("a setting of flows")
-    module = trajectory(name, **options)
+    reward = OtherChannelsReward if setting == "uncertain" else FirstChannelReward
+    module = trajectory(name, source_of_reward=reward, **options)
     samples = module.roll_out(BATCH)
     again = from_plain(as_plain(samples))
     for field in fields(StepSamples):
@@ -150,6 +153,19 @@ def test_the_gate_holds_whole_trajectories() -> None:
     assert (held == held[0]).all()
 
 
+def test_rows_of_other_settings_are_not_joined() -> None:
+    plain, guarded = (
+        trajectory("sd35_tiny", **options).roll_out(BATCH) for options in ({}, {"trust_region": GRPOGuard()})
+    )
+    with pytest.raises(InputError, match="made with another loss or trust_region"):
+        join_rows([plain, guarded])
+
+
+def test_a_mixture_is_recorded_as_before() -> None:
+    assert "parts" not in vars(MIXED)
+    assert MIXED.parts == 2
+
+
 def test_rewards_of_a_mixture_are_normalised_one_by_one() -> None:
     samples = mixture(advantage=GDPO([1.0, 0.0])).roll_out(BATCH)
     other = mixture(advantage=GDPO([0.0, 1.0])).roll_out(BATCH)
@@ -176,7 +192,13 @@ def test_the_rank_gate_is_in_the_checkpoint(tmp_path: Path) -> None:
         ({"trust_region": [GRPOGuard(), FlowDPPO()]}, "GRPOGuard and FlowDPPO exclude each other"),
         ({"trust_region": UncertaintyGate(), "reward_sigmas": (0.3, 0.6)}, r"set loss\.kl_weight above 0"),
         ({"trust_region": UncertaintyGate(), "loss": KL}, "give reward_sigmas at least 2"),
+        (
+            {"trust_region": UncertaintyGate(), "loss": KL, "reward_sigmas": (0.3, 0.6)},
+            "FirstChannelReward does not score",
+        ),
         ({"trust_region": RankGate(), "loss": KL}, "take a RewardMixture"),
+        ({"trust_region": GRPOGuard(), "sampling": Sampling(4, flow_noise="cps")}, "corrects Gaussian log-prob"),
+        ({"advantage": GDPO(), "credit": GainCredit()}, "GDPO takes each reward of a mixture"),
         ({"trust_region": GRPOGuard(), "loss": OutcomeProcessLoss(), "credit": StateCredit()}, "no form for loss"),
         ({"loss": OutcomeProcessLoss()}, "set credit: StateCredit"),
         ({"window": MovingWindow(2), "reward_guidance": RewardGuidance()}, "leave one of them out"),

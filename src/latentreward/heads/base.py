@@ -48,7 +48,10 @@ class RewardHead(nn.Module, ABC):
 
     def total(self, outputs: Tensor) -> Tensor:
         """Return the scores of outputs: the weighted sum of two axes, ``(..., 2)`` → ``(...)``, else the outputs."""
-        return outputs if self.axis_weights is None else outputs @ outputs.new_tensor(self.axis_weights)
+        if self.axis_weights is None:
+            return outputs
+        # not a matrix product, which autocast would round to bfloat16
+        return (outputs * outputs.new_tensor(self.axis_weights)).sum(dim=-1)
 
     def score_ensemble(self, levels: Sequence[Features]) -> Tensor:
         """Compute one score per image from features at several noise levels; the base class averages the scores.

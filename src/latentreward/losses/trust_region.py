@@ -219,7 +219,7 @@ class UncertaintyGate(KLGate):
         Args:
             rewards: ``(L, P, K)`` rewards of K samples of P prompts at L ≥ 2 noise levels.
         """
-        values = rewards.double()
+        values = wide(rewards)
         std, mean = torch.std_mean(values, dim=2, correction=0, keepdim=True)
         scores = torch.where(std > 0, (values - mean) / std.where(std > 0, 1.0), 0.0)
         return scores.std(dim=0, correction=0)
@@ -256,7 +256,9 @@ class RankGate(KLGate):
 
     def uncertainty(self, rewards: Tensor) -> Tensor:
         """Compute u ``(N,)`` of N samples from rewards ``(N, R)``, R ≥ 2, the first column that of the main reward."""
-        ranks = (-rewards.double()).argsort(dim=0, stable=True).argsort(dim=0, stable=True).double()
+        values = wide(rewards)
+        above = (values[None] > values[:, None]).sum(dim=1)
+        ranks = above + ((values[None] == values[:, None]).sum(dim=1) - 1) / 2  # equal rewards share their mean rank
         difference = ranks[:, 0] - ranks[:, 1:].mean(dim=1)
         return -difference if self.reversed else difference
 

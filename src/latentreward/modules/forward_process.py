@@ -95,6 +95,11 @@ class ForwardProcessModule(RolloutModule[RenoisedSamples]):
         if num_samples < 2:
             raise InputError(f"num_samples={num_samples} leaves nothing to compare; use at least 2")
         check_sigmas(reward_sigmas)
+        if advantage is not None and (advantage.takes_parts or advantage.takes_features):
+            raise InputError(
+                f"advantage: {type(advantage).__name__} is for TrajectoryGRPOModule; {type(self).__name__} takes "
+                "GroupAdvantage"
+            )
         steps.choose(sampling.num_inference_steps, torch.Generator())
         sampler = sampling.sampler(family)
         super().__init__(policy, reward, guidance_scale=guidance_scale, **options)
@@ -135,9 +140,10 @@ class ForwardProcessModule(RolloutModule[RenoisedSamples]):
         rewards = score_finished(self.reward, latents, prompts, self.seed, self.reward_sigmas)
         rewards = rewards.view(len(prompts), count)
         self.rollout_statistics = group_statistics(torch.zeros(1), rewards.T[None].cpu())
-        advantage = self.advantages(rewards, self.advantage).flatten().cpu()
-        if not (advantage.abs() > LEAST_ADVANTAGE).any():
+        advantage = self.advantages(rewards, self.advantage)
+        if not (self.of_all_ranks(advantage).abs() > LEAST_ADVANTAGE).any():  # equal samples count beside others
             return None
+        advantage = advantage.flatten().cpu()
         return join_rows([*self._rows_of(repeated, latents.cpu(), advantage)])
 
     def _rows_of(self, prompts: PromptBatch, latents: Tensor, advantage: Tensor) -> list[RenoisedSamples]:

@@ -18,6 +18,7 @@ from latentreward.errors import InputError
 from latentreward.losses import (
     ClippedPolicyLoss,
     ClippedPolicyResult,
+    GRPOGuard,
     KLGate,
     NormGuard,
     OutcomeProcessLoss,
@@ -261,6 +262,17 @@ class TrajectoryGRPOModule(GRPOModule):
         loss = loss or ClippedPolicyLoss()
         rules = [trust_region] if isinstance(trust_region, TrustRegion) else trust_region or []
         check_rules(rules, loss, reward, reward_sigmas)
+        if advantage is not None and advantage.takes_parts and credit is not None:
+            raise InputError(
+                f"advantage: {type(advantage).__name__} takes each reward of a mixture, and credit those of states; "
+                "leave one of them out"
+            )
+        cps = sampling is not None and sampling.flow_noise == "cps" and policy.resolve_family().flow
+        if cps and any(isinstance(rule, GRPOGuard) for rule in rules):
+            raise InputError(
+                "trust_region: GRPOGuard corrects Gaussian log-probabilities, which sampling.flow_noise=cps does not "
+                "have; use flow or dance"
+            )
         if isinstance(loss, OutcomeProcessLoss) and credit is None:
             raise InputError("loss: OutcomeProcessLoss takes the rewards of the steps too; set credit: StateCredit")
         if window is not None and reward_guidance is not None:
@@ -394,6 +406,11 @@ def check_rules(
             raise InputError(f"trust_region: {name} chooses where the KL term acts; set loss.kl_weight above 0")
         if isinstance(rule, UncertaintyGate) and len(reward_sigmas) < 2:
             raise InputError("trust_region: UncertaintyGate compares noise levels; give reward_sigmas at least 2")
+        if isinstance(rule, UncertaintyGate) and not reward.uses_sigmas:
+            raise InputError(
+                f"trust_region: UncertaintyGate compares noise levels, and {type(reward).__name__} does not score at "
+                "levels; take a LatentReward"
+            )
         if isinstance(rule, RankGate) and reward.parts < 2:
             raise InputError("trust_region: RankGate compares rewards; take a RewardMixture of at least 2")
 

@@ -116,9 +116,11 @@ class RewardSource(ABC):
 
     Attributes:
         parts: Number of rewards that a mixture holds; 1 for any other reward.
+        uses_sigmas: Whether the reward scores finished latents at noise levels, as latent rewards do.
     """
 
     parts: int = 1
+    uses_sigmas: bool = False
 
     @abstractmethod
     def latent_space(self) -> LatentSpace | None:

@@ -62,7 +62,16 @@ class RewardMixture(RewardSource):
                 "each, and one that is not 0"
             )
         self.rewards, self.weights, self.normalise = list(rewards), weights, normalise
-        self.parts = len(rewards)
+
+    @property
+    def parts(self) -> int:  # type: ignore[override]  # no attribute: recorded settings hold those
+        """Number of rewards."""
+        return len(self.rewards)
+
+    @property
+    def uses_sigmas(self) -> bool:  # type: ignore[override]
+        """Whether one of the rewards scores finished latents at noise levels."""
+        return any(reward.uses_sigmas for reward in self.rewards)
 
     def latent_space(self) -> LatentSpace | None:
         """Return the common latent space of the rewards that need one; None if none does.
