@@ -3,10 +3,14 @@
 import pytest
 import torch
 
+from latentreward.backbones import create_backbone
 from latentreward.contracts import Conditioning
 from latentreward.encoders.offloaded import OffloadedEncoder
 from latentreward.encoders.prompts import PromptEncoder
 from latentreward.generation import trained_policy
+from latentreward.heads import GatedQFormerHead
+from latentreward.rewards.latent import LatentScorer
+from latentreward.scoring.network import RewardNetwork
 from tests.families.twins import TWINS
 
 PROMPTS = [f"{number} dogs on a hill" * (1 + number % 2) for number in range(7)]
@@ -35,11 +39,17 @@ def test_prompts_are_encoded_once_ahead_and_as_alone(name: str, monkeypatch: pyt
     assert offloaded([PROMPTS[0]]).prompt_embeds.shape == alone[PROMPTS[0]].prompt_embeds.shape  # again, if forgotten
 
 
-def test_a_shared_encoder_is_moved_once_and_nothing_on_a_cpu() -> None:
-    policy = TWINS["sd35_large"].source().load()
-    encoder = policy.text_encoder
-    trained_policy.offload_text_encoders(policy, None, PROMPTS, torch.device("cpu"))
-    assert policy.text_encoder is encoder
-    trained_policy.offload_text_encoders(policy, None, PROMPTS, torch.device("meta"))
+def test_policy_and_reward_go_on_sharing_an_encoder_and_nothing_moves_on_a_cpu() -> None:
+    twin = TWINS["z_image"]
+    policy = twin.source().load()
+    encoder, options = policy.text_encoder, {"visual_taps": [1], "text_taps": [1], "tuning": "frozen"}
+    backbone = create_backbone(twin.backbone, source=twin.folder, **options)
+    backbone.text_encoder = encoder
+    head = GatedQFormerHead(backbone.feature_spec, num_queries=2, num_heads=2)
+    scorer = LatentScorer(RewardNetwork(backbone, head), policy.noise_process, policy=policy)
+    trained_policy.offload_text_encoders(policy, scorer, PROMPTS, torch.device("cpu"))
+    assert policy.text_encoder is encoder is scorer.model.backbone.text_encoder
+    trained_policy.offload_text_encoders(policy, scorer, PROMPTS, torch.device("meta"))
     assert isinstance(policy.text_encoder, OffloadedEncoder)
+    assert scorer.model.backbone.text_encoder is policy.text_encoder
     assert next(encoder.parameters()).device.type == "cpu"

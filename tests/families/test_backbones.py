@@ -91,9 +91,7 @@ def early_taps(twin: Twin) -> list[dict[str, Any]]:
 
 
 @every_head  # but SD3's: T5 has no part in its pooled vector, which alone is read at tap 0
-@pytest.mark.parametrize(
-    "twin", slow_after(1, [twin for twin in one_per_family() if twin.family != "sd3"]), ids=lambda twin: twin.family
-)
+@pytest.mark.parametrize("twin", slow_after(1, one_per_family(without="sd3")), ids=lambda twin: twin.family)
 def test_all_that_trains_has_a_gradient_at_every_tap(twin: Twin, kind: str) -> None:
     latents, sigmas = inputs(twin)
     for taps in early_taps(twin):
