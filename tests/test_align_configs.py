@@ -15,7 +15,7 @@ from tests.marks import slow_after
 from tests.test_recipes import parse
 
 FOLDER = Path(__file__).parents[1] / "configs" / "align"
-FILES = sorted(path.name for kind in ("diffusion_dpo", "refl") for path in FOLDER.glob(f"{kind}_*.yaml"))
+FILES = sorted(path.name for kind in ("diffusion_dpo", "refl", "prfl") for path in FOLDER.glob(f"{kind}_*.yaml"))
 QUICK = ("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.max_steps=2")
 
 
@@ -25,7 +25,7 @@ def _paths(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name, folder in folders.items():
             patch.setenv(f"{name.upper()}_PATH", folder)
-        for name in ("PICKAPIC_ROOT", "CACHE_ROOT", "LRM_PATH", "DINA_PATH", "PROMPTS"):
+        for name in ("PICKAPIC_ROOT", "HPDV3_ROOT", "CACHE_ROOT", "LRM_PATH", "DINA_PATH", "PROMPTS"):
             patch.setenv(name, name.lower())
         yield
 
@@ -66,3 +66,14 @@ def test_tiny_refl_trains(tmp_path: Path) -> None:
     weights = load_file(tmp_path / "lora" / "pytorch_lora_weights.safetensors")
     assert any(value.any() for key, value in weights.items() if "lora_B" in key or "lora.up" in key)
     assert ReFLModule.__name__ in (tmp_path / "config.yaml").read_text()
+
+
+@pytest.mark.slow
+def test_tiny_prfl_trains(tmp_path: Path) -> None:
+    config = f"--config={FOLDER / 'prfl_tiny.yaml'}"
+    reward = ("--model.reward=tests.modules.toy_rewards.BrightnessSource",)
+    data = [f"--data.images.{option}" for option in (f"root={tmp_path / 'pairs'}", "train_pairs=64", "val_pairs=16")]
+    data += ["--data.images.batch_size=2", "--data.prompts.batch_size=2", "--data.prompts.batches_per_epoch=2"]
+    main(["fit", config, *reward, *data, f"--trainer.default_root_dir={tmp_path}", *QUICK])
+    weights = load_file(tmp_path / "lora" / "pytorch_lora_weights.safetensors")
+    assert any(value.any() for key, value in weights.items() if "lora_B" in key or "lora.up" in key)

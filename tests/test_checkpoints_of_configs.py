@@ -166,13 +166,18 @@ def alignment_options(path: Path) -> list[str]:
         return [*options, *PAIRS]
     if "DiffusionDPOModule" in text:
         return [*options, *(TINY_WORLD if path.stem.endswith("_tiny") else (*SAMPLE_FILES, NO_COPY))]
-    options += [*ROLLOUTS, "--data.passes=1" if "passes:" in text else f"--trainer.max_steps={STEPS}"]
+    rollouts = ROLLOUTS
+    if "PromptsAndImages" in text.partition("\ndata:")[2]:
+        rollouts = tuple(option.replace("--data.", "--data.prompts.") for option in ROLLOUTS)
+        images = TINY_WORLD if path.stem.endswith("_tiny") else SAMPLE_FILES
+        options += [option.replace("--data.", "--data.images.") for option in images if option.startswith("--data.")]
+    options += [*rollouts, "--data.passes=1" if "passes:" in text else f"--trainer.max_steps={STEPS}"]
     if "height:" in text:
         options += [f"--model.sampling.height={PIXELS}", f"--model.sampling.width={PIXELS}"]
     if path.stem.partition("_")[2] in TWIN_OF:
         options += ["--model.sampling.height=32", "--model.sampling.width=32"]
     if "stop_range:" in text:
-        options += ["--model.stop_range=[1,2]"]
+        options += [f"--model.stop_range={[2, 3] if 'scored: state' in text else [1, 2]}"]
     if few := re.search(r"num_(trajectories|candidates):", text):
         options += [f"--model.{'candidates.' * (few[1] == 'candidates')}num_{few[1]}=2"]
     if "selection:" in text:  # a reward that has hardly learned has gaps below every published threshold

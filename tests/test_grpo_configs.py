@@ -1,4 +1,4 @@
-"""GRPO's YAML files parse, build at full size, and the tiny ones train under every guard."""
+"""YAML files of GRPO, DiffusionNFT and AWM parse, build at full size, and the tiny ones train under every guard."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,13 +9,13 @@ from safetensors.torch import load_file
 
 from latentreward.cli import main
 from latentreward.estimate.pipelines import write_pipelines
-from latentreward.modules import StepwiseGRPOModule, TrajectoryGRPOModule
+from latentreward.modules import AWMModule, DiffusionNFTModule, StepwiseGRPOModule, TrajectoryGRPOModule
 from tests.families.twins import TWINS
 from tests.marks import slow_after
 from tests.test_recipes import parse
 
 FOLDER = Path(__file__).parents[1] / "configs" / "align"
-FILES = sorted(path.stem for path in FOLDER.glob("grpo_*.yaml"))
+FILES = sorted(path.stem for kind in ("awm", "grpo", "nft") for path in FOLDER.glob(f"{kind}_*.yaml"))
 TOY = "--model.reward=tests.modules.simple_reward.FirstChannelReward"
 
 
@@ -37,8 +37,49 @@ def test_parses_and_keeps_its_runs_apart(name: str) -> None:
     assert parse(f"configs/align/{name}.yaml").config["fit"]["trainer"].default_root_dir == f"runs/{name}"
 
 
+CHANGES = sorted(path.stem for path in (FOLDER.parent / "grpo").glob("*.yaml"))
+MIXTURE = (
+    '--model.reward={"class_path": "RewardMixture", "init_args": {"rewards": '
+    '[{"class_path": "RandomReward", "init_args": {"kind": "readout", "seed": 1}},'
+    ' {"class_path": "RandomReward", "init_args": {"kind": "readout", "seed": 2}}], "normalise": "none"}}'
+)
+READOUT = '--model.reward={"class_path": "RandomReward", "init_args": {"kind": "readout"}}'
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_of_grpo_is_given_after_a_run(name: str) -> None:
+    base, change = "configs/align/grpo_trajectory_sd35.yaml", f"configs/grpo/{name}.yaml"
+    plain, changed = parse(base).config["fit"], parse(base, change).config["fit"]
+    assert changed["trainer"].default_root_dir == f"runs/grpo_{name}"
+    before, after = plain["model"]["init_args"], changed["model"]["init_args"]
+    assert before != after
+    for setting in ("policy", "optimizer", "guidance_scale", "num_trajectories"):
+        assert before[setting] == after[setting]
+
+
+@pytest.mark.parametrize("name", slow_after(2, CHANGES))
+def test_a_change_of_grpo_trains_the_tiny_run(name: str, tmp_path: Path) -> None:
+    small = ("--data.batch_size=4", "--data.prompts_per_rollout=2", "--model.sampling.num_inference_steps=6",
+             "--model.num_trajectories=3")  # fmt: skip
+    quick = ("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.max_steps=2")
+    files = (f"--config={FOLDER / 'grpo_trajectory_tiny.yaml'}", f"--config={FOLDER.parent / 'grpo' / name}.yaml")
+    by_levels = "--model.reward=tests.modules.test_grpo_steps.OtherChannelsReward"
+    reward = {"gardo": MIXTURE, "gdpo": MIXTURE, "uncertainty_gate": by_levels}.get(name, READOUT)
+    main(["fit", *files, f"--trainer.default_root_dir={tmp_path}", reward, *small, *quick])
+    weights = load_file(tmp_path / "lora" / "pytorch_lora_weights.safetensors")
+    assert all(value.isfinite().all() for value in weights.values())
+    assert any(value.any() for key, value in weights.items() if "lora_B" in key or "lora.up" in key)
+
+
 FAMILIES = sorted({twin.backbone for twin in TWINS.values()})
 METHODS = ("StepwiseGRPOModule", "TrajectoryGRPOModule", "ReFLModule", "SPOModule")
+KINDS = {
+    "awm_sd35": AWMModule,
+    "grpo_stepwise_sd15": StepwiseGRPOModule,
+    "grpo_stepwise_sd35": StepwiseGRPOModule,
+    "grpo_trajectory_sd35": TrajectoryGRPOModule,
+    "nft_sd35": DiffusionNFTModule,
+}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -54,20 +95,21 @@ def test_one_option_changes_the_method(name: str, method: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["grpo_stepwise_sd15", "grpo_stepwise_sd35", "grpo_trajectory_sd35"])
+@pytest.mark.parametrize("name", KINDS)
 def test_builds_at_full_size(name: str) -> None:
     with torch.device("meta"):
         module = parse(f"configs/align/{name}.yaml", options=(TOY,)).build("model")
-    assert isinstance(module, TrajectoryGRPOModule if "trajectory" in name else StepwiseGRPOModule)
+    assert isinstance(module, KINDS[name])
     trained = {key for key, value in module.named_parameters() if value.requires_grad}
     assert trained
     assert all("lora" in key for key in trained)
-    assert module.loss.clip_range == 1e-4
-    assert len(module.sampler) == (20 if name.endswith("sd15") else 10)
+    if name.startswith("grpo"):
+        assert module.loss.clip_range == 1e-4
+    assert len(module.sampler) == {"grpo_stepwise_sd15": 20, "awm_sd35": 14}.get(name, 10)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["grpo_trajectory_tiny", "grpo_stepwise_tiny", "grpo_stepwise_sd35_tiny"])
+@pytest.mark.parametrize("name", [name for name in FILES if name.endswith("_tiny")])
 def test_tiny_ones_train_under_guard(name: str, tmp_path: Path) -> None:
     small = ("--data.batch_size=4", "--data.prompts_per_rollout=2", "--model.sampling.num_inference_steps=3")
     quick = ("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.max_steps=2")
@@ -86,7 +128,14 @@ def test_tiny_ones_train_under_guard(name: str, tmp_path: Path) -> None:
         "          class_path: CallableScorer\n"
         "          init_args: {function: tests.test_grpo_configs.size, name: size}\n"
     )
-    options = (f"--trainer.default_root_dir={tmp_path}", TOY, *small, *quick)
+    own_steps = ["--model.steps={class_path: StratifiedSteps, init_args: {count: 1, share: 1.0}}"]
+    options = (
+        f"--trainer.default_root_dir={tmp_path}",
+        TOY,
+        *small,
+        *quick,
+        *(own_steps if name == "awm_tiny" else []),
+    )
     main(["fit", f"--config={FOLDER / name}.yaml", own, *options])
     weights = load_file(tmp_path / "lora" / "pytorch_lora_weights.safetensors")
     assert any(value.any() for key, value in weights.items() if "lora_B" in key or "lora.up" in key)

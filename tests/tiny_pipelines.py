@@ -233,7 +233,7 @@ BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {
     "sd3": lambda: sd3_like(sd35=False, with_t5=True),
     "sd35": lambda: sd3_like(sd35=True, with_t5=True),
     "sd3_deep": lambda: sd3_like(sd35=False, with_t5=True, num_layers=18),
-    "sd35_deep": lambda: sd3_like(sd35=True, with_t5=True, num_layers=13),
+    "sd35_deep": lambda: sd3_like(sd35=True, with_t5=True, num_layers=22),
     "sd35_no_t5": lambda: sd3_like(sd35=True, with_t5=False),
 }
 

@@ -219,6 +219,7 @@ class PreferenceBatch(TensorRecord):
         latent_space: Space of the latents; None for pixels.
         conditioning: Encoded prompts from a cache, B rows; with None the training module encodes ``prompts``.
         uncond: Encoded empty prompt from a cache, one row; None if there is none.
+        targets: Given values of the images, such as a teacher's scores; None if there are none.
     """
 
     pair_ids: tuple[str, ...]
@@ -232,6 +233,7 @@ class PreferenceBatch(TensorRecord):
     latent_space: LatentSpace | None = None
     conditioning: "Conditioning | None" = None
     uncond: "Conditioning | None" = None
+    targets: "PairTargets | None" = None
 
     def __len__(self) -> int:
         """Return the number of pairs."""
@@ -342,12 +344,14 @@ class FeatureSpec:
         text: One entry per text tap; may be empty.
         temb_dim: Width of the timestep embedding.
         pooled_text_dim: Width of the pooled text vector.
+        output: Channels and native grid of the network's output map; None if the backbone does not return it.
     """
 
     visual: tuple[TapSpec, ...]
     text: tuple[TapSpec, ...]
     temb_dim: int
     pooled_text_dim: int
+    output: TapSpec | None = None
 
 
 @dataclass(frozen=True)
@@ -363,6 +367,7 @@ class Features(TensorRecord):
         temb: ``(B, E)`` timestep embedding as the network computed it.
         uncond: Features of the same latents for the empty prompt; None if only the prompt was read.
         text_mask: ``(B, L)`` bool, true for text tokens that belong to the prompt; None if all take part.
+        output: ``(B, C, ...)`` the network's output map; None unless the backbone's ``output_map`` is true.
     """
 
     visual: tuple[Tensor, ...]
@@ -372,6 +377,7 @@ class Features(TensorRecord):
     temb: Tensor
     uncond: "Features | None" = None
     text_mask: Tensor | None = None
+    output: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -388,6 +394,24 @@ class CrossScores(TensorRecord):
 
 
 @dataclass(frozen=True)
+class PairTargets(TensorRecord):
+    """Given values of the images of B pairs, which losses compare scores with: a teacher's scores, or labels.
+
+    Attributes:
+        chosen: ``(B,)``, or ``(B, out_dim)`` with a column for each score of the head: values of the chosen images;
+            NaN where an image has none.
+        rejected: Values of the rejected images, in the shape of ``chosen``.
+        chosen_std: The teacher's uncertainty of ``chosen``, in its units; None if it states none.
+        rejected_std: The teacher's uncertainty of ``rejected``.
+    """
+
+    chosen: Tensor
+    rejected: Tensor
+    chosen_std: Tensor | None = None
+    rejected_std: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class PairScores(TensorRecord):
     """Input of a preference loss: the scores, labels and noise levels of B pairs.
 
@@ -400,6 +424,7 @@ class PairScores(TensorRecord):
         rejected_sigmas: ``(B,)`` noise level of the rejected image; equals ``chosen_sigmas`` unless the two images of a
             pair have timesteps of their own.
         cross: Scores of every image for every prompt; None unless the loss's ``needs_cross_scores`` is true.
+        targets: Given values of the images; None if the data have none.
     """
 
     chosen: Tensor
@@ -409,6 +434,7 @@ class PairScores(TensorRecord):
     chosen_sigmas: Tensor
     rejected_sigmas: Tensor
     cross: CrossScores | None = None
+    targets: PairTargets | None = None
 
     @property
     def margin(self) -> Tensor:
@@ -500,35 +526,66 @@ class StepSamples(SampledStates):
         next_latents: ``(N, K, C, ...)`` the K next states of each state.
         log_prob: ``(N, K)`` log-probabilities of the steps under the policy that sampled them.
         advantage: ``(N, K)`` advantages of the steps.
+        process: ``(N, K)`` advantages of the steps' own rewards, for losses of two advantages; else None.
+        old_mean: ``(N, C, ...)`` mean of the steps under the policy that sampled them, for trust regions; else None.
+        held: ``(N, K)`` bool: whether the KL term acts on the step, for gates; else None.
     """
 
     next_latents: Tensor
     log_prob: Tensor
     advantage: Tensor
+    process: Tensor | None = None
+    old_mean: Tensor | None = None
+    held: Tensor | None = None
 
 
-StepRecord = TypeVar("StepRecord", StepPairs, StepSamples)
+@dataclass(frozen=True)
+class RenoisedSamples(SampledStates):
+    """Finished latents, each with a timestep that it is noised to again (DiffusionNFT, AWM).
+
+    ``latents`` are the finished ones, ``timesteps`` those to train at. A sample has a row for each of its timesteps.
+
+    Attributes:
+        advantage: ``(N,)`` advantages of the samples.
+    """
+
+    advantage: Tensor
+
+
+StepRecord = TypeVar("StepRecord", StepPairs, StepSamples, RenoisedSamples)
 
 
 def take_rows(record: StepRecord, index: Sequence[int]) -> StepRecord:
     """Return the rows ``index`` of a record of steps; all its tensors and names are indexed alike."""
     rows = torch.as_tensor(index, dtype=torch.int64)
-    values = {field.name: getattr(record, field.name) for field in fields(record)}
-    return type(record)(
-        **{
-            name: value[rows.to(value.device)] if isinstance(value, Tensor) else tuple(value[i] for i in index)
-            for name, value in values.items()
-        }
-    )
+
+    def taken(value: Any) -> Any:
+        if value is None:
+            return None
+        return value[rows.to(value.device)] if isinstance(value, Tensor) else tuple(value[i] for i in index)
+
+    return type(record)(**{field.name: taken(getattr(record, field.name)) for field in fields(record)})
 
 
 def join_rows(records: Sequence[StepRecord]) -> StepRecord:
-    """Concatenate the rows of at least one record into a single record."""
+    """Concatenate the rows of at least one record into a single record.
+
+    Raises:
+        InputError: If a field is None in some records alone.
+    """
+
+    def joined(column: list[Any]) -> Any:
+        if any(value is None for value in column):
+            if any(value is not None for value in column):
+                raise InputError(
+                    "the rows left of earlier rollouts were made with another loss or trust_region; resume with the "
+                    "settings of before, or start a new run"
+                )
+            return None
+        return torch.cat(column) if isinstance(column[0], Tensor) else sum(column, ())
+
     names = [field.name for field in fields(records[0])]
-    columns = {name: [getattr(record, name) for record in records] for name in names}
-    return type(records[0])(
-        **{name: torch.cat(c) if isinstance(c[0], Tensor) else sum(c, ()) for name, c in columns.items()}
-    )
+    return type(records[0])(**{name: joined([getattr(record, name) for record in records]) for name in names})
 
 
 @dataclass(frozen=True)

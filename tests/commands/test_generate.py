@@ -152,7 +152,21 @@ def test_neither_batch_nor_later_prompts_change_a_picture(generate: Callable[...
 
 
 @pytest.mark.parametrize(
-    "options", slow_after(1, [["--best_of=4"], ["--step_search.num_candidates=4", "--sampling.eta=1"]])
+    "options",
+    slow_after(
+        1,
+        [
+            ["--best_of=4"],
+            ["--step_search.num_candidates=4", "--sampling.eta=1"],
+            [
+                "--population_search.size=8",
+                "--population_search.perturbation=1",
+                "--population_search.after_steps=[1,2]",
+                "--population_search.temperature=0.01",
+            ],
+            ["--reward_guidance.scale=100", "--reward_guidance.high=1000", "--sampling.eta=1"],
+        ],
+    ),
 )
 def test_a_reward_chooses(generate: Callable[..., Any], options: list[str]) -> None:
     eta = [option for option in options if "eta" in option]
@@ -186,6 +200,16 @@ def test_a_checkpoint_and_its_exported_lora_make_the_same_pictures(
         (["--best_of=0"], "best_of: 0 is outside"),
         (["--step_search.num_candidates=1", REWARD], "num_candidates=1"),
         (["--step_search.num_candidates=2", REWARD], "eta"),
+        (["--population_search.size=4"], "set reward"),
+        (["--population_search.size=1", REWARD], "size=1 leaves nothing to choose"),
+        (["--population_search.after_steps=[1,3]", REWARD], "after_steps=[1, 3] goes beyond step 2"),
+        (["--population_search.after_steps=[1]", f"{REWARD}", "--reward.needs_clean=true"], "population_search needs"),
+        (["--population_search.after_steps=[1]", "--step_search.num_candidates=2", REWARD], "leave one out"),
+        (["--reward_guidance.scale=1", REWARD], "none of the 3 steps adds noise"),
+        (
+            ["--reward_guidance.scale=1", "--sampling.eta=1", REWARD, "--reward.needs_clean=true"],
+            "reward_guidance needs",
+        ),
         (["--guidance_scale=0.5"], "guidance_scale=0.5 must be at least 1"),
         (["--policy=null"], "policy.source"),
         (["--lora=nothing.safetensors"], "nothing.safetensors does not exist"),

@@ -1,4 +1,4 @@
-"""Runs of GRPO under watch that are the same on one process and, with half the rows per rank, on two."""
+"""Runs of GRPO, DiffusionNFT and AWM under watch, the same on one process and, with half the rows per rank, on two."""
 
 from functools import partial
 from pathlib import Path
@@ -13,18 +13,43 @@ from torch.optim import SGD
 
 from latentreward.backbones import LoRA
 from latentreward.checkpoints.fsdp2 import FSDP2Strategy
-from latentreward.checkpoints.shards import whole_tensor
+from latentreward.checkpoints.shards import changing_names, whole_tensor
 from latentreward.data.alignment.prompts import PromptLoaders
-from latentreward.losses import ClippedPolicyLoss
-from latentreward.modules import StepwiseGRPOModule, TrajectoryGRPOModule
+from latentreward.losses import ClippedPolicyLoss, GRPOGuard, NormGuard
+from latentreward.modules import AWMModule, DiffusionNFTModule, StepwiseGRPOModule, TrajectoryGRPOModule
+from latentreward.modules.alignment import RolloutModule
+from latentreward.modules.grpo import GRPOModule
 from latentreward.policies import PolicySource
-from latentreward.rollout import Branching, Sampling
+from latentreward.policies.moving import DecayRamp
+from latentreward.rollout import Branching, GainCredit, MovingWindow, Sampling, StratifiedSteps
 from latentreward.scorers import CallableScorer
 from tests.modules.simple_reward import FirstChannelReward
 from tests.tiny_pipelines import source_of
 
 PROMPTS = ["a red circle on a black background", "two blue squares on a white background", "a large green cross"]
-CASES = [("stepwise", "sd15"), ("trajectory", "sd35_tiny")]
+KINDS: dict[str, Any] = {
+    "stepwise": (StepwiseGRPOModule, {"candidates": Branching(3)}),
+    "trajectory": (TrajectoryGRPOModule, {"num_trajectories": 3}),
+    "steps": (
+        TrajectoryGRPOModule,
+        {
+            "num_trajectories": 3,
+            "sampling": Sampling(4),
+            "credit": GainCredit(0.5),
+            "window": MovingWindow(2, every=1),
+            "trust_region": [GRPOGuard(), NormGuard()],
+        },
+    ),
+    "nft": (DiffusionNFTModule, {"num_samples": 3, "old": DecayRamp(0.5, 0.5)}),
+    "awm": (AWMModule, {"num_samples": 3, "steps": StratifiedSteps(1, share=1.0), "optimizer": partial(SGD, lr=1.0)}),
+}
+CASES = [
+    ("stepwise", "sd15"),
+    ("trajectory", "sd35_tiny"),
+    ("steps", "sd35_tiny"),
+    ("nft", "sd35_tiny"),
+    ("awm", "sd35_tiny"),
+]
 METRICS = ("hacking/held_out", "hacking/reward_change", "drift/mean", "collapse/diversity", "rollout/gap_50_t_0_1000")
 
 
@@ -32,17 +57,13 @@ def redness(prompts: Any, images: list[Image.Image]) -> Tensor:
     return torch.tensor([sum(image.getchannel("R").tobytes()) / 1e4 for image in images])
 
 
-def make_module(method: str, pipeline: str) -> StepwiseGRPOModule | TrajectoryGRPOModule:
-    options: dict[str, Any] = {
-        "sampling": Sampling(3),
-        "loss": ClippedPolicyLoss(clip_range=1e-2, kl_weight=0.1),
-        "guidance_scale": 2.0,
-        "seed": 1,
-        "optimizer": partial(SGD, lr=0.05),
-    }
-    own = {"candidates": Branching(3)} if method == "stepwise" else {"num_trajectories": 3}
-    kind = StepwiseGRPOModule if method == "stepwise" else TrajectoryGRPOModule
-    return kind(PolicySource(source_of(pipeline), lora=LoRA(rank=4, alpha=4)), FirstChannelReward(), **options, **own)
+def make_module(method: str, pipeline: str) -> RolloutModule:
+    options: dict[str, Any] = {"sampling": Sampling(3), "seed": 1, "optimizer": partial(SGD, lr=0.05)}
+    kind, own = KINDS[method]
+    if issubclass(kind, GRPOModule):
+        options |= {"loss": ClippedPolicyLoss(clip_range=1e-2, kl_weight=0.1), "guidance_scale": 2.0}
+    policy = PolicySource(source_of(pipeline), lora=LoRA(rank=4, alpha=4))
+    return kind(policy, FirstChannelReward(), **{**options, **own})
 
 
 def train(method: str, pipeline: str, strategy: Any, world_size: int, folder: Path) -> dict[str, Any]:
@@ -71,7 +92,8 @@ def train(method: str, pipeline: str, strategy: Any, world_size: int, folder: Pa
     rows = 8 // world_size
     data = PromptLoaders(PROMPTS, batch_size=rows, prompts_per_rollout=4 // world_size, batches_per_epoch=9, seed=2)
     trainer.fit(module, datamodule=data)
-    weights = {name: whole_tensor(p.detach()).clone() for name, p in module.named_parameters() if p.requires_grad}
+    changing = changing_names(module)
+    weights = {name: whole_tensor(p.detach()).clone() for name, p in module.named_parameters() if name in changing}
     return {"weights": weights, "metrics": {name: trainer.callback_metrics[name].item() for name in METRICS}}
 
 

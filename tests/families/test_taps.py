@@ -41,3 +41,16 @@ def assert_part(tokens: torch.Tensor, joint: torch.Tensor) -> None:
     distances, places = torch.cdist(tokens.double(), joint.double()).min(dim=1)
     assert distances.max() < 1e-5
     assert (places.diff() == 1).all()
+
+
+@every_network
+def test_output_map_is_the_prediction(twin: Twin) -> None:
+    """With all blocks, the map is the velocity that the policy predicts with its own guidance as an input."""
+    policy = twin.source().load().eval()
+    options = {"visual_taps": [twin.layers], "text_taps": [], "output_map": True, "tuning": "frozen"}
+    backbone = create_backbone(twin.backbone, source=twin.folder, **options).eval()
+    latents, sigma = noise_for(policy.family.latent_shape(*twin.size)), torch.tensor([0.3, 0.8])
+    with torch.no_grad():
+        expected = policy.predict(latents, sigma * 1000, policy.encode_prompts(PROMPTS))
+        features = backbone(latents, sigma * 1000, backbone.encode_prompts(PROMPTS))
+    torch.testing.assert_close(features.output, expected, rtol=1e-5, atol=1e-6)

@@ -39,5 +39,8 @@ class MeanLatentSource(RewardSource):
     def latent_space(self) -> LatentSpace | None:
         return None
 
+    def scores_states(self) -> bool:
+        return not self.needs_clean
+
     def load(self, policy: Policy) -> Reward:
         return MeanLatent(self.needs_clean)

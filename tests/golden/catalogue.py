@@ -1,10 +1,11 @@
 """Which golden cases there are, which files belong to them, and what of them the tests have read.
 
 The set lies in the folder named by ``LATENTREWARD_GOLDEN_DIR`` (default: ``data`` beside this file), with sub-folders
-``lpo`` and ``dina``. A case is found by its JSON file, whatever its seed, shape or options:
+``lpo``, ``dina`` and ``algos``. A case is found by its JSON file, whatever its seed, shape or options:
 
 * ``lpo``: the group is the two digits after ``case``; ``caseNN*/data.json`` with everything in that folder, or a file
   ``caseNN*.json`` with the files of the same stem, and with tensor files of the group that have no JSON.
+* ``algos``: ``*.json`` with the tensor file of the same stem; each is a group.
 * ``dina``: the patterns of :data:`DINA_CASES`, with the files of the same stem, those the JSON names under keys that
   end in ``_file`` or ``_dir``, and all files of a folder that a case has to itself.
 
@@ -47,6 +48,19 @@ COVERED = (
     "dina/metric",
     "dina/prompt",
     "dina/dataset",
+    "algos/advantages",
+    "algos/awm_loss",
+    "algos/drm_head",
+    "algos/euphonium",
+    "algos/grpo_losses",
+    "algos/latsearch",
+    "algos/linear_dpo",
+    "algos/nft_loss",
+    "algos/nft_schedule",
+    "algos/sde_steps",
+    "algos/tp_grpo",
+    "algos/pavrm_head",
+    "algos/tie_losses",
 )
 DINA_CASES = {
     "head": ("*.json",),
@@ -157,8 +171,10 @@ def is_no_case(path: Path) -> bool:
 
 @cache
 def group_of(path: Path) -> str:
-    """Group of a file: ``lpo/NN`` or ``dina/folder``."""
+    """Group of a file: ``lpo/NN``, ``dina/folder`` or ``algos/stem``."""
     family, *inner = path.relative_to(ROOT).parts
+    if family == "algos":
+        return f"algos/{path.stem}"
     if family == "lpo":
         number = re.match(r"case(\d\d)", inner[0])
         return f"lpo/{number[1] if number else inner[0]}"
@@ -168,7 +184,7 @@ def group_of(path: Path) -> str:
 @cache
 def all_files() -> tuple[Path, ...]:
     """Every file of the set that could belong to a case."""
-    found = (path for family in ("lpo", "dina") for path in (ROOT / family).rglob("*") if path.is_file())
+    found = (path for family in ("lpo", "dina", "algos") for path in (ROOT / family).rglob("*") if path.is_file())
     return tuple(sorted(path for path in found if not is_no_case(path)))
 
 
@@ -215,10 +231,15 @@ def _dina_cases() -> Iterator[Case]:
             yield Case(f"dina/{folder}", path, frozenset(files))
 
 
+def _algos_cases() -> Iterator[Case]:
+    for path in sorted((ROOT / "algos").glob("*.json")):
+        yield Case(group_of(path), path, frozenset({path} | _beside(path)))
+
+
 @cache
 def all_cases() -> tuple[Case, ...]:
     """Every case of the set, of covered groups and others."""
-    return (*_lpo_cases(), *_dina_cases())
+    return (*_lpo_cases(), *_dina_cases(), *_algos_cases())
 
 
 def other_groups() -> list[str]:

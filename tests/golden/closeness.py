@@ -27,3 +27,17 @@ def assert_close(actual: Tensor, golden: Tensor, name: str, **tolerance: Any) ->
     torch.testing.assert_close(
         actual.detach().double(), golden.double(), msg=lambda text: f"{name}: {text}", **tolerance
     )
+
+
+def assert_within(actual: Tensor, golden: Tensor, name: str, tolerance: float) -> None:
+    """Compare as golden/algos asks: the largest difference is at most ``tolerance`` of the largest golden value.
+
+    Where all golden values are 0, differences are at most 1e-7. Integers and booleans are equal.
+    """
+    assert actual.shape == golden.shape, f"{name}: shape {tuple(actual.shape)}, golden {tuple(golden.shape)}"
+    if not golden.is_floating_point():
+        assert torch.equal(actual.to(golden.dtype), golden), name
+        return
+    worst = (actual.detach().double() - golden.double()).abs().max().item()
+    room = tolerance * golden.double().abs().max().item() or 1e-7
+    assert worst <= room, f"{name}: {worst:g} > {room:g}"

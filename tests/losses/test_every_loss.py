@@ -11,6 +11,7 @@ from latentreward.losses import (
     LRMLoss,
     PreferenceLoss,
     ThurstoneLoss,
+    TieLoss,
     weighted_mean,
 )
 from tests.losses.pairs import random_scores, scores_of, swapped
@@ -18,6 +19,7 @@ from tests.losses.pairs import random_scores, scores_of, swapped
 LOSSES = {
     "bradley_terry": BradleyTerryLoss(),
     "bradley_terry_margin": BradleyTerryLoss(1.0),
+    "ties": TieLoss(0.5, 0.3, 0.1),
     "thurstone_mixture": ThurstoneLoss(),
     "thurstone_bhattacharyya": ThurstoneLoss(form="bhattacharyya"),
     "thurstone_nll": ThurstoneLoss("nll", sigma_u=0.2236068),

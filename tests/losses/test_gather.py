@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from latentreward.contracts import CrossScores, PairScores
+from latentreward.contracts import CrossScores, PairScores, PairTargets
 from latentreward.losses import (
     BradleyTerryLoss,
     LRMLoss,
@@ -87,17 +87,27 @@ def test_averaged_gradients_equal_one_process(tmp_path: Path) -> None:
 
 
 def gather_columns(rank: int, _: str) -> dict[str, Tensor]:
-    columns = random_scores(4, 3 + rank, out_dim=2)
+    columns = with_targets(random_scores(4, 3 + rank, out_dim=2))
     gathered = gather_pair_scores(columns)
-    return {name: getattr(gathered, name) for name in ("chosen", "rejected", "label", "weight", "rejected_sigmas")}
+    given = {name: getattr(gathered.targets, name) for name in ("chosen_std", "rejected_std")}
+    return given | {
+        name: getattr(gathered, name) for name in ("chosen", "rejected", "label", "weight", "rejected_sigmas")
+    }
+
+
+def with_targets(scores: PairScores) -> PairScores:
+    """With the rewards as values, and their squares as uncertainties."""
+    squares = scores.chosen**2, scores.rejected**2
+    return replace(scores, targets=PairTargets(scores.chosen, scores.rejected, *squares))
 
 
 @pytest.mark.slow
 def test_uneven_ranks_with_several_outputs_keep_rank_order(tmp_path: Path) -> None:
-    expected = [random_scores(4, 3 + rank, out_dim=2) for rank in range(2)]
+    expected = [with_targets(random_scores(4, 3 + rank, out_dim=2)) for rank in range(2)]
     for gathered in on_ranks("tests.losses.test_gather:gather_columns", "", tmp_path):
         for name, value in gathered.items():
-            assert torch.equal(value, torch.cat([getattr(part, name) for part in expected]))
+            parts = [part.targets if name.endswith("_std") else part for part in expected]
+            assert torch.equal(value, torch.cat([getattr(part, name) for part in parts]))
 
 
 @pytest.mark.parametrize("function", [gather_with_grad, gather_pair_scores])

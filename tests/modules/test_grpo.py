@@ -13,8 +13,9 @@ from latentreward.data.alignment.prompts import PromptLoaders
 from latentreward.errors import InputError
 from latentreward.losses import ClippedPolicyLoss
 from latentreward.modules import StepwiseGRPOModule, TrajectoryGRPOModule
-from latentreward.policies import PolicySource
-from latentreward.rollout import Branching, Sampling, sample_latents
+from latentreward.policies import Policy, PolicySource
+from latentreward.rewards import PixelReward, Reward
+from latentreward.rollout import Branching, RewardGuidance, Sampling, sample_latents
 from tests.marks import slow_after
 from tests.modules.simple_reward import FirstChannelReward
 from tests.tiny_pipelines import source_of
@@ -38,9 +39,18 @@ def stepwise(name: str = "sd15", scale: float = 10.0, **options) -> StepwiseGRPO
     return attached(module)
 
 
-def trajectory(name: str = "sd15", scale: float = 10.0, **options) -> TrajectoryGRPOModule:
+class DifferentiableChannel(FirstChannelReward):
+    def load(self, policy: Policy) -> Reward:
+        reward = super().load(policy)
+        reward.differentiable = True
+        return reward
+
+
+def trajectory(
+    name: str = "sd15", scale: float = 10.0, source_of_reward=FirstChannelReward, **options
+) -> TrajectoryGRPOModule:
     settings = {"sampling": Sampling(4), "num_trajectories": 3, "guidance_scale": 2.0, "seed": 1}
-    module = TrajectoryGRPOModule(source(name), FirstChannelReward(scale), **{**settings, **options})
+    module = TrajectoryGRPOModule(source(name), source_of_reward(scale), **{**settings, **options})
     return attached(module)
 
 
@@ -85,6 +95,27 @@ def test_trajectory_advantages_are_those_of_the_finished_latents(global_std: boo
     expected = ((rewards - rewards.mean(dim=1, keepdim=True)) / (spread + 1e-4)).float().flatten()
     steps = len(samples) // 6
     torch.testing.assert_close(samples.advantage[:, 0], expected.repeat(steps), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", slow_after(1, ["sd35_tiny", "sd15"]))
+def test_guided_rollouts_score_higher_and_are_learned_from_without_guidance(name: str) -> None:
+    """At the first optimiser step all ratios are 1, although the samples are not the policy's own."""
+    guided = trajectory(name, source_of_reward=DifferentiableChannel, reward_guidance=RewardGuidance(0.5, high=1000.0))
+    plain = trajectory(name)
+    samples = guided.roll_out(BATCH)
+    plain.roll_out(BATCH)
+    assert guided.rollout_statistics.scores.mean() > plain.rollout_statistics.scores.mean() + 0.1
+    log_prob = guided.transition(samples).log_prob(samples.next_latents[:, 0])
+    torch.testing.assert_close(log_prob, samples.log_prob[:, 0], atol=1e-5, rtol=1e-5)
+
+
+def test_guidance_that_cannot_be_is_refused() -> None:
+    with pytest.raises(InputError, match="gives no gradient, which guidance needs"):
+        trajectory(reward_guidance=RewardGuidance())
+    with pytest.raises(InputError, match="reward_guidance needs the score of a noisy state"):
+        TrajectoryGRPOModule(source("sd15"), PixelReward(None), reward_guidance=RewardGuidance())
+    with pytest.raises(InputError, match=r"low=0, high=0\.5 of the guidance"):
+        trajectory(source_of_reward=DifferentiableChannel, reward_guidance=RewardGuidance(high=0.5))
 
 
 def test_each_trajectory_is_one_chain_from_noise_of_its_own() -> None:

@@ -1,4 +1,4 @@
-"""ReFL: the gradient against full differentiation and finite differences, what holds a graph, the terms, training."""
+"""ReFL and PRFL: the gradient against full differentiation and differences, what holds a graph, terms, training."""
 
 import gc
 from dataclasses import replace
@@ -10,13 +10,14 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from latentreward.contracts import LatentSpace, PromptBatch
+from latentreward.contracts import LatentSpace, NoisyStates, PromptBatch
 from latentreward.data.alignment.prompts import PromptLoaders
 from latentreward.data.collate import collate_pairs
 from latentreward.errors import InputError
 from latentreward.losses import RewardLoss
 from latentreward.modules.refl import ReFLModule
-from latentreward.rewards import LatentReward, RewardSource
+from latentreward.policies import PolicySource
+from latentreward.rewards import CallableReward, LatentReward, PixelReward, RewardMixture, RewardSource
 from latentreward.rollout import Sampling
 from latentreward.rollout.rollout_noise import RolloutDraws
 from tests.marks import slow_after
@@ -70,15 +71,17 @@ def in_full(module: ReFLModule, stop: int, from_step: int) -> Tensor:
             reference = policy.predict_guided(latents, timesteps, conditioning, uncond, module.guidance_scale)
         if index >= from_step:
             drifts.append((output - reference).square().mean())
-        if index == stop:
+        if index == stop and module.scored == "clean":
             break
         transition = sampler.transition(latents, output, timesteps)
         noise = draws.noise(index, 1, shape)[0] if sampler.noise_std[index] else torch.zeros_like(latents)
         latents = transition.mean + transition.std.view(-1, 1, 1, 1) * noise
-    noise = reward_noise(module)
-    encoded = module.reward.encode_prompts(PROMPTS.prompts)
-    clean = sampler.clean(latents, output, timesteps)
-    rewards = module.reward.score_clean(clean, torch.arange(2), encoded, noise, module.reward_sigmas)
+    encoded, rows = module.reward.encode_prompts(PROMPTS.prompts), torch.arange(2)
+    if module.scored == "state":
+        rewards = module.reward.score(NoisyStates(latents, sampler.timesteps[stop + 1].repeat(2), rows), encoded)
+    else:
+        clean = sampler.clean(latents, output, timesteps)
+        rewards = module.reward.score_clean(clean, rows, encoded, reward_noise(module), module.reward_sigmas)
     return module.loss(rewards) + module.kl_weight * torch.stack(drifts).mean()
 
 
@@ -100,7 +103,12 @@ def reward_noise(module: ReFLModule) -> Tensor:
 # the gradient
 
 
-@pytest.mark.parametrize("options", [{}, {"gradient_steps": 3, "kl_weight": 0.7}], ids=["refl", "draft_k"])
+PRFL = {"scored": "state", "stop_range": (2, 4), "loss": RewardLoss(0.1, 2.0, sigmoid=True)}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"gradient_steps": 3, "kl_weight": 0.7}, PRFL], ids=["refl", "draft_k", "prfl"]
+)
 @pytest.mark.parametrize("name", slow_after(2, POLICIES))
 def test_gradient_equals_that_of_one_graph(name: str, options: dict[str, Any]) -> None:
     module = refl(name, guidance_scale=2.0, reward_sigmas=(0.2, 0.6), **options)
@@ -188,11 +196,17 @@ SMALL = {"tuning": "lora", "lora": {"rank": 2, "alpha": 4.0}, "text_encoder_tuni
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("method", "name", "sigmas"),
-    [("lrm", "sd15", (0.3,)), ("dina", "sd35", (0.2, 0.5, 0.7)), ("dina", "sd35", (0.4,))],
+    ("method", "name", "options"),
+    [
+        ("lrm", "sd15", {"reward_sigmas": (0.3,)}),
+        ("dina", "sd35", {"reward_sigmas": (0.2, 0.5, 0.7)}),
+        ("dina", "sd35", {"reward_sigmas": (0.4,)}),
+        ("lrm", "sd15", PRFL),
+        ("dina", "sd35", PRFL),
+    ],
 )
 def test_a_reward_on_the_policys_own_network_under_checkpointing(
-    method: str, name: str, sigmas: tuple[float, ...], tmp_path: Path
+    method: str, name: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
     """Its gradient is that of a reward with a network of its own, without checkpointing."""
     write_run(tmp_path, method, name, **SMALL)
@@ -200,7 +214,7 @@ def test_a_reward_on_the_policys_own_network_under_checkpointing(
     for share, checkpointing in (("never", False), ("auto", True)):
         reward = LatentReward(str(tmp_path), share=share)
         policy = {"gradient_checkpointing": checkpointing}
-        module = refl(name, policy, reward, reward_sigmas=sigmas, kl_weight=0.1, gradient_steps=2)
+        module = refl(name, policy, reward, kl_weight=0.1, gradient_steps=2, **options)
         module.training_step(PROMPTS, 0).backward()
         grads.append(torch.cat([parameter.grad.flatten() for parameter in adapter(module)]))
         assert all(p.grad is None for key, p in module.named_parameters() if not p.requires_grad)
@@ -218,9 +232,44 @@ def test_stop_covers_its_range() -> None:
 
 def test_a_prompt_is_sampled_alike_in_any_batch() -> None:
     module = refl(guidance_scale=2.0)
-    whole = module.sample(PROMPTS, 3).clean
-    alone = module.sample(PromptBatch(PROMPTS.prompts[1:2], PROMPTS.keys[1:2]), 3).clean
+    whole = module.sample(PROMPTS, 3).latents
+    alone = module.sample(PromptBatch(PROMPTS.prompts[1:2], PROMPTS.keys[1:2]), 3).latents
     torch.testing.assert_close(whole[1:], alone, rtol=1e-4, atol=1e-5)
+
+
+# the state as it is
+
+
+@pytest.mark.parametrize("name", slow_after(1, ["sd35", "sd15"]))
+def test_any_step_is_learned_from_at_its_own_noise_level(name: str) -> None:
+    """m is uniform over {0, ..., N - 2}; the reward is told the timestep of the state after step m."""
+    module = refl(name, **PRFL)
+    assert {module.stop_index(number) for number in range(40)} == {0, 1, 2}
+    told: list[Tensor] = []
+    original = module.reward.score
+    module.reward.score = lambda states, encoded: told.append(states.timesteps) or original(states, encoded)
+    for number in range(20):
+        module.training_step(PROMPTS, number)
+        assert told.pop().tolist() == [module.sampler.timesteps[module.stop_index(number) + 1].item()] * 2
+
+
+def test_states_are_scored_without_guidance_unless_it_is_asked_for() -> None:
+    assert refl(guidance_scale=None).guidance_scale == 5.0
+    assert refl(guidance_scale=None, **PRFL).guidance_scale == 1.0
+    assert refl(guidance_scale=2.0, **PRFL).guidance_scale == 2.0
+
+
+def test_a_reward_that_scores_no_states_is_refused_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PolicySource, "load", lambda *_: pytest.fail("loaded the policy"))
+    clean = CallableReward(lambda latents, timesteps, prompts, clean: clean.sum(), needs_clean=True)
+    for reward in (PixelReward(None), clean, RewardMixture([BrightnessSource(), clean])):
+        with pytest.raises(InputError, match=f"scored=state needs the score of .*{type(reward).__name__}"):
+            refl(reward=reward, **PRFL)
+
+
+def test_finished_latents_have_no_noise_level_of_their_own() -> None:
+    with pytest.raises(InputError, match=r"stop_range=\[1, 4\] with scored=state ends at finished latents"):
+        refl(**{**PRFL, "stop_range": (1, 4)})
 
 
 # terms and limits
@@ -235,11 +284,34 @@ def test_ceiling_stops_samples_that_score_above_it() -> None:
     assert rewards.grad.tolist() == [0.0, -0.25]
 
 
+def test_hinge_on_the_logistic_function_never_switches_off() -> None:
+    rewards = torch.tensor([-3.0, 0.0, 9.0], requires_grad=True)
+    value = RewardLoss(scale=0.1, ceiling=2.0, sigmoid=True)(rewards)
+    value.backward()
+    chance = rewards.detach().sigmoid()
+    torch.testing.assert_close(value.detach(), (0.1 * (2 - chance)).mean())
+    torch.testing.assert_close(rewards.grad, -0.1 * chance * (1 - chance) / 3)
+
+
+def test_pretraining_steps_alternate_with_steps_of_the_reward(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = refl(pretraining_weight=2.0, alternate_pretraining=True)
+    batch = {"prompts": PROMPTS, "images": collate_pairs(loaded_pairs(3))}
+    plain = refl().training_step(PROMPTS, 0)
+    for step in range(4):
+        monkeypatch.setattr(ReFLModule, "global_step", step)
+        wanted = 2 * module.pretraining_term(batch["images"]) if step % 2 else plain
+        torch.testing.assert_close(module.training_step(batch, 0), wanted, rtol=0, atol=0)
+    with pytest.raises(InputError, match="pretraining_weight=2 needs images beside the prompts"):
+        module.training_step(PROMPTS, 0)
+    with pytest.raises(InputError, match="alternate_pretraining=true alternates with a term of weight 0"):
+        refl(alternate_pretraining=True)
+
+
 def test_pretraining_term_is_the_denoising_error_of_the_chosen_images() -> None:
     module = refl(pretraining_weight=2.0)
     images = collate_pairs(loaded_pairs(3))
     batch = {"prompts": PROMPTS, "images": images}
-    reward = module.reward_term(PROMPTS, module.sample(PROMPTS, module.stop_index(0)).clean)[0]
+    reward = module.reward_term(PROMPTS, module.sample(PROMPTS, module.stop_index(0)).latents)[0]
     error = module.pretraining_term(images)
     torch.testing.assert_close(module.training_step(batch, 0), reward + 2 * error)
     assert error.requires_grad
@@ -290,8 +362,8 @@ def test_training_raises_the_reward_and_touches_the_adapter_alone(name: str) -> 
     rewards: list[float] = []
     original = module.reward_term
 
-    def spy(prompts: PromptBatch, clean: Tensor) -> tuple[Tensor, Tensor]:
-        loss, values = original(prompts, clean)
+    def spy(*arguments: Any) -> tuple[Tensor, Tensor]:
+        loss, values = original(*arguments)
         rewards.append(values.mean().item())
         return loss, values
 

@@ -1,5 +1,6 @@
 """Trained rewards on disk, as their training leaves them, and the states that they score."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from latentreward import heads
 from latentreward.backbones.tuning import LoRA
 from latentreward.checkpoints.base_weights import BaseSample
 from latentreward.checkpoints.shards import frozen_names
@@ -14,14 +16,23 @@ from latentreward.contracts import NoisyStates
 from latentreward.modules import RewardModule
 from latentreward.policies import Policy, PolicySource
 from tests.backbones.networks import FACTORIES, T5_LENGTH
-from tests.modules.batches import MODULES
+from tests.modules.batches import MODULES, dina
 from tests.tiny_pipelines import LATENTS, pipeline_folder
 
 PROMPTS = ("a cat", "two dogs")
 HEADS = {
     "lrm": {"class_path": "CLIPProjectionHead"},
     "dina": {"class_path": "GatedQFormerHead", "init_args": {"num_heads": 2}},
+    "drm": {"class_path": "DRMHead", "init_args": {"widths": [8, 16], "groups": 4, "hidden": 8}},
+    "layer_mix": {"class_path": "LayerMixHead", "init_args": {"width": 8}},
+    "two_axes": {"class_path": "LayerMixHead", "init_args": {"width": 8, "axes": [0.25, 0.75]}},
+    "pavrm": {"class_path": "PAVRMHead", "init_args": {"num_heads": 2, "widths": [8]}},
 }
+
+
+def of_settings(settings: dict[str, Any]) -> Any:
+    """The function that makes a head from a feature spec."""
+    return partial(getattr(heads, settings["class_path"]), **settings["init_args"])
 
 
 def backbone_options(name: str, **options: Any) -> dict[str, Any]:
@@ -37,14 +48,15 @@ def write_run(
 
     Args:
         folder: Is made.
-        method: ``lrm`` or ``dina``.
+        method: Name in :data:`HEADS`.
         name: Pipeline of the backbone.
         whole: Whether the checkpoint has frozen weights too.
         average: Whether the weights are those of a moving average, and the checkpoint's own are others.
         options: Of the backbone.
     """
     lora = {"lora": LoRA(**options["lora"])} if "lora" in options else {}
-    module = MODULES[method](name, backbone={**options, **lora})
+    head = {} if method in MODULES else {"head": of_settings(HEADS[method])}
+    module = MODULES.get(method, dina)(name, backbone={**options, **lora}, **head)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in module.model.parameters():

@@ -114,4 +114,4 @@ def test_other_sizes() -> None:
 def test_a_deterministic_sampler_is_refused(name: str) -> None:
     policy, still = tiny_policy(name), Sampling(5, eta=0.0, noise_level=0.0)
     with pytest.raises(InputError, match="adds noise"):
-        sample_trajectories(policy, still.sampler(policy.family), PROMPTS, still, 1.0, seed=0)
+        still.sampler(policy.family).require_noise()

@@ -42,6 +42,7 @@ PROMPTS = ["a cat", "a dog", "a cat", ""]
 LORA = {"rank": 2, "alpha": 3.0}
 RUNS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "LRM, all trained": ("lrm", "sd15", {}),
+    "DRM on a U-Net": ("drm", "sd15", {"output_map": True}),
     "LRM on SDXL, all trained": ("lrm", "sdxl", {}),
     "LRM, text encoder frozen": ("lrm", "sd15", {"text_encoder_tuning": "frozen"}),
     "LRM, LoRA everywhere": ("lrm", "sdxl", {"tuning": "lora", "text_encoder_tuning": "lora", "lora": LORA}),
@@ -49,6 +50,9 @@ RUNS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "DiNa-LRM": ("dina", "sd35", {"lora": LORA}),
     "DiNa-LRM, text LoRA": ("dina", "sd35", {"lora": LORA, "text_encoder_tuning": "lora"}),
     "DiNa-LRM, all trained": ("dina", "sd3", {"tuning": "full"}),
+    "DRM on a DiT": ("drm", "sd35", {"output_map": True, "text_taps": [], "lora": LORA}),
+    "PAVRM": ("pavrm", "sd35", {"text_taps": [], "lora": LORA}),
+    "LayerMix": ("layer_mix", "sdxl", {"tuning": "frozen", "text_encoder_tuning": "frozen"}),
     "DiNa-LRM, a frozen U-Net": ("dina", "sd15", {"tuning": "frozen", "text_encoder_tuning": "frozen"}),
 }
 
@@ -72,7 +76,7 @@ def saved_run(folder: Path, method: str = "dina", name: str = "sd35", **options:
     return folder / "saved"
 
 
-@pytest.mark.parametrize("kind", slow_after(2, RUNS))
+@pytest.mark.parametrize("kind", slow_after(3, RUNS))
 def test_a_run_is_saved_bit_for_bit(kind: str, tmp_path: Path) -> None:
     method, name, options = RUNS[kind]
     module = write_run(tmp_path / "run", method, name, **options)

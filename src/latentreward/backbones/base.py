@@ -34,6 +34,9 @@ class DiffusionBackbone(nn.Module, ABC):
         latent_space: Latents that the network takes.
         text_encoder: Prompt encoder; None if conditioning comes from elsewhere.
         vae: Encoder of pixels into latents; None if latents come from elsewhere.
+        output_map: Whether the features have the network's output too, ``(B, C, ...)``, for a head that reads it (DRM).
+            Of a transformer the output layers read the visual tokens of the last tapped block, the last block or not; a
+            U-Net is run as a whole.
 
     Attributes:
         source: Folder or hub id of the weights, with the revision, as the user gave it; for messages.
@@ -69,12 +72,14 @@ class DiffusionBackbone(nn.Module, ABC):
         latent_space: LatentSpace,
         text_encoder: PromptEncoder | None = None,
         vae: LatentEncoder | None = None,
+        output_map: bool = False,
     ) -> None:
         super().__init__()
         self.noise_process = noise_process
         self.latent_space = latent_space
         self.text_encoder = text_encoder
         self.vae = vae
+        self.output_map = output_map
 
     @property
     @abstractmethod
@@ -209,6 +214,12 @@ def check_features(features: Features, spec: FeatureSpec, backbone: str) -> None
     for index, (tap, grid) in enumerate(zip(features.visual, features.visual_grids, strict=True)):
         if tap.shape[1] != math.prod(grid):
             raise InputError(f"{backbone}: visual tap {index} has {tap.shape[1]} tokens for the grid {tuple(grid)}")
+    channels = None if features.output is None else features.output.shape[1]
+    if channels != (None if spec.output is None else spec.output.width):
+        raise InputError(
+            f"{backbone}: read gives an output map of {channels} channels, but feature_spec says {spec.output}; let "
+            "them agree"
+        )
     for name, vector, width in (
         ("temb", features.temb, spec.temb_dim),
         ("pooled_text", features.pooled_text, spec.pooled_text_dim),

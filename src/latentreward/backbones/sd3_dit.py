@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from diffusers import SD3Transformer2DModel
 
     from latentreward.encoders.prompts import PromptEncoder
-    from latentreward.encoders.sd3 import SD3PromptEncoder
 
 
 _TEXT_OUTPUT = ("attn.add_q_proj", "attn.norm_added_q", "attn.to_add_out", "ff_context")
@@ -48,7 +47,7 @@ class SD3DiTBackbone(TransformerBackbone):
             tokens including padding.
         cut: Whether to remove blocks from ``transformer``. Set False for a network that other code uses too; blocks
             after the last tap are not run then.
-        encoders: ``text_encoder`` and ``vae``, see :class:`DiffusionBackbone`.
+        options: ``text_encoder``, ``vae`` and ``output_map``, see :class:`DiffusionBackbone`.
 
     Raises:
         InputError: If a tap is greater than ``num_layers``, or a text tap is the last block of the whole network, which
@@ -73,9 +72,9 @@ class SD3DiTBackbone(TransformerBackbone):
         text_taps: Sequence[int] = (4, 8, 12),
         pooled_text: Literal["clip", "t5"] = "clip",
         cut: bool = True,
-        **encoders: Any,
+        **options: Any,
     ) -> None:
-        super().__init__(noise_process, latent_space, **encoders)
+        super().__init__(noise_process, latent_space, **options)
         check_sample_size(transformer.config.sample_size)
         depth = len(transformer.transformer_blocks)
         num_layers = self.choose_taps(depth, num_layers, visual_taps, text_taps)
@@ -98,27 +97,29 @@ class SD3DiTBackbone(TransformerBackbone):
         if type(network) is not type(self.transformer):
             return None
         process, taps = (self.noise_process, self.latent_space), (None, self.visual_taps, self.text_taps)
-        return SD3DiTBackbone(network, *process, *taps, self.pooled_text, cut=False, text_encoder=text_encoder)
+        options = {"cut": False, "output_map": self.output_map}
+        return SD3DiTBackbone(network, *process, *taps, self.pooled_text, **options, text_encoder=text_encoder)
 
     def unread_names(self) -> list[str]:
         """See :meth:`TransformerBackbone.unread_names`.
 
-        These are the output layers and the blocks after the last tap. If only one of the two outputs of the last tapped
-        block is read, the submodules that only the other output needs are included.
+        These are the blocks after the last tap and, unless the output map is read, the output layers. If only one of
+        the two outputs of the last tapped block is read, the submodules that only the other output needs are included.
         """
         last, kept = self.last_tap, len(self.transformer.transformer_blocks)
-        names = ["norm_out", "proj_out", *(f"transformer_blocks.{index}" for index in range(last, kept))]
+        names = [f"transformer_blocks.{index}" for index in range(last, kept)]
+        names += [] if self.output_map else ["norm_out", "proj_out"]
         if last == 0:
             names += [] if self.text_taps else ["context_embedder"]
         elif last not in self.text_taps:
             names += [f"transformer_blocks.{last - 1}.{name}" for name in _TEXT_OUTPUT]
-        elif last not in self.visual_taps:
+        elif last not in self.visual_taps and not self.output_map:
             names += [f"transformer_blocks.{last - 1}.{name}" for name in _VISUAL_OUTPUT]
         return names
 
     def drop_time_embedding(self) -> None:
         """See :meth:`DiffusionBackbone.drop_time_embedding`; nothing is frozen if any block runs."""
-        if self.last_tap == 0:
+        if self.last_tap == 0 and not self.output_map:
             self.transformer.time_text_embed.requires_grad_(False)
 
     @property
@@ -133,6 +134,7 @@ class SD3DiTBackbone(TransformerBackbone):
             text=(TapSpec(width, (length,)),) * len(self.text_taps),
             temb_dim=width,
             pooled_text_dim=config.pooled_projection_dim if self.pooled_text == "clip" else config.joint_attention_dim,
+            output=TapSpec(config.out_channels, (config.sample_size,) * 2) if self.output_map else None,
         )
 
     @property
@@ -174,7 +176,14 @@ class SD3DiTBackbone(TransformerBackbone):
             text=tuple(read[tap][1] for tap in self.text_taps),
             pooled_text=pooled,
             temb=temb,
+            output=self._output(visual, temb, grid) if self.output_map else None,
         )
+
+    def _output(self, visual: Tensor, temb: Tensor, grid: tuple[int, ...]) -> Tensor:
+        """Apply the output layers to visual tokens ``(B, N, D)``; returns ``(B, C, h, w)``."""
+        dit, patch = self.transformer, self.transformer.config.patch_size
+        patches = dit.proj_out(dit.norm_out(visual, temb)).unflatten(2, (patch, patch, -1)).unflatten(1, grid)
+        return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
     def blocks(self) -> Iterator[nn.Module]:
         """See :meth:`DiffusionBackbone.blocks`."""
@@ -188,6 +197,8 @@ def load_sd3_dit(
     variant: str | None = None,
     load_t5: bool = True,
     t5_length: int = 256,
+    pretrained: bool = True,
+    vae_dtype: StorageDtype = "float32",
     **options: Any,
 ) -> SD3DiTBackbone:
     """Load a transformer backbone from a Stable Diffusion 3 or 3.5 pipeline.
@@ -199,6 +210,8 @@ def load_sd3_dit(
         variant: File variant of the weights, such as ``fp16``.
         load_t5: False leaves T5 out, which saves 9.5 GB in bfloat16 and loses detail of long prompts.
         t5_length: Number of T5 tokens per prompt; without T5 the number of zero tokens in their place.
+        pretrained: False initialises the transformer at random, as a control.
+        vae_dtype: Precision of the VAE.
         options: See :func:`cut_sd3_dit`.
 
     Raises:
@@ -224,46 +237,48 @@ def load_sd3_dit(
             f"transformer takes {config['pooled_projection_dim']}; network and text encoders must come from one "
             "pipeline"
         )
-    return cut_sd3_dit(pipeline, text_encoder, **options)
+    transformer = pipeline.transformer(pretrained, mapped=True)
+    encoders = {"text_encoder": text_encoder, "vae": pipeline.latent_encoder(vae_dtype)}
+    return cut_sd3_dit(pipeline, transformer, encoders, **options)
 
 
 def cut_sd3_dit(
     pipeline: PipelineSource,
-    text_encoder: SD3PromptEncoder,
-    pretrained: bool = True,
+    transformer: SD3Transformer2DModel,
+    encoders: Mapping[str, Any],
     num_layers: int | None = None,
     visual_taps: Sequence[int] = (4, 8, 12),
     text_taps: Sequence[int] = (4, 8, 12),
     pooled_text: Literal["clip", "t5"] = "clip",
-    vae_dtype: StorageDtype = "float32",
+    output_map: bool = False,
     **options: Any,
 ) -> SD3DiTBackbone:
-    """Load a pipeline's transformer and VAE, and build a backbone from the transformer's first blocks.
+    """Build a backbone from the first blocks of a pipeline's transformer and from its encoders.
 
     Args:
         pipeline: Stable Diffusion 3 or 3.5.
-        text_encoder: Prompt encoder of the pipeline.
-        pretrained: False initialises the transformer at random, as a control.
+        transformer: Transformer of the pipeline.
+        encoders: ``text_encoder`` and ``vae`` of the pipeline.
         num_layers: Number of blocks to keep; None keeps the blocks up to the last tap.
         visual_taps: Numbers of the blocks whose visual tokens are read; 0 is before the first block.
         text_taps: Numbers of the blocks whose text tokens are read; may be empty.
         pooled_text: Pooled text vector for heads: ``clip`` or ``t5``; see :class:`SD3DiTBackbone`.
-        vae_dtype: Precision of the VAE.
+        output_map: Whether to return the network's output after the last tapped block too, for a head that reads it.
         options: See :func:`~latentreward.backbones.loading.finish`.
 
     Raises:
         InputError: If a tap is not one of the network's blocks.
     """
     backbone = SD3DiTBackbone(
-        pipeline.transformer(pretrained, mapped=True),
+        transformer,
         pipeline.noise_process(),
         pipeline.latent_space(),
         num_layers,
         visual_taps,
         text_taps,
         pooled_text,
-        text_encoder=text_encoder,
-        vae=pipeline.latent_encoder(vae_dtype),
+        output_map=output_map,
+        **encoders,
     )
     backbone.source = str(pipeline)
     return finish(backbone, backbone.transformer, backbone.unread(), **options)

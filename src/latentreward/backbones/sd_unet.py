@@ -1,8 +1,8 @@
-"""Backbone from the U-Net of SD1.5, SD2.1 or SDXL: its down and mid blocks."""
+"""Backbone from the U-Net of SD1.5, SD2.1 or SDXL: its down and mid blocks, or all of it for the output map."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class SDUNetBackbone(DiffusionBackbone):
-    """Down path and mid block of a Stable Diffusion U-Net; the up path is dropped.
+    """Down path and mid block of a Stable Diffusion U-Net; the up path is dropped unless the output map is read.
 
     Visual tap 0 is the output of the input convolution. Tap i is the i-th down block's output after its last layer and
     before its downsampler. The last tap is the mid block's output (LRM, arXiv:2502.01051, section 3.1). The U-Net does
@@ -37,7 +37,7 @@ class SDUNetBackbone(DiffusionBackbone):
         text_taps: ``(0,)`` or empty.
         cut: Whether to remove blocks from ``unet``. Set False for a network that other code uses too; blocks after the
             last tap are not run then.
-        encoders: ``text_encoder`` and ``vae``, see :class:`DiffusionBackbone`.
+        options: ``text_encoder``, ``vae`` and ``output_map``, see :class:`DiffusionBackbone`.
 
     Raises:
         InputError: If a tap is not one of the network's blocks, or the network's ``sample_size`` is not valid.
@@ -53,22 +53,23 @@ class SDUNetBackbone(DiffusionBackbone):
         visual_taps: Sequence[int] | None = None,
         text_taps: Sequence[int] = (0,),
         cut: bool = True,
-        **encoders: Any,
+        **options: Any,
     ) -> None:
-        super().__init__(noise_process, latent_space, **encoders)
+        super().__init__(noise_process, latent_space, **options)
         check_sample_size(unet.config.sample_size)
         self._mid = len(unet.down_blocks) + 1
         taps = range(1, self._mid + 1) if visual_taps is None else visual_taps
         self.visual_taps = check_taps("visual_taps", taps, self._mid, least=1)
         self.text_taps = check_taps("text_taps", text_taps, 0)
-        self.unet = cut_unet(unet, self.visual_taps[-1]) if cut else unet
+        self.unet = cut_unet(unet, self.visual_taps[-1]) if cut and not self.output_map else unet
 
     def with_network(self, network: nn.Module, text_encoder: PromptEncoder | None) -> SDUNetBackbone | None:
         """See :meth:`DiffusionBackbone.with_network`."""
         if type(network) is not type(self.unet):
             return None
         process, taps = (self.noise_process, self.latent_space), (self.visual_taps, self.text_taps)
-        return SDUNetBackbone(network, *process, *taps, cut=False, text_encoder=text_encoder)
+        options = {"cut": False, "output_map": self.output_map}
+        return SDUNetBackbone(network, *process, *taps, **options, text_encoder=text_encoder)
 
     @property
     def feature_spec(self) -> FeatureSpec:
@@ -85,6 +86,7 @@ class SDUNetBackbone(DiffusionBackbone):
             text=tuple(TapSpec(width, (length,)) for _ in self.text_taps),
             temb_dim=self.unet.time_embedding.linear_2.out_features,
             pooled_text_dim=pooled,
+            output=TapSpec(config.out_channels, size) if self.output_map else None,
         )
 
     @property
@@ -130,12 +132,13 @@ class SDUNetBackbone(DiffusionBackbone):
                 },
             )
         sample = unet.conv_in(sample)
-        read = {0: sample}
-        for number, block in enumerate(unet.down_blocks[: self.visual_taps[-1]], start=1):
-            attends = {"encoder_hidden_states": tokens} if getattr(block, "has_cross_attention", False) else {}
-            sample, outputs = block(hidden_states=sample, temb=temb, **attends)
+        last = self._mid if self.output_map else self.visual_taps[-1]
+        read, skips = {0: sample}, [sample]
+        for number, block in enumerate(unet.down_blocks[:last], start=1):
+            sample, outputs = block(hidden_states=sample, temb=temb, **attended(block, tokens))
             read[number] = outputs[len(block.resnets) - 1]
-        if self.visual_taps[-1] == self._mid:
+            skips += outputs
+        if last == self._mid:
             read[self._mid] = unet.mid_block(sample, temb, encoder_hidden_states=tokens)
         maps = [read[tap] for tap in self.visual_taps]
         return Features(
@@ -144,13 +147,30 @@ class SDUNetBackbone(DiffusionBackbone):
             text=(tokens,) * len(self.text_taps),
             pooled_text=conditioning.pooled_prompt_embeds,
             temb=temb,
+            output=self._output(read[self._mid], skips, temb, tokens) if self.output_map else None,
         )
+
+    def _output(self, sample: Tensor, skips: list[Tensor], temb: Tensor, tokens: Tensor) -> Tensor:
+        """Run the up path on the mid block's output and the down path's outputs; returns ``(B, C, h, w)``."""
+        unet = self.unet
+        for block in unet.up_blocks:
+            count = len(block.resnets)
+            skips, taken = skips[:-count], skips[-count:]
+            size = {"upsample_size": skips[-1].shape[2:]} if skips else {}  # sides that are odd before a downsampler
+            sample = block(sample, tuple(taken), temb, **attended(block, tokens), **size)
+        return unet.conv_out(unet.conv_act(unet.conv_norm_out(sample)))
 
     def blocks(self) -> Iterator[nn.Module]:
         """See :meth:`DiffusionBackbone.blocks`."""
         yield from self.unet.down_blocks
         if self.unet.mid_block is not None:
             yield self.unet.mid_block
+        yield from self.unet.up_blocks
+
+
+def attended(block: nn.Module, tokens: Tensor) -> dict[str, Tensor]:
+    """Return the argument with the text tokens, for a block that attends to them."""
+    return {"encoder_hidden_states": tokens} if getattr(block, "has_cross_attention", False) else {}
 
 
 def cut_unet(unet: UNet2DConditionModel, last_tap: int) -> UNet2DConditionModel:
@@ -175,6 +195,7 @@ def load_sd_unet(
     revision: str | None = None,
     variant: str | None = None,
     pretrained: bool = True,
+    vae_dtype: StorageDtype = "float32",
     **options: Any,
 ) -> SDUNetBackbone:
     """Load a U-Net backbone from a Stable Diffusion pipeline.
@@ -185,6 +206,7 @@ def load_sd_unet(
         revision: Branch, tag or commit of a hub id.
         variant: File variant of the weights, such as ``fp16``.
         pretrained: False initialises network and text encoder at random, as a control.
+        vae_dtype: Precision of the VAE.
         options: See :func:`cut_sd_unet`.
 
     Raises:
@@ -208,31 +230,33 @@ def load_sd_unet(
             f"source={source!r}: the text encoder is {text_encoder.token_dim} wide, but the U-Net takes "
             f"{config['cross_attention_dim']}; network and text encoder must come from one pipeline"
         )
-    return cut_sd_unet(pipeline, pipeline.unet(pretrained, mapped=True), text_encoder, **options)
+    unet = pipeline.unet(pretrained, mapped=True)
+    encoders = {"text_encoder": text_encoder, "vae": pipeline.latent_encoder(vae_dtype)}
+    return cut_sd_unet(pipeline, unet, encoders, **options)
 
 
 def cut_sd_unet(
     pipeline: PipelineSource,
     unet: UNet2DConditionModel,
-    text_encoder: PromptEncoder,
+    encoders: Mapping[str, Any],
     visual_taps: Sequence[int] | None = None,
     text_taps: Sequence[int] = (0,),
-    vae_dtype: StorageDtype = "float32",
     tuning: Tuning = "full",
     text_encoder_tuning: Tuning = "full",
+    output_map: bool = False,
     **options: Any,
 ) -> SDUNetBackbone:
-    """Build a backbone from a pipeline's U-Net and text encoder, and load the pipeline's VAE.
+    """Build a backbone from a pipeline's U-Net and encoders.
 
     Args:
         pipeline: Stable Diffusion 1.5, 2.1 or XL.
         unet: U-Net of the pipeline.
-        text_encoder: Prompt encoder of the pipeline.
+        encoders: ``text_encoder`` and ``vae`` of the pipeline.
         visual_taps: Numbers of the blocks to read; None reads all down blocks and the mid block.
         text_taps: ``[0]`` reads the prompt embeddings; ``[]`` reads no text.
-        vae_dtype: Precision of the VAE.
         tuning: Weights of the U-Net that train: ``full`` (all), ``lora`` (adapters) or ``frozen`` (none).
         text_encoder_tuning: Weights of the text encoder that train: ``full``, ``lora`` or ``frozen``.
+        output_map: Whether to run the whole U-Net and return its output too, for a head that reads it.
         options: See :func:`~latentreward.backbones.loading.finish`.
 
     Raises:
@@ -244,8 +268,8 @@ def cut_sd_unet(
         pipeline.latent_space(),
         visual_taps,
         text_taps,
-        text_encoder=text_encoder,
-        vae=pipeline.latent_encoder(vae_dtype),
+        output_map=output_map,
+        **encoders,
     )
     backbone.source = str(pipeline)
     return finish(backbone, backbone.unet, (), tuning=tuning, text_encoder_tuning=text_encoder_tuning, **options)

@@ -17,6 +17,7 @@ from latentreward.cache.sampling import BucketBatchSampler, EvaluationBatches, S
 from latentreward.data.datamodules import PairLoaders
 from latentreward.data.loading import ResumableLoader, as_is, shares_of
 from latentreward.data.splits import SharedPrompts, select_or_explain, tell_unopened
+from latentreward.data.targets import ScoreTargets
 from latentreward.errors import InputError, check_at_least_one
 
 logger = logging.getLogger(__name__)
@@ -86,6 +87,7 @@ class CachedPreferenceDataModule(PairLoaders):
         num_workers: Number of loader processes per rank; 0 reads in the training process.
         prefetch_factor: Number of batches that each worker loads in advance.
         shared_prompts: See :class:`~latentreward.data.PreferenceDataModule`.
+        targets: See :class:`~latentreward.data.PreferenceDataModule`.
         loading: See :class:`~latentreward.data.datamodules.PairLoaders`.
 
     Raises:
@@ -109,6 +111,7 @@ class CachedPreferenceDataModule(PairLoaders):
         num_workers: int = 1,
         prefetch_factor: int = 4,
         shared_prompts: SharedPrompts = "drop",
+        targets: ScoreTargets | None = None,
         **loading: Any,
     ) -> None:
         super().__init__(num_workers=num_workers, prefetch_factor=prefetch_factor, **loading)
@@ -126,12 +129,12 @@ class CachedPreferenceDataModule(PairLoaders):
             reader.report(f"data.{name}")
         labelled = {name: reader for name, reader in pairs.items() if name != "predict"}
         kept, self.emptied = select_or_explain(labelled, shared_prompts)
-        self.datasets = {
-            name: CachedPairDataset(
-                reader.index, reader.rows[kept[name]] if name in kept else reader.rows, self.cached_text
-            )
-            for name, reader in pairs.items()
-        }
+        self.datasets = {}
+        for name, reader in pairs.items():
+            rows = kept.get(name, np.arange(len(reader)))
+            values = None if targets is None else targets.values(name, reader)
+            given_values = None if values is None else values[rows]
+            self.datasets[name] = CachedPairDataset(reader.index, reader.rows[rows], self.cached_text, given_values)
 
     def setup(self, stage: str) -> None:
         """Check that the caches fit the module's backbone or policy.

@@ -12,8 +12,8 @@ from torch.utils.data import Dataset, get_worker_info
 from latentreward.cache.buffers import BufferPool, Layout, carve, layout_bytes, own_buffer, pool_of
 from latentreward.cache.index import CacheIndex
 from latentreward.cache.layout import LATENTS, POOLED_PROMPT_EMBEDS, PROMPT_EMBEDS
-from latentreward.contracts import Conditioning, PreferenceBatch, map_tensors
-from latentreward.data.collate import is_turned
+from latentreward.contracts import Conditioning, PairTargets, PreferenceBatch, map_tensors
+from latentreward.data.collate import is_turned, stack_targets
 from latentreward.data.image_sizes import ImageSizes, NearestBucket, OneSize
 from latentreward.data.images import ExifOrientation
 
@@ -29,13 +29,21 @@ class CachedPairDataset(Dataset[PreferenceBatch]):
         index: Index of the cache.
         rows: Indices of the pairs, in the columns of ``index``, that make up the data set.
         with_text: Whether batches hold prompt embeddings, if the cache does.
+        targets: ``(len(rows), 2, T, K)`` given values of the images, see
+            :meth:`~latentreward.data.ScoreTargets.values`; None for none.
 
     Attributes:
         pool: Shared memory that batches are read into; None allocates memory for each batch.
     """
 
-    def __init__(self, index: CacheIndex, rows: Sequence[int] | np.ndarray, with_text: bool = True) -> None:
-        self.index, self.rows = index, np.asarray(rows, dtype=np.int64)
+    def __init__(
+        self,
+        index: CacheIndex,
+        rows: Sequence[int] | np.ndarray,
+        with_text: bool = True,
+        targets: Tensor | None = None,
+    ) -> None:
+        self.index, self.rows, self.targets = index, np.asarray(rows, dtype=np.int64), targets
         self.with_text = with_text and index.spec.text is not None
         self.pool: BufferPool | None = None
 
@@ -78,18 +86,20 @@ class CachedPairDataset(Dataset[PreferenceBatch]):
         images = np.stack([index.image_a[rows], index.image_b[rows]])
         keys = [index.image_key.take(side) for side in images]
         labels = index.label[rows]
-        known = ~np.isnan(labels)
+        known, turned = ~np.isnan(labels), []
         for pair, (label, key_a, key_b) in enumerate(zip(labels.tolist(), *keys, strict=True)):
             if is_turned(label if known[pair] else None, key_a, key_b):
                 images[:, pair] = images[::-1, pair]
                 keys[0][pair], keys[1][pair] = key_b, key_a
                 labels[pair] = 1.0 - label
+                turned.append(pair)
         fields = {
             "pair_ids": tuple(index.pair_id.take(rows)),
             "prompts": tuple(index.prompts.take(index.prompt[rows])),
             "chosen_keys": tuple(keys[0]),
             "rejected_keys": tuple(keys[1]),
             "latent_space": index.spec.latent_space,
+            "targets": self._targets_of(numbers, turned),
         }
         layout = self.layout(len(rows), images[0, 0], index.prompt[rows])
         slot = self.pool.take(layout_bytes(layout)) if self.pool else None
@@ -106,6 +116,14 @@ class CachedPairDataset(Dataset[PreferenceBatch]):
         if self.pool and slot is not None and get_worker_info():
             return SlotBatch(**assemble(tensors, fields), parcel=(self.pool.number, slot, layout, fields))
         return PreferenceBatch(**assemble(tensors, fields))
+
+    def _targets_of(self, numbers: Sequence[int], turned: Sequence[int]) -> PairTargets | None:
+        """Return the given values of a batch, whose pairs ``turned`` have image b as the chosen one."""
+        if self.targets is None:
+            return None
+        values = self.targets[list(numbers)]
+        values[list(turned)] = values[list(turned)].flip(1)
+        return stack_targets([*values])
 
     def layout(self, pairs: int, image: int, prompts: np.ndarray | None = None) -> Layout:
         """Return the shapes and dtypes of the tensors in a batch of ``pairs`` pairs of images as large as ``image``.

@@ -192,13 +192,26 @@ def frozen_names(module: nn.Module) -> set[str]:
     A module counts as frozen for its buffers if none of its own parameters is trained and it has no attribute
     ``changes_buffers`` that is true.
     """
-    trains = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
-    homes = {name.rpartition(".")[0] for name in trains}
+    changes = changing_names(module)
+    homes = {name.rpartition(".")[0] for name in changes}
     homes |= {name for name, part in module.named_modules() if getattr(part, "changes_buffers", False)}
     every = module.named_parameters(remove_duplicate=False)  # tied weights have several names in a state dict
-    frozen = {name for name, parameter in every if not parameter.requires_grad}
+    frozen = {name for name, parameter in every if not parameter.requires_grad and name not in changes}
     frozen |= {name for name, _ in module.named_buffers() if name.rpartition(".")[0] not in homes}
     return frozen | quantized_names(module)
+
+
+def changing_names(module: nn.Module) -> set[str]:
+    """List the parameters that training changes: those with a gradient, and those of ``moving_adapters``.
+
+    A module's attribute ``moving_adapters`` names adapters without gradient that follow the trained one.
+    """
+    marks = {f".{name}." for part in module.modules() for name in getattr(part, "moving_adapters", ())}
+    return {
+        name
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad or any(mark in name for mark in marks)
+    }
 
 
 def check_weights(module: nn.Module, found: Mapping[str, Any], strict: bool = False) -> None:
@@ -214,7 +227,7 @@ def check_weights(module: nn.Module, found: Mapping[str, Any], strict: bool = Fa
             first weight of each kind.
     """
     own = dict((*module.named_parameters(remove_duplicate=False), *module.named_buffers()))
-    trains = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    trains = changing_names(module)
     missing = (trains | module.state_dict().keys() if strict else trains) - found.keys()
     unknown = found.keys() - own.keys() - module.state_dict().keys()
     reshaped = sorted(name for name in found.keys() & own.keys() if tuple(found[name]) != tuple(own[name].shape))

@@ -1,4 +1,4 @@
-"""``latentreward generate``: sample pictures of prompts, optionally chosen by a reward (best of N, step search)."""
+"""``latentreward generate``: sample pictures of prompts, optionally chosen by a reward (best of N, searches)."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -12,14 +12,14 @@ from latentreward.contracts import PromptBatch
 from latentreward.data.alignment.prompt_files import read_prompts
 from latentreward.devices import find_device
 from latentreward.errors import InputError
-from latentreward.generation import Candidates, best_of_n, search_latents
+from latentreward.generation import Candidates, Population, best_of_n, search_latents, search_population
 from latentreward.generation.image_folder import ImageFolder
 from latentreward.generation.picture_writing import DETERMINISTIC, decode_latents, write_pictures
 from latentreward.generation.trained_policy import TrainedPolicy, offload_text_encoders, plain
 from latentreward.interrupts import interrupts_told
 from latentreward.policies import Policy, PolicySource
 from latentreward.rewards import Reward, RewardSource
-from latentreward.rollout import Sampling, sample_latents
+from latentreward.rollout import RewardGuidance, Sampling, sample_guided, sample_latents
 from latentreward.settings.functions import run_function
 from latentreward.storage.locks import locked
 
@@ -36,6 +36,8 @@ def generate(
     images_per_prompt: int = 1,
     best_of: int = 1,
     step_search: Candidates | None = None,
+    population_search: Population | None = None,
+    reward_guidance: RewardGuidance | None = None,
     score_sigmas: Sequence[float] = (0.2,),
     seed: int = 0,
     batch_size: int = 8,
@@ -54,7 +56,7 @@ def generate(
         policy: Generator; by default the one recorded in the checkpoint.
         checkpoint: Checkpoint of an alignment run, whose adapter is loaded.
         lora: LoRA file or folder to load, as ``latentreward export`` writes it.
-        reward: Reward that scores the pictures, and by which best_of and step_search choose.
+        reward: Reward that scores the pictures, and by which best_of and the searches choose and guidance moves.
         sampling: Steps, noise, size and number of frames; clips become animated WebP files. Step search needs noise:
             ``eta`` (SD1.5, SD2.1, SDXL) or ``noise_level`` (SD3).
         guidance_scale: Guidance scale as the pipeline of the generator's family takes it; by default the family's own:
@@ -63,6 +65,9 @@ def generate(
         best_of: Number of samples per picture; the sample with the highest score is written.
         step_search: Number of candidates at each sampling step and the steps to search at; the candidate with the
             highest score is kept.
+        population_search: Starts near one, of which a latent reward keeps the better ones after some steps, and in the
+            end one. ``batch_size`` times ``size`` states are sampled at once.
+        reward_guidance: Move each step of a window along the gradient of a latent reward. Needs noise, as step search.
         score_sigmas: Noise levels in [0, 1] at which a latent reward scores finished pictures; several levels make an
             ensemble. Pixel rewards ignore this setting.
         seed: Seed of all random numbers.
@@ -78,6 +83,7 @@ def generate(
     source = trained.source()
     family = source.resolve_family()
     guidance_scale = family.guidance(guidance_scale)
+    later = {"population_search": population_search, "reward_guidance": reward_guidance}
     settings = trained.identity() | plain(
         {
             "reward": reward,
@@ -87,15 +93,26 @@ def generate(
             "step_search": step_search,
             "score_sigmas": list(score_sigmas),
             "seed": seed,
+            # left out where unused: folders of earlier versions go on
+            **{name: value for name, value in later.items() if value is not None},
         }
     )
     texts = read_prompts(prompts, "prompts", max_prompt_chars)
-    if reward is None and (best_of > 1 or step_search is not None):
-        raise InputError("best_of and step_search choose by a reward; set reward")
+    named = [name for name, value in {"step_search": step_search, **later}.items() if value is not None]
+    if reward is None and (best_of > 1 or named):
+        raise InputError(f"{', '.join(named) or 'best_of'}: needs a reward to choose by; set reward")
+    if len(named) > 1:
+        raise InputError(f"{' and '.join(named)} are both set; leave one out")
     if reward is not None:
         reward.require_latents_of(source)
     if step_search is not None:
         step_search.branching().steps(sampling.sampler(family))
+    if population_search is not None and reward is not None:
+        population_search.check(sampling)
+        reward.require_step_scores("population_search")
+    if reward_guidance is not None and reward is not None:
+        reward_guidance.check(sampling.sampler(family))
+        reward.require_step_scores("reward_guidance")
     with locked(output_dir, "output_dir"):
         folder = ImageFolder(output_dir, settings, table)
         wanted = [(place, image) for place in range(len(texts)) for image in range(images_per_prompt)]
@@ -112,6 +129,10 @@ def generate(
             sample: Callable[[PromptBatch], Tensor] = partial(sample_latents, generator, **how)
             if step_search is not None and scorer is not None:
                 sample = partial(search_latents, generator, scorer, candidates=step_search, **how)
+            if population_search is not None and scorer is not None:
+                sample = partial(search_population, generator, scorer, population=population_search, **how)
+            if reward_guidance is not None and scorer is not None:
+                sample = partial(sample_guided, generator, scorer, guidance=reward_guidance, **how)
             draw = partial(_draw, sample, scorer, best_of, seed, score_sigmas)
             with interrupts_told(
                 lambda: f"{len(folder.rows)} pictures are kept in {output_dir}: the same command goes on there"

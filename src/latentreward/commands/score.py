@@ -88,7 +88,8 @@ def score(
     """Score images or clips for their prompts, and write a table and, with --gallery, an HTML page sorted by score.
 
     The table has the columns image, prompt, score, z_score and quantile (empty if the model is not calibrated), width,
-    height and problem (why an image has no score). Finished parts are kept in ``OUTPUT.parts/``: the same command
+    height and problem (why an image has no score); of a model with two axes also fidelity and aesthetics, whose
+    weighted sum is the score. Finished parts are kept in ``OUTPUT.parts/``: the same command
     resumes a killed run, and refuses other images, another model or other noise. A complete table is not computed
     again, so a page can be added later. A model trained on clips takes lists of mp4 files.
 

@@ -3,6 +3,7 @@
 import time
 from collections import Counter
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +81,9 @@ def _summary(scoring: PairScoring, files: PartFiles) -> str:
     for _, table in files.read():
         for side in ("a", "b"):
             problems.update(reason for reason in table.column(f"problem_{side}").to_pylist() if reason is not None)
-        for scorer in scoring.scorers:
-            missing = [np.isnan(table.column(f"{scorer.name}_{side}").to_numpy()) for side in ("a", "b")]
-            without[scorer.name] += int((missing[0] | missing[1]).sum())
+        for name in chain.from_iterable(scorer.columns for scorer in scoring.scorers):
+            missing = [np.isnan(table.column(f"{name}_{side}").to_numpy()) for side in ("a", "b")]
+            without[name] += int((missing[0] | missing[1]).sum())
     return f"unreadable images: {count_text(problems)}; pairs without a score: {count_text(+without)}"
 
 

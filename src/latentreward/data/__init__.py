@@ -13,6 +13,7 @@ from latentreward.data.readers import *  # noqa: F403 - every reader in readers.
 from latentreward.data.sampling import PairBatchSampler, PairSampler
 from latentreward.data.score_table import PairGaps, ScoreTable
 from latentreward.data.splits import normalise_prompt, select_rows
+from latentreward.data.targets import ScoreTargets
 
 if TYPE_CHECKING:
     from latentreward.data.alignment.prompts import PromptDataModule
@@ -34,6 +35,7 @@ __all__ = [
     "PromptDataModule",
     "PromptsAndImages",
     "ScoreTable",
+    "ScoreTargets",
     "SkippedPair",
     "collate_pairs",
     "decode_image",

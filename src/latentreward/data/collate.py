@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
-from latentreward.contracts import PreferenceBatch
+from latentreward.contracts import PairTargets, PreferenceBatch
 from latentreward.data.dataset import LoadedPair, SkippedPair
 from latentreward.data.images import ImageError
 from latentreward.data.readers.base import DATA_ON_ERROR
@@ -43,14 +44,28 @@ def collate_pairs(items: Sequence[LoadedPair | SkippedPair]) -> PreferenceBatch:
         rejected_keys=tuple(pair.image_b.image_key for pair in records),
         label=torch.tensor([0.5 if pair.label_a is None else pair.label_a for pair in records]),
         weight=torch.tensor([0.0 if pair.label_a is None else pair.weight for pair in records]),
+        targets=stack_targets([item.targets for item in pairs if item.targets is not None]),
     )
+
+
+def stack_targets(targets: Sequence[Tensor]) -> PairTargets | None:
+    """Stack the given values of B oriented pairs, each ``(2, T, K)``; a single column becomes ``(B,)``."""
+    if not targets:
+        return None
+    images = torch.stack(tuple(targets)).unbind(dim=1)
+    chosen, rejected = ((image.squeeze(-1) if image.shape[-1] == 1 else image).unbind(dim=1) for image in images)
+    return PairTargets(chosen[0], rejected[0], *((chosen[1], rejected[1]) if len(chosen) > 1 else ()))
 
 
 def orient(item: LoadedPair) -> LoadedPair:
     """Return the pair with its chosen image as image a; of a tie, the image with the smaller key."""
     pair = item.pair
     turn = is_turned(pair.label_a, pair.image_a.image_key, pair.image_b.image_key)
-    return LoadedPair(pair.swapped(), item.pixels_b, item.pixels_a) if turn else item
+    if not turn:
+        return item
+    return LoadedPair(
+        pair.swapped(), item.pixels_b, item.pixels_a, None if item.targets is None else item.targets.flip(0)
+    )
 
 
 def is_turned(label_a: float | None, key_a: str, key_b: str) -> bool:

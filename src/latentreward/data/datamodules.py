@@ -19,6 +19,7 @@ from latentreward.data.readers import PairReader, count_text
 from latentreward.data.readers.base import OnError
 from latentreward.data.sampling import PairBatchSampler, PairSampler, even_batch_size
 from latentreward.data.splits import SharedPrompts, select_or_explain
+from latentreward.data.targets import ScoreTargets
 from latentreward.errors import InputError, check_at_least_one, check_multiples
 from latentreward.seeding import run_seed
 
@@ -153,6 +154,7 @@ class PreferenceDataModule(PairLoaders):
         frames: Number of frames of clips, for networks that make clips: then the files are mp4 files, of which the
             first ``frames`` frames are taken. 1 for images.
         fps: Frames per second of clips, see :class:`~latentreward.data.clips.ClipLoader`.
+        targets: Given values of the images, such as a teacher's scores, for a loss that learns from them.
         loading: See :class:`PairLoaders`.
 
     Raises:
@@ -178,6 +180,7 @@ class PreferenceDataModule(PairLoaders):
         max_pixels: int = MAX_PIXELS,
         frames: int = 1,
         fps: float = FPS,
+        targets: ScoreTargets | None = None,
         **loading: Any,
     ) -> None:
         super().__init__(**loading)
@@ -194,7 +197,15 @@ class PreferenceDataModule(PairLoaders):
         rows, self.emptied = select_or_explain(given, shared_prompts)
         given |= {} if predict is None else {"predict": predict}
         self.datasets = {
-            name: PairDataset(reader, loader, rows.get(name), on_error, name) for name, reader in given.items()
+            name: PairDataset(
+                reader,
+                loader,
+                rows.get(name),
+                on_error,
+                name,
+                None if targets is None else targets.values(name, reader),
+            )
+            for name, reader in given.items()
         }
 
     def setup(self, stage: str) -> None:

@@ -34,11 +34,13 @@ class LoadedPair:
         pair: Record that the reader returned.
         pixels_a: Pixels of image a, ``(3, H, W)``, or of clip a, ``(3, F, H, W)``; float32 in [-1, 1].
         pixels_b: Pixels of image or clip b.
+        targets: ``(2, T, K)`` given values of images a and b, see :meth:`ScoreTargets.values`; None if there are none.
     """
 
     pair: PreferencePair
     pixels_a: Tensor
     pixels_b: Tensor
+    targets: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class PairDataset(Dataset[LoadedPair | SkippedPair]):
         rows: Row numbers of the reader to use; all rows by default.
         on_error: Default for a reader whose own ``on_error`` is None.
         name: Name of the split in a data module, for messages; empty outside a data module.
+        targets: ``(len(reader), 2, T, K)`` given values of the images of every row of the reader; None for none.
 
     Raises:
         InputError: If the reader's rows hold latents or nothing instead of images.
@@ -75,6 +78,7 @@ class PairDataset(Dataset[LoadedPair | SkippedPair]):
         rows: Sequence[int] | np.ndarray | None = None,
         on_error: OnError = "raise",
         name: str = "",
+        targets: Tensor | None = None,
     ) -> None:
         if reader.holds != "images":
             raise InputError(
@@ -89,6 +93,7 @@ class PairDataset(Dataset[LoadedPair | SkippedPair]):
         clips = len(self.rows) if isinstance(loader, ClipLoader) else 0
         self._unused = torch.zeros(clips, 2, dtype=torch.int32).share_memory_()
         self._warned = False
+        self._targets = targets
 
     @property
     def exif(self) -> ExifOrientation:
@@ -114,15 +119,16 @@ class PairDataset(Dataset[LoadedPair | SkippedPair]):
         Raises:
             ImageError: If an image cannot be read and ``on_error`` is ``"raise"``.
         """
-        pair = self.reader[int(self.rows[index])]
+        row = int(self.rows[index])
+        pair, targets = self.reader[row], None if self._targets is None else self._targets[row]
         try:
             if isinstance(self.loader, ClipLoader):
                 clips = self.loader.load(pair.image_a), self.loader.load(pair.image_b)
                 self._unused[index] = torch.tensor([clip.unused for clip in clips])
-                return LoadedPair(pair, *(clip.pixels for clip in clips))
-            return LoadedPair(pair, self.loader(pair.image_a), self.loader(pair.image_b))
+                return LoadedPair(pair, clips[0].pixels, clips[1].pixels, targets)
+            return LoadedPair(pair, self.loader(pair.image_a), self.loader(pair.image_b), targets)
         except ImageError as error:
-            return self._replace(index, pair, error)
+            return self._replace(index, pair, targets, error)
 
     def skipped(self) -> Counter[str]:
         """Count, by reason, the pairs that this process and its workers skipped or replaced by a placeholder so far."""
@@ -133,7 +139,9 @@ class PairDataset(Dataset[LoadedPair | SkippedPair]):
         """Count the clips read so far that are longer than ``frames``, and the frames of them that are not used."""
         return int((self._unused > 0).sum()), int(self._unused.sum())
 
-    def _replace(self, index: int, pair: PreferencePair, error: ImageError) -> LoadedPair | SkippedPair:
+    def _replace(
+        self, index: int, pair: PreferencePair, targets: Tensor | None, error: ImageError
+    ) -> LoadedPair | SkippedPair:
         split, setting = (f"data.{self.name}: ", DATA_ON_ERROR) if self.name else ("", OWN_ON_ERROR)
         if self.on_error == "raise":
             remedy = f"replace the file, or set {setting} to skip or placeholder"
@@ -144,4 +152,4 @@ class PairDataset(Dataset[LoadedPair | SkippedPair]):
             logger.warning("%s%s: %s; this process only counts further ones", split, pair.pair_id, error)
         if self.on_error == "skip":
             return SkippedPair(pair.pair_id, str(error))
-        return LoadedPair(replace(pair, label_a=None), self.loader.blank(), self.loader.blank())
+        return LoadedPair(replace(pair, label_a=None), self.loader.blank(), self.loader.blank(), targets)

@@ -99,6 +99,17 @@ class ScoreTable:
         values = {name: self._gap(name, rows, labels) for name in self.scorers}
         return PairGaps(decided, values, problems)
 
+    def sides(self, name: str, reader: PairReader | None = None) -> np.ndarray:
+        """Return the scores ``NAME_a`` and ``NAME_b`` of every row of ``reader``, or of the table: ``(N, 2)`` float64.
+
+        Images without a score, and pairs that are not in the table, have NaN.
+
+        Raises:
+            InputError: If a column is missing or holds no numbers, or the table does not fit the reader.
+        """
+        rows = np.arange(len(self)) if reader is None else self._rows_of(reader)
+        return np.stack([_take(numbers(self._table, f"{name}{side}", self.path), rows) for side in SIDES], axis=1)
+
     def _holds_numbers(self, name: str) -> bool:
         kind = self._table.schema.field(name).type if name in self._table.column_names else pa.string()
         return pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_null(kind)

@@ -35,7 +35,7 @@ class FamilyBackbone(TransformerBackbone):
         visual_taps: Numbers of the blocks whose visual tokens are read, ascending.
         text_taps: Numbers of the blocks whose text tokens are read, ascending; may be empty.
         cut: Whether to remove blocks from ``transformer``. Set False for a network that other code uses too.
-        encoders: ``text_encoder`` and ``vae``, see :class:`DiffusionBackbone`.
+        options: ``text_encoder``, ``vae`` and ``output_map``, see :class:`DiffusionBackbone`.
 
     Raises:
         InputError: If a tap is not one of the network's blocks, or would only run blocks that nothing reads.
@@ -51,9 +51,9 @@ class FamilyBackbone(TransformerBackbone):
         visual_taps: Sequence[int] = (4, 8, 12),
         text_taps: Sequence[int] = (4, 8, 12),
         cut: bool = True,
-        **encoders: Any,
+        **options: Any,
     ) -> None:
-        super().__init__(family.noise_process, family.latent_space, **encoders)
+        super().__init__(family.noise_process, family.latent_space, **options)
         self.family, self.max_side, self.max_prompt = family, family.max_side, family.max_prompt
         self.lora_targets = family.lora_targets
         depth = sum(1 for _ in family.blocks(transformer))
@@ -65,22 +65,23 @@ class FamilyBackbone(TransformerBackbone):
             )
         self.transformer = transformer
         if cut:
-            cut_network(transformer, family, num_layers)
+            cut_network(transformer, family, num_layers, keep_tail=self.output_map)
 
     def with_network(self, network: nn.Module, text_encoder: PromptEncoder | None) -> FamilyBackbone | None:
         """See :meth:`DiffusionBackbone.with_network`."""
         if type(network) is not type(self.transformer):
             return None
         taps = (None, self.visual_taps, self.text_taps)
-        return FamilyBackbone(network, self.family, *taps, cut=False, text_encoder=text_encoder)
+        options = {"cut": False, "output_map": self.output_map}
+        return FamilyBackbone(network, self.family, *taps, **options, text_encoder=text_encoder)
 
     def unread_names(self) -> list[str]:
         """See :meth:`TransformerBackbone.unread_names`."""
         last, family = self.last_tap, self.family
-        names = [*family.tail]
+        names = [] if self.output_map else [*family.tail]
         numbered = [(name, index) for name in family.lists for index in range(len(getattr(self.transformer, name, ())))]
         names += [f"{name}.{index}" for name, index in numbered[last:]]
-        reads = last in self.visual_taps, last in self.text_taps
+        reads = last in self.visual_taps or self.output_map, last in self.text_taps
         if last:
             name, index = numbered[last - 1]
             names += [f"{name}.{index}.{part}" for part in family.unread(last, *reads)]
@@ -94,7 +95,7 @@ class FamilyBackbone(TransformerBackbone):
 
     def drop_time_embedding(self) -> None:
         """See :meth:`DiffusionBackbone.drop_time_embedding`; nothing is frozen if any block runs."""
-        if self.last_tap == 0:
+        if self.last_tap == 0 and not self.output_map:
             freeze(self.transformer, self.family.time_embedding)
 
     @property
@@ -108,7 +109,11 @@ class FamilyBackbone(TransformerBackbone):
             text=(TapSpec(family.width, (length,)),) * len(self.text_taps),
             temb_dim=family.temb_dim,
             pooled_text_dim=pooled,
+            output=TapSpec(family.latent_space.channels, self._output_grid()) if self.output_map else None,
         )
+
+    def _output_grid(self) -> tuple[int, ...]:
+        return self.family.latent_shape(*self.family.native_size)[1:]
 
     @property
     def native_size(self) -> tuple[int, int]:
@@ -142,6 +147,7 @@ class FamilyBackbone(TransformerBackbone):
             pooled_text=conditioning.pooled(),
             temb=tokens.temb,
             text_mask=tokens.text_mask,
+            output=self.family.output(self.transformer, tokens) if self.output_map else None,
         )
 
     def _step(self, block: nn.Module, tokens: Any, number: int, visual: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,14 +161,14 @@ class FamilyBackbone(TransformerBackbone):
         yield from self.family.blocks(self.transformer)
 
 
-def cut_network(transformer: Any, family: FlowFamily, num_layers: int) -> None:
-    """Remove, in place, the blocks after the first ``num_layers`` and the modules after the last block."""
+def cut_network(transformer: Any, family: FlowFamily, num_layers: int, keep_tail: bool = False) -> None:
+    """Remove, in place, blocks after the first ``num_layers`` and, unless kept, the modules after the last block."""
     left = num_layers
     for name in family.lists:
         blocks = getattr(transformer, name)
         setattr(transformer, name, blocks[:left])
         left = max(0, left - len(blocks))
-    for name in family.tail:
+    for name in () if keep_tail else family.tail:
         if isinstance(getattr(transformer, name, None), nn.Parameter):
             delattr(transformer, name)
         elif hasattr(transformer, name):
@@ -213,6 +219,7 @@ def cut_family_backbone(
     visual_taps: Sequence[int] = (4, 8, 12),
     text_taps: Sequence[int] = (4, 8, 12),
     vae_dtype: StorageDtype = "float32",
+    output_map: bool = False,
     **options: Any,
 ) -> FamilyBackbone:
     """Load a pipeline's transformer and VAE, and build a backbone from the transformer's first blocks.
@@ -225,6 +232,7 @@ def cut_family_backbone(
         visual_taps: Numbers of the blocks whose visual tokens are read; 0 is before the first block.
         text_taps: Numbers of the blocks whose text tokens are read; may be empty.
         vae_dtype: Precision of the VAE.
+        output_map: Whether to return the network's output after the last tapped block too, for a head that reads it.
         options: See :func:`~latentreward.backbones.loading.finish`.
 
     Raises:
@@ -237,6 +245,7 @@ def cut_family_backbone(
         num_layers,
         visual_taps,
         text_taps,
+        output_map=output_map,
         text_encoder=text_encoder,
         vae=family.load_latent_encoder(vae_dtype),
     )

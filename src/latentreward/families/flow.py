@@ -261,6 +261,10 @@ class FlowFamily(Family):
     def step(self, block: nn.Module, tokens: Tokens, number: int) -> tuple[Tensor, Tensor]:
         """Run block ``number``, counted from 1 over all lists, and return its visual and text tokens."""
 
+    def output(self, network: Any, tokens: Tokens) -> Tensor:
+        """Apply the network's output layers to visual tokens after any block: ``(B, C, ...)``, as :meth:`velocity`."""
+        return self.unpack(network.proj_out(network.norm_out(tokens.visual, tokens.temb)), tokens.grid)
+
     @property
     def width(self) -> int:
         """Number of features of a token of image or text."""
@@ -290,3 +294,26 @@ class FlowFamily(Family):
     def unread_outside(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
         """Return names of modules and weights outside blocks that taps up to block ``number`` do not depend on."""
         return ()
+
+
+def of_patches(tokens: Tensor, grid: Sequence[int]) -> Tensor:
+    """Turn tokens of 2 × 2 latent pixels whose features have the order (dy, dx, c) into a map.
+
+    Args:
+        tokens: ``(B, prod(grid), 4·C)``.
+        grid: (height, width), or (frames, height, width), of the tokens.
+
+    Returns:
+        ``(B, C, ..., 2·height, 2·width)``.
+    """
+    patches = tokens.unflatten(2, (2, 2, -1)).unflatten(1, tuple(grid)).movedim(-1, 1)
+    return patches.transpose(-2, -3).flatten(-2, -1).flatten(-3, -2)
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """Return a parameter of the network itself, gathered if FSDP2 has sharded it.
+
+    FSDP2 gathers it for calls of the whole network, but a reward that shares the network calls its parts.
+    """
+    gather = getattr(parameter, "full_tensor", None)
+    return parameter if gather is None else gather()

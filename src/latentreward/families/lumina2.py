@@ -12,7 +12,7 @@ from latentreward.contracts import Conditioning
 from latentreward.encoders.language_model import LanguageModelEncoder, without_last_layer
 from latentreward.encoders.prompts import PromptEncoder
 from latentreward.families.backbone import FamilyBackbone, load_family_backbone
-from latentreward.families.flow import FlowFamily, Tokens
+from latentreward.families.flow import FlowFamily, Tokens, of_patches
 from latentreward.families.published import FLUX_VAE, GEMMA2_2B, Published
 from latentreward.noise.schedules import EULER
 
@@ -140,6 +140,10 @@ class Lumina2(FlowFamily):
         joint = block(joint, tokens.others["mask"], tokens.others["rope"], tokens.temb)
         text, visual = joint.split([tokens.text.shape[1], tokens.visual.shape[1]], dim=1)
         return visual, text
+
+    def output(self, network: Any, tokens: Tokens) -> Tensor:
+        """See :meth:`FlowFamily.output`; one layer norms and projects."""
+        return -of_patches(network.norm_out(tokens.visual, tokens.temb), tokens.grid)
 
     @property
     def width(self) -> int:

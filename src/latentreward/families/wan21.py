@@ -24,7 +24,7 @@ from latentreward.encoders.vae import ChannelLatentEncoder
 from latentreward.errors import InputError
 from latentreward.families.backbone import FamilyBackbone, load_family_backbone
 from latentreward.families.base import Pair
-from latentreward.families.flow import FlowFamily, Tokens
+from latentreward.families.flow import FlowFamily, Tokens, of_patches, whole
 from latentreward.families.published import UMT5_XXL, WAN_VAE, Published
 from latentreward.noise.schedules import EULER, check_levels, make_scheduler, static_levels
 
@@ -211,6 +211,12 @@ class Wan21(FlowFamily):
         """See :meth:`FlowFamily.step`; text stays what it was."""
         visual = block(hidden_states=tokens.visual, encoder_hidden_states=tokens.text, **tokens.others)
         return visual, tokens.text
+
+    def output(self, network: Any, tokens: Tokens) -> Tensor:
+        """See :meth:`FlowFamily.output`; the norm is computed in float32 and modulated by the timestep."""
+        shift, scale = (whole(network.scale_shift_table) + tokens.temb.unsqueeze(1)).chunk(2, dim=1)
+        visual = (network.norm_out(tokens.visual.float()) * (1 + scale) + shift).to(tokens.visual.dtype)
+        return of_patches(network.proj_out(visual), tokens.grid)
 
     def unread_outside(self, number: int, visual: bool, text: bool) -> tuple[str, ...]:
         """See :meth:`FlowFamily.unread_outside`; the modulation of blocks that are not there."""

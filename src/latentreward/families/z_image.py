@@ -15,7 +15,7 @@ from latentreward.encoders.language_model import LanguageModelEncoder, without_l
 from latentreward.encoders.prompts import PromptEncoder
 from latentreward.errors import InputError
 from latentreward.families.backbone import FamilyBackbone, load_family_backbone
-from latentreward.families.flow import FlowFamily, Tokens
+from latentreward.families.flow import FlowFamily, Tokens, of_patches, whole
 from latentreward.families.published import FLUX_VAE, QWEN3_4B, Published
 from latentreward.noise.schedules import EULER
 
@@ -202,6 +202,10 @@ class ZImage(FlowFamily):
         visual, padding, text = joint.split([count, spare, text.shape[1]], dim=1)
         return visual, torch.cat([text, padding], dim=1)
 
+    def output(self, network: Any, tokens: Tokens) -> Tensor:
+        """See :meth:`FlowFamily.output`; one layer norms and projects."""
+        return -of_patches(network.all_final_layer["2-1"](tokens.visual, c=tokens.temb), tokens.grid)
+
     @property
     def width(self) -> int:
         """See :attr:`FlowFamily.width`."""
@@ -232,15 +236,6 @@ class ZImagePromptEncoder(LanguageModelEncoder):
 def embedder(network: Any) -> Any:
     """Return the layer that embeds patches of 2×2 latent pixels."""
     return network.all_x_embedder["2-1"]
-
-
-def whole(parameter: Tensor) -> Tensor:
-    """Return a parameter of the network itself, gathered if FSDP2 has sharded it.
-
-    FSDP2 gathers it for calls of the whole network, but a reward that shares the network calls its parts.
-    """
-    gather = getattr(parameter, "full_tensor", None)
-    return parameter if gather is None else gather()
 
 
 def lengths_of(conditioning: Conditioning) -> list[int]:

@@ -22,12 +22,17 @@ class RewardHead(nn.Module, ABC):
             are frozen.
         reads_temb: Whether ``forward`` uses ``features.temb``. If False, backbone parameters that only the timestep
             embedding needs are frozen.
+        reads_output: Whether ``forward`` uses ``features.output``, which the backbone's ``output_map`` switches on.
+        axis_weights: Weights of the two outputs, :data:`~latentreward.heads.axes.AXES`, in the score; None for a head
+            without axes, whose output is the score.
         built_by: Record of the constructor call; None if a setting cannot be written as JSON.
     """
 
     needs_uncond: bool = False
     reads_text: bool = True
     reads_temb: bool = True
+    reads_output: bool = False
+    axis_weights: tuple[float, float] | None = None
     built_by: Construction | None = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
@@ -40,6 +45,13 @@ class RewardHead(nn.Module, ABC):
     @abstractmethod
     def forward(self, features: Features) -> Tensor:
         """Compute scores ``(B,)``, or ``(B, out_dim)`` for a head with several outputs."""
+
+    def total(self, outputs: Tensor) -> Tensor:
+        """Return the scores of outputs: the weighted sum of two axes, ``(..., 2)`` → ``(...)``, else the outputs."""
+        if self.axis_weights is None:
+            return outputs
+        # not a matrix product, which autocast would round to bfloat16
+        return (outputs * outputs.new_tensor(self.axis_weights)).sum(dim=-1)
 
     def score_ensemble(self, levels: Sequence[Features]) -> Tensor:
         """Compute one score per image from features at several noise levels; the base class averages the scores.
@@ -67,3 +79,8 @@ class EmbeddingHead(RewardHead):
     @abstractmethod
     def similarity_matrix(self, text_embeds: Tensor, image_embeds: Tensor) -> Tensor:
         """Compute the score of every image for every prompt: texts ``(N, D)``, images ``(M, D)`` → ``(N, M)``."""
+
+
+def squeeze_single(score: Tensor) -> Tensor:
+    """Remove the last axis of ``(B, 1)``; ``(B, out_dim)`` with several outputs is returned unchanged."""
+    return score.squeeze(-1) if score.shape[-1] == 1 else score

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 from latentreward.contracts import Features, FeatureSpec
 from latentreward.errors import InputError, check_at_least_one
-from latentreward.heads.base import RewardHead
+from latentreward.heads.axes import AXES, check_axes
+from latentreward.heads.base import RewardHead, squeeze_single
 from latentreward.heads.grids import common_grid, resample_tokens
 
 
@@ -178,6 +179,7 @@ class GatedQFormerHead(RewardHead):
             grid among the taps, or its sides.
         ensemble: Computation of a score from several noise levels: ``tokens`` lets the queries attend to the tokens of
             all levels at once, ``scores`` averages the levels' scores.
+        axes: Weights of fidelity and aesthetics in the score, for a head with these two outputs, whatever ``out_dim``.
 
     Raises:
         InputError: If a number is below 1, ``num_heads`` does not divide the width, or ``grid`` is not valid.
@@ -196,6 +198,7 @@ class GatedQFormerHead(RewardHead):
         use_logistic: bool = False,
         grid: str | Sequence[int] = "smallest",
         ensemble: Literal["tokens", "scores"] = "tokens",
+        axes: tuple[float, float] | None = None,
     ) -> None:
         super().__init__()
         width = width or max(tap.width for tap in spec.visual)
@@ -220,7 +223,8 @@ class GatedQFormerHead(RewardHead):
         self.attn2 = QueryAttention(width, num_heads, False, gated=False, eps=rms_eps)
         self.norm_ff = RMSNorm(width, rms_eps)
         self.ff = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-        self.head = nn.Linear(width, out_dim)
+        self.axis_weights = check_axes(axes)
+        self.head = nn.Linear(width, out_dim if self.axis_weights is None else len(AXES))
         self.logistic = LogisticSquash() if use_logistic else None
 
     def tokens(self, features: Features) -> tuple[Tensor, Tensor | None]:
@@ -273,8 +277,3 @@ class GatedQFormerHead(RewardHead):
         mask = torch.cat(masks, dim=1) if masks else None
         joined = None if text[0] is None else torch.cat(text, dim=1)
         return squeeze_single(self.pool(torch.cat(visual, dim=1), joined, mask))
-
-
-def squeeze_single(score: Tensor) -> Tensor:
-    """Remove the last axis of ``(B, 1)``; ``(B, out_dim)`` with several outputs is returned unchanged."""
-    return score.squeeze(-1) if score.shape[-1] == 1 else score

@@ -9,7 +9,8 @@ steps of a sampler as in Flow-GRPO (arXiv:2505.05470, eq. 5) and DanceGRPO (arXi
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +34,29 @@ def gaussian_step_kl(mean: Tensor, ref_mean: Tensor, spread: Tensor) -> Tensor:
     """
     squares = (mean.float() - ref_mean.float()).square().flatten(1).mean(dim=1)
     return squares / (2 * spread.to(squares).square())
+
+
+def clipped_objective(log_ratio: Tensor, advantage: Tensor, clip_range: float) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Compute PPO's objective :math:`\max(-A \rho, -A\,\mathrm{clamp}(\rho, 1 \pm \epsilon))` of each row.
+
+    Args:
+        log_ratio: ``(B,)`` log ρ.
+        advantage: ``(B,)`` advantages A.
+        clip_range: ε.
+
+    Returns:
+        The objective ``(B,)``, the ratios ρ ``(B,)``, and whether each lies outside 1 ± ε ``(B,)``.
+    """
+    ratio = log_ratio.exp()
+    bounded = ratio.clamp(1 - clip_range, 1 + clip_range)
+    return torch.maximum(-advantage * ratio, -advantage * bounded), ratio, ratio != bounded
+
+
+Objective = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor]]
+"""Function with the arguments and results of :func:`clipped_objective`."""
+
+TEMPFLOW = 2.25
+"""Factor on the noise that weighs a step's policy term in TempFlow-GRPO's released code."""
 
 
 class ClippedPolicyResult(NamedTuple):
@@ -63,29 +87,50 @@ class ClippedPolicyLoss(SetLoss):
         clip_range: ε, in (0, 1). Ratios stay close to 1 because log-probabilities are means over elements; Flow-GRPO
             takes 1e-4 (SD3.5-M, released configuration).
         kl_weight: β; 0 leaves the KL term out. Flow-GRPO takes 0.04 and 0.01.
-        max_advantage: Bound: advantages are clamped to [−``max_advantage``, ``max_advantage``].
+        max_advantage: Bound: advantages are clamped to [−``max_advantage``, ``max_advantage``]; None sets no bound.
+        step_weight: Weight w of each step's policy term, times 2.25 (TempFlow-GRPO, arXiv:2508.04324): the ``noise`` of
+            the step, s√Δ (the paper); its ``spread`` s (recommended by the authors, with ``kl_weight`` ten times as
+            large); or ``none``. The KL divergence is then that of a Gaussian of the same w.
 
     Raises:
         InputError: If an argument is out of range.
     """
 
-    def __init__(self, clip_range: float = 1e-4, kl_weight: float = 0.0, max_advantage: float = 5.0) -> None:
+    def __init__(
+        self,
+        clip_range: float = 1e-4,
+        kl_weight: float = 0.0,
+        max_advantage: float | None = 5.0,
+        step_weight: Literal["none", "noise", "spread"] = "none",
+    ) -> None:
         super().__init__()
         if not 0 < clip_range < 1:
             raise InputError(f"clip_range = {clip_range} must lie between 0 and 1; Flow-GRPO uses 1e-4")
         if not (math.isfinite(kl_weight) and kl_weight >= 0):
             raise InputError(f"kl_weight = {kl_weight} must be at least 0 and finite; 0 leaves the reference out")
-        if not max_advantage > 0:
-            raise InputError(f"max_advantage = {max_advantage} must be positive; Flow-GRPO uses 5")
+        if max_advantage is not None and not max_advantage > 0:
+            raise InputError(f"max_advantage = {max_advantage} must be positive; Flow-GRPO uses 5, null sets no bound")
         self.clip_range, self.kl_weight, self.max_advantage = clip_range, kl_weight, max_advantage
+        self.step_weight = step_weight
 
     @property
     def needs_reference(self) -> bool:
         """Tell whether :meth:`forward` must be given ``kl``."""
         return self.kl_weight > 0
 
+    def step_weights(self, std: Tensor, spread: Tensor) -> Tensor | None:
+        """Return the weight w of each step from its ``std`` and ``spread``; None if all weigh the same."""
+        return {"none": None, "noise": std, "spread": spread}[self.step_weight]
+
     def forward(
-        self, log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, kl: Tensor | None = None
+        self,
+        log_prob: Tensor,
+        old_log_prob: Tensor,
+        advantage: Tensor,
+        kl: Tensor | None = None,
+        weights: Tensor | None = None,
+        objective: Objective = clipped_objective,
+        held: Tensor | None = None,
     ) -> ClippedPolicyResult:
         """Compute the loss of B sampled steps.
 
@@ -95,6 +140,9 @@ class ClippedPolicyLoss(SetLoss):
             advantage: ``(B,)`` advantages of the steps.
             kl: ``(B,)`` KL divergence from the reference, e.g. of :func:`gaussian_step_kl`; must be given if
                 :attr:`needs_reference`.
+            weights: ``(B,)`` :meth:`step_weights`.
+            objective: Objective in place of the clipped one; see :class:`~latentreward.losses.RatioRule`.
+            held: ``(B,)`` bool: the steps on which the KL term acts; None for all. It is 0 if there are none.
 
         Raises:
             ValueError: If ``kl`` is missing.
@@ -103,12 +151,19 @@ class ClippedPolicyLoss(SetLoss):
             raise ValueError(f"kl_weight={self.kl_weight:g} needs kl")
         if log_prob.device.type == "mps":  # has no float64
             log_prob, old_log_prob, advantage = log_prob.cpu(), old_log_prob.cpu(), advantage.cpu()
-            kl = None if kl is None else kl.cpu()
-        weight = advantage.double().clamp(-self.max_advantage, self.max_advantage)
-        ratio = (log_prob.double() - old_log_prob.double()).exp()
-        bounded = ratio.clamp(1 - self.clip_range, 1 + self.clip_range)
-        policy = torch.maximum(-weight * ratio, -weight * bounded).mean()
-        divergence = policy.new_zeros(()) if kl is None else kl.double().mean()
+            kl, weights = (None if value is None else value.cpu() for value in (kl, weights))
+        bounded, bound = advantage.double(), self.max_advantage
+        bounded = bounded if bound is None else bounded.clamp(-bound, bound)
+        rows, ratio, clipped = objective(log_prob.double() - old_log_prob.double(), bounded, self.clip_range)
+        policy = (rows if weights is None else TEMPFLOW * weights.to(rows) * rows).mean()
+        divergence = policy.new_zeros(()) if kl is None else mean_of(kl.double(), held)
         loss = policy + self.kl_weight * divergence if self.needs_reference else policy
-        parts = (policy, divergence, (ratio != bounded).double().mean(), ratio.mean())
+        parts = (policy, divergence, clipped.double().mean(), ratio.mean())
         return ClippedPolicyResult(loss.float(), *(part.detach().float() for part in parts))
+
+
+def mean_of(values: Tensor, rows: Tensor | None) -> Tensor:
+    """Return the mean of ``values`` ``(B,)`` over ``rows`` ``(B,)`` bool, 0 if there are none; None takes all rows."""
+    if rows is None:
+        return values.mean()
+    return values.where(rows.to(values.device), 0.0).sum() / rows.sum().clamp(min=1)

@@ -6,14 +6,14 @@ size times those of a single process; averaging over ranks (DDP, FSDP) gives exa
 every parameter.
 """
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
 from torch.autograd.function import once_differentiable
 
-from latentreward.contracts import PairScores
+from latentreward.contracts import PairScores, PairTargets
 
 
 def _world_size() -> int:
@@ -62,7 +62,7 @@ def gather_with_grad(rows: Tensor) -> Tensor:
 
 
 def gather_pair_scores(scores: PairScores) -> PairScores:
-    """Gather the pairs of all ranks, in rank order, float32, in one collective call.
+    """Gather the pairs of all ranks, in rank order, float32, in one collective call, and one more for targets.
 
     ``scores.cross`` is returned as given: these scores are computed from embeddings that are gathered already
     (:func:`gather_with_grad`), so they span all ranks.
@@ -76,6 +76,10 @@ def gather_pair_scores(scores: PairScores) -> PairScores:
     if _world_size() == 1:
         return scores
     names = ("chosen", "rejected", "label", "weight", "chosen_sigmas", "rejected_sigmas")
+    if scores.targets is not None:
+        given = [tensor for field in fields(PairTargets) if (tensor := getattr(scores.targets, field.name)) is not None]
+        gathered = gather_with_grad(torch.stack([tensor.float() for tensor in given], dim=1)).unbind(dim=1)
+        scores = replace(scores, targets=PairTargets(*gathered))
     table = torch.cat([getattr(scores, name).float().reshape(len(scores.label), -1) for name in names], dim=1)
     rewards, rest = gather_with_grad(table).tensor_split([table.shape[1] - 4], dim=1)
     chosen, rejected = (half.reshape(-1, *scores.chosen.shape[1:]) for half in rewards.chunk(2, dim=1))

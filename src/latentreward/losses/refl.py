@@ -4,8 +4,8 @@ r"""Reward feedback learning: loss on a sample's reward, and drift from the refe
     \lVert f_\theta - f_{\mathrm{ref}}\rVert^2
 
 The loss is that of ReFL (ImageReward, arXiv:2304.05977, algorithm 1); DRaFT (arXiv:2309.17400) maximises the reward
-itself. The first term is :class:`RewardLoss`, the second :func:`~latentreward.losses.denoising_error`, the third
-:func:`prediction_drift`.
+itself, PRFL (arXiv:2511.21541) its logistic function. The first term is :class:`RewardLoss`, the second
+:func:`~latentreward.losses.denoising_error`, the third :func:`prediction_drift`.
 """
 
 import math
@@ -34,24 +34,28 @@ class RewardLoss(SetLoss):
         scale: λ, positive.
         ceiling: None gives φ(r) = −r, as in DRaFT. A number c, in reward units, gives φ(r) = max(0, c − r), as in
             ReFL's released code: samples that score above c then have no gradient.
+        sigmoid: Whether the logistic function of the reward, a number in (0, 1), takes the place of r. ``ceiling`` is
+            then in units of that number.
 
     Raises:
         InputError: If an argument is out of range.
 
     Note:
-        ReFL's released code has c = 2 and λ = 1e-3, for ImageReward's scores, which have unit variance.
+        ReFL's released code has c = 2 and λ = 1e-3, for ImageReward's scores, which have unit variance. PRFL's released
+        code has ``sigmoid``, c = 2 and λ = 0.1. There the ceiling is never reached, because σ(r) is below 1: the loss
+        always is λ·(2 − σ(r)), and its gradient, −λ·σ(r)·(1 − σ(r)), fades for high and for low rewards.
     """
 
-    def __init__(self, scale: float = 1.0, ceiling: float | None = None) -> None:
+    def __init__(self, scale: float = 1.0, ceiling: float | None = None, sigmoid: bool = False) -> None:
         super().__init__()
         if not (math.isfinite(scale) and scale > 0):
             raise InputError(f"scale = {scale} must be positive and finite")
         if ceiling is not None and not math.isfinite(ceiling):
             raise InputError(f"ceiling = {ceiling} must be finite; null sets no ceiling")
-        self.scale, self.ceiling = scale, ceiling
+        self.scale, self.ceiling, self.sigmoid = scale, ceiling, sigmoid
 
     def forward(self, rewards: Tensor) -> Tensor:
         """Compute the mean loss of rewards ``(B,)``: a scalar, float32."""
-        rewards = rewards.float()
+        rewards = rewards.float().sigmoid() if self.sigmoid else rewards.float()
         loss = -rewards if self.ceiling is None else relu(self.ceiling - rewards)
         return self.scale * loss.mean()

@@ -2,6 +2,7 @@
 
 from latentreward.modules.diffusion_dpo import DiffusionDPOModule
 from latentreward.modules.dina_lrm import DiNaLRMModule
+from latentreward.modules.forward_process import AWMModule, DiffusionNFTModule
 from latentreward.modules.grpo import StepwiseGRPOModule, TrajectoryGRPOModule
 from latentreward.modules.lpo import LPOModule, StepRatios
 from latentreward.modules.lrm import LRMModule
@@ -13,8 +14,10 @@ from latentreward.modules.spo import SPOModule
 from latentreward.modules.step_aware_pixel import StepAwarePixelModule
 
 __all__ = [
+    "AWMModule",
     "DiNaLRMModule",
     "DiffusionDPOModule",
+    "DiffusionNFTModule",
     "LPOModule",
     "LRMModule",
     "ReFLModule",

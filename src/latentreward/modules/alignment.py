@@ -9,18 +9,34 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 
-from latentreward.contracts import Conditioning, NoisyStates, PromptBatch, RolloutStatistics, StepPairs, StepSamples
+from latentreward.contracts import (
+    Conditioning,
+    NoisyStates,
+    PromptBatch,
+    RenoisedSamples,
+    RolloutStatistics,
+    StepPairs,
+    StepSamples,
+)
 from latentreward.modules.based import BasedModule, unseen_settings
 from latentreward.modules.sharding import shard_policy, shard_reward
 from latentreward.policies import PolicySource
 from latentreward.policies.checkpoint import SOURCE
 from latentreward.rewards import RewardSource
 from latentreward.rewards.latent import LatentScorer
-from latentreward.rollout import CandidateStep, RolloutDraws, Sampling, Transition, candidate_steps, gap_quantiles
+from latentreward.rollout import (
+    Advantage,
+    CandidateStep,
+    RolloutDraws,
+    Sampling,
+    Transition,
+    candidate_steps,
+    gap_quantiles,
+)
 
-Experience = TypeVar("Experience", StepPairs, StepSamples)
+Experience = TypeVar("Experience", StepPairs, StepSamples, RenoisedSamples)
 
 
 class AlignmentModule(BasedModule):
@@ -185,9 +201,38 @@ class RolloutModule(RewardedModule, Generic[Experience]):
 
     def transition(self, batch: Experience) -> Transition:
         """Return the distribution of the next latents of a batch, under the adapter that is active now."""
+        return self.sampler.transition(batch.latents, self.prediction(batch), batch.timesteps)
+
+    def prediction(self, batch: Experience) -> Tensor:
+        """Return the guided output of the network for the states of a batch, under the adapter that is active now."""
         conditioning, uncond = self.conditioning(batch.prompts)
-        output = self.policy.predict_guided(batch.latents, batch.timesteps, conditioning, uncond, self.guidance_scale)
-        return self.sampler.transition(batch.latents, output, batch.timesteps)
+        return self.policy.predict_guided(batch.latents, batch.timesteps, conditioning, uncond, self.guidance_scale)
+
+    def advantages(self, rewards: Tensor, rule: Advantage, features: Tensor | None = None) -> Tensor:
+        """Compute advantages of this rank's rewards for K samples of P prompts, among those of all ranks.
+
+        Args:
+            rewards: ``(P, K)``; ``(P, K, S)`` for rewards of S steps; ``(P, K, R)`` for a rule that takes R rewards.
+            rule: Rule that turns rewards into advantages.
+            features: ``(P, K, F)`` features of the samples, for a rule that takes them.
+
+        Returns:
+            ``(P, K)``, or ``(P, K, S)``.
+        """
+        every = self.of_all_ranks(rewards)
+        groups = torch.arange(len(every), device=every.device).repeat_interleave(every.shape[1])
+        given = (self.of_all_ranks(features).flatten(0, 1),) if rule.takes_features and features is not None else ()
+        advantages = rule(every.flatten(0, 1), groups, *given)
+        return self.of_this_rank(advantages.unflatten(0, every.shape[:2]), len(rewards))
+
+    def of_all_ranks(self, values: Tensor) -> Tensor:
+        """Return the rows of ``values`` ``(P, ...)`` of all ranks, by rank."""
+        return self.all_gather(values).reshape(-1, *values.shape[1:])
+
+    def of_this_rank(self, every: Tensor, count: int) -> Tensor:
+        """Return this rank's ``count`` rows of the rows of all ranks."""
+        start = self.trainer.global_rank * count if len(every) > count else 0
+        return every[start : start + count]
 
     def describe_rollouts(self) -> str:
         """Summarise the score gaps of the last rollout in one line, for the error of a run that keeps no rows."""

@@ -6,12 +6,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from latentreward.contracts import Conditioning, PairScores, PreferenceBatch
 from latentreward.errors import InputError
 from latentreward.losses import (
     BradleyTerryLoss,
+    LinearDPO,
     gather_pair_scores,
+    gather_with_grad,
     implicit_rewards,
     prediction_drift,
     weighted_mean,
@@ -23,6 +26,7 @@ from latentreward.modules.pair_noise import PairDraws
 from latentreward.modules.pairs import snap_timesteps
 from latentreward.noise import LevelSampler, TimestepGrid
 from latentreward.policies import PolicySource
+from latentreward.policies.moving import AVERAGE, DecayRamp, MovingCopy
 
 
 class ImplicitPairs(NamedTuple):
@@ -31,10 +35,12 @@ class ImplicitPairs(NamedTuple):
     Attributes:
         scores: Implicit rewards of chosen and rejected images; ties have weight 0.
         drift: ``(2B,)`` mean squared difference of the predictions of policy and reference, chosen images first.
+        losses: ``(B,)`` losses of Linear-DPO; None for the sigmoid loss, which the scores determine.
     """
 
     scores: PairScores
     drift: Tensor
+    losses: Tensor | None = None
 
 
 class DiffusionDPOModule(AlignmentModule):
@@ -56,6 +62,9 @@ class DiffusionDPOModule(AlignmentModule):
         posterior: Whether the VAE's latents of pixels are a ``sample`` of its posterior, new for each image and epoch,
             or the posterior's ``mode``.
         eval_timesteps: Timesteps at which validation compares every pair, with the same noise in each epoch.
+        linear: Linear-DPO's loss in place of the sigmoid; see :mod:`latentreward.losses.linear_dpo`.
+        reference: How slowly a moving average of the policy follows it, one move at each optimiser step. The average
+            is then the reference, as in Linear-DPO; None keeps the network without its adapter.
         options: See :class:`AlignmentModule`. Training uses no classifier-free guidance, as in the paper;
             ``guidance_scale`` is for callbacks that sample, and for networks that take it as an input (FLUX.1-dev).
 
@@ -70,6 +79,8 @@ class DiffusionDPOModule(AlignmentModule):
         levels: LevelSampler | None = None,
         posterior: Posterior = "sample",
         eval_timesteps: Sequence[float] = (101, 301, 501, 701, 901),
+        linear: LinearDPO | None = None,
+        reference: DecayRamp | None = None,
         **options: Any,
     ) -> None:
         if not (math.isfinite(beta) and beta > 0):
@@ -82,6 +93,19 @@ class DiffusionDPOModule(AlignmentModule):
         self.loss = BradleyTerryLoss()
         self.eval_timesteps = snap_timesteps(self.policy.noise_process, eval_timesteps)
         self.val_accuracy, self.val_margin = PairwiseAccuracy("half"), MeanMargin()
+        self.linear = linear
+        self.average = None if reference is None else MovingCopy(self.policy, AVERAGE, reference)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that the checkpoint has the moving average, if this run has one; see :meth:`BasedModule`."""
+        if self.average is not None:
+            self.average.check(checkpoint["state_dict"])
+        super().on_load_checkpoint(checkpoint)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Let the moving average follow the policy, before the policy's own step, as the released code does."""
+        if self.average is not None:
+            self.average.follow(self.trainer.global_step)
 
     def encode(self, batch: PreferenceBatch, draws: PairDraws) -> tuple[Tensor, Conditioning]:
         """Encode images and prompts: latents ``(2B, C, ...)`` float32, chosen first, and conditioning of 2B rows."""
@@ -101,14 +125,24 @@ class DiffusionDPOModule(AlignmentModule):
         process = self.policy.noise_process
         noisy = process.add_noise(latents, noise, timesteps)
         target = process.target(latents, noise, timesteps)
-        with torch.no_grad(), self.policy.reference():
+        with torch.no_grad(), self.policy.adapters.use(None if self.average is None else self.average.name):
             reference = self.policy.predict(noisy, timesteps, conditioning, self.guidance_scale)
         prediction = self.policy.predict(noisy, timesteps, conditioning, self.guidance_scale)
+        losses = None
+        if self.linear is not None:
+            losses = self.linear(prediction, reference, target, self.beta, batch.label).per_pair
         chosen, rejected = implicit_rewards(prediction, reference, target, self.beta).chunk(2)
         sigmas = process.sigma(timesteps).to(chosen.device).chunk(2)
         weight = batch.weight * (batch.label != 0.5)
         scores = PairScores(chosen, rejected, batch.label, weight, *sigmas)
-        return ImplicitPairs(scores, prediction_drift(prediction.detach(), reference))
+        return ImplicitPairs(scores, prediction_drift(prediction.detach(), reference), losses)
+
+    def loss_of(self, pairs: ImplicitPairs) -> tuple[Tensor, PairScores]:
+        """Return the loss over the pairs of all ranks, and their scores."""
+        scores = gather_pair_scores(pairs.scores)
+        if pairs.losses is None:
+            return self.loss(scores), scores
+        return weighted_mean(gather_with_grad(pairs.losses), scores.weight), scores
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         """Return the loss of a batch, at a random timestep for each pair; weights are normalised over all ranks."""
@@ -117,8 +151,7 @@ class DiffusionDPOModule(AlignmentModule):
         noise = draws.normal("noise", latents.shape[1:], per_image=False).to(latents.device)
         timesteps = draws.timesteps(self.levels, self.policy.noise_process, per_image=False).to(latents.device)
         pairs = self.compare(batch, latents, conditioning, noise, timesteps)
-        scores = gather_pair_scores(pairs.scores)
-        loss = self.loss(scores)
+        loss, scores = self.loss_of(pairs)
         size, weight = len(scores.label), scores.weight
         margin = scores.margin.detach()
         self.log("train/loss", loss, prog_bar=True, batch_size=size)
@@ -141,7 +174,8 @@ class DiffusionDPOModule(AlignmentModule):
             scores, counts = pairs.scores, pairs.scores.weight > 0
             for metric in (self.val_accuracy, self.val_margin):
                 metric.update(scores.chosen[counts], scores.rejected[counts], scores.label[counts])
-            self.log("val/loss", self.loss(scores), batch_size=len(batch), sync_dist=True)
+            loss = self.loss(scores) if pairs.losses is None else weighted_mean(pairs.losses, scores.weight)
+            self.log("val/loss", loss, batch_size=len(batch), sync_dist=True)
             self.log("val/drift", pairs.drift.mean(), batch_size=len(batch), sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:

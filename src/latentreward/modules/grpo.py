@@ -6,28 +6,61 @@ The reward scores each step by itself (:class:`StepwiseGRPOModule`) or the finis
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from latentreward.contracts import PromptBatch, RolloutStatistics, StepSamples, join_rows, take_rows
 from latentreward.errors import InputError
-from latentreward.losses import ClippedPolicyLoss, gaussian_step_kl
+from latentreward.losses import (
+    ClippedPolicyLoss,
+    ClippedPolicyResult,
+    GRPOGuard,
+    KLGate,
+    NormGuard,
+    OutcomeProcessLoss,
+    RankGate,
+    RatioRule,
+    StepDrift,
+    TrustRegion,
+    UncertaintyGate,
+    gaussian_step_kl,
+)
 from latentreward.modules.alignment import RolloutModule
 from latentreward.policies import PolicySource
 from latentreward.rewards import RewardSource
 from latentreward.rollout import (
+    Advantage,
     Branching,
     CandidateStep,
+    Credit,
+    GroupAdvantage,
+    GuidedSampler,
+    RewardGuidance,
     Sampling,
+    StepSampler,
     Trajectories,
+    Transition,
+    Window,
+    WindowedSampler,
     check_sigmas,
     group_advantages,
+    require_gradient,
+    rows_of,
     sample_trajectories,
     score_finished,
-    tracked_advantages,
+    score_states,
 )
+from latentreward.seeding import pair_generator
+
+FEATURE_SIDE = 4
+"""Side of the grid of areas over which finished latents are averaged, as features of a sample."""
+
+GATE = "trust_region"
+"""Key of a checkpoint with the state of a :class:`~latentreward.losses.RankGate`."""
 
 LEAST_ADVANTAGE = 1e-6
 """Largest absolute advantage that counts as rounding; scores that differ by more than 1e-4 give advantages near 1."""
@@ -65,22 +98,64 @@ class GRPOModule(RolloutModule[StepSamples]):
         sampler.require_noise()
         super().__init__(policy, reward, **options)
         self.sampling, self.sampler, self.loss = sampling, sampler, loss or ClippedPolicyLoss()
+        self.trust_region: Sequence[TrustRegion] = ()
 
     def training_step(self, batch: StepSamples, batch_idx: int) -> Tensor:
         """Return the loss of a batch of states with K sampled steps each."""
-        kl = reference = None
-        if self.loss.needs_reference:
+        penalty = next((rule for rule in self.trust_region if isinstance(rule, NormGuard)), None)
+        reference = None
+        if self.loss.needs_reference or penalty is not None:
             with torch.no_grad(), self.policy.reference():
-                reference = self.transition(batch)
-        transition = self.transition(batch)
+                reference = self.prediction(batch)
+        prediction = self.prediction(batch)
+        result = self.policy_loss(batch, prediction, reference)
+        values = {"clipped": result.clipped, "ratio": result.ratio}
+        if self.loss.needs_reference:
+            values["kl"] = result.kl
+        loss = result.loss
+        if penalty is not None and reference is not None:
+            values["norm_guard"] = guard = penalty.penalty(prediction, reference)
+            loss = loss + guard
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
+        self.log_dict({f"train/{name}": value.detach() for name, value in values.items()}, batch_size=len(batch))
+        return loss
+
+    def policy_loss(self, batch: StepSamples, prediction: Tensor, reference: Tensor | None) -> ClippedPolicyResult:
+        """Compute the loss of a batch from the outputs ``(N, C, ...)`` of the policy and, for a KL term, the reference.
+
+        Args:
+            batch: N states with K steps each.
+            prediction: Output of the policy.
+            reference: Output of the reference; None if it is not needed.
+        """
+        transition = self.sampler.transition(batch.latents, prediction, batch.timesteps)
         log_prob = transition.log_prob(batch.next_latents.transpose(0, 1)).T
-        if reference is not None:
-            kl = gaussian_step_kl(transition.mean, reference.mean, transition.spread)
-        result = self.loss(log_prob, batch.log_prob, batch.advantage, kl)
-        self.log("train/loss", result.loss, prog_bar=True, batch_size=len(batch))
-        values = {"clipped": result.clipped, "ratio": result.ratio} | ({} if kl is None else {"kl": result.kl})
-        self.log_dict({f"train/{name}": value for name, value in values.items()}, batch_size=len(batch))
-        return result.loss
+        weights, options = self.loss.step_weights(transition.std, transition.spread), {}
+        kl = None
+        if self.loss.needs_reference and reference is not None:
+            mean = self.sampler.transition(batch.latents, reference, batch.timesteps).mean
+            kl = gaussian_step_kl(transition.mean, mean, transition.spread if weights is None else weights)
+        if weights is not None:
+            options["weights"] = weights[:, None]
+        if batch.held is not None:
+            options["held"] = batch.held[:, 0]
+        if batch.process is not None:
+            return self.loss(log_prob, batch.log_prob, batch.advantage, batch.process, kl)
+        for rule in self.trust_region:
+            if isinstance(rule, RatioRule):
+                options["objective"] = self._objective(rule, batch, transition)
+        return self.loss(log_prob, batch.log_prob, batch.advantage, kl, **options)
+
+    def _objective(self, rule: RatioRule, batch: StepSamples, transition: Transition) -> Any:
+        """Return the objective of a rule for the steps of a batch; each state has one step."""
+        every = self.all_gather(torch.stack([transition.spread, transition.std / transition.spread]))
+        drift = StepDrift.between(transition.mean, batch.old_mean, transition.std, transition.spread, every)
+
+        def objective(log_ratio: Tensor, advantage: Tensor, clip_range: float) -> tuple[Tensor, ...]:
+            found = rule.objective(log_ratio.flatten(), advantage.flatten(), clip_range, drift)
+            return tuple(part.view_as(log_ratio) for part in found)
+
+        return objective
 
 
 class StepwiseGRPOModule(GRPOModule):
@@ -141,12 +216,26 @@ class TrajectoryGRPOModule(GRPOModule):
         reward_sigmas: Noise levels at which a latent reward scores; without effect on rewards of pixels.
         global_std: Divide advantages by the standard deviation of all rewards of a rollout, over all ranks, instead of
             the prompt's own (Flow-GRPO's setting). Prompts whose rewards hardly differ then have small advantages.
-        loss: See :class:`GRPOModule`.
+        loss: See :class:`GRPOModule`. :class:`~latentreward.losses.OutcomeProcessLoss` takes the advantages of the
+            finished sample and of ``credit`` as two terms.
+        reward_guidance: Guidance of the rollouts by the reward's gradient (Euphonium, arXiv:2602.04928); the steps'
+            log-probabilities are those of the unguided policy. None samples without it.
+        advantage: Rule that turns rewards into advantages; None is a :class:`~latentreward.rollout.GroupAdvantage` as
+            ``global_std`` says.
+        credit: Rule that gives each step a reward of its own, from the reward of each state at the state's own noise
+            level. The finished latents are scored at the least of ``reward_sigmas``, which should be the least noise
+            level that the reward was trained at. Advantages are then among the samples of a prompt at the same step.
+            None gives every step the reward of its finished image.
+        window: Rule that chooses the steps with noise of each rollout; the others are deterministic and not trained
+            on. None adds noise to all steps.
+        trust_region: Rule, or a list of rules, that keeps the policy near the one that sampled, or near the reference.
         options: See :class:`GRPOModule`.
 
     Raises:
         InputError: As in :class:`GRPOModule`, or if there are fewer than 2 trajectories per prompt, ``low`` lies above
-            ``high``, fewer than two steps with noise lie in the window, or ``reward_sigmas`` are no noise levels.
+            ``high``, fewer than two steps with noise lie in the window, or ``reward_sigmas`` are no noise levels; with
+            ``reward_guidance`` or ``credit`` also if the reward scores no noisy states, or has no gradient; if two
+            settings exclude each other.
     """
 
     def __init__(
@@ -159,16 +248,63 @@ class TrajectoryGRPOModule(GRPOModule):
         high: float = 1000.0,
         reward_sigmas: Sequence[float] = (0.4,),
         global_std: bool = True,
-        loss: ClippedPolicyLoss | None = None,
+        loss: ClippedPolicyLoss | OutcomeProcessLoss | None = None,
+        reward_guidance: RewardGuidance | None = None,
+        advantage: Advantage | None = None,
+        credit: Credit | None = None,
+        window: Window | None = None,
+        trust_region: TrustRegion | list[TrustRegion] | None = None,
         **options: Any,
     ) -> None:
         if num_trajectories < 2:
             raise InputError(f"num_trajectories={num_trajectories} leaves nothing to compare; use at least 2")
         check_sigmas(reward_sigmas)
+        loss = loss or ClippedPolicyLoss()
+        rules = [trust_region] if isinstance(trust_region, TrustRegion) else trust_region or []
+        check_rules(rules, loss, reward, reward_sigmas)
+        if advantage is not None and advantage.takes_parts and credit is not None:
+            raise InputError(
+                f"advantage: {type(advantage).__name__} takes each reward of a mixture, and credit those of states; "
+                "leave one of them out"
+            )
+        cps = sampling is not None and sampling.flow_noise == "cps" and policy.resolve_family().flow
+        if cps and any(isinstance(rule, GRPOGuard) for rule in rules):
+            raise InputError(
+                "trust_region: GRPOGuard corrects Gaussian log-probabilities, which sampling.flow_noise=cps does not "
+                "have; use flow or dance"
+            )
+        if isinstance(loss, OutcomeProcessLoss) and credit is None:
+            raise InputError("loss: OutcomeProcessLoss takes the rewards of the steps too; set credit: StateCredit")
+        if window is not None and reward_guidance is not None:
+            raise InputError("window and reward_guidance both choose steps of a rollout; leave one of them out")
+        for name, value in (("reward_guidance", reward_guidance), ("credit", credit)):
+            if value is not None:
+                reward.require_step_scores(name)
         super().__init__(policy, reward, sampling, loss, **options)
-        self.num_trajectories, self.global_std = num_trajectories, global_std
-        self.reward_sigmas = tuple(reward_sigmas)
+        self.num_trajectories, self.reward_sigmas = num_trajectories, tuple(reward_sigmas)
+        self.reward_guidance, self.credit, self.window, self.trust_region = reward_guidance, credit, window, rules
+        self.advantage = advantage or GroupAdvantage("all" if global_std else "group")
         self.trained_steps = Branching(num_trajectories, low, high).training_steps(self.sampler)
+        if window is not None:
+            window.check(len(self.trained_steps))
+            self.plain_sampler = replace(self.sampling, eta=0.0, noise_level=0.0).sampler(self.policy.family)
+        if reward_guidance is not None:
+            reward_guidance.check(self.sampler)
+            require_gradient(self.reward)
+        self.gate = next((rule for rule in rules if isinstance(rule, KLGate)), None)
+        self.keeps_means = any(isinstance(rule, RatioRule) for rule in rules)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save the state of a gate that adapts."""
+        super().on_save_checkpoint(checkpoint)
+        if isinstance(self.gate, RankGate):
+            checkpoint[GATE] = self.gate.state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the state of a gate that adapts."""
+        super().on_load_checkpoint(checkpoint)
+        if isinstance(self.gate, RankGate) and GATE in checkpoint:
+            self.gate.restore(checkpoint[GATE])
 
     def make_experience(self, prompts: PromptBatch) -> StepSamples | None:
         """See :meth:`RolloutModule.make_experience`."""
@@ -177,22 +313,106 @@ class TrajectoryGRPOModule(GRPOModule):
             tuple(prompt for prompt in prompts.prompts for _ in range(count)),
             tuple(f"{key}/{number}" for key in prompts.keys for number in range(count)),
         )
+        sampler, steps = self._noisy_steps()
+        if self.reward_guidance is not None:
+            encoded = self.reward.encode_prompts(repeated.prompts)
+            sampler = GuidedSampler(sampler, self.reward_guidance, self.reward, encoded)
         trajectories = sample_trajectories(
-            self.policy, self.sampler, repeated, self.sampling, self.guidance_scale, self.seed
+            self.policy,
+            sampler,
+            repeated,
+            self.sampling,
+            self.guidance_scale,
+            self.seed,
+            keep_means=self.keeps_means,
         )
-        rewards = score_finished(self.reward, trajectories.finished, prompts, self.seed, self.reward_sigmas)
-        rewards = rewards.view(len(prompts), count)
+        latents = trajectories.finished
+        rewards = self._score(latents, prompts)
         self.rollout_statistics = group_statistics(torch.zeros(1), rewards.T[None].cpu())
-        advantage = self._advantages(rewards).flatten().cpu()
-        return worth_learning(trajectory_samples(trajectories, self.trained_steps, repeated, advantage))
+        given = self._score(latents, prompts, parts=True) if self.advantage.takes_parts else rewards
+        features = area_means(latents).unflatten(0, rewards.shape) if self.advantage.takes_features else None
+        outcome = self.advantages(given, self.advantage, features)[..., None].expand(*rewards.shape, len(steps))
+        process = None
+        if self.credit is not None:
+            states = self._state_rewards(trajectories, prompts, steps[0])
+            columns = self.credit(states)[:, [step - steps[0] for step in steps]]
+            process = self.advantages(columns.unflatten(0, rewards.shape), self.advantage, features)
+        if process is not None and not isinstance(self.loss, OutcomeProcessLoss):
+            outcome, process = process, None
+        per_step = {"advantage": outcome, "process": process, "held": self._held(latents, prompts, len(steps))}
+        given_rows = {name: None if value is None else value.flatten(0, 1).cpu() for name, value in per_step.items()}
+        return worth_learning(trajectory_samples(trajectories, steps, repeated, **given_rows))
 
-    def _advantages(self, rewards: Tensor) -> Tensor:
-        """Compute advantages ``(P, K)`` of this rank's rewards; ``global_std`` divides by the spread over all ranks."""
-        every = self.all_gather(rewards).reshape(-1, self.num_trajectories)
-        groups = torch.arange(len(every), device=every.device).repeat_interleave(self.num_trajectories)
-        advantages = tracked_advantages(every.flatten(), groups, self.global_std).view_as(every)
-        start = self.trainer.global_rank * len(rewards) if len(every) > len(rewards) else 0
-        return advantages[start : start + len(rewards)]
+    def _noisy_steps(self) -> tuple[StepSampler, list[int]]:
+        """Return the sampler of a rollout, and the steps to train on."""
+        if self.window is None:
+            return self.sampler, self.trained_steps
+        iteration = self.trainer.global_step
+        generator = pair_generator(self.seed, "window", iteration, "")
+        start = self.window.start(len(self.trained_steps), iteration, generator)
+        steps = self.trained_steps[start : start + self.window.size]
+        return WindowedSampler(self.sampler, self.plain_sampler, steps), steps
+
+    def _score(self, latents: Tensor, prompts: PromptBatch, sigma: float | None = None, parts: bool = False) -> Tensor:
+        """Score finished latents: ``(P, K)``, or ``(P, K, R)`` with ``parts``; at all levels or at one."""
+        sigmas = self.reward_sigmas if sigma is None else (sigma,)
+        scores = score_finished(self.reward, latents, prompts, self.seed, sigmas, parts)
+        return scores.unflatten(0, (len(prompts), self.num_trajectories))
+
+    def _state_rewards(self, trajectories: Trajectories, prompts: PromptBatch, first: int) -> Tensor:
+        """Score the states from step ``first`` on, at their own noise levels: ``(P·K, S + 1)``, finished ones last."""
+        encoded, rows = self.reward.encode_prompts(prompts.prompts), rows_of(prompts, trajectories.finished)
+        timesteps = trajectories.timesteps.tolist()
+        scores = [
+            score_states(self.reward, encoded, trajectories.latents[index], rows, timesteps[index])
+            for index in range(first, len(timesteps))
+        ]
+        finished = self._score(trajectories.finished, prompts, min(self.reward_sigmas))
+        return torch.stack([*scores, finished.flatten()], dim=1)
+
+    def _held(self, latents: Tensor, prompts: PromptBatch, steps: int) -> Tensor | None:
+        """Tell on which steps ``(P, K, S)`` the KL term acts; None for all."""
+        if self.gate is None:
+            return None
+        if isinstance(self.gate, UncertaintyGate):
+            levels = torch.stack([self._score(latents, prompts, sigma) for sigma in self.reward_sigmas])
+            held = self.gate(self.of_all_ranks(self.gate.uncertainty(levels)))
+        else:
+            parts = self.of_all_ranks(self._score(latents, prompts, parts=True))
+            held = self.gate(parts.flatten(0, 1)).unflatten(0, parts.shape[:2])
+        return self.of_this_rank(held, len(prompts))[..., None].expand(-1, -1, steps)
+
+
+def check_rules(
+    rules: Sequence[TrustRegion],
+    loss: ClippedPolicyLoss | OutcomeProcessLoss,
+    reward: RewardSource,
+    reward_sigmas: Sequence[float],
+) -> None:
+    """Check, before anything is loaded, that trust regions go with each other and with loss and reward.
+
+    Raises:
+        InputError: If not.
+    """
+    kinds: dict[str, str] = {}
+    for rule in rules:
+        name = type(rule).__name__
+        if rule.kind in kinds:
+            raise InputError(f"trust_region: {kinds[rule.kind]} and {name} exclude each other; leave one of them out")
+        kinds[rule.kind] = name
+        if rule.kind != "penalty" and isinstance(loss, OutcomeProcessLoss):
+            raise InputError(f"trust_region: {name} has no form for loss OutcomeProcessLoss; use ClippedPolicyLoss")
+        if rule.kind == "gate" and not loss.needs_reference:
+            raise InputError(f"trust_region: {name} chooses where the KL term acts; set loss.kl_weight above 0")
+        if isinstance(rule, UncertaintyGate) and len(reward_sigmas) < 2:
+            raise InputError("trust_region: UncertaintyGate compares noise levels; give reward_sigmas at least 2")
+        if isinstance(rule, UncertaintyGate) and not reward.uses_sigmas:
+            raise InputError(
+                f"trust_region: UncertaintyGate compares noise levels, and {type(reward).__name__} does not score at "
+                "levels; take a LatentReward"
+            )
+        if isinstance(rule, RankGate) and reward.parts < 2:
+            raise InputError("trust_region: RankGate compares rewards; take a RewardMixture of at least 2")
 
 
 def candidate_samples(step: CandidateStep, prompts: PromptBatch) -> StepSamples:
@@ -208,10 +428,30 @@ def candidate_samples(step: CandidateStep, prompts: PromptBatch) -> StepSamples:
     ).to("cpu")
 
 
+def area_means(latents: Tensor) -> Tensor:
+    """Average finished latents ``(N, C, ...)`` over areas of each frame, as features ``(N, F)`` of the samples."""
+    frames = latents.float().flatten(1, -3)
+    return F.adaptive_avg_pool2d(frames, FEATURE_SIDE).flatten(1)
+
+
 def trajectory_samples(
-    trajectories: Trajectories, steps: Sequence[int], prompts: PromptBatch, advantage: Tensor
+    trajectories: Trajectories,
+    steps: Sequence[int],
+    prompts: PromptBatch,
+    advantage: Tensor,
+    process: Tensor | None = None,
+    held: Tensor | None = None,
 ) -> list[StepSamples]:
-    """Make a training record of each step in ``steps``, on the CPU, with its trajectory's ``advantage`` ``(B,)``."""
+    """Make a training record of each step in ``steps``, on the CPU.
+
+    Args:
+        trajectories: B trajectories.
+        steps: S steps.
+        prompts: Prompts of the trajectories.
+        advantage: ``(B, S)`` advantages of the steps.
+        process: ``(B, S)`` second advantages; see :class:`StepSamples`.
+        held: ``(B, S)`` bool: whether the KL term acts.
+    """
     return [
         StepSamples(
             keys=tuple(f"{key}/{index}" for key in prompts.keys),
@@ -220,16 +460,20 @@ def trajectory_samples(
             timesteps=trajectories.timesteps[index].expand(len(prompts)),
             next_latents=trajectories.latents[index + 1][:, None],
             log_prob=trajectories.log_prob[index][:, None],
-            advantage=advantage[:, None],
+            advantage=advantage[:, [column]],
+            process=None if process is None else process[:, [column]],
+            old_mean=None if trajectories.means is None else trajectories.means[index],
+            held=None if held is None else held[:, [column]],
         ).to("cpu")
-        for index in steps
+        for column, index in enumerate(steps)
     ]
 
 
 def worth_learning(samples: Sequence[StepSamples]) -> StepSamples | None:
     """Return the rows with an advantage above :data:`LEAST_ADVANTAGE`; None if there are none."""
     joined = join_rows(samples)
-    rows = (joined.advantage.abs() > LEAST_ADVANTAGE).any(dim=1).nonzero().flatten().tolist()
+    learned = [part.abs() > LEAST_ADVANTAGE for part in (joined.advantage, joined.process) if part is not None]
+    rows = torch.cat(learned, dim=1).any(dim=1).nonzero().flatten().tolist()
     return take_rows(joined, rows) if rows else None
 
 

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -250,6 +250,7 @@ class PairModule(BasedModule):
         self._evaluate_more(batch, encoded)
         for index, name in enumerate(self.eval_levels):
             level = scored.pair_scores(slice(index * len(batch), (index + 1) * len(batch)))
+            level = replace(level, targets=batch.targets)
             self._update(name, level)
             self._update("all", level)
             if not self.loss.needs_cross_scores:

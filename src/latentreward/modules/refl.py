@@ -1,7 +1,7 @@
-"""Reward feedback learning (ReFL, arXiv:2304.05977): train a policy by the reward's gradient through late steps."""
+"""Reward feedback learning (ReFL, arXiv:2304.05977): train a policy by the reward's gradient through a few steps."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,23 +16,26 @@ from latentreward.noise import TimestepGrid
 from latentreward.policies import PolicySource
 from latentreward.policies.surrogate_gradient import gradient_carrier, surrogate
 from latentreward.rewards import RewardSource
-from latentreward.rollout import Sampling, check_sigmas, score_finished
+from latentreward.rollout import Sampling, check_sigmas, score_finished, score_states
 from latentreward.rollout.prompted import PromptedPolicy
 from latentreward.rollout.rollout_noise import RolloutDraws
 from latentreward.seeding import pair_generator
 
 
 class LateSample(NamedTuple):
-    """Result of sampling up to a random late step.
+    """Result of sampling up to a random step.
 
     Attributes:
-        clean: ``(B, C, ...)`` float32: finished latents as predicted at that step, with the policy's graph.
+        latents: ``(B, C, ...)`` float32, with the policy's graph: what the reward scores, finished latents as predicted
+            at that step or the states after it.
+        timestep: Timestep of the states; None for finished latents.
         drift: ``(B,)`` mean squared difference between the predictions of policy and reference in the steps with a
             graph; None if ``kl_weight`` is 0.
         step: Index of the step.
     """
 
-    clean: Tensor
+    latents: Tensor
+    timestep: float | None
     drift: Tensor | None
     step: int
 
@@ -44,6 +47,9 @@ class ReFLModule(RewardedModule):
     predicted at that step, and the gradient flows back through ``gradient_steps`` steps. A latent reward noises the
     latents to ``reward_sigmas`` first: one level, or several for DiNa-LRM's ensemble (arXiv:2602.11146). A reward of
     pixels decodes the latents, with gradient.
+
+    With ``scored: state`` the reward scores the state after the step instead, at the state's own noise level, as PRFL
+    (arXiv:2511.21541, algorithm 1) does. Then any step can be learned from, not only late ones.
 
     The backward pass has two parts: first through the reward, then through the policy. The reward's activations are
     freed in between. A reward may therefore be a second adapter on the policy's network, even with gradient
@@ -58,26 +64,32 @@ class ReFLModule(RewardedModule):
         sampling: Steps and noise of the sampler. ReFL: 40 steps of DDPM (``eta: 1``).
         stop_range: Range [low, high] of the number of steps that are left when the sampler stops, sampled uniformly for
             each batch, equal on all ranks. ReFL: [1, 10] of 40. [1, 1] finishes the samples, as DRaFT
-            (arXiv:2309.17400) does.
+            (arXiv:2309.17400) does. PRFL: [2, 40] of 40.
         gradient_steps: Number of steps that the gradient passes, the last one included: 1 in ReFL, K in DRaFT-K.
             Memory grows with the number.
-        reward_sigmas: Noise levels at which a latent reward scores; without effect on rewards of pixels.
+        reward_sigmas: Noise levels at which a latent reward scores; without effect on rewards of pixels, and with
+            ``scored: state``.
         loss: Loss as a function of the reward.
         kl_weight: Weight of the mean squared difference between the predictions of policy and reference, in the
             last ``gradient_steps`` steps. Each of these steps costs a forward pass of the reference. From the second
             on, each also costs a backward pass through the reference, because its input depends on the policy.
         pretraining_weight: Weight of the denoising error on images. Above 0, batches must hold images (see
             :class:`~latentreward.data.PromptsAndImages`); the chosen images of the pairs are used.
+        scored: ``clean``: predicted finished latents (ReFL). ``state``: the state after the last step with a graph
+            (PRFL); ``guidance_scale`` None then means none.
+        alternate_pretraining: Whether the denoising error has optimiser steps of its own, the second, fourth and so on
+            (PRFL), instead of being added to the reward's loss.
         options: See :class:`AlignmentModule`. ReFL's released code samples without guidance. The pre-training term
             uses no classifier-free guidance; networks that take ``guidance_scale`` as an input (FLUX.1-dev) get it.
 
     Raises:
-        InputError: If an argument is out of range, the scheduler cannot make the steps, or the reward has no gradient
-            or takes latents of another space.
+        InputError: If an argument is out of range, the scheduler cannot make the steps, or the reward has no gradient,
+            takes latents of another space, or does not score states with ``scored: state``.
 
     Note:
         ReFL's released code gives the network the step's index (30 to 39) as its timestep; here the network gets the
-        step's timestep. The paper's pre-training term is not in the released code.
+        step's timestep. The paper's pre-training term is not in the released code. PRFL's released code takes steps of
+        UniPC, here they are those of ``sampling``.
     """
 
     def __init__(
@@ -91,6 +103,8 @@ class ReFLModule(RewardedModule):
         loss: RewardLoss | None = None,
         kl_weight: float = 0.0,
         pretraining_weight: float = 0.0,
+        scored: Literal["clean", "state"] = "clean",
+        alternate_pretraining: bool = False,
         **options: Any,
     ) -> None:
         sampling = (sampling or Sampling(num_inference_steps=40)).with_noise()
@@ -106,7 +120,19 @@ class ReFLModule(RewardedModule):
         for name, weight in (("kl_weight", kl_weight), ("pretraining_weight", pretraining_weight)):
             if not 0.0 <= weight < float("inf"):
                 raise InputError(f"{name}={weight:g} must be at least 0 and finite; 0 leaves the term out")
-        sampler = sampling.sampler(policy.resolve_family())
+        if alternate_pretraining and not pretraining_weight:
+            raise InputError("alternate_pretraining=true alternates with a term of weight 0; raise pretraining_weight")
+        family = policy.resolve_family()
+        if scored == "state":
+            reward.require_step_scores("scored=state")
+            if low < 2:
+                raise InputError(
+                    f"stop_range={list(stop_range)} with scored=state ends at finished latents, which have no noise "
+                    "level of their own; start it at 2"
+                )
+            if options.get("guidance_scale") is None and family.needs_uncond(family.default_guidance):
+                options["guidance_scale"] = family.no_guidance
+        sampler = sampling.sampler(family)
         super().__init__(policy, reward, **options)
         if not self.reward.differentiable:
             raise InputError(
@@ -117,6 +143,7 @@ class ReFLModule(RewardedModule):
         self.stop_range, self.gradient_steps, self.reward_sigmas = (low, high), gradient_steps, tuple(reward_sigmas)
         self.loss = loss or RewardLoss()
         self.kl_weight, self.pretraining_weight = kl_weight, pretraining_weight
+        self.scored, self.alternate_pretraining = scored, alternate_pretraining
         self.levels = TimestepGrid(0, 999, 1)
 
     def setup(self, stage: str) -> None:
@@ -147,11 +174,12 @@ class ReFLModule(RewardedModule):
             output = network(latents, timestep)
             if self.kl_weight:
                 drifts.append(self._drift(network, latents, timestep, output))
-            if index < stop:
+            if index < stop or self.scored == "state":
                 latents = self._step(latents, output, index, draws)
-        timesteps = torch.full((len(prompts),), timestep)
-        clean = self.sampler.clean(latents, output, timesteps)
-        return LateSample(clean, torch.stack(drifts).mean(dim=0) if drifts else None, stop)
+        told = self.sampler.next_timestep(stop) if self.scored == "state" else None
+        if told is None:
+            latents = self.sampler.clean(latents, output, torch.full((len(prompts),), timestep))
+        return LateSample(latents, told, torch.stack(drifts).mean(dim=0) if drifts else None, stop)
 
     def _drift(self, network: PromptedPolicy, latents: Tensor, timestep: float, output: Tensor) -> Tensor:
         """Return the mean squared difference ``(B,)`` of the policy's ``output`` from the reference's, with gradient.
@@ -180,16 +208,31 @@ class ReFLModule(RewardedModule):
             return transition.mean
         return transition.sample(draws.noise(index, 1, latents.shape[1:])[0])
 
-    def reward_term(self, prompts: PromptBatch, clean: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the reward's loss, with a gradient to ``clean``, and the rewards ``(B,)``, detached."""
+    def reward_term(
+        self, prompts: PromptBatch, latents: Tensor, timestep: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the reward's loss, with a gradient to ``latents``, and the rewards ``(B,)``, detached.
+
+        Args:
+            prompts: B prompts.
+            latents: ``(B, C, ...)`` finished latents, or states at ``timestep``.
+            timestep: Timestep of the states; None for finished latents, which a latent reward noises itself.
+        """
         rewards = []
 
         def loss(latents: Tensor) -> Tensor:
-            scores = score_finished(self.reward, latents, prompts, self.seed, self.reward_sigmas)
+            scores = self._scores(prompts, latents, timestep)
             rewards.append(scores.detach())
             return self.loss(scores)
 
-        return surrogate(clean, loss), rewards[0]
+        return surrogate(latents, loss), rewards[0]
+
+    def _scores(self, prompts: PromptBatch, latents: Tensor, timestep: float | None) -> Tensor:
+        if timestep is None:
+            return score_finished(self.reward, latents, prompts, self.seed, self.reward_sigmas)
+        with torch.no_grad():
+            encoded = self.reward.encode_prompts(prompts.prompts)
+        return score_states(self.reward, encoded, latents, torch.arange(len(prompts)), timestep)
 
     def pretraining_term(self, batch: PreferenceBatch) -> Tensor:
         """Return the policy's mean denoising error on the chosen images, at uniform random timesteps."""
@@ -210,22 +253,29 @@ class ReFLModule(RewardedModule):
             InputError: If ``pretraining_weight`` is above 0 and the batch has no images.
         """
         prompts, images = (batch, None) if isinstance(batch, PromptBatch) else (batch["prompts"], batch["images"])
+        if self.alternate_pretraining and self.global_step % 2:
+            loss = self._weighted_pretraining(images)
+            self.log("train/loss", loss, batch_size=len(prompts))
+            return loss
         sample, size = self.sample(prompts, self.stop_index(batch_idx)), len(prompts)
-        loss, rewards = self.reward_term(prompts, sample.clean)
+        loss, rewards = self.reward_term(prompts, sample.latents, sample.timestep)
         self.log("train/reward", rewards.mean(), prog_bar=True, batch_size=size)
         self.log("train/stop_step", float(sample.step), batch_size=size)
         if sample.drift is not None:
             drift = sample.drift.mean()
             self.log("train/drift", drift, batch_size=size)
             loss = loss + self.kl_weight * drift
-        if self.pretraining_weight:
-            if images is None:
-                raise InputError(
-                    f"pretraining_weight={self.pretraining_weight:g} needs images beside the prompts; train with "
-                    "data: PromptsAndImages, or set it to 0"
-                )
-            error = self.pretraining_term(images)
-            self.log("train/denoising_error", error, batch_size=len(images))
-            loss = loss + self.pretraining_weight * error
+        if self.pretraining_weight and not self.alternate_pretraining:
+            loss = loss + self._weighted_pretraining(images)
         self.log("train/loss", loss, batch_size=size)
         return loss
+
+    def _weighted_pretraining(self, images: PreferenceBatch | None) -> Tensor:
+        if images is None:
+            raise InputError(
+                f"pretraining_weight={self.pretraining_weight:g} needs images beside the prompts; train with "
+                "data: PromptsAndImages, or set it to 0"
+            )
+        error = self.pretraining_term(images)
+        self.log("train/denoising_error", error, batch_size=len(images))
+        return self.pretraining_weight * error

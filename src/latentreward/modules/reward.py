@@ -68,6 +68,9 @@ class RewardModule(PairModule):
         built = {} if backbone.built_by is None else backbone.built_by.init_args
         self.base_settings = unseen_settings("backbone", built, backbone.text_encoder)
         self._trained_sizes: ImageSizes | None = None
+        if backbone.feature_spec.output is not None and not self.model.head.reads_output:
+            name = type(self.model.head).__name__
+            raise InputError(f"backbone.output_map is true, but {name} does not read the output map; set it to false")
         if not self.model.head.reads_text:
             backbone.drop_text_taps()
         if not self.model.head.reads_temb:
@@ -181,7 +184,8 @@ class RewardModule(PairModule):
                 rewards = head(features)
         chosen, rejected = rewards.float().chunk(2)
         chosen_sigmas, rejected_sigmas = self.noise_process.sigma(timesteps).to(rewards.device).chunk(2)
-        return PairScores(chosen, rejected, batch.label, batch.weight, chosen_sigmas, rejected_sigmas, cross)
+        pairs = batch.label, batch.weight, chosen_sigmas, rejected_sigmas
+        return PairScores(chosen, rejected, *pairs, cross, batch.targets)
 
     def _gathered_similarities(self, image_embeds: Tensor, text_embeds: Tensor) -> CrossScores:
         """Compute similarities over the batches of all ranks, with gradient to the rank that owns a row."""
@@ -199,7 +203,7 @@ class RewardModule(PairModule):
         rows = []
         for prompt in range(pairs):
             conditioning = encoded.conditioning.select([prompt] * len(noisy))
-            rewards = self.model(noisy, timesteps, conditioning, encoded.uncond).float()
+            rewards = self.model.head(self.model.read(noisy, timesteps, conditioning, encoded.uncond)).float()
             if rewards.ndim > 1:
                 raise InputError("in-batch negatives need a head with one output; set out_dim: 1 or mode: pair")
             rows.append(rewards)

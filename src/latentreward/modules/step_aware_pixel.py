@@ -130,4 +130,5 @@ class StepAwarePixelModule(PairModule):
             texts = gather_with_grad(text_embeds) * self.network.clip.logit_scale.float().exp()
             cross = CrossScores(*(texts @ gather_with_grad(half).T for half in image_embeds.chunk(2)))
         chosen_sigmas, rejected_sigmas = self.noise_process.sigma(timesteps).to(chosen.device).chunk(2)
-        return PairScores(chosen, rejected, batch.label, batch.weight, chosen_sigmas, rejected_sigmas, cross)
+        pairs = batch.label, batch.weight, chosen_sigmas, rejected_sigmas
+        return PairScores(chosen, rejected, *pairs, cross, batch.targets)

@@ -1,7 +1,9 @@
 """Fast switching between the peft adapters of one network."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -61,3 +63,28 @@ class AdapterSwitch:
         finally:
             for layer, active, disabled in before:
                 layer._active_adapter, layer._disable_adapters = active, disabled
+
+
+def add_frozen_adapter(network: nn.Module, config: Any, name: str) -> dict[str, nn.Parameter]:
+    """Add an adapter to a network whose other adapters stay as they are, active or not, trainable or not.
+
+    Call :meth:`AdapterSwitch.refresh` afterwards.
+
+    Args:
+        network: Network that has an adapter.
+        config: ``peft.LoraConfig`` of the new adapter.
+        name: Name of the new adapter.
+
+    Returns:
+        The new adapter's parameters by their names in ``network``, frozen, with peft's initial values, in the types of
+        the layers' weights.
+    """
+    from peft import inject_adapter_in_model
+
+    trains = {parameter for parameter in network.parameters() if parameter.requires_grad}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+        inject_adapter_in_model(config, network, name)
+    for parameter in network.parameters():  # peft has made the new adapter the one that trains
+        parameter.requires_grad_(parameter in trains)
+    return {key: parameter for key, parameter in network.named_parameters() if f".{name}." in key}

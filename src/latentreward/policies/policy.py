@@ -35,9 +35,11 @@ class Policy(nn.Module):
     Attributes:
         source: Folder or hub id of the weights, for messages.
         adapters: Switch between the policy's adapter, a reward's adapter, and no adapter.
+        moving_adapters: Names of frozen adapters that training changes, so that checkpoints hold them.
     """
 
     source: str = ""
+    moving_adapters: tuple[str, ...] = ()
     network: Any
 
     def __init__(

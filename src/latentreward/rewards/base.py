@@ -67,6 +67,12 @@ class Reward(nn.Module, ABC):
         """
         return self(NoisyStates(latents, torch.zeros(len(latents), device=latents.device), rows, latents), encoded)
 
+    def score_parts(
+        self, latents: Tensor, rows: Tensor, encoded: Any, noise: Tensor | None = None, sigmas: Sequence[float] = ()
+    ) -> Tensor:
+        """Score finished latents by each reward of a mixture, not weighted: ``(N, R)``; see :meth:`score_clean`."""
+        return self.score_clean(latents, rows, encoded, noise, sigmas)[:, None]
+
     def set_precision(self, dtype: torch.dtype) -> None:
         """Set the type in which frozen weights are stored and multiplied; scores stay float32.
 
@@ -106,7 +112,15 @@ class Reward(nn.Module, ABC):
 
 
 class RewardSource(ABC):
-    """Settings of a reward, as given in YAML. Weights are loaded by :meth:`load` only."""
+    """Settings of a reward, as given in YAML. Weights are loaded by :meth:`load` only.
+
+    Attributes:
+        parts: Number of rewards that a mixture holds; 1 for any other reward.
+        uses_sigmas: Whether the reward scores finished latents at noise levels, as latent rewards do.
+    """
+
+    parts: int = 1
+    uses_sigmas: bool = False
 
     @abstractmethod
     def latent_space(self) -> LatentSpace | None:
@@ -123,6 +137,25 @@ class RewardSource(ABC):
             raise InputError(
                 f"the policy {policy.source} makes latents of the space [{ours}], but the reward takes [{theirs}]; use "
                 "a reward trained on latents of the policy's VAE, or one that scores pixels"
+            )
+
+    def scores_states(self) -> bool:
+        """Tell whether the reward scores a noisy state as it is, without the policy's prediction of clean latents."""
+        return True
+
+    def require_step_scores(self, field: str) -> None:
+        """Check, before any weight is loaded, that the reward scores noisy states for a setting that needs it.
+
+        Args:
+            field: Name and value of the setting, for the message.
+
+        Raises:
+            InputError: If the reward needs clean latents, as rewards of pixels do.
+        """
+        if not self.scores_states():
+            raise InputError(
+                f"{field} needs the score of a noisy state, which {type(self).__name__} does not give, because it "
+                "scores predicted clean latents; take a LatentReward, or leave that setting out"
             )
 
     @abstractmethod

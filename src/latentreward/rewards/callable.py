@@ -44,6 +44,10 @@ class CallableReward(RewardSource):
     def latent_space(self) -> None:
         """Return None: latents of any policy are passed to the function."""
 
+    def scores_states(self) -> bool:
+        """Tell whether the function does without the clean latents."""
+        return not self.needs_clean
+
     def load(self, policy: Policy) -> FunctionReward:
         """See :meth:`RewardSource.load`."""
         return FunctionReward(self.function, self.needs_clean, self.differentiable)

@@ -177,7 +177,8 @@ class LatentScorer(Reward):
                 repeated = timestep.repeat(len(latents))
                 noisy = process.add_noise(latents, noise[chunk].to(latents), repeated)
                 levels.append(self.model.read(noisy, repeated, conditioning, encoded.uncond))
-            return self.model.head(levels[0]) if len(levels) == 1 else self.model.head.score_ensemble(levels)
+            head = self.model.head
+            return head.total(head(levels[0]) if len(levels) == 1 else head.score_ensemble(levels))
 
         return self.checked(self._by_rows(latents, read), timesteps[:1].expand(len(latents)))
 
@@ -237,6 +238,8 @@ class LatentReward(RewardSource):
               init_args:
                 reward: {class_path: LatentReward, init_args: {path: runs/lrm/reward.ckpt}}
     """
+
+    uses_sigmas = True
 
     def __init__(
         self,

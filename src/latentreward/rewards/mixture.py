@@ -63,6 +63,16 @@ class RewardMixture(RewardSource):
             )
         self.rewards, self.weights, self.normalise = list(rewards), weights, normalise
 
+    @property
+    def parts(self) -> int:  # type: ignore[override]  # no attribute: recorded settings hold those
+        """Number of rewards."""
+        return len(self.rewards)
+
+    @property
+    def uses_sigmas(self) -> bool:  # type: ignore[override]
+        """Whether one of the rewards scores finished latents at noise levels."""
+        return any(reward.uses_sigmas for reward in self.rewards)
+
     def latent_space(self) -> LatentSpace | None:
         """Return the common latent space of the rewards that need one; None if none does.
 
@@ -76,6 +86,10 @@ class RewardMixture(RewardSource):
                 "mix rewards of one VAE, or rewards that score pixels"
             )
         return next(iter(spaces), None)
+
+    def scores_states(self) -> bool:
+        """Tell whether each reward of the mixture scores noisy states as they are."""
+        return all(reward.scores_states() for reward in self.rewards)
 
     def require_latents_of(self, policy: PolicySource) -> None:
         """See :meth:`RewardSource.require_latents_of`; checks each reward of the mixture."""
@@ -131,6 +145,18 @@ class MixedReward(Reward):
     ) -> Tensor:
         """See :meth:`Reward.score_clean`."""
         return self._mix(rows, encoded, lambda reward, known: reward.score_clean(latents, rows, known, noise, sigmas))
+
+    def score_parts(
+        self,
+        latents: Tensor,
+        rows: Tensor,
+        encoded: tuple[Any, ...],
+        noise: Tensor | None = None,
+        sigmas: Sequence[float] = (),
+    ) -> Tensor:
+        """See :meth:`Reward.score_parts`; one column for each reward, neither weighted nor normalised."""
+        pairs = zip(self.rewards, encoded, strict=True)
+        return torch.stack([reward.score_clean(latents, rows, known, noise, sigmas) for reward, known in pairs], dim=1)
 
     def _mix(self, rows: Tensor, encoded: tuple[Any, ...], score: Callable[[Any, Any], Tensor]) -> Tensor:
         parts = []

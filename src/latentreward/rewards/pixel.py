@@ -42,6 +42,10 @@ class PixelReward(RewardSource):
     def latent_space(self) -> None:
         """Return None: latents of any policy can be scored, since the policy's own VAE decodes them."""
 
+    def scores_states(self) -> bool:
+        """Return False: a noisy state has no picture."""
+        return False
+
     def load(self, policy: Policy) -> DecodingReward:
         """See :meth:`RewardSource.load`."""
         if isinstance(self.scorer, StepAwareScorer):

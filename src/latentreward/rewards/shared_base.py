@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import count
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from latentreward.checkpoints.base_weights import is_quantized, without_adapters
+from latentreward.policies.adapters import add_frozen_adapter
 
 if TYPE_CHECKING:
     from latentreward.policies import Policy
@@ -86,7 +86,6 @@ def share_adapter(policy: Policy, network: nn.Module, weights: Mapping[str, Tens
     Returns:
         Name of the adapter in the policy's network; None if ``network`` has no adapter.
     """
-    from peft import inject_adapter_in_model
     from peft.tuners.lora import LoraLayer
 
     layers = [name for name, module in network.named_modules() if isinstance(module, LoraLayer)]
@@ -96,17 +95,10 @@ def share_adapter(policy: Policy, network: nn.Module, weights: Mapping[str, Tens
     adapter = next(name for name in (f"{REWARD}{number or ''}" for number in count()) if name not in taken)
     settings: Any = network.peft_config
     config = replace(settings["default"], target_modules=layers, lora_dropout=0.0)
-    trains = {parameter for parameter in policy.network.parameters() if parameter.requires_grad}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
-        inject_adapter_in_model(config, policy.network, adapter)
-    own = {name: parameter for name, parameter in policy.network.named_parameters() if f".{adapter}." in name}
     with torch.no_grad():
-        for name, parameter in own.items():
+        for name, parameter in add_frozen_adapter(policy.network, config, adapter).items():
             trained = weights.get(name.replace(f".{adapter}.", ".default."))  # None if the head does not use the layer
             parameter.zero_() if trained is None else parameter.copy_(trained)
-    for parameter in policy.network.parameters():
-        parameter.requires_grad_(parameter in trains)
     policy.adapters.refresh()
     leave_out(policy.network, adapter)
     return adapter

@@ -1,7 +1,174 @@
 """Group-relative advantages (GRPO): rewards normalised within the samples of one state or prompt."""
 
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Literal
+
 import torch
 from torch import Tensor
+
+from latentreward.errors import InputError
+
+
+class Advantage(ABC):
+    """Rule that turns the rewards of a rollout into advantages.
+
+    Attributes:
+        takes_parts: Whether the rule takes each reward of a mixture by itself, ``(N, R)``, in place of their sum.
+        takes_features: Whether the rule is called with a third argument, features ``(N, F)`` of the samples.
+    """
+
+    takes_parts = False
+    takes_features = False
+
+    @abstractmethod
+    def __call__(self, rewards: Tensor, groups: Tensor) -> Tensor:
+        """Compute advantages.
+
+        Args:
+            rewards: ``(N,)`` or ``(N, T)``, one row per sample, in any order.
+            groups: ``(N,)`` int64: index of the prompt of each sample.
+
+        Returns:
+            Advantages, float32.
+        """
+
+
+class GroupAdvantage(Advantage):
+    """Advantage (reward − group's mean) / (standard deviation + ε), in float64.
+
+    Groups of one sample, and of equal rewards, have the advantage 0. The columns of ``(N, T)`` rewards are independent.
+
+    Args:
+        std: Standard deviation that divides: of the ``group``, of ``all`` rewards of the rollout (Flow-GRPO,
+            DiffusionNFT, AWM), or ``none``.
+        ddof: 0 divides the sum of squares by n (Flow-GRPO), 1 by n − 1 (DanceGRPO, verl).
+        epsilon: ε; 1e-4 in Flow-GRPO, 1e-8 in DanceGRPO.
+        trim: Share in [0, ½) of a group's rewards that are left out of mean and standard deviation, on each side.
+        clip: Bound of the advantages' absolute values; None sets no bound.
+
+    Raises:
+        InputError: If a number is out of range.
+    """
+
+    def __init__(
+        self,
+        std: Literal["group", "all", "none"] = "group",
+        ddof: Literal[0, 1] = 0,
+        epsilon: float = 1e-4,
+        trim: float = 0.0,
+        clip: float | None = None,
+    ) -> None:
+        if not (math.isfinite(epsilon) and epsilon > 0):
+            raise InputError(f"epsilon={epsilon:g} must be positive and finite; Flow-GRPO uses 1e-4")
+        if not 0 <= trim < 0.5:
+            raise InputError(f"trim={trim:g} must lie in [0, 0.5); 0 uses all rewards")
+        if clip is not None and not (math.isfinite(clip) and clip > 0):
+            raise InputError(f"clip={clip:g} must be positive and finite; null sets no bound")
+        self.std, self.ddof, self.epsilon, self.trim, self.clip = std, ddof, epsilon, trim, clip
+
+    def __call__(self, rewards: Tensor, groups: Tensor) -> Tensor:
+        """See :meth:`Advantage.__call__`; the result has the shape of ``rewards``."""
+        values, advantages = rewards.double(), torch.zeros_like(rewards, dtype=torch.float64)
+        overall = self._spread(self._kept(values))
+        for group in groups.unique():
+            rows = groups == group
+            kept = self._kept(values[rows])
+            advantages[rows] = values[rows] - kept.mean(dim=0)
+            if self.std != "none":
+                advantages[rows] /= (overall if self.std == "all" else self._spread(kept)) + self.epsilon
+        return (advantages if self.clip is None else advantages.clamp(-self.clip, self.clip)).float()
+
+    def _kept(self, values: Tensor) -> Tensor:
+        """Return a group's rewards without the least and the largest ones, sorted if any are left out."""
+        cut = int(len(values) * self.trim)
+        return values.sort(dim=0).values[cut : len(values) - cut] if cut else values
+
+    def _spread(self, values: Tensor) -> Tensor:
+        """Return the standard deviation; 1 for a single value, whose advantage is 0 anyway."""
+        return values.std(dim=0, correction=self.ddof) if len(values) > 1 else torch.ones_like(values[0])
+
+
+class GDPO(Advantage):
+    """Advantage of several rewards (GDPO, arXiv:2601.05242): each is normalised in its group before they are added.
+
+    The weighted sum of the group-relative advantages is then brought to mean 0 and standard deviation 1 over the
+    rollout. A reward with a large spread does not drown the others, as it does in a sum of rewards. A
+    :class:`~latentreward.rewards.RewardMixture` gives its rewards one by one; its own weights are not used.
+
+    Args:
+        weights: Weight of each reward; None weighs all alike.
+        epsilon: Least standard deviation that is divided by.
+
+    Raises:
+        InputError: If a number is out of range.
+    """
+
+    takes_parts = True
+
+    def __init__(self, weights: Sequence[float] | None = None, epsilon: float = 1e-6) -> None:
+        if not (math.isfinite(epsilon) and epsilon > 0):
+            raise InputError(f"epsilon={epsilon:g} must be positive and finite")
+        if weights is not None and not all(math.isfinite(weight) for weight in weights):
+            raise InputError(f"weights={list(weights)} must be finite")
+        self.weights, self.epsilon = weights, epsilon
+
+    def __call__(self, rewards: Tensor, groups: Tensor) -> Tensor:
+        """Compute advantages ``(N,)`` of rewards ``(N, R)``, one column per reward.
+
+        Raises:
+            InputError: If there are not as many columns as weights.
+        """
+        values = rewards.double().reshape(len(rewards), -1)
+        if self.weights is not None and len(self.weights) != values.shape[1]:
+            raise InputError(f"GDPO: {values.shape[1]} rewards for {len(self.weights)} weights; give one for each")
+        weights = values.new_tensor(self.weights or [1.0] * values.shape[1])
+        total = values.new_zeros(len(values))
+        for group in groups.unique():
+            rows = groups == group
+            total[rows] = self._standardised(values[rows]) @ weights
+        return self._standardised(total).float()
+
+    def _standardised(self, values: Tensor) -> Tensor:
+        std, mean = torch.std_mean(values, dim=0, correction=0)
+        return (values - mean) / std.clamp(min=self.epsilon)
+
+
+class DiversityAdvantage(Advantage):
+    r"""Advantage of GARDO (arXiv:2512.24138): good samples count the more, the less they resemble their group.
+
+    .. math:: A_i = (r_i - \bar r)\, m_i, \qquad m_i = 1 \text{ if } r_i < \bar r, \text{ else } \delta_i / \bar\delta
+
+    with :math:`\delta_i` the least cosine distance of a sample's features to those of another sample of its group, and
+    bars the means over the group. Not divided by a standard deviation. GARDO takes features of pixels (DINOv3); the
+    modules give the finished latents, averaged over areas, which needs no decoding (ours).
+    """
+
+    takes_features = True
+
+    def __call__(self, rewards: Tensor, groups: Tensor, features: Tensor | None = None) -> Tensor:
+        """See :meth:`Advantage.__call__`; ``features`` are ``(N, F)``.
+
+        Raises:
+            ValueError: If ``features`` are missing.
+        """
+        if features is None:
+            raise ValueError("DiversityAdvantage needs features")
+        values = rewards.double()
+        advantages = torch.zeros_like(values)
+        directions = torch.nn.functional.normalize(features.double(), dim=1)
+        for group in groups.unique():
+            rows = (groups == group).nonzero().flatten()
+            if len(rows) < 2:
+                continue
+            distance = 1 - directions[rows] @ directions[rows].T
+            nearest = distance.fill_diagonal_(math.inf).min(dim=1).values.clamp(min=0)
+            mean = nearest.mean()
+            share = nearest / mean if mean > 0 else torch.ones_like(nearest)
+            gain = values[rows] - values[rows].mean(dim=0)
+            advantages[rows] = torch.where(gain < 0, gain, gain * share.view(-1, *[1] * (gain.ndim - 1)))
+        return advantages.float()
 
 
 def group_advantages(scores: Tensor, epsilon: float = 1e-4) -> Tensor:
@@ -31,10 +198,4 @@ def tracked_advantages(rewards: Tensor, groups: Tensor, global_std: bool = False
     Returns:
         Advantages in the shape of ``rewards``, float32.
     """
-    values, advantages = rewards.double(), torch.empty_like(rewards, dtype=torch.float32)
-    overall = values.std(dim=0, correction=0)
-    for group in groups.unique():
-        rows = groups == group
-        std, mean = torch.std_mean(values[rows], dim=0, correction=0)
-        advantages[rows] = ((values[rows] - mean) / ((overall if global_std else std) + epsilon)).float()
-    return advantages
+    return GroupAdvantage("all" if global_std else "group", 0, epsilon)(rewards, groups)

@@ -9,11 +9,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from latentreward.contracts import NoisyStates, PromptBatch
+from latentreward.contracts import PromptBatch
 from latentreward.errors import InputError
 from latentreward.policies import Policy
 from latentreward.rewards.base import Reward
 from latentreward.rollout.base import TIMESTEP_TOLERANCE, StepSampler
+from latentreward.rollout.finished import score_states
 from latentreward.rollout.prompted import PromptedPolicy
 from latentreward.rollout.rollout_noise import RolloutDraws
 from latentreward.rollout.settings import Sampling
@@ -183,7 +184,5 @@ def _finished(
 def _score(reward: Reward, encoded: Any, candidates: Tensor, clean: Tensor | None, timestep: float) -> Tensor:
     """Score all candidates in one batch, prompts innermost: ``(K, B)``."""
     count, prompts = candidates.shape[:2]
-    timesteps = torch.full((count * prompts,), timestep, device=candidates.device)
-    rows = torch.arange(prompts, device=candidates.device).repeat(count)
-    scores: Tensor = reward(NoisyStates(candidates.flatten(0, 1), timesteps, rows, clean), encoded)
-    return scores.view(count, prompts)
+    rows = torch.arange(prompts).repeat(count)
+    return score_states(reward, encoded, candidates.flatten(0, 1), rows, timestep, clean).view(count, prompts)

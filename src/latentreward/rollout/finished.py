@@ -1,11 +1,12 @@
-"""Scores of finished latents."""
+"""Scores of finished latents, and of noisy states at their own noise level."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from latentreward.contracts import PromptBatch
+from latentreward.contracts import NoisyStates, PromptBatch
 from latentreward.errors import InputError
 from latentreward.rewards.base import Reward
 from latentreward.seeding import pair_generator
@@ -17,7 +18,35 @@ def check_sigmas(reward_sigmas: Sequence[float]) -> None:
         raise InputError(f"reward_sigmas={list(reward_sigmas)} must be at least one noise level in [0, 1]")
 
 
-def score_finished(reward: Reward, latents: Tensor, prompts: PromptBatch, seed: int, sigmas: Sequence[float]) -> Tensor:
+def score_states(
+    reward: Reward, encoded: Any, latents: Tensor, rows: Tensor, timestep: float, clean: Tensor | None = None
+) -> Tensor:
+    """Score states that are all at one timestep: ``(N,)``, float32.
+
+    Args:
+        reward: Reward that scores the states.
+        encoded: Result of :meth:`Reward.encode_prompts`.
+        latents: ``(N, C, ...)`` states.
+        rows: ``(N,)`` int64 index of each state's prompt in ``encoded``.
+        timestep: Timestep of the policy's noise process that the reward is told.
+        clean: ``(N, C, ...)`` predicted clean latents, for rewards with ``needs_clean``.
+
+    Raises:
+        InputError: If a score has the wrong shape or is not finite.
+    """
+    timesteps = torch.full((len(latents),), timestep, device=latents.device)
+    scores: Tensor = reward(NoisyStates(latents, timesteps, rows.to(latents.device), clean), encoded)
+    return scores
+
+
+def score_finished(
+    reward: Reward,
+    latents: Tensor,
+    prompts: PromptBatch,
+    seed: int,
+    sigmas: Sequence[float],
+    parts: bool = False,
+) -> Tensor:
     """Score finished latents: ``(N,)``, float32.
 
     A reward that scores noisy latents adds noise at the levels ``sigmas``. All samples of a prompt share that noise, so
@@ -29,10 +58,17 @@ def score_finished(reward: Reward, latents: Tensor, prompts: PromptBatch, seed: 
         prompts: P prompts.
         seed: Seed of the noise.
         sigmas: Noise levels for a latent reward; without effect on rewards of pixels.
+        parts: Score by each reward of a mixture: ``(N, R)``; see :meth:`Reward.score_parts`.
     """
     generators = [pair_generator(seed, "reward noise", 0, key) for key in prompts.keys]
     noise = torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in generators])
-    rows = torch.arange(len(prompts)).repeat_interleave(len(latents) // len(prompts)).to(latents.device)
+    rows = rows_of(prompts, latents)
     with torch.no_grad():
         encoded = reward.encode_prompts(prompts.prompts)
-    return reward.score_clean(latents, rows, encoded, noise.to(latents.device)[rows], sigmas).float()
+    score = reward.score_parts if parts else reward.score_clean
+    return score(latents, rows, encoded, noise.to(latents.device)[rows], sigmas).float()
+
+
+def rows_of(prompts: PromptBatch, latents: Tensor) -> Tensor:
+    """Return the index of the prompt of each of ``latents`` ``(N, C, ...)``, of which each prompt has N / P in turn."""
+    return torch.arange(len(prompts)).repeat_interleave(len(latents) // len(prompts)).to(latents.device)

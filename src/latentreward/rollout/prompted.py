@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -32,6 +32,10 @@ class PromptedPolicy:
         """Encode the prompts, and the empty prompt if the guidance needs it."""
         uncond = policy.encode_uncond() if policy.family.needs_uncond(guidance_scale) else None
         return cls(policy, policy.encode_prompts(prompts.prompts), uncond, guidance_scale)
+
+    def select(self, rows: Tensor) -> PromptedPolicy:
+        """Return the network for the prompts of ``rows`` ``(N,)`` int64, in any number and order."""
+        return replace(self, conditioning=self.conditioning.select(rows))
 
     @property
     def device(self) -> torch.device:

@@ -7,7 +7,10 @@ from latentreward.errors import InputError
 from latentreward.families import Family
 from latentreward.rollout.base import StepSampler
 from latentreward.rollout.ddim import DDIMSampler
-from latentreward.rollout.flow_sde import FlowSDESampler
+from latentreward.rollout.flow_sde import FlowNoise, FlowSDESampler, check_noise_level
+
+ROLLOUT_NOISE: dict[FlowNoise, float] = {"flow": 0.7, "dance": 0.3, "cps": 0.8}
+"""Noise of a flow's step in rollouts, as Flow-GRPO, DanceGRPO and Flow-GRPO's CPS configurations set it."""
 
 
 @dataclass
@@ -22,10 +25,12 @@ class Sampling:
         eta: Noise of a DDIM step (SD1.5, SD2.1, SDXL), in [0, 1]: 0 deterministic, 1 ancestral. None gives 0, and 1 in
             rollouts.
         noise_level: Noise of a flow-matching step, at least 0: 0 deterministic. None gives 0, and 0.7 in
-            rollouts.
+            rollouts (``dance`` 0.3, ``cps`` 0.8).
         height: Image height in pixels; None for the network's native height.
         width: Image width in pixels; None for the network's native width.
         frames: Number of frames of a clip; 1 for an image.
+        flow_noise: How a flow-matching step adds noise: ``flow`` (Flow-GRPO), ``dance`` (DanceGRPO) or ``cps``
+            (coefficients-preserving sampling); see :class:`FlowSDESampler`.
     """
 
     num_inference_steps: int = 20
@@ -34,6 +39,7 @@ class Sampling:
     height: int | None = None
     width: int | None = None
     frames: int = 1
+    flow_noise: FlowNoise = "flow"
 
     def __post_init__(self) -> None:
         """Raise InputError for settings that are out of range."""
@@ -41,17 +47,17 @@ class Sampling:
             raise InputError(f"num_inference_steps={self.num_inference_steps} must be at least 1")
         if self.eta is not None and not 0 <= self.eta <= 1:
             raise InputError(f"eta={self.eta:g} must lie in [0, 1]: 0 is deterministic, 1 ancestral sampling")
-        if self.noise_level is not None and not 0 <= self.noise_level < float("inf"):
-            raise InputError(f"noise_level={self.noise_level:g} must be 0 or above; Flow-GRPO takes 0.7")
+        check_noise_level(self.flow_noise, self.noise_level or 0.0)
 
     def with_noise(self) -> Self:
-        """Return a copy for rollouts, with ``eta`` 1 (LPO) and ``noise_level`` 0.7 (Flow-GRPO) in place of None."""
-        eta, noise_level = self.eta, self.noise_level
-        return replace(self, eta=1.0 if eta is None else eta, noise_level=0.7 if noise_level is None else noise_level)
+        """Return a copy for rollouts, with ``eta`` 1 (LPO) and the noise of :data:`ROLLOUT_NOISE` in place of None."""
+        noise_level = ROLLOUT_NOISE[self.flow_noise] if self.noise_level is None else self.noise_level
+        return replace(self, eta=1.0 if self.eta is None else self.eta, noise_level=noise_level)
 
     def record(self) -> dict[str, Any]:
-        """Return the fields as plain values, without ``frames`` if 1: records of earlier versions stay equal."""
-        return {name: value for name, value in asdict(self).items() if name != "frames" or value != 1}
+        """Return the fields as plain values, without those of later versions at their defaults: records stay equal."""
+        later = {"frames": 1, "flow_noise": "flow"}
+        return {name: value for name, value in asdict(self).items() if name not in later or value != later[name]}
 
     def latent_shape(self, family: Family) -> tuple[int, ...]:
         """Return the shape of one sample's latents; see :meth:`Family.latent_shape`."""
@@ -70,5 +76,6 @@ class Sampling:
         """
         shape = self.latent_shape(family)
         if family.flow:
-            return FlowSDESampler(*family.levels(self.num_inference_steps, shape), self.noise_level or 0.0)
+            levels = family.levels(self.num_inference_steps, shape)
+            return FlowSDESampler(*levels, self.noise_level or 0.0, self.flow_noise)
         return DDIMSampler(family.pipeline.config("scheduler"), self.num_inference_steps, self.eta or 0.0)

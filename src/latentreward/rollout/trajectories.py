@@ -26,12 +26,15 @@ class Trajectories:
         log_prob: ``(T, B)`` float32: log-probability of each step under the policy that sampled the step; 0 for
             deterministic steps.
         stochastic: ``(T,)`` bool on the CPU: whether the step has noise, and so a log-probability to train on.
+        means: ``(T, B, C, ...)`` mean of each step under the policy that sampled it, without guidance by a reward; None
+            unless they were asked for.
     """
 
     latents: Tensor
     timesteps: Tensor
     log_prob: Tensor
     stochastic: Tensor
+    means: Tensor | None = None
 
     @property
     def finished(self) -> Tensor:
@@ -49,7 +52,7 @@ def sample_trajectories(
     seed: int,
     *,
     draws: RolloutDraws | None = None,
-    needs_noise: bool = True,
+    keep_means: bool = False,
 ) -> Trajectories:
     """Sample from noise to the finished latents, and keep every state.
 
@@ -61,26 +64,25 @@ def sample_trajectories(
         guidance_scale: Scale as checked by :meth:`Family.guidance`.
         seed: Seed of all random numbers.
         draws: Random numbers to use in place of those from ``seed``.
-        needs_noise: Whether at least one step must have noise, and so a log-probability to train on.
-
-    Raises:
-        InputError: If ``needs_noise`` and no step has noise.
+        keep_means: Whether to keep the mean of each step.
     """
-    if needs_noise:
-        sampler.require_noise()
     network, draws = PromptedPolicy.of(policy, prompts, guidance_scale), draws or RolloutDraws(seed, prompts.keys)
     shape = sampling.latent_shape(policy.family)
+    means: list[Tensor] = []
     states, log_probs, stochastic = [draws.initial(shape).to(network.device)], [], sampler.noise_std > 0
     for index, timestep in enumerate(sampler.timesteps.tolist()):
         output = network(states[-1], timestep)
         transition = sampler.transition(states[-1], output, torch.full((len(output),), timestep))
+        if keep_means:
+            means.append(transition.mean)
         if stochastic[index]:
             states.append(transition.sample(draws.noise(index, 1, shape)[0]))
             log_probs.append(transition.log_prob(states[-1]))
         else:
             states.append(transition.mean)
             log_probs.append(torch.zeros_like(transition.std))
-    return Trajectories(torch.stack(states), sampler.timesteps, torch.stack(log_probs), stochastic)
+    kept = torch.stack(means) if keep_means else None
+    return Trajectories(torch.stack(states), sampler.timesteps, torch.stack(log_probs), stochastic, kept)
 
 
 @torch.no_grad()
@@ -108,4 +110,4 @@ def sample_latents(
     sampler = sampling.sampler(policy.family)
     with policy.reference() if reference else nullcontext():
         sampled = (policy, sampler, prompts, sampling, guidance_scale, seed)
-        return sample_trajectories(*sampled, draws=draws, needs_noise=False).finished.clone()
+        return sample_trajectories(*sampled, draws=draws).finished.clone()

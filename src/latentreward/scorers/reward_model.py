@@ -101,6 +101,14 @@ class RewardModelScorer(ImageScorer):
         noise = self.noise or "of the model"
         return f"{type(self).__name__} {self.path}{revision}{base}{own} noise {noise} {self.dtype}"
 
+    @cached_property
+    def axes(self) -> tuple[str, ...]:
+        """Names of the two axes of the model's head, from its settings; empty for a model with one score."""
+        from latentreward.scoring.layouts.find import find_reward
+
+        settings = {"trusted": self.trust_remote_code, "published": self.published}
+        return find_reward(self.path, self.config, self.base, revision=self.revision, **settings).axes
+
     def prepare(self) -> None:
         """Load the model."""
         self.model  # noqa: B018
@@ -132,7 +140,11 @@ class RewardModelScorer(ImageScorer):
         return self.model.score(prompts, images, noise=self.noise, batch_size=self.batch_size)
 
     def score_levels(
-        self, prompts: Sequence[str], images: Sequence[Image.Image], levels: Sequence[ScoringNoise]
+        self, prompts: Sequence[str], images: Sequence[Image.Image], levels: Sequence[ScoringNoise], axes: bool = False
     ) -> Tensor:
-        """Score B images under each of K noise settings: ``(B, K)``; images are encoded once."""
-        return self.model.score_levels(prompts, images, levels, batch_size=self.batch_size)
+        """Score B images under each of K noise settings; images are encoded once.
+
+        Returns:
+            ``(B, K)``; with ``axes`` both axes of each score, ``(B, K, 2)``.
+        """
+        return self.model.score_levels(prompts, images, levels, batch_size=self.batch_size, axes=axes)

@@ -116,7 +116,7 @@ def score_images(
         unfitting += batch.unfitting
         scores.append(scored)
     if not scores:
-        return torch.zeros(0, len(levels))
+        return torch.zeros(0, len(levels), *outputs_of(model))
     if unfitting:
         model.warn_once(
             "aspect",
@@ -156,7 +156,7 @@ def score_given_latents(
             scored = score_encoded(model, EncodedBatch(moved, of_batch, encoded, uncond, draws=of_rows), noise)
             check_finite(scored, of_batch, rows)
             scores.append(scored)
-    return torch.cat(scores) if scores else latents.new_zeros(0)
+    return torch.cat(scores) if scores else latents.new_zeros(0, *outputs_of(model))
 
 
 def score_encoded(model: RewardNetwork, batch: EncodedBatch, noise: ScoringNoise) -> Tensor:
@@ -201,6 +201,11 @@ def _score_draw(model: RewardNetwork, batch: EncodedBatch, timesteps: Tensor, dr
     parts = [[rows_of(features, part) for features in levels] for part in rows]
     scores = torch.cat([model.head.score_ensemble(part) if len(part) > 1 else model.head(part[0]) for part in parts])
     return scores.to(torch.promote_types(scores.dtype, torch.float32))
+
+
+def outputs_of(model: RewardNetwork) -> tuple[int, ...]:
+    """Return the shape of an image's outputs: ``(2,)`` of a head with two axes, else empty."""
+    return (len(model.axes),) if model.axes else ()
 
 
 def even_step(model: RewardNetwork) -> int:

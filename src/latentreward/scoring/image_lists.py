@@ -105,6 +105,7 @@ class ListedScoring:
             raise InputError(
                 f"model: {model.source} does not tell the size of its images; publish it again with image_sizes set"
             )
+        self.axes = model.axes
         for noise in levels.values():
             timesteps_of(noise, model.backbone.noise_process)
         self.model, self.rows, self.levels = model, rows, levels
@@ -126,9 +127,8 @@ class ListedScoring:
         ahead = 2 * self.batch_size + self.decode_threads
         with closing(map_ahead(self._load, listed, ahead, self.decode_threads)) as loaded:
             for rows in parts:
-                part = ScoredRows(
-                    self.rows[rows.start : rows.stop], torch.full((len(rows), len(self.levels)), torch.nan)
-                )
+                empty = torch.full((len(rows), len(self.levels) + len(self.axes)), torch.nan)
+                part = ScoredRows(self.rows[rows.start : rows.stop], empty)
                 try:
                     self._score(part, islice(loaded, len(rows)))
                 except KeyboardInterrupt:
@@ -141,16 +141,17 @@ class ListedScoring:
     def table(self, part: ScoredRows) -> pa.Table:
         """Convert the results of a part to a table.
 
-        Columns are ``image``, ``prompt``, ``score`` and a score for each further level, ``z_score`` and ``quantile``
-        of ``score`` (empty unless the model is calibrated at that level), ``width`` and ``height`` of the image, and
-        ``problem``: the reason why there is no score.
+        Columns are ``image``, ``prompt``, ``score`` and a score for each further level, of a model with two axes
+        ``fidelity`` and ``aesthetics`` with the noise of ``score``, ``z_score`` and ``quantile`` of ``score`` (empty
+        unless the model is calibrated at that level), ``width`` and ``height`` of the image, and ``problem``: the
+        reason why there is no score.
         """
         rows = range(len(part.rows))
         columns: dict[str, Any] = {
             "image": pa.array([row.name for row in part.rows], pa.string()),
             "prompt": pa.array([row.prompt for row in part.rows], pa.string()),
         }
-        columns |= {name: _numbers(part.scores[:, index]) for index, name in enumerate(self.levels)}
+        columns |= {name: _numbers(part.scores[:, index]) for index, name in enumerate([*self.levels, *self.axes])}
         columns |= self._calibrated(part.scores[:, 0])
         for axis, name in ((1, "width"), (0, "height")):
             sides = [part.sizes[row][axis] if row in part.sizes else None for row in rows]
@@ -228,18 +229,21 @@ class ListedScoring:
             raise last
 
     def _call(self, part: ScoredRows, images: Sequence[tuple[int, Tensor]]) -> Tensor:
-        """Score N images of one size under K noise settings; returns ``(N, K)``."""
+        """Score N images of one size under K noise settings; returns ``(N, K)``, with axes ``(N, K + 2)``."""
         start = time.perf_counter()
         pixels = torch.stack([image for _, image in images])
         prompts = [part.rows[row].prompt for row, _ in images]
         different = list(dict.fromkeys(self.levels.values()))
-        scores = self.model.score_levels(prompts, pixels, different, batch_size=self.batch_size, value_range=(-1, 1))
+        options: dict[str, Any] = {"batch_size": self.batch_size, "value_range": (-1, 1), "axes": bool(self.axes)}
+        outputs = self.model.score_levels(prompts, pixels, different, **options)
+        scores = self.model.head.total(outputs)
         self.seconds += time.perf_counter() - start
         if scores.ndim != 2:
             raise InputError(
                 f"model: {self.model.source} gives {scores.shape[-1]} scores per image; choose a model that gives one"
             )
-        return scores[:, [different.index(noise) for noise in self.levels.values()]]
+        scores = scores[:, [different.index(noise) for noise in self.levels.values()]]
+        return torch.cat([scores, outputs[:, different.index(self.levels["score"])]], dim=1) if self.axes else scores
 
 
 def _numbers(values: Tensor) -> pa.Array:

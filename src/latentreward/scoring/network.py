@@ -18,6 +18,7 @@ from latentreward.data.image_sizes import ImageSizes, NearestBucket, OneSize
 from latentreward.data.images import ExifOrientation
 from latentreward.errors import InputError
 from latentreward.heads import RewardHead
+from latentreward.heads.axes import AXES
 from latentreward.noise import FlowMatching
 from latentreward.scoring.calibration import Calibration
 from latentreward.scoring.layouts.recipe import ModelRecipe
@@ -67,6 +68,11 @@ class RewardNetwork(nn.Module):
         self.recipe: ModelRecipe | None = None
         self.published: dict[str, Any] = {}
         self._warned: set[str] = set()
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Names of the two outputs of a head with axes; empty for a head with one score."""
+        return () if self.head.axis_weights is None else AXES
 
     @property
     def device(self) -> torch.device:
@@ -203,9 +209,9 @@ class RewardNetwork(nn.Module):
             uncond: Encoded empty prompt, one row; needed if the head's ``needs_uncond`` is true.
 
         Returns:
-            Scores ``(B,)``, or ``(B, out_dim)`` for a head with several outputs.
+            Scores ``(B,)``, for a head with two axes their weighted sum; ``(B, out_dim)`` for one with other outputs.
         """
-        return self.head(self.read(noisy_latents, timesteps, conditioning, uncond))
+        return self.head.total(self.head(self.read(noisy_latents, timesteps, conditioning, uncond)))
 
 
 def name_of(source: str) -> str:

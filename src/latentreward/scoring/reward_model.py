@@ -129,6 +129,7 @@ class RewardModel(RewardNetwork):
         noise: ScoringNoise | None = None,
         batch_size: int = 8,
         value_range: tuple[float, float] | None = None,
+        axes: bool = False,
     ) -> Tensor:
         """Score N images, image i for prompt i; returns ``(N,)``, float32 on the CPU.
 
@@ -151,12 +152,15 @@ class RewardModel(RewardNetwork):
             batch_size: Largest number of images per forward pass; a batch holds images of one size.
             value_range: Lowest and highest value of a tensor's pixels, e.g. ``(0, 1)``. None takes (-1, 1) and warns if
                 all values lie in [0, 1].
+            axes: Whether to return fidelity and aesthetics, with a last axis of 2, in place of their weighted sum; only
+                for a model whose head has these two outputs.
 
         Raises:
             InputError: If the numbers of prompts and images differ, an image cannot be read, or a score is not finite.
         """
         levels = [self.noise if noise is None else noise]
-        return self.score_levels(prompts, images, levels, batch_size=batch_size, value_range=value_range)[:, 0]
+        options: dict[str, Any] = {"batch_size": batch_size, "value_range": value_range, "axes": axes}
+        return self.score_levels(prompts, images, levels, **options)[:, 0]
 
     def score_levels(
         self,
@@ -166,6 +170,7 @@ class RewardModel(RewardNetwork):
         *,
         batch_size: int = 8,
         value_range: tuple[float, float] | None = None,
+        axes: bool = False,
     ) -> Tensor:
         """Score N images under each of K noise settings; returns ``(N, K)``, float32 on the CPU.
 
@@ -177,6 +182,7 @@ class RewardModel(RewardNetwork):
             levels: K noise settings.
             batch_size: As in :meth:`score`.
             value_range: As in :meth:`score`.
+            axes: As in :meth:`score`; the result is ``(N, K, 2)``.
 
         Raises:
             InputError: As in :meth:`score`, or if ``levels`` is empty.
@@ -186,6 +192,7 @@ class RewardModel(RewardNetwork):
         for noise in levels:
             check_noise(noise)
         check_at_least_one(batch_size=batch_size)
+        self._check_axes(axes)
         given = as_images(images, value_range)
         texts = prompt_of_each(prompts, len(given))
         check_frames(given, self.image_sizes, self.backbone.latent_space)
@@ -193,7 +200,12 @@ class RewardModel(RewardNetwork):
             for kind, doubt in doubts_of_pixels(given, self.image_sizes, value_range is not None).items():
                 self.warn_once(kind, doubt)
         self._doubt_empty(texts)
-        return score_images(self, texts, given, levels, batch_size)
+        outputs = score_images(self, texts, given, levels, batch_size)
+        return outputs if axes else self.head.total(outputs)
+
+    def _check_axes(self, axes: bool) -> None:
+        if axes and not self.axes:
+            raise InputError(f"axes=True, but {type(self.head).__name__} has no two axes; train it with `axes` set")
 
     def _doubt_empty(self, prompts: Sequence[str]) -> None:
         if empty := sum(not prompt.strip() for prompt in prompts):
@@ -209,6 +221,7 @@ class RewardModel(RewardNetwork):
         draws: Tensor | None = None,
         conditioning: tuple[Conditioning, Conditioning | None] | None = None,
         batch_size: int | None = None,
+        axes: bool = False,
     ) -> Tensor:
         """Add noise to N clean latents and score them, latent i for prompt i; returns ``(N,)``, at least float32.
 
@@ -224,12 +237,14 @@ class RewardModel(RewardNetwork):
             conditioning: N encoded prompts, and the encoded empty prompt in one row (with None it is encoded here if
                 the head needs it).
             batch_size: Largest number of latents per forward pass; None takes all at once.
+            axes: As in :meth:`score`.
 
         Raises:
             InputError: If numbers or shapes do not fit, a level lies outside the noise process, or a score is not
                 finite.
         """
         check_at_least_one(batch_size=batch_size)
+        self._check_axes(axes)
         if noise is not None:
             check_noise(noise)
         if latents.ndim < 3 or not latents.is_floating_point():
@@ -248,7 +263,8 @@ class RewardModel(RewardNetwork):
         if conditioning is None:
             self._doubt_empty(texts)
         size = batch_size or max(len(latents), 1)
-        return score_given_latents(self, texts, latents, noise or self.noise, draws, conditioning, size)
+        outputs = score_given_latents(self, texts, latents, noise or self.noise, draws, conditioning, size)
+        return outputs if axes else self.head.total(outputs)
 
 
 def load_lrm(

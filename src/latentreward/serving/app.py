@@ -3,7 +3,7 @@
 import asyncio
 import hmac
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from http import HTTPStatus
 from typing import Any
@@ -19,7 +19,7 @@ from latentreward.serving import protocol
 from latentreward.serving.batch_scorer import standing
 from latentreward.serving.errors import RequestError
 from latentreward.serving.image_requests import EncodedImages, images_of_form, images_of_json, parsing_bytes
-from latentreward.serving.service import ScoringService
+from latentreward.serving.service import Scores, ScoringService
 
 DECODERS = 4
 """Number of requests whose images are decoded at the same time."""
@@ -79,7 +79,8 @@ class Endpoints:
             with service.memory.hold(protocol.parsing_bytes(body, service.accepted), len(body)):
                 rows = await asyncio.to_thread(protocol.parse_request, body, service.accepted, prompt, service.seeds)
                 scores = await service.score(request, rows)
-        return JSONResponse({"protocol_version": protocol.VERSION, "raw_scores": scores})
+        totals, axes = self._columns(scores)
+        return JSONResponse({"protocol_version": protocol.VERSION, "raw_scores": totals, **axes})
 
     async def score_images(self, request: Request) -> JSONResponse:
         """Score images for prompts; see :mod:`latentreward.serving.image_requests`."""
@@ -96,17 +97,22 @@ class Endpoints:
             return await asyncio.to_thread(images_of_json, body, limit)
         return await images_of_form(request, body, limit)
 
-    async def _score_images(self, request: Request, images: EncodedImages, beside: int) -> list[float]:
+    async def _score_images(self, request: Request, images: EncodedImages, beside: int) -> list[Scores]:
         with self.service.memory.hold(await asyncio.to_thread(images.memory_bytes), beside):
             async with self._decoders:
                 rows = await asyncio.to_thread(images.decode, self.service.reward.exif)
             return await self.service.score(request, rows)
 
-    def _reply(self, scores: list[float]) -> dict[str, Any]:
-        reward = self.service.reward
-        z_scores, quantiles = standing(reward, torch.tensor(scores)) or (None, None)
+    def _reply(self, scores: list[Scores]) -> dict[str, Any]:
+        reward, (totals, axes) = self.service.reward, self._columns(scores)
+        z_scores, quantiles = standing(reward, torch.tensor(totals)) or (None, None)
         told = {"noise": str(reward.noise), "model": reward.identity}
-        return {"scores": scores, "z_scores": z_scores, "quantiles": quantiles, **told}
+        return {"scores": totals, **axes, "z_scores": z_scores, "quantiles": quantiles, **told}
+
+    def _columns(self, scores: Sequence[Scores]) -> tuple[list[float], dict[str, list[float]]]:
+        """Return the scores of all rows, and those of each axis of a model with two by name."""
+        totals, *axes = ([*column] for column in zip(*scores, strict=True))
+        return totals, dict(zip(self.service.reward.axes, axes, strict=True))
 
     async def model(self, request: Request) -> JSONResponse:
         """Answer with a description of the model and the server's limits."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from PIL import Image
@@ -100,25 +101,31 @@ class RowScorer:
 
     def __init__(self, reward: RewardModel, batch_size: int) -> None:
         self.reward, self.batch_size = reward, batch_size
+        self._axes = bool(reward.axes)
         self._uncond = reward.backbone.encode_prompts([""]) if reward.head.needs_uncond else None
 
-    def __call__(self, rows: Sequence[AnyRow]) -> list[float]:
-        """Return the raw score of each row; the score of a row does not depend on other rows.
+    def __call__(self, rows: Sequence[AnyRow]) -> list[tuple[float, ...]]:
+        """Return the raw score of each row and, of a model with two axes, fidelity and aesthetics after it.
+
+        The score of a row does not depend on other rows.
 
         Raises:
             InputError: If a score is not finite, or the model gives several scores per row.
         """
         with torch.inference_mode():
-            scores = self._score(rows).float().cpu()
+            outputs = self._score(rows).float().cpu()
+        scores = self.reward.head.total(outputs)
         if scores.ndim != 1:
             raise InputError(f"the model gives {scores.shape[1]} scores for each image; serve a model that gives one")
-        return scores.tolist()
+        columns = [scores, *(outputs.unbind(dim=1) if self._axes else ())]
+        return [*zip(*(column.tolist() for column in columns), strict=True)]
 
     def _score(self, rows: Sequence[AnyRow]) -> Tensor:
         images = [row for row in rows if isinstance(row, ImageRow)]
         if images:
             prompts = [row.prompt for row in images]
-            return self.reward.score(prompts, [row.image for row in images], batch_size=self.batch_size)
+            options: dict[str, Any] = {"batch_size": self.batch_size, "axes": self._axes}
+            return self.reward.score(prompts, [row.image for row in images], **options)
         return self._score_latents([row for row in rows if isinstance(row, LatentRow)])
 
     def _score_latents(self, rows: Sequence[LatentRow]) -> Tensor:
@@ -133,6 +140,7 @@ class RowScorer:
             draws=torch.cat(draws),
             conditioning=(Conditioning.join([row.conditioning for row in rows]), self._uncond),
             batch_size=self.batch_size,
+            axes=self._axes,
         )
 
 

@@ -31,18 +31,19 @@ class GroupedRow(Protocol):
 
 
 Row = TypeVar("Row", bound=GroupedRow)
+Score = TypeVar("Score")
 
 
 @dataclass(frozen=True)
-class _Waiting(Generic[Row]):
-    future: asyncio.Future[float]
+class _Waiting(Generic[Row, Score]):
+    future: asyncio.Future[Score]
     row: Row
     group: Hashable
     turn: float
     since: float
 
 
-class MicroBatcher(Generic[Row]):
+class MicroBatcher(Generic[Row, Score]):
     """Collects rows of requests into batches, and scores the batches in one worker thread.
 
     A batch starts when the worker is free and some group either fills a batch or has a row that has waited
@@ -69,7 +70,7 @@ class MicroBatcher(Generic[Row]):
 
     def __init__(
         self,
-        score: Callable[[Sequence[Row]], Sequence[float]],
+        score: Callable[[Sequence[Row]], Sequence[Score]],
         batch_size: int,
         max_wait: float,
         queue: int,
@@ -78,7 +79,7 @@ class MicroBatcher(Generic[Row]):
     ) -> None:
         self.batch_size, self.max_wait, self.queue, self.max_pass = batch_size, max_wait, queue, max_pass
         self._score, self._observe = score, observe
-        self._waiting: dict[asyncio.Future[float], _Waiting[Row]] = {}
+        self._waiting: dict[asyncio.Future[Score], _Waiting[Row, Score]] = {}
         self._requests: Counter[Hashable] = Counter()
         self._served = 0.0
         self._seconds_per_row: dict[Hashable, float] = {}
@@ -113,7 +114,7 @@ class MicroBatcher(Generic[Row]):
             await asyncio.wait([self._task])
         await asyncio.to_thread(self._worker.shutdown)
 
-    async def score(self, rows: Sequence[Row], client: Hashable = None) -> list[float]:
+    async def score(self, rows: Sequence[Row], client: Hashable = None) -> list[Score]:
         """Score the rows of one request by ``client``; cancelling the call drops the rows that still wait.
 
         Args:
@@ -139,8 +140,8 @@ class MicroBatcher(Generic[Row]):
                 self._waiting.pop(future, None)
             self._requests -= Counter([client])  # subtraction of Counters removes entries of 0
 
-    def _enqueue(self, row: Row, turn: float) -> asyncio.Future[float]:
-        future: asyncio.Future[float] = asyncio.get_running_loop().create_future()
+    def _enqueue(self, row: Row, turn: float) -> asyncio.Future[Score]:
+        future: asyncio.Future[Score] = asyncio.get_running_loop().create_future()
         self._waiting[future] = _Waiting(future, row, row.group, turn, time.monotonic())
         self._arrived.set()
         return future
@@ -155,11 +156,11 @@ class MicroBatcher(Generic[Row]):
                 for waiting in rows:
                     _settle(waiting.future, error)
 
-    async def _next_pass(self) -> list[_Waiting[Row]]:
+    async def _next_pass(self) -> list[_Waiting[Row, Score]]:
         """Wait until a group is due, and return the rows of the next batch, sorted by finishing time."""
         while True:
             self._arrived.clear()
-            groups: dict[Hashable, list[_Waiting[Row]]] = defaultdict(list)
+            groups: dict[Hashable, list[_Waiting[Row, Score]]] = defaultdict(list)
             for waiting in sorted(self._waiting.values(), key=lambda waiting: waiting.turn):
                 groups[waiting.group].append(waiting)
             left = min((self._due(rows) for rows in groups.values()), default=math.inf) - time.monotonic()
@@ -169,7 +170,7 @@ class MicroBatcher(Generic[Row]):
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._arrived.wait(), None if left == math.inf else left)
 
-    def _due(self, rows: Sequence[_Waiting[Row]]) -> float:
+    def _due(self, rows: Sequence[_Waiting[Row, Score]]) -> float:
         """Return the time from which a group's rows may be scored: at once if they fill a batch, else after a wait."""
         since = min(waiting.since for waiting in rows)
         return since if len(rows) >= self._capacity(rows[0].row) else since + self.max_wait
@@ -179,7 +180,7 @@ class MicroBatcher(Generic[Row]):
         seconds = self._seconds_per_row.get(row.shape, math.inf)
         return max(1, min(self.batch_size, int(self.max_pass / seconds)))
 
-    async def _score_pass(self, rows: Sequence[_Waiting[Row]]) -> None:
+    async def _score_pass(self, rows: Sequence[_Waiting[Row, Score]]) -> None:
         """Score a batch; if scoring fails, put each row back as a batch of its own, so that only bad rows fail."""
         for waiting in rows:
             del self._waiting[waiting.future]
@@ -210,7 +211,7 @@ class MicroBatcher(Generic[Row]):
             del self._seconds_per_row[next(iter(self._seconds_per_row))]
 
 
-def _settle(future: asyncio.Future[float], result: float | Exception) -> None:
+def _settle(future: asyncio.Future[Score], result: Score | Exception) -> None:
     if future.done():  # its request was cancelled
         return
     if isinstance(result, Exception):

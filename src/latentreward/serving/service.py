@@ -5,7 +5,7 @@ import math
 import secrets
 import sys
 from collections.abc import Iterator, Sequence
-from itertools import count, repeat
+from itertools import chain, count, repeat
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ from latentreward.serving.errors import RequestError
 from latentreward.serving.protocol import DEFAULT_SEED, Accepted
 from latentreward.serving.settings import ServiceSettings
 
+Scores = tuple[float, ...]
+"""Score of a row and, of a model with two axes, fidelity and aesthetics after it."""
 BODIES_AT_ONCE = 16
 """Number of bodies of the greatest length for which the memory budget has room."""
 CLIENT_GONE = 499
@@ -81,7 +83,7 @@ class ScoringService:
         self.metrics = ServerMetrics()
         self.memory = MemoryBudget(BODIES_AT_ONCE * settings.max_body)
         self.bodies = BodyReader(settings.max_body, settings.timeout, self.memory)
-        self.batcher: MicroBatcher[AnyRow] = MicroBatcher(
+        self.batcher: MicroBatcher[AnyRow, Scores] = MicroBatcher(
             scorer,
             settings.batch_size,
             settings.max_wait_ms / 1000,
@@ -96,7 +98,7 @@ class ScoringService:
         """Whether the batcher runs, and its current forward pass has taken less than the request timeout."""
         return self.batcher.running and self.batcher.busy_seconds < self.settings.timeout
 
-    async def score(self, request: Request, rows: Sequence[AnyRow]) -> list[float]:
+    async def score(self, request: Request, rows: Sequence[AnyRow]) -> list[Scores]:
         """Score the rows of ``request``; rows still in the queue are dropped if the client disconnects.
 
         Raises:
@@ -178,7 +180,7 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-def _result(scoring: asyncio.Future[list[float]]) -> list[float]:
+def _result(scoring: asyncio.Future[list[Scores]]) -> list[Scores]:
     try:
         scores = scoring.result()
     except RequestError:
@@ -188,6 +190,6 @@ def _result(scoring: asyncio.Future[list[float]]) -> list[float]:
     except Exception as error:
         print(f"latentreward serve: {type(error).__name__}: {one_line(error)}", file=sys.stderr, flush=True)
         raise RequestError(f"the model failed ({type(error).__name__})", 500) from error
-    if not all(map(math.isfinite, scores)):
+    if not all(map(math.isfinite, chain.from_iterable(scores))):
         raise RequestError("the model gave a score that is not finite", 500)
     return scores

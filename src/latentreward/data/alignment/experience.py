@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from latentreward.contracts import (
     PromptBatch,
+    RenoisedSamples,
     RolloutStatistics,
     StepPairs,
     StepSamples,
@@ -27,7 +28,9 @@ from latentreward.errors import InputError
 from latentreward.seeding import pair_generator
 
 Experience = StepPairs | StepSamples
-RECORDS: dict[str, type[Any]] = {kind.__name__: kind for kind in (StepPairs, StepSamples, RolloutStatistics)}
+RECORDS: dict[str, type[Any]] = {
+    kind.__name__: kind for kind in (StepPairs, StepSamples, RenoisedSamples, RolloutStatistics)
+}
 """Class name → class of the records that a checkpoint may hold."""
 
 
@@ -232,7 +235,7 @@ def as_plain(record: TensorRecord | None) -> dict[str, Any] | None:
     if record is None:
         return None
     values = {field.name: getattr(record, field.name) for field in fields(record)}  # type: ignore[arg-type]
-    plain = {name: value if isinstance(value, Tensor) else list(value) for name, value in values.items()}
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
     return {"record": type(record).__name__, **plain}
 
 
@@ -240,5 +243,6 @@ def from_plain(values: dict[str, Any] | None) -> Any:
     """Rebuild a record from the dict that :func:`as_plain` made; tensors are copied."""
     if values is None:
         return None
-    own = {name: value.clone() if isinstance(value, Tensor) else tuple(value) for name, value in values.items()}
+    kinds = {Tensor: Tensor.clone, list: tuple}
+    own = {name: kinds[type(value)](value) if type(value) in kinds else value for name, value in values.items()}
     return RECORDS[values["record"]](**{name: value for name, value in own.items() if name != "record"})

@@ -115,7 +115,13 @@ def merged(reports: Sequence[BenchmarkReport]) -> BenchmarkReport:
 def _protocol(scores: BenchmarkScores, evaluation: Evaluation, scorer: Scorer) -> ProtocolResult:
     result = protocol_result(evaluation.protocol, *scores.judge(evaluation, scorer))
     result = replace(result, benchmark=scores.name(evaluation.split))
-    if not isinstance(scorer, NoiseColumns) or scorer.draws == 1:
+    if not isinstance(scorer, NoiseColumns):
+        return result
+    if scorer.axis_columns:
+        judged = {axis: scores.judge(evaluation, scorer, column) for axis, column in scorer.axis_columns.items()}
+        axes = {axis: protocol_value(evaluation.protocol, *one) for axis, one in judged.items()}
+        result = replace(result, details={**result.details, "axes": axes})
+    if scorer.draws == 1:
         return result
     others = [scores.judge(evaluation, scorer, column) for column in scorer.draw_columns]
     values = [result.estimate.value, *(protocol_value(evaluation.protocol, *judged) for judged in others)]

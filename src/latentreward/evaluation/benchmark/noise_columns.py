@@ -1,4 +1,4 @@
-"""Several scores of an image by one latent reward: with different noise, and at single noise levels."""
+"""Several scores of an image by one latent reward: with different noise, at single noise levels, and of two axes."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,6 +14,8 @@ from latentreward.scoring import ScoringNoise
 
 class NoiseColumns(ImageScorer):
     """Scorer with several columns: the latent reward's own score, that score with other noise, and one per noise level.
+
+    A model with two axes has a column for each of them too, with the noise of its own score.
 
     Images are encoded once for all columns.
 
@@ -46,9 +48,14 @@ class NoiseColumns(ImageScorer):
         return tuple(f"{self.name} sigma {level:g}" for level in self.levels)
 
     @property
+    def axis_columns(self) -> dict[str, str]:
+        """Axis of the model → name of its scores; empty for a model with one score."""
+        return {axis: f"{self.name} {axis}" for axis in self.scorer.axes}
+
+    @property
     def columns(self) -> tuple[str, ...]:
-        """Name of the reward's own score, then :attr:`draw_columns`, then :attr:`level_columns`."""
-        return self.name, *self.draw_columns, *self.level_columns
+        """Name of the reward's own score, then :attr:`draw_columns`, :attr:`level_columns`, :attr:`axis_columns`."""
+        return self.name, *self.draw_columns, *self.level_columns, *self.axis_columns.values()
 
     def identity(self) -> str:
         """Return the reward's identity with the number of draws and the noise levels."""
@@ -65,6 +72,9 @@ class NoiseColumns(ImageScorer):
 
     def score(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> Tensor:
         """Score B images: ``(B, K)`` for K columns, or ``(B,)`` for one; see :meth:`ImageScorer.score`."""
+        if self.axis_columns:
+            outputs = self.scorer.score_levels(prompts, images, self._settings(), axes=True)
+            return torch.cat([self.scorer.model.head.total(outputs), outputs[:, 0]], dim=1)
         scores = self.scorer.score_levels(prompts, images, self._settings())
         return scores if len(self.columns) > 1 else scores[:, 0]
 

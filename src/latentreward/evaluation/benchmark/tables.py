@@ -179,6 +179,8 @@ def _details(details: dict[str, Any]) -> str:
             drawn = f"{value['number']} draws of noise"
             spread = f"{percent(value['mean'])} ± {percent(value['sd'])}"
             parts.append(f"{drawn}: {spread}" if value["sd"] else f"the same under {drawn}")
+        elif name == "axes":
+            parts += [f"{axis} alone {percent(accuracy)}" for axis, accuracy in value.items()]
         elif name == "temperature":
             parts.append(f"temperature {_temperature(value)}")
         elif isinstance(value, (str, int)):

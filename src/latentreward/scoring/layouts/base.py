@@ -38,6 +38,11 @@ class StoredReward(ABC):
         """Rule by which the training images were resized; None if not recorded, as in the published layouts."""
         return None
 
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Names of the two outputs of a head with axes, from its settings; empty for a head with one score."""
+        return ()
+
     @abstractmethod
     def latent_space(self) -> LatentSpace:
         """Return the latent space of the latents that the model scores, from config files alone."""

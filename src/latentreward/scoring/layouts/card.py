@@ -13,6 +13,7 @@ from huggingface_hub import ModelCardData
 
 from latentreward import __version__
 from latentreward.errors import did_you_mean
+from latentreward.heads.axes import AXES
 from latentreward.reports.markdown import markdown_table, plain
 from latentreward.reports.tables import Table
 from latentreward.scoring.layouts.config import FolderConfig
@@ -130,6 +131,9 @@ def score_rows(config: FolderConfig) -> Iterator[tuple[str, Any]]:
     yield LEVELS[levels], ", ".join(f"{level:g}" for level in getattr(noise, levels))
     yield "seeds", ", ".join(map(str, noise.seeds))
     yield "noise shared by", "images of one prompt" if noise.noise_key == "prompt" else "nothing: each image its own"
+    if axes := config.recipe.head.init_args.get("axes"):
+        weights = ", ".join(f"{weight:g} × {name}" for weight, name in zip(axes, AXES, strict=True))
+        yield "score", f"{weights}, summed; `reward.score(..., axes=True)` gives both"
     if config.image_sizes is not None:
         yield "image sizes (height x width)", str(config.image_sizes)
     yield "EXIF orientation of images", "applied" if config.exif == "apply" else "ignored"

@@ -29,6 +29,7 @@ from latentreward.data.image_sizes import ImageSizes
 from latentreward.data.images import ExifOrientation
 from latentreward.errors import InputError, errors_at
 from latentreward.heads import RewardHead
+from latentreward.heads.axes import AXES
 from latentreward.scoring.files import compare_tensors, existing_folder, load_exactly, read_safetensors
 from latentreward.scoring.layouts.adapters import fill_adapter, inject_adapter, lora_layers, names_in_file, read_lora
 from latentreward.scoring.layouts.base import SharingReward
@@ -192,6 +193,11 @@ class PretrainedReward(SharingReward):
                     f"{path}: the model belongs to the base {self.config.trained_on or 'of its backbone'}, whose "
                     f"{name} differs from that of {backbone.source or 'this one'}; give that base as base{random}"
                 )
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """See :attr:`StoredReward.axes`."""
+        return AXES if self.config.recipe.head.init_args.get("axes") else ()
 
     def head(self) -> RewardHead:
         """See :meth:`StoredReward.head`."""

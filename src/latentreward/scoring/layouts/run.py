@@ -28,6 +28,7 @@ from latentreward.data.image_sizes import ImageSizes
 from latentreward.data.images import ExifOrientation
 from latentreward.errors import InputError, errors_at, first_line
 from latentreward.heads import RewardHead
+from latentreward.heads.axes import AXES
 from latentreward.scoring.files import not_dense
 from latentreward.scoring.layouts.adapters import check_ranks
 from latentreward.scoring.layouts.base import SharingReward
@@ -219,6 +220,11 @@ class TrainedReward(SharingReward):
             own,
             {**self._settings["training"], "steps": self._content.steps},
         )
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """See :attr:`StoredReward.axes`."""
+        return AXES if self._settings["head"]["init_args"].get("axes") else ()
 
     def head(self) -> RewardHead:
         """See :meth:`StoredReward.head`."""

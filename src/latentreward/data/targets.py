@@ -1,0 +1,91 @@
+"""Given values of the images of pairs, such as a teacher's scores, from tables with a row per pair."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latentreward.data.readers import PairReader
+from latentreward.data.score_table import ScoreTable
+from latentreward.errors import InputError
+
+
+@dataclass(frozen=True)
+class ScoreTargets:
+    """Columns of tables of scores, as ``latentreward score-pairs`` writes them, that a loss compares scores with.
+
+    For each name NAME a table has two columns, NAME_a and NAME_b, with the values of images a and b; see
+    :class:`~latentreward.data.score_table.ScoreTable`. Images may lack a value.
+
+    Attributes:
+        tables: Split, such as ``train`` or ``val`` → CSV or parquet file of its pairs.
+        columns: Names of the values, one for each score of the head.
+        uncertainties: Names of the standard deviations of ``columns``, in the same order; empty for none.
+        standardise: Whether to z-score each column: the mean and standard deviation over all images in the table of
+            ``train`` become 0 and 1. Uncertainties are divided by the same standard deviation. Set False for labels.
+
+    Raises:
+        InputError: If no column or no table is named, or the numbers of columns and uncertainties differ.
+    """
+
+    tables: Mapping[str, str]
+    columns: Sequence[str]
+    uncertainties: Sequence[str] = ()
+    standardise: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.columns or not self.tables:
+            missing = "columns" if self.tables else "tables"
+            raise InputError(f"data.targets.{missing} is empty; name at least one, or leave targets out")
+        if self.uncertainties and len(self.uncertainties) != len(self.columns):
+            raise InputError(
+                f"data.targets.uncertainties has {len(self.uncertainties)} names for {len(self.columns)} columns; name "
+                "one for each, or none"
+            )
+        if self.standardise and "train" not in self.tables:
+            raise InputError(
+                "data.targets.tables has no train, over which columns are z-scored; add it or set standardise: false"
+            )
+
+    def values(self, split: str, reader: PairReader) -> Tensor | None:
+        """Return the values of every row of the reader of a split.
+
+        Returns:
+            ``(N, 2, 1, K)`` float32 for images a and b and K columns, ``(N, 2, 2, K)`` with the uncertainties after the
+            values; NaN where an image has none. None if the split has no table.
+
+        Raises:
+            InputError: If a table lacks a column, does not fit the reader, or has an uncertainty that is not positive.
+        """
+        if split not in self.tables:
+            return None
+        table = ScoreTable(self.tables[split])
+        values = np.stack([table.sides(name, reader) for name in self.columns], axis=-1)
+        mean, scale = self._scales()
+        parts = [(values - mean) / scale]
+        if self.uncertainties:
+            spread = np.stack([table.sides(name, reader) for name in self.uncertainties], axis=-1)
+            if (wrong := ~(spread > 0) & ~np.isnan(values)).any():
+                name = self.uncertainties[int(np.argwhere(wrong)[0][-1])]
+                raise InputError(
+                    f"{table.path}: {name} is {spread[wrong][0]:g} for an image with a value; an uncertainty is a "
+                    "positive number"
+                )
+            parts.append(spread / scale)
+        return torch.from_numpy(np.stack(parts, axis=2)).float()
+
+    def _scales(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return mean and standard deviation of each column over the images of ``train``, 0 and 1 for no z-scores."""
+        if not self.standardise:
+            return np.zeros(len(self.columns)), np.ones(len(self.columns))
+        table = ScoreTable(self.tables["train"])
+        values = np.stack([table.sides(name).ravel() for name in self.columns], axis=-1)
+        mean, scale = np.nanmean(values, axis=0), np.nanstd(values, axis=0)
+        if not (scale > 0).all():
+            name = self.columns[int(np.argmin(scale > 0))]
+            raise InputError(
+                f"{table.path}: all values of {name} are equal or missing; give a column that tells images"
+            )
+        return mean, scale

@@ -1,0 +1,77 @@
+r"""Linear-DPO (arXiv:2605.21123): Diffusion-DPO whose gradient does not vanish for pairs that are already in order.
+
+With the denoising errors e of the two images, Δ = e_w − e_l under the policy, and the margin m of implicit rewards
+(:mod:`latentreward.losses.diffusion_dpo`),
+
+.. math:: L = u\,\Delta, \qquad u = \mathrm{clip}\bigl(\tfrac12 - 0.4\,m,\; \eta,\; 1 - \eta\bigr).
+
+u has no gradient. Plain DPO's is σ(−m) β / 2, which falls exponentially where m is large; note that u lacks the factor
+β / 2, so that learning rates differ.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from latentreward.errors import InputError
+from latentreward.losses.base import SetLoss
+from latentreward.losses.diffusion_dpo import denoising_error, implicit_rewards
+
+SLOPE = 0.4
+"""Slope of the weight in the margin: the released code's 0.2 β of the difference of errors, which is −2 m / β."""
+
+
+class LinearDPOResult(NamedTuple):
+    """Result for B pairs.
+
+    Attributes:
+        per_pair: ``(B,)`` loss of each pair.
+        weight: ``(B,)`` u, without gradient; with labels y that of both orders, y u(m) − (1 − y) u(−m).
+        margin: ``(B,)`` margin m, without gradient.
+    """
+
+    per_pair: Tensor
+    weight: Tensor
+    margin: Tensor
+
+
+class LinearDPO(SetLoss):
+    """Linear-DPO's loss.
+
+    Args:
+        eta: η in [0, ½): least weight of a pair, and distance of the largest one from 1. The released scripts have
+            1e-3 (SD1.5), 0 (SDXL) and 0.01.
+
+    Raises:
+        InputError: If ``eta`` is out of range.
+    """
+
+    def __init__(self, eta: float = 1e-3) -> None:
+        super().__init__()
+        if not 0 <= eta < 0.5:
+            raise InputError(f"eta = {eta} must lie in [0, 0.5); Linear-DPO uses 1e-3 for SD1.5")
+        self.eta = eta
+
+    def forward(
+        self, prediction: Tensor, reference: Tensor, target: Tensor, beta: float, label: Tensor | None = None
+    ) -> LinearDPOResult:
+        """Compute the loss of B pairs.
+
+        Args:
+            prediction: ``(2B, C, ...)`` the policy's output, chosen images first.
+            reference: ``(2B, C, ...)`` the reference's output.
+            target: ``(2B, C, ...)`` what the network is to predict.
+            beta: β of the implicit rewards.
+            label: ``(B,)`` probabilities y that the chosen image wins, None for 1. The loss is y times that of the pair
+                and 1 − y times that of the pair in the other order.
+        """
+        chosen, rejected = denoising_error(prediction, target).chunk(2)
+        won, lost = implicit_rewards(prediction.detach(), reference, target, beta).chunk(2)
+        margin = won - lost
+        weight = self._weight(margin)
+        if label is not None:
+            weight = label * weight - (1 - label) * self._weight(-margin)
+        return LinearDPOResult(weight * (chosen - rejected), weight, margin)
+
+    def _weight(self, margin: Tensor) -> Tensor:
+        return (0.5 - SLOPE * margin).clamp(self.eta, 1 - self.eta)

@@ -1,0 +1,160 @@
+r"""DiffusionNFT (arXiv:2509.16117): reinforcement learning on the forward process of a flow, without log-probabilities.
+
+With clean latents x₀, noise ε, level σ, target velocity u = ε − x₀, the policy's velocity v, that of the older policy
+which sampled x₀, and the optimality r of a sample from its advantage A,
+
+.. math::
+    r = \mathrm{clip}\bigl(\tfrac12 + \tfrac{A}{2c}, 0, 1\bigr), \qquad
+    v^+ = \beta v + (1 - \beta) v_{\mathrm{old}}, \qquad v^- = (1 + \beta) v_{\mathrm{old}} - \beta v,
+
+.. math::
+    L = \frac{c}{\beta}\Bigl(r\,\frac{\langle (e^+)^2 \rangle}{w^+} + (1 - r)\,\frac{\langle (e^-)^2 \rangle}{w^-}\Bigr)
+    + \lambda\,\langle (v - v_{\mathrm{ref}})^2 \rangle, \qquad
+    e^\pm = \sigma (u - v^\pm), \qquad w^\pm = \max(\langle |e^\pm| \rangle, 10^{-5}).
+
+⟨·⟩ is the mean over elements. This is the released code: errors of predicted clean latents, divided by their own mean
+absolute value, which gets no gradient. The paper's form is r ⟨(u − v⁺)²⟩ + (1 − r) ⟨(u − v⁻)²⟩.
+"""
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from latentreward.errors import InputError
+from latentreward.losses.base import SetLoss, beside
+from latentreward.losses.diffusion_dpo import denoising_error
+
+LEAST_WEIGHT = 1e-5
+"""Least mean absolute error that a squared error is divided by."""
+Signs = Literal["all", "positive_only", "negative_only", "one_only", "binary"]
+
+
+def optimality(advantage: Tensor, max_advantage: float = 5.0, signs: Signs = "all") -> Tensor:
+    """Compute the probability r in [0, 1] that a sample counts as good: ``(B,)`` float64, ½ for advantage 0.
+
+    Args:
+        advantage: ``(B,)`` advantages A.
+        max_advantage: c: an advantage of c or more gives 1, of −c or less 0.
+        signs: ``all`` takes A, ``positive_only`` and ``negative_only`` take 0 in place of the others, ``one_only`` 1
+            where A is positive and else 0, ``binary`` the sign of A.
+    """
+    values = advantage.double()
+    match signs:
+        case "positive_only":
+            values = values.clamp(min=0)
+        case "negative_only":
+            values = values.clamp(max=0)
+        case "one_only":
+            values = (values > 0).double()
+        case "binary":
+            values = values.sign()
+    return (0.5 + values / (2 * max_advantage)).clamp(0, 1)
+
+
+class NFTResult(NamedTuple):
+    """Loss and its parts.
+
+    Attributes:
+        loss: ``policy + kl_weight · kl``, a scalar.
+        policy: Mean over rows of the two weighted errors, a scalar.
+        kl: Mean squared difference from the reference, a scalar; 0 without a reference.
+        optimality: ``(B,)`` r of each row.
+        positive: ``(B,)`` weighted error of v⁺, before r and c / β.
+        negative: ``(B,)`` weighted error of v⁻, before 1 − r and c / β.
+    """
+
+    loss: Tensor
+    policy: Tensor
+    kl: Tensor
+    optimality: Tensor
+    positive: Tensor
+    negative: Tensor
+
+
+class NFTLoss(SetLoss):
+    """DiffusionNFT's loss on noised clean latents, computed in float64 (float32 where there is none).
+
+    Args:
+        beta: β in (0, 1], share of the policy in v⁺ and v⁻. The released configs have 1, and 0.1 for text rendering and
+            several rewards.
+        kl_weight: λ, weight of the mean squared difference from the reference's velocity.
+        max_advantage: c.
+        signs: Advantages that count; see :func:`optimality`.
+        space: ``clean`` is the released code, ``velocity`` the paper's form, without c / β.
+
+    Raises:
+        InputError: If an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        beta: float = 1.0,
+        kl_weight: float = 1e-4,
+        max_advantage: float = 5.0,
+        signs: Signs = "all",
+        space: Literal["clean", "velocity"] = "clean",
+    ) -> None:
+        super().__init__()
+        if not 0 < beta <= 1:
+            raise InputError(f"beta = {beta} must lie in (0, 1]; DiffusionNFT uses 1 and 0.1")
+        if not (math.isfinite(kl_weight) and kl_weight >= 0):
+            raise InputError(f"kl_weight = {kl_weight} must be at least 0 and finite; 0 leaves the reference out")
+        if not (math.isfinite(max_advantage) and max_advantage > 0):
+            raise InputError(f"max_advantage = {max_advantage} must be positive and finite; DiffusionNFT uses 5")
+        self.beta, self.kl_weight, self.max_advantage = beta, kl_weight, max_advantage
+        self.signs, self.space = signs, space
+
+    @property
+    def needs_reference(self) -> bool:
+        """Tell whether :meth:`forward` must be given ``reference``."""
+        return self.kl_weight > 0
+
+    def forward(
+        self,
+        velocity: Tensor,
+        old: Tensor,
+        target: Tensor,
+        sigmas: Tensor,
+        advantage: Tensor,
+        reference: Tensor | None = None,
+    ) -> NFTResult:
+        """Compute the loss of B rows.
+
+        Args:
+            velocity: ``(B, C, ...)`` the policy's velocity v.
+            old: ``(B, C, ...)`` velocity of the older policy, without gradient.
+            target: ``(B, C, ...)`` ε − x₀.
+            sigmas: ``(B,)`` noise levels σ.
+            advantage: ``(B,)`` advantages of the samples.
+            reference: ``(B, C, ...)`` velocity of the reference; must be given if :attr:`needs_reference`.
+
+        Raises:
+            ValueError: If ``reference`` is missing.
+        """
+        if self.needs_reference and reference is None:
+            raise ValueError(f"kl_weight={self.kl_weight:g} needs the reference's velocity")
+        wide = torch.float32 if velocity.device.type == "mps" else torch.float64
+        new, older, want = (tensor.to(wide) for tensor in (velocity, old.detach(), target))
+        level = beside(sigmas.to(want), want)
+        positive = self._error(level, want, self.beta * new + (1 - self.beta) * older)
+        negative = self._error(level, want, (1 + self.beta) * older - self.beta * new)
+        share = optimality(advantage, self.max_advantage, self.signs).to(want)
+        factor = self.max_advantage / self.beta if self.space == "clean" else 1.0
+        policy = factor * (share * positive + (1 - share) * negative).mean()
+        drift = policy.new_zeros(()) if reference is None else denoising_error(velocity, reference.detach()).mean()
+        loss = policy + self.kl_weight * drift if self.needs_reference else policy
+        return NFTResult(loss.float(), policy.detach(), drift.detach(), share, positive.detach(), negative.detach())
+
+    def _error(self, level: Tensor, target: Tensor, velocity: Tensor) -> Tensor:
+        """Return the error ``(B,)`` of one of the two mixed velocities."""
+        if self.space == "velocity":
+            return (target - velocity).square().flatten(1).mean(dim=1)
+        error = (level * (target - velocity)).flatten(1)
+        return error.square().mean(dim=1) / self_normaliser(error)
+
+
+def self_normaliser(error: Tensor) -> Tensor:
+    """Compute the mean absolute error of each row of ``(B, E)``, at least :data:`LEAST_WEIGHT`, without gradient."""
+    return error.detach().abs().mean(dim=1).clamp(min=LEAST_WEIGHT)

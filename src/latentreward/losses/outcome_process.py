@@ -1,0 +1,85 @@
+r"""Clipped policy loss with two advantages: of the finished sample, and of the step (Euphonium, arXiv:2602.04928).
+
+.. math:: l = \frac1B \sum_i w_o\, l_{\mathrm{PPO}}(\rho_i, A_i) + w_p\, l_{\mathrm{PPO}}(\rho_i, A_{i,t})
+    + \beta\,\frac1B \sum_i \mathrm{KL}_i, \qquad
+    l_{\mathrm{PPO}}(\rho, A) = \max\bigl(-A \rho,\; -A\,\mathrm{clamp}(\rho, 1 \pm \epsilon)\bigr)
+
+Each term is clipped by itself. Where the two advantages differ in sign, this is not PPO's loss of their sum.
+"""
+
+import math
+
+from torch import Tensor
+
+from latentreward.errors import InputError
+from latentreward.losses.base import SetLoss
+from latentreward.losses.clipped_policy import ClippedPolicyLoss, ClippedPolicyResult
+
+
+class OutcomeProcessLoss(SetLoss):
+    """GRPO's clipped objective of two advantages.
+
+    Args:
+        clip_range: ε, see :class:`ClippedPolicyLoss`; for both terms.
+        kl_weight: β; 0 leaves the KL term out.
+        max_advantage: Bound of both advantages; None sets no bound.
+        outcome_weight: w_o, at least 0; 1 in Euphonium.
+        process_weight: w_p, at least 0; 1 in Euphonium.
+
+    Raises:
+        InputError: If an argument is out of range, or both weights are 0.
+    """
+
+    def __init__(
+        self,
+        clip_range: float = 1e-4,
+        kl_weight: float = 0.0,
+        max_advantage: float | None = 5.0,
+        outcome_weight: float = 1.0,
+        process_weight: float = 1.0,
+    ) -> None:
+        super().__init__()
+        weights = (outcome_weight, process_weight)
+        if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or not any(weights):
+            raise InputError(
+                f"outcome_weight={outcome_weight:g} and process_weight={process_weight:g} must be at least 0 and "
+                "finite, and one of them above 0"
+            )
+        self.kl_weight = ClippedPolicyLoss(clip_range, kl_weight, max_advantage).kl_weight
+        self.term = ClippedPolicyLoss(clip_range, max_advantage=max_advantage)
+        self.outcome_weight, self.process_weight = weights
+
+    def step_weights(self, std: Tensor, spread: Tensor) -> None:
+        """Return None: all steps weigh the same."""
+
+    @property
+    def needs_reference(self) -> bool:
+        """Tell whether :meth:`forward` must be given ``kl``."""
+        return self.kl_weight > 0
+
+    def forward(
+        self, log_prob: Tensor, old_log_prob: Tensor, outcome: Tensor, process: Tensor, kl: Tensor | None = None
+    ) -> ClippedPolicyResult:
+        """Compute the loss of B sampled steps.
+
+        Args:
+            log_prob: ``(B,)`` log-probabilities of the steps under the present policy.
+            old_log_prob: ``(B,)`` log-probabilities of the steps under the policy that sampled them, without guidance.
+            outcome: ``(B,)`` advantages of the steps' finished samples.
+            process: ``(B,)`` advantages of the steps' own scores.
+            kl: ``(B,)`` KL divergence from the reference; must be given if :attr:`needs_reference`.
+
+        Returns:
+            The loss and its parts; ``policy`` is the weighted sum of the two clipped terms.
+
+        Raises:
+            ValueError: If ``kl`` is missing.
+        """
+        if self.needs_reference and kl is None:
+            raise ValueError(f"kl_weight={self.kl_weight:g} needs kl")
+        first, second = (self.term(log_prob, old_log_prob, advantage) for advantage in (outcome, process))
+        loss = policy = self.outcome_weight * first.loss + self.process_weight * second.loss
+        if self.needs_reference and kl is not None:
+            loss = policy + self.kl_weight * kl.float().mean()
+        divergence = first.kl if kl is None else kl.detach().float().mean()
+        return ClippedPolicyResult(loss, policy.detach(), divergence, first.clipped, first.ratio)

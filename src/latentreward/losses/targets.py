@@ -1,0 +1,189 @@
+r"""Losses against given values of the images: labels of single images, and scores of a teacher (distillation).
+
+Values that are NaN, of images without one, leave a term out; a pair without any has loss 0.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from latentreward.contracts import PairScores, PairTargets
+from latentreward.errors import InputError
+from latentreward.losses.base import PreferenceLoss, mean_over_outputs
+from latentreward.losses.bradley_terry import bradley_terry_nll
+
+
+def label_nll(score: Tensor, label: Tensor) -> Tensor:
+    r"""Compute the binary cross-entropy of a score's logistic function, :math:`-y\log\sigma(r) - (1-y)\log\sigma(-r)`.
+
+    Args:
+        score: Score r, any shape.
+        label: Label y in [0, 1], of the same shape.
+
+    Returns:
+        Loss in the shape of ``score``, float64; finite for every finite float32 score.
+    """
+    return bradley_terry_nll(score, label)
+
+
+def gaussian_nll(score: Tensor, target: Tensor, std: Tensor | None = None) -> Tensor:
+    r"""Compute the squared error of a score or, with a standard deviation u, the Gaussian negative log-likelihood.
+
+    .. math:: l = (r - s)^2, \qquad l = \frac{(r - s)^2}{2u^2} + \log u
+
+    Args:
+        score: Score r, any shape.
+        target: The teacher's score s.
+        std: The teacher's uncertainty u, positive; None for the squared error.
+
+    Returns:
+        Loss in the shape of ``score``, float64. The constant ½ log 2π is left out.
+    """
+    error = (score.double() - target.double()).square()
+    return error if std is None else error / (2 * std.double().square()) + std.double().log()
+
+
+def teacher_preference(targets: PairTargets, temperature: float = 1.0) -> Tensor:
+    r"""Compute the teacher's probability that the chosen image is the better one.
+
+    .. math:: \Phi\Bigl(\frac{s_a - s_b}{\sqrt{u_a^2 + u_b^2}}\Bigr), \quad
+        \text{without uncertainties } \sigma\Bigl(\frac{s_a - s_b}{\tau}\Bigr)
+
+    Args:
+        targets: The teacher's scores s and, if it states them, uncertainties u.
+        temperature: τ, positive; without effect if there are uncertainties.
+
+    Returns:
+        Probabilities in the shape of the scores, float64.
+    """
+    gap = targets.chosen.double() - targets.rejected.double()
+    if targets.chosen_std is None or targets.rejected_std is None:
+        return torch.sigmoid(gap / temperature)
+    return torch.special.ndtr(gap / torch.hypot(targets.chosen_std.double(), targets.rejected_std.double()))
+
+
+class TargetLoss(PreferenceLoss):
+    """Base class of the losses against given values, which compare column by column."""
+
+    def targets_of(self, scores: PairScores) -> PairTargets:
+        """Return the given values.
+
+        Raises:
+            InputError: If there are none, or not one for each score.
+        """
+        if scores.targets is None:
+            raise InputError(
+                f"{type(self).__name__} needs given values of the images, and the batch has none; set data.targets"
+            )
+        if scores.targets.chosen.shape != scores.chosen.shape:
+            columns, outputs = (1 if t.ndim == 1 else t.shape[1] for t in (scores.targets.chosen, scores.chosen))
+            raise InputError(f"data.targets has {columns} columns, but the head gives {outputs} scores; let them agree")
+        return scores.targets
+
+    def win_probability(self, scores: PairScores) -> Tensor:
+        """Return ``sigmoid(d)``, as under Bradley–Terry."""
+        return torch.sigmoid(scores.margin)
+
+
+class LabelLoss(TargetLoss):
+    r"""Binary cross-entropy of single images' labels, :math:`-y\log\sigma(r) - (1-y)\log\sigma(-r)`.
+
+    The loss of a pair is the mean over its labelled images. Unlike a loss on pairs it fixes the zero of the scores:
+    σ(r) is the probability that an image is good (PAVRM, arXiv:2511.21541).
+
+    Args:
+        label_smoothing: e in [0, ½]; a label y counts as y(1 − e) + e/2.
+
+    Raises:
+        InputError: If ``label_smoothing`` is out of range.
+    """
+
+    def __init__(self, label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        check_smoothing(label_smoothing)
+        self.label_smoothing = label_smoothing
+
+    def per_pair(self, scores: PairScores) -> Tensor:
+        """See :meth:`PreferenceLoss.per_pair` and :func:`label_nll`.
+
+        Raises:
+            InputError: If a label is not in [0, 1].
+        """
+        return mean_over_outputs(label_loss(scores, self.targets_of(scores), self.label_smoothing))
+
+
+class RegressionDistillation(TargetLoss):
+    """Mean squared error of the scores against a teacher's; with its uncertainties the Gaussian likelihood.
+
+    The loss of a pair is the mean over its images with a value; see :func:`gaussian_nll`. Give the teacher's scores
+    z-scored (``data.targets.standardise``), so that a head's scores begin near them.
+    """
+
+    def per_pair(self, scores: PairScores) -> Tensor:
+        """See :meth:`PreferenceLoss.per_pair`."""
+        targets = self.targets_of(scores)
+        sides = [
+            (scores.chosen, targets.chosen, targets.chosen_std),
+            (scores.rejected, targets.rejected, targets.rejected_std),
+        ]
+        return mean_over_outputs(mean_over_images(*(known(gaussian_nll, *side) for side in sides)))
+
+
+class RankingDistillation(TargetLoss):
+    """Cross-entropy of the margin's logistic function against a teacher's preference, :func:`teacher_preference`.
+
+    Args:
+        temperature: τ of a teacher without uncertainties, in the units of its scores as given, positive.
+
+    Raises:
+        InputError: If ``temperature`` is not positive and finite.
+    """
+
+    def __init__(self, temperature: float = 1.0) -> None:
+        super().__init__()
+        if not (math.isfinite(temperature) and temperature > 0):
+            raise InputError(f"temperature = {temperature} must be positive and finite; 1 suits z-scored scores")
+        self.temperature = temperature
+
+    def per_pair(self, scores: PairScores) -> Tensor:
+        """See :meth:`PreferenceLoss.per_pair`."""
+        preference = teacher_preference(self.targets_of(scores), self.temperature)
+        return mean_over_outputs(known(bradley_terry_nll, scores.margin, preference).nan_to_num(0.0))
+
+
+def check_smoothing(label_smoothing: float) -> None:
+    """Raise InputError if ``label_smoothing`` is not in [0, ½]."""
+    if not 0 <= label_smoothing <= 0.5:
+        raise InputError(f"label_smoothing = {label_smoothing} must lie between 0 and 0.5; 0 takes labels as given")
+
+
+def label_loss(scores: PairScores, targets: PairTargets, smoothing: float) -> Tensor:
+    """Compute the mean cross-entropy of a pair's labelled images, in the shape of the scores.
+
+    Raises:
+        InputError: If a label is not in [0, 1].
+    """
+    for values in (targets.chosen, targets.rejected):
+        outside = values[(values < 0) | (values > 1)]
+        if len(outside):
+            raise InputError(
+                f"data.targets holds {outside[0]:g}, which is no label; give columns in [0, 1] and standardise: false"
+            )
+    sides = (scores.chosen, targets.chosen), (scores.rejected, targets.rejected)
+    smooth = ((score, label * (1 - smoothing) + smoothing / 2) for score, label in sides)
+    return mean_over_images(*(known(label_nll, *side) for side in smooth))
+
+
+def known(loss: Callable[..., Tensor], score: Tensor, target: Tensor, *std: Tensor | None) -> Tensor:
+    """Compute ``loss(score, target, ...)``; NaN, without a gradient, where the target is NaN."""
+    given = ~target.isnan()
+    safe = [None if values is None else torch.where(given, values, 1.0) for values in (target, *std)]
+    return torch.where(given, loss(score, *safe), torch.nan)
+
+
+def mean_over_images(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """Average the losses of the two images of a pair over those that are not NaN; 0 if both are."""
+    both = torch.stack([chosen, rejected])
+    return both.nan_to_num(0.0).sum(dim=0) / (~both.isnan()).sum(dim=0).clamp_min(1)

@@ -1,0 +1,287 @@
+"""Trust regions of GRPO: rules that keep a policy near the one that sampled, or near the reference."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentreward.errors import InputError
+from latentreward.losses.clipped_policy import clipped_objective
+
+
+class TrustRegion(ABC):
+    """Base of all rules; a module takes one or a list of them, at most one of each kind.
+
+    Attributes:
+        kind: What the rule changes, of which there can be one at a time: ``ratio`` (takes the place of clipping),
+            ``gate`` (chooses the rows on which the KL term acts), ``penalty`` (adds a term).
+    """
+
+    kind: str
+
+
+@dataclass(frozen=True)
+class StepDrift:
+    """How far the mean of each step has moved since the rollout, N steps.
+
+    Attributes:
+        squares: ``(N,)`` mean square of μ − μ_old over elements, with the gradient of μ.
+        std: ``(N,)`` standard deviation of the step's noise, s√Δ.
+        spread: ``(N,)`` s: for a flow the same without √Δ; see :class:`latentreward.rollout.Transition`.
+        mean_spread: Mean of s over the batch of all ranks, a scalar.
+        mean_length: Mean of √Δ over the batch of all ranks, a scalar.
+    """
+
+    squares: Tensor
+    std: Tensor
+    spread: Tensor
+    mean_spread: Tensor
+    mean_length: Tensor
+
+    @classmethod
+    def between(
+        cls, mean: Tensor, old_mean: Tensor, std: Tensor, spread: Tensor, every: Tensor | None = None
+    ) -> StepDrift:
+        """Compute the drift of steps ``(N, C, ...)``.
+
+        Args:
+            mean: ``(N, C, ...)`` mean μ of the policy's steps.
+            old_mean: ``(N, C, ...)`` mean of the steps when they were sampled.
+            std: ``(N,)`` s√Δ, positive.
+            spread: ``(N,)`` s, positive.
+            every: ``(..., 2, N)`` spread and √Δ of the batches of all ranks; None takes those of this one.
+        """
+        if every is None:
+            every = torch.stack([spread, std / spread])
+        mean, old_mean, std, spread, every = map(wide, (mean, old_mean, std, spread, every))
+        squares = (mean - old_mean).square().flatten(1).mean(dim=1)
+        return cls(squares, std, spread, *every.transpose(-2, -1).reshape(-1, 2).mean(dim=0))
+
+
+def wide(values: Tensor) -> Tensor:
+    """Return ``values`` in float64, on the CPU if their device has no such type."""
+    return (values.cpu() if values.device.type == "mps" else values).double()
+
+
+class RatioRule(TrustRegion):
+    """Rule that takes the place of PPO's clipping."""
+
+    kind = "ratio"
+
+    @abstractmethod
+    def objective(
+        self, log_ratio: Tensor, advantage: Tensor, clip_range: float, drift: StepDrift
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute the objective of N steps; see :func:`~latentreward.losses.clipped_policy.clipped_objective`.
+
+        Args:
+            log_ratio: ``(N,)`` log p_θ − log p_old, means over elements.
+            advantage: ``(N,)`` advantages A.
+            clip_range: ε of the loss.
+            drift: Drift of the steps.
+
+        Returns:
+            The objective ``(N,)``, the ratios ``(N,)``, and whether the rule held each step back ``(N,)``.
+        """
+
+
+class GRPOGuard(RatioRule):
+    r"""GRPO-Guard (arXiv:2510.22319): ratios without the bias of a large step.
+
+    .. math:: \rho = \exp\bigl((\log p_\theta - \log p_{\mathrm{old}} + b)\, \bar s\bigr), \qquad
+        b = \langle(\mu - \mu_{\mathrm{old}})^2\rangle / 2 \bar s^2
+
+    with :math:`\bar s` the mean of s times the mean of √Δ over the batch. PPO's objective of ρ is divided by the square
+    of the mean of √Δ. b cancels the quadratic term of the log-ratio exactly and has a gradient.
+
+    Args:
+        per_step: Take :math:`\bar s = s\sqrt\Delta` of each step, and do not divide (as Flow-Factory does); else as
+            verl-omni does.
+    """
+
+    def __init__(self, per_step: bool = False) -> None:
+        self.per_step = per_step
+
+    def objective(
+        self, log_ratio: Tensor, advantage: Tensor, clip_range: float, drift: StepDrift
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See :meth:`RatioRule.objective`."""
+        scale = drift.std if self.per_step else drift.mean_spread * drift.mean_length
+        bias = drift.squares / (2 * scale**2)
+        rows, ratio, clipped = clipped_objective((log_ratio + bias) * scale, advantage, clip_range)
+        return rows if self.per_step else rows / drift.mean_length**2, ratio, clipped
+
+
+class FlowDPPO(RatioRule):
+    r"""Flow-DPPO (arXiv:2606.11025): leave out a step that has moved too far and would move further.
+
+    A step has moved too far if :math:`\langle(\mu - \mu_{\mathrm{old}})^2\rangle / 2 s^2\Delta` reaches the threshold.
+    It would move further if its ratio is above 1 and its advantage positive, or below 1 and negative. The loss is the
+    mean over all steps of −A·ρ, with 0 for those left out. The loss's ``clip_range`` is not used; the paper does not
+    bound advantages either (``max_advantage: null``).
+
+    Args:
+        threshold: Least divergence that counts as too far; 1e-5 in the released settings.
+        scaled: Whether the divergence is divided by s²Δ.
+
+    Raises:
+        InputError: If ``threshold`` is negative.
+    """
+
+    def __init__(self, threshold: float = 1e-5, scaled: bool = True) -> None:
+        if not threshold >= 0:
+            raise InputError(f"threshold={threshold:g} must be at least 0; Flow-DPPO uses 1e-5")
+        self.threshold, self.scaled = threshold, scaled
+
+    def divergence(self, drift: StepDrift) -> Tensor:
+        """Return the divergence of each step ``(N,)``, without gradient."""
+        return (drift.squares / (2 * drift.std**2 if self.scaled else 2)).detach()
+
+    def objective(
+        self, log_ratio: Tensor, advantage: Tensor, clip_range: float, drift: StepDrift
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See :meth:`RatioRule.objective`."""
+        ratio = log_ratio.exp()
+        further = ((advantage > 0) & (log_ratio > 0)) | ((advantage < 0) & (log_ratio < 0))
+        left_out = (self.divergence(drift) >= self.threshold) & further
+        # the inner where keeps an infinite ratio out of the gradient
+        kept = torch.where(left_out, 0.0, log_ratio).exp()
+        return torch.where(left_out, 0.0, -advantage * kept), ratio, left_out
+
+
+class NormGuard(TrustRegion):
+    r"""Penalty on predictions that grow.
+
+    .. math:: \lambda\,\mathrm{mean}_i\,\mathrm{relu}(\|v_i\| / \|v_{\mathrm{ref},i}\| - 1)^2
+
+    Ours, after the observation of NormGuard (arXiv:2606.27771) that reinforcement learning inflates the norm of the
+    velocity; the paper's own form was not released. Predictions at or below the reference's norm cost nothing.
+
+    Args:
+        weight: λ.
+
+    Raises:
+        InputError: If ``weight`` is not positive.
+    """
+
+    kind = "penalty"
+
+    def __init__(self, weight: float = 1.0) -> None:
+        if not (math.isfinite(weight) and weight > 0):
+            raise InputError(f"weight={weight:g} must be positive and finite")
+        self.weight = weight
+
+    def penalty(self, prediction: Tensor, reference: Tensor) -> Tensor:
+        """Compute the penalty of predictions ``(N, C, ...)``, a scalar, float32.
+
+        Args:
+            prediction: ``(N, C, ...)`` output of the policy.
+            reference: ``(N, C, ...)`` output of the reference; no gradient flows to it.
+        """
+        norm, ref_norm = (value.float().flatten(1).norm(dim=1) for value in (prediction, reference.detach()))
+        excess = (norm / ref_norm.clamp(min=torch.finfo(torch.float32).tiny) - 1).relu()
+        return self.weight * excess.square().mean()
+
+
+class KLGate(TrustRegion):
+    """Rule that chooses the trajectories on which the KL term acts; it is 0 for a batch without one."""
+
+    kind = "gate"
+
+
+class UncertaintyGate(KLGate):
+    """Gate that opens where a latent reward is unsure: where its noise levels disagree.
+
+    Ours, after GARDO (arXiv:2512.24138). The reward of each noise level is z-scored among the samples of a prompt; a
+    sample's uncertainty u is the standard deviation of these values over the levels. The KL term acts on samples with
+    u above the (1 − ``share``) quantile of the rollout.
+
+    Args:
+        share: Share of samples on which the KL term acts, in (0, 1).
+
+    Raises:
+        InputError: If ``share`` is out of range.
+    """
+
+    def __init__(self, share: float = 0.2) -> None:
+        if not 0 < share < 1:
+            raise InputError(f"share={share:g} must lie between 0 and 1; 0.2 lets the KL term act on a fifth")
+        self.share = share
+
+    def uncertainty(self, rewards: Tensor) -> Tensor:
+        """Compute the uncertainty ``(P, K)``, float64.
+
+        Args:
+            rewards: ``(L, P, K)`` rewards of K samples of P prompts at L ≥ 2 noise levels.
+        """
+        values = wide(rewards)
+        std, mean = torch.std_mean(values, dim=2, correction=0, keepdim=True)
+        scores = torch.where(std > 0, (values - mean) / std.where(std > 0, 1.0), 0.0)
+        return scores.std(dim=0, correction=0)
+
+    def __call__(self, uncertainty: Tensor) -> Tensor:
+        """Tell which of ``uncertainty`` (any shape) lie above the quantile, bool of the same shape."""
+        return uncertainty > uncertainty.flatten().quantile(1 - self.share)
+
+
+class RankGate(KLGate):
+    """GARDO's gate (arXiv:2512.24138): open where a reward ranks a sample otherwise than the other rewards do.
+
+    u is the rank of a sample by the first reward of a mixture minus its mean rank by the others, rank 1 being the
+    highest reward of the rollout. As released, the gate opens on samples that the first reward ranks *below* the
+    others (u > 0); the paper's text asks for those that it ranks above them, which ``reversed`` gives.
+
+    Only samples with u ≥ 0 count: the gate opens on about ``share`` of them. The share adapts: it grows by a tenth
+    where their mean u exceeds that of all of the last 20 rollouts, and shrinks by a tenth where it lies below all of
+    these. It stays in [0.02, 0.2].
+
+    Args:
+        share: Share of samples at the start; 0.1 as released.
+        reversed: Open on samples that the first reward ranks above the others.
+
+    Raises:
+        InputError: If ``share`` is out of range.
+    """
+
+    def __init__(self, share: float = 0.1, reversed: bool = False) -> None:
+        if not 0.02 <= share <= 0.2:
+            raise InputError(f"share={share:g} must lie in [0.02, 0.2]; GARDO starts with 0.1")
+        self.share, self.reversed = share, reversed
+        self.seen: list[float] = []
+
+    def uncertainty(self, rewards: Tensor) -> Tensor:
+        """Compute u ``(N,)`` of N samples from rewards ``(N, R)``, R ≥ 2, the first column that of the main reward."""
+        values = wide(rewards)
+        above = (values[None] > values[:, None]).sum(dim=1)
+        ranks = above + ((values[None] == values[:, None]).sum(dim=1) - 1) / 2  # equal rewards share their mean rank
+        difference = ranks[:, 0] - ranks[:, 1:].mean(dim=1)
+        return -difference if self.reversed else difference
+
+    def __call__(self, rewards: Tensor) -> Tensor:
+        """Adapt the share, then tell which of N samples the KL term acts on, bool ``(N,)``; see :meth:`uncertainty`."""
+        values = self.uncertainty(rewards)
+        above = values[values >= 0]
+        if not len(above):
+            return torch.zeros_like(values, dtype=torch.bool)
+        self._adapt(above.mean().item())
+        return values > above.quantile(1 - self.share)
+
+    def _adapt(self, mean: float) -> None:
+        if self.seen and mean > max(self.seen):
+            self.share = min(self.share * 1.1, 0.2)
+        elif self.seen and mean < min(self.seen):
+            self.share = max(self.share * 0.9, 0.02)
+        self.seen = [*self.seen, mean][-20:]
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint holds of the gate."""
+        return {"share": self.share, "seen": list(self.seen)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from the :meth:`state` of a checkpoint."""
+        self.share, self.seen = float(state["share"]), [float(mean) for mean in state["seen"]]

@@ -1,0 +1,323 @@
+"""Reinforcement learning on the forward process: finished samples are noised again, and the network learns from them.
+
+Neither the sampler's noise nor its log-probabilities take part, so that any deterministic sampler serves, and training
+needs no states of the rollout but the finished latents (DiffusionNFT, arXiv:2509.16117; AWM, arXiv:2509.25050).
+"""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from latentreward.contracts import PromptBatch, RenoisedSamples, join_rows
+from latentreward.errors import InputError
+from latentreward.losses import MatchingLoss, NFTLoss, velocity_divergence
+from latentreward.modules.alignment import RolloutModule
+from latentreward.modules.grpo import LEAST_ADVANTAGE, group_statistics
+from latentreward.policies import PolicySource
+from latentreward.policies.moving import AVERAGE, OLD, DecayRamp, MovingCopy
+from latentreward.rewards import RewardSource
+from latentreward.rollout import Advantage, GroupAdvantage, Sampling, check_sigmas, sample_latents, score_finished
+from latentreward.rollout.step_choice import RandomSteps, StepChoice, StratifiedSteps
+from latentreward.seeding import pair_generator
+
+FOLLOWED = "copies_followed"
+"""Key of a checkpoint with the optimiser step after which the copies last followed the policy."""
+
+
+class Renoised(NamedTuple):
+    """Noisy states of a batch, and what the network should predict for them.
+
+    Attributes:
+        latents: ``(B, C, ...)`` x_σ.
+        target: ``(B, C, ...)`` ε − x₀.
+        sigmas: ``(B,)`` σ.
+    """
+
+    latents: Tensor
+    target: Tensor
+    sigmas: Tensor
+
+
+class ForwardProcessModule(RolloutModule[RenoisedSamples]):
+    """Base of the modules that learn from finished samples, with a copy of the adapter that samples.
+
+    Args:
+        policy: The generator: a rectified flow.
+        reward: Source of a reward that scores finished latents.
+        sampling: Sampler settings of rollouts, without noise.
+        num_samples: Samples K per prompt.
+        steps: Choice of the sampler's noise levels to train at; each one is a row of a batch.
+        reward_sigmas: Noise levels at which a latent reward scores; without effect on rewards of pixels.
+        advantage: Rule that turns rewards into advantages; None divides by the spread of all rewards of a rollout.
+        copies: How each copy of the adapter follows the policy, by name.
+        options: See :class:`~latentreward.modules.alignment.AlignmentModule`. Neither sampling nor training uses
+            classifier-free guidance.
+
+    Raises:
+        InputError: If the policy is no flow, guidance or noise is asked for, a setting is out of range, or the reward
+            takes latents of another space.
+    """
+
+    def __init__(
+        self,
+        policy: PolicySource,
+        reward: RewardSource,
+        sampling: Sampling | None,
+        num_samples: int,
+        steps: StepChoice,
+        reward_sigmas: Sequence[float],
+        advantage: Advantage | None,
+        copies: dict[str, DecayRamp],
+        guidance_scale: float | None = None,
+        **options: Any,
+    ) -> None:
+        family, sampling = policy.resolve_family(), sampling or Sampling(10)
+        if not family.flow:
+            raise InputError(
+                f"policy.source={policy.source!r} is {family.title}, no rectified flow; {type(self).__name__} needs a "
+                "flow (SD3, FLUX.1, …); use LPO or GRPO"
+            )
+        if guidance_scale is None:
+            guidance_scale = family.no_guidance if family.needs_uncond(family.guidance(None)) else None
+        if family.needs_uncond(family.guidance(guidance_scale)):
+            raise InputError(
+                f"guidance_scale={guidance_scale:g}: {type(self).__name__} samples and trains without guidance; leave "
+                f"it out or set it to {family.no_guidance:g}"
+            )
+        if sampling.noise_level:
+            raise InputError(
+                f"sampling.noise_level={sampling.noise_level:g}: {type(self).__name__} samples without noise; leave it "
+                "out or set it to 0"
+            )
+        if num_samples < 2:
+            raise InputError(f"num_samples={num_samples} leaves nothing to compare; use at least 2")
+        check_sigmas(reward_sigmas)
+        if advantage is not None and (advantage.takes_parts or advantage.takes_features):
+            raise InputError(
+                f"advantage: {type(advantage).__name__} is for TrajectoryGRPOModule; {type(self).__name__} takes "
+                "GroupAdvantage"
+            )
+        steps.choose(sampling.num_inference_steps, torch.Generator())
+        sampler = sampling.sampler(family)
+        super().__init__(policy, reward, guidance_scale=guidance_scale, **options)
+        self.sampling, self.sampler, self.num_samples, self.steps = sampling, sampler, num_samples, steps
+        self.reward_sigmas, self.advantage = tuple(reward_sigmas), advantage or GroupAdvantage("all")
+        self.copies = [MovingCopy(self.policy, name, ramp) for name, ramp in copies.items()]
+        self.followed = 0
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save beside the weights, those of the copies included, the step after which the copies last moved."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[FOLLOWED] = self.followed
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that the checkpoint has the copies.
+
+        Raises:
+            InputError: If a copy is missing, as in the checkpoint of another method.
+        """
+        for copy in self.copies:
+            copy.check(checkpoint["state_dict"])
+        super().on_load_checkpoint(checkpoint)
+        self.followed = checkpoint.get(FOLLOWED, 0)
+
+    def make_experience(self, prompts: PromptBatch) -> RenoisedSamples | None:
+        """See :meth:`RolloutModule.make_experience`; the copies follow the policy first."""
+        if self.trainer.global_step != self.followed:  # a rollout that follows an empty one would move them twice
+            self.followed = self.trainer.global_step
+            for copy in self.copies:
+                copy.follow(self.followed)
+        count = self.num_samples
+        repeated = PromptBatch(
+            tuple(prompt for prompt in prompts.prompts for _ in range(count)),
+            tuple(f"{key}/{number}" for key in prompts.keys for number in range(count)),
+        )
+        with self.policy.adapters.use(OLD):
+            latents = sample_latents(self.policy, repeated, self.sampling, self.guidance_scale, self.seed)
+        rewards = score_finished(self.reward, latents, prompts, self.seed, self.reward_sigmas)
+        rewards = rewards.view(len(prompts), count)
+        self.rollout_statistics = group_statistics(torch.zeros(1), rewards.T[None].cpu())
+        advantage = self.advantages(rewards, self.advantage)
+        if not (self.of_all_ranks(advantage).abs() > LEAST_ADVANTAGE).any():  # equal samples count beside others
+            return None
+        advantage = advantage.flatten().cpu()
+        return join_rows([*self._rows_of(repeated, latents.cpu(), advantage)])
+
+    def _rows_of(self, prompts: PromptBatch, latents: Tensor, advantage: Tensor) -> list[RenoisedSamples]:
+        """Return the rows of each sample: one for each of its steps."""
+        records = []
+        for row, (prompt, key) in enumerate(zip(prompts.prompts, prompts.keys, strict=True)):
+            chosen = self.steps.choose(len(self.sampler), pair_generator(self.seed, "trained steps", 0, key))
+            count = len(chosen)
+            records.append(
+                RenoisedSamples(
+                    keys=tuple(f"{key}/{index}" for index in chosen.tolist()),
+                    prompts=(prompt,) * count,
+                    latents=latents[row].expand(count, *latents.shape[1:]),
+                    timesteps=self.sampler.timesteps[chosen],
+                    advantage=advantage[row].expand(count),
+                )
+            )
+        return records
+
+    def renoise(self, batch: RenoisedSamples) -> Renoised:
+        """Noise the finished latents of a batch to its timesteps; the noise depends on seed and key alone."""
+        process, shape = self.policy.noise_process, batch.latents.shape[1:]
+        generators = [pair_generator(self.seed, "forward noise", 0, key) for key in batch.keys]
+        noise = torch.stack([torch.randn(shape, generator=one) for one in generators]).to(batch.latents)
+        return Renoised(
+            process.add_noise(batch.latents, noise, batch.timesteps),
+            process.target(batch.latents, noise, batch.timesteps),
+            process.sigma(batch.timesteps).to(batch.latents.device),
+        )
+
+    def predict(self, batch: RenoisedSamples, states: Renoised) -> Tensor:
+        """Predict the velocities of a batch ``(B, C, ...)`` under the adapter that is active now."""
+        conditioning, uncond = self.conditioning(batch.prompts)
+        return self.policy.predict_guided(states.latents, batch.timesteps, conditioning, uncond, self.guidance_scale)
+
+    def predict_under(self, adapter: str | None, batch: RenoisedSamples, states: Renoised) -> Tensor:
+        """Predict the velocities of a batch under another adapter, or under none (the reference), without gradient."""
+        with torch.no_grad(), self.policy.adapters.use(adapter):
+            return self.predict(batch, states)
+
+    @abstractmethod
+    def training_step(self, batch: RenoisedSamples, batch_idx: int) -> Tensor:
+        """Return the loss of a batch."""
+
+
+class DiffusionNFTModule(ForwardProcessModule):
+    """DiffusionNFT (arXiv:2509.16117): learn from good and bad finished samples by their forward process.
+
+    An older copy of the adapter samples. It follows the policy before each rollout. See
+    :class:`~latentreward.losses.NFTLoss`; logs ``train/loss``, ``train/policy``, ``train/kl``.
+
+    Args:
+        policy: See :class:`ForwardProcessModule`.
+        reward: See :class:`ForwardProcessModule`.
+        sampling: See :class:`ForwardProcessModule`; None takes 10 steps.
+        num_samples: See :class:`ForwardProcessModule`.
+        steps: See :class:`ForwardProcessModule`; None takes a random 99 % of the steps.
+        reward_sigmas: See :class:`ForwardProcessModule`.
+        advantage: See :class:`ForwardProcessModule`.
+        old: How slowly the copy that samples follows the policy.
+        loss: See :class:`~latentreward.losses.NFTLoss`.
+        options: See :class:`ForwardProcessModule`.
+
+    Raises:
+        InputError: See :class:`ForwardProcessModule`.
+    """
+
+    def __init__(
+        self,
+        policy: PolicySource,
+        reward: RewardSource,
+        sampling: Sampling | None = None,
+        num_samples: int = 24,
+        steps: StepChoice | None = None,
+        reward_sigmas: Sequence[float] = (0.4,),
+        advantage: Advantage | None = None,
+        old: DecayRamp | None = None,
+        loss: NFTLoss | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            policy,
+            reward,
+            sampling=sampling,
+            num_samples=num_samples,
+            steps=steps or RandomSteps(),
+            reward_sigmas=reward_sigmas,
+            advantage=advantage,
+            copies={OLD: old or DecayRamp()},
+            **options,
+        )
+        self.loss = loss or NFTLoss()
+
+    def training_step(self, batch: RenoisedSamples, batch_idx: int) -> Tensor:
+        """Return the loss of a batch."""
+        states = self.renoise(batch)
+        old = self.predict_under(OLD, batch, states)
+        reference = self.predict_under(None, batch, states) if self.loss.needs_reference else None
+        velocity = self.predict(batch, states)
+        result = self.loss(velocity, old, states.target, states.sigmas, batch.advantage, reference)
+        self.log("train/loss", result.loss, prog_bar=True, batch_size=len(batch))
+        self.log_dict({"train/policy": result.policy, "train/kl": result.kl}, batch_size=len(batch))
+        return result.loss
+
+
+class AWMModule(ForwardProcessModule):
+    """Advantage weighted matching (AWM, arXiv:2509.25050): a policy gradient on the denoising error of samples.
+
+    The policy itself samples. A moving average of it is the second point that the policy is held to, beside the
+    reference. See :class:`~latentreward.losses.MatchingLoss`; logs ``train/loss``, ``train/policy``, ``train/kl``,
+    ``train/average_kl``, ``train/clipped``, ``train/ratio``.
+
+    Args:
+        policy: See :class:`ForwardProcessModule`.
+        reward: See :class:`ForwardProcessModule`.
+        sampling: See :class:`ForwardProcessModule`; None takes 14 steps.
+        num_samples: See :class:`ForwardProcessModule`.
+        steps: See :class:`ForwardProcessModule`; None takes 6 steps, stratified.
+        reward_sigmas: See :class:`ForwardProcessModule`.
+        advantage: See :class:`ForwardProcessModule`.
+        average: How slowly the moving average follows the policy.
+        loss: See :class:`~latentreward.losses.MatchingLoss`.
+        options: See :class:`ForwardProcessModule`.
+
+    Raises:
+        InputError: See :class:`ForwardProcessModule`.
+    """
+
+    def __init__(
+        self,
+        policy: PolicySource,
+        reward: RewardSource,
+        sampling: Sampling | None = None,
+        num_samples: int = 24,
+        steps: StepChoice | None = None,
+        reward_sigmas: Sequence[float] = (0.4,),
+        advantage: Advantage | None = None,
+        average: DecayRamp | None = None,
+        loss: MatchingLoss | None = None,
+        **options: Any,
+    ) -> None:
+        loss = loss or MatchingLoss()
+        copies = {OLD: DecayRamp(most=0.0)}
+        if loss.average_weight:
+            copies[AVERAGE] = average or DecayRamp(most=0.3)
+        super().__init__(
+            policy,
+            reward,
+            sampling=sampling or Sampling(14),
+            num_samples=num_samples,
+            steps=steps or StratifiedSteps(),
+            reward_sigmas=reward_sigmas,
+            advantage=advantage,
+            copies=copies,
+            **options,
+        )
+        self.loss = loss
+
+    def training_step(self, batch: RenoisedSamples, batch_idx: int) -> Tensor:
+        """Return the loss of a batch."""
+        states, loss = self.renoise(batch), self.loss
+        kl = average_kl = old = None
+        if self.trainer.global_step != self.followed:  # before the first optimiser step the policy equals its copy
+            old = loss.log_prob(self.predict_under(OLD, batch, states), states.target, states.sigmas)
+        reference = self.predict_under(None, batch, states) if loss.kl_weight else None
+        average = self.predict_under(AVERAGE, batch, states) if loss.average_weight else None
+        velocity = self.predict(batch, states)
+        log_prob = loss.log_prob(velocity, states.target, states.sigmas)
+        if reference is not None:
+            kl = velocity_divergence(velocity, reference, states.sigmas, loss.divergence)
+        if average is not None:
+            average_kl = velocity_divergence(velocity, average, states.sigmas, loss.divergence)
+        result = loss(log_prob, log_prob.detach() if old is None else old, batch.advantage, kl, average_kl)
+        self.log("train/loss", result.loss, prog_bar=True, batch_size=len(batch))
+        values = {name: getattr(result, name) for name in ("policy", "kl", "average_kl", "clipped", "ratio")}
+        self.log_dict({f"train/{name}": value for name, value in values.items()}, batch_size=len(batch))
+        return result.loss

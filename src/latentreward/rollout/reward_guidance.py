@@ -1,0 +1,195 @@
+"""Guidance of a rollout by a reward: each step's mean is moved along the reward's gradient (Euphonium)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentreward.contracts import NoisyStates, PromptBatch
+from latentreward.errors import InputError
+from latentreward.noise.base import per_sample
+from latentreward.policies import Policy
+from latentreward.rewards.base import Reward
+from latentreward.rollout.base import TIMESTEP_TOLERANCE, StepSampler
+from latentreward.rollout.settings import Sampling
+from latentreward.rollout.trajectories import sample_trajectories
+from latentreward.rollout.transition import Transition
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuidedTransition(Transition):
+    """Transition of which samples are drawn around a moved mean; its log-probability is that of the mean as it was.
+
+    A policy that learns from guided samples thereby learns to reach them without guidance.
+
+    Attributes:
+        shift: ``(B, C, ...)`` what is added to the mean in sampling.
+    """
+
+    shift: Tensor
+
+    @property
+    def guided(self) -> Transition:
+        """Return the distribution that samples are drawn from."""
+        return Transition(self.mean + self.shift, self.std, self.spread, self.density)
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """See :meth:`Transition.sample`; the mean is the moved one."""
+        return self.guided.sample(noise)
+
+
+@dataclass
+class RewardGuidance:
+    r"""Settings of guidance by a reward's gradient (Euphonium, arXiv:2602.04928).
+
+    With g = ∇R(x_t, t, c) at the state before the step, and Δ the length of the step in σ, the next state is drawn from
+
+    .. math:: \mathcal N\bigl(\mu + a\,\Delta\, g,\; s^2 \Delta\bigr), \qquad a = s^2 / 2\beta.
+
+    s is the noise per √Δ (:attr:`Transition.spread`), which is the constant η in DanceGRPO's sampler. To first
+    order, the step is thus the one with the most reward minus 2β times the KL divergence from the unguided step. DDIM's
+    transitions have Δ = 1. A step without noise is not guided.
+
+    Attributes:
+        scale: a, in latents squared per unit of the reward; None takes s² / 2β.
+        beta: β in units of the reward, positive; without effect if ``scale`` is given. 3.125 in Euphonium's released
+            settings, which gives a = 0.01 at η = 0.25.
+        times_step: Whether the factor Δ is there, as in the released settings.
+        normalise: Whether g is divided by its norm over the whole batch. The guidance of a sample then depends on the
+            others; off in the released settings.
+        low: Lowest timestep of the steps with guidance.
+        high: Highest timestep of the steps with guidance. Euphonium guides the last 4 of 16 steps at shift 5, which
+            start at timestep 625 and below.
+    """
+
+    scale: float | None = None
+    beta: float = 3.125
+    times_step: bool = True
+    normalise: bool = False
+    low: float = 0.0
+    high: float = 625.0
+
+    def __post_init__(self) -> None:
+        """Raise InputError for settings that are out of range."""
+        if self.scale is not None and not (math.isfinite(self.scale) and self.scale > 0):
+            raise InputError(f"scale={self.scale:g} must be positive and finite; Euphonium uses 0.01")
+        if not (math.isfinite(self.beta) and self.beta > 0):
+            raise InputError(f"beta={self.beta:g} must be positive and finite; Euphonium uses 3.125")
+        if not self.low <= self.high:
+            raise InputError(f"low={self.low:g} lies above high={self.high:g}; exchange them")
+
+    def inside(self, timesteps: Tensor) -> Tensor:
+        """Tell which of ``timesteps`` lie in the window, up to rounding, bool of the same shape."""
+        return (timesteps >= self.low - TIMESTEP_TOLERANCE) & (timesteps <= self.high + TIMESTEP_TOLERANCE)
+
+    def check(self, sampler: StepSampler) -> None:
+        """Raise InputError if no step of the window has noise."""
+        sampler.require_noise()
+        if not (self.inside(sampler.timesteps) & (sampler.noise_std > 0)).any():
+            raise InputError(
+                f"no step with noise lies in the window low={self.low:g}, high={self.high:g} of the guidance; widen it"
+            )
+
+    def guide(self, transition: Transition, gradient: Tensor) -> GuidedTransition:
+        """Move the mean of ``transition`` along the reward's ``gradient`` ``(B, C, ...)``.
+
+        The gradient is taken as a constant. A gradient of zeros moves nothing.
+        """
+        direction = gradient.detach().float()
+        if self.normalise:
+            direction = direction / (direction.norm() + 1e-8)
+        noisy = transition.std > 0
+        spread = transition.spread.where(noisy, 1.0)
+        factor = spread**2 / (2 * self.beta) if self.scale is None else torch.full_like(spread, self.scale)
+        if self.times_step:
+            factor = factor * (transition.std / spread) ** 2
+        shift = per_sample(factor.where(noisy, 0.0), direction) * direction
+        return GuidedTransition(shift=shift, **vars(transition))
+
+
+def require_gradient(reward: Reward) -> None:
+    """Raise InputError if ``reward`` has no gradient to the states."""
+    if not reward.differentiable:
+        raise InputError(f"{type(reward).__name__} gives no gradient, which guidance needs; take a LatentReward")
+
+
+def reward_gradient(reward: Reward, states: NoisyStates, encoded: Any) -> Tensor:
+    """Compute the gradient ``(N, C, ...)`` of each state's reward with respect to the state, float32.
+
+    Args:
+        reward: Differentiable reward of noisy states.
+        states: N states.
+        encoded: Result of :meth:`Reward.encode_prompts`.
+    """
+    leaf = states.latents.detach().float().requires_grad_()
+    with torch.enable_grad():
+        total = reward(NoisyStates(leaf, states.timesteps, states.rows), encoded).sum()
+    (slope,) = torch.autograd.grad(total, leaf)
+    return slope
+
+
+class GuidedSampler(StepSampler):
+    """Sampler whose transitions are guided by a reward; what uses a sampler needs no other change.
+
+    Args:
+        sampler: Sampler of the steps.
+        guidance: Strength and window.
+        reward: Differentiable reward of noisy states.
+        encoded: Result of :meth:`Reward.encode_prompts` for the prompts of the rows of every batch, in order.
+
+    Raises:
+        InputError: If no step of the window has noise, or the reward has no gradient.
+    """
+
+    def __init__(self, sampler: StepSampler, guidance: RewardGuidance, reward: Reward, encoded: Any) -> None:
+        guidance.check(sampler)
+        require_gradient(reward)
+        self.sampler, self.guidance, self.reward, self.encoded = sampler, guidance, reward, encoded
+        self.timesteps, self.noise_std, self.noise_setting = sampler.timesteps, sampler.noise_std, sampler.noise_setting
+
+    def transition(self, latents: Tensor, model_output: Tensor, timesteps: Tensor) -> Transition:
+        """See :meth:`StepSampler.transition`; steps outside the window are those of the sampler."""
+        plain = self.sampler.transition(latents, model_output, timesteps)
+        inside = self.guidance.inside(timesteps)
+        if not inside.any():
+            return plain
+        rows = torch.arange(len(latents), device=latents.device)
+        states = NoisyStates(latents, timesteps.to(latents.device), rows)
+        gradient = reward_gradient(self.reward, states, self.encoded)
+        return self.guidance.guide(plain, gradient * per_sample(inside.to(gradient), gradient))
+
+    def clean(self, latents: Tensor, model_output: Tensor, timesteps: Tensor) -> Tensor:
+        """See :meth:`StepSampler.clean`."""
+        return self.sampler.clean(latents, model_output, timesteps)
+
+
+def sample_guided(
+    policy: Policy,
+    reward: Reward,
+    prompts: PromptBatch,
+    guidance: RewardGuidance,
+    sampling: Sampling,
+    guidance_scale: float | None,
+    seed: int,
+) -> Tensor:
+    """Sample finished latents ``(B, C, ...)``, float32, with steps that are guided by ``reward``.
+
+    Args:
+        policy: Policy in evaluation mode.
+        reward: Differentiable reward of noisy states.
+        prompts: B prompts.
+        guidance: Strength and window.
+        sampling: Steps, noise and size; a noise of None is 0.
+        guidance_scale: Scale of classifier-free guidance as checked by :meth:`Family.guidance`.
+        seed: Seed of all random numbers.
+
+    Raises:
+        InputError: If no step of the window has noise, or the reward has no gradient.
+    """
+    sampler = sampling.sampler(policy.family)
+    guided = GuidedSampler(sampler, guidance, reward, reward.encode_prompts(prompts.prompts))
+    return sample_trajectories(policy, guided, prompts, sampling, guidance_scale, seed).finished.clone()

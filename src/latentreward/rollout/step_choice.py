@@ -1,0 +1,76 @@
+"""Choice of the sampler's noise levels at which a finished sample is trained on."""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from latentreward.errors import InputError
+
+
+class StepChoice(ABC):
+    """Rule that picks steps of a sampler for one finished sample."""
+
+    @abstractmethod
+    def choose(self, steps: int, generator: torch.Generator) -> Tensor:
+        """Return the indices of distinct steps among ``steps``, int64.
+
+        Raises:
+            InputError: If the sampler has too few steps.
+        """
+
+
+class RandomSteps(StepChoice):
+    """Random choice of nearly all steps, as in DiffusionNFT (arXiv:2509.16117).
+
+    Args:
+        share: Share of the sampler's steps, in (0, 1], rounded down; DiffusionNFT trains on 99 %: 9 of 10.
+
+    Raises:
+        InputError: If ``share`` is out of range.
+    """
+
+    def __init__(self, share: float = 0.99) -> None:
+        if not 0 < share <= 1:
+            raise InputError(f"share={share:g} must lie in (0, 1]; DiffusionNFT uses 0.99")
+        self.share = share
+
+    def choose(self, steps: int, generator: torch.Generator) -> Tensor:
+        """See :meth:`StepChoice.choose`."""
+        if not (count := int(steps * self.share)):
+            raise InputError(f"share={self.share:g} of {steps} steps leaves none; raise it, or num_inference_steps")
+        return torch.randperm(steps, generator=generator)[:count]
+
+
+class StratifiedSteps(StepChoice):
+    """Choice of one step in each of several ranges of equal length, as in AWM (arXiv:2509.25050).
+
+    Args:
+        count: Number of steps, at least 1; AWM uses 6.
+        first: First step that may be chosen; AWM leaves out step 0, where the latents are noise alone.
+        share: Share of the sampler's steps, in (0, 1], rounded down, before which the last chosen step lies; AWM uses
+            0.9.
+
+    Raises:
+        InputError: If a number is out of range.
+    """
+
+    def __init__(self, count: int = 6, first: int = 1, share: float = 0.9) -> None:
+        if count < 1 or first < 0 or not 0 < share <= 1:
+            raise InputError(
+                f"count={count}, first={first}, share={share:g}: count must be at least 1, first at least 0, and share "
+                "must lie in (0, 1]; AWM uses 6, 1 and 0.9"
+            )
+        self.count, self.first, self.share = count, first, share
+
+    def choose(self, steps: int, generator: torch.Generator) -> Tensor:
+        """See :meth:`StepChoice.choose`."""
+        last = int(steps * self.share)
+        if last - self.first < self.count:
+            raise InputError(
+                f"count={self.count}: of {steps} steps only those from {self.first} to {last - 1} may be chosen; lower "
+                "count, or raise num_inference_steps"
+            )
+        edges = torch.linspace(self.first, last, self.count + 1, dtype=torch.float64).long()
+        widths = edges.diff()
+        return edges[:-1] + (torch.rand(self.count, generator=generator, dtype=torch.float64) * widths).long()

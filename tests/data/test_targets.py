@@ -1,0 +1,181 @@
+"""Given values of images: z-scores over the training table, sides in the batch, runs that learn from them."""
+
+import csv
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from latentreward.cache.datamodule import CachedPreferenceDataModule, CachedSplit
+from latentreward.cli import main
+from latentreward.contracts import PreferenceBatch
+from latentreward.data import HPDv3Reader, PairReader, PickAPicReader, PreferenceDataModule, ScoreTargets
+from latentreward.data.collate import is_turned
+from latentreward.errors import InputError
+from latentreward.tinyworld import TinyWorldDataModule
+from latentreward.tinyworld.writers import write_hpdv3, write_pickapic
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+QUICK = ("--trainer.max_steps=2", "--trainer.limit_val_batches=1", "--data.batch_size=4", "--data.num_workers=0")
+
+
+def write_table(path: Path, names: Sequence[str], **columns: Sequence[tuple[float, float]]) -> str:
+    """A CSV file with columns NAME_a and NAME_b."""
+    with path.open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["pair_id", *(f"{name}_{side}" for name in columns for side in "ab")])
+        for row, name in enumerate(names):
+            rows.writerow([name, *(value for column in columns.values() for value in column[row])])
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory: pytest.TempPathFactory) -> PairReader:
+    """Eight pairs of the tiny world."""
+    folder = write_pickapic(tmp_path_factory.mktemp("pickapic"), {"train": 8, "validation": 4})
+    return PickAPicReader(str(folder), "train", weight="equal")
+
+
+def numbers(count: int, seed: int = 0) -> list[tuple[float, float]]:
+    return [tuple(pair) for pair in np.random.default_rng(seed).normal(5, 3, (count, 2)).tolist()]
+
+
+def sides_of(reader: PairReader, values: Sequence[tuple[float, float]]) -> dict[str, tuple[float, float]]:
+    """Pair → values of the chosen and the rejected image."""
+    return {
+        pair.pair_id: pair_values[::-1] if is_turned(pair.label_a, *(i.image_key for i in images)) else pair_values
+        for pair, pair_values in zip((reader[row] for row in range(len(reader))), values, strict=True)
+        for images in [(pair.image_a, pair.image_b)]
+    }
+
+
+def check(batch: PreferenceBatch, expected: dict[str, tuple[float, float]]) -> None:
+    for row, name in enumerate(batch.pair_ids):
+        found = batch.targets.chosen[row].item(), batch.targets.rejected[row].item()
+        assert found == pytest.approx(expected[name], abs=1e-5)
+
+
+def test_values_reach_the_batch_z_scored_and_on_their_sides(reader: PairReader, tmp_path: Path) -> None:
+    """The table has its rows in another order, and more than the reader."""
+    values, spread = numbers(8), [(2.0, 4.0)] * 8
+    names = [*reader.pair_ids(), "another"][::-1]
+    others = {"teacher": [*values, (0.0, 1.0)][::-1], "teacher_std": [*spread, (1.0, 1.0)][::-1]}
+    table = write_table(tmp_path / "teacher.csv", names, **others)
+    targets = ScoreTargets({"train": table}, ["teacher"], ["teacher_std"])
+    data = PreferenceDataModule(32, train=reader, batch_size=8, num_workers=0, targets=targets)
+    (batch,) = data.train_dataloader()
+    every = np.array([*values, (0.0, 1.0)])
+    scored = [tuple(row) for row in ((np.array(values) - every.mean()) / every.std()).tolist()]
+    check(batch, sides_of(reader, scored))
+    for name, pair in sides_of(reader, [(2 / every.std(), 4 / every.std())] * 8).items():
+        row = batch.pair_ids.index(name)
+        found = batch.targets.chosen_std[row].item(), batch.targets.rejected_std[row].item()
+        assert found == pytest.approx(pair)
+
+
+def test_several_columns_as_given_and_images_without_a_value(reader: PairReader, tmp_path: Path) -> None:
+    names = reader.pair_ids()
+    table = write_table(tmp_path / "labels.csv", names[1:], good=[(1, 0)] * 7, clear=[(math.nan, 1)] * 7)
+    targets = ScoreTargets({"train": table}, ["good", "clear"], standardise=False)
+    data = PreferenceDataModule(32, train=reader, batch_size=8, num_workers=0, targets=targets)
+    (batch,) = data.train_dataloader()
+    assert batch.targets.chosen.shape == (8, 2)
+    assert batch.targets.chosen_std is None
+    sums = batch.targets.chosen + batch.targets.rejected
+    row = batch.pair_ids.index(names[0])
+    assert sums[row].isnan().all()
+    assert (sums[:, 0][torch.arange(8) != row] == 1).all()
+    assert sums[:, 1].isnan().all()
+
+
+def test_a_table_of_score_pairs_with_several_columns_serves(
+    reader: PairReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = {
+        "reader": {"class_path": "PickAPicReader", "init_args": {"source": str(reader.source), "split": "train"}}
+    }
+    settings["scorers"] = [{"class_path": "latentreward.tinyworld.judge.TinyWorldJudge"}]
+    Path("settings.yaml").write_text(yaml.safe_dump(settings))
+    main(["score-pairs", "judged.parquet", "--config=settings.yaml"])
+    values = ScoreTargets({"train": "judged.parquet"}, ["alignment", "quality"]).values("train", reader)
+    assert values.shape == (8, 2, 1, 2)
+    flat = values.flatten(0, 2)
+    torch.testing.assert_close(flat.mean(dim=0), torch.zeros(2), atol=1e-5, rtol=0)
+    torch.testing.assert_close(flat.std(dim=0, correction=0), torch.ones(2), atol=1e-5, rtol=0)
+
+
+def test_a_split_without_a_table_has_none(reader: PairReader, tmp_path: Path) -> None:
+    table = write_table(tmp_path / "teacher.csv", reader.pair_ids(), teacher=numbers(8))
+    targets = ScoreTargets({"train": table}, ["teacher"])
+    data = PreferenceDataModule(32, train=reader, val=reader, shared_prompts="keep", num_workers=0, targets=targets)
+    (batch,) = data.val_dataloader()
+    assert batch.targets is None
+
+
+def test_a_cache_gives_the_values_that_images_give(tmp_path: Path) -> None:
+    folder = write_hpdv3(tmp_path / "hpdv3", {"train": 6})
+    cache = str(tmp_path / "cache")
+    settings = [f"--config={CONFIGS}/cache/tinyworld.yaml", f"--reader.root={folder}", "--reader.split=train"]
+    main(["cache", cache, *settings, "--num_workers=0"])
+    reader, values = HPDv3Reader(str(folder), "train"), numbers(6)
+    table = write_table(tmp_path / "teacher.csv", reader.pair_ids(), teacher=values)
+    targets = ScoreTargets({"train": table}, ["teacher"], standardise=False)
+    data = CachedPreferenceDataModule(train=CachedSplit(cache), batch_size=6, num_workers=0, targets=targets)
+    batches = [*data.train_dataloader()]
+    assert sum(map(len, batches)) == 6
+    for batch in batches:
+        check(batch, sides_of(reader, values))
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"columns": []}, "columns is empty"),
+        ({"tables": {}}, "tables is empty"),
+        ({"uncertainties": ["a", "b"]}, "2 names for 1 columns"),
+        ({"tables": {"val": "x.csv"}}, "no train"),
+    ],
+)
+def test_refuses_settings_that_do_not_fit(settings: dict, named: str) -> None:
+    with pytest.raises(InputError, match=named):
+        ScoreTargets(**{"tables": {"train": "x.csv"}, "columns": ["teacher"], **settings})
+
+
+def test_refuses_tables_that_do_not_serve(reader: PairReader, tmp_path: Path) -> None:
+    names = reader.pair_ids()
+    table = write_table(tmp_path / "t.csv", names, teacher=numbers(8), same=[(1, 1)] * 8, zero=[(1, 0)] * 8)
+    cases = ((["other"], [], "no column other_a"), (["same"], [], "values of same are equal"))
+    for columns, uncertainties, named in (*cases, (["teacher"], ["zero"], "zero is 0 for an image with a value")):
+        with pytest.raises(InputError, match=named):
+            ScoreTargets({"train": table}, columns, uncertainties).values("train", reader)
+
+
+@pytest.mark.parametrize("loss", ["RegressionDistillation", "RankingDistillation"])
+def test_a_run_learns_from_a_table(
+    loss: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command line's run, in which validation without a table is refused in one line."""
+    monkeypatch.chdir(tmp_path)
+    TinyWorldDataModule("world", train_pairs=8, val_pairs=4)
+    tables = {}
+    for split, name in (("train", "train"), ("val", "validation")):
+        reader = PickAPicReader("world", name, weight="equal")
+        tables[split] = write_table(tmp_path / f"{split}.csv", reader.pair_ids(), teacher=numbers(len(reader)))
+    targets = {"tables": tables, "columns": ["teacher"]}
+    Path("data.yaml").write_text(yaml.safe_dump({"data": {"init_args": {"targets": targets}}}))
+    files = "model/pavrm_tiny", "data/tinyworld_pickapic", "trainer/cpu"
+    configs = [f"--config={CONFIGS / file}.yaml" for file in files]
+    sizes = "--data.root=world", "--data.train_pairs=8", "--data.val_pairs=4"
+    quick = [*QUICK, *sizes, f"--model.loss={loss}", "--trainer.enable_progress_bar=false"]
+    main(["fit", *configs, "--config=data.yaml", *quick])
+    Path("train.yaml").write_text(
+        yaml.safe_dump({"data": {"init_args": {"targets": {**targets, "tables": {"train": tables["train"]}}}}})
+    )
+    with pytest.raises(SystemExit):
+        main(["fit", *configs, "--config=train.yaml", *quick])
+    assert f"{loss} needs given values of the images" in capsys.readouterr().err

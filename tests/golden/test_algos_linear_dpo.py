@@ -1,0 +1,29 @@
+"""Linear-DPO, and the sigmoid DPO that it replaces."""
+
+import pytest
+import torch
+from torch.nn.functional import logsigmoid
+
+from latentreward.losses.diffusion_dpo import implicit_rewards
+from latentreward.losses.linear_dpo import LinearDPO
+from tests.golden.catalogue import Case, cases
+from tests.golden.closeness import assert_within
+
+
+@pytest.mark.parametrize("case", cases("algos/linear_dpo"), ids=lambda case: case.name)
+def test_loss(case: Case) -> None:
+    data = case.tensors()
+    for variant, options in case.options["variants"].items():
+        target, reference = data[f"{variant}.target"], data[f"{variant}.ref_pred"]
+        prediction = data[f"{variant}.pred"].clone().requires_grad_()
+        if options["linear"]:
+            result = LinearDPO(options["eta"])(prediction, reference, target, options["beta"])
+            margin, loss = result.margin, result.per_pair.mean()
+            assert_within(result.weight, data[f"{variant}.weight"], f"{variant}.weight", 1e-4)
+        else:
+            won, lost = implicit_rewards(prediction, reference, target, options["beta"]).chunk(2)
+            margin = won - lost
+            loss = -logsigmoid(margin).mean()
+        (grad,) = torch.autograd.grad(loss, prediction)
+        for name, value in {"inside_term": margin, "loss": loss, "grad_pred": grad}.items():
+            assert_within(value, data[f"{variant}.{name}"], f"{variant}.{name}", 1e-4)

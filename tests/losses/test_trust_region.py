@@ -1,0 +1,140 @@
+"""Trust regions: closed forms, and what they leave alone."""
+
+import math
+
+import pytest
+import torch
+
+from latentreward.errors import InputError
+from latentreward.losses import (
+    ClippedPolicyLoss,
+    FlowDPPO,
+    GRPOGuard,
+    NormGuard,
+    RankGate,
+    StepDrift,
+    UncertaintyGate,
+)
+
+SHAPE = (6, 4, 3, 3)
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def drift_of(mean: torch.Tensor, old_mean: torch.Tensor) -> StepDrift:
+    spread = torch.linspace(0.5, 1.0, len(mean))
+    return StepDrift.between(mean, old_mean, spread * 0.3, spread)
+
+
+@pytest.mark.parametrize("rule", [GRPOGuard(), GRPOGuard(per_step=True), FlowDPPO()], ids=["batch", "step", "dppo"])
+def test_without_a_change_of_the_policy_the_ratio_is_1_and_nothing_is_held_back(rule: GRPOGuard | FlowDPPO) -> None:
+    mean, advantage = normal(*SHAPE), normal(6, seed=1)
+    rows, ratio, held = rule.objective(torch.zeros(6), advantage, 1e-4, drift_of(mean, mean))
+    torch.testing.assert_close(ratio.double(), torch.ones(6, dtype=torch.float64))
+    assert not held.any()
+    assert torch.equal(rows.sign(), -advantage.sign().to(rows))
+
+
+def test_the_guard_cancels_the_quadratic_term() -> None:
+    """With x' = μ_old + s̄·z, log ρ is exactly ⟨z·(μ − μ_old)⟩, whatever the size of the step."""
+    mean, old_mean, noise = (normal(*SHAPE, seed=seed).double() for seed in (0, 1, 2))
+    std = torch.full((6,), 0.4, dtype=torch.float64)
+    following = old_mean + 0.4 * noise
+
+    def log_prob(mu: torch.Tensor) -> torch.Tensor:
+        return -((following - mu) ** 2).flatten(1).mean(dim=1) / (2 * 0.4**2)
+
+    drift = StepDrift.between(mean, old_mean, std, std)
+    ratio = GRPOGuard(per_step=True).objective(log_prob(mean) - log_prob(old_mean), std, 1e-4, drift)[1]
+    torch.testing.assert_close(ratio.log(), (noise * (mean - old_mean)).flatten(1).mean(dim=1))
+
+
+def test_dppo_leaves_out_a_step_that_has_moved_too_far_and_would_move_further() -> None:
+    old_mean = normal(*SHAPE)
+    far = torch.tensor([True, True, True, False, False, True]).view(-1, 1, 1, 1)
+    mean = torch.where(far, old_mean + 1.0, old_mean)
+    log_ratio = torch.tensor([0.5, -0.5, -0.5, 0.5, -0.5, 2000.0]).requires_grad_()
+    advantage = torch.tensor([1.0, 1.0, -1.0, 1.0, -1.0, 1.0])
+    rows, _, left_out = FlowDPPO(1e-3).objective(log_ratio, advantage, 1e-4, drift_of(mean, old_mean))
+    assert left_out.tolist() == [True, False, True, False, False, True]
+    (slope,) = torch.autograd.grad(rows.sum(), log_ratio)
+    assert slope.isfinite().all()
+    assert (slope == 0).tolist() == left_out.tolist()
+
+
+def test_dppo_that_never_leaves_out_is_the_plain_policy_gradient() -> None:
+    mean, old_mean, advantage = normal(*SHAPE), normal(*SHAPE, seed=1), normal(6, seed=2)
+    log_ratio = 0.1 * normal(6, seed=3)
+    rows, _, _ = FlowDPPO(math.inf).objective(log_ratio, advantage, 1e-4, drift_of(mean, old_mean))
+    torch.testing.assert_close(rows, -advantage * log_ratio.exp())
+
+
+def test_norm_guard_acts_on_predictions_above_the_reference_alone() -> None:
+    reference = normal(*SHAPE)
+    scale = torch.tensor([0.5, 1.0, 1.5, 2.0, 0.0, 1.0]).view(-1, 1, 1, 1)
+    prediction = (scale * reference).requires_grad_()
+    value = NormGuard(3.0).penalty(prediction, reference)
+    assert value.item() == pytest.approx(3.0 * (0.25 + 1.0) / 6, rel=1e-4)
+    (slope,) = torch.autograd.grad(value, prediction)
+    assert slope.isfinite().all()
+    assert (slope.flatten(1).norm(dim=1) > 1e-6).tolist() == [False, False, True, True, False, False]
+
+
+def test_the_uncertain_are_those_whose_levels_disagree() -> None:
+    agreed = torch.arange(8.0).view(1, 1, 8).repeat(3, 2, 1) * torch.tensor([1.0, 4.0, 0.25]).view(3, 1, 1)
+    gate = UncertaintyGate(0.2)
+    assert gate.uncertainty(agreed).abs().max() < 1e-9
+    agreed[1, 0, [2, 7]] = agreed[1, 0, [7, 2]]
+    uncertainty = gate.uncertainty(agreed)
+    assert sorted(uncertainty[0].topk(2).indices.tolist()) == [2, 7]
+    opened = gate(uncertainty)
+    assert opened.shape == (2, 8)
+    assert opened[0, [2, 7]].all()
+    assert opened.sum() <= 0.2 * 16
+    constant = gate.uncertainty(torch.ones(3, 2, 8))
+    assert not constant.any()
+    assert not gate(constant).any()
+
+
+def test_the_rank_gate_opens_where_rewards_disagree_and_continues_from_a_checkpoint() -> None:
+    main = torch.arange(40.0)
+    others = torch.stack([main, main], dim=1)
+    others[3], others[36] = 100.0, -100.0
+    rewards = torch.cat([main[:, None], others], dim=1)
+    released, reverse = RankGate(), RankGate(reversed=True)
+    assert released(rewards)[3]
+    assert reverse(rewards)[36]
+    assert not released(rewards)[36]
+    again = RankGate()
+    again.restore(released.state())
+    assert torch.equal(again(rewards), released(rewards))
+    assert again.state() == released.state()
+
+
+def test_equal_rewards_share_a_rank() -> None:
+    main = torch.tensor([1.0, 1.0, 0.0, 0.0])
+    others = torch.tensor([1.0, 0.0, 0.0, 0.0])
+    found = RankGate().uncertainty(torch.stack([main, others], dim=1))
+    assert found.tolist() == [0.5, -1.5, 0.5, 0.5]
+
+
+def test_the_divergence_acts_on_held_rows_alone_and_is_0_without_any() -> None:
+    log_prob, kl = 0.01 * normal(6), normal(6, seed=1).square()
+    loss = ClippedPolicyLoss(kl_weight=0.5)
+    held = torch.tensor([True, False, False, True, False, False])
+    some = loss(log_prob, log_prob, torch.zeros(6), kl, held=held)
+    assert some.loss.item() == pytest.approx(0.5 * kl[held].mean().item())
+    assert loss(log_prob, log_prob, torch.zeros(6), kl, held=~held & held).loss.item() == 0.0
+
+
+def test_what_is_out_of_range_is_refused() -> None:
+    with pytest.raises(InputError, match="share=1 must lie between 0 and 1"):
+        UncertaintyGate(1.0)
+    with pytest.raises(InputError, match=r"share=0\.5 must lie in \[0\.02, 0\.2\]"):
+        RankGate(0.5)
+    with pytest.raises(InputError, match="weight=0 must be positive"):
+        NormGuard(0.0)
+    with pytest.raises(InputError, match="threshold=-1 must be at least 0"):
+        FlowDPPO(-1.0)

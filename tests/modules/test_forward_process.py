@@ -1,0 +1,246 @@
+"""DiffusionNFT and AWM learn from finished samples: gradients, copies of the adapter, refusals, resumes."""
+
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from latentreward.backbones import LoRA
+from latentreward.contracts import PromptBatch, RenoisedSamples
+from latentreward.data.alignment.prompts import PromptLoaders
+from latentreward.errors import InputError
+from latentreward.losses import MatchingLoss, NFTLoss
+from latentreward.modules import AWMModule, DiffusionNFTModule, TrajectoryGRPOModule
+from latentreward.modules.forward_process import ForwardProcessModule
+from latentreward.policies import PolicySource
+from latentreward.policies.moving import AVERAGE, OLD, DecayRamp
+from latentreward.rollout import GDPO, RandomSteps, Sampling, StratifiedSteps, sample_latents
+from tests.marks import slow_after
+from tests.modules.lpo_runs import make_trainer
+from tests.modules.simple_reward import FirstChannelReward
+from tests.modules.test_grpo import attached
+from tests.tiny_pipelines import source_of
+
+PROMPTS = ("a red circle", "two blue squares on a white background")
+BATCH = PromptBatch(PROMPTS, ("0/0", "0/1"))
+KINDS = {"nft": DiffusionNFTModule, "awm": AWMModule}
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def make(kind: str, scale: float = 10.0, name: str = "sd35_tiny", **options: Any) -> ForwardProcessModule:
+    settings = {"sampling": Sampling(4), "num_samples": 3, "seed": 1}
+    if kind == "awm":
+        settings["steps"] = StratifiedSteps(2)
+    source = PolicySource(source_of(name), lora=LoRA(rank=4, alpha=4))
+    return KINDS[kind](source, FirstChannelReward(scale), **{**settings, **options})
+
+
+def adapter(module: ForwardProcessModule, name: str = "policy") -> dict[str, Tensor]:
+    """Weights of one of the adapters, by their names without its own."""
+    named = module.policy.network.named_parameters()
+    return {key.replace(f".{name}.", "."): weight for key, weight in named if f".{name}." in key}
+
+
+def moved(module: ForwardProcessModule) -> None:
+    """Change the trained adapter."""
+    for number, weight in enumerate(adapter(module).values()):
+        weight.data += 0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(number))
+
+
+@every_kind
+def test_samples_are_those_of_the_copy_at_noise_levels_of_the_sampler(kind: str) -> None:
+    module = attached(make(kind))
+    moved(module)
+    samples = module.roll_out(BATCH)
+    count = len(samples) // 6
+    assert count == {"nft": 3, "awm": 2}[kind]
+    rows = samples.latents.view(6, count, *samples.latents.shape[1:])
+    assert torch.equal(rows[:, :1].expand_as(rows), rows)
+    assert set(samples.timesteps.tolist()) <= set(module.sampler.timesteps.tolist())
+    repeated = PromptBatch(tuple(prompt for prompt in PROMPTS for _ in range(3)),
+                           tuple(f"{key}/{number}" for key in BATCH.keys for number in range(3)))  # fmt: skip
+    with module.policy.adapters.use(OLD):
+        want = sample_latents(module.policy.eval(), repeated, module.sampling, module.guidance_scale, 1)
+    torch.testing.assert_close(rows[:, 0], want, rtol=1e-5, atol=1e-5)
+    rewards = 10 * want[:, 0].flatten(1).mean(dim=1).double().view(2, 3)
+    advantage = (rewards - rewards.mean(dim=1, keepdim=True)) / (rewards.std(correction=0) + 1e-4)
+    torch.testing.assert_close(samples.advantage[::count], advantage.flatten().float(), rtol=1e-3, atol=1e-4)
+
+
+def test_nft_has_no_gradient_where_nothing_is_better() -> None:
+    """Where r = ½ and the policy equals its copy, both halves pull equally."""
+    module = attached(make("nft", loss=NFTLoss(kl_weight=0.0)))
+    samples = module.roll_out(BATCH)
+    module.training_step(replace(samples, advantage=torch.zeros(len(samples))), 0).backward()
+    assert all(weight.grad.abs().max() < 1e-6 for weight in adapter(module).values())
+
+
+def test_awm_has_the_gradient_of_the_advantages_before_the_first_step() -> None:
+    """At ratio 1 the gradient is −A ∇ℓ, whatever the range of the ratio."""
+    grads = []
+    for clip_range in (1.0, 1e-6):
+        module = attached(make("awm", loss=MatchingLoss(clip_range=clip_range, kl_weight=0.0, average_weight=0.0)))
+        moved(module)
+        module.copies[0].follow(0)
+        samples = module.roll_out(BATCH)
+        module.training_step(samples, 0).backward()
+        grads.append({name: weight.grad.clone() for name, weight in adapter(module).items()})
+    module.zero_grad()
+    states = module.renoise(samples)
+    log_prob = module.loss.log_prob(module.predict(samples, states), states.target, states.sigmas)
+    (-(samples.advantage.clamp(-5, 5) / 5) * log_prob).mean().backward()
+    for name, weight in adapter(module).items():
+        for grad in grads:
+            torch.testing.assert_close(grad[name], weight.grad, rtol=1e-4, atol=1e-8)
+
+
+@every_kind
+def test_only_the_policy_gets_a_gradient(kind: str) -> None:
+    module = attached(make(kind))
+    moved(module)
+    module.training_step(module.roll_out(BATCH), 0).backward()
+    grads = {name: weight.grad for name, weight in adapter(module).items()}
+    assert all(grad.isfinite().all() for grad in grads.values())
+    still = {name for name, grad in grads.items() if not grad.any()}
+    assert len(still) < len(grads) and all(".add_" in name for name in still)  # SD3's last block has no text output
+    copies = [copy.name for copy in module.copies]
+    assert copies == {"nft": [OLD], "awm": [OLD, AVERAGE]}[kind]
+    assert all(
+        weight.grad is None and not weight.requires_grad for copy in copies for weight in adapter(module, copy).values()
+    )
+
+
+@every_kind
+def test_equal_rewards_leave_nothing_to_learn(kind: str) -> None:
+    assert attached(make(kind, scale=0.0)).roll_out(BATCH) is None
+
+
+def loaders(**options: Any) -> PromptLoaders:
+    settings = {"batch_size": 6, "prompts_per_rollout": 2, "batches_per_epoch": 6, "seed": 1, **options}
+    return PromptLoaders(PROMPTS, **settings)
+
+
+@every_kind
+def test_copies_follow_the_policy_before_each_rollout(kind: str, tmp_path: Path) -> None:
+    ramp = DecayRamp(0.1, 0.5)
+    module = make(kind, **({"old": ramp} if kind == "nft" else {"average": ramp}))
+    seen: list[tuple[int, dict[str, Tensor], dict[str, dict[str, Tensor]]]] = []
+    roll_out = module.make_experience
+
+    def watched(prompts: PromptBatch) -> RenoisedSamples | None:
+        found = roll_out(prompts)
+        copies = {one.name: clones(adapter(module, one.name)) for one in module.copies}
+        seen.append((module.trainer.global_step, clones(adapter(module)), copies))
+        return found
+
+    module.make_experience = watched
+    make_trainer(tmp_path, max_steps=7).fit(module, datamodule=loaders())
+    assert len(seen) > 2
+    name = OLD if kind == "nft" else AVERAGE
+    want = seen[0][1]
+    for step, policy, copies in seen[1:]:
+        decay = min(0.1 * step, 0.5)
+        want = {key: decay * want[key] + (1 - decay) * policy[key] for key in want}
+        for key, weight in copies[name].items():
+            torch.testing.assert_close(weight, want[key])
+        if kind == "awm":
+            assert all(torch.equal(copies[OLD][key], weight) for key, weight in policy.items())
+
+
+def clones(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: weight.detach().clone() for name, weight in weights.items()}
+
+
+@every_kind
+def test_a_resumed_run_equals_the_whole_one(kind: str, tmp_path: Path) -> None:
+    results = []
+    for stop, resumed in ((5, None), (3, None), (5, tmp_path / "3.ckpt")):
+        module = make(kind, optimizer=lambda groups: torch.optim.SGD(groups, lr=0.05))
+        trainer = make_trainer(tmp_path, max_steps=stop)
+        trainer.fit(module, datamodule=loaders(), ckpt_path=resumed)
+        trainer.save_checkpoint(tmp_path / f"{stop}.ckpt")
+        results.append(
+            {name: clones(adapter(module, name)) for name in ("policy", *(one.name for one in module.copies))}
+        )
+    for name, weights in results[0].items():
+        for key, weight in weights.items():
+            assert torch.equal(results[2][name][key], weight), (name, key)
+    saved = torch.load(tmp_path / "3.ckpt", weights_only=True)["state_dict"]
+    assert any(f".{OLD}." in key for key in saved)
+
+
+def test_a_checkpoint_without_the_copy_is_refused(tmp_path: Path) -> None:
+    source = PolicySource(source_of("sd35_tiny"), lora=LoRA(rank=4, alpha=4))
+    other = TrajectoryGRPOModule(source, FirstChannelReward(10.0), Sampling(4), num_trajectories=3, guidance_scale=1.0)
+    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.fit(other, datamodule=loaders())
+    trainer.save_checkpoint(tmp_path / "other.ckpt")
+    with pytest.raises(InputError, match="has no adapter 'old', which this run keeps beside the policy"):
+        make_trainer(tmp_path, max_steps=2).fit(make("nft"), datamodule=loaders(), ckpt_path=tmp_path / "other.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"guidance_scale": 3.0}, "guidance_scale=3: DiffusionNFTModule samples and trains without guidance"),
+        ({"sampling": Sampling(4, noise_level=0.7)}, "sampling.noise_level=0.7: DiffusionNFTModule samples without"),
+        ({"num_samples": 1}, "num_samples=1 leaves nothing to compare"),
+        ({"name": "sd15"}, "no rectified flow; DiffusionNFTModule needs a flow"),
+        ({"advantage": GDPO()}, "advantage: GDPO is for TrajectoryGRPOModule"),
+        ({"reward_sigmas": ()}, "reward_sigmas=\\[\\] must be at least one"),
+        ({"steps": RandomSteps(0.1)}, "share=0.1 of 4 steps leaves none"),
+        ({"steps": StratifiedSteps()}, "count=6: of 4 steps only those from 1 to 2"),
+    ],
+)
+def test_wrong_settings_are_refused_before_anything_is_loaded(
+    options: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PolicySource, "load", lambda *args: pytest.fail("loaded"))
+    with pytest.raises(InputError, match=words):
+        make("nft", **options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    slow_after(
+        2,
+        [
+            ("nft", {}),
+            ("awm", {}),
+            ("nft", {"loss": NFTLoss(space="velocity")}),
+            ("awm", {"loss": MatchingLoss("uniform")}),
+        ],
+    ),
+)
+def test_rewards_rise(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
+    """Above those of the untrained policy, on 16 fixed noises."""
+    module = make(kind, num_samples=8, optimizer=lambda groups: torch.optim.Adam(groups, lr=2e-2), **options)
+    rows = 2 * 8 * {"nft": 3, "awm": 2}[kind]  # of a rollout
+    data = loaders(batch_size=rows, batches_per_epoch=12)
+    make_trainer(tmp_path, max_steps=12, max_epochs=-1).fit(module, datamodule=data)
+    fixed = PromptBatch((PROMPTS[0],) * 16, tuple(f"fixed/{number}" for number in range(16)))
+    with torch.no_grad():
+        new, old = (
+            sample_latents(module.policy.eval(), fixed, module.sampling, module.guidance_scale, 0, reference)
+            for reference in (False, True)
+        )
+    rises = (new - old)[:, 0].flatten(1).mean(dim=1)
+    assert rises.mean() > 3 * rises.std() / 4, rises
+
+
+@pytest.mark.parametrize(("steps", "count"), [(10, 9), (3, 2), (100, 99)])
+def test_random_steps_are_distinct(steps: int, count: int) -> None:
+    chosen = RandomSteps().choose(steps, torch.Generator().manual_seed(0)).tolist()
+    assert len(chosen) == len(set(chosen)) == count and set(chosen) <= set(range(steps))
+
+
+def test_stratified_steps_lie_one_in_each_range() -> None:
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.stack([StratifiedSteps().choose(14, generator) for _ in range(200)])
+    edges = [1, 2, 4, 6, 8, 10, 12]
+    for column, (low, high) in zip(drawn.T, pairwise(edges), strict=True):
+        assert set(column.tolist()) == set(range(low, high))

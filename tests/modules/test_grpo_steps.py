@@ -1,0 +1,219 @@
+"""Trajectory GRPO with credit of steps, windows, trust regions and advantages of several rewards."""
+
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor
+
+from latentreward.contracts import StepSamples, join_rows
+from latentreward.data.alignment.experience import as_plain, from_plain
+from latentreward.data.alignment.prompts import PromptLoaders
+from latentreward.errors import InputError
+from latentreward.losses import (
+    ClippedPolicyLoss,
+    FlowDPPO,
+    GRPOGuard,
+    NormGuard,
+    OutcomeProcessLoss,
+    RankGate,
+    UncertaintyGate,
+)
+from latentreward.modules import StepwiseGRPOModule, TrajectoryGRPOModule
+from latentreward.policies import Policy
+from latentreward.rewards import PixelReward, Reward, RewardMixture
+from latentreward.rollout import (
+    GDPO,
+    DiversityAdvantage,
+    GainCredit,
+    GroupAdvantage,
+    MovingWindow,
+    RewardGuidance,
+    Sampling,
+    StateCredit,
+    TurningPointCredit,
+)
+from tests.marks import slow_after
+from tests.modules.simple_reward import FirstChannel, FirstChannelReward
+from tests.modules.test_grpo import BATCH, PROMPTS, source, stepwise, trajectory
+
+KL = ClippedPolicyLoss(kl_weight=0.1)
+MIXED = RewardMixture([FirstChannelReward(10.0), FirstChannelReward(-3.0)], normalise="none")
+SETTINGS: dict[str, dict[str, Any]] = {
+    "gains": {"credit": GainCredit(0.5)},
+    "turning": {"credit": TurningPointCredit()},
+    "window": {"window": MovingWindow(2, every=1)},
+    "guard": {"trust_region": GRPOGuard()},
+    "dppo": {"trust_region": [FlowDPPO(), NormGuard(0.1)], "loss": ClippedPolicyLoss(max_advantage=None)},
+    "uncertain": {"trust_region": UncertaintyGate(), "loss": KL, "reward_sigmas": (0.3, 0.6)},
+    "process": {"credit": StateCredit(), "loss": OutcomeProcessLoss(kl_weight=0.1)},
+    "diverse": {"advantage": DiversityAdvantage()},
+    "tempflow": {"loss": ClippedPolicyLoss(kl_weight=0.1, step_weight="noise")},
+    "cps": {"sampling": Sampling(4, flow_noise="cps")},
+}
+
+
+class OtherChannels(FirstChannel):
+    """Scores finished latents by another channel at each level."""
+
+    def score_clean(self, latents: Tensor, *given: Any, sigmas: Sequence[float] = ()) -> Tensor:
+        levels = given[-1] if given else sigmas
+        return sum(self.scale * latents[:, int(4 * sigma)].flatten(1).mean(dim=1) for sigma in levels)
+
+
+class OtherChannelsReward(FirstChannelReward):
+    uses_sigmas = True
+
+    def load(self, policy: Policy) -> Reward:
+        return OtherChannels(self.scale)
+
+
+def mixture(**options: Any) -> TrajectoryGRPOModule:
+    return trajectory("sd35_tiny", source_of_reward=lambda scale: MIXED, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [
+        *(("sd35_tiny", setting) for setting in SETTINGS),
+        *slow_after(0, [("sd15", setting) for setting in SETTINGS if setting != "cps"]),  # CPS is a rule of flows
+    ],
+)
+def test_every_setting_learns_from_its_rows(name: str, setting: str) -> None:
+    options = SETTINGS[setting]
+    reward = OtherChannelsReward if setting == "uncertain" else FirstChannelReward
+    module = trajectory(name, source_of_reward=reward, **options)
+    samples = module.roll_out(BATCH)
+    again = from_plain(as_plain(samples))
+    for field in fields(StepSamples):
+        value, stored = getattr(samples, field.name), getattr(again, field.name)
+        assert torch.equal(value, stored) if isinstance(value, Tensor) else value == stored
+    loss = module.training_step(samples, 0)
+    loss.backward()
+    slopes = [p.grad for p in module.parameters() if p.requires_grad]
+    assert all(slope is not None and slope.isfinite().all() for slope in slopes)
+    assert any(slope.any() for slope in slopes)
+
+
+def test_without_settings_the_rows_hold_nothing_more() -> None:
+    samples = trajectory().roll_out(BATCH)
+    assert samples.process is samples.old_mean is samples.held is None
+
+
+def test_credit_is_the_gain_of_the_states_rewards() -> None:
+    module = trajectory("sd35_tiny", credit=GainCredit(0.0), advantage=GroupAdvantage("none"))
+    samples = module.roll_out(BATCH)
+    states = samples.latents.unflatten(0, (-1, 6))
+    following = samples.next_latents[:, 0].unflatten(0, (-1, 6))
+    gains = 10 * (following - states)[:, :, 0].flatten(2).mean(dim=2)[:-1]  # the last state is scored with noise
+    gains = gains.unflatten(1, (2, 3)).double()
+    expected = (gains - gains.mean(dim=2, keepdim=True)).flatten(1)
+    found = samples.advantage[:, 0].unflatten(0, (-1, 6))[: len(expected)].double()
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_gains_change_nothing_among_candidates_of_one_state() -> None:
+    """A gain subtracts the reward of the state, which all candidates of step-wise GRPO share."""
+    samples = stepwise().roll_out(BATCH)
+    scores = 10 * samples.next_latents[:, :, 0].flatten(2).mean(dim=2).double()
+    before = 10 * samples.latents[:, 0].flatten(1).mean(dim=1, keepdim=True).double()
+    groups = torch.arange(len(scores)).repeat_interleave(scores.shape[1])
+    rule = GroupAdvantage()
+    plain, gains = (rule(values.flatten(), groups) for values in (scores, scores - before))
+    torch.testing.assert_close(plain, gains, atol=1e-4, rtol=1e-4)
+    with pytest.raises(TypeError):
+        StepwiseGRPOModule(source("sd15"), FirstChannelReward(), credit=GainCredit())
+
+
+def test_a_window_has_noise_in_its_steps_alone() -> None:
+    whole, windowed = trajectory("sd35_tiny"), trajectory("sd35_tiny", window=MovingWindow(2))
+    samples = windowed.roll_out(BATCH)
+    assert len(samples) == 2 * 6
+    assert sorted(set(samples.timesteps.tolist()), reverse=True) == whole.sampler.timesteps[:2].tolist()
+    assert len(whole.roll_out(BATCH)) == 4 * 6
+
+
+def test_the_guard_starts_as_plain_grpo_up_to_its_scale() -> None:
+    plain, guarded = trajectory("sd35_tiny"), trajectory("sd35_tiny", trust_region=GRPOGuard(per_step=True))
+    samples, guarded_samples = plain.roll_out(BATCH), guarded.roll_out(BATCH)
+    assert torch.equal(samples.advantage, guarded_samples.advantage)
+    transition = guarded.transition(guarded_samples)
+    torch.testing.assert_close(transition.mean, guarded_samples.old_mean, atol=1e-5, rtol=1e-5)
+    losses = [module.training_step(rows, 0) for module, rows in ((plain, samples), (guarded, guarded_samples))]
+    torch.testing.assert_close(*losses, atol=1e-4, rtol=1e-3)
+
+
+def test_the_gate_holds_whole_trajectories() -> None:
+    module = trajectory("sd35_tiny", source_of_reward=OtherChannelsReward, **SETTINGS["uncertain"])
+    samples = module.roll_out(BATCH)
+    held = samples.held[:, 0].unflatten(0, (-1, 6))
+    assert held.any()
+    assert not held.all()
+    assert (held == held[0]).all()
+
+
+def test_rows_of_other_settings_are_not_joined() -> None:
+    plain, guarded = (
+        trajectory("sd35_tiny", **options).roll_out(BATCH) for options in ({}, {"trust_region": GRPOGuard()})
+    )
+    with pytest.raises(InputError, match="made with another loss or trust_region"):
+        join_rows([plain, guarded])
+
+
+def test_a_mixture_is_recorded_as_before() -> None:
+    assert "parts" not in vars(MIXED)
+    assert MIXED.parts == 2
+
+
+def test_rewards_of_a_mixture_are_normalised_one_by_one() -> None:
+    samples = mixture(advantage=GDPO([1.0, 0.0])).roll_out(BATCH)
+    other = mixture(advantage=GDPO([0.0, 1.0])).roll_out(BATCH)
+    torch.testing.assert_close(samples.advantage, -other.advantage, atol=1e-4, rtol=1e-4)
+
+
+def test_the_rank_gate_is_in_the_checkpoint(tmp_path: Path) -> None:
+    module = mixture(trust_region=RankGate(), loss=KL)
+    del module.log, module.log_dict
+    quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = Trainer(accelerator="cpu", max_steps=1, logger=False, default_root_dir=tmp_path, **quiet)
+    trainer.fit(module, datamodule=PromptLoaders(PROMPTS, batch_size=4, prompts_per_rollout=2, batches_per_epoch=4))
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    checkpoint = torch.load(tmp_path / "one.ckpt", weights_only=True)
+    assert len(checkpoint["trust_region"]["seen"]) == 1
+    other = mixture(trust_region=RankGate(), loss=KL)
+    other.on_load_checkpoint(checkpoint)
+    assert other.gate.state() == module.gate.state()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"trust_region": [GRPOGuard(), FlowDPPO()]}, "GRPOGuard and FlowDPPO exclude each other"),
+        ({"trust_region": UncertaintyGate(), "reward_sigmas": (0.3, 0.6)}, r"set loss\.kl_weight above 0"),
+        ({"trust_region": UncertaintyGate(), "loss": KL}, "give reward_sigmas at least 2"),
+        (
+            {"trust_region": UncertaintyGate(), "loss": KL, "reward_sigmas": (0.3, 0.6)},
+            "FirstChannelReward does not score",
+        ),
+        ({"trust_region": RankGate(), "loss": KL}, "take a RewardMixture"),
+        ({"trust_region": GRPOGuard(), "sampling": Sampling(4, flow_noise="cps")}, "corrects Gaussian log-prob"),
+        ({"advantage": GDPO(), "credit": GainCredit()}, "GDPO takes each reward of a mixture"),
+        ({"trust_region": GRPOGuard(), "loss": OutcomeProcessLoss(), "credit": StateCredit()}, "no form for loss"),
+        ({"loss": OutcomeProcessLoss()}, "set credit: StateCredit"),
+        ({"window": MovingWindow(2), "reward_guidance": RewardGuidance()}, "leave one of them out"),
+        ({"window": MovingWindow(9)}, r"window\.size=9 must lie between 1 and 4"),
+        ({"sampling": Sampling(1)}, "training needs at least 2"),
+    ],
+)
+def test_settings_that_exclude_each_other_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        trajectory("sd35_tiny", **options)
+
+
+def test_credit_needs_the_score_of_a_state() -> None:
+    with pytest.raises(InputError, match="credit needs the score of a noisy state"):
+        TrajectoryGRPOModule(source("sd15"), PixelReward(None), credit=GainCredit())
