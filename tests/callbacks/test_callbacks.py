@@ -27,6 +27,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from latentreward.contracts import PreferenceBatch
 from latentreward.errors import InputError
+from latentreward.heads import GatedQFormerHead
 from latentreward.metrics.bootstrap import clustered_accuracy
 from latentreward.modules import DiNaLRMModule
 from tests.callbacks.small_run import fit
@@ -283,6 +284,17 @@ def test_predictions_are_complete_and_never_overwritten_by_accident(module, batc
         make_trainer(callbacks=[PairScoreWriter(tmp_path / "out")]).predict(module, loader(batches))
     make_trainer(callbacks=[PairScoreWriter(tmp_path / "out", overwrite=True)]).predict(module, loader(batches[:1]))
     assert parquet.read_metadata(tmp_path / "out" / "scores_rank0.parquet").num_rows == 8
+
+
+def test_scores_of_two_axes_are_their_weighted_sum(module, batches, loader, make_trainer, tmp_path):
+    """In the table of predictions and under the pictures; accuracy in training counts a pair once."""
+    module.model.head = GatedQFormerHead(module.model.backbone.feature_spec, num_heads=2, axes=(0.25, 0.75))
+    callbacks = [PairScoreWriter(tmp_path / "out")]
+    (found,) = make_trainer(callbacks=callbacks).predict(module, loader(batches[:1]))
+    table = parquet.read_table(tmp_path / "out" / "scores_rank0.parquet").to_pydict()
+    want = found.chosen @ torch.tensor([0.25, 0.75])
+    assert table["chosen_score"] == pytest.approx(want.tolist(), rel=1e-5)
+    assert module.totals(found.chosen).tolist() == pytest.approx(want.tolist(), rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from latentreward.losses import ClippedPolicyLoss, FlowDPPO, GRPOGuard, RankGate, RatioRule, StepDrift, gaussian_step_kl
-from latentreward.losses.clipped_policy import clipped_objective, mean_of
+from latentreward.losses.clipped_policy import clipped_objective, held_weights
 from latentreward.rollout import (
     GDPO,
     DiversityAdvantage,
@@ -238,10 +238,10 @@ def test_gated_divergence(case: Case) -> None:
         # the released policy term is weighted by s / mean(s)
         result = rule(
             log_prob, data["gardo.loss.old_log_prob"], data["gardo.loss.advantages"], kl, spread / spread.mean() / 2.25,
-            held=gate,
+            kl_weights=held_weights(gate),
         )  # fmt: skip
         slopes = torch.autograd.grad(result.loss, [log_prob, mean])
-        found = {"loss": result.loss, "policy_loss": result.policy, "kl_loss": mean_of(kl, gate)}
+        found = {"loss": result.loss, "policy_loss": result.policy, "kl_loss": (held_weights(gate) * kl).mean()}
         found |= {"grad_log_prob": slopes[0], "grad_mean": slopes[1]}
         for part, value in found.items():
             assert_within(value, data[f"gardo.loss_{name}.{part}"], f"gardo.loss_{name}.{part}", ADVANTAGES)

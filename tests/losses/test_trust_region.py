@@ -14,6 +14,7 @@ from latentreward.losses import (
     RankGate,
     StepDrift,
     UncertaintyGate,
+    held_weights,
 )
 
 SHAPE = (6, 4, 3, 3)
@@ -124,9 +125,20 @@ def test_the_divergence_acts_on_held_rows_alone_and_is_0_without_any() -> None:
     log_prob, kl = 0.01 * normal(6), normal(6, seed=1).square()
     loss = ClippedPolicyLoss(kl_weight=0.5)
     held = torch.tensor([True, False, False, True, False, False])
-    some = loss(log_prob, log_prob, torch.zeros(6), kl, held=held)
+    some = loss(log_prob, log_prob, torch.zeros(6), kl, kl_weights=held_weights(held))
     assert some.loss.item() == pytest.approx(0.5 * kl[held].mean().item())
-    assert loss(log_prob, log_prob, torch.zeros(6), kl, held=~held & held).loss.item() == 0.0
+    assert loss(log_prob, log_prob, torch.zeros(6), kl, kl_weights=held_weights(~held & held)).loss.item() == 0.0
+
+
+def test_the_mean_over_ranks_of_the_divergence_is_that_over_all_held_rows() -> None:
+    kl, held = normal(6, seed=1).square(), torch.tensor([True, False, False, True, True, False])
+    loss = ClippedPolicyLoss(kl_weight=1.0)
+    every = held.view(2, 3)
+    of_ranks = [
+        loss(*[torch.zeros(3)] * 3, kl[rows], kl_weights=held_weights(held[rows], every)).kl
+        for rows in (slice(0, 3), slice(3, 6))
+    ]
+    torch.testing.assert_close(sum(of_ranks) / 2, kl[held].mean())
 
 
 def test_what_is_out_of_range_is_refused() -> None:

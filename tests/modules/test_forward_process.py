@@ -1,5 +1,6 @@
 """DiffusionNFT and AWM learn from finished samples: gradients, copies of the adapter, refusals, resumes."""
 
+import warnings
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -13,7 +14,7 @@ from latentreward.backbones import LoRA
 from latentreward.contracts import PromptBatch, RenoisedSamples
 from latentreward.data.alignment.prompts import PromptLoaders
 from latentreward.errors import InputError
-from latentreward.losses import MatchingLoss, NFTLoss
+from latentreward.losses import GRPOGuard, MatchingLoss, NFTLoss, NormGuard
 from latentreward.modules import AWMModule, DiffusionNFTModule, TrajectoryGRPOModule
 from latentreward.modules.forward_process import ForwardProcessModule
 from latentreward.policies import PolicySource
@@ -115,6 +116,36 @@ def test_only_the_policy_gets_a_gradient(kind: str) -> None:
 
 
 @every_kind
+def test_the_norm_guard_adds_its_penalty(kind: str) -> None:
+    """A loss with the guard is the one without it plus the penalty of the velocities, and has another gradient."""
+    losses, slopes = [], []
+    for guard in (None, NormGuard(50.0)):
+        module = attached(make(kind, trust_region=guard))
+        moved(module)
+        samples = module.roll_out(BATCH)
+        loss = module.training_step(samples, 0)
+        loss.backward()
+        losses.append(loss.item())
+        slopes.append(torch.cat([weight.grad.flatten() for weight in adapter(module).values()]))
+    states = module.renoise(samples)
+    penalty = NormGuard(50.0).penalty(module.predict(samples, states), module.predict_under(None, samples, states))
+    assert penalty > 0
+    assert losses[1] - losses[0] == pytest.approx(penalty.item(), rel=1e-3)
+    assert not torch.allclose(*slopes)
+
+
+@pytest.mark.parametrize(("rows", "warns"), [(6, False), (9, False), (4, True)])
+def test_rows_that_would_meet_a_newer_copy_are_warned_of(rows: int, warns: bool, tmp_path: Path) -> None:
+    """A rollout has 2 prompts · 3 samples · 3 levels = 18 rows."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make_trainer(tmp_path, max_steps=1).fit(make("nft"), datamodule=loaders(batch_size=rows))
+    found = [str(one.message) for one in caught if "a rollout has 18 rows on each rank" in str(one.message)]
+    assert len(found) == warns
+    assert all(f"takes {rows} (data.batch_size" in text for text in found)
+
+
+@every_kind
 def test_equal_rewards_leave_nothing_to_learn(kind: str) -> None:
     assert attached(make(kind, scale=0.0)).roll_out(BATCH) is None
 
@@ -190,6 +221,7 @@ def test_a_checkpoint_without_the_copy_is_refused(tmp_path: Path) -> None:
         ({"sampling": Sampling(4, noise_level=0.7)}, "sampling.noise_level=0.7: DiffusionNFTModule samples without"),
         ({"num_samples": 1}, "num_samples=1 leaves nothing to compare"),
         ({"name": "sd15"}, "no rectified flow; DiffusionNFTModule needs a flow"),
+        ({"trust_region": GRPOGuard()}, "trust_region: GRPOGuard needs a sampler's steps"),
         ({"advantage": GDPO()}, "advantage: GDPO is for TrajectoryGRPOModule"),
         ({"reward_sigmas": ()}, "reward_sigmas=\\[\\] must be at least one"),
         ({"steps": RandomSteps(0.1)}, "share=0.1 of 4 steps leaves none"),

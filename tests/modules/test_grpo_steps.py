@@ -175,6 +175,35 @@ def test_rewards_of_a_mixture_are_normalised_one_by_one() -> None:
     torch.testing.assert_close(samples.advantage, -other.advantage, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"advantage": GDPO()},
+        {"trust_region": RankGate(), "loss": KL},
+        {"advantage": GDPO(), "trust_region": RankGate(), "loss": KL},
+    ],
+    ids=str,
+)
+def test_finished_samples_are_scored_once_by_each_reward(options: dict[str, Any]) -> None:
+    module = mixture(**options)
+    calls = []
+    for reward in module.reward.rewards:
+        reward.register_forward_pre_hook(lambda *given: calls.append(given))
+    plain = mixture().roll_out(BATCH)
+    samples = module.roll_out(BATCH)
+    assert len(calls) == 2
+    assert torch.equal(samples.latents, plain.latents)
+    if "advantage" not in options:
+        assert torch.equal(samples.advantage, plain.advantage)
+
+
+def test_levels_of_the_gate_make_the_reward() -> None:
+    options = {"loss": KL, "reward_sigmas": (0.3, 0.6), "source_of_reward": OtherChannelsReward}
+    gated = trajectory("sd35_tiny", trust_region=UncertaintyGate(), **options).roll_out(BATCH)
+    plain = trajectory("sd35_tiny", **options).roll_out(BATCH)
+    torch.testing.assert_close(gated.advantage, plain.advantage, rtol=1e-3, atol=1e-3)
+
+
 def test_the_rank_gate_is_in_the_checkpoint(tmp_path: Path) -> None:
     module = mixture(trust_region=RankGate(), loss=KL)
     del module.log, module.log_dict
@@ -205,6 +234,13 @@ def test_the_rank_gate_is_in_the_checkpoint(tmp_path: Path) -> None:
         ({"trust_region": GRPOGuard(), "loss": OutcomeProcessLoss(), "credit": StateCredit()}, "no form for loss"),
         ({"loss": OutcomeProcessLoss()}, "set credit: StateCredit"),
         ({"window": MovingWindow(2), "reward_guidance": RewardGuidance()}, "leave one of them out"),
+        (
+            {
+                "reward_guidance": RewardGuidance(),
+                "source_of_reward": lambda scale: RewardMixture([FirstChannelReward(scale)], normalise="group"),
+            },
+            "RewardMixture normalises scores within a prompt; set normalise: none or running",
+        ),
         ({"window": MovingWindow(9)}, r"window\.size=9 must lie between 1 and 4"),
         ({"sampling": Sampling(1)}, "training needs at least 2"),
     ],

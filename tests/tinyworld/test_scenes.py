@@ -12,7 +12,9 @@ from latentreward.tinyworld.captions import (
     caption_splits,
     draw_caption,
     held_out_captions,
+    judged_captions,
     parse_caption,
+    tuning_captions,
 )
 from latentreward.tinyworld.drawing import draw_scene
 from latentreward.tinyworld.rendering import IMAGE_SIZE, render, shape_coverage
@@ -138,3 +140,9 @@ def test_label_noise_leaves_a_ceiling_of_87_percent(rng: np.random.Generator) ->
     untied = labels != 0.5
     assert 1 - untied.mean() == pytest.approx(0.125, abs=0.02)
     assert ((gaps > 0) == (labels == 1.0))[untied].mean() == pytest.approx(0.870, abs=0.02)
+
+
+def test_settings_are_chosen_on_captions_that_are_not_judged() -> None:
+    judged, tuning = judged_captions(), tuning_captions()
+    assert len(judged) == 192 and len(tuning) == 96
+    assert not {*judged} & {*tuning}

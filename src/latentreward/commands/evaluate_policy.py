@@ -38,13 +38,13 @@ from latentreward.scoring.network import name_of
 from latentreward.settings.functions import run_function
 from latentreward.storage.durable import contents, write_file
 from latentreward.storage.locks import locked
-from latentreward.tinyworld.captions import held_out_captions
+from latentreward.tinyworld.captions import judged_captions, tuning_captions
 
 MARKER = "evaluate.json"
 """File by which an output folder of an earlier evaluation is recognised; it holds the settings."""
 SLOTS, NAMES = ("policy", "against"), ("policy", "baseline")
 """Names of the folders of the two policies, and default names of the policies in reports."""
-TINY_WORLD, TINY_PROMPTS, TINY_SEED = "tinyworld", 192, 11
+TINY_WORLD = {"tinyworld": judged_captions, "tinyworld_tuning": tuning_captions}
 """Value of ``prompts`` for the tiny world's held-out captions, their number, and the seed that chooses them."""
 CLIP_WORDS = 75
 """Number of tokens of a prompt that CLIP reads; since a word has at least one token, longer prompts are cut."""
@@ -86,7 +86,8 @@ def evaluate_policy(
         against: Second policy to compare with; none by default.
         prompts: File of prompts: text, JSON, JSON lines, CSV, TSV or parquet with a column ``prompt`` or ``caption``.
             Or a glob pattern of several files; each file without a column of groups becomes a group. Or ``tinyworld``
-            for the tiny world's held-out captions. By default the prompts listed in a policy's folder ``images``.
+            for the tiny world's held-out captions, or ``tinyworld_tuning`` for 96 others on which to choose settings.
+            By default the prompts listed in a policy's folder ``images``.
         num_prompts: Number of prompts to take from the start; all by default.
         max_prompt_chars: Most characters of a prompt; longer ones are refused. Text encoders read a few hundred.
         images_per_prompt: Pictures of each prompt; by default as many as a folder of images has, or 1.
@@ -198,8 +199,8 @@ def _prompt_rows(
     policies: Mapping[str, JudgedPolicy],
     found: Mapping[str, list[FoundPicture] | None],
 ) -> list[PromptRow]:
-    if prompts == TINY_WORLD:
-        return [PromptRow(text) for text in held_out_captions(TINY_PROMPTS, TINY_SEED)]
+    if prompts in TINY_WORLD:
+        return [PromptRow(text) for text in TINY_WORLD[prompts]()]
     if prompts is not None:
         return read_prompt_set(prompts, max_prompt_chars=max_prompt_chars)
     for name, pictures in found.items():

@@ -112,7 +112,7 @@ def generate(
         reward.require_step_scores("population_search")
     if reward_guidance is not None and reward is not None:
         reward_guidance.check(sampling.sampler(family))
-        reward.require_step_scores("reward_guidance")
+        reward.require_guidance()
     with locked(output_dir, "output_dir"):
         folder = ImageFolder(output_dir, settings, table)
         wanted = [(place, image) for place in range(len(texts)) for image in range(images_per_prompt)]

@@ -2,7 +2,7 @@
 
 from latentreward.losses.base import PreferenceLoss, weighted_mean
 from latentreward.losses.bradley_terry import BradleyTerryLoss, bradley_terry_nll
-from latentreward.losses.clipped_policy import ClippedPolicyLoss, ClippedPolicyResult, gaussian_step_kl
+from latentreward.losses.clipped_policy import ClippedPolicyLoss, ClippedPolicyResult, gaussian_step_kl, held_weights
 from latentreward.losses.diffusion_dpo import denoising_error, implicit_rewards
 from latentreward.losses.gather import gather_pair_scores, gather_with_grad
 from latentreward.losses.linear_dpo import LinearDPO, LinearDPOResult
@@ -85,6 +85,7 @@ __all__ = [
     "gather_with_grad",
     "gaussian_nll",
     "gaussian_step_kl",
+    "held_weights",
     "implicit_rewards",
     "label_nll",
     "log_ndtr",

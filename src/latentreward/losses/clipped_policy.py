@@ -130,7 +130,7 @@ class ClippedPolicyLoss(SetLoss):
         kl: Tensor | None = None,
         weights: Tensor | None = None,
         objective: Objective = clipped_objective,
-        held: Tensor | None = None,
+        kl_weights: Tensor | None = None,
     ) -> ClippedPolicyResult:
         """Compute the loss of B sampled steps.
 
@@ -142,7 +142,7 @@ class ClippedPolicyLoss(SetLoss):
                 :attr:`needs_reference`.
             weights: ``(B,)`` :meth:`step_weights`.
             objective: Objective in place of the clipped one; see :class:`~latentreward.losses.RatioRule`.
-            held: ``(B,)`` bool: the steps on which the KL term acts; None for all. It is 0 if there are none.
+            kl_weights: ``(B,)`` factors of the steps' KL divergences, such as :func:`held_weights`; None for 1.
 
         Raises:
             ValueError: If ``kl`` is missing.
@@ -151,19 +151,26 @@ class ClippedPolicyLoss(SetLoss):
             raise ValueError(f"kl_weight={self.kl_weight:g} needs kl")
         if log_prob.device.type == "mps":  # has no float64
             log_prob, old_log_prob, advantage = log_prob.cpu(), old_log_prob.cpu(), advantage.cpu()
-            kl, weights = (None if value is None else value.cpu() for value in (kl, weights))
+            kl, weights, kl_weights = (None if part is None else part.cpu() for part in (kl, weights, kl_weights))
         bounded, bound = advantage.double(), self.max_advantage
         bounded = bounded if bound is None else bounded.clamp(-bound, bound)
         rows, ratio, clipped = objective(log_prob.double() - old_log_prob.double(), bounded, self.clip_range)
         policy = (rows if weights is None else TEMPFLOW * weights.to(rows) * rows).mean()
-        divergence = policy.new_zeros(()) if kl is None else mean_of(kl.double(), held)
+        divergence = policy.new_zeros(())
+        if kl is not None:
+            divergence = (kl.double() if kl_weights is None else kl_weights * kl.double()).mean()
         loss = policy + self.kl_weight * divergence if self.needs_reference else policy
         parts = (policy, divergence, clipped.double().mean(), ratio.mean())
         return ClippedPolicyResult(loss.float(), *(part.detach().float() for part in parts))
 
 
-def mean_of(values: Tensor, rows: Tensor | None) -> Tensor:
-    """Return the mean of ``values`` ``(B,)`` over ``rows`` ``(B,)`` bool, 0 if there are none; None takes all rows."""
-    if rows is None:
-        return values.mean()
-    return values.where(rows.to(values.device), 0.0).sum() / rows.sum().clamp(min=1)
+def held_weights(held: Tensor, every: Tensor | None = None) -> Tensor:
+    """Return factors ``(B,)`` that make a mean over all rows one over the held rows; 0 if there are none.
+
+    Args:
+        held: ``(B,)`` bool: the rows of this rank's batch that are held.
+        every: ``(ranks, B)`` the same of all ranks; None takes ``held``. With it, the mean over ranks of their losses
+            is the mean over the held rows of all ranks.
+    """
+    share = (held if every is None else every).float().mean()
+    return held / share.where(share > 0, 1.0)

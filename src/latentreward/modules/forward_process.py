@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from latentreward.contracts import PromptBatch, RenoisedSamples, join_rows
 from latentreward.errors import InputError
-from latentreward.losses import MatchingLoss, NFTLoss, velocity_divergence
+from latentreward.losses import MatchingLoss, NFTLoss, NormGuard, TrustRegion, velocity_divergence
 from latentreward.modules.alignment import RolloutModule
 from latentreward.modules.grpo import LEAST_ADVANTAGE, group_statistics
 from latentreward.policies import PolicySource
@@ -53,6 +54,7 @@ class ForwardProcessModule(RolloutModule[RenoisedSamples]):
         reward_sigmas: Noise levels at which a latent reward scores; without effect on rewards of pixels.
         advantage: Rule that turns rewards into advantages; None divides by the spread of all rewards of a rollout.
         copies: How each copy of the adapter follows the policy, by name.
+        trust_region: A :class:`~latentreward.losses.NormGuard`, or None. The other rules need a sampler's steps.
         options: See :class:`~latentreward.modules.alignment.AlignmentModule`. Neither sampling nor training uses
             classifier-free guidance.
 
@@ -71,6 +73,7 @@ class ForwardProcessModule(RolloutModule[RenoisedSamples]):
         reward_sigmas: Sequence[float],
         advantage: Advantage | None,
         copies: dict[str, DecayRamp],
+        trust_region: TrustRegion | None = None,
         guidance_scale: float | None = None,
         **options: Any,
     ) -> None:
@@ -100,13 +103,20 @@ class ForwardProcessModule(RolloutModule[RenoisedSamples]):
                 f"advantage: {type(advantage).__name__} is for TrajectoryGRPOModule; {type(self).__name__} takes "
                 "GroupAdvantage"
             )
+        if trust_region is not None and not isinstance(trust_region, NormGuard):
+            raise InputError(
+                f"trust_region: {type(trust_region).__name__} needs a sampler's steps, from which "
+                f"{type(self).__name__} does not learn; take NormGuard, or TrajectoryGRPOModule"
+            )
         steps.choose(sampling.num_inference_steps, torch.Generator())
         sampler = sampling.sampler(family)
         super().__init__(policy, reward, guidance_scale=guidance_scale, **options)
         self.sampling, self.sampler, self.num_samples, self.steps = sampling, sampler, num_samples, steps
         self.reward_sigmas, self.advantage = tuple(reward_sigmas), advantage or GroupAdvantage("all")
+        self.guard = trust_region
         self.copies = [MovingCopy(self.policy, name, ramp) for name, ramp in copies.items()]
         self.followed = 0
+        self._warned = False
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save beside the weights, those of the copies included, the step after which the copies last moved."""
@@ -143,8 +153,29 @@ class ForwardProcessModule(RolloutModule[RenoisedSamples]):
         advantage = self.advantages(rewards, self.advantage)
         if not (self.of_all_ranks(advantage).abs() > LEAST_ADVANTAGE).any():  # equal samples count beside others
             return None
-        advantage = advantage.flatten().cpu()
-        return join_rows([*self._rows_of(repeated, latents.cpu(), advantage)])
+        samples = join_rows(self._rows_of(repeated, latents.cpu(), advantage.flatten().cpu()))
+        self._warn_of_rows_left_over(len(samples))
+        return samples
+
+    def _warn_of_rows_left_over(self, rows: int) -> None:
+        """Warn once if optimiser steps do not divide a rollout's rows: the rest would meet copies that moved on."""
+        size = getattr(getattr(self.trainer, "datamodule", None), "batch_size", None)
+        step = size and size * self.trainer.accumulate_grad_batches
+        if step and rows % step and not self._warned:
+            self._warned = True
+            rank_zero_warn(
+                f"a rollout has {rows} rows on each rank, an optimiser step takes {step} (data.batch_size x "
+                "trainer.accumulate_grad_batches): rows that are left over are learned from after the adapter 'old' "
+                "has moved on; choose a divisor"
+            )
+
+    def guarded(self, loss: Tensor, velocity: Tensor, reference: Tensor | None) -> Tensor:
+        """Add the penalty of ``trust_region``, if there is one, to a loss, and log it."""
+        if self.guard is None or reference is None:
+            return loss
+        penalty = self.guard.penalty(velocity, reference)
+        self.log("train/norm_guard", penalty.detach(), batch_size=len(velocity))
+        return loss + penalty
 
     def _rows_of(self, prompts: PromptBatch, latents: Tensor, advantage: Tensor) -> list[RenoisedSamples]:
         """Return the rows of each sample: one for each of its steps."""
@@ -204,6 +235,7 @@ class DiffusionNFTModule(ForwardProcessModule):
         reward_sigmas: See :class:`ForwardProcessModule`.
         advantage: See :class:`ForwardProcessModule`.
         old: How slowly the copy that samples follows the policy.
+        trust_region: See :class:`ForwardProcessModule`.
         loss: See :class:`~latentreward.losses.NFTLoss`.
         options: See :class:`ForwardProcessModule`.
 
@@ -221,6 +253,7 @@ class DiffusionNFTModule(ForwardProcessModule):
         reward_sigmas: Sequence[float] = (0.4,),
         advantage: Advantage | None = None,
         old: DecayRamp | None = None,
+        trust_region: TrustRegion | None = None,
         loss: NFTLoss | None = None,
         **options: Any,
     ) -> None:
@@ -233,6 +266,7 @@ class DiffusionNFTModule(ForwardProcessModule):
             reward_sigmas=reward_sigmas,
             advantage=advantage,
             copies={OLD: old or DecayRamp()},
+            trust_region=trust_region,
             **options,
         )
         self.loss = loss or NFTLoss()
@@ -241,12 +275,14 @@ class DiffusionNFTModule(ForwardProcessModule):
         """Return the loss of a batch."""
         states = self.renoise(batch)
         old = self.predict_under(OLD, batch, states)
-        reference = self.predict_under(None, batch, states) if self.loss.needs_reference else None
+        held = self.loss.needs_reference or self.guard is not None
+        reference = self.predict_under(None, batch, states) if held else None
         velocity = self.predict(batch, states)
         result = self.loss(velocity, old, states.target, states.sigmas, batch.advantage, reference)
-        self.log("train/loss", result.loss, prog_bar=True, batch_size=len(batch))
+        loss = self.guarded(result.loss, velocity, reference)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
         self.log_dict({"train/policy": result.policy, "train/kl": result.kl}, batch_size=len(batch))
-        return result.loss
+        return loss
 
 
 class AWMModule(ForwardProcessModule):
@@ -265,6 +301,7 @@ class AWMModule(ForwardProcessModule):
         reward_sigmas: See :class:`ForwardProcessModule`.
         advantage: See :class:`ForwardProcessModule`.
         average: How slowly the moving average follows the policy.
+        trust_region: See :class:`ForwardProcessModule`.
         loss: See :class:`~latentreward.losses.MatchingLoss`.
         options: See :class:`ForwardProcessModule`.
 
@@ -282,6 +319,7 @@ class AWMModule(ForwardProcessModule):
         reward_sigmas: Sequence[float] = (0.4,),
         advantage: Advantage | None = None,
         average: DecayRamp | None = None,
+        trust_region: TrustRegion | None = None,
         loss: MatchingLoss | None = None,
         **options: Any,
     ) -> None:
@@ -298,6 +336,7 @@ class AWMModule(ForwardProcessModule):
             reward_sigmas=reward_sigmas,
             advantage=advantage,
             copies=copies,
+            trust_region=trust_region,
             **options,
         )
         self.loss = loss
@@ -308,16 +347,18 @@ class AWMModule(ForwardProcessModule):
         kl = average_kl = old = None
         if self.trainer.global_step != self.followed:  # before the first optimiser step the policy equals its copy
             old = loss.log_prob(self.predict_under(OLD, batch, states), states.target, states.sigmas)
-        reference = self.predict_under(None, batch, states) if loss.kl_weight else None
+        held = loss.kl_weight or self.guard is not None
+        reference = self.predict_under(None, batch, states) if held else None
         average = self.predict_under(AVERAGE, batch, states) if loss.average_weight else None
         velocity = self.predict(batch, states)
         log_prob = loss.log_prob(velocity, states.target, states.sigmas)
-        if reference is not None:
+        if reference is not None and loss.kl_weight:
             kl = velocity_divergence(velocity, reference, states.sigmas, loss.divergence)
         if average is not None:
             average_kl = velocity_divergence(velocity, average, states.sigmas, loss.divergence)
         result = loss(log_prob, log_prob.detach() if old is None else old, batch.advantage, kl, average_kl)
-        self.log("train/loss", result.loss, prog_bar=True, batch_size=len(batch))
+        total = self.guarded(result.loss, velocity, reference)
+        self.log("train/loss", total, prog_bar=True, batch_size=len(batch))
         values = {name: getattr(result, name) for name in ("policy", "kl", "average_kl", "clipped", "ratio")}
         self.log_dict({f"train/{name}": value for name, value in values.items()}, batch_size=len(batch))
-        return result.loss
+        return total

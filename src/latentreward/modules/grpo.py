@@ -7,7 +7,7 @@ The reward scores each step by itself (:class:`StepwiseGRPOModule`) or the finis
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from latentreward.losses import (
     TrustRegion,
     UncertaintyGate,
     gaussian_step_kl,
+    held_weights,
 )
 from latentreward.modules.alignment import RolloutModule
 from latentreward.policies import PolicySource
@@ -64,6 +65,20 @@ GATE = "trust_region"
 
 LEAST_ADVANTAGE = 1e-6
 """Largest absolute advantage that counts as rounding; scores that differ by more than 1e-4 give advantages near 1."""
+
+
+class FinishedScores(NamedTuple):
+    """Scores of the finished latents of a rollout, for P prompts with K samples each.
+
+    Attributes:
+        rewards: ``(P, K)`` rewards.
+        parts: ``(P, K, R)`` scores of R rewards of a mixture, where a rule takes them.
+        levels: ``(L, P, K)`` rewards at L noise levels, where a rule takes them; ``rewards`` are their mean.
+    """
+
+    rewards: Tensor
+    parts: Tensor | None = None
+    levels: Tensor | None = None
 
 
 class GRPOModule(RolloutModule[StepSamples]):
@@ -138,7 +153,8 @@ class GRPOModule(RolloutModule[StepSamples]):
         if weights is not None:
             options["weights"] = weights[:, None]
         if batch.held is not None:
-            options["held"] = batch.held[:, 0]
+            held = batch.held[:, 0]
+            options["kl_weights"] = held_weights(held, self.all_gather(held))
         if batch.process is not None:
             return self.loss(log_prob, batch.log_prob, batch.advantage, batch.process, kl)
         for rule in self.trust_region:
@@ -277,9 +293,10 @@ class TrajectoryGRPOModule(GRPOModule):
             raise InputError("loss: OutcomeProcessLoss takes the rewards of the steps too; set credit: StateCredit")
         if window is not None and reward_guidance is not None:
             raise InputError("window and reward_guidance both choose steps of a rollout; leave one of them out")
-        for name, value in (("reward_guidance", reward_guidance), ("credit", credit)):
-            if value is not None:
-                reward.require_step_scores(name)
+        if reward_guidance is not None:
+            reward.require_guidance()
+        if credit is not None:
+            reward.require_step_scores("credit")
         super().__init__(policy, reward, sampling, loss, **options)
         self.num_trajectories, self.reward_sigmas = num_trajectories, tuple(reward_sigmas)
         self.reward_guidance, self.credit, self.window, self.trust_region = reward_guidance, credit, window, rules
@@ -327,19 +344,23 @@ class TrajectoryGRPOModule(GRPOModule):
             keep_means=self.keeps_means,
         )
         latents = trajectories.finished
-        rewards = self._score(latents, prompts)
+        scores = self._finished_scores(latents, prompts)
+        rewards = scores.rewards
         self.rollout_statistics = group_statistics(torch.zeros(1), rewards.T[None].cpu())
-        given = self._score(latents, prompts, parts=True) if self.advantage.takes_parts else rewards
+        given = scores.parts if self.advantage.takes_parts else rewards
         features = area_means(latents).unflatten(0, rewards.shape) if self.advantage.takes_features else None
         outcome = self.advantages(given, self.advantage, features)[..., None].expand(*rewards.shape, len(steps))
         process = None
         if self.credit is not None:
-            states = self._state_rewards(trajectories, prompts, steps[0])
-            columns = self.credit(states)[:, [step - steps[0] for step in steps]]
-            process = self.advantages(columns.unflatten(0, rewards.shape), self.advantage, features)
+            states = self._state_rewards(trajectories, prompts, steps[0]).unflatten(0, rewards.shape)
+            every = self.of_all_ranks(states)
+            credit = self.credit.of_steps(every.flatten(0, 1), [step - steps[0] for step in steps])
+            process = self.advantages(
+                self.of_this_rank(credit.unflatten(0, every.shape[:2]), len(prompts)), self.advantage, features
+            )
         if process is not None and not isinstance(self.loss, OutcomeProcessLoss):
             outcome, process = process, None
-        per_step = {"advantage": outcome, "process": process, "held": self._held(latents, prompts, len(steps))}
+        per_step = {"advantage": outcome, "process": process, "held": self._held(scores, len(steps))}
         given_rows = {name: None if value is None else value.flatten(0, 1).cpu() for name, value in per_step.items()}
         return worth_learning(trajectory_samples(trajectories, steps, repeated, **given_rows))
 
@@ -353,9 +374,19 @@ class TrajectoryGRPOModule(GRPOModule):
         steps = self.trained_steps[start : start + self.window.size]
         return WindowedSampler(self.sampler, self.plain_sampler, steps), steps
 
-    def _score(self, latents: Tensor, prompts: PromptBatch, sigma: float | None = None, parts: bool = False) -> Tensor:
-        """Score finished latents: ``(P, K)``, or ``(P, K, R)`` with ``parts``; at all levels or at one."""
-        sigmas = self.reward_sigmas if sigma is None else (sigma,)
+    def _finished_scores(self, latents: Tensor, prompts: PromptBatch) -> FinishedScores:
+        """Score finished latents once, in the form that advantages and gate need."""
+        if isinstance(self.gate, UncertaintyGate):
+            levels = torch.stack([self._score(latents, prompts, [sigma]) for sigma in self.reward_sigmas])
+            return FinishedScores(levels.mean(dim=0), levels=levels)
+        if self.advantage.takes_parts or isinstance(self.gate, RankGate):
+            parts = self._score(latents, prompts, self.reward_sigmas, parts=True)
+            rewards = self.reward.mix(parts.flatten(0, 1), rows_of(prompts, latents))
+            return FinishedScores(rewards.view(parts.shape[:2]), parts=parts)
+        return FinishedScores(self._score(latents, prompts, self.reward_sigmas))
+
+    def _score(self, latents: Tensor, prompts: PromptBatch, sigmas: Sequence[float], parts: bool = False) -> Tensor:
+        """Score finished latents at noise levels: ``(P, K)``, or ``(P, K, R)`` with ``parts``."""
         scores = score_finished(self.reward, latents, prompts, self.seed, sigmas, parts)
         return scores.unflatten(0, (len(prompts), self.num_trajectories))
 
@@ -367,20 +398,19 @@ class TrajectoryGRPOModule(GRPOModule):
             score_states(self.reward, encoded, trajectories.latents[index], rows, timesteps[index])
             for index in range(first, len(timesteps))
         ]
-        finished = self._score(trajectories.finished, prompts, min(self.reward_sigmas))
+        finished = self._score(trajectories.finished, prompts, [min(self.reward_sigmas)])
         return torch.stack([*scores, finished.flatten()], dim=1)
 
-    def _held(self, latents: Tensor, prompts: PromptBatch, steps: int) -> Tensor | None:
+    def _held(self, scores: FinishedScores, steps: int) -> Tensor | None:
         """Tell on which steps ``(P, K, S)`` the KL term acts; None for all."""
-        if self.gate is None:
-            return None
-        if isinstance(self.gate, UncertaintyGate):
-            levels = torch.stack([self._score(latents, prompts, sigma) for sigma in self.reward_sigmas])
-            held = self.gate(self.of_all_ranks(self.gate.uncertainty(levels)))
-        else:
-            parts = self.of_all_ranks(self._score(latents, prompts, parts=True))
+        if isinstance(self.gate, UncertaintyGate) and scores.levels is not None:
+            held = self.gate(self.of_all_ranks(self.gate.uncertainty(scores.levels)))
+        elif isinstance(self.gate, RankGate) and scores.parts is not None:
+            parts = self.of_all_ranks(scores.parts)
             held = self.gate(parts.flatten(0, 1)).unflatten(0, parts.shape[:2])
-        return self.of_this_rank(held, len(prompts))[..., None].expand(-1, -1, steps)
+        else:
+            return None
+        return self.of_this_rank(held, len(scores.rewards))[..., None].expand(-1, -1, steps)
 
 
 def check_rules(

@@ -202,6 +202,10 @@ class PairModule(BasedModule):
         super().on_save_checkpoint(checkpoint)
         checkpoint["base"] = self._base.record(checkpoint["state_dict"])
 
+    def totals(self, rewards: Tensor) -> Tensor:
+        """Return one score per image from rewards ``(N,)`` or ``(N, out_dim)``: the mean, or the sum of two axes."""
+        return rewards if rewards.ndim == 1 else rewards.mean(dim=1)
+
     def add_noise(self, encoded: EncodedPairs, timesteps: Tensor) -> Tensor:
         """Return noisy latents ``(2B, C, ...)`` at ``timesteps`` ``(2B,)``."""
         return self.noise_process.add_noise(encoded.latents, encoded.noise, timesteps)
@@ -219,7 +223,7 @@ class PairModule(BasedModule):
         of_all = gather_pair_scores(scores) if scores.cross is None or self.cross_spans_ranks else scores
         loss = self.loss(of_all)
         size, decided = len(of_all.label), of_all.label != 0.5
-        margin = of_all.margin.detach().reshape(size, -1).mean(dim=1)
+        margin = self.totals(of_all.margin.detach())
         self.log("train/loss", loss, prog_bar=True, batch_size=size)
         # Dividing by a count on the device avoids a wait for the device; a batch of ties gives NaN.
         self.log("train/accuracy", ((margin > 0) & decided).sum() / decided.sum(), prog_bar=True, batch_size=size)

@@ -100,9 +100,8 @@ def _row(row: Row, results: Sequence[Result]) -> list[str]:
     if row.claims:
         header = ("claim", "compared", "difference [95 %]", "95 % over seeds", "verdict")
         parts.append(markdown_table(Table(header, tuple(_claim(claim, results, row) for claim in row.claims))))
-    cells = [(arm, *(_cell(results, Side(arm, metric)) for metric in row.metrics)) for arm in row.arms]
-    parts.append(markdown_table(Table(("mean ± sd over seeds", *row.metrics), tuple(cells))))
     seconds = {key: spent for one in results for key, spent in one.tasks.items()}
+    parts.append(markdown_table(_means(row, results, seconds)))
     commits = ", ".join(dict.fromkeys(f"`{one.commit or 'unknown'}`" for one in results))
     items = ", ".join(
         str(count)
@@ -113,6 +112,16 @@ def _row(row: Row, results: Sequence[Result]) -> list[str]:
         "of processor time, steps shared with other rows included."
     )
     return parts
+
+
+def _means(row: Row, results: Sequence[Result], seconds: Mapping[str, float]) -> Table:
+    """Tabulate the metrics of each arm and, where the row names rewards, the processor time of their training."""
+    header = ("mean ± sd over seeds", *row.metrics, *(["training of rewards, s"] if row.rewards else []))
+    lines = []
+    for arm in row.arms:
+        cells = [arm, *(_cell(results, Side(arm, metric)) for metric in row.metrics)]
+        lines.append((*cells, *([_reward_seconds(row, arm, seconds)] if row.rewards else [])))
+    return Table(header, tuple(lines))
 
 
 def _claim(claim: Claim, results: Sequence[Result], row: Row) -> tuple[str, ...]:
@@ -137,6 +146,13 @@ def _cell(results: Sequence[Result], side: Side) -> str:
     means = [result.measured[side.arm][side.metric]["mean"] for result in results]
     spread = f" ± {np.std(means, ddof=1):.3f}" if len(means) > 1 else ""
     return f"{np.mean(means):.3f}{spread}"
+
+
+def _reward_seconds(row: Row, arm: str, seconds: Mapping[str, float]) -> str:
+    """Return the mean over measured seeds of the processor time that an arm's rewards took."""
+    keys = [{key[:16] for key in row.reward_tasks(arm, seed)} for seed in range(row.seeds)]
+    sums = [sum(seconds[key] for key in one) for one in keys if one <= seconds.keys()]
+    return f"{np.mean(sums):.0f}" if any(sums) else NOTHING
 
 
 def claims_figure(rows: Sequence[Row], found: Mapping[str, Sequence[Result]]) -> Figure | None:

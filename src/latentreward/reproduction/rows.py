@@ -13,7 +13,7 @@ from latentreward.storage.digests import digest
 
 FOLDER, SHARED = "reproduce/", "reproduce/shared/steps.yaml"
 Kind = Literal["accuracy", "alignment", "quality", "turned", "column"]
-Paper = Literal["LRM", "LPO", "DiNa-LRM", "Tiny world"]
+Paper = Literal["LRM", "LPO", "DiNa-LRM", "Later methods", "Tiny world"]
 MOST_SEEDS = 10
 
 
@@ -80,7 +80,8 @@ class Row:
         cpu_seconds: Expected processor time of all seeds, in seconds, without steps that other rows share.
         miniature_of: Full-size configs that the arms stand for.
         note: Remark on the page: what differs from the paper, or why the result is as it is.
-        seeds: Number of seeds.
+        seeds: Number of seeds; without claims one is enough.
+        rewards: Steps that train rewards; the page has their processor time in a column of its own.
         steps: Steps of this row alone, in addition to the shared ones.
     """
 
@@ -96,6 +97,7 @@ class Row:
     miniature_of: Sequence[str] = ()
     note: str = ""
     seeds: int = 3
+    rewards: Sequence[str] = ()
     steps: Mapping[str, Step] = field(default_factory=dict)
 
     @cached_property
@@ -106,6 +108,11 @@ class Row:
     def read_step(self, arm: str, metric: Metric) -> str:
         """Return the name of the step that a metric reads in an arm."""
         return self.instead.get(arm, {}).get(metric.of, metric.of)
+
+    def reward_tasks(self, arm: str, seed: int) -> set[str]:
+        """Return the keys of the tasks that train the rewards of an arm."""
+        tables = [self.task(arm, self.read_step(arm, metric), seed) for metric in self.metrics.values()]
+        return {task.key for table in tables for task in table.needed() if task.name in self.rewards}
 
     def task(self, arm: str, step: str, seed: int, quick: bool = False) -> Task:
         """Resolve a step of an arm for a seed.
@@ -187,8 +194,9 @@ def read_row(name: str, content: Mapping[str, Any]) -> Row:
 def _check(row: Row) -> None:
     if row.paper not in get_args(Paper):
         raise InputError(f"{row.name}: paper is {row.paper!r}{did_you_mean(row.paper, get_args(Paper))}")
-    if not 3 <= row.seeds <= MOST_SEEDS:
-        raise InputError(f"{row.name}: seeds={row.seeds}; use 3 to {MOST_SEEDS}, so that intervals exist")
+    least = 3 if row.claims else 1
+    if not least <= row.seeds <= MOST_SEEDS:
+        raise InputError(f"{row.name}: seeds={row.seeds}; use {least} to {MOST_SEEDS}, so that claims have intervals")
     for arm, options in row.arms.items():
         _known(f"{row.name}: arms.{arm}", options, row.all_steps)
         changed = {
@@ -200,6 +208,7 @@ def _check(row: Row) -> None:
         _known(f"{row.name}: instead.{arm}", steps.values(), row.all_steps)
     for name, step in row.all_steps.items():
         _known(f"{row.name}: steps.{name}.pairs", [step.pairs] if step.pairs else [], row.all_steps)
+    _known(f"{row.name}: rewards", row.rewards, row.all_steps)
     for name, metric in row.metrics.items():
         _known(f"{row.name}: metrics.{name}.of", [metric.of], row.all_steps)
         _known(f"{row.name}: metrics.{name}.kind", [metric.kind], get_args(Kind))

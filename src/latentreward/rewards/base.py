@@ -73,6 +73,10 @@ class Reward(nn.Module, ABC):
         """Score finished latents by each reward of a mixture, not weighted: ``(N, R)``; see :meth:`score_clean`."""
         return self.score_clean(latents, rows, encoded, noise, sigmas)[:, None]
 
+    def mix(self, parts: Tensor, rows: Tensor) -> Tensor:
+        """Compute the score ``(N,)`` from those of :meth:`score_parts`; ``rows`` ``(N,)`` are the states' prompts."""
+        return parts[:, 0]
+
     def set_precision(self, dtype: torch.dtype) -> None:
         """Set the type in which frozen weights are stored and multiplied; scores stay float32.
 
@@ -142,6 +146,23 @@ class RewardSource(ABC):
     def scores_states(self) -> bool:
         """Tell whether the reward scores a noisy state as it is, without the policy's prediction of clean latents."""
         return True
+
+    def judges_alone(self) -> bool:
+        """Tell whether the score of a state depends on this state alone, and not on others of the same call."""
+        return True
+
+    def require_guidance(self) -> None:
+        """Check, before any weight is loaded, that the reward can guide a rollout by its gradient.
+
+        Raises:
+            InputError: If the reward scores no noisy states, or compares them with each other.
+        """
+        self.require_step_scores("reward_guidance")
+        if not self.judges_alone():
+            raise InputError(
+                f"reward_guidance follows the gradient of each state's own score, and {type(self).__name__} normalises "
+                "scores within a prompt; set normalise: none or running"
+            )
 
     def require_step_scores(self, field: str) -> None:
         """Check, before any weight is loaded, that the reward scores noisy states for a setting that needs it.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -91,6 +91,10 @@ class RewardMixture(RewardSource):
         """Tell whether each reward of the mixture scores noisy states as they are."""
         return all(reward.scores_states() for reward in self.rewards)
 
+    def judges_alone(self) -> bool:
+        """Tell whether the score of a state depends on this state alone; not under ``normalise: group``."""
+        return self.normalise != "group" and all(reward.judges_alone() for reward in self.rewards)
+
     def require_latents_of(self, policy: PolicySource) -> None:
         """See :meth:`RewardSource.require_latents_of`; checks each reward of the mixture."""
         for reward in self.rewards:
@@ -133,7 +137,8 @@ class MixedReward(Reward):
 
     def score(self, states: NoisyStates, encoded: tuple[Any, ...]) -> Tensor:
         """See :meth:`Reward.score`."""
-        return self._mix(states.rows, encoded, lambda reward, known: reward(states, known))
+        parts = [reward(states, known) for reward, known in zip(self.rewards, encoded, strict=True)]
+        return self.mix(torch.stack(parts, dim=1), states.rows)
 
     def score_clean(
         self,
@@ -144,7 +149,7 @@ class MixedReward(Reward):
         sigmas: Sequence[float] = (),
     ) -> Tensor:
         """See :meth:`Reward.score_clean`."""
-        return self._mix(rows, encoded, lambda reward, known: reward.score_clean(latents, rows, known, noise, sigmas))
+        return self.mix(self.score_parts(latents, rows, encoded, noise, sigmas), rows)
 
     def score_parts(
         self,
@@ -158,16 +163,16 @@ class MixedReward(Reward):
         pairs = zip(self.rewards, encoded, strict=True)
         return torch.stack([reward.score_clean(latents, rows, known, noise, sigmas) for reward, known in pairs], dim=1)
 
-    def _mix(self, rows: Tensor, encoded: tuple[Any, ...], score: Callable[[Any, Any], Tensor]) -> Tensor:
-        parts = []
-        for index, (reward, weight, known) in enumerate(zip(self.rewards, self.weights, encoded, strict=True)):
-            scores = score(reward, known)
-            if self.normalise == "group":
-                scores = standardise(scores, rows.to(scores.device))
-            elif self.normalise == "running":
-                scores = self._by_all_seen(scores, index)
-            parts.append(weight * scores)
-        return torch.stack(parts).sum(dim=0)
+    def mix(self, parts: Tensor, rows: Tensor) -> Tensor:
+        """See :meth:`Reward.mix`; under ``running`` the parts count as seen."""
+        rows = rows.to(parts.device)
+        normalised = [self._normalised(scores, rows, index) for index, scores in enumerate(parts.unbind(dim=1))]
+        return torch.stack([weight * part for weight, part in zip(self.weights, normalised, strict=True)]).sum(dim=0)
+
+    def _normalised(self, scores: Tensor, rows: Tensor, index: int) -> Tensor:
+        if self.normalise == "group":
+            return standardise(scores, rows)
+        return self._by_all_seen(scores, index) if self.normalise == "running" else scores
 
     def _by_all_seen(self, scores: Tensor, index: int) -> Tensor:
         """Standardise by mean and standard deviation of all scores of reward ``index`` so far, including ``scores``."""

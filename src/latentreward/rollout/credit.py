@@ -2,6 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -20,6 +21,10 @@ class Credit(ABC):
         Args:
             rewards: ``(N, S + 1)``: reward r_k of the state before each of S steps, and of the state after the last.
         """
+
+    def of_steps(self, rewards: Tensor, steps: Sequence[int]) -> Tensor:
+        """Compute the rewards ``(N, len(steps))`` of the steps that are trained on, of all S steps."""
+        return self(rewards)[:, list(steps)]
 
 
 class GainCredit(Credit):
@@ -98,11 +103,15 @@ class TurningPointCredit(Credit):
 
     def __call__(self, rewards: Tensor) -> Tensor:
         """See :meth:`Credit.__call__`."""
-        main, bonus = self.parts(rewards)
-        return main + bonus
+        return self.of_steps(rewards, range(rewards.shape[1] - 1))
 
-    def parts(self, rewards: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute main reward and bonus, each ``(N, S)``, float64."""
+    def of_steps(self, rewards: Tensor, steps: Sequence[int]) -> Tensor:
+        """See :meth:`Credit.of_steps`; bonuses are balanced among these steps."""
+        main, bonus = self.parts(rewards, steps)
+        return (main + bonus)[:, list(steps)]
+
+    def parts(self, rewards: Tensor, steps: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        """Compute main reward and bonus, each ``(N, S)``, float64; bonuses are balanced among ``steps``, or all."""
         rewards = rewards.double()
         gains = rewards.diff(dim=1)
         values = {
@@ -112,7 +121,9 @@ class TurningPointCredit(Credit):
         }
         turning, bonus = self.turning_points(rewards), values[self.bonus]
         if self.balanced:
-            turning = balance(turning, bonus)
+            counted = torch.zeros(len(gains[0]), dtype=torch.bool, device=gains.device)
+            counted[slice(None) if steps is None else list(steps)] = True
+            turning = balance(turning & counted, bonus)
         bonus = torch.where(turning, self.weight * bonus, 0.0)
         main = values[self.main]
         return torch.where(bonus != 0, 0.0, main) if self.alone else main, bonus

@@ -108,7 +108,17 @@ def draw_caption(rng: np.random.Generator, split: str) -> Caption:
     return captions[int(rng.integers(len(captions)))]
 
 
-def held_out_captions(number: int, seed: int) -> list[str]:
-    """Draw texts of ``test`` captions, possibly with repeats, as prompts for the evaluation of generators."""
+def held_out_captions(number: int, seed: int, split: str = "test") -> list[str]:
+    """Draw texts of a split's captions, possibly with repeats, as prompts for the evaluation of generators."""
     rng = np.random.default_rng([seed, 4])
-    return [draw_caption(rng, "test").text for _ in range(number)]
+    return [draw_caption(rng, split).text for _ in range(number)]
+
+
+def judged_captions() -> list[str]:
+    """Return the 192 held-out captions on which policies are judged."""
+    return held_out_captions(192, 11)
+
+
+def tuning_captions() -> list[str]:
+    """Return 96 captions of the validation split, on which settings may be chosen: none of them is a judged one."""
+    return held_out_captions(96, 12, "validation")

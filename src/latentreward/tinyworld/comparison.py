@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from latentreward.tinyworld.captions import held_out_captions
+from latentreward.tinyworld.captions import judged_captions
 from latentreward.tinyworld.oracle import mean_verdict, utility_scores
 from latentreward.tinyworld.sampling import PIPELINE_FOLDERS, load_pipeline, quiet_libraries, sample_pictures
 
@@ -40,7 +40,7 @@ def judge_policy(pipeline: str, lora: Path | None, guidance_scale: float) -> Jud
     if lora is not None:
         with quiet_libraries():
             loaded.load_lora_weights(lora)
-    captions = held_out_captions(192, 11)
+    captions = judged_captions()
     pictures = sample_pictures(loaded, captions, 1, guidance_scale=guidance_scale)
     return Judged(
         captions, pictures, utility_scores(captions, list(pictures)).numpy(), mean_verdict(captions, list(pictures))
