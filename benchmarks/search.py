@@ -1,10 +1,11 @@
-"""Measure the gain of choosing among samples by a reward in the tiny world: plain, best of N, and step-wise search.
+"""Measure the gain of choosing among samples by a reward in the tiny world: plain, best of N, step-wise and population.
 
     python benchmarks/search.py [--reward lrm_tiny lrm_tiny:1 lrm_tiny:2] [--prompts 192]
 
 Each ``--reward`` is a trained LRM (a checkpoint or run; ``lrm_tiny:SEED`` is trained first, below
 runs/trained_rewards); the pixel scorer is the shipped one. The tiny world's judge, which is never a reward, gives the
 utility of the shipped tiny SD's pictures of held-out captions. Intervals (95 %) resample rewards and captions.
+Population search is compared with the best of as many samples as cost the same FLOPs of policy, reward and decoding.
 """
 
 import argparse
@@ -15,22 +16,30 @@ import numpy as np
 import torch
 from measuring import table
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from trained_rewards import trained_rewards
 
 from latentreward.contracts import PromptBatch
-from latentreward.generation import Candidates, StepSearch, best_of_n, policy_of, search_latents
+from latentreward.generation import (
+    Candidates,
+    Population,
+    StepSearch,
+    best_of_n,
+    policy_of,
+    search_latents,
+    search_population,
+)
 from latentreward.metrics.bootstrap import bootstrap_interval
 from latentreward.policies import Policy, PolicySource
 from latentreward.rewards import LatentReward, PixelReward, Reward
 from latentreward.rollout import Sampling, sample_latents
 from latentreward.scorers import StepAwareScorer
-from latentreward.tinyworld.captions import held_out_captions
+from latentreward.tinyworld.captions import judged_captions
 from latentreward.tinyworld.oracle import utility_scores
 from latentreward.tinyworld.sampling import PIPELINE_FOLDERS, load_pipeline
 
 GUIDANCE = 3.0
 CHUNK = 64
-CAPTION_SEED = 11
 
 
 def load_rewards(policy: Policy, names: Sequence[str]) -> dict[str, list[Reward]]:
@@ -68,7 +77,7 @@ def through_diffusers(reward: Reward, prompts: PromptBatch, count: int, steps: i
 
 def measure_search(policy: Policy, rewards: dict[str, list[Reward]], prompts: int, steps: int = 20) -> None:
     """Print the change of utility by each way of choosing, against plain sampling with the same eta."""
-    captions = held_out_captions(prompts, CAPTION_SEED)
+    captions = judged_captions()[:prompts]
     still, lively = Sampling(steps, eta=0.0), Sampling(steps, eta=1.0)
     rows: list[list[str]] = []
     for guidance in (1.0, GUIDANCE):
@@ -105,6 +114,53 @@ def measure_search(policy: Policy, rewards: dict[str, list[Reward]], prompts: in
     table(f"Search, sd_tiny, {prompts} held-out captions, {steps} steps", columns, rows)
 
 
+def counted(policy: Policy, work: Callable[[PromptBatch], Tensor], captions: Sequence[str]) -> tuple[np.ndarray, float]:
+    """Return the judge's utilities of what ``work`` samples, and the FLOPs for each picture, its decoding included."""
+    with FlopCounterMode(display=False) as flops:
+        found = utilities(policy, in_chunks(work, captions), captions)
+    return found, flops.get_total_flops() / len(captions)
+
+
+def measure_population(policy: Policy, rewards: Sequence[Reward], prompts: int, steps: int = 20) -> None:
+    """Print what population search gains against the best of N samples at equal FLOPs.
+
+    The FLOPs of best of N are a line in N, since each sample costs the same; the two N beside the population's FLOPs
+    are sampled, and their utilities interpolated.
+    """
+    captions, sampling = judged_captions()[:prompts], Sampling(steps, eta=0.0)
+    rows: list[list[str]] = []
+    for guidance in (1.0, GUIDANCE):
+        how = {"sampling": sampling, "guidance_scale": guidance, "seed": 1}
+        sample = partial(sample_latents, policy, **how)
+
+        def best_of(reward: Reward, batch: PromptBatch, number: int, sample: Callable = sample) -> Tensor:
+            return best_of_n(sample, reward, batch, number, sigmas=(0.05,)).latents
+
+        best = {n: [counted(policy, partial(best_of, one, number=n), captions) for one in rewards] for n in range(1, 7)}
+        costs = [np.mean([flops for _, flops in runs]) for runs in best.values()]
+        for name, population in (("near starts", Population()), ("independent starts", Population(perturbation=1.0))):
+            runs = [
+                counted(policy, partial(search_population, policy, one, population=population, **how), captions)
+                for one in rewards
+            ]
+            cost = float(np.mean([flops for _, flops in runs]))
+            number = float(np.interp(cost, costs, list(best)))
+            low, share = int(number), number - int(number)
+            equal = [
+                (1 - share) * best[low][place][0] + share * best[min(low + 1, 6)][place][0]
+                for place in range(len(rewards))
+            ]
+            found = [utility for utility, _ in runs]
+            change, least, most, _ = bootstrap_interval([one - other for one, other in zip(found, equal, strict=True)])
+            rows.append(
+                [f"{guidance:g}", name, f"{cost / costs[0]:.2f}", f"{number:.2f}", f"{np.mean(found):.3f}",
+                 f"{np.mean(equal):.3f}", f"{change:+.3f} [{least:+.3f}, {most:+.3f}]"]
+            )  # fmt: skip
+    columns = ("guidance", "population of 6", "FLOPs of one sample", "best of N with the same FLOPs: N", "utility",
+               "utility of best of N", "difference [95 %]")  # fmt: skip
+    table(f"Population search, sd_tiny, {prompts} held-out captions, {steps} steps", columns, rows)
+
+
 def main() -> None:
     """Load the rewards, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -114,7 +170,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     policy = PolicySource("sd_tiny").load().eval()
-    measure_search(policy, load_rewards(policy, options.reward), options.prompts, options.steps)
+    rewards = load_rewards(policy, options.reward)
+    measure_population(policy, rewards["LRM"], options.prompts, options.steps)
+    measure_search(policy, rewards, options.prompts, options.steps)
 
 
 if __name__ == "__main__":
