@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from latentreward.cli import main
+from latentreward.policies.moving import AVERAGE, OLD
 from tests.families.twins import TWINS
 from tests.marks import slow_after
 from tests.scorers.tiny_clip import write_clip
@@ -86,7 +87,8 @@ class Saves(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.end = trainer.global_step
         every = pl_module.named_parameters(remove_duplicate=False)
-        self.frozen = {name for name, parameter in every if not parameter.requires_grad}
+        moving = {f".{copy}." for copy in (OLD, AVERAGE)}  # no gradient, but they follow the adapter that trains
+        self.frozen = {name for name, one in every if not (one.requires_grad or any(copy in name for copy in moving))}
 
 
 @dataclass(frozen=True)
@@ -178,7 +180,9 @@ def alignment_options(path: Path) -> list[str]:
         options += ["--model.sampling.height=32", "--model.sampling.width=32"]
     if "stop_range:" in text:
         options += [f"--model.stop_range={[2, 3] if 'scored: state' in text else [1, 2]}"]
-    if few := re.search(r"num_(trajectories|candidates):", text):
+    if "AWMModule" in text:  # trains on 6 of the steps between the ends
+        options += ["--model.sampling.num_inference_steps=8"]
+    if few := re.search(r"num_(trajectories|candidates|samples):", text):
         options += [f"--model.{'candidates.' * (few[1] == 'candidates')}num_{few[1]}=2"]
     if "selection:" in text:  # a reward that has hardly learned has gaps below every published threshold
         options += ["--model.selection={class_path: QuantileThreshold, init_args: {quantile: 0.5}}"]
@@ -237,6 +241,11 @@ def test_last_ckpt_is_of_the_last_step_written_once_and_without_frozen_weights(p
     whole = {name: kept["global_step"] for name, kept in run.checkpoints.items() if "optimizer_states" in kept}
     assert whole == {"last.ckpt": run.saves.end}
     assert frozen
+    last = run.checkpoints["last.ckpt"]["state_dict"]
+    copies = {"DiffusionNFTModule": {OLD}, "AWMModule": {OLD, AVERAGE}}
+    method = next(iter(re.findall(r"\.(\w+Module)\b", path.read_text())), "")
+    for copy in (OLD, AVERAGE):
+        assert any(f".{copy}." in name for name in last) == (copy in copies.get(method, ()))
     for name, kept in run.checkpoints.items():
         assert kept["state_dict"], name
         assert not frozen & kept["state_dict"].keys(), name

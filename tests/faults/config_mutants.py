@@ -100,9 +100,9 @@ def bases() -> list[Base]:
     found.append(Base("cache", ("cache", "runs/tinyworld/cache"), stack("cache/tinyworld")))
     for path in sorted((ROOT / "configs" / "align").glob("*_tiny.yaml")):
         settings = stack(f"align/{path.stem}")
-        settings["data"]["init_args"].update(PAIRS if "root" in settings["data"]["init_args"] else PROMPTS)
+        make_smaller(settings["data"]["init_args"])
         if "sampling" in settings["model"]["init_args"]:
-            settings["model"]["init_args"]["sampling"]["num_inference_steps"] = 6
+            settings["model"]["init_args"]["sampling"]["num_inference_steps"] = 8
         found.append(Base(path.stem, ("fit",), settings))
     for base in found:
         if base.command == ("fit",):
@@ -113,6 +113,15 @@ def bases() -> list[Base]:
     judge["sampling"]["num_inference_steps"] = 2
     found.append(Base("evaluate", ("evaluate-policy", "judged", "--device=cpu"), judge))
     return found
+
+
+def make_smaller(data: dict[str, Any]) -> None:
+    """Set small numbers in the settings of a data module, or of both parts of ``PromptsAndImages``."""
+    if "images" in data:
+        for part in ("images", "prompts"):
+            make_smaller(data[part]["init_args"])
+    else:
+        data.update(PAIRS if "root" in data else PROMPTS)
 
 
 def leaves(settings: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
