@@ -32,6 +32,11 @@ def weighted_mean(values: Tensor, weight: Tensor) -> Tensor:
     return (weight * values).sum() / weight.sum().clamp_min(torch.finfo(values.dtype).tiny)
 
 
+def wide(values: Tensor) -> Tensor:
+    """Return ``values`` in float64, on the CPU if their device has no such type."""
+    return (values.cpu() if values.device.type == "mps" else values).double()
+
+
 class SetLoss(nn.Module):
     """Base class of losses that show their settings in ``print(model)``."""
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from latentreward.errors import InputError
-from latentreward.losses.base import SetLoss
+from latentreward.losses.base import SetLoss, wide
 
 
 def gaussian_step_kl(mean: Tensor, ref_mean: Tensor, spread: Tensor) -> Tensor:
@@ -149,16 +149,15 @@ class ClippedPolicyLoss(SetLoss):
         """
         if self.needs_reference and kl is None:
             raise ValueError(f"kl_weight={self.kl_weight:g} needs kl")
-        if log_prob.device.type == "mps":  # has no float64
-            log_prob, old_log_prob, advantage = log_prob.cpu(), old_log_prob.cpu(), advantage.cpu()
-            kl, weights, kl_weights = (None if part is None else part.cpu() for part in (kl, weights, kl_weights))
-        bounded, bound = advantage.double(), self.max_advantage
+        log_prob, old_log_prob, bounded = map(wide, (log_prob, old_log_prob, advantage))
+        kl, weights, kl_weights = (None if part is None else wide(part) for part in (kl, weights, kl_weights))
+        bound = self.max_advantage
         bounded = bounded if bound is None else bounded.clamp(-bound, bound)
-        rows, ratio, clipped = objective(log_prob.double() - old_log_prob.double(), bounded, self.clip_range)
-        policy = (rows if weights is None else TEMPFLOW * weights.to(rows) * rows).mean()
+        rows, ratio, clipped = objective(log_prob - old_log_prob, bounded, self.clip_range)
+        policy = (rows if weights is None else TEMPFLOW * weights * rows).mean()
         divergence = policy.new_zeros(())
         if kl is not None:
-            divergence = (kl.double() if kl_weights is None else kl_weights * kl.double()).mean()
+            divergence = (kl if kl_weights is None else kl_weights * kl).mean()
         loss = policy + self.kl_weight * divergence if self.needs_reference else policy
         parts = (policy, divergence, clipped.double().mean(), ratio.mean())
         return ClippedPolicyResult(loss.float(), *(part.detach().float() for part in parts))

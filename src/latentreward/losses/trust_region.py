@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from latentreward.errors import InputError
+from latentreward.losses.base import wide
 from latentreward.losses.clipped_policy import clipped_objective
 
 
@@ -61,11 +62,6 @@ class StepDrift:
         mean, old_mean, std, spread, every = map(wide, (mean, old_mean, std, spread, every))
         squares = (mean - old_mean).square().flatten(1).mean(dim=1)
         return cls(squares, std, spread, *every.transpose(-2, -1).reshape(-1, 2).mean(dim=0))
-
-
-def wide(values: Tensor) -> Tensor:
-    """Return ``values`` in float64, on the CPU if their device has no such type."""
-    return (values.cpu() if values.device.type == "mps" else values).double()
 
 
 class RatioRule(TrustRegion):

@@ -49,11 +49,11 @@ class ForwardProcessModule(RolloutModule[RenoisedSamples]):
         policy: The generator: a rectified flow.
         reward: Source of a reward that scores finished latents.
         sampling: Sampler settings of rollouts, without noise.
-        num_samples: Samples K per prompt.
         steps: Choice of the sampler's noise levels to train at; each one is a row of a batch.
+        copies: How each copy of the adapter follows the policy, by name.
+        num_samples: Samples K per prompt.
         reward_sigmas: Noise levels at which a latent reward scores; without effect on rewards of pixels.
         advantage: Rule that turns rewards into advantages; None divides by the spread of all rewards of a rollout.
-        copies: How each copy of the adapter follows the policy, by name.
         trust_region: A :class:`~latentreward.losses.NormGuard`, or None. The other rules need a sampler's steps.
         options: See :class:`~latentreward.modules.alignment.AlignmentModule`. Neither sampling nor training uses
             classifier-free guidance.
@@ -68,11 +68,11 @@ class ForwardProcessModule(RolloutModule[RenoisedSamples]):
         policy: PolicySource,
         reward: RewardSource,
         sampling: Sampling | None,
-        num_samples: int,
         steps: StepChoice,
-        reward_sigmas: Sequence[float],
-        advantage: Advantage | None,
         copies: dict[str, DecayRamp],
+        num_samples: int = 24,
+        reward_sigmas: Sequence[float] = (0.4,),
+        advantage: Advantage | None = None,
         trust_region: TrustRegion | None = None,
         guidance_scale: float | None = None,
         **options: Any,
@@ -230,12 +230,8 @@ class DiffusionNFTModule(ForwardProcessModule):
         policy: See :class:`ForwardProcessModule`.
         reward: See :class:`ForwardProcessModule`.
         sampling: See :class:`ForwardProcessModule`; None takes 10 steps.
-        num_samples: See :class:`ForwardProcessModule`.
         steps: See :class:`ForwardProcessModule`; None takes a random 99 % of the steps.
-        reward_sigmas: See :class:`ForwardProcessModule`.
-        advantage: See :class:`ForwardProcessModule`.
         old: How slowly the copy that samples follows the policy.
-        trust_region: See :class:`ForwardProcessModule`.
         loss: See :class:`~latentreward.losses.NFTLoss`.
         options: See :class:`ForwardProcessModule`.
 
@@ -248,12 +244,8 @@ class DiffusionNFTModule(ForwardProcessModule):
         policy: PolicySource,
         reward: RewardSource,
         sampling: Sampling | None = None,
-        num_samples: int = 24,
         steps: StepChoice | None = None,
-        reward_sigmas: Sequence[float] = (0.4,),
-        advantage: Advantage | None = None,
         old: DecayRamp | None = None,
-        trust_region: TrustRegion | None = None,
         loss: NFTLoss | None = None,
         **options: Any,
     ) -> None:
@@ -261,12 +253,8 @@ class DiffusionNFTModule(ForwardProcessModule):
             policy,
             reward,
             sampling=sampling,
-            num_samples=num_samples,
             steps=steps or RandomSteps(),
-            reward_sigmas=reward_sigmas,
-            advantage=advantage,
             copies={OLD: old or DecayRamp()},
-            trust_region=trust_region,
             **options,
         )
         self.loss = loss or NFTLoss()
@@ -296,12 +284,8 @@ class AWMModule(ForwardProcessModule):
         policy: See :class:`ForwardProcessModule`.
         reward: See :class:`ForwardProcessModule`.
         sampling: See :class:`ForwardProcessModule`; None takes 14 steps.
-        num_samples: See :class:`ForwardProcessModule`.
         steps: See :class:`ForwardProcessModule`; None takes 6 steps, stratified.
-        reward_sigmas: See :class:`ForwardProcessModule`.
-        advantage: See :class:`ForwardProcessModule`.
         average: How slowly the moving average follows the policy.
-        trust_region: See :class:`ForwardProcessModule`.
         loss: See :class:`~latentreward.losses.MatchingLoss`.
         options: See :class:`ForwardProcessModule`.
 
@@ -314,12 +298,8 @@ class AWMModule(ForwardProcessModule):
         policy: PolicySource,
         reward: RewardSource,
         sampling: Sampling | None = None,
-        num_samples: int = 24,
         steps: StepChoice | None = None,
-        reward_sigmas: Sequence[float] = (0.4,),
-        advantage: Advantage | None = None,
         average: DecayRamp | None = None,
-        trust_region: TrustRegion | None = None,
         loss: MatchingLoss | None = None,
         **options: Any,
     ) -> None:
@@ -331,12 +311,8 @@ class AWMModule(ForwardProcessModule):
             policy,
             reward,
             sampling=sampling or Sampling(14),
-            num_samples=num_samples,
             steps=steps or StratifiedSteps(),
-            reward_sigmas=reward_sigmas,
-            advantage=advantage,
             copies=copies,
-            trust_region=trust_region,
             **options,
         )
         self.loss = loss

@@ -12,6 +12,7 @@ from torchmetrics import Metric
 from latentreward.contracts import Conditioning, PairScores, PreferenceBatch, TensorRecord
 from latentreward.errors import InputError, errors_at
 from latentreward.losses import PreferenceLoss, gather_pair_scores
+from latentreward.losses.base import mean_over_outputs
 from latentreward.metrics import MeanMargin, PairCalibration, PairwiseAccuracy
 from latentreward.metrics.pairwise import Equal
 from latentreward.modules.based import BasedModule
@@ -204,7 +205,7 @@ class PairModule(BasedModule):
 
     def totals(self, rewards: Tensor) -> Tensor:
         """Return one score per image from rewards ``(N,)`` or ``(N, out_dim)``: the mean, or the sum of two axes."""
-        return rewards if rewards.ndim == 1 else rewards.mean(dim=1)
+        return mean_over_outputs(rewards)
 
     def add_noise(self, encoded: EncodedPairs, timesteps: Tensor) -> Tensor:
         """Return noisy latents ``(2B, C, ...)`` at ``timesteps`` ``(2B,)``."""
