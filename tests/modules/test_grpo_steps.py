@@ -38,6 +38,7 @@ from latentreward.rollout import (
     TurningPointCredit,
 )
 from tests.marks import slow_after
+from tests.modules.lpo_runs import make_trainer
 from tests.modules.simple_reward import FirstChannel, FirstChannelReward
 from tests.modules.test_grpo import BATCH, PROMPTS, source, stepwise, trajectory
 
@@ -216,6 +217,26 @@ def test_the_rank_gate_is_in_the_checkpoint(tmp_path: Path) -> None:
     other = mixture(trust_region=RankGate(), loss=KL)
     other.on_load_checkpoint(checkpoint)
     assert other.gate.state() == module.gate.state()
+
+
+def test_a_resumed_run_equals_the_whole_one(tmp_path: Path) -> None:
+    """With a gate that adapts and a window that moves, stopped in the middle of a rollout's rows."""
+    results = []
+    for stop, resumed in ((8, None), (4, None), (8, tmp_path / "4.ckpt")):
+        options = {"trust_region": [RankGate(), GRPOGuard()], "window": MovingWindow(2, every=2), "loss": KL}
+        module = mixture(**options, optimizer=lambda groups: torch.optim.SGD(groups, lr=0.05))
+        del module.log, module.log_dict
+        trainer = make_trainer(tmp_path, max_steps=stop)
+        data = PromptLoaders(PROMPTS, batch_size=4, prompts_per_rollout=2, batches_per_epoch=8, seed=1)
+        trainer.fit(module, datamodule=data, ckpt_path=resumed)
+        trainer.save_checkpoint(tmp_path / f"{stop}.ckpt")
+        named = module.policy.network.named_parameters()
+        results.append((module.gate.state(), {name: one.clone() for name, one in named if one.requires_grad}))
+    (gate, whole), (stopped, before), (gate_again, again) = results
+    assert len(gate["seen"]) > len(stopped["seen"]) > 0
+    assert gate == gate_again
+    assert any(not torch.equal(before[name], weight) for name, weight in whole.items())
+    assert all(torch.equal(again[name], weight) for name, weight in whole.items())
 
 
 @pytest.mark.parametrize(
