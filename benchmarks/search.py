@@ -111,7 +111,7 @@ def measure_search(policy: Policy, rewards: dict[str, list[Reward]], prompts: in
                 interval = f"{change:+.3f} [{low:+.3f}, {high:+.3f}]"
                 rows.append([f"{guidance:g}", way, kind, f"{np.mean(found):.3f}", interval])
     columns = ("guidance", "sampling", "reward", "utility", "against plain sampling with the same eta [95 %]")
-    table(f"Search, sd_tiny, {prompts} held-out captions, {steps} steps", columns, rows)
+    table(f"Search, sd_tiny, {len(captions)} held-out captions, {steps} steps", columns, rows)
 
 
 def counted(policy: Policy, work: Callable[[PromptBatch], Tensor], captions: Sequence[str]) -> tuple[np.ndarray, float]:
@@ -124,10 +124,10 @@ def counted(policy: Policy, work: Callable[[PromptBatch], Tensor], captions: Seq
 def measure_population(policy: Policy, rewards: Sequence[Reward], prompts: int, steps: int = 20) -> None:
     """Print what population search gains against the best of N samples at equal FLOPs.
 
-    The FLOPs of best of N are a line in N, since each sample costs the same; the two N beside the population's FLOPs
-    are sampled, and their utilities interpolated.
+    Best of 1 to 6 are sampled; their FLOPs and utilities are interpolated to the population's FLOPs.
     """
     captions, sampling = judged_captions()[:prompts], Sampling(steps, eta=0.0)
+    most = 6
     rows: list[list[str]] = []
     for guidance in (1.0, GUIDANCE):
         how = {"sampling": sampling, "guidance_scale": guidance, "seed": 1}
@@ -136,7 +136,10 @@ def measure_population(policy: Policy, rewards: Sequence[Reward], prompts: int, 
         def best_of(reward: Reward, batch: PromptBatch, number: int, sample: Callable = sample) -> Tensor:
             return best_of_n(sample, reward, batch, number, sigmas=(0.05,)).latents
 
-        best = {n: [counted(policy, partial(best_of, one, number=n), captions) for one in rewards] for n in range(1, 7)}
+        best = {
+            n: [counted(policy, partial(best_of, one, number=n), captions) for one in rewards]
+            for n in range(1, most + 1)
+        }
         costs = [np.mean([flops for _, flops in runs]) for runs in best.values()]
         for name, population in (("near starts", Population()), ("independent starts", Population(perturbation=1.0))):
             runs = [
@@ -144,10 +147,11 @@ def measure_population(policy: Policy, rewards: Sequence[Reward], prompts: int, 
                 for one in rewards
             ]
             cost = float(np.mean([flops for _, flops in runs]))
+            assert costs[0] <= cost <= costs[-1], f"{cost:.3g} FLOPs are not those of best of 1 to {most}"
             number = float(np.interp(cost, costs, list(best)))
             low, share = int(number), number - int(number)
             equal = [
-                (1 - share) * best[low][place][0] + share * best[min(low + 1, 6)][place][0]
+                (1 - share) * best[low][place][0] + share * best[min(low + 1, most)][place][0]
                 for place in range(len(rewards))
             ]
             found = [utility for utility, _ in runs]
@@ -156,9 +160,9 @@ def measure_population(policy: Policy, rewards: Sequence[Reward], prompts: int, 
                 [f"{guidance:g}", name, f"{cost / costs[0]:.2f}", f"{number:.2f}", f"{np.mean(found):.3f}",
                  f"{np.mean(equal):.3f}", f"{change:+.3f} [{least:+.3f}, {most:+.3f}]"]
             )  # fmt: skip
-    columns = ("guidance", "population of 6", "FLOPs of one sample", "best of N with the same FLOPs: N", "utility",
+    columns = ("guidance", "population of 6", "FLOPs, in samples", "best of N with the same FLOPs: N", "utility",
                "utility of best of N", "difference [95 %]")  # fmt: skip
-    table(f"Population search, sd_tiny, {prompts} held-out captions, {steps} steps", columns, rows)
+    table(f"Population search, sd_tiny, {len(captions)} held-out captions, {steps} steps", columns, rows)
 
 
 def main() -> None:

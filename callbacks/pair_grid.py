@@ -74,12 +74,11 @@ class ScoredPairGrid(Callback):
             self._off = True
             logger.warning("ScoredPairGrid draws nothing: %s", problem)
             return
-        totals = [pl_module.totals(rewards.float()).tolist() for rewards in (outputs.chosen, outputs.rejected)]  # type: ignore[operator]
         for row in range(min(missing, len(batch))):
             pair = torch.stack([batch.chosen[row], batch.rejected[row]])
             if batch.latent_space is not None:
                 pair = pl_module.latent_decoder.decode(pair)  # type: ignore[operator, union-attr]
-            scores = [values[row] for values in totals]
+            scores = [rewards[row].float().mean().item() for rewards in (outputs.chosen, outputs.rejected)]
             images = [strip(to_images(one, self.image_size)) for one in pair]
             colour = PLAIN if batch.label[row] == 0.5 else RIGHT if scores[0] > scores[1] else WRONG
             captions = [f"{score:+.3f}" for score in scores]

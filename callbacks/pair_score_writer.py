@@ -62,8 +62,7 @@ class PairScoreWriter(BasePredictionWriter):
         import pyarrow as pa
         from pyarrow import parquet
 
-        both = (prediction.chosen, prediction.rejected)
-        chosen, rejected = (pl_module.totals(rewards.double()).tolist() for rewards in both)
+        chosen, rejected = (mean_output(rewards).tolist() for rewards in (prediction.chosen, prediction.rejected))
         table = pa.table(
             {
                 "pair_id": list(prediction.pair_ids),
@@ -95,3 +94,8 @@ class PairScoreWriter(BasePredictionWriter):
         """Remove the unfinished file."""
         with suppress(Exception):
             self._open.__exit__(type(exception), exception, exception.__traceback__)
+
+
+def mean_output(rewards: Any) -> Any:
+    """Average rewards ``(N,)`` or ``(N, out_dim)`` over a head's outputs: ``(N,)`` float64."""
+    return rewards.double() if rewards.ndim == 1 else rewards.double().mean(dim=1)

@@ -63,7 +63,7 @@ def test_a_change_of_grpo_trains_the_tiny_run(name: str, tmp_path: Path) -> None
              "--model.num_trajectories=3")  # fmt: skip
     quick = ("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.max_steps=2")
     files = (f"--config={FOLDER / 'grpo_trajectory_tiny.yaml'}", f"--config={FOLDER.parent / 'grpo' / name}.yaml")
-    by_levels = "--model.reward=tests.modules.test_grpo_steps.OtherChannelsReward"
+    by_levels = "--model.reward=tests.modules.simple_reward.OtherChannelsReward"
     reward = {"gardo": MIXTURE, "gdpo": MIXTURE, "uncertainty_gate": by_levels}.get(name, READOUT)
     main(["fit", *files, f"--trainer.default_root_dir={tmp_path}", reward, *small, *quick])
     weights = load_file(tmp_path / "lora" / "pytorch_lora_weights.safetensors")

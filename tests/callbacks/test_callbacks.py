@@ -287,14 +287,28 @@ def test_predictions_are_complete_and_never_overwritten_by_accident(module, batc
 
 
 def test_scores_of_two_axes_are_their_weighted_sum(module, batches, loader, make_trainer, tmp_path):
-    """In the table of predictions and under the pictures; accuracy in training counts a pair once."""
-    module.model.head = GatedQFormerHead(module.model.backbone.feature_spec, num_heads=2, axes=(0.25, 0.75))
-    callbacks = [PairScoreWriter(tmp_path / "out")]
-    (found,) = make_trainer(callbacks=callbacks).predict(module, loader(batches[:1]))
+    """In predictions, in their table, and for metrics and callbacks of training and validation."""
+    weights = (0.25, 0.75)
+    module.model.head = GatedQFormerHead(module.model.backbone.feature_spec, num_heads=2, axes=weights)
+    (found,) = make_trainer(callbacks=[PairScoreWriter(tmp_path / "out")]).predict(module, loader(batches[:1]))
+    axes = module.evaluation_step(batches[0])
+    assert axes.chosen.shape == (2 * len(batches[0]), 2)
+    torch.testing.assert_close(found.chosen, axes.chosen @ torch.tensor(weights))
     table = parquet.read_table(tmp_path / "out" / "scores_rank0.parquet").to_pydict()
-    want = found.chosen @ torch.tensor([0.25, 0.75])
-    assert table["chosen_score"] == pytest.approx(want.tolist(), rel=1e-5)
-    assert module.totals(found.chosen).tolist() == pytest.approx(want.tolist(), rel=1e-5)
+    assert table["rejected_score"] == pytest.approx(found.rejected.tolist())
+    seen: list[int] = []
+
+    class Shapes(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, *_):
+            seen.append(outputs["scored"].chosen.ndim)
+
+    trainer = make_trainer(callbacks=[NoiseBandAccuracy(), Shapes()])
+    trainer.fit(module, loader(batches[:1]), loader(batches[:1]))
+    assert seen == [1]
+    shown = module.predict_step(batches[0], 0)
+    right = (shown.chosen > shown.rejected) == (shown.label > 0.5)
+    decided = shown.label != 0.5
+    assert trainer.callback_metrics["val/accuracy"].item() == pytest.approx(right[decided].float().mean().item())
 
 
 @pytest.mark.parametrize(

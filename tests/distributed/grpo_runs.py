@@ -15,15 +15,15 @@ from latentreward.backbones import LoRA
 from latentreward.checkpoints.fsdp2 import FSDP2Strategy
 from latentreward.checkpoints.shards import changing_names, whole_tensor
 from latentreward.data.alignment.prompts import PromptLoaders
-from latentreward.losses import ClippedPolicyLoss, GRPOGuard, NormGuard
+from latentreward.losses import ClippedPolicyLoss, GRPOGuard, NormGuard, UncertaintyGate
 from latentreward.modules import AWMModule, DiffusionNFTModule, StepwiseGRPOModule, TrajectoryGRPOModule
 from latentreward.modules.alignment import RolloutModule
 from latentreward.modules.grpo import GRPOModule
 from latentreward.policies import PolicySource
 from latentreward.policies.moving import DecayRamp
-from latentreward.rollout import Branching, GainCredit, MovingWindow, Sampling, StratifiedSteps
+from latentreward.rollout import Branching, MovingWindow, Sampling, StratifiedSteps, TurningPointCredit
 from latentreward.scorers import CallableScorer
-from tests.modules.simple_reward import FirstChannelReward
+from tests.modules.simple_reward import FirstChannelReward, OtherChannelsReward
 from tests.tiny_pipelines import source_of
 
 PROMPTS = ["a red circle on a black background", "two blue squares on a white background", "a large green cross"]
@@ -35,9 +35,10 @@ KINDS: dict[str, Any] = {
         {
             "num_trajectories": 3,
             "sampling": Sampling(4),
-            "credit": GainCredit(0.5),
+            "credit": TurningPointCredit(balanced=True),
             "window": MovingWindow(2, every=1),
-            "trust_region": [GRPOGuard(), NormGuard()],
+            "trust_region": [GRPOGuard(), NormGuard(), UncertaintyGate()],
+            "reward_sigmas": (0.3, 0.6),
         },
     ),
     "nft": (DiffusionNFTModule, {"num_samples": 3, "old": DecayRamp(0.5, 0.5)}),
@@ -63,7 +64,8 @@ def make_module(method: str, pipeline: str) -> RolloutModule:
     if issubclass(kind, GRPOModule):
         options |= {"loss": ClippedPolicyLoss(clip_range=1e-2, kl_weight=0.1), "guidance_scale": 2.0}
     policy = PolicySource(source_of(pipeline), lora=LoRA(rank=4, alpha=4))
-    return kind(policy, FirstChannelReward(), **{**options, **own})
+    reward = OtherChannelsReward() if method == "steps" else FirstChannelReward()
+    return kind(policy, reward, **{**options, **own})
 
 
 def train(method: str, pipeline: str, strategy: Any, world_size: int, folder: Path) -> dict[str, Any]:

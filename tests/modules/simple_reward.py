@@ -1,5 +1,6 @@
 """Rewards of a line, for tests of alignment."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,3 +36,18 @@ class FirstChannelReward(RewardSource):
 
     def load(self, policy: Policy) -> Reward:
         return FirstChannel(self.scale)
+
+
+class OtherChannels(FirstChannel):
+    """Scores finished latents by another channel at each level."""
+
+    def score_clean(self, latents: Tensor, *given: Any, sigmas: Sequence[float] = ()) -> Tensor:
+        levels = given[-1] if given else sigmas
+        return sum(self.scale * latents[:, int(4 * sigma)].flatten(1).mean(dim=1) for sigma in levels)
+
+
+class OtherChannelsReward(FirstChannelReward):
+    uses_sigmas = True
+
+    def load(self, policy: Policy) -> Reward:
+        return OtherChannels(self.scale)

@@ -1,6 +1,5 @@
 """Trajectory GRPO with credit of steps, windows, trust regions and advantages of several rewards."""
 
-from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,7 @@ from latentreward.losses import (
     UncertaintyGate,
 )
 from latentreward.modules import StepwiseGRPOModule, TrajectoryGRPOModule
-from latentreward.policies import Policy
-from latentreward.rewards import PixelReward, Reward, RewardMixture
+from latentreward.rewards import PixelReward, RewardMixture
 from latentreward.rollout import (
     GDPO,
     DiversityAdvantage,
@@ -39,7 +37,7 @@ from latentreward.rollout import (
 )
 from tests.marks import slow_after
 from tests.modules.lpo_runs import make_trainer
-from tests.modules.simple_reward import FirstChannel, FirstChannelReward
+from tests.modules.simple_reward import FirstChannelReward, OtherChannelsReward
 from tests.modules.test_grpo import BATCH, PROMPTS, source, stepwise, trajectory
 
 KL = ClippedPolicyLoss(kl_weight=0.1)
@@ -56,21 +54,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "tempflow": {"loss": ClippedPolicyLoss(kl_weight=0.1, step_weight="noise")},
     "cps": {"sampling": Sampling(4, flow_noise="cps")},
 }
-
-
-class OtherChannels(FirstChannel):
-    """Scores finished latents by another channel at each level."""
-
-    def score_clean(self, latents: Tensor, *given: Any, sigmas: Sequence[float] = ()) -> Tensor:
-        levels = given[-1] if given else sigmas
-        return sum(self.scale * latents[:, int(4 * sigma)].flatten(1).mean(dim=1) for sigma in levels)
-
-
-class OtherChannelsReward(FirstChannelReward):
-    uses_sigmas = True
-
-    def load(self, policy: Policy) -> Reward:
-        return OtherChannels(self.scale)
 
 
 def mixture(**options: Any) -> TrajectoryGRPOModule:
@@ -198,11 +181,19 @@ def test_finished_samples_are_scored_once_by_each_reward(options: dict[str, Any]
         assert torch.equal(samples.advantage, plain.advantage)
 
 
-def test_levels_of_the_gate_make_the_reward() -> None:
+def test_a_gate_changes_no_reward() -> None:
+    """Also where the score of several levels is not the mean of their scores, as of an ensemble of tokens."""
     options = {"loss": KL, "reward_sigmas": (0.3, 0.6), "source_of_reward": OtherChannelsReward}
     gated = trajectory("sd35_tiny", trust_region=UncertaintyGate(), **options).roll_out(BATCH)
     plain = trajectory("sd35_tiny", **options).roll_out(BATCH)
-    torch.testing.assert_close(gated.advantage, plain.advantage, rtol=1e-3, atol=1e-3)
+    assert torch.equal(gated.advantage, plain.advantage)
+
+
+def test_a_gate_of_levels_goes_with_advantages_of_several_rewards() -> None:
+    levels = RewardMixture([OtherChannelsReward(10.0), FirstChannelReward(-3.0)], normalise="none")
+    options = {"loss": KL, "reward_sigmas": (0.3, 0.6), "trust_region": UncertaintyGate(), "advantage": GDPO()}
+    samples = trajectory("sd35_tiny", source_of_reward=lambda scale: levels, **options).roll_out(BATCH)
+    assert samples.held.any() and not samples.held.all()
 
 
 def test_the_rank_gate_is_in_the_checkpoint(tmp_path: Path) -> None:

@@ -84,6 +84,18 @@ def test_a_row_on_the_page(means: list[tuple[float, float]], word: str, tmp_path
 WORDS = ("holds", "does not hold", "undecided", "not measured")
 
 
+def test_the_training_of_rewards_has_a_column() -> None:
+    row = read_row("toy", {**TOY, "rewards": ["lrm"]})
+    found = [result(row, seed, {"one": 0.8, "other": 0.5}) for seed in range(3)]
+    for seed, one in enumerate(found):
+        for arm, seconds in (("one", 100.0 + seed), ("other", 300.0)):
+            one.tasks[row.task(arm, "lrm", seed).key[:16]] = seconds  # type: ignore[index]
+    text = page([row], {"toy": found})
+    assert "| mean ± sd over seeds | t 1 | training of rewards, s |" in text
+    assert [line.split(" | ")[-1] for line in text.splitlines() if "±" in line and "0." in line] == ["101 |", "300 |"]
+    assert "training of rewards" not in page([read_row("toy", TOY)], {"toy": found})
+
+
 def test_a_row_without_results_is_named() -> None:
     assert "Not measured yet; expected processor time 1 s without shared steps." in page(
         [read_row("toy", TOY)], {"toy": []}

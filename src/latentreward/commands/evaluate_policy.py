@@ -45,7 +45,7 @@ MARKER = "evaluate.json"
 SLOTS, NAMES = ("policy", "against"), ("policy", "baseline")
 """Names of the folders of the two policies, and default names of the policies in reports."""
 TINY_WORLD = {"tinyworld": judged_captions, "tinyworld_tuning": tuning_captions}
-"""Value of ``prompts`` for the tiny world's held-out captions, their number, and the seed that chooses them."""
+"""Values of ``prompts`` → function that gives captions of the tiny world."""
 CLIP_WORDS = 75
 """Number of tokens of a prompt that CLIP reads; since a word has at least one token, longer prompts are cut."""
 

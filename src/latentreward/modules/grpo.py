@@ -73,7 +73,7 @@ class FinishedScores(NamedTuple):
     Attributes:
         rewards: ``(P, K)`` rewards.
         parts: ``(P, K, R)`` scores of R rewards of a mixture, where a rule takes them.
-        levels: ``(L, P, K)`` rewards at L noise levels, where a rule takes them; ``rewards`` are their mean.
+        levels: ``(L, P, K)`` rewards at each of L noise levels, where a rule takes them.
     """
 
     rewards: Tensor
@@ -125,8 +125,10 @@ class GRPOModule(RolloutModule[StepSamples]):
         prediction = self.prediction(batch)
         result = self.policy_loss(batch, prediction, reference)
         values = {"clipped": result.clipped, "ratio": result.ratio}
-        if self.loss.needs_reference:
+        if self.loss.needs_reference and batch.held is None:
             values["kl"] = result.kl
+        elif self.loss.needs_reference:  # a sum over this rank's held rows, divided by their mean number
+            self.log("train/kl", result.kl, batch_size=len(batch), sync_dist=True)
         loss = result.loss
         if penalty is not None and reference is not None:
             values["norm_guard"] = guard = penalty.penalty(prediction, reference)
@@ -375,15 +377,18 @@ class TrajectoryGRPOModule(GRPOModule):
         return WindowedSampler(self.sampler, self.plain_sampler, steps), steps
 
     def _finished_scores(self, latents: Tensor, prompts: PromptBatch) -> FinishedScores:
-        """Score finished latents once, in the form that advantages and gate need."""
-        if isinstance(self.gate, UncertaintyGate):
+        """Score finished latents, in the forms that advantages and gate need."""
+        parts = levels = None
+        if isinstance(
+            self.gate, UncertaintyGate
+        ):  # beside the rewards: a head's score of several levels may be no mean
             levels = torch.stack([self._score(latents, prompts, [sigma]) for sigma in self.reward_sigmas])
-            return FinishedScores(levels.mean(dim=0), levels=levels)
         if self.advantage.takes_parts or isinstance(self.gate, RankGate):
             parts = self._score(latents, prompts, self.reward_sigmas, parts=True)
-            rewards = self.reward.mix(parts.flatten(0, 1), rows_of(prompts, latents))
-            return FinishedScores(rewards.view(parts.shape[:2]), parts=parts)
-        return FinishedScores(self._score(latents, prompts, self.reward_sigmas))
+            rewards = self.reward.mix(parts.flatten(0, 1), rows_of(prompts, latents)).view(parts.shape[:2])
+        else:
+            rewards = self._score(latents, prompts, self.reward_sigmas)
+        return FinishedScores(rewards, parts, levels)
 
     def _score(self, latents: Tensor, prompts: PromptBatch, sigmas: Sequence[float], parts: bool = False) -> Tensor:
         """Score finished latents at noise levels: ``(P, K)``, or ``(P, K, R)`` with ``parts``."""

@@ -203,9 +203,9 @@ class PairModule(BasedModule):
         super().on_save_checkpoint(checkpoint)
         checkpoint["base"] = self._base.record(checkpoint["state_dict"])
 
-    def totals(self, rewards: Tensor) -> Tensor:
-        """Return one score per image from rewards ``(N,)`` or ``(N, out_dim)``: the mean, or the sum of two axes."""
-        return mean_over_outputs(rewards)
+    def summed(self, rewards: Tensor) -> Tensor:
+        """Return rewards of which two axes are added up, as metrics and callbacks take them; others as they are."""
+        return rewards
 
     def add_noise(self, encoded: EncodedPairs, timesteps: Tensor) -> Tensor:
         """Return noisy latents ``(2B, C, ...)`` at ``timesteps`` ``(2B,)``."""
@@ -224,12 +224,15 @@ class PairModule(BasedModule):
         of_all = gather_pair_scores(scores) if scores.cross is None or self.cross_spans_ranks else scores
         loss = self.loss(of_all)
         size, decided = len(of_all.label), of_all.label != 0.5
-        margin = self.totals(of_all.margin.detach())
+        margin = mean_over_outputs(self.summed(of_all.margin.detach()))
         self.log("train/loss", loss, prog_bar=True, batch_size=size)
         # Dividing by a count on the device avoids a wait for the device; a batch of ties gives NaN.
         self.log("train/accuracy", ((margin > 0) & decided).sum() / decided.sum(), prog_bar=True, batch_size=size)
         self.log("train/margin", (margin * decided).sum() / decided.sum(), batch_size=size)
-        return {"loss": loss, "scored": scored_pairs(batch, timesteps, scores)}
+        return {"loss": loss, "scored": self._summed(scored_pairs(batch, timesteps, scores))}
+
+    def _summed(self, scored: ScoredPairs) -> ScoredPairs:
+        return scored._replace(chosen=self.summed(scored.chosen), rejected=self.summed(scored.rejected))
 
     def evaluation_step(self, batch: PreferenceBatch) -> ScoredPairs:
         """Score at every evaluation level, with the random numbers of epoch 0."""
@@ -247,6 +250,7 @@ class PairModule(BasedModule):
         return join_scored(levels)
 
     def _update(self, name: str, scores: PairScores) -> None:
+        scores = replace(scores, chosen=self.summed(scores.chosen), rejected=self.summed(scores.rejected))
         self.metrics[self._metric_keys[name]].update(scores, self.loss.win_probability(scores))
 
     def _evaluate(self, batch: PreferenceBatch, stage: str) -> ScoredPairs:
@@ -260,7 +264,7 @@ class PairModule(BasedModule):
             self._update("all", level)
             if not self.loss.needs_cross_scores:
                 self.log(f"{stage}/loss_{name}", self.loss(level), batch_size=len(batch), sync_dist=True)
-        return scored
+        return self._summed(scored)
 
     def _evaluate_more(self, batch: PreferenceBatch, encoded: EncodedPairs) -> None:
         """Update the metrics of further evaluations; derived classes may override this method."""
@@ -282,7 +286,7 @@ class PairModule(BasedModule):
 
     def predict_step(self, batch: PreferenceBatch, batch_idx: int) -> ScoredPairs:
         """Score at every evaluation level; pairs need no label."""
-        return self.evaluation_step(batch)
+        return self._summed(self.evaluation_step(batch))
 
     def on_validation_epoch_end(self) -> None:
         """Log ``val/accuracy``, ``val/margin``, ``val/calibration`` and other metrics, over all levels and for each."""

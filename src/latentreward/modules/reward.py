@@ -155,9 +155,9 @@ class RewardModule(PairModule):
             training = {"module": f"{type(self).__module__}.{type(self).__qualname__}"}
             checkpoint[SETTINGS] = {"training": training, **{part: asdict(made) for part, made in built.items()}}
 
-    def totals(self, rewards: Tensor) -> Tensor:
-        """See :meth:`PairModule.totals`."""
-        return super().totals(self.model.head.total(rewards))
+    def summed(self, rewards: Tensor) -> Tensor:
+        """See :meth:`PairModule.summed`."""
+        return self.model.head.total(rewards)
 
     def encode(self, batch: PreferenceBatch, draws: PairDraws, noise_per_image: bool = False) -> EncodedPairs:
         """See :meth:`PairModule.encode`."""

@@ -21,7 +21,8 @@ measures what is missing.
 
 Each row repeats a claim or an ablation of a paper in miniature: the shipped tiny generators, drawn pictures and noisy
 labels, on a CPU. A row is one file of `configs/reproduce/`, which holds the commands of its arms. That a claim holds
-here does not show that it holds at full size, nor does the opposite.
+here does not show that it holds at full size, nor does the opposite. The section on later methods compares them on
+equal terms, which their papers do not; rows named `tuning_…` chose its learning rates, on captions that are not judged.
 
 - **Verdict**: a claim *holds* if two 95 % intervals of the difference lie wholly on its side, *does not hold* if both
   lie wholly on the other side, and is *undecided* otherwise.
@@ -69,7 +70,7 @@ def page(rows: Sequence[Row], found: Mapping[str, Sequence[Result]]) -> str:
         rows: All rows.
         found: Name of a row → results of its seeds.
     """
-    parts = ["# The papers' claims in miniature", INTRODUCTION.rstrip(), _summary(rows, found)]
+    parts = ["# Claims in miniature", INTRODUCTION.rstrip(), _summary(rows, found)]
     for paper in get_args(Paper):
         of_paper = [row for row in rows if row.paper == paper]
         if not of_paper:

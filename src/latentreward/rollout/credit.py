@@ -77,7 +77,8 @@ class TurningPointCredit(Credit):
         first: Whether the first step can be a turning point.
         consistent: Whether the sign of a turning point's gain must be that of the gain that follows,
             :math:`r_S - r_k`; for the first step this takes the place of the sign of the total gain.
-        balanced: Whether positive and negative bonuses of a rollout are made equally many; the largest stay.
+        balanced: Whether positive and negative bonuses of a rollout, over all ranks and the steps that are trained on,
+            are made equally many; the largest stay.
         alone: Whether a bonus that is not 0 takes the place of the main reward.
 
     Raises:
