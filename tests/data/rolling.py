@@ -59,6 +59,9 @@ class RollingModule(LightningModule):
     def _of(self, prompts: PromptBatch) -> tuple[Sequence[str], Sequence[str]]:
         return prompts.prompts, prompts.keys
 
+    def check_experience(self, rows: object) -> None:
+        assert len(rows)
+
     def prepare_prompts(self, prompts: Sequence[str]) -> None:
         self.prepared = list(prompts)
 

@@ -134,7 +134,7 @@ def test_the_norm_guard_adds_its_penalty(kind: str) -> None:
     assert not torch.allclose(*slopes)
 
 
-@pytest.mark.parametrize(("rows", "warns"), [(6, False), (9, False), (4, True)])
+@pytest.mark.parametrize(("rows", "warns"), [(6, False), (9, False), (36, False), (4, True)])
 def test_rows_that_would_meet_a_newer_copy_are_warned_of(rows: int, warns: bool, tmp_path: Path) -> None:
     """A rollout has 2 prompts · 3 samples · 3 levels = 18 rows."""
     with warnings.catch_warnings(record=True) as caught:
@@ -221,6 +221,7 @@ def test_a_checkpoint_without_the_copy_is_refused(tmp_path: Path) -> None:
         ({"sampling": Sampling(4, noise_level=0.7)}, "sampling.noise_level=0.7: DiffusionNFTModule samples without"),
         ({"num_samples": 1}, "num_samples=1 leaves nothing to compare"),
         ({"name": "sd15"}, "no rectified flow; DiffusionNFTModule needs a flow"),
+        ({"sampling": Sampling(4, flow_noise="dance")}, "where eta and flow_noise have no effect"),
         ({"trust_region": GRPOGuard()}, "trust_region: GRPOGuard needs a sampler's steps"),
         ({"advantage": GDPO()}, "advantage: GDPO is for TrajectoryGRPOModule"),
         ({"reward_sigmas": ()}, "reward_sigmas=\\[\\] must be at least one"),
@@ -276,3 +277,8 @@ def test_stratified_steps_lie_one_in_each_range() -> None:
     edges = [1, 2, 4, 6, 8, 10, 12]
     for column, (low, high) in zip(drawn.T, pairwise(edges), strict=True):
         assert set(column.tolist()) == set(range(low, high))
+
+
+def test_an_average_that_nothing_is_held_to_is_refused() -> None:
+    with pytest.raises(InputError, match=r"average has no effect with loss\.average_weight=0"):
+        make("awm", loss=MatchingLoss(average_weight=0.0), average=DecayRamp())

@@ -196,6 +196,25 @@ def test_a_gate_of_levels_goes_with_advantages_of_several_rewards() -> None:
     assert samples.held.any() and not samples.held.all()
 
 
+@pytest.mark.parametrize(
+    "other", [{"trust_region": GRPOGuard()}, {"loss": OutcomeProcessLoss(), "credit": StateCredit()}]
+)
+def test_rows_of_a_checkpoint_that_other_settings_made_are_refused(other: dict[str, Any]) -> None:
+    """Before a step is taken, in both directions."""
+    plain, changed = trajectory("sd35_tiny"), trajectory("sd35_tiny", **other)
+    for module, source_of_rows in ((plain, changed), (changed, plain), (stepwise("sd35_tiny"), changed)):
+        module.check_experience(module.roll_out(BATCH))
+        with pytest.raises(
+            InputError, match=r"rows left of its rollouts .* another method, loss, credit or trust_region"
+        ):
+            module.check_experience(source_of_rows.roll_out(BATCH))
+
+
+def test_step_wise_grpo_has_one_advantage() -> None:
+    with pytest.raises(InputError, match="StepwiseGRPOModule has one; take ClippedPolicyLoss"):
+        stepwise("sd35_tiny", loss=OutcomeProcessLoss())
+
+
 def test_the_rank_gate_is_in_the_checkpoint(tmp_path: Path) -> None:
     module = mixture(trust_region=RankGate(), loss=KL)
     del module.log, module.log_dict
@@ -235,14 +254,36 @@ def test_a_resumed_run_equals_the_whole_one(tmp_path: Path) -> None:
     [
         ({"trust_region": [GRPOGuard(), FlowDPPO()]}, "GRPOGuard and FlowDPPO exclude each other"),
         ({"trust_region": UncertaintyGate(), "reward_sigmas": (0.3, 0.6)}, r"set loss\.kl_weight above 0"),
-        ({"trust_region": UncertaintyGate(), "loss": KL}, "give reward_sigmas at least 2"),
+        ({"trust_region": UncertaintyGate(), "loss": KL}, "give reward_sigmas two or more"),
+        (
+            {"trust_region": UncertaintyGate(), "loss": KL, "reward_sigmas": (0.4, 0.4)},
+            "give reward_sigmas two or more",
+        ),
+        (
+            {
+                "trust_region": UncertaintyGate(),
+                "loss": KL,
+                "reward_sigmas": (0.3, 0.6),
+                "num_trajectories": 2,
+                "source_of_reward": OtherChannelsReward,
+            },
+            "num_trajectories=2: UncertaintyGate compares z-scores",
+        ),
+        ({"advantage": GDPO()}, "GDPO normalises rewards one by one; take a RewardMixture"),
+        (
+            {"advantage": GDPO([1.0]), "source_of_reward": lambda scale: MIXED},
+            r"advantage\.weights=\[1\.0\] for 2 rewards; give one for each",
+        ),
         (
             {"trust_region": UncertaintyGate(), "loss": KL, "reward_sigmas": (0.3, 0.6)},
             "FirstChannelReward does not score",
         ),
         ({"trust_region": RankGate(), "loss": KL}, "take a RewardMixture"),
         ({"trust_region": GRPOGuard(), "sampling": Sampling(4, flow_noise="cps")}, "corrects Gaussian log-prob"),
-        ({"advantage": GDPO(), "credit": GainCredit()}, "GDPO takes each reward of a mixture"),
+        (
+            {"advantage": GDPO(), "credit": GainCredit(), "source_of_reward": lambda scale: MIXED},
+            "GDPO takes each reward of a mixture",
+        ),
         ({"trust_region": GRPOGuard(), "loss": OutcomeProcessLoss(), "credit": StateCredit()}, "no form for loss"),
         ({"loss": OutcomeProcessLoss()}, "set credit: StateCredit"),
         ({"window": MovingWindow(2), "reward_guidance": RewardGuidance()}, "leave one of them out"),

@@ -70,7 +70,7 @@ class Population:
 
     def weights(self, scores: Tensor) -> Tensor:
         """Return softmax(s / T) of the scores ``(n,)`` of a population."""
-        return torch.softmax(scores / self.temperature, dim=0)
+        return torch.softmax((scores - scores.max()).double() / self.temperature, dim=0).float()
 
 
 def survivors(weights: Tensor, cumulative: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:

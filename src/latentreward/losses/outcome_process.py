@@ -12,11 +12,10 @@ import math
 from torch import Tensor
 
 from latentreward.errors import InputError
-from latentreward.losses.base import SetLoss
 from latentreward.losses.clipped_policy import ClippedPolicyLoss, ClippedPolicyResult
 
 
-class OutcomeProcessLoss(SetLoss):
+class OutcomeProcessLoss(ClippedPolicyLoss):
     """GRPO's clipped objective of two advantages.
 
     Args:
@@ -38,26 +37,17 @@ class OutcomeProcessLoss(SetLoss):
         outcome_weight: float = 1.0,
         process_weight: float = 1.0,
     ) -> None:
-        super().__init__()
+        super().__init__(clip_range, kl_weight, max_advantage)
         weights = (outcome_weight, process_weight)
         if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or not any(weights):
             raise InputError(
                 f"outcome_weight={outcome_weight:g} and process_weight={process_weight:g} must be at least 0 and "
                 "finite, and one of them above 0"
             )
-        self.kl_weight = ClippedPolicyLoss(clip_range, kl_weight, max_advantage).kl_weight
         self.term = ClippedPolicyLoss(clip_range, max_advantage=max_advantage)
         self.outcome_weight, self.process_weight = weights
 
-    def step_weights(self, std: Tensor, spread: Tensor) -> None:
-        """Return None: all steps weigh the same."""
-
-    @property
-    def needs_reference(self) -> bool:
-        """Tell whether :meth:`forward` must be given ``kl``."""
-        return self.kl_weight > 0
-
-    def forward(
+    def forward(  # type: ignore[override]  # called where `process` is known
         self, log_prob: Tensor, old_log_prob: Tensor, outcome: Tensor, process: Tensor, kl: Tensor | None = None
     ) -> ClippedPolicyResult:
         """Compute the loss of B sampled steps.

@@ -23,7 +23,10 @@ class TrustRegion(ABC):
             ``gate`` (chooses the rows on which the KL term acts), ``penalty`` (adds a term).
     """
 
-    kind: str
+    @property
+    @abstractmethod
+    def kind(self) -> str:  # abstract, so that the base class alone is refused
+        """What the rule changes."""
 
 
 @dataclass(frozen=True)
@@ -189,6 +192,10 @@ class KLGate(TrustRegion):
 
     kind = "gate"
 
+    @abstractmethod
+    def __call__(self, values: Tensor) -> Tensor:
+        """Tell on which samples the KL term acts, bool."""
+
 
 class UncertaintyGate(KLGate):
     """Gate that opens where a latent reward is unsure: where its noise levels disagree.
@@ -220,9 +227,9 @@ class UncertaintyGate(KLGate):
         scores = torch.where(std > 0, (values - mean) / std.where(std > 0, 1.0), 0.0)
         return scores.std(dim=0, correction=0)
 
-    def __call__(self, uncertainty: Tensor) -> Tensor:
-        """Tell which of ``uncertainty`` (any shape) lie above the quantile, bool of the same shape."""
-        return uncertainty > uncertainty.flatten().quantile(1 - self.share)
+    def __call__(self, values: Tensor) -> Tensor:
+        """Tell which uncertainties ``values`` (any shape) lie above the quantile, bool of the same shape."""
+        return values > values.flatten().quantile(1 - self.share)
 
 
 class RankGate(KLGate):
@@ -258,14 +265,18 @@ class RankGate(KLGate):
         difference = ranks[:, 0] - ranks[:, 1:].mean(dim=1)
         return -difference if self.reversed else difference
 
-    def __call__(self, rewards: Tensor) -> Tensor:
-        """Adapt the share, then tell which of N samples the KL term acts on, bool ``(N,)``; see :meth:`uncertainty`."""
-        values = self.uncertainty(rewards)
-        above = values[values >= 0]
+    def __call__(self, values: Tensor) -> Tensor:
+        """Adapt the share, then tell on which of N samples the KL term acts, bool ``(N,)``.
+
+        Args:
+            values: ``(N, R)`` rewards; see :meth:`uncertainty`.
+        """
+        found = self.uncertainty(values)
+        above = found[found >= 0]
         if not len(above):
-            return torch.zeros_like(values, dtype=torch.bool)
+            return torch.zeros_like(found, dtype=torch.bool)
         self._adapt(above.mean().item())
-        return values > above.quantile(1 - self.share)
+        return found > above.quantile(1 - self.share)
 
     def _adapt(self, mean: float) -> None:
         if self.seen and mean > max(self.seen):

@@ -4,7 +4,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -19,7 +19,9 @@ from latentreward.contracts import (
     RolloutStatistics,
     StepPairs,
     StepSamples,
+    TensorRecord,
 )
+from latentreward.errors import InputError
 from latentreward.modules.based import BasedModule, unseen_settings
 from latentreward.modules.sharding import shard_policy, shard_reward
 from latentreward.policies import PolicySource
@@ -173,9 +175,11 @@ class RolloutModule(RewardedModule, Generic[Experience]):
     Attributes:
         rollout_statistics: Statistics of the last rollout, for callbacks: of this rank until the first batch of the
             rollout's rows, of all ranks from then on.
+        experience: Class of the rows, by which rows of a checkpoint are checked; None checks nothing.
     """
 
     rollout_statistics: RolloutStatistics | None = None
+    experience: type[TensorRecord] | None = None
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -233,6 +237,28 @@ class RolloutModule(RewardedModule, Generic[Experience]):
         """Return this rank's ``count`` rows of the rows of all ranks."""
         start = self.trainer.global_rank * count if len(every) > count else 0
         return every[start : start + count]
+
+    def optional_fields(self) -> set[str]:
+        """Return the fields of the rows that are None with other settings and are given with these."""
+        return set()
+
+    def check_experience(self, rows: TensorRecord) -> None:
+        """Check rows that a checkpoint has left over.
+
+        Raises:
+            InputError: If they are of another class, or lack a field that these settings need, or have one too much.
+        """
+        if self.experience is None:
+            return
+        given = {field.name for field in fields(rows) if getattr(rows, field.name) is not None}  # type: ignore[arg-type]
+        if type(rows) is self.experience:
+            always = {field.name for field in fields(rows) if field.default is MISSING}  # type: ignore[arg-type]
+            if given - always == self.optional_fields():
+                return
+        raise InputError(
+            f"the checkpoint has rows left of its rollouts ({type(rows).__name__}: {', '.join(sorted(given))}), which "
+            "another method, loss, credit or trust_region made than the model's; resume with these, or start a new run"
+        )
 
     def describe_rollouts(self) -> str:
         """Summarise the score gaps of the last rollout in one line, for the error of a run that keeps no rows."""

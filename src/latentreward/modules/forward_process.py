@@ -63,6 +63,8 @@ class ForwardProcessModule(RolloutModule[RenoisedSamples]):
             takes latents of another space.
     """
 
+    experience = RenoisedSamples
+
     def __init__(
         self,
         policy: PolicySource,
@@ -94,6 +96,11 @@ class ForwardProcessModule(RolloutModule[RenoisedSamples]):
             raise InputError(
                 f"sampling.noise_level={sampling.noise_level:g}: {type(self).__name__} samples without noise; leave it "
                 "out or set it to 0"
+            )
+        if sampling.eta or sampling.flow_noise != "flow":
+            raise InputError(
+                f"sampling: {type(self).__name__} samples a flow without noise, where eta and flow_noise have no "
+                "effect; leave them out"
             )
         if num_samples < 2:
             raise InputError(f"num_samples={num_samples} leaves nothing to compare; use at least 2")
@@ -161,7 +168,7 @@ class ForwardProcessModule(RolloutModule[RenoisedSamples]):
         """Warn once if optimiser steps do not divide a rollout's rows: the rest would meet copies that moved on."""
         size = getattr(getattr(self.trainer, "datamodule", None), "batch_size", None)
         step = size and size * self.trainer.accumulate_grad_batches
-        if step and rows % step and not self._warned:
+        if step and rows % step and step % rows and not self._warned:
             self._warned = True
             rank_zero_warn(
                 f"a rollout has {rows} rows on each rank, an optimiser step takes {step} (data.batch_size x "
@@ -304,6 +311,8 @@ class AWMModule(ForwardProcessModule):
         **options: Any,
     ) -> None:
         loss = loss or MatchingLoss()
+        if average is not None and not loss.average_weight:
+            raise InputError("average has no effect with loss.average_weight=0; leave it out, or raise the weight")
         copies = {OLD: DecayRamp(most=0.0)}
         if loss.average_weight:
             copies[AVERAGE] = average or DecayRamp(most=0.3)

@@ -100,6 +100,8 @@ class GRPOModule(RolloutModule[StepSamples]):
             takes latents of another space.
     """
 
+    experience = StepSamples
+
     def __init__(
         self,
         policy: PolicySource,
@@ -203,6 +205,11 @@ class StepwiseGRPOModule(GRPOModule):
         loss: ClippedPolicyLoss | None = None,
         **options: Any,
     ) -> None:
+        if isinstance(loss, OutcomeProcessLoss):
+            raise InputError(
+                "loss: OutcomeProcessLoss takes two advantages of a step, and StepwiseGRPOModule has one; take "
+                "ClippedPolicyLoss"
+            )
         super().__init__(policy, reward, sampling, loss, **options)
         self.candidates = candidates or Branching()
         self.candidates.training_steps(self.sampler)
@@ -266,7 +273,7 @@ class TrajectoryGRPOModule(GRPOModule):
         high: float = 1000.0,
         reward_sigmas: Sequence[float] = (0.4,),
         global_std: bool = True,
-        loss: ClippedPolicyLoss | OutcomeProcessLoss | None = None,
+        loss: ClippedPolicyLoss | None = None,
         reward_guidance: RewardGuidance | None = None,
         advantage: Advantage | None = None,
         credit: Credit | None = None,
@@ -280,6 +287,13 @@ class TrajectoryGRPOModule(GRPOModule):
         loss = loss or ClippedPolicyLoss()
         rules = [trust_region] if isinstance(trust_region, TrustRegion) else trust_region or []
         check_rules(rules, loss, reward, reward_sigmas)
+        if num_trajectories < 3 and any(isinstance(rule, UncertaintyGate) for rule in rules):
+            raise InputError(
+                f"num_trajectories={num_trajectories}: UncertaintyGate compares z-scores, and those of two samples are "
+                "±1; use at least 3"
+            )
+        if advantage is not None:
+            advantage.check(reward.parts)
         if advantage is not None and advantage.takes_parts and credit is not None:
             raise InputError(
                 f"advantage: {type(advantage).__name__} takes each reward of a mixture, and credit those of states; "
@@ -312,6 +326,12 @@ class TrajectoryGRPOModule(GRPOModule):
             require_gradient(self.reward)
         self.gate = next((rule for rule in rules if isinstance(rule, KLGate)), None)
         self.keeps_means = any(isinstance(rule, RatioRule) for rule in rules)
+
+    def optional_fields(self) -> set[str]:
+        """See :meth:`RolloutModule.optional_fields`."""
+        process = isinstance(self.loss, OutcomeProcessLoss)
+        given = {"process": process, "old_mean": self.keeps_means, "held": self.gate is not None}
+        return {name for name, there in given.items() if there}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the state of a gate that adapts."""
@@ -420,7 +440,7 @@ class TrajectoryGRPOModule(GRPOModule):
 
 def check_rules(
     rules: Sequence[TrustRegion],
-    loss: ClippedPolicyLoss | OutcomeProcessLoss,
+    loss: ClippedPolicyLoss,
     reward: RewardSource,
     reward_sigmas: Sequence[float],
 ) -> None:
@@ -439,8 +459,8 @@ def check_rules(
             raise InputError(f"trust_region: {name} has no form for loss OutcomeProcessLoss; use ClippedPolicyLoss")
         if rule.kind == "gate" and not loss.needs_reference:
             raise InputError(f"trust_region: {name} chooses where the KL term acts; set loss.kl_weight above 0")
-        if isinstance(rule, UncertaintyGate) and len(reward_sigmas) < 2:
-            raise InputError("trust_region: UncertaintyGate compares noise levels; give reward_sigmas at least 2")
+        if isinstance(rule, UncertaintyGate) and len(set(reward_sigmas)) < 2:
+            raise InputError("trust_region: UncertaintyGate compares noise levels; give reward_sigmas two or more")
         if isinstance(rule, UncertaintyGate) and not reward.uses_sigmas:
             raise InputError(
                 f"trust_region: UncertaintyGate compares noise levels, and {type(reward).__name__} does not score at "

@@ -61,6 +61,8 @@ class LPOModule(RolloutModule[StepPairs]):
             lie in the window, or the reward takes latents of another space.
     """
 
+    experience = StepPairs
+
     def __init__(
         self,
         policy: PolicySource,

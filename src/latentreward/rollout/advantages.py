@@ -22,6 +22,12 @@ class Advantage(ABC):
     takes_parts = False
     takes_features = False
 
+    def check(self, rewards: int) -> None:
+        """Raise InputError, before anything is loaded, if the rule does not fit a number of rewards."""
+        if self.takes_parts and rewards < 2:
+            name = type(self).__name__
+            raise InputError(f"advantage: {name} normalises rewards one by one; take a RewardMixture of at least 2")
+
     @abstractmethod
     def __call__(self, rewards: Tensor, groups: Tensor) -> Tensor:
         """Compute advantages.
@@ -110,9 +116,15 @@ class GDPO(Advantage):
     def __init__(self, weights: Sequence[float] | None = None, epsilon: float = 1e-6) -> None:
         if not (math.isfinite(epsilon) and epsilon > 0):
             raise InputError(f"epsilon={epsilon:g} must be positive and finite")
-        if weights is not None and not all(math.isfinite(weight) for weight in weights):
-            raise InputError(f"weights={list(weights)} must be finite")
+        if weights is not None and not (all(map(math.isfinite, weights)) and any(weights)):
+            raise InputError(f"weights={list(weights)} must be finite, and one of them not 0")
         self.weights, self.epsilon = weights, epsilon
+
+    def check(self, rewards: int) -> None:
+        """See :meth:`Advantage.check`."""
+        super().check(rewards)
+        if self.weights is not None and len(self.weights) != rewards:
+            raise InputError(f"advantage.weights={list(self.weights)} for {rewards} rewards; give one for each")
 
     def __call__(self, rewards: Tensor, groups: Tensor) -> Tensor:
         """Compute advantages ``(N,)`` of rewards ``(N, R)``, one column per reward.

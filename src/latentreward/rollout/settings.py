@@ -78,4 +78,8 @@ class Sampling:
         if family.flow:
             levels = family.levels(self.num_inference_steps, shape)
             return FlowSDESampler(*levels, self.noise_level or 0.0, self.flow_noise)
+        if self.flow_noise != "flow":
+            raise InputError(
+                f"sampling.flow_noise={self.flow_noise}: {family.title} is no flow; leave it out, for DDIM's steps"
+            )
         return DDIMSampler(family.pipeline.config("scheduler"), self.num_inference_steps, self.eta or 0.0)

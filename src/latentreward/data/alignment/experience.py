@@ -58,6 +58,9 @@ class Learner(Protocol):
             prompts: Distinct prompts of all rows that are in store and not yet used; the same list on every rank.
         """
 
+    def check_experience(self, rows: Any) -> None:
+        """Raise InputError if ``rows`` of a checkpoint are of another form than those of this module's rollouts."""
+
     def describe_rollouts(self) -> str:
         """Describe the last rollout in one line, for messages."""
 
@@ -194,6 +197,8 @@ class ExperienceSampler(CountedBatches):
         """Restore counts, unused rows and statistics; batch size and world size may differ from those at saving."""
         super().load_state_dict(state_dict)
         self.rows.record, self.cursor = from_plain(state_dict["rows"]), 0
+        if self.rows.record is not None:
+            self.learner.check_experience(self.rows.record)
         self.learner.rollout_statistics = from_plain(state_dict["statistics"])
         for name in ("prompts_used", "rollouts", "empty_rollouts"):
             setattr(self, name, state_dict[name])
