@@ -3,7 +3,9 @@
 import csv
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +17,9 @@ from latentreward.cli import main
 from latentreward.contracts import PreferenceBatch
 from latentreward.data import HPDv3Reader, PairReader, PickAPicReader, PreferenceDataModule, ScoreTargets
 from latentreward.data.collate import is_turned
+from latentreward.data.targets import check_targets
 from latentreward.errors import InputError
+from latentreward.losses import LabelLoss, PreferenceLoss, RankingDistillation, TieLoss
 from latentreward.tinyworld import TinyWorldDataModule
 from latentreward.tinyworld.writers import write_hpdv3, write_pickapic
 
@@ -139,6 +143,7 @@ def test_a_cache_gives_the_values_that_images_give(tmp_path: Path) -> None:
         ({"tables": {}}, "tables is empty"),
         ({"uncertainties": ["a", "b"]}, "2 names for 1 columns"),
         ({"tables": {"val": "x.csv"}}, "no train"),
+        ({"tables": {"train": "x.csv", "vla": "x.csv"}}, "there is no split 'vla'; did you mean 'val'"),
     ],
 )
 def test_refuses_settings_that_do_not_fit(settings: dict, named: str) -> None:
@@ -153,6 +158,51 @@ def test_refuses_tables_that_do_not_serve(reader: PairReader, tmp_path: Path) ->
     for columns, uncertainties, named in (*cases, (["teacher"], ["zero"], "zero is 0 for an image with a value")):
         with pytest.raises(InputError, match=named):
             ScoreTargets({"train": table}, columns, uncertainties).values("train", reader)
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        ([(1.0, 2.0)] * 7 + [(math.inf, 1.0)], r"scores\.csv: score_a of pair .*:7 is inf; give a finite number"),
+        ([("", "")] * 8, r"scores\.csv: no image of data\.train has a value of score"),
+    ],
+)
+def test_values_that_cannot_be_learned_are_named(
+    column: list[tuple[object, object]], message: str, reader: PairReader, tmp_path: Path
+) -> None:
+    names = [reader[row].pair_id for row in range(len(reader))]
+    table = write_table(tmp_path / "scores.csv", names, score=column)
+    with pytest.raises(InputError, match=message):
+        ScoreTargets({"train": table}, ["score"], standardise=False).values("train", reader)
+
+
+def test_images_without_a_value_are_counted(
+    reader: PairReader, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = [reader[row].pair_id for row in range(len(reader))]
+    table = write_table(tmp_path / "scores.csv", names[:6], score=[*numbers(5), (1.0, "")])
+    ScoreTargets({"train": table}, ["score"]).values("train", reader)
+    assert "5 of 16 images of data.train have no value, and are left out of the loss" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("loss", "values", "message"),
+    [
+        (LabelLoss(), [[0.0, 1.0], [7.0, math.nan]], "data.targets.tables.train: data.targets holds 7"),
+        (TieLoss(label_weight=1.0), [[0.0, -1.0]], "holds -1, which is no label"),
+        (TieLoss(), None, ""),
+        (LabelLoss(), [[0.0, math.nan]], ""),
+        (RankingDistillation(), None, "data.targets.tables.train: RankingDistillation needs given values"),
+    ],
+)
+def test_a_loss_says_before_the_first_batch_what_it_cannot_take(
+    loss: PreferenceLoss, values: list[list[float]] | None, message: str
+) -> None:
+    given = None if values is None else torch.tensor(values)[:, :, None, None]
+    module, datasets = SimpleNamespace(loss=loss), {"train": SimpleNamespace(targets=given)}
+    check_targets(module, datasets, "test")
+    with pytest.raises(InputError, match=message) if message else nullcontext():
+        check_targets(module, datasets, "fit")
 
 
 @pytest.mark.parametrize("loss", ["RegressionDistillation", "RankingDistillation"])
@@ -178,4 +228,4 @@ def test_a_run_learns_from_a_table(
     )
     with pytest.raises(SystemExit):
         main(["fit", *configs, "--config=train.yaml", *quick])
-    assert f"{loss} needs given values of the images" in capsys.readouterr().err
+    assert f"data.targets.tables.val: {loss} needs given values of this split" in capsys.readouterr().err

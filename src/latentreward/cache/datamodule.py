@@ -17,7 +17,7 @@ from latentreward.cache.sampling import BucketBatchSampler, EvaluationBatches, S
 from latentreward.data.datamodules import PairLoaders
 from latentreward.data.loading import ResumableLoader, as_is, shares_of
 from latentreward.data.splits import SharedPrompts, select_or_explain, tell_unopened
-from latentreward.data.targets import ScoreTargets
+from latentreward.data.targets import ScoreTargets, check_targets
 from latentreward.errors import InputError, check_at_least_one
 
 logger = logging.getLogger(__name__)
@@ -143,6 +143,7 @@ class CachedPreferenceDataModule(PairLoaders):
             InputError: If the caches were written with another VAE or text encoder than the model's.
         """
         module = self.trainer.lightning_module if self.trainer else None
+        check_targets(module, self.datasets, stage)
         reader = getattr(getattr(module, "model", None), "backbone", None) or getattr(module, "policy", None)
         if reader is not None:
             check_backbone(self.spec, reader, self.cached_text)

@@ -103,16 +103,15 @@ def generate(
         raise InputError(f"{', '.join(named) or 'best_of'}: needs a reward to choose by; set reward")
     if len(named) > 1:
         raise InputError(f"{' and '.join(named)} are both set; leave one out")
-    if reward is not None:
-        reward.require_latents_of(source)
     if step_search is not None:
         step_search.branching().steps(sampling.sampler(family))
-    if population_search is not None and reward is not None:
+    if population_search is not None:
         population_search.check(sampling)
-        reward.require_step_scores("population_search")
-    if reward_guidance is not None and reward is not None:
+    if reward_guidance is not None:
         reward_guidance.check(sampling.sampler(family))
-        reward.require_guidance()
+    if reward is not None:
+        reward.require_latents_of(source)
+        _check_reward(reward, population_search, reward_guidance)
     with locked(output_dir, "output_dir"):
         folder = ImageFolder(output_dir, settings, table)
         wanted = [(place, image) for place in range(len(texts)) for image in range(images_per_prompt)]
@@ -140,6 +139,26 @@ def generate(
                 write_pictures(folder, texts, missing, draw, partial(decode_latents, generator), seed, batch_size)
         folder.write_grid(wanted)
         print(folder.summary(wanted))
+
+
+def _check_reward(
+    reward: RewardSource, population_search: Population | None, reward_guidance: RewardGuidance | None
+) -> None:
+    """Check, before anything is loaded, that pictures can be chosen by the reward, and do not depend on each other."""
+    if reward.remembers():
+        raise InputError(
+            "reward: a RewardMixture with normalise: running scores by all that it has seen, so a command that goes on "
+            "would make other pictures; set normalise: group or none"
+        )
+    if population_search is not None:
+        reward.require_step_scores("population_search")
+    if reward_guidance is not None:
+        if reward_guidance.normalise:
+            raise InputError(
+                "reward_guidance.normalise divides by the norm over a batch, so pictures would depend on each other; "
+                "leave it out"
+            )
+        reward.require_guidance()
 
 
 def _draw(

@@ -19,7 +19,7 @@ from latentreward.data.readers import PairReader, count_text
 from latentreward.data.readers.base import OnError
 from latentreward.data.sampling import PairBatchSampler, PairSampler, even_batch_size
 from latentreward.data.splits import SharedPrompts, select_or_explain
-from latentreward.data.targets import ScoreTargets
+from latentreward.data.targets import ScoreTargets, check_targets
 from latentreward.errors import InputError, check_at_least_one, check_multiples
 from latentreward.seeding import run_seed
 
@@ -216,6 +216,7 @@ class PreferenceDataModule(PairLoaders):
                 clips of so many frames.
         """
         module = self.trainer.lightning_module if self.trainer else None
+        check_targets(module, self.datasets, stage)
         owners = (getattr(module, "model", None), "backbone"), (module, "policy"), (module, "generator")
         for owner, name in owners:
             network = getattr(owner, name, None)

@@ -93,7 +93,7 @@ class PairDataset(Dataset[LoadedPair | SkippedPair]):
         clips = len(self.rows) if isinstance(loader, ClipLoader) else 0
         self._unused = torch.zeros(clips, 2, dtype=torch.int32).share_memory_()
         self._warned = False
-        self._targets = targets
+        self.targets = targets
 
     @property
     def exif(self) -> ExifOrientation:
@@ -120,7 +120,7 @@ class PairDataset(Dataset[LoadedPair | SkippedPair]):
             ImageError: If an image cannot be read and ``on_error`` is ``"raise"``.
         """
         row = int(self.rows[index])
-        pair, targets = self.reader[row], None if self._targets is None else self._targets[row]
+        pair, targets = self.reader[row], None if self.targets is None else self.targets[row]
         try:
             if isinstance(self.loader, ClipLoader):
                 clips = self.loader.load(pair.image_a), self.loader.load(pair.image_b)

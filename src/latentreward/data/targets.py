@@ -1,7 +1,9 @@
 """Given values of the images of pairs, such as a teacher's scores, from tables with a row per pair."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,7 +11,11 @@ from torch import Tensor
 
 from latentreward.data.readers import PairReader
 from latentreward.data.score_table import ScoreTable
-from latentreward.errors import InputError
+from latentreward.errors import InputError, did_you_mean, errors_at
+
+logger = logging.getLogger(__name__)
+
+SPLITS = ("train", "val", "test", "predict")
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,8 @@ class ScoreTargets:
         if not self.columns or not self.tables:
             missing = "columns" if self.tables else "tables"
             raise InputError(f"data.targets.{missing} is empty; name at least one, or leave targets out")
+        if unknown := [name for name in self.tables if name not in SPLITS]:
+            raise InputError(f"data.targets.tables: there is no split {unknown[0]!r}{did_you_mean(unknown[0], SPLITS)}")
         if self.uncertainties and len(self.uncertainties) != len(self.columns):
             raise InputError(
                 f"data.targets.uncertainties has {len(self.uncertainties)} names for {len(self.columns)} columns; name "
@@ -57,16 +65,27 @@ class ScoreTargets:
             values; NaN where an image has none. None if the split has no table.
 
         Raises:
-            InputError: If a table lacks a column, does not fit the reader, or has an uncertainty that is not positive.
+            InputError: If a table lacks a column, does not fit the reader, has a value that is not finite or an
+                uncertainty that is not positive, or no image has a value.
         """
         if split not in self.tables:
             return None
         table = ScoreTable(self.tables[split])
         values = np.stack([table.sides(name, reader) for name in self.columns], axis=-1)
+        self._check_finite(table, values, self.columns, reader)
+        missing = np.isnan(values).all(axis=-1)
+        if missing.all():
+            raise InputError(f"{table.path}: no image of data.{split} has a value of {', '.join(self.columns)}")
+        if missing.any():
+            logger.warning(
+                "%s: %d of %d images of data.%s have no value, and are left out of the loss",
+                table.path, missing.sum(), missing.size, split,
+            )  # fmt: skip
         mean, scale = self._scales()
         parts = [(values - mean) / scale]
         if self.uncertainties:
             spread = np.stack([table.sides(name, reader) for name in self.uncertainties], axis=-1)
+            self._check_finite(table, spread, self.uncertainties, reader)
             if (wrong := ~(spread > 0) & ~np.isnan(values)).any():
                 name = self.uncertainties[int(np.argwhere(wrong)[0][-1])]
                 raise InputError(
@@ -75,6 +94,15 @@ class ScoreTargets:
                 )
             parts.append(spread / scale)
         return torch.from_numpy(np.stack(parts, axis=2)).float()
+
+    @staticmethod
+    def _check_finite(table: ScoreTable, values: np.ndarray, names: Sequence[str], reader: PairReader) -> None:
+        if (wrong := np.isinf(values)).any():
+            row, side, column = np.argwhere(wrong)[0]
+            raise InputError(
+                f"{table.path}: {names[column]}_{'ab'[side]} of pair {reader[int(row)].pair_id} is "
+                f"{values[row, side, column]:g}; give a finite number, or an empty cell for none"
+            )
 
     def _scales(self) -> tuple[np.ndarray, np.ndarray]:
         """Return mean and standard deviation of each column over the images of ``train``, 0 and 1 for no z-scores."""
@@ -89,3 +117,23 @@ class ScoreTargets:
                 f"{table.path}: all values of {name} are equal or missing; give a column that tells images"
             )
         return mean, scale
+
+
+def check_targets(module: Any, datasets: Mapping[str, Any], stage: str | None) -> None:
+    """Check, before the first batch, that the splits of a stage hold the values that the module's loss needs.
+
+    Args:
+        module: Module whose ``loss`` may have a method ``check_targets``; see :mod:`latentreward.losses.targets`.
+        datasets: Split → data set, whose ``targets`` are :meth:`ScoreTargets.values` or None.
+        stage: Lightning's stage.
+
+    Raises:
+        InputError: If a split lacks values, or has some that the loss does not take.
+    """
+    check = getattr(getattr(module, "loss", None), "check_targets", None)
+    if check is None:
+        return
+    for name in {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}.get(stage or "", ()):
+        if name in datasets:
+            with errors_at(f"data.targets.tables.{name}: "):
+                check(datasets[name].targets)

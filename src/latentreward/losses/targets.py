@@ -82,6 +82,15 @@ class TargetLoss(PreferenceLoss):
             raise InputError(f"data.targets has {columns} columns, but the head gives {outputs} scores; let them agree")
         return scores.targets
 
+    def check_targets(self, values: Tensor | None) -> None:
+        """Check the values ``(N, 2, T, K)`` of a split before the first batch; None if it has none.
+
+        Raises:
+            InputError: If there are none.
+        """
+        if values is None:
+            raise InputError(f"{type(self).__name__} needs given values of this split's images; name a table of them")
+
     def win_probability(self, scores: PairScores) -> Tensor:
         """Return ``sigmoid(d)``, as under Bradley–Terry."""
         return torch.sigmoid(scores.margin)
@@ -104,6 +113,12 @@ class LabelLoss(TargetLoss):
         super().__init__()
         check_smoothing(label_smoothing)
         self.label_smoothing = label_smoothing
+
+    def check_targets(self, values: Tensor | None) -> None:
+        """See :meth:`TargetLoss.check_targets`; labels must lie in [0, 1] too."""
+        super().check_targets(values)
+        if values is not None:
+            check_labels(values[:, :, 0])
 
     def per_pair(self, scores: PairScores) -> Tensor:
         """See :meth:`PreferenceLoss.per_pair` and :func:`label_nll`.
@@ -159,6 +174,15 @@ def check_smoothing(label_smoothing: float) -> None:
         raise InputError(f"label_smoothing = {label_smoothing} must lie between 0 and 0.5; 0 takes labels as given")
 
 
+def check_labels(values: Tensor) -> None:
+    """Raise InputError if a value is not in [0, 1]; NaN is no label."""
+    outside = values[(values < 0) | (values > 1)]
+    if len(outside):
+        raise InputError(
+            f"data.targets holds {outside[0]:g}, which is no label; give columns in [0, 1] and standardise: false"
+        )
+
+
 def label_loss(scores: PairScores, targets: PairTargets, smoothing: float) -> Tensor:
     """Compute the mean cross-entropy of a pair's labelled images, in the shape of the scores.
 
@@ -166,11 +190,7 @@ def label_loss(scores: PairScores, targets: PairTargets, smoothing: float) -> Te
         InputError: If a label is not in [0, 1].
     """
     for values in (targets.chosen, targets.rejected):
-        outside = values[(values < 0) | (values > 1)]
-        if len(outside):
-            raise InputError(
-                f"data.targets holds {outside[0]:g}, which is no label; give columns in [0, 1] and standardise: false"
-            )
+        check_labels(values)
     sides = (scores.chosen, targets.chosen), (scores.rejected, targets.rejected)
     smooth = ((score, label * (1 - smoothing) + smoothing / 2) for score, label in sides)
     return mean_over_images(*(known(label_nll, *side) for side in smooth))

@@ -9,7 +9,7 @@ from torch.nn.functional import logsigmoid
 from latentreward.contracts import PairScores
 from latentreward.errors import InputError
 from latentreward.losses.base import beside, mean_over_outputs
-from latentreward.losses.targets import TargetLoss, check_smoothing, label_loss
+from latentreward.losses.targets import TargetLoss, check_labels, check_smoothing, label_loss
 
 
 class TieLoss(TargetLoss):
@@ -46,6 +46,13 @@ class TieLoss(TargetLoss):
         check_smoothing(label_smoothing)
         self.margin, self.tie_weight = margin, tie_weight
         self.label_smoothing, self.label_weight = label_smoothing, label_weight
+
+    def check_targets(self, values: Tensor | None) -> None:
+        """See :meth:`TargetLoss.check_targets`; nothing is needed without ``label_weight``."""
+        if self.label_weight:
+            super().check_targets(values)
+            if values is not None:
+                check_labels(values[:, :, 0])
 
     def per_pair(self, scores: PairScores) -> Tensor:
         """See :meth:`PreferenceLoss.per_pair`; the formula is in the class docstring."""

@@ -133,6 +133,7 @@ class ReFLModule(RewardedModule):
             if options.get("guidance_scale") is None and family.needs_uncond(family.default_guidance):
                 options["guidance_scale"] = family.no_guidance
         sampler = sampling.sampler(family)
+        reward.require_gradient(type(self).__name__)
         super().__init__(policy, reward, **options)
         if not self.reward.differentiable:
             raise InputError(

@@ -126,6 +126,14 @@ class RewardSource(ABC):
     parts: int = 1
     uses_sigmas: bool = False
 
+    def has_gradient(self) -> bool:
+        """Tell whether scores carry a gradient to the states, as far as that is known before loading."""
+        return True
+
+    def remembers(self) -> bool:
+        """Tell whether a score depends on what was scored before."""
+        return False
+
     @abstractmethod
     def latent_space(self) -> LatentSpace | None:
         """Read the latent space that the reward takes from its configs; None if any policy's latents will do."""
@@ -162,6 +170,19 @@ class RewardSource(ABC):
             raise InputError(
                 f"reward_guidance follows the gradient of each state's own score, and {type(self).__name__} normalises "
                 "scores within a prompt; set normalise: none or running"
+            )
+        self.require_gradient("reward_guidance")
+
+    def require_gradient(self, field: str) -> None:
+        """Check, before any weight is loaded, that scores have a gradient for a setting that needs it.
+
+        Raises:
+            InputError: If they have none.
+        """
+        if not self.has_gradient():
+            raise InputError(
+                f"{field} needs the gradient of the reward, and {type(self).__name__} has none with these settings; "
+                "take a LatentReward"
             )
 
     def require_step_scores(self, field: str) -> None:

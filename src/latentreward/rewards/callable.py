@@ -41,6 +41,10 @@ class CallableReward(RewardSource):
     def __init__(self, function: Callable[..., Any], needs_clean: bool = False, differentiable: bool = False) -> None:
         self.function, self.needs_clean, self.differentiable = function, needs_clean, differentiable
 
+    def has_gradient(self) -> bool:
+        """Return ``differentiable``."""
+        return self.differentiable
+
     def latent_space(self) -> None:
         """Return None: latents of any policy are passed to the function."""
 
@@ -91,6 +95,10 @@ class RandomReward(RewardSource):
         if not scale > 0:
             raise InputError(f"reward.scale={scale:g} must be above 0")
         self.kind, self.seed, self.scale = kind, seed, scale
+
+    def has_gradient(self) -> bool:
+        """Tell whether the reward is a function of the latents."""
+        return self.kind == "readout"
 
     def latent_space(self) -> None:
         """Return None: latents of any policy are scored."""

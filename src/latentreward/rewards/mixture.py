@@ -91,6 +91,14 @@ class RewardMixture(RewardSource):
         """Tell whether each reward of the mixture scores noisy states as they are."""
         return all(reward.scores_states() for reward in self.rewards)
 
+    def has_gradient(self) -> bool:
+        """Tell whether each reward of the mixture has a gradient."""
+        return all(reward.has_gradient() for reward in self.rewards)
+
+    def remembers(self) -> bool:
+        """Tell whether a score depends on what was scored before, as under ``normalise: running``."""
+        return self.normalise == "running" or any(reward.remembers() for reward in self.rewards)
+
     def judges_alone(self) -> bool:
         """Tell whether the score of a state depends on this state alone; not under ``normalise: group``."""
         return self.normalise != "group" and all(reward.judges_alone() for reward in self.rewards)

@@ -184,6 +184,8 @@ def gap_quantiles(gaps: Iterable[tuple[float, Tensor]], levels: tuple[float, ...
     seen = sorted(by_timestep, reverse=True)
     if not seen:
         return "no score gaps seen"
+    if not any(values.any() for every in by_timestep.values() for values in every):
+        return "all scores of a group are equal; take a reward that tells samples apart"
     indices = torch.linspace(0, len(seen) - 1, min(len(seen), SHOWN_TIMESTEPS)).round().long().tolist()
     parts = []
     for timestep in (seen[index] for index in indices):
