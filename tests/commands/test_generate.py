@@ -207,6 +207,18 @@ def test_a_checkpoint_and_its_exported_lora_make_the_same_pictures(
         (["--population_search.after_steps=[1]", "--step_search.num_candidates=2", REWARD], "leave one out"),
         (["--reward_guidance.scale=1", REWARD], "none of the 3 steps adds noise"),
         (
+            ["--reward_guidance.normalise=true", "--sampling.eta=1", "--reward=RandomReward", "--reward.kind=readout"],
+            "reward_guidance.normalise divides by the norm over a batch",
+        ),
+        (
+            ["--reward_guidance.scale=1", "--sampling.eta=1", "--reward=RandomReward"],
+            "reward_guidance needs the gradient of the reward, and RandomReward has none",
+        ),
+        (
+            ["--best_of=2", "--reward=RewardMixture", "--reward.normalise=running", "--reward.rewards=[RandomReward]"],
+            "a RewardMixture with normalise: running scores by all that it has seen",
+        ),
+        (
             ["--reward_guidance.scale=1", "--sampling.eta=1", REWARD, "--reward.needs_clean=true"],
             "reward_guidance needs",
         ),

@@ -100,6 +100,12 @@ def test_impossible_settings_are_refused(options: dict[str, Any], message: str) 
         Population(**options)
 
 
+@pytest.mark.parametrize("temperature", [1e-44, 1.0, 1e30])
+def test_weights_are_finite_at_any_temperature(temperature: float) -> None:
+    weights = Population(temperature=temperature).weights(torch.tensor([1e12, -1e12, 3.0]))
+    assert weights.isfinite().all() and weights.sum().item() == pytest.approx(1.0)
+
+
 def test_finished_latents_are_not_searched() -> None:
     with pytest.raises(InputError, match=r"after_steps=\[2, 5\] goes beyond step 4"):
         Population(after_steps=(2, 5)).check(SAMPLING)

@@ -160,3 +160,4 @@ def test_gap_quantiles_in_one_line() -> None:
     assert line.endswith("t=1: 0.1/0.5/0.9")
     assert line.count("t=") == 5
     assert gap_quantiles([]) == "no score gaps seen"
+    assert gap_quantiles([(1.0, torch.zeros(3))]).startswith("all scores of a group are equal")

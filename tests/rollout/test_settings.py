@@ -61,6 +61,13 @@ def test_refused(options: dict[str, Any], message: str) -> None:
         Sampling(**options)
 
 
+def test_kinds_of_flow_noise_are_for_flows() -> None:
+    sampling = Sampling(5, noise_level=0.3, flow_noise="dance")
+    sampling.sampler(PolicySource("sd35_tiny").resolve_family())
+    with pytest.raises(InputError, match=r"flow_noise=dance: Stable Diffusion .* is no flow; leave it out"):
+        sampling.sampler(PolicySource("sd_tiny").resolve_family())
+
+
 def test_too_many_steps_for_the_scheduler() -> None:
     with pytest.raises(InputError, match=r"num_inference_steps=1001 must lie in 1..1000"):
         Sampling(1001).sampler(tiny_policy("sd35_tiny").family)
