@@ -145,3 +145,9 @@ def test_tiny_ones_train_under_guard(name: str, tmp_path: Path) -> None:
 def size(prompts: list[str], images: list) -> torch.Tensor:
     """A scorer of pictures."""
     return torch.tensor([float(image.width) for image in images])
+
+
+def test_a_loss_of_another_method_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", f"--config={FOLDER / 'grpo_trajectory_tiny.yaml'}", "--model.loss=NFTLoss"])
+    assert "model.loss: NFTLoss is no class that this setting takes" in capsys.readouterr().err

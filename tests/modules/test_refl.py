@@ -307,6 +307,13 @@ def test_pretraining_steps_alternate_with_steps_of_the_reward(monkeypatch: pytes
         refl(alternate_pretraining=True)
 
 
+def test_prompts_without_images_are_refused_before_the_first_step(tmp_path: Path) -> None:
+    module = refl(pretraining_weight=2.0, alternate_pretraining=True)
+    data = PromptLoaders(PROMPTS.prompts, batch_size=2)
+    with pytest.raises(InputError, match="pretraining_weight=2 needs images too, and PromptLoaders has prompts alone"):
+        Trainer(accelerator="cpu", max_steps=1, logger=False, default_root_dir=tmp_path).fit(module, datamodule=data)
+
+
 def test_pretraining_term_is_the_denoising_error_of_the_chosen_images() -> None:
     module = refl(pretraining_weight=2.0)
     images = collate_pairs(loaded_pairs(3))

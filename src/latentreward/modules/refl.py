@@ -152,6 +152,12 @@ class ReFLModule(RewardedModule):
         super().setup(stage)
         if self.trainer.precision == "16-mixed":
             raise InputError("trainer.precision=16-mixed: the reward's gradients vanish in float16; use bf16-mixed")
+        data = getattr(self.trainer, "datamodule", None)
+        if stage == "fit" and self.pretraining_weight and hasattr(data, "prompts_per_rollout"):  # prompts alone
+            raise InputError(
+                f"pretraining_weight={self.pretraining_weight:g} needs images too, and {type(data).__name__} has "
+                "prompts alone; take data: PromptsAndImages, or set the weight to 0"
+            )
 
     def stop_index(self, batch_idx: int) -> int:
         """Return the index of the step at which the sampler stops, equal on all ranks."""

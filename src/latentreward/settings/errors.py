@@ -141,7 +141,10 @@ def names_for(setting: str) -> list[str]:
 
 
 def _unknown_name(match: re.Match[str], setting: str) -> str:
-    return f"unknown name {match[1]!r}{did_you_mean(match[1], names_for(setting))}"
+    names = names_for(setting)
+    if match[1] in names:  # ours, but of another kind than this setting takes
+        return f"{match[1]} is no class that this setting takes; its documentation names those that fit"
+    return f"unknown name {match[1]!r}{did_you_mean(match[1], names)}"
 
 
 def _no_class(match: re.Match[str], setting: str) -> str:
