@@ -14,9 +14,8 @@ from functools import partial
 
 import numpy as np
 import torch
-from measuring import table
+from measuring import flops, table
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 from trained_rewards import trained_rewards
 
 from latentreward.contracts import PromptBatch
@@ -116,9 +115,9 @@ def measure_search(policy: Policy, rewards: dict[str, list[Reward]], prompts: in
 
 def counted(policy: Policy, work: Callable[[PromptBatch], Tensor], captions: Sequence[str]) -> tuple[np.ndarray, float]:
     """Return the judge's utilities of what ``work`` samples, and the FLOPs for each picture, its decoding included."""
-    with FlopCounterMode(display=False) as flops:
-        found = utilities(policy, in_chunks(work, captions), captions)
-    return found, flops.get_total_flops() / len(captions)
+    found: list[np.ndarray] = []
+    cost = flops(lambda: found.append(utilities(policy, in_chunks(work, captions), captions)))
+    return found[0], cost / len(captions)
 
 
 def measure_population(policy: Policy, rewards: Sequence[Reward], prompts: int, steps: int = 20) -> None:
@@ -140,13 +139,13 @@ def measure_population(policy: Policy, rewards: Sequence[Reward], prompts: int, 
             n: [counted(policy, partial(best_of, one, number=n), captions) for one in rewards]
             for n in range(1, most + 1)
         }
-        costs = [np.mean([flops for _, flops in runs]) for runs in best.values()]
+        costs = [np.mean([cost for _, cost in runs]) for runs in best.values()]
         for name, population in (("near starts", Population()), ("independent starts", Population(perturbation=1.0))):
             runs = [
                 counted(policy, partial(search_population, policy, one, population=population, **how), captions)
                 for one in rewards
             ]
-            cost = float(np.mean([flops for _, flops in runs]))
+            cost = float(np.mean([one for _, one in runs]))
             assert costs[0] <= cost <= costs[-1], f"{cost:.3g} FLOPs are not those of best of 1 to {most}"
             number = float(np.interp(cost, costs, list(best)))
             low, share = int(number), number - int(number)

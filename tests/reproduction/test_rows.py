@@ -7,6 +7,7 @@ import pytest
 
 from latentreward.cli import main
 from latentreward.errors import InputError
+from latentreward.reproduction.results import read_results
 from latentreward.reproduction.rows import Row, Side, all_rows, choose_rows, read_row, shared_steps
 from latentreward.steps.tasks import Task, _file_digest
 from tests.marks import slow_after
@@ -52,6 +53,33 @@ def test_all_rows_fit_into_their_budgets() -> None:
         kind = "papers" if row.paper != "Later methods" else "methods" if of_methods else "rewards"
         spent[kind] += row.cpu_seconds
     assert max(spent["papers"], spent["methods"], 2 * spent["rewards"]) <= EIGHT_HOURS
+
+
+def rates_of(row: Row) -> dict[str, set[str]]:
+    """Learning rates that a row's arms set, by the arm's name."""
+    return {
+        arm: {*re.findall(r"--model\.optimizer\.lr=(\S+)", " ".join(options.values()))}
+        for arm, options in row.arms.items()
+    }
+
+
+@pytest.mark.parametrize("name", [name for name in ROWS if name.startswith("tuning_")])
+def test_rows_have_the_rates_that_were_chosen(name: str) -> None:
+    """Of three rates the one with the highest utility on captions of its own; of equal ones the middle."""
+    results, kind = read_results(ROOT / "reproduction", ROWS[name]), name.split("_")[1]
+    pipeline = {"guidance": "guided_"}.get(kind, f"{kind}_")
+    rows = [row for row in ROWS.values() if row.name.startswith(pipeline)]
+    tuned: dict[str, list[tuple[float, str]]] = {}
+    for arm, rates in rates_of(ROWS[name]).items():
+        method, (rate,) = arm.rpartition(", rate ")[0], rates
+        utility = results[0].measured[arm]["utility"]["mean"] if results else 0.0
+        tuned.setdefault(method, []).append((utility, rate))
+    for method, values in tuned.items():
+        best = max(values)[0]
+        chosen = values[1][1] if values[1][0] == best else max(values)[1]
+        set_there = [rates_of(row).get(method, set()) for row in rows]
+        assert any(set_there), method
+        assert all(rates <= {chosen} for rates in set_there), (method, chosen)
 
 
 @pytest.mark.parametrize("name", slow_after(1, [name for name in ROWS if not name.startswith(("tiny", "tuning"))]))
