@@ -166,7 +166,7 @@ def test_rewards_of_a_mixture_are_normalised_one_by_one() -> None:
         {"trust_region": RankGate(), "loss": KL},
         {"advantage": GDPO(), "trust_region": RankGate(), "loss": KL},
     ],
-    ids=str,
+    ids=["gdpo", "rank gate", "both"],
 )
 def test_finished_samples_are_scored_once_by_each_reward(options: dict[str, Any]) -> None:
     module = mixture(**options)
