@@ -126,7 +126,7 @@ def measure_population(policy: Policy, rewards: Sequence[Reward], prompts: int, 
     Best of 1 to 6 are sampled; their FLOPs and utilities are interpolated to the population's FLOPs.
     """
     captions, sampling = judged_captions()[:prompts], Sampling(steps, eta=0.0)
-    most = 6
+    largest = 6
     rows: list[list[str]] = []
     for guidance in (1.0, GUIDANCE):
         how = {"sampling": sampling, "guidance_scale": guidance, "seed": 1}
@@ -137,7 +137,7 @@ def measure_population(policy: Policy, rewards: Sequence[Reward], prompts: int, 
 
         best = {
             n: [counted(policy, partial(best_of, one, number=n), captions) for one in rewards]
-            for n in range(1, most + 1)
+            for n in range(1, largest + 1)
         }
         costs = [np.mean([cost for _, cost in runs]) for runs in best.values()]
         for name, population in (("near starts", Population()), ("independent starts", Population(perturbation=1.0))):
@@ -146,11 +146,11 @@ def measure_population(policy: Policy, rewards: Sequence[Reward], prompts: int, 
                 for one in rewards
             ]
             cost = float(np.mean([one for _, one in runs]))
-            assert costs[0] <= cost <= costs[-1], f"{cost:.3g} FLOPs are not those of best of 1 to {most}"
+            assert costs[0] <= cost <= costs[-1], f"{cost:.3g} FLOPs are not those of best of 1 to {largest}"
             number = float(np.interp(cost, costs, list(best)))
             low, share = int(number), number - int(number)
             equal = [
-                (1 - share) * best[low][place][0] + share * best[min(low + 1, most)][place][0]
+                (1 - share) * best[low][place][0] + share * best[min(low + 1, largest)][place][0]
                 for place in range(len(rewards))
             ]
             found = [utility for utility, _ in runs]
