@@ -22,8 +22,9 @@ class RollingModule(LightningModule):
 
     rollout_statistics: RolloutStatistics | None = None
 
-    def __init__(self, keep: float = 0.5) -> None:
+    def __init__(self, keep: float = 0.5, eta: float = 1.0) -> None:
         super().__init__()
+        self.settings = {"sampling.eta": eta}
         self.weight = torch.nn.Parameter(torch.tensor([1.0, -1.0]))
         self.keep = keep
         self.seen: list[tuple[int, list[str]]] = []
@@ -61,6 +62,9 @@ class RollingModule(LightningModule):
 
     def check_experience(self, rows: object) -> None:
         assert len(rows)
+
+    def rollout_settings(self) -> dict[str, object]:
+        return self.settings
 
     def prepare_prompts(self, prompts: Sequence[str]) -> None:
         self.prepared = list(prompts)

@@ -1,5 +1,6 @@
 """Rollouts behind Lightning's loop: steps stay steps, nothing is lost, every checkpoint leads to the same end."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,19 @@ def test_another_batch_size_goes_on_with_the_rows_that_are_left(tmp_path: Path) 
         state = torch.load(path, weights_only=True)["loops"]["fit_loop"]["state_dict"]["combined_loader"][0]
         left = [] if state["rows"] is None else state["rows"]["keys"]
         assert keys(again)[: len(left)] == left[: len(keys(again))], path
+
+
+def test_rows_that_are_left_keep_their_settings(tmp_path: Path) -> None:
+    saver = SaveAlways(tmp_path)
+    fit(make_trainer(tmp_path, [saver]), module=RollingModule(keep=1.0))
+    refused = []
+    for path, _ in saver.paths:
+        state = torch.load(path, weights_only=True)["loops"]["fit_loop"]["state_dict"]["combined_loader"][0]
+        refused.append(state["rows"] is not None)
+        error = pytest.raises(InputError, match=r"rows left .*: sampling\.eta=0\.5 \(was 1\.0\); resume with")
+        with error if refused[-1] else nullcontext():
+            fit(make_trainer(tmp_path), path, RollingModule(keep=1.0, eta=0.5))
+    assert any(refused)
 
 
 def test_a_run_that_keeps_nothing_stops_with_what_it_saw(tmp_path: Path) -> None:

@@ -210,6 +210,12 @@ def test_rows_of_a_checkpoint_that_other_settings_made_are_refused(other: dict[s
             module.check_experience(source_of_rows.roll_out(BATCH))
 
 
+def test_rows_depend_on_the_noise_of_their_steps() -> None:
+    settings = trajectory("sd35_tiny").rollout_settings()
+    assert settings["sampling.noise_level"] == 0.7
+    assert {"sampling.num_inference_steps", "sampling.eta", "sampling.flow_noise", "guidance_scale"} < set(settings)
+
+
 def test_step_wise_grpo_has_one_advantage() -> None:
     with pytest.raises(InputError, match="StepwiseGRPOModule has one; take ClippedPolicyLoss"):
         stepwise("sd35_tiny", loss=OutcomeProcessLoss())

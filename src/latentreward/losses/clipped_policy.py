@@ -118,6 +118,11 @@ class ClippedPolicyLoss(SetLoss):
         """Tell whether :meth:`forward` must be given ``kl``."""
         return self.kl_weight > 0
 
+    def bounded(self, advantage: Tensor) -> Tensor:
+        """Return the advantages within ``max_advantage``, in float64."""
+        bound = self.max_advantage
+        return wide(advantage) if bound is None else wide(advantage).clamp(-bound, bound)
+
     def step_weights(self, std: Tensor, spread: Tensor) -> Tensor | None:
         """Return the weight w of each step from its ``std`` and ``spread``; None if all weigh the same."""
         return {"none": None, "noise": std, "spread": spread}[self.step_weight]
@@ -149,11 +154,9 @@ class ClippedPolicyLoss(SetLoss):
         """
         if self.needs_reference and kl is None:
             raise ValueError(f"kl_weight={self.kl_weight:g} needs kl")
-        log_prob, old_log_prob, bounded = map(wide, (log_prob, old_log_prob, advantage))
+        log_prob, old_log_prob = wide(log_prob), wide(old_log_prob)
         kl, weights, kl_weights = (None if part is None else wide(part) for part in (kl, weights, kl_weights))
-        bound = self.max_advantage
-        bounded = bounded if bound is None else bounded.clamp(-bound, bound)
-        rows, ratio, clipped = objective(log_prob - old_log_prob, bounded, self.clip_range)
+        rows, ratio, clipped = objective(log_prob - old_log_prob, self.bounded(advantage), self.clip_range)
         policy = (rows if weights is None else TEMPFLOW * weights * rows).mean()
         divergence = policy.new_zeros(())
         if kl is not None:

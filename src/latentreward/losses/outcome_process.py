@@ -12,7 +12,7 @@ import math
 from torch import Tensor
 
 from latentreward.errors import InputError
-from latentreward.losses.clipped_policy import ClippedPolicyLoss, ClippedPolicyResult
+from latentreward.losses.clipped_policy import ClippedPolicyLoss, ClippedPolicyResult, clipped_objective
 
 
 class OutcomeProcessLoss(ClippedPolicyLoss):
@@ -44,7 +44,6 @@ class OutcomeProcessLoss(ClippedPolicyLoss):
                 f"outcome_weight={outcome_weight:g} and process_weight={process_weight:g} must be at least 0 and "
                 "finite, and one of them above 0"
             )
-        self.term = ClippedPolicyLoss(clip_range, max_advantage=max_advantage)
         self.outcome_weight, self.process_weight = weights
 
     def forward(  # type: ignore[override]  # called where `process` is known
@@ -65,11 +64,11 @@ class OutcomeProcessLoss(ClippedPolicyLoss):
         Raises:
             ValueError: If ``kl`` is missing.
         """
-        if self.needs_reference and kl is None:
-            raise ValueError(f"kl_weight={self.kl_weight:g} needs kl")
-        first, second = (self.term(log_prob, old_log_prob, advantage) for advantage in (outcome, process))
-        loss = policy = self.outcome_weight * first.loss + self.process_weight * second.loss
-        if self.needs_reference and kl is not None:
-            loss = policy + self.kl_weight * kl.float().mean()
-        divergence = first.kl if kl is None else kl.detach().float().mean()
-        return ClippedPolicyResult(loss, policy.detach(), divergence, first.clipped, first.ratio)
+
+        def both(log_ratio: Tensor, advantage: Tensor, clip_range: float) -> tuple[Tensor, Tensor, Tensor]:
+            """Add the process' clipped term to the outcome's."""
+            rows, ratio, clipped = clipped_objective(log_ratio, advantage, clip_range)
+            steps, _, _ = clipped_objective(log_ratio, self.bounded(process), clip_range)
+            return self.outcome_weight * rows + self.process_weight * steps, ratio, clipped
+
+        return super().forward(log_prob, old_log_prob, outcome, kl, objective=both)

@@ -260,6 +260,11 @@ class RolloutModule(RewardedModule, Generic[Experience]):
             "another method, loss, credit or trust_region made than the model's; resume with these, or start a new run"
         )
 
+    def rollout_settings(self) -> dict[str, Any]:
+        """Return the settings that rows in store depend on, as plain values by the names of their fields."""
+        sampling = {f"sampling.{name}": value for name, value in asdict(self.sampling).items()}
+        return {**sampling, "guidance_scale": self.guidance_scale}
+
     def describe_rollouts(self) -> str:
         """Summarise the score gaps of the last rollout in one line, for the error of a run that keeps no rows."""
         statistics = self.rollout_statistics

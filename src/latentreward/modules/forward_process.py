@@ -164,6 +164,10 @@ class ForwardProcessModule(RolloutModule[RenoisedSamples]):
         self._warn_of_rows_left_over(len(samples))
         return samples
 
+    def rollout_settings(self) -> dict[str, Any]:
+        """Return no settings: finished samples are noised again, whatever sampled them."""
+        return {}
+
     def _warn_of_rows_left_over(self, rows: int) -> None:
         """Warn once if optimiser steps do not divide a rollout's rows: the rest would meet copies that moved on."""
         size = getattr(getattr(self.trainer, "datamodule", None), "batch_size", None)

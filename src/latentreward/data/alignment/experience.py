@@ -61,6 +61,9 @@ class Learner(Protocol):
     def check_experience(self, rows: Any) -> None:
         """Raise InputError if ``rows`` of a checkpoint are of another form than those of this module's rollouts."""
 
+    def rollout_settings(self) -> dict[str, Any]:
+        """Return the settings that rows in store depend on, as plain values by the names of their fields."""
+
     def describe_rollouts(self) -> str:
         """Describe the last rollout in one line, for messages."""
 
@@ -190,15 +193,29 @@ class ExperienceSampler(CountedBatches):
             "rollouts": self.rollouts,
             "empty_rollouts": self.empty_rollouts,
             "rows": as_plain(left),
+            "settings": self.learner.rollout_settings(),
             "statistics": as_plain(self.learner.rollout_statistics),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore counts, unused rows and statistics; batch size and world size may differ from those at saving."""
+        """Restore counts, unused rows and statistics; batch size and world size may differ from those at saving.
+
+        Raises:
+            InputError: If there are unused rows, and the model's settings do not suit them.
+        """
         super().load_state_dict(state_dict)
         self.rows.record, self.cursor = from_plain(state_dict["rows"]), 0
         if self.rows.record is not None:
             self.learner.check_experience(self.rows.record)
+            now = self.learner.rollout_settings()
+            before = state_dict.get("settings", now)  # checkpoints of version 0.1 have none
+            changed = [name for name in now if before.get(name) != now[name]]
+            if changed:
+                raise InputError(
+                    f"the checkpoint has rows left of rollouts with other settings, to which the present ones do not "
+                    f"apply: {', '.join(f'{name}={now[name]} (was {before.get(name)})' for name in changed)}; "
+                    "resume with the earlier values, or start a new run"
+                )
         self.learner.rollout_statistics = from_plain(state_dict["statistics"])
         for name in ("prompts_used", "rollouts", "empty_rollouts"):
             setattr(self, name, state_dict[name])
