@@ -1,6 +1,6 @@
 """Measure the gain of choosing among samples by a reward in the tiny world: plain, best of N, step-wise and population.
 
-    python benchmarks/search.py [--reward lrm_tiny lrm_tiny:1 lrm_tiny:2] [--prompts 192]
+    python benchmarks/search.py [--reward lrm_tiny lrm_tiny:1 lrm_tiny:2] [--prompts 192] [--part population]
 
 Each ``--reward`` is a trained LRM (a checkpoint or run; ``lrm_tiny:SEED`` is trained first, below
 runs/trained_rewards); the pixel scorer is the shipped one. The tiny world's judge, which is never a reward, gives the
@@ -120,6 +120,19 @@ def counted(policy: Policy, work: Callable[[PromptBatch], Tensor], captions: Seq
     return found[0], cost / len(captions)
 
 
+class Remembered:
+    """Samples of ``work``, each chunk of prompts sampled once: the best of N + 1 has all samples of the best of N."""
+
+    def __init__(self, work: Callable[[PromptBatch], Tensor]) -> None:
+        self.work, self.samples = work, {}
+
+    def __call__(self, prompts: PromptBatch) -> Tensor:
+        """Return the samples of ``prompts``."""
+        if prompts.keys not in self.samples:
+            self.samples[prompts.keys] = self.work(prompts)
+        return self.samples[prompts.keys]
+
+
 def measure_population(policy: Policy, rewards: Sequence[Reward], prompts: int, steps: int = 20) -> None:
     """Print what population search gains against the best of N samples at equal FLOPs.
 
@@ -131,32 +144,38 @@ def measure_population(policy: Policy, rewards: Sequence[Reward], prompts: int, 
     for guidance in (1.0, GUIDANCE):
         how = {"sampling": sampling, "guidance_scale": guidance, "seed": 1}
         sample = partial(sample_latents, policy, **how)
+        remembered = Remembered(sample)
 
-        def best_of(reward: Reward, batch: PromptBatch, number: int, sample: Callable = sample) -> Tensor:
+        def best_of(reward: Reward, batch: PromptBatch, number: int, sample: Callable) -> Tensor:
             return best_of_n(sample, reward, batch, number, sigmas=(0.05,)).latents
 
+        one, two = (
+            counted(policy, partial(best_of, rewards[0], number=n, sample=sample), captions[:8])[1] for n in (1, 2)
+        )
         best = {
-            n: [counted(policy, partial(best_of, one, number=n), captions) for one in rewards]
+            n: [
+                utilities(policy, in_chunks(partial(best_of, reward, number=n, sample=remembered), captions), captions)
+                for reward in rewards
+            ]
             for n in range(1, largest + 1)
         }
-        costs = [np.mean([cost for _, cost in runs]) for runs in best.values()]
         for name, population in (("near starts", Population()), ("independent starts", Population(perturbation=1.0))):
             runs = [
-                counted(policy, partial(search_population, policy, one, population=population, **how), captions)
-                for one in rewards
+                counted(policy, partial(search_population, policy, reward, population=population, **how), captions)
+                for reward in rewards
             ]
-            cost = float(np.mean([one for _, one in runs]))
-            assert costs[0] <= cost <= costs[-1], f"{cost:.3g} FLOPs are not those of best of 1 to {largest}"
-            number = float(np.interp(cost, costs, list(best)))
+            cost = float(np.mean([cost for _, cost in runs]))
+            number = 1 + (cost - one) / (two - one)  # the FLOPs of best of N are linear in N
+            assert 1 <= number <= largest, f"{cost:.3g} FLOPs are not those of best of 1 to {largest}"
             low, share = int(number), number - int(number)
             equal = [
-                (1 - share) * best[low][place][0] + share * best[min(low + 1, largest)][place][0]
+                (1 - share) * best[low][place] + share * best[min(low + 1, largest)][place]
                 for place in range(len(rewards))
             ]
             found = [utility for utility, _ in runs]
-            change, least, most, _ = bootstrap_interval([one - other for one, other in zip(found, equal, strict=True)])
+            change, least, most, _ = bootstrap_interval([a - b for a, b in zip(found, equal, strict=True)])
             rows.append(
-                [f"{guidance:g}", name, f"{cost / costs[0]:.2f}", f"{number:.2f}", f"{np.mean(found):.3f}",
+                [f"{guidance:g}", name, f"{cost / one:.2f}", f"{number:.2f}", f"{np.mean(found):.3f}",
                  f"{np.mean(equal):.3f}", f"{change:+.3f} [{least:+.3f}, {most:+.3f}]"]
             )  # fmt: skip
     columns = ("guidance", "population of 6", "FLOPs, in samples", "best of N with the same FLOPs: N", "utility",
@@ -170,12 +189,15 @@ def main() -> None:
     parser.add_argument("--reward", nargs="+", default=["lrm_tiny", "lrm_tiny:1", "lrm_tiny:2"])
     parser.add_argument("--prompts", type=int, default=192)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--part", choices=["population", "search"], help="measure one part only")
     options = parser.parse_args()
     torch.set_num_threads(1)
     policy = PolicySource("sd_tiny").load().eval()
     rewards = load_rewards(policy, options.reward)
-    measure_population(policy, rewards["LRM"], options.prompts, options.steps)
-    measure_search(policy, rewards, options.prompts, options.steps)
+    if options.part != "search":
+        measure_population(policy, rewards["LRM"], options.prompts, options.steps)
+    if options.part != "population":
+        measure_search(policy, rewards, options.prompts, options.steps)
 
 
 if __name__ == "__main__":
