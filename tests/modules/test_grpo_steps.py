@@ -17,9 +17,12 @@ from latentreward.losses import (
     ClippedPolicyLoss,
     FlowDPPO,
     GRPOGuard,
+    KLGate,
     NormGuard,
     OutcomeProcessLoss,
+    Penalty,
     RankGate,
+    TrustRegion,
     UncertaintyGate,
 )
 from latentreward.modules import StepwiseGRPOModule, TrajectoryGRPOModule
@@ -157,6 +160,102 @@ def test_rewards_of_a_mixture_are_normalised_one_by_one() -> None:
     samples = mixture(advantage=GDPO([1.0, 0.0])).roll_out(BATCH)
     other = mixture(advantage=GDPO([0.0, 1.0])).roll_out(BATCH)
     torch.testing.assert_close(samples.advantage, -other.advantage, atol=1e-4, rtol=1e-4)
+
+
+def weighed(*weights: float, **options: Any) -> TrajectoryGRPOModule:
+    parts = [FirstChannelReward(10.0), OtherChannelsReward(-3.0)]
+    source_of_reward = RewardMixture(parts, weights, normalise="none")
+    return trajectory("sd35_tiny", source_of_reward=lambda scale: source_of_reward, **options)
+
+
+def test_a_penalty_of_a_mixture_stays_one_under_gdpo() -> None:
+    """GDPO weighs the rewards as the mixture does, unless it has weights of its own."""
+    found = {weights: weighed(*weights, advantage=GDPO()).roll_out(BATCH).advantage for weights in ((1, 2), (1, -2))}
+    for weights, advantage in found.items():
+        own = weighed(1, 1, advantage=GDPO([*weights])).roll_out(BATCH).advantage
+        torch.testing.assert_close(advantage, own, atol=1e-5, rtol=1e-5)
+    assert (found[1, 2] - found[1, -2]).abs().max() > 0.1
+    ranks = [weighed(1, weight, trust_region=RankGate(), loss=KL).roll_out(BATCH).held for weight in (1, 2, -1)]
+    assert torch.equal(ranks[0], ranks[1]) and not torch.equal(ranks[0], ranks[2])
+
+
+def test_each_reward_of_a_mixture_is_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their mean before normalisation: under ``group`` the mean of the sums is always 0."""
+    module, logged = weighed(1, 1), {}
+    rows = module.roll_out(BATCH)
+    monkeypatch.setattr(module, "log_dict", lambda values, **options: logged.update(values))
+    module._began = 0.0
+    module.on_train_batch_start(rows, 0)
+    assert logged["rollout/score"] == pytest.approx(logged["rollout/reward_1"] + logged["rollout/reward_2"], rel=1e-4)
+    assert logged["rollout/reward_1"] != 0.0
+
+
+class Pull(Penalty):
+    def penalty(self, prediction: Tensor, reference: Tensor) -> Tensor:
+        return 7.0 * (prediction - reference - 1).square().mean()
+
+
+class Never(KLGate):
+    takes = "rewards"
+
+    def opens(self, values: Tensor) -> Tensor:
+        return torch.zeros_like(values, dtype=torch.bool)
+
+
+class Sides(Pull):
+    def penalty(self, prediction: Tensor, reference: Tensor) -> Tensor:
+        return (prediction - reference).flatten(1).mean(dim=1)
+
+
+class Base(TrustRegion):
+    kind = "penalty"
+
+
+def test_rules_of_a_users_own_act() -> None:
+    plain, pulled = (trajectory("sd35_tiny", trust_region=rule) for rule in (None, Pull()))
+    rows = plain.roll_out(BATCH)
+    difference = pulled.training_step(rows, 0) - plain.training_step(rows, 0)
+    assert difference.item() == pytest.approx(7.0, rel=1e-4)
+    gated = trajectory("sd35_tiny", trust_region=Never(), loss=KL).roll_out(BATCH)
+    assert not gated.held.any()
+
+
+class WrongShape(GroupAdvantage):
+    def __call__(self, rewards: Tensor, groups: Tensor) -> Tensor:
+        return super().__call__(rewards, groups)[:3]
+
+
+class NotFinite(GainCredit):
+    def __call__(self, rewards: Tensor) -> Tensor:
+        return super().__call__(rewards) * torch.nan
+
+
+class TooShort(GainCredit):
+    def __call__(self, rewards: Tensor) -> Tensor:
+        return super().__call__(rewards)[:, :1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"advantage": WrongShape()}, r"advantage: WrongShape returned \(3,\); it must return a tensor \(\d+,\)"),
+        ({"credit": NotFinite()}, "credit: NotFinite returned nan; it must return finite numbers"),
+        ({"credit": TooShort()}, r"credit: TooShort returned \(\d+, 1\); it must return a tensor \(\d+, \d\)"),
+    ],
+    ids=["advantage", "nan", "credit"],
+)
+def test_rules_of_a_users_own_are_checked(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        trajectory("sd35_tiny", **options).roll_out(BATCH)
+
+
+def test_rules_that_nothing_calls_are_refused() -> None:
+    with pytest.raises(InputError, match="Base is neither a RatioRule nor a KLGate nor a Penalty"):
+        trajectory("sd35_tiny", trust_region=Base())
+    module = trajectory("sd35_tiny", trust_region=Sides())
+    rows = module.roll_out(BATCH)
+    with pytest.raises(InputError, match=r"Sides\.penalty returned \(\d+,\); it must return a scalar"):
+        module.training_step(rows, 0)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,7 +16,9 @@ from latentreward.losses.clipped_policy import clipped_objective
 
 
 class TrustRegion(ABC):
-    """Base of all rules; a module takes one or a list of them, at most one of each kind.
+    """Base of all rules: :class:`RatioRule`, :class:`KLGate` and :class:`Penalty`, from which a rule derives.
+
+    A module takes one or a list of them, at most one of each kind.
 
     Attributes:
         kind: What the rule changes, of which there can be one at a time: ``ratio`` (takes the place of clipping),
@@ -153,7 +155,34 @@ class FlowDPPO(RatioRule):
         return torch.where(left_out, 0.0, -advantage * kept), ratio, left_out
 
 
-class NormGuard(TrustRegion):
+class Penalty(TrustRegion):
+    """Rule that adds a term to the loss."""
+
+    kind = "penalty"
+
+    @abstractmethod
+    def penalty(self, prediction: Tensor, reference: Tensor) -> Tensor:
+        """Compute the penalty of predictions ``(N, C, ...)``, a scalar.
+
+        Args:
+            prediction: ``(N, C, ...)`` output of the policy.
+            reference: ``(N, C, ...)`` output of the reference; no gradient flows to it.
+        """
+
+    def __call__(self, prediction: Tensor, reference: Tensor) -> Tensor:
+        """Call :meth:`penalty` and check the result.
+
+        Raises:
+            InputError: If it is no scalar.
+        """
+        found = self.penalty(prediction, reference)
+        if not isinstance(found, Tensor) or found.ndim:
+            shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise InputError(f"trust_region: {type(self).__name__}.penalty returned {shape}; it must return a scalar")
+        return found
+
+
+class NormGuard(Penalty):
     r"""Penalty on predictions that grow.
 
     .. math:: \lambda\,\mathrm{mean}_i\,\mathrm{relu}(\|v_i\| / \|v_{\mathrm{ref},i}\| - 1)^2
@@ -168,33 +197,44 @@ class NormGuard(TrustRegion):
         InputError: If ``weight`` is not positive.
     """
 
-    kind = "penalty"
-
     def __init__(self, weight: float = 1.0) -> None:
         if not (math.isfinite(weight) and weight > 0):
             raise InputError(f"weight={weight:g} must be positive and finite")
         self.weight = weight
 
     def penalty(self, prediction: Tensor, reference: Tensor) -> Tensor:
-        """Compute the penalty of predictions ``(N, C, ...)``, a scalar, float32.
-
-        Args:
-            prediction: ``(N, C, ...)`` output of the policy.
-            reference: ``(N, C, ...)`` output of the reference; no gradient flows to it.
-        """
+        """See :meth:`Penalty.penalty`; float32."""
         norm, ref_norm = (value.float().flatten(1).norm(dim=1) for value in (prediction, reference.detach()))
         excess = (norm / ref_norm.clamp(min=torch.finfo(torch.float32).tiny) - 1).relu()
         return self.weight * excess.square().mean()
 
 
 class KLGate(TrustRegion):
-    """Rule that chooses the trajectories on which the KL term acts; it is 0 for a batch without one."""
+    """Rule that chooses the trajectories on which the KL term acts; it is 0 for a batch without one.
+
+    Attributes:
+        takes: Values of K samples of each of P prompts that :meth:`opens` takes: ``rewards`` ``(P, K)``; ``levels``
+            ``(P, K, L)``, the rewards at each of L noise levels; ``parts`` ``(P, K, R)``, the scores of R rewards of a
+            mixture, times −1 for a reward with a negative weight.
+    """
 
     kind = "gate"
+    takes: Literal["rewards", "levels", "parts"] = "rewards"
 
     @abstractmethod
-    def __call__(self, values: Tensor) -> Tensor:
-        """Tell on which samples the KL term acts, bool."""
+    def opens(self, values: Tensor) -> Tensor:
+        """Tell on which samples of a rollout, of all ranks, the KL term acts: bool ``(P, K)``.
+
+        Args:
+            values: See :attr:`takes`.
+        """
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint holds of the gate; empty for a gate that does not adapt."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from the :meth:`state` of a checkpoint."""
 
 
 class UncertaintyGate(KLGate):
@@ -211,10 +251,16 @@ class UncertaintyGate(KLGate):
         InputError: If ``share`` is out of range.
     """
 
+    takes = "levels"
+
     def __init__(self, share: float = 0.2) -> None:
         if not 0 < share < 1:
             raise InputError(f"share={share:g} must lie between 0 and 1; 0.2 lets the KL term act on a fifth")
         self.share = share
+
+    def opens(self, values: Tensor) -> Tensor:
+        """See :meth:`KLGate.opens`."""
+        return self(self.uncertainty(values.permute(2, 0, 1).contiguous()))
 
     def uncertainty(self, rewards: Tensor) -> Tensor:
         """Compute the uncertainty ``(P, K)``, float64.
@@ -251,11 +297,17 @@ class RankGate(KLGate):
         InputError: If ``share`` is out of range.
     """
 
+    takes = "parts"
+
     def __init__(self, share: float = 0.1, reversed: bool = False) -> None:
         if not 0.02 <= share <= 0.2:
             raise InputError(f"share={share:g} must lie in [0.02, 0.2]; GARDO starts with 0.1")
         self.share, self.reversed = share, reversed
         self.seen: list[float] = []
+
+    def opens(self, values: Tensor) -> Tensor:
+        """See :meth:`KLGate.opens`; adapts the share."""
+        return self(values.flatten(0, 1)).unflatten(0, values.shape[:2])
 
     def uncertainty(self, rewards: Tensor) -> Tensor:
         """Compute u ``(N,)`` of N samples from rewards ``(N, R)``, R ≥ 2, the first column that of the main reward."""
@@ -286,9 +338,9 @@ class RankGate(KLGate):
         self.seen = [*self.seen, mean][-20:]
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint holds of the gate."""
+        """See :meth:`KLGate.state`."""
         return {"share": self.share, "seen": list(self.seen)}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from the :meth:`state` of a checkpoint."""
+        """See :meth:`KLGate.restore`."""
         self.share, self.seen = float(state["share"]), [float(mean) for mean in state["seen"]]

@@ -35,6 +35,7 @@ from latentreward.rollout import (
     Sampling,
     Transition,
     candidate_steps,
+    check_values,
     gap_quantiles,
 )
 
@@ -185,6 +186,7 @@ class RolloutModule(RewardedModule, Generic[Experience]):
         super().__init__(*args, **options)
         self._began = self._rollout_seconds = 0.0
         self._times: dict[str, float] = {}
+        self._part_means: list[float] = []
         self._rows: dict[str, int] = {}
         self._encoded: tuple[Conditioning, Conditioning | None] | None = None
 
@@ -224,9 +226,13 @@ class RolloutModule(RewardedModule, Generic[Experience]):
             ``(P, K)``, or ``(P, K, S)``.
         """
         every = self.of_all_ranks(rewards)
+        flat = every.flatten(0, 1)
         groups = torch.arange(len(every), device=every.device).repeat_interleave(every.shape[1])
         given = (self.of_all_ranks(features).flatten(0, 1),) if rule.takes_features and features is not None else ()
-        advantages = rule(every.flatten(0, 1), groups, *given)
+        advantages = rule(flat, groups, *given)
+        check_values(
+            f"advantage: {type(rule).__name__}", advantages, flat.shape[:1] if rule.takes_parts else flat.shape
+        )
         return self.of_this_rank(advantages.unflatten(0, every.shape[:2]), len(rewards))
 
     def of_all_ranks(self, values: Tensor) -> Tensor:
@@ -276,7 +282,11 @@ class RolloutModule(RewardedModule, Generic[Experience]):
         """Call :meth:`make_experience` in evaluation mode without gradients, with autocast, and measure its time."""
         wall, process = time.perf_counter(), time.process_time()
         with evaluating(self), torch.no_grad(), self.compute_precision():
+            self.reward.take_means()
             found = self.make_experience(prompts)
+            if (means := self.reward.take_means()) is not None:
+                every = self.of_all_ranks(means[None].to(self.device, torch.float32))
+                self._part_means = every.mean(dim=0).tolist()
         seconds = time.perf_counter() - wall
         self._rollout_seconds += seconds
         self._times = {"seconds": seconds, "process_seconds": time.process_time() - process}
@@ -308,13 +318,17 @@ class RolloutModule(RewardedModule, Generic[Experience]):
         self._began, self._rollout_seconds = time.perf_counter(), 0.0
 
     def on_train_batch_start(self, batch: Experience, batch_idx: int) -> None:
-        """Log the last rollout: time, share of the run's time in rollouts, mean score, mean gap, share of rows kept."""
+        """Log the last rollout: time, share of the run's time in rollouts, mean score, mean gap, share of rows kept.
+
+        Of a mixture also the mean score of each reward, as it is before normalisation.
+        """
         values = dict(self._times)
         if values:
             values["time_share"] = self._rollout_seconds / (time.perf_counter() - self._began)
         if (statistics := self.rollout_statistics) is not None and statistics.gap.numel():
             means = {"score": statistics.scores, "gap": statistics.gap, "kept_share": statistics.kept}
             values |= {name: value.float().mean().item() for name, value in means.items()}
+        values |= {f"reward_{number}": mean for number, mean in enumerate(self._part_means, 1)}
         self.log_dict({f"rollout/{name}": value for name, value in values.items()}, batch_size=len(batch))
 
 

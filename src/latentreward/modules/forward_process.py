@@ -14,7 +14,7 @@ from torch import Tensor
 
 from latentreward.contracts import PromptBatch, RenoisedSamples, join_rows
 from latentreward.errors import InputError
-from latentreward.losses import MatchingLoss, NFTLoss, NormGuard, TrustRegion, velocity_divergence
+from latentreward.losses import MatchingLoss, NFTLoss, Penalty, TrustRegion, velocity_divergence
 from latentreward.modules.alignment import RolloutModule
 from latentreward.modules.grpo import LEAST_ADVANTAGE, group_statistics
 from latentreward.policies import PolicySource
@@ -54,7 +54,7 @@ class ForwardProcessModule(RolloutModule[RenoisedSamples]):
         num_samples: Samples K per prompt.
         reward_sigmas: Noise levels at which a latent reward scores; without effect on rewards of pixels.
         advantage: Rule that turns rewards into advantages; None divides by the spread of all rewards of a rollout.
-        trust_region: A :class:`~latentreward.losses.NormGuard`, or None. The other rules need a sampler's steps.
+        trust_region: A :class:`~latentreward.losses.Penalty`, or None. The other rules need a sampler's steps.
         options: See :class:`~latentreward.modules.alignment.AlignmentModule`. Neither sampling nor training uses
             classifier-free guidance.
 
@@ -110,10 +110,10 @@ class ForwardProcessModule(RolloutModule[RenoisedSamples]):
                 f"advantage: {type(advantage).__name__} is for TrajectoryGRPOModule; {type(self).__name__} takes "
                 "GroupAdvantage"
             )
-        if trust_region is not None and not isinstance(trust_region, NormGuard):
+        if trust_region is not None and not isinstance(trust_region, Penalty):
             raise InputError(
                 f"trust_region: {type(trust_region).__name__} needs a sampler's steps, from which "
-                f"{type(self).__name__} does not learn; take NormGuard, or TrajectoryGRPOModule"
+                f"{type(self).__name__} does not learn; take a Penalty such as NormGuard, or TrajectoryGRPOModule"
             )
         steps.choose(sampling.num_inference_steps, torch.Generator())
         sampler = sampling.sampler(family)
@@ -184,8 +184,8 @@ class ForwardProcessModule(RolloutModule[RenoisedSamples]):
         """Add the penalty of ``trust_region``, if there is one, to a loss, and log it."""
         if self.guard is None or reference is None:
             return loss
-        penalty = self.guard.penalty(velocity, reference)
-        self.log("train/norm_guard", penalty.detach(), batch_size=len(velocity))
+        penalty = self.guard(velocity, reference)
+        self.log("train/penalty", penalty.detach(), batch_size=len(velocity))
         return loss + penalty
 
     def _rows_of(self, prompts: PromptBatch, latents: Tensor, advantage: Tensor) -> list[RenoisedSamples]:

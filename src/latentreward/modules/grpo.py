@@ -20,9 +20,8 @@ from latentreward.losses import (
     ClippedPolicyResult,
     GRPOGuard,
     KLGate,
-    NormGuard,
     OutcomeProcessLoss,
-    RankGate,
+    Penalty,
     RatioRule,
     StepDrift,
     TrustRegion,
@@ -48,6 +47,7 @@ from latentreward.rollout import (
     Window,
     WindowedSampler,
     check_sigmas,
+    check_values,
     group_advantages,
     require_gradient,
     rows_of,
@@ -61,7 +61,7 @@ FEATURE_SIDE = 4
 """Side of the grid of areas over which finished latents are averaged, as features of a sample."""
 
 GATE = "trust_region"
-"""Key of a checkpoint with the state of a :class:`~latentreward.losses.RankGate`."""
+"""Key of a checkpoint with the state of a :class:`~latentreward.losses.KLGate` that adapts."""
 
 LEAST_ADVANTAGE = 1e-6
 """Largest absolute advantage that counts as rounding; scores that differ by more than 1e-4 give advantages near 1."""
@@ -73,7 +73,7 @@ class FinishedScores(NamedTuple):
     Attributes:
         rewards: ``(P, K)`` rewards.
         parts: ``(P, K, R)`` scores of R rewards of a mixture, where a rule takes them.
-        levels: ``(L, P, K)`` rewards at each of L noise levels, where a rule takes them.
+        levels: ``(P, K, L)`` rewards at each of L noise levels, where a rule takes them.
     """
 
     rewards: Tensor
@@ -119,7 +119,7 @@ class GRPOModule(RolloutModule[StepSamples]):
 
     def training_step(self, batch: StepSamples, batch_idx: int) -> Tensor:
         """Return the loss of a batch of states with K sampled steps each."""
-        penalty = next((rule for rule in self.trust_region if isinstance(rule, NormGuard)), None)
+        penalty = next((rule for rule in self.trust_region if isinstance(rule, Penalty)), None)
         reference = None
         if self.loss.needs_reference or penalty is not None:
             with torch.no_grad(), self.policy.reference():
@@ -133,8 +133,8 @@ class GRPOModule(RolloutModule[StepSamples]):
             self.log("train/kl", result.kl, batch_size=len(batch), sync_dist=True)
         loss = result.loss
         if penalty is not None and reference is not None:
-            values["norm_guard"] = guard = penalty.penalty(prediction, reference)
-            loss = loss + guard
+            values["penalty"] = added = penalty(prediction, reference)
+            loss = loss + added
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
         self.log_dict({f"train/{name}": value.detach() for name, value in values.items()}, batch_size=len(batch))
         return loss
@@ -316,7 +316,8 @@ class TrajectoryGRPOModule(GRPOModule):
         super().__init__(policy, reward, sampling, loss, **options)
         self.num_trajectories, self.reward_sigmas = num_trajectories, tuple(reward_sigmas)
         self.reward_guidance, self.credit, self.window, self.trust_region = reward_guidance, credit, window, rules
-        self.advantage = advantage or GroupAdvantage("all" if global_std else "group")
+        self.advantage = (advantage or GroupAdvantage("all" if global_std else "group")).weighing(reward.part_weights)
+        self.part_signs = torch.tensor([-1.0 if weight < 0 else 1.0 for weight in reward.part_weights])
         self.trained_steps = Branching(num_trajectories, low, high).training_steps(self.sampler)
         if window is not None:
             window.check(len(self.trained_steps))
@@ -336,13 +337,13 @@ class TrajectoryGRPOModule(GRPOModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the state of a gate that adapts."""
         super().on_save_checkpoint(checkpoint)
-        if isinstance(self.gate, RankGate):
-            checkpoint[GATE] = self.gate.state()
+        if self.gate is not None and (state := self.gate.state()):
+            checkpoint[GATE] = state
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the state of a gate that adapts."""
         super().on_load_checkpoint(checkpoint)
-        if isinstance(self.gate, RankGate) and GATE in checkpoint:
+        if self.gate is not None and GATE in checkpoint:
             self.gate.restore(checkpoint[GATE])
 
     def make_experience(self, prompts: PromptBatch) -> StepSamples | None:
@@ -377,6 +378,7 @@ class TrajectoryGRPOModule(GRPOModule):
             states = self._state_rewards(trajectories, prompts, steps[0]).unflatten(0, rewards.shape)
             every = self.of_all_ranks(states)
             credit = self.credit.of_steps(every.flatten(0, 1), [step - steps[0] for step in steps])
+            check_values(f"credit: {type(self.credit).__name__}", credit, (every[..., 0].numel(), len(steps)))
             process = self.advantages(
                 self.of_this_rank(credit.unflatten(0, every.shape[:2]), len(prompts)), self.advantage, features
             )
@@ -398,12 +400,10 @@ class TrajectoryGRPOModule(GRPOModule):
 
     def _finished_scores(self, latents: Tensor, prompts: PromptBatch) -> FinishedScores:
         """Score finished latents, in the forms that advantages and gate need."""
-        parts = levels = None
-        if isinstance(
-            self.gate, UncertaintyGate
-        ):  # beside the rewards: a head's score of several levels may be no mean
-            levels = torch.stack([self._score(latents, prompts, [sigma]) for sigma in self.reward_sigmas])
-        if self.advantage.takes_parts or isinstance(self.gate, RankGate):
+        parts, levels, takes = None, None, self.gate and self.gate.takes
+        if takes == "levels":  # beside the rewards: a head's score of several levels may be no mean
+            levels = torch.stack([self._score(latents, prompts, [sigma]) for sigma in self.reward_sigmas], dim=-1)
+        if self.advantage.takes_parts or takes == "parts":
             parts = self._score(latents, prompts, self.reward_sigmas, parts=True)
             rewards = self.reward.mix(parts.flatten(0, 1), rows_of(prompts, latents)).view(parts.shape[:2])
         else:
@@ -428,13 +428,14 @@ class TrajectoryGRPOModule(GRPOModule):
 
     def _held(self, scores: FinishedScores, steps: int) -> Tensor | None:
         """Tell on which steps ``(P, K, S)`` the KL term acts; None for all."""
-        if isinstance(self.gate, UncertaintyGate) and scores.levels is not None:
-            held = self.gate(self.of_all_ranks(self.gate.uncertainty(scores.levels)))
-        elif isinstance(self.gate, RankGate) and scores.parts is not None:
-            parts = self.of_all_ranks(scores.parts)
-            held = self.gate(parts.flatten(0, 1)).unflatten(0, parts.shape[:2])
-        else:
+        if self.gate is None:
             return None
+        values = getattr(scores, self.gate.takes)
+        if self.gate.takes == "parts":
+            values = values * self.part_signs.to(values.device)
+        every = self.of_all_ranks(values)
+        held = self.gate.opens(every)
+        check_values(f"trust_region: {type(self.gate).__name__}", held, every.shape[:2])
         return self.of_this_rank(held, len(scores.rewards))[..., None].expand(-1, -1, steps)
 
 
@@ -452,6 +453,11 @@ def check_rules(
     kinds: dict[str, str] = {}
     for rule in rules:
         name = type(rule).__name__
+        if not isinstance(rule, RatioRule | KLGate | Penalty):
+            raise InputError(
+                f"trust_region: {name} is neither a RatioRule nor a KLGate nor a Penalty; derive it from one of these, "
+                "whose methods the module calls"
+            )
         if rule.kind in kinds:
             raise InputError(f"trust_region: {kinds[rule.kind]} and {name} exclude each other; leave one of them out")
         kinds[rule.kind] = name
@@ -459,15 +465,16 @@ def check_rules(
             raise InputError(f"trust_region: {name} has no form for loss OutcomeProcessLoss; use ClippedPolicyLoss")
         if rule.kind == "gate" and not loss.needs_reference:
             raise InputError(f"trust_region: {name} chooses where the KL term acts; set loss.kl_weight above 0")
-        if isinstance(rule, UncertaintyGate) and len(set(reward_sigmas)) < 2:
-            raise InputError("trust_region: UncertaintyGate compares noise levels; give reward_sigmas two or more")
-        if isinstance(rule, UncertaintyGate) and not reward.uses_sigmas:
+        takes = rule.takes if isinstance(rule, KLGate) else None
+        if takes == "levels" and len(set(reward_sigmas)) < 2:
+            raise InputError(f"trust_region: {name} compares noise levels; give reward_sigmas two or more")
+        if takes == "levels" and not reward.uses_sigmas:
             raise InputError(
-                f"trust_region: UncertaintyGate compares noise levels, and {type(reward).__name__} does not score at "
-                "levels; take a LatentReward"
+                f"trust_region: {name} compares noise levels, and {type(reward).__name__} does not score at levels; "
+                "take a LatentReward"
             )
-        if isinstance(rule, RankGate) and reward.parts < 2:
-            raise InputError("trust_region: RankGate compares rewards; take a RewardMixture of at least 2")
+        if takes == "parts" and reward.parts < 2:
+            raise InputError(f"trust_region: {name} compares rewards; take a RewardMixture of at least 2")
 
 
 def candidate_samples(step: CandidateStep, prompts: PromptBatch) -> StepSamples:

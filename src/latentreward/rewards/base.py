@@ -32,6 +32,15 @@ class Reward(nn.Module, ABC):
     differentiable: bool = False
     changes_buffers: bool = False
 
+    @property
+    def name(self) -> str:
+        """Name in messages."""
+        return type(self).__name__
+
+    def take_means(self) -> Tensor | None:
+        """Return the mean score of each reward of a mixture since the last call, ``(R,)``; None for other rewards."""
+        return None
+
     @abstractmethod
     def encode_prompts(self, prompts: Sequence[str]) -> Any:
         """Encode P raw prompts once, for many calls of :meth:`score`; each reward chooses the type of the result."""
@@ -102,7 +111,7 @@ class Reward(nn.Module, ABC):
         Raises:
             InputError: If the scores are not a tensor ``(N,)``, or a score is not finite.
         """
-        count, name = len(timesteps), type(self).__name__
+        count, name = len(timesteps), self.name
         if not isinstance(scores, Tensor) or scores.shape != (count,):
             shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             raise InputError(f"reward {name} returned {shape} for {count} states; it must return a tensor ({count},)")
@@ -120,10 +129,12 @@ class RewardSource(ABC):
 
     Attributes:
         parts: Number of rewards that a mixture holds; 1 for any other reward.
+        part_weights: Weights of the rewards of a mixture.
         uses_sigmas: Whether the reward scores finished latents at noise levels, as latent rewards do.
     """
 
     parts: int = 1
+    part_weights: Sequence[float] = (1.0,)
     uses_sigmas: bool = False
 
     def has_gradient(self) -> bool:

@@ -54,15 +54,23 @@ class CallableReward(RewardSource):
 
     def load(self, policy: Policy) -> FunctionReward:
         """See :meth:`RewardSource.load`."""
-        return FunctionReward(self.function, self.needs_clean, self.differentiable)
+        return FunctionReward(self.function, self.needs_clean, self.differentiable, type(self).__name__)
 
 
 class FunctionReward(Reward):
     """The loaded reward of :class:`CallableReward` and :class:`RandomReward`."""
 
-    def __init__(self, function: Callable[..., Tensor], needs_clean: bool, differentiable: bool) -> None:
+    def __init__(
+        self, function: Callable[..., Tensor], needs_clean: bool, differentiable: bool, name: str = "RandomReward"
+    ) -> None:
         super().__init__()
         self.function, self.needs_clean, self.differentiable = function, needs_clean, differentiable
+        self._name = name
+
+    @property
+    def name(self) -> str:
+        """Name of the class in the settings."""
+        return self._name
 
     def encode_prompts(self, prompts: Sequence[str]) -> tuple[str, ...]:
         """Return the prompts unchanged."""

@@ -69,6 +69,11 @@ class RewardMixture(RewardSource):
         return len(self.rewards)
 
     @property
+    def part_weights(self) -> Sequence[float]:  # type: ignore[override]
+        """Weights of the rewards."""
+        return self.weights
+
+    @property
     def uses_sigmas(self) -> bool:  # type: ignore[override]
         """Whether one of the rewards scores finished latents at noise levels."""
         return any(reward.uses_sigmas for reward in self.rewards)
@@ -131,6 +136,7 @@ class MixedReward(Reward):
         self.needs_clean = any(reward.needs_clean for reward in rewards)
         self.differentiable = all(reward.differentiable for reward in rewards)
         self.changes_buffers = normalise == "running"
+        self._sums, self._count = torch.zeros(len(rewards), dtype=torch.float64), 0
         if self.changes_buffers:
             self.register_buffer("seen", torch.zeros(len(rewards), 3, dtype=torch.float64))
 
@@ -174,8 +180,16 @@ class MixedReward(Reward):
     def mix(self, parts: Tensor, rows: Tensor) -> Tensor:
         """See :meth:`Reward.mix`; under ``running`` the parts count as seen."""
         rows = rows.to(parts.device)
+        self._sums += parts.detach().cpu().double().sum(dim=0)
+        self._count += len(parts)
         normalised = [self._normalised(scores, rows, index) for index, scores in enumerate(parts.unbind(dim=1))]
         return torch.stack([weight * part for weight, part in zip(self.weights, normalised, strict=True)]).sum(dim=0)
+
+    def take_means(self) -> Tensor | None:
+        """See :meth:`Reward.take_means`."""
+        means = self._sums / self._count if self._count else None
+        self._sums, self._count = torch.zeros_like(self._sums), 0
+        return means
 
     def _normalised(self, scores: Tensor, rows: Tensor, index: int) -> Tensor:
         if self.normalise == "group":

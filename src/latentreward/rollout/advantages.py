@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -27,6 +27,10 @@ class Advantage(ABC):
         if self.takes_parts and rewards < 2:
             name = type(self).__name__
             raise InputError(f"advantage: {name} normalises rewards one by one; take a RewardMixture of at least 2")
+
+    def weighing(self, weights: Sequence[float]) -> Self:
+        """Return the rule for rewards that a mixture weighs by ``weights``; itself if it takes their sum."""
+        return self
 
     @abstractmethod
     def __call__(self, rewards: Tensor, groups: Tensor) -> Tensor:
@@ -101,10 +105,11 @@ class GDPO(Advantage):
 
     The weighted sum of the group-relative advantages is then brought to mean 0 and standard deviation 1 over the
     rollout. A reward with a large spread does not drown the others, as it does in a sum of rewards. A
-    :class:`~latentreward.rewards.RewardMixture` gives its rewards one by one; its own weights are not used.
+    :class:`~latentreward.rewards.RewardMixture` gives its rewards one by one; its ``normalise`` has no effect on
+    advantages.
 
     Args:
-        weights: Weight of each reward; None weighs all alike.
+        weights: Weight of each reward; None takes those of the mixture.
         epsilon: Least standard deviation that is divided by.
 
     Raises:
@@ -125,6 +130,10 @@ class GDPO(Advantage):
         super().check(rewards)
         if self.weights is not None and len(self.weights) != rewards:
             raise InputError(f"advantage.weights={list(self.weights)} for {rewards} rewards; give one for each")
+
+    def weighing(self, weights: Sequence[float]) -> Self:
+        """See :meth:`Advantage.weighing`."""
+        return self if self.weights is not None else type(self)(weights, self.epsilon)
 
     def __call__(self, rewards: Tensor, groups: Tensor) -> Tensor:
         """Compute advantages ``(N,)`` of rewards ``(N, R)``, one column per reward.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from latentreward.errors import InputError
+from latentreward.rollout.finished import check_values
 
 
 class Credit(ABC):
@@ -24,7 +25,9 @@ class Credit(ABC):
 
     def of_steps(self, rewards: Tensor, steps: Sequence[int]) -> Tensor:
         """Compute the rewards ``(N, len(steps))`` of the steps that are trained on, of all S steps."""
-        return self(rewards)[:, list(steps)]
+        credit = self(rewards)
+        check_values(f"credit: {type(self).__name__}", credit, rewards[:, 1:].shape)
+        return credit[:, list(steps)]
 
 
 class GainCredit(Credit):
