@@ -4,6 +4,7 @@ import csv
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,9 +15,17 @@ import yaml
 
 from latentreward.cache.datamodule import CachedPreferenceDataModule, CachedSplit
 from latentreward.cli import main
-from latentreward.contracts import PreferenceBatch
-from latentreward.data import HPDv3Reader, PairReader, PickAPicReader, PreferenceDataModule, ScoreTargets
+from latentreward.contracts import PreferenceBatch, PreferencePair
+from latentreward.data import (
+    HPDv3Reader,
+    JSONLPairReader,
+    PairReader,
+    PickAPicReader,
+    PreferenceDataModule,
+    ScoreTargets,
+)
 from latentreward.data.collate import is_turned
+from latentreward.data.score_table import ScoreTable
 from latentreward.data.targets import check_targets
 from latentreward.errors import InputError
 from latentreward.losses import LabelLoss, PreferenceLoss, RankingDistillation, TieLoss
@@ -61,6 +70,69 @@ def check(batch: PreferenceBatch, expected: dict[str, tuple[float, float]]) -> N
     for row, name in enumerate(batch.pair_ids):
         found = batch.targets.chosen[row].item(), batch.targets.rejected[row].item()
         assert found == pytest.approx(expected[name], abs=1e-5)
+
+
+def test_a_table_may_name_winner_and_loser(reader: PairReader, tmp_path: Path) -> None:
+    """A reader may exchange images a and b; chosen and rejected are the same for everybody."""
+    values = numbers(8)
+    table = tmp_path / "own.csv"
+    lines = [f"{name},{chosen},{rejected}" for name, (chosen, rejected) in zip(reader.pair_ids(), values, strict=True)]
+    table.write_text("\n".join(["pair_id,mine_chosen,mine_rejected", *lines]))
+    targets = ScoreTargets({"train": str(table)}, ["mine"], standardise=False)
+    labels = reader.labels()
+    if ((labels == 0.5) | np.isnan(labels)).any():
+        with pytest.raises(InputError, match="have no winner; give mine_a and mine_b for images a and b"):
+            targets.values("train", reader)
+    decided = DecidedPairs(reader)
+    found = targets.values("train", decided)[:, :, 0, 0]
+    for row, label in enumerate(decided.labels()):
+        assert found[row].tolist() == pytest.approx(values[row] if label > 0.5 else values[row][::-1])
+    gaps = ScoreTable(table).gaps(decided).values["mine"]
+    np.testing.assert_allclose(gaps, [chosen - rejected for chosen, rejected in values])
+
+
+class DecidedPairs(PairReader):
+    """The pairs of a reader, ties decided for image b."""
+
+    def __init__(self, reader: PairReader) -> None:
+        super().__init__()
+        self.reader = reader
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, index: int) -> PreferencePair:
+        return replace(self.reader[index], label_a=float(self.labels()[index]))
+
+    def labels(self) -> np.ndarray:
+        return np.where(self.reader.labels() > 0.5, 1.0, 0.0)
+
+
+def test_a_table_of_exchanged_images_is_refused(reader: PairReader, tmp_path: Path) -> None:
+    pairs = [reader[row] for row in range(len(reader))]
+    for exchanged in (False, True):
+        table, lines = tmp_path / "images.csv", ["pair_id,image_a,image_b,mine_a,mine_b"]
+        for number, pair in enumerate(pairs):
+            keys = pair.image_a.image_key, pair.image_b.image_key
+            lines.append(",".join((pair.pair_id, *(keys[::-1] if exchanged else keys), str(number), "0")))
+        table.write_text("\n".join(lines))
+        targets = ScoreTargets({"train": str(table)}, ["mine"], standardise=False)
+        error = pytest.raises(
+            InputError, match="which is image b of the reader; make the table by score-pairs, or name"
+        )
+        with error if exchanged else nullcontext():
+            assert targets.values("train", reader)[:, 0, 0, 0].tolist() == list(range(8))
+
+
+def test_unlabelled_pairs_are_told_what_to_do(tmp_path: Path) -> None:
+    """Where a teacher's values are learned, a label of ½ is enough."""
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "image_a": "1.png", "image_b": "2.png"}\n' * 2)
+    reader = JSONLPairReader(str(tmp_path / "pairs.jsonl"))
+    table = write_table(tmp_path / "scores.csv", reader.pair_ids(), teacher=numbers(2))
+    targets = ScoreTargets({"train": table}, ["teacher"])
+    data = PreferenceDataModule(16, train=reader, targets=targets, batch_size=1, num_workers=0)
+    with pytest.raises(InputError, match=r"label rows \(0\.5 where only the values of data\.targets are learned\)"):
+        data.require_rows(["train"])
 
 
 def test_values_reach_the_batch_z_scored_and_on_their_sides(reader: PairReader, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from latentreward.errors import InputError
 from latentreward.heads import LayerMixHead
 from latentreward.losses import RegressionDistillation
 from latentreward.rewards import LatentReward
-from latentreward.scoring import RewardModel, ScoringNoise
+from latentreward.scoring import Calibration, RewardModel, ScoringNoise
 from latentreward.scoring.scored_table import read_scores
 from tests.formats.conftest import COMMITTED
 from tests.modules.batches import dina, pixel_batch, scores_of
@@ -88,6 +88,27 @@ def test_the_weights_are_in_the_config_and_the_card(model: RewardModel, tmp_path
     assert "0.25 × fidelity, 0.75 × aesthetics" in (tmp_path / "saved" / "README.md").read_text()
     again = RewardModel.from_pretrained(tmp_path / "saved")
     assert torch.equal(again.score(PROMPTS, pictures(3), axes=True), model.score(PROMPTS, pictures(3), axes=True))
+
+
+def test_other_weights_leave_the_calibration_out(
+    model: RewardModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Weights edited in a published folder make other scores than those that were calibrated."""
+    fitted = Calibration.fit(torch.arange(30.0), "numbers", model.noise, axes=model.head.axis_weights)
+    model.calibration = fitted
+    try:
+        model.save_pretrained(tmp_path / "saved")
+    finally:
+        model.calibration = None
+    assert RewardModel.from_pretrained(tmp_path / "saved").calibration == fitted
+    place = tmp_path / "saved" / "config.json"
+    config = json.loads(place.read_text())
+    for part in settings_in(config):
+        if "weights" not in part and part.get("axes") == [0.25, 0.75] and "quantiles" not in part:
+            part["axes"] = [1.0, 0.0]
+    place.write_text(json.dumps(config))
+    assert RewardModel.from_pretrained(tmp_path / "saved").calibration is None
+    assert "with the axes weighed [0.25, 0.75], and these are [1.0, 0.0] now" in caplog.text
 
 
 def settings_in(value: object) -> Iterator[dict]:

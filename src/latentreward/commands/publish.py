@@ -199,7 +199,8 @@ def calibrate(model: RewardModel, reference: Reference, listed: ImageList, batch
     if different < FEW:
         thin = f"reference.images: {different} different images in {len(listed.rows)} rows"
         print(f"{thin}; z_score and quantile are rough below {FEW}", file=sys.stderr)
-    return Calibration.fit(scores, reference.name or Path(reference.images).name, model.noise, reference.seed)
+    name = reference.name or Path(reference.images).name
+    return Calibration.fit(scores, name, model.noise, reference.seed, model.head.axis_weights)
 
 
 def calibration_text(calibration: Calibration | None) -> str:

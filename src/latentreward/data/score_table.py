@@ -15,7 +15,9 @@ from latentreward.errors import InputError, first_line
 
 PAIR_ID = "pair_id"
 FLAG = "different_flag"
-GAP, SIDES = "_gap", ("_a", "_b")
+GAP, SIDES, WINNER_FIRST = "_gap", ("_a", "_b"), ("_chosen", "_rejected")
+CHECKED_ROWS = 64
+"""Number of rows whose images are compared with the reader's."""
 
 NOT_LISTED = "not in the score table"
 UNLABELLED = "unlabelled"
@@ -44,9 +46,11 @@ class PairGaps:
 class ScoreTable:
     """A CSV or parquet file with scores and one row per pair, such as ``latentreward score-pairs`` writes.
 
-    For each scorer NAME the file has either a column ``NAME_gap`` (winner minus loser; for ties the absolute
-    difference), or two columns ``NAME_a`` and ``NAME_b`` with the scores of images a and b. From two columns the gap is
-    computed with the reader's labels. The optional column ``different_flag`` is 1 for a decided pair and 0 for a tie.
+    For each scorer NAME the file has a column ``NAME_gap`` (winner minus loser; for ties the absolute difference), or
+    two columns: ``NAME_a`` and ``NAME_b`` with the scores of the *reader's* images a and b, which it may exchange,
+    or ``NAME_chosen`` and ``NAME_rejected``. From two columns the gap is computed with the reader's labels. If the file
+    has ``image_a`` and ``image_b`` too, the first rows are compared with the reader's images. The optional column
+    ``different_flag`` is 1 for a decided pair and 0 for a tie.
     An empty or NaN score stays NaN.
 
     With a column ``pair_id``, rows are matched to the reader's rows by name. Without it, the table must have exactly
@@ -65,11 +69,15 @@ class ScoreTable:
         self._table = read_table(self.path)
         names = self._table.column_names
         gaps = [name.removesuffix(GAP) for name in names if name.endswith(GAP)]
-        first = [name.removesuffix("_a") for name in names if name.endswith("_a") and name != "label_a"]
-        sides = [name for name in first if all(self._holds_numbers(f"{name}{side}") for side in SIDES)]
+        first = [(name, side) for side in ("_a", "_chosen") for name in names if name.endswith(side)]
+        scorers = [name.removesuffix(side) for name, side in first if name != "label_a"]
+        sides = [name for name in scorers if all(map(self._holds_numbers, self._columns(name)))]
         self.scorers = tuple(dict.fromkeys([*gaps, *sides]))
         if not self.scorers:
-            raise InputError(f"{self.path}: no column NAME_gap, nor NAME_a and NAME_b; it has {', '.join(names)}")
+            raise InputError(
+                f"{self.path}: no column NAME_gap, nor NAME_a and NAME_b, nor NAME_chosen and NAME_rejected; it has "
+                f"{', '.join(names)}"
+            )
         if PAIR_ID in names:
             self._refuse_repeated_pairs()
 
@@ -100,15 +108,53 @@ class ScoreTable:
         return PairGaps(decided, values, problems)
 
     def sides(self, name: str, reader: PairReader | None = None) -> np.ndarray:
-        """Return the scores ``NAME_a`` and ``NAME_b`` of every row of ``reader``, or of the table: ``(N, 2)`` float64.
+        """Return the scores of both images of every row of ``reader``, or of the table: ``(N, 2)`` float64.
 
-        Images without a score, and pairs that are not in the table, have NaN.
+        Those of a reader's rows are of its images a and b. Images without a score, and pairs that are not in the table,
+        have NaN.
 
         Raises:
-            InputError: If a column is missing or holds no numbers, or the table does not fit the reader.
+            InputError: If a column is missing or holds no numbers, the table does not fit the reader, or columns of
+                chosen and rejected images are given for pairs without a winner.
         """
-        rows = np.arange(len(self)) if reader is None else self._rows_of(reader)
-        return np.stack([_take(numbers(self._table, f"{name}{side}", self.path), rows) for side in SIDES], axis=1)
+        if reader is None:
+            return self._scores(name, np.arange(len(self)))
+        rows = self._rows_of(reader)
+        self._check_images(reader, rows)
+        return self._scores(name, rows, reader.labels())
+
+    def _columns(self, name: str) -> tuple[str, str]:
+        """Return the names of the two columns of a scorer."""
+        by_winner = f"{name}_a" not in self._table.column_names and f"{name}_chosen" in self._table.column_names
+        first, second = WINNER_FIRST if by_winner else SIDES
+        return f"{name}{first}", f"{name}{second}"
+
+    def _scores(self, name: str, rows: np.ndarray, labels: np.ndarray | None = None) -> np.ndarray:
+        """Return the scores ``(N, 2)`` of rows; with labels those of images a and b, also from winner and loser."""
+        columns = self._columns(name)
+        scores = np.stack([_take(numbers(self._table, column, self.path), rows) for column in columns], axis=1)
+        if labels is None or columns[0].endswith("_a"):
+            return scores
+        undecided = (np.isnan(labels) | (labels == 0.5)) & (rows >= 0)
+        if undecided.any():
+            raise InputError(
+                f"{self.path}: {columns[0]} and {columns[1]}, but {undecided.sum()} pairs have no winner; give "
+                f"{name}_a and {name}_b for images a and b"
+            )
+        return np.where((labels > 0.5)[:, None], scores, scores[:, ::-1])
+
+    def _check_images(self, reader: PairReader, rows: np.ndarray) -> None:
+        """Raise InputError if the table has image_a and image_b, and these are the reader's b and a."""
+        if not {"image_a", "image_b"} <= set(self._table.column_names):
+            return
+        for row in np.flatnonzero(rows >= 0)[:CHECKED_ROWS].tolist():
+            pair = reader[row]
+            first, second = (str(self._table.column(name)[int(rows[row])].as_py()) for name in ("image_a", "image_b"))
+            if (first, second) == (pair.image_b.image_key, pair.image_a.image_key) and first != second:
+                raise InputError(
+                    f"{self.path}: image_a of pair {pair.pair_id} is {first}, which is image b of the reader; make the "
+                    "table by score-pairs, or name its columns NAME_chosen and NAME_rejected"
+                )
 
     def _holds_numbers(self, name: str) -> bool:
         kind = self._table.schema.field(name).type if name in self._table.column_names else pa.string()
@@ -128,7 +174,7 @@ class ScoreTable:
     def _gap(self, name: str, rows: np.ndarray, labels: np.ndarray | None) -> np.ndarray:
         if f"{name}{GAP}" in self._table.column_names or labels is None:
             return _take(numbers(self._table, f"{name}{GAP}", self.path), rows)
-        first, second = (_take(numbers(self._table, f"{name}{side}", self.path), rows) for side in SIDES)
+        first, second = self._scores(name, rows, labels).T
         return oriented_gap(first, second, labels)
 
     def _rows_of(self, reader: PairReader) -> np.ndarray:

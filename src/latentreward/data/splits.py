@@ -35,7 +35,7 @@ def select_rows(splits: dict[str, PairReader], shared_prompts: SharedPrompts = "
 
 
 def select_or_explain(
-    splits: dict[str, PairReader], shared_prompts: SharedPrompts = "drop"
+    splits: dict[str, PairReader], shared_prompts: SharedPrompts = "drop", remedy: str = "label rows"
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Select the labelled rows of each split, by default only those whose prompt is not in a later split.
 
@@ -45,6 +45,7 @@ def select_or_explain(
         splits: Readers by name of split, in the order train, val, test. The last split keeps all its labelled rows.
         shared_prompts: What happens to rows whose prompt is in a later split. ``"drop"`` leaves them out and logs their
             number; ``"keep"`` keeps them; ``"raise"`` raises InputError.
+        remedy: What to do about unlabelled rows, for the message.
 
     Returns:
         Ascending row numbers, ``(rows,)``, by split; and the error message of each split that has no rows left.
@@ -73,7 +74,7 @@ def select_or_explain(
         selected[name] = np.flatnonzero(labelled & ~shared)
         if not len(selected[name]):
             causes = [
-                (int((~labelled).sum()), "are unlabelled" + _why_unlabelled(reader), "label rows"),
+                (int((~labelled).sum()), "are unlabelled" + _why_unlabelled(reader), remedy),
                 (int((labelled & shared).sum()), have, KEEP),
             ]
             emptied[name] = f"data.{name}: none of {len(reader)} rows left{_explain(causes)}"

@@ -22,8 +22,9 @@ SPLITS = ("train", "val", "test", "predict")
 class ScoreTargets:
     """Columns of tables of scores, as ``latentreward score-pairs`` writes them, that a loss compares scores with.
 
-    For each name NAME a table has two columns, NAME_a and NAME_b, with the values of images a and b; see
-    :class:`~latentreward.data.score_table.ScoreTable`. Images may lack a value.
+    For each name NAME a table has two columns, with the values of images a and b as the reader gives them, NAME_a and
+    NAME_b, or NAME_chosen and NAME_rejected; see :class:`~latentreward.data.score_table.ScoreTable`. Images may lack a
+    value.
 
     Attributes:
         tables: Split, such as ``train`` or ``val`` → CSV or parquet file of its pairs.
@@ -117,6 +118,11 @@ class ScoreTargets:
                 f"{table.path}: all values of {name} are equal or missing; give a column that tells images"
             )
         return mean, scale
+
+
+def label_remedy(targets: ScoreTargets | None) -> tuple[str, ...]:
+    """Return what to do about unlabelled rows if values of images are given; empty for the usual remedy."""
+    return () if targets is None else ("label rows (0.5 where only the values of data.targets are learned)",)
 
 
 def check_targets(module: Any, datasets: Mapping[str, Any], stage: str | None) -> None:

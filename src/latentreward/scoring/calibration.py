@@ -33,6 +33,7 @@ class Calibration:
         number: Number of scores in the reference set.
         noise: Noise levels and seeds at which the reference set was scored.
         seed: Seed with which the reference set was sampled from a larger data set.
+        axes: Weights of the two axes of the scores; None for a model with one score.
 
     Raises:
         InputError: If ``std`` is not positive, or there are fewer than two quantiles, or quantiles are not finite or do
@@ -46,6 +47,7 @@ class Calibration:
     number: int
     noise: ScoringNoise
     seed: int = 0
+    axes: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         grid = torch.tensor(self.quantiles, dtype=torch.float64, device="cpu")
@@ -57,7 +59,14 @@ class Calibration:
             )
 
     @classmethod
-    def fit(cls, scores: Tensor, reference: str, noise: ScoringNoise, seed: int = 0) -> Self:
+    def fit(
+        cls,
+        scores: Tensor,
+        reference: str,
+        noise: ScoringNoise,
+        seed: int = 0,
+        axes: tuple[float, ...] | None = None,
+    ) -> Self:
         """Compute a calibration from the raw scores of a reference set.
 
         Args:
@@ -65,6 +74,7 @@ class Calibration:
             reference: Name of the reference set.
             noise: Noise levels and seeds at which the reference set was scored.
             seed: See :class:`Calibration`.
+            axes: See :class:`Calibration`.
 
         Raises:
             InputError: If there are fewer than :data:`FEWEST` scores, one is not finite, or all are equal.
@@ -87,7 +97,8 @@ class Calibration:
         grid = ordered[below] + rest * (ordered[positions.ceil().long()] - ordered[below])
         # Rounding in the interpolation can make a quantile smaller than the one before.
         grid = grid.cummax(dim=0).values
-        return cls(float(scores.mean()), float(scores.std()), tuple(grid.tolist()), reference, len(scores), noise, seed)
+        moments, quantiles = (float(scores.mean()), float(scores.std())), tuple(grid.tolist())
+        return cls(*moments, quantiles, reference, len(scores), noise, seed, axes)
 
     def z_score(self, scores: Tensor, noise: ScoringNoise | None = None) -> Tensor:
         """Return ``(score − mean) / std`` of each score, float32, in the shape of ``scores``.
@@ -143,7 +154,7 @@ class Calibration:
 
     def record(self) -> dict[str, Any]:
         """Return the calibration as values for JSON; the inverse of :meth:`of_record`."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "axes" or value is not None}
 
     @classmethod
     def of_record(cls, record: Mapping[str, Any]) -> Self:
@@ -153,13 +164,15 @@ class Calibration:
             InputError: If an entry is missing or unknown, or has a value of the wrong type.
         """
         names = {field.name for field in fields(cls)}
-        if not isinstance(record, Mapping) or set(record) != names:
+        if not isinstance(record, Mapping) or not names - {"axes"} <= set(record) <= names:
             raise InputError(f"calibration: expected the entries {', '.join(sorted(names))}")
         try:
             noise = ScoringNoise(**record["noise"])
             quantiles = tuple(float(value) for value in record["quantiles"])
             numbers = {"mean": float(record["mean"]), "std": float(record["std"])}
             counts = {"number": int(record["number"]), "seed": int(record["seed"])}
+            axes = None if record.get("axes") is None else tuple(float(weight) for weight in record["axes"])
         except (TypeError, ValueError) as error:
             raise InputError(f"calibration: {error}") from error
-        return cls(**numbers, **counts, quantiles=quantiles, reference=str(record["reference"]), noise=noise)
+        name = str(record["reference"])
+        return cls(**numbers, **counts, quantiles=quantiles, reference=name, noise=noise, axes=axes)

@@ -16,6 +16,7 @@ Loading runs no code from the folder: it holds only safetensors and JSON, and :m
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from latentreward.data.images import ExifOrientation
 from latentreward.errors import InputError, errors_at
 from latentreward.heads import RewardHead
 from latentreward.heads.axes import AXES
+from latentreward.scoring.calibration import Calibration
 from latentreward.scoring.files import compare_tensors, existing_folder, load_exactly, read_safetensors
 from latentreward.scoring.layouts.adapters import fill_adapter, inject_adapter, lora_layers, names_in_file, read_lora
 from latentreward.scoring.layouts.base import SharingReward
@@ -39,6 +41,8 @@ from latentreward.scoring.layouts.trust import check_class, check_family
 from latentreward.scoring.network import RewardNetwork
 from latentreward.storage.json_files import read_config
 from latentreward.storage.weight_files import map_weights
+
+logger = logging.getLogger(__name__)
 
 CONFIG, HEAD, BACKBONE, BASE = "config.json", "head.safetensors", "backbone.safetensors", "base.safetensors"
 
@@ -167,10 +171,21 @@ class PretrainedReward(SharingReward):
             fill_adapter(self.folder / place, backbone.get_submodule(name))
         if not model.head.reads_text:
             backbone.drop_text_taps()
-        model.recipe, model.calibration = self.config.recipe, self.config.calibration
+        model.recipe, model.calibration = self.config.recipe, self._calibration(model)
         model.noise, model.exif = self.config.noise, self.exif
         model.image_sizes = self.image_sizes or model.image_sizes
         return model.requires_grad_(False).eval()
+
+    def _calibration(self, model: RewardNetwork) -> Calibration | None:
+        """Return the calibration; None, after a warning, if the weights of the axes were changed since."""
+        calibration, axes = self.config.calibration, model.head.axis_weights
+        if calibration is None or calibration.axes == axes:
+            return calibration
+        logger.warning(
+            "%s: the calibration is of scores with the axes weighed %s, and these are %s now; it is left out, publish "
+            "calibrates again", self.folder, list(calibration.axes or ()), list(axes or ()),
+        )  # fmt: skip
+        return None
 
     def _check_base(self, backbone: DiffusionBackbone) -> None:
         """Compare the weights that come from the base with the values in ``base.safetensors``.
