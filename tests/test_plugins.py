@@ -47,3 +47,19 @@ def test_parts_of_a_file_outside_the_package_run_through_yaml_alone(tmp_path: Pa
     assert {"train/loss", "val/accuracy_sigma0.3", "val/LargestMargin_sigma0.3", "val/LargestMargin"} <= logged
     assert "equal weights and scores" in printed[4]
     assert "8 rows kept; left out: 8 brightness gap too low" in printed[2]
+
+
+def test_rules_of_alignment_run_through_yaml_alone(tmp_path: Path) -> None:
+    for name in ("my_rules.py", "rules.yaml"):
+        text = re.search(rf"<!-- {re.escape(name)} -->\n```\w+\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)[1]
+        (tmp_path / name).write_text(text)
+    run = finish(
+        [
+            *("fit", "--config", "configs/align/grpo_trajectory_tiny.yaml", "--config", "rules.yaml"),
+            *("--model.reward", "RandomReward", "--model.reward.kind=readout", "--trainer.callbacks=null"),
+            *("--trainer.max_steps=1", "--data.prompts_per_rollout=2", "--data.batch_size=4"),
+            *("--model.num_trajectories=2", "--model.sampling.num_inference_steps=4", "--trainer.logger=false"),
+        ],
+        cwd=tmp_path,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]

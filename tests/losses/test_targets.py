@@ -112,7 +112,7 @@ def test_refuses_data_without_targets_or_with_too_few_columns(loss: PreferenceLo
     with pytest.raises(InputError, match=r"set data\.targets"):
         loss(random_scores(0))
     scores = random_scores(0, out_dim=2)
-    with pytest.raises(InputError, match="1 columns, but the head gives 2"):
+    with pytest.raises(InputError, match="1 columns for 2 scores of the head"):
         loss(taught(scores, scores.chosen[:, 0], scores.rejected[:, 0]))
 
 

@@ -79,7 +79,7 @@ class TargetLoss(PreferenceLoss):
             )
         if scores.targets.chosen.shape != scores.chosen.shape:
             columns, outputs = (1 if t.ndim == 1 else t.shape[1] for t in (scores.targets.chosen, scores.chosen))
-            raise InputError(f"data.targets has {columns} columns, but the head gives {outputs} scores; let them agree")
+            raise InputError(f"data.targets: {columns} columns for {outputs} scores of the head; let them agree")
         return scores.targets
 
     def check_targets(self, values: Tensor | None) -> None:

@@ -62,7 +62,7 @@ class StepSampler(ABC):
         if not (self.noise_std > 0).any():
             raise InputError(
                 f"with sampling.{self.noise_setting} none of the {len(self)} steps adds noise, and without noise there "
-                "is no log-probability; raise it"
+                "is neither a log-probability nor a step to guide; raise it"
             )
 
     def step_index(self, timesteps: Tensor) -> Tensor:

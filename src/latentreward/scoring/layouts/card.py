@@ -73,8 +73,8 @@ def model_card(config: FolderConfig, card: Card, name: str) -> str:
     sections = [
         f"# {plain(title)}",
         card.description.strip(),
-        f"A latent reward model: it scores how well people would like an image for a prompt, from noisy latents in "
-        f"{plain(base_name(config))}'s own latent space. Higher is better. Written by "
+        f"A latent reward model: it scores how good an image is for a prompt, as its training data say, from noisy "
+        f"latents in {plain(base_name(config))}'s own latent space. Higher is better. Written by "
         f"latentreward {__version__}.",
         usage(title if HUB_ID.fullmatch(title) else f"path/to/{Path(title).name}", config),
         section("Scores", score_rows(config)),
