@@ -211,6 +211,10 @@ class Base(TrustRegion):
     kind = "penalty"
 
 
+class Unknown(Never):
+    takes = "scores"
+
+
 def test_rules_of_a_users_own_act() -> None:
     plain, pulled = (trajectory("sd35_tiny", trust_region=rule) for rule in (None, Pull()))
     rows = plain.roll_out(BATCH)
@@ -252,6 +256,8 @@ def test_rules_of_a_users_own_are_checked(options: dict[str, Any], message: str)
 def test_rules_that_nothing_calls_are_refused() -> None:
     with pytest.raises(InputError, match="Base is neither a RatioRule nor a KLGate nor a Penalty"):
         trajectory("sd35_tiny", trust_region=Base())
+    with pytest.raises(InputError, match=r"Unknown\.takes is 'scores'; it must be rewards, levels or parts"):
+        trajectory("sd35_tiny", trust_region=Unknown(), loss=KL)
     module = trajectory("sd35_tiny", trust_region=Sides())
     rows = module.roll_out(BATCH)
     with pytest.raises(InputError, match=r"Sides\.penalty returned \(\d+,\); it must return a scalar"):

@@ -436,7 +436,7 @@ class TrajectoryGRPOModule(GRPOModule):
         every = self.of_all_ranks(values)
         held = self.gate.opens(every)
         check_values(f"trust_region: {type(self.gate).__name__}", held, every.shape[:2])
-        return self.of_this_rank(held, len(scores.rewards))[..., None].expand(-1, -1, steps)
+        return self.of_this_rank(held.bool(), len(scores.rewards))[..., None].expand(-1, -1, steps)
 
 
 def check_rules(
@@ -466,6 +466,8 @@ def check_rules(
         if rule.kind == "gate" and not loss.needs_reference:
             raise InputError(f"trust_region: {name} chooses where the KL term acts; set loss.kl_weight above 0")
         takes = rule.takes if isinstance(rule, KLGate) else None
+        if takes not in (None, *FinishedScores._fields):
+            raise InputError(f"trust_region: {name}.takes is {takes!r}; it must be rewards, levels or parts")
         if takes == "levels" and len(set(reward_sigmas)) < 2:
             raise InputError(f"trust_region: {name} compares noise levels; give reward_sigmas two or more")
         if takes == "levels" and not reward.uses_sigmas:

@@ -26,16 +26,13 @@ class Reward(nn.Module, ABC):
         differentiable: Whether scores carry a gradient to ``states.latents`` (or ``states.clean``).
         changes_buffers: Whether scoring changes buffers of the reward; checkpoints of trainable weights then hold
             these buffers too.
+        name: Name in messages; empty for that of the class.
     """
 
     needs_clean: bool = False
     differentiable: bool = False
     changes_buffers: bool = False
-
-    @property
-    def name(self) -> str:
-        """Name in messages."""
-        return type(self).__name__
+    name: str = ""
 
     def take_means(self) -> Tensor | None:
         """Return the mean score of each reward of a mixture since the last call, ``(R,)``; None for other rewards."""
@@ -111,7 +108,7 @@ class Reward(nn.Module, ABC):
         Raises:
             InputError: If the scores are not a tensor ``(N,)``, or a score is not finite.
         """
-        count, name = len(timesteps), self.name
+        count, name = len(timesteps), self.name or type(self).__name__
         if not isinstance(scores, Tensor) or scores.shape != (count,):
             shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             raise InputError(f"reward {name} returned {shape} for {count} states; it must return a tensor ({count},)")

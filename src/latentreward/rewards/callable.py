@@ -65,12 +65,7 @@ class FunctionReward(Reward):
     ) -> None:
         super().__init__()
         self.function, self.needs_clean, self.differentiable = function, needs_clean, differentiable
-        self._name = name
-
-    @property
-    def name(self) -> str:
-        """Name of the class in the settings."""
-        return self._name
+        self.name = name
 
     def encode_prompts(self, prompts: Sequence[str]) -> tuple[str, ...]:
         """Return the prompts unchanged."""

@@ -3,6 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from copy import copy
 from typing import Literal, Self
 
 import torch
@@ -133,7 +134,9 @@ class GDPO(Advantage):
 
     def weighing(self, weights: Sequence[float]) -> Self:
         """See :meth:`Advantage.weighing`."""
-        return self if self.weights is not None else type(self)(weights, self.epsilon)
+        weighed = copy(self)
+        weighed.weights = self.weights if self.weights is not None else list(weights)
+        return weighed
 
     def __call__(self, rewards: Tensor, groups: Tensor) -> Tensor:
         """Compute advantages ``(N,)`` of rewards ``(N, R)``, one column per reward.
