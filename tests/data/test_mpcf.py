@@ -228,7 +228,7 @@ def test_gap_of_a_tie_is_absolute(tmp_path: Path, write_pickapic, pickapic_rows)
         ("scores.txt", b"", "ends in .csv or .parquet"),
         ("scores.parquet", b"PAR1 not", "not a whole parquet file"),
         ("scores.csv", b"", "not a whole csv file"),
-        ("scores.csv", b"pair_id,score\nx,1\n", "no column NAME_gap, nor NAME_a and NAME_b; it has pair_id, score"),
+        ("scores.csv", b"pair_id,score\nx,1\n", "nor NAME_chosen and NAME_rejected; it has pair_id, score"),
         ("scores.csv", b"a_gap,a_gap\n1,1\n", "column 'a_gap' is there twice"),
         ("scores.csv", b"pair_id,a_gap\nx,1\nx,2\n", "pair_id 'x' is in 2 rows"),
         ("scores.csv", b"different_flag,a_gap\n1,word\n", "column a_gap is string, not numbers"),
