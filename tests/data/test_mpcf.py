@@ -222,13 +222,18 @@ def test_gap_of_a_tie_is_absolute(tmp_path: Path, write_pickapic, pickapic_rows)
     np.testing.assert_array_equal(ScoreTable(path).gaps(reader).values["clip"], [2.0, 2.0, NAN])
 
 
+TABLE_WITHOUT_SCORES = (
+    "no column NAME_gap, nor NAME_a and NAME_b, nor NAME_chosen and NAME_rejected; it has pair_id, score"
+)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("scores.txt", b"", "ends in .csv or .parquet"),
         ("scores.parquet", b"PAR1 not", "not a whole parquet file"),
         ("scores.csv", b"", "not a whole csv file"),
-        ("scores.csv", b"pair_id,score\nx,1\n", "nor NAME_chosen and NAME_rejected; it has pair_id, score"),
+        ("scores.csv", b"pair_id,score\nx,1\n", TABLE_WITHOUT_SCORES),
         ("scores.csv", b"a_gap,a_gap\n1,1\n", "column 'a_gap' is there twice"),
         ("scores.csv", b"pair_id,a_gap\nx,1\nx,2\n", "pair_id 'x' is in 2 rows"),
         ("scores.csv", b"different_flag,a_gap\n1,word\n", "column a_gap is string, not numbers"),

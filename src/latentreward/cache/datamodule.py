@@ -128,7 +128,7 @@ class CachedPreferenceDataModule(PairLoaders):
         for name, reader in pairs.items():
             reader.report(f"data.{name}")
         labelled = {name: reader for name, reader in pairs.items() if name != "predict"}
-        kept, self.emptied = select_or_explain(labelled, shared_prompts, *label_remedy(targets))
+        kept, self.emptied = select_or_explain(labelled, shared_prompts, label_remedy(targets))
         self.datasets = {}
         for name, reader in pairs.items():
             rows = kept.get(name, np.arange(len(reader)))

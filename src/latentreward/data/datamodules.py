@@ -194,7 +194,7 @@ class PreferenceDataModule(PairLoaders):
             loader = ClipLoader(height, width, resize, max_pixels, frames=frames, fps=fps)
         readers = {"train": train, "val": val, "test": test}
         given = {name: reader for name, reader in readers.items() if reader is not None}
-        rows, self.emptied = select_or_explain(given, shared_prompts, *label_remedy(targets))
+        rows, self.emptied = select_or_explain(given, shared_prompts, label_remedy(targets))
         given |= {} if predict is None else {"predict": predict}
         self.datasets = {
             name: PairDataset(

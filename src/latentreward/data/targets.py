@@ -120,9 +120,9 @@ class ScoreTargets:
         return mean, scale
 
 
-def label_remedy(targets: ScoreTargets | None) -> tuple[str, ...]:
-    """Return what to do about unlabelled rows if values of images are given; empty for the usual remedy."""
-    return () if targets is None else ("label rows (0.5 where only the values of data.targets are learned)",)
+def label_remedy(targets: ScoreTargets | None) -> str:
+    """Return what to do about unlabelled rows."""
+    return "label rows" + (" (0.5 where only the values of data.targets are learned)" if targets else "")
 
 
 def check_targets(module: Any, datasets: Mapping[str, Any], stage: str | None) -> None:
