@@ -13,6 +13,7 @@ from pathlib import Path
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from latentreward.metrics.bootstrap import bootstrap_interval
+from latentreward.settings.library_messages import silence_libraries
 from latentreward.tinyworld.comparison import Judged, before_and_after, judge_policy
 
 CEILING = 0.870
@@ -164,6 +165,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m latentreward.tinyworld.demo", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("demo"), help="folder of all results (default: demo)")
     arguments, options = parser.parse_known_args()
+    silence_libraries()
     started, output = time.monotonic(), arguments.output
     train((LRM, DINA_LRM), output, options)
     report_rewards(output)
