@@ -91,7 +91,7 @@ MAY_IMPORT = {
     "reproduction": BASE | {"metrics", "reports", "settings", "evaluation", "steps"},
     "pilot": BASE | {"estimate", "evaluation", "metrics", "reports", "settings", "steps"},
     "serving": BASE | {"data", "noise", "scoring"},
-    "tinyworld": BASE | {"data", "scorers", "metrics"},
+    "tinyworld": BASE | {"data", "scorers", "metrics", "settings"},
 }
 """Room -> what it may import of latentreward; the command line's modules may import anything."""
 

@@ -1,6 +1,7 @@
 """One writer in a folder: processes, their ends, and file systems that cannot lock."""
 
 import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -8,7 +9,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import filelock._unix
 import pytest
 
 from latentreward.errors import InputError
@@ -69,7 +69,7 @@ def test_a_file_system_without_locks_is_one_warning(
     def no_locks(*_: object) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(filelock._unix.fcntl, "flock", no_locks)
+    monkeypatch.setattr(fcntl, "flock", no_locks)
     with locked(tmp_path, "output_dir"):
         (tmp_path / "result").write_text("written")
     [warning] = caplog.messages
