@@ -39,13 +39,13 @@ class GainCredit(Credit):
     it; γ = 1 gives the gain from the state before the step to the end.
 
     Args:
-        gamma: γ in [0, 1].
+        gamma: γ in [0, 1]. On the tiny world 1 fell behind plain GRPO (docs/methods/grpo.md, What was seen).
 
     Raises:
         InputError: If ``gamma`` is out of range.
     """
 
-    def __init__(self, gamma: float = 1.0) -> None:
+    def __init__(self, gamma: float = 0.0) -> None:
         if not 0 <= gamma <= 1:
             raise InputError(f"gamma={gamma:g} must lie in [0, 1]: 0 is the step's own gain, 1 the gain to the end")
         self.gamma = gamma
