@@ -295,3 +295,18 @@ def test_names_hold_on_every_file_system() -> None:
     assert file_name(3, 0, "../a/b\\c: D*?|") == "00003_0_a-b-c-d.png"
     assert file_name(3, 1, "月") == "00003_1.png"
     assert len(file_name(3, 0, "word " * 100)) < 80
+
+
+GENERATE = Path(__file__).resolve().parents[2] / "configs" / "generate"
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in GENERATE.glob("*.yaml")))
+def test_shipped_configs_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SD35_PATH", "sd35_tiny")
+    monkeypatch.setenv("DINA_PATH", "unused")
+    file, steps = tmp_path / "prompts.txt", 22 if "population" in name else 4
+    file.write_text(f"{PROMPTS[0]}\n")
+    small = [f"--sampling.num_inference_steps={steps}", "--sampling.height=null", "--sampling.width=null"]
+    main(["generate", str(file), str(tmp_path / "out"), f"--config={GENERATE / name}", *small, REWARD, "--device=cpu"])
+    (row,) = csv.DictReader((tmp_path / "out" / "images.csv").open())
+    assert np.isfinite(float(row["score"]))

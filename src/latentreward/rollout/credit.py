@@ -39,7 +39,7 @@ class GainCredit(Credit):
     it; γ = 1 gives the gain from the state before the step to the end.
 
     Args:
-        gamma: γ in [0, 1]. On the tiny world 1 fell behind plain GRPO (docs/methods/grpo.md, What was seen).
+        gamma: γ in [0, 1]. On the tiny world 1 fell behind plain GRPO (docs/methods/step_credit.md).
 
     Raises:
         InputError: If ``gamma`` is out of range.
