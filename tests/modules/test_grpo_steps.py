@@ -125,8 +125,8 @@ class OwnReward(FirstChannelReward):
         ("sd15", GainCredit(), (0.4, 0.0414), None),
         ("sd15", StateCredit(), (0.4,), None),
         ("sd15", None, (0.4,), None),
-        ("sd35_tiny", TurningPointCredit(), (0.9,), 0.702),  # σ of the last of 4 steps is ½: σ / √(σ² + (1 − σ)²)
-        ("sd35_tiny", TurningPointCredit(), (0.6,), None),
+        ("sd35_tiny", TurningPointCredit(), (0.4,), 0.0292),  # σ 0.009 of a flow: the least level of the reward
+        ("sd35_tiny", TurningPointCredit(), (0.02,), None),  # scored at that level too
     ],
 )
 def test_finished_latents_that_are_noisier_than_the_last_state_are_warned_of(
