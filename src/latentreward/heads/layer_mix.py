@@ -39,6 +39,7 @@ class LayerMixHead(RewardHead):
 
     def forward(self, features: Features) -> Tensor:
         """See :meth:`RewardHead.forward`; unbounded."""
-        pooled = torch.cat([tokens.float().mean(dim=1) for tokens in features.visual], dim=-1)
+        dtype = self.mlp[0].weight.dtype
+        pooled = torch.cat([tokens.to(dtype).mean(dim=1) for tokens in features.visual], dim=-1)
         with torch.autocast(pooled.device.type, enabled=False):  # bfloat16 would round close scores to one value
             return squeeze_single(self.mlp(pooled))

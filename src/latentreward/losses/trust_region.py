@@ -203,10 +203,11 @@ class NormGuard(Penalty):
         self.weight = weight
 
     def penalty(self, prediction: Tensor, reference: Tensor) -> Tensor:
-        """See :meth:`Penalty.penalty`; float32."""
-        norm, ref_norm = (value.float().flatten(1).norm(dim=1) for value in (prediction, reference.detach()))
+        """See :meth:`Penalty.penalty`; computed in float64, returned in float32 unless predictions are float64."""
+        norm, ref_norm = (wide(value).flatten(1).norm(dim=1) for value in (prediction, reference.detach()))
         excess = (norm / ref_norm.clamp(min=torch.finfo(torch.float32).tiny) - 1).relu()
-        return self.weight * excess.square().mean()
+        value = self.weight * excess.square().mean()
+        return value.to(prediction.device, torch.promote_types(prediction.dtype, torch.float32))
 
 
 class KLGate(TrustRegion):
