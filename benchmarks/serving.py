@@ -29,8 +29,11 @@ from latentreward.contracts import Conditioning
 from latentreward.scoring import RewardModel, ScoringNoise
 from latentreward.serving.addresses import bind
 from latentreward.serving.protocol import Accepted, parse_request
+from latentreward.serving.resources import Resources
+from latentreward.serving.served import ServedModel, accepted_by
 from latentreward.serving.server import serve
-from latentreward.serving.service import ScoringService, ServiceSettings, accepted_by
+from latentreward.serving.service import ScoringService
+from latentreward.serving.settings import ServiceSettings
 from tests.serving.latent_requests import tensors_of
 from tests.serving.processes import Answers, fuzz, load, server_process
 
@@ -41,7 +44,8 @@ CLIENTS = 32
 def run_server(size: str, batch_size: int) -> None:
     """Serve a random model; runs in the server's process."""
     with bind("127.0.0.1", 0) as bound:
-        serve(ScoringService(random_model(size), ServiceSettings(batch_size=batch_size, timeout=600.0)), bound)
+        resources = Resources(ServiceSettings(batch_size=batch_size, timeout=600.0))
+        serve(ScoringService([ServedModel(random_model(size), resources)], resources), bound)
 
 
 def command(size: str, threads: int, batch_size: int = 8) -> list[str]:

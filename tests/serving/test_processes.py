@@ -13,7 +13,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from latentreward.serving.protocol import Accepted
-from latentreward.serving.service import ServiceSettings, accepted_by
+from latentreward.serving.served import accepted_by
+from latentreward.serving.settings import ServiceSettings
 from tests.rewards.stored import write_run
 from tests.serving.latent_requests import HEADERS, tensors_of
 from tests.serving.processes import ServerProcess, forked_server, fuzz, load

@@ -66,6 +66,10 @@ class PromptMemory:
         rows = {prompt: self._encoded(prompt) for prompt in dict.fromkeys(prompts)}
         return Conditioning.join([rows[prompt] for prompt in prompts])
 
+    def __contains__(self, prompt: str) -> bool:
+        """Tell whether the encoded prompt is kept."""
+        return prompt in self._kept
+
     @property
     def uncond(self) -> Conditioning | None:
         """Encoded empty prompt, one row; None if the head does not need it."""
