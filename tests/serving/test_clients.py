@@ -73,12 +73,12 @@ def test_latents_and_states(client: Any, running: tuple[str, ServedModel]) -> No
 
 def test_what_a_server_refuses_is_said(client: Any, load: Load, running: tuple[str, ServedModel]) -> None:
     address, model = running
-    with pytest.raises(RuntimeError, match="answered 422: .*latents holds NaN"):
+    with pytest.raises(RuntimeError, match=r"answered 422: .*latents holds NaN"):
         client.score_latents("a", latents_of(model.accepted, 1) * torch.nan)
     kind = load("latentreward_client").RewardClient
-    with pytest.raises(RuntimeError, match="answered 401: .*token"):
+    with pytest.raises(RuntimeError, match=r"answered 401: .*token"):
         kind(address).score_latents("a", latents_of(model.accepted, 1))
-    with pytest.raises(RuntimeError, match="answered 404: .*no reward 'other'"):
+    with pytest.raises(RuntimeError, match=r"answered 404: .*no reward 'other'"):
         kind(address, "other", TOKEN).score_latents("a", latents_of(model.accepted, 1))
     with pytest.raises(RuntimeError, match="cannot be reached"):
         kind("http://127.0.0.1:9", retries=0).score_latents("a", latents_of(model.accepted, 1))

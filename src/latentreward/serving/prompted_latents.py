@@ -43,8 +43,8 @@ from latentreward.serving.tensor_bytes import Entry, Expected, read_described, r
 
 HEADER_BYTES = 2**20
 """Greatest length of a safetensors header with prompts, in bytes."""
-ROW_COPIES = 2
-"""Number of times that latents of a request may be in memory beside its body: all as float32, and a row in its pass."""
+FLOAT32_BYTES = 2
+"""Bytes of parsed rows per byte of a body, at most: latents of half precision become float32."""
 Rows = TypeVar("Rows", list[PromptedRow], list[StateRow])
 
 
@@ -116,8 +116,7 @@ class PromptedLatents:
         check_type(request, SAFETENSORS)
         resources = self.service.resources
         async with resources.bodies.read(request) as body:
-            # a number of a tensor takes 2 bytes or more in the body, and 4 as float32
-            with resources.memory.hold(2 * ROW_COPIES * len(body), len(body)):
+            with resources.memory.hold(FLOAT32_BYTES * len(body), len(body)):
                 rows = await asyncio.to_thread(parse, body)
                 return rows, await model.score(request, rows)
 

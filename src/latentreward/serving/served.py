@@ -16,7 +16,7 @@ from latentreward.scoring import RewardModel
 from latentreward.scoring.scoring_noise import timesteps_of
 from latentreward.serving.batch_scorer import AnyRow, LatentRow, RowScorer, standing
 from latentreward.serving.batching import MicroBatcher
-from latentreward.serving.errors import RequestError
+from latentreward.serving.errors import RequestError, ScoringError
 from latentreward.serving.protocol import DEFAULT_SEED, Accepted
 from latentreward.serving.resources import Resources
 from latentreward.serving.settings import ServiceSettings
@@ -207,10 +207,10 @@ def _result(scoring: asyncio.Future[list[Scores]]) -> list[Scores]:
     except RequestError:
         raise
     except InputError as error:
-        raise RequestError(one_line(error), 422) from error
+        raise ScoringError(one_line(error), 422) from error
     except Exception as error:
         print(f"latentreward serve: {type(error).__name__}: {one_line(error)}", file=sys.stderr, flush=True)
-        raise RequestError(f"the model failed ({type(error).__name__})", 500) from error
+        raise ScoringError(f"the model failed ({type(error).__name__})", 500) from error
     if not all(map(math.isfinite, chain.from_iterable(scores))):
-        raise RequestError("the model gave a score that is not finite", 500)
+        raise ScoringError("the model gave a score that is not finite", 500)
     return scores

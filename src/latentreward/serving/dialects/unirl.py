@@ -24,7 +24,7 @@ from fastapi import Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
-from latentreward.serving.errors import RequestError
+from latentreward.serving.errors import RequestError, ScoringError
 from latentreward.serving.image_requests import EncodedImages, parsing_bytes
 from latentreward.serving.image_scoring import ImageScorer
 from latentreward.serving.json_bodies import from_base64, read_json
@@ -126,10 +126,13 @@ class UniRL:
                 wanted = rewards_of(samples)
                 for name in wanted:
                     self.service.named(name)
-                parts = {name: await asyncio.to_thread(images_of, samples, rows) for name, rows in wanted.items()}
-            scoring = [self._scores(request, name, images, len(body)) for name, images in parts.items()]
-            outcomes = dict(zip(parts, await asyncio.gather(*scoring), strict=True))
-        return JSONResponse(reply(samples, wanted, outcomes))
+                images = await asyncio.to_thread(take_images, samples)
+            scoring = [self._scores(request, name, _selected(images, rows), len(body)) for name, rows in wanted.items()]
+            outcomes = await asyncio.gather(*scoring, return_exceptions=True)
+        for outcome in outcomes:  # raised after all have ended, since gather does not stop the others
+            if isinstance(outcome, BaseException):
+                raise outcome
+        return JSONResponse(reply(samples, wanted, dict(zip(wanted, outcomes, strict=True))))
 
     async def _scores(
         self, request: Request, name: str, images: EncodedImages, beside: int
@@ -138,9 +141,7 @@ class UniRL:
         model = self.service.named(name)
         try:
             scores: Sequence[Scores] = await self._scorer.score(request, model, images, beside)
-        except RequestError as error:
-            if error.status in (413, 499, 503, 504):  # the request as a whole may succeed later, or is too large
-                raise
+        except ScoringError as error:
             return " ".join(str(error).split())
         return [dict(zip((SCORE, *model.reward.axes), row, strict=True)) for row in scores]
 
@@ -187,17 +188,23 @@ def rewards_of(samples: Sequence[Sample]) -> dict[str, list[int]]:
     return rows
 
 
-def images_of(samples: Sequence[Sample], rows: Sequence[int]) -> EncodedImages:
-    """Return prompts and images of the last turns of some samples.
+def take_images(samples: Sequence[Sample]) -> list[tuple[str, bytes]]:
+    """Return text and image of the last turn of each sample, and drop the histories with their long texts.
 
     Raises:
-        RequestError: If an image is not base64, or a prompt is too long.
+        RequestError: If an image is not base64.
     """
-    turns = [samples[row].history[-1] for row in rows]
-    images = [
-        from_base64(f"requests.{row}: image_b64", turn.image_b64 or "") for row, turn in zip(rows, turns, strict=True)
-    ]
-    return EncodedImages([turn.text for turn in turns], images)
+    images = []
+    for number, sample in enumerate(samples):
+        turn = sample.history[-1]
+        images.append((turn.text, from_base64(f"requests.{number}: image_b64", turn.image_b64 or "")))
+        sample.history = []
+    return images
+
+
+def _selected(images: Sequence[tuple[str, bytes]], rows: Sequence[int]) -> EncodedImages:
+    prompts, files = zip(*(images[row] for row in rows), strict=True)
+    return EncodedImages(prompts, files)
 
 
 def reply(
