@@ -1,13 +1,14 @@
 """Measure the overhead of serving a reward model over HTTP, and its behaviour under load; prints Markdown tables.
 
-    python benchmarks/serving.py [throughput] [trajectories] [load] [fuzz] [--size mid_sd35] [--threads 1]
+    python benchmarks/serving.py [throughput] [load] [fuzz] [trajectories] [fuzz_routes] [--size mid_sd35] [--threads 1]
 
 ``throughput``  rows per second that 32 clients get from a server, and rows per second of ``RewardModel.score_latents``
                 in this process on the same rows in batches of equal size; measured in turn
 ``trajectories``  seconds for 1 000 trajectories of 8 states, and for their states one by one, by as many clients;
                 measured in turn, with equal scores
 ``load``        1 000 requests, 32 at a time: statuses, rate, the server's memory
-``fuzz``        10 000 mutated requests for each route: statuses, unexpected answers, the server's memory
+``fuzz``        10 000 mutated requests of verl-omni's protocol: statuses, unexpected answers, the server's memory
+``fuzz_routes`` the same for each other route; like ``trajectories`` only if asked for
 
 The server runs in its own process. Requests are like those of verl-omni's client: one row, 154 tokens of width 4096.
 ``--size`` is a network of ``random_pipelines.py`` with random weights; ``load`` and ``fuzz`` use the smallest one.
@@ -186,7 +187,7 @@ def measure_fuzz(count: int) -> list[str]:
         fuzz(server.address, good, accepted, count // 10, server.rss)
         answers = fuzz(server.address, good, accepted, count, server.rss)
         print("\n".join(answers.unexpected[:10]), end="", file=sys.stderr)
-        return ["fuzz /v1/score", *described(answers), str(server.stop())]
+        return ["fuzz", *described(answers), str(server.stop())]
 
 
 def measure_route(route: FuzzedRoute, count: int) -> list[str]:
@@ -210,7 +211,7 @@ def described(answers: Answers) -> list[str]:
 def main() -> None:
     """Run the chosen parts and print their tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", default=["throughput", "trajectories", "load", "fuzz"], metavar="PART")
+    parser.add_argument("parts", nargs="*", default=["throughput", "load", "fuzz"], metavar="PART")
     parser.add_argument("--size", default="mid_sd35")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch_size", type=int, default=8)
@@ -240,7 +241,7 @@ def main() -> None:
         table(title, columns, [trajectories(options)])
     measures = [("load", measure_load, options.requests), ("fuzz", measure_fuzz, options.mutations)]
     rows = [measure(count) for part, measure, count in measures if part in options.parts]
-    if "fuzz" in options.parts:
+    if "fuzz_routes" in options.parts:
         accepted = accepted_by(random_model(SMALLEST), ServiceSettings())
         rows += [measure_route(route, options.mutations) for route in routes(accepted)]
     if rows:
