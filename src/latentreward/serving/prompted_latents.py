@@ -133,7 +133,7 @@ def parse_latents(body: bytes | bytearray, accepted: Accepted, seeds: Iterator[i
         RequestError: If the bytes are no such body, or do not fit the model.
     """
     expected = {
-        "latents": Expected((4,) if accepted.frames is None else (4, 5)),
+        "latents": Expected((4 if accepted.frames is None else 5,)),
         "u": Expected((1,), ("F32",), required=False),
         "seeds": Expected((1,), ("I64",), required=False),
     }
@@ -174,7 +174,7 @@ def parse_states(
         RequestError: If the bytes are no such body, or do not fit the model.
     """
     expected = {
-        "latents": Expected((5,) if accepted.frames is None else (5, 6)),
+        "latents": Expected((5 if accepted.frames is None else 6,)),
         "timesteps": Expected((1, 2), ("F32", "I64")),
     }
     entries, data, texts = read_described(body, expected, HEADER_BYTES)

@@ -111,7 +111,8 @@ class Accepted:
         rows, *latents = shapes["latents"]
         _, tokens, text_width = shapes["prompt_embeds"]
         without = (rows, self.pooled_width if self.pools_tokens else None)
-        self._check_axes(latents)
+        if self.frames is not None and len(latents) < 4:
+            raise RequestError(f"latents have 4 axes, but this model takes (B, C, T, h, w), T = {self.frames}", 422)
         for name, shape in shapes.items():
             if shape[0] != rows:
                 raise RequestError(f"{name} has {shape[0]} rows, but latents has {rows}; give one row each", 422)
@@ -128,13 +129,8 @@ class Accepted:
 
     def check_latents(self, shape: Sequence[int]) -> None:
         """Check the shape ``(C, h, w)`` or ``(C, T, h, w)`` of an image's latents; raises as :meth:`check`."""
-        self._check_axes(shape)
         self._check_space(shape)
         self._check_sides(shape)
-
-    def _check_axes(self, latents: Sequence[int]) -> None:
-        if self.frames is not None and len(latents) < 4:
-            raise RequestError(f"latents have 4 axes, but this model takes (B, C, T, h, w), T = {self.frames}", 422)
 
     def _check_space(self, latents: Sequence[int]) -> None:
         channels, *time, _, _ = latents
