@@ -185,7 +185,7 @@ class RowScorer:
         encoded = [row for row in rows if isinstance(row, LatentRow)]
         if encoded:
             conditioning = Conditioning.join([row.conditioning for row in encoded])
-            return self._score_latents(encoded, rows[0].u, conditioning)
+            return self._score_latents(encoded, encoded[0].u, conditioning)
         prompts = list(dict.fromkeys(row.prompt for row in rows))
         kept = sum(prompt in self._memory for prompt in prompts)
         self._observe(kept, len(prompts) - kept)
