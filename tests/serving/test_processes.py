@@ -78,7 +78,7 @@ def test_a_signal_lets_what_is_under_way_finish(server: ServerProcess, sent: sig
 def test_several_rewards_by_a_config(run: Path, tmp_path: Path) -> None:
     one = {"model": str(run), "device": "cpu"}
     config = tmp_path / "rewards.yaml"
-    config.write_text(yaml.safe_dump({"rewards": {"taste": one, "again": {**one, "queue": 3}}}))
+    config.write_text(yaml.safe_dump({"rewards": {"taste": one, "again": {**one, "queue": 3}}}, sort_keys=False))
     with forked_server("serve", f"--config={config}", "--port=0") as server:
         assert "taste: " in server.process.stdout and "serving taste, again at http" in server.process.stdout
         rewards = httpx.get(f"{server.address}/v1/rewards").json()["rewards"]
