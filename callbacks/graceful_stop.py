@@ -108,6 +108,11 @@ class GracefulStop(Callback):
         """Place this callback after those that change the weights or the checkpoint, such as ``TrainableEMA``."""
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         trainer.callbacks = sorted(callbacks, key=lambda it: (isinstance(it, Checkpoint), it is self))  # type: ignore[attr-defined]
+        self._training = False
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget a request to stop, which was that of this run."""
+        stop_asked.clear()
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Replace the signal handlers that Lightning has just set; Lightning's teardown restores the original ones."""
@@ -163,6 +168,9 @@ class GracefulStop(Callback):
         In the latter case ranks that this process started are killed.
         """
         if isinstance(exception, RemoteError) and self._training:
+            self._agree(trainer)
+            if self._agreed:  # a signal has ended the wait for the server
+                self._stop(trainer)
             path = checkpoint_path(trainer)
             trainer.save_checkpoint(path, weights_only=False)  # with None Lightning prints a line
             exception.resume = f"saved optimiser step {trainer.global_step}; go on with --ckpt_path {path}"

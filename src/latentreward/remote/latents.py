@@ -95,7 +95,8 @@ class RemoteLatents:
         pooled = encoded.pooled_prompt_embeds
         ours = encoded.prompt_embeds.shape[-1], None if pooled is None else pooled.shape[-1]
         theirs = self.model.get("prompt_embeds_width"), self.model.get("pooled_prompt_embeds_width")
-        if ours[0] != theirs[0] or (theirs[1] is not None and ours[1] != theirs[1] and not self.model.get("pools_tokens")):
+        pools = theirs[1] is None or self.model.get("pools_tokens")
+        if ours[0] != theirs[0] or not (pools or ours[1] == theirs[1]):
             raise InputError(
                 f"reward server {self.connection.server.url} takes prompts embedded in widths {shown(theirs)}, but the "
                 f"policy's text encoders give {ours}; take schema: ServedImages, for which the server encodes prompts"

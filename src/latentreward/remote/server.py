@@ -76,7 +76,7 @@ class RemoteServer:
         if address.scheme not in ("http", "https") or not address.hostname:
             raise InputError(f"server.url={self.url!r} is no HTTP address; give one such as http://127.0.0.1:8000")
         if address.username or address.password or address.query or address.fragment:
-            raise InputError("server.url holds more than an address and a path; give a token by token_file or token_env")
+            raise InputError("server.url holds more than address and path; give a token by token_file or token_env")
         for name in ("timeout_s", "wait_s"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"server.{name}={getattr(self, name):g} must be a finite number greater than 0")
