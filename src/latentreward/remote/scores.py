@@ -1,6 +1,5 @@
 """Scores of many rows from a server: batches, requests at the same time, and a cache by content."""
 
-import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -132,8 +131,8 @@ class RemoteScores(Generic[Row]):
             for score in scores:
                 if isinstance(score, bool) or not isinstance(score, int | float):
                     raise InputError(f"a score is {shown(repr(score))}, not a number")
-                if not math.isfinite(score) or abs(score) > LARGEST:
-                    raise InputError(f"a score is {score:g}; look at the server's model")
+                if not abs(score) <= LARGEST:  # NaN too
+                    raise InputError(f"a score is {shown(score)}, not a finite float32; look at the server's model")
         except InputError as error:
             raise RemoteError(f"reward server {self.connection.server.url}: {error}") from error
         self._model = model or self._model

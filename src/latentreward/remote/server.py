@@ -224,7 +224,8 @@ class Connection:
                 token = self.server.token
                 headers = {} if token is None else {"authorization": f"Bearer {token}"}
                 limits = httpx.Limits(max_connections=None, max_keepalive_connections=self.server.parallel)
-                self._client = httpx.Client(headers=headers, limits=limits, trust_env=False)
+                secure = urlsplit(self.server.url).scheme == "https"  # reading all certificates takes a while
+                self._client = httpx.Client(headers=headers, limits=limits, trust_env=False, verify=secure)
                 self._owner = os.getpid()
             return self._client
 
