@@ -2,6 +2,9 @@
 
 import base64
 import json
+import os
+import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -57,7 +60,7 @@ class Judge:
 
     Attributes:
         answer: Function from the JSON of a request to that of the reply.
-        faults: What the next requests get in place of scores, in order.
+        faults: What the next requests get in place of scores, in order; None for scores.
         delay_s: Seconds before each answer.
         headers: Headers of the requests so far.
         sizes: Rows of the requests that got scores.
@@ -66,7 +69,7 @@ class Judge:
     """
 
     answer: Callable[[dict[str, Any]], dict[str, Any]] = plain
-    faults: list[Fault] = field(default_factory=list)
+    faults: list[Fault | None] = field(default_factory=list)
     delay_s: float = 0.0
     headers: list[dict[str, str]] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
@@ -92,8 +95,9 @@ class Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers["content-length"]))
         judge.headers.append({name.lower(): value for name, value in self.headers.items()})
         time.sleep(judge.delay_s)
-        if judge.faults:
-            judge.faults.pop(0)(self, body)
+        fault = judge.faults.pop(0) if judge.faults else None
+        if fault is not None:
+            fault(self, body)
             return
         request = json.loads(body)
         reply = judge.answer(request)
@@ -130,6 +134,11 @@ def breaks_off(handler: Handler, _: bytes) -> None:
     handler.close_connection = True
 
 
+def dies(handler: Handler, _: bytes) -> None:
+    """The judge's process is killed while it has a request."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def trickles(handler: Handler, _: bytes) -> None:
     """An answer of which a byte comes now and then, without end."""
     handler.send_response(200)
@@ -146,7 +155,7 @@ def trickles(handler: Handler, _: bytes) -> None:
 
 @contextmanager
 def judging(
-    answer: Callable[[dict[str, Any]], dict[str, Any]] = plain, faults: Sequence[Fault] = (), port: int = 0
+    answer: Callable[[dict[str, Any]], dict[str, Any]] = plain, faults: Sequence[Fault | None] = (), port: int = 0
 ) -> Iterator[Judge]:
     """A judge that answers while the context lasts; at its end connections are closed, as when a process is killed."""
     judge = Judge(answer, list(faults))
@@ -160,3 +169,8 @@ def judging(
         server.shutdown()
         server.server_close()
         thread.join(10)
+
+
+if __name__ == "__main__":  # PORT, and the number of requests after which the process is killed (none: it lives on)
+    with judging(faults=[None] * int(sys.argv[2]) + [dies] if len(sys.argv) > 2 else (), port=int(sys.argv[1])):
+        threading.Event().wait()

@@ -13,6 +13,7 @@ from torch import Tensor
 from latentreward.contracts import Conditioning, LatentSpace, NoisyStates
 from latentreward.errors import InputError, check_at_least_one
 from latentreward.remote import ImageSchema, PlainJSON, RemoteError, RemoteServer, Schema, ServedLatents
+from latentreward.remote.errors import raise_together
 from latentreward.remote.images import RemoteImages
 from latentreward.remote.latents import LatentRow, RemoteLatents, latent_space
 from latentreward.remote.scores import PendingScores
@@ -106,8 +107,8 @@ class RemoteReward(Reward):
     """Base class of loaded rewards whose scores come from a server.
 
     Attributes:
-        agree: Function that tells whether all ranks got their scores, from whether this one did. Set while all ranks
-            ask equally often, so that they fail together.
+        agree: Function that tells whether all ranks got their scores, from whether this one did; set while all ranks
+            ask equally often.
     """
 
     needs_clean = True
@@ -149,8 +150,7 @@ class RemoteReward(Reward):
             levels = [pending.result() for pending in asked]
         except RemoteError as error:
             failure = error
-        if not self.agree(failure is None):
-            raise failure or RemoteError("the reward server of another process gave no scores; see its message")
+        raise_together(failure, self.agree)
         mean = torch.tensor(levels, dtype=torch.float64).mean(dim=0)
         return self.checked(mean.to(torch.float32), torch.zeros(len(like))).to(like.device)
 
