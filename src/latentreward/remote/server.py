@@ -234,9 +234,10 @@ class Connection:
         raise RemoteError(f"reward server {self.server.url}: {problem}") from cause
 
     def _give_up(self, reason: str, tries: int, seconds: float) -> NoReturn:
+        counted = "1 try" if tries == 1 else f"{tries} tries"
         limit = "wait_s" if self.server.on_outage == "wait" else "retry_s"
         self.refuse(
-            f"no scores after {tries} tries in {seconds:.0f} seconds (server.{limit}={self.server.limit_s:g}); the "
+            f"no scores after {counted} in {seconds:.0f} seconds (server.{limit}={self.server.limit_s:g}); the "
             f"last one: {reason}; start the server, or raise {limit}"
         )
 
