@@ -98,7 +98,7 @@ def test_latents_get_the_scores_of_the_served_model(policy: Policy) -> None:
 def test_a_server_of_other_latents_is_refused_before_weights_are_loaded(policy: Policy) -> None:
     with serving(tiny_reward("sd15", "lrm")) as (url, _):
         remote = HTTPReward(RemoteServer(url), ServedLatents())
-        with pytest.raises(InputError, match="the policy .* makes latents of the space .*, but the reward takes"):
+        with pytest.raises(InputError, match=r"the policy .* makes latents of the space .*, but the reward takes"):
             remote.require_latents_of(tiny_source("sd35"))
         with pytest.raises(InputError, match=r"takes prompts embedded in widths .*take schema: ServedImages"):
             remote.load(policy)
