@@ -135,11 +135,19 @@ def test_a_run_that_stops_is_saved_in_the_middle_of_a_rollout(
 
 
 @pytest.mark.slow
-def test_a_held_out_scorer_that_fails_saves_the_run_too(undisturbed: TrainableState, tmp_path: Path) -> None:
+def test_a_held_out_scorer_that_fails_saves_the_run_too(tmp_path: Path) -> None:
+    def watched(folder: Path, judge: str, other: str, path: Path | None = None) -> TrainableState:
+        held_out = HTTPScorer(RemoteServer(other, retry_s=0.0))
+        monitor = HackingMonitor(PROMPTS[:2], held_out, every_n_steps=3, action="warn")
+        return fit(folder, RemoteServer(judge), path, [monitor])
+
     path = tmp_path / "checkpoints" / "last.ckpt"
-    with judging(faults=[None, hangs_up]) as other, judging() as judge:
-        held_out = HTTPScorer(RemoteServer(other.url, retry_s=0.0))
-        monitor = partial(HackingMonitor, PROMPTS[:2], held_out, every_n_steps=1, action="warn")
-        with pytest.raises(RemoteError, match="saved optimiser step 1"):
-            fit(tmp_path, RemoteServer(judge.url), callbacks=[monitor()])
-        assert_equal(fit(tmp_path, RemoteServer(judge.url), path, [monitor()]), undisturbed)
+    with judging() as judge, judging() as other:
+        whole = watched(tmp_path / "whole", judge.url, other.url)
+        other.faults += [None, hangs_up]
+        with pytest.raises(RemoteError, match="saved optimiser step 3"):
+            watched(tmp_path, judge.url, other.url)
+        resumed = watched(tmp_path, judge.url, other.url, path)
+    for state in (whole, resumed):  # the measurement that failed is left out
+        state.pop("reward.seen")
+    assert_equal(resumed, whole)

@@ -26,14 +26,19 @@ class PendingScores(Generic[Row]):
 
     Args:
         source: Source that asked.
-        keys: Key of each row, as asked for.
+        keys: Key of each row.
+        known: Scores by key that are there already.
         asked: Keys of each request, and the future of its scores.
     """
 
     def __init__(
-        self, source: "RemoteScores[Row]", keys: Sequence[str], asked: Sequence[tuple[Sequence[str], Future[Any]]]
+        self,
+        source: "RemoteScores[Row]",
+        keys: Sequence[str],
+        known: dict[str, float],
+        asked: Sequence[tuple[Sequence[str], Future[Any]]],
     ) -> None:
-        self.source, self.keys, self.asked = source, keys, asked
+        self.source, self.keys, self.known, self.asked = source, keys, known, asked
 
     def result(self) -> list[float]:
         """Wait for the scores, one for each row.
@@ -41,7 +46,8 @@ class PendingScores(Generic[Row]):
         Raises:
             RemoteError: If a request fails; requests that are under way are then given up.
         """
-        return self.source.collect(self.keys, self.asked)
+        found = self.known | self.source.collect(self.asked)
+        return [found[key] for key in self.keys]
 
 
 class RemoteScores(Generic[Row]):
@@ -69,23 +75,18 @@ class RemoteScores(Generic[Row]):
             rows: N rows.
             keys: N keys; rows with the same content have the same key.
         """
-        new = {key: row for key, row in zip(keys, rows, strict=True) if key not in self._known}
+        known = {key: self._known[key] for key in keys if key in self._known}
+        new = {key: row for key, row in zip(keys, rows, strict=True) if key not in known}
         names = list(new)
         batches = [names[start : start + self.batch_size] for start in range(0, len(names), self.batch_size)]
         asked = [(batch, self._in_thread([new[key] for key in batch])) for batch in batches]
-        return PendingScores(self, keys, asked)
+        for key in known:
+            self._known.move_to_end(key)
+        return PendingScores(self, keys, known, asked)
 
-    def score(self, rows: Sequence[Row], keys: Sequence[str]) -> list[float]:
-        """Return the scores of N rows; see :meth:`begin`.
-
-        Raises:
-            RemoteError: If a request fails.
-        """
-        return self.begin(rows, keys).result()
-
-    def collect(self, keys: Sequence[str], asked: Sequence[tuple[Sequence[str], Future[Any]]]) -> list[float]:
-        """Wait for the answers, check and remember them, and return the scores of ``keys``."""
-        found = {key: self._known[key] for key in keys if key in self._known}
+    def collect(self, asked: Sequence[tuple[Sequence[str], Future[Any]]]) -> dict[str, float]:
+        """Wait for the answers to requests, check and remember them, and return the scores by key."""
+        found: dict[str, float] = {}
         try:
             for batch, future in asked:
                 scores, model = future.result()
@@ -95,11 +96,9 @@ class RemoteScores(Generic[Row]):
             self._ended = Event()
             raise
         self._known |= found
-        for key in keys:
-            self._known.move_to_end(key)
         while len(self._known) > CACHED:
             self._known.popitem(last=False)
-        return [found[key] for key in keys]
+        return found
 
     def _in_thread(self, rows: Sequence[Row]) -> Future[Any]:
         """Ask in a thread of its own; a daemon, since the process should not wait for a silent server when it ends."""
