@@ -109,8 +109,10 @@ class RemoteReward(Reward):
     Attributes:
         agree: Function that tells whether all ranks got their scores, from whether this one did; set while all ranks
             ask equally often.
+        source: Settings.
     """
 
+    source: HTTPReward
     needs_clean = True
     answers_later = True
     agree: Callable[[bool], bool] = staticmethod(alone)
