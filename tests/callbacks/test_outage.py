@@ -37,9 +37,13 @@ TrainableState = dict[str, torch.Tensor]
 
 
 def fit(
-    folder: Path, server: RemoteServer, checkpoint: Path | None = None, callbacks: Sequence[Callback] = ()
+    folder: Path,
+    server: RemoteServer,
+    checkpoint: Path | None = None,
+    callbacks: Sequence[Callback] = (),
+    epoch: int = 2,
 ) -> TrainableState:
-    """Train for some steps, with a rollout before every other one; every second epoch begins with a rollout."""
+    """Train for some steps, with a rollout before every other one; an epoch of two steps begins with a rollout."""
     mixture = RewardMixture([HTTPReward(server), FirstChannelReward(1.0)], normalise="running")
     module = TrajectoryGRPOModule(
         PolicySource(source_of("sd15"), lora=LoRA(2, 2.0)),
@@ -61,7 +65,7 @@ def fit(
         enable_model_summary=False,
         callbacks=[GracefulStop(), ExactResume(seed=1), *callbacks],
     )
-    data = PromptLoaders(PROMPTS, batch_size=6, prompts_per_rollout=2, batches_per_epoch=2, seed=2)
+    data = PromptLoaders(PROMPTS, batch_size=6, prompts_per_rollout=2, batches_per_epoch=epoch, seed=2)
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     assert trainer.global_step == STEPS
     return {**module.state_dict(), **{str(key): slot["exp_avg"] for key, slot in enumerated(trainer)}}
@@ -132,6 +136,18 @@ def test_a_run_that_stops_is_saved_in_the_middle_of_a_rollout(
             fit(tmp_path, server)
         assert str(raised.value).isprintable()
         assert_equal(fit(tmp_path, server, path), undisturbed)
+
+
+@pytest.mark.slow
+def test_a_rollout_in_the_middle_of_an_epoch_is_made_again(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    with judging() as judge:
+        server = RemoteServer(judge.url, retry_s=0.0)
+        whole = fit(tmp_path / "whole", server, epoch=3)
+        judge.faults += [None] * 3 + [hangs_up]
+        with pytest.raises(RemoteError, match="saved optimiser step 2"):
+            fit(tmp_path, server, epoch=3)
+        assert_equal(fit(tmp_path, server, path, epoch=3), whole)
 
 
 @pytest.mark.slow
