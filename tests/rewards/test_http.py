@@ -15,7 +15,7 @@ from latentreward.remote import RemoteError, RemoteServer, ServedLatents
 from latentreward.rewards import HTTPReward, PixelReward, RewardMixture
 from latentreward.rollout import Branching, Sampling, begin_finished, score_finished
 from latentreward.scorers import CallableScorer
-from latentreward.scoring import ScoringNoise
+from latentreward.scoring.scoring_noise import ScoringNoise, draw_noise, timesteps_of
 from tests.modules.simple_reward import FirstChannelReward
 from tests.modules.test_grpo import attached, source
 from tests.policies.alignment import tiny_source
@@ -87,12 +87,14 @@ def test_latents_get_the_scores_of_the_served_model(policy: Policy) -> None:
         several = reward.score_clean(latents, rows, known, None, (0.2, 0.6))
         single = [reward.score_clean(latents, rows, known, None, (sigma,)) for sigma in (0.2, 0.6)]
         torch.testing.assert_close(several, (single[0] + single[1]) / 2)
+    noise, process = ScoringNoise(sigmas=(0.4,)), model.backbone.noise_process
+    sigma = process.sigma(timesteps_of(noise, process)).item()
     for row in range(3):
         some = 2 * row + torch.arange(2)
         conditioning = policy.encode_prompts([PROMPTS.prompts[row]] * 2)
-        noise = ScoringNoise(sigmas=(0.4,), seed=known.seed(row))
-        expected = model.score_latents([""] * 2, latents[some], noise=noise, conditioning=(conditioning, None))
-        torch.testing.assert_close(scores[some], expected, atol=1e-5, rtol=1e-5)
+        draws = draw_noise([""] * 2, None, known.seed(row), sigma, latents.shape[1:])
+        options = {"noise": noise, "draws": draws, "conditioning": (conditioning, None)}
+        torch.testing.assert_close(scores[some], model.score_latents([""] * 2, latents[some], **options))
 
 
 def test_a_server_of_other_latents_is_refused_before_weights_are_loaded(policy: Policy) -> None:
