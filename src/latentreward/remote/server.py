@@ -132,8 +132,8 @@ class Connection:
 
     def __init__(self, server: RemoteServer) -> None:
         self.server = server
-        self._lock, self._client, self._owner = Lock(), None, 0
-        self._told = False
+        self._lock, self._owner, self._told = Lock(), 0, False
+        self._client: httpx.Client | None = None
 
     def ask(
         self,

@@ -115,7 +115,7 @@ class RemoteReward(Reward):
     source: HTTPReward
     needs_clean = True
     answers_later = True
-    agree: Callable[[bool], bool] = staticmethod(alone)
+    agree: Callable[[bool], bool] = staticmethod(alone)  # type: ignore[assignment]
 
     @abstractmethod
     def begin(
