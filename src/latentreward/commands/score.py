@@ -126,37 +126,44 @@ def score(
         InputError: If a setting is wrong, the output belongs to another run, or no image can be scored.
     """
     page = None if gallery is None else Gallery(gallery, gallery_images, decode_threads, max_pixels)
-    target = find_device(device)
-    listed = read_images(images, prompt, image_column, prompt_column, allow_outside, max_prompt_chars)
-    loading: dict[str, Any] = {
-        "base": base,
-        "config": run_config,
-        "revision": revision,
-        "trust_remote_code": trust_remote_code,
-    }
-    spec = {
-        "images": images_identity(listed),
-        "model": fingerprint(model, revision),
-        "base": None if base is None else fingerprint(base),
-        "run_config": None if run_config is None else fingerprint(run_config),
-        "revision": revision,
-        "trust_remote_code": trust_remote_code,
-        "published": None if published in (None, PublishedSettings()) else dataclasses.asdict(published),
-        "noise": {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(noise).items()},
-        "each_level": each_level,
-        "max_pixels": max_pixels,
-        "exif": exif,
-        "dtype": dtype,
-    }
-    loading |= {"device": target, "dtype": getattr(torch, dtype), "published": published}
-    load = partial(RewardModel.from_pretrained, model, **loading)
-    with PartFiles(output, spec, len(listed.rows)) as files:
-        if files.finished():
-            notes = []
-            print(f"{output} is complete already: {len(listed.rows)} images")
-        else:
-            reading = {"batch_size": batch_size, "decode_threads": decode_threads, "max_pixels": max_pixels}
-            notes = _make_table(files, listed, load, noise, each_level, flush_every, exif, **reading)
+    shards = PartFiles.folder_of(output) / SHARDS
+    with Crew(trainer, device, shards) as crew:
+        loading: dict[str, Any] = {
+            "base": base,
+            "config": run_config,
+            "revision": revision,
+            "trust_remote_code": trust_remote_code,
+            "device": crew.device,
+            "dtype": getattr(torch, dtype),
+            "published": published,
+        }
+        listed = read_images(images, prompt, image_column, prompt_column, allow_outside, max_prompt_chars)
+        reading = {"batch_size": batch_size, "decode_threads": decode_threads, "max_pixels": max_pixels}
+        work = TableScoring(
+            listed, partial(RewardModel.from_pretrained, model, **loading), noise, each_level, exif, reading, crew
+        )
+        if crew.do({PARTS: partial(work.task, output)}):
+            return
+        spec = {
+            "images": images_identity(listed),
+            "model": fingerprint(model, revision),
+            "base": None if base is None else fingerprint(base),
+            "run_config": None if run_config is None else fingerprint(run_config),
+            "revision": revision,
+            "trust_remote_code": trust_remote_code,
+            "published": None if published in (None, PublishedSettings()) else dataclasses.asdict(published),
+            "noise": {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(noise).items()},
+            "each_level": each_level,
+            "max_pixels": max_pixels,
+            "exif": exif,
+            "dtype": dtype,
+        }
+        with PartFiles(output, spec, len(listed.rows)) as files:
+            if files.finished():
+                notes = []
+                print(f"{output} is complete already: {len(listed.rows)} images")
+            else:
+                notes = work.make_table(files, flush_every)
     table = read_scores(output)
     print(f"{output}: {summarise(listed, table)}")
     if page is not None:
