@@ -37,7 +37,7 @@ def cache(
     seed: int = 0,
     images_per_shard: int = 1024,
     num_workers: int = 4,
-    trainer: TrainerSettings = TrainerSettings(),
+    trainer: TrainerSettings = TrainerSettings(),  # noqa: B008
     check: bool = False,
 ) -> None:
     """Write the latents of a data set's images, and optionally embeddings of its prompts, to a folder.
