@@ -25,7 +25,7 @@ from latentreward.scoring.score_inputs import images_identity, require_some
 from latentreward.scoring.scored_table import read_scores, summarise
 from latentreward.scoring.scoring_noise import NoiseKey
 from latentreward.settings.functions import run_plain_function
-from latentreward.storage.part_tables import PartFiles, parts_folder
+from latentreward.storage.part_tables import PartFiles
 from latentreward.storage.progress import Progress
 
 PARTS = "parts"
@@ -133,7 +133,7 @@ def score(
         InputError: If a setting is wrong, the output belongs to another run, or no image can be scored.
     """
     page = None if gallery is None else Gallery(gallery, gallery_images, decode_threads, max_pixels)
-    with Crew(trainer, device, parts_folder(output) / SHARDS) as crew:
+    with Crew(trainer, device, output.parent / f".{output.name}{SHARDS}") as crew:
         loading: dict[str, Any] = {
             "base": base,
             "config": run_config,

@@ -45,7 +45,7 @@ class PartFiles:
         if output.suffix not in WRITERS:
             raise InputError(f"output is {output}; it must end in .parquet, .csv or .jsonl")
         self.output, self.spec, self.rows = output, dict(spec), rows
-        self.folder = parts_folder(output)
+        self.folder = output.with_name(f"{output.name}.parts")
         self._note = output.with_name(f"{output.name}.json")
         self._kept = f"what was scored is kept in {self.folder}: free some space and run the same command again"
         self._held = ExitStack()
@@ -148,11 +148,6 @@ class PartFiles:
                     f"output: {self.output} was begun with {_difference(key, found.get(key), self.spec[key])}; choose "
                     f"another output, or {remedy}"
                 )
-
-
-def parts_folder(output: Path) -> Path:
-    """Return the folder of a table's parts."""
-    return output.with_name(f"{output.name}.parts")
 
 
 class JSONLinesWriter:
