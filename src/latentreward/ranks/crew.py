@@ -176,11 +176,16 @@ class Crew:
     def _work(self, stage: Stage, told: Callable[[Shard], None]) -> None:
         rank = 0 if self._fabric is None else self._fabric.global_rank
         work = None
-        for number in stage.take(len(stage.shards) * rank // self.size, self._check):
-            if work is None:
-                work = self._tasks[stage.task](stage.shards)
-            stage.finish(number, work(stage.shards[number]))
-            told(stage.shards[number])
+        claims = stage.take(len(stage.shards) * rank // self.size, self._check)
+        try:
+            for number in claims:
+                if work is None:
+                    work = self._tasks[stage.task](stage.shards)
+                stage.finish(number, work(stage.shards[number]))
+                told(stage.shards[number])
+        except Exception as error:
+            self._note(error)  # while the shard is still claimed: another process would do it, and go on
+            raise
 
     def _joined(self) -> ShardFolder:
         """Return the folder of the run, which is made and told to all processes at the first call."""
@@ -270,13 +275,19 @@ class Crew:
                 sys.exit(0)
             self._shared.note_error("a process was stopped", told=True)
             return
-        plain = isinstance(error, InputError | OSError)
-        line = one_line(error) if plain else f"{type(error).__name__}: {one_line(error)}"
-        self._shared.note_error(f"{line} (process {self._fabric.global_rank})", told=not child)
+        self._note(error)
         if child:
-            if not plain:
+            if not isinstance(error, InputError | OSError):
                 traceback.print_exception(error)
             sys.exit(2)
+
+    def _note(self, error: BaseException) -> None:
+        """Leave a note of this process's error, unless there is one; a child of the first process prints nothing."""
+        if self._shared is None or self._fabric is None:
+            return
+        line = one_line(error) if isinstance(error, InputError | OSError) else f"{type(error).__name__}: {error}"
+        child = not self.first and is_child(self._fabric.strategy)
+        self._shared.note_error(f"{line} (process {self._fabric.global_rank})", told=not child)
 
     def _end(self, error: BaseException | None) -> None:
         """Tell the others that the work is done, or that it has failed, and remove the folder if it is done."""
@@ -284,8 +295,7 @@ class Crew:
             with suppress(InputError):
                 self._agree("" if error is None else None)
         if error is not None:
-            if self._shared is not None:
-                self._shared.note_error(one_line(error), told=True)
+            self._note(error)
             return
         if self._shared is not None:
             self._shared.end()
