@@ -163,8 +163,7 @@ def score(
             "exif": exif,
             "dtype": dtype,
         }
-        given: dict[str, Any] = {"revision": revision, "trusted": trust_remote_code, "published": published}
-        find = cache(partial(find_reward, model, run_config, base, **given))
+        find = cache(partial(find_reward, model, run_config, base, revision=revision, trusted=trust_remote_code))
         notes: list[str] = []
         with PartFiles(output, spec, len(listed.rows)) as files:
             if files.finished():
@@ -172,7 +171,8 @@ def score(
             else:
                 if parts := files.missing(flush_every):
                     notes += scoring.score(files, parts)
-                    notes += _remarks_on_images(find().image_sizes, exif or find().exif, scoring.found, files)
+                    read = scoring.model or find()  # of many processes the first may have come too late for a part
+                    notes += _remarks_on_images(read.image_sizes, exif or read.exif, scoring.found, files)
                 files.finish()
     table = read_scores(output)
     print(f"{output}: {summarise(listed, table)}")
@@ -196,6 +196,7 @@ class PartScoring:
         load: Function that loads the model; the argument says whether to tell about it.
         crew: The processes.
         found: What the processes found in the images so far: ``rotated``, ``unused`` and the model's ``seconds``.
+        model: Model of this process, once it has scored a part.
     """
 
     output: Path
@@ -203,6 +204,7 @@ class PartScoring:
     load: Callable[[bool], ListedScoring]
     crew: Crew
     found: dict[str, float] = field(default_factory=dict)
+    model: RewardModel | None = None
 
     def score(self, files: PartFiles, parts: Sequence[range]) -> list[str]:
         """Score the given parts, and return remarks on the time taken and on clips."""
@@ -231,6 +233,7 @@ class PartScoring:
         That function writes the part, and returns what it found.
         """
         scoring, files = self.load(self.crew.first), PartFiles(self.output, {}, len(self.listed.rows))
+        self.model = scoring.model
         if self.crew.first:
             self._begun, scoring.progress = time.monotonic(), self._progress.add
 
