@@ -42,8 +42,9 @@ def is_child(strategy: "Strategy | FabricStrategy") -> bool:
     """Tell whether this process is a rank that Lightning started from the first process of the machine."""
     from lightning.fabric.plugins.environments import LightningEnvironment
 
-    environment = getattr(strategy, "cluster_environment", None)
-    return isinstance(environment, LightningEnvironment) and environment.local_rank() > 0 and PARENT in os.environ
+    environment, own = getattr(strategy, "cluster_environment", None), str(os.getpid())
+    ranked = isinstance(environment, LightningEnvironment) and environment.local_rank() > 0
+    return ranked and os.environ.get(PARENT, own) != own  # its own ID is that of a rank started by something else
 
 
 def bind_to_parent(strategy: "Strategy | FabricStrategy") -> None:
