@@ -27,11 +27,12 @@ INDEX = pa.schema(
         "votes_a": pa.int64(),
         "votes_b": pa.int64(),
         "confidence": pa.float64(),
+        "split": pa.large_string(),
     }
 )
 WINNER_FIRST, BY_LABEL = ("chosen", "rejected"), ("image_a", "image_b")
 WORDS = {"a": 1.0, "b": 0.0, "tie": 0.5}
-NOT_LABELS = (*WINNER_FIRST, *BY_LABEL, "prompt", "label", "confidence", "weight", "pair_id")
+NOT_LABELS = (*WINNER_FIRST, *BY_LABEL, "prompt", "label", "confidence", "weight", "pair_id", "split")
 """Keys under which nobody looks for a label, beside the keys of labels themselves."""
 NO_LABEL = "unlabelled (no label)"
 ROWS = 1 << 14
@@ -50,8 +51,8 @@ class JSONLPairReader(JSONReader):
 
     ``label`` is the probability in [0, 1] that a is preferred (½ for a tie), or ``"a"``, ``"b"`` or ``"tie"``. A line
     with a null or missing label is unlabelled, also if it has ``votes``; other keys are not read. Optional fields are
-    ``votes`` ([a, b] or [chosen, rejected]), ``confidence`` in [0, 1], ``weight`` (of the pair in the loss, 0 or more)
-    and ``pair_id`` (default ``FILE:LINE``).
+    ``votes`` ([a, b] or [chosen, rejected]), ``confidence`` in [0, 1], ``weight`` (of the pair in the loss, 0 or more),
+    ``pair_id`` (default ``FILE:LINE``) and ``split`` (a text, by which a cache tells the splits of one file apart).
 
     Paths are relative to ``root``. A null or missing prompt is read as an empty prompt. Unreadable ``votes`` and
     ``confidence`` are ignored. Blank lines are ignored. A line falls under ``on_error`` if it is not an object, if its
@@ -63,9 +64,9 @@ class JSONLPairReader(JSONReader):
     Args:
         file: Path of the file. Keys of a line: ``prompt``; ``chosen`` and ``rejected`` (paths), or ``image_a``,
             ``image_b`` (paths) and ``label`` (probability that a is preferred, or ``a``, ``b``, ``tie``); optionally
-            ``votes``, ``confidence``, ``weight``, ``pair_id``.
+            ``votes``, ``confidence``, ``weight``, ``pair_id``, ``split``.
         root: Folder that paths are relative to and that all images must lie in; by default the file's folder.
-        split: Name of the split.
+        split: Name of the split of lines without their own.
         options: See :class:`~latentreward.data.readers.base.SideExchangingReader`. In lines with ``chosen`` and
             ``rejected``, the chosen image is a or b at random; lines with ``image_a`` and ``image_b`` stay as written.
 
@@ -105,7 +106,7 @@ class JSONLPairReader(JSONReader):
             votes=None if row["votes_a"] is None else (row["votes_a"], row["votes_b"]),
             confidence=row["confidence"],
             source=self._file.name,
-            split=self.split,
+            split=row["split"] or self.split,
         )
         return pair.swapped() if row["winner_first"] and self.is_exchanged(row["pair_id"]) else pair
 
@@ -161,7 +162,8 @@ class JSONLPairReader(JSONReader):
         counts = votes if sound and votes is not None else (None, None)
         paths = [parse_text(row.get(field)) for field in fields]
         prompt, confidence = parse_text(row.get("prompt")) or "", self._parse_confidence(row.get("confidence"))
-        return pair_id, prompt, *paths, label if sound else None, fields == WINNER_FIRST, weight, *counts, confidence
+        facts = (label if sound else None, fields == WINNER_FIRST, weight, *counts, confidence)
+        return pair_id, prompt, *paths, *facts, parse_text(row.get("split"))
 
     def _parse_label(
         self, name: str, row: dict[str, Any], fields: tuple[str, str], sound: bool
