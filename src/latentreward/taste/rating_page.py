@@ -164,7 +164,8 @@ class RatingHandler(BaseHTTPRequestHandler):
 def serve_ratings(ratings: Ratings, bound: socket) -> None:
     """Serve the page until Ctrl-C or SIGTERM; prints its address once it can be opened."""
     with RatingServer(ratings, bound) as server:
-        print(f"rate at {server.url}: {ratings.done} of {ratings.total} pairs are rated; Ctrl-C ends", flush=True)
+        print(f"{ratings.done} of {ratings.total} pairs are rated; Ctrl-C ends")
+        print(f"page to rate at {server.url}", flush=True)
         try:
             server.serve_forever()
         finally:
