@@ -154,7 +154,8 @@ def test_a_full_disk_keeps_earlier_ratings(server: RatingServer) -> None:
     with largest_file(len(kept) + 10):
         status, told = ask(server, "/rate", answer)
     assert status == 507 and b"ratings so far are kept" in told
-    assert Ratings(server.folder).done == 1
+    assert (server.folder / RATINGS).read_bytes() == kept
+    assert ask(server, "/rate", answer)[0] == 200 and Ratings(server.folder).done == 2
 
 
 def test_a_picture_that_is_gone_is_said(server: RatingServer) -> None:

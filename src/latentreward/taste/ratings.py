@@ -1,5 +1,6 @@
 """Ratings of pairs of own pictures: which pairs are shown, and the file that keeps the answers."""
 
+import errno
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -142,12 +143,22 @@ class Ratings:
             return False
         line = {"prompt": pair.prompt, "image_a": pair.a.path, "image_b": pair.b.path, "label": answer}
         line[RATED] = datetime.now(UTC).isoformat(timespec="seconds")
-        with write_errors_named(self.file, KEPT), self.file.open("ab") as stream:
-            stream.write((json.dumps(line, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
-            stream.flush()
-            os.fsync(stream.fileno())
+        with write_errors_named(self.file, KEPT):
+            self._append((json.dumps(line, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
         self._lines.append(line)
         return True
+
+    def _append(self, text: bytes) -> None:
+        """Append a line, or leave the file as it was: the next line must not be joined to a part of this one."""
+        with self.file.open("ab", buffering=0) as stream:
+            before = stream.tell()
+            try:
+                if stream.write(text) < len(text):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(stream.fileno())
+            except OSError:
+                stream.truncate(before)
+                raise
 
     def undo(self) -> bool:
         """Take the last answer back; return False if there is none that was given on the page."""
