@@ -92,14 +92,23 @@ def test_ratings_count_and_odd_lines_are_named(tmp_path: Path) -> None:
     (tmp_path / "023.png").write_bytes(b"")
     rows = [{"image_a": f"{n:03}.png", "image_b": f"{n + 1:03}.png", "label": "ab"[n % 2]} for n in range(22)]
     rows[0]["label"] = "tie"
-    odd = ({"image_a": "022.png", "image_b": "023.png", "label": "a"}, {"image_a": "000.png", "image_b": "000.png", "label": 1})
+    odd = (
+        {"image_a": "022.png", "image_b": "023.png", "label": "a"},
+        {"image_a": "000.png", "image_b": "000.png", "label": 1},
+    )
     rated(tmp_path, *rows, *odd, "{broken", {"image_a": "../secret.png", "image_b": "001.png", "label": "a"})
     found = collect(tmp_path)
     assert len(found.pairs) == 22 and found.pairs[0].label == 0.5
     assert {pair.label for pair in found.pairs[1:]} == {1.0}
     assert (found.pairs[1].a.path, found.pairs[1].b.path) == ("002.png", "001.png")
     told = "; ".join(found.remarks)
-    for part in ("1 lines left out", "023.png", "../secret.png", "itself: 1: 000.png and 000.png", "readable picture: 2"):
+    for part in (
+        "1 lines left out",
+        "023.png",
+        "../secret.png",
+        "itself: 1: 000.png and 000.png",
+        "readable picture: 2",
+    ):
         assert part in told
 
 
@@ -108,7 +117,10 @@ def test_ratings_count_and_odd_lines_are_named(tmp_path: Path) -> None:
     [
         (lambda folder: folder.rmdir(), "is not a folder; give the folder of your pictures"),
         (lambda folder: None, "has no pictures; give a folder with chosen/ and rejected/, or pictures to rate"),
-        (lambda folder: unsorted_folder(folder, 1), "has 1 pictures, but neither .* rate them with `latentreward taste"),
+        (
+            lambda folder: unsorted_folder(folder, 1),
+            "has 1 pictures, but neither .* rate them with `latentreward taste",
+        ),
         (lambda folder: draw(folder / "chosen" / "1.png", 1), "has no rejected/ beside the other"),
         (lambda folder: sorted_folder(folder, 19), "gives 19 pairs; give at least 20, better 100 or more"),
     ],
@@ -123,7 +135,9 @@ def test_an_empty_side_is_named(tmp_path: Path) -> None:
     sorted_folder(tmp_path, 20)
     for file in (tmp_path / "rejected").iterdir():
         file.write_bytes(b"GIF89a")
-    with pytest.raises(InputError, match=r"rejected has no pictures that can be read; left out, cannot be read: 20: .* 17 more"):
+    with pytest.raises(
+        InputError, match=r"rejected has no pictures that can be read; left out, cannot be read: 20: .* 17 more"
+    ):
         collect(tmp_path)
 
 

@@ -15,7 +15,9 @@ from latentreward.taste.preparing import prompts_of, write_pairs, write_prompts
 from latentreward.taste.splitting import Split, split
 from tests.taste.folders import sorted_folder
 
-PLAN = Plan("sd_tiny", Path("/a b"), Path("/p"), None, "frozen", None, False, 10, None, ["--trainer.max_epochs=3"], [], 4)
+PLAN = Plan(
+    "sd_tiny", Path("/a b"), Path("/p"), None, "frozen", None, False, 10, None, ["--trainer.max_epochs=3"], [], 4
+)
 
 
 def keys(plan: Plan, seed: int = 0) -> dict[str, str]:
@@ -35,7 +37,12 @@ def test_a_change_starts_what_depends_on_it() -> None:
     assert changed(replace(plan, align=["--trainer.max_steps=1"])) == {ALIGN, PICTURES}
     assert changed(replace(plan, pictures=5)) == {PICTURES}
     assert changed(replace(plan, tuning="lora")) == {REWARD, SCORES, ALIGN, PICTURES}
-    assert changed(replace(plan, folder=Path("/b"))) == set(keys(plan)) == changed(replace(plan, size=64)) == changed(plan, 1)
+    assert (
+        changed(replace(plan, folder=Path("/b")))
+        == set(keys(plan))
+        == changed(replace(plan, size=64))
+        == changed(plan, 1)
+    )
 
 
 def test_paths_with_spaces_stay_one_argument() -> None:
@@ -46,7 +53,9 @@ def test_a_pipeline_is_told_by_its_class(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionXLPipeline"}))
     assert find_base(str(tmp_path)).backbone == "sdxl" and find_base("sd35_tiny").size == 32
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
-    with pytest.raises(InputError, match=r"base: '.*' is a FluxPipeline; taste takes StableDiffusionPipeline, .*sd_tiny"):
+    with pytest.raises(
+        InputError, match=r"base: '.*' is a FluxPipeline; taste takes StableDiffusionPipeline, .*sd_tiny"
+    ):
         find_base(str(tmp_path))
     plan = replace(PLAN, base=str(tmp_path), gpu=True)
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusion3Pipeline"}))

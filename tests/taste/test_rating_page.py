@@ -28,7 +28,9 @@ def labels(folder: Path) -> list[str]:
 def test_pairs_are_rated_by_keys_and_go_on_later(browser_page: Any, folder: Path) -> None:
     with forked_server("taste", str(folder), "--rate", "--port=0") as server:
         page = browser_page(server.address)
-        page.wait_for_function("document.getElementById('left').complete && document.getElementById('left').naturalWidth")
+        page.wait_for_function(
+            "document.getElementById('left').complete && document.getElementById('left').naturalWidth"
+        )
         assert page.text_content("#prompt") == "<b>a cat</b> &amp; a dog"
         for number, key in enumerate(["ArrowLeft", "ArrowRight", "ArrowDown"], start=1):
             page.keyboard.press(key)

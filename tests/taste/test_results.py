@@ -31,7 +31,14 @@ def scored(plan: Plan, wrong: int, ties: int = 0) -> Path:
     """Scores at two levels, of which one alone would say the opposite, with so many wrong pairs and ties."""
     rows = [json.loads(line) for line in (plan.pairs / PREFERENCES).read_text().splitlines()]
     held = [row for row in rows if row["split"] == "held_out"]
-    columns = {"pair_id": [], "chosen_key": [], "rejected_key": [], "label": [], "chosen_score": [], "rejected_score": []}
+    columns = {
+        "pair_id": [],
+        "chosen_key": [],
+        "rejected_key": [],
+        "label": [],
+        "chosen_score": [],
+        "rejected_score": [],
+    }
     for level in (-1.0, 3.0):
         for number, row in enumerate(held):
             sign = -1 if number < wrong else 1

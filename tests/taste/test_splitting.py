@@ -73,5 +73,7 @@ def test_more_pairs_than_wanted_are_drawn_from() -> None:
 
 def test_a_part_without_pairs_is_refused() -> None:
     star = [pair(0, n) for n in range(1, 30)]
-    with pytest.raises(InputError, match=r"0 pairs are left for .* after the split .*; give more pictures, each in fewer"):
+    with pytest.raises(
+        InputError, match=r"0 pairs are left for .* after the split .*; give more pictures, each in fewer"
+    ):
         split(Collection("", star), 500, 0)

@@ -2,19 +2,24 @@
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
+from latentreward.cli import main
 from latentreward.steps.workshop import RECORD
 from latentreward.taste.page import HTML, JSON
 from latentreward.tinyworld.pairs import draw_pairs
 from tests.processes import start
+from tests.steps.forked_steps import ForkedSteps
 
+pytestmark = pytest.mark.slow
 SHORT = ("--base=sd_tiny", "--device=cpu", "--epochs=2", "--align_steps=2", "--num_prompts=2", "--align_always=true")
-ALIGN = ("--align_settings=[--data.batch_size=4, --data.prompts_per_rollout=4, --model.sampling.num_inference_steps=5]",)
+ALIGN = (
+    "--align_settings=[--data.batch_size=4, --data.prompts_per_rollout=4, --model.sampling.num_inference_steps=5]",
+)
 
 
 def tiny_folder(folder: Path, pairs: int) -> Path:
@@ -28,23 +33,28 @@ def tiny_folder(folder: Path, pairs: int) -> Path:
     return folder
 
 
-def run(*arguments: str) -> tuple[int, str]:
-    process = start(("taste", *arguments))
-    status = process.wait(1200)
-    return status, process.stdout + process.stderr
+@pytest.fixture
+def taste(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """The command, whose steps are forked from a process that has imported everything; what it prints."""
+    monkeypatch.setattr(
+        "latentreward.pilot.running.workshop", lambda folder: ForkedSteps(folder, resumes=True, environment={})
+    )
+
+    def run(*arguments: str) -> str:
+        main(["taste", *arguments])
+        return capsys.readouterr().out
+
+    return run
 
 
-@pytest.mark.slow
-def test_from_pairs_to_pictures_before_and_after(tmp_path: Path) -> None:
+def test_from_pairs_to_pictures_before_and_after(tmp_path: Path, taste: Callable[..., str]) -> None:
     folder, work = tiny_folder(tmp_path / "mine", 40), tmp_path / "work"
-    status, told = run(str(folder), *SHORT, f"--work={work}")
-    assert status == 0, told
+    told = taste(str(folder), *SHORT, f"--work={work}")
     assert "accuracy on 10 held-out pairs in %" in told and f"page: {work / HTML}" in told
     assert "Before and after" not in (work / HTML).read_text()
     records = {path: path.stat().st_mtime_ns for path in work.glob(f"*/{RECORD}")}
     assert len(records) == 3
-    status, told = run(str(folder), *SHORT, *ALIGN, "--align", f"--work={work}")
-    assert status == 0, told
+    told = taste(str(folder), *SHORT, *ALIGN, "--align", f"--work={work}")
     assert told.count("done before") == 3
     assert records == {path: path.stat().st_mtime_ns for path in records}
     text = (work / HTML).read_text()
@@ -53,19 +63,16 @@ def test_from_pairs_to_pictures_before_and_after(tmp_path: Path) -> None:
     assert [*work.glob("align-*/out/lora/*.safetensors")]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("tuning", ["lora", "full"])
-def test_other_tunings_and_an_optimiser_by_class_path(tmp_path: Path, tuning: str) -> None:
+def test_other_tunings_and_an_optimiser_by_class_path(tmp_path: Path, tuning: str, taste: Callable[..., str]) -> None:
     folder = tiny_folder(tmp_path / "mine", 24)
     extra = (f"--tuning={tuning}", "--optimizer=torch.optim.SGD", "--lr=0.01", f"--work={tmp_path}/work")
-    status, told = run(str(folder), *SHORT, "--base=sd35_tiny", *extra)
-    assert status == 0, told
+    taste(str(folder), *SHORT, *extra, "--base=sd35_tiny")
     (config,) = (tmp_path / "work").glob("train-*/out/config.yaml")
     assert "class_path: torch.optim.SGD" in config.read_text() and "lr: 0.01" in config.read_text()
 
 
-@pytest.mark.slow
-def test_a_killed_run_goes_on(tmp_path: Path) -> None:
+def test_a_killed_run_goes_on(tmp_path: Path, taste: Callable[..., str]) -> None:
     folder, work = tiny_folder(tmp_path / "mine", 24), tmp_path / "work"
     process = start(("taste", str(folder), *SHORT, f"--work={work}"))
     end = time.monotonic() + 600
@@ -74,15 +81,12 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     process.kill()
     process.wait(60)
     time.sleep(2)  # the step's process ends by itself
-    status, told = run(str(folder), *SHORT, f"--work={work}")
-    assert status == 0, told
+    told = taste(str(folder), *SHORT, f"--work={work}")
     assert "cache: done before" in told and "train: goes on" in told
 
 
-@pytest.mark.slow
-def test_memory_is_estimated_without_any_step(tmp_path: Path, capsys: Any) -> None:
+def test_memory_is_estimated_without_any_step(tmp_path: Path, taste: Callable[..., str]) -> None:
     folder = tiny_folder(tmp_path / "mine", 24)
-    status, told = run(str(folder), *SHORT, "--align", "--estimate", f"--work={tmp_path}/work")
-    assert status == 0, told
+    told = taste(str(folder), *SHORT, "--align", "--estimate", f"--work={tmp_path}/work")
     assert "peak in the passes of a batch" in told and "memory: train " in told and ", align " in told
     assert not [*(tmp_path / "work").glob(f"*/{RECORD}")]

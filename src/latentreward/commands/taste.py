@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from latentreward.errors import InputError, check_at_least_one
+from latentreward.errors import check_at_least_one
 from latentreward.interrupts import interrupts_told
 from latentreward.settings.functions import run_plain_function
 from latentreward.steps.tasks import Task

@@ -137,9 +137,9 @@ def _unsorted(folder: Path) -> str:
     pictures = sum(map(len, find_images(folder).values()))
     if not pictures:
         return f"folder: {folder} has no pictures; give a folder with chosen/ and rejected/, or pictures to rate"
-    if missing := [side for side in SIDES if not (folder / side).is_dir()]:
-        if len(missing) == 1:
-            return f"folder: {folder} has no {missing[0]}/ beside the other; put the pictures you do not prefer there"
+    missing = [side for side in SIDES if not (folder / side).is_dir()]
+    if len(missing) == 1:
+        return f"folder: {folder} has no {missing[0]}/ beside the other; put pictures to compare with there"
     return (
         f"folder: {folder} has {pictures} pictures, but neither chosen/ and rejected/ nor {RATINGS}; rate them with "
         f"`latentreward taste {folder} --rate`"
@@ -179,9 +179,7 @@ def _all_against_all(chosen: dict[str, Picture], rejected: dict[str, Picture], r
     if contradicting := contents[0].keys() & contents[1].keys():
         names = sorted(contents[0][one].path for one in contradicting)
         remarks = [*remarks, f"left out, both chosen and rejected: {listed(names)}"]
-    one_side, other = (
-        [picture for key, picture in side.items() if key not in contradicting] for side in contents
-    )
+    one_side, other = ([picture for key, picture in side.items() if key not in contradicting] for side in contents)
     how = "file names do not match: each chosen picture is compared with rejected ones"
     captions: dict[str, tuple[str, list[Picture], list[Picture]]] = {}
     for side, pictures in enumerate((one_side, other)):

@@ -64,7 +64,10 @@ def write_prompts(work: Path, prompts: Sequence[str], seed: int) -> tuple[Path, 
             write_file(folder / name, text)
     if kept:
         return folder, f"{len(others)} prompts to align with, {kept} others for the pictures before and after"
-    return folder, f"{len(others)} prompts to align with, and the same for the pictures: give {ENOUGH} to keep some apart"
+    return (
+        folder,
+        f"{len(others)} prompts to align with, and the same for the pictures: give {ENOUGH} to keep some apart",
+    )
 
 
 def _json_lines(prompts: Sequence[str]) -> str:

@@ -171,5 +171,3 @@ def serve_ratings(ratings: Ratings, bound: socket) -> None:
         finally:
             told = f"{ratings.done} of {ratings.total} pairs are rated in {ratings.file}"
             print(told, file=sys.stderr, flush=True)
-
-

@@ -107,7 +107,9 @@ class Ratings:
         different = [*{picture.content: picture for picture in reversed(found.values())}.values()][::-1]
         if len(different) < FEWEST:
             remarks = "".join(f"; {remark}" for remark in self.remarks)
-            raise InputError(f"folder: {folder} has {len(different)} different pictures{remarks}; two are shown at a time")
+            raise InputError(
+                f"folder: {folder} has {len(different)} different pictures{remarks}; two are shown at a time"
+            )
         self.file = folder / RATINGS
         self._shown = pairs_to_show(different, seed)
         self._lines = self._read()

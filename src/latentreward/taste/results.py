@@ -92,10 +92,12 @@ def measure(scores: Path, data: Path) -> Measured:
         row, label = contents[pair_id], table["label"][places[0]]
         if label == CHANCE:
             continue
-        chosen, rejected = (float(np.mean([table[f"{side}_score"][n] for n in places])) for side in ("chosen", "rejected"))
+        chosen, rejected = (
+            float(np.mean([table[f"{side}_score"][n] for n in places])) for side in ("chosen", "rejected")
+        )
         paths = table["chosen_key"][places[0]], table["rejected_key"][places[0]]
         won = label > CHANCE  # `chosen` is the first picture of a pair whose label lies between
-        both = ((*paths, chosen, rejected) if won else (*paths[::-1], rejected, chosen))
+        both = (*paths, chosen, rejected) if won else (*paths[::-1], rejected, chosen)
         pairs.append(ScoredPair(row["prompt"], *both))
         links.append((row["contents"][0], row["contents"][1]))
         sizes.append(pairs[-1].margin)

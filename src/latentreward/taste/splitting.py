@@ -148,7 +148,9 @@ def _cut(pool: Pool, rng: np.random.Generator) -> list[tuple[str, Pool]]:
         place = {contents[one]: number for number, one in enumerate(rng.permutation(len(contents)))}
         first = {picture.content: picture for picture in side}
         parts = np.searchsorted(cuts, [place[content] for content in contents], side="right")
-        sides.append([[first[content] for content, own in zip(contents, parts, strict=True) if own == n] for n in range(3)])
+        sides.append(
+            [[first[content] for content, own in zip(contents, parts, strict=True) if own == n] for n in range(3)]
+        )
     return [(name, Pool(pool.prompt, sides[0][n], sides[1][n])) for n, name in enumerate(PARTS)]
 
 
