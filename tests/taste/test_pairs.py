@@ -45,7 +45,8 @@ def test_what_cannot_be_used_is_named_and_the_rest_stays(tmp_path: Path) -> None
     assert "a picture paired with itself: 1: chosen/001.png and rejected/001.png" in told
     assert "only on one side: 3: 000, 002, 007" in told
     assert "the same name with another ending: 1: chosen/003.png" in told
-    assert "the same bytes count as one picture: 2: chosen/001.png = rejected/001.png, chosen/004.png = chosen/005.png"
+    same = ("chosen/001.png = rejected/001.png", "chosen/004.png = chosen/005.png")
+    assert all(one in told for one in ("the same bytes count as one picture: 2: ", *same))
     by_name = {pair.b.path: pair for pair in found.pairs}
     assert by_name["rejected/004.png"].a.content == by_name["rejected/005.png"].a.content
 
@@ -107,7 +108,7 @@ def test_ratings_count_and_odd_lines_are_named(tmp_path: Path) -> None:
         "023.png",
         "../secret.png",
         "itself: 1: 000.png and 000.png",
-        "readable picture: 2",
+        "picture: 2",
     ):
         assert part in told
 
@@ -119,7 +120,7 @@ def test_ratings_count_and_odd_lines_are_named(tmp_path: Path) -> None:
         (lambda folder: None, "has no pictures; give a folder with chosen/ and rejected/, or pictures to rate"),
         (
             lambda folder: unsorted_folder(folder, 1),
-            "has 1 pictures, but neither .* rate them with `latentreward taste",
+            "has 1 pictures, but neither .* `latentreward taste .* --rate`",
         ),
         (lambda folder: draw(folder / "chosen" / "1.png", 1), "has no rejected/ beside the other"),
         (lambda folder: sorted_folder(folder, 19), "gives 19 pairs; give at least 20, better 100 or more"),

@@ -84,7 +84,9 @@ def test_copies_are_shown_once_and_one_picture_is_too_few(tmp_path: Path) -> Non
     unsorted_folder(tmp_path, 1)
     shutil.copy(tmp_path / "000.png", tmp_path / "copy.png")
     (tmp_path / "broken.jpg").write_bytes(b"x")
-    with pytest.raises(InputError, match=r"has 1 different pictures; .*broken.jpg.*000.png = copy.png; two are shown"):
+    with pytest.raises(
+        InputError, match=r"has 1 different pictures; .*broken.jpg.*000.png = copy.png; give at least 2"
+    ):
         Ratings(tmp_path)
     draw(tmp_path / "other.png", 1)
     assert Ratings(tmp_path).total == 1

@@ -22,9 +22,10 @@ from tests.taste.folders import sorted_folder
 @pytest.fixture
 def plan(tmp_path: Path) -> Plan:
     folder = sorted_folder(tmp_path / "mine", 40, prompts=4)
-    parts = dict.fromkeys(PARTS, list(collect(folder).pairs))
-    pairs = write_pairs(tmp_path / "work", Split(parts, "for a test"))
-    return Plan("sd_tiny", folder, pairs, None, "frozen", None, False, 10, None, [], [], 4)
+    pairs = list(collect(folder).pairs)
+    parts = {name: pairs for name in PARTS}
+    written = write_pairs(tmp_path / "work", Split(parts, "for a test"))
+    return Plan("sd_tiny", folder, written, None, "frozen", None, False, 10, None, [], [], 4)
 
 
 def scored(plan: Plan, wrong: int, ties: int = 0) -> Path:

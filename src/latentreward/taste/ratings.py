@@ -108,7 +108,7 @@ class Ratings:
         if len(different) < FEWEST:
             remarks = "".join(f"; {remark}" for remark in self.remarks)
             raise InputError(
-                f"folder: {folder} has {len(different)} different pictures{remarks}; two are shown at a time"
+                f"folder: {folder} has {len(different)} different pictures{remarks}; give at least {FEWEST}"
             )
         self.file = folder / RATINGS
         self._shown = pairs_to_show(different, seed)

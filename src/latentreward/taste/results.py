@@ -66,8 +66,8 @@ class Measured:
         if self.learned:
             return "The reward orders new pairs better than chance."
         return (
-            "Too little to learn from: the interval includes 50 %, so the reward may be no better than a coin; rate more "
-            "pairs, or pictures that differ more clearly."
+            "Too little to learn from: the interval includes 50 %, so the reward may be no better than a coin; rate "
+            "more pairs, or pictures that differ more clearly."
         )
 
 
