@@ -23,7 +23,7 @@ from tests.taste.folders import sorted_folder
 def plan(tmp_path: Path) -> Plan:
     folder = sorted_folder(tmp_path / "mine", 40, prompts=4)
     pairs = list(collect(folder).pairs)
-    parts = {name: pairs for name in PARTS}
+    parts = dict.fromkeys(PARTS, pairs)
     written = write_pairs(tmp_path / "work", Split(parts, "for a test"))
     return Plan("sd_tiny", folder, written, None, "frozen", None, False, 10, None, [], [], 4)
 

@@ -37,7 +37,7 @@ def taste(
     optimizer: str | None = None,
     prompts: Path | None = None,
     align_always: bool = False,
-    align_steps: int = 100,
+    align_steps: int | None = None,
     guidance_scale: float | None = None,
     num_prompts: int = 24,
     train_settings: list[str] = [],  # noqa: B006
@@ -58,7 +58,7 @@ def taste(
     ``latentreward taste pictures --base sd_tiny`` to try all of it on a CPU without any download.
 
     Args:
-        folder: Folder of pictures; nothing but ``ratings.jsonl`` is written there.
+        folder: Folder of pictures; only ``ratings.jsonl`` and a hidden lock file are written there, by --rate.
         rate: Whether to serve the page to rate pictures, until Ctrl-C; answers are kept at once, and continued.
         align: Whether to align the base with the reward, if the reward has learned something.
         estimate: Whether to only compute the memory that the trainings need, from configs, and compare it with what is
@@ -78,7 +78,7 @@ def taste(
         optimizer: Class of the reward's optimiser, such as bitsandbytes.optim.AdamW8bit; AdamW by default.
         prompts: File of prompts for the alignment and its pictures; by default the captions of the pictures.
         align_always: Whether to align even if the reward may be no better than a coin.
-        align_steps: Optimiser steps of the alignment.
+        align_steps: Optimiser steps of the alignment; by default 100, of a shipped tiny base 24.
         guidance_scale: Guidance scale of the alignment and its pictures; that of the base by default.
         num_prompts: Most prompts with pictures before and after.
         train_settings: Further settings of the reward's training, as ``latentreward fit`` takes them.
@@ -135,7 +135,7 @@ def taste(
                 *(f"--trainer.max_epochs={epochs}", f"--data.batch_size={batch_size}"),
                 *train_settings,
             ],
-            align=[f"--trainer.max_steps={align_steps}", *align_settings],
+            align=[*([] if align_steps is None else [f"--trainer.max_steps={align_steps}"]), *align_settings],
             pictures=num_prompts,
         )
         print(f"base {base}, tuning {chosen}, {'GPU' if plan.gpu else 'CPU'}", flush=True)

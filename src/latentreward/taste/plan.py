@@ -22,6 +22,12 @@ PREFERENCES, PROMPTS, JUDGED = "pairs.jsonl", "prompts.jsonl", "judged.jsonl"
 LARGE: Mapping[Tuning, float] = {"frozen": 3e-4, "lora": 1e-4, "full": 1e-5}
 TINY: Mapping[Tuning, float] = {"frozen": 1e-3, "lora": 1e-3, "full": 5e-4}
 """Learning rates of the reward."""
+ALIGN_LARGE = ("--model.optimizer.lr=6e-5", "--trainer.max_steps=100")
+ALIGN_TINY = (
+    *("--model.optimizer.lr=1e-3", "--trainer.max_steps=24"),
+    *("--data.batch_size=64", "--data.prompts_per_rollout=32"),
+)
+"""Rate and length of the alignment, and its batches where they are not those of configs/taste/align.yaml."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,11 @@ class Base:
     def rates(self) -> Mapping[Tuning, float]:
         """Learning rate of the reward by tuning."""
         return TINY if self.tiny else LARGE
+
+    @property
+    def alignment(self) -> tuple[str, ...]:
+        """Settings of the alignment."""
+        return ALIGN_TINY if self.tiny else ALIGN_LARGE
 
 
 TINY_BASES = {name: Base(name, 32, 1.0, tiny=True) for name in SHIPPED}
@@ -161,7 +172,7 @@ class Plan:
             *("fit", "--config=configs/taste/align.yaml", f"--model.policy.source={self.base}"),
             *(f"--model.reward.path={{train}}/{BEST}", *given, f"--model.guidance_scale={self._guidance(found)}"),
             *(["--model.policy.frozen_dtype=bfloat16"] if self.gpu else []),
-            *(f"--data.prompts={prompts / PROMPTS}", f"--model.optimizer.lr={1e-3 if found.tiny else 6e-5}"),
+            *(f"--data.prompts={prompts / PROMPTS}", *found.alignment),
             *("--trainer.default_root_dir={out}", "--seed_everything={seed}", "--ckpt_path=last"),
             *self._device(),
             *self.align,
