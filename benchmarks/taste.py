@@ -7,10 +7,10 @@
 folder, and prints two accuracies: of the command's own held-out pairs, with its interval, and of 500 other pairs whose
 utilities differ by more than 0.3, ordered as the utility orders them.
 
-``evening`` draws pictures of a few captions each, rates pairs in the order of the page, with the tiny world's noisy
-labels as the rater's taste, and runs ``latentreward taste --align`` from there; and once more with random numbers as the
-alignment's reward. It prints the seconds of the whole way, the accuracy with its interval, and the judge's utility of the
-pictures of 192 captions that nothing was trained on, before, after, and after the alignment with random numbers.
+``evening`` draws a few pictures for each caption, rates pairs in the order of the page, with the tiny world's noisy
+labels as the rater's taste, and runs ``latentreward taste --align`` from there; and once more with random numbers as
+the alignment's reward. It prints the seconds of the whole way, the accuracy with its interval, and the judge's utility
+of pictures of 192 captions that nothing was trained on: before, after, and after the alignment with random numbers.
 
 The commands run with one thread; a cell that is done is not run again. Tables are printed as Markdown, for
 docs/measurements.md.
