@@ -99,7 +99,9 @@ def taste(folder: Path, work: Path, seed: int, *options: str) -> float:
 def told(work: Path) -> tuple[int, Interval]:
     """Return the number of held-out pairs, and the accuracy on them, from the command's result."""
     content = json.loads((work / JSON).read_text())
-    return content["held_out"], Interval(*(content["accuracy"][name] for name in ("value", "low", "high", "groups")))
+    return content["held_out"], Interval(
+        *(content["accuracy"][name] for name in ("value", "low", "high", "independent_pairs"))
+    )
 
 
 def judged_pairs() -> list[Pair]:

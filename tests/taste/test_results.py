@@ -55,11 +55,13 @@ def scored(plan: Plan, wrong: int, ties: int = 0) -> Path:
 def test_scores_are_means_over_levels_and_ties_do_not_count(plan: Plan) -> None:
     measured = measure(scored(plan, wrong=4, ties=8), plan.pairs)
     assert len(measured.pairs) == 32 and measured.accuracy.value == 28 / 32
-    assert measured.over == "groups of pictures" and measured.accuracy.groups == 32
+    assert measured.accuracy.groups == 32
     assert [round(pair.margin, 6) for pair in measured.pairs] == [1.0] * 28 + [-1.0] * 4
     assert measured.learned and measured.verdict() == "The reward orders new pairs better than chance."
     assert measured.line().startswith("accuracy on 32 held-out pairs in %: 87.5 [")
-    assert measured.line().endswith("(95 % interval over 32 groups of pictures; chance is 50 %)")
+    assert measured.line().endswith("(95 % interval; chance is 50 %)")
+    fewer = replace(measured, accuracy=measured.accuracy._replace(groups=9))
+    assert "by their common pictures the pairs count as 9 independent ones; chance" in fewer.line()
 
 
 def test_too_little_is_said_in_one_line(plan: Plan) -> None:

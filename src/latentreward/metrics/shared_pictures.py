@@ -4,16 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from latentreward.metrics.bootstrap import (
-    FEW,
-    RESAMPLES,
-    Interval,
-    clustered_accuracy,
-    group_codes,
-    group_sums,
-    percentile_ends,
-    wilson_ends,
-)
+from latentreward.metrics.bootstrap import Interval, group_codes, wilson_ends
 
 
 def shared_groups(links: Sequence[Sequence[str]]) -> np.ndarray:
@@ -41,33 +32,42 @@ def shared_groups(links: Sequence[Sequence[str]]) -> np.ndarray:
     return np.array([numbers.setdefault(top(names[0]), len(numbers)) for names in links], dtype=np.int64)
 
 
-def picture_accuracy(credit: np.ndarray, pictures: Sequence[tuple[str, str]], seed: int = 0) -> tuple[Interval, str]:
-    """Compute the accuracy on pairs, and its 95 % interval.
+def picture_accuracy(credit: np.ndarray, pictures: Sequence[tuple[str, str]]) -> Interval:
+    r"""Compute the accuracy on pairs, and its 95 % interval.
 
-    Pairs without a common picture are independent, so whole groups of :func:`shared_groups` are resampled where there
-    are at least :data:`~latentreward.metrics.bootstrap.FEW` groups. Otherwise pictures are resampled: a pair counts as
-    often as the product of how often its two pictures were drawn (Owen 2007, "The pigeonhole bootstrap",
-    doi:10.1214/07-AOAS122). That interval is too wide rather than too narrow. It is at least as wide as that of
-    :func:`~latentreward.metrics.bootstrap.wilson_ends` for half as many answers as there are pictures.
+    Two pairs with a common picture may both be right because of that picture. With the residuals :math:`e` of N pairs
+    of P pictures, and :math:`S_i` the sum of those of picture i, the variance that takes this into account is
+
+    .. math:: V = \frac{1}{N^2} \Bigl(\sum e^2 + \frac{P}{P - 2} \bigl(\sum_i S_i^2 - 2 \sum e^2\bigr)\Bigr)
+
+    (Aronow, Samii and Assenova 2015, doi:10.1093/pan/mpv018, without the factor, which corrects for few pictures). The
+    ends are those of :func:`~latentreward.metrics.bootstrap.wilson_ends` for as many independent pairs as have this
+    variance, N at most. Without common pictures these are N; if all pairs are right, or all wrong, they are at most
+    half as many as there are pictures. In simulations of 25 to 112 pairs 90 to 97 % of the intervals held the truth,
+    the fewest with 36 pairs of 12 pictures. A bootstrap over pictures would be too wide by a factor of √3 where pairs
+    share none (Owen 2007, doi:10.1214/07-AOAS122).
 
     Args:
         credit: ``(N,)`` credit of each pair: 1 for a right answer, 0 for a wrong one, ½ for equal scores.
-        pictures: Names of the two pictures of each pair.
-        seed: Seed of the resampling.
+        pictures: Names of the two different pictures of each pair.
 
     Returns:
-        Accuracy with its interval, and the name of what was resampled: ``groups of pictures`` or ``pictures``.
+        Accuracy with its interval; ``groups`` is the number of independent pairs, rounded. NaN without pairs.
     """
-    groups = shared_groups(pictures)
-    if not len(groups) or groups.max() + 1 >= FEW:
-        return clustered_accuracy(group_sums(groups, credit, np.ones(len(credit)))), "groups of pictures"
-    codes = group_codes([name for pair in pictures for name in pair]).reshape(-1, 2)
-    number, value = int(codes.max()) + 1, float(credit.mean())
-    rng = np.random.default_rng(seed)
-    drawn = rng.multinomial(number, np.full(number, 1 / number), size=RESAMPLES)
-    weights = drawn[:, codes[:, 0]] * drawn[:, codes[:, 1]]
-    with np.errstate(invalid="ignore"):
-        ends = percentile_ends((weights @ credit) / weights.sum(axis=1))
-    least = wilson_ends(value, max(number // 2, 1))
-    low, high = np.fmin(ends[0], least[0]), np.fmax(ends[1], least[1])  # resamples without any pair have no ends
-    return Interval(value, float(low), float(high), number), "pictures"
+    number = len(credit)
+    if not number:
+        return Interval(np.nan, np.nan, np.nan, 0)
+    codes, value = group_codes([name for pair in pictures for name in pair]), float(np.mean(credit))
+    count = int(codes.max()) + 1
+    residuals = credit - value
+    sums = np.bincount(codes, np.repeat(residuals, 2))
+    own = float((residuals**2).sum())
+    variance = (own + count / max(count - 2, 1) * (float((sums**2).sum()) - 2 * own)) / number**2
+    single = value * (1 - value)
+    if single == 0:
+        worth = min(number, count / 2)
+    elif variance > single / number:
+        worth = max(single / variance, 1.0)
+    else:
+        worth = float(number)
+    return Interval(value, *wilson_ends(value, worth), round(worth))

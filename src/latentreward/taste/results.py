@@ -42,12 +42,10 @@ class Measured:
     Attributes:
         pairs: Pairs, those with the largest margin first.
         accuracy: Share of pairs with the right order, with its 95 % interval; equal scores count ½.
-        over: What was resampled for the interval.
     """
 
     pairs: list[ScoredPair]
     accuracy: Interval
-    over: str
 
     @property
     def learned(self) -> bool:
@@ -56,9 +54,12 @@ class Measured:
 
     def line(self) -> str:
         """Return the accuracy in one line."""
+        worth = ""
+        if self.accuracy.groups != len(self.pairs):
+            worth = f"; by their common pictures the pairs count as {self.accuracy.groups} independent ones"
         return (
             f"accuracy on {len(self.pairs)} held-out pairs in %: {with_interval(self.accuracy._replace(groups=None))} "
-            f"(95 % interval over {self.accuracy.groups} {self.over}; chance is 50 %)"
+            f"(95 % interval{worth}; chance is 50 %)"
         )
 
     def verdict(self) -> str:
@@ -104,13 +105,12 @@ def measure(scores: Path, data: Path) -> Measured:
     if not pairs:
         raise InputError("folder: all held-out pairs are ties; rate more pairs")
     credit = (np.sign(sizes) + 1) / 2
-    accuracy, over = picture_accuracy(credit, links)
-    return Measured(sorted(pairs, key=lambda pair: -pair.margin), accuracy, over)
+    return Measured(sorted(pairs, key=lambda pair: -pair.margin), picture_accuracy(credit, links))
 
 
 def record(measured: Measured, told: Mapping[str, Any]) -> str:
     """Return the result as JSON."""
-    names = ("value", "low", "high", "groups")
+    names = ("value", "low", "high", "independent_pairs")
     accuracy = dict(zip(names, measured.accuracy, strict=True))
-    content = {**told, "held_out": len(measured.pairs), "accuracy": {**accuracy, "over": measured.over}}
+    content = {**told, "held_out": len(measured.pairs), "accuracy": accuracy}
     return json.dumps({**content, "learned": measured.learned}, indent=1, ensure_ascii=False) + "\n"
