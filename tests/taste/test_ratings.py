@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import threading
 import urllib.error
 import urllib.request
 from collections import Counter
@@ -13,13 +12,13 @@ from typing import Any
 import pytest
 
 from latentreward.errors import InputError
-from latentreward.serving.addresses import bind
 from latentreward.taste.pairs import RATINGS, collect
-from latentreward.taste.rating_page import HOST, MOST_BYTES, RatingServer
+from latentreward.taste.rating_page import MOST_BYTES, RatingServer
 from latentreward.taste.ratings import Ratings
 from latentreward.taste.splitting import split
 from tests.limits import largest_file
 from tests.taste.folders import draw, unsorted_folder
+from tests.taste.rating_servers import rating_server
 
 
 def test_every_picture_is_shown_before_one_is_shown_again(tmp_path: Path) -> None:
@@ -94,14 +93,8 @@ def test_copies_are_shown_once_and_one_picture_is_too_few(tmp_path: Path) -> Non
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[RatingServer]:
-    with RatingServer(Ratings(unsorted_folder(tmp_path, 4)), bind(HOST, 0)) as made:
-        thread = threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.02})
-        thread.start()
-        try:
-            yield made
-        finally:
-            made.shutdown()
-            thread.join()
+    with rating_server(unsorted_folder(tmp_path, 4)) as made:
+        yield made
 
 
 def ask(server: RatingServer, path: str, body: Any = None, **headers: str) -> tuple[int, bytes]:

@@ -2,6 +2,7 @@
 
 import json
 import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,9 +12,12 @@ import pytest
 from latentreward.cli import main
 from latentreward.steps.workshop import RECORD
 from latentreward.taste.page import HTML, JSON
+from latentreward.taste.pairs import RATINGS
 from latentreward.tinyworld.pairs import draw_pairs
 from tests.processes import start
+from tests.serving.processes import forked_server
 from tests.steps.forked_steps import ForkedSteps
+from tests.taste.folders import unsorted_folder
 
 pytestmark = pytest.mark.slow
 SHORT = ("--base=sd_tiny", "--device=cpu", "--epochs=2", "--align_steps=2", "--num_prompts=2", "--align_always=true")
@@ -90,3 +94,12 @@ def test_memory_is_estimated_without_any_step(tmp_path: Path, taste: Callable[..
     told = taste(str(folder), *SHORT, "--align", "--estimate", f"--work={tmp_path}/work")
     assert "peak in the passes of a batch" in told and "memory: train " in told and ", align " in told
     assert not [*(tmp_path / "work").glob(f"*/{RECORD}")]
+
+
+def test_the_command_serves_the_page_until_it_is_stopped(tmp_path: Path) -> None:
+    folder = unsorted_folder(tmp_path / "mine", 3)
+    with forked_server("taste", str(folder), "--rate", "--port=0") as server:
+        assert server.address.startswith("http://127.0.0.1:")
+        assert b"Which one do you prefer?" in urllib.request.urlopen(server.address, timeout=60).read()
+        assert server.stop() == 143
+        assert f"ratings are kept in {folder / RATINGS}: the same command goes on" in server.process.stderr
