@@ -27,7 +27,7 @@ def load(name: str) -> PreferenceDataModule:
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in ("PAIRS_ROOT", "PICKAPIC_TARS"):
+    for name in ("PAIRS_ROOT", "PICKAPIC_TARS", "HPDV3_PLUS_ROOT"):
         monkeypatch.setenv(name, str(tmp_path))
     return tmp_path
 
@@ -67,3 +67,12 @@ def test_tars(root, jpeg) -> None:
                 archive.addfile(info, io.BytesIO(content))
     (batch,) = load("pickapic_v2_tars").train_dataloader()
     assert sorted(batch.prompts) == ["prompt 0", "prompt 1"]
+
+
+def test_hpdv3_plus(write_hpdv3, hpdv3_rows, monkeypatch) -> None:
+    root = Path(write_hpdv3([hpdv3_rows(n) for n in range(2)]))
+    monkeypatch.setenv("HPDV3_PLUS_ROOT", str(root))
+    for split in ("train", "test"):
+        (root / split).mkdir()
+        (root / split / f"{split}_aes.json").write_text((root / "train.json").read_text())
+    assert len(next(iter(load("hpdv3_plus").predict_dataloader()))) == 2

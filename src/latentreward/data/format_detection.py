@@ -145,6 +145,9 @@ def _json(path: Path) -> Splits:
             splits[file.stem] = partial(readers.HPDv2Reader, root, file.stem)
         elif file.name == "test.json" and _is_imagereward(file):
             splits["test"] = partial(readers.ImageRewardReader, root)
+    for file in sorted(path.glob("t[re]*/*.json")):  # HPDv3++: train/train_aes.json, test/test_aes.json
+        if {"path1", "path2"} <= _keys(file) and file.parent.name in ("train", "test"):
+            splits[file.stem] = partial(readers.HPDv3Reader, str(path), f"{file.parent.name}/{file.stem}")
     return splits
 
 
