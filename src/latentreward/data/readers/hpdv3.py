@@ -1,4 +1,4 @@
-"""Reader of HPDv3 and HPDv3++: JSON files with pairs of image files, the preferred one first, with votes and confidence."""
+"""Reader of HPDv3 and HPDv3++: JSON files with pairs of image files, the preferred one first, and votes on them."""
 
 from collections.abc import Callable
 from pathlib import Path
