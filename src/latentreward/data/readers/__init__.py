@@ -1,6 +1,7 @@
 """Readers of preference pairs: one module per data format; every reader is a :class:`PairReader`."""
 
 from latentreward.data.readers.base import OnError, PairReader, count_text
+from latentreward.data.readers.dataset_pairs import DatasetPairReader
 from latentreward.data.readers.diffusion_rm import DiffusionRMReader
 from latentreward.data.readers.folders import FolderPairReader
 from latentreward.data.readers.genai_bench import GenAIBenchReader
@@ -13,6 +14,7 @@ from latentreward.data.readers.pickapic import PickAPicReader
 from latentreward.data.readers.pickapic_tars import PickAPicTarReader
 
 __all__ = [
+    "DatasetPairReader",
     "DiffusionRMReader",
     "FolderPairReader",
     "GenAIBenchCMUReader",

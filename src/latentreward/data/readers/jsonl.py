@@ -21,8 +21,9 @@ class JSONLPairReader(PairRowReader):
 
     ``label`` is the probability in [0, 1] that a is preferred (½ for a tie), or ``"a"``, ``"b"`` or ``"tie"``. A line
     with a null or missing label is unlabelled, also if it has ``votes``; other keys are not read. Optional fields are
-    ``votes`` ([a, b] or [chosen, rejected]), ``confidence`` in [0, 1], ``weight`` (of the pair in the loss, 0 or more)
-    and ``pair_id`` (default ``FILE:LINE``).
+    ``votes`` ([a, b] or [chosen, rejected]), ``confidence`` in [0, 1], ``weight`` (of the pair in the loss, 0 or more),
+    ``pair_id`` (default ``FILE:LINE``), ``group_id``, and ``model_a`` and ``model_b``, the names of the generators of
+    the first and the second image.
 
     Paths are relative to ``root``. A null or missing prompt is read as an empty prompt. Unreadable ``votes`` and
     ``confidence`` are ignored. Blank lines are ignored. A line falls under ``on_error`` if it is not an object, if its
@@ -34,7 +35,7 @@ class JSONLPairReader(PairRowReader):
     Args:
         file: Path of the file. Keys of a line: ``prompt``; ``chosen`` and ``rejected`` (paths), or ``image_a``,
             ``image_b`` (paths) and ``label`` (probability that a is preferred, or ``a``, ``b``, ``tie``); optionally
-            ``votes``, ``confidence``, ``weight``, ``pair_id``.
+            ``votes``, ``confidence``, ``weight``, ``pair_id``, ``group_id``, ``model_a``, ``model_b``.
         root: Folder that paths are relative to and that all images must lie in; by default the file's folder.
         split: Name of the split.
         options: See :class:`~latentreward.data.readers.base.SideExchangingReader`. In lines with ``chosen`` and

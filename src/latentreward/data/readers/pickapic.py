@@ -1,6 +1,5 @@
 """Reader of Pick-a-Pic v1 and v2: parquet files with pairs of JPEGs and the users' choices."""
 
-import logging
 from typing import Any, Literal
 
 import numpy as np
@@ -9,10 +8,8 @@ import pyarrow.compute as pc
 
 from latentreward.contracts import PreferencePair
 from latentreward.data.readers.parquet_store import ArrowColumns, RowGroupColumns, empty_long_prompts
-from latentreward.data.readers.tables import DatasetColumns, Source, TablePairReader, source_name
+from latentreward.data.readers.tables import DatasetColumns, Source, TablePairReader, source_name, warn_row_groups
 from latentreward.errors import InputError
-
-logger = logging.getLogger(__name__)
 
 IMAGES = ("jpg_0", "jpg_1")
 LABELS = ("label_0", "label_1")
@@ -28,7 +25,6 @@ COLUMNS = {
     "model_0": pa.string(),
     "model_1": pa.string(),
 }
-LARGE_ROW_GROUP = 64 * 2**20
 TOLERANCE = 1e-6
 WITHOUT_IMAGES = (
     "this is the copy without images: take the copy with images, or set images to none for prompts and labels"
@@ -105,14 +101,8 @@ class PickAPicReader(TablePairReader):
         self._images: ArrowColumns | RowGroupColumns | DatasetColumns | None = None
         if images == "read":
             self._images = self._table.images(IMAGES, memory_map)
-        largest = 0 if images == "none" or memory_map else self._table.largest_row_group(IMAGES)
-        if largest > LARGE_ROW_GROUP:
-            logger.warning(
-                "%s %s: a random row costs its row group, %d MiB; set memory_map to true to copy the images once",
-                source_name(source),
-                split,
-                largest >> 20,
-            )
+        if images == "read" and not memory_map:
+            warn_row_groups(self._table, IMAGES, f"{source_name(source)} {split}")
         self.report(f"{source_name(source)} {split}")
 
     def __getitem__(self, index: int) -> PreferencePair:

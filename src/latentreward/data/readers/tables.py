@@ -1,6 +1,7 @@
 """Tables of a split under one interface: parquet files, or a data set of the library ``datasets``."""
 
 import json
+import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -28,11 +29,15 @@ from latentreward.errors import InputError, first_line
 if TYPE_CHECKING:
     from datasets import Dataset
 
+logger = logging.getLogger(__name__)
+
 Source = str | Any
 """Folder, file or hub id; from Python also a ``Dataset`` or ``DatasetDict`` of the library ``datasets``."""
 
 SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"
 """Files by which ``save_to_disk`` marks the folder of a data set, and the folder of several splits."""
+LARGE_ROW_GROUP = 64 * 2**20
+"""Bytes of a row group above which reading rows in random order is slow."""
 SAVE_AGAIN = "write it again with save_to_disk"
 DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException)
 """Exceptions that ``datasets`` raises on a damaged folder."""
@@ -291,6 +296,19 @@ def open_table(
         problem = f"{split} lacks {len(missing)} of its parquet parts ({names}); download them"
         reader.refuse(str(source), problem, "parquet part missing", len(missing))
     return ParquetTable(parts)
+
+
+def warn_row_groups(table: SplitTable, columns: Sequence[str], name: str) -> None:
+    """Log a warning if a row in random order costs a large row group.
+
+    Args:
+        table: Table of the split.
+        columns: Columns of images.
+        name: Name of the data set and its split.
+    """
+    if (largest := table.largest_row_group(columns)) > LARGE_ROW_GROUP:
+        text = "%s: a random row costs its row group, %d MiB; set memory_map to true to copy the images once"
+        logger.warning(text, name, largest >> 20)
 
 
 def source_name(source: Source) -> str:
