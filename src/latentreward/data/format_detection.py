@@ -13,6 +13,7 @@ from typing import Any
 from latentreward.data import readers
 from latentreward.data.readers import PairReader
 from latentreward.data.readers.folders import CAPTIONS_FILE
+from latentreward.data.readers.img2dataset import is_img2dataset
 from latentreward.data.readers.parquet_store import ParquetPart, open_part
 from latentreward.data.readers.tables import SAVED, SAVED_SPLITS, saved_splits
 from latentreward.errors import InputError, did_you_mean
@@ -29,7 +30,8 @@ SAVED_FEATURES = "dataset_info.json"
 HEAD = 1 << 16
 EXPECTED = (
     "Pick-a-Pic parquet or tars, HPDv2, HPDv3, ImageReward, ImageRewardDB, GenAI-Bench, a diffusion-rm cache, "
-    "chosen/ and rejected/, JSON lines, or a table with columns prompt and chosen, rejected or image_a, image_b"
+    "chosen/ and rejected/, JSON lines, img2dataset's folders, or a table with prompt and chosen, rejected or image_a, "
+    "image_b"
 )
 
 
@@ -183,6 +185,10 @@ def _keys(file: Path) -> set[str]:
     return set(re.findall(r'"(\w+)"\s*:', head))
 
 
+def _img2dataset(path: Path) -> Splits:
+    return {"train": partial(readers.Img2DatasetReader, str(path))} if is_img2dataset(path) else {}
+
+
 def _tars(path: Path) -> Splits:
     if path.is_file():
         return {"train": partial(readers.PickAPicTarReader, str(path))} if path.suffix == ".tar" else {}
@@ -219,4 +225,4 @@ def _columns(file: Path) -> set[str]:
         return set(opened.schema_arrow.names)
 
 
-FORMATS = (_diffusion_rm, _saved, _parquet, _imagereward_db, _json, _tars, _folders, _jsonl)
+FORMATS = (_diffusion_rm, _saved, _img2dataset, _parquet, _imagereward_db, _json, _tars, _folders, _jsonl)

@@ -9,6 +9,7 @@ from latentreward.data.readers.genai_bench_cmu import GenAIBenchCMUReader
 from latentreward.data.readers.hpdv2 import HPDv2Reader
 from latentreward.data.readers.hpdv3 import HPDv3Reader
 from latentreward.data.readers.imagereward import ImageRewardDBReader, ImageRewardReader
+from latentreward.data.readers.img2dataset import Img2DatasetReader
 from latentreward.data.readers.jsonl import JSONLPairReader
 from latentreward.data.readers.pickapic import PickAPicReader
 from latentreward.data.readers.pickapic_tars import PickAPicTarReader
@@ -23,6 +24,7 @@ __all__ = [
     "HPDv3Reader",
     "ImageRewardDBReader",
     "ImageRewardReader",
+    "Img2DatasetReader",
     "JSONLPairReader",
     "OnError",
     "PairReader",
