@@ -5,6 +5,8 @@ import json
 import tarfile
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule
@@ -76,3 +78,13 @@ def test_hpdv3_plus(write_hpdv3, hpdv3_rows, monkeypatch) -> None:
         (root / split).mkdir()
         (root / split / f"{split}_aes.json").write_text((root / "train.json").read_text())
     assert len(next(iter(load("hpdv3_plus").predict_dataloader()))) == 2
+
+
+def test_streamed(root, jpeg, monkeypatch) -> None:
+    monkeypatch.setenv("STREAM_SOURCE", str(root))
+    rows = {"prompt": [f"p {n}" for n in range(8)], "chosen": [jpeg()] * 8, "rejected": [jpeg((9, 9, 9))] * 8}
+    pq.write_table(pa.table(rows), root / "train.parquet")
+    (root / "a.jpg").write_bytes(jpeg())
+    (root / "val.jsonl").write_text('{"prompt": "p 3", "chosen": "a.jpg", "rejected": "a.jpg"}')
+    prompts = {prompt for batch, _ in zip(load("streamed").train_dataloader(), range(8)) for prompt in batch.prompts}
+    assert prompts == {f"p {n}" for n in range(8) if n != 3}

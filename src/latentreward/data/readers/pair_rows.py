@@ -59,6 +59,7 @@ class PairRowReader(JSONReader):
         super().__init__(**options)
         self.source, self.split = source, split
         self._other_keys: Counter[str] = Counter()
+        self._seen: set[str] = set()
 
     def fill(self, rows: Iterable[tuple[str, int, Any]]) -> None:
         """Check the rows, applying ``on_error``, and keep them in a compact form.
@@ -67,14 +68,13 @@ class PairRowReader(JSONReader):
             rows: Name, number and content of each row; a row whose content is no dict breaks the rules. The number is
                 passed to :meth:`find_images`.
         """
-        self._seen: set[str] = set()
-        entries = (self._parse(*row) for row in rows)
+        entries = (self.parse(*row) for row in rows)
         kept, parts = filter(None, entries), [INDEX.empty_table()]
         while some := list(islice(kept, ROWS)):  # all rows at once would be Python's objects, ten times as large
             columns = zip(*some, strict=True)
             parts.append(pa.table(dict(zip(INDEX.names, columns, strict=True)), schema=INDEX))
         self._table = pa.concat_tables(parts)
-        del self._seen
+        self._seen.clear()
         self._name_other_keys()
 
     @abstractmethod
@@ -95,12 +95,15 @@ class PairRowReader(JSONReader):
 
     def __getitem__(self, index: int) -> PreferencePair:
         row = {name: self._table.column(name)[index].as_py() for name in INDEX.names}
-        image_a, image_b = self.find_images(row["row"], (row["path_a"], row["path_b"]))
+        return self.make_pair(row, self.find_images(row["row"], (row["path_a"], row["path_b"])))
+
+    def make_pair(self, row: dict[str, Any], images: tuple[ImageRef, ImageRef]) -> PreferencePair:
+        """Return the pair of a checked row, whose fields are those of ``INDEX``, with its images in the row's order."""
         pair = PreferencePair(
             pair_id=row["pair_id"],
             prompt=row["prompt"],
-            image_a=image_a,
-            image_b=image_b,
+            image_a=images[0],
+            image_b=images[1],
             label_a=row["label"],
             weight=row["weight"],
             group_id=row["group_id"],
@@ -143,7 +146,7 @@ class PairRowReader(JSONReader):
             self._exchanged = np.array([first and self.is_exchanged(name) for first, name in rows], dtype=bool)
         return self._exchanged
 
-    def _parse(self, name: str, number: int, content: Any) -> tuple[Any, ...] | None:
+    def parse(self, name: str, number: int, content: Any) -> tuple[Any, ...] | None:
         """Parse one row, applying ``on_error``, to values in the order of ``INDEX``; None leaves the row out."""
         row, sound = self.check_row(name, content)
         pair_id = parse_text(row.get("pair_id")) or name

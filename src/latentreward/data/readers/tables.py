@@ -115,10 +115,7 @@ class SplitTable(ABC):
             value: Bytes, or a struct with ``bytes`` and ``path``; None for an image that is missing.
             key: Name of the image; None names it by a hash of its bytes.
         """
-        data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
-        if data is None and path and self.files:
-            return ImageRef(key or path, path=Path(path))
-        return ImageRef(key or content_key(data), data)
+        return embedded_image(value, key, self.files)
 
 
 class ParquetTable(SplitTable):
@@ -344,6 +341,14 @@ def saved_splits(folder: Path) -> list[str]:
         raise InputError(f"{folder / SAVED_SPLITS}: not a list of splits; {SAVE_AGAIN}") from error
 
 
+def embedded_image(value: Any, key: str | None = None, files: bool = False) -> ImageRef:
+    """Return a reference to an image, see :meth:`SplitTable.image`; with ``files``, a path may replace the bytes."""
+    data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
+    if data is None and path and files:
+        return ImageRef(key or path, path=Path(path))
+    return ImageRef(key or content_key(data), data)
+
+
 def holds_images(kind: pa.DataType) -> bool:
     """Tell whether a column's type is bytes, or a struct with bytes such as ``datasets`` writes for images."""
     if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
@@ -364,7 +369,7 @@ def _choose_split(source: Any, split: str) -> "Dataset":
     if isinstance(source, IterableDataset):
         raise InputError(
             "source is an IterableDataset, whose rows have no numbers; load it without streaming=True, or train on it "
-            "with StreamedPreferenceDataModule"
+            "by PairStream in StreamedPreferenceDataModule"
         )
     raise InputError(f"source is {source_name(source)}; give a folder, a hub id, or a Dataset of the library datasets")
 
