@@ -86,5 +86,7 @@ def test_streamed(root, jpeg, monkeypatch) -> None:
     pq.write_table(pa.table(rows), root / "train.parquet")
     (root / "a.jpg").write_bytes(jpeg())
     (root / "val.jsonl").write_text('{"prompt": "p 3", "chosen": "a.jpg", "rejected": "a.jpg"}')
-    prompts = {prompt for batch, _ in zip(load("streamed").train_dataloader(), range(8)) for prompt in batch.prompts}
+    data = load("streamed")
+    batches = [batch for batch, _ in zip(data.train_dataloader(), range(8), strict=False)]
+    prompts = {prompt for batch in batches for prompt in batch.prompts}
     assert prompts == {f"p {n}" for n in range(8) if n != 3}

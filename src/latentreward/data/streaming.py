@@ -226,10 +226,7 @@ class StreamedPairs(Dataset[list[LoadedPair | SkippedPair]]):
         on_error: OnError = "raise",
         seed: int = 0,
     ) -> None:
-        self.stream, self.loader = (
-            stream,
-            PixelLoader(loader.height, loader.width, loader.resize, loader.max_pixels, stream.exif),
-        )
+        self.stream, self.loader = stream, replace(loader, exif=stream.exif)
         self.lanes, self.batch_size, self.batches_per_epoch = lanes, batch_size, batches_per_epoch
         self.apart, self.on_error, self.seed = frozenset(apart), stream.own_on_error or on_error, seed
         self.share = {"rank": 0, "num_replicas": 1}
@@ -355,7 +352,7 @@ class StreamSampler(CountedBatches):
         """
         if (saved := state_dict["world_size"]) != self.num_replicas:
             raise InputError(
-                f"trainer.devices: the run has {self.num_replicas} ranks, but had {saved}; a stream goes on with equally "
+                f"trainer.devices: the run has {self.num_replicas} ranks, but had {saved}; a stream goes on with as "
                 "many only: use as many devices, or start anew"
             )
         check_same_order(state_dict, **self._order)
