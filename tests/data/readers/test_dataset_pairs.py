@@ -59,6 +59,20 @@ def test_every_source_gives_the_same_rows(dataset, rows, tmp_path) -> None:
     assert len(DatasetPairReader(str(tmp_path / "splits"), "val")) == 1
 
 
+def test_a_pattern_of_files_is_their_rows_in_the_order_of_names(dataset, tmp_path) -> None:
+    for name, rows in {"b": [3, 4], "a": [0], "c": [1]}.items():
+        dataset.select(rows).to_parquet(tmp_path / f"{name}.parquet")
+    reader = DatasetPairReader(str(tmp_path / "[ab].parquet"))
+    assert reader.prompts() == ["prompt 0", "prompt 3", "prompt 4"]
+    assert reader.pair_ids() == ["a.parquet:0", "b.parquet:0", "b.parquet:1"]
+    with pytest.raises(InputError, match=r"source: no file matches .*\*\.arrow; give a pattern"):
+        DatasetPairReader(str(tmp_path / "*.arrow"))
+    (tmp_path / "other").mkdir()
+    dataset.to_parquet(tmp_path / "other" / "a.parquet")
+    with pytest.raises(InputError, match=r"matches several files a\.parquet; rows are named by their file"):
+        DatasetPairReader(str(tmp_path / "**" / "*.parquet"))
+
+
 def test_rows_are_those_of_the_object_after_select_and_shuffle(dataset, rows) -> None:
     reader = DatasetPairReader(dataset.select([3, 1]), randomise_sides=False)
     assert [pair[:2] for pair in contents(reader)] == [(f"prompt {n}", rows["chosen"][n]) for n in (3, 1)]

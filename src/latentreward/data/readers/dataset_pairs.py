@@ -35,8 +35,8 @@ class DatasetPairReader(PairRowReader):
 
     Args:
         source: Folder that ``save_to_disk`` wrote; folder that holds ``{split}-*.parquet`` or ``{split}.parquet``,
-            directly or in ``data/``; one parquet file; otherwise the id of a hub data set of parquet files, which is
-            then downloaded. From Python also a ``Dataset`` or ``DatasetDict``.
+            directly or in ``data/``; one parquet file or a pattern of files; otherwise the id of a hub data set of
+            parquet files, which is then downloaded. From Python also a ``Dataset`` or ``DatasetDict``.
         split: Name of the split.
         revision: Commit, tag or branch of the hub data set; give one, so that the data cannot change.
         config: Name of the configuration, where the hub data set has several.

@@ -27,8 +27,9 @@ class GenAIBenchReader(TablePairReader):
 
     Args:
         source: Folder that holds ``{split}-*.parquet``, directly or in ``image_generation/``, or ``{split}.parquet``;
-            one parquet file; a folder that ``save_to_disk`` wrote; otherwise the id of a hub data set, whose
-            configuration ``image_generation`` is downloaded. From Python also a ``Dataset`` or ``DatasetDict``.
+            one parquet file or a pattern of files; a folder that ``save_to_disk`` wrote; otherwise the id of a hub data
+            set, whose configuration ``image_generation`` is downloaded. From Python also a ``Dataset`` or
+            ``DatasetDict``.
         split: ``test`` or ``test_v1``.
         revision: Commit, tag or branch of the hub data set; give one, so that the data cannot change.
         both_bad: Label for the vote ``bothbad_vote``: ``tie`` gives ½, as for ``tievote``; ``unlabelled`` gives no

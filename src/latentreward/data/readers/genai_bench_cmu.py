@@ -36,8 +36,8 @@ class GenAIBenchCMUReader(GroupReader):
 
     Args:
         source: Folder that holds ``{split}-*.parquet``, directly or in ``data/``, ``{split}.parquet`` or
-            ``GenAI-Bench.parquet``; one parquet file; a folder that ``save_to_disk`` wrote; otherwise the id of a hub
-            data set. From Python also a ``Dataset`` or ``DatasetDict``.
+            ``GenAI-Bench.parquet``; one parquet file or a pattern of files; a folder that ``save_to_disk`` wrote;
+            otherwise the id of a hub data set. From Python also a ``Dataset`` or ``DatasetDict``.
         split: Name of the split; only ``train`` is published, although the data set is a benchmark.
         revision: Commit, tag or branch of the hub data set; give one, so that the data cannot change.
         memory_map: Copy the images once into the cache of ``datasets``. Reading a row in random order then reads only

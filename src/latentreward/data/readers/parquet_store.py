@@ -1,8 +1,9 @@
 """Access to data sets stored as several parquet files, through ``datasets`` and ``pyarrow``."""
 
+import glob
 import os
 import re
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,8 +43,8 @@ def find_parts(source: str, split: str, revision: str | None = None, config: str
 
     Args:
         source: Folder that holds ``{split}-*.parquet`` or ``{split}.parquet``, directly or in its subfolder ``data/``
-            (or the subfolder ``config``, if given); or one parquet file; otherwise the id of a hub data set, whose
-            files of this split are downloaded.
+            (or the subfolder ``config``, if given); or one parquet file, or a pattern of files with ``*``, ``?`` or
+            ``[]``; otherwise the id of a hub data set, whose files of this split are downloaded.
         split: Name of the split.
         revision: Commit, tag or branch of the hub data set.
         config: Name of the configuration, where the hub data set has several.
@@ -66,12 +67,26 @@ def find_parts(source: str, split: str, revision: str | None = None, config: str
             f"split: no {split}-*.parquet or {split}.parquet in {places[1]} or {places[0]}; check the split and the "
             "folder"
         )
+    if not folder.is_file() and glob.has_magic(source):
+        return _matching_parts(source)
     if folder.is_file() or folder.suffix == ".parquet":
         return [ParquetPart(folder.name, folder)]
     if not is_hub_id(source):
         raise InputError(f"source: no folder {source!r}, and no hub id either; set it to the folder of the data set")
     files = fetch_split(source, split, ".parquet", revision, config)
     return [ParquetPart(name, path) for name, path in files]
+
+
+def _matching_parts(pattern: str) -> list[ParquetPart]:
+    """Return the files that a pattern matches; rows are named by their file's name, which must therefore differ."""
+    paths = sorted(Path(path) for path in glob.glob(pattern, recursive=True))  # noqa: PTH207 - patterns may be absolute
+    if not paths:
+        raise InputError(f"source: no file matches {pattern}; give a pattern such as data/*.parquet")
+    if twice := next((name for name, files in Counter(path.name for path in paths).items() if files > 1), None):
+        raise InputError(
+            f"source: {pattern} matches several files {twice}; rows are named by their file, so rename them"
+        )
+    return [ParquetPart(path.name, path) for path in paths]
 
 
 def missing_parts(parts: Sequence[ParquetPart]) -> list[str]:

@@ -44,9 +44,9 @@ class PickAPicReader(TablePairReader):
     The constructor reads all columns but the images.
 
     Args:
-        source: Folder that holds ``{split}-*.parquet``, directly or in ``data/``, or ``{split}.parquet``; one
-            parquet file; a folder that ``save_to_disk`` wrote; otherwise the id of a hub data set, which is then
-            downloaded. From Python also a ``Dataset`` or ``DatasetDict``.
+        source: Folder that holds ``{split}-*.parquet``, directly or in ``data/``, or ``{split}.parquet``; one parquet
+            file or a pattern of files; a folder that ``save_to_disk`` wrote; otherwise the id of a hub data set, which
+            is then downloaded. From Python also a ``Dataset`` or ``DatasetDict``.
         split: Name of the split, e.g. ``train``, ``validation_unique`` or ``test_unique``.
         revision: Commit, tag or branch of the hub data set; give one, so that the data cannot change.
         drop_identical: Leave out rows with two identical images (``are_different`` false, or equal uids); recommended
