@@ -186,7 +186,7 @@ def test_what_a_stream_cannot_do_is_one_line(write, tmp_path) -> None:
         (lambda: PairStream(source, columns={"prompt": "text"}), r"columns\.prompt: no column 'text'"),
         (lambda: PairStream(source, columns={"chosen": "pair_id"}), "column pair_id holds '00', not an image's bytes"),
         (lambda: PairStream(Dataset.from_dict({"x": [1]}).to_iterable_dataset()), r"the first row needs prompt"),
-        (lambda: PairStream(Dataset.from_dict({"x": []}).to_iterable_dataset()), "has no rows"),
+        (lambda: PairStream(IterableDataset.from_generator(lambda: iter(()))), "has no rows"),
     ]
     for call, message in cases:
         with pytest.raises(InputError, match=message) as error:
