@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from latentreward.commands.pilot import pilot
 from latentreward.errors import InputError
 from latentreward.evaluation.benchmark.four_benchmarks import FOUR_BENCHMARKS
 from latentreward.pilot.page import page
@@ -16,7 +17,7 @@ from latentreward.pilot.results import PilotResult, published_as, read_result, r
 from latentreward.pilot.weights_table import NOT_MEASURED
 
 ROOT = Path(__file__).resolve().parents[2]
-FULL = [pilot for pilot in all_pilots().values() if pilot.device == "gpu"]
+FULL = [one for one in all_pilots().values() if one.device == "gpu"]
 
 
 def estimate(value: float) -> dict[str, Any]:
@@ -79,6 +80,12 @@ def test_weights_have_rows_where_they_exist() -> None:
     assert published["| LRM-SD1.5"].endswith("| yes, by the runs of pilot sd15 below |")
     assert published["| LRM-SDXL"].endswith(f"| {NOT_MEASURED} |")
     assert published["| DiNa-LRM"].endswith(f"| {NOT_MEASURED} |")
+
+
+@pytest.mark.parametrize(("name", "weights"), [("sd_tiny", "my_reward"), (None, "owner/my_reward")])
+def test_weights_that_nobody_can_load_are_refused(name: str | None, weights: str) -> None:
+    with pytest.raises(InputError, match=f"weights is '{weights}'; give a pilot's name and the hub id"):
+        pilot(name, weights=weights)
 
 
 def test_a_result_from_before_weights_were_named_is_read(tmp_path: Path) -> None:
