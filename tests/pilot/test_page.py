@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from latentreward.commands.pilot import pilot
+from latentreward.commands import pilot as command
 from latentreward.errors import InputError
 from latentreward.evaluation.benchmark.four_benchmarks import FOUR_BENCHMARKS
 from latentreward.pilot.page import page
@@ -85,7 +85,7 @@ def test_weights_have_rows_where_they_exist() -> None:
 @pytest.mark.parametrize(("name", "weights"), [("sd_tiny", "my_reward"), (None, "owner/my_reward")])
 def test_weights_that_nobody_can_load_are_refused(name: str | None, weights: str) -> None:
     with pytest.raises(InputError, match=f"weights is '{weights}'; give a pilot's name and the hub id"):
-        pilot(name, weights=weights)
+        command.pilot(name, weights=weights)
 
 
 def test_a_result_from_before_weights_were_named_is_read(tmp_path: Path) -> None:
