@@ -24,17 +24,23 @@ from latentreward.storage.durable import replacing
 logger = logging.getLogger(__name__)
 
 Shown = Literal["first", "worst"]
+NAMES: dict[Shown, tuple[str, str]] = {
+    "first": ("val/pairs", "scored_pairs.png"),
+    "worst": ("val/worst_pairs", "worst_pairs.png"),
+}
+"""Names of the picture in TensorBoard and in the run's folder; of two callbacks, each has its own."""
 
 
 class ScoredPairGrid(Callback):
     """Callback that draws validation pairs with their scores, and by how much the model errs.
 
-    The picture is the image ``val/pairs`` in TensorBoard and ``scored_pairs.png`` in the run's log folder. Each cell
-    shows a pair: the preferred image on the left, the prompt above, and the scores at the first evaluation level below.
-    The frame is green where the model ranks the pair as its label does, red where it does not, grey for a tie. Latents
-    are decoded by the model's VAE, a pair at a time. If pairs cannot be drawn, one warning says why and the callback
-    does nothing: for latents if there is no VAE, for latents under FSDP (which shards the VAE), and for modules that
-    score no pairs. Pairs of all ranks are considered.
+    The picture is the image ``val/pairs`` in TensorBoard and ``scored_pairs.png`` in the run's log folder; with
+    ``shown: worst`` they are ``val/worst_pairs`` and ``worst_pairs.png``. Each cell shows a pair: the preferred image
+    on the left, the prompt above, and the scores at the first evaluation level below. The frame is green where the
+    model ranks the pair as its label does, red where it does not, grey for a tie. Pairs of all ranks are considered.
+    Latents are decoded by the model's VAE, a pair at a time. If pairs cannot be drawn, one warning says why and the
+    callback does nothing: for latents if there is no VAE, for latents under FSDP (which shards the VAE), and for
+    modules that score no pairs.
 
     Args:
         num_pairs: Pairs in the picture.
@@ -99,7 +105,7 @@ class ScoredPairGrid(Callback):
                 del self._found[self.num_pairs :]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the picture to TensorBoard and to ``scored_pairs.png``; each rank draws its own pairs of it."""
+        """Write the picture to TensorBoard and to the run's folder; each rank draws its own pairs of it."""
         if trainer.sanity_checking or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         folder = Path(trainer.log_dir or trainer.default_root_dir)  # log_dir is a collective call
@@ -109,11 +115,11 @@ class ScoredPairGrid(Callback):
         cells = sorted((pair for rank in of_all_ranks(mine) for pair in rank), key=itemgetter(0))[: self.num_pairs]
         if not cells or not trainer.is_global_zero:
             return
-        picture = tile([cell for _, cell in cells], self.columns)
+        picture, (name, file) = tile([cell for _, cell in cells], self.columns), NAMES[self.shown]
         for log in trainer.loggers:
             if isinstance(log, TensorBoardLogger):
-                log.experiment.add_image("val/pairs", np.asarray(picture), trainer.global_step, dataformats="HWC")
-        with replacing(folder / "scored_pairs.png") as partial:
+                log.experiment.add_image(name, np.asarray(picture), trainer.global_step, dataformats="HWC")
+        with replacing(folder / file) as partial:
             picture.save(partial, "png")
 
     def _key(self, trainer: Trainer, scores: list[float], label: float, pair_id: str) -> "tuple[float, str]":
