@@ -8,7 +8,6 @@ from latentreward.callbacks.reference_drift import ReferenceDrift
 from latentreward.callbacks.timestep_bands import TimestepBands
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
 from latentreward.modules.alignment import RolloutModule
 from latentreward.modules.pairs import PairModule
@@ -36,6 +35,8 @@ class TensorBoardCharts(Callback):
             if not isinstance(log, TensorBoardLogger) or not trainer.is_global_zero:
                 continue
             if trainer.global_step:
+                from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
                 # Points of this very step stay: a validation or a monitor may have logged them before the checkpoint.
                 started = SessionLog(status=SessionLog.START)
                 log.experiment.file_writer.add_event(Event(step=trainer.global_step + 1, session_log=started))

@@ -5,9 +5,10 @@ line per fault, so that a test can compare with an empty list.
 """
 
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from playwright.sync_api import Page
+if TYPE_CHECKING:  # playwright is for the tests marked browser alone
+    from playwright.sync_api import Page
 
 PHONE = 360
 """Width of a small phone, in CSS pixels."""
@@ -161,7 +162,7 @@ MOUSE_ONLY = """() => [...document.body.querySelectorAll("*")].filter((element) 
 }).map((element) => `${name(element)} takes the mouse only`)"""
 
 
-def contrast_faults(page: Page) -> list[str]:
+def contrast_faults(page: "Page") -> list[str]:
     """Texts, values of fields and placeholders below 4.5:1; 3:1 from 24 px, or 18.66 px in bold, on.
 
     Texts on a gradient or a picture are left out.
@@ -169,12 +170,12 @@ def contrast_faults(page: Page) -> list[str]:
     return run(page, CONTRAST)
 
 
-def width_faults(page: Page) -> list[str]:
+def width_faults(page: "Page") -> list[str]:
     """What is wider than the window: allowed in tables, code and formulas that scroll, also by keyboard."""
     return run(page, WIDTH)
 
 
-def keyboard_faults(page: Page, most: int = 400) -> list[str]:
+def keyboard_faults(page: "Page", most: int = 400) -> list[str]:
     """Controls that Tab does not reach, reaches out of order, or does not show; and what only a mouse can use.
 
     Args:
@@ -205,11 +206,11 @@ def keyboard_faults(page: Page, most: int = 400) -> list[str]:
     return found
 
 
-def faults(page: Page) -> list[str]:
+def faults(page: "Page") -> list[str]:
     """Faults of all kinds; the page was just opened."""
     return contrast_faults(page) + width_faults(page) + keyboard_faults(page)
 
 
-def run(page: Page, script: str) -> Any:
+def run(page: "Page", script: str) -> Any:
     """Result of a function of the page that uses what the checks share."""
     return page.evaluate(f"() => {{ {SHARED} return ({script})(); }}")

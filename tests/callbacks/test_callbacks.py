@@ -27,12 +27,12 @@ from pyarrow import parquet
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 
-import latentreward.callbacks.pair_grid as pair_grid
 from latentreward.contracts import PreferenceBatch
 from latentreward.errors import InputError
 from latentreward.heads import GatedQFormerHead
 from latentreward.metrics.bootstrap import clustered_accuracy
 from latentreward.modules import DiNaLRMModule
+from latentreward.reports.drawing import PLAIN, WRONG, draw_pair
 from tests.callbacks.small_run import SmallModule, fit, train_loader
 from tests.callbacks.small_run import make_trainer as small_trainer
 from tests.marks import slow_after
@@ -237,11 +237,11 @@ def test_the_worst_pairs_come_first_and_say_by_how_much(module, batches, loader,
 
     def record(images, captions, prompt, colour):
         drawn.append((captions, colour))
-        return draw(images, captions, prompt, colour)
+        return draw_pair(images, captions, prompt, colour)
 
-    draw = pair_grid.draw_pair
-    monkeypatch.setattr(pair_grid, "draw_pair", record)
-    make_trainer(callbacks=[ScoredPairGrid(num_pairs=20, shown="worst")]).validate(module, loader(batches), verbose=False)
+    monkeypatch.setattr("latentreward.callbacks.pair_grid.draw_pair", record)
+    trainer = make_trainer(callbacks=[ScoredPairGrid(num_pairs=20, shown="worst")])
+    trainer.validate(module, loader(batches), verbose=False)
     errors = [float(second.split("errs by ")[1]) if "errs" in second else 0.0 for (_, second), _ in drawn]
     assert len(drawn) == 20 and errors[0] > 0 and errors == sorted(errors, reverse=True)
     with torch.no_grad():
@@ -250,8 +250,8 @@ def test_the_worst_pairs_come_first_and_say_by_how_much(module, batches, loader,
     decided = torch.cat(gaps)[torch.cat([batch.label for batch in batches]) != 0.5]
     assert errors[0] == pytest.approx(decided.max().item(), abs=1e-3)
     for (first, second), colour in drawn:
-        assert ("no preference" in first) == (colour == pair_grid.PLAIN)
-        assert ("errs" in second) == (colour == pair_grid.WRONG)
+        assert ("no preference" in first) == (colour == PLAIN)
+        assert ("errs" in second) == (colour == WRONG)
     assert (tmp_path / "worst_pairs.png").exists() and not (tmp_path / "scored_pairs.png").exists()
 
 

@@ -14,7 +14,6 @@ from PIL import Image
 from latentreward.data.image_lists import ImageList, ListedImage
 from latentreward.errors import InputError
 from latentreward.scoring.gallery import Gallery
-
 from tests.accessibility import PHONE, faults
 
 if TYPE_CHECKING:
