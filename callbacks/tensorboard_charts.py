@@ -24,8 +24,7 @@ class TensorBoardCharts(Callback):
     and curves.
 
     In a resumed run the callback marks the optimiser step in the log, so that TensorBoard drops later points of the
-    interrupted run, which are logged again. TensorBoard's fast loader drops them in any case, its slow one by this mark
-    alone. The command ``fit`` adds the callback if a logger is TensorBoard's.
+    interrupted run, which are logged again. The command ``fit`` adds the callback if a logger is TensorBoard's.
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
