@@ -71,6 +71,7 @@ class StratifiedSteps(StepChoice):
                 f"count={self.count}: of {steps} steps only those from {self.first} to {last - 1} may be chosen; lower "
                 "count, or raise num_inference_steps"
             )
-        edges = torch.linspace(self.first, last, self.count + 1, dtype=torch.float64).long()
-        widths = edges.diff()
-        return edges[:-1] + (torch.rand(self.count, generator=generator, dtype=torch.float64) * widths).long()
+        device = generator.device  # also where a module is built under another default device
+        edges = torch.linspace(self.first, last, self.count + 1, dtype=torch.float64, device=device).long()
+        shares = torch.rand(self.count, generator=generator, dtype=torch.float64, device=device)
+        return edges[:-1] + (shares * edges.diff()).long()
