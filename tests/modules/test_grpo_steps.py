@@ -1,5 +1,6 @@
 """Trajectory GRPO with credit of steps, windows, trust regions and advantages of several rewards."""
 
+import warnings
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,13 @@ from latentreward.losses import (
     UncertaintyGate,
 )
 from latentreward.modules import StepwiseGRPOModule, TrajectoryGRPOModule
+from latentreward.modules.alignment import RewardedModule
+from latentreward.policies import Policy
 from latentreward.rewards import PixelReward, RewardMixture
+from latentreward.rewards.latent import LatentScorer
 from latentreward.rollout import (
     GDPO,
+    Credit,
     DiversityAdvantage,
     GainCredit,
     GroupAdvantage,
@@ -39,6 +44,7 @@ from latentreward.rollout import (
     TurningPointCredit,
 )
 from tests.marks import slow_after
+from tests.modules.batches import lrm
 from tests.modules.lpo_runs import make_trainer
 from tests.modules.simple_reward import FirstChannelReward, OtherChannelsReward
 from tests.modules.test_grpo import BATCH, PROMPTS, source, stepwise, trajectory
@@ -101,6 +107,42 @@ def test_credit_is_the_gain_of_the_states_rewards() -> None:
     expected = (gains - gains.mean(dim=2, keepdim=True)).flatten(1)
     found = samples.advantage[:, 0].unflatten(0, (-1, 6))[: len(expected)].double()
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+class OwnReward(FirstChannelReward):
+    """A reward model with a network of its own, of the policy's noise process or of another one."""
+
+    uses_sigmas = True
+
+    def load(self, policy: Policy) -> LatentScorer:
+        return LatentScorer(lrm("sd15").model.requires_grad_(False), policy.noise_process)
+
+
+@pytest.mark.parametrize(
+    ("name", "credit", "sigmas", "last"),
+    [
+        ("sd15", GainCredit(), (0.4, 0.6), 0.0414),  # √(1 − ᾱ) of timestep 1
+        ("sd15", GainCredit(), (0.4, 0.0414), None),
+        ("sd15", StateCredit(), (0.4,), None),
+        ("sd15", None, (0.4,), None),
+        ("sd35_tiny", TurningPointCredit(), (0.4,), 0.0292),  # σ 0.009 of a flow: the least level of the reward
+        ("sd35_tiny", TurningPointCredit(), (0.02,), None),  # scored at that level too
+    ],
+)
+def test_finished_latents_that_are_noisier_than_the_last_state_are_warned_of(
+    name: str, credit: Credit | None, sigmas: tuple[float, ...], last: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = trajectory(name, source_of_reward=OwnReward, credit=credit, reward_sigmas=sigmas)
+    monkeypatch.setattr(RewardedModule, "on_fit_start", lambda module: None)  # scores, for which this has no trainer
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        module.on_fit_start()
+    found = [str(one.message) for one in caught if "credit compares" in str(one.message)]
+    assert len(found) == (last is not None)
+    for text in found:
+        assert text.startswith(f"credit compares the finished latents at σ {min(sigmas):g}, the least of reward_sigmas")
+        assert float(text.partition("down to σ ")[2].partition(";")[0]) == pytest.approx(last, abs=2e-3)
+        assert text.endswith("set reward_sigmas to the least noise level that the reward was trained at")
 
 
 def test_gains_change_nothing_among_candidates_of_one_state() -> None:

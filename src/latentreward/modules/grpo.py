@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -32,6 +33,7 @@ from latentreward.losses import (
 from latentreward.modules.alignment import RolloutModule
 from latentreward.policies import PolicySource
 from latentreward.rewards import RewardSource
+from latentreward.rewards.latent import LatentScorer
 from latentreward.rollout import (
     Advantage,
     Branching,
@@ -41,6 +43,7 @@ from latentreward.rollout import (
     GuidedSampler,
     RewardGuidance,
     Sampling,
+    StateCredit,
     StepSampler,
     Trajectories,
     Transition,
@@ -62,6 +65,9 @@ FEATURE_SIDE = 4
 
 GATE = "trust_region"
 """Key of a checkpoint with the state of a :class:`~latentreward.losses.KLGate` that adapts."""
+
+LEVEL_TOLERANCE = 1e-3
+"""Largest difference of noise levels, as from rounding in a message, at which finished latents count as no noisier."""
 
 LEAST_ADVANTAGE = 1e-6
 """Largest absolute advantage that counts as rounding; scores that differ by more than 1e-4 give advantages near 1."""
@@ -333,6 +339,22 @@ class TrajectoryGRPOModule(GRPOModule):
         process = isinstance(self.loss, OutcomeProcessLoss)
         given = {"process": process, "old_mean": self.keeps_means, "held": self.gate is not None}
         return {name for name, there in given.items() if there}
+
+    def on_fit_start(self) -> None:
+        """Warn if credit compares noise levels that are too far apart; see :meth:`RewardedModule.on_fit_start`."""
+        super().on_fit_start()
+        if self.credit is None or isinstance(self.credit, StateCredit):  # which reads no finished latents
+            return
+        least = min(self.reward_sigmas)
+        for part in self.reward.modules():
+            if not isinstance(part, LatentScorer):
+                continue
+            last, finished = part.levels_at(self.sampler.timesteps[-1:]).item(), part.nearest_level(least)
+            if finished > last + LEVEL_TOLERANCE:
+                rank_zero_warn(
+                    f"credit compares the finished latents at σ {least:g}, the least of reward_sigmas, with states "
+                    f"down to σ {last:.3g}; set reward_sigmas to the least noise level that the reward was trained at"
+                )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the state of a gate that adapts."""
