@@ -246,6 +246,14 @@ def test_a_factory_without_return_type_is_told_to_state_it(monkeypatch: pytest.M
     assert refusal_of(text, capsys).startswith(remedy)
 
 
+@pytest.mark.parametrize("method", ["awm", "nft"])
+def test_a_window_of_steps_is_for_methods_that_learn_from_steps(method: str, capsys) -> None:
+    files = (f"--config=configs/align/{method}_tiny.yaml", "--config=configs/grpo/window.yaml")
+    line = refusal(capsys, "fit", *files)
+    assert "configs/grpo/window.yaml: model: Option 'window.init_args.size' is not accepted; choose from" in line
+    assert line.endswith(", trust_region; window is for TrajectoryGRPOModule")
+
+
 def test_prompts_of_a_file_for_a_run_on_the_tiny_world(capsys) -> None:
     align = ["fit", "--config=configs/align/lpo_tiny.yaml"]
     line = refusal(capsys, *align, "--data.prompts=prompts.txt")

@@ -196,6 +196,7 @@ REWORDINGS: dict[str, str | Callable[[re.Match[str], str], str]] = {
     r"Expected '(\S+)' to be a function that returns <class '(\w+)'>": _not_a_subclass,
     r"unrecognized arguments: --((?:\w+\.)+)help=(\S+).*": _help_of_unknown_class,
     r"Option 'prompts' is not accepted.*": _unknown_prompts,
+    r"Option '(credit|window)\b.*' is not accepted.*": r"\g<0>; \1 is for TrajectoryGRPOModule",
     r"KeyError raised while resolving interpolation: .Environment variable '(\w+)'": _unset_variable,
     "no viable alternative at input|token recognition error|mismatched input|missing": (
         "the interpolation is not closed; write ${NAME}, ${oc.env:VARIABLE}, or a value"
