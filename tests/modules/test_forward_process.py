@@ -1,6 +1,7 @@
 """DiffusionNFT and AWM learn from finished samples: gradients, copies of the adapter, refusals, resumes."""
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -11,18 +12,20 @@ import torch
 from torch import Tensor
 
 from latentreward.backbones import LoRA
-from latentreward.contracts import PromptBatch, RenoisedSamples
+from latentreward.contracts import NoisyStates, PromptBatch, RenoisedSamples
 from latentreward.data.alignment.prompts import PromptLoaders
 from latentreward.errors import InputError
 from latentreward.losses import GRPOGuard, MatchingLoss, NFTLoss, NormGuard
+from latentreward.losses.nft import optimality
 from latentreward.modules import AWMModule, DiffusionNFTModule, TrajectoryGRPOModule
 from latentreward.modules.forward_process import ForwardProcessModule
-from latentreward.policies import PolicySource
+from latentreward.policies import Policy, PolicySource
 from latentreward.policies.moving import AVERAGE, OLD, DecayRamp
-from latentreward.rollout import GDPO, RandomSteps, Sampling, StratifiedSteps, sample_latents
+from latentreward.rewards import Reward
+from latentreward.rollout import GDPO, GroupAdvantage, RandomSteps, Sampling, StratifiedSteps, sample_latents
 from tests.marks import slow_after
 from tests.modules.lpo_runs import make_trainer
-from tests.modules.simple_reward import FirstChannelReward
+from tests.modules.simple_reward import FirstChannel, FirstChannelReward
 from tests.modules.test_grpo import attached
 from tests.tiny_pipelines import source_of
 
@@ -32,12 +35,29 @@ KINDS = {"nft": DiffusionNFTModule, "awm": AWMModule}
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
-def make(kind: str, scale: float = 10.0, name: str = "sd35_tiny", **options: Any) -> ForwardProcessModule:
+class OnePrompt(FirstChannel):
+    """Scores the samples of every prompt but the first of ``PROMPTS`` equally."""
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
+        return torch.tensor([float(prompt == PROMPTS[0]) for prompt in prompts])
+
+    def score(self, states: NoisyStates, encoded: Tensor) -> Tensor:
+        return super().score(states, None) * encoded[states.rows]
+
+
+class OnePromptReward(FirstChannelReward):
+    def load(self, policy: Policy) -> Reward:
+        return OnePrompt(self.scale)
+
+
+def make(
+    kind: str, scale: float = 10.0, name: str = "sd35_tiny", source_of_reward: Any = FirstChannelReward, **options: Any
+) -> ForwardProcessModule:
     settings = {"sampling": Sampling(4), "num_samples": 3, "seed": 1}
     if kind == "awm":
         settings["steps"] = StratifiedSteps(2)
     source = PolicySource(source_of(name), lora=LoRA(rank=4, alpha=4))
-    return KINDS[kind](source, FirstChannelReward(scale), **{**settings, **options})
+    return KINDS[kind](source, source_of_reward(scale), **{**settings, **options})
 
 
 def adapter(module: ForwardProcessModule, name: str = "policy") -> dict[str, Tensor]:
@@ -150,6 +170,24 @@ def test_equal_rewards_leave_nothing_to_learn(kind: str) -> None:
     assert attached(make(kind, scale=0.0)).roll_out(BATCH) is None
 
 
+@every_kind
+@pytest.mark.parametrize("std", ["all", "group"])
+def test_equal_rewards_of_one_prompt_count_as_half_good(kind: str, std: str) -> None:
+    """Beside another prompt whose rewards differ: the advantage is 0 and r = ½; nothing is NaN."""
+    module = attached(make(kind, source_of_reward=OnePromptReward, advantage=GroupAdvantage(std)))
+    moved(module)
+    samples = module.roll_out(BATCH)
+    equal = torch.tensor([prompt == PROMPTS[1] for prompt in samples.prompts])
+    assert equal.sum() == len(samples) / 2
+    assert not samples.advantage[equal].any()
+    assert samples.advantage[~equal].all() and samples.advantage.isfinite().all()
+    assert (optimality(samples.advantage[equal]) == 0.5).all()
+    loss = module.training_step(samples, 0)
+    loss.backward()
+    assert loss.isfinite()
+    assert all(weight.grad.isfinite().all() for weight in adapter(module).values())
+
+
 def loaders(**options: Any) -> PromptLoaders:
     settings = {"batch_size": 6, "prompts_per_rollout": 2, "batches_per_epoch": 6, "seed": 1, **options}
     return PromptLoaders(PROMPTS, **settings)
@@ -212,6 +250,14 @@ def test_a_checkpoint_without_the_copy_is_refused(tmp_path: Path) -> None:
     trainer.save_checkpoint(tmp_path / "other.ckpt")
     with pytest.raises(InputError, match="has no adapter 'old', which this run keeps beside the policy"):
         make_trainer(tmp_path, max_steps=2).fit(make("nft"), datamodule=loaders(), ckpt_path=tmp_path / "other.ckpt")
+
+
+def test_a_checkpoint_without_the_moving_average_is_refused(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.fit(make("awm", loss=MatchingLoss(average_weight=0.0)), datamodule=loaders())
+    trainer.save_checkpoint(tmp_path / "plain.ckpt")
+    with pytest.raises(InputError, match="has no adapter 'average', which this run keeps beside the policy"):
+        make_trainer(tmp_path, max_steps=2).fit(make("awm"), datamodule=loaders(), ckpt_path=tmp_path / "plain.ckpt")
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,17 @@ def test_the_average_follows_before_each_step_and_is_resumed(tmp_path: Path) -> 
     assert any(not torch.equal(one, other) for one, other in zip(adapter(whole), copy_of(whole), strict=True))
 
 
+def test_a_checkpoint_without_the_average_is_refused(tmp_path: Path) -> None:
+    data = DataLoader([weighted_batch(2)] * 2, batch_size=None)
+    plain, moving = dpo(moved=0.0), dpo(moved=0.0, linear=LinearDPO(), reference=DecayRamp())
+    del plain.log
+    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.fit(plain, data)
+    trainer.save_checkpoint(tmp_path / "plain.ckpt")
+    with pytest.raises(InputError, match="has no adapter 'average', which this run keeps beside the policy"):
+        make_trainer(tmp_path, max_steps=2).fit(moving, data, ckpt_path=tmp_path / "plain.ckpt")
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

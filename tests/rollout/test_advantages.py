@@ -1,8 +1,9 @@
 """Rewards relative to those of the same group (golden case 10 holds more)."""
 
+import pytest
 import torch
 
-from latentreward.rollout import group_advantages, tracked_advantages
+from latentreward.rollout import GDPO, group_advantages, tracked_advantages
 
 SCORES = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
 
@@ -38,3 +39,26 @@ def test_half_precision_scores_far_from_0() -> None:
     scores = torch.tensor([[1000.0], [1001.0]], dtype=torch.float16)
     assert group_advantages(scores).dtype == torch.float32
     torch.testing.assert_close(group_advantages(scores), torch.tensor([[-1.0], [1.0]]), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("value", [0.1, 25.3, -1e4 / 3])
+@pytest.mark.parametrize("samples", [2, 3, 7, 24])
+def test_gdpo_of_equal_rewards_is_0(value: float, samples: int) -> None:
+    """Exactly: a mean that is off by rounding would be divided by the least standard deviation, twice."""
+    groups = torch.arange(2).repeat_interleave(samples)
+    equal = torch.full((2 * samples, 2), value)
+    assert not GDPO()(equal, groups).any()
+    equal[:samples, 1] = torch.arange(float(samples))  # one reward of one prompt tells its samples apart
+    advantages = GDPO()(equal, groups)
+    assert advantages.isfinite().all()
+    assert not advantages[samples:].abs().max() > 1e-6
+    assert advantages[:samples].diff().min() > 0
+
+
+def test_gdpo_of_a_group_of_one_is_0() -> None:
+    rewards, alone = torch.randn(4, 2, generator=torch.Generator().manual_seed(2)), torch.tensor([0, 0, 0, 1])
+    advantages = GDPO([1.0, 0.5])(rewards, alone)
+    assert advantages[3].abs() < 1e-6
+    torch.testing.assert_close(advantages.std(correction=0), torch.tensor(1.0))
+    assert not GDPO()(rewards, torch.arange(4)).any()
+    assert not GDPO()(rewards[:1], alone[:1]).any()
