@@ -1,18 +1,23 @@
 """ReFL and PRFL: the gradient against full differentiation and differences, what holds a graph, terms, training."""
 
 import gc
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from latentreward.contracts import LatentSpace, NoisyStates, PromptBatch
 from latentreward.data.alignment.prompts import PromptLoaders
+from latentreward.data.alignment.prompts_and_images import PromptsAndImages
 from latentreward.data.collate import collate_pairs
+from latentreward.data.loading import ResumableLoader
+from latentreward.data.sampling import PairBatchSampler
 from latentreward.errors import InputError
 from latentreward.losses import RewardLoss
 from latentreward.modules.refl import ReFLModule
@@ -22,6 +27,7 @@ from latentreward.rollout import Sampling
 from latentreward.rollout.rollout_noise import RolloutDraws
 from tests.marks import slow_after
 from tests.modules.batches import loaded_pairs
+from tests.modules.lpo_runs import make_trainer
 from tests.modules.toy_rewards import BrightnessSource
 from tests.policies.alignment import tiny_source
 from tests.rewards.stored import write_run
@@ -381,6 +387,42 @@ def test_training_raises_the_reward_and_touches_the_adapter_alone(name: str) -> 
     changed = {key for key, value in module.state_dict().items() if not torch.equal(value, before[key])}
     assert changed
     assert all("lora" in key for key in changed)
+
+
+class Pairs(LightningDataModule):
+    """Eight pairs in batches of two, in another order each epoch."""
+
+    def train_dataloader(self) -> ResumableLoader:
+        places = PairBatchSampler(8, batch_size=2, seed=0)
+        return ResumableLoader(loaded_pairs(8), places, collate_fn=collate_pairs)
+
+
+def test_a_resumed_run_with_steps_of_its_own_for_images_equals_the_whole_one(tmp_path: Path) -> None:
+    """Resumed in the middle of an epoch, after a step of the reward: the next one is one of the images."""
+    results: list[dict[str, Tensor]] = []
+    steps: list[list[str]] = []
+    for resumed in (None, tmp_path / "step=3.ckpt"):
+        options = {**PRFL, "pretraining_weight": 0.5, "alternate_pretraining": True}
+        module = refl("sd35", optimizer=lambda groups: torch.optim.SGD(groups, lr=0.05), **options)
+        del module.log
+        taken: list[str] = []
+        for name in ("pretraining_term", "reward_term"):
+            setattr(module, name, noted(getattr(module, name), name, taken))
+        prompts = PromptLoaders(["a cat", "two dogs", "sun"], batch_size=2, batches_per_epoch=9, seed=0)
+        keep = [] if resumed else [ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=3, save_top_k=-1)]
+        run = make_trainer(tmp_path, callbacks=keep, enable_checkpointing=not resumed, max_steps=6, max_epochs=-1)
+        run.fit(module, datamodule=PromptsAndImages(prompts, Pairs()), ckpt_path=resumed)
+        results.append({name: weight.detach() for name, weight in module.named_parameters() if weight.requires_grad})
+        steps.append(taken)
+    assert steps == [["reward_term", "pretraining_term"] * 3, ["pretraining_term", "reward_term", "pretraining_term"]]
+    saved = torch.load(tmp_path / "step=3.ckpt", weights_only=True)["state_dict"]
+    assert any(not torch.equal(saved[name], weight) for name, weight in results[0].items())
+    assert all(torch.equal(results[1][name], weight) for name, weight in results[0].items())
+
+
+def noted(function: Callable[..., Any], name: str, taken: list[str]) -> Callable[..., Any]:
+    """The function, which writes its name down at each call."""
+    return lambda *given: taken.append(name) or function(*given)
 
 
 def test_float16_is_refused() -> None:
