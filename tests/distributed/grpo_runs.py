@@ -1,5 +1,7 @@
 """Runs of GRPO, DiffusionNFT and AWM under watch, the same on one process and, with half the rows per rank, on two."""
 
+from collections.abc import Callable
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,15 +17,35 @@ from latentreward.backbones import LoRA
 from latentreward.checkpoints.fsdp2 import FSDP2Strategy
 from latentreward.checkpoints.shards import changing_names, whole_tensor
 from latentreward.data.alignment.prompts import PromptLoaders
-from latentreward.losses import ClippedPolicyLoss, GRPOGuard, NormGuard, UncertaintyGate
+from latentreward.losses import (
+    ClippedPolicyLoss,
+    FlowDPPO,
+    GRPOGuard,
+    NormGuard,
+    OutcomeProcessLoss,
+    RankGate,
+    UncertaintyGate,
+)
 from latentreward.modules import AWMModule, DiffusionNFTModule, StepwiseGRPOModule, TrajectoryGRPOModule
 from latentreward.modules.alignment import RolloutModule
 from latentreward.modules.grpo import GRPOModule
 from latentreward.policies import PolicySource
 from latentreward.policies.moving import DecayRamp
-from latentreward.rollout import Branching, MovingWindow, Sampling, StratifiedSteps, TurningPointCredit
+from latentreward.rewards import RewardMixture, RewardSource
+from latentreward.rollout import (
+    GDPO,
+    Branching,
+    DiversityAdvantage,
+    MovingWindow,
+    RewardGuidance,
+    Sampling,
+    StateCredit,
+    StratifiedSteps,
+    TurningPointCredit,
+)
 from latentreward.scorers import CallableScorer
 from tests.modules.simple_reward import FirstChannelReward, OtherChannelsReward
+from tests.modules.toy_rewards import BrightnessSource
 from tests.tiny_pipelines import source_of
 
 PROMPTS = ["a red circle on a black background", "two blue squares on a white background", "a large green cross"]
@@ -41,16 +63,40 @@ KINDS: dict[str, Any] = {
             "reward_sigmas": (0.3, 0.6),
         },
     ),
+    "mixture": (
+        TrajectoryGRPOModule,
+        {"num_trajectories": 3, "advantage": GDPO([1.0, 0.5]), "trust_region": [RankGate(), FlowDPPO()]},
+    ),
+    "euphonium": (
+        TrajectoryGRPOModule,
+        {
+            "num_trajectories": 3,
+            "sampling": Sampling(3, flow_noise="dance", noise_level=0.25),
+            "reward_guidance": RewardGuidance(scale=0.5, high=1000.0),
+            "advantage": DiversityAdvantage(),
+            "credit": StateCredit(),
+            "loss": OutcomeProcessLoss(clip_range=1e-2, kl_weight=0.1),
+        },
+    ),
     "nft": (DiffusionNFTModule, {"num_samples": 3, "old": DecayRamp(0.5, 0.5)}),
     "awm": (AWMModule, {"num_samples": 3, "steps": StratifiedSteps(1, share=1.0), "optimizer": partial(SGD, lr=1.0)}),
+}
+REWARDS: dict[str, RewardSource] = {
+    "steps": OtherChannelsReward(),
+    "mixture": RewardMixture([FirstChannelReward(), BrightnessSource()], normalise="none"),
+    "euphonium": RewardMixture([BrightnessSource(), BrightnessSource()], [1.0, 0.5], normalise="none"),
 }
 CASES = [
     ("stepwise", "sd15"),
     ("trajectory", "sd35_tiny"),
     ("steps", "sd35_tiny"),
+    ("mixture", "sd35_tiny"),
+    ("euphonium", "sd35_tiny"),
     ("nft", "sd35_tiny"),
     ("awm", "sd35_tiny"),
 ]
+STRATEGIES: dict[str, Callable[[], Any]] = {"ddp": lambda: "ddp", "fsdp2": FSDP2Strategy}
+DDP_ALONE = ("mixture", "euphonium")  # what differs from the other cases knows nothing of shards
 METRICS = ("hacking/held_out", "hacking/reward_change", "drift/mean", "collapse/diversity", "rollout/gap_50_t_0_1000")
 
 
@@ -64,8 +110,8 @@ def make_module(method: str, pipeline: str) -> RolloutModule:
     if issubclass(kind, GRPOModule):
         options |= {"loss": ClippedPolicyLoss(clip_range=1e-2, kl_weight=0.1), "guidance_scale": 2.0}
     policy = PolicySource(source_of(pipeline), lora=LoRA(rank=4, alpha=4))
-    reward = OtherChannelsReward() if method == "steps" else FirstChannelReward()
-    return kind(policy, reward, **{**options, **own})
+    reward = REWARDS.get(method, FirstChannelReward())
+    return kind(policy, reward, **{**options, **deepcopy(own)})  # a gate adapts
 
 
 def train(method: str, pipeline: str, strategy: Any, world_size: int, folder: Path) -> dict[str, Any]:
@@ -99,12 +145,16 @@ def train(method: str, pipeline: str, strategy: Any, world_size: int, folder: Pa
     return {"weights": weights, "metrics": {name: trainer.callback_metrics[name].item() for name in METRICS}}
 
 
+def strategies_of(method: str) -> list[str]:
+    """Names of the strategies that a method runs under."""
+    return ["ddp"] if method in DDP_ALONE else [*STRATEGIES]
+
+
 def all_cases(folder: Path) -> dict[str, Any]:
     """Every case with DDP and with FSDP2, on two ranks."""
     source_of("sd15")  # while there is no process group: in one, transformers leaves saving to rank 0
-    strategies = {"ddp": lambda: "ddp", "fsdp2": FSDP2Strategy}
     return {
-        f"{name} {method}": train(method, pipeline, make(), 2, folder / name / method)
-        for name, make in strategies.items()
+        f"{name} {method}": train(method, pipeline, STRATEGIES[name](), 2, folder / name / method)
         for method, pipeline in CASES
+        for name in strategies_of(method)
     }

@@ -1,5 +1,6 @@
 """Runs of Diffusion-DPO and ReFL that are the same on one process and, with half the rows per rank, on two."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,16 @@ from torch.optim import SGD
 
 from latentreward.backbones import LoRA
 from latentreward.checkpoints.fsdp2 import FSDP2Strategy
-from latentreward.checkpoints.shards import whole_tensor
+from latentreward.checkpoints.shards import changing_names, whole_tensor
 from latentreward.data.alignment.prompts import PromptLoaders
+from latentreward.data.alignment.prompts_and_images import PromptsAndImages
 from latentreward.data.collate import collate_pairs
 from latentreward.data.loading import ResumableLoader
 from latentreward.data.sampling import PairBatchSampler
+from latentreward.losses import LinearDPO
 from latentreward.modules import DiffusionDPOModule, ReFLModule
 from latentreward.policies import PolicySource
+from latentreward.policies.moving import DecayRamp
 from latentreward.rollout import Sampling
 from tests.modules.batches import loaded_pairs
 from tests.modules.toy_rewards import BrightnessSource
@@ -26,7 +30,11 @@ CASES = [
     ("diffusion_dpo", "sd35_tiny"),
     ("refl", "sd15"),
     ("refl", "sd35_tiny"),
+    ("linear_dpo", "sd35_tiny"),
+    ("prfl", "sd35_tiny"),
 ]
+STRATEGIES: dict[str, Callable[[], Any]] = {"ddp": lambda: "ddp", "fsdp2": FSDP2Strategy}
+DDP_ALONE = ("linear_dpo", "prfl")  # what differs from the other cases knows nothing of shards
 LABELS = (1.0, 0.5, 0.0, 0.8)
 PROMPTS = ["a red circle on a black background", "two blue squares on a white background", "a large green cross"]
 
@@ -49,13 +57,19 @@ def make_module(method: str, pipeline: str) -> DiffusionDPOModule | ReFLModule:
     options: dict[str, Any] = {"seed": 1, "optimizer": partial(SGD, lr=0.05)}
     if method == "diffusion_dpo":
         return DiffusionDPOModule(policy, beta=100.0, **options)
-    sampling = Sampling(num_inference_steps=4)
-    own = {"sampling": sampling, "stop_range": (1, 3), "gradient_steps": 2, "kl_weight": 0.5, "guidance_scale": 2.0}
+    if method == "linear_dpo":
+        moving = {"linear": LinearDPO(), "reference": DecayRamp(0.5, 0.5), "optimizer": partial(SGD, lr=1.0)}
+        return DiffusionDPOModule(policy, beta=100.0, **{**options, **moving})
+    own: dict[str, Any] = {"sampling": Sampling(num_inference_steps=4), "kl_weight": 0.5}
+    if method == "prfl":  # steps of the reward, of the images, of the reward
+        own |= {"scored": "state", "stop_range": (2, 4), "pretraining_weight": 1.0, "alternate_pretraining": True}
+    else:
+        own |= {"stop_range": (1, 3), "gradient_steps": 2, "guidance_scale": 2.0}
     return ReFLModule(policy, BrightnessSource(), **own, **options)
 
 
 def train(method: str, pipeline: str, strategy: Any, world_size: int) -> dict[str, Any]:
-    """Weights after three steps."""
+    """Weights after three steps, those of a moving reference too."""
     trainer = Trainer(
         accelerator="cpu",
         devices=world_size,
@@ -68,17 +82,23 @@ def train(method: str, pipeline: str, strategy: Any, world_size: int) -> dict[st
         use_distributed_sampler=False,
     )
     module, rows = make_module(method, pipeline), 4 // world_size
-    data = Pairs(rows) if method == "diffusion_dpo" else PromptLoaders(PROMPTS, batch_size=rows, seed=2)
+    prompts = PromptLoaders(PROMPTS, batch_size=rows, seed=2)
+    data = {"refl": prompts, "prfl": PromptsAndImages(prompts, Pairs(rows))}.get(method, Pairs(rows))
     trainer.fit(module, datamodule=data)
-    return {name: whole_tensor(p.detach()).clone() for name, p in module.named_parameters() if p.requires_grad}
+    changing = changing_names(module)
+    return {name: whole_tensor(p.detach()).clone() for name, p in module.named_parameters() if name in changing}
+
+
+def strategies_of(method: str) -> list[str]:
+    """Names of the strategies that a method runs under."""
+    return ["ddp"] if method in DDP_ALONE else [*STRATEGIES]
 
 
 def all_cases(folder: Path) -> dict[str, Any]:
     """Every case with DDP and with FSDP2, on two ranks."""
     source_of("sd15")  # while there is no process group: in one, transformers leaves saving to rank 0
-    strategies = {"ddp": lambda: "ddp", "fsdp2": FSDP2Strategy}
     return {
-        f"{name} {method} {pipeline}": train(method, pipeline, make(), 2)
-        for name, make in strategies.items()
+        f"{name} {method} {pipeline}": train(method, pipeline, STRATEGIES[name](), 2)
         for method, pipeline in CASES
+        for name in strategies_of(method)
     }

@@ -17,7 +17,7 @@ from latentreward.checkpoints.files import DurableCheckpointIO
 from latentreward.checkpoints.fsdp2 import FSDP2Strategy
 from latentreward.checkpoints.shards import whole_tensor
 from latentreward.data.collate import collate_pairs
-from latentreward.losses import LRMLoss
+from latentreward.losses import LRMLoss, TieLoss
 from latentreward.modules import RewardModule
 from tests.modules.batches import dina, dina_head, loaded_pairs, lrm
 from tests.tiny_pipelines import pipeline_folder
@@ -57,6 +57,7 @@ MODELS: dict[str, Callable[[], RewardModule]] = {
     "lrm sdxl": lambda: lrm("sdxl", loss=LRMLoss("both"), optimizer=sgd, backbone={"tuning": "lora"}),
     "lrm on dit": lambda: lrm("sd35", optimizer=sgd),
     "dina": lambda: dina("sd35", optimizer=sgd, backbone={"text_taps": (1,), **CHECKPOINTED}),
+    "dina ties": lambda: dina("sd35", loss=TieLoss(), optimizer=sgd),
     "dina full": lambda: dina("sd35_no_t5", optimizer=sgd, backbone={"tuning": "full", **CHECKPOINTED}),
     "dina on unet": lambda: dina("sd15", dina_head, optimizer=sgd),
 }

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.grpo_runs import CASES, make_module, train
+from tests.distributed.grpo_runs import CASES, make_module, strategies_of, train
 from tests.distributed.ranks import on_ranks
 
 pytestmark = pytest.mark.slow
@@ -27,7 +27,7 @@ def test_two_processes_equal_one(method: str, pipeline: str, ranks: Any, folder:
     start = {name: p.detach().clone() for name, p in make_module(method, pipeline).named_parameters()}
     one = train(method, pipeline, "auto", 1, tmp_path)
     assert max((value - start[name]).abs().max() for name, value in one["weights"].items()) > 1e-4
-    for strategy in ("ddp", "fsdp2"):
+    for strategy in strategies_of(method):
         for two in (rank[f"{strategy} {method}"] for rank in ranks):
             for name, value in one["weights"].items():
                 torch.testing.assert_close(two["weights"][name], value, rtol=1e-4, atol=2e-5)

@@ -1,11 +1,12 @@
-"""Diffusion-DPO and ReFL on two processes equal those on one."""
+"""Diffusion-DPO, Linear-DPO, ReFL and PRFL on two processes equal those on one."""
 
 from typing import Any
 
 import pytest
 import torch
 
-from tests.distributed.offline_runs import CASES, make_module, train
+from latentreward.policies.moving import AVERAGE
+from tests.distributed.offline_runs import CASES, make_module, strategies_of, train
 from tests.distributed.ranks import on_ranks
 
 pytestmark = pytest.mark.slow
@@ -21,7 +22,9 @@ def test_two_processes_equal_one(method: str, pipeline: str, ranks: list[dict[st
     start = {name: p.detach().clone() for name, p in make_module(method, pipeline).named_parameters()}
     one = train(method, pipeline, "auto", 1)
     assert max((value - start[name]).abs().max() for name, value in one.items()) > 1e-4
-    for strategy in ("ddp", "fsdp2"):
+    moved = [name for name in one if f".{AVERAGE}." in name and not torch.equal(one[name], start[name])]
+    assert bool(moved) == (method == "linear_dpo")
+    for strategy in strategies_of(method):
         for rank in ranks:
             two = rank[f"{strategy} {method} {pipeline}"]
             for name, value in one.items():
