@@ -65,7 +65,12 @@ KINDS: dict[str, Any] = {
     ),
     "mixture": (
         TrajectoryGRPOModule,
-        {"num_trajectories": 3, "advantage": GDPO([1.0, 0.5]), "trust_region": [RankGate(), FlowDPPO()]},
+        {
+            "num_trajectories": 3,
+            "advantage": GDPO([1.0, 0.5]),
+            "trust_region": [RankGate(), FlowDPPO()],
+            "optimizer": partial(SGD, lr=1.0),
+        },
     ),
     "euphonium": (
         TrajectoryGRPOModule,
@@ -76,6 +81,7 @@ KINDS: dict[str, Any] = {
             "advantage": DiversityAdvantage(),
             "credit": StateCredit(),
             "loss": OutcomeProcessLoss(clip_range=1e-2, kl_weight=0.1),
+            "optimizer": partial(SGD, lr=1.0),
         },
     ),
     "nft": (DiffusionNFTModule, {"num_samples": 3, "old": DecayRamp(0.5, 0.5)}),
