@@ -1,6 +1,5 @@
 """Runs of GRPO, DiffusionNFT and AWM under watch, the same on one process and, with half the rows per rank, on two."""
 
-from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,6 @@ from torch import Tensor
 from torch.optim import SGD
 
 from latentreward.backbones import LoRA
-from latentreward.checkpoints.fsdp2 import FSDP2Strategy
 from latentreward.checkpoints.shards import changing_names, whole_tensor
 from latentreward.data.alignment.prompts import PromptLoaders
 from latentreward.losses import (
@@ -44,6 +42,7 @@ from latentreward.rollout import (
     TurningPointCredit,
 )
 from latentreward.scorers import CallableScorer
+from tests.distributed.strategies import STRATEGIES, strategies_of
 from tests.modules.simple_reward import FirstChannelReward, OtherChannelsReward
 from tests.modules.toy_rewards import BrightnessSource
 from tests.tiny_pipelines import source_of
@@ -101,8 +100,6 @@ CASES = [
     ("nft", "sd35_tiny"),
     ("awm", "sd35_tiny"),
 ]
-STRATEGIES: dict[str, Callable[[], Any]] = {"ddp": lambda: "ddp", "fsdp2": FSDP2Strategy}
-DDP_ALONE = ("mixture", "euphonium")  # what differs from the other cases knows nothing of shards
 METRICS = ("hacking/held_out", "hacking/reward_change", "drift/mean", "collapse/diversity", "rollout/gap_50_t_0_1000")
 
 
@@ -149,11 +146,6 @@ def train(method: str, pipeline: str, strategy: Any, world_size: int, folder: Pa
     changing = changing_names(module)
     weights = {name: whole_tensor(p.detach()).clone() for name, p in module.named_parameters() if name in changing}
     return {"weights": weights, "metrics": {name: trainer.callback_metrics[name].item() for name in METRICS}}
-
-
-def strategies_of(method: str) -> list[str]:
-    """Names of the strategies that a method runs under."""
-    return ["ddp"] if method in DDP_ALONE else [*STRATEGIES]
 
 
 def all_cases(folder: Path) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Runs of Diffusion-DPO and ReFL that are the same on one process and, with half the rows per rank, on two."""
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,6 @@ from lightning.pytorch import LightningDataModule, Trainer
 from torch.optim import SGD
 
 from latentreward.backbones import LoRA
-from latentreward.checkpoints.fsdp2 import FSDP2Strategy
 from latentreward.checkpoints.shards import changing_names, whole_tensor
 from latentreward.data.alignment.prompts import PromptLoaders
 from latentreward.data.alignment.prompts_and_images import PromptsAndImages
@@ -21,6 +19,7 @@ from latentreward.modules import DiffusionDPOModule, ReFLModule
 from latentreward.policies import PolicySource
 from latentreward.policies.moving import DecayRamp
 from latentreward.rollout import Sampling
+from tests.distributed.strategies import STRATEGIES, strategies_of
 from tests.modules.batches import loaded_pairs
 from tests.modules.toy_rewards import BrightnessSource
 from tests.tiny_pipelines import source_of
@@ -33,8 +32,6 @@ CASES = [
     ("linear_dpo", "sd35_tiny"),
     ("prfl", "sd35_tiny"),
 ]
-STRATEGIES: dict[str, Callable[[], Any]] = {"ddp": lambda: "ddp", "fsdp2": FSDP2Strategy}
-DDP_ALONE = ("linear_dpo", "prfl")  # what differs from the other cases knows nothing of shards
 LABELS = (1.0, 0.5, 0.0, 0.8)
 PROMPTS = ["a red circle on a black background", "two blue squares on a white background", "a large green cross"]
 
@@ -87,11 +84,6 @@ def train(method: str, pipeline: str, strategy: Any, world_size: int) -> dict[st
     trainer.fit(module, datamodule=data)
     changing = changing_names(module)
     return {name: whole_tensor(p.detach()).clone() for name, p in module.named_parameters() if name in changing}
-
-
-def strategies_of(method: str) -> list[str]:
-    """Names of the strategies that a method runs under."""
-    return ["ddp"] if method in DDP_ALONE else [*STRATEGIES]
 
 
 def all_cases(folder: Path) -> dict[str, Any]:

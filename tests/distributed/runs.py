@@ -14,12 +14,12 @@ from torch.optim import SGD, AdamW
 from torch.utils.data import DataLoader, Sampler
 
 from latentreward.checkpoints.files import DurableCheckpointIO
-from latentreward.checkpoints.fsdp2 import FSDP2Strategy
 from latentreward.checkpoints.shards import whole_tensor
 from latentreward.data.collate import collate_pairs
-from latentreward.losses import LRMLoss, TieLoss
+from latentreward.losses import LRMLoss, RegressionDistillation, TargetLoss, TieLoss
 from latentreward.modules import RewardModule
-from tests.modules.batches import dina, dina_head, loaded_pairs, lrm
+from tests.distributed.strategies import STRATEGIES
+from tests.modules.batches import dina, dina_head, loaded_pairs, lrm, taught_pairs
 from tests.tiny_pipelines import pipeline_folder
 
 
@@ -58,6 +58,7 @@ MODELS: dict[str, Callable[[], RewardModule]] = {
     "lrm on dit": lambda: lrm("sd35", optimizer=sgd),
     "dina": lambda: dina("sd35", optimizer=sgd, backbone={"text_taps": (1,), **CHECKPOINTED}),
     "dina ties": lambda: dina("sd35", loss=TieLoss(), optimizer=sgd),
+    "dina taught": lambda: dina("sd35", loss=RegressionDistillation(), optimizer=sgd),
     "dina full": lambda: dina("sd35_no_t5", optimizer=sgd, backbone={"tuning": "full", **CHECKPOINTED}),
     "dina on unet": lambda: dina("sd15", dina_head, optimizer=sgd),
 }
@@ -72,7 +73,6 @@ CASES = [
     ("dina", "clipped"),
     ("lrm both", "clipped"),
 ]
-STRATEGIES = {"ddp": lambda: "ddp", "fsdp2": FSDP2Strategy, "sharded": lambda: FSDP2Strategy(True)}
 
 
 def write_pipelines() -> None:
@@ -116,12 +116,13 @@ def make_trainer(folder: Path, strategy: Any = "auto", **options: Any) -> Traine
 
 def fit(module: RewardModule, trainer: Trainer, resume: Path | None = None) -> None:
     """Train on eight pairs, four at a step over all processes; one validation at the end of each epoch."""
-    data = loader(4 // trainer.world_size)
+    data = loader(4 // trainer.world_size, taught=isinstance(module.loss, TargetLoss))
     trainer.fit(module, data, data, ckpt_path=resume, weights_only=True)
 
 
-def loader(batch_size: int) -> DataLoader:
-    return DataLoader(loaded_pairs(8), batch_size, sampler=EveryNth(8), collate_fn=collate_pairs)
+def loader(batch_size: int, taught: bool = False) -> DataLoader:
+    pairs = taught_pairs(8) if taught else loaded_pairs(8)
+    return DataLoader(pairs, batch_size, sampler=EveryNth(8), collate_fn=collate_pairs)
 
 
 def outcome(module: RewardModule, trainer: Trainer) -> dict[str, Any]:

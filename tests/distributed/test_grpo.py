@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.grpo_runs import CASES, make_module, strategies_of, train
+from tests.distributed.grpo_runs import CASES, make_module, train
 from tests.distributed.ranks import on_ranks
+from tests.distributed.strategies import strategies_of
 
 pytestmark = pytest.mark.slow
 

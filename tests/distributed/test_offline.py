@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from latentreward.policies.moving import AVERAGE
-from tests.distributed.offline_runs import CASES, make_module, strategies_of, train
+from tests.distributed.offline_runs import CASES, make_module, train
 from tests.distributed.ranks import on_ranks
+from tests.distributed.strategies import strategies_of
 
 pytestmark = pytest.mark.slow
 

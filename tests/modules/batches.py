@@ -42,6 +42,15 @@ def loaded_pairs(count: int = 6, swap: bool = False, labels: Sequence[float | No
     return [LoadedPair(p, pixels_of(p.image_a.image_key), pixels_of(p.image_b.image_key)) for p in pairs]
 
 
+def taught_pairs(count: int = 6) -> list[LoadedPair]:
+    """Pairs of :func:`loaded_pairs` with a teacher's scores and uncertainties; the last image has none."""
+    generator = torch.Generator().manual_seed(0)
+    scores, uncertainties = torch.randn(count, 2, 1, generator=generator), torch.rand(count, 2, 1, generator=generator)
+    scores[-1, 1] = torch.nan
+    targets = torch.stack([scores, uncertainties + 0.5], dim=2)
+    return [replace(pair, targets=given) for pair, given in zip(loaded_pairs(count), targets, strict=True)]
+
+
 def pixel_batch(count: int = 6, swap: bool = False, labels: Sequence[float | None] = LABELS) -> PreferenceBatch:
     return collate_pairs(loaded_pairs(count, swap, labels))
 
