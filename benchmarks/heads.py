@@ -1,11 +1,12 @@
 """Measure what reward heads cost: time and FLOPs of a pair, side by side.
 
-    python benchmarks/heads.py RUN [RUN ...] [--pairs 64] [--repeats 5]
+    python benchmarks/heads.py [RUN ...] [--pairs 64] [--repeats 5]
 
 Each ``RUN`` is the folder of a trained reward, for example those that the rows ``heads_sd`` and ``heads_sd35`` of
-``latentreward reproduce`` leave below runs/reproduce. Noisy latents of the tiny world's pictures and their prompts are
-scored at one level, without the VAE, in one thread; the runs take turns. The first run is the one that others are
-compared with.
+``latentreward reproduce`` leave below runs/reproduce. Without any, the shipped tiny recipes of the five heads on the
+tiny Stable Diffusion are trained first, below runs/trained_rewards. Noisy latents of the tiny world's pictures and
+their prompts are scored at one level, without the VAE, in one thread; the runs take turns. The first run is the one
+that others are compared with.
 """
 
 import argparse
@@ -17,9 +18,12 @@ import numpy as np
 import torch
 import yaml
 from measuring import flops, interleaved, ratio, table
+from trained_rewards import trained_rewards
 
 from latentreward.scoring import RewardModel, ScoringNoise
 from latentreward.tinyworld.pairs import draw_pairs
+
+RECIPES = ("lrm_tiny", "dina_lrm_unet_tiny", "pavrm_tiny", "drm_tiny", "layer_mix_tiny")
 
 
 def describe(run: str) -> str:
@@ -52,12 +56,13 @@ def measure(runs: Sequence[str], pairs: int, repeats: int) -> None:
 def main() -> None:
     """Parse the command line, and measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+")
+    parser.add_argument("runs", nargs="*")
     parser.add_argument("--pairs", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    measure(options.runs, options.pairs, options.repeats)
+    runs = options.runs or [str(Path(checkpoint).parent) for checkpoint in trained_rewards(RECIPES)]
+    measure(runs, options.pairs, options.repeats)
 
 
 if __name__ == "__main__":

@@ -72,6 +72,7 @@ BENCHMARKS = {
     "score_command": Benchmark("score_command", "--images=400", "--images=4 --rounds=1 --size=toy", 8),
     "serving": Benchmark("serving", "", "throughput --size=toy_sd35 --rows=8 --repeats=1", 9),
     "loading_memory": Benchmark("loading_memory", "", "--help", 4),
+    "heads": Benchmark("heads", "", "--help", 25),
     "search": Benchmark("search", "", "--help", 12, ratios=False),
     "estimates": Benchmark("estimates", "", "--help", 10, ratios=False),
     "communication": Benchmark("communication", "", "--help", 15, ratios=False),

@@ -8,7 +8,14 @@ from pathlib import Path
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 FOLDER = Path("runs/trained_rewards")
-LAYOUTS = {"lrm_tiny": "pickapic", "dina_lrm_tiny": "hpdv3"}
+LAYOUTS = {
+    "lrm_tiny": "pickapic",
+    "dina_lrm_tiny": "hpdv3",
+    "dina_lrm_unet_tiny": "hpdv3",
+    "pavrm_tiny": "pickapic",
+    "drm_tiny": "pickapic",
+    "layer_mix_tiny": "pickapic",
+}
 """Shipped tiny recipes, and the layout of the pairs that each trains on."""
 
 
