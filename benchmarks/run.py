@@ -73,6 +73,7 @@ BENCHMARKS = {
     "serving": Benchmark(
         "serving", "", "throughput trajectories --size=toy_sd35 --rows=8 --trajectories=8 --repeats=1", 9
     ),
+    "remote_reward": Benchmark("remote_reward", "", "--size=toy_sd35 --rows=2 --rounds=1", 6),
     "loading_memory": Benchmark("loading_memory", "", "--help", 4),
     "search": Benchmark("search", "", "--help", 12, ratios=False),
     "estimates": Benchmark("estimates", "", "--help", 10, ratios=False),

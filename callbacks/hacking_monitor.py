@@ -16,6 +16,7 @@ from torch import Tensor
 
 from latentreward.errors import InputError
 from latentreward.modules.alignment import AlignmentModule, RewardedModule
+from latentreward.remote.errors import RemoteError, raise_together
 from latentreward.reports.drawing import to_image
 from latentreward.rollout.finished import score_finished
 from latentreward.scorers import ImageScorer
@@ -114,15 +115,24 @@ class HackingMonitor(PromptMonitor):
             logger.warning(message)
 
     def _scores(self, trainer: Trainer, pl_module: AlignmentModule, reference: bool) -> Tensor:
-        """Return ``(prompts, 1 or 2)`` float64: held-out score and, if there is one, reward; means over pictures."""
-        rows = []
-        for batch, latents, pixels in self.pictures(trainer, pl_module, reference):
-            images = list(map(to_image, pixels))
-            columns = [self.held_out(batch.prompts, images)]
-            if isinstance(pl_module, RewardedModule):
-                scores = score_finished(pl_module.reward, latents, batch, SEED, self.reward_sigmas)
-                columns.append(scores.cpu())
-            rows.append(torch.stack(columns, dim=1))
+        """Return ``(prompts, 1 or 2)`` float64: held-out score and, if there is one, reward; means over pictures.
+
+        Raises:
+            RemoteError: On all ranks, if a scorer's server fails on one.
+        """
+        rows: list[Tensor] = []
+        failure: RemoteError | None = None
+        try:
+            for batch, latents, pixels in self.pictures(trainer, pl_module, reference):
+                images = list(map(to_image, pixels))
+                columns = [self.held_out(batch.prompts, images)]
+                if isinstance(pl_module, RewardedModule):
+                    scores = score_finished(pl_module.reward, latents, batch, SEED, self.reward_sigmas)
+                    columns.append(scores.cpu())
+                rows.append(torch.stack(columns, dim=1))
+        except RemoteError as error:
+            failure = error
+        raise_together(failure, trainer.strategy.reduce_boolean_decision)
         return self.gather(trainer, torch.cat(rows)).double().mean(dim=1)
 
 

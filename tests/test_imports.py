@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "export": BASE | {"backbones", "families", "policies", "checkpoints"},
     "rewards": BASE
     | {"noise", "encoders", "backbones", "heads", "losses", "metrics", "scoring", "policies", "checkpoints"}
-    | {"scorers", "reports"},
+    | {"scorers", "reports", "remote"},
     "rollout": BASE | {"noise", "losses", "families", "policies", "rewards"},
     "generation": BASE | {"noise", "encoders", "backbones", "families", "policies", "rewards", "rollout", "reports"},
     "modules": BASE
@@ -59,8 +59,10 @@ MAY_IMPORT = {
         "rollout",
         "checkpoints",
         "scorers",
+        "remote",
     },
     "checkpoints": BASE,
+    "remote": BASE,
     "callbacks": BASE
     | {
         "noise",
@@ -78,9 +80,10 @@ MAY_IMPORT = {
         "modules",
         "checkpoints",
         "scorers",
+        "remote",
         "reports",
     },
-    "scorers": BASE | {"programs", "data", "backbones", "scoring", "checkpoints"},
+    "scorers": BASE | {"programs", "data", "backbones", "scoring", "checkpoints", "remote"},
     "reports": BASE | {"metrics"},
     "evaluation": BASE
     | {"data", "metrics", "noise", "scoring", "scorers", "policies", "rollout", "reports", "generation"},

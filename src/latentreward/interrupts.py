@@ -20,6 +20,8 @@ INTERRUPTED = 130
 """Exit status after Ctrl-C."""
 TERMINATED = 143
 """Exit status after SIGTERM."""
+stop_asked = threading.Event()
+"""Set while a signal asks a run to stop at its next safe place; long waits should end then."""
 
 
 class Terminated(KeyboardInterrupt):
