@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "storage": {"contracts", "errors", "interrupts"},
     "programs": {"errors"},
     "noise": BASE,
+    "ranks": BASE,
     "encoders": BASE,
     "data": BASE,
     "heads": BASE,
@@ -31,7 +32,7 @@ MAY_IMPORT = {
     "metrics": BASE,
     "backbones": BASE | {"noise", "encoders", "checkpoints"},
     "families": BASE | {"programs", "noise", "encoders", "backbones"},
-    "cache": BASE | {"encoders", "data", "backbones", "families", "policies"},
+    "cache": BASE | {"ranks", "encoders", "data", "backbones", "families", "policies"},
     "settings": BASE | {"programs", "backbones"},
     "scoring": BASE
     | {"noise", "encoders", "backbones", "families", "heads", "losses", "metrics", "data", "checkpoints"}
@@ -42,7 +43,8 @@ MAY_IMPORT = {
     | {"noise", "encoders", "backbones", "heads", "losses", "metrics", "scoring", "policies", "checkpoints"}
     | {"scorers", "reports", "remote"},
     "rollout": BASE | {"noise", "losses", "families", "policies", "rewards"},
-    "generation": BASE | {"noise", "encoders", "backbones", "families", "policies", "rewards", "rollout", "reports"},
+    "generation": BASE
+    | {"ranks", "noise", "encoders", "backbones", "families", "policies", "rewards", "rollout", "reports"},
     "modules": BASE
     | {
         "noise",
@@ -86,7 +88,7 @@ MAY_IMPORT = {
     "scorers": BASE | {"programs", "data", "backbones", "scoring", "checkpoints", "remote"},
     "reports": BASE | {"metrics"},
     "evaluation": BASE
-    | {"data", "metrics", "noise", "scoring", "scorers", "policies", "rollout", "reports", "generation"},
+    | {"ranks", "data", "metrics", "noise", "scoring", "scorers", "policies", "rollout", "reports", "generation"},
     "estimate": BASE
     | {"encoders", "backbones", "families", "heads", "data", "cache", "scoring", "scorers", "settings"}
     | {"policies", "rewards", "modules"},
