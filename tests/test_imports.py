@@ -95,6 +95,7 @@ MAY_IMPORT = {
     "steps": BASE | {"settings", "evaluation"},
     "reproduction": BASE | {"metrics", "reports", "settings", "evaluation", "steps"},
     "pilot": BASE | {"estimate", "evaluation", "metrics", "reports", "settings", "steps"},
+    "taste": BASE | {"backbones", "data", "evaluation", "metrics", "reports", "steps"},
     "serving": BASE | {"data", "noise", "scoring"},
     "tinyworld": BASE | {"data", "scorers", "metrics", "settings"},
 }

@@ -61,6 +61,10 @@ COMMANDS = {
         "latentreward.commands.pilot:run",
         "train a reward on a cut of a data set, benchmark it, align with it: one card",
     ),
+    "taste": (
+        "latentreward.commands.taste:run",
+        "train a reward on your own pictures, and align with it; --rate opens a page to rate",
+    ),
     "evaluate-policy": (
         "latentreward.commands.evaluate_policy:run",
         "score the pictures of one generator, or compare two",

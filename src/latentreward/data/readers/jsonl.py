@@ -22,8 +22,8 @@ class JSONLPairReader(PairRowReader):
     ``label`` is the probability in [0, 1] that a is preferred (½ for a tie), or ``"a"``, ``"b"`` or ``"tie"``. A line
     with a null or missing label is unlabelled, also if it has ``votes``; other keys are not read. Optional fields are
     ``votes`` ([a, b] or [chosen, rejected]), ``confidence`` in [0, 1], ``weight`` (of the pair in the loss, 0 or more),
-    ``pair_id`` (default ``FILE:LINE``), ``group_id``, and ``model_a`` and ``model_b``, the names of the generators of
-    the first and the second image.
+    ``pair_id`` (default ``FILE:LINE``), ``group_id``, ``split`` (by which a cache tells the splits of one file apart),
+    and ``model_a`` and ``model_b``, the names of the generators of the first and the second image.
 
     Paths are relative to ``root``. A null or missing prompt is read as an empty prompt. Unreadable ``votes`` and
     ``confidence`` are ignored. Blank lines are ignored. A line falls under ``on_error`` if it is not an object, if its
@@ -35,9 +35,10 @@ class JSONLPairReader(PairRowReader):
     Args:
         file: Path of the file. Keys of a line: ``prompt``; ``chosen`` and ``rejected`` (paths), or ``image_a``,
             ``image_b`` (paths) and ``label`` (probability that a is preferred, or ``a``, ``b``, ``tie``); optionally
-            ``votes``, ``confidence``, ``weight``, ``pair_id``, ``group_id``, ``model_a``, ``model_b``.
+            ``votes``, ``confidence``, ``weight``, ``pair_id``, ``group_id``, ``split``,
+            ``model_a``, ``model_b``.
         root: Folder that paths are relative to and that all images must lie in; by default the file's folder.
-        split: Name of the split.
+        split: Name of the split of lines without their own.
         options: See :class:`~latentreward.data.readers.base.SideExchangingReader`. In lines with ``chosen`` and
             ``rejected``, the chosen image is a or b at random; lines with ``image_a`` and ``image_b`` stay as written.
 

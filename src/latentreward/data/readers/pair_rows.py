@@ -29,12 +29,14 @@ INDEX = pa.schema(
         "model_a": pa.string(),
         "model_b": pa.string(),
         "group_id": pa.large_string(),
+        "split": pa.large_string(),
     }
 )
 WINNER_FIRST, BY_LABEL = ("chosen", "rejected"), ("image_a", "image_b")
 WORDS = {"a": 1.0, "b": 0.0, "tie": 0.5}
 MODELS = ("model_a", "model_b")
-NOT_LABELS = (*WINNER_FIRST, *BY_LABEL, *MODELS, "prompt", "label", "confidence", "weight", "pair_id", "group_id")
+TEXTS = (*MODELS, "group_id", "split")
+NOT_LABELS = (*WINNER_FIRST, *BY_LABEL, *TEXTS, "prompt", "label", "confidence", "weight", "pair_id")
 """Keys under which nobody looks for a label, beside the keys of labels themselves."""
 NO_LABEL = "unlabelled (no label)"
 ROWS = 1 << 14
@@ -51,7 +53,7 @@ class PairRowReader(JSONReader):
 
     Args:
         source: Name of the data set.
-        split: Name of the split.
+        split: Name of the split of rows without their own.
         options: See :class:`~latentreward.data.readers.base.SideExchangingReader`.
     """
 
@@ -112,7 +114,7 @@ class PairRowReader(JSONReader):
             model_a=row["model_a"],
             model_b=row["model_b"],
             source=self.source,
-            split=self.split,
+            split=row["split"] or self.split,
         )
         return pair.swapped() if row["winner_first"] and self.is_exchanged(row["pair_id"]) else pair
 
@@ -168,7 +170,7 @@ class PairRowReader(JSONReader):
         counts = votes if sound and votes is not None else (None, None)
         paths = [parse_text(row.get(field)) for field in fields]
         prompt, confidence = parse_text(row.get("prompt")) or "", self._parse_confidence(row.get("confidence"))
-        texts = (parse_text(row.get(field)) for field in (*MODELS, "group_id"))
+        texts = (parse_text(row.get(field)) for field in TEXTS)
         label, first = label if sound else None, fields == WINNER_FIRST
         return number, pair_id, prompt, *paths, label, first, weight, *counts, confidence, *texts
 

@@ -1,0 +1,92 @@
+"""Pictures of a folder of one's own: those that can be read, each content once."""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from latentreward.data.images import ImageError, decode_image
+from latentreward.data.readers.folders import find_images
+from latentreward.data.readers.groups import file_image
+from latentreward.storage.digests import digest
+
+MOST_NAMED = 3
+"""Files that a remark names; the rest are counted."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Picture that can be read.
+
+    Attributes:
+        path: Path relative to the folder, with ``/``.
+        content: Digest of the file's bytes; two files with the same bytes are the same picture.
+        caption: Text of the ``.txt`` file of the same name; empty without one.
+    """
+
+    path: str
+    content: str
+    caption: str
+
+
+def read_pictures(folder: Path, below: str = "") -> tuple[dict[str, Picture], list[str]]:
+    """Find and decode all pictures of a folder and its subfolders, in the order of their names.
+
+    Hidden files and folders are left out. Orientations by EXIF are applied later, as in training.
+
+    Args:
+        folder: Folder that paths are relative to. Pictures outside it, behind links, are not opened.
+        below: Subfolder to look in.
+
+    Returns:
+        Name, which is the path below ``below`` without its ending → picture; and one line about each kind of file that
+        was left out.
+    """
+    found: dict[str, Picture] = {}
+    unreadable, twice = [], []
+    place = folder / below
+    for name, files in find_images(place).items():
+        if any(part.startswith(".") for part in Path(files[0]).parts[1:]):
+            continue
+        for number, file in enumerate(files):
+            path = Path(file).relative_to(place.name).as_posix() if not below else file
+            reference = file_image(folder, path)
+            try:
+                decode_image(reference)
+            except ImageError as error:
+                unreadable.append(f"{path} ({error.problem})")
+                continue
+            if number and name in found:
+                twice.append(path)
+                continue
+            assert reference.path is not None
+            found[name] = Picture(path, digest([reference.path.read_bytes()]), read_caption(reference.path))
+    remarks = [f"left out, cannot be read: {listed(unreadable)}"] if unreadable else []
+    if twice:
+        remarks.append(f"left out, another picture has the same name with another ending: {listed(twice)}")
+    return found, remarks
+
+
+def read_caption(picture: Path) -> str:
+    """Return the text of the ``.txt`` file beside a picture; empty without one."""
+    file = picture.with_suffix(".txt")
+    return " ".join(file.read_bytes().decode("utf-8-sig", "replace").split()) if file.is_file() else ""
+
+
+def same_contents(pictures: Iterable[Picture]) -> list[str]:
+    """List groups of files with the same bytes, as ``one.jpg = other.jpg``."""
+    groups: dict[str, list[str]] = {}
+    for picture in pictures:
+        groups.setdefault(picture.content, []).append(picture.path)
+    return [" = ".join(paths) for paths in groups.values() if len(paths) > 1]
+
+
+def listed(names: list[str]) -> str:
+    """Name the first of some files, and count the others."""
+    more = len(names) - MOST_NAMED
+    return f"{len(names)}: {', '.join(names[:MOST_NAMED])}" + (f" and {more} more" if more > 0 else "")
+
+
+def counted(prompts: Iterable[str]) -> Counter[str]:
+    """Count texts that are not empty."""
+    return Counter(prompt for prompt in prompts if prompt)
