@@ -71,7 +71,7 @@ def chart_groups(trainer: Trainer, pl_module: LightningModule) -> dict[str, dict
             ("distance from the reference", r"drift/", drift),
         ),
     }
-    shown = {
+    shown: dict[str, dict[str, list[object]]] = {
         name: {title: ["Multiline", [curves]] for title, curves, logged in charts if logged}
         for name, charts in groups.items()
     }

@@ -95,7 +95,7 @@ class HTTPReward(RewardSource):
             return RemoteImageReward(self, policy)
         with torch.no_grad():
             RemoteLatents(self.server, self.schema, self.batch_size).check_widths(policy.encode_prompts([""]))
-        return RemoteLatentReward(self, policy)
+        return RemoteLatentReward(self, self.schema, policy)
 
 
 def alone(fine: bool) -> bool:
@@ -208,12 +208,13 @@ class RemoteLatentReward(RemoteReward):
 
     Args:
         source: Settings.
+        schema: Form of requests and replies.
         policy: The policy, whose text encoders embed the prompts.
     """
 
-    def __init__(self, source: HTTPReward, policy: Policy) -> None:
+    def __init__(self, source: HTTPReward, schema: ServedLatents, policy: Policy) -> None:
         super().__init__()
-        self.source = source
+        self.source, self.schema = source, schema
         self.__dict__["policy"] = policy  # not as a submodule: the LightningModule registers the policy already
         self._latents: RemoteLatents | None = None
 
@@ -230,11 +231,11 @@ class RemoteLatentReward(RemoteReward):
         if clean is None:
             raise InputError("a reward on a server needs the policy's prediction of the clean latents, and got none")
         if self._latents is None:  # not earlier: it has locks, which cannot be copied to another process
-            self._latents = RemoteLatents(self.source.server, self.source.schema, self.source.batch_size)
+            self._latents = RemoteLatents(self.source.server, self.schema, self.source.batch_size)
         latents, prompts = clean.detach().to("cpu", torch.float32).contiguous(), rows.tolist()
         texts = [encoded.texts[row] for row in prompts]
         pending = []
-        for sigma in sigmas or (self.source.schema.sigma,):
+        for sigma in sigmas or (self.schema.sigma,):
             sent = [
                 LatentRow(state, encoded.rows[row], float(sigma), encoded.seed(row))
                 for state, row in zip(latents, prompts, strict=True)
