@@ -32,8 +32,11 @@ from latentreward.remote import RemoteServer, ServedImages, ServedLatents
 from latentreward.remote.images import RemoteImages
 from latentreward.remote.latents import LatentRow, RemoteLatents
 from latentreward.serving.addresses import bind
+from latentreward.serving.resources import Resources
+from latentreward.serving.served import ServedModel
 from latentreward.serving.server import serve
-from latentreward.serving.service import ScoringService, ServiceSettings
+from latentreward.serving.service import ScoringService
+from latentreward.serving.settings import ServiceSettings
 from tests.serving.processes import server_process
 
 BUSY = "busy_seconds"
@@ -45,9 +48,10 @@ Step = Callable[[int], Any]
 
 def run_server(size: str, batch_size: int) -> None:
     """Serve a random model that counts the seconds in which it scores; runs in the server's process."""
-    service = ScoringService(random_model(size), ServiceSettings(batch_size=batch_size, timeout=600.0))
-    busy = Counter(BUSY, "Seconds in which the model scores.", registry=service.metrics.registry)
-    score = service.batcher._score
+    resources = Resources(ServiceSettings(batch_size=batch_size, timeout=600.0))
+    model = ServedModel(random_model(size), resources)
+    busy = Counter(BUSY, "Seconds in which the model scores.", registry=resources.metrics.registry)
+    score = model.batcher._score
 
     def timed(rows: Sequence[Any]) -> Sequence[Any]:
         began = time.perf_counter()
@@ -56,9 +60,9 @@ def run_server(size: str, batch_size: int) -> None:
         finally:
             busy.inc(time.perf_counter() - began)
 
-    service.batcher._score = timed
+    model.batcher._score = timed
     with bind("127.0.0.1", 0) as bound:
-        serve(service, bound)
+        serve(ScoringService([model], resources), bound)
 
 
 def busy_seconds(address: str) -> float:
