@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from latentreward.contracts import Conditioning
 from latentreward.remote import RemoteServer, ServedImages, ServedLatents
 from latentreward.remote.images import RemoteImages
-from latentreward.remote.latents import LatentRow, RemoteLatents
+from latentreward.remote.latents import LatentRow, RemoteLatents, describe
 from latentreward.serving.addresses import bind
 from latentreward.serving.resources import Resources
 from latentreward.serving.served import ServedModel
@@ -74,8 +74,9 @@ def latents_step(server: RemoteServer, size: str, rows: int, batch_size: int) ->
     """Return a step of latents with embeddings of prompts, like those of a policy."""
     backbone = random_model(size).backbone
     side = backbone.native_size[0] // backbone.latent_space.downscale
-    remote = RemoteLatents(server, ServedLatents(), batch_size)
-    widths = remote.model["prompt_embeds_width"], remote.model["pooled_prompt_embeds_width"]
+    model = describe(server)
+    remote = RemoteLatents(server, ServedLatents(), batch_size, model)
+    widths = model["prompt_embeds_width"], model["pooled_prompt_embeds_width"]
 
     def step(seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)

@@ -14,6 +14,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
+from latentreward.contracts import PromptBatch
 from latentreward.errors import InputError
 from latentreward.modules.alignment import AlignmentModule, RewardedModule
 from latentreward.remote.errors import RemoteError, raise_together
@@ -122,18 +123,21 @@ class HackingMonitor(PromptMonitor):
         """
         rows: list[Tensor] = []
         failure: RemoteError | None = None
-        try:
-            for batch, latents, pixels in self.pictures(trainer, pl_module, reference):
-                images = list(map(to_image, pixels))
-                columns = [self.held_out(batch.prompts, images)]
-                if isinstance(pl_module, RewardedModule):
-                    scores = score_finished(pl_module.reward, latents, batch, SEED, self.reward_sigmas)
-                    columns.append(scores.cpu())
-                rows.append(torch.stack(columns, dim=1))
-        except RemoteError as error:
-            failure = error
+        for batch, latents, pixels in self.pictures(trainer, pl_module, reference):
+            if failure is None:  # else only sampled: a policy in shards samples on all ranks together
+                try:
+                    rows.append(self._columns(pl_module, batch, latents, pixels))
+                except RemoteError as error:
+                    failure = error
         raise_together(failure, trainer.strategy.reduce_boolean_decision)
         return self.gather(trainer, torch.cat(rows)).double().mean(dim=1)
+
+    def _columns(self, pl_module: AlignmentModule, batch: PromptBatch, latents: Tensor, pixels: Tensor) -> Tensor:
+        """Score a batch of pictures: ``(pictures, 1 or 2)``."""
+        columns = [self.held_out(batch.prompts, list(map(to_image, pixels)))]
+        if isinstance(pl_module, RewardedModule):
+            columns.append(score_finished(pl_module.reward, latents, batch, SEED, self.reward_sigmas).cpu())
+        return torch.stack(columns, dim=1)
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,15 @@ def test_forms_of_retry_after() -> None:
     assert 55 < seconds_of(soon) <= 60
     assert seconds_of("7") == 7
     assert seconds_of("Wed, 21 Oct 2015 07:28:00 GMT") == 0
-    assert [seconds_of(text) for text in (None, "", "soon", "-1", "²")] == [None] * 5
+    far = f"Mon, 01 Jan {'9' * 20} 00:00:00 GMT"
+    assert [seconds_of(text) for text in (None, "", "soon", "-1", "²", far)] == [None] * 6
+
+
+def test_a_server_that_asks_for_no_pause_is_not_asked_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote_server, "FIRST_PAUSE_S", 0.2)
+    with judging(faults=[says(503, retry_after="0")] * 50) as judge, pytest.raises(RemoteError, match="HTTP 503"):
+        ask(judge, retry_s=0.5)
+    assert len(judge.headers) <= 4
 
 
 def test_a_pause_beyond_the_limit_is_not_waited_for() -> None:
@@ -132,7 +140,11 @@ def test_proxies_of_the_environment_are_not_used(monkeypatch: pytest.MonkeyPatch
     [
         ({"url": "judge:8080"}, "is no HTTP address"),
         ({"url": "ftp://judge"}, "is no HTTP address"),
+        ({"url": "http://judge:99999"}, "is no HTTP address"),
+        ({"url": "http://[judge"}, "is no HTTP address"),
+        ({"url": "http://judge/\x00"}, "is no HTTP address"),
         ({"url": "http://me:secret@judge"}, "token_file or token_env"),
+        ({"url": "ftp://me:secret@judge:99999"}, "token_file or token_env"),
         ({"timeout_s": 0}, "server.timeout_s=0 must be"),
         ({"retry_s": -1}, "server.retry_s=-1 must be"),
         ({"wait_s": float("inf")}, "server.wait_s=inf must be"),

@@ -87,6 +87,11 @@ def test_latents_get_the_scores_of_the_served_model(policy: Policy) -> None:
         several = reward.score_clean(latents, rows, known, None, (0.2, 0.6))
         single = [reward.score_clean(latents, rows, known, None, (sigma,)) for sigma in (0.2, 0.6)]
         torch.testing.assert_close(several, (single[0] + single[1]) / 2)
+        wide, high = (torch.zeros(1, latents.shape[1], *sides) for sides in ((8, 16), (16, 8)))
+        alike = [reward.score_clean(zeros, torch.zeros(1, dtype=torch.int64), known) for zeros in (wide, high)]
+        assert not torch.equal(*alike)  # equal bytes in another shape
+        with pytest.raises(InputError, match=r"reward\.batch_size=65 is over 64, the most latents that the reward"):
+            HTTPReward(RemoteServer(url), ServedLatents(), batch_size=65).load(policy)
     noise, process = ScoringNoise(sigmas=(0.4,)), model.backbone.noise_process
     sigma = process.sigma(timesteps_of(noise, process)).item()
     for row in range(3):

@@ -10,7 +10,7 @@ from PIL import Image
 from latentreward.serving.resources import Resources
 from latentreward.serving.served import ServedModel
 from latentreward.serving.service import ScoringService
-from latentreward.serving.settings import ServiceSettings
+from latentreward.serving.settings import RewardToServe, ServiceSettings
 from tests.scoring.models import pictures
 from tests.serving.framework_clients import FlowFactoryClient, UniRLClient, encoded
 from tests.serving.servers import started, tiny_reward
@@ -112,6 +112,21 @@ def test_bad_samples(address: str, change: dict[str, Any], status: int, message:
     assert reply.status_code == status and message in reply.json()["error"] and "\n" not in reply.json()["error"]
 
 
+def test_more_samples_than_a_rewards_queue_holds_are_refused_for_good() -> None:
+    """The queue of another reward may be longer; 503 would make the client try again without end."""
+    resources = Resources(ServiceSettings(max_wait_ms=1, queue=8))
+    limits = RewardToServe("", queue=2).limits(resources.settings)
+    models = [
+        ServedModel(tiny_reward("sd35", "dina"), resources, name="taste"),
+        ServedModel(tiny_reward("sd15", "lrm"), resources, limits, "small"),
+    ]
+    with started(ScoringService(models, resources)) as address:
+        sent = {"requests": [GOOD, *[GOOD | {"required_rewards": ["taste", "small"]}] * 3]}
+        reply = httpx.post(f"{address}/score", json=sent, timeout=30)
+    assert reply.status_code == 413
+    assert reply.json()["error"] == "requests: samples for small 3 is over this server's limit of 2"
+
+
 @pytest.mark.parametrize(
     ("body", "status", "message"),
     [
@@ -131,9 +146,10 @@ def test_flow_factorys_client(address: str, service: ScoringService) -> None:
     images = pictures(3)
     for name, url in (("taste", address), ("lrm-1.5", f"{address}/rewards/lrm-1.5")):
         client = FlowFactoryClient(url)
+        assert client.healthy()  # asked before training: the client gives up without
         found = client.compute(PROMPTS, images)
         assert found == pytest.approx(service.named(name).reward.score(PROMPTS, images).tolist(), abs=2e-5)
-    assert FlowFactoryClient(address).healthy()
+    assert not FlowFactoryClient(f"{address}/rewards/other").healthy()
     assert FlowFactoryClient(address).compute(PROMPTS[:1], images[:1], kwargs=None)
 
 

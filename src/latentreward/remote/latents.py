@@ -44,11 +44,11 @@ class RemoteLatents:
         server: The server.
         schema: Path of requests.
         batch_size: Latents of a request.
+        model: Description of the served model, see :func:`describe`.
     """
 
-    def __init__(self, server: RemoteServer, schema: ServedLatents, batch_size: int) -> None:
-        self.schema, self.connection = schema, Connection(server)
-        self.model = describe(self.connection)
+    def __init__(self, server: RemoteServer, schema: ServedLatents, batch_size: int, model: Mapping[str, Any]) -> None:
+        self.schema, self.connection, self.model = schema, Connection(server), model
         self._scores: RemoteScores[LatentRow] = RemoteScores(self.connection, self._ask, batch_size)
 
     def begin(self, rows: Sequence[LatentRow], texts: Sequence[str]) -> PendingScores[LatentRow]:
@@ -59,7 +59,10 @@ class RemoteLatents:
             texts: Text of each row's prompt.
         """
         pairs = zip(rows, texts, strict=True)
-        keys = [digest([text, f"\n{row.sigma} {row.seed}\n", row.latents.numpy()]) for row, text in pairs]
+        keys = [
+            digest([text, f"\n{row.sigma} {row.seed} {tuple(row.latents.shape)}\n", row.latents.numpy()])
+            for row, text in pairs
+        ]
         return self._scores.begin(rows, keys)
 
     def _ask(self, rows: Sequence[LatentRow], ended: Event) -> tuple[Sequence[Any], str | None]:
@@ -86,29 +89,44 @@ class RemoteLatents:
             tensors["prompt_mask"] = prompts.prompt_mask
         return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
-    def check_widths(self, encoded: Conditioning) -> None:
-        """Check that the served model takes embeddings of the policy's text encoders.
 
-        Raises:
-            InputError: If their widths differ, or one has a pooled vector and the other has not.
-        """
-        pooled = encoded.pooled_prompt_embeds
-        ours = encoded.prompt_embeds.shape[-1], None if pooled is None else pooled.shape[-1]
-        theirs = self.model.get("prompt_embeds_width"), self.model.get("pooled_prompt_embeds_width")
-        pools = theirs[1] is None or self.model.get("pools_tokens")
-        if ours[0] != theirs[0] or not (pools or ours[1] == theirs[1]):
-            raise InputError(
-                f"reward server {self.connection.server.url} takes prompts embedded in widths {shown(theirs)}, but the "
-                f"policy's text encoders give {ours}; take schema: ServedImages, for which the server encodes prompts"
-            )
+def check_model(server: RemoteServer, model: Mapping[str, Any], encoded: Conditioning, batch_size: int) -> None:
+    """Check that a served model takes embeddings of the policy's text encoders, and as many rows as a request has.
+
+    Args:
+        server: The server.
+        model: Description of the model, see :func:`describe`.
+        encoded: Prompt encoded by the policy.
+        batch_size: Latents of a request.
+
+    Raises:
+        InputError: If widths differ, one has a pooled vector and the other has not, or ``batch_size`` is over the
+            server's limit.
+    """
+    pooled = encoded.pooled_prompt_embeds
+    ours = encoded.prompt_embeds.shape[-1], None if pooled is None else pooled.shape[-1]
+    theirs = model.get("prompt_embeds_width"), model.get("pooled_prompt_embeds_width")
+    pools = theirs[1] is None or model.get("pools_tokens")
+    if ours[0] != theirs[0] or not (pools or ours[1] == theirs[1]):
+        raise InputError(
+            f"reward server {server.url} takes prompts embedded in widths {shown(theirs)}, but the policy's text "
+            f"encoders give {ours}; take schema: ServedImages, for which the server encodes prompts"
+        )
+    most = model.get("max_rows")
+    if isinstance(most, int) and batch_size > most:
+        raise InputError(
+            f"reward.batch_size={batch_size} is over {most}, the most latents that the reward server {server.url} "
+            "takes in a request"
+        )
 
 
-def describe(connection: Connection) -> Mapping[str, Any]:
+def describe(server: RemoteServer) -> Mapping[str, Any]:
     """Ask ``latentreward serve`` for the description of its model.
 
     Raises:
         RemoteError: If the server gives none.
     """
+    connection = Connection(server)
     described = connection.ask("GET", "/v1/model")
     if not isinstance(described, dict) or not isinstance(described.get("latent_space"), dict):
         connection.refuse(f"/v1/model answers {shown(described)}; schema: ServedLatents is for latentreward serve")
@@ -121,9 +139,9 @@ def latent_space(server: RemoteServer) -> LatentSpace:
     Raises:
         RemoteError: If the server gives none.
     """
-    connection = Connection(server)
-    described = describe(connection)
+    described = describe(server)
     try:
         return LatentSpace.from_record(described["latent_space"])
     except TypeError as error:
-        connection.refuse(f"/v1/model has the latent_space {shown(described['latent_space'])}, which is none", error)
+        told = shown(described["latent_space"])
+        Connection(server).refuse(f"/v1/model has the latent_space {told}, which is none", error)

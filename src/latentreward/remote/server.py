@@ -27,7 +27,10 @@ logger = logging.getLogger(__name__)
 RETRIED = (408, 425, 429, 500, 502, 503, 504)
 """HTTP statuses after which the same request may succeed later."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
-"""Seconds before the second try, doubled for each further one, and their limit; ``Retry-After`` goes before both."""
+"""Seconds before the second try, doubled for each further one up to the limit.
+
+The server's ``Retry-After`` is kept instead, if it is not shorter than the first pause.
+"""
 LARGEST_REPLY = 16 * 2**20
 """Greatest size of a reply, in bytes after decompression."""
 SHOWN = 200
@@ -40,9 +43,9 @@ LOOK_S = 0.2
 class RemoteServer:
     """A reward server, and what to do when it fails.
 
-    A try that meets no server, a broken connection, the end of ``timeout_s``, or one of the statuses 408, 425, 429 and
-    5xx is followed by another, after the server's ``Retry-After`` or growing pauses. Any other wrong answer ends the
-    run at once.
+    A try that meets no server, a broken connection, the end of ``timeout_s``, or one of the statuses 408, 425, 429,
+    500, 502, 503 and 504 is followed by another, after the server's ``Retry-After`` or growing pauses. Any other wrong
+    answer ends the run at once.
 
     Attributes:
         url: Address with scheme, such as ``http://judge:8000``; a path before the schema's own may follow.
@@ -72,11 +75,15 @@ class RemoteServer:
 
     def __post_init__(self) -> None:
         """Check the settings, and read the token."""
-        address = urlsplit(self.url)
-        if address.scheme not in ("http", "https") or not address.hostname:
-            raise InputError(f"server.url={self.url!r} is no HTTP address; give one such as http://127.0.0.1:8000")
-        if address.username or address.password or address.query or address.fragment:
+        if {*"@?#"} & {*self.url}:  # first: other messages show the address
             raise InputError("server.url holds more than address and path; give a token by token_file or token_env")
+        try:
+            address = urlsplit(self.url)
+            known = address.scheme in ("http", "https") and address.hostname and address.port != 0
+        except ValueError:  # brackets without an IPv6 address, or a port that is none
+            known = False
+        if not known or not self.url.isprintable():
+            raise InputError(f"server.url={self.url!r} is no HTTP address; give one such as http://127.0.0.1:8000")
         for name in ("timeout_s", "wait_s"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"server.{name}={getattr(self, name):g} must be a finite number greater than 0")
@@ -165,11 +172,11 @@ class Connection:
                 now = time.monotonic()
                 began = began or now
                 pause = min(FIRST_PAUSE_S * 2 ** min(tries - 1, 10), LONGEST_PAUSE_S)
-                pause = pause if error.pause_s is None else error.pause_s
+                pause = pause if error.pause_s is None else max(error.pause_s, FIRST_PAUSE_S)
                 left = began + self.server.limit_s - now
                 if left <= 0 or (error.pause_s or 0.0) > left:
                     self._give_up(f"{error}", tries, now - began)
-                self._tell(f"{error}", pause)
+                self._tell(f"{error}")
                 self._wait(min(pause, left), ended, f"{error}")
             else:
                 if began:
@@ -255,13 +262,13 @@ class Connection:
                 self.refuse(f"a signal ended the wait for it; the last try: {reason}")
             time.sleep(min(left, LOOK_S))
 
-    def _tell(self, reason: str, pause: float) -> None:
+    def _tell(self, reason: str) -> None:
         """Log the first failed try of an outage."""
         with self._lock:
             first, self._told = not self._told, True
         if first:
-            waits = f"for up to {self.server.limit_s:g} seconds"
-            logger.warning("reward server %s: %s; tries again %s", self.server.url, reason, waits)
+            url, limit = self.server.url, self.server.limit_s
+            logger.warning("reward server %s: %s; tries again for up to %g seconds", url, reason, limit)
 
     def _told_that_it_answers(self, seconds: float) -> None:
         with self._lock:
@@ -289,7 +296,7 @@ def seconds_of(header: str | None) -> float | None:
         return float(header)
     try:
         date = parsedate_to_datetime(header)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     date = date if date.tzinfo else date.replace(tzinfo=UTC)
     return max((date - datetime.now(UTC)).total_seconds(), 0.0)

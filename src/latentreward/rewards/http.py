@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from latentreward.errors import InputError, check_at_least_one
 from latentreward.remote import ImageSchema, PlainJSON, RemoteError, RemoteServer, Schema, ServedLatents
 from latentreward.remote.errors import raise_together
 from latentreward.remote.images import RemoteImages
-from latentreward.remote.latents import LatentRow, RemoteLatents, latent_space
+from latentreward.remote.latents import LatentRow, RemoteLatents, check_model, describe, latent_space
 from latentreward.remote.scores import PendingScores
 from latentreward.reports.drawing import to_image
 from latentreward.rewards.base import Reward, RewardSource
@@ -93,9 +93,10 @@ class HTTPReward(RewardSource):
         """
         if isinstance(self.schema, ImageSchema):
             return RemoteImageReward(self, policy)
+        model = describe(self.server)
         with torch.no_grad():
-            RemoteLatents(self.server, self.schema, self.batch_size).check_widths(policy.encode_prompts([""]))
-        return RemoteLatentReward(self, self.schema, policy)
+            check_model(self.server, model, policy.encode_prompts([""]), self.batch_size)
+        return RemoteLatentReward(self, self.schema, policy, model)
 
 
 def alone(fine: bool) -> bool:
@@ -210,11 +211,13 @@ class RemoteLatentReward(RemoteReward):
         source: Settings.
         schema: Form of requests and replies.
         policy: The policy, whose text encoders embed the prompts.
+        model: Description of the served model. It is not asked for later: a rank whose server fails just then would
+            miss the exchange of failures that follows the scores of all ranks.
     """
 
-    def __init__(self, source: HTTPReward, schema: ServedLatents, policy: Policy) -> None:
+    def __init__(self, source: HTTPReward, schema: ServedLatents, policy: Policy, model: Mapping[str, Any]) -> None:
         super().__init__()
-        self.source, self.schema = source, schema
+        self.source, self.schema, self.model = source, schema, model
         self.__dict__["policy"] = policy  # not as a submodule: the LightningModule registers the policy already
         self._latents: RemoteLatents | None = None
 
@@ -231,7 +234,7 @@ class RemoteLatentReward(RemoteReward):
         if clean is None:
             raise InputError("a reward on a server needs the policy's prediction of the clean latents, and got none")
         if self._latents is None:  # not earlier: it has locks, which cannot be copied to another process
-            self._latents = RemoteLatents(self.source.server, self.schema, self.source.batch_size)
+            self._latents = RemoteLatents(self.source.server, self.schema, self.source.batch_size, self.model)
         latents, prompts = clean.detach().to("cpu", torch.float32).contiguous(), rows.tolist()
         texts = [encoded.texts[row] for row in prompts]
         pending = []

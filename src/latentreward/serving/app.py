@@ -170,7 +170,8 @@ class AuthMiddleware:
             self.service.resources.metrics.count_request(path, status, time.monotonic() - start)
 
     def _refusal(self, scope: Scope) -> JSONResponse | None:
-        headers, is_open, is_health = scope["headers"], scope["path"] == OPEN_PATH, scope["path"] in HEALTH_PATHS
+        headers, is_open = scope["headers"], scope["path"] == OPEN_PATH
+        is_health = OF_REWARD.sub("", scope["path"]) in HEALTH_PATHS
         if {b"transfer-encoding", b"content-length"} <= {name for name, _ in headers}:
             error = "give either Transfer-Encoding or Content-Length; a request with both may hide another"
             return JSONResponse({"error": error}, 400, {"Connection": "close"})

@@ -103,14 +103,19 @@ class UniRL:
         identities = listed(Identity.model_json_schema())
         answer = fields(results=listed(by_name), errors=listed(errors), identities=identities, protocol_version=TEXT)
         health = fields(status=TEXT, rewards={"type": "object", "additionalProperties": listed(TEXT)})
+        about_health = "UniRL's and Flow-Factory's clients: health, rewards"
         summary = "UniRL's clients: score images for prompts with several rewards; pixels only"
         return [
-            Route("GET", "/health", self.health, "UniRL's and Flow-Factory's clients: health, rewards", answer=health),
+            Route("GET", "/health", self.health, about_health, answer=health, of_reward=True),
             Route("POST", "/score", self.score, summary, {JSON: body}, answer),
         ]
 
     async def health(self, request: Request) -> JSONResponse:
-        """Answer with the names of the rewards, and of the scores of each; 503 if one of them is not ready."""
+        """Answer with the names of the rewards, and of the scores of each; 503 if one of them is not ready.
+
+        Flow-Factory's client asks for ``/health`` below the address that it posts to, which may name a reward.
+        """
+        self.service.model_of(request)  # raises for the name of an unknown reward
         names = {name: [SCORE, *model.reward.axes] for name, model in self.service.models.items()}
         ready = self.service.ready
         return JSONResponse({"status": "ok" if ready else "busy", "rewards": names}, 200 if ready else 503)
@@ -124,8 +129,8 @@ class UniRL:
             with resources.memory.hold(parsing_bytes(body, JSON), len(body)):
                 samples = await asyncio.to_thread(parse_samples, body, most)
                 wanted = rewards_of(samples)
-                for name in wanted:
-                    self.service.named(name)
+                for name, rows in wanted.items():
+                    check_limit(f"requests: samples for {name}", len(rows), self.service.named(name).settings.queue)
                 images = await asyncio.to_thread(take_images, samples)
             scoring = [self._scores(request, name, _selected(images, rows), len(body)) for name, rows in wanted.items()]
             outcomes = await asyncio.gather(*scoring, return_exceptions=True)
