@@ -44,7 +44,8 @@ def scored_steps(
     """Sample an image, and score the states between the steps.
 
     Args:
-        pipeline: Pipeline with the noise process of the reward.
+        pipeline: Pipeline with the noise process of the reward. The scheduler must keep states as the reward's network
+            takes them, as DDIM and the flow matching schedulers do; Euler for SD and SDXL scales them by sigma.
         client: Client of the server.
         prompt: Prompt.
         seed: Seed of the sample.
@@ -52,7 +53,12 @@ def scored_steps(
 
     Returns:
         Timesteps ``(S - 1,)`` of the states after each step but the last, and their scores.
+
+    Raises:
+        ValueError: If the scheduler scales states otherwise.
     """
+    if float(getattr(pipeline.scheduler, "init_noise_sigma", 1.0)) != 1.0:
+        raise ValueError(f"{type(pipeline.scheduler).__name__} scales states by sigma; take DDIMScheduler")
     states: list[Tensor] = []
 
     def keep(pipeline: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Client of ``latentreward serve``, to copy beside your training code; needs torch, numpy, Pillow and safetensors."""
 
 import base64
+import http.client
 import io
 import json
 import time
@@ -19,6 +20,13 @@ from torch import Tensor
 Prompts = str | Sequence[str]
 
 
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """Follows no redirect: urllib would send the token to the other server too."""
+
+    def redirect_request(self, *_: Any) -> None:
+        """Return None, so that a redirect is an error."""
+
+
 class RewardClient:
     """Asks a server for scores; one object may be used from several threads.
 
@@ -28,7 +36,7 @@ class RewardClient:
         token: Token of the server; None sends none.
         timeout: Seconds to wait for an answer.
         retries: Number of times that a request is sent again after 503, 504 or a broken connection.
-        rows: Greatest number of images, latents or trajectories per request.
+        rows: Greatest number of images, latents or states per request; a trajectory is not split.
     """
 
     def __init__(
@@ -38,11 +46,12 @@ class RewardClient:
         token: str | None = None,
         timeout: float = 120.0,
         retries: int = 5,
-        rows: int = 32,
+        rows: int = 16,
     ) -> None:
         self._url = url.rstrip("/") + ("" if reward is None else f"/rewards/{urllib.parse.quote(reward)}")
         self._token, self._timeout, self._retries, self._rows = token, timeout, retries, rows
-        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # proxies cannot reach clusters
+        no_proxies = urllib.request.ProxyHandler({})  # proxies cannot reach clusters
+        self._opener = urllib.request.build_opener(no_proxies, _NoRedirects)
 
     def score_images(self, prompts: Prompts, images: Any) -> Tensor:
         """Score N images; the server encodes them by its VAE.
@@ -56,7 +65,7 @@ class RewardClient:
         """
         encoded = [base64.b64encode(_png(image)).decode() for image in _pictures(images)]
         texts, scores = _each(prompts, len(encoded)), []
-        for part in self._parts(len(encoded)):
+        for part in self._parts(len(encoded), 1):
             body = json.dumps({"prompts": texts[part], "images": encoded[part]}).encode()
             scores += self._ask("/v1/score_images", body, "application/json")["scores"]
         return torch.tensor(scores)
@@ -94,18 +103,19 @@ class RewardClient:
             Scores ``(N, S)``, float32 on the CPU.
         """
         tensors = {"latents": latents, "timesteps": timesteps.float().expand(len(latents), -1)}
-        return self._score_tensors("/v1/score_states", _each(prompts, len(latents)), tensors)
+        return self._score_tensors("/v1/score_states", _each(prompts, len(latents)), tensors, latents.shape[1])
 
-    def _score_tensors(self, path: str, prompts: list[str], tensors: dict[str, Tensor]) -> Tensor:
+    def _score_tensors(self, path: str, prompts: list[str], tensors: dict[str, Tensor], states: int = 1) -> Tensor:
         scores = []
-        for part in self._parts(len(prompts)):
+        for part in self._parts(len(prompts), states):
             rows = {name: tensor[part].detach().cpu().contiguous() for name, tensor in tensors.items()}
             body = save(rows, metadata={"prompts": json.dumps(prompts[part])})
             scores += self._ask(path, body, "application/octet-stream")["scores"]
         return torch.tensor(scores)
 
-    def _parts(self, count: int) -> list[slice]:
-        return [slice(start, start + self._rows) for start in range(0, count, self._rows)]
+    def _parts(self, count: int, states: int) -> list[slice]:
+        size = max(1, self._rows // max(1, states))
+        return [slice(start, start + size) for start in range(0, count, size)]
 
     def _ask(self, path: str, body: bytes, kind: str) -> dict[str, Any]:
         headers = {"Content-Type": kind} | ({"Authorization": f"Bearer {self._token}"} if self._token else {})
@@ -115,11 +125,11 @@ class RewardClient:
                 with self._opener.open(request, timeout=self._timeout) as reply:
                     return json.load(reply)
             except urllib.error.HTTPError as error:
-                told, wait = error.read().decode(errors="replace")[:500], error.headers.get("Retry-After", "1")
+                told, wait = error.read().decode(errors="replace")[:500], error.headers.get("Retry-After", "")
                 if error.code not in (503, 504) or attempt == self._retries:
                     raise RuntimeError(f"{self._url}{path} answered {error.code}: {told}") from error
-                time.sleep(float(wait))
-            except OSError as error:
+                time.sleep(float(wait) if wait.isdecimal() else 1.0)  # a proxy may give a date
+            except (OSError, http.client.HTTPException) as error:
                 if attempt == self._retries:
                     raise RuntimeError(f"{self._url}{path} cannot be reached: {error}") from error
                 time.sleep(1.0)
@@ -135,6 +145,8 @@ def _each(prompts: Prompts, count: int) -> list[str]:
 
 def _pictures(images: Any) -> list[Image.Image]:
     if isinstance(images, Tensor):
+        if not images.is_floating_point():
+            raise ValueError(f"images are a tensor of {images.dtype}; give floats in [0, 1], or uint8 as an array")
         images = (images.detach().float() * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
     return [image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image)) for image in images]
 

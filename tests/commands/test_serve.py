@@ -83,6 +83,7 @@ def test_an_open_address_without_a_token_is_warned_of(
         ("{}", "give either model, or rewards"),
         ("{model: a, rewards: {b: {model: c}}}", "give either model, or rewards"),
         ("{device: cpu, rewards: {b: {model: c}}}", "device is that of a single model"),
+        ("{name: a, rewards: {b: {model: c}}}", "name is that of a single model"),
         ("{rewards: {'b/c': {model: c}}}", "the reward's name 'b/c' cannot stand in an address"),
         ("{rewards: {b: {model: c, queue: 0}}}", "queue=0 must be a finite number greater than 0"),
         ("{rewards: {b: {model: c, device: gpu}}}", "gpu"),

@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import EulerDiscreteScheduler, StableDiffusion3Pipeline
+from safetensors.torch import load as load_tensors
 
 from latentreward.serving.errors import RequestError
 from latentreward.serving.served import ServedModel
+from tests.remote.judges import breaks_off, judging, says
 from tests.scoring.models import pictures
 from tests.serving.prompted_requests import TIMES, latents_of
 from tests.serving.servers import serving, tiny_reward
@@ -82,6 +84,8 @@ def test_what_a_server_refuses_is_said(client: Any, load: Load, running: tuple[s
         kind(address, "other", TOKEN).score_latents("a", latents_of(model.accepted, 1))
     with pytest.raises(RuntimeError, match="cannot be reached"):
         kind("http://127.0.0.1:9", retries=0).score_latents("a", latents_of(model.accepted, 1))
+    with pytest.raises(ValueError, match=r"images are a tensor of torch\.uint8"):
+        client.score_images("a", torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
     with pytest.raises(ValueError, match="2 prompts for 3 rows"):
         client.score_latents(["a", "b"], latents_of(model.accepted, 3))
 
@@ -100,6 +104,36 @@ def test_a_full_server_is_asked_again(
     monkeypatch.setattr(running[1], "score", full_at_first)
     assert client.score_latents("a", latents_of(running[1].accepted, 1)).shape == (1,)
     assert times[1] - times[0] >= 1
+
+
+def test_the_token_does_not_follow_a_redirect(load: Load) -> None:
+    client = load("latentreward_client").RewardClient
+    with judging() as other, judging(faults=[says(302, location=f"{other.url}/")]) as judge:
+        with pytest.raises(RuntimeError, match="answered 302"):
+            client(judge.url, token=TOKEN).score_images("a", pictures(1))
+        assert judge.headers[0]["authorization"] == f"Bearer {TOKEN}"
+        assert not other.headers
+
+
+def test_an_answer_that_breaks_off_is_asked_for_again(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    late = says(503, retry_after="Wed, 21 Oct 2015 07:28:00 GMT")
+    with judging(faults=[breaks_off, late]) as judge:
+        assert load("latentreward_client").RewardClient(judge.url).score_images("a", pictures(1)).shape == (1,)
+        assert len(judge.headers) == 3
+
+
+def test_a_request_holds_whole_trajectories_within_its_rows(load: Load, running: tuple[str, ServedModel]) -> None:
+    client = load("latentreward_client").RewardClient(running[0], token=TOKEN, rows=7)
+    ask, sizes = client._ask, []
+
+    def counted(path: str, body: bytes, kind: str) -> Any:
+        sizes.append(tuple(load_tensors(body)["latents"].shape[:2]))
+        return ask(path, body, kind)
+
+    client._ask = counted
+    client.score_states("a", latents_of(running[1].accepted, 3, 3), TIMES)
+    assert sizes == [(2, 3), (1, 3)]
 
 
 @pytest.mark.parametrize(("file", "factory"), [("flow_grpo_reward", "flow_grpo"), ("ddpo_reward", "ddpo")])
@@ -132,3 +166,6 @@ def test_a_diffusers_loop(client: Any, load: Load, running: tuple[str, ServedMod
     torch.testing.assert_close(scores, model.reward.score_latents("a cat", made), atol=2e-5, rtol=0)
     timesteps, steps = loop.scored_steps(pipeline, client, "a cat", **options)
     assert timesteps.shape == steps.shape == (2,) and (timesteps.diff() < 0).all()
+    pipeline.scheduler = EulerDiscreteScheduler()
+    with pytest.raises(ValueError, match="EulerDiscreteScheduler scales states by sigma; take DDIMScheduler"):
+        loop.scored_steps(pipeline, client, "a cat", **options)

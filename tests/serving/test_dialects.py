@@ -127,6 +127,21 @@ def test_more_samples_than_a_rewards_queue_holds_are_refused_for_good() -> None:
     assert reply.json()["error"] == "requests: samples for small 3 is over this server's limit of 2"
 
 
+def test_images_that_fit_the_memory_of_one_reward_only_are_refused_for_good(service: ScoringService) -> None:
+    """Each reward decodes the images for itself; 503 would make the client try again without end."""
+    resources = Resources(ServiceSettings(max_wait_ms=1, max_body_mb=0.05))  # 0.8 MiB for all requests
+    models = [ServedModel(model.reward, resources, name=name) for name, model in service.models.items()]
+    image = encoded(Image.new("RGB", (245, 245)))
+    with started(ScoringService(models, resources)) as address:
+        sample = {"history": [{"text": "a", "image_b64": image}], "required_rewards": ["taste"]}
+        one = httpx.post(f"{address}/score", json={"requests": [sample]}, timeout=30)
+        sample["required_rewards"].append("lrm-1.5")
+        both = httpx.post(f"{address}/score", json={"requests": [sample]}, timeout=30)
+    assert one.status_code == 200, one.text
+    assert both.status_code == 413 and "the request needs" in both.json()["error"]
+    assert resources.memory.held == 0
+
+
 @pytest.mark.parametrize(
     ("body", "status", "message"),
     [

@@ -106,8 +106,8 @@ def _rewards(
         raise InputError("give either model, or rewards with a name, model and device for each")
     if not rewards:
         return {check_name(name): RewardToServe(str(model), **single)}
-    defaults = {"device": "auto", "dtype": "float32"}
-    given = [key for key, value in single.items() if value != defaults.get(key)]
+    defaults = {"device": "auto", "dtype": "float32", "name": "reward"}
+    given = [key for key, value in {**single, "name": name}.items() if value != defaults.get(key)]
     if given:
         raise InputError(f"{given[0]} is that of a single model; give it for each of rewards")
     return {check_name(label): one for label, one in rewards.items()}

@@ -132,7 +132,11 @@ class UniRL:
                 for name, rows in wanted.items():
                     check_limit(f"requests: samples for {name}", len(rows), self.service.named(name).settings.queue)
                 images = await asyncio.to_thread(take_images, samples)
-            scoring = [self._scores(request, name, _selected(images, rows), len(body)) for name, rows in wanted.items()]
+            parts = {name: _selected(images, rows) for name, rows in wanted.items()}
+            needs = await asyncio.to_thread(lambda: {name: part.memory_bytes() for name, part in parts.items()})
+            # Each reward holds its own decoded images: if together they are too large for ever, 413 says so, not 503.
+            held = len(body) + sum(needs.values())
+            scoring = [self._scores(request, name, part, held - needs[name]) for name, part in parts.items()]
             outcomes = await asyncio.gather(*scoring, return_exceptions=True)
         for outcome in outcomes:  # raised after all have ended, since gather does not stop the others
             if isinstance(outcome, BaseException):
