@@ -14,6 +14,7 @@ from latentreward.errors import InputError
 from latentreward.scoring import PublishedSettings
 from latentreward.serving.settings import RewardToServe, ServiceSettings, check_name
 from latentreward.settings.functions import run_plain_function
+from latentreward.storage.tokens import checked_token, token_of_file
 
 if TYPE_CHECKING:
     from latentreward.serving.resources import Resources
@@ -138,16 +139,10 @@ def _load(one: RewardToServe, name: str, resources: Resources, trusted: bool) ->
 
 
 def _token(file: Path | None) -> str | None:
-    if file is None:
-        token, source = os.environ.get(TOKEN_VARIABLE), TOKEN_VARIABLE
-    else:
-        try:
-            token, source = file.read_text().strip(), f"token_file={file}"
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"token_file={file} cannot be read ({error}); give a text file") from error
-    if token is not None and not (token and token.isascii() and token.isprintable()):
-        raise InputError(f"{source} must hold a token of printable ASCII characters")
-    return token
+    if file is not None:
+        return token_of_file(file, "token_file")
+    token = os.environ.get(TOKEN_VARIABLE)
+    return None if token is None else checked_token(token, TOKEN_VARIABLE)
 
 
 run = partial(run_plain_function, serve)

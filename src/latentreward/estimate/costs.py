@@ -275,6 +275,7 @@ def watch_sampling(module: LightningModule, calls: RepeatedCalls) -> None:
             part.encode_prompts = tuple  # type: ignore[method-assign, assignment]
         elif isinstance(part, RemoteReward):
             part.score = mean_of_latents  # type: ignore[method-assign]
+            part.encode_prompts = tuple  # type: ignore[method-assign, assignment]
         if isinstance(part, RemoteReward):
             part.begin_parts = partial(answer_alone, part)  # type: ignore[method-assign]
         if isinstance(part, DecodingReward):

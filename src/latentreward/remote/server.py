@@ -10,7 +10,6 @@ import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from pathlib import Path
 from threading import Event, Lock
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 from urllib.parse import urlsplit
@@ -18,6 +17,7 @@ from urllib.parse import urlsplit
 from latentreward.errors import InputError, check_at_least_one, first_line, printable
 from latentreward.interrupts import stop_asked
 from latentreward.remote.errors import RemoteError
+from latentreward.storage.tokens import checked_token, token_of_file
 
 if TYPE_CHECKING:
     import httpx
@@ -96,18 +96,8 @@ class RemoteServer:
         if self.token_file is not None and self.token_env is not None:
             raise InputError("server: give either token_file or token_env")
         if self.token_env is not None:
-            token, source = os.environ.get(self.token_env, ""), f"server.token_env={self.token_env}"
-        elif self.token_file is not None:
-            source = f"server.token_file={self.token_file}"
-            try:
-                token = Path(self.token_file).expanduser().read_text().strip()
-            except (OSError, UnicodeDecodeError) as error:
-                raise InputError(f"{source} cannot be read ({first_line(error)}); give a text file") from error
-        else:
-            return None
-        if not (token and token.isascii() and token.isprintable()):
-            raise InputError(f"{source} must hold a token of printable ASCII characters")
-        return token
+            return checked_token(os.environ.get(self.token_env, ""), f"server.token_env={self.token_env}")
+        return None if self.token_file is None else token_of_file(self.token_file, "server.token_file")
 
     @property
     def limit_s(self) -> float:
