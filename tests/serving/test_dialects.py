@@ -127,6 +127,25 @@ def test_more_samples_than_a_rewards_queue_holds_are_refused_for_good() -> None:
     assert reply.json()["error"] == "requests: samples for small 3 is over this server's limit of 2"
 
 
+def test_no_reward_scores_a_request_that_another_has_no_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client sends the whole request again."""
+    resources = Resources(ServiceSettings(max_wait_ms=1))
+    limits = RewardToServe("", concurrency=1).limits(resources.settings)
+    models = [
+        ServedModel(tiny_reward("sd35", "dina"), resources, name="taste"),
+        ServedModel(tiny_reward("sd15", "lrm"), resources, limits, "busy"),
+    ]
+    monkeypatch.setattr(models[1], "_under_way", 1)
+    with started(ScoringService(models, resources)) as address:
+        reply = httpx.post(
+            f"{address}/score", json={"requests": [GOOD | {"required_rewards": ["taste", "busy"]}]}, timeout=30
+        )
+        text = httpx.get(f"{address}/metrics").text
+    assert reply.status_code == 503 and reply.headers["retry-after"] == "1"
+    assert 'latentreward_reward_refused_total{reward="busy"} 1.0' in text
+    assert 'latentreward_reward_passes_total{reward="taste"}' not in text
+
+
 def test_images_that_fit_the_memory_of_one_reward_only_are_refused_for_good(service: ScoringService) -> None:
     """Each reward decodes the images for itself; 503 would make the client try again without end."""
     resources = Resources(ServiceSettings(max_wait_ms=1, max_body_mb=0.05))  # 0.8 MiB for all requests

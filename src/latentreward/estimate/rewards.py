@@ -143,7 +143,7 @@ class UnaskedReward(HTTPReward):
     def load(self, policy: Policy) -> RemoteReward:
         """See :meth:`RewardSource.load`."""
         if self.uses_sigmas:
-            return RemoteLatentReward(self, self.schema, policy, {})  # type: ignore[arg-type]
+            return RemoteLatentReward(self, self.schema, policy, {})
         return super().load(policy)
 
 

@@ -117,6 +117,13 @@ class MicroBatcher(Generic[Row, Score]):
             await asyncio.wait([self._task])
         await asyncio.to_thread(self._worker.shutdown)
 
+    def require_room(self, rows: int) -> None:
+        """Raise RequestError with status 503 if the queue has no room for so many rows just now."""
+        if self.waiting + rows > self.queue:
+            seconds = sum(self._seconds_per_row.get(waiting.row.shape, 0.0) for waiting in self._waiting.values())
+            message = f"{self.waiting} of {self.queue} places in the queue are taken; try later"
+            raise RequestError(message, 503, max(1, math.ceil(seconds)))
+
     async def score(self, rows: Sequence[Row], client: Hashable = None) -> list[Score]:
         """Score the rows of one request by ``client``; cancelling the call drops the rows that still wait.
 
@@ -128,10 +135,7 @@ class MicroBatcher(Generic[Row, Score]):
             RequestError: With status 503 if the queue has no room for the rows.
             Exception: The model's error if it fails on one of the rows.
         """
-        if self.waiting + len(rows) > self.queue:
-            seconds = sum(self._seconds_per_row.get(waiting.row.shape, 0.0) for waiting in self._waiting.values())
-            message = f"{self.waiting} of {self.queue} places in the queue are taken; try later"
-            raise RequestError(message, 503, max(1, math.ceil(seconds)))
+        self.require_room(len(rows))
         self._requests[client] += 1
         turn = self._served + len(rows) * self._requests[client]
         futures = [self._enqueue(row, turn) for row in rows]

@@ -82,6 +82,17 @@ class ServedModel:
         """Whether the batcher runs, and its current forward pass has taken less than the request timeout."""
         return self.batcher.running and self.batcher.busy_seconds < self.settings.timeout
 
+    def require_room(self, rows: int) -> None:
+        """Raise RequestError with status 503 if the reward has no room for a request of so many rows just now."""
+        limit = self.settings.concurrency
+        try:
+            if limit is not None and self._under_way >= limit:
+                raise RequestError(f"{limit} requests of the reward {self.name!r} are under way; try later", 503, 1)
+            self.batcher.require_room(rows)
+        except RequestError:
+            self.resources.metrics.count_refused(self.name)
+            raise
+
     async def score(self, request: Request, rows: Sequence[AnyRow]) -> list[Scores]:
         """Score the rows of ``request``; rows still in the queue are dropped if the client disconnects.
 
@@ -90,10 +101,7 @@ class ServedModel:
                 after the timeout, 499 if the client disconnected, 422 if the model cannot score the rows, 500 if the
                 model failed.
         """
-        limit = self.settings.concurrency
-        if limit is not None and self._under_way >= limit:
-            self.resources.metrics.count_refused(self.name)
-            raise RequestError(f"{limit} requests of the reward {self.name!r} are under way; try later", 503, 1)
+        self.require_room(len(rows))
         self._under_way += 1
         try:
             return await self._score(request, rows)

@@ -131,6 +131,8 @@ class UniRL:
                 wanted = rewards_of(samples)
                 for name, rows in wanted.items():
                     check_limit(f"requests: samples for {name}", len(rows), self.service.named(name).settings.queue)
+                for name, rows in wanted.items():  # now: scores of one reward would be lost if another then refuses
+                    self.service.named(name).require_room(len(rows))
                 images = await asyncio.to_thread(take_images, samples)
             parts = {name: _selected(images, rows) for name, rows in wanted.items()}
             needs = await asyncio.to_thread(lambda: {name: part.memory_bytes() for name, part in parts.items()})
