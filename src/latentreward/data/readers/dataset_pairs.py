@@ -11,7 +11,7 @@ from latentreward.contracts import ImageRef
 from latentreward.data.images import NO_IMAGE
 from latentreward.data.readers.groups import file_image
 from latentreward.data.readers.json_rows import short
-from latentreward.data.readers.pair_rows import BY_LABEL, MODELS, NO_LABEL, WINNER_FIRST, PairRowReader
+from latentreward.data.readers.pair_rows import BY_LABEL, MODELS, NO_LABEL, ROWS, WINNER_FIRST, PairRowReader
 from latentreward.data.readers.tables import (
     Source,
     class_names,
@@ -27,8 +27,6 @@ OPTIONAL = ("label", "votes", "confidence", "weight", "pair_id", "group_id", *MO
 KEYS = ("key_a", "key_b")
 """Columns with the names of the first and the second image."""
 FIELDS = ("prompt", *WINNER_FIRST, *BY_LABEL, *OPTIONAL, *KEYS)
-PARSED_ROWS = 1 << 14
-"""Rows that are turned into Python's objects at once."""
 
 
 class DatasetPairReader(PairRowReader):
@@ -125,7 +123,7 @@ class DatasetPairReader(PairRowReader):
     def _read_rows(self, index: pa.Table, read: Mapping[str, str]) -> Iterator[tuple[str, int, dict[str, Any]]]:
         """Yield name, number and fields of every row; the fields of images in bytes hold the images' names."""
         number = 0
-        for batch in index.to_batches(max_chunksize=PARSED_ROWS):
+        for batch in index.to_batches(max_chunksize=ROWS):
             for values in zip(*(batch.column(column).to_pylist() for column in read.values()), strict=True):
                 row = dict(zip(read, values, strict=True))
                 keys = [row.pop(key, None) for key in KEYS]
