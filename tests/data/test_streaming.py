@@ -5,8 +5,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset, Features, Image, IterableDataset, Value, load_dataset
+from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value, load_dataset
 
 from latentreward.data import (
     JSONLPairReader,
@@ -103,6 +105,19 @@ def test_a_run_goes_on_where_it_stopped(write) -> None:
         assert rest + [batch.pair_ids for batch in again] == whole[stop : 4 * (epoch + 2)]
 
 
+def test_an_epoch_that_is_broken_off_does_not_move_the_next_one(write) -> None:
+    """As by limit_train_batches; how many batches loader processes have taken ahead by then is chance."""
+    whole = batches(module(source := write()), epochs=2)
+    loader = module(source).train_dataloader()
+    next(iter(loader))
+    state = loader.state_dict()
+    again = module(source).train_dataloader()
+    again.load_state_dict(state)
+    for one in (loader, again):
+        one.sampler.set_epoch(1)
+        assert [batch.pair_ids for batch in one] == whole[4:]
+
+
 def test_rows_before_the_place_are_not_decoded(write, monkeypatch) -> None:
     loader = module(source := write()).train_dataloader()
     state = {**loader.state_dict(), "batches": 3, "used": 3}
@@ -131,6 +146,23 @@ def test_another_order_is_refused(write, change, message) -> None:
         module(source, **change).train_dataloader().load_state_dict(state)
     with pytest.raises(InputError, match=r"trainer\.devices: the run has 1 ranks, but had 8; a stream goes on"):
         module(source).train_dataloader().load_state_dict({**state, "world_size": 8})
+
+
+def test_a_label_of_a_class_counts_by_its_name(write, tmp_path) -> None:
+    table = Dataset.from_parquet(f"{write()}/*.parquet", cache_dir=str(tmp_path / "cache"))
+    table = table.rename_columns({"chosen": "image_a", "rejected": "image_b"})
+    classes = table.add_column("label", [0, 1, 2, -1] * 6).cast_column("label", ClassLabel(names=["a", "b", "tie"]))
+    stream = PairStream(classes.to_iterable_dataset(), shuffle_buffer=1)
+    assert [pair.label_a for pair in stream.pairs(0, 1, 0, print)] == [1.0, 0.0, 0.5] * 6
+
+
+def test_parts_that_are_missing_follow_on_error(write, caplog) -> None:
+    source = write()
+    next(Path(source).glob("train-00002*")).unlink()
+    with pytest.raises(InputError, match=r"train lacks 1 of its parquet parts \(00002-of-00006\); download them"):
+        PairStream(source)
+    assert len(names(PairStream(Path(source), on_error="skip"))) == 20
+    assert caplog.messages == [f"{source} train: 1 parquet part missing"]
 
 
 def test_worker_processes_read_their_own_lanes(write) -> None:
@@ -169,6 +201,14 @@ def test_bad_rows_follow_on_error(write) -> None:
         assert (pairs.skipped()["images not read"], pairs.skipped().total()) == (1, 2)
 
 
+def elsewhere(folder: Path) -> str:
+    """A parquet file whose images are places on the hub."""
+    kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    image = pa.array([{"bytes": None, "path": "hf://a/b.jpg"}], kind)
+    pq.write_table(pa.table({"prompt": ["x"], "chosen": image, "rejected": image}), folder / "elsewhere.parquet")
+    return str(folder / "elsewhere.parquet")
+
+
 def test_what_a_stream_cannot_do_is_one_line(write, tmp_path) -> None:
     source = write()
     stream = PairStream(source)
@@ -185,6 +225,7 @@ def test_what_a_stream_cannot_do_is_one_line(write, tmp_path) -> None:
         (lambda: PairStream(source, columns={"promt": "prompt"}), "no field 'promt'; did you mean 'prompt'"),
         (lambda: PairStream(source, columns={"prompt": "text"}), r"columns\.prompt: no column 'text'"),
         (lambda: PairStream(source, columns={"chosen": "pair_id"}), "column pair_id holds '00', not an image's bytes"),
+        (lambda: PairStream(elsewhere(tmp_path)), r"column chosen holds \{.*'hf://a/b.jpg'.*, not an image's bytes"),
         (lambda: PairStream(Dataset.from_dict({"x": [1]}).to_iterable_dataset()), r"the first row needs prompt"),
         (lambda: PairStream(IterableDataset.from_generator(lambda: iter(()))), "has no rows"),
     ]

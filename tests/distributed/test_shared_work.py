@@ -130,6 +130,26 @@ def test_an_error_in_one_rank_stops_both_with_one_line(
     assert lines == ["latentreward: error: the disk is on fire; put it out"]
 
 
+@pytest.mark.parametrize("arguments", ["generate"], indirect=True)
+@pytest.mark.parametrize(
+    ("change", "elsewhere", "message"),
+    [
+        ("--seed=1", "two", "seed: not as in the first process; give all processes the same command"),
+        ("--seed=0", "other", "not all processes can use it; put the output on a file system that all machines share"),
+    ],
+)
+def test_ranks_with_another_command_or_folder_end_with_one_line(
+    arguments: tuple[str, ...], inputs: Path, tmp_path: Path, change: str, elsewhere: str, message: str
+) -> None:
+    """A folder of another place stands for the disk of another machine."""
+    environments = rank_environments(2)
+    first = start((*arguments, *TWO), cwd=place(tmp_path / "two", inputs), environment=environments[0])
+    second = start((*arguments, *TWO, change), cwd=place(tmp_path / elsewhere, inputs), environment=environments[1])
+    assert [one.wait(PATIENCE) for one in (first, second)] == [2, 2]
+    [line] = [line for one in (first, second) for line in one.stderr.splitlines() if "error" in line.lower()]
+    assert message in line
+
+
 @pytest.mark.parametrize("arguments", ["score"], indirect=True)
 def test_ranks_that_lightning_starts(
     arguments: tuple[str, ...], whole: dict[str, str], inputs: Path, tmp_path: Path

@@ -14,7 +14,7 @@ from latentreward.ranks.settings import TrainerSettings
 def test_one_process_does_shard_after_shard(tmp_path: Path) -> None:
     kept: list[Any] = []
     with Crew(None, "cpu", tmp_path / "shards") as crew:
-        assert not crew.do({"double": lambda shards: lambda shard: 2 * shard})
+        assert not crew.do({"double": lambda shards: lambda shard: 2 * shard}, {})
         crew.each("double", [1, 2], kept.append, kept.append)
     assert kept == [[(1, 2)], 1, [(2, 4)], 2]
     assert not (tmp_path / "shards").exists()

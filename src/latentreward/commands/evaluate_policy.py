@@ -157,7 +157,9 @@ def evaluate_policy(
             if found[name] is None:
                 tasks[pictures_of(slot)] = partial(sample, judged, output_dir / "pictures" / slot)
             tasks[scores_of(slot)] = partial(scoring_task, scorers, prepare)
-        if crew.do(tasks):
+        made = {name: judged.trained.identity() for name, judged in policies.items() if found[name] is None}
+        identities = {scorer.name: scorer.identity() for scorer in scorers}
+        if crew.do(tasks, {**settings, "policies": made, "scorers": identities, "batch_size": batch_size}):
             return
         with locked(output_dir, "output_dir"):
             _claim(output_dir, settings)

@@ -146,7 +146,7 @@ def generate(
         return PictureWriting(output_dir, draw, partial(decode_latents, generator), seed).write
 
     with Crew(trainer, device, output_dir / SHARDS) as crew:
-        if crew.do({PICTURES: pictures}):
+        if crew.do({PICTURES: pictures}, {**settings, "batch_size": batch_size}):
             return
         with locked(output_dir, "output_dir"):
             folder = ImageFolder(output_dir, settings, table, left_over_rows(crew, PICTURES))

@@ -21,7 +21,7 @@ from latentreward.scoring import PublishedSettings, RewardModel, ScoringNoise
 from latentreward.scoring.gallery import Gallery
 from latentreward.scoring.image_lists import ListedScoring
 from latentreward.scoring.layouts.find import find_reward
-from latentreward.scoring.score_inputs import images_identity, require_some
+from latentreward.scoring.score_inputs import images_identity, listing_identity, require_some
 from latentreward.scoring.scored_table import read_scores, summarise
 from latentreward.scoring.scoring_noise import NoiseKey
 from latentreward.settings.functions import run_plain_function
@@ -121,7 +121,8 @@ def score(
         published: Settings that the files of a published layout do not hold, e.g. --published.guidance 1.
         batch_size: Images per forward pass.
         decode_threads: Threads that decode images ahead of the model.
-        flush_every: Images per part of the table: a killed process loses at most one part; Ctrl-C loses no score.
+        flush_every: Images per part of the table: a killed process loses at most one part. Ctrl-C loses no score of a
+            single process; of several, each but the first loses at most one part.
         max_pixels: Most pixels of an image; larger images are recorded as unreadable.
         exif: apply rotates images by their EXIF orientation, ignore takes the stored pixels; by default the model
             treats images as in its training.
@@ -147,8 +148,6 @@ def score(
         load = partial(RewardModel.from_pretrained, model, **loading)
         reading = {"batch_size": batch_size, "decode_threads": decode_threads, "max_pixels": max_pixels}
         scoring = PartScoring(output, listed, partial(_scoring, load, listed, noise, each_level, exif, reading), crew)
-        if crew.do({PARTS: scoring.task}):
-            return
         spec = {
             "images": images_identity(listed),
             "model": fingerprint(model, revision),
@@ -163,6 +162,8 @@ def score(
             "exif": exif,
             "dtype": dtype,
         }
+        if crew.do({PARTS: scoring.task}, {**spec, "images": listing_identity(listed), "batch_size": batch_size}):
+            return
         find = cache(partial(find_reward, model, run_config, base, revision=revision, trusted=trust_remote_code))
         notes: list[str] = []
         with PartFiles(output, spec, len(listed.rows)) as files:

@@ -1,5 +1,7 @@
 """Training on pairs that are streamed: read one after another from a hub data set or parquet files, without a copy."""
 
+import logging
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,19 +18,27 @@ from latentreward.data.dataset import LoadedPair, SkippedPair
 from latentreward.data.image_sizes import OneSize
 from latentreward.data.images import ExifOrientation, ImageError, PixelLoader
 from latentreward.data.loading import CountedBatches, check_same_order
-from latentreward.data.readers.base import DATA_ON_ERROR, OnError, normalise_prompt
-from latentreward.data.readers.dataset_pairs import FIELDS, KEYS
+from latentreward.data.readers.base import DATA_ON_ERROR, OnError, count_text, normalise_prompt
+from latentreward.data.readers.dataset_pairs import KEYS, name_columns, without_other_images
 from latentreward.data.readers.hub import is_hub_id
 from latentreward.data.readers.json_rows import short
 from latentreward.data.readers.pair_rows import BY_LABEL, INDEX, WINNER_FIRST, PairRowReader
-from latentreward.data.readers.parquet_store import find_parts
-from latentreward.data.readers.tables import Source, embedded_image, source_name
-from latentreward.errors import InputError, check_at_least_one, did_you_mean, first_line
+from latentreward.data.readers.tables import (
+    DAMAGE,
+    Source,
+    class_names,
+    embedded_image,
+    find_all_parts,
+    name_class,
+    source_name,
+)
+from latentreward.errors import InputError, check_at_least_one, first_line
 from latentreward.storage.digests import digest
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
 
+logger = logging.getLogger(__name__)
 COUNTED = ("left out by on_error", "unlabelled", "prompt in another split", "images not read")
 """What is counted of the rows that a stream has read."""
 
@@ -72,14 +82,19 @@ class PairStream(PairRowReader):
     ) -> None:
         check_at_least_one(shuffle_buffer=shuffle_buffer)
         super().__init__(Path(source_name(source)).name, split, **options)
+        source = os.fspath(source) if isinstance(source, os.PathLike) else source
         self.shuffle_buffer, self._files = shuffle_buffer, not isinstance(source, str)
         self._place = source_name(source)
-        rows = _open_stream(source, split, revision, config)
+        rows = self._open(source, split, revision, config)
+        if told := self.skipped + self.remarks:  # `report` would need the number of rows
+            logger.warning("%s %s: %s", self._place, split, count_text(told))
         first = next(self._guarded(rows), None)
         if first is None:
             raise InputError(f"split: {split!r} of {self._place} has no rows; check the files")
         self._columns, self._fields = self._choose(first, columns or {})
         self._rows = rows.select_columns(sorted({*self._columns.values()}))
+        schema = self._rows.features.arrow_schema if self._rows.features else pa.schema([])
+        self._classes = class_names(schema, self._columns.get("label", ""))
 
     def __len__(self) -> NoReturn:
         """Raise InputError: a stream has no number of rows."""
@@ -132,12 +147,7 @@ class PairStream(PairRowReader):
 
     def _choose(self, first: Mapping[str, Any], named: Mapping[str, str]) -> tuple[dict[str, str], tuple[str, str]]:
         """Choose the columns by the first row: field → column, and the two fields of images."""
-        for field, column in named.items():
-            if field not in FIELDS:
-                raise InputError(f"columns: there is no field {field!r}{did_you_mean(field, FIELDS)}")
-            if column not in first:
-                raise InputError(f"columns.{field}: no column {column!r} in {self._place}{did_you_mean(column, first)}")
-        found = {field: named.get(field, field) for field in FIELDS if named.get(field, field) in first}
+        found = name_columns(first, named, self._place)
         pairs = [pair for pair in (WINNER_FIRST, BY_LABEL) if all(field in found for field in pair)]
         pairs = [pair for pair in pairs if any(field in named for field in pair)] or pairs
         if "prompt" not in found or len(pairs) != 1:
@@ -148,17 +158,20 @@ class PairStream(PairRowReader):
             )
         for field in pairs[0]:
             value = first[found[field]]
-            if not isinstance(value, bytes | None) and not (isinstance(value, dict) and "bytes" in value):
+            held = value.get("bytes", value) if isinstance(value, dict) else value
+            elsewhere = isinstance(value, dict) and held is None and value.get("path") and not self._files
+            if not isinstance(held, bytes | None) or elsewhere:
                 raise InputError(
                     f"{self._place}: column {found[field]} holds {short(value)}, not an image's bytes; give the column "
                     "the feature Image, or name another one in columns"
                 )
-        unused = {*WINNER_FIRST, *BY_LABEL} - {*pairs[0]}
-        return {field: column for field, column in found.items() if field not in unused}, pairs[0]
+        return without_other_images(found, pairs[0]), pairs[0]
 
     def _read(self, content: Mapping[str, Any]) -> PreferencePair | None:
         """Check a row, applying ``on_error``, and return its pair; None leaves it out."""
         row = {field: content[column] for field, column in self._columns.items()}
+        if self._classes is not None:
+            row["label"] = name_class(self._classes, row["label"])
         keys = [row.pop(key, None) for key in KEYS]
         values = [row.pop(field) for field in self._fields]
         images: list[ImageRef] = [embedded_image(v, k, self._files) for v, k in zip(values, keys, strict=True)]
@@ -177,10 +190,34 @@ class PairStream(PairRowReader):
         try:
             for batch in rows.iter(batch_size=1):
                 yield {name: values[0] for name, values in batch.items()}
-        except (pa.ArrowException, OSError, ValueError) as error:
+        except DAMAGE as error:
             raise InputError(
                 f"source: {self._place} cannot be read on ({first_line(error)}); check its files"
             ) from error
+
+    def _open(self, source: Source, split: str, revision: str | None, config: str | None) -> "IterableDataset":
+        """Open the stream; images are not decoded."""
+        from datasets import IterableDataset, load_dataset  # slow to import
+
+        if isinstance(source, IterableDataset):
+            rows = source
+        elif not isinstance(source, str):
+            raise InputError(
+                f"source is {source_name(source)}; give a hub id, a folder, or an IterableDataset of the library "
+                "datasets"
+            )
+        else:
+            settings: dict[str, Any] = {"path": source, "name": config, "revision": revision}
+            if Path(source).exists() or not is_hub_id(source):
+                files = [str(part.path) for part in find_all_parts(self, source, split, config=config)]
+                settings = {"path": "parquet", "data_files": {split: files}}
+            try:
+                rows = load_dataset(**settings, split=split, streaming=True)
+            except (OSError, ValueError, RuntimeError, pa.ArrowException) as error:
+                raise InputError(
+                    f"source: {source!r} cannot be streamed ({first_line(error)}); check id and split"
+                ) from error
+        return rows.decode(False) if rows.features else rows
 
 
 @dataclass
@@ -328,13 +365,14 @@ class StreamSampler(CountedBatches):
         }
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch; a new epoch continues with the batches after those taken.
+        """Set the epoch; a new epoch continues after the last batch of the one before, also if that one was stopped.
 
         A few batches are left out so that it begins with the first lane: torch gives every epoch's first batch to its
         first worker process, which would else read the stream again up to the place of another lane.
         """
         if epoch != self.epoch:
-            self.used = -(-(self.used + self.taken) // self._lanes) * self._lanes
+            end = self.used + self.remaining()  # not what was taken: loader processes take some ahead
+            self.used = -(-end // self._lanes) * self._lanes
         super().set_epoch(epoch)
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -362,27 +400,3 @@ class StreamSampler(CountedBatches):
         check_same_order(state_dict, **self._order)
         super().load_state_dict(state_dict)
         self.used = state_dict["used"]
-
-
-def _open_stream(source: Source, split: str, revision: str | None, config: str | None) -> "IterableDataset":
-    """Open a stream; images are not decoded."""
-    from datasets import IterableDataset, load_dataset  # slow to import
-
-    if isinstance(source, IterableDataset):
-        rows = source
-    elif not isinstance(source, str):
-        raise InputError(
-            f"source is {source_name(source)}; give a hub id, a folder, or an IterableDataset of the library datasets"
-        )
-    else:
-        settings: dict[str, Any] = {"path": source, "name": config, "revision": revision}
-        if Path(source).exists() or not is_hub_id(source):
-            files = [str(part.path) for part in find_parts(source, split)]
-            settings = {"path": "parquet", "data_files": {split: files}}
-        try:
-            rows = load_dataset(**settings, split=split, streaming=True)
-        except (OSError, ValueError, RuntimeError, pa.ArrowException) as error:
-            raise InputError(
-                f"source: {source!r} cannot be streamed ({first_line(error)}); check id and split"
-            ) from error
-    return rows.decode(False) if rows.features else rows

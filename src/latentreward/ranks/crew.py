@@ -71,6 +71,7 @@ class Crew:
         self.first, self.size = True, 1
         self._fabric: Fabric | None = None
         self._tasks: dict[str, Task] = {}
+        self._settings: Mapping[str, Any] = {}
         self._shared: ShardFolder | None = None
         self._run: str | None = None
         self._launched = False
@@ -119,16 +120,25 @@ class Crew:
                 forget_children()
                 torch.set_num_threads(self._threads)
 
-    def do(self, tasks: Mapping[str, Task]) -> bool:
+    def do(self, tasks: Mapping[str, Task], settings: Mapping[str, Any]) -> bool:
         """Learn the tasks; return False on the first process, which goes on, and True on another after its work.
 
         Args:
             tasks: Task by name. It is called at the first shard of a stage, so that a process without a shard loads
                 nothing.
+            settings: Settings and fingerprints of files on which the results depend, which JSON can hold, by name.
+
+        Raises:
+            InputError: On another process than the first one, if its settings or files differ from those of the first.
         """
-        self._tasks = {**tasks}
+        self._tasks, self._settings = {**tasks}, settings
         if self.first:
             return False
+        if self._shared is not None and (names := self._shared.other_settings(settings)):
+            raise InputError(
+                f"{', '.join(names)}: not as in the first process; give all processes the same command, and do not "
+                "change its files until the end"
+            )
         self._serve()
         return True
 
@@ -217,19 +227,39 @@ class Crew:
                 after an error. The other processes' own value is not used.
 
         Raises:
-            InputError: If a process has ended already.
+            InputError: If a process has ended already, or cannot use the folder.
+            SystemExit: In another process than the first one, if a process cannot use the folder.
         """
         assert self._fabric is not None
         if self.first and run:
             for earlier in self.folder.glob("*"):  # processes that a killed run may have left end by this
                 discard(earlier)
-            self._shared = ShardFolder(self.folder / run, 0)
+            shared = ShardFolder(self.folder / run, 0)
+            shared.tell_settings(self._settings)
+            self._shared = shared
         try:
             self._run = self._fabric.broadcast(run)
+            seen = not self._run or self._join(self.folder / self._run)
+            # All join before one works: the first could end, and remove the folder, before another has looked for it.
+            seen = self._fabric.strategy.reduce_boolean_decision(seen)
         except RuntimeError as error:
             raise InputError(f"another process ended before the work began ({first_line(error)})") from error
-        if not self.first and self._run:
-            self._shared = ShardFolder(self.folder / self._run, self._fabric.global_rank)
+        if not seen and not self.first:
+            sys.exit(2)  # the first process tells why
+        if not seen:
+            raise InputError(
+                f"{self.folder}: not all processes can use it; put the output on a file system that all machines share"
+            )
+
+    def _join(self, folder: Path) -> bool:
+        """Take part in the run with the given folder; return False if this process cannot use it."""
+        assert self._fabric is not None
+        if self.first:
+            return True
+        with suppress(OSError):  # without an answer, the others would wait for hours
+            if folder.is_dir():
+                self._shared = ShardFolder(folder, self._fabric.global_rank)
+        return self._shared is not None
 
     def _set_device(self) -> None:
         """Take the device, and on a CPU one thread: their number changes the last bits of results."""
@@ -297,10 +327,14 @@ class Crew:
         if error is not None:
             self._note(error)
             return
-        if self._shared is not None:
-            self._shared.end()
-            self._shared.wait_for_others(self.size)
-        discard(self.folder)
+        if self._shared is None:
+            discard(self.folder)
+            return
+        self._shared.end()
+        self._shared.wait_for_others(self.size)
+        discard(self._shared.folder)
+        with suppress(OSError):  # the lock of the output is free by now, so that another run may have begun
+            self.folder.rmdir()
 
     def _waited_for(self) -> bool:
         """Tell whether the other processes run, but have not been told yet what to do."""

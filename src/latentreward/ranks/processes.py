@@ -54,9 +54,7 @@ def bind_to_parent(strategy: "Strategy | FabricStrategy") -> None:
     """
     if is_child(strategy):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        end_after(
-            partial(_wait_for_end, os.environ[PARENT])
-        )  # otherwise it would wait half an hour for the process group
+        end_after(partial(_wait_for_end, os.environ[PARENT]))  # else it would wait half an hour for the process group
     else:
         os.environ[PARENT] = str(os.getpid())
 

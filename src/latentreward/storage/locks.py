@@ -64,8 +64,9 @@ def locked(folder: Path, setting: str) -> Iterator[None]:
 def claimed(path: Path) -> Iterator[bool]:
     """Try to hold the lock file ``path`` inside the block, without waiting; yield False if another process holds it.
 
-    The operating system frees the lock when the process ends, also after a kill. On a file system without locks, True
-    is yielded to every process, see :func:`has_locks`.
+    The operating system frees the lock when the process ends, also after a kill. The lock file stays: on NFS, to lock a
+    file that another machine has just deleted is an error. On a file system without locks, True is yielded to every
+    process, see :func:`has_locks`.
     """
     try:
         lock = _taken(path)
@@ -80,7 +81,7 @@ def claimed(path: Path) -> Iterator[bool]:
     try:
         yield True
     finally:
-        _give_back(lock)
+        lock.release()
 
 
 def has_locks(folder: Path) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset, DatasetDict, Features, Image, Value, disable_progress_bars
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, disable_progress_bars
 from PIL import Image as Pictures
 
 from latentreward.data import DatasetPairReader, PairDataset, PickAPicReader, PixelLoader
@@ -106,6 +106,38 @@ def test_columns_of_other_names(dataset) -> None:
     assert "no column label among caption, jpg_0" in remark
 
 
+def test_a_label_of_a_class_counts_by_its_name(dataset, tmp_path) -> None:
+    """The number of the class a is 0, which as a label would say that b is preferred."""
+    table = dataset.rename_columns({"chosen": "image_a", "rejected": "image_b"}).add_column("label", [0, 1, 2, -1, 0])
+    table = table.cast_column("label", ClassLabel(names=["a", "b", "tie"]))
+    table.to_parquet(tmp_path / "train.parquet")
+    for source in (table, tmp_path):
+        reader = DatasetPairReader(source)
+        assert [reader[n].label_a for n in range(5)] == [1.0, 0.0, 0.5, None, 1.0]
+    other = table.cast_column("label", ClassLabel(names=["left", "right", "both"]))
+    with pytest.raises(InputError, match=r"train:0: label is 'left', neither in \[0, 1\] nor a, b or tie"):
+        DatasetPairReader(other)
+
+
+def test_files_of_other_types_are_read_together_or_named(dataset, tmp_path) -> None:
+    labels = {"00000": [0, 1, 0, 1, 1], "00001": [0.5, 0.25, None, 1.0, 0.0], "00002": [None] * 5}
+    table = dataset.rename_columns({"chosen": "image_a", "rejected": "image_b"})
+    for number, values in labels.items():
+        table.add_column("label", values).to_parquet(tmp_path / f"train-{number}-of-00003.parquet")
+    reader = DatasetPairReader(str(tmp_path))
+    assert reader.labels()[:7].tolist() == [0, 1, 0, 1, 1, 0.5, 0.25]
+    assert reader.labelled().sum() == 9
+    table.add_column("label", ["a"] * 5).to_parquet(tmp_path / "train-00002-of-00003.parquet")
+    with pytest.raises(InputError, match=r"no types as in the other files \(.*\); give every file .* same columns"):
+        DatasetPairReader(str(tmp_path))
+
+
+def test_a_path_beside_bytes_is_refused_before_bytes_are_read(dataset) -> None:
+    table = dataset.remove_columns("chosen").add_column("chosen", ["a.jpg"] * 5)
+    with pytest.raises(InputError, match="column chosen is string, not images; give bytes or paths in both columns"):
+        DatasetPairReader(table)
+
+
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
@@ -158,6 +190,15 @@ def test_damaged_folders_are_one_line(dataset, tmp_path, damage) -> None:
     with pytest.raises(InputError, match=r"saved.*damaged .*; write it again with save_to_disk") as error:
         DatasetPairReader(str(tmp_path / "saved"))
     assert "\n" not in str(error.value)
+
+
+def test_a_folder_of_a_stranger_names_no_files_outside(dataset, tmp_path) -> None:
+    for name in ("saved", "other"):
+        dataset.save_to_disk(tmp_path / name)
+    state = tmp_path / "saved" / "state.json"
+    state.write_text(state.read_text().replace("data-0", "../other/data-0"))
+    with pytest.raises(InputError, match=r"saved is damaged \('\.\./other/data-00000-of-00001\.arrow' leads out of it"):
+        DatasetPairReader(str(tmp_path / "saved"))
 
 
 def test_bad_rows_follow_on_error(dataset) -> None:

@@ -1,6 +1,7 @@
 """Reader of pairs of your own in a table: a ``datasets`` object or folder, parquet files, or a hub data set."""
 
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,22 @@ from latentreward.contracts import ImageRef
 from latentreward.data.images import NO_IMAGE
 from latentreward.data.readers.groups import file_image
 from latentreward.data.readers.json_rows import short
-from latentreward.data.readers.pair_rows import BY_LABEL, MODELS, NO_LABEL, WINNER_FIRST, PairRowReader
-from latentreward.data.readers.tables import Source, holds_images, open_table, source_name, warn_row_groups
+from latentreward.data.readers.pair_rows import BY_LABEL, MODELS, NO_LABEL, ROWS, WINNER_FIRST, PairRowReader
+from latentreward.data.readers.tables import (
+    Source,
+    class_names,
+    holds_images,
+    name_class,
+    open_table,
+    source_name,
+    warn_row_groups,
+)
 from latentreward.errors import InputError, did_you_mean
 
 OPTIONAL = ("label", "votes", "confidence", "weight", "pair_id", "group_id", *MODELS)
 KEYS = ("key_a", "key_b")
 """Columns with the names of the first and the second image."""
 FIELDS = ("prompt", *WINNER_FIRST, *BY_LABEL, *OPTIONAL, *KEYS)
-PARSED_ROWS = 1 << 14
-"""Rows that are turned into Python's objects at once."""
 
 
 class DatasetPairReader(PairRowReader):
@@ -29,7 +36,8 @@ class DatasetPairReader(PairRowReader):
     the same rules. A column of images holds bytes, structs with ``bytes`` as ``datasets`` writes them for its feature
     ``Image``, or paths. Optional columns are ``votes``, ``confidence``, ``weight``, ``pair_id`` (default ``FILE:ROW``,
     or ``SPLIT:ROW`` of a ``Dataset``), ``group_id``, ``model_a``, ``model_b`` and, with the names of the two images,
-    ``key_a`` and ``key_b``; an image without name is named by a hash of its bytes. Other columns are not read.
+    ``key_a`` and ``key_b``; an image without name is named by a hash of its bytes. Other columns are not read. A label
+    with the feature ``ClassLabel`` counts by the name of its class, which must be ``a``, ``b``, ``tie`` or a number.
 
     The constructor reads all these columns but the images, which are read row by row. No code of a data set is run.
 
@@ -74,7 +82,8 @@ class DatasetPairReader(PairRowReader):
         self._fields = WINNER_FIRST if WINNER_FIRST[0] in chosen else BY_LABEL
         images = [chosen[field] for field in self._fields]
         self._root = Path(root) if root else _folder_of(source)
-        self._embedded = holds_images(schema.field(images[0]).type)
+        self._embedded = any(holds_images(schema.field(image).type) for image in images)
+        self._classes = class_names(schema, chosen.get("label", ""))
         if self._embedded:
             self._rows.check_images(images, "give bytes or paths in both columns of images")
         elif self._root is None and not self._rows.files:
@@ -88,7 +97,6 @@ class DatasetPairReader(PairRowReader):
         if self.remarks[NO_LABEL] and "label" not in chosen:
             told = f"no column label among {', '.join(schema.names)}; name it in columns"
             self.remarks[f"unlabelled ({told})"] = self.remarks.pop(NO_LABEL)
-        self.remarks = +self.remarks
         if self._embedded and not memory_map:
             warn_row_groups(self._rows, images, f"{name} {split}")
         self.report(f"{name} {split}")
@@ -115,12 +123,14 @@ class DatasetPairReader(PairRowReader):
     def _read_rows(self, index: pa.Table, read: Mapping[str, str]) -> Iterator[tuple[str, int, dict[str, Any]]]:
         """Yield name, number and fields of every row; the fields of images in bytes hold the images' names."""
         number = 0
-        for batch in index.to_batches(max_chunksize=PARSED_ROWS):
+        for batch in index.to_batches(max_chunksize=ROWS):
             for values in zip(*(batch.column(column).to_pylist() for column in read.values()), strict=True):
                 row = dict(zip(read, values, strict=True))
                 keys = [row.pop(key, None) for key in KEYS]
                 if self._embedded:
                     row |= dict(zip(self._fields, keys, strict=True))
+                if self._classes is not None:
+                    row["label"] = name_class(self._classes, row["label"])
                 yield self._rows.row_name(number), number, row
                 number += 1
 
@@ -140,12 +150,7 @@ def choose_columns(schema: pa.Schema, named: Mapping[str, str], place: str) -> d
     Raises:
         InputError: If a name is wrong, or the prompt or the images are missing or could be several columns.
     """
-    for field, column in named.items():
-        if field not in FIELDS:
-            raise InputError(f"columns: there is no field {field!r}{did_you_mean(field, FIELDS)}")
-        if column not in schema.names:
-            raise InputError(f"columns.{field}: no column {column!r} in {place}{did_you_mean(column, schema.names)}")
-    found = {field: named.get(field, field) for field in FIELDS if named.get(field, field) in schema.names}
+    found = name_columns(schema.names, named, place)
     there = f"it has {', '.join(schema.names)}"
     if "prompt" not in found:
         raise InputError(f"{place}: no column prompt ({there}); name it, e.g. columns: {{prompt: caption}}")
@@ -158,8 +163,32 @@ def choose_columns(schema: pa.Schema, named: Mapping[str, str], place: str) -> d
             "columns: {image_a: jpg_0, image_b: jpg_1, label: label_0}"
         )
     (images,) = asked or pairs
+    return without_other_images(found, images)
+
+
+def name_columns(present: Collection[str], named: Mapping[str, str], place: str) -> dict[str, str]:
+    """Return the column of every field that a table has: the one that the user named, or the one with its name.
+
+    Args:
+        present: Columns of the table.
+        named: Field → column, as the user named them.
+        place: Name of the table in messages.
+
+    Raises:
+        InputError: If there is no such field or column.
+    """
+    for field, column in named.items():
+        if field not in FIELDS:
+            raise InputError(f"columns: there is no field {field!r}{did_you_mean(field, FIELDS)}")
+        if column not in present:
+            raise InputError(f"columns.{field}: no column {column!r} in {place}{did_you_mean(column, present)}")
+    return {field: named.get(field, field) for field in FIELDS if named.get(field, field) in present}
+
+
+def without_other_images(columns: Mapping[str, str], images: tuple[str, str]) -> dict[str, str]:
+    """Leave out the fields of images other than the two given ones."""
     unused = {*WINNER_FIRST, *BY_LABEL} - {*images}
-    return {field: column for field, column in found.items() if field not in unused}
+    return {field: column for field, column in columns.items() if field not in unused}
 
 
 def _may_be_image(schema: pa.Schema, column: str | None) -> bool:
@@ -171,7 +200,7 @@ def _may_be_image(schema: pa.Schema, column: str | None) -> bool:
 
 def _folder_of(source: Source) -> Path | None:
     """Return the folder of a local source, which holds the files that its paths name; None for others."""
-    if not isinstance(source, str):
+    if not isinstance(source, str | os.PathLike):
         return None
     path = Path(source)
     return path if path.is_dir() else path.parent if path.is_file() else None

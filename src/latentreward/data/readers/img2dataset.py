@@ -1,5 +1,6 @@
 """Reader of folders that img2dataset writes: single images with captions and further columns, compared by a column."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,7 +187,8 @@ class Img2DatasetReader(GroupReader):
     def _image(self, name: str, text: Any, facts: dict[str, Any], place: tuple[int, int] = (0, 0)) -> _Image:
         caption = parse_text(text) or parse_text(facts.get(CAPTION))
         value = caption if self._group == CAPTION else facts.get(self._group)
-        group = None if value is None or not str(value).strip() else str(value)
+        null = value is None or (isinstance(value, float) and math.isnan(value))  # parquet may have NaN in its place
+        group = None if null or not str(value).strip() else str(value)
         return _Image(name, caption, group, facts.get(self._rating) if self._rating else None, place)
 
     def _make_groups(self, groups: dict[str, list[int]], images: list[_Image]) -> Iterator[ImageGroup]:

@@ -40,7 +40,7 @@ NOT_LABELS = (*WINNER_FIRST, *BY_LABEL, *TEXTS, "prompt", "label", "confidence",
 """Keys under which nobody looks for a label, beside the keys of labels themselves."""
 NO_LABEL = "unlabelled (no label)"
 ROWS = 1 << 14
-"""Rows that are parsed before they are packed into a part of the table."""
+"""Rows that are Python's objects at one time, before they are packed into a part of the table."""
 MOST_KEYS = 3
 """Other keys of unlabelled rows that a remark names; the rest are counted."""
 

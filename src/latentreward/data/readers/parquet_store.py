@@ -113,7 +113,7 @@ def read_index(
 
     Args:
         parts: Files of a split.
-        columns: Column → type to cast to; None keeps the file's type.
+        columns: Column → type to cast to; None keeps the files' type, of several the one that holds all values.
         hint: Remedy in the message about a file that lacks a column or has another type.
 
     Returns:
@@ -121,7 +121,7 @@ def read_index(
 
     Raises:
         ImageError: If a part is not a whole parquet file.
-        InputError: If a column is missing or cannot be cast.
+        InputError: If a column is missing or cannot be cast, or has types that do not go together.
     """
     tables = []
     for part in parts:
@@ -138,7 +138,10 @@ def read_index(
                 raise InputError(f"{part.path}: column {name} is {found.type}, not {kind}; {hint}") from error
         tables.append(table)
     starts = np.cumsum([0, *(table.num_rows for table in tables)])[:-1]
-    return pa.concat_tables(tables).combine_chunks(), starts
+    try:
+        return pa.concat_tables(tables, promote_options="permissive").combine_chunks(), starts
+    except pa.ArrowException as error:
+        raise InputError(f"{parts[0].path}: no types as in the other files ({first_line(error)}); {hint}") from error
 
 
 def largest_row_group(parts: Sequence[ParquetPart], columns: Sequence[str]) -> int:

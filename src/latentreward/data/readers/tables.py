@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from latentreward.contracts import ImageRef
 from latentreward.data.readers.base import PairReader, content_key
+from latentreward.data.readers.json_rows import escapes
 from latentreward.data.readers.parquet_store import (
     ArrowColumns,
     ParquetPart,
@@ -287,12 +288,19 @@ def open_table(
         return DatasetTable(_choose_split(source, split), split, f"source ({type(source).__name__})", files=True)
     if (folder := find_saved(Path(source), split)) is not None:
         return DatasetTable(_load_saved(folder), split, str(folder))
-    parts = find_parts(str(source), split, revision, config)
+    return ParquetTable(find_all_parts(reader, str(source), split, revision, config))
+
+
+def find_all_parts(
+    reader: PairReader, source: str, split: str, revision: str | None = None, config: str | None = None
+) -> list[ParquetPart]:
+    """Find the parquet files of a split, see :func:`open_table`; missing ones fall under the reader's ``on_error``."""
+    parts = find_parts(source, split, revision, config)
     if missing := missing_parts(parts):
         names = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
         problem = f"{split} lacks {len(missing)} of its parquet parts ({names}); download them"
-        reader.refuse(str(source), problem, "parquet part missing", len(missing))
-    return ParquetTable(parts)
+        reader.refuse(source, problem, "parquet part missing", len(missing))
+    return parts
 
 
 def warn_row_groups(table: SplitTable, columns: Sequence[str], name: str) -> None:
@@ -336,7 +344,7 @@ def saved_splits(folder: Path) -> list[str]:
     """
     try:
         names = json.loads((folder / SAVED_SPLITS).read_bytes())["splits"]
-        return [name for name in names if (folder / name / SAVED).is_file()]
+        return [name for name in names if not escapes(name) and (folder / name / SAVED).is_file()]
     except DAMAGE as error:
         raise InputError(f"{folder / SAVED_SPLITS}: not a list of splits; {SAVE_AGAIN}") from error
 
@@ -354,6 +362,27 @@ def holds_images(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
         kind = kind.field("bytes").type
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def class_names(schema: pa.Schema, column: str) -> list[str] | None:
+    """Return the names of the classes that a column's numbers stand for, as ``datasets`` records them; None without."""
+    try:
+        kind = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][column]
+        return [str(name) for name in kind["names"]] if kind["_type"] == "ClassLabel" else None
+    except DAMAGE:
+        return None
+
+
+def name_class(classes: Sequence[str] | None, value: Any) -> Any:
+    """Return the name of a class in place of its number; None for a number without class, such as −1 for no label.
+
+    Args:
+        classes: Names of the classes; None leaves every value as it is.
+        value: Value in the column.
+    """
+    if classes is None or not isinstance(value, int):
+        return value
+    return classes[value] if 0 <= value < len(classes) else None
 
 
 def _choose_split(source: Any, split: str) -> "Dataset":
@@ -375,10 +404,13 @@ def _choose_split(source: Any, split: str) -> "Dataset":
 
 
 def _load_saved(folder: Path) -> "Dataset":
-    """Map the Arrow files of a folder that ``save_to_disk`` wrote; no code of the folder runs."""
+    """Map the Arrow files of a folder that ``save_to_disk`` wrote; no code of the folder runs, and no other is read."""
     from datasets import Dataset  # slow to import
 
     try:
+        names = [file["filename"] for file in json.loads((folder / SAVED).read_bytes())["_data_files"]]
+        if outside := [name for name in names if escapes(name)]:
+            raise InputError(f"{outside[0]!r} leads out of it")
         return Dataset.load_from_disk(str(folder))
     except DAMAGE as error:
         raise InputError(f"source: {folder} is damaged ({first_line(error)}); {SAVE_AGAIN}") from error
