@@ -128,6 +128,13 @@ def test_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert "from-env" not in repr(RemoteServer(judge.url, token_env="JUDGE_TOKEN"))
 
 
+def test_a_token_that_the_server_repeats_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUDGE_TOKEN", "a-secret")
+    fault = says(401, {"error": "unknown token a-secret"})
+    with judging(faults=[fault]) as judge, pytest.raises(RemoteError, match=r"unknown token \(token\)"):
+        ask(judge, token_env="JUDGE_TOKEN")
+
+
 def test_proxies_of_the_environment_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTP_PROXY", DEAD)
     monkeypatch.delenv("NO_PROXY", raising=False)

@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import partial
 from threading import Event, Lock
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 from urllib.parse import urlsplit
@@ -201,16 +202,16 @@ class Connection:
 
     def _content(self, reply: httpx.Response, body: bytes) -> Any:
         """Return the JSON of a complete answer."""
-        status = reply.status_code
+        status, words = reply.status_code, partial(words_of, body, self.server.token)
         if status in RETRIED:
-            raise Unavailable(f"HTTP {status}: {words_of(body)}", seconds_of(reply.headers.get("retry-after")))
+            raise Unavailable(f"HTTP {status}: {words()}", seconds_of(reply.headers.get("retry-after")))
         if status != 200:
             remedy = {401: "; set token_file or token_env", 404: "; look at server.url and the schema"}.get(status, "")
-            self.refuse(f"HTTP {status}: {words_of(body)}{remedy}")
+            self.refuse(f"HTTP {status}: {words()}{remedy}")
         try:
             return json.loads(body)
         except (ValueError, RecursionError) as error:
-            self.refuse(f"the answer is no JSON ({type(error).__name__}): {words_of(body)}", error)
+            self.refuse(f"the answer is no JSON ({type(error).__name__}): {words()}", error)
 
     def _clients(self) -> httpx.Client:
         """Return the client of this process; one that a fork has copied would share its sockets."""
@@ -267,9 +268,10 @@ class Connection:
             logger.warning("reward server %s answers again after %.0f seconds", self.server.url, seconds)
 
 
-def words_of(body: bytes) -> str:
-    """Return the beginning of a server's error message in one printable line."""
+def words_of(body: bytes, token: str | None = None) -> str:
+    """Return the beginning of a server's error message in one printable line, without the ``token`` if it repeats it."""
     text = body.decode("utf-8", "replace")
+    text = text.replace(token, "(token)") if token else text
     try:
         values = json.loads(text)
         text = str(next((values[name] for name in ("error", "detail", "message") if name in values), text))
