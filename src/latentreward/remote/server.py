@@ -269,7 +269,7 @@ class Connection:
 
 
 def words_of(body: bytes, token: str | None = None) -> str:
-    """Return the beginning of a server's error message in one printable line, without the ``token`` if it repeats it."""
+    """Return the beginning of a server's error message in one printable line, without a ``token`` that it repeats."""
     text = body.decode("utf-8", "replace")
     text = text.replace(token, "(token)") if token else text
     try:
