@@ -88,7 +88,23 @@ def test_an_alignment_without_prompts_is_refused(tmp_path: Path, capsys: pytest.
         prompts_of(Split({"train": [one]}, ""), tmp_path / "missing.txt")
 
 
-@pytest.mark.parametrize(("setting", "message"), [("--epochs=0", "epochs is 0"), ("--tuning=some", "tuning")])
+def test_a_mistyped_folder_is_refused_and_not_created(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["taste", str(tmp_path / "mien"), "--rate"])
+    assert "mien is not a folder; give the folder of your pictures" in capsys.readouterr().err
+    assert not (tmp_path / "mien").exists()
+
+
+def test_outputs_stay_out_of_the_folder_of_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["taste", str(tmp_path), f"--work={tmp_path}/runs"])
+    assert f"lies in the folder of pictures; give --work a folder outside {tmp_path}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [("--epochs=0", "epochs is 0"), ("--batch_size=0", "batch_size is 0"), ("--tuning=some", "tuning")],
+)
 def test_wrong_settings_are_named(
     setting: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 from latentreward.data.images import ImageError, decode_image
 from latentreward.data.readers.folders import find_images
 from latentreward.data.readers.groups import file_image
+from latentreward.data.readers.json_rows import parse_text
+from latentreward.errors import InputError
 from latentreward.storage.digests import digest
 
 MOST_NAMED = 3
@@ -27,6 +29,12 @@ class Picture:
     path: str
     content: str
     caption: str
+
+
+def check_folder(folder: Path) -> None:
+    """Raise InputError if there is no such folder."""
+    if not folder.is_dir():
+        raise InputError(f"folder: {folder} is not a folder; give the folder of your pictures")
 
 
 def read_pictures(folder: Path, below: str = "") -> tuple[dict[str, Picture], list[str]]:
@@ -50,6 +58,9 @@ def read_pictures(folder: Path, below: str = "") -> tuple[dict[str, Picture], li
             continue
         for number, file in enumerate(files):
             path = Path(file).relative_to(place.name).as_posix() if not below else file
+            if (told := parse_text(path)) != path:  # no file of pairs could name it
+                unreadable.append(f"{told} (its name is not UTF-8)")
+                continue
             reference = file_image(folder, path)
             try:
                 decode_image(reference)

@@ -99,8 +99,6 @@ class Ratings:
     """
 
     def __init__(self, folder: Path, seed: int = 0) -> None:
-        if not folder.is_dir():
-            raise InputError(f"folder: {folder} is not a folder; give the folder of your pictures")
         found, self.remarks = read_pictures(folder)
         if same := same_contents(found.values()):
             self.remarks.append(f"files with the same bytes are shown once: {listed(same)}")
@@ -167,6 +165,8 @@ class Ratings:
         if not self._lines or RATED not in self._lines[-1]:
             return False
         texts = [text for text in self.file.read_bytes().splitlines(keepends=True) if text.strip()]
+        if not texts or _parse(texts[-1]) != self._lines[-1]:  # another program has written to the file meanwhile
+            return False
         write_file(self.file, b"".join(texts[:-1]), KEPT)
         self._lines.pop()
         return True
