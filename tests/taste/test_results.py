@@ -71,7 +71,8 @@ def test_too_little_is_said_in_one_line(plan: Plan) -> None:
     assert not measured.learned and measured.accuracy.low < 0.5 < measured.accuracy.high
     assert measured.verdict().startswith("Too little to learn from: the interval includes 50 %")
     assert "\n" not in measured.verdict()
-    assert not replace(measured, accuracy=Interval(0.2, 0.1, 0.3, 40)).learned
+    worse = replace(measured, accuracy=Interval(0.2, 0.1, 0.3, 40))
+    assert not worse.learned and worse.verdict().startswith("The reward orders new pairs worse than chance: ")
     with pytest.raises(InputError, match="all held-out pairs are ties; rate more pairs"):
         measure(scored(plan, wrong=0, ties=40), plan.pairs)
 
