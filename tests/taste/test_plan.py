@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from latentreward.cli import main
 from latentreward.errors import InputError
@@ -99,6 +100,15 @@ def test_outputs_stay_out_of_the_folder_of_pictures(tmp_path: Path, capsys: pyte
     with pytest.raises(SystemExit):
         main(["taste", str(tmp_path), f"--work={tmp_path}/runs"])
     assert f"lies in the folder of pictures; give --work a folder outside {tmp_path}" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_missing_gpu_is_said_before_any_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sorted_folder(tmp_path / "mine", 20)
+    with pytest.raises(SystemExit):
+        main(["taste", str(tmp_path / "mine"), "--base=sd_tiny", "--device=gpu", f"--work={tmp_path}/work"])
+    assert "device is 'cuda'" in capsys.readouterr().err
+    assert not (tmp_path / "work").exists()
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,8 @@ def taste(
         device: Device of all steps; ``auto`` takes a GPU if there is one.
         seed: Seed of the split, of drawn pairs, of the trainings and of the pictures.
         port: Port of the page to rate; 0 takes a free one and prints it.
-        work: Folder of all outputs; ``runs/taste/`` and the name of the folder by default.
+        work: Folder of all outputs, outside the folder of pictures; ``runs/taste/`` and the name of the folder by
+            default.
 
     Raises:
         InputError: If the folder gives too few pairs, a setting is wrong, or a step fails.

@@ -71,17 +71,19 @@ def read_pictures(folder: Path, below: str = "") -> tuple[dict[str, Picture], li
                 twice.append(path)
                 continue
             assert reference.path is not None
-            found[name] = Picture(path, digest([reference.path.read_bytes()]), read_caption(reference.path))
+            found[name] = Picture(path, digest([reference.path.read_bytes()]), read_caption(reference.path, folder))
     remarks = [f"left out, cannot be read: {listed(unreadable)}"] if unreadable else []
     if twice:
         remarks.append(f"left out, another picture has the same name with another ending: {listed(twice)}")
     return found, remarks
 
 
-def read_caption(picture: Path) -> str:
-    """Return the text of the ``.txt`` file beside a picture; empty without one."""
+def read_caption(picture: Path, folder: Path) -> str:
+    """Return the text of the ``.txt`` file beside a picture; empty without one, or behind a link out of ``folder``."""
     file = picture.with_suffix(".txt")
-    return " ".join(file.read_bytes().decode("utf-8-sig", "replace").split()) if file.is_file() else ""
+    if not file.is_file() or not file.resolve().is_relative_to(folder.resolve()):
+        return ""
+    return " ".join(file.read_bytes().decode("utf-8-sig", "replace").split())
 
 
 def same_contents(pictures: Iterable[Picture]) -> list[str]:
