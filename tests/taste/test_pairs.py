@@ -60,6 +60,15 @@ def test_a_caption_behind_a_link_out_of_the_folder_is_not_read(tmp_path: Path) -
     assert [pair.prompt for pair in collect(tmp_path / "mine").pairs] == ["", *["prompt 0"] * 19]
 
 
+def test_a_caption_that_later_steps_would_refuse_is_named_and_left_out(tmp_path: Path) -> None:
+    sorted_folder(tmp_path, 20, prompts=1)
+    (tmp_path / "chosen" / "000.txt").write_text("long " * 3000)
+    found = collect(tmp_path)
+    assert found.pairs[0].prompt == "" and found.remarks == [
+        "no caption, since it has more than 10000 characters: 1: chosen/000.png"
+    ]
+
+
 def test_names_that_do_not_match_compare_all_with_all(tmp_path: Path) -> None:
     for number in range(6):
         draw(tmp_path / "chosen" / f"good{number}.png", number)

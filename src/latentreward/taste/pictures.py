@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from latentreward.data.images import ImageError, decode_image
+from latentreward.data.readers.base import MAX_PROMPT_CHARS
 from latentreward.data.readers.folders import find_images
 from latentreward.data.readers.groups import file_image
 from latentreward.data.readers.json_rows import parse_text
@@ -51,7 +52,7 @@ def read_pictures(folder: Path, below: str = "") -> tuple[dict[str, Picture], li
         was left out.
     """
     found: dict[str, Picture] = {}
-    unreadable, twice = [], []
+    unreadable, twice, too_long = [], [], []
     place = folder / below
     for name, files in find_images(place).items():
         if any(part.startswith(".") for part in Path(files[0]).parts[1:]):
@@ -71,10 +72,16 @@ def read_pictures(folder: Path, below: str = "") -> tuple[dict[str, Picture], li
                 twice.append(path)
                 continue
             assert reference.path is not None
-            found[name] = Picture(path, digest([reference.path.read_bytes()]), read_caption(reference.path, folder))
+            caption = read_caption(reference.path, folder)
+            if len(caption) > MAX_PROMPT_CHARS:  # the readers of later steps would refuse it
+                too_long.append(path)
+                caption = ""
+            found[name] = Picture(path, digest([reference.path.read_bytes()]), caption)
     remarks = [f"left out, cannot be read: {listed(unreadable)}"] if unreadable else []
     if twice:
         remarks.append(f"left out, another picture has the same name with another ending: {listed(twice)}")
+    if too_long:
+        remarks.append(f"no caption, since it has more than {MAX_PROMPT_CHARS} characters: {listed(too_long)}")
     return found, remarks
 
 
