@@ -98,7 +98,8 @@ def test_a_killed_run_goes_on(tmp_path: Path, taste: Callable[..., str]) -> None
 
 def test_memory_is_estimated_without_any_step(tmp_path: Path, taste: Callable[..., str]) -> None:
     folder = tiny_folder(tmp_path / "mine", 24)
-    told = taste(str(folder), *SHORT, "--align", "--estimate", f"--work={tmp_path}/work")
+    told = taste(str(folder), *SHORT, "--align", "--estimate", "--size=32", f"--work={tmp_path}/work")
+    assert "note: train is computed at the base's own size, not 32, until the pictures are cached" in told
     assert "peak in the passes of a batch" in told and "memory: train " in told and ", align " in told
     assert not [*(tmp_path / "work").glob(f"*/{RECORD}")]
 

@@ -127,7 +127,9 @@ def _by_picture(pairs: Sequence[RatedPair], rng: np.random.Generator) -> dict[st
 
 def _pooled(pools: Sequence[Pool], most: int, rng: np.random.Generator) -> Split:
     by_prompt = len(pools) >= ENOUGH_PROMPTS
-    parts = {} if by_prompt else _drawn([part for pool in pools for part in _cut(pool, rng)], most, rng)
+    parts: dict[str, list[RatedPair]] = {}
+    if not by_prompt:
+        parts = _drawn([part for pool in pools for part in _cut(pool, rng)], most, rng)
     if by_prompt or (len(pools) > len(PARTS) and min(map(len, parts.values())) < LEAST_PAIRS):
         by_prompt, parts = True, _drawn(_by_pool(pools, rng), most, rng)
     drawn = sum(map(len, parts.values()))
