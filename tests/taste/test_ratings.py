@@ -57,6 +57,14 @@ def test_ratings_go_on_and_train_from_parts_without_common_pictures(tmp_path: Pa
     assert sum(map(len, found.parts.values())) == 41
 
 
+def test_where_a_picture_goes_most_answers_still_belong_to_pairs_that_are_shown(tmp_path: Path) -> None:
+    ratings = Ratings(unsorted_folder(tmp_path, 64))
+    for _ in range(64):
+        ratings.rate(ratings.next.names, "a")
+    (tmp_path / "030.png").unlink()
+    assert Ratings(tmp_path).done >= 40
+
+
 def test_a_broken_last_line_is_left_out_and_another_is_named(tmp_path: Path) -> None:
     ratings = Ratings(unsorted_folder(tmp_path, 4))
     ratings.rate(ratings.next.names, "a")
