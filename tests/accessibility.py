@@ -132,7 +132,8 @@ FOCUSED = """() => {
   if (!element || element === document.body) return null;
   const marks = ["outline", "boxShadow", "border", "background", "color", "textDecoration", "transform", "opacity"];
   const look = (one) => JSON.stringify(marks.map((key) => style(one)[key]));
-  const parts = [element, element.parentElement, ...(element.labels ?? [])].filter(Boolean);
+  const around = [element.parentElement, element.nextElementSibling];  // a hidden radio button is drawn by its sibling
+  const parts = [element, ...around, ...(element.labels ?? [])].filter(Boolean);
   const { outlineStyle, outlineWidth } = style(element);
   let visible = outlineStyle !== "none" && parseFloat(outlineWidth) > 0;
   if (!visible) {

@@ -69,6 +69,13 @@ def test_a_workflow_may_only_read_but_for_the_job_that_publishes(path: Path) -> 
     assert "secrets." not in path.read_text()
 
 
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_actions_are_pinned_by_commit(path: Path) -> None:
+    """A tag can be moved to other code; dependabot renews commit and comment together."""
+    used = re.findall(r"uses: (.+)", path.read_text())
+    assert used and all(re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", one) for one in used), used
+
+
 def test_ci_has_every_python_that_the_package_names() -> None:
     classifiers = setup_cfg()["metadata"]["classifiers"]
     pythons = re.findall(r"Python :: (3\.\d+)", classifiers)

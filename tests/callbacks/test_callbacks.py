@@ -25,7 +25,6 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from pyarrow import parquet
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.plugins.custom_scalar import layout_pb2
 
 from latentreward.contracts import PreferenceBatch
 from latentreward.errors import InputError
@@ -33,6 +32,7 @@ from latentreward.heads import GatedQFormerHead
 from latentreward.metrics.bootstrap import clustered_accuracy
 from latentreward.modules import DiNaLRMModule
 from latentreward.reports.drawing import PLAIN, WRONG, draw_pair
+from tests.callbacks.charts import charts_of
 from tests.callbacks.small_run import SmallModule, fit, train_loader
 from tests.callbacks.small_run import make_trainer as small_trainer
 from tests.marks import slow_after
@@ -259,14 +259,9 @@ def test_every_chart_in_tensorboard_has_curves(module, batches, loader, make_tra
     logger = TensorBoardLogger(tmp_path, name="run", version="")
     trainer = make_trainer(callbacks=[NoiseBandAccuracy(), TensorBoardCharts()], logger=logger, log_every_n_steps=1)
     trainer.fit(module, loader(batches), loader(batches))
-    log = EventAccumulator(str(tmp_path / "run")).Reload()
-    (event,) = log.Tensors("custom_scalars__config__")
-    layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
-    assert [group.title for group in layout.category] == ["Accuracy by noise level"]
-    names = log.Tags()["scalars"]
-    for chart in layout.category[0].chart:
-        (curves,) = chart.multiline.tag
-        assert any(re.match(curves, name) for name in names), chart.title
+    charts = charts_of(tmp_path / "run")
+    assert [*charts] == ["Accuracy by noise level"]
+    assert all(charts["Accuracy by noise level"].values()), charts
 
 
 def test_points_after_the_checkpoint_of_a_resumed_run_are_in_the_log_once(tmp_path):

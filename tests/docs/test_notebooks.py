@@ -23,7 +23,7 @@ def cells(path: Path, kind: str) -> list[dict[str, Any]]:
 def test_the_page_links_all() -> None:
     linked = LINK.findall((ROOT / "docs" / "notebooks.md").read_text())
     assert {f"notebooks/{path.name}" for path in NOTEBOOKS} == {link for link in linked if link.endswith(".ipynb")}
-    assert len(NOTEBOOKS) == 3
+    assert len(NOTEBOOKS) == 4
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -39,7 +39,7 @@ def test_commands_configs_and_links_exist(path: Path) -> None:
     trees = [ast.parse("".join(cell["source"])) for cell in cells(path, "code")]
     calls = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call)]
     commands = [call.args[0].value for call in calls if getattr(call.func, "id", "") == "latentreward"]
-    assert {"fit"} <= set(commands) <= COMMANDS.keys()
+    assert {"fit", "taste"} & set(commands) and set(commands) <= COMMANDS.keys()
     text = path.read_text()
     for name in re.findall(r"\bconfigs/[a-z0-9_/]+\.yaml", text):
         assert (ROOT / name).is_file(), name

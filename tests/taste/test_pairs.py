@@ -51,6 +51,24 @@ def test_what_cannot_be_used_is_named_and_the_rest_stays(tmp_path: Path) -> None
     assert by_name["rejected/004.png"].a.content == by_name["rejected/005.png"].a.content
 
 
+def test_a_caption_behind_a_link_out_of_the_folder_is_not_read(tmp_path: Path) -> None:
+    """A folder of a stranger could bring a private text onto the page."""
+    sorted_folder(tmp_path / "mine", 20, prompts=1)
+    (tmp_path / "private.txt").write_text("a secret")
+    (tmp_path / "mine" / "chosen" / "000.txt").unlink()
+    (tmp_path / "mine" / "chosen" / "000.txt").symlink_to(tmp_path / "private.txt")
+    assert [pair.prompt for pair in collect(tmp_path / "mine").pairs] == ["", *["prompt 0"] * 19]
+
+
+def test_a_caption_that_later_steps_would_refuse_is_named_and_left_out(tmp_path: Path) -> None:
+    sorted_folder(tmp_path, 20, prompts=1)
+    (tmp_path / "chosen" / "000.txt").write_text("long " * 3000)
+    found = collect(tmp_path)
+    assert found.pairs[0].prompt == "" and found.remarks == [
+        "no caption, since it has more than 10000 characters: 1: chosen/000.png"
+    ]
+
+
 def test_names_that_do_not_match_compare_all_with_all(tmp_path: Path) -> None:
     for number in range(6):
         draw(tmp_path / "chosen" / f"good{number}.png", number)

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from latentreward.cli import main
 from latentreward.errors import InputError
@@ -88,7 +89,32 @@ def test_an_alignment_without_prompts_is_refused(tmp_path: Path, capsys: pytest.
         prompts_of(Split({"train": [one]}, ""), tmp_path / "missing.txt")
 
 
-@pytest.mark.parametrize(("setting", "message"), [("--epochs=0", "epochs is 0"), ("--tuning=some", "tuning")])
+def test_a_mistyped_folder_is_refused_and_not_created(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["taste", str(tmp_path / "mien"), "--rate"])
+    assert "mien is not a folder; give the folder of your pictures" in capsys.readouterr().err
+    assert not (tmp_path / "mien").exists()
+
+
+def test_outputs_stay_out_of_the_folder_of_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["taste", str(tmp_path), f"--work={tmp_path}/runs"])
+    assert f"lies in the folder of pictures; give --work a folder outside {tmp_path}" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_missing_gpu_is_said_before_any_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sorted_folder(tmp_path / "mine", 20)
+    with pytest.raises(SystemExit):
+        main(["taste", str(tmp_path / "mine"), "--base=sd_tiny", "--device=gpu", f"--work={tmp_path}/work"])
+    assert "device is 'cuda'" in capsys.readouterr().err
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [("--epochs=0", "epochs is 0"), ("--batch_size=0", "batch_size is 0"), ("--tuning=some", "tuning")],
+)
 def test_wrong_settings_are_named(
     setting: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

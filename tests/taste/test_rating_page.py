@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from latentreward.taste.pairs import RATINGS
+from tests.accessibility import PHONE, faults
 from tests.taste.folders import draw
 from tests.taste.rating_servers import rating_server
 
@@ -58,3 +59,26 @@ def test_pairs_are_rated_by_keys_and_go_on_later(browser_page: Any, folder: Path
         assert labels(folder) == ["a", "b", "b", "tie", "tie", "a"]
         assert page.get_by_role("button", name="Left ←").is_disabled()
         page.close()
+
+
+@pytest.mark.parametrize(("width", "dark"), [(PHONE, False), (1200, True)])
+def test_keyboard_contrast_and_width(browser_page: Any, folder: Path, width: int, dark: bool) -> None:
+    with rating_server(folder) as server:
+        page = browser_page(server.url, width=width, dark=dark)
+        page.locator("#left").wait_for()
+        page.wait_for_load_state("networkidle")
+        assert faults(page) == []
+        page.close()
+
+
+def test_a_picture_that_is_gone_is_said(browser_page: Any, folder: Path) -> None:
+    from playwright.sync_api import expect
+
+    with rating_server(folder) as server:
+        for picture in folder.glob("*.png"):
+            picture.unlink()
+        page = browser_page(server.url)
+        expect(page.locator("#problem")).to_contain_text("picture cannot be shown. End the command")
+        page.close()
+    assert browser_page.problems and all("410" in problem for problem in browser_page.problems)
+    browser_page.problems.clear()

@@ -1,6 +1,7 @@
 """Ratings are on the disk one by one, go on after any stop, and reach nobody else's pages."""
 
 import json
+import os
 import shutil
 import urllib.error
 import urllib.request
@@ -56,6 +57,14 @@ def test_ratings_go_on_and_train_from_parts_without_common_pictures(tmp_path: Pa
     assert sum(map(len, found.parts.values())) == 41
 
 
+def test_where_a_picture_goes_most_answers_still_belong_to_pairs_that_are_shown(tmp_path: Path) -> None:
+    ratings = Ratings(unsorted_folder(tmp_path, 64))
+    for _ in range(64):
+        ratings.rate(ratings.next.names, "a")
+    (tmp_path / "030.png").unlink()
+    assert Ratings(tmp_path).done >= 40
+
+
 def test_a_broken_last_line_is_left_out_and_another_is_named(tmp_path: Path) -> None:
     ratings = Ratings(unsorted_folder(tmp_path, 4))
     ratings.rate(ratings.next.names, "a")
@@ -89,6 +98,24 @@ def test_copies_are_shown_once_and_one_picture_is_too_few(tmp_path: Path) -> Non
         Ratings(tmp_path)
     draw(tmp_path / "other.png", 1)
     assert Ratings(tmp_path).total == 1
+
+
+def test_an_answer_that_another_program_wrote_is_not_taken_back(tmp_path: Path) -> None:
+    ratings = Ratings(unsorted_folder(tmp_path, 3))
+    ratings.rate(ratings.next.names, "a")
+    with (tmp_path / RATINGS).open("a") as stream:
+        stream.write('{"image_a": "x.png", "image_b": "y.png", "label": "a"}\n')
+    before = (tmp_path / RATINGS).read_bytes()
+    assert not ratings.undo() and (tmp_path / RATINGS).read_bytes() == before
+
+
+def test_a_name_that_the_file_cannot_hold_is_left_out(tmp_path: Path) -> None:
+    """Its answers would name another picture."""
+    unsorted_folder(tmp_path, 3)
+    (tmp_path / "002.png").rename(tmp_path / os.fsdecode(b"\xff.png"))
+    ratings = Ratings(tmp_path)
+    assert ratings.total == 1
+    assert ratings.remarks == ["left out, cannot be read: 1: ?.png (its name is not UTF-8)"]
 
 
 @pytest.fixture
@@ -134,11 +161,32 @@ def test_the_server_keeps_answers_to_the_pair_that_it_shows(server: RatingServer
         ("/other", {}, {}, 400),
         ("/picture/9", None, {}, 404),
         ("/picture/../../etc/passwd", None, {}, 404),
+        ("/picture/" + "9" * 5000, None, {}, 404),
+        ("/[", None, {}, 404),
+        ("/rate", {"answer": "a"}, {"Content-Length": "9" * 5000}, 400),
     ],
 )
 def test_other_requests_are_refused(server: RatingServer, path: str, body: Any, headers: Any, status: int) -> None:
     assert ask(server, path, body, **headers)[0] == status
     assert not (server.folder / RATINGS).exists()
+
+
+def test_no_page_elsewhere_shows_this_one_or_its_pictures(server: RatingServer) -> None:
+    for path in ("/", "/picture/0"):
+        with urllib.request.urlopen(server.url + path, timeout=20) as reply:
+            assert reply.headers["Content-Security-Policy"] == "frame-ancestors 'none'"
+            assert reply.headers["Cross-Origin-Resource-Policy"] == "same-origin"
+
+
+@pytest.mark.parametrize(("error", "told"), [(BrokenPipeError(), False), (KeyError("a bug"), True)])
+def test_a_connection_that_the_browser_ends_is_no_news(
+    server: RatingServer, error: Exception, told: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        raise error
+    except Exception:
+        server.handle_error(None, ("127.0.0.1", 1))
+    assert bool(capsys.readouterr().err) == told
 
 
 def test_a_full_disk_keeps_earlier_ratings(server: RatingServer) -> None:

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -10,13 +11,14 @@ from pyarrow import parquet
 
 from latentreward.errors import InputError
 from latentreward.metrics.bootstrap import Interval
-from latentreward.taste.page import HTML, JSON, spread, write_result
+from latentreward.taste.page import BEFORE_AFTER, HTML, JSON, spread, write_result
 from latentreward.taste.pairs import collect
 from latentreward.taste.plan import PREFERENCES, Plan
 from latentreward.taste.preparing import write_pairs
 from latentreward.taste.results import SCORES, Measured, measure
 from latentreward.taste.splitting import PARTS, Split
-from tests.taste.folders import sorted_folder
+from tests.accessibility import PHONE, faults
+from tests.taste.folders import draw, sorted_folder
 
 
 @pytest.fixture
@@ -69,7 +71,8 @@ def test_too_little_is_said_in_one_line(plan: Plan) -> None:
     assert not measured.learned and measured.accuracy.low < 0.5 < measured.accuracy.high
     assert measured.verdict().startswith("Too little to learn from: the interval includes 50 %")
     assert "\n" not in measured.verdict()
-    assert not replace(measured, accuracy=Interval(0.2, 0.1, 0.3, 40)).learned
+    worse = replace(measured, accuracy=Interval(0.2, 0.1, 0.3, 40))
+    assert not worse.learned and worse.verdict().startswith("The reward orders new pairs worse than chance: ")
     with pytest.raises(InputError, match="all held-out pairs are ties; rate more pairs"):
         measure(scored(plan, wrong=0, ties=40), plan.pairs)
 
@@ -87,3 +90,17 @@ def test_the_page_holds_its_pictures_and_shows_names_as_text(plan: Plan) -> None
     told = json.loads((page.parent / JSON).read_text())
     assert told["accuracy"]["value"] == 0.9 and told["learned"] and told["tuning"] == "frozen"
     assert [pair.margin for pair in spread(measured.pairs)][-1] == measured.pairs[-1].margin
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(("width", "dark"), [(PHONE, False), (1200, True)])
+def test_keyboard_contrast_and_width(plan: Plan, browser_page: Any, width: int, dark: bool) -> None:
+    judged = plan.pairs.parent / "judged"
+    for name in BEFORE_AFTER.values():
+        draw(judged / "pictures" / name / "0.png", 1)
+        (judged / "pictures" / name / "images.csv").write_text("file,prompt\n0.png,a prompt\n")
+    change = {"value": 0.1, "low": -0.1, "high": 0.3}
+    (judged / "report.json").write_text(json.dumps({"comparisons": [{"difference": change}]}))
+    page = write_result(plan.pairs.parent, plan, measure(scored(plan, wrong=17), plan.pairs), "by picture", judged)
+    assert "Before and after" in page.read_text()
+    assert faults(browser_page(page, width=width, dark=dark)) == []

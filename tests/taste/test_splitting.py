@@ -66,6 +66,13 @@ def test_pictures_are_split_before_pairs_are_drawn() -> None:
     assert sum(map(len, prompts)) == 25 == len(set.union(*prompts))
 
 
+def test_prompts_with_one_chosen_picture_each_stay_whole() -> None:
+    pools = [Pool(f"p{n}", PICTURES[4 * n : 4 * n + 1], PICTURES[4 * n + 1 : 4 * n + 4]) for n in range(12)]
+    found = split(Collection("", pools=pools), 500, 0)
+    assert apart(found) == {"train": 21, "stop": 6, "held_out": 9}
+    assert found.how.startswith("by prompt, of 12, and by picture")
+
+
 def test_more_pairs_than_wanted_are_drawn_from() -> None:
     found = split(Collection("", [pair(2 * n, 2 * n + 1) for n in range(100)]), 40, 0)
     assert sum(apart(found).values()) == 40 and ", 40 drawn" in found.how

@@ -76,6 +76,13 @@ def test_other_tunings_and_an_optimiser_by_class_path(tmp_path: Path, tuning: st
     assert "class_path: torch.optim.SGD" in config.read_text() and "lr: 0.01" in config.read_text()
 
 
+def test_a_quantised_base(tmp_path: Path, taste: Callable[..., str]) -> None:
+    folder = tiny_folder(tmp_path / "mine", 24)
+    taste(str(folder), *SHORT, "--train_settings=[--model.backbone.quantization=int8]", f"--work={tmp_path}/work")
+    (config,) = (tmp_path / "work").glob("train-*/out/config.yaml")
+    assert "quantization: int8" in config.read_text()
+
+
 def test_a_killed_run_goes_on(tmp_path: Path, taste: Callable[..., str]) -> None:
     folder, work = tiny_folder(tmp_path / "mine", 24), tmp_path / "work"
     process = start(("taste", str(folder), *SHORT, f"--work={work}"))
@@ -91,7 +98,8 @@ def test_a_killed_run_goes_on(tmp_path: Path, taste: Callable[..., str]) -> None
 
 def test_memory_is_estimated_without_any_step(tmp_path: Path, taste: Callable[..., str]) -> None:
     folder = tiny_folder(tmp_path / "mine", 24)
-    told = taste(str(folder), *SHORT, "--align", "--estimate", f"--work={tmp_path}/work")
+    told = taste(str(folder), *SHORT, "--align", "--estimate", "--size=32", f"--work={tmp_path}/work")
+    assert "note: train is computed at the base's own size, not 32, until the pictures are cached" in told
     assert "peak in the passes of a batch" in told and "memory: train " in told and ", align " in told
     assert not [*(tmp_path / "work").glob(f"*/{RECORD}")]
 

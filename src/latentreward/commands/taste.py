@@ -1,11 +1,11 @@
 """``latentreward taste``: train a reward on pictures of one's own, and align a generator with it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from latentreward.errors import check_at_least_one
+from latentreward.errors import InputError, check_at_least_one, printable
 from latentreward.interrupts import interrupts_told
 from latentreward.settings.functions import run_plain_function
 from latentreward.steps.tasks import Task
@@ -86,32 +86,37 @@ def taste(
         device: Device of all steps; ``auto`` takes a GPU if there is one.
         seed: Seed of the split, of drawn pairs, of the trainings and of the pictures.
         port: Port of the page to rate; 0 takes a free one and prints it.
-        work: Folder of all outputs; ``runs/taste/`` and the name of the folder by default.
+        work: Folder of all outputs, outside the folder of pictures; ``runs/taste/`` and the name of the folder by
+            default.
 
     Raises:
         InputError: If the folder gives too few pairs, a setting is wrong, or a step fails.
     """
     check_at_least_one(pairs=pairs, size=size, epochs=epochs, patience=patience, align_steps=align_steps)
-    check_at_least_one(num_prompts=num_prompts)
+    check_at_least_one(batch_size=batch_size, num_prompts=num_prompts)
     folder = folder.resolve()  # the name of `.` is empty
     if rate:
         rate_pictures(folder, port, seed)
         return
+    output = (Path("runs/taste", folder.name) if work is None else work).resolve()
+    if output.is_relative_to(folder):  # pictures drawn there would be found as pictures to rate
+        raise InputError(f"work: {output} lies in the folder of pictures; give --work a folder outside {folder}")
     import torch
 
+    from latentreward.devices import find_device
     from latentreward.taste.pairs import collect
-    from latentreward.taste.plan import FROZEN_BELOW, Plan
+    from latentreward.taste.plan import CACHE, FROZEN_BELOW, REWARD, Plan
     from latentreward.taste.preparing import prompts_of, write_pairs, write_prompts
     from latentreward.taste.splitting import TRAIN, split
 
+    if device == "gpu" and not estimate:
+        find_device("cuda")
     found = collect(folder, pairing)
     print(found.how)
-    for remark in found.remarks:
-        print(f"note: {remark}")
+    tell(found.remarks)
     parts = split(found, pairs, seed)
     counts = {name: len(some) for name, some in parts.parts.items()}
     print(f"split {parts.how}: {', '.join(f'{number} {name}' for name, number in counts.items())}", flush=True)
-    output = (Path("runs/taste", folder.name) if work is None else work).resolve()
     told = prompts_of(parts, prompts) if align else None
     chosen: Tuning = ("frozen" if counts[TRAIN] < FROZEN_BELOW else "lora") if tuning == "auto" else tuning
     with locked(output, "work"), interrupts_told(lambda: f"what is done is kept in {output}: the same command goes on"):
@@ -141,21 +146,30 @@ def taste(
         print(f"base {base}, tuning {chosen}, {'GPU' if plan.gpu else 'CPU'}", flush=True)
         tasks = plan.tasks(seed)
         if estimate:
+            if size is not None and not tasks[CACHE].output(output).exists():
+                tell([f"{REWARD} is computed at the base's own size, not {size}, until the pictures are cached"])
             tell_memory(tasks, output, counts[TRAIN], plan.gpu)
             return
         run_steps(tasks, plan, output, parts.how, always=align_always)
 
 
+def tell(remarks: Sequence[str]) -> None:
+    """Print remarks, in which names of files stay texts for the terminal."""
+    for remark in remarks:
+        print(f"note: {printable(remark)}", flush=True)
+
+
 def rate_pictures(folder: Path, port: int, seed: int) -> None:
     """Serve the page to rate pictures until Ctrl-C or SIGTERM, after which the same command continues."""
     from latentreward.serving.addresses import bind
+    from latentreward.taste.pictures import check_folder
     from latentreward.taste.rating_page import HOST, serve_ratings
     from latentreward.taste.ratings import Ratings
 
+    check_folder(folder)  # the lock would create it
     with bind(HOST, port) as bound, locked(folder, "folder"):
         ratings = Ratings(folder, seed)
-        for remark in ratings.remarks:
-            print(f"note: {remark}")
+        tell(ratings.remarks)
         kept = f"ratings are kept in {ratings.file}: the same command goes on"
         with interrupts_told(lambda: kept):
             serve_ratings(ratings, bound)

@@ -15,7 +15,7 @@ from latentreward.data.readers.folders import SIDES, find_images
 from latentreward.data.readers.jsonl import JSONLPairReader
 from latentreward.errors import InputError
 from latentreward.storage.digests import digest
-from latentreward.taste.pictures import Picture, listed, read_pictures, same_contents
+from latentreward.taste.pictures import Picture, check_folder, listed, read_pictures, same_contents
 
 RATINGS = "ratings.jsonl"
 LEAST = 20
@@ -114,8 +114,7 @@ def collect(folder: Path, pairing: Pairing = "auto") -> Collection:
     Raises:
         InputError: If the folder has no pictures, is not sorted or rated, or gives fewer than :data:`LEAST` pairs.
     """
-    if not folder.is_dir():
-        raise InputError(f"folder: {folder} is not a folder; give the folder of your pictures")
+    check_folder(folder)
     sorted_ = all((folder / side).is_dir() for side in SIDES)
     if (folder / RATINGS).is_file():
         found = from_ratings(folder)
@@ -195,7 +194,7 @@ def _all_against_all(chosen: dict[str, Picture], rejected: dict[str, Picture], r
         )
     if len(captions) > 1:
         how += " of the same caption"
-        if lonely := sorted({entry[0] for entry in captions.values() if not (entry[1] and entry[2])}):
+        if lonely := sorted({entry[0] or "no caption" for entry in captions.values() if not (entry[1] and entry[2])}):
             remarks = [*remarks, f"left out, captions on one side only: {listed(lonely)}"]
     return Collection(how, pools=pools, remarks=remarks)
 

@@ -9,7 +9,6 @@ from io import BytesIO
 from socket import socket
 from threading import Lock
 from typing import Any
-from urllib.parse import urlsplit
 
 from PIL import Image
 
@@ -28,6 +27,15 @@ SECONDS = 10
 """Seconds that a connection may be silent."""
 ANSWERS = ("a", "b", "tie")
 JSON = "application/json"
+HEADERS = {
+    "Cache-Control": "no-store",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    # A page elsewhere could lay this one under its own buttons, or show the pictures, without asking with a script.
+    "Content-Security-Policy": "frame-ancestors 'none'",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+"""Headers of every answer."""
 
 
 class RatingServer(ThreadingHTTPServer):
@@ -50,6 +58,7 @@ class RatingServer(ThreadingHTTPServer):
         self.hosts = {f"{HOST}:{port}", f"localhost:{port}"}
         self.ratings, self.folder, self.lock = ratings, ratings.file.parent, Lock()
         self.places = {path: place for place, path in enumerate(ratings.pictures)}
+        self.paths = {f"/picture/{place}": path for path, place in self.places.items()}
         self.page = render_page("rating", served=True, title="Which one do you prefer?")
         self.encode = lru_cache(maxsize=16)(self._encode)
 
@@ -59,6 +68,11 @@ class RatingServer(ThreadingHTTPServer):
         shown = None if pair is None else {"a": pair.a.path, "b": pair.b.path, "prompt": pair.prompt}
         places = None if pair is None else [self.places[path] for path in pair.names]
         return {"pair": shown, "places": places, "done": self.ratings.done, "total": self.ratings.total}
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Print nothing about a connection that the browser ended, as it does when the next pair comes early."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
 
     def _encode(self, path: str) -> bytes:
         """Encode a picture as JPEG, turned upright and shrunk: whatever else the file holds is not given out."""
@@ -84,14 +98,14 @@ class RatingHandler(BaseHTTPRequestHandler):
         """Answer with the page, the state, or a picture."""
         if not self._is_ours():
             return
-        path, places = urlsplit(self.path).path, [*self.server.places]
+        path = self.path.partition("?")[0]
         if path == "/":
             self._answer(self.server.page.encode("utf-8", "replace"), "text/html; charset=utf-8")
         elif path == "/state":
             self._tell()
-        elif path.startswith("/picture/") and path[9:].isdecimal() and int(path[9:]) < len(places):
+        elif path in self.server.paths:
             try:
-                self._answer(self.server.encode(places[int(path[9:])]), "image/jpeg")
+                self._answer(self.server.encode(self.server.paths[path]), "image/jpeg")
             except ImageError as error:  # removed or changed since the start
                 self._answer(one_line(error).encode(), "text/plain; charset=utf-8", HTTPStatus.GONE)
         else:
@@ -131,7 +145,8 @@ class RatingHandler(BaseHTTPRequestHandler):
     def _body(self) -> dict[str, Any] | None:
         """Return the JSON object of a request; None, after an answer, if there is none."""
         length = self.headers.get("Content-Length", "")
-        if self.headers.get_content_type() == JSON and length.isdecimal() and int(length) <= MOST_BYTES:
+        sound = length.isdecimal() and len(length) <= len(str(MOST_BYTES))  # Python refuses to convert long digits
+        if self.headers.get_content_type() == JSON and sound and int(length) <= MOST_BYTES:
             try:
                 body = json.loads(self.rfile.read(int(length)))
             except (ValueError, RecursionError):
@@ -151,9 +166,8 @@ class RatingHandler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(content)))
-        self.send_header("Cache-Control", "no-store")
-        self.send_header("X-Content-Type-Options", "nosniff")
-        self.send_header("Referrer-Policy", "no-referrer")
+        for name, value in HEADERS.items():
+            self.send_header(name, value)
         self.end_headers()
         self.wfile.write(content)
 

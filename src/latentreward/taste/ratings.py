@@ -14,6 +14,7 @@ import numpy as np
 
 from latentreward.data.readers.base import normalise_prompt
 from latentreward.errors import InputError
+from latentreward.storage.digests import digest
 from latentreward.storage.durable import write_errors_named, write_file
 from latentreward.taste.pairs import RATINGS
 from latentreward.taste.pictures import Picture, counted, listed, read_pictures, same_contents
@@ -59,7 +60,8 @@ def pairs_to_show(pictures: Sequence[Picture], seed: int) -> list[Shown]:
         groups.setdefault(caption if caption in common else "", []).append(picture)
     blocks = []
     for caption, group in groups.items():
-        order = [group[place] for place in rng.permutation(len(group))]
+        # Not by `rng`: where a picture comes or goes, most of the others should stay in their blocks.
+        order = sorted(group, key=lambda picture: digest([f"{seed} {picture.content}"]))
         for some in np.array_split(np.arange(len(order)), -(-len(order) // BLOCK)):
             blocks.append([*rounds([order[place] for place in some], order[0].caption if caption else "")])
     shown = []
@@ -99,8 +101,6 @@ class Ratings:
     """
 
     def __init__(self, folder: Path, seed: int = 0) -> None:
-        if not folder.is_dir():
-            raise InputError(f"folder: {folder} is not a folder; give the folder of your pictures")
         found, self.remarks = read_pictures(folder)
         if same := same_contents(found.values()):
             self.remarks.append(f"files with the same bytes are shown once: {listed(same)}")
@@ -167,6 +167,8 @@ class Ratings:
         if not self._lines or RATED not in self._lines[-1]:
             return False
         texts = [text for text in self.file.read_bytes().splitlines(keepends=True) if text.strip()]
+        if not texts or _parse(texts[-1]) != self._lines[-1]:  # another program has written to the file meanwhile
+            return False
         write_file(self.file, b"".join(texts[:-1]), KEPT)
         self._lines.pop()
         return True

@@ -66,6 +66,8 @@ class Measured:
         """Say in one line whether the reward has learned something."""
         if self.learned:
             return "The reward orders new pairs better than chance."
+        if self.accuracy.high < CHANCE:
+            return "The reward orders new pairs worse than chance: in some pairs chosen and rejected may be exchanged."
         return (
             "Too little to learn from: the interval includes 50 %, so the reward may be no better than a coin; rate "
             "more pairs, or pictures that differ more clearly."

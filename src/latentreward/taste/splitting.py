@@ -43,7 +43,9 @@ def split(found: Collection, most: int, seed: int) -> Split:
     2. Otherwise, or if the parts came out too unequal, pairs that are linked by pictures stay together.
     3. If these groups are too large as well, each picture is put into a part, and pairs across parts are left out.
 
-    Pictures without pairs are put into parts first; pairs are then drawn within each part.
+    Pictures without pairs are put into parts first, and pairs are then drawn within each part. With
+    :data:`ENOUGH_PROMPTS` prompts, or too few pictures of each prompt for all parts, the pictures of a prompt stay
+    together.
 
     Args:
         found: What the folder holds.
@@ -124,8 +126,20 @@ def _by_picture(pairs: Sequence[RatedPair], rng: np.random.Generator) -> dict[st
 
 
 def _pooled(pools: Sequence[Pool], most: int, rng: np.random.Generator) -> Split:
-    many = len(pools) >= ENOUGH_PROMPTS
-    divided = _by_pool(pools, rng) if many else [part for pool in pools for part in _cut(pool, rng)]
+    by_prompt = len(pools) >= ENOUGH_PROMPTS
+    parts: dict[str, list[RatedPair]] = {}
+    if not by_prompt:
+        parts = _drawn([part for pool in pools for part in _cut(pool, rng)], most, rng)
+    if by_prompt or (len(pools) > len(PARTS) and min(map(len, parts.values())) < LEAST_PAIRS):
+        by_prompt, parts = True, _drawn(_by_pool(pools, rng), most, rng)
+    drawn = sum(map(len, parts.values()))
+    whole = sum(len(pool.chosen) * len(pool.rejected) for pool in pools)
+    by = f"by prompt, of {len(pools)}, and by picture" if by_prompt else "by picture"
+    return Split(parts, f"{by}: no picture is in two parts; {drawn} of {whole} possible pairs, drawn within the parts")
+
+
+def _drawn(divided: Sequence[tuple[str, Pool]], most: int, rng: np.random.Generator) -> dict[str, list[RatedPair]]:
+    """Draw each part's share of ``most`` pairs from its pools, of each in proportion to the pairs that it gives."""
     parts: dict[str, list[RatedPair]] = {name: [] for name in PARTS}
     for name, share in zip(PARTS, SHARES, strict=True):
         own = [pool for part, pool in divided if part == name]
@@ -133,10 +147,7 @@ def _pooled(pools: Sequence[Pool], most: int, rng: np.random.Generator) -> Split
         for pool in own:
             size = len(pool.chosen) * len(pool.rejected)
             parts[name] += pool.draw(max(1, round(most * share * size / max(total, 1))), rng)
-    drawn = sum(map(len, parts.values()))
-    whole = sum(len(pool.chosen) * len(pool.rejected) for pool in pools)
-    by = f"by prompt, of {len(pools)}, and by picture" if many else "by picture"
-    return Split(parts, f"{by}: no picture is in two parts; {drawn} of {whole} possible pairs, drawn within the parts")
+    return parts
 
 
 def _cut(pool: Pool, rng: np.random.Generator) -> list[tuple[str, Pool]]:
