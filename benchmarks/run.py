@@ -2,13 +2,12 @@
 
     python benchmarks/run.py [NAME ...] [--output runs/bench] [--released DIR] [--quick]
 
-Without names all run whose figures are ratios of times or memory, in this order; ``search``, ``estimates`` and
-``communication`` run when named. Each writes OUTPUT/NAME.json: machine, load, versions, commit, seconds, and tables
+Without names all run whose figures are ratios of times or memory, in this order; ``heads``, ``search``, ``estimates``
+and ``communication`` run when named. Each writes OUTPUT/NAME.json: machine, load, versions, commit, seconds, and tables
 whose cells hold medians, ranges and goals. OUTPUT/tables.md shows them all, goals first. A benchmark is skipped if its
 file is there and neither its arguments, nor its source files, nor the package's have changed since (comments and
 docstrings do not count); so the command goes on where it was interrupted. ``--quick`` tries all at the smallest sizes,
-for tests, in the folder OUTPUT/quick.
-"""
+for tests, in the folder OUTPUT/quick."""
 
 import argparse
 import json
@@ -72,7 +71,7 @@ BENCHMARKS = {
     "score_command": Benchmark("score_command", "--images=400", "--images=4 --rounds=1 --size=toy", 8),
     "serving": Benchmark("serving", "", "throughput --size=toy_sd35 --rows=8 --repeats=1", 9),
     "loading_memory": Benchmark("loading_memory", "", "--help", 4),
-    "heads": Benchmark("heads", "", "--help", 25),
+    "heads": Benchmark("heads", "", "--help", 25, ratios=False),
     "search": Benchmark("search", "", "--help", 12, ratios=False),
     "estimates": Benchmark("estimates", "", "--help", 10, ratios=False),
     "communication": Benchmark("communication", "", "--help", 15, ratios=False),

@@ -14,7 +14,6 @@ from latentreward.commands.consolidate import consolidate
 from latentreward.errors import InputError
 from tests.distributed.ranks import on_ranks
 from tests.distributed.runs import (
-    STRATEGIES,
     fit,
     make_trainer,
     saved_run,
@@ -23,6 +22,7 @@ from tests.distributed.runs import (
     world,
     write_pipelines,
 )
+from tests.distributed.strategies import STRATEGIES
 
 pytestmark = pytest.mark.slow
 
