@@ -7,7 +7,8 @@ and ``communication`` run when named. Each writes OUTPUT/NAME.json: machine, loa
 whose cells hold medians, ranges and goals. OUTPUT/tables.md shows them all, goals first. A benchmark is skipped if its
 file is there and neither its arguments, nor its source files, nor the package's have changed since (comments and
 docstrings do not count); so the command goes on where it was interrupted. ``--quick`` tries all at the smallest sizes,
-for tests, in the folder OUTPUT/quick."""
+for tests, in the folder OUTPUT/quick.
+"""
 
 import argparse
 import json
