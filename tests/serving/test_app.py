@@ -26,25 +26,25 @@ from latentreward.scoring.images import pixel_batches
 from latentreward.scoring.scoring_noise import ScoringNoise
 from latentreward.serving import app, server
 from latentreward.serving.protocol import Accepted, parse_request
-from latentreward.serving.service import ScoringService
+from latentreward.serving.served import ServedModel
 from tests.data.rotated import photograph, upright
 from tests.serving.latent_requests import HEADERS, tensors_of
 from tests.serving.servers import raw, serving, tiny_reward
 
 
 @pytest.fixture(scope="module")
-def running() -> Iterator[tuple[str, ScoringService]]:
+def running() -> Iterator[tuple[str, ServedModel]]:
     with serving(tiny_reward(), batch_size=4, max_wait_ms=20) as started:
         yield started
 
 
 @pytest.fixture
-def address(running: tuple[str, ScoringService]) -> str:
+def address(running: tuple[str, ServedModel]) -> str:
     return running[0]
 
 
 @pytest.fixture
-def accepted(running: tuple[str, ScoringService]) -> Accepted:
+def accepted(running: tuple[str, ServedModel]) -> Accepted:
     return running[1].accepted
 
 
@@ -81,8 +81,8 @@ class Gated:
 
 
 @pytest.fixture
-def gated(monkeypatch: pytest.MonkeyPatch) -> Callable[[ScoringService], Gated]:
-    def gate(service: ScoringService) -> Gated:
+def gated(monkeypatch: pytest.MonkeyPatch) -> Callable[[ServedModel], Gated]:
+    def gate(service: ServedModel) -> Gated:
         gate = Gated(service.reward)
         monkeypatch.setattr(service.reward, "score_latents", gate, raising=False)
         return gate
@@ -252,7 +252,7 @@ def test_wrong_addresses_get_json(address: str, method: str, path: str, status: 
     assert reply.status_code == status and reply.json()["error"]
 
 
-def test_a_value_that_overflows_fails_alone(running: tuple[str, ScoringService], gated: Any) -> None:
+def test_a_value_that_overflows_fails_alone(running: tuple[str, ServedModel], gated: Any) -> None:
     address, service = running
     gate = gated(service)
     good, bad = tensors_of(service.accepted), tensors_of(service.accepted, seed=1)
@@ -418,16 +418,16 @@ def test_long_bodies_are_refused_declared_or_not() -> None:
 
         streamed = httpx.post(f"{address}/v1/score", content=chunks(), headers=HEADERS)
         assert streamed.status_code == 413
-        assert service.memory.held == 0
+        assert service.resources.memory.held == 0
 
 
 def test_all_bodies_together_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(tiny_reward()) as (address, service):
         body = save(tensors_of(service.accepted))
-        with service.memory.hold(service.memory.total - len(body) + 1):
+        with service.resources.memory.hold(service.resources.memory.total - len(body) + 1):
             reply = ask(address, body)
         assert reply.status_code == 503 and reply.headers["retry-after"]
-        assert ask(address, body).status_code == 200 and service.memory.held == 0
+        assert ask(address, body).status_code == 200 and service.resources.memory.held == 0
 
 
 def test_what_never_fits_is_not_asked_to_come_back() -> None:
@@ -436,7 +436,7 @@ def test_what_never_fits_is_not_asked_to_come_back() -> None:
         reply = httpx.post(f"{address}/v1/score_images", data={"prompt": "a"}, files=files, timeout=20)
         assert reply.status_code == 413 and "retry-after" not in reply.headers
         assert "this server has 838848 for requests; send fewer or smaller images" in reply.json()["error"]
-        assert service.memory.held == 0
+        assert service.resources.memory.held == 0
 
 
 def test_what_bodies_become_is_limited_too() -> None:
@@ -445,12 +445,15 @@ def test_what_bodies_become_is_limited_too() -> None:
         halves = {name: tensor.half() for name, tensor in tensors.items() if name not in ("u", "seeds")}
         latents, files = save(tensors | halves), {"image": picture("red", (400, 300))}
         floats = 4 * (1 + sum(tensor.numel() for tensor in halves.values()))
-        with service.memory.hold(service.memory.total - len(latents) - floats + 1):
+        with service.resources.memory.hold(service.resources.memory.total - len(latents) - floats + 1):
             assert ask(address, latents).status_code == 503
-        with service.memory.hold(service.memory.total - 4 * 400 * 300):
+        with service.resources.memory.hold(service.resources.memory.total - 4 * 400 * 300):
             reply = httpx.post(f"{address}/v1/score_images", data={"prompt": "a"}, files=files, timeout=20)
-            assert reply.status_code == 503 and service.memory.held == service.memory.total - 4 * 400 * 300
-        assert ask(address, latents).status_code == 200 and service.memory.held == 0
+            assert (
+                reply.status_code == 503
+                and service.resources.memory.held == service.resources.memory.total - 4 * 400 * 300
+            )
+        assert ask(address, latents).status_code == 200 and service.resources.memory.held == 0
 
 
 def test_a_server_whose_worker_died_is_not_ready(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -622,7 +625,7 @@ def test_one_row_starts_within_two_passes_of_three_requests_of_64_rows(monkeypat
 
 
 def test_what_the_model_cannot_do_is_a_500_in_one_line(
-    running: tuple[str, ScoringService], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    running: tuple[str, ServedModel], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def fail(*args: Any, **options: Any) -> Tensor:
         raise RuntimeError("out of\nmemory")
@@ -634,7 +637,7 @@ def test_what_the_model_cannot_do_is_a_500_in_one_line(
     assert "out of memory" in capfd.readouterr().err
 
 
-def test_a_bug_is_a_500_in_one_line(running: tuple[str, ScoringService], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_is_a_500_in_one_line(running: tuple[str, ServedModel], monkeypatch: pytest.MonkeyPatch) -> None:
     address, service = running
     monkeypatch.setattr(service, "describe", lambda: 1 / 0)
     reply = httpx.get(f"{address}/v1/model")

@@ -18,10 +18,9 @@ from latentreward.scoring.images import pixel_batches
 from latentreward.serving.batch_scorer import LatentRow, RowScorer
 from latentreward.serving.errors import RequestError
 from latentreward.serving.protocol import Accepted, parse_request, parsing_bytes
-from latentreward.serving.service import ScoringService
-from latentreward.serving.settings import ServiceSettings
+from latentreward.serving.served import ServedModel
 from tests.serving.latent_requests import HEADERS, mutated, tensors_of
-from tests.serving.servers import serving, tiny_reward
+from tests.serving.servers import served_model, serving, tiny_reward
 from tests.unequal_prompts import SPACE, clip_reward, letter_states
 
 ACCEPTED = Accepted(
@@ -46,7 +45,7 @@ def reward() -> RewardModel:
 
 
 @pytest.fixture(scope="module")
-def served(reward: RewardModel) -> Iterator[tuple[str, ScoringService]]:
+def served(reward: RewardModel) -> Iterator[tuple[str, ServedModel]]:
     with serving(reward) as server:
         yield server
 
@@ -171,7 +170,7 @@ def padded(encoded: Conditioning, length: int) -> dict[str, torch.Tensor]:
     return {"prompt_embeds": junk, "prompt_mask": encoded.prompt_mask.contiguous()}
 
 
-def test_padding_changes_neither_score_nor_noise(reward: RewardModel, served: tuple[str, ScoringService]) -> None:
+def test_padding_changes_neither_score_nor_noise(reward: RewardModel, served: tuple[str, ServedModel]) -> None:
     address, _ = served
     texts = ["a cat", "", "two dogs in the rain"]
     latents = torch.randn(3, 4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -217,9 +216,7 @@ def row_of(text: str, seed: int, tokens: int | None = None, masked: bool = True)
     return LatentRow(torch.randn(4, 1, 8, 8, generator=generator), embeds, None, 0.4, seed, "", masked)
 
 
-def test_a_prompt_in_a_header_gets_the_score_of_its_image(
-    reward: RewardModel, served: tuple[str, ScoringService]
-) -> None:
+def test_a_prompt_in_a_header_gets_the_score_of_its_image(reward: RewardModel, served: tuple[str, ServedModel]) -> None:
     address, _ = served
     stream = BytesIO()
     Image.new("RGB", (16, 16), "red").save(stream, "png")
@@ -240,7 +237,7 @@ def test_a_prompt_in_a_header_gets_the_score_of_its_image(
     assert reply.json()["scores"] == pytest.approx([wanted], abs=1e-5)
 
 
-def test_the_description_tells_what_the_model_takes(served: tuple[str, ScoringService]) -> None:
+def test_the_description_tells_what_the_model_takes(served: tuple[str, ServedModel]) -> None:
     address, service = served
     told = httpx.get(f"{address}/v1/model").json()
     assert told["pooled_prompt_embeds_width"] is None and told["prompt_mask"] is True and told["frames"] == 1
@@ -248,7 +245,7 @@ def test_the_description_tells_what_the_model_takes(served: tuple[str, ScoringSe
     accepted = service.accepted
     assert (accepted.masked, accepted.frames, accepted.pooled_width, accepted.tokens) == (True, 1, None, None)
     assert "pools_tokens" not in told
-    images = ScoringService(tiny_reward(), ServiceSettings())
+    images = served_model(tiny_reward())
     assert images.describe()["pooled_prompt_embeds_width"] > 0
     assert not {"prompt_mask", "pools_tokens", "frames"} & images.describe().keys()
     assert "frame_downscale" not in images.describe()["latent_space"]

@@ -40,7 +40,7 @@ from torch import Tensor
 from latentreward.contracts import Conditioning
 from latentreward.serving.batch_scorer import LatentRow
 from latentreward.serving.errors import RequestError
-from latentreward.serving.tensor_bytes import Entry, Expected, read_header, read_tensor
+from latentreward.serving.tensor_bytes import Expected, read_floats, read_header, read_tensor
 
 VERSION = "1"
 VERSION_HEADER = "x-drm-protocol-version"
@@ -108,39 +108,56 @@ class Accepted:
             RequestError: With status 413 if a limit of the server is exceeded; with status 422 if a shape does not fit
                 the model or the other tensors.
         """
-        rows, channels, *time, height, width = shapes["latents"]
+        rows, *latents = shapes["latents"]
         _, tokens, text_width = shapes["prompt_embeds"]
         without = (rows, self.pooled_width if self.pools_tokens else None)
-        if self.frames is not None and not time:
+        if self.frames is not None and len(latents) < 4:
             raise RequestError(f"latents have 4 axes, but this model takes (B, C, T, h, w), T = {self.frames}", 422)
         for name, shape in shapes.items():
             if shape[0] != rows:
                 raise RequestError(f"{name} has {shape[0]} rows, but latents has {rows}; give one row each", 422)
-        for name, found, wanted in (
-            ("latents: channels", channels, self.channels),
-            ("latents: T", time[0] if time else None, self.frames),
-            ("prompt_embeds: width", text_width, self.text_width),
-            ("pooled_prompt_embeds: width", shapes.get("pooled_prompt_embeds", without)[1], self.pooled_width),
-            ("prompt_embeds: tokens", tokens, self.tokens or tokens),
-        ):
-            if found != wanted:
-                raise RequestError(f"{name} {found} does not fit this model, which takes {wanted}", 422)
+        self._check_space(latents)
+        _check_fit("prompt_embeds: width", text_width, self.text_width)
+        _check_fit("pooled_prompt_embeds: width", shapes.get("pooled_prompt_embeds", without)[1], self.pooled_width)
+        _check_fit("prompt_embeds: tokens", tokens, self.tokens or tokens)
         if shapes.get("prompt_mask", (rows, tokens))[1] != tokens:
             found = shapes["prompt_mask"][1]
             raise RequestError(f"prompt_mask has {found} tokens, but prompt_embeds has {tokens}; give one each", 422)
+        self._check_sides(latents)
+        check_limit("prompt_embeds: tokens", tokens, self.max_tokens)
+        check_limit("latents: rows", rows, self.max_rows)
+
+    def check_latents(self, shape: Sequence[int]) -> None:
+        """Check the shape ``(C, h, w)`` or ``(C, T, h, w)`` of an image's latents; raises as :meth:`check`."""
+        self._check_space(shape)
+        self._check_sides(shape)
+
+    def _check_space(self, latents: Sequence[int]) -> None:
+        channels, *time, _, _ = latents
+        _check_fit("latents: channels", channels, self.channels)
+        _check_fit("latents: T", time[0] if time else None, self.frames)
+
+    def _check_sides(self, latents: Sequence[int]) -> None:
+        _, *time, height, width = latents
         if height % self.patch or width % self.patch:
             raise RequestError(f"latents of {height} × {width} must have sides divisible by {self.patch}", 422)
         if max(height, width) > (self.max_side or max(height, width)):
             raise RequestError(
                 f"latents of {height} × {width} have a side over {self.max_side}, the limit of this network", 422
             )
-        for name, found, most in (
-            ("latents: T · h · w" if time else "latents: h · w", math.prod((*time, height, width)), self.max_pixels),
-            ("prompt_embeds: tokens", tokens, self.max_tokens),
-            ("latents: rows", rows, self.max_rows),
-        ):
-            if found > most:
-                raise RequestError(f"{name} {found} is over this server's limit of {most}", 413)
+        name = "latents: T · h · w" if time else "latents: h · w"
+        check_limit(name, math.prod((*time, height, width)), self.max_pixels)
+
+
+def _check_fit(name: str, found: int | None, wanted: int | None) -> None:
+    if found != wanted:
+        raise RequestError(f"{name} {found} does not fit this model, which takes {wanted}", 422)
+
+
+def check_limit(name: str, found: int, most: int) -> None:
+    """Raise RequestError with status 413 if ``found`` is over a limit of the server."""
+    if found > most:
+        raise RequestError(f"{name} {found} is over this server's limit of {most}", 413)
 
 
 def check_version(version: str | None) -> None:
@@ -198,11 +215,9 @@ def parse_request(
     entries, data = read_header(body, accepted.tensors)
     accepted.check({name: entry.shape for name, entry in entries.items()})
     names = [name for name in accepted.tensors if name in entries and name not in ("prompt_mask", "seeds")]
-    floats = {name: _floats(name, entries[name], data) for name in names}
+    floats = {name: read_floats(name, entries[name], data) for name in names}
     latents, prompts, u = floats["latents"], floats["prompt_embeds"], floats["u"]
-    outside = u[(u < 0) | (u > 1)].tolist()
-    if outside:
-        raise RequestError(f"u holds {outside[0]:g}; noise levels lie in [0, 1]", 422)
+    check_levels(u)
     used = read_tensor(entries["seeds"], data).tolist() if "seeds" in entries else islice(seeds, len(latents))
     pooled: Iterable[Tensor | None] = floats.get("pooled_prompt_embeds", [None] * len(latents))
     if accepted.pools_tokens and "pooled_prompt_embeds" not in floats:
@@ -262,8 +277,8 @@ def _checked(mask: Tensor) -> Tensor:
     return mask.bool()
 
 
-def _floats(name: str, entry: Entry, data: memoryview) -> Tensor:
-    tensor = read_tensor(entry, data).to(torch.float32)
-    if not tensor.isfinite().all():
-        raise RequestError(f"{name} holds NaN or infinity", 422)
-    return tensor
+def check_levels(u: Tensor) -> None:
+    """Raise RequestError with status 422 if a noise level lies outside [0, 1]."""
+    outside = u[(u < 0) | (u > 1)].tolist()
+    if outside:
+        raise RequestError(f"u holds {outside[0]:g}; noise levels lie in [0, 1]", 422)
