@@ -16,6 +16,7 @@ rows have all failed is not done.
                1024² image: score, gradient with respect to the latents, and step of an SD3.5-Medium policy
 ``rewards``    training steps of LRM and DiNa-LRM with the shipped settings
 ``alignment``  training steps of LPO, GRPO and ReFL with the shipped settings, rollouts included
+``methods``    the same for trajectory GRPO, DiffusionNFT, AWM and PRFL
 ``execution``  float32, bfloat16, checkpointing, torch.compile and attention kernels in a DiNa-LRM step
 ``families``   one 1024² latent of every family: a reward on half of the blocks, and a checkpointed step of the policy
 
@@ -34,7 +35,7 @@ from pathlib import Path
 from zipfile import ZipFile
 
 ROOT = Path(__file__).resolve().parents[1]
-BLOCKS = ("scoring", "vlm", "rewards", "alignment", "execution", "families")
+BLOCKS = ("scoring", "vlm", "rewards", "alignment", "methods", "execution", "families")
 FLOOR = (2, 13)
 """Oldest PyTorch of setup.cfg."""
 BLOCK_SECONDS = 480

@@ -380,14 +380,20 @@ def config(*names: str) -> list[str]:
 
 KEEP_ALL = ("--model.selection=QuantileThreshold", "--model.selection.quantile=0.0")
 """Options of LPO by which pairs of random scores are kept."""
+EIGHT_BITS = "--model.optimizer=bitsandbytes.optim.AdamW8bit"
 REWARDS = {
     "LRM-SD1.5, 16 pairs of 512²": config("recipes/lrm_sd15"),
+    "LRM-SD1.5, AdamW of 8 bits": [*config("recipes/lrm_sd15"), EIGHT_BITS],
     "LRM-SDXL, 4 pairs of 1024²": [
         *config("model/lrm_sdxl", "data/pickapic_v1", "trainer/one_gpu"),
         "--data.size=1024",
         "--data.batch_size=4",
     ],
     "DiNa-LRM-SD3.5-M, 4 pairs of 1024²": config("recipes/dina_lrm_sd35"),
+    **{
+        f"{title}-SD3.5-M, 4 pairs of 1024²": [*config("recipes/dina_lrm_sd35"), *config(f"model/{name}_sd35")]
+        for title, name in {"PAVRM": "pavrm", "DRM": "drm", "LayerMix": "layer_mix"}.items()
+    },
 }
 ALIGNMENT = {
     "LPO-SD1.5, 10 pairs of 512²": [*config("align/lpo_sd15"), *KEEP_ALL],
@@ -395,6 +401,14 @@ ALIGNMENT = {
     "step-wise GRPO-SD3.5-M": config("align/grpo_stepwise_sd35"),
     "ReFL-SD3.5-M, 1024²": config("align/refl_sd35"),
 }
+ONE_PROMPT = ("--data.prompts_per_rollout=1",)
+METHODS = {
+    "trajectory GRPO-SD3.5-M, a prompt of 24": [*config("align/grpo_trajectory_sd35"), *ONE_PROMPT],
+    "NFT-SD3.5-M, a prompt of 24": [*config("align/nft_sd35"), *ONE_PROMPT],
+    "AWM-SD3.5-M, a prompt of 24": [*config("align/awm_sd35"), *ONE_PROMPT],
+    "PRFL-SD3.5-M": config("align/prfl_sd35"),
+}
+"""Methods since the papers, at 512²."""
 TINY_REWARDS = {
     name: [*config(f"model/{name}", "data/tinyworld_pickapic", "trainer/cpu"), "--data.batch_size=2"]
     for name in ("lrm_tiny", "dina_lrm_tiny")
@@ -404,6 +418,12 @@ TINY_ALIGNMENT = {
     "lpo_tiny": [*config("align/lpo_tiny"), *KEEP_ALL, *FEW],
     "grpo_stepwise_tiny": [*config("align/grpo_stepwise_tiny"), *FEW],
     "refl_tiny": [*config("align/refl_tiny"), "--data.batch_size=1"],
+}
+TINY_METHODS = {
+    "grpo_trajectory_tiny": [*config("align/grpo_trajectory_tiny"), *FEW],
+    "nft_tiny": [*config("align/nft_tiny"), *FEW],
+    "awm_tiny": [*config("align/awm_tiny"), *FEW[:2]],
+    "prfl_tiny": config("align/prfl_tiny"),
 }
 SMALL_CARD = 40e9
 """Bytes of memory below which a card trains on batches of one."""
@@ -427,6 +447,11 @@ def block_rewards(setting: Setting) -> None:
 def block_alignment(setting: Setting) -> None:
     """Print the table of the training steps of alignment."""
     print_steps("Training steps of alignment", TINY_ALIGNMENT if setting.tiny else ALIGNMENT, setting)
+
+
+def block_methods(setting: Setting) -> None:
+    """Print the table of the training steps of methods since the papers."""
+    print_steps("Training steps of methods since the papers", TINY_METHODS if setting.tiny else METHODS, setting)
 
 
 def block_execution(setting: Setting) -> None:
@@ -476,6 +501,7 @@ BLOCKS = {
     "vlm": block_vlm,
     "rewards": block_rewards,
     "alignment": block_alignment,
+    "methods": block_methods,
     "execution": block_execution,
     "families": block_families,
 }
