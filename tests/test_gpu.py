@@ -114,7 +114,7 @@ def test_compiled_blocks_give_the_features_and_gradients_of_plain_ones(checkpoin
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_attention_kernels_agree(device: str) -> None:
-    twin, found = TWINS["flux1_dev"], {}
+    twin, found = TWINS["klein_base"], {}  # heads of 16 channels: some kernels need a multiple of 8
     latents = noise_for(twin.source().resolve_family().latent_shape(*twin.size)).to(device)
     options = {"visual_taps": [1, twin.layers], "text_taps": [1], "tuning": "full"}
     for kernel in KERNELS[device]:
@@ -147,8 +147,9 @@ def test_a_resumed_run_ends_with_the_bits_of_the_uninterrupted_one(device: str, 
 @pytest.mark.parametrize("device", [GPU])  # PyTorch has no FSDP1 on a CPU; tests/checkpoints test what it wraps
 def test_fsdp1_trains_as_one_device_does_and_saves_whole_weights(device: str, tmp_path: Path) -> None:
     plain, sharded = (dina("sd35_no_t5", optimizer=sgd, backbone={"tuning": "full"}) for _ in range(2))
-    fit(plain, make_trainer(tmp_path, **on(device)))
-    trainer = make_trainer(tmp_path, FSDPStrategy(auto_wrap_policy=wraps_block, state_dict_type="full"), **on(device))
+    options = {**on(device), "gradient_clip_val": 0.01}
+    fit(plain, make_trainer(tmp_path, **options))
+    trainer = make_trainer(tmp_path, FSDPStrategy(auto_wrap_policy=wraps_block, state_dict_type="full"), **options)
     fit(sharded, trainer)
     trainer.save_checkpoint(tmp_path / "whole.ckpt")
     saved = torch.load(tmp_path / "whole.ckpt", weights_only=True)["state_dict"]

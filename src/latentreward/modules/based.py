@@ -15,6 +15,7 @@ from latentreward.checkpoints.shards import check_weights, frozen_names
 from latentreward.encoders.prompts import PromptEncoder
 from latentreward.errors import InputError
 from latentreward.modules.frozen import refuse_quantized, share_frozen
+from latentreward.modules.fsdp1 import FSDP1Precision
 from latentreward.modules.optimizers import single_optimizer
 from latentreward.seeding import run_seed
 
@@ -86,8 +87,10 @@ class BasedModule(LightningModule):
                 f"trainer.precision={self.trainer.precision}: what trains must be float32; use bf16-mixed (with "
                 f"{self.frozen_dtype}: bfloat16 for the frozen weights), 16-mixed or 32-true"
             )
-        if isinstance(self.trainer.strategy, FSDPStrategy):
+        strategy = self.trainer.strategy
+        if isinstance(strategy, FSDPStrategy):
             refuse_quantized(self, "FSDP1")
+            strategy.precision_plugin = FSDP1Precision(strategy.precision_plugin, strategy)
         if self._base is None:  # before weights are sharded
             self._base = BaseSample.of(*self.based_on)
             share_frozen(self, self.trainer)

@@ -4,6 +4,7 @@ import platform
 from importlib.metadata import version
 from pathlib import Path
 
+from latentreward import __version__
 from latentreward.evaluation.benchmark.page import Pictures, write_benchmark_page
 from latentreward.evaluation.benchmark.results import BenchmarkReport, Disagreement
 from latentreward.evaluation.benchmark.sections import INTRODUCTION, disagreement_section, preferred, sections
@@ -13,7 +14,7 @@ from latentreward.reports.tables import Section, Table
 from latentreward.storage.durable import write_file
 
 JSON, MARKDOWN, HTML = "report.json", "report.md", "report.html"
-COMPUTED_WITH = ("latentreward", "torch", "diffusers", "transformers", "numpy", "pillow")
+COMPUTED_WITH = ("torch", "diffusers", "transformers", "numpy", "pillow")
 
 
 def write_report(folder: Path, report: BenchmarkReport, pictures: Pictures) -> None:
@@ -54,4 +55,5 @@ def _disagreement_table(name: str, pairs: list[Disagreement], scorers: list[str]
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that the numbers depend on."""
-    return {"python": platform.python_version(), **{name: version(name) for name in COMPUTED_WITH}}
+    ours = {"python": platform.python_version(), "latentreward": __version__}  # which also runs without an installation
+    return ours | {name: version(name) for name in COMPUTED_WITH}

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any, Self, get_args
 
+from latentreward import __version__
 from latentreward.data.clips import check_clips
 from latentreward.data.image_sizes import ImageSizes, NearestBucket, OneSize
 from latentreward.data.images import MAX_PIXELS, ExifOrientation
@@ -20,8 +21,8 @@ from latentreward.settings.argument_types import check_types
 
 FORMAT = "latentreward-reward-model"
 VERSION = 1
-PACKAGES = ("latentreward", "torch", "diffusers", "transformers", "peft")
-"""Packages whose versions ``config.json`` records."""
+PACKAGES = ("torch", "diffusers", "transformers", "peft")
+"""Packages whose versions ``config.json`` records beside ours."""
 IMAGE_SIZES: dict[str, type[ImageSizes]] = {"OneSize": OneSize, "NearestBucket": NearestBucket}
 NEEDED = ("backbone", "head", "own_weights", "adapters", "base", "noise", "image_sizes", "calibration", "training")
 
@@ -64,7 +65,7 @@ class FolderConfig:
             "exif": self.exif,
             "calibration": None if self.calibration is None else self.calibration.record(),
             "training": self.recipe.training,
-            "versions": {package: version(package) for package in PACKAGES},
+            "versions": {"latentreward": __version__} | {package: version(package) for package in PACKAGES},
         }
 
     def text(self) -> str:
