@@ -1,6 +1,7 @@
 """Page of all rows with their verdicts, written from the committed results, and its plots."""
 
 from collections.abc import Mapping, Sequence
+from math import fsum  # the same digits in every Python; from 3.12 on `sum` rounds otherwise
 from pathlib import Path
 from typing import Any, get_args
 
@@ -88,7 +89,7 @@ def _summary(rows: Sequence[Row], found: Mapping[str, Sequence[Result]]) -> str:
     counts = ", ".join(f"{words.count(word)} {word}" for word in dict.fromkeys([*COLOURS, "not measured"]))
     seconds = {key: spent for results in found.values() for one in results for key, spent in one.tasks.items()}
     return (
-        f"**{len(words)} claims: {counts}.** Processor time of all results: {sum(seconds.values()) / 3600:.1f} hours."
+        f"**{len(words)} claims: {counts}.** Processor time of all results: {fsum(seconds.values()) / 3600:.1f} hours."
     )
 
 
@@ -109,7 +110,7 @@ def _row(row: Row, results: Sequence[Result]) -> list[str]:
         for count in dict.fromkeys(packed["number"] for packed in next(iter(results[0].measured.values())).values())
     )
     parts.append(
-        f"{len(results)} of {row.seeds} seeds, {items} held-out items, commit {commits}, {sum(seconds.values()):.0f} s "
+        f"{len(results)} of {row.seeds} seeds, {items} held-out items, commit {commits}, {fsum(seconds.values()):.0f} s "
         "of processor time, steps shared with other rows included."
     )
     return parts
@@ -152,7 +153,7 @@ def _cell(results: Sequence[Result], side: Side) -> str:
 def _reward_seconds(row: Row, arm: str, seconds: Mapping[str, float]) -> str:
     """Return the mean over measured seeds of the processor time that an arm's rewards took."""
     keys = [{key[:16] for key in row.reward_tasks(arm, seed)} for seed in range(row.seeds)]
-    sums = [sum(seconds[key] for key in one) for one in keys if one <= seconds.keys()]
+    sums = [fsum(seconds[key] for key in one) for one in keys if one <= seconds.keys()]
     return f"{np.mean(sums):.0f}" if any(sums) else NOTHING
 
 
