@@ -132,7 +132,7 @@ def test_attention_kernels_agree(device: str) -> None:
     tokens, norm = found["math"]
     for kernel, (other, other_norm) in found.items():
         assert (other - tokens).norm() < 0.03 * tokens.norm(), kernel
-        assert other_norm == pytest.approx(norm.item(), rel=0.05), kernel
+        assert other_norm.item() == pytest.approx(norm.item(), rel=0.05), kernel
 
 
 @pytest.mark.parametrize("device", DEVICES)
