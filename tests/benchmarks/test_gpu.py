@@ -105,7 +105,7 @@ def test_blocks_without_time_are_named_and_done_ones_skipped(tmp_path: Path) -> 
     assert "vlm: done already" in stopped.stdout
     assert "scoring: no time left" in stopped.stdout
     assert stopped.returncode == 1
-    assert "not measured to the end: scoring, rewards, alignment, execution" in stopped.stderr
+    assert "not measured to the end: scoring, rewards, alignment, methods, execution" in stopped.stderr
 
 
 def test_a_block_is_done_with_its_own_settings_unless_all_rows_failed(

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import chain
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -55,6 +56,7 @@ def test_the_epoch_is_that_of_the_first_batch_not_of_the_iterator(workers: int) 
     assert late.state_dict()["epoch"] == 3
 
 
+@patch.dict(os.environ)  # where DDP leaves its rank to the tests that follow
 def test_lightning_leaves_shares_and_state_alone() -> None:
     class Steps(LightningModule):
         def __init__(self) -> None:

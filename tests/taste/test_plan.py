@@ -113,7 +113,7 @@ def test_a_missing_gpu_is_said_before_any_step(tmp_path: Path, capsys: pytest.Ca
 
 @pytest.mark.parametrize(
     ("setting", "message"),
-    [("--epochs=0", "epochs is 0"), ("--batch_size=0", "batch_size is 0"), ("--tuning=some", "tuning")],
+    [("--epochs=0", "epochs is 0"), ("--batch_size=0", "batch_size: 0"), ("--tuning=some", "tuning")],
 )
 def test_wrong_settings_are_named(
     setting: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
