@@ -110,8 +110,8 @@ def _row(row: Row, results: Sequence[Result]) -> list[str]:
         for count in dict.fromkeys(packed["number"] for packed in next(iter(results[0].measured.values())).values())
     )
     parts.append(
-        f"{len(results)} of {row.seeds} seeds, {items} held-out items, commit {commits}, {fsum(seconds.values()):.0f} s "
-        "of processor time, steps shared with other rows included."
+        f"{len(results)} of {row.seeds} seeds, {items} held-out items, commit {commits}, {fsum(seconds.values()):.0f} "
+        "s of processor time, steps shared with other rows included."
     )
     return parts
 
