@@ -381,7 +381,7 @@ def finish(
             quantisation does not suit the tuning or this machine.
     """
     if lora is not None and "lora" not in (tuning, text_encoder_tuning):
-        raise InputError(f"lora is set, but tuning is {tuning!r}; set tuning: lora or leave lora out")
+        raise InputError(f"lora is set, but tuning is {tuning!r}; set tuning: lora or lora: null")
     check_quantization(execution.get("quantization"), tuning)
     lora = lora or LoRA()
     targets = backbone.lora_targets if lora.target_modules is None else lora.target_modules

@@ -91,6 +91,17 @@ class SettingsParser(ArgumentParser):
                 raise InputError(f"{option} has no value; write {option}={value}")
 
     @override
+    def _check_value_key(self, action: Any, value: Any, *more: Any, **options: Any) -> Any:
+        """Check a copy of a value.
+
+        Where a later file replaces a class, jsonargparse checks which settings of the earlier class the new one takes.
+        This check changes its value: a dataclass inside, such as ``lora``, loses its ``class_path`` and ``init_args``.
+        Merged with the later file's, which still has both, it would be neither form, and refused.
+        """
+        value = value.clone() if isinstance(value, Namespace) else value
+        return super()._check_value_key(action, value, *more, **options)
+
+    @override
     def validate(self, namespace: Namespace, *more: Any, **options: Any) -> None:
         if VALIDATING.get():
             super().validate(namespace, *more, **options)
