@@ -69,7 +69,7 @@ class CLIPProjectionHead(EmbeddingHead):
         if not project_text and embed_dim != spec.pooled_text_dim:
             raise InputError(
                 f"embed_dim={embed_dim} differs from the pooled text's width {spec.pooled_text_dim}; set "
-                "project_text: true or leave embed_dim out"
+                "project_text: true, or embed_dim and text_projection_source to null"
             )
         widths = [tap.width for tap in spec.visual]
         self.visual_projection = nn.Linear(
