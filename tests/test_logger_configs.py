@@ -29,7 +29,7 @@ def test_a_run_logs_to_weights_and_biases_without_network(tmp_path: Path, monkey
     try:
         main(["fit", *files, *quick, f"--trainer.default_root_dir={tmp_path / 'run'}"])
     finally:
-        wandb.finish()
+        wandb.teardown()  # waits for the process that writes; after `finish` alone it may still be writing
     assert (tmp_path / "run" / "config.yaml").is_file()
     assert list((tmp_path / "run").glob("events.out.tfevents.*"))
     (written,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-one.wandb")

@@ -144,9 +144,20 @@ def trickles(handler: Handler, _: bytes) -> None:
     handler.send_response(200)
     handler.send_header("content-length", "100000")
     handler.end_headers()
+    drip(handler, b" ")
+
+
+def drips_headers(handler: Handler, _: bytes) -> None:
+    """An answer whose headers come one by one, without end."""
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\n")
+    drip(handler, b"x: y\r\n")
+
+
+def drip(handler: Handler, part: bytes) -> None:
+    """Send a part of an answer now and then, until the client leaves."""
     try:
         while True:
-            handler.wfile.write(b" ")
+            handler.wfile.write(part)
             handler.wfile.flush()
             time.sleep(0.02)
     except OSError:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import socket
 import threading
 import time
 from datetime import UTC, datetime, timedelta
@@ -16,7 +17,7 @@ from latentreward.interrupts import stop_asked
 from latentreward.remote import RemoteError, RemoteServer
 from latentreward.remote import server as remote_server
 from latentreward.remote.server import Connection, seconds_of
-from tests.remote.judges import Judge, breaks_off, hangs_up, judging, says, trickles
+from tests.remote.judges import Judge, breaks_off, drips_headers, hangs_up, judging, says, trickles
 
 REQUEST = json.dumps({"prompts": [], "images": []}).encode()
 DEAD = "http://127.0.0.1:9"
@@ -35,7 +36,8 @@ def ask(judge: Judge, **settings: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    "fault", [says(503), says(429, {"error": "busy"}), says(500), says(504), hangs_up, breaks_off, trickles]
+    "fault",
+    [says(503), says(429, {"error": "busy"}), says(500), says(504), hangs_up, breaks_off, trickles, drips_headers],
 )
 def test_a_failed_try_is_followed_by_another(fault, caplog: pytest.LogCaptureFixture) -> None:
     with judging(faults=[fault, fault]) as judge, caplog.at_level(logging.WARNING):
@@ -44,6 +46,37 @@ def test_a_failed_try_is_followed_by_another(fault, caplog: pytest.LogCaptureFix
     assert caplog.records[0].message.startswith(f"reward server {judge.url}: ")
     assert "answers again after" in caplog.records[1].message
     assert len(caplog.records) == 2
+
+
+@pytest.mark.parametrize("fault", [trickles, drips_headers])
+def test_a_server_that_answers_without_end_is_an_outage(fault) -> None:
+    """Also on a connection that gave good answers before, as then no other is opened."""
+    with judging(faults=[None, None] + [fault] * 50) as judge:
+        connection = Connection(RemoteServer(judge.url, timeout_s=0.2, retry_s=0.3))
+        for _ in range(2):
+            assert connection.ask("POST", "/score", REQUEST) == {"scores": []}
+        began = time.monotonic()
+        with pytest.raises(RemoteError, match=r"no scores after \d tries .* no answer within timeout_s=0.2 seconds"):
+            connection.ask("POST", "/score", REQUEST)
+    assert time.monotonic() - began < 5
+
+
+def test_a_server_that_reads_slowly_is_an_outage() -> None:
+    """Each part that it reads would start httpx's own limit of time anew."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**16)
+
+        def read() -> None:
+            with server.accept()[0] as connection:
+                while connection.recv(2**16):
+                    time.sleep(0.01)
+
+        threading.Thread(target=read, daemon=True).start()
+        connection = Connection(RemoteServer(f"http://127.0.0.1:{server.getsockname()[1]}", timeout_s=0.3, retry_s=0))
+        began = time.monotonic()
+        with pytest.raises(RemoteError, match=r"no answer within timeout_s=0\.3 seconds"):
+            connection.ask("POST", "/score", b" " * 2**26)
+    assert time.monotonic() - began < 5
 
 
 def test_the_servers_own_pause_is_kept() -> None:
@@ -70,7 +103,7 @@ def test_a_server_that_asks_for_no_pause_is_not_asked_without_end(monkeypatch: p
 
 
 def test_a_pause_beyond_the_limit_is_not_waited_for() -> None:
-    told = r"no scores after 1 try .* HTTP 503: maintenance; start the server"
+    told = r"no scores after 1 try .* HTTP 503: maintenance; the server asks for a pause of 3600 seconds; go on after"
     fault = says(503, {"error": "maintenance"}, retry_after="3600")
     with judging(faults=[fault]) as judge, pytest.raises(RemoteError, match=told):
         ask(judge)
@@ -93,7 +126,10 @@ def test_an_outage_ends_after_its_limit(mode: str, limit: str) -> None:
         (says(401, {"error": "no token"}), "HTTP 401: no token; set token_file or token_env"),
         (says(404), r"HTTP 404: \(no text\); look at server.url and the schema"),
         (says(422, {"detail": [{"msg": "image 0 is none\n\x1b[2J"}]}), r"HTTP 422: .*image 0 is none"),
-        (says(302, location="http://127.0.0.1:9/"), "HTTP 302"),
+        (
+            says(302, location="http://127.0.0.1:9/"),
+            "HTTP 302: .* redirects are not followed: set server.url to the final address; it leads to http://127.0.0.1:9/$",
+        ),
         (says(200, b"<html>hello</html>"), r"the answer is no JSON \(JSONDecodeError\): <html>hello</html>"),
         (says(200, b"[" * 100_000), r"the answer is no JSON \(RecursionError\)"),
         (says(200, b" " * (16 * 2**20 + 1)), "the answer is longer than 16 MiB"),

@@ -89,12 +89,6 @@ def test_saved_settings_of_a_run_as_the_earlier_file(model) -> None:
     assert model("config.yaml", DINA)["init_args"]["backbone"]["init_args"]["lora"] == RANK_16
 
 
-@pytest.mark.parametrize("head", slow_after(2, ["pavrm", "drm", "layer_mix", "lrm"]))
-def test_shipped_heads_after_the_tiny_dina_lrm(head: str, model) -> None:
-    own = f"configs/model/{head}_dit_tiny.yaml"
-    assert model(DINA, own)["init_args"]["backbone"] == model(own)["init_args"]["backbone"]
-
-
 @pytest.mark.parametrize("head", slow_after(1, ["pavrm", "drm", "layer_mix"]))
 def test_shipped_heads_after_the_recipe_of_dina_lrm(head: str, model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HPDV3_ROOT", "/data")
