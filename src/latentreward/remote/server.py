@@ -52,7 +52,7 @@ class RemoteServer:
         url: Address with scheme, such as ``http://judge:8000``; a path before the schema's own may follow.
         token_file: File with a token, sent as ``Authorization: Bearer TOKEN``.
         token_env: Environment variable with the token.
-        timeout_s: Longest time of one try, in seconds.
+        timeout_s: Longest time of one try in seconds, from the connection to the end of the answer.
         retry_s: Longest time from the first failed try to the last, in seconds, under ``on_outage: stop``.
         on_outage: What happens when the tries of ``retry_s`` have failed. ``stop`` ends the run, which saves a
             checkpoint first; ``wait`` goes on trying for ``wait_s``, then stops in the same way.
@@ -166,7 +166,7 @@ class Connection:
                 pause = pause if error.pause_s is None else max(error.pause_s, FIRST_PAUSE_S)
                 left = began + self.server.limit_s - now
                 if left <= 0 or (error.pause_s or 0.0) > left:
-                    self._give_up(f"{error}", tries, now - began)
+                    self._give_up(error, tries, now - began)
                 self._tell(f"{error}")
                 self._wait(min(pause, left), ended, f"{error}")
             else:
@@ -181,22 +181,20 @@ class Connection:
             Unavailable: If another try may succeed.
             RemoteError: If not.
         """
+        import httpcore
         import httpx
 
-        deadline, timeout = time.monotonic() + self.server.timeout_s, httpx.Timeout(self.server.timeout_s)
-        too_late = f"no answer within timeout_s={self.server.timeout_s:g} seconds"
+        limit = self.server.timeout_s
         try:
-            with self._clients().stream(method, url, content=content, headers=headers, timeout=timeout) as reply:
+            with self._clients().stream(method, url, content=content, headers=headers, timeout=limit) as reply:
                 body = bytearray()
                 for part in reply.iter_bytes():
                     body += part
                     if len(body) > LARGEST_REPLY:
                         self.refuse(f"the answer is longer than {LARGEST_REPLY // 2**20} MiB; is this a reward server?")
-                    if time.monotonic() > deadline:  # httpx limits the time between two parts only
-                        raise Unavailable(too_late)
-        except httpx.TimeoutException as error:
-            raise Unavailable(too_late) from error
-        except (httpx.TransportError, httpx.DecodingError) as error:
+        except httpcore.TimeoutException as error:
+            raise Unavailable(f"no answer within timeout_s={limit:g} seconds") from error
+        except (httpcore.NetworkError, httpcore.ProtocolError, httpx.DecodingError) as error:
             raise Unavailable(printable(first_line(error))[:SHOWN]) from error
         return self._content(reply, bytes(body))
 
@@ -207,6 +205,9 @@ class Connection:
             raise Unavailable(f"HTTP {status}: {words()}", seconds_of(reply.headers.get("retry-after")))
         if status != 200:
             remedy = {401: "; set token_file or token_env", 404: "; look at server.url and the schema"}.get(status, "")
+            if 300 <= status < 400:  # with a redirect, the token would go to another server
+                place = words_of(reply.headers.get("location", "").encode(), self.server.token)
+                remedy = f"; redirects are not followed: set server.url to the final address; it leads to {place}"
             self.refuse(f"HTTP {status}: {words()}{remedy}")
         try:
             return json.loads(body)
@@ -217,13 +218,14 @@ class Connection:
         """Return the client of this process; one that a fork has copied would share its sockets."""
         import httpx
 
+        from latentreward.remote.transport import TimedTransport
+
         with self._lock:
             if self._client is None or self._owner != os.getpid():
                 token = self.server.token
                 headers = {} if token is None else {"authorization": f"Bearer {token}"}
-                limits = httpx.Limits(max_connections=None, max_keepalive_connections=self.server.parallel)
-                secure = urlsplit(self.server.url).scheme == "https"  # reading all certificates takes a while
-                self._client = httpx.Client(headers=headers, limits=limits, trust_env=False, verify=secure)
+                transport = TimedTransport(urlsplit(self.server.url).scheme == "https", self.server.parallel)
+                self._client = httpx.Client(headers=headers, transport=transport, trust_env=False)
                 self._owner = os.getpid()
             return self._client
 
@@ -231,12 +233,15 @@ class Connection:
         """Raise RemoteError that names the server and the ``problem`` of its answer."""
         raise RemoteError(f"reward server {self.server.url}: {problem}") from cause
 
-    def _give_up(self, reason: str, tries: int, seconds: float) -> NoReturn:
+    def _give_up(self, error: Unavailable, tries: int, seconds: float) -> NoReturn:
         counted = "1 try" if tries == 1 else f"{tries} tries"
-        limit = "wait_s" if self.server.on_outage == "wait" else "retry_s"
+        limit, allowed = "wait_s" if self.server.on_outage == "wait" else "retry_s", self.server.limit_s
+        remedy = f"start the server, or raise {limit}"
+        if error.pause_s and error.pause_s > allowed - seconds:
+            remedy = f"the server asks for a pause of {error.pause_s:g} seconds; go on after it, or raise {limit}"
         self.refuse(
-            f"no scores after {counted} in {seconds:.0f} seconds (server.{limit}={self.server.limit_s:g}); the "
-            f"last one: {reason}; start the server, or raise {limit}"
+            f"no scores after {counted} in {seconds:.0f} seconds (server.{limit}={allowed:g}); the last one: {error}; "
+            f"{remedy}"
         )
 
     def _wait(self, seconds: float, ended: Event | None, reason: str) -> None:
