@@ -18,6 +18,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 Prompts = str | Sequence[str]
+ROUNDING = 1e-3
+"""How far values of images may lie outside [0, 1]."""
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
@@ -37,6 +39,9 @@ class RewardClient:
         timeout: Seconds to wait for an answer.
         retries: Number of times that a request is sent again after 503, 504 or a broken connection.
         rows: Greatest number of images, latents or states per request; a trajectory is not split.
+
+    Raises:
+        ValueError: If the address is not one of http or https.
     """
 
     def __init__(
@@ -48,6 +53,8 @@ class RewardClient:
         retries: int = 5,
         rows: int = 16,
     ) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"url={url!r} is no address; give one such as http://127.0.0.1:8000")
         self._url = url.rstrip("/") + ("" if reward is None else f"/rewards/{urllib.parse.quote(reward)}")
         self._token, self._timeout, self._retries, self._rows = token, timeout, retries, rows
         no_proxies = urllib.request.ProxyHandler({})  # proxies cannot reach clusters
@@ -62,6 +69,9 @@ class RewardClient:
 
         Returns:
             Scores ``(N,)``, float32 on the CPU.
+
+        Raises:
+            ValueError: If a tensor has values outside [0, 1], or arrays are not uint8.
         """
         encoded = [base64.b64encode(_png(image)).decode() for image in _pictures(images)]
         texts, scores = _each(prompts, len(encoded)), []
@@ -147,8 +157,20 @@ def _pictures(images: Any) -> list[Image.Image]:
     if isinstance(images, Tensor):
         if not images.is_floating_point():
             raise ValueError(f"images are a tensor of {images.dtype}; give floats in [0, 1], or uint8 as an array")
-        images = (images.detach().float() * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
-    return [image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image)) for image in images]
+        values = images.detach().float()
+        if not bool(((values > -ROUNDING) & (values < 1 + ROUNDING)).all()):  # NaN too
+            raise ValueError(
+                f"images are a tensor from {float(values.min()):g} to {float(values.max()):g}; give finite values in "
+                "[0, 1]: divide pixels by 255, and take x / 2 + 0.5 of x in [-1, 1]"
+            )
+        images = (values * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [image if isinstance(image, Image.Image) else _picture(np.asarray(image)) for image in images]
+
+
+def _picture(array: np.ndarray) -> Image.Image:
+    if array.dtype != np.uint8:
+        raise ValueError(f"an image is an array of {array.dtype}; give uint8 of shape (H, W, 3), or a tensor of all")
+    return Image.fromarray(array)
 
 
 def _png(image: Image.Image) -> bytes:

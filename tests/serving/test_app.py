@@ -331,7 +331,7 @@ GOOD_IMAGE = base64.b64encode(picture("red")).decode()
         ({"prompts": ["a", "b"], "images": [GOOD_IMAGE]}, 422, "2 prompts for 1 images"),
         ({"prompt": "a" * 10_001, "images": [GOOD_IMAGE]}, 422, "10001 characters"),
         ({"prompt": "a", "images": ["é"]}, 400, "no base64"),
-        ({"prompt": "a", "images": [GOOD_IMAGE] * 65}, 413, "limit of 64"),
+        ({"prompt": "a", "images": [GOOD_IMAGE] * 65}, 413, "limit of 64; send several requests"),
         ({"prompt": "a", "images": ["AAAA"]}, 422, "unknown image format"),
         ({"prompt": "a", "images": [GOOD_IMAGE, GOOD_IMAGE[:60]]}, 422, "'1': truncated or damaged"),
         ({"prompt": "a", "images": [base64.b64encode(picture("red", (5000, 5000))).decode()]}, 422, "too many pixels"),
@@ -356,6 +356,14 @@ def test_bad_image_requests(address: str, content: Any, status: int, message: st
 def test_broken_image_bodies(address: str, body: bytes, kind: str) -> None:
     reply = httpx.post(f"{address}/v1/score_images", content=body, headers={"content-type": kind})
     assert reply.status_code == 400 and "\n" not in reply.json()["error"]
+
+
+def test_a_form_with_too_many_images_is_told_the_limit() -> None:
+    with serving(tiny_reward(), queue=2) as (address, _):
+        files = [("image", picture("red"))] * 3
+        reply = httpx.post(f"{address}/v1/score_images", data={"prompt": "a"}, files=files)
+    told = "the form has over 2 files or over 2 texts, this server's limit of images; send several requests, or raise"
+    assert (reply.status_code, reply.json()["error"]) == (413, f"{told} the server's --queue")
 
 
 def test_an_unknown_field_of_a_form_is_named(address: str) -> None:

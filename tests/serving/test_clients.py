@@ -86,6 +86,17 @@ def test_what_a_server_refuses_is_said(client: Any, load: Load, running: tuple[s
         kind("http://127.0.0.1:9", retries=0).score_latents("a", latents_of(model.accepted, 1))
     with pytest.raises(ValueError, match=r"images are a tensor of torch\.uint8"):
         client.score_images("a", torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+    for values in (
+        torch.full((1, 3, 8, 8), 200.0),
+        torch.full((1, 3, 8, 8), -0.5),
+        torch.full((1, 3, 8, 8), torch.nan),
+    ):
+        with pytest.raises(ValueError, match=r"images are a tensor from .*; give finite values in \[0, 1\]"):
+            client.score_images("a", values)
+    with pytest.raises(ValueError, match="an image is an array of float64; give uint8"):
+        client.score_images("a", np.zeros((1, 8, 8, 3)))
+    with pytest.raises(ValueError, match=r"url='127\.0\.0\.1:8123' is no address; give one such as http://"):
+        kind("127.0.0.1:8123")
     with pytest.raises(ValueError, match="2 prompts for 3 rows"):
         client.score_latents(["a", "b"], latents_of(model.accepted, 3))
 

@@ -124,7 +124,10 @@ def test_more_samples_than_a_rewards_queue_holds_are_refused_for_good() -> None:
         sent = {"requests": [GOOD, *[GOOD | {"required_rewards": ["taste", "small"]}] * 3]}
         reply = httpx.post(f"{address}/score", json=sent, timeout=30)
     assert reply.status_code == 413
-    assert reply.json()["error"] == "requests: samples for small 3 is over this server's limit of 2"
+    told = (
+        "requests: samples for small 3 is over this server's limit of 2; send several requests, or raise the server's"
+    )
+    assert reply.json()["error"] == f"{told} --queue"
 
 
 def test_no_reward_scores_a_request_that_another_has_no_room_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,7 +112,7 @@ def test_bad_latents(served: tuple[str, ServedModel]) -> None:
         ({"latents": good["latents"].double()}, "a", 400, "latents: dtype must be F32 or F16 or BF16, not 'F64'"),
         ({"latents": nan}, "a", 422, "latents holds NaN or infinity"),
         ({"latents": wrong}, "a", 422, f"latents: channels {model.accepted.channels + 1} does not fit this model"),
-        ({"latents": good["latents"][0]}, "a", 400, "latents: shape must be 4 whole numbers"),
+        ({"latents": good["latents"][0]}, "a", 400, "latents: shape must be (B, C, h, w), whole numbers from 1 on"),
         ({"latents": torch.zeros(65, model.accepted.channels, 8, 8)}, "a", 413, "latents: rows 65 is over"),
         (good | {"u": u[:1]}, "a", 422, "u has 1 rows, but latents has 2"),
         (good | {"u": u + 1}, "a", 422, "u holds 1.5; noise levels lie in [0, 1]"),
@@ -158,7 +158,11 @@ def test_bad_states(served: tuple[str, ServedModel]) -> None:
         ({"latents": states, "timesteps": TIMES.double()}, 400, "timesteps: dtype must be F32 or I64"),
         ({"latents": states * torch.inf, "timesteps": TIMES}, 422, "latents holds NaN or infinity"),
         ({"latents": states}, 400, "lacks 'timesteps'"),
-        ({"latents": states[0], "timesteps": TIMES}, 400, "latents: shape must be 5 whole numbers"),
+        (
+            {"latents": states[0], "timesteps": TIMES},
+            400,
+            "latents: shape must be (N, S, C, h, w), whole numbers from 1 on",
+        ),
         ({"latents": torch.zeros(11, 3, channels, 8, 8), "timesteps": TIMES}, 413, "latents: N · S 33 is over"),
     ]
     for tensors, status, message in cases:

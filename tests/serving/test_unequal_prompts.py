@@ -83,7 +83,11 @@ def masks(*rows: list[int]) -> torch.Tensor:
             400,
         ),
         (changed(prompt_mask=torch.ones(2, 5)), "prompt_mask: dtype must be BOOL or U8, not 'F32'", 400),
-        (changed(prompt_mask=torch.ones(2, 5, 1, dtype=torch.bool)), "prompt_mask: shape must be 2", 400),
+        (
+            changed(prompt_mask=torch.ones(2, 5, 1, dtype=torch.bool)),
+            r"prompt_mask: shape must be \(B, L\), whole",
+            400,
+        ),
         (changed(prompt_mask=masks([1] * 4, [1] * 4)), "prompt_mask has 4 tokens, but prompt_embeds has 5", 422),
         (changed(prompt_mask=masks([1] * 5)), "prompt_mask has 1 rows", 422),
         (changed(prompt_mask=masks([1] * 5, [0] * 5)), "prompt_mask: row 1 must begin with a 1", 422),
@@ -96,7 +100,11 @@ def masks(*rows: list[int]) -> torch.Tensor:
             422,
         ),
         (changed(latents=torch.zeros(2, 4, 8, 8)), r"latents have 4 axes, .* takes \(B, C, T, h, w\)", 422),
-        (changed(latents=torch.zeros(2, 4, 8)), "latents: shape must be 4 or 5 whole numbers", 400),
+        (
+            changed(latents=torch.zeros(2, 4, 8)),
+            r"latents: shape must be \(B, C, h, w\) or \(B, C, T, h, w\), whole numbers",
+            400,
+        ),
         (changed(latents=torch.zeros(2, 3, 1, 8, 8)), "channels 3 does not fit", 422),
         (changed(latents=torch.zeros(2, 4, 1, 7, 8)), "7 × 8 must have sides divisible by 2", 422),
         (changed(latents=torch.zeros(2, 4, 3, 8, 8)), "latents: T 3 does not fit this model, which takes 1", 422),
@@ -118,7 +126,7 @@ def test_models_without_mask_and_time_axis_refuse_them_and_name_the_tensors_of_b
     with pytest.raises(RequestError, match="prompt_mask is given, but this model takes none; leave it out") as caught:
         parse_request(save(tensors | {"prompt_mask": torch.ones(1, 5, dtype=torch.bool)}), IMAGES)
     assert caught.value.status == 422
-    with pytest.raises(RequestError, match="latents: shape must be 4 whole numbers from 1 on") as caught:
+    with pytest.raises(RequestError, match=r"latents: shape must be \(B, C, h, w\), whole numbers from 1 on") as caught:
         parse_request(save(tensors | {"latents": torch.zeros(1, 4, 1, 8, 8)}), IMAGES)
     assert caught.value.status == 400
     wanted = "the body lacks 'pooled_prompt_embeds'; the protocol has latents, prompt_embeds, pooled_prompt_embeds, u, "

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from fastapi import Request
 from pydantic import BaseModel
 from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
 from starlette.types import Message
 
 from latentreward.contracts import ImageRef
@@ -13,6 +14,7 @@ from latentreward.data.images import ExifOrientation, ImageError, decode_image, 
 from latentreward.serving.batch_scorer import ImageRow
 from latentreward.serving.errors import RequestError
 from latentreward.serving.json_bodies import PROMPT_LENGTH, from_base64, read_json
+from latentreward.serving.protocol import check_limit, fewer_rows
 
 MAX_PIXELS = 16 * 1024 * 1024
 """Greatest number of pixels of an image; checked in the image's header, before decoding."""
@@ -108,8 +110,7 @@ def images_of_json(body: bytes | bytearray, max_images: int) -> EncodedImages:
     content = read_json(body, ImagesAsJSON, 8 * (max_images + 8), FORM)
     images = _one_or_several("image", content.image, content.images)
     prompts = _one_or_several("prompt", content.prompt, content.prompts)
-    if len(images) > max_images:
-        raise RequestError(f"{len(images)} images are over this server's limit of {max_images}", 413)
+    check_limit("images:", len(images), max_images, fewer_rows(max_images))
     if content.prompts is None:
         prompts = prompts * len(images)
     return EncodedImages(prompts, [from_base64(f"image {number}", text) for number, text in enumerate(images)])
@@ -127,7 +128,13 @@ async def images_of_form(request: Request, body: bytearray, max_images: int) -> 
         RequestError: If the form has other fields, or the numbers of prompts and images do not fit together.
         starlette.exceptions.HTTPException: With status 400 if the form cannot be parsed.
     """
-    form = await _replay(request, body).form(max_files=max_images, max_fields=max_images)
+    try:
+        form = await _replay(request, body).form(max_files=max_images, max_fields=max_images)
+    except HTTPException as error:
+        if not error.detail.startswith(("Too many files", "Too many fields")):  # one class stands for all faults
+            raise
+        problem = f"the form has over {max_images} files or over {max_images} texts, this server's limit of images"
+        raise RequestError(f"{problem}; {fewer_rows(max_images)}", 413) from error
     try:
         if set(form) != {"prompt", "image"}:
             raise RequestError(

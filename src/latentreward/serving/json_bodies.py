@@ -1,6 +1,7 @@
 """Parsing of JSON from untrusted clients: its structure is bounded before objects are made."""
 
 import base64
+from itertools import accumulate
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -13,6 +14,8 @@ ESCAPED_CHARACTER = 12
 """Greatest number of bytes of a prompt's character in JSON: two times ``\\uXXXX``."""
 MAX_ESCAPES = 2**20
 """Greatest number of backslashes in JSON, not counting those that some encoders write before slashes of base64."""
+DEPTH = 8
+"""Depth of JSON above which a message says so; no request is as deep."""
 Content = TypeVar("Content", bound=BaseModel)
 
 
@@ -57,8 +60,11 @@ def check_structure(body: bytes | bytearray, most: int, form: str) -> None:
     pieces = body.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"', 2 * most)
     if len(pieces) > 2 * most:
         raise RequestError(f"over {most} texts; send fewer images at once", 413)
-    if sum(len(piece.translate(None, b" \t\r\n")) for piece in pieces[::2]) > most:
-        raise RequestError(f"too many values for {form}")
+    between = [piece.translate(None, b" \t\r\n") for piece in pieces[::2]]
+    if sum(map(len, between)) > most:
+        steps = ((sign in b"[{") - (sign in b"]}") for sign in b"".join(between)[:most])
+        deep = max(accumulate(steps)) > DEPTH
+        raise RequestError(f"{'too deeply nested' if deep else 'too many values'} for {form}")
     long = [text for text in pieces[1::2] if len(text) > ESCAPED_CHARACTER * PROMPT_LENGTH]
     if any(b"\\u" in text or not text.isascii() for text in long):
         raise RequestError("a text is too long for a prompt, and no base64", 413)

@@ -35,7 +35,7 @@ from latentreward.noise import NoiseProcess
 from latentreward.serving.batch_scorer import PromptedRow, StateRow
 from latentreward.serving.errors import RequestError
 from latentreward.serving.json_bodies import PROMPT_LENGTH
-from latentreward.serving.protocol import Accepted, check_levels, check_limit
+from latentreward.serving.protocol import LARGER_QUEUE, Accepted, check_levels, check_limit, fewer_rows
 from latentreward.serving.routes import BINARY, NUMBERS, SAFETENSORS, TEXT, Route, check_type, fields, listed
 from latentreward.serving.served import Scores, ServedModel
 from latentreward.serving.service import ScoringService
@@ -133,14 +133,14 @@ def parse_latents(body: bytes | bytearray, accepted: Accepted, seeds: Iterator[i
         RequestError: If the bytes are no such body, or do not fit the model.
     """
     expected = {
-        "latents": Expected((4 if accepted.frames is None else 5,)),
-        "u": Expected((1,), ("F32",), required=False),
-        "seeds": Expected((1,), ("I64",), required=False),
+        "latents": Expected(("B C h w" if accepted.frames is None else "B C T h w",)),
+        "u": Expected(("B",), ("F32",), required=False),
+        "seeds": Expected(("B",), ("I64",), required=False),
     }
     entries, data, texts = read_described(body, expected, HEADER_BYTES)
     count, *shape = entries["latents"].shape
     accepted.check_latents(shape)
-    check_limit("latents: rows", count, accepted.max_rows)
+    check_limit("latents: rows", count, accepted.max_rows, fewer_rows(accepted.max_rows))
     for name, entry in entries.items():
         if entry.shape[0] != count:
             raise RequestError(f"{name} has {entry.shape[0]} rows, but latents has {count}; give one row each", 422)
@@ -174,13 +174,13 @@ def parse_states(
         RequestError: If the bytes are no such body, or do not fit the model.
     """
     expected = {
-        "latents": Expected((5 if accepted.frames is None else 6,)),
-        "timesteps": Expected((1, 2), ("F32", "I64")),
+        "latents": Expected(("N S C h w" if accepted.frames is None else "N S C T h w",)),
+        "timesteps": Expected(("S", "N S"), ("F32", "I64")),
     }
     entries, data, texts = read_described(body, expected, HEADER_BYTES)
     count, steps, *shape = entries["latents"].shape
     accepted.check_latents(shape)
-    check_limit("latents: N · S", count * steps, most)
+    check_limit("latents: N · S", count * steps, most, LARGER_QUEUE)
     if entries["timesteps"].shape not in ((steps,), (count, steps)):
         found = entries["timesteps"].shape
         raise RequestError(

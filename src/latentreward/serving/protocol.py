@@ -47,6 +47,10 @@ VERSION_HEADER = "x-drm-protocol-version"
 PROMPT_HEADER = "x-prompt"
 PROMPT_HEADER_LENGTH = 12 * 1024
 """Greatest length of the header ``x-prompt``, in characters of base64; encodes 9 KiB of UTF-8."""
+ROWS = 64
+"""Greatest number of rows of a request, if the queue is not shorter."""
+LARGER_QUEUE = "send several requests, or raise the server's --queue"
+"""Remedy of requests with more rows than the queue."""
 DEFAULT_SEED = 0
 """Seed of the noise of requests without ``seeds``, unless the server has ``fresh_noise`` set."""
 
@@ -80,7 +84,7 @@ class Accepted:
     tokens: int | None = None
     max_pixels: int = 128 * 128
     max_tokens: int = 1024
-    max_rows: int = 64
+    max_rows: int = ROWS
     masked: bool = False
     frames: int | None = None
     pools_tokens: bool = False
@@ -90,12 +94,14 @@ class Accepted:
         """Requirements on each tensor of a request, by its name in the protocol."""
         pooled = self.pooled_width is not None
         return {
-            "latents": Expected((4,) if self.frames is None else (4, 5)),
-            "prompt_embeds": Expected((3,)),
-            "pooled_prompt_embeds": Expected((2,), required=pooled and not self.pools_tokens, taken=pooled),
-            "prompt_mask": Expected((2,), ("BOOL", "U8"), required=self.masked, taken=self.masked or self.pools_tokens),
-            "u": Expected((1,), ("F32",)),
-            "seeds": Expected((1,), ("I64",), required=False),
+            "latents": Expected(("B C h w",) if self.frames is None else ("B C h w", "B C T h w")),
+            "prompt_embeds": Expected(("B L D",)),
+            "pooled_prompt_embeds": Expected(("B P",), required=pooled and not self.pools_tokens, taken=pooled),
+            "prompt_mask": Expected(
+                ("B L",), ("BOOL", "U8"), required=self.masked, taken=self.masked or self.pools_tokens
+            ),
+            "u": Expected(("B",), ("F32",)),
+            "seeds": Expected(("B",), ("I64",), required=False),
         }
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -124,8 +130,8 @@ class Accepted:
             found = shapes["prompt_mask"][1]
             raise RequestError(f"prompt_mask has {found} tokens, but prompt_embeds has {tokens}; give one each", 422)
         self._check_sides(latents)
-        check_limit("prompt_embeds: tokens", tokens, self.max_tokens)
-        check_limit("latents: rows", rows, self.max_rows)
+        check_limit("prompt_embeds: tokens", tokens, self.max_tokens, "shorten the prompts")
+        check_limit("latents: rows", rows, self.max_rows, fewer_rows(self.max_rows))
 
     def check_latents(self, shape: Sequence[int]) -> None:
         """Check the shape ``(C, h, w)`` or ``(C, T, h, w)`` of an image's latents; raises as :meth:`check`."""
@@ -146,7 +152,8 @@ class Accepted:
                 f"latents of {height} × {width} have a side over {self.max_side}, the limit of this network", 422
             )
         name = "latents: T · h · w" if time else "latents: h · w"
-        check_limit(name, math.prod((*time, height, width)), self.max_pixels)
+        smaller = "send smaller latents, or raise the server's --max_latent_pixels"
+        check_limit(name, math.prod((*time, height, width)), self.max_pixels, smaller)
 
 
 def _check_fit(name: str, found: int | None, wanted: int | None) -> None:
@@ -154,10 +161,15 @@ def _check_fit(name: str, found: int | None, wanted: int | None) -> None:
         raise RequestError(f"{name} {found} does not fit this model, which takes {wanted}", 422)
 
 
-def check_limit(name: str, found: int, most: int) -> None:
-    """Raise RequestError with status 413 if ``found`` is over a limit of the server."""
+def check_limit(name: str, found: int, most: int, remedy: str) -> None:
+    """Raise RequestError with status 413 and a remedy if ``found`` is over a limit of the server."""
     if found > most:
-        raise RequestError(f"{name} {found} is over this server's limit of {most}", 413)
+        raise RequestError(f"{name} {found} is over this server's limit of {most}; {remedy}", 413)
+
+
+def fewer_rows(most: int) -> str:
+    """Return the remedy of a request with more rows than ``most``, which is :data:`ROWS` or a shorter queue."""
+    return LARGER_QUEUE if most < ROWS else "send several requests"
 
 
 def check_version(version: str | None) -> None:

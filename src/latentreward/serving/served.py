@@ -17,7 +17,7 @@ from latentreward.scoring.scoring_noise import timesteps_of
 from latentreward.serving.batch_scorer import AnyRow, LatentRow, RowScorer, standing
 from latentreward.serving.batching import MicroBatcher
 from latentreward.serving.errors import RequestError, ScoringError
-from latentreward.serving.protocol import DEFAULT_SEED, Accepted
+from latentreward.serving.protocol import DEFAULT_SEED, ROWS, Accepted
 from latentreward.serving.resources import Resources
 from latentreward.serving.settings import ServiceSettings
 
@@ -188,7 +188,7 @@ def accepted_by(reward: RewardModel, settings: ServiceSettings) -> Accepted:
         max_prompt=backbone.max_prompt,
         tokens=empty.prompt_embeds.shape[1] if reward.head.needs_uncond and not masked else None,
         max_pixels=settings.max_latent_pixels,
-        max_rows=min(64, settings.queue),
+        max_rows=min(ROWS, settings.queue),
         masked=masked,
         frames=time[0] if time else None,
         pools_tokens=backbone.text_encoder is not None and backbone.text_encoder.pools_tokens,

@@ -38,13 +38,13 @@ class Expected:
     """Requirements of the protocol on a tensor.
 
     Attributes:
-        ranks: Allowed numbers of dimensions.
+        shapes: Allowed shapes: names of the axes, separated by spaces.
         dtypes: Allowed dtypes, by their names in :data:`DTYPES`.
         required: Whether a request must have the tensor.
         taken: Whether the served model takes the tensor; if not, a request must not have it.
     """
 
-    ranks: tuple[int, ...]
+    shapes: tuple[str, ...]
     dtypes: tuple[str, ...] = FLOATS
     required: bool = True
     taken: bool = True
@@ -158,9 +158,10 @@ def _entry(name: str, described: Any, expected: Expected) -> Entry:
     dtype, shape, offsets = described["dtype"], described["shape"], described["data_offsets"]
     if dtype not in expected.dtypes:
         raise RequestError(f"{name}: dtype must be {' or '.join(expected.dtypes)}, not {str(dtype)[:20]!r}")
-    if not _natural(shape, least=1) or len(shape) not in expected.ranks:
-        ranks = " or ".join(map(str, expected.ranks))
-        raise RequestError(f"{name}: shape must be {ranks} whole numbers from 1 on, not {str(shape)[:80]}")
+    axes = [wanted.split() for wanted in expected.shapes]
+    if not _natural(shape, least=1) or len(shape) not in map(len, axes):
+        wanted = " or ".join(f"({', '.join(names)})" for names in axes)
+        raise RequestError(f"{name}: shape must be {wanted}, whole numbers from 1 on, not {str(shape)[:80]}")
     if not _natural(offsets, least=0) or len(offsets) != 2:
         raise RequestError(f"{name}: data_offsets must be two whole numbers from 0 on, not {str(offsets)[:80]}")
     size = math.prod(shape) * DTYPES[dtype].itemsize

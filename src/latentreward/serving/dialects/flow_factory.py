@@ -21,7 +21,7 @@ from latentreward.serving.errors import RequestError
 from latentreward.serving.image_requests import EncodedImages, parsing_bytes
 from latentreward.serving.image_scoring import ImageScorer
 from latentreward.serving.json_bodies import from_base64, read_json
-from latentreward.serving.protocol import check_limit
+from latentreward.serving.protocol import LARGER_QUEUE, check_limit
 from latentreward.serving.routes import JSON, NUMBERS, TEXT, Route, check_type, fields, listed
 from latentreward.serving.service import ScoringService
 
@@ -85,5 +85,5 @@ def parse_images(body: bytes | bytearray, most: int) -> EncodedImages:
         if getattr(content, name):
             raise RequestError(f"{name} is given; this server scores a prompt and an image, nothing else", 422)
     images = content.image or []
-    check_limit("image: images", len(images), most)
+    check_limit("image: images", len(images), most, LARGER_QUEUE)
     return EncodedImages(content.prompt, [from_base64(f"image {number}", text) for number, text in enumerate(images)])

@@ -28,7 +28,7 @@ from latentreward.serving.errors import RequestError, ScoringError
 from latentreward.serving.image_requests import EncodedImages, parsing_bytes
 from latentreward.serving.image_scoring import ImageScorer
 from latentreward.serving.json_bodies import from_base64, read_json
-from latentreward.serving.protocol import check_limit
+from latentreward.serving.protocol import LARGER_QUEUE, check_limit
 from latentreward.serving.routes import JSON, TEXT, Route, check_type, fields, listed
 from latentreward.serving.served import Scores
 from latentreward.serving.service import ScoringService
@@ -130,7 +130,8 @@ class UniRL:
                 samples = await asyncio.to_thread(parse_samples, body, most)
                 wanted = rewards_of(samples)
                 for name, rows in wanted.items():
-                    check_limit(f"requests: samples for {name}", len(rows), self.service.named(name).settings.queue)
+                    limit = self.service.named(name).settings.queue
+                    check_limit(f"requests: samples for {name}", len(rows), limit, LARGER_QUEUE)
                 for name, rows in wanted.items():  # now: scores of one reward would be lost if another then refuses
                     self.service.named(name).require_room(len(rows))
                 images = await asyncio.to_thread(take_images, samples)
@@ -173,7 +174,7 @@ def parse_samples(body: bytes | bytearray, most: int) -> list[Sample]:
         raise RequestError(f"protocol_version is {found!r}; this server speaks version {VERSION}")
     if content.grad_mode:
         raise RequestError("grad_mode is true; this server gives no gradients", 422)
-    check_limit("requests: samples", len(content.requests), most)
+    check_limit("requests: samples", len(content.requests), most, LARGER_QUEUE)
     for number, sample in enumerate(content.requests):
         if not sample.history:
             raise RequestError(f"requests.{number}.history is empty; give a turn with text and image_b64", 422)
