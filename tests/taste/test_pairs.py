@@ -63,10 +63,30 @@ def test_a_caption_behind_a_link_out_of_the_folder_is_not_read(tmp_path: Path) -
 def test_a_caption_that_later_steps_would_refuse_is_named_and_left_out(tmp_path: Path) -> None:
     sorted_folder(tmp_path, 20, prompts=1)
     (tmp_path / "chosen" / "000.txt").write_text("long " * 3000)
+    (tmp_path / "chosen" / "001.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "rejected" / "001.txt").write_text("café", encoding="utf-8")
     found = collect(tmp_path)
-    assert found.pairs[0].prompt == "" and found.remarks == [
-        "no caption, since it has more than 10000 characters: 1: chosen/000.png"
+    assert [pair.prompt for pair in found.pairs[:3]] == ["", "café", "prompt 0"] and found.remarks == [
+        "no caption, since it has more than 10000 characters: 1: chosen/000.png",
+        "no caption, since it is not UTF-8: 1: chosen/001.png",
     ]
+
+
+def test_of_two_captions_that_of_the_chosen_picture_counts(tmp_path: Path) -> None:
+    sorted_folder(tmp_path, 20, prompts=1)
+    (tmp_path / "rejected" / "000.txt").write_text("another")
+    (tmp_path / "rejected" / "001.txt").write_text(" prompt  0\n")
+    found = collect(tmp_path)
+    assert {pair.prompt for pair in found.pairs} == {"prompt 0"}
+    assert found.remarks == ["captions differ, that in chosen/ counts: 1: 000"]
+
+
+def test_of_many_copies_a_few_are_named(tmp_path: Path) -> None:
+    sorted_folder(tmp_path, 30)
+    for number in range(8):
+        shutil.copy(tmp_path / "chosen" / "009.png", tmp_path / "chosen" / f"{number:03}.png")
+    same = "1: chosen/000.png = chosen/001.png = chosen/002.png and 6 more"
+    assert collect(tmp_path).remarks == [f"files with the same bytes count as one picture: {same}"]
 
 
 def test_names_that_do_not_match_compare_all_with_all(tmp_path: Path) -> None:
@@ -77,7 +97,7 @@ def test_names_that_do_not_match_compare_all_with_all(tmp_path: Path) -> None:
     found = collect(tmp_path)
     assert found.possible == 25 and len(found.pools) == 1 and "do not match" in found.how
     assert any("both chosen and rejected: 1: chosen/good0.png" in remark for remark in found.remarks)
-    with pytest.raises(InputError, match=r"gives 0 pairs; .*only on one side: 12: .*; give at least 20"):
+    with pytest.raises(InputError, match=r"gives no pairs; .*only on one side: 12: .*; give at least 20"):
         collect(tmp_path, "names")
 
 
@@ -122,13 +142,37 @@ def test_ratings_count_and_odd_lines_are_named(tmp_path: Path) -> None:
     assert (found.pairs[1].a.path, found.pairs[1].b.path) == ("002.png", "001.png")
     told = "; ".join(found.remarks)
     for part in (
-        "1 lines left out",
+        "ratings.jsonl: lines left out: 1: line 25 (no JSON at character 2)",
         "023.png",
         "../secret.png",
         "itself: 1: 000.png and 000.png",
         "picture: 2",
     ):
         assert part in told
+
+
+def test_lines_that_cannot_be_used_are_told_once_by_number_and_reason(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    unsorted_folder(tmp_path, 2)
+    sound = b'{"prompt": "", "chosen": "000.png", "rejected": "001.png"}\n'
+    odd = (
+        (b'{"prompt": "caf\xe9", "chosen": "000.png", "rejected": "001.png"}', "not UTF-8 at byte 16"),
+        (b'{"chosen": "000.png", "rejec', "cut off"),
+        (b'{"chosen": "000.png", "rejected": "001.png"', "cut off"),
+        (b'{"chosen": %s}' % (b"9" * 5000), "a number is too long"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b"[1]", "[1] is no JSON object"),
+        (b'{"chosen": 000}', "no JSON at character 13"),
+        (b'{"prompt": 1, "chosen": "000.png", "rejected": "001.png"}', "prompt is 1, not text"),
+    )
+    for line, reason in odd:
+        (tmp_path / RATINGS).write_bytes(b"\n" + sound * 20 + line + b"\n")
+        assert collect(tmp_path).remarks == [f"ratings.jsonl: lines left out: 1: line 22 ({reason})"]
+    assert caplog.messages == []
+    (tmp_path / RATINGS).write_bytes(b"[1]\n{\n")
+    with pytest.raises(InputError, match=r"no lines left; .* 2: line 1 \(\[1\] is no JSON object\), line 2 \(cut off"):
+        collect(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -138,9 +182,10 @@ def test_ratings_count_and_odd_lines_are_named(tmp_path: Path) -> None:
         (lambda folder: None, "has no pictures; give a folder with chosen/ and rejected/, or pictures to rate"),
         (
             lambda folder: unsorted_folder(folder, 1),
-            "has 1 pictures, but neither .* `latentreward taste .* --rate`",
+            "has 1 picture, but neither .*; put more pictures to rate there",
         ),
-        (lambda folder: draw(folder / "chosen" / "1.png", 1), "has no rejected/ beside the other"),
+        (lambda folder: unsorted_folder(folder, 2), "has 2 pictures, but neither .* `latentreward taste .* --rate`"),
+        (lambda folder: draw(folder / "chosen" / "1.png", 1), "has chosen/ but no rejected/; put"),
         (lambda folder: sorted_folder(folder, 19), "gives 19 pairs; give at least 20, better 100 or more"),
     ],
 )
@@ -155,7 +200,8 @@ def test_an_empty_side_is_named(tmp_path: Path) -> None:
     for file in (tmp_path / "rejected").iterdir():
         file.write_bytes(b"GIF89a")
     with pytest.raises(
-        InputError, match=r"rejected has no pictures that can be read; left out, cannot be read: 20: .* 17 more"
+        InputError,
+        match=r"rejected has no pictures that can be read; left out, cannot be read: 20: .* 17 more; put the rejected",
     ):
         collect(tmp_path)
 

@@ -85,8 +85,10 @@ def test_an_alignment_without_prompts_is_refused(tmp_path: Path, capsys: pytest.
     assert "align needs prompts, and no picture has a caption; give --prompts a file" in capsys.readouterr().err
     assert not (tmp_path / "work").exists()
     one = RatedPair("", Picture("a", "a", ""), Picture("b", "b", ""), 1.0)
-    with pytest.raises(InputError, match="prompts"):
+    with pytest.raises(InputError, match=r"prompts: .*missing.txt does not exist"):
         prompts_of(Split({"train": [one]}, ""), tmp_path / "missing.txt")
+    with pytest.raises(InputError, match=r"prompts: .*/missing does not exist"):
+        prompts_of(Split({"train": [one]}, ""), tmp_path / "missing")
 
 
 def test_a_mistyped_folder_is_refused_and_not_created(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,11 +115,21 @@ def test_a_missing_gpu_is_said_before_any_step(tmp_path: Path, capsys: pytest.Ca
 
 @pytest.mark.parametrize(
     ("setting", "message"),
-    [("--epochs=0", "epochs is 0"), ("--batch_size=0", "batch_size: 0"), ("--tuning=some", "tuning")],
+    [
+        ("--epochs=0", "epochs is 0"),
+        ("--batch_size=0", "batch_size: 0"),
+        ("--tuning=some", "tuning"),
+        ("--size=10000000", "size: 10000000 is outside [1, 8192]"),
+        ("--size=13", "size: 13 is no multiple of the 4 pixels"),
+        ("--pairs=3", "pairs: 3 is less than 20"),
+        ("--base=/nowhere", "base: source='/nowhere' does not exist"),
+    ],
 )
 def test_wrong_settings_are_named(
     setting: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    sorted_folder(tmp_path / "mine", 20)
     with pytest.raises(SystemExit):
-        main(["taste", str(tmp_path), setting])
+        main(["taste", str(tmp_path / "mine"), "--base=sd_tiny", f"--work={tmp_path}/work", setting])
     assert message in capsys.readouterr().err
+    assert not (tmp_path / "work").exists()

@@ -28,7 +28,7 @@ def apart(found: Split) -> dict[str, int]:
 def test_pairs_of_few_prompts_are_split_by_picture() -> None:
     found = split(Collection("", [pair(2 * n, 2 * n + 1, f"p{n % 3}") for n in range(100)]), 500, 0)
     assert apart(found) == {"train": 60, "stop": 15, "held_out": 25}
-    assert found.how == "by picture, since there are 3 prompts: no picture is in two parts"
+    assert found.how == "by picture, with 3 different captions: no picture is in two parts"
     assert split(Collection("", found.parts["train"]), 500, 0) == split(Collection("", found.parts["train"]), 500, 0)
 
 
@@ -51,7 +51,7 @@ def test_pairs_that_all_hang_together_lose_those_across_parts() -> None:
     found = split(Collection("", [pair(a, b) for a, b in sorted(ends)]), 500, 0)
     counts = apart(found)
     assert min(counts.values()) >= 10 and counts["train"] > counts["held_out"] > counts["stop"]
-    assert f"{len(ends) - sum(counts.values())} pairs across parts are left out" in found.how
+    assert f"left out, pairs across parts: {len(ends) - sum(counts.values())}" in found.how
 
 
 def test_pictures_are_split_before_pairs_are_drawn() -> None:
@@ -81,6 +81,9 @@ def test_more_pairs_than_wanted_are_drawn_from() -> None:
 def test_a_part_without_pairs_is_refused() -> None:
     star = [pair(0, n) for n in range(1, 30)]
     with pytest.raises(
-        InputError, match=r"0 pairs are left for .* after the split .*; give more pictures, each in fewer"
+        InputError,
+        match=r"gets no pairs of the split \(by picture, with no different captions: .*\); give more pictures, each",
     ):
         split(Collection("", star), 500, 0)
+    with pytest.raises(InputError, match=r"; give a higher --pairs, or more pictures, each in fewer"):
+        split(Collection("", star), 20, 0)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from latentreward.cli import main
 from latentreward.steps.workshop import RECORD
@@ -101,7 +102,16 @@ def test_memory_is_estimated_without_any_step(tmp_path: Path, taste: Callable[..
     told = taste(str(folder), *SHORT, "--align", "--estimate", "--size=32", f"--work={tmp_path}/work")
     assert "note: train is computed at the base's own size, not 32, until the pictures are cached" in told
     assert "peak in the passes of a batch" in told and "memory: train " in told and ", align " in told
+    assert told.endswith(" (counted: the peak and 2.0 GB for the program itself)\n")
     assert not [*(tmp_path / "work").glob(f"*/{RECORD}")]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_memory_for_a_gpu_elsewhere_is_told_and_not_compared(tmp_path: Path, taste: Callable[..., str]) -> None:
+    folder = tiny_folder(tmp_path / "mine", 24)
+    told = taste(str(folder), "--base=sd_tiny", "--device=gpu", "--estimate", f"--work={tmp_path}/work")
+    assert "memory: train 1.0 GB (counted for the GPU: the peak, 10% more and 1.0 GB for CUDA)" in told
+    assert "is not known here" in told
 
 
 def test_the_command_serves_the_page_until_it_is_stopped(tmp_path: Path) -> None:

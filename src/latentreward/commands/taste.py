@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from latentreward.errors import InputError, check_at_least_one, printable
+from latentreward.errors import InputError, check_at_least_one, check_multiples, errors_at, printable
 from latentreward.interrupts import interrupts_told
 from latentreward.settings.functions import run_plain_function
 from latentreward.steps.tasks import Task
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from latentreward.backbones.tuning import Tuning
     from latentreward.taste.plan import Plan
 
+LARGEST = 8192
+"""Largest ``size``: even an estimate of much larger images runs out of memory."""
 REMEDY = "take --tuning frozen, a smaller --batch_size or --size, or a base that is quantised by --train_settings"
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
@@ -94,6 +96,8 @@ def taste(
     """
     check_at_least_one(pairs=pairs, size=size, epochs=epochs, patience=patience, align_steps=align_steps)
     check_at_least_one(batch_size=batch_size, num_prompts=num_prompts)
+    if size is not None and size > LARGEST:
+        raise InputError(f"size: {size} is outside [1, {LARGEST}]; give a number inside")
     folder = folder.resolve()  # the name of `.` is empty
     if rate:
         rate_pictures(folder, port, seed)
@@ -104,11 +108,13 @@ def taste(
     import torch
 
     from latentreward.devices import find_device
-    from latentreward.taste.pairs import collect
-    from latentreward.taste.plan import CACHE, FROZEN_BELOW, REWARD, Plan
+    from latentreward.taste.pairs import LEAST, collect
+    from latentreward.taste.plan import CACHE, FROZEN_BELOW, REWARD, Plan, find_base
     from latentreward.taste.preparing import prompts_of, write_pairs, write_prompts
     from latentreward.taste.splitting import TRAIN, split
 
+    if pairs < LEAST:
+        raise InputError(f"pairs: {pairs} is less than {LEAST}, the fewest that are split; give at least {LEAST}")
     if device == "gpu" and not estimate:
         find_device("cuda")
     found = collect(folder, pairing)
@@ -118,6 +124,9 @@ def taste(
     counts = {name: len(some) for name, some in parts.parts.items()}
     print(f"split {parts.how}: {', '.join(f'{number} {name}' for name, number in counts.items())}", flush=True)
     told = prompts_of(parts, prompts) if align else None
+    find_base(base)
+    if size is not None:
+        check_size(size, base)
     chosen: Tuning = ("frozen" if counts[TRAIN] < FROZEN_BELOW else "lora") if tuning == "auto" else tuning
     with locked(output, "work"), interrupts_told(lambda: f"what is done is kept in {output}: the same command goes on"):
         prompt_folder = None
@@ -153,6 +162,17 @@ def taste(
         run_steps(tasks, plan, output, parts.how, always=align_always)
 
 
+def check_size(size: int, source: str) -> None:
+    """Raise InputError if a base does not take images of so many pixels a side; only its configs are read."""
+    from latentreward.backbones.loading import PipelineSource
+    from latentreward.families.find import find_family
+
+    family = find_family(PipelineSource(source))
+    check_multiples("size", [size], family.side_multiple)
+    with errors_at("size: "):
+        family.latent_shape(size, size)  # some networks have positions for so many pixels only
+
+
 def tell(remarks: Sequence[str]) -> None:
     """Print remarks, in which names of files stay texts for the terminal."""
     for remark in remarks:
@@ -178,11 +198,16 @@ def rate_pictures(folder: Path, port: int, seed: int) -> None:
 def tell_memory(tasks: Mapping[str, Task], output: Path, pairs: int, gpu: bool) -> None:
     """Print the memory that the trainings need, and compare it with what is here.
 
+    For a GPU that is not here, nothing is compared.
+
     Raises:
         InputError: If it does not suffice.
     """
+    import torch
+
     from latentreward.commands.fit import estimate_fit
-    from latentreward.pilot.needs import check_memory, training_needs
+    from latentreward.pilot.checks import GB
+    from latentreward.pilot.needs import ALLOWANCE, CONTEXT, IMPORTS, check_memory, training_needs
 
     needs = {}
     for name, task in tasks.items():
@@ -191,7 +216,14 @@ def tell_memory(tasks: Mapping[str, Task], output: Path, pairs: int, gpu: bool) 
             found = estimate_fit(arguments)
             print(f"{name}\n{found.as_text()}\n", flush=True)
             needs[name] = training_needs(found, pairs)
-    print("memory:", check_memory(needs, gpu, REMEDY))
+    card = f"counted for the GPU: the peak, {ALLOWANCE - 1:.0%} more and {CONTEXT / GB:.1f} GB for CUDA"
+    if gpu and not torch.cuda.is_available():
+        wanted = [f"{name} {(one.memory * ALLOWANCE + CONTEXT) / GB:.1f} GB" for name, one in needs.items()]
+        print(f"memory: {', '.join(wanted)} ({card}); how much a GPU has is not known here, where there is none")
+        return
+    host = f"counted: the {'weights' if gpu else 'peak'} and {IMPORTS / GB:.1f} GB for the program itself"
+    added = f"{host}; {card}" if gpu else host
+    print(f"memory: {check_memory(needs, gpu, f'{added}; {REMEDY}')} ({added})")
 
 
 def run_steps(tasks: Mapping[str, Task], plan: "Plan", output: Path, how: str, always: bool) -> None:

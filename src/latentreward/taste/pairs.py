@@ -12,14 +12,15 @@ import numpy as np
 from latentreward.data.images import ImageError, decode_image
 from latentreward.data.readers.base import normalise_prompt
 from latentreward.data.readers.folders import SIDES, find_images
-from latentreward.data.readers.jsonl import JSONLPairReader
 from latentreward.errors import InputError
 from latentreward.storage.digests import digest
-from latentreward.taste.pictures import Picture, check_folder, listed, read_pictures, same_contents
+from latentreward.taste.pictures import Picture, check_folder, listed, number_of, read_pictures, same_contents
+from latentreward.taste.rating_lines import RATINGS, RatingReader
 
-RATINGS = "ratings.jsonl"
 LEAST = 20
 """Fewest pairs that are split and trained on; even these tell little."""
+FEWEST = 2
+"""Fewest pictures that can be rated."""
 MATCHING = 0.5
 """Share of the smaller side's names that must be on the other side too, for pairs by name."""
 Pairing = Literal["auto", "names", "all"]
@@ -125,10 +126,8 @@ def collect(folder: Path, pairing: Pairing = "auto") -> Collection:
     else:
         raise InputError(_unsorted(folder))
     if found.possible < LEAST:
-        remarks = "".join(f"; {remark}" for remark in found.remarks)
-        raise InputError(
-            f"folder: {folder} gives {found.possible} pairs{remarks}; give at least {LEAST}, better 100 or more"
-        )
+        told = "".join([number_of(found.possible, "pair"), *(f"; {remark}" for remark in found.remarks)])
+        raise InputError(f"folder: {folder} gives {told}; give at least {LEAST}, better 100 or more")
     return found
 
 
@@ -138,11 +137,12 @@ def _unsorted(folder: Path) -> str:
         return f"folder: {folder} has no pictures; give a folder with chosen/ and rejected/, or pictures to rate"
     missing = [side for side in SIDES if not (folder / side).is_dir()]
     if len(missing) == 1:
-        return f"folder: {folder} has no {missing[0]}/ beside the other; put pictures to compare with there"
-    return (
-        f"folder: {folder} has {pictures} pictures, but neither chosen/ and rejected/ nor {RATINGS}; rate them with "
-        f"`latentreward taste {folder} --rate`"
-    )
+        (there,) = {*SIDES} - {*missing}
+        return f"folder: {folder} has {there}/ but no {missing[0]}/; put the pictures to compare with there"
+    neither = f"{number_of(pictures, 'picture')}, but neither chosen/ and rejected/ nor {RATINGS}"
+    if pictures < FEWEST:
+        return f"folder: {folder} has {neither}; put more pictures to rate there"
+    return f"folder: {folder} has {neither}; rate them with `latentreward taste {folder} --rate`"
 
 
 def from_sides(folder: Path, pairing: Pairing) -> Collection:
@@ -152,7 +152,8 @@ def from_sides(folder: Path, pairing: Pairing) -> Collection:
         sides[side], told = read_pictures(folder, side)
         remarks += told
         if not sides[side]:
-            raise InputError("; ".join([f"folder: {folder / side} has no pictures that can be read", *told]))
+            problem = "; ".join([f"folder: {folder / side} has no pictures that can be read", *told])
+            raise InputError(f"{problem}; put the {side} pictures there")
     chosen, rejected = sides.values()
     if same := same_contents([*chosen.values(), *rejected.values()]):
         remarks.append(f"files with the same bytes count as one picture: {listed(same)}")
@@ -166,6 +167,9 @@ def _by_name(chosen: dict[str, Picture], rejected: dict[str, Picture], remarks: 
     both = sorted(chosen.keys() & rejected.keys())
     if lonely := sorted(chosen.keys() ^ rejected.keys()):
         remarks = [*remarks, f"left out, only on one side: {listed(lonely)}"]
+    captions = {name: {chosen[name].caption, rejected[name].caption} - {""} for name in both}
+    if differing := [name for name, found in captions.items() if len(found) > 1]:
+        remarks = [*remarks, f"captions differ, that in chosen/ counts: {listed(differing)}"]
     pairs = [
         RatedPair(chosen[name].caption or rejected[name].caption, chosen[name], rejected[name], 1.0) for name in both
     ]
@@ -208,8 +212,8 @@ def without_self(pairs: Sequence[RatedPair]) -> tuple[list[RatedPair], list[str]
 
 def from_ratings(folder: Path) -> Collection:
     """Read ``ratings.jsonl``, a file as :class:`~latentreward.data.JSONLPairReader` takes it."""
-    reader = JSONLPairReader(str(folder / RATINGS), str(folder), randomise_sides=False, on_error="skip")
-    remarks = [f"{RATINGS}: {number} lines left out: {reason}" for reason, number in reader.skipped.items()]
+    reader = RatingReader(folder)
+    remarks = reader.told()
     pictures: dict[str, Picture] = {}
     unreadable: dict[str, str] = {}
     pairs, lost = [], 0

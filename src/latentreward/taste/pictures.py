@@ -52,7 +52,7 @@ def read_pictures(folder: Path, below: str = "") -> tuple[dict[str, Picture], li
         was left out.
     """
     found: dict[str, Picture] = {}
-    unreadable, twice, too_long = [], [], []
+    unreadable, twice, uncaptioned = [], [], dict[str, list[str]]()
     place = folder / below
     for name, files in find_images(place).items():
         if any(part.startswith(".") for part in Path(files[0]).parts[1:]):
@@ -72,25 +72,34 @@ def read_pictures(folder: Path, below: str = "") -> tuple[dict[str, Picture], li
                 twice.append(path)
                 continue
             assert reference.path is not None
-            caption = read_caption(reference.path, folder)
-            if len(caption) > MAX_PROMPT_CHARS:  # the readers of later steps would refuse it
-                too_long.append(path)
-                caption = ""
+            caption, problem = read_caption(reference.path, folder)
+            if problem:
+                uncaptioned.setdefault(problem, []).append(path)
             found[name] = Picture(path, digest([reference.path.read_bytes()]), caption)
     remarks = [f"left out, cannot be read: {listed(unreadable)}"] if unreadable else []
     if twice:
         remarks.append(f"left out, another picture has the same name with another ending: {listed(twice)}")
-    if too_long:
-        remarks.append(f"no caption, since it has more than {MAX_PROMPT_CHARS} characters: {listed(too_long)}")
+    remarks += [f"no caption, since it {problem}: {listed(paths)}" for problem, paths in uncaptioned.items()]
     return found, remarks
 
 
-def read_caption(picture: Path, folder: Path) -> str:
-    """Return the text of the ``.txt`` file beside a picture; empty without one, or behind a link out of ``folder``."""
+def read_caption(picture: Path, folder: Path) -> tuple[str, str]:
+    """Read the ``.txt`` file beside a picture.
+
+    Returns:
+        Caption, empty without such a file or behind a link out of ``folder``; and what is wrong with one that is left
+        out, or an empty text.
+    """
     file = picture.with_suffix(".txt")
     if not file.is_file() or not file.resolve().is_relative_to(folder.resolve()):
-        return ""
-    return " ".join(file.read_bytes().decode("utf-8-sig", "replace").split())
+        return "", ""
+    try:
+        caption = " ".join(file.read_bytes().decode("utf-8-sig").split())
+    except UnicodeDecodeError:
+        return "", "is not UTF-8"
+    if len(caption) > MAX_PROMPT_CHARS:  # the readers of later steps would refuse it
+        return "", f"has more than {MAX_PROMPT_CHARS} characters"
+    return caption, ""
 
 
 def same_contents(pictures: Iterable[Picture]) -> list[str]:
@@ -98,13 +107,23 @@ def same_contents(pictures: Iterable[Picture]) -> list[str]:
     groups: dict[str, list[str]] = {}
     for picture in pictures:
         groups.setdefault(picture.content, []).append(picture.path)
-    return [" = ".join(paths) for paths in groups.values() if len(paths) > 1]
+    return [first_of(paths, " = ") for paths in groups.values() if len(paths) > 1]
 
 
 def listed(names: list[str]) -> str:
-    """Name the first of some files, and count the others."""
+    """Count some files, and name the first of them."""
+    return f"{len(names)}: {first_of(names, ', ')}"
+
+
+def first_of(names: list[str], joint: str) -> str:
+    """Name the first of some files, joined by ``joint``, and count the others."""
     more = len(names) - MOST_NAMED
-    return f"{len(names)}: {', '.join(names[:MOST_NAMED])}" + (f" and {more} more" if more > 0 else "")
+    return joint.join(names[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def number_of(number: int, noun: str) -> str:
+    """Return a number with its noun, such as ``no pictures``, ``1 picture`` or ``2 pictures``."""
+    return f"{number or 'no'} {noun}{'' if number == 1 else 's'}"
 
 
 def counted(prompts: Iterable[str]) -> Counter[str]:

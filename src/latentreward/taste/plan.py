@@ -7,7 +7,7 @@ from pathlib import Path
 
 from latentreward.backbones.loading import SHIPPED, PipelineSource
 from latentreward.backbones.tuning import Tuning
-from latentreward.errors import InputError
+from latentreward.errors import InputError, errors_at
 from latentreward.steps.tasks import Step, Task, resolve
 from latentreward.taste.splitting import HELD_OUT, STOP, TRAIN
 
@@ -74,7 +74,8 @@ def find_base(source: str) -> Base:
     """
     if source in TINY_BASES:
         return TINY_BASES[source]
-    kind = str(PipelineSource(source).index.get("_class_name"))
+    with errors_at("base: "):
+        kind = str(PipelineSource(source).index.get("_class_name"))
     if kind not in BASES:
         raise InputError(
             f"base: {source!r} is a {kind}; taste takes {', '.join(BASES)}, or {', '.join(TINY_BASES)}; for others see "

@@ -11,6 +11,7 @@ from latentreward.errors import InputError
 from latentreward.storage.digests import digest
 from latentreward.storage.durable import write_file
 from latentreward.taste.pairs import lines
+from latentreward.taste.pictures import number_of
 from latentreward.taste.plan import JUDGED, PREFERENCES, PROMPTS
 from latentreward.taste.splitting import Split
 
@@ -36,6 +37,8 @@ def prompts_of(found: Split, file: Path | None) -> tuple[str, ...]:
         InputError: If there is no file and no caption, or the file cannot be read.
     """
     if file is not None:
+        if not file.exists():  # the reader would first name the endings that it takes
+            raise InputError(f"prompts: {file} does not exist; give a text file with one prompt per line")
         return read_prompts(str(file), "prompts")
     captions = [pair.prompt for pairs in found.parts.values() for pair in pairs if pair.prompt]
     if not captions:
@@ -64,10 +67,8 @@ def write_prompts(work: Path, prompts: Sequence[str], seed: int) -> tuple[Path, 
             write_file(folder / name, text)
     if kept:
         return folder, f"{len(others)} prompts to align with, {kept} others for the pictures before and after"
-    return (
-        folder,
-        f"{len(others)} prompts to align with, and the same for the pictures: give {ENOUGH} to keep some apart",
-    )
+    told = f"{number_of(len(others), 'prompt')} to align with, and the same for the pictures"
+    return folder, f"{told}: give {ENOUGH} to keep some apart"
 
 
 def _json_lines(prompts: Sequence[str]) -> str:

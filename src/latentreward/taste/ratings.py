@@ -16,12 +16,12 @@ from latentreward.data.readers.base import normalise_prompt
 from latentreward.errors import InputError
 from latentreward.storage.digests import digest
 from latentreward.storage.durable import write_errors_named, write_file
-from latentreward.taste.pairs import RATINGS
-from latentreward.taste.pictures import Picture, counted, listed, read_pictures, same_contents
+from latentreward.taste.pairs import FEWEST
+from latentreward.taste.pictures import Picture, counted, listed, number_of, read_pictures, same_contents
+from latentreward.taste.rating_lines import RATINGS, parse_line
 
 BLOCK = 8
 """Pictures that are compared with each other only, so that the split finds parts without common pictures."""
-FEWEST = 2
 Answer = Literal["a", "b", "tie"]
 RATED = "rated"
 """Key of a line's time, by which the lines of the page are told from others."""
@@ -107,9 +107,8 @@ class Ratings:
         different = [*{picture.content: picture for picture in reversed(found.values())}.values()][::-1]
         if len(different) < FEWEST:
             remarks = "".join(f"; {remark}" for remark in self.remarks)
-            raise InputError(
-                f"folder: {folder} has {len(different)} different pictures{remarks}; give at least {FEWEST}"
-            )
+            found_here = number_of(len(different), "different picture")
+            raise InputError(f"folder: {folder} has {found_here}{remarks}; give at least {FEWEST}")
         self.file = folder / RATINGS
         self._shown = pairs_to_show(different, seed)
         self._lines = self._read()
@@ -167,7 +166,7 @@ class Ratings:
         if not self._lines or RATED not in self._lines[-1]:
             return False
         texts = [text for text in self.file.read_bytes().splitlines(keepends=True) if text.strip()]
-        if not texts or _parse(texts[-1]) != self._lines[-1]:  # another program has written to the file meanwhile
+        if not texts or parse_line(texts[-1]) != self._lines[-1]:  # another program has written to the file meanwhile
             return False
         write_file(self.file, b"".join(texts[:-1]), KEPT)
         self._lines.pop()
@@ -177,25 +176,18 @@ class Ratings:
         if not self.file.is_file():
             return []
         content = self.file.read_bytes()
-        texts = [text for text in content.splitlines(keepends=True) if text.strip()]
-        lines = [_parse(text) for text in texts]
-        if lines and lines[-1] is None and not content.endswith(b"\n"):  # a kill or a full disk cut it off
+        texts = {n: text for n, text in enumerate(content.splitlines(keepends=True), start=1) if text.strip()}
+        lines = {number: parse_line(text) for number, text in texts.items()}
+        last = max(lines, default=0)
+        if lines and isinstance(lines[last], str) and not content.endswith(b"\n"):  # a kill or a full disk cut it off
             self.remarks.append(f"{RATINGS}: its last line is broken off and is left out")
-            write_file(self.file, b"".join(texts[:-1]), KEPT)
-            lines.pop()
+            del texts[last], lines[last]
+            write_file(self.file, b"".join(texts.values()), KEPT)
         elif lines and not content.endswith(b"\n"):
             write_file(self.file, content + b"\n", KEPT)
-        if None in lines:
-            raise InputError(f"{self.file}: line {lines.index(None) + 1} is no JSON object; correct or remove it")
-        return [line for line in lines if line is not None]
-
-
-def _parse(text: bytes) -> dict[str, Any] | None:
-    try:
-        line = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return line if isinstance(line, dict) else None
+        if flaws := [f"line {number} ({line})" for number, line in lines.items() if isinstance(line, str)]:
+            raise InputError(f"{self.file}: lines that cannot be read: {listed(flaws)}; correct or remove them")
+        return [line for line in lines.values() if isinstance(line, dict)]
 
 
 def _names(line: dict[str, Any]) -> tuple[str, str]:

@@ -13,6 +13,7 @@ from latentreward.errors import InputError
 from latentreward.metrics.bootstrap import Interval
 from latentreward.metrics.shared_pictures import picture_accuracy
 from latentreward.reports.tables import with_interval
+from latentreward.taste.pictures import number_of
 from latentreward.taste.plan import PREFERENCES
 
 CHANCE = 0.5
@@ -57,8 +58,9 @@ class Measured:
         worth = ""
         if self.accuracy.groups != len(self.pairs):
             worth = f"; by their common pictures the pairs count as {self.accuracy.groups} independent ones"
+        value = with_interval(self.accuracy._replace(groups=None))
         return (
-            f"accuracy on {len(self.pairs)} held-out pairs in %: {with_interval(self.accuracy._replace(groups=None))} "
+            f"accuracy on {number_of(len(self.pairs), 'held-out pair')} in %: {value} "
             f"(95 % interval{worth}; chance is 50 %)"
         )
 

@@ -9,6 +9,7 @@ from latentreward.data.readers.base import normalise_prompt
 from latentreward.errors import InputError
 from latentreward.metrics.shared_pictures import shared_groups
 from latentreward.taste.pairs import Collection, Pool, RatedPair
+from latentreward.taste.pictures import number_of
 
 TRAIN, STOP, HELD_OUT = PARTS = ("train", "stop", "held_out")
 """Parts: to train on, to stop early by, and to measure the accuracy with."""
@@ -59,9 +60,10 @@ def split(found: Collection, most: int, seed: int) -> Split:
     made = _pooled(found.pools, most, rng) if found.pools else _paired(list(found.pairs), most, rng)
     for name, pairs in made.parts.items():
         if len(pairs) < LEAST_PAIRS:
+            drawn = "a higher --pairs, or " if found.possible > most else ""
             raise InputError(
-                f"folder: {len(pairs)} pairs are left for {name} after the split ({made.how}); give more pictures, "
-                "each in fewer pairs"
+                f"folder: {name} gets {number_of(len(pairs), 'pair')} of the split ({made.how}); give {drawn}more "
+                "pictures, each in fewer pairs"
             )
     return made
 
@@ -78,12 +80,13 @@ def _paired(pairs: list[RatedPair], most: int, rng: np.random.Generator) -> Spli
         both = [(*link, f" {prompt}") if prompt else link for link, prompt in zip(links, prompts, strict=True)]
         if parts := _by_group(pairs, shared_groups(both), rng):
             return Split(parts, f"by prompt, of {number}, and by picture: no part shares either with another{told}")
-    why = f"by picture, since there are {number} prompts" if number < ENOUGH_PROMPTS else "by picture"
+    few = f"by picture, with {number_of(number, 'different caption')}"
+    why = few if number < ENOUGH_PROMPTS else "by picture"
     if parts := _by_group(pairs, shared_groups(links), rng):
         return Split(parts, f"{why}: no picture is in two parts{told}")
     parts = _by_picture(pairs, rng)
     lost = len(pairs) - sum(map(len, parts.values()))
-    return Split(parts, f"{why}: no picture is in two parts; {lost} pairs across parts are left out{told}")
+    return Split(parts, f"{why}: no picture is in two parts; left out, pairs across parts: {lost}{told}")
 
 
 def _by_group(pairs: Sequence[RatedPair], groups: np.ndarray, rng: np.random.Generator) -> dict[str, list[RatedPair]]:
