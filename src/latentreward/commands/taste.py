@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from latentreward.backbones.tuning import Tuning
     from latentreward.taste.plan import Plan
 
-LARGEST = 8192
+LARGEST = 4096
 """Largest ``size``: even an estimate of much larger images runs out of memory."""
 REMEDY = "take --tuning frozen, a smaller --batch_size or --size, or a base that is quantised by --train_settings"
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
