@@ -94,7 +94,7 @@ class Workshop:
             return None
         try:
             return Done(**json.loads(path.read_text()))
-        except (TypeError, ValueError):  # damaged
+        except (TypeError, ValueError, RecursionError):  # damaged
             return None
 
     def _inputs(self, task: Task) -> dict[str, str | None]:
