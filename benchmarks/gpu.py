@@ -14,7 +14,7 @@ rows have all failed is not done.
                VAE decoder and CLIP-H, with x̂_0 predicted anew (guided) or reused from the sampler
 ``vlm``        DiNa-LRM, one level and an ensemble of 3, against a scorer of Qwen2-VL-7B's size with VAE decoder, on one
                1024² image: score, gradient with respect to the latents, and step of an SD3.5-Medium policy
-``rewards``    training steps of LRM and DiNa-LRM with the shipped settings
+``rewards``    training steps of LRM, DiNa-LRM and the other heads with the shipped settings, and of an 8-bit optimiser
 ``alignment``  training steps of LPO, GRPO and ReFL with the shipped settings, rollouts included
 ``methods``    the same for trajectory GRPO, DiffusionNFT, AWM and PRFL
 ``execution``  float32, bfloat16, checkpointing, torch.compile and attention kernels in a DiNa-LRM step

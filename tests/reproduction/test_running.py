@@ -118,6 +118,13 @@ def test_a_step_whose_source_or_input_has_changed_runs_again(folder: Path) -> No
     assert shop.done(task) is None
 
 
+@pytest.mark.parametrize("content", ["{", "[]", '{"source": 1}', "[" * 100_000], ids=["cut", "list", "other", "deep"])
+def test_a_damaged_record_counts_as_none(content: str, folder: Path) -> None:
+    shop, task = Workshop(folder / "work"), read_row("toy", TOY).task("good", "toy_scores", 0)
+    (task.output(folder / "work").parent / "record.json").write_text(content)
+    assert shop.done(task) is None
+
+
 def test_a_failed_step_is_named_and_other_rows_are_measured(folder: Path) -> None:
     row = read_row("toy", TOY)
     steps = {**TOY["steps"], "toy_pairs": {**TOY["steps"]["toy_pairs"], "run": "nothing {out}"}}
