@@ -70,7 +70,10 @@ BENCHMARKS = {
     ),
     "frozen_precision": Benchmark("frozen_precision", "--reward lrm_tiny dina_lrm_tiny --pairs=3000", "--help", 12),
     "score_command": Benchmark("score_command", "--images=400", "--images=4 --rounds=1 --size=toy", 8),
-    "serving": Benchmark("serving", "", "throughput --size=toy_sd35 --rows=8 --repeats=1", 9),
+    "serving": Benchmark(
+        "serving", "", "throughput trajectories --size=toy_sd35 --rows=8 --trajectories=8 --repeats=1", 9
+    ),
+    "remote_reward": Benchmark("remote_reward", "", "--size=toy_sd35 --rows=2 --rounds=1", 6),
     "loading_memory": Benchmark("loading_memory", "", "--help", 4),
     "heads": Benchmark("heads", "", "--help", 25, ratios=False),
     "search": Benchmark("search", "", "--help", 12, ratios=False),

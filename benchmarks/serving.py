@@ -1,22 +1,27 @@
 """Measure the overhead of serving a reward model over HTTP, and its behaviour under load; prints Markdown tables.
 
-    python benchmarks/serving.py [throughput] [load] [fuzz] [--size mid_sd35] [--threads 1]
+    python benchmarks/serving.py [throughput] [load] [fuzz] [trajectories] [fuzz_routes] [--size mid_sd35] [--threads 1]
 
 ``throughput``  rows per second that 32 clients get from a server, and rows per second of ``RewardModel.score_latents``
                 in this process on the same rows in batches of equal size; measured in turn
+``trajectories``  seconds for 1 000 trajectories of 8 states, and for their states one by one, by as many clients;
+                measured in turn, with equal scores
 ``load``        1 000 requests, 32 at a time: statuses, rate, the server's memory
-``fuzz``        10 000 mutated requests: statuses, unexpected answers, the server's memory
+``fuzz``        10 000 mutated requests of verl-omni's protocol: statuses, unexpected answers, the server's memory
+``fuzz_routes`` the same for each other route; like ``trajectories`` only if asked for
 
 The server runs in its own process. Requests are like those of verl-omni's client: one row, 154 tokens of width 4096.
 ``--size`` is a network of ``random_pipelines.py`` with random weights; ``load`` and ``fuzz`` use the smallest one.
 """
 
 import argparse
+import asyncio
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import torch
 from measuring import MIB, Goal, Spread, ratio, table
 from safetensors.torch import save
@@ -29,10 +34,15 @@ from latentreward.contracts import Conditioning
 from latentreward.scoring import RewardModel, ScoringNoise
 from latentreward.serving.addresses import bind
 from latentreward.serving.protocol import Accepted, parse_request
+from latentreward.serving.resources import Resources
+from latentreward.serving.served import ServedModel, accepted_by
 from latentreward.serving.server import serve
-from latentreward.serving.service import ScoringService, ServiceSettings, accepted_by
+from latentreward.serving.service import ScoringService
+from latentreward.serving.settings import ServiceSettings
 from tests.serving.latent_requests import tensors_of
-from tests.serving.processes import Answers, fuzz, load, server_process
+from tests.serving.mutated_bodies import FuzzedRoute, fuzz_route, routes
+from tests.serving.processes import Answers, fuzz, in_one_session, load, server_process
+from tests.serving.prompted_requests import body_of, latents_of
 
 SMALLEST = "toy_sd35"
 CLIENTS = 32
@@ -41,7 +51,8 @@ CLIENTS = 32
 def run_server(size: str, batch_size: int) -> None:
     """Serve a random model; runs in the server's process."""
     with bind("127.0.0.1", 0) as bound:
-        serve(ScoringService(random_model(size), ServiceSettings(batch_size=batch_size, timeout=600.0)), bound)
+        resources = Resources(ServiceSettings(batch_size=batch_size, timeout=600.0))
+        serve(ScoringService([ServedModel(random_model(size), resources)], resources), bound)
 
 
 def command(size: str, threads: int, batch_size: int = 8) -> list[str]:
@@ -102,6 +113,58 @@ def conditioning(embeds: list[Tensor], pooled: list[Tensor]) -> Conditioning:
     return Conditioning(torch.stack(embeds), torch.stack(pooled))
 
 
+# --- trajectories --------------------------------------------------------------------------------------------------
+
+
+def trajectories(options: argparse.Namespace) -> list[Any]:
+    """Measure whole trajectories against their states one by one, in turn; return a table row."""
+    model = random_model(options.size)
+    accepted, steps = accepted_by(model, ServiceSettings()), options.states
+    side = model.backbone.native_size[0] // model.backbone.latent_space.downscale
+    times = torch.linspace(950.0, 50.0, steps)
+    states = [latents_of(accepted, 1, steps, side=side, seed=seed) for seed in range(16)]
+    prompts = [f"picture {number}" for number in range(16)]
+    whole = [body_of({"latents": one, "timesteps": times}, prompt) for one, prompt in zip(states, prompts, strict=True)]
+    single = [
+        body_of({"latents": one[:, [step]], "timesteps": times[[step]]}, prompt)
+        for one, prompt in zip(states, prompts, strict=True)
+        for step in range(steps)
+    ]
+    seconds: list[tuple[float, float]] = []
+    differences: list[float] = []
+    count, clients = options.trajectories, options.clients
+    with server_process(
+        command(options.size, options.threads, options.batch_size), OMP_NUM_THREADS=str(options.threads)
+    ) as server:
+        ask_states(server.address, whole, 16, clients)
+        for _ in range(options.repeats):
+            together, scores = ask_states(server.address, whole, count, clients)
+            apart, alone = ask_states(server.address, single, count * steps, clients)
+            seconds.append((together, apart))
+            differences.append((torch.tensor(scores).flatten() - torch.tensor(alone).flatten()).abs().max().item())
+    whole_seconds, single_seconds = (Spread(values) for values in zip(*seconds, strict=True))
+    faster = ratio(single_seconds, whole_seconds)
+    equal = Goal(max(differences), most=2e-5)
+    return [whole_seconds, single_seconds, faster, Goal(faster.median, least=1.5), f"{max(differences):.1e}", equal]
+
+
+def ask_states(address: str, bodies: list[bytes], count: int, clients: int) -> tuple[float, list[Any]]:
+    """Ask ``count`` times for scores of states, some at a time; return the seconds and the scores in order."""
+    scores: list[Any] = [None] * count
+    headers = {"content-type": "application/octet-stream"}
+
+    async def ask(session: aiohttp.ClientSession, number: int) -> None:
+        body = bodies[number % len(bodies)]
+        async with session.post(f"{address}/v1/score_states", data=body, headers=headers) as reply:
+            if reply.status != 200:
+                raise RuntimeError(await reply.text())
+            scores[number] = (await reply.json())["scores"]
+
+    start = time.monotonic()
+    asyncio.run(in_one_session(ask, count, clients))
+    return time.monotonic() - start, scores
+
+
 # --- load and fuzz -------------------------------------------------------------------------------------------------
 
 
@@ -127,6 +190,16 @@ def measure_fuzz(count: int) -> list[str]:
         return ["fuzz", *described(answers), str(server.stop())]
 
 
+def measure_route(route: FuzzedRoute, count: int) -> list[str]:
+    """Send ``count`` mutated bodies to a route, and return a table row of ``fuzz``."""
+    with server_process(command(SMALLEST, 1)) as server:
+        fuzz_route(server.address, route, count // 10)
+        answers = fuzz_route(server.address, route, count, server.rss)
+        print("\n".join(answers.unexpected[:10]), end="", file=sys.stderr)
+        kind = route.kind.partition(";")[0].rpartition("/")[2]
+        return [f"fuzz {route.path}, {kind}", *described(answers), str(server.stop())]
+
+
 def described(answers: Answers) -> list[str]:
     """Format answers as cells of a table: statuses, unexpected answers, requests per second, memory."""
     statuses = ", ".join(f"{status}: {count}" for status, count in sorted(answers.statuses.items()))
@@ -146,6 +219,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument("--mutations", type=int, default=10_000)
+    parser.add_argument("--trajectories", type=int, default=1000)
+    parser.add_argument("--states", type=int, default=8, help="states of a trajectory")
+    parser.add_argument("--clients", type=int, default=8, help="clients of trajectories")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -157,8 +233,18 @@ def main() -> None:
         title = f"Throughput, {options.size}, batches of {options.batch_size}, {options.threads} threads"
         columns = ("in process, rows/s", f"server, {CLIENTS} clients, rows/s", "server / in process", "goal")
         table(title, columns, [row])
+    if "trajectories" in options.parts:
+        title = (
+            f"{options.trajectories} trajectories of {options.states} states, {options.size}, {options.clients} clients"
+        )
+        columns = ("whole, s", "state by state, s", "ratio", "goal", "greatest difference of scores", "goal")
+        table(title, columns, [trajectories(options)])
     measures = [("load", measure_load, options.requests), ("fuzz", measure_fuzz, options.mutations)]
-    if rows := [measure(count) for part, measure, count in measures if part in options.parts]:
+    rows = [measure(count) for part, measure, count in measures if part in options.parts]
+    if "fuzz_routes" in options.parts:
+        accepted = accepted_by(random_model(SMALLEST), ServiceSettings())
+        rows += [measure_route(route, options.mutations) for route in routes(accepted)]
+    if rows:
         columns = ("part", "statuses", "unexpected", "requests/s", "server's memory, MiB", "exit status")
         table(f"Requests to {SMALLEST}", columns, rows)
 

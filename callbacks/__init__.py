@@ -17,6 +17,7 @@ from latentreward.callbacks.reference_drift import ReferenceDrift
 from latentreward.callbacks.resumed_settings import ResumedSettings
 from latentreward.callbacks.run_progress import RunProgress
 from latentreward.callbacks.sample_grid import SampleGrid
+from latentreward.callbacks.tensorboard_charts import TensorBoardCharts
 from latentreward.callbacks.throughput import Throughput
 from latentreward.callbacks.timestep_bands import TimestepBands
 from latentreward.callbacks.trainable_checkpoint import TrainableCheckpoint
@@ -40,6 +41,7 @@ __all__ = [
     "RunProgress",
     "SampleGrid",
     "ScoredPairGrid",
+    "TensorBoardCharts",
     "Throughput",
     "TimestepBands",
     "TrainableCheckpoint",

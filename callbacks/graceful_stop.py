@@ -23,7 +23,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from latentreward.data.loading import WORKER_REMEDY, WorkerLoader
 from latentreward.errors import InputError, first_line
-from latentreward.interrupts import INTERRUPTED, TERMINATED, kill_started_ranks
+from latentreward.interrupts import INTERRUPTED, TERMINATED, kill_started_ranks, stop_asked
+from latentreward.remote import RemoteError
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ class GracefulStop(Callback):
     - SIGINT (Ctrl-C): save, exit with status 130. A second Ctrl-C ends the run at once, without a checkpoint.
     - A killed worker process of a loader: save, exit with status 2. Until the run stops, the training process loads
       the batches itself.
+    - A reward server that fails (``RemoteError``): save at once, in the middle of a rollout, and raise the error.
 
     ``fit`` raises ``SIGTERMException``, a ``SystemExit`` with that status.
 
@@ -100,18 +102,29 @@ class GracefulStop(Callback):
         self._request = self._agreed = StopRequest.NONE
         self._requests: dict[int, StopRequest] = {}
         self._loaders: list[WorkerLoader] = []
+        self._training = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Place this callback after those that change the weights or the checkpoint, such as ``TrainableEMA``."""
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         trainer.callbacks = sorted(callbacks, key=lambda it: (isinstance(it, Checkpoint), it is self))  # type: ignore[attr-defined]
+        self._training = False
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget a request to stop, which was that of this run."""
+        stop_asked.clear()
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Replace the signal handlers that Lightning has just set; Lightning's teardown restores the original ones."""
-        self.on_train_start(trainer, pl_module)
+        self._take_signals(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Replace Lightning's signal handlers, for runs without a sanity check, and find the loaders with workers."""
+        self._take_signals(trainer)
+        self._training = True  # the other callbacks have restored their states by now
+
+    def _take_signals(self, trainer: Trainer) -> None:
+        stop_asked.clear()
         self._requests = {signal.SIGTERM: StopRequest.TERMINATE, signal.SIGINT: StopRequest.INTERRUPT}
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
             self._requests[signal.SIGHUP] = StopRequest.HANGUP
@@ -150,7 +163,17 @@ class GracefulStop(Callback):
                 self._stop(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Raise a one-line error if another rank has exited or is silent, and kill ranks that this process started."""
+        """Save after a failure of a reward server; raise a one-line error if another rank has exited or is silent.
+
+        In the latter case ranks that this process started are killed.
+        """
+        if isinstance(exception, RemoteError) and self._training:
+            self._agree(trainer)
+            if self._agreed:  # a signal has ended the wait for the server
+                self._stop(trainer)
+            path = checkpoint_path(trainer)
+            trainer.save_checkpoint(path, weights_only=False)  # with None Lightning prints a line
+            exception.resume = f"saved optimiser step {trainer.global_step}; go on with --ckpt_path {path}"
         if isinstance(exception, RuntimeError) and trainer.world_size > 1 and SILENT_RANK.search(str(exception)):
             kill_started_ranks(trainer)
             limit = getattr(trainer.strategy, "_timeout", None)
@@ -166,6 +189,7 @@ class GracefulStop(Callback):
         if request == StopRequest.INTERRUPT and self._request == StopRequest.INTERRUPT:
             raise KeyboardInterrupt
         self._request = max(self._request, request)
+        stop_asked.set()
 
     def _agree(self, trainer: Trainer) -> None:
         if any(loader.worker_died for loader in self._loaders):

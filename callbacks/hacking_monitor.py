@@ -14,8 +14,10 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
+from latentreward.contracts import PromptBatch
 from latentreward.errors import InputError
 from latentreward.modules.alignment import AlignmentModule, RewardedModule
+from latentreward.remote.errors import RemoteError, raise_together
 from latentreward.reports.drawing import to_image
 from latentreward.rollout.finished import score_finished
 from latentreward.scorers import ImageScorer
@@ -114,16 +116,28 @@ class HackingMonitor(PromptMonitor):
             logger.warning(message)
 
     def _scores(self, trainer: Trainer, pl_module: AlignmentModule, reference: bool) -> Tensor:
-        """Return ``(prompts, 1 or 2)`` float64: held-out score and, if there is one, reward; means over pictures."""
-        rows = []
+        """Return ``(prompts, 1 or 2)`` float64: held-out score and, if there is one, reward; means over pictures.
+
+        Raises:
+            RemoteError: On all ranks, if a scorer's server fails on one.
+        """
+        rows: list[Tensor] = []
+        failure: RemoteError | None = None
         for batch, latents, pixels in self.pictures(trainer, pl_module, reference):
-            images = list(map(to_image, pixels))
-            columns = [self.held_out(batch.prompts, images)]
-            if isinstance(pl_module, RewardedModule):
-                scores = score_finished(pl_module.reward, latents, batch, SEED, self.reward_sigmas)
-                columns.append(scores.cpu())
-            rows.append(torch.stack(columns, dim=1))
+            if failure is None:  # else only sampled: a policy in shards samples on all ranks together
+                try:
+                    rows.append(self._columns(pl_module, batch, latents, pixels))
+                except RemoteError as error:
+                    failure = error
+        raise_together(failure, trainer.strategy.reduce_boolean_decision)
         return self.gather(trainer, torch.cat(rows)).double().mean(dim=1)
+
+    def _columns(self, pl_module: AlignmentModule, batch: PromptBatch, latents: Tensor, pixels: Tensor) -> Tensor:
+        """Score a batch of pictures: ``(pictures, 1 or 2)``."""
+        columns = [self.held_out(batch.prompts, list(map(to_image, pixels)))]
+        if isinstance(pl_module, RewardedModule):
+            columns.append(score_finished(pl_module.reward, latents, batch, SEED, self.reward_sigmas).cpu())
+        return torch.stack(columns, dim=1)
 
 
 @dataclass(frozen=True)

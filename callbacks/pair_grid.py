@@ -1,8 +1,11 @@
 """Callback that draws validation pairs with their scores."""
 
 import logging
+import math
+from bisect import insort
+from operator import attrgetter, itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -10,32 +13,44 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from PIL import Image
+from torch import Tensor
 
-from latentreward.errors import InputError
+from latentreward.data.alignment.experience import of_all_ranks
+from latentreward.errors import InputError, did_you_mean
 from latentreward.modules.pairs import PairModule
 from latentreward.reports.drawing import PLAIN, RIGHT, WRONG, draw_pair, strip, tile, to_images
 from latentreward.storage.durable import replacing
 
 logger = logging.getLogger(__name__)
 
+Shown = Literal["first", "worst"]
+NAMES: dict[Shown, tuple[str, str]] = {
+    "first": ("val/pairs", "scored_pairs.png"),
+    "worst": ("val/worst_pairs", "worst_pairs.png"),
+}
+"""Names of the picture in TensorBoard and in the run's folder; of two callbacks, each has its own."""
+
 
 class ScoredPairGrid(Callback):
-    """Callback that draws the first validation pairs with their scores.
+    """Callback that draws validation pairs with their scores, and by how much the model errs.
 
-    The picture is the image ``val/pairs`` in TensorBoard and ``scored_pairs.png`` in the run's log folder. Each cell
-    shows a pair: the preferred image on the left, the prompt above, and the scores at the first evaluation level below.
-    The frame is green where the model ranks the pair as its label does, red where it does not, grey for a tie. Latents
-    are decoded by the model's VAE, a pair at a time. If pairs cannot be drawn, one warning says why and the callback
-    does nothing: for latents if there is no VAE, for latents under FSDP (which shards the VAE), and for modules that
-    score no pairs.
+    The picture is the image ``val/pairs`` in TensorBoard and ``scored_pairs.png`` in the run's log folder; with
+    ``shown: worst`` they are ``val/worst_pairs`` and ``worst_pairs.png``. Each cell shows a pair: the preferred image
+    on the left, the prompt above, and the scores at the first evaluation level below. The frame is green where the
+    model ranks the pair as its label does, red where it does not, grey for a tie. Pairs of all ranks are considered.
+    Latents are decoded by the model's VAE, a pair at a time. If pairs cannot be drawn, one warning says why and the
+    callback does nothing: for latents if there is no VAE, for latents under FSDP (which shards the VAE), and for
+    modules that score no pairs.
 
     Args:
         num_pairs: Pairs in the picture.
         image_size: Longer side of a drawn image, in pixels.
         columns: Pairs side by side.
+        shown: ``first`` draws the first pairs of the validation data, the same each time; ``worst`` the pairs whose
+            rejected image is the furthest ahead of the preferred one, the largest error first.
 
     Raises:
-        InputError: If an argument is below 1.
+        InputError: If a number is below 1, or ``shown`` is neither of the two.
 
     Example:
         .. code-block:: yaml
@@ -43,19 +58,22 @@ class ScoredPairGrid(Callback):
             trainer:
               callbacks:
                 - class_path: ScoredPairGrid
-                  init_args: {num_pairs: 12}
+                  init_args: {num_pairs: 12, shown: worst}
     """
 
-    def __init__(self, num_pairs: int = 12, image_size: int = 128, columns: int = 3) -> None:
+    def __init__(self, num_pairs: int = 12, image_size: int = 128, columns: int = 3, shown: Shown = "first") -> None:
         if min(num_pairs, image_size, columns) < 1:
             raise InputError(f"num_pairs={num_pairs}, image_size={image_size}, columns={columns} must be at least 1")
-        self.num_pairs, self.image_size, self.columns = num_pairs, image_size, columns
-        self._cells: list[Image.Image] = []
+        if shown not in get_args(Shown):
+            raise InputError(f"shown={shown!r} of ScoredPairGrid is not known{did_you_mean(shown, get_args(Shown))}")
+        self.num_pairs, self.image_size, self.columns, self.shown = num_pairs, image_size, columns, shown
+        self._found: list[FoundPair] = []
+        self._seen = 0
         self._off = False
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Discard the pairs drawn in the last validation."""
-        self._cells = []
+        """Discard the pairs found in the last validation."""
+        self._found, self._seen = [], 0
 
     def on_validation_batch_end(
         self,
@@ -66,35 +84,86 @@ class ScoredPairGrid(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Draw pairs of the batch until ``num_pairs`` are drawn."""
-        missing = self.num_pairs - len(self._cells)
-        if not trainer.is_global_zero or trainer.sanity_checking or trainer.fast_dev_run or self._off or missing <= 0:  # type: ignore[attr-defined]
+        """Keep those pairs of the batch that belong to this rank's ``num_pairs`` so far."""
+        if trainer.sanity_checking or trainer.fast_dev_run or self._off:  # type: ignore[attr-defined]
             return
         if problem := no_picture(trainer, pl_module, batch):
             self._off = True
-            logger.warning("ScoredPairGrid draws nothing: %s", problem)
+            if trainer.is_global_zero:
+                logger.warning("ScoredPairGrid draws nothing: %s", problem)
             return
-        for row in range(min(missing, len(batch))):
-            pair = torch.stack([batch.chosen[row], batch.rejected[row]])
-            if batch.latent_space is not None:
-                pair = pl_module.latent_decoder.decode(pair)  # type: ignore[operator, union-attr]
-            scores = [rewards[row].float().mean().item() for rewards in (outputs.chosen, outputs.rejected)]
-            images = [strip(to_images(one, self.image_size)) for one in pair]
-            colour = PLAIN if batch.label[row] == 0.5 else RIGHT if scores[0] > scores[1] else WRONG
-            captions = [f"{score:+.3f}" for score in scores]
-            self._cells.append(draw_pair(images, captions, batch.prompts[row], colour))
+        size = len(batch)
+        rewards = torch.stack([outputs.chosen[:size], outputs.rejected[:size]], dim=1)  # of the first level
+        pairs = zip(rewards.float().reshape(size, 2, -1).mean(dim=2).tolist(), batch.label.tolist(), strict=True)
+        for row, (scores, label) in enumerate(pairs):
+            key = self._key(trainer, scores, label, batch.pair_ids[row])
+            self._seen += 1
+            if len(self._found) < self.num_pairs or key < self._found[-1].key:
+                images = torch.stack([batch.chosen[row], batch.rejected[row]])
+                kept = images.cpu() if batch.latent_space is not None else self._drawn(images)
+                insort(self._found, FoundPair(key, batch.prompts[row], scores, label, kept), key=attrgetter("key"))
+                del self._found[self.num_pairs :]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the picture to TensorBoard and to ``scored_pairs.png``."""
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # log_dir is a collective call
-        if not self._cells:
+        """Write the picture to TensorBoard and to the run's folder; each rank draws its own pairs of it."""
+        if trainer.sanity_checking or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        picture = tile(self._cells, self.columns)
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # log_dir is a collective call
+        found, self._found = self._found, []
+        keys = sorted(key for rank in of_all_ranks([pair.key for pair in found]) for key in rank)[: self.num_pairs]
+        mine = [(pair.key, self._cell(pair, pl_module)) for pair in found if pair.key <= keys[-1]]
+        cells = sorted((pair for rank in of_all_ranks(mine) for pair in rank), key=itemgetter(0))[: self.num_pairs]
+        if not cells or not trainer.is_global_zero:
+            return
+        picture, (name, file) = tile([cell for _, cell in cells], self.columns), NAMES[self.shown]
         for log in trainer.loggers:
             if isinstance(log, TensorBoardLogger):
-                log.experiment.add_image("val/pairs", np.asarray(picture), trainer.global_step, dataformats="HWC")
-        with replacing(folder / "scored_pairs.png") as partial:
+                log.experiment.add_image(name, np.asarray(picture), trainer.global_step, dataformats="HWC")
+        with replacing(folder / file) as partial:
             picture.save(partial, "png")
+
+    def _key(self, trainer: Trainer, scores: list[float], label: float, pair_id: str) -> "tuple[float, str]":
+        """Return the place of a pair among those of all ranks; the smallest are drawn."""
+        if self.shown == "first":  # ranks take the rows in turn
+            return self._seen * trainer.world_size + trainer.global_rank, pair_id
+        margin = 0.0 if label == 0.5 else scores[0] - scores[1]
+        return -math.inf if math.isnan(margin) else margin, pair_id
+
+    def _drawn(self, pixels: Tensor) -> list[Image.Image]:
+        """Draw both images of a pair ``(2, 3, H, W)``, or the frames of its clips."""
+        return [strip(to_images(one, self.image_size)) for one in pixels]
+
+    def _cell(self, pair: "FoundPair", pl_module: LightningModule) -> Image.Image:
+        images = pair.images
+        if isinstance(images, Tensor):
+            images = self._drawn(pl_module.latent_decoder.decode(images.to(pl_module.device)))  # type: ignore[operator, union-attr]
+        preferred, other = pair.scores
+        right = preferred > other
+        if pair.label == 0.5:
+            colour, words = PLAIN, ("no preference", "")
+        else:
+            colour = RIGHT if right else WRONG
+            words = ("preferred", "" if right else f"errs by {other - preferred:.3f}")
+        captions = [f"{score:+.3f} {word}" for score, word in zip(pair.scores, words, strict=True)]
+        return draw_pair(images, captions, pair.prompt, colour)
+
+
+class FoundPair(NamedTuple):
+    """Pair that may be drawn.
+
+    Attributes:
+        key: Place among the pairs of all ranks.
+        prompt: Prompt.
+        scores: Scores of the preferred and of the other image.
+        label: Probability that the preferred image wins; ½ for a tie.
+        images: Both images as they are drawn, or latents ``(2, C, ...)`` on the CPU.
+    """
+
+    key: tuple[float, str]
+    prompt: str
+    scores: list[float]
+    label: float
+    images: list[Image.Image] | Tensor
 
 
 def no_picture(trainer: Trainer, pl_module: LightningModule, batch: Any) -> str:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from latentreward.contracts import RolloutStatistics
 from latentreward.errors import InputError
+from latentreward.losses.gather import gather_with_grad
 from latentreward.modules.lpo import StepRatios
 
 
@@ -20,7 +21,7 @@ class TimestepBands(Callback):
     candidate, ``rollout/gap_25_t_...``, ``gap_50`` and ``gap_75``, which help to choose selection thresholds. For
     training on pairs (LPO, SPO): ``train/implicit_accuracy_t_...``, the share of pairs whose better state has gained
     more log-probability over the reference than the worse state, and ``train/margin_t_...``, the mean difference of
-    the two gains.
+    the two gains. All are over the rows of all ranks.
 
     Args:
         edges: Ascending timesteps; bands are [low, high), the last one closed.
@@ -58,15 +59,16 @@ class TimestepBands(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log implicit accuracy and margin of a training step on pairs."""
+        """Log implicit accuracy and margin of a training step on pairs, over the pairs of all ranks."""
         ratios = outputs.get("ratios") if isinstance(outputs, dict) else None
         if not isinstance(ratios, StepRatios):
             return
         values = {}
-        for band, rows in self._bands(ratios.timesteps):
-            margin = (ratios.chosen - ratios.rejected)[rows]
-            values[f"train/implicit_accuracy_{band}"] = (margin > 0).float().mean()
-            values[f"train/margin_{band}"] = margin.mean()
+        pairs = torch.stack([ratios.timesteps.to(ratios.chosen), ratios.chosen - ratios.rejected], dim=1)
+        timesteps, margins = gather_with_grad(pairs).unbind(dim=1)  # without gradient, as these have none
+        for band, rows in self._bands(timesteps):
+            values[f"train/implicit_accuracy_{band}"] = (margins[rows] > 0).float().mean()
+            values[f"train/margin_{band}"] = margins[rows].mean()
         pl_module.log_dict(values, batch_size=len(batch))
 
     def _bands(self, timesteps: Tensor) -> Iterator[tuple[str, Tensor]]:

@@ -144,14 +144,19 @@ def start_ranks(
     arguments: Sequence[str], count: int, environment: Mapping[str, str] | None = None, **options: Any
 ) -> list[Forked]:
     """``latentreward`` on so many ranks, started one by one as a cluster's launcher does; see :class:`Forked`."""
+    return [start(arguments, environment=one, **options) for one in rank_environments(count, environment)]
+
+
+def rank_environments(count: int, environment: Mapping[str, str] | None = None) -> list[dict[str, str]]:
+    """Variables of so many ranks on this machine."""
     shared = dict(environment or {})
-    if count > 1:
-        with socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count), "NODE_RANK": "0"}
-    of_rank = [{**shared, "LOCAL_RANK": str(rank)} if count > 1 else shared for rank in range(count)]
-    return [start(arguments, environment=variables, **options) for variables in of_rank]
+    if count == 1:
+        return [shared]
+    with socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count), "NODE_RANK": "0"}
+    return [{**shared, "LOCAL_RANK": str(rank)} for rank in range(count)]
 
 
 def finish(arguments: Sequence[str], timeout: float = 120, **options: Any) -> Forked:

@@ -78,7 +78,7 @@ def test_image_example_trains_aligns_is_published_scored_and_served(folder: Path
     with forked_server(*serve, cwd=folder) as server:
         picture = base64.b64encode((folder / "pictures" / "a.png").read_bytes()).decode()
         body = {"images": [picture], "prompt": "a red circle"}
-        reply = httpx.post(f"{server.address}/v1/score_images", json=body, timeout=60).json()
+        reply = httpx.post(f"{server.address}/v1/score_images", json=body, timeout=300).json()
     assert reply["scores"] == pytest.approx([float(row["score"])], abs=1e-5)
 
 

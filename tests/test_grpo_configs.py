@@ -57,6 +57,21 @@ def test_a_change_of_grpo_is_given_after_a_run(name: str) -> None:
         assert before[setting] == after[setting]
 
 
+REWARDS = sorted(path.stem for path in (FOLDER.parent / "reward").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", REWARDS)
+def test_a_reward_on_a_server_is_given_after_a_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("JUDGE_URL", "UNIRL_URL", "REWARD_URL"):
+        monkeypatch.setenv(variable, f"http://{variable.lower().replace('_', '-')}:8000")
+    changed = parse("configs/align/grpo_trajectory_sd35.yaml", f"configs/reward/{name}.yaml").config["fit"]
+    assert changed["trainer"].default_root_dir == f"runs/reward_{name}"
+    settings = changed["model"]["init_args"]
+    assert settings["prompts_at_once"] == 1
+    assert settings["reward"]["class_path"].endswith("HTTPReward")
+    assert settings["reward"]["init_args"]["server"]["url"].startswith("http://")
+
+
 @pytest.mark.parametrize("name", slow_after(2, CHANGES))
 def test_a_change_of_grpo_trains_the_tiny_run(name: str, tmp_path: Path) -> None:
     small = ("--data.batch_size=4", "--data.prompts_per_rollout=2", "--model.sampling.num_inference_steps=6",

@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "storage": {"contracts", "errors", "interrupts"},
     "programs": {"errors"},
     "noise": BASE,
+    "ranks": BASE,
     "encoders": BASE,
     "data": BASE,
     "heads": BASE,
@@ -31,7 +32,7 @@ MAY_IMPORT = {
     "metrics": BASE,
     "backbones": BASE | {"noise", "encoders", "checkpoints"},
     "families": BASE | {"programs", "noise", "encoders", "backbones"},
-    "cache": BASE | {"encoders", "data", "backbones", "families", "policies"},
+    "cache": BASE | {"ranks", "encoders", "data", "backbones", "families", "policies"},
     "settings": BASE | {"programs", "backbones"},
     "scoring": BASE
     | {"noise", "encoders", "backbones", "families", "heads", "losses", "metrics", "data", "checkpoints"}
@@ -40,9 +41,10 @@ MAY_IMPORT = {
     "export": BASE | {"backbones", "families", "policies", "checkpoints"},
     "rewards": BASE
     | {"noise", "encoders", "backbones", "heads", "losses", "metrics", "scoring", "policies", "checkpoints"}
-    | {"scorers", "reports"},
+    | {"scorers", "reports", "remote"},
     "rollout": BASE | {"noise", "losses", "families", "policies", "rewards"},
-    "generation": BASE | {"noise", "encoders", "backbones", "families", "policies", "rewards", "rollout", "reports"},
+    "generation": BASE
+    | {"ranks", "noise", "encoders", "backbones", "families", "policies", "rewards", "rollout", "reports"},
     "modules": BASE
     | {
         "noise",
@@ -59,8 +61,10 @@ MAY_IMPORT = {
         "rollout",
         "checkpoints",
         "scorers",
+        "remote",
     },
     "checkpoints": BASE,
+    "remote": BASE,
     "callbacks": BASE
     | {
         "noise",
@@ -78,18 +82,20 @@ MAY_IMPORT = {
         "modules",
         "checkpoints",
         "scorers",
+        "remote",
         "reports",
     },
-    "scorers": BASE | {"programs", "data", "backbones", "scoring", "checkpoints"},
+    "scorers": BASE | {"programs", "data", "backbones", "scoring", "checkpoints", "remote"},
     "reports": BASE | {"metrics"},
     "evaluation": BASE
-    | {"data", "metrics", "noise", "scoring", "scorers", "policies", "rollout", "reports", "generation"},
+    | {"ranks", "data", "metrics", "noise", "scoring", "scorers", "policies", "rollout", "reports", "generation"},
     "estimate": BASE
     | {"encoders", "backbones", "families", "heads", "data", "cache", "scoring", "scorers", "settings"}
     | {"policies", "rewards", "modules"},
     "steps": BASE | {"settings", "evaluation"},
     "reproduction": BASE | {"metrics", "reports", "settings", "evaluation", "steps"},
     "pilot": BASE | {"estimate", "evaluation", "metrics", "reports", "settings", "steps"},
+    "taste": BASE | {"backbones", "data", "evaluation", "metrics", "reports", "steps"},
     "serving": BASE | {"data", "noise", "scoring"},
     "tinyworld": BASE | {"data", "scorers", "metrics", "settings"},
 }
@@ -210,7 +216,7 @@ def test_what_is_imported_is_required() -> None:
 def test_each_lower_bound_is_among_the_floors() -> None:
     floors = [Requirement(line) for line in (ROOT / ".ci/floors.txt").read_text().splitlines() if line[0] != "#"]
     pinned = {canonicalize_name(floor.name): str(floor.specifier).removeprefix("==") for floor in floors}
-    for name, requirement in requirements("serve", "test", "video").items():
+    for name, requirement in requirements("serve", "test", "video", "wandb").items():
         assert name in pinned, name
         bound = next(one.version for one in requirement.specifier if one.operator == ">=")
         assert f"{pinned[name]}.".startswith(f"{bound}."), name

@@ -14,6 +14,8 @@ from latentreward import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.slow
+MOST = 19_000_000
+"""Bytes of the wheel, of which nearly all are weights of the tiny world."""
 INSIDE = """
 import latentreward, latentreward.callbacks, latentreward.configs
 from pathlib import Path
@@ -84,6 +86,7 @@ def test_fit_from_packaged_configs(installed: Path, tmp_path: Path) -> None:
 
 def test_archives_hold_what_they_should(dist: Path) -> None:
     (wheel,), (sdist,) = dist.glob("*.whl"), dist.glob("*.tar.gz")
+    assert wheel.stat().st_size <= MOST, "ship no more weights: make those of a new family where they are used"
     inside = {name.removeprefix("latentreward/") for name in zipfile.ZipFile(wheel).namelist()}
     world = ROOT / "src" / "latentreward" / "tinyworld"
     data = [path for name in ("pipelines", "scorers") for path in (world / name).rglob("*") if path.is_file()]
@@ -91,4 +94,11 @@ def test_archives_hold_what_they_should(dist: Path) -> None:
     assert {"py.typed", "cli.py", "callbacks/__init__.py"} <= inside
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"LICENSE", "Makefile", "setup.cfg", "configs/trainer/cpu.yaml", "tests/test_packaging.py"} <= names
+    assert {
+        "LICENSE",
+        "Makefile",
+        "setup.cfg",
+        "configs/trainer/cpu.yaml",
+        "tests/test_packaging.py",
+        ".github/dependabot.yml",
+    } <= names

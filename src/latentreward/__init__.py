@@ -4,7 +4,7 @@ from pathlib import Path
 
 import latentreward.moved  # noqa: F401  makes import paths of earlier releases work
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # setup.cfg maps callbacks/ and configs/, which lie beside src/, into this package. Without an installation
 # (PYTHONPATH=src) that mapping is missing, and extending __path__ has the same effect.

@@ -37,6 +37,10 @@ COMMANDS = {
         "latentreward.commands.score_pairs:run",
         "score the images of pairs with pixel-space scorers, to filter pairs",
     ),
+    "export-pairs": (
+        "latentreward.commands.export_pairs:run",
+        "write the pairs of any reader as a data set for the library datasets",
+    ),
     "cache": (
         "latentreward.commands.cache:run",
         "write the latents of a data set's images, and prompt embeddings if set",
@@ -56,6 +60,10 @@ COMMANDS = {
     "pilot": (
         "latentreward.commands.pilot:run",
         "train a reward on a cut of a data set, benchmark it, align with it: one card",
+    ),
+    "taste": (
+        "latentreward.commands.taste:run",
+        "train a reward on your own pictures, and align with it; --rate opens a page to rate",
     ),
     "evaluate-policy": (
         "latentreward.commands.evaluate_policy:run",

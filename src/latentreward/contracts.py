@@ -459,6 +459,19 @@ class PromptBatch(TensorRecord):
         """Return the number of prompts."""
         return len(self.prompts)
 
+    def times(self, count: int) -> "PromptBatch":
+        """Return each prompt ``count`` times in turn, with keys ``KEY/0``, ``KEY/1``, … of their own."""
+        return PromptBatch(
+            tuple(prompt for prompt in self.prompts for _ in range(count)),
+            tuple(f"{key}/{number}" for key in self.keys for number in range(count)),
+        )
+
+    def split(self, size: int | None) -> list["PromptBatch"]:
+        """Split into batches of at most ``size`` prompts, in order; None leaves one batch."""
+        size = size or max(len(self), 1)
+        starts = range(0, len(self), size)
+        return [PromptBatch(self.prompts[at : at + size], self.keys[at : at + size]) for at in starts]
+
 
 @dataclass(frozen=True)
 class NoisyStates(TensorRecord):

@@ -14,12 +14,18 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from subprocess import Popen
+
+    from lightning.fabric.strategies import Strategy as FabricStrategy
     from lightning.pytorch import Trainer
+    from lightning.pytorch.strategies import Strategy
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C."""
 TERMINATED = 143
 """Exit status after SIGTERM."""
+stop_asked = threading.Event()
+"""Set while a signal asks a run to stop at its next safe place; long waits should end then."""
 
 
 class Terminated(KeyboardInterrupt):
@@ -123,14 +129,23 @@ def tell_interrupt(stop: KeyboardInterrupt) -> None:
 
 def kill_started_ranks(trainer: "Trainer") -> bool:
     """Kill the ranks that this process started through Lightning, and return whether there were any."""
-    from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher  # imports torch
-
-    launcher = trainer.strategy.launcher
-    if not isinstance(launcher, _SubprocessScriptLauncher) or not launcher.procs:
-        return False
-    # Lightning's observer of these processes kills this process too when one has died. It shares the list.
-    ranks, launcher.procs[:] = [*launcher.procs], []
+    ranks = take_started_ranks(trainer.strategy)
     for rank in ranks:
         rank.kill()
         rank.wait()
-    return True
+    return bool(ranks)
+
+
+def take_started_ranks(strategy: "Strategy | FabricStrategy") -> "list[Popen[bytes]]":
+    """Return the ranks that this process started through Lightning, which watches them no longer.
+
+    Lightning's observer of these processes kills this process too when one has died.
+    """
+    from lightning.fabric.strategies.launchers.subprocess_script import _SubprocessScriptLauncher as FabricLauncher
+    from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher  # imports torch
+
+    launcher = strategy.launcher
+    if not isinstance(launcher, FabricLauncher | _SubprocessScriptLauncher):
+        return []
+    ranks, launcher.procs[:] = [*launcher.procs], []  # the observer shares the list
+    return ranks

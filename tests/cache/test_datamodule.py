@@ -324,7 +324,7 @@ def test_a_finished_program_ends_though_workers_still_wait(tmp_path: Path) -> No
         "loader = data.train_dataloader()\n"
         "print(len([batch for batch in loader]))\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "4\n", "")
 
 

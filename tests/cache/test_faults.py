@@ -125,7 +125,7 @@ def test_a_finished_cache_is_left_alone(written: tuple[Path, Path], capsys: pyte
 def test_a_full_disk_loses_nothing(written: tuple[Path, Path], tmp_path: Path) -> None:
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))"  # the largest shards are larger
     run = start_cache(tmp_path / "cache", written[0], *SETTINGS, setup=limit)
-    _, error = run.communicate(timeout=120)
+    _, error = run.communicate(timeout=300)
     assert run.returncode == 2
     [line] = [line for line in error.splitlines() if "error" in line]
     assert line.startswith(f"latentreward: error: no space left for {tmp_path / 'cache'} (File too large)")
@@ -158,7 +158,7 @@ def test_sigterm_and_a_second_run(
         f"latentreward: error: output: {cache} is being written by another run (process {run.pid} on "
     )
     run.send_signal(signal.SIGTERM)
-    _, error = run.communicate(timeout=60)
+    _, error = run.communicate(timeout=300)
     assert run.returncode == 143
     assert error.strip().splitlines()[-1] == "cache: stopped by SIGTERM; resume with the same command"
     assert not list(cache.rglob("*.partial"))
@@ -179,7 +179,7 @@ def test_a_signal_to_one_of_two_processes(
     wait_for_shards(cache, run)
     children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
     os.kill(int(children[0]) if rank else run.pid, sent)
-    _, error = run.communicate(timeout=60)
+    _, error = run.communicate(timeout=300)
     if sent == signal.SIGTERM:
         assert run.returncode == 143
         assert not list(cache.rglob("*.partial"))

@@ -14,6 +14,7 @@ from latentreward.callbacks import (
     PairScoreWriter,
     ParameterSummary,
     ScoredPairGrid,
+    TensorBoardCharts,
     Throughput,
     TrainableCheckpoint,
     TrainableEMA,
@@ -30,7 +31,9 @@ from latentreward.errors import InputError
 from latentreward.heads import GatedQFormerHead
 from latentreward.metrics.bootstrap import clustered_accuracy
 from latentreward.modules import DiNaLRMModule
-from tests.callbacks.small_run import fit
+from latentreward.reports.drawing import PLAIN, WRONG, draw_pair
+from tests.callbacks.charts import charts_of
+from tests.callbacks.small_run import SmallModule, fit, train_loader
 from tests.callbacks.small_run import make_trainer as small_trainer
 from tests.marks import slow_after
 
@@ -229,6 +232,61 @@ def test_grid_goes_to_tensorboard_and_to_a_png(module, batches, loader, make_tra
     assert log.Tags()["images"] == ["val/pairs"]
 
 
+def test_the_worst_pairs_come_first_and_say_by_how_much(module, batches, loader, make_trainer, tmp_path, monkeypatch):
+    drawn = []
+
+    def record(images, captions, prompt, colour):
+        drawn.append((captions, colour))
+        return draw_pair(images, captions, prompt, colour)
+
+    monkeypatch.setattr("latentreward.callbacks.pair_grid.draw_pair", record)
+    trainer = make_trainer(callbacks=[ScoredPairGrid(num_pairs=20, shown="worst")])
+    trainer.validate(module, loader(batches), verbose=False)
+    errors = [float(second.split("errs by ")[1]) if "errs" in second else 0.0 for (_, second), _ in drawn]
+    assert len(drawn) == 20 and errors[0] > 0 and errors == sorted(errors, reverse=True)
+    with torch.no_grad():
+        scored = [module.evaluation_step(batch) for batch in batches]
+    gaps = [(one.rejected - one.chosen)[: len(batch)] for one, batch in zip(scored, batches, strict=True)]
+    decided = torch.cat(gaps)[torch.cat([batch.label for batch in batches]) != 0.5]
+    assert errors[0] == pytest.approx(decided.max().item(), abs=1e-3)
+    for (first, second), colour in drawn:
+        assert ("no preference" in first) == (colour == PLAIN)
+        assert ("errs" in second) == (colour == WRONG)
+    assert (tmp_path / "worst_pairs.png").exists() and not (tmp_path / "scored_pairs.png").exists()
+
+
+def test_every_chart_in_tensorboard_has_curves(module, batches, loader, make_trainer, tmp_path):
+    logger = TensorBoardLogger(tmp_path, name="run", version="")
+    trainer = make_trainer(callbacks=[NoiseBandAccuracy(), TensorBoardCharts()], logger=logger, log_every_n_steps=1)
+    trainer.fit(module, loader(batches), loader(batches))
+    charts = charts_of(tmp_path / "run")
+    assert [*charts] == ["Accuracy by noise level"]
+    assert all(charts["Accuracy by noise level"].values()), charts
+
+
+def test_points_after_the_checkpoint_of_a_resumed_run_are_in_the_log_once(tmp_path):
+    class Logged(SmallModule):
+        def training_step(self, rows, batch_idx):
+            loss = super().training_step(rows, batch_idx)
+            self.log("train/loss", loss)
+            return loss
+
+    def points(checkpoint=None):
+        saver = ModelCheckpoint(tmp_path / "saved", "{step}", every_n_train_steps=4, save_top_k=-1)
+        logger = TensorBoardLogger(tmp_path, name="run", version="")
+        options = {"logger": logger, "log_every_n_steps": 2}
+        small_trainer(tmp_path, [saver, TensorBoardCharts()], **options).fit(
+            Logged(), train_loader(), ckpt_path=checkpoint
+        )
+        logger.experiment.close()
+        events = EventAccumulator(str(tmp_path / "run")).Reload().Scalars("train/loss")
+        return [(event.step, event.value) for event in events]
+
+    whole = points()
+    assert whole[-1][0] > 5
+    assert points(tmp_path / "saved" / "step=4.ckpt") == whole
+
+
 def latents_of(batch: PreferenceBatch, module: DiNaLRMModule) -> PreferenceBatch:
     """The batch as a cache gives it."""
     vae = module.latent_decoder
@@ -320,6 +378,7 @@ def test_scores_of_two_axes_are_their_weighted_sum(module, batches, loader, make
         (lambda: TrainableEMA(decay=1.0), "decay=1"),
         (lambda: TrainableEMA(decay=math.nan), "decay=nan"),
         (lambda: ScoredPairGrid(num_pairs=0), "num_pairs=0"),
+        (lambda: ScoredPairGrid(shown="wrst"), "shown='wrst'"),
     ],
 )
 def test_bad_settings_are_refused_by_name(build, field):

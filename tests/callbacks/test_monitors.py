@@ -14,6 +14,7 @@ from latentreward.callbacks import (
     NaNGuard,
     ReferenceDrift,
     SampleGrid,
+    TensorBoardCharts,
     TimestepBands,
     TrainableEMA,
 )
@@ -39,6 +40,7 @@ from latentreward.rewards.latent import LatentScorer
 from latentreward.rollout import Branching, FixedThreshold, Sampling, sample_latents
 from latentreward.scorers import CallableScorer, ImageScorer, PickScorer
 from latentreward.scoring import RewardModel
+from tests.callbacks.charts import charts_of
 from tests.modules.simple_reward import FirstChannelReward
 
 PROMPTS = ["a red circle on a black background", "two blue squares on a white background", "a large green cross"]
@@ -352,6 +354,26 @@ def test_bands_of_the_timestep_agree_with_the_rollout(make_trainer):
     assert metrics["rollout/gap_50_t_700_1000"].item() == pytest.approx(median)
     assert metrics["train/implicit_accuracy_t_700_1000"].item() == 0.0  # nothing is learned yet
     assert metrics["train/margin_t_700_1000"].item() == pytest.approx(0.0, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_every_chart_of_an_alignment_has_curves(make_trainer, tmp_path):
+    source, logger = PolicySource("sd35_tiny", lora=LoRA(rank=4, alpha=4)), TensorBoardLogger(tmp_path, "run", "")
+    module = LPOModule(
+        source, FirstChannelReward(), FixedThreshold(0.01), optimizer=partial(AdamW, lr=1e-3), **SETTINGS
+    )
+    watching = [
+        HackingMonitor(PROMPTS, held_out(), every_n_steps=1, action="warn"),
+        ReferenceDrift(PROMPTS, every_n_steps=1),
+    ]
+    trainer = make_trainer(
+        callbacks=[TimestepBands(), *watching, TensorBoardCharts()],
+        max_epochs=-1, max_steps=2, logger=logger, log_every_n_steps=1,
+    )  # fmt: skip
+    trainer.fit(module, datamodule=prompts())
+    charts = charts_of(tmp_path / "run")
+    assert [*charts] == ["Kept for training", "Reward hacking"]
+    assert all(curves for group in charts.values() for curves in group.values()), charts
 
 
 @pytest.mark.parametrize(

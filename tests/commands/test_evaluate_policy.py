@@ -219,7 +219,7 @@ def test_a_run_that_was_killed_goes_on(evaluate: Run, prompts: Path, tmp_path: P
     root = Path(__file__).resolve().parents[2]
     process = start(["evaluate-policy", str(tmp_path / "killed"), *options], cwd=root)
     folder = tmp_path / "killed" / "pictures" / "policy"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while len(pictures(folder)) < 4 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     process.kill()

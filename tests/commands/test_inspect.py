@@ -256,7 +256,7 @@ def test_ctrl_c_prints_what_was_counted(tmp_path) -> None:
         assert process.poll() is None, process.stderr
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=300)
     assert process.returncode == 130
     assert errors == "latentreward: stopped by Ctrl-C\n"
     assert "Interrupted: the counts above are those of the rows looked at so far." in output

@@ -297,7 +297,7 @@ def test_a_killed_run_goes_on_where_it_was(folder: Path, here: Path) -> None:
     options = [f"--config={folder}/score.yaml", "--flush_every=4"]
     process = start(["score-pairs", "scores.parquet", *options], environment={"SECONDS_PER_CALL": "0.5"})
     parts = Path("scores.parquet.parts")
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while len(list(parts.glob("rows_*.parquet"))) < 2 and time.monotonic() < deadline:
         assert process.poll() is None, "ended before it could be killed"
         time.sleep(0.02)

@@ -77,6 +77,30 @@ def test_an_open_address_without_a_token_is_warned_of(
     assert warning not in error_of(capsys, "no-such-model", "--host=0.0.0.0", "--port=0")
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("{}", "give either model, or rewards"),
+        ("{model: a, rewards: {b: {model: c}}}", "give either model, or rewards"),
+        ("{device: cpu, rewards: {b: {model: c}}}", "device is that of a single model"),
+        ("{name: a, rewards: {b: {model: c}}}", "name is that of a single model"),
+        ("{rewards: {'b/c': {model: c}}}", "the reward's name 'b/c' cannot stand in an address"),
+        ("{rewards: {b: {model: c, queue: 0}}}", "queue=0 must be a finite number greater than 0"),
+        ("{rewards: {b: {model: c, device: gpu}}}", "gpu"),
+        ("{rewards: {b: {modle: c}}}", "modle"),
+        ("{rewards: {b: {}}}", "model"),
+        ("{model: a, name: ''}", "the reward's name '' cannot stand"),
+        ("{model: a, concurrency: 0}", "concurrency"),
+        ("{rewards: {b: {model: no-such-model, device: cpu}}}", "no-such-model"),
+    ],
+)
+def test_wrong_rewards(capsys: pytest.CaptureFixture[str], tmp_path: Path, settings: str, message: str) -> None:
+    file = tmp_path / "rewards.yaml"
+    file.write_text(settings)
+    error = error_of(capsys, f"--config={file}", "--port=0")
+    assert message in error and error.count("\n") == 1
+
+
 def test_it_says_what_it_loads(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["serve", "no-such-model", "--port=0", "--device=cpu"])

@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import config
 from PIL import Image
 
 SCHEMA = pa.schema(
@@ -68,6 +69,12 @@ def hpdv3_row(number: int, **changes: Any) -> dict[str, Any]:
         "model2": "sdxl",
     }
     return {key: value for key, value in {**row, **changes}.items() if value is not ...}
+
+
+@pytest.fixture(autouse=True)
+def _no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the 5 seconds that `datasets` waits for its threads at the end of a shuffled stream."""
+    monkeypatch.setattr(config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
 
 
 @pytest.fixture

@@ -5,6 +5,8 @@ import json
 import tarfile
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule
@@ -27,7 +29,7 @@ def load(name: str) -> PreferenceDataModule:
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in ("PAIRS_ROOT", "PICKAPIC_TARS"):
+    for name in ("PAIRS_ROOT", "PICKAPIC_TARS", "HPDV3_PLUS_ROOT"):
         monkeypatch.setenv(name, str(tmp_path))
     return tmp_path
 
@@ -67,3 +69,24 @@ def test_tars(root, jpeg) -> None:
                 archive.addfile(info, io.BytesIO(content))
     (batch,) = load("pickapic_v2_tars").train_dataloader()
     assert sorted(batch.prompts) == ["prompt 0", "prompt 1"]
+
+
+def test_hpdv3_plus(write_hpdv3, hpdv3_rows, monkeypatch) -> None:
+    root = Path(write_hpdv3([hpdv3_rows(n) for n in range(2)]))
+    monkeypatch.setenv("HPDV3_PLUS_ROOT", str(root))
+    for split in ("train", "test"):
+        (root / split).mkdir()
+        (root / split / f"{split}_aes.json").write_text((root / "train.json").read_text())
+    assert len(next(iter(load("hpdv3_plus").predict_dataloader()))) == 2
+
+
+def test_streamed(root, jpeg, monkeypatch) -> None:
+    monkeypatch.setenv("STREAM_SOURCE", str(root))
+    rows = {"prompt": [f"p {n}" for n in range(8)], "chosen": [jpeg()] * 8, "rejected": [jpeg((9, 9, 9))] * 8}
+    pq.write_table(pa.table(rows), root / "train.parquet")
+    (root / "a.jpg").write_bytes(jpeg())
+    (root / "val.jsonl").write_text('{"prompt": "p 3", "chosen": "a.jpg", "rejected": "a.jpg"}')
+    data = load("streamed")
+    batches = [batch for batch, _ in zip(data.train_dataloader(), range(8), strict=False)]
+    prompts = {prompt for batch in batches for prompt in batch.prompts}
+    assert prompts == {f"p {n}" for n in range(8) if n != 3}

@@ -13,7 +13,7 @@ from latentreward.data.readers import PairReader
 from tests.data.rotated import photograph, upright
 
 LOADER = PixelLoader(24, 24)
-OWN = {"JSONLPairReader", "FolderPairReader"}
+OWN = {"JSONLPairReader", "FolderPairReader", "DatasetPairReader", "Img2DatasetReader"}
 
 
 @pytest.fixture

@@ -47,9 +47,13 @@ def write_table(path: Path, names: Sequence[str], **columns: Sequence[tuple[floa
 
 
 @pytest.fixture(scope="module")
-def reader(tmp_path_factory: pytest.TempPathFactory) -> PairReader:
-    """Eight pairs of the tiny world."""
-    folder = write_pickapic(tmp_path_factory.mktemp("pickapic"), {"train": 8, "validation": 4})
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight pairs of the tiny world, and four to validate."""
+    return write_pickapic(tmp_path_factory.mktemp("pickapic"), {"train": 8, "validation": 4})
+
+
+@pytest.fixture(scope="module")
+def reader(folder: Path) -> PairReader:
     return PickAPicReader(str(folder), "train", weight="equal")
 
 
@@ -169,12 +173,10 @@ def test_several_columns_as_given_and_images_without_a_value(reader: PairReader,
 
 
 def test_a_table_of_score_pairs_with_several_columns_serves(
-    reader: PairReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, reader: PairReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    settings = {
-        "reader": {"class_path": "PickAPicReader", "init_args": {"source": str(reader.source), "split": "train"}}
-    }
+    settings = {"reader": {"class_path": "PickAPicReader", "init_args": {"source": str(folder), "split": "train"}}}
     settings["scorers"] = [{"class_path": "latentreward.tinyworld.judge.TinyWorldJudge"}]
     Path("settings.yaml").write_text(yaml.safe_dump(settings))
     main(["score-pairs", "judged.parquet", "--config=settings.yaml"])

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.accessibility import PHONE, contrast_faults, keyboard_faults, width_faults
+
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.browser
 
@@ -71,6 +73,30 @@ def test_pages_fetch_nothing_and_fit_narrow_screens(browser_page, site: Path, ad
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), f"{name} is wider than the window"
         text = page.locator("main").inner_text()
         assert not re.search(r"\\\(|\$\$|:(class|func|math):`|^\s*\.\. [\w-]+::", text, re.MULTILINE), name
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_texts_have_contrast_and_wide_parts_scroll(browser_page, site: Path, address: str, dark: bool) -> None:
+    page = browser_page(address, width=PHONE, dark=dark)
+    found = {}
+    for name in pages(site):
+        page.goto(f"{address}/{name}/")
+        if told := contrast_faults(page) + width_faults(page):
+            found[name] = told
+    assert found == {}
+
+
+@pytest.mark.parametrize("width", [PHONE, 1300])
+@pytest.mark.parametrize("name", ["monitoring", "methods/lpo"])
+def test_all_is_reached_by_keyboard(browser_page, address: str, name: str, width: int) -> None:
+    assert keyboard_faults(browser_page(f"{address}/{name}/", width=width)) == []
+
+
+def test_the_menu_of_a_narrow_screen_opens_by_keyboard(browser_page, address: str) -> None:
+    page = browser_page(address, width=PHONE)
+    page.get_by_role("button", name="Menu").focus()
+    page.keyboard.press("Enter")
+    page.locator(".md-sidebar--primary").get_by_role("link", name="Tutorial").wait_for()
 
 
 @pytest.mark.parametrize(("name", "at_least"), [("methods/lpo", 9), ("methods/dina_lrm", 5), ("api/losses", 8)])

@@ -180,3 +180,12 @@ def test_a_scorer_of_finished_images_is_named_as_not_counted(capsys: pytest.Capt
     reward = "{class_path: PixelReward, init_args: {scorer: {class_path: PickScorer}}}"
     text = shown(capsys, f"--config={config}", f"--model.reward={reward}", "--data.batch_size=4")
     assert "Not counted: weights and computation of PickScorer;" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schema", ["PlainJSON", "ServedLatents"])
+def test_a_reward_server_is_not_asked(capsys: pytest.CaptureFixture[str], schema: str) -> None:
+    config = CONFIGS / "align" / "grpo_trajectory_tiny.yaml"
+    reward = f"{{class_path: HTTPReward, init_args: {{server: {{url: 'http://127.0.0.1:9'}}, schema: {schema}}}}}"
+    text = shown(capsys, f"--config={config}", f"--model.reward={reward}", "--data.batch_size=4")
+    assert "Not counted: the work of the reward server http://127.0.0.1:9." in text

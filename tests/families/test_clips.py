@@ -25,7 +25,7 @@ from latentreward.data import JSONLPairReader, PreferenceDataModule
 from latentreward.data.alignment.prompts import PromptLoaders
 from latentreward.data.image_sizes import OneSize
 from latentreward.errors import InputError
-from latentreward.generation.image_folder import ImageFolder
+from latentreward.generation.image_folder import ImageFolder, write_images
 from latentreward.heads import GatedQFormerHead
 from latentreward.losses import ThurstoneLoss
 from latentreward.modules import DiNaLRMModule
@@ -105,7 +105,7 @@ def test_methods_take_two_steps_on_clips(method: str, tmp_path: Path, monkeypatc
 def test_clips_are_written_as_animated_webp(tmp_path: Path) -> None:
     folder = ImageFolder(tmp_path / "made", {"seed": 0}, "csv")
     pixels = torch.rand(2, 3, FRAMES, 24, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    folder.add([(0, 0), (1, 0)], ["a cat", "a dog"], pixels, None, 0)
+    folder.record(write_images(folder.folder, [(0, 0), (1, 0)], ["a cat", "a dog"], pixels, None, 0))
     with Image.open(tmp_path / "made" / "00000_0_a-cat.webp") as clip:
         frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(clip)]
         assert clip.n_frames == FRAMES and clip.is_animated and clip.info["loop"] == 0

@@ -92,7 +92,7 @@ def test_every_command(twin: Twin, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert scores[0] == pytest.approx(scores[1], abs=1e-5)
     with forked_server("serve", "published", base, "--port=0", "--device=cpu", cwd=tmp_path) as server:
         body = {"images": [base64.b64encode(Path("pictures/a.png").read_bytes()).decode()], "prompt": "a red circle"}
-        reply = httpx.post(f"{server.address}/v1/score_images", json=body, timeout=120).json()
+        reply = httpx.post(f"{server.address}/v1/score_images", json=body, timeout=300).json()
     assert reply["scores"] == pytest.approx([scores[0]], abs=1e-4)
     benchmark = {"class_path": "latentreward.evaluation.benchmark.HPDv3Benchmark", "init_args": {"root": "pairs"}}
     run("benchmark", {"benchmarks": [benchmark]}, "benched", "--model=reward")

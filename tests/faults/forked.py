@@ -37,7 +37,7 @@ class Outcome:
         return lines[-1].removeprefix("latentreward: error: ") if lines else ""
 
 
-def run_forked(arguments: Sequence[str], folder: Path, limit_s: float = 30.0) -> Outcome:
+def run_forked(arguments: Sequence[str], folder: Path, limit_s: float = 600.0) -> Outcome:
     """Run one command line in a child whose current folder is ``folder``; kill it and its children at the limit."""
     begin = time.monotonic()
     with tempfile.TemporaryFile() as errors, tempfile.TemporaryFile("w+") as modules:
@@ -101,7 +101,7 @@ def import_everything() -> None:
 
 
 def outcomes(
-    cases: Sequence[tuple[Sequence[str], Path]], limit_s: float = 30.0, **environment: str
+    cases: Sequence[tuple[Sequence[str], Path]], limit_s: float = 600.0, **environment: str
 ) -> Iterator[Outcome]:
     """What becomes of command lines, each in its folder."""
     with tempfile.TemporaryDirectory() as folder:

@@ -2,19 +2,22 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from latentreward.commands import pilot as command
 from latentreward.errors import InputError
 from latentreward.evaluation.benchmark.four_benchmarks import FOUR_BENCHMARKS
-from latentreward.pilot.page import NOT_MEASURED, page
+from latentreward.pilot.page import page
 from latentreward.pilot.plans import all_pilots
-from latentreward.pilot.results import PilotResult, read_result, read_results, write_result
+from latentreward.pilot.results import PilotResult, published_as, read_result, read_results, write_result
+from latentreward.pilot.weights_table import NOT_MEASURED
 
 ROOT = Path(__file__).resolve().parents[2]
-FULL = [pilot for pilot in all_pilots().values() if pilot.device == "gpu"]
+FULL = [one for one in all_pilots().values() if one.device == "gpu"]
 
 
 def estimate(value: float) -> dict[str, Any]:
@@ -65,6 +68,31 @@ def test_without_results_every_model_is_not_measured() -> None:
         assert f"| {pilot.reward} | {' | '.join([NOT_MEASURED] * 5)} |" in text
         assert f"| {pilot.policy} | {' | '.join([NOT_MEASURED] * 5)} |" in text
     assert "| DiNa-LRM, the paper | 60.34 | 82.13 | 75.04 | 68.43 | 71.49 |" in text
+
+
+def test_weights_have_rows_where_they_exist() -> None:
+    sent = replace(result("sd15"), weights="owner/my_reward")
+    without, rows = (page(FULL, results).splitlines() for results in ([result("sd15")], [sent]))
+    (row,) = set(rows) - set(without)
+    assert row.startswith(r"| LRM-SD1.5, run 1 below | owner/my\_reward | 20000 pairs, ")
+    assert not any("my\\_reward" in row for row in without)
+    published = {row.split(" | ")[0]: row for row in reversed(rows) if "casiatao/LRM |" in row or "12layers |" in row}
+    assert published["| LRM-SD1.5"].endswith("| yes, by the runs of pilot sd15 below |")
+    assert published["| LRM-SDXL"].endswith(f"| {NOT_MEASURED} |")
+    assert published["| DiNa-LRM"].endswith(f"| {NOT_MEASURED} |")
+
+
+@pytest.mark.parametrize(("name", "weights"), [("sd_tiny", "my_reward"), (None, "owner/my_reward")])
+def test_weights_that_nobody_can_load_are_refused(name: str | None, weights: str) -> None:
+    with pytest.raises(InputError, match=f"weights is '{weights}'; give a pilot's name and the hub id"):
+        command.pilot(name, weights=weights)
+
+
+def test_a_result_from_before_weights_were_named_is_read(tmp_path: Path) -> None:
+    content = {name: value for name, value in vars(result("sd15")).items() if name != "weights"}
+    (tmp_path / "one.json").write_text(json.dumps(content))
+    assert read_result(tmp_path / "one.json") == result("sd15")
+    assert published_as(tmp_path / "one.json") == published_as(tmp_path / "none.json") == ""
 
 
 def test_a_result_fills_its_rows() -> None:
@@ -121,6 +149,7 @@ def change(content: dict[str, Any], place: str, value: Any) -> None:
         ("machine.gpu", ["A card"], "machine.gpu"),
         ("machine.gpu_gb", math.inf, "machine.gpu_gb"),
         ("commit", None, "commit"),
+        ("weights", ["owner/name"], "weights"),
     ],
 )
 def test_a_strangers_result_of_another_form_is_one_line(place: str, value: Any, named: str, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from PIL import Image
 from latentreward.data.image_lists import ImageList, ListedImage
 from latentreward.errors import InputError
 from latentreward.scoring.gallery import Gallery
+from tests.accessibility import PHONE, faults
 
 if TYPE_CHECKING:
     from tests.browser import Pages
@@ -219,3 +220,11 @@ def test_nothing_sticks_out(tmp_path: Path, browser_page: "Pages", width: int, d
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     cards = page.locator(".card").evaluate_all("(cards) => cards.map((card) => card.getBoundingClientRect().height)")
     assert max(cards) < 450
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(("width", "dark"), [(PHONE, False), (1200, True)])
+def test_keyboard_contrast_and_width(tmp_path: Path, browser_page: "Pages", width: int, dark: bool) -> None:
+    listed, table = hostile_list(tmp_path / "pics")
+    Gallery(tmp_path / "g.html", 500, 2, 10**6).write(listed, table, "m")
+    assert faults(browser_page(tmp_path / "g.html", width=width, dark=dark)) == []

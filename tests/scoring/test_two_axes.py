@@ -145,14 +145,22 @@ def test_the_server_answers_with_both(model: RewardModel) -> None:
         stream = BytesIO()
         picture.save(stream, "png")
         files = {"image": ("a.png", stream.getvalue(), "image/png")}
-        reply = httpx.post(f"{address}/v1/score_images", data={"prompt": "a cat"}, files=files, timeout=20).json()
+        reply = httpx.post(f"{address}/v1/score_images", data={"prompt": "a cat"}, files=files, timeout=300).json()
         expected = model.score("a cat", [picture], axes=True)[0]
         assert [*reply["fidelity"], *reply["aesthetics"]] == pytest.approx(expected.tolist(), abs=2e-5)
         assert reply["scores"] == pytest.approx([float(expected @ WEIGHTS)], abs=2e-5)
         body = save(tensors_of(service.accepted, rows=2))
-        reply = httpx.post(f"{address}/v1/score", content=body, headers=HEADERS, timeout=20).json()
+        reply = httpx.post(f"{address}/v1/score", content=body, headers=HEADERS, timeout=300).json()
         both = torch.tensor([reply["fidelity"], reply["aesthetics"]]).T
         assert reply["raw_scores"] == pytest.approx((both @ WEIGHTS).tolist(), abs=1e-6)
+        states, times = torch.randn(2, 3, 4, LATENTS, LATENTS), torch.tensor([900.0, 500.0, 20.0])
+        body = save({"latents": states, "timesteps": times}, metadata={"prompt": "a cat"})
+        reply = httpx.post(f"{address}/v1/score_states", content=body, headers=HEADERS, timeout=300).json()
+        expected = model.score_states("a cat", states, times, axes=True)
+        both = torch.tensor([reply["fidelity"], reply["aesthetics"]]).permute(1, 2, 0)
+        torch.testing.assert_close(both, expected, atol=2e-5, rtol=0)
+        torch.testing.assert_close(torch.tensor(reply["scores"]), expected @ WEIGHTS, atol=2e-5, rtol=0)
+        assert httpx.get(f"{address}/health").json()["rewards"] == {"reward": ["score", "fidelity", "aesthetics"]}
 
 
 def test_the_benchmark_reports_both(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

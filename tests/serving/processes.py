@@ -107,7 +107,7 @@ def load(address: str, bodies: Sequence[bytes], count: int, concurrency: int) ->
                 answers.unexpected.append(await reply.text())
 
     start = time.monotonic()
-    asyncio.run(_in_one_session(ask, count, concurrency))
+    asyncio.run(in_one_session(ask, count, concurrency))
     answers.seconds = time.monotonic() - start
     return answers
 
@@ -133,17 +133,17 @@ def fuzz(
             answers.rss.append(rss())
 
     start = time.monotonic()
-    asyncio.run(_in_one_session(ask, count, concurrency))
+    asyncio.run(in_one_session(ask, count, concurrency))
     answers.seconds = time.monotonic() - start
     answers.rss.append(rss())
     return answers
 
 
-async def _in_one_session(
+async def in_one_session(
     ask: Callable[[aiohttp.ClientSession, int], Awaitable[None]], count: int, concurrency: int
 ) -> None:
     """Ask ``count`` times, a number of them at a time."""
-    numbers, timeout = iter(range(count)), aiohttp.ClientTimeout(total=120)
+    numbers, timeout = iter(range(count)), aiohttp.ClientTimeout(total=300)
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
 
         async def work() -> None:

@@ -12,8 +12,11 @@ import uvicorn
 
 from latentreward.scoring import RewardModel
 from latentreward.serving.addresses import bind
+from latentreward.serving.resources import Resources
+from latentreward.serving.served import ServedModel
 from latentreward.serving.server import configuration
-from latentreward.serving.service import ScoringService, ServiceSettings
+from latentreward.serving.service import ScoringService
+from latentreward.serving.settings import ServiceSettings
 from tests.modules.batches import MODULES
 
 
@@ -23,10 +26,22 @@ def tiny_reward(name: str = "sd35", method: str = "dina") -> RewardModel:
     return MODULES[method](name).model.eval().requires_grad_(False)
 
 
+def served_model(reward: RewardModel, **settings: Any) -> ServedModel:
+    """A reward alone on a server that has not been started."""
+    return ServedModel(reward, Resources(ServiceSettings(**settings)))
+
+
 @contextmanager
-def serving(reward: RewardModel, **settings: Any) -> Iterator[tuple[str, ScoringService]]:
-    """Address and service of a server that runs while the context lasts."""
-    service = ScoringService(reward, ServiceSettings(**settings))
+def serving(reward: RewardModel, **settings: Any) -> Iterator[tuple[str, ServedModel]]:
+    """Address and reward of a server that runs while the context lasts."""
+    model = served_model(reward, **settings)
+    with started(ScoringService([model], model.resources)) as address:
+        yield address, model
+
+
+@contextmanager
+def started(service: ScoringService) -> Iterator[str]:
+    """Address of a server that runs while the context lasts."""
     bound = bind("127.0.0.1", 0)
     server = uvicorn.Server(configuration(service))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
@@ -34,14 +49,14 @@ def serving(reward: RewardModel, **settings: Any) -> Iterator[tuple[str, Scoring
     while not server.started and thread.is_alive():
         time.sleep(0.01)
     try:
-        yield f"http://127.0.0.1:{bound.getsockname()[1]}", service
+        yield f"http://127.0.0.1:{bound.getsockname()[1]}"
     finally:
         server.should_exit = True
-        thread.join(20)
+        thread.join(300)
         assert not thread.is_alive(), "the server does not stop"
 
 
-def raw(address: str, *parts: bytes, pause: float = 0.0, timeout: float = 10.0) -> bytes:
+def raw(address: str, *parts: bytes, pause: float = 0.0, timeout: float = 60.0) -> bytes:
     """Everything that a server answers to bytes on a socket, until it closes the connection."""
     host, port = address.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=timeout) as connection:

@@ -26,25 +26,25 @@ from latentreward.scoring.images import pixel_batches
 from latentreward.scoring.scoring_noise import ScoringNoise
 from latentreward.serving import app, server
 from latentreward.serving.protocol import Accepted, parse_request
-from latentreward.serving.service import ScoringService
+from latentreward.serving.served import ServedModel
 from tests.data.rotated import photograph, upright
 from tests.serving.latent_requests import HEADERS, tensors_of
 from tests.serving.servers import raw, serving, tiny_reward
 
 
 @pytest.fixture(scope="module")
-def running() -> Iterator[tuple[str, ScoringService]]:
+def running() -> Iterator[tuple[str, ServedModel]]:
     with serving(tiny_reward(), batch_size=4, max_wait_ms=20) as started:
         yield started
 
 
 @pytest.fixture
-def address(running: tuple[str, ScoringService]) -> str:
+def address(running: tuple[str, ServedModel]) -> str:
     return running[0]
 
 
 @pytest.fixture
-def accepted(running: tuple[str, ScoringService]) -> Accepted:
+def accepted(running: tuple[str, ServedModel]) -> Accepted:
     return running[1].accepted
 
 
@@ -81,8 +81,8 @@ class Gated:
 
 
 @pytest.fixture
-def gated(monkeypatch: pytest.MonkeyPatch) -> Callable[[ScoringService], Gated]:
-    def gate(service: ScoringService) -> Gated:
+def gated(monkeypatch: pytest.MonkeyPatch) -> Callable[[ServedModel], Gated]:
+    def gate(service: ServedModel) -> Gated:
         gate = Gated(service.reward)
         monkeypatch.setattr(service.reward, "score_latents", gate, raising=False)
         return gate
@@ -91,7 +91,7 @@ def gated(monkeypatch: pytest.MonkeyPatch) -> Callable[[ScoringService], Gated]:
 
 
 def ask(address: str, body: bytes, **headers: str) -> httpx.Response:
-    return httpx.post(f"{address}/v1/score", content=body, headers={**HEADERS, **headers}, timeout=20)
+    return httpx.post(f"{address}/v1/score", content=body, headers={**HEADERS, **headers}, timeout=300)
 
 
 def scores_of(reward: RewardModel, body: bytes, accepted: Accepted) -> list[float]:
@@ -108,7 +108,7 @@ def scores_of(reward: RewardModel, body: bytes, accepted: Accepted) -> list[floa
 async def verl_omni_score(address: str, tensors: dict[str, Tensor]) -> float:
     """What verl-omni's client does with a finished sample, by its protocol."""
     async with (
-        aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=20)) as session,
+        aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=300)) as session,
         session.post(f"{address}/v1/score", data=save(tensors), headers=HEADERS) as response,
     ):
         assert response.status == 200, await response.text()
@@ -183,7 +183,7 @@ def test_a_malformed_prompt_is_refused_in_one_line(
     address: str, accepted: Accepted, sent: list[bytes], message: str
 ) -> None:
     headers = [*((name.encode(), value.encode()) for name, value in HEADERS.items()), *((b"x-prompt", s) for s in sent)]
-    reply = httpx.post(f"{address}/v1/score", content=save(tensors_of(accepted)), headers=headers, timeout=20)
+    reply = httpx.post(f"{address}/v1/score", content=save(tensors_of(accepted)), headers=headers, timeout=300)
     assert reply.status_code == 400 and message in reply.json()["error"] and "\n" not in reply.json()["error"]
 
 
@@ -205,7 +205,7 @@ def test_a_score_does_not_depend_on_what_it_shares_a_batch_with(address: str, ac
     alone = [scores_of(tiny_reward(), body, accepted) for body in bodies]
 
     async def together() -> list[list[float]]:
-        async with httpx.AsyncClient(timeout=30) as client:
+        async with httpx.AsyncClient(timeout=300) as client:
             posts = (client.post(f"{address}/v1/score", content=body, headers=HEADERS) for body in bodies)
             return [reply.json()["raw_scores"] for reply in await asyncio.gather(*posts)]
 
@@ -252,14 +252,14 @@ def test_wrong_addresses_get_json(address: str, method: str, path: str, status: 
     assert reply.status_code == status and reply.json()["error"]
 
 
-def test_a_value_that_overflows_fails_alone(running: tuple[str, ScoringService], gated: Any) -> None:
+def test_a_value_that_overflows_fails_alone(running: tuple[str, ServedModel], gated: Any) -> None:
     address, service = running
     gate = gated(service)
     good, bad = tensors_of(service.accepted), tensors_of(service.accepted, seed=1)
     bad["latents"] = bad["latents"] / bad["latents"].abs().max() * 3e38
 
     async def both() -> list[httpx.Response]:
-        async with httpx.AsyncClient(timeout=30) as client:
+        async with httpx.AsyncClient(timeout=300) as client:
             posts = [client.post(f"{address}/v1/score", content=save(t), headers=HEADERS) for t in (good, bad, good)]
             replies = asyncio.gather(*posts)
             await asyncio.to_thread(gate.entered.wait, 10)
@@ -279,7 +279,7 @@ def picture(color: str, size: tuple[int, int] = (20, 16), kind: str = "PNG") -> 
 
 def test_images_as_a_form(address: str) -> None:
     files = [("image", ("a.png", picture("red"))), ("image", ("b.jpg", picture("blue", (16, 30), "JPEG")))]
-    reply = httpx.post(f"{address}/v1/score_images", data={"prompt": "a cat"}, files=files, timeout=20)
+    reply = httpx.post(f"{address}/v1/score_images", data={"prompt": "a cat"}, files=files, timeout=300)
     wanted = tiny_reward().score("a cat", [picture("red"), picture("blue", (16, 30), "JPEG")])
     assert reply.status_code == 200 and reply.json()["scores"] == pytest.approx(wanted.tolist(), abs=2e-5)
     assert reply.json()["z_scores"] is None and reply.json()["noise"] == str(tiny_reward().noise)
@@ -300,7 +300,7 @@ def test_calibrated_scores_say_where_they_stand(
 
 def test_a_photograph_on_its_side_is_turned_as_the_model_has_it(address: str) -> None:
     content = {"prompt": "a cat", "image": base64.b64encode(photograph()).decode()}
-    reply = httpx.post(f"{address}/v1/score_images", json=content, timeout=20)
+    reply = httpx.post(f"{address}/v1/score_images", json=content, timeout=300)
     reward = tiny_reward()
     assert reward.exif == "apply"
     assert reply.json()["scores"] == pytest.approx(reward.score("a cat", upright(photograph())).tolist(), abs=2e-5)
@@ -309,7 +309,7 @@ def test_a_photograph_on_its_side_is_turned_as_the_model_has_it(address: str) ->
 def test_images_as_json(address: str) -> None:
     images = [picture("red"), picture("green")]
     content = {"prompts": ["a cat", "a dog"], "images": [base64.b64encode(image).decode() for image in images]}
-    reply = httpx.post(f"{address}/v1/score_images", json=content, timeout=20)
+    reply = httpx.post(f"{address}/v1/score_images", json=content, timeout=300)
     wanted = tiny_reward().score(["a cat", "a dog"], images)
     assert reply.json()["scores"] == pytest.approx(wanted.tolist(), abs=2e-5)
 
@@ -331,14 +331,14 @@ GOOD_IMAGE = base64.b64encode(picture("red")).decode()
         ({"prompts": ["a", "b"], "images": [GOOD_IMAGE]}, 422, "2 prompts for 1 images"),
         ({"prompt": "a" * 10_001, "images": [GOOD_IMAGE]}, 422, "10001 characters"),
         ({"prompt": "a", "images": ["é"]}, 400, "no base64"),
-        ({"prompt": "a", "images": [GOOD_IMAGE] * 65}, 413, "limit of 64"),
+        ({"prompt": "a", "images": [GOOD_IMAGE] * 65}, 413, "limit of 64; send several requests"),
         ({"prompt": "a", "images": ["AAAA"]}, 422, "unknown image format"),
         ({"prompt": "a", "images": [GOOD_IMAGE, GOOD_IMAGE[:60]]}, 422, "'1': truncated or damaged"),
         ({"prompt": "a", "images": [base64.b64encode(picture("red", (5000, 5000))).decode()]}, 422, "too many pixels"),
     ],
 )
 def test_bad_image_requests(address: str, content: Any, status: int, message: str) -> None:
-    reply = httpx.post(f"{address}/v1/score_images", json=content, timeout=20)
+    reply = httpx.post(f"{address}/v1/score_images", json=content, timeout=300)
     assert reply.status_code == status and message in reply.json()["error"]
 
 
@@ -356,6 +356,14 @@ def test_bad_image_requests(address: str, content: Any, status: int, message: st
 def test_broken_image_bodies(address: str, body: bytes, kind: str) -> None:
     reply = httpx.post(f"{address}/v1/score_images", content=body, headers={"content-type": kind})
     assert reply.status_code == 400 and "\n" not in reply.json()["error"]
+
+
+def test_a_form_with_too_many_images_is_told_the_limit() -> None:
+    with serving(tiny_reward(), queue=2) as (address, _):
+        files = [("image", picture("red"))] * 3
+        reply = httpx.post(f"{address}/v1/score_images", data={"prompt": "a"}, files=files)
+    told = "the form has over 2 files or over 2 texts, this server's limit of images; send several requests, or raise"
+    assert (reply.status_code, reply.json()["error"]) == (413, f"{told} the server's --queue")
 
 
 def test_an_unknown_field_of_a_form_is_named(address: str) -> None:
@@ -418,25 +426,25 @@ def test_long_bodies_are_refused_declared_or_not() -> None:
 
         streamed = httpx.post(f"{address}/v1/score", content=chunks(), headers=HEADERS)
         assert streamed.status_code == 413
-        assert service.memory.held == 0
+        assert service.resources.memory.held == 0
 
 
 def test_all_bodies_together_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(tiny_reward()) as (address, service):
         body = save(tensors_of(service.accepted))
-        with service.memory.hold(service.memory.total - len(body) + 1):
+        with service.resources.memory.hold(service.resources.memory.total - len(body) + 1):
             reply = ask(address, body)
         assert reply.status_code == 503 and reply.headers["retry-after"]
-        assert ask(address, body).status_code == 200 and service.memory.held == 0
+        assert ask(address, body).status_code == 200 and service.resources.memory.held == 0
 
 
 def test_what_never_fits_is_not_asked_to_come_back() -> None:
     with serving(tiny_reward(), max_body_mb=0.05) as (address, service):
         files = [("image", (str(number), picture("red", (500, 500)))) for number in range(4)]
-        reply = httpx.post(f"{address}/v1/score_images", data={"prompt": "a"}, files=files, timeout=20)
+        reply = httpx.post(f"{address}/v1/score_images", data={"prompt": "a"}, files=files, timeout=300)
         assert reply.status_code == 413 and "retry-after" not in reply.headers
         assert "this server has 838848 for requests; send fewer or smaller images" in reply.json()["error"]
-        assert service.memory.held == 0
+        assert service.resources.memory.held == 0
 
 
 def test_what_bodies_become_is_limited_too() -> None:
@@ -445,12 +453,15 @@ def test_what_bodies_become_is_limited_too() -> None:
         halves = {name: tensor.half() for name, tensor in tensors.items() if name not in ("u", "seeds")}
         latents, files = save(tensors | halves), {"image": picture("red", (400, 300))}
         floats = 4 * (1 + sum(tensor.numel() for tensor in halves.values()))
-        with service.memory.hold(service.memory.total - len(latents) - floats + 1):
+        with service.resources.memory.hold(service.resources.memory.total - len(latents) - floats + 1):
             assert ask(address, latents).status_code == 503
-        with service.memory.hold(service.memory.total - 4 * 400 * 300):
-            reply = httpx.post(f"{address}/v1/score_images", data={"prompt": "a"}, files=files, timeout=20)
-            assert reply.status_code == 503 and service.memory.held == service.memory.total - 4 * 400 * 300
-        assert ask(address, latents).status_code == 200 and service.memory.held == 0
+        with service.resources.memory.hold(service.resources.memory.total - 4 * 400 * 300):
+            reply = httpx.post(f"{address}/v1/score_images", data={"prompt": "a"}, files=files, timeout=300)
+            assert (
+                reply.status_code == 503
+                and service.resources.memory.held == service.resources.memory.total - 4 * 400 * 300
+            )
+        assert ask(address, latents).status_code == 200 and service.resources.memory.held == 0
 
 
 def test_a_server_whose_worker_died_is_not_ready(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -476,7 +487,7 @@ def test_slow_clients_are_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
         assert raw(address) == b""
         assert raw(address, b"POST /v1/score HTTP/1.1\r\n", b"host: x\r\n", pause=0.1) == b""
         assert b"408" in raw(address, HEAD + b"content-length: 100\r\n\r\nabc").splitlines()[0]
-        assert time.monotonic() - start < 8
+        assert time.monotonic() - start < 60
 
 
 @pytest.mark.parametrize(
@@ -569,7 +580,7 @@ def test_a_full_queue_a_timeout_and_a_client_that_leaves(gated: Any) -> None:
         full = ask(address, body)
         assert full.status_code == 503 and int(full.headers["retry-after"]) >= 1 and "queue" in full.json()["error"]
         for thread in threads:
-            thread.join(10)
+            thread.join(300)
         assert [reply.status_code for reply in replies] == [504] * 3
         assert httpx.get(f"{address}/healthz").status_code == 503  # the model is stuck
         gate.free.set()
@@ -602,7 +613,7 @@ def test_one_row_starts_within_two_passes_of_three_requests_of_64_rows(monkeypat
         short = save(tensors_of(service.accepted, seed=1, side=128, tokens=tokens))
 
         async def ask_all() -> int:
-            async with httpx.AsyncClient(timeout=60, headers=HEADERS) as client:
+            async with httpx.AsyncClient(timeout=300, headers=HEADERS) as client:
                 asked = [asyncio.create_task(client.post(f"{address}/v1/score", content=long)) for _ in range(3)]
                 while service.batcher.waiting + 4 * len(observed.passes) < 3 * 64:
                     await asyncio.sleep(0.01)
@@ -622,7 +633,7 @@ def test_one_row_starts_within_two_passes_of_three_requests_of_64_rows(monkeypat
 
 
 def test_what_the_model_cannot_do_is_a_500_in_one_line(
-    running: tuple[str, ScoringService], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    running: tuple[str, ServedModel], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def fail(*args: Any, **options: Any) -> Tensor:
         raise RuntimeError("out of\nmemory")
@@ -634,7 +645,7 @@ def test_what_the_model_cannot_do_is_a_500_in_one_line(
     assert "out of memory" in capfd.readouterr().err
 
 
-def test_a_bug_is_a_500_in_one_line(running: tuple[str, ScoringService], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_is_a_500_in_one_line(running: tuple[str, ServedModel], monkeypatch: pytest.MonkeyPatch) -> None:
     address, service = running
     monkeypatch.setattr(service, "describe", lambda: 1 / 0)
     reply = httpx.get(f"{address}/v1/model")

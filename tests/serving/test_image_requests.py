@@ -37,6 +37,19 @@ HOSTILE = {
 }
 
 
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        (b"[" * 1000, "too deeply nested"),
+        (b'{"a": ' * 400 + b"1" + b"}" * 400, "too deeply nested"),
+        (b'{"images": [' + b"[], " * 1000, "too many values"),
+    ],
+)
+def test_what_is_too_much_about_json_is_said(body: bytes, told: str) -> None:
+    with pytest.raises(RequestError, match=told):
+        images_of_json(body, 64)
+
+
 @pytest.mark.parametrize("body", HOSTILE.values(), ids=HOSTILE)
 def test_hostile_structure_is_refused_before_it_takes_memory(body: bytes) -> None:
     tracemalloc.start()

@@ -32,7 +32,7 @@ def test_prompts_and_sides_without_positions(name: str, longest: int) -> None:
         generator = torch.Generator().manual_seed(0)
         sides = [torch.randn(1, 16, 2, side, generator=generator) for side in (128, 130)]
         replies = [
-            httpx.post(f"{address}/v1/score", content=save(tensors), headers=HEADERS, timeout=60)
+            httpx.post(f"{address}/v1/score", content=save(tensors), headers=HEADERS, timeout=300)
             for tensors in (good, padded, long, *(good | {"latents": latents} for latents in sides))
         ]
     assert [reply.status_code for reply in replies] == [200, 200, 422, 200, 422]
@@ -47,6 +47,6 @@ def test_clips_have_the_number_of_frames_of_the_training(name: str, frames: int,
         good = tensors_of(service.accepted, tokens=service.accepted.tokens or 5)
         for number in (1, 2, 3):
             tensors = good | {"latents": torch.zeros(1, service.accepted.channels, number, 8, 8)}
-            reply = httpx.post(f"{address}/v1/score", content=save(tensors), headers=HEADERS, timeout=60)
+            reply = httpx.post(f"{address}/v1/score", content=save(tensors), headers=HEADERS, timeout=300)
             assert reply.status_code == (200 if number == taken else 422), reply.text
             assert number == taken or f"latents: T {number} does not fit this model, which takes {taken}" in reply.text

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import httpx
 import pytest
+import yaml
 from safetensors.torch import save
 from torch import Tensor
 
 from latentreward.serving.protocol import Accepted
-from latentreward.serving.service import ServiceSettings, accepted_by
+from latentreward.serving.served import accepted_by
+from latentreward.serving.settings import ServiceSettings
 from tests.rewards.stored import write_run
 from tests.serving.latent_requests import HEADERS, tensors_of
 from tests.serving.processes import ServerProcess, forked_server, fuzz, load
@@ -58,7 +60,7 @@ def test_a_signal_lets_what_is_under_way_finish(server: ServerProcess, sent: sig
     body = save(_tensors(0, rows=64))
 
     def ask() -> None:
-        replies.append(httpx.post(f"{server.address}/v1/score", content=body, headers=HEADERS, timeout=60))
+        replies.append(httpx.post(f"{server.address}/v1/score", content=body, headers=HEADERS, timeout=300))
 
     thread = threading.Thread(target=ask)
     thread.start()
@@ -67,10 +69,27 @@ def test_a_signal_lets_what_is_under_way_finish(server: ServerProcess, sent: sig
             assert thread.is_alive(), "all rows were scored before the signal"
             time.sleep(0.02)
     assert server.stop(sent) == 0
-    thread.join(60)
+    thread.join(300)
     assert replies[0].status_code == 200 and len(replies[0].json()["raw_scores"]) == 64
     with pytest.raises(httpx.ConnectError):
         httpx.get(server.address)
+
+
+def test_several_rewards_by_a_config(run: Path, tmp_path: Path) -> None:
+    one = {"model": str(run), "device": "cpu"}
+    config = tmp_path / "rewards.yaml"
+    config.write_text(yaml.safe_dump({"rewards": {"taste": one, "again": {**one, "queue": 3}}}, sort_keys=False))
+    with forked_server("serve", f"--config={config}", "--port=0") as server:
+        assert "taste: " in server.process.stdout and "serving taste, again at http" in server.process.stdout
+        rewards = httpx.get(f"{server.address}/v1/rewards").json()["rewards"]
+        assert [(reward["name"], reward["queue"]) for reward in rewards] == [("taste", 256), ("again", 3)]
+        body = save(_tensors(0))
+        scores = [
+            httpx.post(f"{server.address}{start}/v1/score", content=body, headers=HEADERS, timeout=300).json()
+            for start in ("", "/rewards/again")
+        ]
+        assert scores[0] == scores[1]
+        assert server.stop() == 0
 
 
 def _accepted() -> Accepted:

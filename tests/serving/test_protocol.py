@@ -102,7 +102,7 @@ HEADER, DATA = taken_apart(GOOD)
         (changed(u=torch.tensor([0.4], dtype=torch.float64)), "u: dtype must be F32", 400),
         (changed(seeds=torch.tensor([1], dtype=torch.int32)), "seeds: dtype must be I64", 400),
         (changed(latents=torch.zeros(1, 4, 8, 8, dtype=torch.float64)), "latents: dtype", 400),
-        (changed(latents=torch.zeros(4, 8, 8)), "latents: shape must be 4", 400),
+        (changed(latents=torch.zeros(4, 8, 8)), r"latents: shape must be \(B, C, h, w\), whole numbers from 1 on", 400),
         (changed(prompt_embeds=torch.zeros(1, 0, 6)), "prompt_embeds: shape", 400),
         (described("latents", shape=[1, 4, 8, True]), "latents: shape", 400),
         (described("latents", shape=[1, 4, 8, 9]), "latents: data_offsets span", 400),

@@ -11,6 +11,7 @@ from latentreward.commands import ui as command
 from latentreward.errors import InputError
 from latentreward.scoring.scoring_noise import ScoringNoise
 from latentreward.serving.ui import LEVELS, TITLE, score_sheet
+from tests.accessibility import faults
 from tests.rewards.stored import write_run
 from tests.serving.processes import forked_server
 from tests.serving.servers import tiny_reward
@@ -67,3 +68,14 @@ def test_the_page_scores_in_a_browser_and_asks_nobody_else(
         page.locator("[data-testid=matplotlib] img").wait_for(timeout=30_000)
         page.wait_for_timeout(500)
         page.screenshot(path=tmp_path / "page.png", full_page=True)
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, True)])
+def test_keyboard_contrast_and_width(browser_page: Any, tmp_path: Path, width: int, dark: bool) -> None:
+    pytest.importorskip("gradio", reason="extra ui: Gradio pins an older Pillow than the tests run with")
+    write_run(tmp_path / "run", "dina", "sd35", lora={"rank": 2})
+    with forked_server("ui", str(tmp_path / "run"), "--port=0") as server:
+        page = browser_page(server.address, width=width, dark=dark)
+        page.get_by_role("heading", name=TITLE).wait_for()
+        assert faults(page) == []

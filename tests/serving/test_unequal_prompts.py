@@ -18,10 +18,9 @@ from latentreward.scoring.images import pixel_batches
 from latentreward.serving.batch_scorer import LatentRow, RowScorer
 from latentreward.serving.errors import RequestError
 from latentreward.serving.protocol import Accepted, parse_request, parsing_bytes
-from latentreward.serving.service import ScoringService
-from latentreward.serving.settings import ServiceSettings
+from latentreward.serving.served import ServedModel
 from tests.serving.latent_requests import HEADERS, mutated, tensors_of
-from tests.serving.servers import serving, tiny_reward
+from tests.serving.servers import served_model, serving, tiny_reward
 from tests.unequal_prompts import SPACE, clip_reward, letter_states
 
 ACCEPTED = Accepted(
@@ -46,7 +45,7 @@ def reward() -> RewardModel:
 
 
 @pytest.fixture(scope="module")
-def served(reward: RewardModel) -> Iterator[tuple[str, ScoringService]]:
+def served(reward: RewardModel) -> Iterator[tuple[str, ServedModel]]:
     with serving(reward) as server:
         yield server
 
@@ -84,7 +83,11 @@ def masks(*rows: list[int]) -> torch.Tensor:
             400,
         ),
         (changed(prompt_mask=torch.ones(2, 5)), "prompt_mask: dtype must be BOOL or U8, not 'F32'", 400),
-        (changed(prompt_mask=torch.ones(2, 5, 1, dtype=torch.bool)), "prompt_mask: shape must be 2", 400),
+        (
+            changed(prompt_mask=torch.ones(2, 5, 1, dtype=torch.bool)),
+            r"prompt_mask: shape must be \(B, L\), whole",
+            400,
+        ),
         (changed(prompt_mask=masks([1] * 4, [1] * 4)), "prompt_mask has 4 tokens, but prompt_embeds has 5", 422),
         (changed(prompt_mask=masks([1] * 5)), "prompt_mask has 1 rows", 422),
         (changed(prompt_mask=masks([1] * 5, [0] * 5)), "prompt_mask: row 1 must begin with a 1", 422),
@@ -97,7 +100,11 @@ def masks(*rows: list[int]) -> torch.Tensor:
             422,
         ),
         (changed(latents=torch.zeros(2, 4, 8, 8)), r"latents have 4 axes, .* takes \(B, C, T, h, w\)", 422),
-        (changed(latents=torch.zeros(2, 4, 8)), "latents: shape must be 4 or 5 whole numbers", 400),
+        (
+            changed(latents=torch.zeros(2, 4, 8)),
+            r"latents: shape must be \(B, C, h, w\) or \(B, C, T, h, w\), whole numbers",
+            400,
+        ),
         (changed(latents=torch.zeros(2, 3, 1, 8, 8)), "channels 3 does not fit", 422),
         (changed(latents=torch.zeros(2, 4, 1, 7, 8)), "7 × 8 must have sides divisible by 2", 422),
         (changed(latents=torch.zeros(2, 4, 3, 8, 8)), "latents: T 3 does not fit this model, which takes 1", 422),
@@ -119,7 +126,7 @@ def test_models_without_mask_and_time_axis_refuse_them_and_name_the_tensors_of_b
     with pytest.raises(RequestError, match="prompt_mask is given, but this model takes none; leave it out") as caught:
         parse_request(save(tensors | {"prompt_mask": torch.ones(1, 5, dtype=torch.bool)}), IMAGES)
     assert caught.value.status == 422
-    with pytest.raises(RequestError, match="latents: shape must be 4 whole numbers from 1 on") as caught:
+    with pytest.raises(RequestError, match=r"latents: shape must be \(B, C, h, w\), whole numbers from 1 on") as caught:
         parse_request(save(tensors | {"latents": torch.zeros(1, 4, 1, 8, 8)}), IMAGES)
     assert caught.value.status == 400
     wanted = "the body lacks 'pooled_prompt_embeds'; the protocol has latents, prompt_embeds, pooled_prompt_embeds, u, "
@@ -171,7 +178,7 @@ def padded(encoded: Conditioning, length: int) -> dict[str, torch.Tensor]:
     return {"prompt_embeds": junk, "prompt_mask": encoded.prompt_mask.contiguous()}
 
 
-def test_padding_changes_neither_score_nor_noise(reward: RewardModel, served: tuple[str, ScoringService]) -> None:
+def test_padding_changes_neither_score_nor_noise(reward: RewardModel, served: tuple[str, ServedModel]) -> None:
     address, _ = served
     texts = ["a cat", "", "two dogs in the rain"]
     latents = torch.randn(3, 4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -217,9 +224,7 @@ def row_of(text: str, seed: int, tokens: int | None = None, masked: bool = True)
     return LatentRow(torch.randn(4, 1, 8, 8, generator=generator), embeds, None, 0.4, seed, "", masked)
 
 
-def test_a_prompt_in_a_header_gets_the_score_of_its_image(
-    reward: RewardModel, served: tuple[str, ScoringService]
-) -> None:
+def test_a_prompt_in_a_header_gets_the_score_of_its_image(reward: RewardModel, served: tuple[str, ServedModel]) -> None:
     address, _ = served
     stream = BytesIO()
     Image.new("RGB", (16, 16), "red").save(stream, "png")
@@ -240,7 +245,7 @@ def test_a_prompt_in_a_header_gets_the_score_of_its_image(
     assert reply.json()["scores"] == pytest.approx([wanted], abs=1e-5)
 
 
-def test_the_description_tells_what_the_model_takes(served: tuple[str, ScoringService]) -> None:
+def test_the_description_tells_what_the_model_takes(served: tuple[str, ServedModel]) -> None:
     address, service = served
     told = httpx.get(f"{address}/v1/model").json()
     assert told["pooled_prompt_embeds_width"] is None and told["prompt_mask"] is True and told["frames"] == 1
@@ -248,7 +253,7 @@ def test_the_description_tells_what_the_model_takes(served: tuple[str, ScoringSe
     accepted = service.accepted
     assert (accepted.masked, accepted.frames, accepted.pooled_width, accepted.tokens) == (True, 1, None, None)
     assert "pools_tokens" not in told
-    images = ScoringService(tiny_reward(), ServiceSettings())
+    images = served_model(tiny_reward())
     assert images.describe()["pooled_prompt_embeds_width"] > 0
     assert not {"prompt_mask", "pools_tokens", "frames"} & images.describe().keys()
     assert "frame_downscale" not in images.describe()["latent_space"]

@@ -52,7 +52,7 @@ def test_the_file_is_not_removed_while_another_run_writes_it(wanted: Wanted) -> 
         assert remover.is_alive()
         assert file.is_file()
         assert lock.is_file()
-    remover.join(10)
+    remover.join(300)
     assert not [*own_folder().iterdir()]
     assert torch.equal(values, VALUES)  # what is mapped stays
 

@@ -323,17 +323,17 @@ class EncodingRate(Callback):
         """Start the clock and the progress display."""
         self.total = trainer.datamodule.total  # type: ignore[attr-defined]
         self._begun = time.monotonic()
-        self._progress = Progress("cache: about", self.total if trainer.is_global_zero else 0, "images and prompts")
+        total = self.total if trainer.is_global_zero else 0
+        self._progress = Progress("cache", total, "images and prompts", processes=trainer.world_size)
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: EncodeBatch, *_: Any
     ) -> None:
         """Add the batch's images and prompts to ``done``; rank 0 shows its ``done`` times the number of ranks."""
-        before = self.done * trainer.world_size
         self.done, self.seconds = self.done + len(batch), time.monotonic() - self._begun
         self.unused += batch.unused
         assert self._progress is not None
-        self._progress.add(max(0, min(self.done * trainer.world_size, self.total) - before))
+        self._progress.add(len(batch))
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the progress display."""

@@ -7,15 +7,13 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from torch.utils.data import DataLoader
 
@@ -31,6 +29,7 @@ from latentreward.data.loading import WorkerLoader
 from latentreward.data.readers import PairReader
 from latentreward.errors import InputError
 from latentreward.interrupts import TERMINATED, kill_started_ranks
+from latentreward.ranks.processes import bind_to_parent, end_after, forget_children, is_child, started_outside
 from latentreward.storage.durable import contents, write_errors_named
 from latentreward.storage.locks import locked
 from latentreward.storage.progress import Progress
@@ -39,9 +38,6 @@ if TYPE_CHECKING:
     from latentreward.encoders.prompts import PromptEncoder
 
 logger = logging.getLogger(__name__)
-
-PARENT = "LATENTREWARD_CACHE_PARENT"
-"""Environment variable with the ID of the process that started the ranks, valid even after that process has ended."""
 
 
 class EncodingDataModule(LightningDataModule):
@@ -197,38 +193,12 @@ class StopOnSigterm(Callback):
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             if trainer.is_global_zero:
                 print("cache: stopped by SIGTERM; resume with the same command", file=sys.stderr)
-            if is_child(trainer):
+            if is_child(trainer.strategy):
                 os.kill(os.getppid(), signal.SIGTERM)
                 sys.exit(0)  # otherwise Lightning would kill the parent, whose status counts
             sys.exit(TERMINATED)
 
         signal.signal(signal.SIGTERM, stop)
-
-
-def is_child(trainer: Trainer) -> bool:
-    """Tell whether this process is a rank that Lightning started from the first process."""
-    environment = getattr(trainer.strategy, "cluster_environment", None)
-    return isinstance(environment, LightningEnvironment) and trainer.local_rank > 0 and PARENT in os.environ
-
-
-def end_after(wait: Callable[[], Any]) -> None:
-    """Start a thread that kills this process when ``wait`` returns."""
-
-    def watch() -> None:
-        wait()
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def end_with_parent() -> None:
-    """Kill this rank when its parent ends; otherwise it would wait half an hour for the process group."""
-
-    def wait() -> None:
-        while str(os.getppid()) == os.environ[PARENT]:
-            time.sleep(1)
-
-    end_after(wait)
 
 
 def end_worker_with_rank(worker_id: int) -> None:
@@ -246,16 +216,11 @@ def run_predict(trainer: Trainer, module: LightningModule, data: EncodingDataMod
     finished.
     """
     try:
-        environment = getattr(trainer.strategy, "cluster_environment", None)
-        if trainer.is_global_zero and not getattr(environment, "creates_processes_externally", False):
+        if trainer.is_global_zero and not started_outside(trainer.strategy):
             data.prepare_data()
             if not data.todo:
                 return
-        if is_child(trainer):
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets the Ctrl-C too, and ends this process
-            end_with_parent()
-        else:
-            os.environ[PARENT] = str(os.getpid())
+        bind_to_parent(trainer.strategy)
         trainer.predict(module, datamodule=data, return_predictions=False)
         if trainer.is_global_zero:
             wait_for_shards(data.folder, data.todo or [])
@@ -263,7 +228,7 @@ def run_predict(trainer: Trainer, module: LightningModule, data: EncodingDataMod
         end_children(trainer, data.folder)
         raise
     finally:
-        os.environ.pop(PARENT, None)  # processes started later are not ranks of this run
+        forget_children()
 
 
 def wait_for_shards(folder: Path, shards: Sequence[Shard]) -> None:

@@ -3,7 +3,6 @@
 import sys
 import warnings
 from collections import Counter
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -21,28 +20,12 @@ from latentreward.data.images import ExifOrientation
 from latentreward.data.readers import PairReader, count_text
 from latentreward.errors import InputError, errors_at
 from latentreward.interrupts import interrupts_told
+from latentreward.ranks.processes import trainer_errors
+from latentreward.ranks.settings import TrainerSettings
 from latentreward.settings.functions import run_function
 
 LINES = 20
 """Most problems that ``--check`` prints one by one."""
-
-
-@dataclass(frozen=True)
-class TrainerSettings:
-    """Settings of the processes that encode, as for the trainer of ``latentreward fit``.
-
-    Args:
-        accelerator: ``cpu``, ``gpu`` or ``auto``.
-        devices: Number of devices per node, or a list of device indices; ``auto`` takes all. With ``cpu``, the number
-            of processes, each with one thread.
-        num_nodes: Number of nodes; start the processes by torchrun or SLURM.
-        strategy: ``auto``, or ``ddp`` for several processes.
-    """
-
-    accelerator: str = "auto"
-    devices: int | str | list[int] = "auto"
-    num_nodes: int = 1
-    strategy: str = "auto"
 
 
 def cache(
@@ -54,7 +37,7 @@ def cache(
     seed: int = 0,
     images_per_shard: int = 1024,
     num_workers: int = 4,
-    trainer: TrainerSettings = TrainerSettings(),
+    trainer: TrainerSettings = TrainerSettings(),  # noqa: B008
     check: bool = False,
 ) -> None:
     """Write the latents of a data set's images, and optionally embeddings of its prompts, to a folder.
@@ -110,16 +93,17 @@ def cache(
 def make_trainer(settings: TrainerSettings, callbacks: list[Callback]) -> Trainer:
     """Return a trainer for prediction alone; the trainer leaves precision to the encoders."""
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    return Trainer(
-        **vars(settings),
-        precision="32-true",
-        callbacks=callbacks,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-    )
+    with trainer_errors():
+        return Trainer(
+            **vars(settings),
+            precision="32-true",
+            callbacks=callbacks,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+        )
 
 
 def make_spec(

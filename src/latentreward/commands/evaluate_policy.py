@@ -9,26 +9,29 @@ from pathlib import Path
 from typing import Any, Literal
 
 from latentreward.data.alignment.prompt_files import PromptRow, check_lengths, read_prompt_set
-from latentreward.devices import find_device
 from latentreward.errors import InputError
 from latentreward.evaluation.benchmark.report import HTML, versions
 from latentreward.evaluation.policy.imported import FoundPicture, pictures_per_prompt, prompts_of
 from latentreward.evaluation.policy.published_numbers import Protocol, published_scores
 from latentreward.evaluation.policy.report import write_report
-from latentreward.evaluation.policy.results import PolicyReport, ScoredPictures
+from latentreward.evaluation.policy.results import PolicyReport
 from latentreward.evaluation.policy.samples import (
     JudgedPolicy,
     SamplingPlan,
     complete_or_refuse,
     make_source,
+    pictures_of,
     planned,
+    sampling_task,
 )
-from latentreward.evaluation.policy.scoring import PictureScoring, score_names
+from latentreward.evaluation.policy.scoring import PictureScoring, score_names, scores_of, scoring_task
 from latentreward.evaluation.policy.statistics import compare, in_common, policy_scores
 from latentreward.evaluation.policy.tables import score_table
 from latentreward.generation.picture_writing import DETERMINISTIC
 from latentreward.generation.trained_policy import plain
 from latentreward.interrupts import interrupts_told
+from latentreward.ranks.crew import SHARDS, Crew, Task
+from latentreward.ranks.settings import TrainerSettings
 from latentreward.reports.tables import as_text
 from latentreward.rollout import Sampling
 from latentreward.scorers import ImageScorer, Scorer
@@ -71,6 +74,7 @@ def evaluate_policy(
     published: Protocol | None = None,
     cards: int = 400,
     device: str = "auto",
+    trainer: TrainerSettings | None = None,
 ) -> None:
     """Sample pictures from one or two policies, score them, and report means, win rates and the pictures themselves.
 
@@ -108,6 +112,8 @@ def evaluate_policy(
         cards: Largest number of pictures of each policy in ``report.html``.
         device: Device of the generators: ``cpu``, ``cuda``, ...; ``auto`` takes a GPU if there is one. Scorers have a
             setting of their own.
+        trainer: Settings of several processes that share the work, on many GPUs or machines; by default one process.
+            Scorers of images work in all of them, tools in the first one.
 
     Raises:
         InputError: If a setting or a file is wrong.
@@ -127,62 +133,73 @@ def evaluate_policy(
                 scorer.prepare()
 
     sampling.require_images("evaluate-policy")
-    plan = SamplingPlan(sampling, guidance_scale, seed, shared_noise, batch_size, find_device(device))
-    settings = {
+    settings: dict[str, Any] = {
         "prompts": None if prompts is None else name_of(prompts),
         "num_prompts": len(rows),
         "images_per_prompt": count,
         "images_scored": images_scored,
         "sampling": plain(sampling),
-        "guidance_scale": {name: plan.guidance_of(judged) for name, judged in policies.items()},
+        "guidance_scale": {},
         "shared_noise": shared_noise,
         "seed": seed,
         "parts": parts,
     }
-    with locked(output_dir, "output_dir"):
-        _claim(output_dir, settings)
-        for scorer in scorers:
-            if isinstance(scorer, ToolScorer):
-                scorer.check(planned(rows, wanted))
-                scorer.prepare()
-        sources = {
-            name: make_source(policies[name], found[name], plan, rows, wanted, output_dir / "pictures" / slot)
-            for name, slot in zip(policies, SLOTS, strict=False)
-        }
-        notes = (*complete_or_refuse(sources, wanted, missing), *_notes(rows, images_scored, count, policies, sampling))
-        for note in notes:
-            print(f"note: {note}", file=sys.stderr, flush=True)
-        if any(source.missing for source in sources.values()):
-            prepare()
-        with interrupts_told(lambda: f"what is done is kept in {output_dir}: the same command goes on there"):
-            for source in sources.values():
-                source.make()
-            folder = output_dir / "scores"
-            scored = in_common(
-                [
-                    _scored(PictureScoring(name, list(source.pictures().values()), scorers, folder / slot), prepare)
-                    for (name, source), slot in zip(sources.items(), SLOTS, strict=False)
-                ]
+    with Crew(trainer, device, output_dir / SHARDS) as crew:
+        plan = SamplingPlan(sampling, guidance_scale, seed, shared_noise, batch_size, crew.device)
+        settings["guidance_scale"] = {name: plan.guidance_of(judged) for name, judged in policies.items()}
+
+        def sample(judged: JudgedPolicy, folder: Path, batches: Sequence[Any]) -> Callable[[Any], Any]:
+            prepare()  # so that an unfit scorer fails before anything is sampled
+            return sampling_task(judged, plan, folder, batches)
+
+        tasks: dict[str, Task] = {}
+        for slot, (name, judged) in zip(SLOTS, policies.items(), strict=False):
+            if found[name] is None:
+                tasks[pictures_of(slot)] = partial(sample, judged, output_dir / "pictures" / slot)
+            tasks[scores_of(slot)] = partial(scoring_task, scorers, prepare)
+        made = {name: judged.trained.identity() for name, judged in policies.items() if found[name] is None}
+        identities = {scorer.name: scorer.identity() for scorer in scorers}
+        if crew.do(tasks, {**settings, "policies": made, "scorers": identities, "batch_size": batch_size}):
+            return
+        with locked(output_dir, "output_dir"):
+            _claim(output_dir, settings)
+            for scorer in scorers:
+                if isinstance(scorer, ToolScorer):
+                    scorer.check(planned(rows, wanted))
+                    scorer.prepare()
+            sources = {
+                name: make_source(policies[name], found[name], plan, rows, wanted, output_dir / "pictures" / slot, crew)
+                for name, slot in zip(policies, SLOTS, strict=False)
+            }
+            notes = (
+                *complete_or_refuse(sources, wanted, missing),
+                *_notes(rows, images_scored, count, policies, sampling),
             )
-        headlines = {name: getattr(scorer, "headline", "mean") for scorer in scorers for name in scorer.columns}
-        report = PolicyReport(
-            {name: judged.describe() for name, judged in policies.items()},
-            {scorer.name: public_identity(scorer) for scorer in scorers},
-            tuple(score for one in scored for score in policy_scores(one, headlines, parts)),
-            tuple(compare(*scored)) if len(scored) > 1 else (),
-            tuple(one for one in (published_scores(published) if published else ()) if one.score in names),
-            {**settings, "versions": versions()},
-            notes,
-        )
-        write_report(output_dir, report, scored, cards)
-        print(as_text(score_table(report)))
-        print(f"{output_dir / HTML}: {len(scored[0].pictures)} pictures of each policy")
-
-
-def _scored(scoring: PictureScoring, prepare: Callable[[], None]) -> ScoredPictures:
-    if any(scoring.missing(scorer) for scorer in scoring.scorers if isinstance(scorer, ImageScorer)):
-        prepare()
-    return scoring.score()
+            for note in notes:
+                print(f"note: {note}", file=sys.stderr, flush=True)
+            with interrupts_told(lambda: f"what is done is kept in {output_dir}: the same command goes on there"):
+                for source in sources.values():
+                    source.make()
+                folder = output_dir / "scores"
+                scored = in_common(
+                    [
+                        PictureScoring(name, list(source.pictures().values()), scorers, folder / slot, crew).score()
+                        for (name, source), slot in zip(sources.items(), SLOTS, strict=False)
+                    ]
+                )
+            headlines = {name: getattr(scorer, "headline", "mean") for scorer in scorers for name in scorer.columns}
+            report = PolicyReport(
+                {name: judged.describe() for name, judged in policies.items()},
+                {scorer.name: public_identity(scorer) for scorer in scorers},
+                tuple(score for one in scored for score in policy_scores(one, headlines, parts)),
+                tuple(compare(*scored)) if len(scored) > 1 else (),
+                tuple(one for one in (published_scores(published) if published else ()) if one.score in names),
+                {**settings, "versions": versions()},
+                notes,
+            )
+            write_report(output_dir, report, scored, cards)
+            print(as_text(score_table(report)))
+            print(f"{output_dir / HTML}: {len(scored[0].pictures)} pictures of each policy")
 
 
 def _named(policy: JudgedPolicy, against: JudgedPolicy | None) -> dict[str, JudgedPolicy]:

@@ -30,6 +30,7 @@ from lightning.pytorch.callbacks import (
     ProgressBar,
 )
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from omegaconf.errors import OmegaConfBaseException
@@ -46,6 +47,7 @@ from latentreward.callbacks import (
     ParameterSummary,
     ResumedSettings,
     RunProgress,
+    TensorBoardCharts,
 )
 from latentreward.callbacks.graceful_stop import fallback_folder
 from latentreward.checkpoints.files import (
@@ -321,7 +323,8 @@ class TrainingCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer, with :class:`RunProgress` and :class:`ParameterSummary` in place of Lightning's own.
 
-        ``test`` gets an :class:`AccuracyInterval`, unless the settings name one. Without a logger,
+        ``test`` gets an :class:`AccuracyInterval`, and ``fit`` with a logger of TensorBoard :class:`TensorBoardCharts`,
+        unless the settings name one. Without a logger,
         ``LearningRateMonitor`` is left out.
         """
         settings = self.config_init[self.command]["trainer"]
@@ -339,6 +342,9 @@ class TrainingCLI(LightningCLI):
         if self.command == "test" and not any(isinstance(callback, AccuracyInterval) for callback in given):
             added.append(AccuracyInterval())
         trainer = super().instantiate_trainer(**kwargs)
+        charted = any(isinstance(log, TensorBoardLogger) for log in trainer.loggers)
+        if self.command == "fit" and charted and not any(isinstance(one, TensorBoardCharts) for one in given):
+            added.append(TensorBoardCharts())
         callbacks: list[Callback] = [*trainer.callbacks, *added]  # type: ignore[attr-defined]
         if not trainer.loggers:  # LearningRateMonitor would raise, and shipped files have one
             callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]

@@ -10,18 +10,29 @@ from torch import Tensor
 
 from latentreward.contracts import PromptBatch
 from latentreward.data.alignment.prompt_files import read_prompts
-from latentreward.devices import find_device
 from latentreward.errors import InputError
 from latentreward.generation import Candidates, Population, best_of_n, search_latents, search_population
-from latentreward.generation.image_folder import ImageFolder
-from latentreward.generation.picture_writing import DETERMINISTIC, decode_latents, write_pictures
+from latentreward.generation.image_folder import ImageFolder, Row
+from latentreward.generation.picture_writing import (
+    DETERMINISTIC,
+    PictureWriting,
+    decode_latents,
+    left_over_rows,
+    make_pictures,
+    picture_batches,
+)
 from latentreward.generation.trained_policy import TrainedPolicy, offload_text_encoders, plain
 from latentreward.interrupts import interrupts_told
 from latentreward.policies import Policy, PolicySource
+from latentreward.ranks.crew import SHARDS, Crew
+from latentreward.ranks.settings import TrainerSettings
 from latentreward.rewards import Reward, RewardSource
 from latentreward.rollout import RewardGuidance, Sampling, sample_guided, sample_latents
 from latentreward.settings.functions import run_function
 from latentreward.storage.locks import locked
+
+PICTURES = "pictures"
+"""Name of the task of the processes."""
 
 
 def generate(
@@ -44,6 +55,7 @@ def generate(
     max_prompt_chars: int = 10_000,
     table: Literal["csv", "jsonl"] = "csv",
     device: str = "auto",
+    trainer: TrainerSettings | None = None,
 ) -> None:
     """Write pictures or clips of each prompt, a grid of all pictures, and a table with their seeds and scores.
 
@@ -75,6 +87,7 @@ def generate(
         max_prompt_chars: Most characters of a prompt; longer ones are refused. Text encoders read a few hundred.
         table: Format of the table.
         device: ``cpu``, ``cuda``, ...; ``auto`` takes a GPU if there is one.
+        trainer: Settings of several processes that share the work, on many GPUs or machines; by default one process.
 
     Raises:
         InputError: If a setting is wrong, or ``output_dir`` holds other files or pictures made with other settings.
@@ -112,33 +125,40 @@ def generate(
     if reward is not None:
         reward.require_latents_of(source)
         _check_reward(reward, population_search, reward_guidance)
-    with locked(output_dir, "output_dir"):
-        folder = ImageFolder(output_dir, settings, table)
-        wanted = [(place, image) for place in range(len(texts)) for image in range(images_per_prompt)]
-        missing = [(place, image) for place, image in wanted if not folder.has(place, image, texts[place])]
-        print(f"{len(wanted) - len(missing)} of {len(wanted)} pictures are there already", flush=True)
-        if missing:
-            where = find_device(device)
-            generator = trained.load(where)
-            scorer = None if reward is None else reward.load(generator).eval().to(where)
-            if scorer is not None:
-                _try(scorer, generator, sampling, best_of, score_sigmas)
-            offload_text_encoders(generator, scorer, [texts[place] for place, _ in missing], where)
-            how: dict[str, Any] = {"sampling": sampling, "guidance_scale": guidance_scale, "seed": seed}
-            sample: Callable[[PromptBatch], Tensor] = partial(sample_latents, generator, **how)
-            if step_search is not None and scorer is not None:
-                sample = partial(search_latents, generator, scorer, candidates=step_search, **how)
-            if population_search is not None and scorer is not None:
-                sample = partial(search_population, generator, scorer, population=population_search, **how)
-            if reward_guidance is not None and scorer is not None:
-                sample = partial(sample_guided, generator, scorer, guidance=reward_guidance, **how)
-            draw = partial(_draw, sample, scorer, best_of, seed, score_sigmas)
+
+    def pictures(batches: Sequence[list[list[Any]]]) -> Callable[[list[list[Any]]], list[Row]]:
+        """Load generator and reward; return the function that makes a batch of pictures."""
+        generator = trained.load(crew.device)
+        scorer = None if reward is None else reward.load(generator).eval().to(crew.device)
+        if scorer is not None:
+            _try(scorer, generator, sampling, best_of, score_sigmas)
+        shown = [prompt for batch in batches for _, _, prompt in batch]
+        offload_text_encoders(generator, scorer, shown, crew.device)
+        how: dict[str, Any] = {"sampling": sampling, "guidance_scale": guidance_scale, "seed": seed}
+        sample: Callable[[PromptBatch], Tensor] = partial(sample_latents, generator, **how)
+        if step_search is not None and scorer is not None:
+            sample = partial(search_latents, generator, scorer, candidates=step_search, **how)
+        if population_search is not None and scorer is not None:
+            sample = partial(search_population, generator, scorer, population=population_search, **how)
+        if reward_guidance is not None and scorer is not None:
+            sample = partial(sample_guided, generator, scorer, guidance=reward_guidance, **how)
+        draw = partial(_draw, sample, scorer, best_of, seed, score_sigmas)
+        return PictureWriting(output_dir, draw, partial(decode_latents, generator), seed).write
+
+    with Crew(trainer, device, output_dir / SHARDS) as crew:
+        if crew.do({PICTURES: pictures}, {**settings, "batch_size": batch_size}):
+            return
+        with locked(output_dir, "output_dir"):
+            folder = ImageFolder(output_dir, settings, table, left_over_rows(crew, PICTURES))
+            wanted = [(place, image) for place in range(len(texts)) for image in range(images_per_prompt)]
+            missing = [(place, image) for place, image in wanted if not folder.has(place, image, texts[place])]
+            print(f"{len(wanted) - len(missing)} of {len(wanted)} pictures are there already", flush=True)
             with interrupts_told(
                 lambda: f"{len(folder.rows)} pictures are kept in {output_dir}: the same command goes on there"
             ):
-                write_pictures(folder, texts, missing, draw, partial(decode_latents, generator), seed, batch_size)
-        folder.write_grid(wanted)
-        print(folder.summary(wanted))
+                make_pictures(crew, PICTURES, picture_batches(wanted, missing, texts, batch_size), folder)
+            folder.write_grid(wanted)
+            print(folder.summary(wanted))
 
 
 def _check_reward(

@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from latentreward.errors import InputError, check_at_least_one, errors_at
 from latentreward.interrupts import interrupts_told
-from latentreward.pilot.checks import GB, check_access, check_disk, check_sources, downloads, hub_cache
+from latentreward.pilot.checks import GB, check_access, check_disk, check_sources, downloads, hub_cache, is_hub_id
 from latentreward.pilot.plans import ALIGNED, BESIDE, CUT, JUDGED, MEASURED, Pilot, all_pilots, find_pilot
 from latentreward.settings.functions import run_plain_function
 from latentreward.steps.tasks import Task
@@ -27,6 +28,7 @@ def pilot(
     quick: bool = False,
     hours: float = 72.0,
     tflops: float = 30.0,
+    weights: str | None = None,
     page: Path | None = None,
     output: Path | None = None,
     results: Path = RESULTS,
@@ -49,6 +51,7 @@ def pilot(
         quick: Whether to only try all stages, with a few pairs, steps and pictures.
         hours: Most hours that the two trainings may take by the computed operations; a longer pilot is refused.
         tflops: Operations per second that the device sustains, in 10¹²; 30 is some 40 % of an RTX 3090's peak.
+        weights: Hub id under which the trained reward was published, owner/name; it gets a row in the table of models.
         page: Markdown page of the table of models to write from all files in ``results``.
         output: File of the result; ``NAME-DIGEST.json`` in ``results`` by default.
         results: Folder of the results.
@@ -58,6 +61,8 @@ def pilot(
         InputError: If something that is needed is missing, or a stage fails.
     """
     check_at_least_one(pairs=pairs)
+    if weights is not None and (name is None or not is_hub_id(weights)):
+        raise InputError(f"weights is {weights!r}; give a pilot's name and the hub id of its reward, owner/name")
     if name is not None:
         found = find_pilot(name)
         settings = {"pairs": pairs or found.pairs, "seed": seed, "quick": quick}
@@ -75,7 +80,7 @@ def pilot(
         path = output or (work / "quick" if quick else results) / name_of_result  # nobody should send a trial's
         kept = f"what is done is kept in {work}: the same command goes on"
         with locked(folder, "work"), interrupts_told(lambda: kept):
-            run_all(found, tasks, folder, settings, path)
+            run_all(found, tasks, folder, settings, path, weights)
     elif page is None:
         raise InputError(f"name is missing; give a pilot: {', '.join(all_pilots())}")
     if page is not None:
@@ -170,16 +175,24 @@ def check_trainings(
         print("disk:", check_disk({**fetched, folder: written}), flush=True)
 
 
-def run_all(found: Pilot, tasks: Mapping[str, Task], folder: Path, settings: Mapping[str, int], output: Path) -> None:
-    """Run the stages that have not finished, and write the result."""
+def run_all(
+    found: Pilot,
+    tasks: Mapping[str, Task],
+    folder: Path,
+    settings: Mapping[str, int],
+    output: Path,
+    weights: str | None,
+) -> None:
+    """Run the stages that have not finished, and write the result; it keeps its weights if ``weights`` is None."""
     from latentreward.evaluation.benchmark.report import HTML
-    from latentreward.pilot.results import collect, holds, write_result
+    from latentreward.pilot.results import collect, holds, published_as, write_result
     from latentreward.pilot.running import run_stages, unfinished, workshop
 
     shop = workshop(folder)
     if unfinished(tasks, shop):
         run_stages(tasks, shop)
-    if not holds(output, result := collect(found, tasks, shop, settings)):
+    result = replace(collect(found, tasks, shop, settings), weights=weights or published_as(output))
+    if not holds(output, result):
         write_result(output, result)
     for title, stage, file in (
         ("published checkpoint", BESIDE, HTML),

@@ -2,29 +2,34 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from latentreward.data.image_lists import ImageList, read_images
+from latentreward.data.image_sizes import ImageSizes
 from latentreward.data.images import MAX_PIXELS, ExifOrientation
-from latentreward.devices import find_device
 from latentreward.errors import InputError, first_line
+from latentreward.ranks.crew import SHARDS, Crew
+from latentreward.ranks.settings import TrainerSettings
 from latentreward.scorers.fingerprints import fingerprint
 from latentreward.scoring import PublishedSettings, RewardModel, ScoringNoise
 from latentreward.scoring.gallery import Gallery
 from latentreward.scoring.image_lists import ListedScoring
 from latentreward.scoring.layouts.find import find_reward
-from latentreward.scoring.score_inputs import images_identity, require_some
+from latentreward.scoring.score_inputs import images_identity, listing_identity, require_some
 from latentreward.scoring.scored_table import read_scores, summarise
 from latentreward.scoring.scoring_noise import NoiseKey
 from latentreward.settings.functions import run_plain_function
 from latentreward.storage.part_tables import PartFiles
 from latentreward.storage.progress import Progress
+
+PARTS = "parts"
+"""Name of the task of the processes."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,7 @@ def score(
     exif: ExifOrientation | None = None,
     dtype: Literal["float32", "bfloat16"] = "float32",
     device: str = "auto",
+    trainer: TrainerSettings | None = None,
 ) -> None:
     """Score images or clips for their prompts, and write a table and, with --gallery, an HTML page sorted by score.
 
@@ -115,59 +121,164 @@ def score(
         published: Settings that the files of a published layout do not hold, e.g. --published.guidance 1.
         batch_size: Images per forward pass.
         decode_threads: Threads that decode images ahead of the model.
-        flush_every: Images per part of the table: a killed process loses at most one part; Ctrl-C loses no score.
+        flush_every: Images per part of the table: a killed process loses at most one part. Ctrl-C loses no score of a
+            single process; of several, each but the first loses at most one part.
         max_pixels: Most pixels of an image; larger images are recorded as unreadable.
         exif: apply rotates images by their EXIF orientation, ignore takes the stored pixels; by default the model
             treats images as in its training.
         dtype: Precision of the model's backbone.
         device: Device, e.g. cuda:1; auto takes an accelerator if there is one.
+        trainer: Settings of several processes that share the work, on many GPUs or machines; by default one process.
 
     Raises:
         InputError: If a setting is wrong, the output belongs to another run, or no image can be scored.
     """
     page = None if gallery is None else Gallery(gallery, gallery_images, decode_threads, max_pixels)
-    target = find_device(device)
-    listed = read_images(images, prompt, image_column, prompt_column, allow_outside, max_prompt_chars)
-    loading: dict[str, Any] = {
-        "base": base,
-        "config": run_config,
-        "revision": revision,
-        "trust_remote_code": trust_remote_code,
-    }
-    spec = {
-        "images": images_identity(listed),
-        "model": fingerprint(model, revision),
-        "base": None if base is None else fingerprint(base),
-        "run_config": None if run_config is None else fingerprint(run_config),
-        "revision": revision,
-        "trust_remote_code": trust_remote_code,
-        "published": None if published in (None, PublishedSettings()) else dataclasses.asdict(published),
-        "noise": {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(noise).items()},
-        "each_level": each_level,
-        "max_pixels": max_pixels,
-        "exif": exif,
-        "dtype": dtype,
-    }
-    loading |= {"device": target, "dtype": getattr(torch, dtype), "published": published}
-    load = partial(RewardModel.from_pretrained, model, **loading)
-    with PartFiles(output, spec, len(listed.rows)) as files:
-        if files.finished():
-            notes = []
-            print(f"{output} is complete already: {len(listed.rows)} images")
-        else:
-            reading = {"batch_size": batch_size, "decode_threads": decode_threads, "max_pixels": max_pixels}
-            notes = _make_table(files, listed, load, noise, each_level, flush_every, exif, **reading)
+    with Crew(trainer, device, output.parent / f".{output.name}{SHARDS}") as crew:
+        loading: dict[str, Any] = {
+            "base": base,
+            "config": run_config,
+            "revision": revision,
+            "trust_remote_code": trust_remote_code,
+            "device": crew.device,
+            "dtype": getattr(torch, dtype),
+            "published": published,
+        }
+        listed = read_images(images, prompt, image_column, prompt_column, allow_outside, max_prompt_chars)
+        load = partial(RewardModel.from_pretrained, model, **loading)
+        reading = {"batch_size": batch_size, "decode_threads": decode_threads, "max_pixels": max_pixels}
+        scoring = PartScoring(output, listed, partial(_scoring, load, listed, noise, each_level, exif, reading), crew)
+        spec = {
+            "images": images_identity(listed),
+            "model": fingerprint(model, revision),
+            "base": None if base is None else fingerprint(base),
+            "run_config": None if run_config is None else fingerprint(run_config),
+            "revision": revision,
+            "trust_remote_code": trust_remote_code,
+            "published": None if published in (None, PublishedSettings()) else dataclasses.asdict(published),
+            "noise": {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(noise).items()},
+            "each_level": each_level,
+            "max_pixels": max_pixels,
+            "exif": exif,
+            "dtype": dtype,
+        }
+        if crew.do({PARTS: scoring.task}, {**spec, "images": listing_identity(listed), "batch_size": batch_size}):
+            return
+        find = cache(partial(find_reward, model, run_config, base, revision=revision, trusted=trust_remote_code))
+        notes: list[str] = []
+        with PartFiles(output, spec, len(listed.rows)) as files:
+            if files.finished():
+                print(f"{output} is complete already: {len(listed.rows)} images")
+            else:
+                if parts := files.missing(flush_every):
+                    notes += scoring.score(files, parts)
+                    read = scoring.model or find()  # of many processes the first may have come too late for a part
+                    notes += _remarks_on_images(read.image_sizes, exif or read.exif, scoring.found, files)
+                files.finish()
     table = read_scores(output)
     print(f"{output}: {summarise(listed, table)}")
     if page is not None:
         start = time.monotonic()
-        stored = find_reward(model, run_config, base, revision=revision, trusted=trust_remote_code)
-        shown = page.write(listed, table, model, exif or stored.exif, stored.image_sizes)
+        shown = page.write(listed, table, model, exif or find().exif, find().image_sizes)
         notes.append(f"page of {shown} images written in {time.monotonic() - start:.1f} s: {gallery}")
     if notes:
         print("; ".join(notes))
     if table["problem"].null_count == 0:
         raise InputError(f"images: none of {len(listed.rows)} can be scored; {output} says why")
+
+
+@dataclass
+class PartScoring:
+    """Scoring of the missing parts of a table by one or several processes.
+
+    Attributes:
+        output: Table to write.
+        listed: Images to score.
+        load: Function that loads the model; the argument says whether to tell about it.
+        crew: The processes.
+        found: What the processes found in the images so far: ``rotated``, ``unused`` and the model's ``seconds``.
+        model: Model of this process, once it has scored a part.
+    """
+
+    output: Path
+    listed: ImageList
+    load: Callable[[bool], ListedScoring]
+    crew: Crew
+    found: dict[str, float] = field(default_factory=dict)
+    model: RewardModel | None = None
+
+    def score(self, files: PartFiles, parts: Sequence[range]) -> list[str]:
+        """Score the given parts, and return remarks on the time taken and on clips."""
+        require_some(self.listed)
+        total = sum(map(len, parts))
+        if kept := files.rows - total:
+            print(f"{kept} of {files.rows} images were scored before and are kept", flush=True)
+
+        def keep(results: Sequence[tuple[list[int], dict[str, float]]]) -> None:
+            for name, value in ((name, value) for _, found in results for name, value in found.items()):
+                self.found[name] = self.found.get(name, 0) + value
+
+        self._begun = time.monotonic()
+        with Progress("score", files.rows, "images", kept, processes=self.crew.size) as self._progress:
+            self.crew.each(PARTS, [[part.start, part.stop] for part in parts], keep)
+        seconds = time.monotonic() - self._begun
+        speed = f"{total / seconds:.1f} images/s, {self.found['seconds']:.1f} s in the model"
+        notes = [f"{total} images scored in {seconds:.1f} s ({speed})"]
+        if self.found["unused"]:
+            notes.append(f"{self.found['unused']} frames of clips longer than the training's were not used")
+        return notes
+
+    def task(self, parts: Sequence[list[int]]) -> Callable[[list[int]], dict[str, float]]:
+        """Load the model, and return the function that scores a part of the table, given by its first and last row.
+
+        That function writes the part, and returns what it found.
+        """
+        scoring, files = self.load(self.crew.first), PartFiles(self.output, {}, len(self.listed.rows))
+        self.model = scoring.model
+        if self.crew.first:
+            self._begun, scoring.progress = time.monotonic(), self._progress.add
+
+        def score_part(part: list[int]) -> dict[str, float]:
+            before = _found(scoring)
+            scoring.scored |= part[0] > 0  # the first part tells if the model is at fault, whoever has it
+            try:
+                for rows, table in scoring.tables([range(*part)]):
+                    files.write(rows, table)
+            except torch.OutOfMemoryError as error:
+                raise InputError(
+                    f"batch_size={scoring.batch_size} takes more memory than there is ({first_line(error)}); what was "
+                    f"scored is kept in {files.folder}: set a smaller one"
+                ) from error
+            return {name: value - before[name] for name, value in _found(scoring).items()}
+
+        return score_part
+
+
+def _found(scoring: ListedScoring) -> dict[str, float]:
+    return {"seconds": scoring.seconds, "rotated": scoring.rotated, "unused": scoring.unused}
+
+
+def _scoring(
+    load: Callable[[], RewardModel],
+    listed: ImageList,
+    noise: NoiseSettings,
+    each_level: bool,
+    exif: ExifOrientation | None,
+    reading: Mapping[str, int],
+    told: bool,
+) -> ListedScoring:
+    """Load the model; if ``told``, print its noise, and what the table will lack."""
+    start = time.monotonic()
+    model = load()
+    model.exif = exif or model.exif
+    own = noise.over(model.noise)
+    scoring = ListedScoring(model, listed.rows, _levels(own, each_level), **reading)
+    if told:
+        print(f"model loaded in {time.monotonic() - start:.1f} s; scoring at {own}", flush=True)
+    if told and model.calibration is not None and not model.calibration.fits(own):
+        at = model.calibration.noise
+        print(f"z_score and quantile are empty: the model is calibrated at {at}, not at {own}")
+    return scoring
 
 
 def _levels(noise: ScoringNoise, each: bool) -> dict[str, ScoringNoise]:
@@ -181,72 +292,24 @@ def _levels(noise: ScoringNoise, each: bool) -> dict[str, ScoringNoise]:
     return columns
 
 
-def _make_table(
-    files: PartFiles,
-    listed: ImageList,
-    load: Callable[[], RewardModel],
-    noise: NoiseSettings,
-    each_level: bool,
-    flush_every: int,
-    exif: ExifOrientation | None,
-    **reading: int,
+def _remarks_on_images(
+    sizes: ImageSizes | None, exif: ExifOrientation, found: Mapping[str, float], files: PartFiles
 ) -> list[str]:
-    """Score the missing images, write the complete table, and return remarks on times and images."""
-    notes, parts = [], files.missing(flush_every)
-    if parts:
-        require_some(listed)
-        start = time.monotonic()
-        model = load()
-        model.exif = exif or model.exif
-        own = noise.over(model.noise)
-        scoring = ListedScoring(model, listed.rows, _levels(own, each_level), **reading)
-        print(f"model loaded in {time.monotonic() - start:.1f} s; scoring at {own}", flush=True)
-        if kept := files.rows - sum(map(len, parts)):
-            print(f"{kept} of {files.rows} images were scored before and are kept", flush=True)
-        if model.calibration is not None and not model.calibration.fits(own):
-            at = model.calibration.noise
-            print(f"z_score and quantile are empty: the model is calibrated at {at}, not at {own}")
-        try:
-            notes.append(_score_missing(scoring, files, parts))
-        except torch.OutOfMemoryError as error:
-            raise InputError(
-                f"batch_size={scoring.batch_size} takes more memory than there is ({first_line(error)}); what was "
-                f"scored is kept in {files.folder}: set a smaller one"
-            ) from error
-        notes += _remarks_on_images(model, scoring.rotated, files)
-        if scoring.unused:
-            notes.append(f"{scoring.unused} frames of clips longer than the training's were not used")
-    files.finish()
-    return notes
-
-
-def _remarks_on_images(model: RewardModel, rotated: int, files: PartFiles) -> list[str]:
     """Return remarks on images with an untrained aspect ratio (all runs) and an EXIF orientation (this run)."""
-    remarks, sizes = [], model.image_sizes
+    remarks = []
     assert sizes is not None  # ListedScoring refuses a model without
     unfitting = 0
     for _, part in files.read():
-        found = zip(part["height"].to_pylist(), part["width"].to_pylist(), strict=True)
-        unfitting += sum(height is not None and not sizes.fits(height, width) for height, width in found)
+        sides = zip(part["height"].to_pylist(), part["width"].to_pylist(), strict=True)
+        unfitting += sum(height is not None and not sizes.fits(height, width) for height, width in sides)
     if unfitting:
         remarks.append(f"{unfitting} images have an aspect ratio the model was not trained on: cropped to the nearest")
-    if rotated and model.exif == "ignore":
-        remarks.append(f"{rotated} images have an EXIF orientation, which this model ignores: --exif apply turns them")
-    elif rotated:
-        remarks.append(f"{rotated} images turned upright by their EXIF orientation")
+    if found["rotated"] and exif == "ignore":
+        turned = "images have an EXIF orientation, which this model ignores: --exif apply turns them"
+        remarks.append(f"{found['rotated']} {turned}")
+    elif found["rotated"]:
+        remarks.append(f"{found['rotated']} images turned upright by their EXIF orientation")
     return remarks
-
-
-def _score_missing(scoring: ListedScoring, files: PartFiles, parts: Sequence[range]) -> str:
-    """Score the given parts, and return a remark on the time taken."""
-    start, total = time.monotonic(), sum(map(len, parts))
-    with Progress("score", files.rows, "images", files.rows - total) as progress:
-        scoring.progress = progress.add
-        for rows, table in scoring.tables(parts):
-            files.write(rows, table)
-    seconds = time.monotonic() - start
-    speed = f"{total / seconds:.1f} images/s, {scoring.seconds:.1f} s in the model"
-    return f"{total} images scored in {seconds:.1f} s ({speed})"
 
 
 run = partial(run_plain_function, score, bare=2)

@@ -1,4 +1,6 @@
-"""``latentreward serve``: serve a reward model over HTTP."""
+"""``latentreward serve``: serve reward models over HTTP."""
+
+from __future__ import annotations
 
 import os
 import sys
@@ -6,18 +8,23 @@ from functools import partial
 from importlib.util import find_spec
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from latentreward.errors import InputError
 from latentreward.scoring import PublishedSettings
-from latentreward.serving.settings import ServiceSettings
+from latentreward.serving.settings import RewardToServe, ServiceSettings, check_name
 from latentreward.settings.functions import run_plain_function
+from latentreward.storage.tokens import checked_token, token_of_file
+
+if TYPE_CHECKING:
+    from latentreward.serving.resources import Resources
+    from latentreward.serving.served import ServedModel
 
 TOKEN_VARIABLE = "LATENTREWARD_TOKEN"
 
 
 def serve(
-    model: str,
+    model: str | None = None,
     host: str = "127.0.0.1",
     port: int = 8000,
     base: str | None = None,
@@ -28,17 +35,21 @@ def serve(
     token_file: Path | None = None,
     dtype: Literal["float32", "bfloat16"] = "float32",
     device: str = "auto",
+    name: str = "reward",
+    rewards: dict[str, RewardToServe] | None = None,
     **limits: Any,
 ) -> None:
-    """Serve scores of a reward model over HTTP until SIGTERM or Ctrl-C; requests in progress are finished first.
+    """Serve scores of reward models over HTTP until SIGTERM or Ctrl-C; requests in progress are finished first.
 
     POST /v1/score takes latents and prompt embeddings by verl-omni's latent-reward protocol version 1; POST
-    /v1/score_images takes images and prompts, as a form or as JSON. GET /v1/model describes the model, /healthz tells
-    whether the server is ready, /metrics has counters for Prometheus. Requests are batched into shared forward passes;
-    a score does not depend on the other requests of its batch.
+    /v1/score_latents takes latents and raw prompts, /v1/score_states the states of whole trajectories, and
+    /v1/score_images images and prompts, as a form or as JSON. POST /score answers UniRL's clients, /compute
+    Flow-Factory's. GET /v1/rewards names the rewards, /v1/model describes one, /healthz tells whether the server is
+    ready, /metrics has counters for Prometheus, /docs describes all routes. Requests are batched into shared forward
+    passes; a score does not depend on the other requests of its batch.
 
     Args:
-        model: Folder or hub id of a reward model, or a checkpoint, or the folder of a run.
+        model: Folder or hub id of a reward model, or a checkpoint, or the folder of a run; exclusive with ``rewards``.
         host: Address to listen on; the default accepts connections from this machine only.
         port: Port to listen on; 0 takes a free port and prints it.
         base: Pipeline with the frozen base weights, a folder or hub id; by default the one that the model names.
@@ -52,24 +63,29 @@ def serve(
             reaches the port may send requests.
         dtype: Precision of the model's backbone.
         device: Device, e.g. cuda:1; auto takes an accelerator if there is one.
+        name: Name of the model in addresses, replies and metrics.
+        rewards: Several rewards by name, each with its model, device and limits; the first scores requests that name
+            none. See :class:`~latentreward.serving.settings.RewardToServe`.
         limits: See :class:`~latentreward.serving.settings.ServiceSettings`.
 
     Raises:
-        InputError: If a setting is wrong, the port is taken, or the model cannot be loaded.
+        InputError: If a setting is wrong, the port is taken, or a model cannot be loaded.
     """
-    modules = ("fastapi", "prometheus_client", "python_multipart", "uvicorn")
-    if missing := [name for name in modules if find_spec(name) is None]:
+    modules = ("fastapi", "prometheus_client", "pydantic", "python_multipart", "uvicorn")
+    if missing := [module for module in modules if find_spec(module) is None]:
         raise InputError(f"serve needs {missing[0]}, which is not installed; pip install 'latentreward[serve]'")
-    import torch
-
     from latentreward.devices import find_device
-    from latentreward.scoring import RewardModel
     from latentreward.serving.addresses import bind
+    from latentreward.serving.resources import Resources
     from latentreward.serving.server import serve as serve_until_stopped
     from latentreward.serving.service import ScoringService
 
     settings = ServiceSettings(token=_token(token_file), **limits)
-    target = find_device(device)
+    single = {"device": device, "dtype": dtype, "base": base, "run_config": run_config, "revision": revision}
+    chosen = _rewards(model, name, rewards, single | {"published": published})
+    for one in chosen.values():
+        one.limits(settings)  # raises for a wrong limit
+        find_device(one.device)
     with bind(host, port) as bound:
         if settings.token is None and not ip_address(bound.getsockname()[0].partition("%")[0]).is_loopback:
             print(
@@ -77,33 +93,56 @@ def serve(
                 f"reaches it may send requests; set token_file or {TOKEN_VARIABLE}",
                 file=sys.stderr,
             )
-        print(f"loading {model} on {target}", flush=True)
-        reward = RewardModel.from_pretrained(
-            model,
-            revision=revision,
-            base=base,
-            config=run_config,
-            device=target,
-            dtype=getattr(torch, dtype),
-            trust_remote_code=trust_remote_code,
-            published=published,
-        )
-        reward.require_images("serve")
-        serve_until_stopped(ScoringService(reward, settings), bound)
+        resources = Resources(settings)
+        models = [_load(one, label, resources, trust_remote_code) for label, one in chosen.items()]
+        serve_until_stopped(ScoringService(models, resources), bound)
     print("stopped", flush=True)
 
 
+def _rewards(
+    model: str | None, name: str, rewards: dict[str, RewardToServe] | None, single: dict[str, Any]
+) -> dict[str, RewardToServe]:
+    """Return the rewards to serve by name: ``rewards``, or the one of the settings of a single model."""
+    if (model is None) == (not rewards):
+        raise InputError("give either model, or rewards with a name, model and device for each")
+    if not rewards:
+        return {check_name(name): RewardToServe(str(model), **single)}
+    defaults = {"device": "auto", "dtype": "float32", "name": "reward"}
+    given = [key for key, value in {**single, "name": name}.items() if value != defaults.get(key)]
+    if given:
+        raise InputError(f"{given[0]} is that of a single model; give it for each of rewards")
+    return {check_name(label): one for label, one in rewards.items()}
+
+
+def _load(one: RewardToServe, name: str, resources: Resources, trusted: bool) -> ServedModel:
+    """Load a reward and prepare it for requests."""
+    import torch
+
+    from latentreward.devices import find_device
+    from latentreward.scoring import RewardModel
+    from latentreward.serving.served import ServedModel
+
+    target = find_device(one.device)
+    print(f"loading {one.model} on {target}", flush=True)
+    reward = RewardModel.from_pretrained(
+        one.model,
+        revision=one.revision,
+        base=one.base,
+        config=one.run_config,
+        device=target,
+        dtype=getattr(torch, one.dtype),
+        trust_remote_code=trusted,
+        published=one.published,
+    )
+    reward.require_images("serve")
+    return ServedModel(reward, resources, one.limits(resources.settings), name)
+
+
 def _token(file: Path | None) -> str | None:
-    if file is None:
-        token, source = os.environ.get(TOKEN_VARIABLE), TOKEN_VARIABLE
-    else:
-        try:
-            token, source = file.read_text().strip(), f"token_file={file}"
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"token_file={file} cannot be read ({error}); give a text file") from error
-    if token is not None and not (token and token.isascii() and token.isprintable()):
-        raise InputError(f"{source} must hold a token of printable ASCII characters")
-    return token
+    if file is not None:
+        return token_of_file(file, "token_file")
+    token = os.environ.get(TOKEN_VARIABLE)
+    return None if token is None else checked_token(token, TOKEN_VARIABLE)
 
 
 run = partial(run_plain_function, serve)

@@ -13,12 +13,14 @@ from latentreward.data.readers import *  # noqa: F403 - every reader in readers.
 from latentreward.data.sampling import PairBatchSampler, PairSampler
 from latentreward.data.score_table import PairGaps, ScoreTable
 from latentreward.data.splits import normalise_prompt, select_rows
+from latentreward.data.streaming import PairStream
 from latentreward.data.targets import ScoreTargets
 
 if TYPE_CHECKING:
     from latentreward.data.alignment.prompts import PromptDataModule
     from latentreward.data.alignment.prompts_and_images import PromptsAndImages
     from latentreward.data.datamodules import PreferenceDataModule
+    from latentreward.data.streamed_module import StreamedPreferenceDataModule
 
 __all__ = [
     "MPCF",
@@ -30,6 +32,7 @@ __all__ = [
     "PairDataset",
     "PairGaps",
     "PairSampler",
+    "PairStream",
     "PixelLoader",
     "PreferenceDataModule",
     "PromptDataModule",
@@ -37,6 +40,7 @@ __all__ = [
     "ScoreTable",
     "ScoreTargets",
     "SkippedPair",
+    "StreamedPreferenceDataModule",
     "collate_pairs",
     "decode_image",
     "normalise_prompt",
@@ -48,6 +52,7 @@ __all__ += readers.__all__
 # These are imported on first use: readers alone do not need Lightning, which takes seconds to import.
 DATA_MODULES = {
     "PreferenceDataModule": "latentreward.data.datamodules",
+    "StreamedPreferenceDataModule": "latentreward.data.streamed_module",
     "PromptDataModule": "latentreward.data.alignment.prompts",
     "PromptsAndImages": "latentreward.data.alignment.prompts_and_images",
 }

@@ -192,6 +192,7 @@ class PreferenceDataModule(PairLoaders):
         loader = PixelLoader(height, width, resize, max_pixels)
         if frames > 1:
             loader = ClipLoader(height, width, resize, max_pixels, frames=frames, fps=fps)
+        self.loader = loader
         readers = {"train": train, "val": val, "test": test}
         given = {name: reader for name, reader in readers.items() if reader is not None}
         rows, self.emptied = select_or_explain(given, shared_prompts, label_remedy(targets))

@@ -1,5 +1,6 @@
 """Detection of a data set's format, and of its splits, from file names, columns and JSON keys."""
 
+import json
 import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator
@@ -12,7 +13,9 @@ from typing import Any
 from latentreward.data import readers
 from latentreward.data.readers import PairReader
 from latentreward.data.readers.folders import CAPTIONS_FILE
+from latentreward.data.readers.img2dataset import is_img2dataset
 from latentreward.data.readers.parquet_store import ParquetPart, open_part
+from latentreward.data.readers.tables import SAVED, SAVED_SPLITS, saved_splits
 from latentreward.errors import InputError, did_you_mean
 
 Splits = dict[str, Callable[..., PairReader]]
@@ -22,10 +25,13 @@ CACHE_PLAN = "plan.json"
 """File that `latentreward cache` writes; marks a cache of latents, which is not a data set of images."""
 PARQUET_FOLDERS = ("data", "image_generation", ".")
 PART = re.compile(r"(.+?)-\d{5}-of-\d{5}.*\.parquet")
+SAVED_FEATURES = "dataset_info.json"
+"""File in which ``save_to_disk`` describes the columns of a data set."""
 HEAD = 1 << 16
 EXPECTED = (
     "Pick-a-Pic parquet or tars, HPDv2, HPDv3, ImageReward, ImageRewardDB, GenAI-Bench, a diffusion-rm cache, "
-    "chosen/ and rejected/, or JSON lines"
+    "chosen/ and rejected/, JSON lines, img2dataset's folders, or a table with prompt and chosen, rejected or image_a, "
+    "image_b"
 )
 
 
@@ -103,11 +109,23 @@ def _diffusion_rm(path: Path) -> Splits:
     return {"train": partial(readers.DiffusionRMReader, str(path), index)}
 
 
+def _saved(path: Path) -> Splits:
+    if (path / SAVED_SPLITS).is_file():
+        folders = {split: path / split for split in saved_splits(path)}
+    else:
+        folders = {"train": path} if (path / SAVED).is_file() else {}
+    by_split = {split: _table_reader(_saved_columns(folder)) for split, folder in folders.items()}
+    return {name: partial(reader, str(path), name) for name, reader in by_split.items() if reader}
+
+
 def _parquet(path: Path) -> Splits:
+    if path.is_file() and path.suffix == ".parquet" and (reader := _table_reader(_columns(path))):
+        split = match[1] if (match := PART.fullmatch(path.name)) else path.stem
+        return {split: partial(reader, str(path), split)}
     for folder in PARQUET_FOLDERS:
         files = sorted((path / folder).glob("*.parquet"))
-        found = {match[1]: file for file in files if (match := PART.fullmatch(file.name))}
-        by_split = {split: _parquet_reader(file) for split, file in found.items()}
+        found = {match[1] if (match := PART.fullmatch(file.name)) else file.stem: file for file in files}
+        by_split = {split: _table_reader(_columns(file)) for split, file in found.items()}
         splits: Splits = {name: partial(reader, str(path), name) for name, reader in by_split.items() if reader}
         if splits:
             return splits
@@ -115,14 +133,17 @@ def _parquet(path: Path) -> Splits:
     return {"train": partial(readers.GenAIBenchCMUReader, str(path))} if older.is_file() else {}
 
 
-def _parquet_reader(file: Path) -> Callable[..., PairReader] | None:
-    names = _columns(file)
+def _table_reader(names: set[str]) -> Callable[..., PairReader] | None:
+    """Return the reader of a table with the given columns; None if no reader knows them."""
     if {"caption", "label_0", "label_1"} <= names:
         return partial(readers.PickAPicReader, images="read" if {"jpg_0", "jpg_1"} <= names else "none")
     if {"left_image", "right_image"} <= names:
         return readers.GenAIBenchReader
     rated = any(name == "HumanRatings" or name.endswith("_HumanRating") for name in names)
-    return readers.GenAIBenchCMUReader if rated else None
+    if rated:
+        return readers.GenAIBenchCMUReader
+    own = "prompt" in names and ({"chosen", "rejected"} <= names or {"image_a", "image_b"} <= names)
+    return readers.DatasetPairReader if own else None
 
 
 def _imagereward_db(path: Path) -> Splits:
@@ -145,6 +166,9 @@ def _json(path: Path) -> Splits:
             splits[file.stem] = partial(readers.HPDv2Reader, root, file.stem)
         elif file.name == "test.json" and _is_imagereward(file):
             splits["test"] = partial(readers.ImageRewardReader, root)
+    for file in sorted(path.glob("t[re]*/*.json")):  # HPDv3++: train/train_aes.json, test/test_aes.json
+        if {"path1", "path2"} <= _keys(file) and file.parent.name in ("train", "test"):
+            splits[file.stem] = partial(readers.HPDv3Reader, str(path), f"{file.parent.name}/{file.stem}")
     return splits
 
 
@@ -159,6 +183,10 @@ def _keys(file: Path) -> set[str]:
     with file.open("rb") as stream:
         head = stream.read(HEAD).decode("utf-8", "replace")
     return set(re.findall(r'"(\w+)"\s*:', head))
+
+
+def _img2dataset(path: Path) -> Splits:
+    return {"train": partial(readers.Img2DatasetReader, str(path))} if is_img2dataset(path) else {}
 
 
 def _tars(path: Path) -> Splits:
@@ -184,9 +212,17 @@ def _jsonl(path: Path) -> Splits:
     return {file.stem: partial(readers.JSONLPairReader, str(file), split=file.stem) for file in pairs}
 
 
+def _saved_columns(folder: Path) -> set[str]:
+    """Return the columns of a folder that ``save_to_disk`` wrote; empty if its description cannot be read."""
+    try:
+        return set(json.loads((folder / SAVED_FEATURES).read_bytes())["features"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
+
+
 def _columns(file: Path) -> set[str]:
     with open_part(ParquetPart(file.name, file)) as opened:
         return set(opened.schema_arrow.names)
 
 
-FORMATS = (_diffusion_rm, _parquet, _imagereward_db, _json, _tars, _folders, _jsonl)
+FORMATS = (_diffusion_rm, _saved, _img2dataset, _parquet, _imagereward_db, _json, _tars, _folders, _jsonl)

@@ -28,6 +28,7 @@ from latentreward.modules import ReFLModule
 from latentreward.modules.alignment import RolloutModule
 from latentreward.policies import Policy
 from latentreward.rewards import Reward
+from latentreward.rewards.http import RemoteImageReward, RemoteReward
 from latentreward.rewards.latent import LatentScorer
 from latentreward.rewards.pixel import DecodingReward, ImageReward
 from latentreward.scorers.step_aware_clip import StepAwareCLIP
@@ -269,18 +270,35 @@ def watch_sampling(module: LightningModule, calls: RepeatedCalls) -> None:
         if isinstance(part, PromptEncoder):
             calls.watch(part, "forward")
     for part in () if reward is None else reward.modules():
-        if isinstance(part, ImageReward):  # its scorer takes PIL images, which stand-ins cannot become
+        if isinstance(part, ImageReward | RemoteImageReward):  # PIL images, which stand-ins cannot become
             part.score = partial(decode_alone, part)  # type: ignore[method-assign]
             part.encode_prompts = tuple  # type: ignore[method-assign, assignment]
+        elif isinstance(part, RemoteReward):
+            part.score = mean_of_latents  # type: ignore[method-assign]
+            part.encode_prompts = tuple  # type: ignore[method-assign, assignment]
+        if isinstance(part, RemoteReward):
+            part.begin_parts = partial(answer_alone, part)  # type: ignore[method-assign]
         if isinstance(part, DecodingReward):
             calls.watch(part, "score")
         if isinstance(part, LatentScorer):
             calls.watch(part.model.backbone, "read", lambda: policy.adapters.working)
 
 
-def decode_alone(reward: ImageReward, states: NoisyStates, encoded: Any) -> Tensor:
+def decode_alone(reward: DecodingReward, states: NoisyStates, encoded: Any) -> Tensor:
     """Decode the pictures that ``reward`` would score, without scoring; return each picture's mean as its score."""
     return torch.cat(reward.decode(states)).mean(dim=(1, 2, 3))
+
+
+def mean_of_latents(states: NoisyStates, encoded: Any) -> Tensor:
+    """Return the mean of each state's clean latents as its score, in place of a server."""
+    assert states.clean is not None
+    return states.clean.flatten(1).mean(dim=1)
+
+
+def answer_alone(reward: RemoteReward, latents: Tensor, rows: Tensor, encoded: Any, *_: Any) -> Callable[[], Tensor]:
+    """Score finished latents at once, without asking the server of ``reward``."""
+    scores = reward.score(NoisyStates(latents, torch.zeros(len(latents)), rows, latents), encoded)
+    return lambda: scores[:, None]
 
 
 def optimizer_of(module: LightningModule, foreach: bool) -> Optimizer:

@@ -15,7 +15,8 @@ from latentreward.errors import InputError, errors_at
 from latentreward.estimate.sources import ConfigSources
 from latentreward.heads import RewardHead
 from latentreward.policies import Policy, PolicySource
-from latentreward.rewards import LatentReward
+from latentreward.rewards import HTTPReward, LatentReward
+from latentreward.rewards.http import RemoteLatentReward, RemoteReward
 from latentreward.rewards.latent import LatentScorer
 from latentreward.scoring.layouts.base import SharingReward
 from latentreward.scoring.layouts.find import checkpoint_of
@@ -133,10 +134,23 @@ class UnreadReward(LatentReward):
             return super().load(policy)
 
 
+class UnaskedReward(HTTPReward):
+    """Replacement for :class:`HTTPReward` in an estimate; asks no server what latents and embeddings it takes."""
+
+    def latent_space(self) -> None:
+        """Return None: the latents are not compared."""
+
+    def load(self, policy: Policy) -> RemoteReward:
+        """See :meth:`RewardSource.load`."""
+        if self.uses_sigmas:
+            return RemoteLatentReward(self, self.schema, policy, {})
+        return super().load(policy)
+
+
 def replace_rewards(settings: Namespace, policy: PolicySource, sources: ConfigSources) -> None:
     """Replace each :class:`LatentReward` in a module's settings by :class:`UnreadReward`.
 
-    ``StepAwareScorer`` loses its file of weights.
+    :class:`HTTPReward` is replaced by :class:`UnaskedReward`. ``StepAwareScorer`` loses its file of weights.
 
     Args:
         settings: Settings of the module; changed in place.
@@ -146,6 +160,8 @@ def replace_rewards(settings: Namespace, policy: PolicySource, sources: ConfigSo
     kind = str(settings.get("class_path")).rpartition(".")[2]
     if kind == "StepAwareScorer":
         settings.init_args.weights = None
+    if kind == "HTTPReward":
+        settings.class_path = f"{UnaskedReward.__module__}.{UnaskedReward.__qualname__}"
     if kind == "LatentReward":
         family = policy.resolve_family()
         settings.init_args.usual = family.usual_reward

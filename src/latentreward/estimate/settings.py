@@ -18,6 +18,7 @@ from latentreward.estimate.report import as_text
 from latentreward.estimate.rewards import replace_rewards
 from latentreward.estimate.sources import ConfigSources
 from latentreward.policies import PolicySource
+from latentreward.rewards.http import RemoteReward
 from latentreward.rewards.pixel import ImageReward
 
 
@@ -95,6 +96,8 @@ def unread_module(
 def notes_on_scorers(module: LightningModule) -> Iterator[str]:
     """Yield a line for each scorer of images that :func:`step_costs` does not run."""
     for part in module.modules():
+        if isinstance(part, RemoteReward):
+            yield f"Not counted: the work of the reward server {part.source.server.url}."
         if isinstance(part, ImageReward):
             name = type(part.scorer).__name__
             yield f"Not counted: weights and computation of {name}; decoding of the images that it scores is counted."

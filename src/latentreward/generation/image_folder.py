@@ -55,18 +55,21 @@ class ImageFolder:
         folder: Folder; made if it does not exist.
         settings: Settings that the images depend on besides prompts, as plain values; written to ``generate.json``.
         table: Format of the table.
+        more: Rows of images that a killed run wrote, but not yet to the table.
 
     Raises:
         InputError: If the folder holds other files, or images made with other settings.
     """
 
-    def __init__(self, folder: Path, settings: dict[str, Any], table: Literal["csv", "jsonl"]) -> None:
+    def __init__(
+        self, folder: Path, settings: dict[str, Any], table: Literal["csv", "jsonl"], more: Sequence[Row] = ()
+    ) -> None:
         self.folder, self.table = folder, folder / f"images.{table}"
         self.rows: dict[tuple[int, int], Row] = {}
         if (folder / SETTINGS).is_file():
             try:
                 found = json.loads((folder / SETTINGS).read_text())
-                self.rows = {(int(row["place"]), int(row["image"])): row for row in self._read_rows()}
+                self.rows = {(int(row["place"]), int(row["image"])): row for row in (*self._read_rows(), *more)}
             except (ValueError, KeyError) as error:
                 raise InputError(f"output_dir: {folder} holds a damaged {SETTINGS} or table; choose another") from error
             changed = [name for name in {**found, **settings} if found.get(name) != settings.get(name)]
@@ -76,7 +79,9 @@ class ImageFolder:
                 )
         elif folder.exists() and (not folder.is_dir() or contents(folder)):
             raise InputError(f"output_dir: {folder} holds other files; choose an empty folder")
-        self._write(SETTINGS, json.dumps(settings, indent=1, ensure_ascii=False).encode())
+        _write(folder / SETTINGS, json.dumps(settings, indent=1, ensure_ascii=False).encode())
+        if more:
+            self.record(more)
 
     def has(self, place: int, image: int, prompt: str) -> bool:
         """Tell whether image number ``image`` of the prompt with index ``place`` has been written.
@@ -95,32 +100,10 @@ class ImageFolder:
         return True
 
     @interrupts_held()
-    def add(
-        self,
-        names: Sequence[tuple[int, int]],
-        prompts: Sequence[str],
-        pixels: torch.Tensor,
-        scores: torch.Tensor | None,
-        seed: int,
-    ) -> None:
-        """Write B images as PNG files, or B clips as animated WebP without loss, and then the table.
-
-        Args:
-            names: Index of the prompt and number of the image, for each image.
-            prompts: B prompts.
-            pixels: ``(B, 3, H, W)``, or ``(B, 3, F, H, W)`` for clips, in [-1, 1].
-            scores: ``(N, B)`` scores of the N samples from which each image was chosen as the best, if any.
-            seed: Seed of the run.
-        """
-        for column, ((place, image), prompt) in enumerate(zip(names, prompts, strict=True)):
-            frames, clip = to_images(pixels[column]), pixels.ndim == 5
-            name = file_name(place, image, prompt, ".webp" if clip else ".png")
-            self._write(name, animate(frames, lossless=True) if clip else png(frames[0]))
-            row: Row = {"file": name, "prompt": prompt, "place": place, "image": image, "seed": seed}
-            if scores is not None:
-                row |= {"score": scores[:, column].max().item(), "mean_score": scores[:, column].mean().item()}
-            self.rows[place, image] = row
-        self._write(self.table.name, "".join(self._lines()).encode())
+    def record(self, rows: Sequence[Row]) -> None:
+        """Add rows of images, as :func:`write_images` returns them, and write the table."""
+        self.rows |= {(row["place"], row["image"]): row for row in rows}
+        _write(self.table, "".join(self._lines()).encode())
 
     def write_grid(self, names: Sequence[tuple[int, int]]) -> None:
         """Write ``grid.png`` with the first :data:`GRID_CELLS` images of ``names``; of clips, some frames."""
@@ -136,7 +119,7 @@ class ImageFolder:
             cells.append(
                 draw_pair([picture], [f"{float(score):.3f}" if score not in (None, "") else ""], row["prompt"], PLAIN)
             )
-        self._write("grid.png", png(tile(cells, math.ceil(math.sqrt(len(cells))))))
+        _write(self.folder / "grid.png", png(tile(cells, math.ceil(math.sqrt(len(cells))))))
 
     def summary(self, names: Sequence[tuple[int, int]]) -> str:
         """Return one line for the terminal: the folder, the number of images and their mean score."""
@@ -161,5 +144,37 @@ class ImageFolder:
         writer.writerows(rows)
         yield text.getvalue()
 
-    def _write(self, name: str, content: bytes) -> None:
-        write_file(self.folder / name, content, "pictures written before are kept: free some space and run it again")
+
+@interrupts_held()
+def write_images(
+    folder: Path,
+    names: Sequence[tuple[int, int]],
+    prompts: Sequence[str],
+    pixels: torch.Tensor,
+    scores: torch.Tensor | None,
+    seed: int,
+) -> list[Row]:
+    """Write B images as PNG files, or B clips as animated WebP without loss, and return their rows of the table.
+
+    Args:
+        folder: Folder of the files.
+        names: Index of the prompt and number of the image, for each image.
+        prompts: B prompts.
+        pixels: ``(B, 3, H, W)``, or ``(B, 3, F, H, W)`` for clips, in [-1, 1].
+        scores: ``(N, B)`` scores of the N samples from which each image was chosen as the best, if any.
+        seed: Seed of the run.
+    """
+    rows: list[Row] = []
+    for column, ((place, image), prompt) in enumerate(zip(names, prompts, strict=True)):
+        frames, clip = to_images(pixels[column]), pixels.ndim == 5
+        name = file_name(place, image, prompt, ".webp" if clip else ".png")
+        _write(folder / name, animate(frames, lossless=True) if clip else png(frames[0]))
+        row: Row = {"file": name, "prompt": prompt, "place": place, "image": image, "seed": seed}
+        if scores is not None:
+            row |= {"score": scores[:, column].max().item(), "mean_score": scores[:, column].mean().item()}
+        rows.append(row)
+    return rows
+
+
+def _write(path: Path, content: bytes) -> None:
+    write_file(path, content, "pictures written before are kept: free some space and run it again")

@@ -1,14 +1,18 @@
 """Sampling of images for prompts into a folder; images that are already there are skipped by the caller."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import starmap
+from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from latentreward.contracts import PromptBatch
 from latentreward.errors import InputError
-from latentreward.generation.image_folder import ImageFolder
+from latentreward.generation.image_folder import ImageFolder, Row, write_images
 from latentreward.policies import Policy
+from latentreward.ranks.crew import Crew
 from latentreward.rollout import Sampling
 from latentreward.storage.progress import Progress
 
@@ -19,36 +23,73 @@ Name = tuple[int, int]
 """Index of a prompt, and number of an image of this prompt, both from 0."""
 
 
-def write_pictures(
-    folder: ImageFolder,
-    texts: Sequence[str],
-    missing: Sequence[Name],
-    draw: Callable[[PromptBatch], tuple[Tensor, Tensor | None]],
-    decode: Callable[[Tensor], Tensor],
-    seed: int,
-    batch_size: int,
-    key: Callable[[int, int], str] = "{}/{}".format,
-) -> None:
-    """Sample, decode and write images; each batch is on disk before the next one is sampled.
+@dataclass(frozen=True)
+class PictureWriting:
+    """Sampling, decoding and writing of batches of images.
 
-    Args:
+    Attributes:
         folder: Folder that gets the images.
-        texts: All prompts.
-        missing: Images to make, as (index into ``texts``, number of the image).
         draw: Function that samples B prompts: finished latents ``(B, C, ...)``, and scores ``(N, B)`` of the N samples
             per prompt from which they were chosen, or None.
-        decode: Function from latents to pixels in [-1, 1] on the CPU, see :meth:`ImageFolder.add`.
+        decode: Function from latents to pixels in [-1, 1] on the CPU, see :func:`write_images`.
         seed: Seed written to the table.
-        batch_size: Images sampled at once.
         key: Function from index of the prompt and number of the image to the key that seeds the noise of this image.
     """
-    with Progress(folder.folder.name, len(missing), "pictures") as progress:
-        for start in range(0, len(missing), batch_size):
-            batch = missing[start : start + batch_size]
-            prompts = PromptBatch(tuple(texts[index] for index, _ in batch), tuple(starmap(key, batch)))
-            latents, scores = draw(prompts)
-            folder.add(batch, prompts.prompts, decode(latents), scores, seed)
-            progress.add(len(batch))
+
+    folder: Path
+    draw: Callable[[PromptBatch], tuple[Tensor, Tensor | None]]
+    decode: Callable[[Tensor], Tensor]
+    seed: int
+    key: Callable[[int, int], str] = "{}/{}".format
+
+    def write(self, batch: Sequence[Sequence[Any]]) -> list[Row]:
+        """Make one batch of images, given as (index of the prompt, number of the image, prompt); return their rows."""
+        names = [(place, image) for place, image, _ in batch]
+        prompts = PromptBatch(tuple(prompt for _, _, prompt in batch), tuple(starmap(self.key, names)))
+        latents, scores = self.draw(prompts)
+        return write_images(self.folder, names, prompts.prompts, self.decode(latents), scores, self.seed)
+
+
+def picture_batches(
+    wanted: Sequence[Name], missing: Sequence[Name], texts: Sequence[str], batch_size: int
+) -> list[list[list[Any]]]:
+    """Cut the missing images into batches, each image as [index of the prompt, number of the image, prompt].
+
+    Wanted images are cut, and then those that are there are left out: a run that goes on samples a batch together with
+    the images that a run without a stop would sample it with, to the last bit.
+
+    Args:
+        wanted: All images.
+        missing: Images to make.
+        texts: All prompts.
+        batch_size: Most images in a batch.
+    """
+    left = {*missing}
+    cut = (wanted[start : start + batch_size] for start in range(0, len(wanted), batch_size))
+    batches = ([[place, image, texts[place]] for place, image in batch if (place, image) in left] for batch in cut)
+    return [batch for batch in batches if batch]
+
+
+def make_pictures(crew: Crew, task: str, batches: Sequence[list[list[Any]]], folder: ImageFolder) -> None:
+    """Let the processes of a command make images, and add them to the folder's table.
+
+    Args:
+        crew: The processes.
+        task: Name of the task, whose work is :meth:`PictureWriting.write`.
+        batches: See :func:`picture_batches`.
+        folder: Folder of the images.
+    """
+
+    def keep(found: Sequence[tuple[Any, list[Row]]]) -> None:
+        folder.record([row for _, rows in found for row in rows])
+
+    with Progress(folder.folder.name, sum(map(len, batches)), "pictures", processes=crew.size) as progress:
+        crew.each(task, batches, keep, lambda batch: progress.add(len(batch)))
+
+
+def left_over_rows(crew: Crew, task: str) -> list[Row]:
+    """List the rows of images that a killed run made but did not add to the table."""
+    return [row for _, rows in crew.left_over(task) for row in rows]
 
 
 def decode_latents(policy: Policy, latents: Tensor) -> Tensor:

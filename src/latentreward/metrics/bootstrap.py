@@ -136,7 +136,7 @@ def clustered_accuracy(sums: np.ndarray) -> Interval:
     return estimate._replace(low=low, high=high)
 
 
-def wilson_ends(share: float, count: int) -> tuple[float, float]:
+def wilson_ends(share: float, count: float) -> tuple[float, float]:
     r"""Return the ends of the 95 % score interval of a share (Wilson 1927, doi:10.1080/01621459.1927.10502953).
 
     .. math:: \frac{p + z^2/2n \pm z\sqrt{p(1-p)/n + z^2/4n^2}}{1 + z^2/n}
@@ -145,7 +145,7 @@ def wilson_ends(share: float, count: int) -> tuple[float, float]:
 
     Args:
         share: Share p of successes, in [0, 1].
-        count: Number n of independent trials.
+        count: Number n of independent trials, or of as many as trials that depend on each other are worth.
     """
     z = NormalDist().inv_cdf(ENDS[1])
     centre, spread = share + z**2 / (2 * count), z * np.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)

@@ -26,7 +26,9 @@ from latentreward.modules.based import BasedModule, unseen_settings
 from latentreward.modules.sharding import shard_policy, shard_reward
 from latentreward.policies import PolicySource
 from latentreward.policies.checkpoint import SOURCE
+from latentreward.remote import RemoteError
 from latentreward.rewards import RewardSource
+from latentreward.rewards.http import RemoteReward, alone
 from latentreward.rewards.latent import LatentScorer
 from latentreward.rollout import (
     Advantage,
@@ -136,14 +138,38 @@ class RewardedModule(AlignmentModule):
         noise = torch.randn(3, *shape, generator=torch.Generator().manual_seed(self.seed)).to(self.device)
         levels = self.policy.noise_process.timesteps
         timesteps = levels[[0, len(levels) // 2, -1]].to(self.device)
-        changing = [part for part in self.reward.modules() if getattr(part, "changes_buffers", False)]
-        before = [(buffer, buffer.clone()) for part in changing for buffer in part.buffers(recurse=False)]
-        with torch.no_grad(), self.compute_precision():
+        before = self._changing_buffers()
+        with torch.no_grad(), self.compute_precision(), self.failing_together():
             self.policy.predict(noise, timesteps, self.policy.encode_prompts([""] * 3))
             encoded = self.reward.encode_prompts([""])
             self.reward(NoisyStates(noise, timesteps, torch.zeros(3, dtype=torch.int64), noise), encoded)
         for buffer, value in before:
             buffer.copy_(value)
+
+    def _changing_buffers(self) -> list[tuple[Tensor, Tensor]]:
+        """Return the buffers of the reward that scoring changes, each with a copy of its present value."""
+        changing = [part for part in self.reward.modules() if getattr(part, "changes_buffers", False)]
+        return [(buffer, buffer.clone()) for part in changing for buffer in part.buffers(recurse=False)]
+
+    @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """Let a failing reward server end the block on all ranks, with the reward's buffers as before the block.
+
+        All ranks must ask for scores equally often. A checkpoint saved afterwards is that of before the block.
+        """
+        remote = [part for part in self.reward.modules() if isinstance(part, RemoteReward)]
+        before = self._changing_buffers() if remote else []
+        for part in remote:
+            part.agree = self.trainer.strategy.reduce_boolean_decision  # type: ignore[assignment]
+        try:
+            yield
+        except RemoteError:
+            for buffer, value in before:
+                buffer.copy_(value)
+            raise
+        finally:
+            for part in remote:
+                part.agree = alone  # type: ignore[assignment]
 
     def _compare_sizes(self, shape: tuple[int, ...]) -> None:
         """Warn if the policy samples latents of a ``shape`` that a latent reward was not trained at."""
@@ -279,11 +305,20 @@ class RolloutModule(RewardedModule, Generic[Experience]):
         )
 
     def roll_out(self, prompts: PromptBatch) -> Experience | None:
-        """Call :meth:`make_experience` in evaluation mode without gradients, with autocast, and measure its time."""
+        """Call :meth:`make_experience` in evaluation mode without gradients, with autocast, and measure its time.
+
+        Raises:
+            RemoteError: If a reward server fails; a rollout can then be made again from the same state.
+        """
         wall, process = time.perf_counter(), time.process_time()
-        with evaluating(self), torch.no_grad(), self.compute_precision():
+        with evaluating(self), torch.no_grad(), self.compute_precision(), self.failing_together():
             self.reward.take_means()
-            found = self.make_experience(prompts)
+            statistics = self.rollout_statistics
+            try:
+                found = self.make_experience(prompts)
+            except RemoteError:
+                self.rollout_statistics = statistics
+                raise
             if (means := self.reward.take_means()) is not None:
                 every = self.of_all_ranks(means[None].to(self.device, torch.float32))
                 self._part_means = every.mean(dim=0).tolist()

@@ -13,14 +13,22 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from latentreward.contracts import PromptBatch, RenoisedSamples, join_rows
-from latentreward.errors import InputError
+from latentreward.errors import InputError, check_at_least_one
 from latentreward.losses import MatchingLoss, NFTLoss, Penalty, TrustRegion, velocity_divergence
 from latentreward.modules.alignment import RolloutModule
 from latentreward.modules.grpo import LEAST_ADVANTAGE, group_statistics
 from latentreward.policies import PolicySource
 from latentreward.policies.moving import AVERAGE, OLD, DecayRamp, MovingCopy
 from latentreward.rewards import RewardSource
-from latentreward.rollout import Advantage, GroupAdvantage, Sampling, check_sigmas, sample_latents, score_finished
+from latentreward.rollout import (
+    Advantage,
+    GroupAdvantage,
+    Sampling,
+    begin_finished,
+    check_sigmas,
+    rows_of,
+    sample_latents,
+)
 from latentreward.rollout.step_choice import RandomSteps, StepChoice, StratifiedSteps
 from latentreward.seeding import pair_generator
 
@@ -55,6 +63,8 @@ class ForwardProcessModule(RolloutModule[RenoisedSamples]):
         reward_sigmas: Noise levels at which a latent reward scores; without effect on rewards of pixels.
         advantage: Rule that turns rewards into advantages; None divides by the spread of all rewards of a rollout.
         trust_region: A :class:`~latentreward.losses.Penalty`, or None. The other rules need a sampler's steps.
+        prompts_at_once: Prompts of a rollout that are sampled at once, to bound memory; a reward on a server scores
+            them while the next are sampled. None takes all.
         options: See :class:`~latentreward.modules.alignment.AlignmentModule`. Neither sampling nor training uses
             classifier-free guidance.
 
@@ -76,6 +86,7 @@ class ForwardProcessModule(RolloutModule[RenoisedSamples]):
         reward_sigmas: Sequence[float] = (0.4,),
         advantage: Advantage | None = None,
         trust_region: TrustRegion | None = None,
+        prompts_at_once: int | None = None,
         guidance_scale: float | None = None,
         **options: Any,
     ) -> None:
@@ -104,6 +115,7 @@ class ForwardProcessModule(RolloutModule[RenoisedSamples]):
             )
         if num_samples < 2:
             raise InputError(f"num_samples={num_samples} leaves nothing to compare; use at least 2")
+        check_at_least_one(prompts_at_once=prompts_at_once)
         check_sigmas(reward_sigmas)
         if advantage is not None and (advantage.takes_parts or advantage.takes_features):
             raise InputError(
@@ -120,7 +132,7 @@ class ForwardProcessModule(RolloutModule[RenoisedSamples]):
         super().__init__(policy, reward, guidance_scale=guidance_scale, **options)
         self.sampling, self.sampler, self.num_samples, self.steps = sampling, sampler, num_samples, steps
         self.reward_sigmas, self.advantage = tuple(reward_sigmas), advantage or GroupAdvantage("all")
-        self.guard = trust_region
+        self.guard, self.prompts_at_once = trust_region, prompts_at_once
         self.copies = [MovingCopy(self.policy, name, ramp) for name, ramp in copies.items()]
         self.followed = 0
         self._warned = False
@@ -147,15 +159,16 @@ class ForwardProcessModule(RolloutModule[RenoisedSamples]):
             self.followed = self.trainer.global_step
             for copy in self.copies:
                 copy.follow(self.followed)
-        count = self.num_samples
-        repeated = PromptBatch(
-            tuple(prompt for prompt in prompts.prompts for _ in range(count)),
-            tuple(f"{key}/{number}" for key in prompts.keys for number in range(count)),
-        )
-        with self.policy.adapters.use(OLD):
-            latents = sample_latents(self.policy, repeated, self.sampling, self.guidance_scale, self.seed)
-        rewards = score_finished(self.reward, latents, prompts, self.seed, self.reward_sigmas)
-        rewards = rewards.view(len(prompts), count)
+        repeated = prompts.times(self.num_samples)
+        sampled, asked = [], []
+        for part in prompts.split(self.prompts_at_once):
+            settings = (part.times(self.num_samples), self.sampling, self.guidance_scale, self.seed)
+            with self.policy.adapters.use(OLD):
+                sampled.append(sample_latents(self.policy, *settings))
+            asked.append(begin_finished(self.reward, sampled[-1], part, self.seed, self.reward_sigmas))
+        latents = torch.cat(sampled)
+        rewards = self.reward.mix(torch.cat([wait() for wait in asked]), rows_of(prompts, latents))
+        rewards = rewards.view(len(prompts), self.num_samples)
         self.rollout_statistics = group_statistics(torch.zeros(1), rewards.T[None].cpu())
         advantage = self.advantages(rewards, self.advantage)
         if not (self.of_all_ranks(advantage).abs() > LEAST_ADVANTAGE).any():  # equal samples count beside others

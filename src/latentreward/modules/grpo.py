@@ -5,7 +5,7 @@ The reward scores each step by itself (:class:`StepwiseGRPOModule`) or the finis
 (:class:`TrajectoryGRPOModule`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from latentreward.contracts import PromptBatch, RolloutStatistics, StepSamples, join_rows, take_rows
-from latentreward.errors import InputError
+from latentreward.errors import InputError, check_at_least_one
 from latentreward.losses import (
     ClippedPolicyLoss,
     ClippedPolicyResult,
@@ -49,6 +49,7 @@ from latentreward.rollout import (
     Transition,
     Window,
     WindowedSampler,
+    begin_finished,
     check_sigmas,
     check_values,
     group_advantages,
@@ -260,6 +261,8 @@ class TrajectoryGRPOModule(GRPOModule):
         window: Rule that chooses the steps with noise of each rollout; the others are deterministic and not trained
             on. None adds noise to all steps.
         trust_region: Rule, or a list of rules, that keeps the policy near the one that sampled, or near the reference.
+        prompts_at_once: Prompts of a rollout that are sampled at once, to bound memory; a reward on a server scores
+            them while the next are sampled. None takes all.
         options: See :class:`GRPOModule`.
 
     Raises:
@@ -285,10 +288,12 @@ class TrajectoryGRPOModule(GRPOModule):
         credit: Credit | None = None,
         window: Window | None = None,
         trust_region: TrustRegion | list[TrustRegion] | None = None,
+        prompts_at_once: int | None = None,
         **options: Any,
     ) -> None:
         if num_trajectories < 2:
             raise InputError(f"num_trajectories={num_trajectories} leaves nothing to compare; use at least 2")
+        check_at_least_one(prompts_at_once=prompts_at_once)
         check_sigmas(reward_sigmas)
         loss = loss or ClippedPolicyLoss()
         rules = [trust_region] if isinstance(trust_region, TrustRegion) else trust_region or []
@@ -321,6 +326,7 @@ class TrajectoryGRPOModule(GRPOModule):
             reward.require_step_scores("credit")
         super().__init__(policy, reward, sampling, loss, **options)
         self.num_trajectories, self.reward_sigmas = num_trajectories, tuple(reward_sigmas)
+        self.prompts_at_once = prompts_at_once
         self.reward_guidance, self.credit, self.window, self.trust_region = reward_guidance, credit, window, rules
         self.advantage = (advantage or GroupAdvantage("all" if global_std else "group")).weighing(reward.part_weights)
         self.part_signs = torch.tensor([-1.0 if weight < 0 else 1.0 for weight in reward.part_weights])
@@ -370,26 +376,14 @@ class TrajectoryGRPOModule(GRPOModule):
 
     def make_experience(self, prompts: PromptBatch) -> StepSamples | None:
         """See :meth:`RolloutModule.make_experience`."""
-        count = self.num_trajectories
-        repeated = PromptBatch(
-            tuple(prompt for prompt in prompts.prompts for _ in range(count)),
-            tuple(f"{key}/{number}" for key in prompts.keys for number in range(count)),
-        )
         sampler, steps = self._noisy_steps()
-        if self.reward_guidance is not None:
-            encoded = self.reward.encode_prompts(repeated.prompts)
-            sampler = GuidedSampler(sampler, self.reward_guidance, self.reward, encoded)
-        trajectories = sample_trajectories(
-            self.policy,
-            sampler,
-            repeated,
-            self.sampling,
-            self.guidance_scale,
-            self.seed,
-            keep_means=self.keeps_means,
-        )
+        sampled, asked = [], []
+        for part in prompts.split(self.prompts_at_once):
+            sampled.append(self._sample(part, sampler))
+            asked.append(begin_finished(self.reward, sampled[-1].finished, part, self.seed, self.reward_sigmas))
+        trajectories = Trajectories.join(sampled)
         latents = trajectories.finished
-        scores = self._finished_scores(latents, prompts)
+        scores = self._finished_scores(latents, prompts, asked)
         rewards = scores.rewards
         self.rollout_statistics = group_statistics(torch.zeros(1), rewards.T[None].cpu())
         given = scores.parts if self.advantage.takes_parts else rewards
@@ -408,7 +402,17 @@ class TrajectoryGRPOModule(GRPOModule):
             outcome, process = process, None
         per_step = {"advantage": outcome, "process": process, "held": self._held(scores, len(steps))}
         given_rows = {name: None if value is None else value.flatten(0, 1).cpu() for name, value in per_step.items()}
+        repeated = prompts.times(self.num_trajectories)
         return worth_learning(trajectory_samples(trajectories, steps, repeated, **given_rows))
+
+    def _sample(self, prompts: PromptBatch, sampler: StepSampler) -> Trajectories:
+        """Sample the trajectories of prompts, guided by the reward if so set."""
+        repeated = prompts.times(self.num_trajectories)
+        if self.reward_guidance is not None:
+            encoded = self.reward.encode_prompts(repeated.prompts)
+            sampler = GuidedSampler(sampler, self.reward_guidance, self.reward, encoded)
+        settings = (self.sampling, self.guidance_scale, self.seed)
+        return sample_trajectories(self.policy, sampler, repeated, *settings, keep_means=self.keeps_means)
 
     def _noisy_steps(self) -> tuple[StepSampler, list[int]]:
         """Return the sampler of a rollout, and the steps to train on."""
@@ -420,21 +424,27 @@ class TrajectoryGRPOModule(GRPOModule):
         steps = self.trained_steps[start : start + self.window.size]
         return WindowedSampler(self.sampler, self.plain_sampler, steps), steps
 
-    def _finished_scores(self, latents: Tensor, prompts: PromptBatch) -> FinishedScores:
-        """Score finished latents, in the forms that advantages and gate need."""
-        parts, levels, takes = None, None, self.gate and self.gate.takes
+    def _finished_scores(
+        self, latents: Tensor, prompts: PromptBatch, asked: Sequence[Callable[[], Tensor]]
+    ) -> FinishedScores:
+        """Score finished latents, in the forms that advantages and gate need.
+
+        Args:
+            latents: ``(P·K, C, ...)``.
+            prompts: P prompts.
+            asked: Results of :func:`~latentreward.rollout.begin_finished`, which together are those of ``latents``.
+        """
+        levels, takes = None, self.gate and self.gate.takes
         if takes == "levels":  # beside the rewards: a head's score of several levels may be no mean
             levels = torch.stack([self._score(latents, prompts, [sigma]) for sigma in self.reward_sigmas], dim=-1)
-        if self.advantage.takes_parts or takes == "parts":
-            parts = self._score(latents, prompts, self.reward_sigmas, parts=True)
-            rewards = self.reward.mix(parts.flatten(0, 1), rows_of(prompts, latents)).view(parts.shape[:2])
-        else:
-            rewards = self._score(latents, prompts, self.reward_sigmas)
-        return FinishedScores(rewards, parts, levels)
+        parts, shape = torch.cat([wait() for wait in asked]), (len(prompts), self.num_trajectories)
+        rewards = self.reward.mix(parts, rows_of(prompts, latents)).view(shape)
+        taken = self.advantage.takes_parts or takes == "parts"
+        return FinishedScores(rewards, parts.unflatten(0, shape) if taken else None, levels)
 
-    def _score(self, latents: Tensor, prompts: PromptBatch, sigmas: Sequence[float], parts: bool = False) -> Tensor:
-        """Score finished latents at noise levels: ``(P, K)``, or ``(P, K, R)`` with ``parts``."""
-        scores = score_finished(self.reward, latents, prompts, self.seed, sigmas, parts)
+    def _score(self, latents: Tensor, prompts: PromptBatch, sigmas: Sequence[float]) -> Tensor:
+        """Score finished latents at noise levels: ``(P, K)``."""
+        scores = score_finished(self.reward, latents, prompts, self.seed, sigmas)
         return scores.unflatten(0, (len(prompts), self.num_trajectories))
 
     def _state_rewards(self, trajectories: Trajectories, prompts: PromptBatch, first: int) -> Tensor:

@@ -66,12 +66,20 @@ def check_gpu() -> None:
         raise InputError("device: PyTorch finds no GPU here; run the pilot on a machine with one of 24 GB")
 
 
-def check_memory(needs: Mapping[str, TrainingNeeds], gpu: bool) -> str:
+REMEDY = (
+    "take a machine with more, or a copy of the pilot's file with a smaller --data.batch_size and more "
+    "--trainer.accumulate_grad_batches"
+)
+"""What to do about too little memory for a pilot."""
+
+
+def check_memory(needs: Mapping[str, TrainingNeeds], gpu: bool, remedy: str = REMEDY) -> str:
     """Check the memory of the GPU or of the machine; return a line that describes it.
 
     Args:
         needs: Name of a training → its needs.
         gpu: Whether the trainings run on a GPU.
+        remedy: What to do about too little, for the message.
 
     Raises:
         InputError: If it is too small.
@@ -88,10 +96,7 @@ def check_memory(needs: Mapping[str, TrainingNeeds], gpu: bool) -> str:
             if size > here:
                 lacking.append(f"{name} needs {size / GB:.1f} GB {what}, {here / GB:.1f} GB are here")
     if lacking:
-        raise InputError(
-            f"memory: {', '.join(lacking)}; take a machine with more, or a copy of the pilot's file with a smaller "
-            "--data.batch_size and more --trainer.accumulate_grad_batches"
-        )
+        raise InputError(f"memory: {', '.join(lacking)}; {remedy}")
     return ", ".join(told)
 
 

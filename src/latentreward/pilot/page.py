@@ -8,6 +8,7 @@ from latentreward.evaluation.benchmark.published_numbers import PUBLISHED
 from latentreward.metrics.bootstrap import Interval
 from latentreward.pilot.plans import BESIDE, Pilot
 from latentreward.pilot.results import PilotResult
+from latentreward.pilot.weights_table import NOT_MEASURED, weights_table
 from latentreward.reports.markdown import markdown_table, plain
 from latentreward.reports.tables import NOTHING, Table, percent, with_interval
 
@@ -15,11 +16,13 @@ INTRODUCTION = """\
 `latentreward pilot --page docs/models.md` writes this page from the files in `pilots/`; do not edit it by hand. Each
 file is the result of one run of a [pilot](pilot.md), on the machine of the person who sent it.
 
+"Measured" says whether this program measured those weights. [Licences](licences.md) has the terms in full.
+"""
+NUMBERS = """\
 Accuracies are in percent with 95 % intervals, on all pairs of the test sets; "mean" is that of the four. "Published
 checkpoint" was measured beside the pilot's reward by the same program. "The paper" is what the authors print. A pilot
 trains on a small cut of the data on one card, so its numbers should lie below the paper's.
 """
-NOT_MEASURED = "not measured"
 TITLES = {"imagereward test": "ImageReward", "hpdv2 test": "HPDv2", "hpdv3 test": "HPDv3"}
 TITLES["genai_bench_tiger test"] = "GenAI-Bench"
 
@@ -31,10 +34,13 @@ def page(pilots: Iterable[Pilot], results: Sequence[PilotResult]) -> str:
         pilots: Pilots of full size, each of which gets its rows whether or not it was run.
         results: Results of all pilots.
     """
-    parts = ["# Models at full size", INTRODUCTION.rstrip()]
+    pilots = tuple(pilots)
+    weights = weights_table([(pilot.name, pilot.reward) for pilot in pilots], results)
+    parts = ["# Models", INTRODUCTION.rstrip(), "## Weights to load", markdown_table(weights)]
+    parts += ["## Measured at full size", NUMBERS.rstrip()]
     for pilot in pilots:
         found = [result for result in results if result.pilot == pilot.name]
-        parts += [f"## {plain(pilot.title)}", f"`latentreward pilot {pilot.name}`"]
+        parts += [f"### {plain(pilot.title)}", f"`latentreward pilot {pilot.name}`"]
         header = ("reward", *TITLES.values(), "mean", "trained on")
         parts.append(markdown_table(Table(header, tuple(_rewards(pilot, found)))))
         header = ("generator", "score", "before", "after", "difference [95 %]", "preferred, % [95 %]")

@@ -37,6 +37,7 @@ ENTRIES = {
     "machine": {"processor": str, "gpu": str, "gpu_gb": float},
     "versions": {"latentreward": str, "torch": str, "diffusers": str},
     "commit": str,
+    "weights": str,
 }
 """Form of a result's entries: ``...`` stands for any name, and a mapping may have further ones."""
 OPTIONAL = ("machine.gpu", "machine.gpu_gb")
@@ -64,6 +65,7 @@ class PilotResult:
         machine: Processor, system and GPU.
         versions: Versions of Python and packages.
         commit: Commit of the checkout; ``+`` at its end if files differed; empty outside a checkout.
+        weights: Hub id under which the reward was published; empty if it was not.
     """
 
     version: int
@@ -77,6 +79,7 @@ class PilotResult:
     machine: Mapping[str, Any]
     versions: Mapping[str, str]
     commit: str
+    weights: str = ""
 
 
 def collect(pilot: Pilot, tasks: Mapping[str, Task], shop: Workshop, settings: Mapping[str, Any]) -> PilotResult:
@@ -151,6 +154,14 @@ def write_result(path: Path, result: PilotResult) -> None:
     write_file(path, json.dumps(vars(result), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def published_as(path: Path) -> str:
+    """Return the hub id of the weights that a file of a result names; empty if it names none or cannot be read."""
+    try:
+        return read_result(path).weights
+    except (InputError, OSError):
+        return ""
+
+
 def holds(path: Path, result: PilotResult) -> bool:
     """Tell whether a file has the result already, whatever machine and versions it names: those were the run's."""
     try:
@@ -166,7 +177,7 @@ def read_result(path: Path) -> PilotResult:
     Raises:
         InputError: If the file is damaged, lacks an entry, or has another version.
     """
-    content = read_config(path)
+    content = {"weights": "", **read_config(path)}  # results of 0.1.0 have no such entry
     if type(content.get("version")) is not int or content["version"] != VERSION:
         raise InputError(f"{path}: its version is {content.get('version')!r}; this program reads {VERSION}")
     if (names := {field.name for field in fields(PilotResult)}) != content.keys():

@@ -63,24 +63,30 @@ def animate(frames: Sequence[Image.Image], fps: float = CLIP_FPS, **options: Any
 def draw_pair(images: Sequence[Image.Image], captions: Sequence[str], prompt: str, colour: str) -> Image.Image:
     """Draw one cell of a grid: the prompt, images side by side with a caption below each, and a frame of ``colour``.
 
-    The font has Latin, Greek, Cyrillic and Arabic letters. Other letters, such as Chinese ones, become boxes.
+    Texts that are too long are cut. The font has Latin, Greek, Cyrillic and Arabic letters. Other letters, such as
+    Chinese ones, become boxes.
     """
     font = _font()
     width = sum(image.width for image in images) + (len(images) + 1) * MARGIN
     height = max(image.height for image in images) + 52 + MARGIN
     cell = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(cell)
-    text = " ".join(prompt.split())
-    while draw.textlength(text, font) > width - 2 * MARGIN:
-        text = text.rstrip("…")[:-1] + "…"
-    draw.text((MARGIN, 6), text, fill="black", font=font)
+    draw.text((MARGIN, 6), cut(" ".join(prompt.split()), width - 2 * MARGIN), fill="black", font=font)
     left = MARGIN
     for image, caption in zip(images, captions, strict=True):
         cell.paste(image, (left, 26))
-        draw.text((left, height - 24), caption, fill="black", font=font)
+        draw.text((left, height - 24), cut(caption, image.width + MARGIN // 2), fill="black", font=font)
         left += image.width + MARGIN
     draw.rectangle((1, 1, width - 2, height - 2), outline=colour, width=3)
     return cell
+
+
+def cut(text: str, width: float) -> str:
+    """Cut a text so that it is at most ``width`` pixels wide; ``…`` marks the cut."""
+    font = _font()
+    while text.rstrip("…") and font.getlength(text) > width:
+        text = text.rstrip("…")[:-1] + "…"
+    return text
 
 
 @cache

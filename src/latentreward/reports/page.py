@@ -16,7 +16,9 @@ POLICY = (
     "default-src 'none'; base-uri 'none'; form-action 'none'; "
     "img-src data:; style-src 'unsafe-inline'; script-src {scripts}"
 )
-"""Content security policy of all pages."""
+"""Content security policy of pages that are files."""
+SERVED_POLICY = POLICY.replace("img-src data:", "connect-src 'self'; img-src 'self' data:")
+"""Content security policy of pages that a server of ours on this machine gives out, with its pictures and answers."""
 SCRIPT = re.compile(r"<script>(.*?)</script>", re.DOTALL)
 
 
@@ -28,7 +30,7 @@ def environment(loader: BaseLoader) -> Environment:
 _environment = environment(PackageLoader("latentreward.reports"))
 
 
-def render_page(template: str, **values: Any) -> str:
+def render_page(template: str, *, served: bool = False, **values: Any) -> str:
     """Render the template ``templates/NAME.html.j2`` to HTML.
 
     The page's content security policy allows only embedded images, inline styles, and the scripts of the template, by
@@ -37,12 +39,13 @@ def render_page(template: str, **values: Any) -> str:
 
     Args:
         template: Name of the template without ``.html.j2``; the template must extend ``base.html.j2``.
+        served: Whether a server gives the page out, from which it may fetch pictures and answers.
         values: Values that the template inserts.
     """
     name = f"{template}.html.j2"
     digests = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in _scripts(name))
     scripts = " ".join(f"'sha256-{digest}'" for digest in digests) or "'none'"
-    policy = POLICY.format(scripts=scripts)
+    policy = (SERVED_POLICY if served else POLICY).format(scripts=scripts)
     return _environment.get_template(name).render(**values, policy=Markup(policy))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,12 +26,14 @@ class Reward(nn.Module, ABC):
         differentiable: Whether scores carry a gradient to ``states.latents`` (or ``states.clean``).
         changes_buffers: Whether scoring changes buffers of the reward; checkpoints of trainable weights then hold
             these buffers too.
+        answers_later: Whether :meth:`begin_parts` returns before the scores are there.
         name: Name in messages; empty for that of the class.
     """
 
     needs_clean: bool = False
     differentiable: bool = False
     changes_buffers: bool = False
+    answers_later: bool = False
     name: str = ""
 
     def take_means(self) -> Tensor | None:
@@ -78,6 +80,17 @@ class Reward(nn.Module, ABC):
     ) -> Tensor:
         """Score finished latents by each reward of a mixture, not weighted: ``(N, R)``; see :meth:`score_clean`."""
         return self.score_clean(latents, rows, encoded, noise, sigmas)[:, None]
+
+    def begin_parts(
+        self, latents: Tensor, rows: Tensor, encoded: Any, noise: Tensor | None = None, sigmas: Sequence[float] = ()
+    ) -> Callable[[], Tensor]:
+        """Begin to score finished latents, and return a function that waits for the result of :meth:`score_parts`.
+
+        Only a reward with :attr:`answers_later` works in the meantime. The functions are to be called in the order of
+        the calls of this method.
+        """
+        parts = self.score_parts(latents, rows, encoded, noise, sigmas)
+        return lambda: parts
 
     def mix(self, parts: Tensor, rows: Tensor) -> Tensor:
         """Compute the score ``(N,)`` from those of :meth:`score_parts`; ``rows`` ``(N,)`` are the states' prompts."""

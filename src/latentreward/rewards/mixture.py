@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -136,6 +136,7 @@ class MixedReward(Reward):
         self.needs_clean = any(reward.needs_clean for reward in rewards)
         self.differentiable = all(reward.differentiable for reward in rewards)
         self.changes_buffers = normalise == "running"
+        self.answers_later = any(reward.answers_later for reward in rewards)
         self._sums, self._count = torch.zeros(len(rewards), dtype=torch.float64), 0
         if self.changes_buffers:
             self.register_buffer("seen", torch.zeros(len(rewards), 3, dtype=torch.float64))
@@ -176,6 +177,20 @@ class MixedReward(Reward):
         """See :meth:`Reward.score_parts`; one column for each reward, neither weighted nor normalised."""
         pairs = zip(self.rewards, encoded, strict=True)
         return torch.stack([reward.score_clean(latents, rows, known, noise, sigmas) for reward, known in pairs], dim=1)
+
+    def begin_parts(
+        self,
+        latents: Tensor,
+        rows: Tensor,
+        encoded: tuple[Any, ...],
+        noise: Tensor | None = None,
+        sigmas: Sequence[float] = (),
+    ) -> Callable[[], Tensor]:
+        """See :meth:`Reward.begin_parts`; rewards that answer later are asked first."""
+        order = sorted(range(len(self.rewards)), key=lambda number: not self.rewards[number].answers_later)
+        given = {number: (latents, rows, encoded[number], noise, sigmas) for number in order}
+        begun = {number: self.rewards[number].begin_parts(*given[number]) for number in order}
+        return lambda: torch.stack([one.mix(begun[place](), rows) for place, one in enumerate(self.rewards)], dim=1)
 
     def mix(self, parts: Tensor, rows: Tensor) -> Tensor:
         """See :meth:`Reward.mix`; under ``running`` the parts count as seen."""

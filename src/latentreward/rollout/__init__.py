@@ -12,7 +12,14 @@ from latentreward.rollout.base import StepSampler
 from latentreward.rollout.candidates import Branching, CandidateStep, candidate_steps
 from latentreward.rollout.credit import Credit, GainCredit, StateCredit, TurningPointCredit
 from latentreward.rollout.ddim import DDIMSampler
-from latentreward.rollout.finished import check_sigmas, check_values, rows_of, score_finished, score_states
+from latentreward.rollout.finished import (
+    begin_finished,
+    check_sigmas,
+    check_values,
+    rows_of,
+    score_finished,
+    score_states,
+)
 from latentreward.rollout.flow_sde import FlowSDESampler
 from latentreward.rollout.pair_selection import (
     FixedThreshold,
@@ -81,6 +88,7 @@ __all__ = [
     "VarianceThreshold",
     "Window",
     "WindowedSampler",
+    "begin_finished",
     "candidate_steps",
     "check_sigmas",
     "check_values",

@@ -1,6 +1,6 @@
 """Scores of finished latents, and of noisy states at their own noise level."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -73,13 +73,30 @@ def score_finished(
         sigmas: Noise levels for a latent reward; without effect on rewards of pixels.
         parts: Score by each reward of a mixture: ``(N, R)``; see :meth:`Reward.score_parts`.
     """
+    score = reward.score_parts if parts else reward.score_clean
+    return score(*_asked(reward, latents, prompts, seed), sigmas).float()
+
+
+def begin_finished(
+    reward: Reward, latents: Tensor, prompts: PromptBatch, seed: int, sigmas: Sequence[float]
+) -> Callable[[], Tensor]:
+    """Begin to score finished latents by each reward of a mixture; see :func:`score_finished`.
+
+    Returns:
+        Function that waits for the scores ``(N, R)``, float32; see :meth:`Reward.begin_parts`.
+    """
+    begun = reward.begin_parts(*_asked(reward, latents, prompts, seed), sigmas)
+    return lambda: begun().float()
+
+
+def _asked(reward: Reward, latents: Tensor, prompts: PromptBatch, seed: int) -> tuple[Tensor, Tensor, Any, Tensor]:
+    """Return latents, rows, encoded prompts and noise, as :meth:`Reward.score_clean` takes them."""
     generators = [pair_generator(seed, "reward noise", 0, key) for key in prompts.keys]
     noise = torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in generators])
     rows = rows_of(prompts, latents)
     with torch.no_grad():
         encoded = reward.encode_prompts(prompts.prompts)
-    score = reward.score_parts if parts else reward.score_clean
-    return score(latents, rows, encoded, noise.to(latents.device)[rows], sigmas).float()
+    return latents, rows, encoded, noise.to(latents.device)[rows]
 
 
 def rows_of(prompts: PromptBatch, latents: Tensor) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -40,6 +41,19 @@ class Trajectories:
     def finished(self) -> Tensor:
         """Return the finished latents ``(B, C, ...)``."""
         return self.latents[-1]
+
+    @classmethod
+    def join(cls, parts: Sequence[Trajectories]) -> Trajectories:
+        """Join at least one batch of trajectories of the same steps."""
+        if len(parts) == 1:
+            return parts[0]
+        means = [part.means for part in parts if part.means is not None]
+        return replace(
+            parts[0],
+            latents=torch.cat([part.latents for part in parts], dim=1),
+            log_prob=torch.cat([part.log_prob for part in parts], dim=1),
+            means=torch.cat(means, dim=1) if means else None,
+        )
 
 
 @torch.no_grad()

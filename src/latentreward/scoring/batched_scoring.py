@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from latentreward.backbones.base import rows_of
-from latentreward.contracts import Conditioning
+from latentreward.contracts import Conditioning, Features
 from latentreward.errors import InputError
 from latentreward.scoring.images import Images, check_sides, content_key, even_parts, pixel_batches
 from latentreward.scoring.network import RewardNetwork
@@ -66,6 +66,10 @@ class PromptMemory:
         rows = {prompt: self._encoded(prompt) for prompt in dict.fromkeys(prompts)}
         return Conditioning.join([rows[prompt] for prompt in prompts])
 
+    def __contains__(self, prompt: str) -> bool:
+        """Tell whether the encoded prompt is kept."""
+        return prompt in self._kept
+
     @property
     def uncond(self) -> Conditioning | None:
         """Encoded empty prompt, one row; None if the head does not need it."""
@@ -84,7 +88,12 @@ class PromptMemory:
 
 
 def score_images(
-    model: RewardNetwork, prompts: Sequence[str], images: Images, levels: Sequence[ScoringNoise], batch_size: int
+    model: RewardNetwork,
+    prompts: Sequence[str],
+    images: Images,
+    levels: Sequence[ScoringNoise],
+    batch_size: int,
+    memory: PromptMemory | None = None,
 ) -> Tensor:
     """Encode and score N images under K noise settings; see :meth:`RewardModel.score_levels`.
 
@@ -93,7 +102,7 @@ def score_images(
     """
     for noise in levels:  # raises for a level out of range before images are decoded
         timesteps_of(noise, model.backbone.noise_process)
-    memory = PromptMemory(model, max(batch_size, PROMPTS_KEPT))
+    memory = memory or PromptMemory(model, max(batch_size, PROMPTS_KEPT))
     by_content = any(noise.noise_key == "image" for noise in levels)
     rows: list[int] = []
     scores: list[Tensor] = []
@@ -146,17 +155,64 @@ def score_given_latents(
         for part in even_parts(len(latents), batch_size, even_step(model)):
             rows = range(part.start, part.stop)
             of_batch = prompts[part]
-            if conditioning is None:
-                encoded, uncond = memory.encode(of_batch), memory.uncond
-            else:
-                encoded = conditioning[0].select(rows).to(model.device)
-                uncond = memory.uncond if conditioning[1] is None else conditioning[1].to(model.device)
+            encoded, uncond = _conditioning_of(model, memory, of_batch, rows, conditioning)
             of_rows = None if draws is None else draws[part]
             moved = latents[part].to(model.device, torch.promote_types(latents.dtype, torch.float32))
             scored = score_encoded(model, EncodedBatch(moved, of_batch, encoded, uncond, draws=of_rows), noise)
             check_finite(scored, of_batch, rows)
             scores.append(scored)
     return torch.cat(scores) if scores else latents.new_zeros(0, *outputs_of(model))
+
+
+def score_given_states(
+    model: RewardNetwork,
+    prompts: Sequence[str],
+    latents: Tensor,
+    timesteps: Tensor,
+    conditioning: tuple[Conditioning, Conditioning | None] | None,
+    batch_size: int,
+) -> Tensor:
+    """Score the S noisy states of N trajectories; see :meth:`RewardModel.score_states`.
+
+    Args:
+        model: Reward model.
+        prompts: N prompts.
+        latents: ``(N, S, C, ...)`` noisy, scaled latents.
+        timesteps: ``(N, S)`` timesteps of the model's noise process.
+        conditioning: Encoded prompts, N rows, and the encoded empty prompt; None encodes them here.
+        batch_size: Largest number of states per forward pass.
+
+    Returns:
+        ``(N, S)``, or ``(N, S, out_dim)`` for a head with several outputs, at least float32.
+    """
+    memory, scores = PromptMemory(model, max(batch_size, PROMPTS_KEPT)), []
+    count, steps = latents.shape[:2]
+    states, times = latents.flatten(0, 1), timesteps.flatten()
+    with torch.set_grad_enabled(torch.is_grad_enabled() and latents.requires_grad):
+        for part in even_parts(len(states), batch_size, even_step(model)):
+            rows = [state // steps for state in range(part.start, part.stop)]
+            of_batch = [prompts[row] for row in rows]
+            encoded, uncond = _conditioning_of(model, memory, of_batch, rows, conditioning)
+            moved = states[part].to(model.device, torch.promote_types(latents.dtype, torch.float32))
+            features = _features(model, moved, times[part].to(model.device), encoded, uncond)
+            scored = _head_scores(model, [features], len(moved))
+            check_finite(scored, of_batch, rows)
+            scores.append(scored)
+    flat = torch.cat(scores) if scores else latents.new_zeros(0, *outputs_of(model))
+    return flat.unflatten(0, (count, steps))
+
+
+def _conditioning_of(
+    model: RewardNetwork,
+    memory: PromptMemory,
+    prompts: Sequence[str],
+    rows: Sequence[int],
+    given: tuple[Conditioning, Conditioning | None] | None,
+) -> tuple[Conditioning, Conditioning | None]:
+    """Return the encoded prompts of a batch: the ``rows`` of given ones, or ``prompts`` encoded by ``memory``."""
+    if given is None:
+        return memory.encode(prompts), memory.uncond
+    return given[0].select(rows).to(model.device), memory.uncond if given[1] is None else given[1].to(model.device)
 
 
 def score_encoded(model: RewardNetwork, batch: EncodedBatch, noise: ScoringNoise) -> Tensor:
@@ -195,9 +251,21 @@ def _score_draw(model: RewardNetwork, batch: EncodedBatch, timesteps: Tensor, dr
     for timestep, draw in zip(timesteps.to(batch.latents.device), draws, strict=True):
         repeated = timestep.repeat(len(batch.latents))
         noisy = process.add_noise(batch.latents, draw.to(batch.latents), repeated)
-        features = model.read(noisy, repeated, batch.conditioning, batch.uncond)
-        levels.append(features.to(torch.promote_types(batch.latents.dtype, torch.float32)))
-    rows = even_parts(len(batch.latents), 1 if even_step(model) > 1 else len(batch.latents), 1)
+        levels.append(_features(model, noisy, repeated, batch.conditioning, batch.uncond))
+    return _head_scores(model, levels, len(batch.latents))
+
+
+def _features(
+    model: RewardNetwork, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, uncond: Conditioning | None
+) -> Features:
+    """Compute the features of noisy latents ``(B, C, ...)`` at ``timesteps`` ``(B,)``, at least float32."""
+    features = model.read(noisy, timesteps, conditioning, uncond)
+    return features.to(torch.promote_types(noisy.dtype, torch.float32))
+
+
+def _head_scores(model: RewardNetwork, levels: Sequence[Features], count: int) -> Tensor:
+    """Score ``count`` rows from their features at each level, on a CPU one row at a time."""
+    rows = even_parts(count, 1 if even_step(model) > 1 else count, 1)
     parts = [[rows_of(features, part) for features in levels] for part in rows]
     scores = torch.cat([model.head.score_ensemble(part) if len(part) > 1 else model.head(part[0]) for part in parts])
     return scores.to(torch.promote_types(scores.dtype, torch.float32))

@@ -84,6 +84,7 @@ class ListedScoring:
         seconds: Time spent in the model so far, in seconds.
         rotated: Number of images so far with an EXIF orientation other than upright.
         unused: Number of frames of clips so far that were not used.
+        scored: Whether an image has had a score so far, so that a failure counts as the image's, not the model's.
         progress: Function that is called with the number of rows just finished.
 
     Raises:
@@ -111,7 +112,7 @@ class ListedScoring:
         self.model, self.rows, self.levels = model, rows, levels
         self.batch_size, self.decode_threads, self.max_pixels = batch_size, decode_threads, max_pixels
         self._sizes = model.image_sizes
-        self._scored = False
+        self.scored = False
         self.seconds, self.rotated, self.unused = 0.0, 0, 0
         self.progress: Callable[[int], None] = lambda number: None
 
@@ -209,7 +210,7 @@ class ListedScoring:
             part.scores[rows] = self._call(part, images)
         except InputError:
             self._score_singly(part, images)
-        self._scored = True
+        self.scored = True
         self.progress(len(images))
 
     def _score_singly(self, part: ScoredRows, images: Sequence[tuple[int, Tensor]]) -> None:
@@ -221,11 +222,11 @@ class ListedScoring:
         for row, pixels in images:
             try:
                 part.scores[row] = self._call(part, [(row, pixels)])[0]
-                self._scored = True
+                self.scored = True
             except InputError as error:
                 part.problems[row] = f"{NO_SCORE} ({one_line(error)})"
                 last = error
-        if not self._scored:
+        if not self.scored:
             raise last
 
     def _call(self, part: ScoredRows, images: Sequence[tuple[int, Tensor]]) -> Tensor:

@@ -15,7 +15,13 @@ from latentreward.contracts import Conditioning
 from latentreward.devices import find_device
 from latentreward.errors import InputError, check_at_least_one
 from latentreward.heads.clip_projection import MultiScale
-from latentreward.scoring.batched_scoring import prompt_of_each, score_given_latents, score_images
+from latentreward.scoring.batched_scoring import (
+    PromptMemory,
+    prompt_of_each,
+    score_given_latents,
+    score_given_states,
+    score_images,
+)
 from latentreward.scoring.hub import upload
 from latentreward.scoring.images import ImageInput, Images, as_images, check_frames, doubts_of_pixels
 from latentreward.scoring.layouts.card import Card
@@ -130,6 +136,7 @@ class RewardModel(RewardNetwork):
         batch_size: int = 8,
         value_range: tuple[float, float] | None = None,
         axes: bool = False,
+        memory: PromptMemory | None = None,
     ) -> Tensor:
         """Score N images, image i for prompt i; returns ``(N,)``, float32 on the CPU.
 
@@ -154,12 +161,14 @@ class RewardModel(RewardNetwork):
                 all values lie in [0, 1].
             axes: Whether to return fidelity and aesthetics, with a last axis of 2, in place of their weighted sum; only
                 for a model whose head has these two outputs.
+            memory: Encoded prompts of earlier calls, made by :meth:`prompt_memory`; None keeps none between calls.
 
         Raises:
             InputError: If the numbers of prompts and images differ, an image cannot be read, or a score is not finite.
         """
         levels = [self.noise if noise is None else noise]
         options: dict[str, Any] = {"batch_size": batch_size, "value_range": value_range, "axes": axes}
+        options["memory"] = memory
         return self.score_levels(prompts, images, levels, **options)[:, 0]
 
     def score_levels(
@@ -171,6 +180,7 @@ class RewardModel(RewardNetwork):
         batch_size: int = 8,
         value_range: tuple[float, float] | None = None,
         axes: bool = False,
+        memory: PromptMemory | None = None,
     ) -> Tensor:
         """Score N images under each of K noise settings; returns ``(N, K)``, float32 on the CPU.
 
@@ -183,6 +193,7 @@ class RewardModel(RewardNetwork):
             batch_size: As in :meth:`score`.
             value_range: As in :meth:`score`.
             axes: As in :meth:`score`; the result is ``(N, K, 2)``.
+            memory: As in :meth:`score`.
 
         Raises:
             InputError: As in :meth:`score`, or if ``levels`` is empty.
@@ -200,7 +211,7 @@ class RewardModel(RewardNetwork):
             for kind, doubt in doubts_of_pixels(given, self.image_sizes, value_range is not None).items():
                 self.warn_once(kind, doubt)
         self._doubt_empty(texts)
-        outputs = score_images(self, texts, given, levels, batch_size)
+        outputs = score_images(self, texts, given, levels, batch_size, memory)
         return outputs if axes else self.head.total(outputs)
 
     def _check_axes(self, axes: bool) -> None:
@@ -253,18 +264,85 @@ class RewardModel(RewardNetwork):
         if draws is not None and draws.shape != latents.shape:
             shapes = f"{tuple(draws.shape)}, but latents {tuple(latents.shape)}"
             raise InputError(f"draws have shape {shapes}; give as many numbers as the latents have")
-        if conditioning is not None and len(conditioning[0].prompt_embeds) != len(latents):
-            rows = len(conditioning[0].prompt_embeds)
-            raise InputError(f"conditioning has {rows} rows for {len(latents)} latents; give one row for each")
-        text_encoder = self.backbone.text_encoder
-        if conditioning is not None and conditioning[0].prompt_mask is None and getattr(text_encoder, "masked", False):
-            raise InputError("conditioning has no prompt_mask; tell which tokens belong to each prompt")
-        texts = prompt_of_each(prompts, len(latents))
-        if conditioning is None:
-            self._doubt_empty(texts)
+        texts = self._check_conditioning(prompts, len(latents), conditioning)
         size = batch_size or max(len(latents), 1)
         outputs = score_given_latents(self, texts, latents, noise or self.noise, draws, conditioning, size)
         return outputs if axes else self.head.total(outputs)
+
+    def score_states(
+        self,
+        prompts: str | Sequence[str],
+        latents: Tensor,
+        timesteps: Tensor,
+        *,
+        conditioning: tuple[Conditioning, Conditioning | None] | None = None,
+        batch_size: int | None = None,
+        axes: bool = False,
+    ) -> Tensor:
+        """Score the S noisy states of each of N trajectories, trajectory i for prompt i; no noise is added.
+
+        Gradients flow back if ``latents`` requires a gradient; otherwise no autograd graph is built. A prompt is
+        encoded once for all its states. No states give an empty tensor.
+
+        Args:
+            prompts: N prompts, or a single text for all; with ``conditioning`` they only name a state in messages.
+            latents: ``(N, S, C, ...)`` scaled states of the model's own noise process; see
+                :func:`~latentreward.rewards.conversion.convert_states` for states of another.
+            timesteps: ``(N, S)``, or ``(S,)`` for all trajectories, of the model's noise process; in flow matching
+                1000 times the noise level.
+            conditioning: N encoded prompts, and the encoded empty prompt in one row (with None it is encoded here if
+                the head needs it).
+            batch_size: Largest number of states per forward pass; None takes all at once.
+            axes: As in :meth:`score`; the result has a last axis of 2.
+
+        Returns:
+            Scores ``(N, S)``, at least float32.
+
+        Raises:
+            InputError: If numbers or shapes do not fit, a timestep lies outside the noise process, or a score is not
+                finite.
+        """
+        check_at_least_one(batch_size=batch_size)
+        self._check_axes(axes)
+        if latents.ndim < 4 or not latents.is_floating_point():
+            shape = tuple(latents.shape)
+            raise InputError(
+                f"latents are a {latents.dtype} tensor of shape {shape}; give floating point (N, S, C, ...)"
+            )
+        count, steps = latents.shape[:2]
+        if tuple(timesteps.shape) not in ((steps,), (count, steps)):
+            raise InputError(
+                f"timesteps have shape {tuple(timesteps.shape)} for {count} trajectories of {steps} states; give "
+                f"({steps},) for all of them, or ({count}, {steps})"
+            )
+        times = timesteps.to(torch.float32).expand(count, steps)
+        self.backbone.noise_process.sigma(times.flatten())  # raises for a timestep out of range
+        texts = self._check_conditioning(prompts, count, conditioning)
+        size = batch_size or max(count * steps, 1)
+        outputs = score_given_states(self, texts, latents, times, conditioning, size)
+        return outputs if axes else self.head.total(outputs)
+
+    def _check_conditioning(
+        self, prompts: str | Sequence[str], count: int, given: tuple[Conditioning, Conditioning | None] | None
+    ) -> Sequence[str]:
+        """Check prompts and their given encoded form, and return one prompt for each of ``count`` rows."""
+        if given is not None and len(given[0]) != count:
+            raise InputError(f"conditioning has {len(given[0])} rows for {count} latents; give one row for each")
+        masked = getattr(self.backbone.text_encoder, "masked", False)
+        if given is not None and given[0].prompt_mask is None and masked:
+            raise InputError("conditioning has no prompt_mask; tell which tokens belong to each prompt")
+        texts = prompt_of_each(prompts, count)
+        if given is None:
+            self._doubt_empty(texts)
+        return texts
+
+    def prompt_memory(self, count: int) -> PromptMemory:
+        """Return an empty memory of ``count`` encoded prompts, which stays valid while the text encoder is frozen.
+
+        An encoded prompt of SD3 takes 5 MB on the model's device.
+        """
+        check_at_least_one(count=count)
+        return PromptMemory(self, count)
 
 
 def load_lrm(

@@ -33,6 +33,12 @@ def images_identity(listed: ImageList) -> str:
     return f"{len(listed.rows)} images, {digest(rows)}"
 
 
+def listing_identity(listed: ImageList) -> str:
+    """Return a text with a hash of names and prompts alone, which is equal for copies on several machines."""
+    rows = (repr((row.name, row.prompt, row.problem)) for row in listed.rows)
+    return f"{len(listed.rows)} images, {digest(rows)}"
+
+
 def _stat(path: Path) -> tuple[int, int] | None:
     """Return a file's size in bytes and time of last modification in ns; None if it cannot be read."""
     try:

@@ -1,14 +1,14 @@
 """HTTP endpoints of ``latentreward serve``."""
 
 import asyncio
+import base64
 import hmac
+import re
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from http import HTTPStatus
-from typing import Any
 
-import torch
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -16,19 +16,25 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from latentreward.serving import protocol
-from latentreward.serving.batch_scorer import standing
+from latentreward.serving.dialects.flow_factory import FlowFactory
+from latentreward.serving.dialects.unirl import UniRL
 from latentreward.serving.errors import RequestError
-from latentreward.serving.image_requests import EncodedImages, images_of_form, images_of_json, parsing_bytes
-from latentreward.serving.service import Scores, ScoringService
+from latentreward.serving.image_scoring import ImageRoutes, ImageScorer
+from latentreward.serving.openapi import Description
+from latentreward.serving.prompted_latents import PromptedLatents
+from latentreward.serving.routes import BINARY, NUMBERS, SAFETENSORS, TEXT, Route, check_type, fields
+from latentreward.serving.service import ScoringService
 
-DECODERS = 4
-"""Number of requests whose images are decoded at the same time."""
 HEADER_BYTES = 16 * 1024
 """Greatest total length of a request's headers, in bytes."""
 REQUESTS = 256
 """Least limit on the number of requests in progress; see :func:`requests_at_once`."""
 OPEN_PATH = "/healthz"
-"""Path that needs no token and is answered also when too many requests are in progress."""
+"""Path that needs no token."""
+HEALTH_PATHS = (OPEN_PATH, "/health")
+"""Paths that are answered also when too many requests are in progress."""
+OF_REWARD = re.compile(r"^/rewards/[^/]+(?=/)")
+"""Start of the path of a route of one reward."""
 
 
 def create_app(service: ScoringService) -> FastAPI:
@@ -36,30 +42,39 @@ def create_app(service: ScoringService) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        service.batcher.start()
+        for model in service.models.values():
+            model.batcher.start()
         yield
-        await service.batcher.stop()
+        await asyncio.gather(*(model.batcher.stop() for model in service.models.values()))
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    endpoints = Endpoints(service)
-    for method, path, endpoint in (
-        ("POST", "/v1/score", endpoints.score),
-        ("POST", "/v1/score_images", endpoints.score_images),
-        ("GET", "/v1/model", endpoints.model),
-        ("GET", "/healthz", endpoints.health),
-        ("GET", "/metrics", endpoints.metrics),
-    ):
-        app.add_route(path, endpoint, methods=[method])
+    routes = routes_of(service)
+    for route in routes:
+        app.add_route(route.path, route.handler, methods=[route.method])
+        if route.of_reward:
+            app.add_route(f"/rewards/{{reward}}{route.path}", route.handler, methods=[route.method])
     app.add_exception_handler(RequestError, _request_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _unforeseen_error)
-    paths = {route.path for route in app.routes if hasattr(route, "path")}
-    app.add_middleware(AuthMiddleware, service=service, paths=paths)
+    app.add_middleware(AuthMiddleware, service=service, paths={route.path for route in routes})
     return app
 
 
+def routes_of(service: ScoringService) -> list[Route]:
+    """Return all routes of a server."""
+    scorer = ImageScorer(service.resources)
+    routes = [
+        *Endpoints(service).routes(),
+        *ImageRoutes(service, scorer).routes(),
+        *PromptedLatents(service).routes(),
+        *UniRL(service, scorer).routes(),
+        *FlowFactory(service, scorer).routes(),
+    ]
+    return [*routes, *Description(routes, list(service.models)).routes]
+
+
 class Endpoints:
-    """Handlers of the endpoints, one method each.
+    """Handlers of verl-omni's protocol, and of what a server tells of itself.
 
     Args:
         service: Service that scores the rows of requests.
@@ -67,56 +82,45 @@ class Endpoints:
 
     def __init__(self, service: ScoringService) -> None:
         self.service = service
-        self._decoders = asyncio.Semaphore(DECODERS)
+
+    def routes(self) -> list[Route]:
+        """Return the routes."""
+        about = {"type": "object"}
+        headers = {
+            protocol.VERSION_HEADER: f"version of the protocol, {protocol.VERSION}",
+            protocol.PROMPT_HEADER: "prompt that the noise also depends on, as base64 of UTF-8; optional",
+        }
+        summary = "verl-omni's latent-reward protocol: score latents with prompt embeddings"
+        answer = fields(protocol_version=TEXT, raw_scores=NUMBERS)
+        bodies = {SAFETENSORS: BINARY}
+        return [
+            Route("POST", "/v1/score", self.score, summary, bodies, answer, headers, of_reward=True),
+            Route("GET", "/v1/model", self.model, "What a reward takes", answer=about, of_reward=True),
+            Route("GET", "/v1/rewards", self.rewards, "The rewards, their devices and limits", answer=about),
+            Route("GET", "/healthz", self.health, "Whether the server is ready; needs no token", answer=about),
+            Route("GET", "/metrics", self.metrics, "Metrics for Prometheus"),
+        ]
 
     async def score(self, request: Request) -> JSONResponse:
         """Score latents by the latent-reward protocol; see :mod:`latentreward.serving.protocol`."""
-        service = self.service
+        model, resources = self.service.model_of(request), self.service.resources
         protocol.check_version(request.headers.get(protocol.VERSION_HEADER))
         prompt = protocol.read_prompt(request.headers.getlist(protocol.PROMPT_HEADER))
-        _check_type(request, "application/octet-stream")
-        async with service.bodies.read(request) as body:
-            with service.memory.hold(protocol.parsing_bytes(body, service.accepted), len(body)):
-                rows = await asyncio.to_thread(protocol.parse_request, body, service.accepted, prompt, service.seeds)
-                scores = await service.score(request, rows)
-        totals, axes = self._columns(scores)
+        check_type(request, SAFETENSORS)
+        async with resources.bodies.read(request) as body:
+            with resources.memory.hold(protocol.parsing_bytes(body, model.accepted), len(body)):
+                rows = await asyncio.to_thread(protocol.parse_request, body, model.accepted, prompt, model.seeds)
+                scores = await model.score(request, rows)
+        totals, axes = model.columns(scores)
         return JSONResponse({"protocol_version": protocol.VERSION, "raw_scores": totals, **axes})
 
-    async def score_images(self, request: Request) -> JSONResponse:
-        """Score images for prompts; see :mod:`latentreward.serving.image_requests`."""
-        kind = _check_type(request, "application/json", "multipart/form-data")
-        async with self.service.bodies.read(request) as body:
-            with self.service.memory.hold(parsing_bytes(body, kind), len(body)):
-                images = await self._parse_images(request, body, kind)
-            scores = await self._score_images(request, images, len(body))
-        return JSONResponse(self._reply(scores))
-
-    async def _parse_images(self, request: Request, body: bytearray, kind: str) -> EncodedImages:
-        limit = self.service.accepted.max_rows
-        if kind == "application/json":
-            return await asyncio.to_thread(images_of_json, body, limit)
-        return await images_of_form(request, body, limit)
-
-    async def _score_images(self, request: Request, images: EncodedImages, beside: int) -> list[Scores]:
-        with self.service.memory.hold(await asyncio.to_thread(images.memory_bytes), beside):
-            async with self._decoders:
-                rows = await asyncio.to_thread(images.decode, self.service.reward.exif)
-            return await self.service.score(request, rows)
-
-    def _reply(self, scores: list[Scores]) -> dict[str, Any]:
-        reward, (totals, axes) = self.service.reward, self._columns(scores)
-        z_scores, quantiles = standing(reward, torch.tensor(totals)) or (None, None)
-        told = {"noise": str(reward.noise), "model": reward.identity}
-        return {"scores": totals, **axes, "z_scores": z_scores, "quantiles": quantiles, **told}
-
-    def _columns(self, scores: Sequence[Scores]) -> tuple[list[float], dict[str, list[float]]]:
-        """Return the scores of all rows, and those of each axis of a model with two by name."""
-        totals, *axes = ([*column] for column in zip(*scores, strict=True))
-        return totals, dict(zip(self.service.reward.axes, axes, strict=True))
-
     async def model(self, request: Request) -> JSONResponse:
-        """Answer with a description of the model and the server's limits."""
-        return JSONResponse(self.service.describe())
+        """Answer with a description of a reward and the server's limits."""
+        return JSONResponse(self.service.model_of(request).describe())
+
+    async def rewards(self, request: Request) -> JSONResponse:
+        """Answer with the rewards of the server, the first of which scores requests that name none."""
+        return JSONResponse({"rewards": [model.limits() for model in self.service.models.values()]})
 
     async def health(self, request: Request) -> JSONResponse:
         """Answer 200 if ready; 503 if one batch takes longer than the request timeout, or scoring has stopped."""
@@ -125,7 +129,7 @@ class Endpoints:
 
     async def metrics(self, request: Request) -> Response:
         """Answer with the metrics in Prometheus' text format."""
-        return Response(self.service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+        return Response(self.service.resources.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
 
 class AuthMiddleware:
@@ -161,37 +165,48 @@ class AuthMiddleware:
             await answer(scope, receive, send_counted)
         finally:
             self._under_way -= 1
-            path = scope["path"] if scope["path"] in self.paths else "other"
-            self.service.metrics.count_request(path, status, time.monotonic() - start)
+            path = OF_REWARD.sub("", scope["path"])
+            path = path if path in self.paths else "other"
+            self.service.resources.metrics.count_request(path, status, time.monotonic() - start)
 
     def _refusal(self, scope: Scope) -> JSONResponse | None:
         headers, is_open = scope["headers"], scope["path"] == OPEN_PATH
+        is_health = OF_REWARD.sub("", scope["path"]) in HEALTH_PATHS
         if {b"transfer-encoding", b"content-length"} <= {name for name, _ in headers}:
             error = "give either Transfer-Encoding or Content-Length; a request with both may hide another"
             return JSONResponse({"error": error}, 400, {"Connection": "close"})
         if sum(len(name) + len(value) for name, value in headers) > HEADER_BYTES:
             return JSONResponse({"error": f"the headers are longer than {HEADER_BYTES} bytes"}, 431)
-        if self._under_way >= self._max_requests and not is_open:
+        if self._under_way >= self._max_requests and not is_health:
             error = f"{self._max_requests} requests are under way; try later"
             return JSONResponse({"error": error}, 503, {"Retry-After": "1"})
         token, given = self.service.settings.token, dict(headers).get(b"authorization", b"")
-        if is_open or token is None or hmac.compare_digest(given, f"Bearer {token}".encode()):
+        if is_open or token is None or hmac.compare_digest(_token_of(given), token.encode()):
             return None
-        error = "give this server's token in the header Authorization: Bearer TOKEN"
-        return JSONResponse({"error": error}, 401, {"WWW-Authenticate": "Bearer"})
+        error = "give this server's token in the header Authorization: Bearer TOKEN, or as password in the URL"
+        return JSONResponse({"error": error}, 401, {"WWW-Authenticate": 'Bearer, Basic realm="latentreward"'})
 
 
 def requests_at_once(service: ScoringService) -> int:
     """Return the limit on requests in progress, high enough that requests of one row each can fill the queue."""
-    return max(REQUESTS, service.settings.queue)
+    return max(REQUESTS, sum(model.settings.queue for model in service.models.values()))
 
 
-def _check_type(request: Request, *types: str) -> str:
-    """Return the content type of a request; raise RequestError with status 415 if it is not one of ``types``."""
-    found = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if found not in types:
-        raise RequestError(f"content-type is {found[:40]!r}; send {' or '.join(types)}", 415)
-    return found
+def _token_of(authorization: bytes) -> bytes:
+    """Return the token of the header ``Authorization``: that after ``Bearer``, or the password after ``Basic``.
+
+    HTTP clients send ``Basic`` for addresses such as ``http://:TOKEN@host:8000``, which clients of other frameworks
+    take where they have no setting for a token.
+    """
+    kind, _, value = authorization.partition(b" ")
+    if kind == b"Bearer":
+        return value
+    if kind != b"Basic":
+        return b""
+    try:
+        return base64.b64decode(value, validate=True).partition(b":")[2]
+    except ValueError:
+        return b""
 
 
 async def _request_error(request: Request, error: Exception) -> JSONResponse:

@@ -1,6 +1,6 @@
 """Rows of requests, and scoring of batches of rows with a reward model."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,23 +86,84 @@ class ImageRow:
         return self.shape
 
 
-AnyRow = LatentRow | ImageRow
+@dataclass(frozen=True, eq=False)
+class PromptedRow:
+    """Clean latents with a raw prompt.
+
+    Attributes:
+        prompt: Raw text.
+        latents: ``(C, h, w)`` or ``(C, T, h, w)``, scaled, float32.
+        u: Noise level in [0, 1]; None takes the model's own levels and seeds.
+        seed: Seed of the noise at ``u``.
+    """
+
+    prompt: str
+    latents: Tensor
+    u: float | None = None
+    seed: int = 0
+
+    @property
+    def shape(self) -> Hashable:
+        """Key of rows that take the same time: kind and shape of the latents, whether the levels are the model's."""
+        return "prompted", self.latents.shape, self.u is None
+
+    @property
+    def group(self) -> Hashable:
+        """Key of rows that can share a batch: :attr:`shape` and noise level."""
+        return self.shape, self.u
+
+
+@dataclass(frozen=True, eq=False)
+class StateRow:
+    """A noisy state of a trajectory with a raw prompt.
+
+    Attributes:
+        prompt: Raw text.
+        latents: ``(C, h, w)`` or ``(C, T, h, w)``, scaled, float32.
+        timestep: Timestep of the model's noise process.
+    """
+
+    prompt: str
+    latents: Tensor
+    timestep: float
+
+    @property
+    def shape(self) -> Hashable:
+        """Key of rows that take the same time: kind and shape of the latents."""
+        return "state", self.latents.shape
+
+    @property
+    def group(self) -> Hashable:
+        """Key of rows that can share a batch: :attr:`shape`, at any timesteps."""
+        return self.shape
+
+
+AnyRow = LatentRow | ImageRow | PromptedRow | StateRow
 
 
 class RowScorer:
     """Scorer of batches of rows with a reward model.
 
-    All rows of a batch have one ``group``, which is an attribute of the rows: equal shapes and noise level.
+    All rows of a batch have one ``group``, which is an attribute of the rows: equal kinds, shapes and noise level.
 
     Args:
         reward: Reward model in evaluation mode.
         batch_size: Rows per forward pass.
+        prompts_kept: Number of encoded prompts that are kept for later batches, at least ``batch_size``.
+        observe: Function called for each batch with raw prompts with the numbers of those that were kept, and of those
+            that are to be encoded.
     """
 
-    def __init__(self, reward: RewardModel, batch_size: int) -> None:
-        self.reward, self.batch_size = reward, batch_size
+    def __init__(
+        self,
+        reward: RewardModel,
+        batch_size: int,
+        prompts_kept: int = 1,
+        observe: Callable[[int, int], None] = lambda kept, encoded: None,
+    ) -> None:
+        self.reward, self.batch_size, self._observe = reward, batch_size, observe
         self._axes = bool(reward.axes)
-        self._uncond = reward.backbone.encode_prompts([""]) if reward.head.needs_uncond else None
+        self._memory = reward.prompt_memory(max(prompts_kept, batch_size))
 
     def __call__(self, rows: Sequence[AnyRow]) -> list[tuple[float, ...]]:
         """Return the raw score of each row and, of a model with two axes, fidelity and aesthetics after it.
@@ -121,24 +182,43 @@ class RowScorer:
         return [*zip(*(column.tolist() for column in columns), strict=True)]
 
     def _score(self, rows: Sequence[AnyRow]) -> Tensor:
+        encoded = [row for row in rows if isinstance(row, LatentRow)]
+        if encoded:
+            conditioning = Conditioning.join([row.conditioning for row in encoded])
+            return self._score_latents(encoded, encoded[0].u, conditioning)
+        prompts = list(dict.fromkeys(row.prompt for row in rows))
+        kept = sum(prompt in self._memory for prompt in prompts)
+        self._observe(kept, len(prompts) - kept)
+        options: dict[str, Any] = {"batch_size": self.batch_size, "axes": self._axes}
         images = [row for row in rows if isinstance(row, ImageRow)]
         if images:
-            prompts = [row.prompt for row in images]
-            options: dict[str, Any] = {"batch_size": self.batch_size, "axes": self._axes}
-            return self.reward.score(prompts, [row.image for row in images], **options)
-        return self._score_latents([row for row in rows if isinstance(row, LatentRow)])
+            texts = [row.prompt for row in images]
+            return self.reward.score(texts, [row.image for row in images], memory=self._memory, **options)
+        conditioning = self._memory.encode([row.prompt for row in rows])
+        states = [row for row in rows if isinstance(row, StateRow)]
+        if states:
+            latents = torch.stack([row.latents for row in states])[:, None]
+            timesteps = torch.tensor([[row.timestep] for row in states])
+            options["conditioning"] = conditioning, self._memory.uncond
+            return self.reward.score_states([row.prompt for row in states], latents, timesteps, **options)[:, 0]
+        prompted = [row for row in rows if isinstance(row, PromptedRow)]
+        return self._score_latents(prompted, prompted[0].u, conditioning)
 
-    def _score_latents(self, rows: Sequence[LatentRow]) -> Tensor:
-        """Score rows of one noise level; the noise of each row is drawn from its own seed."""
-        noise, process = ScoringNoise(sigmas=(rows[0].u,)), self.reward.backbone.noise_process
-        sigma = process.sigma(timesteps_of(noise, process)).item()
-        draws = [draw_noise([row.prompt], None, row.seed, sigma, row.latents.shape) for row in rows]
+    def _score_latents(
+        self, rows: Sequence[LatentRow] | Sequence[PromptedRow], u: float | None, conditioning: Conditioning
+    ) -> Tensor:
+        """Score clean latents at the level ``u`` with noise from each row's seed, or at the model's own levels."""
+        noise, draws = self.reward.noise, None
+        if u is not None:
+            noise, process = ScoringNoise(sigmas=(u,)), self.reward.backbone.noise_process
+            sigma = process.sigma(timesteps_of(noise, process)).item()
+            draws = torch.cat([draw_noise([row.prompt], None, row.seed, sigma, row.latents.shape) for row in rows])
         return self.reward.score_latents(
             [row.prompt for row in rows],
             torch.stack([row.latents for row in rows]),
             noise=noise,
-            draws=torch.cat(draws),
-            conditioning=(Conditioning.join([row.conditioning for row in rows]), self._uncond),
+            draws=draws,
+            conditioning=(conditioning, self._memory.uncond),
             batch_size=self.batch_size,
             axes=self._axes,
         )

@@ -66,6 +66,7 @@ class MicroBatcher(Generic[Row, Score]):
         max_pass: Seconds that a batch should take at most, as estimated from the last batch of rows of equal shape. A
             batch holds a single row if its shape was not measured yet, or if one row takes longer.
         observe: Function called with the number of rows of each batch.
+        turns: Turns on the device, which other batchers may share; None waits for no other.
     """
 
     def __init__(
@@ -76,9 +77,11 @@ class MicroBatcher(Generic[Row, Score]):
         queue: int,
         max_pass: float,
         observe: Callable[[int], None] = lambda size: None,
+        turns: asyncio.Semaphore | None = None,
     ) -> None:
         self.batch_size, self.max_wait, self.queue, self.max_pass = batch_size, max_wait, queue, max_pass
         self._score, self._observe = score, observe
+        self._turns = turns or asyncio.Semaphore()
         self._waiting: dict[asyncio.Future[Score], _Waiting[Row, Score]] = {}
         self._requests: Counter[Hashable] = Counter()
         self._served = 0.0
@@ -114,6 +117,13 @@ class MicroBatcher(Generic[Row, Score]):
             await asyncio.wait([self._task])
         await asyncio.to_thread(self._worker.shutdown)
 
+    def require_room(self, rows: int) -> None:
+        """Raise RequestError with status 503 if the queue has no room for so many rows just now."""
+        if self.waiting + rows > self.queue:
+            seconds = sum(self._seconds_per_row.get(waiting.row.shape, 0.0) for waiting in self._waiting.values())
+            message = f"{self.waiting} of {self.queue} places in the queue are taken; try later"
+            raise RequestError(message, 503, max(1, math.ceil(seconds)))
+
     async def score(self, rows: Sequence[Row], client: Hashable = None) -> list[Score]:
         """Score the rows of one request by ``client``; cancelling the call drops the rows that still wait.
 
@@ -125,10 +135,7 @@ class MicroBatcher(Generic[Row, Score]):
             RequestError: With status 503 if the queue has no room for the rows.
             Exception: The model's error if it fails on one of the rows.
         """
-        if self.waiting + len(rows) > self.queue:
-            seconds = sum(self._seconds_per_row.get(waiting.row.shape, 0.0) for waiting in self._waiting.values())
-            message = f"{self.waiting} of {self.queue} places in the queue are taken; try later"
-            raise RequestError(message, 503, max(1, math.ceil(seconds)))
+        self.require_room(len(rows))
         self._requests[client] += 1
         turn = self._served + len(rows) * self._requests[client]
         futures = [self._enqueue(row, turn) for row in rows]
@@ -148,27 +155,37 @@ class MicroBatcher(Generic[Row, Score]):
 
     async def _run(self) -> None:
         while True:
-            rows = await self._next_pass()
-            self._served += len(rows) / max(1, len(self._requests))
-            try:
-                await self._score_pass(rows)
-            except Exception as error:
-                for waiting in rows:
-                    _settle(waiting.future, error)
+            await self._until_due()
+            async with self._turns:
+                rows = self._next_pass()  # chosen now: clients may have come or left while another reward computed
+                self._served += len(rows) / max(1, len(self._requests))
+                try:
+                    await self._score_pass(rows)
+                except Exception as error:
+                    for waiting in rows:
+                        _settle(waiting.future, error)
 
-    async def _next_pass(self) -> list[_Waiting[Row, Score]]:
-        """Wait until a group is due, and return the rows of the next batch, sorted by finishing time."""
+    async def _until_due(self) -> None:
+        """Wait until a group is due."""
         while True:
             self._arrived.clear()
-            groups: dict[Hashable, list[_Waiting[Row, Score]]] = defaultdict(list)
-            for waiting in sorted(self._waiting.values(), key=lambda waiting: waiting.turn):
-                groups[waiting.group].append(waiting)
-            left = min((self._due(rows) for rows in groups.values()), default=math.inf) - time.monotonic()
+            left = min((self._due(rows) for rows in self._groups()), default=math.inf) - time.monotonic()
             if left <= 0:
-                rows = next(iter(groups.values()))
-                return rows[: self._capacity(rows[0].row)]
+                return
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._arrived.wait(), None if left == math.inf else left)
+
+    def _next_pass(self) -> list[_Waiting[Row, Score]]:
+        """Return the rows of the next batch, sorted by finishing time; none if no row waits."""
+        rows = next(iter(self._groups()), [])
+        return rows[: self._capacity(rows[0].row)] if rows else []
+
+    def _groups(self) -> list[list[_Waiting[Row, Score]]]:
+        """Return the waiting rows by group, both sorted by finishing time."""
+        groups: dict[Hashable, list[_Waiting[Row, Score]]] = defaultdict(list)
+        for waiting in sorted(self._waiting.values(), key=lambda waiting: waiting.turn):
+            groups[waiting.group].append(waiting)
+        return list(groups.values())
 
     def _due(self, rows: Sequence[_Waiting[Row, Score]]) -> float:
         """Return the time from which a group's rows may be scored: at once if they fill a batch, else after a wait."""
@@ -182,6 +199,8 @@ class MicroBatcher(Generic[Row, Score]):
 
     async def _score_pass(self, rows: Sequence[_Waiting[Row, Score]]) -> None:
         """Score a batch; if scoring fails, put each row back as a batch of its own, so that only bad rows fail."""
+        if not rows:
+            return
         for waiting in rows:
             del self._waiting[waiting.future]
         self._observe(len(rows))

@@ -32,7 +32,7 @@ class MemoryBudget:
         """
         if beside + size > self.total:
             needed = f"the request needs {beside + size} bytes of memory, and this server has {self.total} for requests"
-            raise RequestError(f"{needed}; send fewer or smaller images or latents", 413)
+            raise RequestError(f"{needed}; send fewer or smaller images or latents, or raise --max_body_mb", 413)
         if self.held + size > self.total:
             raise RequestError("requests of this size fill the server's memory just now; try later", 503, 1)
         self.held += size
@@ -90,4 +90,7 @@ class BodyReader:
             raise RequestError("the connection ended before the body did") from error
 
     def _too_long(self) -> RequestError:
-        return RequestError(f"the body is longer than this server's limit of {self.max_bytes} bytes", 413)
+        limit = f"this server's limit of {self.max_bytes} bytes"
+        return RequestError(
+            f"the body is longer than {limit}; send less at once, or raise the server's --max_body_mb", 413
+        )

@@ -15,3 +15,7 @@ class RequestError(InputError):
     def __init__(self, message: str, status: int = 400, retry_after: int | None = None) -> None:
         super().__init__(message)
         self.status, self.retry_after = status, retry_after
+
+
+class ScoringError(RequestError):
+    """An error of a reward with rows that could be read; other rewards may score them."""

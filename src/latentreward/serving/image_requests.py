@@ -1,27 +1,25 @@
 """Parsing of requests with images and prompts, as JSON or as a form."""
 
-import base64
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from fastapi import Request
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
 from starlette.types import Message
 
 from latentreward.contracts import ImageRef
 from latentreward.data.images import ExifOrientation, ImageError, decode_image, decoding_bytes
 from latentreward.serving.batch_scorer import ImageRow
 from latentreward.serving.errors import RequestError
+from latentreward.serving.json_bodies import PROMPT_LENGTH, from_base64, read_json
+from latentreward.serving.protocol import check_limit, fewer_rows
 
 MAX_PIXELS = 16 * 1024 * 1024
 """Greatest number of pixels of an image; checked in the image's header, before decoding."""
-PROMPT_LENGTH = 10_000
-"""Greatest length of a prompt, in characters; text encoders truncate far earlier."""
-ESCAPED_CHARACTER = 12
-"""Greatest number of bytes of a prompt's character in JSON: two times ``\\uXXXX``."""
-MAX_ESCAPES = 2**20
-"""Greatest number of backslashes in JSON, not counting those that some encoders write before slashes of base64."""
+FORM = '{"prompt": TEXT or "prompts": [TEXT, ...], "images": [BASE64, ...]}'
+"""JSON of a request, for messages."""
 
 
 @dataclass(frozen=True)
@@ -109,21 +107,13 @@ def images_of_json(body: bytes | bytearray, max_images: int) -> EncodedImages:
     Raises:
         RequestError: If the body is not such an object, an image is not base64, or there are too many images.
     """
-    _check_structure(body, max_images)
-    try:
-        content = ImagesAsJSON.model_validate_json(body)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        where = ".".join(map(str, first["loc"]))[:40] or "the body"
-        form = '{"prompt": TEXT or "prompts": [TEXT, ...], "images": [BASE64, ...]}'
-        raise RequestError(f"{where}: {first['msg']}; give a JSON object {form}") from error
+    content = read_json(body, ImagesAsJSON, 8 * (max_images + 8), FORM)
     images = _one_or_several("image", content.image, content.images)
     prompts = _one_or_several("prompt", content.prompt, content.prompts)
-    if len(images) > max_images:
-        raise RequestError(f"{len(images)} images are over this server's limit of {max_images}", 413)
+    check_limit("images:", len(images), max_images, fewer_rows(max_images))
     if content.prompts is None:
         prompts = prompts * len(images)
-    return EncodedImages(prompts, [_from_base64(number, text) for number, text in enumerate(images)])
+    return EncodedImages(prompts, [from_base64(f"image {number}", text) for number, text in enumerate(images)])
 
 
 async def images_of_form(request: Request, body: bytearray, max_images: int) -> EncodedImages:
@@ -138,7 +128,13 @@ async def images_of_form(request: Request, body: bytearray, max_images: int) -> 
         RequestError: If the form has other fields, or the numbers of prompts and images do not fit together.
         starlette.exceptions.HTTPException: With status 400 if the form cannot be parsed.
     """
-    form = await _replay(request, body).form(max_files=max_images, max_fields=max_images)
+    try:
+        form = await _replay(request, body).form(max_files=max_images, max_fields=max_images)
+    except HTTPException as error:
+        if not error.detail.startswith(("Too many files", "Too many fields")):  # one class stands for all faults
+            raise
+        problem = f"the form has over {max_images} files or over {max_images} texts, this server's limit of images"
+        raise RequestError(f"{problem}; {fewer_rows(max_images)}", 413) from error
     try:
         if set(form) != {"prompt", "image"}:
             raise RequestError(
@@ -177,37 +173,7 @@ def parsing_bytes(body: bytes | bytearray, kind: str) -> int:
     return (3 if kind == "application/json" and body.isascii() else 6) * len(body)
 
 
-def _check_structure(body: bytes | bytearray, max_images: int) -> None:
-    """Refuse, before parsing, JSON that would become many objects, or long texts of several bytes per character.
-
-    The body is split at unescaped quotes, with a limit on the number of pieces, so that time and memory are bounded
-    for any content.
-
-    Raises:
-        RequestError: If the body has too many escapes, texts or values, or a text that is too long for a prompt and is
-            not base64.
-    """
-    most = 8 * (max_images + 8)
-    if body.count(b"\\") > MAX_ESCAPES + len(body) // 32:
-        raise RequestError("the body holds more escapes (\\) than prompts of a permitted length need", 413)
-    pieces = body.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"', 2 * most)
-    if len(pieces) > 2 * most:
-        raise RequestError(f"over {most} texts; at most {max_images} images are taken at once", 413)
-    if sum(len(piece.translate(None, b" \t\r\n")) for piece in pieces[::2]) > most:
-        raise RequestError('too many values for {"prompt": TEXT or "prompts": [TEXT, ...], "images": [BASE64, ...]}')
-    long = [text for text in pieces[1::2] if len(text) > ESCAPED_CHARACTER * PROMPT_LENGTH]
-    if any(b"\\u" in text or not text.isascii() for text in long):
-        raise RequestError("a text is too long for a prompt, and no base64", 413)
-
-
 def _one_or_several(name: str, single: str | None, several: list[str] | None) -> list[str]:
     if (single is None) == (several is None):
         raise RequestError(f"give either {name} or {name}s")
     return several if single is None else [single]  # type: ignore[return-value]
-
-
-def _from_base64(number: int, text: str) -> bytes:
-    try:
-        return base64.b64decode(text, validate=True)
-    except ValueError as error:
-        raise RequestError(f"image {number} is no base64") from error

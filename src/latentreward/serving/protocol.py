@@ -40,13 +40,17 @@ from torch import Tensor
 from latentreward.contracts import Conditioning
 from latentreward.serving.batch_scorer import LatentRow
 from latentreward.serving.errors import RequestError
-from latentreward.serving.tensor_bytes import Entry, Expected, read_header, read_tensor
+from latentreward.serving.tensor_bytes import Expected, read_floats, read_header, read_tensor
 
 VERSION = "1"
 VERSION_HEADER = "x-drm-protocol-version"
 PROMPT_HEADER = "x-prompt"
 PROMPT_HEADER_LENGTH = 12 * 1024
 """Greatest length of the header ``x-prompt``, in characters of base64; encodes 9 KiB of UTF-8."""
+ROWS = 64
+"""Greatest number of rows of a request, if the queue is not shorter."""
+LARGER_QUEUE = "send several requests, or raise the server's --queue"
+"""Remedy of requests with more rows than the queue."""
 DEFAULT_SEED = 0
 """Seed of the noise of requests without ``seeds``, unless the server has ``fresh_noise`` set."""
 
@@ -80,7 +84,7 @@ class Accepted:
     tokens: int | None = None
     max_pixels: int = 128 * 128
     max_tokens: int = 1024
-    max_rows: int = 64
+    max_rows: int = ROWS
     masked: bool = False
     frames: int | None = None
     pools_tokens: bool = False
@@ -90,12 +94,14 @@ class Accepted:
         """Requirements on each tensor of a request, by its name in the protocol."""
         pooled = self.pooled_width is not None
         return {
-            "latents": Expected((4,) if self.frames is None else (4, 5)),
-            "prompt_embeds": Expected((3,)),
-            "pooled_prompt_embeds": Expected((2,), required=pooled and not self.pools_tokens, taken=pooled),
-            "prompt_mask": Expected((2,), ("BOOL", "U8"), required=self.masked, taken=self.masked or self.pools_tokens),
-            "u": Expected((1,), ("F32",)),
-            "seeds": Expected((1,), ("I64",), required=False),
+            "latents": Expected(("B C h w",) if self.frames is None else ("B C h w", "B C T h w")),
+            "prompt_embeds": Expected(("B L D",)),
+            "pooled_prompt_embeds": Expected(("B P",), required=pooled and not self.pools_tokens, taken=pooled),
+            "prompt_mask": Expected(
+                ("B L",), ("BOOL", "U8"), required=self.masked, taken=self.masked or self.pools_tokens
+            ),
+            "u": Expected(("B",), ("F32",)),
+            "seeds": Expected(("B",), ("I64",), required=False),
         }
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -108,39 +114,62 @@ class Accepted:
             RequestError: With status 413 if a limit of the server is exceeded; with status 422 if a shape does not fit
                 the model or the other tensors.
         """
-        rows, channels, *time, height, width = shapes["latents"]
+        rows, *latents = shapes["latents"]
         _, tokens, text_width = shapes["prompt_embeds"]
         without = (rows, self.pooled_width if self.pools_tokens else None)
-        if self.frames is not None and not time:
+        if self.frames is not None and len(latents) < 4:
             raise RequestError(f"latents have 4 axes, but this model takes (B, C, T, h, w), T = {self.frames}", 422)
         for name, shape in shapes.items():
             if shape[0] != rows:
                 raise RequestError(f"{name} has {shape[0]} rows, but latents has {rows}; give one row each", 422)
-        for name, found, wanted in (
-            ("latents: channels", channels, self.channels),
-            ("latents: T", time[0] if time else None, self.frames),
-            ("prompt_embeds: width", text_width, self.text_width),
-            ("pooled_prompt_embeds: width", shapes.get("pooled_prompt_embeds", without)[1], self.pooled_width),
-            ("prompt_embeds: tokens", tokens, self.tokens or tokens),
-        ):
-            if found != wanted:
-                raise RequestError(f"{name} {found} does not fit this model, which takes {wanted}", 422)
+        self._check_space(latents)
+        _check_fit("prompt_embeds: width", text_width, self.text_width)
+        _check_fit("pooled_prompt_embeds: width", shapes.get("pooled_prompt_embeds", without)[1], self.pooled_width)
+        _check_fit("prompt_embeds: tokens", tokens, self.tokens or tokens)
         if shapes.get("prompt_mask", (rows, tokens))[1] != tokens:
             found = shapes["prompt_mask"][1]
             raise RequestError(f"prompt_mask has {found} tokens, but prompt_embeds has {tokens}; give one each", 422)
+        self._check_sides(latents)
+        check_limit("prompt_embeds: tokens", tokens, self.max_tokens, "shorten the prompts")
+        check_limit("latents: rows", rows, self.max_rows, fewer_rows(self.max_rows))
+
+    def check_latents(self, shape: Sequence[int]) -> None:
+        """Check the shape ``(C, h, w)`` or ``(C, T, h, w)`` of an image's latents; raises as :meth:`check`."""
+        self._check_space(shape)
+        self._check_sides(shape)
+
+    def _check_space(self, latents: Sequence[int]) -> None:
+        channels, *time, _, _ = latents
+        _check_fit("latents: channels", channels, self.channels)
+        _check_fit("latents: T", time[0] if time else None, self.frames)
+
+    def _check_sides(self, latents: Sequence[int]) -> None:
+        _, *time, height, width = latents
         if height % self.patch or width % self.patch:
             raise RequestError(f"latents of {height} × {width} must have sides divisible by {self.patch}", 422)
         if max(height, width) > (self.max_side or max(height, width)):
             raise RequestError(
                 f"latents of {height} × {width} have a side over {self.max_side}, the limit of this network", 422
             )
-        for name, found, most in (
-            ("latents: T · h · w" if time else "latents: h · w", math.prod((*time, height, width)), self.max_pixels),
-            ("prompt_embeds: tokens", tokens, self.max_tokens),
-            ("latents: rows", rows, self.max_rows),
-        ):
-            if found > most:
-                raise RequestError(f"{name} {found} is over this server's limit of {most}", 413)
+        name = "latents: T · h · w" if time else "latents: h · w"
+        smaller = "send smaller latents, or raise the server's --max_latent_pixels"
+        check_limit(name, math.prod((*time, height, width)), self.max_pixels, smaller)
+
+
+def _check_fit(name: str, found: int | None, wanted: int | None) -> None:
+    if found != wanted:
+        raise RequestError(f"{name} {found} does not fit this model, which takes {wanted}", 422)
+
+
+def check_limit(name: str, found: int, most: int, remedy: str) -> None:
+    """Raise RequestError with status 413 and a remedy if ``found`` is over a limit of the server."""
+    if found > most:
+        raise RequestError(f"{name} {found} is over this server's limit of {most}; {remedy}", 413)
+
+
+def fewer_rows(most: int) -> str:
+    """Return the remedy of a request with more rows than ``most``, which is :data:`ROWS` or a shorter queue."""
+    return LARGER_QUEUE if most < ROWS else "send several requests"
 
 
 def check_version(version: str | None) -> None:
@@ -198,11 +227,9 @@ def parse_request(
     entries, data = read_header(body, accepted.tensors)
     accepted.check({name: entry.shape for name, entry in entries.items()})
     names = [name for name in accepted.tensors if name in entries and name not in ("prompt_mask", "seeds")]
-    floats = {name: _floats(name, entries[name], data) for name in names}
+    floats = {name: read_floats(name, entries[name], data) for name in names}
     latents, prompts, u = floats["latents"], floats["prompt_embeds"], floats["u"]
-    outside = u[(u < 0) | (u > 1)].tolist()
-    if outside:
-        raise RequestError(f"u holds {outside[0]:g}; noise levels lie in [0, 1]", 422)
+    check_levels(u)
     used = read_tensor(entries["seeds"], data).tolist() if "seeds" in entries else islice(seeds, len(latents))
     pooled: Iterable[Tensor | None] = floats.get("pooled_prompt_embeds", [None] * len(latents))
     if accepted.pools_tokens and "pooled_prompt_embeds" not in floats:
@@ -262,8 +289,8 @@ def _checked(mask: Tensor) -> Tensor:
     return mask.bool()
 
 
-def _floats(name: str, entry: Entry, data: memoryview) -> Tensor:
-    tensor = read_tensor(entry, data).to(torch.float32)
-    if not tensor.isfinite().all():
-        raise RequestError(f"{name} holds NaN or infinity", 422)
-    return tensor
+def check_levels(u: Tensor) -> None:
+    """Raise RequestError with status 422 if a noise level lies outside [0, 1]."""
+    outside = u[(u < 0) | (u > 1)].tolist()
+    if outside:
+        raise RequestError(f"u holds {outside[0]:g}; noise levels lie in [0, 1]", 422)

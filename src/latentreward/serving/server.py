@@ -86,7 +86,8 @@ def configuration(service: ScoringService) -> uvicorn.Config:
 def serve(service: ScoringService, bound: socket.socket) -> None:
     """Answer requests until SIGTERM or SIGINT; then finish requests in progress, for up to the request timeout.
 
-    Prints ``serving MODEL at URL`` once clients can connect, and under ``fresh_noise`` the first seed.
+    Prints ``serving MODEL at URL`` once clients can connect, with the names of several rewards for the model, and under
+    ``fresh_noise`` the first seed of each.
 
     Args:
         service: Service that scores.
@@ -94,9 +95,16 @@ def serve(service: ScoringService, bound: socket.socket) -> None:
     """
     host, port = bound.getsockname()[:2]
     bound.listen()
-    print(f"serving {service.reward.identity} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
-    if service.first_seed is not None:
-        print(f"latents without a seed get fresh noise, by the seeds from {service.first_seed} on", flush=True)
+    models = list(service.models.values())
+    several = len(models) > 1
+    for model in models if several else ():
+        print(f"{model.name}: {model.reward.identity}, on {model.reward.device}", flush=True)
+    served = ", ".join(service.models) if several else models[0].reward.identity
+    print(f"serving {served} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+    for model in models:
+        if model.first_seed is not None:
+            told = f"{model.name}: " if several else ""
+            print(f"{told}latents without a seed get fresh noise, by the seeds from {model.first_seed} on", flush=True)
     previous = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # uvicorn raises the caught signal again after shutdown
     try:
         with contextlib.suppress(KeyboardInterrupt):

@@ -1,195 +1,61 @@
-"""The scoring service behind the HTTP endpoints: reward model, queue, memory budget and metrics."""
+"""The scoring service behind the HTTP endpoints: one or several rewards, and what they share."""
 
-import asyncio
-import math
-import secrets
-import sys
-from collections.abc import Iterator, Sequence
-from itertools import chain, count, repeat
-from typing import Any
+from collections.abc import Sequence
 
-import torch
 from fastapi import Request
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from latentreward.errors import InputError, one_line
-from latentreward.scoring import RewardModel
-from latentreward.scoring.scoring_noise import timesteps_of
-from latentreward.serving.batch_scorer import AnyRow, LatentRow, RowScorer, standing
-from latentreward.serving.batching import MicroBatcher
-from latentreward.serving.bodies import BodyReader, MemoryBudget
+from latentreward.errors import InputError
 from latentreward.serving.errors import RequestError
-from latentreward.serving.protocol import DEFAULT_SEED, Accepted
-from latentreward.serving.settings import ServiceSettings
-
-Scores = tuple[float, ...]
-"""Score of a row and, of a model with two axes, fidelity and aesthetics after it."""
-BODIES_AT_ONCE = 16
-"""Number of bodies of the greatest length for which the memory budget has room."""
-CLIENT_GONE = 499
-"""Status under which the metrics count a request whose client disconnected before the answer."""
-SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
-"""Bucket bounds of the histogram of answer times, in seconds."""
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-"""Bucket bounds of the histogram of batch sizes, in rows."""
-
-
-class ServerMetrics:
-    """Prometheus metrics of a server's requests and batches, in a registry of their own."""
-
-    def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        about = {"namespace": "latentreward", "registry": self.registry}
-        self._requests = Counter("requests", "Requests answered.", ["path", "status"], **about)
-        self._seconds = Histogram("request_seconds", "Seconds to an answer.", ["path"], buckets=SECONDS, **about)
-        self.batch_rows = Histogram("batch_rows", "Rows of a pass of the model.", buckets=ROWS, **about)
-        self.queue_rows = Gauge("queue_rows", "Rows that wait.", **about)
-
-    def count_request(self, path: str, status: int, seconds: float) -> None:
-        """Count an answered request, and add its time."""
-        self._requests.labels(path, status).inc()
-        self._seconds.labels(path).observe(seconds)
-
-    def text(self) -> bytes:
-        """Return all metrics in Prometheus' text format."""
-        return generate_latest(self.registry)
+from latentreward.serving.resources import Resources
+from latentreward.serving.served import ServedModel
 
 
 class ScoringService:
-    """Scores the rows of requests; rows of several requests share a forward pass.
-
-    The constructor scores zeros once, so that a model that cannot score fails at the start of the server.
+    """Rewards of a server by name; the first one scores requests that name none.
 
     Args:
-        reward: Reward model in evaluation mode, on its device.
-        settings: Limits, and noise of requests without a seed.
-
-    Attributes:
-        accepted: Shapes of latents and embeddings that the model takes.
-        first_seed: First seed under ``fresh_noise``, from the system's entropy; None without ``fresh_noise``.
-        seeds: Seeds of rows that come without one: ``first_seed``, ``first_seed`` + 1, … under ``fresh_noise``, else 0.
+        models: At least one reward.
+        resources: What the rewards share.
 
     Raises:
-        InputError: If the model cannot score, or gives more than one score per row.
+        InputError: If there is no reward, or two have the same name.
     """
 
-    def __init__(self, reward: RewardModel, settings: ServiceSettings) -> None:
-        self.reward, self.settings = reward, settings
-        self.accepted = accepted_by(reward, settings)
-        self.first_seed = secrets.randbits(62) if settings.fresh_noise else None
-        self.seeds: Iterator[int] = repeat(DEFAULT_SEED) if self.first_seed is None else count(self.first_seed)
-        scorer = RowScorer(reward, settings.batch_size)
-        scorer([_blank_row(reward, self.accepted)])
-        self.metrics = ServerMetrics()
-        self.memory = MemoryBudget(BODIES_AT_ONCE * settings.max_body)
-        self.bodies = BodyReader(settings.max_body, settings.timeout, self.memory)
-        self.batcher: MicroBatcher[AnyRow, Scores] = MicroBatcher(
-            scorer,
-            settings.batch_size,
-            settings.max_wait_ms / 1000,
-            settings.queue,
-            settings.max_pass_s,
-            self.metrics.batch_rows.observe,
-        )
-        self.metrics.queue_rows.set_function(lambda: self.batcher.waiting)
+    def __init__(self, models: Sequence[ServedModel], resources: Resources) -> None:
+        self.resources = resources
+        self.models = {model.name: model for model in models}
+        if not models or len(self.models) < len(models):
+            raise InputError(
+                f"{len(models)} rewards with {len(self.models)} names; give at least one, each its own name"
+            )
+        self.settings = resources.settings
+        resources.metrics.queue_rows.set_function(lambda: sum(model.batcher.waiting for model in models))
+
+    @property
+    def default(self) -> ServedModel:
+        """Reward of requests that name none."""
+        return next(iter(self.models.values()))
 
     @property
     def ready(self) -> bool:
-        """Whether the batcher runs, and its current forward pass has taken less than the request timeout."""
-        return self.batcher.running and self.batcher.busy_seconds < self.settings.timeout
+        """Whether all rewards are ready."""
+        return all(model.ready for model in self.models.values())
 
-    async def score(self, request: Request, rows: Sequence[AnyRow]) -> list[Scores]:
-        """Score the rows of ``request``; rows still in the queue are dropped if the client disconnects.
+    def model_of(self, request: Request) -> ServedModel:
+        """Return the reward that the address of a request names by ``/rewards/NAME/…``; else the first one.
 
         Raises:
-            RequestError: With status 503 if the queue is full, 504 after the timeout, 499 if the client disconnected,
-                422 if the model cannot score the rows, 500 if the model failed.
+            RequestError: With status 404 if there is no such reward.
         """
-        client = request.client and request.client.host
-        scoring = asyncio.ensure_future(self.batcher.score(rows, client))
-        gone = asyncio.ensure_future(_disconnected(request))
-        try:
-            await asyncio.wait({scoring, gone}, timeout=self.settings.timeout, return_when=asyncio.FIRST_COMPLETED)
-            if scoring.done():
-                return _result(scoring)
-            if gone.done():
-                raise RequestError("the client left", CLIENT_GONE)
-            raise RequestError(f"no score within {self.settings.timeout:g} seconds; send fewer rows, or try later", 504)
-        finally:
-            scoring.cancel()
-            gone.cancel()
+        return self.named(request.path_params.get("reward", self.default.name), 404)
 
-    def describe(self) -> dict[str, Any]:
-        """Describe the model and the server's limits, as values for JSON.
+    def named(self, name: str, status: int = 400) -> ServedModel:
+        """Return the reward of a name.
 
-        ``prompt_mask``, ``pools_tokens`` and ``frames`` are there only for models that take more than SD and SD3 do.
+        Raises:
+            RequestError: With ``status`` if there is no such reward.
         """
-        accepted, backbone = self.accepted, self.reward.backbone
-        more = {"prompt_mask": accepted.masked, "pools_tokens": accepted.pools_tokens, "frames": accepted.frames}
-        return {
-            "model": self.reward.identity,
-            "latent_space": backbone.latent_space.record(),
-            "prompt_embeds_width": accepted.text_width,
-            "pooled_prompt_embeds_width": accepted.pooled_width,
-            **{name: value for name, value in more.items() if value},
-            "noise": str(self.reward.noise),
-            "u": backbone.noise_process.sigma(timesteps_of(self.reward.noise, backbone.noise_process)).tolist(),
-            "fresh_noise": self.settings.fresh_noise,
-            "calibrated": standing(self.reward, torch.zeros(1)) is not None,
-            "batch_size": self.settings.batch_size,
-            "max_body_bytes": self.settings.max_body,
-            "max_latent_pixels": accepted.max_pixels,
-            "max_rows": accepted.max_rows,
-        }
-
-
-def accepted_by(reward: RewardModel, settings: ServiceSettings) -> Accepted:
-    """Determine the shapes that a model takes; the empty prompt is encoded to find the widths of embeddings."""
-    backbone = reward.backbone
-    empty = backbone.encode_prompts([""])
-    clip = 1 if reward.image_sizes is None else reward.image_sizes.frames
-    _, *time, _, _ = backbone.latent_space.shape(1, 1, clip)
-    pooled, masked = empty.pooled_prompt_embeds, empty.prompt_mask is not None
-    return Accepted(
-        channels=backbone.latent_space.channels,
-        text_width=empty.prompt_embeds.shape[-1],
-        pooled_width=None if pooled is None else pooled.shape[-1],
-        patch=backbone.side_multiple // backbone.latent_space.downscale,
-        max_side=backbone.max_side,
-        max_prompt=backbone.max_prompt,
-        tokens=empty.prompt_embeds.shape[1] if reward.head.needs_uncond and not masked else None,
-        max_pixels=settings.max_latent_pixels,
-        max_rows=min(64, settings.queue),
-        masked=masked,
-        frames=time[0] if time else None,
-        pools_tokens=backbone.text_encoder is not None and backbone.text_encoder.pools_tokens,
-    )
-
-
-def _blank_row(reward: RewardModel, accepted: Accepted) -> LatentRow:
-    """Return a row of latents that are 0, in the network's native size, with the empty prompt."""
-    empty, space = reward.backbone.encode_prompts([""]).trimmed().to("cpu", torch.float32), reward.backbone.latent_space
-    height, width = reward.backbone.native_size or (8 * space.downscale, 8 * space.downscale)
-    latents, pooled = torch.zeros(space.shape(height, width)), empty.pooled_prompt_embeds
-    vector = None if pooled is None else pooled[0]
-    return LatentRow(latents, empty.prompt_embeds[0], vector, u=0.5, seed=0, prompt="", masked=accepted.masked)
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-def _result(scoring: asyncio.Future[list[Scores]]) -> list[Scores]:
-    try:
-        scores = scoring.result()
-    except RequestError:
-        raise
-    except InputError as error:
-        raise RequestError(one_line(error), 422) from error
-    except Exception as error:
-        print(f"latentreward serve: {type(error).__name__}: {one_line(error)}", file=sys.stderr, flush=True)
-        raise RequestError(f"the model failed ({type(error).__name__})", 500) from error
-    if not all(map(math.isfinite, chain.from_iterable(scores))):
-        raise RequestError("the model gave a score that is not finite", 500)
-    return scores
+        if name not in self.models:
+            known = ", ".join(self.models)[:200]
+            raise RequestError(f"no reward {name[:40]!r} is served here; this server has {known}", status)
+        return self.models[name]

@@ -1,9 +1,15 @@
 """Settings of a server; this module can be imported without the extra ``serve``."""
 
 import math
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from latentreward.errors import InputError
+from latentreward.scoring import PublishedSettings
+
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+"""Names of rewards, which stand in addresses and metrics, as a regular expression."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +26,12 @@ class ServiceSettings:
         timeout: Seconds after which a request is answered 504, or 408 if its body has not arrived.
         max_body_mb: Largest body, in MiB.
         max_latent_pixels: Largest h · w of latents, or T · h · w with a time axis, in latent pixels.
+        concurrency: Greatest number of requests of a reward in progress; requests beyond it are answered 503 with
+            Retry-After. None sets no limit beside ``queue``.
+        passes_per_device: Greatest number of forward passes at the same time on one device, of all rewards there. A
+            reward computes one pass at a time.
+        prompts_kept: Number of encoded prompts that a reward keeps for later requests; one of SD3 takes 5 MB on the
+            reward's device.
         fresh_noise: Whether latents of a request without a seed get new noise each time; otherwise their seed is 0.
         token: Token that requests must give as ``Authorization: Bearer TOKEN``; None allows requests without a token.
 
@@ -34,12 +46,25 @@ class ServiceSettings:
     timeout: float = 60.0
     max_body_mb: float = 64.0
     max_latent_pixels: int = 128 * 128
+    concurrency: int | None = None
+    passes_per_device: int = 1
+    prompts_kept: int = 128
     fresh_noise: bool = False
     token: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "max_pass_s", "queue", "timeout", "max_body_mb", "max_latent_pixels"):
-            if not 0 < getattr(self, name) < math.inf:
+        for name in (
+            "batch_size",
+            "max_pass_s",
+            "queue",
+            "timeout",
+            "max_body_mb",
+            "max_latent_pixels",
+            "concurrency",
+            "passes_per_device",
+            "prompts_kept",
+        ):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name}={getattr(self, name):g} must be a finite number greater than 0")
         if not 0 <= self.max_wait_ms < math.inf:
             raise InputError(f"max_wait_ms={self.max_wait_ms:g} must be a finite number from 0 on")
@@ -48,3 +73,47 @@ class ServiceSettings:
     def max_body(self) -> int:
         """Size of the largest body, in bytes."""
         return int(self.max_body_mb * 2**20)
+
+
+@dataclass(frozen=True)
+class RewardToServe:
+    """One of several rewards of a server, and what differs from the server's own limits.
+
+    Attributes:
+        model: Folder or hub id of a reward model, or a checkpoint, or the folder of a run.
+        device: Device, e.g. ``cuda:1``; ``auto`` takes an accelerator if there is one.
+        dtype: Precision of the model's backbone.
+        base: Pipeline with the frozen base weights, a folder or hub id; by default the one that the model names.
+        run_config: Config file of the model's training run; by default the one beside the checkpoint.
+        revision: Branch, tag or commit of a hub id.
+        published: Settings that the files of a published layout do not hold.
+        batch_size: As the server's; None takes that.
+        queue: As the server's; None takes that.
+        concurrency: As the server's; None takes that.
+    """
+
+    model: str
+    device: str = "auto"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    base: str | None = None
+    run_config: str | None = None
+    revision: str | None = None
+    published: PublishedSettings | None = None
+    batch_size: int | None = None
+    queue: int | None = None
+    concurrency: int | None = None
+
+    def limits(self, settings: ServiceSettings) -> ServiceSettings:
+        """Return the limits of this reward on a server with ``settings``."""
+        own = {name: getattr(self, name) for name in ("batch_size", "queue", "concurrency")}
+        return replace(settings, **{name: value for name, value in own.items() if value is not None})
+
+
+def check_name(name: str) -> str:
+    """Return the name of a reward; raise InputError if it cannot stand in an address."""
+    if not re.fullmatch(NAME, name):
+        raise InputError(
+            f"the reward's name {name!r} cannot stand in an address; give 1 to 64 letters, digits and . _ -, a letter "
+            "or digit first"
+        )
+    return name

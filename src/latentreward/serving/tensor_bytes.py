@@ -38,13 +38,13 @@ class Expected:
     """Requirements of the protocol on a tensor.
 
     Attributes:
-        ranks: Allowed numbers of dimensions.
+        shapes: Allowed shapes: names of the axes, separated by spaces.
         dtypes: Allowed dtypes, by their names in :data:`DTYPES`.
         required: Whether a request must have the tensor.
         taken: Whether the served model takes the tensor; if not, a request must not have it.
     """
 
-    ranks: tuple[int, ...]
+    shapes: tuple[str, ...]
     dtypes: tuple[str, ...] = FLOATS
     required: bool = True
     taken: bool = True
@@ -68,6 +68,14 @@ class Entry:
 
 
 def read_header(body: bytes | bytearray, expected: Mapping[str, Expected]) -> tuple[dict[str, Entry], memoryview]:
+    """Read and check the header of a safetensors body without texts; see :func:`read_described`."""
+    entries, data, _ = read_described(body, expected, HEADER_BYTES)
+    return entries, data
+
+
+def read_described(
+    body: bytes | bytearray, expected: Mapping[str, Expected], most: int
+) -> tuple[dict[str, Entry], memoryview, dict[str, str]]:
     """Read and check the header of a safetensors body.
 
     Format (README of safetensors): 8 bytes of little-endian length, JSON of that length, data.
@@ -75,9 +83,11 @@ def read_header(body: bytes | bytearray, expected: Mapping[str, Expected]) -> tu
     Args:
         body: Bytes of the body.
         expected: Requirements on each tensor, by name.
+        most: Greatest length of the header, in bytes.
 
     Returns:
-        Descriptions of the tensors by name, and the data after the header. The tensors cover the data exactly.
+        Descriptions of the tensors by name, the data after the header, and the texts of ``__metadata__``. The tensors
+        cover the data exactly.
 
     Raises:
         RequestError: If the body is not in safetensors format, its header is too long, a tensor is missing or unknown
@@ -87,10 +97,10 @@ def read_header(body: bytes | bytearray, expected: Mapping[str, Expected]) -> tu
     length = int.from_bytes(body[:8], "little")
     if len(body) < 8 or length > len(body) - 8:
         raise RequestError("the body is no safetensors file: it ends before its header does")
-    if length > HEADER_BYTES:
-        raise RequestError(f"the safetensors header has {length} bytes; at most {HEADER_BYTES} are read")
+    if length > most:
+        raise RequestError(f"the safetensors header has {length} bytes; at most {most} are read")
     data = memoryview(body)[8 + length :]
-    header = _parse_json(bytes(body[8 : 8 + length]))
+    header, texts = _parse_json(bytes(body[8 : 8 + length]))
     missing = [name for name, wanted in expected.items() if wanted.required and name not in header]
     unknown = [name for name in header if name not in expected]
     if missing or unknown:
@@ -102,7 +112,7 @@ def read_header(body: bytes | bytearray, expected: Mapping[str, Expected]) -> tu
             raise RequestError(f"{name} is given, but this model takes none; leave it out", 422)
     entries = {name: _entry(name, header[name], expected[name]) for name in header}
     _check_cover(entries.values(), len(data))
-    return entries, data
+    return entries, data, texts
 
 
 def read_tensor(entry: Entry, data: memoryview) -> Tensor:
@@ -110,8 +120,16 @@ def read_tensor(entry: Entry, data: memoryview) -> Tensor:
     return torch.frombuffer(bytearray(data[entry.begin : entry.end]), dtype=DTYPES[entry.dtype]).view(entry.shape)
 
 
-def _parse_json(text: bytes) -> dict[str, Any]:
-    """Parse the header's JSON into descriptions of tensors by name; metadata are checked and dropped."""
+def read_floats(name: str, entry: Entry, data: memoryview) -> Tensor:
+    """Copy a tensor as float32; raise RequestError with status 422 if it holds NaN or infinity."""
+    tensor = read_tensor(entry, data).to(torch.float32)
+    if not tensor.isfinite().all():
+        raise RequestError(f"{name} holds NaN or infinity", 422)
+    return tensor
+
+
+def _parse_json(text: bytes) -> tuple[dict[str, Any], dict[str, str]]:
+    """Parse the header's JSON into descriptions of tensors by name, and metadata."""
     if not text.startswith(b"{"):
         raise RequestError("the safetensors header is no JSON object")
     try:
@@ -121,7 +139,7 @@ def _parse_json(text: bytes) -> dict[str, Any]:
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise RequestError("the safetensors header's __metadata__ must map texts to texts")
-    return header
+    return header, metadata
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -140,9 +158,10 @@ def _entry(name: str, described: Any, expected: Expected) -> Entry:
     dtype, shape, offsets = described["dtype"], described["shape"], described["data_offsets"]
     if dtype not in expected.dtypes:
         raise RequestError(f"{name}: dtype must be {' or '.join(expected.dtypes)}, not {str(dtype)[:20]!r}")
-    if not _natural(shape, least=1) or len(shape) not in expected.ranks:
-        ranks = " or ".join(map(str, expected.ranks))
-        raise RequestError(f"{name}: shape must be {ranks} whole numbers from 1 on, not {str(shape)[:80]}")
+    axes = [wanted.split() for wanted in expected.shapes]
+    if not _natural(shape, least=1) or len(shape) not in map(len, axes):
+        wanted = " or ".join(f"({', '.join(names)})" for names in axes)
+        raise RequestError(f"{name}: shape must be {wanted}, whole numbers from 1 on, not {str(shape)[:80]}")
     if not _natural(offsets, least=0) or len(offsets) != 2:
         raise RequestError(f"{name}: data_offsets must be two whole numbers from 0 on, not {str(offsets)[:80]}")
     size = math.prod(shape) * DTYPES[dtype].itemsize

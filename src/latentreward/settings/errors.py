@@ -16,6 +16,7 @@ TAKEN_FROM = {
     "latentreward.modules": "model",
     "latentreward.heads": "head",
     "latentreward.losses": "loss",
+    "latentreward.remote": "schema",
     "latentreward.rewards": "reward rewards",
     "latentreward.noise": "levels",
     "latentreward.data": "data images train val test predict reader",

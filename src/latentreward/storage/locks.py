@@ -1,4 +1,4 @@
-"""Folder locks: only one process at a time writes to a folder."""
+"""Locks: only one process at a time writes to a folder, or does one part of a run's work."""
 
 from __future__ import annotations
 
@@ -40,11 +40,10 @@ def locked(folder: Path, setting: str) -> Iterator[None]:
     Raises:
         InputError: If another process holds the lock, or the folder cannot be written to.
     """
-    lock = FileLock(folder / LOCK, blocking=False, thread_local=False, fallback_to_soft=False)
     try:
         with write_errors_named(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
+            lock = _taken(folder / LOCK)
             (folder / LOCK).write_text(f"process {os.getpid()} on {socket.gethostname()}")
     except Timeout as error:
         problem = f"{setting}: {folder} is being written by another run ({_holder(folder)})"
@@ -58,8 +57,59 @@ def locked(folder: Path, setting: str) -> Iterator[None]:
     try:
         yield
     finally:
-        (folder / LOCK).unlink(missing_ok=True)  # before the release: filelock takes no lock on a deleted file
+        _give_back(lock)
+
+
+@contextmanager
+def claimed(path: Path) -> Iterator[bool]:
+    """Try to hold the lock file ``path`` inside the block, without waiting; yield False if another process holds it.
+
+    The operating system frees the lock when the process ends, also after a kill. The lock file stays: on NFS, to lock a
+    file that another machine has just deleted is an error. On a file system without locks, True is yielded to every
+    process, see :func:`has_locks`.
+    """
+    try:
+        lock = _taken(path)
+    except Timeout:
+        yield False
+        return
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        yield True
+        return
+    try:
+        yield True
+    finally:
         lock.release()
+
+
+def has_locks(folder: Path) -> bool:
+    """Tell whether the file system of ``folder`` has locks, by taking one there."""
+    try:
+        _give_back(_taken(folder / f"{LOCK}.{os.getpid()}.{socket.gethostname()}"))
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        return False
+    return True
+
+
+def _taken(path: Path) -> FileLock:
+    """Take the lock of a file, which is created if it does not exist.
+
+    Raises:
+        Timeout: If another process holds it.
+        OSError: With a number in :data:`NO_LOCKS`, if the file system has no locks.
+    """
+    lock = FileLock(path, blocking=False, thread_local=False, fallback_to_soft=False)
+    lock.acquire()
+    return lock
+
+
+def _give_back(lock: FileLock) -> None:
+    Path(lock.lock_file).unlink(missing_ok=True)  # before the release: filelock takes no lock on a deleted file
+    lock.release()
 
 
 def _holder(folder: Path) -> str:

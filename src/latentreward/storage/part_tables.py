@@ -109,9 +109,13 @@ class PartFiles:
         """Yield each part's range of rows and table, by ascending rows.
 
         Raises:
-            InputError: If a part is damaged.
+            InputError: If a part is damaged, or two parts hold the same rows.
         """
+        end = 0
         for rows, path in self.parts().items():
+            if rows.start < end:
+                raise InputError(f"{path}: its first rows are in the part before it too; delete {path.name}")
+            end = rows.stop
             try:
                 table = pq.read_table(path)
             except (pa.ArrowException, OSError) as error:

@@ -1,9 +1,11 @@
+import json
 import pickle
 from pathlib import Path
 
 import pytest
 
 from latentreward.data import HPDv3Reader, PairDataset, PixelLoader
+from latentreward.data.format_detection import recognise
 from latentreward.errors import InputError
 from tests.data.skipped_rows import skipped_rows
 
@@ -133,6 +135,43 @@ def test_keys_do_not_depend_on_spelling(write_hpdv3, hpdv3_rows) -> None:
     reader = HPDv3Reader(write_hpdv3(rows), "train", randomise_sides=False)
     assert reader[0].image_a.image_key == reader[1].image_a.image_key
     assert reader[0].image_b.image_key == reader[1].image_b.image_key
+
+
+def test_absolute_paths_inside_the_root_are_inside(write_hpdv3, hpdv3_rows, tmp_path, monkeypatch) -> None:
+    root = Path(write_hpdv3([hpdv3_rows(0)]))
+    (tmp_path / "link").symlink_to(root)
+    places = [root, tmp_path / "link", root / "images" / ".."]
+    written = [{f"path{n}": str(place / hpdv3_rows(0)[f"path{n}"]) for n in (1, 2)} for place in places]
+    write_hpdv3([hpdv3_rows(0), *(hpdv3_rows(n, **paths) for n, paths in enumerate(written))])
+    monkeypatch.chdir(tmp_path)
+    for folder in (str(root), "hpdv3", "link", str(tmp_path / "link")):
+        reader = HPDv3Reader(folder, "train", randomise_sides=False)
+        assert {reader[n].image_a.image_key for n in range(4)} == {"images/0-good.jpg"}
+        dataset = PairDataset(reader, PixelLoader(8, 8))
+        assert all(bool((dataset[n].pixels_b == dataset[0].pixels_b).all()) for n in range(4))
+    beside = str(root) + "-other/images/0-good.jpg"
+    write_hpdv3([hpdv3_rows(0, path1=beside)])
+    with pytest.raises(InputError, match=r"path1 .* leads out of hpdv3"):
+        HPDv3Reader("hpdv3", "train")
+
+
+def test_hpdv3_plus_is_read_by_the_subfolder_of_its_file(hpdv3_rows, write_hpdv3) -> None:
+    """Layout and fields of its card: pairs of three fields, and pairs with votes and confidence as texts."""
+    plain = dict.fromkeys(("choice_dist", "confidence", "model1", "model2"), ...)
+    root = Path(write_hpdv3([]))
+    for split, row in {"train/train_aes": hpdv3_rows(0, **plain), "test/test_tf": hpdv3_rows(1, **plain)}.items():
+        (root / split).parent.mkdir()
+        (root / f"{split}.json").write_text(json.dumps([row]))
+    labelled = hpdv3_rows(2, choice_dist="[8, 1]", confidence="0.98", model1=None, model2=None)
+    (root / "train/stage1_labeled.json").write_text(json.dumps([labelled]))
+    (root / "train/rollout.json").write_text(json.dumps([{"group_id": "cap_0_sd15_0", "image_path": "images/a.jpg"}]))
+    (root / "train.json").unlink()
+    found = recognise(str(root))
+    assert set(found) == {"stage1_labeled", "train_aes", "test_tf"}
+    readers = {name: build(randomise_sides=False) for name, build in found.items()}
+    assert readers["test_tf"][0].pair_id == "test_tf.json:0"
+    assert readers["train_aes"][0].image_a.path == root / "images/0-good.jpg"
+    assert (readers["stage1_labeled"][0].votes, readers["stage1_labeled"][0].confidence) == ((8, 1), 0.98)
 
 
 def test_nothing_to_read_is_one_clear_line(write_hpdv3, hpdv3_rows, tmp_path) -> None:

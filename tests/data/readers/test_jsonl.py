@@ -39,6 +39,8 @@ def test_both_ways_to_say_who_won(write) -> None:
     assert (first.label_a, first.votes, first.confidence, first.weight) == (1.0, None, None, 1.0)
     assert (second.votes, second.confidence, second.weight, second.split) == ((3, 1), 0.9, 2.0, "train")
     assert (second.image_a.image_key, second.image_b.image_key) == ("images/a.jpg", "images/b.jpg")
+    named = JSONLPairReader(write({**PLAIN, "split": "held_out"}, {**PLAIN, "split": 3}))
+    assert [named[row].split for row in range(2)] == ["held_out", "train"]
     assert isinstance(PairDataset(reader, PixelLoader(8, 8))[0], LoadedPair)
     assert pickle.loads(pickle.dumps(reader))[1] == second
 

@@ -227,7 +227,7 @@ def test_damaged_row_group_names_the_file(write_pickapic, pickapic_rows) -> None
 
 
 def test_large_row_groups_are_pointed_out(write_pickapic, pickapic_rows, monkeypatch, caplog) -> None:
-    monkeypatch.setattr("latentreward.data.readers.pickapic.LARGE_ROW_GROUP", 100)
+    monkeypatch.setattr("latentreward.data.readers.tables.LARGE_ROW_GROUP", 100)
     PickAPicReader(write_pickapic([pickapic_rows(0)]), "train")
     assert "set memory_map to true" in caplog.text
 

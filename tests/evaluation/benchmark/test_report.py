@@ -13,6 +13,7 @@ from latentreward.evaluation.benchmark.disagreements import most_disputed
 from latentreward.evaluation.benchmark.report import write_report
 from latentreward.evaluation.benchmark.results import BenchmarkPairs, BenchmarkReport, CalibrationResult, ProtocolResult
 from latentreward.evaluation.benchmark.tables import calibration_table, protocol_table, scorer_table
+from tests.accessibility import PHONE, faults
 from tests.evaluation.benchmark.example import HOSTILE, MODELS, PROTOCOL, estimate, report
 
 if TYPE_CHECKING:
@@ -92,6 +93,13 @@ def test_page_in_a_browser(tmp_path: Path, browser_page: "Pages", width: int, da
         assert image.get_attribute("alt")
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     assert page.locator("section").count() == 12
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(("width", "dark"), [(PHONE, False), (1200, True)])
+def test_keyboard_contrast_and_width(tmp_path: Path, browser_page: "Pages", width: int, dark: bool) -> None:
+    write_report(tmp_path, report(), PICTURES)
+    assert faults(browser_page(tmp_path / "report.html", width=width, dark=dark)) == []
 
 
 def scored(name: str, gaps: list[float], labels: list[float], groups: str) -> BenchmarkPairs:

@@ -12,6 +12,7 @@ from latentreward.evaluation.policy.report import write_report
 from latentreward.evaluation.policy.results import PolicyReport, ScoredPictures
 from latentreward.evaluation.policy.statistics import compare, policy_scores
 from latentreward.scorers.tools import JudgedPicture
+from tests.accessibility import PHONE, faults
 
 HOSTILE = '</script><script>document.title="owned"</script><img src=x onerror="document.title=1"> `| "\' & ü \u202e'
 PROMPTS = ["a red circle", HOSTILE, "two blue crosses", "x" * 400]
@@ -85,6 +86,13 @@ def test_one_policy_and_narrow_screens(width: int, tmp_path: Path, browser_page:
     while page.evaluate("document.activeElement.className") == "scroll":  # a table wider than the screen
         page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.id") == "by"
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(("width", "dark"), [(PHONE, False), (1200, True)])
+def test_keyboard_contrast_and_width(width: int, dark: bool, tmp_path: Path, browser_page: Any) -> None:
+    report = write(tmp_path, policy(tmp_path, "tuned", FIRST), policy(tmp_path, "base", SECOND))
+    assert faults(browser_page(report, width=width, dark=dark)) == []
 
 
 def test_reports_keep_hostile_texts_as_texts(tmp_path: Path) -> None:

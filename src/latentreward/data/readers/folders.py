@@ -51,7 +51,7 @@ class FolderPairReader(JSONReader):
                 raise InputError(
                     f"root: no folder {self._folder / side}; put the images of pairs into chosen/ and rejected/"
                 )
-        files = {side: _find_images(self._folder / side) for side in SIDES}
+        files = {side: find_images(self._folder / side) for side in SIDES}
         captions = self._read_captions_file() if (self._folder / CAPTIONS_FILE).is_file() else None
         rows = [
             self._check(name, files, captions) for name in sorted({name for side in files.values() for name in side})
@@ -158,7 +158,7 @@ def read_lines(file: Path) -> Iterator[tuple[int, str]]:
         raise InputError(f"{file}: {error.strerror}; give a file of one JSON object per line") from error
 
 
-def _find_images(folder: Path) -> dict[str, list[str]]:
+def find_images(folder: Path) -> dict[str, list[str]]:
     """Find the images in a folder and its subfolders: name → paths relative to the folder's parent."""
     found: dict[str, list[str]] = {}
     for path in sorted(folder.rglob("*")):

@@ -10,18 +10,8 @@ import pyarrow as pa
 from latentreward.contracts import ImageRef
 from latentreward.data.readers.groups import UNRANKED, GroupReader, ImageGroup
 from latentreward.data.readers.json_rows import parse_json, parse_number, short
-from latentreward.data.readers.parquet_store import (
-    ArrowColumns,
-    ParquetPart,
-    RowGroupColumns,
-    check_image_columns,
-    embedded_image,
-    find_parts,
-    locate,
-    open_part,
-    read_index,
-    refuse_missing_parts,
-)
+from latentreward.data.readers.parquet_store import ParquetPart
+from latentreward.data.readers.tables import ParquetTable, Source, SplitTable, open_table, source_name
 from latentreward.errors import InputError
 
 HINT = "give the published files, with a column of images for each rated model"
@@ -45,8 +35,9 @@ class GenAIBenchCMUReader(GroupReader):
     hundreds of MiB in the published file; reading rows in order decodes each row group once.
 
     Args:
-        source: Folder that holds ``{split}-*.parquet``, directly or in ``data/``, or ``GenAI-Bench.parquet``; otherwise
-            the id of a hub data set.
+        source: Folder that holds ``{split}-*.parquet``, directly or in ``data/``, ``{split}.parquet`` or
+            ``GenAI-Bench.parquet``; one parquet file or a pattern of files; a folder that ``save_to_disk`` wrote;
+            otherwise the id of a hub data set. From Python also a ``Dataset`` or ``DatasetDict``.
         split: Name of the split; only ``train`` is published, although the data set is a benchmark.
         revision: Commit, tag or branch of the hub data set; give one, so that the data cannot change.
         memory_map: Copy the images once into the cache of ``datasets``. Reading a row in random order then reads only
@@ -63,7 +54,7 @@ class GenAIBenchCMUReader(GroupReader):
 
     def __init__(
         self,
-        source: str,
+        source: Source,
         split: str = "train",
         *,
         revision: str | None = None,
@@ -71,25 +62,22 @@ class GenAIBenchCMUReader(GroupReader):
         **options: Any,
     ) -> None:
         super().__init__("genai_bench_cmu", split, **options)
-        older = Path(source, OLDER_FILE)
-        parts = [ParquetPart(OLDER_FILE, older)] if older.is_file() else find_parts(source, split, revision)
-        refuse_missing_parts(self, source, split, parts)
-        self.models, columns = _columns(parts[0])
-        check_image_columns(parts, self.models, HINT)
-        index, self._starts = read_index(parts, columns, HINT)
-        self._names, self._rows, self._tags = [part.name for part in parts], list[int](), list[list[str]]()
+        self._table = self._open(source, split, revision)
+        (place, schema), *_ = self._table.schemas()
+        self.models, columns = _columns(place, schema)
+        self._table.check_images(self.models, HINT)
+        index = self._table.read_index(columns, HINT)
+        self._rows, self._tags = list[int](), list[list[str]]()
         self.fill(self._parse(index))
         if not len(self):
-            raise InputError(f"split: {split!r} of {source} has no pairs left; check the files")
-        self._images = (
-            ArrowColumns(parts, self.models, self._starts) if memory_map else RowGroupColumns(parts, self.models)
-        )
-        self.report(f"{source} {split}")
+            raise InputError(f"split: {split!r} of {source_name(source)} has no pairs left; check the files")
+        self._images = self._table.images(self.models, memory_map)
+        self.report(f"{source_name(source)} {split}")
 
     def find_image(self, group: int, position: int) -> ImageRef:
         """Return a reference to an image with its bytes from the parquet file."""
-        (image,) = self._images.read(*locate(self._starts, self._rows[group]), [self.models[position]])
-        return embedded_image(image)
+        (image,) = self._images.read(*self._table.locate(self._rows[group]), [self.models[position]])
+        return self._table.image(image)
 
     def facts(self) -> dict[str, list[Any]]:
         """Return models and ``tags`` of every row; tags are the skills that the prompt needs, a list of texts."""
@@ -99,10 +87,14 @@ class GenAIBenchCMUReader(GroupReader):
         """Return the name of the model of the images at ``position``."""
         return self.models[position]
 
+    def _open(self, source: Source, split: str, revision: str | None) -> SplitTable:
+        if isinstance(source, str) and (older := Path(source, OLDER_FILE)).is_file():
+            return ParquetTable([ParquetPart(OLDER_FILE, older)])
+        return open_table(self, source, split, revision)
+
     def _parse(self, index: pa.Table) -> Iterator[ImageGroup]:
         for number, row in enumerate(index.to_pylist()):
-            part, inner = locate(self._starts, number)
-            name = f"{self._names[part]}:{inner}"
+            name = self._table.row_name(number)
             row_id, prompt, ratings = _fields(row, self.models)
             if prompt is None:
                 self.remarks["null prompt read as empty"] += 1
@@ -127,17 +119,15 @@ class GenAIBenchCMUReader(GroupReader):
             yield ImageGroup(name, prompt or "", [None] * len(ranks), ranks, row_id)
 
 
-def _columns(part: ParquetPart) -> tuple[list[str], dict[str, pa.DataType | None]]:
+def _columns(place: str, schema: pa.Schema) -> tuple[list[str], dict[str, pa.DataType | None]]:
     """Return the sorted names of rated models, and the columns without images to read; for either revision."""
-    with open_part(part) as file:
-        schema = file.schema_arrow
     tags = {name: None for name in ("Tags", *(f"{kind}_skills" for kind in SKILLS)) if name in schema.names}
     if "HumanRatings" in schema.names and pa.types.is_struct(kind := schema.field("HumanRatings").type):
         models = sorted(kind.field(number).name for number in range(kind.num_fields))
         return models, {"Index": pa.string(), "Prompt": pa.large_string(), "HumanRatings": None, **tags}
     models = sorted(name.removesuffix(RATED) for name in schema.names if name.endswith(RATED))
     if not models:
-        raise InputError(f"{part.path}: no column HumanRatings; {HINT}")
+        raise InputError(f"{place}: no column HumanRatings; {HINT}")
     rated = {model + RATED: None for model in models}
     return models, {"id": pa.string(), "prompt": pa.large_string(), **rated, **tags}
 

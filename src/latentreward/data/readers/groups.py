@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from latentreward.contracts import ImageRef, PreferencePair
 from latentreward.data.readers.base import exchange_sides
-from latentreward.data.readers.json_rows import JSONReader, parse_number, parse_text, short
+from latentreward.data.readers.json_rows import JSONReader, parse_number, parse_text, relative_path, short
 
 UNRANKED = float("nan")
 
@@ -228,12 +228,13 @@ def file_image(folder: Path, path: str | None, prefix: str = "") -> ImageRef:
     """Return a reference to an image file that must lie inside ``folder``.
 
     Args:
-        folder: Folder that ``path`` is relative to.
-        path: Path of the file; empty or None for an image that is missing.
+        folder: Folder that holds the file.
+        path: Path of the file, relative to ``folder`` or absolute; empty or None for an image that is missing.
         prefix: Text before the path in ``image_key``.
     """
     if not path:
         return ImageRef("")
+    path = relative_path(path, folder)
     return ImageRef(prefix + str(PurePosixPath(path)), path=folder / path, root=folder)
 
 

@@ -1,4 +1,4 @@
-"""Reader of HPDv3: JSON files with pairs of image files, the preferred one first, with votes and confidence."""
+"""Reader of HPDv3 and HPDv3++: JSON files with pairs of image files, the preferred one first, and votes on them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -31,20 +31,24 @@ NULL_TEXTS = ("", "null", "none", "nan")
 
 
 class HPDv3Reader(JSONReader):
-    """Reader of one JSON file of HPDv3.
+    """Reader of one JSON file of HPDv3, or of the pairs of HPDv3++.
 
     ``path1`` is the preferred image, as published, even where the majority of votes contradicts it: the authors
     weighted annotators by ability. A null or missing prompt is read as an empty prompt. Unreadable votes and
     confidences are read as not published. A row falls under ``on_error`` if it is not a JSON object, its prompt is not
     text or too long, or an image has more than a billion votes. A path that is missing or leads out of ``root`` raises
     InputError in the constructor under ``on_error: raise``; otherwise the problem is found when the image is decoded,
-    as is a missing file. Duplicate rows are kept.
+    as is a missing file. Absolute paths inside ``root`` are read. Duplicate rows are kept.
+
+    HPDv3++ (``Junjun2333/HPDv3-PlusPlus``) has the same rows, with votes and confidence as texts or null, in subfolders
+    of ``root``: ``train/train_aes``, ``train/train_tf``, ``test/test_aes`` and ``test/test_tf`` compare aesthetics or
+    text following. Its ``rollout.json`` holds single images without labels and is not read.
 
     The constructor parses the whole JSON file and keeps it in a compact form.
 
     Args:
         root: Folder with the JSON files and ``images/``; images outside it are not opened.
-        split: Name of the JSON file without suffix: ``all``, ``train`` or ``test``.
+        split: Name of the JSON file without suffix: ``all``, ``train`` or ``test``; of HPDv3++ with its subfolder.
         min_confidence: Leave out rows with a lower confidence than this, e.g. 0.95; rows without confidence are kept.
         label: ``"hard"`` labels the image of ``path1`` with 1. ``"votes"`` uses its fraction of the votes as the label,
             and 1 for a row without votes.

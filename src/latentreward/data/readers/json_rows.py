@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from latentreward.data.images import NO_IMAGE, OUTSIDE
@@ -56,7 +56,7 @@ class JSONReader(SideExchangingReader):
             return
         if not isinstance(path, str) or not path:
             self.refuse(pair_id, f"{field} is {short(path)}, not a path", NO_IMAGE)
-        elif escapes(path):
+        elif escapes(relative_path(path, folder)):
             self.refuse(pair_id, f"{field} {short(path)} leads out of {folder}", OUTSIDE)
 
 
@@ -118,6 +118,21 @@ def parse_text(value: Any) -> str | None:
     if not isinstance(value, str):
         return None
     return value if value.isascii() else value.encode("utf-8", "replace").decode()
+
+
+def relative_path(path: str, folder: Path) -> str:
+    """Return an absolute path that lies inside ``folder`` as a path relative to it; other paths unchanged.
+
+    Links are followed if that is needed to find the path inside ``folder``.
+    """
+    if not path.startswith("/") or "\0" in path:
+        return path
+    for follow in (os.path.normpath, os.path.realpath):
+        for root in (os.path.normpath(folder.absolute()), os.path.realpath(folder)):
+            found = PurePosixPath(follow(path))
+            if found.is_relative_to(root):
+                return str(found.relative_to(root))
+    return path
 
 
 def escapes(path: str) -> bool:

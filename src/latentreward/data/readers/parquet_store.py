@@ -1,8 +1,9 @@
 """Access to data sets stored as several parquet files, through ``datasets`` and ``pyarrow``."""
 
+import glob
 import os
 import re
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,9 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from latentreward.contracts import ImageRef
 from latentreward.data.images import ImageError
-from latentreward.data.readers.base import PairReader, content_key
+from latentreward.data.readers.base import PairReader
 from latentreward.data.readers.hub import fetch_split, is_hub_id
 from latentreward.errors import InputError, first_line
 
@@ -42,27 +42,51 @@ def find_parts(source: str, split: str, revision: str | None = None, config: str
     """Find the parquet files of a split, in the order of their names.
 
     Args:
-        source: Folder that holds ``{split}-*.parquet``, directly or in its subfolder ``data/`` (or the subfolder
-            ``config``, if given); otherwise the id of a hub data set, whose files of this split are downloaded.
+        source: Folder that holds ``{split}-*.parquet`` or ``{split}.parquet``, directly or in its subfolder ``data/``
+            (or the subfolder ``config``, if given); or one parquet file, or a pattern of files with ``*``, ``?`` or
+            ``[]``; otherwise the id of a hub data set, whose files of this split are downloaded.
         split: Name of the split.
         revision: Commit, tag or branch of the hub data set.
         config: Name of the configuration, where the hub data set has several.
 
     Raises:
-        InputError: If the folder, data set or split does not exist.
+        InputError: If the folder, data set or split does not exist, or the split is in the folder in both forms.
     """
     folder = Path(source)
     if folder.is_dir():
         places = (folder / (config or "data"), folder)
         for place in places:
-            paths = sorted(place.glob(f"{split}-*.parquet"))
-            if paths:
-                return [ParquetPart(path.name, path) for path in paths]
-        raise InputError(f"split: no {split}-*.parquet in {places[1]} or {places[0]}; check the split and the folder")
+            paths, whole = sorted(place.glob(f"{split}-*.parquet")), place / f"{split}.parquet"
+            if paths and whole.is_file():
+                raise InputError(
+                    f"split: {place} has {whole.name} and {paths[0].name}; set source to one file, or move one away"
+                )
+            if paths or whole.is_file():
+                return [ParquetPart(path.name, path) for path in paths or [whole]]
+        raise InputError(
+            f"split: no {split}-*.parquet or {split}.parquet in {places[1]} or {places[0]}; check the split and the "
+            "folder"
+        )
+    if not folder.is_file() and glob.has_magic(source):
+        return _matching_parts(source)
+    if folder.is_file() or folder.suffix == ".parquet":
+        return [ParquetPart(folder.name, folder)]
     if not is_hub_id(source):
         raise InputError(f"source: no folder {source!r}, and no hub id either; set it to the folder of the data set")
     files = fetch_split(source, split, ".parquet", revision, config)
     return [ParquetPart(name, path) for name, path in files]
+
+
+def _matching_parts(pattern: str) -> list[ParquetPart]:
+    """Return the files that a pattern matches; rows are named by their file's name, which must therefore differ."""
+    paths = sorted(Path(path) for path in glob.glob(pattern, recursive=True))  # noqa: PTH207 - patterns may be absolute
+    if not paths:
+        raise InputError(f"source: no file matches {pattern}; give a pattern such as data/*.parquet")
+    if twice := next((name for name, files in Counter(path.name for path in paths).items() if files > 1), None):
+        raise InputError(
+            f"source: {pattern} matches several files {twice}; rows are named by their file, so rename them"
+        )
+    return [ParquetPart(path.name, path) for path in paths]
 
 
 def missing_parts(parts: Sequence[ParquetPart]) -> list[str]:
@@ -89,7 +113,7 @@ def read_index(
 
     Args:
         parts: Files of a split.
-        columns: Column → type to cast to; None keeps the file's type.
+        columns: Column → type to cast to; None keeps the files' type, of several the one that holds all values.
         hint: Remedy in the message about a file that lacks a column or has another type.
 
     Returns:
@@ -97,7 +121,7 @@ def read_index(
 
     Raises:
         ImageError: If a part is not a whole parquet file.
-        InputError: If a column is missing or cannot be cast.
+        InputError: If a column is missing or cannot be cast, or has types that do not go together.
     """
     tables = []
     for part in parts:
@@ -114,41 +138,10 @@ def read_index(
                 raise InputError(f"{part.path}: column {name} is {found.type}, not {kind}; {hint}") from error
         tables.append(table)
     starts = np.cumsum([0, *(table.num_rows for table in tables)])[:-1]
-    return pa.concat_tables(tables).combine_chunks(), starts
-
-
-def refuse_missing_parts(reader: PairReader, source: str, split: str, parts: Sequence[ParquetPart]) -> None:
-    """Apply the reader's ``on_error`` (:meth:`PairReader.refuse`) if parts of the split are missing."""
-    if missing := missing_parts(parts):
-        names = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
-        problem = f"{split} lacks {len(missing)} of its parquet parts ({names}); download them"
-        reader.refuse(source, problem, "parquet part missing", len(missing))
-
-
-def check_image_columns(parts: Sequence[ParquetPart], columns: Sequence[str], hint: str, absent: str = "") -> None:
-    """Check that every part has the columns of images, as bytes or as the structs that ``datasets`` writes.
-
-    Args:
-        parts: Files of a split.
-        columns: Names of the columns of images.
-        hint: Remedy at the end of the message.
-        absent: Remedy if all the columns are missing; ``hint`` if empty.
-
-    Raises:
-        InputError: If a column is missing or does not hold images.
-    """
-    for part in parts:
-        with open_part(part) as file:
-            schema = file.schema_arrow
-        if missing := [name for name in columns if name not in schema.names]:
-            remedy = absent if absent and len(missing) == len(columns) else hint
-            raise InputError(f"{part.path}: no column {', '.join(missing)}; {remedy}")
-        for name in columns:
-            kind = schema.field(name).type
-            if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
-                kind = kind.field("bytes").type
-            if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
-                raise InputError(f"{part.path}: column {name} is {kind}, not images; {hint}")
+    try:
+        return pa.concat_tables(tables, promote_options="permissive").combine_chunks(), starts
+    except pa.ArrowException as error:
+        raise InputError(f"{parts[0].path}: no types as in the other files ({first_line(error)}); {hint}") from error
 
 
 def largest_row_group(parts: Sequence[ParquetPart], columns: Sequence[str]) -> int:
@@ -166,12 +159,6 @@ def row_group_bytes(file: pq.ParquetFile, number: int, columns: Sequence[str]) -
     group = file.metadata.row_group(number)
     chunks = [group.column(n) for n in range(group.num_columns)]
     return sum(c.total_uncompressed_size for c in chunks if c.path_in_schema.split(".")[0] in columns)
-
-
-def embedded_image(value: Any, key: str | None = None) -> ImageRef:
-    """Return a reference to an image from a column of bytes, or of structs with bytes; None names it by their hash."""
-    data = value.get("bytes") if isinstance(value, dict) else value
-    return ImageRef(key or content_key(data), data)
 
 
 def locate(starts: np.ndarray, row: int) -> tuple[int, int]:
@@ -217,58 +204,6 @@ def empty_long_prompts(
         first = int(np.flatnonzero(long)[0])
         reader.refuse_long_prompt(name_of(first), int(lengths[first]), int(long.sum()))
     return pc.if_else(pa.array(long), pa.scalar("", texts.type), texts), long
-
-
-class ParquetPairReader(PairReader):
-    """Base of readers of pairs in the parquet files of a split; a ``pair_id`` is ``FILE:ROW``.
-
-    A subclass calls :meth:`open_split` in its constructor and sets ``_rows``, the row numbers to use, and ``_labels``,
-    their labels.
-    """
-
-    _rows: np.ndarray
-    _labels: np.ndarray
-
-    def open_split(
-        self,
-        source: str,
-        split: str,
-        revision: str | None,
-        columns: dict[str, Any],
-        hint: str,
-        config: str | None = None,
-    ) -> pa.Table:
-        """Find the parquet files of a split and read columns from them into one table.
-
-        Missing parts are handled by :func:`refuse_missing_parts`.
-
-        Args:
-            source: Folder or hub id, see :func:`find_parts`.
-            split: Name of the split.
-            revision: Revision on the hub.
-            columns: Column → Arrow type to cast to; None keeps the file's type.
-            hint: Remedy in the message about a file that lacks a column or has another type.
-            config: Configuration of the data set on the hub.
-        """
-        self.split, self._parts = split, find_parts(source, split, revision, config)
-        refuse_missing_parts(self, source, split, self._parts)
-        table, self._starts = read_index(self._parts, columns, hint)
-        return table
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def labels(self) -> np.ndarray:
-        """Return the label of image a of every row, ``(len,)`` float64, NaN for unlabelled rows."""
-        return self._labels.copy()
-
-    def pair_ids(self) -> list[str]:
-        """Return the ``pair_id`` of every row, ``FILE:ROW``."""
-        return [self._pair_id(int(row)) for row in self._rows]
-
-    def _pair_id(self, row: int) -> str:
-        part, inner = locate(self._starts, row)
-        return f"{self._parts[part].name}:{inner}"
 
 
 class RowGroupColumns:

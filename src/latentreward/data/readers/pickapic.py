@@ -1,6 +1,5 @@
 """Reader of Pick-a-Pic v1 and v2: parquet files with pairs of JPEGs and the users' choices."""
 
-import logging
 from typing import Any, Literal
 
 import numpy as np
@@ -8,19 +7,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from latentreward.contracts import PreferencePair
-from latentreward.data.readers.parquet_store import (
-    ArrowColumns,
-    ParquetPairReader,
-    RowGroupColumns,
-    check_image_columns,
-    embedded_image,
-    empty_long_prompts,
-    largest_row_group,
-    locate,
-)
+from latentreward.data.readers.parquet_store import ArrowColumns, RowGroupColumns, empty_long_prompts
+from latentreward.data.readers.tables import DatasetColumns, Source, TablePairReader, source_name, warn_row_groups
 from latentreward.errors import InputError
-
-logger = logging.getLogger(__name__)
 
 IMAGES = ("jpg_0", "jpg_1")
 LABELS = ("label_0", "label_1")
@@ -36,7 +25,6 @@ COLUMNS = {
     "model_0": pa.string(),
     "model_1": pa.string(),
 }
-LARGE_ROW_GROUP = 64 * 2**20
 TOLERANCE = 1e-6
 WITHOUT_IMAGES = (
     "this is the copy without images: take the copy with images, or set images to none for prompts and labels"
@@ -44,7 +32,7 @@ WITHOUT_IMAGES = (
 SCHEMA_HINT = "give the published parquet files, or write a PairReader for your own"
 
 
-class PickAPicReader(ParquetPairReader):
+class PickAPicReader(TablePairReader):
     """Reader of one split of Pick-a-Pic; image 0 is a, image 1 is b.
 
     The label is ``label_0`` (1, 0, or ½ for a tie; ties are kept). A row is unlabelled, and ignored in training and
@@ -56,8 +44,9 @@ class PickAPicReader(ParquetPairReader):
     The constructor reads all columns but the images.
 
     Args:
-        source: Folder that holds ``{split}-*.parquet``, directly or in ``data/``; otherwise the id of a hub data set,
-            which is then downloaded.
+        source: Folder that holds ``{split}-*.parquet``, directly or in ``data/``, or ``{split}.parquet``; one parquet
+            file or a pattern of files; a folder that ``save_to_disk`` wrote; otherwise the id of a hub data set, which
+            is then downloaded. From Python also a ``Dataset`` or ``DatasetDict``.
         split: Name of the split, e.g. ``train``, ``validation_unique`` or ``test_unique``.
         revision: Commit, tag or branch of the hub data set; give one, so that the data cannot change.
         drop_identical: Leave out rows with two identical images (``are_different`` false, or equal uids); recommended
@@ -82,7 +71,7 @@ class PickAPicReader(ParquetPairReader):
 
     def __init__(
         self,
-        source: str,
+        source: Source,
         split: str,
         *,
         revision: str | None = None,
@@ -94,42 +83,37 @@ class PickAPicReader(ParquetPairReader):
     ) -> None:
         super().__init__(**options)
         self.weight = weight
-        self.source = source
         self.holds = "images" if images == "read" else "nothing"
-        table, parts = self.open_split(source, split, revision, COLUMNS, SCHEMA_HINT), self._parts
+        table = self.open_split(source, split, revision, COLUMNS, SCHEMA_HINT)
         self._index = {name: table.column(name).combine_chunks() for name in COLUMNS}
         if images == "read":
-            check_image_columns(parts, IMAGES, SCHEMA_HINT, WITHOUT_IMAGES)
-        self._index["caption"], long = empty_long_prompts(self, table.column("caption"), self._pair_id)
+            self._table.check_images(IMAGES, SCHEMA_HINT, WITHOUT_IMAGES)
+        self._index["caption"], long = empty_long_prompts(self, table.column("caption"), self._table.row_name)
         labels, keep = self._judge_labels(long)
         if drop_identical:
             keep &= self._find_different(keep)
         self._rows, self._labels = np.flatnonzero(keep), labels[keep]
         self._remark("null caption read as empty", _is_null(self._index["caption"])[keep])
         if not len(self):
-            raise InputError(f"split: {split!r} of {source} has no rows left; check the files and drop_identical")
-        self._images: ArrowColumns | RowGroupColumns | None = None
-        if images == "read":
-            self._images = ArrowColumns(parts, IMAGES, self._starts) if memory_map else RowGroupColumns(parts, IMAGES)
-        largest = 0 if images == "none" or memory_map else largest_row_group(parts, IMAGES)
-        if largest > LARGE_ROW_GROUP:
-            logger.warning(
-                "%s %s: a random row costs its row group, %d MiB; set memory_map to true to copy the images once",
-                source,
-                split,
-                largest >> 20,
+            raise InputError(
+                f"split: {split!r} of {source_name(source)} has no rows left; check the files and drop_identical"
             )
-        self.report(f"{source} {split}")
+        self._images: ArrowColumns | RowGroupColumns | DatasetColumns | None = None
+        if images == "read":
+            self._images = self._table.images(IMAGES, memory_map)
+        if images == "read" and not memory_map:
+            warn_row_groups(self._table, IMAGES, f"{source_name(source)} {split}")
+        self.report(f"{source_name(source)} {split}")
 
     def __getitem__(self, index: int) -> PreferencePair:
         row, label = int(self._rows[index]), self._labels[index]
-        jpg_0, jpg_1 = (None, None) if self._images is None else self._images.read(*locate(self._starts, row))
+        jpg_0, jpg_1 = (None, None) if self._images is None else self._images.read(*self._table.locate(row))
         examples = self._value("num_example_per_prompt", row) if self.weight == "per_prompt" else None
         return PreferencePair(
-            pair_id=self._pair_id(row),
+            pair_id=self._table.row_name(row),
             prompt=self._value("caption", row) or "",
-            image_a=embedded_image(jpg_0, self._value("image_0_uid", row)),
-            image_b=embedded_image(jpg_1, self._value("image_1_uid", row)),
+            image_a=self._table.image(jpg_0, self._value("image_0_uid", row)),
+            image_b=self._table.image(jpg_1, self._value("image_1_uid", row)),
             label_a=None if np.isnan(label) else float(label),
             weight=1.0 / examples if examples is not None and examples > 0 else 1.0,
             model_a=self._value("model_0", row),
@@ -165,7 +149,7 @@ class PickAPicReader(ParquetPairReader):
             if bad.any():
                 first = int(np.flatnonzero(bad)[0])
                 problem = f"{name} is {values[first]}, not in [0, 1]"
-                self.refuse(self._pair_id(first), problem, "label outside [0, 1] or NaN", int(bad.sum()))
+                self.refuse(self._table.row_name(first), problem, "label outside [0, 1] or NaN", int(bad.sum()))
             refused |= bad
         candidates = has_label & ~refused
         unequal = np.abs(label_0 + label_1 - 1) > TOLERANCE

@@ -1,45 +1,23 @@
 """Reader of Pick-a-Pic v2 as webdataset tars, with members ``KEY.jpg_0.jpg``, ``KEY.label_0.txt`` and so on."""
 
 import math
-import os
-import tarfile
 from collections import Counter
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from latentreward.contracts import ImageRef, PreferencePair
 from latentreward.data.readers.base import PairReader, content_key
 from latentreward.data.readers.hub import fetch_split, is_hub_id
+from latentreward.data.readers.tars import ABSENT, Extent, Sample, read_extent, read_samples
 from latentreward.errors import InputError
 
 IMAGES = ("jpg_0.jpg", "jpg_1.jpg")
 LABELS = ("label_0.txt", "label_1.txt")
 PROMPT = "original_prompt.txt"
 MEMBERS = (*IMAGES, *LABELS, PROMPT)
-ABSENT = (-1, 0)
-MAX_TEXT = 1 << 20
 TOLERANCE = 1e-6
-
-Extent = tuple[int, int]
-"""Offset and length of a member in its tar, in bytes."""
-
-
-@dataclass
-class _Sample:
-    """One sample of a tar during indexing.
-
-    Attributes:
-        key: Path of its members, up to the first dot of the file name.
-        images: Rest of the file name of each image, e.g. ``jpg_0.jpg`` → offset and length.
-        texts: Rest of the file name of each text, e.g. ``label_0.txt`` → text.
-    """
-
-    key: str
-    images: dict[str, Extent] = field(default_factory=dict)
-    texts: dict[str, str] = field(default_factory=dict)
 
 
 class PickAPicTarReader(PairReader):
@@ -113,7 +91,7 @@ class PickAPicTarReader(PairReader):
     def __getitem__(self, index: int) -> PreferencePair:
         number, _ = self._keys[index]
         with self._tars[number].open("rb", buffering=0) as tar:
-            image_0, image_1 = (_read(tar, extent) for extent in self._extents[index].tolist())
+            image_0, image_1 = (read_extent(tar, extent) for extent in self._extents[index].tolist())
         label = float(self._labels[index])
         return PreferencePair(
             pair_id=self._pair_id(index),
@@ -142,18 +120,16 @@ class PickAPicTarReader(PairReader):
         number, key = self._keys[index]
         return f"{self._names[number]}:{key}"
 
-    def _read_samples(self, tar: Path) -> list[_Sample]:
+    def _read_samples(self, tar: Path) -> list[Sample]:
         """Read the samples of one tar; the last sample of a truncated tar is left out unless it is whole."""
-        members, problem = _scan(tar)
-        with tar.open("rb", buffering=0) as file:
-            samples = _group(members, file)
+        samples, problem = read_samples(tar, IMAGES, (*LABELS, PROMPT))
         if problem is not None:
             if samples and len(samples[-1].images) + len(samples[-1].texts) < len(MEMBERS):
                 samples.pop()
             self.refuse(str(tar), f"{problem}; download it again", "tar not readable to its end")
         return samples
 
-    def _judge(self, tar: Path, sample: _Sample) -> float | None:
+    def _judge(self, tar: Path, sample: Sample) -> float | None:
         """Return the label of image 0, NaN if unlabelled; None if ``on_error`` leaves the row out."""
         if PROMPT not in sample.texts:
             self.remarks["no prompt, read as empty"] += 1
@@ -180,7 +156,7 @@ class PickAPicTarReader(PairReader):
         if first[1] != second[1] or ABSENT in images:
             return False
         with tar.open("rb", buffering=0) as file:
-            identical = _read(file, first) == _read(file, second)
+            identical = read_extent(file, first) == read_extent(file, second)
         self.skipped["identical images"] += identical
         return identical
 
@@ -195,47 +171,6 @@ def _find_tars(root: Path, split: str, revision: str | None) -> list[tuple[str, 
         if tars := sorted(folder.glob("*.tar")):
             return [(tar.name, tar) for tar in tars]
     raise InputError(f"root: no *.tar in {root} or {root / split}; set it to the folder of the tars")
-
-
-def _scan(tar: Path) -> tuple[list[tuple[str, Extent]], str | None]:
-    """List the whole members of a tar, as (name, extent), and describe the damage of the tar; None if it has none."""
-    members, size = [], tar.stat().st_size
-    try:
-        with tarfile.open(tar, "r:") as archive:
-            for member in archive:
-                if member.isreg() and member.offset_data + member.size <= size:
-                    members.append((member.name, (member.offset_data, member.size)))
-            # tarfile stops without an error both at a damaged header and at the zeros that end a whole tar
-            end = archive.offset
-    except tarfile.TarError as error:
-        return members, f"{'the tar ends early' if members else 'not an uncompressed tar'} ({error})"
-    with tar.open("rb", buffering=0) as file:
-        whole = _read(file, (end, tarfile.BLOCKSIZE)) == bytes(tarfile.BLOCKSIZE)
-    return members, None if whole else f"the tar ends early (at byte {end} of {size})"
-
-
-def _group(members: list[tuple[str, Extent]], file: BinaryIO) -> list[_Sample]:
-    """Group consecutive members with one key into samples, and read the texts."""
-    samples: list[_Sample] = []
-    for path, extent in members:
-        folder, _, base = path.removeprefix("./").rpartition("/")
-        stem, _, name = base.partition(".")
-        key = f"{folder}/{stem}" if folder else stem
-        if name not in MEMBERS:
-            continue
-        if not samples or samples[-1].key != key:
-            samples.append(_Sample(key))
-        if name in IMAGES:
-            samples[-1].images[name] = extent
-        elif extent[1] <= MAX_TEXT:
-            samples[-1].texts[name] = (_read(file, extent) or b"").decode("utf-8", "replace")
-    return samples
-
-
-def _read(file: BinaryIO, extent: Extent | list[int]) -> bytes | None:
-    """Read the bytes of a member, fewer if the file was shortened since; None if the extent is ``ABSENT``."""
-    offset, size = extent
-    return None if offset < 0 else os.pread(file.fileno(), size, offset)
 
 
 def _number(text: str | None) -> float | None:

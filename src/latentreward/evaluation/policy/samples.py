@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -15,11 +15,19 @@ from latentreward.data.alignment.prompt_files import PromptRow
 from latentreward.data.readers import count_text
 from latentreward.errors import InputError
 from latentreward.evaluation.policy.imported import FoundPicture, find_pictures, import_pictures
-from latentreward.generation.image_folder import ImageFolder
-from latentreward.generation.picture_writing import Name, decode_latents, write_pictures
+from latentreward.generation.image_folder import ImageFolder, Row
+from latentreward.generation.picture_writing import (
+    Name,
+    PictureWriting,
+    decode_latents,
+    left_over_rows,
+    make_pictures,
+    picture_batches,
+)
 from latentreward.generation.trained_policy import TrainedPolicy, offload_text_encoders, plain
 from latentreward.policies import PolicySource
 from latentreward.policies.checkpoint import read_policy_adapter
+from latentreward.ranks.crew import Crew
 from latentreward.rollout import Sampling, sample_latents
 from latentreward.scorers.tools import JudgedPicture
 from latentreward.scoring.network import name_of
@@ -132,6 +140,34 @@ class SamplingPlan:
         return scale if policy.images is not None else policy.trained.source().resolve_family().guidance(scale)
 
 
+def sampling_task(
+    policy: JudgedPolicy, plan: SamplingPlan, folder: Path, batches: Sequence[list[list[Any]]]
+) -> Callable[[list[list[Any]]], list[Row]]:
+    """Load a generator, and return the function that samples a batch of pictures into ``folder``.
+
+    Args:
+        policy: Policy with a generator.
+        plan: Settings for sampling.
+        folder: Folder of the pictures.
+        batches: See :func:`~latentreward.generation.picture_writing.picture_batches`.
+    """
+    generator = policy.trained.load(plan.device)
+    shown = [prompt for batch in batches for _, _, prompt in batch]
+    offload_text_encoders(generator, None, shown, plan.device)
+    how: dict[str, Any] = {"guidance_scale": plan.guidance_of(policy), "seed": plan.seed}
+
+    def draw(prompts: PromptBatch) -> tuple[torch.Tensor, None]:
+        return sample_latents(generator, prompts, plan.sampling, **how), None
+
+    key = (SHARED if plan.shared_noise else PER_PROMPT).format
+    return PictureWriting(folder, draw, partial(decode_latents, generator), plan.seed, key).write
+
+
+def pictures_of(slot: str) -> str:
+    """Return the name of the task that samples the pictures of the policy with the folder ``slot``."""
+    return f"pictures of {slot}"
+
+
 class SampledPictures:
     """Pictures of a generator in a folder; pictures of an earlier run with equal settings are kept.
 
@@ -142,44 +178,36 @@ class SampledPictures:
         plan: Settings for sampling.
         rows: Set of prompts.
         wanted: (index in ``rows``, number of the picture of that prompt) of each wanted picture.
-        folder: Folder of the pictures.
+        folder: Folder of the pictures; its name is that of the policy's folders.
+        crew: Processes that sample.
 
     Raises:
         InputError: If the folder holds pictures made with other settings.
     """
 
     def __init__(
-        self, policy: JudgedPolicy, plan: SamplingPlan, rows: Sequence[PromptRow], wanted: Sequence[Name], folder: Path
+        self,
+        policy: JudgedPolicy,
+        plan: SamplingPlan,
+        rows: Sequence[PromptRow],
+        wanted: Sequence[Name],
+        folder: Path,
+        crew: Crew,
     ) -> None:
-        self._trained, self._plan, self._rows, self._wanted = policy.trained, plan, rows, wanted
-        self._guidance = plan.guidance_of(policy)
-        settings: dict[str, Any] = {"sampling": plan.sampling, "guidance_scale": self._guidance, "seed": plan.seed}
-        settings |= {"shared_noise": plan.shared_noise}
-        self._folder = ImageFolder(folder, self._trained.identity() | plain(settings), "csv")
+        self._plan, self._rows, self._wanted, self._crew = plan, rows, wanted, crew
+        self._task = pictures_of(folder.name)
+        settings: dict[str, Any] = {"sampling": plan.sampling, "guidance_scale": plan.guidance_of(policy)}
+        settings |= {"seed": plan.seed, "shared_noise": plan.shared_noise}
+        identity = policy.trained.identity() | plain(settings)
+        self._folder = ImageFolder(folder, identity, "csv", left_over_rows(crew, self._task))
         self.missing = [name for name in wanted if not self._folder.has(*name, rows[name[0]].prompt)]
 
     def make(self) -> None:
-        """Load the generator and sample the missing pictures; does nothing if none is missing."""
-        if not self.missing:
-            return
-        plan = self._plan
-        generator = self._trained.load(plan.device)
-        offload_text_encoders(generator, None, [self._rows[place].prompt for place, _ in self.missing], plan.device)
-        how: dict[str, Any] = {"guidance_scale": self._guidance, "seed": plan.seed}
-
-        def draw(prompts: PromptBatch) -> tuple[torch.Tensor, None]:
-            return sample_latents(generator, prompts, plan.sampling, **how), None
-
-        write_pictures(
-            self._folder,
-            [row.prompt for row in self._rows],
-            self.missing,
-            draw,
-            partial(decode_latents, generator),
-            plan.seed,
-            plan.batch_size,
-            (SHARED if plan.shared_noise else PER_PROMPT).format,
-        )
+        """Sample the missing pictures by :func:`sampling_task`; does nothing if none is missing."""
+        if self.missing:
+            texts = [row.prompt for row in self._rows]
+            batches = picture_batches(self._wanted, self.missing, texts, self._plan.batch_size)
+            make_pictures(self._crew, self._task, batches, self._folder)
 
     def pictures(self) -> dict[Name, JudgedPicture]:
         """Return (index of the prompt, number of the picture) → picture; call :meth:`make` first."""
@@ -225,10 +253,11 @@ def make_source(
     rows: Sequence[PromptRow],
     wanted: Sequence[Name],
     folder: Path,
+    crew: Crew,
 ) -> Source:
     """Return the source of a policy's pictures; a generator, for which ``found`` is None, writes to ``folder``."""
     if found is None:
-        return SampledPictures(policy, plan, rows, wanted, folder)
+        return SampledPictures(policy, plan, rows, wanted, folder, crew)
     return FolderPictures(policy, found, rows, wanted)
 
 

@@ -2,8 +2,9 @@
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from latentreward.data.images import decode_image
 from latentreward.errors import InputError, did_you_mean
 from latentreward.evaluation.policy.results import ScoredPictures
 from latentreward.interrupts import interrupts_held
+from latentreward.ranks.crew import Crew
 from latentreward.scorers import ImageScorer, Scorer
 from latentreward.scorers.fingerprints import scorer_fingerprints
 from latentreward.scorers.tools import JudgedPicture, ToolScorer
@@ -34,10 +36,12 @@ class ScoreStore:
     Args:
         path: File of JSON lines; the first line holds the identity of the scorer.
         identity: Identity of the scorer and its files.
+        order: Keys in the order in which their scores are written; others come before them.
     """
 
-    def __init__(self, path: Path, identity: str) -> None:
+    def __init__(self, path: Path, identity: str, order: Sequence[str] = ()) -> None:
         self.path, self.identity = path, identity
+        self._places = {key: place for place, key in enumerate(order)}
         self._known: dict[str, Scores] = {}
         try:
             head, *lines = path.read_text(encoding="utf-8").splitlines()
@@ -54,6 +58,7 @@ class ScoreStore:
     def add(self, scores: Mapping[str, Scores]) -> None:
         """Add scores and rewrite the file; the old file stays until the new one is complete."""
         self._known |= scores
+        self._known = dict(sorted(self._known.items(), key=lambda item: self._places.get(item[0], -1)))
         rows = [{"scorer": self.identity}, *({"picture": key, "scores": row} for key, row in self._known.items())]
         write_file(self.path, "".join(json.dumps(row) + "\n" for row in rows))
 
@@ -81,6 +86,38 @@ def score_names(scorers: Sequence[Scorer]) -> list[str]:
     return names
 
 
+def scores_of(slot: str) -> str:
+    """Return the name of the task that scores the pictures of the policy with the folder ``slot``."""
+    return f"scores of {slot}"
+
+
+def scoring_task(
+    scorers: Sequence[Scorer], prepare: Callable[[], None], chunks: Sequence[dict[str, Any]]
+) -> Callable[[dict[str, Any]], dict[str, list[Scores]]]:
+    """Load the scorers of images, and return the function that scores a chunk of pictures.
+
+    Args:
+        scorers: Scorers that passed :func:`score_names`.
+        prepare: Function that loads those of images.
+        chunks: See :meth:`PictureScoring.chunks`.
+    """
+    prepare()
+    images = [scorer for scorer in scorers if isinstance(scorer, ImageScorer)]
+
+    def score(chunk: dict[str, Any]) -> dict[str, list[Scores]]:
+        pixels = [decode_image(ImageRef(file, path=Path(path))) for file, path, _ in chunk["pictures"]]
+        found = {}
+        for scorer in images:
+            wanted = chunk["wanted"].get(scorer.name, [])
+            if wanted:
+                prompts = [chunk["pictures"][row][2] for row in wanted]
+                scores = scorer(prompts, [pixels[row] for row in wanted])
+                found[scorer.name] = [tuple(row) for row in scores.reshape(len(wanted), -1).tolist()]
+        return found
+
+    return score
+
+
 class PictureScoring:
     """Scoring of one policy's pictures, with scores kept in ``folder``.
 
@@ -88,20 +125,55 @@ class PictureScoring:
         policy: Name of the policy.
         pictures: Pictures of the policy, in order of prompts and of numbers within a prompt.
         scorers: Scorers that passed :func:`score_names`.
-        folder: Folder of the files of scores, and of the working folders of whole-set scorers.
+        folder: Folder of the files of scores, and of the working folders of whole-set scorers; its name is that of the
+            policy's folders.
+        crew: Processes that score.
     """
 
-    def __init__(self, policy: str, pictures: Sequence[JudgedPicture], scorers: Sequence[Scorer], folder: Path) -> None:
+    def __init__(
+        self, policy: str, pictures: Sequence[JudgedPicture], scorers: Sequence[Scorer], folder: Path, crew: Crew
+    ) -> None:
         self.policy, self.pictures, self.scorers, self.folder = policy, tuple(pictures), list(scorers), folder
+        self._crew, self._task = crew, scores_of(folder.name)
         self._keys = [picture_key(picture) for picture in pictures]
         self._stores = {
-            scorer.name: ScoreStore(folder / f"{scorer.name}.jsonl", told_apart(scorer, policy)) for scorer in scorers
+            scorer.name: ScoreStore(folder / f"{scorer.name}.jsonl", told_apart(scorer, policy), self._keys)
+            for scorer in scorers
         }
+        self._keep(crew.left_over(self._task))
 
     def missing(self, scorer: Scorer) -> list[int]:
         """Return the rows of the pictures that a scorer has not scored yet."""
         store = self._stores[scorer.name]
         return [row for row, key in enumerate(self._keys) if store.get(key) is None]
+
+    def chunks(self) -> list[dict[str, Any]]:
+        """List what scorers of images have to do, by chunks of pictures.
+
+        All pictures are cut, and then those with all scores are left out: a run that goes on scores pictures together
+        with those that a run without a stop would score them with.
+
+        Returns:
+            For each chunk ``pictures``, its unscored pictures as [file, path, prompt], their ``keys``, ``wanted``, from
+            name of a scorer to indices of the pictures that it has not scored, and ``identities`` of these scorers.
+        """
+        images = [scorer for scorer in self.scorers if isinstance(scorer, ImageScorer)]
+        missing = {scorer.name: {*self.missing(scorer)} for scorer in images}
+        found = []
+        for start in range(0, len(self.pictures), CHUNK):
+            chunk = range(start, min(start + CHUNK, len(self.pictures)))
+            rows = [row for row in chunk if any(row in of_scorer for of_scorer in missing.values())]
+            if rows:
+                wanted = {name: [n for n, row in enumerate(rows) if row in left] for name, left in missing.items()}
+                found.append(
+                    {
+                        "pictures": [[p.file, str(p.path), p.prompt] for p in (self.pictures[row] for row in rows)],
+                        "keys": [self._keys[row] for row in rows],
+                        "wanted": wanted,
+                        "identities": {name: self._stores[name].identity for name in wanted},
+                    }
+                )
+        return found
 
     def score(self) -> ScoredPictures:
         """Score the missing pictures and return all scores.
@@ -109,26 +181,27 @@ class PictureScoring:
         Raises:
             InputError: If a scorer fails or returns a number that is not finite.
         """
-        images = [scorer for scorer in self.scorers if isinstance(scorer, ImageScorer)]
-        missing, total = sorted({row for scorer in images for row in self.missing(scorer)}), len(self.pictures)
-        with Progress(f"scores of {self.policy}", total, "pictures", total - len(missing)) as progress:
-            for start in range(0, len(missing), CHUNK):
-                rows = missing[start : start + CHUNK]
-                self._score_images(images, rows)
-                progress.add(len(rows))
+        chunks, total = self.chunks(), len(self.pictures)
+        done = total - sum(len(chunk["keys"]) for chunk in chunks)
+        name = f"scores of {self.policy}"
+        with Progress(name, total, "pictures", done, processes=self._crew.size) as progress:
+            self._crew.each(self._task, chunks, self._keep, lambda chunk: progress.add(len(chunk["keys"])))
         for scorer in self.scorers:
             if isinstance(scorer, ToolScorer) and self.missing(scorer):
                 self._score_set(scorer)
         return ScoredPictures(self.policy, self.pictures, self._all())
 
-    def _score_images(self, scorers: Sequence[ImageScorer], rows: Sequence[int]) -> None:
-        pixels = {row: decode_image(ImageRef(self.pictures[row].file, path=self.pictures[row].path)) for row in rows}
-        for scorer in scorers:
-            store = self._stores[scorer.name]
-            wanted = [row for row in rows if store.get(self._keys[row]) is None]
-            scores = scorer([self.pictures[row].prompt for row in wanted], [pixels[row] for row in wanted])
-            values = scores.reshape(len(wanted), -1).tolist()
-            store.add({self._keys[row]: tuple(value) for row, value in zip(wanted, values, strict=True)})
+    def _keep(self, found: Sequence[tuple[dict[str, Any], dict[str, list[Scores]]]]) -> None:
+        """Store the scores of chunks, but for those that a scorer with other settings gave in an earlier run."""
+        for name, store in self._stores.items():
+            scores = {
+                chunk["keys"][row]: tuple(of_row)
+                for chunk, result in found
+                if chunk["identities"].get(name) == store.identity
+                for row, of_row in zip(chunk["wanted"][name], result.get(name, []), strict=True)
+            }
+            if scores:
+                store.add(scores)
 
     def _score_set(self, scorer: ToolScorer) -> None:
         work = self.folder / f"{scorer.name}.work"

@@ -1,0 +1,167 @@
+"""Writing of a reader's pairs as parquet files that the library ``datasets`` loads as one split."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from latentreward.contracts import ImageRef, PreferencePair
+from latentreward.data.images import ImageError, open_source, read_header
+from latentreward.data.readers import PairReader
+from latentreward.data.readers.base import OWN_ON_ERROR
+from latentreward.errors import InputError, check_at_least_one
+from latentreward.storage.durable import replacing, write_file
+from latentreward.storage.progress import Progress
+
+SPLIT = r"\w+(\.\w+)*"
+"""Pattern of the names of splits that ``datasets`` allows."""
+ROW_GROUP = 32
+"""Rows that are decoded together when a row is read in random order, and kept in memory while writing."""
+KEPT = "finished files are kept: free some space and run the same command again"
+
+
+@dataclass(frozen=True)
+class ExportedSplit:
+    """Files of an exported split.
+
+    Attributes:
+        files: Parquet files, in the order of the rows.
+        rows: Rows in all files.
+        written: Number of files that this call wrote; the others were there.
+        left_out: Number of rows of the reader without a readable image, which ``on_error: skip`` left out.
+    """
+
+    files: list[Path]
+    rows: int
+    written: int
+    left_out: int
+
+
+def export_split(
+    reader: PairReader, output: Path, split: str, spec: Mapping[str, Any], rows_per_file: int = 1000
+) -> ExportedSplit:
+    """Write the pairs of a reader to ``OUTPUT/data/SPLIT-NNNNN-of-NNNNN.parquet``, with the images' bytes as they are.
+
+    A file appears only when it is complete. Files that are there already are kept, so that a killed export goes on.
+    Every image's header is read. A row with an image that cannot be read falls under the reader's ``on_error``;
+    ``placeholder`` writes it without label and without that image. The columns are those of
+    :class:`~latentreward.data.readers.dataset_pairs.DatasetPairReader`.
+
+    Args:
+        reader: Reader of images.
+        output: Folder of the data set, which may hold other splits.
+        split: Name of the split.
+        spec: JSON-compatible description of the reader's data; files that were begun with another one are refused.
+        rows_per_file: Rows of the reader per file.
+
+    Raises:
+        InputError: If a setting is wrong, an image cannot be read under ``on_error: raise``, or ``output`` holds the
+            split of other data.
+    """
+    check_at_least_one(rows_per_file=rows_per_file)
+    if not re.fullmatch(SPLIT, split):
+        raise InputError(f"split is {split!r}; give a name of letters, digits and underscores")
+    if reader.holds != "images":
+        raise InputError(f"reader: {type(reader).__name__} holds {reader.holds}; only images can be exported")
+    _keep_spec(output / f"export_{split}.json", {**spec, "rows_per_file": rows_per_file}, output, split)
+    total = -(-len(reader) // rows_per_file)
+    files = [output / "data" / f"{split}-{number:05d}-of-{total:05d}.parquet" for number in range(total)]
+    missing = [number for number, file in enumerate(files) if not file.is_file()]
+    with Progress("export-pairs", total, "files", total - len(missing)) as progress:
+        for number in missing:
+            rows = range(number * rows_per_file, min((number + 1) * rows_per_file, len(reader)))
+            with replacing(files[number], KEPT) as partial:
+                _write_rows(reader, rows, partial)
+            progress.add()
+    rows = sum(pq.read_metadata(file).num_rows for file in files)
+    return ExportedSplit(files, rows, len(missing), len(reader) - rows)
+
+
+def _keep_spec(file: Path, spec: Mapping[str, Any], output: Path, split: str) -> None:
+    """Record what a split is made from, or compare it with what an earlier export recorded."""
+    try:
+        found = json.loads(file.read_bytes()) if file.is_file() else None
+    except ValueError:
+        found = {}
+    if found is None and any((output / "data").glob(f"{split}-*.parquet")):
+        raise InputError(f"output: {output} holds files of {split} that no export wrote; choose another folder")
+    if found not in (None, dict(spec)):
+        raise InputError(
+            f"output: {output} holds {split} of other rows or settings; choose another folder, or delete {file} and "
+            f"the files of {split}"
+        )
+    write_file(file, json.dumps(spec, indent=1), KEPT)
+
+
+def _write_rows(reader: PairReader, rows: range, file: Path) -> None:
+    schema = _features().arrow_schema
+    with pq.ParquetWriter(file, schema) as writer:
+        kept: list[dict[str, Any]] = []
+        for row in rows:
+            if (values := _values(reader, reader[row])) is not None:
+                kept.append(values)
+            if len(kept) == ROW_GROUP:
+                writer.write_table(pa.Table.from_pylist(kept, schema))
+                kept.clear()
+        if kept:
+            writer.write_table(pa.Table.from_pylist(kept, schema))
+
+
+def _values(reader: PairReader, pair: PreferencePair) -> dict[str, Any] | None:
+    """Return the columns of a pair; None if ``on_error`` leaves it out."""
+    images, sound = list[dict[str, Any] | None](), True
+    for image in (pair.image_a, pair.image_b):
+        try:
+            images.append({"bytes": _read(image), "path": None})
+        except ImageError as error:
+            if reader.on_error == "raise":
+                remedy = f"replace the file, or set {OWN_ON_ERROR} to skip or placeholder"
+                raise ImageError(f"{pair.pair_id}: {error}; {remedy}", error.problem) from error
+            images.append(None)
+            sound = False
+    if not sound and reader.on_error == "skip":
+        return None
+    image_a, image_b = images
+    return {
+        "pair_id": pair.pair_id,
+        "prompt": pair.prompt,
+        "image_a": image_a,
+        "image_b": image_b,
+        "label": pair.label_a if sound else None,
+        "weight": pair.weight,
+        "votes": pair.votes,
+        "confidence": pair.confidence,
+        "model_a": pair.model_a,
+        "model_b": pair.model_b,
+        "group_id": pair.group_id,
+        "key_a": pair.image_a.image_key,
+        "key_b": pair.image_b.image_key,
+    }
+
+
+def _read(image: ImageRef) -> bytes:
+    """Return the bytes of an image whose header can be read."""
+    read_header(image)
+    source = open_source(image)
+    return source.read_bytes() if isinstance(source, Path) else source.getvalue()
+
+
+def _features() -> Any:
+    from datasets import Features, Image, List, Value  # slow to import
+
+    texts = ("pair_id", "prompt", "model_a", "model_b", "group_id", "key_a", "key_b")
+    numbers = ("label", "weight", "confidence")
+    return Features(
+        {
+            **{name: Value("string") for name in texts},
+            **{name: Value("float64") for name in numbers},
+            "votes": List(Value("int64")),
+            "image_a": Image(),
+            "image_b": Image(),
+        }
+    )

@@ -1,0 +1,206 @@
+"""Reader of pairs of your own in a table: a ``datasets`` object or folder, parquet files, or a hub data set."""
+
+import os
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from latentreward.contracts import ImageRef
+from latentreward.data.images import NO_IMAGE
+from latentreward.data.readers.groups import file_image
+from latentreward.data.readers.json_rows import short
+from latentreward.data.readers.pair_rows import BY_LABEL, MODELS, NO_LABEL, ROWS, WINNER_FIRST, PairRowReader
+from latentreward.data.readers.tables import (
+    Source,
+    class_names,
+    holds_images,
+    name_class,
+    open_table,
+    source_name,
+    warn_row_groups,
+)
+from latentreward.errors import InputError, did_you_mean
+
+OPTIONAL = ("label", "votes", "confidence", "weight", "pair_id", "group_id", *MODELS)
+KEYS = ("key_a", "key_b")
+"""Columns with the names of the first and the second image."""
+FIELDS = ("prompt", *WINNER_FIRST, *BY_LABEL, *OPTIONAL, *KEYS)
+
+
+class DatasetPairReader(PairRowReader):
+    """Reader of a table with columns ``prompt`` and ``chosen``, ``rejected`` or ``image_a``, ``image_b``, ``label``.
+
+    The columns mean what the keys of :class:`~latentreward.data.readers.jsonl.JSONLPairReader` mean, and are checked by
+    the same rules. A column of images holds bytes, structs with ``bytes`` as ``datasets`` writes them for its feature
+    ``Image``, or paths. Optional columns are ``votes``, ``confidence``, ``weight``, ``pair_id`` (default ``FILE:ROW``,
+    or ``SPLIT:ROW`` of a ``Dataset``), ``group_id``, ``model_a``, ``model_b`` and, with the names of the two images,
+    ``key_a`` and ``key_b``; an image without name is named by a hash of its bytes. Other columns are not read. A label
+    with the feature ``ClassLabel`` counts by the name of its class, which must be ``a``, ``b``, ``tie`` or a number.
+
+    The constructor reads all these columns but the images, which are read row by row. No code of a data set is run.
+
+    Args:
+        source: Folder that ``save_to_disk`` wrote; folder that holds ``{split}-*.parquet`` or ``{split}.parquet``,
+            directly or in ``data/``; one parquet file or a pattern of files; otherwise the id of a hub data set of
+            parquet files, which is then downloaded. From Python also a ``Dataset`` or ``DatasetDict``.
+        split: Name of the split.
+        revision: Commit, tag or branch of the hub data set; give one, so that the data cannot change.
+        config: Name of the configuration, where the hub data set has several.
+        columns: Names of the columns where they differ, by the names above, e.g. ``{prompt: caption, image_a: jpg_0,
+            image_b: jpg_1, label: label_0}``.
+        root: Folder that paths in columns are relative to and that the files must lie in; by default the folder of
+            ``source``. Paths in a ``Dataset`` may lead anywhere if ``root`` is not given.
+        memory_map: Copy the images of parquet files once into the cache of ``datasets``. Reading a row in random order
+            then reads only this row, not its row group.
+        options: See :class:`~latentreward.data.readers.base.SideExchangingReader`. Rows with ``chosen`` and
+            ``rejected`` change sides at random; rows with ``image_a`` and ``image_b`` stay as written.
+
+    Raises:
+        InputError: If the split cannot be found, is damaged, lacks a column or rows, a column has another type, or a
+            row breaks a rule under ``on_error: raise``.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        split: str = "train",
+        *,
+        revision: str | None = None,
+        config: str | None = None,
+        columns: Mapping[str, str] | None = None,
+        root: str | None = None,
+        memory_map: bool = False,
+        **options: Any,
+    ) -> None:
+        name = source_name(source)
+        super().__init__(Path(name).name, split, **options)
+        self._rows = open_table(self, source, split, revision, config)
+        ((place, schema), *_) = self._rows.schemas()
+        chosen = choose_columns(schema, columns or {}, place)
+        self._fields = WINNER_FIRST if WINNER_FIRST[0] in chosen else BY_LABEL
+        images = [chosen[field] for field in self._fields]
+        self._root = Path(root) if root else _folder_of(source)
+        self._embedded = any(holds_images(schema.field(image).type) for image in images)
+        self._classes = class_names(schema, chosen.get("label", ""))
+        if self._embedded:
+            self._rows.check_images(images, "give bytes or paths in both columns of images")
+        elif self._root is None and not self._rows.files:
+            raise InputError(f"root: {place} holds paths in {images[0]}; set root to the folder of the image files")
+        read = {field: column for field, column in chosen.items() if not (self._embedded and field in self._fields)}
+        index = self._rows.read_index(dict.fromkeys(read.values()), "give every file of the split the same columns")
+        self._images = self._rows.images(images, memory_map) if self._embedded else None
+        self.fill(self._read_rows(index, read))
+        if not len(self):
+            raise InputError(f"split: {split!r} of {name} has no rows left; check the files")
+        if self.remarks[NO_LABEL] and "label" not in chosen:
+            told = f"no column label among {', '.join(schema.names)}; name it in columns"
+            self.remarks[f"unlabelled ({told})"] = self.remarks.pop(NO_LABEL)
+        if self._embedded and not memory_map:
+            warn_row_groups(self._rows, images, f"{name} {split}")
+        self.report(f"{name} {split}")
+
+    def find_images(self, row: int, paths: tuple[str | None, str | None]) -> tuple[ImageRef, ImageRef]:
+        """Return the images of a row with their bytes, or references to their files."""
+        if self._images is not None:
+            values = self._images.read(*self._rows.locate(row))
+            first, second = (self._rows.image(value, key) for value, key in zip(values, paths, strict=True))
+        elif self._root is not None:
+            first, second = (file_image(self._root, path) for path in paths)
+        else:
+            first, second = (ImageRef(path or "", path=Path(path) if path else None) for path in paths)
+        return first, second
+
+    def check_images(self, name: str, row: dict[str, Any], fields: tuple[str, str]) -> None:
+        """Check the paths of a row, applying ``on_error``; bytes are checked when they are decoded."""
+        for field in fields if self._images is None else ():
+            if self._root is not None:
+                self.check_path(name, field, row.get(field), self._root)
+            elif self.on_error == "raise" and not row.get(field):
+                self.refuse(name, f"{field} is {short(row.get(field))}, not a path", NO_IMAGE)
+
+    def _read_rows(self, index: pa.Table, read: Mapping[str, str]) -> Iterator[tuple[str, int, dict[str, Any]]]:
+        """Yield name, number and fields of every row; the fields of images in bytes hold the images' names."""
+        number = 0
+        for batch in index.to_batches(max_chunksize=ROWS):
+            for values in zip(*(batch.column(column).to_pylist() for column in read.values()), strict=True):
+                row = dict(zip(read, values, strict=True))
+                keys = [row.pop(key, None) for key in KEYS]
+                if self._embedded:
+                    row |= dict(zip(self._fields, keys, strict=True))
+                if self._classes is not None:
+                    row["label"] = name_class(self._classes, row["label"])
+                yield self._rows.row_name(number), number, row
+                number += 1
+
+
+def choose_columns(schema: pa.Schema, named: Mapping[str, str], place: str) -> dict[str, str]:
+    """Choose the columns of a table's fields.
+
+    Args:
+        schema: Columns of the table.
+        named: Field → column, as the user named them.
+        place: Name of the table in messages.
+
+    Returns:
+        Field, one of ``FIELDS`` → column. Of the fields of images it has ``chosen`` and ``rejected``, or ``image_a``
+        and ``image_b``.
+
+    Raises:
+        InputError: If a name is wrong, or the prompt or the images are missing or could be several columns.
+    """
+    found = name_columns(schema.names, named, place)
+    there = f"it has {', '.join(schema.names)}"
+    if "prompt" not in found:
+        raise InputError(f"{place}: no column prompt ({there}); name it, e.g. columns: {{prompt: caption}}")
+    pairs = [pair for pair in (WINNER_FIRST, BY_LABEL) if all(_may_be_image(schema, found.get(one)) for one in pair)]
+    asked = [pair for pair in pairs if any(field in named for field in pair)]
+    if len(asked or pairs) != 1:
+        what = "no columns of images or paths" if not pairs else "both"
+        raise InputError(
+            f"{place}: {what} chosen and rejected, or image_a and image_b ({there}); name one pair of them, e.g. "
+            "columns: {image_a: jpg_0, image_b: jpg_1, label: label_0}"
+        )
+    (images,) = asked or pairs
+    return without_other_images(found, images)
+
+
+def name_columns(present: Collection[str], named: Mapping[str, str], place: str) -> dict[str, str]:
+    """Return the column of every field that a table has: the one that the user named, or the one with its name.
+
+    Args:
+        present: Columns of the table.
+        named: Field → column, as the user named them.
+        place: Name of the table in messages.
+
+    Raises:
+        InputError: If there is no such field or column.
+    """
+    for field, column in named.items():
+        if field not in FIELDS:
+            raise InputError(f"columns: there is no field {field!r}{did_you_mean(field, FIELDS)}")
+        if column not in present:
+            raise InputError(f"columns.{field}: no column {column!r} in {place}{did_you_mean(column, present)}")
+    return {field: named.get(field, field) for field in FIELDS if named.get(field, field) in present}
+
+
+def without_other_images(columns: Mapping[str, str], images: tuple[str, str]) -> dict[str, str]:
+    """Leave out the fields of images other than the two given ones."""
+    unused = {*WINNER_FIRST, *BY_LABEL} - {*images}
+    return {field: column for field, column in columns.items() if field not in unused}
+
+
+def _may_be_image(schema: pa.Schema, column: str | None) -> bool:
+    if column is None:
+        return False
+    kind = schema.field(column).type
+    return holds_images(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _folder_of(source: Source) -> Path | None:
+    """Return the folder of a local source, which holds the files that its paths name; None for others."""
+    if not isinstance(source, str | os.PathLike):
+        return None
+    path = Path(source)
+    return path if path.is_dir() else path.parent if path.is_file() else None

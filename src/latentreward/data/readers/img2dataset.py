@@ -1,0 +1,250 @@
+"""Reader of folders that img2dataset writes: single images with captions and further columns, compared by a column."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+
+from latentreward.contracts import ImageRef
+from latentreward.data.readers.groups import UNRANKED, GroupReader, ImageGroup, file_image
+from latentreward.data.readers.json_rows import parse_json, parse_number, parse_text, short
+from latentreward.data.readers.parquet_store import ParquetPart, RowGroupColumns, open_part, read_index
+from latentreward.data.readers.tables import holds_images
+from latentreward.data.readers.tars import read_extent, read_samples
+from latentreward.errors import InputError, did_you_mean
+
+ENCODED = ("jpg", "png", "webp")
+"""Values of img2dataset's ``encode_format``, the suffixes of its images and the names of its column of images."""
+CAPTION, TEXT, META = "caption", "txt", "json"
+STATUS, SUCCESS = "status", "success"
+STATS = "*_stats.json"
+"""Files that img2dataset writes beside every finished shard."""
+HINT = "give the folder that img2dataset wrote"
+NAMED_KEYS = 12
+
+
+@dataclass(frozen=True)
+class _Image:
+    """One image of a shard.
+
+    Attributes:
+        name: ``SHARD/KEY``.
+        caption: Raw text; None if the image has none.
+        group: Value that it shares with the other images of its group; None if it has none.
+        rating: Value by which it is compared with them.
+        place: Two numbers by which the format finds the image in its shard.
+    """
+
+    name: str
+    caption: str | None
+    group: str | None
+    rating: Any
+    place: tuple[int, int] = (0, 0)
+
+
+class Img2DatasetReader(GroupReader):
+    """Reader of a folder that img2dataset wrote, in its formats ``webdataset``, ``files`` or ``parquet``.
+
+    Such a folder holds single images. Images of one caption, or of one value of the column ``group``, are a group, and
+    each pair of a group's images is a row, labelled by the column ``rating``. Both columns come from img2dataset's
+    option ``save_additional_columns``. Equal ratings are ties and are kept. Pairs of an image without a rating are
+    unlabelled. Images without a caption or without the column ``group`` are left out and counted, as are images that
+    img2dataset could not download; a caption or value that only one image has gives no row.
+
+    An image whose ``.json`` cannot be read falls under ``on_error``, as does a group as a whole if it has a rating
+    that is not a number, more than ``max_group`` images, several captions, or a caption that is too long.
+
+    The constructor reads captions and columns of all images once: the headers and texts of tars, a ``.json`` for each
+    image of ``files``, or the columns without images of parquet files. Images are read row by row, at their place.
+
+    Args:
+        root: Folder with the shards: ``00000.tar``, …; or ``00000/000000000.jpg``, …; or ``00000.parquet``, … with a
+            column ``jpg``, ``png`` or ``webp``.
+        split: Name of the split.
+        rating: Name of the column by which images are compared; null leaves all pairs unlabelled.
+        best: Which rating is the best one: ``highest`` for scores, ``lowest`` for ranks.
+        group: Name of the column whose value the images of a group share.
+        max_group: Largest number of images in a group; n images give n (n − 1) / 2 rows.
+        options: ``on_error``, ``max_prompt_chars`` and ``exif``, see :class:`PairReader`. Of a truncated tar, the whole
+            samples are kept under ``skip`` and ``placeholder``.
+
+    Raises:
+        InputError: If the folder has no shards, no image has the columns, no group has two images, or a rule above is
+            broken under ``on_error: raise``.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        split: str = "train",
+        *,
+        rating: str | None = None,
+        best: Literal["highest", "lowest"] = "highest",
+        group: str = CAPTION,
+        max_group: int = 16,
+        **options: Any,
+    ) -> None:
+        super().__init__("img2dataset", split, randomise_sides=False, seed=0, **options)
+        self._root, self._rating, self._group = Path(root), rating, group
+        self._best, self._max_group = best, max_group
+        self._columns: RowGroupColumns | None = None
+        self._shards, read = self._find_shards()
+        self._places, self._shard_of = list[tuple[int, int]](), list[int]()
+        images, groups = list[_Image](), dict[str, list[int]]()
+        self._keys: set[str] = set()
+        for shard, path in enumerate(self._shards):
+            for image in read(path):
+                if image.group is None:
+                    self.skipped[f"no {group}"] += 1
+                    continue
+                groups.setdefault(image.group, []).append(len(images))
+                images.append(image)
+                self._places.append(image.place)
+                self._shard_of.append(shard)
+        for setting, column in (("rating", rating), ("group", None if group == CAPTION else group)):
+            if column is not None and column not in self._keys:
+                known = ", ".join(sorted(self._keys)[:NAMED_KEYS]) or "none"
+                hint = did_you_mean(column, self._keys) or f"; columns: {known}"
+                raise InputError(f"{setting}: no image of {root} has the column {column!r}{hint}")
+        self._numbers = list[Sequence[int]]()
+        self.fill(self._make_groups(groups, images))
+        if not len(self):
+            raise InputError(f"root: no two images of {root} share a {group}; set group to a column that they share")
+        self.report(root)
+
+    def find_image(self, group: int, position: int) -> ImageRef:
+        """Return a reference to an image: with its bytes from a tar or parquet file, or with its path."""
+        number = self._numbers[group][position]
+        shard, name = self._shard_of[number], self._index.image(group, position)
+        path, place = self._shards[shard], self._places[number]
+        if self._columns is not None:
+            (value,) = self._columns.read(shard, place[0])
+            return ImageRef(name or "", value.get("bytes") if isinstance(value, dict) else value)
+        if path.is_dir():
+            return file_image(self._root, name)
+        with path.open("rb", buffering=0) as tar:
+            return ImageRef(name or "", read_extent(tar, place))
+
+    def _find_shards(self) -> tuple[list[Path], Callable[[Path], Iterator[_Image]]]:
+        """Return the shards in the order of their names, and the function that reads one."""
+        if not self._root.is_dir():
+            raise InputError(f"root: no folder {self._root}; {HINT}")
+        if tars := sorted(self._root.glob("*.tar")):
+            return tars, self._read_tar
+        parts = [ParquetPart(path.name, path) for path in sorted(self._root.glob("*.parquet"))]
+        if parts and (column := _image_column(parts[0])) is not None:
+            self._columns = RowGroupColumns(parts, [column])
+            return [part.path for part in parts], self._read_parquet
+        if folders := [path for path in sorted(self._root.iterdir()) if path.is_dir() and any(_pictures(path))]:
+            return folders, self._read_folder
+        raise InputError(f"root: no *.tar, no folder of images and no parquet with images in {self._root}; {HINT}")
+
+    def _read_tar(self, tar: Path) -> Iterator[_Image]:
+        samples, problem = read_samples(tar, ENCODED, (TEXT, META))
+        if problem is not None:
+            self.refuse(str(tar), f"{problem}; download it again", "tar not readable to its end")
+        for sample in samples:
+            for extent in sample.images.values():
+                name = f"{tar.stem}/{sample.key}"
+                if (facts := self._parse(name, sample.texts.get(META))) is not None:
+                    yield self._image(name, sample.texts.get(TEXT), facts, extent)
+
+    def _read_folder(self, folder: Path) -> Iterator[_Image]:
+        for picture in _pictures(folder):
+            name, files = f"{folder.name}/{picture.name}", (picture.with_suffix(f".{end}") for end in (TEXT, META))
+            text, meta = (file.read_bytes().decode("utf-8", "replace") if file.is_file() else None for file in files)
+            if (facts := self._parse(name, meta)) is not None:
+                yield self._image(name, text, facts)
+
+    def _read_parquet(self, file: Path) -> Iterator[_Image]:
+        part = ParquetPart(file.name, file)
+        with open_part(part) as opened:
+            names = opened.schema_arrow.names
+        self._keys |= {*names}
+        wanted = dict.fromkeys(("key", TEXT, CAPTION, STATUS, self._group, self._rating or ""))
+        columns: dict[str, pa.DataType | None] = {name: None for name in wanted if name in names}
+        index, _ = read_index([part], {**columns, "key": pa.string()}, HINT)
+        for row, facts in enumerate(index.to_pylist()):
+            if (status := facts.get(STATUS)) not in (SUCCESS, None):
+                self.skipped[f"not downloaded ({short(status)})"] += 1
+                continue
+            yield self._image(f"{file.stem}/{facts['key'] or row}", facts.get(TEXT), facts, (row, 0))
+
+    def _parse(self, name: str, meta: str | None) -> dict[str, Any] | None:
+        """Return the columns in an image's ``.json``, none without such a file; None if ``on_error`` leaves it out."""
+        facts = parse_json(meta, None) if meta is not None else {}
+        if isinstance(facts, dict):
+            self._keys |= facts.keys()
+            return facts
+        self.refuse(name, f"{META} is {short(meta)}, not an object", "json not readable")
+        if self.on_error == "placeholder":  # an image without caption has no row to hold a place in
+            self.skipped["json not readable"] += self.remarks.pop("json not readable")
+        return None
+
+    def _image(self, name: str, text: Any, facts: dict[str, Any], place: tuple[int, int] = (0, 0)) -> _Image:
+        caption = parse_text(text) or parse_text(facts.get(CAPTION))
+        value = caption if self._group == CAPTION else facts.get(self._group)
+        null = value is None or (isinstance(value, float) and math.isnan(value))  # parquet may have NaN in its place
+        group = None if null or not str(value).strip() else str(value)
+        return _Image(name, caption, group, facts.get(self._rating) if self._rating else None, place)
+
+    def _make_groups(self, groups: dict[str, list[int]], images: list[_Image]) -> Iterator[ImageGroup]:
+        for value, numbers in groups.items():
+            if len(numbers) < 2:
+                self.skipped[f"only image of its {self._group}"] += 1
+                continue
+            members = [images[number] for number in numbers]
+            ranks = self._rank(value, members)
+            if ranks is None and self.on_error == "skip":
+                continue
+            kept = members[: self._max_group]  # fewer than all only as a placeholder, which would else be too many rows
+            prompt = members[0].caption or ""
+            if len(prompt) > self.max_prompt_chars:
+                prompt = ""
+            self._numbers.append(numbers)
+            names = [member.name for member in kept]
+            yield ImageGroup(names[0], prompt, names, ranks or [UNRANKED] * len(names), value)
+
+    def _rank(self, value: str, members: list[_Image]) -> list[float] | None:
+        """Return the rank of every image of a group; None if the group breaks a rule, after applying ``on_error``."""
+        name, captions = members[0].name, {member.caption or "" for member in members}
+        longest = max(map(len, captions))
+        if len(members) > self._max_group:
+            problem = f"{len(members)} images with {self._group} {short(value)}, more than max_group={self._max_group}"
+            self.refuse(name, problem, "group too large")
+            return None
+        if len(captions) > 1:
+            self.refuse(name, f"{len(captions)} captions with {self._group} {short(value)}", "several captions")
+            return None
+        if longest > self.max_prompt_chars:
+            self.refuse_long_prompt(name, longest)
+            return None
+        numbers = [parse_number(member.rating) for member in members]
+        for member, number in zip(members, numbers, strict=True):
+            if member.rating is None or member.rating != member.rating:  # NaN, which parquet has in place of null
+                self.remarks["image without rating"] += 1
+            elif number is None:
+                problem = f"{self._rating} is {short(member.rating)}, not a number"
+                self.refuse(member.name, problem, "rating not readable")
+                return None
+        sign = -1 if self._best == "highest" else 1
+        return [UNRANKED if number is None else sign * number for number in numbers]
+
+
+def is_img2dataset(folder: Path) -> bool:
+    """Tell whether img2dataset has finished a shard in a folder."""
+    return any(folder.glob(STATS))
+
+
+def _pictures(folder: Path) -> list[Path]:
+    return sorted(path for kind in ENCODED for path in folder.glob(f"*.{kind}"))
+
+
+def _image_column(part: ParquetPart) -> str | None:
+    """Return the column of images of a parquet file; None if it has none, as beside img2dataset's other formats."""
+    with open_part(part) as file:
+        schema = file.schema_arrow
+    return next((name for name in ENCODED if name in schema.names and holds_images(schema.field(name).type)), None)

@@ -1,0 +1,416 @@
+"""Tables of a split under one interface: parquet files, or a data set of the library ``datasets``."""
+
+import json
+import logging
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from latentreward.contracts import ImageRef
+from latentreward.data.readers.base import PairReader, content_key
+from latentreward.data.readers.json_rows import escapes
+from latentreward.data.readers.parquet_store import (
+    ArrowColumns,
+    ParquetPart,
+    RowGroupColumns,
+    find_parts,
+    largest_row_group,
+    locate,
+    missing_parts,
+    open_part,
+)
+from latentreward.data.readers.parquet_store import read_index as read_parquet
+from latentreward.errors import InputError, first_line
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+logger = logging.getLogger(__name__)
+
+Source = str | Any
+"""Folder, file or hub id; from Python also a ``Dataset`` or ``DatasetDict`` of the library ``datasets``."""
+
+SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"
+"""Files by which ``save_to_disk`` marks the folder of a data set, and the folder of several splits."""
+LARGE_ROW_GROUP = 64 * 2**20
+"""Bytes of a row group above which reading rows in random order is slow."""
+SAVE_AGAIN = "write it again with save_to_disk"
+DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException)
+"""Exceptions that ``datasets`` raises on a damaged folder."""
+
+
+class SplitTable(ABC):
+    """Rows of one split, with columns of images that are read row by row.
+
+    Attributes:
+        files: Whether images may be files anywhere on this machine, because the table was made in this process.
+    """
+
+    files = False
+
+    @abstractmethod
+    def schemas(self) -> list[tuple[str, pa.Schema]]:
+        """Return the name, for messages, and the schema of every file of the table."""
+
+    @abstractmethod
+    def read_index(self, columns: dict[str, pa.DataType | None], hint: str) -> pa.Table:
+        """Read whole columns without images into one table, in the order of ``columns``.
+
+        Args:
+            columns: Column → type to cast to; None keeps the type that the column has.
+            hint: Remedy in the message about a column that is missing or has another type.
+
+        Raises:
+            InputError: If a column is missing or cannot be cast, or a file is damaged.
+        """
+
+    @abstractmethod
+    def images(self, columns: Sequence[str], memory_map: bool = False) -> Any:
+        """Return the reader of columns of images, whose ``read`` takes what :meth:`locate` returns.
+
+        Args:
+            columns: Names of the columns.
+            memory_map: Copy the columns once into the cache of ``datasets``, so that a row costs only this row.
+        """
+
+    @abstractmethod
+    def locate(self, row: int) -> tuple[int, int]:
+        """Return the number of the file that holds a row, and the row's number in the file."""
+
+    @abstractmethod
+    def row_name(self, row: int) -> str:
+        """Return the name of a row, which does not depend on where the table lies."""
+
+    def largest_row_group(self, columns: Sequence[str]) -> int:
+        """Return the bytes that are decoded for a row of ``columns`` beside the row itself; 0 if there are none."""
+        return 0
+
+    def check_images(self, columns: Sequence[str], hint: str, absent: str = "") -> None:
+        """Check that the columns of images hold bytes, or the structs that ``datasets`` writes.
+
+        Args:
+            columns: Names of the columns of images.
+            hint: Remedy at the end of the message.
+            absent: Remedy if all the columns are missing; ``hint`` if empty.
+
+        Raises:
+            InputError: If a column is missing or does not hold images.
+        """
+        for place, schema in self.schemas():
+            if missing := [name for name in columns if name not in schema.names]:
+                remedy = absent if absent and len(missing) == len(columns) else hint
+                raise InputError(f"{place}: no column {', '.join(missing)}; {remedy}")
+            for name in columns:
+                if not holds_images(schema.field(name).type):
+                    raise InputError(f"{place}: column {name} is {schema.field(name).type}, not images; {hint}")
+
+    def image(self, value: Any, key: str | None = None) -> ImageRef:
+        """Return a reference to an image of a row.
+
+        Args:
+            value: Bytes, or a struct with ``bytes`` and ``path``; None for an image that is missing.
+            key: Name of the image; None names it by a hash of its bytes.
+        """
+        return embedded_image(value, key, self.files)
+
+
+class ParquetTable(SplitTable):
+    """Table of the parquet files of a split.
+
+    Args:
+        parts: Files, in the order of the rows.
+    """
+
+    def __init__(self, parts: Sequence[ParquetPart]) -> None:
+        self.parts = list(parts)
+        self._starts = np.zeros(1, dtype=np.int64)
+
+    def schemas(self) -> list[tuple[str, pa.Schema]]:
+        """See :meth:`SplitTable.schemas`; only the footers are read."""
+        found = []
+        for part in self.parts:
+            with open_part(part) as file:
+                found.append((str(part.path), file.schema_arrow))
+        return found
+
+    def read_index(self, columns: dict[str, pa.DataType | None], hint: str) -> pa.Table:
+        """See :meth:`SplitTable.read_index`."""
+        table, self._starts = read_parquet(self.parts, columns, hint)
+        return table
+
+    def images(self, columns: Sequence[str], memory_map: bool = False) -> ArrowColumns | RowGroupColumns:
+        """See :meth:`SplitTable.images`; to be called after :meth:`read_index`."""
+        return ArrowColumns(self.parts, columns, self._starts) if memory_map else RowGroupColumns(self.parts, columns)
+
+    def locate(self, row: int) -> tuple[int, int]:
+        """See :meth:`SplitTable.locate`; to be called after :meth:`read_index`."""
+        return locate(self._starts, row)
+
+    def row_name(self, row: int) -> str:
+        """Return ``FILE:ROW``."""
+        part, inner = self.locate(row)
+        return f"{self.parts[part].name}:{inner}"
+
+    def largest_row_group(self, columns: Sequence[str]) -> int:
+        """Return the decompressed size in bytes of ``columns`` in the largest row group."""
+        return largest_row_group(self.parts, columns)
+
+
+class DatasetTable(SplitTable):
+    """Table of a ``Dataset``, whose rows stay on disk if they are mapped from there.
+
+    Args:
+        dataset: Data set; its format and transform are not applied.
+        split: Name of the split.
+        place: Name of the data set in messages.
+        files: Whether images may be files anywhere on this machine.
+    """
+
+    def __init__(self, dataset: "Dataset", split: str, place: str, files: bool = False) -> None:
+        self._rows, self._split, self._place, self.files = dataset.with_format("arrow"), split, place, files
+
+    def schemas(self) -> list[tuple[str, pa.Schema]]:
+        """See :meth:`SplitTable.schemas`."""
+        return [(self._place, self._rows.features.arrow_schema)]
+
+    def read_index(self, columns: dict[str, pa.DataType | None], hint: str) -> pa.Table:
+        """See :meth:`SplitTable.read_index`."""
+        if missing := [name for name in columns if name not in self._rows.column_names]:
+            raise InputError(f"{self._place}: no column {', '.join(missing)}; {hint}")
+        try:
+            table = self._rows.select_columns(list(columns))[:]
+        except DAMAGE as error:
+            raise InputError(f"{self._place}: damaged ({first_line(error)}); {SAVE_AGAIN}") from error
+        for number, (name, kind) in enumerate(columns.items()):
+            found = table.column(name)
+            try:
+                table = table.set_column(number, name, found if kind is None else found.cast(kind))
+            except pa.ArrowException as error:
+                raise InputError(f"{self._place}: column {name} is {found.type}, not {kind}; {hint}") from error
+        return table.select(list(columns)).combine_chunks()
+
+    def images(self, columns: Sequence[str], memory_map: bool = False) -> "DatasetColumns":
+        """See :meth:`SplitTable.images`; nothing is copied, since a row costs only this row already."""
+        return DatasetColumns(self._rows.select_columns(list(columns)), columns)
+
+    def locate(self, row: int) -> tuple[int, int]:
+        """Return 0 and the row."""
+        return 0, row
+
+    def row_name(self, row: int) -> str:
+        """Return ``SPLIT:ROW``."""
+        return f"{self._split}:{row}"
+
+
+class DatasetColumns:
+    """Random access to columns of a ``Dataset``.
+
+    Args:
+        rows: Data set in the format ``arrow``.
+        columns: Columns to read.
+    """
+
+    def __init__(self, rows: "Dataset", columns: Sequence[str]) -> None:
+        self._rows, self.columns = rows, list(columns)
+
+    def read(self, part: int, row: int, columns: Sequence[str] | None = None) -> tuple[Any, ...]:
+        """Return the values of ``columns`` (all by default) in a row; ``part`` is 0."""
+        table = self._rows[row]
+        return tuple(table.column(name)[0].as_py() for name in columns or self.columns)
+
+
+class TablePairReader(PairReader):
+    """Base of readers of the rows of a table; a ``pair_id`` is ``FILE:ROW``, or ``SPLIT:ROW`` of a ``Dataset``.
+
+    A subclass calls :meth:`open_split` in its constructor and sets ``_rows``, the row numbers to use, and ``_labels``,
+    their labels.
+    """
+
+    _rows: np.ndarray
+    _labels: np.ndarray
+
+    def open_split(
+        self,
+        source: Source,
+        split: str,
+        revision: str | None,
+        columns: dict[str, Any],
+        hint: str,
+        config: str | None = None,
+    ) -> pa.Table:
+        """Find the table of a split and read columns from it.
+
+        Args:
+            source: See :func:`open_table`.
+            split: Name of the split.
+            revision: Revision on the hub.
+            columns: Column → Arrow type to cast to; None keeps the type that the column has.
+            hint: Remedy in the message about a column that is missing or has another type.
+            config: Configuration of the data set on the hub.
+        """
+        self.split, self._table = split, open_table(self, source, split, revision, config)
+        return self._table.read_index(columns, hint)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def labels(self) -> np.ndarray:
+        """Return the label of image a of every row, ``(len,)`` float64, NaN for unlabelled rows."""
+        return self._labels.copy()
+
+    def pair_ids(self) -> list[str]:
+        """Return the ``pair_id`` of every row."""
+        return [self._table.row_name(int(row)) for row in self._rows]
+
+
+def open_table(
+    reader: PairReader, source: Source, split: str, revision: str | None = None, config: str | None = None
+) -> SplitTable:
+    """Find the table of a split; missing parquet parts fall under the reader's ``on_error``.
+
+    Args:
+        reader: Reader with ``on_error``.
+        source: ``Dataset``, or ``DatasetDict`` with the split; folder that ``save_to_disk`` wrote; folder, file or hub
+            id of parquet files, see :func:`~latentreward.data.readers.parquet_store.find_parts`.
+        split: Name of the split.
+        revision: Commit, tag or branch of the hub data set.
+        config: Name of the configuration, where the hub data set has several.
+
+    Raises:
+        InputError: If there is no such source or split, or a folder is damaged.
+    """
+    if not isinstance(source, str | os.PathLike):
+        return DatasetTable(_choose_split(source, split), split, f"source ({type(source).__name__})", files=True)
+    if (folder := find_saved(Path(source), split)) is not None:
+        return DatasetTable(_load_saved(folder), split, str(folder))
+    return ParquetTable(find_all_parts(reader, str(source), split, revision, config))
+
+
+def find_all_parts(
+    reader: PairReader, source: str, split: str, revision: str | None = None, config: str | None = None
+) -> list[ParquetPart]:
+    """Find the parquet files of a split, see :func:`open_table`; missing ones fall under the reader's ``on_error``."""
+    parts = find_parts(source, split, revision, config)
+    if missing := missing_parts(parts):
+        names = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
+        problem = f"{split} lacks {len(missing)} of its parquet parts ({names}); download them"
+        reader.refuse(source, problem, "parquet part missing", len(missing))
+    return parts
+
+
+def warn_row_groups(table: SplitTable, columns: Sequence[str], name: str) -> None:
+    """Log a warning if a row in random order costs a large row group.
+
+    Args:
+        table: Table of the split.
+        columns: Columns of images.
+        name: Name of the data set and its split.
+    """
+    if (largest := table.largest_row_group(columns)) > LARGE_ROW_GROUP:
+        text = "%s: a random row costs its row group, %d MiB; set memory_map to true to copy the images once"
+        logger.warning(text, name, largest >> 20)
+
+
+def source_name(source: Source) -> str:
+    """Return the name of a source in messages."""
+    return str(source) if isinstance(source, str | os.PathLike) else f"a {type(source).__name__}"
+
+
+def find_saved(folder: Path, split: str) -> Path | None:
+    """Return the folder of a split that ``save_to_disk`` wrote; None if ``folder`` is no such folder.
+
+    Raises:
+        InputError: If ``folder`` holds splits, but not this one.
+    """
+    if (folder / SAVED).is_file():
+        return folder
+    if (folder / split / SAVED).is_file():
+        return folder / split
+    if (folder / SAVED_SPLITS).is_file():
+        raise InputError(f"split: no {split!r} in {folder}; it has {', '.join(saved_splits(folder)) or 'none'}")
+    return None
+
+
+def saved_splits(folder: Path) -> list[str]:
+    """Return the names of the splits that ``save_to_disk`` wrote into a folder.
+
+    Raises:
+        InputError: If the folder's list of splits is damaged.
+    """
+    try:
+        names = json.loads((folder / SAVED_SPLITS).read_bytes())["splits"]
+        return [name for name in names if not escapes(name) and (folder / name / SAVED).is_file()]
+    except DAMAGE as error:
+        raise InputError(f"{folder / SAVED_SPLITS}: not a list of splits; {SAVE_AGAIN}") from error
+
+
+def embedded_image(value: Any, key: str | None = None, files: bool = False) -> ImageRef:
+    """Return a reference to an image, see :meth:`SplitTable.image`; with ``files``, a path may replace the bytes."""
+    data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
+    if data is None and path and files:
+        return ImageRef(key or path, path=Path(path))
+    return ImageRef(key or content_key(data), data)
+
+
+def holds_images(kind: pa.DataType) -> bool:
+    """Tell whether a column's type is bytes, or a struct with bytes such as ``datasets`` writes for images."""
+    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+        kind = kind.field("bytes").type
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def class_names(schema: pa.Schema, column: str) -> list[str] | None:
+    """Return the names of the classes that a column's numbers stand for, as ``datasets`` records them; None without."""
+    try:
+        kind = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][column]
+        return [str(name) for name in kind["names"]] if kind["_type"] == "ClassLabel" else None
+    except DAMAGE:
+        return None
+
+
+def name_class(classes: Sequence[str] | None, value: Any) -> Any:
+    """Return the name of a class in place of its number; None for a number without class, such as −1 for no label.
+
+    Args:
+        classes: Names of the classes; None leaves every value as it is.
+        value: Value in the column.
+    """
+    if classes is None or not isinstance(value, int):
+        return value
+    return classes[value] if 0 <= value < len(classes) else None
+
+
+def _choose_split(source: Any, split: str) -> "Dataset":
+    """Return the ``Dataset`` of a split from an object of ``datasets``."""
+    from datasets import Dataset, IterableDataset  # slow to import
+
+    if isinstance(source, dict):
+        if split not in source:
+            raise InputError(f"split: no {split!r} in the {type(source).__name__}; it has {', '.join(source)}")
+        source = source[split]
+    if isinstance(source, Dataset):
+        return source
+    if isinstance(source, IterableDataset):
+        raise InputError(
+            "source is an IterableDataset, whose rows have no numbers; load it without streaming=True, or train on it "
+            "by PairStream in StreamedPreferenceDataModule"
+        )
+    raise InputError(f"source is {source_name(source)}; give a folder, a hub id, or a Dataset of the library datasets")
+
+
+def _load_saved(folder: Path) -> "Dataset":
+    """Map the Arrow files of a folder that ``save_to_disk`` wrote; no code of the folder runs, and no other is read."""
+    from datasets import Dataset  # slow to import
+
+    try:
+        names = [file["filename"] for file in json.loads((folder / SAVED).read_bytes())["_data_files"]]
+        if outside := [name for name in names if escapes(name)]:
+            raise InputError(f"{outside[0]!r} leads out of it")
+        return Dataset.load_from_disk(str(folder))
+    except DAMAGE as error:
+        raise InputError(f"source: {folder} is damaged ({first_line(error)}); {SAVE_AGAIN}") from error

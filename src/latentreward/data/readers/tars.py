@@ -1,0 +1,83 @@
+"""Access to samples in uncompressed tars: consecutive members whose names are equal up to the first dot."""
+
+import os
+import tarfile
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+ABSENT = (-1, 0)
+MAX_TEXT = 1 << 20
+"""Bytes of the longest text that is read."""
+
+Extent = tuple[int, int]
+"""Offset and length of a member in its tar, in bytes."""
+
+
+@dataclass
+class Sample:
+    """One sample of a tar.
+
+    Attributes:
+        key: Path of its members, up to the first dot of the file name.
+        images: Rest of the file name of each image, e.g. ``jpg_0.jpg`` → offset and length.
+        texts: Rest of the file name of each text, e.g. ``label_0.txt`` → text.
+    """
+
+    key: str
+    images: dict[str, Extent] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
+
+
+def read_samples(tar: Path, images: Collection[str], texts: Collection[str]) -> tuple[list[Sample], str | None]:
+    """Read the headers and texts of a tar.
+
+    Args:
+        tar: Uncompressed tar.
+        images: Rests of the file names of images; other members but the texts are ignored.
+        texts: Rests of the file names of texts.
+
+    Returns:
+        The samples, of which the last one may not be whole if the tar is damaged; and a description of the damage, None
+        if there is none.
+    """
+    members, problem = _scan(tar)
+    samples: list[Sample] = []
+    with tar.open("rb", buffering=0) as file:
+        for path, extent in members:
+            folder, _, base = path.removeprefix("./").rpartition("/")
+            stem, _, name = base.partition(".")
+            key = f"{folder}/{stem}" if folder else stem
+            if name not in images and name not in texts:
+                continue
+            if not samples or samples[-1].key != key:
+                samples.append(Sample(key))
+            if name in images:
+                samples[-1].images[name] = extent
+            elif extent[1] <= MAX_TEXT:
+                samples[-1].texts[name] = (read_extent(file, extent) or b"").decode("utf-8", "replace")
+    return samples, problem
+
+
+def read_extent(file: BinaryIO, extent: Extent | list[int]) -> bytes | None:
+    """Read the bytes of a member, fewer if the file was shortened since; None if the extent is ``ABSENT``."""
+    offset, size = extent
+    return None if offset < 0 else os.pread(file.fileno(), size, offset)
+
+
+def _scan(tar: Path) -> tuple[list[tuple[str, Extent]], str | None]:
+    """List the whole members of a tar, as (name, extent), and describe the damage of the tar; None if it has none."""
+    members, size = [], tar.stat().st_size
+    try:
+        with tarfile.open(tar, "r:") as archive:
+            for member in archive:
+                if member.isreg() and member.offset_data + member.size <= size:
+                    members.append((member.name, (member.offset_data, member.size)))
+            # tarfile stops without an error both at a damaged header and at the zeros that end a whole tar
+            end = archive.offset
+    except tarfile.TarError as error:
+        return members, f"{'the tar ends early' if members else 'not an uncompressed tar'} ({error})"
+    with tar.open("rb", buffering=0) as file:
+        whole = read_extent(file, (end, tarfile.BLOCKSIZE)) == bytes(tarfile.BLOCKSIZE)
+    return members, None if whole else f"the tar ends early (at byte {end} of {size})"

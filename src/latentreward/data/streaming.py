@@ -1,0 +1,402 @@
+"""Training on pairs that are streamed: read one after another from a hub data set or parquet files, without a copy."""
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import count, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import pyarrow as pa
+import torch
+from torch.utils.data import Dataset
+
+from latentreward.contracts import ImageRef, PreferencePair
+from latentreward.data.dataset import LoadedPair, SkippedPair
+from latentreward.data.image_sizes import OneSize
+from latentreward.data.images import ExifOrientation, ImageError, PixelLoader
+from latentreward.data.loading import CountedBatches, check_same_order
+from latentreward.data.readers.base import DATA_ON_ERROR, OnError, count_text, normalise_prompt
+from latentreward.data.readers.dataset_pairs import KEYS, name_columns, without_other_images
+from latentreward.data.readers.hub import is_hub_id
+from latentreward.data.readers.json_rows import short
+from latentreward.data.readers.pair_rows import BY_LABEL, INDEX, WINNER_FIRST, PairRowReader
+from latentreward.data.readers.tables import (
+    DAMAGE,
+    Source,
+    class_names,
+    embedded_image,
+    find_all_parts,
+    name_class,
+    source_name,
+)
+from latentreward.errors import InputError, check_at_least_one, first_line
+from latentreward.storage.digests import digest
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
+
+logger = logging.getLogger(__name__)
+COUNTED = ("left out by on_error", "unlabelled", "prompt in another split", "images not read")
+"""What is counted of the rows that a stream has read."""
+
+
+class PairStream(PairRowReader):
+    """Source of pairs for :class:`StreamedPreferenceDataModule`, read in their order and never by number.
+
+    The columns are those of :class:`~latentreward.data.readers.dataset_pairs.DatasetPairReader`, but images must be
+    bytes. A pair without ``pair_id`` is named by a hash of its prompt and images. Only the first row is read by the
+    constructor; later rows are checked when they are read. Unlabelled rows are left out, and ``on_error: placeholder``
+    is as ``skip``, since no row has a number to keep. No code of a data set is run.
+
+    A stream has no number of rows. ``inspect``, ``cache``, ``score-pairs``, ``export-pairs``, ``benchmark`` and the
+    splits ``val``, ``test`` and ``predict`` therefore take readers only.
+
+    Args:
+        source: Id of a hub data set, in any format that ``datasets`` streams; folder or file of parquet files, as for
+            ``DatasetPairReader``. From Python also an ``IterableDataset``.
+        split: Name of the split.
+        revision: Commit, tag or branch of the hub data set; give one, so that the data cannot change.
+        config: Name of the configuration, where the hub data set has several.
+        columns: Names of the columns where they differ, see ``DatasetPairReader``.
+        shuffle_buffer: Rows, with their images' bytes, that each loader process keeps in memory to draw the next row
+            from at random; files are drawn in a random order too. 1 keeps the order of the source.
+        options: See :class:`~latentreward.data.readers.base.SideExchangingReader`.
+
+    Raises:
+        InputError: If the source cannot be opened, or its first row lacks a column or has another type.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        split: str = "train",
+        *,
+        revision: str | None = None,
+        config: str | None = None,
+        columns: Mapping[str, str] | None = None,
+        shuffle_buffer: int = 256,
+        **options: Any,
+    ) -> None:
+        check_at_least_one(shuffle_buffer=shuffle_buffer)
+        super().__init__(Path(source_name(source)).name, split, **options)
+        source = os.fspath(source) if isinstance(source, os.PathLike) else source
+        self.shuffle_buffer, self._files = shuffle_buffer, not isinstance(source, str)
+        self._place = source_name(source)
+        rows = self._open(source, split, revision, config)
+        if told := self.skipped + self.remarks:  # `report` would need the number of rows
+            logger.warning("%s %s: %s", self._place, split, count_text(told))
+        first = next(self._guarded(rows), None)
+        if first is None:
+            raise InputError(f"split: {split!r} of {self._place} has no rows; check the files")
+        self._columns, self._fields = self._choose(first, columns or {})
+        self._rows = rows.select_columns(sorted({*self._columns.values()}))
+        schema = self._rows.features.arrow_schema if self._rows.features else pa.schema([])
+        self._classes = class_names(schema, self._columns.get("label", ""))
+
+    def __len__(self) -> NoReturn:
+        """Raise InputError: a stream has no number of rows."""
+        raise InputError(
+            f"{type(self).__name__}: a stream has no number of rows; read {self._place} by DatasetPairReader, or train "
+            "on it in StreamedPreferenceDataModule"
+        )
+
+    @property
+    def _table(self) -> NoReturn:
+        """Raise InputError: all methods of the base class that need all rows at once read this table."""
+        self.__len__()
+
+    def num_files(self) -> int:
+        """Return the number of files that can be read independently of each other."""
+        return self._rows.num_shards
+
+    def pairs(self, part: int, parts: int, seed: int, counted: Callable[[str], None]) -> Iterator[PreferencePair]:
+        """Yield the labelled pairs of one of several parts of the stream, once, in a random order.
+
+        With at least as many files as parts, a part is some of the files. Otherwise it is every ``parts``-th row, for
+        which all rows are read.
+
+        Args:
+            part: Number of the part.
+            parts: Number of parts.
+            seed: Seed of the order.
+            counted: Called with one of ``COUNTED`` for every row that is not yielded.
+        """
+        by_file = self.num_files() >= parts
+        rows = self._rows.shard(parts, part, contiguous=False) if by_file else self._rows
+        if self.shuffle_buffer > 1:
+            rows = rows.shuffle(seed=seed, buffer_size=self.shuffle_buffer)
+        found = self._guarded(rows)
+        for row in found if by_file else islice(found, part, None, parts):
+            pair = self._read(row)
+            if pair is None:
+                counted(COUNTED[0])
+            elif pair.label_a is None:
+                counted(COUNTED[1])
+            else:
+                yield pair
+
+    def find_images(self, row: int, paths: tuple[str | None, str | None]) -> NoReturn:
+        """Raise InputError, as :meth:`__len__`."""
+        self.__len__()
+
+    def check_images(self, name: str, row: dict[str, Any], fields: tuple[str, str]) -> None:
+        """Check nothing: bytes are checked when they are decoded."""
+
+    def _choose(self, first: Mapping[str, Any], named: Mapping[str, str]) -> tuple[dict[str, str], tuple[str, str]]:
+        """Choose the columns by the first row: field → column, and the two fields of images."""
+        found = name_columns(first, named, self._place)
+        pairs = [pair for pair in (WINNER_FIRST, BY_LABEL) if all(field in found for field in pair)]
+        pairs = [pair for pair in pairs if any(field in named for field in pair)] or pairs
+        if "prompt" not in found or len(pairs) != 1:
+            raise InputError(
+                f"{self._place}: the first row needs prompt, and either chosen and rejected or image_a and image_b (it "
+                f"has {', '.join(first)}); name them in columns, e.g. {{prompt: caption, image_a: jpg_0, image_b: "
+                "jpg_1, label: label_0}}"
+            )
+        for field in pairs[0]:
+            value = first[found[field]]
+            held = value.get("bytes", value) if isinstance(value, dict) else value
+            elsewhere = isinstance(value, dict) and held is None and value.get("path") and not self._files
+            if not isinstance(held, bytes | None) or elsewhere:
+                raise InputError(
+                    f"{self._place}: column {found[field]} holds {short(value)}, not an image's bytes; give the column "
+                    "the feature Image, or name another one in columns"
+                )
+        return without_other_images(found, pairs[0]), pairs[0]
+
+    def _read(self, content: Mapping[str, Any]) -> PreferencePair | None:
+        """Check a row, applying ``on_error``, and return its pair; None leaves it out."""
+        row = {field: content[column] for field, column in self._columns.items()}
+        if self._classes is not None:
+            row["label"] = name_class(self._classes, row["label"])
+        keys = [row.pop(key, None) for key in KEYS]
+        values = [row.pop(field) for field in self._fields]
+        images: list[ImageRef] = [embedded_image(v, k, self._files) for v, k in zip(values, keys, strict=True)]
+        name = digest([str(row["prompt"]), *(image.data or image.image_key for image in images)])
+        parsed = self.parse(name, 0, {**row, **dict.fromkeys(self._fields)})
+        self._seen.clear()  # a stream may repeat a pair, and all names would be kept for ever
+        if parsed is None:
+            return None
+        return self.make_pair(dict(zip(INDEX.names, parsed, strict=True)), (images[0], images[1]))
+
+    def _guarded(self, rows: "IterableDataset") -> Iterator[dict[str, Any]]:
+        """Yield the rows of a stream; an error about a damaged file becomes one line.
+
+        ``iter`` is used, because the stream itself would give a loader's worker process only some of the files.
+        """
+        try:
+            for batch in rows.iter(batch_size=1):
+                yield {name: values[0] for name, values in batch.items()}
+        except DAMAGE as error:
+            raise InputError(
+                f"source: {self._place} cannot be read on ({first_line(error)}); check its files"
+            ) from error
+
+    def _open(self, source: Source, split: str, revision: str | None, config: str | None) -> "IterableDataset":
+        """Open the stream; images are not decoded."""
+        from datasets import IterableDataset, load_dataset  # slow to import
+
+        if isinstance(source, IterableDataset):
+            rows = source
+        elif not isinstance(source, str):
+            raise InputError(
+                f"source is {source_name(source)}; give a hub id, a folder, or an IterableDataset of the library "
+                "datasets"
+            )
+        else:
+            settings: dict[str, Any] = {"path": source, "name": config, "revision": revision}
+            if Path(source).exists() or not is_hub_id(source):
+                files = [str(part.path) for part in find_all_parts(self, source, split, config=config)]
+                settings = {"path": "parquet", "data_files": {split: files}}
+            try:
+                rows = load_dataset(**settings, split=split, streaming=True)
+            except (OSError, ValueError, RuntimeError, pa.ArrowException) as error:
+                raise InputError(
+                    f"source: {source!r} cannot be streamed ({first_line(error)}); check id and split"
+                ) from error
+        return rows.decode(False) if rows.features else rows
+
+
+@dataclass
+class _Lane:
+    """One sequence of pairs, which one process reads.
+
+    Attributes:
+        pairs: Remaining pairs.
+        at: Number of pairs that were taken.
+    """
+
+    pairs: Iterator[PreferencePair]
+    at: int = 0
+
+
+class StreamedPairs(Dataset[list[LoadedPair | SkippedPair]]):
+    """Batches of a stream by their number, for one rank; consecutive numbers are read without going back.
+
+    The stream is divided into lanes, one for each rank and loader process. Batch ``n`` of a rank comes from its lane
+    ``n`` modulo the number of lanes. A lane goes over its part of the stream again and again, each time in a new order.
+
+    Args:
+        stream: Source of the pairs.
+        loader: Decodes and resizes one image. Its ``exif`` is replaced by the stream's ``exif``.
+        lanes: Lanes per rank.
+        batch_size: Pairs per batch.
+        batches_per_epoch: Batches in an epoch, for ``len``.
+        apart: Normalised prompts of other splits; pairs with them are left out.
+        on_error: Default for a stream whose own ``on_error`` is None.
+        seed: Seed of the order; pass ``n`` of a lane uses ``seed + n``.
+
+    Attributes:
+        share: Rank and world size, as ``{"rank": 0, "num_replicas": 1}``.
+    """
+
+    targets = None
+
+    def __init__(
+        self,
+        stream: PairStream,
+        loader: PixelLoader,
+        *,
+        lanes: int,
+        batch_size: int,
+        batches_per_epoch: int,
+        apart: Iterable[str] = (),
+        on_error: OnError = "raise",
+        seed: int = 0,
+    ) -> None:
+        self.stream, self.loader = stream, replace(loader, exif=stream.exif)
+        self.lanes, self.batch_size, self.batches_per_epoch = lanes, batch_size, batches_per_epoch
+        self.apart, self.on_error, self.seed = frozenset(apart), stream.own_on_error or on_error, seed
+        self.share = {"rank": 0, "num_replicas": 1}
+        self._open: dict[int, _Lane] = {}
+        # Of each lane one row, because the processes that read lanes write it.
+        self._counts = torch.zeros(lanes, len(COUNTED), dtype=torch.int64).share_memory_()
+
+    @property
+    def exif(self) -> ExifOrientation:
+        """Return ``"apply"`` if images are turned upright by their EXIF orientation, else ``"ignore"``."""
+        return self.loader.exif
+
+    @property
+    def image_sizes(self) -> OneSize:
+        """Return the rule by which images are resized."""
+        return OneSize(self.loader.height, self.loader.width, self.loader.resize)
+
+    def __len__(self) -> int:
+        return self.batch_size * self.batches_per_epoch
+
+    def __getitems__(self, numbers: Sequence[int]) -> list[LoadedPair | SkippedPair]:
+        """Return the pairs of the batch with the given single number, with their images decoded."""
+        (number,) = numbers
+        lane, start = number % self.lanes, number // self.lanes * self.batch_size
+        if lane not in self._open or self._open[lane].at > start:
+            self._open[lane] = _Lane(self._endless(lane))
+        found = self._open[lane]
+        pairs = list(islice(found.pairs, start - found.at, start - found.at + self.batch_size))
+        found.at = start + self.batch_size
+        return [self._load(lane, pair) for pair in pairs]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}}
+
+    def skipped(self) -> Counter[str]:
+        """Count, by reason, the rows that this rank has left out; rows that are read again are counted again."""
+        totals = dict(zip(COUNTED, self._counts.sum(dim=0).tolist(), strict=True))
+        return Counter({reason: rows for reason, rows in totals.items() if rows})
+
+    def unused_frames(self) -> tuple[int, int]:
+        """Return zeros: streams hold no clips."""
+        return 0, 0
+
+    def _endless(self, lane: int) -> Iterator[PreferencePair]:
+        """Yield a lane's pairs, pass after pass."""
+        part, parts = self.share["rank"] * self.lanes + lane, self.share["num_replicas"] * self.lanes
+
+        def counted(reason: str) -> None:
+            self._counts[lane, COUNTED.index(reason)] += 1
+
+        for number in count():
+            yielded = False
+            for pair in self.stream.pairs(part, parts, self.seed + number, counted):
+                if self.apart and normalise_prompt(pair.prompt) in self.apart:
+                    counted(COUNTED[2])
+                    continue
+                yielded = True
+                yield pair
+            if not yielded:
+                raise InputError(
+                    f"data.train: no row left in part {part + 1} of {parts} of the stream; use fewer num_workers or "
+                    "devices, label rows, or set data.shared_prompts: keep"
+                )
+
+    def _load(self, lane: int, pair: PreferencePair) -> LoadedPair | SkippedPair:
+        try:
+            return LoadedPair(pair, self.loader(pair.image_a), self.loader(pair.image_b))
+        except ImageError as error:
+            if self.on_error == "raise":
+                remedy = f"replace the file, or set {DATA_ON_ERROR} to skip"
+                raise ImageError(f"data.train: {pair.pair_id}: {error}; {remedy}", error.problem) from error
+            self._counts[lane, COUNTED.index("images not read")] += 1
+            return SkippedPair(pair.pair_id, str(error))
+
+
+class StreamSampler(CountedBatches):
+    """Sampler of the numbers of one rank's batches of a stream, over all epochs.
+
+    A stream cannot be read from another place than its start, and its order depends on how it is divided. The state
+    therefore fits only a run with as many ranks and loader processes, and with the same batch size and seed.
+
+    Args:
+        dataset: Batches of the stream.
+        num_workers: Loader processes per rank, as set.
+        shares: Rank and world size.
+    """
+
+    def __init__(self, dataset: StreamedPairs, num_workers: int, **shares: int) -> None:
+        super().__init__(dataset.batch_size, dataset.batches_per_epoch, seed=dataset.seed, **shares)
+        self.used, self._lanes = 0, dataset.lanes
+        self._order = {
+            "num_workers": num_workers,
+            "batch_size": dataset.batch_size,
+            "shuffle_buffer": dataset.stream.shuffle_buffer,
+        }
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch; a new epoch continues after the last batch of the one before, also if that one was stopped.
+
+        A few batches are left out so that it begins with the first lane: torch gives every epoch's first batch to its
+        first worker process, which would else read the stream again up to the place of another lane.
+        """
+        if epoch != self.epoch:
+            end = self.used + self.remaining()  # not what was taken: loader processes take some ahead
+            self.used = -(-end // self._lanes) * self._lanes
+        super().set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        self.taken = 0
+        for number in range(self.remaining()):
+            self.taken = number + 1
+            yield [self.used + number]
+
+    def state_dict(self, batches: int) -> dict[str, Any]:
+        """Return the batches used and what determines their order, ``batches`` of the current iteration included."""
+        taken = {"used": self.used + batches, "world_size": self.num_replicas, **self._order}
+        return {**super().state_dict(batches), **taken}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the batches used.
+
+        Raises:
+            InputError: If the state was saved with another number of ranks, or another setting of the order.
+        """
+        if (saved := state_dict["world_size"]) != self.num_replicas:
+            raise InputError(
+                f"trainer.devices: the run has {self.num_replicas} ranks, but had {saved}; a stream goes on with as "
+                "many only: use as many devices, or start anew"
+            )
+        check_same_order(state_dict, **self._order)
+        super().load_state_dict(state_dict)
+        self.used = state_dict["used"]

@@ -1,0 +1,1 @@
+"""Processes of one command on several devices and machines: their settings, start, shared work and end."""

@@ -1,0 +1,379 @@
+"""A crew: the processes of one command, of which the first leads and all do shards of the work."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from datetime import timedelta
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+from uuid import uuid4
+
+import torch
+
+from latentreward.devices import find_device
+from latentreward.errors import InputError, first_line, one_line
+from latentreward.interrupts import Terminated, take_started_ranks
+from latentreward.ranks.processes import bind_to_parent, forget_children, is_child, started_outside, trainer_errors
+from latentreward.ranks.settings import TrainerSettings
+from latentreward.storage.durable import discard
+from latentreward.storage.shards import ShardFolder, Stage, left_over
+
+if TYPE_CHECKING:
+    from subprocess import Popen
+    from types import TracebackType
+
+    from lightning.fabric import Fabric
+
+SHARDS = ".shards"
+"""Name of the folder of shards in a folder of output."""
+PLANNING = timedelta(hours=6)
+"""Longest time that processes started by torchrun or SLURM wait until the first one has checked its input."""
+LEAVING_S = 30.0
+"""Seconds after which a process that this one started is killed if it has not ended with the work."""
+GOES_ON = "what is done is kept: the same command goes on there"
+
+Shard = Any
+"""What JSON can hold; for example, a list of pictures to sample."""
+Result = Any
+"""What JSON can hold."""
+Task = Callable[[Sequence[Shard]], Callable[[Shard], Result]]
+"""Function that loads what the work on some shards needs, and returns the function that does one shard."""
+
+
+class Crew:
+    """Processes that do the work of one command; a context manager, in which they live.
+
+    The first process leads: it checks the input, holds the lock of the output, calls :meth:`each` for the work that
+    can be split, and writes the output. The others only do shards. A process that is killed loses only the shard in
+    hand, which another one does again. An error in one process ends all. Without ``trainer`` this process is alone.
+
+    Args:
+        trainer: Settings of the processes; None for this process alone.
+        device: Name of this process's device if it is alone; otherwise ``auto``.
+        folder: Folder for shards and results, removed at the end; on a file system that all processes see.
+
+    Attributes:
+        first: Whether this process is the first one.
+        size: Number of processes on all machines.
+
+    Raises:
+        InputError: If the settings fit neither this machine nor each other.
+    """
+
+    def __init__(self, trainer: TrainerSettings | None, device: str, folder: Path) -> None:
+        self.folder, self._name = folder, device
+        self.first, self.size = True, 1
+        self._fabric: Fabric | None = None
+        self._tasks: dict[str, Task] = {}
+        self._settings: Mapping[str, Any] = {}
+        self._shared: ShardFolder | None = None
+        self._run: str | None = None
+        self._launched = False
+        self._started: list[Popen[bytes]] = []
+        self._threads = torch.get_num_threads()
+        if trainer is None:
+            _refuse_torchrun()
+            return
+        if device != "auto":
+            raise InputError(
+                f"device is {device!r}, and trainer is set too; leave device out, and choose by trainer.accelerator "
+                "and trainer.devices"
+            )
+        self._fabric = _fabric(trainer)
+        self.first, self.size = self._fabric.global_rank == 0, self._fabric.world_size
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Device of this process.
+
+        Raises:
+            InputError: If this machine does not have it.
+        """
+        return find_device(self._name) if self._fabric is None else self._fabric.device
+
+    def __enter__(self) -> Self:
+        if self._fabric is not None:
+            self._set_device()
+            if not self.first or (self.size > 1 and started_outside(self._fabric.strategy)):
+                self._start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if self.first:
+                self._end(error)
+            elif error is not None:
+                self._tell(error)
+        finally:
+            self._end_children(kill=error is not None)
+            if self._shared is not None:
+                self._shared.leave()
+            if self._fabric is not None:
+                forget_children()
+                torch.set_num_threads(self._threads)
+
+    def do(self, tasks: Mapping[str, Task], settings: Mapping[str, Any]) -> bool:
+        """Learn the tasks; return False on the first process, which goes on, and True on another after its work.
+
+        Args:
+            tasks: Task by name. It is called at the first shard of a stage, so that a process without a shard loads
+                nothing.
+            settings: Settings and fingerprints of files on which the results depend, which JSON can hold, by name.
+
+        Raises:
+            InputError: On another process than the first one, if its settings or files differ from those of the first.
+        """
+        self._tasks, self._settings = {**tasks}, settings
+        if self.first:
+            return False
+        if self._shared is not None and (names := self._shared.other_settings(settings)):
+            raise InputError(
+                f"{', '.join(names)}: not as in the first process; give all processes the same command, and do not "
+                "change its files until the end"
+            )
+        self._serve()
+        return True
+
+    def each(
+        self,
+        name: str,
+        shards: Sequence[Shard],
+        keep: Callable[[Sequence[tuple[Shard, Result]]], None],
+        told: Callable[[Shard], None] = lambda shard: None,
+    ) -> None:
+        """Do all shards, on the first process; the others take part.
+
+        Args:
+            name: Name of the task.
+            shards: What is to be done.
+            keep: Function that gets shards with their results: one after another if this process is alone, otherwise
+                all at once, also after an error.
+            told: Function that gets each shard that this process has done, for a display of progress.
+        """
+        if not shards:
+            return
+        if self.size == 1:
+            work = self._tasks[name](shards)
+            for shard in shards:
+                keep([(shard, work(shard))])
+                told(shard)
+            return
+        stage = self._joined().plan(name, shards)
+        try:
+            self._work(stage, told)
+        finally:
+            keep(stage.results())
+
+    def left_over(self, name: str) -> list[tuple[Shard, Result]]:
+        """List the shards of a task that a killed run finished, each with its result."""
+        return left_over(self.folder, name)
+
+    def _serve(self) -> None:
+        """Do shards until the first process ends the run."""
+        if self._run is None:
+            sys.exit(2)  # the first process has told why
+        while self._shared is not None and (stage := self._shared.next(self._check)) is not None:
+            self._work(stage, lambda shard: None)
+
+    def _work(self, stage: Stage, told: Callable[[Shard], None]) -> None:
+        rank = 0 if self._fabric is None else self._fabric.global_rank
+        work = None
+        claims = stage.take(len(stage.shards) * rank // self.size, self._check)
+        try:
+            for number in claims:
+                if work is None:
+                    work = self._tasks[stage.task](stage.shards)
+                stage.finish(number, work(stage.shards[number]))
+                told(stage.shards[number])
+        except Exception as error:
+            self._note(error)  # while the shard is still claimed: another process would do it, and go on
+            raise
+
+    def _joined(self) -> ShardFolder:
+        """Return the folder of the run, which is made and told to all processes at the first call."""
+        if self._shared is None:
+            self._start()
+        assert self._shared is not None
+        return self._shared
+
+    def _start(self) -> None:
+        """Start the other processes if Lightning does so, and agree on the folder of the run."""
+        assert self._fabric is not None
+        outside = started_outside(self._fabric.strategy)
+        if not self._launched:
+            bind_to_parent(self._fabric.strategy)
+            with trainer_errors():
+                self._fabric.launch()
+            self._launched = True
+            self._set_device()  # Lightning has set the number of threads
+            self._started = take_started_ranks(self._fabric.strategy)
+            if self.first and outside:
+                return  # the input is to be checked first
+        self._agree(uuid4().hex)
+
+    def _agree(self, run: str | None) -> None:
+        """Tell all processes the run, as the first one has it.
+
+        Args:
+            run: Name of the run's folder, which the first process makes; an empty text if nothing is to be done, None
+                after an error. The other processes' own value is not used.
+
+        Raises:
+            InputError: If a process has ended already, or cannot use the folder.
+            SystemExit: In another process than the first one, if a process cannot use the folder.
+        """
+        assert self._fabric is not None
+        if self.first and run:
+            for earlier in self.folder.glob("*"):  # processes that a killed run may have left end by this
+                discard(earlier)
+            shared = ShardFolder(self.folder / run, 0)
+            shared.tell_settings(self._settings)
+            self._shared = shared
+        try:
+            self._run = self._fabric.broadcast(run)
+            seen = not self._run or self._join(self.folder / self._run)
+            # All join before one works: the first could end, and remove the folder, before another has looked for it.
+            seen = self._fabric.strategy.reduce_boolean_decision(seen)
+        except RuntimeError as error:
+            raise InputError(f"another process ended before the work began ({first_line(error)})") from error
+        if not seen and not self.first:
+            sys.exit(2)  # the first process tells why
+        if not seen:
+            raise InputError(
+                f"{self.folder}: not all processes can use it; put the output on a file system that all machines share"
+            )
+
+    def _join(self, folder: Path) -> bool:
+        """Take part in the run with the given folder; return False if this process cannot use it."""
+        assert self._fabric is not None
+        if self.first:
+            return True
+        with suppress(OSError):  # without an answer, the others would wait for hours
+            if folder.is_dir():
+                self._shared = ShardFolder(folder, self._fabric.global_rank)
+        return self._shared is not None
+
+    def _set_device(self) -> None:
+        """Take the device, and on a CPU one thread: their number changes the last bits of results."""
+        if self.device.type == "cpu":
+            torch.set_num_threads(1)
+        elif self.device.index is not None:
+            torch.accelerator.set_device_index(self.device.index)
+
+    def _check(self) -> None:
+        """End this process if another one has failed; tell of killed ones.
+
+        Raises:
+            InputError: The error of another process that has not printed it; or if the first process is gone.
+            SystemExit: If another process has printed its error, or has ended the run.
+        """
+        assert self._shared is not None
+        if (noted := self._shared.error()) is not None:
+            message, told = noted
+            if self.first and not told:
+                raise InputError(message)
+            sys.exit(2)
+        if not self.first and self._shared.ended():
+            sys.exit(0)
+        if not self.first and self._shared.lacks_first():
+            raise InputError(f"the first process has ended before this one; {GOES_ON}")
+        for child in [child for child in self._started if child.poll() is not None]:
+            self._started.remove(child)
+            print(f"process {child.pid} has ended ({_end_of(child)}): the others do its part", file=sys.stderr)
+
+    def _tell(self, error: BaseException) -> None:
+        """Leave a note of this process's error for the others, and end in silence if the first one prints it.
+
+        Raises:
+            SystemExit: In a process that the first one of the machine has started.
+        """
+        assert self._fabric is not None
+        child = is_child(self._fabric.strategy)
+        if isinstance(error, SystemExit) or self._shared is None:
+            return
+        if isinstance(error, KeyboardInterrupt):
+            if child and isinstance(error, Terminated):
+                os.kill(os.getppid(), signal.SIGTERM)  # which ends all
+                sys.exit(0)
+            self._shared.note_error("a process was stopped", told=True)
+            return
+        self._note(error)
+        if child:
+            if not isinstance(error, InputError | OSError):
+                traceback.print_exception(error)
+            sys.exit(2)
+
+    def _note(self, error: BaseException) -> None:
+        """Leave a note of this process's error, unless there is one; a child of the first process prints nothing."""
+        if self._shared is None or self._fabric is None:
+            return
+        line = one_line(error) if isinstance(error, InputError | OSError) else f"{type(error).__name__}: {error}"
+        child = not self.first and is_child(self._fabric.strategy)
+        self._shared.note_error(f"{line} (process {self._fabric.global_rank})", told=not child)
+
+    def _end(self, error: BaseException | None) -> None:
+        """Tell the others that the work is done, or that it has failed, and remove the folder if it is done."""
+        if self._waited_for():
+            with suppress(InputError):
+                self._agree("" if error is None else None)
+        if error is not None:
+            self._note(error)
+            return
+        if self._shared is None:
+            discard(self.folder)
+            return
+        self._shared.end()
+        self._shared.wait_for_others(self.size)
+        discard(self._shared.folder)
+        with suppress(OSError):  # the lock of the output is free by now, so that another run may have begun
+            self.folder.rmdir()
+
+    def _waited_for(self) -> bool:
+        """Tell whether the other processes run, but have not been told yet what to do."""
+        return self._fabric is not None and self._launched and self._shared is None
+
+    def _end_children(self, kill: bool) -> None:
+        from subprocess import TimeoutExpired
+
+        for child in self._started:
+            if kill:
+                child.kill()
+            try:
+                child.wait(LEAVING_S)
+            except TimeoutExpired:
+                child.kill()
+                child.wait()
+
+
+def _fabric(trainer: TrainerSettings) -> Fabric:
+    from lightning.fabric import Fabric
+    from lightning.fabric.strategies import DDPStrategy
+
+    if trainer.strategy not in ("auto", "ddp"):
+        raise InputError(f"trainer.strategy is {trainer.strategy!r}; each process holds a whole model: leave it out")
+    with trainer_errors():
+        return Fabric(
+            accelerator=trainer.accelerator,
+            devices=trainer.devices,
+            num_nodes=trainer.num_nodes,
+            strategy=DDPStrategy(timeout=PLANNING),
+        )
+
+
+def _refuse_torchrun() -> None:
+    """Raise InputError if torchrun has started several processes, of which each would do all of the work."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if "TORCHELASTIC_RUN_ID" in os.environ and size != "1":
+        raise InputError(f"torchrun has started {size} processes; set trainer.devices and trainer.num_nodes for them")
+
+
+def _end_of(child: Popen[bytes]) -> str:
+    return f"signal {-child.returncode}" if child.returncode < 0 else f"status {child.returncode}"

@@ -1,0 +1,64 @@
+"""Images with prompts as rows that a server scores."""
+
+import base64
+import json
+from collections.abc import Sequence
+from io import BytesIO
+from threading import Event
+from typing import Any
+
+from PIL import Image
+
+from latentreward.errors import InputError
+from latentreward.remote.schemas import ImageSchema
+from latentreward.remote.scores import PendingScores, RemoteScores
+from latentreward.remote.server import Connection, RemoteServer
+from latentreward.storage.digests import digest
+
+ImageRow = tuple[str, Image.Image]
+"""A prompt and an RGB image."""
+PNG_LEVEL = 1
+"""Effort of zlib in 0 … 9: higher levels take longer than they save on a fast network."""
+
+
+class RemoteImages:
+    """Scores of images from a server.
+
+    Args:
+        server: The server.
+        schema: Form of its requests and replies.
+        batch_size: Images of a request.
+
+    Raises:
+        InputError: If ``batch_size`` is below 1.
+    """
+
+    def __init__(self, server: RemoteServer, schema: ImageSchema, batch_size: int) -> None:
+        self.schema, self.connection = schema, Connection(server)
+        self._scores: RemoteScores[ImageRow] = RemoteScores(self.connection, self._ask, batch_size)
+
+    def begin(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> PendingScores[ImageRow]:
+        """Ask for the scores of N RGB images, each for its prompt, and return before they are there."""
+        rows = [*zip(prompts, images, strict=True)]
+        keys = [digest([prompt, f"\n{image.mode} {image.size}\n", image.tobytes()]) for prompt, image in rows]
+        return self._scores.begin(rows, keys)
+
+    def _ask(self, rows: Sequence[ImageRow], ended: Event) -> tuple[Sequence[Any], str | None]:
+        """Ask for the scores of a batch, in a thread."""
+        prompts, images = zip(*rows, strict=True)
+        request = self.schema.request(prompts, [png_text(image) for image in images])
+        content, headers = json.dumps(request).encode(), {"content-type": "application/json"}
+        reply = self.connection.ask("POST", self.schema.path, content, headers, ended)
+        try:
+            if not isinstance(reply, dict):
+                raise InputError("the answer is no JSON object; look at the schema")
+            return self.schema.scores(reply, request), self.schema.model(reply)
+        except InputError as error:
+            self.connection.refuse(str(error), error)
+
+
+def png_text(image: Image.Image) -> str:
+    """Encode an image as PNG in base64."""
+    content = BytesIO()
+    image.convert("RGB").save(content, "png", compress_level=PNG_LEVEL)
+    return base64.b64encode(content.getvalue()).decode()

@@ -1,0 +1,200 @@
+"""Forms in which servers take images or latents with prompts, and return scores."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from latentreward.errors import InputError, printable
+from latentreward.storage.digests import digest
+
+
+class Schema(ABC):
+    """Form of requests and replies of a server.
+
+    Attributes:
+        path: Path of requests.
+    """
+
+    path: str
+
+
+class ImageSchema(Schema):
+    """Form of requests and replies of a server that scores images, each for its prompt.
+
+    Derive a frozen dataclass from this class for a server with a form of its own.
+    """
+
+    @abstractmethod
+    def request(self, prompts: Sequence[str], images: Sequence[str]) -> dict[str, Any]:
+        """Return the JSON of a request for B images.
+
+        Args:
+            prompts: B prompts.
+            images: B PNG files, as base64.
+        """
+
+    @abstractmethod
+    def scores(self, reply: Mapping[str, Any], request: Mapping[str, Any]) -> Sequence[Any]:
+        """Return the scores of a reply, in the order of the images; a higher score is better.
+
+        Number, type and finiteness of the scores are checked by the caller.
+
+        Args:
+            reply: JSON of the reply.
+            request: JSON of the request that it answers.
+
+        Raises:
+            InputError: If the reply has another form.
+        """
+
+    def model(self, reply: Mapping[str, Any]) -> str | None:
+        """Return the model that a reply names, which must be the same in all replies; None if it names none."""
+        name = reply.get("model")
+        return name if isinstance(name, str) else None
+
+
+@dataclass(frozen=True)
+class PlainJSON(ImageSchema):
+    """The plainest form, for a judge of one's own: ``{"prompts", "images"}`` → ``{"scores"}``.
+
+    ``prompts`` are B texts, ``images`` B PNG files in base64, ``scores`` B numbers. A text ``model`` beside the scores
+    names the judge, and must be the same in all replies.
+
+    Attributes:
+        path: Path of requests.
+    """
+
+    path: str = "/score"
+
+    def request(self, prompts: Sequence[str], images: Sequence[str]) -> dict[str, Any]:
+        """See :meth:`ImageSchema.request`."""
+        return {"prompts": list(prompts), "images": list(images)}
+
+    def scores(self, reply: Mapping[str, Any], request: Mapping[str, Any]) -> Sequence[Any]:
+        """See :meth:`ImageSchema.scores`."""
+        return listed(reply, "scores")
+
+
+@dataclass(frozen=True)
+class ServedImages(ImageSchema):
+    """Form of ``latentreward serve`` for images, ``POST /v1/score_images``: the server encodes them with its VAE.
+
+    Attributes:
+        path: Path of requests.
+    """
+
+    path: str = "/v1/score_images"
+
+    def request(self, prompts: Sequence[str], images: Sequence[str]) -> dict[str, Any]:
+        """See :meth:`ImageSchema.request`."""
+        return {"prompts": list(prompts), "images": list(images)}
+
+    def scores(self, reply: Mapping[str, Any], request: Mapping[str, Any]) -> Sequence[Any]:
+        """See :meth:`ImageSchema.scores`."""
+        return listed(reply, "scores")
+
+
+@dataclass(frozen=True)
+class UniRL(ImageSchema):
+    """Form of UniRL's reward service, protocol version 1 (unirl/reward/remote.py of Tencent-Hunyuan/UniRL, Apache-2.0).
+
+    A request asks for one reward. A reward of the service has one or several metrics.
+
+    Attributes:
+        reward: Name of the reward, such as ``hpsv3``; ``GET /health`` of the service lists the names.
+        metric: Name of the metric; None for a reward that has a single one.
+        path: Path of requests.
+    """
+
+    reward: str
+    metric: str | None = None
+    path: str = "/score"
+
+    def request(self, prompts: Sequence[str], images: Sequence[str]) -> dict[str, Any]:
+        """See :meth:`ImageSchema.request`."""
+        requests = [
+            {
+                "history": [{"text": prompt, "image_b64": image}],
+                "required_rewards": [self.reward],
+                "metadata": None,
+                "request_id": digest([prompt, "\n", image]),
+            }
+            for prompt, image in zip(prompts, images, strict=True)
+        ]
+        return {"protocol_version": "1", "requests": requests}
+
+    def scores(self, reply: Mapping[str, Any], request: Mapping[str, Any]) -> Sequence[Any]:
+        """See :meth:`ImageSchema.scores`; an error of a single request is one of all."""
+        version = reply.get("protocol_version", "1")
+        if version != "1":
+            raise InputError(f"protocol_version is {shown(version)}; version 1 is understood")
+        results = listed(reply, "results")
+        errors = reply.get("errors") or []
+        for failed in errors if isinstance(errors, list) else [errors]:
+            if failed:
+                raise InputError(f"an image could not be scored: {shown(failed)}")
+        if identities := reply.get("identities"):  # a service may leave them out
+            told = identities if isinstance(identities, list) else []
+            if [*map(_request_id, told)] != [*map(_request_id, request["requests"])]:
+                raise InputError("identities are not those of the request, in its order")
+        return [self._score(result) for result in results]
+
+    def _score(self, result: Any) -> Any:
+        metrics = result.get(self.reward) if isinstance(result, dict) else None
+        if not isinstance(metrics, dict) or not metrics:
+            raise InputError(f"a result has no {self.reward!r}, but {shown(result)}; set schema.reward")
+        if self.metric is None and len(metrics) > 1:
+            raise InputError(f"{self.reward} has the metrics {shown(', '.join(metrics))}; set schema.metric to one")
+        metric = self.metric or next(iter(metrics))
+        if metric not in metrics:
+            raise InputError(f"{self.reward} has no metric {metric!r}, but {shown(', '.join(metrics))}")
+        return metrics[metric]
+
+
+@dataclass(frozen=True)
+class ServedLatents(Schema):
+    """Form of ``latentreward serve`` for latents, ``POST /v1/score``: verl-omni's protocol version 1, no VAE at all.
+
+    The server gets the policy's own embeddings of the prompts. So the served model must have been trained on the
+    policy's text encoders, as an adapter on the same pipeline was; latent space and widths of embeddings are compared.
+    All latents of a prompt get the same noise.
+
+    Attributes:
+        sigma: Noise level in [0, 1] at which predicted clean latents of noisy states are scored. Finished latents are
+            scored at the method's ``reward_sigmas``; of several levels the mean counts.
+        path: Path of requests.
+
+    Raises:
+        InputError: If ``sigma`` is out of range.
+    """
+
+    sigma: float = 0.4
+    path: str = "/v1/score"
+
+    def __post_init__(self) -> None:
+        """Check the noise level."""
+        if not 0 <= self.sigma <= 1:
+            raise InputError(f"schema.sigma={self.sigma:g} must lie in [0, 1]")
+
+
+def listed(reply: Mapping[str, Any], name: str) -> list[Any]:
+    """Return the list ``name`` of a reply.
+
+    Raises:
+        InputError: If there is none.
+    """
+    values = reply.get(name)
+    if not isinstance(values, list):
+        raise InputError(f"the answer has no list {name!r}, but {shown(values if name in reply else list(reply))}")
+    return values
+
+
+def shown(value: Any) -> str:
+    """Show the beginning of a value from a server, in one printable line."""
+    text = printable(" ".join(str(value).split()))
+    return text if len(text) <= 100 else f"{text[:100]}…"
+
+
+def _request_id(identity: Any) -> Any:
+    return identity.get("request_id") if isinstance(identity, dict) else None

@@ -1,0 +1,138 @@
+"""Scores of many rows from a server: batches, requests at the same time, and a cache by content."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from threading import BoundedSemaphore, Event, Thread
+from typing import Any, Generic, TypeVar
+
+from latentreward.errors import InputError
+from latentreward.remote.errors import RemoteError
+from latentreward.remote.schemas import shown
+from latentreward.remote.server import Connection
+
+CACHED = 65536
+"""Number of scores that a process remembers; a score takes about 150 bytes."""
+LARGEST = 3.4028235e38
+"""Largest float32."""
+
+Row = TypeVar("Row")
+Ask = Callable[[Sequence[Row], Event], tuple[Sequence[Any], str | None]]
+"""Function that asks for the scores of some rows: their scores, unchecked, and the model that the server names."""
+
+
+class PendingScores(Generic[Row]):
+    """Scores that have been asked for.
+
+    Args:
+        source: Source that asked.
+        keys: Key of each row.
+        known: Scores by key that are there already.
+        asked: Keys of each request, and the future of its scores.
+    """
+
+    def __init__(
+        self,
+        source: "RemoteScores[Row]",
+        keys: Sequence[str],
+        known: dict[str, float],
+        asked: Sequence[tuple[Sequence[str], Future[Any]]],
+    ) -> None:
+        self.source, self.keys, self.known, self.asked = source, keys, known, asked
+
+    def result(self) -> list[float]:
+        """Wait for the scores, one for each row.
+
+        Raises:
+            RemoteError: If a request fails; requests that are under way are then given up.
+        """
+        found = self.known | self.source.collect(self.asked)
+        return [found[key] for key in self.keys]
+
+
+class RemoteScores(Generic[Row]):
+    """Source of scores from a server.
+
+    Rows with equal keys are asked for once. A score is remembered, so that a row gets the same score again. Only one
+    thread may call the methods.
+
+    Args:
+        connection: Connection to the server.
+        ask: Function that asks for the scores of a batch; threads call it.
+        batch_size: Rows of a request.
+    """
+
+    def __init__(self, connection: Connection, ask: Ask[Row], batch_size: int) -> None:
+        self.connection, self.ask, self.batch_size = connection, ask, batch_size
+        self._known: OrderedDict[str, float] = OrderedDict()
+        self._slots, self._ended = BoundedSemaphore(connection.server.parallel), Event()
+        self._model: str | None = None
+
+    def begin(self, rows: Sequence[Row], keys: Sequence[str]) -> PendingScores[Row]:
+        """Ask for the scores of N rows, and return before they are there.
+
+        Args:
+            rows: N rows.
+            keys: N keys; rows with the same content have the same key.
+        """
+        known = {key: self._known[key] for key in keys if key in self._known}
+        new = {key: row for key, row in zip(keys, rows, strict=True) if key not in known}
+        names = list(new)
+        batches = [names[start : start + self.batch_size] for start in range(0, len(names), self.batch_size)]
+        asked = [(batch, self._in_thread([new[key] for key in batch])) for batch in batches]
+        for key in known:
+            self._known.move_to_end(key)
+        return PendingScores(self, keys, known, asked)
+
+    def collect(self, asked: Sequence[tuple[Sequence[str], Future[Any]]]) -> dict[str, float]:
+        """Wait for the answers to requests, check and remember them, and return the scores by key."""
+        found: dict[str, float] = {}
+        try:
+            for batch, future in asked:
+                scores, model = future.result()
+                found |= zip(batch, self._checked(scores, len(batch), model), strict=True)
+        except BaseException:
+            self._ended.set()  # threads that wait for another try end
+            self._ended = Event()
+            raise
+        self._known |= found
+        while len(self._known) > CACHED:
+            self._known.popitem(last=False)
+        return found
+
+    def _in_thread(self, rows: Sequence[Row]) -> Future[Any]:
+        """Ask in a thread of its own; a daemon, since the process should not wait for a silent server when it ends."""
+        future: Future[Any] = Future()
+        ended = self._ended
+
+        def work() -> None:
+            try:
+                with self._slots:
+                    future.set_result(([], None) if ended.is_set() else self.ask(rows, ended))
+            except BaseException as error:
+                future.set_exception(error)
+
+        Thread(target=work, name="reward request", daemon=True).start()
+        return future
+
+    def _checked(self, scores: Sequence[Any], count: int, model: str | None) -> list[float]:
+        """Check the scores of a reply.
+
+        Raises:
+            RemoteError: If there are too few or too many, one is no finite number, or the server now names another
+                model than before.
+        """
+        try:
+            if len(scores) != count:
+                raise InputError(f"{len(scores)} scores came for {count} rows")
+            if model is not None and self._model not in (None, model):
+                raise InputError(f"the model is now {shown(model)}, but was {shown(self._model)} before")
+            for score in scores:
+                if isinstance(score, bool) or not isinstance(score, int | float):
+                    raise InputError(f"a score is {shown(repr(score))}, not a number")
+                if not abs(score) <= LARGEST:  # NaN too
+                    raise InputError(f"a score is {shown(score)}, not a finite float32; look at the server's model")
+        except InputError as error:
+            raise RemoteError(f"reward server {self.connection.server.url}: {error}") from error
+        self._model = model or self._model
+        return [float(score) for score in scores]

@@ -1,0 +1,299 @@
+"""Requests to a reward server: tries, waiting, limits of time and size, and the token."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from functools import partial
+from threading import Event, Lock
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from urllib.parse import urlsplit
+
+from latentreward.errors import InputError, check_at_least_one, first_line, printable
+from latentreward.interrupts import stop_asked
+from latentreward.remote.errors import RemoteError
+from latentreward.storage.tokens import checked_token, token_of_file
+
+if TYPE_CHECKING:
+    import httpx
+
+logger = logging.getLogger(__name__)
+
+RETRIED = (408, 425, 429, 500, 502, 503, 504)
+"""HTTP statuses after which the same request may succeed later."""
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
+"""Seconds before the second try, doubled for each further one up to the limit.
+
+The server's ``Retry-After`` is kept instead, if it is not shorter than the first pause.
+"""
+LARGEST_REPLY = 16 * 2**20
+"""Greatest size of a reply, in bytes after decompression."""
+SHOWN = 200
+"""Number of characters of a server's own words that a message repeats."""
+LOOK_S = 0.2
+"""Seconds between two looks for a signal while waiting."""
+
+
+@dataclass(frozen=True)
+class RemoteServer:
+    """A reward server, and what to do when it fails.
+
+    A try that meets no server, a broken connection, the end of ``timeout_s``, or one of the statuses 408, 425, 429,
+    500, 502, 503 and 504 is followed by another, after the server's ``Retry-After`` or growing pauses. Any other wrong
+    answer ends the run at once.
+
+    Attributes:
+        url: Address with scheme, such as ``http://judge:8000``; a path before the schema's own may follow.
+        token_file: File with a token, sent as ``Authorization: Bearer TOKEN``.
+        token_env: Environment variable with the token.
+        timeout_s: Longest time of one try in seconds, from the connection to the end of the answer.
+        retry_s: Longest time from the first failed try to the last, in seconds, under ``on_outage: stop``.
+        on_outage: What happens when the tries of ``retry_s`` have failed. ``stop`` ends the run, which saves a
+            checkpoint first; ``wait`` goes on trying for ``wait_s``, then stops in the same way.
+        wait_s: Longest wait in seconds, under ``on_outage: wait``.
+        parallel: Greatest number of requests at the same time, for each process.
+
+    Raises:
+        InputError: If the address is no HTTP address, or holds a name and password; if a limit is out of range, or the
+            token cannot be read.
+    """
+
+    url: str
+    token_file: str | None = None
+    token_env: str | None = None
+    timeout_s: float = 300.0
+    retry_s: float = 120.0
+    on_outage: Literal["stop", "wait"] = "stop"
+    wait_s: float = 86400.0
+    parallel: int = 4
+    token: str | None = field(default=None, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Check the settings, and read the token."""
+        if {*"@?#"} & {*self.url}:  # first: other messages show the address
+            raise InputError("server.url holds more than address and path; give a token by token_file or token_env")
+        try:
+            address = urlsplit(self.url)
+            known = address.scheme in ("http", "https") and address.hostname and address.port != 0
+        except ValueError:  # brackets without an IPv6 address, or a port that is none
+            known = False
+        if not known or not self.url.isprintable():
+            raise InputError(f"server.url={self.url!r} is no HTTP address; give one such as http://127.0.0.1:8000")
+        for name in ("timeout_s", "wait_s"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"server.{name}={getattr(self, name):g} must be a finite number greater than 0")
+        if not 0 <= self.retry_s < math.inf:
+            raise InputError(f"server.retry_s={self.retry_s:g} must be a finite number from 0 on")
+        check_at_least_one("server.", parallel=self.parallel)
+        object.__setattr__(self, "token", self._read_token())
+
+    def _read_token(self) -> str | None:
+        if self.token_file is not None and self.token_env is not None:
+            raise InputError("server: give either token_file or token_env")
+        if self.token_env is not None:
+            return checked_token(os.environ.get(self.token_env, ""), f"server.token_env={self.token_env}")
+        return None if self.token_file is None else token_of_file(self.token_file, "server.token_file")
+
+    @property
+    def limit_s(self) -> float:
+        """Longest time from the first failed try to the last, in seconds."""
+        return self.wait_s if self.on_outage == "wait" else self.retry_s
+
+
+class Unavailable(Exception):
+    """A failed try after which the same request may succeed.
+
+    Args:
+        reason: What happened.
+        pause_s: Seconds after which the server asks to be tried again; None if it does not say.
+    """
+
+    def __init__(self, reason: str, pause_s: float | None = None) -> None:
+        super().__init__(reason)
+        self.pause_s = pause_s
+
+
+class Connection:
+    """Connections of this process to a server, which threads share.
+
+    Environment variables of proxies have no effect: they would also apply to servers of the own network.
+
+    Args:
+        server: The server.
+    """
+
+    def __init__(self, server: RemoteServer) -> None:
+        self.server = server
+        self._lock, self._owner, self._told = Lock(), 0, False
+        self._client: httpx.Client | None = None
+
+    def ask(
+        self,
+        method: Literal["GET", "POST"],
+        path: str,
+        content: bytes = b"",
+        headers: dict[str, str] | None = None,
+        ended: Event | None = None,
+    ) -> Any:
+        """Send a request, again if need be, and return the JSON of the answer.
+
+        Args:
+            method: HTTP method.
+            path: Path, added to the server's address.
+            content: Body of the request.
+            headers: Headers beside the token's.
+            ended: Set by another thread when the answer is not needed any more.
+
+        Raises:
+            RemoteError: If there is no answer in time, the server refuses the request, or the answer is no JSON; also
+                when a signal to stop arrives between two tries.
+        """
+        url, began, tries = f"{self.server.url.rstrip('/')}{path}", 0.0, 0
+        while True:
+            tries += 1
+            try:
+                answer = self._try(method, url, content, headers or {})
+            except Unavailable as error:
+                now = time.monotonic()
+                began = began or now
+                pause = min(FIRST_PAUSE_S * 2 ** min(tries - 1, 10), LONGEST_PAUSE_S)
+                pause = pause if error.pause_s is None else max(error.pause_s, FIRST_PAUSE_S)
+                left = began + self.server.limit_s - now
+                if left <= 0 or (error.pause_s or 0.0) > left:
+                    self._give_up(error, tries, now - began)
+                self._tell(f"{error}")
+                self._wait(min(pause, left), ended, f"{error}")
+            else:
+                if began:
+                    self._told_that_it_answers(time.monotonic() - began)
+                return answer
+
+    def _try(self, method: str, url: str, content: bytes, headers: dict[str, str]) -> Any:
+        """Send a request once.
+
+        Raises:
+            Unavailable: If another try may succeed.
+            RemoteError: If not.
+        """
+        import httpcore
+        import httpx
+
+        limit = self.server.timeout_s
+        try:
+            with self._clients().stream(method, url, content=content, headers=headers, timeout=limit) as reply:
+                body = bytearray()
+                for part in reply.iter_bytes():
+                    body += part
+                    if len(body) > LARGEST_REPLY:
+                        self.refuse(f"the answer is longer than {LARGEST_REPLY // 2**20} MiB; is this a reward server?")
+        except httpcore.TimeoutException as error:
+            raise Unavailable(f"no answer within timeout_s={limit:g} seconds") from error
+        except (httpcore.NetworkError, httpcore.ProtocolError, httpx.DecodingError) as error:
+            raise Unavailable(printable(first_line(error))[:SHOWN]) from error
+        return self._content(reply, bytes(body))
+
+    def _content(self, reply: httpx.Response, body: bytes) -> Any:
+        """Return the JSON of a complete answer."""
+        status, words = reply.status_code, partial(words_of, body, self.server.token)
+        if status in RETRIED:
+            raise Unavailable(f"HTTP {status}: {words()}", seconds_of(reply.headers.get("retry-after")))
+        if status != 200:
+            remedy = {401: "; set token_file or token_env", 404: "; look at server.url and the schema"}.get(status, "")
+            if 300 <= status < 400:  # with a redirect, the token would go to another server
+                place = words_of(reply.headers.get("location", "").encode(), self.server.token)
+                remedy = f"; redirects are not followed: set server.url to the final address; it leads to {place}"
+            self.refuse(f"HTTP {status}: {words()}{remedy}")
+        try:
+            return json.loads(body)
+        except (ValueError, RecursionError) as error:
+            self.refuse(f"the answer is no JSON ({type(error).__name__}): {words()}", error)
+
+    def _clients(self) -> httpx.Client:
+        """Return the client of this process; one that a fork has copied would share its sockets."""
+        import httpx
+
+        from latentreward.remote.transport import TimedTransport
+
+        with self._lock:
+            if self._client is None or self._owner != os.getpid():
+                token = self.server.token
+                headers = {} if token is None else {"authorization": f"Bearer {token}"}
+                transport = TimedTransport(urlsplit(self.server.url).scheme == "https", self.server.parallel)
+                self._client = httpx.Client(headers=headers, transport=transport, trust_env=False)
+                self._owner = os.getpid()
+            return self._client
+
+    def refuse(self, problem: str, cause: BaseException | None = None) -> NoReturn:
+        """Raise RemoteError that names the server and the ``problem`` of its answer."""
+        raise RemoteError(f"reward server {self.server.url}: {problem}") from cause
+
+    def _give_up(self, error: Unavailable, tries: int, seconds: float) -> NoReturn:
+        counted = "1 try" if tries == 1 else f"{tries} tries"
+        limit, allowed = "wait_s" if self.server.on_outage == "wait" else "retry_s", self.server.limit_s
+        remedy = f"start the server, or raise {limit}"
+        if error.pause_s and error.pause_s > allowed - seconds:
+            remedy = f"the server asks for a pause of {error.pause_s:g} seconds; go on after it, or raise {limit}"
+        self.refuse(
+            f"no scores after {counted} in {seconds:.0f} seconds (server.{limit}={allowed:g}); the last one: {error}; "
+            f"{remedy}"
+        )
+
+    def _wait(self, seconds: float, ended: Event | None, reason: str) -> None:
+        """Wait, unless the answer is not needed any more.
+
+        Raises:
+            RemoteError: If it is not, or the run should stop.
+        """
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            if ended is not None and ended.is_set():
+                self.refuse("the answer is not needed any more")
+            if stop_asked.is_set():
+                self.refuse(f"a signal ended the wait for it; the last try: {reason}")
+            time.sleep(min(left, LOOK_S))
+
+    def _tell(self, reason: str) -> None:
+        """Log the first failed try of an outage."""
+        with self._lock:
+            first, self._told = not self._told, True
+        if first:
+            url, limit = self.server.url, self.server.limit_s
+            logger.warning("reward server %s: %s; tries again for up to %g seconds", url, reason, limit)
+
+    def _told_that_it_answers(self, seconds: float) -> None:
+        with self._lock:
+            was_told, self._told = self._told, False
+        if was_told:
+            logger.warning("reward server %s answers again after %.0f seconds", self.server.url, seconds)
+
+
+def words_of(body: bytes, token: str | None = None) -> str:
+    """Return the beginning of a server's error message in one printable line, without a ``token`` that it repeats."""
+    text = body.decode("utf-8", "replace")
+    text = text.replace(token, "(token)") if token else text
+    try:
+        values = json.loads(text)
+        text = str(next((values[name] for name in ("error", "detail", "message") if name in values), text))
+    except (ValueError, TypeError, RecursionError):
+        pass
+    return printable(" ".join(text.split()))[:SHOWN] or "(no text)"
+
+
+def seconds_of(header: str | None) -> float | None:
+    """Return the seconds of a header ``Retry-After``, which holds a number or a date; None without a valid one."""
+    if header is None:
+        return None
+    if header.strip().isascii() and header.strip().isdigit():
+        return float(header)
+    try:
+        date = parsedate_to_datetime(header)
+    except (ValueError, OverflowError):
+        return None
+    date = date if date.tzinfo else date.replace(tzinfo=UTC)
+    return max((date - datetime.now(UTC)).total_seconds(), 0.0)

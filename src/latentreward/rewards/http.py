@@ -1,0 +1,247 @@
+"""Rewards from a server: pictures for a judge in any framework, or latents for ``latentreward serve``."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from latentreward.contracts import Conditioning, LatentSpace, NoisyStates
+from latentreward.errors import InputError, check_at_least_one
+from latentreward.remote import ImageSchema, PlainJSON, RemoteError, RemoteServer, Schema, ServedLatents
+from latentreward.remote.errors import raise_together
+from latentreward.remote.images import RemoteImages
+from latentreward.remote.latents import LatentRow, RemoteLatents, check_model, describe, latent_space
+from latentreward.remote.scores import PendingScores
+from latentreward.reports.drawing import to_image
+from latentreward.rewards.base import Reward, RewardSource
+from latentreward.rewards.pixel import DecodingReward
+from latentreward.storage.digests import digest
+
+if TYPE_CHECKING:
+    from latentreward.policies import Policy
+
+
+class HTTPReward(RewardSource):
+    """A reward from a server: a VLM judge, UniRL's reward service, or ``latentreward serve``.
+
+    The policy's VAE decodes latents, and the server scores pictures; under
+    :class:`~latentreward.remote.ServedLatents` the server scores latents. Scores have no gradient. Each process asks
+    for its own rows, and remembers scores by content.
+
+    A method that scores finished samples asks for the scores of some prompts while it samples the next, if its
+    ``prompts_at_once`` is set. All scores are there before the policy learns from them. A reward of single steps is
+    waited for at each step.
+
+    Args:
+        server: Address, limits, token, and what happens when the server fails.
+        schema: Form of requests and replies; None is :class:`~latentreward.remote.PlainJSON`.
+        batch_size: Pictures or latents of a request.
+        decode_batch_size: Latents that the VAE decodes at once.
+
+    Raises:
+        InputError: If a number is below 1, or the schema is of an unknown kind.
+
+    Example:
+        .. code-block:: yaml
+
+            reward:
+              class_path: HTTPReward
+              init_args:
+                server: {url: "http://judge:8080", token_env: JUDGE_TOKEN, on_outage: wait, wait_s: 14400}
+                schema: {class_path: UniRL, init_args: {reward: hpsv3}}
+    """
+
+    def __init__(
+        self, server: RemoteServer, schema: Schema | None = None, batch_size: int = 16, decode_batch_size: int = 8
+    ) -> None:
+        check_at_least_one("reward.", batch_size=batch_size, decode_batch_size=decode_batch_size)
+        self.server, self.schema = server, schema or PlainJSON()
+        if not isinstance(self.schema, ImageSchema | ServedLatents):
+            raise InputError(
+                f"reward.schema: {type(schema).__name__} is neither an ImageSchema nor ServedLatents; derive it from "
+                "ImageSchema"
+            )
+        self.batch_size, self.decode_batch_size = batch_size, decode_batch_size
+
+    @property
+    def uses_sigmas(self) -> bool:  # type: ignore[override]
+        """Whether the server scores latents, at noise levels."""
+        return isinstance(self.schema, ServedLatents)
+
+    def has_gradient(self) -> bool:
+        """Return False."""
+        return False
+
+    def latent_space(self) -> LatentSpace | None:
+        """Ask the server for the latent space of its model; None for pictures, which the policy's own VAE decodes."""
+        return latent_space(self.server) if isinstance(self.schema, ServedLatents) else None
+
+    def scores_states(self) -> bool:
+        """Return False: what is sent is a prediction of the clean latents, or its picture."""
+        return False
+
+    def load(self, policy: Policy) -> RemoteReward:
+        """See :meth:`RewardSource.load`.
+
+        Raises:
+            InputError: If the policy has no VAE to make pictures with, or its text encoders do not fit the server.
+        """
+        if isinstance(self.schema, ImageSchema):
+            return RemoteImageReward(self, policy)
+        model = describe(self.server)
+        with torch.no_grad():
+            check_model(self.server, model, policy.encode_prompts([""]), self.batch_size)
+        return RemoteLatentReward(self, self.schema, policy, model)
+
+
+def alone(fine: bool) -> bool:
+    """Return ``fine``, for a process that asks without others."""
+    return fine
+
+
+class RemoteReward(Reward):
+    """Base class of loaded rewards whose scores come from a server.
+
+    Attributes:
+        agree: Function that tells whether all ranks got their scores, from whether this one did; set while all ranks
+            ask equally often.
+        source: Settings.
+    """
+
+    source: HTTPReward
+    needs_clean = True
+    answers_later = True
+    agree: Callable[[bool], bool] = staticmethod(alone)  # type: ignore[assignment]
+
+    @abstractmethod
+    def begin(
+        self, clean: Tensor | None, rows: Tensor, encoded: Any, sigmas: Sequence[float]
+    ) -> Sequence[PendingScores[Any]]:
+        """Ask for the scores of clean latents ``(N, C, ...)``; the score is the mean of those that come."""
+
+    def score(self, states: NoisyStates, encoded: Any) -> Tensor:
+        """See :meth:`Reward.score`; scores ``states.clean``."""
+        return self._finish(self.begin(states.clean, states.rows, encoded, ()), states.latents)
+
+    def score_clean(
+        self, latents: Tensor, rows: Tensor, encoded: Any, noise: Tensor | None = None, sigmas: Sequence[float] = ()
+    ) -> Tensor:
+        """See :meth:`Reward.score_clean`; the server draws noise of its own."""
+        return self.begin_parts(latents, rows, encoded, noise, sigmas)()[:, 0]
+
+    def begin_parts(
+        self, latents: Tensor, rows: Tensor, encoded: Any, noise: Tensor | None = None, sigmas: Sequence[float] = ()
+    ) -> Callable[[], Tensor]:
+        """See :meth:`Reward.begin_parts`."""
+        asked = self.begin(latents, rows, encoded, sigmas)
+        return lambda: self._finish(asked, latents)[:, None]
+
+    def _finish(self, asked: Sequence[PendingScores[Any]], like: Tensor) -> Tensor:
+        """Wait for scores ``(N,)``, and place them on the device of ``like``.
+
+        Raises:
+            RemoteError: If this process or, while they ask together, another one gets none.
+        """
+        levels: list[list[float]] = []
+        failure: RemoteError | None = None
+        try:
+            levels = [pending.result() for pending in asked]
+        except RemoteError as error:
+            failure = error
+        raise_together(failure, self.agree)
+        mean = torch.tensor(levels, dtype=torch.float64).mean(dim=0)
+        return self.checked(mean.to(torch.float32), torch.zeros(len(like))).to(like.device)
+
+
+class RemoteImageReward(RemoteReward, DecodingReward):
+    """A reward that decodes clean latents with the policy's VAE and sends the pictures to a server.
+
+    Args:
+        source: Settings.
+        policy: See :class:`~latentreward.rewards.pixel.DecodingReward`.
+    """
+
+    def __init__(self, source: HTTPReward, policy: Policy) -> None:
+        super().__init__(policy, source.decode_batch_size)
+        self.source = source
+        self._images: RemoteImages | None = None
+
+    def encode_prompts(self, prompts: Sequence[str]) -> tuple[str, ...]:
+        """Return the prompts unchanged."""
+        return tuple(prompts)
+
+    @torch.no_grad()
+    def begin(
+        self, clean: Tensor | None, rows: Tensor, encoded: tuple[str, ...], sigmas: Sequence[float]
+    ) -> Sequence[PendingScores[Any]]:
+        """See :meth:`RemoteReward.begin`; pictures have no noise levels."""
+        if self._images is None:  # not earlier: it has locks, which cannot be copied to another process
+            self._images = RemoteImages(self.source.server, self.source.schema, self.source.batch_size)
+        states = NoisyStates(clean, torch.zeros(len(rows)), rows, clean)
+        images = [image for pixels in self.decode(states) for image in map(to_image, pixels)]
+        return [self._images.begin([encoded[row] for row in rows.tolist()], images)]
+
+
+@dataclass(frozen=True)
+class SentPrompts:
+    """Prompts as a server of latents gets them.
+
+    Attributes:
+        texts: P prompts.
+        rows: Embeddings of each prompt, one row each, float32 on the CPU.
+    """
+
+    texts: tuple[str, ...]
+    rows: tuple[Conditioning, ...]
+
+    def seed(self, row: int) -> int:
+        """Return the seed of the noise of a prompt's latents."""
+        return int(digest([self.texts[row]], 8), 16) >> 1  # int64
+
+
+class RemoteLatentReward(RemoteReward):
+    """A reward that sends clean latents to ``latentreward serve``.
+
+    Args:
+        source: Settings.
+        schema: Form of requests and replies.
+        policy: The policy, whose text encoders embed the prompts.
+        model: Description of the served model. It is not asked for later: a rank whose server fails just then would
+            miss the exchange of failures that follows the scores of all ranks.
+    """
+
+    def __init__(self, source: HTTPReward, schema: ServedLatents, policy: Policy, model: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.source, self.schema, self.model = source, schema, model
+        self.__dict__["policy"] = policy  # not as a submodule: the LightningModule registers the policy already
+        self._latents: RemoteLatents | None = None
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> SentPrompts:
+        """Embed the prompts with the policy's text encoders."""
+        encoded = self.policy.encode_prompts(prompts).to("cpu", torch.float32)
+        return SentPrompts(tuple(prompts), tuple(encoded.select([row]).trimmed() for row in range(len(prompts))))
+
+    def begin(
+        self, clean: Tensor | None, rows: Tensor, encoded: SentPrompts, sigmas: Sequence[float]
+    ) -> Sequence[PendingScores[Any]]:
+        """See :meth:`RemoteReward.begin`; asks for each of ``sigmas``, or for the schema's."""
+        if clean is None:
+            raise InputError("a reward on a server needs the policy's prediction of the clean latents, and got none")
+        if self._latents is None:  # not earlier: it has locks, which cannot be copied to another process
+            self._latents = RemoteLatents(self.source.server, self.schema, self.source.batch_size, self.model)
+        latents, prompts = clean.detach().to("cpu", torch.float32).contiguous(), rows.tolist()
+        texts = [encoded.texts[row] for row in prompts]
+        pending = []
+        for sigma in sigmas or (self.schema.sigma,):
+            sent = [
+                LatentRow(state, encoded.rows[row], float(sigma), encoded.seed(row))
+                for state, row in zip(latents, prompts, strict=True)
+            ]
+            pending.append(self._latents.begin(sent, texts))
+        return pending

@@ -1,0 +1,1 @@
+"""Wire formats of other frameworks' clients, whose requests hold images and prompts."""

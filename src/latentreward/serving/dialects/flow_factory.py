@@ -1,0 +1,89 @@
+"""Flow-Factory's reward server: ``POST /compute``, as its ``RemotePointwiseRewardModel`` calls it.
+
+Source: X-GenGroup/Flow-Factory (Apache-2.0), ``src/flow_factory/rewards/my_reward_remote.py`` and
+``reward_server/example_server.py`` at a0b2bc5; also the older client with the field ``kwargs`` at 696af07. A request is
+
+    {"prompt": [TEXT, ...], "image": [BASE64, ...], "video": null, "condition_images": null, "condition_videos": null}
+
+and its reply ``{"rewards": [NUMBER, ...]}``; an error is ``{"error": TEXT}`` with its status. The client's
+``GET /health`` is answered as UniRL's, because it reads only the status. The client's ``RemoteGroupwiseRewardModel``
+sends the same request for a group of samples, and gets the same scores: they do not depend on the group.
+"""
+
+import asyncio
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+
+from latentreward.serving.errors import RequestError
+from latentreward.serving.image_requests import EncodedImages, parsing_bytes
+from latentreward.serving.image_scoring import ImageScorer
+from latentreward.serving.json_bodies import from_base64, read_json
+from latentreward.serving.protocol import LARGER_QUEUE, check_limit
+from latentreward.serving.routes import JSON, NUMBERS, TEXT, Route, check_type, fields, listed
+from latentreward.serving.service import ScoringService
+
+TEXTS = 8
+"""Greatest number of texts, and of signs between them, per image; a body has two texts and four signs."""
+FORM = '{"prompt": [TEXT, ...], "image": [BASE64, ...]}'
+"""JSON of a request, for messages."""
+
+
+class ComputeRequest(BaseModel, strict=True):
+    """Body of a request."""
+
+    prompt: list[str]
+    image: list[str] | None = None
+    video: Any = None
+    condition_images: Any = None
+    condition_videos: Any = None
+    kwargs: Any = None
+
+
+class FlowFactory:
+    """Handler of the route.
+
+    Args:
+        service: Service that scores.
+        scorer: Scorer of images.
+    """
+
+    def __init__(self, service: ScoringService, scorer: ImageScorer) -> None:
+        self.service, self._scorer = service, scorer
+
+    def routes(self) -> list[Route]:
+        """Return the route."""
+        body, answer = fields(prompt=listed(TEXT), image=listed(TEXT)), fields(rewards=NUMBERS)
+        summary = "Flow-Factory's clients: score images for prompts; pixels only"
+        return [Route("POST", "/compute", self.compute, summary, {JSON: body}, answer, of_reward=True)]
+
+    async def compute(self, request: Request) -> JSONResponse:
+        """Score the images of a request."""
+        model, resources = self.service.model_of(request), self.service.resources
+        check_type(request, JSON)
+        async with resources.bodies.read(request) as body:
+            with resources.memory.hold(parsing_bytes(body, JSON), len(body)):
+                images = await asyncio.to_thread(parse_images, body, model.settings.queue)
+            scores = await self._scorer.score(request, model, images, len(body))
+        return JSONResponse({"rewards": [score for score, *_ in scores]})
+
+
+def parse_images(body: bytes | bytearray, most: int) -> EncodedImages:
+    """Parse the body of a request.
+
+    Args:
+        body: JSON.
+        most: Greatest number of images.
+
+    Raises:
+        RequestError: If the body is no such JSON, has other media than images, or too many.
+    """
+    content = read_json(body, ComputeRequest, TEXTS * (most + 8), FORM)
+    for name in ("video", "condition_images", "condition_videos"):
+        if getattr(content, name):
+            raise RequestError(f"{name} is given; this server scores a prompt and an image, nothing else", 422)
+    images = content.image or []
+    check_limit("image: images", len(images), most, LARGER_QUEUE)
+    return EncodedImages(content.prompt, [from_base64(f"image {number}", text) for number, text in enumerate(images)])

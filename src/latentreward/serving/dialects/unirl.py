@@ -1,0 +1,242 @@
+"""UniRL's reward service: ``GET /health`` and ``POST /score``, as its ``RemoteRewardBackend`` calls them.
+
+Source: Tencent-Hunyuan/UniRL (Apache-2.0), ``unirl/reward/remote.py`` at 0e713d6, and
+``unirl-reward-service/reward_service/schemas.py`` at cb03dcd with ``server.py`` at 287aec0; also the older client
+without identities at 1a7b501. A request is
+
+    {"protocol_version": "1", "requests": [{"history": [{"text": TEXT, "image_b64": BASE64}], "required_rewards":
+    [NAME], "metadata": {...} or null, "request_id": ..., "sample_id": ..., ...}]}
+
+and its reply
+
+    {"protocol_version": "1", "results": [{NAME: {"score": NUMBER}}], "errors": [{NAME: TEXT}], "identities": [{...}]}
+
+As with UniRL's own scorers of images, the last turn of a history is scored. A reward that fails is reported in
+``errors``; a reward without room is a 503 for the whole request, which the client sends again. Videos, handles of
+tensors in GPU memory and gradients are refused. Unknown fields and ``metadata`` are ignored, as by UniRL's server.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+
+from latentreward.serving.errors import RequestError, ScoringError
+from latentreward.serving.image_requests import EncodedImages, parsing_bytes
+from latentreward.serving.image_scoring import ImageScorer
+from latentreward.serving.json_bodies import from_base64, read_json
+from latentreward.serving.protocol import LARGER_QUEUE, check_limit
+from latentreward.serving.routes import JSON, TEXT, Route, check_type, fields, listed
+from latentreward.serving.served import Scores
+from latentreward.serving.service import ScoringService
+
+VERSION = "1"
+TEXTS = 256
+"""Greatest number of texts, and of signs between them, per sample; a sample without metadata has some 20 and 80."""
+FORM = '{"requests": [{"history": [{"text": TEXT, "image_b64": BASE64}], "required_rewards": [NAME, ...]}]}'
+"""JSON of a request, for messages."""
+SCORE = "score"
+"""Name of the first sub-metric, which UniRL's client takes by default."""
+
+
+class Turn(BaseModel, strict=True):
+    """Turn of a history: a text with an image."""
+
+    text: str
+    image_b64: str | None = None
+    image_ipc: str | None = None
+    video_b64: str | None = None
+    video_path: str | None = None
+
+
+class Identity(BaseModel, strict=True):
+    """Marks of a sample, which the reply repeats."""
+
+    request_id: str | None = None
+    sample_id: str | None = None
+    group_id: str | None = None
+    source_rank: int | None = None
+    policy_version: int | None = None
+    scorer_version: str | None = None
+    idempotency_key: str | None = None
+
+
+class Sample(Identity, strict=True):
+    """A history, and the rewards that are to score it."""
+
+    history: list[Turn]
+    required_rewards: list[str]
+    metadata: dict[str, Any] | None = None
+
+
+class ScoreRequest(BaseModel, strict=True):
+    """Body of a request."""
+
+    protocol_version: str = VERSION
+    requests: list[Sample]
+    grad_mode: bool = False
+    call_id: str | None = None
+
+
+class UniRL:
+    """Handlers of the routes.
+
+    Args:
+        service: Service that scores.
+        scorer: Scorer of images.
+    """
+
+    def __init__(self, service: ScoringService, scorer: ImageScorer) -> None:
+        self.service, self._scorer = service, scorer
+
+    def routes(self) -> list[Route]:
+        """Return the routes; Flow-Factory's client asks for the same ``/health`` and reads its status only."""
+        turn = fields(text=TEXT, image_b64=TEXT)
+        sample = fields(history=listed(turn), required_rewards=listed(TEXT), metadata={"type": "object"})
+        sample["properties"].update({name: {} for name in Identity.model_fields})
+        body = fields(protocol_version=TEXT, requests=listed(sample))
+        by_name = {"type": "object", "additionalProperties": {"type": "object"}}
+        errors = {"type": "object", "additionalProperties": TEXT}
+        identities = listed(Identity.model_json_schema())
+        answer = fields(results=listed(by_name), errors=listed(errors), identities=identities, protocol_version=TEXT)
+        health = fields(status=TEXT, rewards={"type": "object", "additionalProperties": listed(TEXT)})
+        about_health = "UniRL's and Flow-Factory's clients: health, rewards"
+        summary = "UniRL's clients: score images for prompts with several rewards; pixels only"
+        return [
+            Route("GET", "/health", self.health, about_health, answer=health, of_reward=True),
+            Route("POST", "/score", self.score, summary, {JSON: body}, answer),
+        ]
+
+    async def health(self, request: Request) -> JSONResponse:
+        """Answer with the names of the rewards, and of the scores of each; 503 if one of them is not ready.
+
+        Flow-Factory's client asks for ``/health`` below the address that it posts to, which may name a reward.
+        """
+        self.service.model_of(request)  # raises for the name of an unknown reward
+        names = {name: [SCORE, *model.reward.axes] for name, model in self.service.models.items()}
+        ready = self.service.ready
+        return JSONResponse({"status": "ok" if ready else "busy", "rewards": names}, 200 if ready else 503)
+
+    async def score(self, request: Request) -> JSONResponse:
+        """Score the samples of a request."""
+        check_type(request, JSON)
+        resources = self.service.resources
+        most = max(model.settings.queue for model in self.service.models.values())
+        async with resources.bodies.read(request) as body:
+            with resources.memory.hold(parsing_bytes(body, JSON), len(body)):
+                samples = await asyncio.to_thread(parse_samples, body, most)
+                wanted = rewards_of(samples)
+                for name, rows in wanted.items():
+                    limit = self.service.named(name).settings.queue
+                    check_limit(f"requests: samples for {name}", len(rows), limit, LARGER_QUEUE)
+                for name, rows in wanted.items():  # now: scores of one reward would be lost if another then refuses
+                    self.service.named(name).require_room(len(rows))
+                images = await asyncio.to_thread(take_images, samples)
+            parts = {name: _selected(images, rows) for name, rows in wanted.items()}
+            needs = await asyncio.to_thread(lambda: {name: part.memory_bytes() for name, part in parts.items()})
+            # Each reward holds its own decoded images: if together they are too large for ever, 413 says so, not 503.
+            held = len(body) + sum(needs.values())
+            scoring = [self._scores(request, name, part, held - needs[name]) for name, part in parts.items()]
+            outcomes = await asyncio.gather(*scoring, return_exceptions=True)
+        for outcome in outcomes:  # raised after all have ended, since gather does not stop the others
+            if isinstance(outcome, BaseException):
+                raise outcome
+        return JSONResponse(reply(samples, wanted, dict(zip(wanted, outcomes, strict=True))))
+
+    async def _scores(
+        self, request: Request, name: str, images: EncodedImages, beside: int
+    ) -> list[dict[str, float]] | str:
+        """Return the scores of images by name of the score, or the message of a reward that cannot score them."""
+        model = self.service.named(name)
+        try:
+            scores: Sequence[Scores] = await self._scorer.score(request, model, images, beside)
+        except ScoringError as error:
+            return " ".join(str(error).split())
+        return [dict(zip((SCORE, *model.reward.axes), row, strict=True)) for row in scores]
+
+
+def parse_samples(body: bytes | bytearray, most: int) -> list[Sample]:
+    """Parse the body of a request into samples.
+
+    Args:
+        body: JSON.
+        most: Greatest number of samples.
+
+    Raises:
+        RequestError: If the body is no such JSON, or asks for what is not served.
+    """
+    content = read_json(body, ScoreRequest, TEXTS * (most + 8), FORM)
+    if content.protocol_version != VERSION:
+        found = content.protocol_version[:20]
+        raise RequestError(f"protocol_version is {found!r}; this server speaks version {VERSION}")
+    if content.grad_mode:
+        raise RequestError("grad_mode is true; this server gives no gradients", 422)
+    check_limit("requests: samples", len(content.requests), most, LARGER_QUEUE)
+    for number, sample in enumerate(content.requests):
+        if not sample.history:
+            raise RequestError(f"requests.{number}.history is empty; give a turn with text and image_b64", 422)
+        if sample.scorer_version is not None:
+            raise RequestError(f"requests.{number}.scorer_version is set; this server pins no versions", 422)
+        if not sample.required_rewards:
+            raise RequestError(f"requests.{number}.required_rewards is empty; name a reward", 422)
+        for turn in sample.history:
+            other = [name for name in ("image_ipc", "video_b64", "video_path") if getattr(turn, name) is not None]
+            if other:
+                raise RequestError(f"requests.{number}: {other[0]} is given; this server scores image_b64 only", 422)
+        if sample.history[-1].image_b64 is None:
+            raise RequestError(f"requests.{number}: the last turn has no image_b64; give the image to score", 422)
+    return content.requests
+
+
+def rewards_of(samples: Sequence[Sample]) -> dict[str, list[int]]:
+    """Return the numbers of the samples that each reward is to score, by its name."""
+    rows: dict[str, list[int]] = {}
+    for number, sample in enumerate(samples):
+        for name in dict.fromkeys(sample.required_rewards):
+            rows.setdefault(name, []).append(number)
+    return rows
+
+
+def take_images(samples: Sequence[Sample]) -> list[tuple[str, bytes]]:
+    """Return text and image of the last turn of each sample, and drop the histories with their long texts.
+
+    Raises:
+        RequestError: If an image is not base64.
+    """
+    images = []
+    for number, sample in enumerate(samples):
+        turn = sample.history[-1]
+        images.append((turn.text, from_base64(f"requests.{number}: image_b64", turn.image_b64 or "")))
+        sample.history = []
+    return images
+
+
+def _selected(images: Sequence[tuple[str, bytes]], rows: Sequence[int]) -> EncodedImages:
+    prompts, files = zip(*(images[row] for row in rows), strict=True)
+    return EncodedImages(prompts, files)
+
+
+def reply(
+    samples: Sequence[Sample], wanted: dict[str, list[int]], outcomes: dict[str, list[dict[str, float]] | str]
+) -> dict[str, Any]:
+    """Return the reply to a request.
+
+    Args:
+        samples: Samples of the request.
+        wanted: Name of a reward → numbers of its samples.
+        outcomes: Name of a reward → its scores of these samples by name of the score, or a message.
+    """
+    results: list[dict[str, dict[str, float]]] = [{} for _ in samples]
+    errors: list[dict[str, str]] = [{} for _ in samples]
+    for name, rows in wanted.items():
+        outcome = outcomes[name]
+        for place, row in enumerate(rows):
+            if isinstance(outcome, str):
+                errors[row][name] = outcome
+            else:
+                results[row][name] = outcome[place]
+    identities = [sample.model_dump(include=set(Identity.model_fields)) for sample in samples]
+    return {"protocol_version": VERSION, "results": results, "errors": errors, "identities": identities}

@@ -1,0 +1,224 @@
+"""One reward of a server: the model on its device, its queue, its limits and its memory of encoded prompts."""
+
+import asyncio
+import math
+import secrets
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import chain, count, repeat
+from typing import Any
+
+import torch
+from fastapi import Request
+
+from latentreward.errors import InputError, one_line
+from latentreward.scoring import RewardModel
+from latentreward.scoring.scoring_noise import timesteps_of
+from latentreward.serving.batch_scorer import AnyRow, LatentRow, RowScorer, standing
+from latentreward.serving.batching import MicroBatcher
+from latentreward.serving.errors import RequestError, ScoringError
+from latentreward.serving.protocol import DEFAULT_SEED, ROWS, Accepted
+from latentreward.serving.resources import Resources
+from latentreward.serving.settings import ServiceSettings
+
+Scores = tuple[float, ...]
+"""Score of a row and, of a model with two axes, fidelity and aesthetics after it."""
+CLIENT_GONE = 499
+"""Status under which the metrics count a request whose client disconnected before the answer."""
+
+
+class ServedModel:
+    """A reward model that scores the rows of requests; rows of several requests share a forward pass.
+
+    The constructor scores zeros once, so that a model that cannot score fails at the start of the server.
+
+    Args:
+        reward: Reward model in evaluation mode, on its device.
+        resources: What the model shares with the other rewards of the server.
+        settings: Limits of this reward, and noise of requests without a seed; None takes those of the server.
+        name: Name of the reward in addresses, replies and metrics.
+
+    Attributes:
+        accepted: Shapes of latents and embeddings that the model takes.
+        first_seed: First seed under ``fresh_noise``, from the system's entropy; None without ``fresh_noise``.
+        seeds: Seeds of rows that come without one: ``first_seed``, ``first_seed`` + 1, … under ``fresh_noise``, else 0.
+
+    Raises:
+        InputError: If the model cannot score, or gives more than one score per row.
+    """
+
+    def __init__(
+        self,
+        reward: RewardModel,
+        resources: Resources,
+        settings: ServiceSettings | None = None,
+        name: str = "reward",
+    ) -> None:
+        self.reward, self.resources, self.name = reward, resources, name
+        self.settings = settings = settings or resources.settings
+        self.accepted = accepted_by(reward, settings)
+        self.first_seed = secrets.randbits(62) if settings.fresh_noise else None
+        self.seeds: Iterator[int] = repeat(DEFAULT_SEED) if self.first_seed is None else count(self.first_seed)
+        scorer = RowScorer(reward, settings.batch_size, settings.prompts_kept, self._count_prompts)
+        scorer([_blank_row(reward, self.accepted)])
+        self.batcher: MicroBatcher[AnyRow, Scores] = MicroBatcher(
+            scorer,
+            settings.batch_size,
+            settings.max_wait_ms / 1000,
+            settings.queue,
+            settings.max_pass_s,
+            lambda rows: resources.metrics.count_pass(name, rows),
+            resources.turns(reward.device),
+        )
+        self._under_way = 0
+        resources.metrics.reward_queue_rows.labels(name).set_function(lambda: self.batcher.waiting)
+        resources.metrics.reward_requests_now.labels(name).set_function(lambda: self._under_way)
+
+    def _count_prompts(self, kept: int, encoded: int) -> None:
+        self.resources.metrics.count_prompts(self.name, kept, encoded)
+
+    @property
+    def ready(self) -> bool:
+        """Whether the batcher runs, and its current forward pass has taken less than the request timeout."""
+        return self.batcher.running and self.batcher.busy_seconds < self.settings.timeout
+
+    def require_room(self, rows: int) -> None:
+        """Raise RequestError with status 503 if the reward has no room for a request of so many rows just now."""
+        limit = self.settings.concurrency
+        try:
+            if limit is not None and self._under_way >= limit:
+                raise RequestError(f"{limit} requests of the reward {self.name!r} are under way; try later", 503, 1)
+            self.batcher.require_room(rows)
+        except RequestError:
+            self.resources.metrics.count_refused(self.name)
+            raise
+
+    async def score(self, request: Request, rows: Sequence[AnyRow]) -> list[Scores]:
+        """Score the rows of ``request``; rows still in the queue are dropped if the client disconnects.
+
+        Raises:
+            RequestError: With status 503 if the queue is full or too many requests of this reward are in progress, 504
+                after the timeout, 499 if the client disconnected, 422 if the model cannot score the rows, 500 if the
+                model failed.
+        """
+        self.require_room(len(rows))
+        self._under_way += 1
+        try:
+            return await self._score(request, rows)
+        except RequestError as error:
+            if error.status == 503:
+                self.resources.metrics.count_refused(self.name)
+            raise
+        finally:
+            self._under_way -= 1
+
+    async def _score(self, request: Request, rows: Sequence[AnyRow]) -> list[Scores]:
+        client = request.client and request.client.host
+        scoring = asyncio.ensure_future(self.batcher.score(rows, client))
+        gone = asyncio.ensure_future(_disconnected(request))
+        try:
+            await asyncio.wait({scoring, gone}, timeout=self.settings.timeout, return_when=asyncio.FIRST_COMPLETED)
+            if scoring.done():
+                return _result(scoring)
+            if gone.done():
+                raise RequestError("the client left", CLIENT_GONE)
+            raise RequestError(f"no score within {self.settings.timeout:g} seconds; send fewer rows, or try later", 504)
+        finally:
+            scoring.cancel()
+            gone.cancel()
+
+    def columns(self, scores: Sequence[Scores]) -> tuple[list[float], dict[str, list[float]]]:
+        """Return the scores of all rows, and those of each axis of a model with two by name."""
+        totals, *axes = ([*column] for column in zip(*scores, strict=True))
+        return totals, dict(zip(self.reward.axes, axes, strict=True))
+
+    def describe(self) -> dict[str, Any]:
+        """Describe the model and the server's limits, as values for JSON.
+
+        ``prompt_mask``, ``pools_tokens`` and ``frames`` are there only for models that take more than SD and SD3 do.
+        """
+        accepted, backbone = self.accepted, self.reward.backbone
+        more = {"prompt_mask": accepted.masked, "pools_tokens": accepted.pools_tokens, "frames": accepted.frames}
+        return {
+            "model": self.reward.identity,
+            "latent_space": backbone.latent_space.record(),
+            "prompt_embeds_width": accepted.text_width,
+            "pooled_prompt_embeds_width": accepted.pooled_width,
+            **{name: value for name, value in more.items() if value},
+            "noise": str(self.reward.noise),
+            "u": backbone.noise_process.sigma(timesteps_of(self.reward.noise, backbone.noise_process)).tolist(),
+            "fresh_noise": self.settings.fresh_noise,
+            "calibrated": standing(self.reward, torch.zeros(1)) is not None,
+            "batch_size": self.settings.batch_size,
+            "max_body_bytes": self.settings.max_body,
+            "max_latent_pixels": accepted.max_pixels,
+            "max_rows": accepted.max_rows,
+        }
+
+    def limits(self) -> dict[str, Any]:
+        """Describe the reward's device and limits, as values for JSON."""
+        settings = self.settings
+        return {
+            "name": self.name,
+            "model": self.reward.identity,
+            "device": str(self.reward.device),
+            "scores": ["score", *self.reward.axes],
+            "batch_size": settings.batch_size,
+            "queue": settings.queue,
+            "concurrency": settings.concurrency,
+            "passes_per_device": self.resources.settings.passes_per_device,
+            "prompts_kept": settings.prompts_kept,
+            "timeout": settings.timeout,
+        }
+
+
+def accepted_by(reward: RewardModel, settings: ServiceSettings) -> Accepted:
+    """Determine the shapes that a model takes; the empty prompt is encoded to find the widths of embeddings."""
+    backbone = reward.backbone
+    empty = backbone.encode_prompts([""])
+    clip = 1 if reward.image_sizes is None else reward.image_sizes.frames
+    _, *time, _, _ = backbone.latent_space.shape(1, 1, clip)
+    pooled, masked = empty.pooled_prompt_embeds, empty.prompt_mask is not None
+    return Accepted(
+        channels=backbone.latent_space.channels,
+        text_width=empty.prompt_embeds.shape[-1],
+        pooled_width=None if pooled is None else pooled.shape[-1],
+        patch=backbone.side_multiple // backbone.latent_space.downscale,
+        max_side=backbone.max_side,
+        max_prompt=backbone.max_prompt,
+        tokens=empty.prompt_embeds.shape[1] if reward.head.needs_uncond and not masked else None,
+        max_pixels=settings.max_latent_pixels,
+        max_rows=min(ROWS, settings.queue),
+        masked=masked,
+        frames=time[0] if time else None,
+        pools_tokens=backbone.text_encoder is not None and backbone.text_encoder.pools_tokens,
+    )
+
+
+def _blank_row(reward: RewardModel, accepted: Accepted) -> LatentRow:
+    """Return a row of latents that are 0, in the network's native size, with the empty prompt."""
+    empty, space = reward.backbone.encode_prompts([""]).trimmed().to("cpu", torch.float32), reward.backbone.latent_space
+    height, width = reward.backbone.native_size or (8 * space.downscale, 8 * space.downscale)
+    latents, pooled = torch.zeros(space.shape(height, width)), empty.pooled_prompt_embeds
+    vector = None if pooled is None else pooled[0]
+    return LatentRow(latents, empty.prompt_embeds[0], vector, u=0.5, seed=0, prompt="", masked=accepted.masked)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _result(scoring: asyncio.Future[list[Scores]]) -> list[Scores]:
+    try:
+        scores = scoring.result()
+    except RequestError:
+        raise
+    except InputError as error:
+        raise ScoringError(one_line(error), 422) from error
+    except Exception as error:
+        print(f"latentreward serve: {type(error).__name__}: {one_line(error)}", file=sys.stderr, flush=True)
+        raise ScoringError(f"the model failed ({type(error).__name__})", 500) from error
+    if not all(map(math.isfinite, chain.from_iterable(scores))):
+        raise ScoringError("the model gave a score that is not finite", 500)
+    return scores

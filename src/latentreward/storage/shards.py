@@ -1,0 +1,217 @@
+"""Shards of work that the processes of one command share out among themselves in a folder.
+
+A process claims a shard by a lock, which the operating system frees when the process ends. Its result is one file. So a
+shard of a killed process is free again, and a shard with a result is never done twice.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from latentreward.errors import InputError, first_line
+from latentreward.storage.durable import write_file
+from latentreward.storage.locks import claimed, has_locks
+
+PLAN, END, ERROR, SETTINGS = "plan.json", "end", "error.json", "settings.json"
+POLL_S = 0.2
+"""Seconds between two looks at the folder while a process waits for others."""
+LEAVE_S = 5.0
+"""Most seconds that the first process waits until the others have left the folder."""
+KEPT = "what is done is kept: free some space and run the same command again"
+
+
+class ShardFolder:
+    """Folder of one run, in which its processes find plans, claim shards, and leave results and notes.
+
+    Args:
+        folder: Folder, on a file system that all processes see.
+        rank: Number of this process, from 0; process 0 makes the folder.
+    """
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self.folder, self.rank, self._stages = folder, rank, 0
+        self._present = ExitStack()
+        if rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+        # The first process is there by now. On some network file systems, each machine has locks of its own.
+        self._locks = has_locks(folder) and (rank == 0 or self._runs(0))
+        self._present.enter_context(claimed(self._presence(rank)))
+
+    def tell_settings(self, settings: Mapping[str, Any]) -> None:
+        """Write what all processes must have in common, on the first process.
+
+        Args:
+            settings: What JSON can hold, by name.
+        """
+        write_file(self.folder / SETTINGS, json.dumps(settings), KEPT)
+
+    def other_settings(self, settings: Mapping[str, Any]) -> list[str]:
+        """List the names of the settings that differ from those of the first process."""
+        own, first = json.loads(json.dumps(settings)), _read(self.folder / SETTINGS)
+        return [name for name in {**first, **own} if first.get(name) != own.get(name)]
+
+    def plan(self, name: str, shards: Sequence[Any]) -> Stage:
+        """Write the plan of the next stage, on the first process.
+
+        Args:
+            name: Name of the task.
+            shards: What JSON can hold, one value for each shard.
+        """
+        stage = Stage(self.folder / str(self._stages), name, shards)
+        write_file(stage.folder / PLAN, json.dumps({"task": name, "shards": stage.shards}), KEPT)
+        self._stages += 1
+        return stage
+
+    def next(self, check: Callable[[], None]) -> Stage | None:
+        """Wait for the plan of the next stage; None if the first process has ended the run.
+
+        Args:
+            check: Function that is called while waiting, and may raise.
+        """
+        folder = self.folder / str(self._stages)
+        while not (folder / PLAN).exists():
+            if self.ended():
+                return None
+            check()
+            time.sleep(POLL_S)
+        self._stages += 1
+        return read_stage(folder)
+
+    def ended(self) -> bool:
+        """Tell whether the first process has ended the run, or another run has taken its place."""
+        return (self.folder / END).exists() or not self.folder.exists()
+
+    def end(self) -> None:
+        """Tell the other processes that nothing is left to do."""
+        write_file(self.folder / END, "")
+
+    def lacks_first(self) -> bool:
+        """Tell whether the first process has ended without a word, for example by a kill."""
+        return self._locks and not self._runs(0) and not self.ended()
+
+    def leave(self) -> None:
+        """Give up the presence of this process."""
+        self._present.close()
+
+    def wait_for_others(self, count: int) -> None:
+        """Wait until processes 1 to ``count - 1`` have left, but at most :data:`LEAVE_S` seconds."""
+        until = time.monotonic() + LEAVE_S
+        while self._locks and time.monotonic() < until and any(self._runs(rank) for rank in range(1, count)):
+            time.sleep(POLL_S / 10)
+
+    def note_error(self, message: str, told: bool) -> None:
+        """Leave a note of an error, which stops the other processes; an earlier note stays.
+
+        Args:
+            message: One line for the user.
+            told: Whether this process prints the line itself.
+        """
+        if self.folder.exists() and not (self.folder / ERROR).exists():
+            write_file(self.folder / ERROR, json.dumps({"message": message, "told": told}))
+
+    def error(self) -> tuple[str, bool] | None:
+        """Return the message of the noted error, and whether its process prints it; None without an error."""
+        path = self.folder / ERROR
+        note = _read(path) if path.exists() else None
+        return None if note is None else (note["message"], note["told"])
+
+    def _presence(self, rank: int) -> Path:
+        return self.folder / f"process{rank}.lock"
+
+    def _runs(self, rank: int) -> bool:
+        with claimed(self._presence(rank)) as free:
+            return not free
+
+
+class Stage:
+    """One list of shards that are done by the same task.
+
+    Args:
+        folder: Folder of the stage.
+        task: Name of the task.
+        shards: What JSON can hold, one value for each shard.
+    """
+
+    def __init__(self, folder: Path, task: str, shards: Sequence[Any]) -> None:
+        self.folder, self.task, self.shards = folder, task, list(shards)
+
+    def done(self, number: int) -> bool:
+        """Tell whether a shard has a result."""
+        return self._result(number).exists()
+
+    def finish(self, number: int, result: Any) -> None:
+        """Write the result of a shard, a value that JSON can hold; after the return, it survives a kill."""
+        write_file(self._result(number), json.dumps(result), KEPT)
+
+    def results(self) -> list[tuple[Any, Any]]:
+        """List all shards that are done, in their order, each with its result.
+
+        Raises:
+            InputError: If a result is damaged.
+        """
+        return [(self.shards[number], _read(path)) for number, path in self._finished() if number < len(self.shards)]
+
+    def take(self, first: int, check: Callable[[], None]) -> Iterator[int]:
+        """Claim shards one by one until all are done; yield the number of each one claimed.
+
+        The caller calls :meth:`finish` before it asks for the next one. A shard that another process holds is waited
+        for at the end, and taken if that process ends without a result.
+
+        Args:
+            first: Number of the shard to begin with, so that processes do not all begin with the same one.
+            check: Function that is called before each shard and while waiting, and may raise.
+        """
+        left = [*range(first, len(self.shards)), *range(first)]
+        while left:
+            held = []
+            for number in left:
+                if self.done(number):
+                    continue
+                check()
+                with claimed(self.folder / f"{number:06d}.lock") as mine:
+                    if not mine:
+                        held.append(number)
+                    elif not self.done(number):  # it may have been finished before it was claimed
+                        yield number
+            left = held
+            if left:
+                time.sleep(POLL_S)
+
+    def _result(self, number: int) -> Path:
+        return self.folder / f"{number:06d}.json"
+
+    def _finished(self) -> list[tuple[int, Path]]:
+        return sorted((int(path.stem), path) for path in self.folder.glob("[0-9]*.json"))
+
+
+def read_stage(folder: Path) -> Stage:
+    """Read the plan of a stage.
+
+    Raises:
+        InputError: If the plan is damaged.
+    """
+    plan = _read(folder / PLAN)
+    return Stage(folder, plan["task"], plan["shards"])
+
+
+def left_over(folder: Path, task: str) -> list[tuple[Any, Any]]:
+    """List the shards of a task that earlier runs finished and whose results nobody took; each with its result.
+
+    Args:
+        folder: Folder with the folders of the runs.
+        task: Name of the task.
+    """
+    stages = (read_stage(plan.parent) for plan in sorted(folder.glob(f"*/*/{PLAN}")))
+    return [found for stage in stages if stage.task == task for found in stage.results()]
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: damaged ({first_line(error)}); delete it, and its shard is done again") from error

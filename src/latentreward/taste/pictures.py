@@ -1,0 +1,131 @@
+"""Pictures of a folder of one's own: those that can be read, each content once."""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from latentreward.data.images import ImageError, decode_image
+from latentreward.data.readers.base import MAX_PROMPT_CHARS
+from latentreward.data.readers.folders import find_images
+from latentreward.data.readers.groups import file_image
+from latentreward.data.readers.json_rows import parse_text
+from latentreward.errors import InputError
+from latentreward.storage.digests import digest
+
+MOST_NAMED = 3
+"""Files that a remark names; the rest are counted."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Picture that can be read.
+
+    Attributes:
+        path: Path relative to the folder, with ``/``.
+        content: Digest of the file's bytes; two files with the same bytes are the same picture.
+        caption: Text of the ``.txt`` file of the same name; empty without one.
+    """
+
+    path: str
+    content: str
+    caption: str
+
+
+def check_folder(folder: Path) -> None:
+    """Raise InputError if there is no such folder."""
+    if not folder.is_dir():
+        raise InputError(f"folder: {folder} is not a folder; give the folder of your pictures")
+
+
+def read_pictures(folder: Path, below: str = "") -> tuple[dict[str, Picture], list[str]]:
+    """Find and decode all pictures of a folder and its subfolders, in the order of their names.
+
+    Hidden files and folders are left out. Orientations by EXIF are applied later, as in training.
+
+    Args:
+        folder: Folder that paths are relative to. Pictures outside it, behind links, are not opened.
+        below: Subfolder to look in.
+
+    Returns:
+        Name, which is the path below ``below`` without its ending → picture; and one line about each kind of file that
+        was left out.
+    """
+    found: dict[str, Picture] = {}
+    unreadable, twice, uncaptioned = [], [], dict[str, list[str]]()
+    place = folder / below
+    for name, files in find_images(place).items():
+        if any(part.startswith(".") for part in Path(files[0]).parts[1:]):
+            continue
+        for number, file in enumerate(files):
+            path = Path(file).relative_to(place.name).as_posix() if not below else file
+            if (told := parse_text(path)) != path:  # no file of pairs could name it
+                unreadable.append(f"{told} (its name is not UTF-8)")
+                continue
+            reference = file_image(folder, path)
+            try:
+                decode_image(reference)
+            except ImageError as error:
+                unreadable.append(f"{path} ({error.problem})")
+                continue
+            if number and name in found:
+                twice.append(path)
+                continue
+            assert reference.path is not None
+            caption, problem = read_caption(reference.path, folder)
+            if problem:
+                uncaptioned.setdefault(problem, []).append(path)
+            found[name] = Picture(path, digest([reference.path.read_bytes()]), caption)
+    remarks = [f"left out, cannot be read: {listed(unreadable)}"] if unreadable else []
+    if twice:
+        remarks.append(f"left out, another picture has the same name with another ending: {listed(twice)}")
+    remarks += [f"no caption, since it {problem}: {listed(paths)}" for problem, paths in uncaptioned.items()]
+    return found, remarks
+
+
+def read_caption(picture: Path, folder: Path) -> tuple[str, str]:
+    """Read the ``.txt`` file beside a picture.
+
+    Returns:
+        Caption, empty without such a file or behind a link out of ``folder``; and what is wrong with one that is left
+        out, or an empty text.
+    """
+    file = picture.with_suffix(".txt")
+    if not file.is_file() or not file.resolve().is_relative_to(folder.resolve()):
+        return "", ""
+    try:
+        caption = " ".join(file.read_bytes().decode("utf-8-sig").split())
+    except UnicodeDecodeError:
+        return "", "is not UTF-8"
+    if len(caption) > MAX_PROMPT_CHARS:  # the readers of later steps would refuse it
+        return "", f"has more than {MAX_PROMPT_CHARS} characters"
+    return caption, ""
+
+
+def same_contents(pictures: Iterable[Picture]) -> list[str]:
+    """List groups of files with the same bytes, as ``one.jpg = other.jpg``."""
+    groups: dict[str, list[str]] = {}
+    for picture in pictures:
+        groups.setdefault(picture.content, []).append(picture.path)
+    return [first_of(paths, " = ") for paths in groups.values() if len(paths) > 1]
+
+
+def listed(names: list[str]) -> str:
+    """Count some files, and name the first of them."""
+    return f"{len(names)}: {first_of(names, ', ')}"
+
+
+def first_of(names: list[str], joint: str) -> str:
+    """Name the first of some files, joined by ``joint``, and count the others."""
+    more = len(names) - MOST_NAMED
+    return joint.join(names[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def number_of(number: int, noun: str) -> str:
+    """Return a number with its noun, such as ``no pictures``, ``1 picture`` or ``2 pictures``."""
+    return f"{number or 'no'} {noun}{'' if number == 1 else 's'}"
+
+
+def counted(prompts: Iterable[str]) -> Counter[str]:
+    """Count texts that are not empty."""
+    return Counter(prompt for prompt in prompts if prompt)

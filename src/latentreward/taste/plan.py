@@ -1,0 +1,194 @@
+"""Settings by base and by number of pairs, and the commands of the steps."""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from latentreward.backbones.loading import SHIPPED, PipelineSource
+from latentreward.backbones.tuning import Tuning
+from latentreward.errors import InputError, errors_at
+from latentreward.steps.tasks import Step, Task, resolve
+from latentreward.taste.splitting import HELD_OUT, STOP, TRAIN
+
+CACHE, REWARD, SCORES, ALIGN, PICTURES = "cache", "train", "scores", "align", "pictures"
+FROZEN_BELOW = 300
+"""Training pairs below which only the head trains; above, adapters train too."""
+BEST = "checkpoints/best.ckpt"
+WATCHED = "val/loss_sigma0.3"
+"""Loss at the middle one of the three levels of configs/taste/reward.yaml, by which the best weights are chosen too."""
+PREFERENCES, PROMPTS, JUDGED = "pairs.jsonl", "prompts.jsonl", "judged.jsonl"
+"""Files of a collection: its pairs, the prompts of the alignment, and those of the pictures before and after."""
+LARGE: Mapping[Tuning, float] = {"frozen": 3e-4, "lora": 1e-4, "full": 1e-5}
+TINY: Mapping[Tuning, float] = {"frozen": 1e-3, "lora": 1e-3, "full": 5e-4}
+"""Learning rates of the reward."""
+ALIGN_LARGE = ("--model.optimizer.lr=6e-5", "--trainer.max_steps=100")
+ALIGN_TINY = (
+    *("--model.optimizer.lr=1e-3", "--trainer.max_steps=24"),
+    *("--data.batch_size=64", "--data.prompts_per_rollout=32"),
+)
+"""Rate and length of the alignment, and its batches where they are not those of configs/taste/align.yaml."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """Generator whose network the reward reads, and which is aligned.
+
+    Attributes:
+        backbone: Name of the backbone.
+        size: Native side of an image in pixels.
+        guidance: Guidance scale of alignment and pictures.
+        tiny: Whether it is a shipped pipeline, whose few weights need larger learning rates.
+    """
+
+    backbone: str
+    size: int
+    guidance: float
+    tiny: bool = False
+
+    @property
+    def rates(self) -> Mapping[Tuning, float]:
+        """Learning rate of the reward by tuning."""
+        return TINY if self.tiny else LARGE
+
+    @property
+    def alignment(self) -> tuple[str, ...]:
+        """Settings of the alignment."""
+        return ALIGN_TINY if self.tiny else ALIGN_LARGE
+
+
+TINY_BASES = {name: Base(name, 32, 1.0, tiny=True) for name in SHIPPED}
+BASES = {
+    "StableDiffusionPipeline": Base("sd15", 512, 5.0),
+    "StableDiffusionXLPipeline": Base("sdxl", 1024, 5.0),
+    "StableDiffusion3Pipeline": Base("sd35_medium", 1024, 4.5),
+}
+"""Class of a pipeline in diffusers → base; the LPO recipes' guidance for SD1.5 and SDXL, the pipeline's for SD3.5."""
+
+
+def find_base(source: str) -> Base:
+    """Return the settings for a pipeline: a folder, hub id, ``sd_tiny`` or ``sd35_tiny``.
+
+    Raises:
+        InputError: If it cannot be read, or is of another kind.
+    """
+    if source in TINY_BASES:
+        return TINY_BASES[source]
+    with errors_at("base: "):
+        kind = str(PipelineSource(source).index.get("_class_name"))
+    if kind not in BASES:
+        raise InputError(
+            f"base: {source!r} is a {kind}; taste takes {', '.join(BASES)}, or {', '.join(TINY_BASES)}; for others see "
+            "docs/data.md, which does the same by hand"
+        )
+    return BASES[kind]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Settings of the steps.
+
+    Attributes:
+        base: Source of the pipeline.
+        folder: Folder of the pictures.
+        pairs: Folder of :data:`PREFERENCES`.
+        prompts: Folder of :data:`PROMPTS` and :data:`JUDGED`; None without an alignment.
+        tuning: Weights of the network that train.
+        size: Side of an image in pixels.
+        gpu: Whether the steps run on a GPU.
+        patience: Passes without a lower loss after which the reward's training ends.
+        guidance: Guidance scale of alignment and pictures; None takes the base's.
+        train: Arguments of the reward's training, after those of this module.
+        align: Arguments of the alignment, after those of this module.
+        pictures: Most prompts with pictures before and after.
+    """
+
+    base: str
+    folder: Path
+    pairs: Path
+    prompts: Path | None
+    tuning: Tuning
+    size: int | None
+    gpu: bool
+    patience: int
+    guidance: float | None
+    train: Sequence[str]
+    align: Sequence[str]
+    pictures: int
+
+    def tasks(self, seed: int) -> dict[str, Task]:
+        """Return the tasks of all steps by name, in their order; without prompts, those of the reward."""
+        found = find_base(self.base)
+        commands = {CACHE: self._cache(found), REWARD: self._train(found), SCORES: self._scores()}
+        if self.prompts is not None:
+            commands |= {ALIGN: self._align(found, self.prompts), PICTURES: self._pictures(found, self.prompts)}
+        steps = {name: Step(shlex.join(arguments)) for name, arguments in commands.items()}
+        return {name: resolve(steps, name, seed, {}) for name in steps}
+
+    def _device(self, precision: bool = True) -> list[str]:
+        mixed = ["--trainer.precision=bf16-mixed"] if self.gpu and precision else []
+        return [f"--trainer.accelerator={'gpu' if self.gpu else 'cpu'}", *mixed]
+
+    def _size(self, found: Base) -> int:
+        return self.size or found.size
+
+    def _cache(self, found: Base) -> list[str]:
+        return [
+            *("cache", "{out}", "--config=configs/taste/cache.yaml"),
+            *(f"--reader.file={self.pairs / PREFERENCES}", f"--reader.root={self.folder}"),
+            *(f"--encoder.source={self.base}", f"--images.size={self._size(found)}", "--seed={seed}"),
+            *(["--dtype=float32"] if found.tiny else []),
+            *self._device(precision=False),
+        ]
+
+    def _train(self, found: Base) -> list[str]:
+        backbone = [f"--model.backbone={found.backbone}", "--model.backbone.text_taps=[]"]
+        backbone += [] if found.tiny else [f"--model.backbone.source={self.base}"]
+        backbone += [f"--model.backbone.tuning={self.tuning}", "--model.backbone.text_encoder_tuning=frozen"]
+        backbone += ["--model.backbone.lora={rank: 8, alpha: 8}"] if self.tuning == "lora" else []
+        backbone += ["--model.backbone.frozen_dtype=bfloat16"] if self.gpu and self.tuning != "full" else []
+        return [
+            *("fit", "--config=configs/taste/reward.yaml", *backbone),
+            *("--data.train.cache={cache}", f"--data.train.split={TRAIN}"),
+            *("--data.val.cache={cache}", f"--data.val.split={STOP}"),
+            f"--model.optimizer.lr={found.rates[self.tuning]}",
+            "--trainer.callbacks+=lightning.pytorch.callbacks.EarlyStopping",
+            *(f"--trainer.callbacks.monitor={WATCHED}", f"--trainer.callbacks.patience={self.patience}"),
+            *("--trainer.default_root_dir={out}", "--seed_everything={seed}", "--ckpt_path=last"),
+            *self._device(),
+            *self.train,
+        ]
+
+    def _scores(self) -> list[str]:
+        return [
+            *("predict", "--config={train}/config.yaml", f"--ckpt_path={{train}}/{BEST}"),
+            *("--data.predict.cache={cache}", f"--data.predict.split={HELD_OUT}"),
+            *("--predictions.output_dir={out}", "--predictions.overwrite=true"),
+            *("--trainer.default_root_dir={out}", "--trainer.logger=false"),
+        ]
+
+    def _align(self, found: Base, prompts: Path) -> list[str]:
+        given = [] if self.size is None else [f"--model.sampling.{side}={self.size}" for side in ("height", "width")]
+        return [
+            *("fit", "--config=configs/taste/align.yaml", f"--model.policy.source={self.base}"),
+            *(f"--model.reward.path={{train}}/{BEST}", *given, f"--model.guidance_scale={self._guidance(found)}"),
+            *(["--model.policy.frozen_dtype=bfloat16"] if self.gpu else []),
+            *(f"--data.prompts={prompts / PROMPTS}", *found.alignment),
+            *("--trainer.default_root_dir={out}", "--seed_everything={seed}", "--ckpt_path=last"),
+            *self._device(),
+            *self.align,
+        ]
+
+    def _guidance(self, found: Base) -> float:
+        return found.guidance if self.guidance is None else self.guidance
+
+    def _pictures(self, found: Base, prompts: Path) -> list[str]:
+        given = [] if self.size is None else [f"--sampling.{side}={self.size}" for side in ("height", "width")]
+        return [
+            *("evaluate-policy", "{out}", f"--prompts={prompts / JUDGED}", f"--num_prompts={self.pictures}"),
+            *(f"--policy.pipeline={self.base}", "--policy.name=after", "--policy.lora={align}/lora"),
+            *(f"--against.pipeline={self.base}", "--against.name=before", "--seed={seed}", "--batch_size=4"),
+            *(f"--guidance_scale={self._guidance(found)}", *given),
+            *("--scorers+=RewardModelScorer", f"--scorers.path={{train}}/{BEST}", "--scorers.name=own_reward"),
+            *([] if self.gpu else ["--device=cpu", "--scorers.device=cpu"]),
+        ]

@@ -1,0 +1,274 @@
+"""Pairs in tables of one's own: objects and folders of `datasets`, plain parquet, columns of other names."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, disable_progress_bars
+from PIL import Image as Pictures
+
+from latentreward.data import DatasetPairReader, PairDataset, PickAPicReader, PixelLoader
+from latentreward.data.format_detection import recognise
+from latentreward.errors import InputError
+
+disable_progress_bars()
+FEATURES = Features({"prompt": Value("string"), "chosen": Image(), "rejected": Image(), "confidence": Value("float32")})
+LOADER = PixelLoader(8, 8)
+
+
+@pytest.fixture
+def rows(jpeg) -> dict[str, list[Any]]:
+    """Five pairs, each with a prompt and two JPEGs of its own."""
+    images = {side: [jpeg((40 * n, red, 9)) for n in range(5)] for side, red in (("chosen", 200), ("rejected", 10))}
+    return {"prompt": [f"prompt {n}" for n in range(5)], **images, "confidence": [0.5, 1.0, None, float("nan"), 2.0]}
+
+
+@pytest.fixture
+def dataset(rows) -> Dataset:
+    images = {side: [{"bytes": data, "path": None} for data in rows[side]] for side in ("chosen", "rejected")}
+    return Dataset.from_dict({**rows, **images}, FEATURES)
+
+
+def contents(reader: DatasetPairReader) -> list[tuple[str, bytes, bytes, float | None]]:
+    pairs = (reader[n] for n in range(len(reader)))
+    return [(pair.prompt, pair.image_a.data, pair.image_b.data, pair.label_a) for pair in pairs]
+
+
+def test_every_source_gives_the_same_rows(dataset, rows, tmp_path) -> None:
+    dataset.save_to_disk(tmp_path / "saved")
+    DatasetDict(train=dataset, val=dataset.select([0])).save_to_disk(tmp_path / "splits")
+    (tmp_path / "plain" / "data").mkdir(parents=True)
+    dataset.to_parquet(tmp_path / "plain" / "train.parquet")
+    dataset.to_parquet(tmp_path / "plain" / "data" / "val-00000-of-00001.parquet")
+    places = [dataset, DatasetDict(train=dataset), dataset.with_format("numpy")]
+    places += [str(tmp_path / name) for name in ("saved", "splits", "plain", "plain/train.parquet")]
+    expected = [*zip(rows["prompt"], rows["chosen"], rows["rejected"], [1.0] * 5, strict=True)]
+    for place in places:
+        reader = DatasetPairReader(place, randomise_sides=False)
+        assert contents(reader) == expected
+        assert contents(pickle.loads(pickle.dumps(reader))) == expected
+        assert reader.facts()["confidence"] == [0.5, 1.0, None, None, None]
+        assert reader.remarks["confidence not readable"] == 2
+        assert PairDataset(reader, LOADER)[4].pixels_a.shape == (3, 8, 8)
+    assert DatasetPairReader(str(tmp_path / "splits")).pair_ids()[4] == "train:4"
+    assert DatasetPairReader(str(tmp_path / "plain")).pair_ids()[4] == "train.parquet:4"
+    assert len(DatasetPairReader(str(tmp_path / "plain"), "val")) == 5
+    assert len(DatasetPairReader(str(tmp_path / "splits"), "val")) == 1
+
+
+def test_a_pattern_of_files_is_their_rows_in_the_order_of_names(dataset, tmp_path) -> None:
+    for name, rows in {"b": [3, 4], "a": [0], "c": [1]}.items():
+        dataset.select(rows).to_parquet(tmp_path / f"{name}.parquet")
+    reader = DatasetPairReader(str(tmp_path / "[ab].parquet"))
+    assert reader.prompts() == ["prompt 0", "prompt 3", "prompt 4"]
+    assert reader.pair_ids() == ["a.parquet:0", "b.parquet:0", "b.parquet:1"]
+    with pytest.raises(InputError, match=r"source: no file matches .*\*\.arrow; give a pattern"):
+        DatasetPairReader(str(tmp_path / "*.arrow"))
+    (tmp_path / "other").mkdir()
+    dataset.to_parquet(tmp_path / "other" / "a.parquet")
+    with pytest.raises(InputError, match=r"matches several files a\.parquet; rows are named by their file"):
+        DatasetPairReader(str(tmp_path / "**" / "*.parquet"))
+
+
+def test_rows_are_those_of_the_object_after_select_and_shuffle(dataset, rows) -> None:
+    reader = DatasetPairReader(dataset.select([3, 1]), randomise_sides=False)
+    assert [pair[:2] for pair in contents(reader)] == [(f"prompt {n}", rows["chosen"][n]) for n in (3, 1)]
+    shuffled = DatasetPairReader(dataset.shuffle(seed=3), randomise_sides=False)
+    assert sorted(contents(shuffled)) == sorted(contents(DatasetPairReader(dataset, randomise_sides=False)))
+
+
+def test_a_transform_of_the_object_is_not_run(dataset) -> None:
+    def fail(_: Any) -> Any:
+        raise AssertionError
+
+    assert len(contents(DatasetPairReader(dataset.with_transform(fail)))) == 5
+
+
+def test_constructing_decodes_no_image_and_reads_none_whole(dataset, monkeypatch) -> None:
+    monkeypatch.setattr(Pictures, "open", None)
+    reader = DatasetPairReader(dataset)
+    assert len(reader.prompts()) == reader.labelled().sum() == 5
+    assert reader[0].image_a.data
+
+
+def test_columns_of_other_names(dataset) -> None:
+    table = dataset.rename_columns({"prompt": "caption", "chosen": "jpg_0", "rejected": "jpg_1"})
+    table = table.add_column("label_0", [1.0, 0.0, 0.5, None, 0.25]).add_column("uid", list("abcde"))
+    names = {"prompt": "caption", "image_a": "jpg_0", "image_b": "jpg_1"}
+    reader = DatasetPairReader(table, columns={**names, "label": "label_0", "key_a": "uid", "pair_id": "uid"})
+    assert reader.labels()[:3].tolist() == [1.0, 0.0, 0.5]
+    assert reader.labelled().tolist() == [True, True, True, False, True]
+    assert (reader[1].pair_id, reader[1].image_a.image_key, len(reader[1].image_b.image_key)) == ("b", "b", 32)
+    (remark,) = [one for one in DatasetPairReader(table, columns=names).remarks if one.startswith("unlabelled")]
+    assert "no column label among caption, jpg_0" in remark
+
+
+def test_a_label_of_a_class_counts_by_its_name(dataset, tmp_path) -> None:
+    """The number of the class a is 0, which as a label would say that b is preferred."""
+    table = dataset.rename_columns({"chosen": "image_a", "rejected": "image_b"}).add_column("label", [0, 1, 2, -1, 0])
+    table = table.cast_column("label", ClassLabel(names=["a", "b", "tie"]))
+    table.to_parquet(tmp_path / "train.parquet")
+    for source in (table, tmp_path):
+        reader = DatasetPairReader(source)
+        assert [reader[n].label_a for n in range(5)] == [1.0, 0.0, 0.5, None, 1.0]
+    other = table.cast_column("label", ClassLabel(names=["left", "right", "both"]))
+    with pytest.raises(InputError, match=r"train:0: label is 'left', neither in \[0, 1\] nor a, b or tie"):
+        DatasetPairReader(other)
+
+
+def test_files_of_other_types_are_read_together_or_named(dataset, tmp_path) -> None:
+    labels = {"00000": [0, 1, 0, 1, 1], "00001": [0.5, 0.25, None, 1.0, 0.0], "00002": [None] * 5}
+    table = dataset.rename_columns({"chosen": "image_a", "rejected": "image_b"})
+    for number, values in labels.items():
+        table.add_column("label", values).to_parquet(tmp_path / f"train-{number}-of-00003.parquet")
+    reader = DatasetPairReader(str(tmp_path))
+    assert reader.labels()[:7].tolist() == [0, 1, 0, 1, 1, 0.5, 0.25]
+    assert reader.labelled().sum() == 9
+    table.add_column("label", ["a"] * 5).to_parquet(tmp_path / "train-00002-of-00003.parquet")
+    with pytest.raises(InputError, match=r"no types as in the other files \(.*\); give every file .* same columns"):
+        DatasetPairReader(str(tmp_path))
+
+
+def test_a_path_beside_bytes_is_refused_before_bytes_are_read(dataset) -> None:
+    table = dataset.remove_columns("chosen").add_column("chosen", ["a.jpg"] * 5)
+    with pytest.raises(InputError, match="column chosen is string, not images; give bytes or paths in both columns"):
+        DatasetPairReader(table)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"promt": "caption"}, r"columns: there is no field 'promt'; did you mean 'prompt'"),
+        ({"prompt": "captoin"}, r"columns\.prompt: no column 'captoin' in source \(Dataset\); did you mean 'caption'"),
+        ({}, r"no column prompt \(it has caption, jpg_0, jpg_1, n\); name it, e\.g\. columns"),
+        ({"prompt": "caption"}, r"no columns of images or paths chosen and rejected, .*; name one pair"),
+        ({"prompt": "caption", "chosen": "jpg_0", "rejected": "n"}, r"no columns of images or paths"),
+    ],
+)
+def test_wrong_names_are_one_line(dataset, columns, message) -> None:
+    table = dataset.rename_columns({"prompt": "caption", "chosen": "jpg_0", "rejected": "jpg_1", "confidence": "n"})
+    with pytest.raises(InputError, match=message) as error:
+        DatasetPairReader(table, columns=columns)
+    assert "\n" not in str(error.value)
+
+
+def test_sources_that_have_no_such_rows(dataset, tmp_path) -> None:
+    DatasetDict(train=dataset).save_to_disk(tmp_path / "splits")
+    dataset.to_parquet(tmp_path / "train.parquet")
+    dataset.to_parquet(tmp_path / "train-00000-of-00001.parquet")
+    cases = [
+        (dataset.to_iterable_dataset(), "source is an IterableDataset, whose rows have no numbers"),
+        (None, "source is a NoneType; give a folder"),
+        ([{"prompt": "x"}], "source is a list; give a folder"),
+        (DatasetDict(val=dataset), "split: no 'train' in the DatasetDict; it has val"),
+        (str(tmp_path / "nowhere"), "source: no folder"),
+        (str(tmp_path / "nowhere.parquet"), "not a whole parquet file"),
+        (str(tmp_path), "has train.parquet and train-00000-of-00001.parquet; set source to one file"),
+        (dataset.select([]), "has no rows left"),
+    ]
+    for source, message in cases:
+        with pytest.raises(InputError, match=message) as error:
+            DatasetPairReader(source)
+        assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match=r"split: no 'test' in .*splits; it has train"):
+        DatasetPairReader(str(tmp_path / "splits"), "test")
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "no json", "other json", "missing"])
+def test_damaged_folders_are_one_line(dataset, tmp_path, damage) -> None:
+    dataset.save_to_disk(tmp_path / "saved")
+    arrow, state = tmp_path / "saved" / "data-00000-of-00001.arrow", tmp_path / "saved" / "state.json"
+    if damage == "missing":
+        arrow.unlink()
+    elif damage in ("cut", "empty"):
+        arrow.write_bytes(arrow.read_bytes()[: 1500 if damage == "cut" else 0])
+    else:
+        state.write_text("{" if damage == "no json" else "[]")
+    with pytest.raises(InputError, match=r"saved.*damaged .*; write it again with save_to_disk") as error:
+        DatasetPairReader(str(tmp_path / "saved"))
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_of_a_stranger_names_no_files_outside(dataset, tmp_path) -> None:
+    for name in ("saved", "other"):
+        dataset.save_to_disk(tmp_path / name)
+    state = tmp_path / "saved" / "state.json"
+    state.write_text(state.read_text().replace("data-0", "../other/data-0"))
+    with pytest.raises(InputError, match=r"saved is damaged \('\.\./other/data-00000-of-00001\.arrow' leads out of it"):
+        DatasetPairReader(str(tmp_path / "saved"))
+
+
+def test_bad_rows_follow_on_error(dataset) -> None:
+    broken = dataset.to_list()
+    broken[1]["rejected"] = {"bytes": broken[1]["rejected"]["bytes"][:200], "path": None}
+    broken[2]["prompt"] = "x" * 99
+    table = Dataset.from_list(broken, FEATURES)
+    with pytest.raises(InputError, match="train:2: prompt has 99 characters"):
+        DatasetPairReader(table, max_prompt_chars=50)
+    reader = DatasetPairReader(table, max_prompt_chars=50, on_error="skip", randomise_sides=False)
+    assert reader.pair_ids() == ["train:0", "train:1", "train:3", "train:4"]
+    pairs = PairDataset(reader, LOADER)
+    assert [type(pairs[n]).__name__ for n in range(4)] == ["LoadedPair", "SkippedPair", "LoadedPair", "LoadedPair"]
+
+
+def test_paths_stay_inside_the_root(tmp_path, jpeg) -> None:
+    (tmp_path / "set" / "images").mkdir(parents=True)
+    for name in ("set/images/a.jpg", "set/images/b.jpg", "c.jpg"):
+        (tmp_path / name).write_bytes(jpeg())
+    columns = {"prompt": ["x"], "image_a": ["images/a.jpg"], "image_b": [str(tmp_path / "set/images/b.jpg")]}
+    file = tmp_path / "set" / "train.parquet"
+    pq.write_table(pa.table({**columns, "label": ["a"]}), file)
+    reader = DatasetPairReader(str(tmp_path / "set"))
+    assert (reader[0].image_a.image_key, reader[0].image_b.image_key) == ("images/a.jpg", "images/b.jpg")
+    assert PairDataset(reader, LOADER)[0].pixels_b.shape == (3, 8, 8)
+    pq.write_table(pa.table({**columns, "image_b": ["../c.jpg"]}), file)
+    with pytest.raises(InputError, match=r"train\.parquet:0: image_b '\.\./c\.jpg' leads out of"):
+        DatasetPairReader(str(file))
+    free = Dataset.from_dict({**columns, "image_a": [str(tmp_path / "c.jpg")]})
+    assert PairDataset(DatasetPairReader(free), LOADER, rows=[0])[0].pixels_a.shape == (3, 8, 8)
+    with pytest.raises(InputError, match="leads out of"):
+        DatasetPairReader(free, root=str(tmp_path / "set"))
+
+
+def test_a_parquet_of_a_stranger_names_no_files(tmp_path, jpeg) -> None:
+    """The struct of an image may hold a path in place of bytes; only a data set made in this process may do so."""
+    (tmp_path / "secret.jpg").write_bytes(jpeg())
+    image = {"bytes": None, "path": str(tmp_path / "secret.jpg")}
+    kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    table = pa.table({"prompt": ["x"], "chosen": pa.array([image], kind), "rejected": pa.array([image], kind)})
+    pq.write_table(table, tmp_path / "train.parquet")
+    assert DatasetPairReader(str(tmp_path))[0].image_a.path is None
+    own = Dataset.from_dict({"prompt": ["x"], "chosen": [image], "rejected": [image], "confidence": [None]}, FEATURES)
+    assert PairDataset(DatasetPairReader(own), LOADER)[0].pixels_a.shape == (3, 8, 8)
+
+
+def test_pickapic_takes_them_too(pickapic_rows, write_pickapic, tmp_path) -> None:
+    source = write_pickapic([pickapic_rows(n) for n in range(3)])
+    file = next(Path(source, "data").glob("*.parquet"))
+    table = Dataset.from_parquet(str(file), cache_dir=str(tmp_path / "cache"))
+    table.save_to_disk(tmp_path / "saved")
+    file.rename(Path(source) / "validation.parquet")
+    expected = [pickapic_rows(n)["jpg_1"] for n in range(3)]
+    places = [(table, "train"), (str(tmp_path / "saved"), "train"), (source, "validation")]
+    for place, split in places:
+        reader = PickAPicReader(place, split)
+        assert [reader[n].image_b.data for n in range(3)] == expected
+        assert reader.labels().tolist() == [0.0, 1.0, 0.0]
+    with pytest.raises(InputError, match=r"^source \(Dataset\): no column jpg_0; give the published"):
+        PickAPicReader(table.remove_columns("jpg_0"), "train")
+    (build,) = recognise(str(tmp_path / "saved")).values()
+    assert isinstance(build(), PickAPicReader)
+
+
+def test_formats_are_recognised(dataset, tmp_path) -> None:
+    DatasetDict(val=dataset, train=dataset).save_to_disk(tmp_path / "splits")
+    (tmp_path / "plain").mkdir()
+    dataset.to_parquet(tmp_path / "plain" / "train.parquet")
+    dataset.remove_columns("prompt").to_parquet(tmp_path / "plain" / "other.parquet")
+    for place, names in (("splits", ["train", "val"]), ("plain", ["train"]), ("plain/train.parquet", ["train"])):
+        found = recognise(str(tmp_path / place))
+        assert list(found) == names
+        assert {type(build()).__name__ for build in found.values()} == {"DatasetPairReader"}

@@ -1,0 +1,159 @@
+"""score, generate and evaluate-policy on two processes, of which one is killed or fails: the files of one process."""
+
+import json
+import os
+import signal
+from collections.abc import Callable, Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from latentreward.errors import InputError
+from latentreward.storage.shards import Stage
+from tests.commands.test_score import write_pictures
+from tests.processes import Forked, rank_environments, run_command, start
+from tests.rewards.stored import write_run
+
+pytestmark = pytest.mark.slow
+TWO = ("--trainer.accelerator=cpu", "--trainer.devices=2")
+SAMPLING = ("--sampling.num_inference_steps=2", "--guidance_scale=1", "--batch_size=2")
+SCORER = {"function": "tests.evaluation.policy.toy_scorers.redness", "name": "red"}
+RED = json.dumps({"class_path": "latentreward.scorers.CallableScorer", "init_args": SCORER})
+COMMANDS = {
+    "score": ("score", "pics", "out/scores.csv", "--flush_every=2", "--batch_size=2"),
+    "generate": ("generate", "prompts.txt", "out", "--policy.source=sd_tiny", *SAMPLING, "--table=jsonl"),
+    "evaluate-policy": (
+        "evaluate-policy", "out", "--policy.pipeline=sd_tiny", "--prompts=prompts.txt", f"--scorers=[{RED}]", *SAMPLING,
+    ),
+}  # fmt: skip
+"""Command lines in the folder that :func:`inputs` writes."""
+PATIENCE = 900.0
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    write_pictures(folder / "pics", 9)
+    (folder / "prompts.txt").write_text("".join(f"a picture of {number} squares\n" for number in range(7)))
+    write_run(folder / "model", "lrm", "sd15")
+    return folder
+
+
+@pytest.fixture
+def arguments(inputs: Path, request: pytest.FixtureRequest) -> tuple[str, ...]:
+    given = COMMANDS[request.param]
+    return (*given, f"--model={inputs / 'model'}") if request.param == "score" else given
+
+
+@pytest.fixture
+def whole(arguments: tuple[str, ...], inputs: Path, tmp_path: Path) -> dict[str, str]:
+    """Files of one process."""
+    return finished(start((*arguments, "--device=cpu"), cwd=place(tmp_path / "whole", inputs)), tmp_path / "whole")
+
+
+def place(folder: Path, inputs: Path) -> Path:
+    """A working folder with the inputs."""
+    folder.mkdir(exist_ok=True)
+    for name in ("pics", "prompts.txt"):
+        if not (folder / name).exists():
+            (folder / name).symlink_to(inputs / name)
+    return folder
+
+
+def finished(process: Forked, folder: Path) -> dict[str, str]:
+    """Hash of every file that a process has left below ``out``, once it has ended."""
+    assert process.wait(PATIENCE) == 0, process.stderr
+    files = [path for path in sorted((folder / "out").rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def at_first_result(what: Callable[[], None], arguments: Sequence[str]) -> None:
+    """``latentreward`` that does ``what`` when its first shard is done, and its result not yet written."""
+    finish = Stage.finish
+
+    def instead(stage: Stage, number: int, result: Any) -> None:
+        what()
+        finish(stage, number, result)
+
+    Stage.finish = instead  # type: ignore[method-assign]
+    run_command(arguments)
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fail() -> None:
+    raise InputError("the disk is on fire; put it out")
+
+
+def two_ranks(arguments: Sequence[str], cwd: Path, rank: int, what: Callable[[], None]) -> list[Forked]:
+    """Two ranks, of which one does ``what`` at its first result."""
+    places = rank_environments(2)
+    runs: list[Any] = [[run_command, [(*arguments, *TWO)]], [run_command, [(*arguments, *TWO)]]]
+    runs[rank] = [at_first_result, [what, (*arguments, *TWO)]]
+    return [Forked(*run, cwd=cwd, environment=one) for run, one in zip(runs, places, strict=True)]
+
+
+@pytest.mark.parametrize("arguments", COMMANDS, indirect=True)
+def test_the_part_of_a_killed_rank_is_done_by_the_other(
+    arguments: tuple[str, ...], whole: dict[str, str], inputs: Path, tmp_path: Path
+) -> None:
+    first, second = two_ranks(arguments, place(tmp_path / "two", inputs), 1, die)
+    assert finished(first, tmp_path / "two") == whole
+    assert second.wait(PATIENCE) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("arguments", COMMANDS, indirect=True)
+def test_after_a_kill_of_the_first_rank_the_next_start_goes_on(
+    arguments: tuple[str, ...], whole: dict[str, str], inputs: Path, tmp_path: Path
+) -> None:
+    folder = place(tmp_path / "two", inputs)
+    first, second = two_ranks(arguments, folder, 0, die)
+    assert first.wait(PATIENCE) == -signal.SIGKILL
+    assert second.wait(PATIENCE) == 2
+    [line] = [line for line in second.stderr.splitlines() if "latentreward: error" in line]
+    assert "the first process has ended before this one" in line
+    assert finished(start((*arguments, "--device=cpu"), cwd=folder), folder) == whole
+
+
+@pytest.mark.parametrize("arguments", ["generate"], indirect=True)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_error_in_one_rank_stops_both_with_one_line(
+    arguments: tuple[str, ...], inputs: Path, tmp_path: Path, rank: int
+) -> None:
+    ranks = two_ranks(arguments, place(tmp_path / "two", inputs), rank, fail)
+    assert [one.wait(PATIENCE) for one in ranks] == [2, 2]
+    lines = [line for one in ranks for line in one.stderr.splitlines() if "error" in line.lower()]
+    assert lines == ["latentreward: error: the disk is on fire; put it out"]
+
+
+@pytest.mark.parametrize("arguments", ["generate"], indirect=True)
+@pytest.mark.parametrize(
+    ("change", "elsewhere", "message"),
+    [
+        ("--seed=1", "two", "seed: not as in the first process; give all processes the same command"),
+        ("--seed=0", "other", "not all processes can use it; put the output on a file system that all machines share"),
+    ],
+)
+def test_ranks_with_another_command_or_folder_end_with_one_line(
+    arguments: tuple[str, ...], inputs: Path, tmp_path: Path, change: str, elsewhere: str, message: str
+) -> None:
+    """A folder of another place stands for the disk of another machine."""
+    environments = rank_environments(2)
+    first = start((*arguments, *TWO), cwd=place(tmp_path / "two", inputs), environment=environments[0])
+    second = start((*arguments, *TWO, change), cwd=place(tmp_path / elsewhere, inputs), environment=environments[1])
+    assert [one.wait(PATIENCE) for one in (first, second)] == [2, 2]
+    [line] = [line for one in (first, second) for line in one.stderr.splitlines() if "error" in line.lower()]
+    assert message in line
+
+
+@pytest.mark.parametrize("arguments", ["score"], indirect=True)
+def test_ranks_that_lightning_starts(
+    arguments: tuple[str, ...], whole: dict[str, str], inputs: Path, tmp_path: Path
+) -> None:
+    process = start((*arguments, *TWO), cwd=place(tmp_path / "two", inputs))
+    assert finished(process, tmp_path / "two") == whole
+    assert "Traceback" not in process.stderr

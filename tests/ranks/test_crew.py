@@ -1,0 +1,54 @@
+"""A crew of one process, and settings of processes that are refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from latentreward.errors import InputError
+from latentreward.ranks.crew import Crew
+from latentreward.ranks.settings import TrainerSettings
+
+
+def test_one_process_does_shard_after_shard(tmp_path: Path) -> None:
+    kept: list[Any] = []
+    with Crew(None, "cpu", tmp_path / "shards") as crew:
+        assert not crew.do({"double": lambda shards: lambda shard: 2 * shard}, {})
+        crew.each("double", [1, 2], kept.append, kept.append)
+    assert kept == [[(1, 2)], 1, [(2, 4)], 2]
+    assert not (tmp_path / "shards").exists()
+
+
+def test_what_is_left_over_is_kept_until_the_work_is_done(tmp_path: Path) -> None:
+    stage = tmp_path / "shards" / "killed" / "0"
+    stage.mkdir(parents=True)
+    (stage / "plan.json").write_text(json.dumps({"task": "double", "shards": [1, 2]}))
+    (stage / "000001.json").write_text("4")
+    with pytest.raises(RuntimeError), Crew(None, "cpu", tmp_path / "shards") as crew:
+        raise RuntimeError
+    with Crew(None, "cpu", tmp_path / "shards") as crew:
+        assert crew.left_over("double") == [(2, 4)]
+    assert not (tmp_path / "shards").exists()
+
+
+@pytest.mark.parametrize(
+    ("trainer", "device", "message"),
+    [
+        (TrainerSettings("cpu", 2), "cpu", "device is 'cpu', and trainer is set too; leave device out"),
+        (TrainerSettings("cpu", 2, strategy="fsdp"), "auto", "trainer.strategy is 'fsdp'; each process holds a whole"),
+        (TrainerSettings("cpu", 0), "auto", "trainer: "),
+        (TrainerSettings("abacus"), "auto", "trainer: .*abacus"),
+    ],
+)
+def test_settings_that_do_not_fit(trainer: TrainerSettings, device: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message) as error:
+        Crew(trainer, device, tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_processes_of_torchrun_need_the_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match=r"torchrun has started 2 processes; set trainer\.devices"):
+        Crew(None, "auto", tmp_path)

@@ -1,0 +1,111 @@
+"""Shards of work in a folder: claimed once, done once, taken over, and told about."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from latentreward.errors import InputError
+from latentreward.storage.locks import claimed
+from latentreward.storage.shards import ERROR, PLAN, ShardFolder, Stage, left_over
+
+
+@pytest.fixture
+def first(tmp_path: Path) -> ShardFolder:
+    return ShardFolder(tmp_path / "run", 0)
+
+
+def nothing() -> None:
+    """No other process has failed."""
+
+
+def test_two_processes_share_the_shards_and_both_see_all_results(first: ShardFolder) -> None:
+    plan = first.plan("draw", [["a"], ["b"], ["c"], ["d"]])
+    second = ShardFolder(first.folder, 1).next(nothing)
+    assert second is not None and (second.task, second.shards) == ("draw", plan.shards)
+    one, other, order = plan.take(0, nothing), second.take(2, nothing), []
+    for claims, stage in ((one, plan), (other, second)) * 2:
+        number = next(claims)
+        order.append(number)
+        stage.finish(number, number * 0.1)
+    assert order == [0, 2, 1, 3]
+    assert list(one) == list(other) == []
+    assert plan.results() == second.results() == [(["a"], 0.0), (["b"], 0.1), (["c"], 0.2), (["d"], 0.1 * 3)]
+
+
+def test_a_shard_that_another_holds_is_waited_for_and_taken_if_it_is_freed(first: ShardFolder) -> None:
+    plan, looks = first.plan("draw", [0, 1]), []
+    held = claimed(plan.folder / "000000.lock")
+    assert held.__enter__()
+
+    def freed_at_the_third_look() -> None:
+        looks.append(1)
+        if len(looks) == 3:
+            held.__exit__(None, None, None)
+
+    claims = plan.take(0, freed_at_the_third_look)
+    assert next(claims) == 1
+    plan.finish(1, None)
+    assert next(claims) == 0
+    assert len(looks) >= 3
+
+
+def test_a_result_is_not_made_twice(first: ShardFolder) -> None:
+    plan = first.plan("draw", [0, 1, 2])
+    plan.finish(1, "there")
+    done = [plan.finish(number, "now") or number for number in plan.take(0, nothing)]
+    assert done == [0, 2]
+
+
+def test_what_a_killed_run_left_is_found(first: ShardFolder, tmp_path: Path) -> None:
+    for task, result in (("draw", 1), ("score", 2), ("draw", 3)):
+        first.plan(task, ["x", "y"]).finish(1, result)
+    assert left_over(tmp_path, "draw") == [("y", 1), ("y", 3)]
+    assert left_over(tmp_path, "other") == []
+    (tmp_path / "run" / "0" / "000001.json").write_text("{")
+    with pytest.raises(InputError, match=r"000001\.json: damaged .*; delete it, and its shard is done again"):
+        left_over(tmp_path, "draw")
+
+
+def test_the_end_and_the_death_of_the_first_process_are_seen(first: ShardFolder) -> None:
+    second = ShardFolder(first.folder, 1)
+    assert not second.lacks_first()
+    first.leave()  # as at a kill
+    assert second.lacks_first()
+    first.end()
+    assert second.ended() and not second.lacks_first()
+    assert second.next(nothing) is None
+
+
+def test_locks_that_do_not_reach_a_machine_tell_it_nothing_of_the_first_process(first: ShardFolder) -> None:
+    """The second process can take the lock that the first one holds, as on NFS with locks for each machine alone."""
+    first.leave()
+    second = ShardFolder(first.folder, 1)
+    assert not second.lacks_first()
+    plan, stage = first.plan("draw", [0]), second.next(nothing)
+    assert stage is not None
+    stage.finish(0, "drawn")
+    assert plan.results() == [(0, "drawn")]
+
+
+def test_other_settings_are_named(first: ShardFolder) -> None:
+    first.tell_settings({"seed": 1, "sizes": (8, 8), "model": "a"})
+    second = ShardFolder(first.folder, 1)
+    assert second.other_settings({"seed": 1, "sizes": [8, 8], "model": "a"}) == []
+    assert second.other_settings({"seed": 2, "sizes": (8, 8), "base": None}) == ["seed", "model"]
+
+
+def test_the_first_error_is_the_one_that_is_told(first: ShardFolder) -> None:
+    assert first.error() is None
+    first.note_error("the disk is full", told=False)
+    first.note_error("another", told=True)
+    assert first.error() == ("the disk is full", False)
+    assert json.loads((first.folder / ERROR).read_text())["message"] == "the disk is full"
+
+
+def test_a_plan_is_read_as_it_was_written(tmp_path: Path) -> None:
+    folder = ShardFolder(tmp_path, 0)
+    stage = folder.plan("draw", [[0, 1, 'a "cat" \ud800']])
+    assert isinstance(stage, Stage) and (stage.folder / PLAN).exists()
+    found = ShardFolder(tmp_path, 1).next(nothing)
+    assert found is not None and found.shards == stage.shards

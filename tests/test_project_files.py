@@ -1,0 +1,133 @@
+"""Files around the package fit it and each other: versions, workflows, forms, Dockerfile, hooks, AGENTS.md."""
+
+import os
+import re
+from configparser import ConfigParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from latentreward import __version__
+from latentreward.cli import COMMANDS
+
+ROOT = Path(__file__).resolve().parents[1]
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+FORMS = sorted(path for path in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml") if path.stem != "config")
+
+
+def read(path: Path) -> Any:
+    return yaml.load(path.read_text(), Loader=yaml.BaseLoader)  # as GitHub: `on` is no boolean
+
+
+def setup_cfg() -> ConfigParser:
+    config = ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    return config
+
+
+def steps(workflow: dict[str, Any]) -> list[dict[str, Any]]:
+    return [step for job in workflow["jobs"].values() for step in job["steps"]]
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    assert read(ROOT / "CITATION.cff")["version"] == __version__
+    sections = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert next(name for name in sections if name != "Unreleased") == __version__
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_what_a_workflow_runs_is_there(path: Path) -> None:
+    workflow = read(path)
+    text = "\n".join(step["run"] for step in steps(workflow) if "run" in step)
+    targets = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert set(re.findall(r"\bmake (\w+)", text)) <= set(targets[1].split())
+    releases = [one["releases"] for job in workflow["jobs"].values()
+                for one in job.get("strategy", {}).get("matrix", {}).get("include", [])]  # fmt: skip
+    named = re.findall(r"(?:^|\s)\.ci/(\w+)", text)
+    if ".ci/${{ matrix.releases }}" in text:
+        named += releases
+    assert all(os.access(ROOT / ".ci" / name, os.X_OK) for name in named), named
+    triggers = [one for one in workflow["on"].values() if one]
+    paths = [path for one in triggers if isinstance(one, dict) for path in one.get("paths", [])]
+    assert all(any(ROOT.glob(path)) for path in paths), paths
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_a_workflow_may_only_read_but_for_the_job_that_publishes(path: Path) -> None:
+    workflow = read(path)
+    assert workflow["permissions"] == {"contents": "read"}
+    writing = {name: job["permissions"] for name, job in workflow["jobs"].items() if "permissions" in job}
+    expected = {
+        "docs": {"deploy": {"pages": "write", "id-token": "write"}},
+        "release": {"publish": {"id-token": "write"}},
+    }
+    assert writing == expected.get(path.stem, {})
+    for name in writing:  # it takes what another job built, and runs nothing of the checkout
+        assert all("run" not in step and "checkout" not in step["uses"] for step in workflow["jobs"][name]["steps"])
+    assert "secrets." not in path.read_text()
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_actions_are_pinned_by_commit(path: Path) -> None:
+    """A tag can be moved to other code; dependabot renews commit and comment together."""
+    used = re.findall(r"uses: (.+)", path.read_text())
+    assert used and all(re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", one) for one in used), used
+
+
+def test_ci_has_every_python_that_the_package_names() -> None:
+    classifiers = setup_cfg()["metadata"]["classifiers"]
+    pythons = re.findall(r"Python :: (3\.\d+)", classifiers)
+    test = read(ROOT / ".github" / "workflows" / "ci.yml")["jobs"]["test"]
+    assert test["strategy"]["matrix"]["python"] == pythons
+    assert {"run": "make test"} in test["steps"]
+    assert " ".join(f"python{one}" for one in pythons) in (ROOT / ".ci" / "matrix").read_text()
+
+
+@pytest.mark.parametrize("path", FORMS, ids=lambda path: path.stem)
+def test_an_issue_form_asks_for_something(path: Path) -> None:
+    form = read(path)
+    assert form["name"] and form["description"]
+    fields = [field for field in form["body"] if field["type"] != "markdown"]
+    names = [field["id"] for field in fields]
+    assert len(set(names)) == len(names)
+    assert all(field["attributes"]["label"] for field in fields)
+    assert any(field.get("validations", {}).get("required") == "true" for field in fields)
+    for page in re.findall(r"docs/\w+\.md|[A-Z]+\.md", path.read_text()):
+        assert (ROOT / page).is_file(), page
+
+
+def test_the_image_gets_what_setup_cfg_reads_and_runs_a_command() -> None:
+    kept = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    config = setup_cfg()
+    read_by_build = {"pyproject.toml", "setup.cfg", config["metadata"]["license_files"]}
+    read_by_build |= {config["metadata"]["long_description"].removeprefix("file: ")}
+    read_by_build |= set(re.findall(r"= (\w+)$", config["options"]["package_dir"], re.MULTILINE))
+    assert kept == read_by_build
+    assert all((ROOT / name).exists() for name in kept)
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    (extra,) = re.findall(r'"\.\[(\w+)\]"', dockerfile)
+    assert extra in config["options.extras_require"]
+    assert (
+        set(re.findall(r"\blatentreward (?!\.)([a-z]+)$|--rm latentreward ([a-z]+)", dockerfile)[0]) & COMMANDS.keys()
+    )
+    assert "\nUSER 1000\n" in dockerfile
+
+
+def test_hooks_run_the_ruff_of_the_environment() -> None:
+    """With a version of their own they would format otherwise than `make lint`, which has that of the extra `dev`."""
+    hooks = [hook for repo in read(ROOT / ".pre-commit-config.yaml")["repos"] for hook in repo["hooks"]]
+    entries = {hook["entry"].partition(" --")[0] for hook in hooks}
+    assert entries == {".venv/bin/python -m ruff check", ".venv/bin/python -m ruff format"}
+    assert all(hook["language"] == "system" for hook in hooks)
+    assert "ruff" in setup_cfg()["options.extras_require"]["dev"]
+
+
+def test_agents_are_told_of_what_is_there() -> None:
+    text = (ROOT / "AGENTS.md").read_text()
+    table = re.findall(r"^\| (`.*?) \|", text, re.MULTILINE)
+    package = ROOT / "src" / "latentreward"
+    names = [name for cell in table for name in re.findall(r"`(.+?)`", cell)]
+    assert len(names) > 8
+    assert all((ROOT / name).exists() or (package / name).exists() for name in names), names
