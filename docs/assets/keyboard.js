@@ -1,10 +1,10 @@
-// What the theme leaves to the mouse: wide tables that scroll, and the button of the menu on narrow screens.
+// What the theme leaves to the mouse: wide tables and formulas that scroll, and the button of the menu on narrow screens.
 function scrollable() {
-  for (const around of document.querySelectorAll(".md-typeset__scrollwrap")) {
+  for (const around of document.querySelectorAll(".md-typeset__scrollwrap, .formula")) {
     if (around.scrollWidth > around.clientWidth) {
       around.tabIndex = 0;
       around.setAttribute("role", "region");
-      around.setAttribute("aria-label", "table");
+      around.setAttribute("aria-label", around.matches(".formula") ? "formula" : "table");
     } else around.removeAttribute("tabindex");
   }
 }
