@@ -66,6 +66,17 @@ def test_pictures_are_split_before_pairs_are_drawn() -> None:
     assert sum(map(len, prompts)) == 25 == len(set.union(*prompts))
 
 
+@pytest.mark.parametrize(("captions", "sides", "most"), [(1000, 1, 500), (300, 2, 500), (300, 2, 20), (7, 9, 101)])
+def test_so_many_pairs_are_drawn_from_pools_and_no_more(captions: int, sides: int, most: int) -> None:
+    pictures = [Picture(f"{n}.png", f"c{n}", "") for n in range(2 * captions * sides)]
+    both = [pictures[n * sides : (n + 1) * sides] for n in range(2 * captions)]
+    pools = [Pool(f"p{n}", both[2 * n], both[2 * n + 1]) for n in range(captions)]
+    found = split(Collection("", pools=pools), most, 0)
+    assert sum(apart(found).values()) == most
+    assert found == split(Collection("", pools=pools), most, 0)
+    assert found.parts != split(Collection("", pools=pools), most, 1).parts
+
+
 def test_prompts_with_one_chosen_picture_each_stay_whole() -> None:
     pools = [Pool(f"p{n}", PICTURES[4 * n : 4 * n + 1], PICTURES[4 * n + 1 : 4 * n + 4]) for n in range(12)]
     found = split(Collection("", pools=pools), 500, 0)

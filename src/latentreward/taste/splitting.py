@@ -144,13 +144,22 @@ def _pooled(pools: Sequence[Pool], most: int, rng: np.random.Generator) -> Split
 def _drawn(divided: Sequence[tuple[str, Pool]], most: int, rng: np.random.Generator) -> dict[str, list[RatedPair]]:
     """Draw each part's share of ``most`` pairs from its pools, of each in proportion to the pairs that it gives."""
     parts: dict[str, list[RatedPair]] = {name: [] for name in PARTS}
-    for name, share in zip(PARTS, SHARES, strict=True):
+    ends = np.round(np.cumsum(SHARES) * most).astype(int)
+    for name, wanted in zip(PARTS, np.diff(ends, prepend=0), strict=True):
         own = [pool for part, pool in divided if part == name]
-        total = sum(len(pool.chosen) * len(pool.rejected) for pool in own)
-        for pool in own:
-            size = len(pool.chosen) * len(pool.rejected)
-            parts[name] += pool.draw(max(1, round(most * share * size / max(total, 1))), rng)
+        sizes = np.array([len(pool.chosen) * len(pool.rejected) for pool in own], int)
+        for pool, number in zip(own, _in_proportion(min(wanted, sizes.sum()), sizes, rng), strict=True):
+            parts[name] += pool.draw(number, rng)
     return parts
+
+
+def _in_proportion(total: int, sizes: np.ndarray, rng: np.random.Generator) -> list[int]:
+    """Divide a total by sizes: round down, then add one where most was cut off, among equals at random."""
+    numbers, cut_off = np.divmod(total * sizes, max(sizes.sum(), 1))
+    order = rng.permutation(len(sizes))
+    first = order[np.argsort(-cut_off[order], kind="stable")]
+    numbers[first[: total - numbers.sum()]] += 1
+    return [int(number) for number in numbers]
 
 
 def _cut(pool: Pool, rng: np.random.Generator) -> list[tuple[str, Pool]]:
