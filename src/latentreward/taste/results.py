@@ -15,6 +15,7 @@ from latentreward.metrics.shared_pictures import picture_accuracy
 from latentreward.reports.tables import with_interval
 from latentreward.taste.pictures import number_of
 from latentreward.taste.plan import PREFERENCES
+from latentreward.taste.splitting import HELD_OUT
 
 CHANCE = 0.5
 SCORES = "scores_rank0.parquet"
@@ -43,10 +44,12 @@ class Measured:
     Attributes:
         pairs: Pairs, those with the largest margin first.
         accuracy: Share of pairs with the right order, with its 95 % interval; equal scores count ½.
+        unscored: Number of held-out pairs without a score.
     """
 
     pairs: list[ScoredPair]
     accuracy: Interval
+    unscored: int = 0
 
     @property
     def learned(self) -> bool:
@@ -55,13 +58,13 @@ class Measured:
 
     def line(self) -> str:
         """Return the accuracy in one line."""
-        worth = ""
+        worth, lost = "", f"; {self.unscored} more have no score" if self.unscored else ""
         if self.accuracy.groups != len(self.pairs):
             worth = f"; by their common pictures the pairs count as {self.accuracy.groups} independent ones"
         value = with_interval(self.accuracy._replace(groups=None))
         return (
             f"accuracy on {number_of(len(self.pairs), 'held-out pair')} in %: {value} "
-            f"(95 % interval{worth}; chance is 50 %)"
+            f"(95 % interval{worth}; chance is 50 %{lost})"
         )
 
     def verdict(self) -> str:
@@ -109,12 +112,13 @@ def measure(scores: Path, data: Path) -> Measured:
     if not pairs:
         raise InputError("folder: all held-out pairs are ties; rate more pairs")
     credit = (np.sign(sizes) + 1) / 2
-    return Measured(sorted(pairs, key=lambda pair: -pair.margin), picture_accuracy(credit, links))
+    unscored = sum(row["split"] == HELD_OUT and row["pair_id"] not in levels for row in rows)
+    return Measured(sorted(pairs, key=lambda pair: -pair.margin), picture_accuracy(credit, links), unscored)
 
 
 def record(measured: Measured, told: Mapping[str, Any]) -> str:
     """Return the result as JSON."""
     names = ("value", "low", "high", "independent_pairs")
     accuracy = dict(zip(names, measured.accuracy, strict=True))
-    content = {**told, "held_out": len(measured.pairs), "accuracy": accuracy}
+    content = {**told, "held_out": len(measured.pairs), "unscored": measured.unscored, "accuracy": accuracy}
     return json.dumps({**content, "learned": measured.learned}, indent=1, ensure_ascii=False) + "\n"
