@@ -1,5 +1,7 @@
 """No picture is both trained on and measured with, nor a prompt where there are enough."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -98,3 +100,19 @@ def test_a_part_without_pairs_is_refused() -> None:
         split(Collection("", star), 500, 0)
     with pytest.raises(InputError, match=r"; give a higher --pairs, or more pictures, each in fewer"):
         split(Collection("", star), 20, 0)
+
+
+def test_a_part_with_hardly_more_than_ties_is_refused_before_any_work() -> None:
+    """The accuracy leaves ties out, so that nothing would be left to measure after the training."""
+    pairs = [pair(2 * n, 2 * n + 1) for n in range(40)]
+    held_out = split(Collection("", pairs), 500, 0).parts["held_out"]
+
+    def rated(clear: int) -> Collection:
+        ties = {one.a.path for one in held_out[clear:]}
+        return Collection("", [replace(one, label=0.5) if one.a.path in ties else one for one in pairs])
+
+    for clear, got in ((0, "no pairs besides 10 ties"), (2, "2 pairs besides 8 ties")):
+        message = rf"folder: held_out gets {got} of the split \(by picture.*\); give more pairs with clear differences$"
+        with pytest.raises(InputError, match=message):
+            split(rated(clear), 500, 0)
+    assert len(split(rated(3), 500, 0).parts["held_out"]) == 10

@@ -87,7 +87,7 @@ def measure(scores: Path, data: Path) -> Measured:
         data: Folder with the file of pairs.
 
     Raises:
-        InputError: If no held-out pair has a score.
+        InputError: If no held-out pair besides ties has a score.
     """
     table = parquet.read_table(scores / SCORES).to_pydict()
     rows = [json.loads(line) for line in (data / PREFERENCES).read_text(encoding="utf-8").splitlines()]
@@ -110,7 +110,10 @@ def measure(scores: Path, data: Path) -> Measured:
         links.append((row["contents"][0], row["contents"][1]))
         sizes.append(pairs[-1].margin)
     if not pairs:
-        raise InputError("folder: all held-out pairs are ties; rate more pairs")
+        raise InputError(
+            "folder: no held-out pair besides ties has a score; see that their pictures are there, and run the same "
+            "command again"
+        )
     credit = (np.sign(sizes) + 1) / 2
     unscored = sum(row["split"] == HELD_OUT and row["pair_id"] not in levels for row in rows)
     return Measured(sorted(pairs, key=lambda pair: -pair.margin), picture_accuracy(credit, links), unscored)

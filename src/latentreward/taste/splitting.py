@@ -19,7 +19,7 @@ ENOUGH_PROMPTS = 20
 NEARLY = 0.5
 """Share of its wanted pairs that each part must get, or another way to split is tried."""
 LEAST_PAIRS = 3
-"""Fewest pairs of a part."""
+"""Fewest pairs of a part, besides ties: they have no right order to measure."""
 TRIALS = 200
 """Random assignments of pictures to parts from which the one that keeps most pairs is taken."""
 
@@ -54,17 +54,17 @@ def split(found: Collection, most: int, seed: int) -> Split:
         seed: Seed of the assignment and of the drawing.
 
     Raises:
-        InputError: If a part gets fewer than :data:`LEAST_PAIRS` pairs.
+        InputError: If a part gets fewer than :data:`LEAST_PAIRS` pairs besides ties.
     """
     rng = np.random.default_rng(seed)
     made = _pooled(found.pools, most, rng) if found.pools else _paired(list(found.pairs), most, rng)
     for name, pairs in made.parts.items():
-        if len(pairs) < LEAST_PAIRS:
+        ties = sum(pair.is_tie for pair in pairs)
+        if len(pairs) - ties < LEAST_PAIRS:
             drawn = "a higher --pairs, or " if found.possible > most else ""
-            raise InputError(
-                f"folder: {name} gets {number_of(len(pairs), 'pair')} of the split ({made.how}); give {drawn}more "
-                "pictures, each in fewer pairs"
-            )
+            more = "more pairs with clear differences" if ties else "more pictures, each in fewer pairs"
+            got = number_of(len(pairs) - ties, "pair") + (f" besides {number_of(ties, 'tie')}" if ties else "")
+            raise InputError(f"folder: {name} gets {got} of the split ({made.how}); give {drawn}{more}")
     return made
 
 
