@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -477,6 +478,53 @@ def test_a_model_that_is_none(here: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "nowhere" in refusal(capsys, "pics", "s.csv", "./nowhere")
 
 
+def overflowing(word: str) -> Callable[[DiffusionBackbone, list[str]], Conditioning]:
+    """Encoding of prompts that is infinite for a batch with the given word."""
+    own = DiffusionBackbone.encode_prompts
+
+    def encode(backbone: DiffusionBackbone, prompts: list[str]) -> Conditioning:
+        encoded = own(backbone, prompts)
+        if not any(word in prompt for prompt in prompts):
+            return encoded
+        tokens, pooled = encoded.prompt_embeds, encoded.pooled_prompt_embeds
+        return Conditioning(torch.full_like(tokens, torch.inf), torch.full_like(pooled, torch.inf))
+
+    return encode
+
+
+def test_a_run_that_goes_on_tells_a_model_at_fault_from_images_at_fault(
+    here: Path, lrm: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No image of its first part has a score: those of a part that is done tell whose fault that is."""
+    write_pictures(here / "pics", 6)
+    for place in (2, 3):
+        (here / "pics" / f"00{place}.txt").write_text("overflows")
+    options = ["--flush_every=2", "--batch_size=2"]
+    with monkeypatch.context() as patch:
+        patch.setattr(DiffusionBackbone, "encode_prompts", overflowing("overflows"))
+        expected = score("pics", "expected.csv", lrm, *options)
+    assert [row for row, problem in enumerate(expected["problem"].to_pylist()) if problem] == [2, 3]
+    write, writes = pq.write_table, []
+
+    def write_once(*arguments: Any) -> None:
+        writes.append(arguments)
+        if len(writes) > 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(part_tables.pq, "write_table", write_once)
+        refusal(capsys, "pics", "s.csv", lrm, *options)
+    kept = sorted(path.name for path in (here / "s.csv.parts").iterdir())
+    assert "rows_000000000_000000002.parquet" in kept
+    with monkeypatch.context() as patch:
+        patch.setattr(DiffusionBackbone, "encode_prompts", overflowing(""))
+        assert "not finite" in refusal(capsys, "pics", "s.csv", lrm, *options)
+    assert sorted(path.name for path in (here / "s.csv.parts").iterdir()) == kept
+    monkeypatch.setattr(DiffusionBackbone, "encode_prompts", overflowing("overflows"))
+    assert score("pics", "s.csv", lrm, *options).equals(expected)
+
+
 def test_an_image_without_a_finite_score_does_not_cost_the_others_theirs(
     here: Path, lrm: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -484,16 +532,7 @@ def test_an_image_without_a_finite_score_does_not_cost_the_others_theirs(
     write_pictures(here / "pics", 6)
     expected = score("pics", "expected.csv", lrm)["score"].to_pylist()
     (here / "pics" / "003.txt").write_text("overflows")
-    own = DiffusionBackbone.encode_prompts
-
-    def overflowing(backbone: DiffusionBackbone, prompts: list[str]) -> Conditioning:
-        encoded = own(backbone, prompts)
-        if "overflows" not in prompts:
-            return encoded
-        tokens, pooled = encoded.prompt_embeds, encoded.pooled_prompt_embeds
-        return Conditioning(torch.full_like(tokens, torch.inf), torch.full_like(pooled, torch.inf))
-
-    monkeypatch.setattr(DiffusionBackbone, "encode_prompts", overflowing)
+    monkeypatch.setattr(DiffusionBackbone, "encode_prompts", overflowing("overflows"))
     table = score("pics", "s.csv", lrm)
     assert [problem is not None for problem in table["problem"].to_pylist()] == [place == 3 for place in range(6)]
     assert table["problem"].to_pylist()[3].startswith("no finite score (")

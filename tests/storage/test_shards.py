@@ -1,6 +1,8 @@
 """Shards of work in a folder: claimed once, done once, taken over, and told about."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,16 @@ import pytest
 from latentreward.errors import InputError
 from latentreward.storage.locks import claimed
 from latentreward.storage.shards import ERROR, PLAN, ShardFolder, Stage, left_over
+
+COME_OFTEN = """
+import sys
+from pathlib import Path
+from latentreward.storage.shards import ShardFolder
+for _ in range(200):  # so that processes which start one after another meet
+    shared = ShardFolder(Path(sys.argv[1]), int(sys.argv[2]))
+    assert not shared.lacks_first()
+    shared.leave()
+"""
 
 
 @pytest.fixture
@@ -86,6 +98,15 @@ def test_locks_that_do_not_reach_a_machine_tell_it_nothing_of_the_first_process(
     assert stage is not None
     stage.finish(0, "drawn")
     assert plan.results() == [(0, "drawn")]
+
+
+def test_neighbours_on_a_machine_that_locks_do_not_reach_are_not_taken_for_the_first_process(
+    first: ShardFolder,
+) -> None:
+    first.leave()
+    commands = [[sys.executable, "-c", COME_OFTEN, str(first.folder), str(rank)] for rank in range(1, 5)]
+    processes = [subprocess.Popen(command) for command in commands]
+    assert [process.wait(60) for process in processes] == [0] * 4
 
 
 def test_other_settings_are_named(first: ShardFolder) -> None:

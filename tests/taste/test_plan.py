@@ -50,6 +50,13 @@ def test_paths_with_spaces_stay_one_argument() -> None:
     assert "--reader.root=/a b" in PLAN.tasks(0)[CACHE].command(Path("/w"))
 
 
+def test_one_process_scores_however_many_have_trained() -> None:
+    """Each of several would write a file of its own, of which one is read."""
+    plan = replace(PLAN, train=["--trainer.devices=2", "--trainer.num_nodes=2", "--trainer.strategy=ddp"])
+    command = plan.tasks(0)[SCORES].command(Path("/w"))
+    assert {*command} >= {"--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.strategy=auto"}
+
+
 def test_a_pipeline_is_told_by_its_class(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionXLPipeline"}))
     assert find_base(str(tmp_path)).backbone == "sdxl" and find_base("sd35_tiny").size == 32

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
@@ -125,7 +126,9 @@ def server(tmp_path: Path) -> Iterator[RatingServer]:
 
 def ask(server: RatingServer, path: str, body: Any = None, **headers: str) -> tuple[int, bytes]:
     data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-    request = urllib.request.Request(server.url + path, data, {"Content-Type": "application/json", **headers})
+    request = urllib.request.Request(
+        server.url + path.removeprefix("/"), data, {"Content-Type": "application/json", **headers}
+    )
     try:
         with urllib.request.urlopen(request, timeout=300) as reply:
             return reply.status, reply.read()
@@ -170,9 +173,24 @@ def test_other_requests_are_refused(server: RatingServer, path: str, body: Any, 
     assert not (server.folder / RATINGS).exists()
 
 
+@pytest.mark.parametrize("path", ["", "state", "picture/0", "rate", "undo"])
+def test_another_account_of_this_machine_does_not_know_the_address(server: RatingServer, path: str) -> None:
+    root, token, _ = server.url.rsplit("/", 2)
+    with rating_server(server.folder) as other:
+        known = other.url.rsplit("/", 2)[1]
+    assert len(token) >= 22 and token != known
+    for address in (f"{root}/{path}", f"{root}/{known}/{path}", f"{root}/{token[:-1]}/{path}", f"{root}/\xe9/{path}"):
+        body = b'{"answer": "a"}' if path in ("rate", "undo") else None
+        request = urllib.request.Request(quote(address, ":/"), body, {"Content-Type": "application/json"})
+        with pytest.raises(urllib.error.HTTPError, match="403") as refused:
+            urllib.request.urlopen(request, timeout=300)
+        assert refused.value.read() == b"open the whole address that the command printed at its last start"
+    assert not (server.folder / RATINGS).exists()
+
+
 def test_no_page_elsewhere_shows_this_one_or_its_pictures(server: RatingServer) -> None:
     for path in ("/", "/picture/0"):
-        with urllib.request.urlopen(server.url + path, timeout=300) as reply:
+        with urllib.request.urlopen(server.url + path.removeprefix("/"), timeout=300) as reply:
             assert reply.headers["Content-Security-Policy"] == "frame-ancestors 'none'"
             assert reply.headers["Cross-Origin-Resource-Policy"] == "same-origin"
 

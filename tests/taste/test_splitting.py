@@ -1,5 +1,7 @@
 """No picture is both trained on and measured with, nor a prompt where there are enough."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -66,6 +68,17 @@ def test_pictures_are_split_before_pairs_are_drawn() -> None:
     assert sum(map(len, prompts)) == 25 == len(set.union(*prompts))
 
 
+@pytest.mark.parametrize(("captions", "sides", "most"), [(1000, 1, 500), (300, 2, 500), (300, 2, 20), (7, 9, 101)])
+def test_so_many_pairs_are_drawn_from_pools_and_no_more(captions: int, sides: int, most: int) -> None:
+    pictures = [Picture(f"{n}.png", f"c{n}", "") for n in range(2 * captions * sides)]
+    both = [pictures[n * sides : (n + 1) * sides] for n in range(2 * captions)]
+    pools = [Pool(f"p{n}", both[2 * n], both[2 * n + 1]) for n in range(captions)]
+    found = split(Collection("", pools=pools), most, 0)
+    assert sum(apart(found).values()) == most
+    assert found == split(Collection("", pools=pools), most, 0)
+    assert found.parts != split(Collection("", pools=pools), most, 1).parts
+
+
 def test_prompts_with_one_chosen_picture_each_stay_whole() -> None:
     pools = [Pool(f"p{n}", PICTURES[4 * n : 4 * n + 1], PICTURES[4 * n + 1 : 4 * n + 4]) for n in range(12)]
     found = split(Collection("", pools=pools), 500, 0)
@@ -87,3 +100,19 @@ def test_a_part_without_pairs_is_refused() -> None:
         split(Collection("", star), 500, 0)
     with pytest.raises(InputError, match=r"; give a higher --pairs, or more pictures, each in fewer"):
         split(Collection("", star), 20, 0)
+
+
+def test_a_part_with_hardly_more_than_ties_is_refused_before_any_work() -> None:
+    """The accuracy leaves ties out, so that nothing would be left to measure after the training."""
+    pairs = [pair(2 * n, 2 * n + 1) for n in range(40)]
+    held_out = split(Collection("", pairs), 500, 0).parts["held_out"]
+
+    def rated(clear: int) -> Collection:
+        ties = {one.a.path for one in held_out[clear:]}
+        return Collection("", [replace(one, label=0.5) if one.a.path in ties else one for one in pairs])
+
+    for clear, got in ((0, "no pairs besides 10 ties"), (2, "2 pairs besides 8 ties")):
+        message = rf"folder: held_out gets {got} of the split \(by picture.*\); give more pairs with clear differences$"
+        with pytest.raises(InputError, match=message):
+            split(rated(clear), 500, 0)
+    assert len(split(rated(3), 500, 0).parts["held_out"]) == 10

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from itertools import chain, groupby, islice
 from typing import Any
@@ -84,7 +84,7 @@ class ListedScoring:
         seconds: Time spent in the model so far, in seconds.
         rotated: Number of images so far with an EXIF orientation other than upright.
         unused: Number of frames of clips so far that were not used.
-        scored: Whether an image has had a score so far, so that a failure counts as the image's, not the model's.
+        scored: Whether this process has scored an image, so that a failure counts as the image's, not the model's.
         progress: Function that is called with the number of rows just finished.
 
     Raises:
@@ -217,17 +217,34 @@ class ListedScoring:
         """Score images one by one after a batch failed, and record a problem for each that fails.
 
         Raises:
-            InputError: If no image of the list has had a score so far: then the model is at fault, not an image.
+            InputError: If no image has had a score so far, nor has one at the start of the list: then the model is at
+                fault, not an image.
         """
+        problems = {}
         for row, pixels in images:
             try:
                 part.scores[row] = self._call(part, [(row, pixels)])[0]
                 self.scored = True
             except InputError as error:
-                part.problems[row] = f"{NO_SCORE} ({one_line(error)})"
+                problems[row] = f"{NO_SCORE} ({one_line(error)})"
                 last = error
-        if not self.scored:
+        if not self.scored and not self._works():
             raise last
+        part.problems.update(problems)  # not before: after a Ctrl-C they would be kept
+
+    def _works(self) -> bool:
+        """Tell whether the model scores any of the first images of the list that can be read.
+
+        Other processes, and runs that go on, have other parts; all of them ask for the same images.
+        """
+        part = ScoredRows(self.rows, torch.empty(0))
+        images = ((row, self._load(listed).pixels) for row, listed in enumerate(self.rows))
+        readable = ((row, pixels) for row, pixels in images if pixels is not None)
+        for image in islice(readable, HELD_BATCHES * self.batch_size):
+            with suppress(InputError):
+                self._call(part, [image])
+                return True
+        return False
 
     def _call(self, part: ScoredRows, images: Sequence[tuple[int, Tensor]]) -> Tensor:
         """Score N images of one size under K noise settings; returns ``(N, K)``, with axes ``(N, K + 2)``."""

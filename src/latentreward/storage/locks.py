@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import logging
 import os
 import socket
@@ -82,6 +83,22 @@ def claimed(path: Path) -> Iterator[bool]:
         yield True
     finally:
         lock.release()
+
+
+def is_held(path: Path) -> bool:
+    """Tell whether a process holds the lock file ``path``; False without the file, or on a file system without locks.
+
+    Any number of processes may ask at once: they share a lock for that moment, so that none takes another's question
+    for a holder.
+    """
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # as filelock locks, whose own is exclusive
+    except OSError as error:
+        if error.errno not in {errno.EWOULDBLOCK, errno.ENOENT, *NO_LOCKS}:
+            raise
+        return error.errno == errno.EWOULDBLOCK
+    return False
 
 
 def has_locks(folder: Path) -> bool:

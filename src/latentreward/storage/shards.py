@@ -15,7 +15,7 @@ from typing import Any
 
 from latentreward.errors import InputError, first_line
 from latentreward.storage.durable import write_file
-from latentreward.storage.locks import claimed, has_locks
+from latentreward.storage.locks import claimed, has_locks, is_held
 
 PLAN, END, ERROR, SETTINGS = "plan.json", "end", "error.json", "settings.json"
 POLL_S = 0.2
@@ -124,8 +124,7 @@ class ShardFolder:
         return self.folder / f"process{rank}.lock"
 
     def _runs(self, rank: int) -> bool:
-        with claimed(self._presence(rank)) as free:
-            return not free
+        return is_held(self._presence(rank))
 
 
 class Stage:

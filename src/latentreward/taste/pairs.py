@@ -42,6 +42,11 @@ class RatedPair:
     b: Picture
     label: float
 
+    @property
+    def is_tie(self) -> bool:
+        """Whether neither picture is preferred."""
+        return self.label == 0.5
+
     def line(self, pair_id: str, split: str) -> dict[str, object]:
         """Return the pair as a line for :class:`~latentreward.data.JSONLPairReader`."""
         shared = {"pair_id": pair_id, "split": split, "prompt": self.prompt}

@@ -165,6 +165,8 @@ class Plan:
             *("--data.predict.cache={cache}", f"--data.predict.split={HELD_OUT}"),
             *("--predictions.output_dir={out}", "--predictions.overwrite=true"),
             *("--trainer.default_root_dir={out}", "--trainer.logger=false"),
+            # Each process would write a file of its own, and the training may have had many.
+            *("--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.strategy=auto"),
         ]
 
     def _align(self, found: Base, prompts: Path) -> list[str]:

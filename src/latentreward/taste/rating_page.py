@@ -1,6 +1,8 @@
 """Page to rate own pictures in the browser: two at a time, on this machine only."""
 
+import hmac
 import json
+import secrets
 import sys
 from functools import lru_cache
 from http import HTTPStatus
@@ -54,7 +56,8 @@ class RatingServer(ThreadingHTTPServer):
         self.socket = bound
         self.server_activate()
         port = bound.getsockname()[1]
-        self.url = f"http://{HOST}:{port}"
+        self.token = secrets.token_urlsafe(16)
+        self.url = f"http://{HOST}:{port}/{self.token}/"
         self.hosts = {f"{HOST}:{port}", f"localhost:{port}"}
         self.ratings, self.folder, self.lock = ratings, ratings.file.parent, Lock()
         self.places = {path: place for place, path in enumerate(ratings.pictures)}
@@ -87,7 +90,8 @@ class RatingHandler(BaseHTTPRequestHandler):
     """Handler of one connection.
 
     Requests whose ``Host`` is another name are refused, or a page elsewhere could reach the server by a name of its own
-    that it lets point to this machine; so are answers that another page sends.
+    that it lets point to this machine; so are answers that another page sends. All addresses begin with a random token,
+    which the page's own relative ones keep, or other accounts of this machine could see the pictures and answer.
     """
 
     server: RatingServer
@@ -96,9 +100,9 @@ class RatingHandler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Answer with the page, the state, or a picture."""
-        if not self._is_ours():
+        path = self._path()
+        if path is None:
             return
-        path = self.path.partition("?")[0]
         if path == "/":
             self._answer(self.server.page.encode("utf-8", "replace"), "text/html; charset=utf-8")
         elif path == "/state":
@@ -113,17 +117,16 @@ class RatingHandler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         """Keep an answer, or take the last one back; the reply is the state after that."""
-        if not self._is_ours():
-            return
-        body = self._body()
+        path = self._path()
+        body = None if path is None else self._body()
         if body is None:
             return
         kept = False
         try:
             with self.server.lock:
-                if self.path == "/undo":
+                if path == "/undo":
                     kept = self.server.ratings.undo()
-                elif self.path == "/rate" and body.get("answer") in ANSWERS:
+                elif path == "/rate" and body.get("answer") in ANSWERS:
                     kept = self.server.ratings.rate((str(body.get("a")), str(body.get("b"))), body["answer"])
                 else:
                     self._answer(b"expected a rating", "text/plain", HTTPStatus.BAD_REQUEST)
@@ -133,14 +136,19 @@ class RatingHandler(BaseHTTPRequestHandler):
             return
         self._tell(HTTPStatus.OK if kept else HTTPStatus.CONFLICT)
 
-    def _is_ours(self) -> bool:
-        """Tell whether this page, by its own name, asks; answer with 403 otherwise."""
+    def _path(self) -> str | None:
+        """Return the address behind the token if this page, by its own name, asks; None after an answer with 403."""
         origin = self.headers.get("Origin")
         known = {f"http://{host}" for host in self.server.hosts}
-        if self.headers.get("Host") in self.server.hosts and (origin is None or origin in known):
-            return True
-        self._answer(b"only the page itself may ask", "text/plain", HTTPStatus.FORBIDDEN)
-        return False
+        token, slash, path = self.path.partition("?")[0].removeprefix("/").partition("/")
+        if self.headers.get("Host") not in self.server.hosts or (origin is not None and origin not in known):
+            self._answer(b"only the page itself may ask", "text/plain", HTTPStatus.FORBIDDEN)
+            return None
+        if not hmac.compare_digest(token.encode(), self.server.token.encode()):
+            told = b"open the whole address that the command printed at its last start"
+            self._answer(told, "text/plain", HTTPStatus.FORBIDDEN)
+            return None
+        return slash + path
 
     def _body(self) -> dict[str, Any] | None:
         """Return the JSON object of a request; None, after an answer, if there is none."""

@@ -15,6 +15,7 @@ from latentreward.metrics.shared_pictures import picture_accuracy
 from latentreward.reports.tables import with_interval
 from latentreward.taste.pictures import number_of
 from latentreward.taste.plan import PREFERENCES
+from latentreward.taste.splitting import HELD_OUT
 
 CHANCE = 0.5
 SCORES = "scores_rank0.parquet"
@@ -43,10 +44,12 @@ class Measured:
     Attributes:
         pairs: Pairs, those with the largest margin first.
         accuracy: Share of pairs with the right order, with its 95 % interval; equal scores count ½.
+        unscored: Number of held-out pairs without a score.
     """
 
     pairs: list[ScoredPair]
     accuracy: Interval
+    unscored: int = 0
 
     @property
     def learned(self) -> bool:
@@ -55,13 +58,13 @@ class Measured:
 
     def line(self) -> str:
         """Return the accuracy in one line."""
-        worth = ""
+        worth, lost = "", f"; {self.unscored} more have no score" if self.unscored else ""
         if self.accuracy.groups != len(self.pairs):
             worth = f"; by their common pictures the pairs count as {self.accuracy.groups} independent ones"
         value = with_interval(self.accuracy._replace(groups=None))
         return (
             f"accuracy on {number_of(len(self.pairs), 'held-out pair')} in %: {value} "
-            f"(95 % interval{worth}; chance is 50 %)"
+            f"(95 % interval{worth}; chance is 50 %{lost})"
         )
 
     def verdict(self) -> str:
@@ -84,7 +87,7 @@ def measure(scores: Path, data: Path) -> Measured:
         data: Folder with the file of pairs.
 
     Raises:
-        InputError: If no held-out pair has a score.
+        InputError: If no held-out pair besides ties has a score.
     """
     table = parquet.read_table(scores / SCORES).to_pydict()
     rows = [json.loads(line) for line in (data / PREFERENCES).read_text(encoding="utf-8").splitlines()]
@@ -107,14 +110,18 @@ def measure(scores: Path, data: Path) -> Measured:
         links.append((row["contents"][0], row["contents"][1]))
         sizes.append(pairs[-1].margin)
     if not pairs:
-        raise InputError("folder: all held-out pairs are ties; rate more pairs")
+        raise InputError(
+            "folder: no held-out pair besides ties has a score; see that their pictures are there, and run the same "
+            "command again"
+        )
     credit = (np.sign(sizes) + 1) / 2
-    return Measured(sorted(pairs, key=lambda pair: -pair.margin), picture_accuracy(credit, links))
+    unscored = sum(row["split"] == HELD_OUT and row["pair_id"] not in levels for row in rows)
+    return Measured(sorted(pairs, key=lambda pair: -pair.margin), picture_accuracy(credit, links), unscored)
 
 
 def record(measured: Measured, told: Mapping[str, Any]) -> str:
     """Return the result as JSON."""
     names = ("value", "low", "high", "independent_pairs")
     accuracy = dict(zip(names, measured.accuracy, strict=True))
-    content = {**told, "held_out": len(measured.pairs), "accuracy": accuracy}
+    content = {**told, "held_out": len(measured.pairs), "unscored": measured.unscored, "accuracy": accuracy}
     return json.dumps({**content, "learned": measured.learned}, indent=1, ensure_ascii=False) + "\n"

@@ -19,7 +19,7 @@ ENOUGH_PROMPTS = 20
 NEARLY = 0.5
 """Share of its wanted pairs that each part must get, or another way to split is tried."""
 LEAST_PAIRS = 3
-"""Fewest pairs of a part."""
+"""Fewest pairs of a part, besides ties: they have no right order to measure."""
 TRIALS = 200
 """Random assignments of pictures to parts from which the one that keeps most pairs is taken."""
 
@@ -54,17 +54,17 @@ def split(found: Collection, most: int, seed: int) -> Split:
         seed: Seed of the assignment and of the drawing.
 
     Raises:
-        InputError: If a part gets fewer than :data:`LEAST_PAIRS` pairs.
+        InputError: If a part gets fewer than :data:`LEAST_PAIRS` pairs besides ties.
     """
     rng = np.random.default_rng(seed)
     made = _pooled(found.pools, most, rng) if found.pools else _paired(list(found.pairs), most, rng)
     for name, pairs in made.parts.items():
-        if len(pairs) < LEAST_PAIRS:
+        ties = sum(pair.is_tie for pair in pairs)
+        if len(pairs) - ties < LEAST_PAIRS:
             drawn = "a higher --pairs, or " if found.possible > most else ""
-            raise InputError(
-                f"folder: {name} gets {number_of(len(pairs), 'pair')} of the split ({made.how}); give {drawn}more "
-                "pictures, each in fewer pairs"
-            )
+            more = "more pairs with clear differences" if ties else "more pictures, each in fewer pairs"
+            got = number_of(len(pairs) - ties, "pair") + (f" besides {number_of(ties, 'tie')}" if ties else "")
+            raise InputError(f"folder: {name} gets {got} of the split ({made.how}); give {drawn}{more}")
     return made
 
 
@@ -144,13 +144,22 @@ def _pooled(pools: Sequence[Pool], most: int, rng: np.random.Generator) -> Split
 def _drawn(divided: Sequence[tuple[str, Pool]], most: int, rng: np.random.Generator) -> dict[str, list[RatedPair]]:
     """Draw each part's share of ``most`` pairs from its pools, of each in proportion to the pairs that it gives."""
     parts: dict[str, list[RatedPair]] = {name: [] for name in PARTS}
-    for name, share in zip(PARTS, SHARES, strict=True):
+    ends = np.round(np.cumsum(SHARES) * most).astype(int)
+    for name, wanted in zip(PARTS, np.diff(ends, prepend=0), strict=True):
         own = [pool for part, pool in divided if part == name]
-        total = sum(len(pool.chosen) * len(pool.rejected) for pool in own)
-        for pool in own:
-            size = len(pool.chosen) * len(pool.rejected)
-            parts[name] += pool.draw(max(1, round(most * share * size / max(total, 1))), rng)
+        sizes = np.array([len(pool.chosen) * len(pool.rejected) for pool in own], int)
+        for pool, number in zip(own, _in_proportion(min(wanted, sizes.sum()), sizes, rng), strict=True):
+            parts[name] += pool.draw(number, rng)
     return parts
+
+
+def _in_proportion(total: int, sizes: np.ndarray, rng: np.random.Generator) -> list[int]:
+    """Divide a total by sizes: round down, then add one where most was cut off, among equals at random."""
+    numbers, cut_off = np.divmod(total * sizes, max(sizes.sum(), 1))
+    order = rng.permutation(len(sizes))
+    first = order[np.argsort(-cut_off[order], kind="stable")]
+    numbers[first[: total - numbers.sum()]] += 1
+    return [int(number) for number in numbers]
 
 
 def _cut(pool: Pool, rng: np.random.Generator) -> list[tuple[str, Pool]]:

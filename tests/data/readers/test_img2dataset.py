@@ -4,6 +4,7 @@ import io
 import json
 import pickle
 import tarfile
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,25 @@ def test_a_damaged_picture_is_found_when_it_is_decoded(write, kind, jpeg) -> Non
             path.write_bytes(data.replace(whole, whole[:200] + bytes(len(whole) - 200)))
     pairs = PairDataset(Img2DatasetReader(str(root), rating="score", on_error="skip"), LOADER)
     assert type(pairs[0]).__name__ == "SkippedPair"
+
+
+def test_many_images_keep_a_compact_index(tmp_path) -> None:
+    """Most of a large folder are images with a caption of their own, which no pair needs."""
+    shards, size = 20, 500
+    for shard in range(shards):
+        captions = [f"a caption of usual length, number {n - (n % 10 == 1)}, of shard {shard}" for n in range(size)]
+        columns = {"key": [f"{shard:05d}{n:04d}" for n in range(size)], "caption": captions, "jpg": [b"x"] * size}
+        pq.write_table(
+            pa.table({**columns, "score": [0.1 * n for n in range(size)]}), tmp_path / f"{shard:05d}.parquet"
+        )
+    Img2DatasetReader(str(tmp_path), rating="score")  # imports what it needs, which would count
+    tracemalloc.start()
+    reader = Img2DatasetReader(str(tmp_path), rating="score")
+    kept, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (reader.num_groups, reader.num_images) == (shards * 50, shards * 100)
+    assert kept / (shards * size) < 25 and most / (shards * size) < 250  # bytes outside of Arrow's pool
+    assert reader[len(reader) - 1].image_b.image_key == "00019/000190491"
 
 
 def test_nothing_to_read_is_one_clear_line(tmp_path, write) -> None:

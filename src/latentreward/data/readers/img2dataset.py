@@ -1,11 +1,13 @@
 """Reader of folders that img2dataset writes: single images with captions and further columns, compared by a column."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
 
 from latentreward.contracts import ImageRef
@@ -26,6 +28,18 @@ HINT = "give the folder that img2dataset wrote"
 NAMED_KEYS = 12
 
 
+COLUMNS = pa.schema(
+    {
+        **dict.fromkeys(("name", "caption", "group", "unreadable"), pa.large_string()),
+        **dict.fromkeys(("shard", "offset", "size"), pa.int64()),
+        "rating": pa.float64(),
+    }
+)
+"""Table of images, see :class:`_Image`; Python's own objects would take many times the memory."""
+ROWS_AT_ONCE = 10_000
+"""Rows of the table of images that are Python's objects at a time."""
+
+
 @dataclass(frozen=True)
 class _Image:
     """One image of a shard.
@@ -34,15 +48,21 @@ class _Image:
         name: ``SHARD/KEY``.
         caption: Raw text; None if the image has none.
         group: Value that it shares with the other images of its group; None if it has none.
-        rating: Value by which it is compared with them.
-        place: Two numbers by which the format finds the image in its shard.
+        rating: Number by which it is compared with them; None if it has none.
+        unreadable: Rating that is no number, for messages; None if there is nothing wrong.
+        shard: Number of the shard.
+        offset: With ``size``, where the format finds the image in its shard.
+        size: See ``offset``.
     """
 
     name: str
     caption: str | None
     group: str | None
-    rating: Any
-    place: tuple[int, int] = (0, 0)
+    rating: float | None
+    unreadable: str | None
+    shard: int
+    offset: int
+    size: int
 
 
 class Img2DatasetReader(GroupReader):
@@ -92,34 +112,26 @@ class Img2DatasetReader(GroupReader):
         self._best, self._max_group = best, max_group
         self._columns: RowGroupColumns | None = None
         self._shards, read = self._find_shards()
-        self._places, self._shard_of = list[tuple[int, int]](), list[int]()
-        images, groups = list[_Image](), dict[str, list[int]]()
         self._keys: set[str] = set()
-        for shard, path in enumerate(self._shards):
-            for image in read(path):
-                if image.group is None:
-                    self.skipped[f"no {group}"] += 1
-                    continue
-                groups.setdefault(image.group, []).append(len(images))
-                images.append(image)
-                self._places.append(image.place)
-                self._shard_of.append(shard)
+        images = pa.concat_tables(self._read(shard, read) for shard in range(len(self._shards)))
         for setting, column in (("rating", rating), ("group", None if group == CAPTION else group)):
             if column is not None and column not in self._keys:
                 known = ", ".join(sorted(self._keys)[:NAMED_KEYS]) or "none"
                 hint = did_you_mean(column, self._keys) or f"; columns: {known}"
                 raise InputError(f"{setting}: no image of {root} has the column {column!r}{hint}")
-        self._numbers = list[Sequence[int]]()
-        self.fill(self._make_groups(groups, images))
+        images = self._grouped(images)
+        kept = np.zeros(len(images), bool)
+        self.fill(self._make_groups(images, kept))
+        places = [images[name].to_numpy()[kept] for name in ("shard", "offset", "size")]
+        self._places = np.stack(places, axis=1)
         if not len(self):
             raise InputError(f"root: no two images of {root} share a {group}; set group to a column that they share")
         self.report(root)
 
     def find_image(self, group: int, position: int) -> ImageRef:
         """Return a reference to an image: with its bytes from a tar or parquet file, or with its path."""
-        number = self._numbers[group][position]
-        shard, name = self._shard_of[number], self._index.image(group, position)
-        path, place = self._shards[shard], self._places[number]
+        shard, *place = self._places[int(self._index.starts[group]) + position].tolist()
+        path, name = self._shards[shard], self._index.image(group, position)
         if self._columns is not None:
             (value,) = self._columns.read(shard, place[0])
             return ImageRef(name or "", value.get("bytes") if isinstance(value, dict) else value)
@@ -128,7 +140,7 @@ class Img2DatasetReader(GroupReader):
         with path.open("rb", buffering=0) as tar:
             return ImageRef(name or "", read_extent(tar, place))
 
-    def _find_shards(self) -> tuple[list[Path], Callable[[Path], Iterator[_Image]]]:
+    def _find_shards(self) -> tuple[list[Path], Callable[[int], Iterator[_Image]]]:
         """Return the shards in the order of their names, and the function that reads one."""
         if not self._root.is_dir():
             raise InputError(f"root: no folder {self._root}; {HINT}")
@@ -142,7 +154,27 @@ class Img2DatasetReader(GroupReader):
             return folders, self._read_folder
         raise InputError(f"root: no *.tar, no folder of images and no parquet with images in {self._root}; {HINT}")
 
-    def _read_tar(self, tar: Path) -> Iterator[_Image]:
+    def _read(self, shard: int, read: Callable[[int], Iterator[_Image]]) -> pa.Table:
+        """Read the images of a shard that have a group."""
+        rows = []
+        for image in read(shard):
+            if image.group is None:
+                self.skipped[f"no {self._group}"] += 1
+            else:
+                rows.append(vars(image))
+        return pa.Table.from_pylist(rows, COLUMNS)
+
+    def _grouped(self, images: pa.Table) -> pa.Table:
+        """Leave out groups of one image, and put the images of each other group behind its first one."""
+        groups = images["group"].combine_chunks().dictionary_encode().indices.to_numpy()
+        sizes = np.bincount(groups)
+        if alone := int((sizes == 1).sum()):
+            self.skipped[f"only image of its {self._group}"] += alone
+        order = np.argsort(groups, kind="stable")
+        return images.take(order[sizes[groups[order]] > 1])
+
+    def _read_tar(self, shard: int) -> Iterator[_Image]:
+        tar = self._shards[shard]
         samples, problem = read_samples(tar, ENCODED, (TEXT, META))
         if problem is not None:
             self.refuse(str(tar), f"{problem}; download it again", "tar not readable to its end")
@@ -150,16 +182,18 @@ class Img2DatasetReader(GroupReader):
             for extent in sample.images.values():
                 name = f"{tar.stem}/{sample.key}"
                 if (facts := self._parse(name, sample.texts.get(META))) is not None:
-                    yield self._image(name, sample.texts.get(TEXT), facts, extent)
+                    yield self._image(name, sample.texts.get(TEXT), facts, (shard, *extent))
 
-    def _read_folder(self, folder: Path) -> Iterator[_Image]:
+    def _read_folder(self, shard: int) -> Iterator[_Image]:
+        folder = self._shards[shard]
         for picture in _pictures(folder):
             name, files = f"{folder.name}/{picture.name}", (picture.with_suffix(f".{end}") for end in (TEXT, META))
             text, meta = (file.read_bytes().decode("utf-8", "replace") if file.is_file() else None for file in files)
             if (facts := self._parse(name, meta)) is not None:
-                yield self._image(name, text, facts)
+                yield self._image(name, text, facts, (shard, 0, 0))
 
-    def _read_parquet(self, file: Path) -> Iterator[_Image]:
+    def _read_parquet(self, shard: int) -> Iterator[_Image]:
+        file = self._shards[shard]
         part = ParquetPart(file.name, file)
         with open_part(part) as opened:
             names = opened.schema_arrow.names
@@ -171,7 +205,7 @@ class Img2DatasetReader(GroupReader):
             if (status := facts.get(STATUS)) not in (SUCCESS, None):
                 self.skipped[f"not downloaded ({short(status)})"] += 1
                 continue
-            yield self._image(f"{file.stem}/{facts['key'] or row}", facts.get(TEXT), facts, (row, 0))
+            yield self._image(f"{file.stem}/{facts['key'] or row}", facts.get(TEXT), facts, (shard, row, 0))
 
     def _parse(self, name: str, meta: str | None) -> dict[str, Any] | None:
         """Return the columns in an image's ``.json``, none without such a file; None if ``on_error`` leaves it out."""
@@ -184,28 +218,35 @@ class Img2DatasetReader(GroupReader):
             self.skipped["json not readable"] += self.remarks.pop("json not readable")
         return None
 
-    def _image(self, name: str, text: Any, facts: dict[str, Any], place: tuple[int, int] = (0, 0)) -> _Image:
+    def _image(self, name: str, text: Any, facts: dict[str, Any], place: tuple[int, int, int]) -> _Image:
         caption = parse_text(text) or parse_text(facts.get(CAPTION))
         value = caption if self._group == CAPTION else facts.get(self._group)
-        null = value is None or (isinstance(value, float) and math.isnan(value))  # parquet may have NaN in its place
-        group = None if null or not str(value).strip() else str(value)
-        return _Image(name, caption, group, facts.get(self._rating) if self._rating else None, place)
+        group = None if _is_null(value) or not str(value).strip() else parse_text(str(value))
+        given = facts.get(self._rating) if self._rating else None
+        rating = parse_number(given)
+        unreadable = short(given) if rating is None and not _is_null(given) else None
+        return _Image(parse_text(name) or "", caption, group, rating, parse_text(unreadable), *place)
 
-    def _make_groups(self, groups: dict[str, list[int]], images: list[_Image]) -> Iterator[ImageGroup]:
-        for value, numbers in groups.items():
-            if len(numbers) < 2:
-                self.skipped[f"only image of its {self._group}"] += 1
-                continue
-            members = [images[number] for number in numbers]
+    def _make_groups(self, images: pa.Table, kept: np.ndarray) -> Iterator[ImageGroup]:
+        """Yield the groups of a table in which the images of each group follow one another.
+
+        Args:
+            images: Table of images.
+            kept: Array of bool, ``(images,)``, that is made true for the images of the groups.
+        """
+        rows = (_Image(**row) for batch in images.to_batches(ROWS_AT_ONCE) for row in batch.to_pylist())
+        first = 0
+        for value, group in groupby(rows, lambda image: image.group or ""):
+            members, start = list(group), first
+            first += len(members)
             ranks = self._rank(value, members)
             if ranks is None and self.on_error == "skip":
                 continue
-            kept = members[: self._max_group]  # fewer than all only as a placeholder, which would else be too many rows
+            names = [one.name for one in members[: self._max_group]]  # fewer only as a placeholder, of too many rows
             prompt = members[0].caption or ""
             if len(prompt) > self.max_prompt_chars:
                 prompt = ""
-            self._numbers.append(numbers)
-            names = [member.name for member in kept]
+            kept[start : start + len(names)] = True
             yield ImageGroup(names[0], prompt, names, ranks or [UNRANKED] * len(names), value)
 
     def _rank(self, value: str, members: list[_Image]) -> list[float] | None:
@@ -222,16 +263,19 @@ class Img2DatasetReader(GroupReader):
         if longest > self.max_prompt_chars:
             self.refuse_long_prompt(name, longest)
             return None
-        numbers = [parse_number(member.rating) for member in members]
-        for member, number in zip(members, numbers, strict=True):
-            if member.rating is None or member.rating != member.rating:  # NaN, which parquet has in place of null
-                self.remarks["image without rating"] += 1
-            elif number is None:
-                problem = f"{self._rating} is {short(member.rating)}, not a number"
-                self.refuse(member.name, problem, "rating not readable")
+        for member in members:
+            if member.unreadable is not None:
+                self.refuse(member.name, f"{self._rating} is {member.unreadable}, not a number", "rating not readable")
                 return None
+            if member.rating is None:
+                self.remarks["image without rating"] += 1
         sign = -1 if self._best == "highest" else 1
-        return [UNRANKED if number is None else sign * number for number in numbers]
+        return [UNRANKED if member.rating is None else sign * member.rating for member in members]
+
+
+def _is_null(value: Any) -> bool:
+    """Tell whether a column has no value; parquet may have NaN in its place."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def is_img2dataset(folder: Path) -> bool:
