@@ -53,12 +53,7 @@ def score_states(
 
 
 def score_finished(
-    reward: Reward,
-    latents: Tensor,
-    prompts: PromptBatch,
-    seed: int,
-    sigmas: Sequence[float],
-    parts: bool = False,
+    reward: Reward, latents: Tensor, prompts: PromptBatch, seed: int, sigmas: Sequence[float]
 ) -> Tensor:
     """Score finished latents: ``(N,)``, float32.
 
@@ -71,10 +66,8 @@ def score_finished(
         prompts: P prompts.
         seed: Seed of the noise.
         sigmas: Noise levels for a latent reward; without effect on rewards of pixels.
-        parts: Score by each reward of a mixture: ``(N, R)``; see :meth:`Reward.score_parts`.
     """
-    score = reward.score_parts if parts else reward.score_clean
-    return score(*_asked(reward, latents, prompts, seed), sigmas).float()
+    return reward.score_clean(*_asked(reward, latents, prompts, seed), sigmas).float()
 
 
 def begin_finished(
