@@ -135,3 +135,26 @@ def test_a_schema_of_ones_own() -> None:
 
     with judging(lambda request: {"answers": [[1, 2], [3, 4]]}) as judge:
         assert images(judge.url, Sums()).begin(PROMPTS[:2], IMAGES[:2]).result() == [3, 7]
+
+
+@pytest.mark.parametrize(
+    ("reply", "told"),
+    [
+        ({"answer": []}, r"Best cannot read the answer {'answer': \[\]} \(KeyError: 'best'\)"),
+        ({"best": 3}, r"Best cannot read the answer {'best': 3} \(TypeError: .* must be an iterable, not int\)"),
+        ({"best": [1, 2], "judge": 3}, r"Best cannot read .* \(AttributeError: 'int' object has no attribute 'name'\)"),
+    ],
+)
+def test_an_error_of_a_schema_of_ones_own_is_a_refusal(reply: dict[str, Any], told: str) -> None:
+    """Other ranks wait for scores or a refusal; any other error would leave them waiting."""
+
+    class Best(PlainJSON):
+        def scores(self, reply, request):
+            return reply["best"]
+
+        def model(self, reply):
+            return reply["judge"].name if "judge" in reply else None
+
+    with judging(faults=[says(200, reply)]) as judge, pytest.raises(RemoteError, match=told) as raised:
+        images(judge.url, Best()).begin(PROMPTS[:2], IMAGES[:2]).result()
+    assert str(raised.value).startswith(f"reward server {judge.url}: ")

@@ -52,9 +52,7 @@ def score_states(
     return scores
 
 
-def score_finished(
-    reward: Reward, latents: Tensor, prompts: PromptBatch, seed: int, sigmas: Sequence[float]
-) -> Tensor:
+def score_finished(reward: Reward, latents: Tensor, prompts: PromptBatch, seed: int, sigmas: Sequence[float]) -> Tensor:
     """Score finished latents: ``(N,)``, float32.
 
     A reward that scores noisy latents adds noise at the levels ``sigmas``. All samples of a prompt share that noise, so
