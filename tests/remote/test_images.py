@@ -1,5 +1,6 @@
 """Scores of pictures: forms of requests and replies, batches, cache, and replies that are none."""
 
+import threading
 import time
 from typing import Any
 
@@ -63,6 +64,18 @@ def test_no_more_requests_at_a_time_than_set(parallel: int, least: float) -> Non
         ends = sorted([(begin, 1) for begin, _ in judge.times] + [(end, -1) for _, end in judge.times])
         running = [sum(step for _, step in ends[: place + 1]) for place in range(len(ends))]
         assert max(running) == parallel
+
+
+def test_no_more_threads_than_requests_at_a_time() -> None:
+    """A rollout of many samples with small requests would else start a thread for each of them."""
+    with judging() as judge:
+        judge.delay_s = 0.3
+        source, before = images(judge.url, batch_size=1, parallel=2), {*threading.enumerate()}
+        pending = source.begin([str(number) for number in range(6)], IMAGES[:1] * 6)
+        started = {*threading.enumerate()} - before
+        assert [thread.name for thread in started].count("reward request") == 2
+        assert len(pending.result()) == 6
+        assert source.begin(PROMPTS, IMAGES).result() == pytest.approx(EXPECTED)
 
 
 def test_scores_are_asked_for_before_they_are_waited_for() -> None:

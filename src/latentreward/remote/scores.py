@@ -1,9 +1,9 @@
 """Scores of many rows from a server: batches, requests at the same time, and a cache by content."""
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from threading import BoundedSemaphore, Event, Thread
+from threading import Event, Lock, Thread
 from typing import Any, Generic, TypeVar
 
 from latentreward.errors import InputError
@@ -65,7 +65,8 @@ class RemoteScores(Generic[Row]):
     def __init__(self, connection: Connection, ask: Ask[Row], batch_size: int) -> None:
         self.connection, self.ask, self.batch_size = connection, ask, batch_size
         self._known: OrderedDict[str, float] = OrderedDict()
-        self._slots, self._ended = BoundedSemaphore(connection.server.parallel), Event()
+        self._lock, self._ended = Lock(), Event()
+        self._threads, self._waiting = 0, deque[tuple[Sequence[Row], Future[Any], Event]]()
         self._model: str | None = None
 
     def begin(self, rows: Sequence[Row], keys: Sequence[str]) -> PendingScores[Row]:
@@ -79,7 +80,7 @@ class RemoteScores(Generic[Row]):
         new = {key: row for key, row in zip(keys, rows, strict=True) if key not in known}
         names = list(new)
         batches = [names[start : start + self.batch_size] for start in range(0, len(names), self.batch_size)]
-        asked = [(batch, self._in_thread([new[key] for key in batch])) for batch in batches]
+        asked = [(batch, self._ask_later([new[key] for key in batch])) for batch in batches]
         for key in known:
             self._known.move_to_end(key)
         return PendingScores(self, keys, known, asked)
@@ -100,20 +101,31 @@ class RemoteScores(Generic[Row]):
             self._known.popitem(last=False)
         return found
 
-    def _in_thread(self, rows: Sequence[Row]) -> Future[Any]:
-        """Ask in a thread of its own; a daemon, since the process should not wait for a silent server when it ends."""
-        future: Future[Any] = Future()
-        ended = self._ended
+    def _ask_later(self, rows: Sequence[Row]) -> Future[Any]:
+        """Ask in a thread, one of as many as the server gets requests at the same time.
 
-        def work() -> None:
+        The threads are daemons, since the process should not wait for a silent server when it ends.
+        """
+        future: Future[Any] = Future()
+        with self._lock:
+            self._waiting.append((rows, future, self._ended))
+            if self._threads < self.connection.server.parallel:
+                Thread(target=self._ask_waiting, name="reward request", daemon=True).start()
+                self._threads += 1
+        return future
+
+    def _ask_waiting(self) -> None:
+        """Ask for what waits, in a thread, until nothing does."""
+        while True:
+            with self._lock:
+                if not self._waiting:
+                    self._threads -= 1
+                    return
+                rows, future, ended = self._waiting.popleft()
             try:
-                with self._slots:
-                    future.set_result(([], None) if ended.is_set() else self.ask(rows, ended))
+                future.set_result(([], None) if ended.is_set() else self.ask(rows, ended))
             except BaseException as error:
                 future.set_exception(error)
-
-        Thread(target=work, name="reward request", daemon=True).start()
-        return future
 
     def _checked(self, scores: Sequence[Any], count: int, model: str | None) -> list[float]:
         """Check the scores of a reply.
