@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from latentreward.errors import InputError
+from latentreward.interrupts import stop_asked
 from latentreward.remote import ImageSchema, PlainJSON, RemoteError, RemoteServer, UniRL
 from latentreward.remote.images import RemoteImages
 from tests.remote.judges import judged, judging, plain, says, unirl
@@ -128,6 +129,21 @@ def test_a_failed_request_leaves_the_others_scores_and_gives_up_what_waits() -> 
         with pytest.raises(RemoteError, match="0 scores came for"):
             source.begin(PROMPTS, IMAGES).result()
         assert source.begin(PROMPTS, IMAGES).result() == pytest.approx(EXPECTED)
+
+
+def test_a_signal_ends_the_wait_for_a_try_under_way() -> None:
+    with judging() as judge:
+        judge.delay_s = 60.0
+        pending, began = images(judge.url, timeout_s=60.0).begin(PROMPTS, IMAGES), time.monotonic()
+        timer = threading.Timer(0.3, stop_asked.set)
+        timer.start()
+        try:
+            with pytest.raises(RemoteError, match="a signal ended the wait for its answer"):
+                pending.result()
+        finally:
+            timer.join()
+            stop_asked.clear()
+        assert time.monotonic() - began < 30
 
 
 def test_another_model_behind_the_same_address_is_noticed() -> None:

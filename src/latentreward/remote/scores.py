@@ -2,14 +2,15 @@
 
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from threading import Event, Lock, Thread
 from typing import Any, Generic, TypeVar
 
 from latentreward.errors import InputError
+from latentreward.interrupts import stop_asked
 from latentreward.remote.errors import RemoteError
 from latentreward.remote.schemas import shown
-from latentreward.remote.server import Connection
+from latentreward.remote.server import LOOK_S, Connection
 
 CACHED = 65536
 """Number of scores that a process remembers; a score takes about 150 bytes."""
@@ -44,7 +45,8 @@ class PendingScores(Generic[Row]):
         """Wait for the scores, one for each row.
 
         Raises:
-            RemoteError: If a request fails; requests that are under way are then given up.
+            RemoteError: If a request fails, or a signal asks the run to stop; requests that are under way are then
+                given up.
         """
         found = self.known | self.source.collect(self.asked)
         return [found[key] for key in self.keys]
@@ -90,6 +92,9 @@ class RemoteScores(Generic[Row]):
         found: dict[str, float] = {}
         try:
             for batch, future in asked:
+                while not wait([future], LOOK_S).done:
+                    if stop_asked.is_set():  # a try under way may take server.timeout_s
+                        self.connection.refuse("a signal ended the wait for its answer")
                 scores, model = future.result()
                 found |= zip(batch, self._checked(scores, len(batch), model), strict=True)
         except BaseException:
