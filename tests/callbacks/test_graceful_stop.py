@@ -4,6 +4,7 @@ import os
 import pty
 import signal
 import stat
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,8 @@ from latentreward.callbacks import GracefulStop, graceful_stop
 from latentreward.callbacks.graceful_stop import silence_lost_terminal
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader
 
@@ -152,6 +155,27 @@ def test_a_rank_outlives_only_the_process_that_started_it_through_lightning(
     with pytest.raises(SIGTERMException):
         fit(trainer)
     assert ((graceful_stop.outlive, os.getppid()) in at_exit) == through_lightning
+
+
+@pytest.mark.parametrize(
+    ("number", "got"),
+    [(signal.SIGTERM, signal.SIGTERM), (signal.SIGHUP, signal.SIGHUP), (signal.SIGINT, signal.SIGKILL)],
+)
+def test_ranks_that_lightning_started_get_the_signal(
+    number: signal.Signals, got: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for that of a terminal, which all of them get from there: the second one would end them without a checkpoint."""
+    monkeypatch.setenv("LOCAL_RANK", "0")  # so that Lightning neither starts nor watches any of its own
+    trainer = make_trainer(tmp_path, [Send("on_train_batch_start", 1, number)])
+    launcher = trainer.strategy._launcher = _SubprocessScriptLauncher(LightningEnvironment(), 1, 1)
+    with subprocess.Popen(["sleep", "600"]) as rank:
+        launcher.procs.append(rank)
+        with pytest.raises(SIGTERMException):
+            fit(trainer)
+        if got == signal.SIGKILL:
+            assert rank.poll() is None
+            rank.kill()
+    assert rank.returncode == -got
 
 
 def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
