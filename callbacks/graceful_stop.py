@@ -167,12 +167,17 @@ class GracefulStop(Callback):
             if self._agreed:
                 self._stop(trainer)
 
+    def saves_after(self, exception: BaseException) -> bool:
+        """Tell whether :meth:`on_exception` saves a checkpoint: after a failure of a reward server in training."""
+        return isinstance(exception, RemoteError) and self._training
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save after a failure of a reward server; raise a one-line error if another rank has exited or is silent.
 
         In the latter case ranks that this process started are killed.
         """
-        if isinstance(exception, RemoteError) and self._training:
+        if self.saves_after(exception):
+            assert isinstance(exception, RemoteError)
             self._agree(trainer)
             if self._agreed:  # a signal has ended the wait for the server
                 self._stop(trainer)
