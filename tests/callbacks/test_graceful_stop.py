@@ -164,7 +164,7 @@ def test_a_rank_outlives_only_the_process_that_started_it_through_lightning(
 def test_ranks_that_lightning_started_get_the_signal(
     number: signal.Signals, got: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """But for that of a terminal, which all of them get from there: the second one would end them without a checkpoint."""
+    """But for SIGINT, which a terminal sends to all of them: a second one would end them without a checkpoint."""
     monkeypatch.setenv("LOCAL_RANK", "0")  # so that Lightning neither starts nor watches any of its own
     trainer = make_trainer(tmp_path, [Send("on_train_batch_start", 1, number)])
     launcher = trainer.strategy._launcher = _SubprocessScriptLauncher(LightningEnvironment(), 1, 1)

@@ -62,14 +62,15 @@ class RemoteScores(Generic[Row]):
         connection: Connection to the server.
         ask: Function that asks for the scores of a batch; threads call it.
         batch_size: Rows of a request.
+        model: Model that the server has named before; None if it has not.
     """
 
-    def __init__(self, connection: Connection, ask: Ask[Row], batch_size: int) -> None:
+    def __init__(self, connection: Connection, ask: Ask[Row], batch_size: int, model: str | None = None) -> None:
         self.connection, self.ask, self.batch_size = connection, ask, batch_size
         self._known: OrderedDict[str, float] = OrderedDict()
         self._lock, self._ended = Lock(), Event()
         self._threads, self._waiting = 0, deque[tuple[Sequence[Row], Future[Any], Event]]()
-        self._model: str | None = None
+        self._model = model
 
     def begin(self, rows: Sequence[Row], keys: Sequence[str]) -> PendingScores[Row]:
         """Ask for the scores of N rows, and return before they are there.
