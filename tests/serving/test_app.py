@@ -415,6 +415,42 @@ def test_a_token_is_asked_for_everywhere_but_at_healthz() -> None:
         assert ask(address, body, authorization="Bearer s3cret").status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"host": "localhost:1"}, 200),
+        ({"host": "[::1]:8000", "origin": "http://[::1]:3000"}, 200),
+        ({"host": socket.gethostname()}, 200),
+        ({"origin": "http://localhost:7860"}, 200),
+        ({"host": "rebound.example:8000"}, 403),
+        ({"host": "127.0.0.1.rebound.example"}, 403),
+        ({"host": "192.168.0.1"}, 403),
+        ({"host": "[::1"}, 403),
+        ({"origin": "https://page.example"}, 403),
+        ({"origin": "null"}, 403),
+    ],
+)
+def test_without_a_token_a_page_elsewhere_gets_nothing(
+    running: tuple[str, ServedModel], headers: dict[str, str], status: int
+) -> None:
+    """It may send a form to this machine, or reach the server by a name of its own that it lets point here."""
+    address, service = running
+    body = save(tensors_of(service.accepted))
+    assert ask(address, body, **headers).status_code == status
+    reply = httpx.get(f"{address}/v1/model", headers=headers)
+    assert reply.status_code == status
+    if status == 403:
+        assert "set token_file or LATENTREWARD_TOKEN" in reply.json()["error"]
+    assert httpx.get(f"{address}/healthz", headers=headers).status_code == 200
+
+
+def test_a_token_lifts_the_check_of_names() -> None:
+    with serving(tiny_reward(), token="s3cret") as (address, _):
+        headers = {"host": "rewards.example", "origin": "https://page.example", "authorization": "Bearer s3cret"}
+        assert httpx.get(f"{address}/v1/model", headers=headers).status_code == 200
+
+
 def test_long_bodies_are_refused_declared_or_not() -> None:
     with serving(tiny_reward(), max_body_mb=20_000 / 2**20) as (address, service):
         declared = ask(address, bytes(20_001))

@@ -155,7 +155,7 @@ class SaveConfig(SaveConfigCallback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Remove the settings files of a run that failed before its first optimiser step or its first checkpoint.
 
-        The checkpoint that ``GracefulStop``, a later callback, saves after a failure of a reward server needs the files.
+        The checkpoint that ``GracefulStop``, a later callback, saves after a reward server failed needs the files.
         """
         stops: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         if any(isinstance(stop, GracefulStop) and stop.saves_after(exception) for stop in stops):
