@@ -512,7 +512,7 @@ def test_a_server_whose_worker_died_is_not_ready(monkeypatch: pytest.MonkeyPatch
         assert health.status_code == 503 and not health.json()["ready"]
 
 
-HEAD = b"POST /v1/score HTTP/1.1\r\nhost: x\r\nx-drm-protocol-version: 1\r\ncontent-type: application/octet-stream\r\n"
+HEAD = b"POST /v1/score HTTP/1.1\r\nhost: localhost\r\nx-drm-protocol-version: 1\r\ncontent-type: application/octet-stream\r\n"
 
 
 @pytest.mark.slow
@@ -521,7 +521,7 @@ def test_slow_clients_are_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(tiny_reward(), timeout=1.0) as (address, _):
         start = time.monotonic()
         assert raw(address) == b""
-        assert raw(address, b"POST /v1/score HTTP/1.1\r\n", b"host: x\r\n", pause=0.1) == b""
+        assert raw(address, b"POST /v1/score HTTP/1.1\r\n", b"host: localhost\r\n", pause=0.1) == b""
         assert b"408" in raw(address, HEAD + b"content-length: 100\r\n\r\nabc").splitlines()[0]
         assert time.monotonic() - start < 60
 
@@ -547,8 +547,8 @@ def test_a_request_of_two_lengths_is_refused_and_what_it_hides_is_not_answered(a
             b"content-length: 4\r\nTransfer-Encoding: chunked",
             b"transfer-encoding: chunked\r\ncontent-length: 0",
         ):
-            sent = b"POST " + path + b" HTTP/1.1\r\nhost: x\r\n" + lengths + b"\r\n\r\n0\r\n\r\n"
-            answers = raw(address, sent + b"GET /v1/model HTTP/1.1\r\nhost: x\r\n\r\n")
+            sent = b"POST " + path + b" HTTP/1.1\r\nhost: localhost\r\n" + lengths + b"\r\n\r\n0\r\n\r\n"
+            answers = raw(address, sent + b"GET /v1/model HTTP/1.1\r\nhost: localhost\r\n\r\n")
             assert answers.count(b"HTTP/1.1") == 1 and b" 400 " in answers.splitlines()[0]
             assert b"either Transfer-Encoding or Content-Length" in answers
 
