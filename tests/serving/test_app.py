@@ -512,7 +512,10 @@ def test_a_server_whose_worker_died_is_not_ready(monkeypatch: pytest.MonkeyPatch
         assert health.status_code == 503 and not health.json()["ready"]
 
 
-HEAD = b"POST /v1/score HTTP/1.1\r\nhost: localhost\r\nx-drm-protocol-version: 1\r\ncontent-type: application/octet-stream\r\n"
+HEAD = (
+    b"POST /v1/score HTTP/1.1\r\nhost: localhost\r\nx-drm-protocol-version: 1\r\n"
+    b"content-type: application/octet-stream\r\n"
+)
 
 
 @pytest.mark.slow

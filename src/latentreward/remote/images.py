@@ -37,6 +37,11 @@ class RemoteImages:
         self.schema, self.connection = schema, Connection(server)
         self._scores: RemoteScores[ImageRow] = RemoteScores(self.connection, self._ask, batch_size)
 
+    @property
+    def model(self) -> str | None:
+        """Model that the server has named so far; None if it has named none."""
+        return self._scores.model
+
     def begin(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> PendingScores[ImageRow]:
         """Ask for the scores of N RGB images, each for its prompt, and return before they are there."""
         rows = [*zip(prompts, images, strict=True)]

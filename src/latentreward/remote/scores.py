@@ -63,6 +63,9 @@ class RemoteScores(Generic[Row]):
         ask: Function that asks for the scores of a batch; threads call it.
         batch_size: Rows of a request.
         model: Model that the server has named before; None if it has not.
+
+    Attributes:
+        model: Model that the server has named so far.
     """
 
     def __init__(self, connection: Connection, ask: Ask[Row], batch_size: int, model: str | None = None) -> None:
@@ -70,7 +73,7 @@ class RemoteScores(Generic[Row]):
         self._known: OrderedDict[str, float] = OrderedDict()
         self._lock, self._ended = Lock(), Event()
         self._threads, self._waiting = 0, deque[tuple[Sequence[Row], Future[Any], Event]]()
-        self._model = model
+        self.model = model
 
     def begin(self, rows: Sequence[Row], keys: Sequence[str]) -> PendingScores[Row]:
         """Ask for the scores of N rows, and return before they are there.
@@ -143,8 +146,8 @@ class RemoteScores(Generic[Row]):
         try:
             if len(scores) != count:
                 raise InputError(f"{len(scores)} scores came for {count} rows")
-            if model is not None and self._model not in (None, model):
-                raise InputError(f"the model is now {shown(model)}, but was {shown(self._model)} before")
+            if model is not None and self.model not in (None, model):
+                raise InputError(f"the model is now {shown(model)}, but was {shown(self.model)} before")
             for score in scores:
                 if isinstance(score, bool) or not isinstance(score, int | float):
                     raise InputError(f"a score is {shown(repr(score))}, not a number")
@@ -152,5 +155,5 @@ class RemoteScores(Generic[Row]):
                     raise InputError(f"a score is {shown(score)}, not a finite float32; look at the server's model")
         except InputError as error:
             raise RemoteError(f"reward server {self.connection.server.url}: {error}") from error
-        self._model = model or self._model
+        self.model = model or self.model
         return [float(score) for score in scores]
