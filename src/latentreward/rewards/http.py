@@ -94,8 +94,9 @@ class HTTPReward(RewardSource):
             InputError: If the policy has no VAE to make pictures with, its text encoders do not fit the server, or
                 ``batch_size`` is over the limit of ``latentreward serve``.
         """
-        connection, model = Connection(self.server), {}
+        model: Mapping[str, Any] = {}
         if isinstance(self.schema, ServedImages | ServedLatents):
+            connection = Connection(self.server)
             model = describe(connection, self.schema)
             check_rows(connection, model, self.batch_size)
         if isinstance(self.schema, ImageSchema):
