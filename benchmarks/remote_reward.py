@@ -30,7 +30,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from latentreward.contracts import Conditioning
 from latentreward.remote import RemoteServer, ServedImages, ServedLatents
 from latentreward.remote.images import RemoteImages
-from latentreward.remote.latents import LatentRow, RemoteLatents, describe
+from latentreward.remote.latents import LatentRow, RemoteLatents
+from latentreward.remote.served import describe
+from latentreward.remote.server import Connection
 from latentreward.serving.addresses import bind
 from latentreward.serving.resources import Resources
 from latentreward.serving.served import ServedModel
@@ -74,7 +76,7 @@ def latents_step(server: RemoteServer, size: str, rows: int, batch_size: int) ->
     """Return a step of latents with embeddings of prompts, like those of a policy."""
     backbone = random_model(size).backbone
     side = backbone.native_size[0] // backbone.latent_space.downscale
-    model = describe(server)
+    model = describe(Connection(server), ServedLatents())
     remote = RemoteLatents(server, ServedLatents(), batch_size, model)
     widths = model["prompt_embeds_width"], model["pooled_prompt_embeds_width"]
 

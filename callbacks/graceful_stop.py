@@ -76,6 +76,9 @@ class GracefulStop(Callback):
     of the run's ``ModelCheckpoint``, or ``checkpoints/last.ckpt`` under ``default_root_dir`` if the run has none;
     ``--ckpt_path last`` finds either. The command line adds this callback to every fit.
 
+    A wait for a reward server ends at once, in the middle of a rollout. Ranks that Lightning has started get the signal
+    of the process that started them, but for SIGINT, which a terminal sends to all of them.
+
     Args:
         every_n_batches: Check for signals after every n-th batch; each check is a small exchange between processes.
 
@@ -102,6 +105,7 @@ class GracefulStop(Callback):
         self._request = self._agreed = StopRequest.NONE
         self._requests: dict[int, StopRequest] = {}
         self._loaders: list[WorkerLoader] = []
+        self._launcher: Any = None
         self._training = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -125,6 +129,7 @@ class GracefulStop(Callback):
 
     def _take_signals(self, trainer: Trainer) -> None:
         stop_asked.clear()
+        self._launcher = trainer.strategy.launcher
         self._requests = {signal.SIGTERM: StopRequest.TERMINATE, signal.SIGINT: StopRequest.INTERRUPT}
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
             self._requests[signal.SIGHUP] = StopRequest.HANGUP
@@ -162,12 +167,17 @@ class GracefulStop(Callback):
             if self._agreed:
                 self._stop(trainer)
 
+    def saves_after(self, exception: BaseException) -> bool:
+        """Tell whether :meth:`on_exception` saves a checkpoint: after a failure of a reward server in training."""
+        return isinstance(exception, RemoteError) and self._training
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save after a failure of a reward server; raise a one-line error if another rank has exited or is silent.
 
         In the latter case ranks that this process started are killed.
         """
-        if isinstance(exception, RemoteError) and self._training:
+        if self.saves_after(exception):
+            assert isinstance(exception, RemoteError)
             self._agree(trainer)
             if self._agreed:  # a signal has ended the wait for the server
                 self._stop(trainer)
@@ -190,6 +200,8 @@ class GracefulStop(Callback):
             raise KeyboardInterrupt
         self._request = max(self._request, request)
         stop_asked.set()
+        if request != StopRequest.INTERRUPT and self._launcher is not None:  # another rank may wait for its server
+            self._launcher.kill(number)
 
     def _agree(self, trainer: Trainer) -> None:
         if any(loader.worker_died for loader in self._loaders):

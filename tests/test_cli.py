@@ -42,6 +42,8 @@ PLUGIN = """
 
     from latentreward.backbones.registry import register_backbone
     from latentreward.errors import InputError
+    from latentreward.remote import RemoteServer
+    from latentreward.remote.server import Connection
 
 
     class Backbone(nn.Module):
@@ -149,6 +151,14 @@ PLUGIN = """
         def on_train_batch_start(self, trainer, *args) -> None:
             if trainer.global_step == self.step:
                 raise InputError("an image is damaged")
+
+
+    class LoseServer(Callback):
+        def __init__(self, hook: str) -> None:
+            setattr(self, hook, self.ask)
+
+        def ask(self, *args) -> None:
+            Connection(RemoteServer("http://127.0.0.1:9", retry_s=0.0)).ask("GET", "/v1/model")
 
 
     class FillDisk(Callback):
@@ -539,6 +549,18 @@ def test_a_run_that_fails_before_its_first_step_leaves_no_settings(
     assert not list((folder / "failed").glob("config*.yaml"))
     main([*FIT, "--trainer.default_root_dir=failed"])
     assert [path.name for path in (folder / "failed").glob("config*.yaml")] == ["config.yaml"]
+
+
+@pytest.mark.parametrize(("hook", "kept"), [("on_train_start", False), ("on_train_batch_start", True)])
+def test_settings_stay_beside_the_checkpoint_of_a_run_whose_reward_server_failed(
+    hook: str, kept: bool, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also if it failed in the first rollout; before training there is nothing to save."""
+    lost = ["--trainer.callbacks+=plugin.LoseServer", f"--trainer.callbacks.hook={hook}"]
+    line = error_line(capsys, *FIT, *lost, f"--trainer.default_root_dir={hook}")
+    assert ("saved optimiser step 0; go on with --ckpt_path" in line) == kept
+    assert [path.name for path in (folder / hook).glob("config*.yaml")] == ["config.yaml"] * kept
+    assert len([*(folder / hook).rglob("last.ckpt")]) == kept
 
 
 @pytest.mark.slow

@@ -4,8 +4,10 @@ import os
 import pty
 import signal
 import stat
+import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from latentreward.callbacks import GracefulStop, graceful_stop
 from latentreward.callbacks.graceful_stop import silence_lost_terminal
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader
 
@@ -152,6 +156,25 @@ def test_a_rank_outlives_only_the_process_that_started_it_through_lightning(
     with pytest.raises(SIGTERMException):
         fit(trainer)
     assert ((graceful_stop.outlive, os.getppid()) in at_exit) == through_lightning
+
+
+@pytest.mark.parametrize(("number", "got"), [(signal.SIGTERM, True), (signal.SIGHUP, True), (signal.SIGINT, False)])
+def test_ranks_that_lightning_started_get_the_signal(
+    number: signal.Signals, got: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for SIGINT, which a terminal sends to all of them: a second one would end them without a checkpoint."""
+    monkeypatch.setenv("LOCAL_RANK", "0")  # so that Lightning neither starts nor watches any of its own
+    trainer = make_trainer(tmp_path, [Send("on_train_batch_start", 1, number)])
+    launcher = trainer.strategy._launcher = _SubprocessScriptLauncher(LightningEnvironment(), 1, 1)
+    with subprocess.Popen(["sleep", "600"]) as rank:
+        launcher.procs.append(rank)
+        try:
+            with pytest.raises(SIGTERMException):
+                fit(trainer)
+            with nullcontext() if got else pytest.raises(subprocess.TimeoutExpired):
+                assert rank.wait(60 if got else 0.5) == -number
+        finally:
+            rank.kill()
 
 
 def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:

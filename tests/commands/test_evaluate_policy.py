@@ -30,6 +30,7 @@ from tests.evaluation.policy import toy_scorers
 from tests.marks import slow_after
 from tests.policies.alignment import perturbed
 from tests.processes import start
+from tests.remote.judges import judging, plain
 from tests.tiny_pipelines import pipeline_folder
 
 FORMATS = Path(__file__).resolve().parents[1] / "formats" / "data"
@@ -193,6 +194,31 @@ def test_nothing_is_done_twice(evaluate: Run, tmp_path: Path, monkeypatch: pytes
     assert "brightness" in {
         score["score"] for score in evaluate(SD_TINY, f"--scorers=[{toy(name='brightness')}]")["scores"]
     }
+
+
+def test_scores_of_another_model_behind_the_same_address_are_not_mixed(
+    evaluate: Run, refused: Callable[..., str], tmp_path: Path
+) -> None:
+    """Neither in a file of kept scores, nor in a comparison of policies."""
+    sizes = ["--num_prompts=2", "--sampling.height=32", "--sampling.width=32"]
+    policies = [SD_TINY, "--against.pipeline=sd_tiny", "--against.name=base", *sizes]
+    with judging() as judge:
+        scorer = {"class_path": "HTTPScorer", "init_args": {"server": {"url": judge.url}, "name": "judge"}}
+        scorers = f"--scorers=[{json.dumps(scorer)}]"
+        judge.answer = lambda request: {**plain(request), "model": "first"}
+        evaluate(SD_TINY, scorers, *sizes)
+        judge.answer = lambda request: {**plain(request), "model": "second"}
+        evaluate(SD_TINY, scorers, *sizes)  # nothing is left to score
+        line = refused(*policies, scorers)
+        assert "'judge': its server now names the model 'second', but scores are kept of the model 'first'" in line
+        kept = tmp_path / "out" / "scores" / "policy" / "judge.jsonl"
+        assert f"delete {kept} or {tmp_path / 'out' / 'scores' / 'against' / 'judge.jsonl'}, and the same" in line
+        lines = kept.read_text().splitlines()
+        assert json.loads(lines[0])["model"] == "first"
+        kept.write_text("\n".join(lines[:-1]))
+        assert f"delete {kept}, and the same command scores those pictures again" in refused(*policies, scorers)
+        kept.unlink()
+        assert len(evaluate(*policies, scorers)["scores"]) == 2
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Scores of pictures: forms of requests and replies, batches, cache, and replies that are none."""
 
+import threading
 import time
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 from PIL import Image
 
 from latentreward.errors import InputError
+from latentreward.interrupts import stop_asked
 from latentreward.remote import ImageSchema, PlainJSON, RemoteError, RemoteServer, UniRL
 from latentreward.remote.images import RemoteImages
 from tests.remote.judges import judged, judging, plain, says, unirl
@@ -65,6 +67,18 @@ def test_no_more_requests_at_a_time_than_set(parallel: int, least: float) -> Non
         assert max(running) == parallel
 
 
+def test_no_more_threads_than_requests_at_a_time() -> None:
+    """A rollout of many samples with small requests would else start a thread for each of them."""
+    with judging() as judge:
+        judge.delay_s = 0.3
+        source, before = images(judge.url, batch_size=1, parallel=2), {*threading.enumerate()}
+        pending = source.begin([str(number) for number in range(6)], IMAGES[:1] * 6)
+        started = {*threading.enumerate()} - before
+        assert [thread.name for thread in started].count("reward request") == 2
+        assert len(pending.result()) == 6
+        assert source.begin(PROMPTS, IMAGES).result() == pytest.approx(EXPECTED)
+
+
 def test_scores_are_asked_for_before_they_are_waited_for() -> None:
     with judging() as judge:
         pending = images(judge.url, batch_size=8).begin(PROMPTS, IMAGES)
@@ -117,6 +131,21 @@ def test_a_failed_request_leaves_the_others_scores_and_gives_up_what_waits() -> 
         assert source.begin(PROMPTS, IMAGES).result() == pytest.approx(EXPECTED)
 
 
+def test_a_signal_ends_the_wait_for_a_try_under_way() -> None:
+    with judging() as judge:
+        judge.delay_s = 60.0
+        pending, began = images(judge.url, timeout_s=60.0).begin(PROMPTS, IMAGES), time.monotonic()
+        timer = threading.Timer(0.3, stop_asked.set)
+        timer.start()
+        try:
+            with pytest.raises(RemoteError, match="a signal ended the wait for its answer"):
+                pending.result()
+        finally:
+            timer.join()
+            stop_asked.clear()
+        assert time.monotonic() - began < 30
+
+
 def test_another_model_behind_the_same_address_is_noticed() -> None:
     names = iter(["first", "first", "second"])
     with judging(lambda request: {**plain(request), "model": next(names)}) as judge:
@@ -135,3 +164,26 @@ def test_a_schema_of_ones_own() -> None:
 
     with judging(lambda request: {"answers": [[1, 2], [3, 4]]}) as judge:
         assert images(judge.url, Sums()).begin(PROMPTS[:2], IMAGES[:2]).result() == [3, 7]
+
+
+@pytest.mark.parametrize(
+    ("reply", "told"),
+    [
+        ({"answer": []}, r"Best cannot read the answer {'answer': \[\]} \(KeyError: 'best'\)"),
+        ({"best": 3}, r"Best cannot read the answer {'best': 3} \(TypeError: .* must be an iterable, not int\)"),
+        ({"best": [1, 2], "judge": 3}, r"Best cannot read .* \(AttributeError: 'int' object has no attribute 'name'\)"),
+    ],
+)
+def test_an_error_of_a_schema_of_ones_own_is_a_refusal(reply: dict[str, Any], told: str) -> None:
+    """Other ranks wait for scores or a refusal; any other error would leave them waiting."""
+
+    class Best(PlainJSON):
+        def scores(self, reply, request):
+            return reply["best"]
+
+        def model(self, reply):
+            return reply["judge"].name if "judge" in reply else None
+
+    with judging(faults=[says(200, reply)]) as judge, pytest.raises(RemoteError, match=told) as raised:
+        images(judge.url, Best()).begin(PROMPTS[:2], IMAGES[:2]).result()
+    assert str(raised.value).startswith(f"reward server {judge.url}: ")

@@ -11,16 +11,20 @@ from latentreward.contracts import NoisyStates, PromptBatch
 from latentreward.errors import InputError
 from latentreward.modules import DiffusionNFTModule, StepwiseGRPOModule, TrajectoryGRPOModule
 from latentreward.policies import Policy
-from latentreward.remote import RemoteError, RemoteServer, ServedLatents
+from latentreward.remote import RemoteError, RemoteServer, ServedImages, ServedLatents
 from latentreward.rewards import HTTPReward, PixelReward, RewardMixture
 from latentreward.rollout import Branching, Sampling, begin_finished, score_finished
 from latentreward.scorers import CallableScorer
 from latentreward.scoring.scoring_noise import ScoringNoise, draw_noise, timesteps_of
+from latentreward.serving.resources import Resources
+from latentreward.serving.served import ServedModel
+from latentreward.serving.service import ScoringService
+from latentreward.serving.settings import ServiceSettings
 from tests.modules.simple_reward import FirstChannelReward
 from tests.modules.test_grpo import attached, source
 from tests.policies.alignment import tiny_source
 from tests.remote.judges import hangs_up, judged, judging
-from tests.serving.servers import serving, tiny_reward
+from tests.serving.servers import serving, started, tiny_reward
 
 PROMPTS = PromptBatch(("a red circle", "two blue squares on a white background", "a cross"), ("0/0", "0/1", "0/2"))
 BY_HAND = CallableScorer(
@@ -90,8 +94,11 @@ def test_latents_get_the_scores_of_the_served_model(policy: Policy) -> None:
         wide, high = (torch.zeros(1, latents.shape[1], *sides) for sides in ((8, 16), (16, 8)))
         alike = [reward.score_clean(zeros, torch.zeros(1, dtype=torch.int64), known) for zeros in (wide, high)]
         assert not torch.equal(*alike)  # equal bytes in another shape
-        with pytest.raises(InputError, match=r"reward\.batch_size=65 is over 64, the most latents that the reward"):
-            HTTPReward(RemoteServer(url), ServedLatents(), batch_size=65).load(policy)
+        for schema in (ServedLatents(), ServedImages()):
+            with pytest.raises(
+                InputError, match=r"reward\.batch_size=65 is over 64, the most rows that the reward ser"
+            ):
+                HTTPReward(RemoteServer(url), schema, batch_size=65).load(policy)
     noise, process = ScoringNoise(sigmas=(0.4,)), model.backbone.noise_process
     sigma = process.sigma(timesteps_of(noise, process)).item()
     for row in range(3):
@@ -100,6 +107,27 @@ def test_latents_get_the_scores_of_the_served_model(policy: Policy) -> None:
         draws = draw_noise([""] * 2, None, known.seed(row), sigma, latents.shape[1:])
         options = {"noise": noise, "draws": draws, "conditioning": (conditioning, None)}
         torch.testing.assert_close(scores[some], model.score_latents([""] * 2, latents[some], **options))
+
+
+def test_another_model_on_a_server_of_latents_is_noticed(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_reward()
+    with serving(model) as (url, _):
+        reward = HTTPReward(RemoteServer(url), ServedLatents()).load(policy)
+        known, row = reward.encode_prompts(PROMPTS.prompts), torch.zeros(1, dtype=torch.int64)
+        reward.score_clean(latents_of(policy, 1), row, known)
+        monkeypatch.setattr(model, "source", "runs/second")
+        with pytest.raises(RemoteError, match=r"the model is now runs/second, .*, but was GatedQFormerHead, .* before"):
+            reward.score_clean(latents_of(policy, 1) + 1, row, known)
+
+
+def test_the_latent_space_is_that_of_the_reward_in_the_path() -> None:
+    models = {"first": tiny_reward(), "second": tiny_reward("sd15", "lrm")}
+    resources = Resources(ServiceSettings())
+    served = [ServedModel(model, resources, name=name) for name, model in models.items()]
+    with started(ScoringService(served, resources)) as url:
+        for name, model in models.items():
+            remote = HTTPReward(RemoteServer(url), ServedLatents(path=f"/rewards/{name}/v1/score"))
+            assert remote.latent_space() == model.backbone.latent_space
 
 
 def test_a_server_of_other_latents_is_refused_before_weights_are_loaded(policy: Policy) -> None:

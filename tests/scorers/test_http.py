@@ -4,10 +4,13 @@ import pytest
 import torch
 from PIL import Image
 
+from latentreward.data.readers import HPDv3Reader
 from latentreward.errors import InputError
 from latentreward.remote import RemoteError, RemoteServer, ServedImages, UniRL
 from latentreward.scorers import HTTPScorer
-from tests.remote.judges import judged, judging, unirl
+from latentreward.scorers.pair_scoring import PairScoring
+from tests.formats.conftest import COMMITTED
+from tests.remote.judges import judged, judging, plain, unirl
 from tests.serving.servers import serving, tiny_reward
 
 PROMPTS = ["a red circle", "two blue squares", "a cross"]
@@ -40,6 +43,23 @@ def test_our_own_server_gives_the_models_scores() -> None:
         torch.testing.assert_close(scorer(PROMPTS, IMAGES), model.score(PROMPTS, IMAGES))
         with pytest.raises(RemoteError, match=r"HTTP 401: give this server's token .*; set token_file or token_env"):
             HTTPScorer(RemoteServer(url), ServedImages())(PROMPTS, IMAGES)
+
+
+def test_kept_scores_of_pairs_are_not_mixed_with_another_models() -> None:
+    reader = HPDv3Reader(str(COMMITTED / "hpdv3"), "test", on_error="placeholder")
+    tables, cut = [], len(reader) // 2
+    for model in ("first", "first", "second"):
+        with judging(lambda request, model=model: {**plain(request), "model": model}) as judge:
+            scoring = PairScoring(reader, [HTTPScorer(RemoteServer(judge.url))])
+            for rows, table in tables:
+                scoring.recall(rows, table)
+            if model == "first":
+                tables += scoring.tables([range(cut)] if not tables else [range(cut, cut + 1)])
+                continue
+            told = "scorer 'http': its server now names the model 'second', but scores are kept of the model 'first'"
+            with pytest.raises(InputError, match=told):
+                [*scoring.tables([range(cut + 1, len(reader))])]
+    assert len(tables) == 2
 
 
 def test_wrong_settings() -> None:

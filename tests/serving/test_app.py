@@ -415,6 +415,42 @@ def test_a_token_is_asked_for_everywhere_but_at_healthz() -> None:
         assert ask(address, body, authorization="Bearer s3cret").status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"host": "localhost:1"}, 200),
+        ({"host": "[::1]:8000", "origin": "http://[::1]:3000"}, 200),
+        ({"host": socket.gethostname()}, 200),
+        ({"origin": "http://localhost:7860"}, 200),
+        ({"host": "rebound.example:8000"}, 403),
+        ({"host": "127.0.0.1.rebound.example"}, 403),
+        ({"host": "192.168.0.1"}, 403),
+        ({"host": "[::1"}, 403),
+        ({"origin": "https://page.example"}, 403),
+        ({"origin": "null"}, 403),
+    ],
+)
+def test_without_a_token_a_page_elsewhere_gets_nothing(
+    running: tuple[str, ServedModel], headers: dict[str, str], status: int
+) -> None:
+    """It may send a form to this machine, or reach the server by a name of its own that it lets point here."""
+    address, service = running
+    body = save(tensors_of(service.accepted))
+    assert ask(address, body, **headers).status_code == status
+    reply = httpx.get(f"{address}/v1/model", headers=headers)
+    assert reply.status_code == status
+    if status == 403:
+        assert "set token_file or LATENTREWARD_TOKEN" in reply.json()["error"]
+    assert httpx.get(f"{address}/healthz", headers=headers).status_code == 200
+
+
+def test_a_token_lifts_the_check_of_names() -> None:
+    with serving(tiny_reward(), token="s3cret") as (address, _):
+        headers = {"host": "rewards.example", "origin": "https://page.example", "authorization": "Bearer s3cret"}
+        assert httpx.get(f"{address}/v1/model", headers=headers).status_code == 200
+
+
 def test_long_bodies_are_refused_declared_or_not() -> None:
     with serving(tiny_reward(), max_body_mb=20_000 / 2**20) as (address, service):
         declared = ask(address, bytes(20_001))
@@ -476,7 +512,10 @@ def test_a_server_whose_worker_died_is_not_ready(monkeypatch: pytest.MonkeyPatch
         assert health.status_code == 503 and not health.json()["ready"]
 
 
-HEAD = b"POST /v1/score HTTP/1.1\r\nhost: x\r\nx-drm-protocol-version: 1\r\ncontent-type: application/octet-stream\r\n"
+HEAD = (
+    b"POST /v1/score HTTP/1.1\r\nhost: localhost\r\nx-drm-protocol-version: 1\r\n"
+    b"content-type: application/octet-stream\r\n"
+)
 
 
 @pytest.mark.slow
@@ -485,7 +524,7 @@ def test_slow_clients_are_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(tiny_reward(), timeout=1.0) as (address, _):
         start = time.monotonic()
         assert raw(address) == b""
-        assert raw(address, b"POST /v1/score HTTP/1.1\r\n", b"host: x\r\n", pause=0.1) == b""
+        assert raw(address, b"POST /v1/score HTTP/1.1\r\n", b"host: localhost\r\n", pause=0.1) == b""
         assert b"408" in raw(address, HEAD + b"content-length: 100\r\n\r\nabc").splitlines()[0]
         assert time.monotonic() - start < 60
 
@@ -511,8 +550,8 @@ def test_a_request_of_two_lengths_is_refused_and_what_it_hides_is_not_answered(a
             b"content-length: 4\r\nTransfer-Encoding: chunked",
             b"transfer-encoding: chunked\r\ncontent-length: 0",
         ):
-            sent = b"POST " + path + b" HTTP/1.1\r\nhost: x\r\n" + lengths + b"\r\n\r\n0\r\n\r\n"
-            answers = raw(address, sent + b"GET /v1/model HTTP/1.1\r\nhost: x\r\n\r\n")
+            sent = b"POST " + path + b" HTTP/1.1\r\nhost: localhost\r\n" + lengths + b"\r\n\r\n0\r\n\r\n"
+            answers = raw(address, sent + b"GET /v1/model HTTP/1.1\r\nhost: localhost\r\n\r\n")
             assert answers.count(b"HTTP/1.1") == 1 and b" 400 " in answers.splitlines()[0]
             assert b"either Transfer-Encoding or Content-Length" in answers
 

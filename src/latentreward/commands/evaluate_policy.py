@@ -24,7 +24,13 @@ from latentreward.evaluation.policy.samples import (
     planned,
     sampling_task,
 )
-from latentreward.evaluation.policy.scoring import PictureScoring, score_names, scores_of, scoring_task
+from latentreward.evaluation.policy.scoring import (
+    PictureScoring,
+    require_one_model,
+    score_names,
+    scores_of,
+    scoring_task,
+)
 from latentreward.evaluation.policy.statistics import compare, in_common, policy_scores
 from latentreward.evaluation.policy.tables import score_table
 from latentreward.generation.picture_writing import DETERMINISTIC
@@ -181,12 +187,12 @@ def evaluate_policy(
                 for source in sources.values():
                     source.make()
                 folder = output_dir / "scores"
-                scored = in_common(
-                    [
-                        PictureScoring(name, list(source.pictures().values()), scorers, folder / slot, crew).score()
-                        for (name, source), slot in zip(sources.items(), SLOTS, strict=False)
-                    ]
-                )
+                scorings = [
+                    PictureScoring(name, list(source.pictures().values()), scorers, folder / slot, crew)
+                    for (name, source), slot in zip(sources.items(), SLOTS, strict=False)
+                ]
+                scored = in_common([scoring.score() for scoring in scorings])
+                require_one_model(scorings)
             headlines = {name: getattr(scorer, "headline", "mean") for scorer in scorers for name in scorer.columns}
             report = PolicyReport(
                 {name: judged.describe() for name, judged in policies.items()},

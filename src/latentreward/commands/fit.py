@@ -117,8 +117,9 @@ class SaveConfig(SaveConfigCallback):
     If an earlier run left other settings there, the new file is called ``config_1.yaml``, and so on. If the newest file
     there has the same settings, apart from ``ckpt_path``, nothing is written. Commands that load a checkpoint look for
     its settings in the checkpoint's folder and one folder up; checkpoint folders elsewhere get a copy. If a run fails
-    before its first optimiser step or its first checkpoint, its files are removed. ``validate``, ``test`` and
-    ``predict`` write their settings only to a folder without any, because those of ``fit`` belong to the checkpoints.
+    before its first optimiser step or its first checkpoint, its files are removed, unless :class:`GracefulStop` saves
+    one then. ``validate``, ``test`` and ``predict`` write their settings only to a folder without any, because those of
+    ``fit`` belong to the checkpoints.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -152,7 +153,13 @@ class SaveConfig(SaveConfigCallback):
                 self._write(Path(kept))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Remove the settings files of a run that failed before its first optimiser step or its first checkpoint."""
+        """Remove the settings files of a run that failed before its first optimiser step or its first checkpoint.
+
+        The checkpoint that ``GracefulStop``, a later callback, saves after a reward server failed needs the files.
+        """
+        stops: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        if any(isinstance(stop, GracefulStop) and stop.saves_after(exception) for stop in stops):
+            return
         if trainer.global_step == self._first_step or saved_nothing(trainer.checkpoint_callbacks):
             for path in self._written:
                 path.unlink(missing_ok=True)

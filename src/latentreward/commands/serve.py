@@ -6,7 +6,6 @@ import os
 import sys
 from functools import partial
 from importlib.util import find_spec
-from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -75,7 +74,7 @@ def serve(
     if missing := [module for module in modules if find_spec(module) is None]:
         raise InputError(f"serve needs {missing[0]}, which is not installed; pip install 'latentreward[serve]'")
     from latentreward.devices import find_device
-    from latentreward.serving.addresses import bind
+    from latentreward.serving.addresses import bind, is_loopback
     from latentreward.serving.resources import Resources
     from latentreward.serving.server import serve as serve_until_stopped
     from latentreward.serving.service import ScoringService
@@ -87,7 +86,7 @@ def serve(
         one.limits(settings)  # raises for a wrong limit
         find_device(one.device)
     with bind(host, port) as bound:
-        if settings.token is None and not ip_address(bound.getsockname()[0].partition("%")[0]).is_loopback:
+        if settings.token is None and not is_loopback(bound.getsockname()[0]):
             print(
                 f"latentreward serve: {host} can be reached from other machines, and there is no token: anybody who "
                 f"reaches it may send requests; set token_file or {TOKEN_VARIABLE}",

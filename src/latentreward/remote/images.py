@@ -9,8 +9,8 @@ from typing import Any
 
 from PIL import Image
 
-from latentreward.errors import InputError
-from latentreward.remote.schemas import ImageSchema
+from latentreward.errors import InputError, one_line
+from latentreward.remote.schemas import ImageSchema, shown
 from latentreward.remote.scores import PendingScores, RemoteScores
 from latentreward.remote.server import Connection, RemoteServer
 from latentreward.storage.digests import digest
@@ -37,6 +37,11 @@ class RemoteImages:
         self.schema, self.connection = schema, Connection(server)
         self._scores: RemoteScores[ImageRow] = RemoteScores(self.connection, self._ask, batch_size)
 
+    @property
+    def model(self) -> str | None:
+        """Model that the server has named so far; None if it has named none."""
+        return self._scores.model
+
     def begin(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> PendingScores[ImageRow]:
         """Ask for the scores of N RGB images, each for its prompt, and return before they are there."""
         rows = [*zip(prompts, images, strict=True)]
@@ -52,9 +57,12 @@ class RemoteImages:
         try:
             if not isinstance(reply, dict):
                 raise InputError("the answer is no JSON object; look at the schema")
-            return self.schema.scores(reply, request), self.schema.model(reply)
+            return [*self.schema.scores(reply, request)], self.schema.model(reply)
         except InputError as error:
             self.connection.refuse(str(error), error)
+        except Exception as error:  # of a schema of the user's; other ranks wait for scores or a refusal
+            kind, told = type(self.schema).__name__, f"{type(error).__name__}: {one_line(error)}"
+            self.connection.refuse(f"{kind} cannot read the answer {shown(reply)} ({shown(told)})", error)
 
 
 def png_text(image: Image.Image) -> str:

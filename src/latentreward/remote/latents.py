@@ -13,6 +13,7 @@ from latentreward.contracts import Conditioning, LatentSpace
 from latentreward.errors import InputError
 from latentreward.remote.schemas import ServedLatents, listed, shown
 from latentreward.remote.scores import PendingScores, RemoteScores
+from latentreward.remote.served import describe
 from latentreward.remote.server import Connection, RemoteServer
 from latentreward.storage.digests import digest
 
@@ -44,12 +45,12 @@ class RemoteLatents:
         server: The server.
         schema: Path of requests.
         batch_size: Latents of a request.
-        model: Description of the served model, see :func:`describe`.
+        model: Description of the served model, see :func:`~latentreward.remote.served.describe`.
     """
 
     def __init__(self, server: RemoteServer, schema: ServedLatents, batch_size: int, model: Mapping[str, Any]) -> None:
         self.schema, self.connection, self.model = schema, Connection(server), model
-        self._scores: RemoteScores[LatentRow] = RemoteScores(self.connection, self._ask, batch_size)
+        self._scores: RemoteScores[LatentRow] = RemoteScores(self.connection, self._ask, batch_size, model["model"])
 
     def begin(self, rows: Sequence[LatentRow], texts: Sequence[str]) -> PendingScores[LatentRow]:
         """Ask for the scores of N rows, and return before they are there.
@@ -66,12 +67,15 @@ class RemoteLatents:
         return self._scores.begin(rows, keys)
 
     def _ask(self, rows: Sequence[LatentRow], ended: Event) -> tuple[Sequence[Any], str | None]:
-        """Ask for the scores of a batch, in a thread."""
+        """Ask for the scores of a batch, in a thread; and then for the model, which the protocol's reply does not name.
+
+        A server that was started again in the meantime may have another one.
+        """
         reply = self.connection.ask("POST", self.schema.path, save(self._tensors(rows)), HEADERS, ended)
         try:
             if not isinstance(reply, dict):
                 raise InputError("the answer is no JSON object; is this latentreward serve?")
-            return listed(reply, "raw_scores"), None
+            return listed(reply, "raw_scores"), describe(self.connection, self.schema, ended)["model"]
         except InputError as error:
             self.connection.refuse(str(error), error)
 
@@ -90,18 +94,16 @@ class RemoteLatents:
         return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
-def check_model(server: RemoteServer, model: Mapping[str, Any], encoded: Conditioning, batch_size: int) -> None:
-    """Check that a served model takes embeddings of the policy's text encoders, and as many rows as a request has.
+def check_widths(server: RemoteServer, model: Mapping[str, Any], encoded: Conditioning) -> None:
+    """Check that a served model takes embeddings of the policy's text encoders.
 
     Args:
         server: The server.
-        model: Description of the model, see :func:`describe`.
+        model: Description of the model, see :func:`~latentreward.remote.served.describe`.
         encoded: Prompt encoded by the policy.
-        batch_size: Latents of a request.
 
     Raises:
-        InputError: If widths differ, one has a pooled vector and the other has not, or ``batch_size`` is over the
-            server's limit.
+        InputError: If widths differ, or one has a pooled vector and the other has not.
     """
     pooled = encoded.pooled_prompt_embeds
     ours = encoded.prompt_embeds.shape[-1], None if pooled is None else pooled.shape[-1]
@@ -112,36 +114,17 @@ def check_model(server: RemoteServer, model: Mapping[str, Any], encoded: Conditi
             f"reward server {server.url} takes prompts embedded in widths {shown(theirs)}, but the policy's text "
             f"encoders give {ours}; take schema: ServedImages, for which the server encodes prompts"
         )
-    most = model.get("max_rows")
-    if isinstance(most, int) and batch_size > most:
-        raise InputError(
-            f"reward.batch_size={batch_size} is over {most}, the most latents that the reward server {server.url} "
-            "takes in a request"
-        )
 
 
-def describe(server: RemoteServer) -> Mapping[str, Any]:
-    """Ask ``latentreward serve`` for the description of its model.
-
-    Raises:
-        RemoteError: If the server gives none.
-    """
-    connection = Connection(server)
-    described = connection.ask("GET", "/v1/model")
-    if not isinstance(described, dict) or not isinstance(described.get("latent_space"), dict):
-        connection.refuse(f"/v1/model answers {shown(described)}; schema: ServedLatents is for latentreward serve")
-    return described
-
-
-def latent_space(server: RemoteServer) -> LatentSpace:
+def latent_space(server: RemoteServer, schema: ServedLatents) -> LatentSpace:
     """Ask a server for the latent space of its model.
 
     Raises:
         RemoteError: If the server gives none.
     """
-    described = describe(server)
+    connection = Connection(server)
+    told = describe(connection, schema)["latent_space"]
     try:
-        return LatentSpace.from_record(described["latent_space"])
+        return LatentSpace.from_record(told)
     except TypeError as error:
-        told = shown(described["latent_space"])
-        Connection(server).refuse(f"/v1/model has the latent_space {told}, which is none", error)
+        connection.refuse(f"its model has the latent_space {shown(told)}, which is none", error)

@@ -1,15 +1,16 @@
 """Scores of many rows from a server: batches, requests at the same time, and a cache by content."""
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from threading import BoundedSemaphore, Event, Thread
+from concurrent.futures import Future, wait
+from threading import Event, Lock, Thread
 from typing import Any, Generic, TypeVar
 
 from latentreward.errors import InputError
+from latentreward.interrupts import stop_asked
 from latentreward.remote.errors import RemoteError
 from latentreward.remote.schemas import shown
-from latentreward.remote.server import Connection
+from latentreward.remote.server import LOOK_S, Connection
 
 CACHED = 65536
 """Number of scores that a process remembers; a score takes about 150 bytes."""
@@ -44,7 +45,8 @@ class PendingScores(Generic[Row]):
         """Wait for the scores, one for each row.
 
         Raises:
-            RemoteError: If a request fails; requests that are under way are then given up.
+            RemoteError: If a request fails, or a signal asks the run to stop; requests that are under way are then
+                given up.
         """
         found = self.known | self.source.collect(self.asked)
         return [found[key] for key in self.keys]
@@ -60,13 +62,18 @@ class RemoteScores(Generic[Row]):
         connection: Connection to the server.
         ask: Function that asks for the scores of a batch; threads call it.
         batch_size: Rows of a request.
+        model: Model that the server has named before; None if it has not.
+
+    Attributes:
+        model: Model that the server has named so far.
     """
 
-    def __init__(self, connection: Connection, ask: Ask[Row], batch_size: int) -> None:
+    def __init__(self, connection: Connection, ask: Ask[Row], batch_size: int, model: str | None = None) -> None:
         self.connection, self.ask, self.batch_size = connection, ask, batch_size
         self._known: OrderedDict[str, float] = OrderedDict()
-        self._slots, self._ended = BoundedSemaphore(connection.server.parallel), Event()
-        self._model: str | None = None
+        self._lock, self._ended = Lock(), Event()
+        self._threads, self._waiting = 0, deque[tuple[Sequence[Row], Future[Any], Event]]()
+        self.model = model
 
     def begin(self, rows: Sequence[Row], keys: Sequence[str]) -> PendingScores[Row]:
         """Ask for the scores of N rows, and return before they are there.
@@ -79,7 +86,7 @@ class RemoteScores(Generic[Row]):
         new = {key: row for key, row in zip(keys, rows, strict=True) if key not in known}
         names = list(new)
         batches = [names[start : start + self.batch_size] for start in range(0, len(names), self.batch_size)]
-        asked = [(batch, self._in_thread([new[key] for key in batch])) for batch in batches]
+        asked = [(batch, self._ask_later([new[key] for key in batch])) for batch in batches]
         for key in known:
             self._known.move_to_end(key)
         return PendingScores(self, keys, known, asked)
@@ -89,6 +96,9 @@ class RemoteScores(Generic[Row]):
         found: dict[str, float] = {}
         try:
             for batch, future in asked:
+                while not wait([future], LOOK_S).done:
+                    if stop_asked.is_set():  # a try under way may take server.timeout_s
+                        self.connection.refuse("a signal ended the wait for its answer")
                 scores, model = future.result()
                 found |= zip(batch, self._checked(scores, len(batch), model), strict=True)
         except BaseException:
@@ -100,20 +110,31 @@ class RemoteScores(Generic[Row]):
             self._known.popitem(last=False)
         return found
 
-    def _in_thread(self, rows: Sequence[Row]) -> Future[Any]:
-        """Ask in a thread of its own; a daemon, since the process should not wait for a silent server when it ends."""
-        future: Future[Any] = Future()
-        ended = self._ended
+    def _ask_later(self, rows: Sequence[Row]) -> Future[Any]:
+        """Ask in a thread, one of as many as the server gets requests at the same time.
 
-        def work() -> None:
+        The threads are daemons, since the process should not wait for a silent server when it ends.
+        """
+        future: Future[Any] = Future()
+        with self._lock:
+            self._waiting.append((rows, future, self._ended))
+            if self._threads < self.connection.server.parallel:
+                Thread(target=self._ask_waiting, name="reward request", daemon=True).start()
+                self._threads += 1
+        return future
+
+    def _ask_waiting(self) -> None:
+        """Ask for what waits, in a thread, until nothing does."""
+        while True:
+            with self._lock:
+                if not self._waiting:
+                    self._threads -= 1
+                    return
+                rows, future, ended = self._waiting.popleft()
             try:
-                with self._slots:
-                    future.set_result(([], None) if ended.is_set() else self.ask(rows, ended))
+                future.set_result(([], None) if ended.is_set() else self.ask(rows, ended))
             except BaseException as error:
                 future.set_exception(error)
-
-        Thread(target=work, name="reward request", daemon=True).start()
-        return future
 
     def _checked(self, scores: Sequence[Any], count: int, model: str | None) -> list[float]:
         """Check the scores of a reply.
@@ -125,8 +146,8 @@ class RemoteScores(Generic[Row]):
         try:
             if len(scores) != count:
                 raise InputError(f"{len(scores)} scores came for {count} rows")
-            if model is not None and self._model not in (None, model):
-                raise InputError(f"the model is now {shown(model)}, but was {shown(self._model)} before")
+            if model is not None and self.model not in (None, model):
+                raise InputError(f"the model is now {shown(model)}, but was {shown(self.model)} before")
             for score in scores:
                 if isinstance(score, bool) or not isinstance(score, int | float):
                     raise InputError(f"a score is {shown(repr(score))}, not a number")
@@ -134,5 +155,5 @@ class RemoteScores(Generic[Row]):
                     raise InputError(f"a score is {shown(score)}, not a finite float32; look at the server's model")
         except InputError as error:
             raise RemoteError(f"reward server {self.connection.server.url}: {error}") from error
-        self._model = model or self._model
+        self.model = model or self.model
         return [float(score) for score in scores]

@@ -37,7 +37,7 @@ LARGEST_REPLY = 16 * 2**20
 SHOWN = 200
 """Number of characters of a server's own words that a message repeats."""
 LOOK_S = 0.2
-"""Seconds between two looks for a signal while waiting."""
+"""Seconds between two looks for a signal to stop while waiting."""
 
 
 @dataclass(frozen=True)

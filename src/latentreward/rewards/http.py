@@ -12,11 +12,13 @@ from torch import Tensor
 
 from latentreward.contracts import Conditioning, LatentSpace, NoisyStates
 from latentreward.errors import InputError, check_at_least_one
-from latentreward.remote import ImageSchema, PlainJSON, RemoteError, RemoteServer, Schema, ServedLatents
+from latentreward.remote import ImageSchema, PlainJSON, RemoteError, RemoteServer, Schema, ServedImages, ServedLatents
 from latentreward.remote.errors import raise_together
 from latentreward.remote.images import RemoteImages
-from latentreward.remote.latents import LatentRow, RemoteLatents, check_model, describe, latent_space
+from latentreward.remote.latents import LatentRow, RemoteLatents, check_widths, latent_space
 from latentreward.remote.scores import PendingScores
+from latentreward.remote.served import check_rows, describe
+from latentreward.remote.server import Connection
 from latentreward.reports.drawing import to_image
 from latentreward.rewards.base import Reward, RewardSource
 from latentreward.rewards.pixel import DecodingReward
@@ -79,7 +81,7 @@ class HTTPReward(RewardSource):
 
     def latent_space(self) -> LatentSpace | None:
         """Ask the server for the latent space of its model; None for pictures, which the policy's own VAE decodes."""
-        return latent_space(self.server) if isinstance(self.schema, ServedLatents) else None
+        return latent_space(self.server, self.schema) if isinstance(self.schema, ServedLatents) else None
 
     def scores_states(self) -> bool:
         """Return False: what is sent is a prediction of the clean latents, or its picture."""
@@ -89,13 +91,18 @@ class HTTPReward(RewardSource):
         """See :meth:`RewardSource.load`.
 
         Raises:
-            InputError: If the policy has no VAE to make pictures with, or its text encoders do not fit the server.
+            InputError: If the policy has no VAE to make pictures with, its text encoders do not fit the server, or
+                ``batch_size`` is over the limit of ``latentreward serve``.
         """
+        model: Mapping[str, Any] = {}
+        if isinstance(self.schema, ServedImages | ServedLatents):
+            connection = Connection(self.server)
+            model = describe(connection, self.schema)
+            check_rows(connection, model, self.batch_size)
         if isinstance(self.schema, ImageSchema):
             return RemoteImageReward(self, policy)
-        model = describe(self.server)
         with torch.no_grad():
-            check_model(self.server, model, policy.encode_prompts([""]), self.batch_size)
+            check_widths(self.server, model, policy.encode_prompts([""]))
         return RemoteLatentReward(self, self.schema, policy, model)
 
 
@@ -211,8 +218,7 @@ class RemoteLatentReward(RemoteReward):
         source: Settings.
         schema: Form of requests and replies.
         policy: The policy, whose text encoders embed the prompts.
-        model: Description of the served model. It is not asked for later: a rank whose server fails just then would
-            miss the exchange of failures that follows the scores of all ranks.
+        model: Description of the served model, as the server gave it before the run.
     """
 
     def __init__(self, source: HTTPReward, schema: ServedLatents, policy: Policy, model: Mapping[str, Any]) -> None:

@@ -52,14 +52,7 @@ def score_states(
     return scores
 
 
-def score_finished(
-    reward: Reward,
-    latents: Tensor,
-    prompts: PromptBatch,
-    seed: int,
-    sigmas: Sequence[float],
-    parts: bool = False,
-) -> Tensor:
+def score_finished(reward: Reward, latents: Tensor, prompts: PromptBatch, seed: int, sigmas: Sequence[float]) -> Tensor:
     """Score finished latents: ``(N,)``, float32.
 
     A reward that scores noisy latents adds noise at the levels ``sigmas``. All samples of a prompt share that noise, so
@@ -71,10 +64,8 @@ def score_finished(
         prompts: P prompts.
         seed: Seed of the noise.
         sigmas: Noise levels for a latent reward; without effect on rewards of pixels.
-        parts: Score by each reward of a mixture: ``(N, R)``; see :meth:`Reward.score_parts`.
     """
-    score = reward.score_parts if parts else reward.score_clean
-    return score(*_asked(reward, latents, prompts, seed), sigmas).float()
+    return reward.score_clean(*_asked(reward, latents, prompts, seed), sigmas).float()
 
 
 def begin_finished(

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from latentreward.contracts import PreferencePair
-from latentreward.errors import InputError
+from latentreward.errors import InputError, printable
 
 
 class Scorer(ABC):
@@ -65,6 +65,14 @@ class ImageScorer(Scorer):
         if batch_size < 1:
             raise InputError(f"batch_size of {name} is {batch_size}; it must be at least 1")
         self.batch_size = batch_size
+
+    @property
+    def served_model(self) -> str | None:
+        """Model that a server has named with its scores; None for a scorer in this process, or before the first score.
+
+        Scores that are kept are told apart by it too, since :meth:`identity` cannot know it.
+        """
+        return None
 
     def prepare(self) -> None:
         """Load models; called once, after all settings have been checked and before the first image is scored."""
@@ -124,3 +132,23 @@ class TableScorer(Scorer):
     @abstractmethod
     def lookup(self, pairs: Sequence[PreferencePair]) -> np.ndarray:
         """Look up the scores of N pairs: ``(N, 2)`` float64 for images a and b, NaN where there is no score."""
+
+
+def one_model(scorer: str, kept: str | None, now: str | None, remedy: str) -> str | None:
+    """Return the model of kept and new scores; None where no server has named one.
+
+    Args:
+        scorer: Name of the scorer.
+        kept: Model that a server named with the kept scores.
+        now: Model that it names now.
+        remedy: What to do if they differ.
+
+    Raises:
+        InputError: If they differ.
+    """
+    if None not in (kept, now) and kept != now:
+        raise InputError(
+            f"scorer {scorer!r}: its server now names the model {printable(str(now))!r}, but scores are kept of the "
+            f"model {printable(str(kept))!r}; {remedy}"
+        )
+    return kept or now

@@ -51,6 +51,11 @@ class HTTPScorer(ImageScorer):
         """See :meth:`Scorer.identity`: class, address and schema. The server's model is not known before it answers."""
         return f"{type(self).__name__} {self.server.url} {self.schema}"
 
+    @property
+    def served_model(self) -> str | None:
+        """See :attr:`ImageScorer.served_model`."""
+        return None if self._images is None else self._images.model
+
     def score(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> Tensor:
         """See :meth:`ImageScorer.score`.
 

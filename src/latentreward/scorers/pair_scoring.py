@@ -1,5 +1,6 @@
 """Scoring of a reader's pairs with several scorers; each image is decoded and scored once per prompt."""
 
+import json
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from latentreward.data.images import CLIP, MAX_PIXELS, ImageError, decode_image
 from latentreward.data.readers import PairReader, count_text
 from latentreward.data.score_table import oriented_gap
 from latentreward.errors import InputError, check_at_least_one
-from latentreward.scorers.base import ImageScorer, Scorer, TableScorer
+from latentreward.scorers.base import ImageScorer, Scorer, TableScorer, one_model
 from latentreward.storage.digests import digest
 
 Item = tuple[str, str]
@@ -28,6 +29,8 @@ Decoded = tuple[Image.Image | None, dict[Side, str]]
 """First copy of an image that could be decoded, or None; and an error message for each copy that could not."""
 READING = "reading and decoding"
 """Key in ``PairScoring.seconds`` of the time that reading and decoding take."""
+MODELS = b"served_models"
+"""Key in a table's metadata of the models that servers named with the scores, by scorer, as JSON."""
 TRIED_PAIRS = 8
 """Number of pairs whose images are tried before any model is loaded."""
 
@@ -74,6 +77,7 @@ class PairScoring:
         self._prompt_matters = any(scorer.uses_prompt for scorer in self.image_scorers)
         self._prompts = reader.prompts()
         self._known: dict[str, dict[bytes, Sequence[float]]] = {scorer.name: {} for scorer in self.image_scorers}
+        self._models: dict[str, str | None] = {}
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.images: Counter[str] = Counter()
 
@@ -97,7 +101,13 @@ class PairScoring:
             scorer.prepare()
 
     def recall(self, rows: range, table: pa.Table) -> None:
-        """Take over the scores in ``table``, which an earlier run wrote for ``rows`` of the reader."""
+        """Take over the scores in ``table``, which an earlier run wrote for ``rows`` of the reader.
+
+        Raises:
+            InputError: If a server named another model with them than with those of another table.
+        """
+        for name, model in json.loads((table.schema.metadata or {}).get(MODELS, b"{}")).items():
+            self._note_model(name, model)
         for side in ("a", "b"):
             keys = table.column(f"image_{side}").to_pylist()
             for scorer in self.image_scorers:
@@ -165,7 +175,8 @@ class PairScoring:
         for side, name in enumerate(("problem_a", "problem_b")):
             texts = [problems.get((number, side)) for number in range(len(pairs))]
             columns[name] = pa.array(texts, pa.string())
-        return pa.table(columns)
+        models = {name: model for name, model in self._models.items() if model is not None}
+        return pa.table(columns, metadata={MODELS: json.dumps(models).encode()} if models else None)
 
     def _scores(self, scorer: Scorer, pairs: Sequence[PreferencePair], problems: Mapping[Side, str]) -> np.ndarray:
         """Return the scores ``(N, 2, K)`` float64 of N pairs by a scorer with K columns."""
@@ -203,7 +214,12 @@ class PairScoring:
         scores = scorer([prompt for _, prompt in missing.values()], [readable[item] for item in missing.values()])
         self.seconds[scorer.name] += time.perf_counter() - start
         self.images[scorer.name] += len(missing)
+        self._note_model(scorer.name, scorer.served_model)
         known.update(zip(missing, scores.reshape(len(missing), len(scorer.columns)).tolist(), strict=True))
+
+    def _note_model(self, scorer: str, model: str | None) -> None:
+        remedy = "serve that model, or delete the table with its parts, and the same command scores all pairs again"
+        self._models[scorer] = one_model(scorer, self._models.get(scorer), model, remedy)
 
     def _decoded(self, wanted: Mapping[Item, list[tuple[Side, ImageRef]]]) -> Iterator[list[tuple[Item, Decoded]]]:
         """Yield groups of decoded images; the next group is decoded while the current one is scored."""

@@ -1,6 +1,8 @@
-"""Binding of a server's socket."""
+"""Addresses of a server: binding of its socket, and whether a host is this machine."""
 
 import socket
+from ipaddress import ip_address
+from urllib.parse import urlsplit
 
 from latentreward.errors import InputError
 
@@ -25,3 +27,27 @@ def bind(host: str, port: int) -> socket.socket:
     except OSError as error:
         raise InputError(f"cannot serve at {host}:{port} ({error}); choose another --port or --host") from error
     return bound
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether an IP address, perhaps with a zone, is one by which only this machine can be reached."""
+    try:
+        address = ip_address(host.partition("%")[0])
+    except ValueError:  # a name
+        return False
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
+
+
+def names_this_machine(place: str) -> bool:
+    """Tell whether ``place``, with or without a port, is ``localhost``, a loopback address, or this machine's own name.
+
+    Other names may lead to this machine too, by the will of whoever owns them.
+
+    Args:
+        place: Value of a header ``Host``, or of ``Origin`` after its scheme.
+    """
+    try:
+        host = urlsplit(f"//{place}").hostname or ""
+    except ValueError:  # brackets without an IPv6 address
+        return False
+    return host in ("localhost", socket.gethostname().lower()) or is_loopback(host)

@@ -15,7 +15,9 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from latentreward.errors import printable
 from latentreward.serving import protocol
+from latentreward.serving.addresses import is_loopback, names_this_machine
 from latentreward.serving.dialects.flow_factory import FlowFactory
 from latentreward.serving.dialects.unirl import UniRL
 from latentreward.serving.errors import RequestError
@@ -136,7 +138,8 @@ class AuthMiddleware:
     """ASGI middleware that refuses bad or excess requests before their bodies are read, and counts all requests.
 
     Refused are: requests with both Transfer-Encoding and Content-Length (400), with too long headers (431), beyond the
-    number of requests in progress (503), and without the token (401).
+    number of requests in progress (503), without the token (401), and, on a server without one, from a page elsewhere
+    that a browser of this machine shows (403).
 
     Args:
         app: Application behind the middleware.
@@ -181,6 +184,12 @@ class AuthMiddleware:
             error = f"{self._max_requests} requests are under way; try later"
             return JSONResponse({"error": error}, 503, {"Retry-After": "1"})
         token, given = self.service.settings.token, dict(headers).get(b"authorization", b"")
+        if token is None and not is_open and (foreign := _foreign(scope)):
+            error = (
+                f"{foreign}; without a token this server answers only localhost, loopback addresses and the machine's "
+                "own name: set token_file or LATENTREWARD_TOKEN, or let a proxy send Host: localhost and no Origin"
+            )
+            return JSONResponse({"error": error}, 403)
         if is_open or token is None or hmac.compare_digest(_token_of(given), token.encode()):
             return None
         error = "give this server's token in the header Authorization: Bearer TOKEN, or as password in the URL"
@@ -190,6 +199,23 @@ class AuthMiddleware:
 def requests_at_once(service: ScoringService) -> int:
     """Return the limit on requests in progress, high enough that requests of one row each can fill the queue."""
     return max(REQUESTS, sum(model.settings.queue for model in service.models.values()))
+
+
+def _foreign(scope: Scope) -> str | None:
+    """Return the header by which a request on a loopback address comes from a page elsewhere; None without one.
+
+    Such a page may send a form to this machine (its ``Origin`` tells), or reach the server by a name of its own that it
+    lets point to this machine (the ``Host``), and then read the answers too.
+    """
+    if not is_loopback((scope["server"] or ("",))[0]):
+        return None
+    headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+    host, origin = headers.get(b"host"), headers.get(b"origin")
+    if host is not None and not names_this_machine(host):
+        return f"the header Host is {printable(host)[:100]!r}"
+    if origin is not None and not names_this_machine(origin.partition("://")[2]):
+        return f"the header Origin is {printable(origin)[:100]!r}"
+    return None
 
 
 def _token_of(authorization: bytes) -> bytes:

@@ -15,6 +15,7 @@ from latentreward.evaluation.policy.results import ScoredPictures
 from latentreward.interrupts import interrupts_held
 from latentreward.ranks.crew import Crew
 from latentreward.scorers import ImageScorer, Scorer
+from latentreward.scorers.base import one_model
 from latentreward.scorers.fingerprints import scorer_fingerprints
 from latentreward.scorers.tools import JudgedPicture, ToolScorer
 from latentreward.storage.digests import digest
@@ -34,19 +35,25 @@ class ScoreStore:
     A file that is damaged or was written by another scorer is ignored, and replaced at the next :meth:`add`.
 
     Args:
-        path: File of JSON lines; the first line holds the identity of the scorer.
+        path: File of JSON lines; the first line holds the identity of the scorer, and the model of its server.
         identity: Identity of the scorer and its files.
         order: Keys in the order in which their scores are written; others come before them.
+
+    Attributes:
+        model: Model that a server named with the scores; None without a server, or if it named none.
     """
 
     def __init__(self, path: Path, identity: str, order: Sequence[str] = ()) -> None:
         self.path, self.identity = path, identity
         self._places = {key: place for place, key in enumerate(order)}
         self._known: dict[str, Scores] = {}
+        self.model: str | None = None
         try:
             head, *lines = path.read_text(encoding="utf-8").splitlines()
-            if json.loads(head) == {"scorer": identity}:
+            told = json.loads(head)
+            if told["scorer"] == identity:
                 self._known = {row["picture"]: tuple(row["scores"]) for row in map(json.loads, lines)}
+                self.model = told.get("model")
         except (OSError, ValueError, KeyError, TypeError):
             self._known = {}
 
@@ -55,11 +62,21 @@ class ScoreStore:
         return self._known.get(key)
 
     @interrupts_held()
-    def add(self, scores: Mapping[str, Scores]) -> None:
-        """Add scores and rewrite the file; the old file stays until the new one is complete."""
+    def add(self, scores: Mapping[str, Scores], model: str | None = None) -> None:
+        """Add scores and rewrite the file; the old file stays until the new one is complete.
+
+        Args:
+            scores: Scores by key.
+            model: Model that a server named with them.
+
+        Raises:
+            InputError: If that is not the model of the kept scores.
+        """
+        self.model = one_model(self.path.stem, self.model, model, again([self.path]))
         self._known |= scores
         self._known = dict(sorted(self._known.items(), key=lambda item: self._places.get(item[0], -1)))
-        rows = [{"scorer": self.identity}, *({"picture": key, "scores": row} for key, row in self._known.items())]
+        head = {"scorer": self.identity} | ({} if self.model is None else {"model": self.model})
+        rows = [head, *({"picture": key, "scores": row} for key, row in self._known.items())]
         write_file(self.path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -93,27 +110,31 @@ def scores_of(slot: str) -> str:
 
 def scoring_task(
     scorers: Sequence[Scorer], prepare: Callable[[], None], chunks: Sequence[dict[str, Any]]
-) -> Callable[[dict[str, Any]], dict[str, list[Scores]]]:
+) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """Load the scorers of images, and return the function that scores a chunk of pictures.
 
     Args:
         scorers: Scorers that passed :func:`score_names`.
         prepare: Function that loads those of images.
         chunks: See :meth:`PictureScoring.chunks`.
+
+    Returns:
+        Function from a chunk to ``scores``, by name of the scorer, and ``models`` that servers named with them.
     """
     prepare()
     images = [scorer for scorer in scorers if isinstance(scorer, ImageScorer)]
 
-    def score(chunk: dict[str, Any]) -> dict[str, list[Scores]]:
+    def score(chunk: dict[str, Any]) -> dict[str, Any]:
         pixels = [decode_image(ImageRef(file, path=Path(path))) for file, path, _ in chunk["pictures"]]
-        found = {}
+        found, models = {}, {}
         for scorer in images:
             wanted = chunk["wanted"].get(scorer.name, [])
             if wanted:
                 prompts = [chunk["pictures"][row][2] for row in wanted]
                 scores = scorer(prompts, [pixels[row] for row in wanted])
                 found[scorer.name] = [tuple(row) for row in scores.reshape(len(wanted), -1).tolist()]
-        return found
+                models[scorer.name] = scorer.served_model
+        return {"scores": found, "models": models}
 
     return score
 
@@ -191,17 +212,22 @@ class PictureScoring:
                 self._score_set(scorer)
         return ScoredPictures(self.policy, self.pictures, self._all())
 
-    def _keep(self, found: Sequence[tuple[dict[str, Any], dict[str, list[Scores]]]]) -> None:
+    def models(self) -> dict[Path, str]:
+        """Return the models that servers named with the kept scores, by file of a scorer's scores."""
+        return {store.path: store.model for store in self._stores.values() if store.model is not None}
+
+    def _keep(self, found: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> None:
         """Store the scores of chunks, but for those that a scorer with other settings gave in an earlier run."""
         for name, store in self._stores.items():
-            scores = {
-                chunk["keys"][row]: tuple(of_row)
-                for chunk, result in found
-                if chunk["identities"].get(name) == store.identity
-                for row, of_row in zip(chunk["wanted"][name], result.get(name, []), strict=True)
-            }
-            if scores:
-                store.add(scores)
+            by_model: dict[str | None, dict[str, Scores]] = {}
+            for chunk, result in found:
+                if chunk["identities"].get(name) == store.identity:
+                    scores = zip(chunk["wanted"][name], result["scores"].get(name, []), strict=True)
+                    kept = by_model.setdefault(result["models"].get(name), {})
+                    kept |= {chunk["keys"][row]: tuple(of_row) for row, of_row in scores}
+            for model, of_model in by_model.items():
+                if of_model:
+                    store.add(of_model, model)
 
     def _score_set(self, scorer: ToolScorer) -> None:
         work = self.folder / f"{scorer.name}.work"
@@ -218,6 +244,26 @@ class PictureScoring:
             rows = np.array([self._stores[scorer.name].get(key) for key in self._keys], dtype=np.float64)
             found |= dict(zip(scorer.columns, rows.T, strict=True))
         return found
+
+
+def require_one_model(scorings: Sequence[PictureScoring]) -> None:
+    """Check that each server has scored the pictures of all policies with one model; call it when they are scored.
+
+    Raises:
+        InputError: If not; the kept scores stay.
+    """
+    known: dict[str, tuple[str, list[Path]]] = {}
+    for scoring in scorings:
+        for path, model in scoring.models().items():
+            before, paths = known.setdefault(path.stem, (model, []))
+            one_model(path.stem, before, model, again([*paths, path]))
+            paths.append(path)
+
+
+def again(paths: Sequence[Path]) -> str:
+    """Return what to do for scores of one model."""
+    either = " or ".join(map(str, paths))
+    return f"delete {either}, and the same command scores those pictures again, or serve the model of the kept scores"
 
 
 def told_apart(scorer: Scorer, policy: str) -> str:
