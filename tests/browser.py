@@ -47,6 +47,7 @@ class Pages:
             service_workers="block",
             locale="en-GB",
         )
+        context.set_default_timeout(300_000)  # milliseconds; a busy machine is slow, and nothing here is timed
         context.route("**/*", self._stay_here)
         page = context.new_page()
         page.on("console", lambda message: message.type == "error" and self._note("console", message.text))

@@ -64,8 +64,8 @@ def test_the_page_scores_in_a_browser_and_asks_nobody_else(
         page.get_by_label("Prompt").fill("<b>a cat</b>")
         page.locator("input[type=file][multiple]").set_input_files(pictures)
         page.get_by_role("button", name="Score", exact=True).click()
-        page.get_by_text("blue.png").first.wait_for(timeout=30_000)
-        page.locator("[data-testid=matplotlib] img").wait_for(timeout=30_000)
+        page.get_by_text("blue.png").first.wait_for(timeout=300_000)
+        page.locator("[data-testid=matplotlib] img").wait_for(timeout=300_000)
         page.wait_for_timeout(500)
         page.screenshot(path=tmp_path / "page.png", full_page=True)
 
