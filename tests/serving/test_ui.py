@@ -77,5 +77,6 @@ def test_keyboard_contrast_and_width(browser_page: Any, tmp_path: Path, width: i
     write_run(tmp_path / "run", "dina", "sd35", lora={"rank": 2})
     with forked_server("ui", str(tmp_path / "run"), "--port=0") as server:
         page = browser_page(server.address, width=width, dark=dark)
-        page.get_by_role("heading", name=TITLE).wait_for()
+        page.get_by_role("button", name="Score", exact=True).wait_for()
+        page.get_by_text("- or -").first.wait_for()  # the last part that Gradio draws
         assert faults(page) == []

@@ -23,8 +23,12 @@ LEVELS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """Noise levels in [0, 1] at which the plot shows scores."""
 COLUMNS = ("image", "score", "z-score", "quantile")
 MOST_IMAGES = 32
-FOCUS = ".table-wrap:focus-visible { outline: 2px solid; outline-offset: -2px }"
-"""Style that shows where the focus is, which Gradio's tables hide."""
+STYLE = """
+.table-wrap:focus-visible { outline: 2px solid; outline-offset: -2px }
+button.primary { background: #c2410c !important; color: #ffffff !important; transition: none !important }
+.or { color: var(--body-text-color) !important; opacity: 1 !important }
+"""
+"""Style that shows where the focus is, which Gradio's tables hide, and gives faint texts a contrast of 4.5."""
 
 
 def score_sheet(reward: RewardModel, prompt: str, images: Sequence[str | Path]) -> tuple[list[list[Any]], Figure]:
@@ -100,6 +104,6 @@ def launch(reward: RewardModel, port: int) -> None:
     """Serve the page at 127.0.0.1 until Ctrl-C."""
     page = build_page(reward)
     where = {"server_name": "127.0.0.1", "server_port": port, "share": False, "ssr_mode": False}
-    page.launch(**where, footer_links=[], max_file_size="64mb", quiet=True, prevent_thread_lock=True, css=FOCUS)
+    page.launch(**where, footer_links=[], max_file_size="64mb", quiet=True, prevent_thread_lock=True, css=STYLE)
     print(f"page for {reward.identity} at http://127.0.0.1:{port}", flush=True)
     page.block_thread()
