@@ -77,7 +77,7 @@ class PlainJSON(ImageSchema):
 
 
 @dataclass(frozen=True)
-class ServedImages(ImageSchema):
+class ServedImages(PlainJSON):
     """Form of ``latentreward serve`` for images, ``POST /v1/score_images``: the server encodes them with its VAE.
 
     Attributes:
@@ -85,14 +85,6 @@ class ServedImages(ImageSchema):
     """
 
     path: str = "/v1/score_images"
-
-    def request(self, prompts: Sequence[str], images: Sequence[str]) -> dict[str, Any]:
-        """See :meth:`ImageSchema.request`."""
-        return {"prompts": list(prompts), "images": list(images)}
-
-    def scores(self, reply: Mapping[str, Any], request: Mapping[str, Any]) -> Sequence[Any]:
-        """See :meth:`ImageSchema.scores`."""
-        return listed(reply, "scores")
 
 
 @dataclass(frozen=True)

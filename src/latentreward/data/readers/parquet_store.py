@@ -130,18 +130,33 @@ def read_index(
                 raise InputError(f"{part.path}: no column {', '.join(missing)}; {hint}")
             with damage_named(part):
                 table = file.read(columns=list(columns)).select(list(columns))
-        for number, (name, kind) in enumerate(columns.items()):
-            found = table.column(name)
-            try:
-                table = table.set_column(number, name, found if kind is None else found.cast(kind))
-            except pa.ArrowException as error:
-                raise InputError(f"{part.path}: column {name} is {found.type}, not {kind}; {hint}") from error
-        tables.append(table)
+        tables.append(cast_columns(table, columns, part.path, hint))
     starts = np.cumsum([0, *(table.num_rows for table in tables)])[:-1]
     try:
         return pa.concat_tables(tables, promote_options="permissive").combine_chunks(), starts
     except pa.ArrowException as error:
         raise InputError(f"{parts[0].path}: no types as in the other files ({first_line(error)}); {hint}") from error
+
+
+def cast_columns(table: pa.Table, columns: dict[str, pa.DataType | None], place: str, hint: str) -> pa.Table:
+    """Cast the columns of a table.
+
+    Args:
+        table: Table whose columns are those of ``columns``, in their order.
+        columns: Column → type to cast to; None keeps the type.
+        place: File or data set, for the message.
+        hint: Remedy in the message.
+
+    Raises:
+        InputError: If a column cannot be cast.
+    """
+    for number, (name, kind) in enumerate(columns.items()):
+        found = table.column(name)
+        try:
+            table = table.set_column(number, name, found if kind is None else found.cast(kind))
+        except pa.ArrowException as error:
+            raise InputError(f"{place}: column {name} is {found.type}, not {kind}; {hint}") from error
+    return table
 
 
 def largest_row_group(parts: Sequence[ParquetPart], columns: Sequence[str]) -> int:

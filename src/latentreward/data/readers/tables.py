@@ -18,6 +18,7 @@ from latentreward.data.readers.parquet_store import (
     ArrowColumns,
     ParquetPart,
     RowGroupColumns,
+    cast_columns,
     find_parts,
     largest_row_group,
     locate,
@@ -183,16 +184,10 @@ class DatasetTable(SplitTable):
         if missing := [name for name in columns if name not in self._rows.column_names]:
             raise InputError(f"{self._place}: no column {', '.join(missing)}; {hint}")
         try:
-            table = self._rows.select_columns(list(columns))[:]
+            table = self._rows.select_columns(list(columns))[:].select(list(columns))
         except DAMAGE as error:
             raise InputError(f"{self._place}: damaged ({first_line(error)}); {SAVE_AGAIN}") from error
-        for number, (name, kind) in enumerate(columns.items()):
-            found = table.column(name)
-            try:
-                table = table.set_column(number, name, found if kind is None else found.cast(kind))
-            except pa.ArrowException as error:
-                raise InputError(f"{self._place}: column {name} is {found.type}, not {kind}; {hint}") from error
-        return table.select(list(columns)).combine_chunks()
+        return cast_columns(table, columns, self._place, hint).combine_chunks()
 
     def images(self, columns: Sequence[str], memory_map: bool = False) -> "DatasetColumns":
         """See :meth:`SplitTable.images`; nothing is copied, since a row costs only this row already."""
