@@ -35,7 +35,7 @@ COLUMNS = pa.schema(
         "rating": pa.float64(),
     }
 )
-"""Table of images, see :class:`_Image`; Python's own objects would take many times the memory."""
+"""Table of all images, a column for each attribute of ``_Image``; Python's objects would take many times the memory."""
 ROWS_AT_ONCE = 10_000
 """Rows of the table of images that are Python's objects at a time."""
 
