@@ -23,6 +23,23 @@ for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
 gc.disable()  # until all is imported: looking through what stays takes a quarter of the collection's time
 
 LONGEST = [
+    "test_checkpoints_of_configs",
+    "reproduction/test_rows",
+    "families/test_learning",
+    "docs/test_site",
+    "estimate/test_settings",
+    "families/test_every_command",
+    "families/test_full_size",
+    "distributed/test_frozen",
+    "pilot/test_running",
+    "pilot/test_plans",
+    "pilot/test_checks",
+    "estimate/test_costs",
+    "distributed/test_grpo",
+    "test_grpo_configs",
+    "commands/test_score",
+    "distributed/test_shared_work",
+    "taste/test_taste",
     "faults/test_training_faults",
     "distributed/test_sharding",
     "docs/test_tutorial",

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from _pytest.mark import ParameterSet
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = '''"""Docstring."""
@@ -89,8 +90,8 @@ def test_every_command_of_the_measurements_page_is_a_benchmark(load: Callable[[s
     assert run <= {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
 
 
-def small_benchmarks() -> list[str]:
-    """Names of those that run at their smallest here.
+def small_benchmarks() -> list[ParameterSet]:
+    """Names of those that run at their smallest here, one of them in CI.
 
     Alignment has tests of its own, start_up compiles torch, and stores runs the script of data.
     """
@@ -98,7 +99,8 @@ def small_benchmarks() -> list[str]:
         patch.syspath_prepend(str(ROOT / "benchmarks"))
         known = importlib.import_module("run").BENCHMARKS
     left_out = {"alignment", "start_up", "data"}
-    return [name for name, one in known.items() if one.quick != "--help" and not left_out & {one.script, name}]
+    names = [name for name, one in known.items() if one.quick != "--help" and not left_out & {one.script, name}]
+    return [pytest.param(name, marks=[pytest.mark.bench] * (name != "true_width")) for name in names]
 
 
 @pytest.mark.slow
