@@ -52,9 +52,11 @@ def taste(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
     return run
 
 
-def test_from_pairs_to_pictures_before_and_after(tmp_path: Path, taste: Callable[..., str]) -> None:
+def test_from_pairs_to_pictures_before_and_after_and_a_kill(tmp_path: Path, taste: Callable[..., str]) -> None:
     folder, work = tiny_folder(tmp_path / "mine", 40), tmp_path / "work"
+    kill_in_training(work, "taste", str(folder), *SHORT, f"--work={work}")
     told = taste(str(folder), *SHORT, f"--work={work}")
+    assert "cache: done before" in told and "train: goes on" in told
     assert "accuracy on 10 held-out pairs in %" in told and f"page: {work / HTML}" in told
     assert "Before and after" not in (work / HTML).read_text()
     records = {path: path.stat().st_mtime_ns for path in work.glob(f"*/{RECORD}")}
@@ -66,6 +68,17 @@ def test_from_pairs_to_pictures_before_and_after(tmp_path: Path, taste: Callable
     assert "Before and after" in text and text.count("data:image/jpeg") >= 2 * 10 + 2 * 2
     assert json.loads((work / JSON).read_text())["held_out"] == 10
     assert [*work.glob("align-*/out/lora/*.safetensors")]
+
+
+def kill_in_training(work: Path, *arguments: str) -> None:
+    """Start the command in processes of its own, and kill it as soon as the training begins."""
+    process = start(arguments)
+    end = time.monotonic() + 600
+    while not [*work.glob("train-*/log.txt")] and time.monotonic() < end:
+        time.sleep(0.1)
+    process.kill()
+    process.wait(60)
+    time.sleep(2)  # the step's process ends by itself
 
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])
@@ -82,19 +95,6 @@ def test_a_quantised_base(tmp_path: Path, taste: Callable[..., str]) -> None:
     taste(str(folder), *SHORT, "--train_settings=[--model.backbone.quantization=int8]", f"--work={tmp_path}/work")
     (config,) = (tmp_path / "work").glob("train-*/out/config.yaml")
     assert "quantization: int8" in config.read_text()
-
-
-def test_a_killed_run_goes_on(tmp_path: Path, taste: Callable[..., str]) -> None:
-    folder, work = tiny_folder(tmp_path / "mine", 24), tmp_path / "work"
-    process = start(("taste", str(folder), *SHORT, f"--work={work}"))
-    end = time.monotonic() + 600
-    while not [*work.glob("train-*/log.txt")] and time.monotonic() < end:
-        time.sleep(0.1)
-    process.kill()
-    process.wait(60)
-    time.sleep(2)  # the step's process ends by itself
-    told = taste(str(folder), *SHORT, f"--work={work}")
-    assert "cache: done before" in told and "train: goes on" in told
 
 
 def test_memory_is_estimated_without_any_step(tmp_path: Path, taste: Callable[..., str]) -> None:
