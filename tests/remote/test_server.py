@@ -1,5 +1,6 @@
 """What a connection does with servers that fail, are late, refuse or answer something else."""
 
+import gzip
 import json
 import logging
 import socket
@@ -11,16 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from latentreward.errors import InputError
 from latentreward.interrupts import stop_asked
-from latentreward.remote import RemoteError, RemoteServer
+from latentreward.remote import PlainJSON, RemoteError, RemoteServer
 from latentreward.remote import server as remote_server
+from latentreward.remote.images import RemoteImages
 from latentreward.remote.server import Connection, seconds_of
 from tests.remote.judges import Judge, breaks_off, drips_headers, hangs_up, judging, says, trickles
 
 REQUEST = json.dumps({"prompts": [], "images": []}).encode()
 DEAD = "http://127.0.0.1:9"
+PACKED = gzip.compress(gzip.compress(bytes(2**20)))
 """Nobody listens there."""
 
 
@@ -132,6 +136,11 @@ def test_an_outage_ends_after_its_limit(mode: str, limit: str) -> None:
         (says(200, b"<html>hello</html>"), r"the answer is no JSON \(JSONDecodeError\): <html>hello</html>"),
         (says(200, b"[" * 100_000), r"the answer is no JSON \(RecursionError\)"),
         (says(200, b" " * (16 * 2**20 + 1)), "the answer is longer than 16 MiB"),
+        (
+            says(200, PACKED, content_encoding="gzip, gzip"),
+            "the answer is compressed, which was not asked for; look at",
+        ),
+        (says(403, PACKED, content_encoding="gzip, gzip"), r"HTTP 403: \(compressed\)"),
     ],
 )
 def test_a_refusal_is_told_at_once_in_one_line(fault, told: str) -> None:
@@ -163,11 +172,32 @@ def test_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert "from-env" not in repr(RemoteServer(judge.url, token_env="JUDGE_TOKEN"))
 
 
-def test_a_token_that_the_server_repeats_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("JUDGE_TOKEN", "a-secret")
-    fault = says(401, {"error": "unknown token a-secret"})
-    with judging(faults=[fault]) as judge, pytest.raises(RemoteError, match=r"unknown token \(token\)"):
-        ask(judge, token_env="JUDGE_TOKEN")
+TOKEN = "ab/cd+eF9secret"
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (401, b'{"error": "unknown token ab\\/cd+eF9secret"}'),
+        (401, b'{"error": "unknown token \\u0061b/cd+eF9secret"}'),
+        (401, b'{"other": ["ab\\/cd+eF9secret"]}'),
+        (503, b"ab/cd+eF9secret"),
+        (200, b'{"scores": ["ab/cd+eF9secret"]}'),
+        (200, b'{"Bearer ab/cd+eF9secret": 1}'),
+        (200, json.dumps({"x" * 90 + TOKEN: 1}).encode()),
+        (200, json.dumps({"scores": [], "model": TOKEN}).encode()),
+    ],
+)
+def test_a_token_that_the_server_repeats_is_not_shown(
+    status: int, body: bytes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("JUDGE_TOKEN", TOKEN)
+    with judging(faults=[says(status, body)] * 9) as judge:
+        server = RemoteServer(judge.url, token_env="JUDGE_TOKEN", retry_s=0.1)
+        with pytest.raises(RemoteError) as raised:
+            RemoteImages(server, PlainJSON(), 1).begin(["a cat"], [Image.new("RGB", (8, 8))]).result()
+    told = f"{raised.value}{caplog.text}"
+    assert "ab/cd" not in told and "secret" not in told
 
 
 def test_proxies_of_the_environment_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:

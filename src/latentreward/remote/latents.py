@@ -14,7 +14,7 @@ from latentreward.errors import InputError
 from latentreward.remote.schemas import ServedLatents, listed, shown
 from latentreward.remote.scores import PendingScores, RemoteScores
 from latentreward.remote.served import describe
-from latentreward.remote.server import Connection, RemoteServer
+from latentreward.remote.server import Connection, RemoteServer, without_token
 from latentreward.storage.digests import digest
 
 HEADERS = {"content-type": "application/octet-stream", "x-drm-protocol-version": "1"}
@@ -110,9 +110,10 @@ def check_widths(server: RemoteServer, model: Mapping[str, Any], encoded: Condit
     theirs = model.get("prompt_embeds_width"), model.get("pooled_prompt_embeds_width")
     pools = theirs[1] is None or model.get("pools_tokens")
     if ours[0] != theirs[0] or not (pools or ours[1] == theirs[1]):
+        taken = without_token(shown(theirs), server.token)
         raise InputError(
-            f"reward server {server.url} takes prompts embedded in widths {shown(theirs)}, but the policy's text "
-            f"encoders give {ours}; take schema: ServedImages, for which the server encodes prompts"
+            f"reward server {server.url} takes prompts embedded in widths {taken}, but the policy's text encoders give "
+            f"{ours}; take schema: ServedImages, for which the server encodes prompts"
         )
 
 

@@ -8,7 +8,6 @@ from typing import Any, Generic, TypeVar
 
 from latentreward.errors import InputError
 from latentreward.interrupts import stop_asked
-from latentreward.remote.errors import RemoteError
 from latentreward.remote.schemas import shown
 from latentreward.remote.server import LOOK_S, Connection
 
@@ -154,6 +153,6 @@ class RemoteScores(Generic[Row]):
                 if not abs(score) <= LARGEST:  # NaN too
                     raise InputError(f"a score is {shown(score)}, not a finite float32; look at the server's model")
         except InputError as error:
-            raise RemoteError(f"reward server {self.connection.server.url}: {error}") from error
+            self.connection.refuse(str(error), error)
         self.model = model or self.model
         return [float(score) for score in scores]

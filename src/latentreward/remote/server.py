@@ -33,7 +33,7 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 The server's ``Retry-After`` is kept instead, if it is not shorter than the first pause.
 """
 LARGEST_REPLY = 16 * 2**20
-"""Greatest size of a reply, in bytes after decompression."""
+"""Greatest size of a reply, in bytes; compressed ones, which may be of any size once unpacked, are not taken."""
 SHOWN = 200
 """Number of characters of a server's own words that a message repeats."""
 LOOK_S = 0.2
@@ -182,24 +182,25 @@ class Connection:
             RemoteError: If not.
         """
         import httpcore
-        import httpx
 
         limit = self.server.timeout_s
         try:
             with self._clients().stream(method, url, content=content, headers=headers, timeout=limit) as reply:
                 body = bytearray()
-                for part in reply.iter_bytes():
+                for part in reply.iter_raw():
                     body += part
                     if len(body) > LARGEST_REPLY:
                         self.refuse(f"the answer is longer than {LARGEST_REPLY // 2**20} MiB; is this a reward server?")
         except httpcore.TimeoutException as error:
             raise Unavailable(f"no answer within timeout_s={limit:g} seconds") from error
-        except (httpcore.NetworkError, httpcore.ProtocolError, httpx.DecodingError) as error:
+        except (httpcore.NetworkError, httpcore.ProtocolError) as error:
             raise Unavailable(printable(first_line(error))[:SHOWN]) from error
         return self._content(reply, bytes(body))
 
     def _content(self, reply: httpx.Response, body: bytes) -> Any:
         """Return the JSON of a complete answer."""
+        packed = reply.headers.get("content-encoding", "identity") != "identity"
+        body = b"(compressed)" if packed else body
         status, words = reply.status_code, partial(words_of, body, self.server.token)
         if status in RETRIED:
             raise Unavailable(f"HTTP {status}: {words()}", seconds_of(reply.headers.get("retry-after")))
@@ -209,6 +210,8 @@ class Connection:
                 place = words_of(reply.headers.get("location", "").encode(), self.server.token)
                 remedy = f"; redirects are not followed: set server.url to the final address; it leads to {place}"
             self.refuse(f"HTTP {status}: {words()}{remedy}")
+        if packed:
+            self.refuse("the answer is compressed, which was not asked for; look at the proxy before the server")
         try:
             return json.loads(body)
         except (ValueError, RecursionError) as error:
@@ -223,14 +226,16 @@ class Connection:
         with self._lock:
             if self._client is None or self._owner != os.getpid():
                 token = self.server.token
-                headers = {} if token is None else {"authorization": f"Bearer {token}"}
+                headers = {"accept-encoding": "identity"}
+                headers |= {} if token is None else {"authorization": f"Bearer {token}"}
                 transport = TimedTransport(urlsplit(self.server.url).scheme == "https", self.server.parallel)
                 self._client = httpx.Client(headers=headers, transport=transport, trust_env=False)
                 self._owner = os.getpid()
             return self._client
 
     def refuse(self, problem: str, cause: BaseException | None = None) -> NoReturn:
-        """Raise RemoteError that names the server and the ``problem`` of its answer."""
+        """Raise RemoteError that names the server and the ``problem`` of its answer, without the token."""
+        problem = without_token(problem, self.server.token)
         raise RemoteError(f"reward server {self.server.url}: {problem}") from cause
 
     def _give_up(self, error: Unavailable, tries: int, seconds: float) -> NoReturn:
@@ -276,13 +281,22 @@ class Connection:
 def words_of(body: bytes, token: str | None = None) -> str:
     """Return the beginning of a server's error message in one printable line, without a ``token`` that it repeats."""
     text = body.decode("utf-8", "replace")
-    text = text.replace(token, "(token)") if token else text
     try:
         values = json.loads(text)
-        text = str(next((values[name] for name in ("error", "detail", "message") if name in values), text))
+        text = str(next((values[name] for name in ("error", "detail", "message") if name in values), values))
     except (ValueError, TypeError, RecursionError):
         pass
-    return printable(" ".join(text.split()))[:SHOWN] or "(no text)"
+    return printable(" ".join(without_token(text, token).split()))[:SHOWN] or "(no text)"
+
+
+def without_token(text: str, token: str | None) -> str:
+    """Return a text of a server with ``(token)`` for the token, also where it is quoted or cut off at its end."""
+    if token is None:
+        return text
+    text = text.replace(token, "(token)").replace(repr(token)[1:-1], "(token)")
+    for length in range(len(token) - 1, 3, -1):
+        text = text.replace(f"{token[:length]}…", "(token)…")
+    return text
 
 
 def seconds_of(header: str | None) -> float | None:
