@@ -168,6 +168,16 @@ def test_bad_bytes_have_a_reason(data: bytes | None, problem: str) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_a_jpeg_of_many_scans_is_refused_before_they_are_decoded() -> None:
+    data = encode(NOISE, "JPEG", progressive=True).data
+    assert decode_image(ImageRef("usual", data)).size == (40, 48)
+    last = data[data.rindex(b"\xff\xda") : -2]
+    with pytest.raises(
+        ImageError, match=r"image 'bomb': truncated or damaged image \(a JPEG of 2\d\d scans; at most 100"
+    ):
+        decode_image(ImageRef("bomb", data[:-2] + last * 200 + data[-2:]))
+
+
 def test_limit_on_pixels_is_inclusive_and_read_from_the_header() -> None:
     assert decode_image(encode(NOISE), max_pixels=48 * 40).size == (40, 48)
     with pytest.raises(ImageError, match="40×48 exceeds max_pixels=1919"):

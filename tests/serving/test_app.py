@@ -24,7 +24,7 @@ from latentreward.scoring import RewardModel
 from latentreward.scoring.calibration import Calibration
 from latentreward.scoring.images import pixel_batches
 from latentreward.scoring.scoring_noise import ScoringNoise
-from latentreward.serving import app, server
+from latentreward.serving import app, bodies, image_requests, server
 from latentreward.serving.protocol import Accepted, parse_request
 from latentreward.serving.served import ServedModel
 from tests.data.rotated import photograph, upright
@@ -275,6 +275,27 @@ def picture(color: str, size: tuple[int, int] = (20, 16), kind: str = "PNG") -> 
     file = io.BytesIO()
     Image.new("RGB", size, color).save(file, kind)
     return file.getvalue()
+
+
+def test_a_form_in_another_charset_is_refused(address: str) -> None:
+    body = b'--x\r\nContent-Disposition: form-data; name="prompt"\r\n\r\n' + b"a" * 200_000 + b"\r\n--x--\r\n"
+    for charset in ("punycode", "undefined"):
+        kind = {"content-type": f"multipart/form-data; boundary=x; charset={charset}"}
+        reply = httpx.post(f"{address}/v1/score_images", content=body, headers=kind, timeout=300)
+        assert (reply.status_code, reply.json()["error"]) == (415, f"the form's charset is '{charset}'; send utf-8")
+    kind = {"content-type": "multipart/form-data; boundary=x; charset=UTF-8"}
+    assert httpx.post(f"{address}/v1/score_images", content=body, headers=kind, timeout=300).status_code == 400
+
+
+@pytest.mark.parametrize("field", ["shape", "data_offsets", "dtype"])
+def test_half_a_character_is_shown_escaped(address: str, accepted: Accepted, field: str) -> None:
+    header = {
+        name: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} | ({field: "\ud800"} if name == "u" else {})
+        for name in tensors_of(accepted)
+    }
+    text = json.dumps({"u": header.pop("u")} | header).encode()
+    reply = ask(address, len(text).to_bytes(8, "little") + text)
+    assert reply.status_code == 400 and "\\ud800" in reply.json()["error"]
 
 
 def test_images_as_a_form(address: str) -> None:
@@ -582,6 +603,7 @@ def received(connection: socket.socket) -> bytes | None:
 @pytest.mark.parametrize("sent", [b"", b"GET /healthz HTTP/1.1\r\n", HEAD + b"content-length: 100\r\n\r\nabc"])
 def test_connections_that_idle_do_not_stop_healthz(monkeypatch: pytest.MonkeyPatch, sent: bytes) -> None:
     monkeypatch.setattr(app, "REQUESTS", 32)
+    monkeypatch.setattr(bodies, "SLOW_S", 60.0)
     with serving(tiny_reward(), timeout=5.0, queue=32) as (address, _):
         with connections(address, 100, sent) as opened:
             while sent.startswith(b"POST") and [*map(received, opened)].count(None) > 32:
@@ -593,6 +615,53 @@ def test_connections_that_idle_do_not_stop_healthz(monkeypatch: pytest.MonkeyPat
             assert sent.startswith(b"POST") or 36 < [*map(received, opened)].count(b"") < 50
         while httpx.get(f"{address}/v1/model").status_code == 503:
             time.sleep(0.02)
+
+
+@pytest.mark.parametrize(("length", "sent"), [(100, 3), (52_400, 52_000)], ids=["requests", "memory"])
+def test_bodies_that_do_not_come_make_room(monkeypatch: pytest.MonkeyPatch, length: int, sent: int) -> None:
+    monkeypatch.setattr(app, "REQUESTS", 16)
+    monkeypatch.setattr(bodies, "SLOW_S", 0.2)
+    with serving(tiny_reward(), timeout=60.0, queue=16, max_body_mb=0.05) as (address, service):
+        begun = HEAD + f"content-length: {length}\r\n\r\n".encode() + bytes(sent)
+        with connections(address, 16, begun) as opened:
+            while service.resources.memory.held < 16 * sent:
+                time.sleep(0.02)
+            time.sleep(0.2)
+            assert ask(address, save(tensors_of(service.accepted))).status_code == 200
+            given_up = [one for one in opened if received(one) is not None]
+            assert given_up and b"408" in given_up[0].recv(1000)
+
+
+def test_a_client_that_reads_no_answers_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "STALL_SECONDS", 0.3)
+    with serving(tiny_reward()) as (address, _):
+        host, port = address.removeprefix("http://").split(":")
+        with socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+            connection.connect((host, int(port)))
+            connection.settimeout(60)
+            with pytest.raises(OSError):
+                while True:
+                    connection.sendall(b"GET /openapi.json HTTP/1.1\r\nhost: localhost\r\n\r\n")
+        assert httpx.get(f"{address}/v1/model").status_code == 200
+
+
+def test_decoding_ends_at_the_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(tiny_reward(), timeout=1.0) as (address, service):
+        decode, decoded = image_requests.decode_image, []
+
+        def decode_slowly(*given: Any) -> Image.Image:
+            decoded.append(given)
+            time.sleep(0.4)
+            return decode(*given)
+
+        monkeypatch.setattr(image_requests, "decode_image", decode_slowly)
+        files = [("image", (str(number), picture("red"))) for number in range(8)]
+        reply = httpx.post(f"{address}/v1/score_images", data={"prompt": "a"}, files=files, timeout=300)
+        assert reply.status_code == 504 and "decoded within 1 seconds" in reply.json()["error"]
+        monkeypatch.undo()
+        reply = httpx.post(f"{address}/v1/score_images", data={"prompt": "a"}, files=files[:1], timeout=300)
+        assert reply.status_code == 200 and len(decoded) < 8 and service.resources.memory.held == 0
 
 
 def test_long_headers_are_refused(address: str) -> None:

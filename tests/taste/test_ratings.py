@@ -109,6 +109,14 @@ def test_an_answer_that_another_program_wrote_is_not_taken_back(tmp_path: Path) 
     assert not ratings.undo() and (tmp_path / RATINGS).read_bytes() == before
 
 
+def test_an_answer_is_not_joined_to_an_unended_line_of_another_program(tmp_path: Path) -> None:
+    ratings = Ratings(unsorted_folder(tmp_path, 3))
+    with (tmp_path / RATINGS).open("a") as stream:
+        stream.write('{"image_a": "x.png", "image_b": "y.png", "label": "a"}')
+    ratings.rate(ratings.next.names, "a")
+    assert Ratings(tmp_path).done == 1 and len((tmp_path / RATINGS).read_text().splitlines()) == 2
+
+
 def test_a_name_that_the_file_cannot_hold_is_left_out(tmp_path: Path) -> None:
     """Its answers would name another picture."""
     unsorted_folder(tmp_path, 3)

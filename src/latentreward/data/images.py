@@ -36,6 +36,10 @@ TRANSPOSITIONS = {
 ORIENTATION_TAGS = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
 """Keys of ``Image.info`` in which Pillow looks for an orientation."""
 MAX_PIXELS = 64 * 1024 * 1024
+MAX_SCANS = 100
+"""Greatest number of scans of a JPEG; cameras and programs write up to some 20, and each one costs a pass over it."""
+SCAN = b"\xff\xda"
+"""Marker of a scan; compressed data hold no such bytes."""
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 EIGHT_BITS = tuple((level + 128) // 257 for level in range(65536))
 """Table of 8-bit levels, indexed by 16-bit level."""
@@ -135,10 +139,11 @@ def decode_image(image: ImageRef, max_pixels: int = MAX_PIXELS, exif: ExifOrient
 
     Raises:
         ImageError: If there are no bytes, the file does not exist or lies outside its root, the image has too many
-            pixels, or the bytes are not a whole image in one of ``FORMATS``.
+            pixels or scans, or the bytes are not a whole image in one of ``FORMATS``.
         InputError: If ``image`` refers to latents.
     """
     with _opened(image, max_pixels) as opened:
+        _check_scans(image, opened)
         return _to_rgb(opened, exif)
 
 
@@ -263,6 +268,19 @@ def _check_pixels(image: ImageRef, opened: Image.Image, max_pixels: int) -> None
     width, height = opened.size
     if width * height > max_pixels:
         raise image_error(image, TOO_LARGE, f"{width}×{height} exceeds max_pixels={max_pixels}")
+
+
+def _check_scans(image: ImageRef, opened: Image.Image) -> None:
+    """Refuse a JPEG of a few kilobytes that would take minutes to decode."""
+    if opened.format not in ("JPEG", "MPO"):
+        return
+    file = opened.fp
+    place = file.tell()
+    file.seek(0)
+    scans = file.read().count(SCAN)
+    file.seek(place)
+    if scans > MAX_SCANS:
+        raise image_error(image, DAMAGED, f"a JPEG of {scans} scans; at most {MAX_SCANS} are decoded")
 
 
 def resolve_inside(root: Path, path: Path) -> Path | None:

@@ -137,9 +137,9 @@ class Endpoints:
 class AuthMiddleware:
     """ASGI middleware that refuses bad or excess requests before their bodies are read, and counts all requests.
 
-    Refused are: requests with both Transfer-Encoding and Content-Length (400), with too long headers (431), beyond the
-    number of requests in progress (503), without the token (401), and, on a server without one, from a page elsewhere
-    that a browser of this machine shows (403).
+    Refused are: requests with both Transfer-Encoding and Content-Length (400), with too long headers (431), without the
+    token (401), on a server without one from a page elsewhere that a browser of this machine shows (403), and beyond
+    the number of requests in progress (503) if no body arrives slowly.
 
     Args:
         app: Application behind the middleware.
@@ -162,12 +162,12 @@ class AuthMiddleware:
             status = message.get("status", status)
             await send(message)
 
-        answer = self._refusal(scope) or self.app
-        self._under_way += 1
+        refusal = self._refusal(scope)
+        self._under_way += refusal is None
         try:
-            await answer(scope, receive, send_counted)
+            await (refusal or self.app)(scope, receive, send_counted)
         finally:
-            self._under_way -= 1
+            self._under_way -= refusal is None
             path = OF_REWARD.sub("", scope["path"])
             path = path if path in self.paths else "other"
             self.service.resources.metrics.count_request(path, status, time.monotonic() - start)
@@ -180,9 +180,6 @@ class AuthMiddleware:
             return JSONResponse({"error": error}, 400, {"Connection": "close"})
         if sum(len(name) + len(value) for name, value in headers) > HEADER_BYTES:
             return JSONResponse({"error": f"the headers are longer than {HEADER_BYTES} bytes"}, 431)
-        if self._under_way >= self._max_requests and not is_health:
-            error = f"{self._max_requests} requests are under way; try later"
-            return JSONResponse({"error": error}, 503, {"Retry-After": "1"})
         token, given = self.service.settings.token, dict(headers).get(b"authorization", b"")
         if token is None and not is_open and (foreign := _foreign(scope)):
             error = (
@@ -190,10 +187,15 @@ class AuthMiddleware:
                 "own name: set token_file or LATENTREWARD_TOKEN, or let a proxy send Host: localhost and no Origin"
             )
             return JSONResponse({"error": error}, 403)
-        if is_open or token is None or hmac.compare_digest(_token_of(given), token.encode()):
-            return None
-        error = "give this server's token in the header Authorization: Bearer TOKEN, or as password in the URL"
-        return JSONResponse({"error": error}, 401, {"WWW-Authenticate": 'Bearer, Basic realm="latentreward"'})
+        if not (is_open or token is None or hmac.compare_digest(_token_of(given), token.encode())):
+            error = "give this server's token in the header Authorization: Bearer TOKEN, or as password in the URL"
+            return JSONResponse({"error": error}, 401, {"WWW-Authenticate": 'Bearer, Basic realm="latentreward"'})
+        # Last: a request that is refused for another reason takes nobody's place.
+        full = self._under_way >= self._max_requests and not is_health
+        if full and not self.service.resources.bodies.make_room():
+            error = f"{self._max_requests} requests are under way; try later"
+            return JSONResponse({"error": error}, 503, {"Retry-After": "1"})
+        return None
 
 
 def requests_at_once(service: ScoringService) -> int:

@@ -9,6 +9,11 @@ from starlette.requests import ClientDisconnect
 
 from latentreward.serving.errors import RequestError
 
+SLOW_S = 2.0
+"""Seconds after which a body may have to make room for others."""
+YIELD_S = 0.05
+"""Seconds in which a request that was given up frees its memory."""
+
 
 class MemoryBudget:
     """A budget of memory for all requests together.
@@ -50,6 +55,9 @@ class MemoryBudget:
 class BodyReader:
     """Reads bodies of requests into memory.
 
+    Where requests or memory are used up, the body that arrives most slowly makes room: a client that sends headers and
+    no bodies should not keep others out.
+
     Args:
         max_bytes: Greatest length of a body, in bytes.
         timeout: Seconds that a body may take to arrive.
@@ -58,6 +66,26 @@ class BodyReader:
 
     def __init__(self, max_bytes: int, timeout: float, memory: MemoryBudget) -> None:
         self.max_bytes, self.timeout, self.memory = max_bytes, timeout, memory
+        self._arriving: dict[asyncio.Timeout, tuple[float, bytearray]] = {}
+
+    def make_room(self, besides: asyncio.Timeout | None = None) -> bool:
+        """Give up the body that arrives most slowly, if it has had :data:`SLOW_S`; return whether there is one.
+
+        Args:
+            besides: Limit of the body that needs the room.
+        """
+        now = asyncio.get_running_loop().time()
+        rates = {
+            limit: len(body) / (now - began)
+            for limit, (began, body) in self._arriving.items()
+            if now - began >= SLOW_S and limit is not besides
+        }
+        if not rates:
+            return False
+        slowest = min(rates, key=lambda limit: rates[limit])
+        del self._arriving[slowest]
+        slowest.reschedule(now)
+        return True
 
     @asynccontextmanager
     async def read(self, request: Request) -> AsyncIterator[bytearray]:
@@ -77,17 +105,34 @@ class BodyReader:
     async def _collect(self, request: Request, body: bytearray) -> None:
         if int(request.headers.get("content-length", "0")) > self.max_bytes:
             raise self._too_long()
+        loop = asyncio.get_running_loop()
+        began, limit = loop.time(), asyncio.timeout(self.timeout)
         try:
-            async with asyncio.timeout(self.timeout):
+            async with limit:
+                self._arriving[limit] = began, body
                 async for chunk in request.stream():
                     if len(body) + len(chunk) > self.max_bytes:
                         raise self._too_long()
-                    self.memory.take(len(chunk))
+                    await self._take(len(chunk), limit)
                     body += chunk
         except TimeoutError as error:
+            if loop.time() < began + self.timeout:
+                raise RequestError("the body arrived too slowly while others had no room", 408, 1) from error
             raise RequestError(f"the body took more than {self.timeout:g} seconds to arrive", 408) from error
         except ClientDisconnect as error:
             raise RequestError("the connection ended before the body did") from error
+        finally:
+            self._arriving.pop(limit, None)
+
+    async def _take(self, size: int, limit: asyncio.Timeout) -> None:
+        """Take memory for a part of a body, after that of a slower one if there is no other."""
+        try:
+            self.memory.take(size)
+        except RequestError:
+            if not self.make_room(besides=limit):
+                raise
+            await asyncio.sleep(YIELD_S)
+            self.memory.take(size)
 
     def _too_long(self) -> RequestError:
         limit = f"this server's limit of {self.max_bytes} bytes"

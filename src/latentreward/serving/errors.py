@@ -1,6 +1,6 @@
 """Errors that a server answers with an HTTP status and a message."""
 
-from latentreward.errors import InputError
+from latentreward.errors import InputError, printable
 
 
 class RequestError(InputError):
@@ -13,7 +13,7 @@ class RequestError(InputError):
     """
 
     def __init__(self, message: str, status: int = 400, retry_after: int | None = None) -> None:
-        super().__init__(message)
+        super().__init__(printable(message))  # it may repeat half a character of the request, which is no UTF-8
         self.status, self.retry_after = status, retry_after
 
 

@@ -1,10 +1,12 @@
 """Parsing of requests with images and prompts, as JSON or as a form."""
 
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from fastapi import Request
 from pydantic import BaseModel
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.types import Message
@@ -62,20 +64,26 @@ class EncodedImages:
             raise RequestError(str(error), 422) from error
         return sum(map(len, self.images)) + sum(decoded) + max(extra)
 
-    def decode(self, exif: ExifOrientation) -> list[ImageRow]:
+    def decode(self, exif: ExifOrientation, until: float) -> list[ImageRow]:
         """Decode the images into rows to score.
 
         Args:
             exif: ``apply`` turns images upright by their EXIF orientation; ``ignore`` takes the pixels as stored.
+            until: Time of the monotonic clock after which no further image is decoded.
 
         Raises:
             RequestError: If an image is damaged.
+            TimeoutError: If there is no time left.
         """
-        try:
-            decoded = [decode_image(ref, MAX_PIXELS, exif) for ref in self._refs()]
-        except ImageError as error:
-            raise RequestError(str(error), 422) from error
-        return [ImageRow(prompt, image) for prompt, image in zip(self.prompts, decoded, strict=True)]
+        rows = []
+        for prompt, ref in zip(self.prompts, self._refs(), strict=True):
+            if time.monotonic() > until:
+                raise TimeoutError
+            try:
+                rows.append(ImageRow(prompt, decode_image(ref, MAX_PIXELS, exif)))
+            except ImageError as error:
+                raise RequestError(str(error), 422) from error
+        return rows
 
     def _refs(self) -> list[ImageRef]:
         return [ImageRef(str(number), data=data) for number, data in enumerate(self.images)]
@@ -125,9 +133,14 @@ async def images_of_form(request: Request, body: bytearray, max_images: int) -> 
         max_images: Greatest number of images.
 
     Raises:
-        RequestError: If the form has other fields, or the numbers of prompts and images do not fit together.
+        RequestError: If the form has other fields, or the numbers of prompts and images do not fit together; with
+            status 415 if its texts are not in UTF-8, since Python's other codecs may take minutes.
         starlette.exceptions.HTTPException: With status 400 if the form cannot be parsed.
     """
+    _, options = parse_options_header(request.headers.get("content-type", ""))
+    charset = options.get(b"charset", b"utf-8").decode("latin-1")
+    if charset.lower() not in ("utf-8", "utf8"):
+        raise RequestError(f"the form's charset is {charset[:40]!r}; send utf-8", 415)
     try:
         form = await _replay(request, body).form(max_files=max_images, max_fields=max_images)
     except HTTPException as error:

@@ -1,13 +1,16 @@
 """Scoring of encoded images, and the route ``POST /v1/score_images``; image_requests.py parses its bodies."""
 
 import asyncio
+import time
 from typing import Any
 
 import torch
 from fastapi import Request
 from fastapi.responses import JSONResponse
 
-from latentreward.serving.batch_scorer import standing
+from latentreward.data.images import ExifOrientation
+from latentreward.serving.batch_scorer import ImageRow, standing
+from latentreward.serving.errors import RequestError
 from latentreward.serving.image_requests import EncodedImages, images_of_form, images_of_json, parsing_bytes
 from latentreward.serving.resources import Resources
 from latentreward.serving.routes import BINARY, FORM, JSON, NUMBERS, TEXT, Route, check_type, fields, listed
@@ -27,6 +30,7 @@ class ImageScorer:
 
     def __init__(self, resources: Resources) -> None:
         self._memory, self._decoders = resources.memory, asyncio.Semaphore(DECODERS)
+        self._timeout = resources.settings.timeout
 
     async def score(self, request: Request, model: ServedModel, images: EncodedImages, beside: int) -> list[Scores]:
         """Score images with a reward.
@@ -38,12 +42,28 @@ class ImageScorer:
             beside: Bytes of memory that the request has already.
 
         Raises:
-            RequestError: If an image is damaged or too large, or as :meth:`ServedModel.score`.
+            RequestError: If an image is damaged or too large, with status 504 if decoding is not done after the
+                timeout, or as :meth:`ServedModel.score`.
         """
         with self._memory.hold(await asyncio.to_thread(images.memory_bytes), beside):
-            async with self._decoders:
-                rows = await asyncio.to_thread(images.decode, model.reward.exif)
+            try:
+                async with asyncio.timeout(self._timeout):
+                    rows = await self._decoded(images, model.reward.exif)
+            except TimeoutError as error:
+                raise RequestError(f"no image decoded within {self._timeout:g} seconds; send fewer", 504) from error
             return await model.score(request, rows)
+
+    async def _decoded(self, images: EncodedImages, exif: ExifOrientation) -> list[ImageRow]:
+        """Decode the images of a request in its turn, which ends when the thread does, also after the timeout."""
+        await self._decoders.acquire()
+        until = time.monotonic() + self._timeout
+        decoding = asyncio.ensure_future(asyncio.to_thread(images.decode, exif, until))
+        decoding.add_done_callback(self._end_turn)
+        return await asyncio.shield(decoding)
+
+    def _end_turn(self, decoding: asyncio.Future[list[ImageRow]]) -> None:
+        self._decoders.release()
+        decoding.cancelled() or decoding.exception()  # else asyncio complains of an error that nobody waited for
 
 
 class ImageRoutes:

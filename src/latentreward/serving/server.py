@@ -17,6 +17,8 @@ from latentreward.serving.service import ScoringService
 
 HEADER_SECONDS = 10.0
 """Seconds that a client may take to send the headers of a request, or leave a connection idle."""
+STALL_SECONDS = 5.0
+"""Seconds that a client may take to read what uvicorn keeps at most of answers for it, 64 KiB."""
 CONNECTIONS_PER_REQUEST = 2
 """Limit on open connections, as a multiple of the limit on requests in progress."""
 
@@ -24,14 +26,15 @@ CONNECTIONS_PER_REQUEST = 2
 class IdleTimeoutProtocol(H11Protocol):
     """HTTP protocol of uvicorn that closes idle connections after a timeout, or when too many are open.
 
-    Uvicorn itself waits for the headers of a request without a limit. Its ``limit_concurrency`` would not help: it
-    counts idle connections too and, once reached, refuses all requests, those to /healthz included. Here a new
-    connection beyond the limit closes the connection that has been idle longest.
+    Uvicorn itself waits without a limit for the headers of a request, and for a client that does not read its answers.
+    Its ``limit_concurrency`` would not help: it counts idle connections too and, once reached, refuses all requests,
+    those to /healthz included. Here a new connection beyond the limit closes the connection that has been idle longest.
     """
 
     max_connections: int
     """Greatest number of open connections."""
     _deadline: asyncio.TimerHandle | None = None
+    _stalled: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         """Start the idle timeout; if too many connections are open, close the longest idle one, or else this one."""
@@ -40,7 +43,18 @@ class IdleTimeoutProtocol(H11Protocol):
         still_open = [connection for connection in self.connections if not connection.transport.is_closing()]
         if len(still_open) > self.max_connections:
             idle = [connection for connection in still_open if connection.idle and connection is not self]
-            min(idle, key=lambda connection: connection._deadline.when(), default=self).transport.close()
+            min(idle, key=lambda connection: connection._deadline.when(), default=self)._close()
+
+    def pause_writing(self) -> None:
+        """Give the client a limited time to read its answers."""
+        super().pause_writing()
+        self._stalled = self.loop.call_later(STALL_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """End that time."""
+        super().resume_writing()
+        if self._stalled is not None:
+            self._stalled.cancel()
 
     @property
     def idle(self) -> bool:
@@ -59,7 +73,12 @@ class IdleTimeoutProtocol(H11Protocol):
 
     def _close_if_idle(self) -> None:
         if self.idle:
-            self.transport.close()
+            self._close()
+
+    def _close(self) -> None:
+        """Close the connection, in limited time: asyncio would wait for the client to read the rest of its answers."""
+        self.transport.close()
+        self.loop.call_later(STALL_SECONDS, self.transport.abort)
 
 
 def configuration(service: ScoringService) -> uvicorn.Config:

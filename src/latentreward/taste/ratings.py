@@ -151,8 +151,10 @@ class Ratings:
 
     def _append(self, text: bytes) -> None:
         """Append a line, or leave the file as it was: the next line must not be joined to a part of this one."""
-        with self.file.open("ab", buffering=0) as stream:
-            before = stream.tell()
+        with self.file.open("a+b", buffering=0) as stream:
+            before = stream.seek(0, os.SEEK_END)
+            if before and (stream.seek(-1, os.SEEK_END), stream.read(1))[1] != b"\n":  # another program's last line
+                text = b"\n" + text
             try:
                 if stream.write(text) < len(text):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
