@@ -65,13 +65,14 @@ class RewardClient:
 
         Args:
             prompts: N prompts, or one for all.
-            images: PIL images, uint8 arrays ``(N, H, W, 3)``, or a tensor ``(N, 3, H, W)`` of floats in [0, 1].
+            images: PIL images, uint8 arrays ``(N, H, W, 3)``, or a tensor ``(N, 3, H, W)`` of floats in [0, 1]; or a
+                single one without N.
 
         Returns:
             Scores ``(N,)``, float32 on the CPU.
 
         Raises:
-            ValueError: If a tensor has values outside [0, 1], or arrays are not uint8.
+            ValueError: If a tensor has values outside [0, 1], arrays are not uint8, or a shape is another.
         """
         encoded = [base64.b64encode(_png(image)).decode() for image in _pictures(images)]
         texts, scores = _each(prompts, len(encoded)), []
@@ -154,9 +155,13 @@ def _each(prompts: Prompts, count: int) -> list[str]:
 
 
 def _pictures(images: Any) -> list[Image.Image]:
+    if isinstance(images, Image.Image) or getattr(images, "ndim", None) == 3:  # a single one
+        images = [images] if isinstance(images, Image.Image) else images[None]
     if isinstance(images, Tensor):
         if not images.is_floating_point():
             raise ValueError(f"images are a tensor of {images.dtype}; give floats in [0, 1], or uint8 as an array")
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"images are a tensor of shape {(*images.shape,)}; give (N, 3, H, W)")
         values = images.detach().float()
         if not bool(((values > -ROUNDING) & (values < 1 + ROUNDING)).all()):  # NaN too
             raise ValueError(
@@ -168,8 +173,9 @@ def _pictures(images: Any) -> list[Image.Image]:
 
 
 def _picture(array: np.ndarray) -> Image.Image:
-    if array.dtype != np.uint8:
-        raise ValueError(f"an image is an array of {array.dtype}; give uint8 of shape (H, W, 3), or a tensor of all")
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
+        given = f"{array.dtype} of shape {array.shape}"
+        raise ValueError(f"an image is an array of {given}; give uint8 of shape (H, W, 3), or a tensor of all")
     return Image.fromarray(array)
 
 

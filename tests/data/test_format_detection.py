@@ -5,6 +5,7 @@ import json
 import tarfile
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -78,9 +79,18 @@ def test_what_is_not_known(tmp_path) -> None:
         recognise(str(tmp_path / "nowhere"))
     (tmp_path / "train-00000-of-00001.parquet").parent.mkdir(exist_ok=True)
     pq.write_table(pa.table({"x": np.arange(3)}), tmp_path / "train-00000-of-00001.parquet")
-    (tmp_path / "rows.json").write_text("[1, 2]")
-    with pytest.raises(InputError, match=r"is none of Pick-a-Pic .*--reader CLASS"):
+    told = (
+        r"is a table whose columns no reader knows: x; name those of a pair by --reader DatasetPairReader --reader.so"
+    )
+    with pytest.raises(InputError, match=told):
         recognise(str(tmp_path))
+    datasets.Dataset.from_dict({"caption": ["a"], "chosen": ["b"]}).save_to_disk(tmp_path / "saved")
+    with pytest.raises(InputError, match=r"is a table whose columns no reader knows: caption, chosen; name those"):
+        recognise(str(tmp_path / "saved"))
+    (tmp_path / "lines").mkdir()
+    (tmp_path / "lines" / "rows.json").write_text("[1, 2]")
+    with pytest.raises(InputError, match=r"is none of Pick-a-Pic .*--reader CLASS"):
+        recognise(str(tmp_path / "lines"))
     (tmp_path / "plan.json").write_text("{}")
     with pytest.raises(InputError, match=r"is a cache of latents; verify it with `latentreward cache .* --check`"):
         recognise(str(tmp_path))

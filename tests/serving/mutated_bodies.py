@@ -254,8 +254,12 @@ def fuzz_route(address: str, route: FuzzedRoute, count: int, rss: Callable[[], i
     async def ask(session: aiohttp.ClientSession, number: int) -> None:
         mutate = rng.choice(route.mutations)
         body, headers = mutate(rng, route.good), {"content-type": route.kind}
-        async with session.post(f"{address}{route.path}", data=body, headers=headers) as reply:
-            status, told = reply.status, await reply.json()
+        try:
+            async with session.post(f"{address}{route.path}", data=body, headers=headers) as reply:
+                status, told = reply.status, await reply.json()
+        except TimeoutError:
+            answers.unexpected.append(f"{number} {mutate.__name__}: no answer to {body[:2000]!r}")
+            return
         answers.statuses[status] += 1
         problem = told.get("error", "") if status != 200 else "answered"
         fine = (status == 200 and mutate not in route.refused) or 400 <= status < 500

@@ -61,6 +61,18 @@ def test_images_of_every_kind(client: Any, running: tuple[str, ServedModel]) -> 
         torch.testing.assert_close(client.score_images(PROMPTS, given), wanted, atol=2e-5, rtol=0)
 
 
+def test_a_single_image_is_one(client: Any) -> None:
+    (image,) = pictures(1)
+    array = np.asarray(image)
+    wanted = client.score_images("a cat", [image])
+    for given in (image, array, torch.from_numpy(array).permute(2, 0, 1) / 255):
+        torch.testing.assert_close(client.score_images("a cat", given), wanted, atol=2e-5, rtol=0)
+    with pytest.raises(ValueError, match=r"an array of uint8 of shape \(\d+, \d+\); give uint8 of shape \(H, W, 3\)"):
+        client.score_images("a cat", [array[..., 0]])
+    with pytest.raises(ValueError, match=r"a tensor of shape \(1, 1, \d+, \d+\); give \(N, 3, H, W\)"):
+        client.score_images("a cat", torch.zeros(1, 1, 8, 8))
+
+
 def test_latents_and_states(client: Any, running: tuple[str, ServedModel]) -> None:
     model = running[1]
     latents, states = latents_of(model.accepted, 3), latents_of(model.accepted, 3, 3)
@@ -93,7 +105,7 @@ def test_what_a_server_refuses_is_said(client: Any, load: Load, running: tuple[s
     ):
         with pytest.raises(ValueError, match=r"images are a tensor from .*; give finite values in \[0, 1\]"):
             client.score_images("a", values)
-    with pytest.raises(ValueError, match="an image is an array of float64; give uint8"):
+    with pytest.raises(ValueError, match="an image is an array of float64 of shape"):
         client.score_images("a", np.zeros((1, 8, 8, 3)))
     with pytest.raises(ValueError, match=r"url='127\.0\.0\.1:8123' is no address; give one such as http://"):
         kind("127.0.0.1:8123")

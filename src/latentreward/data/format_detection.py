@@ -28,6 +28,7 @@ PART = re.compile(r"(.+?)-\d{5}-of-\d{5}.*\.parquet")
 SAVED_FEATURES = "dataset_info.json"
 """File in which ``save_to_disk`` describes the columns of a data set."""
 HEAD = 1 << 16
+NAMED_COLUMNS = 12
 EXPECTED = (
     "Pick-a-Pic parquet or tars, HPDv2, HPDv3, ImageReward, ImageRewardDB, GenAI-Bench, a diffusion-rm cache, "
     "chosen/ and rejected/, JSON lines, img2dataset's folders, or a table with prompt and chosen, rejected or image_a, "
@@ -53,6 +54,12 @@ def recognise(data: str) -> Splits:
         raise InputError(
             f"data: {data} is a cache of latents; verify it with `latentreward cache {data} --check`, and inspect the "
             "data set it was written from"
+        )
+    if columns := _columns_of_tables(path):
+        named = ", ".join(sorted(columns)[:NAMED_COLUMNS])
+        raise InputError(
+            f"data: {data} is a table whose columns no reader knows: {named}; name those of a pair by --reader "
+            f"DatasetPairReader --reader.source {shlex.quote(data)} --reader.columns '{{prompt: COLUMN, ...}}'"
         )
     raise InputError(f"data: {data} is none of {EXPECTED}; check the folder, or name your class with --reader CLASS")
 
@@ -218,6 +225,17 @@ def _saved_columns(folder: Path) -> set[str]:
         return set(json.loads((folder / SAVED_FEATURES).read_bytes())["features"])
     except (OSError, ValueError, KeyError, TypeError):
         return set()
+
+
+def _columns_of_tables(path: Path) -> set[str]:
+    """Return the columns of a folder that ``save_to_disk`` wrote, or of parquet files; empty if ``path`` is neither."""
+    if (path / SAVED_SPLITS).is_file():
+        return set().union(*(_saved_columns(path / split) for split in saved_splits(path)))
+    if (path / SAVED).is_file():
+        return _saved_columns(path)
+    files = [path] if path.suffix == ".parquet" else []
+    files += [file for folder in PARQUET_FOLDERS for file in (path / folder).glob("*.parquet")]
+    return _columns(min(files)) if files else set()
 
 
 def _columns(file: Path) -> set[str]:

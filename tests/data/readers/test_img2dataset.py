@@ -103,7 +103,7 @@ def test_images_of_a_caption_are_compared(write, jpeg, kind) -> None:
     assert [pair.image_a.image_key for pair in pairs] == [cats[0], cats[0], cats[1], dogs[0]]
     assert [pair.image_b.image_key for pair in pairs] == [cats[1], cats[2], cats[2], dogs[1]]
     assert {pair.group_id for pair in pairs} == {"a cat", "a dog"}
-    assert reader.remarks["image without rating"] == 1
+    assert reader.remarks["image without score (the reader's setting rating names its column)"] == 1
     assert (reader.skipped["no caption"], reader.skipped["only image of its caption"]) == (1, 1)
     assert reader.skipped["not downloaded ('failed_to_download')"] == (kind == "parquet")
     for copy in (reader, pickle.loads(pickle.dumps(reader))):

@@ -268,7 +268,7 @@ class Img2DatasetReader(GroupReader):
                 self.refuse(member.name, f"{self._rating} is {member.unreadable}, not a number", "rating not readable")
                 return None
             if member.rating is None:
-                self.remarks["image without rating"] += 1
+                self.remarks[f"image without {self._rating} (the reader's setting rating names its column)"] += 1
         sign = -1 if self._best == "highest" else 1
         return [UNRANKED if member.rating is None else sign * member.rating for member in members]
 
