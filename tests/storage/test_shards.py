@@ -79,6 +79,37 @@ def test_what_a_killed_run_left_is_found(first: ShardFolder, tmp_path: Path) -> 
         left_over(tmp_path, "draw")
 
 
+@pytest.mark.parametrize("content", ["[1]", "1", "[" * 100_000, "{}", '{"task": "draw", "shards": 1}'])
+def test_a_foreign_plan_is_one_line(first: ShardFolder, tmp_path: Path, content: str) -> None:
+    first.plan("draw", ["x", "y"]).finish(1, 1)
+    (tmp_path / "run" / "0" / "0_notes.json").write_text("{}")  # no result
+    assert left_over(tmp_path, "draw") == [("y", 1)]
+    plan = tmp_path / "other" / "0" / PLAN
+    plan.parent.mkdir(parents=True)
+    plan.write_text(content)
+    with pytest.raises(
+        InputError, match=r"other/0/plan\.json.* damaged \(.*\); delete it, and its shard is done"
+    ) as error:
+        left_over(tmp_path, "draw")
+    assert "\n" not in str(error.value)
+    plan.unlink()
+    assert left_over(tmp_path, "draw") == [("y", 1)]
+
+
+@pytest.mark.parametrize("content", ["[1]", "[" * 100_000, "{}"])
+def test_a_foreign_note_of_an_error_is_one_line(first: ShardFolder, content: str) -> None:
+    (first.folder / ERROR).write_text(content)
+    with pytest.raises(InputError, match=r"error\.json.* damaged \(.*\); delete it"):
+        first.error()
+
+
+def test_a_result_that_is_nested_too_deeply_is_one_line(first: ShardFolder, tmp_path: Path) -> None:
+    first.plan("draw", ["x", "y"]).finish(1, 1)
+    (tmp_path / "run" / "0" / "000001.json").write_text("[" * 100_000)
+    with pytest.raises(InputError, match=r"000001\.json: damaged .*; delete it, and its shard is done again"):
+        left_over(tmp_path, "draw")
+
+
 def test_the_end_and_the_death_of_the_first_process_are_seen(first: ShardFolder) -> None:
     second = ShardFolder(first.folder, 1)
     assert not second.lacks_first()

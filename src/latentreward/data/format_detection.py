@@ -223,7 +223,7 @@ def _saved_columns(folder: Path) -> set[str]:
     """Return the columns of a folder that ``save_to_disk`` wrote; empty if its description cannot be read."""
     try:
         return set(json.loads((folder / SAVED_FEATURES).read_bytes())["features"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return set()
 
 

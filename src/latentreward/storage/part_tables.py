@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from latentreward.errors import InputError, first_line
 from latentreward.interrupts import interrupts_held
 from latentreward.storage.durable import replacing, write_file
+from latentreward.storage.json_files import read_config
 from latentreward.storage.locks import locked
 
 SPEC = "spec.json"
@@ -86,9 +87,21 @@ class PartFiles:
         return True
 
     def parts(self) -> dict[range, Path]:
-        """List the finished parts: range of rows → file, by ascending rows."""
+        """List the finished parts: range of rows → file, by ascending rows.
+
+        Raises:
+            InputError: If a part has rows that the table has not, or rows that another part has too.
+        """
         names = {path: re.fullmatch(r"rows_(\d+)_(\d+)\.parquet", path.name) for path in self.folder.glob("rows_*")}
-        return {range(int(match[1]), int(match[2])): path for path, match in sorted(names.items()) if match}
+        found = [(int(match[1]), int(match[2]), path) for path, match in names.items() if match]
+        end = 0
+        for start, stop, path in sorted(found):
+            if not start < stop <= self.rows:
+                raise InputError(f"{path}: the table has {self.rows} rows; delete {path.name}")
+            if start < end:
+                raise InputError(f"{path}: its first rows are in the part before it too; delete {path.name}")
+            end = stop
+        return {range(start, stop): path for start, stop, path in sorted(found)}
 
     def missing(self, length: int) -> list[range]:
         """List the ranges of rows that no part holds, each of at most ``length`` rows."""
@@ -109,13 +122,10 @@ class PartFiles:
         """Yield each part's range of rows and table, by ascending rows.
 
         Raises:
-            InputError: If a part is damaged, or two parts hold the same rows.
+            InputError: If a part is damaged, or parts have other rows or columns than they should.
         """
-        end = 0
+        first: tuple[Path, list[str]] | None = None
         for rows, path in self.parts().items():
-            if rows.start < end:
-                raise InputError(f"{path}: its first rows are in the part before it too; delete {path.name}")
-            end = rows.stop
             try:
                 table = pq.read_table(path)
             except (pa.ArrowException, OSError) as error:
@@ -124,6 +134,12 @@ class PartFiles:
                 ) from error
             if table.num_rows != len(rows):
                 raise InputError(f"{path}: {table.num_rows} rows; delete it, and its rows are made anew")
+            first = first or (path, table.column_names)
+            if table.column_names != first[1]:
+                raise InputError(
+                    f"{path}: columns {_short(table.column_names)}, but {first[0].name} has {_short(first[1])}; delete "
+                    "the one that is not of this table, and its rows are made anew"
+                )
             yield rows, table
 
     def finish(self) -> None:
@@ -142,10 +158,7 @@ class PartFiles:
         write_file(path, json.dumps(self.spec, indent=1), self._kept)
 
     def _compare(self, file: Path, remedy: str) -> None:
-        try:
-            found = json.loads(file.read_text())
-        except ValueError as error:
-            raise InputError(f"{file} is damaged ({first_line(error)}); {remedy}") from error
+        found = read_config(file, remedy=remedy)
         for key in self.spec:
             if found.get(key) != self.spec[key]:
                 raise InputError(

@@ -15,6 +15,7 @@ from typing import Any
 
 from latentreward.errors import InputError, first_line
 from latentreward.storage.durable import write_file
+from latentreward.storage.json_files import read_config
 from latentreward.storage.locks import claimed, has_locks, is_held
 
 PLAN, END, ERROR, SETTINGS = "plan.json", "end", "error.json", "settings.json"
@@ -22,6 +23,7 @@ POLL_S = 0.2
 """Seconds between two looks at the folder while a process waits for others."""
 LEAVE_S = 5.0
 """Most seconds that the first process waits until the others have left the folder."""
+AGAIN = "delete it, and its shard is done again"
 KEPT = "what is done is kept: free some space and run the same command again"
 
 
@@ -52,7 +54,7 @@ class ShardFolder:
 
     def other_settings(self, settings: Mapping[str, Any]) -> list[str]:
         """List the names of the settings that differ from those of the first process."""
-        own, first = json.loads(json.dumps(settings)), _read(self.folder / SETTINGS)
+        own, first = json.loads(json.dumps(settings)), _read_object(self.folder / SETTINGS)
         return [name for name in {**first, **own} if first.get(name) != own.get(name)]
 
     def plan(self, name: str, shards: Sequence[Any]) -> Stage:
@@ -117,7 +119,7 @@ class ShardFolder:
     def error(self) -> tuple[str, bool] | None:
         """Return the message of the noted error, and whether its process prints it; None without an error."""
         path = self.folder / ERROR
-        note = _read(path) if path.exists() else None
+        note = _read_object(path, message=str, told=bool) if path.exists() else None
         return None if note is None else (note["message"], note["told"])
 
     def _presence(self, rank: int) -> Path:
@@ -185,7 +187,7 @@ class Stage:
         return self.folder / f"{number:06d}.json"
 
     def _finished(self) -> list[tuple[int, Path]]:
-        return sorted((int(path.stem), path) for path in self.folder.glob("[0-9]*.json"))
+        return sorted((int(path.stem), path) for path in self.folder.glob("*.json") if path.stem.isdecimal())
 
 
 def read_stage(folder: Path) -> Stage:
@@ -194,7 +196,7 @@ def read_stage(folder: Path) -> Stage:
     Raises:
         InputError: If the plan is damaged.
     """
-    plan = _read(folder / PLAN)
+    plan = _read_object(folder / PLAN, task=str, shards=list)
     return Stage(folder, plan["task"], plan["shards"])
 
 
@@ -212,5 +214,13 @@ def left_over(folder: Path, task: str) -> list[tuple[Any, Any]]:
 def _read(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: damaged ({first_line(error)}); delete it, and its shard is done again") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: damaged ({first_line(error)}); {AGAIN}") from error
+
+
+def _read_object(path: Path, **fields: type) -> dict[str, Any]:
+    """Read a JSON object that has the given fields, each of its type."""
+    found = read_config(path, remedy=AGAIN)
+    if wrong := [name for name, kind in fields.items() if not isinstance(found.get(name), kind)]:
+        raise InputError(f"{path}: damaged (no {wrong[0]}); {AGAIN}")
+    return found

@@ -4,6 +4,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image as Pictures
 
 from latentreward.data import DatasetPairReader, PairDataset, PickAPicReader, PixelLoader
 from latentreward.data.format_detection import recognise
+from latentreward.data.images import ImageError
 from latentreward.errors import InputError
 
 disable_progress_bars()
@@ -177,7 +179,7 @@ def test_sources_that_have_no_such_rows(dataset, tmp_path) -> None:
         DatasetPairReader(str(tmp_path / "splits"), "test")
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "no json", "other json", "missing"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "no json", "other json", "deep json", "missing"])
 def test_damaged_folders_are_one_line(dataset, tmp_path, damage) -> None:
     dataset.save_to_disk(tmp_path / "saved")
     arrow, state = tmp_path / "saved" / "data-00000-of-00001.arrow", tmp_path / "saved" / "state.json"
@@ -186,10 +188,52 @@ def test_damaged_folders_are_one_line(dataset, tmp_path, damage) -> None:
     elif damage in ("cut", "empty"):
         arrow.write_bytes(arrow.read_bytes()[: 1500 if damage == "cut" else 0])
     else:
-        state.write_text("{" if damage == "no json" else "[]")
+        state.write_text({"no json": "{", "other json": "[]", "deep json": "[" * 100_000}[damage])
     with pytest.raises(InputError, match=r"saved.*damaged .*; write it again with save_to_disk") as error:
         DatasetPairReader(str(tmp_path / "saved"))
     assert "\n" not in str(error.value)
+
+
+def not_utf8(length: int) -> pa.Array:
+    """Texts whose first is not UTF-8, which pyarrow does not check when it writes parquet."""
+    offsets = np.arange(length + 1, dtype=np.int32)
+    return pa.StringArray.from_buffers(length, pa.py_buffer(offsets), pa.py_buffer(b"\xff" + b"a" * (length - 1)))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("twice", "several columns prompt; write the file again with one of them"),
+        ("text", r"column prompt is damaged \(.*UTF8.*\); write it again, texts in UTF-8"),
+        ("deep", r"field huggingface of the metadata is no JSON \(.*\); write the file again without it"),
+        ("no json", r"field huggingface of the metadata is no JSON \(.*\); write the file again without it"),
+    ],
+)
+def test_a_damaged_parquet_is_one_line(rows, tmp_path, damage, message) -> None:
+    table = pa.table(rows)
+    if damage == "twice":
+        table = table.append_column("prompt", table["prompt"])
+    elif damage == "text":
+        table = table.set_column(0, "prompt", not_utf8(5))
+    else:
+        table = table.replace_schema_metadata({"huggingface": "[" * 100_000 if damage == "deep" else "{"})
+    pq.write_table(table, tmp_path / "train.parquet")
+    with pytest.raises(InputError, match=rf"train\.parquet: {message}") as error:
+        DatasetPairReader(str(tmp_path))
+    assert "\n" not in str(error.value)
+    if damage != "text":
+        with pytest.raises(InputError, match=message):
+            recognise(str(tmp_path))
+
+
+@pytest.mark.parametrize("memory_map", [False, True])
+def test_the_text_beside_the_bytes_of_an_image_may_be_damaged(rows, tmp_path, memory_map) -> None:
+    chosen = pa.StructArray.from_arrays([pa.array(rows["chosen"]), not_utf8(5)], ["bytes", "path"])
+    pq.write_table(pa.table({**rows, "chosen": chosen}), tmp_path / "train.parquet")
+    reader = DatasetPairReader(str(tmp_path), memory_map=memory_map, randomise_sides=False)
+    with pytest.raises(ImageError, match=r"train\.parquet: not a whole parquet file \('utf-8' codec"):
+        reader[0]
+    assert reader[1].image_a.data == rows["chosen"][1]
 
 
 def test_a_folder_of_a_stranger_names_no_files_outside(dataset, tmp_path) -> None:

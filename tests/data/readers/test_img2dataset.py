@@ -170,6 +170,53 @@ def test_a_tar_that_ends_early_keeps_whole_samples(write) -> None:
     assert len(Img2DatasetReader(root, rating="score", on_error="skip")) == 1
 
 
+def header(size: int, kind: bytes = tarfile.REGTYPE, more: bool = False) -> bytes:
+    """Header of any size, in base 256 as GNU tar writes large ones; with ``more``, a sparse map is to follow."""
+    block = bytearray(tarfile.TarInfo("9.jpg").tobuf(tarfile.GNU_FORMAT))
+    block[124:136] = size.to_bytes(12, "big", signed=True) if size < 0 else b"\x80" + size.to_bytes(11, "big")
+    block[156:157], block[482] = kind, more
+    block[148:156] = b"%06o\0 " % tarfile.calc_chksums(bytes(block))[0]
+    return bytes(block)
+
+
+def pax(**fields: str) -> bytes:
+    """Pax header with fields, and the member that it describes."""
+    member = tarfile.TarInfo("9.jpg")
+    member.pax_headers = {name.replace("__", "."): value for name, value in fields.items()}
+    return member.tobuf(tarfile.PAX_FORMAT)
+
+
+HOSTILE = {
+    "member of negative size": header(-512),
+    "member of negative size beyond the start": header(-(2**40)),
+    "member of 2^70 bytes": header(2**70),
+    "name of 2^40 bytes": header(2**40, tarfile.GNUTYPE_LONGNAME),
+    "name of 2^70 bytes": header(2**70, tarfile.GNUTYPE_LONGNAME),
+    "name of negative size": header(-512, tarfile.GNUTYPE_LONGNAME),
+    "pax header of 2^62 bytes": header(2**62, tarfile.XHDTYPE),
+    "pax header of 2^70 bytes": header(2**70, tarfile.XGLTYPE),
+    "pax size that leads back to its header": pax(size="-1536"),
+    "pax size of 20 digits": pax(size="9" * 20),
+    "sparse map that is no map": pax(GNU__sparse__major="1", GNU__sparse__minor="0") + b"9" * 512,
+    "sparse member without its map": header(0, tarfile.GNUTYPE_SPARSE, more=True),
+    "names of a name without end": header(0, tarfile.GNUTYPE_LONGNAME) * 2000,
+}
+
+
+@pytest.mark.parametrize("damage", HOSTILE)
+def test_a_hostile_tar_is_one_line_and_keeps_its_whole_samples(write, damage) -> None:
+    root = write("webdataset", [{"caption": "a cat", "score": float(n)} for n in range(2)])
+    tar = root / "00000.tar"
+    with tarfile.open(tar) as archive:
+        archive.getmembers()
+        end = archive.offset
+    tar.write_bytes(tar.read_bytes()[:end] + HOSTILE[damage])
+    with pytest.raises(InputError, match=r"00000\.tar: the tar ends early \(.*\); download it again") as error:
+        Img2DatasetReader(str(root), rating="score")
+    assert "\n" not in str(error.value)
+    assert len(Img2DatasetReader(str(root), rating="score", on_error="skip")) == 1
+
+
 @pytest.mark.parametrize("kind", FORMATS)
 def test_a_damaged_picture_is_found_when_it_is_decoded(write, kind, jpeg) -> None:
     root = write(kind, [{"caption": "a cat", "score": float(n)} for n in range(2)])

@@ -1,6 +1,7 @@
 """Access to data sets stored as several parquet files, through ``datasets`` and ``pyarrow``."""
 
 import glob
+import json
 import os
 import re
 from collections import Counter, OrderedDict
@@ -101,9 +102,22 @@ def open_part(part: ParquetPart) -> pq.ParquetFile:
 
     Raises:
         ImageError: If the file is not a whole parquet file.
+        InputError: If two columns have one name, or the field ``huggingface``, which ``datasets`` writes, is no JSON.
     """
     with damage_named(part):
-        return pq.ParquetFile(part.path)
+        file = pq.ParquetFile(part.path)
+        schema = file.schema_arrow
+        names = Counter(schema.names)
+    if twice := [name for name, count in names.items() if count > 1]:
+        raise InputError(f"{part.path}: several columns {twice[0]}; write the file again with one of them")
+    try:
+        json.loads((schema.metadata or {}).get(b"huggingface", b"null"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"{part.path}: field huggingface of the metadata is no JSON ({first_line(error)}); write the file again "
+            "without it"
+        ) from error
+    return file
 
 
 def read_index(
@@ -148,10 +162,16 @@ def cast_columns(table: pa.Table, columns: dict[str, pa.DataType | None], place:
         hint: Remedy in the message.
 
     Raises:
-        InputError: If a column cannot be cast.
+        InputError: If a column cannot be cast, or holds text that is not UTF-8.
     """
     for number, (name, kind) in enumerate(columns.items()):
         found = table.column(name)
+        try:
+            found.validate(full=True)
+        except pa.ArrowException as error:
+            raise InputError(
+                f"{place}: column {name} is damaged ({first_line(error)}); write it again, texts in UTF-8"
+            ) from error
         try:
             table = table.set_column(number, name, found if kind is None else found.cast(kind))
         except pa.ArrowException as error:
@@ -163,7 +183,7 @@ def largest_row_group(parts: Sequence[ParquetPart], columns: Sequence[str]) -> i
     """Return the decompressed size in bytes of ``columns`` in the largest row group of all parts."""
     largest = 0
     for part in parts:
-        with open_part(part) as file:
+        with open_part(part) as file, damage_named(part):
             sizes = (row_group_bytes(file, number, columns) for number in range(file.num_row_groups))
             largest = max(largest, *sizes, 0)
     return largest
@@ -195,7 +215,7 @@ def damage_named(part: ParquetPart) -> Iterator[None]:
     """
     try:
         yield
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ImageError(f"{part.path}: not a whole parquet file ({first_line(error)}); download it again") from error
 
 
@@ -243,9 +263,10 @@ class RowGroupColumns:
             self._start()
         file, ends = self._open(part)
         number = int(np.searchsorted(ends, row, side="right"))
-        group = self._read_group(file, part, number)
         inner = row - (int(ends[number - 1]) if number else 0)
-        return tuple(group.column(name)[inner].as_py() for name in columns or self.columns)
+        with damage_named(self.parts[part]):
+            group = self._read_group(file, part, number)
+            return tuple(group.column(name)[inner].as_py() for name in columns or self.columns)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"parts": self.parts, "columns": self.columns}
@@ -276,8 +297,7 @@ class RowGroupColumns:
             # Frees the memory of old groups before the new one is decoded.
             while self._groups and size + sum(table.nbytes for table in self._groups.values()) > KEPT_BYTES:
                 self._groups.popitem(last=False)
-            with damage_named(self.parts[part]):
-                self._groups[place] = file.read_row_group(number, columns=self.columns, use_threads=False)
+            self._groups[place] = file.read_row_group(number, columns=self.columns, use_threads=False)
             self.row_groups_read += 1
         self._groups.move_to_end(place)
         return self._groups[place]
@@ -297,7 +317,7 @@ class ArrowColumns:
     def __init__(self, parts: Sequence[ParquetPart], columns: Sequence[str], starts: np.ndarray) -> None:
         from datasets import load_dataset  # slow to import
 
-        self.columns, self.starts = list(columns), starts
+        self.parts, self.columns, self.starts = list(parts), list(columns), starts
         files = [str(part.path) for part in parts]
         self._rows = load_dataset("parquet", data_files=files, split="train", columns=self.columns)
         self._rows = self._rows.with_format("arrow")
@@ -305,4 +325,5 @@ class ArrowColumns:
     def read(self, part: int, row: int, columns: Sequence[str] | None = None) -> tuple[Any, ...]:
         """Return the values of ``columns`` (all by default) in row ``row`` of part number ``part``."""
         table = self._rows[int(self.starts[part]) + row]
-        return tuple(table.column(name)[0].as_py() for name in columns or self.columns)
+        with damage_named(self.parts[part]):
+            return tuple(table.column(name)[0].as_py() for name in columns or self.columns)

@@ -41,7 +41,7 @@ SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"
 LARGE_ROW_GROUP = 64 * 2**20
 """Bytes of a row group above which reading rows in random order is slow."""
 SAVE_AGAIN = "write it again with save_to_disk"
-DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException)
+DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, pa.ArrowException)
 """Exceptions that ``datasets`` raises on a damaged folder."""
 
 

@@ -5,11 +5,25 @@ import tarfile
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Self
+
+from latentreward.errors import first_line
 
 ABSENT = (-1, 0)
 MAX_TEXT = 1 << 20
 """Bytes of the longest text that is read."""
+MAX_HEADER = 1 << 14
+"""Bytes of the longest name or pax header that is read; Linux allows paths of 4096 bytes."""
+READ_AT_ONCE = (
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+)
+"""Types of headers whose data tarfile reads into memory at once."""
+DAMAGE = (tarfile.TarError, ValueError, IndexError, RecursionError)
+"""Exceptions that tarfile raises on a damaged tar."""
 
 Extent = tuple[int, int]
 """Offset and length of a member in its tar, in bytes."""
@@ -66,18 +80,34 @@ def read_extent(file: BinaryIO, extent: Extent | list[int]) -> bytes | None:
     return None if offset < 0 else os.pread(file.fileno(), size, offset)
 
 
+class _Member(tarfile.TarInfo):
+    """Header of a member; tarfile itself allocates the memory that a header asks for."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        """Parse a header; a name or pax header of an impossible size is refused before it is read."""
+        member = super().frombuf(buf, encoding, errors)
+        if member.type in READ_AT_ONCE and not 0 <= member.size <= MAX_HEADER:
+            raise tarfile.ReadError(f"a header of {member.size} bytes")
+        return member
+
+
 def _scan(tar: Path) -> tuple[list[tuple[str, Extent]], str | None]:
     """List the whole members of a tar, as (name, extent), and describe the damage of the tar; None if it has none."""
     members, size = [], tar.stat().st_size
     try:
-        with tarfile.open(tar, "r:") as archive:
+        with tarfile.open(tar, "r:", tarinfo=_Member) as archive:
             for member in archive:
+                if member.size < 0 or archive.offset < member.offset_data:  # tarfile would go back and never end
+                    raise tarfile.ReadError(f"a member of {member.size} bytes")
                 if member.isreg() and member.offset_data + member.size <= size:
                     members.append((member.name, (member.offset_data, member.size)))
+                if archive.offset > size:  # tarfile would try to go there, which fails for offsets of 2^63 and more
+                    raise tarfile.ReadError("unexpected end of data")
             # tarfile stops without an error both at a damaged header and at the zeros that end a whole tar
             end = archive.offset
-    except tarfile.TarError as error:
-        return members, f"{'the tar ends early' if members else 'not an uncompressed tar'} ({error})"
+    except DAMAGE as error:
+        return members, f"{'the tar ends early' if members else 'not an uncompressed tar'} ({first_line(error)})"
     with tar.open("rb", buffering=0) as file:
         whole = read_extent(file, (end, tarfile.BLOCKSIZE)) == bytes(tarfile.BLOCKSIZE)
     return members, None if whole else f"the tar ends early (at byte {end} of {size})"
