@@ -274,7 +274,7 @@ def _check_scans(image: ImageRef, opened: Image.Image) -> None:
     """Refuse a JPEG of a few kilobytes that would take minutes to decode."""
     if opened.format not in ("JPEG", "MPO"):
         return
-    file = opened.fp
+    file = opened.fp  # type: ignore[attr-defined]
     place = file.tell()
     file.seek(0)
     scans = file.read().count(SCAN)

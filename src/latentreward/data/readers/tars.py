@@ -12,8 +12,8 @@ from latentreward.errors import first_line
 ABSENT = (-1, 0)
 MAX_TEXT = 1 << 20
 """Bytes of the longest text that is read."""
-MAX_HEADER = 1 << 14
-"""Bytes of the longest name or pax header that is read; Linux allows paths of 4096 bytes."""
+MAX_HEADER = 1 << 16
+"""Bytes of the longest name or pax header that is read; Linux allows paths of 4096 bytes and attributes of 64 KiB."""
 READ_AT_ONCE = (
     tarfile.GNUTYPE_LONGNAME,
     tarfile.GNUTYPE_LONGLINK,
