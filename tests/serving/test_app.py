@@ -629,7 +629,7 @@ def test_bodies_that_do_not_come_make_room(monkeypatch: pytest.MonkeyPatch, leng
             time.sleep(0.2)
             assert ask(address, save(tensors_of(service.accepted))).status_code == 200
             given_up = [one for one in opened if received(one) is not None]
-            assert given_up and b"408" in given_up[0].recv(1000)
+            assert given_up and b" 503 " in given_up[0].recv(1000)
 
 
 def test_a_client_that_reads_no_answers_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:

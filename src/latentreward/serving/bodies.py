@@ -93,7 +93,7 @@ class BodyReader:
 
         Raises:
             RequestError: With status 413 if the body is too long, 408 if it arrives too slowly, 400 if the connection
-                ends too early, 503 if the memory budget is used up.
+                ends too early, 503 if memory is used up, also by the faster bodies of others.
         """
         body = bytearray()
         try:
@@ -117,7 +117,7 @@ class BodyReader:
                     body += chunk
         except TimeoutError as error:
             if loop.time() < began + self.timeout:
-                raise RequestError("the body arrived too slowly while others had no room", 408, 1) from error
+                raise RequestError("the body arrived more slowly than others that need its room", 503, 1) from error
             raise RequestError(f"the body took more than {self.timeout:g} seconds to arrive", 408) from error
         except ClientDisconnect as error:
             raise RequestError("the connection ended before the body did") from error
