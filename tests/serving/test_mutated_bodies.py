@@ -24,7 +24,9 @@ def ask(address: str, route: FuzzedRoute) -> httpx.Response:
 
 
 @pytest.mark.parametrize("number", range(NUMBER))
-def test_no_body_brings_a_server_down(running: tuple[str, ServedModel], number: int) -> None:
+def test_no_body_brings_a_server_down(
+    running: tuple[str, ServedModel], number: int, caplog: pytest.LogCaptureFixture
+) -> None:
     address, model = running
     every = list(routes(model.accepted))
     assert len(every) == NUMBER
@@ -35,5 +37,6 @@ def test_no_body_brings_a_server_down(running: tuple[str, ServedModel], number: 
     assert not answers.unexpected, answers.unexpected[:5]
     assert answers.statuses[200] < 400 and set(answers.statuses) <= {200, 400, 413, 415, 422}
     assert model.resources.memory.held == 0
+    assert not [one for one in caplog.records if one.name.startswith("python_multipart")]
     after = ask(address, route)
     assert after.status_code == 200 and after.json().keys() == before.json().keys()

@@ -87,6 +87,7 @@ def configuration(service: ScoringService) -> uvicorn.Config:
     class LimitedProtocol(IdleTimeoutProtocol):
         max_connections = CONNECTIONS_PER_REQUEST * requests_at_once(service)
 
+    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # a line for each faulty form would fill the log
     return uvicorn.Config(
         create_app(service),
         http=LimitedProtocol,
