@@ -21,9 +21,9 @@ from pathlib import Path
 from latentreward.storage.locks import locked
 with locked(Path(sys.argv[1]), "output_dir"):
     if os.fork() == 0:  # as a loader's worker, which may outlive a killed process by seconds
+        print("held", flush=True)  # by now filelock has closed this process's copy of the lock
         time.sleep(60)
         os._exit(0)
-    print("held", flush=True)
     time.sleep(60)
 """
 
