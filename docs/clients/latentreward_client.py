@@ -155,8 +155,10 @@ def _each(prompts: Prompts, count: int) -> list[str]:
 
 
 def _pictures(images: Any) -> list[Image.Image]:
-    if isinstance(images, Image.Image) or getattr(images, "ndim", None) == 3:  # a single one
-        images = [images] if isinstance(images, Image.Image) else images[None]
+    if isinstance(images, Image.Image):
+        images = [images]
+    elif getattr(images, "ndim", None) == 3:  # a single one, as array or tensor
+        images = images[None]
     if isinstance(images, Tensor):
         if not images.is_floating_point():
             raise ValueError(f"images are a tensor of {images.dtype}; give floats in [0, 1], or uint8 as an array")

@@ -46,17 +46,17 @@ class ImageScorer:
                 timeout, or as :meth:`ServedModel.score`.
         """
         with self._memory.hold(await asyncio.to_thread(images.memory_bytes), beside):
+            until = time.monotonic() + self._timeout
             try:
                 async with asyncio.timeout(self._timeout):
-                    rows = await self._decoded(images, model.reward.exif)
+                    rows = await self._decoded(images, model.reward.exif, until)
             except TimeoutError as error:
-                raise RequestError(f"no image decoded within {self._timeout:g} seconds; send fewer", 504) from error
+                raise RequestError(f"images not decoded within {self._timeout:g} seconds; send fewer", 504) from error
             return await model.score(request, rows)
 
-    async def _decoded(self, images: EncodedImages, exif: ExifOrientation) -> list[ImageRow]:
+    async def _decoded(self, images: EncodedImages, exif: ExifOrientation, until: float) -> list[ImageRow]:
         """Decode the images of a request in its turn, which ends when the thread does, also after the timeout."""
         await self._decoders.acquire()
-        until = time.monotonic() + self._timeout
         decoding = asyncio.ensure_future(asyncio.to_thread(images.decode, exif, until))
         decoding.add_done_callback(self._end_turn)
         return await asyncio.shield(decoding)

@@ -152,8 +152,8 @@ class Ratings:
     def _append(self, text: bytes) -> None:
         """Append a line, or leave the file as it was: the next line must not be joined to a part of this one."""
         with self.file.open("a+b", buffering=0) as stream:
-            before = stream.seek(0, os.SEEK_END)
-            if before and (stream.seek(-1, os.SEEK_END), stream.read(1))[1] != b"\n":  # another program's last line
+            before = stream.tell()
+            if before and os.pread(stream.fileno(), 1, before - 1) != b"\n":  # another program's last line
                 text = b"\n" + text
             try:
                 if stream.write(text) < len(text):
