@@ -2,6 +2,7 @@
 
 import math
 import re
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -284,6 +285,7 @@ def test_points_after_the_checkpoint_of_a_resumed_run_are_in_the_log_once(tmp_pa
 
     whole = points()
     assert whole[-1][0] > 5
+    time.sleep(1)  # TensorBoard reads files by name: the second, then a process-wide counter as text (10 before 9)
     assert points(tmp_path / "saved" / "step=4.ckpt") == whole
 
 
