@@ -30,7 +30,7 @@ def _paths(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("name", slow_after(2, FILES))
+@pytest.mark.parametrize("name", slow_after(2, FILES, release=5))
 def test_parses(name: str) -> None:
     parse(f"configs/align/{name}")
 

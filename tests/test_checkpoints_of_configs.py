@@ -22,6 +22,11 @@ from tests.tiny_pipelines import PIXELS, pipeline_folder
 
 CONFIGS = ROOT / "configs"
 QUICK = ("lrm_tiny", "diffusion_dpo_tiny")
+IN_CI = [
+    *["awm_tiny", "dina_lrm_sd35", "diffusion_dpo_sd15", "grpo_stepwise_tiny", "grpo_trajectory_tiny", "lpo_sd15"],
+    *["lpo_sd35_tiny", "lrm_hpdv2", "lrm_sdxl", "nft_tiny", "prfl_tiny", "refl_sd15"],
+]
+"""One of each module, and of each kind of network and of data; the others are for a release."""
 BATCHES, STEPS = 2, 3
 """Batches of an epoch and steps of a run, whose end is neither that of an epoch nor due by any interval."""
 PIPELINES = {
@@ -225,12 +230,17 @@ def write_caches() -> None:
         main(["cache", f"cache/{split}", config, f"--reader.split={split}", *small])
 
 
+def _place(path: Path) -> tuple[bool, bool, Path]:
+    """Make the key that puts quick files first, then those of CI."""
+    return path.stem not in QUICK, path.stem not in IN_CI, path
+
+
 FILES = [*(CONFIGS / "model").glob("*.yaml"), *(CONFIGS / "align").glob("*.yaml"), *RECIPES]
 
 
 @pytest.mark.parametrize(
     "path",
-    slow_after(len(QUICK), sorted(FILES, key=lambda path: (path.stem not in QUICK, path))),
+    slow_after(len(QUICK), sorted(FILES, key=_place), release=sum(path.stem in {*QUICK, *IN_CI} for path in FILES)),
     ids=lambda path: f"{path.parent.name}-{path.stem}",
 )
 def test_last_ckpt_is_of_the_last_step_written_once_and_without_frozen_weights(path: Path) -> None:

@@ -50,7 +50,7 @@ def options(model: str, layout: str, pairs: dict[str, Path], folder: Path) -> li
 EACH = [(model, ("pickapic", "hpdv3")[place % 2]) for place, model in enumerate(TINY)]
 
 
-@pytest.mark.parametrize(("model", "layout"), slow_after(1, EACH))
+@pytest.mark.parametrize(("model", "layout"), slow_after(1, EACH, release=5))
 def test_fit_validate_test_and_predict(
     model: str, layout: str, pairs: dict[str, Path], tmp_path: Path, caplog: Any
 ) -> None:
@@ -84,7 +84,7 @@ def test_the_saved_config_trains_the_same_weights(pairs: dict[str, Path], tmp_pa
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("model", slow_after(1, FULL_SIZE))
+@pytest.mark.parametrize("model", slow_after(1, FULL_SIZE, release=4))
 def test_full_size_configs_parse(
     model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -45,7 +45,9 @@ def test_a_loss_is_given_after_a_model_and_its_data(name: str, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("name", slow_after(1, LOSSES))
-@pytest.mark.parametrize("model", slow_after(1, ["layer_mix_tiny", "dina_lrm_tiny", "pavrm_dit_tiny", "drm_tiny"]))
+@pytest.mark.parametrize(
+    "model", slow_after(1, ["layer_mix_tiny", "dina_lrm_tiny", "pavrm_dit_tiny", "drm_tiny"], release=2)
+)
 def test_a_tiny_reward_trains_with_every_loss(
     model: str, name: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -41,7 +41,7 @@ def parsed(name: str, *options: str) -> ParsedCLI:
     return parse(f"configs/align/{name}.yaml", options=options)
 
 
-@pytest.mark.parametrize("name", slow_after(2, FILES))
+@pytest.mark.parametrize("name", slow_after(2, FILES, release=5))
 def test_parses_and_keeps_its_runs_apart(name: str) -> None:
     settings = parsed(name).config["fit"]["trainer"]
     assert settings.default_root_dir == f"runs/{name}"

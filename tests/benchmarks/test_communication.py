@@ -82,7 +82,7 @@ def test_gathers_of_a_group(communication: ModuleType) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.bench
+@pytest.mark.release
 def test_two_processes_send_what_the_formula_says(communication: ModuleType, tmp_path: Path) -> None:
     wanted = {("LRM, all weights", "ddp"), ("LPO with rollouts", "ddp"), ("LPO with rollouts", "fsdp2")}
     for name, strategy, options in communication.cases(tmp_path):

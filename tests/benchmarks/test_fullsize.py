@@ -30,7 +30,7 @@ def run(folder: Path, *names: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.bench
+@pytest.mark.release
 @pytest.mark.timeout(1800)
 def test_jobs_run_once_and_leave_results_alone(tmp_path: Path) -> None:
     printed = run(tmp_path, *RUN)
@@ -42,7 +42,7 @@ def test_jobs_run_once_and_leave_results_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.bench
+@pytest.mark.release
 def test_a_group_replaces_a_half_written_result_and_leaves_no_pipeline_behind(tmp_path: Path) -> None:
     settings, result = tmp_path / "settings.json", tmp_path / "results" / "LRM_SDXL_forward__bf16.json"
     settings.write_text('{"tiny": true, "accelerator": "cpu", "rounds": 1}')

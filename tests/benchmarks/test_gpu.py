@@ -35,7 +35,7 @@ def cells(path: Path) -> tuple[dict[str, Any], list[list[Any]]]:
 
 @pytest.mark.parametrize(
     "name",
-    ["rewards", *(pytest.param(n, marks=[pytest.mark.slow, pytest.mark.bench]) for n in ROWS if n != "rewards")],
+    ["rewards", *(pytest.param(n, marks=[pytest.mark.slow, pytest.mark.release]) for n in ROWS if n != "rewards")],
 )
 def test_a_block_writes_its_rows(blocks: ModuleType, tmp_path: Path, name: str) -> None:
     blocks.measure(name, tmp_path / "block.json", "cpu", tiny=True)
@@ -154,7 +154,7 @@ def test_the_oldest_pytorch_is_that_of_the_package(load: Callable[[str], ModuleT
 
 
 @pytest.mark.slow
-@pytest.mark.bench
+@pytest.mark.release
 def test_it_runs_from_anywhere_and_with_wheels_beside_it(tmp_path: Path) -> None:
     (tmp_path / "wheels").mkdir()
     done = run(tmp_path, *TRIAL, "rewards", "--wheels=wheels")

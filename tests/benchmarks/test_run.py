@@ -100,7 +100,7 @@ def small_benchmarks() -> list[ParameterSet]:
         known = importlib.import_module("run").BENCHMARKS
     left_out = {"alignment", "start_up", "data"}
     names = [name for name, one in known.items() if one.quick != "--help" and not left_out & {one.script, name}]
-    return [pytest.param(name, marks=[pytest.mark.bench] * (name != "true_width")) for name in names]
+    return [pytest.param(name, marks=[pytest.mark.release] * (name != "true_width")) for name in names]
 
 
 @pytest.mark.slow

@@ -33,6 +33,7 @@ from latentreward.storage.shared_weights import own_folder, processes_here, rele
 from latentreward.storage.weight_files import StoredTensor, map_weights
 from latentreward.tinyworld.writers import write_pickapic
 from tests.distributed.ranks import on_ranks
+from tests.marks import release_after
 
 
 class MappedMemory(Callback):
@@ -80,7 +81,7 @@ def aligned_by_a_reward(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("run", ["aligned_policy", "aligned_by_a_reward"])
+@pytest.mark.parametrize("run", release_after(1, ["aligned_policy", "aligned_by_a_reward"]))
 def test_a_machine_holds_frozen_weights_once(run: str, tmp_path: Path) -> None:
     write_pickapic(tmp_path / "pairs", {"train": 16, "validation": 8})
     model = LRMModule(sd_tiny(), CLIPProjectionHead, LRMLoss(), seed=0).model

@@ -62,10 +62,11 @@ def pages(site: Path) -> list[str]:
     return [name for name in found if not name.startswith("api/")] + ["api/losses", "api/scoring", "api/callbacks"]
 
 
-def test_pages_fetch_nothing_and_fit_narrow_screens(browser_page, site: Path, address: str) -> None:
-    names = pages(site)
+@pytest.mark.parametrize("dark", [False, True])
+def test_pages_fetch_nothing_and_can_be_read_on_a_phone(browser_page, site: Path, address: str, dark: bool) -> None:
+    names, faults = pages(site), {}
     assert {".", "tutorial", "data", "alignment", "methods/lpo", "changelog", "contributing"} <= set(names)
-    page = browser_page(address, width=380)
+    page = browser_page(address, width=PHONE, dark=dark)
     for name in names:
         page.goto(f"{address}/{name}/")
         assert page.locator("h1").first.inner_text().strip(), name
@@ -73,17 +74,9 @@ def test_pages_fetch_nothing_and_fit_narrow_screens(browser_page, site: Path, ad
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), f"{name} is wider than the window"
         text = page.locator("main").inner_text()
         assert not re.search(r"\\\(|\$\$|:(class|func|math):`|^\s*\.\. [\w-]+::", text, re.MULTILINE), name
-
-
-@pytest.mark.parametrize("dark", [False, True])
-def test_texts_have_contrast_and_wide_parts_scroll(browser_page, site: Path, address: str, dark: bool) -> None:
-    page = browser_page(address, width=PHONE, dark=dark)
-    found = {}
-    for name in pages(site):
-        page.goto(f"{address}/{name}/")
         if told := contrast_faults(page) + width_faults(page):
-            found[name] = told
-    assert found == {}
+            faults[name] = told
+    assert faults == {}
 
 
 @pytest.mark.parametrize("width", [PHONE, 1300])

@@ -14,7 +14,7 @@ from latentreward.errors import InputError
 from latentreward.heads import CLIPProjectionHead, GatedQFormerHead, RewardHead
 from latentreward.scoring import RewardModel
 from tests.families.twins import PROMPTS, TWINS, Twin, every_network, every_twin, noise_for, one_per_family
-from tests.marks import slow_after
+from tests.marks import release_after
 
 every_head = pytest.mark.parametrize("kind", ["q_former", "projection"])
 
@@ -91,7 +91,7 @@ def early_taps(twin: Twin) -> list[dict[str, Any]]:
 
 
 @every_head  # but SD3's: T5 has no part in its pooled vector, which alone is read at tap 0
-@pytest.mark.parametrize("twin", slow_after(1, one_per_family(without="sd3")), ids=lambda twin: twin.family)
+@pytest.mark.parametrize("twin", release_after(1, one_per_family(without="sd3")), ids=lambda twin: twin.family)
 def test_all_that_trains_has_a_gradient_at_every_tap(twin: Twin, kind: str) -> None:
     latents, sigmas = inputs(twin)
     for taps in early_taps(twin):

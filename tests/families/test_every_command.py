@@ -14,6 +14,7 @@ from PIL import Image
 from latentreward.cli import main
 from latentreward.tinyworld.writers import write_hpdv3
 from tests.families.twins import Twin, one_per_family
+from tests.marks import release_after
 from tests.serving.processes import forked_server
 
 SIZE = 32
@@ -73,7 +74,7 @@ def align(twin: Twin) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("twin", one_per_family(), ids=lambda twin: twin.family)
+@pytest.mark.parametrize("twin", release_after(1, one_per_family()), ids=lambda twin: twin.family)
 def test_every_command(twin: Twin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_hpdv3(Path("pairs"), {"train": 8, "test": 4})

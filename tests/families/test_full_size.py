@@ -58,6 +58,7 @@ def on_the_meta_device() -> Iterator[None]:
         yield
 
 
+@pytest.mark.release
 @pytest.mark.parametrize("name", COMPUTED)
 def test_estimates_of_the_shipped_files(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -17,10 +17,11 @@ from latentreward.rollout import Branching, QuantileThreshold, sample_latents
 from tests.families.test_backbones import Scorer, inputs
 from tests.families.test_methods import DifferentiableChannel, rolled, sampling
 from tests.families.twins import PROMPTS, Twin, noise_for, one_per_family
+from tests.marks import release_after
 from tests.modules.lpo_runs import make_trainer
 
 pytestmark = pytest.mark.slow
-every_family = pytest.mark.parametrize("twin", one_per_family(), ids=lambda twin: twin.family)
+every_family = pytest.mark.parametrize("twin", release_after(1, one_per_family()), ids=lambda twin: twin.family)
 FIXED = PromptBatch((PROMPTS[0],) * 16, tuple(f"fixed/{number}" for number in range(16)))
 
 

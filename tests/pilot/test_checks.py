@@ -131,6 +131,7 @@ def test_it_is_refused_before_libraries_are_imported(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.slow
+@pytest.mark.release
 def test_a_check_names_all_that_is_missing_and_every_licence(
     pilot: Pilot, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -154,7 +155,8 @@ def test_a_failed_estimate_is_one_of_the_things_that_are_missing(
     monkeypatch.setenv("CLIP_L_PATH", str(tmp_path / "empty"))
     with pytest.raises(SystemExit):
         main(["pilot", "sd15", "--check", f"--work={tmp_path}/work"])
-    said = capsys.readouterr().err
+    shown, said = capsys.readouterr()
+    assert all(f"licence: {source.licence}" in shown for source in find_pilot("sd15").sources.values())
     assert "HPDV3_ROOT (HPDv3's test set)" in said
     assert "; estimate of train: " in said
     assert "no file named config.json" in said

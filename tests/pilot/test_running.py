@@ -18,6 +18,7 @@ from latentreward.pilot.results import collect, holds, read_result, read_results
 from latentreward.pilot.running import run_stages, starts, unfinished, workshop
 from latentreward.steps.tasks import Step, Task, resolve
 from latentreward.steps.workshop import INPUTS, LOG, RECORD
+from tests.marks import release_after
 from tests.processes import start
 from tests.steps.forked_steps import ForkedSteps
 
@@ -104,7 +105,9 @@ def test_outputs_of_earlier_versions_are_kept(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-@pytest.mark.parametrize("name", [pilot.name for pilot in all_pilots().values() if pilot.device == "cpu"])
+@pytest.mark.parametrize(
+    "name", release_after(1, [pilot.name for pilot in all_pilots().values() if pilot.device == "cpu"])
+)
 def test_the_whole_path_in_the_tiny_world(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command is stopped between stages; then the stages go on in forked processes, which import nothing anew."""
     monkeypatch.chdir(tmp_path)

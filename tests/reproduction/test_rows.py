@@ -83,7 +83,9 @@ def test_rows_have_the_rates_that_were_chosen(name: str) -> None:
         assert all(rates <= {chosen} for rates in set_there), (method, chosen)
 
 
-@pytest.mark.parametrize("name", slow_after(1, [name for name in ROWS if not name.startswith(("tiny", "tuning"))]))
+@pytest.mark.parametrize(
+    "name", slow_after(1, [name for name in ROWS if not name.startswith(("tiny", "tuning"))], release=3)
+)
 def test_commands_of_all_arms_parse(name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     fits = [task for task in tasks(ROWS[name]).values() if task.arguments[0] == "fit"]
     for task in fits:
@@ -94,6 +96,7 @@ def test_commands_of_all_arms_parse(name: str, capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.timeout(1800)
 def test_every_step_runs(tmp_path: Path) -> None:
     """Two training steps, a few pairs or pictures; of arms that share a step, the first."""

@@ -109,6 +109,7 @@ def test_standardising_keeps_reconstructions() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.release
 def test_pretraining_makes_pipelines(tmp_path: Path) -> None:
     main(["--output", str(tmp_path), "--scale", "0.001"])
     for name in PIPELINE_FOLDERS:

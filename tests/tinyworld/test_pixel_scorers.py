@@ -103,6 +103,7 @@ def test_the_step_aware_scorer_is_a_reward_of_the_tiny_policy() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.release
 def test_training_runs_and_repeats_itself(tmp_path: Path) -> None:
     for name in ("one", "two"):
         main(["--output", str(tmp_path / name), "--scale", "0.005"])
