@@ -15,6 +15,8 @@ from zipfile import ZipFile
 import pytest
 import torch
 
+from tests.marks import release_after
+
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = {"scoring": 6, "vlm": 9, "rewards": 2, "alignment": 3, "methods": 4, "execution": 3, "families": 18}
 """Block → rows of its tiny form."""
@@ -33,10 +35,7 @@ def cells(path: Path) -> tuple[dict[str, Any], list[list[Any]]]:
     return found, table["rows"]
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["rewards", *(pytest.param(n, marks=[pytest.mark.slow, pytest.mark.release]) for n in ROWS if n != "rewards")],
-)
+@pytest.mark.parametrize("name", release_after(1, ["rewards", *(name for name in ROWS if name != "rewards")]))
 def test_a_block_writes_its_rows(blocks: ModuleType, tmp_path: Path, name: str) -> None:
     blocks.measure(name, tmp_path / "block.json", "cpu", tiny=True)
     found, rows = cells(tmp_path / "block.json")
