@@ -471,6 +471,94 @@ def block_execution(setting: Setting) -> None:
     print_steps("Ways to run one step of DiNa-LRM, 4 pairs of 512²", steps, setting)
 
 
+# --- switches ------------------------------------------------------------------------------------------------------
+
+
+def use_channels_last(step: Step) -> None:
+    """Store the weights of convolutions with channels last."""
+    step.module.to(memory_format=torch.channels_last)
+
+
+def use_cudnn_benchmark(step: Step) -> None:
+    """Let cuDNN time its convolution algorithms once for each shape."""
+    torch.backends.cudnn.benchmark = True
+
+
+def use_fused_optimizer(step: Step) -> None:
+    """Update all weights in a few kernels."""
+    for group in step.optimizer.param_groups:
+        group["foreach"], group["fused"] = False, True
+
+
+def use_tf32(step: Step) -> None:
+    """Multiply float32 matrices in TF32."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+
+
+Switch = Callable[[Step], None]
+SWITCHES: dict[str, tuple[Switch, ...]] = {
+    "channels_last": (use_channels_last,),
+    "cudnn.benchmark": (use_cudnn_benchmark,),
+    "fused optimiser": (use_fused_optimizer,),
+    "TF32": (use_tf32,),
+    "all four": (use_channels_last, use_cudnn_benchmark, use_fused_optimizer, use_tf32),
+}
+SWITCHED = {
+    "LRM-SD1.5, 16 pairs of 512²": (REWARDS["LRM-SD1.5, 16 pairs of 512²"], "backbone"),
+    "LPO-SD1.5, 10 pairs of 512²": (ALIGNMENT["LPO-SD1.5, 10 pairs of 512²"], "policy"),
+    "DiNa-LRM, 4 pairs of 512²": ([*config("recipes/dina_lrm_sd35"), "--data.size=512"], "backbone"),
+    "trajectory GRPO-SD3.5-M, a prompt of 24": (METHODS["trajectory GRPO-SD3.5-M, a prompt of 24"], "policy"),
+}
+TINY_SWITCHED = {"lrm_tiny": (TINY_REWARDS["lrm_tiny"], "backbone"), "lpo_tiny": (TINY_ALIGNMENT["lpo_tiny"], "policy")}
+SWITCH_COLUMNS = ("step", "batch's rollout, s", "training step, s", "first step, s", "peak, GB", "shipped / this")
+RECOMPILE_LIMIT = 64
+"""Graphs for one function; at PyTorch's own limit of 8, blocks of a U-Net or with adapters run eagerly from then on."""
+
+
+def switch_rows(name: str, options: Sequence[str], part: str, setting: Setting) -> Iterator[Row]:
+    """Yield the rows of one training step: as shipped, with each switch alone, with all, and with compiled blocks.
+
+    Compiled blocks come last: PyTorch keeps what it compiled for the process.
+    """
+    compiled = f"--model.{part}.compile_blocks=true"
+    ways: dict[str, tuple[list[str], tuple[Switch, ...]]] = {"as shipped": ([], ())}
+    ways |= {title: ([], switches) for title, switches in SWITCHES.items()}
+    if not setting.tiny:
+        ways |= {"compiled blocks": ([compiled], ()), "compiled blocks, all four": ([compiled], SWITCHES["all four"])}
+    shipped: dict[str, Spread] = {}
+    for way, (extra, switches) in ways.items():
+        torch.backends.cudnn.benchmark = False
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = False, True  # PyTorch's own values
+        step = Step([*options, *extra], setting)
+        try:
+            for switch in switches:
+                switch(step)
+            step.make_batch()
+            first = seconds(step.train)
+            step.batch = None
+            made = Spread([seconds(step.make_batch)], ".3f")
+            step.train()  # a second one, for what the first rollout or an optimiser's state compiles
+            taken = Spread([seconds(step.train) for _ in range(setting.repeats)], ".3f")
+            peak = peak_of(step.train, setting.device)
+        finally:
+            step.close()
+        shipped.setdefault("step", taken)
+        gain = f"{shipped['step'].median / taken.median:.2f}"
+        yield [f"{name}, {way}", made, taken, f"{first:.1f}", gigabytes(peak), gain]
+        del step
+        gc.collect()
+        if setting.device == "cuda":
+            torch.cuda.empty_cache()
+
+
+def block_switches(setting: Setting) -> None:
+    """Print the table of settings of PyTorch that a training step can be run with."""
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+    steps = TINY_SWITCHED if setting.tiny else SWITCHED
+    works = {name: partial(switch_rows, name, *one, setting) for name, one in steps.items()}
+    table("Switches of PyTorch, in one process each", SWITCH_COLUMNS, guarded(SWITCH_COLUMNS, works, setting))
+
+
 # --- families ------------------------------------------------------------------------------------------------------
 
 
@@ -503,6 +591,7 @@ BLOCKS = {
     "alignment": block_alignment,
     "methods": block_methods,
     "execution": block_execution,
+    "switches": block_switches,
     "families": block_families,
 }
 

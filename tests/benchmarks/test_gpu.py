@@ -18,7 +18,16 @@ import torch
 from tests.marks import release_after
 
 ROOT = Path(__file__).resolve().parents[2]
-ROWS = {"scoring": 6, "vlm": 9, "rewards": 2, "alignment": 3, "methods": 4, "execution": 3, "families": 18}
+ROWS = {
+    "scoring": 6,
+    "vlm": 9,
+    "rewards": 2,
+    "alignment": 3,
+    "methods": 4,
+    "execution": 3,
+    "switches": 12,
+    "families": 18,
+}
 """Block → rows of its tiny form."""
 
 
