@@ -1,5 +1,6 @@
 """The command line itself, with a user's own classes in the current folder as stand-ins for ours."""
 
+import io
 import json
 import logging
 import os
@@ -21,7 +22,7 @@ from lightning.pytorch.callbacks import ModelSummary, ProgressBar, RichModelSumm
 
 import latentreward
 from latentreward.cli import COMMANDS, main
-from latentreward.errors import InputError, did_you_mean, one_line
+from latentreward.errors import NO_GPU, InputError, did_you_mean, one_line
 from latentreward.scoring.layouts.run import settings_beside
 from latentreward.settings.errors import UNSET
 from latentreward.storage.locks import locked
@@ -290,6 +291,28 @@ def test_help_and_version_import_nothing_slow(capsys: pytest.CaptureFixture[str]
 )
 def test_unknown_command(arguments: list[str], line: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert error_line(capsys, *arguments) == line
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_characters_that_stdout_lacks_are_escaped(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding))
+    main(["configs"])
+    sizes = next(line for line in written.getvalue().decode(encoding).splitlines() if "lpo_sd21.yaml" in line)
+    assert ("(512 \\xd7 512)" if encoding == "ascii" else "(512 × 512)") in sizes
+    print("→")
+    sys.stdout.flush()
+    assert written.getvalue().endswith(b"\\u2192\n")
+
+
+def test_a_reader_that_ends_early_is_no_error() -> None:
+    """As in ``latentreward configs | head``."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as pipe:
+        program = [sys.executable, "-m", "latentreward", "--version"]
+        done = subprocess.run(program, check=False, stdout=pipe, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (141, b"")
 
 
 def test_did_you_mean() -> None:
@@ -667,7 +690,7 @@ def test_ctrl_c_while_modules_are_imported(tmp_path: Path) -> None:
         ("--trainer.logger=CSVLoger", "trainer.logger: unknown name 'CSVLoger'; did you mean 'CSVLogger'?"),
         ("--trainer.max_epochs=x", "trainer.max_epochs: expected int or null, got 'x'"),
         ("--trainer=trainer.yaml", "--trainer trainer.yaml: set --trainer.NAME=VALUE, or give a file as --config"),
-        ("--trainer.accelerator=gpu --trainer.devices=9", None),
+        ("--trainer.accelerator=gpu --trainer.devices=9", None if torch.cuda.is_available() else NO_GPU),
         ("--trainer.devices=", "trainer.devices: `devices` selected with `CPUAccelerator` should be an int > 0."),
         ("--config=nope.yaml", None),
         ("--config=configs/trainer/cpuu.yaml", CPUU),

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import latentreward.moved  # noqa: F401  makes import paths of earlier releases work
+from latentreward.settings.library_messages import silence_libraries
 
 __version__ = "0.2.0"
 
@@ -11,3 +12,4 @@ __version__ = "0.2.0"
 _root = Path(__file__).resolve().parents[2]
 if (_root / "setup.cfg").is_file() and (_root / "callbacks" / "__init__.py").is_file():
     __path__.append(str(_root))
+silence_libraries(on_import=True)

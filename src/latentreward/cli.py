@@ -8,10 +8,12 @@ import atexit
 import gc
 import importlib
 import os
+import select
 import signal
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from io import TextIOWrapper
 
 from latentreward import __version__
 from latentreward.errors import InputError, did_you_mean, one_line
@@ -26,6 +28,8 @@ from latentreward.interrupts import (
 )
 from latentreward.settings.library_messages import silence_libraries
 
+UNREAD = 128 + 13
+"""Exit status of a command whose output nobody reads any more: that of other programs, which SIGPIPE ends."""
 COMMANDS = {
     "fit": ("latentreward.commands.fit:run", "train a reward model, or align a generator; --ckpt_path resumes a run"),
     "validate": ("latentreward.commands.fit:run", "compute the metrics of the validation split"),
@@ -124,9 +128,10 @@ def main(args: Sequence[str] | None = None) -> None:
         args: Arguments without the program's name; None takes those of the process.
 
     Raises:
-        SystemExit: With status 2 after bad input, 130 after Ctrl-C, 143 after SIGTERM.
+        SystemExit: With status 2 after bad input, 130 after Ctrl-C, 143 after SIGTERM, 141 if nobody reads the output.
     """
     arguments = list(sys.argv[1:] if args is None else args)
+    take_any_character()
     debug = "--debug" in arguments or os.environ.get("LATENTREWARD_DEBUG", "0") not in ("", "0")
     arguments = [argument for argument in arguments if argument != "--debug"]
     arguments.sort(
@@ -134,7 +139,10 @@ def main(args: Sequence[str] | None = None) -> None:
     )  # a stable sort: these two move to the end, so that the subcommand is the first argument
     try:
         _dispatch(arguments, alone=args is None)
+        sys.stdout.flush()  # at exit, a pipe without a reader would be a message of Python's
     except (InputError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and unread():
+            sys.exit(UNREAD)
         if debug:
             raise
         print(f"latentreward: error: {one_line(error)}", file=sys.stderr)
@@ -147,6 +155,22 @@ def main(args: Sequence[str] | None = None) -> None:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
         tell_interrupt(stop)
         sys.exit(TERMINATED if isinstance(stop, Terminated) else INTERRUPTED)
+
+
+def take_any_character() -> None:
+    """Let stdout and stderr escape characters that their encoding lacks, as in the C locale, instead of an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # not so in a notebook
+            stream.reconfigure(errors="backslashreplace")
+
+
+def unread() -> bool:
+    """Tell whether the reader of stdout has ended, as in ``latentreward configs | head``; then stdout is dropped."""
+    output = select.poll()
+    output.register(sys.stdout, select.POLLERR)
+    if found := bool(output.poll(0)):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in the buffer goes there at exit
+    return found
 
 
 def _dispatch(arguments: list[str], alone: bool) -> None:

@@ -9,6 +9,9 @@ from contextlib import contextmanager
 LONGEST_LIST = 30
 """Number of valid names up to which an error message lists all of them."""
 
+LIGHTNING_NO_GPU = "No supported gpu backend found"
+NO_GPU = "torch finds no GPU on this machine; set --trainer.accelerator cpu or auto, or install torch for the GPU"
+"""What a user is told in place of :data:`LIGHTNING_NO_GPU`, the whole of Lightning's message."""
 
 UNSEEN = ("Cc", "Cf", "Cs")
 """Unicode categories of characters that a terminal does not draw but may obey."""

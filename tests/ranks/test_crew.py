@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from latentreward.errors import InputError
 from latentreward.ranks.crew import Crew
@@ -39,6 +40,12 @@ def test_what_is_left_over_is_kept_until_the_work_is_done(tmp_path: Path) -> Non
         (TrainerSettings("cpu", 2, strategy="fsdp"), "auto", "trainer.strategy is 'fsdp'; each process holds a whole"),
         (TrainerSettings("cpu", 0), "auto", "trainer: "),
         (TrainerSettings("abacus"), "auto", "trainer: .*abacus"),
+        pytest.param(
+            TrainerSettings("gpu"),
+            "auto",
+            "trainer: torch finds no GPU on this machine; set --trainer.accelerator cpu or auto",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU"),
+        ),
     ],
 )
 def test_settings_that_do_not_fit(trainer: TrainerSettings, device: str, message: str, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from latentreward.errors import InputError, first_line
+from latentreward.errors import LIGHTNING_NO_GPU, NO_GPU, InputError, first_line
 
 if TYPE_CHECKING:
     from lightning.fabric.strategies import Strategy as FabricStrategy
@@ -29,7 +29,8 @@ def trainer_errors() -> Iterator[None]:
     except InputError:
         raise
     except (MisconfigurationException, ValueError, RuntimeError) as error:
-        raise InputError(f"trainer: {first_line(error)}") from error
+        problem = first_line(error)
+        raise InputError(f"trainer: {NO_GPU if problem.startswith(LIGHTNING_NO_GPU) else problem}") from error
 
 
 def started_outside(strategy: "Strategy | FabricStrategy") -> bool:

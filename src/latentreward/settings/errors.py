@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from textwrap import dedent
 
 from latentreward.backbones.registry import backbone_names
-from latentreward.errors import did_you_mean
+from latentreward.errors import LIGHTNING_NO_GPU, NO_GPU, did_you_mean
 
 TAKEN_FROM = {
     "latentreward.modules": "model",
@@ -206,5 +206,6 @@ REWORDINGS: dict[str, str | Callable[[re.Match[str], str], str]] = {
         "the interpolation refers to itself; write a value"
     ),
     r"InputError raised while resolving interpolation: (.*)": r"\1",
+    LIGHTNING_NO_GPU: NO_GPU,
 }
 """Regular expression for a message's start -> new text, or a function of the match and the setting that returns it."""

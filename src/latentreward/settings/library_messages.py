@@ -3,6 +3,14 @@
 import logging
 import warnings
 
+ON_IMPORT = {
+    # diffusers imports torchao where it is installed; the lines are about kernels and tensors that int8 does not use.
+    "torchao": ("Failed to load",),
+    "torch.utils._pytree": ("is an Enum subclass",),
+    "diffusers.quantizers.torchao.torchao_quantizer": ("Unable to import `torchao` Tensor objects",),
+    "transformers.utils.import_utils": ("requires torchvision",),  # pictures are resized with PIL here, on purpose
+}
+"""What :data:`LOGGED` is, of messages that the import of diffusers causes."""
 LOGGED = {
     "lightning.pytorch.utilities.rank_zero": (
         "Tip:",  # advertises Lightning's services
@@ -13,10 +21,6 @@ LOGGED = {
     "lightning.fabric.utilities.seed": ("Seed set to",),  # config.yaml has seed_everything
     # The empty list [] says that no part must be kept in float32.
     "diffusers.models.modeling_utils": ("should be kept in float32: [].",),
-    # diffusers imports torchao where it is installed; the lines are about kernels and tensors that int8 does not use.
-    "torchao": ("Failed to load",),
-    "torch.utils._pytree": ("is an Enum subclass",),
-    "diffusers.quantizers.torchao.torchao_quantizer": ("Unable to import `torchao` Tensor objects",),
 }
 """Name of a logger -> texts; a message of this logger that contains one of the texts is suppressed."""
 
@@ -31,14 +35,14 @@ WARNED = (
 """Regular expressions for the beginnings of suppressed warnings."""
 
 
-def silence_libraries() -> None:
-    """Suppress the messages of ``LOGGED`` and ``WARNED`` for the rest of the process."""
-    for name in LOGGED:
+def silence_libraries(on_import: bool = False) -> None:
+    """Suppress the messages of :data:`LOGGED` and :data:`WARNED`, or of ``ON_IMPORT``, for the rest of the process."""
+    for name in ON_IMPORT if on_import else LOGGED:
         logging.getLogger(name).addFilter(is_shown)
-    for start in WARNED:
+    for start in () if on_import else WARNED:
         warnings.filterwarnings("ignore", message=start)
 
 
 def is_shown(record: logging.LogRecord) -> bool:
-    """Tell whether a log message is shown: it contains none of its logger's texts in ``LOGGED``. A logging filter."""
-    return not any(text in record.getMessage() for text in LOGGED[record.name])
+    """Tell whether a log message is shown: it contains none of its logger's texts. A logging filter."""
+    return not any(text in record.getMessage() for text in {**ON_IMPORT, **LOGGED}[record.name])
