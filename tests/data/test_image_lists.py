@@ -58,9 +58,12 @@ def test_one_prompt_for_all_wins(pics: Path) -> None:
 def test_text_beside_a_picture_is_taken_whole_but_for_its_last_line_break(pics: Path) -> None:
     (pics / "b.txt").write_bytes(b"\xef\xbb\xbf two\r\nlines \r\n")
     (pics / "a.txt").write_bytes(b"caf\xe9")
-    found = prompts(read_images("pics"))
+    images = read_images("pics")
+    found = prompts(images)
+    odd = next(row for row in images.rows if row.name == "a.JPG")
+    assert (odd.problem, odd.detail) == ("unreadable caption", "a.txt beside it is not UTF-8 at byte 4")
     assert found["b.png"] == " two\r\nlines "
-    assert found["a.JPG"] == "caf\ufffd"
+    assert found["a.JPG"] is None
 
 
 def test_tables_of_a_folder(tmp_path: Path) -> None:
@@ -83,7 +86,7 @@ def test_tables_of_a_folder(tmp_path: Path) -> None:
     }
     assert images.rows[-1].problem == "no prompt"
     assert images.rows[-1].detail.startswith("no 4.txt beside it")
-    assert any("captions.jsonl: line 3: not JSON" in remark for remark in images.remarks)
+    assert any("captions.jsonl: line 3: cut off" in remark for remark in images.remarks)
     assert any("no picture 'gone'" in remark for remark in images.remarks)
 
 
@@ -171,6 +174,16 @@ def test_lists_keep_their_rows_and_copies(pics: Path, suffix: str, columns: tupl
     assert {row.prompt for row in read_images(f"pics/list{suffix}", "all", named[0]).rows} == {"all"}
 
 
+def test_a_list_may_be_json_or_tsv_and_tells_of_pictures_that_are_not_read(pics: Path) -> None:
+    rows = [{"image": "a.JPG", "prompt": 'one "red" cat'}, {"image": "b.png", "prompt": "two", "input_image": "c.png"}]
+    (pics / "list.json").write_text(json.dumps(rows), encoding="utf-8-sig")
+    (pics / "list.tsv").write_text('image\tprompt\tsource\na.JPG\tone "red" cat\t\nb.png\ttwo\tc.png\n')
+    for name, column in (("list.json", "input_image"), ("list.tsv", "source")):
+        images = read_images(f"pics/{name}")
+        assert prompts(images) == {row["image"]: row["prompt"] for row in rows}
+        assert images.remarks == (f"pics/{name}: edit of {column!r}, a picture that is not read",)
+
+
 def test_bad_rows_are_listed_with_their_lines(pics: Path) -> None:
     lines = [
         {"image": "a.JPG", "prompt": "fine"},
@@ -228,16 +241,17 @@ def test_a_list_stays_in_its_folder_unless_allowed(pics: Path) -> None:
             r"no column prompt, caption or text .*prompt for all images with --prompt",
         ),
         ("a.csv", "image,title\nx,y\n", (None, "titel"), r"prompt_column: .*no column 'titel'; did you mean 'title'"),
-        ("a.jsonl", "no json\n", (None, None), r"no row of .*a\.jsonl can be read; line 1: not JSON"),
+        ("a.jsonl", "no json\n", (None, None), r"no row of .*a\.jsonl can be read; line 1: no JSON at character 1"),
+        ("a.csv", b"image,prompt\nx,caf\xe9\n", (None, None), r"a\.csv is not UTF-8 at byte 19; save it as UTF-8"),
+        ("a.json", '{"0": "a.png"}', (None, None), r"a\.json: holds \{.*give a list of images as one JSON list of obj"),
         ("a.csv", "image,prompt\nx,y,z\n", (None, None), r"no row of .*a\.csv can be read; line 2: more fields"),
-        ("a.csv", 'image,prompt\na,"' + "x" * 200_000 + '"\n', (None, None), r"after line 1: field larger"),
     ],
 )
 def test_lists_that_are_refused(
-    tmp_path: Path, name: str, content: str | None, columns: tuple[str | None, str | None], message: str
+    tmp_path: Path, name: str, content: str | bytes | None, columns: tuple[str | None, str | None], message: str
 ) -> None:
     if content is not None:
-        (tmp_path / name).write_text(content)
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(InputError, match=message) as error:
         read_images(str(tmp_path / name), None, *columns)
     assert "\n" not in str(error.value)

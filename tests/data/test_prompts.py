@@ -40,13 +40,22 @@ def test_every_format_gives_the_distinct_prompts_in_order(suffix: str, tmp_path:
     ("name", "content", "message"),
     [
         ("empty.txt", b"\n \n", "holds no prompt"),
-        ("latin.txt", "Fuß".encode("latin-1"), r"is not UTF-8 \(byte 2"),
+        ("latin.txt", "Fuß".encode("latin-1"), "is not UTF-8 at byte 3"),
         ("latin.csv", "prompt\nFuß".encode("latin-1"), "is not UTF-8"),
         ("column.csv", b"text\na cat\n", "no texts in a column 'prompt'"),
         ("column.jsonl", b'{"text": "a cat"}\n', "no texts in a column 'prompt'"),
         ("number.json", b'[{"prompt": 3}]', "row 1 holds int"),
         ("broken.json", b"[", "no texts in a column 'prompt'"),
         ("scalar.json", b"3", "no texts in a column 'prompt'"),
+        ("text.json", b'"a cat"', "it holds 'a cat', not a list"),
+        ("keys.json", b'{"0": "a cat", "1": "a dog"}', "an object with the keys '0', '1', …; give a list"),
+        ("mixed.json", b'{"0": {"prompt": "a cat"}, "name": "mine"}', "an object with the keys '0', 'name'"),
+        (
+            "edit.jsonl",
+            b'{"prompt": "make it red", "source_image": "a.png"}',
+            "row 1 is an edit of a picture, in 'sour",
+        ),
+        ("edit.csv", b"prompt,source\nmake it red,in/a.PNG\n", "row 1 is an edit of a picture, in 'source'"),
         ("surrogate.json", b'["\\ud800"]', "no texts in a column 'prompt'"),
         ("broken.parquet", b"PAR1", "no texts in a column 'prompt'"),
         ("prompts.docx", b"", "is none of .txt"),
@@ -58,6 +67,23 @@ def test_bad_files_are_refused_in_one_line(name: str, content: bytes, message: s
         PromptDataModule(str(tmp_path / name))
     assert "\n" not in str(caught.value)
     assert name in str(caught.value)
+
+
+def test_a_json_object_counts_by_its_list_or_by_values_that_have_prompts(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.json"
+    rows = [{"prompt": "a cat", "category": "animals"}, {"prompt": "a dog", "source": "laion"}]
+    for content in (
+        {"version": 1, "prompts": ["a cat", "a dog"]},
+        {"prompts": rows},
+        dict(zip("xy", rows, strict=True)),
+    ):
+        file.write_text(json.dumps(content))
+        assert PromptDataModule(str(file)).prompts == ("a cat", "a dog")
+
+
+def test_a_table_is_cut_where_lines_end_alone(tmp_path: Path) -> None:
+    (tmp_path / "prompts.tsv").write_text("prompt\tnote\na\u2028cat\t" + "x" * 140_000 + "\na\x85dog\t\n")
+    assert PromptDataModule(str(tmp_path / "prompts.tsv")).prompts == ("a\u2028cat", "a\x85dog")
 
 
 def test_an_absent_file_and_bad_numbers_are_refused(tmp_path: Path) -> None:

@@ -14,9 +14,10 @@ from latentreward.data import readers
 from latentreward.data.readers import PairReader
 from latentreward.data.readers.folders import CAPTIONS_FILE
 from latentreward.data.readers.img2dataset import is_img2dataset
-from latentreward.data.readers.parquet_store import ParquetPart, open_part
+from latentreward.data.readers.parquet_store import ParquetPart, nested_pattern, open_part
 from latentreward.data.readers.tables import SAVED, SAVED_SPLITS, saved_splits
 from latentreward.errors import InputError, did_you_mean
+from latentreward.storage.ignored_files import find_files
 
 Splits = dict[str, Callable[..., PairReader]]
 """Split -> function that constructs the split's reader; takes further options of the reader."""
@@ -61,7 +62,10 @@ def recognise(data: str) -> Splits:
             f"data: {data} is a table whose columns no reader knows: {named}; name those of a pair by --reader "
             f"DatasetPairReader --reader.source {shlex.quote(data)} --reader.columns '{{prompt: COLUMN, ...}}'"
         )
-    raise InputError(f"data: {data} is none of {EXPECTED}; check the folder, or name your class with --reader CLASS")
+    remedy = "check the folder, or name your class with --reader CLASS"
+    if pattern := nested_pattern(path):
+        remedy = f"read its tables by --reader DatasetPairReader and a pattern as --reader.source{pattern}"
+    raise InputError(f"data: {data} is none of {EXPECTED}; {remedy}")
 
 
 def other_formats(data: str) -> dict[str, str]:
@@ -108,8 +112,8 @@ def _split_order(name: str) -> tuple[int, str]:
 def _diffusion_rm(path: Path) -> Splits:
     if path.is_file() and path.suffix == ".parquet" and "latent1" in _columns(path):
         return {path.stem: partial(readers.DiffusionRMReader, str(path), None, split=path.stem)}
-    parts = sorted(path.glob("part_rank*.parquet"))
-    indices = sorted(path.glob("bucket_index*.csv"))
+    parts = find_files(path, "part_rank*.parquet")
+    indices = find_files(path, "bucket_index*.csv")
     if not parts and not indices:
         return {}
     index = indices[0].name if indices else None
@@ -130,7 +134,7 @@ def _parquet(path: Path) -> Splits:
         split = match[1] if (match := PART.fullmatch(path.name)) else path.stem
         return {split: partial(reader, str(path), split)}
     for folder in PARQUET_FOLDERS:
-        files = sorted((path / folder).glob("*.parquet"))
+        files = find_files(path / folder, "*.parquet")
         found = {match[1] if (match := PART.fullmatch(file.name)) else file.stem: file for file in files}
         by_split = {split: _table_reader(_columns(file)) for split, file in found.items()}
         splits: Splits = {name: partial(reader, str(path), name) for name, reader in by_split.items() if reader}
@@ -154,13 +158,13 @@ def _table_reader(names: set[str]) -> Callable[..., PairReader] | None:
 
 
 def _imagereward_db(path: Path) -> Splits:
-    splits = {file.stem.removeprefix("metadata-") for file in path.glob("metadata-*.parquet")}
-    splits |= {file.parent.name for file in path.glob("images/*/*.zip")}
+    splits = {file.stem.removeprefix("metadata-") for file in find_files(path, "metadata-*.parquet")}
+    splits |= {file.parent.name for file in find_files(path, "images/*/*.zip")}
     return {split: partial(readers.ImageRewardDBReader, str(path), split) for split in splits}
 
 
 def _json(path: Path) -> Splits:
-    files = [path] if path.is_file() and path.suffix == ".json" else sorted(path.glob("*.json"))
+    files = [path] if path.is_file() and path.suffix == ".json" else find_files(path, "*.json")
     inner = path / "data" / "test.json"
     if _is_imagereward(inner):
         return {"test": partial(readers.ImageRewardReader, str(path))}
@@ -173,7 +177,7 @@ def _json(path: Path) -> Splits:
             splits[file.stem] = partial(readers.HPDv2Reader, root, file.stem)
         elif file.name == "test.json" and _is_imagereward(file):
             splits["test"] = partial(readers.ImageRewardReader, root)
-    for file in sorted(path.glob("t[re]*/*.json")):  # HPDv3++: train/train_aes.json, test/test_aes.json
+    for file in find_files(path, "t[re]*/*.json"):  # HPDv3++: train/train_aes.json, test/test_aes.json
         if {"path1", "path2"} <= _keys(file) and file.parent.name in ("train", "test"):
             splits[file.stem] = partial(readers.HPDv3Reader, str(path), f"{file.parent.name}/{file.stem}")
     return splits
@@ -199,21 +203,21 @@ def _img2dataset(path: Path) -> Splits:
 def _tars(path: Path) -> Splits:
     if path.is_file():
         return {"train": partial(readers.PickAPicTarReader, str(path))} if path.suffix == ".tar" else {}
-    if any(path.glob("*.tar")):
+    if find_files(path, "*.tar"):
         return {"train": partial(readers.PickAPicTarReader, str(path))}
-    splits = {tar.parent.name for tar in path.glob("*/*.tar")}
+    splits = {tar.parent.name for tar in find_files(path, "*/*.tar")}
     return {split: partial(readers.PickAPicTarReader, str(path), split) for split in splits}
 
 
 def _folders(path: Path) -> Splits:
     if (path / "chosen").is_dir() and (path / "rejected").is_dir():
         return {"all": partial(readers.FolderPairReader, str(path))}
-    splits = {folder.parent.name for folder in path.glob("*/chosen") if (folder.parent / "rejected").is_dir()}
+    splits = {folder.parent.name for folder in find_files(path, "*/chosen") if (folder.parent / "rejected").is_dir()}
     return {split: partial(readers.FolderPairReader, str(path), split) for split in splits}
 
 
 def _jsonl(path: Path) -> Splits:
-    files = [path] if path.is_file() and path.suffix == ".jsonl" else sorted(path.glob("*.jsonl"))
+    files = [path] if path.is_file() and path.suffix == ".jsonl" else find_files(path, "*.jsonl")
     named = {file: _keys(file) for file in files if file.name != CAPTIONS_FILE}
     pairs = [file for file, keys in named.items() if {"chosen", "rejected"} <= keys or {"image_a", "image_b"} <= keys]
     return {file.stem: partial(readers.JSONLPairReader, str(file), split=file.stem) for file in pairs}
@@ -234,7 +238,7 @@ def _columns_of_tables(path: Path) -> set[str]:
     if (path / SAVED).is_file():
         return _saved_columns(path)
     files = [path] if path.suffix == ".parquet" else []
-    files += [file for folder in PARQUET_FOLDERS for file in (path / folder).glob("*.parquet")]
+    files += [file for folder in PARQUET_FOLDERS for file in find_files(path / folder, "*.parquet")]
     return _columns(min(files)) if files else set()
 
 

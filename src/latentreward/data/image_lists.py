@@ -1,4 +1,4 @@
-"""Reading of images with prompts from a folder, a glob pattern, or a list in JSON lines or CSV."""
+"""Reading of images with prompts from a folder, a glob pattern, or a list in JSON, CSV or TSV."""
 
 import glob
 import os
@@ -12,11 +12,13 @@ from latentreward.contracts import ImageRef
 from latentreward.data.images import NO_IMAGE
 from latentreward.data.list_rows import find_columns, read_rows
 from latentreward.data.readers.base import MAX_PROMPT_CHARS
-from latentreward.data.readers.folders import SUFFIXES
-from latentreward.data.readers.json_rows import parse_text, short
+from latentreward.data.readers.folders import SUFFIXES, read_caption
+from latentreward.data.readers.json_rows import edit_remark, find_edit_source, parse_text, short
 from latentreward.errors import InputError
+from latentreward.storage.ignored_files import is_ignored
+from latentreward.storage.texts import UnreadableTextError
 
-LISTS = (".jsonl", ".csv")
+LISTS = (".jsonl", ".csv", ".tsv", ".json")
 READ = (*SUFFIXES, ".jfif")
 """Suffixes of image files that can be decoded."""
 PICTURES = (*READ, ".tif", ".tiff", ".avif", ".heic")
@@ -27,6 +29,7 @@ GENERATED = "generate.json"
 
 NO_PROMPT = "no prompt"
 BAD_ROW = "unreadable row"
+BAD_CAPTION = "unreadable caption"
 LONG_PROMPT = "prompt too long"
 
 
@@ -87,7 +90,8 @@ def read_images(
       ``latentreward generate`` is read by its table ``images.csv`` or ``images.jsonl``.
     - Pattern such as ``pics/**/*.png`` (``**`` matches any subfolders), or one image file: the matching pictures, with
       prompts found as for a folder.
-    - List, ``.jsonl`` or ``.csv``: one row per image; paths are relative to the list's folder.
+    - List, ``.jsonl``, ``.csv``, ``.tsv`` or a ``.json`` list of objects: one row per image; paths are relative to the
+      list's folder.
 
     Args:
         source: Folder, pattern, image file or list, see above.
@@ -129,8 +133,9 @@ def _read(source: str, prompt: str | None, columns: tuple[str | None, str | None
     captions = _Captions(root, columns)
     rows = [_captioned(file, root, captions) for file in files]
     if all(row.problem for row in rows):
+        odd = next((f" ({row.name}: {row.detail})" for row in rows if row.problem == BAD_CAPTION), "")
         raise InputError(
-            f"images: none of {len(rows)} pictures in {root} has a prompt; put NAME.txt beside NAME.png, or "
+            f"images: none of {len(rows)} pictures in {root} has a prompt{odd}; put NAME.txt beside NAME.png, or "
             f"{' or '.join(FOLDER_TABLES)} with file_name and prompt in the folder, or give one for all with --prompt"
         )
     return ImageList(source, tuple(rows), (*remarks, *captions.unused()))
@@ -143,7 +148,10 @@ def _read_list(
     image, text = find_columns(file, lines, columns, with_prompts=prompt is None)
     root = "" if allow_outside else str(file.parent)
     rows = [_listed(file, line, row, image, text, prompt, root) for line, row in lines]
-    return ImageList(source, tuple(rows))
+    sources = {find_edit_source(row) for _, row in lines if isinstance(row, dict)} - {None, image}
+    return ImageList(
+        source, tuple(rows), tuple(f"{file}: {edit_remark(name)}" for name in sorted(filter(None, sources)))
+    )
 
 
 def _listed(
@@ -186,7 +194,7 @@ def _pictures(source: str) -> tuple[Path, list[Path], list[str]]:
     if not files:
         raise InputError(
             f"images: {source!r} is neither a folder, a file, nor a pattern that matches a picture; give a folder, a "
-            "pattern such as 'pics/**/*.png', or a list that ends in .jsonl or .csv"
+            f"pattern such as 'pics/**/*.png', or a list that ends in {', '.join(LISTS)}"
         )
     return Path(*takewhile(lambda part: not glob.has_magic(part), place.parts[:-1])), files, []
 
@@ -197,12 +205,13 @@ def _walk(root: Path, remarks: list[str]) -> Iterator[Path]:
     def note(error: OSError) -> None:
         remarks.append(f"{error.filename}: {error.strerror}")
 
-    for folder, _, names in os.walk(root, onerror=note):
+    for folder, below, names in os.walk(root, onerror=note):
+        below[:] = (name for name in below if not is_ignored(name))
         yield from (Path(folder, name) for name in names)
 
 
 def _is_picture(file: Path) -> bool:
-    return file.suffix.lower() in PICTURES and not file.name.startswith("._")  # macOS writes ._NAME beside NAME
+    return file.suffix.lower() in PICTURES and not is_ignored(file.name)
 
 
 def _name(file: Path, root: Path) -> str:
@@ -212,21 +221,18 @@ def _name(file: Path, root: Path) -> str:
 
 def _captioned(file: Path, root: Path, captions: "_Captions") -> ListedImage:
     """Return a picture with the prompt of its text file or of the nearest table."""
-    prompt, name = _text_beside(file), _name(file, root)
+    name = _name(file, root)
+    try:
+        prompt = read_caption(file.with_suffix(".txt"))
+    except UnreadableTextError as error:
+        detail = f"{PurePosixPath(name).stem}.txt beside it is {error.problem}"
+        return ListedImage(name, "", str(file), problem=BAD_CAPTION, detail=detail)
     if prompt is None:
         prompt = captions.find(file)
     if prompt is None:
         detail = f"no {PurePosixPath(name).stem}.txt beside it, no line in {' or '.join(FOLDER_TABLES)}"
         return ListedImage(name, "", str(file), problem=NO_PROMPT, detail=detail)
     return ListedImage(name, prompt, str(file))
-
-
-def _text_beside(file: Path) -> str | None:
-    """Return the text of ``NAME.txt`` without one line break at its end; None if there is no such file."""
-    text = file.with_suffix(".txt")
-    if not text.is_file():
-        return None
-    return text.read_bytes().decode("utf-8-sig", "replace").removesuffix("\n").removesuffix("\r")
 
 
 class _Captions:

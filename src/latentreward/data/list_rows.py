@@ -1,15 +1,14 @@
-"""Reading of lists of images in JSON lines or CSV, and choice of the columns with paths and prompts."""
+"""Reading of lists of images in JSON, CSV or TSV, and choice of the columns with paths and prompts."""
 
 import csv
-import io
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from latentreward.data.readers.folders import read_lines
-from latentreward.data.readers.json_rows import short
-from latentreward.errors import InputError, did_you_mean, first_line
+from latentreward.data.readers.json_rows import parse_line, parse_rows, short
+from latentreward.errors import InputError, did_you_mean
+from latentreward.storage.texts import read_table, read_text
 
 IMAGE_COLUMNS = ("file_name", "file", "path", "image", "name")
 """Usual names of the column with paths, in order of preference.
@@ -19,7 +18,8 @@ IMAGE_COLUMNS = ("file_name", "file", "path", "image", "name")
 PROMPT_COLUMNS = ("prompt", "caption", "text")
 
 Line = tuple[int, dict[str, Any] | str]
-"""Number of a line, with its row as a dict or, for an unreadable line, a description of the problem."""
+"""Number of a line (of a JSON list's item, from 1), with its row as a dict or, for an unreadable line, a description of
+the problem."""
 
 
 def read_rows(file: Path) -> list[Line]:
@@ -28,7 +28,18 @@ def read_rows(file: Path) -> list[Line]:
     Raises:
         InputError: If the file does not exist, is empty, or has no readable line.
     """
-    lines = list(_json_lines(file) if file.suffix.lower() == ".jsonl" else _csv_lines(file))
+    suffix = file.suffix.lower()
+    lines: list[Line]
+    if suffix == ".jsonl":
+        lines = [(number, parse_line(line)) for number, line in read_lines(file)]
+    elif suffix == ".json":
+        items = parse_rows(_text(file).encode(), f"images: {file}", "give a list of images as one JSON list of objects")
+        lines = [
+            (number, row if isinstance(row, dict) else f"{short(row)} is no JSON object")
+            for number, row in enumerate(items, start=1)
+        ]
+    else:
+        lines = list(_table_lines(file, suffix))
     if not lines:
         raise InputError(f"images: {file} holds no row; give a list with a row per image")
     if all(isinstance(row, str) for _, row in lines):
@@ -37,22 +48,15 @@ def read_rows(file: Path) -> list[Line]:
     return lines
 
 
-def _json_lines(file: Path) -> Iterator[Line]:
-    for number, text in read_lines(file):
-        try:
-            row = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            row = f"not JSON ({first_line(error)})"
-        else:
-            row = row if isinstance(row, dict) else f"{short(row)} is not an object"
-        yield number, row
-
-
-def _csv_lines(file: Path) -> Iterator[Line]:
+def _text(file: Path) -> str:
     try:
-        reader = csv.DictReader(io.StringIO(file.read_bytes().decode("utf-8-sig", "replace"), newline=""))
+        return read_text(file)
     except OSError as error:
         raise InputError(f"images: {file}: {error.strerror}; give a list of images") from error
+
+
+def _table_lines(file: Path, suffix: str) -> Iterator[Line]:
+    reader = read_table(_text(file), suffix)
     try:
         for row in reader:
             yield reader.line_num, row if None not in row else f"more fields than the header's {len(row) - 1}"

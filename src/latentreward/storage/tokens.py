@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from latentreward.errors import InputError, first_line
+from latentreward.storage.texts import read_text
 
 
 def token_of_file(file: str | Path, setting: str) -> str:
@@ -17,8 +18,8 @@ def token_of_file(file: str | Path, setting: str) -> str:
     """
     source = f"{setting}={file}"
     try:
-        text = Path(file).expanduser().read_text()
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(Path(file).expanduser())
+    except (OSError, InputError) as error:
         raise InputError(f"{source} cannot be read ({first_line(error)}); give a text file") from error
     return checked_token(text.strip(), source)
 

@@ -7,11 +7,12 @@ from pathlib import Path
 
 from latentreward.data.images import ImageError, decode_image
 from latentreward.data.readers.base import MAX_PROMPT_CHARS
-from latentreward.data.readers.folders import find_images
+from latentreward.data.readers.folders import find_images, read_caption
 from latentreward.data.readers.groups import file_image
 from latentreward.data.readers.json_rows import parse_text
 from latentreward.errors import InputError
 from latentreward.storage.digests import digest
+from latentreward.storage.texts import UnreadableTextError
 
 MOST_NAMED = 3
 """Files that a remark names; the rest are counted."""
@@ -72,7 +73,7 @@ def read_pictures(folder: Path, below: str = "") -> tuple[dict[str, Picture], li
                 twice.append(path)
                 continue
             assert reference.path is not None
-            caption, problem = read_caption(reference.path, folder)
+            caption, problem = caption_of(reference.path, folder)
             if problem:
                 uncaptioned.setdefault(problem, []).append(path)
             found[name] = Picture(path, digest([reference.path.read_bytes()]), caption)
@@ -83,20 +84,16 @@ def read_pictures(folder: Path, below: str = "") -> tuple[dict[str, Picture], li
     return found, remarks
 
 
-def read_caption(picture: Path, folder: Path) -> tuple[str, str]:
+def caption_of(picture: Path, folder: Path) -> tuple[str, str]:
     """Read the ``.txt`` file beside a picture.
 
     Returns:
-        Caption, empty without such a file or behind a link out of ``folder``; and what is wrong with one that is left
-        out, or an empty text.
+        Caption, empty without such a file; and what is wrong with one that is left out, or an empty text.
     """
-    file = picture.with_suffix(".txt")
-    if not file.is_file() or not file.resolve().is_relative_to(folder.resolve()):
-        return "", ""
     try:
-        caption = " ".join(file.read_bytes().decode("utf-8-sig").split())
-    except UnicodeDecodeError:
-        return "", "is not UTF-8"
+        caption = " ".join((read_caption(picture.with_suffix(".txt"), folder) or "").split())
+    except UnreadableTextError as error:
+        return "", f"is {error.problem.partition(' at byte ')[0]}"
     if len(caption) > MAX_PROMPT_CHARS:  # the readers of later steps would refuse it
         return "", f"has more than {MAX_PROMPT_CHARS} characters"
     return caption, ""

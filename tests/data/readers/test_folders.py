@@ -90,6 +90,33 @@ def test_odd_caption_lines(write, line) -> None:
     assert (reader.prompts(), dict(reader.skipped)) == (["two"], {"caption line not readable": 1})
 
 
+@pytest.mark.parametrize(
+    ("caption", "problem"),
+    [("café".encode("cp1252"), "not UTF-8 at byte 4"), (None, "a path outside the root; put it into")],
+)
+def test_captions_that_are_no_text_or_lie_elsewhere_follow_on_error(write, tmp_path, caption, problem) -> None:
+    root = write(*PAIRS, **{"captions__cats__1.txt": "a cat"})
+    (tmp_path / "secret").write_text("not for you")
+    file = Path(root, "chosen/2.txt")
+    if caption is None:
+        file.symlink_to(tmp_path / "secret")
+    else:
+        file.write_bytes(caption)
+    with pytest.raises(InputError, match=f"^2: .*chosen/2.txt is {problem}"):
+        FolderPairReader(root)
+    reader = FolderPairReader(root, on_error="skip")
+    assert (reader.prompts(), dict(reader.skipped)) == (["a cat"], {"caption not readable": 1})
+    reader = FolderPairReader(root, on_error="placeholder")
+    assert (reader.prompts(), reader.labelled().tolist()) == (["", "a cat"], [False, True])
+
+
+def test_captions_of_other_programs_and_files_of_systems(write) -> None:
+    root = write(*PAIRS, "chosen/._2.jpg", "rejected/._2.PNG", **{"chosen__cats__._1.txt": "\0"})
+    Path(root, "chosen/2.txt").write_text("zwei\r\n", encoding="utf-8-sig")
+    Path(root, "chosen/cats/1.txt").write_text("Füße", encoding="utf-16")
+    assert FolderPairReader(root).prompts() == ["zwei", "Füße"]
+
+
 def test_splits_and_missing_folders(write, tmp_path) -> None:
     root = write("train/chosen/1.jpg", "train/rejected/1.jpg", **{"train__captions__1.txt": "one", "val__x.txt": ""})
     reader = FolderPairReader(root, "train")

@@ -160,7 +160,23 @@ def test_a_json_that_cannot_be_read_is_one_image_less(write) -> None:
         Img2DatasetReader(str(root), rating="score")
     for on_error in ("skip", "placeholder"):
         reader = Img2DatasetReader(str(root), rating="score", on_error=on_error)
-        assert (set(reader.prompts()), reader.skipped["json not readable"]) == ({"a cat"}, 1)
+        assert (set(reader.prompts()), reader.skipped["txt or json not readable"]) == ({"a cat"}, 1)
+
+
+@pytest.mark.parametrize("kind", ["webdataset", "files"])
+def test_a_text_that_is_not_utf_8_is_one_image_less(write, kind) -> None:
+    root = write(kind)
+    if kind == "files":
+        (root / "00000" / "000000001.txt").write_bytes(b"caf\xe9")
+    else:
+        tar = next(tar for tar in root.glob("*.tar") if b"a cat" in tar.read_bytes())
+        tar.write_bytes(tar.read_bytes().replace(b"a cat", b"\xe9 cat", 1))
+    with pytest.raises(InputError, match=r"txt is not UTF-8 at byte \d; save it as UTF-8; correct the row"):
+        Img2DatasetReader(str(root), rating="score")
+    reader = Img2DatasetReader(str(root), rating="score", on_error="skip")
+    assert reader.skipped["txt or json not readable"] == 1
+    unrated = Img2DatasetReader(str(root), on_error="skip")
+    assert "image without a rating (the reader's setting rating names its column)" in unrated.remarks
 
 
 def test_a_tar_that_ends_early_keeps_whole_samples(write) -> None:

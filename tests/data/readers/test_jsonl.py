@@ -68,6 +68,21 @@ def test_labels(write, value, label) -> None:
     assert dict(reader.remarks) == ({"unlabelled (no label)": 1} if label is None else {})
 
 
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"source_image": "absent.png"}, "source_image"),
+        ({"INPUT_IMG": {"bytes": None, "path": "a.png"}}, "INPUT_IMG"),
+        ({"source": "in/a.JPG"}, "source"),
+        ({"source": "laion"}, None),
+        ({"source_images": []}, None),
+    ],
+)
+def test_rows_that_are_edits_of_a_picture_are_told(write, changes, name) -> None:
+    reader = JSONLPairReader(write({**PLAIN, **changes}, PLAIN))
+    assert dict(reader.remarks) == ({f"edit of {name!r}, a picture that is not read": 1} if name else {})
+
+
 def test_other_keys_of_unlabelled_rows_are_named(write) -> None:
     bare = {key: value for key, value in PLAIN.items() if key != "label"}
     counted = {**bare, "votes_a": 3, "votes_b": 1}

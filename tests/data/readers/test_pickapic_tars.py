@@ -63,6 +63,18 @@ def test_samples_of_all_tars_become_rows(write_tar, sample) -> None:
     assert not reader.remarks
 
 
+def test_prompts_that_are_no_text_follow_on_error(write_tar, sample) -> None:
+    marked = sample(0, original_prompt__txt="\ufeffprompt 0")
+    root = write_tar("00000.tar", marked, sample(1, original_prompt__txt="café".encode("latin-1"))).parent
+    write_tar("._00000.tar", sample(2))
+    with pytest.raises(InputError, match=r"^00000.tar:00000001: original_prompt.txt is not UTF-8 at byte 4"):
+        PickAPicTarReader(str(root))
+    reader = PickAPicTarReader(str(root), on_error="skip")
+    assert (reader.prompts(), dict(reader.skipped)) == (["prompt 0"], {"prompt not readable": 1})
+    reader = PickAPicTarReader(str(root), on_error="placeholder")
+    assert (reader.prompts(), reader.labelled().tolist()) == (["prompt 0", ""], [True, False])
+
+
 def test_rows_pickle_and_equal_bytes_have_one_key(write_tar, sample, jpeg) -> None:
     path = write_tar(
         "00000.tar", sample(0), sample(0), sample(1, jpg_1__jpg=jpeg((10, 40, 80)), jpg_0__jpg=jpeg((10, 40, 80)))

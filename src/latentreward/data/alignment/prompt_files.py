@@ -12,8 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from latentreward.data.readers.base import MAX_PROMPT_CHARS
-from latentreward.data.readers.json_rows import short
+from latentreward.data.readers.json_rows import EDIT_SOURCES, find_edit_source, short
 from latentreward.errors import InputError, first_line
+from latentreward.storage.ignored_files import is_ignored
+from latentreward.storage.texts import decode_text, read_table
 
 COLUMNS = ("prompt", "caption", "Prompt")
 """Names of the prompt column in order of preference: this project's, that of Pick-a-Pic and LPO, PartiPrompts'."""
@@ -44,13 +46,14 @@ def read_prompts(path: str, setting: str = "data.prompts", max_prompt_chars: int
 
     Args:
         path: Text with one prompt per line; or JSON lines, a JSON list, CSV, TSV or parquet with a column ``prompt``,
-            ``caption`` or ``Prompt``.
+            ``caption`` or ``Prompt``. A JSON object counts by its list ``prompts``, or, as in MJHQ-30K, by its values
+            if all are objects with such a field.
         setting: Name of the setting, for messages.
         max_prompt_chars: Largest number of characters in a prompt.
 
     Raises:
-        InputError: If the file does not exist, has another format, is not UTF-8, has a prompt that is too long, or has
-            no prompt.
+        InputError: If the file does not exist, has another format, is not UTF-8, has a prompt that is too long, names
+            pictures to edit, or has no prompt.
     """
     return tuple(dict.fromkeys(row.prompt for row in read_prompt_rows(path, setting, max_prompt_chars)))
 
@@ -73,8 +76,8 @@ def read_prompt_rows(path: str, setting: str = "prompts", max_prompt_chars: int 
         raise InputError(f"{name} does not exist; give a text file with one prompt per line")
     try:
         rows = [row for row in _rows(_read(file)) if row.prompt.strip()]
-    except UnicodeDecodeError as error:
-        raise InputError(f"{name} is not UTF-8 (byte {error.start}: {error.reason}); convert it") from error
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
     except (ValueError, KeyError, TypeError, csv.Error, RecursionError, pa.ArrowException) as error:
         raise InputError(
             f"{name} has no texts in a column 'prompt' or 'caption' ({first_line(error)}); rename the column to one of "
@@ -116,7 +119,8 @@ def read_prompt_set(path: str, max_prompt_chars: int = MAX_PROMPT_CHARS) -> list
     """
     if Path(path).exists() or not glob.has_magic(path):
         return read_prompt_rows(path, max_prompt_chars=max_prompt_chars)
-    files = sorted(glob.glob(path))  # noqa: PTH207, Path.glob refuses absolute patterns
+    found = glob.glob(path)  # noqa: PTH207, Path.glob refuses absolute patterns
+    files = sorted(file for file in found if not is_ignored(Path(file).name))
     if not files:
         raise InputError(f"prompts: no file matches {path}; give a file of prompts, or a pattern that matches some")
     return [
@@ -130,27 +134,44 @@ def _read(file: Path) -> Iterable[str | Row]:
     suffix = file.suffix.lower()
     if suffix == ".parquet":
         return _parquet(file)
-    text = file.read_bytes().decode("utf-8-sig")
+    text = decode_text(file.read_bytes(), "the file")
     if suffix == ".txt":
         return [line.strip() for line in text.split("\n")]
-    if suffix == ".csv":
-        return csv.DictReader(text.splitlines(keepends=True))
-    if suffix == ".tsv":  # PartiPrompts: quotation marks are part of the text
-        return csv.DictReader(text.splitlines(keepends=True), delimiter="\t", quoting=csv.QUOTE_NONE)
+    if suffix in (".csv", ".tsv"):
+        return read_table(text, suffix)
     if suffix == ".json":
-        return json.loads(text)
+        return _json_list(json.loads(text))
     return (json.loads(line) for line in text.split("\n") if line.strip())
+
+
+def _json_list(content: Any) -> list[Any]:
+    """Return the rows of a JSON file; an object counts by ``prompts``, or by its values if each one has a prompt."""
+    if isinstance(content, dict):
+        if isinstance(prompts := content.get("prompts"), list):
+            return prompts
+        if content and all(isinstance(row, dict) and not row.keys().isdisjoint(COLUMNS) for row in content.values()):
+            return [*content.values()]
+        keys = ", ".join(map(short, [*content][:3]))
+        raise InputError(f"it is an object with the keys {keys}, …; give a list of prompts, or one as 'prompts'")
+    if not isinstance(content, list):
+        raise ValueError(f"it holds {short(content)}, not a list")
+    return content
 
 
 def _parquet(file: Path) -> Iterator[Row]:
     names = pq.read_schema(file).names  # other columns, such as Pick-a-Pic's images, are not read
-    kept = [name for name in (*COLUMNS, *GROUPS) if name in names]
+    kept = [name for name in names if name in (*COLUMNS, *GROUPS) or name.lower() in EDIT_SOURCES]
     yield from pq.read_table(file, columns=kept).to_pylist() if kept else [{}]
 
 
 def _rows(rows: Iterable[str | Row]) -> Iterator[PromptRow]:
     for number, row in enumerate(rows, start=1):
         named: Row = {COLUMNS[0]: row} if isinstance(row, str) else row
+        if (source := find_edit_source(named)) is not None:
+            raise InputError(
+                f"row {number} is an edit of a picture, in {short(source)}, and edits are not made; leave the column "
+                "out to draw from the texts alone"
+            )
         column = next((name for name in COLUMNS if name in named), COLUMNS[0])
         text = named[column]
         if not isinstance(text, str):

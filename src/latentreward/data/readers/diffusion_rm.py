@@ -13,6 +13,8 @@ from latentreward.data.buckets import PUBLISHED_BUCKETS, Bucket, sort_buckets
 from latentreward.data.readers.base import MAX_VOTES, Contents, SideExchangingReader
 from latentreward.data.readers.parquet_store import ParquetPart, RowGroupColumns, damage_named, open_part
 from latentreward.errors import InputError
+from latentreward.storage.ignored_files import find_files
+from latentreward.storage.texts import read_table, read_text
 
 LATENTS = ("latent1", "latent2")
 SHAPES = ("latent1_shape", "latent2_shape")
@@ -224,7 +226,7 @@ def _find_files(root: Path, index: str | None) -> list[Path]:
         raise InputError(f"index: {root} is one file, which has no index {index}; set index to null")
     if index is not None and not (root / index).is_file():
         raise InputError(f"index: no {root / index}; correct root, or set index to null to read every row")
-    if files := sorted(root.glob("*.parquet")):
+    if files := find_files(root, "*.parquet"):
         return files
     raise InputError(f"root: no *.parquet in {root}; set it to the folder of the cache")
 
@@ -247,15 +249,15 @@ def _read_part(part: ParquetPart) -> _Part:
 
 def _read_index(index: Path) -> Iterator[tuple[int, dict[str, str]]]:
     """Yield line number and columns of every row of the index; missing columns at a row's end are empty texts."""
-    with index.open(newline="", encoding="utf-8", errors="replace") as stream:
-        rows = csv.DictReader(stream, restval="")
-        if missing := [name for name in INDEX_COLUMNS if name not in (rows.fieldnames or ())]:
-            raise InputError(f"{index}: no column {', '.join(missing)}; give the published bucket_index.csv")
-        try:
-            for row in rows:
-                yield rows.line_num, row
-        except csv.Error as error:
-            raise InputError(f"{index}: line {rows.line_num} is not CSV ({error}); write the index again") from error
+    rows = read_table(read_text(index), ".csv")
+    rows.restval = ""
+    if missing := [name for name in INDEX_COLUMNS if name not in (rows.fieldnames or ())]:
+        raise InputError(f"{index}: no column {', '.join(missing)}; give the published bucket_index.csv")
+    try:
+        for row in rows:
+            yield rows.line_num, row
+    except csv.Error as error:
+        raise InputError(f"{index}: line {rows.line_num} is not CSV ({error}); write the index again") from error
 
 
 def _integer(text: str) -> int | None:

@@ -7,9 +7,12 @@ from typing import Any
 import numpy as np
 
 from latentreward.contracts import PreferencePair
+from latentreward.data.images import OUTSIDE, resolve_inside
 from latentreward.data.readers.groups import file_image
-from latentreward.data.readers.json_rows import JSONReader, parse_json, parse_text
+from latentreward.data.readers.json_rows import JSONReader, parse_line, parse_text
 from latentreward.errors import InputError
+from latentreward.storage.ignored_files import find_files
+from latentreward.storage.texts import UTF_16, UnreadableTextError, read_text
 
 SIDES = ("chosen", "rejected")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
@@ -96,7 +99,7 @@ class FolderPairReader(JSONReader):
     def _read_captions_file(self) -> dict[str, str]:
         captions: dict[str, str] = {}
         for line, text in read_lines(self._folder / CAPTIONS_FILE):
-            row = parse_json(text, None)
+            row = parse_line(text)
             name, prompt = (row.get("name"), parse_text(row.get("prompt"))) if isinstance(row, dict) else (None, None)
             if isinstance(name, str) and prompt is not None:
                 captions[name] = prompt
@@ -122,7 +125,13 @@ class FolderPairReader(JSONReader):
                 sound = False
                 what = "several images" if found else "no image"
                 self.refuse(name, f"{what} of this name in {side}/", f"{what} in {side}/")
-        prompt = self._find_caption(name) if captions is None else captions.get(name)
+        try:
+            prompt = self._find_caption(name) if captions is None else captions.get(name)
+        except UnreadableTextError as error:
+            prompt = None
+            if sound:
+                self.refuse(name, str(error), "caption not readable")
+            sound = False
         if sound and prompt is None:
             sound = False
             self.refuse(
@@ -137,23 +146,44 @@ class FolderPairReader(JSONReader):
 
     def _find_caption(self, name: str) -> str | None:
         for folder in (CAPTIONS, SIDES[0]):
-            file = self._folder / folder / f"{name}.txt"
-            if file.is_file():
-                return file.read_bytes().decode("utf-8", "replace").removesuffix("\n").removesuffix("\r")
+            if (caption := read_caption(self._folder / folder / f"{name}.txt", self._folder)) is not None:
+                return caption
         return None
 
 
-def read_lines(file: Path) -> Iterator[tuple[int, str]]:
-    """Yield (line number from 1, text) of every line that is not blank.
+def read_caption(file: Path, root: Path | None = None) -> str | None:
+    """Read a text file whole, without one line break at its end.
+
+    Args:
+        file: File.
+        root: Folder that the file must lie in after links are followed; None for no such limit.
+
+    Returns:
+        The text; None if there is no such file.
 
     Raises:
-        InputError: If the file cannot be opened.
+        UnreadableTextError: If the file is not text, or lies outside ``root``.
+    """
+    if not file.is_file():
+        return None
+    if root is not None and resolve_inside(root, file) is None:
+        raise UnreadableTextError(str(file), f"a {OUTSIDE}", f"put it into {root}")
+    return read_text(file).removesuffix("\n").removesuffix("\r")
+
+
+def read_lines(file: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield (line number from 1, bytes) of every line that is not blank, for :func:`parse_line`.
+
+    Raises:
+        InputError: If the file cannot be opened, or is in UTF-16, which JSON lines must not be.
     """
     try:
         with file.open("rb") as stream:
             for number, line in enumerate(stream, start=1):
+                if number == 1 and line.startswith(UTF_16):
+                    raise UnreadableTextError(str(file), "in UTF-16")
                 if line.strip():
-                    yield number, line.decode("utf-8-sig" if number == 1 else "utf-8", "replace")
+                    yield number, line
     except OSError as error:
         raise InputError(f"{file}: {error.strerror}; give a file of one JSON object per line") from error
 
@@ -161,7 +191,7 @@ def read_lines(file: Path) -> Iterator[tuple[int, str]]:
 def find_images(folder: Path) -> dict[str, list[str]]:
     """Find the images in a folder and its subfolders: name → paths relative to the folder's parent."""
     found: dict[str, list[str]] = {}
-    for path in sorted(folder.rglob("*")):
+    for path in find_files(folder, "**/*"):
         if path.suffix.lower() in SUFFIXES and not path.is_dir():
             name = path.relative_to(folder).with_suffix("").as_posix()
             found.setdefault(name, []).append(path.relative_to(folder.parent).as_posix())

@@ -1,7 +1,7 @@
 """Reader of folders that img2dataset writes: single images with captions and further columns, compared by a column."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -11,12 +11,15 @@ import numpy as np
 import pyarrow as pa
 
 from latentreward.contracts import ImageRef
+from latentreward.data.readers.folders import read_caption
 from latentreward.data.readers.groups import UNRANKED, GroupReader, ImageGroup, file_image
 from latentreward.data.readers.json_rows import parse_json, parse_number, parse_text, short
 from latentreward.data.readers.parquet_store import ParquetPart, RowGroupColumns, open_part, read_index
 from latentreward.data.readers.tables import holds_images
 from latentreward.data.readers.tars import read_extent, read_samples
 from latentreward.errors import InputError, did_you_mean
+from latentreward.storage.ignored_files import find_files
+from latentreward.storage.texts import UnreadableTextError
 
 ENCODED = ("jpg", "png", "webp")
 """Values of img2dataset's ``encode_format``, the suffixes of its images and the names of its column of images."""
@@ -26,6 +29,8 @@ STATS = "*_stats.json"
 """Files that img2dataset writes beside every finished shard."""
 HINT = "give the folder that img2dataset wrote"
 NAMED_KEYS = 12
+RATING_HINT = "the reader's setting rating names its column"
+UNREADABLE = "txt or json not readable"
 
 
 COLUMNS = pa.schema(
@@ -144,13 +149,13 @@ class Img2DatasetReader(GroupReader):
         """Return the shards in the order of their names, and the function that reads one."""
         if not self._root.is_dir():
             raise InputError(f"root: no folder {self._root}; {HINT}")
-        if tars := sorted(self._root.glob("*.tar")):
+        if tars := find_files(self._root, "*.tar"):
             return tars, self._read_tar
-        parts = [ParquetPart(path.name, path) for path in sorted(self._root.glob("*.parquet"))]
+        parts = [ParquetPart(path.name, path) for path in find_files(self._root, "*.parquet")]
         if parts and (column := _image_column(parts[0])) is not None:
             self._columns = RowGroupColumns(parts, [column])
             return [part.path for part in parts], self._read_parquet
-        if folders := [path for path in sorted(self._root.iterdir()) if path.is_dir() and any(_pictures(path))]:
+        if folders := [path for path in find_files(self._root, "*") if path.is_dir() and any(_pictures(path))]:
             return folders, self._read_folder
         raise InputError(f"root: no *.tar, no folder of images and no parquet with images in {self._root}; {HINT}")
 
@@ -181,14 +186,20 @@ class Img2DatasetReader(GroupReader):
         for sample in samples:
             for extent in sample.images.values():
                 name = f"{tar.stem}/{sample.key}"
+                if self._is_unreadable(name, [*sample.unreadable.values()]):
+                    continue
                 if (facts := self._parse(name, sample.texts.get(META))) is not None:
                     yield self._image(name, sample.texts.get(TEXT), facts, (shard, *extent))
 
     def _read_folder(self, shard: int) -> Iterator[_Image]:
         folder = self._shards[shard]
         for picture in _pictures(folder):
-            name, files = f"{folder.name}/{picture.name}", (picture.with_suffix(f".{end}") for end in (TEXT, META))
-            text, meta = (file.read_bytes().decode("utf-8", "replace") if file.is_file() else None for file in files)
+            name = f"{folder.name}/{picture.name}"
+            try:
+                text, meta = (read_caption(picture.with_suffix(f".{end}"), self._root) for end in (TEXT, META))
+            except UnreadableTextError as error:
+                self._is_unreadable(name, [str(error)])
+                continue
             if (facts := self._parse(name, meta)) is not None:
                 yield self._image(name, text, facts, (shard, 0, 0))
 
@@ -213,10 +224,16 @@ class Img2DatasetReader(GroupReader):
         if isinstance(facts, dict):
             self._keys |= facts.keys()
             return facts
-        self.refuse(name, f"{META} is {short(meta)}, not an object", "json not readable")
-        if self.on_error == "placeholder":  # an image without caption has no row to hold a place in
-            self.skipped["json not readable"] += self.remarks.pop("json not readable")
+        self._is_unreadable(name, [f"{META} is {short(meta)}, not an object"])
         return None
+
+    def _is_unreadable(self, name: str, problems: Sequence[str]) -> bool:
+        """Apply ``on_error`` to an image whose texts have problems, and return whether there are any."""
+        if problems:
+            self.refuse(name, problems[0], UNREADABLE)
+        if problems and self.on_error == "placeholder":  # an image without caption has no row to hold a place in
+            self.skipped[UNREADABLE] += self.remarks.pop(UNREADABLE)
+        return bool(problems)
 
     def _image(self, name: str, text: Any, facts: dict[str, Any], place: tuple[int, int, int]) -> _Image:
         caption = parse_text(text) or parse_text(facts.get(CAPTION))
@@ -268,7 +285,7 @@ class Img2DatasetReader(GroupReader):
                 self.refuse(member.name, f"{self._rating} is {member.unreadable}, not a number", "rating not readable")
                 return None
             if member.rating is None:
-                self.remarks[f"image without {self._rating} (the reader's setting rating names its column)"] += 1
+                self.remarks[f"image without {self._rating or 'a rating'} ({RATING_HINT})"] += 1
         sign = -1 if self._best == "highest" else 1
         return [UNRANKED if member.rating is None else sign * member.rating for member in members]
 
@@ -284,7 +301,7 @@ def is_img2dataset(folder: Path) -> bool:
 
 
 def _pictures(folder: Path) -> list[Path]:
-    return sorted(path for kind in ENCODED for path in folder.glob(f"*.{kind}"))
+    return sorted(path for kind in ENCODED for path in find_files(folder, f"*.{kind}"))
 
 
 def _image_column(part: ParquetPart) -> str | None:

@@ -3,13 +3,25 @@
 import json
 import math
 import os
+import re
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from latentreward.data.images import NO_IMAGE, OUTSIDE
 from latentreward.data.readers.base import MAX_VOTES, SideExchangingReader
 from latentreward.errors import InputError
+from latentreward.storage.texts import UnreadableTextError, decode_text
 
+EDIT_SOURCES = (
+    *("source_image", "source_images", "source_img", "src_img", "path_src", "input_image", "input_images", "input_img"),
+    *("image_source", "original_image", "reference_image", "reference_images", "condition_image", "condition_images"),
+    *("conditioning_image", "control_image", "prompt_images", "source_path", "image_src"),
+)
+"""Names in lower case, in public data sets, of columns with the picture that a row's images are edits of."""
+AMBIGUOUS_SOURCES = ("source", "src", "input", "reference", "original", "image_before")
+"""Names that mean such a picture only if the value is one; ``source`` may also be the name of a data set."""
+PICTURE_FILE = re.compile(r"\.(jpe?g|png|webp|gif|bmp)$", re.IGNORECASE)
 ARRAY_REMEDY = "give the published file, one JSON list of objects"
 
 
@@ -29,6 +41,8 @@ class JSONReader(SideExchangingReader):
         if not isinstance(row, dict):
             self.refuse(pair_id, f"the row is {short(row)}, not an object", "row is no object")
             return {}, False
+        if (source := find_edit_source(row)) is not None:
+            self.remarks[edit_remark(source)] += 1
         prompt = row.get("prompt")
         if prompt is None:
             self.remarks["null prompt read as empty"] += 1
@@ -60,6 +74,11 @@ class JSONReader(SideExchangingReader):
             self.refuse(pair_id, f"{field} {short(path)} leads out of {folder}", OUTSIDE)
 
 
+def edit_remark(source: str) -> str:
+    """Return the remark on rows whose images are edits of the picture in field ``source``."""
+    return f"edit of {short(source)}, a picture that is not read"
+
+
 def load_rows(file: Path) -> list[Any]:
     """Read a JSON file that holds a list.
 
@@ -71,7 +90,7 @@ def load_rows(file: Path) -> list[Any]:
     return parse_rows(file.read_bytes(), str(file))
 
 
-def parse_rows(data: bytes, name: str) -> list[Any]:
+def parse_rows(data: bytes, name: str, remedy: str = ARRAY_REMEDY) -> list[Any]:
     """Parse JSON bytes that hold a list; ``name`` names the file in messages.
 
     Raises:
@@ -80,10 +99,28 @@ def parse_rows(data: bytes, name: str) -> list[Any]:
     try:
         rows = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{name}: not JSON ({error}); {ARRAY_REMEDY}") from error
+        raise InputError(f"{name}: not JSON ({error}); {remedy}") from error
     if not isinstance(rows, list):
-        raise InputError(f"{name}: holds {short(rows)}; {ARRAY_REMEDY}")
+        raise InputError(f"{name}: holds {short(rows)}; {remedy}")
     return rows
+
+
+def parse_line(line: bytes) -> dict[str, Any] | str:
+    """Parse a line; return its JSON object, or a few words on why it holds none."""
+    try:
+        text = decode_text(line, "the line").strip()
+        value = json.loads(text)
+    except UnreadableTextError as error:
+        return error.problem
+    except json.JSONDecodeError as error:
+        if error.pos >= len(text) or error.msg.startswith("Unterminated string"):
+            return "cut off"
+        return f"no JSON at character {error.pos + 1}"
+    except RecursionError:
+        return "nested too deeply"
+    except ValueError:  # Python converts 4300 digits at most
+        return "a number is too long"
+    return value if isinstance(value, dict) else f"{short(value)} is no JSON object"
 
 
 def parse_json(text: str, otherwise: Any) -> Any:
@@ -118,6 +155,19 @@ def parse_text(value: Any) -> str | None:
     if not isinstance(value, str):
         return None
     return value if value.isascii() else value.encode("utf-8", "replace").decode()
+
+
+def find_edit_source(row: Mapping[str, Any]) -> str | None:
+    """Return the name of a row's field with the picture that its images are edits of; None without one."""
+    for name, value in row.items():
+        lower = name.lower() if isinstance(name, str) else ""
+        if value and lower in EDIT_SOURCES:
+            return name
+        if lower in AMBIGUOUS_SOURCES:
+            held = (value.get("bytes") or value.get("path")) if isinstance(value, dict) else value
+            if held and (isinstance(held, bytes) or (isinstance(held, str) and PICTURE_FILE.search(held))):
+                return name
+    return None
 
 
 def relative_path(path: str, folder: Path) -> str:

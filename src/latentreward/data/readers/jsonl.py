@@ -6,7 +6,7 @@ from typing import Any
 from latentreward.contracts import ImageRef
 from latentreward.data.readers.folders import read_lines
 from latentreward.data.readers.groups import file_image
-from latentreward.data.readers.json_rows import parse_json
+from latentreward.data.readers.json_rows import parse_line
 from latentreward.data.readers.pair_rows import PairRowReader
 from latentreward.errors import InputError
 
@@ -51,7 +51,7 @@ class JSONLPairReader(PairRowReader):
         self._root = Path(root) if root else Path(file).parent
         lines = read_lines(Path(file))
         name = self.source
-        self.fill((f"{name}:{line}", line, parse_json(text, text.strip())) for line, text in lines)
+        self.fill((f"{name}:{number}", number, parse_line(line)) for number, line in lines)
         if not len(self):
             raise InputError(f"file: {file} has no lines left; give one JSON object per line")
         self.report(str(file))
@@ -60,6 +60,13 @@ class JSONLPairReader(PairRowReader):
         """Return references to the files of a line."""
         first, second = (file_image(self._root, path) for path in paths)
         return first, second
+
+    def check_row(self, pair_id: str, row: Any) -> tuple[dict[str, Any], bool]:
+        """Check a line, of which :func:`parse_line` gave the object or what is wrong with it."""
+        if isinstance(row, str):
+            self.refuse(pair_id, row, "row is no object")
+            return {}, False
+        return super().check_row(pair_id, row)
 
     def check_images(self, name: str, row: dict[str, Any], fields: tuple[str, str]) -> None:
         """Check that the paths of a line are texts and lead into ``root``, applying ``on_error``."""

@@ -20,6 +20,7 @@ from latentreward.data.images import ImageError
 from latentreward.data.readers.base import PairReader
 from latentreward.data.readers.hub import fetch_split, is_hub_id
 from latentreward.errors import InputError, first_line
+from latentreward.storage.ignored_files import find_files, is_ignored
 
 MAX_OPEN_FILES = 32
 KEPT_BYTES = 64 * 2**20
@@ -57,7 +58,7 @@ def find_parts(source: str, split: str, revision: str | None = None, config: str
     if folder.is_dir():
         places = (folder / (config or "data"), folder)
         for place in places:
-            paths, whole = sorted(place.glob(f"{split}-*.parquet")), place / f"{split}.parquet"
+            paths, whole = find_files(place, f"{split}-*.parquet"), place / f"{split}.parquet"
             if paths and whole.is_file():
                 raise InputError(
                     f"split: {place} has {whole.name} and {paths[0].name}; set source to one file, or move one away"
@@ -66,7 +67,7 @@ def find_parts(source: str, split: str, revision: str | None = None, config: str
                 return [ParquetPart(path.name, path) for path in paths or [whole]]
         raise InputError(
             f"split: no {split}-*.parquet or {split}.parquet in {places[1]} or {places[0]}; check the split and the "
-            "folder"
+            f"folder, or give a pattern{nested_pattern(folder)}"
         )
     if not folder.is_file() and glob.has_magic(source):
         return _matching_parts(source)
@@ -78,9 +79,16 @@ def find_parts(source: str, split: str, revision: str | None = None, config: str
     return [ParquetPart(name, path) for name, path in files]
 
 
+def nested_pattern(folder: Path) -> str:
+    """Return the pattern of the first parquet file below a folder, for messages; an empty text if there is none."""
+    first = next((path for path in find_files(folder, "**/*.parquet") if not path.is_dir()), None)
+    return f", such as {first.parent / '*.parquet'}" if first else ""
+
+
 def _matching_parts(pattern: str) -> list[ParquetPart]:
     """Return the files that a pattern matches; rows are named by their file's name, which must therefore differ."""
-    paths = sorted(Path(path) for path in glob.glob(pattern, recursive=True))  # noqa: PTH207 - patterns may be absolute
+    found = map(Path, glob.glob(pattern, recursive=True))  # noqa: PTH207 - patterns may be absolute
+    paths = sorted(path for path in found if not is_ignored(path.name))
     if not paths:
         raise InputError(f"source: no file matches {pattern}; give a pattern such as data/*.parquet")
     if twice := next((name for name, files in Counter(path.name for path in paths).items() if files > 1), None):

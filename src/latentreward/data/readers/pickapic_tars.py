@@ -12,6 +12,7 @@ from latentreward.data.readers.base import PairReader, content_key
 from latentreward.data.readers.hub import fetch_split, is_hub_id
 from latentreward.data.readers.tars import ABSENT, Extent, Sample, read_extent, read_samples
 from latentreward.errors import InputError
+from latentreward.storage.ignored_files import find_files
 
 IMAGES = ("jpg_0.jpg", "jpg_1.jpg")
 LABELS = ("label_0.txt", "label_1.txt")
@@ -124,13 +125,18 @@ class PickAPicTarReader(PairReader):
         """Read the samples of one tar; the last sample of a truncated tar is left out unless it is whole."""
         samples, problem = read_samples(tar, IMAGES, (*LABELS, PROMPT))
         if problem is not None:
-            if samples and len(samples[-1].images) + len(samples[-1].texts) < len(MEMBERS):
+            if samples and len(samples[-1].images) + len(samples[-1].texts) + len(samples[-1].unreadable) < len(
+                MEMBERS
+            ):
                 samples.pop()
             self.refuse(str(tar), f"{problem}; download it again", "tar not readable to its end")
         return samples
 
     def _judge(self, tar: Path, sample: Sample) -> float | None:
         """Return the label of image 0, NaN if unlabelled; None if ``on_error`` leaves the row out."""
+        if PROMPT in sample.unreadable:
+            self.refuse(f"{tar.name}:{sample.key}", sample.unreadable[PROMPT], "prompt not readable")
+            return None if self.on_error == "skip" else math.nan
         if PROMPT not in sample.texts:
             self.remarks["no prompt, read as empty"] += 1
         elif len(sample.texts[PROMPT]) > self.max_prompt_chars:
@@ -168,7 +174,7 @@ def _find_tars(root: Path, split: str, revision: str | None) -> list[tuple[str, 
     if not root.is_dir() and is_hub_id(str(root)):
         return fetch_split(str(root), split, ".tar", revision)
     for folder in (root / split, root):
-        if tars := sorted(folder.glob("*.tar")):
+        if tars := find_files(folder, "*.tar"):
             return [(tar.name, tar) for tar in tars]
     raise InputError(f"root: no *.tar in {root} or {root / split}; set it to the folder of the tars")
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import BinaryIO, Self
 
 from latentreward.errors import first_line
+from latentreward.storage.ignored_files import is_ignored
+from latentreward.storage.texts import UnreadableTextError, decode_text
 
 ABSENT = (-1, 0)
 MAX_TEXT = 1 << 20
@@ -37,11 +39,13 @@ class Sample:
         key: Path of its members, up to the first dot of the file name.
         images: Rest of the file name of each image, e.g. ``jpg_0.jpg`` → offset and length.
         texts: Rest of the file name of each text, e.g. ``label_0.txt`` → text.
+        unreadable: Rest of the file name of each text that is not UTF-8 → what is wrong with it.
     """
 
     key: str
     images: dict[str, Extent] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
+    unreadable: dict[str, str] = field(default_factory=dict)
 
 
 def read_samples(tar: Path, images: Collection[str], texts: Collection[str]) -> tuple[list[Sample], str | None]:
@@ -63,14 +67,17 @@ def read_samples(tar: Path, images: Collection[str], texts: Collection[str]) -> 
             folder, _, base = path.removeprefix("./").rpartition("/")
             stem, _, name = base.partition(".")
             key = f"{folder}/{stem}" if folder else stem
-            if name not in images and name not in texts:
+            if (name not in images and name not in texts) or is_ignored(path):
                 continue
             if not samples or samples[-1].key != key:
                 samples.append(Sample(key))
             if name in images:
                 samples[-1].images[name] = extent
             elif extent[1] <= MAX_TEXT:
-                samples[-1].texts[name] = (read_extent(file, extent) or b"").decode("utf-8", "replace")
+                try:
+                    samples[-1].texts[name] = decode_text(read_extent(file, extent) or b"", name)
+                except UnreadableTextError as error:
+                    samples[-1].unreadable[name] = str(error)
     return samples, problem
 
 

@@ -17,6 +17,7 @@ from latentreward.data.alignment.prompt_files import PromptRow
 from latentreward.data.images import ImageError, decode_image, resolve_inside
 from latentreward.errors import InputError, first_line
 from latentreward.scorers.tools import JudgedPicture
+from latentreward.storage.texts import read_table, read_text
 
 TABLES = ("images.csv", "images.jsonl", "images.parquet")
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
@@ -187,8 +188,10 @@ def _read(path: Path) -> list[dict[str, Any]]:
     try:
         if path.suffix == ".parquet":
             return pq.read_table(path).to_pylist()
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            return list(csv.DictReader(file)) if path.suffix == ".csv" else [json.loads(line) for line in file]
+        text = read_text(path)
+        if path.suffix == ".csv":
+            return list(read_table(text, path.suffix))
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
     except (ValueError, TypeError, csv.Error, pa.ArrowException) as error:
         raise InputError(f"table: {path} cannot be read ({first_line(error)}); write it again") from error
 

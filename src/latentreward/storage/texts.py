@@ -1,0 +1,67 @@
+"""Decoding of texts and tables of text that other programs wrote."""
+
+import codecs
+import csv
+import io
+from pathlib import Path
+
+from latentreward.errors import InputError
+
+UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+"""Byte order marks with which texts in UTF-16 begin."""
+
+csv.field_size_limit(2**31 - 1)  # of 128 KiB by default, less than a column of metadata may hold
+
+
+class UnreadableTextError(InputError):
+    """Error about a text that cannot be read.
+
+    Args:
+        name: File, or place in it.
+        problem: What the text is, in a few words.
+        remedy: What to do about it.
+    """
+
+    def __init__(self, name: str, problem: str, remedy: str = "save it as UTF-8") -> None:
+        super().__init__(f"{name} is {problem}; {remedy}")
+        self.problem = problem
+
+
+def decode_text(data: bytes, name: str) -> str:
+    """Decode a text in UTF-8, with or without a byte order mark, or in UTF-16 with one; line ends stay.
+
+    Args:
+        data: Bytes of the whole text.
+        name: Name of the text in messages.
+
+    Raises:
+        UnreadableTextError: If the text is in another encoding, or holds a null character, as UTF-16 without a mark
+            and UTF-32 do.
+    """
+    encoding = "utf-16" if data.startswith(UTF_16) else "utf-8-sig"
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        problem = f"not {encoding.removesuffix('-sig').upper()} at byte {error.start + 1}"
+        raise UnreadableTextError(name, problem) from error
+    if "\0" in text:
+        raise UnreadableTextError(name, f"not text (a null character after {text.index(chr(0))} characters)")
+    return text
+
+
+def read_text(file: Path) -> str:
+    """Read a text file, see :func:`decode_text`."""
+    return decode_text(file.read_bytes(), str(file))
+
+
+def read_table(text: str, suffix: str) -> "csv.DictReader[str]":
+    r"""Return the rows of a table of text; lines end with ``\n`` or ``\r\n``, no other character.
+
+    Args:
+        text: Whole table, its first line with the names of the columns.
+        suffix: ``.csv``; or ``.tsv``, in which quotation marks are part of the text (as in PartiPrompts).
+    """
+    lines = io.StringIO(text, newline="\n")
+    if suffix == ".tsv":
+        return csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
+    return csv.DictReader(lines)
