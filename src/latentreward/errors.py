@@ -13,6 +13,8 @@ LIGHTNING_NO_GPU = "No supported gpu backend found"
 NO_GPU = "torch finds no GPU on this machine; set --trainer.accelerator cpu or auto, or install torch for the GPU"
 """What a user is told in place of :data:`LIGHTNING_NO_GPU`, the whole of Lightning's message."""
 
+LONGEST_QUOTE = 200
+"""Number of characters up to which an error message quotes a file's name or what a file holds."""
 UNSEEN = ("Cc", "Cf", "Cs")
 """Unicode categories of characters that a terminal does not draw but may obey."""
 
@@ -101,6 +103,11 @@ def printable(text: str) -> str:
     """
     shown = (c if c == "\n" or unicodedata.category(c) not in UNSEEN else ascii(c)[1:-1] for c in text)
     return text if text.isascii() and text.replace("\n", "").isprintable() else "".join(shown)
+
+
+def quoted(text: str) -> str:
+    """Return a text from elsewhere for a message, cut at ``LONGEST_QUOTE`` characters."""
+    return text if len(text) <= LONGEST_QUOTE else f"{text[: LONGEST_QUOTE - 3]}..."
 
 
 def first_line(error: BaseException) -> str:

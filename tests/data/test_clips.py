@@ -180,6 +180,10 @@ def test_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("latentreward.data.clips.MAX_DECODED", 4)
     with pytest.raises(ImageError, match="more than 4 frames"):
         ClipLoader(16, 16, frames=5)(ref(path))
+    monkeypatch.setattr("latentreward.data.clips.MAX_DECODED", 100)
+    monkeypatch.setattr("latentreward.data.clips.MAX_DECODED_PIXELS", 4 * 32 * 32)
+    with pytest.raises(ImageError, match=r"more than 4096 pixels in .* s; give fewer or smaller frames"):
+        ClipLoader(16, 16, frames=5)(ref(path))
 
 
 def pairs(folder: Path, count: int = 4) -> str:

@@ -35,6 +35,8 @@ FPS = 16.0
 """Frames per second of Wan 2.1's clips."""
 MAX_DECODED = 20_000
 """Largest number of frames that are decoded of one clip, for files whose frames follow each other by microseconds."""
+MAX_DECODED_PIXELS = 2**33
+"""Largest number of pixels that are decoded of one clip; five seconds of 4K at 120 frames per second are 5·10⁹."""
 NOTHING = "none"
 """Name of no protocol of FFmpeg's: files that a clip refers to are not opened."""
 
@@ -160,7 +162,7 @@ class ClipLoader(PixelLoader):
 
     def _shown(self, image: ImageRef, source: Source) -> Iterator[Frame]:
         """Yield the frame that is shown at each of the wanted times; half a tick of the file's clock is rounding."""
-        taken = decoded = first = 0
+        taken = decoded = pixels = first = 0
         before: Frame | None = None
 
         def due(until: int) -> bool:
@@ -171,6 +173,12 @@ class ClipLoader(PixelLoader):
             if decoded > MAX_DECODED:
                 raise image_error(image, TOO_LARGE, f"more than {MAX_DECODED} frames in {taken / self.fps:g} s")
             _check_pixels(image, frame.size, self.max_pixels)
+            pixels += math.prod(frame.size)
+            if pixels > MAX_DECODED_PIXELS:
+                detail = (
+                    f"more than {MAX_DECODED_PIXELS} pixels in {taken / self.fps:g} s; give fewer or smaller frames"
+                )
+                raise image_error(image, TOO_LARGE, detail)
             if before is None:
                 first = frame.start
             elif frame.start < before.start:

@@ -1,5 +1,6 @@
 """Decoding and resizing of images, with one kind of :class:`ImageError` for each problem that an image can have."""
 
+import re
 import stat
 import struct
 import zlib
@@ -17,7 +18,8 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from latentreward.contracts import ImageRef
-from latentreward.errors import InputError
+from latentreward.data.image_structure import count_scans, drop_long_texts
+from latentreward.errors import InputError, quoted
 
 ResizePolicy = Literal["stretch", "center_crop"]
 ExifOrientation = Literal["apply", "ignore"]
@@ -38,8 +40,8 @@ ORIENTATION_TAGS = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
 MAX_PIXELS = 64 * 1024 * 1024
 MAX_SCANS = 100
 """Greatest number of scans of a JPEG; cameras and programs write up to some 20, and each one costs a pass over it."""
-SCAN = b"\xff\xda"
-"""Marker of a scan; compressed data hold no such bytes."""
+BASE64 = re.compile(r"(data:image/[\w.+-]+;base64,|[\w+/-]{200})[\w+/=\s-]*")
+"""Image as base64 text, in the place of a path; no path has so many characters without a dot."""
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 EIGHT_BITS = tuple((level + 128) // 257 for level in range(65536))
 """Table of 8-bit levels, indexed by 16-bit level."""
@@ -147,6 +149,12 @@ def decode_image(image: ImageRef, max_pixels: int = MAX_PIXELS, exif: ExifOrient
         return _to_rgb(opened, exif)
 
 
+def check_scans(image: ImageRef, max_pixels: int = MAX_PIXELS) -> None:
+    """Read an image without decoding it, and raise ImageError for a JPEG of too many scans, as :func:`decode_image`."""
+    with _opened(image, max_pixels) as opened:
+        _check_scans(image, opened)
+
+
 def convert_image(
     image: Image.Image, name: str, max_pixels: int = MAX_PIXELS, exif: ExifOrientation = "ignore"
 ) -> Image.Image:
@@ -241,7 +249,7 @@ def _opened(image: ImageRef, max_pixels: int) -> Iterator[Image.Image]:
     """Open an image, check its size, and turn Pillow's errors inside the ``with`` block into ImageError."""
     source = open_source(image)
     try:
-        with Image.open(source, formats=FORMATS) as opened:
+        with Image.open(drop_long_texts(source), formats=FORMATS) as opened:
             _check_pixels(image, opened, max_pixels)
             yield opened
     except ImageError:
@@ -277,7 +285,7 @@ def _check_scans(image: ImageRef, opened: Image.Image) -> None:
     file = opened.fp  # type: ignore[attr-defined]
     place = file.tell()
     file.seek(0)
-    scans = file.read().count(SCAN)
+    scans = count_scans(file.read())
     file.seek(place)
     if scans > MAX_SCANS:
         raise image_error(image, DAMAGED, f"a JPEG of {scans} scans; at most {MAX_SCANS} are decoded")
@@ -312,6 +320,8 @@ def open_source(image: ImageRef) -> BytesIO | Path:
     path = image.path
     if path is None:
         raise image_error(image, NO_IMAGE, "the row has none")
+    if BASE64.fullmatch(image.image_key):
+        raise image_error(image, NO_IMAGE, "base64 text, not a path; write the image to a file")
     if image.root is not None:
         path = resolve_inside(image.root, path)
         if path is None:
@@ -319,9 +329,9 @@ def open_source(image: ImageRef) -> BytesIO | Path:
     try:
         status = path.stat()
     except OSError as error:
-        raise image_error(image, MISSING, f"{path}: {error.strerror}") from error
+        raise image_error(image, MISSING, f"{quoted(str(path))}: {error.strerror}") from error
     except ValueError as error:  # a null byte
-        raise image_error(image, MISSING, f"{str(path)!r}: {error}") from error
+        raise image_error(image, MISSING, f"{quoted(repr(str(path)))}: {error}") from error
     if not stat.S_ISREG(status.st_mode):
         raise image_error(image, MISSING, f"{path} is not a file")
     if status.st_size == 0:
@@ -347,4 +357,4 @@ def _is_16_bit(mode: str) -> bool:
 def image_error(image: ImageRef, problem: str, detail: str) -> ImageError:
     """Return an ImageError with a one-line message; ``problem`` is one of ``IMAGE_PROBLEMS``."""
     what = "latents" if image.holds == "latents" else "image"
-    return ImageError(f"{what} {image.image_key!r}: {problem} ({' '.join(detail.split())})", problem)
+    return ImageError(f"{what} {quoted(repr(image.image_key))}: {problem} ({' '.join(detail.split())})", problem)

@@ -3,6 +3,8 @@
 import logging
 import warnings
 
+from latentreward.errors import printable
+
 ON_IMPORT = {
     # diffusers imports torchao where it is installed; the lines are about kernels and tensors that int8 does not use.
     "torchao": ("Failed to load",),
@@ -36,11 +38,22 @@ WARNED = (
 
 
 def silence_libraries(on_import: bool = False) -> None:
-    """Suppress the messages of :data:`LOGGED` and :data:`WARNED`, or of ``ON_IMPORT``, for the rest of the process."""
+    """Suppress the messages of :data:`LOGGED` and :data:`WARNED`, or of ``ON_IMPORT``, for the rest of the process.
+
+    What is logged without a handler goes to the terminal, which names of files in it cannot steer from then on.
+    """
+    if logging.lastResort is not None:
+        logging.lastResort.addFilter(escape_message)
     for name in ON_IMPORT if on_import else LOGGED:
         logging.getLogger(name).addFilter(is_shown)
     for start in () if on_import else WARNED:
         warnings.filterwarnings("ignore", message=start)
+
+
+def escape_message(record: logging.LogRecord) -> bool:
+    """Make a log message :func:`~latentreward.errors.printable`; a logging filter that lets every message through."""
+    record.msg, record.args = printable(record.getMessage()), ()
+    return True
 
 
 def is_shown(record: logging.LogRecord) -> bool:

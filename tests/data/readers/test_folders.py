@@ -117,6 +117,13 @@ def test_captions_of_other_programs_and_files_of_systems(write) -> None:
     assert FolderPairReader(root).prompts() == ["zwei", "Füße"]
 
 
+def test_names_of_files_do_not_steer_the_terminal(write, tmp_path, caplog) -> None:
+    root = write("\x1b[31m/chosen/1.jpg", "\x1b[31m/rejected/1.jpg", "\x1b[31m/chosen/2.jpg")
+    Path(root, "\x1b[31m/chosen/1.txt").write_text("one")
+    FolderPairReader(root, "\x1b[31m", on_error="skip")
+    assert r"\x1b[31m" in caplog.text and "\x1b" not in caplog.text
+
+
 def test_splits_and_missing_folders(write, tmp_path) -> None:
     root = write("train/chosen/1.jpg", "train/rejected/1.jpg", **{"train__captions__1.txt": "one", "val__x.txt": ""})
     reader = FolderPairReader(root, "train")

@@ -83,6 +83,16 @@ def test_rows_that_are_edits_of_a_picture_are_told(write, changes, name) -> None
     assert dict(reader.remarks) == ({f"edit of {name!r}, a picture that is not read": 1} if name else {})
 
 
+def test_base64_in_the_place_of_a_path_is_named(write) -> None:
+    text = "iVBORw0KGgo" + "A" * 50_000
+    with pytest.raises(InputError, match=r"own.jsonl:1: chosen is .*, base64 text, not a path; write") as caught:
+        JSONLPairReader(write({"prompt": "x", "chosen": text, "rejected": "images/b.jpg"}))
+    assert len(str(caught.value)) < 300
+    with pytest.raises(InputError, match=r"^x{197}\.\.\.: "):
+        reader = JSONLPairReader(write(PLAIN))
+        reader.refuse("x" * 10_000, "a problem", "a reason")
+
+
 def test_other_keys_of_unlabelled_rows_are_named(write) -> None:
     bare = {key: value for key, value in PLAIN.items() if key != "label"}
     counted = {**bare, "votes_a": 3, "votes_b": 1}

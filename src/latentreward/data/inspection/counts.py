@@ -11,7 +11,7 @@ import numpy as np
 from latentreward.contracts import ImageRef, PreferencePair
 from latentreward.data.buckets import MIN_PIXELS, PUBLISHED_BUCKETS, Bucket, assign_bucket
 from latentreward.data.clips import read_clip_header
-from latentreward.data.images import CLIP, ExifOrientation, ImageError, decode_image, read_header
+from latentreward.data.images import CLIP, ExifOrientation, ImageError, check_scans, decode_image, read_header
 from latentreward.data.latents import decode_latents
 from latentreward.data.readers import PairReader
 from latentreward.data.splits import normalise_prompt
@@ -199,8 +199,7 @@ class ImageCensus:
                 raise
             self._add_clip(image)
             return None
-        if self.decode:
-            decode_image(image)
+        (decode_image if self.decode else check_scans)(image)
         self.counts.odd.update(header.oddities)
         if header.rotated:
             self.counts.odd[ROTATED[self.exif]] += 1

@@ -11,7 +11,7 @@ import torch
 
 from latentreward.contracts import PreferencePair
 from latentreward.data.images import ExifOrientation
-from latentreward.errors import InputError, check_at_least_one
+from latentreward.errors import InputError, check_at_least_one, printable, quoted
 from latentreward.seeding import pair_generator
 from latentreward.storage.digests import digest
 
@@ -142,7 +142,7 @@ class PairReader(ABC):
         """
         if self.on_error == "raise":
             others = f" (and {rows - 1} more such rows)" if rows > 1 else ""
-            raise InputError(f"{pair_id}: {problem}{others}; {ON_ERROR_REMEDY}")
+            raise InputError(f"{quoted(pair_id)}: {problem}{others}; {ON_ERROR_REMEDY}")
         (self.skipped if self.on_error == "skip" else self.remarks)[reason] += rows
 
     def refuse_long_prompt(self, pair_id: str, length: int, rows: int = 1) -> None:
@@ -164,7 +164,7 @@ class PairReader(ABC):
         """
         counts = {"left out": self.skipped, "kept with a remark": self.remarks}
         if told := [f"{what}: {count_text(count)}" for what, count in counts.items() if count]:
-            logger.warning("%s: %d rows kept; %s", name, len(self), "; ".join(told))
+            logger.warning("%s: %d rows kept; %s", printable(name), len(self), printable("; ".join(told)))
 
 
 class SideExchangingReader(PairReader):

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from latentreward.data.images import NO_IMAGE, OUTSIDE
+from latentreward.data.images import BASE64, NO_IMAGE, OUTSIDE
 from latentreward.data.readers.base import MAX_VOTES, SideExchangingReader
 from latentreward.errors import InputError
 from latentreward.storage.texts import UnreadableTextError, decode_text
@@ -70,6 +70,9 @@ class JSONReader(SideExchangingReader):
             return
         if not isinstance(path, str) or not path:
             self.refuse(pair_id, f"{field} is {short(path)}, not a path", NO_IMAGE)
+        elif BASE64.fullmatch(path):
+            problem = f"{field} is {short(path)}, base64 text, not a path; write the image to a file"
+            self.refuse(pair_id, problem, NO_IMAGE)
         elif escapes(relative_path(path, folder)):
             self.refuse(pair_id, f"{field} {short(path)} leads out of {folder}", OUTSIDE)
 

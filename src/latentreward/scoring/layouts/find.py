@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from latentreward.checkpoints.shards import is_sharded, newest_first
-from latentreward.errors import InputError
+from latentreward.errors import InputError, printable
 from latentreward.scoring.hub import MARKS, downloaded
 from latentreward.scoring.layouts.base import StoredReward
 from latentreward.scoring.layouts.model_folder import PretrainedReward, is_model_folder
@@ -115,5 +115,6 @@ def checkpoint_of(place: Path) -> Path:
     taken, newer = candidates[0], newest_first(found)[0]
     if len(candidates) > 1 or taken != newer:
         names = f"{taken.relative_to(place)} is taken" + ("" if taken == newer else f", though {newer.name} is newer")
-        logger.warning("%s holds %d checkpoints: %s; give a file's own path for another one", place, len(found), names)
+        told = printable(f"{place} holds {len(found)} checkpoints: {names}")
+        logger.warning("%s; give a file's own path for another one", told)
     return taken
