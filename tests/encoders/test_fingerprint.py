@@ -1,9 +1,14 @@
 """Which encoders count as the same."""
 
+import json
 from copy import deepcopy
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import AutoencoderDC, AutoencoderTiny
+from torch import nn
 
 from latentreward.backbones.loading import PipelineSource
 from latentreward.encoders.fingerprint import text_fingerprint, vae_fingerprint
@@ -81,3 +86,55 @@ def test_text_fingerprint_tells_what_is_put_before_a_prompt(monkeypatch: pytest.
     before = text_fingerprint(encoder)
     monkeypatch.setattr("latentreward.families.lumina2.SYSTEM", "be kind: ")
     assert text_fingerprint(encoder) != before
+
+
+class OwnVAE(nn.Module):
+    """A VAE of one's own: parts with other names, a weight outside them, and a plain object as config."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inwards, self.decoder = nn.Conv2d(3, 4, 2), nn.Conv2d(4, 3, 2)
+        self.mean = nn.Parameter(torch.zeros(4))
+        self.config = SimpleNamespace(scale=2.0)
+
+
+def other_vae(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    if name == "own":
+        return OwnVAE()
+    if name == "AutoencoderDC":
+        halves = {f"{half}_block_out_channels": (8, 8) for half in ("encoder", "decoder")}
+        blocks = {f"{half}_block_types": "ResBlock" for half in ("encoder", "decoder")}
+        layers = {f"{half}_layers_per_block": (1, 1) for half in ("encoder", "decoder")}
+        scales = {f"{half}_qkv_multiscales": ((), ()) for half in ("encoder", "decoder")}
+        return AutoencoderDC(latent_channels=4, attention_head_dim=4, **halves, **blocks, **layers, **scales)
+    width = {f"{half}_block_out_channels": (8, 8) for half in ("encoder", "decoder")}
+    return AutoencoderTiny(**width, num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [("AutoencoderDC", "scaling_factor"), ("AutoencoderTiny", "latent_magnitude"), ("own", "scale")],
+)
+def test_vae_of_any_class_has_a_fingerprint_of_all_but_its_decoder(name: str, setting: str) -> None:
+    vae = other_vae(name)
+    before = vae_fingerprint(vae)
+    assert len(before) == 32
+    assert vae_fingerprint(other_vae(name)) == before
+    next(vae.decoder.parameters()).data.add_(1.0)
+    assert vae_fingerprint(vae) == before
+    for weight in (one for part, one in vae.named_parameters() if not part.startswith("decoder")):
+        weight.data.view(-1)[0] += 1.0
+        assert vae_fingerprint(vae) != before
+        weight.data.view(-1)[0] -= 1.0
+    if name == "own":
+        vae.config.scale = 3.0
+    else:
+        vae.register_to_config(**{setting: 3.0})
+    assert vae_fingerprint(vae) != before
+
+
+def test_fingerprints_in_caches_of_earlier_versions_still_hold() -> None:
+    kept = Path(__file__).parents[1] / "compatibility" / "06e0993"
+    stored = json.loads((kept / "cache" / "plan.json").read_text())["spec"]["vae"]
+    assert vae_fingerprint(PipelineSource(str(kept / "bases" / "sd35")).latent_encoder().vae) == stored

@@ -15,6 +15,7 @@ from latentreward.rollout import (
     TurningPointCredit,
     WindowedSampler,
 )
+from latentreward.rollout.credit import balance
 from tests.rollout.tiny_rollout import tiny_policy
 
 
@@ -72,6 +73,12 @@ def test_bonuses_are_balanced_among_the_steps_that_are_trained_on() -> None:
     torch.testing.assert_close(
         credit.of_steps(rewards, [0]), own[:, [0]] + torch.tensor([[3.0], [-2.0], [0.0]]).double()
     )
+
+
+def test_of_equal_bonuses_the_earlier_steps_stay() -> None:
+    turning, bonus = torch.ones(1, 70, dtype=torch.bool), torch.ones(1, 70).double()
+    bonus[0, 68:] = -1.0
+    assert balance(turning, bonus).nonzero()[:, 1].tolist() == [0, 1, 68, 69]
 
 
 def test_gamma_out_of_range_is_refused() -> None:

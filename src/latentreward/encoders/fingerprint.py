@@ -5,20 +5,18 @@ encoders.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from latentreward.errors import InputError
 from latentreward.storage.digests import digest
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
-
     from latentreward.encoders.prompts import PromptEncoder
 
 VAE_FIELDS = (
@@ -33,28 +31,38 @@ VAE_FIELDS = (
     "scaling_factor",
     "shift_factor",
 )
-"""Entries of a VAE's config on which its latents depend."""
+"""Entries of the config of an ``AutoencoderKL`` on which its latents depend."""
 OTHER_VAE_FIELDS = ("z_dim", "base_dim", "dim_mult", "num_res_blocks", "latents_mean", "latents_std", "batch_norm_eps")
-"""Entries that only VAEs of other classes than ``AutoencoderKL`` set."""
+"""Entries that the other VAEs of :data:`LISTED_VAES` set."""
+LISTED_VAES = ("AutoencoderKL", "AutoencoderKLFlux2", "AutoencoderKLWan", "AutoencoderKLQwenImage")
+"""VAEs of which the listed entries count, as in caches of earlier versions; of others, the whole config counts."""
+DECODING = ("decoder", "post_quant_conv")
+"""Names of the parts of a VAE on which its latents do not depend."""
 PROBES = ("", "A café\u2019s <b>3</b> cats &amp; one dog, 100 % red")
 """Prompts whose tokens tell templates, dropped and added tokens, padding, and repaired text."""
 CHUNK = 2**22
 """Number of values of a tensor that are converted and hashed at a time, to limit memory."""
 
 
-def vae_fingerprint(vae: "AutoencoderKL") -> str:
+def vae_fingerprint(vae: nn.Module) -> str:
     """Return a hash (32 hexadecimal digits) of a VAE's encoder: weights as float32, and config.
 
     VAEs that differ only in their decoders have equal hashes, because their latents are equal. One VAE loaded in
     float32 and in bfloat16 has two hashes, because rounded weights change the latents.
 
     Args:
-        vae: diffusers VAE, on any device.
+        vae: VAE of any class, on any device; its ``config`` may be a mapping, any object, or missing.
     """
-    parts = [part for part in (vae.encoder, vae.quant_conv, getattr(vae, "bn", None)) if part is not None]
-    config = {name: vae.config.get(name) for name in VAE_FIELDS}
-    config |= {name: vae.config[name] for name in OTHER_VAE_FIELDS if vae.config.get(name) is not None}
-    return _fingerprint(parts, config, torch.float32)
+    found = getattr(vae, "config", {})
+    found = found if isinstance(found, Mapping) else vars(found)
+    if type(vae).__name__ in LISTED_VAES:
+        config = {name: found.get(name) for name in VAE_FIELDS}
+        config |= {name: found[name] for name in OTHER_VAE_FIELDS if found.get(name) is not None}
+    else:
+        config = {name: found[name] for name in found if not name.startswith(("_", "decoder"))}
+        config["kind"] = type(vae).__name__
+    weights = {name: tensor for name, tensor in vae.state_dict().items() if name.split(".")[0] not in DECODING}
+    return _fingerprint(weights.values(), config, torch.float32)
 
 
 def text_fingerprint(encoder: "PromptEncoder") -> str:
@@ -77,17 +85,16 @@ def text_fingerprint(encoder: "PromptEncoder") -> str:
     if encoder.tokens_in_fingerprint:
         with suppress(InputError):  # an encoder that is given token ids has no tokenizer
             config["tokens"] = [ids.tolist() for ids in encoder.tokenize(PROBES)]
-    return _fingerprint([encoder], config, torch.bfloat16)
+    return _fingerprint(encoder.state_dict().values(), config, torch.bfloat16)
 
 
-def _fingerprint(modules: Iterable[nn.Module], config: dict[str, Any], dtype: torch.dtype) -> str:
-    """Hash the floating point tensors of ``modules`` and ``config``.
+def _fingerprint(weights: Iterable[Tensor], config: dict[str, Any], dtype: torch.dtype) -> str:
+    """Hash the floating point tensors of ``weights``, and ``config``.
 
     Names and order of the tensors do not count, because they change with the versions of diffusers and transformers.
     """
-    tensors = [tensor for module in modules for tensor in module.state_dict().values() if tensor.is_floating_point()]
     hashes = []
-    for tensor in tensors:
+    for tensor in (weight for weight in weights if weight.is_floating_point()):
         parts = (part.to("cpu", dtype).contiguous() for part in tensor.detach().reshape(-1).split(CHUNK))
         hashes.append(digest(chain([str(tuple(tensor.shape))], (part.view(torch.uint8).numpy() for part in parts))))
-    return digest([json.dumps([config, sorted(hashes)], sort_keys=True)])
+    return digest([json.dumps([config, sorted(hashes)], sort_keys=True, default=str)])

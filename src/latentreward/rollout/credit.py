@@ -146,7 +146,7 @@ class TurningPointCredit(Credit):
 
 
 def balance(turning: Tensor, bonus: Tensor) -> Tensor:
-    """Keep as many positive as negative bonuses at ``turning`` points ``(N, S)``, the largest ones.
+    """Keep as many positive as negative bonuses at ``turning`` points ``(N, S)``, the largest ones; of equals the first.
 
     Bonuses of one sign alone are all kept, as in TP-GRPO's released code; bonuses of 0 are kept in that case only.
     """
@@ -157,5 +157,5 @@ def balance(turning: Tensor, bonus: Tensor) -> Tensor:
     kept = torch.zeros_like(turning)
     for sign in signs:
         size = torch.where(sign, bonus.abs(), -1.0).flatten()
-        kept.view(-1)[size.topk(count).indices] = True
+        kept.view(-1)[size.argsort(descending=True, stable=True)[:count]] = True  # topk keeps any of equals
     return kept

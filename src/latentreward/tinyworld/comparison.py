@@ -52,7 +52,7 @@ def before_and_after(before: Judged, after: Judged) -> Image.Image:
 
     The captions are evenly spaced in the order of their change in utility, so that none is picked by hand.
     """
-    order = np.argsort(after.utility - before.utility)
+    order = np.argsort(after.utility - before.utility, kind="stable")
     shown = order[np.linspace(0, len(order) - 1, 12).round().astype(int)]
     rows = [np.concatenate(list(judged.pictures[shown]), axis=1) for judged in (before, after)]
     gap = np.full((2, rows[0].shape[1], 3), 255, np.uint8)
